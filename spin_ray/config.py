@@ -1,0 +1,387 @@
+"""Every setting of a run, its default and its reason.
+
+A recipe is a YAML file with these sections; unknown keys, impossible values and impossible combinations are errors at
+load, all listed at once. Defaults follow the SPIN paper (arXiv 2401.01335, section 6.1 and appendix B) where it gives a value.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Annotated, Any, Literal, Self, TypeVar
+
+import yaml
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
+
+from spin_ray.errors import ConfigError
+
+Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]
+NonNegative = Annotated[float, Field(ge=0, allow_inf_nan=False)]
+Fraction = Annotated[float, Field(ge=0, le=1)]
+Count = Annotated[int, Field(ge=1)]
+T = TypeVar("T")
+
+
+def _as_tuple(value: Any) -> Any:
+    return tuple(value) if isinstance(value, list) else value
+
+
+PerIteration = Annotated[Positive | tuple[Positive, ...], BeforeValidator(_as_tuple)]
+PerIterationCount = Annotated[Count | tuple[Count, ...], BeforeValidator(_as_tuple)]
+
+
+class Section(BaseModel):
+    """Base of every section: frozen, and a misspelt key is an error."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", protected_namespaces=(), use_attribute_docstrings=True)
+
+
+class ModelConfig(Section):
+    path: str
+    """Model folder in Hugging Face layout (safetensors), ``embedded:NAME``, or a hub name where a hub can be reached."""
+    max_length: Count = 2048
+    """Longest prompt + response in tokens; longer SFT rows go to quarantine. Paper: 2048."""
+    chat_template: str | None = None
+    """File with a Jinja chat template, for tokenizers that have none."""
+    trust_remote_code: bool = False
+    """Let the model folder bring its own code. Off: such folders, and pickled weights, are refused."""
+    attention: Literal["auto", "packed", "padded"] = "auto"
+    """How responses are scored. ``packed`` needs a model that takes a 4-D mask and position ids; ``padded`` works with any
+    causal LM at 2-4 times the cost; ``auto`` checks the model once at the start of training and chooses."""
+
+
+class DataConfig(Section):
+    train: str
+    """SFT data: JSONL or Parquet file, folder, glob or URI, with ``messages`` or ``prompt``/``response`` columns."""
+    heldout: str | None = None
+    """Held-out rows in the same form, never trained on. Without them there is no evaluation."""
+    prompts_per_iteration: Count | None = None
+    """How many prompts each iteration plays: a fresh slice of a seeded order, wrapping round. All of them when not set.
+    Many short iterations with fresh y′ keep the opponent honest (y′ goes stale while the policy moves)."""
+    max_rows: Count | None = None
+    """Use only the first rows of the training data."""
+    turns: Literal["last", "all"] = "last"
+    """``last``: the last assistant message of a conversation is the response. ``all``: every assistant message makes a row."""
+    system: str | None = None
+    """System message for conversations that have none (otherwise the chat template's own default applies)."""
+    max_quarantine_fraction: Fraction = 0.05
+    """Share of unusable rows (malformed, empty, over-long, duplicate) above which the run stops with an error."""
+
+
+class ResourcesConfig(Section):
+    """What one actor or worker asks of the cluster."""
+
+    cpus: Positive = 1
+    """Logical CPUs; on CPU also the number of compute threads (whole part, at least one)."""
+    gpus: NonNegative = 0
+    custom: dict[str, Positive] = {}
+    """Custom Ray resources, e.g. ``{"accelerator_type:H100": 0.001}``."""
+
+    @property
+    def threads(self) -> int:
+        return max(1, int(self.cpus))
+
+    @property
+    def bundle(self) -> dict[str, float]:
+        """The request in Ray's own words, e.g. ``{"CPU": 2, "GPU": 1}``."""
+        named = {"CPU": self.cpus, "GPU": self.gpus, **self.custom}
+        return {name: amount for name, amount in named.items() if amount}
+
+
+class SamplingConfig(Section):
+    """How the opponent answers. SPIN needs samples of p_θt itself: temperature 1 and no truncation of the distribution."""
+
+    temperature: NonNegative = 1.0
+    """1 samples from the model; 0 is greedy and, like every other value, a departure from the method."""
+    top_p: Annotated[float, Field(gt=0, le=1)] = 1.0
+    top_k: Annotated[int, Field(ge=0)] = 0
+    """0: no limit."""
+    max_tokens: Count = 1024
+    """Longest response. A response cut here carries no end-of-turn token."""
+
+
+class EngineConfig(Section):
+    """vLLM's engine arguments. ``max_model_len`` is the model's ``max_length``; sampling never comes from the model folder."""
+
+    dtype: Literal["bfloat16", "float16", "float32"] = "bfloat16"
+    tensor_parallel_size: Count = 1
+    """GPUs per engine (one node); ``generation.resources.gpus`` must equal it when GPUs are used."""
+    max_num_seqs: Count = 256
+    """Responses decoded together."""
+    gpu_memory_utilization: Annotated[float, Field(gt=0, le=1)] = 0.9
+    cpu_kv_cache_gib: Count = 2
+    """Key-value cache on CPU, GiB."""
+    enforce_eager: bool = False
+    """Skip torch.compile: on CPU it saves a minute of start-up and costs little afterwards."""
+    extra: dict[str, Any] = {}
+    """Any other vLLM engine argument, passed on as it is."""
+
+
+class GenerationConfig(Section):
+    sampling: SamplingConfig = SamplingConfig()
+    samples_per_prompt: Count = 1
+    """Responses y′ per prompt; each makes a pair of its own. Paper: 1."""
+    shard_rows: Count = 512
+    """Responses per shard: the unit of work, of commit and of what a crash can lose. A shard is one batch of the engine,
+    so a retry repeats it exactly; too small a shard leaves the engine half empty at its end."""
+    replicas: Count = 1
+    """Engines that generate side by side."""
+    resources: ResourcesConfig = ResourcesConfig()
+    """Per engine."""
+    engine: EngineConfig = EngineConfig()
+    start_timeout_s: Positive = 900
+    """Longest wait for an engine to be ready."""
+    shard_timeout_s: Positive = 7200
+    """Longest wait without any shard being finished."""
+
+
+class ObjectiveConfig(Section):
+    loss: Literal["logistic", "hinge", "exponential", "correlation"] = "logistic"
+    """ℓ of equation 4.7. Paper: logistic, log(1 + e^-m)."""
+    beta: PerIteration = 0.1
+    """λ of the paper: strength of the KL regulariser. A list gives each iteration its own (paper: 0.1, 0.1, 0.1, 5.0)."""
+    window: Count = 2
+    """How many opponents' responses an iteration learns from: its own and those of window-1 earlier ones. Paper: 2."""
+    sft_weight: NonNegative = 0.0
+    """Weight of an added -log p(y), per response token of the step: an anchor for small models and large steps.
+    0 is the paper's objective; everything else a departure from it."""
+
+
+class OptimizerConfig(Section):
+    name: Literal["rmsprop", "adamw"] = "rmsprop"
+    """Paper: RMSProp."""
+    weight_decay: NonNegative = 0.0
+    """Paper: 0."""
+    schedule: Literal["linear", "cosine", "constant"] = "linear"
+    """After the warm-up. Paper: linear decay to 0."""
+    warmup_fraction: Fraction = 0.1
+    """Share of the steps over which the learning rate rises linearly. Paper: 0.1."""
+    max_grad_norm: Positive = 1.0
+    """Gradients are clipped to this global norm."""
+
+
+class TrainConfig(Section):
+    backend: Literal["fsdp2"] = "fsdp2"
+    workers: Count = 1
+    """Train workers; parameters, gradients and optimizer state are sharded over them."""
+    resources: ResourcesConfig = ResourcesConfig()
+    """Per worker. Workers with a GPU use NCCL, others gloo."""
+    learning_rate: PerIteration = 5e-7
+    """Peak; a list gives each iteration its own. Paper: 5e-7, 5e-7, 1e-7, 1e-7."""
+    epochs: PerIterationCount = 2
+    """Passes over the pairs of an iteration. Paper: 2."""
+    optimizer: OptimizerConfig = OptimizerConfig()
+    global_batch_pairs: Count = 64
+    """Pairs per optimizer step, over all workers. Paper: 64."""
+    pack_length: Count = 4096
+    """Tokens per pack, one micro-batch of one worker. Must hold prompt + y + y′: at least max_length + max_tokens."""
+    precision: Literal["bf16", "fp32"] = "bf16"
+    """Of the computation. Master weights, gradients and optimizer state are fp32 always: at a learning rate of 1e-7 an update
+    is below what bf16 can resolve."""
+    gradient_checkpointing: bool = False
+    """Recompute activations in the backward pass: about a third slower, far less memory."""
+    checkpoint_every_steps: Count = 200
+    """Steps between checkpoints: what a killed worker can lose."""
+    max_failures: Annotated[int, Field(ge=0)] = 3
+    """Restarts of the worker group in one iteration before the run fails."""
+    start_timeout_s: Positive = 600
+    """Longest wait for the workers to be placed and to meet."""
+
+
+class SftConfig(Section):
+    """Optional warm-up that makes θ_0 from a base model, on the same rows and packs."""
+
+    epochs: Count = 1
+    learning_rate: Positive = 2e-5
+    """Paper's SFT model (zephyr-7b-sft-full): 2e-5."""
+    global_batch_rows: Count = 64
+    optimizer: OptimizerConfig = OptimizerConfig(name="adamw", schedule="cosine")
+
+
+class EvaluationConfig(Section):
+    answer_extractor: Literal["none", "equals", "hashes"] = "none"
+    """How a response's number is read where rows carry ``answer``: after the last ``=`` or after ``####``."""
+    max_rows: Count | None = None
+    """Use only the first held-out rows."""
+
+
+class StorageConfig(Section):
+    lease_timeout_s: Positive = 60
+    """A driver that has not renewed its lease for so long counts as dead (on the same host: as soon as its process is gone)."""
+    keep_checkpoints: bool = False
+    """Keep the training checkpoints of finished iterations (optimizer state: 8 bytes per parameter or more)."""
+
+
+class ClusterConfig(Section):
+    address: str | None = None
+    """Ray cluster to attach to (``auto`` finds a running one). Not set: $RAY_ADDRESS, else an embedded local Ray."""
+    local_cpus: Count | None = None
+    """Logical CPUs of an embedded Ray. Not set: the machine's."""
+
+
+class SpinConfig(Section):
+    """One run. Example: ``SpinConfig(model={"path": "sft-model"}, data={"train": "sft.jsonl"}, iterations=2)``."""
+
+    model: ModelConfig
+    data: DataConfig
+    iterations: Count = 4
+    """T of Algorithm 1. Paper: iterations 0 to 3. May be raised later: the same command then goes on."""
+    seed: int = 0
+    sft: SftConfig | None = None
+    generation: GenerationConfig = GenerationConfig()
+    objective: ObjectiveConfig = ObjectiveConfig()
+    train: TrainConfig = TrainConfig()
+    evaluation: EvaluationConfig = EvaluationConfig()
+    storage: StorageConfig = StorageConfig()
+    cluster: ClusterConfig = ClusterConfig()
+
+    @model_validator(mode="after")
+    def _combinations_are_possible(self) -> Self:
+        problems = list(_impossible(self))
+        if problems:
+            raise ValueError("\n".join(problems))
+        return self
+
+    def at(self, iteration: int) -> IterationSettings:
+        """The values that a list may give each iteration its own of."""
+        return IterationSettings(
+            beta=_pick(self.objective.beta, iteration),
+            learning_rate=_pick(self.train.learning_rate, iteration),
+            epochs=_pick(self.train.epochs, iteration),
+        )
+
+    def identity(self) -> dict[str, Any]:
+        """What makes two runs the same run, flattened to ``{"section.field": value}``.
+
+        Left out: where and how fast it runs, and what may grow (``iterations``) or is checked per iteration by its own
+        stage (the values that may be lists).
+        """
+        flat = flatten(self.model_dump(mode="json"))
+        return {key: value for key, value in flat.items() if not key.startswith(_NOT_IDENTITY)}
+
+
+class IterationSettings(Section):
+    beta: float
+    learning_rate: float
+    epochs: int
+
+
+_NOT_IDENTITY = (
+    "iterations", "cluster.", "storage.", "objective.beta", "train.learning_rate", "train.epochs",
+    "train.max_failures", "train.checkpoint_every_steps", "train.start_timeout_s", "train.resources.custom",
+    "generation.replicas", "generation.start_timeout_s", "generation.shard_timeout_s", "generation.resources.custom",
+    "generation.engine.gpu_memory_utilization", "generation.engine.cpu_kv_cache_gib",
+)  # fmt: skip
+
+
+def _pick(value: T | tuple[T, ...], iteration: int) -> T:
+    return value[iteration] if isinstance(value, tuple) else value
+
+
+def _impossible(config: SpinConfig) -> Iterator[str]:
+    """Combinations that no run can satisfy, one sentence each."""
+    for name, value in [
+        ("objective.beta", config.objective.beta),
+        ("train.learning_rate", config.train.learning_rate),
+        ("train.epochs", config.train.epochs),
+    ]:
+        if isinstance(value, tuple) and len(value) != config.iterations:
+            yield f"{name}: has {len(value)} values for {config.iterations} iterations; give one value or one for each"
+    if config.generation.sampling.max_tokens >= config.model.max_length:
+        yield (
+            f"generation.sampling.max_tokens: {config.generation.sampling.max_tokens} leaves no room for a prompt within "
+            f"model.max_length {config.model.max_length}; lower it or raise max_length"
+        )
+    longest_tree = config.model.max_length + config.generation.sampling.max_tokens
+    if config.train.pack_length < longest_tree:
+        yield (
+            f"train.pack_length: {config.train.pack_length} cannot hold a prompt with both responses; raise it to "
+            f"{longest_tree} (model.max_length + generation.sampling.max_tokens) or lower those"
+        )
+    gpus, parallel = config.generation.resources.gpus, config.generation.engine.tensor_parallel_size
+    if gpus and gpus >= 1 and gpus != parallel:
+        yield f"generation.resources.gpus: {gpus:g} must equal generation.engine.tensor_parallel_size {parallel}"
+    if not gpus and parallel > 1:
+        yield f"generation.engine.tensor_parallel_size: {parallel} needs generation.resources.gpus: {parallel}"
+    if config.train.resources.gpus not in (0, 1):
+        yield f"train.resources.gpus: {config.train.resources.gpus:g}; a train worker drives exactly one GPU, or none"
+    if config.evaluation.answer_extractor != "none" and config.data.heldout is None:
+        yield "evaluation.answer_extractor: needs data.heldout"
+    owned = {"model", "tokenizer", "dtype", "seed", "max_model_len", "generation_config", "skip_tokenizer_init"}
+    owned |= set(EngineConfig.model_fields)
+    for key in sorted(owned & set(config.generation.engine.extra)):
+        yield f"generation.engine.extra.{key}: is set by spin_ray; use the field of its own"
+
+
+def flatten(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    """``{"a": {"b": 1}}`` -> ``{"a.b": 1}``."""
+    flat: dict[str, Any] = {}
+    for key, value in tree.items():
+        if isinstance(value, dict) and value:
+            flat |= flatten(value, f"{prefix}{key}.")
+        else:
+            flat[prefix + key] = value
+    return flat
+
+
+def digest(value: Any) -> str:
+    """SHA-256 of the canonical JSON of ``value``."""
+    return hashlib.sha256(json.dumps(value, sort_keys=True, separators=(",", ":")).encode()).hexdigest()
+
+
+def load_config(recipe: str | Path, overrides: dict[str, str] | None = None) -> SpinConfig:
+    """Reads a recipe and applies ``{"section.field": "YAML value"}`` on top.
+
+    Raises:
+        ConfigError: the file cannot be read, or its content is wrong; every problem is listed.
+    """
+    try:
+        content = yaml.safe_load(Path(recipe).read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError) as error:
+        raise ConfigError(f"{recipe}: cannot be read ({error})") from error
+    except yaml.YAMLError as error:
+        raise ConfigError(f"{recipe}: is not YAML: {' '.join(str(error).split())}") from error
+    if not isinstance(content, dict):
+        raise ConfigError(f"{recipe}: must hold sections (model, data, …), found {type(content).__name__}")
+    for key, text in (overrides or {}).items():
+        _set(content, key, text)
+    return parse_config(content, source=str(recipe))
+
+
+def parse_config(content: dict[str, Any], source: str) -> SpinConfig:
+    """Validates ``content``; ``source`` is named in the error, which lists every problem."""
+    try:
+        return SpinConfig.model_validate(content)
+    except ValidationError as error:
+        problems = [line for detail in error.errors() for line in _explain(detail)]
+        raise ConfigError(f"{source}: " + "; ".join(problems)) from error
+
+
+def _explain(detail: Any) -> list[str]:
+    # Union members add their type to the location; what the user wrote is the path of keys.
+    where = ".".join(str(part) for part in detail["loc"] if not str(part).startswith(("function-", "constrained-", "tuple[")))
+    if detail["type"] == "extra_forbidden":
+        return [f"{where}: unknown key"]
+    if detail["type"] == "value_error":
+        return str(detail["ctx"]["error"]).split("\n")
+    shown = repr(detail["input"])
+    given = "" if detail["type"] == "missing" else f" (got {shown if len(shown) <= 80 else shown[:77] + '…'})"
+    return [f"{where}: {detail['msg'].lower()}{given}"]
+
+
+def _set(content: dict[str, Any], key: str, text: str) -> None:
+    *sections, field = key.split(".")
+    for section in sections:
+        child = content.setdefault(section, {})
+        if child is None:
+            child = content[section] = {}
+        if not isinstance(child, dict):
+            raise ConfigError(f"--{key}: {section} is a value, not a section")
+        content = child
+    try:
+        value = yaml.safe_load(text)
+    except yaml.YAMLError as error:
+        raise ConfigError(f"--{key}={text}: is not a YAML value") from error
+    content[field] = value

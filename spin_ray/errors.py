@@ -1,0 +1,33 @@
+"""Errors written for the person who reads them.
+
+A ``UserError`` is something the user can mend: the command line prints its one line and exits with code 2.
+Anything else is a failure of the run (exit code 1).
+"""
+
+
+class UserError(Exception):
+    """Bad input; the message names the thing (file, row or field), the reason and the remedy in one line."""
+
+
+class ConfigError(UserError):
+    """The recipe, or a combination of its values, cannot work."""
+
+
+class DataError(UserError):
+    """The training or held-out data cannot be used."""
+
+
+class ModelError(UserError):
+    """The model folder cannot be used, or must not be trusted."""
+
+
+class ResourceError(UserError):
+    """The cluster cannot satisfy what a stage asks for."""
+
+
+class RunDirError(UserError):
+    """The run directory belongs to another run, is in use, or is damaged."""
+
+
+class StageError(RuntimeError):
+    """A stage failed in a way that the same command, run again, may get past."""

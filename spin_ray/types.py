@@ -1,0 +1,130 @@
+"""Rows on disk (Arrow schemas) and the tensor batches made of them.
+
+Legend of dimensions, used in every signature of the package:
+
+    tokens    tokens of one pack (a fixed length; the tail is padding)
+    targets   response tokens of one pack: those whose log-probability is wanted
+    segments  responses (branches) of one pack
+    pairs     (real, generated) pairs of one pack
+"""
+
+from dataclasses import dataclass
+
+import pyarrow as pa
+import torch
+from jaxtyping import Int64
+from torch import Tensor
+
+TOKEN_IDS = pa.list_(pa.int32())
+
+PROMPT_SCHEMA = pa.schema(
+    [
+        pa.field("prompt_id", pa.string(), nullable=False),
+        pa.field("prompt_ids", TOKEN_IDS, nullable=False),
+        pa.field("real_ids", TOKEN_IDS, nullable=False),
+        pa.field("messages", pa.string(), nullable=False),
+        pa.field("answer", pa.float64()),
+    ]
+)
+"""One SFT row, rendered by the chat template and tokenised once; nothing later tokenises text again.
+
+Example: ``{"prompt_id": "9f2c…", "prompt_ids": [1, 9690, …], "real_ids": [38, 446, …, 2],
+"messages": '[{"role": "user", …}, {"role": "assistant", …}]', "answer": 7.0}``.
+``real_ids`` ends with the end-of-turn token; ``answer`` is null where the data has none.
+"""
+
+GENERATION_SCHEMA = pa.schema(
+    [
+        pa.field("prompt_id", pa.string(), nullable=False),
+        pa.field("sample", pa.int32(), nullable=False),
+        pa.field("opponent", pa.string(), nullable=False),
+        pa.field("token_ids", TOKEN_IDS, nullable=False),
+        pa.field("finish_reason", pa.string(), nullable=False),
+        pa.field("seed", pa.int64(), nullable=False),
+    ]
+)
+"""One response y′ of the opponent, as exact token ids.
+
+Example: ``{"prompt_id": "9f2c…", "sample": 0, "opponent": "sft", "token_ids": [339, …, 2],
+"finish_reason": "stop", "seed": 5310…}``. The end-of-turn token is there only if the engine stopped on it
+(``finish_reason == "stop"``); a response cut at ``max_tokens`` has ``"length"`` and no such token.
+"""
+
+PAIR_SCHEMA = pa.schema(
+    [
+        pa.field("pair_id", pa.string(), nullable=False),
+        pa.field("prompt_id", pa.string(), nullable=False),
+        pa.field("iteration", pa.int32(), nullable=False),
+        pa.field("prompt_ids", TOKEN_IDS, nullable=False),
+        pa.field("real_ids", TOKEN_IDS, nullable=False),
+        pa.field("generated_ids", TOKEN_IDS, nullable=False),
+    ]
+)
+"""One training pair: x, y and the y′ that the opponent of ``iteration`` gave.
+
+Example: ``{"pair_id": "9f2c…/000/0", "prompt_id": "9f2c…", "iteration": 0, "prompt_ids": […], "real_ids": […],
+"generated_ids": […]}``; the last part of ``pair_id`` is the sample number. In the SFT warm-up ``generated_ids`` is empty.
+"""
+
+REFERENCE_SCHEMA = pa.schema(
+    [
+        pa.field("pair_id", pa.string(), nullable=False),
+        pa.field("real_logp", pa.float32(), nullable=False),
+        pa.field("generated_logp", pa.float32(), nullable=False),
+    ]
+)
+"""log p_ref of both responses of a pair: sums over response tokens, in nats, from the trainer's own kernels."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class PackedBatch:
+    """One pack: several shared-prompt trees behind one another in a single sequence of fixed length.
+
+    A tree is a prompt followed by its responses. Every response continues the prompt's positions and sees the prompt
+    and itself, never a sibling or another tree, so one forward pass scores all of them as if each stood alone.
+
+    Example: prompt ``[5, 6]``, real ``[7, 2]``, generated ``[8]``, pack length 6::
+
+        input_ids     5  6  7  2  8  0
+        position_ids  0  1  2  3  2  0
+        tree          0  0  0  0  0 -1
+        branch        0  0  1  1  2  0
+        predict_at    1  2  1      target_ids  7  2  8      segment  0  0  1
+        real_segment  0            generated_segment  1     pair_row  (row of the pair in its table)
+    """
+
+    input_ids: Int64[Tensor, "tokens"]
+    position_ids: Int64[Tensor, "tokens"]
+    tree: Int64[Tensor, "tokens"]
+    """Number of the tree a token belongs to; -1 marks padding (the pad id may equal the end-of-turn id)."""
+    branch: Int64[Tensor, "tokens"]
+    """0 for the prompt, 1, 2, … for the responses of the tree."""
+    predict_at: Int64[Tensor, "targets"]
+    """Position whose hidden state predicts the target: the last prompt token for the first token of a response."""
+    target_ids: Int64[Tensor, "targets"]
+    segment: Int64[Tensor, "targets"]
+    """Which response the target belongs to, 0 … num_segments - 1."""
+    num_segments: int
+    real_segment: Int64[Tensor, "pairs"]
+    generated_segment: Int64[Tensor, "pairs"]
+    """Segment of y′; -1 for a row that has none (SFT)."""
+    pair_row: Int64[Tensor, "pairs"]
+    """Row of the pair in the table that the pack was built from."""
+
+    @property
+    def num_pairs(self) -> int:
+        return self.pair_row.shape[0]
+
+    @property
+    def num_useful_tokens(self) -> int:
+        """Tokens that are not padding."""
+        return int((self.tree >= 0).sum())
+
+    def to(self, device: torch.device) -> "PackedBatch":
+        """The same pack on ``device``."""
+        moved = {
+            name: value.to(device) if isinstance(value, Tensor) else value
+            for name in self.__slots__
+            for value in [getattr(self, name)]
+        }
+        return PackedBatch(**moved)
