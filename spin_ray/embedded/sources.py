@@ -1,0 +1,37 @@
+"""Files that ship inside installed packages."""
+
+import hashlib
+import importlib.util
+from pathlib import Path
+
+from spin_ray.errors import ConfigError
+
+
+def package_file(module: str, file: str, *, requirement: str, sha256: str) -> Path:
+    """Path of ``file`` inside the installed package ``module``, found without importing the package.
+
+    Importing would run code (and need dependencies) that only the file's bytes do not need. The digest pins those
+    bytes: what is made from them is cached under a version number that means one thing.
+
+    Raises:
+        ConfigError: the package is not installed, or is another release than ``requirement``.
+    """
+    install = f"pip install --no-deps {requirement}"
+    spec = importlib.util.find_spec(module)
+    if spec is None or not spec.submodule_search_locations:
+        raise ConfigError(f"the package {module} is not installed; {install}")
+    path = Path(spec.submodule_search_locations[0]) / file
+    if not path.is_file():
+        raise ConfigError(f"{path} is missing; {install} --force-reinstall")
+    with path.open("rb") as stream:
+        digest = hashlib.file_digest(stream, "sha256").hexdigest()
+    if digest != sha256:
+        raise ConfigError(f"{path} is not the file of {requirement} (sha256 {digest}); {install} --force-reinstall")
+    return path
+
+
+def require_modules(*modules: str) -> None:
+    """Raise ConfigError naming what to install if one of ``modules`` cannot be imported."""
+    missing = [module for module in modules if importlib.util.find_spec(module) is None]
+    if missing:
+        raise ConfigError(f"not installed: {', '.join(missing)}; pip install {' '.join(missing)}")
