@@ -62,8 +62,9 @@ class DataConfig(Section):
     Many short iterations with fresh y′ keep the opponent honest (y′ goes stale while the policy moves)."""
     max_rows: Count | None = None
     """Use only the first rows of the training data."""
-    turns: Literal["last", "all"] = "last"
-    """``last``: the last assistant message of a conversation is the response. ``all``: every assistant message makes a row."""
+    turns: Literal["last", "first", "all"] = "last"
+    """Which assistant messages are responses: the ``last`` of a conversation, the ``first`` (paper: first turn), or ``all``
+    (each makes a row). What a user says is never scored."""
     system: str | None = None
     """System message for conversations that have none (otherwise the chat template's own default applies)."""
     max_quarantine_fraction: Fraction = 0.05
@@ -219,6 +220,8 @@ class ClusterConfig(Section):
     """Ray cluster to attach to (``auto`` finds a running one). Not set: $RAY_ADDRESS, else an embedded local Ray."""
     local_cpus: Count | None = None
     """Logical CPUs of an embedded Ray. Not set: the machine's."""
+    wait_for_nodes_s: NonNegative = 0
+    """Longest wait for an autoscaling cluster to grow to what the stages ask for."""
 
 
 class SpinConfig(Section):

@@ -1,0 +1,60 @@
+"""Makes CPU compute safe and quick in a process, before torch does its first matrix product.
+
+Some virtual machines advertise AMX (matrix tiles) without the CPUID leaf that describes the tiles: oneDNN then builds kernels
+that die of SIGILL at the first bf16 product. A product in a process of its own tells; where it dies, oneDNN is held at AVX-512.
+"""
+
+import logging
+import os
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+logger = logging.getLogger(__name__)
+
+_PROBE = "import torch; a = torch.ones(64, 64, dtype=torch.bfloat16); assert (a @ a)[0, 0] == 64"
+_WITHOUT_AMX = "AVX512_CORE_FP16"
+
+
+def prepare(threads: int) -> None:
+    """Sets the number of compute threads and keeps clear of broken AMX. Call it before anything computes.
+
+    More threads than free cores slow training more than tenfold, so ``threads`` is what Ray gave this process; threads that
+    wait do so asleep, because a spinning one takes the core from the thread it waits for.
+    """
+    os.environ["OMP_NUM_THREADS"] = str(threads)
+    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+    if "ONEDNN_MAX_CPU_ISA" not in os.environ and _amx_is_advertised() and not _amx_works():
+        os.environ["ONEDNN_MAX_CPU_ISA"] = _WITHOUT_AMX
+
+
+def allow_amx_kernels() -> None:
+    """Asks the kernel for the tile registers; vLLM's own attention kernels use them without asking (vLLM 0.29)."""
+    if _amx_is_advertised():
+        import torch
+
+        torch.cpu._init_amx()
+
+
+def _amx_is_advertised() -> bool:
+    try:
+        return " amx_tile" in Path("/proc/cpuinfo").read_text()
+    except OSError:
+        return False
+
+
+def _amx_works() -> bool:
+    """Remembered until the machine boots again."""
+    boot = Path("/proc/sys/kernel/random/boot_id").read_text().strip()
+    memo = Path(tempfile.gettempdir()) / f"spin-ray-{os.getuid()}-amx-{boot}"
+    try:
+        return memo.read_text() == "works"
+    except FileNotFoundError:
+        environment = {name: value for name, value in os.environ.items() if name != "ONEDNN_MAX_CPU_ISA"}
+        probe = subprocess.run([sys.executable, "-c", _PROBE], env=environment, capture_output=True, timeout=120, check=False)
+        works = probe.returncode == 0
+        if not works:
+            logger.warning("this machine advertises AMX but cannot run it; oneDNN is held at %s", _WITHOUT_AMX)
+        memo.write_text("works" if works else "broken")
+        return works

@@ -1,0 +1,129 @@
+"""Conversations -> token ids, once, by the model's own chat template.
+
+Two rules keep SPIN exact. The text is tokenised here and nowhere else, so that generation, scoring and training see the
+same ids. And text of a user can never become a control token: where a message contains the name of one (say
+``<|im_end|>``), that piece is set aside while the template is applied and tokenised as plain text.
+"""
+
+import re
+from dataclasses import dataclass
+from typing import Any
+
+from jinja2 import TemplateError
+
+from spin_ray.errors import ModelError
+
+Message = dict[str, str]
+
+_OPEN, _CLOSE = "\ue000", "\ue001"  # private-use characters: in no template, and set aside themselves where a text has them
+_PROBE = "spin-ray-probe"
+
+
+@dataclass(frozen=True, slots=True)
+class Rendered:
+    """Token ids of one row: the prompt up to where the assistant speaks, and the response with its end-of-turn token."""
+
+    prompt_ids: list[int]
+    real_ids: list[int]
+
+
+class RenderError(ValueError):
+    """The chat template refuses the conversation."""
+
+
+class ChatRenderer:
+    """Applies a tokenizer's chat template.
+
+    Example (ChatML): ``[user "hi", assistant "hello"]`` gives prompt ``<|im_start|>user\\nhi<|im_end|>\\n<|im_start|>assistant\\n``
+    and real ``hello<|im_end|>``.
+    """
+
+    def __init__(self, tokenizer: Any) -> None:
+        """Raises ModelError if the tokenizer has no chat template, or none that can mark the end of a turn."""
+        if not tokenizer.chat_template:
+            raise ModelError(
+                f"{tokenizer.name_or_path}: its tokenizer has no chat template; set model.chat_template to a file with one"
+            )
+        self._tokenizer = tokenizer
+        control = {str(token): token_id for token_id, token in tokenizer.added_tokens_decoder.items()}
+        names = sorted([*control, _OPEN, _CLOSE], key=len, reverse=True)
+        self._guarded = re.compile("|".join(map(re.escape, names)))
+        self._marker = re.compile(f"{_OPEN}(\\d+){_CLOSE}")
+        self.end_of_turn_id, self._end_of_turn = self._probe_end_of_turn(control)
+
+    def render(self, messages: list[Message]) -> Rendered:
+        """Token ids of a conversation whose last message is the assistant's response.
+
+        Raises:
+            RenderError: the template refuses it (say, two user messages in a row).
+        """
+        set_aside: list[str] = []
+        guarded = [message | {"content": self._guard(message["content"], set_aside)} for message in messages]
+        prompt = self._apply(guarded[:-1], add_generation_prompt=True)
+        whole = self._apply(guarded, add_generation_prompt=False)
+        # A template may rewrite the history once an answer follows; then the answer's own text is the response.
+        response = whole[len(prompt) :] if whole.startswith(prompt) else guarded[-1]["content"]
+        if self._end_of_turn in response:
+            response = response[: response.index(self._end_of_turn)]
+        return Rendered(
+            prompt_ids=self._tokenise(prompt, set_aside),
+            real_ids=[*self._tokenise(response, set_aside), self.end_of_turn_id],
+        )
+
+    def _guard(self, text: str, set_aside: list[str]) -> str:
+        def replace(match: re.Match[str]) -> str:
+            set_aside.append(match.group())
+            return f"{_OPEN}{len(set_aside) - 1}{_CLOSE}"
+
+        return self._guarded.sub(replace, text)
+
+    def _apply(self, messages: list[Message], add_generation_prompt: bool) -> str:
+        try:
+            return self._tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=add_generation_prompt)
+        except (TemplateError, ValueError, TypeError, KeyError) as error:
+            raise RenderError(str(error)) from error
+
+    def _tokenise(self, text: str, set_aside: list[str]) -> list[int]:
+        """The template writes its own beginning-of-text token, so none is added."""
+        if not set_aside:
+            return self._tokenizer.encode(text, add_special_tokens=False)
+        ids: list[int] = []
+        for position, piece in enumerate(self._marker.split(text)):
+            if position % 2:
+                forged = set_aside[int(piece)]
+                ids += self._tokenizer.encode(forged, add_special_tokens=False, split_special_tokens=True)
+            elif piece:
+                ids += self._tokenizer.encode(piece, add_special_tokens=False)
+        return ids
+
+    def _probe_end_of_turn(self, control: dict[str, int]) -> tuple[int, str]:
+        """The first control token that the template writes after an assistant's message."""
+        probe = [{"role": "user", "content": "?"}, {"role": "assistant", "content": _PROBE}]
+        try:
+            tail = self._apply(probe, add_generation_prompt=False).rpartition(_PROBE)[2]
+        except RenderError as error:
+            raise ModelError(f"{self._tokenizer.name_or_path}: its chat template fails on a plain exchange ({error})") from error
+        found = self._guarded.search(tail)
+        if found:
+            return control[found.group()], found.group()
+        if self._tokenizer.eos_token_id is None:
+            raise ModelError(f"{self._tokenizer.name_or_path}: neither its chat template nor its tokenizer marks the end of a turn")
+        return self._tokenizer.eos_token_id, self._tokenizer.eos_token
+
+
+def load_tokenizer(path: str, chat_template: str | None = None, trust_remote_code: bool = False) -> Any:
+    """The model's tokenizer, with the chat template of ``chat_template`` (a file) if one is given."""
+    from pathlib import Path
+
+    from transformers import AutoTokenizer
+
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(path, trust_remote_code=trust_remote_code)
+    except (OSError, ValueError) as error:
+        raise ModelError(f"{path}: its tokenizer cannot be loaded ({str(error).splitlines()[0]})") from error
+    if chat_template:
+        try:
+            tokenizer.chat_template = Path(chat_template).read_text(encoding="utf-8")
+        except OSError as error:
+            raise ModelError(f"{chat_template}: cannot be read ({error.strerror})") from error
+    return tokenizer

@@ -1,0 +1,152 @@
+"""What the run asks of Ray: connecting, checking that every stage fits, waiting with a limit."""
+
+import logging
+import os
+import queue
+import threading
+import time
+from collections.abc import Iterator
+from typing import Any, TypeVar
+
+import ray
+
+from spin_ray.config import SpinConfig
+from spin_ray.errors import ResourceError, StageError
+
+logger = logging.getLogger(__name__)
+
+Row = TypeVar("Row")
+Bundles = list[dict[str, float]]
+
+
+def connect(config: SpinConfig) -> None:
+    """Attaches to the cluster of the config or of $RAY_ADDRESS, or starts an embedded Ray; nothing if Ray is up already.
+
+    Raises:
+        ResourceError: no cluster answers at the address.
+    """
+    os.environ.setdefault("RAY_TRAIN_V2_ENABLED", "1")
+    if not ray.is_initialized():
+        address = config.cluster.address or os.environ.get("RAY_ADDRESS")
+        options: dict[str, Any] = {"address": address} if address else {
+            "address": "local", "num_cpus": config.cluster.local_cpus, "include_dashboard": False,
+        }  # fmt: skip
+        try:
+            ray.init(log_to_driver=False, logging_level=logging.WARNING, **options)
+        except (ConnectionError, RuntimeError) as error:
+            raise ResourceError(f"cluster.address {address}: cannot be reached ({str(error).splitlines()[0]})") from error
+    context = ray.data.DataContext.get_current()
+    context.enable_progress_bars = False
+    context.print_on_execution_start = False
+    logging.getLogger("ray.data").setLevel(logging.WARNING)
+
+
+def demands(config: SpinConfig) -> dict[str, Bundles]:
+    """What each stage needs at the same time, one bundle per actor or worker."""
+    return {
+        "generation": [config.generation.resources.bundle] * config.generation.replicas,
+        "train": [config.train.resources.bundle] * config.train.workers,
+    }
+
+
+def check_fits(config: SpinConfig) -> None:
+    """Checks every stage against the nodes of the cluster, waiting for nodes to join if the config allows it.
+
+    Raises:
+        ResourceError: a stage could never be placed; the message says what it asks for and what the cluster has.
+    """
+    deadline = time.monotonic() + config.cluster.wait_for_nodes_s
+    while problems := [
+        f"{stage} asks for {len(bundles)} × {_shown(bundles[0])} ({stage}.{'replicas' if stage == 'generation' else 'workers'}, "
+        f"{stage}.resources)"
+        for stage, bundles in demands(config).items()
+        if not _placeable(bundles, _node_resources())
+    ]:
+        if time.monotonic() >= deadline:
+            nodes = "; ".join(_shown(node) for node in _node_resources()) or "no nodes"
+            raise ResourceError(f"{' and '.join(problems)}, but the cluster has: {nodes}; lower the request or add nodes")
+        _ask_autoscaler(config)
+        time.sleep(2)
+
+
+def wait_until_free(bundles: Bundles, timeout_s: float, stage: str) -> None:
+    """Waits until what the last stage held is free again for ``stage``.
+
+    Raises:
+        StageError: still taken after ``timeout_s`` seconds.
+    """
+    deadline = time.monotonic() + timeout_s
+    while True:
+        free = ray.available_resources()
+        needed: dict[str, float] = {}
+        for bundle in bundles:
+            for name, amount in bundle.items():
+                needed[name] = needed.get(name, 0) + amount
+        if all(free.get(name, 0) >= amount for name, amount in needed.items()):
+            return
+        if time.monotonic() > deadline:
+            raise StageError(f"{stage}: waited {timeout_s:.0f} s for {_shown(needed)} to be free; the cluster has {_shown(free)} free")
+        time.sleep(0.1)
+
+
+def with_deadline(rows: Iterator[Row], first_s: float, next_s: float, what: str) -> Iterator[Row]:
+    """Passes ``rows`` on, and gives up when nothing comes.
+
+    Raises:
+        StageError: no first row within ``first_s`` seconds, or no further one within ``next_s``.
+    """
+    done = object()
+    arrived: queue.Queue[Any] = queue.Queue()
+
+    def pump() -> None:
+        try:
+            for row in rows:
+                arrived.put(row)
+            arrived.put(done)
+        except BaseException as error:
+            arrived.put(error)
+
+    threading.Thread(target=pump, name=what, daemon=True).start()
+    timeout_s = first_s
+    while True:
+        try:
+            item = arrived.get(timeout=timeout_s)
+        except queue.Empty:
+            raise StageError(
+                f"waited {timeout_s:.0f} s for {what}; free in the cluster: {_shown(ray.available_resources())}"
+            ) from None
+        if item is done:
+            return
+        if isinstance(item, BaseException):
+            raise item
+        timeout_s = next_s
+        yield item
+
+
+def _node_resources() -> list[dict[str, float]]:
+    return [node["Resources"] for node in ray.nodes() if node["Alive"]]
+
+
+def _placeable(bundles: Bundles, nodes: list[dict[str, float]]) -> bool:
+    """Whether the bundles find room on the nodes, largest first, each on the first node that has room."""
+    room = [dict(node) for node in nodes]
+    for bundle in sorted(bundles, key=lambda bundle: sum(bundle.values()), reverse=True):
+        node = next((node for node in room if all(node.get(name, 0) >= amount for name, amount in bundle.items())), None)
+        if node is None:
+            return False
+        for name, amount in bundle.items():
+            node[name] -= amount
+    return True
+
+
+def _ask_autoscaler(config: SpinConfig) -> None:
+    from ray.autoscaler.sdk import request_resources
+
+    largest = max(demands(config).values(), key=lambda bundles: sum(sum(bundle.values()) for bundle in bundles))
+    request_resources(bundles=largest)
+
+
+def _shown(resources: dict[str, float]) -> str:
+    """Resources a person asks for, e.g. ``2 CPU, 1 GPU``; not Ray's own (memory, node names)."""
+    shown = [f"{amount:g} {name}" for name, amount in sorted(resources.items()) if not name.startswith(("node:", "object_", "memory"))]
+    return ", ".join(shown) or "nothing"

@@ -1,0 +1,299 @@
+"""A run on disk: where artefacts are, and when they count.
+
+    RUN/run.json                     what the run is: resolved config, versions, digests
+    RUN/<artefact>/part-*.parquet    rows
+    RUN/<artefact>/_MANIFEST.json    the commit: readers trust only what it lists
+    RUN/events.jsonl, RUN/LATEST     what happened; the newest published iterate
+"""
+
+import hashlib
+import json
+import logging
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import pyarrow as pa
+from pydantic import BaseModel
+
+from spin_ray.config import SpinConfig, digest
+from spin_ray.errors import RunDirError
+from spin_ray.storage import ATTEMPTS, Storage, bytes_digest, table_from_bytes, table_to_bytes
+
+logger = logging.getLogger(__name__)
+
+MANIFEST = "_MANIFEST.json"
+
+
+class FileEntry(BaseModel):
+    sha256: str
+    bytes: int
+    rows: int | None = None
+
+
+class Manifest(BaseModel):
+    """What an artefact consists of and what it was made from."""
+
+    files: dict[str, FileEntry]
+    inputs: dict[str, str]
+    """Digests of the artefacts and models it was made from."""
+    config: str
+    """Digest of ``settings``."""
+    settings: dict[str, Any]
+    """The part of the config that decides the content."""
+    counts: dict[str, float] = {}
+    """What the stage counted, e.g. dropped pairs."""
+
+    def to_bytes(self) -> bytes:
+        return json.dumps(self.model_dump(), indent=1, sort_keys=True).encode()
+
+    @property
+    def digest(self) -> str:
+        return bytes_digest(self.to_bytes()).sha256
+
+    @property
+    def rows(self) -> int:
+        return sum(entry.rows or 0 for entry in self.files.values())
+
+
+@dataclass(frozen=True)
+class Artefact:
+    """A folder of the run with the commit protocol: parts first, each created atomically; the manifest last."""
+
+    storage: Storage
+    path: str
+    """Below the run, e.g. ``iter_000/pairs``."""
+
+    @property
+    def is_committed(self) -> bool:
+        return self.storage.exists(f"{self.path}/{MANIFEST}")
+
+    def manifest(self) -> Manifest:
+        """Raises RunDirError if the artefact is not committed or its manifest is damaged."""
+        try:
+            return Manifest.model_validate_json(self.storage.read(f"{self.path}/{MANIFEST}"))
+        except FileNotFoundError as error:
+            raise RunDirError(f"{self.storage.path(self.path)}: is not committed; run the command again") from error
+        except ValueError as error:
+            raise RunDirError(f"{self.storage.path(self.path)}/{MANIFEST}: is damaged; restore it or remove the folder") from error
+
+    def is_current(self, inputs: dict[str, str], settings: dict[str, Any]) -> bool:
+        """True if the artefact is committed and was made from these inputs and settings; False if it is not committed.
+
+        Raises:
+            RunDirError: it was made from others; the message names what differs.
+        """
+        if not self.is_committed:
+            return False
+        manifest = self.manifest()
+        then, now = manifest.settings | manifest.inputs, _as_json(settings) | inputs
+        differing = sorted(key for key in then.keys() | now.keys() if then.get(key) != now.get(key))
+        if differing:
+            raise RunDirError(
+                f"{self.storage.path(self.path)}: was made with other values of {', '.join(differing)}; "
+                "restore them, choose another --out, or remove this folder and those of later iterations"
+            )
+        return True
+
+    def write_part(self, name: str, table: pa.Table) -> FileEntry:
+        """Commits one part. A part that is there already stays as it is: the first commit wins."""
+        data = table_to_bytes(table)
+        try:
+            self.storage.create(f"{self.path}/{name}", data)
+        except FileExistsError:
+            return self.part_entry(name)
+        sha256, size = bytes_digest(data)
+        return FileEntry(sha256=sha256, bytes=size, rows=table.num_rows)
+
+    def part_entry(self, name: str) -> FileEntry:
+        data = self.storage.read(f"{self.path}/{name}")
+        sha256, size = bytes_digest(data)
+        return FileEntry(sha256=sha256, bytes=size, rows=table_from_bytes(data).num_rows)
+
+    def part_names(self) -> list[str]:
+        """Parts that are there, whether the artefact as a whole is committed or not."""
+        return [name for name in self.storage.names(self.path) if name.startswith("part-")]
+
+    def commit(
+        self,
+        files: dict[str, FileEntry],
+        inputs: dict[str, str],
+        settings: dict[str, Any],
+        counts: dict[str, float] | None = None,
+    ) -> Manifest:
+        """Makes the artefact count: from here on its bytes never change."""
+        settings = _as_json(settings)
+        manifest = Manifest(files=files, inputs=inputs, config=digest(settings), settings=settings, counts=counts or {})
+        try:
+            self.storage.create(f"{self.path}/{MANIFEST}", manifest.to_bytes())
+        except FileExistsError:
+            self.is_current(inputs, settings)
+            return self.manifest()
+        return manifest
+
+    def read_part(self, name: str, entry: FileEntry) -> pa.Table:
+        """Rows of one part, after checking its digest."""
+        where = f"{self.path}/{name}"
+        try:
+            data = self.storage.read(where)
+        except FileNotFoundError as error:
+            raise RunDirError(f"{self.storage.path(where)}: is missing though its manifest lists it") from error
+        if bytes_digest(data) != (entry.sha256, entry.bytes):
+            raise RunDirError(f"{self.storage.path(where)}: differs from its digest; restore it or remove {self.path} to redo it")
+        return table_from_bytes(data)
+
+    def tables(self) -> Iterator[pa.Table]:
+        """The parts in order, one at a time."""
+        for name, entry in sorted(self.manifest().files.items()):
+            yield self.read_part(name, entry)
+
+    def verify(self) -> Manifest:
+        """Recomputes every digest.
+
+        Raises:
+            RunDirError: a file is missing or differs from the manifest.
+        """
+        manifest = self.manifest()
+        for name, entry in manifest.files.items():
+            where = f"{self.path}/{name}"
+            if not self.storage.exists(where) or self.storage.digest(where) != (entry.sha256, entry.bytes):
+                raise RunDirError(f"{self.storage.path(where)}: is missing or differs from its digest; restore it or remove {self.path}")
+        return manifest
+
+
+class RunDir:
+    """Names of everything in a run, its identity, its log and LATEST."""
+
+    def __init__(self, storage: Storage) -> None:
+        self.storage = storage
+
+    def artefact(self, path: str) -> Artefact:
+        return Artefact(self.storage, path)
+
+    @property
+    def prompts(self) -> Artefact:
+        return self.artefact("prompts")
+
+    @property
+    def heldout(self) -> Artefact:
+        return self.artefact("heldout")
+
+    def generations(self, iteration: int) -> Artefact:
+        return self.artefact(f"{iteration_name(iteration)}/generations")
+
+    def pairs(self, iteration: int) -> Artefact:
+        return self.artefact(f"{iteration_name(iteration)}/pairs")
+
+    def reference(self, iteration: int) -> Artefact:
+        return self.artefact(f"{iteration_name(iteration)}/reference")
+
+    def model(self, iterate: int) -> Artefact:
+        """Weights of θ_iterate; θ_0 is there only if the warm-up ran."""
+        return self.artefact(f"{iterate_name(iterate)}/model")
+
+    def heldout_samples(self, iterate: int) -> Artefact:
+        """Answers of θ_iterate to the held-out prompts."""
+        return self.artefact(f"{iterate_name(iterate)}/heldout_samples")
+
+    def eval_path(self, iterate: int) -> str:
+        return f"{iterate_name(iterate)}/eval.json"
+
+    def begin(self, config: SpinConfig, facts: dict[str, Any]) -> None:
+        """Writes run.json, or checks that the run there is this one.
+
+        Raises:
+            RunDirError: the folder holds another run (the message names the differing keys) or something else.
+        """
+        if self.storage.exists("run.json"):
+            self._check_identity(config, facts)
+        elif foreign := sorted(entry.name for entry in self.storage.root.iterdir() if not entry.name.startswith((".", "lease"))):
+            raise RunDirError(f"{self.storage.root}: is not a run and not empty (holds {foreign[0]}); choose another --out")
+        self.storage.delete(ATTEMPTS)
+        content = {"config": config.model_dump(mode="json"), **facts}
+        self.storage.replace("run.json", json.dumps(content, indent=1).encode())
+
+    def _check_identity(self, config: SpinConfig, facts: dict[str, Any]) -> None:
+        stored = self.description()
+        then = SpinConfig.model_validate(stored["config"]).identity() | stored["inputs"]
+        now = config.identity() | facts["inputs"]
+        differing = [
+            f"{key} (was {then.get(key)!r}, now {now.get(key)!r})"
+            for key in sorted(then.keys() | now.keys())
+            if then.get(key) != now.get(key)
+        ]
+        if differing:
+            raise RunDirError(f"{self.storage.root}: holds another run: {'; '.join(differing)}; restore these or choose another --out")
+
+    def description(self) -> dict[str, Any]:
+        """run.json."""
+        try:
+            return json.loads(self.storage.read("run.json"))
+        except FileNotFoundError as error:
+            raise RunDirError(f"{self.storage.root}: is not a run (no run.json)") from error
+        except ValueError as error:
+            raise RunDirError(f"{self.storage.root}/run.json: is damaged; restore it") from error
+
+    @contextmanager
+    def stage(self, name: str) -> Iterator[dict[str, Any]]:
+        """Logs start, then commit or failure with wall time, to events.jsonl; the body adds what it counted to the yielded dict."""
+        counted: dict[str, Any] = {}
+        self.event("start", name)
+        started = time.monotonic()
+        try:
+            yield counted
+        except BaseException as error:
+            self.event("failure", name, seconds=round(time.monotonic() - started, 3), error=f"{type(error).__name__}: {error}"[:500])
+            raise
+        self.event("commit", name, seconds=round(time.monotonic() - started, 3), **counted)
+
+    def event(self, event: str, stage: str, **values: Any) -> None:
+        line = {"time": round(time.time(), 3), "event": event, "stage": stage, **values}
+        self.storage.append("events.jsonl", json.dumps(line) + "\n")
+
+    def events(self) -> list[dict[str, Any]]:
+        return read_json_lines(self.storage, "events.jsonl")
+
+    def publish(self, iterate: int) -> None:
+        """Moves LATEST to θ_iterate."""
+        name = iterate_name(iterate)
+        if self.latest() != name:
+            self.storage.replace("LATEST", f"{name}\n".encode())
+            self.event("publish", name)
+
+    def latest(self) -> str | None:
+        try:
+            return self.storage.read("LATEST").decode().strip()
+        except FileNotFoundError:
+            return None
+
+
+def iteration_name(iteration: int) -> str:
+    """``0 -> iter_000``: the first SPIN iteration."""
+    return f"iter_{iteration:03d}"
+
+
+def iterate_name(iterate: int) -> str:
+    """``0 -> sft`` (θ_0), ``1 -> iter_000``: iteration t turns θ_t into θ_{t+1} and keeps it in its own folder."""
+    return "sft" if iterate == 0 else iteration_name(iterate - 1)
+
+
+def read_json_lines(storage: Storage, name: str) -> list[dict[str, Any]]:
+    """Complete lines of a log; a last line that a crash cut short is left out."""
+    try:
+        text = storage.read(name).decode()
+    except FileNotFoundError:
+        return []
+    return [json.loads(line) for line in text.splitlines(keepends=True) if line.endswith("\n")]
+
+
+def folder_digest(files: dict[str, FileEntry]) -> str:
+    """One digest for a set of files."""
+    lines = "".join(f"{entry.sha256} {name}\n" for name, entry in sorted(files.items()))
+    return hashlib.sha256(lines.encode()).hexdigest()
+
+
+def _as_json(settings: dict[str, Any]) -> dict[str, Any]:
+    """The settings as they come back from disk (tuples become lists)."""
+    return json.loads(json.dumps(settings))

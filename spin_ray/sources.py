@@ -1,0 +1,159 @@
+"""SFT data as it comes: files, slices of files that a task reads alone, and rows with their origin."""
+
+import hashlib
+import json
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import PurePosixPath
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.fs
+import pyarrow.parquet as pq
+
+from spin_ray.errors import DataError
+
+SLICE_BYTES = 32 * 2**20
+SUFFIXES = (".jsonl", ".ndjson", ".json", ".parquet")
+
+
+@dataclass(frozen=True, slots=True)
+class Slice:
+    """Part of one file: bytes ``start`` to ``stop`` of a JSONL file, row groups ``start`` to ``stop`` of a Parquet file."""
+
+    uri: str
+    start: int
+    stop: int
+
+
+@dataclass(frozen=True, slots=True)
+class SourceRow:
+    origin: str
+    """File and place, as a person would look it up."""
+    content: dict[str, Any] | None
+    """The row, or None if it is not a JSON object."""
+    raw: bytes
+    """The row as it came (for Parquet: as JSON)."""
+
+
+def find_files(source: str) -> list[str]:
+    """Files that a path, folder, glob or URI stands for, sorted.
+
+    Raises:
+        DataError: nothing is there, or nothing of a known kind.
+    """
+    filesystem, path = _filesystem(source)
+    if "*" in path:
+        base = path.split("*")[0].rpartition("/")[0]
+        infos = filesystem.get_file_info(pyarrow.fs.FileSelector(base, recursive=True, allow_not_found=True))
+        infos = [info for info in infos if PurePosixPath(info.path).match(path)]
+    else:
+        infos = [filesystem.get_file_info(path)]
+        if infos[0].type == pyarrow.fs.FileType.Directory:
+            infos = filesystem.get_file_info(pyarrow.fs.FileSelector(path, recursive=True))
+            infos = [info for info in infos if info.path.endswith(SUFFIXES)]
+    infos = [info for info in infos if info.type == pyarrow.fs.FileType.File]
+    if not infos:
+        raise DataError(f"{source}: no such data (a .jsonl or .parquet file, a folder of them, a glob or a URI)")
+    for info in infos:
+        if not info.path.endswith(SUFFIXES):
+            raise DataError(f"{info.path}: unknown kind of data file; expected one of {', '.join(SUFFIXES)}")
+        if info.size == 0:
+            raise DataError(f"{info.path}: is empty")
+    prefix = source[: source.index("://") + 3] if "://" in source else ""
+    return sorted(prefix + info.path for info in infos)
+
+
+def files_digest(files: list[str]) -> str:
+    """SHA-256 over the content of local files; over name, size and time of remote ones."""
+    total = hashlib.sha256()
+    for uri in files:
+        filesystem, path = _filesystem(uri)
+        if isinstance(filesystem, pyarrow.fs.LocalFileSystem):
+            with open(path, "rb") as file:
+                total.update(hashlib.file_digest(file, "sha256").digest())
+        else:
+            info = filesystem.get_file_info(path)
+            total.update(f"{uri} {info.size} {info.mtime_ns}".encode())
+    return total.hexdigest()
+
+
+def split(files: list[str]) -> list[Slice]:
+    """Slices of about 32 MiB, in order."""
+    slices = []
+    for uri in files:
+        filesystem, path = _filesystem(uri)
+        if path.endswith(".parquet"):
+            groups = _parquet(uri).num_row_groups
+            slices += [Slice(uri, group, group + 1) for group in range(groups)]
+        else:
+            size = filesystem.get_file_info(path).size
+            slices += [Slice(uri, start, min(start + SLICE_BYTES, size)) for start in range(0, size, SLICE_BYTES)]
+    return slices
+
+
+def read_slice(piece: Slice) -> Iterator[SourceRow]:
+    """Rows of a slice, in order. A line belongs to the slice in which it starts."""
+    if piece.uri.endswith(".parquet"):
+        yield from _read_parquet(piece)
+    else:
+        yield from _read_lines(piece)
+
+
+def _read_lines(piece: Slice) -> Iterator[SourceRow]:
+    filesystem, path = _filesystem(piece.uri)
+    with filesystem.open_input_file(path) as file:
+        position, line_number = piece.start, 0
+        if piece.start:
+            file.seek(piece.start - 1)
+            position += len(file.readline()) - 1  # the line that starts before the slice belongs to the one before
+        while position < piece.stop:
+            line = file.readline()
+            position += len(line)
+            line_number += 1
+            if line.strip():
+                origin = f"{path}:{line_number}" if not piece.start else f"{path}: line {line_number} after byte {piece.start}"
+                yield SourceRow(origin, _parse(line), line.rstrip(b"\r\n"))
+
+
+def _parse(line: bytes) -> dict[str, Any] | None:
+    try:
+        content = json.loads(line)
+    except (ValueError, RecursionError):
+        return None
+    return content if isinstance(content, dict) else None
+
+
+def _read_parquet(piece: Slice) -> Iterator[SourceRow]:
+    file = _parquet(piece.uri)
+    wanted = [name for name in ("messages", "prompt", "response", "answer") if name in file.schema_arrow.names]
+    first = sum(file.metadata.row_group(group).num_rows for group in range(piece.start))
+    for batch in file.iter_batches(row_groups=list(range(piece.start, piece.stop)), columns=wanted):
+        for offset, content in enumerate(batch.to_pylist()):
+            yield SourceRow(f"{piece.uri}: row {first + offset}", content, json.dumps(content, default=str).encode())
+        first += batch.num_rows
+
+
+def _parquet(uri: str) -> pq.ParquetFile:
+    filesystem, path = _filesystem(uri)
+    try:
+        file = pq.ParquetFile(filesystem.open_input_file(path))
+    except pa.ArrowInvalid as error:
+        raise DataError(f"{uri}: is not a Parquet file ({error})") from error
+    names = set(file.schema_arrow.names)
+    if "messages" not in names and not {"prompt", "response"} <= names:
+        raise DataError(f"{uri}: needs a column messages, or columns prompt and response; has {', '.join(sorted(names))}")
+    return file
+
+
+def _filesystem(uri: str) -> tuple[pyarrow.fs.FileSystem, str]:
+    if uri.startswith("hf://"):
+        from huggingface_hub import HfFileSystem
+
+        return pyarrow.fs.PyFileSystem(pyarrow.fs.FSSpecHandler(HfFileSystem())), uri.removeprefix("hf://")
+    if "://" not in uri:
+        return pyarrow.fs.LocalFileSystem(), str(uri)
+    try:
+        return pyarrow.fs.FileSystem.from_uri(uri)
+    except (pa.ArrowInvalid, OSError) as error:
+        raise DataError(f"{uri}: cannot be opened ({error})") from error

@@ -1,0 +1,242 @@
+"""Stage 2: the opponent plays. y' ~ p_θt(.|x) for every prompt, shard by shard.
+
+    prompts -> shards still missing -> Ray Data -> [engine actor] x replicas -> one Parquet part per shard, committed on its own
+
+A shard is the unit of work, of commit and of loss. It is also one batch of the engine, with a seed of its own for every
+row, so that a retry of a shard gives the same tokens.
+"""
+
+import hashlib
+import logging
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import ray
+
+from spin_ray.config import SpinConfig, digest
+from spin_ray.engine import EngineSpec, GenerationEngine, VllmEngine
+from spin_ray.errors import RunDirError, StageError
+from spin_ray.progress import StageProgress
+from spin_ray.resources import wait_until_free, with_deadline
+from spin_ray.run_dir import Artefact, FileEntry, RunDir
+from spin_ray.storage import table_from_bytes
+from spin_ray.types import GENERATION_SCHEMA
+
+logger = logging.getLogger(__name__)
+
+FINGERPRINT = b"spin_ray.fingerprint"
+"""Parquet metadata of a shard: digest of what it was made from. A shard of another opponent is never taken over."""
+
+
+@dataclass(frozen=True)
+class Job:
+    """Which prompts the opponent answers, and where the answers go."""
+
+    prompts: Artefact
+    target: Artefact
+    opponent: str
+    """Name of the iterate that plays, e.g. ``sft`` or ``iter_000``."""
+    model_digest: str
+    rows: np.ndarray | None = None
+    """Row numbers in ``prompts``, ascending; all of them when None."""
+
+    def inputs(self) -> dict[str, str]:
+        return {"prompts": self.prompts.manifest().digest, "opponent": self.model_digest}
+
+    def settings(self, config: SpinConfig) -> dict[str, Any]:
+        return {
+            "seed": config.seed,
+            "opponent": self.opponent,
+            "samples_per_prompt": config.generation.samples_per_prompt,
+            "shard_rows": config.generation.shard_rows,
+            "max_length": config.model.max_length,
+            "sampling": config.generation.sampling.model_dump(mode="json"),
+            "engine": config.generation.engine.model_dump(mode="json", exclude={"gpu_memory_utilization", "cpu_kv_cache_gib"}),
+            "rows": digest(self.rows.tolist()) if self.rows is not None else "all",
+        }
+
+
+@dataclass(frozen=True)
+class Shard:
+    """One unit of work: some rows of the prompts, and the part that their answers make."""
+
+    job: Job
+    fingerprint: str
+    name: str
+    pieces: tuple[tuple[str, FileEntry, tuple[int, ...]], ...]
+    """(part of the prompts, its entry, rows within it)."""
+
+    def read_prompts(self) -> pa.Table:
+        tables = [self.job.prompts.read_part(name, entry).take(pa.array(rows, pa.int64())) for name, entry, rows in self.pieces]
+        return pa.concat_tables(tables)
+
+
+def run(
+    run_dir: RunDir,
+    config: SpinConfig,
+    spec: EngineSpec,
+    jobs: list[Job],
+    start_engine: Callable[[EngineSpec], GenerationEngine] = VllmEngine,
+) -> None:
+    """Answers the prompts of all jobs with one set of engines, and commits each job's target when its shards are there.
+
+    Raises:
+        RunDirError: shards of another opponent or configuration are in the way.
+        StageError: no engine came up, or none finished a shard, within the configured time.
+    """
+    jobs = [job for job in jobs if not job.target.is_current(job.inputs(), job.settings(config))]
+    if not jobs:
+        return
+    shards = [shard for job in jobs for shard in _shards(job, config)]
+    entries = {job.target.path: _finished(job, config) for job in jobs}
+    missing = [shard for shard in shards if shard.name not in entries[shard.job.target.path]]
+    names = " + ".join(job.target.path for job in jobs)
+    with run_dir.stage(names) as counted:
+        done = sum(entry.rows or 0 for found in entries.values() for entry in found.values())
+        total = sum(_rows(job) * config.generation.samples_per_prompt for job in jobs)
+        tokens = 0
+        with StageProgress(names, total, "rows", done=done) as progress:
+            for finished in _play(missing, config, spec, start_engine):
+                entries[finished["target"]][finished["name"]] = FileEntry(**finished["entry"])
+                tokens += finished["tokens"]
+                progress.advance(finished["entry"]["rows"], finished["tokens"])
+        for job in jobs:
+            job.target.commit(entries[job.target.path], job.inputs(), job.settings(config))
+        counted |= {"rows": total, "tokens": tokens, "shards_found": len(shards) - len(missing)}
+    wait_until_free([config.train.resources.bundle] * config.train.workers, 120, "training, after generation")
+
+
+def prompt_slice(total: int, wanted: int | None, iteration: int, seed: int) -> np.ndarray | None:
+    """Row numbers that iteration plays: a fresh slice of a seeded order, wrapping round; None for all rows.
+
+    Example: 10 rows, 4 wanted: iterations 0, 1, 2 take places 0-3, 4-7, 8-9 and 0-1 of the order.
+    """
+    if wanted is None or wanted >= total:
+        return None
+    order = np.random.default_rng([seed, 0x51]).permutation(total)
+    return np.sort(order[(iteration * wanted + np.arange(wanted)) % total])
+
+
+def row_seed(seed: int, opponent: str, prompt_id: str, sample: int) -> int:
+    """Seed of one response, a 63-bit integer: the same whenever and wherever the row is generated."""
+    identity = f"{seed}/{opponent}/{prompt_id}/{sample}".encode()
+    return int.from_bytes(hashlib.blake2b(identity, digest_size=8).digest(), "big") >> 1
+
+
+def _play(
+    shards: list[Shard], config: SpinConfig, spec: EngineSpec, start_engine: Callable[[EngineSpec], GenerationEngine]
+) -> Iterator[dict[str, Any]]:
+    """Ray Data over the shards; yields what each finished one holds. The engines are gone when it is exhausted."""
+    if not shards:
+        return
+    resources = config.generation.resources
+    played = ray.data.from_items([{"shard": shard} for shard in shards], override_num_blocks=len(shards)).map(
+        _Player,
+        fn_constructor_args=(spec, config, start_engine),
+        compute=ray.data.ActorPoolStrategy(size=min(config.generation.replicas, len(shards))),
+        num_cpus=resources.cpus,
+        num_gpus=resources.gpus or None,
+        resources=resources.custom or None,
+    )
+    first_s = config.generation.start_timeout_s + config.generation.shard_timeout_s
+    try:
+        for row in with_deadline(
+            played.iter_rows(), first_s, config.generation.shard_timeout_s, "a generation shard"
+        ):
+            yield row["finished"]
+    except ray.exceptions.RayError as error:
+        raise StageError(f"generation failed: {_cause(error)}; committed shards are kept, run the command again") from error
+
+
+class _Player:
+    """Actor: one engine that answers one shard after another."""
+
+    def __init__(self, spec: EngineSpec, config: SpinConfig, start_engine: Callable[[EngineSpec], GenerationEngine]) -> None:
+        self._engine = start_engine(spec)
+        self._config = config
+
+    def __call__(self, item: dict[str, Any]) -> dict[str, Any]:
+        shard: Shard = item["shard"]
+        started = time.monotonic()
+        answers = answer(shard, self._config, self._engine)
+        entry = shard.job.target.write_part(shard.name, answers)
+        tokens = pa.compute.sum(pa.compute.list_value_length(answers["token_ids"])).as_py()
+        seconds = round(time.monotonic() - started, 3)
+        return {
+            "finished": {
+                "target": shard.job.target.path, "name": shard.name, "entry": entry.model_dump(), "tokens": tokens, "seconds": seconds,
+            }
+        }  # fmt: skip
+
+
+def answer(shard: Shard, config: SpinConfig, engine: GenerationEngine) -> pa.Table:
+    """Rows of GENERATION_SCHEMA for a shard, in the order of its prompts, samples of a prompt together."""
+    prompts = shard.read_prompts()
+    samples = config.generation.samples_per_prompt
+    ids = [prompt_id for prompt_id in prompts["prompt_id"].to_pylist() for _ in range(samples)]
+    numbers = [number for _ in range(prompts.num_rows) for number in range(samples)]
+    opponent = shard.job.opponent
+    seeds = [row_seed(config.seed, opponent, prompt_id, number) for prompt_id, number in zip(ids, numbers, strict=True)]
+    token_ids = [row for row in prompts["prompt_ids"].to_pylist() for _ in range(samples)]
+    completions = engine.generate(token_ids, config.generation.sampling, seeds)
+    table = pa.table(
+        [
+            ids, numbers, [opponent] * len(ids),
+            [completion.token_ids for completion in completions], [completion.finish_reason for completion in completions], seeds,
+        ],
+        schema=GENERATION_SCHEMA,
+    )  # fmt: skip
+    return table.replace_schema_metadata({FINGERPRINT: shard.fingerprint.encode()})
+
+
+def _shards(job: Job, config: SpinConfig) -> list[Shard]:
+    """The job cut into shards of at most ``shard_rows`` responses (at least one prompt each)."""
+    files = sorted(job.prompts.manifest().files.items())
+    ends = np.cumsum([entry.rows for _, entry in files])
+    rows = job.rows if job.rows is not None else np.arange(ends[-1])
+    per_shard = max(1, config.generation.shard_rows // config.generation.samples_per_prompt)
+    fingerprint = _fingerprint(job, config)
+    shards = []
+    for number, start in enumerate(range(0, len(rows), per_shard)):
+        wanted = rows[start : start + per_shard]
+        owners = np.searchsorted(ends, wanted, side="right")
+        pieces = tuple(
+            (*files[owner], tuple((wanted[owners == owner] - (ends[owner] - files[owner][1].rows)).tolist()))
+            for owner in np.unique(owners)
+        )
+        shards.append(Shard(job, fingerprint, f"part-{number:05d}.parquet", pieces))
+    return shards
+
+
+def _fingerprint(job: Job, config: SpinConfig) -> str:
+    return digest([job.inputs(), job.settings(config)])
+
+
+def _finished(job: Job, config: SpinConfig) -> dict[str, FileEntry]:
+    """Shards that an earlier attempt committed."""
+    fingerprint = _fingerprint(job, config).encode()
+    found = {}
+    for name in job.target.part_names():
+        where = f"{job.target.path}/{name}"
+        metadata = table_from_bytes(job.target.storage.read(where)).schema.metadata or {}
+        if metadata.get(FINGERPRINT) != fingerprint:
+            raise RunDirError(
+                f"{job.target.storage.path(where)}: was generated with another opponent, prompts or settings; "
+                f"restore them, choose another --out, or remove {job.target.path}"
+            )
+        found[name] = job.target.part_entry(name)
+    return found
+
+
+def _rows(job: Job) -> int:
+    return len(job.rows) if job.rows is not None else job.prompts.manifest().rows
+
+
+def _cause(error: BaseException) -> str:
+    """The last line of a Ray error says what happened in the actor."""
+    lines = [line for line in str(error).splitlines() if line.strip()]
+    return lines[-1] if lines else type(error).__name__
