@@ -1,0 +1,109 @@
+"""What a training backend is: the owner of model, optimizer and schedule, which only tensors and paths leave."""
+
+import math
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal, Protocol
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from spin_ray.config import OptimizerConfig
+from spin_ray.types import PackedBatch
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class BackendSettings:
+    """How to compute and optimise. Example, scoring only: ``BackendSettings(max_length=2048)``."""
+
+    max_length: int
+    """Longest prompt + response in tokens (``model.max_length``): tells whether a sliding attention window can matter."""
+    precision: Literal["bf16", "fp32"] = "bf16"
+    """Of the computation and of the exported weights; master weights, gradients and optimizer state are fp32 always."""
+    attention: Literal["auto", "packed", "padded"] = "auto"
+    trust_remote_code: bool = False
+    gradient_checkpointing: bool = False
+    optimizer: OptimizerConfig | None = None
+    """None: the backend only scores (reference, evaluation) and holds no optimizer state."""
+    learning_rate: float = 0.0
+    """Peak."""
+    total_steps: int = 0
+    """Optimizer steps of the whole schedule."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class StepStats:
+    grad_norm: float
+    """Global norm before clipping."""
+    learning_rate: float
+    """The one this step used."""
+
+
+class TrainBackend(Protocol):
+    """Every method but ``backward`` of a not-last microbatch is a collective: all ranks call it, in the same order.
+
+    Dropout is always off: a log-probability is a property of the model, and the reference must be reproducible.
+    """
+
+    device: torch.device
+    layout: Literal["packed", "padded"]
+    """How responses are scored, after ``attention="auto"`` was decided."""
+    steps_done: int
+    """Optimizer steps so far; ``load`` restores it."""
+
+    def logps(self, batch: PackedBatch) -> Float[Tensor, "segments"]:
+        """log p(response | prompt) of every response in the pack, fp32, differentiable."""
+        ...
+
+    def score(self, batch: PackedBatch) -> Float[Tensor, "segments"]:
+        """The same numbers, bit for bit, without a graph: for the reference and for evaluation."""
+        ...
+
+    def backward(self, loss: Float[Tensor, ""], *, last_microbatch: bool) -> None:
+        """Adds the gradient of ``loss``; gradients are SUMMED over microbatches and ranks, so ``loss`` must already be
+        divided by counts of the whole step. Ranks meet when ``last_microbatch``."""
+        ...
+
+    def step(self) -> StepStats:
+        """Clips, optimises, sets the next learning rate, zeroes gradients.
+
+        Raises:
+            FloatingPointError: the gradient norm is not finite; raised on every rank, the weights are untouched.
+        """
+        ...
+
+    def save(self, directory: Path) -> None:
+        """Writes this rank's files of a checkpoint (weights, optimizer, progress). Ranks may be given different local
+        directories; a checkpoint is the union of their files."""
+        ...
+
+    def load(self, directory: Path) -> None:
+        """Continues from a checkpoint, bit for bit; ``directory`` holds the files of all ranks (of any number of them)."""
+        ...
+
+    def export_hf(self, directory: Path) -> None:
+        """Rank 0 writes a Hugging Face folder: safetensors, config, tokenizer, chat template. Others return earlier."""
+        ...
+
+
+def learning_rate_at(
+    step: int,
+    *,
+    peak: float,
+    total_steps: int,
+    warmup_fraction: float,
+    schedule: Literal["linear", "cosine", "constant"],
+) -> float:
+    """Learning rate of step 0 ≤ ``step`` < ``total_steps``.
+
+    Over the first w = round(warmup_fraction · total_steps) steps it rises as peak·(step+1)/(w+1), so no step is spent at 0
+    and step w is the first at the peak; then, with t = (step−w)/(total−w): linear 1−t, cosine (1+cos πt)/2, constant 1. The
+    decays would reach 0 at step ``total_steps``, which is never taken.
+    """
+    warmup = round(warmup_fraction * total_steps)
+    if step < warmup:
+        return peak * (step + 1) / (warmup + 1)
+    done = min((step - warmup) / max(total_steps - warmup, 1), 1.0)
+    factor = {"linear": 1 - done, "cosine": (1 + math.cos(math.pi * done)) / 2, "constant": 1.0}[schedule]
+    return peak * factor

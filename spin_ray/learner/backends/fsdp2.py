@@ -1,0 +1,179 @@
+"""FSDP2: parameters, gradients and optimizer state sharded over all ranks; one rank on a laptop is the same code.
+
+fp32 shard ──gather, cast──> bf16 layer ──forward, backward──> bf16 gradient ──sum over ranks──> fp32 shard ──> optimizer
+"""
+
+from functools import partial
+from itertools import chain
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+import torch.distributed.checkpoint as dcp
+from jaxtyping import Float
+from torch import Tensor, nn
+from torch.distributed.checkpoint import FileSystemReader, FileSystemWriter
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
+from torch.distributed.tensor import DTensor
+from torch.utils.checkpoint import checkpoint
+
+from spin_ray.config import OptimizerConfig
+from spin_ray.learner.backends.base import BackendSettings, StepStats, learning_rate_at
+from spin_ray.learner.hf_folder import load_model, write_model
+from spin_ray.learner.scoring import ResponseScorer, choose_layout
+from spin_ray.types import PackedBatch
+
+
+class Fsdp2Backend:
+    """A ``TrainBackend``. Needs ``torch.distributed`` initialised, one process per rank: gloo on CPUs, NCCL on GPUs."""
+
+    def __init__(self, model_dir: str | Path, settings: BackendSettings, device: torch.device) -> None:
+        self.device = device
+        self.steps_done = 0
+        self._model_dir = model_dir
+        self._settings = settings
+        self._model = load_model(model_dir, trust_remote_code=settings.trust_remote_code)
+        self.layout = choose_layout(self._model, settings.attention, max_length=settings.max_length)
+        self._scorer = _shard(ResponseScorer(self._model, self.layout), settings, device)
+        # Held by name while sharded: during and after a forward, modules may carry the gathered copies instead.
+        self._shards: dict[str, nn.Parameter] = dict(self._model.named_parameters())
+        self._optimizer: torch.optim.Optimizer | None = None
+        if settings.optimizer is not None:
+            self._optimizer = _make_optimizer(list(self._shards.values()), settings.optimizer)
+            self._set_learning_rate()
+
+    def logps(self, batch: PackedBatch) -> Float[Tensor, "segments"]:
+        return self._scorer(batch.to(self.device))
+
+    @torch.no_grad()
+    def score(self, batch: PackedBatch) -> Float[Tensor, "segments"]:
+        return self.logps(batch)
+
+    def backward(self, loss: Float[Tensor, ""], *, last_microbatch: bool) -> None:
+        # Without sync, gradients add up whole (4 bytes per parameter) on every rank, and are reduced once per step.
+        self._scorer.set_requires_gradient_sync(last_microbatch)
+        loss.backward()
+
+    def step(self) -> StepStats:
+        optimizer, settings = self._training()
+        self._reshard()
+        gradients = [shard.grad for shard in self._shards.values() if shard.grad is not None]
+        norm = torch.nn.utils.get_total_norm(gradients, foreach=True)
+        grad_norm = float(norm.full_tensor() if isinstance(norm, DTensor) else norm)
+        if not torch.isfinite(torch.tensor(grad_norm)):
+            raise FloatingPointError(
+                f"gradient norm is {grad_norm} at optimizer step {self.steps_done}; lower the learning rate or beta"
+            )
+        torch.nn.utils.clip_grads_with_norm_(self._shards.values(), settings.max_grad_norm, norm, foreach=True)
+        stats = StepStats(grad_norm=grad_norm, learning_rate=optimizer.param_groups[0]["lr"])
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+        self.steps_done += 1
+        self._set_learning_rate()
+        return stats
+
+    def save(self, directory: Path) -> None:
+        dcp.save(self._state(), storage_writer=FileSystemWriter(directory))
+
+    def load(self, directory: Path) -> None:
+        state = self._state()  # the live tensors: they are filled in place
+        dcp.load(state, storage_reader=FileSystemReader(directory))
+        self.steps_done = int(state["steps_done"])
+        self._set_learning_rate()
+
+    def export_hf(self, directory: Path) -> None:
+        self._reshard()
+        dtype = torch.bfloat16 if self._settings.precision == "bf16" else torch.float32
+        persistent = self._model.state_dict().keys()
+        weights = {}
+        for name, tensor in chain(self._shards.items(), self._model.named_buffers()):
+            whole = tensor.full_tensor() if isinstance(tensor, DTensor) else tensor  # every rank must take part
+            if dist.get_rank() == 0 and name in persistent:
+                weights[name] = whole.detach().to("cpu", dtype if whole.is_floating_point() else None)
+        if dist.get_rank() == 0:
+            write_model(
+                directory,
+                self._model,
+                weights,
+                dtype=dtype,
+                source=self._model_dir,
+                with_code=self._settings.trust_remote_code,
+            )
+
+    def _training(self) -> tuple[torch.optim.Optimizer, OptimizerConfig]:
+        if self._optimizer is None or self._settings.optimizer is None:
+            raise RuntimeError("this backend was built for scoring only (BackendSettings.optimizer is None)")
+        return self._optimizer, self._settings.optimizer
+
+    def _set_learning_rate(self) -> None:
+        optimizer, settings = self._training()
+        for group in optimizer.param_groups:
+            group["lr"] = learning_rate_at(
+                self.steps_done,
+                peak=self._settings.learning_rate,
+                total_steps=self._settings.total_steps,
+                warmup_fraction=settings.warmup_fraction,
+                schedule=settings.schedule,
+            )
+
+    def _state(self) -> dict[str, Any]:
+        """Everything that a step changes, as live tensors by name."""
+        optimizer, _ = self._training()
+        self._reshard()
+        return {
+            "weights": {name: shard.detach() for name, shard in self._shards.items()},
+            "optimizer": {
+                name: optimizer.state[shard] for name, shard in self._shards.items() if shard in optimizer.state
+            },
+            "steps_done": torch.tensor(self.steps_done),
+        }
+
+    def _reshard(self) -> None:
+        """Drops gathered weights. FSDP2 keeps the root's after a forward for the backward to come, and after ``score`` none
+        comes: they would outlive a change of the shards."""
+        for module in self._scorer.modules():
+            if isinstance(module, FSDPModule):
+                module.reshard()
+
+
+def _shard(scorer: ResponseScorer, settings: BackendSettings, device: torch.device) -> Any:
+    """One FSDP unit per decoder layer and one for the rest (embeddings, final norm, head)."""
+    mesh = init_device_mesh(device.type, (dist.get_world_size(),))
+    policy = MixedPrecisionPolicy(
+        param_dtype=torch.bfloat16 if settings.precision == "bf16" else None, reduce_dtype=torch.float32
+    )
+    for layer in _decoder_layers(scorer.model):
+        if settings.gradient_checkpointing:
+            # Not transformers' own switch, which works in training mode only, where dropout is on.
+            layer.forward = partial(checkpoint, layer.forward, use_reentrant=False, preserve_rng_state=False)
+        fully_shard(layer, mesh=mesh, mp_policy=policy, reshard_after_forward=mesh.size() > 1)
+    fully_shard(scorer, mesh=mesh, mp_policy=policy)
+    for module in scorer.modules():
+        if isinstance(module, FSDPModule):
+            # Sum over ranks, not mean: losses are divided by counts of the whole step. Gloo knows only the plain sum.
+            module.set_gradient_divide_factor(1.0)
+            module.set_force_sum_reduction_for_comms(True)
+    return scorer
+
+
+def _decoder_layers(model: Any) -> list[nn.Module]:
+    stacks = [child for child in model.get_decoder().children() if isinstance(child, nn.ModuleList)]
+    return list(max(stacks, key=len, default=[]))
+
+
+def _make_optimizer(parameters: list[nn.Parameter], config: OptimizerConfig) -> torch.optim.Optimizer:
+    """The optimizer with its state allocated: too little memory shows now, and a checkpoint has the same tensors at any step."""
+    if config.name == "adamw":
+        optimizer: torch.optim.Optimizer = torch.optim.AdamW(parameters, weight_decay=config.weight_decay, foreach=True)
+        moments = ("exp_avg", "exp_avg_sq")
+    else:
+        optimizer = torch.optim.RMSprop(parameters, weight_decay=config.weight_decay, foreach=True)
+        moments = ("square_avg",)
+    for parameter in parameters:
+        if parameter.requires_grad:
+            optimizer.state[parameter] = {"step": torch.zeros(())} | {
+                moment: torch.zeros_like(parameter, requires_grad=False) for moment in moments
+            }
+    return optimizer

@@ -1,0 +1,244 @@
+"""Pair rows -> shared-prompt trees -> packs -> optimizer steps; pure.
+
+    rows ──same prompt and y──> trees ──shuffled, cut by pairs──> steps ──best fit──> packs ──tokens──> PackedBatch
+
+The plan of an epoch is a function of lengths, seed and epoch alone, so every rank computes the same one without talking,
+and a restarted job continues at an exact step.
+"""
+
+from bisect import bisect_left, insort
+from collections.abc import Iterator
+from dataclasses import dataclass
+from itertools import pairwise
+
+import numpy as np
+import pyarrow as pa
+import torch
+
+from spin_ray.types import PackedBatch
+
+Tree = tuple[int, ...]
+"""Rows of one prompt and real response; packed as prompt, y once, and every y' of theirs."""
+Pack = tuple[Tree, ...]
+"""Trees of one pack; ``()`` is a pack of padding only, which keeps ranks in step."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class PairLengths:
+    """Token counts of pair rows, one array entry a row.
+
+    Example, two samples of one prompt and an SFT row: ``prompt=[9, 9, 4], real=[5, 5, 7], generated=[6, 3, 0],
+    tree_key=[17, 17, 42]``.
+    """
+
+    prompt: np.ndarray
+    real: np.ndarray
+    generated: np.ndarray
+    """0 where the row has no y' (SFT)."""
+    tree_key: np.ndarray
+    """Equal for rows that have identical prompt and real tokens; any integers."""
+
+    def __len__(self) -> int:
+        return len(self.prompt)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Step:
+    """The packs of one optimizer step, over all ranks, and what its losses are divided by."""
+
+    packs: tuple[Pack, ...]
+    num_pairs: int
+    num_real_tokens: int
+    """Tokens of y summed over pairs: a y that two pairs share counts twice, as it does in the loss."""
+
+    def for_rank(self, rank: int, world_size: int) -> tuple[Pack, ...]:
+        """This rank's packs. Every rank gets the same number: each forward and backward is a collective, and every pack
+        costs the same (fixed length), so an equal count is an equal load."""
+        mine = self.packs[rank::world_size]
+        share = -(-len(self.packs) // world_size)
+        return mine + ((),) * (share - len(mine))
+
+
+def plan_epoch(lengths: PairLengths, *, pack_length: int, global_batch_pairs: int, seed: int, epoch: int) -> list[Step]:
+    """Cuts all rows into optimizer steps of at most ``global_batch_pairs`` pairs (a tree is never cut).
+
+    Raises:
+        ValueError: a row has an empty prompt or real response, or cannot fit a pack even alone.
+    """
+    _check(lengths, pack_length)
+    trees, sizes = _trees(lengths, pack_length)
+    rng = np.random.default_rng([seed % 2**64, epoch])
+    order = rng.permutation(len(trees)).tolist()
+    steps = []
+    for chosen in _cut(order, trees, global_batch_pairs):
+        rows = [row for tree in chosen for row in trees[tree]]
+        steps.append(
+            Step(
+                packs=_best_fit_decreasing(
+                    [trees[tree] for tree in chosen], [sizes[tree] for tree in chosen], pack_length
+                ),
+                num_pairs=len(rows),
+                num_real_tokens=int(lengths.real[rows].sum()),
+            )
+        )
+    return steps
+
+
+def _check(lengths: PairLengths, pack_length: int) -> None:
+    def first(bad: np.ndarray) -> str | None:
+        if not bad.any():
+            return None
+        row = int(bad.argmax())
+        return (
+            f"row {row} (prompt {lengths.prompt[row]}, real {lengths.real[row]}, "
+            f"generated {lengths.generated[row]} tokens)"
+        )
+
+    if name := first((lengths.prompt < 1) | (lengths.real < 1) | (lengths.generated < 0)):
+        raise ValueError(f"{name}: prompt and real response must have at least one token each")
+    if name := first(lengths.prompt + lengths.real + lengths.generated > pack_length):
+        raise ValueError(f"{name} does not fit a pack of {pack_length} tokens; raise pack_length")
+
+
+def _trees(lengths: PairLengths, pack_length: int) -> tuple[list[Tree], list[int]]:
+    """All trees and their sizes in tokens; a key whose rows do not fit one pack together makes several trees."""
+    order = np.argsort(lengths.tree_key, kind="stable")
+    key = lengths.tree_key[order]
+    starts = np.flatnonzero(np.r_[True, key[1:] != key[:-1]])[: len(order)]
+    stem = (lengths.prompt + lengths.real)[order]
+    generated = lengths.generated[order]
+    stem_of_tree = np.repeat(stem[starts], np.diff(np.r_[starts, len(order)]))
+    if (mismatch := stem != stem_of_tree).any():
+        row, key_of_row = order[mismatch.argmax()], key[mismatch.argmax()]
+        raise ValueError(
+            f"row {row}: shares tree_key {key_of_row} with a row whose prompt or real response is longer or shorter"
+        )
+    trees: list[Tree] = []
+    sizes: list[int] = []
+    rows, stems, branches = order.tolist(), stem.tolist(), generated.tolist()
+    bounds = [*starts.tolist(), len(rows)]
+    for start, stop in pairwise(bounds):
+        size, first = stems[start], start
+        for i in range(start, stop):
+            if size + branches[i] > pack_length:
+                trees.append(tuple(rows[first:i]))
+                sizes.append(size)
+                size, first = stems[start], i
+            size += branches[i]
+        trees.append(tuple(rows[first:stop]))
+        sizes.append(size)
+    return trees, sizes
+
+
+def _cut(order: list[int], trees: list[Tree], global_batch_pairs: int) -> Iterator[list[int]]:
+    """Consecutive trees of ``order`` with at most ``global_batch_pairs`` pairs together, or a single larger tree."""
+    chosen: list[int] = []
+    pairs = 0
+    for tree in order:
+        if chosen and pairs + len(trees[tree]) > global_batch_pairs:
+            yield chosen
+            chosen, pairs = [], 0
+        chosen.append(tree)
+        pairs += len(trees[tree])
+    if chosen:
+        yield chosen
+
+
+def _best_fit_decreasing(trees: list[Tree], sizes: list[int], pack_length: int) -> tuple[Pack, ...]:
+    """Largest tree first, each into the fullest pack that still has room: at most 11/9 of the optimal number of packs."""
+    packs: list[list[Tree]] = []
+    room: list[tuple[int, int]] = []  # (free tokens, pack), sorted
+    for i in sorted(range(len(trees)), key=lambda i: -sizes[i]):
+        at = bisect_left(room, (sizes[i], -1))
+        if at == len(room):
+            packs.append([])
+            free, pack = pack_length, len(packs) - 1
+        else:
+            free, pack = room.pop(at)
+        packs[pack].append(trees[i])
+        insort(room, (free - sizes[i], pack))
+    return tuple(tuple(pack) for pack in packs)
+
+
+def build_pack(pack: Pack, table: pa.Table, *, pack_length: int, pad_id: int) -> PackedBatch:
+    """The tensors of one pack, from the PAIR_SCHEMA columns ``prompt_ids``, ``real_ids`` and ``generated_ids`` of ``table``.
+
+    Targets are the response tokens in pack order, and segments are numbered in pack order. The table may be chunked:
+    rows are read as zero-copy slices, so nothing need be combined (more than 2^31 tokens would not fit one list array).
+    """
+    columns = [table.column(name) for name in ("prompt_ids", "real_ids", "generated_ids")]
+    builder = _PackBuilder()
+    for number, tree in enumerate(pack):
+        prompt, real = (_tokens(column, tree[0]) for column in columns[:2])
+        last_of_prompt = builder.add_prompt(prompt, number)
+        real_segment = builder.add_response(real, number, 1, last_of_prompt, start=len(prompt))
+        branch = 1
+        for row in tree:
+            generated = _tokens(columns[2], row)
+            generated_segment = -1
+            if len(generated):
+                branch += 1
+                generated_segment = builder.add_response(generated, number, branch, last_of_prompt, start=len(prompt))
+            builder.pairs.append((real_segment, generated_segment, row))
+    return builder.finish(pack_length, pad_id)
+
+
+def _tokens(column: pa.ChunkedArray, row: int) -> np.ndarray:
+    values = column[row].values
+    return np.empty(0, np.int32) if values is None else values.to_numpy()
+
+
+class _PackBuilder:
+    """Collects whole spans; the per-token work is numpy's."""
+
+    def __init__(self) -> None:
+        self.length = 0
+        self.spans: list[tuple[np.ndarray, int, int, int]] = []  # tokens, first position, tree, branch
+        self.targets: list[tuple[np.ndarray, np.ndarray]] = []  # predict_at, target_ids; one entry a segment
+        self.pairs: list[tuple[int, int, int]] = []
+
+    def add_prompt(self, tokens: np.ndarray, tree: int) -> int:
+        """Returns where the prompt's last token stands."""
+        self.spans.append((tokens, 0, tree, 0))
+        self.length += len(tokens)
+        return self.length - 1
+
+    def add_response(self, tokens: np.ndarray, tree: int, branch: int, last_of_prompt: int, *, start: int) -> int:
+        """Returns the number of the segment."""
+        self.spans.append((tokens, start, tree, branch))
+        predict_at = np.arange(self.length - 1, self.length + len(tokens) - 1)
+        predict_at[0] = last_of_prompt
+        self.targets.append((predict_at, tokens))
+        self.length += len(tokens)
+        return len(self.targets) - 1
+
+    def finish(self, pack_length: int, pad_id: int) -> PackedBatch:
+        if self.length > pack_length:
+            raise ValueError(f"pack holds {self.length} tokens, more than pack_length {pack_length}")
+        sizes = [len(tokens) for tokens, *_ in self.spans]
+
+        def full(parts: list[np.ndarray], padding: int) -> torch.Tensor:
+            return _int64([*parts, np.full(pack_length - self.length, padding)])
+
+        def per_token(values: list[int], padding: int) -> torch.Tensor:
+            return full([np.repeat(np.array(values, np.int64), sizes)], padding)
+
+        real, generated, rows = np.array(self.pairs, np.int64).reshape(-1, 3).T
+        return PackedBatch(
+            input_ids=full([tokens for tokens, *_ in self.spans], pad_id),
+            position_ids=full([np.arange(start, start + len(tokens)) for tokens, start, *_ in self.spans], 0),
+            tree=per_token([tree for _, _, tree, _ in self.spans], -1),
+            branch=per_token([branch for *_, branch in self.spans], 0),
+            predict_at=_int64([at for at, _ in self.targets]),
+            target_ids=_int64([tokens for _, tokens in self.targets]),
+            segment=_int64([np.repeat(np.arange(len(self.targets)), [len(tokens) for _, tokens in self.targets])]),
+            num_segments=len(self.targets),
+            real_segment=_int64([real]),
+            generated_segment=_int64([generated]),
+            pair_row=_int64([rows]),
+        )
+
+
+def _int64(parts: list[np.ndarray]) -> torch.Tensor:
+    joined = np.concatenate(parts) if parts else np.empty(0)
+    return torch.from_numpy(joined.astype(np.int64))

@@ -1,0 +1,196 @@
+"""A Hugging Face causal LM as a scorer: pack in, log p(response | prompt) out.
+
+Packed layout (the fast one): the pack is one sequence, a 4-D mask keeps branches apart, and the LM head runs only where a
+response token is predicted. Padded layout (for models that take no 4-D mask): every response is a row of its own.
+"""
+
+import logging
+from typing import Any, Literal
+
+import pyarrow as pa
+import torch
+from jaxtyping import Bool, Float, Int64
+from torch import Tensor, nn
+from torch.nn import functional
+from torch.utils.checkpoint import checkpoint
+
+from spin_ray.errors import ModelError
+from spin_ray.learner.losses import response_logps
+from spin_ray.learner.packing import build_pack
+from spin_ray.types import PackedBatch
+
+logger = logging.getLogger(__name__)
+
+Layout = Literal["packed", "padded"]
+
+TARGETS_PER_CHUNK = 256
+"""Rows of the LM head at a time: [256, vocab] in fp32 is 50 MB for 49k tokens, 262 MB for 256k."""
+PADDED_LENGTH_MULTIPLE = 64
+"""Row lengths of the padded layout are rounded up, as every new shape costs oneDNN new kernels."""
+
+
+class ResponseScorer(nn.Module):
+    """The module that FSDP2 takes as root: its pre-forward then gathers the embeddings and the head, which are used here
+    outside the model's own ``forward``."""
+
+    def __init__(self, model: Any, layout: Layout = "packed") -> None:
+        super().__init__()
+        self.model = model.eval()  # no dropout, ever
+        self.layout = layout
+
+    def forward(self, batch: PackedBatch) -> Float[Tensor, "segments"]:
+        target_logps = self._packed(batch) if self.layout == "packed" else self._padded(batch)
+        return response_logps(target_logps, batch.segment, batch.num_segments)
+
+    def _packed(self, batch: PackedBatch) -> Float[Tensor, "targets"]:
+        dtype = self.model.get_input_embeddings().weight.dtype
+        output = self.model.get_decoder()(
+            input_ids=batch.input_ids[None],
+            position_ids=batch.position_ids[None],
+            attention_mask=additive_mask(visible(batch), dtype)[None, None],
+            use_cache=False,
+        )
+        hidden = output.last_hidden_state[0]
+        return _chunked_logps(self.model.get_output_embeddings(), hidden, batch.predict_at, batch.target_ids)
+
+    def _padded(self, batch: PackedBatch) -> Float[Tensor, "targets"]:
+        """One call of the model for the whole pack: with FSDP2 every rank must make the same number of calls."""
+        input_ids, lengths = padded_rows(batch)
+        attention_mask = torch.arange(input_ids.shape[1], device=lengths.device) < lengths[:, None]
+        logits = self.model(input_ids=input_ids, attention_mask=attention_mask.long(), use_cache=False).logits
+        at = batch.segment * input_ids.shape[1] + batch.position_ids[batch.predict_at]
+        return _chunked_logps(nn.Identity(), logits.flatten(0, 1), at, batch.target_ids)
+
+
+def visible(batch: PackedBatch) -> Bool[Tensor, "tokens tokens"]:
+    """Who sees whom, [query, key]: the same tree, not later in the pack, and the key is of the prompt or of the query's own
+    response. Padding sees itself only: a row that sees nothing would be nan.
+
+    On a GPU this rule is what a FlexAttention ``mask_mod`` would say (no CPU backward there, hence the dense mask).
+    """
+    place = torch.arange(len(batch.tree), device=batch.tree.device)
+    query, key = (slice(None), None), (None, slice(None))
+    seen = (batch.tree[query] == batch.tree[key]) & (place[query] >= place[key])
+    seen &= (batch.branch[key] == 0) | (batch.branch[query] == batch.branch[key])
+    return (seen & (batch.tree >= 0)[query]) | (place[query] == place[key])
+
+
+def additive_mask(seen: Bool[Tensor, "tokens tokens"], dtype: torch.dtype) -> Float[Tensor, "tokens tokens"]:
+    """0 where seen, else -inf, once per pack: given booleans, SDPA would make this tensor in every layer and keep it for
+    the backward pass."""
+    return torch.zeros(seen.shape, dtype=dtype, device=seen.device).masked_fill_(~seen, -torch.inf)
+
+
+def padded_rows(batch: PackedBatch) -> tuple[Int64[Tensor, "rows length"], Int64[Tensor, "rows"]]:
+    """Every response with its prompt as a row of its own, padded on the right, and the true lengths.
+
+    A token's column is its position, as responses continue the positions of their prompt. A pack of padding gives one row.
+    """
+    token = (batch.branch > 0).nonzero().squeeze(1)  # one for each target: both are in pack order
+    tree, branch = (
+        x.new_zeros(batch.num_segments).index_put((batch.segment,), x[token]) for x in (batch.tree, batch.branch)
+    )
+    member = (batch.tree == tree[:, None]) & ((batch.branch == 0) | (batch.branch == branch[:, None]))
+    row, token = member.nonzero(as_tuple=True)
+    if not batch.num_segments:
+        return batch.input_ids[None, :PADDED_LENGTH_MULTIPLE], batch.input_ids.new_ones(1)
+    lengths = member.sum(dim=1)
+    columns = -(-int(lengths.max()) // PADDED_LENGTH_MULTIPLE) * PADDED_LENGTH_MULTIPLE
+    rows = batch.input_ids.new_zeros(batch.num_segments, columns)
+    return rows.index_put((row, batch.position_ids[token]), batch.input_ids[token]), lengths
+
+
+def _chunked_logps(
+    head: nn.Module,
+    hidden: Float[Tensor, "tokens width"],
+    at: Int64[Tensor, "targets"],
+    target_ids: Int64[Tensor, "targets"],
+) -> Float[Tensor, "targets"]:
+    """log softmax(head(hidden[at]))[target_ids] in fp32; [targets, vocab] never exists whole, forward or backward.
+
+    Targets are filled up to whole chunks: one shape for all packs, and a pack without targets still has a graph that
+    reaches every parameter, without which FSDP2's ranks would wait for each other.
+    """
+    targets = len(at)
+    fill = -targets % TARGETS_PER_CHUNK if targets else TARGETS_PER_CHUNK
+    at, target_ids = functional.pad(at, (0, fill)), functional.pad(target_ids, (0, fill))
+    chunks = zip(at.split(TARGETS_PER_CHUNK), target_ids.split(TARGETS_PER_CHUNK), strict=True)
+    logps = [
+        checkpoint(_logps_of_chunk, head, hidden, *chunk, use_reentrant=False, preserve_rng_state=False)
+        for chunk in chunks
+    ]
+    return torch.cat(logps)[:targets]
+
+
+def _logps_of_chunk(head: nn.Module, hidden: Tensor, at: Tensor, target_ids: Tensor) -> Tensor:
+    logits = head(hidden[at]).float()
+    return logits.gather(-1, target_ids[:, None]).squeeze(-1) - logits.logsumexp(dim=-1)
+
+
+def choose_layout(model: Any, wanted: Literal["auto", "packed", "padded"], *, max_length: int) -> Layout:
+    """Decides ``auto`` by scoring a tiny made-up pack both ways; run it before the model is sharded, in fp32.
+
+    Raises:
+        ModelError: ``packed`` was asked for and would give wrong numbers.
+    """
+    if wanted == "padded":
+        return "padded"
+    reason = _why_not_packed(model, max_length)
+    if reason is None:
+        return "packed"
+    if wanted == "packed":
+        raise ModelError(
+            f"model.attention: packed does not work for {type(model).__name__}: {reason}; use auto or padded"
+        )
+    logger.warning(
+        "%s: %s; scoring responses in the padded layout, which costs 2-4 times as much", type(model).__name__, reason
+    )
+    return "padded"
+
+
+def _why_not_packed(model: Any, max_length: int) -> str | None:
+    window = _attention_window(model.config.get_text_config())
+    if window is not None and window < max_length:
+        return f"its attention window of {window} tokens is shorter than max_length {max_length}"
+    batch = _made_up_pack(model.config.get_text_config().vocab_size).to(model.device)
+    with torch.no_grad():
+        expected = _logps_one_by_one(model, batch)
+        try:
+            found = ResponseScorer(model, "packed")(batch)
+        except Exception as error:  # noqa: BLE001 - whatever a model does with a mask it does not know
+            return f"it does not take a 4-D mask ({type(error).__name__}: {error})"
+    if torch.allclose(found, expected, rtol=1e-5, atol=1e-4):
+        return None
+    return f"packed log-probabilities differ from unpacked ones by {(found - expected).abs().max():.2g} nats"
+
+
+def _attention_window(config: Any) -> int | None:
+    """Shortest reach of layers with local attention. A 4-D mask replaces theirs too, so it must not be needed."""
+    kinds = getattr(config, "layer_types", None)
+    windows = [
+        getattr(config, field, None)
+        for field, kind in [("sliding_window", "sliding_attention"), ("attention_chunk_size", "chunked_attention")]
+        if kinds is None or kind in kinds
+    ]
+    return min((window for window in windows if window), default=None)
+
+
+def _made_up_pack(vocab_size: int) -> PackedBatch:
+    """Two trees, the first with three responses, and padding: all that a mask must keep apart."""
+    ids = iter((7 * i + 3) % vocab_size for i in range(1000))
+    shapes = [(4, 3, 2), (4, 3, 5), (2, 2, 3)]  # prompt, real, generated
+    first, second, third = ([[next(ids) for _ in range(length)] for length in shape] for shape in shapes)
+    second[:2] = first[:2]
+    columns = zip(("prompt_ids", "real_ids", "generated_ids"), zip(first, second, third, strict=True), strict=True)
+    table = pa.table({name: pa.array(values, pa.list_(pa.int32())) for name, values in columns})
+    return build_pack(((0, 1), (2,)), table, pack_length=24, pad_id=0)
+
+
+def _logps_one_by_one(model: Any, batch: PackedBatch) -> Float[Tensor, "segments"]:
+    rows, lengths = padded_rows(batch)
+    sums = []
+    for segment, (row, length) in enumerate(zip(rows, lengths.tolist(), strict=True)):
+        responded = int((batch.segment == segment).sum())
+        logps = model(input_ids=row[None, :length], use_cache=False).logits[0].float().log_softmax(-1)
+        sums.append(logps[:-1].gather(-1, row[1:length, None])[-responded:].sum())
+    return torch.stack(sums)

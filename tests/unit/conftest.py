@@ -1,0 +1,6 @@
+"""Before torch is imported: what every unit test needs of its process."""
+
+import os
+
+# Some virtual machines advertise AMX without CPUID leaf 0x1D; oneDNN then runs tile instructions unconfigured (SIGILL in bf16).
+os.environ.setdefault("ONEDNN_MAX_CPU_ISA", "AVX512_CORE_FP16")
