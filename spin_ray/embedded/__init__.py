@@ -53,6 +53,8 @@ ASSETS: dict[str, Asset] = {
     "tiny-llama": Asset(version=1, make=models.make_tiny_llama),
     "arithmetic-train": _jsonl("arithmetic-train", 1, partial(data.arithmetic_rows, "train")),
     "arithmetic-heldout": _jsonl("arithmetic-heldout", 1, partial(data.arithmetic_rows, "heldout")),
+    "chitchat-train": _jsonl("chitchat-train", 1, partial(data.chitchat_rows, "train")),
+    "chitchat-heldout": _jsonl("chitchat-heldout", 1, partial(data.chitchat_rows, "heldout")),
 }
 """Every known name; the README lists them."""
 
@@ -60,8 +62,8 @@ ASSETS: dict[str, Asset] = {
 def resolve(uri: str) -> str:
     """Turn ``embedded:NAME`` into an absolute local path, making the asset if the cache lacks it.
 
-    Any other string (a folder, ``s3://...``, a hub name) is returned unchanged. The first call for a model takes up to a
-    minute, later calls only look whether the folder is there. Safe to call from many processes at once: each makes
+    Any other string (a folder, ``s3://...``, a hub name) is returned unchanged. The first call for a model takes up to
+    a minute, later calls only look whether the folder is there. Safe to call from many processes at once: each makes
     its own copy and the first to finish wins.
 
     Raises:

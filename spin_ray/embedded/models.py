@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from spin_ray.embedded import data
-from spin_ray.embedded.sources import package_file, require_modules
+from spin_ray.embedded.packages import package_file, require_modules
 
 if TYPE_CHECKING:
     from tokenizers.pre_tokenizers import PreTokenizer
@@ -68,8 +68,8 @@ def make_smollm2(folder: Path) -> None:
 def make_tiny_llama(folder: Path) -> None:
     """Write a random Llama of 0.34M parameters with its own tokenizer (0.7 MB, deterministic).
 
-    2 layers, hidden 128, 4 heads of 32 (the smallest head that vLLM's CPU attention has a kernel for), 2 key-value heads,
-    512 positions, 384 tokens, tied embeddings. It says nothing sensible; it is for tests of everything else.
+    2 layers, hidden 128, 4 heads of 32 (the smallest head that vLLM's CPU attention has a kernel for), 2 key-value
+    heads, 512 positions, 384 tokens, tied embeddings. It says nothing sensible; it is for tests of everything else.
     """
     import torch
     from transformers import LlamaConfig, LlamaForCausalLM
@@ -84,7 +84,7 @@ def make_tiny_llama(folder: Path) -> None:
         num_key_value_heads=2,
         max_position_embeddings=512,
         tie_word_embeddings=True,
-        # Five times the usual: with 0.02 attention is all but uniform and a wrong mask would hardly show.
+        # Five times the usual: a wrong attention mask then moves log-probs five times as far, well above bf16 noise.
         initializer_range=0.1,
         bos_token_id=tokenizer.bos_token_id,
         eos_token_id=tokenizer.eos_token_id,
