@@ -312,7 +312,7 @@ def test_tiny_llama_is_a_plain_model_folder(prepared):
 
 
 def test_tiny_llama_attends_to_earlier_tokens(prepared):
-    """Tests of attention masks run on it: a changed first token must move the last one's logits far (2.7 at most here)."""
+    """Tests of attention masks run on it: a changed first token must move the last one's logits far (here 2.7)."""
     import torch
     from transformers import AutoModelForCausalLM
 
