@@ -1,0 +1,81 @@
+"""Small models and pair tables that the learner's tests share."""
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import torch
+from torch import Tensor
+from transformers import LlamaConfig, LlamaForCausalLM
+
+from spin_ray.learner.packing import PairLengths, Step, build_pack, plan_epoch
+from spin_ray.types import TOKEN_IDS, PackedBatch
+
+VOCAB = 61
+PACK_LENGTH = 48
+Row = tuple[list[int], list[int], list[int]]
+
+
+def table_of(rows: list[Row]) -> pa.Table:
+    """Rows of (prompt, real, generated) token ids as the columns that packs are built from."""
+    names = ("prompt_ids", "real_ids", "generated_ids")
+    return pa.table({name: pa.array([row[i] for row in rows], TOKEN_IDS) for i, name in enumerate(names)})
+
+
+def random_rows(seed: int, trees: int, *, samples: int = 2, longest: int = 8) -> list[Row]:
+    """``trees`` prompts with one real response and 1 to ``samples`` generated ones each."""
+    rng = np.random.default_rng(seed)
+
+    def tokens() -> list[int]:
+        return rng.integers(1, VOCAB, rng.integers(1, longest + 1)).tolist()
+
+    rows = []
+    for _ in range(trees):
+        prompt, real = tokens(), tokens()
+        rows += [(prompt, real, tokens()) for _ in range(rng.integers(1, samples + 1))]
+    return rows
+
+
+def lengths_of(rows: list[Row]) -> PairLengths:
+    keys: dict[Any, int] = {}
+    return PairLengths(
+        prompt=np.array([len(prompt) for prompt, _, _ in rows]),
+        real=np.array([len(real) for _, real, _ in rows]),
+        generated=np.array([len(generated) for _, _, generated in rows]),
+        tree_key=np.array([keys.setdefault((*prompt, -1, *real), len(keys)) for prompt, real, _ in rows]),
+    )
+
+
+def one_step(rows: list[Row], *, pack_length: int = PACK_LENGTH) -> Step:
+    """All rows in one optimizer step."""
+    (step,) = plan_epoch(lengths_of(rows), pack_length=pack_length, global_batch_pairs=len(rows), seed=0, epoch=0)
+    return step
+
+
+def batches_of(rows: list[Row], *, pack_length: int = PACK_LENGTH) -> list[PackedBatch]:
+    packs, table = one_step(rows, pack_length=pack_length).packs, table_of(rows)
+    return [build_pack(pack, table, pack_length=pack_length, pad_id=0) for pack in packs]
+
+
+def tiny_llama(*, tied: bool = True, seed: int = 0, layers: int = 2) -> LlamaForCausalLM:
+    """A random Llama whose log-probabilities depend strongly on every token seen (weights 10 times the usual init)."""
+    torch.manual_seed(seed)
+    config = LlamaConfig(
+        vocab_size=VOCAB, hidden_size=32, intermediate_size=48, num_hidden_layers=layers, num_attention_heads=4,
+        num_key_value_heads=2, tie_word_embeddings=tied, initializer_range=0.2, attention_dropout=0.5,
+    )  # fmt: skip
+    return LlamaForCausalLM(config).eval()
+
+
+def save_model(directory: Path, model: LlamaForCausalLM) -> Path:
+    model.save_pretrained(directory)
+    return directory
+
+
+@torch.no_grad()
+def logp_alone(model: Any, prompt: list[int], response: list[int]) -> Tensor:
+    """log p(response | prompt) by transformers alone: one unpadded sequence, no mask, no positions given."""
+    logits = model(input_ids=torch.tensor([prompt + response])).logits[0]
+    logps = logits.float().log_softmax(-1)[len(prompt) - 1 : -1]
+    return logps[torch.arange(len(response)), torch.tensor(response)].sum()

@@ -1,0 +1,174 @@
+"""The paper's theorems on tabular policies: softmax over K outcomes, exact expectations, the project's own losses.
+
+A pair (i, j) has weight p_data(i)·p_opponent(j); all K² of them are one batch.
+"""
+
+import math
+from collections.abc import Callable
+
+import pytest
+import torch
+from torch import Tensor
+
+from spin_ray.learner.losses import LOSSES, margins
+
+torch.set_num_threads(1)
+K = 6
+LOSS_NAMES = list(LOSSES)
+
+
+def distribution(seed: int, spread: float = 1.0) -> Tensor:
+    """log p of a random distribution over K outcomes."""
+    generator = torch.Generator().manual_seed(seed)
+    return (spread * torch.randn(K, generator=generator, dtype=torch.float64)).log_softmax(0)
+
+
+def objective(
+    logits: Tensor,
+    data: Tensor,
+    opponent: Tensor,
+    *,
+    beta: float,
+    reference: Tensor | None = None,
+    loss: str = "logistic",
+) -> Tensor:
+    """E over y ~ data, y' ~ opponent of ℓ(margin), equation 4.7; arguments are log-probabilities."""
+    reference = opponent if reference is None else reference
+    policy = logits.log_softmax(0)
+    real, generated = (index.flatten() for index in torch.meshgrid(torch.arange(K), torch.arange(K), indexing="ij"))
+    margin = margins(policy[real], policy[generated], reference[real], reference[generated], beta)
+    return ((data[real] + opponent[generated]).exp() * LOSSES[loss](margin)).sum()
+
+
+def minimise(function: Callable[[Tensor], Tensor], start: Tensor) -> Tensor:
+    """log p at the minimum. The logistic objective is convex in the logits, as margins are linear in them."""
+    logits = start.clone().requires_grad_()
+    lbfgs = torch.optim.LBFGS(
+        [logits], max_iter=2000, tolerance_grad=1e-12, tolerance_change=1e-16, line_search_fn="strong_wolfe"
+    )
+
+    def closure() -> Tensor:
+        lbfgs.zero_grad()
+        value = function(logits)
+        value.backward()
+        return value
+
+    lbfgs.step(closure)
+    assert logits.grad is not None
+    assert logits.grad.abs().max() < 1e-7, "not converged"
+    return logits.detach().log_softmax(0)
+
+
+def spin_iteration(data: Tensor, opponent: Tensor, beta: float) -> Tensor:
+    return minimise(lambda logits: objective(logits, data, opponent, beta=beta), opponent)
+
+
+def kl(p: Tensor, q: Tensor) -> float:
+    return (p.exp() * (p - q)).sum().item()
+
+
+def jsd(p: Tensor, q: Tensor) -> float:
+    middle = torch.logaddexp(p, q) - math.log(2)
+    return (kl(p, middle) + kl(q, middle)) / 2
+
+
+def size(log_ratio: Tensor) -> float:
+    """Of a log-ratio up to its additive constant, which normalisation fixes."""
+    return (log_ratio - log_ratio.mean()).norm().item()
+
+
+@pytest.mark.parametrize("beta", [0.5, 1.0, 5.0])
+def test_theorem_5_4_minimiser_is_the_opponent_times_the_ratio_to_the_power_1_over_beta(beta: float) -> None:
+    """p_{t+1} ∝ p_t (p_data/p_t)^{1/β}."""
+    data, opponent = distribution(0), distribution(1)
+    expected = (opponent + (data - opponent) / beta).log_softmax(0)
+    torch.testing.assert_close(spin_iteration(data, opponent, beta), expected, rtol=0, atol=1e-5)
+
+
+def test_beta_1_lands_on_the_data_in_one_iteration() -> None:
+    data, opponent = distribution(0), distribution(1)
+    assert kl(data, opponent) > 0.1
+    torch.testing.assert_close(spin_iteration(data, opponent, 1.0), data, rtol=0, atol=1e-6)
+
+
+@pytest.mark.parametrize(("beta", "factor"), [(5.0, 0.8), (2.0, 0.5), (0.8, 0.25), (0.4, 1.5)])
+def test_log_ratio_error_is_multiplied_by_1_minus_1_over_beta_per_iteration(beta: float, factor: float) -> None:
+    """|1 − 1/β|: 0.8, 0.5, 0.25; and 1.5 for β = 0.4 < 1/2: solved to optimality, SPIN diverges there."""
+    data, policy = distribution(0, spread=0.3), distribution(1, spread=0.3)
+    errors = [size(data - policy)]
+    for _ in range(3):
+        policy = spin_iteration(data, policy, beta)
+        errors.append(size(data - policy))
+    ratios = [after / before for before, after in zip(errors, errors[1:], strict=False)]
+    assert ratios == pytest.approx([factor] * 3, rel=1e-3)
+
+
+@pytest.mark.parametrize("beta", [0.5, 1.0, 5.0])
+def test_minimum_of_the_logistic_loss_is_ln2_minus_the_jsd_of_ordered_pairs(beta: float) -> None:
+    """At the minimum e^m = P/Q with P = p_data⊗p_t the pair as it is and Q = p_t⊗p_data the pair swapped, so the loss is
+    E_P ln((P+Q)/P) = ln 2 − KL(P‖(P+Q)/2) = ln 2 − JSD(P‖Q), whatever β.
+
+    Not ln 2 − JSD(p_data‖p_t): a pair tells more than one response, JSD(p_data‖p_t) ≤ JSD(P‖Q) ≤ 2·JSD(p_data‖p_t), so
+    that (ln 2 − loss)/2, and not ln 2 − loss, is the lower bound of JSD(p_data‖p_t).
+    """
+    data, opponent = distribution(0), distribution(1)
+    best = objective(spin_iteration(data, opponent, beta), data, opponent, beta=beta).item()
+    as_is, swapped = ((p[:, None] + q[None, :]).flatten() for p, q in [(data, opponent), (opponent, data)])
+    assert math.log(2) - best == pytest.approx(jsd(as_is, swapped), abs=1e-9)
+    single = jsd(data, opponent)
+    assert 1.5 * single < math.log(2) - best < 2 * single
+
+
+@pytest.mark.parametrize("loss", LOSS_NAMES)
+@pytest.mark.parametrize("beta", [0.1, 1.0, 5.0])
+def test_theorem_5_2_slope_towards_the_data_is_beta_times_both_divergences(loss: str, beta: float) -> None:
+    """d/ds of the objective at θ_t + s·log(p_data/p_t), s = 0, is β·ℓ'(0)·[KL(p_data‖p_t) + KL(p_t‖p_data)] < 0:
+    wherever p_t ≠ p_data, SPIN moves, and towards the data. ℓ'(0) = −1/2 (logistic), −1 (the others)."""
+    data, opponent = distribution(0), distribution(1)
+    s = torch.zeros((), dtype=torch.float64, requires_grad=True)
+    (slope,) = torch.autograd.grad(objective(opponent + s * (data - opponent), data, opponent, beta=beta, loss=loss), s)
+    slope_at_0 = -0.5 if loss == "logistic" else -1.0
+    expected = beta * slope_at_0 * (kl(data, opponent) + kl(opponent, data))
+    assert slope.item() == pytest.approx(expected, rel=1e-10)
+    assert expected < 0
+
+
+@pytest.mark.parametrize("loss", LOSS_NAMES)
+@pytest.mark.parametrize("beta", [0.1, 1.0, 5.0])
+def test_theorem_5_2_an_opponent_equal_to_the_data_is_a_global_minimum(loss: str, beta: float) -> None:
+    """p_t = p_data: margins have mean 0 for every policy, so E ℓ(m) ≥ ℓ(0) (Jensen), attained at θ_t with gradient 0."""
+    data = distribution(0)
+    at_start = data.clone().requires_grad_()
+    value = objective(at_start, data, data, beta=beta, loss=loss)
+    (gradient,) = torch.autograd.grad(value, at_start)
+    assert gradient.abs().max() < 1e-15
+    assert value.item() == pytest.approx(math.log(2) if loss == "logistic" else 1.0)
+    for seed in range(20):
+        elsewhere = objective(distribution(seed + 10, spread=2.0), data, data, beta=beta, loss=loss)
+        assert elsewhere >= value - 1e-12
+
+
+def test_generalised_fixed_point_with_reference_and_opponent_apart() -> None:
+    """log p_{t+1} = log p_ref + (log p_data − log p_opponent)/β + const, with the mixture of two iterates as the opponent
+    (fictitious play)."""
+    data, reference, beta = distribution(0), distribution(1), 2.0
+    opponent = torch.logaddexp(distribution(2), distribution(3)) - math.log(2)
+    found = minimise(lambda x: objective(x, data, opponent, beta=beta, reference=reference), reference)
+    expected = (reference + (data - opponent) / beta).log_softmax(0)
+    torch.testing.assert_close(found, expected, rtol=0, atol=1e-5)
+
+
+def test_alpha_spin_settles_between_data_and_base() -> None:
+    """Reference p_t^α p_0^{1−α}: the error contracts by |α − 1/β| to p* ∝ p_data^w p_0^{1−w}, w = (1/β)/(1 − α + 1/β).
+    α = 0.5, β = 2: factor 0 (one iteration), w = 1/2. The mixture's normaliser is left out: it cancels in the margin."""
+    data, base, alpha, beta = distribution(0), distribution(1), 0.5, 2.0
+    policy = base
+    for _ in range(2):
+        reference = alpha * policy + (1 - alpha) * base
+        policy = minimise(
+            lambda x, opponent=policy, reference=reference: objective(
+                x, data, opponent, beta=beta, reference=reference
+            ),
+            policy,
+        )
+    torch.testing.assert_close(policy, ((data + base) / 2).log_softmax(0), rtol=0, atol=1e-5)

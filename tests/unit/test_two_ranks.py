@@ -1,0 +1,120 @@
+"""Two gloo processes against one: the same losses, norms and weights, though their packs are unequal."""
+
+import json
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+import torch.multiprocessing
+from learner_cases import PACK_LENGTH, one_step, random_rows, save_model, table_of, tiny_llama
+from transformers import AutoModelForCausalLM
+
+from spin_ray.config import OptimizerConfig
+from spin_ray.learner.backends.base import BackendSettings
+from spin_ray.learner.backends.fsdp2 import Fsdp2Backend
+from spin_ray.learner.losses import margins, pair_logps, spin_loss
+from spin_ray.learner.packing import build_pack
+
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(120)]
+ROWS = random_rows(0, trees=8)
+LAYOUTS = ("packed", "padded")
+
+
+def make_backend(directory: Path, layout: Any) -> Fsdp2Backend:
+    settings = BackendSettings(
+        max_length=PACK_LENGTH, precision="fp32", attention=layout, optimizer=OptimizerConfig(name="rmsprop"),
+        learning_rate=0.01, total_steps=4,
+    )  # fmt: skip
+    return Fsdp2Backend(directory / "model", settings, torch.device("cpu"))
+
+
+def train(backend: Fsdp2Backend, steps: int) -> list[list[float]]:
+    """Per step: loss over all ranks, gradient norm."""
+    rank, world_size = dist.get_rank(), dist.get_world_size()
+    step, table, history = one_step(ROWS), table_of(ROWS), []
+    packs = step.for_rank(rank, world_size)
+    for _ in range(steps):
+        total = torch.zeros(())
+        for i, pack in enumerate(packs):
+            batch = build_pack(pack, table, pack_length=PACK_LENGTH, pad_id=0)
+            real, generated = pair_logps(backend.logps(batch), batch)
+            zero = torch.zeros_like(real)
+            loss = spin_loss(margins(real, generated, zero, zero, 0.5)) / step.num_pairs
+            backend.backward(loss, last_microbatch=i == len(packs) - 1)
+            total += loss.detach()
+        dist.all_reduce(total)
+        history.append([total.item(), backend.step().grad_norm])
+    return history
+
+
+def one_of_two_ranks(rank: int, directory: Path) -> None:
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo", store=dist.FileStore(str(directory / "store"), 2), rank=rank, world_size=2)
+    for layout in LAYOUTS:
+        backend = make_backend(directory, layout)
+        history = train(backend, 2)
+        backend.save(directory / f"{layout}-of-rank-{rank}")
+        backend.export_hf(directory / f"{layout}-export")
+        (directory / f"{layout}-{rank}.json").write_text(json.dumps(history))
+    batch = build_pack(one_step(ROWS).packs[0], table_of(ROWS), pack_length=PACK_LENGTH, pad_id=0)
+    backend.backward(backend.logps(batch).sum() * (torch.inf if rank else 1.0), last_microbatch=True)
+    try:
+        backend.step()
+    except FloatingPointError as error:
+        (directory / f"error-{rank}").write_text(str(error))
+    dist.destroy_process_group()
+
+
+@pytest.fixture(scope="module")
+def directory(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """What two ranks left behind."""
+    directory = tmp_path_factory.mktemp("ranks")
+    save_model(directory / "model", tiny_llama())
+    context = torch.multiprocessing.spawn(one_of_two_ranks, args=(directory,), nprocs=2, join=False)
+    assert context is not None
+    while not context.join(timeout=100):
+        pass
+    return directory
+
+
+@pytest.fixture
+def one_process(tmp_path: Path) -> Iterator[None]:
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo", store=dist.FileStore(str(tmp_path / "store"), 1), rank=0, world_size=1)
+    yield
+    dist.destroy_process_group()
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.usefixtures("one_process")
+def test_two_ranks_train_as_one_does(directory: Path, tmp_path: Path, layout: str) -> None:
+    """Three packs: rank 0 has two, rank 1 one and an empty one. Sums over ranks, divided by the step's pairs, must agree; a
+    mean per rank would not. The checkpoint is written into one directory per rank and merged, as Ray Train does."""
+    assert [len(list(filter(None, one_step(ROWS).for_rank(rank, 2)))) for rank in (0, 1)] == [2, 1]
+    alone = make_backend(directory, layout)
+    expected = train(alone, 2)
+    for rank in (0, 1):
+        found = json.loads((directory / f"{layout}-{rank}.json").read_text())
+        assert found == [pytest.approx(step, rel=1e-4) for step in expected]
+
+    for rank in (0, 1):
+        shutil.copytree(directory / f"{layout}-of-rank-{rank}", tmp_path / "merged", dirs_exist_ok=True)
+    resumed = make_backend(directory, layout)
+    resumed.load(tmp_path / "merged")
+    assert resumed.steps_done == 2
+    exported = dict(AutoModelForCausalLM.from_pretrained(directory / f"{layout}-export").named_parameters())
+    for name, weight in alone._shards.items():
+        mine = resumed._shards[name].full_tensor()
+        assert torch.equal(mine, exported[name])
+        torch.testing.assert_close(mine, weight.full_tensor(), rtol=1e-3, atol=1e-4)
+    torch.testing.assert_close(torch.tensor(train(resumed, 1)), torch.tensor(train(alone, 1)), rtol=1e-3, atol=1e-4)
+
+
+def test_a_bad_gradient_on_one_rank_raises_on_both(directory: Path) -> None:
+    """A rank that stepped alone would wait for the other for ever."""
+    for rank in (0, 1):
+        assert "gradient norm is" in (directory / f"error-{rank}").read_text()
