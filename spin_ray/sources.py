@@ -1,6 +1,7 @@
 """SFT data as it comes: files, slices of files that a task reads alone, and rows with their origin."""
 
 import hashlib
+import io
 import json
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -102,7 +103,7 @@ def read_slice(piece: Slice) -> Iterator[SourceRow]:
 
 def _read_lines(piece: Slice) -> Iterator[SourceRow]:
     filesystem, path = _filesystem(piece.uri)
-    with filesystem.open_input_file(path) as file:
+    with io.BufferedReader(filesystem.open_input_file(path), buffer_size=2**20) as file:
         position, line_number = piece.start, 0
         if piece.start:
             file.seek(piece.start - 1)

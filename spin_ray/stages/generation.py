@@ -64,14 +64,16 @@ class Job:
 class Shard:
     """One unit of work: some rows of the prompts, and the part that their answers make."""
 
-    job: Job
+    prompts: Artefact
+    target: Artefact
+    opponent: str
     fingerprint: str
     name: str
     pieces: tuple[tuple[str, FileEntry, tuple[int, ...]], ...]
     """(part of the prompts, its entry, rows within it)."""
 
     def read_prompts(self) -> pa.Table:
-        tables = [self.job.prompts.read_part(name, entry).take(pa.array(rows, pa.int64())) for name, entry, rows in self.pieces]
+        tables = [self.prompts.read_part(name, entry).take(pa.array(rows, pa.int64())) for name, entry, rows in self.pieces]
         return pa.concat_tables(tables)
 
 
@@ -93,7 +95,7 @@ def run(
         return
     shards = [shard for job in jobs for shard in _shards(job, config)]
     entries = {job.target.path: _finished(job, config) for job in jobs}
-    missing = [shard for shard in shards if shard.name not in entries[shard.job.target.path]]
+    missing = [shard for shard in shards if shard.name not in entries[shard.target.path]]
     names = " + ".join(job.target.path for job in jobs)
     with run_dir.stage(names) as counted:
         done = sum(entry.rows or 0 for found in entries.values() for entry in found.values())
@@ -163,12 +165,12 @@ class _Player:
         shard: Shard = item["shard"]
         started = time.monotonic()
         answers = answer(shard, self._config, self._engine)
-        entry = shard.job.target.write_part(shard.name, answers)
+        entry = shard.target.write_part(shard.name, answers)
         tokens = pa.compute.sum(pa.compute.list_value_length(answers["token_ids"])).as_py()
         seconds = round(time.monotonic() - started, 3)
         return {
             "finished": {
-                "target": shard.job.target.path, "name": shard.name, "entry": entry.model_dump(), "tokens": tokens, "seconds": seconds,
+                "target": shard.target.path, "name": shard.name, "entry": entry.model_dump(), "tokens": tokens, "seconds": seconds,
             }
         }  # fmt: skip
 
@@ -179,7 +181,7 @@ def answer(shard: Shard, config: SpinConfig, engine: GenerationEngine) -> pa.Tab
     samples = config.generation.samples_per_prompt
     ids = [prompt_id for prompt_id in prompts["prompt_id"].to_pylist() for _ in range(samples)]
     numbers = [number for _ in range(prompts.num_rows) for number in range(samples)]
-    opponent = shard.job.opponent
+    opponent = shard.opponent
     seeds = [row_seed(config.seed, opponent, prompt_id, number) for prompt_id, number in zip(ids, numbers, strict=True)]
     token_ids = [row for row in prompts["prompt_ids"].to_pylist() for _ in range(samples)]
     completions = engine.generate(token_ids, config.generation.sampling, seeds)
@@ -208,7 +210,7 @@ def _shards(job: Job, config: SpinConfig) -> list[Shard]:
             (*files[owner], tuple((wanted[owners == owner] - (ends[owner] - files[owner][1].rows)).tolist()))
             for owner in np.unique(owners)
         )
-        shards.append(Shard(job, fingerprint, f"part-{number:05d}.parquet", pieces))
+        shards.append(Shard(job.prompts, job.target, job.opponent, fingerprint, f"part-{number:05d}.parquet", pieces))
     return shards
 
 

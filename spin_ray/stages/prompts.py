@@ -1,6 +1,6 @@
 """Stage 1: SFT data -> Prompt rows. The only stage that renders and tokenises.
 
-    files -> slices -> [one task a slice: parse, check, render, tokenise] -> one task: drop duplicates, cut into parts
+    files -> slices -> [one task a slice: parse, check, render, tokenise] -> drop duplicates, cut into parts
 
 Rows that cannot be used go to RUN/quarantine with the reason, and are counted.
 """
@@ -78,10 +78,9 @@ def run(run_dir: RunDir, config: SpinConfig, artefact: Artefact, source: str, to
         slices = split(files)
         folder = f"{ATTEMPTS}/{artefact.path}-{digest([inputs, settings])[:16]}"
         items = [asdict(piece) | {"name": f"{folder}/{index:06d}"} for index, piece in enumerate(slices)]
-        rendered = ray.data.from_items(items, override_num_blocks=len(items)).map(_RenderSlice(run_dir.storage, task), num_cpus=0.5)
+        rendered = ray.data.from_items(items, override_num_blocks=len(items)).map(_RenderSlice(run_dir.storage, artefact.path, task), num_cpus=0.5)
         names = sorted(row["name"] for row in rendered.take_all())
-        finish = ray.remote(num_cpus=0.1)(_finish).remote(run_dir.storage, names, artefact, max_rows, settings["part_rows"])
-        entries, quarantined = ray.get(finish)
+        entries, quarantined = _finish(run_dir.storage, names, artefact, max_rows, settings["part_rows"])
         counted |= {"rows": sum(entry.rows for entry in entries.values()), "quarantined": quarantined.total()}
         _check_quarantine(run_dir, config, artefact, source, counted["rows"], quarantined)
         artefact.commit(entries, inputs, settings, counts=dict(quarantined))
@@ -99,8 +98,8 @@ def template_digest(renderer: ChatRenderer) -> str:
 class _RenderSlice:
     """One task: reads a slice and writes its rows, good and bad, to an unnamed part."""
 
-    def __init__(self, storage: Storage, task: PromptTask) -> None:
-        self._storage, self._task = storage, task
+    def __init__(self, storage: Storage, stage: str, task: PromptTask) -> None:
+        self._storage, self._stage, self._task = storage, stage, task
 
     def __call__(self, item: dict[str, Any]) -> dict[str, Any]:
         name = item["name"]
@@ -111,7 +110,7 @@ class _RenderSlice:
             try:
                 rows += [row | {"origin": source.origin, "raw": source.raw} for row in _rows_of(source, self._task)]
             except _Unusable as unusable:
-                bad.append(_quarantine_row(source.origin, unusable.reason, unusable.detail, source.raw))
+                bad.append(_quarantine_row(self._stage, source.origin, unusable.reason, unusable.detail, source.raw))
         schema = PROMPT_SCHEMA.append(_ORIGIN).append(_RAW)
         self._storage.replace(f"{name}-rows", table_to_bytes(pa.Table.from_pylist(rows, schema)))
         self._storage.replace(f"{name}-bad", table_to_bytes(pa.Table.from_pylist(bad, QUARANTINE_SCHEMA)))
@@ -202,41 +201,47 @@ def _finish(
     quarantine: list[pa.Table] = []
     entries: dict[str, FileEntry] = {}
     waiting = PROMPT_SCHEMA.empty_table()
+    for name in artefact.part_names():  # of an attempt that never reached its manifest
+        storage.delete(f"{artefact.path}/{name}")
 
     def write(table: pa.Table) -> None:
-        name = f"part-{len(entries):05d}.parquet"
-        storage.delete(f"{artefact.path}/{name}")  # of an attempt that never reached its manifest
-        entries[name] = artefact.write_part(name, table.combine_chunks())
+        if table.num_rows:
+            name = f"part-{len(entries):05d}.parquet"
+            entries[name] = artefact.write_part(name, table.combine_chunks())
 
     for name in names:
-        bad = table_from_bytes(storage.read(f"{name}-bad"))
         table = table_from_bytes(storage.read(f"{name}-rows"))
-        keep = []
-        for prompt_id in table["prompt_id"].to_pylist():
-            keep.append(prompt_id not in seen and (max_rows is None or len(seen) < max_rows))
-            repeated = prompt_id in seen
-            if keep[-1]:
-                seen.add(prompt_id)
-            elif repeated:
-                index = len(keep) - 1
-                row = _quarantine_row(
-                    table["origin"][index].as_py(), "duplicate", "the same prompt and response", table["raw"][index].as_py()
-                )
-                bad = pa.concat_tables([bad, pa.Table.from_pylist([row], QUARANTINE_SCHEMA)])
-        reasons.update(bad["reason"].to_pylist())
-        quarantine.append(bad.set_column(0, QUARANTINE_SCHEMA.field(0), [[artefact.path] * bad.num_rows]))
-        waiting = pa.concat_tables([waiting, table.filter(pa.array(keep, pa.bool_())).select(PROMPT_SCHEMA.names)])
+        keep, repeated = _first_of_each(table["prompt_id"].to_pylist(), seen, max_rows)
+        duplicates = [
+            _quarantine_row(artefact.path, row["origin"], "duplicate", "the same prompt and response as an earlier row", row["raw"])
+            for row in table.take(pa.array(repeated, pa.int64())).to_pylist()
+        ]
+        bad = table_from_bytes(storage.read(f"{name}-bad")).to_pylist() + duplicates
+        reasons.update(row["reason"] for row in bad)
+        quarantine.append(pa.Table.from_pylist(bad, QUARANTINE_SCHEMA))
+        waiting = pa.concat_tables([waiting, table.take(pa.array(keep, pa.int64())).select(PROMPT_SCHEMA.names)])
         while waiting.num_rows >= part_rows:
             write(waiting.slice(0, part_rows))
             waiting = waiting.slice(part_rows)
-    if waiting.num_rows:
-        write(waiting)
+    write(waiting)
     storage.replace(f"quarantine/{artefact.path}.parquet", table_to_bytes(pa.concat_tables(quarantine)))
     return entries, reasons
 
 
-def _quarantine_row(origin: str, reason: str, detail: str, raw: bytes) -> dict[str, Any]:
-    return {"stage": "", "origin": origin, "reason": reason, "detail": detail, "row": raw}
+def _first_of_each(ids: list[str], seen: set[str], limit: int | None) -> tuple[list[int], list[int]]:
+    """Row numbers to keep, at most ``limit`` over all calls, and those whose id came before; remembers ids in ``seen``."""
+    keep, repeated = [], []
+    for number, prompt_id in enumerate(ids):
+        if prompt_id in seen:
+            repeated.append(number)
+        elif limit is None or len(seen) < limit:
+            seen.add(prompt_id)
+            keep.append(number)
+    return keep, repeated
+
+
+def _quarantine_row(stage: str, origin: str, reason: str, detail: str, raw: bytes) -> dict[str, Any]:
+    return {"stage": stage, "origin": origin, "reason": reason, "detail": detail, "row": raw}
 
 
 def _check_quarantine(

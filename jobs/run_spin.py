@@ -1,0 +1,15 @@
+"""Entry point for `ray job submit --working-dir . -- python jobs/run_spin.py RECIPE --out RUN [--section.field=value …]`.
+
+The same as `spin-ray run`, for clusters where only the working directory is shipped.
+"""
+
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from spin_ray.cli import main  # noqa: E402 (the package is found in the working directory)
+
+if __name__ == "__main__":
+    sys.argv.insert(1, "run")
+    main()

@@ -1,0 +1,24 @@
+"""Numbers in responses, for data whose rows carry a verifiable ``answer``."""
+
+import re
+
+_NUMBER = r"-?\d[\d,]*(?:\.\d+)?"
+_EXTRACTORS = {
+    "equals": re.compile(rf".*=\s*\$?\s*({_NUMBER})", re.DOTALL),
+    "hashes": re.compile(rf".*####\s*\$?\s*({_NUMBER})", re.DOTALL),
+}
+
+
+def extract_number(text: str, extractor: str) -> float | None:
+    """The number after the last ``=`` (``equals``) or the last ``####`` (``hashes``) that has one; None if there is none.
+
+    Examples: ``"2 * 8 = 16" -> 16.0``, ``"so it is\\n#### 1,200" -> 1200.0``, ``"x = y" -> None``.
+    """
+    found = _EXTRACTORS[extractor].match(text)
+    return float(found.group(1).replace(",", "")) if found else None
+
+
+def is_correct(text: str, answer: float, extractor: str) -> bool:
+    """Whether the extracted number is ``answer`` (up to the rounding of decimal fractions, 1e-6 relative)."""
+    number = extract_number(text, extractor)
+    return number is not None and abs(number - answer) <= 1e-6 * max(1.0, abs(answer))

@@ -1,0 +1,144 @@
+"""The work of one train worker, step by step; knows torch.distributed, not Ray.
+
+    plan of all epochs -> score the first epoch's packs (reference) -> steps: forward, loss, backward, optimizer
+"""
+
+from dataclasses import dataclass
+
+import numpy as np
+import pyarrow as pa
+import torch
+import torch.distributed as dist
+from jaxtyping import Float32
+from torch import Tensor
+
+from spin_ray.learner.backends.base import TrainBackend
+from spin_ray.learner.losses import margins, pair_logps, sft_loss, spin_loss
+from spin_ray.learner.packing import Pack, PairLengths, Step, build_pack, plan_epoch
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Objective:
+    """What a step minimises: mean over pairs of loss(margin), plus ``sft_weight`` times the mean over response tokens of
+    -log p(y). Without a ``loss`` only the second term is left: supervised fine-tuning."""
+
+    loss: str | None
+    beta: float = 1.0
+    sft_weight: float = 0.0
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class PackShape:
+    pack_length: int
+    global_batch_pairs: int
+    pad_id: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ReferenceScores:
+    """log p_ref of both responses of every row of the pair table, in nats, in the order of the table."""
+
+    real: Float32[Tensor, "rows"]
+    generated: Float32[Tensor, "rows"]
+
+
+def plan(table: pa.Table, shape: PackShape, *, epochs: int, seed: int) -> list[list[Step]]:
+    """The steps of every epoch; equal on all ranks."""
+    lengths = pair_lengths(table)
+    return [
+        plan_epoch(
+            lengths, pack_length=shape.pack_length, global_batch_pairs=shape.global_batch_pairs, seed=seed, epoch=epoch
+        )
+        for epoch in range(epochs)
+    ]
+
+
+def pair_lengths(table: pa.Table) -> PairLengths:
+    """Lengths of the rows; rows of one prompt_id share a tree."""
+    columns = {
+        name: np.asarray(pa.compute.list_value_length(table[f"{name}_ids"])) for name in ("prompt", "real", "generated")
+    }
+    keys = table["prompt_id"].combine_chunks().dictionary_encode().indices
+    return PairLengths(**columns, tree_key=np.asarray(keys))
+
+
+def score_rows(
+    backend: TrainBackend, steps: list[Step], table: pa.Table, shape: PackShape
+) -> tuple[list[int], list[float], list[float]]:
+    """This rank's share of (rows, log p of real, log p of generated), in the packs that training will use.
+
+    The same packs through the same kernels give the same bits, so the margins of the first step are exactly 0.
+    """
+    rows: list[int] = []
+    real_logps: list[float] = []
+    generated_logps: list[float] = []
+    for step in steps:
+        for pack in step.for_rank(dist.get_rank(), dist.get_world_size()):
+            batch = build_pack(pack, table, pack_length=shape.pack_length, pad_id=shape.pad_id).to(backend.device)
+            real, generated = pair_logps(backend.score(batch), batch)
+            rows += batch.pair_row.tolist()
+            real_logps += real.tolist()
+            generated_logps += generated.tolist()
+    return rows, real_logps, generated_logps
+
+
+def train_step(
+    backend: TrainBackend,
+    step: Step,
+    table: pa.Table,
+    shape: PackShape,
+    objective: Objective,
+    reference: ReferenceScores | None,
+) -> dict[str, float]:
+    """One optimizer step over all ranks; returns its metrics, equal on all ranks.
+
+    Losses are divided by the step's global number of pairs (or response tokens), never by a rank's own: ranks hold
+    unequal shares, and gradients are summed over ranks.
+    """
+    packs = step.for_rank(dist.get_rank(), dist.get_world_size())
+    sums = torch.zeros(6, dtype=torch.float64, device=backend.device)
+    for number, pack in enumerate(packs):
+        loss, pack_sums = _pack_loss(backend, pack, step, table, shape, objective, reference)
+        backend.backward(loss, last_microbatch=number == len(packs) - 1)
+        sums += pack_sums
+    stats = backend.step()
+    dist.all_reduce(sums)
+    spin, margin, correct, real_logp, generated_logp, tokens = sums.tolist()
+    pairs = step.num_pairs
+    metrics = {"real_logp": real_logp / pairs, "grad_norm": stats.grad_norm, "lr": stats.learning_rate, "tokens": int(tokens)}
+    if objective.loss is None:
+        return {"loss": -real_logp / step.num_real_tokens, **metrics}
+    return {
+        "loss": spin / pairs, "margin": margin / pairs, "accuracy": correct / pairs, "generated_logp": generated_logp / pairs,
+        **metrics,
+    }  # fmt: skip
+
+
+def _pack_loss(
+    backend: TrainBackend,
+    pack: Pack,
+    step: Step,
+    table: pa.Table,
+    shape: PackShape,
+    objective: Objective,
+    reference: ReferenceScores | None,
+) -> tuple[Tensor, Tensor]:
+    """Share of the step's loss that this pack has, and the sums that metrics are made of."""
+    batch = build_pack(pack, table, pack_length=shape.pack_length, pad_id=shape.pad_id).to(backend.device)
+    real, generated = pair_logps(backend.logps(batch), batch)
+    sums = torch.zeros(6, dtype=torch.float64, device=backend.device)
+    sums[3] = real.detach().sum()
+    sums[5] = batch.num_useful_tokens
+    if objective.loss is None:
+        return sft_loss(real) / step.num_real_tokens, sums
+    if reference is None:
+        raise ValueError("the SPIN objective needs reference scores")
+    rows = batch.pair_row
+    margin = margins(real, generated, reference.real[rows], reference.generated[rows], objective.beta)
+    spin = spin_loss(margin, objective.loss)
+    sums[0], sums[1], sums[2] = spin.detach(), margin.detach().sum(), (margin > 0).sum()
+    sums[4] = generated.detach().sum()
+    loss = spin / step.num_pairs
+    if objective.sft_weight:
+        loss = loss + objective.sft_weight * sft_loss(real) / step.num_real_tokens
+    return loss, sums

@@ -1,0 +1,105 @@
+"""Model folders in Hugging Face layout: what may be trusted, and what their content is."""
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+
+from spin_ray.config import ModelConfig
+from spin_ray.errors import ConfigError, ModelError
+from spin_ray.run_dir import MANIFEST, FileEntry, folder_digest
+from spin_ray.storage import file_digest
+
+_CODE_OR_PICKLE = (".py", ".bin", ".pt", ".pth", ".pkl", ".pickle", ".ckpt", ".joblib")
+
+
+@dataclass(frozen=True)
+class ModelFolder:
+    """A checked model: where it is, what it is, and what the stages need to know of it."""
+
+    path: Path
+    digest: str
+    """Over the content of all files."""
+    name: str
+    """Of the iterate: ``start``, ``sft``, ``iter_000``, …"""
+    pad_id: int
+    """Any legal token: padding is told from text by lengths, never by its id."""
+
+
+def open_model(path: str | Path, name: str, *, trust_remote_code: bool = False) -> ModelFolder:
+    """Checks a model folder before any library opens it.
+
+    Raises:
+        ModelError: it is not there, is not a model, or holds pickled weights or code of its own.
+    """
+    folder = Path(path)
+    if not folder.is_dir():
+        raise ModelError(f"{path}: no such model folder")
+    if not (folder / "config.json").is_file():
+        raise ModelError(f"{folder}: has no config.json; expected a model in Hugging Face layout")
+    if not trust_remote_code:
+        _refuse_untrusted(folder)
+    if not list(folder.glob("*.safetensors")):
+        raise ModelError(f"{folder}: has no .safetensors weights; convert them (save_pretrained writes safetensors)")
+    config = read_config(folder)
+    pad = config.get("pad_token_id")
+    return ModelFolder(folder, folder_digest(folder_entries(folder)), name, pad if isinstance(pad, int) and pad >= 0 else 0)
+
+
+def find_model(config: ModelConfig) -> Path:
+    """The folder of ``model.path``, fetched from the hub (safetensors and tokenizer only) if it names a model there.
+
+    Raises:
+        ModelError: neither a folder nor a model that the hub knows or that can be reached.
+        ConfigError: the model is too short for ``model.max_length``.
+    """
+    folder = Path(config.path)
+    if not folder.exists():
+        if config.path.count("/") != 1 or config.path.startswith((".", "/", "~")):
+            raise ModelError(f"model.path {config.path}: no such folder")
+        folder = _download(config.path)
+    limit = read_config(folder).get("max_position_embeddings")
+    if isinstance(limit, int) and config.max_length > limit:
+        raise ConfigError(f"model.max_length: {config.max_length} is more than the {limit} positions of {config.path}; lower it")
+    return folder
+
+
+def folder_entries(folder: Path) -> dict[str, FileEntry]:
+    """Every file below ``folder`` but the manifest, with its digest."""
+    files = sorted(path for path in folder.rglob("*") if path.is_file() and path.name != MANIFEST)
+    entries = {}
+    for path in files:
+        sha256, size = file_digest(path)
+        entries[path.relative_to(folder).as_posix()] = FileEntry(sha256=sha256, bytes=size)
+    return entries
+
+
+def read_config(folder: Path) -> dict[str, object]:
+    try:
+        return json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    except FileNotFoundError as error:
+        raise ModelError(f"{folder}: has no config.json; expected a model in Hugging Face layout") from error
+    except ValueError as error:
+        raise ModelError(f"{folder}/config.json: is not JSON ({error})") from error
+
+
+def _refuse_untrusted(folder: Path) -> None:
+    for path in sorted(folder.rglob("*")):
+        if path.suffix.lower() in _CODE_OR_PICKLE:
+            raise ModelError(
+                f"{path}: pickled weights and code can run anything when loaded; keep only safetensors, or set "
+                "model.trust_remote_code if you trust the source"
+            )
+    for name in ("config.json", "tokenizer_config.json"):
+        if (folder / name).is_file() and '"auto_map"' in (folder / name).read_text(encoding="utf-8", errors="replace"):
+            raise ModelError(f"{folder}/{name}: auto_map asks for the model's own code; set model.trust_remote_code if you trust it")
+
+
+def _download(name: str) -> Path:
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError, OfflineModeIsEnabled
+
+    try:
+        return Path(snapshot_download(name, allow_patterns=["*.safetensors", "*.json", "*.jinja", "tokenizer.model", "*.txt"]))
+    except (HfHubHTTPError, LocalEntryNotFoundError, OfflineModeIsEnabled, OSError, ValueError) as error:
+        reason = (str(error).splitlines() or [type(error).__name__])[0]
+        raise ModelError(f"model.path {name}: no such folder, and the hub did not give it ({reason})") from error

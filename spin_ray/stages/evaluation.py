@@ -1,0 +1,187 @@
+"""Stage 6: what an iterate is worth, on held-out prompts and fresh samples of it.
+
+    heldout + samples of θ_t (+ samples of θ_{t-1}) -> scores under both models -> eval.json
+
+Two margins, both of θ_t against its opponent θ_{t-1}:
+    against_opponent   y' ~ θ_{t-1}: the objective of the iteration on rows it never saw. ln 2 - loss is a lower bound of
+                       JSD(p_data ‖ θ_{t-1}): the distance that was there to be seen (method: minimum of the logistic loss)
+    against_self       y' ~ θ_t: are its own fresh samples still told from people's?
+"""
+
+import json
+import math
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+import torch.distributed as dist
+from scipy.stats import mannwhitneyu
+
+from spin_ray.answers import is_correct
+from spin_ray.config import SpinConfig
+from spin_ray.learner.backends.base import BackendSettings
+from spin_ray.learner.backends.fsdp2 import Fsdp2Backend
+from spin_ray.learner.loop import PackShape, plan, score_rows
+from spin_ray.model_folder import ModelFolder
+from spin_ray.rendering import load_tokenizer
+from spin_ray.run_dir import Artefact, RunDir
+from spin_ray.types import PAIR_SCHEMA
+from spin_ray.workers import device, run_workers
+
+SCORE_SCHEMA = pa.schema(
+    [pa.field("pair_id", pa.string()), pa.field("model", pa.string())]
+    + [pa.field(name, pa.float32()) for name in ("real_logp", "generated_logp")]
+)
+
+
+@dataclass(frozen=True, kw_only=True)
+class ScoreJob:
+    """Scores held-out rows under one or more models."""
+
+    rows: pa.Table
+    """PAIR_SCHEMA; ``pair_id`` ends with whose sample y' is."""
+    models: tuple[ModelFolder, ...]
+    shape: PackShape
+    backend: BackendSettings
+    target: Artefact
+
+
+def run(run_dir: RunDir, config: SpinConfig, iterate: int, model: ModelFolder, opponent: ModelFolder | None) -> dict[str, Any]:
+    """Writes ``eval.json`` of θ_iterate and returns it; ``opponent`` is θ_{iterate-1}, None for θ_0."""
+    path = run_dir.eval_path(iterate)
+    samples = run_dir.heldout_samples(iterate)
+    made_from = {"samples": samples.manifest().digest, "model": model.digest}
+    if run_dir.storage.exists(path):
+        done = json.loads(run_dir.storage.read(path))
+        if done["made_from"] == made_from:
+            return done
+    with run_dir.stage(f"{model.name}/evaluation") as counted:
+        heldout, answers = _read(run_dir.heldout, samples)
+        result: dict[str, Any] = {"iterate": model.name, "made_from": made_from, "rows": heldout.num_rows}
+        result |= _text_measures(heldout, answers, config, model.path)
+        if opponent is not None:
+            _, earlier = _read(run_dir.heldout, run_dir.heldout_samples(iterate - 1))
+            scores = _score(run_dir, config, heldout, {"self": answers, "opponent": earlier}, model, opponent)
+            result |= {"opponent": opponent.name} | _margin_measures(scores, model, opponent, config.at(iterate - 1).beta)
+        counted |= {"rows": heldout.num_rows}
+        run_dir.storage.replace(path, json.dumps(result, indent=1).encode())
+    return result
+
+
+def _read(heldout: Artefact, samples: Artefact) -> tuple[pa.Table, pa.Table]:
+    """Held-out rows and the first sample of each, in the same order."""
+    answers = pa.concat_tables(list(samples.tables()))
+    answers = answers.filter(pc.equal(answers["sample"], 0))
+    rows = pa.concat_tables(list(heldout.tables()))
+    return rows.take(pc.index_in(answers["prompt_id"], value_set=rows["prompt_id"])), answers
+
+
+def _text_measures(heldout: pa.Table, answers: pa.Table, config: SpinConfig, model: Path) -> dict[str, Any]:
+    real, generated = heldout["real_ids"].to_pylist(), answers["token_ids"].to_pylist()
+    real_lengths, generated_lengths = [len(ids) for ids in real], [len(ids) for ids in generated]
+    measures: dict[str, Any] = {
+        "real_length": float(np.mean(real_lengths)),
+        "generated_length": float(np.mean(generated_lengths)),
+        "length_auc": length_auc(real_lengths, generated_lengths),
+        "truncation_rate": float(np.mean([reason == "length" for reason in answers["finish_reason"].to_pylist()])),
+        "identical_share": float(np.mean([left == right for left, right in zip(real, generated, strict=True)])),
+    }
+    extractor = config.evaluation.answer_extractor
+    if extractor != "none":
+        tokenizer = load_tokenizer(str(model), trust_remote_code=config.model.trust_remote_code)
+        texts = tokenizer.batch_decode(generated, skip_special_tokens=True)
+        graded = [
+            is_correct(text, answer, extractor)
+            for text, answer in zip(texts, heldout["answer"].to_pylist(), strict=True)
+            if answer is not None
+        ]
+        if graded:
+            measures["answer_accuracy"] = float(np.mean(graded))
+            measures["answers_graded"] = len(graded)
+    return measures
+
+
+def length_auc(real: list[int], generated: list[int]) -> float:
+    """Area under the ROC curve of a classifier that sees only length: 0.5 tells nothing, 0 or 1 gives y' away.
+
+    It is the chance that a real response is longer than a generated one (ties count half): Mann-Whitney U / (n m).
+    """
+    return float(mannwhitneyu(real, generated).statistic / (len(real) * len(generated)))
+
+
+def _score(
+    run_dir: RunDir, config: SpinConfig, heldout: pa.Table, samples: dict[str, pa.Table], model: ModelFolder, opponent: ModelFolder
+) -> pa.Table:
+    """SCORE_SCHEMA rows of every (held-out row, sample) under both models; on the train workers, so any size fits."""
+    target = run_dir.artefact(f"{model.name}/heldout_scores")
+    rows = pa.concat_tables([_pair_rows(heldout, answers, whose) for whose, answers in samples.items()])
+    inputs = {f"samples_{whose}": run_digest for whose, run_digest in _sample_digests(samples).items()}
+    inputs |= {"model": model.digest, "opponent": opponent.digest}
+    settings = {"precision": config.train.precision, "pack_length": config.train.pack_length, "workers": config.train.workers}
+    if not target.is_current(inputs, settings):
+        job = ScoreJob(
+            rows=rows,
+            models=(model, opponent),
+            shape=PackShape(pack_length=config.train.pack_length, global_batch_pairs=rows.num_rows, pad_id=model.pad_id),
+            backend=BackendSettings(
+                max_length=config.model.max_length, precision=config.train.precision, attention=config.model.attention,
+                trust_remote_code=config.model.trust_remote_code,
+            ),
+            target=target,
+        )  # fmt: skip
+        folder = f"{model.name}/checkpoints"
+        run_workers(_worker, job, config, f"evaluation-{model.digest[:16]}", run_dir.storage.path(folder))
+        run_dir.storage.delete(folder)
+        target.commit({name: target.part_entry(name) for name in target.part_names()}, inputs, settings)
+    return pa.concat_tables(list(target.tables()))
+
+
+def _sample_digests(samples: dict[str, pa.Table]) -> dict[str, str]:
+    from spin_ray.storage import bytes_digest, table_to_bytes
+
+    return {whose: bytes_digest(table_to_bytes(table)).sha256 for whose, table in samples.items()}
+
+
+def _pair_rows(heldout: pa.Table, answers: pa.Table, whose: str) -> pa.Table:
+    pair_ids = pa.array([f"{prompt_id}/{whose}" for prompt_id in heldout["prompt_id"].to_pylist()])
+    columns = [pair_ids, heldout["prompt_id"], pa.array([0] * len(pair_ids), pa.int32())]
+    return pa.table([*columns, heldout["prompt_ids"], heldout["real_ids"], answers["token_ids"]], schema=PAIR_SCHEMA)
+
+
+def _worker(job: ScoreJob) -> None:
+    """Runs on every rank: one model after another, so that only one is in memory."""
+    steps = plan(job.rows, job.shape, epochs=1, seed=0)[0]
+    tables = []
+    for model in job.models:
+        backend = Fsdp2Backend(model.path, job.backend, device())
+        rows, real, generated = score_rows(backend, steps, job.rows, job.shape)
+        pair_ids = job.rows["pair_id"].take(pa.array(rows, pa.int64()))
+        tables.append(pa.table([pair_ids, [model.name] * len(rows), real, generated], schema=SCORE_SCHEMA))
+        del backend
+    name = f"part-{dist.get_rank():05d}.parquet"
+    job.target.storage.delete(f"{job.target.path}/{name}")
+    job.target.write_part(name, pa.concat_tables(tables))
+    dist.barrier()
+
+
+def _margin_measures(scores: pa.Table, model: ModelFolder, opponent: ModelFolder, beta: float) -> dict[str, Any]:
+    """Loss, margin and accuracy of the margin for both kinds of y', and how far log p(y) and log p(y') moved."""
+    frame = scores.to_pandas().pivot(index="pair_id", columns="model", values=["real_logp", "generated_logp"])
+    real = frame["real_logp"][model.name] - frame["real_logp"][opponent.name]
+    generated = frame["generated_logp"][model.name] - frame["generated_logp"][opponent.name]
+    measures: dict[str, Any] = {"beta": beta, "real_logp_drift": float(real.mean())}
+    for whose in ("opponent", "self"):
+        rows = frame.index.str.endswith(f"/{whose}")
+        margin = beta * (real - generated)[rows].to_numpy(dtype=np.float64)
+        loss = float(np.logaddexp(0.0, -margin).mean())
+        measures[f"against_{whose}"] = {
+            "loss": loss,
+            "margin": float(margin.mean()),
+            "accuracy": float((margin > 0).mean()),
+            "generated_logp_drift": float(generated[rows].mean()),
+        }
+    measures["jsd_lower_bound"] = math.log(2) - measures["against_opponent"]["loss"]
+    return measures

@@ -1,0 +1,305 @@
+"""Stage 4: reference scores, then θ_t -> θ_{t+1}; also the SFT warm-up, which is the same work with another objective.
+
+    driver: TorchTrainer over train.workers
+    worker: load θ_t -> score all pairs with it (the reference: stored, never redone with a moved policy)
+            -> steps, with a checkpoint now and then -> export as a Hugging Face folder with its manifest
+"""
+
+import json
+import tempfile
+import threading
+import time
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.compute as pc
+import ray.train
+import torch
+import torch.distributed as dist
+
+from spin_ray.config import OptimizerConfig, SpinConfig, digest
+from spin_ray.errors import RunDirError
+from spin_ray.learner.backends.base import BackendSettings
+from spin_ray.learner.backends.fsdp2 import Fsdp2Backend
+from spin_ray.learner.loop import Objective, PackShape, ReferenceScores, plan, score_rows, train_step
+from spin_ray.model_folder import ModelFolder, folder_entries
+from spin_ray.progress import StageProgress
+from spin_ray.resources import wait_until_free
+from spin_ray.run_dir import MANIFEST, Artefact, Manifest, RunDir, read_json_lines
+from spin_ray.storage import Storage
+from spin_ray.types import PAIR_SCHEMA, REFERENCE_SCHEMA
+from spin_ray.workers import device, run_workers
+
+CHECKPOINT_STATE = "spin_ray.json"
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainJob:
+    """Everything a worker needs; the same on all ranks."""
+
+    name: str
+    """Folder of the iterate, e.g. ``iter_000``."""
+    storage: Storage
+    start: ModelFolder
+    rows: Artefact
+    """Pairs, or prompts for SFT."""
+    reference: Artefact | None
+    target: Artefact
+    objective: Objective
+    shape: PackShape
+    backend: BackendSettings
+    epochs: int
+    seed: int
+    checkpoint_every_steps: int
+
+    def inputs(self) -> dict[str, str]:
+        return {"rows": self.rows.manifest().digest, "start_model": self.start.digest}
+
+    def settings(self) -> dict[str, Any]:
+        optimizer = self.backend.optimizer
+        return {
+            "loss": self.objective.loss, "beta": self.objective.beta, "sft_weight": self.objective.sft_weight,
+            "epochs": self.epochs, "learning_rate": self.backend.learning_rate, "seed": self.seed,
+            "pack_length": self.shape.pack_length, "global_batch_pairs": self.shape.global_batch_pairs,
+            "precision": self.backend.precision, "attention": self.backend.attention,
+            "optimizer": optimizer.model_dump(mode="json") if optimizer else None,
+        }  # fmt: skip
+
+    @property
+    def log_path(self) -> str:
+        return f"{self.name}/train_log.jsonl"
+
+
+def run(run_dir: RunDir, config: SpinConfig, iteration: int, opponent: ModelFolder) -> None:
+    """Trains θ_{t+1} from θ_t on the pairs of the iteration and commits ``iter_NNN/model``.
+
+    Raises:
+        StageError: the workers failed too often; the same command goes on from the last checkpoint.
+    """
+    values = config.at(iteration)
+    objective = Objective(loss=config.objective.loss, beta=values.beta, sft_weight=config.objective.sft_weight)
+    target = run_dir.model(iteration + 1)
+    job = TrainJob(
+        name=target.path.partition("/")[0],
+        storage=run_dir.storage,
+        start=opponent,
+        rows=run_dir.pairs(iteration),
+        reference=run_dir.reference(iteration),
+        target=target,
+        objective=objective,
+        shape=PackShape(
+            pack_length=config.train.pack_length, global_batch_pairs=config.train.global_batch_pairs, pad_id=opponent.pad_id
+        ),
+        backend=_backend_settings(config, config.train.optimizer, values.learning_rate),
+        epochs=values.epochs,
+        seed=config.seed + iteration,
+        checkpoint_every_steps=config.train.checkpoint_every_steps,
+    )
+    _train(run_dir, config, job)
+
+
+def run_sft(run_dir: RunDir, config: SpinConfig, start: ModelFolder) -> None:
+    """Trains θ_0 from the start model on the SFT data itself and commits ``sft/model``."""
+    assert config.sft is not None
+    target = run_dir.model(0)
+    job = TrainJob(
+        name=target.path.partition("/")[0],
+        storage=run_dir.storage,
+        start=start,
+        rows=run_dir.prompts,
+        reference=None,
+        target=target,
+        objective=Objective(loss=None),
+        shape=PackShape(
+            pack_length=config.train.pack_length, global_batch_pairs=config.sft.global_batch_rows, pad_id=start.pad_id
+        ),
+        backend=_backend_settings(config, config.sft.optimizer, config.sft.learning_rate),
+        epochs=config.sft.epochs,
+        seed=config.seed,
+        checkpoint_every_steps=config.train.checkpoint_every_steps,
+    )
+    _train(run_dir, config, job)
+
+
+def _backend_settings(config: SpinConfig, optimizer: OptimizerConfig, learning_rate: float) -> BackendSettings:
+    return BackendSettings(
+        precision=config.train.precision,
+        attention=config.model.attention,
+        max_length=config.model.max_length,
+        trust_remote_code=config.model.trust_remote_code,
+        gradient_checkpointing=config.train.gradient_checkpointing,
+        optimizer=optimizer,
+        learning_rate=learning_rate,
+    )
+
+
+def _train(run_dir: RunDir, config: SpinConfig, job: TrainJob) -> None:
+    if job.target.is_current(job.inputs(), job.settings()):
+        return
+    checkpoints = f"{job.name}/checkpoints"
+    with run_dir.stage(f"{job.name}/training") as counted:
+        with _Watcher(job):
+            run_workers(_worker, job, config, digest([job.inputs(), job.settings()])[:16], run_dir.storage.path(checkpoints))
+        log = read_json_lines(run_dir.storage, job.log_path)
+        counted |= {"steps": len(log), "rows": job.rows.manifest().rows, "tokens": sum(line["tokens"] for line in log)}
+        if not config.storage.keep_checkpoints:
+            run_dir.storage.delete(checkpoints)
+    wait_until_free([config.generation.resources.bundle] * config.generation.replicas, 120, "generation, after training")
+
+
+def _worker(job: TrainJob) -> None:
+    """Runs on every rank. Ends with ``job.target`` committed."""
+    table = _read_rows(job.rows)
+    epochs = plan(table, job.shape, epochs=job.epochs, seed=job.seed)
+    steps = [step for epoch in epochs for step in epoch]
+    backend = Fsdp2Backend(job.start.path, replace(job.backend, total_steps=len(steps)), device())
+    reference = None
+    if job.reference is not None:
+        _score_reference(job, backend, epochs[0], table)
+        reference = _load_reference(job.reference, table)
+    first = _restore(job, backend)
+    log = _TrainLog(job, first)
+    for number in range(first, len(steps)):
+        started = time.monotonic()
+        metrics = train_step(backend, steps[number], table, job.shape, job.objective, reference)
+        log.write({"step": number, **metrics, "seconds": round(time.monotonic() - started, 3), "of": len(steps)})
+        if (number + 1) % job.checkpoint_every_steps == 0 and number + 1 < len(steps):
+            _checkpoint(job, backend, number + 1)
+    _export(job, backend)
+
+
+def _read_rows(rows: Artefact) -> pa.Table:
+    """PAIR_SCHEMA rows; prompts become rows without y'."""
+    table = pa.concat_tables(list(rows.tables()))
+    if "pair_id" in table.column_names:
+        return table
+    empty = pa.array([[]] * table.num_rows, PAIR_SCHEMA.field("generated_ids").type)
+    iteration = pa.array([0] * table.num_rows, pa.int32())
+    columns = {"pair_id": table["prompt_id"], "iteration": iteration, "generated_ids": empty}
+    return pa.table([columns.get(name, table[name] if name in table.column_names else None) for name in PAIR_SCHEMA.names], schema=PAIR_SCHEMA)
+
+
+def _score_reference(job: TrainJob, backend: Fsdp2Backend, steps: list[Any], table: pa.Table) -> None:
+    """Commits log p_θt of every pair, unless an earlier attempt did. The backend still holds θ_t here."""
+    target = job.reference
+    assert target is not None
+    inputs, settings = job.inputs(), {"pack_length": job.shape.pack_length, "precision": job.backend.precision, "seed": job.seed}
+    if target.is_current(inputs, settings):
+        return
+    rows, real, generated = score_rows(backend, steps, table, job.shape)
+    part = pa.table([table["pair_id"].take(pa.array(rows, pa.int64())), real, generated], schema=REFERENCE_SCHEMA)
+    name = f"part-{dist.get_rank():05d}.parquet"
+    job.storage.delete(f"{target.path}/{name}")  # of an attempt that never reached its manifest
+    target.write_part(name, part)
+    dist.barrier()
+    if dist.get_rank() == 0:
+        names = [f"part-{rank:05d}.parquet" for rank in range(dist.get_world_size())]
+        target.commit({name: target.part_entry(name) for name in names}, inputs, settings)
+    dist.barrier()
+
+
+def _load_reference(reference: Artefact, table: pa.Table) -> ReferenceScores:
+    """Scores in the order of ``table``, matched by pair id.
+
+    Raises:
+        RunDirError: a pair has no score, or more than one.
+    """
+    scores = pa.concat_tables(list(reference.tables()))
+    found = pc.index_in(table["pair_id"], value_set=scores["pair_id"])
+    if found.null_count or scores.num_rows != table.num_rows:
+        raise RunDirError(
+            f"{reference.path}: {scores.num_rows} scores for {table.num_rows} pairs, {found.null_count} without one; remove the folder"
+        )
+    ordered = scores.take(found)
+    real, generated = (torch.tensor(ordered[name].to_numpy()) for name in ("real_logp", "generated_logp"))
+    return ReferenceScores(real=real.to(device()), generated=generated.to(device()))
+
+
+def _checkpoint(job: TrainJob, backend: Fsdp2Backend, step: int) -> None:
+    with tempfile.TemporaryDirectory(prefix="spin-ray-checkpoint-") as folder:
+        backend.save(Path(folder))
+        if dist.get_rank() == 0:
+            state = {"step": step, "inputs": job.inputs(), "settings": job.settings(), "world_size": dist.get_world_size()}
+            (Path(folder) / CHECKPOINT_STATE).write_text(json.dumps(state))
+        ray.train.report({"step": step}, checkpoint=ray.train.Checkpoint.from_directory(folder))
+
+
+def _restore(job: TrainJob, backend: Fsdp2Backend) -> int:
+    """Loads the newest checkpoint of this work, if there is one; returns the step to go on with.
+
+    Raises:
+        RunDirError: the checkpoint belongs to another number of workers.
+    """
+    checkpoint = ray.train.get_checkpoint()
+    if checkpoint is None:
+        return 0
+    with checkpoint.as_directory() as folder:
+        state = json.loads((Path(folder) / CHECKPOINT_STATE).read_text())
+        if state["world_size"] != dist.get_world_size():
+            raise RunDirError(
+                f"{checkpoint.path}: was written by {state['world_size']} workers, now there are {dist.get_world_size()}; "
+                f"restore train.workers or remove {job.name}/checkpoints"
+            )
+        backend.load(Path(folder))
+    return state["step"]
+
+
+def _export(job: TrainJob, backend: Fsdp2Backend) -> None:
+    """θ_{t+1} as a Hugging Face folder that appears together with its manifest."""
+    attempt = job.storage.new_attempt_folder() if dist.get_rank() == 0 else Path()
+    backend.export_hf(attempt)
+    if dist.get_rank() == 0:
+        settings = json.loads(json.dumps(job.settings()))
+        manifest = Manifest(files=folder_entries(attempt), inputs=job.inputs(), config=digest(settings), settings=settings)
+        (attempt / MANIFEST).write_bytes(manifest.to_bytes())
+        job.storage.create_folder(job.target.path, attempt)
+    dist.barrier()
+
+
+class _TrainLog:
+    """train_log.jsonl, written by rank 0; steps after the checkpoint that training resumes from are cut off first."""
+
+    def __init__(self, job: TrainJob, first: int) -> None:
+        self._job = job
+        self._active = dist.get_rank() == 0
+        if self._active:
+            kept = [line for line in read_json_lines(job.storage, job.log_path) if line["step"] < first]
+            job.storage.replace(job.log_path, "".join(json.dumps(line) + "\n" for line in kept).encode())
+
+    def write(self, line: dict[str, Any]) -> None:
+        if self._active:
+            self._job.storage.append(self._job.log_path, json.dumps(line) + "\n")
+
+
+class _Watcher:
+    """Shows the progress that rank 0 logs; the driver itself waits for the workers meanwhile."""
+
+    def __init__(self, job: TrainJob) -> None:
+        self._job = job
+        self._stop = threading.Event()
+        self._thread = threading.Thread(target=self._watch, name="train-progress", daemon=True)
+
+    def __enter__(self) -> None:
+        self._thread.start()
+
+    def __exit__(self, *_: object) -> None:
+        self._stop.set()
+        self._thread.join(timeout=10)
+
+    def _watch(self) -> None:
+        seen = len(read_json_lines(self._job.storage, self._job.log_path))
+        progress: StageProgress | None = None
+        while not self._stop.wait(1.0) or progress is None:
+            lines = read_json_lines(self._job.storage, self._job.log_path)
+            if progress is None and lines:
+                progress = StageProgress(f"{self._job.name}/training", lines[-1]["of"], "steps", done=seen).__enter__()
+            if progress is not None:
+                for line in lines[seen:]:
+                    progress.advance(1, line["tokens"])
+                seen = max(seen, len(lines))
+            if self._stop.is_set():
+                break
+        if progress is not None:
+            progress.__exit__(None, None, None)

@@ -1,0 +1,115 @@
+"""A run in a table, for the end of a run and for ``spin-ray status``."""
+
+import json
+from collections import defaultdict
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+
+from spin_ray.config import SpinConfig
+from spin_ray.rendering import load_tokenizer
+from spin_ray.run_dir import RunDir, iterate_name
+
+EXAMPLES = 3
+
+
+def print_summary(run: RunDir, console: Console) -> None:
+    """Iterates side by side, examples, and how to go on."""
+    config = SpinConfig.model_validate(run.description()["config"])
+    evaluations = read_evaluations(run, config)
+    console.print(_iterates(evaluations))
+    console.print(_seconds(stage_seconds(run)))
+    if evaluations:
+        _print_examples(run, config, console)
+    console.print(f"Run:    {run.storage.root}")
+    console.print(f"Model:  {run.storage.path(run.model(config.iterations).path)} (LATEST: {run.latest()})")
+    console.print(f"Go on:  spin-ray status {run.storage.root}")
+
+
+def print_status(run: RunDir, console: Console) -> None:
+    """What is committed, what the last event was, and the measures so far."""
+    config = SpinConfig.model_validate(run.description()["config"])
+    events = run.events()
+    console.print(_iterates(read_evaluations(run, config)))
+    console.print(_seconds(stage_seconds(run)))
+    for event in events[-1:]:
+        detail = {name: value for name, value in event.items() if name not in ("time", "event", "stage")}
+        console.print(f"Last event: {event['event']} {event['stage']} {json.dumps(detail) if detail else ''}")
+    console.print(f"LATEST: {run.latest() or 'nothing published yet'}; iterations wanted: {config.iterations}")
+
+
+def read_evaluations(run: RunDir, config: SpinConfig) -> list[dict[str, Any]]:
+    """``eval.json`` of every iterate that has one, θ_0 first."""
+    paths = [run.eval_path(iterate) for iterate in range(config.iterations + 1)]
+    return [json.loads(run.storage.read(path)) for path in paths if run.storage.exists(path)]
+
+
+def stage_seconds(run: RunDir) -> dict[str, dict[str, float]]:
+    """Wall seconds by iterate and stage, summed over attempts, e.g. ``{"iter_000": {"training": 61.2}}``."""
+    seconds: dict[str, dict[str, float]] = defaultdict(lambda: defaultdict(float))
+    for event in run.events():
+        if event["event"] in ("commit", "failure"):
+            # One opponent answers held-out and training prompts in one go: counted where its held-out samples are.
+            folder, _, stage = event["stage"].partition(" ")[0].rpartition("/")
+            seconds[folder or "run"]["sampling" if stage == "heldout_samples" else stage] += event["seconds"]
+    return {iterate: dict(stages) for iterate, stages in seconds.items()}
+
+
+def _iterates(evaluations: list[dict[str, Any]]) -> Table:
+    table = Table(title="Held-out rows, fresh samples of each iterate")
+    for name in ("iterate", "loss", "margin", "margin acc.", "answer acc.", "length y", "length y′", "cut", "y=y′"):
+        table.add_column(name, justify="left" if name == "iterate" else "right", no_wrap=name == "iterate")
+    for evaluation in evaluations:
+        against = evaluation.get("against_opponent", {})
+        table.add_row(
+            evaluation["iterate"],
+            _number(against.get("loss"), 4),
+            _number(against.get("margin"), 3),
+            _number(against.get("accuracy"), 2),
+            _number(evaluation.get("answer_accuracy"), 3),
+            _number(evaluation["real_length"], 1),
+            _number(evaluation["generated_length"], 1),
+            _number(evaluation["truncation_rate"], 2),
+            _number(evaluation["identical_share"], 2),
+        )
+    return table
+
+
+def _seconds(seconds: dict[str, dict[str, float]]) -> Table:
+    stages = list(dict.fromkeys(stage for spent in seconds.values() for stage in spent))
+    table = Table(title="Seconds per stage")
+    table.add_column("folder", no_wrap=True)
+    for stage in stages:
+        table.add_column(stage, justify="right")
+    for folder, spent in seconds.items():
+        table.add_row(folder, *[_number(spent.get(stage), 0) for stage in stages])
+    return table
+
+
+def _number(value: float | None, digits: int) -> str:
+    return "–" if value is None else f"{value:.{digits}f}"
+
+
+def _print_examples(run: RunDir, config: SpinConfig, console: Console) -> None:
+    """A few held-out prompts with the human answer and each iterate's."""
+    tokenizer = load_tokenizer(run.description()["start_model"], trust_remote_code=config.model.trust_remote_code)
+    rows = next(run.heldout.tables()).slice(0, EXAMPLES).to_pylist()
+    answers: dict[str, dict[str, str]] = {}
+    for iterate in range(config.iterations + 1):
+        samples = next(run.heldout_samples(iterate).tables()).slice(0, EXAMPLES).to_pylist()
+        answers[iterate_name(iterate)] = {
+            sample["prompt_id"]: tokenizer.decode(sample["token_ids"], skip_special_tokens=True) for sample in samples
+        }
+    for row in rows:
+        messages = json.loads(row["messages"])
+        console.rule(style="dim")
+        for message in messages[:-1]:
+            console.print(f"[bold]{message['role']}[/]", end="  ")
+            console.print(message["content"], markup=False)
+        console.print("[bold green]human[/]", end="  ")
+        console.print(messages[-1]["content"], markup=False)
+        for name, by_prompt in answers.items():
+            console.print(f"[bold cyan]{name}[/]", end="  ")
+            console.print(by_prompt.get(row["prompt_id"], ""), markup=False)
+    console.rule(style="dim")

@@ -1,0 +1,60 @@
+"""Runs a function on a group of Ray Train workers that share a torch process group."""
+
+import os
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import ray.train
+import ray.train.torch
+
+from spin_ray import cpu
+from spin_ray.config import SpinConfig
+from spin_ray.errors import StageError
+
+
+def run_workers(function: Callable[[Any], None], job: Any, config: SpinConfig, name: str, folder: Path) -> None:
+    """Calls ``function(job)`` on every train worker of the config and waits for all of them.
+
+    A worker group that dies is started again, up to ``train.max_failures`` times, and may go on from the last checkpoint
+    that was reported under ``folder/name``. That holds for a new driver, too, so each piece of work needs a name of its own.
+
+    Raises:
+        StageError: the workers could not be placed in time, or failed too often.
+    """
+    resources = config.train.resources
+    os.environ["RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S"] = str(config.train.start_timeout_s)
+    trainer = ray.train.torch.TorchTrainer(
+        _in_worker,
+        train_loop_config={"function": function, "job": job, "threads": resources.threads},
+        scaling_config=ray.train.ScalingConfig(
+            num_workers=config.train.workers, use_gpu=resources.gpus > 0, resources_per_worker=resources.bundle
+        ),
+        torch_config=ray.train.torch.TorchConfig(backend="nccl" if resources.gpus else "gloo", timeout_s=1800),
+        run_config=ray.train.RunConfig(
+            name=name,
+            storage_path=str(folder),
+            failure_config=ray.train.FailureConfig(max_failures=config.train.max_failures, controller_failure_limit=3),
+            checkpoint_config=ray.train.CheckpointConfig(num_to_keep=1),
+        ),
+    )
+    try:
+        trainer.fit()
+    except ray.train.TrainingFailedError as error:
+        lines = [line for line in str(error).splitlines() if line.strip()]
+        raise StageError(f"{name} failed: {lines[-1] if lines else error}; run the command again to go on") from error
+
+
+def _in_worker(loop: dict[str, Any]) -> None:
+    cpu.prepare(loop["threads"])
+    import torch
+
+    if not torch.cuda.is_available():
+        torch.set_num_threads(loop["threads"])
+    loop["function"](loop["job"])
+
+
+def device() -> Any:
+    """The torch device of this worker."""
+    return ray.train.torch.get_device()
+
