@@ -8,7 +8,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from spin_ray.cli import main  # noqa: E402 (the package is found in the working directory)
+from spin_ray.cli import main
 
 if __name__ == "__main__":
     sys.argv.insert(1, "run")

@@ -364,7 +364,9 @@ def parse_config(content: dict[str, Any], source: str) -> SpinConfig:
 
 def _explain(detail: Any) -> list[str]:
     # Union members add their type to the location; what the user wrote is the path of keys.
-    where = ".".join(str(part) for part in detail["loc"] if not str(part).startswith(("function-", "constrained-", "tuple[")))
+    where = ".".join(
+        str(part) for part in detail["loc"] if not str(part).startswith(("function-", "constrained-", "tuple["))
+    )
     if detail["type"] == "extra_forbidden":
         return [f"{where}: unknown key"]
     if detail["type"] == "value_error":

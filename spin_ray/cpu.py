@@ -52,7 +52,9 @@ def _amx_works() -> bool:
         return memo.read_text() == "works"
     except FileNotFoundError:
         environment = {name: value for name, value in os.environ.items() if name != "ONEDNN_MAX_CPU_ISA"}
-        probe = subprocess.run([sys.executable, "-c", _PROBE], env=environment, capture_output=True, timeout=120, check=False)
+        probe = subprocess.run(
+            [sys.executable, "-c", _PROBE], env=environment, capture_output=True, timeout=120, check=False
+        )
         works = probe.returncode == 0
         if not works:
             logger.warning("this machine advertises AMX but cannot run it; oneDNN is held at %s", _WITHOUT_AMX)

@@ -1,11 +1,11 @@
 """The SPIN loop. A function of storage: run it again and it finishes what is missing.
 
-    prompts ─> [sft] ─> θ_0 ─┐
-                             v
-       ┌──────────> θ_t answers prompts and held-out prompts ─> evaluate θ_t ─> LATEST
-       │                     │
-       │                   pairs ─> reference scores ─> train ─> θ_{t+1}
-       └─────────────────────────────────────────────────────────┘
+prompts ─> [sft] ─> θ_0 ─┐
+v
+┌──────────> θ_t answers prompts and held-out prompts ─> evaluate θ_t ─> LATEST
+│                     │
+│                   pairs ─> reference scores ─> train ─> θ_{t+1}
+└─────────────────────────────────────────────────────────┘
 """
 
 import logging
@@ -85,7 +85,9 @@ def _jobs(run: RunDir, config: SpinConfig, iteration: int, player: ModelFolder) 
     if run.heldout.is_committed:
         jobs.append(generation.Job(run.heldout, run.heldout_samples(iteration), player.name, player.digest))
     if iteration < config.iterations:
-        rows = generation.prompt_slice(run.prompts.manifest().rows, config.data.prompts_per_iteration, iteration, config.seed)
+        rows = generation.prompt_slice(
+            run.prompts.manifest().rows, config.data.prompts_per_iteration, iteration, config.seed
+        )
         jobs.append(generation.Job(run.prompts, run.generations(iteration), player.name, player.digest, rows))
     return jobs
 

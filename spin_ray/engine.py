@@ -129,5 +129,7 @@ def _whole_prefill(max_length: int) -> dict[str, Any]:
 
 def _completion(output: Any) -> Completion:
     if output.finish_reason not in ("stop", "length"):
-        raise RuntimeError(f"vLLM ended a response with finish_reason {output.finish_reason!r}; expected stop or length")
+        raise RuntimeError(
+            f"vLLM ended a response with finish_reason {output.finish_reason!r}; expected stop or length"
+        )
     return Completion(token_ids=list(output.token_ids), finish_reason=output.finish_reason)

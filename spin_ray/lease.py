@@ -46,7 +46,9 @@ class Lease:
                     f"(lease renewed {time.time() - holder['renewed']:.0f} s ago); wait for it, stop it, or choose another --out"
                 )
             if holder is not None:
-                logger.warning("taking over the lease of process %s on %s, which is gone", holder["pid"], holder["host"])
+                logger.warning(
+                    "taking over the lease of process %s on %s, which is gone", holder["pid"], holder["host"]
+                )
             self._write()
         self._renewer.start()
         return self
@@ -85,7 +87,11 @@ class Lease:
             with _takeover_lock(self._storage.path(".lease.lock")):
                 holder = _read(self._storage)
                 if holder is None or holder["token"] != self._token:
-                    self._lost = "nobody (the lease file is gone)" if holder is None else f"process {holder['pid']} on {holder['host']}"
+                    self._lost = (
+                        "nobody (the lease file is gone)"
+                        if holder is None
+                        else f"process {holder['pid']} on {holder['host']}"
+                    )
                     return
                 self._write()
 
@@ -99,7 +105,8 @@ def _read(storage: Storage) -> dict[str, Any] | None:
 
 def _boot_id() -> str:
     """Names this machine since it booted (a container shares it with its host, and then process numbers may not be seen:
-    the start time of the process is compared too)."""
+    the start time of the process is compared too).
+    """
     namespace = os.readlink("/proc/self/ns/pid") if os.path.exists("/proc/self/ns/pid") else ""
     try:
         return Path("/proc/sys/kernel/random/boot_id").read_text().strip() + namespace

@@ -42,7 +42,9 @@ def open_model(path: str | Path, name: str, *, trust_remote_code: bool = False) 
         raise ModelError(f"{folder}: has no .safetensors weights; convert them (save_pretrained writes safetensors)")
     config = read_config(folder)
     pad = config.get("pad_token_id")
-    return ModelFolder(folder, folder_digest(folder_entries(folder)), name, pad if isinstance(pad, int) and pad >= 0 else 0)
+    return ModelFolder(
+        folder, folder_digest(folder_entries(folder)), name, pad if isinstance(pad, int) and pad >= 0 else 0
+    )
 
 
 def find_model(config: ModelConfig) -> Path:
@@ -59,7 +61,9 @@ def find_model(config: ModelConfig) -> Path:
         folder = _download(config.path)
     limit = read_config(folder).get("max_position_embeddings")
     if isinstance(limit, int) and config.max_length > limit:
-        raise ConfigError(f"model.max_length: {config.max_length} is more than the {limit} positions of {config.path}; lower it")
+        raise ConfigError(
+            f"model.max_length: {config.max_length} is more than the {limit} positions of {config.path}; lower it"
+        )
     return folder
 
 
@@ -91,7 +95,9 @@ def _refuse_untrusted(folder: Path) -> None:
             )
     for name in ("config.json", "tokenizer_config.json"):
         if (folder / name).is_file() and '"auto_map"' in (folder / name).read_text(encoding="utf-8", errors="replace"):
-            raise ModelError(f"{folder}/{name}: auto_map asks for the model's own code; set model.trust_remote_code if you trust it")
+            raise ModelError(
+                f"{folder}/{name}: auto_map asks for the model's own code; set model.trust_remote_code if you trust it"
+            )
 
 
 def _download(name: str) -> Path:
@@ -99,7 +105,9 @@ def _download(name: str) -> Path:
     from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError, OfflineModeIsEnabled
 
     try:
-        return Path(snapshot_download(name, allow_patterns=["*.safetensors", "*.json", "*.jinja", "tokenizer.model", "*.txt"]))
+        return Path(
+            snapshot_download(name, allow_patterns=["*.safetensors", "*.json", "*.jinja", "tokenizer.model", "*.txt"])
+        )
     except (HfHubHTTPError, LocalEntryNotFoundError, OfflineModeIsEnabled, OSError, ValueError) as error:
         reason = (str(error).splitlines() or [type(error).__name__])[0]
         raise ModelError(f"model.path {name}: no such folder, and the hub did not give it ({reason})") from error

@@ -15,7 +15,8 @@ from spin_ray.errors import ModelError
 
 Message = dict[str, str]
 
-_OPEN, _CLOSE = "\ue000", "\ue001"  # private-use characters: in no template, and set aside themselves where a text has them
+# Private-use characters: in no template, and set aside themselves where a text has them.
+_OPEN, _CLOSE = "\ue000", "\ue001"
 _PROBE = "spin-ray-probe"
 
 
@@ -79,7 +80,9 @@ class ChatRenderer:
 
     def _apply(self, messages: list[Message], add_generation_prompt: bool) -> str:
         try:
-            return self._tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=add_generation_prompt)
+            return self._tokenizer.apply_chat_template(
+                messages, tokenize=False, add_generation_prompt=add_generation_prompt
+            )
         except (TemplateError, ValueError, TypeError, KeyError) as error:
             raise RenderError(str(error)) from error
 
@@ -102,12 +105,16 @@ class ChatRenderer:
         try:
             tail = self._apply(probe, add_generation_prompt=False).rpartition(_PROBE)[2]
         except RenderError as error:
-            raise ModelError(f"{self._tokenizer.name_or_path}: its chat template fails on a plain exchange ({error})") from error
+            raise ModelError(
+                f"{self._tokenizer.name_or_path}: its chat template fails on a plain exchange ({error})"
+            ) from error
         found = self._guarded.search(tail)
         if found:
             return control[found.group()], found.group()
         if self._tokenizer.eos_token_id is None:
-            raise ModelError(f"{self._tokenizer.name_or_path}: neither its chat template nor its tokenizer marks the end of a turn")
+            raise ModelError(
+                f"{self._tokenizer.name_or_path}: neither its chat template nor its tokenizer marks the end of a turn"
+            )
         return self._tokenizer.eos_token_id, self._tokenizer.eos_token
 
 

@@ -35,7 +35,9 @@ def connect(config: SpinConfig) -> None:
         try:
             ray.init(log_to_driver=False, logging_level=logging.WARNING, **options)
         except (ConnectionError, RuntimeError) as error:
-            raise ResourceError(f"cluster.address {address}: cannot be reached ({str(error).splitlines()[0]})") from error
+            raise ResourceError(
+                f"cluster.address {address}: cannot be reached ({str(error).splitlines()[0]})"
+            ) from error
     context = ray.data.DataContext.get_current()
     context.enable_progress_bars = False
     context.print_on_execution_start = False
@@ -65,7 +67,9 @@ def check_fits(config: SpinConfig) -> None:
     ]:
         if time.monotonic() >= deadline:
             nodes = "; ".join(_shown(node) for node in _node_resources()) or "no nodes"
-            raise ResourceError(f"{' and '.join(problems)}, but the cluster has: {nodes}; lower the request or add nodes")
+            raise ResourceError(
+                f"{' and '.join(problems)}, but the cluster has: {nodes}; lower the request or add nodes"
+            )
         _ask_autoscaler(config)
         time.sleep(2)
 
@@ -86,7 +90,9 @@ def wait_until_free(bundles: Bundles, timeout_s: float, stage: str) -> None:
         if all(free.get(name, 0) >= amount for name, amount in needed.items()):
             return
         if time.monotonic() > deadline:
-            raise StageError(f"{stage}: waited {timeout_s:.0f} s for {_shown(needed)} to be free; the cluster has {_shown(free)} free")
+            raise StageError(
+                f"{stage}: waited {timeout_s:.0f} s for {_shown(needed)} to be free; the cluster has {_shown(free)} free"
+            )
         time.sleep(0.1)
 
 
@@ -132,7 +138,9 @@ def _placeable(bundles: Bundles, nodes: list[dict[str, float]]) -> bool:
     """Whether the bundles find room on the nodes, largest first, each on the first node that has room."""
     room = [dict(node) for node in nodes]
     for bundle in sorted(bundles, key=lambda bundle: sum(bundle.values()), reverse=True):
-        node = next((node for node in room if all(node.get(name, 0) >= amount for name, amount in bundle.items())), None)
+        node = next(
+            (node for node in room if all(node.get(name, 0) >= amount for name, amount in bundle.items())), None
+        )
         if node is None:
             return False
         for name, amount in bundle.items():
@@ -149,5 +157,9 @@ def _ask_autoscaler(config: SpinConfig) -> None:
 
 def _shown(resources: dict[str, float]) -> str:
     """Resources a person asks for, e.g. ``2 CPU, 1 GPU``; not Ray's own (memory, node names)."""
-    shown = [f"{amount:g} {name}" for name, amount in sorted(resources.items()) if not name.startswith(("node:", "object_", "memory"))]
+    shown = [
+        f"{amount:g} {name}"
+        for name, amount in sorted(resources.items())
+        if not name.startswith(("node:", "object_", "memory"))
+    ]
     return ", ".join(shown) or "nothing"

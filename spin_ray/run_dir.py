@@ -1,9 +1,9 @@
 """A run on disk: where artefacts are, and when they count.
 
-    RUN/run.json                     what the run is: resolved config, versions, digests
-    RUN/<artefact>/part-*.parquet    rows
-    RUN/<artefact>/_MANIFEST.json    the commit: readers trust only what it lists
-    RUN/events.jsonl, RUN/LATEST     what happened; the newest published iterate
+RUN/run.json                     what the run is: resolved config, versions, digests
+RUN/<artefact>/part-*.parquet    rows
+RUN/<artefact>/_MANIFEST.json    the commit: readers trust only what it lists
+RUN/events.jsonl, RUN/LATEST     what happened; the newest published iterate
 """
 
 import hashlib
@@ -77,7 +77,9 @@ class Artefact:
         except FileNotFoundError as error:
             raise RunDirError(f"{self.storage.path(self.path)}: is not committed; run the command again") from error
         except ValueError as error:
-            raise RunDirError(f"{self.storage.path(self.path)}/{MANIFEST}: is damaged; restore it or remove the folder") from error
+            raise RunDirError(
+                f"{self.storage.path(self.path)}/{MANIFEST}: is damaged; restore it or remove the folder"
+            ) from error
 
     def is_current(self, inputs: dict[str, str], settings: dict[str, Any]) -> bool:
         """True if the artefact is committed and was made from these inputs and settings; False if it is not committed.
@@ -141,7 +143,9 @@ class Artefact:
         except FileNotFoundError as error:
             raise RunDirError(f"{self.storage.path(where)}: is missing though its manifest lists it") from error
         if bytes_digest(data) != (entry.sha256, entry.bytes):
-            raise RunDirError(f"{self.storage.path(where)}: differs from its digest; restore it or remove {self.path} to redo it")
+            raise RunDirError(
+                f"{self.storage.path(where)}: differs from its digest; restore it or remove {self.path} to redo it"
+            )
         return table_from_bytes(data)
 
     def tables(self) -> Iterator[pa.Table]:
@@ -159,7 +163,9 @@ class Artefact:
         for name, entry in manifest.files.items():
             where = f"{self.path}/{name}"
             if not self.storage.exists(where) or self.storage.digest(where) != (entry.sha256, entry.bytes):
-                raise RunDirError(f"{self.storage.path(where)}: is missing or differs from its digest; restore it or remove {self.path}")
+                raise RunDirError(
+                    f"{self.storage.path(where)}: is missing or differs from its digest; restore it or remove {self.path}"
+                )
         return manifest
 
 
@@ -208,8 +214,12 @@ class RunDir:
         """
         if self.storage.exists("run.json"):
             self._check_identity(config, facts)
-        elif foreign := sorted(entry.name for entry in self.storage.root.iterdir() if not entry.name.startswith((".", "lease"))):
-            raise RunDirError(f"{self.storage.root}: is not a run and not empty (holds {foreign[0]}); choose another --out")
+        elif foreign := sorted(
+            entry.name for entry in self.storage.root.iterdir() if not entry.name.startswith((".", "lease"))
+        ):
+            raise RunDirError(
+                f"{self.storage.root}: is not a run and not empty (holds {foreign[0]}); choose another --out"
+            )
         self.storage.delete(ATTEMPTS)
         content = {"config": config.model_dump(mode="json"), **facts}
         self.storage.replace("run.json", json.dumps(content, indent=1).encode())
@@ -224,7 +234,9 @@ class RunDir:
             if then.get(key) != now.get(key)
         ]
         if differing:
-            raise RunDirError(f"{self.storage.root}: holds another run: {'; '.join(differing)}; restore these or choose another --out")
+            raise RunDirError(
+                f"{self.storage.root}: holds another run: {'; '.join(differing)}; restore these or choose another --out"
+            )
 
     def description(self) -> dict[str, Any]:
         """run.json."""
@@ -244,7 +256,12 @@ class RunDir:
         try:
             yield counted
         except BaseException as error:
-            self.event("failure", name, seconds=round(time.monotonic() - started, 3), error=f"{type(error).__name__}: {error}"[:500])
+            self.event(
+                "failure",
+                name,
+                seconds=round(time.monotonic() - started, 3),
+                error=f"{type(error).__name__}: {error}"[:500],
+            )
             raise
         self.event("commit", name, seconds=round(time.monotonic() - started, 3), **counted)
 

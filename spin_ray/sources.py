@@ -113,7 +113,11 @@ def _read_lines(piece: Slice) -> Iterator[SourceRow]:
             position += len(line)
             line_number += 1
             if line.strip():
-                origin = f"{path}:{line_number}" if not piece.start else f"{path}: line {line_number} after byte {piece.start}"
+                origin = (
+                    f"{path}:{line_number}"
+                    if not piece.start
+                    else f"{path}: line {line_number} after byte {piece.start}"
+                )
                 yield SourceRow(origin, _parse(line), line.rstrip(b"\r\n"))
 
 
@@ -143,7 +147,9 @@ def _parquet(uri: str) -> pq.ParquetFile:
         raise DataError(f"{uri}: is not a Parquet file ({error})") from error
     names = set(file.schema_arrow.names)
     if "messages" not in names and not {"prompt", "response"} <= names:
-        raise DataError(f"{uri}: needs a column messages, or columns prompt and response; has {', '.join(sorted(names))}")
+        raise DataError(
+            f"{uri}: needs a column messages, or columns prompt and response; has {', '.join(sorted(names))}"
+        )
     return file
 
 

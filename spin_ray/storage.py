@@ -35,7 +35,9 @@ class Storage:
     def __init__(self, root: str | Path) -> None:
         text = str(root)
         if "://" in text and not text.startswith("file://"):
-            raise ConfigError(f"{text}: a run directory must be a local or shared folder; object stores are not supported yet")
+            raise ConfigError(
+                f"{text}: a run directory must be a local or shared folder; object stores are not supported yet"
+            )
         self.root = Path(text.removeprefix("file://")).expanduser().absolute()
 
     def path(self, name: str) -> Path:

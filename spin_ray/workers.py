@@ -57,4 +57,3 @@ def _in_worker(loop: dict[str, Any]) -> None:
 def device() -> Any:
     """The torch device of this worker."""
     return ray.train.torch.get_device()
-

@@ -1,6 +1,6 @@
 """The work of one train worker, step by step; knows torch.distributed, not Ray.
 
-    plan of all epochs -> score the first epoch's packs (reference) -> steps: forward, loss, backward, optimizer
+plan of all epochs -> score the first epoch's packs (reference) -> steps: forward, loss, backward, optimizer
 """
 
 from dataclasses import dataclass
@@ -20,7 +20,8 @@ from spin_ray.learner.packing import Pack, PairLengths, Step, build_pack, plan_e
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Objective:
     """What a step minimises: mean over pairs of loss(margin), plus ``sft_weight`` times the mean over response tokens of
-    -log p(y). Without a ``loss`` only the second term is left: supervised fine-tuning."""
+    -log p(y). Without a ``loss`` only the second term is left: supervised fine-tuning.
+    """
 
     loss: str | None
     beta: float = 1.0
@@ -105,7 +106,12 @@ def train_step(
     dist.all_reduce(sums)
     spin, margin, correct, real_logp, generated_logp, tokens = sums.tolist()
     pairs = step.num_pairs
-    metrics = {"real_logp": real_logp / pairs, "grad_norm": stats.grad_norm, "lr": stats.learning_rate, "tokens": int(tokens)}
+    metrics = {
+        "real_logp": real_logp / pairs,
+        "grad_norm": stats.grad_norm,
+        "lr": stats.learning_rate,
+        "tokens": int(tokens),
+    }
     if objective.loss is None:
         return {"loss": -real_logp / step.num_real_tokens, **metrics}
     return {

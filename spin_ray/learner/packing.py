@@ -53,7 +53,8 @@ class Step:
 
     def for_rank(self, rank: int, world_size: int) -> tuple[Pack, ...]:
         """This rank's packs. Every rank gets the same number: each forward and backward is a collective, and every pack
-        costs the same (fixed length), so an equal count is an equal load."""
+        costs the same (fixed length), so an equal count is an equal load.
+        """
         mine = self.packs[rank::world_size]
         share = -(-len(self.packs) // world_size)
         return mine + ((),) * (share - len(mine))

@@ -31,7 +31,8 @@ PADDED_LENGTH_MULTIPLE = 64
 
 class ResponseScorer(nn.Module):
     """The module that FSDP2 takes as root: its pre-forward then gathers the embeddings and the head, which are used here
-    outside the model's own ``forward``."""
+    outside the model's own ``forward``.
+    """
 
     def __init__(self, model: Any, layout: Layout = "packed") -> None:
         super().__init__()
@@ -77,7 +78,8 @@ def visible(batch: PackedBatch) -> Bool[Tensor, "tokens tokens"]:
 
 def additive_mask(seen: Bool[Tensor, "tokens tokens"], dtype: torch.dtype) -> Float[Tensor, "tokens tokens"]:
     """0 where seen, else -inf, once per pack: given booleans, SDPA would make this tensor in every layer and keep it for
-    the backward pass."""
+    the backward pass.
+    """
     return torch.zeros(seen.shape, dtype=dtype, device=seen.device).masked_fill_(~seen, -torch.inf)
 
 
@@ -157,7 +159,7 @@ def _why_not_packed(model: Any, max_length: int) -> str | None:
         expected = _logps_one_by_one(model, batch)
         try:
             found = ResponseScorer(model, "packed")(batch)
-        except Exception as error:  # noqa: BLE001 - whatever a model does with a mask it does not know
+        except Exception as error:
             return f"it does not take a 4-D mask ({type(error).__name__}: {error})"
     if torch.allclose(found, expected, rtol=1e-5, atol=1e-4):
         return None

@@ -49,7 +49,9 @@ class ScoreJob:
     target: Artefact
 
 
-def run(run_dir: RunDir, config: SpinConfig, iterate: int, model: ModelFolder, opponent: ModelFolder | None) -> dict[str, Any]:
+def run(
+    run_dir: RunDir, config: SpinConfig, iterate: int, model: ModelFolder, opponent: ModelFolder | None
+) -> dict[str, Any]:
     """Writes ``eval.json`` of θ_iterate and returns it; ``opponent`` is θ_{iterate-1}, None for θ_0."""
     path = run_dir.eval_path(iterate)
     samples = run_dir.heldout_samples(iterate)
@@ -65,7 +67,9 @@ def run(run_dir: RunDir, config: SpinConfig, iterate: int, model: ModelFolder, o
         if opponent is not None:
             _, earlier = _read(run_dir.heldout, run_dir.heldout_samples(iterate - 1))
             scores = _score(run_dir, config, heldout, {"self": answers, "opponent": earlier}, model, opponent)
-            result |= {"opponent": opponent.name} | _margin_measures(scores, model, opponent, config.at(iterate - 1).beta)
+            result |= {"opponent": opponent.name} | _margin_measures(
+                scores, model, opponent, config.at(iterate - 1).beta
+            )
         counted |= {"rows": heldout.num_rows}
         run_dir.storage.replace(path, json.dumps(result, indent=1).encode())
     return result
@@ -113,14 +117,23 @@ def length_auc(real: list[int], generated: list[int]) -> float:
 
 
 def _score(
-    run_dir: RunDir, config: SpinConfig, heldout: pa.Table, samples: dict[str, pa.Table], model: ModelFolder, opponent: ModelFolder
+    run_dir: RunDir,
+    config: SpinConfig,
+    heldout: pa.Table,
+    samples: dict[str, pa.Table],
+    model: ModelFolder,
+    opponent: ModelFolder,
 ) -> pa.Table:
     """SCORE_SCHEMA rows of every (held-out row, sample) under both models; on the train workers, so any size fits."""
     target = run_dir.artefact(f"{model.name}/heldout_scores")
     rows = pa.concat_tables([_pair_rows(heldout, answers, whose) for whose, answers in samples.items()])
     inputs = {f"samples_{whose}": run_digest for whose, run_digest in _sample_digests(samples).items()}
     inputs |= {"model": model.digest, "opponent": opponent.digest}
-    settings = {"precision": config.train.precision, "pack_length": config.train.pack_length, "workers": config.train.workers}
+    settings = {
+        "precision": config.train.precision,
+        "pack_length": config.train.pack_length,
+        "workers": config.train.workers,
+    }
     if not target.is_current(inputs, settings):
         job = ScoreJob(
             rows=rows,

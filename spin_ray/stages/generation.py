@@ -55,7 +55,9 @@ class Job:
             "shard_rows": config.generation.shard_rows,
             "max_length": config.model.max_length,
             "sampling": config.generation.sampling.model_dump(mode="json"),
-            "engine": config.generation.engine.model_dump(mode="json", exclude={"gpu_memory_utilization", "cpu_kv_cache_gib"}),
+            "engine": config.generation.engine.model_dump(
+                mode="json", exclude={"gpu_memory_utilization", "cpu_kv_cache_gib"}
+            ),
             "rows": digest(self.rows.tolist()) if self.rows is not None else "all",
         }
 
@@ -73,7 +75,9 @@ class Shard:
     """(part of the prompts, its entry, rows within it)."""
 
     def read_prompts(self) -> pa.Table:
-        tables = [self.prompts.read_part(name, entry).take(pa.array(rows, pa.int64())) for name, entry, rows in self.pieces]
+        tables = [
+            self.prompts.read_part(name, entry).take(pa.array(rows, pa.int64())) for name, entry, rows in self.pieces
+        ]
         return pa.concat_tables(tables)
 
 
@@ -146,18 +150,20 @@ def _play(
     )
     first_s = config.generation.start_timeout_s + config.generation.shard_timeout_s
     try:
-        for row in with_deadline(
-            played.iter_rows(), first_s, config.generation.shard_timeout_s, "a generation shard"
-        ):
+        for row in with_deadline(played.iter_rows(), first_s, config.generation.shard_timeout_s, "a generation shard"):
             yield row["finished"]
     except ray.exceptions.RayError as error:
-        raise StageError(f"generation failed: {_cause(error)}; committed shards are kept, run the command again") from error
+        raise StageError(
+            f"generation failed: {_cause(error)}; committed shards are kept, run the command again"
+        ) from error
 
 
 class _Player:
     """Actor: one engine that answers one shard after another."""
 
-    def __init__(self, spec: EngineSpec, config: SpinConfig, start_engine: Callable[[EngineSpec], GenerationEngine]) -> None:
+    def __init__(
+        self, spec: EngineSpec, config: SpinConfig, start_engine: Callable[[EngineSpec], GenerationEngine]
+    ) -> None:
         self._engine = start_engine(spec)
         self._config = config
 

@@ -1,7 +1,7 @@
 """Stage 3: join x, y and y'; add the pairs of earlier iterations in the window; drop what teaches nothing.
 
-    generations of t + prompts -> pairs of t
-    pairs of t-1 whose opponent is still in the window -> copied
+generations of t + prompts -> pairs of t
+pairs of t-1 whose opponent is still in the window -> copied
 """
 
 from collections import Counter
@@ -60,7 +60,8 @@ def build(
 
     for joined in _joined(prompts, generations, iteration):
         kept = [
-            _verdict(real, generated) for real, generated in zip(joined["real_ids"], joined["generated_ids"], strict=True)
+            _verdict(real, generated)
+            for real, generated in zip(joined["real_ids"], joined["generated_ids"], strict=True)
         ]
         counts.update(verdict for verdict in kept if verdict)
         write(joined.filter(pa.array([not verdict for verdict in kept], pa.bool_())))
@@ -88,12 +89,17 @@ def _joined(prompts: Artefact, generations: Artefact, iteration: int) -> Iterato
             following = next(upcoming, None)
             if following is None:
                 missing = answers["prompt_id"].filter(pc.is_null(found))[0].as_py()
-                raise DataError(f"{generations.path}: prompt {missing} is not in {prompts.path}; remove {generations.path} to redo it")
+                raise DataError(
+                    f"{generations.path}: prompt {missing} is not in {prompts.path}; remove {generations.path} to redo it"
+                )
             window = pa.concat_tables([window, following.select(window.column_names)])
             found = pc.index_in(answers["prompt_id"], value_set=window["prompt_id"])
         rows = window.take(found)
         samples = answers["sample"].to_pylist()
-        pair_ids = [f"{prompt}/{iteration:03d}/{sample}" for prompt, sample in zip(answers["prompt_id"].to_pylist(), samples, strict=True)]
+        pair_ids = [
+            f"{prompt}/{iteration:03d}/{sample}"
+            for prompt, sample in zip(answers["prompt_id"].to_pylist(), samples, strict=True)
+        ]
         yield pa.table(
             [
                 pair_ids, answers["prompt_id"], pa.array([iteration] * len(pair_ids), pa.int32()),

@@ -50,7 +50,9 @@ class PromptTask:
         return ChatRenderer(load_tokenizer(self.tokenizer, self.chat_template, self.trust_remote_code))
 
 
-def run(run_dir: RunDir, config: SpinConfig, artefact: Artefact, source: str, tokenizer: str, max_rows: int | None) -> None:
+def run(
+    run_dir: RunDir, config: SpinConfig, artefact: Artefact, source: str, tokenizer: str, max_rows: int | None
+) -> None:
     """Makes ``artefact`` (prompts or heldout) of the rows of ``source``.
 
     Raises:
@@ -78,7 +80,9 @@ def run(run_dir: RunDir, config: SpinConfig, artefact: Artefact, source: str, to
         slices = split(files)
         folder = f"{ATTEMPTS}/{artefact.path}-{digest([inputs, settings])[:16]}"
         items = [asdict(piece) | {"name": f"{folder}/{index:06d}"} for index, piece in enumerate(slices)]
-        rendered = ray.data.from_items(items, override_num_blocks=len(items)).map(_RenderSlice(run_dir.storage, artefact.path, task), num_cpus=0.5)
+        rendered = ray.data.from_items(items, override_num_blocks=len(items)).map(
+            _RenderSlice(run_dir.storage, artefact.path, task), num_cpus=0.5
+        )
         names = sorted(row["name"] for row in rendered.take_all())
         entries, quarantined = _finish(run_dir.storage, names, artefact, max_rows, settings["part_rows"])
         counted |= {"rows": sum(entry.rows for entry in entries.values()), "quarantined": quarantined.total()}
@@ -161,7 +165,10 @@ def _messages_of(content: dict[str, Any], data: DataConfig) -> list[Message]:
     if messages is None:
         if "prompt" not in content or "response" not in content:
             raise _Unusable("malformed", "needs messages, or prompt and response")
-        messages = [{"role": "user", "content": content["prompt"]}, {"role": "assistant", "content": content["response"]}]
+        messages = [
+            {"role": "user", "content": content["prompt"]},
+            {"role": "assistant", "content": content["response"]},
+        ]
     if not isinstance(messages, list):
         raise _Unusable("malformed", f"messages: expected a list, found {type(messages).__name__}")
     for index, message in enumerate(messages):
@@ -213,7 +220,9 @@ def _finish(
         table = table_from_bytes(storage.read(f"{name}-rows"))
         keep, repeated = _first_of_each(table["prompt_id"].to_pylist(), seen, max_rows)
         duplicates = [
-            _quarantine_row(artefact.path, row["origin"], "duplicate", "the same prompt and response as an earlier row", row["raw"])
+            _quarantine_row(
+                artefact.path, row["origin"], "duplicate", "the same prompt and response as an earlier row", row["raw"]
+            )
             for row in table.take(pa.array(repeated, pa.int64())).to_pylist()
         ]
         bad = table_from_bytes(storage.read(f"{name}-bad")).to_pylist() + duplicates

@@ -1,8 +1,8 @@
 """Stage 4: reference scores, then θ_t -> θ_{t+1}; also the SFT warm-up, which is the same work with another objective.
 
-    driver: TorchTrainer over train.workers
-    worker: load θ_t -> score all pairs with it (the reference: stored, never redone with a moved policy)
-            -> steps, with a checkpoint now and then -> export as a Hugging Face folder with its manifest
+driver: TorchTrainer over train.workers
+worker: load θ_t -> score all pairs with it (the reference: stored, never redone with a moved policy)
+-> steps, with a checkpoint now and then -> export as a Hugging Face folder with its manifest
 """
 
 import json
@@ -90,7 +90,9 @@ def run(run_dir: RunDir, config: SpinConfig, iteration: int, opponent: ModelFold
         target=target,
         objective=objective,
         shape=PackShape(
-            pack_length=config.train.pack_length, global_batch_pairs=config.train.global_batch_pairs, pad_id=opponent.pad_id
+            pack_length=config.train.pack_length,
+            global_batch_pairs=config.train.global_batch_pairs,
+            pad_id=opponent.pad_id,
         ),
         backend=_backend_settings(config, config.train.optimizer, values.learning_rate),
         epochs=values.epochs,
@@ -141,12 +143,16 @@ def _train(run_dir: RunDir, config: SpinConfig, job: TrainJob) -> None:
     checkpoints = f"{job.name}/checkpoints"
     with run_dir.stage(f"{job.name}/training") as counted:
         with _Watcher(job):
-            run_workers(_worker, job, config, digest([job.inputs(), job.settings()])[:16], run_dir.storage.path(checkpoints))
+            run_workers(
+                _worker, job, config, digest([job.inputs(), job.settings()])[:16], run_dir.storage.path(checkpoints)
+            )
         log = read_json_lines(run_dir.storage, job.log_path)
         counted |= {"steps": len(log), "rows": job.rows.manifest().rows, "tokens": sum(line["tokens"] for line in log)}
         if not config.storage.keep_checkpoints:
             run_dir.storage.delete(checkpoints)
-    wait_until_free([config.generation.resources.bundle] * config.generation.replicas, 120, "generation, after training")
+    wait_until_free(
+        [config.generation.resources.bundle] * config.generation.replicas, 120, "generation, after training"
+    )
 
 
 def _worker(job: TrainJob) -> None:
@@ -178,14 +184,20 @@ def _read_rows(rows: Artefact) -> pa.Table:
     empty = pa.array([[]] * table.num_rows, PAIR_SCHEMA.field("generated_ids").type)
     iteration = pa.array([0] * table.num_rows, pa.int32())
     columns = {"pair_id": table["prompt_id"], "iteration": iteration, "generated_ids": empty}
-    return pa.table([columns.get(name, table[name] if name in table.column_names else None) for name in PAIR_SCHEMA.names], schema=PAIR_SCHEMA)
+    return pa.table(
+        [columns.get(name, table[name] if name in table.column_names else None) for name in PAIR_SCHEMA.names],
+        schema=PAIR_SCHEMA,
+    )
 
 
 def _score_reference(job: TrainJob, backend: Fsdp2Backend, steps: list[Any], table: pa.Table) -> None:
     """Commits log p_θt of every pair, unless an earlier attempt did. The backend still holds θ_t here."""
     target = job.reference
     assert target is not None
-    inputs, settings = job.inputs(), {"pack_length": job.shape.pack_length, "precision": job.backend.precision, "seed": job.seed}
+    inputs, settings = (
+        job.inputs(),
+        {"pack_length": job.shape.pack_length, "precision": job.backend.precision, "seed": job.seed},
+    )
     if target.is_current(inputs, settings):
         return
     rows, real, generated = score_rows(backend, steps, table, job.shape)
@@ -221,7 +233,12 @@ def _checkpoint(job: TrainJob, backend: Fsdp2Backend, step: int) -> None:
     with tempfile.TemporaryDirectory(prefix="spin-ray-checkpoint-") as folder:
         backend.save(Path(folder))
         if dist.get_rank() == 0:
-            state = {"step": step, "inputs": job.inputs(), "settings": job.settings(), "world_size": dist.get_world_size()}
+            state = {
+                "step": step,
+                "inputs": job.inputs(),
+                "settings": job.settings(),
+                "world_size": dist.get_world_size(),
+            }
             (Path(folder) / CHECKPOINT_STATE).write_text(json.dumps(state))
         ray.train.report({"step": step}, checkpoint=ray.train.Checkpoint.from_directory(folder))
 
@@ -252,7 +269,9 @@ def _export(job: TrainJob, backend: Fsdp2Backend) -> None:
     backend.export_hf(attempt)
     if dist.get_rank() == 0:
         settings = json.loads(json.dumps(job.settings()))
-        manifest = Manifest(files=folder_entries(attempt), inputs=job.inputs(), config=digest(settings), settings=settings)
+        manifest = Manifest(
+            files=folder_entries(attempt), inputs=job.inputs(), config=digest(settings), settings=settings
+        )
         (attempt / MANIFEST).write_bytes(manifest.to_bytes())
         job.storage.create_folder(job.target.path, attempt)
     dist.barrier()

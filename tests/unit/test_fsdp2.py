@@ -248,7 +248,8 @@ def test_a_backend_without_optimizer_scores_and_refuses_to_train(make: MakeBacke
 )
 def test_learning_rate_by_hand(schedule: Any, expected: list[float]) -> None:
     """10 steps, 20 % warm-up: two rising steps at 1/3 and 2/3 of the peak (never 0), the third at the peak, then
-    1 − (step−2)/8, which would be 0 at step 10."""
+    1 − (step−2)/8, which would be 0 at step 10.
+    """
     given = {"peak": 4.0, "total_steps": 10, "warmup_fraction": 0.2, "schedule": schedule}
     assert [learning_rate_at(step, **given) / 4 for step in range(10)] == pytest.approx(expected)
     assert schedule != "linear" or learning_rate_at(10, **given) == 0

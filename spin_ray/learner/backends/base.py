@@ -62,7 +62,8 @@ class TrainBackend(Protocol):
 
     def backward(self, loss: Float[Tensor, ""], *, last_microbatch: bool) -> None:
         """Adds the gradient of ``loss``; gradients are SUMMED over microbatches and ranks, so ``loss`` must already be
-        divided by counts of the whole step. Ranks meet when ``last_microbatch``."""
+        divided by counts of the whole step. Ranks meet when ``last_microbatch``.
+        """
         ...
 
     def step(self) -> StepStats:
@@ -75,7 +76,8 @@ class TrainBackend(Protocol):
 
     def save(self, directory: Path) -> None:
         """Writes this rank's files of a checkpoint (weights, optimizer, progress). Ranks may be given different local
-        directories; a checkpoint is the union of their files."""
+        directories; a checkpoint is the union of their files.
+        """
         ...
 
     def load(self, directory: Path) -> None:

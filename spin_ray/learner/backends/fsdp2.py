@@ -132,7 +132,8 @@ class Fsdp2Backend:
 
     def _reshard(self) -> None:
         """Drops gathered weights. FSDP2 keeps the root's after a forward for the backward to come, and after ``score`` none
-        comes: they would outlive a change of the shards."""
+        comes: they would outlive a change of the shards.
+        """
         for module in self._scorer.modules():
             if isinstance(module, FSDPModule):
                 module.reshard()
