@@ -1,4 +1,4 @@
-"""Entry point for `ray job submit --working-dir . -- python jobs/run_spin.py RECIPE --out RUN [--section.field=value …]`.
+"""Entry point: `ray job submit --working-dir . -- python jobs/run_spin.py RECIPE --out RUN [--section.field=value …]`.
 
 The same as `spin-ray run`, for clusters where only the working directory is shipped.
 """

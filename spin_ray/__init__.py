@@ -4,7 +4,8 @@ Example::
 
     from spin_ray import SpinConfig, run_spin
 
-    result = run_spin(SpinConfig(model={"path": "sft-model"}, data={"train": "sft.jsonl"}, iterations=2), out="runs/first")
+    config = SpinConfig(model={"path": "sft-model"}, data={"train": "sft.jsonl"}, iterations=2)
+    result = run_spin(config, out="runs/first")
     print(result.model)
 """
 

@@ -10,9 +10,9 @@ _EXTRACTORS = {
 
 
 def extract_number(text: str, extractor: str) -> float | None:
-    """The number after the last ``=`` (``equals``) or the last ``####`` (``hashes``) that has one; None if there is none.
+    r"""The number after the last ``=`` (``equals``) or ``####`` (``hashes``) that has one; None if there is none.
 
-    Examples: ``"2 * 8 = 16" -> 16.0``, ``"so it is\\n#### 1,200" -> 1200.0``, ``"x = y" -> None``.
+    Examples: ``"2 * 8 = 16" -> 16.0``, ``"so it is\n#### 1,200" -> 1200.0``, ``"x = y" -> None``.
     """
     found = _EXTRACTORS[extractor].match(text)
     return float(found.group(1).replace(",", "")) if found else None

@@ -1,7 +1,8 @@
 """Every setting of a run, its default and its reason.
 
 A recipe is a YAML file with these sections; unknown keys, impossible values and impossible combinations are errors at
-load, all listed at once. Defaults follow the SPIN paper (arXiv 2401.01335, section 6.1 and appendix B) where it gives a value.
+load, all listed at once. Defaults follow the SPIN paper (arXiv 2401.01335, section 6.1 and appendix B)
+where it gives a value.
 """
 
 from __future__ import annotations
@@ -40,7 +41,7 @@ class Section(BaseModel):
 
 class ModelConfig(Section):
     path: str
-    """Model folder in Hugging Face layout (safetensors), ``embedded:NAME``, or a hub name where a hub can be reached."""
+    """Model folder in Hugging Face layout (safetensors), ``embedded:NAME``, or a hub name where a hub is reachable."""
     max_length: Count = 2048
     """Longest prompt + response in tokens; longer SFT rows go to quarantine. Paper: 2048."""
     chat_template: str | None = None
@@ -48,8 +49,8 @@ class ModelConfig(Section):
     trust_remote_code: bool = False
     """Let the model folder bring its own code. Off: such folders, and pickled weights, are refused."""
     attention: Literal["auto", "packed", "padded"] = "auto"
-    """How responses are scored. ``packed`` needs a model that takes a 4-D mask and position ids; ``padded`` works with any
-    causal LM at 2-4 times the cost; ``auto`` checks the model once at the start of training and chooses."""
+    """How responses are scored. ``packed`` needs a model that takes a 4-D mask and position ids; ``padded`` works with
+    any causal LM at 2-4 times the cost; ``auto`` checks the model once at the start of training and chooses."""
 
 
 class DataConfig(Section):
@@ -63,8 +64,8 @@ class DataConfig(Section):
     max_rows: Count | None = None
     """Use only the first rows of the training data."""
     turns: Literal["last", "first", "all"] = "last"
-    """Which assistant messages are responses: the ``last`` of a conversation, the ``first`` (paper: first turn), or ``all``
-    (each makes a row). What a user says is never scored."""
+    """Which assistant messages are responses: the ``last`` of a conversation, the ``first`` (paper: first turn), or
+    ``all`` (each makes a row). What a user says is never scored."""
     system: str | None = None
     """System message for conversations that have none (otherwise the chat template's own default applies)."""
     max_quarantine_fraction: Fraction = 0.05
@@ -92,7 +93,7 @@ class ResourcesConfig(Section):
 
 
 class SamplingConfig(Section):
-    """How the opponent answers. SPIN needs samples of p_θt itself: temperature 1 and no truncation of the distribution."""
+    """How the opponent answers. SPIN needs samples of p_θt itself: temperature 1, the distribution not truncated."""
 
     temperature: NonNegative = 1.0
     """1 samples from the model; 0 is greedy and, like every other value, a departure from the method."""
@@ -104,7 +105,7 @@ class SamplingConfig(Section):
 
 
 class EngineConfig(Section):
-    """vLLM's engine arguments. ``max_model_len`` is the model's ``max_length``; sampling never comes from the model folder."""
+    """vLLM's engine arguments. ``max_model_len`` is ``model.max_length``; sampling is never the model folder's."""
 
     dtype: Literal["bfloat16", "float16", "float32"] = "bfloat16"
     tensor_parallel_size: Count = 1
@@ -125,8 +126,8 @@ class GenerationConfig(Section):
     samples_per_prompt: Count = 1
     """Responses y′ per prompt; each makes a pair of its own. Paper: 1."""
     shard_rows: Count = 512
-    """Responses per shard: the unit of work, of commit and of what a crash can lose. A shard is one batch of the engine,
-    so a retry repeats it exactly; too small a shard leaves the engine half empty at its end."""
+    """Responses per shard: the unit of work, of commit and of what a crash can lose. A shard is one batch of the
+    engine, so a retry repeats it exactly; too small a shard leaves the engine half empty at its end."""
     replicas: Count = 1
     """Engines that generate side by side."""
     resources: ResourcesConfig = ResourcesConfig()
@@ -142,7 +143,7 @@ class ObjectiveConfig(Section):
     loss: Literal["logistic", "hinge", "exponential", "correlation"] = "logistic"
     """ℓ of equation 4.7. Paper: logistic, log(1 + e^-m)."""
     beta: PerIteration = 0.1
-    """λ of the paper: strength of the KL regulariser. A list gives each iteration its own (paper: 0.1, 0.1, 0.1, 5.0)."""
+    """λ of the paper: strength of the KL regulariser. A list has one for each iteration (paper: 0.1, 0.1, 0.1, 5.0)."""
     window: Count = 2
     """How many opponents' responses an iteration learns from: its own and those of window-1 earlier ones. Paper: 2."""
     sft_weight: NonNegative = 0.0
@@ -179,8 +180,8 @@ class TrainConfig(Section):
     pack_length: Count = 4096
     """Tokens per pack, one micro-batch of one worker. Must hold prompt + y + y′: at least max_length + max_tokens."""
     precision: Literal["bf16", "fp32"] = "bf16"
-    """Of the computation. Master weights, gradients and optimizer state are fp32 always: at a learning rate of 1e-7 an update
-    is below what bf16 can resolve."""
+    """Of the computation. Master weights, gradients and optimizer state are fp32 always: at a learning rate of 1e-7 an
+    update is below what bf16 can resolve."""
     gradient_checkpointing: bool = False
     """Recompute activations in the backward pass: about a third slower, far less memory."""
     checkpoint_every_steps: Count = 200
@@ -210,7 +211,7 @@ class EvaluationConfig(Section):
 
 class StorageConfig(Section):
     lease_timeout_s: Positive = 60
-    """A driver that has not renewed its lease for so long counts as dead (on the same host: as soon as its process is gone)."""
+    """A driver that has not renewed its lease for so long counts as dead (on this host: once its process is gone)."""
     keep_checkpoints: bool = False
     """Keep the training checkpoints of finished iterations (optimizer state: 8 bytes per parameter or more)."""
 
@@ -294,8 +295,8 @@ def _impossible(config: SpinConfig) -> Iterator[str]:
             yield f"{name}: has {len(value)} values for {config.iterations} iterations; give one value or one for each"
     if config.generation.sampling.max_tokens >= config.model.max_length:
         yield (
-            f"generation.sampling.max_tokens: {config.generation.sampling.max_tokens} leaves no room for a prompt within "
-            f"model.max_length {config.model.max_length}; lower it or raise max_length"
+            f"generation.sampling.max_tokens: {config.generation.sampling.max_tokens} leaves no room for a prompt "
+            f"within model.max_length {config.model.max_length}; lower it or raise max_length"
         )
     longest_tree = config.model.max_length + config.generation.sampling.max_tokens
     if config.train.pack_length < longest_tree:

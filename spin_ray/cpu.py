@@ -1,7 +1,8 @@
 """Makes CPU compute safe and quick in a process, before torch does its first matrix product.
 
-Some virtual machines advertise AMX (matrix tiles) without the CPUID leaf that describes the tiles: oneDNN then builds kernels
-that die of SIGILL at the first bf16 product. A product in a process of its own tells; where it dies, oneDNN is held at AVX-512.
+Some virtual machines advertise AMX (matrix tiles) without the CPUID leaf that describes the tiles: oneDNN then builds
+kernels that die of SIGILL at the first bf16 product. A product in a process of its own tells; where it dies, oneDNN is
+held at AVX-512.
 """
 
 import logging
@@ -20,8 +21,8 @@ _WITHOUT_AMX = "AVX512_CORE_FP16"
 def prepare(threads: int) -> None:
     """Sets the number of compute threads and keeps clear of broken AMX. Call it before anything computes.
 
-    More threads than free cores slow training more than tenfold, so ``threads`` is what Ray gave this process; threads that
-    wait do so asleep, because a spinning one takes the core from the thread it waits for.
+    More threads than free cores slow training more than tenfold, so ``threads`` is what Ray gave this process; threads
+    that wait do so asleep, because a spinning one takes the core from the thread it waits for.
     """
     os.environ["OMP_NUM_THREADS"] = str(threads)
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")

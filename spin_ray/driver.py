@@ -80,7 +80,7 @@ def _spin(run: RunDir, config: SpinConfig, start: Start, lease: Lease) -> RunRes
 
 
 def _jobs(run: RunDir, config: SpinConfig, iteration: int, player: ModelFolder) -> list[generation.Job]:
-    """What θ_t answers with one start of the engines: the held-out prompts, and those of iteration t if there is one."""
+    """What θ_t answers with one start of the engines: held-out prompts, and those of iteration t if there is one."""
     jobs = []
     if run.heldout.is_committed:
         jobs.append(generation.Job(run.heldout, run.heldout_samples(iteration), player.name, player.digest))

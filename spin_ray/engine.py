@@ -59,8 +59,9 @@ class VllmEngine:
     - Sampling is what the config says: the model folder's generation_config.json is not read.
     - The scheduler runs in this process, so that all rows of a call are queued before the first step and batches do not
       depend on timing. Prefix caching is off: what an earlier call left in a cache must not change this one.
-    - On CPU a prompt is never prefilled in pieces: vLLM 0.29-0.32 dies on seeded requests otherwise ("CPU Generator does
-      not use offset"). On CPU, too, each iterate gets a fresh engine: ``reload_weights`` keeps a stale LM head there.
+    - On CPU a prompt is never prefilled in pieces: vLLM 0.29-0.32 dies on seeded requests otherwise ("CPU Generator
+      does not use offset"). On CPU, too, each iterate gets a fresh engine: ``reload_weights`` leaves an old LM
+      head there.
     """
 
     def __init__(self, spec: EngineSpec) -> None:

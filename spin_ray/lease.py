@@ -43,7 +43,8 @@ class Lease:
             if holder is not None and not self._is_stale(holder):
                 raise RunDirError(
                     f"{self._storage.root}: in use by process {holder['pid']} on {holder['host']} "
-                    f"(lease renewed {time.time() - holder['renewed']:.0f} s ago); wait for it, stop it, or choose another --out"
+                    f"(lease renewed {time.time() - holder['renewed']:.0f} s ago); "
+                    "wait for it, stop it, or choose another --out"
                 )
             if holder is not None:
                 logger.warning(
@@ -104,8 +105,8 @@ def _read(storage: Storage) -> dict[str, Any] | None:
 
 
 def _boot_id() -> str:
-    """Names this machine since it booted (a container shares it with its host, and then process numbers may not be seen:
-    the start time of the process is compared too).
+    """Names this machine since it booted (a container shares it with its host, and then process numbers may not be
+    seen: the start time of the process is compared too).
     """
     namespace = os.readlink("/proc/self/ns/pid") if os.path.exists("/proc/self/ns/pid") else ""
     try:

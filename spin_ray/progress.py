@@ -23,9 +23,12 @@ class StageProgress:
         self._bar: Progress | None = None
         if sys.stderr.isatty():
             self._bar = Progress(
-                TextColumn("{task.description:28}"), BarColumn(), MofNCompleteColumn(), TextColumn("{task.fields[rate]}"),
+                TextColumn("{task.description:28}"),
+                BarColumn(),
+                MofNCompleteColumn(),
+                TextColumn("{task.fields[rate]}"),
                 TimeRemainingColumn(),
-            )  # fmt: skip
+            )
             self._task = self._bar.add_task(stage, total=total, completed=done, rate="")
 
     def __enter__(self) -> Self:

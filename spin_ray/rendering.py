@@ -22,7 +22,7 @@ _PROBE = "spin-ray-probe"
 
 @dataclass(frozen=True, slots=True)
 class Rendered:
-    """Token ids of one row: the prompt up to where the assistant speaks, and the response with its end-of-turn token."""
+    """Token ids of one row: the prompt up to where the assistant speaks, the response with its end-of-turn token."""
 
     prompt_ids: list[int]
     real_ids: list[int]
@@ -33,17 +33,18 @@ class RenderError(ValueError):
 
 
 class ChatRenderer:
-    """Applies a tokenizer's chat template.
+    r"""Applies a tokenizer's chat template.
 
-    Example (ChatML): ``[user "hi", assistant "hello"]`` gives prompt ``<|im_start|>user\\nhi<|im_end|>\\n<|im_start|>assistant\\n``
-    and real ``hello<|im_end|>``.
+    Example (ChatML): ``[user "hi", assistant "hello"]`` gives prompt
+    ``<|im_start|>user\nhi<|im_end|>\n<|im_start|>assistant\n`` and real ``hello<|im_end|>``.
     """
 
     def __init__(self, tokenizer: Any) -> None:
         """Raises ModelError if the tokenizer has no chat template, or none that can mark the end of a turn."""
         if not tokenizer.chat_template:
             raise ModelError(
-                f"{tokenizer.name_or_path}: its tokenizer has no chat template; set model.chat_template to a file with one"
+                f"{tokenizer.name_or_path}: its tokenizer has no chat template; "
+                "set model.chat_template to a file with one"
             )
         self._tokenizer = tokenizer
         control = {str(token): token_id for token_id, token in tokenizer.added_tokens_decoder.items()}

@@ -20,7 +20,7 @@ Bundles = list[dict[str, float]]
 
 
 def connect(config: SpinConfig) -> None:
-    """Attaches to the cluster of the config or of $RAY_ADDRESS, or starts an embedded Ray; nothing if Ray is up already.
+    """Attaches to the cluster of the config or of $RAY_ADDRESS, or starts an embedded Ray; nothing if it is up.
 
     Raises:
         ResourceError: no cluster answers at the address.
@@ -60,8 +60,8 @@ def check_fits(config: SpinConfig) -> None:
     """
     deadline = time.monotonic() + config.cluster.wait_for_nodes_s
     while problems := [
-        f"{stage} asks for {len(bundles)} × {_shown(bundles[0])} ({stage}.{'replicas' if stage == 'generation' else 'workers'}, "
-        f"{stage}.resources)"
+        f"{stage} asks for {len(bundles)} × {_shown(bundles[0])} "
+        f"({stage}.{'replicas' if stage == 'generation' else 'workers'}, {stage}.resources)"
         for stage, bundles in demands(config).items()
         if not _placeable(bundles, _node_resources())
     ]:
@@ -91,7 +91,8 @@ def wait_until_free(bundles: Bundles, timeout_s: float, stage: str) -> None:
             return
         if time.monotonic() > deadline:
             raise StageError(
-                f"{stage}: waited {timeout_s:.0f} s for {_shown(needed)} to be free; the cluster has {_shown(free)} free"
+                f"{stage}: waited {timeout_s:.0f} s for {_shown(needed)} to be free; "
+                f"the cluster has {_shown(free)} free"
             )
         time.sleep(0.1)
 

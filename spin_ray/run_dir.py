@@ -164,7 +164,8 @@ class Artefact:
             where = f"{self.path}/{name}"
             if not self.storage.exists(where) or self.storage.digest(where) != (entry.sha256, entry.bytes):
                 raise RunDirError(
-                    f"{self.storage.path(where)}: is missing or differs from its digest; restore it or remove {self.path}"
+                    f"{self.storage.path(where)}: is missing or differs from its digest; "
+                    f"restore it or remove {self.path}"
                 )
         return manifest
 
@@ -249,7 +250,7 @@ class RunDir:
 
     @contextmanager
     def stage(self, name: str) -> Iterator[dict[str, Any]]:
-        """Logs start, then commit or failure with wall time, to events.jsonl; the body adds what it counted to the yielded dict."""
+        """Logs start, then commit or failure with wall time; the body adds what it counted to the yielded dict."""
         counted: dict[str, Any] = {}
         self.event("start", name)
         started = time.monotonic()

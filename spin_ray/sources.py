@@ -20,7 +20,7 @@ SUFFIXES = (".jsonl", ".ndjson", ".json", ".parquet")
 
 @dataclass(frozen=True, slots=True)
 class Slice:
-    """Part of one file: bytes ``start`` to ``stop`` of a JSONL file, row groups ``start`` to ``stop`` of a Parquet file."""
+    """Part of one file: ``start`` to ``stop`` count bytes of a JSONL file, row groups of a Parquet file."""
 
     uri: str
     start: int

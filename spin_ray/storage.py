@@ -1,7 +1,8 @@
 """Durable bytes below one root: atomic create, atomic replace, digests.
 
 Everything a run keeps passes through here, so that "committed" means one thing: the bytes were written to an
-attempt-unique file, fsynced, and then appeared under their final name in a single step. A reader sees all of a file or none.
+attempt-unique file, fsynced, and then appeared under their final name in a single step. A reader sees all of
+a file or none.
 """
 
 import hashlib
@@ -28,8 +29,8 @@ class Digest(NamedTuple):
 class Storage:
     """Files below a root folder, addressed by relative POSIX paths such as ``iter_000/pairs/part-00000.parquet``.
 
-    Instances hold only the root, so they travel to Ray actors. The root must be visible under the same path on every node
-    (one machine, NFS, a ReadWriteMany volume).
+    Instances hold only the root, so they travel to Ray actors. The root must be visible under the same path on every
+    node (one machine, NFS, a ReadWriteMany volume).
     """
 
     def __init__(self, root: str | Path) -> None:

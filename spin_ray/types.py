@@ -63,7 +63,7 @@ PAIR_SCHEMA = pa.schema(
 """One training pair: x, y and the y′ that the opponent of ``iteration`` gave.
 
 Example: ``{"pair_id": "9f2c…/000/0", "prompt_id": "9f2c…", "iteration": 0, "prompt_ids": […], "real_ids": […],
-"generated_ids": […]}``; the last part of ``pair_id`` is the sample number. In the SFT warm-up ``generated_ids`` is empty.
+"generated_ids": […]}``; the last part of ``pair_id`` is the sample number. An SFT row has an empty ``generated_ids``.
 """
 
 REFERENCE_SCHEMA = pa.schema(

@@ -16,8 +16,9 @@ from spin_ray.errors import StageError
 def run_workers(function: Callable[[Any], None], job: Any, config: SpinConfig, name: str, folder: Path) -> None:
     """Calls ``function(job)`` on every train worker of the config and waits for all of them.
 
-    A worker group that dies is started again, up to ``train.max_failures`` times, and may go on from the last checkpoint
-    that was reported under ``folder/name``. That holds for a new driver, too, so each piece of work needs a name of its own.
+    A worker group that dies is started again, up to ``train.max_failures`` times, and may go on from the last
+    checkpoint that was reported under ``folder/name``. That holds for a new driver, too, so each piece of work needs a
+    name of its own.
 
     Raises:
         StageError: the workers could not be placed in time, or failed too often.

@@ -11,7 +11,7 @@ from transformers import AutoModelForCausalLM, GenerationConfig
 
 NOT_COPIED = {"config.json", "model.safetensors.index.json", "pytorch_model.bin.index.json"}
 COPIED_SUFFIXES = {".json", ".jinja", ".model", ".txt", ".tiktoken"}
-"""Of tokenizers, chat templates, generation config and licence; weights and run files (``_MANIFEST.json``) are left behind."""
+"""Of tokenizers, chat templates, generation config and licence; weights and ``_MANIFEST.json`` are left behind."""
 
 
 def load_model(source: str | Path, *, trust_remote_code: bool) -> Any:
@@ -28,13 +28,13 @@ def load_model(source: str | Path, *, trust_remote_code: bool) -> Any:
 def write_model(
     target: Path, model: Any, weights: dict[str, Tensor], *, dtype: torch.dtype, source: str | Path, with_code: bool
 ) -> None:
-    """Writes ``weights`` (whole tensors, tied ones once) under ``model``'s config, and copies the tokenizer of ``source``.
+    """Writes ``weights`` (whole tensors, tied ones once) under ``model``'s config; copies the tokenizer of ``source``.
 
     Args:
         with_code: copy the folder's own Python files too (models with remote code).
     """
-    # A fresh one: transformers refuses to save many published generation configs (temperature without do_sample …), and the
-    # original file is copied over it below.
+    # A fresh one: transformers refuses to save many published generation configs (temperature without do_sample …), and
+    # the original file is copied over it below.
     model.generation_config = GenerationConfig.from_model_config(model.config)
     model.save_pretrained(target, state_dict=weights)
     config_file = target / "config.json"

@@ -19,8 +19,8 @@ from spin_ray.learner.packing import Pack, PairLengths, Step, build_pack, plan_e
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Objective:
-    """What a step minimises: mean over pairs of loss(margin), plus ``sft_weight`` times the mean over response tokens of
-    -log p(y). Without a ``loss`` only the second term is left: supervised fine-tuning.
+    """What a step minimises: mean over pairs of loss(margin), plus ``sft_weight`` times the mean over response tokens
+    of -log p(y). Without a ``loss`` only the second term is left: supervised fine-tuning.
     """
 
     loss: str | None
@@ -115,9 +115,12 @@ def train_step(
     if objective.loss is None:
         return {"loss": -real_logp / step.num_real_tokens, **metrics}
     return {
-        "loss": spin / pairs, "margin": margin / pairs, "accuracy": correct / pairs, "generated_logp": generated_logp / pairs,
+        "loss": spin / pairs,
+        "margin": margin / pairs,
+        "accuracy": correct / pairs,
+        "generated_logp": generated_logp / pairs,
         **metrics,
-    }  # fmt: skip
+    }
 
 
 def _pack_loss(

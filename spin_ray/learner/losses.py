@@ -30,7 +30,7 @@ def response_logps(
 def pair_logps(
     logps: Float[Tensor, "segments"], batch: PackedBatch
 ) -> tuple[Float[Tensor, "pairs"], Float[Tensor, "pairs"]]:
-    """log p(y|x) and log p(y'|x) of every pair; the latter is nan for a row without y' (SFT), so that no loss can use it."""
+    """log p(y|x) and log p(y'|x) of every pair; the latter is nan where a row has no y' (SFT): no loss can use it."""
     generated = logps[batch.generated_segment.clamp(min=0)] if batch.num_segments else logps.new_empty(0)
     return logps[batch.real_segment], torch.where(batch.generated_segment >= 0, generated, torch.nan)
 
@@ -42,7 +42,7 @@ def margins(
     reference_generated: Float[Tensor, "pairs"],
     beta: float,
 ) -> Float[Tensor, "pairs"]:
-    """The argument of ℓ in equation 4.7, in nats times beta (λ in the paper):
+    """The argument of ℓ in equation 4.7, in nats times beta (λ in the paper).
 
     m = β [ log p_θ(y|x)/p_ref(y|x) − log p_θ(y'|x)/p_ref(y'|x) ]
     """
@@ -86,6 +86,6 @@ def spin_loss(margin: Float[Tensor, "pairs"], loss: str = "logistic") -> Float[T
 def sft_loss(real_logp: Float[Tensor, "pairs"]) -> Float[Tensor, ""]:
     """−Σ over pairs of log p(y|x), before its division by the number of real response tokens in the step.
 
-    A y that several pairs share counts once for each, however their rows were packed (``Step.num_real_tokens`` does too).
+    A y that several pairs share counts once for each, however its rows were packed (as in ``Step.num_real_tokens``).
     """
     return -real_logp.sum()

@@ -2,8 +2,8 @@
 
     rows ──same prompt and y──> trees ──shuffled, cut by pairs──> steps ──best fit──> packs ──tokens──> PackedBatch
 
-The plan of an epoch is a function of lengths, seed and epoch alone, so every rank computes the same one without talking,
-and a restarted job continues at an exact step.
+The plan of an epoch is a function of lengths, seed and epoch alone, so every rank computes the same one without
+talking, and a restarted job continues at an exact step.
 """
 
 from bisect import bisect_left, insort
@@ -146,7 +146,7 @@ def _cut(order: list[int], trees: list[Tree], global_batch_pairs: int) -> Iterat
 
 
 def _best_fit_decreasing(trees: list[Tree], sizes: list[int], pack_length: int) -> tuple[Pack, ...]:
-    """Largest tree first, each into the fullest pack that still has room: at most 11/9 of the optimal number of packs."""
+    """Largest tree first, each into the fullest pack that has room: at most 11/9 of the optimal number of packs."""
     packs: list[list[Tree]] = []
     room: list[tuple[int, int]] = []  # (free tokens, pack), sorted
     for i in sorted(range(len(trees)), key=lambda i: -sizes[i]):
@@ -162,7 +162,7 @@ def _best_fit_decreasing(trees: list[Tree], sizes: list[int], pack_length: int) 
 
 
 def build_pack(pack: Pack, table: pa.Table, *, pack_length: int, pad_id: int) -> PackedBatch:
-    """The tensors of one pack, from the PAIR_SCHEMA columns ``prompt_ids``, ``real_ids`` and ``generated_ids`` of ``table``.
+    """The tensors of one pack, from columns ``prompt_ids``, ``real_ids`` and ``generated_ids`` (PAIR_SCHEMA).
 
     Targets are the response tokens in pack order, and segments are numbered in pack order. The table may be chunked:
     rows are read as zero-copy slices, so nothing need be combined (more than 2^31 tokens would not fit one list array).

@@ -1,7 +1,7 @@
 """A Hugging Face causal LM as a scorer: pack in, log p(response | prompt) out.
 
-Packed layout (the fast one): the pack is one sequence, a 4-D mask keeps branches apart, and the LM head runs only where a
-response token is predicted. Padded layout (for models that take no 4-D mask): every response is a row of its own.
+Packed layout (the fast one): the pack is one sequence, a 4-D mask keeps branches apart, and the LM head runs only where
+a response token is predicted. Padded layout (for models that take no 4-D mask): every response is a row of its own.
 """
 
 import logging
@@ -30,8 +30,8 @@ PADDED_LENGTH_MULTIPLE = 64
 
 
 class ResponseScorer(nn.Module):
-    """The module that FSDP2 takes as root: its pre-forward then gathers the embeddings and the head, which are used here
-    outside the model's own ``forward``.
+    """The module that FSDP2 takes as root: its pre-forward then gathers the embeddings and the head, which are used
+    here outside the model's own ``forward``.
     """
 
     def __init__(self, model: Any, layout: Layout = "packed") -> None:
@@ -64,8 +64,8 @@ class ResponseScorer(nn.Module):
 
 
 def visible(batch: PackedBatch) -> Bool[Tensor, "tokens tokens"]:
-    """Who sees whom, [query, key]: the same tree, not later in the pack, and the key is of the prompt or of the query's own
-    response. Padding sees itself only: a row that sees nothing would be nan.
+    """Who sees whom, [query, key]: the same tree, not later in the pack, and the key is of the prompt or of the query's
+    own response. Padding sees itself only: a row that sees nothing would be nan.
 
     On a GPU this rule is what a FlexAttention ``mask_mod`` would say (no CPU backward there, hence the dense mask).
     """
@@ -77,8 +77,8 @@ def visible(batch: PackedBatch) -> Bool[Tensor, "tokens tokens"]:
 
 
 def additive_mask(seen: Bool[Tensor, "tokens tokens"], dtype: torch.dtype) -> Float[Tensor, "tokens tokens"]:
-    """0 where seen, else -inf, once per pack: given booleans, SDPA would make this tensor in every layer and keep it for
-    the backward pass.
+    """0 where seen, else -inf, once per pack: given booleans, SDPA would make this tensor in every layer and keep it
+    for the backward pass.
     """
     return torch.zeros(seen.shape, dtype=dtype, device=seen.device).masked_fill_(~seen, -torch.inf)
 
@@ -86,7 +86,7 @@ def additive_mask(seen: Bool[Tensor, "tokens tokens"], dtype: torch.dtype) -> Fl
 def padded_rows(batch: PackedBatch) -> tuple[Int64[Tensor, "rows length"], Int64[Tensor, "rows"]]:
     """Every response with its prompt as a row of its own, padded on the right, and the true lengths.
 
-    A token's column is its position, as responses continue the positions of their prompt. A pack of padding gives one row.
+    A token's column is its position, as responses continue the positions of their prompt. Padding alone gives one row.
     """
     token = (batch.branch > 0).nonzero().squeeze(1)  # one for each target: both are in pack order
     tree, branch = (

@@ -3,8 +3,8 @@
     heldout + samples of θ_t (+ samples of θ_{t-1}) -> scores under both models -> eval.json
 
 Two margins, both of θ_t against its opponent θ_{t-1}:
-    against_opponent   y' ~ θ_{t-1}: the objective of the iteration on rows it never saw. ln 2 - loss is a lower bound of
-                       JSD(p_data ‖ θ_{t-1}): the distance that was there to be seen (method: minimum of the logistic loss)
+    against_opponent   y' ~ θ_{t-1}: the objective of the iteration on rows it never saw. ln 2 - loss is a lower bound
+                       of JSD(p_data ‖ θ_{t-1}), the distance that was there to be seen
     against_self       y' ~ θ_t: are its own fresh samples still told from people's?
 """
 
@@ -138,13 +138,17 @@ def _score(
         job = ScoreJob(
             rows=rows,
             models=(model, opponent),
-            shape=PackShape(pack_length=config.train.pack_length, global_batch_pairs=rows.num_rows, pad_id=model.pad_id),
+            shape=PackShape(
+                pack_length=config.train.pack_length, global_batch_pairs=rows.num_rows, pad_id=model.pad_id
+            ),
             backend=BackendSettings(
-                max_length=config.model.max_length, precision=config.train.precision, attention=config.model.attention,
+                max_length=config.model.max_length,
+                precision=config.train.precision,
+                attention=config.model.attention,
                 trust_remote_code=config.model.trust_remote_code,
             ),
             target=target,
-        )  # fmt: skip
+        )
         folder = f"{model.name}/checkpoints"
         run_workers(_worker, job, config, f"evaluation-{model.digest[:16]}", run_dir.storage.path(folder))
         run_dir.storage.delete(folder)

@@ -1,6 +1,7 @@
 """Stage 2: the opponent plays. y' ~ p_θt(.|x) for every prompt, shard by shard.
 
-    prompts -> shards still missing -> Ray Data -> [engine actor] x replicas -> one Parquet part per shard, committed on its own
+    prompts -> shards still missing -> Ray Data -> [engine actor] x replicas -> one Parquet part per shard,
+                                                             committed on its own
 
 A shard is the unit of work, of commit and of loss. It is also one batch of the engine, with a seed of its own for every
 row, so that a retry of a shard gives the same tokens.
@@ -176,9 +177,13 @@ class _Player:
         seconds = round(time.monotonic() - started, 3)
         return {
             "finished": {
-                "target": shard.target.path, "name": shard.name, "entry": entry.model_dump(), "tokens": tokens, "seconds": seconds,
+                "target": shard.target.path,
+                "name": shard.name,
+                "entry": entry.model_dump(),
+                "tokens": tokens,
+                "seconds": seconds,
             }
-        }  # fmt: skip
+        }
 
 
 def answer(shard: Shard, config: SpinConfig, engine: GenerationEngine) -> pa.Table:
@@ -193,11 +198,15 @@ def answer(shard: Shard, config: SpinConfig, engine: GenerationEngine) -> pa.Tab
     completions = engine.generate(token_ids, config.generation.sampling, seeds)
     table = pa.table(
         [
-            ids, numbers, [opponent] * len(ids),
-            [completion.token_ids for completion in completions], [completion.finish_reason for completion in completions], seeds,
+            ids,
+            numbers,
+            [opponent] * len(ids),
+            [completion.token_ids for completion in completions],
+            [completion.finish_reason for completion in completions],
+            seeds,
         ],
         schema=GENERATION_SCHEMA,
-    )  # fmt: skip
+    )
     return table.replace_schema_metadata({FINGERPRINT: shard.fingerprint.encode()})
 
 

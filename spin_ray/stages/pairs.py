@@ -36,9 +36,10 @@ def run(run_dir: RunDir, config: SpinConfig, iteration: int) -> None:
         counted |= counts
         if counts["rows"] < config.train.global_batch_pairs:
             raise DataError(
-                f"{run_dir.storage.path(target.path)}: {counts['rows']} pairs are left after dropping {counts['dropped_identical']} with "
-                f"y = y′, fewer than train.global_batch_pairs {config.train.global_batch_pairs}: nothing is left to learn from this "
-                "opponent; stop here, add prompts, or lower the batch"
+                f"{run_dir.storage.path(target.path)}: {counts['rows']} pairs are left after dropping "
+                f"{counts['dropped_identical']} with y = y′, fewer than train.global_batch_pairs "
+                f"{config.train.global_batch_pairs}: nothing is left to learn from this opponent; "
+                "stop here, add prompts, or lower the batch"
             )
         target.commit(entries, inputs, settings, counts={name: float(count) for name, count in counts.items()})
 
@@ -80,7 +81,7 @@ def _verdict(real: pa.ListScalar, generated: pa.ListScalar) -> str:
 
 
 def _joined(prompts: Artefact, generations: Artefact, iteration: int) -> Iterator[pa.Table]:
-    """Pairs of each generation shard. Shards hold prompts in the order of ``prompts``, so both are read once, side by side."""
+    """Pairs of each generation shard. Shards keep the order of ``prompts``: both are read once, side by side."""
     upcoming = prompts.tables()
     window = PAIR_SCHEMA.empty_table().select(["prompt_id", "prompt_ids", "real_ids"])
     for answers in generations.tables():
@@ -90,7 +91,8 @@ def _joined(prompts: Artefact, generations: Artefact, iteration: int) -> Iterato
             if following is None:
                 missing = answers["prompt_id"].filter(pc.is_null(found))[0].as_py()
                 raise DataError(
-                    f"{generations.path}: prompt {missing} is not in {prompts.path}; remove {generations.path} to redo it"
+                    f"{generations.path}: prompt {missing} is not in {prompts.path}; "
+                    f"remove {generations.path} to redo it"
                 )
             window = pa.concat_tables([window, following.select(window.column_names)])
             found = pc.index_in(answers["prompt_id"], value_set=window["prompt_id"])

@@ -202,7 +202,7 @@ def _answer_of(value: Any) -> float | None:
 def _finish(
     storage: Storage, names: list[str], artefact: Artefact, max_rows: int | None, part_rows: int
 ) -> tuple[dict[str, FileEntry], Counter[str]]:
-    """Drops duplicates, cuts the rows into parts of ``part_rows`` and writes the quarantine; one slice in memory at a time."""
+    """Drops duplicates, cuts rows into parts of ``part_rows``, writes the quarantine; one slice in memory at a time."""
     seen: set[str] = set()
     reasons: Counter[str] = Counter()
     quarantine: list[pa.Table] = []
@@ -238,7 +238,7 @@ def _finish(
 
 
 def _first_of_each(ids: list[str], seen: set[str], limit: int | None) -> tuple[list[int], list[int]]:
-    """Row numbers to keep, at most ``limit`` over all calls, and those whose id came before; remembers ids in ``seen``."""
+    """Row numbers to keep, at most ``limit`` over all calls, and those whose id came before; ``seen`` remembers ids."""
     keep, repeated = [], []
     for number, prompt_id in enumerate(ids):
         if prompt_id in seen:
@@ -266,8 +266,9 @@ def _check_quarantine(
         raise DataError(f"{source}: holds no rows")
     first = table_from_bytes(run_dir.storage.read(where)).slice(0, 1).to_pylist()[0]
     raise DataError(
-        f"{source}: {bad} of {good + bad} rows cannot be used ({_counts(reasons)}), more than data.max_quarantine_fraction "
-        f"{config.data.max_quarantine_fraction:g}; first: {first['origin']}: {first['reason']}: {first['detail']}; "
+        f"{source}: {bad} of {good + bad} rows cannot be used ({_counts(reasons)}), "
+        f"more than data.max_quarantine_fraction {config.data.max_quarantine_fraction:g}; "
+        f"first: {first['origin']}: {first['reason']}: {first['detail']}; "
         f"all are in {run_dir.storage.path(where)}"
     )
 

@@ -222,7 +222,8 @@ def _load_reference(reference: Artefact, table: pa.Table) -> ReferenceScores:
     found = pc.index_in(table["pair_id"], value_set=scores["pair_id"])
     if found.null_count or scores.num_rows != table.num_rows:
         raise RunDirError(
-            f"{reference.path}: {scores.num_rows} scores for {table.num_rows} pairs, {found.null_count} without one; remove the folder"
+            f"{reference.path}: {scores.num_rows} scores for {table.num_rows} pairs, {found.null_count} without one; "
+            "remove the folder"
         )
     ordered = scores.take(found)
     real, generated = (torch.tensor(ordered[name].to_numpy()) for name in ("real_logp", "generated_logp"))
@@ -256,8 +257,8 @@ def _restore(job: TrainJob, backend: Fsdp2Backend) -> int:
         state = json.loads((Path(folder) / CHECKPOINT_STATE).read_text())
         if state["world_size"] != dist.get_world_size():
             raise RunDirError(
-                f"{checkpoint.path}: was written by {state['world_size']} workers, now there are {dist.get_world_size()}; "
-                f"restore train.workers or remove {job.name}/checkpoints"
+                f"{checkpoint.path}: was written by {state['world_size']} workers, "
+                f"now there are {dist.get_world_size()}; restore train.workers or remove {job.name}/checkpoints"
             )
         backend.load(Path(folder))
     return state["step"]

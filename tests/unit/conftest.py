@@ -2,5 +2,6 @@
 
 import os
 
-# Some virtual machines advertise AMX without CPUID leaf 0x1D; oneDNN then runs tile instructions unconfigured (SIGILL in bf16).
+# Some virtual machines advertise AMX without CPUID leaf 0x1D; oneDNN then dies of SIGILL at the first bf16
+# matrix product.
 os.environ.setdefault("ONEDNN_MAX_CPU_ISA", "AVX512_CORE_FP16")

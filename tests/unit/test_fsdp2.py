@@ -102,7 +102,7 @@ def test_bf16_computes_in_bf16_and_keeps_fp32_weights(make: MakeBackend) -> None
 
 @pytest.mark.parametrize("name", ["rmsprop", "adamw"])
 def test_training_equals_a_plain_torch_loop(make: MakeBackend, model_dir: Path, name: str) -> None:
-    """Three steps of several packs each: FSDP2, accumulation, clipping and schedule change nothing that plain torch would do.
+    """Three steps of several packs each: FSDP2, accumulation, clipping and schedule change nothing of plain torch.
 
     lr: 8 steps, 1 of warm-up: peak·(1/2, 1, 6/7).
     """

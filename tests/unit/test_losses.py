@@ -93,7 +93,7 @@ def test_logistic_loss_survives_margins_of_hundreds_of_nats() -> None:
 
 
 def test_losses_are_sums_so_that_unequal_packs_add_up_to_the_step() -> None:
-    """ℓ of (0 | 1, 2) over two packs, divided once by 3 pairs: (1 + 0 − 1)/3 = 0. Means per pack would give (1 − 0.5)/2."""
+    """ℓ of (0 | 1, 2) over two packs, divided by 3 pairs: (1 + 0 − 1)/3 = 0. Means per pack would give (1 − 0.5)/2."""
     packs = torch.tensor([0.0]), torch.tensor([1.0, 2.0])
     assert sum(spin_loss(pack, "correlation").item() for pack in packs) / 3 == 0.0
 

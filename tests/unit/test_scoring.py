@@ -23,11 +23,19 @@ def soft_capped() -> Gemma2ForCausalLM:
     torch.manual_seed(0)
     return Gemma2ForCausalLM(
         Gemma2Config(
-            vocab_size=VOCAB, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4, head_dim=8,
-            num_key_value_heads=2, final_logit_softcapping=2.0, initializer_range=0.2, sliding_window=512,
+            vocab_size=VOCAB,
+            hidden_size=32,
+            intermediate_size=48,
+            num_hidden_layers=2,
+            num_attention_heads=4,
+            head_dim=8,
+            num_key_value_heads=2,
+            final_logit_softcapping=2.0,
+            initializer_range=0.2,
+            sliding_window=512,
             attn_implementation="sdpa",
         )
-    ).eval()  # fmt: skip
+    ).eval()
 
 
 def mask_ignoring() -> Any:

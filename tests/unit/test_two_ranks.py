@@ -92,8 +92,9 @@ def one_process(tmp_path: Path) -> Iterator[None]:
 @pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.usefixtures("one_process")
 def test_two_ranks_train_as_one_does(directory: Path, tmp_path: Path, layout: str) -> None:
-    """Three packs: rank 0 has two, rank 1 one and an empty one. Sums over ranks, divided by the step's pairs, must agree; a
-    mean per rank would not. The checkpoint is written into one directory per rank and merged, as Ray Train does.
+    """Three packs: rank 0 has two, rank 1 one and an empty one. Sums over ranks, divided by the step's pairs, must
+    agree; a mean per rank would not. The checkpoint is written into one directory per rank and merged (as by Ray
+    Train).
     """
     assert [len(list(filter(None, one_step(ROWS).for_rank(rank, 2)))) for rank in (0, 1)] == [2, 1]
     alone = make_backend(directory, layout)

@@ -18,7 +18,7 @@ class BackendSettings:
     """How to compute and optimise. Example, scoring only: ``BackendSettings(max_length=2048)``."""
 
     max_length: int
-    """Longest prompt + response in tokens (``model.max_length``): tells whether a sliding attention window can matter."""
+    """Longest prompt + response in tokens (``model.max_length``): tells whether a sliding window can matter."""
     precision: Literal["bf16", "fp32"] = "bf16"
     """Of the computation and of the exported weights; master weights, gradients and optimizer state are fp32 always."""
     attention: Literal["auto", "packed", "padded"] = "auto"
@@ -81,7 +81,7 @@ class TrainBackend(Protocol):
         ...
 
     def load(self, directory: Path) -> None:
-        """Continues from a checkpoint, bit for bit; ``directory`` holds the files of all ranks (of any number of them)."""
+        """Continues from a checkpoint, bit for bit; ``directory`` holds the files of all ranks, however many."""
         ...
 
     def export_hf(self, directory: Path) -> None:
@@ -99,9 +99,9 @@ def learning_rate_at(
 ) -> float:
     """Learning rate of step 0 ≤ ``step`` < ``total_steps``.
 
-    Over the first w = round(warmup_fraction · total_steps) steps it rises as peak·(step+1)/(w+1), so no step is spent at 0
-    and step w is the first at the peak; then, with t = (step−w)/(total−w): linear 1−t, cosine (1+cos πt)/2, constant 1. The
-    decays would reach 0 at step ``total_steps``, which is never taken.
+    Over the first w = round(warmup_fraction · total_steps) steps it rises as peak·(step+1)/(w+1), so no step is spent
+    at 0 and step w is the first at the peak; then, with t = (step−w)/(total−w): linear 1−t, cosine (1+cos πt)/2,
+    constant 1. The decays would reach 0 at step ``total_steps``, which is never taken.
     """
     warmup = round(warmup_fraction * total_steps)
     if step < warmup:

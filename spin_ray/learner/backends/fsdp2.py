@@ -1,6 +1,7 @@
 """FSDP2: parameters, gradients and optimizer state sharded over all ranks; one rank on a laptop is the same code.
 
-fp32 shard ──gather, cast──> bf16 layer ──forward, backward──> bf16 gradient ──sum over ranks──> fp32 shard ──> optimizer
+fp32 shard ──gather, cast──> bf16 layer ──forward, backward──> bf16 gradient ──sum over ranks──> fp32 shard
+──> optimizer
 """
 
 from functools import partial
@@ -131,8 +132,8 @@ class Fsdp2Backend:
         }
 
     def _reshard(self) -> None:
-        """Drops gathered weights. FSDP2 keeps the root's after a forward for the backward to come, and after ``score`` none
-        comes: they would outlive a change of the shards.
+        """Drops gathered weights. FSDP2 keeps the root's after a forward for the backward to come, and after ``score``
+        none comes: they would outlive a change of the shards.
         """
         for module in self._scorer.modules():
             if isinstance(module, FSDPModule):
@@ -165,7 +166,7 @@ def _decoder_layers(model: Any) -> list[nn.Module]:
 
 
 def _make_optimizer(parameters: list[nn.Parameter], config: OptimizerConfig) -> torch.optim.Optimizer:
-    """The optimizer with its state allocated: too little memory shows now, and a checkpoint has the same tensors at any step."""
+    """The optimizer, its state allocated: too little memory shows now, and checkpoints always have the same tensors."""
     if config.name == "adamw":
         optimizer: torch.optim.Optimizer = torch.optim.AdamW(parameters, weight_decay=config.weight_decay, foreach=True)
         moments = ("exp_avg", "exp_avg_sq")
