@@ -64,10 +64,11 @@ def _spin(run: RunDir, config: SpinConfig, start: Start, lease: Lease) -> RunRes
         training.run_sft(run, config, start.model)
 
     evaluations = []
-    opponent: ModelFolder | None = None
+    player, opponent = start.model, None
     for iteration in range(config.iterations + 1):
         lease.check()
-        player = start.model if iteration == 0 and not config.sft else _open_iterate(run, config, iteration)
+        if iteration > 0 or config.sft:
+            player = _open_iterate(run, config, iteration)
         generation.run(run, config, _engine_spec(config, start, player), _jobs(run, config, iteration, player))
         if start.heldout:
             evaluations.append(evaluation.run(run, config, iteration, player, opponent))

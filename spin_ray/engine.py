@@ -77,25 +77,24 @@ class VllmEngine:
         from vllm.platforms import current_platform
 
         self._spec = spec
-        self._llm: Any = LLM(
-            **{
-                "model": str(spec.model),
-                "max_model_len": spec.max_length,
-                "dtype": spec.config.dtype,
-                "tensor_parallel_size": spec.config.tensor_parallel_size,
-                "max_num_seqs": spec.config.max_num_seqs,
-                "gpu_memory_utilization": spec.config.gpu_memory_utilization,
-                "enforce_eager": spec.config.enforce_eager,
-                "trust_remote_code": spec.trust_remote_code,
-                "generation_config": "vllm",
-                "enable_prefix_caching": False,
-                "skip_tokenizer_init": True,
-                "load_format": "safetensors",
-                "seed": 0,
-                **(_whole_prefill(spec.max_length) if current_platform.is_cpu() else {}),
-                **spec.config.extra,
-            }
-        )
+        arguments: dict[str, Any] = {
+            "model": str(spec.model),
+            "max_model_len": spec.max_length,
+            "dtype": spec.config.dtype,
+            "tensor_parallel_size": spec.config.tensor_parallel_size,
+            "max_num_seqs": spec.config.max_num_seqs,
+            "gpu_memory_utilization": spec.config.gpu_memory_utilization,
+            "enforce_eager": spec.config.enforce_eager,
+            "trust_remote_code": spec.trust_remote_code,
+            "generation_config": "vllm",
+            "enable_prefix_caching": False,
+            "skip_tokenizer_init": True,
+            "load_format": "safetensors",
+            "seed": 0,
+            **(_whole_prefill(spec.max_length) if current_platform.is_cpu() else {}),
+            **spec.config.extra,
+        }
+        self._llm: Any = LLM(**arguments)
 
     def generate(
         self, prompt_ids: Sequence[Sequence[int]], sampling: SamplingConfig, seeds: Sequence[int]

@@ -126,7 +126,7 @@ def load_tokenizer(path: str, chat_template: str | None = None, trust_remote_cod
     from transformers import AutoTokenizer
 
     try:
-        tokenizer = AutoTokenizer.from_pretrained(path, trust_remote_code=trust_remote_code)
+        tokenizer: Any = AutoTokenizer.from_pretrained(path, trust_remote_code=trust_remote_code)
     except (OSError, ValueError) as error:
         raise ModelError(f"{path}: its tokenizer cannot be loaded ({str(error).splitlines()[0]})") from error
     if chat_template:

@@ -5,7 +5,7 @@ import os
 import queue
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any, TypeVar
 
 import ray
@@ -97,7 +97,7 @@ def wait_until_free(bundles: Bundles, timeout_s: float, stage: str) -> None:
         time.sleep(0.1)
 
 
-def with_deadline(rows: Iterator[Row], first_s: float, next_s: float, what: str) -> Iterator[Row]:
+def with_deadline(rows: Iterable[Row], first_s: float, next_s: float, what: str) -> Iterator[Row]:
     """Passes ``rows`` on, and gives up when nothing comes.
 
     Raises:
@@ -156,7 +156,7 @@ def _ask_autoscaler(config: SpinConfig) -> None:
     request_resources(bundles=largest)
 
 
-def _shown(resources: dict[str, float]) -> str:
+def _shown(resources: Mapping[str, float]) -> str:
     """Resources a person asks for, e.g. ``2 CPU, 1 GPU``; not Ray's own (memory, node names)."""
     shown = [
         f"{amount:g} {name}"

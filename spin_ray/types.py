@@ -9,6 +9,7 @@ Legend of dimensions, used in every signature of the package:
 """
 
 from dataclasses import dataclass
+from typing import Any
 
 import pyarrow as pa
 import torch
@@ -122,7 +123,7 @@ class PackedBatch:
 
     def to(self, device: torch.device) -> "PackedBatch":
         """The same pack on ``device``."""
-        moved = {
+        moved: dict[str, Any] = {
             name: value.to(device) if isinstance(value, Tensor) else value
             for name in self.__slots__
             for value in [getattr(self, name)]

@@ -5,7 +5,7 @@ transformers are imported inside the makers, so that reading a recipe stays fast
 """
 
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from spin_ray.embedded import data
 from spin_ray.embedded.packages import package_file, require_modules
@@ -57,7 +57,7 @@ def make_smollm2(folder: Path) -> None:
     model.load_state_dict(dequantised.state_dict())
     model.save_pretrained(folder)
 
-    tokenizer = AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name)
+    tokenizer: Any = AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name)
     # The GGUF names the pre-tokenizer "smollm"; transformers reads that as plain GPT-2 and so gives the blanks
     # before a digit other ids than the model was trained on.
     tokenizer.backend_tokenizer.pre_tokenizer = _single_digits_then_byte_level()
@@ -92,7 +92,7 @@ def make_tiny_llama(folder: Path) -> None:
     )
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
-        model = LlamaForCausalLM(config)
+        model: Any = LlamaForCausalLM(config)
     model.to(torch.bfloat16).save_pretrained(folder)
     tokenizer.save_pretrained(folder)
 

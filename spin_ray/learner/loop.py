@@ -7,6 +7,7 @@ from dataclasses import dataclass
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 import torch
 import torch.distributed as dist
 from jaxtyping import Float32
@@ -56,9 +57,7 @@ def plan(table: pa.Table, shape: PackShape, *, epochs: int, seed: int) -> list[l
 
 def pair_lengths(table: pa.Table) -> PairLengths:
     """Lengths of the rows; rows of one prompt_id share a tree."""
-    columns = {
-        name: np.asarray(pa.compute.list_value_length(table[f"{name}_ids"])) for name in ("prompt", "real", "generated")
-    }
+    columns = {name: np.asarray(pc.list_value_length(table[f"{name}_ids"])) for name in ("prompt", "real", "generated")}
     keys = table["prompt_id"].combine_chunks().dictionary_encode().indices
     return PairLengths(**columns, tree_key=np.asarray(keys))
 

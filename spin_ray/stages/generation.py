@@ -16,6 +16,7 @@ from typing import Any
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 import ray
 
 from spin_ray.config import SpinConfig, digest
@@ -173,7 +174,7 @@ class _Player:
         started = time.monotonic()
         answers = answer(shard, self._config, self._engine)
         entry = shard.target.write_part(shard.name, answers)
-        tokens = pa.compute.sum(pa.compute.list_value_length(answers["token_ids"])).as_py()
+        tokens = pc.sum(pc.list_value_length(answers["token_ids"])).as_py()
         seconds = round(time.monotonic() - started, 3)
         return {
             "finished": {
@@ -213,7 +214,7 @@ def answer(shard: Shard, config: SpinConfig, engine: GenerationEngine) -> pa.Tab
 def _shards(job: Job, config: SpinConfig) -> list[Shard]:
     """The job cut into shards of at most ``shard_rows`` responses (at least one prompt each)."""
     files = sorted(job.prompts.manifest().files.items())
-    ends = np.cumsum([entry.rows for _, entry in files])
+    ends = np.cumsum([entry.rows or 0 for _, entry in files])
     rows = job.rows if job.rows is not None else np.arange(ends[-1])
     per_shard = max(1, config.generation.shard_rows // config.generation.samples_per_prompt)
     fingerprint = _fingerprint(job, config)

@@ -85,7 +85,7 @@ def run(
         )
         names = sorted(row["name"] for row in rendered.take_all())
         entries, quarantined = _finish(run_dir.storage, names, artefact, max_rows, settings["part_rows"])
-        counted |= {"rows": sum(entry.rows for entry in entries.values()), "quarantined": quarantined.total()}
+        counted |= {"rows": sum(entry.rows or 0 for entry in entries.values()), "quarantined": quarantined.total()}
         _check_quarantine(run_dir, config, artefact, source, counted["rows"], quarantined)
         artefact.commit(entries, inputs, settings, counts=dict(quarantined))
         run_dir.storage.delete(folder)
