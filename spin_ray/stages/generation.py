@@ -18,6 +18,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 import ray
+import ray.exceptions
 
 from spin_ray.config import SpinConfig, digest
 from spin_ray.engine import EngineSpec, GenerationEngine, VllmEngine
@@ -143,7 +144,7 @@ def _play(
         return
     resources = config.generation.resources
     played = ray.data.from_items([{"shard": shard} for shard in shards], override_num_blocks=len(shards)).map(
-        _Player,
+        _Player,  # pyrefly: ignore[bad-argument-type] (an actor class; Ray annotates functions only)
         fn_constructor_args=(spec, config, start_engine),
         compute=ray.data.ActorPoolStrategy(size=min(config.generation.replicas, len(shards))),
         num_cpus=resources.cpus,

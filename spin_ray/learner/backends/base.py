@@ -46,11 +46,15 @@ class TrainBackend(Protocol):
     Dropout is always off: a log-probability is a property of the model, and the reference must be reproducible.
     """
 
-    device: torch.device
     layout: Literal["packed", "padded"]
     """How responses are scored, after ``attention="auto"`` was decided."""
     steps_done: int
     """Optimizer steps so far; ``load`` restores it."""
+
+    @property
+    def device(self) -> torch.device:
+        """Where batches are computed."""
+        ...
 
     def logps(self, batch: PackedBatch) -> Float[Tensor, "segments"]:
         """log p(response | prompt) of every response in the pack, fp32, differentiable."""
