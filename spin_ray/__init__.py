@@ -9,9 +9,25 @@ Example::
     print(result.model)
 """
 
-from spin_ray.config import SpinConfig, load_config
-from spin_ray.driver import RunResult, run_spin
-from spin_ray.errors import UserError
-from spin_ray.run_dir import RunDir
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from spin_ray.config import SpinConfig, load_config
+    from spin_ray.driver import RunResult, run_spin
+    from spin_ray.errors import UserError
+    from spin_ray.run_dir import RunDir
+
+_HOME = {
+    "RunDir": "run_dir", "RunResult": "driver", "SpinConfig": "config", "UserError": "errors", "load_config": "config",
+    "run_spin": "driver",
+}  # fmt: skip
 
 __all__ = ["RunDir", "RunResult", "SpinConfig", "UserError", "load_config", "run_spin"]
+
+
+def __getattr__(name: str) -> Any:
+    """Loads a public name when it is first used: every actor imports this package, few need all of it."""
+    if name not in _HOME:
+        raise AttributeError(f"module spin_ray has no attribute {name!r}")
+    return getattr(import_module(f"spin_ray.{_HOME[name]}"), name)

@@ -16,6 +16,9 @@ from torch import Tensor
 from spin_ray.learner.backends.base import TrainBackend
 from spin_ray.learner.losses import margins, pair_logps, sft_loss, spin_loss
 from spin_ray.learner.packing import Pack, PairLengths, Step, build_pack, plan_epoch
+from spin_ray.types import PackedBatch
+
+EMPTY_PACK_LENGTH = 8
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -34,6 +37,11 @@ class PackShape:
     pack_length: int
     global_batch_pairs: int
     pad_id: int
+
+    def build(self, pack: Pack, table: pa.Table) -> PackedBatch:
+        """The tensors of a pack. An empty one, there only to keep ranks in step, is short: it costs next to nothing."""
+        length = self.pack_length if pack else min(self.pack_length, EMPTY_PACK_LENGTH)
+        return build_pack(pack, table, pack_length=length, pad_id=self.pad_id)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -74,7 +82,7 @@ def score_rows(
     generated_logps: list[float] = []
     for step in steps:
         for pack in step.for_rank(dist.get_rank(), dist.get_world_size()):
-            batch = build_pack(pack, table, pack_length=shape.pack_length, pad_id=shape.pad_id).to(backend.device)
+            batch = shape.build(pack, table).to(backend.device)
             real, generated = pair_logps(backend.score(batch), batch)
             rows += batch.pair_row.tolist()
             real_logps += real.tolist()
@@ -132,7 +140,7 @@ def _pack_loss(
     reference: ReferenceScores | None,
 ) -> tuple[Tensor, Tensor]:
     """Share of the step's loss that this pack has, and the sums that metrics are made of."""
-    batch = build_pack(pack, table, pack_length=shape.pack_length, pad_id=shape.pad_id).to(backend.device)
+    batch = shape.build(pack, table).to(backend.device)
     real, generated = pair_logps(backend.logps(batch), batch)
     sums = torch.zeros(6, dtype=torch.float64, device=backend.device)
     sums[3] = real.detach().sum()

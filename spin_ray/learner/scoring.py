@@ -110,11 +110,11 @@ def _chunked_logps(
 ) -> Float[Tensor, "targets"]:
     """log softmax(head(hidden[at]))[target_ids] in fp32; [targets, vocab] never exists whole, forward or backward.
 
-    Targets are filled up to whole chunks: one shape for all packs, and a pack without targets still has a graph that
-    reaches every parameter, without which FSDP2's ranks would wait for each other.
+    Targets are filled up to whole chunks: one shape for all packs. Without targets there is one chunk of no rows, whose
+    graph still reaches every parameter: FSDP2's ranks would wait for each other otherwise.
     """
     targets = len(at)
-    fill = -targets % TARGETS_PER_CHUNK if targets else TARGETS_PER_CHUNK
+    fill = -targets % TARGETS_PER_CHUNK
     at, target_ids = functional.pad(at, (0, fill)), functional.pad(target_ids, (0, fill))
     chunks = zip(at.split(TARGETS_PER_CHUNK), target_ids.split(TARGETS_PER_CHUNK), strict=True)
     logps = [

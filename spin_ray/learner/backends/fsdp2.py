@@ -4,6 +4,7 @@ fp32 shard ──gather, cast──> bf16 layer ──forward, backward──> b
 ──> optimizer
 """
 
+import math
 from functools import partial
 from itertools import chain
 from pathlib import Path
@@ -63,7 +64,7 @@ class Fsdp2Backend:
         gradients = [shard.grad for shard in self._shards.values() if shard.grad is not None]
         norm = torch.nn.utils.get_total_norm(gradients, foreach=True)
         grad_norm = float(norm.full_tensor() if isinstance(norm, DTensor) else norm)
-        if not torch.isfinite(torch.tensor(grad_norm)):
+        if not math.isfinite(grad_norm):
             raise FloatingPointError(
                 f"gradient norm is {grad_norm} at optimizer step {self.steps_done}; lower the learning rate or beta"
             )
@@ -85,7 +86,6 @@ class Fsdp2Backend:
         self._set_learning_rate()
 
     def export_hf(self, directory: Path) -> None:
-        self._reshard()
         dtype = torch.bfloat16 if self._settings.precision == "bf16" else torch.float32
         persistent = self._model.state_dict().keys()
         weights = {}
