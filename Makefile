@@ -1,0 +1,59 @@
+# Needs git, make and Python 3.11 on Linux x86-64. `make demo` on a fresh machine sets everything up first.
+PYTHON ?= python3.11
+TORCH_INDEX ?= https://download.pytorch.org/whl/cpu
+BIN := .venv/bin
+READY := .venv/.ready
+TORCH := $(shell sed -n '/^torch==/p' requirements/torch.txt)
+RUN := runs
+
+.DEFAULT_GOAL := help
+.NOTPARALLEL:
+.PHONY: help setup demo smoke test check lint format lock clean
+
+help: ## List the targets
+	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "make %-7s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
+
+setup: $(READY) ## Make .venv with the exact versions that are tested together (3 GB)
+
+# torch comes first and apart: its CPU build from where pip looks anyway (a mirror, a folder of wheels), else from PyTorch's own
+# index, else whatever PyPI has. requirements/torch.txt says why it is not in the lock.
+$(READY): requirements/cpu.lock requirements/torch.txt pyproject.toml
+	@command -v $(PYTHON) >/dev/null || { echo "setup: $(PYTHON) not found; install Python 3.11 or say PYTHON=/path/to/python3.11" >&2; exit 1; }
+	@test -x $(BIN)/python || $(PYTHON) -m venv .venv
+	@echo "setup: installing $(TORCH) and requirements/cpu.lock into .venv; this takes minutes"
+	@$(BIN)/pip install -q --no-deps '$(TORCH)+cpu' 2>/dev/null \
+		|| $(BIN)/pip install -q --no-deps --retries 1 --timeout 30 --index-url $(TORCH_INDEX) '$(TORCH)' 2>/dev/null \
+		|| $(BIN)/pip install -q --no-deps -r requirements/torch.txt
+	@$(BIN)/pip install -q --no-deps --require-hashes -r requirements/cpu.lock
+	@$(BIN)/pip install -q --no-deps --no-build-isolation -e .
+	@$(BIN)/python -c 'import torch' 2>/dev/null || { echo "setup: $(TORCH) does not import: it is not the CPU build, and $(TORCH_INDEX) gave none; install one into .venv and repeat" >&2; exit 1; }
+	@touch $@
+
+demo: $(READY) ## SmolLM2-135M learns chit-chat from people, two iterations on two CPU cores
+	$(BIN)/spin-ray run jobs/recipes/demo.yaml --out $(RUN)/demo
+
+smoke: $(READY) ## The same with a tiny random model: minutes, no sense in the numbers
+	$(BIN)/spin-ray run jobs/recipes/smoke.yaml --out $(RUN)/smoke
+
+test: $(READY) ## Every test: unit, ray (a local cluster), e2e (real vLLM)
+	$(BIN)/pytest tests
+
+check: lint ## Before a commit: lint and the quick unit tests, under a minute
+	$(BIN)/pytest tests/unit -q -m "not slow"
+
+lint: $(READY) ## Format, lint, types, import rules; changes nothing
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+	$(BIN)/pyrefly check
+	$(BIN)/lint-imports --no-logo
+
+format: $(READY) ## Apply the formatter and the safe lint fixes
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+lock: ## Resolve requirements/cpu.lock again (needs uv)
+	requirements/lock.sh
+
+clean: ## Remove caches; runs and .venv stay
+	rm -rf build dist .pytest_cache .ruff_cache .import_linter_cache .hypothesis
+	find spin_ray jobs tests -type d -name __pycache__ -prune -exec rm -rf {} +
