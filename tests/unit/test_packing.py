@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from learner_cases import Row, lengths_of, random_rows, table_of
 
-from spin_ray.learner.packing import PairLengths, build_pack, plan_epoch
+from spin_ray.learner.packing import PairLengths, Step, build_pack, plan_epoch
 from spin_ray.learner.scoring import visible
 
 torch.set_num_threads(1)
@@ -30,7 +30,7 @@ def pair_rows(draw: st.DrawFn) -> list[Row]:
     return draw(st.permutations(rows))
 
 
-def plan(rows: list[Row], batch: int = 3, seed: int = 0, epoch: int = 0):  # noqa: ANN201
+def plan(rows: list[Row], batch: int = 3, seed: int = 0, epoch: int = 0) -> list[Step]:
     return plan_epoch(lengths_of(rows), pack_length=PACK_LENGTH, global_batch_pairs=batch, seed=seed, epoch=epoch)
 
 
@@ -181,7 +181,7 @@ def test_chunking_of_the_table_does_not_matter() -> None:
 
 
 def test_packs_are_close_to_full() -> None:
-    """Trees of 60-1600 tokens, 64 to a step of about 13 packs: within 4 % of the least number of packs their tokens need."""
+    """Trees of 60-1600 tokens, 64 to a step of about 13 packs: within 4 % of the fewest packs for so many tokens."""
     rng = np.random.default_rng(0)
     n = 6400
     prompt, real, generated = (rng.integers(20, high, n) for high in (400, 600, 600))

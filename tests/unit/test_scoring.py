@@ -54,6 +54,8 @@ def mask_refusing() -> Any:
     def forward(*args: Any, attention_mask: Tensor | None = None, **kwargs: Any) -> Any:
         if attention_mask is not None and attention_mask.ndim != 2:
             raise ValueError("mask must be [batch, length]")
+        if kwargs["input_ids"].shape[0] > 1 and attention_mask is None:
+            raise ValueError("rows of unequal length need a mask")
         return decode(*args, attention_mask=attention_mask, **kwargs)
 
     model.model.forward = forward

@@ -5,6 +5,7 @@ A pair (i, j) has weight p_data(i)·p_opponent(j); all K² of them are one batch
 
 import math
 from collections.abc import Callable
+from itertools import pairwise
 
 import pytest
 import torch
@@ -99,13 +100,13 @@ def test_log_ratio_error_is_multiplied_by_1_minus_1_over_beta_per_iteration(beta
     for _ in range(3):
         policy = spin_iteration(data, policy, beta)
         errors.append(size(data - policy))
-    ratios = [after / before for before, after in zip(errors, errors[1:], strict=False)]
+    ratios = [after / before for before, after in pairwise(errors)]
     assert ratios == pytest.approx([factor] * 3, rel=1e-3)
 
 
 @pytest.mark.parametrize("beta", [0.5, 1.0, 5.0])
 def test_minimum_of_the_logistic_loss_is_ln2_minus_the_jsd_of_ordered_pairs(beta: float) -> None:
-    """At the minimum e^m = P/Q with P = p_data⊗p_t the pair as it is and Q = p_t⊗p_data the pair swapped, so the loss is
+    """At the minimum e^m = P/Q with P = p_data⊗p_t the pair as it is and Q = p_t⊗p_data the pair swapped: the loss is
     E_P ln((P+Q)/P) = ln 2 − KL(P‖(P+Q)/2) = ln 2 − JSD(P‖Q), whatever β.
 
     Not ln 2 − JSD(p_data‖p_t): a pair tells more than one response, JSD(p_data‖p_t) ≤ JSD(P‖Q) ≤ 2·JSD(p_data‖p_t), so
@@ -123,7 +124,8 @@ def test_minimum_of_the_logistic_loss_is_ln2_minus_the_jsd_of_ordered_pairs(beta
 @pytest.mark.parametrize("beta", [0.1, 1.0, 5.0])
 def test_theorem_5_2_slope_towards_the_data_is_beta_times_both_divergences(loss: str, beta: float) -> None:
     """d/ds of the objective at θ_t + s·log(p_data/p_t), s = 0, is β·ℓ'(0)·[KL(p_data‖p_t) + KL(p_t‖p_data)] < 0:
-    wherever p_t ≠ p_data, SPIN moves, and towards the data. ℓ'(0) = −1/2 (logistic), −1 (the others)."""
+    wherever p_t ≠ p_data, SPIN moves, and towards the data. ℓ'(0) = −1/2 (logistic), −1 (the others).
+    """
     data, opponent = distribution(0), distribution(1)
     s = torch.zeros((), dtype=torch.float64, requires_grad=True)
     (slope,) = torch.autograd.grad(objective(opponent + s * (data - opponent), data, opponent, beta=beta, loss=loss), s)
@@ -136,7 +138,7 @@ def test_theorem_5_2_slope_towards_the_data_is_beta_times_both_divergences(loss:
 @pytest.mark.parametrize("loss", LOSS_NAMES)
 @pytest.mark.parametrize("beta", [0.1, 1.0, 5.0])
 def test_theorem_5_2_an_opponent_equal_to_the_data_is_a_global_minimum(loss: str, beta: float) -> None:
-    """p_t = p_data: margins have mean 0 for every policy, so E ℓ(m) ≥ ℓ(0) (Jensen), attained at θ_t with gradient 0."""
+    """p_t = p_data: margins have mean 0 for every policy, so E ℓ(m) ≥ ℓ(0) (Jensen), attained at θ_t, gradient 0."""
     data = distribution(0)
     at_start = data.clone().requires_grad_()
     value = objective(at_start, data, data, beta=beta, loss=loss)
@@ -149,8 +151,9 @@ def test_theorem_5_2_an_opponent_equal_to_the_data_is_a_global_minimum(loss: str
 
 
 def test_generalised_fixed_point_with_reference_and_opponent_apart() -> None:
-    """log p_{t+1} = log p_ref + (log p_data − log p_opponent)/β + const, with the mixture of two iterates as the opponent
-    (fictitious play)."""
+    """log p_{t+1} = log p_ref + (log p_data − log p_opponent)/β + const; the opponent is a mixture of two iterates
+    (fictitious play).
+    """
     data, reference, beta = distribution(0), distribution(1), 2.0
     opponent = torch.logaddexp(distribution(2), distribution(3)) - math.log(2)
     found = minimise(lambda x: objective(x, data, opponent, beta=beta, reference=reference), reference)
@@ -160,7 +163,8 @@ def test_generalised_fixed_point_with_reference_and_opponent_apart() -> None:
 
 def test_alpha_spin_settles_between_data_and_base() -> None:
     """Reference p_t^α p_0^{1−α}: the error contracts by |α − 1/β| to p* ∝ p_data^w p_0^{1−w}, w = (1/β)/(1 − α + 1/β).
-    α = 0.5, β = 2: factor 0 (one iteration), w = 1/2. The mixture's normaliser is left out: it cancels in the margin."""
+    α = 0.5, β = 2: factor 0 (one iteration), w = 1/2. The mixture's normaliser is left out: it cancels in the margin.
+    """
     data, base, alpha, beta = distribution(0), distribution(1), 0.5, 2.0
     policy = base
     for _ in range(2):
