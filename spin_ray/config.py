@@ -7,6 +7,7 @@ where it gives a value.
 
 from __future__ import annotations
 
+import copy
 import hashlib
 import json
 from collections.abc import Iterator
@@ -14,7 +15,7 @@ from pathlib import Path
 from typing import Annotated, Any, Literal, Self, TypeVar
 
 import yaml
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
+from pydantic import BaseModel, ConfigDict, Discriminator, Field, Tag, ValidationError, model_validator
 
 from spin_ray.errors import ConfigError
 
@@ -25,12 +26,11 @@ Count = Annotated[int, Field(ge=1)]
 T = TypeVar("T")
 
 
-def _as_tuple(value: Any) -> Any:
-    return tuple(value) if isinstance(value, list) else value
-
-
-PerIteration = Annotated[Positive | tuple[Positive, ...], BeforeValidator(_as_tuple)]
-PerIterationCount = Annotated[Count | tuple[Count, ...], BeforeValidator(_as_tuple)]
+_ONE, _LIST = "<one>", "<list>"
+_one_or_list = Discriminator(lambda value: _LIST if isinstance(value, list | tuple) else _ONE)
+"""Chooses the kind by what was written, so that an error speaks of that kind only."""
+PerIteration = Annotated[Annotated[Positive, Tag(_ONE)] | Annotated[tuple[Positive, ...], Tag(_LIST)], _one_or_list]
+PerIterationCount = Annotated[Annotated[Count, Tag(_ONE)] | Annotated[tuple[Count, ...], Tag(_LIST)], _one_or_list]
 
 
 class Section(BaseModel):
@@ -78,6 +78,7 @@ class ResourcesConfig(Section):
     cpus: Positive = 1
     """Logical CPUs; on CPU also the number of compute threads (whole part, at least one)."""
     gpus: NonNegative = 0
+    """GPUs, whole or (engines that share one) a fraction; 0 computes on the CPU."""
     custom: dict[str, Positive] = {}
     """Custom Ray resources, e.g. ``{"accelerator_type:H100": 0.001}``."""
 
@@ -98,6 +99,7 @@ class SamplingConfig(Section):
     temperature: NonNegative = 1.0
     """1 samples from the model; 0 is greedy and, like every other value, a departure from the method."""
     top_p: Annotated[float, Field(gt=0, le=1)] = 1.0
+    """1: no limit. Below, only the likeliest tokens that together have this probability are sampled."""
     top_k: Annotated[int, Field(ge=0)] = 0
     """0: no limit."""
     max_tokens: Count = 1024
@@ -108,11 +110,13 @@ class EngineConfig(Section):
     """vLLM's engine arguments. ``max_model_len`` is ``model.max_length``; sampling is never the model folder's."""
 
     dtype: Literal["bfloat16", "float16", "float32"] = "bfloat16"
+    """Of weights and computation; it shifts the sampled distribution a little. The trainer has ``train.precision``."""
     tensor_parallel_size: Count = 1
     """GPUs per engine (one node); ``generation.resources.gpus`` must equal it when GPUs are used."""
     max_num_seqs: Count = 256
     """Responses decoded together."""
     gpu_memory_utilization: Annotated[float, Field(gt=0, le=1)] = 0.9
+    """Share of the GPU's memory for weights and key-value cache."""
     cpu_kv_cache_gib: Count = 2
     """Key-value cache on CPU, GiB."""
     enforce_eager: bool = False
@@ -123,6 +127,7 @@ class EngineConfig(Section):
 
 class GenerationConfig(Section):
     sampling: SamplingConfig = SamplingConfig()
+    """How one response is drawn."""
     samples_per_prompt: Count = 1
     """Responses y′ per prompt; each makes a pair of its own. Paper: 1."""
     shard_rows: Count = 512
@@ -133,6 +138,7 @@ class GenerationConfig(Section):
     resources: ResourcesConfig = ResourcesConfig()
     """Per engine."""
     engine: EngineConfig = EngineConfig()
+    """How vLLM is started."""
     start_timeout_s: Positive = 900
     """Longest wait for an engine to be ready."""
     shard_timeout_s: Positive = 7200
@@ -166,6 +172,7 @@ class OptimizerConfig(Section):
 
 class TrainConfig(Section):
     backend: Literal["fsdp2"] = "fsdp2"
+    """What holds and shards the model: torch's own FSDP2."""
     workers: Count = 1
     """Train workers; parameters, gradients and optimizer state are sharded over them."""
     resources: ResourcesConfig = ResourcesConfig()
@@ -175,6 +182,7 @@ class TrainConfig(Section):
     epochs: PerIterationCount = 2
     """Passes over the pairs of an iteration. Paper: 2."""
     optimizer: OptimizerConfig = OptimizerConfig()
+    """A fresh one for every iteration."""
     global_batch_pairs: Count = 64
     """Pairs per optimizer step, over all workers. Paper: 64."""
     pack_length: Count = 4096
@@ -196,10 +204,13 @@ class SftConfig(Section):
     """Optional warm-up that makes θ_0 from a base model, on the same rows and packs."""
 
     epochs: Count = 1
+    """Passes over the rows. SPIN's own regime starts where one more would no longer help."""
     learning_rate: Positive = 2e-5
     """Paper's SFT model (zephyr-7b-sft-full): 2e-5."""
     global_batch_rows: Count = 64
+    """Rows per optimizer step, over all workers."""
     optimizer: OptimizerConfig = OptimizerConfig(name="adamw", schedule="cosine")
+    """AdamW with cosine decay, as SFT usually has."""
 
 
 class EvaluationConfig(Section):
@@ -229,17 +240,27 @@ class SpinConfig(Section):
     """One run. Example: ``SpinConfig(model={"path": "sft-model"}, data={"train": "sft.jsonl"}, iterations=2)``."""
 
     model: ModelConfig
+    """What is trained: the SFT model, or the base model that ``sft`` makes one of."""
     data: DataConfig
+    """What it learns from."""
     iterations: Count = 4
     """T of Algorithm 1. Paper: iterations 0 to 3. May be raised later: the same command then goes on."""
-    seed: int = 0
+    seed: Annotated[int, Field(ge=0)] = 0
+    """Of every random choice: order of the rows, slices of the prompts, each response."""
     sft: SftConfig | None = None
+    """Warm-up before iteration 0; none when not set."""
     generation: GenerationConfig = GenerationConfig()
+    """How the opponent plays."""
     objective: ObjectiveConfig = ObjectiveConfig()
+    """What training minimises."""
     train: TrainConfig = TrainConfig()
+    """How it is minimised."""
     evaluation: EvaluationConfig = EvaluationConfig()
+    """What is measured on the held-out rows."""
     storage: StorageConfig = StorageConfig()
+    """What is kept, and how one driver at a time is ensured."""
     cluster: ClusterConfig = ClusterConfig()
+    """Where it runs."""
 
     @model_validator(mode="after")
     def _combinations_are_possible(self) -> Self:
@@ -267,6 +288,8 @@ class SpinConfig(Section):
 
 
 class IterationSettings(Section):
+    """The values of one iteration, lists resolved."""
+
     beta: float
     learning_rate: float
     epochs: int
@@ -314,6 +337,7 @@ def _impossible(config: SpinConfig) -> Iterator[str]:
     if config.evaluation.answer_extractor != "none" and config.data.heldout is None:
         yield "evaluation.answer_extractor: needs data.heldout"
     owned = {"model", "tokenizer", "dtype", "seed", "max_model_len", "generation_config", "skip_tokenizer_init"}
+    owned |= {"trust_remote_code", "load_format", "enable_prefix_caching"}
     owned |= set(EngineConfig.model_fields)
     for key in sorted(owned & set(config.generation.engine.extra)):
         yield f"generation.engine.extra.{key}: is set by spin_ray; use the field of its own"
@@ -342,11 +366,10 @@ def load_config(recipe: str | Path, overrides: dict[str, str] | None = None) -> 
         ConfigError: the file cannot be read, or its content is wrong; every problem is listed.
     """
     try:
-        content = yaml.safe_load(Path(recipe).read_text(encoding="utf-8"))
+        text = Path(recipe).read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
         raise ConfigError(f"{recipe}: cannot be read ({error})") from error
-    except yaml.YAMLError as error:
-        raise ConfigError(f"{recipe}: is not YAML: {' '.join(str(error).split())}") from error
+    content = _parse_yaml(text, source=str(recipe))
     if not isinstance(content, dict):
         raise ConfigError(f"{recipe}: must hold sections (model, data, …), found {type(content).__name__}")
     for key, text in (overrides or {}).items():
@@ -360,21 +383,55 @@ def parse_config(content: dict[str, Any], source: str) -> SpinConfig:
         return SpinConfig.model_validate(content)
     except ValidationError as error:
         problems = [line for detail in error.errors() for line in _explain(detail)]
+        problems += _impossible_besides(content, error.errors())
         raise ConfigError(f"{source}: " + "; ".join(problems)) from error
 
 
 def _explain(detail: Any) -> list[str]:
-    # Union members add their type to the location; what the user wrote is the path of keys.
-    where = ".".join(
-        str(part) for part in detail["loc"] if not str(part).startswith(("function-", "constrained-", "tuple["))
-    )
+    where = _where(detail)
     if detail["type"] == "extra_forbidden":
         return [f"{where}: unknown key"]
     if detail["type"] == "value_error":
         return str(detail["ctx"]["error"]).split("\n")
     shown = repr(detail["input"])
     given = "" if detail["type"] == "missing" else f" (got {shown if len(shown) <= 80 else shown[:77] + '…'})"
-    return [f"{where}: {detail['msg'].lower()}{given}"]
+    reason = "must be a section with fields of its own" if detail["type"] == "model_type" else detail["msg"].lower()
+    return [f"{where}: {reason}{given}"]
+
+
+def _where(detail: Any) -> str:
+    """The place as the recipe writes it, e.g. ``objective.beta.1``."""
+    return ".".join(str(part) for part in detail["loc"] if part not in (_ONE, _LIST))
+
+
+def _impossible_besides(content: dict[str, Any], details: list[Any]) -> list[str]:
+    """Impossible combinations of values that are right by themselves; pydantic looks at none while one is wrong."""
+    rest = copy.deepcopy(content)
+    doubtful = []
+    for detail in details:
+        _drop(rest, detail["loc"])
+        # Behind an unknown key may be a misspelt field: then nothing of its section is known.
+        where = _where(detail)
+        doubtful.append(where.rpartition(".")[0] if detail["type"] == "extra_forbidden" else where)
+    for section, field in (("model", "path"), ("data", "train")):
+        rest.setdefault(section, {}).setdefault(field, "")
+    try:
+        SpinConfig.model_validate(rest)
+    except ValidationError as error:
+        problems = [line for detail in error.errors() if detail["type"] == "value_error" for line in _explain(detail)]
+        return [problem for problem in problems if not any(name in problem for name in doubtful)]
+    return []
+
+
+def _drop(tree: Any, path: tuple[Any, ...]) -> None:
+    """Removes the deepest key of ``path`` that is there."""
+    holder, key = None, None
+    for part in path:
+        if not isinstance(tree, dict) or part not in tree:
+            break
+        holder, key, tree = tree, part, tree[part]
+    if holder is not None:
+        del holder[key]
 
 
 def _set(content: dict[str, Any], key: str, text: str) -> None:
@@ -386,8 +443,12 @@ def _set(content: dict[str, Any], key: str, text: str) -> None:
         if not isinstance(child, dict):
             raise ConfigError(f"--{key}: {section} is a value, not a section")
         content = child
+    content[field] = _parse_yaml(text, source=f"--{key}={text}")
+
+
+def _parse_yaml(text: str, source: str) -> Any:
     try:
-        value = yaml.safe_load(text)
-    except yaml.YAMLError as error:
-        raise ConfigError(f"--{key}={text}: is not a YAML value") from error
-    content[field] = value
+        return yaml.safe_load(text)
+    except (yaml.YAMLError, ValueError, LookupError, AttributeError, RecursionError) as error:
+        # PyYAML lets its converters' own errors through, e.g. ValueError for the date 2024-13-45.
+        raise ConfigError(f"{source}: is not YAML: {' '.join(str(error).split())}") from error
