@@ -3,9 +3,10 @@
 import hashlib
 import io
 import json
+import re
 from collections.abc import Iterator
 from dataclasses import dataclass
-from pathlib import PurePosixPath
+from pathlib import Path
 from typing import Any
 
 import pyarrow as pa
@@ -44,16 +45,10 @@ def find_files(source: str) -> list[str]:
         DataError: nothing is there, or nothing of a known kind.
     """
     filesystem, path = _filesystem(source)
-    if "*" in path:
-        base = path.split("*")[0].rpartition("/")[0]
-        infos = filesystem.get_file_info(pyarrow.fs.FileSelector(base, recursive=True, allow_not_found=True))
-        infos = [info for info in infos if PurePosixPath(info.path).match(path)]
-    else:
-        infos = [filesystem.get_file_info(path)]
-        if infos[0].type == pyarrow.fs.FileType.Directory:
-            infos = filesystem.get_file_info(pyarrow.fs.FileSelector(path, recursive=True))
-            infos = [info for info in infos if info.path.endswith(SUFFIXES)]
-    infos = [info for info in infos if info.type == pyarrow.fs.FileType.File]
+    try:
+        infos = [info for info in _listed(filesystem, path) if info.type == pyarrow.fs.FileType.File]
+    except OSError as error:
+        raise DataError(f"{source}: cannot be read ({' '.join(str(error).split())})") from error
     if not infos:
         raise DataError(f"{source}: no such data (a .jsonl or .parquet file, a folder of them, a glob or a URI)")
     for info in infos:
@@ -63,6 +58,25 @@ def find_files(source: str) -> list[str]:
             raise DataError(f"{info.path}: is empty")
     prefix = source[: source.index("://") + 3] if "://" in source else ""
     return sorted(prefix + info.path for info in infos)
+
+
+def _listed(filesystem: pyarrow.fs.FileSystem, path: str) -> list[pyarrow.fs.FileInfo]:
+    if "*" in path:
+        base = path[: path[: path.index("*")].rfind("/") + 1]
+        below = "/" in path[len(base) :]
+        infos = filesystem.get_file_info(pyarrow.fs.FileSelector(base, recursive=below, allow_not_found=True))
+        return [info for info in infos if _matches(info.path, path)]
+    info = filesystem.get_file_info(path)
+    if info.type != pyarrow.fs.FileType.Directory:
+        return [info]
+    infos = filesystem.get_file_info(pyarrow.fs.FileSelector(path, recursive=True))
+    return [info for info in infos if info.path.endswith(SUFFIXES)]
+
+
+def _matches(path: str, glob: str) -> bool:
+    """``*`` stands for any characters of one name, ``**/`` for any number of folders."""
+    any_folders, any_name = re.escape("**/"), re.escape("*")
+    return re.fullmatch(re.escape(glob).replace(any_folders, "(?:.+/)?").replace(any_name, "[^/]*"), path) is not None
 
 
 def files_digest(files: list[str]) -> str:
@@ -159,7 +173,9 @@ def _filesystem(uri: str) -> tuple[pyarrow.fs.FileSystem, str]:
 
         return pyarrow.fs.PyFileSystem(pyarrow.fs.FSSpecHandler(HfFileSystem())), uri.removeprefix("hf://")
     if "://" not in uri:
-        return pyarrow.fs.LocalFileSystem(), str(uri)
+        if not uri:
+            raise DataError("data: the path is empty")
+        return pyarrow.fs.LocalFileSystem(), str(Path(uri).expanduser().absolute())  # Ray workers run in other folders
     try:
         return pyarrow.fs.FileSystem.from_uri(uri)
     except (pa.ArrowInvalid, OSError) as error:

@@ -1,0 +1,240 @@
+"""SFT data as it comes: which files a source stands for, and every row of them exactly once."""
+
+import json
+import os
+from pathlib import Path
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from spin_ray import sources
+from spin_ray.errors import DataError
+from spin_ray.sources import files_digest, find_files, read_slice, split
+
+LINE = '{"prompt": "p", "response": "r"}\n'
+
+
+def rows_of(*files: Path | str) -> list[sources.SourceRow]:
+    return [row for piece in split([str(file) for file in files]) for row in read_slice(piece)]
+
+
+@pytest.fixture
+def folder(tmp_path, monkeypatch):
+    """Five files in four folders, and the working directory in the first."""
+    for name in ("a.jsonl", "b.parquet", "notes.txt", "sub/a.jsonl", "sub/deep/c.ndjson", "sub/deep/data/a.jsonl"):
+        path = tmp_path / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        if path.suffix == ".parquet":
+            pq.write_table(pa.table({"prompt": ["p"], "response": ["r"]}), path)
+        else:
+            path.write_text(LINE)
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+# Files
+
+
+@pytest.mark.parametrize(
+    ("source", "found"),
+    [
+        ("a.jsonl", ["a.jsonl"]),
+        ("sub", ["sub/a.jsonl", "sub/deep/c.ndjson", "sub/deep/data/a.jsonl"]),
+        ("sub/", ["sub/a.jsonl", "sub/deep/c.ndjson", "sub/deep/data/a.jsonl"]),
+        ("*.jsonl", ["a.jsonl"]),
+        ("sub/*.jsonl", ["sub/a.jsonl"]),
+        ("*/a.jsonl", ["sub/a.jsonl"]),
+        ("*/*/*.ndjson", ["sub/deep/c.ndjson"]),
+        ("**/a.jsonl", ["a.jsonl", "sub/a.jsonl", "sub/deep/data/a.jsonl"]),
+        ("sub/**/*son*", ["sub/a.jsonl", "sub/deep/c.ndjson", "sub/deep/data/a.jsonl"]),
+        (".", ["a.jsonl", "b.parquet", "sub/a.jsonl", "sub/deep/c.ndjson", "sub/deep/data/a.jsonl"]),
+    ],
+)
+def test_a_source_is_a_file_a_folder_or_a_glob_and_its_files_come_sorted_and_absolute(folder, source, found):
+    """Absolute, because the tasks that read them run in other folders."""
+    expected = [str(folder / name) for name in found]
+    assert find_files(source) == expected
+    assert find_files(str(folder / source)) == expected
+    if source != ".":
+        assert find_files(f"file://{folder}/{source}") == [f"file://{path}" for path in expected]
+
+
+def test_characters_that_mean_something_to_regular_expressions_are_plain(tmp_path):
+    for name in ("a+b.jsonl", "aab.jsonl", "(x).jsonl"):
+        (tmp_path / name).write_text(LINE)
+    assert find_files(str(tmp_path / "a+*.jsonl")) == [str(tmp_path / "a+b.jsonl")]
+    assert find_files(str(tmp_path / "(*).jsonl")) == [str(tmp_path / "(x).jsonl")]
+
+
+def test_a_home_folder_is_understood(folder, monkeypatch):
+    monkeypatch.setenv("HOME", str(folder))
+    assert find_files("~/a.jsonl") == [str(folder / "a.jsonl")]
+
+
+@pytest.mark.parametrize(
+    ("source", "message"),
+    [
+        ("none.jsonl", "none.jsonl: no such data"),
+        ("none/*.jsonl", "none/*.jsonl: no such data"),
+        ("a.jsonl/x", "a.jsonl/x: no such data"),
+        ("notes.txt", "notes.txt: unknown kind of data file; expected one of .jsonl, .ndjson, .json, .parquet"),
+        ("*.txt", "notes.txt: unknown kind of data file"),
+        ("", "the path is empty"),
+        ("nosuch://bucket/a.jsonl", "nosuch://bucket/a.jsonl: cannot be opened"),
+    ],
+)
+def test_a_source_that_stands_for_no_data_is_an_error_that_names_it(folder, source, message):
+    with pytest.raises(DataError) as caught:
+        find_files(source)
+    assert message in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+def test_an_empty_file_is_an_error_that_names_it(folder):
+    (folder / "sub/empty.jsonl").touch()
+    with pytest.raises(DataError, match=r"sub/empty\.jsonl: is empty"):
+        find_files("sub")
+
+
+def test_a_folder_without_data_is_an_error(tmp_path):
+    with pytest.raises(DataError, match="no such data"):
+        find_files(str(tmp_path))
+
+
+def test_a_source_that_may_not_be_listed_is_an_error_in_one_line(folder, monkeypatch):
+    class Locked(pa.fs.LocalFileSystem):
+        def get_file_info(self, _):
+            raise PermissionError("denied.\nDetail: bucket policy")
+
+    monkeypatch.setattr(sources, "_filesystem", lambda uri: (Locked(), uri))
+    with pytest.raises(DataError, match=r"^s3://b/x: cannot be read \(denied\. Detail: bucket policy\)$"):
+        find_files("s3://b/x")
+
+
+def test_digest_follows_the_content_of_the_files_and_not_their_times_or_place(folder, tmp_path_factory):
+    before = files_digest(find_files("sub"))
+    os.utime("sub/a.jsonl", (1, 1))
+    assert files_digest(find_files("sub")) == before
+    elsewhere = tmp_path_factory.mktemp("elsewhere") / "sub"
+    (folder / "sub").rename(elsewhere)
+    assert files_digest(find_files(str(elsewhere))) == before
+    (elsewhere / "a.jsonl").write_text(LINE.upper())
+    assert files_digest(find_files(str(elsewhere))) != before
+
+
+# JSON lines
+
+
+lines = st.lists(
+    st.binary(max_size=12).map(lambda raw: raw.replace(b"\n", b"").replace(b"\r", b""))
+    | st.dictionaries(st.text(max_size=2), st.text(max_size=3), max_size=2).map(lambda row: json.dumps(row).encode()),
+    max_size=12,
+)
+
+
+@settings(max_examples=60, deadline=None)
+@given(lines, st.sampled_from([b"\n", b"\r\n"]), st.booleans(), st.integers(1, 40))
+def test_every_line_is_read_once_and_in_order_wherever_the_slices_end(
+    tmp_path_factory, contents, newline, ends_with_newline, slice_bytes
+):
+    path = tmp_path_factory.getbasetemp() / "lines.jsonl"
+    path.write_bytes(newline.join(contents) + (newline if ends_with_newline and contents else b""))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(sources, "SLICE_BYTES", slice_bytes)
+        pieces = split([str(path)])
+        assert [piece.start for piece in pieces] == list(range(0, path.stat().st_size, slice_bytes))
+        found = [row.raw for piece in pieces for row in read_slice(piece)]
+    assert found == [line for line in contents if line.strip()]
+
+
+def test_a_line_longer_than_many_slices_is_read_once(tmp_path, monkeypatch):
+    monkeypatch.setattr(sources, "SLICE_BYTES", 10)
+    long = json.dumps({"prompt": "x" * 95, "response": "y"})
+    (tmp_path / "a.jsonl").write_text(f"{LINE}{long}\n{LINE}")
+    assert [row.content["prompt"] for row in rows_of(tmp_path / "a.jsonl")] == ["p", "x" * 95, "p"]
+
+
+def test_a_row_knows_its_line(tmp_path):
+    (tmp_path / "a.jsonl").write_text(f"{LINE}\n\n{LINE}")
+    assert [row.origin for row in rows_of(tmp_path / "a.jsonl")] == [f"{tmp_path}/a.jsonl:1", f"{tmp_path}/a.jsonl:4"]
+
+
+def test_a_row_of_a_later_slice_can_be_looked_up(tmp_path, monkeypatch):
+    """Two lines of 33 bytes; the slice that starts at byte 20 holds the second."""
+    monkeypatch.setattr(sources, "SLICE_BYTES", 20)
+    (tmp_path / "a.jsonl").write_text(LINE * 2)
+    assert rows_of(tmp_path / "a.jsonl")[1].origin == f"{tmp_path}/a.jsonl: line 1 after byte 20"
+
+
+@pytest.mark.parametrize(
+    "line",
+    [
+        b"{",
+        b"[1, 2]",
+        b'"text"',
+        b"7",
+        b"null",
+        b'{"a": "\xff"}',
+        b"[" * 100_000,
+        b'{"a": ' + b"1" * 5000 + b"}",
+        b"\x00",
+    ],
+)
+def test_a_line_that_is_no_json_object_comes_without_content_and_as_it_was(tmp_path, line):
+    (tmp_path / "a.jsonl").write_bytes(line + b"\n" + LINE.encode())
+    bad, good = rows_of(tmp_path / "a.jsonl")
+    assert (bad.content, bad.raw) == (None, line)
+    assert good.content == {"prompt": "p", "response": "r"}
+
+
+def test_a_byte_order_mark_is_no_part_of_the_first_row(tmp_path):
+    (tmp_path / "a.jsonl").write_bytes(b"\xef\xbb\xbf" + LINE.encode())
+    assert rows_of(tmp_path / "a.jsonl")[0].content == {"prompt": "p", "response": "r"}
+
+
+# Parquet
+
+
+def test_rows_of_parquet_come_in_order_with_their_number(tmp_path):
+    """Five rows in row groups of two: three slices."""
+    path = tmp_path / "a.parquet"
+    table = pa.table({"id": range(5), "prompt": list("abcde"), "response": list("vwxyz"), "answer": [1.0] * 5})
+    pq.write_table(table, path, row_group_size=2)
+    assert [(piece.start, piece.stop) for piece in split([str(path)])] == [(0, 1), (1, 2), (2, 3)]
+    found = rows_of(path)
+    assert [row.content for row in found][3] == {"prompt": "d", "response": "y", "answer": 1.0}
+    assert [row.origin for row in found] == [f"{path}: row {number}" for number in range(5)]
+    assert json.loads(found[4].raw) == found[4].content
+
+
+def test_messages_of_parquet_are_lists_of_roles_and_contents(tmp_path):
+    messages = [{"role": "user", "content": "hi"}, {"role": "assistant", "content": "hé"}]
+    pq.write_table(pa.table({"messages": [messages]}), tmp_path / "a.parquet")
+    assert rows_of(tmp_path / "a.parquet")[0].content == {"messages": messages}
+
+
+@pytest.mark.parametrize("content", [b"hello", b"PAR1" + b"x" * 40 + b"PAR1", LINE.encode()])
+def test_a_file_that_is_called_parquet_and_is_not_is_named(tmp_path, content):
+    path = tmp_path / "a.parquet"
+    path.write_bytes(content)
+    with pytest.raises(DataError, match=r"a\.parquet: is not a Parquet file"):
+        split([str(path)])
+
+
+def test_missing_columns_of_parquet_are_named(tmp_path):
+    pq.write_table(pa.table({"prompt": ["p"], "text": ["t"]}), tmp_path / "a.parquet")
+    with pytest.raises(DataError, match="needs a column messages, or columns prompt and response; has prompt, text"):
+        split([str(tmp_path / "a.parquet")])
+
+
+def test_parquet_without_rows_gives_none(tmp_path):
+    text = pa.array([], pa.string())
+    pq.write_table(pa.table({"prompt": text, "response": text}), tmp_path / "a.parquet")
+    assert rows_of(tmp_path / "a.parquet") == []
+
+
+def test_kinds_of_files_may_be_mixed(folder):
+    assert len(rows_of(*find_files("."))) == 5
