@@ -49,7 +49,9 @@ def run_spin(config: SpinConfig, out: str | Path) -> RunResult:
         start = check_recipe(config)
         run = RunDir(storage)
         run.begin(config, start.facts())
-        if not is_finished(run, config):
+        if is_finished(run, config):
+            logger.info("%s: nothing left to do", storage.root)
+        else:
             connect(config)
             check_fits(config)
         return _spin(run, config, start, lease)

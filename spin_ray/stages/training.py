@@ -132,6 +132,7 @@ def _backend_settings(config: SpinConfig, optimizer: OptimizerConfig, learning_r
         max_length=config.model.max_length,
         trust_remote_code=config.model.trust_remote_code,
         gradient_checkpointing=config.train.gradient_checkpointing,
+        sharding=config.train.sharding,
         optimizer=optimizer,
         learning_rate=learning_rate,
     )

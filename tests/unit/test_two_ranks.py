@@ -4,7 +4,7 @@ import json
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import pytest
 import torch
@@ -21,12 +21,14 @@ from spin_ray.learner.packing import build_pack
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(120)]
 ROWS = random_rows(0, trees=8)
-LAYOUTS = ("packed", "padded")
+CASES = ("packed full", "padded full", "packed shard_grad_op")
+"""Layout and sharding."""
 
 
-def make_backend(directory: Path, layout: Any) -> Fsdp2Backend:
+def make_backend(directory: Path, case: str) -> Fsdp2Backend:
+    layout, sharding = case.split()
     settings = BackendSettings(
-        max_length=PACK_LENGTH, precision="fp32", attention=layout, optimizer=OptimizerConfig(name="rmsprop"),
+        max_length=PACK_LENGTH, precision="fp32", attention=cast(Any, layout), sharding=cast(Any, sharding), optimizer=OptimizerConfig(name="rmsprop"),
         learning_rate=0.01, total_steps=4,
     )  # fmt: skip
     return Fsdp2Backend(directory / "model", settings, torch.device("cpu"))
@@ -54,12 +56,12 @@ def train(backend: Fsdp2Backend, steps: int) -> list[list[float]]:
 def one_of_two_ranks(rank: int, directory: Path) -> None:
     torch.set_num_threads(1)
     dist.init_process_group("gloo", store=dist.FileStore(str(directory / "store"), 2), rank=rank, world_size=2)
-    for layout in LAYOUTS:
-        backend = make_backend(directory, layout)
+    for case in CASES:
+        backend = make_backend(directory, case)
         history = train(backend, 2)
-        backend.save(directory / f"{layout}-of-rank-{rank}")
-        backend.export_hf(directory / f"{layout}-export")
-        (directory / f"{layout}-{rank}.json").write_text(json.dumps(history))
+        backend.save(directory / f"{case}-of-rank-{rank}")
+        backend.export_hf(directory / f"{case}-export")
+        (directory / f"{case}-{rank}.json").write_text(json.dumps(history))
     batch = build_pack(one_step(ROWS).packs[0], table_of(ROWS), pack_length=PACK_LENGTH, pad_id=0)
     backend.backward(backend.logps(batch).sum() * (torch.inf if rank else 1.0), last_microbatch=True)
     try:
@@ -89,26 +91,26 @@ def one_process(tmp_path: Path) -> Iterator[None]:
     dist.destroy_process_group()
 
 
-@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("case", CASES)
 @pytest.mark.usefixtures("one_process")
-def test_two_ranks_train_as_one_does(directory: Path, tmp_path: Path, layout: str) -> None:
+def test_two_ranks_train_as_one_does(directory: Path, tmp_path: Path, case: str) -> None:
     """Three packs: rank 0 has two, rank 1 one and an empty one. Sums over ranks, divided by the step's pairs, must
     agree; a mean per rank would not. The checkpoint is written into one directory per rank and merged (as by Ray
     Train).
     """
     assert [len(list(filter(None, one_step(ROWS).for_rank(rank, 2)))) for rank in (0, 1)] == [2, 1]
-    alone = make_backend(directory, layout)
+    alone = make_backend(directory, case)
     expected = train(alone, 2)
     for rank in (0, 1):
-        found = json.loads((directory / f"{layout}-{rank}.json").read_text())
+        found = json.loads((directory / f"{case}-{rank}.json").read_text())
         assert found == [pytest.approx(step, rel=1e-4) for step in expected]
 
     for rank in (0, 1):
-        shutil.copytree(directory / f"{layout}-of-rank-{rank}", tmp_path / "merged", dirs_exist_ok=True)
-    resumed = make_backend(directory, layout)
+        shutil.copytree(directory / f"{case}-of-rank-{rank}", tmp_path / "merged", dirs_exist_ok=True)
+    resumed = make_backend(directory, case)
     resumed.load(tmp_path / "merged")
     assert resumed.steps_done == 2
-    exported = dict(AutoModelForCausalLM.from_pretrained(directory / f"{layout}-export").named_parameters())
+    exported = dict(AutoModelForCausalLM.from_pretrained(directory / f"{case}-export").named_parameters())
     for name, weight in alone._shards.items():
         mine = resumed._shards[name].full_tensor()
         assert torch.equal(mine, exported[name])

@@ -24,6 +24,8 @@ class BackendSettings:
     attention: Literal["auto", "packed", "padded"] = "auto"
     trust_remote_code: bool = False
     gradient_checkpointing: bool = False
+    sharding: Literal["full", "shard_grad_op"] = "full"
+    """Gather weights for each pass of each layer, or once per optimizer step (``train.sharding``)."""
     optimizer: OptimizerConfig | None = None
     """None: the backend only scores (reference, evaluation) and holds no optimizer state."""
     learning_rate: float = 0.0

@@ -56,6 +56,7 @@ class Fsdp2Backend:
     def backward(self, loss: Float[Tensor, ""], *, last_microbatch: bool) -> None:
         # Without sync, gradients add up whole (4 bytes per parameter) on every rank, and are reduced once per step.
         self._scorer.set_requires_gradient_sync(last_microbatch)
+        self._scorer.set_reshard_after_backward(self._settings.sharding == "full" or last_microbatch)
         loss.backward()
 
     def step(self) -> StepStats:
@@ -150,7 +151,8 @@ def _shard(scorer: ResponseScorer, settings: BackendSettings, device: torch.devi
         if settings.gradient_checkpointing:
             # Not transformers' own switch, which works in training mode only, where dropout is on.
             layer.forward = partial(checkpoint, layer.forward, use_reentrant=False, preserve_rng_state=False)
-        fully_shard(layer, mesh=mesh, mp_policy=policy, reshard_after_forward=mesh.size() > 1)
+        reshard = settings.sharding == "full" and mesh.size() > 1
+        fully_shard(layer, mesh=mesh, mp_policy=policy, reshard_after_forward=reshard)
     fully_shard(scorer, mesh=mesh, mp_policy=policy)
     for module in scorer.modules():
         if isinstance(module, FSDPModule):

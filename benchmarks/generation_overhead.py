@@ -1,0 +1,89 @@
+"""How much of bare vLLM's speed does the generation stage keep? Same prompts, same engine arguments, one process, warm.
+
+The stage's actor code (read the shard, generate, write and commit the part) against `LLM.generate` alone, in turn, A B A B.
+
+    python benchmarks/generation_overhead.py [--rows 192] [--max-tokens 32] [--pairs 3]
+"""
+
+import argparse
+import json
+import statistics
+import tempfile
+import time
+from pathlib import Path
+
+from spin_ray.config import SpinConfig
+from spin_ray.embedded import resolve
+from spin_ray.engine import EngineSpec, VllmEngine
+from spin_ray.preflight import check_recipe
+from spin_ray.resources import connect
+from spin_ray.run_dir import Artefact, RunDir
+from spin_ray.stages import generation, prompts
+from spin_ray.storage import Storage
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--rows", type=int, default=192)
+    parser.add_argument("--max-tokens", type=int, default=32)
+    parser.add_argument("--pairs", type=int, default=3)
+    options = parser.parse_args()
+    config = SpinConfig.model_validate(
+        {
+            "model": {"path": resolve("embedded:smollm2-135m-instruct"), "max_length": 192},
+            "data": {"train": resolve("embedded:chitchat-train"), "system": "", "max_rows": options.rows},
+            "generation": {
+                "shard_rows": options.rows, "sampling": {"max_tokens": options.max_tokens}, "resources": {"cpus": 2},
+                "engine": {"enforce_eager": True, "max_num_seqs": 96},
+            },
+            "train": {"pack_length": 512},
+        }
+    )  # fmt: skip
+    start = check_recipe(config)
+    with tempfile.TemporaryDirectory() as folder:
+        run = RunDir(Storage(folder))
+        connect(config)
+        prompts.run(run, config, run.prompts, start.train, config.model.path, config.data.max_rows)
+        engine = VllmEngine(
+            EngineSpec(
+                model=Path(config.model.path), max_length=192, stop_token_id=start.end_of_turn_id, threads=2,
+                config=config.generation.engine,
+            )
+        )  # fmt: skip
+        ratios = []
+        for number in range(-1, options.pairs):  # the first pair warms up
+            target = run.artefact(f"bench_{number}/generations")
+            bare_s, stage_s, tokens = compare(run.prompts, target, config, engine)
+            if number >= 0:
+                ratios.append(bare_s / stage_s)
+                print(json.dumps({"bare_s": round(bare_s, 2), "stage_s": round(stage_s, 2), "tokens": tokens}))
+        print(
+            json.dumps(
+                {
+                    "stage/bare": round(statistics.median(ratios), 3),
+                    "spread": [round(min(ratios), 3), round(max(ratios), 3)],
+                }
+            )
+        )
+
+
+def compare(source: Artefact, target: Artefact, config: SpinConfig, engine: VllmEngine) -> tuple[float, float, int]:
+    """Seconds of bare generation and of the stage's work on the same rows with the same seeds, and the tokens made."""
+    shards = generation._shards(generation.Job(source, target, "sft", "-"), config)
+    rows = [row for table in source.tables() for row in table.to_pylist()]
+    seeds = [generation.row_seed(config.seed, "sft", row["prompt_id"], 0) for row in rows]
+    started = time.perf_counter()
+    bare = engine.generate([row["prompt_ids"] for row in rows], config.generation.sampling, seeds)
+    bare_s = time.perf_counter() - started
+    started = time.perf_counter()
+    tables = [generation.answer(shard, config, engine) for shard in shards]
+    for shard, table in zip(shards, tables, strict=True):
+        target.write_part(shard.name, table)
+    stage_s = time.perf_counter() - started
+    answers = [ids for table in tables for ids in table["token_ids"].to_pylist()]
+    assert answers == [completion.token_ids for completion in bare], "both sides must do the same work"
+    return bare_s, stage_s, sum(map(len, answers))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,96 @@
+"""kill -9 of the driver at random moments: the same command finishes the run, with the result it would have had."""
+
+import hashlib
+import json
+import os
+import random
+import signal
+import subprocess
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+from conftest import ROOT, SPIN_RAY, environment, micro_recipe, spin_ray, write_recipe
+
+pytestmark = pytest.mark.e2e
+
+
+def digests(run: Path, pattern: str) -> dict[str, str]:
+    return {
+        str(path.relative_to(run)): hashlib.sha256(path.read_bytes()).hexdigest() for path in sorted(run.glob(pattern))
+    }
+
+
+def kill_when(recipe: Path, out: Path, moment: Callable[[], bool], what: str) -> None:
+    """Starts the run and kills its driver with SIGKILL once ``moment`` is there."""
+    driver = subprocess.Popen(
+        [*SPIN_RAY, "run", str(recipe), "--out", str(out)],
+        env=environment(), cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
+    )  # fmt: skip
+    deadline = time.monotonic() + 300
+    try:
+        while not moment():
+            assert driver.poll() is None, f"the run ended before {what}"
+            assert time.monotonic() < deadline, f"waited 300 s for {what}"
+            time.sleep(0.05)
+    finally:
+        os.kill(driver.pid, signal.SIGKILL)
+        driver.wait(timeout=30)
+
+
+def test_a_killed_driver_loses_nothing_that_was_committed(tmp_path: Path) -> None:
+    """Killed in generation, in scoring and in training; shards keep their bytes, final weights are bitwise those of a run
+    that nobody disturbed (fp32, one thread), which also shows that one seed gives one result.
+    """
+    recipe = write_recipe(tmp_path, micro_recipe())
+    calm, rough = tmp_path / "calm", tmp_path / "rough"
+    finished = spin_ray("run", recipe, "--out", calm)
+    assert finished.returncode == 0, finished.stdout + finished.stderr
+
+    generations, log = rough / "iter_000" / "generations", rough / "iter_000" / "train_log.jsonl"
+    some = random.Random(os.getpid()).randint(1, 3)
+    kill_when(recipe, rough, lambda: len(list(generations.glob("part-*"))) >= some, f"{some} shards")
+    assert not (generations / "_MANIFEST.json").exists()
+    committed = digests(rough, "iter_000/generations/part-*")
+    assert committed
+
+    kill_when(recipe, rough, (rough / "iter_000" / "pairs" / "_MANIFEST.json").exists, "pairs, before reference scores")
+    assert committed.items() <= digests(rough, "iter_000/generations/part-*").items()
+
+    kill_when(recipe, rough, lambda: log.exists() and len(log.read_text().splitlines()) >= 6, "6 training steps")
+    reference = digests(rough, "iter_000/reference/*")
+    assert reference
+
+    finished = spin_ray("run", recipe, "--out", rough)
+    assert finished.returncode == 0, finished.stdout + finished.stderr
+    assert digests(rough, "iter_000/reference/*") == reference, "a moved policy must never score the reference again"
+    for pattern in (
+        "prompts/part-*",
+        "iter_000/generations/part-*",
+        "iter_000/pairs/part-*",
+        "iter_000/model/*.safetensors",
+    ):
+        assert digests(rough, pattern) == digests(calm, pattern), pattern
+    steps = [json.loads(line)["step"] for line in log.read_text().splitlines()]
+    assert steps == list(range(36)), "each of 48 pairs × 3 epochs / 4 is logged once"
+
+
+def test_a_second_driver_is_refused_while_the_first_runs(tmp_path: Path) -> None:
+    recipe = write_recipe(tmp_path, micro_recipe())
+    out = tmp_path / "run"
+    driver = subprocess.Popen(
+        [*SPIN_RAY, "run", str(recipe), "--out", str(out)],
+        env=environment(), cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
+    )  # fmt: skip
+    try:
+        deadline = time.monotonic() + 60
+        while not (out / "run.json").exists():
+            assert time.monotonic() < deadline, "waited 60 s for the first driver to begin"
+            time.sleep(0.1)
+        refused = spin_ray("run", recipe, "--out", out, timeout_s=60)
+        assert refused.returncode == 2
+        assert f"in use by process {driver.pid} on" in refused.stderr
+    finally:
+        driver.kill()
+        driver.wait(timeout=30)

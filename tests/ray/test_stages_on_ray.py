@@ -1,0 +1,141 @@
+"""Prompts, generation and pairs through real Ray Data, with a fake engine: what is written, resumed and refused."""
+
+import json
+import time
+from collections.abc import Sequence
+from pathlib import Path
+
+import pytest
+
+from spin_ray.config import SamplingConfig, SpinConfig
+from spin_ray.embedded import resolve
+from spin_ray.engine import Completion, EngineSpec
+from spin_ray.errors import ResourceError, StageError
+from spin_ray.resources import check_fits
+from spin_ray.run_dir import RunDir
+from spin_ray.stages import generation, pairs, prompts
+from spin_ray.storage import Storage
+
+
+class SeedEngine:
+    """Answers with tokens that the seed decides; a prompt's row can be told from its answer."""
+
+    def __init__(self, spec: EngineSpec) -> None:
+        self._stop = spec.stop_token_id
+
+    def generate(
+        self, prompt_ids: Sequence[Sequence[int]], sampling: SamplingConfig, seeds: Sequence[int]
+    ) -> list[Completion]:
+        return [Completion([3 + seed % 97, 3 + seed % 89, self._stop], "stop") for seed in seeds]
+
+    def close(self) -> None:
+        pass
+
+
+class SilentEngine(SeedEngine):
+    def generate(
+        self, prompt_ids: Sequence[Sequence[int]], sampling: SamplingConfig, seeds: Sequence[int]
+    ) -> list[Completion]:
+        time.sleep(600)
+        return []
+
+
+def make_config(**changes: object) -> SpinConfig:
+    sections = {
+        "model": {"path": resolve("embedded:tiny-llama"), "max_length": 128},
+        "data": {"train": resolve("embedded:arithmetic-train"), "max_rows": 50},
+        "generation": {"shard_rows": 16, "sampling": {"max_tokens": 24}, "resources": {"cpus": 0.5}},
+        "train": {"global_batch_pairs": 4, "pack_length": 256},
+    }
+    for name, section in changes.items():
+        sections[name] = sections.get(name, {}) | section
+    return SpinConfig.model_validate(sections)
+
+
+def make_prompts(run: RunDir, config: SpinConfig) -> None:
+    prompts.run(run, config, run.prompts, config.data.train, config.model.path, config.data.max_rows)
+
+
+def play(run: RunDir, config: SpinConfig, start_engine: type = SeedEngine) -> None:
+    spec = EngineSpec(
+        model=Path(config.model.path), max_length=128, stop_token_id=2, threads=1, config=config.generation.engine
+    )
+    job = generation.Job(run.prompts, run.generations(0), "sft", "digest of the opponent")
+    generation.run(run, config, spec, [job], start_engine)
+
+
+def test_every_prompt_is_answered_once_and_paired_once(tmp_path: Path) -> None:
+    """50 prompts in shards of 16 make 4 shards, 50 answers and 50 pairs, in the order of the prompts."""
+    run, config = RunDir(Storage(tmp_path)), make_config()
+    make_prompts(run, config)
+    play(run, config)
+    pairs.run(run, config, 0)
+    ids = [prompt_id for table in run.prompts.tables() for prompt_id in table["prompt_id"].to_pylist()]
+    answered = [prompt_id for table in run.generations(0).tables() for prompt_id in table["prompt_id"].to_pylist()]
+    paired = [prompt_id for table in run.pairs(0).tables() for prompt_id in table["prompt_id"].to_pylist()]
+    assert len(set(ids)) == 50
+    assert answered == ids
+    assert paired == ids
+    assert len(run.generations(0).part_names()) == 4
+
+
+def test_a_second_run_makes_only_what_is_missing(tmp_path: Path) -> None:
+    """With one of four shards gone and no manifest, that one is made again and the others keep their bytes."""
+    run, config = RunDir(Storage(tmp_path)), make_config()
+    make_prompts(run, config)
+    play(run, config)
+    folder = tmp_path / "iter_000" / "generations"
+    before = {path.name: (path.read_bytes(), path.stat().st_ino) for path in folder.glob("part-*")}
+    (folder / "_MANIFEST.json").unlink()
+    (folder / "part-00002.parquet").unlink()
+    play(run, config)
+    after = {path.name: (path.read_bytes(), path.stat().st_ino) for path in folder.glob("part-*")}
+    assert {name: data for name, (data, _) in after.items()} == {name: data for name, (data, _) in before.items()}
+    assert [name for name in before if before[name][1] != after[name][1]] == ["part-00002.parquet"]
+    assert run.events()[-1]["shards_found"] == 3
+
+
+def test_a_finished_stage_starts_no_engine(tmp_path: Path) -> None:
+    run, config = RunDir(Storage(tmp_path)), make_config()
+    make_prompts(run, config)
+    play(run, config)
+    events = len(run.events())
+    play(run, config, SilentEngine)
+    make_prompts(run, config)
+    assert len(run.events()) == events
+
+
+def test_an_engine_that_never_answers_ends_in_an_error_that_says_what_was_waited_for(tmp_path: Path) -> None:
+    run, config = RunDir(Storage(tmp_path)), make_config(generation={"start_timeout_s": 5, "shard_timeout_s": 5})
+    make_prompts(run, config)
+    with pytest.raises(StageError, match="waited 10 s for a generation shard"):
+        play(run, config, SilentEngine)
+
+
+def test_bad_rows_are_quarantined_with_file_line_and_reason(tmp_path: Path) -> None:
+    data = tmp_path / "rows.jsonl"
+    good = [{"prompt": f"{number} + 1 = ?", "response": str(number + 1)} for number in range(40)]
+    lines = [json.dumps(row) for row in good] + ["{broken", json.dumps(good[0])]
+    data.write_text("\n".join(lines) + "\n")
+    run, config = (
+        RunDir(Storage(tmp_path / "run")),
+        make_config(data={"train": str(data), "max_quarantine_fraction": 0.1}),
+    )
+    make_prompts(run, config)
+    from spin_ray.storage import table_from_bytes
+
+    found = table_from_bytes(run.storage.read("quarantine/prompts.parquet")).to_pylist()
+    assert {(row["origin"], row["reason"]) for row in found} == {
+        (f"{data}:41", "malformed"),
+        (f"{data}:42", "duplicate"),
+    }
+    assert run.prompts.manifest().counts == {"malformed": 1, "duplicate": 1}
+    assert [row["row"] for row in found if row["reason"] == "malformed"] == [b"{broken"]
+
+
+def test_a_stage_that_cannot_be_placed_is_refused_at_once() -> None:
+    config = make_config(train={"workers": 3, "global_batch_pairs": 4, "pack_length": 256})
+    started = time.monotonic()
+    with pytest.raises(ResourceError, match=r"train asks for 3 × 1 CPU .*but the cluster has: 2 CPU"):
+        check_fits(config)
+    assert time.monotonic() - started < 5
