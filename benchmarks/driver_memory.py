@@ -1,8 +1,11 @@
-"""Does the driver's memory grow with the number of prompts? Prompts, generation with a null engine, and pairs, at two sizes.
+"""Does the driver's memory grow with the number of prompts?
+
+Prompts, generation with a null engine, and pairs, at two sizes:
 
     python benchmarks/driver_memory.py [--rows 20000 200000]
 
-Prints the driver's peak resident memory after each size (each in a process of its own) and the rows per second of each stage.
+Prints the driver's peak resident memory after each size (each in a process of its own) and the rows per second of each
+stage.
 """
 
 import argparse

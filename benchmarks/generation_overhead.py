@@ -1,6 +1,7 @@
-"""How much of bare vLLM's speed does the generation stage keep? Same prompts, same engine arguments, one process, warm.
+"""How much of bare vLLM's speed does the generation stage keep?
 
-The stage's actor code (read the shard, generate, write and commit the part) against `LLM.generate` alone, in turn, A B A B.
+The stage's actor code (read the shard, generate, write and commit the part) against `LLM.generate` alone: the same
+prompts and engine, one process, warm, in turn, A B A B.
 
     python benchmarks/generation_overhead.py [--rows 192] [--max-tokens 32] [--pairs 3]
 """

@@ -193,8 +193,8 @@ class TrainConfig(Section):
     gradient_checkpointing: bool = False
     """Recompute activations in the backward pass: about a third slower, far less memory."""
     sharding: Literal["full", "shard_grad_op"] = "full"
-    """``full`` (ZeRO-3) gathers each layer's weights anew in every forward and backward pass; ``shard_grad_op`` (ZeRO-2)
-    once per optimizer step, and keeps them meanwhile: far less traffic, for one whole copy of the weights per worker."""
+    """``full`` (ZeRO-3) gathers each layer's weights anew in every forward and backward pass. ``shard_grad_op`` (ZeRO-2)
+    gathers once per optimizer step: far less traffic, for one whole copy of the weights per worker."""
     checkpoint_every_steps: Count = 200
     """Steps between checkpoints: what a killed worker can lose."""
     max_failures: Annotated[int, Field(ge=0)] = 3
@@ -300,7 +300,8 @@ class IterationSettings(Section):
 
 _NOT_IDENTITY = (
     "iterations", "cluster.", "storage.", "objective.beta", "train.learning_rate", "train.epochs",
-    "train.max_failures", "train.checkpoint_every_steps", "train.sharding", "train.start_timeout_s", "train.resources.custom",
+    "train.max_failures", "train.checkpoint_every_steps", "train.sharding", "train.start_timeout_s",
+    "train.resources.custom",
     "generation.replicas", "generation.start_timeout_s", "generation.shard_timeout_s", "generation.resources.custom",
     "generation.engine.gpu_memory_utilization", "generation.engine.cpu_kv_cache_gib",
 )  # fmt: skip

@@ -24,7 +24,7 @@ logger = logging.getLogger(__name__)
 Layout = Literal["packed", "padded"]
 
 TARGETS_PER_CHUNK = 64
-"""Rows of the LM head at a time, and what their number is rounded up to: [64, vocab] in fp32 is 13 MB for 49k tokens."""
+"""Rows of the LM head at a time, the number rounded up to; [64, vocab] in fp32 is 13 MB for 49k tokens."""
 PADDED_LENGTH_MULTIPLE = 64
 """Row lengths of the padded layout are rounded up, as every new shape costs oneDNN new kernels."""
 

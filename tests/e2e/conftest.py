@@ -3,7 +3,6 @@
 import os
 import subprocess
 import sys
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +14,7 @@ SPIN_RAY = [sys.executable, "-m", "spin_ray.cli"]
 
 
 def micro_recipe() -> dict[str, Any]:
-    """The smallest whole run: one iteration of a tiny random Llama, fp32, one worker: under a minute, and bitwise repeatable."""
+    """The smallest whole run: one iteration of a tiny random Llama, fp32, one worker; bitwise repeatable."""
     return {
         "model": {"path": "embedded:tiny-llama", "max_length": 96},
         "data": {"train": "embedded:arithmetic-train", "max_rows": 48},
@@ -52,7 +51,7 @@ def spin_ray(*arguments: str | Path, timeout_s: float = 600) -> subprocess.Compl
 
 
 @pytest.fixture(scope="session")
-def smollm2_run(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
+def smollm2_run(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Two iterations of SmolLM2-135M on a few conversations, bf16, two FSDP2 workers, with held-out rows."""
     folder = tmp_path_factory.mktemp("smollm2")
     recipe = yaml.safe_load((ROOT / "jobs" / "recipes" / "demo.yaml").read_text())
@@ -64,4 +63,4 @@ def smollm2_run(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
     out = folder / "run"
     finished = spin_ray("run", write_recipe(folder, recipe), "--out", out, timeout_s=900)
     assert finished.returncode == 0, finished.stdout + finished.stderr
-    yield out
+    return out

@@ -28,9 +28,14 @@ CASES = ("packed full", "padded full", "packed shard_grad_op")
 def make_backend(directory: Path, case: str) -> Fsdp2Backend:
     layout, sharding = case.split()
     settings = BackendSettings(
-        max_length=PACK_LENGTH, precision="fp32", attention=cast(Any, layout), sharding=cast(Any, sharding), optimizer=OptimizerConfig(name="rmsprop"),
-        learning_rate=0.01, total_steps=4,
-    )  # fmt: skip
+        max_length=PACK_LENGTH,
+        precision="fp32",
+        attention=cast(Any, layout),
+        sharding=cast(Any, sharding),
+        optimizer=OptimizerConfig(name="rmsprop"),
+        learning_rate=0.01,
+        total_steps=4,
+    )
     return Fsdp2Backend(directory / "model", settings, torch.device("cpu"))
 
 
