@@ -193,7 +193,7 @@ class TrainConfig(Section):
     gradient_checkpointing: bool = False
     """Recompute activations in the backward pass: about a third slower, far less memory."""
     sharding: Literal["full", "shard_grad_op"] = "full"
-    """``full`` (ZeRO-3) gathers each layer's weights anew in every forward and backward pass. ``shard_grad_op`` (ZeRO-2)
+    """``full`` (ZeRO-3) gathers each layer's weights anew in each forward and backward pass. ``shard_grad_op`` (ZeRO-2)
     gathers once per optimizer step: far less traffic, for one whole copy of the weights per worker."""
     checkpoint_every_steps: Count = 200
     """Steps between checkpoints: what a killed worker can lose."""

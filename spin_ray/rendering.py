@@ -47,11 +47,15 @@ class ChatRenderer:
                 "set model.chat_template to a file with one"
             )
         self._tokenizer = tokenizer
-        control = {str(token): token_id for token_id, token in tokenizer.added_tokens_decoder.items()}
-        names = sorted([*control, _OPEN, _CLOSE], key=len, reverse=True)
-        self._guarded = re.compile("|".join(map(re.escape, names)))
         self._marker = re.compile(f"{_OPEN}(\\d+){_CLOSE}")
-        self.end_of_turn_id, self._end_of_turn = self._probe_end_of_turn(control)
+        added = tokenizer.added_tokens_decoder.items()
+        self._added_ids = {str(token): token_id for token_id, token in added if str(token).strip()}
+        prompt, tail = self._probe()
+        self.end_of_turn_id, self._end_of_turn = self._find_end_of_turn(tail)
+        # Added tokens that are neither special nor the template's own (say <think>) are words that data may use.
+        control = {str(token) for _, token in added if token.special} | {self._end_of_turn}
+        control |= {name for name in self._added_ids if name in prompt}
+        self._guarded = _any_of([*control, _OPEN, _CLOSE])
 
     def render(self, messages: list[Message]) -> Rendered:
         """Token ids of a conversation whose last message is the assistant's response.
@@ -94,29 +98,45 @@ class ChatRenderer:
         ids: list[int] = []
         for position, piece in enumerate(self._marker.split(text)):
             if position % 2:
-                forged = set_aside[int(piece)]
-                ids += self._tokenizer.encode(forged, add_special_tokens=False, split_special_tokens=True)
+                ids += self._spell(set_aside[int(piece)])
             elif piece:
                 ids += self._tokenizer.encode(piece, add_special_tokens=False)
         return ids
 
-    def _probe_end_of_turn(self, control: dict[str, int]) -> tuple[int, str]:
-        """The first control token that the template writes after an assistant's message."""
-        probe = [{"role": "user", "content": "?"}, {"role": "assistant", "content": _PROBE}]
+    def _spell(self, name: str) -> list[int]:
+        """Ids of the name of a control token as plain text."""
+        ids = self._tokenizer.encode(name, add_special_tokens=False, split_special_tokens=True)
+        if self._added_ids.get(name) in ids:  # tokens that are not marked special are not split
+            parts = (name[:1], name[1:])
+            ids = [token for part in parts for token in self._tokenizer.encode(part, add_special_tokens=False)]
+        return ids
+
+    def _probe(self) -> tuple[str, str]:
+        """A plain prompt, and what the template writes after an assistant's message."""
+        user, assistant = {"role": "user", "content": "?"}, {"role": "assistant", "content": _PROBE}
         try:
-            tail = self._apply(probe, add_generation_prompt=False).rpartition(_PROBE)[2]
+            prompt = self._apply([user], add_generation_prompt=True)
+            return prompt, self._apply([user, assistant], add_generation_prompt=False).rpartition(_PROBE)[2]
         except RenderError as error:
             raise ModelError(
                 f"{self._tokenizer.name_or_path}: its chat template fails on a plain exchange ({error})"
             ) from error
-        found = self._guarded.search(tail)
+
+    def _find_end_of_turn(self, tail: str) -> tuple[int, str]:
+        """The first added token that the template writes after an assistant's message."""
+        found = _any_of(list(self._added_ids)).search(tail)
         if found:
-            return control[found.group()], found.group()
+            return self._added_ids[found.group()], found.group()
         if self._tokenizer.eos_token_id is None:
             raise ModelError(
                 f"{self._tokenizer.name_or_path}: neither its chat template nor its tokenizer marks the end of a turn"
             )
         return self._tokenizer.eos_token_id, self._tokenizer.eos_token
+
+
+def _any_of(names: list[str]) -> re.Pattern[str]:
+    """Matches the longest of ``names``; nothing if there are none."""
+    return re.compile("|".join(map(re.escape, sorted(names, key=len, reverse=True))) or "(?!)")
 
 
 def load_tokenizer(path: str, chat_template: str | None = None, trust_remote_code: bool = False) -> Any:
@@ -127,11 +147,12 @@ def load_tokenizer(path: str, chat_template: str | None = None, trust_remote_cod
 
     try:
         tokenizer: Any = AutoTokenizer.from_pretrained(path, trust_remote_code=trust_remote_code)
-    except (OSError, ValueError) as error:
-        raise ModelError(f"{path}: its tokenizer cannot be loaded ({str(error).splitlines()[0]})") from error
+    except Exception as error:  # the tokenizers library raises nothing more specific for a damaged file
+        reason = (str(error).splitlines() or [type(error).__name__])[0]
+        raise ModelError(f"{path}: its tokenizer cannot be loaded ({reason})") from error
     if chat_template:
         try:
             tokenizer.chat_template = Path(chat_template).read_text(encoding="utf-8")
-        except OSError as error:
-            raise ModelError(f"{chat_template}: cannot be read ({error.strerror})") from error
+        except (OSError, UnicodeDecodeError) as error:
+            raise ModelError(f"{chat_template}: cannot be read ({error})") from error
     return tokenizer

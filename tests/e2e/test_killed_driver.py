@@ -40,7 +40,7 @@ def kill_when(recipe: Path, out: Path, moment: Callable[[], bool], what: str) ->
 
 
 def test_a_killed_driver_loses_nothing_that_was_committed(tmp_path: Path) -> None:
-    """Killed in generation, in scoring and in training. Shards keep their bytes, and the final weights are bitwise those
+    """Killed in generation, scoring and training. Shards keep their bytes, and the final weights are bitwise those
     of a run that nobody disturbed (fp32, one thread), which also shows that one seed gives one result.
     """
     recipe = write_recipe(tmp_path, micro_recipe())
