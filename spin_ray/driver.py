@@ -16,10 +16,10 @@ from typing import Any
 from spin_ray.config import SpinConfig
 from spin_ray.engine import EngineSpec
 from spin_ray.lease import Lease
-from spin_ray.model_folder import ModelFolder, open_model
+from spin_ray.model_folder import ModelFolder
 from spin_ray.preflight import Start, check_recipe
 from spin_ray.resources import check_fits, connect
-from spin_ray.run_dir import RunDir, iterate_name
+from spin_ray.run_dir import RunDir, folder_digest, iterate_name
 from spin_ray.stages import evaluation, generation, pairs, prompts, training
 from spin_ray.storage import Storage
 
@@ -70,7 +70,7 @@ def _spin(run: RunDir, config: SpinConfig, start: Start, lease: Lease) -> RunRes
     for iteration in range(config.iterations + 1):
         lease.check()
         if iteration > 0 or config.sft:
-            player = _open_iterate(run, config, iteration)
+            player = _open_iterate(run, iteration, start.model.pad_id)
         generation.run(run, config, _engine_spec(config, start, player), _jobs(run, config, iteration, player))
         if start.heldout:
             evaluations.append(evaluation.run(run, config, iteration, player, opponent))
@@ -95,12 +95,11 @@ def _jobs(run: RunDir, config: SpinConfig, iteration: int, player: ModelFolder) 
     return jobs
 
 
-def _open_iterate(run: RunDir, config: SpinConfig, iterate: int) -> ModelFolder:
+def _open_iterate(run: RunDir, iterate: int, pad_id: int) -> ModelFolder:
+    """θ_iterate, after checking its files against their digests."""
     artefact = run.model(iterate)
-    artefact.verify()
-    return open_model(
-        run.storage.path(artefact.path), iterate_name(iterate), trust_remote_code=config.model.trust_remote_code
-    )
+    files = artefact.verify().files
+    return ModelFolder(run.storage.path(artefact.path), folder_digest(files), iterate_name(iterate), pad_id)
 
 
 def _engine_spec(config: SpinConfig, start: Start, player: ModelFolder) -> EngineSpec:

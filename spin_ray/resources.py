@@ -38,10 +38,10 @@ def connect(config: SpinConfig) -> None:
             raise ResourceError(
                 f"cluster.address {address}: cannot be reached ({str(error).splitlines()[0]})"
             ) from error
+    logging.getLogger("ray.data").setLevel(logging.ERROR)
     context = ray.data.DataContext.get_current()
     context.enable_progress_bars = False
     context.print_on_execution_start = False
-    logging.getLogger("ray.data").setLevel(logging.WARNING)
 
 
 def demands(config: SpinConfig) -> dict[str, Bundles]:

@@ -287,6 +287,11 @@ class RunDir:
             return None
 
 
+def part_name(number: int) -> str:
+    """``7 -> part-00007.parquet``."""
+    return f"part-{number:05d}.parquet"
+
+
 def iteration_name(iteration: int) -> str:
     """``0 -> iter_000``: the first SPIN iteration."""
     return f"iter_{iteration:03d}"

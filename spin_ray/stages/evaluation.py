@@ -27,7 +27,7 @@ from spin_ray.learner.backends.fsdp2 import Fsdp2Backend
 from spin_ray.learner.loop import PackShape, plan, score_rows
 from spin_ray.model_folder import ModelFolder
 from spin_ray.rendering import load_tokenizer
-from spin_ray.run_dir import Artefact, RunDir
+from spin_ray.run_dir import Artefact, RunDir, part_name
 from spin_ray.types import PAIR_SCHEMA
 from spin_ray.workers import device, run_workers
 
@@ -65,8 +65,8 @@ def run(
         result: dict[str, Any] = {"iterate": model.name, "made_from": made_from, "rows": heldout.num_rows}
         result |= _text_measures(heldout, answers, config, model.path)
         if opponent is not None:
-            _, earlier = _read(run_dir.heldout, run_dir.heldout_samples(iterate - 1))
-            scores = _score(run_dir, config, heldout, {"self": answers, "opponent": earlier}, model, opponent)
+            samples_of = {"self": samples, "opponent": run_dir.heldout_samples(iterate - 1)}
+            scores = _score(run_dir, config, samples_of, model, opponent)
             result |= {"opponent": opponent.name} | _margin_measures(
                 scores, model, opponent, config.at(iterate - 1).beta
             )
@@ -119,15 +119,13 @@ def length_auc(real: list[int], generated: list[int]) -> float:
 def _score(
     run_dir: RunDir,
     config: SpinConfig,
-    heldout: pa.Table,
-    samples: dict[str, pa.Table],
+    samples_of: dict[str, Artefact],
     model: ModelFolder,
     opponent: ModelFolder,
 ) -> pa.Table:
     """SCORE_SCHEMA rows of every (held-out row, sample) under both models; on the train workers, so any size fits."""
     target = run_dir.artefact(f"{model.name}/heldout_scores")
-    rows = pa.concat_tables([_pair_rows(heldout, answers, whose) for whose, answers in samples.items()])
-    inputs = {f"samples_{whose}": run_digest for whose, run_digest in _sample_digests(samples).items()}
+    inputs = {f"samples_of_{whose}": samples.manifest().digest for whose, samples in samples_of.items()}
     inputs |= {"model": model.digest, "opponent": opponent.digest}
     settings = {
         "precision": config.train.precision,
@@ -135,6 +133,9 @@ def _score(
         "workers": config.train.workers,
     }
     if not target.is_current(inputs, settings):
+        rows = pa.concat_tables(
+            [_pair_rows(*_read(run_dir.heldout, samples), whose) for whose, samples in samples_of.items()]
+        )
         job = ScoreJob(
             rows=rows,
             models=(model, opponent),
@@ -149,17 +150,12 @@ def _score(
             ),
             target=target,
         )
-        folder = f"{model.name}/checkpoints"
+        folder = f"{model.name}/scoring"
         run_workers(_worker, job, config, f"evaluation-{model.digest[:16]}", run_dir.storage.path(folder))
         run_dir.storage.delete(folder)
-        target.commit({name: target.part_entry(name) for name in target.part_names()}, inputs, settings)
+        names = [part_name(rank) for rank in range(config.train.workers)]
+        target.commit({name: target.part_entry(name) for name in names}, inputs, settings)
     return pa.concat_tables(list(target.tables()))
-
-
-def _sample_digests(samples: dict[str, pa.Table]) -> dict[str, str]:
-    from spin_ray.storage import bytes_digest, table_to_bytes
-
-    return {whose: bytes_digest(table_to_bytes(table)).sha256 for whose, table in samples.items()}
 
 
 def _pair_rows(heldout: pa.Table, answers: pa.Table, whose: str) -> pa.Table:
@@ -178,7 +174,7 @@ def _worker(job: ScoreJob) -> None:
         pair_ids = job.rows["pair_id"].take(pa.array(rows, pa.int64()))
         tables.append(pa.table([pair_ids, [model.name] * len(rows), real, generated], schema=SCORE_SCHEMA))
         del backend
-    name = f"part-{dist.get_rank():05d}.parquet"
+    name = part_name(dist.get_rank())
     job.target.storage.delete(f"{job.target.path}/{name}")
     job.target.write_part(name, pa.concat_tables(tables))
     dist.barrier()

@@ -25,7 +25,7 @@ from spin_ray.engine import EngineSpec, GenerationEngine, VllmEngine
 from spin_ray.errors import RunDirError, StageError
 from spin_ray.progress import StageProgress
 from spin_ray.resources import wait_until_free, with_deadline
-from spin_ray.run_dir import Artefact, FileEntry, RunDir
+from spin_ray.run_dir import Artefact, FileEntry, RunDir, part_name
 from spin_ray.storage import table_from_bytes
 from spin_ray.types import GENERATION_SCHEMA
 
@@ -227,7 +227,7 @@ def _shards(job: Job, config: SpinConfig) -> list[Shard]:
             (*files[owner], tuple((wanted[owners == owner] - (ends[owner] - files[owner][1].rows)).tolist()))
             for owner in np.unique(owners)
         )
-        shards.append(Shard(job.prompts, job.target, job.opponent, fingerprint, f"part-{number:05d}.parquet", pieces))
+        shards.append(Shard(job.prompts, job.target, job.opponent, fingerprint, part_name(number), pieces))
     return shards
 
 

@@ -12,7 +12,7 @@ import pyarrow.compute as pc
 
 from spin_ray.config import SpinConfig
 from spin_ray.errors import DataError
-from spin_ray.run_dir import Artefact, FileEntry, RunDir
+from spin_ray.run_dir import Artefact, FileEntry, RunDir, part_name
 from spin_ray.types import PAIR_SCHEMA
 
 
@@ -55,7 +55,7 @@ def build(
 
     def write(table: pa.Table) -> None:
         if table.num_rows:
-            name = f"part-{len(entries):05d}.parquet"
+            name = part_name(len(entries))
             entries[name] = target.write_part(name, table)
             counts["rows"] += table.num_rows
 

@@ -21,7 +21,8 @@ import ray
 from spin_ray.config import DataConfig, SpinConfig, digest
 from spin_ray.errors import DataError
 from spin_ray.rendering import ChatRenderer, Message, RenderError, load_tokenizer
-from spin_ray.run_dir import Artefact, FileEntry, RunDir
+from spin_ray.resources import with_deadline
+from spin_ray.run_dir import Artefact, FileEntry, RunDir, part_name
 from spin_ray.sources import Slice, SourceRow, files_digest, find_files, read_slice, split
 from spin_ray.storage import ATTEMPTS, Storage, table_from_bytes, table_to_bytes
 from spin_ray.types import PROMPT_SCHEMA
@@ -83,7 +84,7 @@ def run(
         rendered = ray.data.from_items(items, override_num_blocks=len(items)).map(
             _RenderSlice(run_dir.storage, artefact.path, task), num_cpus=0.5
         )
-        names = sorted(row["name"] for row in rendered.take_all())
+        names = sorted(row["name"] for row in with_deadline(rendered.iter_rows(), 3600, 3600, "a slice of the data"))
         entries, quarantined = _finish(run_dir.storage, names, artefact, max_rows, settings["part_rows"])
         counted |= {"rows": sum(entry.rows or 0 for entry in entries.values()), "quarantined": quarantined.total()}
         _check_quarantine(run_dir, config, artefact, source, counted["rows"], quarantined)
@@ -213,7 +214,7 @@ def _finish(
 
     def write(table: pa.Table) -> None:
         if table.num_rows:
-            name = f"part-{len(entries):05d}.parquet"
+            name = part_name(len(entries))
             entries[name] = artefact.write_part(name, table.combine_chunks())
 
     for name in names:

@@ -27,7 +27,7 @@ from spin_ray.learner.loop import Objective, PackShape, ReferenceScores, plan, s
 from spin_ray.model_folder import ModelFolder, folder_entries
 from spin_ray.progress import StageProgress
 from spin_ray.resources import wait_until_free
-from spin_ray.run_dir import MANIFEST, Artefact, Manifest, RunDir, read_json_lines
+from spin_ray.run_dir import MANIFEST, Artefact, Manifest, RunDir, part_name, read_json_lines
 from spin_ray.storage import Storage
 from spin_ray.types import PAIR_SCHEMA, REFERENCE_SCHEMA
 from spin_ray.workers import device, run_workers
@@ -53,6 +53,8 @@ class TrainJob:
     epochs: int
     seed: int
     checkpoint_every_steps: int
+    chat_template: str | None
+    """The template that the config put in place of the model's; exported with the weights."""
 
     def inputs(self) -> dict[str, str]:
         return {"rows": self.rows.manifest().digest, "start_model": self.start.digest}
@@ -98,6 +100,7 @@ def run(run_dir: RunDir, config: SpinConfig, iteration: int, opponent: ModelFold
         epochs=values.epochs,
         seed=config.seed + iteration,
         checkpoint_every_steps=config.train.checkpoint_every_steps,
+        chat_template=_chat_template(config),
     )
     _train(run_dir, config, job)
 
@@ -121,8 +124,14 @@ def run_sft(run_dir: RunDir, config: SpinConfig, start: ModelFolder) -> None:
         epochs=config.sft.epochs,
         seed=config.seed,
         checkpoint_every_steps=config.train.checkpoint_every_steps,
+        chat_template=_chat_template(config),
     )
     _train(run_dir, config, job)
+
+
+def _chat_template(config: SpinConfig) -> str | None:
+    path = config.model.chat_template
+    return Path(path).read_text(encoding="utf-8") if path else None
 
 
 def _backend_settings(config: SpinConfig, optimizer: OptimizerConfig, learning_rate: float) -> BackendSettings:
@@ -203,12 +212,12 @@ def _score_reference(job: TrainJob, backend: Fsdp2Backend, steps: list[Any], tab
         return
     rows, real, generated = score_rows(backend, steps, table, job.shape)
     part = pa.table([table["pair_id"].take(pa.array(rows, pa.int64())), real, generated], schema=REFERENCE_SCHEMA)
-    name = f"part-{dist.get_rank():05d}.parquet"
+    name = part_name(dist.get_rank())
     job.storage.delete(f"{target.path}/{name}")  # of an attempt that never reached its manifest
     target.write_part(name, part)
     dist.barrier()
     if dist.get_rank() == 0:
-        names = [f"part-{rank:05d}.parquet" for rank in range(dist.get_world_size())]
+        names = [part_name(rank) for rank in range(dist.get_world_size())]
         target.commit({name: target.part_entry(name) for name in names}, inputs, settings)
     dist.barrier()
 
@@ -271,6 +280,8 @@ def _export(job: TrainJob, backend: Fsdp2Backend) -> None:
     backend.export_hf(attempt)
     if dist.get_rank() == 0:
         settings = json.loads(json.dumps(job.settings()))
+        if job.chat_template is not None:
+            (attempt / "chat_template.jinja").write_text(job.chat_template, encoding="utf-8")
         manifest = Manifest(
             files=folder_entries(attempt), inputs=job.inputs(), config=digest(settings), settings=settings
         )
