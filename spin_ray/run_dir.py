@@ -11,14 +11,14 @@ import json
 import logging
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from typing import Any
 
 import pyarrow as pa
 from pydantic import BaseModel
 
-from spin_ray.config import SpinConfig, digest
+from spin_ray.config import SpinConfig, digest, parse_config
 from spin_ray.errors import RunDirError
 from spin_ray.storage import ATTEMPTS, Storage, bytes_digest, table_from_bytes, table_to_bytes
 
@@ -90,8 +90,12 @@ class Artefact:
         if not self.is_committed:
             return False
         manifest = self.manifest()
-        then, now = manifest.settings | manifest.inputs, _as_json(settings) | inputs
-        differing = sorted(key for key in then.keys() | now.keys() if then.get(key) != now.get(key))
+        differing = sorted(
+            key
+            for then, now in ((manifest.settings, _as_json(settings)), (manifest.inputs, inputs))
+            for key in then.keys() | now.keys()
+            if then.get(key) != now.get(key)
+        )
         if differing:
             raise RunDirError(
                 f"{self.storage.path(self.path)}: was made with other values of {', '.join(differing)}; "
@@ -216,7 +220,7 @@ class RunDir:
         if self.storage.exists("run.json"):
             self._check_identity(config, facts)
         elif foreign := sorted(
-            entry.name for entry in self.storage.root.iterdir() if not entry.name.startswith((".", "lease"))
+            entry.name for entry in self.storage.root.iterdir() if not entry.name.startswith((".", "lease.json"))
         ):
             raise RunDirError(
                 f"{self.storage.root}: is not a run and not empty (holds {foreign[0]}); choose another --out"
@@ -227,7 +231,7 @@ class RunDir:
 
     def _check_identity(self, config: SpinConfig, facts: dict[str, Any]) -> None:
         stored = self.description()
-        then = SpinConfig.model_validate(stored["config"]).identity() | stored["inputs"]
+        then = self.config().identity() | stored["inputs"]
         now = config.identity() | facts["inputs"]
         differing = [
             f"{key} (was {then.get(key)!r}, now {now.get(key)!r})"
@@ -238,6 +242,10 @@ class RunDir:
             raise RunDirError(
                 f"{self.storage.root}: holds another run: {'; '.join(differing)}; restore these or choose another --out"
             )
+
+    def config(self) -> SpinConfig:
+        """The config in run.json; a ConfigError names what this version of spin_ray does not know of it."""
+        return parse_config(self.description()["config"], source=f"{self.storage.root}/run.json")
 
     def description(self) -> dict[str, Any]:
         """run.json."""
@@ -303,12 +311,17 @@ def iterate_name(iterate: int) -> str:
 
 
 def read_json_lines(storage: Storage, name: str) -> list[dict[str, Any]]:
-    """Complete lines of a log; a last line that a crash cut short is left out."""
+    """Complete lines of a log; a line that a crash cut short is left out."""
     try:
         text = storage.read(name).decode()
     except FileNotFoundError:
         return []
-    return [json.loads(line) for line in text.splitlines(keepends=True) if line.endswith("\n")]
+    lines = []
+    for line in text.splitlines(keepends=True):
+        with suppress(ValueError):
+            if line.endswith("\n"):
+                lines.append(json.loads(line))
+    return lines
 
 
 def folder_digest(files: dict[str, FileEntry]) -> str:

@@ -81,8 +81,12 @@ class Storage:
         """Adds ``text`` to a log that has one writer at a time."""
         target = self.path(name)
         target.parent.mkdir(parents=True, exist_ok=True)
-        with target.open("a", encoding="utf-8") as file:
-            file.write(text)
+        with target.open("ab+") as file:
+            if file.seek(0, os.SEEK_END):
+                file.seek(-1, os.SEEK_END)
+                if file.read() != b"\n":
+                    file.write(b"\n")  # a crash cut the last line short
+            file.write(text.encode())
 
     def new_attempt_folder(self) -> Path:
         """A fresh folder to build a directory artefact in; see ``create_folder``."""

@@ -1,11 +1,13 @@
 """Prompts, generation and pairs through real Ray Data, with a fake engine: what is written, resumed and refused."""
 
 import json
+import sys
 import time
 from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
+import ray.cloudpickle
 
 from spin_ray.config import SamplingConfig, SpinConfig
 from spin_ray.embedded import resolve
@@ -15,6 +17,8 @@ from spin_ray.resources import check_fits
 from spin_ray.run_dir import RunDir
 from spin_ray.stages import generation, pairs, prompts
 from spin_ray.storage import Storage
+
+ray.cloudpickle.register_pickle_by_value(sys.modules[__name__])  # actors cannot import a test module
 
 
 class SeedEngine:
