@@ -220,7 +220,7 @@ class RunDir:
         if self.storage.exists("run.json"):
             self._check_identity(config, facts)
         elif foreign := sorted(
-            entry.name for entry in self.storage.root.iterdir() if not entry.name.startswith((".", "lease.json"))
+            entry.name for entry in self.storage.root.glob("*") if not entry.name.startswith((".", "lease.json"))
         ):
             raise RunDirError(
                 f"{self.storage.root}: is not a run and not empty (holds {foreign[0]}); choose another --out"

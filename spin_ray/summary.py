@@ -16,7 +16,7 @@ EXAMPLES = 3
 
 def print_summary(run: RunDir, console: Console) -> None:
     """Iterates side by side, examples, and how to go on."""
-    config = SpinConfig.model_validate(run.description()["config"])
+    config = run.config()
     evaluations = read_evaluations(run, config)
     console.print(_iterates(evaluations))
     console.print(_seconds(stage_seconds(run)))
@@ -29,7 +29,7 @@ def print_summary(run: RunDir, console: Console) -> None:
 
 def print_status(run: RunDir, console: Console) -> None:
     """What is committed, what the last event was, and the measures so far."""
-    config = SpinConfig.model_validate(run.description()["config"])
+    config = run.config()
     events = run.events()
     console.print(_iterates(read_evaluations(run, config)))
     console.print(_seconds(stage_seconds(run)))

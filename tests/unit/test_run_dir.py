@@ -1,0 +1,290 @@
+"""A run on disk: what counts as committed, what is refused, and what a crash may leave."""
+
+import json
+
+import pyarrow as pa
+import pytest
+
+from spin_ray.config import SpinConfig
+from spin_ray.errors import ConfigError, RunDirError
+from spin_ray.run_dir import MANIFEST, FileEntry, RunDir, folder_digest, iterate_name, part_name, read_json_lines
+from spin_ray.storage import ATTEMPTS, Storage
+
+CONFIG = SpinConfig.model_validate({"model": {"path": "m"}, "data": {"train": "d"}})
+FACTS = {"inputs": {"model": "11", "data": "22", "heldout": None}, "start_model": "m", "versions": {}}
+
+
+def with_values(**sections: object) -> SpinConfig:
+    return SpinConfig.model_validate(CONFIG.model_dump(mode="json") | sections)
+
+
+def table(*values: int) -> pa.Table:
+    return pa.table({"id": pa.array(values, pa.int64())})
+
+
+@pytest.fixture
+def run(tmp_path):
+    return RunDir(Storage(tmp_path / "run"))
+
+
+@pytest.fixture
+def pairs(run):
+    """An artefact of two parts, committed."""
+    artefact = run.pairs(0)
+    entries = {part_name(number): artefact.write_part(part_name(number), table(number, number)) for number in (0, 1)}
+    artefact.commit(entries, {"prompts": "aa"}, {"window": 2, "rows": (1, 2)}, counts={"dropped": 3})
+    return artefact
+
+
+# Artefacts
+
+
+def test_an_artefact_is_there_when_its_manifest_is(run):
+    artefact = run.prompts
+    entry = artefact.write_part("part-00000.parquet", table(1))
+    assert not artefact.is_committed
+    assert artefact.is_current({}, {}) is False
+    with pytest.raises(RunDirError, match="prompts: is not committed"):
+        list(artefact.tables())
+    artefact.commit({"part-00000.parquet": entry}, {}, {})
+    assert artefact.is_committed
+    assert [part.num_rows for part in artefact.tables()] == [1]
+
+
+def test_only_what_the_manifest_lists_is_read(run, pairs):
+    """A part of an attempt that lost, and files that are still being written."""
+    run.storage.create("iter_000/pairs/part-00009.parquet", b"not even Parquet")
+    run.storage.create(f"{ATTEMPTS}/0123", b"half a fi")
+    assert [part["id"].to_pylist() for part in pairs.tables()] == [[0, 0], [1, 1]]
+    assert pairs.manifest().rows == 4
+
+
+def test_parts_are_read_in_the_order_of_their_names(run):
+    artefact = run.prompts
+    entries = {
+        name: artefact.write_part(name, table(number)) for number, name in ((2, part_name(2)), (0, part_name(0)))
+    }
+    artefact.commit(entries, {}, {})
+    assert [part["id"].to_pylist() for part in artefact.tables()] == [[0], [2]]
+
+
+def test_the_first_commit_of_a_part_wins(run):
+    first = run.prompts.write_part("part-00000.parquet", table(1))
+    second = run.prompts.write_part("part-00000.parquet", table(2, 3))
+    assert second == first == run.prompts.part_entry("part-00000.parquet")
+    assert run.prompts.read_part("part-00000.parquet", second)["id"].to_pylist() == [1]
+
+
+def test_the_first_commit_of_an_artefact_wins_and_a_second_of_the_same_work_gets_it(run, pairs):
+    again = pairs.commit({}, {"prompts": "aa"}, {"window": 2, "rows": (1, 2)})
+    assert again == pairs.manifest()
+    assert len(again.files) == 2
+    with pytest.raises(RunDirError, match="was made with other values of prompts"):
+        pairs.commit({}, {"prompts": "bb"}, {"window": 2, "rows": (1, 2)})
+
+
+def test_manifest_comes_back_as_it_was_written(pairs):
+    manifest = pairs.manifest()
+    assert manifest.counts == {"dropped": 3}
+    assert manifest.settings == {"window": 2, "rows": [1, 2]}
+    assert type(manifest).model_validate_json(manifest.to_bytes()).digest == manifest.digest
+
+
+def test_digest_of_a_manifest_follows_everything_in_it(run):
+    entry = FileEntry(sha256="aa", bytes=1, rows=1)
+    digests = set()
+    for number, (files, inputs, settings) in enumerate(
+        [({}, {}, {}), ({"part-0": entry}, {}, {}), ({}, {"a": "1"}, {}), ({}, {}, {"a": 1})]
+    ):
+        digests.add(run.artefact(str(number)).commit(files, inputs, settings).digest)
+    assert len(digests) == 4
+
+
+def test_work_done_with_the_same_inputs_and_settings_is_current(pairs):
+    assert pairs.is_current({"prompts": "aa"}, {"rows": (1, 2), "window": 2})
+
+
+@pytest.mark.parametrize(
+    ("inputs", "settings", "named"),
+    [
+        ({"prompts": "bb"}, {"window": 2, "rows": (1, 2)}, "prompts"),
+        ({"prompts": "aa"}, {"window": 3, "rows": (1,)}, "rows, window"),
+        ({"prompts": "aa", "extra": "cc"}, {"window": 2, "rows": (1, 2)}, "extra"),
+        ({}, {"window": 2, "rows": (1, 2)}, "prompts"),
+    ],
+)
+def test_work_done_with_others_is_an_error_that_names_what_differs(pairs, inputs, settings, named):
+    with pytest.raises(RunDirError, match=f"iter_000/pairs: was made with other values of {named};"):
+        pairs.is_current(inputs, settings)
+
+
+def test_an_input_and_a_setting_of_one_name_are_two_things(run):
+    """Generations have the opponent's digest among the inputs and its name among the settings."""
+    run.prompts.commit({}, {"opponent": "digest"}, {"opponent": "sft"})
+    with pytest.raises(RunDirError, match="opponent"):
+        run.prompts.is_current({"opponent": "digest"}, {"opponent": "iter_000"})
+
+
+def test_a_part_that_changed_is_an_error_that_names_it(run, pairs):
+    path = run.storage.path("iter_000/pairs/part-00001.parquet")
+    content = bytearray(path.read_bytes())
+    content[len(content) // 2] ^= 1
+    path.write_bytes(content)
+    with pytest.raises(RunDirError, match=r"iter_000/pairs/part-00001\.parquet: differs from its digest"):
+        list(pairs.tables())
+    with pytest.raises(RunDirError, match=r"part-00001\.parquet: is missing or differs"):
+        pairs.verify()
+
+
+def test_a_part_that_is_gone_is_an_error_that_names_it(run, pairs):
+    run.storage.delete("iter_000/pairs/part-00000.parquet")
+    with pytest.raises(RunDirError, match=r"part-00000\.parquet: is missing though its manifest lists it"):
+        list(pairs.tables())
+    with pytest.raises(RunDirError, match=r"part-00000\.parquet: is missing or differs"):
+        pairs.verify()
+
+
+def test_whole_artefacts_verify(pairs):
+    assert pairs.verify() == pairs.manifest()
+
+
+@pytest.mark.parametrize("content", [b"", b"{", b"[]", b'{"files": 3}'])
+def test_a_damaged_manifest_is_an_error_that_names_it(run, pairs, content):
+    run.storage.replace(f"{pairs.path}/{MANIFEST}", content)
+    with pytest.raises(RunDirError, match=f"iter_000/pairs/{MANIFEST}: is damaged"):
+        pairs.manifest()
+
+
+def test_digest_of_a_folder_follows_names_and_content():
+    one, two = FileEntry(sha256="1", bytes=1), FileEntry(sha256="2", bytes=1)
+    digests = {folder_digest(files) for files in ({"a": one, "b": two}, {"a": two, "b": one}, {"a": one, "c": two})}
+    assert len(digests) == 3
+    assert folder_digest({"b": two, "a": one}) == folder_digest({"a": one, "b": two})
+
+
+# The run
+
+
+def test_a_new_folder_becomes_a_run(run):
+    run.begin(CONFIG, FACTS)
+    assert run.config() == CONFIG
+    assert run.description()["inputs"] == FACTS["inputs"]
+
+
+def test_the_same_run_may_begin_again_and_leftovers_of_attempts_go(run):
+    run.begin(CONFIG, FACTS)
+    run.storage.create(f"{ATTEMPTS}/leftover", b"")
+    run.begin(with_values(iterations=9, cluster={"address": "auto"}), FACTS)
+    assert run.config().iterations == 9
+    assert run.storage.names(ATTEMPTS) == []
+
+
+def test_another_run_is_refused_and_every_difference_named_with_both_values(run):
+    run.begin(CONFIG, FACTS)
+    before = run.storage.read("run.json")
+    facts = FACTS | {"inputs": {"model": "33", "data": "22", "heldout": None}}
+    with pytest.raises(RunDirError) as caught:
+        run.begin(with_values(seed=5, objective={"loss": "hinge"}), facts)
+    assert str(caught.value) == (
+        f"{run.storage.root}: holds another run: model (was '11', now '33'); "
+        "objective.loss (was 'logistic', now 'hinge'); seed (was 0, now 5); restore these or choose another --out"
+    )
+    assert run.storage.read("run.json") == before
+
+
+@pytest.mark.parametrize("name", ["thesis.tex", "photos/a.jpg", "leases.csv"])
+def test_a_folder_that_holds_something_else_is_refused_and_left_as_it_was(run, name):
+    run.storage.create(name, b"mine")
+    with pytest.raises(RunDirError, match=f"is not a run and not empty .holds {name.partition('/')[0]}."):
+        run.begin(CONFIG, FACTS)
+    assert not run.storage.exists("run.json")
+
+
+def test_hidden_files_and_the_lease_do_not_make_a_folder_foreign(run):
+    for name in (".DS_Store", "lease.json", ".lease.lock"):
+        run.storage.create(name, b"{}")
+    run.begin(CONFIG, FACTS)
+    assert run.storage.exists("run.json")
+
+
+def test_a_folder_that_is_no_run_says_so(run):
+    with pytest.raises(RunDirError, match="is not a run"):
+        run.description()
+
+
+def test_a_damaged_description_is_an_error_that_names_it(run):
+    run.storage.create("run.json", b'{"config": ')
+    with pytest.raises(RunDirError, match=r"run\.json: is damaged"):
+        run.begin(CONFIG, FACTS)
+
+
+def test_a_run_of_another_version_is_an_error_that_names_the_unknown_keys(run):
+    content = {"config": CONFIG.model_dump(mode="json") | {"reward": {}}, **FACTS}
+    run.storage.create("run.json", json.dumps(content).encode())
+    with pytest.raises(ConfigError, match=r"run\.json: reward: unknown key"):
+        run.begin(CONFIG, FACTS)
+
+
+def test_names_of_iterates_are_those_of_the_iteration_that_made_them(run):
+    """θ_0 is the SFT model; iteration 0 turns it into θ_1."""
+    assert [iterate_name(iterate) for iterate in (0, 1, 2)] == ["sft", "iter_000", "iter_001"]
+    assert run.model(0).path == "sft/model"
+    assert run.model(1).path == "iter_000/model"
+    assert run.pairs(0).path == "iter_000/pairs"
+    assert run.heldout_samples(1).path == "iter_000/heldout_samples"
+    assert run.eval_path(1) == "iter_000/eval.json"
+
+
+# LATEST and the log
+
+
+def test_latest_moves_to_the_published_iterate(run):
+    assert run.latest() is None
+    run.publish(0)
+    assert run.latest() == "sft"
+    run.publish(1)
+    assert run.storage.read("LATEST") == b"iter_000\n"
+    assert run.latest() == "iter_000"
+
+
+def test_publishing_again_says_nothing_new(run):
+    for _ in range(3):
+        run.publish(0)
+    assert [(event["event"], event["stage"]) for event in run.events()] == [("publish", "sft")]
+
+
+def test_a_stage_logs_its_start_and_its_commit_with_what_it_counted(run):
+    with run.stage("iter_000/pairs") as counted:
+        counted["rows"] = 7
+    start, commit = run.events()
+    assert (start["event"], start["stage"]) == ("start", "iter_000/pairs")
+    assert (commit["event"], commit["rows"]) == ("commit", 7)
+    assert 0 <= commit["seconds"] < 1
+
+
+@pytest.mark.parametrize("error", [ValueError("too\nbad"), KeyboardInterrupt()])
+def test_a_stage_that_fails_logs_why_and_fails(run, error):
+    with pytest.raises(type(error)), run.stage("prompts"):
+        raise error
+    failure = run.events()[-1]
+    assert failure["event"] == "failure"
+    assert failure["error"].startswith(type(error).__name__)
+
+
+def test_a_line_of_the_log_that_a_crash_cut_short_is_left_out(run):
+    run.event("start", "prompts")
+    path = run.storage.path("events.jsonl")
+    path.write_text(path.read_text() + '{"time": 12, "ev')
+    assert [event["stage"] for event in run.events()] == ["prompts"]
+
+
+def test_events_after_a_line_that_was_cut_short_are_read(run):
+    run.event("start", "prompts")
+    path = run.storage.path("events.jsonl")
+    path.write_text(path.read_text() + '{"time": 12, "ev')
+    run.event("start", "pairs")
+    assert [event["stage"] for event in run.events()] == ["prompts", "pairs"]
+
+
+def test_a_log_that_is_not_there_is_empty(run):
+    assert read_json_lines(run.storage, "iter_000/train_log.jsonl") == []

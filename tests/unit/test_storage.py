@@ -1,0 +1,171 @@
+"""Durable bytes: a file appears whole and once, and what a crash leaves is never taken for one."""
+
+import os
+import threading
+
+import pyarrow as pa
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from spin_ray.errors import ConfigError
+from spin_ray.storage import (
+    ATTEMPTS,
+    Storage,
+    bytes_digest,
+    file_digest,
+    table_from_bytes,
+    table_to_bytes,
+)
+
+
+@pytest.fixture
+def storage(tmp_path):
+    return Storage(tmp_path / "run")
+
+
+class Crash(Exception):
+    pass
+
+
+def crash(*_: object, **__: object) -> None:
+    raise Crash
+
+
+def test_create_never_replaces(storage):
+    storage.create("a/b.txt", b"first")
+    with pytest.raises(FileExistsError):
+        storage.create("a/b.txt", b"second")
+    assert storage.read("a/b.txt") == b"first"
+
+
+def test_of_many_writers_at_once_exactly_one_creates(storage):
+    won = []
+
+    def write(number: int) -> None:
+        try:
+            storage.create("file", str(number).encode() * 1000)
+            won.append(number)
+        except FileExistsError:
+            pass
+
+    threads = [threading.Thread(target=write, args=[number]) for number in range(8)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert len(won) == 1
+    assert storage.read("file") == str(won[0]).encode() * 1000
+
+
+def test_replace_leaves_the_old_bytes_until_the_new_ones_are_whole(storage, monkeypatch):
+    storage.replace("file", b"old")
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "replace", crash)
+        with pytest.raises(Crash):
+            storage.replace("file", b"new")
+    assert storage.read("file") == b"old"
+    storage.replace("file", b"new")
+    assert storage.read("file") == b"new"
+
+
+@pytest.mark.parametrize(
+    ("write", "step"), [("create", "fsync"), ("create", "link"), ("replace", "fsync"), ("replace", "replace")]
+)
+def test_a_writer_that_dies_before_the_file_appears_leaves_nothing_under_its_name(storage, monkeypatch, write, step):
+    with monkeypatch.context() as patch:
+        patch.setattr(os, step, crash)
+        with pytest.raises(Crash):
+            getattr(storage, write)("folder/part-00000.parquet", b"data")
+    assert not storage.exists("folder/part-00000.parquet")
+    assert storage.names("folder") == []
+
+
+def test_bytes_are_on_disk_before_their_name_is(storage, monkeypatch):
+    """fsync of the attempt, then the link, then fsync of the folder that holds the name."""
+    steps = []
+    fsync, link = os.fsync, os.link
+    monkeypatch.setattr(os, "fsync", lambda fd: steps.append(os.readlink(f"/proc/self/fd/{fd}")) or fsync(fd))
+    monkeypatch.setattr(os, "link", lambda *names: steps.append("link") or link(*names))
+    storage.create("a/file", b"data")
+    assert [step.rpartition("/")[0] for step in steps[:1]] == [str(storage.path(ATTEMPTS))]
+    assert steps[1:] == ["link", str(storage.path("a"))]
+
+
+def test_nothing_is_left_among_the_attempts(storage):
+    storage.create("one", b"1")
+    storage.replace("one", b"2")
+    with pytest.raises(FileExistsError):
+        storage.create("one", b"3")
+    assert storage.names(ATTEMPTS) == []
+
+
+def test_a_folder_appears_whole_and_never_replaces_another(storage):
+    for content in ("first", "second"):
+        attempt = storage.new_attempt_folder()
+        (attempt / "sub").mkdir()
+        (attempt / "sub/file").write_text(content)
+        if content == "first":
+            storage.create_folder("model", attempt)
+        else:
+            with pytest.raises(FileExistsError):
+                storage.create_folder("model", attempt)
+    assert storage.read("model/sub/file") == b"first"
+
+
+def test_a_folder_that_cannot_be_moved_for_another_reason_says_so(storage):
+    with pytest.raises(FileNotFoundError):
+        storage.create_folder("model", storage.path("none"))
+
+
+def test_names_are_the_files_of_a_folder_sorted(storage):
+    assert storage.names("none") == []
+    for name in ("b", "a", "c/d"):
+        storage.create(f"folder/{name}", b"")
+    assert storage.names("folder") == ["a", "b"]
+
+
+def test_delete_takes_files_folders_and_nothing(storage):
+    storage.create("folder/sub/file", b"")
+    storage.create("file", b"")
+    for name in ("folder", "file", "none"):
+        storage.delete(name)
+        assert not storage.exists(name)
+
+
+def test_a_line_that_a_crash_cut_short_does_not_spoil_the_next_one(storage):
+    storage.append("log", "one\n")
+    storage.append("log", "tw")
+    storage.append("log", "three\n")
+    assert storage.read("log") == b"one\ntw\nthree\n"
+
+
+def test_digest_is_that_of_the_bytes(storage):
+    """SHA-256 of nothing begins with e3b0c442."""
+    storage.create("empty", b"")
+    assert storage.digest("empty").sha256.startswith("e3b0c442")
+    storage.create("file", b"data")
+    assert storage.digest("file") == bytes_digest(b"data") == file_digest(storage.path("file"))
+    assert storage.digest("file").bytes == 4
+
+
+def test_an_object_store_is_refused_before_anything_is_written():
+    with pytest.raises(ConfigError, match="s3://bucket/run: a run directory must be a local or shared folder"):
+        Storage("s3://bucket/run")
+
+
+def test_the_root_is_absolute_however_it_was_given(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("HOME", str(tmp_path))
+    for given_root in ("run", "~/run", f"file://{tmp_path}/run", tmp_path / "run"):
+        assert Storage(given_root).root == tmp_path / "run"
+
+
+@settings(max_examples=30, deadline=None)
+@given(st.lists(st.tuples(st.text(max_size=5), st.lists(st.integers(-(2**31), 2**31 - 1), max_size=4)), max_size=8))
+def test_a_table_comes_back_equal_and_equal_tables_are_equal_bytes(rows):
+    schema = pa.schema([("text", pa.string()), ("ids", pa.list_(pa.int32()))])
+    tables = [pa.Table.from_pylist([{"text": text, "ids": ids} for text, ids in rows], schema) for _ in range(2)]
+    first, second = map(table_to_bytes, tables)
+    assert first == second
+    assert table_from_bytes(first).equals(tables[0])
