@@ -3,9 +3,9 @@
     heldout + samples of θ_t (+ samples of θ_{t-1}) -> scores under both models -> eval.json
 
 Two margins, both of θ_t against its opponent θ_{t-1}:
-    against_opponent   y' ~ θ_{t-1}: the objective of the iteration on rows it never saw. Its least value is ln 2 minus the
-                       JSD of the ordered pairs (y, y') and (y', y), which is at most 2 JSD(p_data ‖ θ_{t-1});
-                       so (ln 2 - loss) / 2 is a lower bound of the distance that was there to be seen
+    against_opponent   y' ~ θ_{t-1}: the objective of the iteration on rows it never saw. Its least value is ln 2 minus
+                       the JSD of the ordered pairs (y, y') and (y', y), at most 2 JSD(p_data ‖ θ_{t-1}); so
+                       (ln 2 - loss) / 2 is a lower bound of the distance that was there to be seen
     against_self       y' ~ θ_t: are its own fresh samples still told from people's?
 """
 
