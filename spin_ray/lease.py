@@ -25,8 +25,9 @@ LEASE = "lease.json"
 class Lease:
     """Held while a driver works on a run.
 
-    A lease is stale when its holder is a process of this machine that is gone, or when it was not renewed for
-    ``timeout_s`` seconds. A second driver that finds a lease which is not stale gets an error that names the holder.
+    A lease is stale when its holder is a process of this machine that is gone, or one of another machine that did not
+    renew it for ``timeout_s`` seconds. A second driver that finds a lease which is not stale gets an error that names
+    the holder.
     """
 
     def __init__(self, storage: Storage, timeout_s: float) -> None:
@@ -85,15 +86,21 @@ class Lease:
 
     def _renew_until_released(self) -> None:
         while not self._released.wait(self._timeout_s / 4):
-            with _takeover_lock(self._storage.path(".lease.lock")):
-                holder = _read(self._storage)
-                if holder is None or holder["token"] != self._token:
-                    self._lost = (
-                        "nobody (the lease file is gone)"
-                        if holder is None
-                        else f"process {holder['pid']} on {holder['host']}"
-                    )
-                    return
+            try:
+                self._renew()
+            except (OSError, RunDirError) as error:  # say, a file server that is away for a moment
+                logger.warning("%s: the lease could not be renewed: %s", self._storage.root, error)
+            if self._lost:
+                return
+
+    def _renew(self) -> None:
+        with _takeover_lock(self._storage.path(".lease.lock")):
+            holder = _read(self._storage)
+            if holder is None:
+                self._lost = "nobody (the lease file is gone)"
+            elif holder["token"] != self._token:
+                self._lost = f"process {holder['pid']} on {holder['host']}"
+            else:
                 self._write()
 
 
@@ -116,9 +123,17 @@ def _boot_id() -> str:
 
 
 def _process_started(pid: int) -> float | None:
+    """When a process started; None if it is gone, or dead and only waiting for its parent to notice.
+
+    In ticks since the machine booted where /proc tells: psutil's times move when the clock is set.
+    """
     try:
-        return psutil.Process(pid).create_time()
-    except psutil.NoSuchProcess:
+        process = psutil.Process(pid)
+        if process.status() == psutil.STATUS_ZOMBIE:
+            return None
+        stat = Path(f"/proc/{pid}/stat")
+        return float(stat.read_text().rpartition(")")[2].split()[19]) if stat.exists() else process.create_time()
+    except (psutil.NoSuchProcess, OSError):
         return None
 
 
@@ -129,9 +144,14 @@ class _takeover_lock:  # noqa: N801 (reads as a function where it is used)
         self._path = path
 
     def __enter__(self) -> None:
-        self._path.parent.mkdir(parents=True, exist_ok=True)
-        self._file = self._path.open("a")
-        fcntl.flock(self._file, fcntl.LOCK_EX)
+        try:
+            self._path.parent.mkdir(parents=True, exist_ok=True)
+            self._file = self._path.open("a")
+            fcntl.flock(self._file, fcntl.LOCK_EX)
+        except OSError as error:
+            raise RunDirError(
+                f"{self._path.parent}: cannot hold a run ({error.strerror}); choose another --out"
+            ) from error
 
     def __exit__(self, *_: object) -> None:
         self._file.close()

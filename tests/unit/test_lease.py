@@ -1,0 +1,203 @@
+"""One driver per run. The other driver is a real second process wherever that matters."""
+
+import json
+import os
+import select
+import signal
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+
+import psutil
+import pytest
+
+from spin_ray import lease as lease_module
+from spin_ray.errors import RunDirError
+from spin_ray.lease import LEASE, Lease
+from spin_ray.storage import Storage
+
+
+@pytest.fixture
+def storage(tmp_path):
+    return Storage(tmp_path / "run")
+
+
+@contextmanager
+def another_process(work: Callable[[], None]) -> Iterator[int]:
+    """A fork that calls ``work``, says so, and sleeps; killed at the end if it is still there."""
+    ready, done = os.pipe()
+    pid = os.fork()
+    if pid == 0:
+        try:
+            work()
+            os.write(done, b"1")
+            time.sleep(60)
+        finally:
+            os._exit(1)
+    try:
+        assert select.select([ready], [], [], 30)[0], "the other process did not start"
+        assert os.read(ready, 1) == b"1"
+        yield pid
+    finally:
+        os.kill(pid, signal.SIGKILL)
+        os.waitpid(pid, 0)
+        os.close(ready)
+        os.close(done)
+
+
+def holder_of(storage: Storage) -> dict:
+    return json.loads(storage.read(LEASE))
+
+
+def write_lease(storage: Storage, **values: object) -> None:
+    """A lease as another machine would have written it."""
+    foreign = {"token": "t", "host": "node-7", "boot": "other", "pid": 1, "started": 5.0, "renewed": time.time()}
+    storage.replace(LEASE, json.dumps(foreign | values).encode())
+
+
+def wait_for(condition: Callable[[], object]) -> None:
+    deadline = time.monotonic() + 10
+    while not condition():
+        assert time.monotonic() < deadline, "waited 10 s in vain"
+        time.sleep(0.01)
+
+
+def test_a_lease_is_there_while_it_is_held_and_gone_afterwards(storage):
+    with Lease(storage, timeout_s=60) as lease:
+        assert holder_of(storage)["pid"] == os.getpid()
+        lease.check()
+    assert not storage.exists(LEASE)
+
+
+def test_a_lease_is_released_when_the_run_fails(storage):
+    with pytest.raises(ZeroDivisionError), Lease(storage, timeout_s=60):
+        raise ZeroDivisionError
+    assert not storage.exists(LEASE)
+
+
+def test_a_second_driver_is_refused_and_told_who_the_first_is(storage):
+    with another_process(lambda: Lease(storage, timeout_s=60).__enter__() and None) as pid:
+        with pytest.raises(RunDirError, match=f"run: in use by process {pid} on .*choose another --out"):
+            Lease(storage, timeout_s=60).__enter__()
+        assert holder_of(storage)["pid"] == pid
+
+
+def test_the_lease_of_a_killed_process_is_taken_over_at_once_though_its_time_out_is_far(storage):
+    """Killed with SIGKILL; its parent has not waited for it yet, so it is still in the process table."""
+    with another_process(lambda: Lease(storage, timeout_s=3600).__enter__() and None) as pid:
+        os.kill(pid, signal.SIGKILL)
+        wait_for(lambda: psutil.Process(pid).status() == psutil.STATUS_ZOMBIE)
+        with Lease(storage, timeout_s=3600):
+            assert holder_of(storage)["pid"] == os.getpid()
+
+
+def test_the_lease_of_a_process_whose_number_another_one_has_now_is_taken_over(storage):
+    with Lease(storage, timeout_s=3600):
+        content = holder_of(storage)
+    storage.replace(LEASE, json.dumps(content | {"started": content["started"] - 1}).encode())
+    with Lease(storage, timeout_s=3600):
+        pass
+
+
+def test_setting_the_clock_does_not_make_a_living_driver_look_dead(storage, monkeypatch):
+    """psutil adds the boot time, which follows the clock, to the ticks since boot."""
+    from psutil import _pslinux
+
+    with another_process(lambda: Lease(storage, timeout_s=60).__enter__() and None):
+        monkeypatch.setattr(_pslinux, "boot_time", lambda: 12345.0)
+        with pytest.raises(RunDirError, match="in use by process"):
+            Lease(storage, timeout_s=60).__enter__()
+
+
+def test_a_lease_of_another_machine_counts_until_its_time_out(storage):
+    write_lease(storage, renewed=time.time() - 50)
+    with pytest.raises(RunDirError, match=r"in use by process 1 on node-7 \(lease renewed 50 s ago\)"):
+        Lease(storage, timeout_s=60).__enter__()
+    write_lease(storage, renewed=time.time() - 61)
+    with Lease(storage, timeout_s=60):
+        assert holder_of(storage)["pid"] == os.getpid()
+
+
+def test_a_lease_is_renewed_four_times_per_time_out(storage):
+    with Lease(storage, timeout_s=0.2):
+        first = holder_of(storage)["renewed"]
+        wait_for(lambda: holder_of(storage)["renewed"] > first)
+
+
+def test_a_driver_whose_lease_was_taken_over_stops_and_leaves_it_to_the_new_holder(storage):
+    with Lease(storage, timeout_s=0.1) as lease:
+        write_lease(storage)
+        wait_for(lambda: lease._lost)
+        with pytest.raises(RunDirError, match="taken over by process 1 on node-7; this driver stops"):
+            lease.check()
+    assert holder_of(storage)["host"] == "node-7"
+
+
+def test_a_driver_whose_lease_was_removed_stops(storage):
+    with Lease(storage, timeout_s=0.1) as lease:
+        storage.delete(LEASE)
+        wait_for(lambda: lease._lost)
+        with pytest.raises(RunDirError, match="nobody"):
+            lease.check()
+
+
+def test_a_renewal_that_fails_once_is_made_up_for(storage, monkeypatch, caplog):
+    replace, failed = Storage.replace, []
+
+    def fail_once(*arguments):
+        if not failed:
+            failed.append(True)
+            raise OSError(5, "Input/output error")
+        replace(*arguments)
+
+    with Lease(storage, timeout_s=0.1) as lease:
+        first = holder_of(storage)["renewed"]
+        monkeypatch.setattr(Storage, "replace", fail_once)
+        wait_for(lambda: holder_of(storage)["renewed"] > first)
+        assert failed
+        lease.check()
+    assert "could not be renewed" in caplog.text
+
+
+def test_of_drivers_that_start_together_one_gets_the_lease(storage):
+    """Four processes, one gate: each says 1 if it holds the lease, 0 if it was refused."""
+    gate_read, gate_write = os.pipe()
+    say_read, say_write = os.pipe()
+    children = []
+    for _ in range(4):
+        pid = os.fork()
+        if pid == 0:
+            try:
+                os.read(gate_read, 1)
+                Lease(storage, timeout_s=60).__enter__()
+                os.write(say_write, b"1")
+                time.sleep(60)
+            except RunDirError:
+                os.write(say_write, b"0")
+            finally:
+                os._exit(0)
+        children.append(pid)
+    try:
+        os.write(gate_write, b"gogo")
+        said = b""
+        while len(said) < 4:
+            assert select.select([say_read], [], [], 30)[0]
+            said += os.read(say_read, 4)
+        assert sorted(said) == sorted(b"0001")
+    finally:
+        for pid in children:
+            os.kill(pid, signal.SIGKILL)
+            os.waitpid(pid, 0)
+
+
+def test_a_path_that_cannot_hold_a_run_is_one_line(tmp_path):
+    (tmp_path / "file").write_text("mine")
+    for path in (tmp_path / "file", tmp_path / "file" / "run"):
+        with pytest.raises(RunDirError, match=r"cannot hold a run \(.*\); choose another --out"):
+            Lease(Storage(path), timeout_s=60).__enter__()
+    assert (tmp_path / "file").read_text() == "mine"
+
+
+def test_a_machine_is_named_by_its_boot_and_its_process_numbers():
+    """Two containers of one machine do not see each other's processes: they are two machines here."""
+    assert os.readlink("/proc/self/ns/pid") in lease_module._boot_id()
