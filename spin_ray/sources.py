@@ -94,7 +94,7 @@ def files_digest(files: list[str]) -> str:
 
 
 def split(files: list[str]) -> list[Slice]:
-    """Slices of about 32 MiB, in order."""
+    """Slices of about 32 MiB, in order; DataError if there is nothing to slice."""
     slices = []
     for uri in files:
         filesystem, path = _filesystem(uri)
@@ -104,6 +104,8 @@ def split(files: list[str]) -> list[Slice]:
         else:
             size = filesystem.get_file_info(path).size
             slices += [Slice(uri, start, min(start + SLICE_BYTES, size)) for start in range(0, size, SLICE_BYTES)]
+    if not slices:
+        raise DataError(f"{', '.join(files)}: holds no rows")
     return slices
 
 

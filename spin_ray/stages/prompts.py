@@ -195,7 +195,7 @@ def _messages_of(content: dict[str, Any], data: DataConfig) -> list[Message]:
 def _answer_of(value: Any) -> float | None:
     try:
         number = float(value)
-    except (TypeError, ValueError):
+    except (TypeError, ValueError, OverflowError):
         return None
     return number if math.isfinite(number) else None
 

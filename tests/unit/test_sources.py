@@ -141,7 +141,8 @@ def test_every_line_is_read_once_and_in_order_wherever_the_slices_end(
     tmp_path_factory, contents, newline, ends_with_newline, slice_bytes
 ):
     path = tmp_path_factory.getbasetemp() / "lines.jsonl"
-    path.write_bytes(newline.join(contents) + (newline if ends_with_newline and contents else b""))
+    contents = [b"the first line", *contents]
+    path.write_bytes(newline.join(contents) + (newline if ends_with_newline else b""))
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(sources, "SLICE_BYTES", slice_bytes)
         pieces = split([str(path)])
@@ -234,6 +235,13 @@ def test_parquet_without_rows_gives_none(tmp_path):
     text = pa.array([], pa.string())
     pq.write_table(pa.table({"prompt": text, "response": text}), tmp_path / "a.parquet")
     assert rows_of(tmp_path / "a.parquet") == []
+
+
+def test_parquet_without_even_a_row_group_is_an_error(tmp_path):
+    path = tmp_path / "a.parquet"
+    pq.ParquetWriter(path, pa.schema([("prompt", pa.string()), ("response", pa.string())])).close()
+    with pytest.raises(DataError, match=r"a\.parquet: holds no rows"):
+        split([str(path)])
 
 
 def test_kinds_of_files_may_be_mixed(folder):

@@ -1,0 +1,79 @@
+"""What stands in for vLLM and for earlier stages in unit tests."""
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+
+from spin_ray.config import SamplingConfig, SpinConfig
+from spin_ray.engine import Completion
+from spin_ray.run_dir import Artefact, part_name
+from spin_ray.types import GENERATION_SCHEMA, PROMPT_SCHEMA
+
+END_OF_TURN = 2
+MINIMAL = {"model": {"path": "m"}, "data": {"train": "d.jsonl"}}
+
+
+def config_of(**sections: Any) -> SpinConfig:
+    return SpinConfig.model_validate(MINIMAL | sections)
+
+
+class FakeEngine:
+    """A ``GenerationEngine`` whose tokens follow from the seed alone; every third response is cut at ``max_tokens``."""
+
+    def __init__(self) -> None:
+        self.calls: list[list[list[int]]] = []
+        """Prompts of each call."""
+
+    def generate(
+        self, prompt_ids: Sequence[Sequence[int]], sampling: SamplingConfig, seeds: Sequence[int]
+    ) -> list[Completion]:
+        self.calls.append([list(prompt) for prompt in prompt_ids])
+        return [self._answer(sampling.max_tokens, seed) for _, seed in zip(prompt_ids, seeds, strict=True)]
+
+    def close(self) -> None:
+        pass
+
+    def _answer(self, max_tokens: int, seed: int) -> Completion:
+        random = np.random.default_rng(seed)
+        if random.random() < 1 / 3:
+            return Completion(random.integers(3, 300, max_tokens).tolist(), "length")
+        return Completion([*random.integers(3, 300, random.integers(0, max_tokens)).tolist(), END_OF_TURN], "stop")
+
+
+def write_rows(artefact: Artefact, schema: pa.Schema, rows: list[dict[str, Any]], part_rows: int) -> None:
+    """Commits ``rows`` in parts of ``part_rows``."""
+    entries = {}
+    for number, start in enumerate(range(0, len(rows), part_rows)):
+        table = pa.Table.from_pylist(rows[start : start + part_rows], schema)
+        entries[part_name(number)] = artefact.write_part(part_name(number), table)
+    artefact.commit(entries, {}, {})
+
+
+def write_prompts(artefact: Artefact, count: int, part_rows: int) -> None:
+    """Prompts p000, p001, …; the tokens of prompt i are [1, i] and its real response is [10 + i, 2]."""
+    rows = [
+        {"prompt_id": f"p{i:03d}", "prompt_ids": [1, i], "real_ids": [10 + i, END_OF_TURN], "messages": "[]"}
+        for i in range(count)
+    ]
+    write_rows(artefact, PROMPT_SCHEMA, rows, part_rows)
+
+
+def generation_rows(answers: list[tuple[str, int, list[int]]], opponent: str = "sft") -> list[dict[str, Any]]:
+    """Rows of GENERATION_SCHEMA from (prompt id, sample, tokens); one that does not end its turn was cut."""
+    return [
+        {
+            "prompt_id": prompt_id,
+            "sample": sample,
+            "opponent": opponent,
+            "token_ids": tokens,
+            "finish_reason": "stop" if tokens and tokens[-1] == END_OF_TURN else "length",
+            "seed": 0,
+        }
+        for prompt_id, sample, tokens in answers
+    ]
+
+
+def write_answers(artefact: Artefact, answers: list[tuple[str, int, list[int]]], part_rows: int) -> None:
+    write_rows(artefact, GENERATION_SCHEMA, generation_rows(answers), part_rows)
