@@ -1,7 +1,8 @@
 """Run as a script by test_smollm2_run: loads every iterate in vLLM and audits its log-probs against the trainer's.
 
 The opponent of iteration 1 is iter_000/model: vLLM's sum of log-probs of each response must agree with reference/
-within 0.05 nats per token on average and 0.15 at worst: both compute in bf16. Also: a generation_config.json in the model folder must not change what is sampled.
+within 0.05 nats per token on average and 0.15 at worst: both compute in bf16.
+Also: a generation_config.json in the model folder must not change what is sampled.
 """
 
 import json
