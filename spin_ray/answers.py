@@ -4,8 +4,8 @@ import re
 
 _NUMBER = r"-?\d[\d,]*(?:\.\d+)?"
 _EXTRACTORS = {
-    "equals": re.compile(rf".*=\s*\$?\s*({_NUMBER})", re.DOTALL),
-    "hashes": re.compile(rf".*####\s*\$?\s*({_NUMBER})", re.DOTALL),
+    "equals": re.compile(rf".*=\s*(?:\$\s*)?({_NUMBER})", re.DOTALL),
+    "hashes": re.compile(rf".*####\s*(?:\$\s*)?({_NUMBER})", re.DOTALL),
 }
 
 
