@@ -3,6 +3,7 @@
 import json
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from spin_ray.config import ModelConfig
 from spin_ray.errors import ConfigError, ModelError
@@ -54,7 +55,7 @@ def find_model(config: ModelConfig) -> Path:
         ModelError: neither a folder nor a model that the hub knows or that can be reached.
         ConfigError: the model is too short for ``model.max_length``.
     """
-    folder = Path(config.path)
+    folder = Path(config.path).expanduser().absolute()  # Ray workers run in other folders
     if not folder.exists():
         if config.path.count("/") != 1 or config.path.startswith((".", "/", "~")):
             raise ModelError(f"model.path {config.path}: no such folder")
@@ -77,13 +78,20 @@ def folder_entries(folder: Path) -> dict[str, FileEntry]:
     return entries
 
 
-def read_config(folder: Path) -> dict[str, object]:
+def read_config(folder: Path) -> dict[str, Any]:
+    return _read_json(folder / "config.json")
+
+
+def _read_json(path: Path) -> dict[str, Any]:
     try:
-        return json.loads((folder / "config.json").read_text(encoding="utf-8"))
-    except FileNotFoundError as error:
-        raise ModelError(f"{folder}: has no config.json; expected a model in Hugging Face layout") from error
-    except ValueError as error:
-        raise ModelError(f"{folder}/config.json: is not JSON ({error})") from error
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except (FileNotFoundError, NotADirectoryError) as error:
+        raise ModelError(f"{path.parent}: has no {path.name}; expected a model in Hugging Face layout") from error
+    except (ValueError, RecursionError) as error:
+        raise ModelError(f"{path}: is not JSON ({error})") from error
+    if not isinstance(content, dict):
+        raise ModelError(f"{path}: is not a JSON object")
+    return content
 
 
 def _refuse_untrusted(folder: Path) -> None:
@@ -93,11 +101,18 @@ def _refuse_untrusted(folder: Path) -> None:
                 f"{path}: pickled weights and code can run anything when loaded; keep only safetensors, or set "
                 "model.trust_remote_code if you trust the source"
             )
-    for name in ("config.json", "tokenizer_config.json"):
-        if (folder / name).is_file() and '"auto_map"' in (folder / name).read_text(encoding="utf-8", errors="replace"):
+    for path in sorted(folder.glob("*config.json")):
+        if _has_key(_read_json(path), "auto_map"):
             raise ModelError(
-                f"{folder}/{name}: auto_map asks for the model's own code; set model.trust_remote_code if you trust it"
+                f"{path}: auto_map asks for the model's own code; set model.trust_remote_code if you trust it"
             )
+
+
+def _has_key(tree: Any, key: str) -> bool:
+    """Whether an object anywhere in ``tree`` has ``key``; the text would not tell (JSON can write it with escapes)."""
+    if isinstance(tree, dict):
+        return key in tree or any(_has_key(value, key) for value in tree.values())
+    return isinstance(tree, list) and any(_has_key(value, key) for value in tree)
 
 
 def _download(name: str) -> Path:

@@ -1,0 +1,212 @@
+"""Model folders: what may be trusted is decided before any library opens them."""
+
+import json
+import os
+import pickle
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from spin_ray.config import ModelConfig
+from spin_ray.errors import ConfigError, ModelError
+from spin_ray.model_folder import find_model, folder_entries, open_model, read_config
+from spin_ray.run_dir import MANIFEST
+
+
+@pytest.fixture
+def folder(tmp_path):
+    """What a model folder needs to be one."""
+    folder = tmp_path / "model"
+    folder.mkdir()
+    (folder / "config.json").write_text(json.dumps({"max_position_embeddings": 512, "pad_token_id": 3}))
+    (folder / "model.safetensors").write_bytes(b"weights")
+    (folder / "tokenizer_config.json").write_text("{}")
+    return folder
+
+
+class Canary:
+    """Leaves a file behind when it is unpickled."""
+
+    def __init__(self, path: Path) -> None:
+        self._path = path
+
+    def __reduce__(self) -> Any:
+        return os.mkdir, (str(self._path),)
+
+
+# What is refused
+
+
+@pytest.mark.parametrize(
+    "name", ["pytorch_model.bin", "optimizer.pt", "sub/vocab.PKL", "weights.pth", "a.ckpt", "a.joblib", "a.pickle"]
+)
+def test_pickles_are_refused_unread(folder, tmp_path, name):
+    path = folder / name
+    path.parent.mkdir(exist_ok=True)
+    path.write_bytes(pickle.dumps(Canary(tmp_path / "canary")))
+    with pytest.raises(ModelError, match=f"{name}: pickled weights and code can run anything when loaded"):
+        open_model(folder, "sft")
+    assert not (tmp_path / "canary").exists()
+    pickle.loads(path.read_bytes())
+    assert (tmp_path / "canary").exists()  # or it would have sung for nobody
+
+
+@pytest.mark.parametrize("name", ["modeling_canary.py", "sub/helper.py"])
+def test_code_is_refused_unrun(folder, tmp_path, name):
+    path = folder / name
+    path.parent.mkdir(exist_ok=True)
+    path.write_text(f"open({str(tmp_path / 'canary')!r}, 'w')")
+    with pytest.raises(ModelError, match=f"{name}: pickled weights and code"):
+        open_model(folder, "sft")
+    assert not (tmp_path / "canary").exists()
+
+
+@pytest.mark.parametrize(
+    ("file", "content"),
+    [
+        ("config.json", '{"auto_map": {"AutoConfig": "modeling_canary.CanaryConfig"}}'),
+        ("config.json", '{"auto_map": {"AutoConfig": "other/repo--modeling.C"}}'),
+        ("config.json", '{"a\\u0075to_map": {"AutoConfig": "m.C"}}'),
+        ("config.json", '{"text_config": {"auto_map": {"AutoModel": "m.M"}}}'),
+        ("config.json", '{"experts": [{"auto_map": {}}]}'),
+        ("tokenizer_config.json", '{"auto_map": {"AutoTokenizer": ["m.T", null]}}'),
+        ("preprocessor_config.json", '{"auto_map": {"AutoProcessor": "m.P"}}'),
+    ],
+)
+def test_a_config_that_asks_for_the_models_own_code_is_refused(folder, file, content):
+    (folder / file).write_text(content)
+    with pytest.raises(ModelError, match=f"{file}: auto_map asks for the model's own code"):
+        open_model(folder, "sft")
+
+
+def test_the_words_auto_map_in_a_value_are_no_request_for_code(folder):
+    (folder / "tokenizer_config.json").write_text('{"chat_template": "say \\"auto_map\\": 1"}')
+    open_model(folder, "sft")
+
+
+def test_code_is_accepted_from_whom_the_config_trusts(folder):
+    (folder / "modeling_own.py").write_text("")
+    (folder / "config.json").write_text('{"auto_map": {"AutoConfig": "modeling_own.C"}}')
+    assert open_model(folder, "sft", trust_remote_code=True).name == "sft"
+
+
+# What is no model
+
+
+def test_a_folder_that_is_not_there_is_named(tmp_path):
+    with pytest.raises(ModelError, match="none: no such model folder"):
+        open_model(tmp_path / "none", "sft")
+
+
+def test_a_folder_without_config_or_weights_is_no_model(folder):
+    (folder / "model.safetensors").unlink()
+    with pytest.raises(ModelError, match=r"has no \.safetensors weights; convert them"):
+        open_model(folder, "sft")
+    (folder / "config.json").unlink()
+    with pytest.raises(ModelError, match=r"has no config\.json; expected a model in Hugging Face layout"):
+        open_model(folder, "sft")
+
+
+@pytest.mark.parametrize("content", ["{", "", "[1]", "7", "[" * 100_000])
+def test_a_config_that_is_no_json_object_is_named(folder, content):
+    (folder / "config.json").write_text(content)
+    with pytest.raises(ModelError, match=r"config\.json: is not"):
+        read_config(folder)
+    with pytest.raises(ModelError, match=r"config\.json: is not"):
+        open_model(folder, "sft", trust_remote_code=True)
+
+
+# What is known of a model
+
+
+@pytest.mark.parametrize(("pad", "pad_id"), [(3, 3), (0, 0), (None, 0), (-1, 0), ("<pad>", 0), ([3], 0)])
+def test_the_pad_id_is_the_models_or_any_legal_token(folder, pad, pad_id):
+    (folder / "config.json").write_text(json.dumps({"pad_token_id": pad}))
+    assert open_model(folder, "sft").pad_id == pad_id
+
+
+def test_the_digest_follows_every_file_but_the_manifest(folder):
+    before = open_model(folder, "sft").digest
+    (folder / MANIFEST).write_text("{}")
+    assert open_model(folder, "sft").digest == before
+    for name in ("model.safetensors", "tokenizer_config.json", "chat_template.jinja"):
+        (folder / name).write_text('{"changed": true}')
+        now = open_model(folder, "sft").digest
+        assert now != before
+        before = now
+
+
+def test_the_digest_does_not_depend_on_where_the_model_is(folder, tmp_path):
+    before = open_model(folder, "sft").digest
+    folder.rename(tmp_path / "moved")
+    assert open_model(tmp_path / "moved", "iter_000").digest == before
+
+
+def test_entries_name_files_below_the_folder(folder):
+    (folder / "sub").mkdir()
+    (folder / "sub/file.json").write_text("{}")
+    entries = folder_entries(folder)
+    assert sorted(entries) == ["config.json", "model.safetensors", "sub/file.json", "tokenizer_config.json"]
+    assert entries["model.safetensors"].bytes == len(b"weights")
+
+
+# Where it is
+
+
+def test_a_model_is_found_from_the_working_directory_and_its_path_is_absolute(folder, monkeypatch):
+    """Ray workers run in other folders."""
+    monkeypatch.chdir(folder.parent)
+    assert find_model(ModelConfig(path="model", max_length=512)) == folder
+    monkeypatch.setenv("HOME", str(folder.parent))
+    assert find_model(ModelConfig(path="~/model", max_length=512)) == folder
+
+
+def test_more_positions_than_the_model_has_are_an_error_with_both_numbers(folder):
+    with pytest.raises(
+        ConfigError, match=r"model\.max_length: 513 is more than the 512 positions of .*model; lower it"
+    ):
+        find_model(ModelConfig(path=str(folder), max_length=513))
+
+
+def test_a_model_that_does_not_say_how_many_positions_it_has_is_accepted(folder):
+    (folder / "config.json").write_text("{}")
+    assert find_model(ModelConfig(path=str(folder), max_length=10**6)) == folder
+
+
+@pytest.mark.parametrize("path", ["none", "./a/b", "/none/model", "~/none", "a/b/c"])
+def test_a_path_that_cannot_be_a_name_on_the_hub_is_looked_for_on_disk_only(tmp_path, monkeypatch, path):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("spin_ray.model_folder._download", lambda name: pytest.fail(f"asked the hub for {name}"))
+    with pytest.raises(ModelError, match=f"model.path {path}: no such folder"):
+        find_model(ModelConfig(path=path))
+
+
+def test_a_hub_that_cannot_be_reached_is_one_line(monkeypatch):
+    import huggingface_hub
+
+    def unreachable(*_: object, **__: object) -> None:
+        raise OSError("no route to host\nlong explanation")
+
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", unreachable)
+    with pytest.raises(ModelError) as caught:
+        find_model(ModelConfig(path="org/name"))
+    assert str(caught.value) == ("model.path org/name: no such folder, and the hub did not give it (no route to host)")
+
+
+def test_nothing_but_safetensors_and_text_is_fetched_from_the_hub(folder, monkeypatch):
+    import huggingface_hub
+
+    asked: dict[str, Any] = {}
+    monkeypatch.setattr(
+        huggingface_hub, "snapshot_download", lambda name, **options: asked.update(options, name=name) or str(folder)
+    )
+    assert find_model(ModelConfig(path="org/name", max_length=512)) == folder
+    assert asked["name"] == "org/name"
+    assert not [pattern for pattern in asked["allow_patterns"] if pattern.endswith((".py", ".bin", "*"))]
+
+
+def test_a_file_in_place_of_a_model_is_named(tmp_path):
+    (tmp_path / "model").write_text("weights?")
+    with pytest.raises(ModelError, match=r"model: has no config\.json"):
+        find_model(ModelConfig(path=str(tmp_path / "model")))
