@@ -30,7 +30,6 @@ def connect(config: SpinConfig) -> None:
         address = config.cluster.address or os.environ.get("RAY_ADDRESS")
         options: dict[str, Any] = {"address": address} if address else {
             "address": "local", "num_cpus": config.cluster.local_cpus, "include_dashboard": False,
-            "_node_ip_address": "127.0.0.1",  # nothing of an embedded Ray listens beyond this machine
         }  # fmt: skip
         try:
             ray.init(log_to_driver=False, logging_level=logging.WARNING, **options)

@@ -10,7 +10,7 @@ import ray.train.torch
 
 from spin_ray import cpu
 from spin_ray.config import SpinConfig
-from spin_ray.errors import StageError
+from spin_ray.errors import StageError, UserError
 
 
 def run_workers(function: Callable[[Any], None], job: Any, config: SpinConfig, name: str, folder: Path) -> None:
@@ -21,6 +21,7 @@ def run_workers(function: Callable[[Any], None], job: Any, config: SpinConfig, n
     name of its own.
 
     Raises:
+        UserError: what a worker raised, if it is something the user can mend.
         StageError: the workers could not be placed in time, or failed too often.
     """
     resources = config.train.resources
@@ -42,8 +43,14 @@ def run_workers(function: Callable[[Any], None], job: Any, config: SpinConfig, n
     try:
         trainer.fit()
     except ray.train.TrainingFailedError as error:
+        for failure in getattr(error, "worker_failures", {}).values():
+            raised = getattr(failure, "_base_exc", failure)  # Ray wraps it to keep the traceback
+            if isinstance(raised, UserError):
+                raise raised from error
         lines = [line for line in str(error).splitlines() if line.strip()]
-        raise StageError(f"{name} failed: {lines[-1] if lines else error}; run the command again to go on") from error
+        raise StageError(
+            f"the train workers for {folder} failed: {lines[-1] if lines else error}; run the command again to go on"
+        ) from error
 
 
 def _in_worker(loop: dict[str, Any]) -> None:

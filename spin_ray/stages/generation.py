@@ -116,7 +116,11 @@ def run(
         for job in jobs:
             job.target.commit(entries[job.target.path], job.inputs(), job.settings(config))
         counted |= {"rows": total, "tokens": tokens, "shards_found": len(shards) - len(missing)}
-    wait_until_free([config.train.resources.bundle] * config.train.workers, 120, "training, after generation")
+    wait_until_free(
+        [config.train.resources.bundle] * config.train.workers,
+        config.train.start_timeout_s,
+        "training, after generation",
+    )
 
 
 def prompt_slice(total: int, wanted: int | None, iteration: int, seed: int) -> np.ndarray | None:

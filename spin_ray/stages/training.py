@@ -161,7 +161,9 @@ def _train(run_dir: RunDir, config: SpinConfig, job: TrainJob) -> None:
         if not config.storage.keep_checkpoints:
             run_dir.storage.delete(checkpoints)
     wait_until_free(
-        [config.generation.resources.bundle] * config.generation.replicas, 120, "generation, after training"
+        [config.generation.resources.bundle] * config.generation.replicas,
+        config.generation.start_timeout_s,
+        "generation, after training",
     )
 
 

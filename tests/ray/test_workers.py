@@ -1,0 +1,39 @@
+"""A group of train workers on a real local Ray: results come back, and so do errors."""
+
+import sys
+from pathlib import Path
+
+import pytest
+import ray.cloudpickle
+import torch
+import torch.distributed as dist
+
+from spin_ray.config import SpinConfig
+from spin_ray.errors import RunDirError
+from spin_ray.workers import run_workers
+
+ray.cloudpickle.register_pickle_by_value(sys.modules[__name__])  # workers cannot import a test module
+
+CONFIG = SpinConfig.model_validate(
+    {
+        "model": {"path": "-"},
+        "data": {"train": "-"},
+        "train": {"workers": 2, "max_failures": 0, "resources": {"cpus": 1}},
+    }
+)
+
+
+def _sum_of_ranks(folder: Path) -> None:
+    total = torch.tensor(dist.get_rank() + 1)
+    dist.all_reduce(total)
+    (folder / f"rank-{dist.get_rank()}").write_text(f"{total.item()} {torch.get_num_threads()}")
+    dist.barrier()
+    if dist.get_rank() == 1:
+        raise RunDirError("checkpoint: was written by 3 workers; restore train.workers")
+
+
+def test_workers_share_a_process_group_and_a_user_error_comes_back_as_itself(tmp_path: Path) -> None:
+    """Ranks 0 and 1 add 1 + 2 = 3, each with the one thread of its one CPU; then rank 1 names something to mend."""
+    with pytest.raises(RunDirError, match="was written by 3 workers"):
+        run_workers(_sum_of_ranks, tmp_path, CONFIG, "sum", tmp_path / "checkpoints")
+    assert [(tmp_path / f"rank-{rank}").read_text() for rank in (0, 1)] == ["3 1", "3 1"]
