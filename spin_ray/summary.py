@@ -4,6 +4,7 @@ import json
 from collections import defaultdict
 from typing import Any
 
+import pyarrow.compute as pc
 from rich.console import Console
 from rich.table import Table
 
@@ -22,9 +23,11 @@ def print_summary(run: RunDir, console: Console) -> None:
     console.print(_seconds(stage_seconds(run)))
     if evaluations:
         _print_examples(run, config, console)
-    console.print(f"Run:    {run.storage.root}")
-    console.print(f"Model:  {run.storage.path(run.model(config.iterations).path)} (LATEST: {run.latest()})")
-    console.print(f"Go on:  spin-ray status {run.storage.root}")
+    # Paths and errors are no markup: rich takes [/tmp/x] for the end of a style.
+    console.print(f"Run:    {run.storage.root}", markup=False)
+    model = run.storage.path(run.model(config.iterations).path)
+    console.print(f"Model:  {model} (LATEST: {run.latest()})", markup=False)
+    console.print(f"Go on:  spin-ray status {run.storage.root}", markup=False)
 
 
 def print_status(run: RunDir, console: Console) -> None:
@@ -35,7 +38,8 @@ def print_status(run: RunDir, console: Console) -> None:
     console.print(_seconds(stage_seconds(run)))
     for event in events[-1:]:
         detail = {name: value for name, value in event.items() if name not in ("time", "event", "stage")}
-        console.print(f"Last event: {event['event']} {event['stage']} {json.dumps(detail) if detail else ''}")
+        line = f"Last event: {event['event']} {event['stage']} {json.dumps(detail) if detail else ''}"
+        console.print(line, markup=False)
     console.print(f"LATEST: {run.latest() or 'nothing published yet'}; iterations wanted: {config.iterations}")
 
 
@@ -97,7 +101,8 @@ def _print_examples(run: RunDir, config: SpinConfig, console: Console) -> None:
     rows = next(run.heldout.tables()).slice(0, EXAMPLES).to_pylist()
     answers: dict[str, dict[str, str]] = {}
     for iterate in range(config.iterations + 1):
-        samples = next(run.heldout_samples(iterate).tables()).slice(0, EXAMPLES).to_pylist()
+        table = next(run.heldout_samples(iterate).tables())
+        samples = table.filter(pc.equal(table["sample"], 0)).slice(0, EXAMPLES).to_pylist()
         answers[iterate_name(iterate)] = {
             sample["prompt_id"]: tokenizer.decode(sample["token_ids"], skip_special_tokens=True) for sample in samples
         }
@@ -106,10 +111,10 @@ def _print_examples(run: RunDir, config: SpinConfig, console: Console) -> None:
         console.rule(style="dim")
         for message in messages[:-1]:
             console.print(f"[bold]{message['role']}[/]", end="  ")
-            console.print(message["content"], markup=False)
+            console.print(message["content"], markup=False, emoji=False)
         console.print("[bold green]human[/]", end="  ")
-        console.print(messages[-1]["content"], markup=False)
+        console.print(messages[-1]["content"], markup=False, emoji=False)
         for name, by_prompt in answers.items():
             console.print(f"[bold cyan]{name}[/]", end="  ")
-            console.print(by_prompt.get(row["prompt_id"], ""), markup=False)
+            console.print(by_prompt.get(row["prompt_id"], ""), markup=False, emoji=False)
     console.rule(style="dim")
