@@ -1,0 +1,262 @@
+"""The command line: one line and exit code 2 for what the user can mend, before anything is written or started."""
+
+import json
+import logging
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import ray
+import yaml
+
+from spin_ray import cli
+from spin_ray.embedded import resolve
+from spin_ray.errors import StageError, UserError
+from spin_ray.run_dir import RunDir
+from spin_ray.storage import Storage
+
+RECIPE = {
+    "model": {"path": "embedded:tiny-llama", "max_length": 128},
+    "data": {"train": "embedded:arithmetic-train"},
+    "generation": {"sampling": {"max_tokens": 24}},
+}
+
+
+@pytest.fixture(autouse=True)
+def no_ray(monkeypatch):
+    monkeypatch.setattr(ray, "init", lambda *_, **__: pytest.fail("Ray was started"))
+    monkeypatch.setenv("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+    level = logging.getLogger("httpx").level
+    yield
+    logging.getLogger("httpx").setLevel(level)
+
+
+@pytest.fixture
+def recipe(tmp_path):
+    path = tmp_path / "recipe.yaml"
+    path.write_text(yaml.safe_dump(RECIPE))
+    return path
+
+
+@pytest.fixture
+def call(monkeypatch, capsys):
+    """Calls the program; returns its exit code, stdout and stderr."""
+
+    def call(*arguments: object) -> tuple[int, str, str]:
+        monkeypatch.setattr(sys, "argv", ["spin-ray", *map(str, arguments)])
+        try:
+            cli.main()
+            code = 0
+        except SystemExit as stopped:
+            code = stopped.code
+        out, error = capsys.readouterr()
+        return code, out, error
+
+    return call
+
+
+def assert_one_line(found: tuple[int, str, str], message: str) -> None:
+    code, out, error = found
+    assert code == 2
+    assert message in error
+    assert error.startswith("error: ") and error.count("\n") == 1
+    assert out == ""
+
+
+# Bad input
+
+
+def test_a_typo_in_a_recipe_is_one_line_and_exit_code_2_in_a_real_process(tmp_path, recipe):
+    recipe.write_text(yaml.safe_dump(RECIPE | {"train": {"learning_rat": 1e-6}, "iterations": 0}))
+    command = [sys.executable, "-m", "spin_ray.cli", "run", str(recipe), "--out", str(tmp_path / "run")]
+    found = subprocess.run(command, capture_output=True, text=True, timeout=120, check=False)
+    assert_one_line(
+        (found.returncode, found.stdout, found.stderr),
+        f"{recipe}: iterations: input should be greater than or equal to 1 (got 0); train.learning_rat: unknown key",
+    )
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_typo_in_a_recipe_is_told_without_loading_torch_or_ray(recipe):
+    recipe.write_text(yaml.safe_dump(RECIPE | {"iterations": 0}))
+    code = (
+        "import sys\n"
+        "from spin_ray.cli import main\n"
+        "try: main()\n"
+        "except SystemExit: print(sorted({'torch', 'ray', 'transformers', 'vllm'} & sys.modules.keys()))"
+    )
+    command = [sys.executable, "-c", code, "run", str(recipe), "--out", "never"]
+    found = subprocess.run(command, capture_output=True, text=True, timeout=120, check=False)
+    assert found.stdout == "[]\n"
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"data": {"train": "none.jsonl"}}, "none.jsonl: no such data"),
+        ({"data": {"train": "embedded:none"}}, "names no embedded asset"),
+        ({"model": {"path": "none", "max_length": 128}}, "model.path none: no such folder"),
+        ({"model": {"path": "embedded:tiny-llama", "max_length": 600}}, "600 is more than the 512 positions"),
+        ({"objective": {"beta": [1.0]}}, "objective.beta: has 1 values for 4 iterations"),
+    ],
+)
+@pytest.mark.parametrize("command", ["run", "doctor"])
+def test_what_cannot_be_used_is_one_line_and_no_run_is_begun(call, tmp_path, recipe, command, changes, message):
+    recipe.write_text(yaml.safe_dump(RECIPE | changes))
+    found = call(command, recipe, "--out", tmp_path / "run")
+    if command == "doctor" and "beta" not in message:  # it says what is right before what is wrong
+        assert found[1].startswith("ok recipe")
+        found = (found[0], "", found[2])
+    assert_one_line(found, message)
+    assert not (tmp_path / "run" / "run.json").exists()
+
+
+def test_a_recipe_that_is_not_there_is_one_line(call, tmp_path):
+    assert_one_line(call("run", tmp_path / "none.yaml", "--out", tmp_path / "run"), "none.yaml: cannot be read")
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["--train.learning_rat=1e-6"], "train.learning_rat: unknown key"),
+        (["--train.learning_rate=[1,"], "--train.learning_rate=[1,: is not YAML"),
+        (["--train.learning_rate", "1e-6"], "--train.learning_rate: unknown argument"),
+        (["train.learning_rate=1e-6"], "train.learning_rate=1e-6: unknown argument"),
+        (["--=1"], "--=1: unknown argument"),
+        (["-q"], "-q: unknown argument"),
+        (["--iterations=0"], "iterations: input should be greater than or equal to 1 (got 0)"),
+    ],
+)
+def test_a_bad_override_is_one_line_that_names_it(call, tmp_path, recipe, words, message):
+    assert_one_line(call("run", recipe, "--out", tmp_path / "run", *words), message)
+
+
+@pytest.mark.parametrize("words", [["run"], ["run", "r.yaml"], ["nonsense"], ["status"]])
+def test_a_wrong_call_shows_the_usage_and_is_exit_code_2(call, words):
+    code, _, error = call(*words)
+    assert code == 2
+    assert "Usage: " in error
+
+
+# Nothing is written over
+
+
+def files_of(folder: Path) -> dict[str, bytes]:
+    """Visible files: what a person would miss."""
+    return {path.name: path.read_bytes() for path in folder.rglob("*") if path.is_file() and path.name[0] != "."}
+
+
+def test_a_folder_that_holds_something_else_is_left_as_it_was(call, tmp_path, recipe):
+    folder = tmp_path / "thesis"
+    folder.mkdir()
+    (folder / "thesis.tex").write_text("years of work")
+    assert_one_line(call("run", recipe, "--out", folder), "is not a run and not empty (holds thesis.tex)")
+    assert files_of(folder) == {"thesis.tex": b"years of work"}
+
+
+def test_a_file_in_place_of_the_folder_is_left_as_it_was(call, tmp_path, recipe):
+    path = tmp_path / "notes"
+    path.write_text("mine")
+    assert_one_line(call("run", recipe, "--out", path), "notes: cannot hold a run")
+    assert path.read_text() == "mine"
+
+
+def test_another_run_is_left_as_it_was(call, tmp_path, recipe):
+    run = RunDir(Storage(tmp_path / "run"))
+    from spin_ray.config import load_config
+    from spin_ray.preflight import check_recipe
+
+    config = load_config(recipe)
+    run.begin(config, check_recipe(config).facts())
+    before = files_of(run.storage.root)
+    assert_one_line(
+        call("run", recipe, "--out", run.storage.root, "--seed=1"), "holds another run: seed (was 0, now 1)"
+    )
+    assert files_of(run.storage.root) == before
+
+
+def test_an_object_store_is_refused_as_run_folder(call, recipe):
+    assert_one_line(call("run", recipe, "--out", "s3://bucket/run"), "a run directory must be a local or shared folder")
+
+
+# Good input
+
+
+@pytest.fixture
+def started(monkeypatch):
+    """The calls of run_spin, instead of doing them."""
+    from spin_ray import driver, summary
+
+    found: list[Any] = []
+    result = driver.RunResult(run=None, model=Path("m"), evaluations=[])  # type: ignore[arg-type]
+    monkeypatch.setattr(driver, "run_spin", lambda config, out: found.append((config, out)) or result)
+    monkeypatch.setattr(summary, "print_summary", lambda run, console: None)
+    return found
+
+
+def test_overrides_change_the_recipe_and_the_rest_stays(call, started, recipe):
+    words = ["--train.learning_rate=5e-7", "--objective.beta=[0.1, 5.0]", "--iterations=2", "--data.system=be brief"]
+    assert call("run", recipe, "--out", "RUN", *words) == (0, "", "")
+    ((config, out),) = started
+    assert (config.train.learning_rate, config.objective.beta, config.iterations) == (5e-7, (0.1, 5.0), 2)
+    assert (config.data.system, config.data.train, out) == ("be brief", "embedded:arithmetic-train", "RUN")
+
+
+@pytest.mark.parametrize("value", ["a=b", "--x=1", "no: colon"])
+def test_a_value_may_hold_what_separates_values_elsewhere(call, started, recipe, value):
+    code, _, error = call("run", recipe, "--out", "RUN", f"--data.system='{value}'")
+    assert (code, error) == (0, "")
+    assert started[0][0].data.system == value
+
+
+@pytest.mark.parametrize(
+    ("error", "code", "text"),
+    [
+        (UserError("mend this"), 2, "error: mend this\n"),
+        (StageError("try again"), 1, "error: try again\n"),
+        (KeyboardInterrupt(), 1, "\nstopped; the same command goes on from what is committed\n"),
+    ],
+)
+def test_exit_codes_tell_what_can_be_mended_from_what_failed(call, monkeypatch, recipe, error, code, text):
+    from spin_ray import driver
+
+    def fail(*_: object) -> None:
+        raise error
+
+    monkeypatch.setattr(driver, "run_spin", fail)
+    assert call("run", recipe, "--out", "RUN") == (code, "", text)
+
+
+def test_a_bug_is_not_hidden_behind_one_line(call, monkeypatch, recipe):
+    from spin_ray import driver
+
+    monkeypatch.setattr(driver, "run_spin", lambda *_: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        call("run", recipe, "--out", "RUN")
+
+
+def test_status_shows_a_run_and_refuses_what_is_none(call, tmp_path):
+    run = RunDir(Storage(tmp_path / "run"))
+    content = {"config": RECIPE, "inputs": {}, "start_model": resolve("embedded:tiny-llama")}
+    run.storage.create("run.json", json.dumps(content).encode())
+    run.publish(0)
+    code, out, error = call("status", tmp_path / "run")
+    assert (code, error) == (0, "")
+    assert "LATEST: sft" in out
+    assert_one_line(call("status", tmp_path / "none"), "none: is not a run (no run.json)")
+
+
+def test_doctor_says_what_is_right_and_asks_the_cluster(call, monkeypatch, tmp_path, recipe):
+    from spin_ray import resources
+
+    monkeypatch.setattr(resources, "connect", lambda config: None)
+    monkeypatch.setattr(resources, "_node_resources", lambda: [{"CPU": 1.0}])
+    code, out, _ = call("doctor", recipe, "--out", tmp_path / "run")
+    assert code == 0
+    for line in ("ok recipe", "ok data", "ok model", "GiB free", "ok generation: 1 ×", "ok train: 1 ×", "ray 2."):
+        assert line in out
+    found = call("doctor", recipe, "--train.workers=2")
+    assert_one_line((found[0], "", found[2]), "train asks for 2 × 1 CPU")
+    assert not (tmp_path / "run").exists()

@@ -1,0 +1,89 @@
+"""CPU compute in a process: threads that Ray gave it, and no broken AMX."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+
+from spin_ray import cpu
+
+
+@pytest.fixture
+def machine(tmp_path, monkeypatch):
+    """A machine that advertises AMX; its probes are recorded, and end as ``returncode`` says."""
+    told: dict[str, Any] = {"advertised": True, "returncode": 0, "probes": []}
+
+    def probe(command: list[str], env: dict[str, str], **_: Any) -> SimpleNamespace:
+        told["probes"].append((command, env))
+        return SimpleNamespace(returncode=told["returncode"])
+
+    monkeypatch.setattr(cpu, "_amx_is_advertised", lambda: told["advertised"])
+    monkeypatch.setattr(subprocess, "run", probe)
+    monkeypatch.setattr(cpu.tempfile, "gettempdir", lambda: str(tmp_path))
+    monkeypatch.setattr(os, "environ", {"PATH": os.environ["PATH"]})
+    return told
+
+
+def test_threads_are_as_many_as_ray_gave_and_wait_asleep(machine):
+    cpu.prepare(3)
+    assert (os.environ["OMP_NUM_THREADS"], os.environ["OMP_WAIT_POLICY"]) == ("3", "PASSIVE")
+
+
+def test_ray_knows_better_than_the_environment_how_many_threads_there_are(machine):
+    """A worker inherits its driver's environment."""
+    os.environ |= {"OMP_NUM_THREADS": "64", "OMP_WAIT_POLICY": "ACTIVE"}
+    cpu.prepare(1)
+    assert (os.environ["OMP_NUM_THREADS"], os.environ["OMP_WAIT_POLICY"]) == ("1", "ACTIVE")
+
+
+def test_amx_that_works_is_left_alone(machine):
+    cpu.prepare(1)
+    assert "ONEDNN_MAX_CPU_ISA" not in os.environ
+    assert machine["probes"][0][0][0] == sys.executable
+
+
+@pytest.mark.parametrize("returncode", [-4, 1])
+def test_amx_that_kills_a_process_is_not_used(machine, returncode, caplog):
+    """SIGILL is 4."""
+    machine["returncode"] = returncode
+    cpu.prepare(1)
+    assert os.environ["ONEDNN_MAX_CPU_ISA"] == "AVX512_CORE_FP16"
+    assert "advertises AMX but cannot run it" in caplog.text
+
+
+@pytest.mark.parametrize("returncode", [0, -4])
+def test_the_probe_runs_once_per_machine_and_boot(machine, returncode):
+    machine["returncode"] = returncode
+    for _ in range(3):
+        os.environ.pop("ONEDNN_MAX_CPU_ISA", None)
+        cpu.prepare(1)
+    assert len(machine["probes"]) == 1
+    assert ("ONEDNN_MAX_CPU_ISA" in os.environ) is (returncode != 0)
+
+
+def test_a_machine_without_amx_is_not_probed(machine):
+    machine["advertised"] = False
+    cpu.prepare(1)
+    assert machine["probes"] == []
+    assert "ONEDNN_MAX_CPU_ISA" not in os.environ
+
+
+def test_who_set_the_instruction_set_is_obeyed_unprobed(machine):
+    os.environ["ONEDNN_MAX_CPU_ISA"] = "AVX2"
+    cpu.prepare(1)
+    assert machine["probes"] == []
+    assert os.environ["ONEDNN_MAX_CPU_ISA"] == "AVX2"
+
+
+def test_the_probe_is_a_program_that_computes_in_bf16():
+    compile(cpu._PROBE, "probe", "exec")
+    assert "bfloat16" in cpu._PROBE and "a @ a" in cpu._PROBE
+
+
+def test_amx_is_advertised_by_the_flags_of_the_processor():
+    flags = Path("/proc/cpuinfo").read_text().split()
+    assert cpu._amx_is_advertised() is ("amx_tile" in flags)
