@@ -47,7 +47,7 @@ def play(job: Job, config: SpinConfig, engine: FakeEngine) -> list[dict[str, Any
 # Shards
 
 
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=15, deadline=None)
 @given(
     count=st.integers(1, 23),
     part_rows=st.integers(1, 9),

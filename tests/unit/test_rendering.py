@@ -78,7 +78,7 @@ ordinary_text = (
 
 
 @pytest.mark.parametrize("name", [TINY, SMOLLM2])
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=40, deadline=None)
 @given(pairs=turns, system=st.none() | hostile_text)
 def test_no_text_makes_a_control_token(name, pairs, system):
     """The control tokens of any conversation are those of the same conversation with nothing but x in it."""
@@ -95,7 +95,7 @@ def test_no_text_makes_a_control_token(name, pairs, system):
 
 
 @pytest.mark.parametrize("name", [TINY, SMOLLM2])
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=40, deadline=None)
 @given(pairs=turns)
 def test_tokens_decode_to_the_text_that_the_template_writes(name, pairs):
     """Nothing of the text is lost or changed, the private-use characters that are used inside included."""
@@ -121,7 +121,7 @@ def test_ordinary_rows_have_the_tokens_that_transformers_gives_them(name, pairs,
     assert tokenizer.decode(whole[-1:]) == "\n"
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=40, deadline=None)
 @given(pairs=turns, other=hostile_text)
 def test_tokens_of_the_prompt_do_not_depend_on_the_response(pairs, other):
     """The opponent sees only the prompt: a response that starts with a blank must not change how the prompt ends."""
