@@ -282,11 +282,11 @@ class RunDir:
         return read_json_lines(self.storage, "events.jsonl")
 
     def publish(self, iterate: int) -> None:
-        """Moves LATEST to θ_iterate."""
-        name = iterate_name(iterate)
-        if self.latest() != name:
-            self.storage.replace("LATEST", f"{name}\n".encode())
-            self.event("publish", name)
+        """Moves LATEST on to θ_iterate; never back, as a resumed driver passes the earlier iterates again."""
+        latest = self.latest()
+        if latest is None or iterate > iterate_number(latest):
+            self.storage.replace("LATEST", f"{iterate_name(iterate)}\n".encode())
+            self.event("publish", iterate_name(iterate))
 
     def latest(self) -> str | None:
         try:
@@ -308,6 +308,11 @@ def iteration_name(iteration: int) -> str:
 def iterate_name(iterate: int) -> str:
     """``0 -> sft`` (θ_0), ``1 -> iter_000``: iteration t turns θ_t into θ_{t+1} and keeps it in its own folder."""
     return "sft" if iterate == 0 else iteration_name(iterate - 1)
+
+
+def iterate_number(name: str) -> int:
+    """``sft -> 0``, ``iter_000 -> 1``: the inverse of ``iterate_name``."""
+    return 0 if name == "sft" else int(name.removeprefix("iter_")) + 1
 
 
 def read_json_lines(storage: Storage, name: str) -> list[dict[str, Any]]:

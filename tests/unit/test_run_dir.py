@@ -247,6 +247,14 @@ def test_latest_moves_to_the_published_iterate(run):
     assert run.latest() == "iter_000"
 
 
+def test_latest_never_moves_back(run):
+    """A driver that resumes passes sft, iter_000, … again; whoever follows LATEST must not see it."""
+    for iterate in (0, 1, 2, 0, 1):
+        run.publish(iterate)
+    assert run.latest() == "iter_001"
+    assert [event["stage"] for event in run.events()] == ["sft", "iter_000", "iter_001"]
+
+
 def test_publishing_again_says_nothing_new(run):
     for _ in range(3):
         run.publish(0)
