@@ -126,6 +126,8 @@ def _read_lines(piece: Slice) -> Iterator[SourceRow]:
             position += len(file.readline()) - 1  # the line that starts before the slice belongs to the one before
         while position < piece.stop:
             line = file.readline()
+            if not line:
+                raise DataError(f"{path}: has become shorter while it was read")
             position += len(line)
             line_number += 1
             if line.strip():

@@ -170,6 +170,14 @@ def test_a_row_of_a_later_slice_can_be_looked_up(tmp_path, monkeypatch):
     assert rows_of(tmp_path / "a.jsonl")[1].origin == f"{tmp_path}/a.jsonl: line 1 after byte 20"
 
 
+def test_a_file_that_becomes_shorter_while_it_is_read_is_an_error(tmp_path):
+    (tmp_path / "a.jsonl").write_text(LINE * 2)
+    pieces = split([str(tmp_path / "a.jsonl")])
+    (tmp_path / "a.jsonl").write_text(LINE)
+    with pytest.raises(DataError, match="has become shorter while it was read"):
+        [row for piece in pieces for row in read_slice(piece)]
+
+
 @pytest.mark.parametrize(
     "line",
     [
