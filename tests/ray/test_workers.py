@@ -18,7 +18,7 @@ CONFIG = SpinConfig.model_validate(
     {
         "model": {"path": "-"},
         "data": {"train": "-"},
-        "train": {"workers": 2, "max_failures": 0, "resources": {"cpus": 1}},
+        "train": {"workers": 2, "max_failures": 0, "resources": {"cpus": 0.5}},
     }
 )
 
@@ -33,7 +33,7 @@ def _sum_of_ranks(folder: Path) -> None:
 
 
 def test_workers_share_a_process_group_and_a_user_error_comes_back_as_itself(tmp_path: Path) -> None:
-    """Ranks 0 and 1 add 1 + 2 = 3, each with the one thread of its one CPU; then rank 1 names something to mend."""
+    """Ranks 0 and 1 add 1 + 2 = 3, each with one thread; then rank 1 names something to mend."""
     with pytest.raises(RunDirError, match="was written by 3 workers"):
         run_workers(_sum_of_ranks, tmp_path, CONFIG, "sum", tmp_path / "checkpoints")
     assert [(tmp_path / f"rank-{rank}").read_text() for rank in (0, 1)] == ["3 1", "3 1"]
