@@ -73,7 +73,7 @@ def test_every_answer_meets_its_own_prompt_however_both_are_cut(
     played = sorted(data.draw(st.sets(st.integers(0, count - 1), min_size=1)))
     run = RunDir(Storage(tmp_path_factory.mktemp("run")))
     write_prompts(run.prompts, count, part_rows)
-    rows, counts = build(run, answers_to(*played, samples=samples), shard_rows * samples)
+    rows, counts = build(run, answers_to(*played, samples=samples), shard_rows)
     assert [row["pair_id"] for row in rows] == [f"p{i:03d}/000/{sample}" for i in played for sample in range(samples)]
     for row in rows:
         number = int(row["prompt_id"][1:])

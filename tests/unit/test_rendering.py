@@ -161,7 +161,8 @@ def test_a_thousand_turns_are_rendered():
     assert rendered.prompt_ids.count(2) == 1999
 
 
-def test_beginning_of_text_is_there_once_though_tokenizer_and_template_both_write_it():
+@pytest.mark.parametrize("text", ["hi", "hi<|im_end|>"])
+def test_beginning_of_text_is_there_once_though_tokenizer_and_template_both_write_it(text):
     """A Llama tokenizer puts it before any text unless told not to, and so does its template."""
     from tokenizers.processors import TemplateProcessing
 
@@ -170,7 +171,7 @@ def test_beginning_of_text_is_there_once_though_tokenizer_and_template_both_writ
         single="<|im_start|> $A", special_tokens=[("<|im_start|>", 1)]
     )
     assert tokenizer.encode("x")[0] == tokenizer.bos_token_id == 1  # or the test shows nothing
-    rendered = ChatRenderer(tokenizer).render([user("hi<|im_end|>"), assistant("ho")])
+    rendered = ChatRenderer(tokenizer).render([user(text), assistant("ho")])
     assert rendered.prompt_ids[0] == 1
     assert (rendered.prompt_ids + rendered.real_ids).count(1) == 1
 
@@ -187,11 +188,13 @@ def test_a_template_that_trims_messages_trims_the_response():
 
 
 def test_a_template_that_rewrites_the_history_leaves_the_response_its_own_text():
-    """This one counts the messages, so the prompt is no beginning of the whole."""
-    template = "{{ messages | length }}{% for m in messages %}<|im_start|>{{ m.content }}<|im_end|>{% endfor %}"
+    """This one begins with a dot for each message, so the prompt is no beginning of the whole."""
+    template = (
+        "{% for m in messages %}.{% endfor %}{% for m in messages %}<|im_start|>{{ m.content }}<|im_end|>{% endfor %}"
+    )
     tokenizer = fresh_tokenizer(template + "{% if add_generation_prompt %}<|im_start|>{% endif %}")
     rendered = ChatRenderer(tokenizer).render([user("hi"), assistant("a<|im_end|>b")])
-    assert tokenizer.decode(rendered.prompt_ids) == "1<|im_start|>hi<|im_end|><|im_start|>"
+    assert tokenizer.decode(rendered.prompt_ids) == ".<|im_start|>hi<|im_end|><|im_start|>"
     assert tokenizer.decode(rendered.real_ids) == "a<|im_end|>b<|im_end|>"
 
 
