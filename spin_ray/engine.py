@@ -3,7 +3,6 @@
 The rest of the package knows only ``GenerationEngine``. vLLM is behind it; unit tests put a fake there.
 """
 
-import logging
 import os
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -12,8 +11,6 @@ from typing import Any, Literal, Protocol
 
 from spin_ray import cpu
 from spin_ray.config import EngineConfig, SamplingConfig
-
-logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, slots=True)

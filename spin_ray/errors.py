@@ -31,3 +31,14 @@ class RunDirError(UserError):
 
 class StageError(RuntimeError):
     """A stage failed in a way that the same command, run again, may get past."""
+
+
+def first_line(error: BaseException) -> str:
+    """What another library's error says in its first line; its type if it says nothing."""
+    return (str(error).splitlines() or [type(error).__name__])[0]
+
+
+def last_line(error: BaseException) -> str:
+    """The last line that says something: in Ray's errors, what happened in the actor or worker."""
+    lines = [line for line in str(error).splitlines() if line.strip()]
+    return lines[-1] if lines else type(error).__name__

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from spin_ray.config import ModelConfig
-from spin_ray.errors import ConfigError, ModelError
+from spin_ray.errors import ConfigError, ModelError, first_line
 from spin_ray.run_dir import MANIFEST, FileEntry, folder_digest
 from spin_ray.storage import file_digest
 
@@ -124,5 +124,6 @@ def _download(name: str) -> Path:
             snapshot_download(name, allow_patterns=["*.safetensors", "*.json", "*.jinja", "tokenizer.model", "*.txt"])
         )
     except (HfHubHTTPError, LocalEntryNotFoundError, OfflineModeIsEnabled, OSError, ValueError) as error:
-        reason = (str(error).splitlines() or [type(error).__name__])[0]
-        raise ModelError(f"model.path {name}: no such folder, and the hub did not give it ({reason})") from error
+        raise ModelError(
+            f"model.path {name}: no such folder, and the hub did not give it ({first_line(error)})"
+        ) from error

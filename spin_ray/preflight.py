@@ -1,6 +1,7 @@
 """What can be checked before anything starts: recipe, model, template, data. Seconds, no Ray."""
 
 import platform
+import shutil
 from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -70,8 +71,6 @@ def versions() -> dict[str, str]:
 
 def disk_free_gib(folder: Path) -> float:
     """GiB free on the file system that holds ``folder`` (or its nearest parent that exists)."""
-    import shutil
-
     while not folder.exists():
         folder = folder.parent
     return shutil.disk_usage(folder).free / 2**30

@@ -7,11 +7,12 @@ same ids. And text of a user can never become a control token: where a message c
 
 import re
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 from jinja2 import TemplateError
 
-from spin_ray.errors import ModelError
+from spin_ray.errors import ModelError, first_line
 
 Message = dict[str, str]
 
@@ -141,15 +142,12 @@ def _any_of(names: list[str]) -> re.Pattern[str]:
 
 def load_tokenizer(path: str, chat_template: str | None = None, trust_remote_code: bool = False) -> Any:
     """The model's tokenizer, with the chat template of ``chat_template`` (a file) if one is given."""
-    from pathlib import Path
-
     from transformers import AutoTokenizer
 
     try:
         tokenizer: Any = AutoTokenizer.from_pretrained(path, trust_remote_code=trust_remote_code)
     except Exception as error:  # the tokenizers library raises nothing more specific for a damaged file
-        reason = (str(error).splitlines() or [type(error).__name__])[0]
-        raise ModelError(f"{path}: its tokenizer cannot be loaded ({reason})") from error
+        raise ModelError(f"{path}: its tokenizer cannot be loaded ({first_line(error)})") from error
     if chat_template:
         try:
             tokenizer.chat_template = Path(chat_template).read_text(encoding="utf-8")

@@ -11,9 +11,7 @@ from typing import Any, TypeVar
 import ray
 
 from spin_ray.config import SpinConfig
-from spin_ray.errors import ResourceError, StageError
-
-logger = logging.getLogger(__name__)
+from spin_ray.errors import ResourceError, StageError, first_line
 
 Row = TypeVar("Row")
 Bundles = list[dict[str, float]]
@@ -34,9 +32,7 @@ def connect(config: SpinConfig) -> None:
         try:
             ray.init(log_to_driver=False, logging_level=logging.WARNING, **options)
         except (ConnectionError, RuntimeError) as error:
-            raise ResourceError(
-                f"cluster.address {address}: cannot be reached ({str(error).splitlines()[0]})"
-            ) from error
+            raise ResourceError(f"cluster.address {address}: cannot be reached ({first_line(error)})") from error
     logging.getLogger("ray.data").setLevel(logging.ERROR)
     context = ray.data.DataContext.get_current()
     context.enable_progress_bars = False

@@ -8,12 +8,11 @@ RUN/events.jsonl, RUN/LATEST     what happened; the newest published iterate
 
 import hashlib
 import json
-import logging
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Self
 
 import pyarrow as pa
 from pydantic import BaseModel
@@ -21,8 +20,6 @@ from pydantic import BaseModel
 from spin_ray.config import SpinConfig, digest, parse_config
 from spin_ray.errors import RunDirError
 from spin_ray.storage import ATTEMPTS, Storage, bytes_digest, table_from_bytes, table_to_bytes
-
-logger = logging.getLogger(__name__)
 
 MANIFEST = "_MANIFEST.json"
 
@@ -45,6 +42,18 @@ class Manifest(BaseModel):
     """The part of the config that decides the content."""
     counts: dict[str, float] = {}
     """What the stage counted, e.g. dropped pairs."""
+
+    @classmethod
+    def of(
+        cls,
+        files: dict[str, FileEntry],
+        inputs: dict[str, str],
+        settings: dict[str, Any],
+        counts: dict[str, float] | None = None,
+    ) -> Self:
+        """The manifest of these files; ``settings`` as they come back from disk."""
+        settings = _as_json(settings)
+        return cls(files=files, inputs=inputs, config=digest(settings), settings=settings, counts=counts or {})
 
     def to_bytes(self) -> bytes:
         return json.dumps(self.model_dump(), indent=1, sort_keys=True).encode()
@@ -113,10 +122,25 @@ class Artefact:
         sha256, size = bytes_digest(data)
         return FileEntry(sha256=sha256, bytes=size, rows=table.num_rows)
 
-    def part_entry(self, name: str) -> FileEntry:
+    def replace_part(self, name: str, table: pa.Table) -> FileEntry:
+        """Commits one part in place of what an attempt that never reached its manifest may have left under its name."""
+        self.storage.delete(f"{self.path}/{name}")
+        return self.write_part(name, table)
+
+    def discard_parts(self) -> None:
+        """Removes the parts of an attempt that never reached its manifest."""
+        for name in self.part_names():
+            self.storage.delete(f"{self.path}/{name}")
+
+    def open_part(self, name: str) -> tuple[pa.Table, FileEntry]:
+        """Rows of a part that no manifest lists yet, and the entry that it would have there."""
         data = self.storage.read(f"{self.path}/{name}")
+        table = table_from_bytes(data)
         sha256, size = bytes_digest(data)
-        return FileEntry(sha256=sha256, bytes=size, rows=table_from_bytes(data).num_rows)
+        return table, FileEntry(sha256=sha256, bytes=size, rows=table.num_rows)
+
+    def part_entry(self, name: str) -> FileEntry:
+        return self.open_part(name)[1]
 
     def part_names(self) -> list[str]:
         """Parts that are there, whether the artefact as a whole is committed or not."""
@@ -130,8 +154,7 @@ class Artefact:
         counts: dict[str, float] | None = None,
     ) -> Manifest:
         """Makes the artefact count: from here on its bytes never change."""
-        settings = _as_json(settings)
-        manifest = Manifest(files=files, inputs=inputs, config=digest(settings), settings=settings, counts=counts or {})
+        manifest = Manifest.of(files, inputs, settings, counts)
         try:
             self.storage.create(f"{self.path}/{MANIFEST}", manifest.to_bytes())
         except FileExistsError:

@@ -67,7 +67,7 @@ class Storage:
             os.link(attempt, target)  # unlike rename, a link never replaces a file that is already there
         finally:
             attempt.unlink()
-        _fsync_folder(target.parent)
+        fsync(target.parent)
 
     def replace(self, name: str, data: bytes) -> None:
         """Makes ``name`` hold ``data``; a reader sees the old bytes or the new ones."""
@@ -75,7 +75,7 @@ class Storage:
         target = self.path(name)
         target.parent.mkdir(parents=True, exist_ok=True)
         os.replace(attempt, target)
-        _fsync_folder(target.parent)
+        fsync(target.parent)
 
     def append(self, name: str, text: str) -> None:
         """Adds ``text`` to a log that has one writer at a time."""
@@ -98,9 +98,9 @@ class Storage:
         """Makes the folder ``attempt`` appear as ``name``, or raises FileExistsError."""
         for file in attempt.rglob("*"):
             if file.is_file():
-                _fsync(file)
+                fsync(file)
         for folder in [attempt, *(entry for entry in attempt.rglob("*") if entry.is_dir())]:
-            _fsync_folder(folder)
+            fsync(folder)
         target = self.path(name)
         target.parent.mkdir(parents=True, exist_ok=True)
         try:
@@ -109,7 +109,7 @@ class Storage:
             if target.exists():
                 raise FileExistsError(f"{target} is there already") from error
             raise
-        _fsync_folder(target.parent)
+        fsync(target.parent)
 
     def delete(self, name: str) -> None:
         """Removes a file or a folder; nothing happens if there is none."""
@@ -152,12 +152,10 @@ def table_from_bytes(data: bytes) -> pa.Table:
     return pq.read_table(pa.BufferReader(data))
 
 
-def _fsync(path: Path) -> None:
+def fsync(path: Path) -> None:
+    """Makes what was written to a file, or the names in a folder, survive a power cut."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
-
-
-_fsync_folder = _fsync

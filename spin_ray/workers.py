@@ -10,7 +10,7 @@ import ray.train.torch
 
 from spin_ray import cpu
 from spin_ray.config import SpinConfig
-from spin_ray.errors import StageError, UserError
+from spin_ray.errors import StageError, UserError, last_line
 
 
 def run_workers(function: Callable[[Any], None], job: Any, config: SpinConfig, name: str, folder: Path) -> None:
@@ -47,9 +47,8 @@ def run_workers(function: Callable[[Any], None], job: Any, config: SpinConfig, n
             raised = getattr(failure, "_base_exc", failure)  # Ray wraps it to keep the traceback
             if isinstance(raised, UserError):
                 raise raised from error
-        lines = [line for line in str(error).splitlines() if line.strip()]
         raise StageError(
-            f"the train workers for {folder} failed: {lines[-1] if lines else error}; run the command again to go on"
+            f"the train workers for {folder} failed: {last_line(error)}; run the command again to go on"
         ) from error
 
 

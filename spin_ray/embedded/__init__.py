@@ -24,6 +24,7 @@ from pathlib import Path
 
 from spin_ray.embedded import data, models
 from spin_ray.errors import ConfigError
+from spin_ray.storage import fsync
 
 SCHEME = "embedded:"
 
@@ -100,21 +101,13 @@ def _make_once(folder: Path, make: Callable[[Path], None]) -> None:
     try:
         make(attempt)
         for path in (*attempt.rglob("*"), attempt):
-            _fsync(path)
+            fsync(path)
         try:
             os.rename(attempt, folder)
         except OSError:
             # POSIX refuses to rename over a folder that is not empty: another process was faster.
             if not folder.is_dir():
                 raise
-        _fsync(folder.parent)
+        fsync(folder.parent)
     finally:
         shutil.rmtree(attempt, ignore_errors=True)
-
-
-def _fsync(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

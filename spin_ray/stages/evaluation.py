@@ -175,9 +175,7 @@ def _worker(job: ScoreJob) -> None:
         pair_ids = job.rows["pair_id"].take(pa.array(rows, pa.int64()))
         tables.append(pa.table([pair_ids, [model.name] * len(rows), real, generated], schema=SCORE_SCHEMA))
         del backend
-    name = part_name(dist.get_rank())
-    job.target.storage.delete(f"{job.target.path}/{name}")
-    job.target.write_part(name, pa.concat_tables(tables))
+    job.target.replace_part(part_name(dist.get_rank()), pa.concat_tables(tables))
     dist.barrier()
 
 

@@ -8,8 +8,6 @@ row, so that a retry of a shard gives the same tokens.
 """
 
 import hashlib
-import logging
-import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -22,14 +20,11 @@ import ray.exceptions
 
 from spin_ray.config import SpinConfig, digest
 from spin_ray.engine import EngineSpec, GenerationEngine, VllmEngine
-from spin_ray.errors import RunDirError, StageError
+from spin_ray.errors import RunDirError, StageError, last_line
 from spin_ray.progress import StageProgress
-from spin_ray.resources import wait_until_free, with_deadline
+from spin_ray.resources import demands, wait_until_free, with_deadline
 from spin_ray.run_dir import Artefact, FileEntry, RunDir, part_name
-from spin_ray.storage import table_from_bytes
 from spin_ray.types import GENERATION_SCHEMA
-
-logger = logging.getLogger(__name__)
 
 FINGERPRINT = b"spin_ray.fingerprint"
 """Parquet metadata of a shard: digest of what it was made from. A shard of another opponent is never taken over."""
@@ -116,11 +111,7 @@ def run(
         for job in jobs:
             job.target.commit(entries[job.target.path], job.inputs(), job.settings(config))
         counted |= {"rows": total, "tokens": tokens, "shards_found": len(shards) - len(missing)}
-    wait_until_free(
-        [config.train.resources.bundle] * config.train.workers,
-        config.train.start_timeout_s,
-        "training, after generation",
-    )
+    wait_until_free(demands(config)["train"], config.train.start_timeout_s, "training, after generation")
 
 
 def prompt_slice(total: int, wanted: int | None, iteration: int, seed: int) -> np.ndarray | None:
@@ -161,7 +152,7 @@ def _play(
             yield row["finished"]
     except ray.exceptions.RayError as error:
         raise StageError(
-            f"generation failed: {_cause(error)}; committed shards are kept, run the command again"
+            f"generation failed: {last_line(error)}; committed shards are kept, run the command again"
         ) from error
 
 
@@ -176,18 +167,15 @@ class _Player:
 
     def __call__(self, item: dict[str, Any]) -> dict[str, Any]:
         shard: Shard = item["shard"]
-        started = time.monotonic()
         answers = answer(shard, self._config, self._engine)
         entry = shard.target.write_part(shard.name, answers)
         tokens = pc.sum(pc.list_value_length(answers["token_ids"])).as_py()
-        seconds = round(time.monotonic() - started, 3)
         return {
             "finished": {
                 "target": shard.target.path,
                 "name": shard.name,
                 "entry": entry.model_dump(),
                 "tokens": tokens,
-                "seconds": seconds,
             }
         }
 
@@ -244,22 +232,16 @@ def _finished(job: Job, config: SpinConfig) -> dict[str, FileEntry]:
     fingerprint = _fingerprint(job, config).encode()
     found = {}
     for name in job.target.part_names():
-        where = f"{job.target.path}/{name}"
-        metadata = table_from_bytes(job.target.storage.read(where)).schema.metadata or {}
-        if metadata.get(FINGERPRINT) != fingerprint:
+        table, entry = job.target.open_part(name)
+        if (table.schema.metadata or {}).get(FINGERPRINT) != fingerprint:
+            where = job.target.storage.path(f"{job.target.path}/{name}")
             raise RunDirError(
-                f"{job.target.storage.path(where)}: was generated with another opponent, prompts or settings; "
+                f"{where}: was generated with another opponent, prompts or settings; "
                 f"restore them, choose another --out, or remove {job.target.path}"
             )
-        found[name] = job.target.part_entry(name)
+        found[name] = entry
     return found
 
 
 def _rows(job: Job) -> int:
     return len(job.rows) if job.rows is not None else job.prompts.manifest().rows
-
-
-def _cause(error: BaseException) -> str:
-    """The last line of a Ray error says what happened in the actor."""
-    lines = [line for line in str(error).splitlines() if line.strip()]
-    return lines[-1] if lines else type(error).__name__

@@ -50,8 +50,7 @@ def build(
     """Writes the parts; one part of each input in memory at a time."""
     counts: Counter[str] = Counter({"dropped_identical": 0, "dropped_empty": 0, "from_earlier": 0, "rows": 0})
     entries: dict[str, FileEntry] = {}
-    for name in target.part_names():  # of an attempt that never reached its manifest
-        target.storage.delete(f"{target.path}/{name}")
+    target.discard_parts()
 
     def write(table: pa.Table) -> None:
         if table.num_rows:

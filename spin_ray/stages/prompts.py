@@ -10,7 +10,6 @@ import json
 import logging
 import math
 from collections import Counter
-from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from functools import cached_property
 from typing import Any
@@ -127,7 +126,7 @@ class _Unusable(Exception):
         self.reason, self.detail = reason, detail
 
 
-def _rows_of(source: SourceRow, task: PromptTask) -> Iterator[dict[str, Any]]:
+def _rows_of(source: SourceRow, task: PromptTask) -> list[dict[str, Any]]:
     """Prompt rows of one source row: one, or one per assistant turn."""
     if source.content is None:
         raise _Unusable("malformed", "not a JSON object")
@@ -157,7 +156,7 @@ def _rows_of(source: SourceRow, task: PromptTask) -> Iterator[dict[str, Any]]:
                 "answer": answer,
             }
         )
-    yield from rows
+    return rows
 
 
 def _messages_of(content: dict[str, Any], data: DataConfig) -> list[Message]:
@@ -209,8 +208,7 @@ def _finish(
     quarantine: list[pa.Table] = []
     entries: dict[str, FileEntry] = {}
     waiting = PROMPT_SCHEMA.empty_table()
-    for name in artefact.part_names():  # of an attempt that never reached its manifest
-        storage.delete(f"{artefact.path}/{name}")
+    artefact.discard_parts()
 
     def write(table: pa.Table) -> None:
         if table.num_rows:

@@ -26,7 +26,7 @@ from spin_ray.learner.backends.fsdp2 import Fsdp2Backend
 from spin_ray.learner.loop import Objective, PackShape, ReferenceScores, plan, score_rows, train_step
 from spin_ray.model_folder import ModelFolder, folder_entries
 from spin_ray.progress import StageProgress
-from spin_ray.resources import wait_until_free
+from spin_ray.resources import demands, wait_until_free
 from spin_ray.run_dir import MANIFEST, Artefact, Manifest, RunDir, part_name, read_json_lines
 from spin_ray.storage import Storage
 from spin_ray.types import PAIR_SCHEMA, REFERENCE_SCHEMA
@@ -160,11 +160,7 @@ def _train(run_dir: RunDir, config: SpinConfig, job: TrainJob) -> None:
         counted |= {"steps": len(log), "rows": job.rows.manifest().rows, "tokens": sum(line["tokens"] for line in log)}
         if not config.storage.keep_checkpoints:
             run_dir.storage.delete(checkpoints)
-    wait_until_free(
-        [config.generation.resources.bundle] * config.generation.replicas,
-        config.generation.start_timeout_s,
-        "generation, after training",
-    )
+    wait_until_free(demands(config)["generation"], config.generation.start_timeout_s, "generation, after training")
 
 
 def _worker(job: TrainJob) -> None:
@@ -206,17 +202,13 @@ def _score_reference(job: TrainJob, backend: Fsdp2Backend, steps: list[Any], tab
     """Commits log p_θt of every pair, unless an earlier attempt did. The backend still holds θ_t here."""
     target = job.reference
     assert target is not None
-    inputs, settings = (
-        job.inputs(),
-        {"pack_length": job.shape.pack_length, "precision": job.backend.precision, "seed": job.seed},
-    )
+    inputs = job.inputs()
+    settings = {"pack_length": job.shape.pack_length, "precision": job.backend.precision, "seed": job.seed}
     if target.is_current(inputs, settings):
         return
     rows, real, generated = score_rows(backend, steps, table, job.shape)
     part = pa.table([table["pair_id"].take(pa.array(rows, pa.int64())), real, generated], schema=REFERENCE_SCHEMA)
-    name = part_name(dist.get_rank())
-    job.storage.delete(f"{target.path}/{name}")  # of an attempt that never reached its manifest
-    target.write_part(name, part)
+    target.replace_part(part_name(dist.get_rank()), part)
     dist.barrier()
     if dist.get_rank() == 0:
         names = [part_name(rank) for rank in range(dist.get_world_size())]
@@ -281,12 +273,9 @@ def _export(job: TrainJob, backend: Fsdp2Backend) -> None:
     attempt = job.storage.new_attempt_folder() if dist.get_rank() == 0 else Path()
     backend.export_hf(attempt)
     if dist.get_rank() == 0:
-        settings = json.loads(json.dumps(job.settings()))
         if job.chat_template is not None:
             (attempt / "chat_template.jinja").write_text(job.chat_template, encoding="utf-8")
-        manifest = Manifest(
-            files=folder_entries(attempt), inputs=job.inputs(), config=digest(settings), settings=settings
-        )
+        manifest = Manifest.of(folder_entries(attempt), job.inputs(), job.settings())
         (attempt / MANIFEST).write_bytes(manifest.to_bytes())
         job.storage.create_folder(job.target.path, attempt)
     dist.barrier()
@@ -325,7 +314,9 @@ class _Watcher:
     def _watch(self) -> None:
         seen = len(read_json_lines(self._job.storage, self._job.log_path))
         progress: StageProgress | None = None
-        while not self._stop.wait(1.0) or progress is None:
+        stopped = False
+        while not stopped:
+            stopped = self._stop.wait(1.0)
             lines = read_json_lines(self._job.storage, self._job.log_path)
             if progress is None and lines:
                 progress = StageProgress(f"{self._job.name}/training", lines[-1]["of"], "steps", done=seen).__enter__()
@@ -333,7 +324,5 @@ class _Watcher:
                 for line in lines[seen:]:
                     progress.advance(1, line["tokens"])
                 seen = max(seen, len(lines))
-            if self._stop.is_set():
-                break
         if progress is not None:
             progress.__exit__(None, None, None)

@@ -2,9 +2,11 @@
 
 import json
 import os
+import shutil
 import socket
 import subprocess
 import sys
+import time
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -28,12 +30,7 @@ def cluster(tmp_path: Path) -> Iterator[tuple[str, dict[str, str]]]:
     """Dashboard address and environment of a head node with token authentication; stopped by its own process group."""
     token = tmp_path / "token"
     token.write_text("0123456789abcdef" * 4)
-    variables = environment() | {
-        "RAY_AUTH_MODE": "token",
-        "RAY_AUTH_TOKEN_PATH": str(token),
-        "RAY_TMPDIR": str(tmp_path)[:60],
-    }
-    variables.pop("RAY_TMPDIR")
+    variables = environment() | {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN_PATH": str(token)}
     gcs, dashboard = free_port(), free_port()
     head = subprocess.Popen(
         [
@@ -50,8 +47,6 @@ def cluster(tmp_path: Path) -> Iterator[tuple[str, dict[str, str]]]:
 
 
 def wait_for_dashboard(address: str) -> None:
-    import time
-
     host, port = address.removeprefix("http://").split(":")
     deadline = time.monotonic() + 90
     while time.monotonic() < deadline:
@@ -76,8 +71,6 @@ def submit(
 
 def test_a_submitted_job_runs_and_its_exit_code_tells(cluster: tuple[str, dict[str, str]], tmp_path: Path) -> None:
     """Only what a user would ship is in the working directory; a recipe with a typing error fails the job in words."""
-    import shutil
-
     address, variables = cluster
     working_dir = tmp_path / "project"
     for name in ("spin_ray", "jobs"):
