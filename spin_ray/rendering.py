@@ -6,15 +6,15 @@ same ids. And text of a user can never become a control token: where a message c
 """
 
 import re
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from jinja2 import TemplateError
 
+from spin_ray.conversations import Conversation
 from spin_ray.errors import ModelError, first_line
-
-Message = dict[str, str]
 
 # Private-use characters: in no template, and set aside themselves where a text has them.
 _OPEN, _CLOSE = "\ue000", "\ue001"
@@ -27,6 +27,12 @@ class Rendered:
 
     prompt_ids: list[int]
     real_ids: list[int]
+
+
+class _Text(NamedTuple):
+    written: str
+    """What the template wrote, with a numbered marker for each name that was set aside."""
+    set_aside: list[str]
 
 
 class RenderError(ValueError):
@@ -58,24 +64,43 @@ class ChatRenderer:
         control |= {name for name in self._added_ids if name in prompt}
         self._guarded = _any_of([*control, _OPEN, _CLOSE])
 
-    def render(self, messages: list[Message]) -> Rendered:
+    def render(self, messages: Conversation) -> Rendered:
         """Token ids of a conversation whose last message is the assistant's response.
 
         Raises:
             RenderError: the template refuses it (say, two user messages in a row).
         """
+        (rendered,) = self.render_all([messages])
+        if isinstance(rendered, RenderError):
+            raise rendered
+        return rendered
+
+    def render_all(self, conversations: Sequence[Conversation]) -> list[Rendered | RenderError]:
+        """The same of many, tokenised in one go; a RenderError stands where the template refuses a conversation."""
+        written = [self._write(messages) for messages in conversations]
+        texts = [text for found in written if not isinstance(found, RenderError) for text in found]
+        ids = iter(self._tokenise(texts))
+        return [
+            found
+            if isinstance(found, RenderError)
+            else Rendered(prompt_ids=next(ids), real_ids=[*next(ids), self.end_of_turn_id])
+            for found in written
+        ]
+
+    def _write(self, messages: Conversation) -> tuple[_Text, _Text] | RenderError:
+        """Prompt and response as the template writes them, without the end-of-turn token."""
         set_aside: list[str] = []
         guarded = [message | {"content": self._guard(message["content"], set_aside)} for message in messages]
-        prompt = self._apply(guarded[:-1], add_generation_prompt=True)
-        whole = self._apply(guarded, add_generation_prompt=False)
+        try:
+            prompt = self._apply(guarded[:-1], add_generation_prompt=True)
+            whole = self._apply(guarded, add_generation_prompt=False)
+        except RenderError as error:
+            return error
         # A template may rewrite the history once an answer follows; then the answer's own text is the response.
         response = whole[len(prompt) :] if whole.startswith(prompt) else guarded[-1]["content"]
         if self._end_of_turn in response:
             response = response[: response.index(self._end_of_turn)]
-        return Rendered(
-            prompt_ids=self._tokenise(prompt, set_aside),
-            real_ids=[*self._tokenise(response, set_aside), self.end_of_turn_id],
-        )
+        return _Text(prompt, set_aside), _Text(response, set_aside)
 
     def _guard(self, text: str, set_aside: list[str]) -> str:
         def replace(match: re.Match[str]) -> str:
@@ -84,7 +109,7 @@ class ChatRenderer:
 
         return self._guarded.sub(replace, text)
 
-    def _apply(self, messages: list[Message], add_generation_prompt: bool) -> str:
+    def _apply(self, messages: Conversation, add_generation_prompt: bool) -> str:
         try:
             return self._tokenizer.apply_chat_template(
                 messages, tokenize=False, add_generation_prompt=add_generation_prompt
@@ -92,17 +117,23 @@ class ChatRenderer:
         except (TemplateError, ValueError, TypeError, KeyError) as error:
             raise RenderError(str(error)) from error
 
-    def _tokenise(self, text: str, set_aside: list[str]) -> list[int]:
+    def _tokenise(self, texts: list[_Text]) -> list[list[int]]:
         """The template writes its own beginning-of-text token, so none is added."""
-        if not set_aside:
-            return self._tokenizer.encode(text, add_special_tokens=False)
-        ids: list[int] = []
-        for position, piece in enumerate(self._marker.split(text)):
-            if position % 2:
-                ids += self._spell(set_aside[int(piece)])
-            elif piece:
-                ids += self._tokenizer.encode(piece, add_special_tokens=False)
-        return ids
+        pieces = [self._marker.split(text.written) if text.set_aside else [text.written] for text in texts]
+        plain = iter(self._encode([piece for split in pieces for piece in split[::2]]))
+        return [
+            [
+                token
+                for position, piece in enumerate(split)
+                for token in (self._spell(text.set_aside[int(piece)]) if position % 2 else next(plain))
+            ]
+            for text, split in zip(texts, pieces, strict=True)
+        ]
+
+    def _encode(self, texts: list[str]) -> list[list[int]]:
+        if not texts:
+            return []
+        return self._tokenizer(texts, add_special_tokens=False, return_attention_mask=False)["input_ids"]
 
     def _spell(self, name: str) -> list[int]:
         """Ids of the name of a control token as plain text."""

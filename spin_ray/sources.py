@@ -15,7 +15,7 @@ import pyarrow.parquet as pq
 
 from spin_ray.errors import DataError
 
-SLICE_BYTES = 32 * 2**20
+SLICE_BYTES = 4 * 2**20
 SUFFIXES = (".jsonl", ".ndjson", ".json", ".parquet")
 
 
@@ -94,7 +94,7 @@ def files_digest(files: list[str]) -> str:
 
 
 def split(files: list[str]) -> list[Slice]:
-    """Slices of about 32 MiB, in order; DataError if there is nothing to slice."""
+    """Slices of about 4 MiB, in order; DataError if there is nothing to slice."""
     slices = []
     for uri in files:
         filesystem, path = _filesystem(uri)

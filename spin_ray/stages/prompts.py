@@ -8,18 +8,22 @@ Rows that cannot be used go to RUN/quarantine with the reason, and are counted.
 import hashlib
 import json
 import logging
-import math
 from collections import Counter
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 from functools import cached_property
+from itertools import islice
 from typing import Any
 
+import numpy as np
 import pyarrow as pa
+import pyarrow.parquet as pq
 import ray
 
 from spin_ray.config import DataConfig, SpinConfig, digest
+from spin_ray.conversations import Conversation, Unusable, answer_of, conversations_of
 from spin_ray.errors import DataError
-from spin_ray.rendering import ChatRenderer, Message, RenderError, load_tokenizer
+from spin_ray.rendering import ChatRenderer, Rendered, RenderError, load_tokenizer
 from spin_ray.resources import with_deadline
 from spin_ray.run_dir import Artefact, FileEntry, RunDir, part_name
 from spin_ray.sources import Slice, SourceRow, files_digest, find_files, read_slice, split
@@ -31,8 +35,11 @@ logger = logging.getLogger(__name__)
 QUARANTINE_SCHEMA = pa.schema(
     [pa.field(name, pa.string()) for name in ("stage", "origin", "reason", "detail")] + [pa.field("row", pa.binary())]
 )
-_ORIGIN = pa.field("origin", pa.string())
-_RAW = pa.field("raw", pa.binary())
+_SLICE_SCHEMA = PROMPT_SCHEMA.append(pa.field("origin", pa.string())).append(pa.field("raw", pa.binary()))
+"""Rows of a slice before duplicates are dropped; the last two columns go no further than the quarantine."""
+ROWS_AT_A_TIME = 1024
+"""Rows that a task holds as Python objects."""
+Row = dict[str, Any]
 
 
 @dataclass(frozen=True)
@@ -107,103 +114,67 @@ class _RenderSlice:
 
     def __call__(self, item: dict[str, Any]) -> dict[str, Any]:
         name = item["name"]
-        piece = Slice(item["uri"], item["start"], item["stop"])
-        rows: list[dict[str, Any]] = []
-        bad: list[dict[str, Any]] = []
-        for source in read_slice(piece):
-            try:
-                rows += [row | {"origin": source.origin, "raw": source.raw} for row in _rows_of(source, self._task)]
-            except _Unusable as unusable:
-                bad.append(_quarantine_row(self._stage, source.origin, unusable.reason, unusable.detail, source.raw))
-        schema = PROMPT_SCHEMA.append(_ORIGIN).append(_RAW)
-        self._storage.replace(f"{name}-rows", table_to_bytes(pa.Table.from_pylist(rows, schema)))
-        self._storage.replace(f"{name}-bad", table_to_bytes(pa.Table.from_pylist(bad, QUARANTINE_SCHEMA)))
+        good, bad = [_SLICE_SCHEMA.empty_table()], [QUARANTINE_SCHEMA.empty_table()]
+        reader = read_slice(Slice(item["uri"], item["start"], item["stop"]))
+        while sources := list(islice(reader, ROWS_AT_A_TIME)):
+            rows: list[Row] = []
+            unusable: list[Row] = []
+            for source, found in zip(sources, _rows_of(sources, self._task), strict=True):
+                if isinstance(found, Unusable):
+                    unusable.append(_quarantine_row(self._stage, source.origin, found.reason, found.detail, source.raw))
+                else:
+                    rows += [row | {"origin": source.origin, "raw": source.raw} for row in found]
+            good.append(pa.Table.from_pylist(rows, _SLICE_SCHEMA))
+            bad.append(pa.Table.from_pylist(unusable, QUARANTINE_SCHEMA))
+        self._storage.replace(f"{name}-rows", table_to_bytes(pa.concat_tables(good)))
+        self._storage.replace(f"{name}-bad", table_to_bytes(pa.concat_tables(bad)))
         return {"name": name}
 
 
-class _Unusable(Exception):
-    def __init__(self, reason: str, detail: str) -> None:
-        self.reason, self.detail = reason, detail
-
-
-def _rows_of(source: SourceRow, task: PromptTask) -> list[dict[str, Any]]:
-    """Prompt rows of one source row: one, or one per assistant turn."""
-    if source.content is None:
-        raise _Unusable("malformed", "not a JSON object")
-    messages = _messages_of(source.content, task.data)
-    answer = _answer_of(source.content.get("answer"))
-    ends = [index for index, message in enumerate(messages) if message["role"] == "assistant"]
-    wanted = {"first": ends[:1], "last": ends[-1:], "all": ends}[task.data.turns]
-    rows = []
-    for end in wanted:
-        conversation = messages[: end + 1]
-        if not conversation[-1]["content"].strip():
-            raise _Unusable("empty", f"message {end} (assistant) has no text")
+def _rows_of(sources: Sequence[SourceRow], task: PromptTask) -> Iterator[list[Row] | Unusable]:
+    """The prompt rows of each source row, or why it cannot be used; all are tokenised in one go."""
+    found = [_conversations_of(source, task.data) for source in sources]
+    usable = [conversation for each in found if not isinstance(each, Unusable) for conversation in each]
+    rendered = iter(task.renderer.render_all(usable))
+    for source, each in zip(sources, found, strict=True):
+        if isinstance(each, Unusable):
+            yield each
+            continue
+        pairs = list(zip(each, islice(rendered, len(each)), strict=True))
         try:
-            rendered = task.renderer.render(conversation)
-        except RenderError as error:
-            raise _Unusable("template", f"the chat template refuses it: {error}") from error
-        length = len(rendered.prompt_ids) + len(rendered.real_ids)
-        if length > task.max_length:
-            raise _Unusable("too_long", f"{length} tokens, model.max_length is {task.max_length}")
-        identity = json.dumps([rendered.prompt_ids, rendered.real_ids]).encode()
-        rows.append(
-            {
-                "prompt_id": hashlib.blake2b(identity, digest_size=8).hexdigest(),
-                "prompt_ids": rendered.prompt_ids,
-                "real_ids": rendered.real_ids,
-                "messages": json.dumps(conversation, ensure_ascii=False),
-                "answer": answer,
-            }
-        )
-    return rows
+            yield [_row(source, conversation, result, task.max_length) for conversation, result in pairs]
+        except Unusable as unusable:  # one bad turn spoils the row: half a conversation would be in neither place
+            yield unusable
 
 
-def _messages_of(content: dict[str, Any], data: DataConfig) -> list[Message]:
-    """The conversation of a row in either form, checked."""
-    messages = content.get("messages")
-    if messages is None:
-        if "prompt" not in content or "response" not in content:
-            raise _Unusable("malformed", "needs messages, or prompt and response")
-        messages = [
-            {"role": "user", "content": content["prompt"]},
-            {"role": "assistant", "content": content["response"]},
-        ]
-    if not isinstance(messages, list):
-        raise _Unusable("malformed", f"messages: expected a list, found {type(messages).__name__}")
-    for index, message in enumerate(messages):
-        if not isinstance(message, dict) or message.get("role") not in ("system", "user", "assistant"):
-            raise _Unusable("malformed", f"message {index}: needs a role of system, user or assistant")
-        text = message.get("content")
-        if not isinstance(text, str):
-            raise _Unusable("malformed", f"message {index}: content must be text, found {type(text).__name__}")
-        try:
-            text.encode()
-        except UnicodeEncodeError:
-            raise _Unusable("malformed", f"message {index}: content is not valid Unicode (a lone surrogate)") from None
-    messages = [{"role": message["role"], "content": message["content"]} for message in messages]
-    if not any(message["role"] == "assistant" for message in messages):
-        raise _Unusable("empty", "no assistant message")
-    if messages[0]["role"] == "assistant":
-        raise _Unusable("empty", "starts with the assistant: there is no prompt")
-    if data.system is not None and messages[0]["role"] != "system":
-        messages.insert(0, {"role": "system", "content": data.system})
-    return messages
-
-
-def _answer_of(value: Any) -> float | None:
+def _conversations_of(source: SourceRow, data: DataConfig) -> list[Conversation] | Unusable:
     try:
-        number = float(value)
-    except (TypeError, ValueError, OverflowError):
-        return None
-    return number if math.isfinite(number) else None
+        return conversations_of(source.content, data)
+    except Unusable as unusable:
+        return unusable
+
+
+def _row(source: SourceRow, conversation: Conversation, rendered: Rendered | RenderError, max_length: int) -> Row:
+    if isinstance(rendered, RenderError):
+        raise Unusable("template", f"the chat template refuses it: {rendered}")
+    length = len(rendered.prompt_ids) + len(rendered.real_ids)
+    if length > max_length:
+        raise Unusable("too_long", f"{length} tokens, model.max_length is {max_length}")
+    identity = json.dumps([rendered.prompt_ids, rendered.real_ids]).encode()
+    return {
+        "prompt_id": hashlib.blake2b(identity, digest_size=8).hexdigest(),
+        "prompt_ids": rendered.prompt_ids,
+        "real_ids": rendered.real_ids,
+        "messages": json.dumps(conversation, ensure_ascii=False),
+        "answer": answer_of((source.content or {}).get("answer")),
+    }
 
 
 def _finish(
     storage: Storage, names: list[str], artefact: Artefact, max_rows: int | None, part_rows: int
 ) -> tuple[dict[str, FileEntry], Counter[str]]:
     """Drops duplicates, cuts rows into parts of ``part_rows``, writes the quarantine; one slice in memory at a time."""
-    seen: set[str] = set()
+    firsts = _first_of_each([_ids(storage.read(f"{name}-rows")) for name in names], max_rows)
     reasons: Counter[str] = Counter()
     quarantine: list[pa.Table] = []
     entries: dict[str, FileEntry] = {}
@@ -215,19 +186,20 @@ def _finish(
             name = part_name(len(entries))
             entries[name] = artefact.write_part(name, table.combine_chunks())
 
-    for name in names:
+    for name, (keep, repeated) in zip(names, firsts, strict=True):
         table = table_from_bytes(storage.read(f"{name}-rows"))
-        keep, repeated = _first_of_each(table["prompt_id"].to_pylist(), seen, max_rows)
         duplicates = [
             _quarantine_row(
                 artefact.path, row["origin"], "duplicate", "the same prompt and response as an earlier row", row["raw"]
             )
-            for row in table.take(pa.array(repeated, pa.int64())).to_pylist()
+            for row in table.filter(pa.array(repeated)).select(["origin", "raw"]).to_pylist()
         ]
-        bad = table_from_bytes(storage.read(f"{name}-bad")).to_pylist() + duplicates
-        reasons.update(row["reason"] for row in bad)
-        quarantine.append(pa.Table.from_pylist(bad, QUARANTINE_SCHEMA))
-        waiting = pa.concat_tables([waiting, table.take(pa.array(keep, pa.int64())).select(PROMPT_SCHEMA.names)])
+        bad = pa.concat_tables(
+            [table_from_bytes(storage.read(f"{name}-bad")), pa.Table.from_pylist(duplicates, QUARANTINE_SCHEMA)]
+        )
+        reasons.update(bad["reason"].to_pylist())
+        quarantine.append(bad)
+        waiting = pa.concat_tables([waiting, table.filter(pa.array(keep)).select(PROMPT_SCHEMA.names)])
         while waiting.num_rows >= part_rows:
             write(waiting.slice(0, part_rows))
             waiting = waiting.slice(part_rows)
@@ -236,19 +208,28 @@ def _finish(
     return entries, reasons
 
 
-def _first_of_each(ids: list[str], seen: set[str], limit: int | None) -> tuple[list[int], list[int]]:
-    """Row numbers to keep, at most ``limit`` over all calls, and those whose id came before; ``seen`` remembers ids."""
-    keep, repeated = [], []
-    for number, prompt_id in enumerate(ids):
-        if prompt_id in seen:
-            repeated.append(number)
-        elif limit is None or len(seen) < limit:
-            seen.add(prompt_id)
-            keep.append(number)
-    return keep, repeated
+def _ids(part: bytes) -> np.ndarray:
+    """The 64-bit prompt ids of a slice as numbers: 8 bytes a row are all that the driver keeps of it."""
+    column = pq.read_table(pa.BufferReader(part), columns=["prompt_id"])["prompt_id"]
+    return np.frombuffer(bytes.fromhex("".join(column.to_pylist())), dtype=np.uint64)
 
 
-def _quarantine_row(stage: str, origin: str, reason: str, detail: str, raw: bytes) -> dict[str, Any]:
+def _first_of_each(ids: list[np.ndarray], limit: int | None) -> list[tuple[np.ndarray, np.ndarray]]:
+    """For each slice, which rows to keep (the first of their id, at most ``limit`` in all), and which repeat a kept one.
+
+    Rows past the limit are neither.
+    """
+    every = np.concatenate(ids)
+    _, first, which = np.unique(every, return_index=True, return_inverse=True)
+    is_first = np.zeros(len(every), bool)
+    is_first[first] = True
+    keep = is_first & (np.cumsum(is_first) <= (len(every) if limit is None else limit))
+    repeated = ~is_first & keep[first[which]]
+    ends = np.cumsum([len(each) for each in ids])[:-1]
+    return list(zip(np.split(keep, ends), np.split(repeated, ends), strict=True))
+
+
+def _quarantine_row(stage: str, origin: str, reason: str, detail: str, raw: bytes) -> Row:
     return {"stage": stage, "origin": origin, "reason": reason, "detail": detail, "row": raw}
 
 

@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 
 from spin_ray import sources
 from spin_ray.config import DataConfig
+from spin_ray.conversations import Unusable
 from spin_ray.embedded import resolve
 from spin_ray.errors import DataError
 from spin_ray.rendering import ChatRenderer, load_tokenizer
@@ -41,7 +42,10 @@ def chat(*texts: str) -> list[Row]:
 
 def rows_of(content: Any, task: PromptTask | None = None) -> list[Row]:
     source = SourceRow("here:1", content, json.dumps(content).encode())
-    return list(prompts._rows_of(source, task or task_of()))
+    (found,) = prompts._rows_of([source], task or task_of())
+    if isinstance(found, Unusable):
+        raise found
+    return found
 
 
 def text_of(token_ids: list[int]) -> str:
@@ -151,7 +155,7 @@ def test_an_answer_is_a_finite_number_or_none(value, answer):
     ],
 )
 def test_a_row_that_cannot_be_used_says_why(content, reason, detail):
-    with pytest.raises(prompts._Unusable) as caught:
+    with pytest.raises(Unusable) as caught:
         rows_of(content)
     assert caught.value.reason == reason
     assert detail in caught.value.detail
@@ -160,7 +164,7 @@ def test_a_row_that_cannot_be_used_says_why(content, reason, detail):
 def test_a_conversation_that_the_template_refuses_is_unusable():
     tokenizer = load_tokenizer(TINY)
     tokenizer.chat_template = "{% if messages[0].content == 'no' %}{{ raise_exception('not so') }}{% endif %}<|im_end|>"
-    with pytest.raises(prompts._Unusable) as caught:
+    with pytest.raises(Unusable) as caught:
         rows_of({"messages": chat("no", "b")}, task_of(renderer=ChatRenderer(tokenizer)))
     assert (caught.value.reason, caught.value.detail) == ("template", "the chat template refuses it: not so")
 
@@ -170,13 +174,13 @@ def test_the_longest_row_that_fits_is_used():
     (row,) = rows_of({"messages": chat("a", "b" * 20)})
     length = len(row["prompt_ids"]) + len(row["real_ids"])
     assert rows_of({"messages": chat("a", "b" * 20)}, task_of(max_length=length)) == [row]
-    with pytest.raises(prompts._Unusable):
+    with pytest.raises(Unusable):
         rows_of({"messages": chat("a", "b" * 20)}, task_of(max_length=length - 1))
 
 
 def test_one_bad_turn_makes_the_whole_conversation_unusable():
     """Half a conversation would be neither used nor in quarantine."""
-    with pytest.raises(prompts._Unusable):
+    with pytest.raises(Unusable):
         rows_of({"messages": chat("a", "b", "c", " ")}, task_of(turns="all"))
 
 
@@ -314,7 +318,7 @@ def test_any_row_is_used_or_in_quarantine_and_none_is_lost(tmp_path_factory, row
         try:
             expected |= {made_row["prompt_id"] for made_row in rows_of(content, task_of(turns=turns, system=system))}
             in_quarantine = 0
-        except prompts._Unusable:
+        except Unusable:
             in_quarantine = 1
         assert where[f"{root}/data.jsonl:{number}"] == in_quarantine
     assert unique_good == expected
