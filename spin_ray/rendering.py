@@ -76,31 +76,40 @@ class ChatRenderer:
         return rendered
 
     def render_all(self, conversations: Sequence[Conversation]) -> list[Rendered | RenderError]:
-        """The same of many, tokenised in one go; a RenderError stands where the template refuses a conversation."""
-        written = [self._write(messages) for messages in conversations]
-        texts = [text for found in written if not isinstance(found, RenderError) for text in found]
+        """The same of many, templated and tokenised in one go; a RenderError stands where the template refuses one."""
+        set_aside: list[list[str]] = [[] for _ in conversations]
+        guarded = [
+            [message | {"content": self._guard(message["content"], aside)} for message in messages]
+            for messages, aside in zip(conversations, set_aside, strict=True)
+        ]
+        prompts = self._apply([messages[:-1] for messages in guarded], add_generation_prompt=True)
+        wholes = self._apply(guarded, add_generation_prompt=False)
+        written = [self._split(messages, *texts) for messages, *texts in zip(guarded, prompts, wholes, strict=True)]
+        texts = [
+            _Text(text, aside)
+            for pair, aside in zip(written, set_aside, strict=True)
+            if not isinstance(pair, RenderError)
+            for text in pair
+        ]
         ids = iter(self._tokenise(texts))
         return [
-            found
-            if isinstance(found, RenderError)
+            pair
+            if isinstance(pair, RenderError)
             else Rendered(prompt_ids=next(ids), real_ids=[*next(ids), self.end_of_turn_id])
-            for found in written
+            for pair in written
         ]
 
-    def _write(self, messages: Conversation) -> tuple[_Text, _Text] | RenderError:
-        """Prompt and response as the template writes them, without the end-of-turn token."""
-        set_aside: list[str] = []
-        guarded = [message | {"content": self._guard(message["content"], set_aside)} for message in messages]
-        try:
-            prompt = self._apply(guarded[:-1], add_generation_prompt=True)
-            whole = self._apply(guarded, add_generation_prompt=False)
-        except RenderError as error:
-            return error
+    def _split(
+        self, messages: Conversation, prompt: str | RenderError, whole: str | RenderError
+    ) -> tuple[str, str] | RenderError:
+        """Prompt, and response without the end-of-turn token, of what the template wrote."""
+        if isinstance(prompt, RenderError):
+            return prompt
+        if isinstance(whole, RenderError):
+            return whole
         # A template may rewrite the history once an answer follows; then the answer's own text is the response.
-        response = whole[len(prompt) :] if whole.startswith(prompt) else guarded[-1]["content"]
-        if self._end_of_turn in response:
-            response = response[: response.index(self._end_of_turn)]
-        return _Text(prompt, set_aside), _Text(response, set_aside)
+        response = whole[len(prompt) :] if whole.startswith(prompt) else messages[-1]["content"]
+        return prompt, response.partition(self._end_of_turn)[0]
 
     def _guard(self, text: str, set_aside: list[str]) -> str:
         def replace(match: re.Match[str]) -> str:
@@ -109,13 +118,18 @@ class ChatRenderer:
 
         return self._guarded.sub(replace, text)
 
-    def _apply(self, messages: Conversation, add_generation_prompt: bool) -> str:
+    def _apply(self, conversations: list[Conversation], add_generation_prompt: bool) -> list[str | RenderError]:
+        """One call for all of them, and one for each where the template refuses any."""
+        if not conversations:
+            return []
         try:
             return self._tokenizer.apply_chat_template(
-                messages, tokenize=False, add_generation_prompt=add_generation_prompt
+                conversations, tokenize=False, add_generation_prompt=add_generation_prompt
             )
         except (TemplateError, ValueError, TypeError, KeyError) as error:
-            raise RenderError(str(error)) from error
+            if len(conversations) == 1:
+                return [RenderError(str(error))]
+            return [text for each in conversations for text in self._apply([each], add_generation_prompt)]
 
     def _tokenise(self, texts: list[_Text]) -> list[list[int]]:
         """The template writes its own beginning-of-text token, so none is added."""
@@ -131,9 +145,13 @@ class ChatRenderer:
         ]
 
     def _encode(self, texts: list[str]) -> list[list[int]]:
-        if not texts:
-            return []
-        return self._tokenizer(texts, add_special_tokens=False, return_attention_mask=False)["input_ids"]
+        if not self._tokenizer.is_fast:
+            return [self._tokenizer.encode(text, add_special_tokens=False) for text in texts]
+        backend = self._tokenizer.backend_tokenizer  # transformers' own wrapping costs as much again
+        backend.no_truncation()  # all three are left as the call before (``_spell``) or tokenizer.json set them
+        backend.no_padding()
+        backend.encode_special_tokens = False
+        return [encoding.ids for encoding in backend.encode_batch_fast(texts, add_special_tokens=False)]
 
     def _spell(self, name: str) -> list[int]:
         """Ids of the name of a control token as plain text."""
@@ -146,13 +164,14 @@ class ChatRenderer:
     def _probe(self) -> tuple[str, str]:
         """A plain prompt, and what the template writes after an assistant's message."""
         user, assistant = {"role": "user", "content": "?"}, {"role": "assistant", "content": _PROBE}
-        try:
-            prompt = self._apply([user], add_generation_prompt=True)
-            return prompt, self._apply([user, assistant], add_generation_prompt=False).rpartition(_PROBE)[2]
-        except RenderError as error:
-            raise ModelError(
-                f"{self._tokenizer.name_or_path}: its chat template fails on a plain exchange ({error})"
-            ) from error
+        (prompt,) = self._apply([[user]], add_generation_prompt=True)
+        (whole,) = self._apply([[user, assistant]], add_generation_prompt=False)
+        for written in (prompt, whole):
+            if isinstance(written, RenderError):
+                raise ModelError(
+                    f"{self._tokenizer.name_or_path}: its chat template fails on a plain exchange ({written})"
+                ) from written
+        return str(prompt), str(whole).rpartition(_PROBE)[2]
 
     def _find_end_of_turn(self, tail: str) -> tuple[int, str]:
         """The first added token that the template writes after an assistant's message."""

@@ -8,6 +8,7 @@ row, so that a retry of a shard gives the same tokens.
 """
 
 import hashlib
+import pickle
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -138,7 +139,9 @@ def _play(
     if not shards:
         return
     resources = config.generation.resources
-    played = ray.data.from_items([{"shard": shard} for shard in shards], override_num_blocks=len(shards)).map(
+    played = ray.data.from_items(
+        [{"shard": pickle.dumps(shard)} for shard in shards], override_num_blocks=len(shards)
+    ).map(
         _Player,  # pyrefly: ignore[bad-argument-type] (an actor class; Ray annotates functions only)
         fn_constructor_args=(spec, config, start_engine),
         compute=ray.data.ActorPoolStrategy(size=min(config.generation.replicas, len(shards))),
@@ -166,7 +169,7 @@ class _Player:
         self._config = config
 
     def __call__(self, item: dict[str, Any]) -> dict[str, Any]:
-        shard: Shard = item["shard"]
+        shard: Shard = pickle.loads(item["shard"])
         answers = answer(shard, self._config, self._engine)
         entry = shard.target.write_part(shard.name, answers)
         tokens = pc.sum(pc.list_value_length(answers["token_ids"])).as_py()

@@ -40,6 +40,7 @@ _SLICE_SCHEMA = PROMPT_SCHEMA.append(pa.field("origin", pa.string())).append(pa.
 ROWS_AT_A_TIME = 1024
 """Rows that a task holds as Python objects."""
 Row = dict[str, Any]
+_AS_WRITTEN = json.JSONEncoder(ensure_ascii=False)
 
 
 @dataclass(frozen=True)
@@ -165,7 +166,7 @@ def _row(source: SourceRow, conversation: Conversation, rendered: Rendered | Ren
         "prompt_id": hashlib.blake2b(identity, digest_size=8).hexdigest(),
         "prompt_ids": rendered.prompt_ids,
         "real_ids": rendered.real_ids,
-        "messages": json.dumps(conversation, ensure_ascii=False),
+        "messages": _AS_WRITTEN.encode(conversation),
         "answer": answer_of((source.content or {}).get("answer")),
     }
 
@@ -215,7 +216,7 @@ def _ids(part: bytes) -> np.ndarray:
 
 
 def _first_of_each(ids: list[np.ndarray], limit: int | None) -> list[tuple[np.ndarray, np.ndarray]]:
-    """For each slice, which rows to keep (the first of their id, at most ``limit`` in all), and which repeat a kept one.
+    """For each slice, which rows to keep (the first of their id, ``limit`` in all), and which repeat a kept one.
 
     Rows past the limit are neither.
     """
