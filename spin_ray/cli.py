@@ -1,4 +1,4 @@
-"""The command line: spin-ray run | status | doctor."""
+"""The command line: spin-ray run | status | plan | doctor."""
 
 import logging
 import os
@@ -48,6 +48,37 @@ def status(run_folder: str) -> None:
     from spin_ray.summary import print_status
 
     print_status(RunDir(Storage(run_folder)), Console())
+
+
+@cli.command(context_settings=_OVERRIDES)
+@click.argument("recipe")
+@click.option("--nodes", type=click.IntRange(min=1), default=1, show_default=True, help="Machines.")
+@click.option("--gpu", default=None, help="Their GPUs, e.g. A100-80G. Leave out for a recipe that asks for none.")
+@click.option("--gpus-per-node", type=click.IntRange(min=1), default=8, show_default=True, help="GPUs of a machine.")
+@click.option("--rows", type=click.IntRange(min=1), default=None, help="Training rows. Not given: the data's.")
+@click.option("--prompt-tokens", type=click.FloatRange(min=1), default=None, help="Mean prompt. Not given: the data's.")
+@click.option("--response-tokens", type=click.FloatRange(min=1), default=None, help="Mean human response, likewise.")
+@click.argument("overrides", nargs=-1, type=click.UNPROCESSED)
+def plan(
+    recipe: str,
+    nodes: int,
+    gpu: str | None,
+    gpus_per_node: int,
+    rows: int | None,
+    prompt_tokens: float | None,
+    response_tokens: float | None,
+    overrides: tuple[str, ...],
+) -> None:
+    """Predict hours and memory of RECIPE, and refuse what cannot fit. Runs nothing.
+
+    OVERRIDES change single values of the recipe: --train.workers=16
+    """
+    config = load_config(recipe, _parse_overrides(overrides))
+    from spin_ray.plan import Cluster, Given, print_plan
+
+    cluster = Cluster(nodes=nodes, gpu=gpu, gpus_per_node=gpus_per_node)
+    given = Given(rows=rows, prompt_tokens=prompt_tokens, response_tokens=response_tokens)
+    print_plan(config, cluster, given, Console())
 
 
 @cli.command(context_settings=_OVERRIDES)
