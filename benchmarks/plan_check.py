@@ -31,10 +31,10 @@ from typing import Any
 
 from spin_ray import cpu
 from spin_ray.config import ResourcesConfig, SpinConfig
-from spin_ray.cost_model import RUNTIME, Packs, learner_memory, pack_flops
-from spin_ray.hardware import CPU
 from spin_ray.model_folder import read_config
-from spin_ray.model_shape import ModelShape
+from spin_ray.planning.cost_model import RUNTIME, Packs, learner_memory, pack_flops
+from spin_ray.planning.hardware import CPU
+from spin_ray.planning.model_shape import ModelShape
 
 CALIBRATED_ON = ("135m", "training")
 RANDOM_SIZES: dict[str, dict[str, int]] = {

@@ -74,7 +74,7 @@ def plan(
     OVERRIDES change single values of the recipe: --train.workers=16
     """
     config = load_config(recipe, _parse_overrides(overrides))
-    from spin_ray.plan import Cluster, Given, print_plan
+    from spin_ray.planning.report import Cluster, Given, print_plan
 
     cluster = Cluster(nodes=nodes, gpu=gpu, gpus_per_node=gpus_per_node)
     given = Given(rows=rows, prompt_tokens=prompt_tokens, response_tokens=response_tokens)

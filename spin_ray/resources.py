@@ -29,6 +29,10 @@ def connect(config: SpinConfig) -> None:
         options: dict[str, Any] = {"address": address} if address else {
             "address": "local", "num_cpus": config.cluster.local_cpus, "include_dashboard": False,
         }  # fmt: skip
+        if not address:
+            # Ray Train's placement group cleaner looks for the dashboard: without one it keeps every stage waiting for
+            # 12 s at its end, unless the address is known and refuses. Raylet and workers inherit it.
+            os.environ.setdefault("RAY_API_SERVER_ADDRESS", "http://127.0.0.1:9")
         try:
             ray.init(log_to_driver=False, logging_level=logging.WARNING, **options)
         except (ConnectionError, RuntimeError) as error:

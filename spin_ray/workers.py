@@ -26,6 +26,7 @@ def run_workers(function: Callable[[Any], None], job: Any, config: SpinConfig, n
     """
     resources = config.train.resources
     os.environ["RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S"] = str(config.train.start_timeout_s)
+    os.environ.setdefault("RAY_TRAIN_HEALTH_CHECK_INTERVAL_S", "0.5")  # how soon it sees that the workers are done
     trainer = ray.train.torch.TorchTrainer(
         _in_worker,
         train_loop_config={"function": function, "job": job, "threads": resources.threads},
@@ -38,6 +39,7 @@ def run_workers(function: Callable[[Any], None], job: Any, config: SpinConfig, n
             storage_path=str(folder),
             failure_config=ray.train.FailureConfig(max_failures=config.train.max_failures, controller_failure_limit=3),
             checkpoint_config=ray.train.CheckpointConfig(num_to_keep=1),
+            worker_runtime_env={"env_vars": cpu.KEEP_FREED_MEMORY},
         ),
     )
     try:

@@ -120,7 +120,7 @@ class _RenderSlice:
         while sources := list(islice(reader, ROWS_AT_A_TIME)):
             rows: list[Row] = []
             unusable: list[Row] = []
-            for source, found in zip(sources, _rows_of(sources, self._task), strict=True):
+            for source, found in zip(sources, rows_of(sources, self._task), strict=True):
                 if isinstance(found, Unusable):
                     unusable.append(_quarantine_row(self._stage, source.origin, found.reason, found.detail, source.raw))
                 else:
@@ -132,7 +132,7 @@ class _RenderSlice:
         return {"name": name}
 
 
-def _rows_of(sources: Sequence[SourceRow], task: PromptTask) -> Iterator[list[Row] | Unusable]:
+def rows_of(sources: Sequence[SourceRow], task: PromptTask) -> Iterator[list[Row] | Unusable]:
     """The prompt rows of each source row, or why it cannot be used; all are tokenised in one go."""
     found = [_conversations_of(source, task.data) for source in sources]
     usable = [conversation for each in found if not isinstance(each, Unusable) for conversation in each]

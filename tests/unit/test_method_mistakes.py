@@ -49,7 +49,7 @@ def rows_of(texts: list[str], turns: str = "last") -> list[dict[str, Any]]:
     """Prompt rows of a conversation, as stage 1 makes them."""
     task = prompts.PromptTask(TINY, None, False, 512, DataConfig(train="d", turns=turns))
     messages = [{"role": ("user", "assistant")[i % 2], "content": text} for i, text in enumerate(texts)]
-    (rows,) = prompts._rows_of([SourceRow("here", {"messages": messages}, b"")], task)
+    (rows,) = prompts.rows_of([SourceRow("here", {"messages": messages}, b"")], task)
     return rows
 
 
@@ -166,7 +166,7 @@ def test_6_double_bos():
     assert tokenizer.encode(text).count(tokenizer.bos_token_id) == 2  # the mistake
     task = prompts.PromptTask(TINY, None, False, 512, DataConfig(train="d"))
     task.__dict__["renderer"] = ChatRenderer(tokenizer)
-    ((row,),) = prompts._rows_of([SourceRow("here", {"prompt": "hi", "response": "ho"}, b"")], task)
+    ((row,),) = prompts.rows_of([SourceRow("here", {"prompt": "hi", "response": "ho"}, b"")], task)
     assert (row["prompt_ids"] + row["real_ids"]).count(tokenizer.bos_token_id) == 1
 
 

@@ -42,7 +42,7 @@ def chat(*texts: str) -> list[Row]:
 
 def rows_of(content: Any, task: PromptTask | None = None) -> list[Row]:
     source = SourceRow("here:1", content, json.dumps(content).encode())
-    (found,) = prompts._rows_of([source], task or task_of())
+    (found,) = prompts.rows_of([source], task or task_of())
     if isinstance(found, Unusable):
         raise found
     return found

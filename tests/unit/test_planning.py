@@ -13,7 +13,9 @@ from fakes import config_of
 
 from spin_ray import cli
 from spin_ray.config import OptimizerConfig, ResourcesConfig, SpinConfig, load_config
-from spin_ray.cost_model import (
+from spin_ray.errors import DataError, ModelError
+from spin_ray.learner.packing import PairLengths, plan_epoch
+from spin_ray.planning.cost_model import (
     PUBLISHED_H,
     RUNTIME,
     Devices,
@@ -29,11 +31,9 @@ from spin_ray.cost_model import (
     step_traffic,
     training_cost,
 )
-from spin_ray.errors import DataError, ModelError
-from spin_ray.hardware import BANDWIDTH_EFFICIENCY, COMPUTE_EFFICIENCY, CPU, GIB, GPUS, Hardware
-from spin_ray.learner.packing import PairLengths, plan_epoch
-from spin_ray.model_shape import KNOWN_SHAPES, MISTRAL_7B, ModelShape
-from spin_ray.plan import Given, read_shape, read_work
+from spin_ray.planning.hardware import BANDWIDTH_EFFICIENCY, COMPUTE_EFFICIENCY, CPU, GIB, GPUS, Hardware
+from spin_ray.planning.model_shape import KNOWN_SHAPES, MISTRAL_7B, ModelShape
+from spin_ray.planning.report import Given, read_shape, read_work
 
 RECIPES = Path(__file__).resolve().parents[2] / "jobs/recipes"
 ZEPHYR = load_config(RECIPES / "zephyr_7b.yaml")

@@ -9,13 +9,15 @@ from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from itertools import islice
 from pathlib import Path
-from typing import Any
 
 from rich.console import Console
 from rich.table import Table
 
 from spin_ray.config import SpinConfig
-from spin_ray.cost_model import (
+from spin_ray.embedded import resolve
+from spin_ray.errors import DataError, ModelError, ResourceError
+from spin_ray.model_folder import read_config
+from spin_ray.planning.cost_model import (
     PAPER_EPOCHS,
     PAPER_GPUS,
     PAPER_PROMPTS,
@@ -28,12 +30,9 @@ from spin_ray.cost_model import (
     paper_way_hours,
     plan_run,
 )
-from spin_ray.embedded import resolve
-from spin_ray.errors import DataError, ModelError, ResourceError
-from spin_ray.hardware import GB, Hardware
-from spin_ray.model_folder import read_config
-from spin_ray.model_shape import KNOWN_SHAPES, MISTRAL_7B, ModelShape
-from spin_ray.remedies import Cluster, devices_of, remedies
+from spin_ray.planning.hardware import GB, Hardware
+from spin_ray.planning.model_shape import KNOWN_SHAPES, MISTRAL_7B, ModelShape
+from spin_ray.planning.remedies import Cluster, devices_of, remedies
 
 SAMPLE_ROWS = 256
 """Rows that are rendered and tokenised to learn the mean lengths: about a second's work."""
@@ -99,7 +98,7 @@ def _sample(config: SpinConfig, given: Given) -> Work:
         what = f"data.train {train}" if "://" in train else f"model.path {config.model.path}"
         raise DataError(f"{what}: is not on this machine, so plan cannot measure rows; give {', '.join(missing)}")
     from spin_ray.sources import find_files, read_slice, split
-    from spin_ray.stages.prompts import PromptTask, _rows_of, _Unusable
+    from spin_ray.stages.prompts import PromptTask, rows_of
 
     task = PromptTask(
         tokenizer=str(model), chat_template=config.model.chat_template, data=config.data,
@@ -107,12 +106,7 @@ def _sample(config: SpinConfig, given: Given) -> Work:
     )  # fmt: skip
     files = find_files(train)
     sources = list(islice((row for piece in split(files) for row in read_slice(piece)), SAMPLE_ROWS))
-    usable: list[dict[str, Any]] = []
-    for source in sources:
-        try:
-            usable += _rows_of(source, task)
-        except _Unusable:
-            continue
+    usable = [row for found in rows_of(sources, task) if isinstance(found, list) for row in found]
     if not usable:
         raise DataError(f"{train}: none of the first {len(sources)} rows can be used; spin-ray doctor says why")
     counted = round(count_rows(files) * len(usable) / len(sources))

@@ -6,10 +6,10 @@ from math import ceil
 from typing import Any
 
 from spin_ray.config import SpinConfig, parse_config
-from spin_ray.cost_model import Devices, Work, plan_run
 from spin_ray.errors import ConfigError, ResourceError, UserError
-from spin_ray.hardware import CPU, GIB, GPUS, NETWORK
-from spin_ray.model_shape import ModelShape
+from spin_ray.planning.cost_model import Devices, Work, plan_run
+from spin_ray.planning.hardware import CPU, GIB, GPUS, NETWORK
+from spin_ray.planning.model_shape import ModelShape
 
 
 @dataclass(frozen=True, kw_only=True)

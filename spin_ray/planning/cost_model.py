@@ -16,8 +16,8 @@ from dataclasses import dataclass, replace
 from math import ceil
 
 from spin_ray.config import OptimizerConfig, SpinConfig
-from spin_ray.hardware import GB, GIB, Hardware
-from spin_ray.model_shape import ModelShape
+from spin_ray.planning.hardware import GB, GIB, Hardware
+from spin_ray.planning.model_shape import ModelShape
 
 RUNTIME = 2 * GB
 """CUDA context, communication buffers, workspaces, fragmentation. An assumption."""
