@@ -8,7 +8,7 @@ RUN := runs
 
 .DEFAULT_GOAL := help
 .NOTPARALLEL:
-.PHONY: help setup demo smoke test check lint format lock clean
+.PHONY: help setup demo smoke test check lint bench peers format lock clean
 
 help: ## List the targets
 	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "make %-7s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -49,6 +49,20 @@ lint: $(READY) ## Format, lint, types, import rules; changes nothing
 	$(BIN)/ruff check .
 	$(BIN)/pyrefly check
 	$(BIN)/lint-imports --no-logo
+
+DATA ?= ../shared/data/word_problems.train.jsonl
+bench: $(READY) ## Quick benchmarks (no peers): DATA=FILE.jsonl has the rows
+	$(BIN)/python benchmarks/useful_tokens.py --data $(DATA)
+	$(BIN)/python benchmarks/training_overhead.py --data $(DATA)
+	$(BIN)/python benchmarks/generation_overhead.py
+	$(BIN)/python benchmarks/size.py
+
+peers: .peers/.ready ## An environment with TRL, to compare with
+
+.peers/.ready: requirements/peers.txt
+	@$(PYTHON) -m venv .peers
+	@.peers/bin/pip install -q '$(TORCH)+cpu' -r requirements/peers.txt 2>/dev/null || .peers/bin/pip install -q '$(TORCH)' -r requirements/peers.txt
+	@touch $@
 
 format: $(READY) ## Apply the formatter and the safe lint fixes
 	$(BIN)/ruff check --fix .

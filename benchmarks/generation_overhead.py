@@ -8,10 +8,11 @@ prompts and engine, one process, warm, in turn, A B A B.
 
 import argparse
 import json
-import statistics
 import tempfile
 import time
 from pathlib import Path
+
+from harness import at_least, record
 
 from spin_ray.config import SpinConfig
 from spin_ray.embedded import resolve
@@ -58,14 +59,8 @@ def main() -> None:
             if number >= 0:
                 ratios.append(bare_s / stage_s)
                 print(json.dumps({"bare_s": round(bare_s, 2), "stage_s": round(stage_s, 2), "tokens": tokens}))
-        print(
-            json.dumps(
-                {
-                    "stage/bare": round(statistics.median(ratios), 3),
-                    "spread": [round(min(ratios), 3), round(max(ratios), 3)],
-                }
-            )
-        )
+    note = f"{options.rows} prompts, {options.max_tokens} tokens each at most"
+    record([at_least("5 generation stage, share of bare LLM.generate", ratios, 0.95, note)])
 
 
 def compare(source: Artefact, target: Artefact, config: SpinConfig, engine: VllmEngine) -> tuple[float, float, int]:

@@ -15,7 +15,8 @@ import pyarrow.parquet as pq
 
 from spin_ray.errors import DataError
 
-SLICE_BYTES = 4 * 2**20
+SLICE_BYTES = 2**20
+MOST_SLICES = 4096
 SUFFIXES = (".jsonl", ".ndjson", ".json", ".parquet")
 
 
@@ -94,19 +95,24 @@ def files_digest(files: list[str]) -> str:
 
 
 def split(files: list[str]) -> list[Slice]:
-    """Slices of about 4 MiB, in order; DataError if there is nothing to slice."""
+    """Slices of 1 MiB, or larger ones of large data, in order; DataError if there is nothing to slice."""
+    sizes = {uri: _size(uri) for uri in files}
+    width = max(SLICE_BYTES, sum(sizes.values()) // MOST_SLICES)
     slices = []
     for uri in files:
-        filesystem, path = _filesystem(uri)
-        if path.endswith(".parquet"):
+        if uri.endswith(".parquet"):
             groups = _parquet(uri).num_row_groups
             slices += [Slice(uri, group, group + 1) for group in range(groups)]
         else:
-            size = filesystem.get_file_info(path).size
-            slices += [Slice(uri, start, min(start + SLICE_BYTES, size)) for start in range(0, size, SLICE_BYTES)]
+            slices += [Slice(uri, start, min(start + width, sizes[uri])) for start in range(0, sizes[uri], width)]
     if not slices:
         raise DataError(f"{', '.join(files)}: holds no rows")
     return slices
+
+
+def _size(uri: str) -> int:
+    filesystem, path = _filesystem(uri)
+    return filesystem.get_file_info(path).size
 
 
 def read_slice(piece: Slice) -> Iterator[SourceRow]:

@@ -2,7 +2,7 @@
 
 Legend of dimensions, used in every signature of the package:
 
-    tokens    tokens of one pack (a fixed length; the tail is padding)
+    tokens    tokens of one pack (one of a few lengths; the tail is padding)
     targets   response tokens of one pack: those whose log-probability is wanted
     segments  responses (branches) of one pack
     pairs     (real, generated) pairs of one pack
@@ -79,7 +79,7 @@ REFERENCE_SCHEMA = pa.schema(
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class PackedBatch:
-    """One pack: several shared-prompt trees behind one another in a single sequence of fixed length.
+    """One pack: several shared-prompt trees behind one another in a single sequence.
 
     A tree is a prompt followed by its responses. Every response continues the prompt's positions and sees the prompt
     and itself, never a sibling or another tree, so one forward pass scores all of them as if each stood alone.

@@ -18,7 +18,8 @@ from spin_ray.learner.losses import margins, pair_logps, sft_loss, spin_loss
 from spin_ray.learner.packing import Pack, PairLengths, Step, build_pack, plan_epoch
 from spin_ray.types import PackedBatch
 
-EMPTY_PACK_LENGTH = 8
+LENGTHS_OF_A_PACK = 16
+"""How many lengths packs may have: each new shape costs oneDNN new kernels, and padding costs compute."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -39,9 +40,9 @@ class PackShape:
     pad_id: int
 
     def build(self, pack: Pack, table: pa.Table) -> PackedBatch:
-        """The tensors of a pack. An empty one, there only to keep ranks in step, is short: it costs next to nothing."""
-        length = self.pack_length if pack else min(self.pack_length, EMPTY_PACK_LENGTH)
-        return build_pack(pack, table, pack_length=length, pad_id=self.pad_id)
+        """The tensors of a pack, which is no longer than it need be: the last one of a step is seldom full."""
+        multiple = -(-self.pack_length // LENGTHS_OF_A_PACK)
+        return build_pack(pack, table, pack_length=self.pack_length, pad_id=self.pad_id, pad_multiple=multiple)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -52,8 +52,8 @@ class Step:
     """Tokens of y summed over pairs: a y that two pairs share counts twice, as it does in the loss."""
 
     def for_rank(self, rank: int, world_size: int) -> tuple[Pack, ...]:
-        """This rank's packs. Every rank gets the same number: each forward and backward is a collective, and every pack
-        costs the same (fixed length), so an equal count is an equal load.
+        """This rank's packs. Every rank gets the same number: each forward and backward is a collective, and all packs
+        but the last few of a step are full, so an equal count is an equal load.
         """
         mine = self.packs[rank::world_size]
         share = -(-len(self.packs) // world_size)
@@ -161,8 +161,12 @@ def _best_fit_decreasing(trees: list[Tree], sizes: list[int], pack_length: int) 
     return tuple(tuple(pack) for pack in packs)
 
 
-def build_pack(pack: Pack, table: pa.Table, *, pack_length: int, pad_id: int) -> PackedBatch:
+def build_pack(
+    pack: Pack, table: pa.Table, *, pack_length: int, pad_id: int, pad_multiple: int | None = None
+) -> PackedBatch:
     """The tensors of one pack, from columns ``prompt_ids``, ``real_ids`` and ``generated_ids`` (PAIR_SCHEMA).
+
+    It is filled up with padding to ``pack_length``, or to the next multiple of ``pad_multiple`` where that is less.
 
     Targets are the response tokens in pack order, and segments are numbered in pack order. The table may be chunked:
     rows are read as zero-copy slices, so nothing need be combined (more than 2^31 tokens would not fit one list array).
@@ -181,7 +185,9 @@ def build_pack(pack: Pack, table: pa.Table, *, pack_length: int, pad_id: int) ->
                 branch += 1
                 generated_segment = builder.add_response(generated, number, branch, last_of_prompt, start=len(prompt))
             builder.pairs.append((real_segment, generated_segment, row))
-    return builder.finish(pack_length, pad_id)
+    multiple = pad_multiple or pack_length
+    length = max(-(-builder.length // multiple), 1) * multiple
+    return builder.finish(min(length, pack_length), pad_id)
 
 
 def _tokens(column: pa.ChunkedArray, row: int) -> np.ndarray:

@@ -8,6 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from learner_cases import Row, lengths_of, random_rows, table_of
 
+from spin_ray.learner import loop
 from spin_ray.learner.packing import PairLengths, Step, build_pack, plan_epoch
 from spin_ray.learner.scoring import visible
 
@@ -216,3 +217,34 @@ def test_no_rows_make_no_steps() -> None:
     nothing = np.array([], dtype=np.int64)
     lengths = PairLengths(prompt=nothing, real=nothing, generated=nothing, tree_key=nothing)
     assert plan_epoch(lengths, pack_length=32, global_batch_pairs=2, seed=0, epoch=0) == []
+
+
+@pytest.mark.parametrize(
+    ("prompt", "response", "batch", "pack_length"),
+    [
+        pytest.param((30, 75), (9, 20), 24, 512, id="one equation as the answer"),
+        pytest.param((60, 180), (60, 220), 16, 1024, id="a worked solution as the answer"),
+    ],
+)
+def test_training_computes_hardly_more_than_each_prompt_and_each_response_once(prompt, response, batch, pack_length):
+    """Tokens computed, padding included, are at most 1.05 times those there are, at lengths like the real data's."""
+    rng = np.random.default_rng(0)
+
+    def ids(bounds: tuple[int, int]) -> list[int]:
+        return [1] * int(rng.integers(*bounds))
+
+    rows = [(ids(prompt), ids(response), ids(response)) for _ in range(480)]
+    table = table_of(rows).append_column("prompt_id", pa.array([str(number) for number in range(len(rows))]))
+    shape = loop.PackShape(pack_length=pack_length, global_batch_pairs=batch, pad_id=0)
+    (steps,) = loop.plan(table, shape, epochs=1, seed=0)
+    lengths = [len(shape.build(pack, table).input_ids) for step in steps for pack in step.packs]
+    assert sum(lengths) <= 1.05 * sum(len(tokens) for row in rows for tokens in row)
+    assert len(set(lengths)) <= 16
+
+
+def test_a_pack_is_filled_up_to_the_next_multiple_and_never_past_its_length() -> None:
+    table = table_of([([1] * 5, [2] * 5, [3] * 5)])
+    for multiple, length in [(4, 16), (15, 15), (16, 16), (17, 17), (None, 18)]:
+        batch = build_pack(((0,),), table, pack_length=18, pad_id=0, pad_multiple=multiple)
+        assert len(batch.input_ids) == length
+    assert len(build_pack((), table, pack_length=18, pad_id=0, pad_multiple=4).input_ids) == 4

@@ -1,16 +1,17 @@
-"""Does the driver's memory grow with the number of prompts?
+"""What do many prompts cost: rows per second of each stage, and the driver's memory?
 
-Prompts, generation with a null engine, and pairs, at two sizes:
+Prompts, generation with a null engine, and pairs, at several sizes, each in a process of its own:
 
-    python benchmarks/driver_memory.py [--rows 20000 200000]
+    python benchmarks/size.py [--rows 20000 200000]
 
-Prints the driver's peak resident memory after each size (each in a process of its own) and the rows per second of each
-stage.
+The rates are those of the rows that a size has more than the one before: starting workers is not the rows' cost. Beside
+them stands what the tokenizer alone does with the same texts on all cores, which bounds the prompts stage.
 """
 
 import argparse
 import json
 import resource
+import statistics
 import subprocess
 import sys
 import tempfile
@@ -18,9 +19,12 @@ import time
 from collections.abc import Sequence
 from pathlib import Path
 
+from harness import at_least, at_most, record
+
 from spin_ray.config import SamplingConfig, SpinConfig
 from spin_ray.embedded import resolve
 from spin_ray.engine import Completion, EngineSpec
+from spin_ray.rendering import load_tokenizer
 from spin_ray.resources import connect
 from spin_ray.run_dir import RunDir
 from spin_ray.stages import generation, pairs, prompts
@@ -75,8 +79,8 @@ def measure(rows: int) -> None:
         }.items():
             started = time.perf_counter()
             work()
-            line[f"{name}_rows_per_s"] = round(rows / (time.perf_counter() - started))
-        line |= {"driver_peak_mib": round(peak_mib()), "above_start_mib": round(peak_mib() - baseline)}
+            line[name] = time.perf_counter() - started
+        line["driver_mib"] = peak_mib() - baseline
         print(json.dumps(line), flush=True)
 
 
@@ -84,13 +88,47 @@ def peak_mib() -> float:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
 
 
-if __name__ == "__main__":
+def tokenizer_rows_per_s() -> float:
+    """Rows that the tokenizer encodes in a second on all cores, prompts and responses, nothing else done."""
+    tokenizer = load_tokenizer(resolve("embedded:tiny-llama"))
+    chats = [
+        [{"role": "user", "content": f"What is {n} plus {n * 7}?"}, {"role": "assistant", "content": f"{n * 8}"}]
+        for n in range(20_000)
+    ]
+    prompts = tokenizer.apply_chat_template([chat[:1] for chat in chats], tokenize=False, add_generation_prompt=True)
+    texts = [*prompts, *(chat[1]["content"] for chat in chats)]
+    started = time.perf_counter()
+    tokenizer.backend_tokenizer.encode_batch_fast(texts, add_special_tokens=False)
+    return len(chats) / (time.perf_counter() - started)
+
+
+def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rows", type=int, nargs="+", default=[20_000, 200_000])
     parser.add_argument("--one", type=int, help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.one:
         measure(options.one)
-    else:
-        for size in options.rows:
-            subprocess.run([sys.executable, __file__, "--one", str(size)], check=True)
+        return
+    lines = []
+    for size in sorted(options.rows):
+        done = subprocess.run(
+            [sys.executable, __file__, "--one", str(size)], check=True, stdout=subprocess.PIPE, text=True
+        )
+        lines.append(json.loads(done.stdout.splitlines()[-1]))
+        print(json.dumps({name: round(value, 1) for name, value in lines[-1].items()}), flush=True)
+    first, last = lines[0], lines[-1]
+    more = last["rows"] - first["rows"]
+    sizes = f"{first['rows']} to {last['rows']} rows"
+    found = [
+        at_least(f"8 {name}, rows/s more rows cost", [more / (last[name] - first[name])], 20_000, sizes)
+        for name in ("prompts", "generation", "pairs")
+    ]
+    share = more / (last["prompts"] - first["prompts"]) / statistics.median(tokenizer_rows_per_s() for _ in range(5))
+    found.append(at_least("8 prompts, share of the tokenizer's own rows/s", [share], 0.5, sizes))
+    found.append(at_most("8 driver memory, MiB more", [last["driver_mib"] - first["driver_mib"]], 200, sizes))
+    record(found)
+
+
+if __name__ == "__main__":
+    main()

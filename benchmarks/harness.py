@@ -1,0 +1,188 @@
+"""What all benchmarks share: pairs made of real data, sides that take turns, results on disk."""
+
+import contextlib
+import json
+import os
+import platform
+import statistics
+import subprocess
+import threading
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, dataclass
+from datetime import date
+from pathlib import Path
+from typing import Any, Self
+
+import psutil
+
+from spin_ray import cpu
+from spin_ray.conversations import conversations_of
+from spin_ray.embedded import resolve
+from spin_ray.preflight import versions
+from spin_ray.rendering import ChatRenderer, Rendered, load_tokenizer
+
+HERE = Path(__file__).resolve().parent
+RESULTS = HERE / "results"
+MODEL = "embedded:smollm2-135m-instruct"
+
+
+@dataclass(frozen=True)
+class Row:
+    """One measured answer; ``value`` is a ratio unless ``id`` says otherwise."""
+
+    id: str
+    value: float
+    target: str
+    met: bool
+    runs: int
+    spread: tuple[float, float]
+    note: str = ""
+
+
+def at_least(name: str, values: Sequence[float], target: float, note: str = "") -> Row:
+    """The median of ``values``, which should reach ``target``."""
+    value = statistics.median(values)
+    return Row(name, _short(value), f">= {target:g}", value >= target, len(values), _spread(values), note)
+
+
+def at_most(name: str, values: Sequence[float], target: float, note: str = "") -> Row:
+    """The median of ``values``, which should not pass ``target``."""
+    value = statistics.median(values)
+    return Row(name, _short(value), f"<= {target:g}", value <= target, len(values), _spread(values), note)
+
+
+def record(rows: Sequence[Row]) -> None:
+    """Prints the rows and puts each into results/bench.json in place of an earlier one with its id."""
+    RESULTS.mkdir(exist_ok=True)
+    file = RESULTS / "bench.json"
+    kept = json.loads(file.read_text())["rows"] if file.exists() else []
+    names = {row.id for row in rows}
+    where = {"measured": date.today().isoformat(), "commit": _commit(), "machine": _machine(), "versions": versions()}
+    merged = [row for row in kept if row["id"] not in names] + [asdict(row) | where for row in rows]
+    file.write_text(json.dumps({"rows": sorted(merged, key=lambda row: row["id"])}, indent=1) + "\n")
+    for row in rows:
+        met = "met" if row.met else "MISSED"
+        print(f"{row.id}: {row.value:g} ({row.spread[0]:g} to {row.spread[1]:g}, {row.runs} runs), {row.target}: {met}")
+
+
+def pairs_of(data: Path, count: int) -> list[dict[str, list[int]]]:
+    """The first ``count`` rows as token ids; y' is the response of the next row, as only lengths matter for speed."""
+    from spin_ray.config import DataConfig
+
+    renderer = ChatRenderer(load_tokenizer(resolve(MODEL)))
+    lines = data.read_text().splitlines()[:count]
+    settings = DataConfig(train=str(data), system="")
+    conversations = [found for line in lines for found in conversations_of(json.loads(line), settings)]
+    rows = [row for row in renderer.render_all(conversations) if isinstance(row, Rendered)]
+    assert len(rows) == count, f"{data}: {count} rows are wanted, {len(rows)} can be used"
+    following = [*rows[1:], rows[0]]
+    return [
+        {"prompt_ids": row.prompt_ids, "real_ids": row.real_ids, "generated_ids": other.real_ids}
+        for row, other in zip(rows, following, strict=True)
+    ]
+
+
+class Side:
+    """A process that works when it is told to, so that two sides take turns on the same cores.
+
+    It gets a number per line on stdin, does that piece of work, and answers with one JSON line on a pipe of its own.
+    """
+
+    def __init__(self, name: str, command: Sequence[str], environment: dict[str, str] | None = None) -> None:
+        reader, writer = os.pipe()
+        self.name = name
+        self.peak_pss_mib = 0.0
+        self._log = (RESULTS / f".{name}.log").open("wb")
+        self._process = subprocess.Popen(
+            [*command, "--reply", str(writer)],
+            stdin=subprocess.PIPE, stdout=self._log, stderr=subprocess.STDOUT, pass_fds=[writer], text=True,
+            env=os.environ | (environment or {}),
+        )  # fmt: skip
+        os.close(writer)
+        self._replies = os.fdopen(reader)
+        self._done = threading.Event()
+        threading.Thread(target=self._watch_memory, daemon=True).start()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._done.set()
+        assert self._process.stdin
+        with contextlib.suppress(BrokenPipeError):
+            self._process.stdin.close()
+        try:
+            self._process.wait(timeout=60)
+        except subprocess.TimeoutExpired:
+            self._process.kill()
+        self._log.close()
+
+    def ready(self) -> dict[str, Any]:
+        """What the side says of itself once it has loaded everything."""
+        line = self._replies.readline()
+        if not line:
+            raise RuntimeError(f"{self.name} ended; {self._log.name} has what it said")
+        return json.loads(line)
+
+    def turn(self, number: int) -> dict[str, Any]:
+        assert self._process.stdin
+        self._process.stdin.write(f"{number}\n")
+        self._process.stdin.flush()
+        return self.ready()
+
+    def _watch_memory(self) -> None:
+        """Proportional set size of the process and its children."""
+        while not self._done.wait(0.5):
+            with contextlib.suppress(psutil.Error):
+                root = psutil.Process(self._process.pid)
+                family = [root, *root.children(recursive=True)]
+                self.peak_pss_mib = max(
+                    self.peak_pss_mib, sum(process.memory_full_info().pss for process in family) / 2**20
+                )
+
+
+def prepare(threads: int) -> None:
+    """CPU settings that all sides inherit, so that none computes with broken instructions or too many threads."""
+    RESULTS.mkdir(exist_ok=True)
+    cpu.prepare(threads)
+
+
+def replies(reply: int) -> tuple[Any, Iterator[int]]:
+    """For the script of a side: a function that answers, and the numbers it is told."""
+    import sys
+
+    pipe = os.fdopen(reply, "w", buffering=1)
+
+    def answer(**values: Any) -> None:
+        pipe.write(json.dumps(values) + "\n")
+
+    return answer, (int(line) for line in sys.stdin)
+
+
+@contextlib.contextmanager
+def timed() -> Iterator[dict[str, float]]:
+    spent: dict[str, float] = {}
+    started = time.perf_counter()
+    yield spent
+    spent["seconds"] = time.perf_counter() - started
+
+
+def _spread(values: Sequence[float]) -> tuple[float, float]:
+    return _short(min(values)), _short(max(values))
+
+
+def _short(value: float) -> float:
+    return float(f"{value:.3g}")
+
+
+def _commit() -> str:
+    shown = subprocess.run(
+        ["git", "describe", "--always", "--dirty"], cwd=HERE, capture_output=True, text=True, check=False
+    )
+    return shown.stdout.strip() or "unknown"
+
+
+def _machine() -> str:
+    model = next((line for line in Path("/proc/cpuinfo").read_text().splitlines() if "model name" in line), "")
+    return f"{os.cpu_count()} × {model.partition(':')[2].strip() or platform.machine()}"

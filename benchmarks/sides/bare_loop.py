@@ -1,0 +1,104 @@
+"""Side of training benchmarks: a bare PyTorch loop over the packs, without Ray, FSDP2, logs. A turn is one step."""
+
+import argparse
+import json
+import sys
+import time
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+from harness import MODEL, replies, timed
+
+from spin_ray.embedded import resolve
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--pairs", required=True, help="JSON file")
+    parser.add_argument("--batch", type=int, required=True, help="pairs of a step")
+    parser.add_argument("--pack-length", type=int, required=True)
+    parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--reply", type=int, required=True)
+    options = parser.parse_args()
+
+    import pyarrow as pa
+    import torch
+
+    from spin_ray.learner.hf_folder import load_model
+    from spin_ray.learner.loop import PackShape, plan
+    from spin_ray.learner.losses import margins, pair_logps, spin_loss
+    from spin_ray.learner.scoring import ResponseScorer
+    from spin_ray.types import PAIR_SCHEMA
+
+    torch.set_num_threads(options.threads)
+    rows = json.loads(Path(options.pairs).read_text())
+    names = [str(number) for number in range(len(rows))]
+    columns = [[row[name] for row in rows] for name in ("prompt_ids", "real_ids", "generated_ids")]
+    table = pa.table([names, names, [0] * len(rows), *columns], schema=PAIR_SCHEMA)
+    shape = PackShape(pack_length=options.pack_length, global_batch_pairs=options.batch, pad_id=2)
+    parts = [table.slice(start, options.batch) for start in range(0, len(rows), options.batch)]
+    batches = [[shape.build(pack, part) for pack in plan(part, shape, epochs=1, seed=0)[0][0].packs] for part in parts]
+    scorer = ResponseScorer(load_model(resolve(MODEL), trust_remote_code=False))
+    optimizer = torch.optim.RMSprop(scorer.parameters(), lr=1e-6, foreach=True)
+    with torch.no_grad():
+        references = [[pair_logps(scorer(batch), batch) for batch in step] for step in batches]
+    answer, turns = replies(options.reply)
+    answer(matmul_flops=matmul_rate(scorer.model, options.pack_length))
+    for number in turns:
+        with timed() as spent:
+            total = 0.0
+            for batch, reference in zip(batches[number], references[number], strict=True):
+                margin = margins(*pair_logps(scorer(batch), batch), *reference, 0.1)
+                loss = spin_loss(margin) / options.batch
+                loss.backward()
+                total += loss.item()
+            torch.nn.utils.clip_grad_norm_(scorer.parameters(), 1.0, foreach=True)
+            optimizer.step()
+            optimizer.zero_grad(set_to_none=True)
+        useful = sum(batch.num_useful_tokens for batch in batches[number])
+        answer(**spent, loss=total, tokens=useful, flops=flops(scorer.model, batches[number]))
+
+
+def linear_shapes(model) -> list[tuple[int, int]]:
+    """(in, out) of every matrix in the decoder layers."""
+    from torch import nn
+
+    return [
+        (module.in_features, module.out_features)
+        for module in model.get_decoder().modules()
+        if isinstance(module, nn.Linear)
+    ]
+
+
+def flops(model, batches) -> float:
+    """6 FLOPs for each useful token and weight outside the embedding; the head's only where a token is predicted."""
+    head = model.get_output_embeddings().weight.numel()
+    weights = sum(wide * tall for wide, tall in linear_shapes(model))
+    tokens = sum(batch.num_useful_tokens for batch in batches)
+    targets = sum(len(batch.target_ids) for batch in batches)
+    return 6.0 * (weights * tokens + head * targets)
+
+
+def matmul_rate(model, tokens: int) -> float:
+    """FLOP/s of the matrix products of one forward and backward over the layers, and nothing else; median of 5."""
+    import statistics
+
+    import torch
+
+    products = []
+    for wide, tall in linear_shapes(model):
+        x, w, g = torch.randn(tokens, wide), torch.randn(tall, wide), torch.randn(tokens, tall)
+        products.append((x, w, g, torch.empty(tokens, tall), torch.empty(tokens, wide), torch.empty(tall, wide)))
+    seconds = []
+    for _ in range(6):
+        started = time.perf_counter()
+        for x, w, g, out, grad_x, grad_w in products:
+            torch.mm(x, w.T, out=out)
+            torch.mm(g, w, out=grad_x)
+            torch.mm(g.T, x, out=grad_w)
+        seconds.append(time.perf_counter() - started)
+    return sum(6.0 * tokens * x.shape[1] * w.shape[0] for x, w, *_ in products) / statistics.median(seconds[1:])
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,75 @@
+"""Side of training benchmarks: this project's learner, one worker, without Ray. A turn is one optimizer step."""
+
+import argparse
+import json
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+from harness import MODEL, replies, timed
+
+from spin_ray.embedded import resolve
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--pairs", required=True, help="JSON file")
+    parser.add_argument("--batch", type=int, required=True, help="pairs of a step")
+    parser.add_argument("--pack-length", type=int, required=True)
+    parser.add_argument("--precision", default="fp32")
+    parser.add_argument("--learning-rate", type=float, required=True)
+    parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--reply", type=int, required=True)
+    options = parser.parse_args()
+
+    import numpy as np
+    import pyarrow as pa
+    import torch
+    import torch.distributed as dist
+
+    from spin_ray.config import OptimizerConfig
+    from spin_ray.learner.backends.base import BackendSettings
+    from spin_ray.learner.backends.fsdp2 import Fsdp2Backend
+    from spin_ray.learner.loop import Objective, PackShape, ReferenceScores, plan, score_rows, train_step
+    from spin_ray.types import PAIR_SCHEMA
+
+    torch.set_num_threads(options.threads)
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    rows = json.loads(Path(options.pairs).read_text())
+    names = [str(number) for number in range(len(rows))]
+    columns = [[row[name] for row in rows] for name in ("prompt_ids", "real_ids", "generated_ids")]
+    table = pa.table([names, names, [0] * len(rows), *columns], schema=PAIR_SCHEMA)
+    shape = PackShape(pack_length=options.pack_length, global_batch_pairs=options.batch, pad_id=2)
+    backend = Fsdp2Backend(
+        resolve(MODEL),
+        BackendSettings(
+            max_length=options.pack_length, precision=options.precision, total_steps=10**6,
+            optimizer=OptimizerConfig(schedule="constant", warmup_fraction=0), learning_rate=options.learning_rate,
+        ),
+        torch.device("cpu"),
+    )  # fmt: skip
+    # Steps in the order of the rows, so that both sides see the same pairs in a step.
+    parts = [table.slice(start, options.batch) for start in range(0, len(rows), options.batch)]
+    steps = [plan(part, shape, epochs=1, seed=0)[0] for part in parts]
+    references = []
+    for part, (step,) in zip(parts, steps, strict=True):
+        order, real, generated = score_rows(backend, [step], part, shape)
+        by_row = np.argsort(order)
+        references.append(ReferenceScores(real=torch.tensor(real)[by_row], generated=torch.tensor(generated)[by_row]))
+    answer, turns = replies(options.reply)
+    answer(
+        reference=[
+            list(pair)
+            for scores in references
+            for pair in zip(scores.real.tolist(), scores.generated.tolist(), strict=True)
+        ]
+    )
+    objective = Objective(loss="logistic", beta=0.1)
+    for number in turns:
+        with timed() as spent:
+            metrics = train_step(backend, steps[number][0], parts[number], shape, objective, references[number])
+        answer(**spent, loss=metrics["loss"], tokens=metrics["tokens"], packs=len(steps[number][0].packs))
+
+
+if __name__ == "__main__":
+    main()

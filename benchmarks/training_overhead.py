@@ -1,0 +1,152 @@
+"""What Ray and bookkeeping cost in training, and how close it comes to this machine's matrix products.
+
+The training stage as a run starts it (Ray Train, one worker with two CPUs, logs, FSDP2) against a bare PyTorch loop
+over the same packs, step by step in turns; then the bare loop's FLOP rate against matrix products of the same shapes.
+
+    python benchmarks/training_overhead.py --data FILE.jsonl [--batch 24] [--pairs 5] [--pack-length 512]
+"""
+
+import argparse
+import json
+import sys
+import tempfile
+import threading
+import time
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+from harness import HERE, MODEL, Side, at_least, pairs_of, prepare, record
+
+from spin_ray.config import SpinConfig
+from spin_ray.cpu import KEEP_FREED_MEMORY
+from spin_ray.embedded import resolve
+from spin_ray.model_folder import open_model
+from spin_ray.resources import connect
+from spin_ray.run_dir import RunDir, part_name
+from spin_ray.stages import training
+from spin_ray.storage import Storage
+from spin_ray.types import PAIR_SCHEMA
+
+STEP_TIMEOUT_S = 600
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--data", type=Path, required=True, help="rows with messages, one JSON object a line")
+    parser.add_argument("--batch", type=int, default=24, help="pairs of a step")
+    parser.add_argument("--pairs", type=int, default=5, help="paired steps, after one that warms up")
+    parser.add_argument("--pack-length", type=int, default=512)
+    options = parser.parse_args()
+    prepare(threads=2)
+    rows = pairs_of(options.data, options.batch * (options.pairs + 1))
+    with tempfile.TemporaryDirectory() as folder:
+        file = Path(folder) / "pairs.json"
+        file.write_text(json.dumps(rows))
+        command = [
+            sys.executable, str(HERE / "sides/bare_loop.py"), "--pairs", str(file), "--batch", str(options.batch),
+            "--pack-length", str(options.pack_length),
+        ]  # fmt: skip
+        turns = Path(folder) / "turns"
+        turns.mkdir()
+        stage = threading.Thread(target=run_stage, args=(rows, options, folder, turns), daemon=True)
+        stage.start()
+        with Side("bare_loop", command, KEEP_FREED_MEMORY) as bare:
+            matmul_flops = bare.ready()["matmul_flops"]
+            ratios, efficiencies = [], []
+            for step in range(options.pairs + 1):
+                alone, staged = bare.turn(step), stage_turn(turns, step, stage)
+                print(json.dumps({"bare": alone, "stage": staged}), flush=True)
+                assert alone["tokens"] == staged["tokens"], "both sides must train on the same tokens"
+                assert abs(alone["loss"] - staged["loss"]) < 1e-3, "both sides must take the same step"
+                if step:
+                    ratios.append(alone["seconds"] / staged["seconds"])
+                    efficiencies.append(alone["flops"] / staged["seconds"] / matmul_flops)
+        stage.join(timeout=STEP_TIMEOUT_S)
+    note = f"steps of {options.batch} pairs of {options.data.name}, fp32, 2 threads"
+    rate = f"{note}; products of the same shapes: {matmul_flops / 1e9:.0f} GFLOP/s"
+    record(
+        [
+            at_least("4 training stage, share of a bare loop's tokens/s", ratios, 0.97, note),
+            at_least("11 training FLOP rate, share of matrix products alone", efficiencies, 0.45, rate),
+        ]
+    )
+
+
+def run_stage(rows: list[dict[str, list[int]]], options: argparse.Namespace, folder: str, turns: Path) -> None:
+    """One SPIN iteration's training, whose steps wait for their turn. Steps take the rows in order."""
+    config = SpinConfig.model_validate(
+        {
+            "model": {"path": resolve(MODEL), "max_length": 256}, "data": {"train": "-"},
+            "generation": {"resources": {"cpus": 2}, "sampling": {"max_tokens": 64}},
+            "train": {
+                "workers": 1, "resources": {"cpus": 2}, "learning_rate": 1e-6, "epochs": 1, "precision": "fp32",
+                "pack_length": options.pack_length, "global_batch_pairs": options.batch,
+                "optimizer": {"schedule": "constant", "warmup_fraction": 0}, "checkpoint_every_steps": 10**6,
+            },
+        }
+    )  # fmt: skip
+    connect(config)
+    run = RunDir(Storage(Path(folder) / "run"))
+    names = [f"{number:06d}" for number in range(len(rows))]
+    columns = [[row[name] for row in rows] for name in ("prompt_ids", "real_ids", "generated_ids")]
+    table = pa.table([names, names, [0] * len(rows), *columns], schema=PAIR_SCHEMA)
+    pairs = run.pairs(0)
+    pairs.commit({part_name(0): pairs.write_part(part_name(0), table)}, {}, {})
+    training._worker = in_turns(training._worker, str(turns), options.batch)
+    training.run(run, config, 0, open_model(Path(resolve(MODEL)), "sft", trust_remote_code=False))
+
+
+def in_turns(worker: Any, turns: str, batch: int) -> Any:
+    """The stage's worker, whose steps are those of consecutive rows and start when a file says so."""
+
+    def gated(job: Any) -> None:
+        import json
+        import time
+        from pathlib import Path
+
+        from spin_ray.learner.loop import plan
+        from spin_ray.stages import training
+
+        train_step = training.train_step
+
+        def step_in_turn(backend: Any, step: Any, table: Any, *rest: Any) -> dict[str, float]:
+            number = backend.steps_done
+            while not (Path(turns) / f"go-{number}").exists():
+                time.sleep(0.01)
+            started = time.perf_counter()
+            metrics = train_step(backend, step, table, *rest)
+            spent = {"seconds": time.perf_counter() - started, "loss": metrics["loss"], "tokens": metrics["tokens"]}
+            target = Path(turns) / f"done-{number}"
+            target.with_suffix(".part").write_text(json.dumps(spent))
+            target.with_suffix(".part").rename(target)
+            return metrics
+
+        def in_order(table: Any, shape: Any, *, epochs: int, seed: int) -> Any:
+            steps = []
+            for start in range(0, table.num_rows, batch):
+                (step,) = plan(table.slice(start, batch), shape, epochs=1, seed=0)[0]
+                packs = tuple(tuple(tuple(row + start for row in tree) for tree in pack) for pack in step.packs)
+                steps.append(type(step)(packs=packs, num_pairs=step.num_pairs, num_real_tokens=step.num_real_tokens))
+            return [steps] * epochs
+
+        training.train_step, training.plan = step_in_turn, in_order
+        worker(job)
+
+    return gated
+
+
+def stage_turn(turns: Path, step: int, stage: threading.Thread) -> dict[str, float]:
+    """Lets the stage take one step and waits for it."""
+    (turns / f"go-{step}").touch()
+    deadline = time.monotonic() + STEP_TIMEOUT_S
+    done = turns / f"done-{step}"
+    while not done.exists():
+        if time.monotonic() > deadline or not stage.is_alive():
+            raise TimeoutError(f"no step {step} of the training stage within {STEP_TIMEOUT_S} s, or it ended")
+        time.sleep(0.01)
+    return json.loads(done.read_text())
+
+
+if __name__ == "__main__":
+    main()
