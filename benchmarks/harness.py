@@ -15,12 +15,15 @@ from pathlib import Path
 from typing import Any, Self
 
 import psutil
+import pyarrow as pa
 
 from spin_ray import cpu
+from spin_ray.config import DataConfig
 from spin_ray.conversations import conversations_of
 from spin_ray.embedded import resolve
 from spin_ray.preflight import versions
 from spin_ray.rendering import ChatRenderer, Rendered, load_tokenizer
+from spin_ray.types import PAIR_SCHEMA
 
 HERE = Path(__file__).resolve().parent
 RESULTS = HERE / "results"
@@ -68,8 +71,6 @@ def record(rows: Sequence[Row]) -> None:
 
 def pairs_of(data: Path, count: int) -> list[dict[str, list[int]]]:
     """The first ``count`` rows as token ids; y' is the response of the next row, as only lengths matter for speed."""
-    from spin_ray.config import DataConfig
-
     renderer = ChatRenderer(load_tokenizer(resolve(MODEL)))
     lines = data.read_text().splitlines()[:count]
     settings = DataConfig(train=str(data), system="")
@@ -81,6 +82,13 @@ def pairs_of(data: Path, count: int) -> list[dict[str, list[int]]]:
         {"prompt_ids": row.prompt_ids, "real_ids": row.real_ids, "generated_ids": other.real_ids}
         for row, other in zip(rows, following, strict=True)
     ]
+
+
+def table_of(rows: Sequence[dict[str, list[int]]]) -> pa.Table:
+    """PAIR_SCHEMA rows, each of a prompt of its own."""
+    names = [f"{number:06d}" for number in range(len(rows))]
+    columns = [[row[name] for row in rows] for name in ("prompt_ids", "real_ids", "generated_ids")]
+    return pa.table([names, names, [0] * len(rows), *columns], schema=PAIR_SCHEMA)
 
 
 class Side:

@@ -15,8 +15,7 @@ import time
 from pathlib import Path
 from typing import Any
 
-import pyarrow as pa
-from harness import HERE, MODEL, Side, at_least, pairs_of, prepare, record
+from harness import HERE, MODEL, Side, at_least, pairs_of, prepare, record, table_of
 
 from spin_ray.config import SpinConfig
 from spin_ray.cpu import KEEP_FREED_MEMORY
@@ -26,7 +25,6 @@ from spin_ray.resources import connect
 from spin_ray.run_dir import RunDir, part_name
 from spin_ray.stages import training
 from spin_ray.storage import Storage
-from spin_ray.types import PAIR_SCHEMA
 
 STEP_TIMEOUT_S = 600
 
@@ -88,17 +86,17 @@ def run_stage(rows: list[dict[str, list[int]]], options: argparse.Namespace, fol
     )  # fmt: skip
     connect(config)
     run = RunDir(Storage(Path(folder) / "run"))
-    names = [f"{number:06d}" for number in range(len(rows))]
-    columns = [[row[name] for row in rows] for name in ("prompt_ids", "real_ids", "generated_ids")]
-    table = pa.table([names, names, [0] * len(rows), *columns], schema=PAIR_SCHEMA)
     pairs = run.pairs(0)
-    pairs.commit({part_name(0): pairs.write_part(part_name(0), table)}, {}, {})
-    training._worker = in_turns(training._worker, str(turns), options.batch)
+    pairs.commit({part_name(0): pairs.write_part(part_name(0), table_of(rows))}, {}, {})
+    training._worker = in_turns(str(turns), options.batch)
     training.run(run, config, 0, open_model(Path(resolve(MODEL)), "sft", trust_remote_code=False))
 
 
-def in_turns(worker: Any, turns: str, batch: int) -> Any:
-    """The stage's worker, whose steps are those of consecutive rows and start when a file says so."""
+def in_turns(turns: str, batch: int) -> Any:
+    """The stage's worker, whose steps are those of consecutive rows and start when a file says so.
+
+    It looks for the worker where it runs: taken from here, it would not see what is put in place of its functions.
+    """
 
     def gated(job: Any) -> None:
         import json
@@ -131,7 +129,7 @@ def in_turns(worker: Any, turns: str, batch: int) -> Any:
             return [steps] * epochs
 
         training.train_step, training.plan = step_in_turn, in_order
-        worker(job)
+        training._worker(job)
 
     return gated
 

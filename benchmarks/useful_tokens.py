@@ -8,11 +8,9 @@ Deterministic: the packs of a whole epoch are built, nothing is trained.
 import argparse
 from pathlib import Path
 
-import pyarrow as pa
-from harness import at_most, pairs_of, record
+from harness import at_most, pairs_of, record, table_of
 
 from spin_ray.learner.loop import PackShape, plan
-from spin_ray.types import PAIR_SCHEMA
 
 
 def main() -> None:
@@ -23,9 +21,7 @@ def main() -> None:
     parser.add_argument("--pack-length", type=int, default=512)
     options = parser.parse_args()
     rows = pairs_of(options.data, options.rows)
-    names = [str(number) for number in range(len(rows))]
-    columns = [[row[name] for row in rows] for name in ("prompt_ids", "real_ids", "generated_ids")]
-    table = pa.table([names, names, [0] * len(rows), *columns], schema=PAIR_SCHEMA)
+    table = table_of(rows)
     shape = PackShape(pack_length=options.pack_length, global_batch_pairs=options.batch, pad_id=2)
     (steps,) = plan(table, shape, epochs=1, seed=0)
     computed = sum(len(shape.build(pack, table).input_ids) for step in steps for pack in step.packs)

@@ -7,7 +7,7 @@ import time
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-from harness import MODEL, replies, timed
+from harness import MODEL, replies, table_of, timed
 
 from spin_ray.embedded import resolve
 
@@ -21,22 +21,17 @@ def main() -> None:
     parser.add_argument("--reply", type=int, required=True)
     options = parser.parse_args()
 
-    import pyarrow as pa
     import torch
 
     from spin_ray.learner.hf_folder import load_model
     from spin_ray.learner.loop import PackShape, plan
     from spin_ray.learner.losses import margins, pair_logps, spin_loss
     from spin_ray.learner.scoring import ResponseScorer
-    from spin_ray.types import PAIR_SCHEMA
 
     torch.set_num_threads(options.threads)
-    rows = json.loads(Path(options.pairs).read_text())
-    names = [str(number) for number in range(len(rows))]
-    columns = [[row[name] for row in rows] for name in ("prompt_ids", "real_ids", "generated_ids")]
-    table = pa.table([names, names, [0] * len(rows), *columns], schema=PAIR_SCHEMA)
+    table = table_of(json.loads(Path(options.pairs).read_text()))
     shape = PackShape(pack_length=options.pack_length, global_batch_pairs=options.batch, pad_id=2)
-    parts = [table.slice(start, options.batch) for start in range(0, len(rows), options.batch)]
+    parts = [table.slice(start, options.batch) for start in range(0, table.num_rows, options.batch)]
     batches = [[shape.build(pack, part) for pack in plan(part, shape, epochs=1, seed=0)[0][0].packs] for part in parts]
     scorer = ResponseScorer(load_model(resolve(MODEL), trust_remote_code=False))
     optimizer = torch.optim.RMSprop(scorer.parameters(), lr=1e-6, foreach=True)

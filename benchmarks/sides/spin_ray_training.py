@@ -6,7 +6,7 @@ import sys
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-from harness import MODEL, replies, timed
+from harness import MODEL, replies, table_of, timed
 
 from spin_ray.embedded import resolve
 
@@ -23,7 +23,6 @@ def main() -> None:
     options = parser.parse_args()
 
     import numpy as np
-    import pyarrow as pa
     import torch
     import torch.distributed as dist
 
@@ -31,14 +30,10 @@ def main() -> None:
     from spin_ray.learner.backends.base import BackendSettings
     from spin_ray.learner.backends.fsdp2 import Fsdp2Backend
     from spin_ray.learner.loop import Objective, PackShape, ReferenceScores, plan, score_rows, train_step
-    from spin_ray.types import PAIR_SCHEMA
 
     torch.set_num_threads(options.threads)
     dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
-    rows = json.loads(Path(options.pairs).read_text())
-    names = [str(number) for number in range(len(rows))]
-    columns = [[row[name] for row in rows] for name in ("prompt_ids", "real_ids", "generated_ids")]
-    table = pa.table([names, names, [0] * len(rows), *columns], schema=PAIR_SCHEMA)
+    table = table_of(json.loads(Path(options.pairs).read_text()))
     shape = PackShape(pack_length=options.pack_length, global_batch_pairs=options.batch, pad_id=2)
     backend = Fsdp2Backend(
         resolve(MODEL),
@@ -49,7 +44,7 @@ def main() -> None:
         torch.device("cpu"),
     )  # fmt: skip
     # Steps in the order of the rows, so that both sides see the same pairs in a step.
-    parts = [table.slice(start, options.batch) for start in range(0, len(rows), options.batch)]
+    parts = [table.slice(start, options.batch) for start in range(0, table.num_rows, options.batch)]
     steps = [plan(part, shape, epochs=1, seed=0)[0] for part in parts]
     references = []
     for part, (step,) in zip(parts, steps, strict=True):
