@@ -20,7 +20,7 @@ from spin_ray.types import GENERATION_SCHEMA, PAIR_SCHEMA, PROMPT_SCHEMA, REFERE
 pytestmark = pytest.mark.e2e
 
 BF16_NATS_PER_TOKEN = 0.05
-"""Tolerance of a bf16 score against fp32, per response token (README, "Exactness")."""
+"""Tolerance of a bf16 score against fp32, per response token (README, "What is exact")."""
 
 
 def read_log(path: Path) -> list[dict]:
