@@ -55,10 +55,10 @@ class Hardware:
         )  # fmt: skip
 
 
-CPU = Hardware(name="cpu", bf16=65e9, fp32=65e9, memory=12 * GIB, bandwidth=10 * GB, link=1 * GB)
-"""One core. FLOP/s: half of the 130 GFLOP/s that an fp32 product reached on the two cores of the Xeon in README,
-"Measured" (its AMX is unusable, and bf16 no faster without); ``benchmarks/plan_check.py`` measures it anew. Memory:
-half of its 24 GiB. Bandwidth and link (gloo): assumptions."""
+CPU = Hardware(name="cpu", bf16=143e9, fp32=143e9, memory=12 * GIB, bandwidth=10 * GB, link=1 * GB)
+"""One core. FLOP/s: half of the 287 GFLOP/s that fp32 products reached on the two cores of the Xeon in README,
+"Measured" (``benchmarks/plan_check.py``; its AMX is unusable, and bf16 no faster without). Memory: half of its 24 GiB.
+Bandwidth and link (gloo): assumptions."""
 
 GPUS = {
     gpu.name: gpu
