@@ -1,5 +1,6 @@
 """What all benchmarks share: pairs made of real data, sides that take turns, results on disk."""
 
+import argparse
 import contextlib
 import json
 import os
@@ -28,6 +29,8 @@ from spin_ray.types import PAIR_SCHEMA
 HERE = Path(__file__).resolve().parent
 RESULTS = HERE / "results"
 MODEL = "embedded:smollm2-135m-instruct"
+THREADS = 2
+"""Of each side; they take turns."""
 
 
 @dataclass(frozen=True)
@@ -91,6 +94,26 @@ def table_of(rows: Sequence[dict[str, list[int]]]) -> pa.Table:
     return pa.table([names, names, [0] * len(rows), *columns], schema=PAIR_SCHEMA)
 
 
+def training_options(description: str | None) -> argparse.ArgumentParser:
+    """What every benchmark of training steps is asked for."""
+    parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--data", type=Path, required=True, help="rows with messages, one JSON object a line")
+    parser.add_argument("--batch", type=int, default=24, help="pairs of a step; TRL takes them 8 at a time")
+    parser.add_argument("--pairs", type=int, default=5, help="paired steps, after one that warms up")
+    parser.add_argument("--pack-length", type=int, default=512)
+    return parser
+
+
+def side_options(description: str | None) -> argparse.ArgumentParser:
+    """What every side that trains on packs is told."""
+    parser = argparse.ArgumentParser(description=description)
+    parser.add_argument("--pairs", type=Path, required=True, help="JSON file")
+    parser.add_argument("--batch", type=int, required=True, help="pairs of a step")
+    parser.add_argument("--pack-length", type=int, required=True)
+    parser.add_argument("--reply", type=int, required=True)
+    return parser
+
+
 class Side:
     """A process that works when it is told to, so that two sides take turns on the same cores.
 
@@ -150,10 +173,10 @@ class Side:
                 )
 
 
-def prepare(threads: int) -> None:
+def prepare() -> None:
     """CPU settings that all sides inherit, so that none computes with broken instructions or too many threads."""
     RESULTS.mkdir(exist_ok=True)
-    cpu.prepare(threads)
+    cpu.prepare(THREADS)
 
 
 def replies(reply: int) -> tuple[Any, Iterator[int]]:

@@ -6,13 +6,12 @@ Needs an environment with TRL (`make peers`). Both sides must agree on the refer
 (0.05 nats; they pad and batch differently) and on the loss of every step (0.005).
 """
 
-import argparse
 import json
 import sys
 import tempfile
 from pathlib import Path
 
-from harness import HERE, MODEL, Side, at_least, at_most, pairs_of, prepare, record
+from harness import HERE, MODEL, Side, at_least, at_most, pairs_of, prepare, record, training_options
 
 from spin_ray.cpu import KEEP_FREED_MEMORY
 from spin_ray.embedded import resolve
@@ -21,15 +20,11 @@ LEARNING_RATE = 1e-6
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--data", type=Path, required=True, help="rows with messages, one JSON object a line")
-    parser.add_argument("--batch", type=int, default=24, help="pairs of a step; TRL takes them 8 at a time")
-    parser.add_argument("--pairs", type=int, default=5, help="paired steps, after one that warms up")
-    parser.add_argument("--pack-length", type=int, default=512)
+    parser = training_options(__doc__)
     parser.add_argument("--target", type=float, default=5.0)
     parser.add_argument("--peers", type=Path, default=HERE.parent / ".peers/bin/python", help="a Python that has trl")
     options = parser.parse_args()
-    prepare(threads=2)
+    prepare()
     rows = pairs_of(options.data, options.batch * (options.pairs + 1))
     name = options.data.name.partition(".")[0]
     with tempfile.TemporaryDirectory() as folder:

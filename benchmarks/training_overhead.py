@@ -15,7 +15,7 @@ import time
 from pathlib import Path
 from typing import Any
 
-from harness import HERE, MODEL, Side, at_least, pairs_of, prepare, record, table_of
+from harness import HERE, MODEL, Side, at_least, pairs_of, prepare, record, table_of, training_options
 
 from spin_ray.config import SpinConfig
 from spin_ray.cpu import KEEP_FREED_MEMORY
@@ -30,13 +30,8 @@ STEP_TIMEOUT_S = 600
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--data", type=Path, required=True, help="rows with messages, one JSON object a line")
-    parser.add_argument("--batch", type=int, default=24, help="pairs of a step")
-    parser.add_argument("--pairs", type=int, default=5, help="paired steps, after one that warms up")
-    parser.add_argument("--pack-length", type=int, default=512)
-    options = parser.parse_args()
-    prepare(threads=2)
+    options = training_options(__doc__).parse_args()
+    prepare()
     rows = pairs_of(options.data, options.batch * (options.pairs + 1))
     with tempfile.TemporaryDirectory() as folder:
         file = Path(folder) / "pairs.json"
@@ -101,6 +96,7 @@ def in_turns(turns: str, batch: int) -> Any:
     def gated(job: Any) -> None:
         import json
         import time
+        from dataclasses import replace
         from pathlib import Path
 
         from spin_ray.learner.loop import plan
@@ -125,7 +121,7 @@ def in_turns(turns: str, batch: int) -> Any:
             for start in range(0, table.num_rows, batch):
                 (step,) = plan(table.slice(start, batch), shape, epochs=1, seed=0)[0]
                 packs = tuple(tuple(tuple(row + start for row in tree) for tree in pack) for pack in step.packs)
-                steps.append(type(step)(packs=packs, num_pairs=step.num_pairs, num_real_tokens=step.num_real_tokens))
+                steps.append(replace(step, packs=packs))
             return [steps] * epochs
 
         training.train_step, training.plan = step_in_turn, in_order

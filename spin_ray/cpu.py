@@ -20,7 +20,7 @@ KEEP_FREED_MEMORY = {
     "MALLOC_TRIM_THRESHOLD_": str(2**40),
 }
 """Environment in which to start a process that trains on CPUs. glibc gives every large tensor back to the kernel when
-it is freed, and the next one costs a page fault for each 4 KiB: a third of the time of a training step."""
+it is freed, and the next one costs a page fault for each 4 KiB."""
 
 _PROBE = "import torch; a = torch.ones(64, 64, dtype=torch.bfloat16); assert (a @ a)[0, 0] == 64"
 _WITHOUT_AMX = "AVX512_CORE_FP16"

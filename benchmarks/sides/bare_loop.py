@@ -1,25 +1,18 @@
 """Side of training benchmarks: a bare PyTorch loop over the packs, without Ray, FSDP2, logs. A turn is one step."""
 
-import argparse
 import json
 import sys
 import time
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-from harness import MODEL, replies, table_of, timed
+from harness import MODEL, THREADS, replies, side_options, table_of, timed
 
 from spin_ray.embedded import resolve
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--pairs", required=True, help="JSON file")
-    parser.add_argument("--batch", type=int, required=True, help="pairs of a step")
-    parser.add_argument("--pack-length", type=int, required=True)
-    parser.add_argument("--threads", type=int, default=2)
-    parser.add_argument("--reply", type=int, required=True)
-    options = parser.parse_args()
+    options = side_options(__doc__).parse_args()
 
     import torch
 
@@ -28,8 +21,8 @@ def main() -> None:
     from spin_ray.learner.losses import margins, pair_logps, spin_loss
     from spin_ray.learner.scoring import ResponseScorer
 
-    torch.set_num_threads(options.threads)
-    table = table_of(json.loads(Path(options.pairs).read_text()))
+    torch.set_num_threads(THREADS)
+    table = table_of(json.loads(options.pairs.read_text()))
     shape = PackShape(pack_length=options.pack_length, global_batch_pairs=options.batch, pad_id=2)
     parts = [table.slice(start, options.batch) for start in range(0, table.num_rows, options.batch)]
     batches = [[shape.build(pack, part) for pack in plan(part, shape, epochs=1, seed=0)[0][0].packs] for part in parts]

@@ -1,25 +1,18 @@
 """Side of training benchmarks: this project's learner, one worker, without Ray. A turn is one optimizer step."""
 
-import argparse
 import json
 import sys
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-from harness import MODEL, replies, table_of, timed
+from harness import MODEL, THREADS, replies, side_options, table_of, timed
 
 from spin_ray.embedded import resolve
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--pairs", required=True, help="JSON file")
-    parser.add_argument("--batch", type=int, required=True, help="pairs of a step")
-    parser.add_argument("--pack-length", type=int, required=True)
-    parser.add_argument("--precision", default="fp32")
+    parser = side_options(__doc__)
     parser.add_argument("--learning-rate", type=float, required=True)
-    parser.add_argument("--threads", type=int, default=2)
-    parser.add_argument("--reply", type=int, required=True)
     options = parser.parse_args()
 
     import numpy as np
@@ -31,14 +24,14 @@ def main() -> None:
     from spin_ray.learner.backends.fsdp2 import Fsdp2Backend
     from spin_ray.learner.loop import Objective, PackShape, ReferenceScores, plan, score_rows, train_step
 
-    torch.set_num_threads(options.threads)
+    torch.set_num_threads(THREADS)
     dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
-    table = table_of(json.loads(Path(options.pairs).read_text()))
+    table = table_of(json.loads(options.pairs.read_text()))
     shape = PackShape(pack_length=options.pack_length, global_batch_pairs=options.batch, pad_id=2)
     backend = Fsdp2Backend(
         resolve(MODEL),
         BackendSettings(
-            max_length=options.pack_length, precision=options.precision, total_steps=10**6,
+            max_length=options.pack_length, precision="fp32", total_steps=10**6,
             optimizer=OptimizerConfig(schedule="constant", warmup_fraction=0), learning_rate=options.learning_rate,
         ),
         torch.device("cpu"),

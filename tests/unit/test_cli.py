@@ -11,7 +11,6 @@ import pytest
 import ray
 import yaml
 
-from spin_ray import cli
 from spin_ray.embedded import resolve
 from spin_ray.errors import StageError, UserError
 from spin_ray.run_dir import RunDir
@@ -38,23 +37,6 @@ def recipe(tmp_path):
     path = tmp_path / "recipe.yaml"
     path.write_text(yaml.safe_dump(RECIPE))
     return path
-
-
-@pytest.fixture
-def call(monkeypatch, capsys):
-    """Calls the program; returns its exit code, stdout and stderr."""
-
-    def call(*arguments: object) -> tuple[int, str, str]:
-        monkeypatch.setattr(sys, "argv", ["spin-ray", *map(str, arguments)])
-        try:
-            cli.main()
-            code = 0
-        except SystemExit as stopped:
-            code = stopped.code
-        out, error = capsys.readouterr()
-        return code, out, error
-
-    return call
 
 
 def assert_one_line(found: tuple[int, str, str], message: str) -> None:

@@ -2,7 +2,6 @@
 and what the command says.
 """
 
-import sys
 from dataclasses import replace
 from math import ceil, log
 from pathlib import Path
@@ -11,7 +10,6 @@ import numpy as np
 import pytest
 from fakes import config_of
 
-from spin_ray import cli
 from spin_ray.config import OptimizerConfig, ResourcesConfig, SpinConfig, load_config
 from spin_ray.errors import DataError, ModelError
 from spin_ray.learner.packing import PairLengths, plan_epoch
@@ -384,23 +382,15 @@ def test_a_model_that_the_formulas_do_not_describe_is_refused(config, message):
 
 
 @pytest.fixture
-def call(monkeypatch, capsys):
+def call(call, monkeypatch):
     """Calls ``spin-ray plan zephyr_7b.yaml`` with the paper's lengths; returns exit code, stdout and stderr."""
+    monkeypatch.setenv("COLUMNS", "120")
 
-    def call(*words: str, recipe: str = "zephyr_7b") -> tuple[int, str, str]:
+    def call_plan(*words: str, recipe: str = "zephyr_7b") -> tuple[int, str, str]:
         lengths = ["--prompt-tokens", "130", "--response-tokens", "256"] if recipe == "zephyr_7b" else []
-        argv = ["spin-ray", "plan", str(RECIPES / f"{recipe}.yaml"), *lengths, *words]
-        monkeypatch.setattr(sys, "argv", argv)
-        monkeypatch.setenv("COLUMNS", "120")
-        try:
-            cli.main()
-            code = 0
-        except SystemExit as stopped:
-            code = stopped.code
-        out, error = capsys.readouterr()
-        return code, out, error
+        return call("plan", RECIPES / f"{recipe}.yaml", *lengths, *words)
 
-    return call
+    return call_plan
 
 
 def refused(found: tuple[int, str, str]) -> str:
