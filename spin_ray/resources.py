@@ -33,6 +33,8 @@ def connect(config: SpinConfig) -> None:
             # Ray Train's placement group cleaner looks for the dashboard: without one it keeps every stage waiting for
             # 12 s at its end, unless the address is known and refuses. Raylet and workers inherit it.
             os.environ.setdefault("RAY_API_SERVER_ADDRESS", "http://127.0.0.1:9")
+            # Nobody announces the end of this machine; the watcher would be one more process for each worker group.
+            os.environ.setdefault("RAY_TRAIN_ENABLE_PREEMPTION_WATCHER", "0")
         try:
             ray.init(log_to_driver=False, logging_level=logging.WARNING, **options)
         except (ConnectionError, RuntimeError) as error:

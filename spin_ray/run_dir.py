@@ -8,6 +8,7 @@ RUN/events.jsonl, RUN/LATEST     what happened; the newest published iterate
 
 import hashlib
 import json
+import logging
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
@@ -20,6 +21,8 @@ from pydantic import BaseModel
 from spin_ray.config import SpinConfig, digest, parse_config
 from spin_ray.errors import RunDirError
 from spin_ray.storage import ATTEMPTS, Storage, bytes_digest, table_from_bytes, table_to_bytes
+
+logger = logging.getLogger(__name__)
 
 MANIFEST = "_MANIFEST.json"
 
@@ -281,7 +284,11 @@ class RunDir:
 
     @contextmanager
     def stage(self, name: str) -> Iterator[dict[str, Any]]:
-        """Logs start, then commit or failure with wall time; the body adds what it counted to the yielded dict."""
+        """Logs start, then commit or failure with wall time; the body adds what it counted to the yielded dict.
+
+        ``tokens`` become ``tokens_per_s`` of wall time. ``work_s``, the seconds of generating, scoring and stepping
+        (mean over replicas), becomes ``useful``, their share of wall time: the rest is starting, loading, writing.
+        """
         counted: dict[str, Any] = {}
         self.event("start", name)
         started = time.monotonic()
@@ -295,7 +302,13 @@ class RunDir:
                 error=f"{type(error).__name__}: {error}"[:500],
             )
             raise
-        self.event("commit", name, seconds=round(time.monotonic() - started, 3), **counted)
+        seconds = time.monotonic() - started
+        if "tokens" in counted:
+            counted["tokens_per_s"] = round(counted["tokens"] / seconds, 1)
+        if "work_s" in counted:
+            counted["useful"] = round(counted.pop("work_s") / seconds, 3)
+            logger.info("%s: %.0f s, %.0f %% of it useful work", name, seconds, 100 * counted["useful"])
+        self.event("commit", name, seconds=round(seconds, 3), **counted)
 
     def event(self, event: str, stage: str, **values: Any) -> None:
         line = {"time": round(time.time(), 3), "event": event, "stage": stage, **values}

@@ -7,9 +7,9 @@ from typing import Any
 import pyarrow.compute as pc
 from rich.console import Console
 from rich.table import Table
+from tokenizers import Tokenizer
 
 from spin_ray.config import SpinConfig
-from spin_ray.rendering import load_tokenizer
 from spin_ray.run_dir import RunDir, iterate_name
 
 EXAMPLES = 3
@@ -97,7 +97,7 @@ def _number(value: float | None, digits: int) -> str:
 
 def _print_examples(run: RunDir, config: SpinConfig, console: Console) -> None:
     """A few held-out prompts with the human answer and each iterate's."""
-    tokenizer = load_tokenizer(run.description()["start_model"], trust_remote_code=config.model.trust_remote_code)
+    tokenizer = _tokenizer(run, config)
     rows = next(run.heldout.tables()).slice(0, EXAMPLES).to_pylist()
     answers: dict[str, dict[str, str]] = {}
     for iterate in range(config.iterations + 1):
@@ -118,3 +118,9 @@ def _print_examples(run: RunDir, config: SpinConfig, console: Console) -> None:
             console.print(f"[bold cyan]{name}[/]", end="  ")
             console.print(by_prompt.get(row["prompt_id"], ""), markup=False, emoji=False)
     console.rule(style="dim")
+
+
+def _tokenizer(run: RunDir, config: SpinConfig) -> Tokenizer:
+    """That of the last iterate, without transformers, whose import takes longer than all else that is printed."""
+    folder = run.storage.path(run.model(config.iterations).path)
+    return Tokenizer.from_file(str(folder / "tokenizer.json"))

@@ -1,10 +1,12 @@
 """Runs a function on a group of Ray Train workers that share a torch process group."""
 
 import os
+import pickle
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import ray.cloudpickle
 import ray.train
 import ray.train.torch
 
@@ -13,8 +15,8 @@ from spin_ray.config import SpinConfig
 from spin_ray.errors import StageError, UserError, last_line
 
 
-def run_workers(function: Callable[[Any], None], job: Any, config: SpinConfig, name: str, folder: Path) -> None:
-    """Calls ``function(job)`` on every train worker of the config and waits for all of them.
+def run_workers(function: Callable[[Any], Any], job: Any, config: SpinConfig, name: str, folder: Path) -> Any:
+    """Calls ``function(job)`` on every train worker of the config, waits for all, and returns what rank 0 returned.
 
     A worker group that dies is started again, up to ``train.max_failures`` times, and may go on from the last
     checkpoint that was reported under ``folder/name``. That holds for a new driver, too, so each piece of work needs a
@@ -29,7 +31,8 @@ def run_workers(function: Callable[[Any], None], job: Any, config: SpinConfig, n
     os.environ.setdefault("RAY_TRAIN_HEALTH_CHECK_INTERVAL_S", "0.5")  # how soon it sees that the workers are done
     trainer = ray.train.torch.TorchTrainer(
         _in_worker,
-        train_loop_config={"function": function, "job": job, "threads": resources.threads},
+        # As bytes: Ray Train's controller unpickles this too, and would import all that the job knows.
+        train_loop_config={"call": ray.cloudpickle.dumps((function, job)), "threads": resources.threads},
         scaling_config=ray.train.ScalingConfig(
             num_workers=config.train.workers, use_gpu=resources.gpus > 0, resources_per_worker=resources.bundle
         ),
@@ -43,7 +46,7 @@ def run_workers(function: Callable[[Any], None], job: Any, config: SpinConfig, n
         ),
     )
     try:
-        trainer.fit()
+        return trainer.fit().return_value
     except ray.train.TrainingFailedError as error:
         for failure in getattr(error, "worker_failures", {}).values():
             raised = getattr(failure, "_base_exc", failure)  # Ray wraps it to keep the traceback
@@ -54,13 +57,14 @@ def run_workers(function: Callable[[Any], None], job: Any, config: SpinConfig, n
         ) from error
 
 
-def _in_worker(loop: dict[str, Any]) -> None:
+def _in_worker(loop: dict[str, Any]) -> Any:
     cpu.prepare(loop["threads"])
     import torch
 
     if not torch.cuda.is_available():
         torch.set_num_threads(loop["threads"])
-    loop["function"](loop["job"])
+    function, job = pickle.loads(loop["call"])
+    return function(job)
 
 
 def device() -> Any:

@@ -11,6 +11,7 @@ Two margins, both of θ_t against its opponent θ_{t-1}:
 
 import json
 import math
+import time
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -19,7 +20,6 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 import torch.distributed as dist
-from scipy.stats import mannwhitneyu
 
 from spin_ray.answers import is_correct
 from spin_ray.config import SpinConfig
@@ -67,7 +67,8 @@ def run(
         result |= _text_measures(heldout, answers, config, model.path)
         if opponent is not None:
             samples_of = {"self": samples, "opponent": run_dir.heldout_samples(iterate - 1)}
-            scores = _score(run_dir, config, samples_of, model, opponent)
+            scores, work = _score(run_dir, config, samples_of, model, opponent)
+            counted |= work
             result |= {"opponent": opponent.name} | _margin_measures(
                 scores, model, opponent, config.at(iterate - 1).beta
             )
@@ -114,6 +115,8 @@ def length_auc(real: list[int], generated: list[int]) -> float:
 
     It is the chance that a real response is longer than a generated one (ties count half): Mann-Whitney U / (n m).
     """
+    from scipy.stats import mannwhitneyu  # a second of imports that the scoring workers need not wait for
+
     return float(mannwhitneyu(real, generated).statistic / (len(real) * len(generated)))
 
 
@@ -123,8 +126,11 @@ def _score(
     samples_of: dict[str, Artefact],
     model: ModelFolder,
     opponent: ModelFolder,
-) -> pa.Table:
-    """SCORE_SCHEMA rows of every (held-out row, sample) under both models; on the train workers, so any size fits."""
+) -> tuple[pa.Table, dict[str, float]]:
+    """SCORE_SCHEMA rows of every (held-out row, sample) under both models, and what was done for them now.
+
+    On the train workers, so any size of model fits.
+    """
     target = run_dir.artefact(f"{model.name}/heldout_scores")
     inputs = {f"samples_of_{whose}": samples.manifest().digest for whose, samples in samples_of.items()}
     inputs |= {"model": model.digest, "opponent": opponent.digest}
@@ -133,6 +139,7 @@ def _score(
         "pack_length": config.train.pack_length,
         "workers": config.train.workers,
     }
+    work: dict[str, float] = {}
     if not target.is_current(inputs, settings):
         rows = pa.concat_tables(
             [_pair_rows(*_read(run_dir.heldout, samples), whose) for whose, samples in samples_of.items()]
@@ -152,11 +159,11 @@ def _score(
             target=target,
         )
         folder = f"{model.name}/scoring"
-        run_workers(_worker, job, config, f"evaluation-{model.digest[:16]}", run_dir.storage.path(folder))
+        work = run_workers(_worker, job, config, f"evaluation-{model.digest[:16]}", run_dir.storage.path(folder))
         run_dir.storage.delete(folder)
         names = [part_name(rank) for rank in range(config.train.workers)]
         target.commit({name: target.part_entry(name) for name in names}, inputs, settings)
-    return pa.concat_tables(list(target.tables()))
+    return pa.concat_tables(list(target.tables())), work
 
 
 def _pair_rows(heldout: pa.Table, answers: pa.Table, whose: str) -> pa.Table:
@@ -165,18 +172,23 @@ def _pair_rows(heldout: pa.Table, answers: pa.Table, whose: str) -> pa.Table:
     return pa.table([*columns, heldout["prompt_ids"], heldout["real_ids"], answers["token_ids"]], schema=PAIR_SCHEMA)
 
 
-def _worker(job: ScoreJob) -> None:
-    """Runs on every rank: one model after another, so that only one is in memory."""
+def _worker(job: ScoreJob) -> dict[str, float]:
+    """Runs on every rank: one model after another, so that only one is in memory. Returns what was done."""
     steps = plan(job.rows, job.shape, epochs=1, seed=0)[0]
     tables = []
+    work_s = 0.0
     for model in job.models:
         backend = Fsdp2Backend(model.path, job.backend, device())
+        started = time.monotonic()
         rows, real, generated = score_rows(backend, steps, job.rows, job.shape)
+        work_s += time.monotonic() - started
         pair_ids = job.rows["pair_id"].take(pa.array(rows, pa.int64()))
         tables.append(pa.table([pair_ids, [model.name] * len(rows), real, generated], schema=SCORE_SCHEMA))
         del backend
     job.target.replace_part(part_name(dist.get_rank()), pa.concat_tables(tables))
     dist.barrier()
+    lengths = [pc.sum(pc.list_value_length(job.rows[f"{name}_ids"])).as_py() for name in ("real", "generated")]
+    return {"tokens": len(job.models) * sum(lengths), "work_s": work_s}
 
 
 def _margin_measures(scores: pa.Table, model: ModelFolder, opponent: ModelFolder, beta: float) -> dict[str, Any]:

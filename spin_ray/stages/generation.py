@@ -9,6 +9,7 @@ row, so that a retry of a shard gives the same tokens.
 
 import hashlib
 import pickle
+import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -103,15 +104,16 @@ def run(
     with run_dir.stage(names) as counted:
         done = sum(entry.rows or 0 for found in entries.values() for entry in found.values())
         total = sum(_rows(job) * config.generation.samples_per_prompt for job in jobs)
-        tokens = 0
+        tokens, work_s = 0, 0.0
         with StageProgress(names, total, "rows", done=done) as progress:
             for finished in _play(missing, config, spec, start_engine):
                 entries[finished["target"]][finished["name"]] = FileEntry(**finished["entry"])
                 tokens += finished["tokens"]
+                work_s += finished["seconds"] / config.generation.replicas
                 progress.advance(finished["entry"]["rows"], finished["tokens"])
         for job in jobs:
             job.target.commit(entries[job.target.path], job.inputs(), job.settings(config))
-        counted |= {"rows": total, "tokens": tokens, "shards_found": len(shards) - len(missing)}
+        counted |= {"rows": total, "tokens": tokens, "work_s": work_s, "shards_found": len(shards) - len(missing)}
     wait_until_free(demands(config)["train"], config.train.start_timeout_s, "training, after generation")
 
 
@@ -170,7 +172,9 @@ class _Player:
 
     def __call__(self, item: dict[str, Any]) -> dict[str, Any]:
         shard: Shard = pickle.loads(item["shard"])
+        started = time.monotonic()
         answers = answer(shard, self._config, self._engine)
+        seconds = time.monotonic() - started
         entry = shard.target.write_part(shard.name, answers)
         tokens = pc.sum(pc.list_value_length(answers["token_ids"])).as_py()
         return {
@@ -179,6 +183,7 @@ class _Player:
                 "name": shard.name,
                 "entry": entry.model_dump(),
                 "tokens": tokens,
+                "seconds": seconds,
             }
         }
 

@@ -2,7 +2,7 @@
 
 driver: TorchTrainer over train.workers
 worker: load θ_t -> score all pairs with it (the reference: stored, never redone with a moved policy)
--> steps, with a checkpoint now and then -> export as a Hugging Face folder with its manifest
+        -> steps, with a checkpoint now and then -> export as a Hugging Face folder with its manifest
 """
 
 import json
@@ -153,35 +153,39 @@ def _train(run_dir: RunDir, config: SpinConfig, job: TrainJob) -> None:
     checkpoints = f"{job.name}/checkpoints"
     with run_dir.stage(f"{job.name}/training") as counted:
         with _Watcher(job):
-            run_workers(
+            counted |= run_workers(
                 _worker, job, config, digest([job.inputs(), job.settings()])[:16], run_dir.storage.path(checkpoints)
             )
-        log = read_json_lines(run_dir.storage, job.log_path)
-        counted |= {"steps": len(log), "rows": job.rows.manifest().rows, "tokens": sum(line["tokens"] for line in log)}
+        counted |= {"rows": job.rows.manifest().rows}
         if not config.storage.keep_checkpoints:
             run_dir.storage.delete(checkpoints)
     wait_until_free(demands(config)["generation"], config.generation.start_timeout_s, "generation, after training")
 
 
-def _worker(job: TrainJob) -> None:
-    """Runs on every rank. Ends with ``job.target`` committed."""
+def _worker(job: TrainJob) -> dict[str, float]:
+    """Runs on every rank. Ends with ``job.target`` committed; returns what this attempt did."""
     table = _read_rows(job.rows)
     epochs = plan(table, job.shape, epochs=job.epochs, seed=job.seed)
     steps = [step for epoch in epochs for step in epoch]
     backend = Fsdp2Backend(job.start.path, replace(job.backend, total_steps=len(steps)), device())
-    reference = None
+    reference, started = None, time.monotonic()
     if job.reference is not None:
         _score_reference(job, backend, epochs[0], table)
         reference = _load_reference(job.reference, table)
+    work_s = time.monotonic() - started
     first = _restore(job, backend)
     log = _TrainLog(job, first)
+    tokens = 0.0
     for number in range(first, len(steps)):
         started = time.monotonic()
         metrics = train_step(backend, steps[number], table, job.shape, job.objective, reference)
-        log.write({"step": number, **metrics, "seconds": round(time.monotonic() - started, 3), "of": len(steps)})
+        seconds = time.monotonic() - started
+        log.write({"step": number, **metrics, "seconds": round(seconds, 3), "of": len(steps)})
+        work_s, tokens = work_s + seconds, tokens + metrics["tokens"]
         if (number + 1) % job.checkpoint_every_steps == 0 and number + 1 < len(steps):
             _checkpoint(job, backend, number + 1)
     _export(job, backend)
+    return {"steps": len(steps) - first, "tokens": tokens, "work_s": work_s}
 
 
 def _read_rows(rows: Artefact) -> pa.Table:

@@ -169,11 +169,11 @@ def test_an_object_store_is_refused_as_run_folder(call, recipe):
 @pytest.fixture
 def started(monkeypatch):
     """The calls of run_spin, instead of doing them."""
-    from spin_ray import driver, summary
+    from spin_ray import launch, summary
 
     found: list[Any] = []
-    result = driver.RunResult(run=None, model=Path("m"), evaluations=[])  # type: ignore[arg-type]
-    monkeypatch.setattr(driver, "run_spin", lambda config, out: found.append((config, out)) or result)
+    result = launch.RunResult(run=None, model=Path("m"), evaluations=[])  # type: ignore[arg-type]
+    monkeypatch.setattr(launch, "run_spin", lambda config, out: found.append((config, out)) or result)
     monkeypatch.setattr(summary, "print_summary", lambda run, console: None)
     return found
 
@@ -202,19 +202,19 @@ def test_a_value_may_hold_what_separates_values_elsewhere(call, started, recipe,
     ],
 )
 def test_exit_codes_tell_what_can_be_mended_from_what_failed(call, monkeypatch, recipe, error, code, text):
-    from spin_ray import driver
+    from spin_ray import launch
 
     def fail(*_: object) -> None:
         raise error
 
-    monkeypatch.setattr(driver, "run_spin", fail)
+    monkeypatch.setattr(launch, "run_spin", fail)
     assert call("run", recipe, "--out", "RUN") == (code, "", text)
 
 
 def test_a_bug_is_not_hidden_behind_one_line(call, monkeypatch, recipe):
-    from spin_ray import driver
+    from spin_ray import launch
 
-    monkeypatch.setattr(driver, "run_spin", lambda *_: 1 / 0)
+    monkeypatch.setattr(launch, "run_spin", lambda *_: 1 / 0)
     with pytest.raises(ZeroDivisionError):
         call("run", recipe, "--out", "RUN")
 

@@ -2,6 +2,8 @@
 
 import io
 import json
+import shutil
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -33,6 +35,9 @@ EVALUATION = {
 def run(tmp_path):
     run = RunDir(Storage(tmp_path / "[old]" / "run"))
     run.begin(CONFIG, {"inputs": {}, "start_model": TINY})
+    last = run.storage.path(run.model(CONFIG.iterations).path)
+    last.mkdir(parents=True)
+    shutil.copy(Path(TINY) / "tokenizer.json", last)
     return run
 
 

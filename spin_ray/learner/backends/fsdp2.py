@@ -1,7 +1,8 @@
 """FSDP2: parameters, gradients and optimizer state sharded over all ranks; one rank on a laptop is the same code.
 
-fp32 shard ──gather, cast──> bf16 layer ──forward, backward──> bf16 gradient ──sum over ranks──> fp32 shard
-──> optimizer
+fp32 shard ──gather, cast──> bf16 layer ──forward, backward──> bf16 gradient ──sum over ranks──> fp32 gradient
+    ^                                                                                                |
+    └──────────────────────────────────── optimizer <────────────────────────────────────────────────┘
 """
 
 import math
