@@ -173,6 +173,17 @@ class Side:
                 )
 
 
+def check_references(ours: Sequence[Sequence[float]], theirs: Sequence[Sequence[float]]) -> None:
+    """Both sides score the same tokens alike, whatever they pad: within 0.05 nats a response."""
+    differences = [
+        abs(mine - yours)
+        for pair, other in zip(ours, theirs, strict=True)
+        for mine, yours in zip(pair, other, strict=True)
+    ]
+    print(f"largest difference of a reference log-probability: {max(differences):.2g} nats")
+    assert max(differences) < 0.05, "both sides must score the same tokens alike"
+
+
 def prepare() -> None:
     """CPU settings that all sides inherit, so that none computes with broken instructions or too many threads."""
     RESULTS.mkdir(exist_ok=True)

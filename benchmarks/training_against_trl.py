@@ -11,7 +11,7 @@ import sys
 import tempfile
 from pathlib import Path
 
-from harness import HERE, MODEL, Side, at_least, at_most, pairs_of, prepare, record, training_options
+from harness import HERE, MODEL, Side, at_least, at_most, check_references, pairs_of, prepare, record, training_options
 
 from spin_ray.cpu import KEEP_FREED_MEMORY
 from spin_ray.embedded import resolve
@@ -38,13 +38,7 @@ def main() -> None:
             str(options.peers), str(HERE / "sides/trl_dpo.py"), "--model", resolve(MODEL), "--output", f"{folder}/trl",
         ]  # fmt: skip
         with Side("spin_ray", [*ours, *common], KEEP_FREED_MEMORY) as us, Side("trl", [*theirs, *common]) as them:
-            differences = [
-                abs(mine - yours)
-                for pair, other in zip(us.ready()["reference"], them.ready()["reference"], strict=True)
-                for mine, yours in zip(pair, other, strict=True)
-            ]
-            print(f"largest difference of a reference log-probability: {max(differences):.2g} nats")
-            assert max(differences) < 0.05, "both sides must score the same tokens alike"
+            check_references(us.ready()["reference"], them.ready()["reference"])
             speeds, lengths = [], []
             for step in range(options.pairs + 1):
                 mine, yours = us.turn(step), them.turn(step)

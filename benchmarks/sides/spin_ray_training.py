@@ -1,4 +1,7 @@
-"""Side of training benchmarks: this project's learner, one worker, without Ray. A turn is one optimizer step."""
+"""Side of training benchmarks: this project's learner, one worker, without Ray.
+
+A turn is one optimizer step, or with ``--epochs`` all that an iteration does with its pairs: scores and steps.
+"""
 
 import json
 import sys
@@ -13,6 +16,7 @@ from spin_ray.embedded import resolve
 def main() -> None:
     parser = side_options(__doc__)
     parser.add_argument("--learning-rate", type=float, required=True)
+    parser.add_argument("--epochs", type=int, default=0, help="of a turn that scores first; 0: a turn is a step")
     options = parser.parse_args()
 
     import numpy as np
@@ -39,11 +43,13 @@ def main() -> None:
     # Steps in the order of the rows, so that both sides see the same pairs in a step.
     parts = [table.slice(start, options.batch) for start in range(0, table.num_rows, options.batch)]
     steps = [plan(part, shape, epochs=1, seed=0)[0] for part in parts]
-    references = []
-    for part, (step,) in zip(parts, steps, strict=True):
-        order, real, generated = score_rows(backend, [step], part, shape)
+
+    def score(number: int) -> ReferenceScores:
+        order, real, generated = score_rows(backend, steps[number], parts[number], shape)
         by_row = np.argsort(order)
-        references.append(ReferenceScores(real=torch.tensor(real)[by_row], generated=torch.tensor(generated)[by_row]))
+        return ReferenceScores(real=torch.tensor(real)[by_row], generated=torch.tensor(generated)[by_row])
+
+    references = [score(number) for number in range(len(parts))]
     answer, turns = replies(options.reply)
     answer(
         reference=[
@@ -55,8 +61,13 @@ def main() -> None:
     objective = Objective(loss="logistic", beta=0.1)
     for number in turns:
         with timed() as spent:
-            metrics = train_step(backend, steps[number][0], parts[number], shape, objective, references[number])
-        answer(**spent, loss=metrics["loss"], tokens=metrics["tokens"], packs=len(steps[number][0].packs))
+            reference = score(number) if options.epochs else references[number]
+            metrics = [
+                train_step(backend, steps[number][0], parts[number], shape, objective, reference)
+                for _ in range(options.epochs or 1)
+            ]
+        losses = [step["loss"] for step in metrics]
+        answer(**spent, loss=losses[0], losses=losses, tokens=metrics[0]["tokens"], packs=len(steps[number][0].packs))
 
 
 if __name__ == "__main__":
