@@ -6,7 +6,7 @@ Time is a roofline (Williams, Waterman, Patterson 2009): the longer of FLOPs / r
 bytes/s. Counted is what the code does, not what it might: packs are computed to their full length with a dense mask,
 ranks wait for the one with the most packs, a shard ends with its longest response.
 
-Not counted: start of train workers, reading data, checkpoints, export, tensor-parallel traffic; a padded layout
+Not counted: reading data, checkpoints, export, tensor-parallel traffic; a padded layout
 (``model.attention``) costs 2-4 times the packed one assumed here.
 
 Units: tokens, FLOPs (a multiply-add is 2), bytes (GB = 1e9), seconds. ``h`` hidden width, ``q`` width of all heads.
@@ -23,6 +23,9 @@ RUNTIME = 2 * GB
 """CUDA context, communication buffers, workspaces, fragmentation. An assumption."""
 ENGINE_START_S = {"eager": 25.0, "compiled": 90.0}
 """Start of vLLM 0.29 with a 135M model on two CPU cores, seen once; loading a larger model takes longer."""
+WORKERS_START_S = 20.0
+"""Ray Train's controller, its helpers and the workers with torch and transformers imported, until the first pack: 16 to
+22 s on two CPU cores, of any model; loading a large one takes longer."""
 PACKING_LOSS, PART_PACK = 0.03, 0.7
 """A step whose tokens would fill n packs takes about (1 + loss)·n + part of them: best fit leaves little room, but
 the last pack is part empty. Counted with ``learner.packing.plan_epoch`` on log-normal lengths; a test repeats it."""
@@ -268,13 +271,22 @@ def scoring_cost(config: SpinConfig, shape: ModelShape, device: Hardware, packs:
 
 def evaluation_cost(config: SpinConfig, shape: ModelShape, device: Hardware, work: Work) -> StageCost:
     """Held-out rows under two models, one after the other."""
-    return _learner_cost("evaluation", config, shape, device, heldout_packs(config, work), passes=2, optimizer=None)
+    packs = heldout_packs(config, work)
+    cost = _learner_cost("evaluation", config, shape, device, packs, passes=2, optimizer=None)
+    return _with_start(cost)
 
 
 def training_cost(
     config: SpinConfig, shape: ModelShape, device: Hardware, packs: Packs, epochs: int, optimizer: OptimizerConfig
 ) -> StageCost:
-    return _learner_cost("training", config, shape, device, packs, passes=epochs, optimizer=optimizer, backward=True)
+    """Steps, and the start of the workers, which also score."""
+    cost = _learner_cost("training", config, shape, device, packs, passes=epochs, optimizer=optimizer, backward=True)
+    return _with_start(cost)
+
+
+def _with_start(cost: StageCost) -> StageCost:
+    bound = cost.bound if cost.seconds > WORKERS_START_S else "start of workers"
+    return replace(cost, seconds=cost.seconds + WORKERS_START_S, bound=bound)
 
 
 def _learner_cost(

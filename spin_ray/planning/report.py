@@ -187,7 +187,7 @@ def print_plan(config: SpinConfig, cluster: Cluster, given: Given, console: Cons
     phases = check_memory(config, shape, cluster, work)
     console.print(_times(phases))
     total = sum(phase.seconds for phase in phases)
-    console.print(f"Total: {duration(total)}; start of workers, checkpoints and export are not counted.")
+    console.print(f"Total: {duration(total)}; reading data, checkpoints and export are not counted.")
     console.print(_memory(phases))
     for note in _notes(config, shape, cluster, work):
         console.print(note, highlight=False, markup=False)

@@ -16,6 +16,7 @@ from spin_ray.learner.packing import PairLengths, plan_epoch
 from spin_ray.planning.cost_model import (
     PUBLISHED_H,
     RUNTIME,
+    WORKERS_START_S,
     Devices,
     Packs,
     Work,
@@ -305,6 +306,14 @@ def test_checkpointing_costs_time_and_saves_memory():
         for c in (ZEPHYR, changed(ZEPHYR, gradient_checkpointing=False))
     )
     assert cheap.seconds > dear.seconds and cheap.needed < dear.needed
+
+
+def test_an_epoch_more_costs_its_steps_and_no_second_start_of_the_workers():
+    """One start and e epochs: 2·cost(2 epochs) - cost(4 epochs) is the start."""
+    config = tiny_config()
+    one, two, four = (training_cost(config, TINY, A100, ONE_PACK, epochs, RMSPROP).seconds for epochs in (1, 2, 4))
+    assert 2 * two - four == pytest.approx(WORKERS_START_S)
+    assert one > WORKERS_START_S
 
 
 def test_more_workers_need_less_memory_and_time():
