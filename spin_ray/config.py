@@ -26,11 +26,13 @@ Count = Annotated[int, Field(ge=1)]
 T = TypeVar("T")
 
 
-_ONE, _LIST = "<one>", "<list>"
+_ONE, _LIST, _WORD = "<one>", "<list>", "<word>"
 _one_or_list = Discriminator(lambda value: _LIST if isinstance(value, list | tuple) else _ONE)
 """Chooses the kind by what was written, so that an error speaks of that kind only."""
 PerIteration = Annotated[Annotated[Positive, Tag(_ONE)] | Annotated[tuple[Positive, ...], Tag(_LIST)], _one_or_list]
 PerIterationCount = Annotated[Annotated[Count, Tag(_ONE)] | Annotated[tuple[Count, ...], Tag(_LIST)], _one_or_list]
+_one_or_word = Discriminator(lambda value: _WORD if isinstance(value, str) else _ONE)
+CountOrAll = Annotated[Annotated[Count, Tag(_ONE)] | Annotated[Literal["all"], Tag(_WORD)], _one_or_word]
 
 
 class Section(BaseModel):
@@ -150,11 +152,22 @@ class ObjectiveConfig(Section):
     """ℓ of equation 4.7. Paper: logistic, log(1 + e^-m)."""
     beta: PerIteration = 0.1
     """λ of the paper: strength of the KL regulariser. A list has one for each iteration (paper: 0.1, 0.1, 0.1, 5.0)."""
-    window: Count = 2
-    """How many opponents' responses an iteration learns from: its own and those of window-1 earlier ones. Paper: 2."""
+    window: CountOrAll = 2
+    """How many opponents' responses an iteration learns from: its own and those of window-1 earlier ones. Paper: 2.
+    ``all`` is fictitious play: the opponent is the uniform mixture of all iterates, whose stored y′ are used again."""
+    reference_alpha: Fraction = 1.0
+    """The reference is p_t^α · p_0^(1-α). 1: the last iterate (SPIN). 0: the model that iteration 0 started from.
+    Between: α-SPIN (arXiv 2404.04291), whose fixed point is biased towards that model by design."""
+    length_normalised: bool = False
+    """Divide each log-ratio by the number of its response's tokens. A departure from the paper: its margins are sums,
+    and a β for sums is about a response's length too small for means."""
     sft_weight: NonNegative = 0.0
     """Weight of an added -log p(y), per response token of the step: an anchor for small models and large steps.
     0 is the paper's objective; everything else a departure from it."""
+
+    def oldest_iteration(self, iteration: int) -> int:
+        """The first iteration whose y′ are still in the window of ``iteration``; may be negative."""
+        return 0 if self.window == "all" else iteration - self.window + 1
 
 
 class OptimizerConfig(Section):
@@ -405,7 +418,7 @@ def _explain(detail: Any) -> list[str]:
 
 def _where(detail: Any) -> str:
     """The place as the recipe writes it, e.g. ``objective.beta.1``."""
-    return ".".join(str(part) for part in detail["loc"] if part not in (_ONE, _LIST))
+    return ".".join(str(part) for part in detail["loc"] if part not in (_ONE, _LIST, _WORD))
 
 
 def _impossible_besides(content: dict[str, Any], details: list[Any]) -> list[str]:

@@ -20,7 +20,7 @@ from spin_ray.model_folder import ModelFolder
 from spin_ray.preflight import Start, check_recipe
 from spin_ray.resources import check_fits, connect
 from spin_ray.run_dir import RunDir, folder_digest, iterate_name
-from spin_ray.stages import evaluation, generation, pairs, prompts, training
+from spin_ray.stages import base_scores, evaluation, generation, pairs, prompts, training
 from spin_ray.storage import Storage
 
 logger = logging.getLogger(__name__)
@@ -77,6 +77,9 @@ def _spin(run: RunDir, config: SpinConfig, start: Start, lease: Lease) -> RunRes
         run.publish(iteration)
         if iteration < config.iterations:
             pairs.run(run, config, iteration)
+            if config.objective.reference_alpha < 1 and iteration > 0:
+                base = _open_iterate(run, 0, start.model.pad_id) if config.sft else start.model
+                base_scores.run(run, config, iteration, base)
             training.run(run, config, iteration, player)
         opponent = player
     return RunResult(run, player.path, evaluations)

@@ -223,6 +223,10 @@ class RunDir:
     def reference(self, iteration: int) -> Artefact:
         return self.artefact(f"{iteration_name(iteration)}/reference")
 
+    def base_scores(self, iteration: int) -> Artefact:
+        """log p of the pairs under θ_0, the other part of a geometric reference; iteration 0 needs none."""
+        return self.artefact(f"{iteration_name(iteration)}/base_scores")
+
     def model(self, iterate: int) -> Artefact:
         """Weights of θ_iterate; θ_0 is there only if the warm-up ran."""
         return self.artefact(f"{iterate_name(iterate)}/model")

@@ -23,7 +23,8 @@ def run(run_dir: RunDir, config: SpinConfig, iteration: int) -> None:
         DataError: too few pairs are left; the opponent says what the data says, and more SPIN would only harm it.
     """
     target, generations = run_dir.pairs(iteration), run_dir.generations(iteration)
-    earlier = run_dir.pairs(iteration - 1) if iteration and config.objective.window > 1 else None
+    oldest = config.objective.oldest_iteration(iteration)
+    earlier = run_dir.pairs(iteration - 1) if iteration and oldest < iteration else None
     inputs = {"prompts": run_dir.prompts.manifest().digest, "generations": generations.manifest().digest}
     if earlier:
         inputs["earlier_pairs"] = earlier.manifest().digest
@@ -31,7 +32,6 @@ def run(run_dir: RunDir, config: SpinConfig, iteration: int) -> None:
     if target.is_current(inputs, settings):
         return
     with run_dir.stage(target.path) as counted:
-        oldest = iteration - config.objective.window + 1
         entries, counts = build(run_dir.prompts, generations, earlier, target, iteration, oldest)
         counted |= counts
         if counts["rows"] < config.train.global_batch_pairs:

@@ -46,6 +46,11 @@ class TrainJob:
     rows: Artefact
     """Pairs, or prompts for SFT."""
     reference: Artefact | None
+    """Where log p of the rows under ``start`` go; None for an objective without a reference."""
+    base: Artefact | None
+    """log p of the rows under θ_0, where the reference is a geometric mixture with it."""
+    reference_alpha: float
+    """Weight of ``start`` in that mixture; 1: ``start`` alone."""
     target: Artefact
     objective: Objective
     shape: PackShape
@@ -57,12 +62,14 @@ class TrainJob:
     """The template that the config put in place of the model's; exported with the weights."""
 
     def inputs(self) -> dict[str, str]:
-        return {"rows": self.rows.manifest().digest, "start_model": self.start.digest}
+        inputs = {"rows": self.rows.manifest().digest, "start_model": self.start.digest}
+        return inputs | ({"base_scores": self.base.manifest().digest} if self.base else {})
 
     def settings(self) -> dict[str, Any]:
         optimizer = self.backend.optimizer
         return {
             "loss": self.objective.loss, "beta": self.objective.beta, "sft_weight": self.objective.sft_weight,
+            "length_normalised": self.objective.length_normalised, "reference_alpha": self.reference_alpha,
             "epochs": self.epochs, "learning_rate": self.backend.learning_rate, "seed": self.seed,
             "pack_length": self.shape.pack_length, "global_batch_pairs": self.shape.global_batch_pairs,
             "precision": self.backend.precision, "attention": self.backend.attention,
@@ -81,7 +88,13 @@ def run(run_dir: RunDir, config: SpinConfig, iteration: int, opponent: ModelFold
         StageError: the workers failed too often; the same command goes on from the last checkpoint.
     """
     values = config.at(iteration)
-    objective = Objective(loss=config.objective.loss, beta=values.beta, sft_weight=config.objective.sft_weight)
+    objective = Objective(
+        loss=config.objective.loss,
+        beta=values.beta,
+        sft_weight=config.objective.sft_weight,
+        length_normalised=config.objective.length_normalised,
+    )
+    base = run_dir.base_scores(iteration)
     target = run_dir.model(iteration + 1)
     job = TrainJob(
         name=target.path.partition("/")[0],
@@ -89,6 +102,8 @@ def run(run_dir: RunDir, config: SpinConfig, iteration: int, opponent: ModelFold
         start=opponent,
         rows=run_dir.pairs(iteration),
         reference=run_dir.reference(iteration),
+        base=base if base.is_committed else None,
+        reference_alpha=config.objective.reference_alpha,
         target=target,
         objective=objective,
         shape=PackShape(
@@ -115,6 +130,8 @@ def run_sft(run_dir: RunDir, config: SpinConfig, start: ModelFolder) -> None:
         start=start,
         rows=run_dir.prompts,
         reference=None,
+        base=None,
+        reference_alpha=1.0,
         target=target,
         objective=Objective(loss=None),
         shape=PackShape(
@@ -173,6 +190,8 @@ def _worker(job: TrainJob) -> None:
     if job.reference is not None:
         _score_reference(job, backend, epochs[0], table)
         reference = _load_reference(job.reference, table)
+        if job.base is not None:
+            reference = reference.mixed_with(_load_reference(job.base, table), job.reference_alpha)
     first = _restore(job, backend)
     log = _TrainLog(job, first)
     for number in range(first, len(steps)):
