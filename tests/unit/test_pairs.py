@@ -35,7 +35,8 @@ def answers_to(*prompts: int, samples: int = 1, first_token: int = 100) -> Answe
 
 def build(run: RunDir, answers: Answers, shard_rows: int = 2) -> tuple[list[dict[str, Any]], dict[str, int]]:
     write_answers(run.generations(0), answers, shard_rows)
-    entries, counts = pairs.build(run.prompts, run.generations(0), None, run.pairs(0), iteration=0, oldest=-1)
+    fresh = pairs.Fresh(pairs.joined(run.prompts, run.generations(0), 0), {}, {})
+    entries, counts = pairs.build(fresh, None, run.pairs(0), oldest=-1)
     run.pairs(0).commit(entries, {}, {})
     return rows_of(run.pairs(0)), counts
 
