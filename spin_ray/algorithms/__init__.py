@@ -6,7 +6,10 @@ Everything else (sampling, packing, reference scores, training, evaluation, resu
 from spin_ray.algorithms.base import Algorithm, Turn
 from spin_ray.algorithms.continued_sft import ContinuedSft
 from spin_ray.algorithms.dpo import Dpo
+from spin_ray.algorithms.seft import Seft
+from spin_ray.algorithms.self_reinforcement import SelfReinforcement
 from spin_ray.algorithms.spin import Spin
+from spin_ray.algorithms.sppo import Sppo
 from spin_ray.config import AlgorithmName
 
 __all__ = ["ALGORITHMS", "Algorithm", "Turn"]
@@ -15,4 +18,7 @@ ALGORITHMS: dict[AlgorithmName, Algorithm] = {
     "spin": Spin(),
     "continued_sft": ContinuedSft(),
     "dpo": Dpo(),
+    "sppo": Sppo(),
+    "self_reinforcement": SelfReinforcement(),
+    "seft": Seft(),
 }

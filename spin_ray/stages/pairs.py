@@ -6,7 +6,7 @@ pairs of t-1 whose opponent is still in the window -> copied
 
 from collections import Counter
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import pyarrow as pa
@@ -45,6 +45,8 @@ class Fresh:
     settings: dict[str, Any]
     paired: bool = True
     """False: rows for supervised fine-tuning, which have no y'."""
+    dropped: Counter[str] = field(default_factory=Counter)
+    """What the tables leave out, by reason; complete once they are read."""
 
 
 def make(
@@ -95,6 +97,7 @@ def build(
         ]
         counts.update(verdict for verdict in kept if verdict)
         write(table.filter(pa.array([not verdict for verdict in kept], pa.bool_())))
+    counts.update({f"dropped_{reason}": count for reason, count in fresh.dropped.items()})
     for table in earlier.tables() if earlier else ():
         still = table.filter(pc.greater_equal(table["iteration"], oldest))
         counts["from_earlier"] += still.num_rows
