@@ -26,11 +26,16 @@ Count = Annotated[int, Field(ge=1)]
 T = TypeVar("T")
 
 
-_ONE, _LIST = "<one>", "<list>"
+_ONE, _LIST, _WORD = "<one>", "<list>", "<word>"
 _one_or_list = Discriminator(lambda value: _LIST if isinstance(value, list | tuple) else _ONE)
 """Chooses the kind by what was written, so that an error speaks of that kind only."""
 PerIteration = Annotated[Annotated[Positive, Tag(_ONE)] | Annotated[tuple[Positive, ...], Tag(_LIST)], _one_or_list]
 PerIterationCount = Annotated[Annotated[Count, Tag(_ONE)] | Annotated[tuple[Count, ...], Tag(_LIST)], _one_or_list]
+_one_or_word = Discriminator(lambda value: _WORD if isinstance(value, str) else _ONE)
+CountOrAll = Annotated[Annotated[Count, Tag(_ONE)] | Annotated[Literal["all"], Tag(_WORD)], _one_or_word]
+
+
+AlgorithmName = Literal["spin", "continued_sft", "dpo", "sppo", "self_reinforcement", "seft"]
 
 
 class Section(BaseModel):
@@ -55,7 +60,11 @@ class ModelConfig(Section):
 
 class DataConfig(Section):
     train: str
-    """SFT data: JSONL or Parquet file, folder, glob or URI, with ``messages`` or ``prompt``/``response`` columns."""
+    """SFT data: JSONL or Parquet file, folder, glob or URI, with ``messages`` or ``prompt``/``response`` columns.
+    ``chosen`` stands for either, and ``rejected`` beside it is y′ for ``dpo``."""
+    questions: str | None = None
+    """Unlabelled questions, for algorithms that learn from them: rows with ``prompt``, or ``messages`` whose assistant
+    turn, if there is one, is not read."""
     heldout: str | None = None
     """Held-out rows in the same form, never trained on. Without them there is no evaluation."""
     prompts_per_iteration: Count | None = None
@@ -150,11 +159,46 @@ class ObjectiveConfig(Section):
     """ℓ of equation 4.7. Paper: logistic, log(1 + e^-m)."""
     beta: PerIteration = 0.1
     """λ of the paper: strength of the KL regulariser. A list has one for each iteration (paper: 0.1, 0.1, 0.1, 5.0)."""
-    window: Count = 2
-    """How many opponents' responses an iteration learns from: its own and those of window-1 earlier ones. Paper: 2."""
+    window: CountOrAll = 2
+    """How many opponents' responses an iteration learns from: its own and those of window-1 earlier ones. Paper: 2.
+    ``all`` is fictitious play: the opponent is the uniform mixture of all iterates, whose stored y′ are used again."""
+    reference_alpha: Fraction = 1.0
+    """The reference is p_t^α · p_0^(1-α). 1: the last iterate (SPIN). 0: the model that iteration 0 started from.
+    Between: α-SPIN (arXiv 2404.04291), whose fixed point is biased towards that model by design."""
+    length_normalised: bool = False
+    """Divide each log-ratio by the number of its response's tokens. A departure from the paper: its margins are sums,
+    and a β for sums is about a response's length too small for means."""
     sft_weight: NonNegative = 0.0
     """Weight of an added -log p(y), per response token of the step: an anchor for small models and large steps.
     0 is the paper's objective; everything else a departure from it."""
+
+    def oldest_iteration(self, iteration: int) -> int:
+        """The first iteration whose y′ are still in the window of ``iteration``; may be negative."""
+        return 0 if self.window == "all" else iteration - self.window + 1
+
+
+class ScorerConfig(Section):
+    """SPPO's judge of responses: P(one beats the other), by a model that was trained on preferences."""
+
+    path: str
+    """Its folder (safetensors), or a hub name where a hub is reachable."""
+    kind: Literal["reward", "pairrm"] = "reward"
+    """``reward``: a sequence classifier with one output, P = σ(difference of rewards). ``pairrm``: a model like
+    llm-blender/PairRM-hf, which reads both responses together. Paper: PairRM."""
+    max_length: Count = 2048
+    """Longest text in tokens; what is longer is cut at its end, as PairRM does."""
+    replicas: Count = 1
+    """Judges that score side by side."""
+    resources: ResourcesConfig = ResourcesConfig()
+    """Per judge."""
+
+
+class SelfFilterConfig(Section):
+    """Self-reinforcement: which of the model's own answers to unlabelled questions are worth learning from."""
+
+    min_agreement: Fraction = 0.5
+    """Least share of a question's samples that give its commonest answer (read by ``evaluation.answer_extractor``; else
+    the whole response). A departure: the paper lets the model judge its answers in words, which small ones cannot."""
 
 
 class OptimizerConfig(Section):
@@ -216,6 +260,16 @@ class SftConfig(Section):
     """AdamW with cosine decay, as SFT usually has."""
 
 
+class ReviserConfig(SftConfig):
+    """SEFT: a model that reads a question with the policy's answer and writes ``[keep]``, ``[minor]`` or ``[major]``
+    with a better answer. It is fine-tuned from θ_0, on θ_0's answers to the labelled prompts and people's.
+    """
+
+    minor_from: Fraction = 0.5
+    """Similarity of answer and human response (0 to 1, of their tokens) from which a revision is called minor; equal
+    ones are kept. The paper has a reward model tell them apart."""
+
+
 class EvaluationConfig(Section):
     answer_extractor: Literal["none", "equals", "hashes"] = "none"
     """How a response's number is read where rows carry ``answer``: after the last ``=`` or after ``####``."""
@@ -248,10 +302,18 @@ class SpinConfig(Section):
     """What it learns from."""
     iterations: Count = 4
     """T of Algorithm 1. Paper: iterations 0 to 3. May be raised later: the same command then goes on."""
+    algorithm: AlgorithmName = "spin"
+    """What an iteration plays, how its pairs are made, and the loss they feed (docs/algorithms.md)."""
     seed: Annotated[int, Field(ge=0)] = 0
     """Of every random choice: order of the rows, slices of the prompts, each response."""
     sft: SftConfig | None = None
     """Warm-up before iteration 0; none when not set."""
+    scorer: ScorerConfig | None = None
+    """SPPO's judge."""
+    self_filter: SelfFilterConfig | None = None
+    """Self-reinforcement's choice among its own answers; every answer is learnt from when not set."""
+    reviser: ReviserConfig | None = None
+    """SEFT's reviser."""
     generation: GenerationConfig = GenerationConfig()
     """How the opponent plays."""
     objective: ObjectiveConfig = ObjectiveConfig()
@@ -340,11 +402,54 @@ def _impossible(config: SpinConfig) -> Iterator[str]:
         yield f"train.resources.gpus: {config.train.resources.gpus:g}; a train worker drives exactly one GPU, or none"
     if config.evaluation.answer_extractor != "none" and config.data.heldout is None:
         yield "evaluation.answer_extractor: needs data.heldout"
+    yield from _impossible_for_algorithm(config)
     owned = {"model", "tokenizer", "dtype", "seed", "max_model_len", "generation_config", "skip_tokenizer_init"}
     owned |= {"trust_remote_code", "load_format", "enable_prefix_caching"}
     owned |= set(EngineConfig.model_fields)
     for key in sorted(owned & set(config.generation.engine.extra)):
         yield f"generation.engine.extra.{key}: is set by spin_ray; use the field of its own"
+
+
+_NEEDS = {
+    "sppo": ("scorer",),
+    "self_reinforcement": ("sft", "data.questions"),
+    "seft": ("reviser",),
+}
+"""Sections and fields that an algorithm cannot do without."""
+_SERVES = {
+    "scorer": ("sppo",),
+    "self_filter": ("self_reinforcement",),
+    "reviser": ("seft",),
+    "data.questions": ("self_reinforcement", "seft"),
+}
+"""Optional sections and fields, and the algorithms that read them."""
+
+
+def _impossible_for_algorithm(config: SpinConfig) -> Iterator[str]:
+    def given(name: str) -> bool:
+        section, _, field = name.partition(".")
+        value = getattr(config, section)
+        return (getattr(value, field) if field else value) is not None
+
+    name = config.algorithm
+    for needed in _NEEDS.get(name, ()):
+        if not given(needed):
+            yield f"{needed}: algorithm {name} needs it"
+    for optional, readers in _SERVES.items():
+        if given(optional) and name not in readers:
+            yield f"{optional}: is for algorithm {' and '.join(readers)}, not for {name}; leave it out"
+    default = ObjectiveConfig()
+    if name != "spin":
+        for field in ("window", "reference_alpha"):
+            if field == "window" and config.objective.window == 1:
+                continue
+            if getattr(config.objective, field) != getattr(default, field):
+                yield f"objective.{field}: is for algorithm spin; {name} learns from the responses of its iteration"
+    if name == "sppo":
+        if config.objective.loss != default.loss:
+            yield "objective.loss: sppo has a loss of its own; leave it out"
+        if config.generation.samples_per_prompt < 2:
+            yield "generation.samples_per_prompt: sppo compares samples of a prompt; give 2 or more (paper: 5)"
 
 
 def flatten(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
@@ -405,7 +510,7 @@ def _explain(detail: Any) -> list[str]:
 
 def _where(detail: Any) -> str:
     """The place as the recipe writes it, e.g. ``objective.beta.1``."""
-    return ".".join(str(part) for part in detail["loc"] if part not in (_ONE, _LIST))
+    return ".".join(str(part) for part in detail["loc"] if part not in (_ONE, _LIST, _WORD))
 
 
 def _impossible_besides(content: dict[str, Any], details: list[Any]) -> list[str]:

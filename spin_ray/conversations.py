@@ -20,7 +20,8 @@ def conversations_of(content: dict[str, Any] | None, data: DataConfig) -> list[C
     """Conversations that end with a response: one, or with ``data.turns: all`` one per assistant turn.
 
     Args:
-        content: the row, in either form (``messages``, or ``prompt`` and ``response``); None if it was no JSON object.
+        content: the row, in either form (``messages``, or ``prompt`` and ``response``; ``chosen`` in place of the
+            messages or of the response); None if it was no JSON object.
 
     Raises:
         Unusable: the row has no such conversation.
@@ -36,6 +37,41 @@ def conversations_of(content: dict[str, Any] | None, data: DataConfig) -> list[C
     return [messages[: end + 1] for end in wanted]
 
 
+def rejected_of(content: dict[str, Any] | None, data: DataConfig) -> Conversation | None:
+    """The conversation of a preference row that ends with its ``rejected`` response; None if it has none.
+
+    Raises:
+        Unusable: it has one, in no known form, or after another prompt than ``chosen``.
+    """
+    if content is None or content.get("rejected") is None:
+        return None
+    if "chosen" not in content:
+        raise Unusable("malformed", "has rejected, but no chosen")
+    rejected = conversations_of(content | {"chosen": content["rejected"], "rejected": None}, data)
+    if rejected[-1][:-1] != conversations_of(content, data)[-1][:-1]:
+        raise Unusable("malformed", "chosen and rejected do not answer the same prompt")
+    return rejected[-1]
+
+
+def question_of(content: dict[str, Any] | None, data: DataConfig) -> Conversation:
+    """The question of an unlabelled row, with an empty response in place of what the row may have.
+
+    Raises:
+        Unusable: the row has none.
+    """
+    if content is None:
+        raise Unusable("malformed", "not a JSON object")
+    messages = content.get("messages")
+    if messages is None:
+        if "prompt" not in content:
+            raise Unusable("malformed", "needs messages, or prompt")
+        messages = [{"role": "user", "content": content["prompt"]}]
+    if isinstance(messages, list) and messages and isinstance(messages[-1], dict):
+        messages = messages[:-1] if messages[-1].get("role") == "assistant" else messages
+        messages = [*messages, {"role": "assistant", "content": ""}]
+    return _messages_of({"messages": messages}, data)
+
+
 def answer_of(value: Any) -> float | None:
     """The number to check answers against; None if ``value`` is not a finite one."""
     try:
@@ -47,14 +83,13 @@ def answer_of(value: Any) -> float | None:
 
 def _messages_of(content: dict[str, Any], data: DataConfig) -> list[Message]:
     """All messages of the row, with the system message of the config where it has none."""
-    messages = content.get("messages")
+    chosen = content.get("chosen")
+    messages = chosen if isinstance(chosen, list) else content.get("messages")
     if messages is None:
-        if "prompt" not in content or "response" not in content:
+        if "prompt" not in content or ("response" not in content and chosen is None):
             raise Unusable("malformed", "needs messages, or prompt and response")
-        messages = [
-            {"role": "user", "content": content["prompt"]},
-            {"role": "assistant", "content": content["response"]},
-        ]
+        response = content["response"] if chosen is None else chosen
+        messages = [{"role": "user", "content": content["prompt"]}, {"role": "assistant", "content": response}]
     if not isinstance(messages, list):
         raise Unusable("malformed", f"messages: expected a list, found {type(messages).__name__}")
     for index, message in enumerate(messages):

@@ -6,54 +6,70 @@ prompts ─> [sft] ─> θ_0 ─┐
    │                     │
    │                   pairs ─> reference scores ─> train ─> θ_{t+1}
    └─────────────────────────────────────────────────────────┘
+
+What θ_t answers, how pairs come of it and what training minimises is the algorithm's (``spin_ray.algorithms``).
 """
 
+from spin_ray.algorithms import ALGORITHMS, Algorithm, Turn
 from spin_ray.config import SpinConfig
-from spin_ray.engine import EngineSpec
+from spin_ray.engine import EngineSpec, StartEngine
 from spin_ray.lease import Lease
 from spin_ray.model_folder import ModelFolder
 from spin_ray.preflight import Start
 from spin_ray.resources import check_fits, connect
 from spin_ray.run_dir import RunDir, folder_digest, iterate_name
-from spin_ray.stages import evaluation, generation, pairs, prompts, training
+from spin_ray.stages import evaluation, generation, prompts, training
 
 
-def spin(run: RunDir, config: SpinConfig, start: Start, lease: Lease) -> None:
-    """Algorithm 1 of arXiv 2401.01335 in the folder of ``run``, which is held by ``lease``."""
+def spin(run: RunDir, config: SpinConfig, start: Start, lease: Lease, start_engine: StartEngine) -> None:
+    """Algorithm 1 of arXiv 2401.01335, or another of the family, in the folder of ``run``, which ``lease`` holds."""
+
+    def play(model: ModelFolder, jobs: list[generation.Job]) -> None:
+        generation.run(run, config, _engine_spec(config, start, model), jobs, start_engine)
+
     connect(config)
     check_fits(config)
-    tokenizer = str(start.model.path)
-    prompts.run(run, config, run.prompts, start.train, tokenizer, config.data.max_rows)
-    if start.heldout:
-        prompts.run(run, config, run.heldout, start.heldout, tokenizer, config.evaluation.max_rows)
+    algorithm = ALGORITHMS[config.algorithm]
+    _prepare_prompts(run, config, start)
     if config.sft:
         training.run_sft(run, config, start.model)
 
-    player, opponent = start.model, None
+    player = first = _open_iterate(run, 0, start.model.pad_id) if config.sft else start.model
+    opponent = None
     for iteration in range(config.iterations + 1):
         lease.check()
-        if iteration > 0 or config.sft:
+        if iteration > 0:
             player = _open_iterate(run, iteration, start.model.pad_id)
-        generation.run(run, config, _engine_spec(config, start, player), _jobs(run, config, iteration, player))
+        turn = Turn(run=run, config=config, start=start, iteration=iteration, player=player, first=first, play=play)
+        play(player, _jobs(turn, algorithm))
         if start.heldout:
             evaluation.run(run, config, iteration, player, opponent)
         run.publish(iteration)
         if iteration < config.iterations:
-            pairs.run(run, config, iteration)
-            training.run(run, config, iteration, player)
+            algorithm.make_pairs(turn)
+            training.run(run, config, iteration, player, algorithm.objective(config, iteration))
         opponent = player
 
 
-def _jobs(run: RunDir, config: SpinConfig, iteration: int, player: ModelFolder) -> list[generation.Job]:
+def _prepare_prompts(run: RunDir, config: SpinConfig, start: Start) -> None:
+    tokenizer = str(start.model.path)
+    prompts.run(run, config, run.prompts, start.train, tokenizer, config.data.max_rows)
+    if start.heldout:
+        prompts.run(run, config, run.heldout, start.heldout, tokenizer, config.evaluation.max_rows)
+    if start.questions:
+        prompts.run(run, config, run.questions, start.questions, tokenizer, config.data.max_rows, labelled=False)
+
+
+def _jobs(turn: Turn, algorithm: Algorithm) -> list[generation.Job]:
     """What θ_t answers with one start of the engines: held-out prompts, and those of iteration t if there is one."""
+    run, player = turn.run, turn.player
     jobs = []
     if run.heldout.is_committed:
-        jobs.append(generation.Job(run.heldout, run.heldout_samples(iteration), player.name, player.digest))
-    if iteration < config.iterations:
-        rows = generation.prompt_slice(
-            run.prompts.manifest().rows, config.data.prompts_per_iteration, iteration, config.seed
-        )
-        jobs.append(generation.Job(run.prompts, run.generations(iteration), player.name, player.digest, rows))
+        jobs.append(generation.Job(run.heldout, run.heldout_samples(turn.iteration), player.name, player.digest))
+    played = algorithm.plays(run) if turn.iteration < turn.config.iterations else None
+    if played:
+        target, rows = run.generations(turn.iteration), turn.rows_of(played)
+        jobs.append(generation.Job(played, target, player.name, player.digest, rows))
     return jobs
 
 

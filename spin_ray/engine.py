@@ -4,7 +4,7 @@ The rest of the package knows only ``GenerationEngine``. vLLM is behind it; unit
 """
 
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, Protocol
@@ -48,6 +48,10 @@ class EngineSpec:
     threads: int
     config: EngineConfig
     trust_remote_code: bool = False
+
+
+StartEngine = Callable[[EngineSpec], GenerationEngine]
+"""What makes an engine, in the process that will use it."""
 
 
 class VllmEngine:

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any, Self
 
 from spin_ray.config import SpinConfig
+from spin_ray.engine import StartEngine, VllmEngine
 from spin_ray.lease import Lease
 from spin_ray.preflight import Inputs, check_recipe, find_inputs
 from spin_ray.run_dir import RunDir, iterate_name
@@ -32,8 +33,9 @@ class RunResult:
         return cls(run, model, read_evaluations(run, config))
 
 
-def run_spin(config: SpinConfig, out: str | Path) -> RunResult:
-    """Runs SPIN (Algorithm 1 of arXiv 2401.01335) in the folder ``out``, or finishes what an earlier call left undone.
+def run_spin(config: SpinConfig, out: str | Path, start_engine: StartEngine = VllmEngine) -> RunResult:
+    """Runs SPIN (Algorithm 1 of arXiv 2401.01335), or another ``algorithm`` of the family, in the folder ``out``, or
+    finishes what an earlier call left undone.
 
     Raises:
         UserError: the recipe, data, model, cluster or folder cannot be used; the message says what to do.
@@ -52,7 +54,7 @@ def run_spin(config: SpinConfig, out: str | Path) -> RunResult:
 
             start = check_recipe(config, inputs)
             run.begin(config, start.facts())
-            spin(run, config, start, lease)
+            spin(run, config, start, lease, start_engine)
         return RunResult.of(run, config, inputs)
 
 

@@ -23,13 +23,20 @@ class Inputs:
     model: ModelFolder
     train: str
     heldout: str | None
+    questions: str | None
     data_digest: str
     heldout_digest: str | None
+    questions_digest: str | None
 
     def facts(self) -> dict[str, Any]:
         """What run.json holds beside the config; ``inputs`` is part of the run's identity."""
         return {
-            "inputs": {"model": self.model.digest, "data": self.data_digest, "heldout": self.heldout_digest},
+            "inputs": {
+                "model": self.model.digest,
+                "data": self.data_digest,
+                "heldout": self.heldout_digest,
+                "questions": self.questions_digest,
+            },
             "start_model": str(self.model.path),
             "versions": versions(),
         }
@@ -52,14 +59,18 @@ def find_inputs(config: SpinConfig) -> Inputs:
     heldout = resolve(config.data.heldout) if config.data.heldout else None
     train_files = find_files(train)
     heldout_files = find_files(heldout) if heldout else None
+    questions = resolve(config.data.questions) if config.data.questions else None
+    questions_files = find_files(questions) if questions else None
     path = find_model(config.model.model_copy(update={"path": resolve(config.model.path)}))
     model = open_model(path, "sft" if not config.sft else "start", trust_remote_code=config.model.trust_remote_code)
     return Inputs(
         model=model,
         train=train,
         heldout=heldout,
+        questions=questions,
         data_digest=files_digest(train_files),
         heldout_digest=files_digest(heldout_files) if heldout_files else None,
+        questions_digest=files_digest(questions_files) if questions_files else None,
     )
 
 

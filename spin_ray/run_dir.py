@@ -214,6 +214,11 @@ class RunDir:
         return self.artefact("prompts")
 
     @property
+    def questions(self) -> Artefact:
+        """Unlabelled questions, in the form of prompts without a real response."""
+        return self.artefact("questions")
+
+    @property
     def heldout(self) -> Artefact:
         return self.artefact("heldout")
 
@@ -225,6 +230,18 @@ class RunDir:
 
     def reference(self, iteration: int) -> Artefact:
         return self.artefact(f"{iteration_name(iteration)}/reference")
+
+    def base_scores(self, iteration: int) -> Artefact:
+        """log p of the pairs under θ_0, the other part of a geometric reference; iteration 0 needs none."""
+        return self.artefact(f"{iteration_name(iteration)}/base_scores")
+
+    def preferences(self, iteration: int) -> Artefact:
+        """Win probabilities of single responses, by SPPO's judge."""
+        return self.artefact(f"{iteration_name(iteration)}/preferences")
+
+    def wins(self, iteration: int) -> Artefact:
+        """The same of the pairs that were made of them."""
+        return self.artefact(f"{iteration_name(iteration)}/wins")
 
     def model(self, iterate: int) -> Artefact:
         """Weights of θ_iterate; θ_0 is there only if the warm-up ran."""

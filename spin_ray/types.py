@@ -25,13 +25,15 @@ PROMPT_SCHEMA = pa.schema(
         pa.field("real_ids", TOKEN_IDS, nullable=False),
         pa.field("messages", pa.string(), nullable=False),
         pa.field("answer", pa.float64()),
+        pa.field("rejected_ids", TOKEN_IDS),
     ]
 )
 """One SFT row, rendered by the chat template and tokenised once; nothing later tokenises text again.
 
 Example: ``{"prompt_id": "9f2c…", "prompt_ids": [1, 9690, …], "real_ids": [38, 446, …, 2],
 "messages": '[{"role": "user", …}, {"role": "assistant", …}]', "answer": 7.0}``.
-``real_ids`` ends with the end-of-turn token; ``answer`` is null where the data has none.
+``real_ids`` ends with the end-of-turn token, and is empty for an unlabelled question; ``answer`` is null where the data
+has none, and so is ``rejected_ids``, the worse response of a preference pair.
 """
 
 GENERATION_SCHEMA = pa.schema(
@@ -75,6 +77,15 @@ REFERENCE_SCHEMA = pa.schema(
     ]
 )
 """log p_ref of both responses of a pair: sums over response tokens, in nats, from the trainer's own kernels."""
+
+WIN_SCHEMA = pa.schema(
+    [
+        pa.field("pair_id", pa.string(), nullable=False),
+        pa.field("real_win", pa.float32(), nullable=False),
+        pa.field("generated_win", pa.float32(), nullable=False),
+    ]
+)
+"""SPPO: estimates of the probability that each response of a pair beats one of the opponent's."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -14,10 +14,19 @@ from jaxtyping import Float32
 from torch import Tensor
 
 from spin_ray.learner.backends.base import TrainBackend
-from spin_ray.learner.losses import margins, pair_logps, sft_loss, spin_loss
+from spin_ray.learner.losses import (
+    geometric_reference,
+    margins,
+    pair_logps,
+    segment_lengths,
+    sft_loss,
+    spin_loss,
+    square_loss,
+)
 from spin_ray.learner.packing import Pack, PairLengths, Step, build_pack, plan_epoch
 from spin_ray.types import PackedBatch
 
+PairLogps = Float32[Tensor, "pairs"]
 LENGTHS_OF_A_PACK = 16
 """How many lengths packs may have: each new shape costs oneDNN new kernels, and padding costs compute."""
 
@@ -25,12 +34,14 @@ LENGTHS_OF_A_PACK = 16
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Objective:
     """What a step minimises: mean over pairs of loss(margin), plus ``sft_weight`` times the mean over response tokens
-    of -log p(y). Without a ``loss`` only the second term is left: supervised fine-tuning.
+    of -log p(y). Without a ``loss`` only the second term is left: supervised fine-tuning. ``square`` is SPPO's.
     """
 
     loss: str | None
     beta: float = 1.0
     sft_weight: float = 0.0
+    length_normalised: bool = False
+    """Margins of log-ratios per response token, not of their sums: a departure from the paper."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -51,6 +62,16 @@ class ReferenceScores:
 
     real: Float32[Tensor, "rows"]
     generated: Float32[Tensor, "rows"]
+    real_win: Float32[Tensor, "rows"] | None = None
+    """Estimate of the probability that the response beats one of the reference; for the square loss only."""
+    generated_win: Float32[Tensor, "rows"] | None = None
+
+    def mixed_with(self, base: "ReferenceScores", alpha: float) -> "ReferenceScores":
+        """The geometric reference of α-SPIN, α for these scores and 1 − α for ``base``."""
+        return ReferenceScores(
+            real=geometric_reference(self.real, base.real, alpha),
+            generated=geometric_reference(self.generated, base.generated, alpha),
+        )
 
 
 def plan(table: pa.Table, shape: PackShape, *, epochs: int, seed: int) -> list[list[Step]]:
@@ -150,12 +171,41 @@ def _pack_loss(
         return sft_loss(real) / step.num_real_tokens, sums
     if reference is None:
         raise ValueError("the SPIN objective needs reference scores")
-    rows = batch.pair_row
-    margin = margins(real, generated, reference.real[rows], reference.generated[rows], objective.beta)
-    spin = spin_loss(margin, objective.loss)
+    logps = _normalised(real, generated, batch, objective, reference)
+    margin = margins(*logps, objective.beta)
+    spin = _pairs_loss(logps, margin, batch, objective, reference)
     sums[0], sums[1], sums[2] = spin.detach(), margin.detach().sum(), (margin > 0).sum()
     sums[4] = generated.detach().sum()
     loss = spin / step.num_pairs
     if objective.sft_weight:
         loss = loss + objective.sft_weight * sft_loss(real) / step.num_real_tokens
     return loss, sums
+
+
+def _normalised(
+    real: PairLogps, generated: PairLogps, batch: PackedBatch, objective: Objective, reference: ReferenceScores
+) -> tuple[PairLogps, PairLogps, PairLogps, PairLogps]:
+    """log p of y, y' and their references: sums, or means where the objective says so."""
+    logps = (real, generated, reference.real[batch.pair_row], reference.generated[batch.pair_row])
+    if not objective.length_normalised:
+        return logps
+    tokens = pair_logps(segment_lengths(batch).float(), batch)
+    return logps[0] / tokens[0], logps[1] / tokens[1], logps[2] / tokens[0], logps[3] / tokens[1]
+
+
+def _pairs_loss(
+    logps: tuple[PairLogps, PairLogps, PairLogps, PairLogps],
+    margin: PairLogps,
+    batch: PackedBatch,
+    objective: Objective,
+    reference: ReferenceScores,
+) -> Float32[Tensor, ""]:
+    """Sum over the pairs of the pack."""
+    assert objective.loss is not None
+    if objective.loss != "square":
+        return spin_loss(margin, objective.loss)
+    if reference.real_win is None or reference.generated_win is None:
+        raise ValueError("the square loss needs win probabilities")
+    real, generated, reference_real, reference_generated = logps
+    wins = reference.real_win[batch.pair_row], reference.generated_win[batch.pair_row]
+    return square_loss(real - reference_real, generated - reference_generated, *wins, objective.beta)

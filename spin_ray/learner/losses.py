@@ -45,8 +45,25 @@ def margins(
     """The argument of ℓ in equation 4.7, in nats times beta (λ in the paper).
 
     m = β [ log p_θ(y|x)/p_ref(y|x) − log p_θ(y'|x)/p_ref(y'|x) ]
+
+    The length-normalised variant is the same function of log-probabilities per token.
     """
     return beta * ((real_logp - reference_real) - (generated_logp - reference_generated))
+
+
+def geometric_reference(
+    last: Float[Tensor, "pairs"], base: Float[Tensor, "pairs"], alpha: float
+) -> Float[Tensor, "pairs"]:
+    """log p_t^α p_0^(1−α), the reference of α-SPIN (arXiv 2404.04291), in nats.
+
+    It is not normalised: log Z(x) is the same for y and y', so it cancels in the margin.
+    """
+    return alpha * last + (1 - alpha) * base
+
+
+def segment_lengths(batch: PackedBatch) -> Int64[Tensor, "segments"]:
+    """Response tokens of every segment of the pack."""
+    return torch.bincount(batch.segment, minlength=batch.num_segments)
 
 
 def logistic(margin: Float[Tensor, "pairs"]) -> Float[Tensor, "pairs"]:
@@ -81,6 +98,27 @@ LOSSES: dict[str, Callable[[Float[Tensor, "pairs"]], Float[Tensor, "pairs"]]] = 
 def spin_loss(margin: Float[Tensor, "pairs"], loss: str = "logistic") -> Float[Tensor, ""]:
     """Σ over pairs of ℓ(m), equation 4.7 before its division by the number of pairs in the step."""
     return LOSSES[loss](margin).sum()
+
+
+def square_loss(
+    real_ratio: Float[Tensor, "pairs"],
+    generated_ratio: Float[Tensor, "pairs"],
+    real_win: Float[Tensor, "pairs"],
+    generated_win: Float[Tensor, "pairs"],
+    beta: float,
+) -> Float[Tensor, ""]:
+    """SPPO (arXiv 2405.00675, equation 4.4 with a batch's best and worst response): each log-ratio is drawn to where
+    the multiplicative weights update p_{t+1} ∝ p_t e^{P/β} takes it.
+
+    ½ Σ over pairs of [ (r_w − (P_w − ½)/β)² + (r_l − (P_l − ½)/β)² ]
+
+    Args:
+        real_ratio: log p_θ/p_ref of the better response, in nats; ``generated_ratio``: of the worse one.
+        real_win: estimate of P(better response beats one of p_t), in 0 … 1; ``generated_win``: of the worse one.
+    """
+    of_real = real_ratio - (real_win - 0.5) / beta
+    of_generated = generated_ratio - (generated_win - 0.5) / beta
+    return (of_real.square() + of_generated.square()).sum() / 2
 
 
 def sft_loss(real_logp: Float[Tensor, "pairs"]) -> Float[Tensor, ""]:

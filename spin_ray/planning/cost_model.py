@@ -208,7 +208,7 @@ def pair_packs(config: SpinConfig, work: Work, iteration: int) -> Packs:
     """Packs of an epoch of SPIN. A tree is a prompt, y once, and every y' of its rows: samples, and opponents in the
     window if every iteration plays all prompts.
     """
-    window = min(iteration + 1, config.objective.window)
+    window = iteration + 1 - max(config.objective.oldest_iteration(iteration), 0)
     played = min(config.data.prompts_per_iteration or work.rows, work.rows)
     repeats, groups = (window, 1) if played == work.rows else (1, window)
     branches = config.generation.samples_per_prompt * repeats

@@ -10,7 +10,7 @@ row, so that a retry of a shard gives the same tokens.
 import hashlib
 import pickle
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -21,7 +21,7 @@ import ray
 import ray.exceptions
 
 from spin_ray.config import SpinConfig, digest
-from spin_ray.engine import EngineSpec, GenerationEngine, VllmEngine
+from spin_ray.engine import EngineSpec, GenerationEngine, StartEngine, VllmEngine
 from spin_ray.errors import RunDirError, StageError, last_line
 from spin_ray.progress import StageProgress
 from spin_ray.resources import demands, wait_until_free, with_deadline
@@ -86,7 +86,7 @@ def run(
     config: SpinConfig,
     spec: EngineSpec,
     jobs: list[Job],
-    start_engine: Callable[[EngineSpec], GenerationEngine] = VllmEngine,
+    start_engine: StartEngine = VllmEngine,
 ) -> None:
     """Answers the prompts of all jobs with one set of engines, and commits each job's target when its shards are there.
 
@@ -135,7 +135,7 @@ def row_seed(seed: int, opponent: str, prompt_id: str, sample: int) -> int:
 
 
 def _play(
-    shards: list[Shard], config: SpinConfig, spec: EngineSpec, start_engine: Callable[[EngineSpec], GenerationEngine]
+    shards: list[Shard], config: SpinConfig, spec: EngineSpec, start_engine: StartEngine
 ) -> Iterator[dict[str, Any]]:
     """Ray Data over the shards; yields what each finished one holds. The engines are gone when it is exhausted."""
     if not shards:
@@ -164,9 +164,7 @@ def _play(
 class _Player:
     """Actor: one engine that answers one shard after another."""
 
-    def __init__(
-        self, spec: EngineSpec, config: SpinConfig, start_engine: Callable[[EngineSpec], GenerationEngine]
-    ) -> None:
+    def __init__(self, spec: EngineSpec, config: SpinConfig, start_engine: StartEngine) -> None:
         self._engine = start_engine(spec)
         self._config = config
 

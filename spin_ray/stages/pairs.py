@@ -6,6 +6,8 @@ pairs of t-1 whose opponent is still in the window -> copied
 
 from collections import Counter
 from collections.abc import Iterator
+from dataclasses import dataclass, field
+from typing import Any
 
 import pyarrow as pa
 import pyarrow.compute as pc
@@ -17,22 +19,49 @@ from spin_ray.types import PAIR_SCHEMA
 
 
 def run(run_dir: RunDir, config: SpinConfig, iteration: int) -> None:
-    """Makes ``iter_NNN/pairs``.
+    """Makes ``iter_NNN/pairs`` of SPIN: y and y' of this iteration's opponent and of those in the window.
 
     Raises:
         DataError: too few pairs are left; the opponent says what the data says, and more SPIN would only harm it.
     """
-    target, generations = run_dir.pairs(iteration), run_dir.generations(iteration)
-    earlier = run_dir.pairs(iteration - 1) if iteration and config.objective.window > 1 else None
+    generations = run_dir.generations(iteration)
+    oldest = config.objective.oldest_iteration(iteration)
+    earlier = run_dir.pairs(iteration - 1) if iteration and oldest < iteration else None
     inputs = {"prompts": run_dir.prompts.manifest().digest, "generations": generations.manifest().digest}
     if earlier:
         inputs["earlier_pairs"] = earlier.manifest().digest
     settings = {"window": config.objective.window, "part_rows": config.generation.shard_rows}
-    if target.is_current(inputs, settings):
+    played = joined(run_dir.prompts, generations, iteration)
+    make(run_dir, config, iteration, Fresh(played, inputs, settings), earlier, oldest)
+
+
+@dataclass(frozen=True)
+class Fresh:
+    """Pairs that an algorithm has made in this iteration, and what they were made from."""
+
+    tables: Iterator[pa.Table]
+    """Of PAIR_SCHEMA; read only if the artefact is not there yet."""
+    inputs: dict[str, str]
+    settings: dict[str, Any]
+    paired: bool = True
+    """False: rows for supervised fine-tuning, which have no y'."""
+    dropped: Counter[str] = field(default_factory=Counter)
+    """What the tables leave out, by reason; complete once they are read."""
+
+
+def make(
+    run_dir: RunDir, config: SpinConfig, iteration: int, fresh: Fresh, earlier: Artefact | None = None, oldest: int = 0
+) -> None:
+    """Makes ``iter_NNN/pairs`` of ``fresh`` ones, and of ``earlier`` ones since iteration ``oldest``.
+
+    Raises:
+        DataError: fewer rows are left than one optimizer step has.
+    """
+    target = run_dir.pairs(iteration)
+    if target.is_current(fresh.inputs, fresh.settings):
         return
     with run_dir.stage(target.path) as counted:
-        oldest = iteration - config.objective.window + 1
-        entries, counts = build(run_dir.prompts, generations, earlier, target, iteration, oldest)
+        entries, counts = build(fresh, earlier, target, oldest)
         counted |= counts
         if counts["rows"] < config.train.global_batch_pairs:
             raise DataError(
@@ -41,11 +70,12 @@ def run(run_dir: RunDir, config: SpinConfig, iteration: int) -> None:
                 f"{config.train.global_batch_pairs}: nothing is left to learn from this opponent; "
                 "stop here, add prompts, or lower the batch"
             )
-        target.commit(entries, inputs, settings, counts={name: float(count) for name, count in counts.items()})
+        counted_as = {name: float(count) for name, count in counts.items()}
+        target.commit(entries, fresh.inputs, fresh.settings, counts=counted_as)
 
 
 def build(
-    prompts: Artefact, generations: Artefact, earlier: Artefact | None, target: Artefact, iteration: int, oldest: int
+    fresh: Fresh, earlier: Artefact | None, target: Artefact, oldest: int
 ) -> tuple[dict[str, FileEntry], dict[str, int]]:
     """Writes the parts; one part of each input in memory at a time."""
     counts: Counter[str] = Counter({"dropped_identical": 0, "dropped_empty": 0, "from_earlier": 0, "rows": 0})
@@ -58,13 +88,16 @@ def build(
             entries[name] = target.write_part(name, table)
             counts["rows"] += table.num_rows
 
-    for joined in _joined(prompts, generations, iteration):
+    for table in fresh.tables:
+        if not fresh.paired:
+            write(table)
+            continue
         kept = [
-            _verdict(real, generated)
-            for real, generated in zip(joined["real_ids"], joined["generated_ids"], strict=True)
+            _verdict(real, generated) for real, generated in zip(table["real_ids"], table["generated_ids"], strict=True)
         ]
         counts.update(verdict for verdict in kept if verdict)
-        write(joined.filter(pa.array([not verdict for verdict in kept], pa.bool_())))
+        write(table.filter(pa.array([not verdict for verdict in kept], pa.bool_())))
+    counts.update({f"dropped_{reason}": count for reason, count in fresh.dropped.items()})
     for table in earlier.tables() if earlier else ():
         still = table.filter(pc.greater_equal(table["iteration"], oldest))
         counts["from_earlier"] += still.num_rows
@@ -79,7 +112,7 @@ def _verdict(real: pa.ListScalar, generated: pa.ListScalar) -> str:
     return "dropped_identical" if real.values.equals(generated.values) else ""
 
 
-def _joined(prompts: Artefact, generations: Artefact, iteration: int) -> Iterator[pa.Table]:
+def joined(prompts: Artefact, generations: Artefact, iteration: int) -> Iterator[pa.Table]:
     """Pairs of each generation shard. Shards keep the order of ``prompts``: both are read once, side by side."""
     upcoming = prompts.tables()
     window = PAIR_SCHEMA.empty_table().select(["prompt_id", "prompt_ids", "real_ids"])

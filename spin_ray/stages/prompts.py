@@ -21,7 +21,14 @@ import pyarrow.parquet as pq
 import ray
 
 from spin_ray.config import DataConfig, SpinConfig, digest
-from spin_ray.conversations import Conversation, Unusable, answer_of, conversations_of
+from spin_ray.conversations import (
+    Conversation,
+    Unusable,
+    answer_of,
+    conversations_of,
+    question_of,
+    rejected_of,
+)
 from spin_ray.errors import DataError
 from spin_ray.rendering import ChatRenderer, Rendered, RenderError, load_tokenizer
 from spin_ray.resources import with_deadline
@@ -52,6 +59,8 @@ class PromptTask:
     trust_remote_code: bool
     max_length: int
     data: DataConfig
+    labelled: bool = True
+    """False: rows are questions, whose responses are neither there nor read."""
 
     @cached_property
     def renderer(self) -> ChatRenderer:
@@ -59,9 +68,16 @@ class PromptTask:
 
 
 def run(
-    run_dir: RunDir, config: SpinConfig, artefact: Artefact, source: str, tokenizer: str, max_rows: int | None
+    run_dir: RunDir,
+    config: SpinConfig,
+    artefact: Artefact,
+    source: str,
+    tokenizer: str,
+    max_rows: int | None,
+    *,
+    labelled: bool = True,
 ) -> None:
-    """Makes ``artefact`` (prompts or heldout) of the rows of ``source``.
+    """Makes ``artefact`` (prompts, questions or heldout) of the rows of ``source``; questions are not ``labelled``.
 
     Raises:
         DataError: the data is missing or empty, or too many rows cannot be used.
@@ -73,6 +89,7 @@ def run(
         trust_remote_code=config.model.trust_remote_code,
         max_length=config.model.max_length,
         data=config.data,
+        labelled=labelled,
     )
     inputs = {"data": files_digest(files), "chat_template": template_digest(task.renderer)}
     settings = {
@@ -134,40 +151,69 @@ class _RenderSlice:
 
 def rows_of(sources: Sequence[SourceRow], task: PromptTask) -> Iterator[list[Row] | Unusable]:
     """The prompt rows of each source row, or why it cannot be used; all are tokenised in one go."""
-    found = [_conversations_of(source, task.data) for source in sources]
-    usable = [conversation for each in found if not isinstance(each, Unusable) for conversation in each]
+    found = [_conversations_of(source, task) for source in sources]
+    usable = [conversation for each in found if not isinstance(each, Unusable) for conversation in each.all]
     rendered = iter(task.renderer.render_all(usable))
     for source, each in zip(sources, found, strict=True):
         if isinstance(each, Unusable):
             yield each
             continue
-        pairs = list(zip(each, islice(rendered, len(each)), strict=True))
+        results = list(islice(rendered, len(each.all)))
+        rejected = results.pop() if each.rejected else None
         try:
-            yield [_row(source, conversation, result, task.max_length) for conversation, result in pairs]
+            yield [
+                _row(source, conversation, result, rejected, task)
+                for conversation, result in zip(each.ending_with_real, results, strict=True)
+            ]
         except Unusable as unusable:  # one bad turn spoils the row: half a conversation would be in neither place
             yield unusable
 
 
-def _conversations_of(source: SourceRow, data: DataConfig) -> list[Conversation] | Unusable:
+@dataclass(frozen=True, slots=True)
+class _Found:
+    """Conversations of a source row."""
+
+    ending_with_real: list[Conversation]
+    rejected: Conversation | None
+    """The last of them with its rejected response."""
+
+    @property
+    def all(self) -> list[Conversation]:
+        return [*self.ending_with_real, *([self.rejected] if self.rejected else [])]
+
+
+def _conversations_of(source: SourceRow, task: PromptTask) -> _Found | Unusable:
     try:
-        return conversations_of(source.content, data)
+        if not task.labelled:
+            return _Found([question_of(source.content, task.data)], None)
+        return _Found(conversations_of(source.content, task.data), rejected_of(source.content, task.data))
     except Unusable as unusable:
         return unusable
 
 
-def _row(source: SourceRow, conversation: Conversation, rendered: Rendered | RenderError, max_length: int) -> Row:
-    if isinstance(rendered, RenderError):
-        raise Unusable("template", f"the chat template refuses it: {rendered}")
-    length = len(rendered.prompt_ids) + len(rendered.real_ids)
-    if length > max_length:
-        raise Unusable("too_long", f"{length} tokens, model.max_length is {max_length}")
-    identity = json.dumps([rendered.prompt_ids, rendered.real_ids]).encode()
+def _row(
+    source: SourceRow,
+    conversation: Conversation,
+    rendered: Rendered | RenderError,
+    rejected: Rendered | RenderError | None,
+    task: PromptTask,
+) -> Row:
+    for each in (rendered, rejected):
+        if isinstance(each, RenderError):
+            raise Unusable("template", f"the chat template refuses it: {each}")
+        if each is not None and len(each.prompt_ids) + len(each.real_ids) > task.max_length:
+            length = len(each.prompt_ids) + len(each.real_ids)
+            raise Unusable("too_long", f"{length} tokens, model.max_length is {task.max_length}")
+    assert isinstance(rendered, Rendered) and not isinstance(rejected, RenderError)
+    real_ids = rendered.real_ids if task.labelled else []
+    identity = [rendered.prompt_ids, real_ids, *([rejected.real_ids] if rejected else [])]
     return {
-        "prompt_id": hashlib.blake2b(identity, digest_size=8).hexdigest(),
+        "prompt_id": hashlib.blake2b(json.dumps(identity).encode(), digest_size=8).hexdigest(),
         "prompt_ids": rendered.prompt_ids,
-        "real_ids": rendered.real_ids,
+        "real_ids": real_ids,
         "messages": _AS_WRITTEN.encode(conversation),
         "answer": answer_of((source.content or {}).get("answer")),
+        "rejected_ids": rejected.real_ids if rejected else None,
     }
 
 

@@ -19,7 +19,7 @@ import ray.train
 import torch
 import torch.distributed as dist
 
-from spin_ray.config import OptimizerConfig, SpinConfig, digest
+from spin_ray.config import OptimizerConfig, SftConfig, SpinConfig, digest
 from spin_ray.errors import RunDirError
 from spin_ray.learner.backends.base import BackendSettings
 from spin_ray.learner.backends.fsdp2 import Fsdp2Backend
@@ -46,6 +46,13 @@ class TrainJob:
     rows: Artefact
     """Pairs, or prompts for SFT."""
     reference: Artefact | None
+    """Where log p of the rows under ``start`` go; None for an objective without a reference."""
+    base: Artefact | None
+    """log p of the rows under θ_0, where the reference is a geometric mixture with it."""
+    wins: Artefact | None
+    """Win probabilities of the rows, for the square loss."""
+    reference_alpha: float
+    """Weight of ``start`` in that mixture; 1: ``start`` alone."""
     target: Artefact
     objective: Objective
     shape: PackShape
@@ -57,12 +64,15 @@ class TrainJob:
     """The template that the config put in place of the model's; exported with the weights."""
 
     def inputs(self) -> dict[str, str]:
-        return {"rows": self.rows.manifest().digest, "start_model": self.start.digest}
+        inputs = {"rows": self.rows.manifest().digest, "start_model": self.start.digest}
+        more = {"base_scores": self.base, "wins": self.wins}
+        return inputs | {name: artefact.manifest().digest for name, artefact in more.items() if artefact}
 
     def settings(self) -> dict[str, Any]:
         optimizer = self.backend.optimizer
         return {
             "loss": self.objective.loss, "beta": self.objective.beta, "sft_weight": self.objective.sft_weight,
+            "length_normalised": self.objective.length_normalised, "reference_alpha": self.reference_alpha,
             "epochs": self.epochs, "learning_rate": self.backend.learning_rate, "seed": self.seed,
             "pack_length": self.shape.pack_length, "global_batch_pairs": self.shape.global_batch_pairs,
             "precision": self.backend.precision, "attention": self.backend.attention,
@@ -74,21 +84,24 @@ class TrainJob:
         return f"{self.name}/train_log.jsonl"
 
 
-def run(run_dir: RunDir, config: SpinConfig, iteration: int, opponent: ModelFolder) -> None:
+def run(run_dir: RunDir, config: SpinConfig, iteration: int, opponent: ModelFolder, objective: Objective) -> None:
     """Trains θ_{t+1} from θ_t on the pairs of the iteration and commits ``iter_NNN/model``.
 
     Raises:
         StageError: the workers failed too often; the same command goes on from the last checkpoint.
     """
     values = config.at(iteration)
-    objective = Objective(loss=config.objective.loss, beta=values.beta, sft_weight=config.objective.sft_weight)
+    base, wins = run_dir.base_scores(iteration), run_dir.wins(iteration)
     target = run_dir.model(iteration + 1)
     job = TrainJob(
         name=target.path.partition("/")[0],
         storage=run_dir.storage,
         start=opponent,
         rows=run_dir.pairs(iteration),
-        reference=run_dir.reference(iteration),
+        reference=run_dir.reference(iteration) if objective.loss is not None else None,
+        base=base if base.is_committed else None,
+        wins=wins if objective.loss == "square" else None,
+        reference_alpha=config.objective.reference_alpha,
         target=target,
         objective=objective,
         shape=PackShape(
@@ -108,20 +121,34 @@ def run(run_dir: RunDir, config: SpinConfig, iteration: int, opponent: ModelFold
 def run_sft(run_dir: RunDir, config: SpinConfig, start: ModelFolder) -> None:
     """Trains θ_0 from the start model on the SFT data itself and commits ``sft/model``."""
     assert config.sft is not None
-    target = run_dir.model(0)
+    fine_tune(run_dir, config, config.sft, start, run_dir.prompts, run_dir.model(0))
+
+
+def fine_tune(
+    run_dir: RunDir,
+    config: SpinConfig,
+    how: SftConfig,
+    start: ModelFolder,
+    rows: Artefact,
+    target: Artefact,
+) -> None:
+    """Supervised fine-tuning of ``start`` on ``rows`` (prompts, or pairs without y'); commits ``target``."""
     job = TrainJob(
         name=target.path.partition("/")[0],
         storage=run_dir.storage,
         start=start,
-        rows=run_dir.prompts,
+        rows=rows,
         reference=None,
+        base=None,
+        wins=None,
+        reference_alpha=1.0,
         target=target,
         objective=Objective(loss=None),
         shape=PackShape(
-            pack_length=config.train.pack_length, global_batch_pairs=config.sft.global_batch_rows, pad_id=start.pad_id
+            pack_length=config.train.pack_length, global_batch_pairs=how.global_batch_rows, pad_id=start.pad_id
         ),
-        backend=_backend_settings(config, config.sft.optimizer, config.sft.learning_rate),
-        epochs=config.sft.epochs,
+        backend=_backend_settings(config, how.optimizer, how.learning_rate),
+        epochs=how.epochs,
         seed=config.seed,
         checkpoint_every_steps=config.train.checkpoint_every_steps,
         chat_template=_chat_template(config),
@@ -172,6 +199,11 @@ def _worker(job: TrainJob) -> dict[str, float]:
     if job.reference is not None:
         _score_reference(job, backend, epochs[0], table)
         reference = _load_reference(job.reference, table)
+        if job.base is not None:
+            reference = reference.mixed_with(_load_reference(job.base, table), job.reference_alpha)
+        if job.wins is not None:
+            real_win, generated_win = _load_by_pair(job.wins, table, ("real_win", "generated_win"))
+            reference = replace(reference, real_win=real_win, generated_win=generated_win)
     work_s = time.monotonic() - started
     first = _restore(job, backend)
     log = _TrainLog(job, first)
@@ -221,21 +253,26 @@ def _score_reference(job: TrainJob, backend: Fsdp2Backend, steps: list[Any], tab
 
 
 def _load_reference(reference: Artefact, table: pa.Table) -> ReferenceScores:
-    """Scores in the order of ``table``, matched by pair id.
+    """Scores in the order of ``table``."""
+    real, generated = _load_by_pair(reference, table, ("real_logp", "generated_logp"))
+    return ReferenceScores(real=real, generated=generated)
+
+
+def _load_by_pair(artefact: Artefact, table: pa.Table, columns: tuple[str, ...]) -> list[torch.Tensor]:
+    """Columns of an artefact in the order of ``table``, matched by pair id.
 
     Raises:
         RunDirError: a pair has no score, or more than one.
     """
-    scores = pa.concat_tables(list(reference.tables()))
+    scores = pa.concat_tables(list(artefact.tables()))
     found = pc.index_in(table["pair_id"], value_set=scores["pair_id"])
     if found.null_count or scores.num_rows != table.num_rows:
         raise RunDirError(
-            f"{reference.path}: {scores.num_rows} scores for {table.num_rows} pairs, {found.null_count} without one; "
+            f"{artefact.path}: {scores.num_rows} scores for {table.num_rows} pairs, {found.null_count} without one; "
             "remove the folder"
         )
     ordered = scores.take(found)
-    real, generated = (torch.tensor(ordered[name].to_numpy()) for name in ("real_logp", "generated_logp"))
-    return ReferenceScores(real=real.to(device()), generated=generated.to(device()))
+    return [torch.tensor(ordered[name].to_numpy()).to(device()) for name in columns]
 
 
 def _checkpoint(job: TrainJob, backend: Fsdp2Backend, step: int) -> None:

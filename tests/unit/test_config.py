@@ -142,6 +142,35 @@ def test_combinations_that_no_run_can_satisfy_are_refused(sections, problem):
     assert problem in problems(**sections)
 
 
+@pytest.mark.parametrize(
+    ("sections", "problem"),
+    [
+        ({"algorithm": "sppo", "generation": {"samples_per_prompt": 5}}, "scorer: algorithm sppo needs it"),
+        (
+            {"algorithm": "sppo", "scorer": {"path": "judge"}},
+            "generation.samples_per_prompt: sppo compares samples of a prompt",
+        ),
+        ({"algorithm": "self_reinforcement", "sft": {}}, "data.questions: algorithm self_reinforcement needs it"),
+        ({"algorithm": "seft"}, "reviser: algorithm seft needs it"),
+        ({"reviser": {}}, "reviser: is for algorithm seft, not for spin"),
+        ({"data": {"train": "d", "questions": "q"}}, "data.questions: is for algorithm self_reinforcement and seft"),
+        ({"algorithm": "dpo", "objective": {"window": "all"}}, "objective.window: is for algorithm spin"),
+        ({"algorithm": "dpo", "objective": {"reference_alpha": 0.5}}, "objective.reference_alpha: is for algorithm"),
+    ],
+)
+def test_settings_that_an_algorithm_lacks_or_does_not_read_are_refused(sections, problem):
+    assert problem in problems(**sections)
+
+
+@pytest.mark.parametrize("window", [0, "some", 1.5, None])
+def test_a_window_is_a_count_or_all(window):
+    assert problems(objective={"window": window}).startswith("objective.window: input should be")
+
+
+def test_the_window_of_fictitious_play_reaches_back_to_the_first_iteration():
+    assert [parse(objective={"window": window}).objective.oldest_iteration(5) for window in (1, 2, "all")] == [5, 4, 0]
+
+
 def test_the_smallest_pack_that_holds_prompt_and_both_responses_is_accepted():
     """2048 + 1024."""
     assert parse(train={"pack_length": 3072}).train.pack_length == 3072
@@ -294,6 +323,10 @@ def test_identity_ignores_where_and_how_fast_it_runs_and_what_may_grow(sections)
         ({"generation": {"shard_rows": 8}}, {"generation.shard_rows"}),
         ({"generation": {"engine": {"dtype": "float32"}}}, {"generation.engine.dtype"}),
         ({"objective": {"loss": "hinge"}}, {"objective.loss"}),
+        ({"objective": {"window": "all"}}, {"objective.window"}),
+        ({"objective": {"reference_alpha": 0.5}}, {"objective.reference_alpha"}),
+        ({"objective": {"length_normalised": True}}, {"objective.length_normalised"}),
+        ({"algorithm": "dpo"}, {"algorithm"}),
         ({"train": {"optimizer": {"name": "adamw"}}}, {"train.optimizer.name"}),
         ({"train": {"workers": 2}}, {"train.workers"}),
     ],
@@ -377,7 +410,8 @@ def test_any_value_of_a_setting_is_accepted_or_its_setting_is_named(changes):
             inner = inner.setdefault(section, {})
         inner[field] = value
     found = config_or_error(content)
-    assert isinstance(found, SpinConfig) or any(key.split(".")[-1] in found for key in changes)
+    named = {part for key in changes for part in (key.split(".")[0], key.split(".")[-1])}
+    assert isinstance(found, SpinConfig) or any(part in found for part in named)
 
 
 @settings(max_examples=100, deadline=None)

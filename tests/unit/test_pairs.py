@@ -35,7 +35,8 @@ def answers_to(*prompts: int, samples: int = 1, first_token: int = 100) -> Answe
 
 def build(run: RunDir, answers: Answers, shard_rows: int = 2) -> tuple[list[dict[str, Any]], dict[str, int]]:
     write_answers(run.generations(0), answers, shard_rows)
-    entries, counts = pairs.build(run.prompts, run.generations(0), None, run.pairs(0), iteration=0, oldest=-1)
+    fresh = pairs.Fresh(pairs.joined(run.prompts, run.generations(0), 0), {}, {})
+    entries, counts = pairs.build(fresh, None, run.pairs(0), oldest=-1)
     run.pairs(0).commit(entries, {}, {})
     return rows_of(run.pairs(0)), counts
 
@@ -122,7 +123,7 @@ def test_too_few_pairs_are_an_error_that_says_how_many_and_why(run):
 # The window of earlier opponents
 
 
-def play(run: RunDir, iterations: int, window: int) -> list[list[tuple[int, int]]]:
+def play(run: RunDir, iterations: int, window: int | str) -> list[list[tuple[int, int]]]:
     """(iteration, first token of y′) of every pair of every iteration; θ_t answers prompt i with 100 (t + 1) + i."""
     found = []
     for iteration in range(iterations):
@@ -149,6 +150,13 @@ def test_a_window_of_one_has_only_its_own_opponent(run):
 def test_a_wide_window_keeps_every_earlier_opponent_once(run):
     found = play(run, iterations=3, window=9)[2]
     assert sorted(found) == [(0, 100), (0, 101), (1, 200), (1, 201), (2, 300), (2, 301)]
+
+
+def test_fictitious_play_keeps_every_opponent_whatever_their_number(run):
+    """``window: all``: after three iterations a third of the pairs is of each."""
+    first = [(0, 100), (0, 101)]
+    second = [(1, 200), (1, 201), *first]
+    assert play(run, iterations=3, window="all") == [first, second, [(2, 300), (2, 301), *second]]
 
 
 def test_pairs_of_earlier_iterations_keep_their_names_and_are_counted(run):

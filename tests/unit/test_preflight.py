@@ -33,6 +33,7 @@ def test_a_recipe_that_can_run_is_resolved():
     assert start.train == resolve("embedded:arithmetic-train")
     assert start.facts()["inputs"] == {
         "model": start.model.digest, "data": start.data_digest, "heldout": start.heldout_digest,
+        "questions": None,
     }  # fmt: skip
 
 

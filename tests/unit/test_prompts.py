@@ -2,6 +2,7 @@
 
 import json
 from collections import Counter
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -325,3 +326,69 @@ def test_any_row_is_used_or_in_quarantine_and_none_is_lost(tmp_path_factory, row
     for row in made.rows:
         assert len(row["prompt_ids"]) + len(row["real_ids"]) <= 128
         assert row["real_ids"].count(2) == 1
+
+
+# Preferences and questions
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        {"prompt": "2 + 2?", "chosen": "4", "rejected": "5"},
+        {"chosen": chat("2 + 2?", "4"), "rejected": chat("2 + 2?", "5")},
+        {
+            "prompt": "2 + 2?",
+            "messages": chat("2 + 2?", "4"),
+            "chosen": chat("2 + 2?", "4"),
+            "rejected": chat("2 + 2?", "5"),
+        },
+    ],
+)
+def test_a_preference_row_has_both_responses_after_one_prompt(content):
+    (row,) = rows_of(content)
+    (plain,) = rows_of({"prompt": "2 + 2?", "response": "4"})
+    assert (row["prompt_ids"], row["real_ids"]) == (plain["prompt_ids"], plain["real_ids"])
+    assert text_of(row["rejected_ids"]) == "5<|im_end|>"
+    assert plain["rejected_ids"] is None
+    assert row["prompt_id"] != plain["prompt_id"], "one chosen may be preferred to many"
+
+
+@pytest.mark.parametrize(
+    ("content", "detail"),
+    [
+        ({"prompt": "a", "response": "b", "rejected": "c"}, "has rejected, but no chosen"),
+        ({"chosen": chat("a", "b"), "rejected": chat("x", "c")}, "do not answer the same prompt"),
+        ({"prompt": "a", "chosen": "b", "rejected": 3}, "content must be text, found int"),
+    ],
+)
+def test_a_preference_row_that_cannot_be_used_says_why(content, detail):
+    with pytest.raises(Unusable) as caught:
+        rows_of(content)
+    assert detail in caught.value.detail
+
+
+def test_a_rejected_response_that_is_too_long_spoils_the_row():
+    with pytest.raises(Unusable) as caught:
+        rows_of({"prompt": "a", "chosen": "b", "rejected": "c " * 200})
+    assert caught.value.reason == "too_long"
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        {"prompt": "why?"},
+        {"prompt": "why?", "response": "so"},
+        {"messages": chat("why?")},
+        {"messages": chat("why?", "so")},
+    ],
+)
+def test_a_question_is_a_prompt_whose_response_is_not_read(content):
+    (row,) = rows_of(content, replace(task_of(), labelled=False, data=DataConfig(train="d")))
+    assert row["real_ids"] == []
+    assert row["prompt_ids"] == rows_of({"prompt": "why?", "response": "because"})[0]["prompt_ids"]
+
+
+def test_a_row_without_a_question_says_so():
+    with pytest.raises(Unusable) as caught:
+        rows_of({"response": "so"}, replace(task_of(), labelled=False))
+    assert caught.value.detail == "needs messages, or prompt"

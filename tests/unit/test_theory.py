@@ -11,7 +11,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from spin_ray.learner.losses import LOSSES, margins
+from spin_ray.learner.losses import LOSSES, geometric_reference, margins, square_loss
 
 torch.set_num_threads(1)
 K = 6
@@ -176,3 +176,109 @@ def test_alpha_spin_settles_between_data_and_base() -> None:
             policy,
         )
     torch.testing.assert_close(policy, ((data + base) / 2).log_softmax(0), rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("alpha", "beta", "factor"), [(0.9, 2.0, 0.4), (0.5, 1.0, 0.5), (0.8, 5.0, 0.6), (0.0, 0.8, 1.25)]
+)
+def test_alpha_spin_contracts_by_alpha_minus_1_over_beta(alpha: float, beta: float, factor: float) -> None:
+    """The error against p* ∝ p_data^w p_0^{1−w}, w = (1/β)/(1 − α + 1/β), is multiplied by |α − 1/β| per iteration:
+    0.9 − 0.5, 0.5 − 1, 0.8 − 0.2; and 1.25 for α = 0, β = 0.8: a smaller β than SPIN's 1/2 is not what diverges here,
+    but |α − 1/β| > 1.
+    """
+    data, base = distribution(0, spread=0.3), distribution(1, spread=0.3)
+    weight = (1 / beta) / (1 - alpha + 1 / beta)
+    settles = (weight * data + (1 - weight) * base).log_softmax(0)
+    policy = distribution(2, spread=0.3)
+    errors = [size(policy - settles)]
+    for _ in range(3):
+        reference = geometric_reference(policy, base, alpha)
+        policy = minimise(
+            lambda x, opponent=policy, reference=reference: objective(
+                x, data, opponent, beta=beta, reference=reference
+            ),
+            policy,
+        )
+        errors.append(size(policy - settles))
+    assert [after / before for before, after in pairwise(errors)] == pytest.approx([factor] * 3, rel=1e-3)
+
+
+def play_exactly(data: Tensor, policy: Tensor, beta: float, iterations: int, *, fictitious: bool) -> list[Tensor]:
+    """log p of every opponent, iterations solved exactly in closed form (the generalised fixed point above)."""
+    mixture, opponents = policy.exp(), []
+    for iteration in range(iterations):
+        opponent = mixture.log() if fictitious else policy
+        opponents.append(opponent)
+        policy = (policy + (data - opponent) / beta).log_softmax(0)
+        mixture = (mixture * (iteration + 1) + policy.exp()) / (iteration + 2)
+    return opponents
+
+
+def test_fictitious_play_settles_where_the_last_iterate_cycles() -> None:
+    """β = 1/2: SPIN's error is multiplied by −1 for ever. Against the mixture of all iterates it dies out: with
+    e' = −2ē and (tē)' = e in the limit of small errors, ē is a Bessel function that falls like t^{−3/4}.
+    """
+    data, start = distribution(0, spread=0.3), distribution(1, spread=0.3)
+    first = size(data - start)
+    last_iterate = play_exactly(data, start, 0.5, 400, fictitious=False)
+    assert [size(data - opponent) for opponent in last_iterate] == pytest.approx([first] * 400, rel=1e-6)
+    torch.testing.assert_close(last_iterate[398], start, rtol=0, atol=1e-9)
+    mixtures = play_exactly(data, start, 0.5, 400, fictitious=True)
+    assert max(size(data - opponent) for opponent in mixtures[300:]) < 0.05 * first
+
+
+def test_fictitious_play_settles_where_the_last_iterate_diverges() -> None:
+    """β = 0.4: the error of SPIN grows by 1.5 per iteration, that of the mixture dies out."""
+    data, start = distribution(0, spread=0.3), distribution(1, spread=0.3)
+    last_iterate = play_exactly(data, start, 0.4, 12, fictitious=False)
+    assert size(data - last_iterate[-1]) == pytest.approx(1.5**11 * size(data - start), rel=1e-6)
+    mixtures = play_exactly(data, start, 0.4, 400, fictitious=True)
+    assert max(size(data - opponent) for opponent in mixtures[300:]) < 0.05 * size(data - start)
+
+
+def preference_game(seed: int) -> Tensor:
+    """P(i ≻ j) with P(j ≻ i) = 1 − P(i ≻ j); no order among the outcomes need exist."""
+    generator = torch.Generator().manual_seed(seed)
+    skew = torch.randn(K, K, generator=generator, dtype=torch.float64)
+    return torch.sigmoid(skew - skew.T)
+
+
+def sppo_step(policy: Tensor, game: Tensor, eta: float) -> Tensor:
+    """The minimiser of the square loss over exact samples of the policy: every outcome in both places of a pair."""
+    wins = game @ policy.exp()
+
+    def loss(logits: Tensor) -> Tensor:
+        ratio = logits.log_softmax(0) - policy
+        each = torch.stack(
+            [square_loss(r, r, w, w, 1 / eta) for r, w in zip(ratio.split(1), wins.split(1), strict=True)]
+        )
+        return (policy.exp() * each).sum()
+
+    return minimise(loss, policy)
+
+
+def test_sppo_is_the_multiplicative_weights_update_up_to_its_normaliser() -> None:
+    """p_{t+1} ∝ p_t e^{ηP}. The loss has ½η in place of log Z = ½η + O(η²), which moves every log-ratio r by O(η²)·e^r:
+    alike up to O(η³), so halving η leaves an eighth of the difference.
+    """
+    policy, game = distribution(0), preference_game(1)
+    misses = []
+    for eta in (0.2, 0.1, 0.05):
+        multiplicative = (policy + eta * (game @ policy.exp())).log_softmax(0)
+        misses.append(size(sppo_step(policy, game, eta) - multiplicative))
+        assert misses[-1] < 0.05 * size(multiplicative - policy)
+    assert [before / after for before, after in pairwise(misses)] == pytest.approx([8, 8], rel=0.1)
+
+
+def test_the_average_sppo_policy_can_hardly_be_beaten() -> None:
+    """Multiplicative weights with step η in a symmetric game: after T rounds nothing beats the average policy by more
+    than −log p_0 / (ηT) + η/8 (regret bound); the start can be beaten by far more.
+    """
+    game, policy, eta, rounds = preference_game(1), distribution(0), 0.1, 2000
+    beaten_at_first = (game @ policy.exp()).max().item() - 0.5
+    average = torch.zeros(K, dtype=torch.float64)
+    for _ in range(rounds):
+        average += policy.exp() / rounds
+        policy = (policy + eta * (game @ policy.exp())).log_softmax(0)
+    bound = -distribution(0).min().item() / (eta * rounds) + eta / 8  # −log p_0 of the best reply, log K if uniform
+    assert (game @ average).max().item() - 0.5 < bound < beaten_at_first

@@ -7,6 +7,8 @@ import pytest
 import torch
 from fakes import config_of, write_prompts, write_rows
 
+from spin_ray.algorithms.base import margin_objective
+from spin_ray.config import SpinConfig
 from spin_ray.errors import RunDirError
 from spin_ray.model_folder import ModelFolder
 from spin_ray.run_dir import RunDir, read_json_lines
@@ -48,6 +50,10 @@ def start_model(run: RunDir, pad_id: int = 7) -> ModelFolder:
     return ModelFolder(run.storage.root, "digest of θ_t", "sft", pad_id)
 
 
+def train(run: RunDir, config: SpinConfig, iteration: int) -> None:
+    training.run(run, config, iteration, start_model(run), margin_objective(config, iteration))
+
+
 def write_reference(run: RunDir, rows: list[tuple[str, float, float]]) -> None:
     names = REFERENCE_SCHEMA.names
     write_rows(run.reference(0), REFERENCE_SCHEMA, [dict(zip(names, row, strict=True)) for row in rows], part_rows=2)
@@ -61,7 +67,7 @@ def test_an_iteration_trains_from_its_opponent_with_its_own_values(run, jobs):
         iterations=2, objective={"beta": [0.1, 5.0], "loss": "hinge", "sft_weight": 0.5},
         train={"learning_rate": [5e-7, 1e-7], "epochs": [2, 1], "global_batch_pairs": 16},
     )  # fmt: skip
-    training.run(run, config, 1, start_model(run))
+    train(run, config, 1)
     (job,) = jobs
     assert (job.name, job.target.path, job.rows.path, job.reference.path) == (
         "iter_001", "iter_001/model", "iter_001/pairs", "iter_001/reference",
@@ -85,6 +91,8 @@ def test_the_warm_up_trains_on_the_prompts_without_reference_or_pairs(run, jobs)
         {"objective": {"beta": 1.0}},
         {"objective": {"loss": "hinge"}},
         {"objective": {"sft_weight": 0.1}},
+        {"objective": {"length_normalised": True}},
+        {"objective": {"reference_alpha": 0.5}},
         {"train": {"learning_rate": 1e-6}},
         {"train": {"epochs": 1}},
         {"train": {"precision": "fp32"}},
@@ -96,7 +104,7 @@ def test_the_warm_up_trains_on_the_prompts_without_reference_or_pairs(run, jobs)
 )
 def test_a_model_of_other_values_is_another_work(run, jobs, sections):
     for changed in ({}, sections):
-        training.run(run, config_of(**changed), 0, start_model(run))
+        train(run, config_of(**changed), 0)
     assert jobs[0].settings() != jobs[1].settings()
     assert jobs[0].inputs() == jobs[1].inputs()
 
@@ -111,13 +119,13 @@ def test_a_model_of_other_values_is_another_work(run, jobs, sections):
 )
 def test_a_model_of_other_precautions_is_the_same_work(run, jobs, sections):
     for changed in ({}, sections):
-        training.run(run, config_of(**changed), 0, start_model(run))
+        train(run, config_of(**changed), 0)
     assert jobs[0].settings() == jobs[1].settings()
 
 
 def test_iterations_shuffle_differently(run, jobs):
     for iteration in (0, 1):
-        training.run(run, config_of(seed=5), iteration, start_model(run))
+        train(run, config_of(seed=5), iteration)
     assert [job.seed for job in jobs] == [5, 6]
 
 
@@ -157,7 +165,7 @@ def test_a_missing_surplus_or_double_score_is_an_error(run, names):
 
 def test_a_reference_of_another_start_model_is_refused(run, jobs):
     """A moved policy must never be taken for θ_t."""
-    training.run(run, config_of(), 0, start_model(run))
+    train(run, config_of(), 0)
     job = jobs[0]
     job.reference.commit({}, job.inputs() | {"start_model": "another"}, {})
     with pytest.raises(RunDirError, match="start_model"):
@@ -168,7 +176,7 @@ def test_a_reference_of_another_start_model_is_refused(run, jobs):
 
 
 def log_of(run: RunDir, jobs: list[Any], first: int) -> Any:
-    training.run(run, config_of(), 0, start_model(run))
+    train(run, config_of(), 0)
     return training._TrainLog(jobs[-1], first)
 
 

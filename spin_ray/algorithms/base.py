@@ -1,0 +1,88 @@
+"""What an algorithm is, to the driver."""
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Protocol
+
+import numpy as np
+import pyarrow as pa
+
+from spin_ray.config import SpinConfig
+from spin_ray.learner.loop import Objective
+from spin_ray.model_folder import ModelFolder
+from spin_ray.preflight import Start
+from spin_ray.run_dir import Artefact, RunDir
+from spin_ray.stages.generation import Job, prompt_slice
+from spin_ray.types import PAIR_SCHEMA, TOKEN_IDS
+
+
+@dataclass(frozen=True, kw_only=True)
+class Turn:
+    """One iteration, as an algorithm sees it."""
+
+    run: RunDir
+    config: SpinConfig
+    start: Start
+    iteration: int
+    player: ModelFolder
+    """θ_t: the policy, which plays and is then trained."""
+    first: ModelFolder
+    """θ_0."""
+    play: Callable[[ModelFolder, list[Job]], None]
+    """Lets any model answer prompts; jobs that are committed cost nothing."""
+
+    def rows_of(self, prompts: Artefact) -> np.ndarray | None:
+        """Row numbers that this iteration plays; None for all."""
+        wanted = self.config.data.prompts_per_iteration
+        return prompt_slice(prompts.manifest().rows, wanted, self.iteration, self.config.seed)
+
+
+class Algorithm(Protocol):
+    """Has no state: everything is in the run folder."""
+
+    def plays(self, run: RunDir) -> Artefact | None:
+        """The prompts that θ_t answers before pairs are made; None if it answers none."""
+        ...
+
+    def make_pairs(self, turn: Turn) -> None:
+        """Commits ``iter_NNN/pairs``, running whatever further stages that takes."""
+        ...
+
+    def objective(self, config: SpinConfig, iteration: int) -> Objective:
+        """What training on the pairs minimises."""
+        ...
+
+
+def margin_objective(config: SpinConfig, iteration: int) -> Objective:
+    """ℓ(margin) with the recipe's values of the iteration."""
+    return Objective(
+        loss=config.objective.loss,
+        beta=config.at(iteration).beta,
+        sft_weight=config.objective.sft_weight,
+        length_normalised=config.objective.length_normalised,
+    )
+
+
+def chosen_rows(prompts: Artefact, rows: np.ndarray | None) -> Iterator[pa.Table]:
+    """Rows of the prompts by number, ascending, part by part; all of them for None."""
+    start = 0
+    for table in prompts.tables():
+        if rows is None:
+            yield table
+        else:
+            mine = rows[(rows >= start) & (rows < start + table.num_rows)] - start
+            yield table.take(pa.array(mine, pa.int64()))
+        start += table.num_rows
+
+
+def pair_table(prompts: pa.Table, iteration: int, generated: pa.ChunkedArray | None) -> pa.Table:
+    """PAIR_SCHEMA rows, one a prompt, of real responses and what stands against them (nothing for SFT)."""
+    ids = prompts["prompt_id"].to_pylist()
+    return pa.table(
+        [
+            [f"{prompt_id}/{iteration:03d}/0" for prompt_id in ids], prompts["prompt_id"],
+            pa.array([iteration] * len(ids), pa.int32()), prompts["prompt_ids"], prompts["real_ids"],
+            pa.array([[]] * len(ids), TOKEN_IDS) if generated is None else generated,
+        ],
+        schema=PAIR_SCHEMA,
+    )  # fmt: skip

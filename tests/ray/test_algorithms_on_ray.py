@@ -1,0 +1,130 @@
+"""Relatives of SPIN as whole runs on a local Ray: every stage is the real one, only the engine answers by rote."""
+
+import json
+import math
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import pytest
+import ray.cloudpickle
+import torch
+from transformers import AutoTokenizer, LlamaConfig, LlamaForSequenceClassification
+
+from spin_ray.config import SamplingConfig, SpinConfig
+from spin_ray.embedded import resolve
+from spin_ray.engine import Completion, EngineSpec
+from spin_ray.launch import run_spin
+from spin_ray.run_dir import RunDir
+
+ray.cloudpickle.register_pickle_by_value(sys.modules[__name__])  # actors cannot import a test module
+pytestmark = pytest.mark.slow
+
+
+class RoteEngine:
+    """Answers a sum with one of three numbers, by its seed; a reviser's prompt with a revision. Each as text."""
+
+    def __init__(self, spec: EngineSpec) -> None:
+        self._stop = spec.stop_token_id
+        self._tokenizer = AutoTokenizer.from_pretrained(spec.model)
+
+    def generate(
+        self, prompt_ids: Sequence[Sequence[int]], sampling: SamplingConfig, seeds: Sequence[int]
+    ) -> list[Completion]:
+        return [self._answer(ids, seed) for ids, seed in zip(prompt_ids, seeds, strict=True)]
+
+    def close(self) -> None:
+        pass
+
+    def _answer(self, ids: Sequence[int], seed: int) -> Completion:
+        revising = "Revise:" in self._tokenizer.decode(ids)
+        text = f"[minor]\nit is {seed % 50}" if revising else f"it = {seed % 3}"
+        return Completion([*self._tokenizer.encode(text, add_special_tokens=False), self._stop], "stop")
+
+
+def save_judge(folder: Path) -> str:
+    """A random reward model."""
+    tokenizer = AutoTokenizer.from_pretrained(resolve("embedded:tiny-llama"))
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        vocab_size=len(tokenizer), hidden_size=16, intermediate_size=16, num_hidden_layers=1, num_attention_heads=2,
+        num_labels=1, initializer_range=0.5,
+    )  # fmt: skip
+    LlamaForSequenceClassification(config).save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return str(folder)
+
+
+def run_of(tmp_path: Path, algorithm: str, **sections: Any) -> tuple[RunDir, list[dict[str, Any]]]:
+    """A run of one iteration on 12 rows, done twice (the second time nothing may happen), and its training log."""
+    recipe: dict[str, Any] = {
+        "model": {"path": "embedded:tiny-llama", "max_length": 160},
+        "data": {"train": "embedded:arithmetic-train", "max_rows": 12},
+        "algorithm": algorithm,
+        "iterations": 1,
+        "generation": {"shard_rows": 12, "sampling": {"max_tokens": 24}, "resources": {"cpus": 0.5}},
+        "train": {
+            "global_batch_pairs": 4, "pack_length": 256, "precision": "fp32", "epochs": 1, "learning_rate": 1e-3,
+            "resources": {"cpus": 1},
+        },
+    }  # fmt: skip
+    for name, section in sections.items():
+        recipe[name] = recipe.get(name, {}) | section
+    config = SpinConfig.model_validate(recipe)
+    run = run_spin(config, tmp_path / "run", RoteEngine).run
+    events = len(run.events())
+    assert run_spin(config, tmp_path / "run", RoteEngine).model == run.storage.path("iter_000/model")
+    assert len(run.events()) == events
+    log = run.storage.read("iter_000/train_log.jsonl").decode().splitlines()
+    return run, [json.loads(line) for line in log]
+
+
+def rows_of(run: RunDir, path: str) -> list[dict[str, Any]]:
+    return [row for table in run.artefact(path).tables() for row in table.to_pylist()]
+
+
+def test_sppo_judges_samples_and_learns_from_the_best_and_the_worst(tmp_path: Path) -> None:
+    """While the policy stands still the log-ratios are 0, and the loss is the mean of ½[(P_w − ½)² + (P_l − ½)²]/β². At
+    a learning rate of 1e-12 it does; steps have 4 pairs, the last what is left.
+    """
+    run, log = run_of(
+        tmp_path, "sppo", generation={"samples_per_prompt": 3}, objective={"beta": 0.5},
+        scorer={"path": save_judge(tmp_path / "judge"), "resources": {"cpus": 0.5}}, train={"learning_rate": 1e-12},
+    )  # fmt: skip
+    assert len(rows_of(run, "iter_000/preferences")) == 36
+    wins = rows_of(run, "iter_000/wins")
+    assert len(wins) == len(rows_of(run, "iter_000/pairs")) >= 8
+    assert all(row["real_win"] > row["generated_win"] for row in wins)
+    halves = [((row["real_win"] - 0.5) ** 2 + (row["generated_win"] - 0.5) ** 2) / 2 / 0.25 for row in wins]
+    sizes = [min(4, len(wins) - 4 * step) for step in range(len(log))]
+    losses = [line["loss"] * size for line, size in zip(log, sizes, strict=True)]
+    assert log[0]["margin"] == 0.0
+    assert sum(losses) == pytest.approx(sum(halves), rel=1e-3)
+
+
+def test_self_reinforcement_learns_from_questions_by_what_the_warm_up_changed(tmp_path: Path) -> None:
+    """12 labelled rows for the warm-up; 12 questions, answered by θ_0 and by the model before it."""
+    run, log = run_of(
+        tmp_path, "self_reinforcement", data={"questions": "embedded:arithmetic-heldout"},
+        sft={"global_batch_rows": 4}, generation={"samples_per_prompt": 3}, evaluation={},
+        self_filter={"min_agreement": 0.5}, train={"global_batch_pairs": 2},
+    )  # fmt: skip
+    questions = {row["prompt_id"] for row in rows_of(run, "questions")}
+    pairs = rows_of(run, "iter_000/pairs")
+    assert len(questions) == 12
+    assert {row["prompt_id"] for row in pairs} <= questions
+    assert {row["opponent"] for row in rows_of(run, "start/answers")} == {"start"}
+    assert log[0]["loss"] == pytest.approx(math.log(2), abs=1e-6)
+
+
+def test_seft_trains_a_reviser_and_fine_tunes_on_what_it_revised(tmp_path: Path) -> None:
+    run, log = run_of(
+        tmp_path, "seft", data={"questions": "embedded:arithmetic-heldout"}, reviser={"global_batch_rows": 4}
+    )
+    tokenizer = AutoTokenizer.from_pretrained(resolve("embedded:tiny-llama"))
+    assert run.artefact("reviser/model").verify().files
+    assert len(rows_of(run, "reviser/rows")) == len(rows_of(run, "iter_000/pairs")) == 12
+    learnt = tokenizer.decode(rows_of(run, "iter_000/pairs")[0]["real_ids"], skip_special_tokens=True)
+    assert learnt.startswith("it is ")
+    assert "margin" not in log[0] and log[0]["loss"] > 0
