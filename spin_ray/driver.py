@@ -47,17 +47,17 @@ def run_spin(config: SpinConfig, out: str | Path) -> RunResult:
     storage = Storage(out)
     with Lease(storage, config.storage.lease_timeout_s) as lease:
         start = check_recipe(config)
-        run = RunDir(storage)
+        run = RunDir(lease.storage)
         run.begin(config, start.facts())
         if is_finished(run, config):
             logger.info("%s: nothing left to do", storage.root)
         else:
             connect(config)
             check_fits(config)
-        return _spin(run, config, start, lease)
+        return _spin(run, config, start)
 
 
-def _spin(run: RunDir, config: SpinConfig, start: Start, lease: Lease) -> RunResult:
+def _spin(run: RunDir, config: SpinConfig, start: Start) -> RunResult:
     tokenizer = str(start.model.path)
     prompts.run(run, config, run.prompts, start.train, tokenizer, config.data.max_rows)
     if start.heldout:
@@ -68,7 +68,6 @@ def _spin(run: RunDir, config: SpinConfig, start: Start, lease: Lease) -> RunRes
     evaluations = []
     player, opponent = start.model, None
     for iteration in range(config.iterations + 1):
-        lease.check()
         if iteration > 0 or config.sft:
             player = _open_iterate(run, iteration, start.model.pad_id)
         generation.run(run, config, _engine_spec(config, start, player), _jobs(run, config, iteration, player))

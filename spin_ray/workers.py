@@ -10,7 +10,12 @@ import ray.train.torch
 
 from spin_ray import cpu
 from spin_ray.config import SpinConfig
-from spin_ray.errors import StageError, UserError, last_line
+from spin_ray.errors import HealthError, StageError, UserError, last_line, memory_advice
+
+_USE_LESS = (
+    "lower train.pack_length, set train.gradient_checkpointing, or spread the model over more train.workers "
+    "on other nodes"
+)
 
 
 def run_workers(function: Callable[[Any], None], job: Any, config: SpinConfig, name: str, folder: Path) -> None:
@@ -21,7 +26,7 @@ def run_workers(function: Callable[[Any], None], job: Any, config: SpinConfig, n
     name of its own.
 
     Raises:
-        UserError: what a worker raised, if it is something the user can mend.
+        UserError: what a worker raised, if it is something the user can mend. HealthError is not tried again.
         StageError: the workers could not be placed in time, or failed too often.
     """
     resources = config.train.resources
@@ -43,24 +48,31 @@ def run_workers(function: Callable[[Any], None], job: Any, config: SpinConfig, n
         ),
     )
     try:
-        trainer.fit()
+        stopped = trainer.fit().return_value
     except ray.train.TrainingFailedError as error:
         for failure in getattr(error, "worker_failures", {}).values():
             raised = getattr(failure, "_base_exc", failure)  # Ray wraps it to keep the traceback
             if isinstance(raised, UserError):
                 raise raised from error
         raise StageError(
-            f"the train workers for {folder} failed: {last_line(error)}; run the command again to go on"
+            f"the train workers for {folder} failed: {last_line(error)}{memory_advice(error, _USE_LESS)}; "
+            "run the command again to go on"
         ) from error
+    if stopped is not None:
+        raise stopped
 
 
-def _in_worker(loop: dict[str, Any]) -> None:
+def _in_worker(loop: dict[str, Any]) -> HealthError | None:
     cpu.prepare(loop["threads"])
     import torch
 
     if not torch.cuda.is_available():
         torch.set_num_threads(loop["threads"])
-    loop["function"](loop["job"])
+    try:
+        loop["function"](loop["job"])
+    except HealthError as error:  # of all workers alike; as an exception it would be tried again
+        return error
+    return None
 
 
 def device() -> Any:

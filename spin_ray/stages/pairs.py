@@ -11,7 +11,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from spin_ray.config import SpinConfig
-from spin_ray.errors import DataError
+from spin_ray.errors import DataError, HealthError
 from spin_ray.run_dir import Artefact, FileEntry, RunDir, part_name
 from spin_ray.types import PAIR_SCHEMA
 
@@ -21,6 +21,7 @@ def run(run_dir: RunDir, config: SpinConfig, iteration: int) -> None:
 
     Raises:
         DataError: too few pairs are left; the opponent says what the data says, and more SPIN would only harm it.
+        HealthError: the opponent answers at quite another length than the first one did.
     """
     target, generations = run_dir.pairs(iteration), run_dir.generations(iteration)
     earlier = run_dir.pairs(iteration - 1) if iteration and config.objective.window > 1 else None
@@ -31,6 +32,7 @@ def run(run_dir: RunDir, config: SpinConfig, iteration: int) -> None:
     if target.is_current(inputs, settings):
         return
     with run_dir.stage(target.path) as counted:
+        _check_lengths(generations, run_dir.generations(0), config.health.max_length_change)
         oldest = iteration - config.objective.window + 1
         entries, counts = build(run_dir.prompts, generations, earlier, target, iteration, oldest)
         counted |= counts
@@ -70,6 +72,21 @@ def build(
         counts["from_earlier"] += still.num_rows
         write(still)
     return entries, dict(counts)
+
+
+def _check_lengths(now: Artefact, first: Artefact, limit: float | None) -> None:
+    length, before = _mean_length(now), _mean_length(first)
+    if limit is not None and not before / limit <= length <= before * limit:
+        raise HealthError(
+            f"{now.path}: responses have {length:.1f} tokens on average, those of the first opponent had "
+            f"{before:.1f}: a change by more than health.max_length_change {limit:g}; the model is being destroyed: "
+            "stop here, or redo the iteration before with a lower learning rate"
+        )
+
+
+def _mean_length(generations: Artefact) -> float:
+    tokens = sum(pc.sum(pc.list_value_length(table["token_ids"])).as_py() or 0 for table in generations.tables())
+    return tokens / max(generations.manifest().rows, 1)
 
 
 def _verdict(real: pa.ListScalar, generated: pa.ListScalar) -> str:
