@@ -8,7 +8,7 @@ RUN := runs
 
 .DEFAULT_GOAL := help
 .NOTPARALLEL:
-.PHONY: help setup demo smoke test check lint bench peers format lock clean
+.PHONY: help setup demo smoke test chaos check lint bench peers format lock clean
 
 help: ## List the targets
 	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "make %-7s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -40,6 +40,10 @@ smoke: $(READY) ## The same with a tiny random model: minutes, no sense in the n
 
 test: $(READY) ## Every test: unit, ray (a local cluster), e2e (real vLLM)
 	$(BIN)/pytest tests
+
+CHAOS_S ?= 1800
+chaos: $(READY) ## Random faults, one run after another, for CHAOS_S seconds; CHAOS_SEED repeats what it printed
+	CHAOS_S=$(CHAOS_S) $(BIN)/pytest tests/faults -k random_faults -s -q
 
 check: lint ## Before a commit: lint and the quick unit tests, under a minute
 	$(BIN)/pytest tests/unit -q -m "not slow"

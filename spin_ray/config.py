@@ -270,6 +270,25 @@ class ReviserConfig(SftConfig):
     ones are kept. The paper has a reward model tell them apart."""
 
 
+class HealthConfig(Section):
+    """When a run stops by itself because the model is being destroyed. ``null`` switches a limit off.
+
+    A loss or gradient that is not finite always stops all workers before the optimizer steps, and training is tried
+    again from the last checkpoint (``train.max_failures`` times).
+    """
+
+    steps: Count = 5
+    """Losses, margins and log-probabilities are judged by their mean over so many steps."""
+    max_loss: Positive | None = None
+    """Of the SPIN objective; ln 2 at the start of each iteration (logistic loss)."""
+    max_margin: Positive | None = 30.0
+    """Of either sign. A healthy iteration ends with a few nats times beta."""
+    max_real_logp_drop: Positive | None = 0.5
+    """By which share of its size log p(y) may fall within an iteration: at 0.5, 100 nats become 150."""
+    max_length_change: Annotated[float, Field(gt=1)] | None = 4.0
+    """By which factor the mean length of y′ may grow or shrink against that of the first opponent."""
+
+
 class EvaluationConfig(Section):
     answer_extractor: Literal["none", "equals", "hashes"] = "none"
     """How a response's number is read where rows carry ``answer``: after the last ``=`` or after ``####``."""
@@ -320,6 +339,8 @@ class SpinConfig(Section):
     """What training minimises."""
     train: TrainConfig = TrainConfig()
     """How it is minimised."""
+    health: HealthConfig = HealthConfig()
+    """When it stops by itself."""
     evaluation: EvaluationConfig = EvaluationConfig()
     """What is measured on the held-out rows."""
     storage: StorageConfig = StorageConfig()
@@ -361,7 +382,7 @@ class IterationSettings(Section):
 
 
 _NOT_IDENTITY = (
-    "iterations", "cluster.", "storage.", "objective.beta", "train.learning_rate", "train.epochs",
+    "iterations", "cluster.", "storage.", "health.", "objective.beta", "train.learning_rate", "train.epochs",
     "train.max_failures", "train.checkpoint_every_steps", "train.sharding", "train.start_timeout_s",
     "train.resources.custom",
     "generation.replicas", "generation.start_timeout_s", "generation.shard_timeout_s", "generation.resources.custom",

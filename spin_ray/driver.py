@@ -13,7 +13,6 @@ What θ_t answers, how pairs come of it and what training minimises is the algor
 from spin_ray.algorithms import ALGORITHMS, Algorithm, Turn
 from spin_ray.config import SpinConfig
 from spin_ray.engine import EngineSpec, StartEngine
-from spin_ray.lease import Lease
 from spin_ray.model_folder import ModelFolder
 from spin_ray.preflight import Start
 from spin_ray.resources import check_fits, connect
@@ -21,8 +20,8 @@ from spin_ray.run_dir import RunDir, folder_digest, iterate_name
 from spin_ray.stages import evaluation, generation, prompts, training
 
 
-def spin(run: RunDir, config: SpinConfig, start: Start, lease: Lease, start_engine: StartEngine) -> None:
-    """Algorithm 1 of arXiv 2401.01335, or another of the family, in the folder of ``run``, which ``lease`` holds."""
+def spin(run: RunDir, config: SpinConfig, start: Start, start_engine: StartEngine) -> None:
+    """Algorithm 1 of arXiv 2401.01335, or another of the family, in the folder of ``run``."""
 
     def play(model: ModelFolder, jobs: list[generation.Job]) -> None:
         generation.run(run, config, _engine_spec(config, start, model), jobs, start_engine)
@@ -37,7 +36,6 @@ def spin(run: RunDir, config: SpinConfig, start: Start, lease: Lease, start_engi
     player = first = _open_iterate(run, 0, start.model.pad_id) if config.sft else start.model
     opponent = None
     for iteration in range(config.iterations + 1):
-        lease.check()
         if iteration > 0:
             player = _open_iterate(run, iteration, start.model.pad_id)
         turn = Turn(run=run, config=config, start=start, iteration=iteration, player=player, first=first, play=play)

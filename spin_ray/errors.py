@@ -29,6 +29,10 @@ class RunDirError(UserError):
     """The run directory belongs to another run, is in use, or is damaged."""
 
 
+class HealthError(UserError):
+    """The model is being destroyed by its training; more of the same would not help."""
+
+
 class StageError(RuntimeError):
     """A stage failed in a way that the same command, run again, may get past."""
 
@@ -42,3 +46,16 @@ def last_line(error: BaseException) -> str:
     """The last line that says something: in Ray's errors, what happened in the actor or worker."""
     lines = [line for line in str(error).splitlines() if line.strip()]
     return lines[-1] if lines else type(error).__name__
+
+
+def memory_advice(error: BaseException, remedies: str) -> str:
+    """``; <remedies>`` if memory ran out, else nothing.
+
+    Ray kills a process when its node is nearly full, and says so; the kernel sends SIGKILL and says nothing.
+    """
+    text = str(error).lower()
+    if any(words in text for words in ("out of memory", "outofmemory", "running low on memory", "(oom)")):
+        return f"; memory ran out: {remedies}"
+    if "sigkill" in text or "signal 9" in text or "exit code -9" in text:
+        return f"; killed by the system, most likely as memory ran out: {remedies}"
+    return ""

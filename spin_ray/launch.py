@@ -44,7 +44,7 @@ def run_spin(config: SpinConfig, out: str | Path, start_engine: StartEngine = Vl
     storage = Storage(out)
     with Lease(storage, config.storage.lease_timeout_s) as lease:
         inputs = find_inputs(config)
-        run = RunDir(storage)
+        run = RunDir(lease.storage)
         if is_finished(run, config):
             run.begin(config, inputs.facts())
             verify_models(run, config)
@@ -54,7 +54,7 @@ def run_spin(config: SpinConfig, out: str | Path, start_engine: StartEngine = Vl
 
             start = check_recipe(config, inputs)
             run.begin(config, start.facts())
-            spin(run, config, start, lease, start_engine)
+            spin(run, config, start, start_engine)
         return RunResult.of(run, config, inputs)
 
 

@@ -1,6 +1,5 @@
 """One driver per run: a lease file that its holder renews and that others respect until it is stale."""
 
-import fcntl
 import json
 import logging
 import os
@@ -14,12 +13,14 @@ from typing import Any, Self
 
 import psutil
 
-from spin_ray.errors import RunDirError
+from spin_ray.errors import RunDirError, StageError
+from spin_ray.fence import LEASE, Fence, locked, read_lease
 from spin_ray.storage import Storage
 
 logger = logging.getLogger(__name__)
 
-LEASE = "lease.json"
+_held: set[str] = set()
+"""Tokens of this process: what an earlier driver in the same process (a notebook) left behind is not held."""
 
 
 class Lease:
@@ -27,7 +28,7 @@ class Lease:
 
     A lease is stale when its holder is a process of this machine that is gone, or one of another machine that did not
     renew it for ``timeout_s`` seconds. A second driver that finds a lease which is not stale gets an error that names
-    the holder.
+    the holder. What the holder changes, it changes through ``storage``: that ends when the lease is lost.
     """
 
     def __init__(self, storage: Storage, timeout_s: float) -> None:
@@ -35,12 +36,11 @@ class Lease:
         self._timeout_s = timeout_s
         self._token = uuid.uuid4().hex
         self._released = threading.Event()
-        self._lost: str | None = None
         self._renewer = threading.Thread(target=self._renew_until_released, name="lease", daemon=True)
 
     def __enter__(self) -> Self:
-        with _takeover_lock(self._storage.path(".lease.lock")):
-            holder = _read(self._storage)
+        with locked(self._storage.root, alone=True):
+            holder = read_lease(self._storage.root)
             if holder is not None and not self._is_stale(holder):
                 raise RunDirError(
                     f"{self._storage.root}: in use by process {holder['pid']} on {holder['host']} "
@@ -52,23 +52,32 @@ class Lease:
                     "taking over the lease of process %s on %s, which is gone", holder["pid"], holder["host"]
                 )
             self._write()
+        _held.add(self._token)
         self._renewer.start()
         return self
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
     ) -> None:
+        _held.discard(self._token)
         self._released.set()
         self._renewer.join(timeout=10)
-        if not self._lost:
-            self._storage.delete(LEASE)
+        with locked(self._storage.root, alone=True):
+            if self._is_mine():
+                self._storage.delete(LEASE)
 
-    def check(self) -> None:
-        """Raises RunDirError if another driver took the run over (this one was paused for longer than the time-out)."""
-        if self._lost:
-            raise RunDirError(f"{self._storage.root}: the lease was taken over by {self._lost}; this driver stops")
+    @property
+    def storage(self) -> Storage:
+        """The run, to be changed only while this lease is held: by this process, and by the actors it is sent to."""
+        return self._storage.fenced(Fence(self._storage.root, self._token))
+
+    def _is_mine(self) -> bool:
+        holder = read_lease(self._storage.root)
+        return holder is not None and holder["token"] == self._token
 
     def _is_stale(self, holder: dict[str, Any]) -> bool:
+        if holder["boot"] == _boot_id() and holder["pid"] == os.getpid():
+            return holder["token"] not in _held
         if holder["boot"] == _boot_id():
             return _process_started(holder["pid"]) != holder["started"]
         return time.time() - holder["renewed"] > self._timeout_s
@@ -87,28 +96,12 @@ class Lease:
     def _renew_until_released(self) -> None:
         while not self._released.wait(self._timeout_s / 4):
             try:
-                self._renew()
-            except (OSError, RunDirError) as error:  # say, a file server that is away for a moment
+                with locked(self._storage.root, alone=True):
+                    if not self._is_mine():
+                        return  # whatever this driver changes next fails at the fence
+                    self._write()
+            except (StageError, RunDirError) as error:  # say, a file server that is away for a moment
                 logger.warning("%s: the lease could not be renewed: %s", self._storage.root, error)
-            if self._lost:
-                return
-
-    def _renew(self) -> None:
-        with _takeover_lock(self._storage.path(".lease.lock")):
-            holder = _read(self._storage)
-            if holder is None:
-                self._lost = "nobody (the lease file is gone)"
-            elif holder["token"] != self._token:
-                self._lost = f"process {holder['pid']} on {holder['host']}"
-            else:
-                self._write()
-
-
-def _read(storage: Storage) -> dict[str, Any] | None:
-    try:
-        return json.loads(storage.read(LEASE))
-    except FileNotFoundError:
-        return None
 
 
 def _boot_id() -> str:
@@ -135,23 +128,3 @@ def _process_started(pid: int) -> float | None:
         return float(stat.read_text().rpartition(")")[2].split()[19]) if stat.exists() else process.create_time()
     except (psutil.NoSuchProcess, OSError):
         return None
-
-
-class _takeover_lock:  # noqa: N801 (reads as a function where it is used)
-    """Serialises reading and writing of the lease file; the kernel drops it with its process."""
-
-    def __init__(self, path: Path) -> None:
-        self._path = path
-
-    def __enter__(self) -> None:
-        try:
-            self._path.parent.mkdir(parents=True, exist_ok=True)
-            self._file = self._path.open("a")
-            fcntl.flock(self._file, fcntl.LOCK_EX)
-        except OSError as error:
-            raise RunDirError(
-                f"{self._path.parent}: cannot hold a run ({error.strerror}); choose another --out"
-            ) from error
-
-    def __exit__(self, *_: object) -> None:
-        self._file.close()

@@ -7,8 +7,7 @@ from typing import Any
 
 from spin_ray.config import ModelConfig
 from spin_ray.errors import ConfigError, ModelError, first_line
-from spin_ray.run_dir import MANIFEST, FileEntry, folder_digest
-from spin_ray.storage import file_digest
+from spin_ray.run_dir import folder_digest, folder_entries
 
 _CODE_OR_PICKLE = (".py", ".bin", ".pt", ".pth", ".pkl", ".pickle", ".ckpt", ".joblib")
 
@@ -66,16 +65,6 @@ def find_model(config: ModelConfig) -> Path:
             f"model.max_length: {config.max_length} is more than the {limit} positions of {config.path}; lower it"
         )
     return folder
-
-
-def folder_entries(folder: Path) -> dict[str, FileEntry]:
-    """Every file below ``folder`` but the manifest, with its digest."""
-    files = sorted(path for path in folder.rglob("*") if path.is_file() and path.name != MANIFEST)
-    entries = {}
-    for path in files:
-        sha256, size = file_digest(path)
-        entries[path.relative_to(folder).as_posix()] = FileEntry(sha256=sha256, bytes=size)
-    return entries
 
 
 def read_config(folder: Path) -> dict[str, Any]:

@@ -9,18 +9,20 @@ RUN/events.jsonl, RUN/LATEST     what happened; the newest published iterate
 import hashlib
 import json
 import logging
+import re
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, Self
 
 import pyarrow as pa
 from pydantic import BaseModel
 
 from spin_ray.config import SpinConfig, digest, parse_config
-from spin_ray.errors import RunDirError
-from spin_ray.storage import ATTEMPTS, Storage, bytes_digest, table_from_bytes, table_to_bytes
+from spin_ray.errors import RunDirError, StageError
+from spin_ray.storage import ATTEMPTS, Storage, bytes_digest, file_digest, table_from_bytes, table_to_bytes
 
 logger = logging.getLogger(__name__)
 
@@ -59,11 +61,22 @@ class Manifest(BaseModel):
         return cls(files=files, inputs=inputs, config=digest(settings), settings=settings, counts=counts or {})
 
     def to_bytes(self) -> bytes:
-        return json.dumps(self.model_dump(), indent=1, sort_keys=True).encode()
+        """What is written: the content and, as nothing else vouches for a manifest, its digest."""
+        return _json_bytes(self.model_dump() | {"digest": self.digest})
+
+    @classmethod
+    def from_bytes(cls, data: bytes) -> Self:
+        """Raises ValueError if the bytes are damaged."""
+        content = json.loads(data)
+        digest = content.pop("digest")
+        manifest = cls.model_validate(content)
+        if manifest.digest != digest:
+            raise ValueError("differs from its digest")
+        return manifest
 
     @property
     def digest(self) -> str:
-        return bytes_digest(self.to_bytes()).sha256
+        return bytes_digest(_json_bytes(self.model_dump())).sha256
 
     @property
     def rows(self) -> int:
@@ -85,10 +98,10 @@ class Artefact:
     def manifest(self) -> Manifest:
         """Raises RunDirError if the artefact is not committed or its manifest is damaged."""
         try:
-            return Manifest.model_validate_json(self.storage.read(f"{self.path}/{MANIFEST}"))
+            return Manifest.from_bytes(self.storage.read(f"{self.path}/{MANIFEST}"))
         except FileNotFoundError as error:
             raise RunDirError(f"{self.storage.path(self.path)}: is not committed; run the command again") from error
-        except ValueError as error:
+        except (ValueError, KeyError, TypeError, AttributeError) as error:
             raise RunDirError(
                 f"{self.storage.path(self.path)}/{MANIFEST}: is damaged; restore it or remove the folder"
             ) from error
@@ -136,9 +149,16 @@ class Artefact:
             self.storage.delete(f"{self.path}/{name}")
 
     def open_part(self, name: str) -> tuple[pa.Table, FileEntry]:
-        """Rows of a part that no manifest lists yet, and the entry that it would have there."""
+        """Rows of a part that no manifest lists yet, and the entry that it would have there.
+
+        Raises:
+            RunDirError: it is no Parquet file.
+        """
         data = self.storage.read(f"{self.path}/{name}")
-        table = table_from_bytes(data)
+        try:
+            table = table_from_bytes(data)
+        except (pa.ArrowException, OSError) as error:
+            raise RunDirError(f"{self.storage.path(self.path)}/{name}: is damaged; remove it to redo it") from error
         sha256, size = bytes_digest(data)
         return table, FileEntry(sha256=sha256, bytes=size, rows=table.num_rows)
 
@@ -312,12 +332,13 @@ class RunDir:
         try:
             yield counted
         except BaseException as error:
-            self.event(
-                "failure",
-                name,
-                seconds=round(time.monotonic() - started, 3),
-                error=f"{type(error).__name__}: {error}"[:500],
-            )
+            with suppress(StageError, RunDirError):  # a log that cannot be written must not hide why the stage failed
+                self.event(
+                    "failure",
+                    name,
+                    seconds=round(time.monotonic() - started, 3),
+                    error=f"{type(error).__name__}: {error}"[:500],
+                )
             raise
         seconds = time.monotonic() - started
         if "tokens" in counted:
@@ -342,10 +363,15 @@ class RunDir:
             self.event("publish", iterate_name(iterate))
 
     def latest(self) -> str | None:
+        """The newest published iterate. A damaged LATEST counts as none: the next driver writes it anew."""
         try:
-            return self.storage.read("LATEST").decode().strip()
+            name = self.storage.read("LATEST").decode(errors="replace").strip()
         except FileNotFoundError:
             return None
+        if re.fullmatch(r"sft|iter_\d{3,}", name):
+            return name
+        logger.warning("%s/LATEST: is damaged (holds %r); run the command again to mend it", self.storage.root, name)
+        return None
 
 
 def part_name(number: int) -> str:
@@ -382,10 +408,24 @@ def read_json_lines(storage: Storage, name: str) -> list[dict[str, Any]]:
     return lines
 
 
+def folder_entries(folder: Path) -> dict[str, FileEntry]:
+    """Every file below ``folder`` but the manifest, with its digest."""
+    files = sorted(path for path in folder.rglob("*") if path.is_file() and path.name != MANIFEST)
+    entries = {}
+    for path in files:
+        sha256, size = file_digest(path)
+        entries[path.relative_to(folder).as_posix()] = FileEntry(sha256=sha256, bytes=size)
+    return entries
+
+
 def folder_digest(files: dict[str, FileEntry]) -> str:
     """One digest for a set of files."""
     lines = "".join(f"{entry.sha256} {name}\n" for name, entry in sorted(files.items()))
     return hashlib.sha256(lines.encode()).hexdigest()
+
+
+def _json_bytes(content: Any) -> bytes:
+    return json.dumps(content, indent=1, sort_keys=True).encode()
 
 
 def _as_json(settings: dict[str, Any]) -> dict[str, Any]:

@@ -13,7 +13,7 @@ import pyarrow as pa
 import pyarrow.fs
 import pyarrow.parquet as pq
 
-from spin_ray.errors import DataError
+from spin_ray.errors import DataError, first_line
 
 SLICE_BYTES = 2**20
 MOST_SLICES = 4096
@@ -157,18 +157,25 @@ def _read_parquet(piece: Slice) -> Iterator[SourceRow]:
     file = _parquet(piece.uri)
     wanted = [name for name in ("messages", "prompt", "response", "answer") if name in file.schema_arrow.names]
     first = sum(file.metadata.row_group(group).num_rows for group in range(piece.start))
-    for batch in file.iter_batches(row_groups=list(range(piece.start, piece.stop)), columns=wanted):
-        for offset, content in enumerate(batch.to_pylist()):
+    batches = file.iter_batches(row_groups=list(range(piece.start, piece.stop)), columns=wanted)
+    while True:
+        try:
+            rows = next(batches).to_pylist()
+        except StopIteration:
+            return
+        except (pa.ArrowException, OSError, UnicodeDecodeError) as error:
+            raise DataError(f"{piece.uri}: is damaged near row {first} ({first_line(error)})") from error
+        for offset, content in enumerate(rows):
             yield SourceRow(f"{piece.uri}: row {first + offset}", content, json.dumps(content, default=str).encode())
-        first += batch.num_rows
+        first += len(rows)
 
 
 def _parquet(uri: str) -> pq.ParquetFile:
     filesystem, path = _filesystem(uri)
     try:
         file = pq.ParquetFile(filesystem.open_input_file(path))
-    except pa.ArrowInvalid as error:
-        raise DataError(f"{uri}: is not a Parquet file ({error})") from error
+    except (pa.ArrowException, OSError) as error:
+        raise DataError(f"{uri}: is not a Parquet file ({first_line(error)})") from error
     names = set(file.schema_arrow.names)
     if "messages" not in names and not {"prompt", "response"} <= names:
         raise DataError(

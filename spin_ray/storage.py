@@ -9,13 +9,16 @@ import hashlib
 import os
 import shutil
 import uuid
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from pathlib import Path
 from typing import NamedTuple
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from spin_ray.errors import ConfigError
+from spin_ray.errors import ConfigError, StageError
+from spin_ray.fence import Fence
 
 ATTEMPTS = ".attempts"
 """Folder below the root that holds files and folders being written; never read, removed when a run starts."""
@@ -26,20 +29,74 @@ class Digest(NamedTuple):
     bytes: int
 
 
+class Disk:
+    """All that ever changes in a run folder, one method for each kind of change.
+
+    A crash, a full disk or a lost reply can come before, within or after any call of these methods, and nowhere else:
+    whoever wants to know what a fault at any point of a run does puts a disk with faults in the place of this one.
+    """
+
+    def make_folder(self, path: Path) -> None:
+        """Makes ``path`` and the parents it lacks; their names survive a power cut."""
+        if not path.is_dir():
+            self.make_folder(path.parent)
+            path.mkdir(exist_ok=True)
+            fsync(path.parent)
+
+    def write(self, path: Path, data: bytes) -> None:
+        """A new file, not yet safe from a power cut."""
+        with path.open("xb") as file:
+            file.write(data)
+
+    def append(self, path: Path, data: bytes) -> None:
+        with path.open("ab") as file:
+            file.write(data)
+
+    def sync(self, path: Path) -> None:
+        fsync(path)
+
+    def link(self, source: Path, target: Path) -> None:
+        """A second name for a file; FileExistsError if there is a file of that name (a rename would replace it)."""
+        os.link(source, target)
+
+    def replace(self, source: Path, target: Path) -> None:
+        os.replace(source, target)
+
+    def rename_folder(self, source: Path, target: Path) -> None:
+        """Fails if ``target`` is a folder that has files in it."""
+        os.rename(source, target)
+
+    def remove(self, path: Path) -> None:
+        """A file or a whole folder; nothing happens if there is none."""
+        if path.is_dir():
+            shutil.rmtree(path)
+        else:
+            path.unlink(missing_ok=True)
+
+
 class Storage:
     """Files below a root folder, addressed by relative POSIX paths such as ``iter_000/pairs/part-00000.parquet``.
 
-    Instances hold only the root, so they travel to Ray actors. The root must be visible under the same path on every
-    node (one machine, NFS, a ReadWriteMany volume).
+    Instances hold only the root and who may write, so they travel to Ray actors. The root must be visible under the
+    same path on every node (one machine, NFS, a ReadWriteMany volume).
+
+    Every method that changes something raises StageError when the disk is full or fails, and RunDirError when another
+    driver has taken the run over.
     """
 
-    def __init__(self, root: str | Path) -> None:
+    def __init__(self, root: str | Path, disk: Disk | None = None, fence: Fence | None = None) -> None:
         text = str(root)
         if "://" in text and not text.startswith("file://"):
             raise ConfigError(
                 f"{text}: a run directory must be a local or shared folder; object stores are not supported yet"
             )
         self.root = Path(text.removeprefix("file://")).expanduser().absolute()
+        self._disk = disk or Disk()
+        self._fence = fence
+
+    def fenced(self, fence: Fence) -> "Storage":
+        """The same files, to be changed only as long as the driver behind ``fence`` holds the lease."""
+        return Storage(self.root, self._disk, fence)
 
     def path(self, name: str) -> Path:
         """The local path of ``name``, for libraries that open files themselves."""
@@ -60,76 +117,96 @@ class Storage:
 
     def create(self, name: str, data: bytes) -> None:
         """Makes ``name`` appear with ``data``, or raises FileExistsError and changes nothing."""
-        attempt = self._write_attempt(data)
         target = self.path(name)
-        target.parent.mkdir(parents=True, exist_ok=True)
-        try:
-            os.link(attempt, target)  # unlike rename, a link never replaces a file that is already there
-        finally:
-            attempt.unlink()
-        fsync(target.parent)
+        with self._changing(target), self._attempt(data) as attempt, self._held():
+            self._disk.make_folder(target.parent)
+            self._disk.link(attempt, target)
+            self._disk.sync(target.parent)
 
     def replace(self, name: str, data: bytes) -> None:
         """Makes ``name`` hold ``data``; a reader sees the old bytes or the new ones."""
-        attempt = self._write_attempt(data)
         target = self.path(name)
-        target.parent.mkdir(parents=True, exist_ok=True)
-        os.replace(attempt, target)
-        fsync(target.parent)
+        with self._changing(target), self._attempt(data) as attempt, self._held():
+            self._disk.make_folder(target.parent)
+            self._disk.replace(attempt, target)
+            self._disk.sync(target.parent)
 
     def append(self, name: str, text: str) -> None:
         """Adds ``text`` to a log that has one writer at a time."""
         target = self.path(name)
-        target.parent.mkdir(parents=True, exist_ok=True)
-        with target.open("ab+") as file:
-            if file.seek(0, os.SEEK_END):
-                file.seek(-1, os.SEEK_END)
-                if file.read() != b"\n":
-                    file.write(b"\n")  # a crash cut the last line short
-            file.write(text.encode())
+        with self._changing(target), self._held():
+            self._disk.make_folder(target.parent)
+            # A line that a crash cut short is ended first.
+            self._disk.append(target, (b"" if _ends_with_newline(target) else b"\n") + text.encode())
 
     def new_attempt_folder(self) -> Path:
         """A fresh folder to build a directory artefact in; see ``create_folder``."""
         folder = self.path(f"{ATTEMPTS}/{uuid.uuid4().hex}")
-        folder.mkdir(parents=True)
+        with self._changing(folder):
+            self._disk.make_folder(folder)
         return folder
 
     def create_folder(self, name: str, attempt: Path) -> None:
         """Makes the folder ``attempt`` appear as ``name``, or raises FileExistsError."""
-        for file in attempt.rglob("*"):
-            if file.is_file():
-                fsync(file)
-        for folder in [attempt, *(entry for entry in attempt.rglob("*") if entry.is_dir())]:
-            fsync(folder)
         target = self.path(name)
-        target.parent.mkdir(parents=True, exist_ok=True)
-        try:
-            os.rename(attempt, target)  # fails on a folder that has files in it
-        except OSError as error:
-            if target.exists():
-                raise FileExistsError(f"{target} is there already") from error
-            raise
-        fsync(target.parent)
+        with self._changing(target):
+            for path in sorted(attempt.rglob("*"), reverse=True):  # what a folder holds before the folder itself
+                self._disk.sync(path)
+            self._disk.sync(attempt)
+            with self._held():
+                self._disk.make_folder(target.parent)
+                try:
+                    self._disk.rename_folder(attempt, target)
+                except OSError as error:
+                    if target.exists() and attempt.exists():
+                        raise FileExistsError(f"{target} is there already") from error
+                    raise
+                self._disk.sync(target.parent)
 
     def delete(self, name: str) -> None:
         """Removes a file or a folder; nothing happens if there is none."""
-        target = self.path(name)
-        if target.is_dir():
-            shutil.rmtree(target)
-        else:
-            target.unlink(missing_ok=True)
+        with self._changing(self.path(name)), self._held():
+            self._disk.remove(self.path(name))
 
     def digest(self, name: str) -> Digest:
         return file_digest(self.path(name))
 
-    def _write_attempt(self, data: bytes) -> Path:
+    def _held(self) -> AbstractContextManager[None]:
+        """The moment of a change; what takes long (writing, fsync of what is written) comes before it."""
+        return self._fence.held() if self._fence else nullcontext()
+
+    @contextmanager
+    def _changing(self, target: Path) -> Iterator[None]:
+        try:
+            yield
+        except FileExistsError:
+            raise
+        except OSError as error:
+            raise StageError(
+                f"{target}: could not be written ({error.strerror}); see to that and run the command again, "
+                "everything committed is kept"
+            ) from error
+
+    @contextmanager
+    def _attempt(self, data: bytes) -> Iterator[Path]:
+        """A file of its own with ``data`` in it, safe on disk; its name is gone afterwards."""
         attempt = self.path(f"{ATTEMPTS}/{uuid.uuid4().hex}")
-        attempt.parent.mkdir(parents=True, exist_ok=True)
-        with attempt.open("xb") as file:
-            file.write(data)
-            file.flush()
-            os.fsync(file.fileno())
-        return attempt
+        self._disk.make_folder(attempt.parent)
+        try:
+            self._disk.write(attempt, data)
+            self._disk.sync(attempt)
+            yield attempt
+        finally:
+            self._disk.remove(attempt)
+
+
+def _ends_with_newline(path: Path) -> bool:
+    """Whether the last line of a log is whole; also if there is no log."""
+    if not path.exists() or not path.stat().st_size:
+        return True
+    with path.open("rb") as file:
+        file.seek(-1, os.SEEK_END)
+        return file.read() == b"\n"
 
 
 def file_digest(path: Path) -> Digest:

@@ -12,7 +12,12 @@ import ray.train.torch
 
 from spin_ray import cpu
 from spin_ray.config import SpinConfig
-from spin_ray.errors import StageError, UserError, last_line
+from spin_ray.errors import HealthError, StageError, UserError, last_line, memory_advice
+
+_USE_LESS = (
+    "lower train.pack_length, set train.gradient_checkpointing, or spread the model over more train.workers "
+    "on other nodes"
+)
 
 
 def run_workers(function: Callable[[Any], Any], job: Any, config: SpinConfig, name: str, folder: Path) -> Any:
@@ -23,7 +28,7 @@ def run_workers(function: Callable[[Any], Any], job: Any, config: SpinConfig, na
     name of its own.
 
     Raises:
-        UserError: what a worker raised, if it is something the user can mend.
+        UserError: what a worker raised, if it is something the user can mend. HealthError is not tried again.
         StageError: the workers could not be placed in time, or failed too often.
     """
     resources = config.train.resources
@@ -46,15 +51,19 @@ def run_workers(function: Callable[[Any], Any], job: Any, config: SpinConfig, na
         ),
     )
     try:
-        return trainer.fit().return_value
+        result = trainer.fit().return_value
     except ray.train.TrainingFailedError as error:
         for failure in getattr(error, "worker_failures", {}).values():
             raised = getattr(failure, "_base_exc", failure)  # Ray wraps it to keep the traceback
             if isinstance(raised, UserError):
                 raise raised from error
         raise StageError(
-            f"the train workers for {folder} failed: {last_line(error)}; run the command again to go on"
+            f"the train workers for {folder} failed: {last_line(error)}{memory_advice(error, _USE_LESS)}; "
+            "run the command again to go on"
         ) from error
+    if isinstance(result, HealthError):
+        raise result
+    return result
 
 
 def _in_worker(loop: dict[str, Any]) -> Any:
@@ -64,7 +73,10 @@ def _in_worker(loop: dict[str, Any]) -> Any:
     if not torch.cuda.is_available():
         torch.set_num_threads(loop["threads"])
     function, job = pickle.loads(loop["call"])
-    return function(job)
+    try:
+        return function(job)
+    except HealthError as error:  # of all workers alike; as an exception it would be tried again
+        return error
 
 
 def device() -> Any:

@@ -124,16 +124,25 @@ def train_step(
 
     Losses are divided by the step's global number of pairs (or response tokens), never by a rank's own: ranks hold
     unequal shares, and gradients are summed over ranks.
+
+    Raises:
+        FloatingPointError: a loss or the gradient of any rank is not finite; on every rank, the weights are untouched.
     """
     packs = step.for_rank(dist.get_rank(), dist.get_world_size())
-    sums = torch.zeros(6, dtype=torch.float64, device=backend.device)
+    sums = torch.zeros(7, dtype=torch.float64, device=backend.device)
     for number, pack in enumerate(packs):
         loss, pack_sums = _pack_loss(backend, pack, step, table, shape, objective, reference)
         backend.backward(loss, last_microbatch=number == len(packs) - 1)
         sums += pack_sums
-    stats = backend.step()
     dist.all_reduce(sums)
-    spin, margin, correct, real_logp, generated_logp, tokens = sums.tolist()
+    try:
+        if not sums.isfinite().all():
+            raise FloatingPointError("the loss or a log-probability is not finite; lower the learning rate or beta")
+        stats = backend.step()
+    except FloatingPointError as error:
+        ids = table["pair_id"].take([row for pack in step.packs for tree in pack for row in tree]).to_pylist()
+        raise FloatingPointError(f"{error}; the pairs of this step: {', '.join(ids)}") from error
+    spin, margin, correct, real_logp, generated_logp, tokens, drift = sums.tolist()
     pairs = step.num_pairs
     metrics = {
         "real_logp": real_logp / pairs,
@@ -148,6 +157,7 @@ def train_step(
         "margin": margin / pairs,
         "accuracy": correct / pairs,
         "generated_logp": generated_logp / pairs,
+        "real_logp_drift": drift / pairs,
         **metrics,
     }
 
@@ -164,7 +174,7 @@ def _pack_loss(
     """Share of the step's loss that this pack has, and the sums that metrics are made of."""
     batch = shape.build(pack, table).to(backend.device)
     real, generated = pair_logps(backend.logps(batch), batch)
-    sums = torch.zeros(6, dtype=torch.float64, device=backend.device)
+    sums = torch.zeros(7, dtype=torch.float64, device=backend.device)
     sums[3] = real.detach().sum()
     sums[5] = batch.num_useful_tokens
     if objective.loss is None:
@@ -176,6 +186,7 @@ def _pack_loss(
     spin = _pairs_loss(logps, margin, batch, objective, reference)
     sums[0], sums[1], sums[2] = spin.detach(), margin.detach().sum(), (margin > 0).sum()
     sums[4] = generated.detach().sum()
+    sums[6] = (real.detach() - reference.real[batch.pair_row]).sum()
     loss = spin / step.num_pairs
     if objective.sft_weight:
         loss = loss + objective.sft_weight * sft_loss(real) / step.num_real_tokens

@@ -12,6 +12,7 @@ Two margins, both of θ_t against its opponent θ_{t-1}:
 import json
 import math
 import time
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -58,9 +59,10 @@ def run(
     samples = run_dir.heldout_samples(iterate)
     made_from = {"samples": samples.manifest().digest, "model": model.digest}
     if run_dir.storage.exists(path):
-        done = json.loads(run_dir.storage.read(path))
-        if done["made_from"] == made_from:
-            return done
+        with suppress(ValueError, KeyError, TypeError):  # a damaged one is made again
+            done = json.loads(run_dir.storage.read(path))
+            if done["made_from"] == made_from:
+                return done
     with run_dir.stage(f"{model.name}/evaluation") as counted:
         heldout, answers = _read(run_dir.heldout, samples)
         result: dict[str, Any] = {"iterate": model.name, "made_from": made_from, "rows": heldout.num_rows}

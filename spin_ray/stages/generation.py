@@ -8,6 +8,7 @@ row, so that a retry of a shard gives the same tokens.
 """
 
 import hashlib
+import logging
 import pickle
 import time
 from collections.abc import Iterator
@@ -22,14 +23,23 @@ import ray.exceptions
 
 from spin_ray.config import SpinConfig, digest
 from spin_ray.engine import EngineSpec, GenerationEngine, StartEngine, VllmEngine
-from spin_ray.errors import RunDirError, StageError, last_line
+from spin_ray.errors import RunDirError, StageError, last_line, memory_advice
 from spin_ray.progress import StageProgress
 from spin_ray.resources import demands, wait_until_free, with_deadline
 from spin_ray.run_dir import Artefact, FileEntry, RunDir, part_name
 from spin_ray.types import GENERATION_SCHEMA
 
+logger = logging.getLogger(__name__)
+
 FINGERPRINT = b"spin_ray.fingerprint"
 """Parquet metadata of a shard: digest of what it was made from. A shard of another opponent is never taken over."""
+
+_USE_LESS = (
+    "lower generation.engine.cpu_kv_cache_gib or gpu_memory_utilization, generation.engine.max_num_seqs, or "
+    "generation.replicas"
+)
+CHECKSUM = b"spin_ray.checksum"
+"""Parquet metadata of a shard: digest of its rows and fingerprint. No manifest vouches for it until all are there."""
 
 
 @dataclass(frozen=True)
@@ -157,7 +167,8 @@ def _play(
             yield row["finished"]
     except ray.exceptions.RayError as error:
         raise StageError(
-            f"generation failed: {last_line(error)}; committed shards are kept, run the command again"
+            f"generation failed: {last_line(error)}{memory_advice(error, _USE_LESS)}; "
+            "committed shards are kept, run the command again"
         ) from error
 
 
@@ -207,7 +218,9 @@ def answer(shard: Shard, config: SpinConfig, engine: GenerationEngine) -> pa.Tab
         ],
         schema=GENERATION_SCHEMA,
     )
-    return table.replace_schema_metadata({FINGERPRINT: shard.fingerprint.encode()})
+    return table.replace_schema_metadata(
+        {FINGERPRINT: shard.fingerprint.encode(), CHECKSUM: _checksum(table, shard.fingerprint.encode())}
+    )
 
 
 def _shards(job: Job, config: SpinConfig) -> list[Shard]:
@@ -234,12 +247,17 @@ def _fingerprint(job: Job, config: SpinConfig) -> str:
 
 
 def _finished(job: Job, config: SpinConfig) -> dict[str, FileEntry]:
-    """Shards that an earlier attempt committed."""
+    """Shards that an earlier attempt committed. A damaged one is removed, to be generated again with the same seeds."""
     fingerprint = _fingerprint(job, config).encode()
     found = {}
     for name in job.target.part_names():
-        table, entry = job.target.open_part(name)
-        if (table.schema.metadata or {}).get(FINGERPRINT) != fingerprint:
+        opened = _open_whole(job.target, name)
+        if opened is None:
+            logger.warning("%s/%s: is damaged; it is generated again", job.target.path, name)
+            job.target.storage.delete(f"{job.target.path}/{name}")
+            continue
+        table, entry = opened
+        if table.schema.metadata[FINGERPRINT] != fingerprint:
             where = job.target.storage.path(f"{job.target.path}/{name}")
             raise RunDirError(
                 f"{where}: was generated with another opponent, prompts or settings; "
@@ -247,6 +265,21 @@ def _finished(job: Job, config: SpinConfig) -> dict[str, FileEntry]:
             )
         found[name] = entry
     return found
+
+
+def _open_whole(target: Artefact, name: str) -> tuple[pa.Table, FileEntry] | None:
+    """The shard and its entry; None if a byte of it was changed or lost."""
+    try:
+        table, entry = target.open_part(name)
+        stated = table.schema.metadata or {}
+        whole = stated.get(CHECKSUM) == _checksum(table, stated.get(FINGERPRINT, b""))
+    except (RunDirError, ValueError):  # no Parquet file any more; text that is no text
+        return None
+    return (table, entry) if whole else None
+
+
+def _checksum(table: pa.Table, fingerprint: bytes) -> bytes:
+    return digest([table.to_pydict(), fingerprint.hex()]).encode()
 
 
 def _rows(job: Job) -> int:

@@ -13,7 +13,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from spin_ray.config import SpinConfig
-from spin_ray.errors import DataError
+from spin_ray.errors import DataError, HealthError
 from spin_ray.run_dir import Artefact, FileEntry, RunDir, part_name
 from spin_ray.types import PAIR_SCHEMA
 
@@ -23,6 +23,7 @@ def run(run_dir: RunDir, config: SpinConfig, iteration: int) -> None:
 
     Raises:
         DataError: too few pairs are left; the opponent says what the data says, and more SPIN would only harm it.
+        HealthError: the opponent answers at quite another length than the first one did.
     """
     generations = run_dir.generations(iteration)
     oldest = config.objective.oldest_iteration(iteration)
@@ -61,6 +62,9 @@ def make(
     if target.is_current(fresh.inputs, fresh.settings):
         return
     with run_dir.stage(target.path) as counted:
+        played = run_dir.generations(iteration)
+        if played.is_committed:
+            _check_lengths(played, run_dir.generations(0), config.health.max_length_change)
         entries, counts = build(fresh, earlier, target, oldest)
         counted |= counts
         if counts["rows"] < config.train.global_batch_pairs:
@@ -103,6 +107,21 @@ def build(
         counts["from_earlier"] += still.num_rows
         write(still)
     return entries, dict(counts)
+
+
+def _check_lengths(now: Artefact, first: Artefact, limit: float | None) -> None:
+    length, before = _mean_length(now), _mean_length(first)
+    if limit is not None and not before / limit <= length <= before * limit:
+        raise HealthError(
+            f"{now.path}: responses have {length:.1f} tokens on average, those of the first opponent had "
+            f"{before:.1f}: a change by more than health.max_length_change {limit:g}; the model is being destroyed: "
+            "stop here, or redo the iteration before with a lower learning rate"
+        )
+
+
+def _mean_length(generations: Artefact) -> float:
+    tokens = sum(pc.sum(pc.list_value_length(table["token_ids"])).as_py() or 0 for table in generations.tables())
+    return tokens / max(generations.manifest().rows, 1)
 
 
 def _verdict(real: pa.ListScalar, generated: pa.ListScalar) -> str:

@@ -19,20 +19,20 @@ import ray.train
 import torch
 import torch.distributed as dist
 
-from spin_ray.config import OptimizerConfig, SftConfig, SpinConfig, digest
+from spin_ray import checkpoint
+from spin_ray.config import HealthConfig, OptimizerConfig, SftConfig, SpinConfig, digest
 from spin_ray.errors import RunDirError
 from spin_ray.learner.backends.base import BackendSettings
 from spin_ray.learner.backends.fsdp2 import Fsdp2Backend
+from spin_ray.learner.health import HealthMonitor
 from spin_ray.learner.loop import Objective, PackShape, ReferenceScores, plan, score_rows, train_step
-from spin_ray.model_folder import ModelFolder, folder_entries
+from spin_ray.model_folder import ModelFolder
 from spin_ray.progress import StageProgress
 from spin_ray.resources import demands, wait_until_free
-from spin_ray.run_dir import MANIFEST, Artefact, Manifest, RunDir, part_name, read_json_lines
+from spin_ray.run_dir import MANIFEST, Artefact, Manifest, RunDir, folder_entries, part_name, read_json_lines
 from spin_ray.storage import Storage
 from spin_ray.types import PAIR_SCHEMA, REFERENCE_SCHEMA
 from spin_ray.workers import device, run_workers
-
-CHECKPOINT_STATE = "spin_ray.json"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -60,6 +60,7 @@ class TrainJob:
     epochs: int
     seed: int
     checkpoint_every_steps: int
+    health: HealthConfig
     chat_template: str | None
     """The template that the config put in place of the model's; exported with the weights."""
 
@@ -88,6 +89,7 @@ def run(run_dir: RunDir, config: SpinConfig, iteration: int, opponent: ModelFold
     """Trains θ_{t+1} from θ_t on the pairs of the iteration and commits ``iter_NNN/model``.
 
     Raises:
+        HealthError: the model is being destroyed; a limit of the config says so.
         StageError: the workers failed too often; the same command goes on from the last checkpoint.
     """
     values = config.at(iteration)
@@ -113,6 +115,7 @@ def run(run_dir: RunDir, config: SpinConfig, iteration: int, opponent: ModelFold
         epochs=values.epochs,
         seed=config.seed + iteration,
         checkpoint_every_steps=config.train.checkpoint_every_steps,
+        health=config.health,
         chat_template=_chat_template(config),
     )
     _train(run_dir, config, job)
@@ -151,6 +154,7 @@ def fine_tune(
         epochs=how.epochs,
         seed=config.seed,
         checkpoint_every_steps=config.train.checkpoint_every_steps,
+        health=config.health,
         chat_template=_chat_template(config),
     )
     _train(run_dir, config, job)
@@ -206,13 +210,14 @@ def _worker(job: TrainJob) -> dict[str, float]:
             reference = replace(reference, real_win=real_win, generated_win=generated_win)
     work_s = time.monotonic() - started
     first = _restore(job, backend)
-    log = _TrainLog(job, first)
+    log, health = _TrainLog(job, first), HealthMonitor(job.health)
     tokens = 0.0
     for number in range(first, len(steps)):
         started = time.monotonic()
         metrics = train_step(backend, steps[number], table, job.shape, job.objective, reference)
         seconds = time.monotonic() - started
         log.write({"step": number, **metrics, "seconds": round(seconds, 3), "of": len(steps)})
+        health.check(number, metrics)
         work_s, tokens = work_s + seconds, tokens + metrics["tokens"]
         if (number + 1) % job.checkpoint_every_steps == 0 and number + 1 < len(steps):
             _checkpoint(job, backend, number + 1)
@@ -278,14 +283,7 @@ def _load_by_pair(artefact: Artefact, table: pa.Table, columns: tuple[str, ...])
 def _checkpoint(job: TrainJob, backend: Fsdp2Backend, step: int) -> None:
     with tempfile.TemporaryDirectory(prefix="spin-ray-checkpoint-") as folder:
         backend.save(Path(folder))
-        if dist.get_rank() == 0:
-            state = {
-                "step": step,
-                "inputs": job.inputs(),
-                "settings": job.settings(),
-                "world_size": dist.get_world_size(),
-            }
-            (Path(folder) / CHECKPOINT_STATE).write_text(json.dumps(state))
+        checkpoint.seal(Path(folder), step, _checkpoint_identity(job))
         ray.train.report({"step": step}, checkpoint=ray.train.Checkpoint.from_directory(folder))
 
 
@@ -293,20 +291,21 @@ def _restore(job: TrainJob, backend: Fsdp2Backend) -> int:
     """Loads the newest checkpoint of this work, if there is one; returns the step to go on with.
 
     Raises:
-        RunDirError: the checkpoint belongs to another number of workers.
+        RunDirError: the checkpoint is damaged, or belongs to other work or another number of workers.
     """
-    checkpoint = ray.train.get_checkpoint()
-    if checkpoint is None:
+    newest = ray.train.get_checkpoint()
+    if newest is None:
         return 0
-    with checkpoint.as_directory() as folder:
-        state = json.loads((Path(folder) / CHECKPOINT_STATE).read_text())
-        if state["world_size"] != dist.get_world_size():
-            raise RunDirError(
-                f"{checkpoint.path}: was written by {state['world_size']} workers, "
-                f"now there are {dist.get_world_size()}; restore train.workers or remove {job.name}/checkpoints"
-            )
+    with newest.as_directory() as folder:
+        step = checkpoint.check(
+            Path(folder), _checkpoint_identity(job), f"or remove {job.name}/checkpoints to train from the start"
+        )
         backend.load(Path(folder))
-    return state["step"]
+    return step
+
+
+def _checkpoint_identity(job: TrainJob) -> dict[str, Any]:
+    return {"train.workers": dist.get_world_size(), **job.inputs(), **job.settings()}
 
 
 def _export(job: TrainJob, backend: Fsdp2Backend) -> None:

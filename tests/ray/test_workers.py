@@ -9,7 +9,7 @@ import torch
 import torch.distributed as dist
 
 from spin_ray.config import SpinConfig
-from spin_ray.errors import RunDirError
+from spin_ray.errors import HealthError, RunDirError
 from spin_ray.workers import run_workers
 
 ray.cloudpickle.register_pickle_by_value(sys.modules[__name__])  # workers cannot import a test module
@@ -37,3 +37,16 @@ def test_workers_share_a_process_group_and_a_user_error_comes_back_as_itself(tmp
     with pytest.raises(RunDirError, match="was written by 3 workers"):
         run_workers(_sum_of_ranks, tmp_path, CONFIG, "sum", tmp_path / "checkpoints")
     assert [(tmp_path / f"rank-{rank}").read_text() for rank in (0, 1)] == ["3 1", "3 1"]
+
+
+def _runs_away(folder: Path) -> None:
+    with (folder / f"calls-{dist.get_rank()}").open("a") as file:
+        file.write("called\n")
+    raise HealthError("stopped after step 7: the margin is 99")
+
+
+def test_a_run_that_runs_away_is_not_tried_again(tmp_path: Path) -> None:
+    config = CONFIG.model_copy(update={"train": CONFIG.train.model_copy(update={"max_failures": 2})})
+    with pytest.raises(HealthError, match="the margin is 99"):
+        run_workers(_runs_away, tmp_path, config, "away", tmp_path / "checkpoints")
+    assert [(tmp_path / f"calls-{rank}").read_text() for rank in (0, 1)] == ["called\n", "called\n"]

@@ -22,7 +22,8 @@ def config_of(**sections: Any) -> SpinConfig:
 class FakeEngine:
     """A ``GenerationEngine`` whose tokens follow from the seed alone; every third response is cut at ``max_tokens``."""
 
-    def __init__(self) -> None:
+    def __init__(self, vocabulary: int = 300) -> None:
+        self._vocabulary = vocabulary
         self.calls: list[list[list[int]]] = []
         """Prompts of each call."""
 
@@ -38,8 +39,10 @@ class FakeEngine:
     def _answer(self, max_tokens: int, seed: int) -> Completion:
         random = np.random.default_rng(seed)
         if random.random() < 1 / 3:
-            return Completion(random.integers(3, 300, max_tokens).tolist(), "length")
-        return Completion([*random.integers(3, 300, random.integers(0, max_tokens)).tolist(), END_OF_TURN], "stop")
+            return Completion(random.integers(3, self._vocabulary, max_tokens).tolist(), "length")
+        return Completion(
+            [*random.integers(3, self._vocabulary, random.integers(0, max_tokens)).tolist(), END_OF_TURN], "stop"
+        )
 
 
 def write_rows(artefact: Artefact, schema: pa.Schema, rows: list[dict[str, Any]], part_rows: int) -> None:

@@ -2,8 +2,10 @@
 
 import json
 import os
+import pickle
 import select
 import signal
+import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -12,8 +14,9 @@ import psutil
 import pytest
 
 from spin_ray import lease as lease_module
-from spin_ray.errors import RunDirError
-from spin_ray.lease import LEASE, Lease
+from spin_ray.errors import RunDirError, StageError
+from spin_ray.fence import LEASE, locked
+from spin_ray.lease import Lease
 from spin_ray.storage import Storage
 
 
@@ -65,7 +68,7 @@ def wait_for(condition: Callable[[], object]) -> None:
 def test_a_lease_is_there_while_it_is_held_and_gone_afterwards(storage):
     with Lease(storage, timeout_s=60) as lease:
         assert holder_of(storage)["pid"] == os.getpid()
-        lease.check()
+        lease.storage.replace("LATEST", b"sft")
     assert not storage.exists(LEASE)
 
 
@@ -124,21 +127,88 @@ def test_a_lease_is_renewed_four_times_per_time_out(storage):
         wait_for(lambda: holder_of(storage)["renewed"] > first)
 
 
-def test_a_driver_whose_lease_was_taken_over_stops_and_leaves_it_to_the_new_holder(storage):
-    with Lease(storage, timeout_s=0.1) as lease:
+CHANGES: dict[str, Callable[[Storage], object]] = {
+    "create": lambda storage: storage.create("iter_000/pairs/_MANIFEST.json", b"mine"),
+    "create_folder": lambda storage: storage.create_folder("iter_000/model", storage.path("attempt")),
+    "replace": lambda storage: storage.replace("LATEST", b"mine"),
+    "append": lambda storage: storage.append("events.jsonl", "mine\n"),
+    "delete": lambda storage: storage.delete("iter_000"),
+}
+
+
+def test_a_driver_whose_lease_was_taken_over_can_change_nothing(storage):
+    """Paused for longer than the time-out, it wakes and goes on where it was; so do the actors it started."""
+    storage.create("iter_000/pairs/part-00000.parquet", b"of the new driver")
+    storage.create("attempt/file", b"")
+    with Lease(storage, timeout_s=60) as lease:
+        lease.storage.append("events.jsonl", "still allowed\n")
+        in_an_actor = pickle.loads(pickle.dumps(lease.storage))
         write_lease(storage)
-        wait_for(lambda: lease._lost)
-        with pytest.raises(RunDirError, match="taken over by process 1 on node-7; this driver stops"):
-            lease.check()
+        before = {path: path.read_bytes() for path in storage.root.rglob("*") if path.is_file()}
+        for change in CHANGES.values():
+            for woken in (lease.storage, in_an_actor):
+                with pytest.raises(RunDirError, match="taken over by process 1 on node-7; this driver stops"):
+                    change(woken)
+    assert {path: path.read_bytes() for path in storage.root.rglob("*") if path.is_file()} == before
     assert holder_of(storage)["host"] == "node-7"
 
 
 def test_a_driver_whose_lease_was_removed_stops(storage):
-    with Lease(storage, timeout_s=0.1) as lease:
+    with Lease(storage, timeout_s=60) as lease:
         storage.delete(LEASE)
-        wait_for(lambda: lease._lost)
         with pytest.raises(RunDirError, match="nobody"):
-            lease.check()
+            lease.storage.replace("LATEST", b"sft")
+    assert not storage.exists("LATEST")
+
+
+def test_a_takeover_waits_for_a_change_that_has_begun(storage):
+    """The look at the lease and the change are one moment: no driver gets the lease between them."""
+    with Lease(storage, timeout_s=60) as lease:
+        fence = lease.storage._fence
+        assert fence is not None
+        took = threading.Event()
+
+        def take_over() -> None:
+            with locked(storage.root, alone=True):
+                took.set()
+
+        with fence.held():
+            thread = threading.Thread(target=take_over)
+            thread.start()
+            assert not took.wait(0.2)
+        assert took.wait(10)
+        thread.join()
+
+
+def test_a_renewal_of_a_lost_lease_does_not_take_it_back(storage):
+    with Lease(storage, timeout_s=0.1) as lease:
+        write_lease(storage)
+        wait_for(lambda: not lease._renewer.is_alive())
+        assert holder_of(storage)["host"] == "node-7"
+
+
+def test_what_an_earlier_driver_of_this_process_left_behind_is_not_held(storage):
+    """A notebook whose run failed while its lease could not be removed."""
+    with Lease(storage, timeout_s=3600):
+        content = storage.read(LEASE)
+    storage.replace(LEASE, content)
+    with Lease(storage, timeout_s=3600):
+        pass
+
+
+def test_a_second_driver_of_the_same_process_is_refused(storage):
+    with (
+        Lease(storage, timeout_s=3600),
+        pytest.raises(RunDirError, match=f"in use by process {os.getpid()}"),
+        Lease(storage, timeout_s=3600),
+    ):
+        pass
+
+
+def test_a_damaged_lease_is_named(storage):
+    storage.replace(LEASE, b'{"tok')
+    with pytest.raises(RunDirError, match=r"lease\.json: is damaged; remove it if no other driver"):
+        Lease(storage, timeout_s=60).__enter__()
 
 
 def test_a_renewal_that_fails_once_is_made_up_for(storage, monkeypatch, caplog):
@@ -147,7 +217,7 @@ def test_a_renewal_that_fails_once_is_made_up_for(storage, monkeypatch, caplog):
     def fail_once(*arguments):
         if not failed:
             failed.append(True)
-            raise OSError(5, "Input/output error")
+            raise StageError("run/lease.json: could not be written (Input/output error)")
         replace(*arguments)
 
     with Lease(storage, timeout_s=0.1) as lease:
@@ -155,7 +225,7 @@ def test_a_renewal_that_fails_once_is_made_up_for(storage, monkeypatch, caplog):
         monkeypatch.setattr(Storage, "replace", fail_once)
         wait_for(lambda: holder_of(storage)["renewed"] > first)
         assert failed
-        lease.check()
+        lease.storage.replace("LATEST", b"sft")
     assert "could not be renewed" in caplog.text
 
 

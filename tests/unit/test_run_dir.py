@@ -87,7 +87,7 @@ def test_manifest_comes_back_as_it_was_written(pairs):
     manifest = pairs.manifest()
     assert manifest.counts == {"dropped": 3}
     assert manifest.settings == {"window": 2, "rows": [1, 2]}
-    assert type(manifest).model_validate_json(manifest.to_bytes()).digest == manifest.digest
+    assert type(manifest).from_bytes(manifest.to_bytes()).digest == manifest.digest
 
 
 def test_digest_of_a_manifest_follows_everything_in_it(run):

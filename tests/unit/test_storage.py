@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from spin_ray.errors import ConfigError
+from spin_ray.errors import ConfigError, StageError
 from spin_ray.storage import (
     ATTEMPTS,
     Storage,
@@ -88,8 +88,10 @@ def test_bytes_are_on_disk_before_their_name_is(storage, monkeypatch):
     monkeypatch.setattr(os, "fsync", lambda fd: steps.append(os.readlink(f"/proc/self/fd/{fd}")) or fsync(fd))
     monkeypatch.setattr(os, "link", lambda *names: steps.append("link") or link(*names))
     storage.create("a/file", b"data")
-    assert [step.rpartition("/")[0] for step in steps[:1]] == [str(storage.path(ATTEMPTS))]
-    assert steps[1:] == ["link", str(storage.path("a"))]
+    root, attempts = str(storage.root), str(storage.path(ATTEMPTS))
+    parents = [os.path.dirname(root), root]  # as the folders are made, each in its parent
+    assert steps[:2] == parents and steps[2].startswith(attempts + "/")
+    assert steps[3:] == [root, "link", str(storage.path("a"))]
 
 
 def test_nothing_is_left_among_the_attempts(storage):
@@ -114,7 +116,7 @@ def test_a_folder_appears_whole_and_never_replaces_another(storage):
 
 
 def test_a_folder_that_cannot_be_moved_for_another_reason_says_so(storage):
-    with pytest.raises(FileNotFoundError):
+    with pytest.raises(StageError, match=r"run/model: could not be written \(No such file or directory\)"):
         storage.create_folder("model", storage.path("none"))
 
 

@@ -16,6 +16,7 @@ from transformers import AutoModelForCausalLM
 from spin_ray.config import OptimizerConfig
 from spin_ray.learner.backends.base import BackendSettings
 from spin_ray.learner.backends.fsdp2 import Fsdp2Backend
+from spin_ray.learner.loop import Objective, PackShape, ReferenceScores, train_step
 from spin_ray.learner.losses import margins, pair_logps, spin_loss
 from spin_ray.learner.packing import build_pack
 
@@ -73,6 +74,17 @@ def one_of_two_ranks(rank: int, directory: Path) -> None:
         backend.step()
     except FloatingPointError as error:
         (directory / f"error-{rank}").write_text(str(error))
+    table = table_of(ROWS).append_column("pair_id", [[f"pair-{row}" for row in range(len(ROWS))]])
+    reference = ReferenceScores(real=torch.zeros(len(ROWS)), generated=torch.zeros(len(ROWS)))
+    if rank == 1:
+        reference.real.fill_(torch.nan)
+    shape = PackShape(pack_length=PACK_LENGTH, global_batch_pairs=len(ROWS), pad_id=0)
+    before = {name: shard.full_tensor().clone() for name, shard in backend._shards.items()}
+    try:
+        train_step(backend, one_step(ROWS), table, shape, Objective(loss="logistic"), reference)
+    except FloatingPointError as error:
+        unchanged = all(torch.equal(before[name], shard.full_tensor()) for name, shard in backend._shards.items())
+        (directory / f"stopped-{rank}").write_text(f"weights unchanged: {unchanged}; {error}")
     dist.destroy_process_group()
 
 
@@ -127,3 +139,11 @@ def test_a_bad_gradient_on_one_rank_raises_on_both(directory: Path) -> None:
     """A rank that stepped alone would wait for the other for ever."""
     for rank in (0, 1):
         assert "gradient norm is" in (directory / f"error-{rank}").read_text()
+
+
+def test_a_bad_loss_on_one_rank_stops_both_before_the_optimizer_steps(directory: Path) -> None:
+    """Only rank 1 sees numbers that are not finite; both name the pairs of the step and keep their weights."""
+    for rank in (0, 1):
+        message = (directory / f"stopped-{rank}").read_text()
+        assert message.startswith("weights unchanged: True; the loss or a log-probability is not finite")
+        assert sorted(message.rpartition(": ")[2].split(", ")) == sorted(f"pair-{row}" for row in range(len(ROWS)))

@@ -1,0 +1,59 @@
+"""Who may change a run: the driver whose token is in the lease, also when it was paused while another took over.
+
+Every change of a run folder happens with the lock held in shared mode, after a look at the lease; the lease changes
+hands only with the lock held alone. So there is no moment between the look and the change. The kernel drops the lock
+with its process.
+"""
+
+import fcntl
+import json
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from spin_ray.errors import RunDirError
+
+LEASE = "lease.json"
+
+
+@dataclass(frozen=True)
+class Fence:
+    """Lets the holder of one lease through; travels to actors and workers with the storage."""
+
+    root: Path
+    token: str
+
+    @contextmanager
+    def held(self) -> Iterator[None]:
+        """Raises RunDirError if another driver has the lease."""
+        with locked(self.root, alone=False):
+            holder = read_lease(self.root)
+            if holder is None or holder["token"] != self.token:
+                now = f"process {holder['pid']} on {holder['host']}" if holder else "nobody (the lease file is gone)"
+                raise RunDirError(f"{self.root}: the lease was taken over by {now}; this driver stops")
+            yield
+
+
+@contextmanager
+def locked(root: Path, *, alone: bool) -> Iterator[None]:
+    """Holds the lock of the run."""
+    try:
+        root.mkdir(parents=True, exist_ok=True)
+        file = (root / ".lease.lock").open("a+")
+        fcntl.flock(file, fcntl.LOCK_EX if alone else fcntl.LOCK_SH)
+    except OSError as error:
+        raise RunDirError(f"{root}: cannot hold a run ({error.strerror}); choose another --out") from error
+    with file:
+        yield
+
+
+def read_lease(root: Path) -> dict[str, Any] | None:
+    """What the holder wrote; None if nobody holds the run."""
+    try:
+        return json.loads((root / LEASE).read_bytes())
+    except FileNotFoundError:
+        return None
+    except ValueError as error:
+        raise RunDirError(f"{root / LEASE}: is damaged; remove it if no other driver works on this run") from error

@@ -1,0 +1,168 @@
+"""A committed file that was cut or changed is named, and never used; what can safely be made again, is."""
+
+import random
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import small_run
+from faulty_disk import FaultyDisk, Killed
+from small_run import committed
+
+from spin_ray.config import SpinConfig
+from spin_ray.errors import RunDirError
+from spin_ray.run_dir import RunDir
+from spin_ray.stages import generation
+from spin_ray.storage import Storage, table_from_bytes
+
+
+def cut(path: Path) -> None:
+    path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
+
+
+def flip(path: Path) -> None:
+    """One bit in the middle."""
+    data = bytearray(path.read_bytes())
+    data[len(data) // 2] ^= 1
+    path.write_bytes(data)
+
+
+DAMAGE = [cut, flip]
+NEEDED = {
+    "prompts/part-00001.parquet": ["iter_000/generations", "iter_000/pairs", "iter_000/reference", "iter_000/model"],
+    "prompts/_MANIFEST.json": [],
+    "heldout/part-00000.parquet": ["sft/eval.json"],
+    "sft/heldout_samples/part-00000.parquet": ["sft/eval.json"],
+    "iter_000/generations/part-00001.parquet": ["iter_000/pairs", "iter_000/reference", "iter_000/model"],
+    "iter_000/pairs/part-00000.parquet": ["iter_000/reference", "iter_000/model"],
+    "iter_000/pairs/_MANIFEST.json": ["iter_000/reference", "iter_000/model"],
+    "iter_000/reference/part-00000.parquet": ["iter_000/model"],
+    "iter_000/model/model.safetensors": ["iter_000/heldout_samples"],
+    "iter_000/model/config.json": ["iter_000/heldout_samples"],
+    "iter_000/heldout_scores/part-00000.parquet": ["iter_000/eval.json"],
+}
+"""Each kind of committed file, and what must be missing for a run to need it."""
+
+
+def copy_without(calm: Path, out: Path, missing: list[str]) -> Path:
+    shutil.copytree(calm, out)
+    for name in ["LATEST", *missing]:
+        shutil.rmtree(out / name) if (out / name).is_dir() else (out / name).unlink()
+    return out
+
+
+@pytest.mark.parametrize("damage", DAMAGE)
+@pytest.mark.parametrize("name", NEEDED)
+def test_a_damaged_file_is_named_and_nothing_is_made_of_it(
+    tmp_path: Path, config: SpinConfig, calm: Path, name: str, damage: Callable[[Path], None]
+) -> None:
+    """Restored from elsewhere, the run goes on to the very result."""
+    out = copy_without(calm, tmp_path / "run", NEEDED[name])
+    damage(out / name)
+    before = set(out.rglob("*/_MANIFEST.json"))
+    with pytest.raises(RunDirError, match=rf"{name}: .*(digest|damaged)"):
+        small_run.run(config, out)
+    assert set(out.rglob("*/_MANIFEST.json")) == before, "nothing was committed after it"
+    shutil.copyfile(calm / name, out / name)
+    small_run.run(config, out)
+    assert committed(out) == committed(calm)
+
+
+def blank(path: Path) -> None:
+    """A lost block at the beginning: rows."""
+    data = path.read_bytes()
+    path.write_bytes(data[:32] + bytes(64) + data[96:])
+
+
+@pytest.mark.parametrize("damage", [cut, blank])
+def test_a_damaged_shard_of_an_unfinished_generation_is_generated_again(
+    tmp_path: Path, config: SpinConfig, calm: Path, damage: Callable[[Path], None], caplog: pytest.LogCaptureFixture
+) -> None:
+    missing = ["iter_000/generations/_MANIFEST.json", "iter_000/pairs", "iter_000/reference", "iter_000/model"]
+    out = copy_without(calm, tmp_path / "run", missing)
+    damage(out / "iter_000/generations/part-00001.parquet")
+    small_run.run(config, out)
+    assert "generations/part-00001.parquet: is damaged; it is generated again" in caplog.text
+    assert committed(out) == committed(calm)
+
+
+def test_no_flipped_bit_changes_the_rows_of_a_shard_unseen(tmp_path: Path, calm: Path) -> None:
+    """No manifest has the digest of a shard yet; the checksum within it must tell."""
+    name = "part-00000.parquet"
+    whole = (calm / "iter_000/generations" / name).read_bytes()
+    shards = RunDir(Storage(tmp_path)).artefact("shards")
+    chance, seen = random.Random(0), 0
+    for _ in range(300):
+        data = bytearray(whole)
+        data[chance.randrange(len(data))] ^= 1 << chance.randrange(8)
+        shards.storage.replace(f"shards/{name}", bytes(data))
+        opened = generation._open_whole(shards, name)
+        if opened is None:
+            seen += 1
+        else:  # a bit that means nothing, say of a column's statistics
+            assert opened[0].equals(table_from_bytes(whole))
+    assert seen > 150
+
+
+@pytest.mark.parametrize("damage", DAMAGE)
+@pytest.mark.parametrize("name", ["iter_000/eval.json", "LATEST"])
+def test_what_is_cheap_to_make_is_made_again(
+    tmp_path: Path, config: SpinConfig, calm: Path, name: str, damage: Callable[[Path], None]
+) -> None:
+    out = tmp_path / "run"
+    shutil.copytree(calm, out)
+    (out / "LATEST").write_text("sft\n")
+    damage(out / name)
+    small_run.run(config, out)
+    assert (out / "LATEST").read_text() == "iter_000\n"
+    if damage is cut:  # a flipped bit within a number of eval.json cannot be seen; the file feeds no other stage
+        assert (out / name).read_bytes() == (calm / name).read_bytes()
+
+
+@pytest.fixture(scope="module")
+def half_trained(tmp_path_factory: pytest.TempPathFactory, config: SpinConfig) -> Path:
+    """Killed as step 3 of 4 was to be logged; a checkpoint was made after step 1."""
+    folder = tmp_path_factory.mktemp("half")
+    with pytest.MonkeyPatch.context() as patch:
+        small_run.in_this_process(patch)
+        counted = FaultyDisk()
+        small_run.run(config, folder / "counted", counted)
+        at = [i for i, point in enumerate(counted.points) if point.endswith("train_log.jsonl")][-1]
+        with pytest.raises(Killed):
+            small_run.run(config, folder / "run", FaultyDisk(at))
+    return folder / "run"
+
+
+def checkpoint_of(out: Path) -> Path:
+    (folder,) = (out / "iter_000/checkpoints").glob("*/checkpoint")
+    return folder
+
+
+@pytest.mark.parametrize("damage", [cut, flip, Path.unlink])
+@pytest.mark.parametrize("pattern", ["*.distcp", ".metadata", "spin_ray-0.json"])
+def test_a_damaged_checkpoint_is_named_and_not_opened(
+    tmp_path: Path, config: SpinConfig, calm: Path, half_trained: Path, pattern: str, damage: Callable[[Path], None]
+) -> None:
+    """Without its checkpoints the iteration is trained from its start, to the same weights."""
+    out = tmp_path / "run"
+    shutil.copytree(half_trained, out)
+    (victim,) = checkpoint_of(out).glob(pattern)
+    damage(victim)
+    with pytest.raises(RunDirError, match=r"remove iter_000/checkpoints to train from the start") as raised:
+        small_run.run(config, out)
+    assert str(checkpoint_of(out)) in str(raised.value)
+    shutil.rmtree(out / "iter_000/checkpoints")
+    small_run.run(config, out)
+    assert committed(out) == committed(calm)
+
+
+def test_a_checkpoint_of_another_number_of_workers_is_refused(
+    tmp_path: Path, config: SpinConfig, half_trained: Path
+) -> None:
+    out = tmp_path / "run"
+    shutil.copytree(half_trained, out)
+    seal = checkpoint_of(out) / "spin_ray-0.json"
+    seal.write_text(seal.read_text().replace('"train.workers": 1', '"train.workers": 3'))
+    with pytest.raises(RunDirError, match=r"train.workers \(was 3, now 1\); restore them, or remove"):
+        small_run.run(config, out)
