@@ -215,8 +215,8 @@ class OptimizerConfig(Section):
 
 
 class TrainConfig(Section):
-    backend: Literal["fsdp2"] = "fsdp2"
-    """What holds and shards the model: torch's own FSDP2."""
+    backend: Literal["fsdp2", "deepspeed"] = "fsdp2"
+    """What holds and shards the model: torch's own FSDP2, or DeepSpeed's ZeRO (the extra ``deepspeed``)."""
     workers: Count = 1
     """Train workers; parameters, gradients and optimizer state are sharded over them."""
     resources: ResourcesConfig = ResourcesConfig()

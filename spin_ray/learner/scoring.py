@@ -5,6 +5,7 @@ a response token is predicted. Padded layout (for models that take no 4-D mask):
 """
 
 import logging
+from collections.abc import Callable
 from typing import Any, Literal
 
 import pyarrow as pa
@@ -22,6 +23,7 @@ from spin_ray.types import PackedBatch
 logger = logging.getLogger(__name__)
 
 Layout = Literal["packed", "padded"]
+Head = Callable[[Tensor], Tensor]
 
 TARGETS_PER_CHUNK = 64
 """Rows of the LM head at a time, the number rounded up to; [64, vocab] in fp32 is 13 MB for 49k tokens."""
@@ -43,6 +45,10 @@ class ResponseScorer(nn.Module):
         target_logps = self._packed(batch) if self.layout == "packed" else self._padded(batch)
         return response_logps(target_logps, batch.segment, batch.num_segments)
 
+    def head(self) -> Head:
+        """What makes logits of hidden states."""
+        return self.model.get_output_embeddings()
+
     def _packed(self, batch: PackedBatch) -> Float[Tensor, "targets"]:
         dtype = self.model.get_input_embeddings().weight.dtype
         output = self.model.get_decoder()(
@@ -52,7 +58,7 @@ class ResponseScorer(nn.Module):
             use_cache=False,
         )
         hidden = output.last_hidden_state[0]
-        return _chunked_logps(self.model.get_output_embeddings(), hidden, batch.predict_at, batch.target_ids)
+        return _chunked_logps(self.head(), hidden, batch.predict_at, batch.target_ids)
 
     def _padded(self, batch: PackedBatch) -> Float[Tensor, "targets"]:
         """One call of the model for the whole pack: with FSDP2 every rank must make the same number of calls."""
@@ -103,7 +109,7 @@ def padded_rows(batch: PackedBatch) -> tuple[Int64[Tensor, "rows length"], Int64
 
 
 def _chunked_logps(
-    head: nn.Module,
+    head: Head,
     hidden: Float[Tensor, "tokens width"],
     at: Int64[Tensor, "targets"],
     target_ids: Int64[Tensor, "targets"],
@@ -124,7 +130,7 @@ def _chunked_logps(
     return torch.cat(logps)[:targets]
 
 
-def _logps_of_chunk(head: nn.Module, hidden: Tensor, at: Tensor, target_ids: Tensor) -> Tensor:
+def _logps_of_chunk(head: Head, hidden: Tensor, at: Tensor, target_ids: Tensor) -> Tensor:
     logits = head(hidden[at]).float()
     return logits.gather(-1, target_ids[:, None]).squeeze(-1) - logits.logsumexp(dim=-1)
 

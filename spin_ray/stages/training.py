@@ -22,8 +22,8 @@ import torch.distributed as dist
 from spin_ray import checkpoint
 from spin_ray.config import HealthConfig, OptimizerConfig, SftConfig, SpinConfig, digest
 from spin_ray.errors import RunDirError
-from spin_ray.learner.backends.base import BackendSettings
-from spin_ray.learner.backends.fsdp2 import Fsdp2Backend
+from spin_ray.learner.backends import make_backend
+from spin_ray.learner.backends.base import BackendSettings, TrainBackend
 from spin_ray.learner.health import HealthMonitor
 from spin_ray.learner.loop import Objective, PackShape, ReferenceScores, plan, score_rows, train_step
 from spin_ray.model_folder import ModelFolder
@@ -167,6 +167,7 @@ def _chat_template(config: SpinConfig) -> str | None:
 
 def _backend_settings(config: SpinConfig, optimizer: OptimizerConfig, learning_rate: float) -> BackendSettings:
     return BackendSettings(
+        kind=config.train.backend,
         precision=config.train.precision,
         attention=config.model.attention,
         max_length=config.model.max_length,
@@ -198,7 +199,7 @@ def _worker(job: TrainJob) -> dict[str, float]:
     table = _read_rows(job.rows)
     epochs = plan(table, job.shape, epochs=job.epochs, seed=job.seed)
     steps = [step for epoch in epochs for step in epoch]
-    backend = Fsdp2Backend(job.start.path, replace(job.backend, total_steps=len(steps)), device())
+    backend = make_backend(job.start.path, replace(job.backend, total_steps=len(steps)), device())
     reference, started = None, time.monotonic()
     if job.reference is not None:
         _score_reference(job, backend, epochs[0], table)
@@ -239,7 +240,7 @@ def _read_rows(rows: Artefact) -> pa.Table:
     )
 
 
-def _score_reference(job: TrainJob, backend: Fsdp2Backend, steps: list[Any], table: pa.Table) -> None:
+def _score_reference(job: TrainJob, backend: TrainBackend, steps: list[Any], table: pa.Table) -> None:
     """Commits log p_θt of every pair, unless an earlier attempt did. The backend still holds θ_t here."""
     target = job.reference
     assert target is not None
@@ -280,14 +281,14 @@ def _load_by_pair(artefact: Artefact, table: pa.Table, columns: tuple[str, ...])
     return [torch.tensor(ordered[name].to_numpy()).to(device()) for name in columns]
 
 
-def _checkpoint(job: TrainJob, backend: Fsdp2Backend, step: int) -> None:
+def _checkpoint(job: TrainJob, backend: TrainBackend, step: int) -> None:
     with tempfile.TemporaryDirectory(prefix="spin-ray-checkpoint-") as folder:
         backend.save(Path(folder))
         checkpoint.seal(Path(folder), step, _checkpoint_identity(job))
         ray.train.report({"step": step}, checkpoint=ray.train.Checkpoint.from_directory(folder))
 
 
-def _restore(job: TrainJob, backend: Fsdp2Backend) -> int:
+def _restore(job: TrainJob, backend: TrainBackend) -> int:
     """Loads the newest checkpoint of this work, if there is one; returns the step to go on with.
 
     Raises:
@@ -308,7 +309,7 @@ def _checkpoint_identity(job: TrainJob) -> dict[str, Any]:
     return {"train.workers": dist.get_world_size(), **job.inputs(), **job.settings()}
 
 
-def _export(job: TrainJob, backend: Fsdp2Backend) -> None:
+def _export(job: TrainJob, backend: TrainBackend) -> None:
     """θ_{t+1} as a Hugging Face folder that appears together with its manifest."""
     attempt = job.storage.new_attempt_folder() if dist.get_rank() == 0 else Path()
     backend.export_hf(attempt)

@@ -6,9 +6,12 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 import torch
+import torch.distributed as dist
 from torch import Tensor
 from transformers import LlamaConfig, LlamaForCausalLM
 
+from spin_ray.learner.backends.base import TrainBackend
+from spin_ray.learner.losses import margins, pair_logps, spin_loss
 from spin_ray.learner.packing import PairLengths, Step, build_pack, plan_epoch
 from spin_ray.types import TOKEN_IDS, PackedBatch
 
@@ -79,3 +82,21 @@ def logp_alone(model: Any, prompt: list[int], response: list[int]) -> Tensor:
     logits = model(input_ids=torch.tensor([prompt + response])).logits[0]
     logps = logits.float().log_softmax(-1)[len(prompt) - 1 : -1]
     return logps[torch.arange(len(response)), torch.tensor(response)].sum()
+
+
+def train(backend: TrainBackend, rows: list[Row], steps: int) -> list[list[float]]:
+    """Steps over all rows against a reference of 0. Per step: loss over all ranks, gradient norm."""
+    step, table, history = one_step(rows), table_of(rows), []
+    packs = step.for_rank(dist.get_rank(), dist.get_world_size())
+    for _ in range(steps):
+        total = torch.zeros(())
+        for i, pack in enumerate(packs):
+            batch = build_pack(pack, table, pack_length=PACK_LENGTH, pad_id=0)
+            real, generated = pair_logps(backend.logps(batch), batch)
+            zero = torch.zeros_like(real)
+            loss = spin_loss(margins(real, generated, zero, zero, 0.5)) / step.num_pairs
+            backend.backward(loss, last_microbatch=i == len(packs) - 1)
+            total += loss.detach()
+        dist.all_reduce(total)
+        history.append([total.item(), backend.step().grad_norm])
+    return history

@@ -10,14 +10,13 @@ import pytest
 import torch
 import torch.distributed as dist
 import torch.multiprocessing
-from learner_cases import PACK_LENGTH, one_step, random_rows, save_model, table_of, tiny_llama
+from learner_cases import PACK_LENGTH, one_step, random_rows, save_model, table_of, tiny_llama, train
 from transformers import AutoModelForCausalLM
 
 from spin_ray.config import OptimizerConfig
 from spin_ray.learner.backends.base import BackendSettings
 from spin_ray.learner.backends.fsdp2 import Fsdp2Backend
 from spin_ray.learner.loop import Objective, PackShape, ReferenceScores, train_step
-from spin_ray.learner.losses import margins, pair_logps, spin_loss
 from spin_ray.learner.packing import build_pack
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(120)]
@@ -40,31 +39,12 @@ def make_backend(directory: Path, case: str) -> Fsdp2Backend:
     return Fsdp2Backend(directory / "model", settings, torch.device("cpu"))
 
 
-def train(backend: Fsdp2Backend, steps: int) -> list[list[float]]:
-    """Per step: loss over all ranks, gradient norm."""
-    rank, world_size = dist.get_rank(), dist.get_world_size()
-    step, table, history = one_step(ROWS), table_of(ROWS), []
-    packs = step.for_rank(rank, world_size)
-    for _ in range(steps):
-        total = torch.zeros(())
-        for i, pack in enumerate(packs):
-            batch = build_pack(pack, table, pack_length=PACK_LENGTH, pad_id=0)
-            real, generated = pair_logps(backend.logps(batch), batch)
-            zero = torch.zeros_like(real)
-            loss = spin_loss(margins(real, generated, zero, zero, 0.5)) / step.num_pairs
-            backend.backward(loss, last_microbatch=i == len(packs) - 1)
-            total += loss.detach()
-        dist.all_reduce(total)
-        history.append([total.item(), backend.step().grad_norm])
-    return history
-
-
 def one_of_two_ranks(rank: int, directory: Path) -> None:
     torch.set_num_threads(1)
     dist.init_process_group("gloo", store=dist.FileStore(str(directory / "store"), 2), rank=rank, world_size=2)
     for case in CASES:
         backend = make_backend(directory, case)
-        history = train(backend, 2)
+        history = train(backend, ROWS, 2)
         backend.save(directory / f"{case}-of-rank-{rank}")
         backend.export_hf(directory / f"{case}-export")
         (directory / f"{case}-{rank}.json").write_text(json.dumps(history))
@@ -117,7 +97,7 @@ def test_two_ranks_train_as_one_does(directory: Path, tmp_path: Path, case: str)
     """
     assert [len(list(filter(None, one_step(ROWS).for_rank(rank, 2)))) for rank in (0, 1)] == [2, 1]
     alone = make_backend(directory, case)
-    expected = train(alone, 2)
+    expected = train(alone, ROWS, 2)
     for rank in (0, 1):
         found = json.loads((directory / f"{case}-{rank}.json").read_text())
         assert found == [pytest.approx(step, rel=1e-4) for step in expected]
@@ -132,7 +112,9 @@ def test_two_ranks_train_as_one_does(directory: Path, tmp_path: Path, case: str)
         mine = resumed._shards[name].full_tensor()
         assert torch.equal(mine, exported[name])
         torch.testing.assert_close(mine, weight.full_tensor(), rtol=1e-3, atol=1e-4)
-    torch.testing.assert_close(torch.tensor(train(resumed, 1)), torch.tensor(train(alone, 1)), rtol=1e-3, atol=1e-4)
+    torch.testing.assert_close(
+        torch.tensor(train(resumed, ROWS, 1)), torch.tensor(train(alone, ROWS, 1)), rtol=1e-3, atol=1e-4
+    )
 
 
 def test_a_bad_gradient_on_one_rank_raises_on_both(directory: Path) -> None:

@@ -1,9 +1,10 @@
 """What a training backend is: the owner of model, optimizer and schedule, which only tensors and paths leave."""
 
 import math
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal, Protocol
+from typing import Any, Literal, Protocol
 
 import torch
 from jaxtyping import Float
@@ -17,6 +18,8 @@ from spin_ray.types import PackedBatch
 class BackendSettings:
     """How to compute and optimise. Example, scoring only: ``BackendSettings(max_length=2048)``."""
 
+    kind: Literal["fsdp2", "deepspeed"] = "fsdp2"
+    """Which backend (``train.backend``)."""
     max_length: int
     """Longest prompt + response in tokens (``model.max_length``): tells whether a sliding window can matter."""
     precision: Literal["bf16", "fp32"] = "bf16"
@@ -93,6 +96,19 @@ class TrainBackend(Protocol):
     def export_hf(self, directory: Path) -> None:
         """Rank 0 writes a Hugging Face folder: safetensors, config, tokenizer, chat template. Others return earlier."""
         ...
+
+
+def set_learning_rate(param_groups: Iterable[dict[str, Any]], settings: BackendSettings, step: int) -> None:
+    """Gives the optimizer the rate of the step that comes next."""
+    assert settings.optimizer is not None
+    for group in param_groups:
+        group["lr"] = learning_rate_at(
+            step,
+            peak=settings.learning_rate,
+            total_steps=settings.total_steps,
+            warmup_fraction=settings.optimizer.warmup_fraction,
+            schedule=settings.optimizer.schedule,
+        )
 
 
 def learning_rate_at(

@@ -6,7 +6,6 @@ fp32 shard ──gather, cast──> bf16 layer ──forward, backward──> b
 """
 
 import math
-from functools import partial
 from itertools import chain
 from pathlib import Path
 from typing import Any
@@ -20,10 +19,10 @@ from torch.distributed.checkpoint import FileSystemReader, FileSystemWriter
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor
-from torch.utils.checkpoint import checkpoint
 
 from spin_ray.config import OptimizerConfig
-from spin_ray.learner.backends.base import BackendSettings, StepStats, learning_rate_at
+from spin_ray.learner.backends.base import BackendSettings, StepStats, set_learning_rate
+from spin_ray.learner.backends.modules import bare_optimizer, decoder_layers, recompute_activations
 from spin_ray.learner.hf_folder import load_model, write_model
 from spin_ray.learner.scoring import ResponseScorer, choose_layout
 from spin_ray.types import PackedBatch
@@ -111,15 +110,8 @@ class Fsdp2Backend:
         return self._optimizer, self._settings.optimizer
 
     def _set_learning_rate(self) -> None:
-        optimizer, settings = self._training()
-        for group in optimizer.param_groups:
-            group["lr"] = learning_rate_at(
-                self.steps_done,
-                peak=self._settings.learning_rate,
-                total_steps=self._settings.total_steps,
-                warmup_fraction=settings.warmup_fraction,
-                schedule=settings.schedule,
-            )
+        optimizer, _ = self._training()
+        set_learning_rate(optimizer.param_groups, self._settings, self.steps_done)
 
     def _state(self) -> dict[str, Any]:
         """Everything that a step changes, as live tensors by name."""
@@ -148,10 +140,9 @@ def _shard(scorer: ResponseScorer, settings: BackendSettings, device: torch.devi
     policy = MixedPrecisionPolicy(
         param_dtype=torch.bfloat16 if settings.precision == "bf16" else None, reduce_dtype=torch.float32
     )
-    for layer in _decoder_layers(scorer.model):
-        if settings.gradient_checkpointing:
-            # Not transformers' own switch, which works in training mode only, where dropout is on.
-            layer.forward = partial(checkpoint, layer.forward, use_reentrant=False, preserve_rng_state=False)
+    if settings.gradient_checkpointing:
+        recompute_activations(scorer.model)
+    for layer in decoder_layers(scorer.model):
         reshard = settings.sharding == "full" and mesh.size() > 1
         fully_shard(layer, mesh=mesh, mp_policy=policy, reshard_after_forward=reshard)
     fully_shard(scorer, mesh=mesh, mp_policy=policy)
@@ -163,19 +154,10 @@ def _shard(scorer: ResponseScorer, settings: BackendSettings, device: torch.devi
     return scorer
 
 
-def _decoder_layers(model: Any) -> list[nn.Module]:
-    stacks = [child for child in model.get_decoder().children() if isinstance(child, nn.ModuleList)]
-    return list(max(stacks, key=len, default=[]))
-
-
 def _make_optimizer(parameters: list[nn.Parameter], config: OptimizerConfig) -> torch.optim.Optimizer:
     """The optimizer, its state allocated: too little memory shows now, and checkpoints always have the same tensors."""
-    if config.name == "adamw":
-        optimizer: torch.optim.Optimizer = torch.optim.AdamW(parameters, weight_decay=config.weight_decay, foreach=True)
-        moments = ("exp_avg", "exp_avg_sq")
-    else:
-        optimizer = torch.optim.RMSprop(parameters, weight_decay=config.weight_decay, foreach=True)
-        moments = ("square_avg",)
+    optimizer = bare_optimizer(parameters, config)
+    moments = {"adamw": ("exp_avg", "exp_avg_sq"), "rmsprop": ("square_avg",)}[config.name]
     for parameter in parameters:
         if parameter.requires_grad:
             optimizer.state[parameter] = {"step": torch.zeros(())} | {

@@ -1,0 +1,173 @@
+"""DeepSpeed: ZeRO-2 or ZeRO-3 behind the same verbs as FSDP2, on the same packs, for those who know how to tune it.
+
+bf16 (or fp32) weights ──forward, backward──> gradient ──mean over ranks──> fp32 share ──> optimizer on the fp32 master
+"""
+
+import os
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from jaxtyping import Float
+from torch import Tensor, nn
+from torch.nn import functional
+
+from spin_ray.config import OptimizerConfig
+from spin_ray.errors import ModelError
+from spin_ray.learner.backends.base import BackendSettings, StepStats, set_learning_rate
+from spin_ray.learner.backends.modules import bare_optimizer, recompute_activations
+from spin_ray.learner.hf_folder import load_model, write_model
+from spin_ray.learner.scoring import Layout, ResponseScorer, choose_layout
+from spin_ray.types import PackedBatch
+
+CHECKPOINT = "zero"
+"""Name of DeepSpeed's folder inside a checkpoint."""
+
+
+class DeepSpeedBackend:
+    """A ``TrainBackend``. Needs ``torch.distributed`` initialised, one process per rank: gloo on CPUs, NCCL on GPUs.
+
+    Two things differ from FSDP2. Every ``backward`` is a collective (ranks have equally many packs, some empty).
+    And with bf16 the fp32 master weights start from the weights rounded to bf16, as the compute copy comes first:
+    exactly the start model when that is stored in bf16, which every exported iterate is.
+    """
+
+    def __init__(self, model_dir: str | Path, settings: BackendSettings, device: torch.device) -> None:
+        if settings.optimizer is None:
+            raise ValueError("DeepSpeed is used for training only; FSDP2 scores")
+        deepspeed = _import_deepspeed(device)
+        self.device = device
+        self.steps_done = 0
+        self._gathered = deepspeed.zero.GatheredParameters
+        self._model_dir = model_dir
+        self._settings = settings
+        self._model = load_model(model_dir, trust_remote_code=settings.trust_remote_code)
+        self.layout = choose_layout(self._model, settings.attention, max_length=settings.max_length)
+        if settings.gradient_checkpointing:
+            recompute_activations(self._model)
+        scorer = _Scorer(self._model, self.layout)
+        # DeepSpeed casts buffers with the weights; in bf16 the rotary frequencies would put tokens in wrong places.
+        buffers = {name: buffer.clone() for name, buffer in self._model.named_buffers()}
+        self._engine, self._optimizer, *_ = deepspeed.initialize(
+            model=scorer,
+            optimizer=bare_optimizer(list(self._model.parameters()), settings.optimizer),
+            config=_engine_config(settings, settings.optimizer),
+            dist_init_required=False,
+        )
+        for name, buffer in buffers.items():
+            owner, _, leaf = name.rpartition(".")
+            setattr(self._model.get_submodule(owner), leaf, buffer.to(device))
+        scorer.own_the_head(deepspeed.zero)
+        set_learning_rate(self._optimizer.param_groups, settings, self.steps_done)
+
+    def logps(self, batch: PackedBatch) -> Float[Tensor, "segments"]:
+        return self._engine(batch.to(self.device))
+
+    @torch.no_grad()
+    def score(self, batch: PackedBatch) -> Float[Tensor, "segments"]:
+        return self.logps(batch)
+
+    def backward(self, loss: Float[Tensor, ""], *, last_microbatch: bool) -> None:
+        self._engine.set_gradient_accumulation_boundary(last_microbatch)
+        # DeepSpeed takes means over ranks, and losses here are shares of the whole step: undo the division.
+        self._engine.backward(loss * dist.get_world_size())
+
+    def step(self) -> StepStats:
+        learning_rate = self._optimizer.param_groups[0]["lr"]
+        self._engine.step()
+        if self._optimizer.overflow:  # it then leaves the weights alone and says nothing
+            raise FloatingPointError(
+                f"gradient norm is not finite at optimizer step {self.steps_done}; lower the learning rate or beta"
+            )
+        self.steps_done += 1
+        set_learning_rate(self._optimizer.param_groups, self._settings, self.steps_done)
+        return StepStats(grad_norm=float(self._engine.get_global_grad_norm()), learning_rate=learning_rate)
+
+    def save(self, directory: Path) -> None:
+        self._engine.save_checkpoint(
+            str(directory), tag=CHECKPOINT, client_state={"steps_done": self.steps_done}, save_latest=False
+        )
+
+    def load(self, directory: Path) -> None:
+        folder, state = self._engine.load_checkpoint(str(directory), tag=CHECKPOINT)
+        if folder is None:
+            raise ModelError(f"{directory}: DeepSpeed finds no checkpoint in it")
+        self.steps_done = state["steps_done"]
+        set_learning_rate(self._optimizer.param_groups, self._settings, self.steps_done)
+
+    def export_hf(self, directory: Path) -> None:
+        dtype = torch.bfloat16 if self._settings.precision == "bf16" else torch.float32
+        persistent = self._model.state_dict().keys()
+        weights = {}
+        for name, tensor in [*self._model.named_parameters(), *self._model.named_buffers()]:
+            with self._gathered([tensor] if hasattr(tensor, "ds_id") else []):  # every rank must take part
+                if dist.get_rank() == 0 and name in persistent:
+                    to = dtype if tensor.is_floating_point() else tensor.dtype
+                    weights[name] = tensor.detach().to("cpu", to, copy=True)
+        if dist.get_rank() == 0:
+            write_model(
+                directory,
+                self._model,
+                weights,
+                dtype=dtype,
+                source=self._model_dir,
+                with_code=self._settings.trust_remote_code,
+            )
+
+
+class _Scorer(ResponseScorer):
+    """Holds the head's weight for the whole pass. ZeRO-3 gathers a module's weights, all ranks together, each time the
+    module is called; the head is called once per chunk of targets, and ranks have unequally many.
+    """
+
+    def __init__(self, model: Any, layout: Layout) -> None:
+        super().__init__(model, layout)
+        self._bare_head: Any = None
+
+    def own_the_head(self, zero: Any) -> None:
+        head = self.model.get_output_embeddings()
+        if type(head) is not nn.Linear:
+            raise ModelError(f"the head is a {type(head).__name__}, not a Linear; use train.backend: fsdp2")
+        for parameter in head.parameters():
+            if hasattr(parameter, "ds_id"):
+                zero.register_external_parameter(self, parameter)
+        self._bare_head = partial(functional.linear, weight=head.weight, bias=head.bias)
+
+    def head(self) -> Any:
+        return self._bare_head
+
+
+def _import_deepspeed(device: torch.device) -> Any:
+    """Raises:
+    ModelError: DeepSpeed is not installed.
+    """
+    if device.type == "cpu":
+        os.environ.setdefault("DS_ACCELERATOR", "cpu")  # read when DeepSpeed is imported
+    try:
+        import deepspeed
+    except ImportError as error:
+        raise ModelError(
+            f"train.backend: deepspeed cannot be used ({error}); pip install 'spin-ray[deepspeed]'"
+        ) from error
+    if device.type == "cpu":
+        # Shared-memory collectives serve its inference only; compiling them takes minutes on every new node.
+        deepspeed.ops.__compatible_ops__.pop("deepspeed_shm_comm", None)
+    return deepspeed
+
+
+def _engine_config(settings: BackendSettings, optimizer: OptimizerConfig) -> dict[str, Any]:
+    """DeepSpeed's JSON. Batch sizes are formal: packs and their number per step are decided by the packing plan."""
+    return {
+        "train_micro_batch_size_per_gpu": 1,
+        "gradient_accumulation_steps": 1,
+        "zero_allow_untested_optimizer": True,
+        "steps_per_print": 2**31,
+        "bf16": {"enabled": settings.precision == "bf16"},
+        "communication_data_type": "fp32",
+        "data_types": {"grad_accum_dtype": "fp32"},
+        "checkpoint": {"use_node_local_storage": True},  # each rank may be given a directory of its own
+        "zero_optimization": {"stage": 3 if settings.sharding == "full" else 2},
+        "gradient_clipping": optimizer.max_grad_norm,
+    }
