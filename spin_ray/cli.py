@@ -1,4 +1,4 @@
-"""The command line: spin-ray run | status | plan | doctor."""
+"""The command line: spin-ray run | status | serve | compare | plan | doctor."""
 
 import logging
 import os
@@ -8,7 +8,7 @@ from pathlib import Path
 import click
 from rich.console import Console
 
-from spin_ray.config import SpinConfig, load_config
+from spin_ray.config import SpinConfig, load_config, override
 from spin_ray.errors import StageError, UserError
 
 EXIT_FAILED, EXIT_BAD_INPUT = 1, 2
@@ -89,6 +89,41 @@ def doctor(recipe: str, out: str | None, overrides: tuple[str, ...]) -> None:
     """Check RECIPE before it runs: values, data, model, chat template, storage, versions, resources."""
     config = load_config(recipe, _parse_overrides(overrides))
     _doctor(config, Path(out) if out else None, Console())
+
+
+@cli.command(context_settings=_OVERRIDES)
+@click.argument("run_folder", metavar="RUN")
+@click.option("--models", default=None, help="Iterates with an engine, e.g. sft,iter-0,latest; or all.")
+@click.option("--port", type=click.IntRange(0, 65535), default=None, help="TCP port on this machine.")
+@click.argument("overrides", nargs=-1, type=click.UNPROCESSED)
+def serve(run_folder: str, models: str | None, port: int | None, overrides: tuple[str, ...]) -> None:
+    """Serve the iterates of RUN through OpenAI's API, while it trains or after it.
+
+    OVERRIDES change single settings: --serving.max_tokens=256
+    """
+    from spin_ray.run_dir import RunDir
+    from spin_ray.storage import Storage
+
+    run = RunDir(Storage(run_folder))
+    settings = _parse_overrides(overrides)
+    settings |= {} if models is None else {"serving.models": f"[{models}]"}
+    settings |= {} if port is None else {"serving.port": str(port)}
+    config = override(run.config(), settings)
+    from spin_ray.serving.server import serve_run
+
+    serve_run(run, config)
+
+
+@cli.command("serve-key")
+@click.argument("name")
+@click.option("--per-minute", type=click.IntRange(min=1), default=None, help="Requests a minute, if not the default.")
+def serve_key(name: str, per_minute: int | None) -> None:
+    """Make an API key: the line for the key file goes to stdout, the key itself, once, to stderr."""
+    from spin_ray.serving.access import new_key
+
+    key, line = new_key(name, per_minute)
+    click.echo(line)
+    click.echo(f"key of {name}, shown only now: {key}", err=True)
 
 
 def _doctor(config: SpinConfig, out: Path | None, console: Console) -> None:
