@@ -4,6 +4,7 @@ import logging
 import os
 import sys
 from pathlib import Path
+from typing import IO, Any
 
 import click
 from rich.console import Console
@@ -112,6 +113,31 @@ def serve(run_folder: str, models: str | None, port: int | None, overrides: tupl
     from spin_ray.serving.server import serve_run
 
     serve_run(run, config)
+
+
+@cli.command(context_settings=_OVERRIDES)
+@click.argument("run_folder", metavar="RUN")
+@click.option("--prompts", required=True, type=click.Path(path_type=Path), help="JSONL with messages or prompt.")
+@click.option("--models", required=True, help="Two or more iterates, e.g. sft,latest.")
+@click.option("--out", type=click.File("w", encoding="utf-8"), default="-", help="JSONL file. Not given: stdout.")
+@click.option("--max-tokens", type=click.IntRange(min=1), default=128, show_default=True, help="Longest answer.")
+@click.option("--temperature", type=click.FloatRange(0, 2), default=1.0, show_default=True, help="Of sampling.")
+@click.option("--seed", type=click.IntRange(min=0), default=0, show_default=True, help="Of row 0; row i adds i.")
+@click.option("--logprobs", is_flag=True, help="Also each answer's log-probability under each model, and margins.")
+@click.argument("overrides", nargs=-1, type=click.UNPROCESSED)
+def compare(
+    run_folder: str, prompts: Path, models: str, out: IO[str], overrides: tuple[str, ...], **sampling: Any
+) -> None:
+    """Let iterates of RUN answer the same prompts with the same seeds, side by side."""
+    from spin_ray.run_dir import RunDir
+    from spin_ray.storage import Storage
+
+    run = RunDir(Storage(run_folder))
+    config = override(run.config(), _parse_overrides(overrides) | {"serving.models": f"[{models}]"})
+    from spin_ray.serving.batch import compare_file
+
+    options = sampling | {"models": models.split(",")}
+    click.echo(f"{compare_file(run, config, prompts, options, out)} prompts compared", err=True)
 
 
 @cli.command("serve-key")

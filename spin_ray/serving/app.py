@@ -8,6 +8,7 @@
 
 import asyncio
 import importlib
+import json
 import logging
 from typing import Any
 
@@ -15,6 +16,7 @@ from fastapi import APIRouter
 from ray import serve
 
 from spin_ray.config import SpinConfig, override
+from spin_ray.errors import ConfigError
 from spin_ray.run_dir import RunDir
 from spin_ray.serving.access import read_keys
 from spin_ray.serving.api import make_app
@@ -43,9 +45,6 @@ class Ingress:
 def application(run_folder: str, config: SpinConfig) -> serve.Application:
     """The application for a run, with the ``serving`` section of ``config``."""
     serving = config.serving
-    keeper: Any = serve.deployment(
-        Keeper, name="keeper", num_replicas=1, max_ongoing_requests=100, ray_actor_options={"num_cpus": 0}
-    )
     ingress: Any = serve.deployment(
         Ingress,
         name="ingress",
@@ -55,14 +54,31 @@ def application(run_folder: str, config: SpinConfig) -> serve.Application:
         ray_actor_options={"num_cpus": 0},
         logging_config={"enable_access_log": False},  # its own has models and keys in it
     )
-    return ingress.bind(run_folder, config, keeper.bind(run_folder, config))
+    return ingress.bind(run_folder, config, keeper(run_folder, config))
+
+
+def keeper(run_folder: str, config: SpinConfig) -> serve.Application:
+    """What runs the engines, alone."""
+    deployment: Any = serve.deployment(
+        Keeper, name="keeper", num_replicas=1, max_ongoing_requests=100, ray_actor_options={"num_cpus": 0}
+    )
+    return deployment.bind(run_folder, config)
 
 
 def build(args: dict[str, Any]) -> serve.Application:
-    """Builder for ``serveConfigV2``: ``args`` has ``run`` (the folder) and settings such as ``serving.models: all``."""
-    settings = {key: str(value) for key, value in args.items() if key != "run"}
+    """Builder for ``serveConfigV2``: ``args`` has ``run`` (the folder) and settings such as ``serving.models: all``.
+
+    Raises:
+        UserError: the run or the settings cannot be used, or there are no keys.
+    """
+    settings = {
+        key: value if isinstance(value, str) else json.dumps(value) for key, value in args.items() if key != "run"
+    }
     run = RunDir(Storage(args["run"]))
-    return application(str(run.storage.root), override(run.config(), settings))
+    config = override(run.config(), settings)
+    if not config.serving.keys:
+        raise ConfigError("serving.keys: is needed here, as a cluster's proxies listen beyond their machine")
+    return application(str(run.storage.root), config)
 
 
 def _pages(engines: ServeEngines, config: SpinConfig, run_folder: str) -> list[APIRouter]:

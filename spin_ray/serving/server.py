@@ -71,15 +71,23 @@ def check_settings(run: RunDir, config: SpinConfig) -> None:
 def start(run: RunDir, config: SpinConfig) -> None:
     """Deploys the application on the cluster, or on an embedded Ray, and returns; engines start in the background."""
     serving = config.serving
-    connect(with_room(config, len(wanted(run, serving.models)[0])))
-    needed = serving.resources.bundle
-    if not any(all(node["Resources"].get(name, 0) >= n for name, n in needed.items()) for node in ray.nodes()):
-        raise ResourceError(f"serving.resources: no node of the cluster has {needed}; lower it or add nodes")
+    connect_for(run, config)
     serve.start(
-        http_options={"host": serving.host, "port": serving.port, "request_timeout_s": serving.request_timeout_s + 30},
-        logging_config={"encoding": "JSON", "log_level": "INFO"},
+        http_options={"host": serving.host, "port": serving.port, "request_timeout_s": serving.request_timeout_s + 30}
     )
     serve.run(application(str(run.storage.root), config), name=APP, route_prefix="/")
+
+
+def connect_for(run: RunDir, config: SpinConfig) -> None:
+    """Attaches to the cluster, or starts an embedded Ray with room for the engines of ``serving.models``.
+
+    Raises:
+        ResourceError: no cluster answers, or no engine could ever be placed on it.
+    """
+    connect(with_room(config, len(wanted(run, config.serving.models)[0])))
+    needed = config.serving.resources.bundle
+    if not any(all(node["Resources"].get(name, 0) >= n for name, n in needed.items()) for node in ray.nodes()):
+        raise ResourceError(f"serving.resources: no node of the cluster has {needed}; lower it or add nodes")
 
 
 def with_room(config: SpinConfig, engines: int) -> SpinConfig:
