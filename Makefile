@@ -8,10 +8,10 @@ RUN := runs
 
 .DEFAULT_GOAL := help
 .NOTPARALLEL:
-.PHONY: help setup demo smoke test chaos check lint bench peers format lock clean
+.PHONY: help setup demo serve-demo smoke test chaos check lint bench peers format lock clean
 
 help: ## List the targets
-	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "make %-7s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-10s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
 
 setup: $(READY) ## Make .venv with the exact versions that are tested together (3 GB)
 
@@ -37,6 +37,9 @@ demo: $(READY) ## SmolLM2-135M learns chit-chat from people, two iterations on t
 
 smoke: $(READY) ## The same with a tiny random model: minutes, no sense in the numbers
 	$(BIN)/spin-ray run jobs/recipes/smoke.yaml --out $(RUN)/smoke
+
+serve-demo: $(READY) ## Serve the iterates of `make demo` at http://127.0.0.1:8000 (OpenAI's API)
+	$(BIN)/spin-ray serve $(RUN)/demo --models sft,latest
 
 test: $(READY) ## Every test: unit, ray (a local cluster), e2e (real vLLM)
 	$(BIN)/pytest tests

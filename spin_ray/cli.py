@@ -1,14 +1,15 @@
-"""The command line: spin-ray run | status | plan | doctor."""
+"""The command line: spin-ray run | status | serve | compare | plan | doctor."""
 
 import logging
 import os
 import sys
 from pathlib import Path
+from typing import IO, Any
 
 import click
 from rich.console import Console
 
-from spin_ray.config import SpinConfig, load_config
+from spin_ray.config import SpinConfig, load_config, override
 from spin_ray.errors import StageError, UserError
 
 EXIT_FAILED, EXIT_BAD_INPUT = 1, 2
@@ -89,6 +90,66 @@ def doctor(recipe: str, out: str | None, overrides: tuple[str, ...]) -> None:
     """Check RECIPE before it runs: values, data, model, chat template, storage, versions, resources."""
     config = load_config(recipe, _parse_overrides(overrides))
     _doctor(config, Path(out) if out else None, Console())
+
+
+@cli.command(context_settings=_OVERRIDES)
+@click.argument("run_folder", metavar="RUN")
+@click.option("--models", default=None, help="Iterates with an engine, e.g. sft,iter-0,latest; or all.")
+@click.option("--port", type=click.IntRange(0, 65535), default=None, help="TCP port on this machine.")
+@click.argument("overrides", nargs=-1, type=click.UNPROCESSED)
+def serve(run_folder: str, models: str | None, port: int | None, overrides: tuple[str, ...]) -> None:
+    """Serve the iterates of RUN through OpenAI's API, while it trains or after it.
+
+    OVERRIDES change single settings: --serving.max_tokens=256
+    """
+    from spin_ray.run_dir import RunDir
+    from spin_ray.storage import Storage
+
+    run = RunDir(Storage(run_folder))
+    settings = _parse_overrides(overrides)
+    settings |= {} if models is None else {"serving.models": f"[{models}]"}
+    settings |= {} if port is None else {"serving.port": str(port)}
+    config = override(run.config(), settings)
+    from spin_ray.serving.server import serve_run
+
+    serve_run(run, config)
+
+
+@cli.command(context_settings=_OVERRIDES)
+@click.argument("run_folder", metavar="RUN")
+@click.option("--prompts", required=True, type=click.Path(path_type=Path), help="JSONL with messages or prompt.")
+@click.option("--models", required=True, help="Two or more iterates, e.g. sft,latest.")
+@click.option("--out", type=click.File("w", encoding="utf-8"), default="-", help="JSONL file. Not given: stdout.")
+@click.option("--max-tokens", type=click.IntRange(min=1), default=128, show_default=True, help="Longest answer.")
+@click.option("--temperature", type=click.FloatRange(0, 2), default=1.0, show_default=True, help="Of sampling.")
+@click.option("--seed", type=click.IntRange(min=0), default=0, show_default=True, help="Of row 0; row i adds i.")
+@click.option("--logprobs", is_flag=True, help="Also each answer's log-probability under each model, and margins.")
+@click.argument("overrides", nargs=-1, type=click.UNPROCESSED)
+def compare(
+    run_folder: str, prompts: Path, models: str, out: IO[str], overrides: tuple[str, ...], **sampling: Any
+) -> None:
+    """Let iterates of RUN answer the same prompts with the same seeds, side by side."""
+    from spin_ray.run_dir import RunDir
+    from spin_ray.storage import Storage
+
+    run = RunDir(Storage(run_folder))
+    config = override(run.config(), _parse_overrides(overrides) | {"serving.models": f"[{models}]"})
+    from spin_ray.serving.batch import compare_file
+
+    options = sampling | {"models": models.split(",")}
+    click.echo(f"{compare_file(run, config, prompts, options, out)} prompts compared", err=True)
+
+
+@cli.command("serve-key")
+@click.argument("name")
+@click.option("--per-minute", type=click.IntRange(min=1), default=None, help="Requests a minute, if not the default.")
+def serve_key(name: str, per_minute: int | None) -> None:
+    """Make an API key: the line for the key file goes to stdout, the key itself, once, to stderr."""
+    from spin_ray.serving.access import new_key
+
+    key, line = new_key(name, per_minute)
+    click.echo(line)
+    click.echo(f"key of {name}, shown only now: {key}", err=True)
 
 
 def _doctor(config: SpinConfig, out: Path | None, console: Console) -> None:

@@ -296,6 +296,53 @@ class EvaluationConfig(Section):
     """Use only the first held-out rows."""
 
 
+class ServingConfig(Section):
+    """The endpoint of ``spin-ray serve``: which iterates, on what, and what a client may ask of them."""
+
+    models: tuple[str, ...] = ("sft", "latest")
+    """Which iterates have an engine: ``sft``, ``iter-0``, …, ``latest`` (moves with RUN/LATEST), or ``all``."""
+    host: str = "127.0.0.1"
+    """Address to listen at. Beyond this machine only with ``keys`` and Ray's token authentication."""
+    port: Annotated[int, Field(ge=0, le=65535)] = 8000
+    """TCP port."""
+    keys: str | None = None
+    """File of hashed API keys (``spin-ray serve-key`` makes its lines). None: whoever reaches the port may ask."""
+    requests_per_minute: Count | None = None
+    """Of each key, unless its line says otherwise; without keys of everybody together. None: no limit."""
+    max_concurrent: Count = 64
+    """Answers made at once per ingress replica; further requests get 503 with Retry-After instead of a queue."""
+    max_tokens: Count = 1024
+    """Longest answer a request may ask for, and gets if it asks for none in particular."""
+    max_body_bytes: Count = 2**20
+    """A larger request is refused while it streams in."""
+    body_timeout_s: Positive = 30
+    """Longest wait for the whole body of a request."""
+    request_timeout_s: Positive = 600
+    """Longest answer, and how long a stream may go on while its engine is being replaced or the server stops."""
+    replicas: Count = 1
+    """Engines per iterate."""
+    max_replicas: Count = 1
+    """More than ``replicas``: Ray Serve adds engines under load up to this number."""
+    target_ongoing_requests: Count = 32
+    """Load per engine that autoscaling aims at."""
+    ingress_replicas: Count = 1
+    """Processes that check, route and stream. Rates, ``max_concurrent`` and blind names hold in each of them."""
+    resources: ResourcesConfig = ResourcesConfig()
+    """Per engine. While ``latest`` moves on, one more than usual must fit."""
+    engine: EngineConfig | None = None
+    """How vLLM is started; None: as in ``generation.engine``."""
+    follow_interval_s: Positive = 2
+    """How often RUN/LATEST is looked at."""
+    start_timeout_s: Positive = 900
+    """Longest wait for an engine to be placed, loaded and to answer a first request."""
+    retry_failed_s: Positive = 60
+    """Pause before an iterate that failed its digest or did not start is tried again."""
+    drain_grace_s: NonNegative = 5
+    """Pause between the moment that nothing new goes to an old engine and its shutdown."""
+    log_prompts: bool = False
+    """Put messages and prompts into the access log."""
+
+
 class StorageConfig(Section):
     lease_timeout_s: Positive = 60
     """A driver that has not renewed its lease for so long counts as dead (on this host: once its process is gone)."""
@@ -343,6 +390,8 @@ class SpinConfig(Section):
     """When it stops by itself."""
     evaluation: EvaluationConfig = EvaluationConfig()
     """What is measured on the held-out rows."""
+    serving: ServingConfig = ServingConfig()
+    """How ``spin-ray serve`` answers; a run does not read it."""
     storage: StorageConfig = StorageConfig()
     """What is kept, and how one driver at a time is ensured."""
     cluster: ClusterConfig = ClusterConfig()
@@ -382,7 +431,8 @@ class IterationSettings(Section):
 
 
 _NOT_IDENTITY = (
-    "iterations", "cluster.", "storage.", "health.", "objective.beta", "train.learning_rate", "train.epochs",
+    "iterations", "cluster.", "storage.", "health.", "serving.", "objective.beta", "train.learning_rate",
+    "train.epochs",
     "train.max_failures", "train.checkpoint_every_steps", "train.sharding", "train.start_timeout_s",
     "train.resources.custom",
     "generation.replicas", "generation.start_timeout_s", "generation.shard_timeout_s", "generation.resources.custom",
@@ -505,6 +555,14 @@ def load_config(recipe: str | Path, overrides: dict[str, str] | None = None) -> 
     for key, text in (overrides or {}).items():
         _set(content, key, text)
     return parse_config(content, source=str(recipe))
+
+
+def override(config: SpinConfig, overrides: dict[str, str]) -> SpinConfig:
+    """``config`` with ``{"section.field": "YAML value"}`` on top; a ConfigError lists what cannot be."""
+    content = config.model_dump(mode="json")
+    for key, text in overrides.items():
+        _set(content, key, text)
+    return parse_config(content, source="the settings given")
 
 
 def parse_config(content: dict[str, Any], source: str) -> SpinConfig:

@@ -92,7 +92,7 @@ class VllmEngine:
             "skip_tokenizer_init": True,
             "load_format": "safetensors",
             "seed": 0,
-            **(_whole_prefill(spec.max_length) if current_platform.is_cpu() else {}),
+            **(whole_prefill(spec.max_length) if current_platform.is_cpu() else {}),
             **spec.config.extra,
         }
         self._llm: Any = LLM(**arguments)
@@ -124,7 +124,8 @@ class VllmEngine:
         del self._llm
 
 
-def _whole_prefill(max_length: int) -> dict[str, Any]:
+def whole_prefill(max_length: int) -> dict[str, Any]:
+    """Engine arguments under which a prompt is never prefilled in pieces (see ``VllmEngine``)."""
     return {"enable_chunked_prefill": False, "max_num_batched_tokens": max(max_length, 2048)}
 
 

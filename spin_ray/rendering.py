@@ -75,6 +75,19 @@ class ChatRenderer:
             raise rendered
         return rendered
 
+    def render_prompt(self, messages: Conversation) -> list[int]:
+        """Token ids of a conversation up to where the assistant speaks next: ``prompt_ids`` of ``render``.
+
+        Raises:
+            RenderError: the template refuses it.
+        """
+        aside: list[str] = []
+        guarded = [message | {"content": self._guard(message["content"], aside)} for message in messages]
+        (prompt,) = self._apply([guarded], add_generation_prompt=True)
+        if isinstance(prompt, RenderError):
+            raise prompt
+        return self._tokenise([_Text(prompt, aside)])[0]
+
     def render_all(self, conversations: Sequence[Conversation]) -> list[Rendered | RenderError]:
         """The same of many, templated and tokenised in one go; a RenderError stands where the template refuses one."""
         set_aside: list[list[str]] = [[] for _ in conversations]

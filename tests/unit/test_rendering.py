@@ -124,13 +124,16 @@ def test_ordinary_rows_have_the_tokens_that_transformers_gives_them(name, pairs,
 @settings(max_examples=40, deadline=None)
 @given(pairs=turns, other=hostile_text)
 def test_tokens_of_the_prompt_do_not_depend_on_the_response(pairs, other):
-    """The opponent sees only the prompt: a response that starts with a blank must not change how the prompt ends."""
+    """The opponent sees only the prompt: a response that starts with a blank must not change how the prompt ends.
+
+    Serving renders the prompt alone, and must get the same tokens.
+    """
     renderer = ChatRenderer(tokenizer_of(TINY))
     messages = conversation_of(pairs)
     prompts = {
         tuple(renderer.render([*messages[:-1], assistant(reply)]).prompt_ids) for reply in (pairs[-1][1], other, "\n x")
     }
-    assert len(prompts) == 1
+    assert prompts == {tuple(renderer.render_prompt(messages[:-1]))}
 
 
 # The prompt

@@ -1,0 +1,178 @@
+"""How much of a bare vLLM OpenAI server's speed does `spin-ray serve` keep, and what does it add to the first token?
+
+Both serve the same model with the same engine arguments at the same time, and are loaded in turn, A B A B: first a
+stream at a time (first token), then `--clients` streams at once (tokens a second).
+
+    python benchmarks/serving_overhead.py [--clients 8] [--requests 32] [--max-tokens 32] [--rounds 3]
+"""
+
+import argparse
+import asyncio
+import contextlib
+import json
+import os
+import signal
+import socket
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import httpx
+from harness import MODEL, RESULTS, Row, at_least, prepare, record
+
+from spin_ray.config import SpinConfig
+from spin_ray.embedded import resolve
+from spin_ray.preflight import check_recipe
+from spin_ray.run_dir import RunDir
+from spin_ray.storage import Storage
+
+LENGTH = 512
+ENGINE = {"dtype": "bfloat16", "enforce_eager": True, "cpu_kv_cache_gib": 1, "max_num_seqs": 32}
+PROMPT = [{"role": "system", "content": "Be brief."}, {"role": "user", "content": "What did you do this weekend?"}]
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--clients", type=int, default=8)
+    parser.add_argument("--requests", type=int, default=32)
+    parser.add_argument("--max-tokens", type=int, default=32)
+    parser.add_argument("--rounds", type=int, default=3)
+    options = parser.parse_args()
+    prepare()
+    ratios: list[float] = []
+    firsts: dict[str, list[float]] = {"bare": [], "ours": []}
+    with tempfile.TemporaryDirectory() as folder, bare() as one, ours(Path(folder)) as other:
+        urls = {"bare": one, "ours": other}
+        for number in range(-1, options.rounds):  # the first round warms up
+            speed = {}
+            for side, url in urls.items():
+                alone, _ = asyncio.run(load(url, 1, options.requests, 4))
+                _, speed[side] = asyncio.run(load(url, options.clients, options.requests, options.max_tokens))
+                if number >= 0:
+                    firsts[side] += alone
+            if number >= 0:
+                ratios.append(speed["ours"] / speed["bare"])
+                print(json.dumps({side: round(value, 1) for side, value in speed.items()}))
+    note = f"{options.clients} streams at once, {options.max_tokens} tokens each"
+    share = at_least("serving, share of a bare vLLM server's tokens a second", ratios, 0.9, note)
+    record([share, added(firsts, 50, 15), added(firsts, 99, 60)])
+
+
+def added(firsts: dict[str, list[float]], percent: int, target: float) -> Row:
+    """Milliseconds that a percentile of the time to first token grows by, one stream at a time."""
+    of = {side: statistics.quantiles(values, n=100)[percent - 1] * 1000 for side, values in firsts.items()}
+    value = of["ours"] - of["bare"]
+    note = f"milliseconds; bare {of['bare']:.1f}, ours {of['ours']:.1f}, {len(firsts['ours'])} requests each"
+    return Row(
+        f"serving, added to the first token, p{percent}", round(value, 1), f"<= {target:g}", value <= target, 1,
+        (round(value, 1), round(value, 1)), note,
+    )  # fmt: skip
+
+
+async def load(url: str, clients: int, requests: int, max_tokens: int) -> tuple[list[float], float]:
+    """Seconds to the first token of each request, and tokens per second of all."""
+    firsts: list[float] = []
+    waiting = iter(range(requests))
+    body = {"model": "sft", "messages": PROMPT, "max_tokens": max_tokens, "temperature": 1.0, "stream": True}
+    tokens = 0
+
+    async def work(client: httpx.AsyncClient) -> None:
+        nonlocal tokens
+        for _ in waiting:
+            started, first = time.perf_counter(), None
+            options = {"stream_options": {"include_usage": True}}
+            async with client.stream("POST", f"{url}/v1/chat/completions", json=body | options) as response:
+                assert response.status_code == 200, await response.aread()
+                async for line in response.aiter_lines():
+                    if not line.startswith("data: {"):
+                        continue
+                    if first is None:
+                        first = time.perf_counter() - started
+                    if '"usage":{' in line:
+                        tokens += json.loads(line[6:])["usage"]["completion_tokens"]
+            assert first is not None
+            firsts.append(first)
+
+    async with httpx.AsyncClient(timeout=300, limits=httpx.Limits(max_connections=clients)) as client:
+        started = time.perf_counter()
+        await asyncio.gather(*(work(client) for _ in range(clients)))
+        return firsts, tokens / (time.perf_counter() - started)
+
+
+@contextlib.contextmanager
+def bare() -> Iterator[str]:
+    """vLLM's own server."""
+    port = free_port()
+    arguments = {
+        "model": resolve(MODEL), "served-model-name": "sft", "host": "127.0.0.1", "port": port,
+        "dtype": ENGINE["dtype"],
+        "max-model-len": LENGTH, "max-num-seqs": ENGINE["max_num_seqs"], "generation-config": "vllm",
+        "load-format": "safetensors", "max-num-batched-tokens": max(LENGTH, 2048), "uvicorn-log-level": "warning",
+    }  # fmt: skip
+    command = [sys.executable, "-m", "vllm.entrypoints.openai.api_server", "--enforce-eager"]
+    command += ["--no-enable-chunked-prefill"]
+    command += [word for name, value in arguments.items() for word in (f"--{name}", str(value))]
+    environment = {
+        "VLLM_CPU_KVCACHE_SPACE": str(ENGINE["cpu_kv_cache_gib"]), "VLLM_CPU_OMP_THREADS_BIND": "nobind",
+        "OMP_NUM_THREADS": "1", "VLLM_NO_USAGE_STATS": "1",
+    }  # fmt: skip
+    with process("serving_bare", command, environment):
+        wait_until_ready(f"http://127.0.0.1:{port}/health", "")
+        yield f"http://127.0.0.1:{port}"
+
+
+@contextlib.contextmanager
+def ours(folder: Path) -> Iterator[str]:
+    """`spin-ray serve` on a run that has published its start model."""
+    config = SpinConfig.model_validate(
+        {
+            "model": {"path": MODEL, "max_length": LENGTH},
+            "data": {"train": "embedded:chitchat-train"},
+            "generation": {"engine": ENGINE, "sampling": {"max_tokens": 128}},
+        }
+    )
+    run = RunDir(Storage(folder / "run"))
+    run.begin(config, check_recipe(config).facts())
+    run.publish(0)
+    port = free_port()
+    command = [sys.executable, "-m", "spin_ray.cli", "serve", str(run.storage.root), "--port", str(port)]
+    with process("serving_ours", [*command, "--models", "sft"], {"RAY_AUTH_MODE": "token"}):
+        wait_until_ready(f"http://127.0.0.1:{port}/readyz", "sft")
+        yield f"http://127.0.0.1:{port}"
+
+
+@contextlib.contextmanager
+def process(name: str, command: list[str], environment: dict[str, str]) -> Iterator[None]:
+    with (RESULTS / f".{name}.log").open("wb") as log:
+        server: Any = subprocess.Popen(command, stdout=log, stderr=log, env=os.environ | environment)
+    try:
+        yield
+    finally:
+        server.send_signal(signal.SIGTERM)
+        server.wait(timeout=120)
+
+
+def wait_until_ready(url: str, word: str, limit_s: float = 600) -> None:
+    end = time.monotonic() + limit_s
+    while time.monotonic() < end:
+        with contextlib.suppress(httpx.HTTPError):
+            response = httpx.get(url, timeout=5)
+            if response.status_code == 200 and word in response.text:
+                return
+        time.sleep(0.5)
+    raise RuntimeError(f"{url} did not answer within {limit_s:g} s; {RESULTS} has the logs")
+
+
+def free_port() -> int:
+    with socket.socket() as one:
+        one.bind(("127.0.0.1", 0))
+        return one.getsockname()[1]
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,93 @@
+"""Who may ask, and how often.
+
+A key file has one line per key: a name for the log, the SHA-256 of the key, optionally requests per minute. Keys are
+random (``new_key``), so a plain hash is as good as a slow one, and the file alone lets nobody in.
+
+    alice 9f86d081884c7d659a2feaa0c55ad015a3bf4f1b2b0b822cd15d6c15b0f00a08 120
+"""
+
+import hashlib
+import hmac
+import re
+import secrets
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+from spin_ray.errors import ConfigError
+
+_LINE = re.compile(r"(?P<name>[\w.@-]{1,64})\s+(?P<sha256>[0-9a-f]{64})(?:\s+(?P<rate>[1-9]\d{0,8}))?")
+
+
+@dataclass(frozen=True, slots=True)
+class Key:
+    name: str
+    sha256: str
+    per_minute: int | None
+    """Its own rate; None: the default of the config."""
+
+
+def read_keys(file: str | Path) -> list[Key]:
+    """The keys of a file; blank lines and lines that start with ``#`` are skipped.
+
+    Raises:
+        ConfigError: the file cannot be read, a line is not a key, or there is none.
+    """
+    try:
+        lines = Path(file).read_text(encoding="utf-8").splitlines()
+    except (OSError, UnicodeDecodeError) as error:
+        raise ConfigError(f"serving.keys {file}: cannot be read ({error})") from error
+    keys = []
+    for number, line in enumerate(lines, 1):
+        if not line.strip() or line.lstrip().startswith("#"):
+            continue
+        match = _LINE.fullmatch(line.strip())
+        if not match:
+            raise ConfigError(
+                f"{file}:{number}: is not NAME SHA256 [REQUESTS_PER_MINUTE]; `spin-ray serve-key NAME` makes one"
+            )
+        keys.append(Key(match["name"], match["sha256"], int(match["rate"]) if match["rate"] else None))
+    if not keys:
+        raise ConfigError(f"serving.keys {file}: holds no key; `spin-ray serve-key NAME` makes one")
+    return keys
+
+
+def new_key(name: str, per_minute: int | None = None) -> tuple[str, str]:
+    """A fresh key, and its line for the key file."""
+    key = f"sr-{secrets.token_urlsafe(32)}"
+    return key, " ".join([name, _sha256(key.encode()), *([str(per_minute)] if per_minute else [])])
+
+
+def find_key(keys: list[Key], authorization: bytes | None) -> Key | None:
+    """The key of an ``Authorization: Bearer KEY`` header, compared in constant time with every one there is."""
+    scheme, _, given = (authorization or b"").partition(b" ")
+    digest = _sha256(given.strip()) if scheme.lower() == b"bearer" else ""
+    found = None
+    for key in keys:
+        if hmac.compare_digest(key.sha256, digest):
+            found = key
+    return found
+
+
+class Rates:
+    """Token buckets: ``per_minute`` requests a minute, and as many at once after a quiet minute."""
+
+    def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
+        self._clock = clock
+        self._buckets: dict[str, tuple[float, float]] = {}
+
+    def wait_s(self, name: str, per_minute: int) -> float:
+        """0 if ``name`` may ask now (and counts it), else the seconds until it may."""
+        now = self._clock()
+        tokens, then = self._buckets.get(name, (float(per_minute), now))
+        tokens = min(float(per_minute), tokens + (now - then) * per_minute / 60)
+        if tokens < 1:
+            self._buckets[name] = (tokens, now)
+            return (1 - tokens) * 60 / per_minute
+        self._buckets[name] = (tokens - 1, now)
+        return 0.0
+
+
+def _sha256(data: bytes) -> str:
+    return hashlib.sha256(data).hexdigest()

@@ -1,0 +1,236 @@
+"""The HTTP interface: OpenAI's routes, comparison, health. Knows no Ray: ``Engines`` does the work."""
+
+import asyncio
+import json
+import time
+from collections.abc import AsyncIterator
+from contextlib import AsyncExitStack, aclosing
+from typing import Any
+
+from fastapi import APIRouter, FastAPI
+from fastapi import Request as HttpRequest
+from fastapi.exceptions import RequestValidationError
+from starlette.exceptions import HTTPException
+from starlette.responses import JSONResponse, Response, StreamingResponse
+from starlette.types import Receive, Scope, Send
+
+from spin_ray.config import SpinConfig
+from spin_ray.serving.access import Key
+from spin_ray.serving.backend import CHAT, COMPLETION, Engines, Item
+from spin_ray.serving.bodies import ChatBody, CompareBody, CompletionBody, plain
+from spin_ray.serving.compare import compare
+from spin_ray.serving.errors import Refusal, from_engine, from_validation
+from spin_ray.serving.limits import Access, Observe, Slots, WholeBody
+from spin_ray.serving.metrics import Metrics
+from spin_ray.serving.names import LATEST, UnknownModel
+
+DIGEST_HEADER, ITERATE_HEADER = "x-spin-ray-digest", "x-spin-ray-iterate"
+
+_ERROR = {
+    "description": "An error in OpenAI's form",
+    "content": {"application/json": {"schema": {"type": "object", "required": ["error"]}}},
+}
+_REFUSALS: dict[int | str, dict[str, Any]] = {status: _ERROR for status in (400, 401, 404, 408, 413, 429, 503, 504)}
+
+
+def make_app(engines: Engines, config: SpinConfig, keys: list[Key], routers: list[APIRouter] | None = None) -> FastAPI:
+    """The whole application. ``routers`` are added beside it (the arena page)."""
+    app = FastAPI(title="spin_ray", version="1", docs_url=None, redoc_url=None, responses={422: _ERROR})
+    metrics = Metrics()
+    app.include_router(_routes(engines, config, metrics))
+    for router in routers or ():
+        app.include_router(router)
+    _answer_errors(app)
+    app.add_middleware(WholeBody, config=config.serving)
+    app.add_middleware(Access, config=config.serving, keys=keys)
+    app.add_middleware(Observe, metrics=metrics)
+    return app
+
+
+def _routes(engines: Engines, config: SpinConfig, metrics: Metrics) -> APIRouter:
+    router = APIRouter(responses=_REFUSALS)
+    desk = _Desk(engines, config, metrics)
+
+    @router.post("/v1/chat/completions")
+    async def chat_completions(body: ChatBody, request: HttpRequest) -> Response:
+        """OpenAI's chat completions; the conversation becomes token ids as in training."""
+        return await desk.answer(CHAT, body, request)
+
+    @router.post("/v1/completions")
+    async def completions(body: CompletionBody, request: HttpRequest) -> Response:
+        """OpenAI's completions: the prompt as it is."""
+        return await desk.answer(COMPLETION, body, request)
+
+    @router.post("/v1/compare")
+    async def compare_models(body: CompareBody, request: HttpRequest) -> dict[str, Any]:
+        """One conversation, several models, the same sampling and seed; answers side by side."""
+        desk.check_length(body.max_tokens)
+        request.state.log["model"] = ",".join(body.models)
+        desk.log_text(request, plain(body.messages))
+        with desk.slots.take(len(body.models)):
+            return await compare(engines, body, config)
+
+    @router.get("/v1/models")
+    async def models() -> dict[str, Any]:
+        """What may be asked for."""
+        return {"object": "list", "data": [_card(engines, name) for name in _served(engines)]}
+
+    @router.get("/v1/models/{name}")
+    async def model(name: str) -> dict[str, Any]:
+        if name not in _served(engines):
+            raise Refusal(404, f"The model {name!r} does not exist or does not serve", code="model_not_found")
+        return _card(engines, name)
+
+    @router.get("/healthz")
+    async def healthz() -> dict[str, str]:
+        """This replica runs."""
+        return {"status": "ok"}
+
+    @router.get("/readyz")
+    async def readyz() -> Response:
+        """Some model serves; 503 until then."""
+        served = _served(engines)
+        return JSONResponse({"status": "ready" if served else "starting", "models": served}, 200 if served else 503)
+
+    return router
+
+
+class _Desk:
+    """Takes a request for an answer through limits, engine and back."""
+
+    def __init__(self, engines: Engines, config: SpinConfig, metrics: Metrics) -> None:
+        self._engines, self._config, self._metrics = engines, config.serving, metrics
+        self.slots = Slots(config.serving.max_concurrent)
+
+    async def answer(self, operation: str, body: ChatBody | CompletionBody, request: HttpRequest) -> Response:
+        self.check_length(body.longest)
+        names = self._engines.names
+        iterate = names.resolve(body.model)
+        alias = body.model if names.is_alias(body.model) else None
+        request.state.log |= {"model": iterate, "stream": bool(body.stream)}
+        text = plain(body.messages) if isinstance(body, ChatBody) else body.prompt
+        self.log_text(request, text)
+        headers = {} if alias else {DIGEST_HEADER: self._engines.digest(iterate), ITERATE_HEADER: iterate}
+        fields = body.for_engine(iterate, self._config.max_tokens)
+        started = time.monotonic()
+        async with AsyncExitStack() as held:
+            held.enter_context(self.slots.take(body.choices))
+            answer: Any = self._engines.answer(iterate, operation, fields)
+            items = _Until(await held.enter_async_context(aclosing(answer)), self._config.request_timeout_s)
+            first = await items.next()
+            self._metrics.first_output(iterate, time.monotonic() - started)
+            if first is None:
+                raise Refusal(500, "the engine ended without an answer")
+            if isinstance(first, dict):
+                if "error" in first:
+                    raise from_engine(first["error"])
+                return JSONResponse(_blind(first, alias) if alias else first, headers=headers)
+            return _Stream(_events(first, items, alias), held.pop_all(), headers)
+        raise AssertionError("not reached: nothing above swallows an exception")
+
+    def check_length(self, asked: int | None) -> None:
+        if asked and asked > self._config.max_tokens:
+            raise Refusal(
+                400, f"max_tokens: {asked} is more than the {self._config.max_tokens} allowed here", param="max_tokens"
+            )
+
+    def log_text(self, request: HttpRequest, text: Any) -> None:
+        if self._config.log_prompts:
+            request.state.log["prompt"] = text
+
+
+class _Until:
+    """Items of an answer up to a deadline."""
+
+    def __init__(self, items: AsyncIterator[Item], limit_s: float) -> None:
+        self._items, self._limit_s = items, limit_s
+        self._end = asyncio.get_running_loop().time() + limit_s
+
+    async def next(self) -> Item | None:
+        """The next item; None at the end.
+
+        Raises:
+            Refusal: the deadline has passed.
+        """
+        try:
+            async with asyncio.timeout_at(self._end):
+                return await anext(self._items, None)
+        except TimeoutError:
+            raise Refusal(504, f"The answer took longer than {self._limit_s:g} s") from None
+
+
+class _Stream(StreamingResponse):
+    """Lets go of what the request holds (its place, its engine request) however the stream ends, even unread."""
+
+    def __init__(self, events: AsyncIterator[str], held: AsyncExitStack, headers: dict[str, str]) -> None:
+        super().__init__(events, media_type="text/event-stream", headers=headers)
+        self._held = held
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        async with self._held:
+            await super().__call__(scope, receive, send)
+
+
+async def _events(first: str, items: _Until, alias: str | None) -> AsyncIterator[str]:
+    """The stream. If it fails half-way it says so, and ends without ``[DONE]``."""
+    item: Item | None = first
+    try:
+        while item is not None:
+            if isinstance(item, dict):
+                raise from_engine(item.get("error", {}))
+            yield _blind_event(item, alias) if alias else item
+            item = await items.next()
+    except Refusal as refusal:
+        yield f"data: {json.dumps(refusal.content())}\n\n"
+
+
+def _blind(answer: dict[str, Any], alias: str) -> dict[str, Any]:
+    """Without what tells the iterate: its name, and vLLM's fingerprint of the engine's settings."""
+    return {key: value for key, value in answer.items() if key != "system_fingerprint"} | {"model": alias}
+
+
+def _blind_event(event: str, alias: str) -> str:
+    data = event.removeprefix("data: ").strip()
+    return event if data == "[DONE]" else f"data: {json.dumps(_blind(json.loads(data), alias))}\n\n"
+
+
+def _served(engines: Engines) -> list[str]:
+    """Names that a request may use now."""
+    try:
+        return [*engines.names.iterates, engines.names.newest() and LATEST]
+    except UnknownModel:
+        return list(engines.names.iterates)
+
+
+def _card(engines: Engines, name: str) -> dict[str, Any]:
+    iterate = engines.names.resolve(name)
+    return {
+        "id": name,
+        "object": "model",
+        "created": 0,
+        "owned_by": "spin_ray",
+        "iterate": iterate,
+        "digest": engines.digest(iterate),
+    }
+
+
+def _answer_errors(app: FastAPI) -> None:
+    """Every error that a route may raise, in OpenAI's form."""
+
+    @app.exception_handler(Refusal)
+    async def refused(_: HttpRequest, refusal: Refusal) -> Response:
+        return refusal.response()
+
+    @app.exception_handler(UnknownModel)
+    async def unknown(_: HttpRequest, error: UnknownModel) -> Response:
+        return Refusal(404, str(error), code="model_not_found", param="model").response()
+
+    @app.exception_handler(RequestValidationError)
+    async def invalid(_: HttpRequest, error: RequestValidationError) -> Response:
+        return from_validation(error.errors()).response()
+
+    @app.exception_handler(HTTPException)
+    async def http(_: HttpRequest, error: HTTPException) -> Response:
+        response = Refusal(error.status_code, str(error.detail)).response()
+        response.headers.update(error.headers or {})
+        return response

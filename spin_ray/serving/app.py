@@ -1,0 +1,91 @@
+"""The Ray Serve application: an ingress that checks and routes, and a keeper that runs the engines.
+
+    client ─> Serve proxy ─> Ingress (keys, limits, names, OpenAI errors) ─> engine of an iterate (vLLM)
+                                  └── hears from ── Keeper (follows RUN/LATEST, starts, probes and retires engines)
+
+``spin-ray serve RUN`` starts it; a RayService names ``spin_ray.serving.app:build`` in its ``serveConfigV2``.
+"""
+
+import asyncio
+import importlib
+import json
+import logging
+from typing import Any
+
+from fastapi import APIRouter
+from ray import serve
+
+from spin_ray.config import SpinConfig, override
+from spin_ray.errors import ConfigError
+from spin_ray.run_dir import RunDir
+from spin_ray.serving.access import read_keys
+from spin_ray.serving.api import make_app
+from spin_ray.serving.backend import ServeEngines
+from spin_ray.serving.keeper import Keeper
+from spin_ray.storage import Storage
+
+APP = "spin-ray"
+"""Name of the application."""
+
+
+@serve.ingress()
+class Ingress:
+    """One replica of the HTTP interface."""
+
+    def __init__(self, run_folder: str, config: SpinConfig, keeper: Any) -> None:
+        self._run_folder, self._config = run_folder, config
+        self._engines = ServeEngines(keeper)
+        self._keys = read_keys(config.serving.keys) if config.serving.keys else []
+
+    def __serve_build_asgi_app__(self) -> Any:
+        self._following = asyncio.get_running_loop().create_task(self._engines.follow())
+        return make_app(self._engines, self._config, self._keys, _pages(self._engines, self._config, self._run_folder))
+
+
+def application(run_folder: str, config: SpinConfig) -> serve.Application:
+    """The application for a run, with the ``serving`` section of ``config``."""
+    serving = config.serving
+    ingress: Any = serve.deployment(
+        Ingress,
+        name="ingress",
+        num_replicas=serving.ingress_replicas,
+        max_ongoing_requests=10 * serving.max_concurrent,  # refusals are quick, and must not wait behind answers
+        graceful_shutdown_timeout_s=serving.request_timeout_s,
+        ray_actor_options={"num_cpus": 0},
+        logging_config={"enable_access_log": False},  # its own has models and keys in it
+    )
+    return ingress.bind(run_folder, config, keeper(run_folder, config))
+
+
+def keeper(run_folder: str, config: SpinConfig) -> serve.Application:
+    """What runs the engines, alone."""
+    deployment: Any = serve.deployment(
+        Keeper, name="keeper", num_replicas=1, max_ongoing_requests=100, ray_actor_options={"num_cpus": 0}
+    )
+    return deployment.bind(run_folder, config)
+
+
+def build(args: dict[str, Any]) -> serve.Application:
+    """Builder for ``serveConfigV2``: ``args`` has ``run`` (the folder) and settings such as ``serving.models: all``.
+
+    Raises:
+        UserError: the run or the settings cannot be used, or there are no keys.
+    """
+    settings = {
+        key: value if isinstance(value, str) else json.dumps(value) for key, value in args.items() if key != "run"
+    }
+    run = RunDir(Storage(args["run"]))
+    config = override(run.config(), settings)
+    if not config.serving.keys:
+        raise ConfigError("serving.keys: is needed here, as a cluster's proxies listen beyond their machine")
+    return application(str(run.storage.root), config)
+
+
+def _pages(engines: ServeEngines, config: SpinConfig, run_folder: str) -> list[APIRouter]:
+    """The arena page, where this installation has it."""
+    try:
+        arena = importlib.import_module("spin_ray.serving.arena")
+    except ModuleNotFoundError:
+        logging.getLogger("ray.serve").info("no arena page in this installation")
+        return []
+    return [arena.router(engines.names, config, run_folder)]

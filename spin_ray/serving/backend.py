@@ -1,0 +1,100 @@
+"""The engines as the HTTP layer sees them. Tests of that layer put a fake here."""
+
+import asyncio
+import logging
+from collections.abc import AsyncIterator
+from contextlib import aclosing, suppress
+from typing import Any, Protocol
+
+from ray import serve
+from ray.serve.exceptions import RayServeException
+
+from spin_ray.serving.errors import Refusal, from_engine
+from spin_ray.serving.names import Names
+
+logger = logging.getLogger("ray.serve")
+
+CHAT, COMPLETION = "chat", "completion"
+"""Operations of an engine."""
+
+Item = str | dict[str, Any]
+"""A piece of an answer: server-sent events as text, or a whole answer as an object."""
+
+_HEAR_S = 10.0
+"""A keeper that has nothing new says so this often."""
+
+
+class Engines(Protocol):
+    names: Names
+
+    def digest(self, iterate: str) -> str:
+        """Of the checkpoint that answers for ``iterate``. Raises KeyError if it does not serve."""
+        ...
+
+    def answer(self, iterate: str, operation: str, fields: dict[str, Any]) -> AsyncIterator[Item]:
+        """What the engine says; the last item is an object with ``error`` if it refuses. Closing it aborts the work."""
+        ...
+
+
+class ServeEngines:
+    """Engines that are Ray Serve applications, as the keeper lists them."""
+
+    def __init__(self, keeper: Any) -> None:
+        self.names = Names()
+        self.problems: dict[str, str] = {}
+        self._keeper = keeper
+        self._engines: dict[str, Any] = {}
+        self._handles: dict[str, Any] = {}
+
+    async def follow(self) -> None:
+        """Hears every change of the keeper's table, for ever; what is known stays while the keeper is away."""
+        version = -1
+        while True:
+            try:
+                table = await self._keeper.table.remote(version, _HEAR_S)
+                if table["version"] != version:
+                    self._take(table)
+                    version = table["version"]
+            except Exception as error:  # it is started again by Ray Serve, with versions of its own
+                logger.warning("the keeper does not answer: %s", error)
+                version = -1
+                await asyncio.sleep(1)
+
+    def _take(self, table: dict[str, Any]) -> None:
+        """Handles first: a name must never resolve to an engine that cannot be called."""
+        apps = {engine["app"] for engine in table["engines"].values()}
+        known = {app: self._handles.get(app) or serve.get_app_handle(app).options(stream=True) for app in apps}
+        self._handles, self._engines = known, table["engines"]
+        self.problems = table["problems"]
+        self.names.serve_now(table["engines"], table["newest"])
+
+    def digest(self, iterate: str) -> str:
+        return self._engines[iterate]["digest"]
+
+    async def answer(self, iterate: str, operation: str, fields: dict[str, Any]) -> AsyncIterator[Item]:
+        handle = self._handles[self._engines[iterate]["app"]]
+        response = handle.answer.remote(operation, fields)
+        try:
+            async for item in response:
+                yield item
+        except RayServeException as error:
+            raise Refusal(503, "The engine is not available; try again in a moment", retry_s=1) from error
+        finally:
+            with suppress(Exception):
+                response.cancel()  # nothing if it has ended; else the engine stops working for a client that left
+
+
+async def whole(engines: Engines, iterate: str, operation: str, fields: dict[str, Any]) -> dict[str, Any]:
+    """The answer as one object.
+
+    Raises:
+        Refusal: the engine says no, or fails.
+    """
+    answer: Any = engines.answer(iterate, operation, fields)
+    async with aclosing(answer) as items:
+        async for item in items:
+            if isinstance(item, dict):
+                if "error" in item:
+                    raise from_engine(item["error"])
+                return item
+    raise Refusal(500, "the engine ended without an answer")

@@ -1,0 +1,104 @@
+"""``spin-ray compare``: the comparison of ``POST /v1/compare`` for a file of prompts, without an HTTP server."""
+
+import asyncio
+import json
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import IO, Any
+
+from pydantic import ValidationError
+from ray import serve
+
+from spin_ray.config import SpinConfig
+from spin_ray.errors import DataError, StageError
+from spin_ray.run_dir import RunDir
+from spin_ray.serving.app import keeper
+from spin_ray.serving.backend import ServeEngines
+from spin_ray.serving.bodies import CompareBody
+from spin_ray.serving.compare import compare
+from spin_ray.serving.errors import Refusal, from_validation
+from spin_ray.serving.names import UnknownModel
+from spin_ray.serving.server import APP, check_settings, connect_for, stop_serving
+
+
+def compare_file(run: RunDir, config: SpinConfig, prompts: Path, options: dict[str, Any], out: IO[str]) -> int:
+    """Writes one JSON line per row of ``prompts`` to ``out``, in order, and returns how many.
+
+    ``options`` are the fields of ``CompareBody`` that all rows share; row i gets seed ``options["seed"]`` + i.
+
+    Raises:
+        UserError: the file, a row or the settings cannot be used.
+        StageError: an engine did not start.
+    """
+    check_settings(run, config)
+    bodies = list(read_rows(prompts, options))
+    connect_for(run, config)
+    serve.start(proxy_location="Disabled")
+    handle = serve.run(keeper(str(run.storage.root), config), name=APP, route_prefix=None)
+    try:
+        return asyncio.run(_compare_all(handle, config, bodies, out))
+    finally:
+        stop_serving()
+
+
+def read_rows(file: Path, options: dict[str, Any]) -> Iterator[CompareBody]:
+    """Rows with ``messages`` (a last answer of the assistant is left out) or ``prompt``, as requests.
+
+    Raises:
+        DataError: a line is no such row.
+    """
+    try:
+        lines = file.read_text(encoding="utf-8").splitlines()
+    except (OSError, UnicodeDecodeError) as error:
+        raise DataError(f"{file}: cannot be read ({error})") from error
+    for number, line in enumerate(line for line in lines if line.strip()):
+        try:
+            row = json.loads(line)
+            messages = row["messages"] if "messages" in row else [{"role": "user", "content": row["prompt"]}]
+            asked = messages[:-1] if messages[-1]["role"] == "assistant" else messages
+            yield CompareBody.model_validate(options | {"messages": asked, "seed": options["seed"] + number})
+        except ValidationError as error:
+            raise DataError(f"{file}: row {number + 1}: {from_validation(error.errors())}") from error
+        except (ValueError, LookupError, TypeError) as error:
+            raise DataError(f"{file}: row {number + 1}: needs messages, or prompt") from error
+
+
+async def _compare_all(handle: Any, config: SpinConfig, bodies: list[CompareBody], out: IO[str]) -> int:
+    engines = ServeEngines(handle)
+    following = asyncio.get_running_loop().create_task(engines.follow())
+    try:
+        await _wait_for(engines, bodies[0].models if bodies else [], config.serving.start_timeout_s)
+        room = asyncio.Semaphore(max(1, config.serving.max_concurrent // 2))
+
+        async def one(body: CompareBody) -> dict[str, Any]:
+            async with room:
+                return await compare(engines, body, config)
+
+        tasks = [asyncio.create_task(one(body)) for body in bodies]
+        for body, task in zip(bodies, tasks, strict=True):
+            try:
+                result = await task
+            except Refusal as refusal:
+                result = {"object": "comparison", "seed": body.seed, **refusal.content()}
+            messages = [message.model_dump(exclude_none=True) for message in body.messages]
+            out.write(json.dumps({"messages": messages} | result, ensure_ascii=False) + "\n")
+        return len(bodies)
+    finally:
+        following.cancel()
+
+
+async def _wait_for(engines: ServeEngines, models: list[str], timeout_s: float) -> None:
+    """Raises StageError if an engine does not start, or not in time."""
+    deadline = time.monotonic() + timeout_s
+    while True:
+        try:
+            for model in models:
+                engines.names.resolve(model)
+            return
+        except UnknownModel as unknown:
+            if engines.problems:
+                raise StageError("; ".join(f"{name}: {reason}" for name, reason in engines.problems.items())) from None
+            if time.monotonic() > deadline:
+                raise StageError(f"{unknown}; waited serving.start_timeout_s for the engines") from unknown
+        await asyncio.sleep(0.2)

@@ -1,0 +1,144 @@
+"""What a request may ask for: OpenAI's fields that mean something here, and their limits.
+
+vLLM parses and answers requests; this is the gate before it. Fields that steer the engine or the prompt (chat
+templates, tools, structured output, transfer of caches, …) are not listed, hence refused by name; a few that only label
+a request are accepted and dropped.
+"""
+
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, StringConstraints
+
+MAX_CHOICES = 16
+"""Answers that one request may ask for: prompts × ``n``."""
+_LABELS = ("user", "metadata", "store", "service_tier", "safety_identifier", "prompt_cache_key")
+
+Text = Annotated[str, StringConstraints(min_length=1)]
+TokenIds = Annotated[list[Annotated[int, Field(ge=0, le=2**31 - 1)]], Field(min_length=1)]
+Penalty = Annotated[float, Field(ge=-2, le=2)]
+
+
+class Body(BaseModel):
+    """Numbers are numbers (``"5"`` is none), and unknown fields are refused."""
+
+    model_config = ConfigDict(extra="forbid", strict=True, allow_inf_nan=False, use_attribute_docstrings=True)
+
+
+class Sampling(Body):
+    """How answers are drawn. What is not given is vLLM's neutral default: temperature 1, nothing truncated."""
+
+    temperature: Annotated[float, Field(ge=0, le=2)] | None = None
+    top_p: Annotated[float, Field(gt=0, le=1)] | None = None
+    top_k: Annotated[int, Field(ge=0, le=2**31 - 1)] | None = None
+    """0: no limit. vLLM's; OpenAI has none."""
+    min_p: Annotated[float, Field(ge=0, le=1)] | None = None
+    """vLLM's; OpenAI has none."""
+    presence_penalty: Penalty | None = None
+    frequency_penalty: Penalty | None = None
+    seed: Annotated[int, Field(ge=0, le=2**63 - 1)] | None = None
+    """The same seed gives the same answer as far as batches are alike; vLLM promises no more."""
+    stop: Text | Annotated[list[Text], Field(max_length=4)] | None = None
+    max_tokens: Annotated[int, Field(ge=1)] | None = None
+    """Longest answer; at most ``serving.max_tokens``."""
+
+
+class StreamOptions(Body):
+    include_usage: bool | None = None
+
+
+class Request(Sampling):
+    """What both kinds of completion share."""
+
+    model: Annotated[str, StringConstraints(min_length=1, max_length=128)]
+    n: Annotated[int, Field(ge=1, le=MAX_CHOICES)] | None = None
+    stream: bool | None = None
+    stream_options: StreamOptions | None = None
+    user: Any = None
+    metadata: Any = None
+    store: Any = None
+    service_tier: Any = None
+    safety_identifier: Any = None
+    prompt_cache_key: Any = None
+
+    @property
+    def choices(self) -> int:
+        """Answers that the engine makes for this request."""
+        return self.n or 1
+
+    @property
+    def longest(self) -> int | None:
+        """The answer length asked for."""
+        return self.max_tokens
+
+    def for_engine(self, iterate: str, max_tokens: int) -> dict[str, Any]:
+        """The request as vLLM takes it, for the engine of ``iterate``."""
+        fields = self.model_dump(exclude_none=True, exclude=set(_LABELS))
+        return fields | {"model": iterate} | ({} if self.longest else {"max_tokens": max_tokens})
+
+
+class TextPart(Body):
+    type: Literal["text"]
+    text: str
+
+
+class Message(Body):
+    role: Literal["system", "user", "assistant"]
+    content: str | Annotated[list[TextPart], Field(min_length=1)]
+    name: Any = None
+
+    @property
+    def text(self) -> str:
+        return self.content if isinstance(self.content, str) else "".join(part.text for part in self.content)
+
+
+Conversation = Annotated[list[Message], Field(min_length=1, max_length=256)]
+
+
+class ResponseFormat(Body):
+    type: Literal["text"]
+
+
+class ChatBody(Request):
+    """``POST /v1/chat/completions``."""
+
+    messages: Conversation
+    max_completion_tokens: Annotated[int, Field(ge=1)] | None = None
+    logprobs: bool | None = None
+    top_logprobs: Annotated[int, Field(ge=0, le=20)] | None = None
+    response_format: ResponseFormat | None = None
+
+    @property
+    def longest(self) -> int | None:
+        return self.max_completion_tokens or self.max_tokens
+
+    def for_engine(self, iterate: str, max_tokens: int) -> dict[str, Any]:
+        return super().for_engine(iterate, max_tokens) | {"messages": plain(self.messages)}
+
+
+class CompletionBody(Request):
+    """``POST /v1/completions``: text or token ids as they are, without a chat template."""
+
+    prompt: Text | TokenIds | Annotated[list[Text] | list[TokenIds], Field(min_length=1, max_length=MAX_CHOICES)]
+    echo: bool | None = None
+    logprobs: Annotated[int, Field(ge=0, le=20)] | None = None
+
+    @property
+    def choices(self) -> int:
+        many = isinstance(self.prompt, list) and not isinstance(self.prompt[0], int)
+        return (self.n or 1) * (len(self.prompt) if many else 1)
+
+
+class CompareBody(Sampling):
+    """``POST /v1/compare``: one conversation, several models, the same sampling and seed for each."""
+
+    models: Annotated[
+        list[Annotated[str, StringConstraints(min_length=1, max_length=128)]], Field(min_length=2, max_length=8)
+    ]
+    messages: Conversation
+    logprobs: bool = False
+    """Also score every answer under every model."""
+
+
+def plain(messages: list[Message]) -> list[dict[str, str]]:
+    """Messages as role and text."""
+    return [{"role": message.role, "content": message.text} for message in messages]

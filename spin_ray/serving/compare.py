@@ -1,0 +1,101 @@
+"""One conversation, several iterates, the same sampling and seed; what each thinks of the others' answers."""
+
+import asyncio
+import secrets
+from typing import Any
+
+from spin_ray.config import SpinConfig
+from spin_ray.serving.backend import CHAT, COMPLETION, Engines, whole
+from spin_ray.serving.bodies import ChatBody, CompareBody
+from spin_ray.serving.errors import Refusal
+from spin_ray.serving.names import age
+
+NOTE = (
+    "log-probabilities are the serving engines' own: sums over the answer's tokens in nats, at temperature 1; in bf16 "
+    "they differ from the trainer's by about 0.05 a token"
+)
+
+
+async def compare(engines: Engines, body: CompareBody, config: SpinConfig) -> dict[str, Any]:
+    """Answers of ``body.models``, side by side; with ``logprobs`` also every answer's log p under every model.
+
+    Raises:
+        UnknownModel: one of the models does not serve.
+        Refusal: an engine says no, or the whole took longer than ``serving.request_timeout_s``.
+    """
+    iterates = [engines.names.resolve(model) for model in body.models]
+    seed = body.seed if body.seed is not None else secrets.randbits(63)
+    try:
+        async with asyncio.timeout(config.serving.request_timeout_s):
+            answers = await asyncio.gather(*(_answer(engines, iterate, body, seed, config) for iterate in iterates))
+            if body.logprobs:
+                await _score(engines, iterates, answers)
+    except TimeoutError:
+        raise Refusal(504, f"The comparison took longer than {config.serving.request_timeout_s:g} s") from None
+    compared = [_shown(engines, *each) for each in zip(body.models, iterates, answers, strict=True)]
+    result: dict[str, Any] = {"object": "comparison", "seed": seed, "answers": compared}
+    if body.logprobs:
+        result |= {"engine_margins": margins(iterates, answers, config), "note": NOTE}
+    return result
+
+
+def margins(iterates: list[str], answers: list[dict[str, Any]], config: SpinConfig) -> list[dict[str, Any]]:
+    """The SPIN margin of the newest iterate against each other one, by the engines' estimate.
+
+    beta · [log p(y)/q(y) − log p(y′)/q(y′)] with p the newest iterate, q the other, y the answer of p and y′ that of q.
+    Above 0: each prefers its own answer more than the other does. beta is that of the iteration that made p.
+    """
+    policy = max(range(len(iterates)), key=lambda index: age(iterates[index]))
+    if iterates[policy] == "sft":
+        return []
+    beta = config.at(age(iterates[policy]) - 1).beta
+    p, y = iterates[policy], answers[policy]["logps"]
+    return [
+        {
+            "policy": p,
+            "opponent": q,
+            "beta": beta,
+            "value": beta * ((y[p] - y[q]) - (own["logps"][p] - own["logps"][q])),
+        }
+        for q, own in zip(iterates, answers, strict=True)
+        if q != p
+    ]
+
+
+async def _answer(engines: Engines, iterate: str, body: CompareBody, seed: int, config: SpinConfig) -> dict[str, Any]:
+    sampling = body.model_dump(exclude={"models", "logprobs"}, exclude_none=True) | {"seed": seed}
+    request = ChatBody.model_validate(sampling | {"model": iterate})
+    fields = request.for_engine(iterate, config.serving.max_tokens) | {"return_token_ids": True}
+    return await whole(engines, iterate, CHAT, fields)
+
+
+async def _score(engines: Engines, iterates: list[str], answers: list[dict[str, Any]]) -> None:
+    """Adds ``logps``, ``{iterate: log p of the answer}``, to each answer."""
+    for answer in answers:
+        logps = await asyncio.gather(*(_logp(engines, iterate, answer) for iterate in iterates))
+        answer["logps"] = dict(zip(iterates, logps, strict=True))
+
+
+async def _logp(engines: Engines, iterate: str, answer: dict[str, Any]) -> float:
+    """log p of an answer under ``iterate``, from the engine's scores of prompt and answer read as one prompt."""
+    prompt, response = answer["prompt_token_ids"], answer["choices"][0]["token_ids"]
+    fields = {"model": iterate, "prompt": prompt + response, "max_tokens": 1, "prompt_logprobs": 0}
+    scored = await whole(engines, iterate, COMPLETION, fields)
+    positions = scored["choices"][0]["prompt_logprobs"][len(prompt) :]
+    return sum(
+        position[str(token)]["logprob"] if str(token) in position else position[token]["logprob"]
+        for token, position in zip(response, positions, strict=True)
+    )
+
+
+def _shown(engines: Engines, model: str, iterate: str, answer: dict[str, Any]) -> dict[str, Any]:
+    choice = answer["choices"][0]
+    shown = {
+        "model": model,
+        "iterate": iterate,
+        "digest": engines.digest(iterate),
+        "content": choice["message"].get("content") or "",
+        "finish_reason": choice["finish_reason"],
+        "usage": answer["usage"],
+    }
+    return shown | ({"logps": answer["logps"]} if "logps" in answer else {})

@@ -1,0 +1,148 @@
+"""One iterate behind one vLLM engine, as a Ray Serve application of its own.
+
+``ray.serve.llm`` starts the engine, parses OpenAI requests and streams. Added here: the files are checked before they
+are loaded, and a conversation becomes token ids the way it did in training.
+"""
+
+from typing import Any
+
+from pydantic import ValidationError
+from ray import serve
+from ray.llm._internal.common.callbacks.base import CallbackBase
+from ray.serve.llm import LLMConfig, LLMServer, build_llm_deployment
+from ray.serve.llm.openai_api_models import ChatCompletionRequest, CompletionRequest
+
+from spin_ray import cpu
+from spin_ray.config import ServingConfig, SpinConfig
+from spin_ray.engine import whole_prefill
+from spin_ray.errors import RunDirError
+from spin_ray.model_folder import open_model
+from spin_ray.rendering import ChatRenderer, RenderError, load_tokenizer
+from spin_ray.serving.backend import CHAT
+from spin_ray.serving.iterates import Iterate
+
+
+class LocalFolder(CallbackBase):
+    """Keeps ``ray.serve.llm`` from starting a worker that would look for the model on a hub: it is a folder."""
+
+    async def on_before_node_init(self) -> None:
+        self.ctx.run_init_node = False
+
+
+class IterateServer(LLMServer):
+    """A replica of one iterate."""
+
+    async def __init__(self, llm_config: LLMConfig, iterate: Iterate, config: SpinConfig) -> None:
+        self._iterate, self._config = iterate, config
+        await super().__init__(llm_config)
+
+    async def start(self) -> None:
+        """Raises RunDirError if the folder is not what was checked when this iterate was chosen."""
+        cpu.prepare(self._config.serving.resources.threads)
+        folder, model = self._iterate.folder, self._config.model
+        if open_model(folder, self._iterate.name, trust_remote_code=model.trust_remote_code).digest != (
+            self._iterate.digest
+        ):
+            raise RunDirError(f"{folder}: changed after it was checked; restore it")
+        tokenizer = load_tokenizer(str(folder), model.chat_template, model.trust_remote_code)
+        self._renderer = ChatRenderer(tokenizer)
+        await super().start()
+        engine: Any = self.engine  # its attribute is private to ray.serve.llm, which has no other way to a renderer
+        engine._oai_serving_chat.online_renderer.render_chat = self._render_chat
+
+    async def answer(self, operation: str, fields: dict[str, Any]) -> Any:
+        """Yields server-sent events as text, or one object: the whole answer, or ``{"error": …}``."""
+        try:
+            if operation == CHAT:
+                stops = [self._renderer.end_of_turn_id]
+                stream = await self.chat(ChatCompletionRequest(**fields, stop_token_ids=stops))
+            else:
+                stream = await self.completions(CompletionRequest(**fields))
+        except ValidationError as error:
+            yield {"error": {"message": str(error.errors()[0]["msg"]), "code": 400}}
+            return
+        async for items in stream:
+            for item in items if isinstance(items, list) else [items]:
+                yield item if isinstance(item, str) else item.model_dump(exclude_none=True)
+
+    async def _render_chat(self, request: Any) -> Any:
+        """Token ids of the prompt: the template, the guard against forged control tokens and the tokeniser of training.
+
+        Raises:
+            RenderError: the template refuses the conversation, or it is too long; vLLM's caller answers 400.
+        """
+        from vllm.inputs.engine import tokens_input
+
+        messages = [{"role": message["role"], "content": message["content"]} for message in request.messages]
+        if self._config.data.system is not None and messages[0]["role"] != "system":
+            messages.insert(0, {"role": "system", "content": self._config.data.system})
+        ids = self._renderer.render_prompt(messages)
+        longest = self._config.model.max_length
+        if len(ids) >= longest:
+            raise RenderError(f"messages: have {len(ids)} tokens; with an answer at most {longest} fit")
+        return list(request.messages), [tokens_input(ids)]
+
+
+def build_engine(iterate: Iterate, config: SpinConfig) -> serve.Application:
+    """The application of one iterate. It has no route: requests come through the ingress only."""
+    serving = config.serving
+    engine = serving.engine or config.generation.engine
+    llm_config = LLMConfig(
+        model_loading_config={"model_id": iterate.name, "model_source": str(iterate.folder)},
+        engine_kwargs={
+            "max_model_len": config.model.max_length,
+            "dtype": engine.dtype,
+            "tensor_parallel_size": engine.tensor_parallel_size,
+            "max_num_seqs": engine.max_num_seqs,
+            "gpu_memory_utilization": engine.gpu_memory_utilization,
+            "enforce_eager": engine.enforce_eager,
+            "trust_remote_code": config.model.trust_remote_code,
+            "generation_config": "vllm",  # sampling as asked, never the model folder's
+            "load_format": "safetensors",
+            "enable_log_requests": False,
+            **({} if serving.resources.gpus else whole_prefill(config.model.max_length)),
+            **engine.extra,
+        },
+        placement_group_config={"bundle_per_worker": _per_worker(serving, engine.tensor_parallel_size)},
+        callback_config={"callback_class": LocalFolder},
+        experimental_configs={"stream_batching_interval_ms": 0},  # Ray's 50 ms would be added to the first token
+        runtime_env={"env_vars": _environment(serving, engine.cpu_kv_cache_gib)},
+        deployment_config=_deployment(serving),
+    )
+    return build_llm_deployment(
+        llm_config, name_prefix="", deployment_cls=IterateServer, bind_kwargs={"iterate": iterate, "config": config}
+    )
+
+
+def _per_worker(serving: ServingConfig, workers: int) -> dict[str, float]:
+    """``serving.resources`` is per engine; ``ray.serve.llm`` wants it per worker of the engine."""
+    return {name: amount / workers for name, amount in serving.resources.bundle.items()}
+
+
+def _environment(serving: ServingConfig, kv_cache_gib: int) -> dict[str, str]:
+    """vLLM and the compute libraries read these when they are imported."""
+    return {
+        "OMP_NUM_THREADS": str(serving.resources.threads),
+        "VLLM_CPU_KVCACHE_SPACE": str(kv_cache_gib),
+        "VLLM_CPU_OMP_THREADS_BIND": "nobind",
+        "VLLM_NO_USAGE_STATS": "1",
+        "VLLM_LOGGING_LEVEL": "WARNING",
+    }
+
+
+def _deployment(serving: ServingConfig) -> dict[str, Any]:
+    scale: dict[str, Any] = {"num_replicas": serving.replicas}
+    if serving.max_replicas > serving.replicas:
+        scale = {
+            "autoscaling_config": {
+                "min_replicas": serving.replicas,
+                "max_replicas": serving.max_replicas,
+                "target_ongoing_requests": serving.target_ongoing_requests,
+            }
+        }
+    return scale | {
+        "max_ongoing_requests": 10 * serving.max_concurrent,  # the ingress refuses first
+        "graceful_shutdown_timeout_s": serving.request_timeout_s,
+        "max_constructor_retry_count": 1,
+        "ray_actor_options": {"num_cpus": 0},
+    }

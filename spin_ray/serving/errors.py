@@ -1,0 +1,62 @@
+"""Refusals and failures in OpenAI's form, so that its clients raise the exception they document."""
+
+from typing import Any
+
+from starlette.responses import JSONResponse
+
+_TYPES = {
+    401: "authentication_error", 404: "not_found_error", 429: "rate_limit_error", 500: "server_error",
+    503: "overloaded_error", 504: "timeout_error",
+}  # fmt: skip
+
+
+class Refusal(Exception):
+    """Ends a request with an HTTP status."""
+
+    def __init__(
+        self,
+        status: int,
+        message: str,
+        *,
+        code: str | None = None,
+        param: str | None = None,
+        retry_s: int | None = None,
+    ) -> None:
+        super().__init__(message)
+        self.status, self.message, self.code, self.param, self.retry_s = status, message, code, param, retry_s
+
+    def response(self) -> JSONResponse:
+        headers = {} if self.retry_s is None else {"Retry-After": str(self.retry_s)}
+        if self.status == 401:
+            headers["WWW-Authenticate"] = "Bearer"
+        return JSONResponse(self.content(), self.status, headers)
+
+    def content(self) -> dict[str, Any]:
+        error = {"message": self.message, "type": self.kind, "param": self.param, "code": self.code}
+        return {"error": {key: _printable(value) for key, value in error.items()}}
+
+    @property
+    def kind(self) -> str:
+        return _TYPES.get(self.status, "invalid_request_error")
+
+
+def _printable(text: str | None) -> str | None:
+    """What a client sent may hold lone surrogates, which JSON over UTF-8 cannot."""
+    return None if text is None else text.encode("utf-8", "replace").decode()
+
+
+def from_engine(error: dict[str, Any]) -> Refusal:
+    """What vLLM says of a request: its own 4xx as it is, anything else as 500."""
+    code = error.get("code")
+    status = code if isinstance(code, int) and 400 <= code < 500 else 500
+    message = error.get("message", "") if status < 500 else "the engine failed; the request may be repeated"
+    return Refusal(status, str(message), param=error.get("param"))
+
+
+def from_validation(errors: Any) -> Refusal:
+    """The first problem that pydantic found in a body, named as the client wrote it."""
+    first = errors[0]
+    where = ".".join(str(part) for part in first["loc"] if part != "body")
+    if first["type"] == "extra_forbidden":
+        return Refusal(400, f"{where}: is not supported here", code="unsupported_parameter", param=where)
+    return Refusal(400, f"{where or 'body'}: {first['msg']}", param=where or None)

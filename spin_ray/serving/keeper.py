@@ -1,0 +1,185 @@
+"""Keeps the right engines running, and follows ``RUN/LATEST``.
+
+    LATEST moves ─> open (digests) ─> start beside the old one ─> probe ─> the table changes ─> every ingress hears
+                                                                                └─> the old engine drains, then goes
+
+The old engine serves until the new one has answered; if any step fails it stays. The name of an engine's application
+holds its digest, so a keeper that is started again finds the engines of the last one.
+"""
+
+import asyncio
+import logging
+import time
+from contextlib import suppress
+from typing import Any
+
+from ray import serve
+from ray.serve.schema import ApplicationStatus
+
+from spin_ray.config import SpinConfig
+from spin_ray.errors import UserError, first_line
+from spin_ray.run_dir import RunDir
+from spin_ray.serving.backend import CHAT, COMPLETION
+from spin_ray.serving.engines import build_engine
+from spin_ray.serving.iterates import open_iterate, wanted
+from spin_ray.storage import Storage
+
+logger = logging.getLogger("ray.serve")
+
+ENGINE_PREFIX = "engine."
+_ENDED = (ApplicationStatus.DEPLOY_FAILED, ApplicationStatus.NOT_STARTED)
+
+
+class EngineFailed(RuntimeError):
+    """An engine did not start or did not answer its probe."""
+
+
+class Keeper:
+    """One per cluster. Its table is what every ingress replica serves from.
+
+    ``{"version": 3, "newest": "iter-1", "engines": {"iter-1": {"app": "engine.iter-1.5f0c…", "digest": "5f0c…"}},
+    "problems": {"iter-2": "…/model.safetensors: differs from its digest"}}``
+    """
+
+    async def __init__(self, run_folder: str, config: SpinConfig) -> None:
+        self._run, self._config = RunDir(Storage(run_folder)), config
+        self._table: dict[str, Any] = {"version": 0, "newest": None, "engines": {}, "problems": {}}
+        self._changed = asyncio.Condition()
+        self._retry_at: dict[str, float] = {}
+        self._looked_for_strays = False
+        self._draining: set[asyncio.Task[None]] = set()
+        self._loop = asyncio.get_running_loop().create_task(self._keep())
+
+    async def table(self, known: int, wait_s: float) -> dict[str, Any]:
+        """The table as soon as its version is not ``known``, at the latest after ``wait_s`` seconds."""
+        async with self._changed:
+            with suppress(TimeoutError):
+                await asyncio.wait_for(self._changed.wait_for(lambda: self._table["version"] != known), wait_s)
+            return self._table
+
+    def check_health(self) -> None:
+        """Ray Serve starts another keeper if this one's loop has ended."""
+        if self._loop.done():
+            raise RuntimeError("the loop that follows LATEST has ended")
+
+    async def _keep(self) -> None:
+        while True:
+            try:
+                await self._once()
+            except (UserError, OSError) as error:  # e.g. storage that does not answer: what serves goes on serving
+                logger.warning("cannot read the run: %s", error)
+            await asyncio.sleep(self._config.serving.follow_interval_s)
+
+    async def _once(self) -> None:
+        names, latest = await asyncio.to_thread(wanted, self._run, self._config.serving.models)
+        due = [
+            name
+            for name in names
+            if name not in self._table["engines"] and time.monotonic() >= self._retry_at.get(name, 0)
+        ]
+        await asyncio.gather(*(self._try_start(name, latest) for name in due))
+        engines = self._table["engines"]
+        if latest in engines and self._table["newest"] != latest:
+            await self._publish(engines, latest)
+        if latest is None or latest in engines:
+            await self._retire([name for name in engines if name not in names])
+            await self._remove_strays()
+
+    async def _try_start(self, name: str, latest: str | None) -> None:
+        try:
+            iterate = await asyncio.to_thread(open_iterate, self._run, name)
+            app = f"{ENGINE_PREFIX}{name}.{iterate.digest[:16]}"
+            await self._start(app, iterate)
+        except (UserError, EngineFailed) as error:
+            self._retry_at[name] = time.monotonic() + self._config.serving.retry_failed_s
+            problems = self._table["problems"] | {name: first_line(error)}
+            logger.error("%s does not serve: %s", name, problems[name])
+            await self._publish(self._table["engines"], self._table["newest"], problems)
+            return
+        problems = {other: reason for other, reason in self._table["problems"].items() if other != name}
+        engines = self._table["engines"] | {name: {"app": app, "digest": iterate.digest}}
+        newest = name if name == latest else self._table["newest"]
+        await self._publish(engines, newest, problems)
+        logger.info("%s serves (%s)", name, iterate.digest)
+
+    async def _start(self, app: str, iterate: Any) -> None:
+        """Raises EngineFailed if the engine does not answer in time; nothing is left of it then."""
+        deadline = time.monotonic() + self._config.serving.start_timeout_s
+        target = serve.RunTarget(build_engine(iterate, self._config), name=app, route_prefix=None)
+        if await _status(app) != ApplicationStatus.RUNNING:
+            await asyncio.to_thread(serve.run_many, [target], wait_for_applications_running=False)
+        try:
+            while (status := await _status(app)) != ApplicationStatus.RUNNING:
+                if status in _ENDED:
+                    raise EngineFailed(f"its engine did not start ({await _message(app)})")
+                if time.monotonic() > deadline:
+                    raise EngineFailed(
+                        f"its engine was not ready after serving.start_timeout_s ({status.value}); are "
+                        f"{self._config.serving.resources.bundle} free in the cluster?"
+                    )
+                await asyncio.sleep(0.2)
+            await self._probe(app, iterate.name, deadline)
+        except EngineFailed:
+            await asyncio.to_thread(serve.delete, app, _blocking=False)
+            raise
+
+    async def _probe(self, app: str, name: str, deadline: float) -> None:
+        """Real answers: a model that loads may still not run, and vLLM compiles each kind of sampling at first use."""
+        handle: Any = serve.get_app_handle(app).options(stream=True)
+        chat = {"model": name, "messages": [{"role": "user", "content": "Hello"}], "max_tokens": 2}
+        scored = {"model": name, "prompt": [1, 1], "max_tokens": 1, "prompt_logprobs": 0}
+        for operation, fields in ((CHAT, chat), (CHAT, chat | {"seed": 0}), (COMPLETION, scored)):
+            try:
+                async with asyncio.timeout(max(1.0, deadline - time.monotonic())):
+                    items = [item async for item in handle.answer.remote(operation, fields)]
+            except Exception as error:  # whatever the engine died of
+                raise EngineFailed(f"its engine did not answer a first request ({first_line(error)})") from error
+            if "choices" not in items[0]:
+                raise EngineFailed(f"its engine refused a first request ({items[0]})")
+
+    async def _retire(self, names: list[str]) -> None:
+        """No new requests for these; each engine ends what it has begun."""
+        if not names:
+            return
+        engines = dict(self._table["engines"])
+        gone = [engines.pop(name)["app"] for name in names]
+        await self._publish(engines, self._table["newest"])
+        task = asyncio.get_running_loop().create_task(self._drain(gone))
+        self._draining.add(task)
+        task.add_done_callback(self._draining.discard)
+
+    async def _drain(self, apps: list[str]) -> None:
+        await asyncio.sleep(self._config.serving.drain_grace_s)  # until every ingress replica has the new table
+        for app in apps:
+            await asyncio.to_thread(serve.delete, app, _blocking=False)
+
+    async def _remove_strays(self) -> None:
+        """Once: engines that an earlier keeper left and that nobody asks for any more."""
+        if self._looked_for_strays:
+            return
+        self._looked_for_strays = True
+        ours = {engine["app"] for engine in self._table["engines"].values()}
+        for app in (await asyncio.to_thread(serve.status)).applications:
+            if app.startswith(ENGINE_PREFIX) and app not in ours:
+                await asyncio.to_thread(serve.delete, app, _blocking=False)
+
+    async def _publish(self, engines: dict[str, Any], newest: str | None, problems: Any = None) -> None:
+        async with self._changed:
+            self._table = {
+                "version": self._table["version"] + 1,
+                "newest": newest,
+                "engines": engines,
+                "problems": self._table["problems"] if problems is None else problems,
+            }
+            self._changed.notify_all()
+
+
+async def _status(app: str) -> ApplicationStatus:
+    found = (await asyncio.to_thread(serve.status)).applications.get(app)
+    return found.status if found else ApplicationStatus.NOT_STARTED
+
+
+async def _message(app: str) -> str:
+    found = (await asyncio.to_thread(serve.status)).applications.get(app)
+    lines = [line.strip() for line in (found.message if found else "").splitlines() if "Error" in line]
+    return lines[-1][:500] if lines else "no reason given"

@@ -1,0 +1,164 @@
+"""What stands before the routes, as plain ASGI: keys, rates, the size and time of a body, headers, the access log."""
+
+import asyncio
+import json
+import logging
+import math
+import time
+from collections.abc import Iterator, MutableMapping
+from contextlib import contextmanager
+from typing import Any
+
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
+
+from spin_ray.config import ServingConfig
+from spin_ray.serving.access import Key, Rates, find_key
+from spin_ray.serving.errors import Refusal
+from spin_ray.serving.metrics import Metrics
+
+access_log = logging.getLogger("ray.serve.spin_ray.access")
+
+_HEADERS = [
+    (b"x-content-type-options", b"nosniff"),
+    (b"x-frame-options", b"DENY"),
+    (b"referrer-policy", b"no-referrer"),
+    (b"cache-control", b"no-store"),
+    (b"content-security-policy", b"default-src 'self'; base-uri 'none'; form-action 'self'; frame-ancestors 'none'"),
+]
+
+
+class Observe:
+    """Outermost: headers that keep browsers careful, one log line (Serve adds the id), no failure without a body.
+
+    A route says what it knows through ``scope["state"]["log"]``, e.g. the model.
+    """
+
+    def __init__(self, app: ASGIApp, metrics: Metrics) -> None:
+        self._app, self._metrics = app, metrics
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] != "http":
+            await self._app(scope, receive, send)
+            return
+        started = time.monotonic()
+        line: dict[str, Any] = {"method": scope["method"], "path": scope["path"]}
+        scope.setdefault("state", {})["log"] = line
+
+        async def send_with_headers(message: Message) -> None:
+            if message["type"] == "http.response.start":
+                line["status"] = message["status"]
+                message["headers"] = [*message.get("headers", ()), *_HEADERS]
+            await send(message)
+
+        try:
+            await self._app(scope, receive, send_with_headers)
+        except Exception:
+            logging.getLogger("ray.serve").exception("%s failed", scope["path"])
+            if "status" not in line:
+                failed = Refusal(500, "an error here, not in the request; the server's log has more")
+                await failed.response()(scope, receive, send_with_headers)
+        finally:
+            line["seconds"] = round(time.monotonic() - started, 4)
+            line.setdefault("status", 499)  # the client hung up before an answer began
+            if scope["path"] not in ("/healthz", "/readyz"):
+                access_log.info(json.dumps(line))
+            self._metrics.answered(str(line.get("model", "")), line["status"], line["seconds"])
+
+
+class Access:
+    """401 without a known key, 429 above its rate. Health and the page itself need no key; all under ``/v1`` does."""
+
+    def __init__(self, app: ASGIApp, config: ServingConfig, keys: list[Key]) -> None:
+        self._app, self._config, self._keys, self._rates = app, config, keys, Rates()
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] == "http" and scope["path"].startswith("/v1"):
+            try:
+                self._check(scope)
+            except Refusal as refusal:
+                await refusal.response()(scope, receive, send)
+                return
+        await self._app(scope, receive, send)
+
+    def _check(self, scope: Scope) -> None:
+        name, rate = "", self._config.requests_per_minute
+        if self._keys:
+            key = find_key(self._keys, dict(scope["headers"]).get(b"authorization"))
+            if key is None:
+                raise Refusal(401, "Give a known key as `Authorization: Bearer KEY`", code="invalid_api_key")
+            name, rate = key.name, key.per_minute or rate
+            scope["state"]["log"]["key"] = name
+        wait_s = self._rates.wait_s(name, rate) if rate else 0.0
+        if wait_s:
+            raise Refusal(
+                429, f"More than {rate} requests a minute", code="rate_limit_exceeded", retry_s=math.ceil(wait_s)
+            )
+
+
+class WholeBody:
+    """Reads the body before the route runs: 413 as soon as it is too large, 408 when it dawdles."""
+
+    def __init__(self, app: ASGIApp, config: ServingConfig) -> None:
+        self._app, self._config = app, config
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] != "http" or scope["method"] in ("GET", "HEAD"):
+            await self._app(scope, receive, send)
+            return
+        try:
+            async with asyncio.timeout(self._config.body_timeout_s):
+                body = await self._read(scope, receive)
+        except TimeoutError:
+            body = Refusal(408, f"The body took longer than {self._config.body_timeout_s:g} s")
+        if isinstance(body, Refusal):
+            await body.response()(scope, receive, send)
+        elif body is not None:
+            await self._app(scope, _replay(body, receive), send)
+
+    async def _read(self, scope: Scope, receive: Receive) -> bytes | Refusal | None:
+        """None if the client hung up."""
+        limit = self._config.max_body_bytes
+        too_large = Refusal(413, f"The body has more than {limit} bytes", code="request_too_large")
+        length = dict(scope["headers"]).get(b"content-length", b"")
+        if length.isdigit() and int(length[:19]) > limit:
+            return too_large
+        body = bytearray()
+        while True:
+            message: MutableMapping[str, Any] = await receive()
+            if message["type"] == "http.disconnect":
+                return None
+            body += message.get("body", b"")
+            if len(body) > limit:
+                return too_large
+            if not message.get("more_body", False):
+                return bytes(body)
+
+
+def _replay(body: bytes, receive: Receive) -> Receive:
+    """The body in one message, then what the client does next."""
+    waiting = [{"type": "http.request", "body": body, "more_body": False}]
+
+    async def replayed() -> Message:
+        return waiting.pop() if waiting else await receive()
+
+    return replayed
+
+
+class Slots:
+    """Answers being made at once in this replica; one more than there is room for is refused, not queued."""
+
+    def __init__(self, room: int) -> None:
+        self._room, self.taken = room, 0
+
+    @contextmanager
+    def take(self, answers: int) -> Iterator[None]:
+        """Raises Refusal(503) if ``answers`` more do not fit (a single request larger than all: 400)."""
+        if answers > self._room:
+            raise Refusal(400, f"asks for {answers} answers; at most {self._room} fit", code="too_many_answers")
+        if self.taken + answers > self._room:
+            raise Refusal(503, "All places are taken; try again in a moment", code="overloaded", retry_s=1)
+        self.taken += answers
+        try:
+            yield
+        finally:
+            self.taken -= answers

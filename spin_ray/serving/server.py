@@ -1,0 +1,118 @@
+"""``spin-ray serve``: starts Ray if need be, serves until it is stopped, and stops without cutting an answer short."""
+
+import logging
+import os
+import signal
+import threading
+from typing import Any
+
+import ray
+from ray import serve
+
+from spin_ray.config import SpinConfig
+from spin_ray.errors import ConfigError, ResourceError, StageError
+from spin_ray.resources import connect
+from spin_ray.run_dir import RunDir
+from spin_ray.serving.access import read_keys
+from spin_ray.serving.app import APP, application
+from spin_ray.serving.iterates import ALL, wanted
+from spin_ray.serving.keeper import ENGINE_PREFIX
+from spin_ray.serving.names import LATEST, is_iterate
+
+logger = logging.getLogger(__name__)
+
+_LOOPBACK = ("127.0.0.1", "::1", "localhost")
+
+
+def serve_run(run: RunDir, config: SpinConfig) -> None:
+    """Serves until SIGINT or SIGTERM.
+
+    Raises:
+        UserError: the settings, keys, run or cluster cannot be used.
+        StageError: the server stopped by itself.
+    """
+    check_settings(run, config)
+    stop = threading.Event()
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, lambda *_: stop.set())
+    start(run, config)
+    serving = config.serving
+    logger.info("http://%s:%d answers once an engine is ready; Ctrl-C stops it", serving.host, serving.port)
+    try:
+        _watch(stop)
+    finally:
+        stop_serving()
+
+
+def check_settings(run: RunDir, config: SpinConfig) -> None:
+    """What can be told before anything starts.
+
+    Raises:
+        UserError: an unknown model name, keys that cannot be read, or an open port without locks.
+    """
+    serving = config.serving
+    for name in serving.models:
+        if not is_iterate(name) and name not in (LATEST, ALL):
+            raise ConfigError(f"serving.models: {name!r} is none of sft, iter-0, iter-1, …, {LATEST}, {ALL}")
+    if not wanted(run, serving.models)[0]:
+        raise ConfigError(f"serving.models: {run.storage.root} has published none of {', '.join(serving.models)} yet")
+    if serving.keys:
+        read_keys(serving.keys)
+    if serving.host not in _LOOPBACK:
+        if not serving.keys:
+            raise ConfigError(f"serving.host: {serving.host} can be reached from elsewhere; set serving.keys first")
+        if os.environ.get("RAY_AUTH_MODE", "token") != "token":
+            raise ConfigError(
+                f"serving.host: {serving.host} can be reached from elsewhere, and so could Ray with RAY_AUTH_MODE="
+                f"{os.environ['RAY_AUTH_MODE']}; set it to token"
+            )
+
+
+def start(run: RunDir, config: SpinConfig) -> None:
+    """Deploys the application on the cluster, or on an embedded Ray, and returns; engines start in the background."""
+    serving = config.serving
+    connect_for(run, config)
+    serve.start(
+        http_options={"host": serving.host, "port": serving.port, "request_timeout_s": serving.request_timeout_s + 30}
+    )
+    serve.run(application(str(run.storage.root), config), name=APP, route_prefix="/")
+
+
+def connect_for(run: RunDir, config: SpinConfig) -> None:
+    """Attaches to the cluster, or starts an embedded Ray with room for the engines of ``serving.models``.
+
+    Raises:
+        ResourceError: no cluster answers, or no engine could ever be placed on it.
+    """
+    connect(with_room(config, len(wanted(run, config.serving.models)[0])))
+    needed = config.serving.resources.bundle
+    if not any(all(node["Resources"].get(name, 0) >= n for name, n in needed.items()) for node in ray.nodes()):
+        raise ResourceError(f"serving.resources: no node of the cluster has {needed}; lower it or add nodes")
+
+
+def with_room(config: SpinConfig, engines: int) -> SpinConfig:
+    """An embedded Ray that declares CPUs for every engine, and for a new one beside the old while ``latest`` moves."""
+    if config.cluster.local_cpus:
+        return config
+    needed = int((engines * config.serving.max_replicas + 1) * config.serving.resources.cpus + 1)
+    cpus = max(os.cpu_count() or 1, needed)
+    return config.model_copy(update={"cluster": config.cluster.model_copy(update={"local_cpus": cpus})})
+
+
+def stop_serving() -> None:
+    """The ingress ends its answers, then the engines go; a Serve that others use too stays up."""
+    serve.delete(APP)
+    names = list(serve.status().applications)
+    for name in names:
+        if name.startswith(ENGINE_PREFIX):
+            serve.delete(name)
+    if not [name for name in names if not name.startswith(ENGINE_PREFIX)]:
+        serve.shutdown()
+
+
+def _watch(stop: threading.Event) -> None:
+    """Returns when ``stop`` is set. Raises StageError if the application is gone."""
+    while not stop.wait(5):
+        found: Any = serve.status().applications.get(APP)
+        if found is None:
+            raise StageError("the server was deleted by somebody else")

@@ -1,0 +1,58 @@
+"""Engines without a model, for tests of the HTTP layer alone."""
+
+import asyncio
+from collections.abc import AsyncIterator
+from typing import Any
+
+from spin_ray.serving.backend import CHAT, Item
+from spin_ray.serving.names import Names
+
+USAGE = {"prompt_tokens": 1, "completion_tokens": 2, "total_tokens": 3}
+
+
+class FakeEngines:
+    """Answers every request with its model's name; says how many answers it is making, and what it was asked."""
+
+    def __init__(self) -> None:
+        self.names = Names()
+        self.names.serve_now(["sft", "iter-0"], newest="iter-0")
+        self.asked: list[dict[str, Any]] = []
+        self.active = 0
+        self.gate = asyncio.Event()
+        """Answers wait here after their first piece."""
+        self.gate.set()
+        self.error: dict[str, Any] | None = None
+
+    def digest(self, iterate: str) -> str:
+        return {"sft": "d0", "iter-0": "d1"}[iterate]
+
+    async def answer(self, iterate: str, operation: str, fields: dict[str, Any]) -> AsyncIterator[Item]:
+        self.asked.append(fields)
+        self.active += 1
+        try:
+            if self.error:
+                yield {"error": self.error}
+                return
+            if not fields.get("stream"):
+                await self.gate.wait()
+                yield _whole(iterate, operation, fields)
+                return
+            yield f'data: {{"model":"{iterate}","system_fingerprint":"fp-{iterate}","choices":[]}}\n\n'
+            await self.gate.wait()
+            yield "data: [DONE]\n\n"
+        finally:
+            self.active -= 1
+
+
+def _whole(iterate: str, operation: str, fields: dict[str, Any]) -> dict[str, Any]:
+    """Token 7 has log p −1 under ``sft`` and −2 under ``iter-0``; 8 the other way round. Each says its own twice."""
+    own = {"sft": 7, "iter-0": 8}
+    choice: dict[str, Any] = {"index": 0, "finish_reason": "stop"}
+    if operation == CHAT:
+        choice |= {"message": {"role": "assistant", "content": iterate}}
+        choice |= {"token_ids": [own[iterate]] * 2} if fields.get("return_token_ids") else {}
+    else:
+        scores = [{str(token): {"logprob": -1.0 if token == own[iterate] else -2.0}} for token in fields["prompt"]]
+        choice |= {"text": iterate, "prompt_logprobs": scores if "prompt_logprobs" in fields else None}
+    answer = {"id": "1", "model": iterate, "system_fingerprint": f"fp-{iterate}", "choices": [choice], "usage": USAGE}
+    return answer | ({"prompt_token_ids": [1, 2, 3]} if fields.get("return_token_ids") else {})

@@ -1,0 +1,52 @@
+"""Keys in a file, compared without telling, and rates."""
+
+from pathlib import Path
+
+import pytest
+
+from spin_ray.errors import ConfigError
+from spin_ray.serving.access import Key, Rates, find_key, new_key, read_keys
+
+
+def test_a_made_key_opens_and_its_line_does_not_hold_it(tmp_path: Path) -> None:
+    alice, hers = new_key("alice", per_minute=3)
+    _, his = new_key("bob")
+    file = tmp_path / "keys"
+    file.write_text(f"# who\n\n{hers}\n{his}\n")
+    keys = read_keys(file)
+    assert [(key.name, key.per_minute) for key in keys] == [("alice", 3), ("bob", None)]
+    found = find_key(keys, f"Bearer {alice}".encode())
+    assert found and found.name == "alice"
+    assert alice not in file.read_text()
+
+
+@pytest.mark.parametrize("header", [None, b"", b"Bearer", b"Bearer ", b"Basic x", b"Bearer \xff", b"Bearer sr-no"])
+def test_nothing_else_opens(header: bytes | None) -> None:
+    assert find_key([Key("alice", new_key("alice")[1].split()[1], None)], header) is None
+
+
+@pytest.mark.parametrize("line", ["alice", "alice 12ab", "alice " + "g" * 64, "alice " + "a" * 64 + " 0", "# nobody"])
+def test_a_file_that_cannot_lock_is_an_error_that_says_where(line: str, tmp_path: Path) -> None:
+    file = tmp_path / "keys"
+    file.write_text(line + "\n")
+    with pytest.raises(ConfigError, match=str(file)):
+        read_keys(file)
+
+
+def test_a_missing_file_is_an_error(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="cannot be read"):
+        read_keys(tmp_path / "none")
+
+
+def test_a_bucket_refills_at_its_rate() -> None:
+    """Two a minute: two at once, then one every 30 s."""
+    now = 0.0
+    rates = Rates(lambda: now)
+    assert [rates.wait_s("alice", 2) for _ in range(3)] == [0, 0, 30]
+    assert rates.wait_s("bob", 2) == 0
+    now = 29.0
+    assert rates.wait_s("alice", 2) == pytest.approx(1)
+    now = 30.0
+    assert rates.wait_s("alice", 2) == 0
+    now = 1000.0
+    assert [rates.wait_s("alice", 2) for _ in range(3)][:2] == [0, 0]

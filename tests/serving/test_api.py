@@ -1,0 +1,348 @@
+"""The HTTP layer over engines without a model: OpenAI's form, limits, keys, blindness, and what a client may break."""
+
+import asyncio
+import json
+from collections.abc import AsyncIterator
+from typing import Any
+
+import httpx
+import pytest
+from fake_engines import FakeEngines
+from tiny_runs import tiny_config
+
+from spin_ray.serving.access import Key, new_key
+from spin_ray.serving.api import DIGEST_HEADER, make_app
+
+CHAT, COMPLETIONS, COMPARE = "/v1/chat/completions", "/v1/completions", "/v1/compare"
+JSON = {"Content-Type": "application/json"}
+HELLO = {"model": "sft", "messages": [{"role": "user", "content": "hello"}]}
+
+
+class Server:
+    """An application in this process, and what stands behind it."""
+
+    def __init__(self, keys: list[Key] | None = None, **serving: Any) -> None:
+        self.engines = FakeEngines()
+        self.app = make_app(self.engines, tiny_config(**serving), keys or [])
+        transport = httpx.ASGITransport(self.app, raise_app_exceptions=False)
+        self.client = httpx.AsyncClient(transport=transport, base_url="http://test")
+
+    async def post(self, path: str, content: Any, **headers: str) -> httpx.Response:
+        return await self.client.post(path, json=content, headers=headers)
+
+
+def run(test: Any) -> None:
+    asyncio.run(asyncio.wait_for(test, 20))
+
+
+def refused(response: httpx.Response, status: int) -> dict[str, Any]:
+    """The error, after checking that it is in OpenAI's form."""
+    assert response.status_code == status, response.text
+    error = response.json()["error"]
+    assert set(error) == {"message", "type", "param", "code"} and error["message"]
+    return error
+
+
+def test_an_answer_says_which_checkpoint_gave_it_and_latest_which_iterate() -> None:
+    async def check() -> None:
+        server = Server()
+        response = await server.post(CHAT, HELLO | {"model": "latest"})
+        assert response.json()["model"] == "iter-0"
+        assert response.headers[DIGEST_HEADER] == "d1"
+
+    run(check())
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_an_alias_never_tells_its_iterate(stream: bool) -> None:
+    """Neither name, digest nor vLLM's fingerprint (a hash of the engine's settings) may differ between two iterates."""
+
+    async def check() -> None:
+        server = Server()
+        shown = set()
+        for iterate in ("sft", "iter-0"):
+            server.engines.names.register_alias("battle-1-a", iterate, ttl_s=60)
+            response = await server.post(CHAT, HELLO | {"model": "battle-1-a", "stream": stream})
+            assert response.status_code == 200
+            headers = {name: value for name, value in response.headers.items() if name != "content-length"}
+            shown.add((response.text.replace(f'"content":"{iterate}"', ""), str(headers)))
+            assert "fp-" not in response.text
+        ((text, _),) = shown
+        assert "battle-1-a" in text
+
+    run(check())
+
+
+def test_streams_pass_as_server_sent_events_and_free_their_place() -> None:
+    async def check() -> None:
+        server = Server(max_concurrent=1)
+        for _ in range(3):
+            response = await server.post(CHAT, HELLO | {"stream": True})
+            assert response.headers["content-type"].startswith("text/event-stream")
+            assert response.text.endswith("data: [DONE]\n\n")
+
+    run(check())
+
+
+@pytest.mark.parametrize(
+    ("change", "param"),
+    [
+        ({"temperature": -1}, "temperature"), ({"temperature": "1"}, "temperature"), ({"top_p": 0}, "top_p"),
+        ({"n": 0}, "n"), ({"n": 17}, "n"), ({"max_tokens": 0}, "max_tokens"), ({"max_tokens": 10**9}, "max_tokens"),
+        ({"max_tokens": 1.5}, "max_tokens"), ({"seed": 2**64}, "seed"), ({"messages": []}, "messages"),
+        ({"messages": [{"role": "tool", "content": "x"}]}, "messages.0.role"),
+        ({"chat_template": "{{ 1 }}"}, "chat_template"), ({"tools": []}, "tools"), ({"priority": 1}, "priority"),
+        ({"kv_transfer_params": {}}, "kv_transfer_params"), ({"prompt_logprobs": 1}, "prompt_logprobs"),
+    ],
+)  # fmt: skip
+def test_what_is_wrong_or_not_offered_is_refused_by_name(change: dict[str, Any], param: str) -> None:
+    async def check() -> None:
+        server = Server()
+        response = await server.client.post(CHAT, content=json.dumps(HELLO | change), headers=JSON)
+        assert refused(response, 400)["param"] == param
+        assert not server.engines.asked
+
+    run(check())
+
+
+@pytest.mark.parametrize(
+    "body",
+    [
+        b"",
+        b"{",
+        b"[]",
+        b"null",
+        b"\xff\xfe",
+        b'{"model": NaN}',
+        b"[" * 100_000,
+        b'{"seed": 1' + b"0" * 5000 + b"}",
+        b'{"\\ud800": 1}',
+    ],
+    ids=["empty", "cut", "list", "null", "no UTF-8", "NaN", "deep", "huge number", "lone surrogate"],
+)
+def test_bytes_that_are_no_request_are_a_400(body: bytes) -> None:
+    async def check() -> None:
+        for path in (CHAT, COMPLETIONS, COMPARE):
+            refused(await Server().client.post(path, content=body, headers=JSON), 400)
+
+    run(check())
+
+
+def test_labels_that_clients_send_are_dropped() -> None:
+    async def check() -> None:
+        server = Server()
+        response = await server.post(CHAT, HELLO | {"user": "u", "metadata": {"a": "b"}, "store": False})
+        assert response.status_code == 200
+        assert set(server.engines.asked[0]) == {"model", "messages", "max_tokens"}
+
+    run(check())
+
+
+def test_the_answer_is_limited_also_when_the_client_sets_no_limit() -> None:
+    async def check() -> None:
+        server = Server(max_tokens=7)
+        await server.post(CHAT, HELLO)
+        await server.post(CHAT, HELLO | {"max_completion_tokens": 5})
+        assert [asked.get("max_tokens") for asked in server.engines.asked] == [7, None]
+        assert refused(await server.post(CHAT, HELLO | {"max_completion_tokens": 8}), 400)["param"] == "max_tokens"
+
+    run(check())
+
+
+def test_an_unknown_model_is_a_404_that_names_the_known() -> None:
+    async def check() -> None:
+        for name in ("gpt-4", "iter-9", "battle-1-a"):
+            error = refused(await Server().post(CHAT, HELLO | {"model": name}), 404)
+            assert error["code"] == "model_not_found" and "sft, iter-0, latest" in error["message"]
+
+    run(check())
+
+
+def test_a_body_above_the_limit_is_refused_before_it_has_arrived() -> None:
+    async def check() -> None:
+        server = Server(max_body_bytes=1000)
+        sent = 0
+
+        async def endless() -> AsyncIterator[bytes]:
+            nonlocal sent
+            while True:
+                sent += 100
+                yield b" " * 100
+
+        messages: list[Any] = []
+        source = endless()
+
+        async def receive() -> dict[str, Any]:
+            return {"type": "http.request", "body": await anext(source), "more_body": True}
+
+        async def send(message: Any) -> None:
+            messages.append(message)
+
+        scope = {"type": "http", "method": "POST", "path": CHAT, "headers": [], "query_string": b""}
+        await server.app(scope, receive, send)
+        assert messages[0]["status"] == 413 and sent <= 1100
+        refused(await server.client.post(CHAT, content=b" " * 1001), 413)
+
+    run(check())
+
+
+def test_a_body_that_dawdles_is_a_408() -> None:
+    async def check() -> None:
+        async def dawdling() -> AsyncIterator[bytes]:
+            yield b"{"
+            await asyncio.sleep(5)
+            yield b"}"
+
+        refused(await Server(body_timeout_s=0.05).client.post(CHAT, content=dawdling()), 408)
+
+    run(check())
+
+
+def test_without_a_known_key_everything_under_v1_is_a_401() -> None:
+    key, line = new_key("alice")
+    keys = [Key(*line.split(), per_minute=None)]
+
+    async def check() -> None:
+        server = Server(keys)
+        for header in ({}, {"Authorization": "Bearer sr-wrong"}, {"Authorization": key}, {"Authorization": "Bearer "}):
+            assert refused(await server.post(CHAT, HELLO, **header), 401)["code"] == "invalid_api_key"
+            refused(await server.client.get("/v1/models", headers=header), 401)
+        assert (await server.post(CHAT, HELLO, Authorization=f"Bearer {key}")).status_code == 200
+        assert (await server.client.get("/healthz")).status_code == 200
+
+    run(check())
+
+
+def test_each_key_has_a_rate_of_its_own() -> None:
+    (alice, hers), (bob, his) = new_key("alice"), new_key("bob")
+    keys = [Key(*hers.split(), per_minute=2), Key(*his.split(), per_minute=None)]
+
+    async def check() -> None:
+        server = Server(keys, requests_per_minute=1)
+        statuses = {
+            name: [(await server.post(CHAT, HELLO, Authorization=f"Bearer {key}")).status_code for _ in range(3)]
+            for name, key in (("alice", alice), ("bob", bob))
+        }
+        assert statuses == {"alice": [200, 200, 429], "bob": [200, 429, 429]}
+        response = await server.post(CHAT, HELLO, Authorization=f"Bearer {bob}")
+        refused(response, 429)
+        assert 0 < int(response.headers["retry-after"]) <= 60
+
+    run(check())
+
+
+def test_above_the_concurrency_limit_requests_are_refused_at_once_and_places_come_back() -> None:
+    async def check() -> None:
+        server = Server(max_concurrent=2)
+        server.engines.gate.clear()
+        held = [asyncio.create_task(server.post(CHAT, HELLO | {"stream": stream})) for stream in (False, True)]
+        while server.engines.active < 2:
+            await asyncio.sleep(0)
+        response = await server.post(CHAT, HELLO)
+        refused(response, 503)
+        assert response.headers["retry-after"] == "1"
+        refused(await server.post(CHAT, HELLO | {"n": 3}), 400)
+        server.engines.gate.set()
+        assert [(await task).status_code for task in held] == [200, 200]
+        assert (await server.post(CHAT, HELLO | {"n": 2})).status_code == 200
+
+    run(check())
+
+
+def test_a_client_that_hangs_up_frees_its_place_and_ends_its_engine_request() -> None:
+    async def check() -> None:
+        server = Server(max_concurrent=1)
+        server.engines.gate.clear()
+        task = asyncio.create_task(server.post(CHAT, HELLO | {"stream": True}))
+        while not server.engines.active:
+            await asyncio.sleep(0)
+        task.cancel()
+        await asyncio.wait([task])
+        assert server.engines.active == 0
+        server.engines.gate.set()
+        assert (await server.post(CHAT, HELLO)).status_code == 200
+
+    run(check())
+
+
+def test_an_answer_that_takes_too_long_ends_with_an_error() -> None:
+    async def check() -> None:
+        server = Server(request_timeout_s=0.1)
+        server.engines.gate.clear()
+        refused(await server.post(CHAT, HELLO), 504)
+        stream = await server.post(CHAT, HELLO | {"stream": True})
+        last = json.loads(stream.text.split("data: ")[-1])
+        assert last["error"]["type"] == "timeout_error" and "[DONE]" not in stream.text
+        assert server.engines.active == 0
+
+    run(check())
+
+
+@pytest.mark.parametrize(("code", "status"), [(400, 400), (500, 500), (None, 500)])
+def test_what_the_engine_refuses_keeps_its_status(code: int | None, status: int) -> None:
+    async def check() -> None:
+        server = Server()
+        server.engines.error = {"message": "no", "code": code}
+        refused(await server.post(CHAT, HELLO), status)
+        refused(await server.post(CHAT, HELLO | {"stream": True}), status)
+
+    run(check())
+
+
+def test_unknown_paths_and_methods_are_errors_in_the_same_form() -> None:
+    async def check() -> None:
+        server = Server()
+        for path in ("/nope", "/v1/nope", "/reset_prefix_cache", "/collective_rpc", "/metrics", "/docs", "/tokenize"):
+            refused(await server.client.get(path), 404)
+        refused(await server.client.get(CHAT), 405)
+
+    run(check())
+
+
+def test_browsers_are_told_to_be_careful_and_other_sites_get_nothing() -> None:
+    async def check() -> None:
+        response = await Server().client.get("/v1/models", headers={"Origin": "https://elsewhere.example"})
+        assert response.headers["x-content-type-options"] == "nosniff"
+        assert "default-src 'self'" in response.headers["content-security-policy"]
+        assert not [name for name in response.headers if name.startswith("access-control-")]
+
+    run(check())
+
+
+def test_models_are_listed_with_their_digests() -> None:
+    async def check() -> None:
+        server = Server()
+        listed = (await server.client.get("/v1/models")).json()["data"]
+        assert [(card["id"], card["digest"]) for card in listed] == [("sft", "d0"), ("iter-0", "d1"), ("latest", "d1")]
+        assert (await server.client.get("/v1/models/latest")).json() == listed[2]
+        refused(await server.client.get("/v1/models/iter-3"), 404)
+
+    run(check())
+
+
+def test_not_ready_before_a_model_serves() -> None:
+    async def check() -> None:
+        server = Server()
+        assert (await server.client.get("/readyz")).status_code == 200
+        server.engines.names.serve_now([], None)
+        assert (await server.client.get("/readyz")).status_code == 503
+        assert (await server.client.get("/healthz")).status_code == 200
+
+    run(check())
+
+
+def test_comparison_pairs_seeds_scores_answers_and_takes_the_margin() -> None:
+    """Answers [8, 8] of iter-0 and [7, 7] of sft. log p: own −2, other's −4; margin 0.5 · ((−2 + 4) − (−4 + 2)) = 2."""
+
+    async def check() -> None:
+        server = Server()
+        body = {"models": ["sft", "latest"], "messages": HELLO["messages"], "logprobs": True, "temperature": 0.5}
+        result = (await server.post(COMPARE, body)).json()
+        first, second = server.engines.asked[:2]
+        assert first["seed"] == second["seed"] == result["seed"] and first["temperature"] == 0.5
+        assert [answer["logps"] for answer in result["answers"]] == [
+            {"sft": -2.0, "iter-0": -4.0}, {"sft": -4.0, "iter-0": -2.0},
+        ]  # fmt: skip
+        assert result["engine_margins"] == [{"policy": "iter-0", "opponent": "sft", "beta": 0.5, "value": 2.0}]
+
+    run(check())

@@ -1,0 +1,127 @@
+"""Which iterates may serve, and what must be true before anything listens."""
+
+import json
+from pathlib import Path
+
+import pytest
+from tiny_runs import add_iterate, make_run
+
+from spin_ray.config import override
+from spin_ray.errors import ConfigError, DataError, RunDirError
+from spin_ray.model_folder import folder_entries
+from spin_ray.run_dir import RunDir, folder_digest
+from spin_ray.serving.app import build
+from spin_ray.serving.batch import read_rows
+from spin_ray.serving.iterates import open_iterate, wanted
+from spin_ray.serving.server import check_settings, with_room
+
+
+@pytest.fixture
+def run(tmp_path: Path) -> RunDir:
+    return make_run(tmp_path / "run", iterates=1)
+
+
+@pytest.mark.parametrize(
+    ("models", "expected"),
+    [
+        (("sft", "latest"), (["sft", "iter-0"], "iter-0")),
+        (("sft",), (["sft"], None)),
+        (("all",), (["sft", "iter-0"], "iter-0")),
+        (("iter-0", "iter-1"), (["iter-0"], None)),
+    ],
+)
+def test_only_what_was_published_is_wanted(
+    run: RunDir, models: tuple[str, ...], expected: tuple[list[str], str | None]
+) -> None:
+    """θ_2 is committed but not published: the driver has not evaluated it yet."""
+    add_iterate(run, 2)
+    assert wanted(run, models) == expected
+
+
+def test_the_digest_is_that_of_the_folder(run: RunDir) -> None:
+    for name, folder in (
+        ("sft", Path(run.description()["start_model"])),
+        ("iter-0", run.storage.path("iter_000/model")),
+    ):
+        iterate = open_iterate(run, name)
+        assert (iterate.folder, iterate.digest) == (folder, folder_digest(folder_entries(folder)))
+
+
+@pytest.mark.parametrize("damage", ["flip", "remove", "manifest"])
+def test_an_iterate_whose_files_are_not_what_was_committed_is_not_opened(run: RunDir, damage: str) -> None:
+    file = run.storage.path("iter_000/model/model.safetensors")
+    if damage == "flip":
+        data = bytearray(file.read_bytes())
+        data[-1] ^= 1
+        file.write_bytes(data)
+    elif damage == "remove":
+        file.unlink()
+    else:
+        (file.parent / "_MANIFEST.json").write_text("{")
+    with pytest.raises(RunDirError):
+        open_iterate(run, "iter-0")
+
+
+def test_a_start_model_that_is_not_the_runs_own_is_not_opened(run: RunDir) -> None:
+    description = run.description()
+    description["inputs"]["model"] = "0" * 64
+    run.storage.replace("run.json", json.dumps(description).encode())
+    with pytest.raises(RunDirError, match="not the model that this run started from"):
+        open_iterate(run, "sft")
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"serving.host": "0.0.0.0"}, "set serving.keys first"),
+        ({"serving.models": "[gpt-4]"}, "'gpt-4' is none of sft"),
+        ({"serving.models": "[iter-5]"}, "has published none of iter-5"),
+        ({"serving.keys": "/nowhere"}, "cannot be read"),
+    ],
+)
+def test_what_cannot_serve_is_refused_before_anything_starts(
+    run: RunDir, settings: dict[str, str], message: str
+) -> None:
+    with pytest.raises(ConfigError, match=message):
+        check_settings(run, override(run.config(), settings))
+
+
+def test_beyond_loopback_ray_must_be_locked_too(run: RunDir, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "keys").write_text(f"alice {'a' * 64}\n")
+    config = override(run.config(), {"serving.host": "0.0.0.0", "serving.keys": str(tmp_path / "keys")})
+    monkeypatch.setenv("RAY_AUTH_MODE", "disabled")
+    with pytest.raises(ConfigError, match="RAY_AUTH_MODE=disabled"):
+        check_settings(run, config)
+    monkeypatch.setenv("RAY_AUTH_MODE", "token")
+    check_settings(run, config)
+
+
+def test_a_service_on_a_cluster_needs_keys(run: RunDir) -> None:
+    with pytest.raises(ConfigError, match=r"serving\.keys"):
+        build({"run": str(run.storage.root), "serving.models": ["sft"]})
+
+
+def test_an_embedded_ray_has_room_for_the_engine_that_replaces_another(run: RunDir) -> None:
+    """Two engines of two CPUs, one more while latest moves, one CPU for the rest."""
+    config = override(run.config(), {"serving.resources.cpus": "2"})
+    cpus = with_room(config, engines=2).cluster.local_cpus
+    assert cpus and cpus >= 7
+    fixed = override(config, {"cluster.local_cpus": "3"})
+    assert with_room(fixed, engines=2).cluster.local_cpus == 3
+
+
+def test_rows_to_compare_are_asked_without_their_last_answer_each_with_its_seed(tmp_path: Path) -> None:
+    user, answer = {"role": "user", "content": "q"}, {"role": "assistant", "content": "a"}
+    file = tmp_path / "rows.jsonl"
+    file.write_text("".join(json.dumps(row) + "\n" for row in ({"messages": [user, answer]}, {"prompt": "p"})))
+    rows = list(read_rows(file, {"models": ["sft", "latest"], "seed": 5}))
+    assert [[message.text for message in row.messages] for row in rows] == [["q"], ["p"]]
+    assert [row.seed for row in rows] == [5, 6]
+
+
+@pytest.mark.parametrize("line", ["{", "[]", '{"messages": []}', '{"prompt": 3}', '{"other": 1}'])
+def test_a_row_that_cannot_be_compared_is_an_error_that_says_which(line: str, tmp_path: Path) -> None:
+    file = tmp_path / "rows.jsonl"
+    file.write_text('{"prompt": "fine"}\n' + line + "\n")
+    with pytest.raises(DataError, match="row 2"):
+        list(read_rows(file, {"models": ["sft", "latest"], "seed": 0}))

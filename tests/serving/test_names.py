@@ -1,0 +1,72 @@
+"""Which iterate a name stands for."""
+
+import pytest
+
+from spin_ray.serving.names import Names, UnknownModel, age, api_name, is_iterate
+
+
+class Clock:
+    now = 0.0
+
+    def __call__(self) -> float:
+        return self.now
+
+
+@pytest.fixture
+def names() -> Names:
+    names = Names()
+    names.serve_now(["iter-10", "sft", "iter-2"], newest="iter-10")
+    return names
+
+
+def test_iterates_are_listed_by_age_not_by_spelling(names: Names) -> None:
+    assert names.iterates == ("sft", "iter-2", "iter-10")
+
+
+def test_latest_is_the_newest_that_serves_and_moves_with_it(names: Names) -> None:
+    assert names.resolve("latest") == "iter-10"
+    names.serve_now(["sft", "iter-11"], newest="iter-11")
+    assert names.resolve("latest") == names.newest() == "iter-11"
+
+
+def test_an_unknown_name_says_which_are_known(names: Names) -> None:
+    with pytest.raises(UnknownModel, match=r"'iter-3'.*sft, iter-2, iter-10, latest"):
+        names.resolve("iter-3")
+
+
+def test_before_anything_serves_every_name_is_unknown() -> None:
+    for name in ("latest", "sft"):
+        with pytest.raises(UnknownModel):
+            Names().resolve(name)
+
+
+def test_an_alias_hides_its_iterate_until_it_expires() -> None:
+    clock = Clock()
+    names = Names(clock)
+    names.serve_now(["sft"], newest=None)
+    names.register_alias("battle-1-a", "sft", ttl_s=10)
+    assert names.resolve("battle-1-a") == "sft"
+    assert names.is_alias("battle-1-a") and not names.is_alias("sft")
+    clock.now = 10.0
+    with pytest.raises(UnknownModel, match="battle-1-a") as error:
+        names.resolve("battle-1-a")
+    assert "stands for" not in str(error.value)
+
+
+def test_an_alias_of_an_iterate_that_stopped_serving_is_unknown(names: Names) -> None:
+    names.register_alias("battle-1-a", "iter-2", ttl_s=10)
+    names.serve_now(["sft"], newest=None)
+    with pytest.raises(UnknownModel, match="battle-1-a"):
+        names.resolve("battle-1-a")
+
+
+@pytest.mark.parametrize("alias", ["latest", "sft", "iter-7"])
+def test_an_alias_never_takes_the_name_of_an_iterate(names: Names, alias: str) -> None:
+    with pytest.raises(ValueError, match="name of an iterate"):
+        names.register_alias(alias, "sft", ttl_s=10)
+
+
+def test_numbers_and_names_are_inverse() -> None:
+    assert [age(api_name(number)) for number in range(13)] == list(range(13))
+    assert is_iterate("iter-0") and is_iterate("sft")
+    assert not any(is_iterate(name) for name in ("iter-", "iter-01", "iter-x", "7", "latest", "iter_000"))

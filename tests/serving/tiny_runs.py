@@ -1,0 +1,59 @@
+"""Run folders with a few tiny iterates, without training any."""
+
+import shutil
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file, save_file
+
+from spin_ray.config import SpinConfig
+from spin_ray.model_folder import folder_entries
+from spin_ray.preflight import check_recipe
+from spin_ray.run_dir import MANIFEST, Manifest, RunDir
+from spin_ray.storage import Storage
+
+
+def tiny_config(**serving: Any) -> SpinConfig:
+    return SpinConfig.model_validate(
+        {
+            "model": {"path": "embedded:tiny-llama", "max_length": 256},
+            "data": {"train": "embedded:arithmetic-train", "max_rows": 8},
+            "iterations": 4,
+            "generation": {
+                "sampling": {"max_tokens": 24},
+                "engine": {"enforce_eager": True, "cpu_kv_cache_gib": 1, "dtype": "float32", "max_num_seqs": 16},
+            },
+            "objective": {"beta": 0.5},
+            "serving": {"follow_interval_s": 0.2, "drain_grace_s": 0.5, "retry_failed_s": 1, **serving},
+        }
+    )
+
+
+def make_run(folder: Path, iterates: int, **serving: Any) -> RunDir:
+    """A run that has published ``iterates`` iterates after ``sft``."""
+    config = tiny_config(**serving)
+    start = check_recipe(config)
+    run = RunDir(Storage(folder))
+    run.begin(config, start.facts())
+    run.publish(0)
+    for iterate in range(1, iterates + 1):
+        add_iterate(run, iterate)
+        run.publish(iterate)
+    return run
+
+
+def add_iterate(run: RunDir, iterate: int) -> None:
+    """θ_iterate: the start model with other weights, so that it has answers and a digest of its own."""
+    attempt = run.storage.new_attempt_folder()
+    shutil.copytree(run.description()["start_model"], attempt, dirs_exist_ok=True)
+    weights = load_file(attempt / "model.safetensors")
+    noise = torch.Generator().manual_seed(iterate)
+    moved = {
+        name: weight + 0.02 * torch.randn(weight.shape, generator=noise).to(weight.dtype)
+        for name, weight in weights.items()
+    }
+    save_file(moved, attempt / "model.safetensors", metadata={"format": "pt"})
+    manifest = Manifest.of(folder_entries(attempt), {}, {})
+    (attempt / MANIFEST).write_bytes(manifest.to_bytes())
+    run.storage.create_folder(run.model(iterate).path, attempt)
