@@ -10,6 +10,7 @@ from __future__ import annotations
 import copy
 import hashlib
 import json
+import re
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self, TypeVar
@@ -440,6 +441,9 @@ _NOT_IDENTITY = (
 )  # fmt: skip
 
 
+_CREDENTIALS = re.compile(r"://[^/]*:[^/]*@|[?&][^=]*(secret|token|password|access_key)[^=]*=", re.IGNORECASE)
+
+
 def _pick(value: T | tuple[T, ...], iteration: int) -> T:
     return value[iteration] if isinstance(value, tuple) else value
 
@@ -471,6 +475,13 @@ def _impossible(config: SpinConfig) -> Iterator[str]:
         yield f"generation.engine.tensor_parallel_size: {parallel} needs generation.resources.gpus: {parallel}"
     if config.train.resources.gpus not in (0, 1):
         yield f"train.resources.gpus: {config.train.resources.gpus:g}; a train worker drives exactly one GPU, or none"
+    for name, uri in [
+        ("model.path", config.model.path), ("data.train", config.data.train), ("data.heldout", config.data.heldout),
+    ]:  # fmt: skip
+        if uri and _CREDENTIALS.search(uri):
+            yield f"{name}: holds credentials, which would be written to run.json; give them by environment variables"
+    if "hf_token" in config.generation.engine.extra:
+        yield "generation.engine.extra.hf_token: would be written to run.json; give it by $HF_TOKEN"
     if config.evaluation.answer_extractor != "none" and config.data.heldout is None:
         yield "evaluation.answer_extractor: needs data.heldout"
     yield from _impossible_for_algorithm(config)

@@ -7,6 +7,7 @@ with its process.
 
 import fcntl
 import json
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -16,6 +17,8 @@ from typing import Any
 from spin_ray.errors import RunDirError
 
 LEASE = "lease.json"
+LOCK_TIMEOUT_S = 60.0
+"""A change under the lock takes milliseconds; only a process paused within one holds it for longer."""
 
 
 @dataclass(frozen=True)
@@ -38,15 +41,35 @@ class Fence:
 
 @contextmanager
 def locked(root: Path, *, alone: bool) -> Iterator[None]:
-    """Holds the lock of the run."""
+    """Holds the lock of the run.
+
+    Raises:
+        RunDirError: the folder cannot hold a run, or somebody held the lock for all of ``LOCK_TIMEOUT_S``.
+    """
+    deadline = time.monotonic() + LOCK_TIMEOUT_S
     try:
         root.mkdir(parents=True, exist_ok=True)
         file = (root / ".lease.lock").open("a+")
-        fcntl.flock(file, fcntl.LOCK_EX if alone else fcntl.LOCK_SH)
+        while not _try_lock(file.fileno(), fcntl.LOCK_EX if alone else fcntl.LOCK_SH):
+            if time.monotonic() > deadline:
+                file.close()
+                raise RunDirError(
+                    f"{root}: waited {LOCK_TIMEOUT_S:g} s for a change of another process to end; a process of the "
+                    "run may be paused: end it, then run the command again"
+                )
+            time.sleep(0.01)
     except OSError as error:
         raise RunDirError(f"{root}: cannot hold a run ({error.strerror}); choose another --out") from error
     with file:
         yield
+
+
+def _try_lock(descriptor: int, kind: int) -> bool:
+    try:
+        fcntl.flock(descriptor, kind | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    return True
 
 
 def read_lease(root: Path) -> dict[str, Any] | None:

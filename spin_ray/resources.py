@@ -9,6 +9,7 @@ from collections.abc import Iterable, Iterator, Mapping
 from typing import Any, TypeVar
 
 import ray
+from ray._private import ray_constants
 
 from spin_ray.config import SpinConfig
 from spin_ray.errors import ResourceError, StageError, first_line
@@ -28,7 +29,9 @@ def connect(config: SpinConfig) -> None:
         address = config.cluster.address or os.environ.get("RAY_ADDRESS")
         options: dict[str, Any] = {"address": address} if address else {
             "address": "local", "num_cpus": config.cluster.local_cpus, "include_dashboard": False,
+            "_node_ip_address": "127.0.0.1",
         }  # fmt: skip
+        _keep_to_loopback(not address)
         if not address:
             # Ray Train's placement group cleaner looks for the dashboard: without one it keeps every stage waiting for
             # 12 s at its end, unless the address is known and refuses. Raylet and workers inherit it.
@@ -43,6 +46,18 @@ def connect(config: SpinConfig) -> None:
     context = ray.data.DataContext.get_current()
     context.enable_progress_bars = False
     context.print_on_execution_start = False
+
+
+def _keep_to_loopback(embedded: bool) -> None:
+    """Ray's servers listen on all interfaces, unless the node's address is the loopback one; and that Ray replaces by
+    an outward one, unless it takes this for a system that cannot be part of a cluster. True of an embedded Ray.
+    """
+    variable = ray_constants.ENABLE_RAY_CLUSTERS_ENV_VAR
+    if embedded:
+        os.environ[variable] = "0"  # for the processes that Ray starts
+    else:
+        os.environ.pop(variable, None)
+    ray_constants.ENABLE_RAY_CLUSTER = not embedded  # for this process, which has read the variable already
 
 
 def demands(config: SpinConfig) -> dict[str, Bundles]:

@@ -72,7 +72,7 @@ def _in_worker(loop: dict[str, Any]) -> Any:
 
     if not torch.cuda.is_available():
         torch.set_num_threads(loop["threads"])
-    function, job = pickle.loads(loop["call"])
+    function, job = pickle.loads(loop["call"])  # noqa: S301 (from this run's driver, through Ray)
     try:
         return function(job)
     except HealthError as error:  # of all workers alike; as an exception it would be tried again

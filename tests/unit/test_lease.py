@@ -13,6 +13,7 @@ from contextlib import contextmanager
 import psutil
 import pytest
 
+from spin_ray import fence
 from spin_ray import lease as lease_module
 from spin_ray.errors import RunDirError, StageError
 from spin_ray.fence import LEASE, locked
@@ -142,7 +143,7 @@ def test_a_driver_whose_lease_was_taken_over_can_change_nothing(storage):
     storage.create("attempt/file", b"")
     with Lease(storage, timeout_s=60) as lease:
         lease.storage.append("events.jsonl", "still allowed\n")
-        in_an_actor = pickle.loads(pickle.dumps(lease.storage))
+        in_an_actor = pickle.loads(pickle.dumps(lease.storage))  # noqa: S301 (our own)
         write_lease(storage)
         before = {path: path.read_bytes() for path in storage.root.rglob("*") if path.is_file()}
         for change in CHANGES.values():
@@ -164,20 +165,64 @@ def test_a_driver_whose_lease_was_removed_stops(storage):
 def test_a_takeover_waits_for_a_change_that_has_begun(storage):
     """The look at the lease and the change are one moment: no driver gets the lease between them."""
     with Lease(storage, timeout_s=60) as lease:
-        fence = lease.storage._fence
-        assert fence is not None
+        held = lease.storage._fence
+        assert held is not None
         took = threading.Event()
 
         def take_over() -> None:
             with locked(storage.root, alone=True):
                 took.set()
 
-        with fence.held():
+        with held.held():
             thread = threading.Thread(target=take_over)
             thread.start()
             assert not took.wait(0.2)
         assert took.wait(10)
         thread.join()
+
+
+def test_a_paused_driver_that_wakes_after_a_takeover_changes_nothing_more(storage, monkeypatch):
+    """A real process, stopped by SIGSTOP while it writes as fast as it can; this one takes over as another machine."""
+    pid = os.fork()
+    if pid == 0:
+        try:
+            paused = Lease(storage, timeout_s=3600).__enter__()
+            for number in range(10**9):
+                paused.storage.replace("LATEST", str(number).encode())
+        except RunDirError:
+            os._exit(7)
+        finally:
+            os._exit(1)
+    try:
+        wait_for(lambda: storage.exists("LATEST"))
+        monkeypatch.setattr(lease_module, "_boot_id", lambda: "another machine")
+        monkeypatch.setattr(fence, "LOCK_TIMEOUT_S", 0.05)
+        lease = None
+        while lease is None:  # until it is not stopped within a change, for whose end a takeover waits
+            os.kill(pid, signal.SIGSTOP)
+            time.sleep(0.1)
+            try:
+                lease = Lease(storage, timeout_s=0.1).__enter__()
+            except RunDirError:
+                os.kill(pid, signal.SIGCONT)
+                time.sleep(0.01)
+        lease.storage.replace("LATEST", b"of the new driver")
+        os.kill(pid, signal.SIGCONT)
+        assert os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) == 7
+        assert storage.read("LATEST") == b"of the new driver"
+        lease.__exit__(None, None, None)
+    except BaseException:
+        os.kill(pid, signal.SIGKILL)
+        raise
+
+
+def test_a_takeover_that_waits_for_a_paused_change_says_so(storage, monkeypatch):
+    monkeypatch.setattr(fence, "LOCK_TIMEOUT_S", 0.05)
+    with (
+        locked(storage.root, alone=False),
+        pytest.raises(RunDirError, match=r"waited 0.05 s for a change of another process to end; .* may be paused"),
+    ):
+        Lease(storage, timeout_s=60).__enter__()
 
 
 def test_a_renewal_of_a_lost_lease_does_not_take_it_back(storage):
