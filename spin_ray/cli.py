@@ -1,4 +1,4 @@
-"""The command line: spin-ray run | status | serve | compare | plan | doctor."""
+"""The command line: spin-ray run | status | report | serve | compare | plan | doctor."""
 
 import logging
 import os
@@ -49,6 +49,19 @@ def status(run_folder: str) -> None:
     from spin_ray.summary import print_status
 
     print_status(RunDir(Storage(run_folder)), Console())
+
+
+@cli.command()
+@click.argument("run_folders", metavar="RUN...", nargs=-1, required=True)
+@click.option("--out", default=None, help="The page. Not given: report.html in the (first) run's folder.")
+def report(run_folders: tuple[str, ...], out: str | None) -> None:
+    """Write one self-contained HTML page about a run, or about several to compare. It may still be running."""
+    from spin_ray.report import write_report
+    from spin_ray.run_dir import RunDir
+    from spin_ray.storage import Storage
+
+    runs = [RunDir(Storage(folder)) for folder in run_folders]
+    click.echo(write_report(runs, Path(out) if out else runs[0].storage.path("report.html")))
 
 
 @cli.command(context_settings=_OVERRIDES)

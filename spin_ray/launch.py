@@ -7,11 +7,11 @@ from typing import Any, Self
 
 from spin_ray.config import SpinConfig
 from spin_ray.engine import StartEngine, VllmEngine
+from spin_ray.history import read_evaluations
 from spin_ray.lease import Lease
 from spin_ray.preflight import Inputs, check_recipe, find_inputs
 from spin_ray.run_dir import RunDir, iterate_name
 from spin_ray.storage import Storage
-from spin_ray.summary import read_evaluations
 
 logger = logging.getLogger(__name__)
 

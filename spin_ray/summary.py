@@ -1,16 +1,14 @@
 """A run in a table, for the end of a run and for ``spin-ray status``."""
 
 import json
-from collections import defaultdict
 from typing import Any
 
-import pyarrow.compute as pc
 from rich.console import Console
 from rich.table import Table
-from tokenizers import Tokenizer
 
 from spin_ray.config import SpinConfig
-from spin_ray.run_dir import RunDir, iterate_name
+from spin_ray.history import read_evaluations, read_examples, stage_seconds
+from spin_ray.run_dir import RunDir
 
 EXAMPLES = 3
 
@@ -41,23 +39,6 @@ def print_status(run: RunDir, console: Console) -> None:
         line = f"Last event: {event['event']} {event['stage']} {json.dumps(detail) if detail else ''}"
         console.print(line, markup=False)
     console.print(f"LATEST: {run.latest() or 'nothing published yet'}; iterations wanted: {config.iterations}")
-
-
-def read_evaluations(run: RunDir, config: SpinConfig) -> list[dict[str, Any]]:
-    """``eval.json`` of every iterate that has one, θ_0 first."""
-    paths = [run.eval_path(iterate) for iterate in range(config.iterations + 1)]
-    return [json.loads(run.storage.read(path)) for path in paths if run.storage.exists(path)]
-
-
-def stage_seconds(run: RunDir) -> dict[str, dict[str, float]]:
-    """Wall seconds by iterate and stage, summed over attempts, e.g. ``{"iter_000": {"training": 61.2}}``."""
-    seconds: dict[str, dict[str, float]] = defaultdict(lambda: defaultdict(float))
-    for event in run.events():
-        if event["event"] in ("commit", "failure"):
-            # One opponent answers held-out and training prompts in one go: counted where its held-out samples are.
-            folder, _, stage = event["stage"].partition(" ")[0].rpartition("/")
-            seconds[folder or "run"]["sampling" if stage == "heldout_samples" else stage] += event["seconds"]
-    return {iterate: dict(stages) for iterate, stages in seconds.items()}
 
 
 def _iterates(evaluations: list[dict[str, Any]]) -> Table:
@@ -97,30 +78,14 @@ def _number(value: float | None, digits: int) -> str:
 
 def _print_examples(run: RunDir, config: SpinConfig, console: Console) -> None:
     """A few held-out prompts with the human answer and each iterate's."""
-    tokenizer = _tokenizer(run, config)
-    rows = next(run.heldout.tables()).slice(0, EXAMPLES).to_pylist()
-    answers: dict[str, dict[str, str]] = {}
-    for iterate in range(config.iterations + 1):
-        table = next(run.heldout_samples(iterate).tables())
-        samples = table.filter(pc.equal(table["sample"], 0)).slice(0, EXAMPLES).to_pylist()
-        answers[iterate_name(iterate)] = {
-            sample["prompt_id"]: tokenizer.decode(sample["token_ids"], skip_special_tokens=True) for sample in samples
-        }
-    for row in rows:
-        messages = json.loads(row["messages"])
+    for example in read_examples(run, config, limit=EXAMPLES):
         console.rule(style="dim")
-        for message in messages[:-1]:
+        for message in example.messages:
             console.print(f"[bold]{message['role']}[/]", end="  ")
             console.print(message["content"], markup=False, emoji=False)
         console.print("[bold green]human[/]", end="  ")
-        console.print(messages[-1]["content"], markup=False, emoji=False)
-        for name, by_prompt in answers.items():
+        console.print(example.human, markup=False, emoji=False)
+        for name, answer in example.answers.items():
             console.print(f"[bold cyan]{name}[/]", end="  ")
-            console.print(by_prompt.get(row["prompt_id"], ""), markup=False, emoji=False)
+            console.print(answer, markup=False, emoji=False)
     console.rule(style="dim")
-
-
-def _tokenizer(run: RunDir, config: SpinConfig) -> Tokenizer:
-    """That of the last iterate, without transformers, whose import takes longer than all else that is printed."""
-    folder = run.storage.path(run.model(config.iterations).path)
-    return Tokenizer.from_file(str(folder / "tokenizer.json"))

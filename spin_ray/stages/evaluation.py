@@ -27,6 +27,7 @@ from spin_ray.config import SpinConfig
 from spin_ray.learner.backends.base import BackendSettings
 from spin_ray.learner.backends.fsdp2 import Fsdp2Backend
 from spin_ray.learner.loop import PackShape, plan, score_rows
+from spin_ray.measures import distinct_ngrams, duplicate_share, row_margins, standard_error
 from spin_ray.model_folder import ModelFolder
 from spin_ray.rendering import load_tokenizer
 from spin_ray.run_dir import Artefact, RunDir, part_name
@@ -71,9 +72,9 @@ def run(
             samples_of = {"self": samples, "opponent": run_dir.heldout_samples(iterate - 1)}
             scores, work = _score(run_dir, config, samples_of, model, opponent)
             counted |= work
-            result |= {"opponent": opponent.name} | _margin_measures(
-                scores, model, opponent, config.at(iterate - 1).beta
-            )
+            margins = _margin_measures(scores, model, opponent, config.at(iterate - 1).beta)
+            margins["standard_errors"] |= result["standard_errors"]
+            result |= {"opponent": opponent.name} | margins
         counted |= {"rows": heldout.num_rows}
         run_dir.storage.replace(path, json.dumps(result, indent=1).encode())
     return result
@@ -90,12 +91,18 @@ def _read(heldout: Artefact, samples: Artefact) -> tuple[pa.Table, pa.Table]:
 def _text_measures(heldout: pa.Table, answers: pa.Table, config: SpinConfig, model: Path) -> dict[str, Any]:
     real, generated = heldout["real_ids"].to_pylist(), answers["token_ids"].to_pylist()
     real_lengths, generated_lengths = [len(ids) for ids in real], [len(ids) for ids in generated]
+    by_row: dict[str, list[Any]] = {
+        "real_length": real_lengths,
+        "generated_length": generated_lengths,
+        "truncation_rate": [reason == "length" for reason in answers["finish_reason"].to_pylist()],
+        "identical_share": [left == right for left, right in zip(real, generated, strict=True)],
+    }
     measures: dict[str, Any] = {
-        "real_length": float(np.mean(real_lengths)),
-        "generated_length": float(np.mean(generated_lengths)),
         "length_auc": length_auc(real_lengths, generated_lengths),
-        "truncation_rate": float(np.mean([reason == "length" for reason in answers["finish_reason"].to_pylist()])),
-        "identical_share": float(np.mean([left == right for left, right in zip(real, generated, strict=True)])),
+        "duplicate_share": duplicate_share(generated),
+        "real_duplicate_share": duplicate_share(real),
+        "distinct_2": distinct_ngrams(generated, 2),
+        "real_distinct_2": distinct_ngrams(real, 2),
     }
     extractor = config.evaluation.answer_extractor
     if extractor != "none":
@@ -107,9 +114,11 @@ def _text_measures(heldout: pa.Table, answers: pa.Table, config: SpinConfig, mod
             if answer is not None
         ]
         if graded:
-            measures["answer_accuracy"] = float(np.mean(graded))
+            by_row["answer_accuracy"] = graded
             measures["answers_graded"] = len(graded)
-    return measures
+    measures |= {key: float(np.mean(values)) for key, values in by_row.items()}
+    errors = {key: standard_error(np.asarray(values, dtype=np.float64)) for key, values in by_row.items()}
+    return measures | {"standard_errors": errors}
 
 
 def length_auc(real: list[int], generated: list[int]) -> float:
@@ -195,19 +204,21 @@ def _worker(job: ScoreJob) -> dict[str, float]:
 
 def _margin_measures(scores: pa.Table, model: ModelFolder, opponent: ModelFolder, beta: float) -> dict[str, Any]:
     """Loss, margin and accuracy of the margin for both kinds of y', and how far log p(y) and log p(y') moved."""
-    frame = scores.to_pandas().pivot(index="pair_id", columns="model", values=["real_logp", "generated_logp"])
-    real = frame["real_logp"][model.name] - frame["real_logp"][opponent.name]
-    generated = frame["generated_logp"][model.name] - frame["generated_logp"][opponent.name]
-    measures: dict[str, Any] = {"beta": beta, "real_logp_drift": float(real.mean())}
+    frame = row_margins(scores, model.name, opponent.name, beta)
+    measures: dict[str, Any] = {"beta": beta, "real_logp_drift": float(frame["real"].mean())}
+    errors: dict[str, float] = {}
     for whose in ("opponent", "self"):
-        rows = frame.index.str.endswith(f"/{whose}")
-        margin = beta * (real - generated)[rows].to_numpy(dtype=np.float64)
-        loss = float(np.logaddexp(0.0, -margin).mean())
-        measures[f"against_{whose}"] = {
-            "loss": loss,
-            "margin": float(margin.mean()),
-            "accuracy": float((margin > 0).mean()),
-            "generated_logp_drift": float(generated[rows].mean()),
+        rows = frame[frame.index.str.endswith(f"/{whose}")]
+        margin = rows["margin"].to_numpy()
+        by_row = {
+            "loss": np.logaddexp(0.0, -margin),
+            "margin": margin,
+            "accuracy": (margin > 0).astype(np.float64),
+            "generated_logp_drift": rows["generated"].to_numpy(),
         }
+        measures[f"against_{whose}"] = {key: float(values.mean()) for key, values in by_row.items()}
+        errors |= {f"against_{whose}.{key}": standard_error(values) for key, values in by_row.items()}
+        errors["real_logp_drift"] = standard_error(rows["real"].to_numpy())  # the same rows of y in both kinds
     measures["jsd_lower_bound"] = (math.log(2) - measures["against_opponent"]["loss"]) / 2
-    return measures
+    errors["jsd_lower_bound"] = errors["against_opponent.loss"] / 2
+    return measures | {"standard_errors": errors}

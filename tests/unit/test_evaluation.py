@@ -84,11 +84,16 @@ def test_lengths_truncation_and_identity_are_shares_of_the_rows():
     found = text_measures(
         [[5, 2], [5, 6, 2], [7, 2]], [("p000", 0, [5, 2]), ("p001", 0, [8, 8, 8, 2]), ("p002", 0, [7])]
     )
+    errors = found.pop("standard_errors")
     assert found == {
         "real_length": pytest.approx(7 / 3), "generated_length": pytest.approx(7 / 3),
         "length_auc": 5 / 9,  # 2: ½ 0 1; 3: 1 0 1; 2: ½ 0 1
         "truncation_rate": pytest.approx(1 / 3), "identical_share": pytest.approx(1 / 3),
+        "duplicate_share": 0.0, "real_duplicate_share": 0.0,
+        "distinct_2": 3 / 4, "real_distinct_2": 1.0,  # 52, 88, 88, 82; 52, 56, 62, 72
     }  # fmt: skip
+    assert errors["truncation_rate"] == pytest.approx(1 / 3)  # 0, 0, 1: variance 1/3 over three rows
+    assert errors.keys() == {"real_length", "generated_length", "truncation_rate", "identical_share"}
 
 
 def test_answers_are_graded_where_the_data_has_them():
@@ -127,6 +132,9 @@ def test_margins_by_hand():
         ]
     )  # fmt: skip
     found = evaluation._margin_measures(scores, MODEL, OPPONENT, beta=0.5)
+    errors = found.pop("standard_errors")
+    assert errors["against_opponent.margin"] == pytest.approx(2.0)  # 3 and −1: variance 8 over two rows
+    assert errors["real_logp_drift"] == pytest.approx(1.5)  # 2 and −1
     loss = (math.log1p(math.exp(-3)) + math.log1p(math.exp(1))) / 2
     assert found == {
         "beta": 0.5,

@@ -2,8 +2,6 @@
 
 import io
 import json
-import shutil
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -12,10 +10,11 @@ from rich.console import Console
 
 from spin_ray.embedded import resolve
 from spin_ray.errors import RunDirError
+from spin_ray.history import read_evaluations, stage_seconds
 from spin_ray.rendering import ChatRenderer, load_tokenizer
 from spin_ray.run_dir import RunDir, iterate_name
 from spin_ray.storage import Storage
-from spin_ray.summary import print_status, print_summary, read_evaluations, stage_seconds
+from spin_ray.summary import print_status, print_summary
 from spin_ray.types import GENERATION_SCHEMA, PROMPT_SCHEMA
 
 TINY = resolve("embedded:tiny-llama")
@@ -35,9 +34,6 @@ EVALUATION = {
 def run(tmp_path):
     run = RunDir(Storage(tmp_path / "[old]" / "run"))
     run.begin(CONFIG, {"inputs": {}, "start_model": TINY})
-    last = run.storage.path(run.model(CONFIG.iterations).path)
-    last.mkdir(parents=True)
-    shutil.copy(Path(TINY) / "tokenizer.json", last)
     return run
 
 

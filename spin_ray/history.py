@@ -1,0 +1,189 @@
+"""What a run recorded, read back for people: evaluations, training logs, stages in time, examples.
+
+Reads committed artefacts and logs only, so it works while the run goes on and after it stopped half-way.
+"""
+
+import json
+from collections import defaultdict
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+from tokenizers import Tokenizer
+
+from spin_ray.config import SpinConfig
+from spin_ray.measures import Evaluation, row_margins
+from spin_ray.rendering import load_tokenizer
+from spin_ray.run_dir import Artefact, RunDir, iterate_name, read_json_lines
+
+Event = dict[str, Any]
+
+
+@dataclass(frozen=True, slots=True)
+class Span:
+    """One attempt at a stage. Example: ``Span("iter_000", "training", 12.0, 74.5, "commit", {"rows": 64, …})``."""
+
+    folder: str
+    """``run`` for what belongs to no iterate."""
+    stage: str
+    start: float
+    """Unix time, seconds."""
+    end: float
+    outcome: str
+    """``commit``, ``failure``, ``lost`` (its driver died) or ``running``."""
+    counted: dict[str, Any]
+    """Rows, tokens and whatever else the stage counted."""
+
+    @property
+    def seconds(self) -> float:
+        return self.end - self.start
+
+
+@dataclass(frozen=True, slots=True)
+class Example:
+    """A held-out prompt with people's response and every iterate's."""
+
+    prompt_id: str
+    messages: list[dict[str, str]]
+    human: str
+    answers: dict[str, str]
+    """By iterate, ``sft`` first."""
+    margins: dict[str, float] = field(default_factory=dict)
+    """Of the iterate's own fresh sample against its opponent, where it was scored."""
+
+
+def read_evaluations(run: RunDir, config: SpinConfig) -> list[Evaluation]:
+    """``eval.json`` of every iterate that has one, θ_0 first."""
+    paths = [run.eval_path(iterate) for iterate in range(config.iterations + 1)]
+    return [json.loads(run.storage.read(path)) for path in paths if run.storage.exists(path)]
+
+
+def read_train_logs(run: RunDir, config: SpinConfig) -> dict[str, list[dict[str, Any]]]:
+    """Lines of ``train_log.jsonl`` by folder, those that have any."""
+    names = [iterate_name(iterate) for iterate in range(config.iterations + 1)]
+    logs = {name: read_json_lines(run.storage, f"{name}/train_log.jsonl") for name in names}
+    return {name: log for name, log in logs.items() if log}
+
+
+def split_stage(stage: str) -> tuple[str, str]:
+    """(folder, stage) of an event.
+
+    One opponent answers held-out and training prompts in one go: that is counted where its held-out samples are.
+    """
+    folder, _, name = stage.partition(" ")[0].rpartition("/")
+    return folder or "run", "sampling" if name in ("heldout_samples", "generations") else name
+
+
+def spans(events: list[Event]) -> list[Span]:
+    """Every attempt at every stage, in order. A start that was followed by another one was lost with its driver."""
+    found: list[Span] = []
+    open_stages: dict[str, float] = {}
+    latest = 0.0
+    for event in events:
+        stage, kind = event["stage"], event["event"]
+        if kind == "start":
+            for name, started in open_stages.items():  # one stage at a time: what is still open was lost
+                found.append(Span(*split_stage(name), started, max(latest, started), "lost", {}))
+            open_stages = {stage: event["time"]}
+        elif kind in ("commit", "failure"):
+            open_stages.pop(stage, None)
+            counted = {key: value for key, value in event.items() if key not in ("time", "event", "stage")}
+            started = event["time"] - event["seconds"]
+            found.append(Span(*split_stage(stage), started, event["time"], kind, counted))
+        latest = event["time"]
+    found += [Span(*split_stage(name), started, latest, "running", {}) for name, started in open_stages.items()]
+    return found
+
+
+def stage_seconds(run: RunDir) -> dict[str, dict[str, float]]:
+    """Wall seconds by iterate and stage, summed over attempts, e.g. ``{"iter_000": {"training": 61.2}}``."""
+    seconds: dict[str, dict[str, float]] = defaultdict(lambda: defaultdict(float))
+    for event in run.events():
+        if event["event"] in ("commit", "failure"):
+            folder, stage = split_stage(event["stage"])
+            seconds[folder][stage] += event["seconds"]
+    return {folder: dict(stages) for folder, stages in seconds.items()}
+
+
+def read_examples(
+    run: RunDir, config: SpinConfig, *, limit: int, spread: bool = False, only: list[str] | None = None
+) -> list[Example]:
+    """Up to ``limit`` held-out rows with the first sample of each iterate that has answered them.
+
+    ``spread``: evenly over the order of the last iterate's margins, largest first, its extremes included; without
+    margins, and otherwise, the first rows. ``only`` keeps these prompt ids, in their order.
+    """
+    samples = {
+        name: _first_samples(artefact)
+        for name, artefact in ((iterate_name(it), run.heldout_samples(it)) for it in range(config.iterations + 1))
+        if artefact.is_committed
+    }
+    if not run.heldout.is_committed or not samples:
+        return []
+    rows = pa.concat_tables(list(run.heldout.tables())).select(["prompt_id", "messages"])
+    margins = {name: found for name in samples if (found := _own_margins(run, config, name))}
+    if only is not None:
+        rows = rows.take(pc.drop_null(pc.index_in(pa.array(only, pa.string()), value_set=rows["prompt_id"])))
+    else:
+        picked = _pick_rows(rows["prompt_id"].to_pylist(), list(margins.values())[-1:] if spread else [], limit)
+        rows = rows.take(pa.array(picked, pa.int64()))
+    tokenizer = _tokenizer(run, config)
+    prompt_ids = rows["prompt_id"].to_pylist()
+    texts = {}
+    for name, table in samples.items():
+        ids = dict(zip(table["prompt_id"].to_pylist(), table["token_ids"].to_pylist(), strict=True))
+        answered = [prompt_id for prompt_id in prompt_ids if prompt_id in ids]
+        decoded = tokenizer.decode_batch([ids[prompt_id] for prompt_id in answered], skip_special_tokens=True)
+        texts[name] = dict(zip(answered, decoded, strict=True))
+    return [
+        Example(
+            prompt_id=prompt_id,
+            messages=messages[:-1],
+            human=messages[-1]["content"],
+            answers={name: by_prompt[prompt_id] for name, by_prompt in texts.items() if prompt_id in by_prompt},
+            margins={name: by_prompt[prompt_id] for name, by_prompt in margins.items() if prompt_id in by_prompt},
+        )
+        for prompt_id, messages in zip(prompt_ids, map(json.loads, rows["messages"].to_pylist()), strict=True)
+    ]
+
+
+def _first_samples(samples: Artefact) -> pa.Table:
+    table = pa.concat_tables(list(samples.tables()))
+    return table.filter(pc.equal(table["sample"], 0))
+
+
+def _own_margins(run: RunDir, config: SpinConfig, name: str) -> dict[str, float]:
+    """Margin of each held-out row with the iterate's own sample, by prompt id; empty if it was not scored."""
+    scores = run.artefact(f"{name}/heldout_scores")
+    if name == "sft" or not scores.is_committed or not run.storage.exists(f"{name}/eval.json"):
+        return {}
+    evaluation = json.loads(run.storage.read(f"{name}/eval.json"))
+    frame = row_margins(pa.concat_tables(list(scores.tables())), name, evaluation["opponent"], evaluation["beta"])[
+        "margin"
+    ]
+    return {key.removesuffix("/self"): float(margin) for key, margin in frame.items() if str(key).endswith("/self")}
+
+
+def _pick_rows(prompt_ids: list[str], margins: list[dict[str, float]], limit: int) -> list[int]:
+    order = list(range(len(prompt_ids)))
+    if margins:
+        order.sort(key=lambda row: -margins[0].get(prompt_ids[row], -np.inf))
+        return [order[place] for place in np.unique(np.linspace(0, len(order) - 1, min(limit, len(order))).astype(int))]
+    return order[:limit]
+
+
+def _tokenizer(run: RunDir, config: SpinConfig) -> Tokenizer:
+    """That of an iterate where there is one, as the start model may be elsewhere by now.
+
+    Without transformers if that can be: its import takes longer than all else that is printed.
+    """
+    models = [run.model(iterate) for iterate in range(config.iterations + 1)]
+    trained = [run.storage.path(model.path) for model in models if model.is_committed]
+    folder = trained[0] if trained else Path(run.description()["start_model"])
+    file = folder / "tokenizer.json"
+    if file.exists():
+        return Tokenizer.from_file(str(file))
+    return load_tokenizer(str(folder), trust_remote_code=config.model.trust_remote_code).backend_tokenizer

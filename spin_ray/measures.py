@@ -1,0 +1,212 @@
+"""What is measured of an iterate, and what a bad value means: one list for status, report, tracking and documentation.
+
+``eval.json`` holds the numbers under the keys given here (``against_opponent.loss`` is ``loss`` in the section
+``against_opponent``), and under ``standard_errors`` those of the means, by the same keys.
+"""
+
+import math
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+
+Evaluation = dict[str, Any]
+"""The content of one ``eval.json``."""
+
+CONFIDENCE = 1.96
+"""Standard errors on each side of a mean that a 95 % interval has."""
+
+
+@dataclass(frozen=True, slots=True)
+class Measure:
+    """One number of an iterate."""
+
+    key: str
+    """In ``eval.json``; also its name in every tracking system, below ``eval/``."""
+    title: str
+    meaning: str
+    bad: str
+    """What to look out for, one sentence."""
+    digits: int = 3
+
+    def of(self, evaluation: Evaluation) -> float | None:
+        """The value; None where it was not measured (θ_0 has no opponent, data may have no answers)."""
+        value: Any = evaluation
+        for part in self.key.split("."):
+            value = value.get(part) if isinstance(value, dict) else None
+        return value
+
+    def interval(self, evaluation: Evaluation) -> tuple[float, float] | None:
+        """95 % interval of the mean over held-out rows; None for what is no mean of rows."""
+        value, error = self.of(evaluation), evaluation.get("standard_errors", {}).get(self.key)
+        return None if value is None or error is None else (value - CONFIDENCE * error, value + CONFIDENCE * error)
+
+
+MEASURES = (
+    Measure(
+        "answer_accuracy", "answer accuracy",
+        "share of right answers among the rows that have one, sampled at the recipe's temperature",
+        "Falling: the model gets worse at the task, however good the losses look.",
+    ),
+    Measure(
+        "against_opponent.loss", "held-out loss",
+        "logistic loss on held-out y and y′ of the opponent, which is the iterate before",
+        "At or above ln 2 = 0.693 it learned nothing that carries over; near 0 says different, not better.", 4,
+    ),
+    Measure(
+        "against_opponent.margin", "margin",
+        "mean margin there, in nats times beta",
+        "Many nats after few steps: the policy is running away from its opponent.",
+    ),
+    Measure(
+        "against_opponent.accuracy", "margin accuracy",
+        "share of margins above 0 (y = y′ counts as wrong)",
+        "1.00 at once: something trivial gives y′ away; compare the lengths.", 2,
+    ),
+    Measure(
+        "against_self.loss", "loss on own samples",
+        "the same loss with fresh y′ of the iterate itself",
+        "Above 0.693 it overshot: its own samples show the difference to the opponent more than people's do.", 4,
+    ),
+    Measure(
+        "against_self.margin", "margin on own samples", "the margin with them",
+        "Below 0: by its own judgement its samples moved further from the opponent than people's responses did.",
+    ),
+    Measure(
+        "jsd_lower_bound", "distance of the opponent",
+        "(ln 2 − held-out loss) / 2, in nats: a lower bound, up to sampling error, of the Jensen-Shannon divergence "
+        "between people and the opponent",
+        "No longer falling: more iterations bring nothing that this model can see.", 4,
+    ),
+    Measure(
+        "real_logp_drift", "drift of log p(y)",
+        "change of log p of people's responses against the opponent's, nats per response",
+        "Falling: probability leaves the data; lower the learning rate, raise beta, or set objective.sft_weight.",
+    ),
+    Measure(
+        "against_opponent.generated_logp_drift", "drift of log p(y′)",
+        "the same for the opponent's responses",
+        "Falling by many nats together with the drift of log p(y): probability goes to neither.",
+    ),
+    Measure(
+        "against_self.generated_logp_drift", "KL to the opponent",
+        "mean over the iterate's own samples of their log p under it minus that under the opponent, nats per response",
+        "Many nats in one iteration: the step was too large. Clearly below 0, which no KL is: the samples are not of "
+        "this model; an engine in bfloat16 may round small updates away.",
+    ),
+    Measure("real_length", "length of y", "mean tokens of people's responses", "No measure of the model.", 1),
+    Measure(
+        "generated_length", "length of y′", "mean tokens of the iterate's responses",
+        "Drifting away from people's from one iterate to the next.", 1,
+    ),
+    Measure(
+        "length_auc", "length AUC",
+        "chance that a real response is longer than a generated one (ties half)",
+        "Far from 0.5: length alone tells them apart, and may be all that is learned.", 2,
+    ),
+    Measure(
+        "truncation_rate", "cut at max_tokens", "share of y′ that hit the limit and do not end",
+        "Rising: the model no longer ends its turns.", 2,
+    ),
+    Measure(
+        "identical_share", "y = y′", "share of y′ equal to y",
+        "Near 1: nothing is left to learn, and more SPIN does harm.", 2,
+    ),
+    Measure(
+        "duplicate_share", "duplicates", "share of y′ that repeat the y′ of another prompt",
+        "Far above people's: it gives the same answer to everything.", 2,
+    ),
+    Measure(
+        "real_duplicate_share", "duplicates among y", "the same share among people's responses",
+        "No measure of the model: what duplicates of y′ are compared with.", 2,
+    ),
+    Measure(
+        "distinct_2", "distinct-2", "different pairs of neighbouring tokens over all pairs in the y′",
+        "Falling, or far below people's: the wording gets poorer.", 2,
+    ),
+    Measure(
+        "real_distinct_2", "distinct-2 of y", "the same of people's responses",
+        "No measure of the model: what distinct-2 of y′ is compared with (it falls with length).", 2,
+    ),
+)  # fmt: skip
+BY_KEY = {measure.key: measure for measure in MEASURES}
+
+
+def duplicate_share(responses: list[list[int]]) -> float:
+    """Share of responses that repeat an earlier one. Example: a, b, a, a -> 1/2."""
+    return 1 - len({tuple(ids) for ids in responses}) / max(len(responses), 1)
+
+
+def distinct_ngrams(responses: list[list[int]], n: int) -> float:
+    """Different n-grams over all n-grams (Li et al. 2016, arXiv 1510.03055). Example, n = 2: abab -> ab, ba: 2/3."""
+    grams = [tuple(ids[i : i + n]) for ids in responses for i in range(len(ids) - n + 1)]
+    return len(set(grams)) / len(grams) if grams else 0.0
+
+
+def row_margins(scores: pa.Table, model: str, opponent: str, beta: float) -> Any:
+    """Frame by pair_id: ``real``, ``generated`` (log p under the model minus that under the opponent), ``margin``."""
+    columns = ["pair_id", "model", "real_logp", "generated_logp"]
+    logps = ["real_logp", "generated_logp"]
+    frame = scores.select(columns).to_pandas().pivot(index="pair_id", columns="model", values=logps)
+    frame = frame.astype(np.float64)
+    drift = {name: frame[f"{name}_logp"][model] - frame[f"{name}_logp"][opponent] for name in ("real", "generated")}
+    result = drift["real"].to_frame("real")
+    result["generated"] = drift["generated"]
+    result["margin"] = beta * (result["real"] - result["generated"])
+    return result
+
+
+def standard_error(values: np.ndarray) -> float:
+    """Of the mean of ``values``; 0 for a single one."""
+    return float(np.std(values, ddof=1) / math.sqrt(len(values))) if len(values) > 1 else 0.0
+
+
+def warnings(evaluation: Evaluation, start: Evaluation | None = None) -> list[str]:
+    """Signs that the iterate is collapsing, or that its measures do not mean what they seem to; one sentence each.
+
+    ``start`` is the evaluation of θ_0, where ``evaluation`` is of a later iterate: some measures are compared with it.
+    """
+    found = []
+
+    def value(key: str, of: Evaluation | None = evaluation) -> float | None:
+        return BY_KEY[key].of(of) if of else None
+
+    loss, own = value("against_opponent.loss"), value("against_self.loss")
+    if loss is not None and loss >= math.log(2):
+        found.append(f"held-out loss {loss:.3f} is not below ln 2: what was learned does not carry over to new rows.")
+    if own is not None and own > math.log(2) + 0.05:
+        found.append(f"loss on own samples {own:.3f} is above ln 2: the iterate overshot what sets people apart.")
+    real, generated = value("real_logp_drift"), value("against_opponent.generated_logp_drift")
+    if real is not None and generated is not None and real < -2 and generated < -2:
+        found.append(
+            f"log p(y) fell by {-real:.1f} and log p(y′) by {-generated:.1f} nats: probability goes to neither."
+        )
+    kl = BY_KEY["against_self.generated_logp_drift"].interval(evaluation)
+    if kl is not None and kl[1] < 0:
+        found.append(
+            f"KL to the opponent is estimated below 0 ({kl[0]:.1f} to {kl[1]:.1f}): the samples are not of this model; "
+            "the engine's dtype may round its small updates away (generation.engine.dtype), or sampling is not plain."
+        )
+    if (identical := value("identical_share") or 0) > 0.5:
+        found.append(f"{identical:.0%} of y′ equal y: little is left to learn, and more SPIN does harm.")
+    cut, cut_before = value("truncation_rate"), value("truncation_rate", start)
+    if cut is not None and cut_before is not None and cut > cut_before + 0.15:
+        found.append(f"{cut:.0%} of y′ are cut at max_tokens ({cut_before:.0%} at θ_0): turns no longer end.")
+    duplicates, usual = value("duplicate_share"), value("real_duplicate_share")
+    if duplicates is not None and usual is not None and duplicates > usual + 0.15:
+        found.append(f"{duplicates:.0%} of y′ repeat another (people: {usual:.0%}): the answers collapse onto a few.")
+    distinct, distinct_before = value("distinct_2"), value("distinct_2", start)
+    if distinct is not None and distinct_before and distinct < 0.6 * distinct_before:
+        found.append(f"distinct-2 fell to {distinct:.2f} from {distinct_before:.2f} at θ_0: the wording gets poorer.")
+    auc, accuracy = value("length_auc"), value("against_opponent.accuracy")
+    if auc is not None and accuracy is not None and abs(auc - 0.5) > 0.4 and accuracy > 0.95:
+        found.append(f"length alone tells y from y′ (AUC {auc:.2f}): the margins may have learned little else.")
+    return found
+
+
+def as_markdown() -> str:
+    """The table of the documentation."""
+    lines = ["| measure | in eval.json | meaning | look out for |", "|---|---|---|---|"]
+    lines += [f"| {it.title} | `{it.key}` | {it.meaning} | {it.bad} |" for it in MEASURES]
+    return "\n".join(lines) + "\n"

@@ -1,0 +1,40 @@
+"""Keeps credentials out of a page that is made to be passed on."""
+
+import re
+from typing import Any
+
+HIDDEN = "[hidden]"
+
+_NAMES = re.compile(r"(?i)(passw|secret|credential|api_?key|access_?key|private_?key|auth|bearer|(^|_)token$)")
+"""Names of settings whose text is hidden: ``hf_token`` is, ``max_tokens`` and ``tokenizer`` are not."""
+_VALUES = re.compile(
+    r"\b(?:hf_[A-Za-z0-9]{16,}|sk-[A-Za-z0-9_-]{16,}|gh[pousr]_[A-Za-z0-9]{20,}|AKIA[0-9A-Z]{16}|xox[abprs]-[\w-]{10,}"
+    r"|eyJ[\w-]{8,}\.[\w-]{8,}\.[\w-]+)"
+)
+"""What tokens of well-known services look like."""
+_USER_OF_URL = re.compile(r"(?<=://)[^/\s@]+@")
+_QUERY_OF_URL = re.compile(
+    r"(?i)([?&](?:x-amz-[\w-]+|sig|signature|token|key|secret|password|access_token)=)[^&\s\"']+"
+)
+_ASSIGNED = re.compile(r"(?i)\b((?:[\w-]*(?:password|secret|token|api[_-]?key))\s*[=:]\s*)(?!\d+\b)[^\s,;\"'}\]]{6,}")
+_BEARER = re.compile(r"(?i)\b(bearer\s+)[\w.~+/=-]{8,}")
+
+
+def hide_in_text(text: str) -> str:
+    """``text`` without what looks like a credential: users and signatures in URLs, known tokens, ``password=…``."""
+    text = _USER_OF_URL.sub(f"{HIDDEN}@", text)
+    text = _QUERY_OF_URL.sub(rf"\1{HIDDEN}", text)
+    text = _BEARER.sub(rf"\1{HIDDEN}", text)
+    text = _ASSIGNED.sub(rf"\1{HIDDEN}", text)
+    return _VALUES.sub(HIDDEN, text)
+
+
+def hide(tree: Any, name: str = "") -> Any:
+    """A copy of a config or event in which text under a telling name, and telling text anywhere, is hidden."""
+    if isinstance(tree, dict):
+        return {key: hide(value, str(key)) for key, value in tree.items()}
+    if isinstance(tree, list | tuple):
+        return [hide(value, name) for value in tree]
+    if isinstance(tree, str):
+        return HIDDEN if tree and _NAMES.search(name) else hide_in_text(tree)
+    return tree

@@ -1,0 +1,69 @@
+"""Measures of an iterate by hand, and the signs of a collapse."""
+
+import math
+
+import numpy as np
+import pytest
+
+from spin_ray.measures import BY_KEY, MEASURES, distinct_ngrams, duplicate_share, standard_error, warnings
+
+HEALTHY = {
+    "against_opponent": {"loss": 0.5, "margin": 1.0, "accuracy": 0.8, "generated_logp_drift": -1.0},
+    "against_self": {"loss": 0.6, "margin": 0.5, "generated_logp_drift": 0.5},
+    "real_logp_drift": 0.2, "truncation_rate": 0.1, "identical_share": 0.1, "duplicate_share": 0.1,
+    "real_duplicate_share": 0.1, "distinct_2": 0.8, "length_auc": 0.5,
+    "standard_errors": {"against_self.generated_logp_drift": 0.2},
+}  # fmt: skip
+
+
+def test_duplicates_are_what_an_earlier_response_said():
+    assert duplicate_share([[1, 2], [3], [1, 2], [1, 2]]) == 0.5
+    assert duplicate_share([[1], [2]]) == 0.0
+
+
+def test_distinct_counts_different_pairs_within_responses_only():
+    """[1 2 1 2]: 12, 21, 12; [2 1]: 21. Two of four; the border between responses is no pair."""
+    assert distinct_ngrams([[1, 2, 1, 2], [2, 1]], 2) == 0.5
+    assert distinct_ngrams([[1], []], 2) == 0.0
+
+
+def test_the_standard_error_is_that_of_the_mean():
+    """0, 0, 1, 1: variance 1/3 with three degrees of freedom, over four rows."""
+    assert standard_error(np.array([0.0, 0.0, 1.0, 1.0])) == pytest.approx(math.sqrt(1 / 3 / 4))
+
+
+def test_an_interval_is_wide_as_its_standard_error_and_missing_without_one():
+    measure = BY_KEY["against_self.generated_logp_drift"]
+    assert measure.interval(HEALTHY) == pytest.approx((0.5 - 1.96 * 0.2, 0.5 + 1.96 * 0.2))
+    assert BY_KEY["length_auc"].interval(HEALTHY) is None
+    assert BY_KEY["answer_accuracy"].of(HEALTHY) is None
+
+
+def test_every_measure_has_one_sentence_on_what_is_bad():
+    assert len(BY_KEY) == len(MEASURES)
+    for measure in MEASURES:
+        assert measure.bad.endswith(".")
+        assert measure.bad.count(". ") <= 1
+
+
+def test_a_healthy_iterate_gives_no_warning():
+    assert warnings(HEALTHY, HEALTHY) == []
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        ({"against_opponent": {"loss": 0.70}}, "not below ln 2"),
+        ({"against_self": {"loss": 0.80}}, "overshot"),
+        ({"real_logp_drift": -3.0, "against_opponent": {"generated_logp_drift": -5.0}}, "goes to neither"),
+        ({"against_self": {"generated_logp_drift": -1.0}}, "estimated below 0"),
+        ({"identical_share": 0.9}, "90% of y′ equal y"),
+        ({"truncation_rate": 0.4}, "40% of y′ are cut at max_tokens (10% at θ_0)"),
+        ({"duplicate_share": 0.5}, "50% of y′ repeat another (people: 10%)"),
+        ({"distinct_2": 0.4}, "distinct-2 fell to 0.40 from 0.80"),
+        ({"length_auc": 0.03, "against_opponent": {"accuracy": 0.99}}, "length alone"),
+    ],
+)
+def test_each_sign_of_collapse_is_named(change, words):
+    [found] = warnings(HEALTHY | change, HEALTHY)
+    assert words in found

@@ -1,0 +1,170 @@
+"""What the report says, without a browser."""
+
+import json
+from pathlib import Path
+
+import pytest
+from made_up_run import made_up_run
+
+from spin_ray.history import read_examples, spans
+from spin_ray.report import write_report
+from spin_ray.report.charts import MOST_POINTS, Series, gantt, line_chart
+from spin_ray.report.secrets import hide, hide_in_text
+from spin_ray.report.view import read_view
+from spin_ray.run_dir import RunDir
+from spin_ray.storage import Storage
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory):
+    return made_up_run(tmp_path_factory.mktemp("runs") / "finished")
+
+
+# What it says
+
+
+def test_the_verdict_weighs_a_change_of_accuracy_against_chance(finished):
+    """0.25 → 0.45 with standard errors 0.02 each: ±1.96 · √2 · 0.02 = ±0.055."""
+    worth, caution = read_view(finished).verdict()
+    assert "45.0% of 3 held-out questions right, sft 25.0%: a change of +20.0% (± 5.5%), more than chance" in worth
+    assert caution.startswith("No sign of collapse: responses went from 9.0 to 7.0 tokens (people: 5.0)")
+
+
+def test_a_warning_takes_the_place_of_the_all_clear(tmp_path):
+    run = made_up_run(tmp_path / "run")
+    evaluation = json.loads(run.storage.read(run.eval_path(2))) | {"identical_share": 0.8}
+    run.storage.replace(run.eval_path(2), json.dumps(evaluation).encode())
+    assert read_view(run).verdict()[1].startswith("Beware: 80% of y′ equal y")
+
+
+def test_a_run_that_goes_on_says_so_and_shows_what_is_there(tmp_path):
+    view = read_view(made_up_run(tmp_path / "run", iterations=4, done=1))
+    assert (view.state, view.iterates) == ("unfinished", ["sft", "iter_000"])
+
+
+def test_a_run_without_anything_has_a_report(tmp_path):
+    run = made_up_run(tmp_path / "run")
+    empty = RunDir(Storage(tmp_path / "empty"))
+    empty.begin(run.config(), {name: run.description()[name] for name in ("inputs", "start_model", "versions")})
+    page = write_report([empty], tmp_path / "page.html").read_text()
+    assert "Nothing has been evaluated yet. The run is unfinished." in page
+    assert "No stage has started yet." in page
+
+
+def test_counts_of_quarantine_and_drops(finished):
+    view = read_view(finished)
+    assert view.quarantine == [("prompts", "empty", 2, "no text"), ("prompts", "duplicate", 1, "of row 3")]
+    assert view.pairs[0] == ("iter_000", {"rows": 1, "dropped_identical": 7, "dropped_empty": 0, "from_earlier": 0})
+
+
+def test_the_recipe_holds_what_is_not_a_default(finished):
+    recipe = read_view(finished).recipe
+    assert "beta: 0.5" in recipe
+    assert "learning_rate" not in recipe
+
+
+def test_two_runs_show_what_differs(finished, tmp_path):
+    other = made_up_run(tmp_path / "other", iterations=3)
+    page = write_report([finished, other], tmp_path / "page.html").read_text()
+    differing = page.partition('id="differing"')[2].partition("</table>")[0]
+    assert "<code>iterations</code>" in differing
+    assert "<code>seed</code>" not in differing
+    assert "finished: iter_001" in page
+    assert "other: iter_001" in page
+
+
+def test_texts_of_the_data_are_text(finished, tmp_path):
+    page = write_report([finished], tmp_path / "page.html").read_text()
+    assert "&lt;script&gt;alert(1)&lt;/script&gt;" in page
+    assert "<script>alert" not in page
+
+
+# Examples
+
+
+def test_examples_come_in_the_order_of_margins_with_both_extremes(finished):
+    """p0 has margin 2.0, p2 0.5, p1 −1.5."""
+    found = read_examples(finished, finished.config(), limit=2, spread=True)
+    assert [example.prompt_id for example in found] == ["p0", "p1"]
+    assert found[0].margins == {"iter_000": pytest.approx(2.0), "iter_001": pytest.approx(2.0)}
+    assert found[1].answers == {name: f"answer 1 of {name}" for name in ("sft", "iter_000", "iter_001")}
+
+
+# Stages in time
+
+
+def test_an_attempt_whose_driver_died_is_lost_and_a_last_one_may_still_run():
+    events = [
+        {"time": 0.0, "event": "start", "stage": "iter_000/training"},
+        {"time": 50.0, "event": "start", "stage": "iter_000/training"},
+        {"time": 60.0, "event": "failure", "stage": "iter_000/training", "seconds": 10.0},
+        {"time": 70.0, "event": "start", "stage": "iter_000/training"},
+    ]
+    found = [(span.outcome, span.start, span.end) for span in spans(events)]
+    assert found == [("lost", 0.0, 0.0), ("failure", 50.0, 60.0), ("running", 70.0, 70.0)]
+
+
+# Charts
+
+
+def test_a_chart_leaves_out_what_is_no_number_and_averages_what_is_too_much():
+    points = [(float(x), 1.0) for x in range(10 * MOST_POINTS)] + [(5e4, float("nan"))]
+    svg = line_chart("Loss", [Series("a", points, 0)], x_label="step")
+    assert "nan" not in svg
+    assert svg.count(" L") + 1 <= MOST_POINTS
+    assert 'aria-label="Loss: a from 1 to 1"' in svg
+
+
+def test_the_title_of_a_mark_is_escaped(finished):
+    svg = line_chart("x", [Series("<b>&", [(0, 1), (1, 2)], 0)], x_label="step")
+    assert "<title>&lt;b&gt;&amp;</title>" in svg
+    assert gantt([]) == ""
+
+
+# Secrets
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "s3://AKIAIOSFODNN7EXAMPLE:SECRETSECRET@bucket/x",
+        "https://host/x?X-Amz-Signature=SECRETSECRET&y=1",
+        "Authorization: Bearer SECRETSECRET.abc",
+        "login failed: password=SECRETSECRET",
+        "hf_SECRETSECRETabcdefghijk is not valid",
+    ],
+)
+def test_credentials_in_texts_are_hidden(text):
+    assert "SECRET" not in hide_in_text(text)
+
+
+def test_credentials_are_hidden_by_name_and_counts_are_not():
+    tree = {"hf_token": "abc", "max_tokens": 64, "tokenizer": "llama", "extra": {"api_key": "k", "dtype": "auto"}}
+    assert hide(tree) == {
+        "hf_token": "[hidden]", "max_tokens": 64, "tokenizer": "llama",
+        "extra": {"api_key": "[hidden]", "dtype": "auto"},
+    }  # fmt: skip
+
+
+def test_no_secret_of_the_config_or_of_a_failure_is_in_the_page(tmp_path):
+    engine = {"extra": {"store_api_key": "SECRETSECRET"}}
+    run = made_up_run(tmp_path / "run", iterations=3, generation={"engine": engine})
+    run.event("failure", "iter_002/training", seconds=1.0, error="OSError: s3://me:SECRETSECRET@bucket is gone")
+    page = write_report([run], tmp_path / "page.html").read_text()
+    assert "SECRETSECRET" not in page
+    assert "@bucket is gone" in page
+
+
+# The command
+
+
+def test_the_command_writes_into_the_run_folder(call, finished):
+    code, out, _ = call("report", finished.storage.root)
+    assert code == 0
+    assert Path(out.strip()) == finished.storage.root / "report.html"
+
+
+def test_a_report_of_a_folder_that_is_no_run_is_an_error(call, tmp_path):
+    code, _, error = call("report", tmp_path)
+    assert code == 2
+    assert "is not a run" in error
