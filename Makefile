@@ -58,11 +58,12 @@ lint: $(READY) ## Format, lint, types, import rules; changes nothing
 	$(BIN)/lint-imports --no-logo
 
 DATA ?= ../shared/data/word_problems.train.jsonl
-bench: $(READY) ## Quick benchmarks (no peers): DATA=FILE.jsonl has the rows
+bench: $(READY) ## The quicker benchmarks (not TRL): DATA=FILE.jsonl has the rows
 	$(BIN)/python benchmarks/useful_tokens.py --data $(DATA)
 	$(BIN)/python benchmarks/training_overhead.py --data $(DATA)
 	$(BIN)/python benchmarks/generation_overhead.py
 	$(BIN)/python benchmarks/size.py
+	$(BIN)/python benchmarks/iteration_against_authors.py --data $(DATA)
 
 peers: .peers/.ready ## An environment with TRL, to compare with
 
