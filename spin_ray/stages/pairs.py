@@ -133,21 +133,27 @@ def _verdict(real: pa.ListScalar, generated: pa.ListScalar) -> str:
 
 def joined(prompts: Artefact, generations: Artefact, iteration: int) -> Iterator[pa.Table]:
     """Pairs of each generation shard. Shards keep the order of ``prompts``: both are read once, side by side."""
-    upcoming = prompts.tables()
-    window = PAIR_SCHEMA.empty_table().select(["prompt_id", "prompt_ids", "real_ids"])
+    columns = ["prompt_id", "prompt_ids", "real_ids"]
+    upcoming = (table.select(columns) for table in prompts.tables())
+    rest = PAIR_SCHEMA.empty_table().select(columns)
+    """Rows that have been read and may still be asked for."""
     for answers in generations.tables():
-        found = pc.index_in(answers["prompt_id"], value_set=window["prompt_id"])
-        while found.null_count:
-            following = next(upcoming, None)
-            if following is None:
-                missing = answers["prompt_id"].filter(pc.is_null(found))[0].as_py()
+        played = answers["prompt_id"].unique()
+        found, left = [], len(played)
+        while True:
+            found.append(rest.filter(pc.is_in(rest["prompt_id"], value_set=played)))
+            left -= found[-1].num_rows
+            if not left:
+                break
+            rest = next(upcoming, None)
+            if rest is None:
+                missing = set(played.to_pylist()).difference(*(table["prompt_id"].to_pylist() for table in found))
                 raise DataError(
-                    f"{generations.path}: prompt {missing} is not in {prompts.path}; "
+                    f"{generations.path}: prompt {min(missing)} is not in {prompts.path}; "
                     f"remove {generations.path} to redo it"
                 )
-            window = pa.concat_tables([window, following.select(window.column_names)])
-            found = pc.index_in(answers["prompt_id"], value_set=window["prompt_id"])
-        rows = window.take(found)
+        rows = pa.concat_tables(found)
+        rows = rows.take(pc.index_in(answers["prompt_id"], value_set=rows["prompt_id"]))
         samples = answers["sample"].to_pylist()
         pair_ids = [
             f"{prompt}/{iteration:03d}/{sample}"
@@ -160,4 +166,3 @@ def joined(prompts: Artefact, generations: Artefact, iteration: int) -> Iterator
             ],
             schema=PAIR_SCHEMA,
         )  # fmt: skip
-        window = window.slice(pc.max(found).as_py())  # the next shard starts here or later
