@@ -2,6 +2,7 @@
 
 import logging
 import os
+import signal
 import sys
 from pathlib import Path
 from typing import IO, Any
@@ -197,6 +198,8 @@ def main() -> None:
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s", datefmt="%H:%M:%S", stream=sys.stderr)
     os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
     logging.getLogger("httpx").setLevel(logging.WARNING)
+    # As Ray does once it runs: unwinding releases the lease, and another machine can go on at once.
+    signal.signal(signal.SIGTERM, lambda number, _: sys.exit(number))
     try:
         cli(standalone_mode=False)
     except UserError as error:
@@ -206,7 +209,9 @@ def main() -> None:
         sys.exit(EXIT_BAD_INPUT)
     except StageError as error:
         _stop(error, EXIT_FAILED)
-    except (click.Abort, KeyboardInterrupt):
+    except (click.Abort, KeyboardInterrupt, SystemExit) as stopped:
+        if isinstance(stopped, SystemExit) and stopped.code != signal.SIGTERM:
+            raise
         click.echo("stopped; the same command goes on from what is committed", err=True)
         sys.exit(EXIT_FAILED)
 

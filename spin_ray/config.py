@@ -215,6 +215,19 @@ class OptimizerConfig(Section):
     """Gradients are clipped to this global norm."""
 
 
+class LoraConfig(Section):
+    """Train low-rank adapters instead of all weights: no gradients and optimizer state for the rest. A departure from
+    the paper. Each iterate is exported merged, so the next opponent and reference is a plain model again.
+    """
+
+    rank: Count = 16
+    """Of the change that one iteration can make to a weight matrix."""
+    alpha: Count = 32
+    """The change is scaled by alpha / rank. Adapters want a learning rate 10 to 100 times that of all weights."""
+    target_modules: Literal["all-linear"] | tuple[str, ...] = "all-linear"
+    """Names of the layers that get an adapter, e.g. ``[q_proj, v_proj]``; all linear ones but the head by default."""
+
+
 class TrainConfig(Section):
     backend: Literal["fsdp2", "deepspeed"] = "fsdp2"
     """What holds and shards the model: torch's own FSDP2, or DeepSpeed's ZeRO (the extra ``deepspeed``)."""
@@ -228,6 +241,8 @@ class TrainConfig(Section):
     """Passes over the pairs of an iteration. Paper: 2."""
     optimizer: OptimizerConfig = OptimizerConfig()
     """A fresh one for every iteration."""
+    lora: LoraConfig | None = None
+    """Adapters (PEFT, the extra ``lora``) instead of all weights; not for the ``sft`` warm-up. Off by default."""
     global_batch_pairs: Count = 64
     """Pairs per optimizer step, over all workers. Paper: 64."""
     pack_length: Count = 4096
@@ -240,6 +255,9 @@ class TrainConfig(Section):
     sharding: Literal["full", "shard_grad_op"] = "full"
     """``full`` (ZeRO-3) gathers each layer's weights anew in each forward and backward pass. ``shard_grad_op`` (ZeRO-2)
     gathers once per optimizer step: far less traffic, for one whole copy of the weights per worker."""
+    reduce_every_pack: bool = False
+    """Sum gradients over the workers after each pack, not once per step. Off: every worker holds the gradients of its
+    earlier packs whole, 4 bytes per parameter. On: more traffic, for models whose gradients would not fit so."""
     checkpoint_every_steps: Count = 200
     """Steps between checkpoints: what a killed worker can lose."""
     max_failures: Annotated[int, Field(ge=0)] = 3
@@ -434,7 +452,8 @@ class IterationSettings(Section):
 _NOT_IDENTITY = (
     "iterations", "cluster.", "storage.", "health.", "serving.", "objective.beta", "train.learning_rate",
     "train.epochs",
-    "train.max_failures", "train.checkpoint_every_steps", "train.sharding", "train.start_timeout_s",
+    "train.max_failures", "train.checkpoint_every_steps", "train.sharding", "train.reduce_every_pack",
+    "train.start_timeout_s",
     "train.resources.custom",
     "generation.replicas", "generation.start_timeout_s", "generation.shard_timeout_s", "generation.resources.custom",
     "generation.engine.gpu_memory_utilization", "generation.engine.cpu_kv_cache_gib",

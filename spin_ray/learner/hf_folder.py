@@ -14,10 +14,15 @@ COPIED_SUFFIXES = {".json", ".jinja", ".model", ".txt", ".tiktoken"}
 """Of tokenizers, chat templates, generation config and licence; weights and ``_MANIFEST.json`` are left behind."""
 
 
-def load_model(source: str | Path, *, trust_remote_code: bool) -> Any:
-    """The causal LM in fp32 on the CPU. Pickled weights are not read unless the folder's code is trusted anyway."""
+def load_model(source: str | Path, *, trust_remote_code: bool, config: Any = None) -> Any:
+    """The causal LM in fp32 on the CPU. Pickled weights are not read unless the folder's code is trusted anyway.
+
+    Args:
+        config: instead of the folder's own; weights that it has no place for are left out.
+    """
     return AutoModelForCausalLM.from_pretrained(
         str(source),
+        config=config,
         dtype=torch.float32,
         attn_implementation="sdpa",
         trust_remote_code=trust_remote_code,

@@ -256,11 +256,13 @@ def pack_flops(config: SpinConfig, shape: ModelShape, targets: float, *, backwar
 def step_traffic(config: SpinConfig, shape: ModelShape, packs: float, *, backward: bool) -> float:
     """Bytes that a rank receives for one step: gathered weights in the computation's type, then fp32 gradients.
 
-    Sharded in full, each pass of each pack gathers; otherwise a step does once. Gradients are reduced once a step.
+    Sharded in full, each pass of each pack gathers; otherwise a step does once. Gradients are reduced once a step, or
+    with every pack.
     """
     train = config.train
     passes = packs * (2 if backward else 1) if train.sharding == "full" else 1
-    gathered = passes * _dtype_bytes(config) + (4 if backward else 0)
+    reduced = (packs if train.reduce_every_pack else 1) if backward else 0
+    gathered = passes * _dtype_bytes(config) + 4 * reduced
     return shape.parameters * gathered * (train.workers - 1) / train.workers
 
 
@@ -321,14 +323,16 @@ def learner_memory(
     """Bytes of one rank by purpose (``learner.backends.fsdp2``); fp32 states are sharded over the workers.
 
     Per parameter: 4 for the weight, 4 for its gradient, 4 (RMSProp) or 8 (AdamW) for the optimizer. ``backward``
-    without sync keeps the gradients of a rank's earlier packs whole, 4 bytes per parameter on every rank.
+    without sync keeps the gradients of a rank's earlier packs whole, 4 bytes per parameter on every rank, unless they
+    are reduced with every pack.
     """
     sharded = shape.parameters / config.train.workers
     moments = {"rmsprop": 1, "adamw": 2}[optimizer.name] if optimizer else 0
     memory = {"weights": 4 * sharded, "optimizer": 4 * moments * sharded}
     if backward:
         memory |= {"gradients": 4 * sharded}
-        memory |= {"whole gradients": 4.0 * shape.parameters if packs.per_rank_at_most > 1 else 0.0}
+        accumulates = packs.per_rank_at_most > 1 and not config.train.reduce_every_pack
+        memory |= {"whole gradients": 4.0 * shape.parameters if accumulates else 0.0}
     memory |= {
         "gathered weights": _gathered_bytes(config, shape, backward=backward),
         "activations": _activation_bytes(config, shape, packs, backward=backward),

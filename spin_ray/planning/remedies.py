@@ -124,6 +124,8 @@ def _changes(config: SpinConfig, shape: ModelShape, stage: str) -> Iterator[dict
     if stage == "training":
         yield {"train.gradient_checkpointing": True}
     yield {"train.sharding": "full"}
+    if stage == "training":
+        yield {"train.reduce_every_pack": True}
     for times in (2, 4):  # a rank with a single pack keeps no whole gradients
         yield {"train.pack_length": times * train.pack_length}
     yield {"train.pack_length": config.model.max_length + config.generation.sampling.max_tokens}

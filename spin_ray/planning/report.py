@@ -233,11 +233,14 @@ def _notes(config: SpinConfig, shape: ModelShape, cluster: Cluster, work: Work) 
         f"Model {shape.parameters / 1e9:.2f}B parameters; {work.rows} rows of {work.prompt:.0f} + {work.real:.0f} "
         f"tokens, y′ {work.generated:.0f} (as long as y, cut at max_tokens); {work.heldout_rows} held-out rows."
     )
-    loading = config.train.workers * 4 * shape.parameters / min(cluster.nodes, config.train.workers)
-    yield (
-        f"Host memory: each train worker first loads the model whole in fp32, {4 * shape.parameters / GB:.1f} GB, "
-        f"so {loading / GB:.0f} GB per node."
-    )
+    if config.train.backend == "deepspeed":
+        loading = config.train.workers * 4 * shape.parameters / min(cluster.nodes, config.train.workers)
+        yield (
+            f"Host memory: each DeepSpeed worker first loads the model whole in fp32, "
+            f"{4 * shape.parameters / GB:.1f} GB, so {loading / GB:.0f} GB per node."
+        )
+    exported = {"bf16": 2, "fp32": 4}[config.train.precision] * shape.parameters
+    yield f"Host memory: the first train worker gathers the model to write it, {exported / GB:.1f} GB."
     if config.model.attention == "padded":
         yield "model.attention: padded takes 2-4 times the hours shown for scoring, training and evaluation."
     if config.data.heldout and not work.heldout_rows:

@@ -111,7 +111,9 @@ def run(run_dir: RunDir, config: SpinConfig, iteration: int, opponent: ModelFold
             global_batch_pairs=config.train.global_batch_pairs,
             pad_id=opponent.pad_id,
         ),
-        backend=_backend_settings(config, config.train.optimizer, values.learning_rate),
+        backend=replace(
+            _backend_settings(config, config.train.optimizer, values.learning_rate), lora=config.train.lora
+        ),
         epochs=values.epochs,
         seed=config.seed + iteration,
         checkpoint_every_steps=config.train.checkpoint_every_steps,
@@ -174,6 +176,7 @@ def _backend_settings(config: SpinConfig, optimizer: OptimizerConfig, learning_r
         trust_remote_code=config.model.trust_remote_code,
         gradient_checkpointing=config.train.gradient_checkpointing,
         sharding=config.train.sharding,
+        reduce_every_pack=config.train.reduce_every_pack,
         optimizer=optimizer,
         learning_rate=learning_rate,
     )
@@ -199,7 +202,7 @@ def _worker(job: TrainJob) -> dict[str, float]:
     table = _read_rows(job.rows)
     epochs = plan(table, job.shape, epochs=job.epochs, seed=job.seed)
     steps = [step for epoch in epochs for step in epoch]
-    backend = make_backend(job.start.path, replace(job.backend, total_steps=len(steps)), device())
+    backend = make_backend(job.start.path, replace(job.backend, total_steps=len(steps), seed=job.seed), device())
     reference, started = None, time.monotonic()
     if job.reference is not None:
         _score_reference(job, backend, epochs[0], table)

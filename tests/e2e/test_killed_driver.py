@@ -76,6 +76,35 @@ def test_a_killed_driver_loses_nothing_that_was_committed(tmp_path: Path) -> Non
     assert steps == list(range(36)), "each of 48 pairs × 3 epochs / 4 is logged once"
 
 
+def test_sigterm_stops_within_the_grace_time_and_gives_the_run_back(tmp_path: Path) -> None:
+    """As `ray job stop` and a pod's end do it. Ray kills what is left after 3 s: by then the lease must be free, and
+    a driver on any machine can go on at once. Caught while engines start, with Ray up.
+    """
+    out = tmp_path / "run"
+    driver = subprocess.Popen(
+        [*SPIN_RAY, "run", str(write_recipe(tmp_path, micro_recipe())), "--out", str(out)],
+        env=environment(), cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True,
+    )  # fmt: skip
+    try:
+        deadline = time.monotonic() + 120
+        while not (out / "prompts" / "_MANIFEST.json").exists():
+            assert driver.poll() is None and time.monotonic() < deadline, "waited 120 s for the prompts"
+            time.sleep(0.1)
+        lease = out / "lease.json"
+        assert lease.exists()
+        driver.send_signal(signal.SIGTERM)
+        deadline = time.monotonic() + 3
+        while lease.exists():
+            assert time.monotonic() < deadline, "the lease was not free after 3 s"
+            time.sleep(0.05)
+        _, error = driver.communicate(timeout=60)
+        assert driver.returncode == 1
+        assert "stopped; the same command goes on from what is committed" in error
+    finally:
+        driver.kill()
+        driver.wait(timeout=30)
+
+
 def test_a_second_driver_is_refused_while_the_first_runs(tmp_path: Path) -> None:
     recipe = write_recipe(tmp_path, micro_recipe())
     out = tmp_path / "run"

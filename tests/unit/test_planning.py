@@ -153,6 +153,11 @@ def test_evaluation_holds_neither_gradients_nor_optimizer():
     assert memory.keys() == {"weights", "gathered weights", "activations", "runtime"}
 
 
+def test_gradients_reduced_with_every_pack_are_never_whole():
+    config = tiny_config(reduce_every_pack=True)
+    assert "whole gradients" not in learner_memory(config, TINY, TWO_PACKS, optimizer=RMSPROP, backward=True)
+
+
 def test_shard_grad_op_holds_a_whole_copy_of_the_weights():
     config = changed(ZEPHYR, sharding="shard_grad_op")
     full, once = (
@@ -413,7 +418,7 @@ def refused(found: tuple[int, str, str]) -> str:
 def test_the_plan_of_the_papers_recipe_has_every_stage_and_the_published_times(call):
     code, out, error = call("--gpu", "A100-80G")
     assert (code, error) == (0, "")
-    for text in ("generation", "scoring", "training", "iter_001 to iter_003", "Total: ", "4.32", "Why: ", "232 GB"):
+    for text in ("generation", "scoring", "training", "iter_001 to iter_003", "Total: ", "4.32", "Why: ", "14.5 GB"):
         assert text in out
 
 

@@ -16,32 +16,53 @@ from transformers import AutoModelForCausalLM
 from spin_ray.config import OptimizerConfig
 from spin_ray.learner.backends.base import BackendSettings
 from spin_ray.learner.backends.fsdp2 import Fsdp2Backend
+from spin_ray.learner.loading import empty_model
 from spin_ray.learner.loop import Objective, PackShape, ReferenceScores, train_step
 from spin_ray.learner.packing import build_pack
 
-pytestmark = [pytest.mark.slow, pytest.mark.timeout(120)]
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(300)]
 ROWS = random_rows(0, trees=8)
-CASES = ("packed full", "padded full", "packed shard_grad_op")
-"""Layout and sharding."""
+CASES = ("packed full", "padded full", "packed shard_grad_op", "packed full every-pack")
+"""Layout, sharding, and when gradients are reduced."""
+STARTS = ("model", "untied", "bf16")
+"""Model folders: tied embeddings, untied ones, and stored in bf16."""
 
 
-def make_backend(directory: Path, case: str) -> Fsdp2Backend:
-    layout, sharding = case.split()
+def make_backend(directory: Path, case: str, start: str = "model") -> Fsdp2Backend:
+    layout, sharding, *reduced = case.split()
     settings = BackendSettings(
         max_length=PACK_LENGTH,
         precision="fp32",
         attention=cast(Any, layout),
         sharding=cast(Any, sharding),
+        reduce_every_pack=bool(reduced),
         optimizer=OptimizerConfig(name="rmsprop"),
         learning_rate=0.01,
         total_steps=4,
     )
-    return Fsdp2Backend(directory / "model", settings, torch.device("cpu"))
+    return Fsdp2Backend(directory / start, settings, torch.device("cpu"))
+
+
+def loaded_in_shares(directory: Path, name: str) -> dict[str, bool]:
+    """Whether a backend that read its slices has the bits of the files, in its shards and in what it gathers."""
+    backend = make_backend(directory, "packed full", start=name)
+    expected = AutoModelForCausalLM.from_pretrained(directory / name, dtype=torch.float32)
+    weights = dict(expected.named_parameters())
+    return {
+        "in shares": empty_model(directory / name) is not None,
+        "half each": all(2 * shard.to_local().numel() <= shard.numel() + 64 for shard in backend._shards.values()),
+        "names": backend._shards.keys() == weights.keys(),
+        "weights": all(torch.equal(shard.full_tensor(), weights[name]) for name, shard in backend._shards.items()),
+        "buffers": all(
+            torch.equal(buffer, dict(expected.named_buffers())[name]) for name, buffer in backend._model.named_buffers()
+        ),
+    }
 
 
 def one_of_two_ranks(rank: int, directory: Path) -> None:
     torch.set_num_threads(1)
     dist.init_process_group("gloo", store=dist.FileStore(str(directory / "store"), 2), rank=rank, world_size=2)
+    (directory / f"loaded-{rank}.json").write_text(json.dumps([loaded_in_shares(directory, name) for name in STARTS]))
     for case in CASES:
         backend = make_backend(directory, case)
         history = train(backend, ROWS, 2)
@@ -73,6 +94,8 @@ def directory(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """What two ranks left behind."""
     directory = tmp_path_factory.mktemp("ranks")
     save_model(directory / "model", tiny_llama())
+    save_model(directory / "untied", tiny_llama(tied=False))
+    save_model(directory / "bf16", tiny_llama().bfloat16())
     context = torch.multiprocessing.spawn(one_of_two_ranks, args=(directory,), nprocs=2, join=False)
     assert context is not None
     while not context.join(timeout=100):
@@ -115,6 +138,12 @@ def test_two_ranks_train_as_one_does(directory: Path, tmp_path: Path, case: str)
     torch.testing.assert_close(
         torch.tensor(train(resumed, ROWS, 1)), torch.tensor(train(alone, ROWS, 1)), rtol=1e-3, atol=1e-4
     )
+
+
+def test_ranks_that_read_only_their_slices_have_the_bits_of_the_files(directory: Path) -> None:
+    for rank in (0, 1):
+        for found in json.loads((directory / f"loaded-{rank}.json").read_text()):
+            assert all(found.values()), found
 
 
 def test_a_bad_gradient_on_one_rank_raises_on_both(directory: Path) -> None:

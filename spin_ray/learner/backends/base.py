@@ -10,7 +10,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from spin_ray.config import OptimizerConfig
+from spin_ray.config import LoraConfig, OptimizerConfig
 from spin_ray.types import PackedBatch
 
 
@@ -29,6 +29,12 @@ class BackendSettings:
     gradient_checkpointing: bool = False
     sharding: Literal["full", "shard_grad_op"] = "full"
     """Gather weights for each pass of each layer, or once per optimizer step (``train.sharding``)."""
+    reduce_every_pack: bool = False
+    """Sum gradients over ranks with every ``backward``; the others then are collectives, too."""
+    lora: LoraConfig | None = None
+    """Train adapters only; exports are merged."""
+    seed: int = 0
+    """Of the adapters' first values."""
     optimizer: OptimizerConfig | None = None
     """None: the backend only scores (reference, evaluation) and holds no optimizer state."""
     learning_rate: float = 0.0

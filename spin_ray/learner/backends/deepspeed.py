@@ -16,9 +16,10 @@ from torch.nn import functional
 
 from spin_ray.config import OptimizerConfig
 from spin_ray.errors import ModelError
+from spin_ray.learner.adapters import add_adapters
 from spin_ray.learner.backends.base import BackendSettings, StepStats, set_learning_rate
-from spin_ray.learner.backends.modules import bare_optimizer, recompute_activations
-from spin_ray.learner.hf_folder import load_model, write_model
+from spin_ray.learner.backends.modules import bare_optimizer, export, recompute_activations, stored_as, trainable
+from spin_ray.learner.hf_folder import load_model
 from spin_ray.learner.scoring import Layout, ResponseScorer, choose_layout
 from spin_ray.types import PackedBatch
 
@@ -45,6 +46,8 @@ class DeepSpeedBackend:
         self._settings = settings
         self._model = load_model(model_dir, trust_remote_code=settings.trust_remote_code)
         self.layout = choose_layout(self._model, settings.attention, max_length=settings.max_length)
+        if settings.lora is not None:
+            add_adapters(self._model, settings.lora, seed=settings.seed)
         if settings.gradient_checkpointing:
             recompute_activations(self._model)
         scorer = _Scorer(self._model, self.layout)
@@ -52,7 +55,7 @@ class DeepSpeedBackend:
         buffers = {name: buffer.clone() for name, buffer in self._model.named_buffers()}
         self._engine, self._optimizer, *_ = deepspeed.initialize(
             model=scorer,
-            optimizer=bare_optimizer(list(self._model.parameters()), settings.optimizer),
+            optimizer=bare_optimizer(trainable(self._model), settings.optimizer),
             config=_engine_config(settings, settings.optimizer),
             dist_init_required=False,
         )
@@ -87,34 +90,31 @@ class DeepSpeedBackend:
 
     def save(self, directory: Path) -> None:
         self._engine.save_checkpoint(
-            str(directory), tag=CHECKPOINT, client_state={"steps_done": self.steps_done}, save_latest=False
+            str(directory),
+            tag=CHECKPOINT,
+            client_state={"steps_done": self.steps_done},
+            save_latest=False,
+            exclude_frozen_parameters=self._settings.lora is not None,
         )
 
     def load(self, directory: Path) -> None:
-        folder, state = self._engine.load_checkpoint(str(directory), tag=CHECKPOINT)
+        folder, state = self._engine.load_checkpoint(
+            str(directory), tag=CHECKPOINT, load_module_strict=self._settings.lora is None
+        )
         if folder is None:
             raise ModelError(f"{directory}: DeepSpeed finds no checkpoint in it")
         self.steps_done = state["steps_done"]
         set_learning_rate(self._optimizer.param_groups, self._settings, self.steps_done)
 
     def export_hf(self, directory: Path) -> None:
-        dtype = torch.bfloat16 if self._settings.precision == "bf16" else torch.float32
         persistent = self._model.state_dict().keys()
         weights = {}
         for name, tensor in [*self._model.named_parameters(), *self._model.named_buffers()]:
             with self._gathered([tensor] if hasattr(tensor, "ds_id") else []):  # every rank must take part
                 if dist.get_rank() == 0 and name in persistent:
-                    to = dtype if tensor.is_floating_point() else tensor.dtype
-                    weights[name] = tensor.detach().to("cpu", to, copy=True)
+                    weights[name] = tensor.detach().to("cpu", stored_as(tensor, self._settings), copy=True)
         if dist.get_rank() == 0:
-            write_model(
-                directory,
-                self._model,
-                weights,
-                dtype=dtype,
-                source=self._model_dir,
-                with_code=self._settings.trust_remote_code,
-            )
+            export(directory, self._model, weights, self._model_dir, self._settings)
 
 
 class _Scorer(ResponseScorer):

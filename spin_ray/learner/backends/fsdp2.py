@@ -21,9 +21,18 @@ from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor
 
 from spin_ray.config import OptimizerConfig
+from spin_ray.learner.adapters import add_adapters, is_adapter, set_first_values, stored_name
 from spin_ray.learner.backends.base import BackendSettings, StepStats, set_learning_rate
-from spin_ray.learner.backends.modules import bare_optimizer, decoder_layers, recompute_activations
-from spin_ray.learner.hf_folder import load_model, write_model
+from spin_ray.learner.backends.modules import (
+    bare_optimizer,
+    decoder_layers,
+    export,
+    recompute_activations,
+    stored_as,
+    trainable,
+)
+from spin_ray.learner.hf_folder import load_model
+from spin_ray.learner.loading import empty_model, load_first_layers, materialise, read_shares
 from spin_ray.learner.scoring import ResponseScorer, choose_layout
 from spin_ray.types import PackedBatch
 
@@ -36,14 +45,33 @@ class Fsdp2Backend:
         self.steps_done = 0
         self._model_dir = model_dir
         self._settings = settings
-        self._model = load_model(model_dir, trust_remote_code=settings.trust_remote_code)
-        self.layout = choose_layout(self._model, settings.attention, max_length=settings.max_length)
+        source = Path(model_dir)
+        # One rank holds everything anyway; code of a model's own may do anything as it loads.
+        in_shares = dist.get_world_size() > 1 and source.is_dir() and not settings.trust_remote_code
+        empty = empty_model(source) if in_shares else None
+        if empty is not None:
+            probe = load_first_layers(source)
+            self.layout = choose_layout(probe, settings.attention, max_length=settings.max_length)
+            del probe
+            self._model = empty
+        else:
+            self._model = load_model(model_dir, trust_remote_code=settings.trust_remote_code)
+            self.layout = choose_layout(self._model, settings.attention, max_length=settings.max_length)
+        if settings.lora is not None:
+            add_adapters(self._model, settings.lora, seed=settings.seed)
         self._scorer = _shard(ResponseScorer(self._model, self.layout), settings, device)
+        if empty is not None:
+            materialise(self._scorer, device)
+            self._model.tie_weights()
+            parameters = dict(self._model.named_parameters())
+            stored = {stored_name(name): shard for name, shard in parameters.items() if not is_adapter(name)}
+            read_shares(stored, source)
+            set_first_values(parameters, seed=settings.seed)
         # Held by name while sharded: during and after a forward, modules may carry the gathered copies instead.
         self._shards: dict[str, nn.Parameter] = dict(self._model.named_parameters())
         self._optimizer: torch.optim.Optimizer | None = None
         if settings.optimizer is not None:
-            self._optimizer = _make_optimizer(list(self._shards.values()), settings.optimizer)
+            self._optimizer = _make_optimizer(trainable(self._model), settings.optimizer)
             self._set_learning_rate()
 
     def logps(self, batch: PackedBatch) -> Float[Tensor, "segments"]:
@@ -55,7 +83,7 @@ class Fsdp2Backend:
 
     def backward(self, loss: Float[Tensor, ""], *, last_microbatch: bool) -> None:
         # Without sync, gradients add up whole (4 bytes per parameter) on every rank, and are reduced once per step.
-        self._scorer.set_requires_gradient_sync(last_microbatch)
+        self._scorer.set_requires_gradient_sync(last_microbatch or self._settings.reduce_every_pack)
         self._scorer.set_reshard_after_backward(self._settings.sharding == "full" or last_microbatch)
         loss.backward()
 
@@ -87,22 +115,14 @@ class Fsdp2Backend:
         self._set_learning_rate()
 
     def export_hf(self, directory: Path) -> None:
-        dtype = torch.bfloat16 if self._settings.precision == "bf16" else torch.float32
         persistent = self._model.state_dict().keys()
         weights = {}
         for name, tensor in chain(self._shards.items(), self._model.named_buffers()):
             whole = tensor.full_tensor() if isinstance(tensor, DTensor) else tensor  # every rank must take part
             if dist.get_rank() == 0 and name in persistent:
-                weights[name] = whole.detach().to("cpu", dtype if whole.is_floating_point() else None)
+                weights[name] = whole.detach().to("cpu", stored_as(whole, self._settings))
         if dist.get_rank() == 0:
-            write_model(
-                directory,
-                self._model,
-                weights,
-                dtype=dtype,
-                source=self._model_dir,
-                with_code=self._settings.trust_remote_code,
-            )
+            export(directory, self._model, weights, self._model_dir, self._settings)
 
     def _training(self) -> tuple[torch.optim.Optimizer, OptimizerConfig]:
         if self._optimizer is None or self._settings.optimizer is None:
@@ -118,7 +138,7 @@ class Fsdp2Backend:
         optimizer, _ = self._training()
         self._reshard()
         return {
-            "weights": {name: shard.detach() for name, shard in self._shards.items()},
+            "weights": {name: shard.detach() for name, shard in self._shards.items() if shard.requires_grad},
             "optimizer": {
                 name: optimizer.state[shard] for name, shard in self._shards.items() if shard in optimizer.state
             },

@@ -1,0 +1,74 @@
+"""LoRA by PEFT: what is added to a model before training, and how it becomes plain weights again at export."""
+
+import math
+import zlib
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.distributed.tensor import DTensor, distribute_tensor
+
+from spin_ray.config import LoraConfig
+from spin_ray.errors import ModelError
+
+_BASE, _DOWN, _UP = ".base_layer.", ".lora_A.default.", ".lora_B.default."
+
+
+def add_adapters(model: Any, config: LoraConfig, *, seed: int) -> None:
+    """Puts x ↦ W x + (alpha/rank)·B A x in place of the linear layers; only A and B are trained.
+
+    Raises:
+        ModelError: PEFT is not installed, or no layer has one of the names.
+    """
+    try:
+        import peft
+    except ImportError as error:
+        raise ModelError(f"train.lora cannot be used ({error}); pip install 'spin-ray[lora]'") from error
+    targets = config.target_modules if isinstance(config.target_modules, str) else list(config.target_modules)
+    adapters = peft.LoraConfig(r=config.rank, lora_alpha=config.alpha, target_modules=targets)
+    with torch.random.fork_rng(devices=[]):
+        try:
+            peft.inject_adapter_in_model(adapters, model)
+        except ValueError as error:
+            raise ModelError(f"train.lora.target_modules: {error}") from error
+    model.eval()
+    set_first_values(dict(model.named_parameters()), seed=seed)
+
+
+@torch.no_grad()
+def set_first_values(parameters: dict[str, nn.Parameter], *, seed: int) -> None:
+    """A random as in PEFT, equal on all ranks, and B zero: the model answers as before, to the last bit."""
+    for name, parameter in parameters.items():
+        if parameter.is_meta or not is_adapter(name):
+            continue
+        value = torch.zeros(parameter.shape)
+        if _DOWN in name:
+            random = torch.Generator().manual_seed(zlib.crc32(f"{seed}/{name}".encode()))
+            torch.nn.init.kaiming_uniform_(value, a=math.sqrt(5), generator=random)
+        if isinstance(parameter, DTensor):
+            whole = distribute_tensor(value, parameter.device_mesh, parameter.placements, src_data_rank=None)
+            parameter.copy_(whole)
+        else:
+            parameter.copy_(value)
+
+
+def is_adapter(name: str) -> bool:
+    return _DOWN in name or _UP in name
+
+
+def stored_name(name: str) -> str:
+    """Of a parameter in the model folder, where adapters are not known."""
+    return name.replace(_BASE, ".")
+
+
+def merge_adapters(weights: dict[str, Tensor], config: LoraConfig) -> dict[str, Tensor]:
+    """Whole tensors by name, with adapters -> the names and weights W + (alpha/rank)·B A of a plain model, in fp32."""
+    merged = {}
+    for name, weight in weights.items():
+        if is_adapter(name):
+            continue
+        if _BASE in name and name.endswith(".weight"):
+            down, up = (weights[name.replace(_BASE, part)].float() for part in (_DOWN, _UP))
+            weight = weight.float() + (up @ down) * (config.alpha / config.rank)
+        merged[stored_name(name)] = weight
+    return merged

@@ -1,0 +1,96 @@
+"""Loading share by share: a model is made without weights, sharded, and each rank reads only its slices of the files.
+
+So no rank ever holds the whole model in fp32, which for 70B parameters would be 280 GB in each of a node's workers.
+"""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed.checkpoint as dcp
+import transformers
+from safetensors import safe_open
+from torch import Tensor, nn
+from torch.distributed.checkpoint import HuggingFaceStorageReader
+from transformers import AutoConfig, AutoModelForCausalLM
+
+from spin_ray.learner.hf_folder import load_model
+
+
+def empty_model(source: Path) -> Any | None:
+    """The causal LM with its buffers (rotary frequencies) but parameters on the meta device.
+
+    None where reading slices by name would not give its weights: transformers renames or fuses them as it loads, or
+    there is more than parameters to load. Such a model has to be loaded whole.
+    """
+    config = AutoConfig.from_pretrained(source)
+    with _parameters_on_meta():
+        model = AutoModelForCausalLM.from_config(config, dtype=torch.float32, attn_implementation="sdpa")
+    shapes = {name: tuple(parameter.shape) for name, parameter in model.named_parameters()}
+    buffers = {name for name, _ in model.named_buffers()} & model.state_dict().keys()
+    if buffers or not shapes.items() <= _stored_shapes(source).items():
+        return None
+    return model.eval()
+
+
+def read_shares(parameters: dict[str, nn.Parameter], source: Path) -> None:
+    """Fills sharded parameters from the safetensors files of ``source``; a collective."""
+    tensors = {name: parameter.detach() for name, parameter in parameters.items()}
+    dcp.load(tensors, storage_reader=HuggingFaceStorageReader(str(source)))
+
+
+def load_first_layers(source: Path) -> Any:
+    """As much of the model as shows how it treats masks: embeddings, head, and the shortest start of its stack (two
+    layers at least) that has every kind of layer.
+    """
+    config = AutoConfig.from_pretrained(source)
+    text = config.get_text_config()
+    total = text.num_hidden_layers
+    kinds = getattr(text, "layer_types", None) or []
+    wanted = min(total, max(2, *(1 + kinds.index(kind) for kind in kinds), 2))
+    for name, value in text.to_dict().items():
+        if isinstance(value, list) and len(value) == total:  # layer_types and its like
+            setattr(text, name, value[:wanted])
+    text.num_hidden_layers = wanted
+    verbosity = transformers.logging.get_verbosity()
+    transformers.logging.set_verbosity_error()  # it would report every layer that is left out
+    try:
+        return load_model(source, trust_remote_code=False, config=config)
+    finally:
+        transformers.logging.set_verbosity(verbosity)
+
+
+def materialise(module: nn.Module, device: torch.device) -> None:
+    """Memory for what is on the meta device; buffers keep their values, which ``to_empty`` alone would lose."""
+    buffers = {name: buffer.clone() for name, buffer in module.named_buffers()}
+    module.to_empty(device=device)
+    for name, buffer in module.named_buffers():
+        buffer.copy_(buffers[name])
+
+
+def _stored_shapes(source: Path) -> dict[str, tuple[int, ...]]:
+    shapes: dict[str, tuple[int, ...]] = {}
+    for file in source.glob("*.safetensors"):
+        with safe_open(file, "pt") as stored:
+            shapes |= {name: tuple(stored.get_slice(name).get_shape()) for name in stored.keys()}  # noqa: SIM118
+    return shapes
+
+
+@contextmanager
+def _parameters_on_meta() -> Iterator[None]:
+    """Not ``torch.device("meta")``, which takes the buffers too: their values are in no file."""
+    register = nn.Module.register_parameter
+
+    def on_meta(module: nn.Module, name: str, parameter: nn.Parameter | None) -> None:
+        register(module, name, parameter)
+        if parameter is not None and not parameter.is_meta:
+            kept: Tensor = module._parameters[name]  # type: ignore[assignment]
+            module._parameters[name] = nn.Parameter(kept.to("meta"), requires_grad=kept.requires_grad)
+
+    nn.Module.register_parameter = on_meta  # type: ignore[method-assign]
+    try:
+        yield
+    finally:
+        nn.Module.register_parameter = register  # type: ignore[method-assign]
