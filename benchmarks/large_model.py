@@ -1,0 +1,152 @@
+"""What does a model of a billion parameters take on two workers: bytes of each rank while it loads, steps and exports?
+
+Random weights (only their number matters), two gloo processes, one optimizer step of one short pack per rank, with all
+weights and with adapters. Memory is private memory (what files have mapped is the kernel's to drop), sampled:
+
+    python benchmarks/large_model.py [--layers 20] [--peak-gib 24]
+"""
+
+import argparse
+import json
+import tempfile
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+import torch.multiprocessing
+from transformers import LlamaConfig, LlamaForCausalLM
+
+from spin_ray import cpu
+
+PACK = 128
+SHAPE = {
+    "vocab_size": 32000, "hidden_size": 2048, "intermediate_size": 5632, "num_attention_heads": 16,
+    "num_key_value_heads": 4, "tie_word_embeddings": False,
+}  # fmt: skip
+
+
+def private_bytes() -> int:
+    fields = dict(line.split(":", 1) for line in Path("/proc/self/status").read_text().splitlines() if ":" in line)
+    return int(fields["RssAnon"].split()[0]) * 1024
+
+
+@contextmanager
+def peak_of(found: dict[str, float], phase: str) -> Iterator[None]:
+    """Highest private memory during the phase, GiB."""
+    done, peak = threading.Event(), [private_bytes()]
+
+    def sample() -> None:
+        while not done.wait(0.02):
+            peak[0] = max(peak[0], private_bytes())
+
+    thread = threading.Thread(target=sample, daemon=True)
+    thread.start()
+    yield
+    done.set()
+    thread.join()
+    found[phase] = round(peak[0] / 2**30, 2)
+
+
+def make_model(folder: str, layers: int) -> None:
+    """In a process of its own, so that its memory is gone."""
+    torch.set_num_threads(2)
+    with torch.device("meta"):
+        model = LlamaForCausalLM(LlamaConfig(**SHAPE, num_hidden_layers=layers))
+    model = model.to(torch.bfloat16).to_empty(device="cpu")
+    torch.manual_seed(0)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.copy_(torch.ones(()) if parameter.ndim == 1 else torch.randn(parameter.shape) * 0.02)
+    model.save_pretrained(folder, max_shard_size="500MB")
+
+
+def one_rank(rank: int, folder: str, with_lora: bool) -> None:
+    import numpy as np
+    import pyarrow as pa
+
+    from spin_ray.config import LoraConfig, OptimizerConfig
+    from spin_ray.learner.backends.base import BackendSettings
+    from spin_ray.learner.backends.fsdp2 import Fsdp2Backend
+    from spin_ray.learner.packing import build_pack
+
+    torch.set_num_threads(1)
+    store = dist.FileStore(f"{folder}/store-{with_lora}", 2)
+    dist.init_process_group("gloo", store=store, rank=rank, world_size=2)
+    settings = BackendSettings(
+        max_length=PACK, precision="fp32", attention="packed", gradient_checkpointing=True,
+        optimizer=OptimizerConfig(), learning_rate=1e-6, total_steps=1, lora=LoraConfig() if with_lora else None,
+    )  # fmt: skip
+    found: dict[str, float] = {"before": round(private_bytes() / 2**30, 2)}
+    with peak_of(found, "load"):
+        backend = Fsdp2Backend(f"{folder}/model", settings, torch.device("cpu"))
+    ids = np.random.default_rng(rank).integers(1, SHAPE["vocab_size"], (3, PACK // 3)).tolist()
+    names = ("prompt_ids", "real_ids", "generated_ids")
+    row = pa.table({name: pa.array([ids[i]], pa.list_(pa.int32())) for i, name in enumerate(names)})
+    batch = build_pack(((0,),), row, pack_length=PACK, pad_id=0)
+    started = time.monotonic()
+    with peak_of(found, "step"):
+        backend.backward(-backend.logps(batch).sum() / 100, last_microbatch=True)
+        backend.step()
+    found["seconds of the step"] = round(time.monotonic() - started, 1)
+    with peak_of(found, "export"):
+        backend.export_hf(Path(f"{folder}/export-{with_lora}"))
+    found["parameters"] = sum(shard.numel() for shard in backend._shards.values())
+    found["trained"] = sum(shard.numel() for shard in backend._shards.values() if shard.requires_grad)
+    largest = backend._model.get_input_embeddings().weight.numel()
+    found["largest"] = 2 * largest  # embeddings and head are one unit, gathered together
+    Path(f"{folder}/{with_lora}-{rank}.json").write_text(json.dumps(found))
+    dist.destroy_process_group()
+
+
+def arithmetic(found: dict[str, Any]) -> float:
+    """GiB of a rank in a step: fp32 weights, gradients and squares in halves, and the largest unit gathered, with its
+    gradient where it is trained.
+    """
+    trains_all = found["trained"] == found["parameters"]
+    shares = found["parameters"] + 2 * found["trained"]
+    return (4 * shares / 2 + 4 * found["largest"] * (2 if trains_all else 1)) / 2**30
+
+
+def run(function: Any, *arguments: Any, processes: int) -> None:
+    context = torch.multiprocessing.spawn(function, args=arguments, nprocs=processes, join=False)
+    assert context is not None
+    while not context.join():
+        pass
+
+
+def _make(rank: int, folder: str, layers: int) -> None:
+    make_model(f"{folder}/model", layers)
+
+
+def main() -> None:
+    cpu.prepare(threads=1)  # for the processes that are started here
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--layers", type=int, default=20, help="20 make 1.0 billion parameters")
+    parser.add_argument("--peak-gib", type=float, default=24, help="fail when both ranks together take more")
+    options = parser.parse_args()
+    print("| trained | parameters | rank | loading | step | by arithmetic | export |\n|---|---|---|---|---|---|---|")
+    for with_lora in (True, False):
+        with tempfile.TemporaryDirectory() as folder:
+            run(_make, folder, options.layers, processes=1)
+            run(one_rank, folder, with_lora, processes=2)
+            ranks = [json.loads(Path(f"{folder}/{with_lora}-{rank}.json").read_text()) for rank in (0, 1)]
+        for rank, found in enumerate(ranks):
+            what = f"adapters, {found['trained'] / 1e6:.0f}M" if with_lora else "all weights"
+            # The libraries themselves were there before.
+            load, step, export = (f"{found[phase] - found['before']:.1f}" for phase in ("load", "step", "export"))
+            print(
+                f"| {what} | {found['parameters'] / 1e9:.2f}B | {rank} | {load} | {step} | {arithmetic(found):.1f} "
+                f"| {export} |"
+            )
+        together = sum(max(found[phase] for phase in ("load", "step", "export")) for found in ranks)
+        print(f"both ranks at their peaks: {together:.1f} GiB; step {ranks[0]['seconds of the step']} s")
+        assert together < options.peak_gib
+
+
+if __name__ == "__main__":
+    main()
