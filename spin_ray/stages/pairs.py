@@ -23,7 +23,6 @@ def run(run_dir: RunDir, config: SpinConfig, iteration: int) -> None:
 
     Raises:
         DataError: too few pairs are left; the opponent says what the data says, and more SPIN would only harm it.
-        HealthError: the opponent answers at quite another length than the first one did.
     """
     generations = run_dir.generations(iteration)
     oldest = config.objective.oldest_iteration(iteration)
@@ -57,6 +56,7 @@ def make(
 
     Raises:
         DataError: fewer rows are left than one optimizer step has.
+        HealthError: the opponent answers at quite another length than the first one did.
     """
     target = run_dir.pairs(iteration)
     if target.is_current(fresh.inputs, fresh.settings):

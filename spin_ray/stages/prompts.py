@@ -19,6 +19,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import ray
+import ray.exceptions
 
 from spin_ray.config import DataConfig, SpinConfig, digest
 from spin_ray.conversations import (
@@ -29,7 +30,7 @@ from spin_ray.conversations import (
     question_of,
     rejected_of,
 )
-from spin_ray.errors import DataError
+from spin_ray.errors import DataError, StageError, UserError, last_line
 from spin_ray.rendering import ChatRenderer, Rendered, RenderError, load_tokenizer
 from spin_ray.resources import with_deadline
 from spin_ray.run_dir import Artefact, FileEntry, RunDir, part_name
@@ -80,7 +81,7 @@ def run(
     """Makes ``artefact`` (prompts, questions or heldout) of the rows of ``source``; questions are not ``labelled``.
 
     Raises:
-        DataError: the data is missing or empty, or too many rows cannot be used.
+        DataError: the data is missing, empty or damaged, or too many rows cannot be used.
     """
     files = find_files(source)
     task = PromptTask(
@@ -108,7 +109,13 @@ def run(
         rendered = ray.data.from_items(items, override_num_blocks=len(items)).map(
             _RenderSlice(run_dir.storage, artefact.path, task), num_cpus=0.5
         )
-        names = sorted(row["name"] for row in with_deadline(rendered.iter_rows(), 3600, 3600, "a slice of the data"))
+        try:
+            found = with_deadline(rendered.iter_rows(), 3600, 3600, "a slice of the data")
+            names = sorted(row["name"] for row in found)
+        except ray.exceptions.RayTaskError as error:  # it carries a traceback; the user's own mistakes are one line
+            if isinstance(error.cause, UserError):
+                raise error.cause from error
+            raise StageError(f"{source}: cannot be rendered: {last_line(error)}; run the command again") from error
         entries, quarantined = _finish(run_dir.storage, names, artefact, max_rows, settings["part_rows"])
         counted |= {"rows": sum(entry.rows or 0 for entry in entries.values()), "quarantined": quarantined.total()}
         _check_quarantine(run_dir, config, artefact, source, counted["rows"], quarantined)

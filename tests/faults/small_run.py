@@ -18,10 +18,9 @@ import torch
 from fakes import FakeEngine
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from spin_ray import driver, preflight
+from spin_ray import driver, launch, preflight
 from spin_ray.config import SpinConfig
 from spin_ray.embedded import resolve
-from spin_ray.engine import VllmEngine
 from spin_ray.rendering import load_tokenizer
 from spin_ray.run_dir import MANIFEST, Manifest
 from spin_ray.stages import evaluation, generation, training
@@ -64,11 +63,8 @@ def make_inputs(folder: Path) -> SpinConfig:
 
 
 def in_this_process(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Puts loops in the place of Ray Data and Ray Train, and the fake engine in that of vLLM."""
+    """Puts loops in the place of Ray Data and Ray Train."""
     monkeypatch.setattr(ray.data, "from_items", _Items)
-    monkeypatch.setattr(VllmEngine, "__init__", lambda self, spec: None)
-    engine = FakeEngine(vocabulary=60)
-    monkeypatch.setattr(VllmEngine, "generate", lambda self, *arguments: engine.generate(*arguments))
     for module in (driver, generation, training):
         for name in ("connect", "check_fits", "wait_until_free"):
             monkeypatch.setattr(module, name, lambda *_: None, raising=False)
@@ -115,8 +111,8 @@ def _run_worker(function: Callable[[Any], Any], job: Any, config: SpinConfig, na
 def run(config: SpinConfig, out: Path, disk: Disk | None = None) -> None:
     """The run, or the rest of it."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(driver, "Storage", lambda root: Storage(root, disk))
-        driver.run_spin(config, out)
+        patch.setattr(launch, "Storage", lambda root: Storage(root, disk))
+        launch.run_spin(config, out, start_engine=lambda spec: FakeEngine(vocabulary=60))
 
 
 def committed(out: Path) -> dict[str, str]:

@@ -6,13 +6,15 @@ import time
 from collections.abc import Sequence
 from pathlib import Path
 
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 import ray.cloudpickle
 
 from spin_ray.config import SamplingConfig, SpinConfig
 from spin_ray.embedded import resolve
-from spin_ray.engine import Completion, EngineSpec
-from spin_ray.errors import ResourceError, StageError
+from spin_ray.engine import Completion, EngineSpec, StartEngine
+from spin_ray.errors import DataError, ResourceError, StageError
 from spin_ray.resources import check_fits
 from spin_ray.run_dir import RunDir
 from spin_ray.stages import generation, pairs, prompts
@@ -60,7 +62,7 @@ def make_prompts(run: RunDir, config: SpinConfig) -> None:
     prompts.run(run, config, run.prompts, config.data.train, config.model.path, config.data.max_rows)
 
 
-def play(run: RunDir, config: SpinConfig, start_engine: type = SeedEngine) -> None:
+def play(run: RunDir, config: SpinConfig, start_engine: StartEngine = SeedEngine) -> None:
     spec = EngineSpec(
         model=Path(config.model.path), max_length=128, stop_token_id=2, threads=1, config=config.generation.engine
     )
@@ -135,6 +137,17 @@ def test_bad_rows_are_quarantined_with_file_line_and_reason(tmp_path: Path) -> N
     }
     assert run.prompts.manifest().counts == {"malformed": 1, "duplicate": 1}
     assert [row["row"] for row in found if row["reason"] == "malformed"] == [b"{broken"]
+
+
+def test_a_damaged_parquet_file_is_one_line_though_a_task_found_it(tmp_path: Path) -> None:
+    """The footer, which the driver reads, is whole; the pages of the rows are not."""
+    data = tmp_path / "rows.parquet"
+    pq.write_table(pa.table({"prompt": ["1 + 1 = ?"] * 50, "response": [str(n) for n in range(50)]}), data)
+    data.write_bytes(data.read_bytes()[:4] + b"\xff" * 40 + data.read_bytes()[44:])
+    run, config = RunDir(Storage(tmp_path / "run")), make_config(data={"train": str(data)})
+    with pytest.raises(DataError, match=r"rows.parquet: is damaged near row 0") as raised:
+        make_prompts(run, config)
+    assert "\n" not in str(raised.value)
 
 
 def test_a_stage_that_cannot_be_placed_is_refused_at_once() -> None:

@@ -1,0 +1,96 @@
+"""Question: what does a fault at any point of a run cost?
+
+Cuts the small run of tests/faults down at points spread over it, runs it again, and counts what was done twice:
+
+    python benchmarks/faults.py --points 36 --docs docs/faults.md
+"""
+
+import argparse
+import logging
+import sys
+import tempfile
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+
+TESTS = Path(__file__).parents[1] / "tests"
+sys.path += [str(TESTS / "unit"), str(TESTS / "faults")]
+
+import small_run  # noqa: E402
+from faulty_disk import FAULTS, FaultyDisk, Killed  # noqa: E402
+from small_run import STEPS, committed  # noqa: E402
+
+from spin_ray.config import SpinConfig  # noqa: E402
+from spin_ray.errors import StageError  # noqa: E402
+from spin_ray.stages import generation, training  # noqa: E402
+
+BEGIN, END = "<!-- table: python benchmarks/faults.py -->\n", "<!-- end of table -->\n"
+
+
+def counting(patch: pytest.MonkeyPatch, module: Any, name: str) -> list[None]:
+    """One entry for each call of ``module.name`` from now on."""
+    calls: list[None] = []
+    real: Callable[..., Any] = getattr(module, name)
+
+    def called(*arguments: Any, **named: Any) -> Any:
+        calls.append(None)
+        return real(*arguments, **named)
+
+    patch.setattr(module, name, called)
+    return calls
+
+
+def measure(config: SpinConfig, folder: Path, points: int) -> list[str]:
+    """Rows of the table, one for each kind of fault."""
+    with pytest.MonkeyPatch.context() as patch:
+        small_run.in_this_process(patch)
+        shards, steps = counting(patch, generation, "answer"), counting(patch, training, "train_step")
+        whole = FaultyDisk()
+        small_run.run(config, folder / "calm", whole)
+        expected, shards_needed = committed(folder / "calm"), len(shards)
+        rows = []
+        for fault in FAULTS:
+            recovered, most_shards, most_steps = 0, 0, 0
+            chosen = sorted({round(i * (len(whole.points) - 1) / (points - 1)) for i in range(points)})
+            for at in chosen:
+                out = folder / fault / str(at)
+                shards.clear()
+                steps.clear()
+                try:
+                    small_run.run(config, out, FaultyDisk(at, fault))
+                except (Killed, StageError):
+                    small_run.run(config, out)
+                recovered += committed(out) == expected
+                most_shards = max(most_shards, len(shards) - shards_needed)
+                most_steps = max(most_steps, len(steps) - STEPS)
+            rows.append(f"| {fault} | {len(chosen)} | {recovered} | {most_shards} | {most_steps} |")
+            print(rows[-1], flush=True)
+    return rows
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--points", type=int, default=36, help="of the run, for each kind of fault")
+    parser.add_argument("--docs", type=Path, help="document whose table is replaced")
+    arguments = parser.parse_args()
+    logging.disable(logging.WARNING)
+    torch.set_num_threads(1)
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        dist.init_process_group("gloo", store=dist.FileStore(str(folder / "store"), 1), rank=0, world_size=1)
+        rows = measure(small_run.make_inputs(folder), folder, arguments.points)
+        dist.destroy_process_group()
+    table = ["| fault | times injected | recovered | shards done twice, at most | steps done twice, at most |",
+             "|---|---|---|---|---|", *rows]  # fmt: skip
+    if arguments.docs:
+        before, _, rest = arguments.docs.read_text().partition(BEGIN)
+        after = rest.partition(END)[2]
+        arguments.docs.write_text(before + BEGIN + "\n".join(table) + "\n" + END + after)
+
+
+if __name__ == "__main__":
+    main()

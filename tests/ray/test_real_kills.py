@@ -1,0 +1,85 @@
+"""Processes of Ray are killed with SIGKILL in the middle of their work: it ends right without help."""
+
+import os
+import signal
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+import pytest
+import ray.cloudpickle
+import ray.train
+import torch
+import torch.distributed as dist
+from test_stages_on_ray import SeedEngine, make_config, make_prompts, play
+
+from spin_ray.config import SamplingConfig, SpinConfig
+from spin_ray.engine import Completion, EngineSpec
+from spin_ray.run_dir import RunDir
+from spin_ray.storage import Storage
+from spin_ray.workers import run_workers
+
+pytestmark = pytest.mark.slow
+ray.cloudpickle.register_pickle_by_value(sys.modules[__name__])  # actors cannot import a test module
+
+
+class DyingEngine(SeedEngine):
+    """Kills its process within the second shard that it is given, once."""
+
+    def __init__(self, spec: EngineSpec, once: Path) -> None:
+        super().__init__(spec)
+        self._once, self._calls = once, 0
+
+    def generate(
+        self, prompt_ids: Sequence[Sequence[int]], sampling: SamplingConfig, seeds: Sequence[int]
+    ) -> list[Completion]:
+        self._calls += 1
+        if self._calls == 2 and not self._once.exists():
+            self._once.touch()
+            os.kill(os.getpid(), signal.SIGKILL)
+        return super().generate(prompt_ids, sampling, seeds)
+
+
+def test_a_generation_actor_that_is_killed_is_started_again_and_gives_the_same_shards(tmp_path: Path) -> None:
+    once = tmp_path / "killed"
+    shards = {}
+    for name, engine in (("calm", SeedEngine), ("rough", lambda spec: DyingEngine(spec, once))):
+        run, config = RunDir(Storage(tmp_path / name)), make_config()
+        make_prompts(run, config)
+        play(run, config, engine)
+        shards[name] = run.generations(0).manifest().files
+    assert once.exists(), "the engine was killed"
+    assert shards["rough"] == shards["calm"]
+
+
+def _counts_to_four(folder: Path) -> None:
+    """Four steps with a checkpoint after each; rank 1 is killed at its third, once."""
+    checkpoint, first = ray.train.get_checkpoint(), 0
+    if checkpoint is not None:
+        with checkpoint.as_directory() as saved:
+            first = int((Path(saved) / "step").read_text())
+    for step in range(first, 4):
+        if step == 2 and dist.get_rank() == 1 and not (folder / "killed").exists():
+            (folder / "killed").touch()
+            os.kill(os.getpid(), signal.SIGKILL)
+        dist.all_reduce(torch.ones(1))
+        with (folder / f"steps-{dist.get_rank()}").open("a") as log:
+            log.write(f"{step}\n")
+        saved = folder / f"saving-{dist.get_rank()}"
+        saved.mkdir(exist_ok=True)
+        (saved / "step").write_text(str(step + 1))
+        ray.train.report({}, checkpoint=ray.train.Checkpoint.from_directory(saved))
+
+
+def test_a_train_worker_that_is_killed_goes_on_from_the_last_checkpoint_with_all_others(tmp_path: Path) -> None:
+    config = SpinConfig.model_validate(
+        {
+            "model": {"path": "-"},
+            "data": {"train": "-"},
+            "train": {"workers": 2, "max_failures": 1, "resources": {"cpus": 0.5}},
+        }
+    )
+    run_workers(_counts_to_four, tmp_path, config, "count", tmp_path / "checkpoints")
+    assert (tmp_path / "killed").exists(), "the worker was killed"
+    for rank in (0, 1):
+        assert (tmp_path / f"steps-{rank}").read_text().split() == ["0", "1", "2", "3"], "no step twice, none left out"
