@@ -173,7 +173,8 @@ def markdown(found: dict[str, Any]) -> str:
     for row in found["search_on_dev_rows"]:
         cells = [f"{row[name]:.{digits}f}" for name, (_, digits) in MEASURES.items()]
         lines.append(_row([row["arm"], str(row["iterate"]), str(row["seed"]), *cells]))
-    return "\n".join([*lines, "", "![accuracy over training tokens](quality.svg)", ""])
+    picture = ["", "![accuracy over training tokens](quality.svg)"] if found["arms"] else []
+    return "\n".join([*lines, *picture, ""])
 
 
 def known_distribution(file: Path) -> str:
@@ -248,7 +249,8 @@ def main() -> None:
     (options.out / "quality.json").write_text(json.dumps(found, indent=1) + "\n")
     text = markdown(found) + known_distribution(RESULTS / "known_distribution.json")
     (options.out / "quality.md").write_text(text)
-    plot(found, options.out / "quality.svg")
+    if found["arms"]:
+        plot(found, options.out / "quality.svg")
     print(f"{options.out / 'quality.md'}: {len(found['arms'])} iterates")
     print(f"SPIN minus SFT, sampled accuracy: {_interval(found['spin_minus_sft'])}")
 
