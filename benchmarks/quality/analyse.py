@@ -87,12 +87,12 @@ def bootstrap(values: np.ndarray, seed: int = 0) -> dict[str, float]:
     return {"value": float(values.mean()), "low": float(low), "high": float(high)}
 
 
-def best_on_dev(dev: dict[str, dict[int, Run]], test: dict[str, dict[int, Run]]) -> tuple[str, int] | None:
-    """The SPIN arm and iterate with the highest sampled accuracy on dev rows, of those that were run on test rows."""
+def best_on_dev(dev: dict[str, dict[int, Run]], arms: set[str]) -> tuple[str, int] | None:
+    """The arm of ``arms`` and its iterate with the highest sampled accuracy on dev rows."""
     found = [
         (summary(iterate)["sampled"], arm, iterate["iterate"])
         for arm, runs in dev.items()
-        if arm in test and arm not in (SFT, WARM_UP, "self_reinforcement")
+        if arm in arms
         for run in runs.values()
         for iterate in run["iterates"][1:]
     ]
@@ -102,7 +102,12 @@ def best_on_dev(dev: dict[str, dict[int, Run]], test: dict[str, dict[int, Run]])
 def analyse(setting: str, folder: Path) -> dict[str, Any]:
     """Everything that quality.json holds."""
     test, dev = load(folder / setting / "test"), load(folder / setting / "dev")
-    sft = test.get(SFT, {})
+    sft_arms = {arm for arm in test if arm.startswith(SFT)}
+    spin_arms = test.keys() - sft_arms - {WARM_UP, "self_reinforcement"}
+    # Both sides get their learning rate from the dev rows.
+    chosen, chosen_sft = best_on_dev(dev, spin_arms), best_on_dev(dev, sft_arms)
+    sft_arm = chosen_sft[0] if chosen_sft else SFT
+    sft = test.get(sft_arm, {})
     arms = []
     for arm, runs in test.items():
         for number in range(max(len(run["iterates"]) for run in runs.values())):
@@ -110,12 +115,11 @@ def analyse(setting: str, folder: Path) -> dict[str, Any]:
             mean = {name: float(np.mean([each[name] for each in summaries])) for name in summaries[0]}
             row: dict[str, Any] = {"arm": arm, "iterate": number, "seeds": sorted(runs), **mean}
             for budget in ("train_tokens", "seconds"):
-                if number and arm not in (SFT, WARM_UP):
+                if number and arm != WARM_UP and arm not in sft_arms:
                     for measure in ("greedy", "sampled"):
                         values = difference(runs, sft, number, measure, budget)
                         row[f"{measure}_minus_sft_at_equal_{budget}"] = None if values is None else bootstrap(values)
             arms.append(row)
-    chosen = best_on_dev(dev, test)
     compared = None
     if chosen is not None:
         values = difference(test[chosen[0]], sft, chosen[1], "sampled", "train_tokens")
@@ -129,7 +133,7 @@ def analyse(setting: str, folder: Path) -> dict[str, Any]:
     return {
         "setting": setting, "arms": arms, "search_on_dev_rows": search,
         "chosen_on_dev_rows": None if chosen is None else {"arm": chosen[0], "iterate": chosen[1]},
-        "spin_minus_sft": compared,
+        "continued_sft_arm": sft_arm, "spin_minus_sft": compared,
     }  # fmt: skip
 
 
@@ -148,7 +152,8 @@ def markdown(found: dict[str, Any]) -> str:
     else:
         lines += [
             f"**SPIN minus SFT, sampled accuracy:** {_interval(compared)} ({chosen['arm']}, iterate "
-            f"{chosen['iterate']}, chosen on rows of train that were kept back).", "",
+            f"{chosen['iterate']}, against {found['continued_sft_arm']}; both chosen on kept-back rows of train).",
+            "",
         ]  # fmt: skip
     heads = ["arm", "θ", "seeds", *(head for head, _ in MEASURES.values()), "k tokens", "minutes"]
     heads += ["Δ sampled, equal tokens", "Δ sampled, equal time", "Δ greedy, equal tokens"]

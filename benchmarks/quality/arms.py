@@ -12,6 +12,7 @@ from typing import Any
 
 WARM_UP = "warm_up"
 SFT = "continued_sft"
+"""More SFT at the warm-up's learning rate; names of its variants start with it."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -60,6 +61,7 @@ ARMS = [
     ),
     # Enough of it to cover the tokens and the time of every SPIN arm; each iterate is measured.
     Arm(name=SFT, changes={"algorithm": SFT, "iterations": 9}),
+    Arm(name=f"{SFT}_low_rate", changes={"algorithm": SFT, "iterations": 9, "train": {"learning_rate": 2e-6}}),
     spin("spin"),
     spin("alpha_spin", reference_alpha=0.9),
     spin("fictitious_play", window="all"),

@@ -29,7 +29,7 @@ from spin_ray.storage import Storage
 
 ROOT = Path(__file__).resolve().parents[2]
 RESULTS = ROOT / "benchmarks" / "results" / "quality"
-SEEDED = (SFT, "spin")
+SEEDED = (SFT, f"{SFT}_low_rate", "spin")
 """Arms that every seed runs (and the warm-up, which all need); the others run the first seed only."""
 
 

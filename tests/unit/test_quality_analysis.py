@@ -108,10 +108,20 @@ def test_the_arm_is_chosen_on_dev_rows_and_its_difference_taken_on_test_rows(tmp
     assert found["chosen_on_dev_rows"] == {"arm": "good_on_dev", "iterate": 1}
     assert found["spin_minus_sft"]["value"] == 0.5
     assert (found["spin_minus_sft"]["low"], found["spin_minus_sft"]["high"]) == (0.0, 1.0)
+    assert found["continued_sft_arm"] == SFT
     text = analyse.markdown(found)
     assert "+0.500 (+0.000 to +1.000)" in text
     analyse.plot(found, tmp_path / "plot.svg")
     assert (tmp_path / "plot.svg").read_text().count("<polyline") == 6
+
+
+def test_sft_gets_its_rate_from_the_dev_rows_too(tmp_path):
+    """The low rate is better on dev rows, so it is what SPIN must beat on test rows, where it is level: 0, not +1."""
+    for arm, dev, test in [(SFT, WRONG, WRONG), (f"{SFT}_low_rate", RIGHT, RIGHT), ("spin", RIGHT, RIGHT)]:
+        for split, rows in (("dev", dev), ("test", test)):
+            write(tmp_path, split, run_of(arm, [iterate(0, 0, [WRONG]), iterate(1, 100, [rows])]))
+    found = analyse.analyse("smoke", tmp_path)
+    assert (found["continued_sft_arm"], found["spin_minus_sft"]["value"]) == (f"{SFT}_low_rate", 0.0)
 
 
 def test_without_the_search_no_arm_is_claimed(tmp_path):
