@@ -84,6 +84,8 @@ SEARCH = [
 """Measured on dev rows only, beside ``ARMS``: the search, what did not work included."""
 
 _CPU = {
+    # An arm that destroys the model is a finding: it is measured, not stopped.
+    "health": {"max_margin": None, "max_real_logp_drop": None, "max_length_change": None},
     "generation": {
         "resources": {"cpus": 2}, "engine": {"enforce_eager": True, "max_num_seqs": 128, "cpu_kv_cache_gib": 2},
     },

@@ -123,12 +123,18 @@ def main() -> None:
     train, test = (path if path.is_absolute() else options.data / path for path in (train, test))
     runs = options.runs.absolute() / setting.name / options.split
     files = split_files(setting, train, test, options.split, runs / "data")
+    failed: list[str] = []
     for arm, seed in plan(options.split, options.seeds):
         result = options.results / setting.name / options.split / f"{arm.name}.seed-{seed}.json"
         if result.exists() or (options.arms and arm.name not in options.arms):
             continue
         print(f"{time.strftime('%H:%M:%S')} {setting.name} {options.split}: {arm.name}, seed {seed}", flush=True)
-        run_arm(setting, arm, seed, files, runs, result)
+        try:
+            run_arm(setting, arm, seed, files, runs, result)
+        except subprocess.CalledProcessError as error:  # the other arms are worth their hours all the same
+            failed.append(f"{arm.name}, seed {seed} (exit code {error.returncode})")
+    if failed:
+        sys.exit(f"not finished: {'; '.join(failed)}; the same command goes on with them")
 
 
 if __name__ == "__main__":
