@@ -8,7 +8,7 @@ RUN := runs
 
 .DEFAULT_GOAL := help
 .NOTPARALLEL:
-.PHONY: help setup demo serve-demo smoke test chaos check lint bench peers format lock clean
+.PHONY: help setup demo serve-demo smoke test chaos check lint bench peers quality format lock clean
 
 help: ## List the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-10s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -64,6 +64,13 @@ bench: $(READY) ## The quicker benchmarks (not TRL): DATA=FILE.jsonl has the row
 	$(BIN)/python benchmarks/generation_overhead.py
 	$(BIN)/python benchmarks/size.py
 	$(BIN)/python benchmarks/iteration_against_authors.py --data $(DATA)
+
+QUALITY_DATA ?= ../shared/data
+quality: $(READY) ## Does SPIN beat more SFT? Hours; resumes; QUALITY_DATA=FOLDER has word_problems.{train,test}.jsonl
+	$(BIN)/python benchmarks/quality/known_distribution.py
+	$(BIN)/python benchmarks/quality/run.py --data $(QUALITY_DATA) --split dev
+	$(BIN)/python benchmarks/quality/run.py --data $(QUALITY_DATA) --split test
+	$(BIN)/python benchmarks/quality/analyse.py
 
 peers: .peers/.ready ## An environment with TRL, to compare with
 

@@ -7,7 +7,7 @@ from typing import Protocol
 import numpy as np
 import pyarrow as pa
 
-from spin_ray.config import SpinConfig
+from spin_ray.config import SpinConfig, digest
 from spin_ray.learner.loop import Objective
 from spin_ray.model_folder import ModelFolder
 from spin_ray.preflight import Start
@@ -63,16 +63,32 @@ def margin_objective(config: SpinConfig, iteration: int) -> Objective:
     )
 
 
-def chosen_rows(prompts: Artefact, rows: np.ndarray | None) -> Iterator[pa.Table]:
-    """Rows of the prompts by number, ascending, part by part; all of them for None."""
-    start = 0
-    for table in prompts.tables():
-        if rows is None:
-            yield table
-        else:
-            mine = rows[(rows >= start) & (rows < start + table.num_rows)] - start
-            yield table.take(pa.array(mine, pa.int64()))
-        start += table.num_rows
+@dataclass(frozen=True)
+class PlayedPrompts:
+    """The prompts of an iteration, for algorithms that learn from the data as it is."""
+
+    turn: Turn
+
+    @property
+    def inputs(self) -> dict[str, str]:
+        return {"prompts": self.turn.run.prompts.manifest().digest}
+
+    @property
+    def settings(self) -> dict[str, str]:
+        rows = self.turn.rows_of(self.turn.run.prompts)
+        return {"rows": digest(rows.tolist()) if rows is not None else "all"}
+
+    def tables(self) -> Iterator[pa.Table]:
+        """PROMPT_SCHEMA rows, part by part."""
+        prompts, start = self.turn.run.prompts, 0
+        rows = self.turn.rows_of(prompts)
+        for table in prompts.tables():
+            if rows is None:
+                yield table
+            else:
+                mine = rows[(rows >= start) & (rows < start + table.num_rows)] - start
+                yield table.take(pa.array(mine, pa.int64()))
+            start += table.num_rows
 
 
 def pair_table(prompts: pa.Table, iteration: int, generated: pa.ChunkedArray | None) -> pa.Table:

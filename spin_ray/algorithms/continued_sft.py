@@ -1,11 +1,7 @@
 """More supervised fine-tuning: the baseline that self-play must beat at equal compute."""
 
-from collections.abc import Iterator
-
-import pyarrow as pa
-
-from spin_ray.algorithms.base import Turn, chosen_rows, pair_table
-from spin_ray.config import SpinConfig, digest
+from spin_ray.algorithms.base import PlayedPrompts, Turn, pair_table
+from spin_ray.config import SpinConfig
 from spin_ray.learner.loop import Objective
 from spin_ray.run_dir import RunDir
 from spin_ray.stages import pairs
@@ -18,16 +14,10 @@ class ContinuedSft:
         return None
 
     def make_pairs(self, turn: Turn) -> None:
-        prompts = turn.run.prompts
-        rows = turn.rows_of(prompts)
-
-        def tables() -> Iterator[pa.Table]:
-            for table in chosen_rows(prompts, rows):
-                yield pair_table(table, turn.iteration, None)
-
-        inputs = {"prompts": prompts.manifest().digest}
-        settings = {"rows": digest(rows.tolist()) if rows is not None else "all"}
-        pairs.make(turn.run, turn.config, turn.iteration, pairs.Fresh(tables(), inputs, settings, paired=False))
+        played = PlayedPrompts(turn)
+        tables = (pair_table(table, turn.iteration, None) for table in played.tables())
+        fresh = pairs.Fresh(tables, played.inputs, played.settings, paired=False)
+        pairs.make(turn.run, turn.config, turn.iteration, fresh)
 
     def objective(self, config: SpinConfig, iteration: int) -> Objective:
         return Objective(loss=None)

@@ -5,8 +5,8 @@ from collections.abc import Iterator
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from spin_ray.algorithms.base import Turn, chosen_rows, margin_objective, pair_table
-from spin_ray.config import SpinConfig, digest
+from spin_ray.algorithms.base import PlayedPrompts, Turn, margin_objective, pair_table
+from spin_ray.config import SpinConfig
 from spin_ray.errors import DataError
 from spin_ray.learner.loop import Objective
 from spin_ray.run_dir import RunDir
@@ -21,11 +21,10 @@ class Dpo:
 
     def make_pairs(self, turn: Turn) -> None:
         """Raises DataError if a row has no rejected response."""
-        prompts = turn.run.prompts
-        rows = turn.rows_of(prompts)
+        played = PlayedPrompts(turn)
 
         def tables() -> Iterator[pa.Table]:
-            for table in chosen_rows(prompts, rows):
+            for table in played.tables():
                 missing = table.filter(pc.is_null(table["rejected_ids"]))
                 if missing.num_rows:
                     raise DataError(
@@ -34,9 +33,7 @@ class Dpo:
                     )
                 yield pair_table(table, turn.iteration, table["rejected_ids"])
 
-        inputs = {"prompts": prompts.manifest().digest}
-        settings = {"rows": digest(rows.tolist()) if rows is not None else "all"}
-        pairs.make(turn.run, turn.config, turn.iteration, pairs.Fresh(tables(), inputs, settings))
+        pairs.make(turn.run, turn.config, turn.iteration, pairs.Fresh(tables(), played.inputs, played.settings))
 
     def objective(self, config: SpinConfig, iteration: int) -> Objective:
         return margin_objective(config, iteration)

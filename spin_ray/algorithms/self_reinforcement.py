@@ -1,7 +1,7 @@
 """Self-reinforcement (Tong et al. 2024, arXiv 2405.04086): what fine-tuning changed, on unlabelled questions."""
 
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from itertools import groupby
 from typing import Any
 
@@ -60,10 +60,10 @@ def _tables(turn: Turn, base_answers: Artefact, dropped: Counter[str]) -> Iterat
         for prompt_id, group in groupby(played.to_pylist(), key=lambda row: row["prompt_id"]):
             samples = list(group)
             agreed, share = commonest([read(row["generated_ids"]) for row in samples])
-            row = samples[agreed]
-            if share < (chosen.min_agreement if chosen else 0) or not row["generated_ids"]:
-                dropped["disagreed"] += 1
+            if share == 0 or share < (chosen.min_agreement if chosen else 0):
+                dropped["disagreed" if share else "no_answer"] += 1
                 continue
+            row = samples[agreed]
             rows.append(row | {"real_ids": row["generated_ids"], "generated_ids": against[prompt_id]})
         yield pa.Table.from_pylist(rows, PAIR_SCHEMA)
 
@@ -80,10 +80,18 @@ def commonest(answers: list[Any]) -> tuple[int, float]:
     return answers.index(answer), count / len(answers)
 
 
-def _reader(turn: Turn) -> Any:
-    """What a response answers: its number where the recipe says how to read one, else the response itself."""
-    extractor = turn.config.evaluation.answer_extractor
-    if extractor == "none":
-        return tuple
+def _reader(turn: Turn) -> Callable[[list[int]], Any]:
+    """What a response answers: its number where the recipe says how to read one, else the response itself; None if it
+    was cut, as nobody should learn to stop there.
+    """
+    extractor, stop = turn.config.evaluation.answer_extractor, turn.start.end_of_turn_id
     tokenizer = load_tokenizer(str(turn.player.path), trust_remote_code=turn.config.model.trust_remote_code)
-    return lambda token_ids: extract_number(tokenizer.decode(token_ids, skip_special_tokens=True), extractor)
+
+    def read(token_ids: list[int]) -> Any:
+        if not token_ids or token_ids[-1] != stop:
+            return None
+        if extractor == "none":
+            return tuple(token_ids)
+        return extract_number(tokenizer.decode(token_ids, skip_special_tokens=True), extractor)
+
+    return read

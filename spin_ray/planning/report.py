@@ -15,7 +15,7 @@ from rich.table import Table
 
 from spin_ray.config import SpinConfig
 from spin_ray.embedded import resolve
-from spin_ray.errors import DataError, ModelError, ResourceError
+from spin_ray.errors import ConfigError, DataError, ModelError, ResourceError
 from spin_ray.model_folder import read_config
 from spin_ray.planning.cost_model import (
     PAPER_EPOCHS,
@@ -181,6 +181,8 @@ def print_plan(config: SpinConfig, cluster: Cluster, given: Given, console: Cons
     Raises:
         UserError: something needed is not given, or a stage does not fit in memory; nothing is printed.
     """
+    if config.algorithm != "spin":
+        raise ConfigError(f"algorithm: plan knows the costs of spin, not of {config.algorithm}")
     devices = devices_of(config, cluster)
     shape = read_shape(config)
     work = read_work(config, given)

@@ -1,4 +1,6 @@
-"""Relatives of SPIN as whole runs on a local Ray: every stage is the real one, only the engine answers by rote."""
+"""Relatives of SPIN as whole runs on a local Ray: every stage is the real one; only the engine answers by rote,
+where a random model's answers would leave nothing to learn from.
+"""
 
 import json
 import math
@@ -14,7 +16,7 @@ from transformers import AutoTokenizer, LlamaConfig, LlamaForSequenceClassificat
 
 from spin_ray.config import SamplingConfig, SpinConfig
 from spin_ray.embedded import resolve
-from spin_ray.engine import Completion, EngineSpec
+from spin_ray.engine import Completion, EngineSpec, VllmEngine
 from spin_ray.launch import run_spin
 from spin_ray.run_dir import RunDir
 
@@ -56,14 +58,19 @@ def save_judge(folder: Path) -> str:
     return str(folder)
 
 
-def run_of(tmp_path: Path, algorithm: str, **sections: Any) -> tuple[RunDir, list[dict[str, Any]]]:
+def run_of(
+    tmp_path: Path, algorithm: str, engine: Any = RoteEngine, **sections: Any
+) -> tuple[RunDir, list[dict[str, Any]]]:
     """A run of one iteration on 12 rows, done twice (the second time nothing may happen), and its training log."""
     recipe: dict[str, Any] = {
         "model": {"path": "embedded:tiny-llama", "max_length": 160},
         "data": {"train": "embedded:arithmetic-train", "max_rows": 12},
         "algorithm": algorithm,
         "iterations": 1,
-        "generation": {"shard_rows": 12, "sampling": {"max_tokens": 24}, "resources": {"cpus": 0.5}},
+        "generation": {
+            "shard_rows": 36, "sampling": {"max_tokens": 24}, "resources": {"cpus": 0.5},
+            "engine": {"enforce_eager": True, "cpu_kv_cache_gib": 1, "dtype": "float32", "max_num_seqs": 36},
+        },
         "train": {
             "global_batch_pairs": 4, "pack_length": 256, "precision": "fp32", "epochs": 1, "learning_rate": 1e-3,
             "resources": {"cpus": 1},
@@ -72,9 +79,9 @@ def run_of(tmp_path: Path, algorithm: str, **sections: Any) -> tuple[RunDir, lis
     for name, section in sections.items():
         recipe[name] = recipe.get(name, {}) | section
     config = SpinConfig.model_validate(recipe)
-    run = run_spin(config, tmp_path / "run", RoteEngine).run
+    run = run_spin(config, tmp_path / "run", engine).run
     events = len(run.events())
-    assert run_spin(config, tmp_path / "run", RoteEngine).model == run.storage.path("iter_000/model")
+    assert run_spin(config, tmp_path / "run", engine).model == run.storage.path("iter_000/model")
     assert len(run.events()) == events
     log = run.storage.read("iter_000/train_log.jsonl").decode().splitlines()
     return run, [json.loads(line) for line in log]
@@ -84,12 +91,13 @@ def rows_of(run: RunDir, path: str) -> list[dict[str, Any]]:
     return [row for table in run.artefact(path).tables() for row in table.to_pylist()]
 
 
+@pytest.mark.e2e
 def test_sppo_judges_samples_and_learns_from_the_best_and_the_worst(tmp_path: Path) -> None:
     """While the policy stands still the log-ratios are 0, and the loss is the mean of ½[(P_w − ½)² + (P_l − ½)²]/β². At
     a learning rate of 1e-12 it does; steps have 4 pairs, the last what is left.
     """
     run, log = run_of(
-        tmp_path, "sppo", generation={"samples_per_prompt": 3}, objective={"beta": 0.5},
+        tmp_path, "sppo", VllmEngine, generation={"samples_per_prompt": 3}, objective={"beta": 0.5},
         scorer={"path": save_judge(tmp_path / "judge"), "resources": {"cpus": 0.5}}, train={"learning_rate": 1e-12},
     )  # fmt: skip
     assert len(rows_of(run, "iter_000/preferences")) == 36

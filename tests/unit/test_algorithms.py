@@ -182,28 +182,32 @@ def question(text: str) -> str:
 
 
 def reinforce(run: RunDir, min_agreement: float | None) -> list[dict[str, Any]]:
-    """θ_t answers q0 with 5, 6, 6 and q1 with 7, 8, 9; the model before fine-tuning answers 3."""
+    """θ_t answers q0 with 5, 6, 6 and q1 with 7, 8, 9, and is cut short at q2; the model before fine-tuning says 3."""
     config = config_for(
         "self_reinforcement", sft={}, data={"train": "d", "questions": "q"}, generation={"samples_per_prompt": 3},
         self_filter=None if min_agreement is None else {"min_agreement": min_agreement},
     )  # fmt: skip
-    write_questions(run, 2)
+    write_questions(run, 3)
     answers = [("q0", i, [token, 2]) for i, token in enumerate((5, 6, 6))]
-    write_answers(run.generations(0), answers + [("q1", i, [token, 2]) for i, token in enumerate((7, 8, 9))], 3)
+    answers += [("q1", i, [token, 2]) for i, token in enumerate((7, 8, 9))] + [("q2", i, [4]) for i in range(3)]
+    write_answers(run.generations(0), answers, 3)
     base = ModelFolder(Path("base"), "digest of the base", "start", 0)
 
     def play(model: ModelFolder, jobs: list[Job]) -> None:
         (job,) = jobs
         assert (model, job.opponent) == (base, "start")
-        write_answers(job.target, [(f"q{i}", sample, [3 + sample, 2]) for i in range(2) for sample in range(3)], 3)
+        write_answers(job.target, [(f"q{i}", sample, [3 + sample, 2]) for i in range(3) for sample in range(3)], 3)
 
-    return make_pairs(run, config, start=SimpleNamespace(model=base), play=play)
+    player = replace(THETA, path=Path(resolve("embedded:tiny-llama")))
+    start = SimpleNamespace(model=base, end_of_turn_id=END_OF_TURN)
+    return make_pairs(run, config, start=start, player=player, play=play)
 
 
 def test_self_reinforcement_sets_the_agreed_answer_against_the_unfinetuned_models(run):
     (row,) = reinforce(run, min_agreement=0.5)
     assert (row["prompt_id"], row["real_ids"], row["generated_ids"]) == ("q0", [6, 2], [3, 2])
-    assert run.pairs(0).manifest().counts["dropped_disagreed"] == 1
+    counts = run.pairs(0).manifest().counts
+    assert (counts["dropped_disagreed"], counts["dropped_no_answer"]) == (1, 1)
 
 
 def test_without_a_filter_every_question_is_learnt_from(run):

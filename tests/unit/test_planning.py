@@ -478,6 +478,7 @@ def test_a_model_that_no_setting_makes_fit_is_refused_without_advice(call, tmp_p
             ],
             "generation.resources.gpus: 2 for one engine, a node has 1",
         ),
+        (["--gpu", "L4", "--algorithm=dpo"], "algorithm: plan knows the costs of spin, not of dpo"),
         (["--gpu", "L4", "--model.path=who/knows"], "model.path who/knows: no such folder, and plan asks no hub"),
     ],
 )
