@@ -113,7 +113,8 @@ class _Desk:
         headers = {} if alias else {DIGEST_HEADER: self._engines.digest(iterate), ITERATE_HEADER: iterate}
         fields = body.for_engine(iterate, self._config.max_tokens)
         started = time.monotonic()
-        async with AsyncExitStack() as held:
+        held = AsyncExitStack()
+        try:
             held.enter_context(self.slots.take(body.choices))
             answer: Any = self._engines.answer(iterate, operation, fields)
             items = _Until(await held.enter_async_context(aclosing(answer)), self._config.request_timeout_s)
@@ -126,7 +127,8 @@ class _Desk:
                     raise from_engine(first["error"])
                 return JSONResponse(_blind(first, alias) if alias else first, headers=headers)
             return _Stream(_events(first, items, alias), held.pop_all(), headers)
-        raise AssertionError("not reached: nothing above swallows an exception")
+        finally:
+            await held.aclose()
 
     def check_length(self, asked: int | None) -> None:
         if asked and asked > self._config.max_tokens:

@@ -7,6 +7,7 @@ from contextlib import aclosing, suppress
 from typing import Any, Protocol
 
 from ray import serve
+from ray.exceptions import RayError, RayTaskError
 from ray.serve.exceptions import RayServeException
 
 from spin_ray.serving.errors import Refusal, from_engine
@@ -77,7 +78,10 @@ class ServeEngines:
         try:
             async for item in response:
                 yield item
-        except RayServeException as error:
+        except RayTaskError as error:  # vLLM raised something that is not about the request
+            logger.exception("%s failed", iterate)
+            raise Refusal(500, "the engine failed; the request may be repeated") from error
+        except (RayServeException, RayError) as error:  # its replica is gone, or not there yet
             raise Refusal(503, "The engine is not available; try again in a moment", retry_s=1) from error
         finally:
             with suppress(Exception):

@@ -69,9 +69,15 @@ def check_settings(run: RunDir, config: SpinConfig) -> None:
 
 
 def start(run: RunDir, config: SpinConfig) -> None:
-    """Deploys the application on the cluster, or on an embedded Ray, and returns; engines start in the background."""
+    """Deploys the application on the cluster, or on an embedded Ray, and returns; engines start in the background.
+
+    Raises:
+        UserError: no cluster answers, or it could not serve safely.
+    """
     serving = config.serving
     connect_for(run, config)
+    if serve.status().proxies and not serving.keys:
+        raise ConfigError("Ray Serve runs on this cluster already, at an address of its own; set serving.keys first")
     serve.start(
         http_options={"host": serving.host, "port": serving.port, "request_timeout_s": serving.request_timeout_s + 30}
     )

@@ -8,8 +8,7 @@ from tiny_runs import add_iterate, make_run
 
 from spin_ray.config import override
 from spin_ray.errors import ConfigError, DataError, RunDirError
-from spin_ray.model_folder import folder_entries
-from spin_ray.run_dir import RunDir, folder_digest
+from spin_ray.run_dir import RunDir, folder_digest, folder_entries
 from spin_ray.serving.app import build
 from spin_ray.serving.batch import read_rows
 from spin_ray.serving.iterates import open_iterate, wanted
