@@ -73,6 +73,8 @@ class ServeEngines:
         return self._engines[iterate]["digest"]
 
     async def answer(self, iterate: str, operation: str, fields: dict[str, Any]) -> AsyncIterator[Item]:
+        if iterate not in self._engines:  # it has gone since its name was looked up
+            raise Refusal(503, f"{iterate} serves no more; ask for another model", retry_s=1)
         handle = self._handles[self._engines[iterate]["app"]]
         response = handle.answer.remote(operation, fields)
         try:

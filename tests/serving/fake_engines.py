@@ -22,6 +22,8 @@ class FakeEngines:
         """Answers wait here after their first piece."""
         self.gate.set()
         self.error: dict[str, Any] | None = None
+        self.refuse: str | None = None
+        """Text of a message that is answered with an error."""
 
     def digest(self, iterate: str) -> str:
         return {"sft": "d0", "iter-0": "d1"}[iterate]
@@ -30,8 +32,9 @@ class FakeEngines:
         self.asked.append(fields)
         self.active += 1
         try:
-            if self.error:
-                yield {"error": self.error}
+            said = [message["content"] for message in fields.get("messages", ())]
+            if self.error or self.refuse in said:
+                yield {"error": self.error or {"message": "no", "code": 400}}
                 return
             if not fields.get("stream"):
                 await self.gate.wait()
