@@ -342,6 +342,9 @@ class ServingConfig(Section):
     """Pause between the moment that nothing new goes to an old engine and its shutdown."""
     log_prompts: bool = False
     """Put messages and prompts into the access log."""
+    votes: str | None = None
+    """Database URL (SQLAlchemy's) for the arena's votes and what they were on. None: ``RUN/votes.sqlite``, which serves
+    one machine on a disk of its own; ingress replicas on several machines need a database server."""
 
 
 class StorageConfig(Section):

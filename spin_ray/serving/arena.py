@@ -13,33 +13,30 @@ who by asking a named iterate the same question with the same seed. Votes are wo
 import json
 import logging
 import random
-from collections.abc import AsyncIterator, Callable, Iterator
+from collections.abc import AsyncIterator, Callable
 from dataclasses import dataclass, field
 from itertools import chain, islice
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
-from fastapi import APIRouter, Depends, HTTPException
+from fastapi import APIRouter
 from fastapi.concurrency import run_in_threadpool
 from fastapi.responses import FileResponse, StreamingResponse
 from pydantic import BaseModel, ConfigDict, Field
 
 from spin_ray.serving import ratings
-from spin_ray.serving.names import Names, UnknownModel
+from spin_ray.serving.bodies import ChatBody, Sampling, plain
+from spin_ray.serving.errors import Refusal
+from spin_ray.serving.names import Names
 from spin_ray.serving.ratings import Pairing, Rating
-from spin_ray.serving.votes import BATTLE_TTL_S, Answer, Verdict, VoteError, VoteStore
+from spin_ray.serving.votes import BATTLE_TTL_S, Answer, Verdict, VoteStore
 
 logger = logging.getLogger(__name__)
 
 STATIC = Path(__file__).parent / "static"
 PAGE = {"/": "index.html", "/arena.css": "arena.css", "/arena.js": "arena.js", "/arena.svg": "arena.svg"}
 """What a browser may load before it has a key."""
-_RETRY_S = 5
-_NOT_SAMPLING = {"model", "messages", "stream", "stream_options", "user"}
-_ERRORS: dict[int | str, dict[str, Any]] = {
-    404: {"description": "No such model or comparison"},
-    503: {"description": "The votes' database does not answer"},
-}
+_SAMPLING = {*Sampling.model_fields, "max_completion_tokens"}
 _random = random.SystemRandom()
 
 ModelName = Annotated[str, Field(min_length=1, max_length=64)]
@@ -87,11 +84,11 @@ class Leaderboard(BaseModel):
 
 def router(votes: VoteStore, names: Names) -> APIRouter:
     """The routes of the arena, for an application that serves ``/v1/chat/completions`` and ``/v1/models`` itself."""
-    routes = APIRouter(tags=["arena"], dependencies=[Depends(_as_http)])
+    routes = APIRouter(tags=["arena"])
     for path, file in PAGE.items():
         routes.add_api_route(path, _file(file), response_class=FileResponse, include_in_schema=False)
 
-    @routes.post("/v1/battles", responses=_ERRORS | {409: {"description": "Fewer than two iterates serve"}})
+    @routes.post("/v1/battles", responses={409: {"description": "Fewer than two iterates serve"}})
     def start_battle(request: BattleRequest) -> BattleReply:
         """Draws two iterates, and the names under which they can be asked without being known."""
         battle = votes.start(*_draw(request.models, names))
@@ -101,8 +98,7 @@ def router(votes: VoteStore, names: Names) -> APIRouter:
 
     @routes.post(
         "/v1/votes",
-        responses=_ERRORS
-        | {
+        responses={
             409: {"description": "An answer is missing, or there is another vote"},
             410: {"description": "The comparison is too old"},
         },
@@ -117,7 +113,7 @@ def router(votes: VoteStore, names: Names) -> APIRouter:
             b=SideReply(model=vote.model_b, digest=vote.digest_b),
         )
 
-    @routes.get("/v1/leaderboard", responses={503: _ERRORS[503]})
+    @routes.get("/v1/leaderboard")
     def leaderboard() -> Leaderboard:
         """Bradley-Terry ratings of all checkpoints that were voted on."""
         tallies = tuple(votes.tallies())
@@ -125,7 +121,7 @@ def router(votes: VoteStore, names: Names) -> APIRouter:
             votes=sum(tally.count for tally in tallies), ratings=ratings.rate(tallies), pairs=ratings.pairings(tallies)
         )
 
-    @routes.get("/v1/votes/export", response_class=StreamingResponse, responses={503: _ERRORS[503]})
+    @routes.get("/v1/votes/export", response_class=StreamingResponse)
     def export() -> StreamingResponse:
         """Pairs for preference training, as JSON lines; ties and "both bad" make none."""
         pairs = votes.export()
@@ -140,20 +136,23 @@ def _draw(models: list[str] | None, names: Names) -> tuple[str, str]:
     """Two iterates in an order that says nothing; always under their own names, as ``latest`` may move on."""
     if models is None:
         if len(names.iterates) < 2:
-            raise VoteError(409, "A comparison needs two iterates that serve; there are fewer now.")
+            raise Refusal(409, "A comparison needs two iterates that serve; there are fewer now")
         first, second = _random.sample(names.iterates, 2)
         return first, second
-    try:
-        first, second = _random.sample([names.resolve(model) for model in models], 2)
-    except UnknownModel as error:
-        raise VoteError(404, str(error)) from error
+    first, second = _random.sample([names.resolve(model) for model in models], 2)
     if first == second:
-        raise VoteError(409, f"Both names stand for {first}; a comparison needs two iterates.")
+        raise Refusal(409, f"Both names stand for {first}; a comparison needs two iterates")
     return first, second
 
 
+def recall(alias: str, votes: VoteStore, names: Names) -> None:
+    """Lets a side be asked that another replica drew, or this one before it was started again."""
+    if model := votes.model_of(alias):
+        names.register_alias(alias, model, ttl_s=BATTLE_TTL_S)
+
+
 async def recorded(
-    stream: AsyncIterator[str], votes: VoteStore, alias: str, request: dict[str, Any], digest: str
+    stream: AsyncIterator[str], votes: VoteStore, alias: str, body: ChatBody, digest: str
 ) -> AsyncIterator[str]:
     """Passes a streamed chat completion on as it is, and keeps a whole answer *before* its last event goes out.
 
@@ -162,22 +161,22 @@ async def recorded(
     Args:
         stream: server-sent events of one chat completion, cut anywhere.
         alias: the name that was asked, ``battle-<id>-a`` or ``-b``.
-        request: the body of the request, as it was checked and answered.
+        body: of the request.
         digest: of the checkpoint that answers.
     """
     answer = _StreamedText()
     async for chunk in stream:
         if answer.read(chunk) and answer.finish_reason is not None:
             kept = Answer(
-                messages=request["messages"],
-                sampling={key: value for key, value in request.items() if key not in _NOT_SAMPLING},
+                messages=plain(body.messages),
+                sampling=body.model_dump(include=_SAMPLING, exclude_none=True),
                 text="".join(answer.text),
                 finish_reason=answer.finish_reason,
                 digest=digest,
             )
             try:
                 await run_in_threadpool(votes.record, alias, kept)
-            except VoteError as error:
+            except Refusal as error:
                 logger.warning("%s: answer not kept: %s", alias, error)
         yield chunk
 
@@ -201,19 +200,11 @@ class _StreamedText:
         data = line.removeprefix("data:").strip()
         if data == "[DONE]":
             return True
-        for choice in json.loads(data).get("choices", []):
+        for choice in json.loads(data).get("choices", [])[:1]:
             self.text.append(choice["delta"].get("content") or "")
             self.finish_reason = choice.get("finish_reason") or self.finish_reason
         return False
 
 
 def _file(name: str) -> Callable[[], FileResponse]:
-    return lambda: FileResponse(STATIC / name, headers={"Cache-Control": "no-cache"})
-
-
-def _as_http() -> Iterator[None]:
-    try:
-        yield
-    except VoteError as error:
-        headers = {"Retry-After": str(_RETRY_S)} if error.status == 503 else None
-        raise HTTPException(error.status, str(error), headers) from error
+    return lambda: FileResponse(STATIC / name)

@@ -23,6 +23,10 @@ async def compare(engines: Engines, body: CompareBody, config: SpinConfig) -> di
         UnknownModel: one of the models does not serve.
         Refusal: an engine says no, or the whole took longer than ``serving.request_timeout_s``.
     """
+    if any(engines.names.is_alias(model) for model in body.models):
+        raise Refusal(
+            400, "models: a comparison tells names, and one of these is hidden until the vote", param="models"
+        )
     iterates = [engines.names.resolve(model) for model in body.models]
     digests = [engines.digest(iterate) for iterate in iterates]  # now: an engine may be replaced before the end
     seed = body.seed if body.seed is not None else secrets.randbits(63)

@@ -37,6 +37,7 @@ from sqlalchemy.exc import ArgumentError, DBAPIError, NoSuchModuleError, SQLAlch
 from sqlalchemy.schema import CreateIndex, CreateTable
 
 from spin_ray.errors import UserError
+from spin_ray.serving.errors import Refusal
 
 Side = Literal["a", "b"]
 Verdict = Literal["a", "b", "tie", "both_bad"]
@@ -45,6 +46,7 @@ BATTLE_TTL_S = 3600.0
 """How long a comparison can be answered and voted on."""
 _ALIAS = re.compile(r"battle-([0-9a-f]{24})-([ab])")
 _EXPORT_ROWS = 256
+_RETRY_S = 5
 
 _battles = Table(
     "battles",
@@ -63,14 +65,6 @@ _battles = Table(
 )
 _by_time = Index("battles_by_time", _battles.c.created)
 _by_vote = Index("battles_by_vote", _battles.c.voted, _battles.c.id)
-
-
-class VoteError(Exception):
-    """The comparison cannot be answered or voted on; ``status`` is the HTTP status that says so."""
-
-    def __init__(self, status: int, message: str) -> None:
-        super().__init__(message)
-        self.status = status
 
 
 @dataclass(frozen=True, slots=True)
@@ -172,6 +166,13 @@ class VoteStore:
             )
         return battle
 
+    def model_of(self, alias: str) -> str | None:
+        """The iterate behind one side of a comparison; None if there is none, or no longer."""
+        battle, side = parse_alias(alias)
+        recent = and_(_battles.c.id == battle, _battles.c.created >= self._clock() - BATTLE_TTL_S)
+        with self._transaction() as connection:
+            return connection.execute(select(_battles.c[f"model_{side}"]).where(recent)).scalar_one_or_none()
+
     def record(self, alias: str, answer: Answer) -> None:
         """Keeps the first whole answer of a side; later ones, and those after the vote, change nothing."""
         battle, side = parse_alias(alias)
@@ -191,14 +192,14 @@ class VoteStore:
         """Records the verdict; the same verdict again is the same vote.
 
         Raises:
-            VoteError: no such comparison (404), it is too old (410), its answers are not both there, are to different
+            Refusal: no such comparison (404), it is too old (410), its answers are not both there, are to different
                 questions, or it has another verdict already (409).
         """
         open_still = and_(_battles.c.id == battle, _battles.c.verdict.is_(None))
         with self._transaction() as connection:
             row = connection.execute(select(_battles).where(_battles.c.id == battle)).one_or_none()
             if row is None:
-                raise VoteError(404, "This comparison does not exist; start a new one.")
+                raise Refusal(404, "This comparison does not exist; start a new one")
             if row.verdict is None:
                 self._check_votable(row)
                 connection.execute(
@@ -206,17 +207,17 @@ class VoteStore:
                 )  # of two votes at once the first counts
                 row = connection.execute(select(_battles).where(_battles.c.id == battle)).one()
             if row.verdict != verdict:
-                raise VoteError(409, f"This comparison was voted on before, with {row.verdict!r}.")
+                raise Refusal(409, f"This comparison was voted on before, with {row.verdict!r}")
         return Vote(battle, row.model_a, row.model_b, row.digest_a, row.digest_b, verdict)
 
     def _check_votable(self, row: Row) -> None:
         if row.created < self._clock() - BATTLE_TTL_S:
-            raise VoteError(410, "This comparison is too old; start a new one.")
+            raise Refusal(410, "This comparison is too old; start a new one")
         missing = [side for side in get_args(Side) if row._mapping[f"answer_{side}"] is None]
         if missing:
-            raise VoteError(409, f"Answer {' and '.join(missing)} has not been streamed to its end.")
+            raise Refusal(409, f"Answer {' and '.join(missing)} has not been streamed to its end")
         if any(row.answer_a[key] != row.answer_b[key] for key in ("messages", "sampling")):
-            raise VoteError(409, "The two sides were asked different things; start a new comparison.")
+            raise Refusal(409, "The two sides were asked different things; start a new comparison")
 
     def tallies(self) -> list[Tally]:
         """All verdicts, counted by the database."""
@@ -259,7 +260,12 @@ class VoteStore:
             with self._engine.begin() as connection:
                 yield connection
         except SQLAlchemyError as error:
-            raise VoteError(503, f"Votes cannot be stored or read at the moment ({_reason(error)}).") from error
+            raise Refusal(503, f"Votes cannot be stored or read now ({_reason(error)})", retry_s=_RETRY_S) from error
+
+
+def is_side(name: str) -> bool:
+    """Whether ``name`` is one under which a side of a comparison is asked."""
+    return _ALIAS.fullmatch(name) is not None
 
 
 def parse_alias(alias: str) -> tuple[str, Side]:

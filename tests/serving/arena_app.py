@@ -1,4 +1,4 @@
-"""The arena before a stand-in for the engines: canned answers, streamed word by word.
+"""The application over engines that have little to say, streamed word by word.
 
 Also a program, for tests that need a server of its own: ``python arena_app.py DATABASE_URL PORT``.
 """
@@ -10,11 +10,12 @@ from collections.abc import AsyncIterator
 from typing import Any
 
 import uvicorn
-from fastapi import FastAPI, HTTPException, Request
-from fastapi.responses import JSONResponse, StreamingResponse
-from starlette.responses import Response
+from fastapi import FastAPI
+from tiny_runs import tiny_config
 
-from spin_ray.serving import arena
+from spin_ray.serving.access import Key
+from spin_ray.serving.api import make_app
+from spin_ray.serving.backend import Item
 from spin_ray.serving.names import Names
 from spin_ray.serving.votes import VoteStore
 
@@ -26,55 +27,42 @@ SAYS = {
     "iter-1": "not bad :) went for a run before it got hot. you?",
 }
 EVIL = "<img src=x onerror=\"document.title='owned'\"> & <script>alert(1)</script>"
-"""What the iterates say when they are asked for it: it must be shown as it is."""
+
+
+class TalkingEngines:
+    """Each iterate has its answer; "evil" in the prompt gives markup, "fail" an engine that fails in the middle."""
+
+    def __init__(self, word_s: float = 0.0) -> None:
+        self.names = Names()
+        self.names.serve_now(ITERATES, newest=ITERATES[-1])
+        self._word_s = word_s
+
+    def digest(self, iterate: str) -> str:
+        return digest(iterate)
+
+    async def answer(self, iterate: str, operation: str, fields: dict[str, Any]) -> AsyncIterator[Item]:
+        prompt = fields["messages"][-1]["content"]
+        if "fail" in prompt:
+            yield event({"content": "well"})
+            yield {"error": {"code": 500}}
+            return
+        async for piece in says(EVIL if "evil" in prompt else SAYS[iterate], self._word_s):
+            yield piece
 
 
 def digest(iterate: str) -> str:
     return f"{ITERATES.index(iterate) + 1}" * 64
 
 
-def make(votes: VoteStore, *, key: str | None = None, word_s: float = 0.0) -> FastAPI:
-    """The application: with ``key``, every API route asks for it; a prompt with "fail" fails."""
-    app = FastAPI()
-    names = Names()
-    names.serve_now(ITERATES, newest=ITERATES[-1])
-    app.include_router(arena.router(votes, names))
-
-    @app.middleware("http")
-    async def guard(request: Request, call_next: Any) -> Response:
-        if key and request.url.path.startswith("/v1") and request.headers.get("authorization") != f"Bearer {key}":
-            return JSONResponse({"error": {"message": "Invalid API key."}}, 401)
-        response = await call_next(request)
-        response.headers["Content-Security-Policy"] = "default-src 'self'; frame-ancestors 'none'; base-uri 'none'"
-        return response
-
-    @app.get("/v1/models")
-    def models() -> dict[str, Any]:
-        return {"object": "list", "data": [{"id": name, "object": "model"} for name in (*ITERATES, "latest")]}
-
-    @app.post("/v1/chat/completions")
-    async def chat(request: Request) -> StreamingResponse:
-        body = await request.json()
-        prompt = body["messages"][-1]["content"]
-        if "busy" in prompt:
-            raise HTTPException(503, "Too many answers are being made.", {"Retry-After": "7"})
-        iterate = names.resolve(body["model"])
-        stream = says(EVIL if "evil" in prompt else SAYS[iterate], breaks="fail" in prompt, word_s=word_s)
-        if names.is_alias(body["model"]):
-            stream = arena.recorded(stream, votes, body["model"], body, digest(iterate))
-        return StreamingResponse(stream, media_type="text/event-stream")
-
-    return app
+def make(votes: VoteStore, *, keys: list[Key] | None = None, word_s: float = 0.0, **serving: Any) -> FastAPI:
+    return make_app(TalkingEngines(word_s), tiny_config(**serving), keys or [], votes)
 
 
-async def says(text: str, *, breaks: bool = False, word_s: float = 0.0) -> AsyncIterator[str]:
+async def says(text: str, word_s: float = 0.0) -> AsyncIterator[str]:
     """The events of a chat completion as vLLM writes them."""
-    words = text.split(" ")
-    for number, word in enumerate(words):
+    for number, word in enumerate(text.split(" ")):
         yield event({"content": word if number == 0 else f" {word}"})
         await asyncio.sleep(word_s)
-        if breaks and number == 3:
-            return
     yield event({}, "stop")
     yield "data: [DONE]\n\n"
 

@@ -1,11 +1,13 @@
 """Engines without a model, for tests of the HTTP layer alone."""
 
 import asyncio
+import tempfile
 from collections.abc import AsyncIterator
 from typing import Any
 
 from spin_ray.serving.backend import CHAT, Item
 from spin_ray.serving.names import Names
+from spin_ray.serving.votes import VoteStore
 
 USAGE = {"prompt_tokens": 1, "completion_tokens": 2, "total_tokens": 3}
 
@@ -45,6 +47,10 @@ class FakeEngines:
             yield "data: [DONE]\n\n"
         finally:
             self.active -= 1
+
+
+def empty_votes() -> VoteStore:
+    return VoteStore(f"sqlite:///{tempfile.mkdtemp()}/votes.sqlite")
 
 
 def _whole(iterate: str, operation: str, fields: dict[str, Any]) -> dict[str, Any]:

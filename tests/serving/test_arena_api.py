@@ -1,4 +1,4 @@
-"""The arena's routes before a stand-in for the engines: what a voter can and cannot do."""
+"""The arena's routes over engines that say a sentence each: what a voter can and cannot do."""
 
 import asyncio
 import json
@@ -16,6 +16,7 @@ from arena_app import SAYS, digest, make, says
 from fastapi.testclient import TestClient
 
 from spin_ray.serving import arena
+from spin_ray.serving.bodies import ChatBody
 from spin_ray.serving.votes import VoteStore
 
 ASKED = {"messages": [{"role": "user", "content": "how are you?"}], "temperature": 0.8, "seed": 3, "stream": True}
@@ -53,7 +54,8 @@ def test_a_blind_comparison_from_draw_to_leaderboard_and_export(client):
     (pair,) = map(json.loads, exported.text.splitlines())
     assert pair["chosen"][0]["content"] == SAYS[vote["a"]["model"]]
     assert pair["rejected"][0]["content"] == SAYS[vote["b"]["model"]]
-    assert pair["prompt"] == ASKED["messages"] and pair["sampling"] == {"temperature": 0.8, "seed": 3}
+    assert pair["prompt"] == ASKED["messages"]
+    assert pair["sampling"] == {"temperature": 0.8, "seed": 3}
 
 
 def test_nothing_names_an_iterate_before_the_vote(client):
@@ -79,7 +81,7 @@ def test_latest_is_drawn_as_the_iterate_that_it_is(client):
 
 @pytest.mark.parametrize(
     ("models", "status"),
-    [(["sft", "sft"], 409), (["iter-1", "latest"], 409), (["sft", "iter-9"], 404), (["sft"], 422), (["sft", ""], 422)],
+    [(["sft", "sft"], 409), (["iter-1", "latest"], 409), (["sft", "iter-9"], 404), (["sft"], 400), (["sft", ""], 400)],
 )
 def test_a_comparison_needs_two_iterates_that_serve(client, models, status):
     assert client.post("/v1/battles", json={"models": models}).status_code == status
@@ -98,7 +100,24 @@ def test_a_comparison_needs_two_iterates_that_serve(client, models, status):
     ],
 )
 def test_a_vote_is_a_comparison_and_a_verdict_and_nothing_else(client, body):
-    assert client.post("/v1/votes", json=body).status_code == 422
+    assert client.post("/v1/votes", json=body).status_code == 400
+
+
+def test_a_hidden_name_is_known_to_every_replica_and_after_a_restart(client, votes):
+    battle = client.post("/v1/battles", json={}).json()
+    other = TestClient(make(votes))
+    for side in "ab":
+        assert "[DONE]" in other.post("/v1/chat/completions", json=ASKED | {"model": battle[side]}).text
+    assert other.post("/v1/votes", json={"battle": battle["id"], "verdict": "tie"}).status_code == 200
+    unknown = ASKED | {"model": f"battle-{'0' * 24}-a"}
+    assert other.post("/v1/chat/completions", json=unknown).status_code == 404
+
+
+def test_a_hidden_name_cannot_be_asked_where_answers_tell_names(client):
+    battle = client.post("/v1/battles", json={}).json()
+    compared = {"models": [battle["a"], "sft"], "messages": ASKED["messages"]}
+    answer = client.post("/v1/compare", json=compared)
+    assert answer.status_code == 400 and "hidden until the vote" in answer.text
 
 
 def test_votes_that_cannot_count_are_told_why(client):
@@ -128,8 +147,8 @@ def test_recording_changes_no_byte_however_the_stream_is_cut(votes):
             for start in range(0, len(whole), width):
                 yield whole[start : start + width]
 
-        request = {"messages": [], "seed": 1}
-        return whole, "".join([piece async for piece in arena.recorded(cut(), votes, alias, request, "digest")])
+        body = ChatBody.model_validate({"model": alias, "messages": [{"role": "user", "content": "hi"}], "seed": 1})
+        return whole, "".join([piece async for piece in arena.recorded(cut(), votes, alias, body, "digest")])
 
     for width in range(1, 41):
         battle = votes.start("sft", "iter-0")
@@ -195,7 +214,7 @@ def test_a_killed_server_has_lost_no_vote_that_it_acknowledged(tmp_path):
 
 
 def started(database: str) -> tuple[subprocess.Popen, str]:
-    """The stand-in as a process of its own, once it answers."""
+    """The application as a process of its own, once it answers."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
@@ -210,4 +229,4 @@ def started(database: str) -> tuple[subprocess.Popen, str]:
         except httpx.TransportError:
             time.sleep(0.1)
     server.kill()
-    raise AssertionError("the stand-in did not start")
+    raise AssertionError("the server did not start")

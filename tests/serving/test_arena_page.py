@@ -1,4 +1,4 @@
-"""The arena page in a real Chromium, before a stand-in for the engines."""
+"""The arena page in a real Chromium: the whole HTTP interface, over engines that say a sentence each."""
 
 import json
 import re
@@ -13,6 +13,7 @@ from arena_app import EVIL, SAYS, make
 from chromium import headless, needs_chromium, picture
 from playwright.sync_api import Browser, Page, expect
 
+from spin_ray.serving.access import Key, new_key
 from spin_ray.serving.votes import Answer, VoteStore
 
 pytestmark = [pytest.mark.slow, needs_chromium]
@@ -35,7 +36,7 @@ def votes(tmp_path):
 
 @pytest.fixture
 def serve(votes):
-    """Starts the stand-in; its URL."""
+    """Starts the application; its URL."""
     stops = []
 
     def serve(**settings: object) -> str:
@@ -171,13 +172,19 @@ def test_what_models_say_is_text_and_never_markup(serve, open_page):
 def test_failures_are_told_in_words_and_cost_the_vote(serve, open_page):
     page = open_page(serve())
     compare(page, "please fail")
-    expect(side(page, "a", "status")).to_have_text("The connection broke off in the middle of the answer.")
+    for one in "ab":
+        expect(side(page, one, "status")).to_have_text("the engine failed; the request may be repeated")
     expect(page.get_by_role("status")).to_have_text("No vote without two whole answers.")
     expect(ballot(page, "a")).to_be_disabled()
-    compare(page, "busy")
-    expect(side(page, "b", "status")).to_have_text("Too many answers are being made. Try again in 7 s.")
     compare(page, PROMPT)
     expect(ballot(page, "a")).to_be_enabled()
+
+
+def test_a_server_that_is_full_says_when_to_come_back(serve, open_page):
+    page = open_page(serve(max_concurrent=1, word_s=0.05))
+    compare(page)
+    expect(page.locator(".failed .status")).to_have_text("All places are taken; try again in a moment (in 1 s)")
+    expect(page.get_by_role("status")).to_have_text("No vote without two whole answers.")
 
 
 def test_streams_can_be_stopped(serve, open_page):
@@ -198,17 +205,18 @@ def test_a_server_that_went_away_is_told_so(serve, open_page):
 
 
 def test_a_server_with_keys_is_given_one_for_this_tab_only(serve, open_page):
-    page = open_page(serve(key="sr-secret"))
+    key, line = new_key("alice")
+    page = open_page(serve(keys=[Key("alice", line.split()[1], None)]))
     field = page.get_by_label("This server asks for an API key")
     field.fill("wrong")
     page.keyboard.press("Enter")
-    page.get_by_label("The server does not know this API key").fill("sr-secret")
+    page.get_by_label("The server does not know this API key").fill(key)
     page.keyboard.press("Enter")
     expect(page.locator("#key-form")).to_be_hidden()
     compare(page)
     expect(ballot(page, "a")).to_be_enabled()
     assert page.evaluate("[Object.values(sessionStorage), localStorage.length, document.cookie]") == [
-        ["sr-secret"],
+        [key],
         0,
         "",
     ]

@@ -9,7 +9,8 @@ import pytest
 from spin_ray.config import DataConfig
 from spin_ray.conversations import conversations_of
 from spin_ray.errors import UserError
-from spin_ray.serving.votes import BATTLE_TTL_S, Answer, Battle, Tally, VoteError, VoteStore, parse_alias
+from spin_ray.serving.errors import Refusal
+from spin_ray.serving.votes import BATTLE_TTL_S, Answer, Battle, Tally, VoteStore, parse_alias
 from spin_ray.sources import read_slice, split
 
 QUESTION = [{"role": "system", "content": "Be brief."}, {"role": "user", "content": "how are you?"}]
@@ -60,7 +61,7 @@ def test_a_vote_names_the_sides_and_their_checkpoints(votes):
 def test_the_same_vote_again_is_the_same_vote_and_another_is_refused(votes):
     battle = answered(votes)
     assert votes.vote(battle.id, "a") == votes.vote(battle.id, "a")
-    with pytest.raises(VoteError, match="voted on before") as refused:
+    with pytest.raises(Refusal, match="voted on before") as refused:
         votes.vote(battle.id, "tie")
     assert refused.value.status == 409
     assert [tally.count for tally in votes.tallies()] == [1]
@@ -74,7 +75,7 @@ def test_of_many_votes_at_once_one_counts(votes):
         together.wait()
         try:
             return votes.vote(battle.id, verdict).verdict
-        except VoteError:
+        except Refusal:
             return "refused"
 
     with ThreadPoolExecutor(8) as pool:
@@ -87,7 +88,7 @@ def test_of_many_votes_at_once_one_counts(votes):
 def test_a_vote_needs_both_answers(votes, missing):
     battle = votes.start("sft", "iter-0")
     votes.record(battle.b if missing == "a" else battle.a, said())
-    with pytest.raises(VoteError, match=f"Answer {missing} has not") as refused:
+    with pytest.raises(Refusal, match=f"Answer {missing} has not") as refused:
         votes.vote(battle.id, "tie")
     assert refused.value.status == 409
 
@@ -95,7 +96,7 @@ def test_a_vote_needs_both_answers(votes, missing):
 @pytest.mark.parametrize("changes", [{"messages": QUESTION[1:]}, {"sampling": {"seed": 7, "temperature": 2.0}}])
 def test_sides_that_were_asked_different_things_cannot_be_compared(votes, changes):
     battle = answered(votes, **changes)
-    with pytest.raises(VoteError, match="different things"):
+    with pytest.raises(Refusal, match="different things"):
         votes.vote(battle.id, "a")
 
 
@@ -109,12 +110,12 @@ def test_the_first_whole_answer_of_a_side_counts(votes):
 
 
 def test_unknown_and_old_comparisons_are_refused(votes, clock):
-    with pytest.raises(VoteError) as refused:
+    with pytest.raises(Refusal) as refused:
         votes.vote("0" * 24, "a")
     assert refused.value.status == 404
     battle = answered(votes)
     clock.now += BATTLE_TTL_S + 1
-    with pytest.raises(VoteError, match="too old") as refused:
+    with pytest.raises(Refusal, match="too old") as refused:
         votes.vote(battle.id, "a")
     assert refused.value.status == 410
 
@@ -125,7 +126,7 @@ def test_comparisons_without_a_vote_are_forgotten_and_votes_are_not(votes, clock
     clock.now += BATTLE_TTL_S + 1
     votes.start("sft", "iter-0")
     assert votes.vote(kept.id, "a").verdict == "a"
-    with pytest.raises(VoteError, match="does not exist"):
+    with pytest.raises(Refusal, match="does not exist"):
         votes.vote(dropped.id, "a")
 
 
@@ -143,7 +144,7 @@ def test_export_pairs_what_was_preferred_with_what_was_not(votes, clock, monkeyp
     assert {(pair["chosen_model"], pair["rejected_digest"]) for pair in pairs} == {
         ("sft", "iter-0-digest"), ("iter-0", "sft-digest"),
     }  # fmt: skip
-    first = pairs[0]
+    first = next(pair for pair in pairs if pair["chosen_model"] == "sft")
     assert first["prompt"] == QUESTION
     assert first["chosen"] == [{"role": "assistant", "content": "sft says"}]
     assert first["rejected"] == [{"role": "assistant", "content": "iter-0 says"}]

@@ -35,15 +35,12 @@ async function call(path, body, signal) {
   throw new Refused(await reasonOf(response), response.status);
 }
 
-/** What the server says went wrong: OpenAI's form of an error, FastAPI's, or none. */
+/** What the server says went wrong, in OpenAI's form of an error; a proxy before it may have another one. */
 async function reasonOf(response) {
   const wait = response.headers.get("Retry-After");
-  const again = wait ? ` Try again in ${wait} s.` : "";
+  const again = wait ? ` (in ${wait} s)` : "";
   const said = await response.json().catch(() => ({}));
-  const message = said.error?.message ?? said.detail;
-  if (typeof message === "string") return message + again;
-  if (Array.isArray(message)) return message.map((item) => item.msg).join("; ") + again;
-  return `The server answered with status ${response.status}.${again}`;
+  return (said.error?.message ?? `The server answered with status ${response.status}`) + again;
 }
 
 /** Yields the text of a chat completion as it comes; returns why it ended. */
