@@ -11,6 +11,7 @@ import json
 from typing import Any
 
 from ray import serve
+from sqlalchemy import URL
 
 from spin_ray.config import SpinConfig, override
 from spin_ray.errors import ConfigError
@@ -80,6 +81,6 @@ def build(args: dict[str, Any]) -> serve.Application:
     return application(str(run.storage.root), config)
 
 
-def votes_url(run_folder: str, config: SpinConfig) -> str:
+def votes_url(run_folder: str, config: SpinConfig) -> str | URL:
     """Where votes go: as configured, else a file in the run."""
-    return config.serving.votes or f"sqlite:///{run_folder}/votes.sqlite"
+    return config.serving.votes or URL.create("sqlite", database=f"{run_folder}/votes.sqlite")

@@ -14,6 +14,7 @@ from typing import Any, Literal, get_args
 
 from sqlalchemy import (
     JSON,
+    URL,
     Column,
     Connection,
     Float,
@@ -132,7 +133,7 @@ class VoteStore:
         UserError: the URL names no usable database.
     """
 
-    def __init__(self, url: str, clock: Callable[[], float] = time.time) -> None:
+    def __init__(self, url: str | URL, clock: Callable[[], float] = time.time) -> None:
         self._clock = clock
         try:
             self._engine = create_engine(url, pool_pre_ping=True)

@@ -7,6 +7,7 @@ import threading
 import time
 from collections.abc import Iterator
 
+import httpx
 import pytest
 import uvicorn
 from arena_app import EVIL, SAYS, make
@@ -238,6 +239,27 @@ def test_the_leaderboard_shows_ratings_and_the_pairs_can_be_downloaded(serve, op
         page.get_by_role("button", name="Download votes as pairs").click()
     pairs = [json.loads(line) for line in download.value.path().read_text().splitlines()]
     assert len(pairs) == 11 and download.value.suggested_filename == "votes.jsonl"
+
+
+@pytest.mark.e2e
+def test_a_blind_comparison_and_a_vote_on_the_real_server(served, open_page):
+    """Real vLLM, a tiny random model: both answers end, and the vote is of the checkpoints that answered."""
+    page = open_page(served.url)
+    page.get_by_label("Max tokens").fill("16")
+    compare(page)
+    expect(ballot(page, "a")).to_be_enabled(timeout=60_000)
+    said = page.locator(".side").all_inner_texts()
+    assert not [name for name in ("sft", "iter-") for text in said if name in text]
+    ballot(page, "a").click()
+    expect(page.get_by_role("status")).to_contain_text("Your vote: A is better.")
+    winner, loser = (side(page, one, "name").inner_text() for one in "ab")
+    assert {winner, loser} == {"sft", "iter-0"}
+    board = httpx.get(f"{served.url}/v1/leaderboard", timeout=60).json()
+    assert board["votes"] == 1 and board["ratings"][0]["model"] == winner
+    assert board["ratings"][0]["digest"] == served.card(winner)["digest"]
+    (pair,) = map(json.loads, httpx.get(f"{served.url}/v1/votes/export", timeout=60).text.splitlines())
+    assert pair["rejected_model"] == loser and pair["prompt"] == [{"role": "user", "content": PROMPT}]
+    assert served.run.storage.exists("votes.sqlite")
 
 
 def fill(votes: VoteStore) -> None:

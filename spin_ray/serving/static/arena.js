@@ -117,6 +117,8 @@ async function loadModels() {
   const { data } = await (await call("/v1/models")).json();
   page.models = data.map((model) => model.id).filter((id) => id !== "latest"); // a second name of one of the others
   fillChoices();
+  if (page.models.length < 2)
+    throw new Refused(`A comparison needs two iterates; this server has ${page.models.length}. It serves more with --models.`);
 }
 
 /** In blind mode either both iterates are named or neither is. */
@@ -274,6 +276,7 @@ function again() {
   reset();
   $("#prompt").focus();
   $("#prompt").select();
+  guarded(loadModels)(); // a run that still trains may have published another one
 }
 
 // --- The leaderboard -------------------------------------------------------------------------------------------------
