@@ -327,7 +327,7 @@ class ServingConfig(Section):
     target_ongoing_requests: Count = 32
     """Load per engine that autoscaling aims at."""
     ingress_replicas: Count = 1
-    """Processes that check, route and stream. Rates, ``max_concurrent`` and blind names hold in each of them."""
+    """Processes that check, route and stream. Rates and ``max_concurrent`` hold in each of them."""
     resources: ResourcesConfig = ResourcesConfig()
     """Per engine. While ``latest`` moves on, one more than usual must fit."""
     engine: EngineConfig | None = None

@@ -237,8 +237,8 @@ class VoteStore:
     def export(self) -> Iterator[dict[str, Any]]:
         """One row per vote that prefers a side, oldest first, read a page at a time: no lock outlives a page.
 
-        ``prompt``, ``chosen`` and ``rejected`` are what preference trainers read (TRL's conversational form);
-        ``messages`` is the prompt with the chosen answer, as SFT data.
+        ``chosen`` and ``rejected`` are whole conversations that end with the answer, as preference data has them
+        elsewhere (TRL's form with an implicit prompt) and as ``data.train`` here reads them.
         """
         after = _battles.c.verdict.in_(("a", "b"))
         while True:
@@ -279,24 +279,16 @@ def parse_alias(alias: str) -> tuple[str, Side]:
 
 
 def _pair(row: Row) -> dict[str, Any]:
-    won, lost = ("a", "b") if row.verdict == "a" else ("b", "a")
-    values = row._mapping
-    chosen = [{"role": "assistant", "content": values[f"answer_{won}"]["text"]}]
-    return {
-        "prompt": row.answer_a["messages"],
-        "chosen": chosen,
-        "rejected": [{"role": "assistant", "content": values[f"answer_{lost}"]["text"]}],
-        "messages": [*row.answer_a["messages"], *chosen],
-        "chosen_model": values[f"model_{won}"],
-        "rejected_model": values[f"model_{lost}"],
-        "chosen_digest": values[f"digest_{won}"],
-        "rejected_digest": values[f"digest_{lost}"],
-        "chosen_finish_reason": values[f"answer_{won}"]["finish_reason"],
-        "rejected_finish_reason": values[f"answer_{lost}"]["finish_reason"],
-        "sampling": row.answer_a["sampling"],
-        "battle": row.id,
-        "voted": row.voted,
-    }
+    pair: dict[str, Any] = {"battle": row.id, "voted": row.voted, "sampling": row.answer_a["sampling"]}
+    for role, side in zip(("chosen", "rejected"), "ab" if row.verdict == "a" else "ba", strict=True):
+        answer = row._mapping[f"answer_{side}"]
+        pair |= {
+            role: [*answer["messages"], {"role": "assistant", "content": answer["text"]}],
+            f"{role}_model": row._mapping[f"model_{side}"],
+            f"{role}_digest": row._mapping[f"digest_{side}"],
+            f"{role}_finish_reason": answer["finish_reason"],
+        }
+    return pair
 
 
 def _make_durable(connection: Any, _record: object) -> None:

@@ -52,9 +52,9 @@ def test_a_blind_comparison_from_draw_to_leaderboard_and_export(client):
     exported = client.get("/v1/votes/export")
     assert exported.headers["content-type"].startswith("application/jsonl")
     (pair,) = map(json.loads, exported.text.splitlines())
-    assert pair["chosen"][0]["content"] == SAYS[vote["a"]["model"]]
-    assert pair["rejected"][0]["content"] == SAYS[vote["b"]["model"]]
-    assert pair["prompt"] == ASKED["messages"]
+    assert pair["chosen"][-1]["content"] == SAYS[vote["a"]["model"]]
+    assert pair["rejected"][-1]["content"] == SAYS[vote["b"]["model"]]
+    assert pair["chosen"][:-1] == ASKED["messages"]
     assert pair["sampling"] == {"temperature": 0.8, "seed": 3}
 
 
@@ -156,7 +156,7 @@ def test_recording_changes_no_byte_however_the_stream_is_cut(votes):
             whole, passed = asyncio.run(passed_on(alias, width))
             assert passed == whole
         votes.vote(battle.id, "a")
-    assert {pair["chosen"][0]["content"] for pair in votes.export()} == {"héllo\nwörld and\u2028more"}
+    assert {pair["chosen"][-1]["content"] for pair in votes.export()} == {"héllo\nwörld and\u2028more"}
 
 
 def test_a_database_that_does_not_answer_is_503_and_streams_go_on(client, votes, tmp_path):

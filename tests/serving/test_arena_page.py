@@ -258,7 +258,7 @@ def test_a_blind_comparison_and_a_vote_on_the_real_server(served, open_page):
     assert board["votes"] == 1 and board["ratings"][0]["model"] == winner
     assert board["ratings"][0]["digest"] == served.card(winner)["digest"]
     (pair,) = map(json.loads, httpx.get(f"{served.url}/v1/votes/export", timeout=60).text.splitlines())
-    assert pair["rejected_model"] == loser and pair["prompt"] == [{"role": "user", "content": PROMPT}]
+    assert pair["rejected_model"] == loser and pair["chosen"][:-1] == [{"role": "user", "content": PROMPT}]
     assert served.run.storage.exists("votes.sqlite")
 
 

@@ -7,7 +7,7 @@ from concurrent.futures import ThreadPoolExecutor
 import pytest
 
 from spin_ray.config import DataConfig
-from spin_ray.conversations import conversations_of
+from spin_ray.conversations import conversations_of, rejected_of
 from spin_ray.errors import UserError
 from spin_ray.serving.errors import Refusal
 from spin_ray.serving.votes import BATTLE_TTL_S, Answer, Battle, Tally, VoteStore, parse_alias
@@ -75,12 +75,12 @@ def test_of_many_votes_at_once_one_counts(votes):
         together.wait()
         try:
             return votes.vote(battle.id, verdict).verdict
-        except Refusal:
-            return "refused"
+        except Refusal as refusal:
+            return f"refused with {refusal.status}"  # not with 503: writers wait for each other
 
     with ThreadPoolExecutor(8) as pool:
         results = list(pool.map(vote, ["a", "b"] * 4))
-    assert sorted(set(results)) in (["a", "refused"], ["b", "refused"])
+    assert sorted(set(results)) in (["a", "refused with 409"], ["b", "refused with 409"])
     assert [tally.count for tally in votes.tallies()] == [1]
 
 
@@ -106,7 +106,7 @@ def test_the_first_whole_answer_of_a_side_counts(votes):
     votes.record(battle.a, said(text="a better one"))
     votes.vote(battle.id, "a")
     votes.record(battle.a, said(text="after the vote"))
-    assert next(votes.export())["chosen"] == [{"role": "assistant", "content": "sft says"}]
+    assert next(votes.export())["chosen"] == [*QUESTION, {"role": "assistant", "content": "sft says"}]
 
 
 def test_unknown_and_old_comparisons_are_refused(votes, clock):
@@ -145,19 +145,19 @@ def test_export_pairs_what_was_preferred_with_what_was_not(votes, clock, monkeyp
         ("sft", "iter-0-digest"), ("iter-0", "sft-digest"),
     }  # fmt: skip
     first = next(pair for pair in pairs if pair["chosen_model"] == "sft")
-    assert first["prompt"] == QUESTION
-    assert first["chosen"] == [{"role": "assistant", "content": "sft says"}]
-    assert first["rejected"] == [{"role": "assistant", "content": "iter-0 says"}]
+    assert first["chosen"] == [*QUESTION, {"role": "assistant", "content": "sft says"}]
+    assert first["rejected"] == [*QUESTION, {"role": "assistant", "content": "iter-0 says"}]
     assert first["sampling"] == {"seed": 7} and first["chosen_finish_reason"] == "stop"
 
 
-def test_exported_pairs_are_sft_data_for_this_package(votes, tmp_path):
+def test_exported_pairs_are_data_for_this_package(votes, tmp_path):
     votes.vote(answered(votes).id, "b")
     file = tmp_path / "votes.jsonl"
     file.write_text("".join(json.dumps(pair) + "\n" for pair in votes.export()))
     (row,) = [row for piece in split([str(file)]) for row in read_slice(piece)]
-    (conversation,) = conversations_of(row.content, DataConfig(train=str(file)))
-    assert conversation == [*QUESTION, {"role": "assistant", "content": "iter-0 says"}]
+    data = DataConfig(train=str(file))
+    assert conversations_of(row.content, data) == [[*QUESTION, {"role": "assistant", "content": "iter-0 says"}]]
+    assert rejected_of(row.content, data) == [*QUESTION, {"role": "assistant", "content": "sft says"}]
 
 
 def test_text_that_no_database_column_takes_survives(votes):
@@ -167,7 +167,7 @@ def test_text_that_no_database_column_takes_survives(votes):
         votes.record(alias, said(text="\ud800 and \0", messages=[{"role": "user", "content": "\udfff\0"}]))
     votes.vote(battle.id, "a")
     (pair,) = votes.export()
-    assert (pair["chosen"][0]["content"], pair["prompt"][0]["content"]) == ("\ud800 and \0", "\udfff\0")
+    assert [message["content"] for message in pair["chosen"]] == ["\udfff\0", "\ud800 and \0"]
 
 
 def test_two_stores_share_a_file(votes, tmp_path, clock):
