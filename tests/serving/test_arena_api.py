@@ -176,10 +176,10 @@ def test_a_database_that_does_not_answer_is_503_and_streams_go_on(client, votes,
 
 @pytest.mark.slow
 def test_a_killed_server_has_lost_no_vote_that_it_acknowledged(tmp_path):
-    """SIGKILL in the middle of votes from four voters; the next server on the same file knows each of them."""
+    """SIGKILL in the middle of votes from four voters; the file knows each of them."""
     database = f"sqlite:///{tmp_path}/votes.sqlite"
     server, url = started(database)
-    acknowledged: dict[str, str] = {}
+    acknowledged: set[str] = set()
 
     def voter() -> None:
         with httpx.Client(base_url=url, timeout=20) as client:
@@ -188,7 +188,7 @@ def test_a_killed_server_has_lost_no_vote_that_it_acknowledged(tmp_path):
                     battle, _ = fight(client)
                     vote = {"battle": battle["id"], "verdict": "a"}
                     if client.post("/v1/votes", json=vote).status_code == 200:
-                        acknowledged[battle["id"]] = "a"
+                        acknowledged.add(battle["id"])
             except httpx.TransportError:
                 return  # the server is gone
 
@@ -203,14 +203,10 @@ def test_a_killed_server_has_lost_no_vote_that_it_acknowledged(tmp_path):
     for thread in voters:
         thread.join(30)
     assert len(acknowledged) >= 20
-    server, url = started(database)
-    try:
-        kept = [json.loads(line)["battle"] for line in httpx.get(f"{url}/v1/votes/export").text.splitlines()]
-        assert set(acknowledged) <= set(kept) and len(kept) == len(set(kept))
-        assert httpx.get(f"{url}/v1/leaderboard", timeout=30).json()["votes"] == len(kept)
-    finally:
-        server.kill()
-        server.wait()
+    votes = VoteStore(database)
+    kept = [pair["battle"] for pair in votes.export()]
+    assert acknowledged <= set(kept) and len(kept) == len(set(kept)) == sum(tally.count for tally in votes.tallies())
+    votes.close()
 
 
 def started(database: str) -> tuple[subprocess.Popen, str]:

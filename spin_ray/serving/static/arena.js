@@ -174,6 +174,7 @@ async function compare(event) {
   if (page.stopper || !$("#ask").reportValidity()) return;
   if (!$("#prompt").value.trim()) return $("#prompt").focus();
   reset();
+  $("#main").focus({ preventScroll: true }); // so that 1 to 4 are votes and no text, and a phone puts its keyboard away
   busy(true);
   try {
     const sides = blind() ? await drawBattle() : openPair();
