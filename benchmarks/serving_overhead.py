@@ -113,6 +113,7 @@ def bare() -> Iterator[str]:
         "dtype": ENGINE["dtype"],
         "max-model-len": LENGTH, "max-num-seqs": ENGINE["max_num_seqs"], "generation-config": "vllm",
         "load-format": "safetensors", "max-num-batched-tokens": max(LENGTH, 2048), "uvicorn-log-level": "warning",
+        "worker-extension-cls": "spin_ray.serving.cpu_worker.CpuWorker",
     }  # fmt: skip
     command = [sys.executable, "-m", "vllm.entrypoints.openai.api_server", "--enforce-eager"]
     command += ["--no-enable-chunked-prefill"]

@@ -345,7 +345,7 @@ class ServingConfig(Section):
     target_ongoing_requests: Count = 32
     """Load per engine that autoscaling aims at."""
     ingress_replicas: Count = 1
-    """Processes that check, route and stream. Rates, ``max_concurrent`` and blind names hold in each of them."""
+    """Processes that check, route and stream. Rates and ``max_concurrent`` hold in each of them."""
     resources: ResourcesConfig = ResourcesConfig()
     """Per engine. While ``latest`` moves on, one more than usual must fit."""
     engine: EngineConfig | None = None
@@ -360,6 +360,9 @@ class ServingConfig(Section):
     """Pause between the moment that nothing new goes to an old engine and its shutdown."""
     log_prompts: bool = False
     """Put messages and prompts into the access log."""
+    votes: str | None = None
+    """Database URL (SQLAlchemy's) for the arena's votes and what they were on. None: ``RUN/votes.sqlite``, which serves
+    one machine on a disk of its own; ingress replicas on several machines need a database server."""
 
 
 class StorageConfig(Section):

@@ -10,11 +10,13 @@ from typing import Any
 from fastapi import APIRouter, FastAPI
 from fastapi import Request as HttpRequest
 from fastapi.exceptions import RequestValidationError
+from starlette.concurrency import run_in_threadpool
 from starlette.exceptions import HTTPException
 from starlette.responses import JSONResponse, Response, StreamingResponse
 from starlette.types import Receive, Scope, Send
 
 from spin_ray.config import SpinConfig
+from spin_ray.serving import arena
 from spin_ray.serving.access import Key
 from spin_ray.serving.backend import CHAT, COMPLETION, Engines, Item
 from spin_ray.serving.bodies import ChatBody, CompareBody, CompletionBody, plain
@@ -23,6 +25,7 @@ from spin_ray.serving.errors import Refusal, from_engine, from_validation
 from spin_ray.serving.limits import Access, Observe, Slots, WholeBody
 from spin_ray.serving.metrics import Metrics
 from spin_ray.serving.names import LATEST, UnknownModel
+from spin_ray.serving.votes import VoteStore, is_side
 
 DIGEST_HEADER, ITERATE_HEADER = "x-spin-ray-digest", "x-spin-ray-iterate"
 
@@ -33,13 +36,12 @@ _ERROR = {
 _REFUSALS: dict[int | str, dict[str, Any]] = {status: _ERROR for status in (400, 401, 404, 408, 413, 429, 503, 504)}
 
 
-def make_app(engines: Engines, config: SpinConfig, keys: list[Key], routers: list[APIRouter] | None = None) -> FastAPI:
-    """The whole application. ``routers`` are added beside it (the arena page)."""
+def make_app(engines: Engines, config: SpinConfig, keys: list[Key], votes: VoteStore) -> FastAPI:
+    """The whole application."""
     app = FastAPI(title="spin_ray", version="1", docs_url=None, redoc_url=None, responses={422: _ERROR})
     metrics = Metrics()
-    app.include_router(_routes(engines, config, metrics))
-    for router in routers or ():
-        app.include_router(router)
+    app.include_router(_routes(engines, config, metrics, votes))
+    app.include_router(arena.router(votes, engines.names), responses=_REFUSALS)
     _answer_errors(app)
     app.add_middleware(WholeBody, config=config.serving)
     app.add_middleware(Access, config=config.serving, keys=keys)
@@ -47,9 +49,9 @@ def make_app(engines: Engines, config: SpinConfig, keys: list[Key], routers: lis
     return app
 
 
-def _routes(engines: Engines, config: SpinConfig, metrics: Metrics) -> APIRouter:
+def _routes(engines: Engines, config: SpinConfig, metrics: Metrics, votes: VoteStore) -> APIRouter:
     router = APIRouter(responses=_REFUSALS)
-    desk = _Desk(engines, config, metrics)
+    desk = _Desk(engines, config, metrics, votes)
 
     @router.post("/v1/chat/completions")
     async def chat_completions(body: ChatBody, request: HttpRequest) -> Response:
@@ -98,22 +100,26 @@ def _routes(engines: Engines, config: SpinConfig, metrics: Metrics) -> APIRouter
 class _Desk:
     """Takes a request for an answer through limits, engine and back."""
 
-    def __init__(self, engines: Engines, config: SpinConfig, metrics: Metrics) -> None:
-        self._engines, self._config, self._metrics = engines, config.serving, metrics
+    def __init__(self, engines: Engines, config: SpinConfig, metrics: Metrics, votes: VoteStore) -> None:
+        self._engines, self._config, self._metrics, self._votes = engines, config.serving, metrics, votes
         self.slots = Slots(config.serving.max_concurrent)
 
     async def answer(self, operation: str, body: ChatBody | CompletionBody, request: HttpRequest) -> Response:
         self.check_length(body.longest)
         names = self._engines.names
+        if is_side(body.model) and not names.is_alias(body.model):
+            await run_in_threadpool(arena.recall, body.model, self._votes, names)
         iterate = names.resolve(body.model)
         alias = body.model if names.is_alias(body.model) else None
         request.state.log |= {"model": iterate, "stream": bool(body.stream)}
         text = plain(body.messages) if isinstance(body, ChatBody) else body.prompt
         self.log_text(request, text)
-        headers = {} if alias else {DIGEST_HEADER: self._engines.digest(iterate), ITERATE_HEADER: iterate}
+        digest = self._engines.digest(iterate)
+        headers = {} if alias else {DIGEST_HEADER: digest, ITERATE_HEADER: iterate}
         fields = body.for_engine(iterate, self._config.max_tokens)
         started = time.monotonic()
-        async with AsyncExitStack() as held:
+        held = AsyncExitStack()
+        try:
             held.enter_context(self.slots.take(body.choices))
             answer: Any = self._engines.answer(iterate, operation, fields)
             items = _Until(await held.enter_async_context(aclosing(answer)), self._config.request_timeout_s)
@@ -125,8 +131,12 @@ class _Desk:
                 if "error" in first:
                     raise from_engine(first["error"])
                 return JSONResponse(_blind(first, alias) if alias else first, headers=headers)
-            return _Stream(_events(first, items, alias), held.pop_all(), headers)
-        raise AssertionError("not reached: nothing above swallows an exception")
+            events = _events(first, items, alias)
+            if alias and isinstance(body, ChatBody):
+                events = arena.recorded(events, self._votes, alias, body, digest)
+            return _Stream(events, held.pop_all(), headers)
+        finally:
+            await held.aclose()
 
     def check_length(self, asked: int | None) -> None:
         if asked and asked > self._config.max_tokens:

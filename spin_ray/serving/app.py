@@ -7,13 +7,11 @@
 """
 
 import asyncio
-import importlib
 import json
-import logging
 from typing import Any
 
-from fastapi import APIRouter
 from ray import serve
+from sqlalchemy import URL
 
 from spin_ray.config import SpinConfig, override
 from spin_ray.errors import ConfigError
@@ -22,6 +20,7 @@ from spin_ray.serving.access import read_keys
 from spin_ray.serving.api import make_app
 from spin_ray.serving.backend import ServeEngines
 from spin_ray.serving.keeper import Keeper
+from spin_ray.serving.votes import VoteStore
 from spin_ray.storage import Storage
 
 APP = "spin-ray"
@@ -33,13 +32,14 @@ class Ingress:
     """One replica of the HTTP interface."""
 
     def __init__(self, run_folder: str, config: SpinConfig, keeper: Any) -> None:
-        self._run_folder, self._config = run_folder, config
+        self._config = config
         self._engines = ServeEngines(keeper)
         self._keys = read_keys(config.serving.keys) if config.serving.keys else []
+        self._votes = VoteStore(votes_url(run_folder, config))
 
     def __serve_build_asgi_app__(self) -> Any:
         self._following = asyncio.get_running_loop().create_task(self._engines.follow())
-        return make_app(self._engines, self._config, self._keys, _pages(self._engines, self._config, self._run_folder))
+        return make_app(self._engines, self._config, self._keys, self._votes)
 
 
 def application(run_folder: str, config: SpinConfig) -> serve.Application:
@@ -81,11 +81,6 @@ def build(args: dict[str, Any]) -> serve.Application:
     return application(str(run.storage.root), config)
 
 
-def _pages(engines: ServeEngines, config: SpinConfig, run_folder: str) -> list[APIRouter]:
-    """The arena page, where this installation has it."""
-    try:
-        arena = importlib.import_module("spin_ray.serving.arena")
-    except ModuleNotFoundError:
-        logging.getLogger("ray.serve").info("no arena page in this installation")
-        return []
-    return [arena.router(engines.names, config, run_folder)]
+def votes_url(run_folder: str, config: SpinConfig) -> str | URL:
+    """Where votes go: as configured, else a file in the run."""
+    return config.serving.votes or URL.create("sqlite", database=f"{run_folder}/votes.sqlite")

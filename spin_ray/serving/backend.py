@@ -7,6 +7,7 @@ from contextlib import aclosing, suppress
 from typing import Any, Protocol
 
 from ray import serve
+from ray.exceptions import RayError, RayTaskError
 from ray.serve.exceptions import RayServeException
 
 from spin_ray.serving.errors import Refusal, from_engine
@@ -72,12 +73,17 @@ class ServeEngines:
         return self._engines[iterate]["digest"]
 
     async def answer(self, iterate: str, operation: str, fields: dict[str, Any]) -> AsyncIterator[Item]:
+        if iterate not in self._engines:  # it has gone since its name was looked up
+            raise Refusal(503, f"{iterate} serves no more; ask for another model", retry_s=1)
         handle = self._handles[self._engines[iterate]["app"]]
         response = handle.answer.remote(operation, fields)
         try:
             async for item in response:
                 yield item
-        except RayServeException as error:
+        except RayTaskError as error:  # vLLM raised something that is not about the request
+            logger.exception("%s failed", iterate)
+            raise Refusal(500, "the engine failed; the request may be repeated") from error
+        except (RayServeException, RayError) as error:  # its replica is gone, or not there yet
             raise Refusal(503, "The engine is not available; try again in a moment", retry_s=1) from error
         finally:
             with suppress(Exception):

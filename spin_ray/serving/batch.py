@@ -14,7 +14,7 @@ from spin_ray.config import SpinConfig
 from spin_ray.errors import DataError, StageError
 from spin_ray.run_dir import RunDir
 from spin_ray.serving.app import keeper
-from spin_ray.serving.backend import ServeEngines
+from spin_ray.serving.backend import Engines, ServeEngines
 from spin_ray.serving.bodies import CompareBody
 from spin_ray.serving.compare import compare
 from spin_ray.serving.errors import Refusal, from_validation
@@ -33,13 +33,16 @@ def compare_file(run: RunDir, config: SpinConfig, prompts: Path, options: dict[s
     """
     check_settings(run, config)
     bodies = list(read_rows(prompts, options))
+    if not bodies:
+        raise DataError(f"{prompts}: has no rows")
     connect_for(run, config)
     serve.start(proxy_location="Disabled")
     handle = serve.run(keeper(str(run.storage.root), config), name=APP, route_prefix=None)
     try:
-        return asyncio.run(_compare_all(handle, config, bodies, out))
+        asyncio.run(_with_engines(handle, config, bodies, out))
     finally:
         stop_serving()
+    return len(bodies)
 
 
 def read_rows(file: Path, options: dict[str, Any]) -> Iterator[CompareBody]:
@@ -64,26 +67,29 @@ def read_rows(file: Path, options: dict[str, Any]) -> Iterator[CompareBody]:
             raise DataError(f"{file}: row {number + 1}: needs messages, or prompt") from error
 
 
-async def _compare_all(handle: Any, config: SpinConfig, bodies: list[CompareBody], out: IO[str]) -> int:
+async def compare_rows(engines: Engines, config: SpinConfig, bodies: list[CompareBody], out: IO[str]) -> None:
+    """One line per body, in order; several are asked at a time. What an engine refuses becomes a line with an error."""
+    room = asyncio.Semaphore(max(1, config.serving.max_concurrent // 2))
+
+    async def one(body: CompareBody) -> dict[str, Any]:
+        async with room:
+            try:
+                return await compare(engines, body, config)
+            except Refusal as refusal:
+                return {"object": "comparison", "seed": body.seed, **refusal.content()}
+
+    tasks = [asyncio.create_task(one(body)) for body in bodies]
+    for body, task in zip(bodies, tasks, strict=True):
+        messages = [message.model_dump(exclude_none=True) for message in body.messages]
+        out.write(json.dumps({"messages": messages} | await task, ensure_ascii=False) + "\n")
+
+
+async def _with_engines(handle: Any, config: SpinConfig, bodies: list[CompareBody], out: IO[str]) -> None:
     engines = ServeEngines(handle)
     following = asyncio.get_running_loop().create_task(engines.follow())
     try:
-        await _wait_for(engines, bodies[0].models if bodies else [], config.serving.start_timeout_s)
-        room = asyncio.Semaphore(max(1, config.serving.max_concurrent // 2))
-
-        async def one(body: CompareBody) -> dict[str, Any]:
-            async with room:
-                return await compare(engines, body, config)
-
-        tasks = [asyncio.create_task(one(body)) for body in bodies]
-        for body, task in zip(bodies, tasks, strict=True):
-            try:
-                result = await task
-            except Refusal as refusal:
-                result = {"object": "comparison", "seed": body.seed, **refusal.content()}
-            messages = [message.model_dump(exclude_none=True) for message in body.messages]
-            out.write(json.dumps({"messages": messages} | result, ensure_ascii=False) + "\n")
-        return len(bodies)
+        await _wait_for(engines, bodies[0].models, config.serving.start_timeout_s)
+        await compare_rows(engines, config, bodies, out)
     finally:
         following.cancel()
 

@@ -23,7 +23,12 @@ async def compare(engines: Engines, body: CompareBody, config: SpinConfig) -> di
         UnknownModel: one of the models does not serve.
         Refusal: an engine says no, or the whole took longer than ``serving.request_timeout_s``.
     """
+    if any(engines.names.is_alias(model) for model in body.models):
+        raise Refusal(
+            400, "models: a comparison tells names, and one of these is hidden until the vote", param="models"
+        )
     iterates = [engines.names.resolve(model) for model in body.models]
+    digests = [engines.digest(iterate) for iterate in iterates]  # now: an engine may be replaced before the end
     seed = body.seed if body.seed is not None else secrets.randbits(63)
     try:
         async with asyncio.timeout(config.serving.request_timeout_s):
@@ -32,7 +37,7 @@ async def compare(engines: Engines, body: CompareBody, config: SpinConfig) -> di
                 await _score(engines, iterates, answers)
     except TimeoutError:
         raise Refusal(504, f"The comparison took longer than {config.serving.request_timeout_s:g} s") from None
-    compared = [_shown(engines, *each) for each in zip(body.models, iterates, answers, strict=True)]
+    compared = [_shown(*each) for each in zip(body.models, iterates, digests, answers, strict=True)]
     result: dict[str, Any] = {"object": "comparison", "seed": seed, "answers": compared}
     if body.logprobs:
         result |= {"engine_margins": margins(iterates, answers, config), "note": NOTE}
@@ -88,12 +93,12 @@ async def _logp(engines: Engines, iterate: str, answer: dict[str, Any]) -> float
     )
 
 
-def _shown(engines: Engines, model: str, iterate: str, answer: dict[str, Any]) -> dict[str, Any]:
+def _shown(model: str, iterate: str, digest: str, answer: dict[str, Any]) -> dict[str, Any]:
     choice = answer["choices"][0]
     shown = {
         "model": model,
         "iterate": iterate,
-        "digest": engines.digest(iterate),
+        "digest": digest,
         "content": choice["message"].get("content") or "",
         "finish_reason": choice["finish_reason"],
         "usage": answer["usage"],

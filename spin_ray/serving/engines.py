@@ -100,7 +100,7 @@ def build_engine(iterate: Iterate, config: SpinConfig) -> serve.Application:
             "generation_config": "vllm",  # sampling as asked, never the model folder's
             "load_format": "safetensors",
             "enable_log_requests": False,
-            **({} if serving.resources.gpus else whole_prefill(config.model.max_length)),
+            **({} if serving.resources.gpus else _on_cpu(config.model.max_length)),
             **engine.extra,
         },
         placement_group_config={"bundle_per_worker": _per_worker(serving, engine.tensor_parallel_size)},
@@ -112,6 +112,10 @@ def build_engine(iterate: Iterate, config: SpinConfig) -> serve.Application:
     return build_llm_deployment(
         llm_config, name_prefix="", deployment_cls=IterateServer, bind_kwargs={"iterate": iterate, "config": config}
     )
+
+
+def _on_cpu(max_length: int) -> dict[str, Any]:
+    return whole_prefill(max_length) | {"worker_extension_cls": "spin_ray.serving.cpu_worker.CpuWorker"}
 
 
 def _per_worker(serving: ServingConfig, workers: int) -> dict[str, float]:

@@ -17,11 +17,11 @@ from ray import serve
 from ray.serve.schema import ApplicationStatus
 
 from spin_ray.config import SpinConfig
-from spin_ray.errors import UserError, first_line
+from spin_ray.errors import first_line
 from spin_ray.run_dir import RunDir
 from spin_ray.serving.backend import CHAT, COMPLETION
 from spin_ray.serving.engines import build_engine
-from spin_ray.serving.iterates import open_iterate, wanted
+from spin_ray.serving.iterates import Iterate, open_iterate, wanted
 from spin_ray.storage import Storage
 
 logger = logging.getLogger("ray.serve")
@@ -66,8 +66,8 @@ class Keeper:
         while True:
             try:
                 await self._once()
-            except (UserError, OSError) as error:  # e.g. storage that does not answer: what serves goes on serving
-                logger.warning("cannot read the run: %s", error)
+            except Exception:  # e.g. storage that does not answer: what serves goes on serving
+                logger.exception("cannot follow the run; trying again")
             await asyncio.sleep(self._config.serving.follow_interval_s)
 
     async def _once(self) -> None:
@@ -90,7 +90,7 @@ class Keeper:
             iterate = await asyncio.to_thread(open_iterate, self._run, name)
             app = f"{ENGINE_PREFIX}{name}.{iterate.digest[:16]}"
             await self._start(app, iterate)
-        except (UserError, EngineFailed) as error:
+        except Exception as error:  # an iterate that cannot start must not stop those that serve
             self._retry_at[name] = time.monotonic() + self._config.serving.retry_failed_s
             problems = self._table["problems"] | {name: first_line(error)}
             logger.error("%s does not serve: %s", name, problems[name])
@@ -102,12 +102,11 @@ class Keeper:
         await self._publish(engines, newest, problems)
         logger.info("%s serves (%s)", name, iterate.digest)
 
-    async def _start(self, app: str, iterate: Any) -> None:
+    async def _start(self, app: str, iterate: Iterate) -> None:
         """Raises EngineFailed if the engine does not answer in time; nothing is left of it then."""
         deadline = time.monotonic() + self._config.serving.start_timeout_s
-        target = serve.RunTarget(build_engine(iterate, self._config), name=app, route_prefix=None)
         if await _status(app) != ApplicationStatus.RUNNING:
-            await asyncio.to_thread(serve.run_many, [target], wait_for_applications_running=False)
+            await asyncio.to_thread(_deploy, app, iterate, self._config)
         try:
             while (status := await _status(app)) != ApplicationStatus.RUNNING:
                 if status in _ENDED:
@@ -172,6 +171,11 @@ class Keeper:
                 "problems": self._table["problems"] if problems is None else problems,
             }
             self._changed.notify_all()
+
+
+def _deploy(app: str, iterate: Iterate, config: SpinConfig) -> None:
+    target = serve.RunTarget(build_engine(iterate, config), name=app, route_prefix=None)
+    serve.run_many([target], wait_for_applications_running=False)
 
 
 async def _status(app: str) -> ApplicationStatus:

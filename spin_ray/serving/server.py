@@ -14,10 +14,11 @@ from spin_ray.errors import ConfigError, ResourceError, StageError
 from spin_ray.resources import connect
 from spin_ray.run_dir import RunDir
 from spin_ray.serving.access import read_keys
-from spin_ray.serving.app import APP, application
+from spin_ray.serving.app import APP, application, votes_url
 from spin_ray.serving.iterates import ALL, wanted
 from spin_ray.serving.keeper import ENGINE_PREFIX
 from spin_ray.serving.names import LATEST, is_iterate
+from spin_ray.serving.votes import VoteStore
 
 logger = logging.getLogger(__name__)
 
@@ -48,7 +49,7 @@ def check_settings(run: RunDir, config: SpinConfig) -> None:
     """What can be told before anything starts.
 
     Raises:
-        UserError: an unknown model name, keys that cannot be read, or an open port without locks.
+        UserError: an unknown model name, keys or votes that cannot be read, or an open port without locks.
     """
     serving = config.serving
     for name in serving.models:
@@ -58,6 +59,7 @@ def check_settings(run: RunDir, config: SpinConfig) -> None:
         raise ConfigError(f"serving.models: {run.storage.root} has published none of {', '.join(serving.models)} yet")
     if serving.keys:
         read_keys(serving.keys)
+    VoteStore(votes_url(str(run.storage.root), config)).close()
     if serving.host not in _LOOPBACK:
         if not serving.keys:
             raise ConfigError(f"serving.host: {serving.host} can be reached from elsewhere; set serving.keys first")
@@ -69,9 +71,15 @@ def check_settings(run: RunDir, config: SpinConfig) -> None:
 
 
 def start(run: RunDir, config: SpinConfig) -> None:
-    """Deploys the application on the cluster, or on an embedded Ray, and returns; engines start in the background."""
+    """Deploys the application on the cluster, or on an embedded Ray, and returns; engines start in the background.
+
+    Raises:
+        UserError: no cluster answers, or it could not serve safely.
+    """
     serving = config.serving
     connect_for(run, config)
+    if serve.status().proxies and not serving.keys:
+        raise ConfigError("Ray Serve runs on this cluster already, at an address of its own; set serving.keys first")
     serve.start(
         http_options={"host": serving.host, "port": serving.port, "request_timeout_s": serving.request_timeout_s + 30}
     )

@@ -1,11 +1,13 @@
 """Engines without a model, for tests of the HTTP layer alone."""
 
 import asyncio
+import tempfile
 from collections.abc import AsyncIterator
 from typing import Any
 
 from spin_ray.serving.backend import CHAT, Item
 from spin_ray.serving.names import Names
+from spin_ray.serving.votes import VoteStore
 
 USAGE = {"prompt_tokens": 1, "completion_tokens": 2, "total_tokens": 3}
 
@@ -22,6 +24,8 @@ class FakeEngines:
         """Answers wait here after their first piece."""
         self.gate.set()
         self.error: dict[str, Any] | None = None
+        self.refuse: str | None = None
+        """Text of a message that is answered with an error."""
 
     def digest(self, iterate: str) -> str:
         return {"sft": "d0", "iter-0": "d1"}[iterate]
@@ -30,8 +34,9 @@ class FakeEngines:
         self.asked.append(fields)
         self.active += 1
         try:
-            if self.error:
-                yield {"error": self.error}
+            said = [message["content"] for message in fields.get("messages", ())]
+            if self.error or self.refuse in said:
+                yield {"error": self.error or {"message": "no", "code": 400}}
                 return
             if not fields.get("stream"):
                 await self.gate.wait()
@@ -42,6 +47,10 @@ class FakeEngines:
             yield "data: [DONE]\n\n"
         finally:
             self.active -= 1
+
+
+def empty_votes() -> VoteStore:
+    return VoteStore(f"sqlite:///{tempfile.mkdtemp()}/votes.sqlite")
 
 
 def _whole(iterate: str, operation: str, fields: dict[str, Any]) -> dict[str, Any]:

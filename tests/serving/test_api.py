@@ -7,7 +7,7 @@ from typing import Any
 
 import httpx
 import pytest
-from fake_engines import FakeEngines
+from fake_engines import FakeEngines, empty_votes
 from tiny_runs import tiny_config
 
 from spin_ray.serving.access import Key, new_key
@@ -23,7 +23,7 @@ class Server:
 
     def __init__(self, keys: list[Key] | None = None, **serving: Any) -> None:
         self.engines = FakeEngines()
-        self.app = make_app(self.engines, tiny_config(**serving), keys or [])
+        self.app = make_app(self.engines, tiny_config(**serving), keys or [], empty_votes())
         transport = httpx.ASGITransport(self.app, raise_app_exceptions=False)
         self.client = httpx.AsyncClient(transport=transport, base_url="http://test")
 

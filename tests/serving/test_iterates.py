@@ -1,17 +1,19 @@
 """Which iterates may serve, and what must be true before anything listens."""
 
+import asyncio
+import io
 import json
 from pathlib import Path
 
 import pytest
-from tiny_runs import add_iterate, make_run
+from fake_engines import FakeEngines
+from tiny_runs import add_iterate, make_run, tiny_config
 
 from spin_ray.config import override
 from spin_ray.errors import ConfigError, DataError, RunDirError
-from spin_ray.model_folder import folder_entries
-from spin_ray.run_dir import RunDir, folder_digest
+from spin_ray.run_dir import RunDir, folder_digest, folder_entries
 from spin_ray.serving.app import build
-from spin_ray.serving.batch import read_rows
+from spin_ray.serving.batch import compare_rows, read_rows
 from spin_ray.serving.iterates import open_iterate, wanted
 from spin_ray.serving.server import check_settings, with_room
 
@@ -125,3 +127,16 @@ def test_a_row_that_cannot_be_compared_is_an_error_that_says_which(line: str, tm
     file.write_text('{"prompt": "fine"}\n' + line + "\n")
     with pytest.raises(DataError, match="row 2"):
         list(read_rows(file, {"models": ["sft", "latest"], "seed": 0}))
+
+
+def test_a_file_is_compared_in_order_and_a_row_that_is_refused_stops_no_other(tmp_path: Path) -> None:
+    file = tmp_path / "rows.jsonl"
+    file.write_text("".join(json.dumps({"prompt": f"p{number}"}) + "\n" for number in range(9)))
+    rows = list(read_rows(file, {"models": ["sft", "latest"], "seed": 0, "logprobs": True}))
+    engines, out = FakeEngines(), io.StringIO()
+    engines.refuse = "p4"
+    asyncio.run(compare_rows(engines, tiny_config(max_concurrent=4), rows, out))
+    lines = [json.loads(line) for line in out.getvalue().splitlines()]
+    assert [line["messages"][0]["content"] for line in lines] == [f"p{number}" for number in range(9)]
+    assert [number for number, line in enumerate(lines) if "error" in line] == [4]
+    assert lines[0]["engine_margins"][0]["value"] == 2.0

@@ -12,9 +12,8 @@ import pytest
 from conftest import Served
 from tiny_runs import add_iterate
 
-from spin_ray.model_folder import folder_entries
 from spin_ray.rendering import ChatRenderer, load_tokenizer
-from spin_ray.run_dir import folder_digest
+from spin_ray.run_dir import folder_digest, folder_entries
 
 pytestmark = [pytest.mark.e2e, pytest.mark.slow]
 

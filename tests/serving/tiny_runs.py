@@ -8,9 +8,8 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from spin_ray.config import SpinConfig
-from spin_ray.model_folder import folder_entries
 from spin_ray.preflight import check_recipe
-from spin_ray.run_dir import MANIFEST, Manifest, RunDir
+from spin_ray.run_dir import MANIFEST, Manifest, RunDir, folder_entries
 from spin_ray.storage import Storage
 
 

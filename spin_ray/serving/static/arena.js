@@ -1,0 +1,441 @@
+// The arena page: asks two iterates, streams both answers, takes the vote. What models say is only ever set as text.
+
+const $ = (selector) => document.querySelector(selector);
+const KEY = "spin_ray.api_key";
+const BLIND_ANY = "";
+const VERDICTS = { a: "A is better", b: "B is better", tie: "a tie", both_bad: "both bad" };
+const SVG = "http://www.w3.org/2000/svg";
+
+const page = { models: [], battle: null, stopper: null };
+
+// --- The API ---------------------------------------------------------------------------------------------------------
+
+/** A request that failed, told in words. */
+class Refused extends Error {
+  constructor(message, status = 0) {
+    super(message);
+    this.status = status;
+  }
+}
+
+async function call(path, body, signal) {
+  const headers = {};
+  const key = sessionStorage.getItem(KEY);
+  if (key) headers.Authorization = `Bearer ${key}`;
+  if (body) headers["Content-Type"] = "application/json";
+  let response;
+  try {
+    response = await fetch(path, { method: body ? "POST" : "GET", headers, body: body && JSON.stringify(body), signal });
+  } catch (error) {
+    if (error.name === "AbortError") throw error;
+    throw new Refused("The server cannot be reached. Is it still running?");
+  }
+  if (response.ok) return response;
+  if (response.status === 401) askForKey();
+  throw new Refused(await reasonOf(response), response.status);
+}
+
+/** What the server says went wrong, in OpenAI's form of an error; a proxy before it may have another one. */
+async function reasonOf(response) {
+  const wait = response.headers.get("Retry-After");
+  const again = wait ? ` (in ${wait} s)` : "";
+  const said = await response.json().catch(() => ({}));
+  return (said.error?.message ?? `The server answered with status ${response.status}`) + again;
+}
+
+/** Yields the text of a chat completion as it comes; returns why it ended. */
+async function* streamed(request, signal) {
+  const response = await call("/v1/chat/completions", { ...request, stream: true }, signal);
+  let buffered = "";
+  let ended = null;
+  for await (const piece of decoded(response.body)) {
+    const lines = (buffered + piece).split("\n");
+    buffered = lines.pop();
+    for (const line of lines) {
+      if (!line.startsWith("data:")) continue;
+      const data = line.slice(5).trim();
+      if (data === "[DONE]") {
+        if (ended) return ended;
+        throw new Refused("The server broke the answer off.");
+      }
+      const event = JSON.parse(data);
+      if (event.error) throw new Refused(event.error.message ?? "The server broke the answer off.");
+      const choice = event.choices?.[0];
+      if (choice?.delta?.content) yield choice.delta.content;
+      ended = choice?.finish_reason ?? ended;
+    }
+  }
+  throw new Refused("The connection broke off in the middle of the answer.");
+}
+
+async function* decoded(body) {
+  const reader = body.pipeThrough(new TextDecoderStream()).getReader();
+  try {
+    for (;;) {
+      const { value, done } = await reader.read();
+      if (done) return;
+      yield value;
+    }
+  } catch (error) {
+    if (error.name === "AbortError") throw error;
+    throw new Refused("The connection broke off in the middle of the answer.");
+  }
+}
+
+// --- Messages and the key --------------------------------------------------------------------------------------------
+
+function showError(error) {
+  if (error?.name === "AbortError") return;
+  const box = $("#error");
+  box.hidden = !error || error.status === 401;
+  box.textContent = error ? error.message : "";
+  if (error && !(error instanceof Refused)) throw error; // a mistake of this page: also to the console
+}
+
+function askForKey() {
+  const form = $("#key-form");
+  form.hidden = false;
+  form.querySelector("label").textContent = sessionStorage.getItem(KEY)
+    ? "The server does not know this API key; another one?"
+    : "This server asks for an API key";
+  $("#key").focus();
+}
+
+async function useKey(event) {
+  event.preventDefault();
+  sessionStorage.setItem(KEY, $("#key").value.trim());
+  $("#key").value = "";
+  $("#key-form").hidden = true;
+  await openPage();
+}
+
+// --- Comparing -------------------------------------------------------------------------------------------------------
+
+const blind = () => $("#ask").elements.mode.value === "blind";
+
+async function loadModels() {
+  const { data } = await (await call("/v1/models")).json();
+  page.models = data.map((model) => model.id).filter((id) => id !== "latest"); // a second name of one of the others
+  fillChoices();
+  if (page.models.length < 2)
+    throw new Refused(`A comparison needs two iterates; this server has ${page.models.length}. It serves more with --models.`);
+}
+
+/** In blind mode either both iterates are named or neither is. */
+function fillChoices() {
+  const names = blind() ? [BLIND_ANY, ...page.models] : page.models;
+  const before = [$("#first").value, $("#second").value];
+  const wanted = blind() ? [BLIND_ANY, BLIND_ANY] : [page.models[0], page.models.at(-1)];
+  for (const [index, select] of [$("#first"), $("#second")].entries()) {
+    select.replaceChildren(...names.map((name) => new Option(name === BLIND_ANY ? "any iterate" : name, name)));
+    select.value = names.includes(before[index]) && before[index] !== BLIND_ANY ? before[index] : (wanted[index] ?? "");
+  }
+  keepPair($("#first"), $("#second"));
+}
+
+function keepPair(changed, other) {
+  if (!blind()) return;
+  if (changed.value === BLIND_ANY) other.value = BLIND_ANY;
+  else if (other.value === BLIND_ANY || other.value === changed.value)
+    other.value = page.models.filter((name) => name !== changed.value).at(-1) ?? BLIND_ANY;
+}
+
+function changeMode() {
+  fillChoices();
+  reset();
+}
+
+function reset() {
+  page.battle = null;
+  showError(null);
+  $("#ballot").hidden = !blind();
+  $("#again").hidden = true;
+  $("#outcome").textContent = blind() ? "" : "Names are shown, so there is no vote.";
+  allowVotes(false);
+  for (const side of ["a", "b"]) {
+    const card = $(`#side-${side}`);
+    card.classList.remove("won", "failed", "named", "writing");
+    card.querySelector(".answer").textContent = "";
+    card.querySelector(".status").textContent = "";
+    nameSide(side, blind() ? null : $(side === "a" ? "#first" : "#second").value);
+  }
+  for (const button of document.querySelectorAll("[data-verdict]")) button.setAttribute("aria-pressed", "false");
+}
+
+function nameSide(side, name, digest) {
+  const card = $(`#side-${side}`);
+  card.classList.toggle("named", Boolean(name));
+  card.querySelector(".name").textContent = name || "hidden";
+  card.querySelector(".name").title = digest ? `checkpoint ${digest}` : "";
+}
+
+async function compare(event) {
+  event?.preventDefault();
+  if (page.stopper || !$("#ask").reportValidity()) return;
+  if (!$("#prompt").value.trim()) return $("#prompt").focus();
+  reset();
+  $("#main").focus({ preventScroll: true }); // so that 1 to 4 are votes and no text, and a phone puts its keyboard away
+  busy(true);
+  try {
+    const sides = blind() ? await drawBattle() : openPair();
+    const request = {
+      messages: [{ role: "user", content: $("#prompt").value.trim() }],
+      temperature: $("#temperature").valueAsNumber,
+      max_tokens: $("#max-tokens").valueAsNumber,
+      seed: sides.seed,
+    };
+    const whole = await Promise.all(["a", "b"].map((side) => answer(side, { ...request, model: sides[side] })));
+    if (!blind()) return;
+    if (whole.every(Boolean)) allowVotes(true);
+    else $("#outcome").textContent = "No vote without two whole answers.";
+  } catch (error) {
+    showError(error);
+  } finally {
+    busy(false);
+    $("#again").hidden = false;
+  }
+}
+
+async function drawBattle() {
+  const models = [$("#first").value, $("#second").value];
+  const wish = models.includes(BLIND_ANY) ? {} : { models };
+  page.battle = await (await call("/v1/battles", wish, page.stopper.signal)).json();
+  return page.battle;
+}
+
+function openPair() {
+  return { a: $("#first").value, b: $("#second").value, seed: crypto.getRandomValues(new Uint32Array(1))[0] >>> 1 };
+}
+
+/** Streams one side into its card; whether it ended as it should. */
+async function answer(side, request) {
+  const card = $(`#side-${side}`);
+  const [text, status] = [card.querySelector(".answer"), card.querySelector(".status")];
+  const node = text.appendChild(document.createTextNode(""));
+  card.classList.add("writing");
+  status.textContent = "writing…";
+  try {
+    const stream = streamed(request, page.stopper.signal);
+    for (;;) {
+      const { value, done } = await stream.next();
+      if (done) {
+        const empty = node.data === "" ? "said nothing" : "finished";
+        status.textContent = value === "length" ? "cut off at the most tokens allowed" : empty;
+        return true;
+      }
+      const atEnd = text.scrollHeight - text.scrollTop - text.clientHeight < 8;
+      node.appendData(value);
+      if (atEnd) text.scrollTop = text.scrollHeight;
+    }
+  } catch (error) {
+    if (error.name !== "AbortError" && !(error instanceof Refused)) throw error;
+    card.classList.add("failed");
+    status.textContent = error instanceof Refused ? error.message : "stopped";
+    return false;
+  } finally {
+    card.classList.remove("writing");
+  }
+}
+
+function busy(streaming) {
+  page.stopper = streaming ? new AbortController() : null;
+  $("#stop").hidden = !streaming;
+  $("#go").disabled = streaming;
+  for (const control of document.querySelectorAll("#ask select, [name=mode]")) control.disabled = streaming;
+}
+
+// --- Voting ----------------------------------------------------------------------------------------------------------
+
+function allowVotes(allowed) {
+  for (const button of document.querySelectorAll("[data-verdict]")) button.disabled = !allowed;
+}
+
+async function vote(verdict) {
+  if (!page.battle) return;
+  allowVotes(false);
+  showError(null);
+  try {
+    const result = await (await call("/v1/votes", { battle: page.battle.id, verdict })).json();
+    page.battle = null;
+    reveal(result);
+  } catch (error) {
+    showError(error);
+    allowVotes(error.status !== 404 && error.status !== 409 && error.status !== 410); // the same vote may pass later
+  }
+}
+
+function reveal({ verdict, a, b }) {
+  nameSide("a", a.model, a.digest);
+  nameSide("b", b.model, b.digest);
+  if (verdict === "a" || verdict === "b") $(`#side-${verdict}`).classList.add("won");
+  $(`[data-verdict=${verdict}]`).setAttribute("aria-pressed", "true");
+  $("#outcome").textContent = `Your vote: ${VERDICTS[verdict]}. A was ${a.model}, B was ${b.model}.`;
+  $("#again").focus();
+}
+
+function again() {
+  reset();
+  $("#prompt").focus();
+  $("#prompt").select();
+  guarded(loadModels)(); // a run that still trains may have published another one
+}
+
+// --- The leaderboard -------------------------------------------------------------------------------------------------
+
+async function loadLeaderboard() {
+  showError(null);
+  const board = await (await call("/v1/leaderboard")).json();
+  const some = board.votes > 0;
+  $("#votes-counted").textContent = some
+    ? `${board.votes} ${board.votes === 1 ? "vote" : "votes"} so far.`
+    : "No votes yet. Compare two answers and vote: ratings appear here.";
+  for (const id of ["#ratings-card", "#pairs-card", "#method"]) $(id).hidden = !some;
+  const low = Math.min(...board.ratings.map((row) => row.low));
+  const high = Math.max(...board.ratings.map((row) => row.high));
+  const names = namer(board.ratings);
+  fill("#ratings", board.ratings, (row) => [
+    iterate(row.model, row.digest, names),
+    cell(Math.round(row.rating), "n"),
+    cell(intervalChart(row, low, high), "plot"),
+    cell(row.wins, "n"),
+    cell(row.losses, "n"),
+    cell(row.ties, "n"),
+  ]);
+  fill("#pairs", board.pairs, (row) => [
+    iterate(row.a, row.a_digest, names),
+    cell(row.a_wins, "n"),
+    cell(shareChart(row), "plot"),
+    cell(row.b_wins, "n"),
+    iterate(row.b, row.b_digest, names),
+    cell(row.ties, "n"),
+    cell(row.both_bad, "n"),
+  ]);
+}
+
+/** Digests are shown where one name stands for two checkpoints. */
+function namer(rows) {
+  const seen = rows.map((row) => row.model);
+  return (model) => seen.indexOf(model) !== seen.lastIndexOf(model);
+}
+
+function fill(table, rows, cells) {
+  $(`${table} tbody`).replaceChildren(
+    ...rows.map((row) => {
+      const line = document.createElement("tr");
+      line.append(...cells(row));
+      return line;
+    }),
+  );
+}
+
+function iterate(model, digest, ambiguous) {
+  const head = document.createElement("th");
+  head.scope = "row";
+  head.textContent = model;
+  head.title = `checkpoint ${digest}`;
+  if (ambiguous(model)) {
+    const small = head.appendChild(document.createElement("span"));
+    small.className = "digest";
+    small.textContent = digest.slice(0, 12);
+  }
+  return head;
+}
+
+function cell(content, kind) {
+  const data = document.createElement("td");
+  data.className = kind;
+  data.append(content);
+  return data;
+}
+
+function chart(label, shapes) {
+  const drawing = document.createElementNS(SVG, "svg");
+  drawing.setAttribute("class", "chart");
+  drawing.setAttribute("role", "img");
+  drawing.setAttribute("aria-label", label);
+  for (const [kind, attributes] of shapes) {
+    const shape = drawing.appendChild(document.createElementNS(SVG, kind));
+    for (const [name, value] of Object.entries(attributes)) shape.setAttribute(name, value);
+  }
+  return drawing;
+}
+
+function intervalChart(row, low, high) {
+  const at = (rating) => `${high > low ? 2 + (96 * (rating - low)) / (high - low) : 50}%`;
+  return chart(`${Math.round(row.low)} to ${Math.round(row.high)}`, [
+    ["line", { x1: "0", x2: "100%", y1: "50%", y2: "50%", class: "axis" }],
+    ["line", { x1: at(row.low), x2: at(row.high), y1: "50%", y2: "50%", class: "range" }],
+    ["circle", { cx: at(row.rating), cy: "50%", r: "5", class: "point" }],
+  ]);
+}
+
+function shareChart(row) {
+  const shares = [
+    [row.a_wins, "share-a"],
+    [row.ties + row.both_bad, "share-tie"],
+    [row.b_wins, "share-b"],
+  ];
+  const total = shares.reduce((sum, [count]) => sum + count, 0);
+  let start = 0;
+  const bars = shares.map(([count, kind]) => {
+    const bar = ["rect", { x: `${start}%`, width: `${(100 * count) / total}%`, y: "35%", height: "30%", class: kind }];
+    start += (100 * count) / total;
+    return bar;
+  });
+  return chart(`${row.a_wins} to ${row.b_wins}, ${row.ties + row.both_bad} undecided`, bars);
+}
+
+async function download() {
+  const link = document.createElement("a");
+  link.href = URL.createObjectURL(await (await call("/v1/votes/export")).blob());
+  link.download = "votes.jsonl";
+  link.click();
+  URL.revokeObjectURL(link.href);
+}
+
+// --- Pages and keys --------------------------------------------------------------------------------------------------
+
+async function openPage() {
+  const here = location.hash === "#leaderboard" ? "leaderboard" : "compare";
+  for (const name of ["compare", "leaderboard"]) {
+    $(`#${name}`).hidden = name !== here;
+    const link = $(`nav [href="#${name}"]`);
+    if (name === here) link.setAttribute("aria-current", "page");
+    else link.removeAttribute("aria-current");
+  }
+  await guarded(here === "leaderboard" ? loadLeaderboard : loadModels)();
+}
+
+const guarded = (action) => async (...given) => {
+  try {
+    return await action(...given);
+  } catch (error) {
+    showError(error);
+  }
+};
+
+function pressed(event) {
+  if (event.key === "Escape") return page.stopper?.abort();
+  if (event.key === "Enter" && (event.ctrlKey || event.metaKey) && !$("#compare").hidden) return compare(event);
+  const typing = event.target.closest("textarea, input, select");
+  if (typing || event.ctrlKey || event.metaKey || event.altKey || $("#compare").hidden) return;
+  const button = { 1: "[data-verdict=a]", 2: "[data-verdict=tie]", 3: "[data-verdict=both_bad]", 4: "[data-verdict=b]", n: "#again" }[event.key];
+  if (!button || $(button).hidden || $(button).disabled) return;
+  event.preventDefault();
+  $(button).click();
+}
+
+$("#ask").addEventListener("submit", compare);
+$("#stop").addEventListener("click", () => page.stopper?.abort());
+$("#again").addEventListener("click", again);
+$("#key-form").addEventListener("submit", useKey);
+$("#export").addEventListener("click", guarded(download));
+$("#first").addEventListener("change", () => keepPair($("#first"), $("#second")));
+$("#second").addEventListener("change", () => keepPair($("#second"), $("#first")));
+for (const radio of document.querySelectorAll("[name=mode]")) radio.addEventListener("change", changeMode);
+for (const button of document.querySelectorAll("[data-verdict]"))
+  button.addEventListener("click", () => vote(button.dataset.verdict));
+document.addEventListener("keydown", pressed);
+addEventListener("hashchange", openPage);
+reset();
+openPage();

@@ -1,0 +1,302 @@
+"""Blind comparisons and their votes, in a database.
+
+One row is one comparison: what was drawn, what each side answered, and the verdict once there is one. All that a vote
+says of models and answers was written by the server; the voter adds the verdict and nothing else.
+"""
+
+import re
+import secrets
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any, Literal, get_args
+
+from sqlalchemy import (
+    JSON,
+    URL,
+    Column,
+    Connection,
+    Float,
+    Index,
+    Integer,
+    MetaData,
+    Row,
+    String,
+    Table,
+    and_,
+    create_engine,
+    delete,
+    event,
+    func,
+    insert,
+    or_,
+    select,
+    update,
+)
+from sqlalchemy.exc import ArgumentError, DBAPIError, NoSuchModuleError, SQLAlchemyError
+from sqlalchemy.schema import CreateIndex, CreateTable
+
+from spin_ray.errors import UserError
+from spin_ray.serving.errors import Refusal
+
+Side = Literal["a", "b"]
+Verdict = Literal["a", "b", "tie", "both_bad"]
+
+BATTLE_TTL_S = 3600.0
+"""How long a comparison can be answered and voted on."""
+_ALIAS = re.compile(r"battle-([0-9a-f]{24})-([ab])")
+_EXPORT_ROWS = 256
+_RETRY_S = 5
+
+_battles = Table(
+    "battles",
+    MetaData(),
+    Column("id", String(24), primary_key=True),
+    Column("created", Float, nullable=False),
+    Column("seed", Integer, nullable=False),
+    Column("model_a", String(64), nullable=False),
+    Column("model_b", String(64), nullable=False),
+    Column("answer_a", JSON(none_as_null=True)),
+    Column("answer_b", JSON(none_as_null=True)),
+    Column("digest_a", String(128)),
+    Column("digest_b", String(128)),
+    Column("verdict", String(8)),
+    Column("voted", Float),
+)
+_by_time = Index("battles_by_time", _battles.c.created)
+_by_vote = Index("battles_by_vote", _battles.c.voted, _battles.c.id)
+
+
+@dataclass(frozen=True, slots=True)
+class Battle:
+    """A comparison of two iterates; ``a`` and ``b`` are the names under which they can be asked blindly."""
+
+    id: str
+    seed: int
+    """For both sides, so that they differ by their weights and not by their luck."""
+    model_a: str
+    model_b: str
+
+    @property
+    def a(self) -> str:
+        return f"battle-{self.id}-a"
+
+    @property
+    def b(self) -> str:
+        return f"battle-{self.id}-b"
+
+
+@dataclass(frozen=True, slots=True)
+class Answer:
+    """What one side was asked and what it said, as the server saw both."""
+
+    messages: list[dict[str, Any]]
+    sampling: dict[str, Any]
+    """The request without model, messages and streaming: temperature, seed, max_tokens, …."""
+    text: str
+    finish_reason: str
+    digest: str
+    """Of the checkpoint that answered."""
+
+
+@dataclass(frozen=True, slots=True)
+class Vote:
+    """A verdict with what it reveals."""
+
+    battle: str
+    model_a: str
+    model_b: str
+    digest_a: str
+    digest_b: str
+    verdict: Verdict
+
+
+@dataclass(frozen=True, slots=True)
+class Tally:
+    """How often a pair of checkpoints got a verdict, with them on these sides."""
+
+    a: tuple[str, str]
+    """Name and digest."""
+    b: tuple[str, str]
+    verdict: Verdict
+    count: int
+
+
+class VoteStore:
+    """Comparisons and votes in SQLite (``sqlite:///FILE``) or any database that SQLAlchemy has a driver for.
+
+    Every method that writes returns after the commit. With SQLite that is a write-ahead log flushed to the disk, which
+    several processes of *one machine* may share; replicas on several machines need a database server.
+
+    Raises:
+        UserError: the URL names no usable database.
+    """
+
+    def __init__(self, url: str | URL, clock: Callable[[], float] = time.time) -> None:
+        self._clock = clock
+        try:
+            self._engine = create_engine(url, pool_pre_ping=True)
+            if self._engine.dialect.name == "sqlite":
+                event.listen(self._engine, "connect", _make_durable)
+            with self._engine.begin() as connection:
+                connection.execute(CreateTable(_battles, if_not_exists=True))
+                for index in (_by_time, _by_vote):
+                    connection.execute(CreateIndex(index, if_not_exists=True))
+        except (ArgumentError, NoSuchModuleError, ImportError) as error:
+            raise UserError(
+                f"votes: not a database URL that works here ({error}); e.g. sqlite:////data/votes.sqlite"
+            ) from error
+        except SQLAlchemyError as error:
+            where = self._engine.url.render_as_string(hide_password=True)
+            raise UserError(f"votes: {where} cannot be used: {_reason(error)}") from error
+
+    def close(self) -> None:
+        self._engine.dispose()
+
+    def start(self, model_a: str, model_b: str) -> Battle:
+        """Draws up a comparison, and forgets those that nobody voted on in time."""
+        battle = Battle(id=secrets.token_hex(12), seed=secrets.randbelow(2**31), model_a=model_a, model_b=model_b)
+        now = self._clock()
+        with self._transaction() as connection:
+            connection.execute(
+                delete(_battles).where(_battles.c.verdict.is_(None), _battles.c.created < now - BATTLE_TTL_S)
+            )
+            connection.execute(
+                insert(_battles).values(id=battle.id, created=now, seed=battle.seed, model_a=model_a, model_b=model_b)
+            )
+        return battle
+
+    def model_of(self, alias: str) -> str | None:
+        """The iterate behind one side of a comparison; None if there is none, or no longer."""
+        battle, side = parse_alias(alias)
+        recent = and_(_battles.c.id == battle, _battles.c.created >= self._clock() - BATTLE_TTL_S)
+        with self._transaction() as connection:
+            return connection.execute(select(_battles.c[f"model_{side}"]).where(recent)).scalar_one_or_none()
+
+    def record(self, alias: str, answer: Answer) -> None:
+        """Keeps the first whole answer of a side; later ones, and those after the vote, change nothing."""
+        battle, side = parse_alias(alias)
+        kept = {
+            "messages": answer.messages,
+            "sampling": answer.sampling,
+            "text": answer.text,
+            "finish_reason": answer.finish_reason,
+        }
+        first = and_(_battles.c.id == battle, _battles.c[f"digest_{side}"].is_(None), _battles.c.verdict.is_(None))
+        with self._transaction() as connection:
+            connection.execute(
+                update(_battles).where(first).values({f"answer_{side}": kept, f"digest_{side}": answer.digest})
+            )
+
+    def vote(self, battle: str, verdict: Verdict) -> Vote:
+        """Records the verdict; the same verdict again is the same vote.
+
+        Raises:
+            Refusal: no such comparison (404), it is too old (410), its answers are not both there, are to different
+                questions, or it has another verdict already (409).
+        """
+        open_still = and_(_battles.c.id == battle, _battles.c.verdict.is_(None))
+        with self._transaction() as connection:
+            row = connection.execute(select(_battles).where(_battles.c.id == battle)).one_or_none()
+            if row is None:
+                raise Refusal(404, "This comparison does not exist; start a new one")
+            if row.verdict is None:
+                self._check_votable(row)
+                connection.execute(
+                    update(_battles).where(open_still).values(verdict=verdict, voted=self._clock())
+                )  # of two votes at once the first counts
+                row = connection.execute(select(_battles).where(_battles.c.id == battle)).one()
+            if row.verdict != verdict:
+                raise Refusal(409, f"This comparison was voted on before, with {row.verdict!r}")
+        return Vote(battle, row.model_a, row.model_b, row.digest_a, row.digest_b, verdict)
+
+    def _check_votable(self, row: Row) -> None:
+        if row.created < self._clock() - BATTLE_TTL_S:
+            raise Refusal(410, "This comparison is too old; start a new one")
+        missing = [side for side in get_args(Side) if row._mapping[f"answer_{side}"] is None]
+        if missing:
+            raise Refusal(409, f"Answer {' and '.join(missing)} has not been streamed to its end")
+        if any(row.answer_a[key] != row.answer_b[key] for key in ("messages", "sampling")):
+            raise Refusal(409, "The two sides were asked different things; start a new comparison")
+
+    def tallies(self) -> list[Tally]:
+        """All verdicts, counted by the database."""
+        columns = [_battles.c[name] for name in ("model_a", "digest_a", "model_b", "digest_b", "verdict")]
+        with self._transaction() as connection:
+            rows = connection.execute(
+                select(*columns, func.count())
+                .where(_battles.c.verdict.is_not(None))
+                .group_by(*columns)
+                .order_by(*columns)
+            ).all()
+        return [
+            Tally((a, a_digest), (b, b_digest), verdict, count) for a, a_digest, b, b_digest, verdict, count in rows
+        ]
+
+    def export(self) -> Iterator[dict[str, Any]]:
+        """One row per vote that prefers a side, oldest first, read a page at a time: no lock outlives a page.
+
+        ``chosen`` and ``rejected`` are whole conversations that end with the answer, as preference data has them
+        elsewhere (TRL's form with an implicit prompt) and as ``data.train`` here reads them.
+        """
+        after = _battles.c.verdict.in_(("a", "b"))
+        while True:
+            with self._transaction() as connection:
+                rows = connection.execute(
+                    select(_battles).where(after).order_by(_battles.c.voted, _battles.c.id).limit(_EXPORT_ROWS)
+                ).all()
+            yield from map(_pair, rows)
+            if len(rows) < _EXPORT_ROWS:
+                return
+            last = rows[-1]
+            after = and_(
+                _battles.c.verdict.in_(("a", "b")),
+                or_(_battles.c.voted > last.voted, and_(_battles.c.voted == last.voted, _battles.c.id > last.id)),
+            )
+
+    @contextmanager
+    def _transaction(self) -> Iterator[Connection]:
+        try:
+            with self._engine.begin() as connection:
+                yield connection
+        except SQLAlchemyError as error:
+            raise Refusal(503, f"Votes cannot be stored or read now ({_reason(error)})", retry_s=_RETRY_S) from error
+
+
+def is_side(name: str) -> bool:
+    """Whether ``name`` is one under which a side of a comparison is asked."""
+    return _ALIAS.fullmatch(name) is not None
+
+
+def parse_alias(alias: str) -> tuple[str, Side]:
+    """``battle-<id>-a -> (id, "a")``; LookupError if ``alias`` names no side of a comparison."""
+    match = _ALIAS.fullmatch(alias)
+    if match is None:
+        raise LookupError(alias)
+    battle, side = match.groups()
+    return battle, "a" if side == "a" else "b"
+
+
+def _pair(row: Row) -> dict[str, Any]:
+    pair: dict[str, Any] = {"battle": row.id, "voted": row.voted, "sampling": row.answer_a["sampling"]}
+    for role, side in zip(("chosen", "rejected"), "ab" if row.verdict == "a" else "ba", strict=True):
+        answer = row._mapping[f"answer_{side}"]
+        pair |= {
+            role: [*answer["messages"], {"role": "assistant", "content": answer["text"]}],
+            f"{role}_model": row._mapping[f"model_{side}"],
+            f"{role}_digest": row._mapping[f"digest_{side}"],
+            f"{role}_finish_reason": answer["finish_reason"],
+        }
+    return pair
+
+
+def _make_durable(connection: Any, _record: object) -> None:
+    """A commit has reached the disk when it returns; writers wait for each other, and readers for nobody."""
+    for pragma in ("journal_mode=WAL", "synchronous=FULL", "busy_timeout=10000"):
+        connection.execute(f"PRAGMA {pragma}").close()
+
+
+def _reason(error: SQLAlchemyError) -> str:
+    """What the driver said, without the statement and its values."""
+    return str(error.orig if isinstance(error, DBAPIError) else error).splitlines()[0]

@@ -1,0 +1,76 @@
+"""The application over engines that have little to say, streamed word by word.
+
+Also a program, for tests that need a server of its own: ``python arena_app.py DATABASE_URL PORT``.
+"""
+
+import asyncio
+import json
+import sys
+from collections.abc import AsyncIterator
+from typing import Any
+
+import uvicorn
+from fastapi import FastAPI
+from tiny_runs import tiny_config
+
+from spin_ray.serving.access import Key
+from spin_ray.serving.api import make_app
+from spin_ray.serving.backend import Item
+from spin_ray.serving.names import Names
+from spin_ray.serving.votes import VoteStore
+
+ITERATES = ("sft", "iter-0", "iter-1")
+SAYS = {
+    "sft": "Certainly! As a helpful assistant, I would be delighted to provide you with a comprehensive overview of my"
+    " day. It began, as days so often do, with a morning.\n\nIs there anything else I can help you with?",
+    "iter-0": "pretty good, thanks! a bit tired, i was up late with a book. how about you?",
+    "iter-1": "not bad :) went for a run before it got hot. you?",
+}
+EVIL = "<img src=x onerror=\"document.title='owned'\"> & <script>alert(1)</script>"
+
+
+class TalkingEngines:
+    """Each iterate has its answer; "evil" in the prompt gives markup, "fail" an engine that fails in the middle."""
+
+    def __init__(self, word_s: float = 0.0) -> None:
+        self.names = Names()
+        self.names.serve_now(ITERATES, newest=ITERATES[-1])
+        self._word_s = word_s
+
+    def digest(self, iterate: str) -> str:
+        return digest(iterate)
+
+    async def answer(self, iterate: str, operation: str, fields: dict[str, Any]) -> AsyncIterator[Item]:
+        prompt = fields["messages"][-1]["content"]
+        if "fail" in prompt:
+            yield event({"content": "well"})
+            yield {"error": {"code": 500}}
+            return
+        async for piece in says(EVIL if "evil" in prompt else SAYS[iterate], self._word_s):
+            yield piece
+
+
+def digest(iterate: str) -> str:
+    return f"{ITERATES.index(iterate) + 1}" * 64
+
+
+def make(votes: VoteStore, *, keys: list[Key] | None = None, word_s: float = 0.0, **serving: Any) -> FastAPI:
+    return make_app(TalkingEngines(word_s), tiny_config(**serving), keys or [], votes)
+
+
+async def says(text: str, word_s: float = 0.0) -> AsyncIterator[str]:
+    """The events of a chat completion as vLLM writes them."""
+    for number, word in enumerate(text.split(" ")):
+        yield event({"content": word if number == 0 else f" {word}"})
+        await asyncio.sleep(word_s)
+    yield event({}, "stop")
+    yield "data: [DONE]\n\n"
+
+
+def event(delta: dict[str, str], finish_reason: str | None = None) -> str:
+    choice = {"index": 0, "delta": delta, "finish_reason": finish_reason}
+    return f"data: {json.dumps({'object': 'chat.completion.chunk', 'choices': [choice]})}\n\n"
+
+
+if __name__ == "__main__":
+    uvicorn.run(make(VoteStore(sys.argv[1])), port=int(sys.argv[2]), log_level="warning")

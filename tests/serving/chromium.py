@@ -1,0 +1,33 @@
+"""A headless Chromium for tests of pages."""
+
+import os
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import pytest
+from playwright.sync_api import Browser, Page, sync_playwright
+
+CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser")
+FLAGS = [
+    "--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run", "--disable-background-networking",
+    "--disable-component-update", "--disable-sync",
+]  # fmt: skip
+
+needs_chromium = pytest.mark.skipif(CHROMIUM is None, reason="needs Chromium (Debian: apt-get install chromium)")
+
+
+@contextmanager
+def headless() -> Iterator[Browser]:
+    """The system's Chromium with a profile of its own that is gone afterwards."""
+    with sync_playwright() as playwright:
+        browser = playwright.chromium.launch(executable_path=CHROMIUM, headless=True, args=FLAGS, timeout=60_000)
+        yield browser
+        browser.close()
+
+
+def picture(page: Page, name: str) -> None:
+    """Saves what the page shows, if ``SPIN_RAY_SCREENSHOTS`` names a folder for it."""
+    if folder := os.environ.get("SPIN_RAY_SCREENSHOTS"):
+        page.screenshot(path=Path(folder) / f"{name}.png", full_page=True)

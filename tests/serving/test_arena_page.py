@@ -1,0 +1,271 @@
+"""The arena page in a real Chromium: the whole HTTP interface, over engines that say a sentence each."""
+
+import json
+import re
+import socket
+import threading
+import time
+from collections.abc import Iterator
+
+import httpx
+import pytest
+import uvicorn
+from arena_app import EVIL, SAYS, make
+from chromium import headless, needs_chromium, picture
+from playwright.sync_api import Browser, Page, expect
+
+from spin_ray.serving.access import Key, new_key
+from spin_ray.serving.votes import Answer, VoteStore
+
+pytestmark = [pytest.mark.slow, needs_chromium]
+
+PROMPT = "hey, how was your day?"
+
+
+@pytest.fixture(scope="module")
+def browser() -> Iterator[Browser]:
+    with headless() as browser:
+        yield browser
+
+
+@pytest.fixture
+def votes(tmp_path):
+    store = VoteStore(f"sqlite:///{tmp_path}/votes.sqlite")
+    yield store
+    store.close()
+
+
+@pytest.fixture
+def serve(votes):
+    """Starts the application; its URL."""
+    stops = []
+
+    def serve(**settings: object) -> str:
+        listener = socket.create_server(("127.0.0.1", 0))
+        server = uvicorn.Server(uvicorn.Config(make(votes, **settings), log_level="warning"))
+        thread = threading.Thread(target=server.run, args=([listener],))
+        thread.start()
+        stops.append((server, thread))
+        while not server.started:
+            time.sleep(0.01)
+        return f"http://127.0.0.1:{listener.getsockname()[1]}"
+
+    yield serve
+    for server, thread in stops:
+        server.should_exit = True
+        thread.join(20)
+
+
+@pytest.fixture
+def open_page(browser):
+    """Opens the page; afterwards the console must be clean: no script error, nothing that the CSP blocked."""
+    problems: list[str] = []
+    contexts = []
+
+    def open_page(url: str, **settings: object) -> Page:
+        context = browser.new_context(**({"viewport": {"width": 1180, "height": 900}} | settings))
+        contexts.append(context)
+        page = context.new_page()
+        page.on("pageerror", lambda error: problems.append(str(error)))
+        page.on("console", lambda message: problems.append(message.text) if message.type == "error" else None)
+        page.goto(url)
+        return page
+
+    yield open_page
+    for context in contexts:
+        context.close()
+    assert [problem for problem in problems if not problem.startswith("Failed to load resource:")] == []
+
+
+def ballot(page: Page, verdict: str):
+    return page.locator(f"[data-verdict={verdict}]")
+
+
+def side(page: Page, name: str, part: str):
+    return page.locator(f"#side-{name} .{part}")
+
+
+def compare(page: Page, prompt: str = PROMPT) -> None:
+    page.get_by_label("Prompt").fill(prompt)
+    page.keyboard.press("Control+Enter")
+
+
+@pytest.mark.parametrize(
+    ("name", "look"),
+    [
+        ("arena", {}),
+        ("arena-dark", {"color_scheme": "dark"}),
+        ("arena-phone", {"viewport": {"width": 390, "height": 844}, "has_touch": True, "is_mobile": True}),
+    ],
+)
+def test_a_blind_comparison_and_a_vote_by_keyboard(serve, open_page, votes, name, look):
+    page = open_page(serve(word_s=0.05), **look)
+    expect(page.get_by_role("heading", name="Which answer is better?")).to_be_visible()
+    compare(page)
+    expect(side(page, "a", "status")).to_have_text("writing…")
+    for verdict in ("a", "tie", "both_bad", "b"):
+        expect(ballot(page, verdict)).to_be_disabled()
+    page.keyboard.press("1")
+    assert votes.tallies() == []
+    expect(ballot(page, "a")).to_be_enabled()
+    assert page.locator(".writing").count() == 0, "votes were allowed before both answers had ended"
+    for one in "ab":
+        expect(side(page, one, "name")).to_have_text("hidden")
+    assert not [iterate for iterate in SAYS if iterate in page.locator(".answers").inner_html()]
+    picture(page, f"{name}-vote")
+    page.keyboard.press("4")
+    expect(page.get_by_role("status")).to_contain_text("Your vote: B is better.")
+    (tally,) = votes.tallies()
+    assert (tally.verdict, tally.count) == ("b", 1)
+    for one, checkpoint in (("a", tally.a), ("b", tally.b)):
+        expect(side(page, one, "name")).to_have_text(checkpoint[0])
+        expect(side(page, one, "answer")).to_have_text(SAYS[checkpoint[0]])
+    for verdict in ("a", "tie", "both_bad", "b"):
+        expect(ballot(page, verdict)).to_be_disabled()
+    assert page.evaluate("document.documentElement.scrollWidth <= innerWidth"), "wider than the window"
+    picture(page, name)
+    page.keyboard.press("n")
+    expect(page.get_by_label("Prompt")).to_be_focused()
+    expect(side(page, "b", "name")).to_have_text("hidden")
+
+
+def test_two_chosen_iterates_are_compared_openly_with_one_seed_and_no_vote(serve, open_page):
+    page = open_page(serve())
+    asked = []
+    page.on(
+        "request", lambda request: asked.append(request.post_data_json) if request.url.endswith("completions") else None
+    )
+    page.get_by_text("Open", exact=True).click()
+    page.get_by_label("First iterate").select_option("sft")
+    page.get_by_label("Second iterate").select_option("iter-1")
+    compare(page)
+    expect(side(page, "a", "answer")).to_have_text(SAYS["sft"])
+    expect(side(page, "b", "answer")).to_have_text(SAYS["iter-1"])
+    expect(page.locator("#ballot")).to_be_hidden()
+    assert {body["model"] for body in asked} == {"sft", "iter-1"}
+    assert len({body["seed"] for body in asked}) == 1
+
+
+def test_a_chosen_pair_is_compared_blindly(serve, open_page, votes):
+    page = open_page(serve())
+    page.get_by_label("First iterate").select_option("iter-0")
+    expect(page.get_by_label("Second iterate")).to_have_value("iter-1")
+    page.get_by_label("Second iterate").select_option("sft")
+    compare(page)
+    expect(ballot(page, "tie")).to_be_enabled()
+    ballot(page, "tie").click()
+    expect(page.get_by_role("status")).to_contain_text("a tie")
+    (tally,) = votes.tallies()
+    assert {tally.a[0], tally.b[0]} == {"iter-0", "sft"}
+
+
+def test_what_models_say_is_text_and_never_markup(serve, open_page):
+    page = open_page(serve())
+    compare(page, "evil")
+    expect(ballot(page, "a")).to_be_enabled()
+    for one in "ab":
+        expect(side(page, one, "answer")).to_have_text(EVIL)
+    assert page.locator(".answer img, .answer script").count() == 0 and page.title() == "spin_ray arena"
+
+
+def test_failures_are_told_in_words_and_cost_the_vote(serve, open_page):
+    page = open_page(serve())
+    compare(page, "please fail")
+    for one in "ab":
+        expect(side(page, one, "status")).to_have_text("the engine failed; the request may be repeated")
+    expect(page.get_by_role("status")).to_have_text("No vote without two whole answers.")
+    expect(ballot(page, "a")).to_be_disabled()
+    compare(page, PROMPT)
+    expect(ballot(page, "a")).to_be_enabled()
+
+
+def test_a_server_that_is_full_says_when_to_come_back(serve, open_page):
+    page = open_page(serve(max_concurrent=1, word_s=0.05))
+    compare(page)
+    expect(page.locator(".failed .status")).to_have_text("All places are taken; try again in a moment (in 1 s)")
+    expect(page.get_by_role("status")).to_have_text("No vote without two whole answers.")
+
+
+def test_streams_can_be_stopped(serve, open_page):
+    page = open_page(serve(word_s=0.5))
+    compare(page)
+    expect(side(page, "a", "answer")).not_to_be_empty()
+    page.keyboard.press("Escape")
+    expect(side(page, "a", "status")).to_have_text("stopped")
+    expect(page.get_by_role("button", name="Compare")).to_be_enabled()
+    expect(ballot(page, "a")).to_be_disabled()
+
+
+def test_a_server_that_went_away_is_told_so(serve, open_page):
+    page = open_page(serve())
+    page.context.set_offline(True)
+    compare(page)
+    expect(page.get_by_role("alert")).to_contain_text("The server cannot be reached.")
+
+
+def test_a_server_with_keys_is_given_one_for_this_tab_only(serve, open_page):
+    key, line = new_key("alice")
+    page = open_page(serve(keys=[Key("alice", line.split()[1], None)]))
+    field = page.get_by_label("This server asks for an API key")
+    field.fill("wrong")
+    page.keyboard.press("Enter")
+    page.get_by_label("The server does not know this API key").fill(key)
+    page.keyboard.press("Enter")
+    expect(page.locator("#key-form")).to_be_hidden()
+    compare(page)
+    expect(ballot(page, "a")).to_be_enabled()
+    assert page.evaluate("[Object.values(sessionStorage), localStorage.length, document.cookie]") == [
+        [key],
+        0,
+        "",
+    ]
+
+
+def test_the_leaderboard_shows_ratings_and_the_pairs_can_be_downloaded(serve, open_page, votes):
+    url = serve()
+    page = open_page(f"{url}/#leaderboard")
+    expect(page.locator("#votes-counted")).to_contain_text("No votes yet")
+    fill(votes)
+    page.reload()
+    expect(page.locator("#votes-counted")).to_have_text("14 votes so far.")
+    rows = page.locator("#ratings tbody tr")
+    expect(rows).to_have_count(3)
+    expect(rows.first).to_contain_text(re.compile(r"^iter-1\d{4}8"))
+    expect(page.locator("#pairs tbody tr")).to_have_count(3)
+    picture(page, "arena-leaderboard")
+    with page.expect_download() as download:
+        page.get_by_role("button", name="Download votes as pairs").click()
+    pairs = [json.loads(line) for line in download.value.path().read_text().splitlines()]
+    assert len(pairs) == 11 and download.value.suggested_filename == "votes.jsonl"
+
+
+@pytest.mark.e2e
+def test_a_blind_comparison_and_a_vote_on_the_real_server(served, open_page):
+    """Real vLLM, a tiny random model: both answers end, and the vote is of the checkpoints that answered."""
+    page = open_page(served.url)
+    page.get_by_label("Max tokens").fill("16")
+    compare(page)
+    expect(ballot(page, "a")).to_be_enabled(timeout=60_000)
+    said = page.locator(".side").all_inner_texts()
+    assert not [name for name in ("sft", "iter-") for text in said if name in text]
+    ballot(page, "a").click()
+    expect(page.get_by_role("status")).to_contain_text("Your vote: A is better.")
+    winner, loser = (side(page, one, "name").inner_text() for one in "ab")
+    assert {winner, loser} == {"sft", "iter-0"}
+    board = httpx.get(f"{served.url}/v1/leaderboard", timeout=60).json()
+    assert board["votes"] == 1 and board["ratings"][0]["model"] == winner
+    assert board["ratings"][0]["digest"] == served.card(winner)["digest"]
+    (pair,) = map(json.loads, httpx.get(f"{served.url}/v1/votes/export", timeout=60).text.splitlines())
+    assert pair["rejected_model"] == loser and pair["chosen"][:-1] == [{"role": "user", "content": PROMPT}]
+    assert served.run.storage.exists("votes.sqlite")
+
+
+def fill(votes: VoteStore) -> None:
+    """14 votes on three iterates; iter-1 wins 8 of its 10."""
+    verdicts = {("sft", "iter-0"): ["a", "b", "tie", "both_bad"], ("sft", "iter-1"): ["b"] * 4 + ["a"]}
+    for (a, b), given in (verdicts | {("iter-1", "iter-0"): ["a"] * 4 + ["tie"]}).items():
+        for verdict in given:
+            battle = votes.start(a, b)
+            for alias, model in ((battle.a, a), (battle.b, b)):
+                votes.record(alias, Answer([], {}, "hi", "stop", digest=f"{model}-digest"))
+            votes.vote(battle.id, verdict)

@@ -1,0 +1,198 @@
+"""Comparisons and votes in a database: once each, of what the server saw, and there after a crash."""
+
+import json
+import threading
+from concurrent.futures import ThreadPoolExecutor
+
+import pytest
+
+from spin_ray.config import DataConfig
+from spin_ray.conversations import conversations_of, rejected_of
+from spin_ray.errors import UserError
+from spin_ray.serving.errors import Refusal
+from spin_ray.serving.votes import BATTLE_TTL_S, Answer, Battle, Tally, VoteStore, parse_alias
+from spin_ray.sources import read_slice, split
+
+QUESTION = [{"role": "system", "content": "Be brief."}, {"role": "user", "content": "how are you?"}]
+
+
+@pytest.fixture
+def clock():
+    class Clock:
+        now = 1_000_000.0
+
+        def __call__(self) -> float:
+            return self.now
+
+    return Clock()
+
+
+@pytest.fixture
+def votes(tmp_path, clock):
+    store = VoteStore(f"sqlite:///{tmp_path}/votes.sqlite", clock)
+    yield store
+    store.close()
+
+
+def answered(votes: VoteStore, a: str = "sft", b: str = "iter-0", **changes: object) -> Battle:
+    battle = votes.start(a, b)
+    votes.record(battle.a, said(text=f"{a} says", digest=f"{a}-digest"))
+    votes.record(battle.b, said(text=f"{b} says", digest=f"{b}-digest", **changes))
+    return battle
+
+
+def said(**changes: object) -> Answer:
+    defaults = {"messages": QUESTION, "sampling": {"seed": 7}, "text": "hi", "finish_reason": "stop", "digest": "d"}
+    return Answer(**(defaults | changes))
+
+
+def test_a_vote_names_the_sides_and_their_checkpoints(votes):
+    battle = answered(votes)
+    vote = votes.vote(battle.id, "b")
+    assert (vote.model_a, vote.digest_a, vote.model_b, vote.digest_b) == (
+        "sft",
+        "sft-digest",
+        "iter-0",
+        "iter-0-digest",
+    )
+    assert votes.tallies() == [Tally(("sft", "sft-digest"), ("iter-0", "iter-0-digest"), "b", 1)]
+
+
+def test_the_same_vote_again_is_the_same_vote_and_another_is_refused(votes):
+    battle = answered(votes)
+    assert votes.vote(battle.id, "a") == votes.vote(battle.id, "a")
+    with pytest.raises(Refusal, match="voted on before") as refused:
+        votes.vote(battle.id, "tie")
+    assert refused.value.status == 409
+    assert [tally.count for tally in votes.tallies()] == [1]
+
+
+def test_of_many_votes_at_once_one_counts(votes):
+    battle = answered(votes)
+    together = threading.Barrier(8)
+
+    def vote(verdict: str) -> str:
+        together.wait()
+        try:
+            return votes.vote(battle.id, verdict).verdict
+        except Refusal as refusal:
+            return f"refused with {refusal.status}"  # not with 503: writers wait for each other
+
+    with ThreadPoolExecutor(8) as pool:
+        results = list(pool.map(vote, ["a", "b"] * 4))
+    assert sorted(set(results)) in (["a", "refused with 409"], ["b", "refused with 409"])
+    assert [tally.count for tally in votes.tallies()] == [1]
+
+
+@pytest.mark.parametrize("missing", ["a", "b"])
+def test_a_vote_needs_both_answers(votes, missing):
+    battle = votes.start("sft", "iter-0")
+    votes.record(battle.b if missing == "a" else battle.a, said())
+    with pytest.raises(Refusal, match=f"Answer {missing} has not") as refused:
+        votes.vote(battle.id, "tie")
+    assert refused.value.status == 409
+
+
+@pytest.mark.parametrize("changes", [{"messages": QUESTION[1:]}, {"sampling": {"seed": 7, "temperature": 2.0}}])
+def test_sides_that_were_asked_different_things_cannot_be_compared(votes, changes):
+    battle = answered(votes, **changes)
+    with pytest.raises(Refusal, match="different things"):
+        votes.vote(battle.id, "a")
+
+
+def test_the_first_whole_answer_of_a_side_counts(votes):
+    """Asking until a better answer comes must not help a side."""
+    battle = answered(votes)
+    votes.record(battle.a, said(text="a better one"))
+    votes.vote(battle.id, "a")
+    votes.record(battle.a, said(text="after the vote"))
+    assert next(votes.export())["chosen"] == [*QUESTION, {"role": "assistant", "content": "sft says"}]
+
+
+def test_unknown_and_old_comparisons_are_refused(votes, clock):
+    with pytest.raises(Refusal) as refused:
+        votes.vote("0" * 24, "a")
+    assert refused.value.status == 404
+    battle = answered(votes)
+    clock.now += BATTLE_TTL_S + 1
+    with pytest.raises(Refusal, match="too old") as refused:
+        votes.vote(battle.id, "a")
+    assert refused.value.status == 410
+
+
+def test_comparisons_without_a_vote_are_forgotten_and_votes_are_not(votes, clock):
+    kept, dropped = answered(votes), answered(votes)
+    votes.vote(kept.id, "a")
+    clock.now += BATTLE_TTL_S + 1
+    votes.start("sft", "iter-0")
+    assert votes.vote(kept.id, "a").verdict == "a"
+    with pytest.raises(Refusal, match="does not exist"):
+        votes.vote(dropped.id, "a")
+
+
+def test_export_pairs_what_was_preferred_with_what_was_not(votes, clock, monkeypatch):
+    """More votes than the export reads at a time, many of them at the same moment; ties make no pair."""
+    monkeypatch.setattr("spin_ray.serving.votes._EXPORT_ROWS", 8)
+    verdicts = (["a"] * 3 + ["b", "tie", "both_bad"]) * 6
+    battles = [answered(votes) for _ in verdicts]
+    for number, (battle, verdict) in enumerate(zip(battles, verdicts, strict=True)):
+        clock.now += number % 7 == 0
+        votes.vote(battle.id, verdict)
+    pairs = list(votes.export())
+    assert len({pair["battle"] for pair in pairs}) == len(pairs) == 24
+    assert [pair["voted"] for pair in pairs] == sorted(pair["voted"] for pair in pairs)
+    assert {(pair["chosen_model"], pair["rejected_digest"]) for pair in pairs} == {
+        ("sft", "iter-0-digest"), ("iter-0", "sft-digest"),
+    }  # fmt: skip
+    first = next(pair for pair in pairs if pair["chosen_model"] == "sft")
+    assert first["chosen"] == [*QUESTION, {"role": "assistant", "content": "sft says"}]
+    assert first["rejected"] == [*QUESTION, {"role": "assistant", "content": "iter-0 says"}]
+    assert first["sampling"] == {"seed": 7} and first["chosen_finish_reason"] == "stop"
+
+
+def test_exported_pairs_are_data_for_this_package(votes, tmp_path):
+    votes.vote(answered(votes).id, "b")
+    file = tmp_path / "votes.jsonl"
+    file.write_text("".join(json.dumps(pair) + "\n" for pair in votes.export()))
+    (row,) = [row for piece in split([str(file)]) for row in read_slice(piece)]
+    data = DataConfig(train=str(file))
+    assert conversations_of(row.content, data) == [[*QUESTION, {"role": "assistant", "content": "iter-0 says"}]]
+    assert rejected_of(row.content, data) == [*QUESTION, {"role": "assistant", "content": "sft says"}]
+
+
+def test_text_that_no_database_column_takes_survives(votes):
+    """A lone surrogate and NUL, as JSON allows them in a request and a byte-level model in an answer."""
+    battle = votes.start("sft", "iter-0")
+    for alias in (battle.a, battle.b):
+        votes.record(alias, said(text="\ud800 and \0", messages=[{"role": "user", "content": "\udfff\0"}]))
+    votes.vote(battle.id, "a")
+    (pair,) = votes.export()
+    assert [message["content"] for message in pair["chosen"]] == ["\udfff\0", "\ud800 and \0"]
+
+
+def test_two_stores_share_a_file(votes, tmp_path, clock):
+    other = VoteStore(f"sqlite:///{tmp_path}/votes.sqlite", clock)
+    battle = answered(votes)
+    assert other.vote(battle.id, "a") == votes.vote(battle.id, "a")
+    other.close()
+
+
+@pytest.mark.parametrize(
+    ("url", "says"),
+    [
+        ("votes.sqlite", "not a database URL"),
+        ("nosuch://x/y", "not a database URL"),
+        ("sqlite:////no/such/folder/v", "unable to open"),
+    ],
+)
+def test_a_database_that_cannot_be_used_is_an_error_for_the_user(url, says):
+    with pytest.raises(UserError, match=says):
+        VoteStore(url)
+
+
+def test_aliases_name_a_side():
+    battle = Battle(id="0123456789abcdef01234567", seed=1, model_a="sft", model_b="iter-0")
+    assert parse_alias(battle.a) == (battle.id, "a") and parse_alias(battle.b) == (battle.id, "b")
+    for other in ("sft", "battle-x-a", f"{battle.a}x", f"battle-{battle.id}-c"):
+        with pytest.raises(LookupError):
+            parse_alias(other)
