@@ -223,6 +223,19 @@ class EvaluationConfig(Section):
     """Use only the first held-out rows."""
 
 
+class StopConfig(Section):
+    """Ends the run before ``iterations`` when the held-out distance between opponent and people stops falling.
+
+    The distance is ``jsd_lower_bound`` of each evaluation. It is what this model, trained for one iteration, could see:
+    a rule without a judge, to be read with the examples.
+    """
+
+    patience: Count = 1
+    """Iterations in a row without a new lowest distance before the run stops."""
+    min_fall: NonNegative = 0.0
+    """Nats by which a distance must be below the lowest so far to count as a fall."""
+
+
 class StorageConfig(Section):
     lease_timeout_s: Positive = 60
     """A driver that has not renewed its lease for so long counts as dead (on this host: once its process is gone)."""
@@ -260,6 +273,8 @@ class SpinConfig(Section):
     """How it is minimised."""
     evaluation: EvaluationConfig = EvaluationConfig()
     """What is measured on the held-out rows."""
+    stop_when: StopConfig | None = None
+    """A rule that ends the run early; ``{}`` takes its defaults, none when not set. May be changed between calls."""
     storage: StorageConfig = StorageConfig()
     """What is kept, and how one driver at a time is ensured."""
     cluster: ClusterConfig = ClusterConfig()
@@ -299,7 +314,7 @@ class IterationSettings(Section):
 
 
 _NOT_IDENTITY = (
-    "iterations", "cluster.", "storage.", "objective.beta", "train.learning_rate", "train.epochs",
+    "iterations", "stop_when", "cluster.", "storage.", "objective.beta", "train.learning_rate", "train.epochs",
     "train.max_failures", "train.checkpoint_every_steps", "train.sharding", "train.start_timeout_s",
     "train.resources.custom",
     "generation.replicas", "generation.start_timeout_s", "generation.shard_timeout_s", "generation.resources.custom",
@@ -340,6 +355,8 @@ def _impossible(config: SpinConfig) -> Iterator[str]:
         yield f"train.resources.gpus: {config.train.resources.gpus:g}; a train worker drives exactly one GPU, or none"
     if config.evaluation.answer_extractor != "none" and config.data.heldout is None:
         yield "evaluation.answer_extractor: needs data.heldout"
+    if config.stop_when is not None and config.data.heldout is None:
+        yield "stop_when: needs data.heldout"
     owned = {"model", "tokenizer", "dtype", "seed", "max_model_len", "generation_config", "skip_tokenizer_init"}
     owned |= {"trust_remote_code", "load_format", "enable_prefix_caching"}
     owned |= set(EngineConfig.model_fields)

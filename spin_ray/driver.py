@@ -15,7 +15,9 @@ from typing import Any
 
 from spin_ray.config import SpinConfig
 from spin_ray.engine import EngineSpec
+from spin_ray.history import read_evaluations
 from spin_ray.lease import Lease
+from spin_ray.measures import Evaluation, stop_evidence
 from spin_ray.model_folder import ModelFolder
 from spin_ray.preflight import Start, check_recipe
 from spin_ray.resources import check_fits, connect
@@ -75,11 +77,26 @@ def _spin(run: RunDir, config: SpinConfig, start: Start, lease: Lease) -> RunRes
         if start.heldout:
             evaluations.append(evaluation.run(run, config, iteration, player, opponent))
         run.publish(iteration)
+        if _should_stop(run, config, evaluations):
+            break
         if iteration < config.iterations:
             pairs.run(run, config, iteration)
             training.run(run, config, iteration, player)
         opponent = player
     return RunResult(run, player.path, evaluations)
+
+
+def _should_stop(run: RunDir, config: SpinConfig, evaluations: list[Evaluation]) -> bool:
+    """Applies ``stop_when``; the evidence goes to events.jsonl, once."""
+    rule = config.stop_when
+    evidence = stop_evidence(evaluations, rule.patience, rule.min_fall) if rule else None
+    if evidence is None:
+        return False
+    stopped = evaluations[-1]["iterate"]
+    if not any((event["event"], event["stage"]) == ("stop", stopped) for event in run.events()):
+        logger.warning("stopping after %s: %s", stopped, evidence["reason"])
+        run.event("stop", stopped, **evidence)
+    return True
 
 
 def _jobs(run: RunDir, config: SpinConfig, iteration: int, player: ModelFolder) -> list[generation.Job]:
@@ -115,6 +132,9 @@ def _engine_spec(config: SpinConfig, start: Start, player: ModelFolder) -> Engin
 
 def is_finished(run: RunDir, config: SpinConfig) -> bool:
     """Whether nothing is left to do, told without Ray."""
+    evaluations = read_evaluations(run, config)
+    if evaluations and run.latest() == evaluations[-1]["iterate"] and _should_stop(run, config, evaluations):
+        return True
     last = config.iterations
     evaluated = config.data.heldout is None or run.storage.exists(run.eval_path(last))
     return run.model(last).is_committed and evaluated and run.latest() == iterate_name(last)
