@@ -24,6 +24,7 @@ from spin_ray.resources import check_fits, connect
 from spin_ray.run_dir import RunDir, folder_digest, iterate_name
 from spin_ray.stages import evaluation, generation, pairs, prompts, training
 from spin_ray.storage import Storage
+from spin_ray.tracking import track
 
 logger = logging.getLogger(__name__)
 
@@ -77,6 +78,7 @@ def _spin(run: RunDir, config: SpinConfig, start: Start, lease: Lease) -> RunRes
         if start.heldout:
             evaluations.append(evaluation.run(run, config, iteration, player, opponent))
         run.publish(iteration)
+        track(run, config, iteration)
         if _should_stop(run, config, evaluations):
             break
         if iteration < config.iterations:

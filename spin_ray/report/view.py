@@ -11,7 +11,7 @@ from spin_ray.config import SpinConfig, flatten
 from spin_ray.errors import UserError
 from spin_ray.history import Example, Span, read_evaluations, read_examples, read_train_logs, spans
 from spin_ray.measures import BY_KEY, CONFIDENCE, Evaluation, warnings
-from spin_ray.report.secrets import hide, hide_in_text
+from spin_ray.redaction import hide, hide_in_text
 from spin_ray.run_dir import RunDir, iterate_name
 from spin_ray.storage import table_from_bytes
 

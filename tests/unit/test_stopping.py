@@ -35,7 +35,7 @@ def test_the_evidence_is_logged_once(stalled):
 
 
 def test_a_rule_needs_held_out_rows():
-    with pytest.raises(ValueError, match=r"stop_when: needs data\.heldout"):
+    with pytest.raises(ValueError, match=r"need data\.heldout"):
         SpinConfig.model_validate({"model": {"path": "m"}, "data": {"train": "d"}, "stop_when": {}})
 
 
