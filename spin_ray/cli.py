@@ -1,4 +1,4 @@
-"""The command line: spin-ray run | status | report | serve | compare | plan | doctor."""
+"""The command line: spin-ray run | status | report | export | serve | compare | plan | doctor."""
 
 import logging
 import os
@@ -63,6 +63,19 @@ def report(run_folders: tuple[str, ...], out: str | None) -> None:
 
     runs = [RunDir(Storage(folder)) for folder in run_folders]
     click.echo(write_report(runs, Path(out) if out else runs[0].storage.path("report.html")))
+
+
+@cli.command("export")
+@click.argument("run_folder", metavar="RUN")
+@click.option("--iterate", default="latest", show_default=True, help="2 (after two iterations), iter_001, sft, latest.")
+@click.option("--to", "target", required=True, help="An empty folder, or hub:OWNER/NAME.")
+def export_(run_folder: str, iterate: str, target: str) -> None:
+    """Copy an iterate with a model card to a folder or a Hugging Face hub."""
+    from spin_ray.export import export
+    from spin_ray.run_dir import RunDir
+    from spin_ray.storage import Storage
+
+    click.echo(export(RunDir(Storage(run_folder)), iterate, target))
 
 
 @cli.command(context_settings=_OVERRIDES)

@@ -365,6 +365,46 @@ class ServingConfig(Section):
     one machine on a disk of its own; ingress replicas on several machines need a database server."""
 
 
+class StopConfig(Section):
+    """Ends the run before ``iterations`` when the held-out distance between opponent and people stops falling.
+
+    The distance is ``jsd_lower_bound`` of each evaluation. It is what this model, trained for one iteration, could see:
+    a rule without a judge, to be read with the examples.
+    """
+
+    patience: Count = 1
+    """Iterations in a row without a new lowest distance before the run stops."""
+    min_fall: NonNegative = 0.0
+    """Nats by which a distance must be below the lowest so far to count as a fall."""
+
+
+class MlflowConfig(Section):
+    """Needs the package mlflow or mlflow-skinny (extra ``mlflow``)."""
+
+    uri: str | None = None
+    """Tracking server or folder. Not set: the folder ``mlruns`` of the run, which needs no server."""
+    experiment: str = "spin_ray"
+    """Holds one MLflow run for each run folder."""
+
+
+class WandbConfig(Section):
+    """Needs the package wandb (extra ``wandb``)."""
+
+    project: str = "spin_ray"
+    """Holds one W&B run for each run folder."""
+    mode: Literal["offline", "online"] = "offline"
+    """``offline`` writes to ``RUN/wandb``, for ``wandb sync``; ``online`` needs WANDB_API_KEY in the environment."""
+
+
+class TrackingConfig(Section):
+    tensorboard: bool = True
+    """Write event files to ``RUN/tensorboard``; ``tensorboard --logdir RUN`` shows them."""
+    mlflow: MlflowConfig | None = None
+    """Log to MLflow, too; ``{}`` takes its defaults."""
+    wandb: WandbConfig | None = None
+    """Log to Weights & Biases, too; ``{}`` takes its defaults."""
+
+
 class StorageConfig(Section):
     lease_timeout_s: Positive = 60
     """A driver that has not renewed its lease for so long counts as dead (on this host: once its process is gone)."""
@@ -412,6 +452,10 @@ class SpinConfig(Section):
     """When it stops by itself."""
     evaluation: EvaluationConfig = EvaluationConfig()
     """What is measured on the held-out rows."""
+    stop_when: StopConfig | None = None
+    """A rule that ends the run early; ``{}`` takes its defaults, none when not set. May be changed between calls."""
+    tracking: TrackingConfig = TrackingConfig()
+    """Where the numbers go beside the run folder."""
     serving: ServingConfig = ServingConfig()
     """How ``spin-ray serve`` answers; a run does not read it."""
     storage: StorageConfig = StorageConfig()
@@ -453,11 +497,9 @@ class IterationSettings(Section):
 
 
 _NOT_IDENTITY = (
-    "iterations", "cluster.", "storage.", "health.", "serving.", "objective.beta", "train.learning_rate",
-    "train.epochs",
-    "train.max_failures", "train.checkpoint_every_steps", "train.sharding", "train.reduce_every_pack",
-    "train.start_timeout_s",
-    "train.resources.custom",
+    "iterations", "stop_when", "tracking.", "cluster.", "storage.", "health.", "serving.",
+    "objective.beta", "train.learning_rate", "train.epochs", "train.max_failures", "train.checkpoint_every_steps",
+    "train.sharding", "train.reduce_every_pack", "train.start_timeout_s", "train.resources.custom",
     "generation.replicas", "generation.start_timeout_s", "generation.shard_timeout_s", "generation.resources.custom",
     "generation.engine.gpu_memory_utilization", "generation.engine.cpu_kv_cache_gib",
 )  # fmt: skip
@@ -506,6 +548,8 @@ def _impossible(config: SpinConfig) -> Iterator[str]:
         yield "generation.engine.extra.hf_token: would be written to run.json; give it by $HF_TOKEN"
     if config.evaluation.answer_extractor != "none" and config.data.heldout is None:
         yield "evaluation.answer_extractor: needs data.heldout"
+    if config.stop_when is not None and config.data.heldout is None:
+        yield "stop_when: patience and min_fall need data.heldout"
     yield from _impossible_for_algorithm(config)
     owned = {"model", "tokenizer", "dtype", "seed", "max_model_len", "generation_config", "skip_tokenizer_init"}
     owned |= {"trust_remote_code", "load_format", "enable_prefix_caching"}

@@ -10,14 +10,21 @@ prompts ─> [sft] ─> θ_0 ─┐
 What θ_t answers, how pairs come of it and what training minimises is the algorithm's (``spin_ray.algorithms``).
 """
 
+import logging
+
 from spin_ray.algorithms import ALGORITHMS, Algorithm, Turn
 from spin_ray.config import SpinConfig
 from spin_ray.engine import EngineSpec, StartEngine
+from spin_ray.history import evidence_to_stop
+from spin_ray.measures import Evaluation
 from spin_ray.model_folder import ModelFolder
 from spin_ray.preflight import Start
 from spin_ray.resources import check_fits, connect
 from spin_ray.run_dir import RunDir, folder_digest, iterate_name
 from spin_ray.stages import evaluation, generation, prompts, training
+from spin_ray.tracking import track
+
+logger = logging.getLogger(__name__)
 
 
 def spin(run: RunDir, config: SpinConfig, start: Start, start_engine: StartEngine) -> None:
@@ -34,15 +41,18 @@ def spin(run: RunDir, config: SpinConfig, start: Start, start_engine: StartEngin
         training.run_sft(run, config, start.model)
 
     player = first = _open_iterate(run, 0, start.model.pad_id) if config.sft else start.model
-    opponent = None
+    opponent, evaluations = None, []
     for iteration in range(config.iterations + 1):
         if iteration > 0:
             player = _open_iterate(run, iteration, start.model.pad_id)
         turn = Turn(run=run, config=config, start=start, iteration=iteration, player=player, first=first, play=play)
         play(player, _jobs(turn, algorithm))
         if start.heldout:
-            evaluation.run(run, config, iteration, player, opponent)
+            evaluations.append(evaluation.run(run, config, iteration, player, opponent))
         run.publish(iteration)
+        track(run, config, iteration)
+        if _should_stop(run, config, evaluations):
+            break
         if iteration < config.iterations:
             algorithm.make_pairs(turn)
             training.run(run, config, iteration, player, algorithm.objective(config, iteration))
@@ -56,6 +66,18 @@ def _prepare_prompts(run: RunDir, config: SpinConfig, start: Start) -> None:
         prompts.run(run, config, run.heldout, start.heldout, tokenizer, config.evaluation.max_rows)
     if start.questions:
         prompts.run(run, config, run.questions, start.questions, tokenizer, config.data.max_rows, labelled=False)
+
+
+def _should_stop(run: RunDir, config: SpinConfig, evaluations: list[Evaluation]) -> bool:
+    """Applies ``stop_when``; the evidence goes to events.jsonl, once."""
+    evidence = evidence_to_stop(config, evaluations)
+    if evidence is None:
+        return False
+    stopped = evaluations[-1]["iterate"]
+    if not any((event["event"], event["stage"]) == ("stop", stopped) for event in run.events()):
+        logger.warning("stopping after %s: %s", stopped, evidence["reason"])
+        run.event("stop", stopped, **evidence)
+    return True
 
 
 def _jobs(turn: Turn, algorithm: Algorithm) -> list[generation.Job]:

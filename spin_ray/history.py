@@ -15,7 +15,7 @@ import pyarrow.compute as pc
 from tokenizers import Tokenizer
 
 from spin_ray.config import SpinConfig
-from spin_ray.measures import Evaluation, row_margins
+from spin_ray.measures import Evaluation, row_margins, stop_evidence
 from spin_ray.rendering import load_tokenizer
 from spin_ray.run_dir import Artefact, RunDir, iterate_name, read_json_lines
 
@@ -59,6 +59,12 @@ def read_evaluations(run: RunDir, config: SpinConfig) -> list[Evaluation]:
     """``eval.json`` of every iterate that has one, θ_0 first."""
     paths = [run.eval_path(iterate) for iterate in range(config.iterations + 1)]
     return [json.loads(run.storage.read(path)) for path in paths if run.storage.exists(path)]
+
+
+def evidence_to_stop(config: SpinConfig, evaluations: list[Evaluation]) -> dict[str, Any] | None:
+    """Why ``stop_when`` ends the run after the last of ``evaluations``; None to go on."""
+    rule = config.stop_when
+    return stop_evidence(evaluations, rule.patience, rule.min_fall) if rule else None
 
 
 def read_train_logs(run: RunDir, config: SpinConfig) -> dict[str, list[dict[str, Any]]]:

@@ -7,10 +7,10 @@ from typing import Any, Self
 
 from spin_ray.config import SpinConfig
 from spin_ray.engine import StartEngine, VllmEngine
-from spin_ray.history import read_evaluations
+from spin_ray.history import evidence_to_stop, read_evaluations
 from spin_ray.lease import Lease
 from spin_ray.preflight import Inputs, check_recipe, find_inputs
-from spin_ray.run_dir import RunDir, iterate_name
+from spin_ray.run_dir import Artefact, RunDir, iterate_name, iterate_number
 from spin_ray.storage import Storage
 
 logger = logging.getLogger(__name__)
@@ -28,8 +28,8 @@ class RunResult:
 
     @classmethod
     def of(cls, run: RunDir, config: SpinConfig, inputs: Inputs) -> Self:
-        trained = run.model(config.iterations)
-        model = run.storage.path(trained.path) if trained.is_committed else inputs.model.path
+        latest = run.model(iterate_number(run.latest() or "sft"))
+        model = run.storage.path(latest.path) if latest.is_committed else inputs.model.path
         return cls(run, model, read_evaluations(run, config))
 
 
@@ -47,7 +47,8 @@ def run_spin(config: SpinConfig, out: str | Path, start_engine: StartEngine = Vl
         run = RunDir(lease.storage)
         if is_finished(run, config):
             run.begin(config, inputs.facts())
-            verify_models(run, config)
+            for model in _models(run, config):
+                model.verify()  # damage is named, also when nothing is left to do
             logger.info("%s: nothing left to do", storage.root)
         else:
             from spin_ray.driver import spin  # brings torch and Ray: seconds that a finished run need not wait
@@ -60,16 +61,19 @@ def run_spin(config: SpinConfig, out: str | Path, start_engine: StartEngine = Vl
 
 def is_finished(run: RunDir, config: SpinConfig) -> bool:
     """Whether nothing is left to do, told without Ray."""
-    last = config.iterations
-    evaluated = config.data.heldout is None or run.storage.exists(run.eval_path(last))
-    return run.model(last).is_committed and evaluated and run.latest() == iterate_name(last)
+    latest = run.latest()
+    if (
+        latest is None
+        or iterate_number(latest) > config.iterations
+        or not all(model.is_committed for model in _models(run, config))
+    ):
+        return False
+    evaluations = read_evaluations(run, config)
+    evaluated = config.data.heldout is None or (bool(evaluations) and evaluations[-1]["iterate"] == latest)
+    return evaluated and (latest == iterate_name(config.iterations) or bool(evidence_to_stop(config, evaluations)))
 
 
-def verify_models(run: RunDir, config: SpinConfig) -> None:
-    """Recomputes the digests of every iterate's files.
-
-    Raises:
-        RunDirError: a file is missing or damaged.
-    """
-    for iterate in range(0 if config.sft else 1, config.iterations + 1):
-        run.model(iterate).verify()
+def _models(run: RunDir, config: SpinConfig) -> list[Artefact]:
+    """Weights of every published iterate; θ_0's are not in the run without a warm-up."""
+    newest = iterate_number(run.latest() or "sft")
+    return [run.model(iterate) for iterate in range(0 if config.sft else 1, newest + 1)]

@@ -205,6 +205,27 @@ def warnings(evaluation: Evaluation, start: Evaluation | None = None) -> list[st
     return found
 
 
+def stop_evidence(evaluations: list[Evaluation], patience: int, min_fall: float) -> dict[str, Any] | None:
+    """Why to stop after the last of ``evaluations`` (of θ_0, θ_1, …); None to go on.
+
+    The evaluation of θ_t bounds the distance of its opponent θ_{t-1} from people. Example: 0.5, 0.2, 0.3 stops with
+    patience 1: θ_2 was further away than θ_1.
+    """
+    bound = BY_KEY["jsd_lower_bound"]
+    found = [(it["opponent"], value) for it in evaluations if (value := bound.of(it)) is not None]
+    earlier, recent = found[:-patience], found[-patience:]
+    if not earlier or min(value for _, value in recent) < min(value for _, value in earlier) - min_fall:
+        return None
+    closest = min(found, key=lambda it: it[1])[0]
+    return {
+        "reason": f"the held-out distance has not fallen for {patience} iteration(s); {closest} was closest to people",
+        "closest": closest,
+        "distances": dict(found),
+        "patience": patience,
+        "min_fall": min_fall,
+    }
+
+
 def as_markdown() -> str:
     """The table of the documentation."""
     lines = ["| measure | in eval.json | meaning | look out for |", "|---|---|---|---|"]

@@ -10,7 +10,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 logger = logging.getLogger(__name__)
 
-LINE_EVERY_S = 30
+LINE_EVERY_S = 60
 
 
 class StageProgress:

@@ -8,7 +8,8 @@ from rich.table import Table
 
 from spin_ray.config import SpinConfig
 from spin_ray.history import read_evaluations, read_examples, stage_seconds
-from spin_ray.run_dir import RunDir
+from spin_ray.measures import MEASURES, Evaluation, warnings
+from spin_ray.run_dir import RunDir, iterate_number
 
 EXAMPLES = 3
 
@@ -23,8 +24,9 @@ def print_summary(run: RunDir, console: Console) -> None:
         _print_examples(run, config, console)
     # Paths and errors are no markup: rich takes [/tmp/x] for the end of a style.
     console.print(f"Run:    {run.storage.root}", markup=False)
-    model = run.storage.path(run.model(config.iterations).path)
-    console.print(f"Model:  {model} (LATEST: {run.latest()})", markup=False)
+    latest = run.latest()
+    model = run.storage.path(run.model(iterate_number(latest) if latest else config.iterations).path)
+    console.print(f"Model:  {model} (LATEST: {latest})", markup=False)
     console.print(f"Go on:  spin-ray status {run.storage.root}", markup=False)
 
 
@@ -32,7 +34,12 @@ def print_status(run: RunDir, console: Console) -> None:
     """What is committed, what the last event was, and the measures so far."""
     config = run.config()
     events = run.events()
-    console.print(_iterates(read_evaluations(run, config)))
+    evaluations = read_evaluations(run, config)
+    console.print(_measures(evaluations))
+    for evaluation in evaluations:
+        for text in warnings(evaluation, evaluations[0] if evaluation is not evaluations[0] else None):
+            console.print(f"[yellow]Warning[/] {evaluation['iterate']}:", end=" ")
+            console.print(text, markup=False)
     console.print(_seconds(stage_seconds(run)))
     for event in events[-1:]:
         detail = {name: value for name, value in event.items() if name not in ("time", "event", "stage")}
@@ -58,6 +65,19 @@ def _iterates(evaluations: list[dict[str, Any]]) -> Table:
             _number(evaluation["truncation_rate"], 2),
             _number(evaluation["identical_share"], 2),
         )
+    return table
+
+
+def _measures(evaluations: list[Evaluation]) -> Table:
+    """Every measure that has a value, iterates side by side."""
+    table = Table(title="Held-out rows, fresh samples of each iterate")
+    table.add_column("measure")
+    for evaluation in evaluations:
+        table.add_column(evaluation["iterate"], justify="right", no_wrap=True)
+    for measure in MEASURES:
+        values = [measure.of(evaluation) for evaluation in evaluations]
+        if any(value is not None for value in values):
+            table.add_row(measure.title, *[_number(value, measure.digits) for value in values])
     return table
 
 

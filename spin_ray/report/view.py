@@ -11,7 +11,7 @@ from spin_ray.config import SpinConfig, flatten
 from spin_ray.errors import UserError
 from spin_ray.history import Example, Span, read_evaluations, read_examples, read_train_logs, spans
 from spin_ray.measures import BY_KEY, CONFIDENCE, Evaluation, warnings
-from spin_ray.report.secrets import hide, hide_in_text
+from spin_ray.redaction import hide, hide_in_text
 from spin_ray.run_dir import RunDir, iterate_name
 from spin_ray.storage import table_from_bytes
 
@@ -128,7 +128,7 @@ def read_view(run: RunDir, only_prompts: list[str] | None = None) -> RunView:
     found = [
         (evaluation["iterate"], text)
         for evaluation in evaluations
-        for text in warnings(evaluation, evaluations[0] if evaluation["iterate"] != "sft" else None)
+        for text in warnings(evaluation, evaluations[0] if evaluation is not evaluations[0] else None)
     ]
     return RunView(
         name=run.storage.root.name,
@@ -161,7 +161,7 @@ def _state(run: RunDir, config: SpinConfig, events: list[dict[str, Any]]) -> tup
     last = events[-1] if events else None
     if run.latest() == iterate_name(config.iterations):
         return "finished", ""
-    if any(event["event"] == "stop" for event in events):
+    if any(event["event"] == "stop" and event["stage"] == run.latest() for event in events):
         return "stopped by its rule", ""
     if last and last["event"] == "failure":
         return "failed", hide_in_text(f"{last['stage']}: {last.get('error', '')}")

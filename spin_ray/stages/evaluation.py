@@ -10,6 +10,7 @@ Two margins, both of θ_t against its opponent θ_{t-1}:
 """
 
 import json
+import logging
 import math
 import time
 from contextlib import suppress
@@ -27,12 +28,14 @@ from spin_ray.config import SpinConfig
 from spin_ray.learner.backends.base import BackendSettings
 from spin_ray.learner.backends.fsdp2 import Fsdp2Backend
 from spin_ray.learner.loop import PackShape, plan, score_rows
-from spin_ray.measures import distinct_ngrams, duplicate_share, row_margins, standard_error
+from spin_ray.measures import distinct_ngrams, duplicate_share, row_margins, standard_error, warnings
 from spin_ray.model_folder import ModelFolder
 from spin_ray.rendering import load_tokenizer
 from spin_ray.run_dir import Artefact, RunDir, part_name
 from spin_ray.types import PAIR_SCHEMA
 from spin_ray.workers import device, run_workers
+
+logger = logging.getLogger(__name__)
 
 SCORE_SCHEMA = pa.schema(
     [pa.field("pair_id", pa.string()), pa.field("model", pa.string())]
@@ -77,6 +80,10 @@ def run(
             result |= {"opponent": opponent.name} | margins
         counted |= {"rows": heldout.num_rows}
         run_dir.storage.replace(path, json.dumps(result, indent=1).encode())
+    start = json.loads(run_dir.storage.read(run_dir.eval_path(0))) if iterate else None
+    for text in warnings(result, start):
+        logger.warning("%s: %s", model.name, text)
+        run_dir.event("warning", model.name, text=text)
     return result
 
 

@@ -5,7 +5,15 @@ import math
 import numpy as np
 import pytest
 
-from spin_ray.measures import BY_KEY, MEASURES, distinct_ngrams, duplicate_share, standard_error, warnings
+from spin_ray.measures import (
+    BY_KEY,
+    MEASURES,
+    distinct_ngrams,
+    duplicate_share,
+    standard_error,
+    stop_evidence,
+    warnings,
+)
 
 HEALTHY = {
     "against_opponent": {"loss": 0.5, "margin": 1.0, "accuracy": 0.8, "generated_logp_drift": -1.0},
@@ -67,3 +75,36 @@ def test_a_healthy_iterate_gives_no_warning():
 def test_each_sign_of_collapse_is_named(change, words):
     [found] = warnings(HEALTHY | change, HEALTHY)
     assert words in found
+
+
+# When to stop
+
+
+def distances(*values: float | None) -> list[dict]:
+    """Evaluations of θ_0, θ_1, …; the first has no opponent."""
+    return [{"iterate": f"i{n}", "opponent": f"i{n - 1}", "jsd_lower_bound": value} for n, value in enumerate(values)]
+
+
+@pytest.mark.parametrize(
+    ("found", "patience", "min_fall", "stops"),
+    [
+        ((None,), 1, 0.0, False),
+        ((None, 0.5), 1, 0.0, False),  # nothing to compare with
+        ((None, 0.5, 0.2), 1, 0.0, False),
+        ((None, 0.5, 0.2, 0.3), 1, 0.0, True),
+        ((None, 0.5, 0.5), 1, 0.0, True),  # level is no fall
+        ((None, 0.5, 0.45), 1, 0.1, True),  # a fall, but a small one
+        ((None, 0.5, 0.2, 0.3), 2, 0.0, False),  # one bad iteration is forgiven
+        ((None, 0.2, 0.3, 0.3), 2, 0.0, True),
+        ((None, 0.2, 0.3, 0.1), 2, 0.0, False),
+    ],
+)
+def test_a_run_stops_when_the_distance_has_not_fallen_for_as_long_as_it_is_patient(found, patience, min_fall, stops):
+    assert (stop_evidence(distances(*found), patience, min_fall) is not None) == stops
+
+
+def test_the_evidence_names_the_iterate_that_was_closest():
+    """The evaluation of i2 measures its opponent i1."""
+    found = stop_evidence(distances(None, 0.5, 0.2, 0.3), patience=1, min_fall=0.0)
+    assert found["closest"] == "i1"
+    assert found["distances"] == {"i0": 0.5, "i1": 0.2, "i2": 0.3}

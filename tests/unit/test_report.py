@@ -7,9 +7,9 @@ import pytest
 from made_up_run import made_up_run
 
 from spin_ray.history import read_examples, spans
+from spin_ray.redaction import hide, hide_in_text
 from spin_ray.report import write_report
 from spin_ray.report.charts import MOST_POINTS, Series, gantt, line_chart
-from spin_ray.report.secrets import hide, hide_in_text
 from spin_ray.report.view import read_view
 from spin_ray.run_dir import RunDir
 from spin_ray.storage import Storage

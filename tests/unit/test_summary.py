@@ -76,9 +76,18 @@ def write_example(run: RunDir, prompt: str, human: str, answers: dict[int, list[
 def test_iterates_are_side_by_side_with_their_measures(run):
     write_evaluation(run, 0, against_opponent={}, answer_accuracy=None)
     write_evaluation(run, 1)
-    text = printed(print_status, run)
+    text = printed(print_summary, run)
     assert row_of(text, "iter_000") == ["iter_000", "0.6931", "-0.123", "0.75", "0.500", "12.3", "10.0", "0.25", "0.00"]
     assert row_of(text, "sft") == ["sft", "–", "–", "–", "–", "12.3", "10.0", "0.25", "0.00"]
+
+
+def test_status_has_a_row_for_each_measure_and_names_what_is_wrong(run):
+    write_evaluation(run, 0, against_opponent={}, identical_share=0.9)
+    write_evaluation(run, 1)
+    text = printed(print_status, run)
+    assert row_of(text, "held-out loss") == ["held-out loss", "–", "0.6931"]
+    assert "KL to the opponent" not in text
+    assert "Warning sft: 90% of y′ equal y" in text
 
 
 def test_evaluations_come_in_the_order_of_the_iterates_and_missing_ones_are_left_out(run):

@@ -1,4 +1,4 @@
-"""Keeps credentials out of a page that is made to be passed on."""
+"""Keeps credentials out of what is passed on: reports, model cards, tracking systems."""
 
 import re
 from typing import Any

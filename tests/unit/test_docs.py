@@ -1,0 +1,13 @@
+"""What the documentation says of the code is what the code says."""
+
+from pathlib import Path
+
+from spin_ray.measures import as_markdown
+
+DOCS = Path(__file__).parents[2] / "docs"
+
+
+def test_the_table_of_measures_is_the_one_in_the_code():
+    text = (DOCS / "reading-a-run.md").read_text(encoding="utf-8")
+    table = text.partition('as_markdown())" -->\n')[2].partition("<!-- end of measures -->")[0]
+    assert table == as_markdown()

@@ -1,0 +1,76 @@
+"""An iterate to pass on, and the card that goes with it."""
+
+import shutil
+from pathlib import Path
+
+import pytest
+import yaml
+from made_up_run import TINY, made_up_run
+
+from spin_ray.errors import ConfigError, RunDirError
+from spin_ray.export import export, model_card
+from spin_ray.model_folder import folder_entries, open_model
+from spin_ray.run_dir import MANIFEST, Manifest
+
+
+@pytest.fixture
+def run(tmp_path):
+    """Two iterations; iter_001 has a model."""
+    run = made_up_run(tmp_path / "run", generation={"engine": {"extra": {"hf_token": "SECRETSECRET"}}})
+    folder = run.storage.path(run.model(2).path)
+    shutil.copytree(TINY, folder)
+    (folder / MANIFEST).write_bytes(Manifest.of(folder_entries(folder), {}, {}).to_bytes())
+    return run
+
+
+@pytest.mark.parametrize("iterate", ["2", "iter_001", "latest"])
+def test_an_exported_iterate_is_a_model_folder_with_a_card(run, tmp_path, iterate):
+    folder = Path(export(run, iterate, str(tmp_path / "out")))
+    open_model(folder, "exported")
+    assert (folder / "README.md").read_text() == model_card(run, 2)
+    assert not (folder / MANIFEST).exists()
+
+
+def test_the_card_names_base_data_and_results_in_the_hubs_form(run):
+    text = model_card(run, 2)
+    metadata = yaml.safe_load(text.split("---")[1])
+    assert metadata["base_model"] == "m"
+    metrics = {it["type"]: it["value"] for it in metadata["model-index"][0]["results"][0]["metrics"]}
+    assert metrics["answer_accuracy"] == 0.45
+    assert "by 2 iteration(s) of SPIN" in text
+    assert "| answer accuracy | 0.450 ± 0.039 |" in text
+    assert "SECRET" not in text
+
+
+def test_the_hubs_own_reader_understands_the_card(run):
+    huggingface_hub = pytest.importorskip("huggingface_hub")
+    data = huggingface_hub.ModelCard(model_card(run, 2)).data
+    assert data.library_name == "transformers"
+    assert {result.metric_type for result in data.eval_results} >= {"answer_accuracy", "against_opponent.loss"}
+
+
+def test_a_damaged_model_is_not_exported(run, tmp_path):
+    with (run.storage.path(run.model(2).path) / "config.json").open("a") as file:
+        file.write(" ")
+    with pytest.raises(RunDirError, match="differs from its digest"):
+        export(run, "2", str(tmp_path / "out"))
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("iterate", ["1", "3", "iter_007", "best", "-1"])
+def test_an_iterate_that_is_not_there_is_an_error_that_names_those_that_are(run, tmp_path, iterate):
+    with pytest.raises(RunDirError, match=f"has no iterate {iterate}; it has iter_001"):
+        export(run, iterate, str(tmp_path / "out"))
+
+
+def test_nothing_is_written_over(run, tmp_path):
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "notes.txt").write_text("mine")
+    with pytest.raises(ConfigError, match="is not empty"):
+        export(run, "2", str(tmp_path / "out"))
+    assert [file.name for file in (tmp_path / "out").iterdir()] == ["notes.txt"]
+
+
+def test_the_command_says_where_it_is(call, run, tmp_path):
+    code, out, _ = call("export", run.storage.root, "--iterate", "2", "--to", tmp_path / "out")
+    assert (code, out.strip()) == (0, str(tmp_path / "out"))
