@@ -119,8 +119,9 @@ class SamplingConfig(Section):
 class EngineConfig(Section):
     """vLLM's engine arguments. ``max_model_len`` is ``model.max_length``; sampling is never the model folder's."""
 
-    dtype: Literal["bfloat16", "float16", "float32"] = "bfloat16"
-    """Of weights and computation; it shifts the sampled distribution a little. The trainer has ``train.precision``."""
+    dtype: Literal["auto", "bfloat16", "float16", "float32"] = "auto"
+    """Of weights and computation. ``auto`` is that of ``train.precision``, so that what plays is what was trained:
+    fewer bits round small updates away, and θ_t then plays like θ_{t-1}."""
     tensor_parallel_size: Count = 1
     """GPUs per engine (one node); ``generation.resources.gpus`` must equal it when GPUs are used."""
     max_num_seqs: Count = 256
@@ -469,6 +470,12 @@ class SpinConfig(Section):
         if problems:
             raise ValueError("\n".join(problems))
         return self
+
+    def decided(self, engine: EngineConfig) -> EngineConfig:
+        """The engine's settings without ``auto``."""
+        if engine.dtype != "auto":
+            return engine
+        return engine.model_copy(update={"dtype": "bfloat16" if self.train.precision == "bf16" else "float32"})
 
     def at(self, iteration: int) -> IterationSettings:
         """The values that a list may give each iteration its own of."""

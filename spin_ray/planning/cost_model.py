@@ -96,7 +96,7 @@ def generation_cost(
     A decode step of c responses reads the weights and their keys and values once, and computes c tokens; a shard's
     last steps belong to its longest response alone.
     """
-    settings, engine = config.generation, config.generation.engine
+    settings, engine = config.generation, config.decided(config.generation.engine)
     per_shard = max(1, settings.shard_rows // settings.samples_per_prompt) * settings.samples_per_prompt
     responses = [prompts * settings.samples_per_prompt for prompts in jobs]
     rounds = ceil(sum(ceil(count / per_shard) for count in responses) / settings.replicas)
@@ -145,7 +145,7 @@ def _seats(config: SpinConfig, shape: ModelShape, device: Hardware, work: Work, 
 
     vLLM refuses to start unless one response of ``max_length`` fits the cache.
     """
-    engine, on_gpu = config.generation.engine, bool(config.generation.resources.gpus)
+    engine, on_gpu = config.decided(config.generation.engine), bool(config.generation.resources.gpus)
     dtype_bytes = 4 if engine.dtype == "float32" else 2
     weights = dtype_bytes * shape.parameters / engine.tensor_parallel_size
     kv = shape.kv_bytes(dtype_bytes) / engine.tensor_parallel_size

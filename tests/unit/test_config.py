@@ -424,3 +424,14 @@ def test_any_override_is_a_config_or_a_config_error(tmp_path_factory, text):
             load_config(path, {key: text})
         except ConfigError:
             continue
+
+
+@pytest.mark.parametrize(
+    ("precision", "dtype", "decided"),
+    [("fp32", "auto", "float32"), ("bf16", "auto", "bfloat16"), ("fp32", "bfloat16", "bfloat16")],
+)
+def test_the_engine_computes_in_the_precision_of_training_unless_told_otherwise(precision, dtype, decided):
+    """Rounded to fewer bits than it was trained in, θ_t would play like θ_{t-1} after small updates."""
+    sections = {"train": {"precision": precision}, "generation": {"engine": {"dtype": dtype}}}
+    config = parse_config({"model": {"path": "m"}, "data": {"train": "d"}, **sections}, source="r.yaml")
+    assert config.decided(config.generation.engine).dtype == decided

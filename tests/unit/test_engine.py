@@ -58,7 +58,7 @@ def spec_of(max_length: int = 512, trust_remote_code: bool = False, **engine: An
 
 def test_vllm_is_started_with_these_arguments_and_no_others(vllm):
     """Sampling never comes from the model folder, nothing is cached between calls, and only safetensors are read."""
-    VllmEngine(spec_of(max_num_seqs=64, enforce_eager=True))
+    VllmEngine(spec_of(dtype="bfloat16", max_num_seqs=64, enforce_eager=True))
     assert vllm["arguments"] == {
         "model": "/models/sft", "max_model_len": 512, "dtype": "bfloat16", "tensor_parallel_size": 1,
         "max_num_seqs": 64, "gpu_memory_utilization": 0.9, "enforce_eager": True, "trust_remote_code": False,

@@ -4,9 +4,11 @@ import pytest
 from made_up_run import made_up_run
 
 from spin_ray.config import SpinConfig
-from spin_ray.driver import _should_stop, is_finished
+from spin_ray.driver import _should_stop
 from spin_ray.history import read_evaluations
+from spin_ray.launch import is_finished
 from spin_ray.report.view import read_view
+from spin_ray.run_dir import iterate_number
 
 
 @pytest.fixture
@@ -16,7 +18,10 @@ def stalled(tmp_path):
 
 
 def test_a_run_whose_distance_stopped_falling_is_finished(stalled):
+    for iterate in range(1, iterate_number(stalled.latest()) + 1):
+        stalled.model(iterate).commit({}, {}, {})
     assert is_finished(stalled, stalled.config())
+    _should_stop(stalled, stalled.config(), read_evaluations(stalled, stalled.config()))
     assert read_view(stalled).state == "stopped by its rule"
 
 
