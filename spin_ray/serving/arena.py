@@ -29,7 +29,7 @@ from spin_ray.serving.bodies import ChatBody, Sampling, plain
 from spin_ray.serving.errors import Refusal
 from spin_ray.serving.names import Names
 from spin_ray.serving.ratings import Pairing, Rating
-from spin_ray.serving.votes import BATTLE_TTL_S, Answer, Verdict, VoteStore
+from spin_ray.serving.votes import BATTLE_TTL_S, Answer, Verdict, VoteStore, is_side
 
 logger = logging.getLogger(__name__)
 
@@ -139,6 +139,8 @@ def _draw(models: list[str] | None, names: Names) -> tuple[str, str]:
             raise Refusal(409, "A comparison needs two iterates that serve; there are fewer now")
         first, second = _random.sample(names.iterates, 2)
         return first, second
+    if any(is_side(model) for model in models):
+        raise Refusal(404, "models: a name that is hidden until the vote cannot be drawn again", param="models")
     first, second = _random.sample([names.resolve(model) for model in models], 2)
     if first == second:
         raise Refusal(409, f"Both names stand for {first}; a comparison needs two iterates")

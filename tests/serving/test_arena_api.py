@@ -138,6 +138,9 @@ def test_a_hidden_name_cannot_be_asked_where_answers_tell_names(client):
     compared = {"models": [battle["a"], "sft"], "messages": ASKED["messages"]}
     answer = client.post("/v1/compare", json=compared)
     assert answer.status_code == 400 and "hidden until the vote" in answer.text
+    for other in SAYS:  # "both names stand for" would tell
+        answer = client.post("/v1/battles", json={"models": [battle["a"], other]})
+        assert answer.status_code == 404 and "hidden until the vote" in answer.text
 
 
 def test_votes_that_cannot_count_are_told_why(client):
