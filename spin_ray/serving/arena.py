@@ -29,13 +29,13 @@ from spin_ray.serving.bodies import ChatBody, Sampling, plain
 from spin_ray.serving.errors import Refusal
 from spin_ray.serving.names import Names
 from spin_ray.serving.ratings import Pairing, Rating
-from spin_ray.serving.votes import BATTLE_TTL_S, Answer, Verdict, VoteStore
+from spin_ray.serving.votes import BATTLE_TTL_S, Answer, Verdict, VoteStore, is_side
 
 logger = logging.getLogger(__name__)
 
 STATIC = Path(__file__).parent / "static"
-PAGE = {"/": "index.html", "/arena.css": "arena.css", "/arena.js": "arena.js", "/arena.svg": "arena.svg"}
-"""What a browser may load before it has a key."""
+FILES = ("arena.css", "arena.js", "api.js", "leaderboard.js", "arena.svg")
+"""Beside ``index.html``; a browser may load them before it has a key."""
 _SAMPLING = {*Sampling.model_fields, "max_completion_tokens"}
 _random = random.SystemRandom()
 
@@ -85,7 +85,7 @@ class Leaderboard(BaseModel):
 def router(votes: VoteStore, names: Names) -> APIRouter:
     """The routes of the arena, for an application that serves ``/v1/chat/completions`` and ``/v1/models`` itself."""
     routes = APIRouter(tags=["arena"])
-    for path, file in PAGE.items():
+    for path, file in [("/", "index.html"), *((f"/{file}", file) for file in FILES)]:
         routes.add_api_route(path, _file(file), response_class=FileResponse, include_in_schema=False)
 
     @routes.post("/v1/battles", responses={409: {"description": "Fewer than two iterates serve"}})
@@ -139,6 +139,8 @@ def _draw(models: list[str] | None, names: Names) -> tuple[str, str]:
             raise Refusal(409, "A comparison needs two iterates that serve; there are fewer now")
         first, second = _random.sample(names.iterates, 2)
         return first, second
+    if any(is_side(model) for model in models):
+        raise Refusal(404, "models: a name that is hidden until the vote cannot be drawn again", param="models")
     first, second = _random.sample([names.resolve(model) for model in models], 2)
     if first == second:
         raise Refusal(409, f"Both names stand for {first}; a comparison needs two iterates")

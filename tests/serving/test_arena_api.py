@@ -2,6 +2,7 @@
 
 import asyncio
 import json
+import re
 import socket
 import subprocess
 import sys
@@ -16,6 +17,7 @@ from arena_app import SAYS, digest, make, says
 from fastapi.testclient import TestClient
 
 from spin_ray.serving import arena
+from spin_ray.serving.access import Key
 from spin_ray.serving.bodies import ChatBody
 from spin_ray.serving.votes import VoteStore
 
@@ -56,6 +58,24 @@ def test_a_blind_comparison_from_draw_to_leaderboard_and_export(client):
     assert pair["rejected"][-1]["content"] == SAYS[vote["b"]["model"]]
     assert pair["chosen"][:-1] == ASKED["messages"]
     assert pair["sampling"] == {"temperature": 0.8, "seed": 3}
+
+
+def test_the_page_is_whole_without_a_key_and_asks_no_other_host(votes):
+    """Every file that the page and its modules name is served; none is elsewhere, inline, or makes markup of text."""
+    client = TestClient(make(votes, keys=[Key("alice", "0" * 64, None)]))
+    assert client.get("/v1/models").status_code == 401
+    wanted, seen = ["/"], {}
+    while wanted:
+        path = wanted.pop()
+        seen[path] = client.get(path).raise_for_status()
+        named = re.findall(r'(?:src|href)="(?!#)\.?(.*?)"|from "\.(.*?)"', seen[path].text)
+        wanted += {one or other for one, other in named} - set(seen)
+    assert set(seen) == {"/", *(f"/{file}" for file in arena.FILES)}
+    text = "".join(response.text for response in seen.values())
+    assert not re.search(
+        r"innerHTML|outerHTML|insertAdjacentHTML|document\.write|<style|style=|\bon\w+=\"|@import|eval\(", text
+    )
+    assert "default-src 'self'" in seen["/"].headers["content-security-policy"]
 
 
 def test_nothing_names_an_iterate_before_the_vote(client):
@@ -118,6 +138,9 @@ def test_a_hidden_name_cannot_be_asked_where_answers_tell_names(client):
     compared = {"models": [battle["a"], "sft"], "messages": ASKED["messages"]}
     answer = client.post("/v1/compare", json=compared)
     assert answer.status_code == 400 and "hidden until the vote" in answer.text
+    for other in SAYS:  # "both names stand for" would tell
+        answer = client.post("/v1/battles", json={"models": [battle["a"], other]})
+        assert answer.status_code == 404 and "hidden until the vote" in answer.text
 
 
 def test_votes_that_cannot_count_are_told_why(client):

@@ -63,7 +63,7 @@ def open_page(browser):
     contexts = []
 
     def open_page(url: str, **settings: object) -> Page:
-        context = browser.new_context(**({"viewport": {"width": 1180, "height": 900}} | settings))
+        context = browser.new_context(**({"viewport": {"width": 1180, "height": 760}} | settings))
         contexts.append(context)
         page = context.new_page()
         page.on("pageerror", lambda error: problems.append(str(error)))

@@ -1,86 +1,13 @@
 // The arena page: asks two iterates, streams both answers, takes the vote. What models say is only ever set as text.
 
+import { KEY, Refused, call, streamed } from "./api.js";
+import { download, loadLeaderboard } from "./leaderboard.js";
+
 const $ = (selector) => document.querySelector(selector);
-const KEY = "spin_ray.api_key";
 const BLIND_ANY = "";
 const VERDICTS = { a: "A is better", b: "B is better", tie: "a tie", both_bad: "both bad" };
-const SVG = "http://www.w3.org/2000/svg";
 
 const page = { models: [], battle: null, stopper: null };
-
-// --- The API ---------------------------------------------------------------------------------------------------------
-
-/** A request that failed, told in words. */
-class Refused extends Error {
-  constructor(message, status = 0) {
-    super(message);
-    this.status = status;
-  }
-}
-
-async function call(path, body, signal) {
-  const headers = {};
-  const key = sessionStorage.getItem(KEY);
-  if (key) headers.Authorization = `Bearer ${key}`;
-  if (body) headers["Content-Type"] = "application/json";
-  let response;
-  try {
-    response = await fetch(path, { method: body ? "POST" : "GET", headers, body: body && JSON.stringify(body), signal });
-  } catch (error) {
-    if (error.name === "AbortError") throw error;
-    throw new Refused("The server cannot be reached. Is it still running?");
-  }
-  if (response.ok) return response;
-  if (response.status === 401) askForKey();
-  throw new Refused(await reasonOf(response), response.status);
-}
-
-/** What the server says went wrong, in OpenAI's form of an error; a proxy before it may have another one. */
-async function reasonOf(response) {
-  const wait = response.headers.get("Retry-After");
-  const again = wait ? ` (in ${wait} s)` : "";
-  const said = await response.json().catch(() => ({}));
-  return (said.error?.message ?? `The server answered with status ${response.status}`) + again;
-}
-
-/** Yields the text of a chat completion as it comes; returns why it ended. */
-async function* streamed(request, signal) {
-  const response = await call("/v1/chat/completions", { ...request, stream: true }, signal);
-  let buffered = "";
-  let ended = null;
-  for await (const piece of decoded(response.body)) {
-    const lines = (buffered + piece).split("\n");
-    buffered = lines.pop();
-    for (const line of lines) {
-      if (!line.startsWith("data:")) continue;
-      const data = line.slice(5).trim();
-      if (data === "[DONE]") {
-        if (ended) return ended;
-        throw new Refused("The server broke the answer off.");
-      }
-      const event = JSON.parse(data);
-      if (event.error) throw new Refused(event.error.message ?? "The server broke the answer off.");
-      const choice = event.choices?.[0];
-      if (choice?.delta?.content) yield choice.delta.content;
-      ended = choice?.finish_reason ?? ended;
-    }
-  }
-  throw new Refused("The connection broke off in the middle of the answer.");
-}
-
-async function* decoded(body) {
-  const reader = body.pipeThrough(new TextDecoderStream()).getReader();
-  try {
-    for (;;) {
-      const { value, done } = await reader.read();
-      if (done) return;
-      yield value;
-    }
-  } catch (error) {
-    if (error.name === "AbortError") throw error;
-    throw new Refused("The connection broke off in the middle of the answer.");
-  }
-}
 
 // --- Messages and the key --------------------------------------------------------------------------------------------
 
@@ -280,122 +207,10 @@ function again() {
   guarded(loadModels)(); // a run that still trains may have published another one
 }
 
-// --- The leaderboard -------------------------------------------------------------------------------------------------
-
-async function loadLeaderboard() {
-  showError(null);
-  const board = await (await call("/v1/leaderboard")).json();
-  const some = board.votes > 0;
-  $("#votes-counted").textContent = some
-    ? `${board.votes} ${board.votes === 1 ? "vote" : "votes"} so far.`
-    : "No votes yet. Compare two answers and vote: ratings appear here.";
-  for (const id of ["#ratings-card", "#pairs-card", "#method"]) $(id).hidden = !some;
-  const low = Math.min(...board.ratings.map((row) => row.low));
-  const high = Math.max(...board.ratings.map((row) => row.high));
-  const names = namer(board.ratings);
-  fill("#ratings", board.ratings, (row) => [
-    iterate(row.model, row.digest, names),
-    cell(Math.round(row.rating), "n"),
-    cell(intervalChart(row, low, high), "plot"),
-    cell(row.wins, "n"),
-    cell(row.losses, "n"),
-    cell(row.ties, "n"),
-  ]);
-  fill("#pairs", board.pairs, (row) => [
-    iterate(row.a, row.a_digest, names),
-    cell(row.a_wins, "n"),
-    cell(shareChart(row), "plot"),
-    cell(row.b_wins, "n"),
-    iterate(row.b, row.b_digest, names),
-    cell(row.ties, "n"),
-    cell(row.both_bad, "n"),
-  ]);
-}
-
-/** Digests are shown where one name stands for two checkpoints. */
-function namer(rows) {
-  const seen = rows.map((row) => row.model);
-  return (model) => seen.indexOf(model) !== seen.lastIndexOf(model);
-}
-
-function fill(table, rows, cells) {
-  $(`${table} tbody`).replaceChildren(
-    ...rows.map((row) => {
-      const line = document.createElement("tr");
-      line.append(...cells(row));
-      return line;
-    }),
-  );
-}
-
-function iterate(model, digest, ambiguous) {
-  const head = document.createElement("th");
-  head.scope = "row";
-  head.textContent = model;
-  head.title = `checkpoint ${digest}`;
-  if (ambiguous(model)) {
-    const small = head.appendChild(document.createElement("span"));
-    small.className = "digest";
-    small.textContent = digest.slice(0, 12);
-  }
-  return head;
-}
-
-function cell(content, kind) {
-  const data = document.createElement("td");
-  data.className = kind;
-  data.append(content);
-  return data;
-}
-
-function chart(label, shapes) {
-  const drawing = document.createElementNS(SVG, "svg");
-  drawing.setAttribute("class", "chart");
-  drawing.setAttribute("role", "img");
-  drawing.setAttribute("aria-label", label);
-  for (const [kind, attributes] of shapes) {
-    const shape = drawing.appendChild(document.createElementNS(SVG, kind));
-    for (const [name, value] of Object.entries(attributes)) shape.setAttribute(name, value);
-  }
-  return drawing;
-}
-
-function intervalChart(row, low, high) {
-  const at = (rating) => `${high > low ? 2 + (96 * (rating - low)) / (high - low) : 50}%`;
-  return chart(`${Math.round(row.low)} to ${Math.round(row.high)}`, [
-    ["line", { x1: "0", x2: "100%", y1: "50%", y2: "50%", class: "axis" }],
-    ["line", { x1: at(row.low), x2: at(row.high), y1: "50%", y2: "50%", class: "range" }],
-    ["circle", { cx: at(row.rating), cy: "50%", r: "5", class: "point" }],
-  ]);
-}
-
-function shareChart(row) {
-  const shares = [
-    [row.a_wins, "share-a"],
-    [row.ties + row.both_bad, "share-tie"],
-    [row.b_wins, "share-b"],
-  ];
-  const total = shares.reduce((sum, [count]) => sum + count, 0);
-  let start = 0;
-  const bars = shares.map(([count, kind]) => {
-    const bar = ["rect", { x: `${start}%`, width: `${(100 * count) / total}%`, y: "35%", height: "30%", class: kind }];
-    start += (100 * count) / total;
-    return bar;
-  });
-  return chart(`${row.a_wins} to ${row.b_wins}, ${row.ties + row.both_bad} undecided`, bars);
-}
-
-async function download() {
-  const link = document.createElement("a");
-  link.href = URL.createObjectURL(await (await call("/v1/votes/export")).blob());
-  link.download = "votes.jsonl";
-  link.click();
-  URL.revokeObjectURL(link.href);
-}
-
 // --- Pages and keys --------------------------------------------------------------------------------------------------
 
 async function openPage() {
+  showError(null);
   const here = location.hash === "#leaderboard" ? "leaderboard" : "compare";
   for (const name of ["compare", "leaderboard"]) {
     $(`#${name}`).hidden = name !== here;
@@ -436,6 +251,7 @@ for (const radio of document.querySelectorAll("[name=mode]")) radio.addEventList
 for (const button of document.querySelectorAll("[data-verdict]"))
   button.addEventListener("click", () => vote(button.dataset.verdict));
 document.addEventListener("keydown", pressed);
+document.addEventListener("key-needed", askForKey);
 addEventListener("hashchange", openPage);
 reset();
 openPage();

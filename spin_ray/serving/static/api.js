@@ -1,0 +1,75 @@
+// Requests to the server, with the key of this tab; what fails is told in words. A refused key is an event of the document.
+
+export const KEY = "spin_ray.api_key";
+
+/** A request that failed, told in words. */
+export class Refused extends Error {
+  constructor(message, status = 0) {
+    super(message);
+    this.status = status;
+  }
+}
+
+export async function call(path, body, signal) {
+  const headers = {};
+  const key = sessionStorage.getItem(KEY);
+  if (key) headers.Authorization = `Bearer ${key}`;
+  if (body) headers["Content-Type"] = "application/json";
+  let response;
+  try {
+    response = await fetch(path, { method: body ? "POST" : "GET", headers, body: body && JSON.stringify(body), signal });
+  } catch (error) {
+    if (error.name === "AbortError") throw error;
+    throw new Refused("The server cannot be reached. Is it still running?");
+  }
+  if (response.ok) return response;
+  if (response.status === 401) document.dispatchEvent(new Event("key-needed"));
+  throw new Refused(await reasonOf(response), response.status);
+}
+
+/** What the server says went wrong, in OpenAI's form of an error; a proxy before it may have another one. */
+async function reasonOf(response) {
+  const wait = response.headers.get("Retry-After");
+  const again = wait ? ` (in ${wait} s)` : "";
+  const said = await response.json().catch(() => ({}));
+  return (said.error?.message ?? `The server answered with status ${response.status}`) + again;
+}
+
+/** Yields the text of a chat completion as it comes; returns why it ended. */
+export async function* streamed(request, signal) {
+  const response = await call("/v1/chat/completions", { ...request, stream: true }, signal);
+  let buffered = "";
+  let ended = null;
+  for await (const piece of decoded(response.body)) {
+    const lines = (buffered + piece).split("\n");
+    buffered = lines.pop();
+    for (const line of lines) {
+      if (!line.startsWith("data:")) continue;
+      const data = line.slice(5).trim();
+      if (data === "[DONE]") {
+        if (ended) return ended;
+        throw new Refused("The server broke the answer off.");
+      }
+      const event = JSON.parse(data);
+      if (event.error) throw new Refused(event.error.message ?? "The server broke the answer off.");
+      const choice = event.choices?.[0];
+      if (choice?.delta?.content) yield choice.delta.content;
+      ended = choice?.finish_reason ?? ended;
+    }
+  }
+  throw new Refused("The connection broke off in the middle of the answer.");
+}
+
+async function* decoded(body) {
+  const reader = body.pipeThrough(new TextDecoderStream()).getReader();
+  try {
+    for (;;) {
+      const { value, done } = await reader.read();
+      if (done) return;
+      yield value;
+    }
+  } catch (error) {
+    if (error.name === "AbortError") throw error;
+    throw new Refused("The connection broke off in the middle of the answer.");
+  }
+}
