@@ -125,10 +125,10 @@ def result(directory: Path, name: str) -> dict[str, Any]:
 
 @pytest.mark.parametrize("case", CASES)
 def test_deepspeed_trains_as_fsdp2_does(directory: Path, case: str) -> None:
-    """fp32 agrees to rounding; where gradients are tiny, RMSProp makes whole steps (0.01) of it. bf16 rounds
-    activations in another order, so its gradients differ in the last bits that bf16 has (1/256).
+    """They agree to rounding, in bf16 too; where gradients are tiny, RMSProp makes whole steps (0.01) of it. Adapters
+    start from random numbers that bf16 does not hold, and which DeepSpeed rounds.
     """
-    relative, absolute = (1e-4, 1e-3) if "fp32" in case else (0.05, 0.03)
+    relative, absolute = (5e-3, 0.02) if "lora" in case else (1e-4, 1e-3)
     expected = result(directory, f"{case} fsdp2 0")["history"]
     for rank in (0, 1):
         found = result(directory, f"{case} deepspeed {rank}")["history"]

@@ -13,7 +13,7 @@ import jsonschema
 import pytest
 import yaml
 
-from spin_ray.config import load_config
+from spin_ray.config import load_config, override
 from spin_ray.resources import _placeable, demands
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -234,13 +234,21 @@ def test_the_service_imports_an_application_that_is_there() -> None:
     config = yaml.safe_load(ray_object("rayservice")["spec"]["serveConfigV2"])
     (application,) = config["applications"]
     module, _, function = application["import_path"].partition(":")
-    if find_spec("spin_ray.serving") is None:
-        pytest.skip("this tree has no serving yet")
     spec = find_spec(module)
     assert spec is not None and spec.origin is not None
     assert re.search(rf"^def {function}\(|^{function} =", Path(spec.origin).read_text(), re.MULTILINE)
     ports = [port["containerPort"] for container in containers("rayservice") for port in container["ports"]]
     assert config["http_options"]["port"] in ports
+
+
+def test_the_service_s_settings_exist_and_its_engines_fit() -> None:
+    """Twice as many as are named: a swap starts the new engine before the old one goes."""
+    (application,) = yaml.safe_load(ray_object("rayservice")["spec"]["serveConfigV2"])["applications"]
+    settings = {key: json.dumps(value) for key, value in application["args"].items() if key != "run"}
+    serving = override(load_config(ROOT / "jobs" / "recipes" / "zephyr_7b.yaml"), settings).serving
+    assert _placeable([serving.resources.bundle] * 2 * len(serving.models) * serving.replicas, room("rayservice"))
+    mounts = [Path(mount["mountPath"]) for mount in containers("rayservice")[0]["volumeMounts"]]
+    assert serving.keys is not None and Path(serving.keys).parent in mounts
 
 
 def test_the_image_is_pinned_not_root_and_copies_what_exists() -> None:

@@ -61,18 +61,21 @@ class Fsdp2Backend:
             add_adapters(self._model, settings.lora, seed=settings.seed)
         self._scorer = _shard(ResponseScorer(self._model, self.layout), settings, device)
         if empty is not None:
-            materialise(self._scorer, device)
-            self._model.tie_weights()
-            parameters = dict(self._model.named_parameters())
-            stored = {stored_name(name): shard for name, shard in parameters.items() if not is_adapter(name)}
-            read_shares(stored, source)
-            set_first_values(parameters, seed=settings.seed)
+            self._fill(source)
         # Held by name while sharded: during and after a forward, modules may carry the gathered copies instead.
         self._shards: dict[str, nn.Parameter] = dict(self._model.named_parameters())
         self._optimizer: torch.optim.Optimizer | None = None
         if settings.optimizer is not None:
             self._optimizer = _make_optimizer(trainable(self._model), settings.optimizer)
             self._set_learning_rate()
+
+    def _fill(self, source: Path) -> None:
+        """Gives a sharded model of empty parameters its values."""
+        materialise(self._scorer, self.device)
+        self._model.tie_weights()  # each module has been given a parameter of its own
+        parameters = dict(self._model.named_parameters())
+        read_shares({stored_name(name): share for name, share in parameters.items() if not is_adapter(name)}, source)
+        set_first_values(parameters, seed=self._settings.seed)
 
     def logps(self, batch: PackedBatch) -> Float[Tensor, "segments"]:
         return self._scorer(batch.to(self.device))
