@@ -43,9 +43,14 @@ class Keeper:
 
     async def __init__(self, run_folder: str, config: SpinConfig) -> None:
         self._run, self._config = RunDir(Storage(run_folder)), config
-        self._table: dict[str, Any] = {"version": 0, "newest": None, "engines": {}, "problems": {}}
+        self._version = 0
+        self._newest: str | None = None
+        self._engines: dict[str, dict[str, str]] = {}
+        self._problems: dict[str, str] = {}
         self._changed = asyncio.Condition()
         self._retry_at: dict[str, float] = {}
+        self._deploying = asyncio.Lock()
+        self._starting: dict[str, asyncio.Task[None]] = {}
         self._looked_for_strays = False
         self._draining: set[asyncio.Task[None]] = set()
         self._loop = asyncio.get_running_loop().create_task(self._keep())
@@ -54,8 +59,13 @@ class Keeper:
         """The table as soon as its version is not ``known``, at the latest after ``wait_s`` seconds."""
         async with self._changed:
             with suppress(TimeoutError):
-                await asyncio.wait_for(self._changed.wait_for(lambda: self._table["version"] != known), wait_s)
-            return self._table
+                await asyncio.wait_for(self._changed.wait_for(lambda: self._version != known), wait_s)
+        return {
+            "version": self._version,
+            "newest": self._newest,
+            "engines": dict(self._engines),
+            "problems": dict(self._problems),
+        }
 
     def check_health(self) -> None:
         """Ray Serve starts another keeper if this one's loop has ended."""
@@ -72,41 +82,39 @@ class Keeper:
 
     async def _once(self) -> None:
         names, latest = await asyncio.to_thread(wanted, self._run, self._config.serving.models)
-        due = [
-            name
-            for name in names
-            if name not in self._table["engines"] and time.monotonic() >= self._retry_at.get(name, 0)
-        ]
-        await asyncio.gather(*(self._try_start(name, latest) for name in due))
-        engines = self._table["engines"]
-        if latest in engines and self._table["newest"] != latest:
-            await self._publish(engines, latest)
-        if latest is None or latest in engines:
-            await self._retire([name for name in engines if name not in names])
+        for name in names:
+            waits = time.monotonic() < self._retry_at.get(name, 0)
+            if name not in self._engines and name not in self._starting and not waits:
+                self._starting[name] = asyncio.get_running_loop().create_task(self._try_start(name))
+                self._starting[name].add_done_callback(lambda _, name=name: self._starting.pop(name))
+        if latest in self._engines and self._newest != latest:
+            self._newest = latest
+            await self._announce()
+        if latest is None or latest in self._engines:
+            await self._retire([name for name in self._engines if name not in names])
             await self._remove_strays()
 
-    async def _try_start(self, name: str, latest: str | None) -> None:
+    async def _try_start(self, name: str) -> None:
         try:
             iterate = await asyncio.to_thread(open_iterate, self._run, name)
             app = f"{ENGINE_PREFIX}{name}.{iterate.digest[:16]}"
             await self._start(app, iterate)
         except Exception as error:  # an iterate that cannot start must not stop those that serve
             self._retry_at[name] = time.monotonic() + self._config.serving.retry_failed_s
-            problems = self._table["problems"] | {name: first_line(error)}
-            logger.error("%s does not serve: %s", name, problems[name])
-            await self._publish(self._table["engines"], self._table["newest"], problems)
-            return
-        problems = {other: reason for other, reason in self._table["problems"].items() if other != name}
-        engines = self._table["engines"] | {name: {"app": app, "digest": iterate.digest}}
-        newest = name if name == latest else self._table["newest"]
-        await self._publish(engines, newest, problems)
-        logger.info("%s serves (%s)", name, iterate.digest)
+            self._problems[name] = " ".join(str(error).split())[:500]
+            logger.error("%s does not serve: %s", name, self._problems[name])
+        else:
+            self._problems.pop(name, None)
+            self._engines[name] = {"app": app, "digest": iterate.digest}
+            logger.info("%s serves (%s)", name, iterate.digest)
+        await self._announce()
 
     async def _start(self, app: str, iterate: Iterate) -> None:
         """Raises EngineFailed if the engine does not answer in time; nothing is left of it then."""
         deadline = time.monotonic() + self._config.serving.start_timeout_s
         if await _status(app) != ApplicationStatus.RUNNING:
-            await asyncio.to_thread(_deploy, app, iterate, self._config)
+            async with self._deploying:  # what vLLM and Ray import on the way is not made for threads
+                await asyncio.to_thread(_deploy, app, iterate, self._config)
         try:
             while (status := await _status(app)) != ApplicationStatus.RUNNING:
                 if status in _ENDED:
@@ -140,9 +148,8 @@ class Keeper:
         """No new requests for these; each engine ends what it has begun."""
         if not names:
             return
-        engines = dict(self._table["engines"])
-        gone = [engines.pop(name)["app"] for name in names]
-        await self._publish(engines, self._table["newest"])
+        gone = [self._engines.pop(name)["app"] for name in names]
+        await self._announce()
         task = asyncio.get_running_loop().create_task(self._drain(gone))
         self._draining.add(task)
         task.add_done_callback(self._draining.discard)
@@ -154,22 +161,18 @@ class Keeper:
 
     async def _remove_strays(self) -> None:
         """Once: engines that an earlier keeper left and that nobody asks for any more."""
-        if self._looked_for_strays:
+        if self._looked_for_strays or self._starting:
             return
         self._looked_for_strays = True
-        ours = {engine["app"] for engine in self._table["engines"].values()}
+        ours = {engine["app"] for engine in self._engines.values()}
         for app in (await asyncio.to_thread(serve.status)).applications:
             if app.startswith(ENGINE_PREFIX) and app not in ours:
                 await asyncio.to_thread(serve.delete, app, _blocking=False)
 
-    async def _publish(self, engines: dict[str, Any], newest: str | None, problems: Any = None) -> None:
+    async def _announce(self) -> None:
+        """Tells every ingress replica that the table has changed."""
         async with self._changed:
-            self._table = {
-                "version": self._table["version"] + 1,
-                "newest": newest,
-                "engines": engines,
-                "problems": self._table["problems"] if problems is None else problems,
-            }
+            self._version += 1
             self._changed.notify_all()
 
 

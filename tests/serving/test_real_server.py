@@ -3,6 +3,7 @@
 import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
+from itertools import islice
 from typing import Any
 
 import httpx
@@ -68,36 +69,54 @@ def test_comparison_scores_agree_with_the_probability_of_the_answer_itself(serve
 
 
 def test_a_client_that_hangs_up_stops_the_engine(served: Served) -> None:
-    """Eight answers of 200 tokens fill every place; once their clients have left, a ninth gets in within moments."""
-    with httpx.Client(timeout=30) as client:
-        body = {"model": "sft", "messages": HELLO, "max_tokens": 200, "stream": True, "n": 8}
+    """Ten times eight answers of 200 tokens, left after the first piece. The engine has 16 places: had it gone on with
+    them, the last would have waited for four rounds of whole answers.
+    """
+    body = {"model": "sft", "messages": HELLO, "max_tokens": 200, "stream": True, "n": 8}
+    with httpx.Client(timeout=60) as client:
+        whole_s = _read_lines(client, served, body, None)
+        started = time.monotonic()
+        for _ in range(10):
+            _read_lines(client, served, body, 1)
+    assert time.monotonic() - started < 3 * whole_s
+
+
+def _read_lines(client: httpx.Client, served: Served, body: dict[str, Any], count: int | None) -> float:
+    """Reads so many lines of a stream (None: all), as soon as there is a place for it; seconds that took."""
+    while True:
+        started = time.monotonic()
         with client.stream("POST", f"{served.url}/v1/chat/completions", json=body) as response:
-            next(response.iter_lines())
-            full = client.post(f"{served.url}/v1/chat/completions", json=body | {"n": 1, "stream": False})
-            assert full.status_code == 503 and full.headers["retry-after"] == "1"
-    deadline = time.monotonic() + 3
-    body |= {"n": 8, "stream": False, "max_tokens": 1}
-    while (status := httpx.post(f"{served.url}/v1/chat/completions", json=body).status_code) == 503:
-        assert time.monotonic() < deadline
-        time.sleep(0.05)
-    assert status == 200
+            if response.status_code == 503:
+                assert response.headers["retry-after"] == "1"
+                continue
+            assert response.status_code == 200
+            list(islice(response.iter_lines(), count))
+            return time.monotonic() - started
 
 
 def test_ten_times_too_many_requests_are_refused_quickly_and_memory_stays(served: Served) -> None:
-    """80 clients at 8 places for 15 s: 200 or 503, nothing else; who is let in waits no longer than eight together."""
-    alone = max(_timed(served)[1] for _ in range(2))
-    before = _memory()
+    """80 clients at 8 places for 15 s: 200 or 503, nothing else, and who is let in does not wait for the others."""
     results: list[tuple[int, float]] = []
-    end = time.monotonic() + 15
-    with ThreadPoolExecutor(80) as pool:
-        list(pool.map(lambda _: _until(served, end, results), range(80)))
-    admitted = sorted(seconds for status, seconds in results if status == 200)
-    refused = [seconds for status, seconds in results if status == 503]
+    before = _memory()
+    assert before > 0
+    with httpx.Client(timeout=120, limits=httpx.Limits(max_connections=100)) as client:
+        alone = max(_timed(client, served)[1] for _ in range(3))
+        end = time.monotonic() + 15
+
+        def insist(_: int) -> None:
+            while time.monotonic() < end:
+                status, seconds = _timed(client, served)
+                results.append((status, seconds))
+                if status == 503:
+                    time.sleep(0.25)
+
+        with ThreadPoolExecutor(80) as pool:
+            list(pool.map(insist, range(80)))
+        assert _timed(client, served)[0] == 200
     assert {status for status, _ in results} == {200, 503}
-    assert len(refused) > len(admitted) > 8
-    assert admitted[int(0.99 * len(admitted))] < 30 * alone + 5
+    admitted = sorted(seconds for status, seconds in results if status == 200)
+    assert admitted[int(0.99 * (len(admitted) - 1))] < 30 * alone + 5
     assert _memory() < before + 300 * 2**20
-    assert _timed(served)[0] == 200
 
 
 def test_latest_moves_under_load_without_a_failed_or_mixed_answer(served: Served) -> None:
@@ -136,15 +155,10 @@ def _stream_until(served: Served, stop: threading.Event, results: list[tuple[str
         results.append((raw.headers["x-spin-ray-iterate"], {piece.model for piece in pieces}))
 
 
-def _until(served: Served, end: float, results: list[tuple[int, float]]) -> None:
-    while time.monotonic() < end:
-        results.append(_timed(served))
-
-
-def _timed(served: Served) -> tuple[int, float]:
+def _timed(client: httpx.Client, served: Served) -> tuple[int, float]:
     started = time.monotonic()
     body = {"model": "sft", "messages": HELLO, "max_tokens": 20}
-    status = httpx.post(f"{served.url}/v1/chat/completions", json=body, timeout=60).status_code
+    status = client.post(f"{served.url}/v1/chat/completions", json=body).status_code
     return status, time.monotonic() - started
 
 

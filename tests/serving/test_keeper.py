@@ -1,0 +1,114 @@
+"""The keeper's bookkeeping: what it starts, announces and retires, when engines start slowly or not at all.
+
+How an engine is really started, probed and drained is seen with a real server (``test_real_server.py``); here starting
+one is a wait for a signal.
+"""
+
+import asyncio
+from collections.abc import Awaitable, Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+from tiny_runs import add_iterate, make_run
+
+from spin_ray.run_dir import RunDir
+from spin_ray.serving.iterates import Iterate
+from spin_ray.serving.keeper import EngineFailed, Keeper
+
+
+class SlowKeeper(Keeper):
+    """Engines start when ``gates`` lets them, and fail if they are in ``broken``."""
+
+    async def __init__(self, run: RunDir) -> None:
+        self.gates: dict[str, asyncio.Event] = {}
+        self.broken: set[str] = set()
+        self.drained: list[str] = []
+        await super().__init__(str(run.storage.root), run.config())
+
+    async def _start(self, app: str, iterate: Iterate) -> None:
+        await self.gates.setdefault(iterate.name, asyncio.Event()).wait()
+        if iterate.name in self.broken:
+            raise EngineFailed("it does not load")
+
+    async def _drain(self, apps: list[str]) -> None:
+        self.drained += [app.split(".")[1] for app in apps]
+
+    async def _remove_strays(self) -> None:
+        """Asks Ray Serve, which is not here."""
+
+    def let(self, name: str) -> None:
+        self.gates.setdefault(name, asyncio.Event()).set()
+
+    async def until(self, holds: Callable[[dict[str, Any]], bool]) -> dict[str, Any]:
+        """The first table for which ``holds``."""
+        version = -1
+        while True:
+            table = await self.table(version, 0.2)
+            if holds(table):
+                return table
+            version = table["version"]
+
+
+def follow(run: RunDir, check: Callable[[SlowKeeper], Awaitable[None]]) -> None:
+    async def main() -> None:
+        keeper = SlowKeeper.__new__(SlowKeeper)
+        await keeper.__init__(run)  # type: ignore[misc]  # Ray Serve awaits it, too
+        await asyncio.wait_for(check(keeper), 60)
+        keeper.check_health()
+
+    asyncio.run(main())
+
+
+@pytest.fixture
+def run(tmp_path: Path) -> RunDir:
+    return make_run(tmp_path / "run", iterates=1)
+
+
+def test_a_slow_engine_keeps_no_other_waiting_and_two_that_end_together_are_both_kept(run: RunDir) -> None:
+    async def check(keeper: SlowKeeper) -> None:
+        keeper.let("iter-0")
+        table = await keeper.until(lambda table: table["newest"] == "iter-0")
+        assert list(table["engines"]) == ["iter-0"]
+        keeper.let("sft")
+        table = await keeper.until(lambda table: len(table["engines"]) == 2)
+        assert table["newest"] == "iter-0" and not table["problems"]
+
+    follow(run, check)
+
+
+def test_latest_moves_only_once_the_new_engine_serves_and_then_the_old_one_goes(run: RunDir) -> None:
+    async def check(keeper: SlowKeeper) -> None:
+        keeper.let("sft")
+        keeper.let("iter-0")
+        await keeper.until(lambda table: len(table["engines"]) == 2 and table["newest"] == "iter-0")
+        add_iterate(run, 2)
+        run.publish(2)
+        while "iter-1" not in keeper.gates:
+            await asyncio.sleep(0.05)
+        table = await keeper.table(-1, 1)
+        assert table["newest"] == "iter-0" and set(table["engines"]) == {"sft", "iter-0"}
+        keeper.let("iter-1")
+        await keeper.until(lambda table: table["newest"] == "iter-1" and set(table["engines"]) == {"sft", "iter-1"})
+        await asyncio.sleep(0.1)
+        assert keeper.drained == ["iter-0"]
+
+    follow(run, check)
+
+
+def test_an_engine_that_fails_leaves_the_old_one_says_why_and_is_tried_again(run: RunDir) -> None:
+    async def check(keeper: SlowKeeper) -> None:
+        for name in ("sft", "iter-0", "iter-1"):
+            keeper.let(name)
+        keeper.broken = {"iter-1"}
+        await keeper.until(lambda table: table["newest"] == "iter-0")
+        add_iterate(run, 2)
+        run.publish(2)
+        table = await keeper.until(lambda table: "iter-1" in table["problems"])
+        assert table["problems"]["iter-1"] == "it does not load"
+        assert table["newest"] == "iter-0" and "iter-0" in table["engines"]
+        keeper.broken = set()
+        table = await keeper.until(lambda table: table["newest"] == "iter-1")
+        assert not table["problems"]
+
+    follow(run, check)
