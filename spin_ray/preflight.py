@@ -24,6 +24,8 @@ class Inputs:
     train: str
     heldout: str | None
     questions: str | None
+    scorer: ModelFolder | None
+    """SPPO's judge."""
     data_digest: str
     heldout_digest: str | None
     questions_digest: str | None
@@ -68,6 +70,7 @@ def find_inputs(config: SpinConfig) -> Inputs:
         train=train,
         heldout=heldout,
         questions=questions,
+        scorer=_open_scorer(config),
         data_digest=files_digest(train_files),
         heldout_digest=files_digest(heldout_files) if heldout_files else None,
         questions_digest=files_digest(questions_files) if questions_files else None,
@@ -83,6 +86,14 @@ def check_recipe(config: SpinConfig, inputs: Inputs | None = None) -> Start:
     inputs = inputs or find_inputs(config)
     tokenizer = load_tokenizer(str(inputs.model.path), config.model.chat_template, config.model.trust_remote_code)
     return Start(**vars(inputs), end_of_turn_id=ChatRenderer(tokenizer).end_of_turn_id)
+
+
+def _open_scorer(config: SpinConfig) -> ModelFolder | None:
+    if config.scorer is None:
+        return None
+    # Only its place is looked for: unlike the policy, a judge cuts what is too long for it.
+    where = config.model.model_copy(update={"path": resolve(config.scorer.path), "max_length": 1})
+    return open_model(find_model(where), "scorer")
 
 
 def versions() -> dict[str, str]:

@@ -62,10 +62,13 @@ def _keep_to_loopback(embedded: bool) -> None:
 
 def demands(config: SpinConfig) -> dict[str, Bundles]:
     """What each stage needs at the same time, one bundle per actor or worker."""
-    return {
+    stages = {
         "generation": [config.generation.resources.bundle] * config.generation.replicas,
         "train": [config.train.resources.bundle] * config.train.workers,
     }
+    if config.scorer:
+        stages["scorer"] = [config.scorer.resources.bundle] * config.scorer.replicas
+    return stages
 
 
 def check_fits(config: SpinConfig) -> None:
@@ -77,7 +80,7 @@ def check_fits(config: SpinConfig) -> None:
     deadline = time.monotonic() + config.cluster.wait_for_nodes_s
     while problems := [
         f"{stage} asks for {len(bundles)} × {_shown(bundles[0])} "
-        f"({stage}.{'replicas' if stage == 'generation' else 'workers'}, {stage}.resources)"
+        f"({stage}.{'workers' if stage == 'train' else 'replicas'}, {stage}.resources)"
         for stage, bundles in demands(config).items()
         if not _placeable(bundles, _node_resources())
     ]:

@@ -8,9 +8,7 @@ import pyarrow as pa
 
 from spin_ray.algorithms.base import Turn
 from spin_ray.config import SpinConfig
-from spin_ray.embedded import resolve
 from spin_ray.learner.loop import Objective
-from spin_ray.model_folder import find_model, open_model
 from spin_ray.run_dir import Artefact, RunDir, part_name
 from spin_ray.stages import pairs, preferences
 from spin_ray.types import PAIR_SCHEMA, WIN_SCHEMA
@@ -25,11 +23,8 @@ class Sppo:
         return run.prompts
 
     def make_pairs(self, turn: Turn) -> None:
-        run, config = turn.run, turn.config
-        assert config.scorer is not None
-        # Only its place matters here: the judge cuts what is too long for it.
-        where = config.model.model_copy(update={"path": resolve(config.scorer.path), "max_length": 1})
-        judge = open_model(find_model(where), "scorer")
+        run, config, judge = turn.run, turn.config, turn.start.scorer
+        assert judge is not None
         preferences.run(run, config, turn.iteration, judge, turn.player)
         inputs = {
             artefact.path: artefact.manifest().digest

@@ -114,14 +114,13 @@ def test_dpo_refuses_rows_without_a_rejected_response(run):
 # SPPO
 
 
+JUDGED = SimpleNamespace(scorer=ModelFolder(Path("judge"), "digest of the judge", "scorer", 0))
 SPPO = {"scorer": {"path": "judge"}, "generation": {"samples_per_prompt": 3}}
 
 
 @pytest.fixture
 def judged(run, monkeypatch):
     """Three samples of two prompts, judged; those of the second are all equal."""
-    monkeypatch.setattr(sppo, "find_model", lambda config: Path(config.path))
-    monkeypatch.setattr(sppo, "open_model", lambda path, name: ModelFolder(path, "digest of the judge", name, 0))
     monkeypatch.setattr(sppo.preferences, "run", lambda *_: None)
     write_prompts(run.prompts, 2, 2)
     write_answers(
@@ -134,7 +133,7 @@ def judged(run, monkeypatch):
 
 def test_sppo_sets_the_best_sample_against_the_worst_with_their_win_probabilities(run, judged):
     config = config_for("sppo", objective={"beta": 0.001}, **SPPO)
-    (row,) = make_pairs(run, config)
+    (row,) = make_pairs(run, config, start=JUDGED)
     assert (row["pair_id"], row["real_ids"], row["generated_ids"]) == ("p000/000/1", [51, 2], [50, 2])
     assert rows_of(run.wins(0)) == [{"pair_id": "p000/000/1", "real_win": 0.75, "generated_win": 0.25}]
     assert run.pairs(0).manifest().counts["dropped_identical"] == 1
@@ -143,9 +142,9 @@ def test_sppo_sets_the_best_sample_against_the_worst_with_their_win_probabilitie
 
 def test_wins_that_a_dead_driver_did_not_commit_are_made_again(run, judged):
     config = config_for("sppo", **SPPO)
-    make_pairs(run, config)
+    make_pairs(run, config, start=JUDGED)
     run.storage.delete("iter_000/wins/_MANIFEST.json")
-    make_pairs(run, config)
+    make_pairs(run, config, start=JUDGED)
     assert [row["real_win"] for row in rows_of(run.wins(0))] == [0.75]
 
 

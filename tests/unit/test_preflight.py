@@ -41,6 +41,13 @@ def test_the_model_that_the_warm_up_starts_from_is_not_yet_the_sft_model():
     assert check_recipe(config_for(sft={})).model.name == "start"
 
 
+def test_a_judge_that_is_not_there_is_told_before_hours_of_sampling(tmp_path):
+    recipe = config_for(generation={"samples_per_prompt": 2}).model_dump()
+    config = SpinConfig.model_validate(recipe | {"algorithm": "sppo", "scorer": {"path": str(tmp_path / "judge")}})
+    with pytest.raises(ModelError, match="judge: no such folder"):
+        check_recipe(config)
+
+
 def test_without_held_out_data_there_is_nothing_to_check_of_it():
     start = check_recipe(config_for(data={"heldout": None}))
     assert (start.heldout, start.heldout_digest) == (None, None)

@@ -74,6 +74,11 @@ def test_each_stage_asks_for_one_bundle_per_actor():
     assert demands(config) == {"generation": [{"CPU": 2, "GPU": 1}] * 3, "train": [{"CPU": 4}] * 2}
 
 
+def test_a_judge_is_asked_for_too():
+    config = config_of(algorithm="sppo", scorer={"path": "judge", "replicas": 2}, generation={"samples_per_prompt": 2})
+    assert demands(config)["scorer"] == [{"CPU": 1}] * 2
+
+
 def test_a_stage_that_could_never_be_placed_is_an_error_with_request_remedy_and_cluster(cluster):
     cluster["nodes"] = [{"CPU": 2.0, "memory": 1e9, "node:10.0.0.1": 1.0}, {"CPU": 1.0}]
     with pytest.raises(ResourceError) as caught:
