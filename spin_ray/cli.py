@@ -1,5 +1,6 @@
-"""The command line: spin-ray run | status | eval | report | export | serve | compare | plan | doctor."""
+"""The command line: spin-ray run | status | eval | judge | report | export | serve | compare | plan | doctor."""
 
+import json
 import logging
 import os
 import signal
@@ -94,6 +95,25 @@ def evaluate(
             trust_remote_code=config.model.trust_remote_code,
         )
         benchmarks.print_results(request.name, benchmarks.run(run, config, number, request), Console())
+
+
+@cli.command("judge")
+@click.argument("run_folder", metavar="RUN")
+@click.option("--iterates", nargs=2, required=True, help="Two names: --iterates latest sft")
+@click.option("--endpoint", required=True, help="OpenAI-compatible server of the judge; its key is $OPENAI_API_KEY.")
+@click.option("--model", required=True, help="What the server calls the judge.")
+@click.option("--limit", type=click.IntRange(min=1), default=200, show_default=True, help="Held-out prompts.")
+def judge_(run_folder: str, iterates: tuple[str, str], endpoint: str, model: str, limit: int) -> None:
+    """Let a model judge between the held-out answers of two iterates, in both orders."""
+    from spin_ray import judge
+    from spin_ray.history import find_iterate
+    from spin_ray.run_dir import RunDir, iterate_name
+    from spin_ray.storage import Storage
+
+    run = RunDir(Storage(run_folder))
+    one, other = (iterate_name(find_iterate(run, iterate)) for iterate in iterates)
+    found = judge.run(run, run.config(), one, other, judge.Judge(endpoint=endpoint, model=model), limit)
+    click.echo(json.dumps(found, indent=1))
 
 
 @cli.command()
