@@ -1,11 +1,12 @@
-"""The command line: spin-ray run | status | report | export | serve | compare | plan | doctor."""
+"""The command line: spin-ray run | status | eval | judge | report | export | serve | compare | plan | doctor."""
 
+import json
 import logging
 import os
 import signal
 import sys
 from pathlib import Path
-from typing import IO, Any
+from typing import IO, Any, Literal
 
 import click
 from rich.console import Console
@@ -50,6 +51,69 @@ def status(run_folder: str) -> None:
     from spin_ray.summary import print_status
 
     print_status(RunDir(Storage(run_folder)), Console())
+
+
+@cli.command("eval")
+@click.argument("run_folder", metavar="RUN")
+@click.option("--tasks", default="paper", show_default=True, help="Presets (paper, leaderboard-v2) and tasks; gsm8k:8.")
+@click.option("--iterate", default="latest", show_default=True, help="One or more: sft,iter_000 or 0,1 or latest.")
+@click.option("--include", default=None, help="Folder with tasks of your own in lm-eval's YAML.")
+@click.option("--backend", type=click.Choice(["hf", "vllm"]), default="hf", show_default=True)
+@click.option("--endpoint", default=None, help="OpenAI-compatible server to ask instead, e.g. http://HOST:8000/v1")
+@click.option("--limit", type=click.IntRange(min=1), default=None, help="Only the first rows of each task: a trial.")
+@click.option("--chat", is_flag=True, help="Put questions into the chat template.")
+def evaluate(
+    run_folder: str,
+    tasks: str,
+    iterate: str,
+    include: str | None,
+    backend: Literal["hf", "vllm"],
+    endpoint: str | None,
+    limit: int | None,
+    chat: bool,
+) -> None:
+    """Run lm-eval benchmarks on iterates of RUN; results in RUN/<iterate>/benchmarks.json."""
+    from spin_ray import benchmarks
+    from spin_ray.history import find_iterate, model_path
+    from spin_ray.run_dir import RunDir, iterate_name
+    from spin_ray.storage import Storage
+
+    run = RunDir(Storage(run_folder))
+    config = run.config()
+    for wanted in iterate.split(","):
+        number = find_iterate(run, wanted)
+        request = benchmarks.Request(
+            model=str(model_path(run, number)),
+            name=iterate_name(number),
+            benchmarks=benchmarks.parse_benchmarks(tasks.split(",")),
+            backend=backend,
+            endpoint=endpoint,
+            include=benchmarks.task_folder(include),
+            limit=limit,
+            chat=chat,
+            dtype="bfloat16" if config.train.precision == "bf16" else "float32",
+            trust_remote_code=config.model.trust_remote_code,
+        )
+        benchmarks.print_results(request.name, benchmarks.run(run, config, number, request), Console())
+
+
+@cli.command("judge")
+@click.argument("run_folder", metavar="RUN")
+@click.option("--iterates", nargs=2, required=True, help="Two names: --iterates latest sft")
+@click.option("--endpoint", required=True, help="OpenAI-compatible server of the judge; its key is $OPENAI_API_KEY.")
+@click.option("--model", required=True, help="What the server calls the judge.")
+@click.option("--limit", type=click.IntRange(min=1), default=200, show_default=True, help="Held-out prompts.")
+def judge_(run_folder: str, iterates: tuple[str, str], endpoint: str, model: str, limit: int) -> None:
+    """Let a model judge between the held-out answers of two iterates, in both orders."""
+    from spin_ray import judge
+    from spin_ray.history import find_iterate
+    from spin_ray.run_dir import RunDir, iterate_name
+    from spin_ray.storage import Storage
+
+    run = RunDir(Storage(run_folder))
+    one, other = (iterate_name(find_iterate(run, iterate)) for iterate in iterates)
+    found = judge.run(run, run.config(), one, other, judge.Judge(endpoint=endpoint, model=model), limit)
+    click.echo(json.dumps(found, indent=1))
 
 
 @cli.command()

@@ -5,7 +5,6 @@ been evaluated, and an evaluation that changed the model's digest would invalida
 """
 
 import json
-import re
 import shutil
 from pathlib import Path
 from typing import Any
@@ -14,9 +13,10 @@ import yaml
 
 from spin_ray.config import SpinConfig
 from spin_ray.errors import ConfigError, RunDirError, first_line
+from spin_ray.history import find_iterate
 from spin_ray.measures import MEASURES
 from spin_ray.redaction import hide, hide_in_text
-from spin_ray.run_dir import MANIFEST, RunDir, iterate_name, iterate_number
+from spin_ray.run_dir import MANIFEST, RunDir, iterate_name
 
 HUB = "hub:"
 
@@ -29,7 +29,7 @@ def export(run: RunDir, iterate: str, target: str) -> str:
     Raises:
         UserError: there is no such iterate, the folder is not empty, or the hub refuses.
     """
-    number = _number(run, iterate)
+    number = find_iterate(run, iterate)
     artefact = run.model(number)
     if number == 0 and not artefact.is_committed:
         raise RunDirError(f"{run.storage.root}: θ_0 is the start model itself, there is nothing of the run to export")
@@ -113,18 +113,6 @@ def _results(evaluation: dict[str, Any], results: list[Any]) -> str:
         half = f" ± {(interval[1] - interval[0]) / 2:.{measure.digits}f}" if interval else ""
         lines.append(f"| {measure.title} | {value:.{measure.digits}f}{half} | {measure.meaning} |")
     return "\n".join(lines)
-
-
-def _number(run: RunDir, iterate: str) -> int:
-    """The iterate that the command line means; a bare number t is θ_t, the result of t iterations."""
-    name = (run.latest() or "") if iterate == "latest" else iterate
-    number = -1
-    if re.fullmatch(r"\d+|sft|iter_\d+", name):
-        number = int(name) if name.isdigit() else iterate_number(name)
-    if not 0 <= number <= run.config().iterations or (number and not run.model(number).is_committed):
-        there = [iterate_name(n) for n in range(run.config().iterations + 1) if run.model(n).is_committed]
-        raise RunDirError(f"{run.storage.root}: has no iterate {iterate}; it has {', '.join(there) or 'none yet'}")
-    return number
 
 
 def _upload(run: RunDir, iterate: int, repository: str) -> str:

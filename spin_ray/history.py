@@ -4,6 +4,7 @@ Reads committed artefacts and logs only, so it works while the run goes on and a
 """
 
 import json
+import re
 from collections import defaultdict
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -15,9 +16,10 @@ import pyarrow.compute as pc
 from tokenizers import Tokenizer
 
 from spin_ray.config import SpinConfig
+from spin_ray.errors import RunDirError
 from spin_ray.measures import Evaluation, row_margins, stop_evidence
 from spin_ray.rendering import load_tokenizer
-from spin_ray.run_dir import Artefact, RunDir, iterate_name, read_json_lines
+from spin_ray.run_dir import Artefact, RunDir, iterate_name, iterate_number, read_json_lines
 
 Event = dict[str, Any]
 
@@ -65,6 +67,13 @@ def evidence_to_stop(config: SpinConfig, evaluations: list[Evaluation]) -> dict[
     """Why ``stop_when`` ends the run after the last of ``evaluations``; None to go on."""
     rule = config.stop_when
     return stop_evidence(evaluations, rule.patience, rule.min_fall) if rule else None
+
+
+def read_benchmarks(run: RunDir, config: SpinConfig) -> dict[str, dict[str, Any]]:
+    """``benchmarks.json`` (lm-eval's results by task) of every iterate that has one."""
+    names = [iterate_name(iterate) for iterate in range(config.iterations + 1)]
+    paths = {name: f"{name}/benchmarks.json" for name in names}
+    return {name: json.loads(run.storage.read(path)) for name, path in paths.items() if run.storage.exists(path)}
 
 
 def read_train_logs(run: RunDir, config: SpinConfig) -> dict[str, list[dict[str, Any]]]:
@@ -154,6 +163,28 @@ def read_examples(
         )
         for prompt_id, messages in zip(prompt_ids, map(json.loads, rows["messages"].to_pylist()), strict=True)
     ]
+
+
+def find_iterate(run: RunDir, iterate: str) -> int:
+    """The iterate that the command line means; a bare number t is θ_t, the result of t iterations.
+
+    Raises:
+        RunDirError: there is no such iterate (yet); the message names those that are there.
+    """
+    name = (run.latest() or "") if iterate == "latest" else iterate
+    number = -1
+    if re.fullmatch(r"\d+|sft|iter_\d+", name):
+        number = int(name) if name.isdigit() else iterate_number(name)
+    if not 0 <= number <= run.config().iterations or (number and not run.model(number).is_committed):
+        there = [iterate_name(n) for n in range(run.config().iterations + 1) if run.model(n).is_committed]
+        raise RunDirError(f"{run.storage.root}: has no iterate {iterate}; it has {', '.join(there) or 'none yet'}")
+    return number
+
+
+def model_path(run: RunDir, iterate: int) -> Path:
+    """The folder of θ_iterate: θ_0 without a warm-up is the start model itself."""
+    model = run.model(iterate)
+    return run.storage.path(model.path) if model.is_committed else Path(run.description()["start_model"])
 
 
 def _first_samples(samples: Artefact) -> pa.Table:

@@ -9,7 +9,7 @@ import yaml
 
 from spin_ray.config import SpinConfig, flatten
 from spin_ray.errors import UserError
-from spin_ray.history import Example, Span, read_evaluations, read_examples, read_train_logs, spans
+from spin_ray.history import Example, Span, read_benchmarks, read_evaluations, read_examples, read_train_logs, spans
 from spin_ray.measures import BY_KEY, CONFIDENCE, Evaluation, warnings
 from spin_ray.redaction import hide, hide_in_text
 from spin_ray.run_dir import RunDir, iterate_name
@@ -43,6 +43,7 @@ class RunView:
     description: dict[str, Any]
     evaluations: list[Evaluation]
     train_logs: dict[str, list[dict[str, Any]]]
+    benchmarks: dict[str, dict[str, Any]]
     spans: list[Span]
     examples: list[Example]
     no_examples: str
@@ -137,6 +138,7 @@ def read_view(run: RunDir, only_prompts: list[str] | None = None) -> RunView:
         description=hide(run.description()),
         evaluations=evaluations,
         train_logs=read_train_logs(run, config),
+        benchmarks=read_benchmarks(run, config),
         spans=spans(events),
         examples=examples,
         no_examples=no_examples,

@@ -9,7 +9,7 @@ from typing import Any
 import jinja2
 
 from spin_ray.history import Span
-from spin_ray.measures import BY_KEY, MEASURES, Measure
+from spin_ray.measures import BY_KEY, CONFIDENCE, MEASURES, Measure
 from spin_ray.report.charts import Bar, Series, gantt, line_chart
 from spin_ray.report.view import RunView, read_view
 from spin_ray.run_dir import RunDir
@@ -62,6 +62,7 @@ def write_report(runs: Sequence[RunDir], path: Path) -> Path:
         views=views,
         names=names,
         measures=_table(views),
+        benchmarks=_benchmarks(views),
         eval_charts=list(_eval_charts(views, names)),
         train_charts=list(_train_charts(views, names)),
         gantts=[gantt(_bars(view)) for view in views],
@@ -94,6 +95,26 @@ def _table(views: Sequence[RunView]) -> list[tuple[Measure, list[tuple[str, str]
         if any(measure.of(evaluation) is not None for evaluation in evaluations):
             rows.append((measure, cells))
     return rows
+
+
+def _benchmarks(views: Sequence[RunView]) -> list[tuple[str, str, list[tuple[str, str]]]]:
+    """(task and version, metric, [(value, half of its interval)] of every evaluated iterate), from lm-eval."""
+    columns = [view.benchmarks.get(iterate, {}) for view in views for iterate in view.iterates]
+    rows = {
+        (task, metric): f"{task}, {result['shots']} examples, version {result['task_version']}"
+        for column in columns
+        for task, result in column.items()
+        for metric in result["metrics"]
+    }
+    found = []
+    for (task, metric), title in rows.items():
+        values = [column.get(task, {}).get("metrics", {}).get(metric, {}) for column in columns]
+        cells = [
+            (_number(it.get("value"), 4), _number(CONFIDENCE * error, 4) if (error := it.get("standard_error")) else "")
+            for it in values
+        ]
+        found.append((title, metric, cells))
+    return found
 
 
 def _eval_charts(views: Sequence[RunView], names: Sequence[str]) -> Iterator[Chart]:

@@ -16,7 +16,7 @@ from spin_ray.run_dir import MANIFEST, Manifest
 @pytest.fixture
 def run(tmp_path):
     """Two iterations; iter_001 has a model."""
-    run = made_up_run(tmp_path / "run", generation={"engine": {"extra": {"hf_token": "SECRETSECRET"}}})
+    run = made_up_run(tmp_path / "run", generation={"engine": {"extra": {"proxy_password": "SECRETSECRET"}}})
     folder = run.storage.path(run.model(2).path)
     shutil.copytree(TINY, folder)
     (folder / MANIFEST).write_bytes(Manifest.of(folder_entries(folder), {}, {}).to_bytes())

@@ -79,6 +79,18 @@ def test_texts_of_the_data_are_text(finished, tmp_path):
     assert "<script>alert" not in page
 
 
+def test_benchmarks_are_shown_beside_each_other(tmp_path):
+    """± is 1.96 · 0.01."""
+    run = made_up_run(tmp_path / "run")
+    metrics = {"acc": {"value": 0.3125, "standard_error": 0.01}}
+    result = {"gsm8k": {"metrics": metrics, "shots": 5, "task_version": 3.0}}
+    run.storage.replace("iter_000/benchmarks.json", json.dumps(result).encode())
+    page = write_report([run], tmp_path / "page.html").read_text()
+    table = page.partition('id="benchmarks"')[2].partition("</table>")[0]
+    assert "gsm8k, 5 examples, version 3.0" in table
+    assert '–</td><td class="n">0.3125<small>± 0.0196</small></td><td class="n">–' in table
+
+
 # Examples
 
 
