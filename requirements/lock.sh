@@ -6,7 +6,7 @@ set -euo pipefail
 cd "$(dirname "$0")/.."
 "${UV:-uv}" pip compile --quiet --python-version 3.11 --python-platform x86_64-manylinux_2_28 --generate-hashes \
   --no-header --no-annotate --override requirements/excluded.txt "$@" \
-  --extra cpu --extra deepspeed --extra lora --extra embedded --extra mlflow --extra dev pyproject.toml requirements/cpu.in -o requirements/cpu.lock >/dev/null
+  --extra cpu --extra deepspeed --extra lora --extra embedded --extra eval --extra mlflow --extra wandb --extra dev pyproject.toml requirements/cpu.in -o requirements/cpu.lock >/dev/null
 {
   echo '# Made by requirements/lock.sh; do not edit. Install: pip install --no-deps --require-hashes -r requirements/cpu.lock'
   awk '/^[^ ]/ { torch = /^torch==/ } !torch' requirements/cpu.lock
