@@ -165,15 +165,13 @@ def test_a_driver_whose_lease_was_removed_stops(storage):
 def test_a_takeover_waits_for_a_change_that_has_begun(storage):
     """The look at the lease and the change are one moment: no driver gets the lease between them."""
     with Lease(storage, timeout_s=60) as lease:
-        held = lease.storage._fence
-        assert held is not None
         took = threading.Event()
 
         def take_over() -> None:
             with locked(storage.root, alone=True):
                 took.set()
 
-        with held.held():
+        with lease.storage._held():
             thread = threading.Thread(target=take_over)
             thread.start()
             assert not took.wait(0.2)
