@@ -184,7 +184,7 @@ def find_iterate(run: RunDir, iterate: str) -> int:
 def model_path(run: RunDir, iterate: int) -> Path:
     """The folder of θ_iterate: θ_0 without a warm-up is the start model itself."""
     model = run.model(iterate)
-    return run.storage.path(model.path) if model.is_committed else Path(run.description()["start_model"])
+    return model.local_folder() if model.is_committed else Path(run.description()["start_model"])
 
 
 def _first_samples(samples: Artefact) -> pa.Table:

@@ -56,7 +56,8 @@ def holder_of(storage: Storage) -> dict:
 def write_lease(storage: Storage, **values: object) -> None:
     """A lease as another machine would have written it."""
     foreign = {"token": "t", "host": "node-7", "boot": "other", "pid": 1, "started": 5.0, "renewed": time.time()}
-    storage.replace(LEASE, json.dumps(foreign | values).encode())
+    with locked(storage.root, alone=True):  # not in the midst of a renewal
+        storage.replace(LEASE, json.dumps(foreign | values).encode())
 
 
 def wait_for(condition: Callable[[], object]) -> None:
