@@ -46,11 +46,11 @@ def run(recipe: str, out: str, overrides: tuple[str, ...]) -> None:
 @click.argument("run_folder", metavar="RUN")
 def status(run_folder: str) -> None:
     """Show what a run has done, and what it is doing."""
+    from spin_ray.object_storage import open_storage
     from spin_ray.run_dir import RunDir
-    from spin_ray.storage import Storage
     from spin_ray.summary import print_status
 
-    print_status(RunDir(Storage(run_folder)), Console())
+    print_status(RunDir(open_storage(run_folder)), Console())
 
 
 @cli.command("eval")

@@ -11,10 +11,11 @@ What θ_t answers, how pairs come of it and what training minimises is the algor
 """
 
 import logging
+from dataclasses import dataclass, replace
 
 from spin_ray.algorithms import ALGORITHMS, Algorithm, Turn
 from spin_ray.config import SpinConfig
-from spin_ray.engine import EngineSpec, StartEngine
+from spin_ray.engine import EngineSpec, GenerationEngine, StartEngine
 from spin_ray.history import evidence_to_stop
 from spin_ray.measures import Evaluation
 from spin_ray.model_folder import ModelFolder
@@ -31,7 +32,7 @@ def spin(run: RunDir, config: SpinConfig, start: Start, start_engine: StartEngin
     """Algorithm 1 of arXiv 2401.01335, or another of the family, in the folder of ``run``."""
 
     def play(model: ModelFolder, jobs: list[generation.Job]) -> None:
-        generation.run(run, config, _engine_spec(config, start, model), jobs, start_engine)
+        generation.run(run, config, _engine_spec(config, start, model), jobs, _Fetching(model, start_engine))
 
     connect(config)
     check_fits(config)
@@ -97,7 +98,18 @@ def _open_iterate(run: RunDir, iterate: int, pad_id: int) -> ModelFolder:
     """θ_iterate, after checking its files against their digests."""
     artefact = run.model(iterate)
     files = artefact.verify().files
-    return ModelFolder(run.storage.path(artefact.path), folder_digest(files), iterate_name(iterate), pad_id)
+    return ModelFolder(artefact.local_folder(), folder_digest(files), iterate_name(iterate), pad_id, source=artefact)
+
+
+@dataclass(frozen=True)
+class _Fetching:
+    """Starts an engine once its model is on the machine."""
+
+    model: ModelFolder
+    start_engine: StartEngine
+
+    def __call__(self, spec: EngineSpec) -> GenerationEngine:
+        return self.start_engine(replace(spec, model=self.model.here()))
 
 
 def _engine_spec(config: SpinConfig, start: Start, player: ModelFolder) -> EngineSpec:

@@ -60,7 +60,7 @@ def model_card(run: RunDir, iterate: int) -> str:
         "tags": ["spin", "self-play", "spin_ray"],
         "model-index": [
             {
-                "name": f"{run.storage.root.name}/{name}",
+                "name": f"{run.storage.name}/{name}",
                 "results": [
                     {
                         "task": {"type": "text-generation"},
@@ -77,7 +77,7 @@ def model_card(run: RunDir, iterate: int) -> str:
     if not results:
         del metadata["model-index"]
     lines = ["---", yaml.safe_dump(metadata, sort_keys=False, allow_unicode=True).strip(), "---", ""]
-    lines += [f"# {run.storage.root.name}, {name}", ""]
+    lines += [f"# {run.storage.name}, {name}", ""]
     lines += [_how(config, iterate, base, data), ""]
     lines += ["## Evaluation", "", _results(evaluation, results), ""]
     lines += ["## Inputs and versions", ""]
@@ -126,7 +126,7 @@ def _upload(run: RunDir, iterate: int, repository: str) -> str:
             repo_id=repository,
             folder_path=run.storage.path(run.model(iterate).path),
             ignore_patterns=[MANIFEST],
-            commit_message=f"{run.storage.root.name}, {iterate_name(iterate)}",
+            commit_message=f"{run.storage.name}, {iterate_name(iterate)}",
         )
         card = model_card(run, iterate).encode()
         api.upload_file(path_or_fileobj=card, path_in_repo="README.md", repo_id=repository)

@@ -10,7 +10,6 @@ import json
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -19,24 +18,6 @@ from spin_ray.errors import RunDirError
 LEASE = "lease.json"
 LOCK_TIMEOUT_S = 60.0
 """A change under the lock takes milliseconds; only a process paused within one holds it for longer."""
-
-
-@dataclass(frozen=True)
-class Fence:
-    """Lets the holder of one lease through; travels to actors and workers with the storage."""
-
-    root: Path
-    token: str
-
-    @contextmanager
-    def held(self) -> Iterator[None]:
-        """Raises RunDirError if another driver has the lease."""
-        with locked(self.root, alone=False):
-            holder = read_lease(self.root)
-            if holder is None or holder["token"] != self.token:
-                now = f"process {holder['pid']} on {holder['host']}" if holder else "nobody (the lease file is gone)"
-                raise RunDirError(f"{self.root}: the lease was taken over by {now}; this driver stops")
-            yield
 
 
 @contextmanager
@@ -72,11 +53,23 @@ def _try_lock(descriptor: int, kind: int) -> bool:
     return True
 
 
-def read_lease(root: Path) -> dict[str, Any] | None:
-    """What the holder wrote; None if nobody holds the run."""
-    try:
-        return json.loads((root / LEASE).read_bytes())
-    except FileNotFoundError:
+def holder_in(lease: bytes | None, where: str) -> dict[str, Any] | None:
+    """What the holder wrote; None if nobody holds the run.
+
+    Raises:
+        RunDirError: the lease is damaged.
+    """
+    if lease is None:
         return None
+    try:
+        return json.loads(lease)
     except ValueError as error:
-        raise RunDirError(f"{root / LEASE}: is damaged; remove it if no other driver works on this run") from error
+        raise RunDirError(f"{where}: is damaged; remove it if no other driver works on this run") from error
+
+
+def check_token(token: str, lease: bytes | None, root: str) -> None:
+    """Raises RunDirError if the lease is not that of ``token``: another driver has it."""
+    holder = holder_in(lease, f"{root}/{LEASE}")
+    if holder is None or holder["token"] != token:
+        now = f"process {holder['pid']} on {holder['host']}" if holder else "nobody (the lease file is gone)"
+        raise RunDirError(f"{root}: the lease was taken over by {now}; this driver stops")

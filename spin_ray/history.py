@@ -184,7 +184,7 @@ def find_iterate(run: RunDir, iterate: str) -> int:
 def model_path(run: RunDir, iterate: int) -> Path:
     """The folder of θ_iterate: θ_0 without a warm-up is the start model itself."""
     model = run.model(iterate)
-    return run.storage.path(model.path) if model.is_committed else Path(run.description()["start_model"])
+    return model.local_folder() if model.is_committed else Path(run.description()["start_model"])
 
 
 def _first_samples(samples: Artefact) -> pa.Table:
@@ -218,8 +218,8 @@ def _tokenizer(run: RunDir, config: SpinConfig) -> Tokenizer:
     Without transformers if that can be: its import takes longer than all else that is printed.
     """
     models = [run.model(iterate) for iterate in range(config.iterations + 1)]
-    trained = [run.storage.path(model.path) for model in models if model.is_committed]
-    folder = trained[0] if trained else Path(run.description()["start_model"])
+    trained = [model for model in models if model.is_committed]
+    folder = trained[0].local_folder() if trained else Path(run.description()["start_model"])
     file = folder / "tokenizer.json"
     if file.exists():
         return Tokenizer.from_file(str(file))

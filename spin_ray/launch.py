@@ -9,9 +9,9 @@ from spin_ray.config import SpinConfig
 from spin_ray.engine import StartEngine, VllmEngine
 from spin_ray.history import evidence_to_stop, read_evaluations
 from spin_ray.lease import Lease
+from spin_ray.object_storage import open_storage
 from spin_ray.preflight import Inputs, check_recipe, find_inputs
 from spin_ray.run_dir import Artefact, RunDir, iterate_name, iterate_number
-from spin_ray.storage import Storage
 
 logger = logging.getLogger(__name__)
 
@@ -29,7 +29,7 @@ class RunResult:
     @classmethod
     def of(cls, run: RunDir, config: SpinConfig, inputs: Inputs) -> Self:
         latest = run.model(iterate_number(run.latest() or "sft"))
-        model = run.storage.path(latest.path) if latest.is_committed else inputs.model.path
+        model = latest.local_folder() if latest.is_committed else inputs.model.path
         return cls(run, model, read_evaluations(run, config))
 
 
@@ -41,7 +41,7 @@ def run_spin(config: SpinConfig, out: str | Path, start_engine: StartEngine = Vl
         UserError: the recipe, data, model, cluster or folder cannot be used; the message says what to do.
         StageError: a stage failed; the same call goes on from what is committed.
     """
-    storage = Storage(out)
+    storage = open_storage(out)
     with Lease(storage, config.storage.lease_timeout_s) as lease:
         inputs = find_inputs(config)
         run = RunDir(lease.storage)

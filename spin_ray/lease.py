@@ -14,7 +14,7 @@ from typing import Any, Self
 import psutil
 
 from spin_ray.errors import RunDirError, StageError
-from spin_ray.fence import LEASE, Fence, locked, read_lease
+from spin_ray.fence import LEASE, holder_in
 from spin_ray.storage import Storage
 
 logger = logging.getLogger(__name__)
@@ -35,23 +35,24 @@ class Lease:
         self._storage = storage
         self._timeout_s = timeout_s
         self._token = uuid.uuid4().hex
+        self._written: bytes | None = None
         self._released = threading.Event()
         self._renewer = threading.Thread(target=self._renew_until_released, name="lease", daemon=True)
 
     def __enter__(self) -> Self:
-        with locked(self._storage.root, alone=True):
-            holder = read_lease(self._storage.root)
+        while True:  # once more for each driver that was faster
+            found = self._storage.find(LEASE)
+            holder = holder_in(found, f"{self._storage.root}/{LEASE}")
             if holder is not None and not self._is_stale(holder):
                 raise RunDirError(
                     f"{self._storage.root}: in use by process {holder['pid']} on {holder['host']} "
                     f"(lease renewed {time.time() - holder['renewed']:.0f} s ago); "
                     "wait for it, stop it, or choose another --out"
                 )
-            if holder is not None:
-                logger.warning(
-                    "taking over the lease of process %s on %s, which is gone", holder["pid"], holder["host"]
-                )
-            self._write()
+            if self._write_over(found):
+                break
+        if holder is not None:
+            logger.warning("took over the lease of process %s on %s, which is gone", holder["pid"], holder["host"])
         _held.add(self._token)
         self._renewer.start()
         return self
@@ -62,18 +63,12 @@ class Lease:
         _held.discard(self._token)
         self._released.set()
         self._renewer.join(timeout=10)
-        with locked(self._storage.root, alone=True):
-            if self._is_mine():
-                self._storage.delete(LEASE)
+        self._storage.swap(LEASE, self._written, None)
 
     @property
     def storage(self) -> Storage:
         """The run, to be changed only while this lease is held: by this process, and by the actors it is sent to."""
-        return self._storage.fenced(Fence(self._storage.root, self._token))
-
-    def _is_mine(self) -> bool:
-        holder = read_lease(self._storage.root)
-        return holder is not None and holder["token"] == self._token
+        return self._storage.fenced(self._token)
 
     def _is_stale(self, holder: dict[str, Any]) -> bool:
         if holder["boot"] == _boot_id() and holder["pid"] == os.getpid():
@@ -82,7 +77,8 @@ class Lease:
             return _process_started(holder["pid"]) != holder["started"]
         return time.time() - holder["renewed"] > self._timeout_s
 
-    def _write(self) -> None:
+    def _write_over(self, found: bytes | None) -> bool:
+        """Writes the lease, unless it is no longer what was found there."""
         content = {
             "token": self._token,
             "host": socket.gethostname(),
@@ -91,15 +87,17 @@ class Lease:
             "started": _process_started(os.getpid()),
             "renewed": time.time(),
         }
-        self._storage.replace(LEASE, json.dumps(content).encode())
+        lease = json.dumps(content).encode()
+        if not self._storage.swap(LEASE, found, lease):
+            return False
+        self._written = lease
+        return True
 
     def _renew_until_released(self) -> None:
         while not self._released.wait(self._timeout_s / 4):
             try:
-                with locked(self._storage.root, alone=True):
-                    if not self._is_mine():
-                        return  # whatever this driver changes next fails at the fence
-                    self._write()
+                if not self._write_over(self._written):
+                    return  # whatever this driver changes next fails at the fence
             except (StageError, RunDirError) as error:  # say, a file server that is away for a moment
                 logger.warning("%s: the lease could not be renewed: %s", self._storage.root, error)
 

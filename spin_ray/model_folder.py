@@ -7,7 +7,7 @@ from typing import Any
 
 from spin_ray.config import ModelConfig
 from spin_ray.errors import ConfigError, ModelError, first_line
-from spin_ray.run_dir import folder_digest, folder_entries
+from spin_ray.run_dir import Artefact, folder_digest, folder_entries
 
 _CODE_OR_PICKLE = (".py", ".bin", ".pt", ".pth", ".pkl", ".pickle", ".ckpt", ".joblib")
 
@@ -23,6 +23,12 @@ class ModelFolder:
     """Of the iterate: ``start``, ``sft``, ``iter_000``, …"""
     pad_id: int
     """Any legal token: padding is told from text by lengths, never by its id."""
+    source: Artefact | None = None
+    """Where a machine that has no such path gets it from."""
+
+    def here(self) -> Path:
+        """The folder on this machine; fetched by digest if the run is on an object store."""
+        return self.source.local_folder() if self.source else self.path
 
 
 def open_model(path: str | Path, name: str, *, trust_remote_code: bool = False) -> ModelFolder:

@@ -22,7 +22,7 @@ from pydantic import BaseModel
 
 from spin_ray.config import SpinConfig, digest, parse_config
 from spin_ray.errors import RunDirError, StageError
-from spin_ray.storage import ATTEMPTS, Storage, bytes_digest, file_digest, table_from_bytes, table_to_bytes
+from spin_ray.storage import ATTEMPTS, Digest, Storage, bytes_digest, file_digest, table_from_bytes, table_to_bytes
 
 logger = logging.getLogger(__name__)
 
@@ -68,9 +68,9 @@ class Manifest(BaseModel):
     def from_bytes(cls, data: bytes) -> Self:
         """Raises ValueError if the bytes are damaged."""
         content = json.loads(data)
-        digest = content.pop("digest")
+        digest = content.pop("digest", None)  # the first manifests had none
         manifest = cls.model_validate(content)
-        if manifest.digest != digest:
+        if digest is not None and manifest.digest != digest:
             raise ValueError("differs from its digest")
         return manifest
 
@@ -100,10 +100,10 @@ class Artefact:
         try:
             return Manifest.from_bytes(self.storage.read(f"{self.path}/{MANIFEST}"))
         except FileNotFoundError as error:
-            raise RunDirError(f"{self.storage.path(self.path)}: is not committed; run the command again") from error
+            raise RunDirError(f"{self.storage.where(self.path)}: is not committed; run the command again") from error
         except (ValueError, KeyError, TypeError, AttributeError) as error:
             raise RunDirError(
-                f"{self.storage.path(self.path)}/{MANIFEST}: is damaged; restore it or remove the folder"
+                f"{self.storage.where(self.path)}/{MANIFEST}: is damaged; restore it or remove the folder"
             ) from error
 
     def is_current(self, inputs: dict[str, str], settings: dict[str, Any]) -> bool:
@@ -123,7 +123,7 @@ class Artefact:
         )
         if differing:
             raise RunDirError(
-                f"{self.storage.path(self.path)}: was made with other values of {', '.join(differing)}; "
+                f"{self.storage.where(self.path)}: was made with other values of {', '.join(differing)}; "
                 "restore them, choose another --out, or remove this folder and those of later iterations"
             )
         return True
@@ -158,7 +158,7 @@ class Artefact:
         try:
             table = table_from_bytes(data)
         except (pa.ArrowException, OSError) as error:
-            raise RunDirError(f"{self.storage.path(self.path)}/{name}: is damaged; remove it to redo it") from error
+            raise RunDirError(f"{self.storage.where(self.path)}/{name}: is damaged; remove it to redo it") from error
         sha256, size = bytes_digest(data)
         return table, FileEntry(sha256=sha256, bytes=size, rows=table.num_rows)
 
@@ -191,10 +191,10 @@ class Artefact:
         try:
             data = self.storage.read(where)
         except FileNotFoundError as error:
-            raise RunDirError(f"{self.storage.path(where)}: is missing though its manifest lists it") from error
+            raise RunDirError(f"{self.storage.where(where)}: is missing though its manifest lists it") from error
         if bytes_digest(data) != (entry.sha256, entry.bytes):
             raise RunDirError(
-                f"{self.storage.path(where)}: differs from its digest; restore it or remove {self.path} to redo it"
+                f"{self.storage.where(where)}: differs from its digest; restore it or remove {self.path} to redo it"
             )
         return table_from_bytes(data)
 
@@ -202,6 +202,11 @@ class Artefact:
         """The parts in order, one at a time."""
         for name, entry in sorted(self.manifest().files.items()):
             yield self.read_part(name, entry)
+
+    def local_folder(self) -> Path:
+        """The files on this machine, e.g. of a model."""
+        files = self.manifest().files
+        return self.storage.local_folder(self.path, {name: Digest(e.sha256, e.bytes) for name, e in files.items()})
 
     def verify(self) -> Manifest:
         """Recomputes every digest.
@@ -214,7 +219,7 @@ class Artefact:
             where = f"{self.path}/{name}"
             if not self.storage.exists(where) or self.storage.digest(where) != (entry.sha256, entry.bytes):
                 raise RunDirError(
-                    f"{self.storage.path(where)}: is missing or differs from its digest; "
+                    f"{self.storage.where(where)}: is missing or differs from its digest; "
                     f"restore it or remove {self.path}"
                 )
         return manifest
@@ -282,9 +287,7 @@ class RunDir:
         """
         if self.storage.exists("run.json"):
             self._check_identity(config, facts)
-        elif foreign := sorted(
-            entry.name for entry in self.storage.root.glob("*") if not entry.name.startswith((".", "lease.json"))
-        ):
+        elif foreign := [name for name in self.storage.entries() if not name.startswith((".", "lease.json"))]:
             raise RunDirError(
                 f"{self.storage.root}: is not a run and not empty (holds {foreign[0]}); choose another --out"
             )

@@ -9,8 +9,8 @@ import hashlib
 import os
 import shutil
 import uuid
-from collections.abc import Iterator
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import NamedTuple
 
@@ -18,7 +18,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from spin_ray.errors import ConfigError, StageError
-from spin_ray.fence import Fence
+from spin_ray.fence import LEASE, check_token, locked
 
 ATTEMPTS = ".attempts"
 """Folder below the root that holds files and folders being written; never read, removed when a run starts."""
@@ -84,23 +84,58 @@ class Storage:
     driver has taken the run over.
     """
 
-    def __init__(self, root: str | Path, disk: Disk | None = None, fence: Fence | None = None) -> None:
-        text = str(root)
-        if "://" in text and not text.startswith("file://"):
-            raise ConfigError(
-                f"{text}: a run directory must be a local or shared folder; object stores are not supported yet"
-            )
-        self.root = Path(text.removeprefix("file://")).expanduser().absolute()
-        self._disk = disk or Disk()
-        self._fence = fence
+    root: Path | str
+    """Where the run is, for messages."""
 
-    def fenced(self, fence: Fence) -> "Storage":
-        """The same files, to be changed only as long as the driver behind ``fence`` holds the lease."""
-        return Storage(self.root, self._disk, fence)
+    def __init__(self, root: str | Path, disk: Disk | None = None, token: str | None = None) -> None:
+        if "://" in str(root) and not str(root).startswith("file://"):
+            raise ConfigError(f"{root}: this reads local and shared folders only; copy the run from the store first")
+        self.root = self._folder = Path(str(root).removeprefix("file://")).expanduser().absolute()
+        self._disk = disk or Disk()
+        self._token = token
+
+    def fenced(self, token: str) -> "Storage":
+        """The same files, to be changed only as long as the lease is that of ``token``."""
+        return Storage(self._folder, self._disk, token)
+
+    @property
+    def name(self) -> str:
+        """The last part of the root: what people call the run."""
+        return str(self.root).rpartition("/")[2]
 
     def path(self, name: str) -> Path:
-        """The local path of ``name``, for libraries that open files themselves."""
-        return self.root / name
+        """The local path of ``name``, for what needs a local run."""
+        return self._folder / name
+
+    def where(self, name: str) -> str:
+        """``name`` in full, as a path or URI."""
+        return str(self.path(name))
+
+    def local_folder(self, name: str, files: Mapping[str, Digest]) -> Path:
+        """A folder of this machine with ``files`` of ``name``, for libraries that open files themselves."""
+        return self.path(name)
+
+    def entries(self) -> list[str]:
+        """Names of the files and folders at the top."""
+        return sorted(entry.name for entry in self._folder.glob("*"))
+
+    def find(self, name: str) -> bytes | None:
+        """What ``name`` holds; None if it is not there."""
+        try:
+            return self.read(name)
+        except (FileNotFoundError, NotADirectoryError):
+            return None
+
+    def swap(self, name: str, old: bytes | None, new: bytes | None) -> bool:
+        """Makes ``name`` hold ``new`` if it holds ``old``, else returns False; None stands for no such file."""
+        with locked(self._folder, alone=True):
+            if self.find(name) != old:
+                return False
+            if new is None:
+                self.delete(name)
+            else:
+                self.replace(name, new)
+            return True
 
     def exists(self, name: str) -> bool:
         return self.path(name).exists()
@@ -171,9 +206,15 @@ class Storage:
     def digest(self, name: str) -> Digest:
         return file_digest(self.path(name))
 
-    def _held(self) -> AbstractContextManager[None]:
+    @contextmanager
+    def _held(self) -> Iterator[None]:
         """The moment of a change; what takes long (writing, fsync of what is written) comes before it."""
-        return self._fence.held() if self._fence else nullcontext()
+        if self._token is None:
+            yield
+            return
+        with locked(self._folder, alone=False):
+            check_token(self._token, self.find(LEASE), str(self.root))
+            yield
 
     @contextmanager
     def _changing(self, target: Path) -> Iterator[None]:

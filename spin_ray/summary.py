@@ -25,7 +25,7 @@ def print_summary(run: RunDir, console: Console) -> None:
     # Paths and errors are no markup: rich takes [/tmp/x] for the end of a style.
     console.print(f"Run:    {run.storage.root}", markup=False)
     latest = run.latest()
-    model = run.storage.path(run.model(iterate_number(latest) if latest else config.iterations).path)
+    model = run.storage.where(run.model(iterate_number(latest) if latest else config.iterations).path)
     console.print(f"Model:  {model} (LATEST: {latest})", markup=False)
     console.print(f"Go on:  spin-ray status {run.storage.root}", markup=False)
 

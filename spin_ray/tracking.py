@@ -110,7 +110,7 @@ def _log_mlflow(run: RunDir, config: SpinConfig, found: list[Point], state: dict
     if run_id is None:
         known = client.get_experiment_by_name(settings.experiment)
         experiment = known.experiment_id if known else client.create_experiment(settings.experiment)
-        run_id = client.create_run(experiment, run_name=run.storage.root.name).info.run_id
+        run_id = client.create_run(experiment, run_name=run.storage.name).info.run_id
         params = [Param(key, str(value)[:500]) for key, value in _settings(config).items()]
         for start in range(0, len(params), 100):  # the most that one call may hold
             client.log_batch(run_id, params=params[start : start + 100])
@@ -128,7 +128,7 @@ def _log_wandb(run: RunDir, config: SpinConfig, found: list[Point], state: dict[
     assert settings is not None
     run_id = state.get("run_id") or uuid.uuid4().hex[:8]
     client = wandb.init(
-        project=settings.project, id=run_id, name=run.storage.root.name, mode=settings.mode, resume="allow",
+        project=settings.project, id=run_id, name=run.storage.name, mode=settings.mode, resume="allow",
         dir=str(run.storage.root), config=_settings(config), settings=wandb.Settings(silent=True),
     )  # fmt: skip
     # W&B wants one axis that only grows; ours are two, so each point carries its own.
@@ -155,7 +155,7 @@ def _set_gauges(run: RunDir, iterate: int) -> None:
     values = {point.name: point.value for point in _evaluation_points(run, iterate)} | {"iterate": float(iterate)}
     for name, value in values.items():
         gauge = Gauge(f"spin_ray_{re.sub('[^a-zA-Z0-9]', '_', name)}", tag_keys=("run",))
-        gauge.set(value, tags={"run": run.storage.root.name})
+        gauge.set(value, tags={"run": run.storage.name})
 
 
 def _settings(config: SpinConfig) -> dict[str, Any]:

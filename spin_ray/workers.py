@@ -20,7 +20,7 @@ _USE_LESS = (
 )
 
 
-def run_workers(function: Callable[[Any], Any], job: Any, config: SpinConfig, name: str, folder: Path) -> Any:
+def run_workers(function: Callable[[Any], Any], job: Any, config: SpinConfig, name: str, folder: str | Path) -> Any:
     """Calls ``function(job)`` on every train worker of the config, waits for all, and returns what rank 0 returned.
 
     A worker group that dies is started again, up to ``train.max_failures`` times, and may go on from the last

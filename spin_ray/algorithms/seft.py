@@ -54,4 +54,4 @@ def _reviser(turn: Turn, renderer: ChatRenderer, tokenizer: Any) -> ModelFolder:
         revision.training_rows(run, config, renderer, tokenizer, answers, rows)
         training.fine_tune(run, config, config.reviser, first, rows, target)
     files = target.verify().files
-    return ModelFolder(run.storage.path(target.path), folder_digest(files), "reviser", first.pad_id)
+    return ModelFolder(target.local_folder(), folder_digest(files), "reviser", first.pad_id, source=target)

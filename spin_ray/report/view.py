@@ -132,7 +132,7 @@ def read_view(run: RunDir, only_prompts: list[str] | None = None) -> RunView:
         for text in warnings(evaluation, evaluations[0] if evaluation is not evaluations[0] else None)
     ]
     return RunView(
-        name=run.storage.root.name,
+        name=run.storage.name,
         root=hide_in_text(str(run.storage.root)),
         config=config,
         description=hide(run.description()),

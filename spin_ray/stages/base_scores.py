@@ -104,7 +104,7 @@ def _score(run_dir: RunDir, config: SpinConfig, base: ModelFolder, rows: pa.Tabl
         target=f"{ATTEMPTS}/{name}",
     )
     workers_folder = f"{ATTEMPTS}/{name}-workers"
-    run_workers(_worker, job, config, name.replace("/", "-"), storage.path(workers_folder))
+    run_workers(_worker, job, config, name.replace("/", "-"), storage.where(workers_folder))
     parts = [table_from_bytes(storage.read(f"{job.target}/{part_name(rank)}")) for rank in range(config.train.workers)]
     for folder in (job.target, workers_folder):
         storage.delete(folder)
@@ -115,7 +115,7 @@ def _score(run_dir: RunDir, config: SpinConfig, base: ModelFolder, rows: pa.Tabl
 def _worker(job: BaseScoreJob) -> None:
     """Runs on every rank."""
     steps = plan(job.rows, job.shape, epochs=1, seed=0)[0]
-    backend = Fsdp2Backend(job.model.path, job.backend, device())
+    backend = Fsdp2Backend(job.model.here(), job.backend, device())
     rows, logps, _ = score_rows(backend, steps, job.rows, job.shape)
     keys = job.rows["pair_id"].take(pa.array(rows, pa.int64()))
     part = pa.table([keys, logps], schema=_SCORED)

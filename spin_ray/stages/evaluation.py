@@ -177,7 +177,7 @@ def _score(
             target=target,
         )
         folder = f"{model.name}/scoring"
-        work = run_workers(_worker, job, config, f"evaluation-{model.digest[:16]}", run_dir.storage.path(folder))
+        work = run_workers(_worker, job, config, f"evaluation-{model.digest[:16]}", run_dir.storage.where(folder))
         run_dir.storage.delete(folder)
         names = [part_name(rank) for rank in range(config.train.workers)]
         target.commit({name: target.part_entry(name) for name in names}, inputs, settings)
@@ -196,7 +196,7 @@ def _worker(job: ScoreJob) -> dict[str, float]:
     tables = []
     work_s = 0.0
     for model in job.models:
-        backend = Fsdp2Backend(model.path, job.backend, device())
+        backend = Fsdp2Backend(model.here(), job.backend, device())
         started = time.monotonic()
         rows, real, generated = score_rows(backend, steps, job.rows, job.shape)
         work_s += time.monotonic() - started

@@ -258,7 +258,7 @@ def _finished(job: Job, config: SpinConfig) -> dict[str, FileEntry]:
             continue
         table, entry = opened
         if table.schema.metadata[FINGERPRINT] != fingerprint:
-            where = job.target.storage.path(f"{job.target.path}/{name}")
+            where = job.target.storage.where(f"{job.target.path}/{name}")
             raise RunDirError(
                 f"{where}: was generated with another opponent, prompts or settings; "
                 f"restore them, choose another --out, or remove {job.target.path}"

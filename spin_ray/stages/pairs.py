@@ -69,7 +69,7 @@ def make(
         counted |= counts
         if counts["rows"] < config.train.global_batch_pairs:
             raise DataError(
-                f"{run_dir.storage.path(target.path)}: {counts['rows']} pairs are left after dropping "
+                f"{run_dir.storage.where(target.path)}: {counts['rows']} pairs are left after dropping "
                 f"{counts['dropped_identical']} with y = y′, fewer than train.global_batch_pairs "
                 f"{config.train.global_batch_pairs}: nothing is left to learn from this opponent; "
                 "stop here, add prompts, or lower the batch"

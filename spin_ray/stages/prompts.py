@@ -303,7 +303,7 @@ def _check_quarantine(
         f"{source}: {bad} of {good + bad} rows cannot be used ({_counts(reasons)}), "
         f"more than data.max_quarantine_fraction {config.data.max_quarantine_fraction:g}; "
         f"first: {first['origin']}: {first['reason']}: {first['detail']}; "
-        f"all are in {run_dir.storage.path(where)}"
+        f"all are in {run_dir.storage.where(where)}"
     )
 
 

@@ -189,7 +189,7 @@ def _train(run_dir: RunDir, config: SpinConfig, job: TrainJob) -> None:
     with run_dir.stage(f"{job.name}/training") as counted:
         with _Watcher(job):
             counted |= run_workers(
-                _worker, job, config, digest([job.inputs(), job.settings()])[:16], run_dir.storage.path(checkpoints)
+                _worker, job, config, digest([job.inputs(), job.settings()])[:16], run_dir.storage.where(checkpoints)
             )
         counted |= {"rows": job.rows.manifest().rows}
         if not config.storage.keep_checkpoints:
@@ -202,7 +202,7 @@ def _worker(job: TrainJob) -> dict[str, float]:
     table = _read_rows(job.rows)
     epochs = plan(table, job.shape, epochs=job.epochs, seed=job.seed)
     steps = [step for epoch in epochs for step in epoch]
-    backend = make_backend(job.start.path, replace(job.backend, total_steps=len(steps), seed=job.seed), device())
+    backend = make_backend(job.start.here(), replace(job.backend, total_steps=len(steps), seed=job.seed), device())
     reference, started = None, time.monotonic()
     if job.reference is not None:
         _score_reference(job, backend, epochs[0], table)

@@ -4,10 +4,12 @@ In place of Ray there is a loop, in place of vLLM an engine whose tokens follow 
 ever touches the run folder.
 """
 
+import copy
 import hashlib
 import json
 import shutil
 from collections.abc import Callable, Iterator
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -21,9 +23,11 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from spin_ray import driver, launch, preflight
 from spin_ray.config import SpinConfig
 from spin_ray.embedded import resolve
+from spin_ray.learner.backends import fsdp2
+from spin_ray.learner.hf_folder import load_model
 from spin_ray.rendering import load_tokenizer
 from spin_ray.run_dir import MANIFEST, Manifest
-from spin_ray.stages import evaluation, generation, training
+from spin_ray.stages import evaluation, generation, prompts, training
 from spin_ray.storage import Disk, Storage
 
 ROWS, BAD_ROWS, HELDOUT_ROWS = 12, 2, 3
@@ -68,11 +72,28 @@ def in_this_process(monkeypatch: pytest.MonkeyPatch) -> None:
     for module in (driver, generation, training):
         for name in ("connect", "check_fits", "wait_until_free"):
             monkeypatch.setattr(module, name, lambda *_: None, raising=False)
-    versions = preflight.versions()  # 0.3 s, in every run
-    monkeypatch.setattr(preflight, "versions", lambda: versions)
+    # A third of a run's time: versions of packages, tokenizer, reading a model. Kept from one run to the next.
+    monkeypatch.setattr(preflight, "versions", _versions)
+    for module in (preflight, prompts):
+        monkeypatch.setattr(module, "load_tokenizer", _tokenizer)
+    monkeypatch.setattr(fsdp2, "load_model", _model)
     for module in (training, evaluation):
         monkeypatch.setattr(module, "run_workers", _run_worker)
         monkeypatch.setattr(module, "device", lambda: torch.device("cpu"))
+
+
+_versions = cache(preflight.versions)
+_tokenizer = cache(load_tokenizer)
+
+
+def _model(folder: Path, *, trust_remote_code: bool) -> Any:
+    weights = (Path(folder) / "model.safetensors").read_bytes()
+    if weights not in _models:
+        _models[weights] = load_model(folder, trust_remote_code=trust_remote_code)
+    return copy.deepcopy(_models[weights])
+
+
+_models: dict[bytes, Any] = {}
 
 
 class _Items:
@@ -89,8 +110,9 @@ class _Items:
         return self._items
 
 
-def _run_worker(function: Callable[[Any], Any], job: Any, config: SpinConfig, name: str, folder: Path) -> Any:
+def _run_worker(function: Callable[[Any], Any], job: Any, config: SpinConfig, name: str, where: str) -> Any:
     """One worker; what it reports is kept as Ray Train keeps it, complete or not at all."""
+    folder = Path(where.replace("://", "/"))  # on an object store Ray Train keeps checkpoints there
     kept = folder / name / "checkpoint"
 
     def report(metrics: object, checkpoint: ray.train.Checkpoint) -> None:
@@ -108,10 +130,11 @@ def _run_worker(function: Callable[[Any], Any], job: Any, config: SpinConfig, na
         return function(job)
 
 
-def run(config: SpinConfig, out: Path, disk: Disk | None = None) -> None:
+def run(config: SpinConfig, out: Path | str, disk: Disk | None = None) -> None:
     """The run, or the rest of it."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(launch, "Storage", lambda root: Storage(root, disk))
+        if disk is not None:
+            patch.setattr(launch, "open_storage", lambda root: Storage(root, disk))
         launch.run_spin(config, out, start_engine=lambda spec: FakeEngine(vocabulary=60))
 
 

@@ -56,7 +56,8 @@ def holder_of(storage: Storage) -> dict:
 def write_lease(storage: Storage, **values: object) -> None:
     """A lease as another machine would have written it."""
     foreign = {"token": "t", "host": "node-7", "boot": "other", "pid": 1, "started": 5.0, "renewed": time.time()}
-    storage.replace(LEASE, json.dumps(foreign | values).encode())
+    with locked(storage.root, alone=True):  # not in the midst of a renewal
+        storage.replace(LEASE, json.dumps(foreign | values).encode())
 
 
 def wait_for(condition: Callable[[], object]) -> None:
@@ -165,15 +166,13 @@ def test_a_driver_whose_lease_was_removed_stops(storage):
 def test_a_takeover_waits_for_a_change_that_has_begun(storage):
     """The look at the lease and the change are one moment: no driver gets the lease between them."""
     with Lease(storage, timeout_s=60) as lease:
-        held = lease.storage._fence
-        assert held is not None
         took = threading.Event()
 
         def take_over() -> None:
             with locked(storage.root, alone=True):
                 took.set()
 
-        with held.held():
+        with lease.storage._held():
             thread = threading.Thread(target=take_over)
             thread.start()
             assert not took.wait(0.2)

@@ -151,8 +151,8 @@ def test_digest_is_that_of_the_bytes(storage):
     assert storage.digest("file").bytes == 4
 
 
-def test_an_object_store_is_refused_before_anything_is_written():
-    with pytest.raises(ConfigError, match="s3://bucket/run: a run directory must be a local or shared folder"):
+def test_a_folder_is_never_made_of_a_uri():
+    with pytest.raises(ConfigError, match="s3://bucket/run: this reads local and shared folders only; copy the run"):
         Storage("s3://bucket/run")
 
 
