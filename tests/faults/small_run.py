@@ -112,7 +112,8 @@ class _Items:
 
 def _run_worker(function: Callable[[Any], Any], job: Any, config: SpinConfig, name: str, where: str) -> Any:
     """One worker; what it reports is kept as Ray Train keeps it, complete or not at all."""
-    folder = Path(where.replace("://", "/"))  # on an object store Ray Train keeps checkpoints there
+    # On an object store Ray Train keeps checkpoints there; here they stay beside the test's data.
+    folder = Path(config.data.train).parent / where.replace("://", "/") if "://" in where else Path(where)
     kept = folder / name / "checkpoint"
 
     def report(metrics: object, checkpoint: ray.train.Checkpoint) -> None:
