@@ -20,7 +20,7 @@ import torch
 from fakes import FakeEngine
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from spin_ray import driver, launch, preflight
+from spin_ray import driver, launch, object_storage, preflight
 from spin_ray.config import SpinConfig
 from spin_ray.embedded import resolve
 from spin_ray.learner.backends import fsdp2
@@ -112,8 +112,8 @@ class _Items:
 
 def _run_worker(function: Callable[[Any], Any], job: Any, config: SpinConfig, name: str, where: str) -> Any:
     """One worker; what it reports is kept as Ray Train keeps it, complete or not at all."""
-    # On an object store Ray Train keeps checkpoints there; here they stay beside the test's data.
-    folder = Path(config.data.train).parent / where.replace("://", "/") if "://" in where else Path(where)
+    # Of a run on an object store, Ray Train would keep the checkpoints there.
+    folder = object_storage.CACHE / where.replace("://", "/") if "://" in where else Path(where)
     kept = folder / name / "checkpoint"
 
     def report(metrics: object, checkpoint: ray.train.Checkpoint) -> None:
