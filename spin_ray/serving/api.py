@@ -67,7 +67,7 @@ def _routes(engines: Engines, config: SpinConfig, metrics: Metrics, votes: VoteS
     async def compare_models(body: CompareBody, request: HttpRequest) -> dict[str, Any]:
         """One conversation, several models, the same sampling and seed; answers side by side."""
         desk.check_length(body.max_tokens)
-        request.state.log["model"] = ",".join(body.models)
+        request.state.log["model"] = ",".join(engines.names.resolve(model) for model in body.models)
         desk.log_text(request, plain(body.messages))
         with desk.slots.take(len(body.models)):
             return await compare(engines, body, config)
