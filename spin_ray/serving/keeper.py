@@ -10,6 +10,7 @@ holds its digest, so a keeper that is started again finds the engines of the las
 import asyncio
 import logging
 import time
+from collections.abc import Callable
 from contextlib import suppress
 from typing import Any
 
@@ -49,7 +50,7 @@ class Keeper:
         self._problems: dict[str, str] = {}
         self._changed = asyncio.Condition()
         self._retry_at: dict[str, float] = {}
-        self._deploying = asyncio.Lock()
+        self._serve_lock = asyncio.Lock()
         self._starting: dict[str, asyncio.Task[None]] = {}
         self._looked_for_strays = False
         self._draining: set[asyncio.Task[None]] = set()
@@ -112,13 +113,12 @@ class Keeper:
     async def _start(self, app: str, iterate: Iterate) -> None:
         """Raises EngineFailed if the engine does not answer in time; nothing is left of it then."""
         deadline = time.monotonic() + self._config.serving.start_timeout_s
-        if await _status(app) != ApplicationStatus.RUNNING:
-            async with self._deploying:  # what vLLM and Ray import on the way is not made for threads
-                await asyncio.to_thread(_deploy, app, iterate, self._config)
+        if await self._status(app) != ApplicationStatus.RUNNING:
+            await self._ask_serve(_deploy, app, iterate, self._config)
         try:
-            while (status := await _status(app)) != ApplicationStatus.RUNNING:
+            while (status := await self._status(app)) != ApplicationStatus.RUNNING:
                 if status in _ENDED:
-                    raise EngineFailed(f"its engine did not start ({await _message(app)})")
+                    raise EngineFailed(f"its engine did not start ({await self._message(app)})")
                 if time.monotonic() > deadline:
                     raise EngineFailed(
                         f"its engine was not ready after serving.start_timeout_s ({status.value}); are "
@@ -127,7 +127,7 @@ class Keeper:
                 await asyncio.sleep(0.2)
             await self._probe(app, iterate.name, deadline)
         except EngineFailed:
-            await asyncio.to_thread(serve.delete, app, _blocking=False)
+            await self._ask_serve(serve.delete, app, _blocking=False)
             raise
 
     async def _probe(self, app: str, name: str, deadline: float) -> None:
@@ -157,7 +157,7 @@ class Keeper:
     async def _drain(self, apps: list[str]) -> None:
         await asyncio.sleep(self._config.serving.drain_grace_s)  # until every ingress replica has the new table
         for app in apps:
-            await asyncio.to_thread(serve.delete, app, _blocking=False)
+            await self._ask_serve(serve.delete, app, _blocking=False)
 
     async def _remove_strays(self) -> None:
         """Once: engines that an earlier keeper left and that nobody asks for any more."""
@@ -165,9 +165,9 @@ class Keeper:
             return
         self._looked_for_strays = True
         ours = {engine["app"] for engine in self._engines.values()}
-        for app in (await asyncio.to_thread(serve.status)).applications:
+        for app in (await self._ask_serve(serve.status)).applications:
             if app.startswith(ENGINE_PREFIX) and app not in ours:
-                await asyncio.to_thread(serve.delete, app, _blocking=False)
+                await self._ask_serve(serve.delete, app, _blocking=False)
 
     async def _announce(self) -> None:
         """Tells every ingress replica that the table has changed."""
@@ -175,18 +175,23 @@ class Keeper:
             self._version += 1
             self._changed.notify_all()
 
+    async def _ask_serve(self, function: Callable[..., Any], *arguments: Any, **options: Any) -> Any:
+        """Calls Ray Serve in a thread, one call at a time: its configs register modules with cloudpickle while they are
+        checked and take them out again, and two threads at that fail (ray 2.60: "not registered for pickle by value").
+        """
+        async with self._serve_lock:
+            return await asyncio.to_thread(function, *arguments, **options)
+
+    async def _status(self, app: str) -> ApplicationStatus:
+        found = (await self._ask_serve(serve.status)).applications.get(app)
+        return found.status if found else ApplicationStatus.NOT_STARTED
+
+    async def _message(self, app: str) -> str:
+        found = (await self._ask_serve(serve.status)).applications.get(app)
+        lines = [line.strip() for line in (found.message if found else "").splitlines() if "Error" in line]
+        return lines[-1][:500] if lines else "no reason given"
+
 
 def _deploy(app: str, iterate: Iterate, config: SpinConfig) -> None:
     target = serve.RunTarget(build_engine(iterate, config), name=app, route_prefix=None)
     serve.run_many([target], wait_for_applications_running=False)
-
-
-async def _status(app: str) -> ApplicationStatus:
-    found = (await asyncio.to_thread(serve.status)).applications.get(app)
-    return found.status if found else ApplicationStatus.NOT_STARTED
-
-
-async def _message(app: str) -> str:
-    found = (await asyncio.to_thread(serve.status)).applications.get(app)
-    lines = [line.strip() for line in (found.message if found else "").splitlines() if "Error" in line]
-    return lines[-1][:500] if lines else "no reason given"
