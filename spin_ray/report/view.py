@@ -92,8 +92,8 @@ class RunView:
         totals = []
         for stage in dict.fromkeys(span.stage for span in self.spans):
             mine = [span for span in self.spans if span.stage == stage]
-            measured = [span for span in mine if "useful_s" in span.counted]
-            useful = sum(span.counted["useful_s"] for span in measured)
+            measured = [span for span in mine if "useful" in span.counted]
+            useful = sum(span.counted["useful"] * span.seconds for span in measured)
             seconds = sum(span.seconds for span in mine)
             totals.append(
                 StageTotal(

@@ -1,6 +1,7 @@
 """What the report says, without a browser."""
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -55,6 +56,20 @@ def test_counts_of_quarantine_and_drops(finished):
     view = read_view(finished)
     assert view.quarantine == [("prompts", "empty", 2, "no text"), ("prompts", "duplicate", 1, "of row 3")]
     assert view.pairs[0] == ("iter_000", {"rows": 1, "dropped_identical": 7, "dropped_empty": 0, "from_earlier": 0})
+
+
+def test_useful_work_is_weighed_by_time_over_the_attempts_that_measured_it(finished):
+    """Three attempts at sampling; the last did not measure it."""
+    log = finished.storage.read("events.jsonl").decode().splitlines()
+    events = [json.loads(line) for line in log]
+    sampling = [it for it in events if it["event"] == "commit" and it["stage"].endswith("heldout_samples")]
+    for event, useful in zip(sampling, (0.5, 0.8), strict=False):
+        event["useful"] = useful
+    view = replace(read_view(finished), spans=spans(events))
+    [total] = [total for total in view.stage_totals() if total.stage == "sampling"]
+    seconds = [event["seconds"] for event in sampling]
+    assert total.seconds == pytest.approx(sum(seconds))
+    assert total.useful == pytest.approx((0.5 * seconds[0] + 0.8 * seconds[1]) / (seconds[0] + seconds[1]))
 
 
 def test_the_recipe_holds_what_is_not_a_default(finished):
