@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 import yaml
-from conftest import ROOT, environment, micro_recipe
+from program import ROOT, environment, micro_recipe
 
 pytestmark = pytest.mark.e2e
 

@@ -11,7 +11,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from conftest import ROOT, SPIN_RAY, environment, micro_recipe, spin_ray, write_recipe
+from program import ROOT, SPIN_RAY, environment, micro_recipe, spin_ray, write_recipe
 
 pytestmark = pytest.mark.e2e
 

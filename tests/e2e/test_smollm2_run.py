@@ -11,7 +11,7 @@ from pathlib import Path
 import pyarrow as pa
 import pytest
 import torch
-from conftest import spin_ray
+from program import spin_ray
 
 from spin_ray.run_dir import RunDir
 from spin_ray.storage import Storage

@@ -10,7 +10,7 @@ import httpx
 import openai
 import psutil
 import pytest
-from conftest import Served
+from served import Served
 from tiny_runs import add_iterate
 
 from spin_ray.rendering import ChatRenderer, load_tokenizer

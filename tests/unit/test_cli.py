@@ -159,10 +159,6 @@ def test_another_run_is_left_as_it_was(call, tmp_path, recipe):
     assert files_of(run.storage.root) == before
 
 
-def test_an_object_store_is_refused_as_run_folder(call, recipe):
-    assert_one_line(call("run", recipe, "--out", "s3://bucket/run"), "a run directory must be a local or shared folder")
-
-
 # Good input
 
 
