@@ -6,6 +6,7 @@ Reads committed artefacts and logs only, so it works while the run goes on and a
 import json
 import re
 from collections import defaultdict
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -58,9 +59,12 @@ class Example:
 
 
 def read_evaluations(run: RunDir, config: SpinConfig) -> list[Evaluation]:
-    """``eval.json`` of every iterate that has one, θ_0 first."""
-    paths = [run.eval_path(iterate) for iterate in range(config.iterations + 1)]
-    return [json.loads(run.storage.read(path)) for path in paths if run.storage.exists(path)]
+    """``eval.json`` of every iterate that has one, θ_0 first; a damaged one is none: the run makes it again."""
+    found = []
+    for iterate in range(config.iterations + 1):
+        with suppress(FileNotFoundError, ValueError):
+            found.append(json.loads(run.storage.read(run.eval_path(iterate))))
+    return found
 
 
 def evidence_to_stop(config: SpinConfig, evaluations: list[Evaluation]) -> dict[str, Any] | None:

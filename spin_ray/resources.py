@@ -3,9 +3,11 @@
 import logging
 import os
 import queue
+import signal
+import sys
 import threading
 import time
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any, TypeVar
 
 import ray
@@ -42,10 +44,26 @@ def connect(config: SpinConfig) -> None:
             ray.init(log_to_driver=False, logging_level=logging.WARNING, **options)
         except (ConnectionError, RuntimeError) as error:
             raise ResourceError(f"cluster.address {address}: cannot be reached ({first_line(error)})") from error
+        if threading.current_thread() is threading.main_thread():
+            take_signal(signal.SIGTERM, lambda number, _: sys.exit(number))
     logging.getLogger("ray.data").setLevel(logging.ERROR)
     context = ray.data.DataContext.get_current()
     context.enable_progress_bars = False
     context.print_on_execution_start = False
+
+
+def take_signal(number: int, handle: Callable[[int, Any], None]) -> None:
+    """Calls ``handle`` on a signal, and lets it take its time.
+
+    Ray's core (abseil's failure handler) sets an alarm on SIGTERM that aborts the process 3 s later, in the middle of
+    giving back what it holds.
+    """
+
+    def handle_in_peace(number: int, frame: Any) -> None:
+        signal.alarm(0)
+        handle(number, frame)
+
+    signal.signal(number, handle_in_peace)
 
 
 def _keep_to_loopback(embedded: bool) -> None:

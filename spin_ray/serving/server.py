@@ -2,8 +2,9 @@
 
 import logging
 import os
+import queue
 import signal
-import threading
+from contextlib import suppress
 from typing import Any
 
 import ray
@@ -11,7 +12,7 @@ from ray import serve
 
 from spin_ray.config import SpinConfig
 from spin_ray.errors import ConfigError, ResourceError, StageError
-from spin_ray.resources import connect
+from spin_ray.resources import connect, take_signal
 from spin_ray.run_dir import RunDir
 from spin_ray.serving.access import read_keys
 from spin_ray.serving.app import APP, application, votes_url
@@ -33,10 +34,10 @@ def serve_run(run: RunDir, config: SpinConfig) -> None:
         StageError: the server stopped by itself.
     """
     check_settings(run, config)
-    stop = threading.Event()
-    for number in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(number, lambda *_: stop.set())
+    stop: queue.SimpleQueue[int] = queue.SimpleQueue()  # unlike an Event, two signals at once cannot lock it
     start(run, config)
+    for number in (signal.SIGINT, signal.SIGTERM):  # not before: Ray sets handlers of its own when it starts
+        take_signal(number, lambda number, _: stop.put(number))
     serving = config.serving
     logger.info("http://%s:%d answers once an engine is ready; Ctrl-C stops it", serving.host, serving.port)
     try:
@@ -118,9 +119,12 @@ def stop_serving() -> None:
         serve.shutdown()
 
 
-def _watch(stop: threading.Event) -> None:
-    """Returns when ``stop`` is set. Raises StageError if the application is gone."""
-    while not stop.wait(5):
+def _watch(stop: queue.SimpleQueue[int]) -> None:
+    """Returns when a signal has arrived. Raises StageError if the application is gone."""
+    while True:
+        with suppress(queue.Empty):
+            stop.get(timeout=5)
+            return
         found: Any = serve.status().applications.get(APP)
         if found is None:
             raise StageError("the server was deleted by somebody else")

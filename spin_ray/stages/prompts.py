@@ -111,10 +111,8 @@ def run(
         )
         try:
             found = with_deadline(rendered.iter_rows(), 3600, 3600, "a slice of the data")
-            names = sorted(row["name"] for row in found)
-        except ray.exceptions.RayTaskError as error:  # it carries a traceback; the user's own mistakes are one line
-            if isinstance(error.cause, UserError):
-                raise error.cause from error
+            names = sorted(_name_of(row) for row in found)
+        except ray.exceptions.RayTaskError as error:
             raise StageError(f"{source}: cannot be rendered: {last_line(error)}; run the command again") from error
         entries, quarantined = _finish(run_dir.storage, names, artefact, max_rows, settings["part_rows"])
         counted |= {"rows": sum(entry.rows or 0 for entry in entries.values()), "quarantined": quarantined.total()}
@@ -138,6 +136,14 @@ class _RenderSlice:
         self._storage, self._stage, self._task = storage, stage, task
 
     def __call__(self, item: dict[str, Any]) -> dict[str, Any]:
+        """The name of the part, and what the user must mend: a value, as Ray keeps only the text of an exception."""
+        try:
+            self._render(item)
+        except UserError as error:
+            return {"name": item["name"], "error": str(error)}
+        return {"name": item["name"], "error": ""}
+
+    def _render(self, item: dict[str, Any]) -> None:
         name = item["name"]
         good, bad = [_SLICE_SCHEMA.empty_table()], [QUARANTINE_SCHEMA.empty_table()]
         reader = read_slice(Slice(item["uri"], item["start"], item["stop"]))
@@ -153,7 +159,13 @@ class _RenderSlice:
             bad.append(pa.Table.from_pylist(unusable, QUARANTINE_SCHEMA))
         self._storage.replace(f"{name}-rows", table_to_bytes(pa.concat_tables(good)))
         self._storage.replace(f"{name}-bad", table_to_bytes(pa.concat_tables(bad)))
-        return {"name": name}
+
+
+def _name_of(rendered: dict[str, Any]) -> str:
+    """Raises DataError if the slice could not be read."""
+    if rendered["error"]:
+        raise DataError(rendered["error"])
+    return rendered["name"]
 
 
 def rows_of(sources: Sequence[SourceRow], task: PromptTask) -> Iterator[list[Row] | Unusable]:
