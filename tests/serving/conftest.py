@@ -14,7 +14,7 @@ from tiny_runs import make_run
 ROOT = Path(__file__).resolve().parents[2]
 
 
-@pytest.fixture(scope="package")  # ends with the folder: later tests need the cores
+@pytest.fixture(scope="session")
 def served(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Served]:
     """``sft`` and ``latest`` (iter-0 at first) of a tiny run."""
     folder = tmp_path_factory.mktemp("served")
