@@ -94,12 +94,7 @@ def _score(run_dir: RunDir, config: SpinConfig, base: ModelFolder, rows: pa.Tabl
         rows=rows,
         model=base,
         shape=PackShape(pack_length=config.train.pack_length, global_batch_pairs=rows.num_rows, pad_id=base.pad_id),
-        backend=BackendSettings(
-            max_length=config.model.max_length,
-            precision=config.train.precision,
-            attention=config.model.attention,
-            trust_remote_code=config.model.trust_remote_code,
-        ),
+        backend=BackendSettings.for_scoring(config),
         storage=storage,
         target=f"{ATTEMPTS}/{name}",
     )

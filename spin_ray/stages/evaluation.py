@@ -168,12 +168,7 @@ def _score(
             shape=PackShape(
                 pack_length=config.train.pack_length, global_batch_pairs=rows.num_rows, pad_id=model.pad_id
             ),
-            backend=BackendSettings(
-                max_length=config.model.max_length,
-                precision=config.train.precision,
-                attention=config.model.attention,
-                trust_remote_code=config.model.trust_remote_code,
-            ),
+            backend=BackendSettings.for_scoring(config),
             target=target,
         )
         folder = f"{model.name}/scoring"

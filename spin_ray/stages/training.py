@@ -168,12 +168,9 @@ def _chat_template(config: SpinConfig) -> str | None:
 
 
 def _backend_settings(config: SpinConfig, optimizer: OptimizerConfig, learning_rate: float) -> BackendSettings:
-    return BackendSettings(
+    return replace(
+        BackendSettings.for_scoring(config),
         kind=config.train.backend,
-        precision=config.train.precision,
-        attention=config.model.attention,
-        max_length=config.model.max_length,
-        trust_remote_code=config.model.trust_remote_code,
         gradient_checkpointing=config.train.gradient_checkpointing,
         sharding=config.train.sharding,
         reduce_every_pack=config.train.reduce_every_pack,

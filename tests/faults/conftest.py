@@ -2,28 +2,15 @@
 
 import sys
 from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
-import torch
-import torch.distributed
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "unit"))
 import small_run
+from learner_cases import one_rank
 
 from spin_ray.config import SpinConfig
-
-
-@contextmanager
-def one_rank(folder: Path) -> Iterator[None]:
-    """A process group of this process alone, as a train worker has."""
-    torch.set_num_threads(1)
-    torch.distributed.init_process_group(
-        "gloo", store=torch.distributed.FileStore(str(folder / "store"), 1), rank=0, world_size=1
-    )
-    yield
-    torch.distributed.destroy_process_group()
 
 
 @pytest.fixture(scope="session")

@@ -1,4 +1,4 @@
-"""One real server for the folder: Ray Serve and vLLM in processes of their own, as a user starts them."""
+"""Votes, and one real server for the folder: Ray Serve and vLLM in processes of their own, as a user starts them."""
 
 import os
 import socket
@@ -11,7 +11,16 @@ import pytest
 from served import Served
 from tiny_runs import make_run
 
+from spin_ray.serving.votes import VoteStore
+
 ROOT = Path(__file__).resolve().parents[2]
+
+
+@pytest.fixture
+def votes(tmp_path: Path) -> Iterator[VoteStore]:
+    store = VoteStore(f"sqlite:///{tmp_path}/votes.sqlite")
+    yield store
+    store.close()
 
 
 @pytest.fixture(scope="session")

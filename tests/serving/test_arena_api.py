@@ -25,13 +25,6 @@ ASKED = {"messages": [{"role": "user", "content": "how are you?"}], "temperature
 
 
 @pytest.fixture
-def votes(tmp_path):
-    store = VoteStore(f"sqlite:///{tmp_path}/votes.sqlite")
-    yield store
-    store.close()
-
-
-@pytest.fixture
 def client(votes):
     return TestClient(make(votes))
 

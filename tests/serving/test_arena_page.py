@@ -29,13 +29,6 @@ def browser() -> Iterator[Browser]:
 
 
 @pytest.fixture
-def votes(tmp_path):
-    store = VoteStore(f"sqlite:///{tmp_path}/votes.sqlite")
-    yield store
-    store.close()
-
-
-@pytest.fixture
 def serve(votes):
     """Starts the application; its URL."""
     stops = []

@@ -1,5 +1,7 @@
 """Small models and pair tables that the learner's tests share."""
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +20,15 @@ from spin_ray.types import TOKEN_IDS, PackedBatch
 VOCAB = 61
 PACK_LENGTH = 48
 Row = tuple[list[int], list[int], list[int]]
+
+
+@contextmanager
+def one_rank(folder: Path) -> Iterator[None]:
+    """A gloo process group of this process alone, as a single train worker has; ``folder`` is for its store."""
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo", store=dist.FileStore(str(folder / "store"), 1), rank=0, world_size=1)
+    yield
+    dist.destroy_process_group()
 
 
 def table_of(rows: list[Row]) -> pa.Table:

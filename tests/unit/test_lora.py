@@ -6,8 +6,7 @@ from typing import Any
 
 import pytest
 import torch
-import torch.distributed as dist
-from learner_cases import batches_of, one_step, random_rows, save_model, tiny_llama, train
+from learner_cases import batches_of, one_rank, one_step, random_rows, save_model, tiny_llama, train
 from torch.distributed.checkpoint import FileSystemReader
 from transformers import AutoModelForCausalLM
 
@@ -27,10 +26,8 @@ MakeBackend = Callable[..., Fsdp2Backend]
 
 @pytest.fixture(scope="module", autouse=True)
 def process_group(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
-    store = dist.FileStore(str(tmp_path_factory.mktemp("store") / "store"), 1)
-    dist.init_process_group("gloo", store=store, rank=0, world_size=1)
-    yield
-    dist.destroy_process_group()
+    with one_rank(tmp_path_factory.mktemp("group")):
+        yield
 
 
 @pytest.fixture(scope="module")

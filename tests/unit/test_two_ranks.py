@@ -10,7 +10,7 @@ import pytest
 import torch
 import torch.distributed as dist
 import torch.multiprocessing
-from learner_cases import PACK_LENGTH, one_step, random_rows, save_model, table_of, tiny_llama, train
+from learner_cases import PACK_LENGTH, one_rank, one_step, random_rows, save_model, table_of, tiny_llama, train
 from transformers import AutoModelForCausalLM
 
 from spin_ray.config import OptimizerConfig
@@ -105,10 +105,8 @@ def directory(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def one_process(tmp_path: Path) -> Iterator[None]:
-    torch.set_num_threads(1)
-    dist.init_process_group("gloo", store=dist.FileStore(str(tmp_path / "store"), 1), rank=0, world_size=1)
-    yield
-    dist.destroy_process_group()
+    with one_rank(tmp_path):
+        yield
 
 
 @pytest.mark.parametrize("case", CASES)

@@ -4,13 +4,13 @@ import math
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal, Protocol
+from typing import Any, Literal, Protocol, Self
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from spin_ray.config import LoraConfig, OptimizerConfig
+from spin_ray.config import LoraConfig, OptimizerConfig, SpinConfig
 from spin_ray.types import PackedBatch
 
 
@@ -41,6 +41,16 @@ class BackendSettings:
     """Peak."""
     total_steps: int = 0
     """Optimizer steps of the whole schedule."""
+
+    @classmethod
+    def for_scoring(cls, config: SpinConfig) -> Self:
+        """What every backend of a run takes from its config; one that trains has more."""
+        return cls(
+            max_length=config.model.max_length,
+            precision=config.train.precision,
+            attention=config.model.attention,
+            trust_remote_code=config.model.trust_remote_code,
+        )
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
