@@ -4,8 +4,8 @@
 
 The peer (sides/authors_logic.py) pads, repeats the prompt, asks a live reference at each step, recomputes activations,
 and generates with transformers. Row 2 counts all of that; row 3 gives it this project's vLLM, so that only training
-differs. Both sides train on the same y', and must agree on every reference log-probability (0.05 nats) and on the first
-loss (0.005).
+differs. Both sides train on the same y', and must agree on every reference log-probability and on the first loss,
+within harness.py's tolerances.
 The start of the engine (about 25 s here, once per iteration of any size) is in neither side.
 """
 
@@ -14,9 +14,9 @@ import sys
 import tempfile
 from pathlib import Path
 
-from harness import HERE, Side, at_least, check_references, pairs_of, prepare, record, training_options
+from harness import HERE, LOSS_TOLERANCE, Side, at_least, check_references, pairs_of, prepare, record, training_options
 
-from spin_ray.cpu import KEEP_FREED_MEMORY
+from spin_ray.cpu import keep_freed_memory
 
 LEARNING_RATE, EPOCHS = 1e-6, 2
 
@@ -34,8 +34,9 @@ def main() -> None:
         def side(name: str, *more: str) -> Side:
             common = [
                 "--pairs", str(pairs), "--batch", str(options.batch), "--pack-length", str(options.pack_length),
+                "--precision", options.precision,
             ]  # fmt: skip
-            return Side(name, [sys.executable, str(HERE / f"sides/{name}.py"), *common, *more], KEEP_FREED_MEMORY)
+            return Side(name, [sys.executable, str(HERE / f"sides/{name}.py"), *common, *more], keep_freed_memory())
 
         tokens = ["--max-tokens", str(options.max_tokens)]
         training = ["--learning-rate", str(LEARNING_RATE), "--epochs", str(EPOCHS)]
@@ -45,22 +46,20 @@ def main() -> None:
                 json.dumps([row | {"generated_ids": ids} for row, ids in zip(rows, generated, strict=True)])
             )
             with side("spin_ray_training", *training) as us, side("authors_logic", *training, *tokens) as them:
-                check_references(us.ready()["reference"], them.ready()["reference"])
+                check_references(us.ready()["reference"], them.ready()["reference"], options.precision)
                 whole, with_vllm = [], []
                 for number in range(options.pairs + 1):
                     played, trained, theirs = opponent.turn(number), us.turn(number), them.turn(number)
                     print(json.dumps({"opponent": played, "training": trained, "authors": theirs}), flush=True)
                     if number == 0:
-                        assert abs(trained["losses"][0] - theirs["losses"][0]) < 0.005, (
+                        assert abs(trained["losses"][0] - theirs["losses"][0]) < LOSS_TOLERANCE[options.precision], (
                             "both sides must take the same step"
                         )
                         continue
                     ours = played["seconds"] + trained["seconds"]
                     whole.append((theirs["generate_s"] + theirs["train_s"]) / ours)
                     with_vllm.append((played["seconds"] + theirs["train_s"]) / ours)
-    note = (
-        f"{options.batch} rows of {options.data.name} at a time, {options.max_tokens} tokens at most, fp32, 2 threads"
-    )
+    note = f"{options.batch} rows of {options.data.name} at a time, {options.max_tokens} tokens at most, {options.precision}, 2 threads"
     record(
         [
             at_least("2 iteration, times the authors' speed", whole, 8.0, note),

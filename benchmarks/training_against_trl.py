@@ -1,9 +1,9 @@
 """One training epoch against TRL's DPOTrainer: the same pairs, steps, optimizer and precision, in turns.
 
-    python benchmarks/training_against_trl.py --data FILE.jsonl [--batch 24] [--pairs 5] [--pack-length 512]
+    python benchmarks/training_against_trl.py --data FILE.jsonl [--batch 24] [--pairs 5] [--pack-length 1024] [--precision bf16]
 
 Needs an environment with TRL (`make peers`). Both sides must agree on the reference log-probability of every response
-(0.05 nats; they pad and batch differently) and on the loss of every step (0.005).
+and on the loss of every step, within the tolerances that harness.py states for the precision.
 """
 
 import json
@@ -11,9 +11,21 @@ import sys
 import tempfile
 from pathlib import Path
 
-from harness import HERE, MODEL, Side, at_least, at_most, check_references, pairs_of, prepare, record, training_options
+from harness import (
+    HERE,
+    LOSS_TOLERANCE,
+    MODEL,
+    Side,
+    at_least,
+    at_most,
+    check_references,
+    pairs_of,
+    prepare,
+    record,
+    training_options,
+)
 
-from spin_ray.cpu import KEEP_FREED_MEMORY
+from spin_ray.cpu import keep_freed_memory
 from spin_ray.embedded import resolve
 
 LEARNING_RATE = 1e-6
@@ -32,23 +44,26 @@ def main() -> None:
         pairs.write_text(json.dumps(rows))
         common = [
             "--pairs", str(pairs), "--batch", str(options.batch), "--learning-rate", str(LEARNING_RATE),
+            "--precision", options.precision,
         ]  # fmt: skip
         ours = [sys.executable, str(HERE / "sides/spin_ray_training.py"), "--pack-length", str(options.pack_length)]
         theirs = [
             str(options.peers), str(HERE / "sides/trl_dpo.py"), "--model", resolve(MODEL), "--output", f"{folder}/trl",
         ]  # fmt: skip
-        with Side("spin_ray", [*ours, *common], KEEP_FREED_MEMORY) as us, Side("trl", [*theirs, *common]) as them:
-            check_references(us.ready()["reference"], them.ready()["reference"])
+        with Side("spin_ray", [*ours, *common], keep_freed_memory()) as us, Side("trl", [*theirs, *common]) as them:
+            check_references(us.ready()["reference"], them.ready()["reference"], options.precision)
             speeds, lengths = [], []
             for step in range(options.pairs + 1):
                 mine, yours = us.turn(step), them.turn(step)
                 print(json.dumps({"spin_ray": mine, "trl": yours}), flush=True)
-                assert abs(mine["loss"] - yours["loss"]) < 0.005, "both sides must take the same step"
+                assert abs(mine["loss"] - yours["loss"]) < LOSS_TOLERANCE[options.precision], (
+                    "both sides must take the same step"
+                )
                 if step:
                     speeds.append(yours["seconds"] / mine["seconds"])
                     lengths.append(mine["tokens"] / mine["seconds"])
             memory = us.peak_pss_mib / them.peak_pss_mib
-    note = f"steps of {options.batch} pairs of {options.data.name}, fp32, 2 threads"
+    note = f"steps of {options.batch} pairs of {options.data.name}, {options.precision}, 2 threads"
     record(
         [
             at_least(f"1 training epoch, times TRL's speed ({name})", speeds, options.target, note),

@@ -5,6 +5,7 @@ kernels that die of SIGILL at the first bf16 product. A product in a process of 
 held at AVX-512.
 """
 
+import importlib.util
 import logging
 import os
 import subprocess
@@ -14,16 +15,26 @@ from pathlib import Path
 
 logger = logging.getLogger(__name__)
 
-KEEP_FREED_MEMORY = {
-    "MALLOC_ARENA_MAX": "1",  # Ray runs the training function in a thread, whose own arena could not keep large blocks
-    "MALLOC_MMAP_THRESHOLD_": str(32 * 2**20),  # the largest that glibc takes
-    "MALLOC_TRIM_THRESHOLD_": str(2**40),
-}
-"""Environment in which to start a process that trains on CPUs. glibc gives every large tensor back to the kernel when
-it is freed, and the next one costs a page fault for each 4 KiB."""
-
 _PROBE = "import torch; a = torch.ones(64, 64, dtype=torch.bfloat16); assert (a @ a)[0, 0] == 64"
 _WITHOUT_AMX = "AVX512_CORE_FP16"
+
+
+def keep_freed_memory() -> dict[str, str]:
+    """Environment in which to start a process that trains on CPUs.
+
+    glibc gives every large tensor back to the kernel when it is freed, and the next one costs a page fault for each
+    4 KiB; that took a third of a training step. The jemalloc that Ray ships keeps what it has, in huge pages. Where it
+    is missing, glibc is told to do nearly the same.
+    """
+    ray = importlib.util.find_spec("ray")
+    library = Path(ray.origin).parent / "core" / "libjemalloc.so" if ray and ray.origin else None
+    if library and library.exists():
+        return {"LD_PRELOAD": str(library), "MALLOC_CONF": "thp:always,dirty_decay_ms:-1,muzzy_decay_ms:-1"}
+    return {
+        "MALLOC_MMAP_THRESHOLD_": str(32 * 2**20),  # the largest that glibc takes
+        "MALLOC_TRIM_THRESHOLD_": str(2**40),
+        "THP_MEM_ALLOC_ENABLE": "1",  # torch's: huge pages for large tensors
+    }
 
 
 def prepare(threads: int) -> None:

@@ -47,7 +47,7 @@ def run_workers(function: Callable[[Any], Any], job: Any, config: SpinConfig, na
             storage_path=str(folder),
             failure_config=ray.train.FailureConfig(max_failures=config.train.max_failures, controller_failure_limit=3),
             checkpoint_config=ray.train.CheckpointConfig(num_to_keep=1),
-            worker_runtime_env={"env_vars": cpu.KEEP_FREED_MEMORY},
+            worker_runtime_env={"env_vars": {} if resources.gpus else cpu.keep_freed_memory()},
         ),
     )
     try:

@@ -32,12 +32,17 @@ def main() -> None:
     torch.set_num_threads(THREADS)
     folder = resolve(MODEL)
     tokenizer = AutoTokenizer.from_pretrained(folder)
-    policy, reference = (AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32) for _ in range(2))
+    policy = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+    frozen = torch.bfloat16 if options.precision == "bf16" else torch.float32
+    opponent = AutoModelForCausalLM.from_pretrained(folder, dtype=frozen)
     policy.train()  # SmolLM2 has no dropout; checkpointing works in training mode only
     policy.gradient_checkpointing_enable({"use_reentrant": False})
     optimizer = torch.optim.RMSprop(policy.parameters(), lr=options.learning_rate, foreach=True)
     rows = json.loads(options.pairs.read_text())
     pad = tokenizer.pad_token_id
+
+    def computing():
+        return torch.autocast("cpu", torch.bfloat16, enabled=options.precision == "bf16")
 
     def logps(model, pairs):
         """log p of every real response, then of every generated one."""
@@ -52,8 +57,9 @@ def main() -> None:
         seen = (
             torch.arange(longest) < torch.tensor([len(prompt) + len(response) for prompt, response in texts])[:, None]
         )
-        logits = model(input_ids=ids, attention_mask=seen.long(), use_cache=False).logits[:, :-1]
-        chosen = logits.log_softmax(-1).gather(-1, ids[:, 1:, None]).squeeze(-1)
+        with computing():
+            logits = model(input_ids=ids, attention_mask=seen.long(), use_cache=False).logits[:, :-1]
+        chosen = logits.float().log_softmax(-1).gather(-1, ids[:, 1:, None]).squeeze(-1)
         return (chosen * scored[:, 1:]).sum(-1).chunk(2)
 
     def train(part) -> list[float]:
@@ -63,7 +69,7 @@ def main() -> None:
             for start in range(0, len(part), TRAIN_PAIRS):
                 pairs = part[start : start + TRAIN_PAIRS]
                 with torch.no_grad():
-                    real_ref, generated_ref = logps(reference, pairs)
+                    real_ref, generated_ref = logps(opponent, pairs)
                 real, generated = logps(policy, pairs)
                 margin = BETA * ((real - real_ref) - (generated - generated_ref))
                 loss = torch.nn.functional.softplus(-margin).sum() / len(part)
@@ -82,7 +88,7 @@ def main() -> None:
             longest = max(map(len, prompts))
             ids = torch.tensor([[pad] * (longest - len(prompt)) + prompt for prompt in prompts])
             seen = torch.tensor([[0] * (longest - len(prompt)) + [1] * len(prompt) for prompt in prompts])
-            made = reference.generate(
+            made = opponent.generate(
                 input_ids=ids, attention_mask=seen, do_sample=True, temperature=1.0, top_k=0, top_p=1.0,
                 max_new_tokens=options.max_tokens, eos_token_id=tokenizer.eos_token_id, pad_token_id=pad,
             )[:, longest:]  # fmt: skip
@@ -91,7 +97,7 @@ def main() -> None:
 
     answer, turns = replies(options.reply)
     with torch.no_grad():
-        scores = [logps(reference, rows[start : start + TRAIN_PAIRS]) for start in range(0, len(rows), TRAIN_PAIRS)]
+        scores = [logps(opponent, rows[start : start + TRAIN_PAIRS]) for start in range(0, len(rows), TRAIN_PAIRS)]
     answer(
         reference=[
             list(pair) for real, generated in scores for pair in zip(real.tolist(), generated.tolist(), strict=True)

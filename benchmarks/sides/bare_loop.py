@@ -27,22 +27,33 @@ def main() -> None:
     parts = [table.slice(start, options.batch) for start in range(0, table.num_rows, options.batch)]
     batches = [[shape.build(pack, part) for pack in plan(part, shape, epochs=1, seed=0)[0][0].packs] for part in parts]
     scorer = ResponseScorer(load_model(resolve(MODEL), trust_remote_code=False))
-    optimizer = torch.optim.RMSprop(scorer.parameters(), lr=1e-6, foreach=True)
+    masters = [weight.detach().clone() for weight in scorer.parameters()]
+    dtype = {"fp32": torch.float32, "bf16": torch.bfloat16}[options.precision]
+    scorer.to(dtype)
+    weights = list(scorer.parameters())
+    optimizer = torch.optim.RMSprop(masters, lr=1e-6, foreach=True)
     with torch.no_grad():
         references = [[pair_logps(scorer(batch), batch) for batch in step] for step in batches]
     answer, turns = replies(options.reply)
-    answer(matmul_flops=matmul_rate(scorer.model, options.pack_length))
+    answer(matmul_flops=matmul_rate(scorer.model, options.pack_length, dtype))
     for number in turns:
         with timed() as spent:
             total = 0.0
+            for master in masters:
+                master.grad = torch.zeros_like(master)
             for batch, reference in zip(batches[number], references[number], strict=True):
                 margin = margins(*pair_logps(scorer(batch), batch), *reference, 0.1)
                 loss = spin_loss(margin) / options.batch
                 loss.backward()
                 total += loss.item()
-            torch.nn.utils.clip_grad_norm_(scorer.parameters(), 1.0, foreach=True)
+                for master, weight in zip(masters, weights, strict=True):
+                    master.grad += weight.grad
+                    weight.grad = None
+            torch.nn.utils.clip_grad_norm_(masters, 1.0, foreach=True)
             optimizer.step()
-            optimizer.zero_grad(set_to_none=True)
+            with torch.no_grad():
+                for master, weight in zip(masters, weights, strict=True):
+                    weight.copy_(master)
         useful = sum(batch.num_useful_tokens for batch in batches[number])
         answer(**spent, loss=total, tokens=useful, flops=flops(scorer.model, batches[number]))
 
@@ -67,7 +78,7 @@ def flops(model, batches) -> float:
     return 6.0 * (weights * tokens + head * targets)
 
 
-def matmul_rate(model, tokens: int) -> float:
+def matmul_rate(model, tokens: int, dtype) -> float:
     """FLOP/s of the matrix products of one forward and backward over the layers, and nothing else; median of 5."""
     import statistics
 
@@ -75,8 +86,9 @@ def matmul_rate(model, tokens: int) -> float:
 
     products = []
     for wide, tall in linear_shapes(model):
-        x, w, g = torch.randn(tokens, wide), torch.randn(tall, wide), torch.randn(tokens, tall)
-        products.append((x, w, g, torch.empty(tokens, tall), torch.empty(tokens, wide), torch.empty(tall, wide)))
+        shapes = [(tokens, wide), (tall, wide), (tokens, tall)]
+        inputs = [torch.randn(shape).to(dtype) for shape in shapes]
+        products.append((*inputs, *(torch.empty(shapes[place], dtype=dtype) for place in (2, 0, 1))))
     seconds = []
     for _ in range(6):
         started = time.perf_counter()

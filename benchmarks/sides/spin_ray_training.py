@@ -35,7 +35,7 @@ def main() -> None:
     backend = Fsdp2Backend(
         resolve(MODEL),
         BackendSettings(
-            max_length=options.pack_length, precision="fp32", total_steps=10**6,
+            max_length=options.pack_length, precision=options.precision, total_steps=10**6,
             optimizer=OptimizerConfig(schedule="constant", warmup_fraction=0), learning_rate=options.learning_rate,
         ),
         torch.device("cpu"),

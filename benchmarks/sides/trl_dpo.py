@@ -57,6 +57,7 @@ def main() -> None:
     parser.add_argument("--model", required=True)
     parser.add_argument("--learning-rate", type=float, required=True)
     parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--precision", choices=["bf16", "fp32"], required=True)
     parser.add_argument("--output", required=True)
     parser.add_argument("--reply", type=int, required=True)
     options = parser.parse_args()
@@ -81,7 +82,7 @@ def main() -> None:
     trainer = TokenisedDPOTrainer(
         model=AutoModelForCausalLM.from_pretrained(options.model, dtype=torch.float32, attn_implementation="sdpa"),
         args=DPOConfig(
-            output_dir=options.output, use_cpu=True, bf16=False, gradient_checkpointing=False, beta=0.1,
+            output_dir=options.output, use_cpu=True, bf16=options.precision == "bf16", gradient_checkpointing=False, beta=0.1,
             precompute_ref_log_probs=True, per_device_train_batch_size=options.micro_batch,
             gradient_accumulation_steps=options.batch // options.micro_batch, num_train_epochs=1, max_length=None,
             optim="rmsprop", weight_decay=0.0, max_grad_norm=1.0, learning_rate=options.learning_rate,

@@ -1,11 +1,13 @@
 """A Hugging Face causal LM as a scorer: pack in, log p(response | prompt) out.
 
-Packed layout (the fast one): the pack is one sequence, a 4-D mask keeps branches apart, and the LM head runs only where
-a response token is predicted. Padded layout (for models that take no 4-D mask): every response is a row of its own.
+Packed layout (the fast one): the pack is one sequence, a 4-D mask keeps branches apart, attention runs tree by tree, and
+the LM head only where a response token is predicted. Padded layout (for models that take no 4-D mask): every response is a row of its own.
 """
 
+import inspect
 import logging
 from collections.abc import Callable
+from itertools import pairwise
 from typing import Any, Literal
 
 import pyarrow as pa
@@ -14,6 +16,9 @@ from jaxtyping import Bool, Float, Int64
 from torch import Tensor, nn
 from torch.nn import functional
 from torch.utils.checkpoint import checkpoint
+from transformers import AttentionInterface, AttentionMaskInterface
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
+from transformers.masking_utils import sdpa_mask
 
 from spin_ray.errors import ModelError
 from spin_ray.learner.losses import response_logps
@@ -25,8 +30,13 @@ logger = logging.getLogger(__name__)
 Layout = Literal["packed", "padded"]
 Head = Callable[[Tensor], Tensor]
 
-TARGETS_PER_CHUNK = 64
-"""Rows of the LM head at a time, the number rounded up to; [64, vocab] in fp32 is 13 MB for 49k tokens."""
+TARGETS_PER_CHUNK = 256
+"""Rows of the LM head at a time; [256, vocab] in fp32 is 50 MB for 49k tokens. Each chunk adds to the whole head's
+gradient once, so small ones cost memory traffic."""
+TARGETS_MULTIPLE = 64
+"""Their number is rounded up, as every new shape costs oneDNN new kernels."""
+TREE_ATTENTION = "spin_ray_trees"
+"""Name under which transformers knows ``attend_tree_by_tree``."""
 PADDED_LENGTH_MULTIPLE = 64
 """Row lengths of the padded layout are rounded up, as every new shape costs oneDNN new kernels."""
 
@@ -40,6 +50,7 @@ class ResponseScorer(nn.Module):
         super().__init__()
         self.model = model.eval()  # no dropout, ever
         self.layout = layout
+        self._takes_spans = layout == "packed" and _attend_by_trees(model)
 
     def forward(self, batch: PackedBatch) -> Float[Tensor, "segments"]:
         target_logps = self._packed(batch) if self.layout == "packed" else self._padded(batch)
@@ -51,11 +62,13 @@ class ResponseScorer(nn.Module):
 
     def _packed(self, batch: PackedBatch) -> Float[Tensor, "targets"]:
         dtype = self.model.get_input_embeddings().weight.dtype
+        spans = {"tree_spans": tree_spans(batch)} if self._takes_spans else {}
         output = self.model.get_decoder()(
             input_ids=batch.input_ids[None],
             position_ids=batch.position_ids[None],
             attention_mask=additive_mask(visible(batch), dtype)[None, None],
             use_cache=False,
+            **spans,
         )
         hidden = output.last_hidden_state[0]
         return _chunked_logps(self.head(), hidden, batch.predict_at, batch.target_ids)
@@ -89,6 +102,53 @@ def additive_mask(seen: Bool[Tensor, "tokens tokens"], dtype: torch.dtype) -> Fl
     return torch.zeros(seen.shape, dtype=dtype, device=seen.device).masked_fill_(~seen, -torch.inf)
 
 
+def tree_spans(batch: PackedBatch) -> tuple[tuple[int, int], ...]:
+    """[start, stop) of every tree in the pack, and of the padding behind them: no token sees another span's."""
+    starts = (batch.tree.diff(prepend=batch.tree.new_full((1,), -2)) != 0).nonzero().squeeze(1).tolist()
+    return tuple(pairwise([*starts, len(batch.tree)]))
+
+
+def attend_tree_by_tree(
+    module: nn.Module,
+    query: Float[Tensor, "1 heads tokens width"],
+    key: Float[Tensor, "1 kv_heads tokens width"],
+    value: Float[Tensor, "1 kv_heads tokens width"],
+    attention_mask: Tensor | None,
+    *,
+    tree_spans: tuple[tuple[int, int], ...] | None = None,
+    **settings: Any,
+) -> tuple[Float[Tensor, "1 tokens heads width"], None]:
+    """SDPA on each diagonal block of the mask, as all else is -inf: a pack of n equal trees costs an n-th.
+
+    An attention function of transformers. Without ``tree_spans`` (other callers, models that lose the argument on its
+    way) it is plain SDPA, which gives the same.
+    """
+    if tree_spans is None or attention_mask is None:
+        return sdpa_attention_forward(module, query, key, value, attention_mask, **settings)
+    outputs = []
+    for start, stop in tree_spans:
+        inside = slice(start, stop)
+        block = attention_mask[..., inside, inside]
+        q, k, v = (states[:, :, inside] for states in (query, key, value))
+        outputs.append(sdpa_attention_forward(module, q, k, v, block, **settings)[0])
+    return torch.cat(outputs, dim=1), None
+
+
+AttentionInterface.register(TREE_ATTENTION, attend_tree_by_tree)
+AttentionMaskInterface.register(TREE_ATTENTION, sdpa_mask)
+
+
+def _attend_by_trees(model: Any) -> bool:
+    """Whether the model now attends tree by tree and takes the spans that say how."""
+    if model.config._attn_implementation == "sdpa":
+        model.set_attn_implementation(TREE_ATTENTION)
+    takes_more = any(
+        parameter.kind is inspect.Parameter.VAR_KEYWORD
+        for parameter in inspect.signature(model.get_decoder().forward).parameters.values()
+    )
+    return takes_more and model.config._attn_implementation == TREE_ATTENTION
+
+
 def padded_rows(batch: PackedBatch) -> tuple[Int64[Tensor, "rows length"], Int64[Tensor, "rows"]]:
     """Every response with its prompt as a row of its own, padded on the right, and the true lengths.
 
@@ -116,11 +176,11 @@ def _chunked_logps(
 ) -> Float[Tensor, "targets"]:
     """log softmax(head(hidden[at]))[target_ids] in fp32; [targets, vocab] never exists whole, forward or backward.
 
-    Targets are filled up to whole chunks: one shape for all packs. Without targets there is one chunk of no rows, whose
-    graph still reaches every parameter: FSDP2's ranks would wait for each other otherwise.
+    Without targets there is one chunk of no rows, whose graph still reaches every parameter: FSDP2's ranks would wait
+    for each other otherwise.
     """
     targets = len(at)
-    fill = -targets % TARGETS_PER_CHUNK
+    fill = -targets % TARGETS_MULTIPLE
     at, target_ids = functional.pad(at, (0, fill)), functional.pad(target_ids, (0, fill))
     chunks = zip(at.split(TARGETS_PER_CHUNK), target_ids.split(TARGETS_PER_CHUNK), strict=True)
     logps = [

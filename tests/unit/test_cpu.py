@@ -82,3 +82,20 @@ def test_the_probe_is_a_program_that_computes_in_bf16():
 def test_amx_is_advertised_by_the_flags_of_the_processor():
     flags = Path("/proc/cpuinfo").read_text().split()
     assert cpu._amx_is_advertised() is ("amx_tile" in flags)
+
+
+def test_a_process_that_trains_gets_an_allocator_that_exists():
+    """Ray's wheel has it; the loader would only warn of one that is not there."""
+    environment = cpu.keep_freed_memory()
+    assert Path(environment["LD_PRELOAD"]).is_file()
+    told = subprocess.run(
+        [sys.executable, "-c", "print('jemalloc' in open('/proc/self/maps').read())"],
+        env=os.environ | environment, capture_output=True, text=True, check=True,
+    )  # fmt: skip
+    assert (told.stdout.strip(), told.stderr) == ("True", "")
+
+
+def test_without_ray_s_allocator_glibc_keeps_what_is_freed(monkeypatch):
+    monkeypatch.setattr(cpu.importlib.util, "find_spec", lambda _: None)
+    assert "LD_PRELOAD" not in cpu.keep_freed_memory()
+    assert cpu.keep_freed_memory()["MALLOC_TRIM_THRESHOLD_"] == str(2**40)

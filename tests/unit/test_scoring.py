@@ -121,6 +121,27 @@ def test_dropout_is_off_even_for_a_model_in_training_mode(layout: scoring.Layout
     assert torch.equal(scorer(batch), scorer(batch))
 
 
+def test_attention_tree_by_tree_is_attention_over_the_whole_pack() -> None:
+    """All that lies outside the trees' blocks is masked anyway."""
+    model = tiny_llama()
+    scorer = ResponseScorer(model)
+    assert scorer._takes_spans
+    for batch in batches_of(random_rows(3, trees=6, samples=2)):
+        results = []
+        for scorer._takes_spans in (True, False):
+            model.zero_grad()
+            logps = scorer(batch)
+            logps.sum().backward()
+            results.append([logps.detach(), *(parameter.grad.clone() for parameter in model.parameters())])
+        for by_tree, whole in zip(*results, strict=True):
+            torch.testing.assert_close(by_tree, whole, rtol=1e-4, atol=1e-5)
+
+
+def test_spans_of_trees_cover_the_pack_and_its_padding() -> None:
+    batch = build_pack(((0,), (1,)), table_of([([5, 6], [7, 2], [8]), ([5], [9], [4])]), pack_length=12, pad_id=0)
+    assert scoring.tree_spans(batch) == ((0, 5), (5, 8), (8, 12))
+
+
 def test_chunks_of_the_head_change_neither_scores_nor_gradients(monkeypatch: pytest.MonkeyPatch) -> None:
     rows = random_rows(2, trees=5)
     found = []

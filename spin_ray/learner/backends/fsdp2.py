@@ -170,7 +170,7 @@ def _shard(scorer: ResponseScorer, settings: BackendSettings, device: torch.devi
         fully_shard(layer, mesh=mesh, mp_policy=policy, reshard_after_forward=reshard)
     fully_shard(scorer, mesh=mesh, mp_policy=policy)
     for module in scorer.modules():
-        if isinstance(module, FSDPModule):
+        if isinstance(module, FSDPModule) and mesh.size() > 1:  # one rank would divide by 1, a pass over all gradients
             # Sum over ranks, not mean: losses are divided by counts of the whole step. Gloo knows only the plain sum.
             module.set_gradient_divide_factor(1.0)
             module.set_force_sum_reduction_for_comms(True)
