@@ -59,7 +59,10 @@ def main() -> None:
                     ours = played["seconds"] + trained["seconds"]
                     whole.append((theirs["generate_s"] + theirs["train_s"]) / ours)
                     with_vllm.append((played["seconds"] + theirs["train_s"]) / ours)
-    note = f"{options.batch} rows of {options.data.name} at a time, {options.max_tokens} tokens at most, {options.precision}, 2 threads"
+    note = (
+        f"{options.batch} rows of {options.data.name} at a time, {options.max_tokens} tokens at most, "
+        f"{options.precision}, 2 threads"
+    )
     record(
         [
             at_least("2 iteration, times the authors' speed", whole, 8.0, note),

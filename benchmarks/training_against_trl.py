@@ -1,6 +1,6 @@
 """One training epoch against TRL's DPOTrainer: the same pairs, steps, optimizer and precision, in turns.
 
-    python benchmarks/training_against_trl.py --data FILE.jsonl [--batch 24] [--pairs 5] [--pack-length 1024] [--precision bf16]
+    python benchmarks/training_against_trl.py --data FILE.jsonl [--batch 24] [--pairs 5] [--precision bf16]
 
 Needs an environment with TRL (`make peers`). Both sides must agree on the reference log-probability of every response
 and on the loss of every step, within the tolerances that harness.py states for the precision.

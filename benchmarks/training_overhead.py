@@ -17,6 +17,7 @@ from typing import Any
 
 from harness import HERE, LOSS_TOLERANCE, MODEL, Side, at_least, pairs_of, prepare, record, table_of, training_options
 
+from spin_ray.algorithms.base import margin_objective
 from spin_ray.config import SpinConfig
 from spin_ray.cpu import keep_freed_memory
 from spin_ray.embedded import resolve
@@ -75,8 +76,8 @@ def run_stage(rows: list[dict[str, list[int]]], options: argparse.Namespace, fol
             "model": {"path": resolve(MODEL), "max_length": 256}, "data": {"train": "-"},
             "generation": {"resources": {"cpus": 2}, "sampling": {"max_tokens": 64}},
             "train": {
-                "workers": 1, "resources": {"cpus": 2}, "learning_rate": 1e-6, "epochs": 1, "precision": options.precision,
-                "pack_length": options.pack_length, "global_batch_pairs": options.batch,
+                "workers": 1, "resources": {"cpus": 2}, "learning_rate": 1e-6, "epochs": 1,
+                "precision": options.precision, "pack_length": options.pack_length, "global_batch_pairs": options.batch,
                 "optimizer": {"schedule": "constant", "warmup_fraction": 0}, "checkpoint_every_steps": 10**6,
             },
         }
@@ -86,7 +87,8 @@ def run_stage(rows: list[dict[str, list[int]]], options: argparse.Namespace, fol
     pairs = run.pairs(0)
     pairs.commit({part_name(0): pairs.write_part(part_name(0), table_of(rows))}, {}, {})
     training._worker = in_turns(str(turns), options.batch)
-    training.run(run, config, 0, open_model(Path(resolve(MODEL)), "sft", trust_remote_code=False))
+    start = open_model(Path(resolve(MODEL)), "sft", trust_remote_code=False)
+    training.run(run, config, 0, start, margin_objective(config, 0))
 
 
 def in_turns(turns: str, batch: int) -> Any:
@@ -95,7 +97,7 @@ def in_turns(turns: str, batch: int) -> Any:
     It looks for the worker where it runs: taken from here, it would not see what is put in place of its functions.
     """
 
-    def gated(job: Any) -> None:
+    def gated(job: Any) -> Any:
         import json
         import time
         from dataclasses import replace
@@ -127,7 +129,7 @@ def in_turns(turns: str, batch: int) -> Any:
             return [steps] * epochs
 
         training.train_step, training.plan = step_in_turn, in_order
-        training._worker(job)
+        return training._worker(job)
 
     return gated
 

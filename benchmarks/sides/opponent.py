@@ -23,7 +23,9 @@ def main() -> None:
         EngineSpec(
             model=Path(model), max_length=options.pack_length,
             stop_token_id=ChatRenderer(load_tokenizer(model)).end_of_turn_id, threads=THREADS,
-            config=EngineConfig(dtype={"fp32": "float32", "bf16": "bfloat16"}[options.precision], enforce_eager=True, cpu_kv_cache_gib=1),
+            config=EngineConfig(
+                dtype={"fp32": "float32", "bf16": "bfloat16"}[options.precision], enforce_eager=True, cpu_kv_cache_gib=1
+            ),
         )
     )  # fmt: skip
     sampling = SamplingConfig(max_tokens=options.max_tokens)

@@ -1,7 +1,8 @@
 """A Hugging Face causal LM as a scorer: pack in, log p(response | prompt) out.
 
-Packed layout (the fast one): the pack is one sequence, a 4-D mask keeps branches apart, attention runs tree by tree, and
-the LM head only where a response token is predicted. Padded layout (for models that take no 4-D mask): every response is a row of its own.
+Packed layout (the fast one): the pack is one sequence, a 4-D mask keeps branches apart, attention runs tree by tree,
+and the LM head only where a response token is predicted. Padded layout (for models that take no 4-D mask): every
+response is a row of its own.
 """
 
 import inspect
