@@ -2,9 +2,10 @@
 
 Largest differences over steps and weights, for the cases that tests/unit/test_deepspeed.py checks:
 
-    python benchmarks/backend_parity.py
+    python benchmarks/backend_parity.py [--write]
 """
 
+import argparse
 import json
 import sys
 import tempfile
@@ -17,21 +18,27 @@ from spin_ray import cpu
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "tests" / "unit"))
 
+from doc_table import put
 from learner_cases import save_model, tiny_llama
 from test_deepspeed import CASES, one_of_two_ranks
 
 
 def main() -> None:
     cpu.prepare(threads=1)  # for the processes that are started here
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--write", action="store_true", help="put the tables into docs/cluster.md")
+    options = parser.parse_args()
     with tempfile.TemporaryDirectory() as name:
         directory = Path(name)
         for start, tied in (("tied", True), ("untied", False)):
             save_model(directory / start, tiny_llama(tied=tied).bfloat16().float())
         torch.multiprocessing.spawn(one_of_two_ranks, args=(directory,), nprocs=2)
-        print("| case | loss, relative | gradient norm, relative | weights | moved |")
-        print("|---|---|---|---|---|")
+        lines = ["| case | loss, relative | gradient norm, relative | weights | moved |", "|---|---|---|---|---|"]
         for case in CASES:
-            print(f"| {case} | " + " | ".join(f"{value:.1e}" for value in differences(directory, case)) + " |")
+            lines.append(f"| {case} | " + " | ".join(f"{value:.1e}" for value in differences(directory, case)) + " |")
+    print("\n".join(lines))
+    if options.write:
+        put("parity of the backends", "\n".join(lines))
 
 
 def differences(directory: Path, case: str) -> tuple[float, ...]:

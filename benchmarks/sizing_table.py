@@ -2,12 +2,15 @@
 
 Nothing is run; a model that is too large for its nodes would raise here:
 
-    python benchmarks/sizing_table.py
+    python benchmarks/sizing_table.py [--write]
 """
 
+import argparse
 import json
 import tempfile
 from pathlib import Path
+
+from doc_table import put
 
 from spin_ray.config import load_config
 from spin_ray.planning.hardware import GB
@@ -31,7 +34,10 @@ def for_70b(gpus: int) -> dict[str, str]:
 
 
 def main() -> None:
-    print("| model | nodes | settings | hours | fullest GPU, GB | in which stage |\n|---|---|---|---|---|---|")
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--write", action="store_true", help="put the table into docs/cluster.md")
+    options = parser.parse_args()
+    lines = ["| model | nodes | settings | hours | fullest GPU, GB | in which stage |", "|---|---|---|---|---|---|"]
     with tempfile.TemporaryDirectory() as folder:
         (Path(folder) / "config.json").write_text(json.dumps(LLAMA_70B))
         for model, nodes, gpu, changes in [
@@ -48,10 +54,13 @@ def main() -> None:
             hours = sum(phase.seconds for phase in phases) / 3600
             fullest = max((stage for phase in phases for stage in phase.stages), key=lambda stage: stage.needed)
             settings = " ".join(f"`--{key}={value}`" for key, value in changes.items()) or "as it is"
-            print(
+            lines.append(
                 f"| {model} | {nodes} × 8 {gpu} | {settings} | {hours:.1f} | {fullest.needed / GB:.0f} "
                 f"| {fullest.name} |"
             )
+    print("\n".join(lines))
+    if options.write:
+        put("sizes", "\n".join(lines))
 
 
 if __name__ == "__main__":

@@ -91,6 +91,8 @@ class ResourcesConfig(Section):
     """GPUs, whole or (engines that share one) a fraction; 0 computes on the CPU."""
     custom: dict[str, Positive] = {}
     """Custom Ray resources, e.g. ``{"accelerator_type:H100": 0.001}``."""
+    labels: dict[str, str] = {}
+    """Which nodes may be taken: Ray's label selector, e.g. ``{"ray.io/accelerator-type": "in(H100,H200)"}``."""
 
     @property
     def threads(self) -> int:
@@ -146,6 +148,9 @@ class GenerationConfig(Section):
     engine, so a retry repeats it exactly; too small a shard leaves the engine half empty at its end."""
     replicas: Count = 1
     """Engines that generate side by side."""
+    min_replicas: Count | None = None
+    """Go on with as few as this; those that find no room wait, and play as soon as a node joins. Not set: ``replicas``
+    must fit."""
     resources: ResourcesConfig = ResourcesConfig()
     """Per engine."""
     engine: EngineConfig = EngineConfig()
@@ -234,6 +239,12 @@ class TrainConfig(Section):
     """What holds and shards the model: torch's own FSDP2, or DeepSpeed's ZeRO (the extra ``deepspeed``)."""
     workers: Count = 1
     """Train workers; parameters, gradients and optimizer state are sharded over them."""
+    min_workers: Count | None = None
+    """Elastic training (FSDP2 only): when nodes are lost, go on with as few as this from the last checkpoint, and take
+    up to ``workers`` again when nodes join. The result is the same but for the order in which gradients are summed. Not
+    set: always ``workers``."""
+    resize_interval_s: NonNegative = 300
+    """How often an elastic group looks whether it can grow; growing, too, goes on from the last checkpoint."""
     resources: ResourcesConfig = ResourcesConfig()
     """Per worker. Workers with a GPU use NCCL, others gloo."""
     learning_rate: PerIteration = 5e-7
@@ -259,6 +270,9 @@ class TrainConfig(Section):
     reduce_every_pack: bool = False
     """Sum gradients over the workers after each pack, not once per step. Off: every worker holds the gradients of its
     earlier packs whole, 4 bytes per parameter. On: more traffic, for models whose gradients would not fit so."""
+    offload: bool = False
+    """Keep a worker's share of weights, gradients and optimizer state in the CPU's memory and step there: what is left
+    on the GPU is what a layer needs at the moment, and activations. Slower; for models that do not fit otherwise."""
     checkpoint_every_steps: Count = 200
     """Steps between checkpoints: what a killed worker can lose."""
     max_failures: Annotated[int, Field(ge=0)] = 3
@@ -506,8 +520,10 @@ class IterationSettings(Section):
 _NOT_IDENTITY = (
     "iterations", "stop_when", "tracking.", "cluster.", "storage.", "health.", "serving.",
     "objective.beta", "train.learning_rate", "train.epochs", "train.max_failures", "train.checkpoint_every_steps",
-    "train.sharding", "train.reduce_every_pack", "train.start_timeout_s", "train.resources.custom",
-    "generation.replicas", "generation.start_timeout_s", "generation.shard_timeout_s", "generation.resources.custom",
+    "train.sharding", "train.reduce_every_pack", "train.offload", "train.start_timeout_s", "train.min_workers",
+    "train.resize_interval_s", "train.resources.custom", "train.resources.labels",
+    "generation.replicas", "generation.min_replicas", "generation.start_timeout_s", "generation.shard_timeout_s",
+    "generation.resources.custom", "generation.resources.labels",
     "generation.engine.gpu_memory_utilization", "generation.engine.cpu_kv_cache_gib",
 )  # fmt: skip
 
@@ -546,6 +562,14 @@ def _impossible(config: SpinConfig) -> Iterator[str]:
         yield f"generation.engine.tensor_parallel_size: {parallel} needs generation.resources.gpus: {parallel}"
     if config.train.resources.gpus not in (0, 1):
         yield f"train.resources.gpus: {config.train.resources.gpus:g}; a train worker drives exactly one GPU, or none"
+    for field, most, least in [
+        ("train.min_workers", config.train.workers, config.train.min_workers),
+        ("generation.min_replicas", config.generation.replicas, config.generation.min_replicas),
+    ]:
+        if least is not None and least > most:
+            yield f"{field}: {least} is more than the {most} of {field.replace('min_', '')}"
+    if config.train.min_workers is not None and config.train.backend == "deepspeed":
+        yield "train.min_workers: DeepSpeed's checkpoints are of one number of workers; use train.backend: fsdp2"
     for name, uri in [
         ("model.path", config.model.path), ("data.train", config.data.train), ("data.heldout", config.data.heldout),
     ]:  # fmt: skip

@@ -15,6 +15,7 @@ from dataclasses import dataclass, replace
 
 from spin_ray.algorithms import ALGORITHMS, Algorithm, Turn
 from spin_ray.config import SpinConfig
+from spin_ray.distribution import share
 from spin_ray.engine import EngineSpec, GenerationEngine, StartEngine
 from spin_ray.history import evidence_to_stop
 from spin_ray.measures import Evaluation
@@ -36,6 +37,7 @@ def spin(run: RunDir, config: SpinConfig, start: Start, start_engine: StartEngin
 
     connect(config)
     check_fits(config)
+    start = _for_every_machine(start)
     algorithm = ALGORITHMS[config.algorithm]
     _prepare_prompts(run, config, start)
     if config.sft:
@@ -60,13 +62,21 @@ def spin(run: RunDir, config: SpinConfig, start: Start, start_engine: StartEngin
         opponent = player
 
 
+def _for_every_machine(start: Start) -> Start:
+    """The models that were found on this machine, to be fetched from it by those that lack them."""
+
+    def offered(model: ModelFolder) -> ModelFolder:
+        return replace(model, source=share(model.path, model.files))
+
+    return replace(start, model=offered(start.model), scorer=offered(start.scorer) if start.scorer else None)
+
+
 def _prepare_prompts(run: RunDir, config: SpinConfig, start: Start) -> None:
-    tokenizer = str(start.model.path)
-    prompts.run(run, config, run.prompts, start.train, tokenizer, config.data.max_rows)
+    prompts.run(run, config, run.prompts, start.train, start.model, config.data.max_rows)
     if start.heldout:
-        prompts.run(run, config, run.heldout, start.heldout, tokenizer, config.evaluation.max_rows)
+        prompts.run(run, config, run.heldout, start.heldout, start.model, config.evaluation.max_rows)
     if start.questions:
-        prompts.run(run, config, run.questions, start.questions, tokenizer, config.data.max_rows, labelled=False)
+        prompts.run(run, config, run.questions, start.questions, start.model, config.data.max_rows, labelled=False)
 
 
 def _should_stop(run: RunDir, config: SpinConfig, evaluations: list[Evaluation]) -> bool:

@@ -1,15 +1,23 @@
 """Model folders in Hugging Face layout: what may be trusted, and what their content is."""
 
 import json
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 from spin_ray.config import ModelConfig
 from spin_ray.errors import ConfigError, ModelError, first_line
-from spin_ray.run_dir import Artefact, folder_digest, folder_entries
+from spin_ray.run_dir import folder_digest, folder_entries
+from spin_ray.storage import Digest
 
 _CODE_OR_PICKLE = (".py", ".bin", ".pt", ".pth", ".pkl", ".pickle", ".ckpt", ".joblib")
+
+
+class Source(Protocol):
+    """Where a machine gets a model from, by digest."""
+
+    def local_folder(self, *, weights: bool = True) -> Path: ...
 
 
 @dataclass(frozen=True)
@@ -23,12 +31,18 @@ class ModelFolder:
     """Of the iterate: ``start``, ``sft``, ``iter_000``, …"""
     pad_id: int
     """Any legal token: padding is told from text by lengths, never by its id."""
-    source: Artefact | None = None
+    files: Mapping[str, Digest] = field(default_factory=dict)
+    """Of a model that is no artefact of the run: what it consists of."""
+    source: Source | None = None
     """Where a machine that has no such path gets it from."""
 
-    def here(self) -> Path:
-        """The folder on this machine; fetched by digest if the run is on an object store."""
-        return self.source.local_folder() if self.source else self.path
+    def here(self, *, weights: bool = True) -> Path:
+        """The folder on this machine; fetched by digest from the run's store or the driver's machine if need be.
+
+        Args:
+            weights: without them there is less to fetch, and enough for a tokenizer.
+        """
+        return self.source.local_folder(weights=weights) if self.source else self.path
 
 
 def open_model(path: str | Path, name: str, *, trust_remote_code: bool = False) -> ModelFolder:
@@ -48,8 +62,13 @@ def open_model(path: str | Path, name: str, *, trust_remote_code: bool = False) 
         raise ModelError(f"{folder}: has no .safetensors weights; convert them (save_pretrained writes safetensors)")
     config = read_config(folder)
     pad = config.get("pad_token_id")
+    entries = folder_entries(folder)
     return ModelFolder(
-        folder, folder_digest(folder_entries(folder)), name, pad if isinstance(pad, int) and pad >= 0 else 0
+        folder,
+        folder_digest(entries),
+        name,
+        pad if isinstance(pad, int) and pad >= 0 else 0,
+        {file: Digest(entry.sha256, entry.bytes) for file, entry in entries.items()},
     )
 
 

@@ -4,6 +4,7 @@ A commit is one conditional put, which the store grants once. What has no such c
 after a look at the lease; a part that an attempt left behind is replaced by the next one.
 """
 
+import json
 import logging
 import os
 import random
@@ -11,7 +12,7 @@ import shutil
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from datetime import timedelta
 from functools import cached_property
 from pathlib import Path
@@ -21,9 +22,10 @@ import obstore
 from obstore.exceptions import AlreadyExistsError, BaseError, PreconditionError
 from obstore.store import ObjectStore, from_url
 
-from spin_ray.errors import ConfigError, RunDirError, StageError
+from spin_ray.errors import ConfigError, StageError
 from spin_ray.fence import LEASE, check_token
-from spin_ray.storage import Digest, Storage, bytes_digest, file_digest
+from spin_ray.node_cache import folder_with
+from spin_ray.storage import Digest, Storage, bytes_digest
 
 CACHE = Path(os.environ.get("SPIN_RAY_CACHE") or "~/.cache/spin-ray").expanduser() / "runs"
 """Where each machine keeps models of a run, by digest."""
@@ -125,43 +127,29 @@ class ObjectStorage(Storage):
         return bytes_digest(self.read(name))
 
     def local_folder(self, name: str, files: Mapping[str, Digest]) -> Path:
-        identity = bytes_digest("".join(f"{file} {found.sha256}\n" for file, found in sorted(files.items())).encode())
-        target = CACHE / identity.sha256
-        if not target.is_dir():
-            attempt = self.new_attempt_folder()
-            for file, expected in files.items():
-                (attempt / file).parent.mkdir(parents=True, exist_ok=True)
-                self._download(f"{name}/{file}", attempt / file)
-                if file_digest(attempt / file) != expected:
-                    raise RunDirError(
-                        f"{self.where(name)}/{file}: differs from its digest; restore it or remove {name}"
-                    )
-            try:
-                attempt.rename(target)
-            except OSError:  # another process of this machine was faster
-                shutil.rmtree(attempt)
-        return target
+        return folder_with(CACHE, files, lambda file, to: self._download(f"{name}/{file}", to), self.where(name))
 
     def swap(self, name: str, old: bytes | None, new: bytes | None) -> bool:
-        found = self._insist(name, lambda: self._read_with_tag(name))
+        found = self._insist(name, lambda: self._read_with_version(name))
         if (found[0] if found else None) != old:
             return False
         if new is None:
             self.delete(name)
             return True
         try:
-            mode: Any = {"e_tag": found[1]} if found else "create"
+            mode: Any = found[1] if found else "create"
             self._insist(name, lambda: obstore.put(self._store, name, new, mode=mode))
         except (AlreadyExistsError, PreconditionError):
             return self.read(name) == new
         return True
 
-    def _read_with_tag(self, name: str) -> tuple[bytes, str | None] | None:
+    def _read_with_version(self, name: str) -> tuple[bytes, dict[str, str | None]] | None:
+        """The bytes, and what a put of the next version names: S3 compares the tag, GCS the generation."""
         try:
             found = obstore.get(self._store, name)
         except FileNotFoundError:
             return None
-        return bytes(found.bytes()), found.meta["e_tag"]
+        return bytes(found.bytes()), {"e_tag": found.meta["e_tag"], "version": found.meta["version"]}
 
     def _download(self, name: str, target: Path) -> None:
         def download() -> None:
@@ -173,10 +161,9 @@ class ObjectStorage(Storage):
 
     @cached_property
     def _store(self) -> ObjectStore:
-        plain = any(os.environ.get(name, "").startswith("http://") for name in ("AWS_ENDPOINT_URL", "AWS_ENDPOINT"))
         return from_url(
             self._uri,
-            client_options={"allow_http": plain, "timeout": timedelta(seconds=60)},
+            client_options={"allow_http": _endpoint().startswith("http://"), "timeout": timedelta(seconds=60)},
             retry_config={"max_retries": 0, "retry_timeout": timedelta(seconds=DEADLINE_S)},
         )
 
@@ -209,6 +196,17 @@ class ObjectStorage(Storage):
                 logger.info("%s: tried again in %.1f s (%s)", self.where(name), pause_s, type(error).__name__)
                 time.sleep(pause_s * random.uniform(0.5, 1.5))
                 pause_s = min(2 * pause_s, 10.0)
+
+
+def _endpoint() -> str:
+    """Where a store of one's own answers, if the environment names one; GCS's stands in the service account's file."""
+    for name in ("AWS_ENDPOINT_URL", "AWS_ENDPOINT"):
+        if os.environ.get(name):
+            return os.environ[name]
+    for name in ("GOOGLE_SERVICE_ACCOUNT", "GOOGLE_SERVICE_ACCOUNT_PATH"):
+        with suppress(OSError, ValueError, AttributeError):
+            return str(json.loads(Path(os.environ.get(name, "")).read_text()).get("gcs_base_url", ""))
+    return ""
 
 
 def open_storage(out: str | Path) -> Storage:

@@ -79,10 +79,11 @@ def _keep_to_loopback(embedded: bool) -> None:
 
 
 def demands(config: SpinConfig) -> dict[str, Bundles]:
-    """What each stage needs at the same time, one bundle per actor or worker."""
+    """What each stage needs at the same time, at least; one bundle per actor or worker."""
+    generation, train = config.generation, config.train
     stages = {
-        "generation": [config.generation.resources.bundle] * config.generation.replicas,
-        "train": [config.train.resources.bundle] * config.train.workers,
+        "generation": [generation.resources.bundle] * (generation.min_replicas or generation.replicas),
+        "train": [train.resources.bundle] * (train.min_workers or train.workers),
     }
     if config.scorer:
         stages["scorer"] = [config.scorer.resources.bundle] * config.scorer.replicas
@@ -96,11 +97,14 @@ def check_fits(config: SpinConfig) -> None:
         ResourceError: a stage could never be placed; the message says what it asks for and what the cluster has.
     """
     deadline = time.monotonic() + config.cluster.wait_for_nodes_s
+    labels = {"generation": config.generation, "train": config.train, "scorer": config.scorer}
+    wanted = {stage: section.resources.labels for stage, section in labels.items() if section}
     while problems := [
         f"{stage} asks for {len(bundles)} × {_shown(bundles[0])} "
         f"({stage}.{'workers' if stage == 'train' else 'replicas'}, {stage}.resources)"
+        + (f" on nodes labelled {wanted[stage]}" if wanted[stage] else "")
         for stage, bundles in demands(config).items()
-        if not _placeable(bundles, _node_resources())
+        if not _placeable(bundles, _node_resources(wanted[stage]))
     ]:
         if time.monotonic() >= deadline:
             nodes = "; ".join(_shown(node) for node in _node_resources()) or "no nodes"
@@ -168,8 +172,20 @@ def with_deadline(rows: Iterable[Row], first_s: float, next_s: float, what: str)
         yield item
 
 
-def _node_resources() -> list[dict[str, float]]:
-    return [node["Resources"] for node in ray.nodes() if node["Alive"]]
+def _node_resources(labels: Mapping[str, str] | None = None) -> list[dict[str, float]]:
+    """Of the nodes that a label selector admits."""
+    nodes = [node for node in ray.nodes() if node["Alive"]]
+    return [node["Resources"] for node in nodes if is_selected(node.get("Labels") or {}, labels or {})]
+
+
+def is_selected(found: Mapping[str, str], selector: Mapping[str, str]) -> bool:
+    """Whether a node's labels fit Ray's selector: ``v``, ``!v``, ``in(v, w)`` or ``!in(v, w)`` for each label."""
+    for label, condition in selector.items():
+        bare = condition.removeprefix("!")
+        values = [value.strip() for value in bare.removeprefix("in(").removesuffix(")").split(",")]
+        if (found.get(label) in values) == condition.startswith("!"):
+            return False
+    return True
 
 
 def _placeable(bundles: Bundles, nodes: list[dict[str, float]]) -> bool:

@@ -22,6 +22,7 @@ from pydantic import BaseModel
 
 from spin_ray.config import SpinConfig, digest, parse_config
 from spin_ray.errors import RunDirError, StageError
+from spin_ray.node_cache import without_weights
 from spin_ray.storage import ATTEMPTS, Digest, Storage, bytes_digest, file_digest, table_from_bytes, table_to_bytes
 
 logger = logging.getLogger(__name__)
@@ -203,10 +204,10 @@ class Artefact:
         for name, entry in sorted(self.manifest().files.items()):
             yield self.read_part(name, entry)
 
-    def local_folder(self) -> Path:
-        """The files on this machine, e.g. of a model."""
-        files = self.manifest().files
-        return self.storage.local_folder(self.path, {name: Digest(e.sha256, e.bytes) for name, e in files.items()})
+    def local_folder(self, *, weights: bool = True) -> Path:
+        """The files on this machine, e.g. of a model, with or without its weights."""
+        files = {name: Digest(entry.sha256, entry.bytes) for name, entry in self.manifest().files.items()}
+        return self.storage.local_folder(self.path, files if weights else without_weights(files))
 
     def verify(self) -> Manifest:
         """Recomputes every digest.

@@ -31,21 +31,25 @@ def run_workers(function: Callable[[Any], Any], job: Any, config: SpinConfig, na
         UserError: what a worker raised, if it is something the user can mend. HealthError is not tried again.
         StageError: the workers could not be placed in time, or failed too often.
     """
-    resources = config.train.resources
-    os.environ["RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S"] = str(config.train.start_timeout_s)
+    train, resources = config.train, config.train.resources
+    os.environ["RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S"] = str(train.start_timeout_s)
     os.environ.setdefault("RAY_TRAIN_HEALTH_CHECK_INTERVAL_S", "0.5")  # how soon it sees that the workers are done
     trainer = ray.train.torch.TorchTrainer(
         _in_worker,
         # As bytes: Ray Train's controller unpickles this too, and would import all that the job knows.
         train_loop_config={"call": ray.cloudpickle.dumps((function, job)), "threads": resources.threads},
         scaling_config=ray.train.ScalingConfig(
-            num_workers=config.train.workers, use_gpu=resources.gpus > 0, resources_per_worker=resources.bundle
+            num_workers=(train.min_workers, train.workers) if train.min_workers else train.workers,
+            use_gpu=resources.gpus > 0,
+            resources_per_worker=resources.bundle,
+            label_selector=resources.labels or None,
+            elastic_resize_monitor_interval_s=train.resize_interval_s,
         ),
-        torch_config=ray.train.torch.TorchConfig(backend="nccl" if resources.gpus else "gloo", timeout_s=1800),
+        torch_config=ray.train.torch.TorchConfig(backend=_process_group(config), timeout_s=1800),
         run_config=ray.train.RunConfig(
             name=name,
             storage_path=str(folder),
-            failure_config=ray.train.FailureConfig(max_failures=config.train.max_failures, controller_failure_limit=3),
+            failure_config=ray.train.FailureConfig(max_failures=train.max_failures, controller_failure_limit=3),
             checkpoint_config=ray.train.CheckpointConfig(num_to_keep=1),
             worker_runtime_env={"env_vars": {} if resources.gpus else cpu.keep_freed_memory()},
         ),
@@ -64,6 +68,13 @@ def run_workers(function: Callable[[Any], Any], job: Any, config: SpinConfig, na
     if isinstance(result, HealthError):
         raise result
     return result
+
+
+def _process_group(config: SpinConfig) -> str:
+    if not config.train.resources.gpus:
+        return "gloo"
+    # What is kept in the CPU's memory is also summed there: norms, checkpoints.
+    return "cpu:gloo,cuda:nccl" if config.train.offload else "nccl"
 
 
 def _in_worker(loop: dict[str, Any]) -> Any:

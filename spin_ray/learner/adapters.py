@@ -2,6 +2,7 @@
 
 import math
 import zlib
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 import torch
@@ -61,14 +62,21 @@ def stored_name(name: str) -> str:
     return name.replace(_BASE, ".")
 
 
-def merge_adapters(weights: dict[str, Tensor], config: LoraConfig) -> dict[str, Tensor]:
-    """Whole tensors by name, with adapters -> the names and weights W + (alpha/rank)·B A of a plain model, in fp32."""
-    merged = {}
-    for name, weight in weights.items():
-        if is_adapter(name):
+def merge_adapters(weights: Iterable[tuple[str, Tensor]], config: LoraConfig) -> Iterator[tuple[str, Tensor]]:
+    """Whole tensors by name, with adapters -> the names and weights W + (alpha/rank)·B A of a plain model, in fp32.
+
+    A layer's three tensors may come in any order; what is held is the layers of which one is still missing.
+    """
+    waiting: dict[str, dict[str, Tensor]] = {}
+    for name, weight in weights:
+        part = next((part for part in (_BASE, _DOWN, _UP) if f"{part}weight" in name), None)
+        if part is None:
+            yield stored_name(name), weight
             continue
-        if _BASE in name and name.endswith(".weight"):
-            down, up = (weights[name.replace(_BASE, part)].float() for part in (_DOWN, _UP))
-            weight = weight.float() + (up @ down) * (config.alpha / config.rank)
-        merged[stored_name(name)] = weight
-    return merged
+        layer = name.partition(part)[0]
+        found = waiting.setdefault(layer, {})
+        found[part] = weight.float()
+        if len(found) == 3:
+            del waiting[layer]
+            yield f"{layer}.weight", found[_BASE] + (found[_UP] @ found[_DOWN]) * (config.alpha / config.rank)
+    assert not waiting, f"adapters without a layer: {sorted(waiting)}"

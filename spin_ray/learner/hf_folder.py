@@ -2,16 +2,23 @@
 
 import json
 import shutil
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import safe_open
+from safetensors.torch import save_file
 from torch import Tensor
 from transformers import AutoModelForCausalLM, GenerationConfig
 
 NOT_COPIED = {"config.json", "model.safetensors.index.json", "pytorch_model.bin.index.json"}
 COPIED_SUFFIXES = {".json", ".jinja", ".model", ".txt", ".tiktoken"}
 """Of tokenizers, chat templates, generation config and licence; weights and ``_MANIFEST.json`` are left behind."""
+FILE_BYTES = 2**30
+"""Weights in one file, at most (but for a larger tensor). Twice that is what the writer holds of a model at a time:
+safetensors copies what it writes.
+"""
 
 
 def load_model(source: str | Path, *, trust_remote_code: bool, config: Any = None) -> Any:
@@ -30,18 +37,42 @@ def load_model(source: str | Path, *, trust_remote_code: bool, config: Any = Non
     )
 
 
+def stored_shapes(source: Path) -> dict[str, tuple[int, ...]]:
+    """Names and shapes of the tensors in the safetensors files of a folder."""
+    shapes: dict[str, tuple[int, ...]] = {}
+    for file in source.glob("*.safetensors"):
+        with safe_open(file, "pt") as stored:
+            shapes |= {name: tuple(stored.get_slice(name).get_shape()) for name in stored.keys()}  # noqa: SIM118
+    return shapes
+
+
 def write_model(
-    target: Path, model: Any, weights: dict[str, Tensor], *, dtype: torch.dtype, source: str | Path, with_code: bool
+    target: Path,
+    model: Any,
+    names: set[str],
+    weights: Iterable[tuple[str, Tensor]],
+    *,
+    dtype: torch.dtype,
+    source: str | Path,
+    with_code: bool,
 ) -> None:
     """Writes ``weights`` (whole tensors, tied ones once) under ``model``'s config; copies the tokenizer of ``source``.
 
     Args:
+        names: of all of ``weights``, which may be made one by one: ``FILE_BYTES`` of them are held at a time, unless
+            transformers renames or fuses them, as it did when it loaded ``source``.
         with_code: copy the folder's own Python files too (models with remote code).
     """
     # A fresh one: transformers refuses to save many published generation configs (temperature without do_sample …), and
     # the original file is copied over it below.
     model.generation_config = GenerationConfig.from_model_config(model.config)
-    model.save_pretrained(target, state_dict=weights)
+    if Path(source).is_dir() and names <= stored_shapes(Path(source)).keys():
+        model.config.architectures = [type(model).__name__]
+        model.config.save_pretrained(target)
+        model.generation_config.save_pretrained(target)
+        _write_files(target, weights)
+    else:
+        model.save_pretrained(target, state_dict=dict(weights))
     config_file = target / "config.json"
     config = json.loads(config_file.read_text())  # says fp32, as the live parameters are
     config["dtype"] = str(dtype).removeprefix("torch.")
@@ -51,6 +82,35 @@ def write_model(
             shutil.copyfile(file, target / file.name)
         elif file.is_dir() and file.name == "additional_chat_templates":
             shutil.copytree(file, target / file.name, dirs_exist_ok=True)
+
+
+def _write_files(target: Path, weights: Iterable[tuple[str, Tensor]]) -> None:
+    """``model.safetensors``, or several files with an index, as transformers names them."""
+    held: dict[str, Tensor] = {}
+    files: list[list[str]] = []
+    size = total = 0
+
+    def write() -> None:
+        files.append(list(held))
+        save_file(held, target / f"part-{len(files)}", metadata={"format": "pt"})
+        held.clear()
+
+    for name, weight in weights:
+        if held and size + weight.nbytes > FILE_BYTES:
+            write()
+            size = 0
+        held[name] = weight.contiguous()
+        size, total = size + weight.nbytes, total + weight.nbytes
+    write()
+    called = [f"model-{number:05d}-of-{len(files):05d}.safetensors" for number in range(1, len(files) + 1)]
+    if len(files) == 1:
+        called = ["model.safetensors"]
+    else:
+        places = {name: file for file, inside in zip(called, files, strict=True) for name in inside}
+        index = {"metadata": {"total_size": total}, "weight_map": dict(sorted(places.items()))}
+        (target / "model.safetensors.index.json").write_text(json.dumps(index, indent=2) + "\n")
+    for number, name in enumerate(called, start=1):
+        (target / f"part-{number}").rename(target / name)
 
 
 def _belongs(file: Path, with_code: bool) -> bool:

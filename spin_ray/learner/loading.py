@@ -11,12 +11,11 @@ from typing import Any
 import torch
 import torch.distributed.checkpoint as dcp
 import transformers
-from safetensors import safe_open
 from torch import Tensor, nn
 from torch.distributed.checkpoint import HuggingFaceStorageReader
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from spin_ray.learner.hf_folder import load_model
+from spin_ray.learner.hf_folder import load_model, stored_shapes
 
 
 def empty_model(source: Path) -> Any | None:
@@ -30,7 +29,7 @@ def empty_model(source: Path) -> Any | None:
         model = AutoModelForCausalLM.from_config(config, dtype=torch.float32, attn_implementation="sdpa")
     shapes = {name: tuple(parameter.shape) for name, parameter in model.named_parameters()}
     buffers = {name for name, _ in model.named_buffers()} & model.state_dict().keys()
-    if buffers or not shapes.items() <= _stored_shapes(source).items():
+    if buffers or not shapes.items() <= stored_shapes(source).items():
         return None
     return model.eval()
 
@@ -62,20 +61,13 @@ def load_first_layers(source: Path) -> Any:
         transformers.logging.set_verbosity(verbosity)
 
 
-def materialise(module: nn.Module, device: torch.device) -> None:
+def materialise(module: nn.Module, device: torch.device, parameters_on: torch.device) -> None:
     """Memory for what is on the meta device; buffers keep their values, which ``to_empty`` alone would lose."""
     buffers = {name: buffer.clone() for name, buffer in module.named_buffers()}
-    module.to_empty(device=device)
-    for name, buffer in module.named_buffers():
-        buffer.copy_(buffers[name])
-
-
-def _stored_shapes(source: Path) -> dict[str, tuple[int, ...]]:
-    shapes: dict[str, tuple[int, ...]] = {}
-    for file in source.glob("*.safetensors"):
-        with safe_open(file, "pt") as stored:
-            shapes |= {name: tuple(stored.get_slice(name).get_shape()) for name in stored.keys()}  # noqa: SIM118
-    return shapes
+    module.to_empty(device=parameters_on)
+    for name, value in buffers.items():
+        owner, _, leaf = name.rpartition(".")
+        setattr(module.get_submodule(owner), leaf, value.to(device))
 
 
 @contextmanager

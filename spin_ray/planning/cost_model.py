@@ -324,9 +324,11 @@ def learner_memory(
 
     Per parameter: 4 for the weight, 4 for its gradient, 4 (RMSProp) or 8 (AdamW) for the optimizer. ``backward``
     without sync keeps the gradients of a rank's earlier packs whole, 4 bytes per parameter on every rank, unless they
-    are reduced with every pack.
+    are reduced with every pack. With ``train.offload`` the shares are in the host's memory, not the GPU's; what
+    bringing them over costs is not in ``seconds``.
     """
-    sharded = shape.parameters / config.train.workers
+    on_host = config.train.offload and config.train.resources.gpus
+    sharded = 0 if on_host else shape.parameters / config.train.workers
     moments = {"rmsprop": 1, "adamw": 2}[optimizer.name] if optimizer else 0
     memory = {"weights": 4 * sharded, "optimizer": 4 * moments * sharded}
     if backward:

@@ -99,16 +99,16 @@ def _score(run_dir: RunDir, config: SpinConfig, base: ModelFolder, rows: pa.Tabl
         target=f"{ATTEMPTS}/{name}",
     )
     workers_folder = f"{ATTEMPTS}/{name}-workers"
-    run_workers(_worker, job, config, name.replace("/", "-"), storage.where(workers_folder))
-    parts = [table_from_bytes(storage.read(f"{job.target}/{part_name(rank)}")) for rank in range(config.train.workers)]
+    ranks = run_workers(_worker, job, config, name.replace("/", "-"), storage.where(workers_folder))
+    parts = [table_from_bytes(storage.read(f"{job.target}/{part_name(rank)}")) for rank in range(ranks)]
     for folder in (job.target, workers_folder):
         storage.delete(folder)
     scored = pa.concat_tables(parts)
     return dict(zip(scored["response"].to_pylist(), scored["logp"].to_pylist(), strict=True))
 
 
-def _worker(job: BaseScoreJob) -> None:
-    """Runs on every rank."""
+def _worker(job: BaseScoreJob) -> int:
+    """Runs on every rank; returns how many there are."""
     steps = plan(job.rows, job.shape, epochs=1, seed=0)[0]
     backend = Fsdp2Backend(job.model.here(), job.backend, device())
     rows, logps, _ = score_rows(backend, steps, job.rows, job.shape)
@@ -116,3 +116,4 @@ def _worker(job: BaseScoreJob) -> None:
     part = pa.table([keys, logps], schema=_SCORED)
     job.storage.replace(f"{job.target}/{part_name(dist.get_rank())}", table_to_bytes(part))
     dist.barrier()
+    return dist.get_world_size()

@@ -174,7 +174,7 @@ def _score(
         folder = f"{model.name}/scoring"
         work = run_workers(_worker, job, config, f"evaluation-{model.digest[:16]}", run_dir.storage.where(folder))
         run_dir.storage.delete(folder)
-        names = [part_name(rank) for rank in range(config.train.workers)]
+        names = [part_name(rank) for rank in range(int(work.pop("ranks")))]
         target.commit({name: target.part_entry(name) for name in names}, inputs, settings)
     return pa.concat_tables(list(target.tables())), work
 
@@ -201,7 +201,7 @@ def _worker(job: ScoreJob) -> dict[str, float]:
     job.target.replace_part(part_name(dist.get_rank()), pa.concat_tables(tables))
     dist.barrier()
     lengths = [pc.sum(pc.list_value_length(job.rows[f"{name}_ids"])).as_py() for name in ("real", "generated")]
-    return {"tokens": len(job.models) * sum(lengths), "work_s": work_s}
+    return {"tokens": len(job.models) * sum(lengths), "work_s": work_s, "ranks": dist.get_world_size()}
 
 
 def _margin_measures(scores: pa.Table, model: ModelFolder, opponent: ModelFolder, beta: float) -> dict[str, Any]:

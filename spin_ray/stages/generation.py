@@ -160,6 +160,7 @@ def _play(
         num_cpus=resources.cpus,
         num_gpus=resources.gpus or None,
         resources=resources.custom or None,
+        label_selector=resources.labels or None,
     )
     first_s = config.generation.start_timeout_s + config.generation.shard_timeout_s
     try:

@@ -5,7 +5,6 @@ generations of t -> parts still missing -> Ray Data -> [judge actor] x replicas 
 
 import json
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import pyarrow as pa
@@ -37,10 +36,11 @@ class PreferenceJob:
     prompts: Artefact
     generations: Artefact
     target: Artefact
-    tokenizer: str
+    policy: ModelFolder
+    """Whose responses they are."""
     trust_remote_code: bool
     scorer: ScorerConfig
-    folder: Path
+    judge: ModelFolder
     fingerprint: str
 
 
@@ -60,10 +60,10 @@ def run(run_dir: RunDir, config: SpinConfig, iteration: int, judge: ModelFolder,
         prompts=run_dir.prompts,
         generations=generations,
         target=target,
-        tokenizer=str(policy.path),
+        policy=policy,
         trust_remote_code=config.model.trust_remote_code,
         scorer=config.scorer,
-        folder=judge.path,
+        judge=judge,
         fingerprint=digest([inputs, settings]),
     )
     with run_dir.stage(target.path) as counted:
@@ -101,6 +101,7 @@ def _judge(job: PreferenceJob, parts: list[str], config: SpinConfig) -> Any:
         num_cpus=resources.cpus,
         num_gpus=resources.gpus or None,
         resources=resources.custom or None,
+        label_selector=resources.labels or None,
     )
     limits = config.generation
     first_s = limits.start_timeout_s + limits.shard_timeout_s
@@ -118,8 +119,8 @@ class _Judge:
     def __init__(self, job: PreferenceJob) -> None:
         cpu.prepare(job.scorer.resources.threads)
         self._job = job
-        self._scorer = load_scorer(job.scorer, job.folder)
-        self._tokenizer = load_tokenizer(job.tokenizer, trust_remote_code=job.trust_remote_code)
+        self._scorer = load_scorer(job.scorer, job.judge.here())
+        self._tokenizer = load_tokenizer(str(job.policy.here(weights=False)), trust_remote_code=job.trust_remote_code)
         self._messages = {
             row["prompt_id"]: row["messages"]
             for table in job.prompts.tables()

@@ -31,6 +31,7 @@ from spin_ray.conversations import (
     rejected_of,
 )
 from spin_ray.errors import DataError, StageError, UserError, last_line
+from spin_ray.model_folder import ModelFolder
 from spin_ray.rendering import ChatRenderer, Rendered, RenderError, load_tokenizer
 from spin_ray.resources import with_deadline
 from spin_ray.run_dir import Artefact, FileEntry, RunDir, part_name
@@ -55,7 +56,8 @@ _AS_WRITTEN = json.JSONEncoder(ensure_ascii=False)
 class PromptTask:
     """What a task needs to turn a slice into rows."""
 
-    tokenizer: str
+    tokenizer: str | ModelFolder
+    """Its folder, or the model that it belongs to."""
     chat_template: str | None
     trust_remote_code: bool
     max_length: int
@@ -65,7 +67,8 @@ class PromptTask:
 
     @cached_property
     def renderer(self) -> ChatRenderer:
-        return ChatRenderer(load_tokenizer(self.tokenizer, self.chat_template, self.trust_remote_code))
+        folder = self.tokenizer if isinstance(self.tokenizer, str) else str(self.tokenizer.here(weights=False))
+        return ChatRenderer(load_tokenizer(folder, self.chat_template, self.trust_remote_code))
 
 
 def run(
@@ -73,7 +76,7 @@ def run(
     config: SpinConfig,
     artefact: Artefact,
     source: str,
-    tokenizer: str,
+    tokenizer: str | ModelFolder,
     max_rows: int | None,
     *,
     labelled: bool = True,

@@ -61,6 +61,8 @@ class TrainJob:
     seed: int
     checkpoint_every_steps: int
     health: HealthConfig
+    elastic: bool
+    """Whether to go on from checkpoints of another number of workers."""
     chat_template: str | None
     """The template that the config put in place of the model's; exported with the weights."""
 
@@ -118,6 +120,7 @@ def run(run_dir: RunDir, config: SpinConfig, iteration: int, opponent: ModelFold
         seed=config.seed + iteration,
         checkpoint_every_steps=config.train.checkpoint_every_steps,
         health=config.health,
+        elastic=config.train.min_workers is not None,
         chat_template=_chat_template(config),
     )
     _train(run_dir, config, job)
@@ -157,6 +160,7 @@ def fine_tune(
         seed=config.seed,
         checkpoint_every_steps=config.train.checkpoint_every_steps,
         health=config.health,
+        elastic=config.train.min_workers is not None,
         chat_template=_chat_template(config),
     )
     _train(run_dir, config, job)
@@ -174,6 +178,7 @@ def _backend_settings(config: SpinConfig, optimizer: OptimizerConfig, learning_r
         gradient_checkpointing=config.train.gradient_checkpointing,
         sharding=config.train.sharding,
         reduce_every_pack=config.train.reduce_every_pack,
+        offload=config.train.offload,
         optimizer=optimizer,
         learning_rate=learning_rate,
     )
@@ -299,14 +304,17 @@ def _restore(job: TrainJob, backend: TrainBackend) -> int:
         return 0
     with newest.as_directory() as folder:
         step = checkpoint.check(
-            Path(folder), _checkpoint_identity(job), f"or remove {job.name}/checkpoints to train from the start"
+            Path(folder),
+            _checkpoint_identity(job),
+            f"or remove {job.name}/checkpoints to train from the start",
+            any_workers=job.elastic,
         )
         backend.load(Path(folder))
     return step
 
 
 def _checkpoint_identity(job: TrainJob) -> dict[str, Any]:
-    return {"train.workers": dist.get_world_size(), **job.inputs(), **job.settings()}
+    return {**job.inputs(), **job.settings()}
 
 
 def _export(job: TrainJob, backend: TrainBackend) -> None:

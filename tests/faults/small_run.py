@@ -69,6 +69,7 @@ def make_inputs(folder: Path) -> SpinConfig:
 def in_this_process(monkeypatch: pytest.MonkeyPatch) -> None:
     """Puts loops in the place of Ray Data and Ray Train."""
     monkeypatch.setattr(ray.data, "from_items", _Items)
+    monkeypatch.setattr(driver, "share", lambda folder, files: None)
     for module in (driver, generation, training):
         for name in ("connect", "check_fits", "wait_until_free"):
             monkeypatch.setattr(module, name, lambda *_: None, raising=False)

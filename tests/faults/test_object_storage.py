@@ -236,3 +236,37 @@ def test_where_a_run_is_kept_follows_from_how_it_is_written(tmp_path: Path) -> N
     assert isinstance(open_storage("s3://bucket/run"), ObjectStorage)
     for local in (tmp_path, f"file://{tmp_path}", "runs/x"):
         assert not isinstance(open_storage(local), ObjectStorage)
+
+
+def test_a_large_file_goes_in_parts_that_can_fail_alone(tmp_path: Path, proxy: Proxy) -> None:
+    """Parts of 5 MiB: 12 MiB are three. The first time the second is refused, and the upload starts over."""
+    storage, data = ObjectStorage(uri_of(tmp_path)), bytes(range(256)) * 2**12 * 12
+    attempt = storage.new_attempt_folder()
+    (attempt / "weights").write_bytes(data)
+    (attempt / MANIFEST).write_bytes(b"{}")
+    parts: list[str] = []
+
+    def refuse_one(method: str, path: str) -> str:
+        if method == "PUT" and "partNumber=" in path:
+            parts.append(path.partition("partNumber=")[2].partition("&")[0])
+            return "503" if parts[-1] == "2" and parts.count("2") == 1 else ""
+        return ""
+
+    proxy.plan = refuse_one
+    storage.create_folder("iter_000/model", attempt)
+    assert set(parts) == {"1", "2", "3"} and parts.count("2") == 2
+    assert storage.read("iter_000/model/weights") == data
+
+
+def test_a_model_is_fetched_once_though_all_processes_of_a_machine_ask_at_once(tmp_path: Path, proxy: Proxy) -> None:
+    storage = ObjectStorage(uri_of(tmp_path))
+    storage.replace("iter_000/model/weights", b"1234")
+    files = {"weights": storage.digest("iter_000/model/weights")}
+    asked = proxy.injected.total()
+    proxy.plan = lambda method, path: "slow"
+    with ThreadPoolExecutor(6) as pool:
+        found = list(
+            pool.map(lambda _: ObjectStorage(uri_of(tmp_path)).local_folder("iter_000/model", files), range(6))
+        )
+    assert len(set(found)) == 1 and (found[0] / "weights").read_bytes() == b"1234"
+    assert proxy.injected.total() - asked == 1

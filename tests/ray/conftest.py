@@ -9,8 +9,13 @@ from spin_ray.config import SpinConfig
 from spin_ray.resources import connect
 
 
-@pytest.fixture(scope="session", autouse=True)
-def local_ray() -> Iterator[None]:
-    connect(SpinConfig(model={"path": "-"}, data={"train": "-"}, cluster={"local_cpus": 2}))
+@pytest.fixture(scope="session")
+def ray_ends_with_the_session() -> Iterator[None]:
     yield
     ray.shutdown()
+
+
+@pytest.fixture(autouse=True)
+def local_ray(ray_ends_with_the_session: None) -> None:
+    """Started once, and once more after a module that had a cluster of its own."""
+    connect(SpinConfig(model={"path": "-"}, data={"train": "-"}, cluster={"local_cpus": 2}))

@@ -12,6 +12,7 @@ from safetensors import safe_open
 from transformers import AutoModelForCausalLM
 
 from spin_ray.config import OptimizerConfig
+from spin_ray.learner import hf_folder
 from spin_ray.learner.backends.base import BackendSettings, TrainBackend, learning_rate_at
 from spin_ray.learner.backends.fsdp2 import Fsdp2Backend
 from spin_ray.learner.losses import margins, pair_logps, sft_loss, spin_loss
@@ -257,3 +258,23 @@ def test_cosine_learning_rate_by_hand() -> None:
     given = {"peak": 1.0, "total_steps": 4, "warmup_fraction": 0.0, "schedule": "cosine"}
     found = [learning_rate_at(step, **given) for step in range(5)]
     assert found == pytest.approx([1, (2 + 2**0.5) / 4, 0.5, (2 - 2**0.5) / 4, 0])
+
+
+def test_a_large_model_is_written_file_by_file_and_reads_as_the_same(
+    make: MakeBackend, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Embeddings have 61 x 32 fp32 numbers, 7,808 bytes; a file holds 8,000 of weights that are smaller."""
+    backend = make()
+    backend.export_hf(tmp_path / "one")
+    monkeypatch.setattr(hf_folder, "FILE_BYTES", 8000)
+    backend.export_hf(tmp_path / "many")
+    files = sorted((tmp_path / "many").glob("*.safetensors"))
+    assert len(files) > 3 and files[0].name == f"model-00001-of-{len(files):05d}.safetensors"
+    assert max(file.stat().st_size for file in files) < 9000
+    assert [file.name for file in (tmp_path / "one").glob("*.safetensors")] == ["model.safetensors"]
+    one, many = (
+        dict(AutoModelForCausalLM.from_pretrained(tmp_path / name).named_parameters()) for name in ("one", "many")
+    )
+    assert one.keys() == many.keys() and all(torch.equal(one[name], many[name]) for name in one)
+    others = {path.name: path.read_bytes() for path in (tmp_path / "one").glob("*.json")}
+    assert others == {name: (tmp_path / "many" / name).read_bytes() for name in others}

@@ -22,20 +22,21 @@ from spin_ray.learner.packing import build_pack
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(300)]
 ROWS = random_rows(0, trees=8)
-CASES = ("packed full", "padded full", "packed shard_grad_op", "packed full every-pack")
-"""Layout, sharding, and when gradients are reduced."""
+CASES = ("packed full", "padded full", "packed shard_grad_op", "packed full every-pack", "packed full offload")
+"""Layout, sharding, and when gradients are reduced or where shares are kept."""
 STARTS = ("model", "untied", "bf16")
 """Model folders: tied embeddings, untied ones, and stored in bf16."""
 
 
 def make_backend(directory: Path, case: str, start: str = "model") -> Fsdp2Backend:
-    layout, sharding, *reduced = case.split()
+    layout, sharding, *more = case.split()
     settings = BackendSettings(
         max_length=PACK_LENGTH,
         precision="fp32",
         attention=cast(Any, layout),
         sharding=cast(Any, sharding),
-        reduce_every_pack=bool(reduced),
+        reduce_every_pack="every-pack" in more,
+        offload="offload" in more,
         optimizer=OptimizerConfig(name="rmsprop"),
         learning_rate=0.01,
         total_steps=4,

@@ -31,6 +31,8 @@ class BackendSettings:
     """Gather weights for each pass of each layer, or once per optimizer step (``train.sharding``)."""
     reduce_every_pack: bool = False
     """Sum gradients over ranks with every ``backward``; the others then are collectives, too."""
+    offload: bool = False
+    """Keep this rank's share of weights, gradients and optimizer state in the CPU's memory (``train.offload``)."""
     lora: LoraConfig | None = None
     """Train adapters only; exports are merged."""
     seed: int = 0

@@ -18,7 +18,7 @@ from spin_ray.config import OptimizerConfig
 from spin_ray.errors import ModelError
 from spin_ray.learner.adapters import add_adapters
 from spin_ray.learner.backends.base import BackendSettings, StepStats, set_learning_rate
-from spin_ray.learner.backends.modules import bare_optimizer, export, recompute_activations, stored_as, trainable
+from spin_ray.learner.backends.modules import bare_optimizer, export, persistent, recompute_activations, trainable
 from spin_ray.learner.hf_folder import load_model
 from spin_ray.learner.scoring import Layout, ResponseScorer, choose_layout
 from spin_ray.types import PackedBatch
@@ -107,14 +107,14 @@ class DeepSpeedBackend:
         set_learning_rate(self._optimizer.param_groups, self._settings, self.steps_done)
 
     def export_hf(self, directory: Path) -> None:
-        persistent = self._model.state_dict().keys()
-        weights = {}
-        for name, tensor in [*self._model.named_parameters(), *self._model.named_buffers()]:
-            with self._gathered([tensor] if hasattr(tensor, "ds_id") else []):  # every rank must take part
-                if dist.get_rank() == 0 and name in persistent:
-                    weights[name] = tensor.detach().to("cpu", stored_as(tensor, self._settings), copy=True)
-        if dist.get_rank() == 0:
-            export(directory, self._model, weights, self._model_dir, self._settings)
+        def whole(tensor: Tensor) -> Tensor:
+            with self._gathered([tensor] if hasattr(tensor, "ds_id") else []):
+                return tensor.detach().clone()
+
+        export(
+            directory, self._model, persistent(self._model, self._model.named_parameters()), whole, self._model_dir,
+            self._settings,
+        )  # fmt: skip
 
 
 class _Scorer(ResponseScorer):
@@ -168,6 +168,15 @@ def _engine_config(settings: BackendSettings, optimizer: OptimizerConfig) -> dic
         "communication_data_type": "fp32",
         "data_types": {"grad_accum_dtype": "fp32"},
         "checkpoint": {"use_node_local_storage": True},  # each rank may be given a directory of its own
-        "zero_optimization": {"stage": 3 if settings.sharding == "full" else 2},
+        "zero_optimization": _zero(settings),
+        "zero_force_ds_cpu_optimizer": False,  # torch's own, as without offloading
         "gradient_clipping": optimizer.max_grad_norm,
     }
+
+
+def _zero(settings: BackendSettings) -> dict[str, Any]:
+    """ZeRO-3 can keep the weights themselves in the CPU's memory, too; ZeRO-2 needs them whole on the GPU."""
+    stage = 3 if settings.sharding == "full" else 2
+    to_cpu = {"device": "cpu", "pin_memory": torch.cuda.is_available()}
+    offloaded = ["offload_optimizer", *(["offload_param"] if stage == 3 else [])] if settings.offload else []
+    return {"stage": stage, **dict.fromkeys(offloaded, to_cpu)}

@@ -6,7 +6,6 @@ fp32 shard ──gather, cast──> bf16 layer ──forward, backward──> b
 """
 
 import math
-from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +16,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 from torch.distributed.checkpoint import FileSystemReader, FileSystemWriter
 from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
+from torch.distributed.fsdp import CPUOffloadPolicy, FSDPModule, MixedPrecisionPolicy, OffloadPolicy, fully_shard
 from torch.distributed.tensor import DTensor
 
 from spin_ray.config import OptimizerConfig
@@ -27,8 +26,8 @@ from spin_ray.learner.backends.modules import (
     bare_optimizer,
     decoder_layers,
     export,
+    persistent,
     recompute_activations,
-    stored_as,
     trainable,
 )
 from spin_ray.learner.hf_folder import load_model
@@ -71,7 +70,7 @@ class Fsdp2Backend:
 
     def _fill(self, source: Path) -> None:
         """Gives a sharded model of empty parameters its values."""
-        materialise(self._scorer, self.device)
+        materialise(self._scorer, self.device, torch.device("cpu") if self._settings.offload else self.device)
         self._model.tie_weights()  # each module has been given a parameter of its own
         parameters = dict(self._model.named_parameters())
         read_shares({stored_name(name): share for name, share in parameters.items() if not is_adapter(name)}, source)
@@ -118,14 +117,10 @@ class Fsdp2Backend:
         self._set_learning_rate()
 
     def export_hf(self, directory: Path) -> None:
-        persistent = self._model.state_dict().keys()
-        weights = {}
-        for name, tensor in chain(self._shards.items(), self._model.named_buffers()):
-            whole = tensor.full_tensor() if isinstance(tensor, DTensor) else tensor  # every rank must take part
-            if dist.get_rank() == 0 and name in persistent:
-                weights[name] = whole.detach().to("cpu", stored_as(whole, self._settings))
-        if dist.get_rank() == 0:
-            export(directory, self._model, weights, self._model_dir, self._settings)
+        export(
+            directory, self._model, persistent(self._model, self._shards.items()), _whole, self._model_dir,
+            self._settings,
+        )  # fmt: skip
 
     def _training(self) -> tuple[torch.optim.Optimizer, OptimizerConfig]:
         if self._optimizer is None or self._settings.optimizer is None:
@@ -157,18 +152,25 @@ class Fsdp2Backend:
                 module.reshard()
 
 
+def _whole(tensor: Tensor) -> Tensor:
+    """A collective."""
+    return (tensor.full_tensor() if isinstance(tensor, DTensor) else tensor).detach()
+
+
 def _shard(scorer: ResponseScorer, settings: BackendSettings, device: torch.device) -> Any:
     """One FSDP unit per decoder layer and one for the rest (embeddings, final norm, head)."""
     mesh = init_device_mesh(device.type, (dist.get_world_size(),))
     policy = MixedPrecisionPolicy(
         param_dtype=torch.bfloat16 if settings.precision == "bf16" else None, reduce_dtype=torch.float32
     )
+    # Pinned, so that copies to and from the GPU go on beside the computation.
+    offload = CPUOffloadPolicy(pin_memory=device.type == "cuda") if settings.offload else OffloadPolicy()
     if settings.gradient_checkpointing:
         recompute_activations(scorer.model)
     for layer in decoder_layers(scorer.model):
         reshard = settings.sharding == "full" and mesh.size() > 1
-        fully_shard(layer, mesh=mesh, mp_policy=policy, reshard_after_forward=reshard)
-    fully_shard(scorer, mesh=mesh, mp_policy=policy)
+        fully_shard(layer, mesh=mesh, mp_policy=policy, offload_policy=offload, reshard_after_forward=reshard)
+    fully_shard(scorer, mesh=mesh, mp_policy=policy, offload_policy=offload)
     for module in scorer.modules():
         if isinstance(module, FSDPModule) and mesh.size() > 1:  # one rank would divide by 1, a pass over all gradients
             # Sum over ranks, not mean: losses are divided by counts of the whole step. Gloo knows only the plain sum.

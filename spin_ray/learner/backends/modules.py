@@ -1,15 +1,18 @@
 """What both backends do to a model before and after it is sharded."""
 
+from collections.abc import Callable, Iterable
 from functools import partial
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from spin_ray.config import OptimizerConfig
-from spin_ray.learner.adapters import merge_adapters
+from spin_ray.learner.adapters import is_adapter, merge_adapters, stored_name
 from spin_ray.learner.backends.base import BackendSettings
 from spin_ray.learner.hf_folder import write_model
 
@@ -39,19 +42,33 @@ def bare_optimizer(parameters: list[nn.Parameter], config: OptimizerConfig) -> t
     return kind(parameters, weight_decay=config.weight_decay, foreach=True)
 
 
-def stored_as(weight: Tensor, settings: BackendSettings) -> torch.dtype:
-    """What a gathered weight is held in until it is written: adapters are merged before anything is rounded."""
-    if not weight.is_floating_point():
-        return weight.dtype
-    return torch.bfloat16 if settings.precision == "bf16" and settings.lora is None else torch.float32
+def persistent(model: Any, parameters: Iterable[tuple[str, Tensor]]) -> list[tuple[str, Tensor]]:
+    """What a model folder holds of ``parameters`` (tied ones once) and of the model's buffers."""
+    kept = model.state_dict().keys()
+    return [(name, tensor) for name, tensor in chain(parameters, model.named_buffers()) if name in kept]
 
 
 def export(
-    directory: Path, model: Any, weights: dict[str, Tensor], source: str | Path, settings: BackendSettings
+    directory: Path,
+    model: Any,
+    tensors: list[tuple[str, Tensor]],
+    gather: Callable[[Tensor], Tensor],
+    source: str | Path,
+    settings: BackendSettings,
 ) -> None:
-    """Writes whole weights as a plain Hugging Face folder; adapters are merged into them."""
+    """Rank 0 writes a plain Hugging Face folder, adapters merged, from ``tensors`` that all ranks gather one by one.
+
+    Args:
+        gather: the whole of a tensor, on every rank; a collective.
+    """
+    whole = ((name, gather(tensor)) for name, tensor in tensors)
+    if dist.get_rank() != 0:
+        for _ in whole:
+            pass
+        return
     dtype = torch.bfloat16 if settings.precision == "bf16" else torch.float32
+    names = {stored_name(name) for name, _ in tensors if not is_adapter(name)}
     if settings.lora is not None:
-        merged = merge_adapters(weights, settings.lora)
-        weights = {name: weight.to(dtype) if weight.is_floating_point() else weight for name, weight in merged.items()}
-    write_model(directory, model, weights, dtype=dtype, source=source, with_code=settings.trust_remote_code)
+        whole = merge_adapters(whole, settings.lora)  # before anything is rounded
+    weights = ((name, weight.to("cpu", dtype if weight.is_floating_point() else None)) for name, weight in whole)
+    write_model(directory, model, names, weights, dtype=dtype, source=source, with_code=settings.trust_remote_code)

@@ -1,0 +1,124 @@
+"""A cluster of several raylets on this machine, as different machines: caches of their own, and no model folder."""
+
+import ctypes
+import os
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import ray
+from ray._private.state import actors
+from ray.cluster_utils import Cluster
+
+from spin_ray import resources
+from spin_ray.config import SpinConfig
+
+_NEW_MOUNTS, _PRIVATE, _RECURSIVE = 0x00020000, 1 << 18, 1 << 14
+_libc = ctypes.CDLL(None, use_errno=True)
+
+
+class SmallCluster:
+    """A head without CPUs, where the driver is, and nodes that come and go."""
+
+    def __init__(self, folder: Path, hidden: Path) -> None:
+        """``hidden`` is a folder that is on the driver's machine only."""
+        self._folder, self._hidden = folder, hidden
+        self._cluster = Cluster(
+            initialize_head=True,
+            head_node_args={
+                "num_cpus": 0, "node_ip_address": "127.0.0.1", "include_dashboard": False,
+                # A killed node is noticed after two seconds, one that is slow to answer is not taken for dead.
+                "_system_config": {"health_check_period_ms": 500, "health_check_failure_threshold": 4},
+            },
+        )  # fmt: skip
+        self._nodes: dict[str, Any] = {}
+
+    @property
+    def address(self) -> str:
+        return self._cluster.address
+
+    def add(self, name: str, pool: str) -> str:
+        """A node of two CPUs that is labelled with its pool; returns Ray's id of it."""
+
+        def add() -> None:
+            _hide(self._hidden)  # from this thread and the processes that it starts
+            self._nodes[name] = self._cluster.add_node(
+                num_cpus=2, node_ip_address="127.0.0.1", labels={"pool": pool},
+                env_vars={"SPIN_RAY_CACHE": str(self.cache(name).parent)},
+            )  # fmt: skip
+
+        thread = threading.Thread(target=add)
+        thread.start()
+        thread.join()
+        return self.id(name)
+
+    def kill(self, name: str) -> None:
+        self._cluster.remove_node(self._nodes.pop(name), allow_graceful=False)
+
+    def id(self, name: str) -> str:
+        return self._nodes[name].node_id
+
+    def names(self) -> list[str]:
+        return list(self._nodes)
+
+    def cache(self, name: str) -> Path:
+        return self._folder / f"cache-{name}" / "runs"
+
+    def of_train_workers(self) -> list[str]:
+        """Names of the nodes where a train worker is alive, one for each."""
+        alive = [actor for actor in actors().values() if actor["State"] == "ALIVE"]
+        ids = [actor["Address"]["NodeID"] for actor in alive if "TrainWorker" in actor["ActorClassName"]]
+        return sorted(name for name in self._nodes for found in ids if found == self.id(name))
+
+    def shutdown(self) -> None:
+        self._cluster.shutdown()
+
+
+@contextmanager
+def small_cluster(folder: Path, hidden: Path) -> Iterator[SmallCluster]:
+    """In the place of whatever Ray this process was connected to."""
+    ray.shutdown()
+    resources._keep_to_loopback(False)
+    cluster = SmallCluster(folder, hidden)
+    config = SpinConfig(model={"path": "-"}, data={"train": "-"}, cluster={"address": cluster.address})
+    try:
+        resources.connect(config)
+        yield cluster
+    finally:
+        ray.shutdown()
+        cluster.shutdown()
+
+
+def may_hide() -> bool:
+    """Whether this process may make mount namespaces."""
+    allowed: list[bool] = []
+    thread = threading.Thread(target=lambda: allowed.append(_libc.unshare(_NEW_MOUNTS) == 0))
+    thread.start()
+    thread.join()
+    return allowed == [True]
+
+
+def when(condition: Callable[[], bool], act: Callable[[], None], *, unless: threading.Event) -> threading.Thread:
+    """A thread that does ``act`` as soon as ``condition`` holds."""
+
+    def watch() -> None:
+        while not unless.wait(0.05):
+            if condition():
+                act()
+                return
+
+    thread = threading.Thread(target=watch)
+    thread.start()
+    return thread
+
+
+def _hide(folder: Path) -> None:
+    for call in (
+        lambda: _libc.unshare(_NEW_MOUNTS),
+        lambda: _libc.mount(b"none", b"/", None, _RECURSIVE | _PRIVATE, None),
+        lambda: _libc.mount(b"none", str(folder).encode(), b"tmpfs", 0, None),
+    ):
+        if call() != 0:
+            raise OSError(ctypes.get_errno(), os.strerror(ctypes.get_errno()))

@@ -1,0 +1,277 @@
+"""A head without CPUs and three nodes that share no file system: the run is on S3, the start model on the head alone.
+
+Nodes join and are killed in the middle of the work. What comes of it is what comes of a quiet run, to the last bit.
+"""
+
+import http.client
+import json
+import sys
+import threading
+import time
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import obstore
+import pytest
+import ray.cloudpickle
+import torch
+from safetensors.torch import load
+from small_cluster import SmallCluster, may_hide, small_cluster, when
+from test_stages_on_ray import SeedEngine
+
+from spin_ray import distribution, object_storage
+from spin_ray.config import SamplingConfig, SpinConfig
+from spin_ray.distribution import share
+from spin_ray.embedded import resolve
+from spin_ray.engine import Completion, EngineSpec
+from spin_ray.errors import ResourceError
+from spin_ray.launch import run_spin
+from spin_ray.model_folder import open_model
+from spin_ray.object_storage import ObjectStorage
+from spin_ray.resources import check_fits
+from spin_ray.run_dir import RunDir, read_json_lines
+
+ray.cloudpickle.register_pickle_by_value(sys.modules[__name__])  # actors cannot import a test module
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(400)]
+SHARDS, STEPS = 12, 24
+
+
+class NotingEngine(SeedEngine):
+    """Notes where it plays; and waits, within the second shard, until it is one of ``of`` engines."""
+
+    def __init__(self, spec: EngineSpec, notes: Path, of: int) -> None:
+        super().__init__(spec)
+        self._played, self._notes, self._of = 0, notes, of
+        self._node = ray.get_runtime_context().get_node_id()
+        (notes / self._node).touch()
+
+    def generate(
+        self, prompt_ids: Sequence[Sequence[int]], sampling: SamplingConfig, seeds: Sequence[int]
+    ) -> list[Completion]:
+        self._played += 1
+        deadline = time.monotonic() + 90
+        while self._played == 2 and len(list(self._notes.iterdir())) < self._of and time.monotonic() < deadline:
+            time.sleep(0.05)
+        time.sleep(0.3)
+        with (self._notes / self._node).open("a") as played:
+            played.write("shard\n")
+        return super().generate(prompt_ids, sampling, seeds)
+
+
+@pytest.fixture(scope="module")
+def patch() -> Iterator[pytest.MonkeyPatch]:
+    with pytest.MonkeyPatch.context() as patch:
+        yield patch
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    import shutil
+
+    return Path(shutil.copytree(resolve("embedded:tiny-llama"), tmp_path_factory.mktemp("head") / "model"))
+
+
+@pytest.fixture(scope="module", autouse=True)
+def local_ray(
+    patch: pytest.MonkeyPatch, model: Path, tmp_path_factory: pytest.TempPathFactory
+) -> Iterator[SmallCluster]:
+    """The cluster, in place of the folder's local Ray: nodes a and c for any work, b for engines only."""
+    from moto.server import ThreadedMotoServer
+
+    if not may_hide():
+        pytest.skip("needs the right to make mount namespaces, to give each node files of its own")
+    server = ThreadedMotoServer(ip_address="127.0.0.1", port=0, verbose=False)
+    server.start()
+    host, port = server.get_host_and_port()
+    connection = http.client.HTTPConnection(host, port)
+    connection.request("PUT", "/bucket")
+    assert connection.getresponse().status == 200
+    for name, value in {
+        "ACCESS_KEY_ID": "k", "SECRET_ACCESS_KEY": "s", "REGION": "us-east-1", "ENDPOINT_URL": f"http://{host}:{port}",
+    }.items():  # fmt: skip
+        patch.setenv(f"AWS_{name}", value)
+    folder = tmp_path_factory.mktemp("nodes")
+    patch.setattr(object_storage, "CACHE", folder / "cache-head")
+    patch.setattr(distribution, "PART_BYTES", 2**18)  # the weights are 1.3 MB
+    with small_cluster(folder, hidden=model) as cluster:
+        for name, pool in (("a", "any"), ("b", "engines"), ("c", "any")):
+            cluster.add(name, pool)
+        yield cluster
+    server.stop()
+
+
+@pytest.fixture(scope="module")
+def nodes(local_ray: SmallCluster) -> SmallCluster:
+    return local_ray
+
+
+def config_of(nodes: SmallCluster, model: Path, **train: Any) -> SpinConfig:
+    """One iteration: 48 prompts in 12 shards, 3 engines of a whole node each; 24 steps of 2 workers in pool `any`."""
+    return SpinConfig.model_validate(
+        {
+            "model": {"path": str(model), "max_length": 128, "attention": "padded"},
+            "data": {"train": resolve("embedded:arithmetic-train"), "max_rows": 4 * SHARDS},
+            "iterations": 1,
+            "generation": {
+                "shard_rows": 4, "replicas": 3, "min_replicas": 2, "resources": {"cpus": 2},
+                "sampling": {"max_tokens": 24},
+            },
+            "train": {
+                "workers": 2, "resources": {"cpus": 1, "labels": {"pool": "any"}}, "precision": "fp32",
+                "learning_rate": 1e-3, "epochs": 2, "global_batch_pairs": 4, "pack_length": 256,
+                "checkpoint_every_steps": 2, **train,
+            },
+            "tracking": {"tensorboard": False},
+            "cluster": {"address": nodes.address},
+        }
+    )  # fmt: skip
+
+
+def play(config: SpinConfig, uri: str, notes: Path, engines: int, *helpers: Callable[[threading.Event], Any]) -> RunDir:
+    """The run, with helpers that wait for their moment beside it."""
+    notes.mkdir(exist_ok=True)
+    done = threading.Event()
+    threads = [helper(done) for helper in helpers]
+    try:
+        run = run_spin(config, uri, partial(NotingEngine, notes=notes, of=engines)).run
+    finally:
+        done.set()
+        for thread in threads:
+            thread.join()
+    return run
+
+
+def played_on(notes: Path) -> Counter[str]:
+    return Counter({node.name: len(node.read_text().splitlines()) for node in notes.iterdir()})
+
+
+def weights_of(run: RunDir) -> dict[str, torch.Tensor]:
+    return load(run.storage.read("iter_000/model/model.safetensors"))
+
+
+def steps_of(uri: str) -> list[int]:
+    return [line["step"] for line in read_json_lines(ObjectStorage(uri), "iter_000/train_log.jsonl")]
+
+
+def reached(uri: str, step: int) -> bool:
+    return (steps_of(uri) or [-1])[-1] >= step
+
+
+@pytest.fixture(scope="module")
+def calm(nodes: SmallCluster, model: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[str, RunDir, Path]:
+    """The run that nothing disturbed, and what its engines noted. Three nodes from the start."""
+    notes = tmp_path_factory.mktemp("calm") / "notes"
+    uri = "s3://bucket/calm"
+    return uri, play(config_of(nodes, model), uri, notes, 3), notes
+
+
+def test_replicas_spread_over_the_nodes_and_each_gets_the_model_once(
+    nodes: SmallCluster, model: Path, calm: tuple[str, RunDir, Path]
+) -> None:
+    """An engine needs the whole model, a task that renders prompts only the tokenizer. All went in parts of 256 KiB."""
+    played = played_on(calm[2])
+    assert set(played) == {nodes.id(name) for name in "abc"} and min(played.values()) > 0
+    assert sum(played.values()) == SHARDS
+    found = open_model(model, "sft")
+    shared = share(found.path, found.files)
+    assert shared is not None
+    given = ray.get(ray.get_actor(shared.giver).given.remote())
+    whole = sum(file.bytes for file in found.files.values())
+    tokenizer = sum(file.bytes for name, file in found.files.items() if not name.endswith(".safetensors"))
+    assert given.keys() == set(played), "not to the head, which has it"
+    assert set(given.values()) <= {whole, whole + tokenizer}
+    for name in "abc":
+        models = [path for path in nodes.cache(name).glob("*/*.safetensors")]
+        assert [path.read_bytes() for path in models] == [(model / "model.safetensors").read_bytes()]
+
+
+def test_a_label_that_no_node_has_is_an_error_at_once(nodes: SmallCluster, model: Path) -> None:
+    config = config_of(nodes, model, resources={"cpus": 1, "labels": {"pool": "in(tpu, gpu)"}})
+    with pytest.raises(
+        ResourceError, match=r"train asks for 2 × 1 CPU .* on nodes labelled {'pool': 'in\(tpu, gpu\)'}"
+    ):
+        check_fits(config)
+
+
+def test_a_node_that_joins_is_used_and_one_that_is_killed_changes_no_bit(
+    nodes: SmallCluster, model: Path, calm: tuple[str, RunDir, Path], tmp_path: Path
+) -> None:
+    """Two nodes at first, so one of the three engines waits. A third joins once both play; of the two nodes that may
+    train, the one that does is killed after step 4, and the other takes over from the last checkpoint.
+    """
+    nodes.kill("c")
+    uri, notes = "s3://bucket/rough", tmp_path / "notes"
+    trained_on: list[str] = []
+
+    def join() -> None:
+        nodes.add("d", "any")
+
+    def kill() -> None:
+        trained_on.extend(nodes.of_train_workers())
+        nodes.kill(trained_on[0])
+
+    run = play(
+        config_of(nodes, model), uri, notes, 3,
+        lambda done: when(lambda: len(list(notes.iterdir())) >= 2, join, unless=done),
+        lambda done: when(lambda: reached(uri, 4), kill, unless=done),
+    )  # fmt: skip
+    assert len(trained_on) == 2 and set(trained_on) <= {"a", "d"}, "the selector keeps workers off node b"
+    assert trained_on[0] not in nodes.names() and len(nodes.names()) == 2
+    assert len(played_on(notes)) == 3 and min(played_on(notes).values()) > 0
+    assert steps_of(uri) == list(range(STEPS))
+    for artefact in ("iter_000/generations", "iter_000/pairs", "iter_000/reference"):
+        assert run.artefact(artefact).manifest().files == calm[1].artefact(artefact).manifest().files
+    expected, found = weights_of(calm[1]), weights_of(run)
+    assert all(torch.equal(found[name], weight) for name, weight in expected.items())
+
+
+def test_elastic_training_shrinks_and_grows_and_ends_with_the_same_weights_to_rounding(
+    nodes: SmallCluster, model: Path, calm: tuple[str, RunDir, Path], tmp_path: Path
+) -> None:
+    """Workers of two CPUs each on two nodes; one node is killed, one worker goes on from the checkpoint of two; a node
+    joins, and two go on from the checkpoint of one.
+    """
+    uri = "s3://bucket/elastic"
+    store, prefix = ObjectStorage("s3://bucket")._store, "calm/"
+    for one in obstore.list(store, prefix).collect():  # all but what training made
+        name = one["path"].removeprefix(prefix)
+        if not name.startswith(("iter_000/model", "iter_000/train_log", "LATEST")):
+            obstore.copy(store, one["path"], f"elastic/{name}")
+    training_nodes = [name for name in nodes.names() if name != "b"]
+    training_nodes += [name for name in ("e",) if len(training_nodes) < 2 and nodes.add(name, "any")]
+    sizes: list[int] = []
+
+    def shrink() -> None:
+        sizes.append(len(nodes.of_train_workers()))
+        nodes.kill(training_nodes[1])
+
+    def grow() -> None:
+        sizes.append(len(nodes.of_train_workers()))
+        nodes.add("f", "any")
+
+    def look() -> None:
+        sizes.append(len(nodes.of_train_workers()))
+
+    config = config_of(
+        nodes, model, min_workers=1, resize_interval_s=1, resources={"cpus": 2, "labels": {"pool": "any"}}
+    )
+    shrunk = threading.Event()
+    run = play(
+        config, uri, tmp_path / "notes", 3,
+        lambda done: when(lambda: reached(uri, 3), lambda: (shrink(), shrunk.set()), unless=done),
+        lambda done: when(
+            lambda: shrunk.is_set() and len(nodes.of_train_workers()) == 1 and reached(uri, 6), grow, unless=done
+        ),
+        lambda done: when(lambda: "f" in nodes.names() and len(nodes.of_train_workers()) == 2, look, unless=done),
+    )  # fmt: skip
+    assert sizes == [2, 1, 2]
+    assert steps_of(uri) == list(range(STEPS))
+    expected, found = weights_of(calm[1]), weights_of(run)
+    start = load((model / "model.safetensors").read_bytes())
+    moved = max((weight - start[name]).abs().max().item() for name, weight in expected.items())
+    apart = max((found[name] - weight).abs().max().item() for name, weight in expected.items())
+    assert apart < 1e-3 * moved
+    assert json.loads(run.storage.read("run.json"))["config"]["train"]["min_workers"] == 1
