@@ -143,13 +143,14 @@ class ObjectStorage(Storage):
             return self.read(name) == new
         return True
 
-    def _read_with_version(self, name: str) -> tuple[bytes, dict[str, str | None]] | None:
+    def _read_with_version(self, name: str) -> tuple[bytes, dict[str, str]] | None:
         """The bytes, and what a put of the next version names: S3 compares the tag, GCS the generation."""
         try:
             found = obstore.get(self._store, name)
         except FileNotFoundError:
             return None
-        return bytes(found.bytes()), {"e_tag": found.meta["e_tag"], "version": found.meta["version"]}
+        version = {"e_tag": found.meta["e_tag"], "version": found.meta["version"]}
+        return bytes(found.bytes()), {key: value for key, value in version.items() if value is not None}
 
     def _download(self, name: str, target: Path) -> None:
         def download() -> None:

@@ -1,6 +1,7 @@
 """A cluster of several raylets on this machine, as different machines: caches of their own, and no model folder."""
 
 import ctypes
+import logging
 import os
 import threading
 from collections.abc import Callable, Iterator
@@ -13,7 +14,6 @@ from ray._private.state import actors
 from ray.cluster_utils import Cluster
 
 from spin_ray import resources
-from spin_ray.config import SpinConfig
 
 _NEW_MOUNTS, _PRIVATE, _RECURSIVE = 0x00020000, 1 << 18, 1 << 14
 _libc = ctypes.CDLL(None, use_errno=True)
@@ -80,11 +80,12 @@ class SmallCluster:
 def small_cluster(folder: Path, hidden: Path) -> Iterator[SmallCluster]:
     """In the place of whatever Ray this process was connected to."""
     ray.shutdown()
-    resources._keep_to_loopback(False)
+    resources._keep_to_loopback(
+        True
+    )  # without it Ray puts the machine's outward address in the place of the loopback one
     cluster = SmallCluster(folder, hidden)
-    config = SpinConfig(model={"path": "-"}, data={"train": "-"}, cluster={"address": cluster.address})
     try:
-        resources.connect(config)
+        ray.init(address=cluster.address, log_to_driver=False, logging_level=logging.WARNING)
         yield cluster
     finally:
         ray.shutdown()

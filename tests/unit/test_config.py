@@ -435,3 +435,15 @@ def test_the_engine_computes_in_the_precision_of_training_unless_told_otherwise(
     sections = {"train": {"precision": precision}, "generation": {"engine": {"dtype": dtype}}}
     config = parse_config({"model": {"path": "m"}, "data": {"train": "d"}, **sections}, source="r.yaml")
     assert config.decided(config.generation.engine).dtype == decided
+
+
+@pytest.mark.parametrize(
+    ("section", "message"),
+    [
+        ({"workers": 2, "min_workers": 3}, "train.min_workers: 3 is more than the 2 of train.workers"),
+        ({"workers": 2, "min_workers": 1, "backend": "deepspeed"}, "checkpoints are of one number of workers"),
+    ],
+)
+def test_an_elastic_group_that_cannot_be_is_refused(section: dict[str, object], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        SpinConfig.model_validate({"model": {"path": "m"}, "data": {"train": "d"}, "train": section})

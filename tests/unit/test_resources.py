@@ -21,7 +21,7 @@ from spin_ray.resources import check_fits, demands, wait_until_free, with_deadli
 def cluster(monkeypatch):
     """Nodes and free resources, as Ray would tell them; a test changes both."""
     told: dict[str, Any] = {"nodes": [{"CPU": 2.0}], "free": {"CPU": 2.0}, "asked": []}
-    monkeypatch.setattr(resources, "_node_resources", lambda: told["nodes"])
+    monkeypatch.setattr(resources, "_node_resources", lambda labels: told["nodes"])
     monkeypatch.setattr(ray, "available_resources", lambda: told["free"])
     monkeypatch.setattr(resources, "_ask_autoscaler", told["asked"].append)
     return told
@@ -155,3 +155,20 @@ def test_rows_that_do_not_come_are_an_error_after_the_limit_for_the_first_or_for
     with pytest.raises(StageError, match=f"waited {waited} s for a generation shard; free in the cluster: 2 CPU"):
         next(passed)
     stuck.set()
+
+
+@pytest.mark.parametrize(
+    ("selector", "selected"),
+    [
+        ({}, True), ({"pool": "a"}, True), ({"pool": "b"}, False), ({"pool": "!a"}, False), ({"pool": "!b"}, True),
+        ({"pool": "in(b, a)"}, True), ({"pool": "!in(b, a)"}, False), ({"pool": "in(b,c)"}, False),
+        ({"zone": "x"}, False), ({"zone": "!x"}, True), ({"pool": "a", "zone": "x"}, False),
+    ],
+)  # fmt: skip
+def test_a_node_is_selected_by_its_labels_as_ray_does(selector, selected):
+    assert resources.is_selected({"pool": "a"}, selector) is selected
+
+
+def test_least_numbers_are_what_must_fit():
+    config = config_of(generation={"replicas": 8, "min_replicas": 2}, train={"workers": 4, "min_workers": 1})
+    assert {stage: len(bundles) for stage, bundles in demands(config).items()} == {"generation": 2, "train": 1}
