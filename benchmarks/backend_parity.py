@@ -1,6 +1,7 @@
-"""How far is DeepSpeed from FSDP2? Three steps on the same pairs, two gloo workers with unequal packs, as a table.
+"""How far is DeepSpeed from FSDP2, and LoRA from PEFT alone? Three steps on the same pairs, as tables.
 
-Largest differences over steps and weights, for the cases that tests/unit/test_deepspeed.py checks:
+Largest differences over steps and weights, for the cases that tests/unit/test_deepspeed.py (two gloo workers with
+unequal packs) and test_lora.py (one) check:
 
     python benchmarks/backend_parity.py [--write]
 """
@@ -10,6 +11,7 @@ import json
 import sys
 import tempfile
 from pathlib import Path
+from typing import Any
 
 import torch.multiprocessing
 from transformers import AutoModelForCausalLM
@@ -19,8 +21,9 @@ from spin_ray import cpu
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "tests" / "unit"))
 
 from doc_table import put
-from learner_cases import save_model, tiny_llama
+from learner_cases import one_rank, save_model, tiny_llama, train
 from test_deepspeed import CASES, one_of_two_ranks
+from test_lora import ROWS, backend_of, train_with_peft
 
 
 def main() -> None:
@@ -36,9 +39,29 @@ def main() -> None:
         lines = ["| case | loss, relative | gradient norm, relative | weights | moved |", "|---|---|---|---|---|"]
         for case in CASES:
             lines.append(f"| {case} | " + " | ".join(f"{value:.1e}" for value in differences(directory, case)) + " |")
-    print("\n".join(lines))
+        adapters = [
+            *lines[:2],
+            "| FSDP2, adapters of rank 4 | " + " | ".join(map("{:.1e}".format, peft(directory))) + " |",
+        ]
+    print("\n".join([*lines, "", *adapters]))
     if options.write:
         put("parity of the backends", "\n".join(lines))
+        put("parity of adapters", "\n".join(adapters))
+
+
+def peft(directory: Path) -> tuple[float, ...]:
+    """The same of adapters on FSDP2 against PEFT's model in a plain torch loop, fp32, and of what each exports."""
+    with one_rank(directory):
+        backend = backend_of(directory / "tied", seed=3)
+        theirs, plain, _ = train_with_peft(backend, directory / "tied", 3)
+        ours = train(backend, ROWS, 3)
+        backend.export_hf(directory / "adapters")
+    merged = dict(plain.merge_and_unload().named_parameters())
+    one, start = (
+        dict(AutoModelForCausalLM.from_pretrained(directory / name, dtype="float32").named_parameters())
+        for name in ("adapters", "tied")
+    )
+    return _apart(ours, theirs, one, merged, start)
 
 
 def differences(directory: Path, case: str) -> tuple[float, ...]:
@@ -50,6 +73,16 @@ def differences(directory: Path, case: str) -> tuple[float, ...]:
         dict(AutoModelForCausalLM.from_pretrained(directory / folder, dtype="float32").named_parameters())
         for folder in (case.split()[2], f"{case} deepspeed", f"{case} fsdp2")
     )
+    return _apart(ours, theirs, one, other, start)
+
+
+def _apart(
+    ours: list[list[float]],
+    theirs: list[list[float]],
+    one: dict[str, Any],
+    other: dict[str, Any],
+    start: dict[str, Any],
+) -> tuple[float, ...]:
     loss, norm = (max(abs(a[i] / b[i] - 1) for a, b in zip(ours, theirs, strict=True)) for i in (0, 1))
     apart = max((one[name] - other[name]).abs().max().item() for name in start)
     moved = max((other[name] - start[name]).abs().max().item() for name in start)

@@ -1,8 +1,9 @@
-"""Whole runs whose training is DeepSpeed's, or of adapters only: real stages and workers; the engine answers by rote."""
+"""Whole runs that train with DeepSpeed, or adapters only: real stages and workers; the engine answers by rote."""
 
 import json
 import math
 import sys
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -76,7 +77,7 @@ def test_a_run_with_adapters_hands_on_plain_models(tmp_path: Path) -> None:
         assert log_of(run, iteration)[0]["margin"] == 0.0
     models = [weights_of(folder) for folder in (START, *(run.storage.path(f"iter_00{i}/model") for i in (0, 1)))]
     assert models[0].keys() == models[1].keys() == models[2].keys()
-    for before, after in zip(models, models[1:], strict=False):
+    for before, after in pairwise(models):
         for name, weight in after.items():
             moved = not torch.equal(weight.float(), before[name].float())
             assert moved == name.endswith("_proj.weight"), name

@@ -1,6 +1,7 @@
 """LoRA on the FSDP2 backend against PEFT in a plain loop; with two ranks and with DeepSpeed: test_deepspeed.py."""
 
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -35,15 +36,47 @@ def model_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return save_model(tmp_path_factory.mktemp("model"), tiny_llama())
 
 
+def backend_of(model_dir: Path, lora: LoraConfig | None = LORA, **changes: Any) -> Fsdp2Backend:
+    common: dict[str, Any] = {"max_length": 48, "precision": "fp32", "learning_rate": 0.01, "total_steps": 8}
+    optimizer = OptimizerConfig(name="adamw", schedule="constant", warmup_fraction=0, max_grad_norm=1e9)
+    settings = BackendSettings(optimizer=optimizer, lora=lora, **(common | changes))
+    return Fsdp2Backend(model_dir, settings, torch.device("cpu"))
+
+
 @pytest.fixture
 def make(model_dir: Path) -> MakeBackend:
-    def make_backend(lora: LoraConfig | None = LORA, **changes: Any) -> Fsdp2Backend:
-        common: dict[str, Any] = {"max_length": 48, "precision": "fp32", "learning_rate": 0.01, "total_steps": 8}
-        optimizer = OptimizerConfig(name="adamw", schedule="constant", warmup_fraction=0, max_grad_norm=1e9)
-        settings = BackendSettings(optimizer=optimizer, lora=lora, **(common | changes))
-        return Fsdp2Backend(model_dir, settings, torch.device("cpu"))
+    return partial(backend_of, model_dir)
 
-    return make_backend
+
+def train_with_peft(
+    backend: Fsdp2Backend, model_dir: Path, steps: int
+) -> tuple[list[list[float]], Any, dict[str, Any]]:
+    """A plain torch loop over PEFT's model from the first A of ``backend``: (losses and norms, model, adapters)."""
+    model = AutoModelForCausalLM.from_pretrained(model_dir, dtype=torch.float32).eval()
+    config = peft.LoraConfig(r=LORA.rank, lora_alpha=LORA.alpha, target_modules="all-linear")
+    plain = peft.get_peft_model(model, config).eval()
+    adapters = {
+        name.removeprefix("base_model.model."): weight
+        for name, weight in plain.named_parameters()
+        if weight.requires_grad
+    }
+    with torch.no_grad():
+        for name, weight in adapters.items():
+            weight.copy_(backend._shards[name].full_tensor())
+    scorer, optimizer = ResponseScorer(model), torch.optim.AdamW(adapters.values(), lr=0.01, weight_decay=0)
+    history = []
+    for _ in range(steps):
+        total = 0.0
+        for batch in batches_of(ROWS):
+            real, generated = pair_logps(scorer(batch), batch)
+            zero = torch.zeros_like(real)
+            loss = spin_loss(margins(real, generated, zero, zero, 0.5)) / one_step(ROWS).num_pairs
+            loss.backward()
+            total += loss.item()
+        history.append([total, torch.nn.utils.get_total_norm([weight.grad for weight in adapters.values()]).item()])
+        optimizer.step()
+        optimizer.zero_grad()
+    return history, plain, adapters
 
 
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
@@ -60,29 +93,9 @@ def test_at_step_0_the_model_is_the_opponent_to_the_last_bit(make: MakeBackend, 
 def test_training_equals_peft_in_a_plain_loop(make: MakeBackend, model_dir: Path, tmp_path: Path) -> None:
     """Three steps from the same first A; then PEFT's own merge equals the export."""
     backend = make(seed=3)
-    model = AutoModelForCausalLM.from_pretrained(model_dir, dtype=torch.float32).eval()
-    plain = peft.get_peft_model(model, peft.LoraConfig(r=4, lora_alpha=6, target_modules="all-linear")).eval()
-    adapters = {
-        name.removeprefix("base_model.model."): weight
-        for name, weight in plain.named_parameters()
-        if weight.requires_grad
-    }
-    with torch.no_grad():
-        for name, weight in adapters.items():
-            weight.copy_(backend._shards[name].full_tensor())
+    expected, plain, adapters = train_with_peft(backend, model_dir, 3)
     assert {name for name, shard in backend._shards.items() if shard.requires_grad} == set(adapters)
-
-    scorer, optimizer = ResponseScorer(model), torch.optim.AdamW(adapters.values(), lr=0.01, weight_decay=0)
-    norms = []
-    for _ in range(3):
-        for batch in batches_of(ROWS):
-            real, generated = pair_logps(scorer(batch), batch)
-            zero = torch.zeros_like(real)
-            (spin_loss(margins(real, generated, zero, zero, 0.5)) / one_step(ROWS).num_pairs).backward()
-        norms.append(torch.nn.utils.get_total_norm([weight.grad for weight in adapters.values()]).item())
-        optimizer.step()
-        optimizer.zero_grad()
-    assert [norm for _, norm in train(backend, ROWS, 3)] == pytest.approx(norms, rel=1e-4)
+    assert train(backend, ROWS, 3) == [pytest.approx(step, rel=1e-4) for step in expected]
     for name, weight in adapters.items():
         torch.testing.assert_close(backend._shards[name].full_tensor(), weight, rtol=1e-3, atol=1e-5)
 
