@@ -107,13 +107,12 @@ def one_rank(rank: int, folder: str, with_lora: bool) -> None:
 
 
 def arithmetic(found: dict[str, Any]) -> float:
-    """GiB of a rank in a step: fp32 weights, gradients and squares in halves, and the largest unit gathered: three
-    times (FSDP2's buffer, the parameters cut from it, gloo's own buffer), and where it is trained its gradient twice
-    (whole, and laid out for the reduction).
+    """GiB of a rank in a step: fp32 weights, gradients and squares in halves, and the largest unit gathered, with its
+    gradient where it is trained.
     """
     trains_all = found["trained"] == found["parameters"]
     shares = found["parameters"] + 2 * found["trained"]
-    return (4 * shares / 2 + 4 * found["largest"] * (5 if trains_all else 3)) / 2**30
+    return (4 * shares / 2 + 4 * found["largest"] * (2 if trains_all else 1)) / 2**30
 
 
 def run(function: Any, *arguments: Any, processes: int) -> None:

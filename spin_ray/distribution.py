@@ -27,7 +27,7 @@ PART_BYTES = 2**24
 KEPT_PARTS = 4
 """Parts that stay in the object store of the driver's machine for others to ask for."""
 PART_TIMEOUT_S = 600.0
-_givers: dict[str, Any] = {}
+_givers: dict[tuple[str, str], Any] = {}
 """Of this driver: an actor ends with the last handle that its maker holds."""
 
 
@@ -102,10 +102,10 @@ def share(folder: Path, files: Mapping[str, Digest]) -> SharedFolder | None:
         return None
     node = ray.get_runtime_context().get_node_id()
     giver = f"spin-ray-{node_cache.identity(files)[:16]}"
-    _givers[giver] = ray.remote(_Giver).options(
-        name=giver, get_if_exists=True, num_cpus=0,
-        scheduling_strategy=NodeAffinitySchedulingStrategy(node, soft=False),
-    ).remote(folder, files)  # fmt: skip
+    if (node, giver) not in _givers:
+        here = NodeAffinitySchedulingStrategy(node, soft=False)
+        options = {"name": giver, "num_cpus": 0, "scheduling_strategy": here}
+        _givers[node, giver] = ray.remote(_Giver).options(**options).remote(folder, files)
     return SharedFolder(folder, files, node, giver, PART_BYTES)
 
 

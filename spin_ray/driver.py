@@ -72,11 +72,12 @@ def _for_every_machine(start: Start) -> Start:
 
 
 def _prepare_prompts(run: RunDir, config: SpinConfig, start: Start) -> None:
-    prompts.run(run, config, run.prompts, start.train, start.model, config.data.max_rows)
+    tokenizer = str(start.model.path)
+    prompts.run(run, config, run.prompts, start.train, tokenizer, config.data.max_rows)
     if start.heldout:
-        prompts.run(run, config, run.heldout, start.heldout, start.model, config.evaluation.max_rows)
+        prompts.run(run, config, run.heldout, start.heldout, tokenizer, config.evaluation.max_rows)
     if start.questions:
-        prompts.run(run, config, run.questions, start.questions, start.model, config.data.max_rows, labelled=False)
+        prompts.run(run, config, run.questions, start.questions, tokenizer, config.data.max_rows, labelled=False)
 
 
 def _should_stop(run: RunDir, config: SpinConfig, evaluations: list[Evaluation]) -> bool:

@@ -156,7 +156,10 @@ def _play(
     ).map(
         _Player,  # pyrefly: ignore[bad-argument-type] (an actor class; Ray annotates functions only)
         fn_constructor_args=(spec, config, start_engine),
-        compute=ray.data.ActorPoolStrategy(size=min(config.generation.replicas, len(shards))),
+        compute=ray.data.ActorPoolStrategy(
+            size=min(config.generation.replicas, len(shards)),
+            max_tasks_in_flight_per_actor=2,  # a shard in work and the next: what is queued no joining node can take
+        ),
         num_cpus=resources.cpus,
         num_gpus=resources.gpus or None,
         resources=resources.custom or None,

@@ -31,7 +31,6 @@ from spin_ray.conversations import (
     rejected_of,
 )
 from spin_ray.errors import DataError, StageError, UserError, last_line
-from spin_ray.model_folder import ModelFolder
 from spin_ray.rendering import ChatRenderer, Rendered, RenderError, load_tokenizer
 from spin_ray.resources import with_deadline
 from spin_ray.run_dir import Artefact, FileEntry, RunDir, part_name
@@ -56,8 +55,7 @@ _AS_WRITTEN = json.JSONEncoder(ensure_ascii=False)
 class PromptTask:
     """What a task needs to turn a slice into rows."""
 
-    tokenizer: str | ModelFolder
-    """Its folder, or the model that it belongs to."""
+    tokenizer: str
     chat_template: str | None
     trust_remote_code: bool
     max_length: int
@@ -67,8 +65,7 @@ class PromptTask:
 
     @cached_property
     def renderer(self) -> ChatRenderer:
-        folder = self.tokenizer if isinstance(self.tokenizer, str) else str(self.tokenizer.here(weights=False))
-        return ChatRenderer(load_tokenizer(folder, self.chat_template, self.trust_remote_code))
+        return ChatRenderer(load_tokenizer(self.tokenizer, self.chat_template, self.trust_remote_code))
 
 
 def run(
@@ -76,7 +73,7 @@ def run(
     config: SpinConfig,
     artefact: Artefact,
     source: str,
-    tokenizer: str | ModelFolder,
+    tokenizer: str,
     max_rows: int | None,
     *,
     labelled: bool = True,

@@ -40,12 +40,13 @@ class SmallCluster:
         return self._cluster.address
 
     def add(self, name: str, pool: str) -> str:
-        """A node of two CPUs that is labelled with its pool; returns Ray's id of it."""
+        """A node of two CPUs that is labelled with its pool; one for `any` work has a seat. Returns Ray's id of it."""
 
         def add() -> None:
             _hide(self._hidden)  # from this thread and the processes that it starts
             self._nodes[name] = self._cluster.add_node(
                 num_cpus=2, node_ip_address="127.0.0.1", labels={"pool": pool},
+                resources={"seat": 1} if pool == "any" else {},
                 env_vars={"SPIN_RAY_CACHE": str(self.cache(name).parent)},
             )  # fmt: skip
 

@@ -4,7 +4,7 @@ Nodes join and are killed in the middle of the work. What comes of it is what co
 """
 
 import http.client
-import json
+import shutil
 import sys
 import threading
 import time
@@ -17,7 +17,9 @@ from typing import Any
 import obstore
 import pytest
 import ray.cloudpickle
+import ray.train
 import torch
+import torch.distributed as dist
 from safetensors.torch import load
 from small_cluster import SmallCluster, may_hide, small_cluster, when
 from test_stages_on_ray import SeedEngine
@@ -33,6 +35,7 @@ from spin_ray.model_folder import open_model
 from spin_ray.object_storage import ObjectStorage
 from spin_ray.resources import check_fits
 from spin_ray.run_dir import RunDir, read_json_lines
+from spin_ray.workers import run_workers
 
 ray.cloudpickle.register_pickle_by_value(sys.modules[__name__])  # actors cannot import a test module
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(400)]
@@ -69,8 +72,6 @@ def patch() -> Iterator[pytest.MonkeyPatch]:
 
 @pytest.fixture(scope="module")
 def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    import shutil
-
     return Path(shutil.copytree(resolve("embedded:tiny-llama"), tmp_path_factory.mktemp("head") / "model"))
 
 
@@ -171,18 +172,16 @@ def calm(nodes: SmallCluster, model: Path, tmp_path_factory: pytest.TempPathFact
 def test_replicas_spread_over_the_nodes_and_each_gets_the_model_once(
     nodes: SmallCluster, model: Path, calm: tuple[str, RunDir, Path]
 ) -> None:
-    """An engine needs the whole model, a task that renders prompts only the tokenizer. All went in parts of 256 KiB."""
+    """In parts of 256 KiB, verified by digest: 1.3 MB to each of three nodes, whose train workers took it from there."""
     played = played_on(calm[2])
     assert set(played) == {nodes.id(name) for name in "abc"} and min(played.values()) > 0
     assert sum(played.values()) == SHARDS
     found = open_model(model, "sft")
-    shared = share(found.path, found.files)
+    shared = share(found.path, found.files)  # as the run did
     assert shared is not None
     given = ray.get(ray.get_actor(shared.giver).given.remote())
-    whole = sum(file.bytes for file in found.files.values())
-    tokenizer = sum(file.bytes for name, file in found.files.items() if not name.endswith(".safetensors"))
-    assert given.keys() == set(played), "not to the head, which has it"
-    assert set(given.values()) <= {whole, whole + tokenizer}
+    size = sum(file.bytes for file in found.files.values())
+    assert given == dict.fromkeys(played, size), "once each, and not to the head, which has it"
     for name in "abc":
         models = [path for path in nodes.cache(name).glob("*/*.safetensors")]
         assert [path.read_bytes() for path in models] == [(model / "model.safetensors").read_bytes()]
@@ -228,50 +227,69 @@ def test_a_node_that_joins_is_used_and_one_that_is_killed_changes_no_bit(
     assert all(torch.equal(found[name], weight) for name, weight in expected.items())
 
 
-def test_elastic_training_shrinks_and_grows_and_ends_with_the_same_weights_to_rounding(
+def test_elastic_training_goes_on_with_fewer_and_ends_with_the_same_weights_to_rounding(
     nodes: SmallCluster, model: Path, calm: tuple[str, RunDir, Path], tmp_path: Path
 ) -> None:
-    """Workers of two CPUs each on two nodes; one node is killed, one worker goes on from the checkpoint of two; a node
-    joins, and two go on from the checkpoint of one.
+    """Two workers on two nodes with one seat each; one node is killed, and one worker goes on from the checkpoint of
+    two. The run is that of `calm` without what its training made.
     """
-    uri = "s3://bucket/elastic"
-    store, prefix = ObjectStorage("s3://bucket")._store, "calm/"
-    for one in obstore.list(store, prefix).collect():  # all but what training made
-        name = one["path"].removeprefix(prefix)
+    uri, store = "s3://bucket/elastic", ObjectStorage("s3://bucket")._store
+    for one in obstore.list(store, "calm/").collect():
+        name = one["path"].removeprefix("calm/")
         if not name.startswith(("iter_000/model", "iter_000/train_log", "LATEST")):
             obstore.copy(store, one["path"], f"elastic/{name}")
-    training_nodes = [name for name in nodes.names() if name != "b"]
-    training_nodes += [name for name in ("e",) if len(training_nodes) < 2 and nodes.add(name, "any")]
-    sizes: list[int] = []
+    if len(nodes.names()) < 3:
+        nodes.add("e", "any")
+    before: list[str] = []
 
-    def shrink() -> None:
-        sizes.append(len(nodes.of_train_workers()))
-        nodes.kill(training_nodes[1])
+    def kill() -> None:
+        before.extend(nodes.of_train_workers())
+        nodes.kill(before[-1])
 
-    def grow() -> None:
-        sizes.append(len(nodes.of_train_workers()))
-        nodes.add("f", "any")
-
-    def look() -> None:
-        sizes.append(len(nodes.of_train_workers()))
-
-    config = config_of(
-        nodes, model, min_workers=1, resize_interval_s=1, resources={"cpus": 2, "labels": {"pool": "any"}}
-    )
-    shrunk = threading.Event()
-    run = play(
-        config, uri, tmp_path / "notes", 3,
-        lambda done: when(lambda: reached(uri, 3), lambda: (shrink(), shrunk.set()), unless=done),
-        lambda done: when(
-            lambda: shrunk.is_set() and len(nodes.of_train_workers()) == 1 and reached(uri, 6), grow, unless=done
-        ),
-        lambda done: when(lambda: "f" in nodes.names() and len(nodes.of_train_workers()) == 2, look, unless=done),
-    )  # fmt: skip
-    assert sizes == [2, 1, 2]
+    resources = {"cpus": 1, "custom": {"seat": 1}, "labels": {"pool": "any"}}
+    config = config_of(nodes, model, min_workers=1, resources=resources)
+    run = play(config, uri, tmp_path / "notes", 3, lambda done: when(lambda: reached(uri, 3), kill, unless=done))
+    assert len(set(before)) == 2, "two workers before, and then there is one seat"
     assert steps_of(uri) == list(range(STEPS))
     expected, found = weights_of(calm[1]), weights_of(run)
     start = load((model / "model.safetensors").read_bytes())
-    moved = max((weight - start[name]).abs().max().item() for name, weight in expected.items())
+    moved = max((weight - start[name].float()).abs().max().item() for name, weight in expected.items())
     apart = max((found[name] - weight).abs().max().item() for name, weight in expected.items())
-    assert apart < 1e-3 * moved
-    assert json.loads(run.storage.read("run.json"))["config"]["train"]["min_workers"] == 1
+    assert apart < 1e-2 * moved
+
+
+def _stays_until_there_are_two(folder: Path) -> int:
+    """Work in steps with a checkpoint after each, that ends when a second worker has joined; the step it began with."""
+    checkpoint, first = ray.train.get_checkpoint(), 0
+    if checkpoint is not None:
+        with checkpoint.as_directory() as saved:
+            first = int((Path(saved) / "step").read_text())
+    for step in range(first, first + 600):
+        if dist.get_world_size() == 2:
+            return first
+        (folder / "alone").touch()
+        (folder / "step").write_text(str(step + 1))
+        ray.train.report({}, checkpoint=ray.train.Checkpoint.from_directory(folder))
+        time.sleep(0.2)
+    raise TimeoutError("waited for a second worker")
+
+
+def test_an_elastic_group_grows_from_its_last_checkpoint_when_a_node_joins(
+    nodes: SmallCluster, model: Path, tmp_path: Path
+) -> None:
+    """One seat at first, so one worker; Ray looks for new nodes every 20 s."""
+    for name in [name for name in nodes.names() if name != "b"][1:]:
+        nodes.kill(name)
+    config = config_of(
+        nodes, model, min_workers=1, resize_interval_s=1,
+        resources={"cpus": 1, "custom": {"seat": 1}, "labels": {"pool": "any"}},
+    )  # fmt: skip
+    work, done = tmp_path / "work", threading.Event()
+    work.mkdir()
+    joining = when((work / "alone").exists, lambda: nodes.add("f", "any"), unless=done)
+    try:
+        first = run_workers(_stays_until_there_are_two, work, config, "grow", tmp_path / "checkpoints")
+    finally:
+        done.set()
+        joining.join()
+    assert first > 0, "it went on, not from the start"
