@@ -172,7 +172,7 @@ def calm(nodes: SmallCluster, model: Path, tmp_path_factory: pytest.TempPathFact
 def test_replicas_spread_over_the_nodes_and_each_gets_the_model_once(
     nodes: SmallCluster, model: Path, calm: tuple[str, RunDir, Path]
 ) -> None:
-    """In parts of 256 KiB, verified by digest: 1.3 MB to each of three nodes, whose train workers took it from there."""
+    """1.3 MB in parts of 256 KiB to each of three nodes, whose train workers took it from their node's cache."""
     played = played_on(calm[2])
     assert set(played) == {nodes.id(name) for name in "abc"} and min(played.values()) > 0
     assert sum(played.values()) == SHARDS
