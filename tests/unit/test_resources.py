@@ -21,7 +21,7 @@ from spin_ray.resources import check_fits, demands, wait_until_free, with_deadli
 def cluster(monkeypatch):
     """Nodes and free resources, as Ray would tell them; a test changes both."""
     told: dict[str, Any] = {"nodes": [{"CPU": 2.0}], "free": {"CPU": 2.0}, "asked": []}
-    monkeypatch.setattr(resources, "_node_resources", lambda labels: told["nodes"])
+    monkeypatch.setattr(resources, "_node_resources", lambda labels=None: told["nodes"])
     monkeypatch.setattr(ray, "available_resources", lambda: told["free"])
     monkeypatch.setattr(resources, "_ask_autoscaler", told["asked"].append)
     return told
