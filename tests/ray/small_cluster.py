@@ -33,6 +33,8 @@ class SmallCluster:
                 "_system_config": {"health_check_period_ms": 500, "health_check_failure_threshold": 4},
             },
         )  # fmt: skip
+        # Signal handlers are for the main thread; nodes end with the head anyway.
+        self._cluster._shutdown_at_exit = False
         self._nodes: dict[str, Any] = {}
 
     @property
