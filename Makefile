@@ -41,8 +41,11 @@ smoke: $(READY) ## The same with a tiny random model: minutes, no sense in the n
 serve-demo: $(READY) ## Serve the iterates of `make demo` at http://127.0.0.1:8000 (OpenAI's API)
 	$(BIN)/spin-ray serve $(RUN)/demo --models sft,latest
 
+# Unit and fault tests compute in one thread each, so two processes share them; the others start Ray or vLLM, or take times.
+PARALLEL := tests/unit tests/faults
 test: $(READY) ## Every test: unit, ray (a local cluster), e2e (real vLLM)
-	$(BIN)/pytest tests
+	OMP_NUM_THREADS=1 $(BIN)/pytest $(PARALLEL) -n 2 --dist loadgroup
+	$(BIN)/pytest tests $(PARALLEL:%=--ignore=%)
 
 CHAOS_S ?= 1800
 chaos: $(READY) ## Random faults, one run after another, for CHAOS_S seconds; CHAOS_SEED repeats what it printed
@@ -64,6 +67,7 @@ bench: $(READY) ## The quicker benchmarks (not TRL): DATA=FILE.jsonl has the row
 	$(BIN)/python benchmarks/generation_overhead.py
 	$(BIN)/python benchmarks/size.py
 	$(BIN)/python benchmarks/iteration_against_authors.py --data $(DATA)
+	$(BIN)/python benchmarks/table.py
 
 QUALITY_DATA ?= ../shared/data
 quality: $(READY) ## Does SPIN beat more SFT? Hours; resumes; QUALITY_DATA=FOLDER has word_problems.{train,test}.jsonl

@@ -34,7 +34,7 @@ def run_workers(function: Callable[[Any], Any], job: Any, config: SpinConfig, na
     resources = config.train.resources
     os.environ["RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S"] = str(config.train.start_timeout_s)
     os.environ.setdefault("RAY_TRAIN_HEALTH_CHECK_INTERVAL_S", "0.5")  # how soon it sees that the workers are done
-    trainer = ray.train.torch.TorchTrainer(
+    trainer = _Trainer(
         _in_worker,
         # As bytes: Ray Train's controller unpickles this too, and would import all that the job knows.
         train_loop_config={"call": ray.cloudpickle.dumps((function, job)), "threads": resources.threads},
@@ -64,6 +64,14 @@ def run_workers(function: Callable[[Any], Any], job: Any, config: SpinConfig, na
     if isinstance(result, HealthError):
         raise result
     return result
+
+
+class _Trainer(ray.train.torch.TorchTrainer):
+    """Starts no actor to hand out Ray Datasets, as packs come from the run itself: a process less to wait for."""
+
+    def _create_default_callbacks(self) -> list[Any]:
+        callbacks = super()._create_default_callbacks()
+        return [callback for callback in callbacks if type(callback).__name__ != "DatasetsCallback"]
 
 
 def _in_worker(loop: dict[str, Any]) -> Any:
