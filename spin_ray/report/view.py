@@ -9,11 +9,12 @@ import yaml
 
 from spin_ray.config import SpinConfig, flatten
 from spin_ray.errors import UserError
-from spin_ray.history import Example, Span, read_benchmarks, read_evaluations, read_examples, read_train_logs, spans
+from spin_ray.history import Example, read_benchmarks, read_evaluations, read_examples, read_train_logs
 from spin_ray.measures import BY_KEY, CONFIDENCE, Evaluation, warnings
 from spin_ray.redaction import hide, hide_in_text
 from spin_ray.run_dir import RunDir, iterate_name
 from spin_ray.storage import table_from_bytes
+from spin_ray.timeline import Span, spans
 
 EXAMPLES = 200
 

@@ -8,11 +8,11 @@ from typing import Any
 
 import jinja2
 
-from spin_ray.history import Span
 from spin_ray.measures import BY_KEY, CONFIDENCE, MEASURES, Measure
 from spin_ray.report.charts import Bar, Series, gantt, line_chart
 from spin_ray.report.view import RunView, read_view
 from spin_ray.run_dir import RunDir
+from spin_ray.timeline import Span
 
 _STAGES = ("prompts", "heldout", "sampling", "pairs", "training", "evaluation")
 """The order of colours and lanes."""
@@ -101,7 +101,7 @@ def _benchmarks(views: Sequence[RunView]) -> list[tuple[str, str, list[tuple[str
     """(task and version, metric, [(value, half of its interval)] of every evaluated iterate), from lm-eval."""
     columns = [view.benchmarks.get(iterate, {}) for view in views for iterate in view.iterates]
     rows = {
-        (task, metric): f"{task}, {result['shots']} examples, version {result['task_version']}"
+        (task, metric): _benchmark_title(task, result)
         for column in columns
         for task, result in column.items()
         for metric in result["metrics"]
@@ -115,6 +115,11 @@ def _benchmarks(views: Sequence[RunView]) -> list[tuple[str, str, list[tuple[str
         ]
         found.append((title, metric, cells))
     return found
+
+
+def _benchmark_title(task: str, result: dict[str, Any]) -> str:
+    words = [(result["shots"], "{} examples"), (result["task_version"], "version {}")]
+    return ", ".join([task, *(form.format(value) for value, form in words if value is not None)])
 
 
 def _eval_charts(views: Sequence[RunView], names: Sequence[str]) -> Iterator[Chart]:

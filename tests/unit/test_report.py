@@ -7,13 +7,14 @@ from pathlib import Path
 import pytest
 from made_up_run import made_up_run
 
-from spin_ray.history import read_examples, spans
+from spin_ray.history import read_examples
 from spin_ray.redaction import hide, hide_in_text
 from spin_ray.report import write_report
 from spin_ray.report.charts import MOST_POINTS, Series, gantt, line_chart
 from spin_ray.report.view import read_view
 from spin_ray.run_dir import RunDir
 from spin_ray.storage import Storage
+from spin_ray.timeline import spans
 
 
 @pytest.fixture(scope="module")
@@ -99,7 +100,8 @@ def test_benchmarks_are_shown_beside_each_other(tmp_path):
     run = made_up_run(tmp_path / "run")
     metrics = {"acc": {"value": 0.3125, "standard_error": 0.01}}
     result = {"gsm8k": {"metrics": metrics, "shots": 5, "task_version": 3.0}}
-    run.storage.replace("iter_000/benchmarks.json", json.dumps(result).encode())
+    evaluation = json.loads(run.storage.read("iter_000/eval.json"))
+    run.storage.replace("iter_000/eval.json", json.dumps(evaluation | {"benchmarks": result}).encode())
     page = write_report([run], tmp_path / "page.html").read_text()
     table = page.partition('id="benchmarks"')[2].partition("</table>")[0]
     assert "gsm8k, 5 examples, version 3.0" in table

@@ -6,9 +6,9 @@ from pathlib import Path
 import pytest
 
 from spin_ray.answers import is_correct
-from spin_ray.benchmarks import PRESETS, Benchmark, Request, _model, measure, parse_benchmarks
 from spin_ray.embedded import resolve
 from spin_ray.errors import ConfigError
+from spin_ray.lm_eval_tasks import PRESETS, Benchmark, Request, _model, measure, parse_benchmarks
 
 TASKS = Path(__file__).parent / "tasks"
 
