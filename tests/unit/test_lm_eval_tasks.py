@@ -1,16 +1,21 @@
-"""lm-eval on an iterate, and beside our own grading of the same rows."""
+"""Which tasks lm-eval is asked to run, how, and what is kept. On real models: tests/ray and tests/serving."""
 
-import json
-from pathlib import Path
+import math
 
 import pytest
+from fakes import config_of
 
-from spin_ray.answers import is_correct
-from spin_ray.embedded import resolve
 from spin_ray.errors import ConfigError
-from spin_ray.lm_eval_tasks import PRESETS, Benchmark, Request, _model, measure, parse_benchmarks
-
-TASKS = Path(__file__).parent / "tasks"
+from spin_ray.lm_eval_tasks import (
+    PRESETS,
+    Benchmark,
+    Request,
+    _model,
+    averages,
+    measure,
+    parse_benchmarks,
+    request_for,
+)
 
 
 def test_tasks_are_names_presets_and_numbers_of_examples():
@@ -25,11 +30,40 @@ def test_the_papers_preset_has_its_numbers_of_examples():
     assert [benchmark.shots for benchmark in PRESETS["paper"]] == [25, 0, 5, 5, 10, 5]
 
 
-def test_an_endpoint_is_asked_for_the_iterate_by_name():
-    request = Request(model="/m", name="iter_001", benchmarks=(), endpoint="http://localhost:8000/v1/")
+def test_the_mean_of_the_papers_preset_is_there_once_all_six_are():
+    """Six values 0.1 … 0.6, standard errors 0.03: 0.35 ± 0.03 / √6. A group has no number of examples of its own."""
+
+    def result(benchmark: Benchmark, value: float) -> dict:
+        metrics = {benchmark.metric: {"value": value, "standard_error": 0.03}, "other": {"value": 9.0}}
+        return {"metrics": metrics, "shots": None if benchmark.task == "mmlu" else benchmark.shots, "limit": None}
+
+    results = {it.task: result(it, (place + 1) / 10) for place, it in enumerate(PRESETS["paper"])}
+    [mean] = averages(results)["mean of paper"]["metrics"].values()
+    assert mean == {"value": pytest.approx(0.35), "standard_error": pytest.approx(0.03 / math.sqrt(6))}
+    assert averages(results | {"gsm8k": results["gsm8k"] | {"shots": 8}}) == {}
+    assert averages(results | {"gsm8k": results["gsm8k"] | {"limit": 10}}) == {}
+    assert averages({"gsm8k": results["gsm8k"]}) == {}
+
+
+@pytest.mark.parametrize(("chat", "kind"), [(False, "local-completions"), (True, "local-chat-completions")])
+def test_an_endpoint_is_asked_for_the_iterate_by_its_name_there(chat, kind):
+    """``iter_001`` is ``iter-1`` in the API; questions are no longer than the engine takes."""
+    config = config_of(model={"path": "m", "max_length": 3000})
+    request = request_for(config, 2, "/m", benchmarks=(), endpoint="http://localhost:8000/v1/", chat=chat)
+    found, arguments = _model(request)
+    assert (found, arguments["model"], arguments["max_length"]) == (kind, "iter-1", 3000)
+    assert arguments["base_url"] == f"http://localhost:8000/v1/{'chat/' if chat else ''}completions"
+
+
+def test_an_engine_of_the_tasks_is_one_of_the_run(monkeypatch):
+    engine = {"enforce_eager": True, "tensor_parallel_size": 2, "extra": {"block_size": 32}}
+    config = config_of(generation={"engine": engine, "resources": {"cpus": 3, "gpus": 2}}, train={"precision": "fp32"})
+    request = request_for(config, 1, "/m", benchmarks=(), backend="vllm")
     kind, arguments = _model(request)
-    assert (kind, arguments["model"]) == ("local-completions", "iter_001")
-    assert arguments["base_url"] == "http://localhost:8000/v1/completions"
+    assert (kind, request.name, request.threads, arguments["dtype"]) == ("vllm", "iter_000", 3, "float32")
+    expected = {"enforce_eager": True, "tensor_parallel_size": 2, "block_size": 32, "generation_config": "vllm"}
+    assert arguments == arguments | expected
+    assert "max_length" not in arguments
 
 
 @pytest.mark.slow
@@ -43,42 +77,3 @@ def test_an_unknown_task_is_an_error_that_names_it():
     pytest.importorskip("lm_eval")
     with pytest.raises(ConfigError, match="knows no no_such_task"):
         measure(Request(model="m", name="sft", benchmarks=(Benchmark("no_such_task"),)))
-
-
-@pytest.mark.slow
-def test_a_local_task_gives_the_accuracy_of_our_own_grading(tmp_path, monkeypatch):
-    """SmolLM2-135M goes on with "7 + 6"; neither all right nor all wrong."""
-    pytest.importorskip("lm_eval")
-    model = resolve("embedded:smollm2-135m-instruct")
-    rows = [
-        {"prompt": f"2 + 2 = 4\n3 + 5 = 8\n10 + 4 = 14\n{a} + {b}", "answer": a + b}
-        for a, b in [(1, 1), (7, 6), (12, 9), (48, 77), (3, 2), (365, 986), (20, 20), (517, 268)]
-    ]
-    (tmp_path / "sums.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    (tmp_path / "sums.yaml").write_text((TASKS / "sums.yaml").read_text())
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.setenv("HF_DATASETS_CACHE", str(tmp_path / "cache"))
-    request = Request(model=model, name="sft", benchmarks=(Benchmark("spin_ray_sums", 0),), include=str(tmp_path))
-    found = measure(request)["spin_ray_sums"]
-    accuracy = found["metrics"]["exact_match/number"]
-    ours = [is_correct(text, row["answer"], "equals") for text, row in zip(greedy(model, rows), rows, strict=True)]
-    assert accuracy["value"] == pytest.approx(sum(ours) / len(ours))
-    assert 0 < accuracy["value"] < 1
-    assert accuracy["standard_error"] > 0
-    assert (found["rows"], found["shots"], found["task_version"]) == (8, 0, 1.0)
-
-
-def greedy(model: str, rows: list[dict]) -> list[str]:
-    """Each prompt on its own, eight tokens, up to the end of the line."""
-    import torch
-    from transformers import AutoModelForCausalLM, AutoTokenizer
-
-    tokenizer = AutoTokenizer.from_pretrained(model)
-    network = AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32).eval()
-    texts = []
-    for row in rows:
-        ids = tokenizer(row["prompt"], return_tensors="pt", add_special_tokens=False)
-        with torch.no_grad():
-            out = network.generate(**ids, max_new_tokens=8, do_sample=False)
-        texts.append(tokenizer.decode(out[0, ids["input_ids"].shape[1] :]).partition("\n")[0])
-    return texts
