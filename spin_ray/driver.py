@@ -19,6 +19,7 @@ from spin_ray.config import SpinConfig
 from spin_ray.engine import EngineSpec, GenerationEngine, StartEngine
 from spin_ray.history import evidence_to_stop
 from spin_ray.measures import Evaluation
+from spin_ray.model_card import write_card
 from spin_ray.model_folder import ModelFolder
 from spin_ray.preflight import Start
 from spin_ray.progress import RunProgress
@@ -61,6 +62,7 @@ def _spin(run: RunDir, config: SpinConfig, start: Start, play: Play) -> None:
         if start.heldout:
             evaluations.append(evaluation.run(run, config, iteration, player, opponent, first))
         run.publish(iteration)
+        write_card(run, iteration)
         track(run, config, iteration)
         if _should_stop(run, config, evaluations):
             break

@@ -22,6 +22,7 @@ from spin_ray import cpu
 from spin_ray.config import EngineConfig, ResourcesConfig, SpinConfig
 from spin_ray.engine import prepare_process
 from spin_ray.errors import ConfigError, StageError, UserError, first_line, last_line
+from spin_ray.model_card import write_card
 from spin_ray.redaction import hide_in_text
 from spin_ray.resources import connect
 from spin_ray.run_dir import RunDir, iterate_name
@@ -131,6 +132,7 @@ def run(run_dir: RunDir, config: SpinConfig, iterate: int, request: Request) -> 
     results = evaluation.get("benchmarks", {}) | found
     results |= averages(results)
     storage.replace(path, json.dumps(evaluation | {"benchmarks": results}, indent=1).encode())
+    write_card(run_dir, iterate)
     return results
 
 

@@ -33,7 +33,7 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> RunDir:
             "sampling": {"max_tokens": 24},
             "engine": {"enforce_eager": True, "cpu_kv_cache_gib": 1, "max_num_seqs": 16},
         },
-        "train": {"precision": "fp32", "pack_length": 128},
+        "train": {"precision": "fp32", "pack_length": 256},
     }
     run = RunDir(Storage(tmp_path_factory.mktemp("lm-eval") / "run"))
     run.begin(SpinConfig.model_validate(sections), {"inputs": {}, "start_model": model})
