@@ -32,7 +32,9 @@ class Left:
     """False: stages whose duration is not known yet come on top."""
 
     def __str__(self) -> str:
-        return f"{'' if self.is_all else 'over '}{duration(self.seconds)} left"
+        if self.is_all:
+            return f"{duration(self.seconds)} left"
+        return f"over {duration(self.seconds)} left" if self.seconds else "time left not known yet"
 
 
 @dataclass(frozen=True, slots=True)

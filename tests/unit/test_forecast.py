@@ -55,6 +55,8 @@ def test_kinds_that_no_turn_has_shown_come_on_top():
     # Turn 1: sampling 60, pairs 2. Turn 2: sampling 20 of 120 rows, 10. Training is not known, nor is evaluation.
     assert (found.run.seconds, found.run.is_all) == (70 + 60 + 2 + 10, False)
     assert str(found.run) == "over 2 min left"
+    first = forecast(CONFIG, [{"time": 0.0, "event": "start", "stage": "prompts"}], 1.0, None)
+    assert str(first.run) == "time left not known yet"
 
 
 def test_a_turn_with_twice_the_pairs_trains_twice_as_long():
