@@ -8,7 +8,7 @@ RUN := runs
 
 .DEFAULT_GOAL := help
 .NOTPARALLEL:
-.PHONY: help setup demo serve-demo smoke test chaos check lint bench peers quality format lock clean
+.PHONY: help setup demo demo-report serve-demo smoke test chaos check lint bench peers quality format lock clean
 
 help: ## List the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-10s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -37,6 +37,10 @@ demo: $(READY) ## SmolLM2-135M learns chit-chat from people, two iterations on t
 
 smoke: $(READY) ## The same with a tiny random model: minutes, no sense in the numbers
 	$(BIN)/spin-ray run jobs/recipes/smoke.yaml --out $(RUN)/smoke
+
+demo-report: $(READY) ## The page of `make demo` for the documentation, looked at in Chromium, with its picture
+	$(BIN)/spin-ray report $(RUN)/demo --out docs/demo-report.html
+	REPORT_SCREENSHOT=docs/images/report.png REPORT_OF=$(RUN)/demo $(BIN)/pytest -q tests/unit/test_report_in_browser.py
 
 serve-demo: $(READY) ## Serve the iterates of `make demo` at http://127.0.0.1:8000 (OpenAI's API)
 	$(BIN)/spin-ray serve $(RUN)/demo --models sft,latest

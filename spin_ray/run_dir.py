@@ -27,6 +27,8 @@ from spin_ray.storage import ATTEMPTS, Digest, Storage, bytes_digest, file_diges
 logger = logging.getLogger(__name__)
 
 MANIFEST = "_MANIFEST.json"
+CARD = "README.md"
+"""Of a model; no part of it."""
 
 
 class FileEntry(BaseModel):
@@ -412,8 +414,8 @@ def read_json_lines(storage: Storage, name: str) -> list[dict[str, Any]]:
 
 
 def folder_entries(folder: Path) -> dict[str, FileEntry]:
-    """Every file below ``folder`` but the manifest, with its digest."""
-    files = sorted(path for path in folder.rglob("*") if path.is_file() and path.name != MANIFEST)
+    """Every file below ``folder`` with its digest, but for what is said about it: manifest and card."""
+    files = sorted(path for path in folder.rglob("*") if path.is_file() and path.name not in (MANIFEST, CARD))
     entries = {}
     for path in files:
         sha256, size = file_digest(path)

@@ -53,8 +53,11 @@ class ResponseScorer(nn.Module):
         self.layout = layout
         self._takes_spans = layout == "packed" and _attend_by_trees(model)
 
-    def forward(self, batch: PackedBatch) -> Float[Tensor, "segments"]:
+    def forward(self, batch: PackedBatch, *, by_token: bool = False) -> Float[Tensor, "segments_or_targets"]:
+        """log p of every response, or of every token of them, in nats."""
         target_logps = self._packed(batch) if self.layout == "packed" else self._padded(batch)
+        if by_token:
+            return target_logps
         return response_logps(target_logps, batch.segment, batch.num_segments)
 
     def head(self) -> Head:

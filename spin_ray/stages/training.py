@@ -19,7 +19,7 @@ import ray.train
 import torch
 import torch.distributed as dist
 
-from spin_ray import checkpoint
+from spin_ray import checkpoint, gauges
 from spin_ray.config import HealthConfig, OptimizerConfig, SftConfig, SpinConfig, digest
 from spin_ray.errors import RunDirError
 from spin_ray.learner.backends import make_backend
@@ -364,6 +364,8 @@ class _Watcher:
             if progress is not None:
                 for line in lines[seen:]:
                     progress.advance(1, line["tokens"])
+                if lines[seen:]:
+                    gauges.set_all(self._job.storage.name, gauges.of_step(lines[-1]))
                 seen = max(seen, len(lines))
         if progress is not None:
             progress.__exit__(None, None, None)
