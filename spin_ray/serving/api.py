@@ -64,18 +64,21 @@ def _routes(engines: Engines, config: SpinConfig, metrics: Metrics, votes: VoteS
         return await desk.answer(COMPLETION, body, request)
 
     @router.post("/v1/compare")
-    async def compare_models(body: CompareBody, request: HttpRequest) -> dict[str, Any]:
+    async def compare_models(body: CompareBody, request: HttpRequest) -> Response:
         """One conversation, several models, the same sampling and seed; answers side by side."""
         desk.check_length(body.max_tokens)
         request.state.log["model"] = ",".join(engines.names.resolve(model) for model in body.models)
         desk.log_text(request, plain(body.messages))
         with desk.slots.take(len(body.models)):
-            return await compare(engines, body, config)
+            compared = await compare(engines, body, config)
+        digests, iterates = ([answer[name] for answer in compared["answers"]] for name in ("digest", "iterate"))
+        return JSONResponse(compared, headers={DIGEST_HEADER: ", ".join(digests), ITERATE_HEADER: ", ".join(iterates)})
 
     @router.get("/v1/models")
     async def models() -> dict[str, Any]:
-        """What may be asked for."""
-        return {"object": "list", "data": [_card(engines, name) for name in _served(engines)]}
+        """What may be asked for, and why an iterate that should serve does not."""
+        listed = {"object": "list", "data": [_card(engines, name) for name in _served(engines)]}
+        return listed | ({"problems": engines.problems} if engines.problems else {})
 
     @router.get("/v1/models/{name}")
     async def model(name: str) -> dict[str, Any]:

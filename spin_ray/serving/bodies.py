@@ -5,9 +5,10 @@ templates, tools, structured output, transfer of caches, …) are not listed, he
 a request are accepted and dropped.
 """
 
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, Self
 
-from pydantic import BaseModel, ConfigDict, Field, StringConstraints
+from pydantic import BaseModel, ConfigDict, Field, StringConstraints, model_validator
+from pydantic_core import PydanticCustomError
 
 MAX_CHOICES = 16
 """Answers that one request may ask for: prompts × ``n``."""
@@ -128,6 +129,12 @@ class CompletionBody(Request):
         return (self.n or 1) * (len(self.prompt) if many else 1)
 
 
+class GivenAnswer(Body):
+    content: str
+    finish_reason: Literal["stop", "length"] = "stop"
+    """``stop``: the end of the turn is part of the answer, and of its log-probability."""
+
+
 class CompareBody(Sampling):
     """``POST /v1/compare``: one conversation, several models, the same sampling and seed for each."""
 
@@ -137,6 +144,14 @@ class CompareBody(Sampling):
     messages: Conversation
     logprobs: bool = False
     """Also score every answer under every model."""
+    answers: list[GivenAnswer] | None = None
+    """One per model, in their order, in place of sampled ones: to score what was streamed before."""
+
+    @model_validator(mode="after")
+    def _an_answer_of_each(self) -> Self:
+        if self.answers is not None and len(self.answers) != len(self.models):
+            raise PydanticCustomError("answers_of_models", "answers: must be one per model")
+        return self
 
 
 def plain(messages: list[Message]) -> list[dict[str, str]]:

@@ -108,14 +108,14 @@ def with_room(config: SpinConfig, engines: int) -> SpinConfig:
     return config.model_copy(update={"cluster": config.cluster.model_copy(update={"local_cpus": cpus})})
 
 
-def stop_serving() -> None:
-    """The ingress ends its answers, then the engines go; a Serve that others use too stays up."""
-    serve.delete(APP)
+def stop_serving(app: str = APP, engines: str = ENGINE_PREFIX) -> None:
+    """``app`` ends its answers, then its engines go; a Serve that others use too stays up."""
+    serve.delete(app)
     names = list(serve.status().applications)
     for name in names:
-        if name.startswith(ENGINE_PREFIX):
+        if name.startswith(engines):
             serve.delete(name)
-    if not [name for name in names if not name.startswith(ENGINE_PREFIX)]:
+    if not [name for name in names if not name.startswith(engines)]:
         serve.shutdown()
 
 
