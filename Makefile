@@ -38,8 +38,9 @@ demo: $(READY) ## SmolLM2-135M learns chit-chat from people, two iterations on t
 smoke: $(READY) ## The same with a tiny random model: minutes, no sense in the numbers
 	$(BIN)/spin-ray run jobs/recipes/smoke.yaml --out $(RUN)/smoke
 
-serve-demo: $(READY) ## Serve the iterates of `make demo` at http://127.0.0.1:8000 (OpenAI's API)
-	$(BIN)/spin-ray serve $(RUN)/demo --models sft,latest
+PORT ?= 8000
+serve-demo: $(READY) ## Serve the iterates of `make demo` at http://127.0.0.1:8000 (OpenAI's API, and the arena)
+	$(BIN)/spin-ray serve $(RUN)/demo --models sft,latest --port $(PORT)
 
 test: $(READY) ## Every test: unit, ray (a local cluster), e2e (real vLLM)
 	$(BIN)/pytest tests

@@ -191,7 +191,7 @@ async def _events(first: str, items: _Until, alias: str | None) -> AsyncIterator
         while item is not None:
             if isinstance(item, dict):
                 raise from_engine(item.get("error", {}))
-            yield _blind_event(item, alias) if alias else item
+            yield _blind_events(item, alias) if alias else item
             item = await items.next()
     except Refusal as refusal:
         yield f"data: {json.dumps(refusal.content())}\n\n"
@@ -202,9 +202,11 @@ def _blind(answer: dict[str, Any], alias: str) -> dict[str, Any]:
     return {key: value for key, value in answer.items() if key != "system_fingerprint"} | {"model": alias}
 
 
-def _blind_event(event: str, alias: str) -> str:
-    data = event.removeprefix("data: ").strip()
-    return event if data == "[DONE]" else f"data: {json.dumps(_blind(json.loads(data), alias))}\n\n"
+def _blind_events(events: str, alias: str) -> str:
+    """Of one or more whole events."""
+    told = [event.removeprefix("data: ").strip() for event in events.split("\n\n") if event.strip()]
+    blind = [data if data == "[DONE]" else json.dumps(_blind(json.loads(data), alias)) for data in told]
+    return "".join(f"data: {data}\n\n" for data in blind)
 
 
 def _served(engines: Engines) -> list[str]:

@@ -4,6 +4,8 @@
 are loaded, and a conversation becomes token ids the way it did in training.
 """
 
+from collections.abc import AsyncIterator
+from contextlib import aclosing
 from typing import Any
 
 from pydantic import ValidationError
@@ -18,7 +20,8 @@ from spin_ray.engine import whole_prefill
 from spin_ray.errors import RunDirError
 from spin_ray.model_folder import open_model
 from spin_ray.rendering import ChatRenderer, RenderError, load_tokenizer
-from spin_ray.serving.backend import CHAT, TOKENS
+from spin_ray.serving.backend import CHAT, TOKENS, Item
+from spin_ray.serving.bursts import in_bursts
 from spin_ray.serving.iterates import Iterate
 
 
@@ -70,9 +73,9 @@ class IterateServer(LLMServer):
         except RenderError as error:
             yield {"error": {"message": str(error), "code": 400}}
             return
-        async for items in stream:
-            for item in items if isinstance(items, list) else [items]:
-                yield item if isinstance(item, str) else item.model_dump(exclude_none=True)
+        async with aclosing(in_bursts(_pieces(stream), self._config.serving.stream_interval_s)) as bursts:
+            async for burst in bursts:
+                yield burst
 
     async def _render_chat(self, request: Any) -> Any:
         """Token ids of the prompt: the template, the guard against forged control tokens and the tokeniser of training.
@@ -121,6 +124,13 @@ class IterateServer(LLMServer):
         return [{"role": "system", "content": self._config.data.system}, *messages]
 
 
+async def _pieces(stream: Any) -> AsyncIterator[Item]:
+    """What ``ray.serve.llm`` yields, piece by piece, objects as plain ones."""
+    async for items in stream:
+        for item in items if isinstance(items, list) else [items]:
+            yield item if isinstance(item, str) else item.model_dump(exclude_none=True)
+
+
 def build_engine(iterate: Iterate, config: SpinConfig) -> serve.Application:
     """The application of one iterate. It has no route: requests come through the ingress only."""
     serving = config.serving
@@ -143,7 +153,9 @@ def build_engine(iterate: Iterate, config: SpinConfig) -> serve.Application:
         },
         placement_group_config={"bundle_per_worker": _per_worker(serving, engine.tensor_parallel_size)},
         callback_config={"callback_class": LocalFolder},
-        experimental_configs={"stream_batching_interval_ms": 0},  # Ray's 50 ms would be added to the first token
+        experimental_configs={
+            "stream_batching_interval_ms": 0
+        },  # Ray's would delay the first token, too: ``in_bursts``
         runtime_env={"env_vars": _environment(serving, engine.cpu_kv_cache_gib)},
         deployment_config=_deployment(serving),
     )

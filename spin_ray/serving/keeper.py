@@ -89,6 +89,9 @@ class Keeper:
             if name not in self._engines and name not in self._starting and not waits:
                 self._starting[name] = asyncio.get_running_loop().create_task(self._try_start(name))
                 self._starting[name].add_done_callback(lambda _, name=name: self._starting.pop(name))
+        if past := self._problems.keys() - set(names):
+            self._problems = {name: reason for name, reason in self._problems.items() if name not in past}
+            await self._announce()
         if latest in self._engines and self._newest != latest:
             self._newest = latest
             await self._announce()

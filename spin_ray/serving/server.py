@@ -61,14 +61,13 @@ def check_settings(run: RunDir, config: SpinConfig) -> None:
     if serving.keys:
         read_keys(serving.keys)
     VoteStore(votes_url(str(run.storage.root), config)).close()
-    if serving.host not in _LOOPBACK:
-        if not serving.keys:
-            raise ConfigError(f"serving.host: {serving.host} can be reached from elsewhere; set serving.keys first")
-        if os.environ.get("RAY_AUTH_MODE", "token") != "token":
-            raise ConfigError(
-                f"serving.host: {serving.host} can be reached from elsewhere, and so could Ray with RAY_AUTH_MODE="
-                f"{os.environ['RAY_AUTH_MODE']}; set it to token"
-            )
+    if serving.host not in _LOOPBACK and not serving.keys:
+        raise ConfigError(f"serving.host: {serving.host} can be reached from elsewhere; set serving.keys first")
+    if os.environ.get("RAY_AUTH_MODE", "token") != "token":
+        raise ConfigError(
+            "Ray Serve's replicas take work from other machines, wherever serving.host is, and from anybody with "
+            f"RAY_AUTH_MODE={os.environ['RAY_AUTH_MODE']}; set it to token"
+        )
 
 
 def start(run: RunDir, config: SpinConfig) -> None:

@@ -43,7 +43,8 @@ class FakeEngines:
                 await self.gate.wait()
                 yield _whole(iterate, operation, fields)
                 return
-            yield f'data: {{"model":"{iterate}","system_fingerprint":"fp-{iterate}","choices":[]}}\n\n'
+            event = f'data: {{"model":"{iterate}","system_fingerprint":"fp-{iterate}","choices":[]}}\n\n'
+            yield event + event  # an engine's pieces may hold several
             await self.gate.wait()
             yield "data: [DONE]\n\n"
         finally:
