@@ -1,4 +1,4 @@
-"""Fewer, larger pieces of a stream: each crosses two more processes with Ray Serve, which costs CPU that tokens need."""
+"""Fewer, larger pieces of a stream: each crosses two more processes with Ray Serve, and costs CPU that tokens need."""
 
 import asyncio
 from collections.abc import AsyncGenerator, AsyncIterator
