@@ -3,10 +3,13 @@
 import asyncio
 import io
 import json
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
+from conftest import ROOT
 from fake_engines import FakeEngines
 from tiny_runs import add_iterate, make_run, tiny_config
 
@@ -88,6 +91,14 @@ def test_what_cannot_serve_is_refused_before_anything_starts(
 ) -> None:
     with pytest.raises(ConfigError, match=message):
         check_settings(run, override(run.config(), settings))
+
+
+@pytest.mark.slow
+def test_the_jobs_script_is_the_command(run: RunDir) -> None:
+    script = [sys.executable, "jobs/serve.py", str(run.storage.root), "--models", "sft,gpt-4"]
+    done = subprocess.run(script, cwd=ROOT, capture_output=True, text=True, timeout=120, check=False)
+    assert done.returncode == 2
+    assert "serving.models: 'gpt-4' is none of sft" in done.stderr
 
 
 @pytest.mark.parametrize("host", ["127.0.0.1", "0.0.0.0"])
