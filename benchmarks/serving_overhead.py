@@ -20,7 +20,6 @@ import tempfile
 import time
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 import httpx
 import numpy
@@ -141,8 +140,8 @@ def bare() -> Iterator[str]:
         "VLLM_CPU_KVCACHE_SPACE": str(ENGINE["cpu_kv_cache_gib"]), "VLLM_CPU_OMP_THREADS_BIND": "nobind",
         "OMP_NUM_THREADS": "1", "VLLM_NO_USAGE_STATS": "1",
     }  # fmt: skip
-    with process("serving_bare", command, environment):
-        wait_until_ready(f"http://127.0.0.1:{port}/health", "")
+    with process("serving_bare", command, environment) as server:
+        wait_until_ready(server, f"http://127.0.0.1:{port}/health", "")
         yield f"http://127.0.0.1:{port}"
 
 
@@ -161,25 +160,25 @@ def ours(folder: Path) -> Iterator[str]:
     run.publish(0)
     port = free_port()
     command = [sys.executable, "-m", "spin_ray.cli", "serve", str(run.storage.root), "--port", str(port)]
-    with process("serving_ours", [*command, "--models", "sft"], {"RAY_AUTH_MODE": "token"}):
-        wait_until_ready(f"http://127.0.0.1:{port}/readyz", "sft")
+    with process("serving_ours", [*command, "--models", "sft"], {"RAY_AUTH_MODE": "token"}) as server:
+        wait_until_ready(server, f"http://127.0.0.1:{port}/readyz", "sft")
         yield f"http://127.0.0.1:{port}"
 
 
 @contextlib.contextmanager
-def process(name: str, command: list[str], environment: dict[str, str]) -> Iterator[None]:
+def process(name: str, command: list[str], environment: dict[str, str]) -> Iterator["subprocess.Popen[bytes]"]:
     with (RESULTS / f".{name}.log").open("wb") as log:
-        server: Any = subprocess.Popen(command, stdout=log, stderr=log, env=os.environ | environment)
+        server = subprocess.Popen(command, stdout=log, stderr=log, env=os.environ | environment)
     try:
-        yield
+        yield server
     finally:
         server.send_signal(signal.SIGTERM)
         server.wait(timeout=120)
 
 
-def wait_until_ready(url: str, word: str, limit_s: float = 600) -> None:
+def wait_until_ready(server: "subprocess.Popen[bytes]", url: str, word: str, limit_s: float = 600) -> None:
     end = time.monotonic() + limit_s
-    while time.monotonic() < end:
+    while time.monotonic() < end and server.poll() is None:
         with contextlib.suppress(httpx.HTTPError):
             response = httpx.get(url, timeout=5)
             if response.status_code == 200 and word in response.text:

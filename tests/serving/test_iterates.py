@@ -3,6 +3,7 @@
 import asyncio
 import io
 import json
+import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -20,7 +21,7 @@ from spin_ray.serving.app import build
 from spin_ray.serving.batch import compare_rows, read_rows
 from spin_ray.serving.engines import build_engine
 from spin_ray.serving.iterates import open_iterate, wanted
-from spin_ray.serving.server import check_settings, with_room
+from spin_ray.serving.server import check_settings, start, with_room
 
 
 @pytest.fixture
@@ -113,6 +114,13 @@ def test_ray_must_be_locked_wherever_the_server_listens(
         check_settings(run, config)
     monkeypatch.setenv("RAY_AUTH_MODE", "token")
     check_settings(run, config)
+
+
+def test_a_port_that_is_taken_is_told_before_ray_starts(run: RunDir) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        config = override(run.config(), {"serving.port": str(taken.getsockname()[1])})
+        with pytest.raises(ConfigError, match="Address already in use"):
+            start(run, config)
 
 
 def test_a_service_on_a_cluster_needs_keys(run: RunDir) -> None:
