@@ -7,14 +7,25 @@ a request are accepted and dropped.
 
 from typing import Annotated, Any, Literal, Self
 
-from pydantic import BaseModel, ConfigDict, Field, StringConstraints, model_validator
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, StringConstraints, model_validator
 from pydantic_core import PydanticCustomError
 
 MAX_CHOICES = 16
 """Answers that one request may ask for: prompts × ``n``."""
 _LABELS = ("user", "metadata", "store", "service_tier", "safety_identifier", "prompt_cache_key")
 
-Text = Annotated[str, StringConstraints(min_length=1)]
+
+def _unicode(text: str) -> str:
+    """JSON can spell half a surrogate pair; tokenisers fail on it."""
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        raise PydanticCustomError("unicode", "is not valid Unicode (a lone surrogate)") from None
+    return text
+
+
+Words = Annotated[str, AfterValidator(_unicode)]
+Text = Annotated[Words, StringConstraints(min_length=1)]
 TokenIds = Annotated[list[Annotated[int, Field(ge=0, le=2**31 - 1)]], Field(min_length=1)]
 Penalty = Annotated[float, Field(ge=-2, le=2)]
 
@@ -79,12 +90,12 @@ class Request(Sampling):
 
 class TextPart(Body):
     type: Literal["text"]
-    text: str
+    text: Words
 
 
 class Message(Body):
     role: Literal["system", "user", "assistant"]
-    content: str | Annotated[list[TextPart], Field(min_length=1)]
+    content: Words | Annotated[list[TextPart], Field(min_length=1)]
     name: Any = None
 
     @property
@@ -130,7 +141,7 @@ class CompletionBody(Request):
 
 
 class GivenAnswer(Body):
-    content: str
+    content: Words
     finish_reason: Literal["stop", "length"] = "stop"
     """``stop``: the end of the turn is part of the answer, and of its log-probability."""
 

@@ -37,6 +37,7 @@ def test_no_request_is_a_500_and_every_answer_is_as_documented(case: schemathesi
         (b'{"model": "sft", "messages": [', 400),
         (b'{"model": "sft", "messages": [{"role": "user", "content": "\xff\xfe"}]}', 400),
         (b"\x00\x01\x02", 400),
+        (b'{"model": "sft", "messages": [{"role": "user", "content": "\\ud800"}]}', 400),
         (json.dumps(HELLO | {"temperature": -1}).encode(), 400),
         (json.dumps(HELLO | {"top_p": 1e300}).encode(), 400),
         (json.dumps(HELLO | {"max_tokens": 10**30}).encode(), 400),
