@@ -42,8 +42,9 @@ demo-report: $(READY) ## The page of `make demo` for the documentation, looked a
 	$(BIN)/spin-ray report $(RUN)/demo --out docs/demo-report.html
 	REPORT_SCREENSHOT=docs/images/report.png REPORT_OF=$(RUN)/demo $(BIN)/pytest -q tests/unit/test_report_in_browser.py
 
-serve-demo: $(READY) ## Serve the iterates of `make demo` at http://127.0.0.1:8000 (OpenAI's API)
-	$(BIN)/spin-ray serve $(RUN)/demo --models sft,latest
+PORT ?= 8000
+serve-demo: $(READY) ## Serve the iterates of `make demo` at http://127.0.0.1:8000 (OpenAI's API, and the arena)
+	$(BIN)/spin-ray serve $(RUN)/demo --models sft,latest --port $(PORT)
 
 # Unit and fault tests compute in one thread each, so two processes share them; the others start Ray or vLLM, or take times.
 PARALLEL := tests/unit tests/faults
