@@ -211,11 +211,15 @@ def recipe_of(setting: Setting, arm: Arm, data: dict[str, str], start: str | Non
 def plateau(warm_up: Run) -> int:
     """The iterate after which people's responses to the dev rows get no likelier: θ_0.
 
-    Example: log p(y) of −30, −20, −18, −19 for θ_0 to θ_3 of the warm-up gives 2; iterate 0 is the untrained model.
+    Example: log p(y) of −20, −18, −19 for θ_1 to θ_3 of the warm-up gives 2.
     """
-    logps = [sum(iterate["dev"]["real_logp"]) for iterate in warm_up["iterates"]]
-    last = next((i for i in range(1, len(logps)) if logps[i] <= logps[i - 1]), len(logps))
-    return max(last - 1, 0)
+    iterates = warm_up["iterates"]
+    best = iterates[0]
+    for iterate in iterates[1:]:
+        if sum(iterate["dev"]["real_logp"]) <= sum(best["dev"]["real_logp"]):
+            break
+        best = iterate
+    return best["iterate"]
 
 
 def _laid_over(base: Recipe, changes: Recipe) -> Recipe:

@@ -52,7 +52,8 @@ class Experiment:
         start = None if arm.from_base else self.start_model()
         recipe = recipe_of(self.setting, arm, self.files, start, seed)
         measured: list[dict[str, Any]] = []
-        for number in range(0 if arm.from_base else 1, recipe["iterations"] + 1):
+        # θ_0 is the warm-up's; only self-reinforcement has one of its own.
+        for number in range(0 if "sft" in recipe else 1, recipe["iterations"] + 1):
             _say(f"{arm.name}, seed {seed}: iterate {number} of {recipe['iterations']}")
             self.train(arm, seed, recipe, max(number, 1))
             run = RunDir(Storage(self.folder(arm, seed)))
@@ -86,7 +87,7 @@ class Experiment:
         number = plateau(json.loads(result.read_text()))
         recipe = recipe_of(self.setting, warm_up, self.files, None, 0)
         run = RunDir(Storage(self.folder(warm_up, 0)))
-        if number and not run.model(number).is_committed:
+        if not run.model(number).is_committed:
             self.train(warm_up, 0, recipe, number)
         return str(_model(run, number))
 

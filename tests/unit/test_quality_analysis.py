@@ -59,10 +59,11 @@ def test_dev_rows_are_neither_trained_on_nor_of_the_test_file(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("logps", "expected"), [([-30, -20, -18, -19], 2), ([-30, -20, -18], 2), ([-30, -31], 0), ([-30, -20, -20], 1)]
+    ("logps", "expected"), [([-20, -18, -19], 2), ([-20, -18], 2), ([-30, -31], 1), ([-20, -20], 1)]
 )
 def test_theta_0_is_where_held_out_responses_get_no_likelier(logps, expected):
-    assert plateau({"iterates": [{"dev": {"real_logp": [logp]}} for logp in logps]}) == expected
+    iterates = [{"iterate": number, "dev": {"real_logp": [logp]}} for number, logp in enumerate(logps, start=1)]
+    assert plateau({"iterates": iterates}) == expected
 
 
 @pytest.fixture(scope="module")
@@ -80,7 +81,7 @@ def test_answers_that_share_a_prompt_are_those_of_one_sequence_at_a_time(tiny):
     with the stop token (the greedy answer's third token here, so that one row ends before the others) or is cut at 6.
     """
     uniform = torch.rand(2, 3, 6, generator=torch.Generator().manual_seed(0))
-    free = answer_batch(tiny, PROMPTS, uniform, stop=tiny.config.vocab_size)[0]
+    free = answer_batch(tiny, PROMPTS, uniform, stop=tiny.config.vocab_size - 1)[0]
     stop = free[0][0][2]
     answers, logps = answer_batch(tiny, PROMPTS, uniform, stop)
     for row, found, logp, numbers in zip(PROMPTS, answers, logps, uniform, strict=True):
@@ -163,7 +164,7 @@ def test_the_arm_is_chosen_on_dev_rows_and_its_difference_taken_on_test_rows(tmp
     for arm, dev, test in [("good_on_dev", RIGHT, [RIGHT, WRONG]), ("good_on_test", WRONG, [RIGHT, RIGHT])]:
         write(tmp_path, run_of(arm, [iterate(1, 100, test, dev=[dev])]))
     write(tmp_path, run_of(SFT, [iterate(1, 100, [WRONG] * 2)]))
-    write(tmp_path, run_of(WARM_UP, [iterate(0, 0, [WRONG] * 2), iterate(1, 900, [WRONG] * 2)]))
+    write(tmp_path, run_of(WARM_UP, [iterate(1, 900, [WRONG] * 2)]))
     found = analyse.analyse(tmp_path, "smoke")
     assert found["chosen_on_dev_rows"] == {"arm": "good_on_dev", "iterate": 1}
     assert found["spin_minus_sft"]["value"] == 0.5
