@@ -44,8 +44,12 @@ class Experiment:
     def result(self, arm: Arm, seed: int) -> Path:
         return self.results / f"{arm.name}.seed-{seed}.json"
 
-    def finish(self, arm: Arm, seed: int) -> None:
-        """Trains and measures what is missing of an arm, iterate by iterate; its JSON always says what there is."""
+    def finish(self, arm: Arm, seed: int, furthest: int | None = None) -> None:
+        """Trains and measures what is missing of an arm, iterate by iterate; its JSON always says what there is.
+
+        Args:
+            furthest: stop at this iterate, although the arm has more.
+        """
         result = self.result(arm, seed)
         if result.exists() and json.loads(result.read_text())["complete"]:
             return
@@ -63,7 +67,7 @@ class Experiment:
             # The warm-up's last epochs only show that the one before was enough.
             done = done or (arm.name == WARM_UP and plateau(content) < number)
             _write(result, content | {"complete": done})
-            if done:
+            if done or number == furthest:
                 return
 
     def train(self, arm: Arm, seed: int, recipe: Recipe, iterations: int) -> None:
@@ -204,6 +208,7 @@ def main() -> None:
     parser.add_argument("--data", type=Path, default=ROOT.parent / "shared" / "data", help="folder of the data files")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--arms", nargs="+", choices=[arm.name for arm in ARMS], help="only these, in this order")
+    parser.add_argument("--furthest", type=int, metavar="N", help="go no further than iterate N of each arm")
     parser.add_argument("--runs", type=Path, default=ROOT / "runs" / "quality")
     parser.add_argument("--results", type=Path, default=RESULTS)
     options = parser.parse_args()
@@ -215,7 +220,7 @@ def main() -> None:
             if place >= arm.seeds:
                 continue
             try:
-                experiment.finish(arm, seed)
+                experiment.finish(arm, seed, options.furthest)
             except subprocess.CalledProcessError as error:  # the other arms are worth their hours all the same
                 failed.append(f"{arm.name}, seed {seed} (exit code {error.returncode})")
     if failed:

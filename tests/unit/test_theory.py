@@ -236,6 +236,26 @@ def test_fictitious_play_settles_where_the_last_iterate_diverges() -> None:
     assert max(size(data - opponent) for opponent in mixtures[300:]) < 0.05 * size(data - start)
 
 
+@pytest.mark.parametrize(("temperature", "beta", "factor"), [(1.5, 1.0, 1 / 3), (2.0, 1.0, 0.5), (2.0, 0.2, 1.5)])
+def test_an_opponent_that_samples_at_temperature_t_ends_at_the_data_to_the_power_t(
+    temperature: float, beta: float, factor: float
+) -> None:
+    """y' ~ p_t^{1/T} (a departure from the paper), reference p_t: log p_{t+1} = log p_t + (log p_data − log p_t / T)/β.
+    Its fixed point is p ∝ p_data^T, sharper than people for T > 1; the error is multiplied by |1 − 1/(βT)|.
+    """
+    data, policy = distribution(0, spread=0.3), distribution(1, spread=0.3)
+    settles = (temperature * data).log_softmax(0)
+    errors = [size(policy - settles)]
+    for _ in range(3):
+        opponent = (policy / temperature).log_softmax(0)
+        policy = minimise(
+            lambda x, opponent=opponent, reference=policy: objective(x, data, opponent, beta=beta, reference=reference),
+            policy,
+        )
+        errors.append(size(policy - settles))
+    assert [after / before for before, after in pairwise(errors)] == pytest.approx([factor] * 3, rel=1e-3)
+
+
 def preference_game(seed: int) -> Tensor:
     """P(i ≻ j) with P(j ≻ i) = 1 − P(i ≻ j); no order among the outcomes need exist."""
     generator = torch.Generator().manual_seed(seed)
@@ -295,9 +315,7 @@ def test_dpo_reads_rewards_off_preferences() -> None:
         margin = margins(policy[better], policy[worse], reference[better], reference[worse], beta)
         return (wins * LOSSES["logistic"](margin)).sum()
 
-    torch.testing.assert_close(
-        minimise(loss, reference), (reference + reward / beta).log_softmax(0), rtol=0, atol=1e-5
-    )
+    torch.testing.assert_close(minimise(loss, reference), (reference + reward / beta).log_softmax(0), rtol=0, atol=1e-5)
 
 
 @pytest.mark.parametrize("beta", [1.0, 4.0])
