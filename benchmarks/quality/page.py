@@ -23,7 +23,7 @@ def markdown(found: dict[str, Any]) -> str:
     chosen, compared, greedy = found["chosen_on_dev_rows"], found["spin_minus_sft"], found["spin_minus_sft_greedy"]
     lines = [
         f"# SPIN against more SFT: {found['setting']}", "",
-        "Made by `make quality`: `python benchmarks/quality/run.py --data FOLDER` makes the arms, `analyse.py` this page.",
+        "Made by `make quality`: `python benchmarks/quality/run.py --data FOLDER` makes the arms, `analyse.py` this.",
         "Each arm's recipe, seed and versions are in its JSON ([quality/](quality)); `benchmarks/quality/arms.py` says",
         "why each is there. θ_0 is one model for all arms; a seed is an order of rows and a stream of samples.",
         "Sampled: 4 samples at temperature 1. Differences are to continued SFT that had at least the same training",
