@@ -28,8 +28,7 @@ def load(folder: Path) -> dict[str, dict[int, Run]]:
     runs: dict[str, dict[int, Run]] = defaultdict(dict)
     for file in sorted(folder.glob("*.json")):
         run = json.loads(file.read_text())
-        if run["iterates"]:
-            runs[run["arm"]][run["seed"]] = run
+        runs[run["arm"]][run["seed"]] = run
     names = [arm.name for arm in ARMS]
     return dict(sorted(runs.items(), key=lambda item: names.index(item[0]) if item[0] in names else len(names)))
 
@@ -41,15 +40,16 @@ def per_row(iterate: Iterate, measure: str, split: str = "test") -> np.ndarray:
 
 
 def summary(iterate: Iterate, split: str) -> dict[str, Any]:
-    """Numbers of one iterate; ``jsd`` is None for θ_0, which has no opponent."""
+    """Numbers of one iterate; None where it was not measured (θ_0 has no opponent, other epochs only log p(y))."""
     measured = iterate[split]
+    answered = "greedy" in measured
     return {
-        "greedy": float(per_row(iterate, "greedy", split).mean()),
-        "sampled": float(per_row(iterate, "sampled", split).mean()),
+        "greedy": float(per_row(iterate, "greedy", split).mean()) if answered else None,
+        "sampled": float(per_row(iterate, "sampled", split).mean()) if answered else None,
         "logp": sum(measured["real_logp"]) / sum(measured["real_tokens"]),
         "jsd": iterate["evaluation"].get("jsd_lower_bound"),
-        "length": measured["generated_length"],
-        "distinct_2": measured["distinct_2"],
+        "length": measured.get("generated_length"),
+        "distinct_2": measured.get("distinct_2"),
         **{budget: iterate[budget] for budget in BUDGETS},
     }
 
@@ -111,7 +111,7 @@ def analyse(folder: Path, setting: str) -> dict[str, Any]:
     chosen, chosen_sft = best_on_dev(runs, spin_arms), best_on_dev(runs, sft_arms)
     sft = runs[chosen_sft[0]] if chosen_sft else {}
     rows = {split: [_table_row(arm, number, of_seeds, split) for arm, of_seeds in runs.items()
-                    for number in _numbers(of_seeds)] for split in ("test", "dev")}  # fmt: skip
+                    for number in _numbers(of_seeds, split)] for split in ("test", "dev")}  # fmt: skip
     for row in rows["test"]:
         if row["arm"] != WARM_UP and row["arm"] not in sft_arms:
             row |= {
@@ -160,8 +160,9 @@ def _missing_arms(runs: dict[str, dict[int, Run]]) -> list[str]:
     ]
 
 
-def _numbers(of_seeds: dict[int, Run]) -> list[int]:
-    return sorted({iterate["iterate"] for run in of_seeds.values() for iterate in run["iterates"]})
+def _numbers(of_seeds: dict[int, Run], split: str) -> list[int]:
+    """Iterates that were measured on the split."""
+    return sorted({each["iterate"] for run in of_seeds.values() for each in run["iterates"] if split in each})
 
 
 def _table_row(arm: str, number: int, of_seeds: dict[int, Run], split: str) -> dict[str, Any]:

@@ -61,11 +61,15 @@ class Experiment:
             _say(f"{arm.name}, seed {seed}: iterate {number} of {recipe['iterations']}")
             self.train(arm, seed, recipe, max(number, 1))
             run = RunDir(Storage(self.folder(arm, seed)))
-            measured.append(self.iterate(run, number, recipe))
-            done = number == recipe["iterations"]
+            measured.append(self.iterate(run, number, recipe, only_logp=arm.name == WARM_UP))
             content = self._content(arm, seed, recipe, measured)
-            # The warm-up's last epochs only show that the one before was enough.
-            done = done or (arm.name == WARM_UP and plateau(content) < number)
+            done = number == recipe["iterations"]
+            if arm.name == WARM_UP:
+                # An epoch past the plateau only shows that the one before was enough; answers of θ_0 alone count.
+                theta_0 = plateau(content)
+                done = done or theta_0 < number
+                if done:
+                    measured[theta_0 - 1] = self.iterate(run, theta_0, recipe)
             _write(result, content | {"complete": done})
             if done or number == furthest:
                 return
@@ -98,28 +102,39 @@ class Experiment:
     def folder(self, arm: Arm, seed: int) -> Path:
         return self.runs / f"seed-{seed}" / arm.name
 
-    def iterate(self, run: RunDir, number: int, recipe: Recipe) -> dict[str, Any]:
-        """Measures, costs since θ_0, and the run's own evaluation of one iterate."""
-        name = iterate_name(number)
-        measures = run.storage.path(f"{name}/measured.json")
-        if not measures.exists():
-            measures.parent.mkdir(parents=True, exist_ok=True)
-            attempt = measures.with_suffix(".tmp")
-            _call(
-                str(Path(__file__).with_name("measure.py")), "--model", str(_model(run, number)),
-                "--rows", *(f"{split}={self.files[split]}" for split in ("dev", "test")),
-                "--extractor", self.setting.extractor, "--longest", str(recipe["generation"]["sampling"]["max_tokens"]),
-                "--threads", str(recipe["train"]["resources"]["cpus"]), "--out", str(attempt),
-            )  # fmt: skip
-            attempt.rename(measures)
+    def iterate(self, run: RunDir, number: int, recipe: Recipe, only_logp: bool = False) -> dict[str, Any]:
+        """Measures, costs since θ_0, and the run's own evaluation of one iterate.
+
+        Args:
+            only_logp: measure no more than log p(y) of the dev rows.
+        """
+        measures = self._measure(run, number, recipe, "dev", only_logp)
+        if not only_logp:
+            measures |= self._measure(run, number, recipe, "test", only_logp)
         logs = [read_json_lines(run.storage, f"{iterate_name(i)}/train_log.jsonl") for i in range(1, number + 1)]
         evaluation = json.loads(run.storage.read(run.eval_path(number)))
         return {
             "iterate": number, "steps": sum(map(len, logs)), **_cost(run, number, logs),
             "log": [_rounded(line) for line in (logs[-1] if logs else [])],
             "evaluation": {key: value for key, value in evaluation.items() if key != "made_from"},
-            **json.loads(measures.read_text()),
+            **measures,
         }  # fmt: skip
+
+    def _measure(self, run: RunDir, number: int, recipe: Recipe, split: str, only_logp: bool) -> dict[str, Any]:
+        """What measure.py says of the rows of a split; in a process of its own, and once."""
+        target = run.storage.path(f"{iterate_name(number)}/{'logp' if only_logp else 'measured'}_{split}.json")
+        if not target.exists():
+            target.parent.mkdir(parents=True, exist_ok=True)
+            attempt = target.with_suffix(".tmp")
+            longest = 0 if only_logp else recipe["generation"]["sampling"]["max_tokens"]
+            _call(
+                str(Path(__file__).with_name("measure.py")), "--model", str(_model(run, number)),
+                "--rows", f"{split}={self.files[split]}", "--extractor", self.setting.extractor,
+                "--longest", str(longest), "--threads", str(recipe["train"]["resources"]["cpus"]),
+                "--out", str(attempt),
+            )  # fmt: skip
+            attempt.rename(target)
+        return json.loads(target.read_text())
 
     def _content(self, arm: Arm, seed: int, recipe: Recipe, iterates: list[dict[str, Any]]) -> Run:
         """The JSON without its mark of completeness. Paths are those of the files' roles: they name no machine."""
