@@ -77,8 +77,7 @@ bench: $(READY) ## The quicker benchmarks (not TRL): DATA=FILE.jsonl has the row
 QUALITY_DATA ?= ../shared/data
 quality: $(READY) ## Does SPIN beat more SFT? Hours; resumes; QUALITY_DATA=FOLDER has word_problems.{train,test}.jsonl
 	$(BIN)/python benchmarks/quality/known_distribution.py
-	$(BIN)/python benchmarks/quality/run.py --data $(QUALITY_DATA) --split dev
-	$(BIN)/python benchmarks/quality/run.py --data $(QUALITY_DATA) --split test
+	$(BIN)/python benchmarks/quality/run.py --data $(QUALITY_DATA)
 	$(BIN)/python benchmarks/quality/analyse.py
 
 peers: .peers/.ready ## An environment with TRL, to compare with

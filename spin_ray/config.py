@@ -173,6 +173,9 @@ class ObjectiveConfig(Section):
     sft_weight: NonNegative = 0.0
     """Weight of an added -log p(y), per response token of the step: an anchor for small models and large steps.
     0 is the paper's objective; everything else a departure from it."""
+    keep_identical: bool = False
+    """Keep pairs with y = y′. Their margin is 0 whatever the model is, so they serve ``sft_weight`` alone: without them
+    the anchor rests on the prompts that the model answers differently, and so mostly on those it gets wrong."""
 
     def oldest_iteration(self, iteration: int) -> int:
         """The first iteration whose y′ are still in the window of ``iteration``; may be negative."""
