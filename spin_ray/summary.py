@@ -7,7 +7,7 @@ from rich.console import Console
 from rich.table import Table
 
 from spin_ray.config import SpinConfig
-from spin_ray.history import read_evaluations, read_examples, stage_seconds
+from spin_ray.history import lost_work, read_evaluations, read_examples, stage_seconds
 from spin_ray.measures import MEASURES, Evaluation, warnings
 from spin_ray.run_dir import RunDir, iterate_number
 
@@ -41,6 +41,8 @@ def print_status(run: RunDir, console: Console) -> None:
             console.print(f"[yellow]Warning[/] {evaluation['iterate']}:", end=" ")
             console.print(text, markup=False)
     console.print(_seconds(stage_seconds(run)))
+    if any((lost := lost_work(events)).values()):
+        console.print(f"Lost to failures and done again: {lost['shards']} shards (at most), {lost['steps']} steps")
     for event in events[-1:]:
         detail = {name: value for name, value in event.items() if name not in ("time", "event", "stage")}
         line = f"Last event: {event['event']} {event['stage']} {json.dumps(detail) if detail else ''}"
