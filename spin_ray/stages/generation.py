@@ -211,7 +211,7 @@ class _Player:
         }
 
     def _answer(self, shard: Shard) -> pa.Table:
-        """The answers to a shard; by a new engine if the one at hand dies under it, as when its processes are killed."""
+        """The answers to a shard; by a new engine if the one at hand dies under it (its processes can be killed)."""
         failures = 0
         while True:
             try:
