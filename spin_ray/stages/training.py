@@ -186,7 +186,12 @@ def _train(run_dir: RunDir, config: SpinConfig, job: TrainJob) -> None:
     with run_dir.stage(f"{job.name}/training") as counted:
         with _Watcher(job):
             counted |= run_workers(
-                _worker, job, config, digest([job.inputs(), job.settings()])[:16], run_dir.storage.where(checkpoints)
+                _worker,
+                job,
+                config,
+                digest([job.inputs(), job.settings()])[:16],
+                run_dir.storage.where(checkpoints),
+                progress=lambda: run_dir.storage.find(job.log_path),
             )
         counted |= {"rows": job.rows.manifest().rows}
         if not config.storage.keep_checkpoints:
