@@ -8,7 +8,7 @@ RUN := runs
 
 .DEFAULT_GOAL := help
 .NOTPARALLEL:
-.PHONY: help setup demo demo-report serve-demo smoke test chaos check lint bench peers quality format lock clean
+.PHONY: help setup demo demo-report serve-demo smoke test chaos audit check lint bench peers quality format lock clean
 
 help: ## List the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-10s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -53,8 +53,11 @@ test: $(READY) ## Every test: unit, ray (a local cluster), e2e (real vLLM)
 	$(BIN)/pytest tests $(PARALLEL:%=--ignore=%)
 
 CHAOS_S ?= 1800
-chaos: $(READY) ## Random faults, one run after another, for CHAOS_S seconds; CHAOS_SEED repeats what it printed
-	CHAOS_S=$(CHAOS_S) $(BIN)/pytest tests/faults -k random_faults -s -q
+chaos: $(READY) ## Random faults for half of CHAOS_S seconds, then random kills; CHAOS_SEED repeats what it printed
+	CHAOS_S=$$(( $(CHAOS_S) / 2 )) $(BIN)/pytest tests/faults tests/e2e/test_real_kills.py -k "random_faults or random_kills" -s -q
+
+audit: ## Known vulnerabilities of the locked packages, where osv.dev can be reached
+	PYTHON=$(PYTHON) requirements/audit.sh
 
 check: lint ## Before a commit: lint and the quick unit tests, under a minute
 	$(BIN)/pytest tests/unit -q -m "not slow"

@@ -154,6 +154,8 @@ class GenerationConfig(Section):
     """Longest wait for an engine to be ready."""
     shard_timeout_s: Positive = 7200
     """Longest wait without any shard being finished."""
+    max_failures: Annotated[int, Field(ge=0)] = 3
+    """Restarts of an engine that dies, and further attempts at a shard, before the stage fails."""
 
 
 class ObjectiveConfig(Section):
@@ -268,6 +270,8 @@ class TrainConfig(Section):
     """Restarts of the worker group in one iteration before the run fails."""
     start_timeout_s: Positive = 600
     """Longest wait for the workers to be placed and to meet."""
+    stall_timeout_s: Positive = 86_400
+    """Longest wait without a step being finished. Scoring all pairs, or a whole evaluation, counts as one step."""
 
 
 class SftConfig(Section):
@@ -511,9 +515,10 @@ class IterationSettings(Section):
 _NOT_IDENTITY = (
     "iterations", "stop_when", "tracking.", "cluster.", "storage.", "health.", "serving.",
     "objective.beta", "train.learning_rate", "train.epochs", "train.max_failures", "train.checkpoint_every_steps",
-    "train.sharding", "train.reduce_every_pack", "train.start_timeout_s", "train.resources.custom",
-    "generation.replicas", "generation.start_timeout_s", "generation.shard_timeout_s", "generation.resources.custom",
-    "generation.engine.gpu_memory_utilization", "generation.engine.cpu_kv_cache_gib",
+    "train.sharding", "train.reduce_every_pack", "train.start_timeout_s", "train.stall_timeout_s",
+    "train.resources.custom",
+    "generation.replicas", "generation.max_failures", "generation.start_timeout_s", "generation.shard_timeout_s",
+    "generation.resources.custom", "generation.engine.gpu_memory_utilization", "generation.engine.cpu_kv_cache_gib",
 )  # fmt: skip
 
 

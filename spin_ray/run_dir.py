@@ -353,6 +353,11 @@ class RunDir:
             logger.info("%s: %.0f s, %.0f %% of it useful work", name, seconds, 100 * counted["useful"])
         self.event("commit", name, seconds=round(seconds, 3), **counted)
 
+    def was_cut_off(self, stage: str) -> bool:
+        """Whether the last attempt at a stage began and did not commit: what it had in hand was lost."""
+        told = [event["event"] for event in self.events() if event["stage"] == stage and event["event"] != "lost"]
+        return bool(told) and told[-1] != "commit"
+
     def event(self, event: str, stage: str, **values: Any) -> None:
         line = {"time": round(time.time(), 3), "event": event, "stage": stage, **values}
         self.storage.append("events.jsonl", json.dumps(line) + "\n")

@@ -13,7 +13,7 @@ from spin_ray.history import read_evaluations, read_examples
 from spin_ray.measures import MEASURES, Evaluation, warnings
 from spin_ray.progress import PROGRESS
 from spin_ray.run_dir import RunDir, iterate_number, read_json_lines
-from spin_ray.timeline import Event, spans, stage_seconds
+from spin_ray.timeline import Event, lost_work, spans, stage_seconds
 
 EXAMPLES = 3
 RECENT_STEPS = 10
@@ -47,6 +47,8 @@ def print_status(run: RunDir, console: Console) -> None:
             console.print(f"[yellow]Warning[/] {evaluation['iterate']}:", end=" ")
             console.print(text, markup=False)
     console.print(_seconds(stage_seconds(events)))
+    if any((lost := lost_work(events)).values()):
+        console.print(f"Lost to failures and done again: {lost['shards']} shards (at most), {lost['steps']} steps")
     _print_running(run, events, console)
     for event in events[-1:]:
         detail = {name: value for name, value in event.items() if name not in ("time", "event", "stage")}

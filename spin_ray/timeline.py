@@ -61,6 +61,14 @@ def spans(events: list[Event]) -> list[Span]:
     return found
 
 
+def lost_work(events: list[Event]) -> dict[str, int]:
+    """What was in hand when something died, and was done again: ``{"shards": 2, "steps": 7}``; shards at most so many
+    after the driver itself ended.
+    """
+    lost = [event for event in events if event["event"] == "lost"]
+    return {what: sum(event.get(what, 0) for event in lost) for what in ("shards", "steps")}
+
+
 def stage_seconds(events: list[Event]) -> dict[str, dict[str, float]]:
     """Wall seconds by iterate and stage, summed over attempts, e.g. ``{"iter_000": {"training": 61.2}}``."""
     seconds: dict[str, dict[str, float]] = defaultdict(lambda: defaultdict(float))
