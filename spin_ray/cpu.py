@@ -24,9 +24,10 @@ def keep_freed_memory() -> dict[str, str]:
     """Environment in which to start a process that trains on CPUs.
 
     glibc gives every large tensor back to the kernel when it is freed, and the next one costs a page fault for each
-    4 KiB; that took a third of a training step. The jemalloc that Ray ships keeps what it has for half a minute (kept for
-    good, packs of ever new shapes leave holes that add up to gigabytes), in huge pages and one arena (backward runs in a
-    thread of its own, whose arena would keep as much again). Where it is missing, glibc is told to do nearly the same.
+    4 KiB; that took a third of a training step. The jemalloc that Ray ships keeps what it has for half a minute (kept
+    for good, packs of ever new shapes leave holes that add up to gigabytes), in huge pages and one arena (backward runs
+    in a thread of its own, whose arena would keep as much again). Where it is missing, glibc is told to do nearly the
+    same.
     """
     ray = importlib.util.find_spec("ray")
     library = Path(ray.origin).parent / "core" / "libjemalloc.so" if ray and ray.origin else None
