@@ -8,7 +8,7 @@ RUN := runs
 
 .DEFAULT_GOAL := help
 .NOTPARALLEL:
-.PHONY: help setup demo serve-demo smoke test chaos check lint bench peers quality format lock clean
+.PHONY: help setup demo demo-report serve-demo smoke test chaos audit check lint bench peers quality format lock clean
 
 help: ## List the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-10s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -38,15 +38,26 @@ demo: $(READY) ## SmolLM2-135M learns chit-chat from people, two iterations on t
 smoke: $(READY) ## The same with a tiny random model: minutes, no sense in the numbers
 	$(BIN)/spin-ray run jobs/recipes/smoke.yaml --out $(RUN)/smoke
 
-serve-demo: $(READY) ## Serve the iterates of `make demo` at http://127.0.0.1:8000 (OpenAI's API)
-	$(BIN)/spin-ray serve $(RUN)/demo --models sft,latest
+demo-report: $(READY) ## The page of `make demo` for the documentation, looked at in Chromium, with its picture
+	$(BIN)/spin-ray report $(RUN)/demo --out docs/demo-report.html
+	REPORT_SCREENSHOT=docs/images/report.png REPORT_OF=$(RUN)/demo $(BIN)/pytest -q tests/unit/test_report_in_browser.py
 
+PORT ?= 8000
+serve-demo: $(READY) ## Serve the iterates of `make demo` at http://127.0.0.1:8000 (OpenAI's API, and the arena)
+	$(BIN)/spin-ray serve $(RUN)/demo --models sft,latest --port $(PORT)
+
+# Unit and fault tests compute in one thread each, so two processes share them; the others start Ray or vLLM, or take times.
+PARALLEL := tests/unit tests/faults
 test: $(READY) ## Every test: unit, ray (a local cluster), e2e (real vLLM)
-	$(BIN)/pytest tests
+	OMP_NUM_THREADS=1 $(BIN)/pytest $(PARALLEL) -n 2 --dist loadgroup
+	$(BIN)/pytest tests $(PARALLEL:%=--ignore=%)
 
 CHAOS_S ?= 1800
-chaos: $(READY) ## Random faults, one run after another, for CHAOS_S seconds; CHAOS_SEED repeats what it printed
-	CHAOS_S=$(CHAOS_S) $(BIN)/pytest tests/faults -k random_faults -s -q
+chaos: $(READY) ## Random faults for half of CHAOS_S seconds, then random kills; CHAOS_SEED repeats what it printed
+	CHAOS_S=$$(( $(CHAOS_S) / 2 )) $(BIN)/pytest tests/faults tests/e2e/test_real_kills.py -k "random_faults or random_kills" -s -q
+
+audit: ## Known vulnerabilities of the locked packages, where osv.dev can be reached
+	PYTHON=$(PYTHON) requirements/audit.sh
 
 check: lint ## Before a commit: lint and the quick unit tests, under a minute
 	$(BIN)/pytest tests/unit -q -m "not slow"
@@ -64,12 +75,12 @@ bench: $(READY) ## The quicker benchmarks (not TRL): DATA=FILE.jsonl has the row
 	$(BIN)/python benchmarks/generation_overhead.py
 	$(BIN)/python benchmarks/size.py
 	$(BIN)/python benchmarks/iteration_against_authors.py --data $(DATA)
+	$(BIN)/python benchmarks/table.py
 
 QUALITY_DATA ?= ../shared/data
 quality: $(READY) ## Does SPIN beat more SFT? Hours; resumes; QUALITY_DATA=FOLDER has word_problems.{train,test}.jsonl
 	$(BIN)/python benchmarks/quality/known_distribution.py
-	$(BIN)/python benchmarks/quality/run.py --data $(QUALITY_DATA) --split dev
-	$(BIN)/python benchmarks/quality/run.py --data $(QUALITY_DATA) --split test
+	$(BIN)/python benchmarks/quality/run.py --data $(QUALITY_DATA)
 	$(BIN)/python benchmarks/quality/analyse.py
 
 peers: .peers/.ready ## An environment with TRL, to compare with

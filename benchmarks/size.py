@@ -2,10 +2,11 @@
 
 Prompts, generation with a null engine, and pairs, at several sizes, each in a process of its own:
 
-    python benchmarks/size.py [--rows 20000 200000]
+    python benchmarks/size.py [--rows 10000 100000 1000000]
 
-The rates are those of the rows that a size has more than the one before: starting workers is not the rows' cost. Beside
-them stands what the tokenizer alone does with the same texts on all cores, which bounds the prompts stage.
+The rates are those of the rows that the last size has more than the one before: starting workers is not the rows' cost.
+Beside them stands what the tokenizer alone does with the same texts on all cores, which bounds the prompts stage; and
+what a further row costs at the last size, times what it cost at the sizes before: 1 is linear.
 """
 
 import argparse
@@ -104,7 +105,7 @@ def tokenizer_rows_per_s() -> float:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--rows", type=int, nargs="+", default=[20_000, 200_000])
+    parser.add_argument("--rows", type=int, nargs="+", default=[10_000, 100_000, 1_000_000])
     parser.add_argument("--one", type=int, help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.one:
@@ -117,16 +118,26 @@ def main() -> None:
         )
         lines.append(json.loads(done.stdout.splitlines()[-1]))
         print(json.dumps({name: round(value, 1) for name, value in lines[-1].items()}), flush=True)
-    first, last = lines[0], lines[-1]
-    more = last["rows"] - first["rows"]
-    sizes = f"{first['rows']} to {last['rows']} rows"
-    found = [
-        at_least(f"8 {name}, rows/s more rows cost", [more / (last[name] - first[name])], 20_000, sizes)
-        for name in ("prompts", "generation", "pairs")
-    ]
-    share = more / (last["prompts"] - first["prompts"]) / statistics.median(tokenizer_rows_per_s() for _ in range(5))
+    first, *_, before, last = lines
+    more, sizes = last["rows"] - before["rows"], f"{before['rows']} to {last['rows']} rows"
+    stages = ("prompts", "generation", "pairs")
+    seconds = {name: last[name] - before[name] for name in stages}
+    found = [at_least(f"8 {name}, rows/s more rows cost", [more / seconds[name]], 20_000, sizes) for name in stages]
+    share = more / seconds["prompts"] / statistics.median(tokenizer_rows_per_s() for _ in range(5))
     found.append(at_least("8 prompts, share of the tokenizer's own rows/s", [share], 0.5, sizes))
     found.append(at_most("8 driver memory, MiB more", [last["driver_mib"] - first["driver_mib"]], 200, sizes))
+    if len(lines) > 2:
+        small = (before["rows"] - first["rows"]) / (
+            sum(before[name] for name in stages) - sum(first[name] for name in stages)
+        )
+        found.append(
+            at_most(
+                "8 all three, cost of a row, times that at smaller sizes",
+                [sum(seconds.values()) / more * small],
+                1.1,
+                sizes,
+            )
+        )
     record(found)
 
 

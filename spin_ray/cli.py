@@ -5,8 +5,9 @@ import logging
 import os
 import signal
 import sys
+import time
 from pathlib import Path
-from typing import IO, Any, Literal
+from typing import IO, Any
 
 import click
 from rich.console import Console
@@ -15,6 +16,7 @@ from spin_ray.config import SpinConfig, load_config, override
 from spin_ray.errors import StageError, UserError
 
 EXIT_FAILED, EXIT_BAD_INPUT = 1, 2
+FOLLOW_EVERY_S = 5
 
 _OVERRIDES = {"ignore_unknown_options": True, "allow_extra_args": False}
 
@@ -44,13 +46,19 @@ def run(recipe: str, out: str, overrides: tuple[str, ...]) -> None:
 
 @cli.command()
 @click.argument("run_folder", metavar="RUN")
-def status(run_folder: str) -> None:
-    """Show what a run has done, and what it is doing."""
+@click.option("--follow", is_flag=True, help="Show it anew every few seconds for as long as a stage is running.")
+def status(run_folder: str, follow: bool) -> None:
+    """Show what a run has done, and what it is doing: measures, rates, time left."""
     from spin_ray.object_storage import open_storage
     from spin_ray.run_dir import RunDir
-    from spin_ray.summary import print_status
+    from spin_ray.summary import is_running, print_status
 
-    print_status(RunDir(open_storage(run_folder)), Console())
+    run, console = RunDir(open_storage(run_folder)), Console()
+    print_status(run, console)
+    while follow and is_running(run):
+        time.sleep(FOLLOW_EVERY_S)
+        console.clear()
+        print_status(run, console)
 
 
 @cli.command("eval")
@@ -62,18 +70,10 @@ def status(run_folder: str) -> None:
 @click.option("--endpoint", default=None, help="OpenAI-compatible server to ask instead, e.g. http://HOST:8000/v1")
 @click.option("--limit", type=click.IntRange(min=1), default=None, help="Only the first rows of each task: a trial.")
 @click.option("--chat", is_flag=True, help="Put questions into the chat template.")
-def evaluate(
-    run_folder: str,
-    tasks: str,
-    iterate: str,
-    include: str | None,
-    backend: Literal["hf", "vllm"],
-    endpoint: str | None,
-    limit: int | None,
-    chat: bool,
-) -> None:
-    """Run lm-eval benchmarks on iterates of RUN; results in RUN/<iterate>/benchmarks.json."""
-    from spin_ray import benchmarks
+@click.option("--max-length", type=click.IntRange(min=2), default=None, help="Tokens of question and answer.")
+def evaluate(run_folder: str, tasks: str, iterate: str, include: str | None, **options: Any) -> None:
+    """Run lm-eval benchmarks on iterates of RUN; results in RUN/<iterate>/eval.json."""
+    from spin_ray import lm_eval_tasks
     from spin_ray.history import find_iterate, model_path
     from spin_ray.run_dir import RunDir, iterate_name
     from spin_ray.storage import Storage
@@ -82,19 +82,16 @@ def evaluate(
     config = run.config()
     for wanted in iterate.split(","):
         number = find_iterate(run, wanted)
-        request = benchmarks.Request(
-            model=str(model_path(run, number)),
-            name=iterate_name(number),
-            benchmarks=benchmarks.parse_benchmarks(tasks.split(",")),
-            backend=backend,
-            endpoint=endpoint,
-            include=benchmarks.task_folder(include),
-            limit=limit,
-            chat=chat,
-            dtype="bfloat16" if config.train.precision == "bf16" else "float32",
-            trust_remote_code=config.model.trust_remote_code,
+        request = lm_eval_tasks.request_for(
+            config,
+            number,
+            str(model_path(run, number)),
+            benchmarks=lm_eval_tasks.parse_benchmarks(tasks.split(",")),
+            include=lm_eval_tasks.task_folder(include),
+            **options,
         )
-        benchmarks.print_results(request.name, benchmarks.run(run, config, number, request), Console())
+        results = lm_eval_tasks.run(run, config, number, request)
+        lm_eval_tasks.print_results(iterate_name(number), results, Console())
 
 
 @cli.command("judge")

@@ -159,6 +159,8 @@ class GenerationConfig(Section):
     """Longest wait for an engine to be ready."""
     shard_timeout_s: Positive = 7200
     """Longest wait without any shard being finished."""
+    max_failures: Annotated[int, Field(ge=0)] = 3
+    """Restarts of an engine that dies, and further attempts at a shard, before the stage fails."""
 
 
 class ObjectiveConfig(Section):
@@ -178,6 +180,9 @@ class ObjectiveConfig(Section):
     sft_weight: NonNegative = 0.0
     """Weight of an added -log p(y), per response token of the step: an anchor for small models and large steps.
     0 is the paper's objective; everything else a departure from it."""
+    keep_identical: bool = False
+    """Keep pairs with y = y′. Their margin is 0 whatever the model is, so they serve ``sft_weight`` alone: without them
+    the anchor rests on the prompts that the model answers differently, and so mostly on those it gets wrong."""
 
     def oldest_iteration(self, iteration: int) -> int:
         """The first iteration whose y′ are still in the window of ``iteration``; may be negative."""
@@ -279,6 +284,8 @@ class TrainConfig(Section):
     """Restarts of the worker group in one iteration before the run fails."""
     start_timeout_s: Positive = 600
     """Longest wait for the workers to be placed and to meet."""
+    stall_timeout_s: Positive = 86_400
+    """Longest wait without a step being finished. Scoring all pairs, or a whole evaluation, counts as one step."""
 
 
 class SftConfig(Section):
@@ -353,6 +360,8 @@ class ServingConfig(Section):
     """Longest wait for the whole body of a request."""
     request_timeout_s: Positive = 600
     """Longest answer, and how long a stream may go on while its engine is being replaced or the server stops."""
+    stream_interval_s: NonNegative = 0.05
+    """Pause between two pieces of a stream after the first: each piece costs Ray Serve milliseconds of CPU."""
     replicas: Count = 1
     """Engines per iterate."""
     max_replicas: Count = 1
@@ -520,10 +529,10 @@ class IterationSettings(Section):
 _NOT_IDENTITY = (
     "iterations", "stop_when", "tracking.", "cluster.", "storage.", "health.", "serving.",
     "objective.beta", "train.learning_rate", "train.epochs", "train.max_failures", "train.checkpoint_every_steps",
-    "train.sharding", "train.reduce_every_pack", "train.offload", "train.start_timeout_s", "train.min_workers",
-    "train.resize_interval_s", "train.resources.custom", "train.resources.labels",
-    "generation.replicas", "generation.min_replicas", "generation.start_timeout_s", "generation.shard_timeout_s",
-    "generation.resources.custom", "generation.resources.labels",
+    "train.sharding", "train.reduce_every_pack", "train.offload", "train.start_timeout_s", "train.stall_timeout_s",
+    "train.min_workers", "train.resize_interval_s", "train.resources.custom", "train.resources.labels",
+    "generation.replicas", "generation.min_replicas", "generation.max_failures", "generation.start_timeout_s",
+    "generation.shard_timeout_s", "generation.resources.custom", "generation.resources.labels",
     "generation.engine.gpu_memory_utilization", "generation.engine.cpu_kv_cache_gib",
 )  # fmt: skip
 

@@ -74,6 +74,8 @@ def question_of(content: dict[str, Any] | None, data: DataConfig) -> Conversatio
 
 def answer_of(value: Any) -> float | None:
     """The number to check answers against; None if ``value`` is not a finite one."""
+    if value is None:
+        return None
     try:
         number = float(value)
     except (TypeError, ValueError, OverflowError):
@@ -99,7 +101,7 @@ def _messages_of(content: dict[str, Any], data: DataConfig) -> list[Message]:
         if not isinstance(text, str):
             raise Unusable("malformed", f"message {index}: content must be text, found {type(text).__name__}")
         try:
-            text.encode()
+            text.isascii() or text.encode()
         except UnicodeEncodeError:
             raise Unusable("malformed", f"message {index}: content is not valid Unicode (a lone surrogate)") from None
     messages = [{"role": message["role"], "content": message["content"]} for message in messages]

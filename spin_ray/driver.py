@@ -11,6 +11,7 @@ What θ_t answers, how pairs come of it and what training minimises is the algor
 """
 
 import logging
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 
 from spin_ray.algorithms import ALGORITHMS, Algorithm, Turn
@@ -19,14 +20,19 @@ from spin_ray.distribution import share
 from spin_ray.engine import EngineSpec, GenerationEngine, StartEngine
 from spin_ray.history import evidence_to_stop
 from spin_ray.measures import Evaluation
+from spin_ray.model_card import write_card
 from spin_ray.model_folder import ModelFolder
 from spin_ray.preflight import Start
+from spin_ray.progress import RunProgress
 from spin_ray.resources import check_fits, connect
 from spin_ray.run_dir import RunDir, folder_digest, iterate_name
 from spin_ray.stages import evaluation, generation, prompts, training
 from spin_ray.tracking import track
 
 logger = logging.getLogger(__name__)
+
+Play = Callable[[ModelFolder, list[generation.Job]], None]
+"""Lets a model answer the prompts of some jobs."""
 
 
 def spin(run: RunDir, config: SpinConfig, start: Start, start_engine: StartEngine) -> None:
@@ -37,7 +43,11 @@ def spin(run: RunDir, config: SpinConfig, start: Start, start_engine: StartEngin
 
     connect(config)
     check_fits(config)
-    start = _for_every_machine(start)
+    with RunProgress(run, config):
+        _spin(run, config, _for_every_machine(start), play)
+
+
+def _spin(run: RunDir, config: SpinConfig, start: Start, play: Play) -> None:
     algorithm = ALGORITHMS[config.algorithm]
     _prepare_prompts(run, config, start)
     if config.sft:
@@ -51,8 +61,9 @@ def spin(run: RunDir, config: SpinConfig, start: Start, start_engine: StartEngin
         turn = Turn(run=run, config=config, start=start, iteration=iteration, player=player, first=first, play=play)
         play(player, _jobs(turn, algorithm))
         if start.heldout:
-            evaluations.append(evaluation.run(run, config, iteration, player, opponent))
+            evaluations.append(evaluation.run(run, config, iteration, player, opponent, first))
         run.publish(iteration)
+        write_card(run, iteration)
         track(run, config, iteration)
         if _should_stop(run, config, evaluations):
             break

@@ -66,13 +66,7 @@ class VllmEngine:
     """
 
     def __init__(self, spec: EngineSpec) -> None:
-        os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
-        os.environ.setdefault("VLLM_NO_USAGE_STATS", "1")
-        os.environ.setdefault("VLLM_LOGGING_LEVEL", "WARNING")
-        os.environ["VLLM_CPU_KVCACHE_SPACE"] = str(spec.config.cpu_kv_cache_gib)
-        os.environ["VLLM_CPU_OMP_THREADS_BIND"] = "nobind"
-        cpu.prepare(spec.threads)
-        cpu.allow_amx_kernels()
+        prepare_process(spec.config, spec.threads)
 
         from vllm import LLM
         from vllm.platforms import current_platform
@@ -122,6 +116,17 @@ class VllmEngine:
         core = self._llm.llm_engine.engine_core
         core.shutdown()
         del self._llm
+
+
+def prepare_process(config: EngineConfig, threads: int) -> None:
+    """Sets what vLLM reads from the environment; call it before vLLM is imported."""
+    os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
+    os.environ.setdefault("VLLM_NO_USAGE_STATS", "1")
+    os.environ.setdefault("VLLM_LOGGING_LEVEL", "WARNING")
+    os.environ["VLLM_CPU_KVCACHE_SPACE"] = str(config.cpu_kv_cache_gib)
+    os.environ["VLLM_CPU_OMP_THREADS_BIND"] = "nobind"
+    cpu.prepare(threads)
+    cpu.allow_amx_kernels()
 
 
 def whole_prefill(max_length: int) -> dict[str, Any]:

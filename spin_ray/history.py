@@ -1,11 +1,11 @@
-"""What a run recorded, read back for people: evaluations, training logs, stages in time, examples.
+"""What a run recorded, read back for people: evaluations, training logs, examples.
 
 Reads committed artefacts and logs only, so it works while the run goes on and after it stopped half-way.
 """
 
 import json
 import re
-from collections import defaultdict
+from collections.abc import Iterator
 from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -18,31 +18,10 @@ from tokenizers import Tokenizer
 
 from spin_ray.config import SpinConfig
 from spin_ray.errors import RunDirError
-from spin_ray.measures import Evaluation, row_margins, stop_evidence
+from spin_ray.heldout_scores import row_margins
+from spin_ray.measures import Evaluation, stop_evidence
 from spin_ray.rendering import load_tokenizer
 from spin_ray.run_dir import Artefact, RunDir, iterate_name, iterate_number, read_json_lines
-
-Event = dict[str, Any]
-
-
-@dataclass(frozen=True, slots=True)
-class Span:
-    """One attempt at a stage. Example: ``Span("iter_000", "training", 12.0, 74.5, "commit", {"rows": 64, …})``."""
-
-    folder: str
-    """``run`` for what belongs to no iterate."""
-    stage: str
-    start: float
-    """Unix time, seconds."""
-    end: float
-    outcome: str
-    """``commit``, ``failure``, ``lost`` (its driver died) or ``running``."""
-    counted: dict[str, Any]
-    """Rows, tokens and whatever else the stage counted."""
-
-    @property
-    def seconds(self) -> float:
-        return self.end - self.start
 
 
 @dataclass(frozen=True, slots=True)
@@ -59,12 +38,20 @@ class Example:
 
 
 def read_evaluations(run: RunDir, config: SpinConfig) -> list[Evaluation]:
-    """``eval.json`` of every iterate that has one, θ_0 first; a damaged one is none: the run makes it again."""
-    found = []
+    """What the evaluation stage wrote of every iterate that it saw, θ_0 first."""
+    return [found for _, found in _eval_files(run, config) if "real_length" in found]
+
+
+def read_benchmarks(run: RunDir, config: SpinConfig) -> dict[str, dict[str, Any]]:
+    """lm-eval's results by task, of every iterate that has any."""
+    return {name: found["benchmarks"] for name, found in _eval_files(run, config) if "benchmarks" in found}
+
+
+def _eval_files(run: RunDir, config: SpinConfig) -> Iterator[tuple[str, Evaluation]]:
+    """``eval.json`` of every iterate that has one; a damaged one is none: the run makes it again."""
     for iterate in range(config.iterations + 1):
         with suppress(FileNotFoundError, ValueError):
-            found.append(json.loads(run.storage.read(run.eval_path(iterate))))
-    return found
+            yield iterate_name(iterate), json.loads(run.storage.read(run.eval_path(iterate)))
 
 
 def evidence_to_stop(config: SpinConfig, evaluations: list[Evaluation]) -> dict[str, Any] | None:
@@ -73,58 +60,11 @@ def evidence_to_stop(config: SpinConfig, evaluations: list[Evaluation]) -> dict[
     return stop_evidence(evaluations, rule.patience, rule.min_fall) if rule else None
 
 
-def read_benchmarks(run: RunDir, config: SpinConfig) -> dict[str, dict[str, Any]]:
-    """``benchmarks.json`` (lm-eval's results by task) of every iterate that has one."""
-    names = [iterate_name(iterate) for iterate in range(config.iterations + 1)]
-    paths = {name: f"{name}/benchmarks.json" for name in names}
-    return {name: json.loads(run.storage.read(path)) for name, path in paths.items() if run.storage.exists(path)}
-
-
 def read_train_logs(run: RunDir, config: SpinConfig) -> dict[str, list[dict[str, Any]]]:
     """Lines of ``train_log.jsonl`` by folder, those that have any."""
     names = [iterate_name(iterate) for iterate in range(config.iterations + 1)]
     logs = {name: read_json_lines(run.storage, f"{name}/train_log.jsonl") for name in names}
     return {name: log for name, log in logs.items() if log}
-
-
-def split_stage(stage: str) -> tuple[str, str]:
-    """(folder, stage) of an event.
-
-    One opponent answers held-out and training prompts in one go: that is counted where its held-out samples are.
-    """
-    folder, _, name = stage.partition(" ")[0].rpartition("/")
-    return folder or "run", "sampling" if name in ("heldout_samples", "generations") else name
-
-
-def spans(events: list[Event]) -> list[Span]:
-    """Every attempt at every stage, in order. A start that was followed by another one was lost with its driver."""
-    found: list[Span] = []
-    open_stages: dict[str, float] = {}
-    latest = 0.0
-    for event in events:
-        stage, kind = event["stage"], event["event"]
-        if kind == "start":
-            for name, started in open_stages.items():  # one stage at a time: what is still open was lost
-                found.append(Span(*split_stage(name), started, max(latest, started), "lost", {}))
-            open_stages = {stage: event["time"]}
-        elif kind in ("commit", "failure"):
-            open_stages.pop(stage, None)
-            counted = {key: value for key, value in event.items() if key not in ("time", "event", "stage")}
-            started = event["time"] - event["seconds"]
-            found.append(Span(*split_stage(stage), started, event["time"], kind, counted))
-        latest = event["time"]
-    found += [Span(*split_stage(name), started, latest, "running", {}) for name, started in open_stages.items()]
-    return found
-
-
-def stage_seconds(run: RunDir) -> dict[str, dict[str, float]]:
-    """Wall seconds by iterate and stage, summed over attempts, e.g. ``{"iter_000": {"training": 61.2}}``."""
-    seconds: dict[str, dict[str, float]] = defaultdict(lambda: defaultdict(float))
-    for event in run.events():
-        if event["event"] in ("commit", "failure"):
-            folder, stage = split_stage(event["stage"])
-            seconds[folder][stage] += event["seconds"]
-    return {folder: dict(stages) for folder, stages in seconds.items()}
 
 
 def read_examples(

@@ -1,13 +1,17 @@
 """A model as judge between two iterates, behind any OpenAI-compatible endpoint; after MT-Bench (arXiv 2306.05685).
 
 It reads the samples that the evaluation stage drew: nothing is generated but judgements. Every pair is judged in both
-orders, as judges favour a place; only a verdict that stands in both counts as a win. The raw judgements are kept.
+orders, as judges favour a place; only a verdict that stands in both counts as a win. The raw judgements are kept, also
+when the endpoint fails half-way: the same command then asks what is left.
 """
 
+import hashlib
 import json
 import math
 import os
 import re
+import time
+import urllib.error
 import urllib.request
 from collections import Counter
 from collections.abc import Sequence
@@ -19,7 +23,7 @@ from spin_ray.config import SpinConfig
 from spin_ray.errors import ConfigError, StageError, first_line
 from spin_ray.history import Example, read_examples
 from spin_ray.redaction import hide_in_text
-from spin_ray.run_dir import RunDir
+from spin_ray.run_dir import RunDir, read_json_lines
 
 Verdict = Literal["first", "second", "tie", "unclear"]
 _VERDICTS: dict[str, Verdict] = {"A": "first", "B": "second", "C": "tie"}
@@ -51,6 +55,10 @@ class Judge:
     timeout_s: float = 120
     parallel: int = 8
     """Questions asked side by side."""
+    tries: int = 4
+    """Of each question, where the server is busy (429, 5xx) or does not answer."""
+    wait_s: float = 2
+    """Before the second try; doubled before each further one."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -64,12 +72,17 @@ class Judgement:
     verdict: Verdict
     text: str
     """All that the judge said."""
+    judge: str = ""
+    """What the server calls it."""
+    question: str = ""
+    """Digest of what it was asked: conversation, replies and instruction."""
 
 
 def run(run_dir: RunDir, config: SpinConfig, one: str, other: str, judge: Judge, limit: int) -> dict[str, Any]:
     """Judges ``one`` against ``other`` on up to ``limit`` held-out prompts.
 
-    Writes ``judgements/ONE-OTHER.jsonl`` (raw) and ``.json`` (what is returned).
+    Writes ``judgements/ONE-OTHER.jsonl`` (raw) and ``.json`` (what is returned). What is there already of the same
+    judge, conversation and replies is not asked again.
 
     Raises:
         ConfigError: one of them has no held-out samples.
@@ -78,16 +91,27 @@ def run(run_dir: RunDir, config: SpinConfig, one: str, other: str, judge: Judge,
     examples = [it for it in read_examples(run_dir, config, limit=limit) if {one, other} <= it.answers.keys()]
     if not examples:
         raise ConfigError(f"{run_dir.storage.root}: {one} and {other} have no held-out samples of the same prompts")
-    with run_dir.stage(f"{one}/judging") as counted:
-        asked = [(it, *order) for it in examples for order in ((one, other), (other, one))]
-        with ThreadPoolExecutor(judge.parallel) as pool:
-            judgements = list(pool.map(lambda question: ask(judge, *question), asked))
+    raw = f"judgements/{one}-{other}.jsonl"
+    known = {
+        (line["judge"], line["question"]): Judgement(**line) for line in read_json_lines(run_dir.storage, raw)
+    }  # fmt: skip
+    asked = [(it, *order) for it in examples for order in ((one, other), (other, one))]
+    judgements: list[Judgement] = []
+    with run_dir.stage(f"{one}/judging") as counted, ThreadPoolExecutor(judge.parallel) as pool:
+        found = [pool.submit(_ask_once, judge, known, *question) for question in asked]
+        try:
+            judgements += [future.result() for future in found]
+        finally:
+            for future in found:  # after a failure; what is being asked is waited for
+                future.cancel()
+            done = [future.result() for future in found if not future.cancelled() and future.exception() is None]
+            kept = known | {(it.judge, it.question): it for it in done}  # other judges' as well
+            lines = "".join(json.dumps(asdict(judgement)) + "\n" for judgement in kept.values())
+            run_dir.storage.replace(raw, lines.encode())
         counted["rows"] = len(examples)
-    found = summarise(judgements, one, other) | {"judge": judge.model, "endpoint": hide_in_text(judge.endpoint)}
-    raw = "".join(json.dumps(asdict(judgement)) + "\n" for judgement in judgements)
-    run_dir.storage.replace(f"judgements/{one}-{other}.jsonl", raw.encode())
-    run_dir.storage.replace(f"judgements/{one}-{other}.json", json.dumps(found, indent=1).encode())
-    return found
+    summary = summarise(judgements, one, other) | {"judge": judge.model, "endpoint": hide_in_text(judge.endpoint)}
+    run_dir.storage.replace(f"judgements/{one}-{other}.json", json.dumps(summary, indent=1).encode())
+    return summary
 
 
 def summarise(judgements: Sequence[Judgement], one: str, other: str) -> dict[str, Any]:
@@ -126,22 +150,45 @@ def _point(judgement: Judgement, one: str) -> int:
     return 1 if better == one else -1
 
 
-def ask(judge: Judge, example: Example, first: str, second: str) -> Judgement:
-    """One question to the judge. The last verdict in what it says counts."""
+def _ask_once(
+    judge: Judge, known: dict[tuple[str, str], Judgement], example: Example, first: str, second: str
+) -> Judgement:
+    task = _task(example, first, second)
+    question = hashlib.sha256(task.encode()).hexdigest()[:32]
+    if (judge.model, question) in known:
+        return known[judge.model, question]
+    text = ask(judge, task)
+    verdicts = _FORM.findall(text)
+    verdict: Verdict = _VERDICTS[verdicts[-1]] if verdicts else "unclear"  # the last one counts
+    return Judgement(example.prompt_id, first, second, verdict, text, judge.model, question)
+
+
+def _task(example: Example, first: str, second: str) -> str:
     conversation = "\n".join(f"{message['role']}: {message['content']}" for message in example.messages)
-    task = _TASK.format(conversation=conversation, first=example.answers[first], second=example.answers[second])
+    return _TASK.format(conversation=conversation, first=example.answers[first], second=example.answers[second])
+
+
+def ask(judge: Judge, task: str) -> str:
+    """What the judge says. A server that is busy or does not answer is asked again, ``judge.tries`` times in all.
+
+    Raises:
+        StageError: it gave no answer.
+    """
     body = {"model": judge.model, "temperature": 0, "messages": [{"role": "user", "content": task}]}
     headers = {
         "Content-Type": "application/json",
         "Authorization": f"Bearer {os.environ.get('OPENAI_API_KEY', 'none')}",
     }
     url = f"{judge.endpoint.rstrip('/')}/chat/completions"
-    try:
-        request = urllib.request.Request(url, json.dumps(body).encode(), headers)
-        with urllib.request.urlopen(request, timeout=judge.timeout_s) as answer:
-            text = json.load(answer)["choices"][0]["message"]["content"] or ""
-    except (OSError, ValueError, LookupError, TypeError) as error:
-        raise StageError(f"{hide_in_text(url)}: gave no judgement ({hide_in_text(first_line(error))})") from error
-    verdicts = _FORM.findall(text)
-    verdict: Verdict = _VERDICTS[verdicts[-1]] if verdicts else "unclear"
-    return Judgement(example.prompt_id, first, second, verdict, text)
+    for attempt in range(judge.tries):
+        try:
+            request = urllib.request.Request(url, json.dumps(body).encode(), headers)
+            with urllib.request.urlopen(request, timeout=judge.timeout_s) as answer:
+                return json.load(answer)["choices"][0]["message"]["content"] or ""
+        except (OSError, ValueError, LookupError, TypeError) as error:
+            refused = isinstance(error, urllib.error.HTTPError) and error.code < 500 and error.code != 429
+            if refused or not isinstance(error, OSError) or attempt + 1 == judge.tries:
+                said = hide_in_text(first_line(error))
+                raise StageError(f"{hide_in_text(url)}: gave no judgement ({said})") from error
+            time.sleep(judge.wait_s * 2**attempt)
+    raise ValueError("tries must be at least 1")

@@ -9,7 +9,6 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
-import pyarrow as pa
 
 Evaluation = dict[str, Any]
 """The content of one ``eval.json``."""
@@ -95,6 +94,19 @@ MEASURES = (
         "Many nats in one iteration: the step was too large. Clearly below 0, which no KL is: the samples are not of "
         "this model; an engine in bfloat16 may round small updates away.",
     ),
+    Measure(
+        "kl_to_base", "KL to the base",
+        "mean over the iterate's own samples of their log p under it minus that under θ_0, nats per response",
+        "Growing by many nats with each iteration: it drifts away from the model that was aligned and tested; more "
+        "beta, fewer iterations, or objective.reference_alpha hold it back.",
+    ),
+    Measure(
+        "against_opponent.margin_concentration", "margin concentration",
+        "share that the tenth of the tokens of y and y′ with the largest changes of log p has of all their changes "
+        "(absolute), mean over pairs: 0.1 is even",
+        "Near 1: a few tokens (an opening, the end of the turn) make the margin, and the rest is not judged.",
+        2,
+    ),
     Measure("real_length", "length of y", "mean tokens of people's responses", "No measure of the model.", 1),
     Measure(
         "generated_length", "length of y′", "mean tokens of the iterate's responses",
@@ -142,19 +154,6 @@ def distinct_ngrams(responses: list[list[int]], n: int) -> float:
     """Different n-grams over all n-grams (Li et al. 2016, arXiv 1510.03055). Example, n = 2: abab -> ab, ba: 2/3."""
     grams = [tuple(ids[i : i + n]) for ids in responses for i in range(len(ids) - n + 1)]
     return len(set(grams)) / len(grams) if grams else 0.0
-
-
-def row_margins(scores: pa.Table, model: str, opponent: str, beta: float) -> Any:
-    """Frame by pair_id: ``real``, ``generated`` (log p under the model minus that under the opponent), ``margin``."""
-    columns = ["pair_id", "model", "real_logp", "generated_logp"]
-    logps = ["real_logp", "generated_logp"]
-    frame = scores.select(columns).to_pandas().pivot(index="pair_id", columns="model", values=logps)
-    frame = frame.astype(np.float64)
-    drift = {name: frame[f"{name}_logp"][model] - frame[f"{name}_logp"][opponent] for name in ("real", "generated")}
-    result = drift["real"].to_frame("real")
-    result["generated"] = drift["generated"]
-    result["margin"] = beta * (result["real"] - result["generated"])
-    return result
 
 
 def standard_error(values: np.ndarray) -> float:

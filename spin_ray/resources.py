@@ -131,10 +131,7 @@ def wait_until_free(bundles: Bundles, timeout_s: float, stage: str) -> None:
         if _has(free, needed):
             return
         if time.monotonic() > deadline:
-            raise StageError(
-                f"{stage}: waited {timeout_s:.0f} s for {_shown(needed)} to be free; "
-                f"the cluster has {_shown(free)} free"
-            )
+            raise StageError(f"{stage}: waited {timeout_s:.0f} s for {_shown(needed)} to be free; {in_the_cluster()}")
         time.sleep(0.1)
 
 
@@ -161,15 +158,53 @@ def with_deadline(rows: Iterable[Row], first_s: float, next_s: float, what: str)
         try:
             item = arrived.get(timeout=timeout_s)
         except queue.Empty:
-            raise StageError(
-                f"waited {timeout_s:.0f} s for {what}; free in the cluster: {_shown(ray.available_resources())}"
-            ) from None
+            raise StageError(f"waited {timeout_s:.0f} s for {what}; {in_the_cluster()}") from None
         if item is done:
             return
         if isinstance(item, BaseException):
             raise item
         timeout_s = next_s
         yield item
+
+
+def while_it_moves(call: Callable[[], Row], progress: Callable[[], Any], limit_s: float, what: str) -> Row:
+    """What ``call`` returns, as long as ``progress()`` changes now and then.
+
+    Raises:
+        StageError: it was the same for ``limit_s`` seconds. The call goes on in its thread: the driver ends now.
+    """
+    ended: queue.Queue[tuple[Any, BaseException | None]] = queue.Queue()
+
+    def run() -> None:
+        try:
+            ended.put((call(), None))
+        except BaseException as error:
+            ended.put((None, error))
+
+    threading.Thread(target=run, name=what, daemon=True).start()
+    seen, since = progress(), time.monotonic()
+    while True:
+        try:
+            result, error = ended.get(timeout=min(limit_s / 4, 30))
+        except queue.Empty:
+            if (now := progress()) != seen:
+                seen, since = now, time.monotonic()
+            elif time.monotonic() - since > limit_s:
+                raise StageError(
+                    f"waited {limit_s:.0f} s for {what}; {in_the_cluster()}; run the command again to go on"
+                ) from None
+            continue
+        if error is not None:
+            raise error
+        return result
+
+
+def in_the_cluster() -> str:
+    """For messages: ``the cluster has 8 CPU in 2 nodes, 2 CPU of them free``."""
+    nodes = _node_resources()
+    total = {name: sum(node.get(name, 0) for node in nodes) for node in nodes for name in node}
+    free = _shown(ray.available_resources())
+    return f"the cluster has {_shown(total)} in {len(nodes)} nodes, {free} of them free"
 
 
 def _node_resources(labels: Mapping[str, str] | None = None) -> list[dict[str, float]]:

@@ -28,6 +28,8 @@ from spin_ray.storage import ATTEMPTS, Digest, Storage, bytes_digest, file_diges
 logger = logging.getLogger(__name__)
 
 MANIFEST = "_MANIFEST.json"
+CARD = "README.md"
+"""Of a model; no part of it."""
 
 
 class FileEntry(BaseModel):
@@ -352,6 +354,11 @@ class RunDir:
             logger.info("%s: %.0f s, %.0f %% of it useful work", name, seconds, 100 * counted["useful"])
         self.event("commit", name, seconds=round(seconds, 3), **counted)
 
+    def was_cut_off(self, stage: str) -> bool:
+        """Whether the last attempt at a stage began and did not commit: what it had in hand was lost."""
+        told = [event["event"] for event in self.events() if event["stage"] == stage and event["event"] != "lost"]
+        return bool(told) and told[-1] != "commit"
+
     def event(self, event: str, stage: str, **values: Any) -> None:
         line = {"time": round(time.time(), 3), "event": event, "stage": stage, **values}
         self.storage.append("events.jsonl", json.dumps(line) + "\n")
@@ -413,8 +420,8 @@ def read_json_lines(storage: Storage, name: str) -> list[dict[str, Any]]:
 
 
 def folder_entries(folder: Path) -> dict[str, FileEntry]:
-    """Every file below ``folder`` but the manifest, with its digest."""
-    files = sorted(path for path in folder.rglob("*") if path.is_file() and path.name != MANIFEST)
+    """Every file below ``folder`` with its digest, but for what is said about it: manifest and card."""
+    files = sorted(path for path in folder.rglob("*") if path.is_file() and path.name not in (MANIFEST, CARD))
     entries = {}
     for path in files:
         sha256, size = file_digest(path)

@@ -1,17 +1,23 @@
 """A run in a table, for the end of a run and for ``spin-ray status``."""
 
 import json
+import time
 from typing import Any
 
 from rich.console import Console
 from rich.table import Table
 
 from spin_ray.config import SpinConfig
-from spin_ray.history import read_evaluations, read_examples, stage_seconds
+from spin_ray.forecast import duration
+from spin_ray.history import read_evaluations, read_examples
 from spin_ray.measures import MEASURES, Evaluation, warnings
-from spin_ray.run_dir import RunDir, iterate_number
+from spin_ray.progress import PROGRESS
+from spin_ray.run_dir import RunDir, iterate_number, read_json_lines
+from spin_ray.timeline import Event, lost_work, spans, stage_seconds
 
 EXAMPLES = 3
+RECENT_STEPS = 10
+"""Of a running training, whose mean ``status`` shows."""
 
 
 def print_summary(run: RunDir, console: Console) -> None:
@@ -19,7 +25,7 @@ def print_summary(run: RunDir, console: Console) -> None:
     config = run.config()
     evaluations = read_evaluations(run, config)
     console.print(_iterates(evaluations))
-    console.print(_seconds(stage_seconds(run)))
+    console.print(_seconds(stage_seconds(run.events())))
     if evaluations:
         _print_examples(run, config, console)
     # Paths and errors are no markup: rich takes [/tmp/x] for the end of a style.
@@ -31,7 +37,7 @@ def print_summary(run: RunDir, console: Console) -> None:
 
 
 def print_status(run: RunDir, console: Console) -> None:
-    """What is committed, what the last event was, and the measures so far."""
+    """What is committed, what is running now with its measures so far, what the last event was, and the evaluations."""
     config = run.config()
     events = run.events()
     evaluations = read_evaluations(run, config)
@@ -40,12 +46,54 @@ def print_status(run: RunDir, console: Console) -> None:
         for text in warnings(evaluation, evaluations[0] if evaluation is not evaluations[0] else None):
             console.print(f"[yellow]Warning[/] {evaluation['iterate']}:", end=" ")
             console.print(text, markup=False)
-    console.print(_seconds(stage_seconds(run)))
+    console.print(_seconds(stage_seconds(events)))
+    if any((lost := lost_work(events)).values()):
+        console.print(f"Lost to failures and done again: {lost['shards']} shards (at most), {lost['steps']} steps")
+    _print_running(run, events, console)
     for event in events[-1:]:
         detail = {name: value for name, value in event.items() if name not in ("time", "event", "stage")}
         line = f"Last event: {event['event']} {event['stage']} {json.dumps(detail) if detail else ''}"
         console.print(line, markup=False)
     console.print(f"LATEST: {run.latest() or 'nothing published yet'}; iterations wanted: {config.iterations}")
+
+
+def is_running(run: RunDir) -> bool:
+    """Whether a stage has been started and not ended; its driver may have died meanwhile."""
+    return any(span.outcome == "running" for span in spans(run.events())[-1:])
+
+
+def _print_running(run: RunDir, events: list[Event], console: Console) -> None:
+    """The running stage, when its driver last said so, and the measures of its training."""
+    last = next(iter(spans(events)[-1:]), None)
+    if last is None or last.outcome != "running":
+        return
+    log = read_json_lines(run.storage, f"{last.folder}/train_log.jsonl") if last.stage == "training" else []
+    if log:
+        console.print(_training(last.folder, log))
+    try:
+        state = json.loads(run.storage.read(PROGRESS))
+    except (FileNotFoundError, ValueError):
+        state = {}
+    if state.get("time", 0) >= last.start:
+        line = f"Running: {state['line']} (told {duration(time.time() - state['time'])} ago)"
+    else:
+        line = f"Running: {last.folder} {last.stage} for {duration(time.time() - last.start)}"
+    console.print(line, markup=False)
+
+
+def _training(folder: str, log: list[dict[str, Any]]) -> Table:
+    """The first step, the mean of the newest ones, and the newest."""
+    recent, newest = log[-RECENT_STEPS:], log[-1]
+    table = Table(title=f"{folder} training, step {newest['step'] + 1} of {newest['of']}")
+    for name in ("measure", "first", f"mean of {len(recent)}", "newest"):
+        table.add_column(name, justify="left" if name == "measure" else "right")
+    for key in newest:
+        if key not in ("step", "of"):
+            mean = sum(line[key] for line in recent) / len(recent)
+            table.add_row(key, *[f"{value:,.5g}" for value in (log[0][key], mean, newest[key])])
+    seconds = sum(line["seconds"] for line in recent)
+    table.add_row("tokens/s", "", f"{sum(line['tokens'] for line in recent) / max(seconds, 1e-9):,.0f}", "")
+    return table
 
 
 def _iterates(evaluations: list[dict[str, Any]]) -> Table:

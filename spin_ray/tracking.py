@@ -3,6 +3,8 @@
     train/loss, train/margin, …           at the optimizer step, counted through all iterations
     eval/against_opponent.loss, …         at the number of the iterate (θ_0 is 0): the keys of eval.json
 
+Ray's Prometheus endpoint has the newest of both (``gauges``).
+
 Each iterate is logged once, when it is published; RUN/tracking.json remembers what was. A tracker that fails is a
 warning, never the end of a run: what it was told is in the run folder all the same.
 """
@@ -10,12 +12,12 @@ warning, never the end of a run: what it was told is in the run folder all the s
 import json
 import logging
 import os
-import re
 import time
 import uuid
 from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
+from spin_ray import gauges
 from spin_ray.config import SpinConfig, flatten
 from spin_ray.errors import first_line
 from spin_ray.measures import MEASURES
@@ -26,7 +28,6 @@ logger = logging.getLogger(__name__)
 
 STATE = "tracking.json"
 TENSORBOARD = "tensorboard"
-_NOT_LOGGED = ("step", "of")
 
 
 class Point(NamedTuple):
@@ -51,7 +52,8 @@ def track(run: RunDir, config: SpinConfig, iterate: int) -> None:
             continue
         mine["logged"].append(name)
         run.storage.replace(STATE, json.dumps(state, indent=1).encode())
-    _set_gauges(run, iterate)
+    newest = {point.name: point.value for point in _evaluation_points(run, iterate)}
+    gauges.set_all(run.storage.name, newest | {"eval/iterate": float(iterate)})
 
 
 def points(run: RunDir, iterate: int) -> Iterator[Point]:
@@ -60,7 +62,7 @@ def points(run: RunDir, iterate: int) -> Iterator[Point]:
     before = sum(len(log) for log in logs[:-1])
     for line in logs[-1]:
         for key, value in line.items():
-            if key not in _NOT_LOGGED:
+            if key not in gauges.NOT_LOGGED:
                 yield Point(f"train/{key}", before + line["step"], float(value))
     yield from _evaluation_points(run, iterate)
 
@@ -143,19 +145,6 @@ def _log_wandb(run: RunDir, config: SpinConfig, found: list[Point], state: dict[
             client.log({axis: place, **values})
     client.finish()
     return {"run_id": run_id}
-
-
-def _set_gauges(run: RunDir, iterate: int) -> None:
-    """The newest evaluation as gauges of Ray's own Prometheus endpoint, e.g. ``ray_spin_ray_eval_jsd_lower_bound``."""
-    import ray
-    from ray.util.metrics import Gauge
-
-    if not ray.is_initialized():
-        return
-    values = {point.name: point.value for point in _evaluation_points(run, iterate)} | {"iterate": float(iterate)}
-    for name, value in values.items():
-        gauge = Gauge(f"spin_ray_{re.sub('[^a-zA-Z0-9]', '_', name)}", tag_keys=("run",))
-        gauge.set(value, tags={"run": run.storage.name})
 
 
 def _settings(config: SpinConfig) -> dict[str, Any]:

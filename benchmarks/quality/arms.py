@@ -1,7 +1,14 @@
 """What is compared: recipes that differ in nothing but the arm, on one of three settings.
 
-A setting says model, data and sizes. An arm changes some values of the setting's recipe. Every arm but
-self-reinforcement starts from the setting's θ_0, which the arm ``warm_up`` makes once per seed.
+A setting says model, data and sizes; an arm lays some values over the setting's recipe. The arm ``warm_up`` makes θ_0
+once, an epoch an iterate, until held-out people's responses get no likelier (``plateau``). All arms but
+self-reinforcement start there, whatever their seed: a seed is an order of the rows and a stream of samples.
+
+Why these arms. With fresh y′ of θ_t itself, E[∇ log p(y′)] = 0: the first step of SPIN is a step of SFT with noise, and
+what is different about SPIN comes later in an iteration, when y′ is stale. Hence many short iterations, and an anchor
+of about the size of SPIN's own pull on y. An opponent that samples at temperature T > 1 from its likeliest tokens (a
+named departure) is different at first order: the fixed point of log p_{t+1} = log p_t + (log p_data − log p_opponent)/β
+is p ∝ p_data^T, people's distribution made sharper, which is what accuracy at temperature 1 asks for.
 """
 
 import copy
@@ -12,7 +19,11 @@ from typing import Any
 
 WARM_UP = "warm_up"
 SFT = "continued_sft"
-"""More SFT at the warm-up's learning rate; names of its variants start with it."""
+"""More SFT from θ_0; names of its variants start with it."""
+SELF_REINFORCEMENT = "self_reinforcement"
+Recipe = dict[str, Any]
+Run = dict[str, Any]
+"""The JSON of one arm and seed."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -23,11 +34,13 @@ class Setting:
     train: str
     test: str
     """File names below the data folder, or ``embedded:`` names."""
-    recipe: dict[str, Any]
-    warm_up_epochs: int
-    """To the plateau of the held-out log p(y), on rows of *train* that were kept back."""
+    recipe: Recipe
+    warm_up_rates: tuple[float, ...]
+    """Peak learning rate of each epoch of the warm-up, which falls to 0 in each."""
     dev_rows: int = 300
-    """Rows of train that the search measures on, and does not train on."""
+    """Last rows of train, on which everything is chosen: they are never trained on."""
+    train_rows: int | None = None
+    """None: all the others."""
     seed_rows: int = 500
     """Labelled rows that self-reinforcement may see."""
     extractor: str = "equals"
@@ -38,144 +51,194 @@ class Setting:
 @dataclass(frozen=True, kw_only=True)
 class Arm:
     name: str
-    changes: dict[str, Any] = field(default_factory=dict)
+    why: str
+    """What it is to tell; shown in the report."""
+    changes: Recipe = field(default_factory=dict)
     """Laid over the setting's recipe, section by section."""
     from_base: bool = False
     """Starts from the model before the warm-up, with a warm-up of its own."""
     is_spin: bool = False
     """One of those of which the best on the dev rows is compared with continued SFT."""
+    seeds: int = 1
+    """How many of the seeds run it."""
 
 
-def spin(name: str, iterations: int = 3, rate: float = 3e-6, **objective: Any) -> Arm:
-    """SPIN on slices with fresh y', β 1 and an anchor unless said otherwise."""
-    values = {"beta": 1.0, "window": 1, "sft_weight": 0.3} | objective
-    changes = {"objective": values, "iterations": iterations, "train": {"learning_rate": rate}}
-    return Arm(name=name, changes=changes, is_spin=True)
+def more_sft(name: str, rate: float, why: str, seeds: int = 1) -> Arm:
+    changes = {
+        "algorithm": SFT, "iterations": 4, "data": {"prompts_per_iteration": 528},
+        "train": {"learning_rate": rate, "global_batch_pairs": 24},
+    }  # fmt: skip
+    return Arm(name=name, why=why, changes=changes, seeds=seeds)
+
+
+def spin(
+    name: str,
+    why: str,
+    *,
+    rate: float = 2e-5,
+    flat: float | None = None,
+    seeds: int = 1,
+    iterations: int = 3,
+    **objective: Any,
+) -> Arm:
+    """Short iterations of 10 steps with fresh y′, two to a prompt; ``flat`` is the temperature of an opponent that
+    samples from its 8 likeliest tokens.
+    """
+    changes: Recipe = {
+        "objective": {"beta": 1.0, "window": 1, "sft_weight": 3.0, "keep_identical": True} | objective,
+        "iterations": iterations,
+        "data": {"prompts_per_iteration": 240},
+        "train": {"learning_rate": rate, "global_batch_pairs": 48},
+        "generation": {"samples_per_prompt": 2},
+    }
+    if flat is not None:
+        changes["generation"] |= {"sampling": {"temperature": flat, "top_k": 8}}
+    return Arm(name=name, why=why, changes=changes, is_spin=True, seeds=seeds)
 
 
 ARMS = [
     Arm(
-        name=WARM_UP,
-        from_base=True,
-        changes={"algorithm": SFT, "iterations": 1, "data": {"prompts_per_iteration": None}},
+        name=WARM_UP, why="θ_0: SFT, an epoch an iterate, to the plateau of held-out log p(y)", from_base=True,
+        changes={"algorithm": SFT, "data": {"prompts_per_iteration": None}},
     ),
-    # Enough of it to cover the tokens and the time of every SPIN arm; each iterate is measured.
-    Arm(name=SFT, changes={"algorithm": SFT, "iterations": 9}),
-    Arm(name=f"{SFT}_low_rate", changes={"algorithm": SFT, "iterations": 9, "train": {"learning_rate": 2e-6}}),
-    spin("spin"),
-    spin("alpha_spin", reference_alpha=0.9),
-    spin("fictitious_play", window="all"),
+    more_sft(SFT, 2e-5, "the baseline", seeds=3),
+    spin("spin_flat_1.5", "opponent at temperature 1.5", flat=1.5, seeds=3),
+    spin("spin", "the paper's opponent, with the anchor", seeds=3),
+    more_sft(f"{SFT}_rate_5e-5", 5e-5, "the baseline at the warm-up's last rate"),
+    more_sft(f"{SFT}_rate_5e-6", 5e-6, "the baseline at a small rate"),
+    spin("spin_flat_1.5_rate_1e-5", "half the steps' size", flat=1.5, rate=1e-5),
+    spin("spin_flat_2", "opponent at temperature 2", flat=2.0),
+    spin("spin_anchor_1", "a third of the anchor", sft_weight=1.0),
+    spin("spin_beta_0.3", "log-ratio to the power 1/β: past people's distribution, by design", beta=0.3),
+    spin("spin_no_anchor", "the paper's objective", sft_weight=0.0),
+    spin("spin_beta_5", "strongly regularised", beta=5.0),
+    spin("alpha_spin", "geometric reference", reference_alpha=0.9),
+    spin("fictitious_play", "every iterate so far is an opponent", window="all"),
     Arm(
-        name="self_reinforcement",
-        from_base=True,
+        name=SELF_REINFORCEMENT, why="few labelled rows, the other questions unlabelled", from_base=True,
         changes={
-            "algorithm": "self_reinforcement", "iterations": 2, "generation": {"samples_per_prompt": 4},
-            "objective": {"beta": 1.0, "window": 1, "sft_weight": 0.3}, "self_filter": {"min_agreement": 0.5},
+            "algorithm": SELF_REINFORCEMENT, "iterations": 2, "self_filter": {"min_agreement": 0.5},
+            "data": {"prompts_per_iteration": 528}, "generation": {"samples_per_prompt": 4},
+            "objective": {"beta": 1.0, "window": 1, "sft_weight": 3.0},
+            "train": {"learning_rate": 2e-5, "global_batch_pairs": 24},
         },
     ),
 ]  # fmt: skip
+"""In the order in which they are run: each result already says something when the next is missing."""
 
-SEARCH = [
-    spin(f"spin_beta_{beta:g}_rate_{rate:g}_anchor_{anchor:g}", rate=rate, beta=beta, sft_weight=anchor)
-    for beta, rate, anchor in [
-        (1.0, 1e-6, 0.0), (1.0, 3e-6, 0.0), (1.0, 3e-6, 1.0), (2.0, 3e-6, 0.3), (5.0, 3e-6, 0.3), (5.0, 5e-6, 1.0),
-    ]
-]  # fmt: skip
-"""Measured on dev rows only, beside ``ARMS``: the search, what did not work included."""
-
-_CPU = {
+_CPU: Recipe = {
     # An arm that destroys the model is a finding: it is measured, not stopped.
     "health": {"max_margin": None, "max_real_logp_drop": None, "max_length_change": None},
     "generation": {
-        "resources": {"cpus": 2}, "engine": {"enforce_eager": True, "max_num_seqs": 128, "cpu_kv_cache_gib": 2},
+        "resources": {"cpus": 1},
+        # Not bf16, which would round an iteration's small updates away before they play.
+        "engine": {"enforce_eager": True, "max_num_seqs": 128, "cpu_kv_cache_gib": 1, "dtype": "float32"},
     },
+    # One thread: more of them than free cores slow a step more than tenfold.
     "train": {
-        "workers": 2, "resources": {"cpus": 1}, "epochs": 1, "global_batch_pairs": 24, "pack_length": 512,
-        "precision": "fp32", "checkpoint_every_steps": 20, "learning_rate": 2e-5,
-        "optimizer": {"name": "adamw", "schedule": "linear"},
+        "workers": 1, "resources": {"cpus": 1}, "epochs": 1, "global_batch_pairs": 24, "pack_length": 512,
+        "precision": "bf16", "checkpoint_every_steps": 15, "optimizer": {"name": "adamw", "schedule": "linear"},
     },
+    "objective": {"window": 1},
+    # The run's own evaluation is there for the distance; measure.py measures on all rows.
+    "evaluation": {"max_rows": 100},
 }  # fmt: skip
 
 
-def _smollm2(max_length: int, max_tokens: int, prompts: int) -> dict[str, Any]:
+def _smollm2(max_length: int, max_tokens: int) -> Recipe:
     recipe = copy.deepcopy(_CPU)
     recipe["model"] = {"path": "embedded:smollm2-135m-instruct", "max_length": max_length}
-    recipe["data"] = {"system": "", "prompts_per_iteration": prompts}
+    recipe["data"] = {"system": ""}
     recipe["generation"] |= {"sampling": {"max_tokens": max_tokens}, "shard_rows": 264}
     recipe["train"]["pack_length"] = max(512, max_length + max_tokens)
     return recipe
 
 
-def _smoke() -> dict[str, Any]:
+def _smoke() -> Recipe:
     recipe = copy.deepcopy(_CPU)
     recipe["model"] = {"path": "embedded:tiny-llama", "max_length": 96}
-    recipe["data"] = {"prompts_per_iteration": 16}
-    recipe["generation"] |= {"sampling": {"max_tokens": 16}, "shard_rows": 64, "resources": {"cpus": 1}}
-    recipe["generation"]["engine"] |= {"max_num_seqs": 16, "cpu_kv_cache_gib": 1, "dtype": "float32"}
-    recipe["train"] |= {"workers": 1, "global_batch_pairs": 4, "pack_length": 128}
+    recipe["data"] = {"system": ""}
+    recipe["generation"] |= {"sampling": {"max_tokens": 16}, "shard_rows": 64}
+    recipe["generation"]["engine"] |= {"max_num_seqs": 16}
+    recipe["train"] |= {"pack_length": 128, "precision": "fp32"}
+    recipe["evaluation"] = {"max_rows": 8}
     return recipe
 
 
 SETTINGS = {
     "word_problems": Setting(
         name="word_problems", train="word_problems.train.jsonl", test="word_problems.test.jsonl",
-        recipe=_smollm2(max_length=256, max_tokens=48, prompts=528), warm_up_epochs=4,
+        recipe=_smollm2(max_length=256, max_tokens=48), warm_up_rates=(1e-4, 1e-4),
     ),
     "gsm8k": Setting(
         name="gsm8k", train="gsm8k.train.jsonl", test="gsm8k.test.jsonl", extractor="hashes",
-        recipe=_smollm2(max_length=768, max_tokens=256, prompts=528), warm_up_epochs=3,
+        recipe=_smollm2(max_length=768, max_tokens=256), warm_up_rates=(1e-4, 1e-4),
     ),
     "smoke": Setting(
         name="smoke", train="embedded:arithmetic-train", test="embedded:arithmetic-heldout", recipe=_smoke(),
-        warm_up_epochs=1, dev_rows=16, seed_rows=24, most_iterations=1,
+        warm_up_rates=(1e-4,), dev_rows=16, train_rows=64, seed_rows=24, most_iterations=1,
     ),
 }  # fmt: skip
 
 
-def recipe_of(setting: Setting, arm: Arm, data: dict[str, str], start: str | None, seed: int) -> dict[str, Any]:
+def recipe_of(setting: Setting, arm: Arm, data: dict[str, str], start: str | None, seed: int) -> Recipe:
     """The recipe of a run.
 
     Args:
-        data: files by role: ``train``, ``heldout``, and for self-reinforcement ``seed`` and ``questions``.
+        data: files by role: ``train``, ``dev``, and for self-reinforcement ``seed`` and ``questions``.
         start: θ_0's folder; None for arms that start from the base model.
     """
     recipe = _laid_over(setting.recipe, arm.changes)
+    rates = list(setting.warm_up_rates)
+    if arm.name == WARM_UP:
+        recipe["iterations"] = len(rates)
+        recipe["train"]["learning_rate"] = rates
     recipe["iterations"] = min(recipe["iterations"], setting.most_iterations or recipe["iterations"])
-    recipe |= {"seed": seed, "evaluation": {"answer_extractor": setting.extractor}}
-    recipe["data"] |= {"train": data["train"], "heldout": data["heldout"]}
+    recipe["seed"] = seed
+    recipe["evaluation"]["answer_extractor"] = setting.extractor
+    recipe["data"] |= {"train": data["train"], "heldout": data["dev"]}
     if start is not None:
         recipe["model"]["path"] = start
-    if arm.name == WARM_UP:
-        recipe["train"]["epochs"] = setting.warm_up_epochs
-    elif arm.from_base:
+    if arm.name == SELF_REINFORCEMENT:
         recipe["data"] |= {"train": data["seed"], "questions": data["questions"]}
-        batch = recipe["train"]["global_batch_pairs"]
-        recipe["sft"] = {"epochs": setting.warm_up_epochs, "learning_rate": 2e-5, "global_batch_rows": batch}
-    if arm.is_spin or arm.name == "self_reinforcement":
-        recipe["train"] |= {"optimizer": {"name": "rmsprop", "schedule": "linear"}}
-        recipe["train"]["learning_rate"] = arm.changes.get("train", {}).get("learning_rate", 3e-6)
+        recipe["sft"] = {"epochs": len(rates), "learning_rate": rates[0], "global_batch_rows": 24}
+    if setting.name == "smoke":
+        recipe["train"]["global_batch_pairs"] = 8
+        recipe["data"]["prompts_per_iteration"] = 16
     return recipe
 
 
-def _laid_over(base: dict[str, Any], changes: dict[str, Any]) -> dict[str, Any]:
+def plateau(warm_up: Run) -> int:
+    """The iterate after which people's responses to the dev rows get no likelier: θ_0.
+
+    Example: log p(y) of −20, −18, −19 for θ_1 to θ_3 of the warm-up gives 2.
+    """
+    iterates = warm_up["iterates"]
+    best = iterates[0]
+    for iterate in iterates[1:]:
+        if sum(iterate["dev"]["real_logp"]) <= sum(best["dev"]["real_logp"]):
+            break
+        best = iterate
+    return best["iterate"]
+
+
+def _laid_over(base: Recipe, changes: Recipe) -> Recipe:
     merged = copy.deepcopy(base)
     for name, value in changes.items():
-        merged[name] = merged.get(name, {}) | value if isinstance(value, dict) else value
+        merged[name] = _laid_over(merged.get(name, {}), value) if isinstance(value, dict) else copy.deepcopy(value)
     return merged
 
 
-def split_files(setting: Setting, train: Path, test: Path, split: str, folder: Path) -> dict[str, str]:
-    """Files by role. ``dev`` trains without the last ``dev_rows`` rows of train and measures on them; ``test`` trains
-    on all of train and measures on test, which nothing is chosen on.
-    """
-    rows = train.read_text().splitlines()
-    measured = test.read_text().splitlines()
-    if split == "dev":
-        rows, measured = rows[: -setting.dev_rows], rows[-setting.dev_rows :]
+def split_files(setting: Setting, train: Path, test: Path, folder: Path) -> dict[str, str]:
+    """Files by role. No arm trains on the last rows of train (``dev``); nothing is chosen on ``test``."""
+    rows, measured = train.read_text().splitlines(), test.read_text().splitlines()
+    rows, dev = rows[: -setting.dev_rows], rows[-setting.dev_rows :]
+    rows = rows[: setting.train_rows]
     if setting.name == "smoke":
-        rows, measured = rows[:64], measured[: setting.dev_rows]
+        measured = measured[: setting.dev_rows]
     parts = {
-        "train": rows, "heldout": measured, "seed": rows[: setting.seed_rows], "questions": rows[setting.seed_rows :],
+        "train": rows, "dev": dev, "test": measured, "seed": rows[: setting.seed_rows],
+        "questions": rows[setting.seed_rows :],
     }  # fmt: skip
     folder.mkdir(parents=True, exist_ok=True)
     files = {}

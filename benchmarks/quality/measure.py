@@ -1,8 +1,11 @@
-"""One iterate, measured on held-out rows: greedy and sampled answers, log p(y), lengths, distinct n-grams.
+"""One iterate, measured on files of rows: greedy and sampled answers, log p(y), lengths, distinct n-grams.
 
-    python benchmarks/quality/measure.py --run RUN --model FOLDER --out FILE.json
+    python benchmarks/quality/measure.py --model FOLDER --rows dev=FILE.jsonl test=FILE.jsonl --out FILE.json
 
-A process of its own, as vLLM and torch should not share one. Per-row results are kept: intervals are paired by row.
+Plain transformers in fp32, apart from the run's own engine and trainer. A prompt is computed once for its greedy
+answer, its samples and people's response together; that is a third of the work of asking an engine for each.
+Per-row results are kept: intervals are paired by row. Samples of all models use the same uniform numbers (row, sample,
+token), so that a difference between two models is theirs and not chance's.
 """
 
 import argparse
@@ -10,111 +13,163 @@ import json
 from pathlib import Path
 from typing import Any
 
-import pyarrow as pa
+import torch
+from torch import Tensor
+from transformers import AutoModelForCausalLM, DynamicCache
 
 from spin_ray import cpu
 from spin_ray.answers import is_correct
-from spin_ray.config import SamplingConfig, SpinConfig
-from spin_ray.engine import EngineSpec, VllmEngine
-from spin_ray.rendering import ChatRenderer, load_tokenizer
-from spin_ray.run_dir import RunDir
-from spin_ray.stages.generation import row_seed
-from spin_ray.storage import Storage
+from spin_ray.config import DataConfig
+from spin_ray.conversations import conversations_of
+from spin_ray.measures import distinct_ngrams
+from spin_ray.rendering import ChatRenderer, Rendered, load_tokenizer
 
 SAMPLES = 4
 SEED = 20240102
-"""Of the samples that are measured: the same for every arm and seed, so that differences are the models'."""
+BATCH = 48
+"""Prompts computed together; each decodes ``1 + SAMPLES`` answers."""
+LIKELY = 64
+"""Tokens looked at before all of them are sorted: nearly always enough."""
 
 
-def measure(run: RunDir, config: SpinConfig, model: Path) -> dict[str, Any]:
-    heldout = pa.concat_tables(list(run.heldout.tables()))
-    tokenizer = load_tokenizer(str(model))
-    greedy, sampled = _answers(heldout, config, model, ChatRenderer(tokenizer).end_of_turn_id)
-    answers, extractor = heldout["answer"].to_pylist(), config.evaluation.answer_extractor
+def measure(
+    model: Any, renderer: ChatRenderer, tokenizer: Any, rows: list[dict[str, Any]], extractor: str, longest: int
+) -> dict[str, Any]:
+    """Measures of rows with ``messages`` and ``answer``; lists have one value a row, in their order.
 
-    def correct(responses: list[list[int]]) -> list[bool]:
-        texts = tokenizer.batch_decode(responses, skip_special_tokens=True)
-        return [is_correct(text, answer, extractor) for text, answer in zip(texts, answers, strict=True)]
-
-    everything = [response for sample in sampled for response in sample]
+    Args:
+        longest: tokens of an answer; 0 for log p(y) alone, which is a fifth of the work.
+    """
+    data = DataConfig(train="", system="")
+    rendered = renderer.render_all([conversations_of(row, data)[0] for row in rows])
+    usable = [each for each in rendered if isinstance(each, Rendered)]
+    assert len(usable) == len(rows), "a row that cannot be rendered"
+    written: list[list[list[int]]] = [[] for _ in rows]
+    logps = [0.0] * len(rows)
+    uniform = torch.rand(len(rows), SAMPLES, longest, generator=torch.Generator().manual_seed(SEED))
+    for chosen in torch.tensor([len(each.prompt_ids) for each in usable]).argsort().split(BATCH):
+        answers, real = answer_batch(
+            model, [usable[i] for i in chosen.tolist()], uniform[chosen], renderer.end_of_turn_id
+        )
+        for row, answer, logp in zip(chosen.tolist(), answers, real, strict=True):
+            written[row], logps[row] = answer, logp
+    real_measures = {
+        "real_logp": [round(logp, 3) for logp in logps],
+        "real_tokens": [len(each.real_ids) for each in usable],
+        "real_length": sum(len(each.real_ids) for each in usable) / len(usable),
+    }
+    if not longest:
+        return real_measures
+    sampled = [response for answer in written for response in answer[1:]]
+    graded = [
+        [
+            is_correct(text, row["answer"], extractor)
+            for text in tokenizer.batch_decode(answer, skip_special_tokens=True)
+        ]
+        for row, answer in zip(rows, written, strict=True)
+    ]
     return {
-        "prompt_ids": heldout["prompt_id"].to_pylist(),
-        "greedy": correct(greedy),
-        "sampled": [list(each) for each in zip(*map(correct, sampled), strict=True)],
-        "real_logp": _real_logps(heldout, config, model),
-        "real_tokens": [len(ids) for ids in heldout["real_ids"].to_pylist()],
-        "generated_length": sum(map(len, everything)) / len(everything),
-        "distinct_1": distinct(everything, 1),
-        "distinct_2": distinct(everything, 2),
+        "greedy": [each[0] for each in graded],
+        "sampled": [each[1:] for each in graded],
+        **real_measures,
+        "generated_length": sum(map(len, sampled)) / len(sampled),
+        "cut": sum(ids[-1] != renderer.end_of_turn_id for ids in sampled) / len(sampled),
+        "distinct_1": distinct_ngrams(sampled, 1),
+        "distinct_2": distinct_ngrams(sampled, 2),
     }
 
 
-def distinct(responses: list[list[int]], n: int) -> float:
-    """Different n-grams of tokens per n-gram, over all responses."""
-    grams = [tuple(ids[i : i + n]) for ids in responses for i in range(len(ids) - n + 1)]
-    return len(set(grams)) / max(len(grams), 1)
+@torch.inference_mode()
+def answer_batch(
+    model: Any, rows: list[Rendered], uniform: Tensor, stop: int
+) -> tuple[list[list[list[int]]], list[float]]:
+    """For each row the greedy answer and a sample for each row of ``uniform`` [rows, samples, longest]; log p(y)."""
+    count, samples, longest = uniform.shape
+    widest = max(len(row.prompt_ids) for row in rows)
+    prompts = torch.tensor([[stop] * (widest - len(row.prompt_ids)) + row.prompt_ids for row in rows])
+    mask = torch.tensor([[0] * (widest - len(row.prompt_ids)) + [1] * len(row.prompt_ids) for row in rows])
+    lengths = mask.sum(1)
+    cache = DynamicCache()
+    first = model(
+        input_ids=prompts, attention_mask=mask, position_ids=(mask.cumsum(1) - 1).clamp(min=0), past_key_values=cache,
+        logits_to_keep=1,
+    ).logits[:, -1]  # fmt: skip
+    real = _real_logps(model, rows, first, mask, lengths, cache, stop)
+    if not longest:
+        return [[] for _ in rows], real
+    cache.crop(-max(len(row.real_ids) for row in rows))
+
+    cache.batch_repeat_interleave(1 + samples)
+    logits, mask = first.repeat_interleave(1 + samples, 0), mask.repeat_interleave(1 + samples, 0)
+    position, running = lengths.repeat_interleave(1 + samples), torch.arange(count * (1 + samples))
+    draws = torch.cat([torch.full((count, 1, longest), -1.0), uniform], dim=1).flatten(0, 1)
+    answers: list[list[int]] = [[] for _ in range(count * (1 + samples))]
+    for step in range(longest):
+        tokens = draw(logits, draws[running, step])
+        for place, token in zip(running.tolist(), tokens.tolist(), strict=True):
+            answers[place].append(token)
+        going = tokens != stop
+        if not going.any() or step == longest - 1:
+            break
+        if not going.all():
+            cache.batch_select_indices(going.nonzero().squeeze(1))
+            mask, position, running, tokens = mask[going], position[going], running[going], tokens[going]
+        mask = torch.cat([mask, mask.new_ones(len(mask), 1)], dim=1)
+        out = model(
+            input_ids=tokens[:, None], attention_mask=mask, position_ids=position[:, None], past_key_values=cache
+        )
+        logits, position = out.logits[:, -1], position + 1
+    return [answers[i : i + 1 + samples] for i in range(0, len(answers), 1 + samples)], real
 
 
-def _answers(
-    heldout: pa.Table, config: SpinConfig, model: Path, stop: int
-) -> tuple[list[list[int]], list[list[list[int]]]]:
-    """Greedy responses, and four samples at temperature 1 (by sample, then row)."""
-    spec = EngineSpec(
-        model=model, max_length=config.model.max_length, stop_token_id=stop,
-        threads=config.generation.resources.threads, config=config.generation.engine,
-    )  # fmt: skip
-    engine = VllmEngine(spec)
-    prompts, ids = heldout["prompt_ids"].to_pylist(), heldout["prompt_id"].to_pylist()
-    longest = config.generation.sampling.max_tokens
+def _real_logps(
+    model: Any, rows: list[Rendered], first: Tensor, mask: Tensor, lengths: Tensor, cache: DynamicCache, stop: int
+) -> list[float]:
+    """log p(y|x) of people's responses, in nats; leaves them in ``cache``."""
+    longest = max(len(row.real_ids) for row in rows)
+    real = torch.tensor([row.real_ids + [stop] * (longest - len(row.real_ids)) for row in rows])
+    inside = torch.tensor([[1] * len(row.real_ids) + [0] * (longest - len(row.real_ids)) for row in rows])
+    following = model(
+        input_ids=real, attention_mask=torch.cat([mask, inside], dim=1),
+        position_ids=lengths[:, None] + torch.arange(longest), past_key_values=cache,
+    ).logits[:, :-1]  # fmt: skip
+    logps = torch.cat([first[:, None], following], dim=1).log_softmax(-1)
+    return (logps.gather(-1, real[..., None]).squeeze(-1) * inside).sum(1).tolist()
 
-    def play(temperature: float, sample: int) -> list[list[int]]:
-        seeds = [row_seed(SEED, "measure", prompt_id, sample) for prompt_id in ids]
-        sampling = SamplingConfig(temperature=temperature, max_tokens=longest)
-        return [completion.token_ids for completion in engine.generate(prompts, sampling, seeds)]
 
-    found = play(0.0, 0), [play(1.0, sample) for sample in range(SAMPLES)]
-    engine.close()
+def draw(logits: Tensor, uniform: Tensor) -> Tensor:
+    """The token at quantile ``uniform`` of each row of logits, likeliest first; a negative one takes the likeliest."""
+    probabilities = logits.softmax(-1)
+    likely, tokens = probabilities.topk(min(LIKELY, logits.shape[-1]), dim=-1)
+    place = (likely.cumsum(-1) <= uniform[:, None]).sum(-1)
+    found = tokens.gather(-1, place.clamp(max=tokens.shape[-1] - 1)[:, None]).squeeze(1)
+    beyond = place == tokens.shape[-1]
+    if beyond.any():
+        ordered, all_tokens = probabilities[beyond].sort(dim=-1, descending=True)
+        place = (ordered.cumsum(-1) <= uniform[beyond, None]).sum(-1).clamp(max=logits.shape[-1] - 1)
+        found[beyond] = all_tokens.gather(-1, place[:, None]).squeeze(1)
     return found
-
-
-def _real_logps(heldout: pa.Table, config: SpinConfig, model: Path) -> list[float]:
-    """log p(y|x) of people's responses in fp32, in nats, in the order of the rows."""
-    import torch
-    from transformers import AutoModelForCausalLM
-
-    from spin_ray.learner.loop import PackShape, plan
-    from spin_ray.learner.losses import pair_logps
-    from spin_ray.learner.scoring import ResponseScorer
-    from spin_ray.types import PAIR_SCHEMA
-
-    torch.set_num_threads(config.generation.resources.threads)
-    count = heldout.num_rows
-    columns = [heldout["prompt_id"], heldout["prompt_id"], pa.array([0] * count, pa.int32()), heldout["prompt_ids"]]
-    empty = pa.array([[]] * count, PAIR_SCHEMA.field("generated_ids").type)
-    table = pa.table([*columns, heldout["real_ids"], empty], schema=PAIR_SCHEMA)
-    shape = PackShape(pack_length=config.train.pack_length, global_batch_pairs=count, pad_id=0)
-    scorer = ResponseScorer(AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32))
-    logps = [0.0] * count
-    with torch.no_grad():
-        for step in plan(table, shape, epochs=1, seed=0)[0]:
-            for pack in step.packs:
-                batch = shape.build(pack, table)
-                real, _ = pair_logps(scorer(batch), batch)
-                for row, logp in zip(batch.pair_row.tolist(), real.tolist(), strict=True):
-                    logps[row] = logp
-    return logps
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--run", type=Path, required=True)
     parser.add_argument("--model", type=Path, required=True)
+    parser.add_argument("--rows", nargs="+", required=True, help="NAME=FILE.jsonl")
+    parser.add_argument("--extractor", default="equals")
+    parser.add_argument("--longest", type=int, default=48, help="tokens of an answer; 0: log p(y) alone")
+    parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--out", type=Path, required=True)
     options = parser.parse_args()
-    run = RunDir(Storage(options.run))
-    config = run.config()
-    cpu.prepare(config.generation.resources.threads)
-    found = measure(run, config, options.model)
+    cpu.prepare(options.threads)
+    torch.set_num_threads(options.threads)
+    tokenizer = load_tokenizer(str(options.model))
+    renderer = ChatRenderer(tokenizer)
+    model = AutoModelForCausalLM.from_pretrained(options.model, dtype=torch.float32)
+    found = {}
+    for each in options.rows:
+        name, _, file = each.partition("=")
+        rows = [json.loads(line) for line in Path(file).read_text().splitlines()]
+        found[name] = measure(model, renderer, tokenizer, rows, options.extractor, options.longest)
     options.out.write_text(json.dumps(found))
 
 

@@ -1,12 +1,12 @@
 """Does SPIN make a model better than the same compute spent on more SFT? The runs of the experiment; hours of CPU.
 
-    python benchmarks/quality/run.py --data ../shared/data --split dev     # the search, on rows of train
-    python benchmarks/quality/run.py --data ../shared/data --split test    # the comparison
-    python benchmarks/quality/analyse.py                                   # tables, plots, intervals
-    python benchmarks/quality/run.py --setting smoke --split test          # do the parts work together? minutes
+    python benchmarks/quality/run.py --data ../shared/data     # all arms, in the order of arms.py
+    python benchmarks/quality/analyse.py                       # tables, plots, intervals: of what is there so far
+    python benchmarks/quality/run.py --setting smoke           # do the parts work together? minutes
 
-One JSON for each arm and seed in benchmarks/results/quality/SETTING/SPLIT, written when the arm is finished; an arm
-whose JSON is there is skipped, one that was interrupted goes on from its run folder.
+One JSON for each arm and seed in benchmarks/results/quality/SETTING, written anew after every iterate. A finished one
+is skipped; an arm that was interrupted goes on from its run folder. Each iterate is measured on dev rows (of train,
+never trained on), where everything is chosen, and on test rows.
 """
 
 import argparse
@@ -19,8 +19,9 @@ import time
 from pathlib import Path
 from typing import Any
 
+import pyarrow.compute as pc
 import yaml
-from arms import ARMS, SEARCH, SETTINGS, SFT, WARM_UP, Arm, Setting, recipe_of, split_files
+from arms import ARMS, SETTINGS, WARM_UP, Arm, Recipe, Run, Setting, plateau, recipe_of, split_files
 
 from spin_ray.embedded import resolve
 from spin_ray.preflight import versions
@@ -29,61 +30,152 @@ from spin_ray.storage import Storage
 
 ROOT = Path(__file__).resolve().parents[2]
 RESULTS = ROOT / "benchmarks" / "results" / "quality"
-SEEDED = (SFT, f"{SFT}_low_rate", "spin")
-"""Arms that every seed runs (and the warm-up, which all need); the others run the first seed only."""
 
 
-def plan(split: str, seeds: list[int]) -> list[tuple[Arm, int]]:
-    """(arm, seed) in the order they are run: a seed's warm-up comes first."""
-    if split == "dev":
-        return [(arm, seeds[0]) for arm in [*ARMS, *SEARCH]]
-    return [(arm, seed) for seed in seeds for arm in ARMS if seed == seeds[0] or arm.name in (WARM_UP, *SEEDED)]
+class Experiment:
+    """One setting: where its runs and results are."""
+
+    def __init__(self, setting: Setting, data: Path, runs: Path, results: Path) -> None:
+        self.setting, self.runs, self.results = setting, runs / setting.name, results / setting.name
+        train, test = (Path(resolve(name)) for name in (setting.train, setting.test))
+        train, test = (path if path.is_absolute() else data / path for path in (train, test))
+        self.files = split_files(setting, train, test, self.runs / "data")
+
+    def result(self, arm: Arm, seed: int) -> Path:
+        return self.results / f"{arm.name}.seed-{seed}.json"
+
+    def finish(self, arm: Arm, seed: int, furthest: int | None = None) -> None:
+        """Trains and measures what is missing of an arm, iterate by iterate; its JSON always says what there is.
+
+        Args:
+            furthest: stop at this iterate, although the arm has more.
+        """
+        result = self.result(arm, seed)
+        if result.exists() and json.loads(result.read_text())["complete"]:
+            return
+        start = None if arm.from_base else self.start_model()
+        recipe = recipe_of(self.setting, arm, self.files, start, seed)
+        measured: list[dict[str, Any]] = []
+        # θ_0 is the warm-up's; only self-reinforcement has one of its own.
+        for number in range(0 if "sft" in recipe else 1, recipe["iterations"] + 1):
+            _say(f"{arm.name}, seed {seed}: iterate {number} of {recipe['iterations']}")
+            self.train(arm, seed, recipe, max(number, 1))
+            run = RunDir(Storage(self.folder(arm, seed)))
+            measured.append(self.iterate(run, number, recipe, only_logp=arm.name == WARM_UP))
+            content = self._content(arm, seed, recipe, measured)
+            done = number == recipe["iterations"]
+            if arm.name == WARM_UP:
+                # An epoch past the plateau only shows that the one before was enough; answers of θ_0 alone count.
+                theta_0 = plateau(content)
+                done = done or theta_0 < number
+                if done:
+                    measured[theta_0 - 1] = self.iterate(run, theta_0, recipe)
+            _write(result, content | {"complete": done})
+            if done or number == furthest:
+                return
+
+    def train(self, arm: Arm, seed: int, recipe: Recipe, iterations: int) -> None:
+        """Runs the recipe up to an iterate; what is done is not done again."""
+        folder = self.folder(arm, seed)
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        rates = recipe["train"]["learning_rate"]
+        shorter = recipe | {"iterations": iterations}
+        if isinstance(rates, list):
+            shorter["train"] = recipe["train"] | {"learning_rate": rates[:iterations]}
+        recipe_file = folder.with_suffix(".yaml")
+        recipe_file.write_text(yaml.safe_dump(shorter))
+        _call("-m", "spin_ray.cli", "run", str(recipe_file), "--out", str(folder))
+
+    def start_model(self) -> str:
+        """θ_0's folder: the warm-up's iterate at its plateau, made again if only its measures are there."""
+        warm_up = ARMS[0]
+        result = self.result(warm_up, 0)
+        if not result.exists() or not json.loads(result.read_text())["complete"]:
+            raise SystemExit(f"{result}: is missing or not complete; run the arm {WARM_UP} first")
+        number = plateau(json.loads(result.read_text()))
+        recipe = recipe_of(self.setting, warm_up, self.files, None, 0)
+        run = RunDir(Storage(self.folder(warm_up, 0)))
+        if not run.model(number).is_committed:
+            self.train(warm_up, 0, recipe, number)
+        return str(_model(run, number))
+
+    def folder(self, arm: Arm, seed: int) -> Path:
+        return self.runs / f"seed-{seed}" / arm.name
+
+    def iterate(self, run: RunDir, number: int, recipe: Recipe, only_logp: bool = False) -> dict[str, Any]:
+        """Measures, costs since θ_0, and the run's own evaluation of one iterate.
+
+        Args:
+            only_logp: measure no more than log p(y) of the dev rows.
+        """
+        measures = self._measure(run, number, recipe, "dev", only_logp)
+        if not only_logp:
+            measures |= self._measure(run, number, recipe, "test", only_logp)
+        logs = [read_json_lines(run.storage, f"{iterate_name(i)}/train_log.jsonl") for i in range(1, number + 1)]
+        evaluation = json.loads(run.storage.read(run.eval_path(number)))
+        return {
+            "iterate": number, "steps": sum(map(len, logs)), **_cost(run, number, logs),
+            "log": [_rounded(line) for line in (logs[-1] if logs else [])],
+            "evaluation": {key: value for key, value in evaluation.items() if key != "made_from"},
+            **measures,
+        }  # fmt: skip
+
+    def _measure(self, run: RunDir, number: int, recipe: Recipe, split: str, only_logp: bool) -> dict[str, Any]:
+        """What measure.py says of the rows of a split; in a process of its own, and once."""
+        target = run.storage.path(f"{iterate_name(number)}/{'logp' if only_logp else 'measured'}_{split}.json")
+        if not target.exists():
+            target.parent.mkdir(parents=True, exist_ok=True)
+            attempt = target.with_suffix(".tmp")
+            longest = 0 if only_logp else recipe["generation"]["sampling"]["max_tokens"]
+            _call(
+                str(Path(__file__).with_name("measure.py")), "--model", str(_model(run, number)),
+                "--rows", f"{split}={self.files[split]}", "--extractor", self.setting.extractor,
+                "--longest", str(longest), "--threads", str(recipe["train"]["resources"]["cpus"]),
+                "--out", str(attempt),
+            )  # fmt: skip
+            attempt.rename(target)
+        return json.loads(target.read_text())
+
+    def _content(self, arm: Arm, seed: int, recipe: Recipe, iterates: list[dict[str, Any]]) -> Run:
+        """The JSON without its mark of completeness. Paths are those of the files' roles: they name no machine."""
+        text = json.dumps(recipe)
+        for role, path in self.files.items():
+            text = text.replace(path, f"{role}.jsonl")
+        text = text.replace(str(self.runs), "RUNS")
+        return {
+            "arm": arm.name, "why": arm.why, "is_spin": arm.is_spin, "seed": seed, "setting": self.setting.name,
+            "recipe": json.loads(text), "versions": versions(),
+            "written": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()), "iterates": iterates,
+        }  # fmt: skip
 
 
-def run_arm(setting: Setting, arm: Arm, seed: int, files: dict[str, str], runs: Path, result: Path) -> None:
-    """Trains (or goes on), measures every iterate, writes the JSON."""
-    folder = runs / f"seed-{seed}" / arm.name
-    start = None if arm.from_base else str(runs / f"seed-{seed}" / WARM_UP / iterate_name(1) / "model")
-    recipe = recipe_of(setting, arm, files, start, seed)
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    recipe_file = folder.with_suffix(".yaml")
-    recipe_file.write_text(yaml.safe_dump(recipe))
-    _call("-m", "spin_ray.cli", "run", str(recipe_file), "--out", str(folder))
-    run = RunDir(Storage(folder))
-    iterates = [_iterate(run, number) for number in range(recipe["iterations"] + 1)]
-    result.parent.mkdir(parents=True, exist_ok=True)
-    content = {
-        "arm": arm.name, "seed": seed, "setting": setting.name, "recipe": recipe, "versions": versions(),
-        "finished": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()), "iterates": iterates,
-    }  # fmt: skip
-    with tempfile.NamedTemporaryFile("w", dir=result.parent, delete=False) as file:
-        file.write(json.dumps(content))
-    Path(file.name).rename(result)
-
-
-def _iterate(run: RunDir, number: int) -> dict[str, Any]:
-    """Measures, costs since θ_0, and the run's own evaluation of one iterate."""
-    name = iterate_name(number)
-    model = run.storage.path(run.model(number).path)
+def _model(run: RunDir, number: int) -> Path:
     if number == 0 and not run.model(0).is_committed:
-        model = Path(run.description()["start_model"])
-    measured = run.storage.path(f"{name}/measured.json")
-    if not measured.exists():
-        measured.parent.mkdir(parents=True, exist_ok=True)
-        attempt = measured.with_suffix(".tmp")
-        script = str(Path(__file__).with_name("measure.py"))
-        _call(script, "--run", str(run.storage.root), "--model", str(model), "--out", str(attempt))
-        attempt.rename(measured)
-    logs = [read_json_lines(run.storage, f"{iterate_name(i)}/train_log.jsonl") for i in range(1, number + 1)]
-    evaluation = json.loads(run.storage.read(run.eval_path(number)))
-    return {
-        "iterate": number,
-        "train_tokens": sum(line["tokens"] for log in logs for line in log),
-        "seconds": _seconds(run, number),
-        "steps": sum(map(len, logs)),
-        "evaluation": evaluation,
-        **json.loads(measured.read_text()),
-    }
+        return Path(run.description()["start_model"])
+    return run.storage.path(run.model(number).path)
+
+
+def _cost(run: RunDir, number: int, logs: list[list[dict[str, Any]]]) -> dict[str, float]:
+    """Since θ_0: ``train_tokens`` that went forward and backward; ``compute`` in the same unit with generation and
+    reference scores, whose tokens go forward only and count a third; ``seconds`` of wall time.
+    """
+    train_tokens = sum(line["tokens"] for log in logs for line in log)
+    forward = 0.0
+    for iteration in range(number):
+        if run.reference(iteration).is_committed:
+            forward += sum(line["tokens"] for line in logs[iteration])
+        if run.generations(iteration).is_committed:
+            prompts = {
+                name: len(ids)
+                for artefact in (run.questions, run.prompts)
+                if artefact.is_committed
+                for table in artefact.tables()
+                for name, ids in zip(table["prompt_id"].to_pylist(), table["prompt_ids"], strict=True)
+            }
+            for table in run.generations(iteration).tables():
+                forward += pc.sum(pc.list_value_length(table["token_ids"])).as_py() or 0
+                forward += sum(prompts[name] for name in table["prompt_id"].to_pylist())
+    return {"train_tokens": train_tokens, "compute": train_tokens + forward / 3, "seconds": _seconds(run, number)}
 
 
 def _seconds(run: RunDir, number: int) -> float:
@@ -100,7 +192,24 @@ def _seconds(run: RunDir, number: int) -> float:
             folder = name.partition("/")[0]
             if folder == "start" or (folder.startswith("iter_") and int(folder[5:]) < number):
                 total += event["seconds"] / len(event["stage"].split(" + "))
-    return total
+    return round(total, 1)
+
+
+def _rounded(line: dict[str, Any]) -> dict[str, Any]:
+    return {name: float(f"{value:.4g}") if isinstance(value, float) else value for name, value in line.items()}
+
+
+def _write(path: Path, content: Run) -> None:
+    """In one piece or not at all; a row's values on one line."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.NamedTemporaryFile("w", dir=path.parent, delete=False) as file:
+        file.write(json.dumps(content, separators=(",", ":")) + "\n")
+    Path(file.name).chmod(0o644)
+    Path(file.name).rename(path)
+
+
+def _say(text: str) -> None:
+    print(f"{time.strftime('%H:%M:%S')} {text}", flush=True)
 
 
 def _call(*arguments: str) -> None:
@@ -111,28 +220,24 @@ def _call(*arguments: str) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--setting", choices=sorted(SETTINGS), default="word_problems")
-    parser.add_argument("--split", choices=["dev", "test"], required=True)
     parser.add_argument("--data", type=Path, default=ROOT.parent / "shared" / "data", help="folder of the data files")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
-    parser.add_argument("--arms", nargs="+", default=None, help="only these (and what they need must be there)")
+    parser.add_argument("--arms", nargs="+", choices=[arm.name for arm in ARMS], help="only these, in this order")
+    parser.add_argument("--furthest", type=int, metavar="N", help="go no further than iterate N of each arm")
     parser.add_argument("--runs", type=Path, default=ROOT / "runs" / "quality")
     parser.add_argument("--results", type=Path, default=RESULTS)
     options = parser.parse_args()
-    setting = SETTINGS[options.setting]
-    train, test = (Path(resolve(name)) for name in (setting.train, setting.test))
-    train, test = (path if path.is_absolute() else options.data / path for path in (train, test))
-    runs = options.runs.absolute() / setting.name / options.split
-    files = split_files(setting, train, test, options.split, runs / "data")
+    experiment = Experiment(SETTINGS[options.setting], options.data, options.runs.absolute(), options.results)
+    by_name = {arm.name: arm for arm in ARMS}
     failed: list[str] = []
-    for arm, seed in plan(options.split, options.seeds):
-        result = options.results / setting.name / options.split / f"{arm.name}.seed-{seed}.json"
-        if result.exists() or (options.arms and arm.name not in options.arms):
-            continue
-        print(f"{time.strftime('%H:%M:%S')} {setting.name} {options.split}: {arm.name}, seed {seed}", flush=True)
-        try:
-            run_arm(setting, arm, seed, files, runs, result)
-        except subprocess.CalledProcessError as error:  # the other arms are worth their hours all the same
-            failed.append(f"{arm.name}, seed {seed} (exit code {error.returncode})")
+    for place, seed in enumerate(options.seeds):
+        for arm in [by_name[name] for name in options.arms] if options.arms else ARMS:
+            if place >= arm.seeds:
+                continue
+            try:
+                experiment.finish(arm, seed, options.furthest)
+            except subprocess.CalledProcessError as error:  # the other arms are worth their hours all the same
+                failed.append(f"{arm.name}, seed {seed} (exit code {error.returncode})")
     if failed:
         sys.exit(f"not finished: {'; '.join(failed)}; the same command goes on with them")
 

@@ -83,8 +83,9 @@ def main() -> None:
         model=AutoModelForCausalLM.from_pretrained(options.model, dtype=torch.float32, attn_implementation="sdpa"),
         args=DPOConfig(
             output_dir=options.output, use_cpu=True, bf16=options.precision == "bf16", beta=0.1,
-            gradient_checkpointing=False, precompute_ref_log_probs=True, per_device_train_batch_size=options.micro_batch,
-            gradient_accumulation_steps=options.batch // options.micro_batch, num_train_epochs=1, max_length=None,
+            gradient_checkpointing=False, precompute_ref_log_probs=True, num_train_epochs=1, max_length=None,
+            per_device_train_batch_size=options.micro_batch,
+            gradient_accumulation_steps=options.batch // options.micro_batch,
             optim="rmsprop", weight_decay=0.0, max_grad_norm=1.0, learning_rate=options.learning_rate,
             lr_scheduler_type="constant", logging_steps=1, save_strategy="no", report_to="none", disable_tqdm=True,
             remove_unused_columns=False, dataloader_pin_memory=False,

@@ -53,8 +53,11 @@ class ResponseScorer(nn.Module):
         self.layout = layout
         self._takes_spans = layout == "packed" and _attend_by_trees(model)
 
-    def forward(self, batch: PackedBatch) -> Float[Tensor, "segments"]:
+    def forward(self, batch: PackedBatch, *, by_token: bool = False) -> Float[Tensor, "segments_or_targets"]:
+        """log p of every response, or of every token of them, in nats."""
         target_logps = self._packed(batch) if self.layout == "packed" else self._padded(batch)
+        if by_token:
+            return target_logps
         return response_logps(target_logps, batch.segment, batch.num_segments)
 
     def head(self) -> Head:
@@ -126,12 +129,12 @@ def attend_tree_by_tree(
     """
     if tree_spans is None or attention_mask is None:
         return sdpa_attention_forward(module, query, key, value, attention_mask, **settings)
-    outputs = []
-    for start, stop in tree_spans:
-        inside = slice(start, stop)
-        block = attention_mask[..., inside, inside]
-        q, k, v = (states[:, :, inside] for states in (query, key, value))
-        outputs.append(sdpa_attention_forward(module, q, k, v, block, **settings)[0])
+    sizes = [stop - start for start, stop in tree_spans]
+    trees = zip(tree_spans, *(states.split(sizes, dim=2) for states in (query, key, value)), strict=True)
+    outputs = [
+        sdpa_attention_forward(module, q, k, v, attention_mask[..., start:stop, start:stop], **settings)[0]
+        for (start, stop), q, k, v in trees
+    ]
     return torch.cat(outputs, dim=1), None
 
 

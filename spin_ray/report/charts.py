@@ -44,6 +44,8 @@ class Bar:
     title: str
     broken: bool = False
     """The attempt failed or was lost."""
+    useful: float | None = None
+    """Share of it that went into the work itself; drawn as a stripe as long as that."""
 
 
 def line_chart(
@@ -117,6 +119,11 @@ def gantt(bars: Sequence[Bar]) -> Markup:
             height=LANE - 6, rx=2,
         )  # fmt: skip
         _title(mark, bar.title)
+        if bar.useful is not None:
+            width = (x_at(bar.end) - x_at(bar.start)) * min(bar.useful, 1.0)
+            y = lanes.index(bar.lane) * LANE + LANE - 8
+            stripe = _add(svg, "rect", "useful", x=x_at(bar.start), y=y, width=width, height=3)
+            _title(stripe, bar.title)
     return _markup(svg)
 
 

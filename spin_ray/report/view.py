@@ -9,11 +9,12 @@ import yaml
 
 from spin_ray.config import SpinConfig, flatten
 from spin_ray.errors import UserError
-from spin_ray.history import Example, Span, read_benchmarks, read_evaluations, read_examples, read_train_logs, spans
+from spin_ray.history import Example, read_benchmarks, read_evaluations, read_examples, read_train_logs
 from spin_ray.measures import BY_KEY, CONFIDENCE, Evaluation, warnings
 from spin_ray.redaction import hide, hide_in_text
 from spin_ray.run_dir import RunDir, iterate_name
 from spin_ray.storage import table_from_bytes
+from spin_ray.timeline import Span, spans
 
 EXAMPLES = 200
 
@@ -38,7 +39,6 @@ class RunView:
     """One run, ready to be shown."""
 
     name: str
-    root: str
     config: SpinConfig
     description: dict[str, Any]
     evaluations: list[Evaluation]
@@ -133,7 +133,6 @@ def read_view(run: RunDir, only_prompts: list[str] | None = None) -> RunView:
     ]
     return RunView(
         name=run.storage.name,
-        root=hide_in_text(str(run.storage.root)),
         config=config,
         description=hide(run.description()),
         evaluations=evaluations,
@@ -228,6 +227,35 @@ def _caution(evaluations: list[Evaluation], found: list[tuple[str, str]]) -> str
         f"{last['generated_length']:.1f} tokens (people: {last['real_length']:.1f}), "
         f"{last['truncation_rate']:.0%} of them are cut, {last['identical_share']:.0%} equal y."
     )
+
+
+def compare(first: RunView, other: RunView, first_name: str, other_name: str) -> str:
+    """One sentence: which run's newest iterate is better, as far as the rows can tell."""
+    if not first.evaluations or not other.evaluations:
+        return f"{first_name} and {other_name} cannot be compared yet: not both have been evaluated."
+    if first.description["inputs"].get("heldout") != other.description["inputs"].get("heldout"):
+        return f"{first_name} and {other_name} have other held-out rows: their numbers do not compare."
+    one, two = first.evaluations[-1], other.evaluations[-1]
+    for key in ("answer_accuracy", "generated_length"):
+        measure = BY_KEY[key]
+        found = [measure.of(one), measure.of(two)]
+        if found[0] is None or found[1] is None:
+            continue
+        errors = [it.get("standard_errors", {}).get(key, 0.0) for it in (one, two)]
+        change, noise = found[1] - found[0], CONFIDENCE * (errors[0] ** 2 + errors[1] ** 2) ** 0.5
+        judged = "more than chance" if abs(change) > noise > 0 else "no more than chance may give"
+        names = f"{two['iterate']} of {other_name} against {one['iterate']} of {first_name}"
+        if key == "answer_accuracy":
+            return (
+                f"{names}: {found[1]:.1%} of the held-out questions right against {found[0]:.1%}, {change:+.1%} "
+                f"(± {noise:.1%}), {judged}; another seed may differ by more."
+            )
+        return (
+            f"{names}: responses of {found[1]:.1f} tokens against {found[0]:.1f} (people: {one['real_length']:.1f}), "
+            f"{change:+.1f} (± {noise:.1f}), {judged}; losses and margins are against opponents of their own, so only "
+            "the examples, lengths and benchmarks compare."
+        )
+    return f"{first_name} and {other_name} have no measure in common."
 
 
 def _utc(seconds: float) -> str:

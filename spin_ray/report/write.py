@@ -8,11 +8,11 @@ from typing import Any
 
 import jinja2
 
-from spin_ray.history import Span
 from spin_ray.measures import BY_KEY, CONFIDENCE, MEASURES, Measure
 from spin_ray.report.charts import Bar, Series, gantt, line_chart
-from spin_ray.report.view import RunView, read_view
+from spin_ray.report.view import RunView, compare, read_view
 from spin_ray.run_dir import RunDir
+from spin_ray.timeline import Span
 
 _STAGES = ("prompts", "heldout", "sampling", "pairs", "training", "evaluation")
 """The order of colours and lanes."""
@@ -28,6 +28,7 @@ _EVAL_CHARTS: tuple[tuple[str, tuple[str, ...]], ...] = (
     ("Loss on held-out rows", ("against_opponent.loss", "against_self.loss")),
     ("Margin", ("against_opponent.margin", "against_self.margin")),
     ("Distance of the opponent from people", ("jsd_lower_bound",)),
+    ("Divergence from the opponent and from the base", ("against_self.generated_logp_drift", "kl_to_base")),
     ("Drift of log-probabilities", ("real_logp_drift", "against_opponent.generated_logp_drift")),
     ("Tokens per response", ("generated_length", "real_length")),
     ("Shares of the responses", ("truncation_rate", "identical_share", "duplicate_share")),
@@ -61,6 +62,7 @@ def write_report(runs: Sequence[RunDir], path: Path) -> Path:
     page = environment.get_template("report.html").render(
         views=views,
         names=names,
+        comparisons=[compare(views[0], view, names[0], name) for view, name in zip(views[1:], names[1:], strict=True)],
         measures=_table(views),
         benchmarks=_benchmarks(views),
         eval_charts=list(_eval_charts(views, names)),
@@ -101,7 +103,7 @@ def _benchmarks(views: Sequence[RunView]) -> list[tuple[str, str, list[tuple[str
     """(task and version, metric, [(value, half of its interval)] of every evaluated iterate), from lm-eval."""
     columns = [view.benchmarks.get(iterate, {}) for view in views for iterate in view.iterates]
     rows = {
-        (task, metric): f"{task}, {result['shots']} examples, version {result['task_version']}"
+        (task, metric): _benchmark_title(task, result)
         for column in columns
         for task, result in column.items()
         for metric in result["metrics"]
@@ -115,6 +117,11 @@ def _benchmarks(views: Sequence[RunView]) -> list[tuple[str, str, list[tuple[str
         ]
         found.append((title, metric, cells))
     return found
+
+
+def _benchmark_title(task: str, result: dict[str, Any]) -> str:
+    words = [(result["shots"], "{} examples"), (result["task_version"], "version {}")]
+    return ", ".join([task, *(form.format(value) for value, form in words if value is not None)])
 
 
 def _eval_charts(views: Sequence[RunView], names: Sequence[str]) -> Iterator[Chart]:
@@ -180,7 +187,7 @@ def _bars(view: RunView) -> list[Bar]:
     return [
         Bar(
             lane=span.stage, start=span.start, end=span.end, colour=lanes.get(span.stage, len(lanes)),
-            title=_span_title(span), broken=span.outcome in ("failure", "lost"),
+            title=_span_title(span), broken=span.outcome in ("failure", "lost"), useful=span.counted.get("useful"),
         )
         for span in order
     ]  # fmt: skip
@@ -190,6 +197,8 @@ def _span_title(span: Span) -> str:
     counted = [f"{span.counted[key]:,} {key}" for key in ("rows", "steps", "tokens") if span.counted.get(key)]
     if span.counted.get("tokens"):
         counted.append(f"{span.counted['tokens'] / max(span.seconds, 1e-9):,.0f} tokens/s")
+    if "useful" in span.counted:
+        counted.append(f"{span.counted['useful']:.0%} useful work")
     outcome = {"failure": "failed", "lost": "lost with its driver", "running": "still running"}.get(span.outcome)
     words = [f"{span.folder} {span.stage}: {_duration(span.seconds)}", *counted, *([outcome] if outcome else [])]
     return ", ".join(words)

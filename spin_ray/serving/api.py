@@ -64,18 +64,21 @@ def _routes(engines: Engines, config: SpinConfig, metrics: Metrics, votes: VoteS
         return await desk.answer(COMPLETION, body, request)
 
     @router.post("/v1/compare")
-    async def compare_models(body: CompareBody, request: HttpRequest) -> dict[str, Any]:
+    async def compare_models(body: CompareBody, request: HttpRequest) -> Response:
         """One conversation, several models, the same sampling and seed; answers side by side."""
         desk.check_length(body.max_tokens)
         request.state.log["model"] = ",".join(engines.names.resolve(model) for model in body.models)
         desk.log_text(request, plain(body.messages))
         with desk.slots.take(len(body.models)):
-            return await compare(engines, body, config)
+            compared = await compare(engines, body, config)
+        digests, iterates = ([answer[name] for answer in compared["answers"]] for name in ("digest", "iterate"))
+        return JSONResponse(compared, headers={DIGEST_HEADER: ", ".join(digests), ITERATE_HEADER: ", ".join(iterates)})
 
     @router.get("/v1/models")
     async def models() -> dict[str, Any]:
-        """What may be asked for."""
-        return {"object": "list", "data": [_card(engines, name) for name in _served(engines)]}
+        """What may be asked for, and why an iterate that should serve does not."""
+        listed = {"object": "list", "data": [_card(engines, name) for name in _served(engines)]}
+        return listed | ({"problems": engines.problems} if engines.problems else {})
 
     @router.get("/v1/models/{name}")
     async def model(name: str) -> dict[str, Any]:
@@ -188,7 +191,7 @@ async def _events(first: str, items: _Until, alias: str | None) -> AsyncIterator
         while item is not None:
             if isinstance(item, dict):
                 raise from_engine(item.get("error", {}))
-            yield _blind_event(item, alias) if alias else item
+            yield _blind_events(item, alias) if alias else item
             item = await items.next()
     except Refusal as refusal:
         yield f"data: {json.dumps(refusal.content())}\n\n"
@@ -199,9 +202,11 @@ def _blind(answer: dict[str, Any], alias: str) -> dict[str, Any]:
     return {key: value for key, value in answer.items() if key != "system_fingerprint"} | {"model": alias}
 
 
-def _blind_event(event: str, alias: str) -> str:
-    data = event.removeprefix("data: ").strip()
-    return event if data == "[DONE]" else f"data: {json.dumps(_blind(json.loads(data), alias))}\n\n"
+def _blind_events(events: str, alias: str) -> str:
+    """Of one or more whole events."""
+    told = [event.removeprefix("data: ").strip() for event in events.split("\n\n") if event.strip()]
+    blind = [data if data == "[DONE]" else json.dumps(_blind(json.loads(data), alias)) for data in told]
+    return "".join(f"data: {data}\n\n" for data in blind)
 
 
 def _served(engines: Engines) -> list[str]:

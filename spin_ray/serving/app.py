@@ -19,7 +19,7 @@ from spin_ray.run_dir import RunDir
 from spin_ray.serving.access import read_keys
 from spin_ray.serving.api import make_app
 from spin_ray.serving.backend import ServeEngines
-from spin_ray.serving.keeper import Keeper
+from spin_ray.serving.keeper import ENGINE_PREFIX, Keeper
 from spin_ray.serving.votes import VoteStore
 from spin_ray.storage import Storage
 
@@ -57,12 +57,12 @@ def application(run_folder: str, config: SpinConfig) -> serve.Application:
     return ingress.bind(run_folder, config, keeper(run_folder, config))
 
 
-def keeper(run_folder: str, config: SpinConfig) -> serve.Application:
-    """What runs the engines, alone."""
+def keeper(run_folder: str, config: SpinConfig, engines: str = ENGINE_PREFIX) -> serve.Application:
+    """What runs the engines, alone; their applications' names begin with ``engines``."""
     deployment: Any = serve.deployment(
         Keeper, name="keeper", num_replicas=1, max_ongoing_requests=100, ray_actor_options={"num_cpus": 0}
     )
-    return deployment.bind(run_folder, config)
+    return deployment.bind(run_folder, config, engines)
 
 
 def build(args: dict[str, Any]) -> serve.Application:

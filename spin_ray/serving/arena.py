@@ -34,7 +34,7 @@ from spin_ray.serving.votes import BATTLE_TTL_S, Answer, Verdict, VoteStore, is_
 logger = logging.getLogger(__name__)
 
 STATIC = Path(__file__).parent / "static"
-FILES = ("arena.css", "arena.js", "api.js", "leaderboard.js", "arena.svg")
+FILES = ("arena.css", "arena.js", "api.js", "leaderboard.js", "scores.js", "arena.svg")
 """Beside ``index.html``; a browser may load them before it has a key."""
 _SAMPLING = {*Sampling.model_fields, "max_completion_tokens"}
 _random = random.SystemRandom()

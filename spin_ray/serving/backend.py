@@ -15,8 +15,8 @@ from spin_ray.serving.names import Names
 
 logger = logging.getLogger("ray.serve")
 
-CHAT, COMPLETION = "chat", "completion"
-"""Operations of an engine."""
+CHAT, COMPLETION, TOKENS = "chat", "completion", "tokens"
+"""Operations of an engine. ``tokens``: a given answer as if it had been sampled, i.e. with its token ids."""
 
 Item = str | dict[str, Any]
 """A piece of an answer: server-sent events as text, or a whole answer as an object."""
@@ -27,6 +27,8 @@ _HEAR_S = 10.0
 
 class Engines(Protocol):
     names: Names
+    problems: dict[str, str]
+    """Why an iterate that should serve does not."""
 
     def digest(self, iterate: str) -> str:
         """Of the checkpoint that answers for ``iterate``. Raises KeyError if it does not serve."""

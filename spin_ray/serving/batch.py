@@ -2,6 +2,7 @@
 
 import asyncio
 import json
+import secrets
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -18,8 +19,9 @@ from spin_ray.serving.backend import Engines, ServeEngines
 from spin_ray.serving.bodies import CompareBody
 from spin_ray.serving.compare import compare
 from spin_ray.serving.errors import Refusal, from_validation
+from spin_ray.serving.keeper import ENGINE_PREFIX
 from spin_ray.serving.names import UnknownModel
-from spin_ray.serving.server import APP, check_settings, connect_for, stop_serving
+from spin_ray.serving.server import check_settings, connect_for, stop_serving
 
 
 def compare_file(run: RunDir, config: SpinConfig, prompts: Path, options: dict[str, Any], out: IO[str]) -> int:
@@ -37,11 +39,13 @@ def compare_file(run: RunDir, config: SpinConfig, prompts: Path, options: dict[s
         raise DataError(f"{prompts}: has no rows")
     connect_for(run, config)
     serve.start(proxy_location="Disabled")
-    handle = serve.run(keeper(str(run.storage.root), config), name=APP, route_prefix=None)
+    app = f"spin-ray-compare-{secrets.token_hex(4)}"  # a server on the same cluster keeps its engines
+    engines = f"{app}.{ENGINE_PREFIX}"
     try:
+        handle = serve.run(keeper(str(run.storage.root), config, engines), name=app, route_prefix=None)
         asyncio.run(_with_engines(handle, config, bodies, out))
     finally:
-        stop_serving()
+        stop_serving(app, engines)
     return len(bodies)
 
 

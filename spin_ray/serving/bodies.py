@@ -5,15 +5,27 @@ templates, tools, structured output, transfer of caches, …) are not listed, he
 a request are accepted and dropped.
 """
 
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, Self
 
-from pydantic import BaseModel, ConfigDict, Field, StringConstraints
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, StringConstraints, model_validator
+from pydantic_core import PydanticCustomError
 
 MAX_CHOICES = 16
 """Answers that one request may ask for: prompts × ``n``."""
 _LABELS = ("user", "metadata", "store", "service_tier", "safety_identifier", "prompt_cache_key")
 
-Text = Annotated[str, StringConstraints(min_length=1)]
+
+def _unicode(text: str) -> str:
+    """JSON can spell half a surrogate pair; tokenisers fail on it."""
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        raise PydanticCustomError("unicode", "is not valid Unicode (a lone surrogate)") from None
+    return text
+
+
+Words = Annotated[str, AfterValidator(_unicode)]
+Text = Annotated[Words, StringConstraints(min_length=1)]
 TokenIds = Annotated[list[Annotated[int, Field(ge=0, le=2**31 - 1)]], Field(min_length=1)]
 Penalty = Annotated[float, Field(ge=-2, le=2)]
 
@@ -78,12 +90,12 @@ class Request(Sampling):
 
 class TextPart(Body):
     type: Literal["text"]
-    text: str
+    text: Words
 
 
 class Message(Body):
     role: Literal["system", "user", "assistant"]
-    content: str | Annotated[list[TextPart], Field(min_length=1)]
+    content: Words | Annotated[list[TextPart], Field(min_length=1)]
     name: Any = None
 
     @property
@@ -128,6 +140,12 @@ class CompletionBody(Request):
         return (self.n or 1) * (len(self.prompt) if many else 1)
 
 
+class GivenAnswer(Body):
+    content: Words
+    finish_reason: Literal["stop", "length"] = "stop"
+    """``stop``: the end of the turn is part of the answer, and of its log-probability."""
+
+
 class CompareBody(Sampling):
     """``POST /v1/compare``: one conversation, several models, the same sampling and seed for each."""
 
@@ -137,6 +155,14 @@ class CompareBody(Sampling):
     messages: Conversation
     logprobs: bool = False
     """Also score every answer under every model."""
+    answers: list[GivenAnswer] | None = None
+    """One per model, in their order, in place of sampled ones: to score what was streamed before."""
+
+    @model_validator(mode="after")
+    def _an_answer_of_each(self) -> Self:
+        if self.answers is not None and len(self.answers) != len(self.models):
+            raise PydanticCustomError("answers_of_models", "answers: must be one per model")
+        return self
 
 
 def plain(messages: list[Message]) -> list[dict[str, str]]:

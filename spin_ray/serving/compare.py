@@ -5,8 +5,8 @@ import secrets
 from typing import Any
 
 from spin_ray.config import SpinConfig
-from spin_ray.serving.backend import CHAT, COMPLETION, Engines, whole
-from spin_ray.serving.bodies import ChatBody, CompareBody
+from spin_ray.serving.backend import CHAT, COMPLETION, TOKENS, Engines, whole
+from spin_ray.serving.bodies import ChatBody, CompareBody, GivenAnswer, plain
 from spin_ray.serving.errors import Refusal
 from spin_ray.serving.names import age
 
@@ -18,6 +18,9 @@ NOTE = (
 
 async def compare(engines: Engines, body: CompareBody, config: SpinConfig) -> dict[str, Any]:
     """Answers of ``body.models``, side by side; with ``logprobs`` also every answer's log p under every model.
+
+    Answers that the body brings are only scored. They are tokenised as in training, which may split a text otherwise
+    than sampling did.
 
     Raises:
         UnknownModel: one of the models does not serve.
@@ -32,7 +35,14 @@ async def compare(engines: Engines, body: CompareBody, config: SpinConfig) -> di
     seed = body.seed if body.seed is not None else secrets.randbits(63)
     try:
         async with asyncio.timeout(config.serving.request_timeout_s):
-            answers = await asyncio.gather(*(_answer(engines, iterate, body, seed, config) for iterate in iterates))
+            answers = await asyncio.gather(
+                *(
+                    _given(engines, iterate, body, answer)
+                    for iterate, answer in zip(iterates, body.answers, strict=True)
+                )
+                if body.answers
+                else (_sampled(engines, iterate, body, seed, config) for iterate in iterates)
+            )
             if body.logprobs:
                 await _score(engines, iterates, answers)
     except TimeoutError:
@@ -67,8 +77,12 @@ def margins(iterates: list[str], answers: list[dict[str, Any]], config: SpinConf
     ]
 
 
-async def _answer(engines: Engines, iterate: str, body: CompareBody, seed: int, config: SpinConfig) -> dict[str, Any]:
-    sampling = body.model_dump(exclude={"models", "logprobs"}, exclude_none=True) | {"seed": seed}
+async def _given(engines: Engines, iterate: str, body: CompareBody, answer: GivenAnswer) -> dict[str, Any]:
+    return await whole(engines, iterate, TOKENS, answer.model_dump() | {"messages": plain(body.messages)})
+
+
+async def _sampled(engines: Engines, iterate: str, body: CompareBody, seed: int, config: SpinConfig) -> dict[str, Any]:
+    sampling = body.model_dump(exclude={"models", "logprobs", "answers"}, exclude_none=True) | {"seed": seed}
     request = ChatBody.model_validate(sampling | {"model": iterate})
     fields = request.for_engine(iterate, config.serving.max_tokens) | {"return_token_ids": True}
     return await whole(engines, iterate, CHAT, fields)

@@ -4,6 +4,8 @@
 are loaded, and a conversation becomes token ids the way it did in training.
 """
 
+from collections.abc import AsyncIterator
+from contextlib import aclosing
 from typing import Any
 
 from pydantic import ValidationError
@@ -18,7 +20,8 @@ from spin_ray.engine import whole_prefill
 from spin_ray.errors import RunDirError
 from spin_ray.model_folder import open_model
 from spin_ray.rendering import ChatRenderer, RenderError, load_tokenizer
-from spin_ray.serving.backend import CHAT
+from spin_ray.serving.backend import CHAT, TOKENS, Item
+from spin_ray.serving.bursts import in_bursts
 from spin_ray.serving.iterates import Iterate
 
 
@@ -51,19 +54,28 @@ class IterateServer(LLMServer):
         engine._oai_serving_chat.online_renderer.render_chat = self._render_chat
 
     async def answer(self, operation: str, fields: dict[str, Any]) -> Any:
-        """Yields server-sent events as text, or one object: the whole answer, or ``{"error": …}``."""
+        """Yields server-sent events as text, or one object: the whole answer, or ``{"error": …}``.
+
+        What is not OpenAI's own form is in ``backend``: the operations, and ``tokens`` of them.
+        """
         try:
             if operation == CHAT:
                 stops = [self._renderer.end_of_turn_id]
                 stream = await self.chat(ChatCompletionRequest(**fields, stop_token_ids=stops))
+            elif operation == TOKENS:
+                yield self._as_sampled(**fields)
+                return
             else:
                 stream = await self.completions(CompletionRequest(**fields))
         except ValidationError as error:
             yield {"error": {"message": str(error.errors()[0]["msg"]), "code": 400}}
             return
-        async for items in stream:
-            for item in items if isinstance(items, list) else [items]:
-                yield item if isinstance(item, str) else item.model_dump(exclude_none=True)
+        except RenderError as error:
+            yield {"error": {"message": str(error), "code": 400}}
+            return
+        async with aclosing(in_bursts(_pieces(stream), self._config.serving.stream_interval_s)) as bursts:
+            async for burst in bursts:
+                yield burst
 
     async def _render_chat(self, request: Any) -> Any:
         """Token ids of the prompt: the template, the guard against forged control tokens and the tokeniser of training.
@@ -74,13 +86,49 @@ class IterateServer(LLMServer):
         from vllm.inputs.engine import tokens_input
 
         messages = [{"role": message["role"], "content": message["content"]} for message in request.messages]
-        if self._config.data.system is not None and messages[0]["role"] != "system":
-            messages.insert(0, {"role": "system", "content": self._config.data.system})
-        ids = self._renderer.render_prompt(messages)
-        longest = self._config.model.max_length
-        if len(ids) >= longest:
-            raise RenderError(f"messages: have {len(ids)} tokens; with an answer at most {longest} fit")
+        ids = self._renderer.render_prompt(self._with_system(messages))
+        # One place stays free: vLLM scores an answer by reading it as a prompt, after which it must write a token more.
+        room = self._config.model.max_length - 1 - len(ids)
+        if room < 1:
+            raise RenderError(
+                f"messages: have {len(ids)} tokens; with an answer fewer than {self._config.model.max_length} fit"
+            )
+        request.max_completion_tokens = min(request.max_completion_tokens or request.max_tokens or room, room)
         return list(request.messages), [tokens_input(ids)]
+
+    def _as_sampled(self, messages: list[dict[str, str]], content: str, finish_reason: str) -> dict[str, Any]:
+        """A given answer in the form of a whole one that was sampled with ``return_token_ids``.
+
+        Raises:
+            RenderError: the template refuses the conversation, or it is too long.
+        """
+        asked = self._with_system(messages)
+        rendered = self._renderer.render([*asked, {"role": "assistant", "content": content}])
+        response = rendered.real_ids if finish_reason == "stop" else rendered.real_ids[:-1]
+        whole = len(rendered.prompt_ids) + len(response)
+        if whole >= self._config.model.max_length:
+            raise RenderError(
+                f"answers: one has {whole} tokens with its prompt; fewer than {self._config.model.max_length} fit"
+            )
+        return {
+            "prompt_token_ids": rendered.prompt_ids,
+            "choices": [{"token_ids": response, "message": {"content": content}, "finish_reason": finish_reason}],
+            "usage": {
+                "prompt_tokens": len(rendered.prompt_ids), "completion_tokens": len(response), "total_tokens": whole,
+            },
+        }  # fmt: skip
+
+    def _with_system(self, messages: list[dict[str, str]]) -> list[dict[str, str]]:
+        if self._config.data.system is None or messages[0]["role"] == "system":
+            return messages
+        return [{"role": "system", "content": self._config.data.system}, *messages]
+
+
+async def _pieces(stream: Any) -> AsyncIterator[Item]:
+    """What ``ray.serve.llm`` yields, piece by piece, objects as plain ones."""
+    async for items in stream:
+        for item in items if isinstance(items, list) else [items]:
+            yield item if isinstance(item, str) else item.model_dump(exclude_none=True)
 
 
 def build_engine(iterate: Iterate, config: SpinConfig) -> serve.Application:
@@ -105,7 +153,9 @@ def build_engine(iterate: Iterate, config: SpinConfig) -> serve.Application:
         },
         placement_group_config={"bundle_per_worker": _per_worker(serving, engine.tensor_parallel_size)},
         callback_config={"callback_class": LocalFolder},
-        experimental_configs={"stream_batching_interval_ms": 0},  # Ray's 50 ms would be added to the first token
+        experimental_configs={
+            "stream_batching_interval_ms": 0
+        },  # Ray's would delay the first token, too: ``in_bursts``
         runtime_env={"env_vars": _environment(serving, engine.cpu_kv_cache_gib)},
         deployment_config=_deployment(serving),
     )

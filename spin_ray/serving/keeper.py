@@ -28,6 +28,7 @@ from spin_ray.storage import Storage
 logger = logging.getLogger("ray.serve")
 
 ENGINE_PREFIX = "engine."
+"""Of the applications that are a server's engines; ``spin-ray compare`` has engines of its own."""
 _ENDED = (ApplicationStatus.DEPLOY_FAILED, ApplicationStatus.NOT_STARTED)
 
 
@@ -42,8 +43,8 @@ class Keeper:
     "problems": {"iter-2": "…/model.safetensors: differs from its digest"}}``
     """
 
-    async def __init__(self, run_folder: str, config: SpinConfig) -> None:
-        self._run, self._config = RunDir(Storage(run_folder)), config
+    async def __init__(self, run_folder: str, config: SpinConfig, engines: str = ENGINE_PREFIX) -> None:
+        self._run, self._config, self._prefix = RunDir(Storage(run_folder)), config, engines
         self._version = 0
         self._newest: str | None = None
         self._engines: dict[str, dict[str, str]] = {}
@@ -88,6 +89,9 @@ class Keeper:
             if name not in self._engines and name not in self._starting and not waits:
                 self._starting[name] = asyncio.get_running_loop().create_task(self._try_start(name))
                 self._starting[name].add_done_callback(lambda _, name=name: self._starting.pop(name))
+        if past := self._problems.keys() - set(names):
+            self._problems = {name: reason for name, reason in self._problems.items() if name not in past}
+            await self._announce()
         if latest in self._engines and self._newest != latest:
             self._newest = latest
             await self._announce()
@@ -98,7 +102,7 @@ class Keeper:
     async def _try_start(self, name: str) -> None:
         try:
             iterate = await asyncio.to_thread(open_iterate, self._run, name)
-            app = f"{ENGINE_PREFIX}{name}.{iterate.digest[:16]}"
+            app = f"{self._prefix}{name}.{iterate.digest[:16]}"
             await self._start(app, iterate)
         except Exception as error:  # an iterate that cannot start must not stop those that serve
             self._retry_at[name] = time.monotonic() + self._config.serving.retry_failed_s
@@ -166,7 +170,7 @@ class Keeper:
         self._looked_for_strays = True
         ours = {engine["app"] for engine in self._engines.values()}
         for app in (await self._ask_serve(serve.status)).applications:
-            if app.startswith(ENGINE_PREFIX) and app not in ours:
+            if app.startswith(self._prefix) and app not in ours:
                 await self._ask_serve(serve.delete, app, _blocking=False)
 
     async def _announce(self) -> None:

@@ -4,14 +4,16 @@ import logging
 import os
 import queue
 import signal
+import socket
 from contextlib import suppress
 from typing import Any
 
 import ray
 from ray import serve
+from ray.exceptions import RayError
 
-from spin_ray.config import SpinConfig
-from spin_ray.errors import ConfigError, ResourceError, StageError
+from spin_ray.config import ServingConfig, SpinConfig
+from spin_ray.errors import ConfigError, ResourceError, StageError, first_line
 from spin_ray.resources import connect, take_signal
 from spin_ray.run_dir import RunDir
 from spin_ray.serving.access import read_keys
@@ -61,14 +63,13 @@ def check_settings(run: RunDir, config: SpinConfig) -> None:
     if serving.keys:
         read_keys(serving.keys)
     VoteStore(votes_url(str(run.storage.root), config)).close()
-    if serving.host not in _LOOPBACK:
-        if not serving.keys:
-            raise ConfigError(f"serving.host: {serving.host} can be reached from elsewhere; set serving.keys first")
-        if os.environ.get("RAY_AUTH_MODE", "token") != "token":
-            raise ConfigError(
-                f"serving.host: {serving.host} can be reached from elsewhere, and so could Ray with RAY_AUTH_MODE="
-                f"{os.environ['RAY_AUTH_MODE']}; set it to token"
-            )
+    if serving.host not in _LOOPBACK and not serving.keys:
+        raise ConfigError(f"serving.host: {serving.host} can be reached from elsewhere; set serving.keys first")
+    if os.environ.get("RAY_AUTH_MODE", "token") != "token":
+        raise ConfigError(
+            "Ray Serve's replicas take work from other machines, wherever serving.host is, and from anybody with "
+            f"RAY_AUTH_MODE={os.environ['RAY_AUTH_MODE']}; set it to token"
+        )
 
 
 def start(run: RunDir, config: SpinConfig) -> None:
@@ -78,12 +79,21 @@ def start(run: RunDir, config: SpinConfig) -> None:
         UserError: no cluster answers, or it could not serve safely.
     """
     serving = config.serving
+    if not (config.cluster.address or os.environ.get("RAY_ADDRESS")):
+        _check_port(serving)
     connect_for(run, config)
     if serve.status().proxies and not serving.keys:
         raise ConfigError("Ray Serve runs on this cluster already, at an address of its own; set serving.keys first")
-    serve.start(
-        http_options={"host": serving.host, "port": serving.port, "request_timeout_s": serving.request_timeout_s + 30}
-    )
+    try:
+        serve.start(
+            http_options={
+                "host": serving.host, "port": serving.port, "request_timeout_s": serving.request_timeout_s + 30,
+            }
+        )  # fmt: skip
+    except (RayError, TimeoutError) as error:
+        raise StageError(
+            f"Ray Serve's proxy did not start ({first_line(error)}); is the machine overloaded?"
+        ) from error
     serve.run(application(str(run.storage.root), config), name=APP, route_prefix="/")
 
 
@@ -93,10 +103,19 @@ def connect_for(run: RunDir, config: SpinConfig) -> None:
     Raises:
         ResourceError: no cluster answers, or no engine could ever be placed on it.
     """
+    # Ray Serve kills and replaces a proxy that takes longer than 15 s to start, as it may on a busy machine.
+    os.environ.setdefault("RAY_SERVE_PROXY_READY_CHECK_TIMEOUT_S", "50")
     connect(with_room(config, len(wanted(run, config.serving.models)[0])))
     needed = config.serving.resources.bundle
     if not any(all(node["Resources"].get(name, 0) >= n for name, n in needed.items()) for node in ray.nodes()):
         raise ResourceError(f"serving.resources: no node of the cluster has {needed}; lower it or add nodes")
+
+
+def _check_port(serving: ServingConfig) -> None:
+    try:
+        socket.create_server((serving.host, serving.port)).close()
+    except OSError as error:
+        raise ConfigError(f"serving.host {serving.host}, serving.port {serving.port}: {error.strerror}") from error
 
 
 def with_room(config: SpinConfig, engines: int) -> SpinConfig:
@@ -108,14 +127,14 @@ def with_room(config: SpinConfig, engines: int) -> SpinConfig:
     return config.model_copy(update={"cluster": config.cluster.model_copy(update={"local_cpus": cpus})})
 
 
-def stop_serving() -> None:
-    """The ingress ends its answers, then the engines go; a Serve that others use too stays up."""
-    serve.delete(APP)
+def stop_serving(app: str = APP, engines: str = ENGINE_PREFIX) -> None:
+    """``app`` ends its answers, then its engines go; a Serve that others use too stays up."""
+    serve.delete(app)
     names = list(serve.status().applications)
     for name in names:
-        if name.startswith(ENGINE_PREFIX):
+        if name.startswith(engines):
             serve.delete(name)
-    if not [name for name in names if not name.startswith(ENGINE_PREFIX)]:
+    if not [name for name in names if not name.startswith(engines)]:
         serve.shutdown()
 
 

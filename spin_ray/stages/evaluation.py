@@ -7,11 +7,12 @@ Two margins, both of θ_t against its opponent θ_{t-1}:
                        the JSD of the ordered pairs (y, y') and (y', y), at most 2 JSD(p_data ‖ θ_{t-1}); so
                        (ln 2 - loss) / 2 is a lower bound of the distance that was there to be seen
     against_self       y' ~ θ_t: are its own fresh samples still told from people's?
+
+θ_0 scores the samples of θ_t, too: the mean of log p_θt(y') − log p_θ0(y') over them estimates KL(θ_t ‖ θ_0).
 """
 
 import json
 import logging
-import math
 import time
 from contextlib import suppress
 from dataclasses import dataclass
@@ -25,10 +26,12 @@ import torch.distributed as dist
 
 from spin_ray.answers import is_correct
 from spin_ray.config import SpinConfig
+from spin_ray.heldout_scores import SCORE_SCHEMA, margin_measures
 from spin_ray.learner.backends.base import BackendSettings
 from spin_ray.learner.backends.fsdp2 import Fsdp2Backend
-from spin_ray.learner.loop import PackShape, plan, score_rows
-from spin_ray.measures import distinct_ngrams, duplicate_share, row_margins, standard_error, warnings
+from spin_ray.learner.loop import PackShape, plan
+from spin_ray.learner.losses import pair_logps, response_logps
+from spin_ray.measures import distinct_ngrams, duplicate_share, standard_error, warnings
 from spin_ray.model_folder import ModelFolder
 from spin_ray.rendering import load_tokenizer
 from spin_ray.run_dir import Artefact, RunDir, part_name
@@ -37,34 +40,35 @@ from spin_ray.workers import device, run_workers
 
 logger = logging.getLogger(__name__)
 
-SCORE_SCHEMA = pa.schema(
-    [pa.field("pair_id", pa.string()), pa.field("model", pa.string())]
-    + [pa.field(name, pa.float32()) for name in ("real_logp", "generated_logp")]
-)
-
 
 @dataclass(frozen=True, kw_only=True)
 class ScoreJob:
-    """Scores held-out rows under one or more models."""
+    """Scores held-out rows under several models."""
 
-    rows: pa.Table
-    """PAIR_SCHEMA; ``pair_id`` ends with whose sample y' is."""
-    models: tuple[ModelFolder, ...]
+    tables: tuple[tuple[ModelFolder, pa.Table], ...]
+    """Each model and its rows: PAIR_SCHEMA; ``pair_id`` ends with whose sample y' is."""
     shape: PackShape
     backend: BackendSettings
     target: Artefact
 
 
 def run(
-    run_dir: RunDir, config: SpinConfig, iterate: int, model: ModelFolder, opponent: ModelFolder | None
+    run_dir: RunDir,
+    config: SpinConfig,
+    iterate: int,
+    model: ModelFolder,
+    opponent: ModelFolder | None,
+    base: ModelFolder,
 ) -> dict[str, Any]:
-    """Writes ``eval.json`` of θ_iterate and returns it; ``opponent`` is θ_{iterate-1}, None for θ_0."""
+    """Writes ``eval.json`` of θ_iterate and returns it; ``opponent`` is θ_{iterate-1}, None for θ_0, the ``base``."""
     path = run_dir.eval_path(iterate)
     samples = run_dir.heldout_samples(iterate)
     made_from = {"samples": samples.manifest().digest, "model": model.digest}
+    benchmarks: dict[str, Any] = {}
     if run_dir.storage.exists(path):
         with suppress(ValueError, KeyError, TypeError):  # a damaged one is made again
             done = json.loads(run_dir.storage.read(path))
+            benchmarks = {key: done[key] for key in done if key == "benchmarks"}  # lm-eval may have been quicker
             if done["made_from"] == made_from:
                 return done
     with run_dir.stage(f"{model.name}/evaluation") as counted:
@@ -73,13 +77,13 @@ def run(
         result |= _text_measures(heldout, answers, config, model.path)
         if opponent is not None:
             samples_of = {"self": samples, "opponent": run_dir.heldout_samples(iterate - 1)}
-            scores, work = _score(run_dir, config, samples_of, model, opponent)
+            scores, work = _score(run_dir, config, samples_of, (model, opponent, base))
             counted |= work
-            margins = _margin_measures(scores, model, opponent, config.at(iterate - 1).beta)
+            margins = margin_measures(scores, model.name, opponent.name, base.name, config.at(iterate - 1).beta)
             margins["standard_errors"] |= result["standard_errors"]
             result |= {"opponent": opponent.name} | margins
         counted |= {"rows": heldout.num_rows}
-        run_dir.storage.replace(path, json.dumps(result, indent=1).encode())
+        run_dir.storage.replace(path, json.dumps(result | benchmarks, indent=1).encode())
     start = json.loads(run_dir.storage.read(run_dir.eval_path(0))) if iterate else None
     for text in warnings(result, start):
         logger.warning("%s: %s", model.name, text)
@@ -142,16 +146,17 @@ def _score(
     run_dir: RunDir,
     config: SpinConfig,
     samples_of: dict[str, Artefact],
-    model: ModelFolder,
-    opponent: ModelFolder,
+    models: tuple[ModelFolder, ModelFolder, ModelFolder],
 ) -> tuple[pa.Table, dict[str, float]]:
-    """SCORE_SCHEMA rows of every (held-out row, sample) under both models, and what was done for them now.
+    """SCORE_SCHEMA rows of every (held-out row, sample) under θ_t, its opponent and, of its own samples, θ_0; and what
+    was done for them now.
 
     On the train workers, so any size of model fits.
     """
+    model, opponent, base = models
     target = run_dir.artefact(f"{model.name}/heldout_scores")
     inputs = {f"samples_of_{whose}": samples.manifest().digest for whose, samples in samples_of.items()}
-    inputs |= {"model": model.digest, "opponent": opponent.digest}
+    inputs |= {"model": model.digest, "opponent": opponent.digest, "base": base.digest}
     settings = {
         "precision": config.train.precision,
         "pack_length": config.train.pack_length,
@@ -159,14 +164,13 @@ def _score(
     }
     work: dict[str, float] = {}
     if not target.is_current(inputs, settings):
-        rows = pa.concat_tables(
-            [_pair_rows(*_read(run_dir.heldout, samples), whose) for whose, samples in samples_of.items()]
-        )
+        rows = {whose: _pair_rows(*_read(run_dir.heldout, samples), whose) for whose, samples in samples_of.items()}
+        both = pa.concat_tables(list(rows.values()))
+        of_base = [] if base.name == opponent.name else [(base, rows["self"])]
         job = ScoreJob(
-            rows=rows,
-            models=(model, opponent),
+            tables=((model, both), (opponent, both), *of_base),
             shape=PackShape(
-                pack_length=config.train.pack_length, global_batch_pairs=rows.num_rows, pad_id=model.pad_id
+                pack_length=config.train.pack_length, global_batch_pairs=both.num_rows, pad_id=model.pad_id
             ),
             backend=BackendSettings.for_scoring(config),
             target=target,
@@ -187,40 +191,33 @@ def _pair_rows(heldout: pa.Table, answers: pa.Table, whose: str) -> pa.Table:
 
 def _worker(job: ScoreJob) -> dict[str, float]:
     """Runs on every rank: one model after another, so that only one is in memory. Returns what was done."""
-    steps = plan(job.rows, job.shape, epochs=1, seed=0)[0]
     tables = []
-    work_s = 0.0
-    for model in job.models:
+    tokens, work_s = 0, 0.0
+    for model, rows in job.tables:
         backend = Fsdp2Backend(model.here(), job.backend, device())
         started = time.monotonic()
-        rows, real, generated = score_rows(backend, steps, job.rows, job.shape)
+        tables.append(_score_rows(backend, rows, job.shape, model.name))
         work_s += time.monotonic() - started
-        pair_ids = job.rows["pair_id"].take(pa.array(rows, pa.int64()))
-        tables.append(pa.table([pair_ids, [model.name] * len(rows), real, generated], schema=SCORE_SCHEMA))
+        tokens += sum(pc.sum(pc.list_value_length(rows[f"{name}_ids"])).as_py() for name in ("real", "generated"))
         del backend
     job.target.replace_part(part_name(dist.get_rank()), pa.concat_tables(tables))
     dist.barrier()
-    lengths = [pc.sum(pc.list_value_length(job.rows[f"{name}_ids"])).as_py() for name in ("real", "generated")]
-    return {"tokens": len(job.models) * sum(lengths), "work_s": work_s, "ranks": dist.get_world_size()}
+    return {"tokens": tokens, "work_s": work_s, "ranks": dist.get_world_size()}
 
 
-def _margin_measures(scores: pa.Table, model: ModelFolder, opponent: ModelFolder, beta: float) -> dict[str, Any]:
-    """Loss, margin and accuracy of the margin for both kinds of y', and how far log p(y) and log p(y') moved."""
-    frame = row_margins(scores, model.name, opponent.name, beta)
-    measures: dict[str, Any] = {"beta": beta, "real_logp_drift": float(frame["real"].mean())}
-    errors: dict[str, float] = {}
-    for whose in ("opponent", "self"):
-        rows = frame[frame.index.str.endswith(f"/{whose}")]
-        margin = rows["margin"].to_numpy()
-        by_row = {
-            "loss": np.logaddexp(0.0, -margin),
-            "margin": margin,
-            "accuracy": (margin > 0).astype(np.float64),
-            "generated_logp_drift": rows["generated"].to_numpy(),
-        }
-        measures[f"against_{whose}"] = {key: float(values.mean()) for key, values in by_row.items()}
-        errors |= {f"against_{whose}.{key}": standard_error(values) for key, values in by_row.items()}
-        errors["real_logp_drift"] = standard_error(rows["real"].to_numpy())  # the same rows of y in both kinds
-    measures["jsd_lower_bound"] = (math.log(2) - measures["against_opponent"]["loss"]) / 2
-    errors["jsd_lower_bound"] = errors["against_opponent.loss"] / 2
-    return measures | {"standard_errors": errors}
+def _score_rows(backend: Fsdp2Backend, table: pa.Table, shape: PackShape, model: str) -> pa.Table:
+    """This rank's share of the rows, in SCORE_SCHEMA."""
+    rows: list[int] = []
+    columns: dict[str, list[Any]] = {name: [] for name in SCORE_SCHEMA.names[2:]}
+    for step in plan(table, shape, epochs=1, seed=0)[0]:
+        for pack in step.for_rank(dist.get_rank(), dist.get_world_size()):
+            batch = shape.build(pack, table).to(backend.device)
+            logps = backend.score_tokens(batch)
+            real, generated = pair_logps(response_logps(logps, batch.segment, batch.num_segments), batch)
+            rows += batch.pair_row.tolist()
+            columns["real_logp"] += real.tolist()
+            columns["generated_logp"] += generated.tolist()
+            for name, segments in (("real", batch.real_segment), ("generated", batch.generated_segment)):
+                columns[f"{name}_token_logps"] += [logps[batch.segment == segment].tolist() for segment in segments]
+    pair_ids = table["pair_id"].take(pa.array(rows, pa.int64()))
+    return pa.table([pair_ids, [model] * len(rows), *columns.values()], schema=SCORE_SCHEMA)

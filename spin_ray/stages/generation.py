@@ -12,6 +12,7 @@ import logging
 import pickle
 import time
 from collections.abc import Iterator
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any
 
@@ -23,7 +24,7 @@ import ray.exceptions
 
 from spin_ray.config import SpinConfig, digest
 from spin_ray.engine import EngineSpec, GenerationEngine, StartEngine, VllmEngine
-from spin_ray.errors import RunDirError, StageError, last_line, memory_advice
+from spin_ray.errors import RunDirError, StageError, UserError, last_line, memory_advice
 from spin_ray.progress import StageProgress
 from spin_ray.resources import demands, wait_until_free, with_deadline
 from spin_ray.run_dir import Artefact, FileEntry, RunDir, part_name
@@ -111,13 +112,20 @@ def run(
     entries = {job.target.path: _finished(job, config) for job in jobs}
     missing = [shard for shard in shards if shard.name not in entries[shard.target.path]]
     names = " + ".join(job.target.path for job in jobs)
+    cut_off = run_dir.was_cut_off(names)
     with run_dir.stage(names) as counted:
+        if cut_off and missing:
+            run_dir.event(
+                "lost", names, shards=min(config.generation.replicas, len(missing)), why="the stage ended early"
+            )
         done = sum(entry.rows or 0 for found in entries.values() for entry in found.values())
         total = sum(_rows(job) * config.generation.samples_per_prompt for job in jobs)
         tokens, work_s = 0, 0.0
         with StageProgress(names, total, "rows", done=done) as progress:
             for finished in _play(missing, config, spec, start_engine):
                 entries[finished["target"]][finished["name"]] = FileEntry(**finished["entry"])
+                if finished["lost"]:
+                    run_dir.event("lost", names, shards=finished["lost"], why="an engine died")
                 tokens += finished["tokens"]
                 work_s += finished["seconds"] / config.generation.replicas
                 progress.advance(finished["entry"]["rows"], finished["tokens"])
@@ -164,6 +172,8 @@ def _play(
         num_gpus=resources.gpus or None,
         resources=resources.custom or None,
         label_selector=resources.labels or None,
+        max_restarts=config.generation.max_failures,
+        max_task_retries=config.generation.max_failures,
     )
     first_s = config.generation.start_timeout_s + config.generation.shard_timeout_s
     try:
@@ -180,14 +190,17 @@ class _Player:
     """Actor: one engine that answers one shard after another."""
 
     def __init__(self, spec: EngineSpec, config: SpinConfig, start_engine: StartEngine) -> None:
+        self._spec, self._start_engine, self._config = spec, start_engine, config
         self._engine = start_engine(spec)
-        self._config = config
+        # A process that was killed cannot say so itself: the one that takes its place does.
+        self._lost = int(ray.is_initialized() and ray.get_runtime_context().was_current_actor_reconstructed)
 
     def __call__(self, item: dict[str, Any]) -> dict[str, Any]:
         shard: Shard = pickle.loads(item["shard"])  # noqa: S301 (from this run's driver, through Ray)
         started = time.monotonic()
-        answers = answer(shard, self._config, self._engine)
+        answers = self._answer(shard)
         seconds = time.monotonic() - started
+        lost, self._lost = self._lost, 0
         entry = shard.target.write_part(shard.name, answers)
         tokens = pc.sum(pc.list_value_length(answers["token_ids"])).as_py()
         return {
@@ -197,8 +210,27 @@ class _Player:
                 "entry": entry.model_dump(),
                 "tokens": tokens,
                 "seconds": seconds,
+                "lost": lost,
             }
         }
+
+    def _answer(self, shard: Shard) -> pa.Table:
+        """The answers to a shard; by a new engine if the one at hand dies under it (its processes can be killed)."""
+        failures = 0
+        while True:
+            try:
+                return answer(shard, self._config, self._engine)
+            except (UserError, StageError):
+                raise
+            except Exception as error:
+                failures += 1
+                if failures > self._config.generation.max_failures:
+                    raise
+                logger.warning("%s: the engine failed (%s); a new one is started", shard.name, last_line(error))
+                self._lost += 1
+                with suppress(Exception):  # whatever is left of it
+                    self._engine.close()
+                self._engine = self._start_engine(self._spec)
 
 
 def answer(shard: Shard, config: SpinConfig, engine: GenerationEngine) -> pa.Table:

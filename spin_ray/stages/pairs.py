@@ -30,9 +30,12 @@ def run(run_dir: RunDir, config: SpinConfig, iteration: int) -> None:
     inputs = {"prompts": run_dir.prompts.manifest().digest, "generations": generations.manifest().digest}
     if earlier:
         inputs["earlier_pairs"] = earlier.manifest().digest
-    settings = {"window": config.objective.window, "part_rows": config.generation.shard_rows}
+    settings: dict[str, Any] = {"window": config.objective.window, "part_rows": config.generation.shard_rows}
+    keep = config.objective.keep_identical
+    if keep:
+        settings["keep_identical"] = True
     played = joined(run_dir.prompts, generations, iteration)
-    make(run_dir, config, iteration, Fresh(played, inputs, settings), earlier, oldest)
+    make(run_dir, config, iteration, Fresh(played, inputs, settings, keep_identical=keep), earlier, oldest)
 
 
 @dataclass(frozen=True)
@@ -45,6 +48,8 @@ class Fresh:
     settings: dict[str, Any]
     paired: bool = True
     """False: rows for supervised fine-tuning, which have no y'."""
+    keep_identical: bool = False
+    """Keep pairs with y = y'."""
     dropped: Counter[str] = field(default_factory=Counter)
     """What the tables leave out, by reason; complete once they are read."""
 
@@ -97,7 +102,8 @@ def build(
             write(table)
             continue
         kept = [
-            _verdict(real, generated) for real, generated in zip(table["real_ids"], table["generated_ids"], strict=True)
+            _verdict(real, generated, fresh.keep_identical)
+            for real, generated in zip(table["real_ids"], table["generated_ids"], strict=True)
         ]
         counts.update(verdict for verdict in kept if verdict)
         write(table.filter(pa.array([not verdict for verdict in kept], pa.bool_())))
@@ -124,11 +130,11 @@ def _mean_length(generations: Artefact) -> float:
     return tokens / max(generations.manifest().rows, 1)
 
 
-def _verdict(real: pa.ListScalar, generated: pa.ListScalar) -> str:
+def _verdict(real: pa.ListScalar, generated: pa.ListScalar, keep_identical: bool) -> str:
     """Why a pair is dropped; empty if it is kept."""
     if len(generated.values) == 0:
         return "dropped_empty"
-    return "dropped_identical" if real.values.equals(generated.values) else ""
+    return "dropped_identical" if not keep_identical and real.values.equals(generated.values) else ""
 
 
 def joined(prompts: Artefact, generations: Artefact, iteration: int) -> Iterator[pa.Table]:

@@ -5,14 +5,17 @@
 Rows that cannot be used go to RUN/quarantine with the reason, and are counted.
 """
 
+import gc
 import hashlib
-import json
 import logging
+import os
 from collections import Counter
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from functools import cached_property
 from itertools import islice
+from json.encoder import encode_basestring
 from typing import Any
 
 import numpy as np
@@ -48,7 +51,6 @@ _SLICE_SCHEMA = PROMPT_SCHEMA.append(pa.field("origin", pa.string())).append(pa.
 ROWS_AT_A_TIME = 1024
 """Rows that a task holds as Python objects."""
 Row = dict[str, Any]
-_AS_WRITTEN = json.JSONEncoder(ensure_ascii=False)
 
 
 @dataclass(frozen=True)
@@ -103,18 +105,18 @@ def run(
     if artefact.is_current(inputs, settings):
         return
     with run_dir.stage(artefact.path) as counted:
-        slices = split(files)
+        pieces = split(files)
         folder = f"{ATTEMPTS}/{artefact.path}-{digest([inputs, settings])[:16]}"
-        items = [asdict(piece) | {"name": f"{folder}/{index:06d}"} for index, piece in enumerate(slices)]
+        items = [asdict(piece) | {"name": f"{folder}/{index:06d}"} for index, piece in enumerate(pieces)]
         rendered = ray.data.from_items(items, override_num_blocks=len(items)).map(
             _RenderSlice(run_dir.storage, artefact.path, task), num_cpus=0.5
         )
         try:
             found = with_deadline(rendered.iter_rows(), 3600, 3600, "a slice of the data")
-            names = sorted(_name_of(row) for row in found)
+            slices = sorted((_rendered(row) for row in found), key=lambda slice_: slice_.name)
         except ray.exceptions.RayTaskError as error:
             raise StageError(f"{source}: cannot be rendered: {last_line(error)}; run the command again") from error
-        entries, quarantined = _finish(run_dir.storage, names, artefact, max_rows, settings["part_rows"])
+        entries, quarantined = _finish(run_dir.storage, slices, artefact, max_rows, settings["part_rows"])
         counted |= {"rows": sum(entry.rows or 0 for entry in entries.values()), "quarantined": quarantined.total()}
         _check_quarantine(run_dir, config, artefact, source, counted["rows"], quarantined)
         artefact.commit(entries, inputs, settings, counts=dict(quarantined))
@@ -129,6 +131,22 @@ def template_digest(renderer: ChatRenderer) -> str:
     return digest([tokenizer.chat_template, len(tokenizer), rendered.prompt_ids, rendered.real_ids])
 
 
+@dataclass(frozen=True, slots=True)
+class _Slice:
+    """A slice whose rows are in ``name``-rows and ``name``-bad, below the attempts."""
+
+    name: str
+    ids: np.ndarray
+    """The 64-bit prompt ids of its rows: 8 bytes a row are all that the driver keeps of it."""
+
+
+def _rendered(answer: dict[str, Any]) -> _Slice:
+    """Of what a task answered; raises DataError if the slice could not be read."""
+    if answer["error"]:
+        raise DataError(answer["error"])
+    return _Slice(answer["name"], np.frombuffer(answer["ids"], dtype=np.uint64))
+
+
 class _RenderSlice:
     """One task: reads a slice and writes its rows, good and bad, to an unnamed part."""
 
@@ -136,16 +154,19 @@ class _RenderSlice:
         self._storage, self._stage, self._task = storage, stage, task
 
     def __call__(self, item: dict[str, Any]) -> dict[str, Any]:
-        """The name of the part, and what the user must mend: a value, as Ray keeps only the text of an exception."""
+        """For ``_rendered``. What the user must mend is a value, as Ray keeps only the text of an exception."""
+        answer = {"name": item["name"], "error": "", "ids": b""}
         try:
-            self._render(item)
+            with _busy_with_rows():
+                return answer | {"ids": self._render(item)}
         except UserError as error:
-            return {"name": item["name"], "error": str(error)}
-        return {"name": item["name"], "error": ""}
+            return answer | {"error": str(error)}
 
-    def _render(self, item: dict[str, Any]) -> None:
+    def _render(self, item: dict[str, Any]) -> bytes:
+        """The ids of the good rows."""
         name = item["name"]
         good, bad = [_SLICE_SCHEMA.empty_table()], [QUARANTINE_SCHEMA.empty_table()]
+        ids = bytearray()
         reader = read_slice(Slice(item["uri"], item["start"], item["stop"]))
         while sources := list(islice(reader, ROWS_AT_A_TIME)):
             rows: list[Row] = []
@@ -157,15 +178,25 @@ class _RenderSlice:
                     rows += [row | {"origin": source.origin, "raw": source.raw} for row in found]
             good.append(pa.Table.from_pylist(rows, _SLICE_SCHEMA))
             bad.append(pa.Table.from_pylist(unusable, QUARANTINE_SCHEMA))
+            ids += bytes.fromhex("".join([row["prompt_id"] for row in rows]))
         self._storage.replace(f"{name}-rows", table_to_bytes(pa.concat_tables(good)))
         self._storage.replace(f"{name}-bad", table_to_bytes(pa.concat_tables(bad)))
+        return bytes(ids)
 
 
-def _name_of(rendered: dict[str, Any]) -> str:
-    """Raises DataError if the slice could not be read."""
-    if rendered["error"]:
-        raise DataError(rendered["error"])
-    return rendered["name"]
+@contextmanager
+def _busy_with_rows() -> Iterator[None]:
+    """Many rows make no cycles, but would have Python look for some among all that is imported: a third of the time.
+    And as each slice has its task, the tokenizer's own threads would only be in each other's way.
+    """
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    collects = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if collects:
+            gc.enable()
 
 
 def rows_of(sources: Sequence[SourceRow], task: PromptTask) -> Iterator[list[Row] | Unusable]:
@@ -227,20 +258,29 @@ def _row(
     real_ids = rendered.real_ids if task.labelled else []
     identity = [rendered.prompt_ids, real_ids, *([rejected.real_ids] if rejected else [])]
     return {
-        "prompt_id": hashlib.blake2b(json.dumps(identity).encode(), digest_size=8).hexdigest(),
+        "prompt_id": hashlib.blake2b(str(identity).encode(), digest_size=8).hexdigest(),
         "prompt_ids": rendered.prompt_ids,
         "real_ids": real_ids,
-        "messages": _AS_WRITTEN.encode(conversation),
+        "messages": _as_json(conversation),
         "answer": answer_of((source.content or {}).get("answer")),
         "rejected_ids": rejected.real_ids if rejected else None,
     }
 
 
+def _as_json(conversation: Conversation) -> str:
+    """As ``json.dumps`` writes it, text as text; that sets itself up anew for each call, which takes twice as long."""
+    written = [
+        f'{{"role": {encode_basestring(message["role"])}, "content": {encode_basestring(message["content"])}}}'
+        for message in conversation
+    ]
+    return f"[{', '.join(written)}]"
+
+
 def _finish(
-    storage: Storage, names: list[str], artefact: Artefact, max_rows: int | None, part_rows: int
+    storage: Storage, slices: list[_Slice], artefact: Artefact, max_rows: int | None, part_rows: int
 ) -> tuple[dict[str, FileEntry], Counter[str]]:
     """Drops duplicates, cuts rows into parts of ``part_rows``, writes the quarantine; one slice in memory at a time."""
-    firsts = _first_of_each([_ids(storage.read(f"{name}-rows")) for name in names], max_rows)
+    firsts = _first_of_each([each.ids for each in slices], max_rows)
     reasons: Counter[str] = Counter()
     quarantine: list[pa.Table] = []
     entries: dict[str, FileEntry] = {}
@@ -252,20 +292,21 @@ def _finish(
             name = part_name(len(entries))
             entries[name] = artefact.write_part(name, table.combine_chunks())
 
-    for name, (keep, repeated) in zip(names, firsts, strict=True):
-        table = table_from_bytes(storage.read(f"{name}-rows"))
+    for name, (keep, repeated) in zip([each.name for each in slices], firsts, strict=True):
+        rows = storage.read(f"{name}-rows")
         duplicates = [
             _quarantine_row(
                 artefact.path, row["origin"], "duplicate", "the same prompt and response as an earlier row", row["raw"]
             )
-            for row in table.filter(pa.array(repeated)).select(["origin", "raw"]).to_pylist()
+            for row in (_columns(rows, ["origin", "raw"]).filter(repeated).to_pylist() if repeated.any() else [])
         ]
         bad = pa.concat_tables(
             [table_from_bytes(storage.read(f"{name}-bad")), pa.Table.from_pylist(duplicates, QUARANTINE_SCHEMA)]
         )
         reasons.update(bad["reason"].to_pylist())
         quarantine.append(bad)
-        waiting = pa.concat_tables([waiting, table.filter(pa.array(keep)).select(PROMPT_SCHEMA.names)])
+        table = _columns(rows, PROMPT_SCHEMA.names)
+        waiting = pa.concat_tables([waiting, table if keep.all() else table.filter(keep)])
         while waiting.num_rows >= part_rows:
             write(waiting.slice(0, part_rows))
             waiting = waiting.slice(part_rows)
@@ -274,10 +315,8 @@ def _finish(
     return entries, reasons
 
 
-def _ids(part: bytes) -> np.ndarray:
-    """The 64-bit prompt ids of a slice as numbers: 8 bytes a row are all that the driver keeps of it."""
-    column = pq.read_table(pa.BufferReader(part), columns=["prompt_id"])["prompt_id"]
-    return np.frombuffer(bytes.fromhex("".join(column.to_pylist())), dtype=np.uint64)
+def _columns(part: bytes, names: list[str]) -> pa.Table:
+    return pq.read_table(pa.BufferReader(part), columns=names)
 
 
 def _first_of_each(ids: list[np.ndarray], limit: int | None) -> list[tuple[np.ndarray, np.ndarray]]:

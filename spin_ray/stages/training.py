@@ -19,7 +19,7 @@ import ray.train
 import torch
 import torch.distributed as dist
 
-from spin_ray import checkpoint
+from spin_ray import checkpoint, gauges
 from spin_ray.config import HealthConfig, OptimizerConfig, SftConfig, SpinConfig, digest
 from spin_ray.errors import RunDirError
 from spin_ray.learner.backends import make_backend
@@ -191,7 +191,12 @@ def _train(run_dir: RunDir, config: SpinConfig, job: TrainJob) -> None:
     with run_dir.stage(f"{job.name}/training") as counted:
         with _Watcher(job):
             counted |= run_workers(
-                _worker, job, config, digest([job.inputs(), job.settings()])[:16], run_dir.storage.where(checkpoints)
+                _worker,
+                job,
+                config,
+                digest([job.inputs(), job.settings()])[:16],
+                run_dir.storage.where(checkpoints),
+                progress=lambda: run_dir.storage.find(job.log_path),
             )
         counted |= {"rows": job.rows.manifest().rows}
         if not config.storage.keep_checkpoints:
@@ -337,7 +342,11 @@ class _TrainLog:
         self._job = job
         self._active = dist.get_rank() == 0
         if self._active:
-            kept = [line for line in read_json_lines(job.storage, job.log_path) if line["step"] < first]
+            logged = read_json_lines(job.storage, job.log_path)
+            kept = [line for line in logged if line["step"] < first]
+            if len(kept) < len(logged):
+                lost = {"steps": len(logged) - len(kept), "resumed_at": first, "why": "a worker or the driver died"}
+                RunDir(job.storage).event("lost", f"{job.name}/training", **lost)
             job.storage.replace(job.log_path, "".join(json.dumps(line) + "\n" for line in kept).encode())
 
     def write(self, line: dict[str, Any]) -> None:
@@ -372,6 +381,8 @@ class _Watcher:
             if progress is not None:
                 for line in lines[seen:]:
                     progress.advance(1, line["tokens"])
+                if lines[seen:]:
+                    gauges.set_all(self._job.storage.name, gauges.of_step(lines[-1]))
                 seen = max(seen, len(lines))
         if progress is not None:
             progress.__exit__(None, None, None)

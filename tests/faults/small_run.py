@@ -111,7 +111,9 @@ class _Items:
         return self._items
 
 
-def _run_worker(function: Callable[[Any], Any], job: Any, config: SpinConfig, name: str, where: str) -> Any:
+def _run_worker(
+    function: Callable[[Any], Any], job: Any, config: SpinConfig, name: str, where: str, **_: object
+) -> Any:
     """One worker; what it reports is kept as Ray Train keeps it, complete or not at all."""
     # Of a run on an object store, Ray Train would keep the checkpoints there.
     folder = object_storage.CACHE / where.replace("://", "/") if "://" in where else Path(where)

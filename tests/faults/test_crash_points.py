@@ -4,6 +4,7 @@ The small run has POINTS points. Here each is hit by one of the faults in turn; 
 long as it is told.
 """
 
+import itertools
 import os
 import random
 import shutil
@@ -115,18 +116,34 @@ def test_a_process_that_really_ends_at_a_point_leaves_what_the_sweep_assumes(
 @pytest.mark.skipif("CHAOS_S" not in os.environ, reason="make chaos sets how many seconds it may take")
 @pytest.mark.timeout(0)
 def test_random_faults_one_after_another(tmp_path: Path, config: SpinConfig, calm: Path) -> None:
-    """Each run is cut down up to three times before it is left alone."""
+    """Every point with every fault, in an order that the seed decides; then runs that are cut down two or three times
+    before they are left alone.
+    """
     seed = int(os.environ.get("CHAOS_SEED") or time.time_ns() % 2**32)
-    chance, deadline, runs = random.Random(seed), time.monotonic() + float(os.environ["CHAOS_S"]), 0
-    print(f"CHAOS_SEED={seed}")
-    while time.monotonic() < deadline:
+    chance, deadline, injected = random.Random(seed), time.monotonic() + float(os.environ["CHAOS_S"]), Counter()
+    print(f"\nCHAOS_SEED={seed}", flush=True)
+    sweep = [[case] for case in itertools.product(range(POINTS), FAULTS)]
+    chance.shuffle(sweep)
+    several = (
+        [(chance.randrange(POINTS), chance.choice(FAULTS)) for _ in "ab" + "c" * n] for n in itertools.cycle((0, 1))
+    )
+    runs = 0
+    for cuts in itertools.chain(sweep, several):
+        if time.monotonic() > deadline:
+            break
         out = tmp_path / "run"
-        for at, fault in [(chance.randrange(POINTS), chance.choice(FAULTS)) for _ in range(chance.randint(1, 3))]:
+        for at, fault in cuts:
             try:
                 small_run.run(config, out, FaultyDisk(at, fault))
-            except (Killed, StageError) as error:
-                print(f"run {runs}: {fault} at point {at}: {error}")
-        assert_ends_as_if_nothing_was(config, out, calm)
+            except (Killed, StageError):
+                injected[fault] += 1
+        try:
+            assert_ends_as_if_nothing_was(config, out, calm)
+        except BaseException:
+            print(f"run {runs} did not, cut down at {cuts}")
+            raise
         shutil.rmtree(out)
         runs += 1
-    print(f"{runs} runs ended as if nothing was")
+    print(
+        f"{runs} runs ended as if nothing was (all {len(sweep)} single faults: {runs >= len(sweep)}); {dict(injected)}"
+    )

@@ -2,6 +2,9 @@
 
 import json
 import pickle
+import re
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -111,3 +114,42 @@ def test_no_secret_of_the_environment_reaches_the_run_folder_or_the_log(
     small_run.run(config, tmp_path / "run")
     written = [path for path in (tmp_path / "run").rglob("*") if path.is_file() and b"hunter2" in path.read_bytes()]
     assert not written and "hunter2" not in caplog.text
+
+
+ROOT = Path(__file__).parents[2]
+
+
+@pytest.mark.parametrize(
+    ("line", "rule"),
+    [
+        ("import pickle\n\npickle.load(open('f', 'rb'))", "S301"),
+        ("import pickle\n\npickle.loads(b'')", "S301"),
+        ("import marshal\n\nmarshal.loads(b'')", "S302"),
+        ("import torch\n\ntorch.load('f')", "TID251"),
+        ("from torch import load\n\nload('f')", "TID251"),
+        ("import yaml\n\nyaml.load('f', yaml.Loader)", "S506"),
+        ("eval('1')", "S307"),
+    ],
+)
+def test_lint_refuses_what_runs_the_content_of_a_file(line: str, rule: str) -> None:
+    command = [
+        sys.executable,
+        "-m",
+        "ruff",
+        "check",
+        "--output-format=concise",
+        "--stdin-filename=spin_ray/new.py",
+        "-",
+    ]
+    found = subprocess.run(command, input=line + "\n", cwd=ROOT, capture_output=True, text=True, check=False)
+    assert found.returncode == 1 and f" {rule} " in found.stdout
+
+
+def test_only_what_ray_carries_between_processes_is_let_through() -> None:
+    let_through = {
+        (path.relative_to(ROOT).as_posix(), reason)
+        for path in (ROOT / "spin_ray").rglob("*.py")
+        for reason in re.findall(r"# noqa: (?:S301|S302|TID251) ?(.*)", path.read_text())
+    }
+    why = "(from this run's driver, through Ray)"
+    assert let_through == {("spin_ray/stages/generation.py", why), ("spin_ray/workers.py", why)}

@@ -1,5 +1,7 @@
-"""Relatives of SPIN as whole runs on a local Ray: every stage is the real one; only the engine answers by rote,
-where a random model's answers would leave nothing to learn from.
+"""Relatives of SPIN as whole runs of the embedded SmolLM2-135M on a local Ray; every stage is the real one.
+
+SPPO plays with vLLM. The others start two or three engines each, so they play with transformers, which starts in a
+second; the answers are the model's own all the same.
 """
 
 import json
@@ -12,7 +14,7 @@ from typing import Any
 import pytest
 import ray.cloudpickle
 import torch
-from transformers import AutoTokenizer, LlamaConfig, LlamaForSequenceClassification
+from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForSequenceClassification
 
 from spin_ray.config import SamplingConfig, SpinConfig
 from spin_ray.embedded import resolve
@@ -22,27 +24,36 @@ from spin_ray.run_dir import RunDir
 
 ray.cloudpickle.register_pickle_by_value(sys.modules[__name__])  # actors cannot import a test module
 pytestmark = pytest.mark.slow
+EMBEDDED = "embedded:smollm2-135m-instruct"
 
 
-class RoteEngine:
-    """Answers a sum with one of three numbers, by its seed; a reviser's prompt with a revision. Each as text."""
+class TransformersEngine:
+    """Samples of the model folder it is given, by plain transformers."""
 
     def __init__(self, spec: EngineSpec) -> None:
         self._stop = spec.stop_token_id
-        self._tokenizer = AutoTokenizer.from_pretrained(spec.model)
+        self._model = AutoModelForCausalLM.from_pretrained(spec.model, dtype=torch.float32)
 
     def generate(
         self, prompt_ids: Sequence[Sequence[int]], sampling: SamplingConfig, seeds: Sequence[int]
     ) -> list[Completion]:
-        return [self._answer(ids, seed) for ids, seed in zip(prompt_ids, seeds, strict=True)]
+        torch.manual_seed(seeds[0])
+        longest = max(map(len, prompt_ids))
+        padded = torch.tensor([[self._stop] * (longest - len(ids)) + list(ids) for ids in prompt_ids])
+        real = torch.tensor([[0] * (longest - len(ids)) + [1] * len(ids) for ids in prompt_ids])
+        written = self._model.generate(
+            input_ids=padded, attention_mask=real, do_sample=True, temperature=sampling.temperature, top_k=0, top_p=1.0,
+            max_new_tokens=sampling.max_tokens, eos_token_id=self._stop, pad_token_id=self._stop,
+        )  # fmt: skip
+        return [self._completion(ids) for ids in written[:, longest:].tolist()]
 
     def close(self) -> None:
-        pass
+        del self._model
 
-    def _answer(self, ids: Sequence[int], seed: int) -> Completion:
-        revising = "Revise:" in self._tokenizer.decode(ids)
-        text = f"[minor]\nit is {seed % 50}" if revising else f"it = {seed % 3}"
-        return Completion([*self._tokenizer.encode(text, add_special_tokens=False), self._stop], "stop")
+    def _completion(self, ids: list[int]) -> Completion:
+        if self._stop in ids:
+            return Completion(ids[: ids.index(self._stop) + 1], "stop")
+        return Completion(ids, "length")
 
 
 def save_judge(folder: Path) -> str:
@@ -59,12 +70,12 @@ def save_judge(folder: Path) -> str:
 
 
 def run_of(
-    tmp_path: Path, algorithm: str, engine: Any = RoteEngine, **sections: Any
+    tmp_path: Path, algorithm: str, engine: Any = TransformersEngine, **sections: Any
 ) -> tuple[RunDir, list[dict[str, Any]]]:
     """A run of one iteration on 12 rows, done twice (the second time nothing may happen), and its training log."""
     recipe: dict[str, Any] = {
-        "model": {"path": "embedded:tiny-llama", "max_length": 160},
-        "data": {"train": "embedded:arithmetic-train", "max_rows": 12},
+        "model": {"path": EMBEDDED, "max_length": 160},
+        "data": {"train": "embedded:arithmetic-train", "max_rows": 12, "system": ""},
         "algorithm": algorithm,
         "iterations": 1,
         "generation": {
@@ -72,7 +83,7 @@ def run_of(
             "engine": {"enforce_eager": True, "cpu_kv_cache_gib": 1, "dtype": "float32", "max_num_seqs": 36},
         },
         "train": {
-            "global_batch_pairs": 4, "pack_length": 256, "precision": "fp32", "epochs": 1, "learning_rate": 1e-3,
+            "global_batch_pairs": 4, "pack_length": 256, "precision": "fp32", "epochs": 1, "learning_rate": 1e-5,
             "resources": {"cpus": 1},
         },
     }  # fmt: skip
@@ -112,27 +123,39 @@ def test_sppo_judges_samples_and_learns_from_the_best_and_the_worst(tmp_path: Pa
 
 
 def test_self_reinforcement_learns_from_questions_by_what_the_warm_up_changed(tmp_path: Path) -> None:
-    """12 labelled rows for the warm-up; 12 questions, answered by θ_0 and by the model before it."""
+    """12 labelled rows for the warm-up; 12 questions, answered by θ_0 and by the model before it. A pair is one answer
+    of each.
+    """
     run, log = run_of(
         tmp_path, "self_reinforcement", data={"questions": "embedded:arithmetic-heldout"},
         sft={"global_batch_rows": 4}, generation={"samples_per_prompt": 3}, evaluation={},
-        self_filter={"min_agreement": 0.5}, train={"global_batch_pairs": 2},
+        self_filter={"min_agreement": 0.3}, train={"global_batch_pairs": 2},
     )  # fmt: skip
     questions = {row["prompt_id"] for row in rows_of(run, "questions")}
     pairs = rows_of(run, "iter_000/pairs")
+    answers = {(row["prompt_id"], tuple(row["token_ids"])) for row in rows_of(run, "iter_000/generations")}
+    before = {(row["prompt_id"], tuple(row["token_ids"])) for row in rows_of(run, "start/answers")}
     assert len(questions) == 12
-    assert {row["prompt_id"] for row in pairs} <= questions
+    assert len(pairs) >= 2
+    assert {(row["prompt_id"], tuple(row["real_ids"])) for row in pairs} <= answers
+    assert {(row["prompt_id"], tuple(row["generated_ids"])) for row in pairs} <= before
     assert {row["opponent"] for row in rows_of(run, "start/answers")} == {"start"}
     assert log[0]["loss"] == pytest.approx(math.log(2), abs=1e-6)
 
 
 def test_seft_trains_a_reviser_and_fine_tunes_on_what_it_revised(tmp_path: Path) -> None:
+    """What the reviser kept or revised is learnt from, what it did not label or finish is counted."""
     run, log = run_of(
-        tmp_path, "seft", data={"questions": "embedded:arithmetic-heldout"}, reviser={"global_batch_rows": 4}
-    )
-    tokenizer = AutoTokenizer.from_pretrained(resolve("embedded:tiny-llama"))
+        tmp_path, "seft", data={"questions": "embedded:arithmetic-heldout"},
+        reviser={"global_batch_rows": 4, "epochs": 4, "learning_rate": 2e-4},
+    )  # fmt: skip
+    tokenizer = AutoTokenizer.from_pretrained(resolve(EMBEDDED))
     assert run.artefact("reviser/model").verify().files
-    assert len(rows_of(run, "reviser/rows")) == len(rows_of(run, "iter_000/pairs")) == 12
-    learnt = tokenizer.decode(rows_of(run, "iter_000/pairs")[0]["real_ids"], skip_special_tokens=True)
-    assert learnt.startswith("it is ")
+    assert len(rows_of(run, "reviser/rows")) == 12
+    learnt, counts = rows_of(run, "iter_000/pairs"), run.pairs(0).manifest().counts
+    dropped = sum(counts.get(f"dropped_{reason}", 0) for reason in ("no_label", "revision_cut", "too_long"))
+    assert len(learnt) + dropped == len(rows_of(run, "iter_000/revisions"))
+    assert learnt, counts
+    texts = [tokenizer.decode(row["real_ids"], skip_special_tokens=True) for row in learnt]
+    assert not any(label in text for text in texts for label in ("[keep]", "[minor]", "[major]"))
     assert "margin" not in log[0] and log[0]["loss"] > 0

@@ -15,7 +15,7 @@ from tiny_runs import tiny_config
 
 from spin_ray.serving.access import Key
 from spin_ray.serving.api import make_app
-from spin_ray.serving.backend import Item
+from spin_ray.serving.backend import CHAT, Item
 from spin_ray.serving.names import Names
 from spin_ray.serving.votes import VoteStore
 
@@ -30,17 +30,24 @@ EVIL = "<img src=x onerror=\"document.title='owned'\"> & <script>alert(1)</scrip
 
 
 class TalkingEngines:
-    """Each iterate has its answer; "evil" in the prompt gives markup, "fail" an engine that fails in the middle."""
+    """Each iterate has its answer; "evil" in the prompt gives markup, "fail" an engine that fails in the middle.
+
+    An answer is one token, with log p −10 under the iterate that says it and −30 under the others.
+    """
 
     def __init__(self, word_s: float = 0.0) -> None:
         self.names = Names()
         self.names.serve_now(ITERATES, newest=ITERATES[-1])
+        self.problems: dict[str, str] = {}
         self._word_s = word_s
 
     def digest(self, iterate: str) -> str:
         return digest(iterate)
 
     async def answer(self, iterate: str, operation: str, fields: dict[str, Any]) -> AsyncIterator[Item]:
+        if operation != CHAT:
+            yield scored(iterate, **fields)
+            return
         prompt = fields["messages"][-1]["content"]
         if "fail" in prompt:
             yield event({"content": "well"})
@@ -56,6 +63,18 @@ def digest(iterate: str) -> str:
 
 def make(votes: VoteStore, *, keys: list[Key] | None = None, word_s: float = 0.0, **serving: Any) -> FastAPI:
     return make_app(TalkingEngines(word_s), tiny_config(**serving), keys or [], votes)
+
+
+def scored(iterate: str, **fields: Any) -> dict[str, Any]:
+    """A given answer as a token, or the scores of prompt and token."""
+    if "prompt" in fields:
+        own = fields["prompt"][-1] == ITERATES.index(iterate)
+        return {
+            "choices": [{"prompt_logprobs": [None, {str(fields["prompt"][-1]): {"logprob": -10.0 if own else -30.0}}]}]
+        }
+    token = list(SAYS.values()).index(fields["content"])
+    choice = {"token_ids": [token], "message": {"content": fields["content"]}, "finish_reason": fields["finish_reason"]}
+    return {"prompt_token_ids": [0], "choices": [choice], "usage": {}}
 
 
 async def says(text: str, word_s: float = 0.0) -> AsyncIterator[str]:

@@ -1,13 +1,13 @@
 """Votes, and one real server for the folder: Ray Serve and vLLM in processes of their own, as a user starts them."""
 
 import os
-import socket
 import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from ray_head import free_port
 from served import Served
 from tiny_runs import make_run
 
@@ -25,19 +25,20 @@ def votes(tmp_path: Path) -> Iterator[VoteStore]:
 
 @pytest.fixture(scope="session")
 def served(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Served]:
-    """``sft`` and ``latest`` (iter-0 at first) of a tiny run."""
+    """``sft`` and ``latest`` (iter-0 at first) of a tiny run in place of the demonstration."""
     folder = tmp_path_factory.mktemp("served")
-    run = make_run(folder / "run", iterates=1)
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    command = [sys.executable, "-m", "spin_ray.cli", "serve", str(run.storage.root), "--port", str(port)]
-    options = ["--serving.max_concurrent=8", "--serving.max_tokens=200"]
+    run = make_run(folder / "demo", iterates=1)
+    port = free_port()
+    make = ["make", "-n", "-o", ".venv/.ready", "serve-demo", f"RUN={folder}", f"PORT={port}"]
+    program, *arguments = subprocess.run(make, cwd=ROOT, capture_output=True, text=True, check=True).stdout.split()
+    assert program.endswith("/spin-ray")
+    command = [sys.executable, "-m", "spin_ray.cli", *arguments]
+    options = ["--serving.max_concurrent=8", "--serving.max_tokens=200", "--serving.body_timeout_s=5"]
     environment = {name: value for name, value in os.environ.items() if not name.startswith("RAY_")}
     with (folder / "log").open("wb") as log:
         server = subprocess.Popen([*command, *options], cwd=ROOT, env=environment, stdout=log, stderr=log)
     try:
-        served = Served(run, f"http://127.0.0.1:{port}")
+        served = Served(run, f"http://127.0.0.1:{port}", server)
         served.wait_until_serves("latest", "iter-0")
         served.wait_until_serves("sft", "sft")
         yield served

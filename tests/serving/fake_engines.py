@@ -5,7 +5,7 @@ import tempfile
 from collections.abc import AsyncIterator
 from typing import Any
 
-from spin_ray.serving.backend import CHAT, Item
+from spin_ray.serving.backend import CHAT, TOKENS, Item
 from spin_ray.serving.names import Names
 from spin_ray.serving.votes import VoteStore
 
@@ -18,6 +18,7 @@ class FakeEngines:
     def __init__(self) -> None:
         self.names = Names()
         self.names.serve_now(["sft", "iter-0"], newest="iter-0")
+        self.problems: dict[str, str] = {}
         self.asked: list[dict[str, Any]] = []
         self.active = 0
         self.gate = asyncio.Event()
@@ -42,7 +43,8 @@ class FakeEngines:
                 await self.gate.wait()
                 yield _whole(iterate, operation, fields)
                 return
-            yield f'data: {{"model":"{iterate}","system_fingerprint":"fp-{iterate}","choices":[]}}\n\n'
+            event = f'data: {{"model":"{iterate}","system_fingerprint":"fp-{iterate}","choices":[]}}\n\n'
+            yield event + event  # an engine's pieces may hold several
             await self.gate.wait()
             yield "data: [DONE]\n\n"
         finally:
@@ -57,11 +59,13 @@ def _whole(iterate: str, operation: str, fields: dict[str, Any]) -> dict[str, An
     """Token 7 has log p −1 under ``sft`` and −2 under ``iter-0``; 8 the other way round. Each says its own twice."""
     own = {"sft": 7, "iter-0": 8}
     choice: dict[str, Any] = {"index": 0, "finish_reason": "stop"}
-    if operation == CHAT:
+    if operation == TOKENS:
+        choice |= {"message": {"content": fields["content"]}, "token_ids": [7 if fields["content"] == "sft" else 8] * 2}
+    elif operation == CHAT:
         choice |= {"message": {"role": "assistant", "content": iterate}}
         choice |= {"token_ids": [own[iterate]] * 2} if fields.get("return_token_ids") else {}
     else:
         scores = [{str(token): {"logprob": -1.0 if token == own[iterate] else -2.0}} for token in fields["prompt"]]
         choice |= {"text": iterate, "prompt_logprobs": scores if "prompt_logprobs" in fields else None}
     answer = {"id": "1", "model": iterate, "system_fingerprint": f"fp-{iterate}", "choices": [choice], "usage": USAGE}
-    return answer | ({"prompt_token_ids": [1, 2, 3]} if fields.get("return_token_ids") else {})
+    return answer | ({"prompt_token_ids": [1, 2, 3]} if "token_ids" in choice else {})

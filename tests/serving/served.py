@@ -1,10 +1,15 @@
 """A server as its client sees it."""
 
+import socket
+import subprocess
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 import httpx
 import openai
+import psutil
 
 from spin_ray.run_dir import RunDir
 
@@ -15,12 +20,16 @@ START_S = 420
 class Served:
     run: RunDir
     url: str
+    process: "subprocess.Popen[bytes]"
 
     def client(self) -> openai.OpenAI:
         return openai.OpenAI(base_url=f"{self.url}/v1", api_key="none", max_retries=0, timeout=120)
 
     def card(self, name: str) -> dict[str, str]:
         return httpx.get(f"{self.url}/v1/models/{name}", timeout=30).raise_for_status().json()
+
+    def problems(self) -> dict[str, str]:
+        return httpx.get(f"{self.url}/v1/models", timeout=30).raise_for_status().json().get("problems", {})
 
     def wait_until_serves(self, name: str, iterate: str) -> None:
         deadline = time.monotonic() + START_S
@@ -32,3 +41,29 @@ class Served:
                 pass
             time.sleep(0.5)
         raise AssertionError(f"{name} was not {iterate} within {START_S} s")
+
+    def family(self) -> list[psutil.Process]:
+        """The server, Ray, and every replica and engine."""
+        root = psutil.Process(self.process.pid)
+        return [root, *root.children(recursive=True)]
+
+    def memory(self) -> int:
+        """Bytes that all its processes hold, what they share counted once."""
+        total = 0
+        for process in self.family():
+            try:
+                total += process.memory_full_info().pss
+            except psutil.Error:  # it has just ended
+                continue
+        return total
+
+    @contextmanager
+    def connection(self, receive_buffer: int | None = None) -> Iterator[socket.socket]:
+        """For what no HTTP client would do."""
+        host, port = self.url.removeprefix("http://").split(":")
+        with socket.socket() as raw:
+            if receive_buffer:
+                raw.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, receive_buffer)
+            raw.settimeout(60)
+            raw.connect((host, int(port)))
+            yield raw

@@ -346,3 +346,30 @@ def test_comparison_pairs_seeds_scores_answers_and_takes_the_margin() -> None:
         assert result["engine_margins"] == [{"policy": "iter-0", "opponent": "sft", "beta": 0.5, "value": 2.0}]
 
     run(check())
+
+
+def test_given_answers_are_scored_and_not_sampled_again() -> None:
+    """The same texts that the engines would say, so the same margin of 2; the headers tell every checkpoint."""
+
+    async def check() -> None:
+        server = Server()
+        body = {"models": ["sft", "latest"], "messages": HELLO["messages"], "logprobs": True}
+        given = [{"content": "sft"}, {"content": "iter-0", "finish_reason": "length"}]
+        response = await server.post(COMPARE, body | {"answers": given})
+        assert response.json()["engine_margins"][0]["value"] == 2.0
+        assert response.headers[DIGEST_HEADER] == "d0, d1"
+        assert [fields["content"] for fields in server.engines.asked[:2]] == ["sft", "iter-0"]
+        assert not [fields for fields in server.engines.asked if "temperature" in fields or "seed" in fields]
+        refused(await server.post(COMPARE, body | {"answers": given[:1]}), 400)
+
+    run(check())
+
+
+def test_the_list_of_models_says_why_one_does_not_serve() -> None:
+    async def check() -> None:
+        server = Server()
+        assert "problems" not in (await server.client.get("/v1/models")).json()
+        server.engines.problems = {"iter-1": "model.safetensors: differs from its digest"}
+        assert (await server.client.get("/v1/models")).json()["problems"] == server.engines.problems
+
+    run(check())

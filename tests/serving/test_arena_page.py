@@ -139,6 +139,29 @@ def test_two_chosen_iterates_are_compared_openly_with_one_seed_and_no_vote(serve
     assert len({body["seed"] for body in asked}) == 1
 
 
+def test_scores_and_margin_are_shown_once_names_are_known(serve, open_page):
+    """log p −10 under the iterate that said it, −30 under the other; beta 0.5: 0.5 · ((−10 + 30) − (−30 + 10)) = 20."""
+    page = open_page(serve())
+    page.get_by_label("Log-probabilities").check()
+    page.get_by_label("First iterate").select_option("iter-1")
+    page.get_by_label("Second iterate").select_option("sft")
+    compare(page)
+    expect(ballot(page, "a")).to_be_enabled()
+    expect(page.locator("#margin")).to_be_empty()
+    assert not page.locator(".scores").all_inner_texts()[0]
+    page.keyboard.press("1")
+    expect(page.locator("#margin")).to_have_text("SPIN margin of iter-1 against sft: 20.00 (beta 0.5)")
+    for one in "ab":
+        name = side(page, one, "name").inner_text()
+        expect(side(page, one, "scores")).to_contain_text(f"{name} −10.00")
+        expect(side(page, one, "scores")).to_contain_text("−30.00")
+    picture(page, "arena-scores")
+    page.get_by_text("Open", exact=True).click()
+    expect(side(page, "a", "scores")).to_be_hidden()
+    compare(page)
+    expect(page.locator("#margin")).to_contain_text("20.00")
+
+
 def test_a_chosen_pair_is_compared_blindly(serve, open_page, votes):
     page = open_page(serve())
     page.get_by_label("First iterate").select_option("iter-0")

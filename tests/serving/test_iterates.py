@@ -3,9 +3,14 @@
 import asyncio
 import io
 import json
+import socket
+import subprocess
+import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
+from conftest import ROOT
 from fake_engines import FakeEngines
 from tiny_runs import add_iterate, make_run, tiny_config
 
@@ -14,8 +19,9 @@ from spin_ray.errors import ConfigError, DataError, RunDirError
 from spin_ray.run_dir import RunDir, folder_digest, folder_entries
 from spin_ray.serving.app import build
 from spin_ray.serving.batch import compare_rows, read_rows
+from spin_ray.serving.engines import build_engine
 from spin_ray.serving.iterates import open_iterate, wanted
-from spin_ray.serving.server import check_settings, with_room
+from spin_ray.serving.server import check_settings, start, with_room
 
 
 @pytest.fixture
@@ -88,9 +94,21 @@ def test_what_cannot_serve_is_refused_before_anything_starts(
         check_settings(run, override(run.config(), settings))
 
 
-def test_beyond_loopback_ray_must_be_locked_too(run: RunDir, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.slow
+def test_the_jobs_script_is_the_command(run: RunDir) -> None:
+    script = [sys.executable, "jobs/serve.py", str(run.storage.root), "--models", "sft,gpt-4"]
+    done = subprocess.run(script, cwd=ROOT, capture_output=True, text=True, timeout=120, check=False)
+    assert done.returncode == 2
+    assert "serving.models: 'gpt-4' is none of sft" in done.stderr
+
+
+@pytest.mark.parametrize("host", ["127.0.0.1", "0.0.0.0"])
+def test_ray_must_be_locked_wherever_the_server_listens(
+    host: str, run: RunDir, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Replicas have ports of their own, open to all interfaces (``test_real_server.py``)."""
     (tmp_path / "keys").write_text(f"alice {'a' * 64}\n")
-    config = override(run.config(), {"serving.host": "0.0.0.0", "serving.keys": str(tmp_path / "keys")})
+    config = override(run.config(), {"serving.host": host, "serving.keys": str(tmp_path / "keys")})
     monkeypatch.setenv("RAY_AUTH_MODE", "disabled")
     with pytest.raises(ConfigError, match="RAY_AUTH_MODE=disabled"):
         check_settings(run, config)
@@ -98,9 +116,28 @@ def test_beyond_loopback_ray_must_be_locked_too(run: RunDir, tmp_path: Path, mon
     check_settings(run, config)
 
 
+def test_a_port_that_is_taken_is_told_before_ray_starts(run: RunDir) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        config = override(run.config(), {"serving.port": str(taken.getsockname()[1])})
+        with pytest.raises(ConfigError, match="Address already in use"):
+            start(run, config)
+
+
 def test_a_service_on_a_cluster_needs_keys(run: RunDir) -> None:
     with pytest.raises(ConfigError, match=r"serving\.keys"):
         build({"run": str(run.storage.root), "serving.models": ["sft"]})
+
+
+def test_replicas_and_autoscaling_of_an_engine_are_the_configs(run: RunDir) -> None:
+    def options(**settings: str) -> Any:
+        config = override(run.config(), {f"serving.{name}": value for name, value in settings.items()})
+        return build_engine(open_iterate(run, "sft"), config)._bound_deployment
+
+    fixed = options(replicas="2", max_replicas="2", **{"resources.cpus": "3"})
+    assert fixed.num_replicas == 2 and fixed._deployment_config.autoscaling_config is None
+    scaling = options(max_replicas="4", target_ongoing_requests="5")._deployment_config.autoscaling_config
+    assert (scaling.min_replicas, scaling.max_replicas, scaling.target_ongoing_requests) == (1, 4, 5)
+    assert sum(bundle["CPU"] for bundle in fixed._replica_config.placement_group_bundles) == 3
 
 
 def test_an_embedded_ray_has_room_for_the_engine_that_replaces_another(run: RunDir) -> None:

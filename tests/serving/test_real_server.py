@@ -3,14 +3,16 @@
 import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
+from ipaddress import ip_address
 from itertools import islice
 from typing import Any
 
+import grpc
 import httpx
 import openai
 import psutil
 import pytest
-from served import Served
+from served import START_S, Served
 from tiny_runs import add_iterate
 
 from spin_ray.rendering import ChatRenderer, load_tokenizer
@@ -68,6 +70,24 @@ def test_comparison_scores_agree_with_the_probability_of_the_answer_itself(serve
         assert own >= max(logps[answer["iterate"]] for logps in others) - 1e-4
 
 
+def test_what_replicas_open_to_other_machines_asks_for_rays_token(served: Served) -> None:
+    """Ray Serve's replicas take calls, pickled ones, at a port on every interface."""
+    replicas = [process for process in served.family() if "ServeReplica" in " ".join(process.cmdline())]
+    ports = {
+        connection.laddr.port
+        for replica in replicas
+        for connection in replica.net_connections("inet")
+        if connection.status == psutil.CONN_LISTEN and not ip_address(connection.laddr.ip).is_loopback
+    }
+    assert len(replicas) >= 4 and ports, "ingress, keeper and two engines"
+    for port in ports:
+        with grpc.insecure_channel(f"127.0.0.1:{port}") as channel:
+            call = channel.unary_unary("/ray.serve.ASGIService/HandleRequest", lambda it: it, lambda it: it)
+            with pytest.raises(grpc.RpcError) as refused:
+                call(b"", timeout=10)
+            assert refused.value.code() == grpc.StatusCode.UNAUTHENTICATED
+
+
 def test_a_client_that_hangs_up_stops_the_engine(served: Served) -> None:
     """Ten times eight answers of 200 tokens, left after the first piece. The engine has 16 places: had it gone on with
     them, the last would have waited for four rounds of whole answers.
@@ -97,7 +117,7 @@ def _read_lines(client: httpx.Client, served: Served, body: dict[str, Any], coun
 def test_ten_times_too_many_requests_are_refused_quickly_and_memory_stays(served: Served) -> None:
     """80 clients at 8 places for 15 s: 200 or 503, nothing else, and who is let in does not wait for the others."""
     results: list[tuple[int, float]] = []
-    before = _memory()
+    before = served.memory()
     assert before > 0
     with httpx.Client(timeout=120, limits=httpx.Limits(max_connections=100)) as client:
         alone = max(_timed(client, served)[1] for _ in range(3))
@@ -116,32 +136,53 @@ def test_ten_times_too_many_requests_are_refused_quickly_and_memory_stays(served
     assert {status for status, _ in results} == {200, 503}
     admitted = sorted(seconds for status, seconds in results if status == 200)
     assert admitted[int(0.99 * (len(admitted) - 1))] < 30 * alone + 5
-    assert _memory() < before + 300 * 2**20
+    assert served.memory() < before + 300 * 2**20
 
 
 def test_latest_moves_under_load_without_a_failed_or_mixed_answer(served: Served) -> None:
-    """Clients ask ``latest`` all the while. A checkpoint that is damaged never serves; the sound one after it does."""
-    add_iterate(served.run, 2)
-    weights = served.run.storage.path("iter_001/model/model.safetensors")
-    sound = weights.read_bytes()
-    weights.write_bytes(sound[:-1] + bytes([sound[-1] ^ 1]))
-    served.run.publish(2)
+    """Clients ask ``latest`` all the while. A checkpoint that is what was committed but does not load never serves, nor
+    does a damaged one, until its bytes are restored.
+    """
     results: list[tuple[str, set[str]]] = []
     stop = threading.Event()
     with ThreadPoolExecutor(3) as pool:
         clients = [pool.submit(_stream_until, served, stop, results) for _ in range(3)]
-        time.sleep(4)
-        assert served.card("latest")["iterate"] == "iter-0"
-        weights.write_bytes(sound)
-        served.wait_until_serves("latest", "iter-1")
-        time.sleep(3)
-        stop.set()
+        try:
+            add_iterate(served.run, 2, loads=False)
+            served.run.publish(2)
+            assert "engine did not start" in _problem(served, "iter-1")
+            assert served.card("latest")["iterate"] == "iter-0"
+
+            add_iterate(served.run, 3)
+            weights = served.run.storage.path("iter_002/model/model.safetensors")
+            sound = weights.read_bytes()
+            weights.write_bytes(sound[:-1] + bytes([sound[-1] ^ 1]))
+            served.run.publish(3)
+            assert "digest" in _problem(served, "iter-2")
+            assert served.card("latest")["iterate"] == "iter-0"
+            weights.write_bytes(sound)
+            served.wait_until_serves("latest", "iter-2")
+            assert not served.problems()
+        finally:
+            stop.set()
         for client in clients:
             client.result()
-    assert {header for header, _ in results} == {"iter-0", "iter-1"}
+    assert {header for header, _ in results} <= {"iter-0", "iter-2"}
     assert all(models == {header} for header, models in results)
+    answer = served.client().chat.completions.create(model="latest", messages=HELLO, max_tokens=1)
+    assert answer.model == "iter-2"
     with pytest.raises(openai.NotFoundError):
         served.client().chat.completions.create(model="iter-0", messages=HELLO)
+
+
+def _problem(served: Served, iterate: str) -> str:
+    """Why ``iterate`` does not serve, once the server says so."""
+    deadline = time.monotonic() + START_S
+    while time.monotonic() < deadline:
+        if iterate in (problems := served.problems()):
+            return problems[iterate]
+        time.sleep(0.5)
+    raise AssertionError(f"nothing is said of {iterate}")
 
 
 def _stream_until(served: Served, stop: threading.Event, results: list[tuple[str, set[str]]]) -> None:
@@ -160,13 +201,3 @@ def _timed(client: httpx.Client, served: Served) -> tuple[int, float]:
     body = {"model": "sft", "messages": HELLO, "max_tokens": 20}
     status = client.post(f"{served.url}/v1/chat/completions", json=body).status_code
     return status, time.monotonic() - started
-
-
-def _memory() -> int:
-    """Resident bytes of the server's own replicas (ingress and keeper)."""
-    total = 0
-    for process in psutil.process_iter(["cmdline", "memory_info"]):
-        line = " ".join(process.info["cmdline"] or [])
-        if "ServeReplica:spin-ray" in line:
-            total += process.info["memory_info"].rss
-    return total

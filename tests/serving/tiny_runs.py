@@ -42,8 +42,11 @@ def make_run(folder: Path, iterates: int, **serving: Any) -> RunDir:
     return run
 
 
-def add_iterate(run: RunDir, iterate: int) -> None:
-    """θ_iterate: the start model with other weights, so that it has answers and a digest of its own."""
+def add_iterate(run: RunDir, iterate: int, loads: bool = True) -> None:
+    """θ_iterate: the start model with other weights, so that it has answers and a digest of its own.
+
+    One that does not load is committed like any other, with the digests of what it has, and lacks a row of a weight.
+    """
     attempt = run.storage.new_attempt_folder()
     shutil.copytree(run.description()["start_model"], attempt, dirs_exist_ok=True)
     weights = load_file(attempt / "model.safetensors")
@@ -52,6 +55,8 @@ def add_iterate(run: RunDir, iterate: int) -> None:
         name: weight + 0.02 * torch.randn(weight.shape, generator=noise).to(weight.dtype)
         for name, weight in weights.items()
     }
+    if not loads:
+        moved["model.norm.weight"] = moved["model.norm.weight"][:-1].clone()
     save_file(moved, attempt / "model.safetensors", metadata={"format": "pt"})
     manifest = Manifest.of(folder_entries(attempt), {}, {})
     (attempt / MANIFEST).write_bytes(manifest.to_bytes())

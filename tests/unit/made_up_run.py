@@ -9,9 +9,9 @@ import pyarrow as pa
 from fakes import config_of, generation_rows, write_rows
 
 from spin_ray.embedded import resolve
+from spin_ray.heldout_scores import SCORE_SCHEMA
 from spin_ray.rendering import ChatRenderer, load_tokenizer
 from spin_ray.run_dir import RunDir, iterate_name
-from spin_ray.stages.evaluation import SCORE_SCHEMA
 from spin_ray.storage import Storage, table_to_bytes
 from spin_ray.types import GENERATION_SCHEMA, PAIR_SCHEMA, PROMPT_SCHEMA
 
@@ -70,6 +70,7 @@ def _write_iterate(run: RunDir, iterate: int) -> None:
         evaluation |= {
             "opponent": iterate_name(iterate - 1), "beta": 0.5, "real_logp_drift": 0.1, "against_opponent": against,
             "against_self": against | {"generated_logp_drift": 0.3}, "jsd_lower_bound": (math.log(2) - 0.6) / 2,
+            "kl_to_base": 0.3 * iterate,
         }  # fmt: skip
         write_rows(run.artefact(f"{name}/heldout_scores"), SCORE_SCHEMA, _scores(name, evaluation["opponent"]), 99)
         steps = [

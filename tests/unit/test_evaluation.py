@@ -1,6 +1,5 @@
 """What an iterate is worth, by hand."""
 
-import math
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +14,7 @@ from spin_ray.model_folder import ModelFolder
 from spin_ray.rendering import load_tokenizer
 from spin_ray.run_dir import RunDir
 from spin_ray.stages import evaluation
-from spin_ray.stages.evaluation import SCORE_SCHEMA, length_auc
+from spin_ray.stages.evaluation import length_auc
 from spin_ray.storage import Storage
 from spin_ray.types import GENERATION_SCHEMA, PROMPT_SCHEMA
 
@@ -110,67 +109,6 @@ def test_without_any_answer_in_the_data_there_is_no_accuracy():
     assert "answer_accuracy" not in text_measures([[5, 2]], [("p000", 0, [6, 2])], extractor="hashes")
 
 
-# Margins
-
-
-def scores_of(rows: list[tuple[str, str, float, float]]) -> pa.Table:
-    """(pair, model, log p(y), log p(y′))."""
-    return pa.Table.from_pylist([dict(zip(SCORE_SCHEMA.names, row, strict=True)) for row in rows], SCORE_SCHEMA)
-
-
-def test_margins_by_hand():
-    """β = ½; y gained 2 nats in a, lost 1 in b.
-
-    against the opponent: a ½ (2 − −4) = 3, b ½ (−1 − 1) = −1; against itself: a ½ (2 − 0) = 1, b ½ (−1 − −3) = 1
-    """
-    scores = scores_of(
-        [
-            ("a/opponent", "sft", -10, -20), ("a/opponent", "iter_000", -8, -24),
-            ("b/opponent", "sft", -10, -20), ("b/opponent", "iter_000", -11, -19),
-            ("a/self", "sft", -10, -30), ("a/self", "iter_000", -8, -30),
-            ("b/self", "sft", -10, -30), ("b/self", "iter_000", -11, -33),
-        ]
-    )  # fmt: skip
-    found = evaluation._margin_measures(scores, MODEL, OPPONENT, beta=0.5)
-    errors = found.pop("standard_errors")
-    assert errors["against_opponent.margin"] == pytest.approx(2.0)  # 3 and −1: variance 8 over two rows
-    assert errors["real_logp_drift"] == pytest.approx(1.5)  # 2 and −1
-    loss = (math.log1p(math.exp(-3)) + math.log1p(math.exp(1))) / 2
-    assert found == {
-        "beta": 0.5,
-        "real_logp_drift": pytest.approx(0.5),
-        "against_opponent": {
-            "loss": pytest.approx(loss), "margin": pytest.approx(1.0), "accuracy": 0.5,
-            "generated_logp_drift": pytest.approx(-1.5),
-        },
-        "against_self": {
-            "loss": pytest.approx(math.log1p(math.exp(-1))), "margin": pytest.approx(1.0), "accuracy": 1.0,
-            "generated_logp_drift": pytest.approx(-1.5),
-        },
-        "jsd_lower_bound": pytest.approx((math.log(2) - loss) / 2),
-    }  # fmt: skip
-
-
-def test_a_model_equal_to_its_opponent_has_loss_ln_2_and_is_no_distance_away():
-    scores = scores_of(
-        [(f"a/{whose}", name, -3.5, -7.25) for whose in ("self", "opponent") for name in ("sft", "iter_000")]
-    )
-    found = evaluation._margin_measures(scores, MODEL, OPPONENT, beta=5.0)
-    assert found["against_opponent"]["loss"] == pytest.approx(math.log(2))
-    assert found["against_opponent"]["margin"] == 0
-    assert found["jsd_lower_bound"] == pytest.approx(0, abs=1e-12)
-
-
-def test_margins_of_hundreds_of_nats_do_not_overflow():
-    """log(1 + e^2000) = 2000."""
-    rows = [
-        (f"a/{whose}", name, real, 0.0)
-        for whose in ("self", "opponent")
-        for name, real in (("sft", 0.0), ("iter_000", -2000.0))
-    ]
-    assert evaluation._margin_measures(scores_of(rows), MODEL, OPPONENT, beta=1.0)["against_self"]["loss"] == 2000.0
-
-
 # Rows
 
 
@@ -195,7 +133,7 @@ def test_pairs_to_score_are_named_by_row_and_by_whose_sample_it_is(run):
 
 
 def evaluate_start(run: RunDir) -> dict[str, Any]:
-    return evaluation.run(run, config_of(data={"train": "d", "heldout": "h"}), 0, OPPONENT, None)
+    return evaluation.run(run, config_of(data={"train": "d", "heldout": "h"}), 0, OPPONENT, None, OPPONENT)
 
 
 def test_the_start_model_has_no_opponent_and_is_judged_by_its_texts(run):

@@ -1,5 +1,6 @@
 """An iterate to pass on, and the card that goes with it."""
 
+import json
 import shutil
 from pathlib import Path
 
@@ -8,9 +9,10 @@ import yaml
 from made_up_run import TINY, made_up_run
 
 from spin_ray.errors import ConfigError, RunDirError
-from spin_ray.export import export, model_card
+from spin_ray.export import export
+from spin_ray.model_card import model_card, write_card
 from spin_ray.model_folder import folder_entries, open_model
-from spin_ray.run_dir import MANIFEST, Manifest
+from spin_ray.run_dir import MANIFEST, Manifest, folder_digest
 
 
 @pytest.fixture
@@ -47,6 +49,35 @@ def test_the_hubs_own_reader_understands_the_card(run):
     data = huggingface_hub.ModelCard(model_card(run, 2)).data
     assert data.library_name == "transformers"
     assert {result.metric_type for result in data.eval_results} >= {"answer_accuracy", "against_opponent.loss"}
+
+
+def test_benchmarks_and_a_data_set_of_the_hub_are_in_the_card(run):
+    """lm-eval's numbers as they are in eval.json; ± is 1.96 · 0.01."""
+    description = run.description()
+    description["config"]["data"]["train"] = "hf://datasets/someone/chat/train.parquet"
+    run.storage.replace("run.json", json.dumps(description).encode())
+    metrics = {"acc_norm": {"value": 0.3125, "standard_error": 0.01}}
+    evaluation = json.loads(run.storage.read(run.eval_path(2)))
+    evaluation["benchmarks"] = {"arc_challenge": {"metrics": metrics, "shots": 25, "task_version": 1.0}}
+    run.storage.replace(run.eval_path(2), json.dumps(evaluation).encode())
+    text = model_card(run, 2)
+    metadata = yaml.safe_load(text.split("---")[1])
+    assert metadata["datasets"] == ["someone/chat"]
+    assert metadata["model-index"][0]["results"][1]["metrics"] == [
+        {"type": "acc_norm", "name": "acc_norm", "value": 0.3125}
+    ]
+    assert "| arc_challenge | 25 | acc_norm | 0.3125 ± 0.0196 |" in text
+
+
+def test_the_card_beside_the_weights_is_no_part_of_the_model(run):
+    """Neither the folder's digest nor its manifest changes; θ_0 without a warm-up is not the run's to write to."""
+    folder = run.storage.path(run.model(2).path)
+    before = folder_digest(folder_entries(folder))
+    write_card(run, 2)
+    assert (folder / "README.md").read_text() == model_card(run, 2)
+    assert folder_digest(folder_entries(folder)) == before == folder_digest(run.model(2).verify().files)
+    write_card(run, 0)
+    assert not run.storage.exists("sft/model")
 
 
 def test_a_damaged_model_is_not_exported(run, tmp_path):

@@ -15,7 +15,7 @@ from spin_ray.config import OptimizerConfig
 from spin_ray.learner import hf_folder
 from spin_ray.learner.backends.base import BackendSettings, TrainBackend, learning_rate_at
 from spin_ray.learner.backends.fsdp2 import Fsdp2Backend
-from spin_ray.learner.losses import margins, pair_logps, sft_loss, spin_loss
+from spin_ray.learner.losses import margins, pair_logps, response_logps, sft_loss, spin_loss
 from spin_ray.learner.scoring import ResponseScorer
 
 torch.set_num_threads(1)
@@ -96,6 +96,25 @@ def test_bf16_computes_in_bf16_and_keeps_fp32_weights(make: MakeBackend) -> None
     after = [shard.full_tensor() for shard in backend._shards.values()]
     assert all(weight.dtype == torch.float32 for weight in after)
     assert all((new != old).any() for new, old in zip(after, before, strict=True))
+
+
+@pytest.mark.parametrize("attention", ["packed", "padded"])
+def test_tokens_are_scored_in_the_order_of_their_response_and_sum_to_its_score(
+    make: MakeBackend, model_dir: Path, attention: str
+) -> None:
+    """Beside transformers, which sees each response alone."""
+    backend = make(optimizer=None, attention=attention, precision="fp32")
+    model = AutoModelForCausalLM.from_pretrained(model_dir, dtype=torch.float32).eval()
+    rows = random_rows(5, trees=3)
+    for batch in batches_of(rows):
+        tokens = backend.score_tokens(batch)
+        assert torch.equal(response_logps(tokens, batch.segment, batch.num_segments), backend.score(batch))
+        for row, segment in zip(batch.pair_row.tolist(), batch.generated_segment, strict=True):
+            prompt, _, generated = rows[row]
+            with torch.no_grad():
+                logps = model(torch.tensor([prompt + generated])).logits[0, len(prompt) - 1 : -1].log_softmax(-1)
+            expected = logps.gather(1, torch.tensor(generated)[:, None]).squeeze(1)
+            torch.testing.assert_close(tokens[batch.segment == segment], expected, atol=1e-4, rtol=0)
 
 
 @pytest.mark.parametrize("name", ["rmsprop", "adamw"])

@@ -1,7 +1,8 @@
 """The opponent plays, below Ray: each prompt once, in shards that a retry repeats exactly."""
 
+import pickle
 from collections import Counter
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import pytest
@@ -10,6 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from spin_ray.config import SpinConfig
+from spin_ray.engine import Completion
 from spin_ray.errors import RunDirError
 from spin_ray.run_dir import RunDir
 from spin_ray.stages import generation
@@ -249,3 +251,43 @@ def test_more_engines_or_memory_do_not_make_finished_shards_another_work(run):
     job.target.write_part(shard.name, generation.answer(shard, config, FakeEngine()))
     played = config.generation.model_dump() | {"replicas": 4, "engine": {"gpu_memory_utilization": 0.5}}
     assert list(generation._finished(job, config_of(generation=played))) == [shard.name]
+
+
+# An engine that dies
+
+
+class DyingEngine(FakeEngine):
+    """The first ``deaths`` of them die, as when vLLM's own processes are killed."""
+
+    started = 0
+
+    def __init__(self, deaths: int) -> None:
+        super().__init__()
+        DyingEngine.started += 1
+        self._dies = DyingEngine.started <= deaths
+
+    def generate(self, *arguments: Any) -> list[Completion]:
+        if self._dies:
+            raise RuntimeError("Executor failed.")
+        return super().generate(*arguments)
+
+
+def played_by(run: RunDir, config: SpinConfig, deaths: int) -> dict[str, Any]:
+    DyingEngine.started = 0
+    player = generation._Player(cast(Any, None), config, lambda spec: DyingEngine(deaths))
+    return player({"shard": pickle.dumps(generation._shards(job_of(run), config)[0])})["finished"]
+
+
+def test_a_shard_whose_engine_dies_is_answered_the_same_by_a_new_one_and_the_loss_is_told(run, tmp_path) -> None:
+    calm = RunDir(Storage(tmp_path / "calm"))
+    write_prompts(calm.prompts, count=10, part_rows=3)
+    expected, found = played_by(calm, config_for(), 0), played_by(run, config_for(), 2)
+    assert (expected["lost"], found["lost"]) == (0, 2)
+    assert found["entry"] == expected["entry"]
+
+
+def test_an_engine_that_always_dies_is_given_up_with_its_own_words(run) -> None:
+    config = config_of(generation={"shard_rows": 4, "max_failures": 2})
+    with pytest.raises(RuntimeError, match="Executor failed"):
+        played_by(run, config, 99)
+    assert DyingEngine.started == 3

@@ -122,7 +122,7 @@ def test_3_length_and_truncation_leaks(tmp_path):
     real = rows[0]["real_ids"]
     write_answers(run.heldout_samples(0), [("p0", 0, [5] * 9), ("p1", 0, [5, 5, 5, 2]), ("p2", 0, real)], 3)
     config = config_of(data={"train": "d", "heldout": "h"})
-    found = evaluation.run(run, config, 0, ModelFolder(Path(TINY), "digest", "sft", 0), None)
+    found = evaluation.run(run, config, 0, (sft := ModelFolder(Path(TINY), "digest", "sft", 0)), None, sft)
     assert found["length_auc"] == pytest.approx(1 / 6)  # 0, 0 and ½ for each of three
     assert found["truncation_rate"] == pytest.approx(1 / 3)
     assert found["identical_share"] == pytest.approx(1 / 3)

@@ -112,6 +112,15 @@ def test_of_several_samples_only_the_equal_one_is_dropped(run):
     assert counts["dropped_identical"] == 2
 
 
+def test_pairs_of_equal_responses_stay_where_the_recipe_says_so(run):
+    """p000's real response is [10, 2]; an empty one is dropped all the same."""
+    config = config_of(objective={"window": 1, "keep_identical": True}, train={"global_batch_pairs": 1})
+    write_answers(run.generations(0), [("p000", 0, [10, 2]), ("p001", 0, []), ("p002", 0, [5, 2])], 3)
+    pairs.run(run, config, 0)
+    assert [row["prompt_id"] for row in rows_of(run.pairs(0))] == ["p000", "p002"]
+    assert run.pairs(0).manifest().counts["dropped_empty"] == 1
+
+
 def test_too_few_pairs_are_an_error_that_says_how_many_and_why(run):
     write_answers(run.generations(0), [("p000", 0, [5, 2]), ("p001", 0, [11, 2])], 2)
     with pytest.raises(DataError, match=r"1 pairs are left after dropping 1 with y = y′, fewer than .* 2"):

@@ -63,11 +63,11 @@ class Made:
         data.write_text("".join((line if isinstance(line, str) else json.dumps(line)) + "\n" for line in lines))
         self.run = RunDir(Storage(root / "run"))
         render = prompts._RenderSlice(self.run.storage, "prompts", task_of(**task))
-        names = []
+        slices = []
         for number, piece in enumerate(split([str(data)])):
             item = {"uri": piece.uri, "start": piece.start, "stop": piece.stop, "name": f".attempts/{number:06d}"}
-            names.append(render(item)["name"])
-        self.entries, self.reasons = prompts._finish(self.run.storage, names, self.run.prompts, max_rows, part_rows)
+            slices.append(prompts._rendered(render(item)))
+        self.entries, self.reasons = prompts._finish(self.run.storage, slices, self.run.prompts, max_rows, part_rows)
 
     @property
     def rows(self) -> list[Row]:

@@ -6,26 +6,31 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
+from transformers import AutoModelForCausalLM
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "benchmarks" / "quality"))
 
 import analyse
-from arms import ARMS, SEARCH, SETTINGS, SFT, WARM_UP, recipe_of, split_files
+from arms import ARMS, SETTINGS, SFT, WARM_UP, plateau, recipe_of, split_files
+from measure import answer_batch, draw
 
 from spin_ray.config import SpinConfig, flatten
+from spin_ray.embedded import resolve
+from spin_ray.rendering import Rendered
 
-DATA = {role: f"{role}.jsonl" for role in ("train", "heldout", "seed", "questions")}
+DATA = {role: f"{role}.jsonl" for role in ("train", "dev", "test", "seed", "questions")}
 
 
 @pytest.mark.parametrize("setting", SETTINGS.values(), ids=lambda setting: setting.name)
-@pytest.mark.parametrize("arm", [*ARMS, *SEARCH], ids=lambda arm: arm.name)
+@pytest.mark.parametrize("arm", ARMS, ids=lambda arm: arm.name)
 def test_every_arm_is_a_recipe_on_every_setting(setting, arm):
     config = SpinConfig.model_validate(recipe_of(setting, arm, DATA, None if arm.from_base else "theta-0", seed=1))
     assert config.seed == 1
     assert (config.model.path == "theta-0") == (not arm.from_base)
 
 
-def test_alpha_spin_and_fictitious_play_differ_from_spin_in_their_one_setting():
+def test_arms_of_spin_differ_from_it_in_what_their_name_says():
     setting = SETTINGS["word_problems"]
     recipes = {arm.name: flatten(recipe_of(setting, arm, DATA, "theta-0", 0)) for arm in ARMS}
 
@@ -35,6 +40,8 @@ def test_alpha_spin_and_fictitious_play_differ_from_spin_in_their_one_setting():
 
     assert differing("alpha_spin") == {"objective.reference_alpha": 0.9}
     assert differing("fictitious_play") == {"objective.window": "all"}
+    assert differing("spin_beta_5") == {"objective.beta": 5.0}
+    assert differing("spin_flat_1.5") == {"generation.sampling.temperature": 1.5, "generation.sampling.top_k": 8}
 
 
 def test_dev_rows_are_neither_trained_on_nor_of_the_test_file(tmp_path):
@@ -45,24 +52,78 @@ def test_dev_rows_are_neither_trained_on_nor_of_the_test_file(tmp_path):
     def rows(file: str) -> list[object]:
         return [json.loads(line)["row"] for line in Path(file).read_text().splitlines()]
 
-    dev = split_files(SETTINGS["word_problems"], train, test, "dev", tmp_path / "dev")
-    assert (rows(dev["train"]), rows(dev["heldout"])) == (list(range(700)), list(range(700, 1000)))
-    final = split_files(SETTINGS["word_problems"], train, test, "test", tmp_path / "test")
-    assert (len(rows(final["train"])), rows(final["heldout"])) == (1000, ["test"])
-    assert rows(final["seed"]) + rows(final["questions"]) == rows(final["train"])
+    files = split_files(SETTINGS["word_problems"], train, test, tmp_path / "data")
+    assert (rows(files["train"]), rows(files["dev"])) == (list(range(700)), list(range(700, 1000)))
+    assert rows(files["test"]) == ["test"]
+    assert rows(files["seed"]) + rows(files["questions"]) == rows(files["train"])
 
 
-def iterate(number: int, tokens: int, sampled: list[list[bool]], seconds: float = 0) -> dict:
+@pytest.mark.parametrize(
+    ("logps", "expected"), [([-20, -18, -19], 2), ([-20, -18], 2), ([-30, -31], 1), ([-20, -20], 1)]
+)
+def test_theta_0_is_where_held_out_responses_get_no_likelier(logps, expected):
+    iterates = [{"iterate": number, "dev": {"real_logp": [logp]}} for number, logp in enumerate(logps, start=1)]
+    assert plateau({"iterates": iterates}) == expected
+
+
+@pytest.fixture(scope="module")
+def tiny():
+    torch.set_num_threads(1)
+    return AutoModelForCausalLM.from_pretrained(resolve("embedded:tiny-llama"), dtype=torch.float32)
+
+
+PROMPTS = [Rendered([1, 50, 60], [70, 80, 2]), Rendered([1, 40, 41, 42, 43, 44], [9, 2])]
+
+
+@torch.no_grad()
+def test_answers_that_share_a_prompt_are_those_of_one_sequence_at_a_time(tiny):
+    """Log p(y), the greedy answer and each sample against whole forward passes without padding or cache; an answer ends
+    with the stop token (the greedy answer's third token here, so that one row ends before the others) or is cut at 6.
+    """
+    uniform = torch.rand(2, 3, 6, generator=torch.Generator().manual_seed(0))
+    free = answer_batch(tiny, PROMPTS, uniform, stop=tiny.config.vocab_size - 1)[0]
+    stop = free[0][0][2]
+    answers, logps = answer_batch(tiny, PROMPTS, uniform, stop)
+    for row, found, logp, numbers in zip(PROMPTS, answers, logps, uniform, strict=True):
+        whole = tiny(torch.tensor([row.prompt_ids + row.real_ids])).logits[0].log_softmax(-1)
+        places = range(len(row.prompt_ids) - 1, len(row.prompt_ids) + len(row.real_ids) - 1)
+        by_hand = sum(whole[place, token].item() for place, token in zip(places, row.real_ids, strict=True))
+        assert logp == pytest.approx(by_hand, abs=1e-4)
+        for answer, quantiles in zip(found, [[-1.0] * 6, *numbers.tolist()], strict=True):
+            ids: list[int] = []
+            for quantile in quantiles:
+                logits = tiny(torch.tensor([row.prompt_ids + ids])).logits[:, -1]
+                ids.append(draw(logits, torch.tensor([quantile])).item())
+                if ids[-1] == stop:
+                    break
+            assert answer == ids
+    assert answers[0][0][-1] == stop and len(answers[0][0]) <= 3
+
+
+def test_draws_have_the_probabilities_of_the_softmax():
+    """200 tokens, of which the likeliest 64 have about half: both ways of looking for a quantile are used."""
+    logits = torch.linspace(0, 1, 200)
+    uniform = (torch.arange(20_000) + 0.5) / 20_000
+    drawn = torch.bincount(draw(logits.expand(20_000, -1), uniform), minlength=200) / 20_000
+    torch.testing.assert_close(drawn, logits.softmax(0), rtol=0, atol=1.01 / 20_000)
+
+
+def iterate(number: int, tokens: int, sampled: list[list[bool]], seconds: float = 0, dev=None) -> dict:
+    def measured(of_rows: list[list[bool]]) -> dict:
+        return {
+            "greedy": [row[0] for row in of_rows], "sampled": of_rows, "real_logp": [-2.0] * len(of_rows),
+            "real_tokens": [4] * len(of_rows), "generated_length": 5.0, "distinct_1": 0.5, "distinct_2": 0.6,
+        }  # fmt: skip
+
     return {
-        "iterate": number, "train_tokens": tokens, "seconds": seconds, "steps": 1, "evaluation": {},
-        "prompt_ids": [f"p{i}" for i in range(len(sampled))], "greedy": [row[0] for row in sampled], "sampled": sampled,
-        "real_logp": [-2.0] * len(sampled), "real_tokens": [4] * len(sampled), "generated_length": 5.0,
-        "distinct_1": 0.5, "distinct_2": 0.6,
+        "iterate": number, "train_tokens": tokens, "compute": tokens, "seconds": seconds, "steps": 1, "evaluation": {},
+        "test": measured(sampled), "dev": measured(sampled if dev is None else dev),
     }  # fmt: skip
 
 
 def run_of(arm: str, iterates: list[dict], seed: int = 0) -> dict:
-    return {"arm": arm, "seed": seed, "iterates": iterates}
+    is_spin = not arm.startswith((SFT, WARM_UP))
+    return {"arm": arm, "seed": seed, "iterates": iterates, "is_spin": is_spin, "complete": True}
 
 
 RIGHT, WRONG = [True] * 4, [False] * 4
@@ -92,8 +153,8 @@ def test_seeds_that_disagree_widen_the_interval():
     assert (found["value"], found["low"], found["high"]) == (0.0, -1.0, 1.0)
 
 
-def write(folder: Path, split: str, run: dict) -> None:
-    path = folder / "smoke" / split / f"{run['arm']}.seed-{run['seed']}.json"
+def write(folder: Path, run: dict) -> None:
+    path = folder / "smoke" / f"{run['arm']}.seed-{run['seed']}.json"
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(json.dumps(run))
 
@@ -101,10 +162,10 @@ def write(folder: Path, split: str, run: dict) -> None:
 def test_the_arm_is_chosen_on_dev_rows_and_its_difference_taken_on_test_rows(tmp_path):
     """``good_on_dev`` is right on dev and, on test, on one row of two; SFT on none. ``good_on_test`` must not win."""
     for arm, dev, test in [("good_on_dev", RIGHT, [RIGHT, WRONG]), ("good_on_test", WRONG, [RIGHT, RIGHT])]:
-        write(tmp_path, "dev", run_of(arm, [iterate(0, 0, [WRONG]), iterate(1, 100, [dev])]))
-        write(tmp_path, "test", run_of(arm, [iterate(0, 0, [WRONG] * 2), iterate(1, 100, test)]))
-    write(tmp_path, "test", run_of(SFT, [iterate(0, 0, [WRONG] * 2), iterate(1, 100, [WRONG] * 2)]))
-    found = analyse.analyse("smoke", tmp_path)
+        write(tmp_path, run_of(arm, [iterate(1, 100, test, dev=[dev])]))
+    write(tmp_path, run_of(SFT, [iterate(1, 100, [WRONG] * 2)]))
+    write(tmp_path, run_of(WARM_UP, [iterate(1, 900, [WRONG] * 2)]))
+    found = analyse.analyse(tmp_path, "smoke")
     assert found["chosen_on_dev_rows"] == {"arm": "good_on_dev", "iterate": 1}
     assert found["spin_minus_sft"]["value"] == 0.5
     assert (found["spin_minus_sft"]["low"], found["spin_minus_sft"]["high"]) == (0.0, 1.0)
@@ -117,16 +178,26 @@ def test_the_arm_is_chosen_on_dev_rows_and_its_difference_taken_on_test_rows(tmp
 
 def test_sft_gets_its_rate_from_the_dev_rows_too(tmp_path):
     """The low rate is better on dev rows, so it is what SPIN must beat on test rows, where it is level: 0, not +1."""
-    for arm, dev, test in [(SFT, WRONG, WRONG), (f"{SFT}_low_rate", RIGHT, RIGHT), ("spin", RIGHT, RIGHT)]:
-        for split, rows in (("dev", dev), ("test", test)):
-            write(tmp_path, split, run_of(arm, [iterate(0, 0, [WRONG]), iterate(1, 100, [rows])]))
-    found = analyse.analyse("smoke", tmp_path)
-    assert (found["continued_sft_arm"], found["spin_minus_sft"]["value"]) == (f"{SFT}_low_rate", 0.0)
+    low = f"{SFT}_rate_5e-6"
+    for arm, dev, test in [(SFT, WRONG, WRONG), (low, RIGHT, RIGHT), ("spin", RIGHT, RIGHT)]:
+        write(tmp_path, run_of(arm, [iterate(1, 100, [test], dev=[dev])]))
+    found = analyse.analyse(tmp_path, "smoke")
+    assert (found["continued_sft_arm"], found["spin_minus_sft"]["value"]) == (low, 0.0)
 
 
-def test_without_the_search_no_arm_is_claimed(tmp_path):
-    write(tmp_path, "test", run_of("spin", [iterate(0, 0, [WRONG]), iterate(1, 100, [RIGHT])]))
-    write(tmp_path, "test", run_of(WARM_UP, [iterate(0, 0, [WRONG])]))
-    found = analyse.analyse("smoke", tmp_path)
+def test_an_iteration_is_compared_with_the_one_before_in_the_same_seed(tmp_path):
+    write(tmp_path, run_of("spin", [iterate(1, 100, [WRONG, RIGHT]), iterate(2, 200, [RIGHT, RIGHT])]))
+    write(tmp_path, run_of(SFT, [iterate(1, 100, [WRONG] * 2), iterate(2, 200, [WRONG] * 2)]))
+    assert analyse.analyse(tmp_path, "smoke")["second_iteration_minus_first"]["value"] == 0.5
+
+
+def test_what_is_missing_is_said_and_no_arm_is_claimed(tmp_path):
+    write(tmp_path, run_of("spin", [iterate(1, 100, [RIGHT])]))
+    found = analyse.analyse(tmp_path, "smoke")
     assert found["spin_minus_sft"] is None
-    assert "No result yet" in analyse.markdown(found)
+    assert found["spin_minus_sft_missing_because"] == "no arm of continued SFT has an iterate yet"
+    assert "spin, seed 0" not in found["still_to_run"] and f"{SFT}, seed 1" in found["still_to_run"]
+    assert "No comparison yet" in analyse.markdown(found)
+    write(tmp_path, run_of(SFT, [iterate(1, 50, [RIGHT])]))
+    found = analyse.analyse(tmp_path, "smoke")
+    assert found["spin_minus_sft"] is None and "training tokens" in found["spin_minus_sft_missing_because"]

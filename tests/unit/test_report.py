@@ -1,19 +1,21 @@
 """What the report says, without a browser."""
 
 import json
+import re
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
 from made_up_run import made_up_run
 
-from spin_ray.history import read_examples, spans
+from spin_ray.history import read_examples
 from spin_ray.redaction import hide, hide_in_text
 from spin_ray.report import write_report
-from spin_ray.report.charts import MOST_POINTS, Series, gantt, line_chart
+from spin_ray.report.charts import MOST_POINTS, Bar, Series, gantt, line_chart
 from spin_ray.report.view import read_view
 from spin_ray.run_dir import RunDir
 from spin_ray.storage import Storage
+from spin_ray.timeline import spans
 
 
 @pytest.fixture(scope="module")
@@ -86,6 +88,33 @@ def test_two_runs_show_what_differs(finished, tmp_path):
     assert "<code>seed</code>" not in differing
     assert "finished: iter_001" in page
     assert "other: iter_001" in page
+    # The same rows, 0.45 ± 0.02 each.
+    compared = page.partition('id="comparison-1">')[2].partition("</p>")[0]
+    assert "iter_001 of other against iter_001 of finished: 45.0% of the held-out questions right" in compared
+    assert "+0.0% (± 5.5%), no more than chance may give" in compared
+
+
+def test_runs_with_other_held_out_rows_are_not_weighed_against_each_other(finished, tmp_path):
+    other = made_up_run(tmp_path / "other")
+    description = other.description()
+    description["inputs"]["heldout"] = "d" * 64
+    other.storage.replace("run.json", json.dumps(description).encode())
+    page = write_report([finished, other], tmp_path / "page.html").read_text()
+    assert "have other held-out rows: their numbers do not compare" in page
+
+
+def test_nothing_of_this_machine_is_in_the_page(finished, tmp_path):
+    """The page is passed on: no path of the run."""
+    page = write_report([finished], tmp_path / "page.html").read_text()
+    assert str(finished.storage.root.parent) not in page
+    assert "spin-ray run recipe.yaml --out finished-again" in page
+
+
+def test_bars_of_the_gantt_show_how_much_of_them_was_useful():
+    """A stripe of 70 % of the bar, which is as wide as the chart."""
+    svg = gantt([Bar("training", 0.0, 100.0, 0, "training", useful=0.7)])
+    widths = {kind: float(width) for kind, width in re.findall(r'class="(bar s0|useful)"[^>]* width="([0-9.]+)"', svg)}
+    assert widths["useful"] == pytest.approx(0.7 * widths["bar s0"], abs=0.1)
 
 
 def test_texts_of_the_data_are_text(finished, tmp_path):
@@ -99,7 +128,8 @@ def test_benchmarks_are_shown_beside_each_other(tmp_path):
     run = made_up_run(tmp_path / "run")
     metrics = {"acc": {"value": 0.3125, "standard_error": 0.01}}
     result = {"gsm8k": {"metrics": metrics, "shots": 5, "task_version": 3.0}}
-    run.storage.replace("iter_000/benchmarks.json", json.dumps(result).encode())
+    evaluation = json.loads(run.storage.read("iter_000/eval.json"))
+    run.storage.replace("iter_000/eval.json", json.dumps(evaluation | {"benchmarks": result}).encode())
     page = write_report([run], tmp_path / "page.html").read_text()
     table = page.partition('id="benchmarks"')[2].partition("</table>")[0]
     assert "gsm8k, 5 examples, version 3.0" in table

@@ -1,10 +1,11 @@
 """The report in a real browser: it opens from disk, asks for nothing, and can be searched.
 
-``REPORT_SCREENSHOT=docs/images/report.png REPORT_OF=runs/demo pytest …`` also writes the picture in the documentation.
+``make demo-report`` also lets these tests take the picture for the documentation.
 """
 
 import os
 import shutil
+from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
@@ -14,6 +15,7 @@ from spin_ray.report import write_report
 from spin_ray.run_dir import RunDir
 from spin_ray.storage import Storage
 
+DEMO = Path(__file__).parents[2] / "docs" / "demo-report.html"
 CHROMIUM = shutil.which("chromium") or shutil.which("google-chrome")
 FLAGS = [
     "--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run", "--disable-background-networking",
@@ -38,31 +40,42 @@ def page_file(tmp_path_factory):
     return write_report([made_up_run(folder / "one"), made_up_run(folder / "two", iterations=3)], folder / "page.html")
 
 
-@pytest.fixture
-def page(browser, page_file):
+@contextmanager
+def opened(browser, file):
     """The open page; afterwards: no error, no warning, no request but the file itself."""
     page = browser.new_page(viewport={"width": 1200, "height": 900})
     complaints, requests = [], []
     page.on("console", lambda message: complaints.append(message.text))
     page.on("pageerror", lambda error: complaints.append(str(error)))
     page.on("request", lambda request: requests.append(request.url))
-    page.goto(page_file.as_uri())
+    page.goto(file.as_uri())
     yield page
     assert complaints == []
-    assert [url for url in requests if not url.startswith("data:")] == [page_file.as_uri()]
+    assert [url for url in requests if not url.startswith("data:")] == [file.as_uri()]
     page.close()
 
 
+@pytest.fixture
+def page(browser, page_file):
+    with opened(browser, page_file) as page:
+        yield page
+
+
 def test_every_chart_is_drawn_and_named(page):
+    assert_drawn(page, at_least=8)
+    assert page.locator("svg.gantt rect.bar").count() >= 10
+    assert "against iter_001 of one" in page.inner_text("#comparison-1")
+
+
+def assert_drawn(page, at_least):
     figures = page.locator("figure svg.chart")
-    assert figures.count() >= 8
+    assert figures.count() >= at_least
     for index in range(figures.count()):
         figure = figures.nth(index)
         assert figure.locator("path.line").count() > 0
         assert figure.get_attribute("aria-label")
         drawn = figure.bounding_box()
         assert drawn["width"] > 200 and drawn["height"] > 100
-    assert page.locator("svg.gantt rect.bar").count() >= 10
 
 
 def test_search_finds_examples_by_their_words(page):
@@ -117,6 +130,21 @@ def luminance(rgb: list[int]) -> float:
 def contrast(first: list[int], second: list[int]) -> float:
     lighter, darker = sorted((luminance(first), luminance(second)), reverse=True)
     return (lighter + 0.05) / (darker + 0.05)
+
+
+@pytest.mark.skipif(not DEMO.exists(), reason="docs/demo-report.html is not there; make demo demo-report writes it")
+def test_the_page_of_the_demonstration_in_the_documentation_is_whole(browser):
+    """Two iterations after a warm-up: drawn, searchable, and nothing of the machine that made it."""
+    with opened(browser, DEMO) as page:
+        assert_drawn(page, at_least=10)
+        examples = page.locator(".example")
+        everything = examples.count()
+        assert everything > 10
+        page.fill("#search", examples.first.locator(".human p").inner_text().split()[0])
+        assert 0 < page.locator(".example:visible").count() < everything
+        assert all(name in page.inner_text("#iterates") for name in ("sft", "iter_000", "iter_001", "KL to the base"))
+    text = DEMO.read_text(encoding="utf-8")
+    assert not [place for place in ("/home/", "/root/", "/tmp/", "/work/", "/Users/") if place in text]
 
 
 @pytest.mark.skipif("REPORT_SCREENSHOT" not in os.environ, reason="writes a picture only when asked")

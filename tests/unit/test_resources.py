@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 
 from spin_ray import resources
 from spin_ray.errors import ResourceError, StageError
-from spin_ray.resources import check_fits, demands, wait_until_free, with_deadline
+from spin_ray.resources import check_fits, demands, wait_until_free, while_it_moves, with_deadline
 
 
 @pytest.fixture
@@ -120,7 +120,7 @@ def test_waiting_ends_when_the_last_stage_let_go(cluster, monkeypatch):
 
 def test_what_is_never_let_go_is_an_error_that_says_what_was_waited_for(cluster):
     cluster["free"] = {"CPU": 1.0, "object_store_memory": 5.0}
-    with pytest.raises(StageError, match="train: waited 0 s for 1 CPU, 1 GPU to be free; the cluster has 1 CPU free"):
+    with pytest.raises(StageError, match=r"train: waited 0 s for 1 CPU, 1 GPU to be free; .* 1 CPU of them free"):
         wait_until_free([{"CPU": 1, "GPU": 1}], timeout_s=0, stage="train")
 
 
@@ -152,7 +152,7 @@ def test_rows_that_do_not_come_are_an_error_after_the_limit_for_the_first_or_for
 
     passed = with_deadline(rows(), *limits, "a generation shard")
     assert [next(passed) for _ in range(before)] == list(range(before))
-    with pytest.raises(StageError, match=f"waited {waited} s for a generation shard; free in the cluster: 2 CPU"):
+    with pytest.raises(StageError, match=f"waited {waited} s for a generation shard; the cluster has 2 CPU in 1 nodes"):
         next(passed)
     stuck.set()
 
@@ -172,3 +172,23 @@ def test_a_node_is_selected_by_its_labels_as_ray_does(selector, selected):
 def test_least_numbers_are_what_must_fit():
     config = config_of(generation={"replicas": 8, "min_replicas": 2}, train={"workers": 4, "min_workers": 1})
     assert {stage: len(bundles) for stage, bundles in demands(config).items()} == {"generation": 2, "train": 1}
+
+
+def test_work_that_moves_may_take_long_and_work_that_stands_still_is_given_up(cluster) -> None:
+    """0.6 s of work is longer than the limit of 0.2 s, but something changes at every look."""
+    looks = iter(range(1000))
+
+    def work() -> str:
+        time.sleep(0.6)
+        return "done"
+
+    assert while_it_moves(work, lambda: next(looks), 0.2, "a step") == "done"
+    with pytest.raises(
+        StageError, match=r"waited 0 s for a step; the cluster has 2 CPU in 1 nodes, 2 CPU of them free"
+    ):
+        while_it_moves(work, lambda: 0, 0.1, "a step")
+
+
+def test_what_the_work_raises_comes_back(cluster) -> None:
+    with pytest.raises(ValueError, match="mine"):
+        while_it_moves(lambda: int("mine"), lambda: 0, 60, "a step")

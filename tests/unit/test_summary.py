@@ -10,11 +10,12 @@ from rich.console import Console
 
 from spin_ray.embedded import resolve
 from spin_ray.errors import RunDirError
-from spin_ray.history import read_evaluations, stage_seconds
+from spin_ray.history import read_evaluations
 from spin_ray.rendering import ChatRenderer, load_tokenizer
 from spin_ray.run_dir import RunDir, iterate_name
 from spin_ray.storage import Storage
 from spin_ray.summary import print_status, print_summary
+from spin_ray.timeline import stage_seconds
 from spin_ray.types import GENERATION_SCHEMA, PROMPT_SCHEMA
 
 TINY = resolve("embedded:tiny-llama")
@@ -107,7 +108,11 @@ def test_seconds_are_summed_over_attempts_and_sorted_by_folder(run):
         ("start", "iter_000/pairs", 99.0),
     ]:
         run.event(event, stage, seconds=seconds)
-    assert stage_seconds(run) == {"iter_000": {"training": 30.5}, "run": {"prompts": 1.0}, "sft": {"sampling": 7.0}}
+    assert stage_seconds(run.events()) == {
+        "iter_000": {"training": 30.5},
+        "run": {"prompts": 1.0},
+        "sft": {"sampling": 7.0},
+    }
 
 
 # Status

@@ -11,7 +11,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from spin_ray.learner.losses import LOSSES, geometric_reference, margins, square_loss
+from spin_ray.learner.losses import LOSSES, geometric_reference, margins, sft_loss, square_loss
 
 torch.set_num_threads(1)
 K = 6
@@ -236,6 +236,26 @@ def test_fictitious_play_settles_where_the_last_iterate_diverges() -> None:
     assert max(size(data - opponent) for opponent in mixtures[300:]) < 0.05 * size(data - start)
 
 
+@pytest.mark.parametrize(("temperature", "beta", "factor"), [(1.5, 1.0, 1 / 3), (2.0, 1.0, 0.5), (2.0, 0.2, 1.5)])
+def test_an_opponent_that_samples_at_temperature_t_ends_at_the_data_to_the_power_t(
+    temperature: float, beta: float, factor: float
+) -> None:
+    """y' ~ p_t^{1/T} (a departure from the paper), reference p_t: log p_{t+1} = log p_t + (log p_data − log p_t / T)/β.
+    Its fixed point is p ∝ p_data^T, sharper than people for T > 1; the error is multiplied by |1 − 1/(βT)|.
+    """
+    data, policy = distribution(0, spread=0.3), distribution(1, spread=0.3)
+    settles = (temperature * data).log_softmax(0)
+    errors = [size(policy - settles)]
+    for _ in range(3):
+        opponent = (policy / temperature).log_softmax(0)
+        policy = minimise(
+            lambda x, opponent=opponent, reference=policy: objective(x, data, opponent, beta=beta, reference=reference),
+            policy,
+        )
+        errors.append(size(policy - settles))
+    assert [after / before for before, after in pairwise(errors)] == pytest.approx([factor] * 3, rel=1e-3)
+
+
 def preference_game(seed: int) -> Tensor:
     """P(i ≻ j) with P(j ≻ i) = 1 − P(i ≻ j); no order among the outcomes need exist."""
     generator = torch.Generator().manual_seed(seed)
@@ -282,3 +302,46 @@ def test_the_average_sppo_policy_can_hardly_be_beaten() -> None:
         policy = (policy + eta * (game @ policy.exp())).log_softmax(0)
     bound = -distribution(0).min().item() / (eta * rounds) + eta / 8  # −log p_0 of the best reply, log K if uniform
     assert (game @ average).max().item() - 0.5 < bound < beaten_at_first
+
+
+def test_dpo_reads_rewards_off_preferences() -> None:
+    """P(i ≻ j) = σ(r_i − r_j) on all pairs of outcomes: the minimiser is p ∝ p_ref e^{r/β} (DPO's equation 4)."""
+    reference, reward, beta = distribution(1), distribution(0), 0.5
+    wins = torch.sigmoid(reward[:, None] - reward[None, :]).flatten()
+    better, worse = (index.flatten() for index in torch.meshgrid(torch.arange(K), torch.arange(K), indexing="ij"))
+
+    def loss(logits: Tensor) -> Tensor:
+        policy = logits.log_softmax(0)
+        margin = margins(policy[better], policy[worse], reference[better], reference[worse], beta)
+        return (wins * LOSSES["logistic"](margin)).sum()
+
+    torch.testing.assert_close(minimise(loss, reference), (reference + reward / beta).log_softmax(0), rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize("beta", [1.0, 4.0])
+def test_self_reinforcement_multiplies_what_fine_tuning_changed_by_1_plus_1_over_beta(beta: float) -> None:
+    """y ~ p_t, y' ~ the model before fine-tuning b, reference p_t: log p_{t+1} = log p_t + (log p_t − log b)/β, so
+    log(p_t/b) = (1 + 1/β)^t log(p_0/b). There is no fixed point but b: what stops it is early stopping and the filter.
+    """
+    before, policy = distribution(0, spread=0.3), distribution(1, spread=0.3)
+    first = policy - before
+    for iteration in (1, 2):
+        policy = minimise(lambda x, now=policy: objective(x, now, before, beta=beta, reference=now), policy)
+        expected = (before + (1 + 1 / beta) ** iteration * first).log_softmax(0)
+        torch.testing.assert_close(policy, expected, rtol=0, atol=1e-5)
+
+
+def test_seft_settles_where_the_reviser_changes_nothing_on_average() -> None:
+    """Fine-tuning on revisions R(y″|y) of own answers makes p_{t+1} = p_t R, a Markov chain: it ends in R's stationary
+    distribution, whatever the start, at the rate of R's second eigenvalue.
+    """
+    reviser = torch.stack([distribution(seed + 10) for seed in range(K)]).exp()
+    policy = distribution(0)
+    for _ in range(30):
+        revised = policy.exp() @ reviser
+        policy = minimise(lambda x, revised=revised: sft_loss(revised * x.log_softmax(0)), policy)
+    torch.testing.assert_close(policy.exp() @ reviser, policy.exp(), rtol=0, atol=1e-6)
+    eigenvalues, vectors = torch.linalg.eig(reviser.T)
+    stationary = vectors[:, eigenvalues.abs().argmax()].real
+    torch.testing.assert_close(policy.exp(), stationary / stationary.sum(), rtol=0, atol=1e-6)
+    assert (distribution(0).exp() - policy.exp()).abs().max() > 0.05

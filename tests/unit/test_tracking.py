@@ -1,6 +1,7 @@
 """What trackers are told, read back with their own readers."""
 
 import glob
+import json
 from pathlib import Path
 
 import pytest
@@ -74,9 +75,37 @@ def test_weights_and_biases_gets_one_offline_run(run, monkeypatch):
     config = configured(run, tensorboard=False, wandb={})
     for iterate in (0, 1):
         track(run, config, iterate)
-    files = glob.glob(str(run.storage.path("wandb/offline-run-*/*.wandb")))
+    files = sorted(glob.glob(str(run.storage.path("wandb/offline-run-*/*.wandb"))))
     assert len({file.rpartition("-")[2] for file in files}) == 1  # both of the same run id
-    assert any(b"eval/answer_accuracy" in Path(file).read_bytes() for file in files)
+    rows = [row for file in files for row in wandb_history(Path(file).read_bytes())]
+    found = {
+        (name, int(row["step" if name.startswith("train/") else "iterate"])): value
+        for row in rows
+        for name, value in row.items()
+        if "/" in name
+    }
+    expected = {(point.name, point.step): point.value for iterate in (0, 1) for point in points(run, iterate)}
+    assert found == pytest.approx(expected)
+
+
+def wandb_history(data: bytes):
+    """Logged rows of a .wandb file: after 7 bytes, blocks of 32 KiB of (checksum 4, size 2, kind 1, data)."""
+    from wandb.proto.wandb_internal_pb2 import Record
+
+    place, record = 7, b""
+    while place + 7 <= len(data):
+        left = 32768 - place % 32768
+        if left < 7:
+            place += left
+            continue
+        size, kind = int.from_bytes(data[place + 4 : place + 6], "little"), data[place + 6]
+        record += data[place + 7 : place + 7 + size]
+        place += 7 + size
+        if kind in (1, 4):  # whole, or the last piece
+            found = Record.FromString(record)
+            if found.HasField("history"):
+                yield {item.nested_key[0]: json.loads(item.value_json) for item in found.history.item}
+            record = b""
 
 
 def test_a_tracker_that_fails_is_a_warning_and_is_told_again(run, monkeypatch, caplog):

@@ -83,6 +83,11 @@ class Fsdp2Backend:
     def score(self, batch: PackedBatch) -> Float[Tensor, "segments"]:
         return self.logps(batch)
 
+    @torch.no_grad()
+    def score_tokens(self, batch: PackedBatch) -> Float[Tensor, "targets"]:
+        """log p of every response token of the pack, in its order, fp32; ``score`` has their sums. A collective."""
+        return self._scorer(batch.to(self.device), by_token=True).float()
+
     def backward(self, loss: Float[Tensor, ""], *, last_microbatch: bool) -> None:
         # Without sync, gradients add up whole (4 bytes per parameter) on every rank, and are reduced once per step.
         self._scorer.set_requires_gradient_sync(last_microbatch or self._settings.reduce_every_pack)

@@ -2,12 +2,13 @@
 
 import { KEY, Refused, call, streamed } from "./api.js";
 import { download, loadLeaderboard } from "./leaderboard.js";
+import { clearScores, scoresOf, showScores } from "./scores.js";
 
 const $ = (selector) => document.querySelector(selector);
 const BLIND_ANY = "";
 const VERDICTS = { a: "A is better", b: "B is better", tie: "a tie", both_bad: "both bad" };
 
-const page = { models: [], battle: null, stopper: null };
+const page = { models: [], battle: null, stopper: null, said: null };
 
 // --- Messages and the key --------------------------------------------------------------------------------------------
 
@@ -74,6 +75,8 @@ function changeMode() {
 
 function reset() {
   page.battle = null;
+  page.said = null;
+  clearScores();
   showError(null);
   $("#ballot").hidden = !blind();
   $("#again").hidden = true;
@@ -111,9 +114,11 @@ async function compare(event) {
       max_tokens: $("#max-tokens").valueAsNumber,
       seed: sides.seed,
     };
-    const whole = await Promise.all(["a", "b"].map((side) => answer(side, { ...request, model: sides[side] })));
-    if (!blind()) return;
-    if (whole.every(Boolean)) allowVotes(true);
+    const answers = await Promise.all(["a", "b"].map((side) => answer(side, { ...request, model: sides[side] })));
+    const whole = answers.every(Boolean);
+    if (whole) page.said = { messages: request.messages, answers };
+    if (!blind()) return await score([sides.a, sides.b]);
+    if (whole) allowVotes(true);
     else $("#outcome").textContent = "No vote without two whole answers.";
   } catch (error) {
     showError(error);
@@ -134,7 +139,22 @@ function openPair() {
   return { a: $("#first").value, b: $("#second").value, seed: crypto.getRandomValues(new Uint32Array(1))[0] >>> 1 };
 }
 
-/** Streams one side into its card; whether it ended as it should. */
+/** Asks what each iterate thinks of both answers, if that is wanted; only now that the names are known. */
+async function score(models) {
+  const said = page.said;
+  if (!said || !$("#score").checked || models[0] === models[1]) return;
+  $("#margin").textContent = "scoring…";
+  try {
+    const scores = await scoresOf({ ...said, models });
+    if (page.said === said) showScores(scores); // unless the next comparison has begun
+  } catch (error) {
+    if (page.said !== said) return;
+    clearScores();
+    throw error;
+  }
+}
+
+/** Streams one side into its card; the answer, or null if it did not end as it should. */
 async function answer(side, request) {
   const card = $(`#side-${side}`);
   const [text, status] = [card.querySelector(".answer"), card.querySelector(".status")];
@@ -148,7 +168,7 @@ async function answer(side, request) {
       if (done) {
         const empty = node.data === "" ? "said nothing" : "finished";
         status.textContent = value === "length" ? "cut off at the most tokens allowed" : empty;
-        return true;
+        return { content: node.data, finish_reason: value === "length" ? "length" : "stop" };
       }
       const atEnd = text.scrollHeight - text.scrollTop - text.clientHeight < 8;
       node.appendData(value);
@@ -158,7 +178,7 @@ async function answer(side, request) {
     if (error.name !== "AbortError" && !(error instanceof Refused)) throw error;
     card.classList.add("failed");
     status.textContent = error instanceof Refused ? error.message : "stopped";
-    return false;
+    return null;
   } finally {
     card.classList.remove("writing");
   }
@@ -185,6 +205,7 @@ async function vote(verdict) {
     const result = await (await call("/v1/votes", { battle: page.battle.id, verdict })).json();
     page.battle = null;
     reveal(result);
+    guarded(score)([result.a.model, result.b.model]);
   } catch (error) {
     showError(error);
     allowVotes(error.status !== 404 && error.status !== 409 && error.status !== 410); // the same vote may pass later

@@ -1,0 +1,141 @@
+"""The page of the quality experiment: tables and plot of what analyse.py found."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from arms import WARM_UP
+
+BUDGETS = {"train_tokens": "training tokens", "compute": "computed tokens", "seconds": "wall time"}
+MEASURES = {
+    "greedy": ("greedy accuracy", 3),
+    "sampled": ("sampled accuracy", 3),
+    "logp": ("log p(y) per token", 3),
+    "jsd": ("JSD bound of its opponent", 3),
+    "length": ("length y′", 1),
+    "distinct_2": ("distinct-2", 3),
+}
+
+
+def markdown(found: dict[str, Any]) -> str:
+    """quality.md."""
+    chosen, compared, greedy = found["chosen_on_dev_rows"], found["spin_minus_sft"], found["spin_minus_sft_greedy"]
+    lines = [
+        f"# SPIN against more SFT: {found['setting']}", "",
+        "Made by `make quality`: `python benchmarks/quality/run.py --data FOLDER` makes the arms, `analyse.py` this.",
+        "Each arm's recipe, seed and versions are in its JSON ([quality/](quality)); `benchmarks/quality/arms.py` says",
+        "why each is there. θ_0 is one model for all arms; a seed is an order of rows and a stream of samples.",
+        "Sampled: 4 samples at temperature 1. Differences are to continued SFT that had at least the same training",
+        "tokens, computed tokens (training + a third of what was generated and scored), or wall time (of a shared",
+        "machine, pauses included); 95 % intervals by paired bootstrap. A dash: no such SFT iterate is there.", "",
+    ]  # fmt: skip
+    if compared is None:
+        lines += [f"**No comparison yet:** {found['spin_minus_sft_missing_because']}.", ""]
+    else:
+        lines += [
+            f"**SPIN minus SFT on test rows: sampled accuracy {interval(compared)}, greedy {interval(greedy)}**",
+            f"({chosen['arm']}, θ_{chosen['iterate']}, against {found['continued_sft_arm']}; both chosen on dev rows).",
+            f"Its second iteration minus its first, sampled: {interval(found['second_iteration_minus_first'])}.", "",
+        ]  # fmt: skip
+    if start := found["theta_0"]:
+        lines += [
+            f"θ_0 is iterate {start['warm_up_iterate']} of the warm-up{'' if start['complete'] else ' so far'}.",
+            "",
+        ]
+    if found["still_to_run"]:
+        lines += [f"Still to run: {'; '.join(found['still_to_run'])}.", ""]
+    heads = ["arm", "θ", "seeds", *(head for head, _ in MEASURES.values()), "k tokens", "k computed", "minutes"]
+    heads += [f"Δ sampled, equal {name}" for name in BUDGETS.values()] + ["Δ greedy, equal training tokens"]
+    lines += ["## On test rows", "", _row(heads), _row(["---"] * len(heads))]
+    for row in found["arms"]:
+        cells = [row["arm"], str(row["iterate"]), str(len(row["seeds"])), *_measures(row)]
+        cells += [f"{row['train_tokens'] / 1000:.0f}", f"{row['compute'] / 1000:.0f}", f"{row['seconds'] / 60:.0f}"]
+        cells += [interval(row.get(f"sampled_minus_sft_at_equal_{budget}")) for budget in BUDGETS]
+        lines.append(_row([*cells, interval(row.get("greedy_minus_sft_at_equal_train_tokens"))]))
+    lines += ["", "## On dev rows", "", "Rows of train that no arm was trained on: what everything was chosen by.", ""]
+    lines += [
+        _row(["arm", "θ", "seeds", *(head for head, _ in MEASURES.values())]),
+        _row(["---"] * (3 + len(MEASURES))),
+    ]
+    for row in found["search_on_dev_rows"]:
+        lines.append(_row([row["arm"], str(row["iterate"]), str(len(row["seeds"])), *_measures(row)]))
+    picture = ["", "![accuracy over training tokens](quality.svg)"] if found["arms"] else []
+    return "\n".join([*lines, *picture, ""])
+
+
+def _measures(row: dict[str, Any]) -> list[str]:
+    return ["–" if row[name] is None else f"{row[name]:.{digits}f}" for name, (_, digits) in MEASURES.items()]
+
+
+def known_distribution(file: Path) -> str:
+    """The section of quality.md about exact divergences, from what known_distribution.py wrote; empty without."""
+    if not file.exists():
+        return ""
+    content = json.loads(file.read_text())
+    runs = list(content["seeds"].values())
+    iterations = len(next(iter(runs[0].values()))["kl"])
+    lines = [
+        "", "## A known distribution", "",
+        f"KL(p_data‖p_θ) in millinats, exact, after each iteration; mean of {len(runs)} seeds. In brackets: iterations",
+        f"that are solved exactly (Theorem 5.4). Made by `{content['command']}`.", "",
+        _row(["arm", *(f"θ_{i}" for i in range(iterations))]), _row(["---"] * (iterations + 1)),
+    ]  # fmt: skip
+
+    def mean(arm: str, kind: str, iteration: int) -> float:
+        return 1000 * abs(float(np.mean([run[arm][kind][iteration] for run in runs])))
+
+    for arm, values in runs[0].items():
+        cells = [f"{mean(arm, 'kl', i):.1f}" for i in range(iterations)]
+        if "exact_kl" in values:
+            cells = [f"{cell} ({mean(arm, 'exact_kl', i):.3g})" for i, cell in enumerate(cells)]
+        lines.append(_row([arm, *cells]))
+    return "\n".join([*lines, ""])
+
+
+def plot(found: dict[str, Any], file: Path) -> None:
+    """Sampled and greedy accuracy on test rows over training tokens since θ_0, a line an arm, all from θ_0."""
+    width, height, margin = 460, 260, 46
+    rows = [row for row in found["arms"] if row["arm"] != WARM_UP]
+    start = found["theta_0"] and found["theta_0"]["warm_up_iterate"]
+    first = [row | {"train_tokens": 0} for row in found["arms"] if (row["arm"], row["iterate"]) == (WARM_UP, start)]
+    values = [row[measure] for row in [*rows, *first] for measure in ("sampled", "greedy")]
+    most = max((row["train_tokens"] for row in rows), default=1) or 1
+    top, low = max(values, default=1.0), min(values, default=0.0)
+    span = (top - low) or 1.0
+    names = list(dict.fromkeys(row["arm"] for row in rows))
+    parts = [f'<svg xmlns="http://www.w3.org/2000/svg" width="{2 * width}" height="{height + 20 * len(names)}" '
+             'font-family="sans-serif" font-size="11">']  # fmt: skip
+    for panel, measure in enumerate(("sampled", "greedy")):
+        left, right, bottom = panel * width + margin, panel * width + width - 10, height - margin
+        parts.append(
+            f'<text x="{left}" y="14">{measure} accuracy, {low:.3f} to {top:.3f}; tokens, 0 to {most:.0f}</text>'
+        )
+        parts.append(f'<path d="M{left} 22V{bottom}H{right}" fill="none" stroke="#888"/>')
+        for number, name in enumerate(names):
+            mine = [row for row in rows if row["arm"] == name]
+            if mine[0]["iterate"] > 0:
+                mine = [*first, *mine]
+            across = [left + (right - left) * row["train_tokens"] / most for row in mine]
+            down = [bottom - (bottom - 22) * (row[measure] - low) / span for row in mine]
+            points = " ".join(f"{x:.1f},{y:.1f}" for x, y in zip(across, down, strict=True))
+            parts.append(f'<polyline points="{points}" fill="none" stroke="{_color(number)}" stroke-width="2"/>')
+            parts += [
+                f'<circle cx="{x:.1f}" cy="{y:.1f}" r="3" fill="{_color(number)}"/>'
+                for x, y in zip(across, down, strict=True)
+            ]
+    for number, name in enumerate(names):
+        parts.append(f'<text x="{margin}" y="{height + 20 * number}" fill="{_color(number)}">{name}</text>')
+    file.write_text("\n".join([*parts, "</svg>", ""]))
+
+
+def _color(number: int) -> str:
+    return f"hsl({number * 67 % 360},70%,40%)"
+
+
+def _row(cells: list[str]) -> str:
+    return "| " + " | ".join(cells) + " |"
+
+
+def interval(found: dict[str, float] | None) -> str:
+    return "–" if found is None else f"{found['value']:+.3f} ({found['low']:+.3f} to {found['high']:+.3f})"

@@ -1,0 +1,131 @@
+"""A run on a small cluster whose processes are killed, one after another, at moments that a seed decides."""
+
+import random
+import subprocess
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from program import ROOT, SPIN_RAY, environment, micro_recipe
+from small_cluster import SmallCluster
+
+from spin_ray.run_dir import RunDir
+from spin_ray.storage import Storage
+from spin_ray.timeline import lost_work
+
+PLAYING, TRAINING = "generation", "training"
+PHASE = {"generation actor": PLAYING, "engine": PLAYING, "train worker": TRAINING, "controller": TRAINING}
+KINDS = (*PHASE, "node", "head", "driver")
+"""What can be killed; the last three in either phase."""
+CHECKPOINT_EVERY, REPLICAS = 4, 2
+SHARDS, STEPS = 6, 96
+LIMIT_S = 600.0
+"""Longest wait for the next moment, or for a driver without a cluster to end."""
+
+
+def recipe() -> dict[str, Any]:
+    """6 shards for two engines, 96 steps of two workers with a checkpoint after every fourth; fp32, repeatable."""
+    content = micro_recipe()
+    content["generation"] |= {"replicas": REPLICAS, "resources": {"cpus": 1}}
+    content["train"] |= {"workers": 2, "epochs": 8, "checkpoint_every_steps": CHECKPOINT_EVERY}
+    return content
+
+
+@dataclass
+class Kill:
+    kind: str
+    phase: str
+    after: int
+    """Shards or steps that were there by then."""
+    same_command: bool = False
+    """Whether the driver ended, and was started again; else the run went on without help."""
+
+
+def plan(kinds: Sequence[str], chance: random.Random) -> list[Kill]:
+    """Moments of the kills, in their order."""
+    phases = [PHASE.get(kind) or chance.choice((PLAYING, TRAINING)) for kind in kinds]
+    kills = []
+    for phase, last in ((PLAYING, SHARDS - 2), (TRAINING, STEPS // 2)):
+        here = [kind for kind, of in zip(kinds, phases, strict=True) if of == phase]
+        chance.shuffle(here)
+        moments = sorted(chance.randint(1, last) for _ in here)
+        kills += [Kill(kind, phase, moment) for kind, moment in zip(here, moments, strict=True)]
+    return kills
+
+
+class RoughRun:
+    """One run, however many drivers and clusters it takes."""
+
+    def __init__(self, recipe_file: Path, out: Path, chance: random.Random) -> None:
+        self._recipe, self._out, self._chance = recipe_file, out, chance
+        self._driver: subprocess.Popen[bytes] | None = None
+        self._cluster = SmallCluster()
+
+    def to_the_end(self, kills: list[Kill]) -> None:
+        """Kills what the plan says, and starts the driver again, by the same command, when it ended with an error."""
+        with self._log.open("wb"), self._cluster:
+            try:
+                self._start()
+                for number, kill in enumerate(kills):
+                    before = kills[number - 1] if number else None
+                    self._go_on_until(lambda kill=kill: self._is_time_for(kill), before)
+                    print(kill, flush=True)
+                    self._kill(kill.kind)
+                self._go_on_until(lambda: self._driver.poll() == 0, kills[-1] if kills else None)
+            finally:
+                self._end_driver()
+
+    @property
+    def lost(self) -> dict[str, int]:
+        return lost_work(RunDir(Storage(self._out)).events())
+
+    @property
+    def _log(self) -> Path:
+        return self._out.with_suffix(".log")
+
+    def _start(self) -> None:
+        with self._log.open("ab") as log:
+            self._driver = subprocess.Popen(
+                [*SPIN_RAY, "run", str(self._recipe), "--out", str(self._out)],
+                env=environment() | self._cluster.environment, cwd=ROOT, stdout=log, stderr=log,
+            )  # fmt: skip
+
+    def _end_driver(self) -> None:
+        self._driver.kill()
+        self._driver.wait(timeout=30)
+
+    def _go_on_until(self, moment: Callable[[], bool], last: Kill | None) -> None:
+        deadline = time.monotonic() + LIMIT_S
+        while not moment():
+            ended = self._driver.poll()
+            if ended:
+                assert last is not None, f"failed though nothing was killed: {self._log.read_text()[-2000:]}"
+                last.same_command = True
+                if not self._cluster.is_alive:
+                    self._cluster.start()
+                self._start()
+            assert ended != 0, "the run ended before the next kill"
+            assert time.monotonic() < deadline, f"waited {LIMIT_S:.0f} s; {self._log.read_text()[-2000:]}"
+            time.sleep(0.02)
+
+    def _is_time_for(self, kill: Kill) -> bool:
+        if kill.phase == PLAYING:
+            so_far = len(list((self._out / "iter_000/generations").glob("part-*")))
+        else:
+            log = self._out / "iter_000/train_log.jsonl"
+            so_far = len(log.read_bytes().splitlines()) if log.exists() else 0
+        if so_far < kill.after or not self._cluster.is_alive:
+            return False
+        return kill.kind not in PHASE or bool(self._cluster.processes(kill.kind))
+
+    def _kill(self, kind: str) -> None:
+        if kind == "node":
+            self._cluster.kill_a_node()
+        elif kind == "head":
+            self._cluster.kill_the_head()
+        elif kind == "driver":
+            self._driver.kill()
+        else:
+            self._chance.choice(self._cluster.processes(kind)).kill()

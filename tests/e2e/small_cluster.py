@@ -1,0 +1,57 @@
+"""A Ray cluster of three nodes on this machine, and the processes of a run on it that can be killed."""
+
+from types import TracebackType
+from typing import Self
+
+import psutil
+from ray.cluster_utils import Cluster
+
+TITLES = {"generation actor": "_Player", "train worker": "RayTrainWorker", "controller": "TrainController"}
+"""What Ray writes into the command line of such a process."""
+
+
+class SmallCluster:
+    """A head and two more nodes, of two logical CPUs each, on loopback."""
+
+    def __enter__(self) -> Self:
+        self.start()
+        return self
+
+    def start(self) -> None:
+        """Also another one, after the head of the first was killed."""
+        node = {"num_cpus": 2, "node_ip_address": "127.0.0.1"}
+        self._cluster = Cluster(initialize_head=True, head_node_args={**node, "include_dashboard": False})
+        self._others = [self._cluster.add_node(**node) for _ in range(2)]
+        self.is_alive = True
+        self.environment = {"RAY_ADDRESS": self._cluster.address, "RAY_AUTH_MODE": "disabled"}
+        """What makes a driver attach to it."""
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        if self.is_alive:
+            self._cluster.shutdown()
+
+    def processes(self, kind: str) -> list[psutil.Process]:
+        """Living processes of a kind of ``TITLES``, or the ``engine`` processes that generation actors started."""
+        title = TITLES.get(kind, "_Player")
+        found = [one for one in psutil.Process().children(recursive=True) if title in _command(one)]
+        return [child for actor in found for child in actor.children()] if kind == "engine" else found
+
+    def kill_a_node(self) -> None:
+        """All processes of a node that is not the head, the raylet among them."""
+        self._cluster.remove_node(self._others.pop(), allow_graceful=False)
+
+    def kill_the_head(self) -> None:
+        """And, as nothing can be done with them any more, the other nodes."""
+        self._cluster.remove_node(self._cluster.head_node, allow_graceful=False)
+        while self._others:
+            self.kill_a_node()
+        self.is_alive = False
+
+
+def _command(process: psutil.Process) -> str:
+    try:
+        return " ".join(process.cmdline())
+    except psutil.Error:
+        return ""

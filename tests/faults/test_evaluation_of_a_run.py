@@ -1,0 +1,50 @@
+"""Measures of a whole small run against plain transformers, one response at a time."""
+
+import json
+import math
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import small_run
+import torch
+from learner_cases import logp_alone
+from transformers import AutoModelForCausalLM
+
+from spin_ray.config import SpinConfig
+from spin_ray.run_dir import RunDir
+from spin_ray.storage import Storage
+
+
+def test_the_kl_to_the_base_is_measured_for_every_iterate_on_its_own_samples(
+    tmp_path: Path, config: SpinConfig
+) -> None:
+    """θ_2 against θ_0, which is neither it nor its opponent; θ_1's opponent is θ_0."""
+    run = RunDir(Storage(tmp_path / "run"))
+    small_run.run(config.model_copy(update={"iterations": 2}), tmp_path / "run")
+    base = load(config.model.path)
+    prompts = {row["prompt_id"]: row["prompt_ids"] for table in run.heldout.tables() for row in table.to_pylist()}
+    for iterate in (1, 2):
+        evaluation = json.loads(run.storage.read(run.eval_path(iterate)))
+        model = load(str(run.storage.path(run.model(iterate).path)))
+        rows = [row for table in run.heldout_samples(iterate).tables() for row in table.to_pylist()]
+        ratios = np.array(
+            [
+                float(logp_alone(model, prompts[row["prompt_id"]], row["token_ids"]))
+                - float(logp_alone(base, prompts[row["prompt_id"]], row["token_ids"]))
+                for row in rows
+            ]
+        )
+        assert len(ratios) == small_run.HELDOUT_ROWS
+        assert evaluation["kl_to_base"] == pytest.approx(ratios.mean(), abs=1e-4)
+        error = ratios.std(ddof=1) / math.sqrt(len(ratios))
+        assert evaluation["standard_errors"]["kl_to_base"] == pytest.approx(error, abs=1e-4)
+        for whose in ("against_opponent", "against_self"):
+            assert 0.1 < evaluation[whose]["margin_concentration"] <= 1
+            assert f"{whose}.margin_concentration" in evaluation["standard_errors"]
+    assert not math.isclose(evaluation["kl_to_base"], evaluation["against_self"]["generated_logp_drift"], abs_tol=1e-4)
+
+
+def load(folder: str) -> Any:
+    return AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()

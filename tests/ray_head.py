@@ -1,0 +1,71 @@
+"""A head node as `ray start` makes it, with dashboard, metrics and a token; stopped by its process group."""
+
+import os
+import shutil
+import socket
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+
+RAY = [sys.executable, "-m", "ray.scripts.scripts"]
+TOKEN = "0123456789abcdef" * 4
+
+
+@dataclass(frozen=True)
+class Head:
+    folder: Path
+    """Ray's sessions with their logs."""
+    variables: dict[str, str]
+    """Environment of whoever talks to it."""
+    dashboard_port: int
+    metrics_port: int
+    authorization: dict[str, str] = field(default_factory=lambda: {"Authorization": f"Bearer {TOKEN}"})
+
+    @property
+    def dashboard(self) -> str:
+        return f"http://127.0.0.1:{self.dashboard_port}"
+
+
+@contextmanager
+def ray_head(environment: dict[str, str], cpus: int) -> Iterator[Head]:
+    """Once its dashboard listens. Sockets have short paths only, hence a folder of its own."""
+    folder = Path(tempfile.mkdtemp(prefix="head-"))
+    (folder / "token").write_text(TOKEN)
+    variables = environment | {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN_PATH": str(folder / "token")}
+    head = Head(folder, variables, free_port(), free_port())
+    process = subprocess.Popen(
+        [
+            *RAY, "start", "--head", "--block", f"--num-cpus={cpus}", "--node-ip-address=127.0.0.1",
+            f"--port={free_port()}", "--dashboard-host=127.0.0.1", f"--dashboard-port={head.dashboard_port}",
+            f"--metrics-export-port={head.metrics_port}", f"--temp-dir={folder}",
+        ],
+        env=variables, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, start_new_session=True,
+    )  # fmt: skip
+    try:
+        _wait_for(head.dashboard_port)
+        yield head
+    finally:
+        os.killpg(process.pid, 15)
+        process.wait(timeout=60)
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]
+
+
+def _wait_for(port: int) -> None:
+    deadline = time.monotonic() + 90
+    while time.monotonic() < deadline:
+        with socket.socket() as probe:
+            if probe.connect_ex(("127.0.0.1", port)) == 0:
+                return
+        time.sleep(0.5)
+    raise TimeoutError(f"waited 90 s for port {port}")

@@ -1,0 +1,149 @@
+"""The application of cluster/rayservice.yaml, deployed by `serve deploy` on a real Ray that asks for a token."""
+
+import json
+import os
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, TypeVar
+
+import httpx
+import openai
+import pytest
+import yaml
+from conftest import ROOT
+from ray_head import Head, free_port, ray_head
+from tiny_runs import make_run
+
+from spin_ray.run_dir import RunDir
+from spin_ray.serving.access import new_key
+
+pytestmark = [pytest.mark.e2e, pytest.mark.slow]
+
+Found = TypeVar("Found")
+SECRET = "the word is swordfish"
+
+
+@dataclass(frozen=True)
+class Deployed:
+    head: Head
+    run: RunDir
+    url: str
+    key: str
+
+    def client(self) -> openai.OpenAI:
+        return openai.OpenAI(base_url=f"{self.url}/v1", api_key=self.key, max_retries=0, timeout=60)
+
+
+@pytest.fixture(scope="module")
+def deployed(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Deployed]:
+    """``sft`` on two engines, with one key."""
+    folder = tmp_path_factory.mktemp("deployed")
+    run = make_run(folder / "run", iterates=0)
+    key, line = new_key("alice")
+    (folder / "keys").write_text(line)
+    service = next(yaml.safe_load_all((ROOT / "cluster" / "rayservice.yaml").read_text()))
+    config = yaml.safe_load(service["spec"]["serveConfigV2"])
+    config["http_options"] = {"host": "127.0.0.1", "port": free_port()}
+    config["applications"][0]["args"] |= {
+        "run": str(run.storage.root), "serving.models": ["sft"], "serving.keys": str(folder / "keys"),
+        "serving.resources": {"cpus": 1}, "serving.replicas": 2,
+    }  # fmt: skip
+    (folder / "serve.yaml").write_text(yaml.safe_dump(config))
+    environment = {name: value for name, value in os.environ.items() if not name.startswith("RAY_")}
+    with ray_head(environment | {"RAY_metrics_report_interval_ms": "1000"}, cpus=4) as head:
+        deploy = [sys.executable, "-m", "ray.serve.scripts", "deploy", str(folder / "serve.yaml"), "-a", head.dashboard]
+        done = subprocess.run(deploy, env=head.variables, capture_output=True, text=True, timeout=120, check=False)
+        assert done.returncode == 0, done.stdout + done.stderr
+        url = f"http://127.0.0.1:{config['http_options']['port']}"
+        until(lambda: httpx.get(f"{url}/readyz").status_code == 200, 240)
+        yield Deployed(head, run, url, key)
+
+
+def until(look: Callable[[], Found], limit_s: float) -> Found:
+    """What ``look`` finds as soon as it finds something."""
+    deadline = time.monotonic() + limit_s
+    while True:
+        found = None
+        try:
+            found = look()
+        except httpx.HTTPError:
+            if time.monotonic() > deadline:
+                raise
+        if found:
+            return found
+        assert time.monotonic() < deadline, f"waited {limit_s:g} s"
+        time.sleep(0.5)
+
+
+def test_who_has_the_key_is_answered_and_nobody_else(deployed: Deployed) -> None:
+    asked: Any = [{"role": "user", "content": SECRET}]
+    answer = deployed.client().chat.completions.create(model="sft", messages=asked, max_tokens=4)
+    assert answer.usage and answer.usage.completion_tokens == 4
+    with pytest.raises(openai.AuthenticationError):
+        openai.OpenAI(base_url=f"{deployed.url}/v1", api_key="sr-guess", max_retries=0).models.list()
+
+
+def test_as_many_engines_run_as_the_config_says(deployed: Deployed) -> None:
+    def engines() -> dict[str, str]:
+        found = httpx.get(
+            f"{deployed.head.dashboard}/api/serve/applications/", headers=deployed.head.authorization
+        ).raise_for_status()
+        (app,) = [app for name, app in found.json()["applications"].items() if name.startswith("engine.sft.")]
+        (deployment,) = app["deployments"].values()
+        return {replica["replica_id"]: replica["state"] for replica in deployment["replicas"]}
+
+    assert list(engines().values()) == ["RUNNING", "RUNNING"]
+
+
+@pytest.mark.parametrize(
+    "path",
+    ["/load", "/metrics", "/tokenize", "/collective_rpc", "/v1/load_lora_adapter", "/reset_prefix_cache", "/sleep"],
+)
+def test_no_route_steers_an_engine(deployed: Deployed, path: str) -> None:
+    headers = {"Authorization": f"Bearer {deployed.key}"}
+    assert httpx.post(f"{deployed.url}{path}", json={}, headers=headers).status_code == 404
+
+
+def test_prometheus_reads_what_was_answered_from_rays_agent(deployed: Deployed) -> None:
+    deployed.client().completions.create(model="sft", prompt="1", max_tokens=1)
+    httpx.get(f"{deployed.url}/v1/models")
+
+    def samples() -> dict[str, float]:
+        """Values by name and labels of ours, once both requests have been counted."""
+        text = httpx.get(f"http://127.0.0.1:{deployed.head.metrics_port}/metrics").text
+        found: dict[str, float] = {}
+        for line in text.splitlines():
+            if line.startswith(("ray_spin_ray_", "ray_vllm", "ray_serve_num_http")):
+                name, _, value = line.rpartition(" ")
+                found[name] = float(value)
+        counted = [name for name in found if "ray_spin_ray_requests_total" in name]
+        told = " ".join(counted)
+        return found if 'model="sft"' in told and 'status="200"' in told and 'status="401"' in told else {}
+
+    names = {name.partition("{")[0] for name in until(samples, 60)}
+    assert {"ray_spin_ray_requests_total", "ray_spin_ray_request_seconds_bucket"} <= names
+    assert "ray_spin_ray_first_output_seconds_bucket" in names
+    assert [name for name in names if name.startswith("ray_serve_num_http")], "Ray Serve's own"
+    assert [name for name in names if name.startswith("ray_vllm")], "vLLM's own"
+
+
+def test_the_access_log_has_who_and_what_but_not_what_was_said(deployed: Deployed) -> None:
+    asked: Any = [{"role": "user", "content": SECRET}]
+    deployed.client().chat.completions.create(model="sft", messages=asked, max_tokens=4)
+    lines = until(lambda: access_lines(deployed.head.folder), 20)
+    assert {"method", "path", "status", "seconds", "key", "model", "stream"} == set(lines[-1])
+    assert (lines[-1]["key"], lines[-1]["model"], lines[-1]["status"]) == ("alice", "sft", 200)
+    logs = "".join(log.read_text(errors="replace") for log in deployed.head.folder.glob("session_*/logs/serve/*"))
+    assert SECRET not in logs and deployed.key not in logs
+
+
+def access_lines(folder: Path) -> list[dict[str, Any]]:
+    """The ingress's lines about chat completions."""
+    logs = [log.read_text() for log in folder.glob("session_*/logs/serve/*ingress*")]
+    found = [line[line.index('{"method"') :] for text in logs for line in text.splitlines() if '{"method"' in line]
+    lines = [json.loads(line) for line in found]
+    return [line for line in lines if line["path"] == "/v1/chat/completions"]
