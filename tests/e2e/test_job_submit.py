@@ -7,6 +7,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -65,7 +66,10 @@ def test_a_job_is_stopped_at_a_committed_point_and_a_second_submission_ends_it(c
 
     arguments = ("jobs/recipes/micro.yaml", "--out", str(out))
     options = ("--submission-id", "first", "--no-wait")
-    assert submit(cluster, working_dir, *arguments, options=options).returncode == 0
+    first = partial(submit, cluster, working_dir, *arguments, options=options)
+    wait_until(
+        lambda: first().returncode == 0, 90, "the head to take a job"
+    )  # its agent is up later than the dashboard
     wait_until((out / "iter_000" / "pairs" / "_MANIFEST.json").exists, 300, "the pairs of the first submission")
     answers = {path.name: path.read_bytes() for path in (out / "iter_000" / "generations").iterdir()}
     stopped = ray_job(cluster, working_dir, "stop", "first")
