@@ -78,10 +78,8 @@ class SharedFolder:
 
     def _fetch(self, giver: Any, name: str, target: Path) -> None:
         """Writes one part while the next is on its way: memory for two parts, whatever the size of the file."""
-        here, parts = (
-            ray.get_runtime_context().get_node_id(),
-            max(1, math.ceil(self.files[name].bytes / self.part_bytes)),
-        )
+        here = ray.get_runtime_context().get_node_id()
+        parts = max(1, math.ceil(self.files[name].bytes / self.part_bytes))
         try:
             with target.open("wb") as file:
                 asked = giver.part.remote(name, 0, self.part_bytes, here)
@@ -91,9 +89,8 @@ class SharedFolder:
                         asked = giver.part.remote(name, number + 1, self.part_bytes, here)
                     file.write(ray.get(part, timeout=PART_TIMEOUT_S))
         except ray.exceptions.RayError as error:
-            raise StageError(
-                f"{self.folder}/{name}: did not arrive from the driver's machine: {last_line(error)}"
-            ) from (error)
+            where = f"{self.folder}/{name}"
+            raise StageError(f"{where}: did not arrive from the driver's machine: {last_line(error)}") from error
 
 
 def share(folder: Path, files: Mapping[str, Digest]) -> SharedFolder | None:
