@@ -34,7 +34,8 @@ FIRST_TURN = [
 @pytest.mark.parametrize(
     ("stage", "turn"),
     [
-        ("prompts", -1), ("heldout", -1), ("sft/training", -1), ("reviser/training", -1), ("sft/heldout_samples + iter_000/generations", 0),
+        ("prompts", -1), ("heldout", -1), ("sft/training", -1), ("reviser/training", -1),
+        ("sft/heldout_samples + iter_000/generations", 0),
         ("iter_000/generations", 0), ("sft/evaluation", 0), ("iter_000/pairs", 0), ("iter_000/training", 0),
         ("iter_000/heldout_samples + iter_001/generations", 1), ("iter_000/evaluation", 1), ("iter_001/training", 1),
     ],
