@@ -49,9 +49,8 @@ def test_a_file_is_compared_beside_a_server_that_goes_on_serving(served: Served,
         scored = httpx.post(f"{served.url}/v1/compare", json=asked | {"answers": given}, timeout=60).raise_for_status()
         assert len(scored.json()["engine_margins"]) == 1
     assert served.card("latest")["iterate"] == "iter-0"
-    left = [" ".join(process.cmdline()) for process in served.family()]
-    assert [line for line in left if "engine.sft" in line], "the server's engine is seen like this"
-    assert not [line for line in left if "spin-ray-compare" in line]
+    assert served.replicas("engine.sft"), "the server's engine is seen like this"
+    assert not served.replicas("spin-ray-compare")
 
 
 def address(served: Served) -> str:
