@@ -168,8 +168,8 @@ def _play(
         num_cpus=resources.cpus,
         num_gpus=resources.gpus or None,
         resources=resources.custom or None,
-        max_restarts=config.generation.max_failures,
-        max_task_retries=config.generation.max_failures,
+        # Ray Data's own is no limit: an engine that runs out of memory would be started for ever.
+        ray_remote_args_fn=lambda: {"max_restarts": config.generation.max_failures},
     )
     first_s = config.generation.start_timeout_s + config.generation.shard_timeout_s
     try:
