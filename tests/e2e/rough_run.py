@@ -28,7 +28,9 @@ LIMIT_S = 600.0
 
 
 def recipe() -> dict[str, Any]:
-    """6 shards for two engines, slow enough to be hit (one row at a time), 96 steps of two workers with a checkpoint after every fourth; fp32, repeatable."""
+    """6 shards for two engines, slow enough to be hit (one row at a time); 96 steps of two workers, with a checkpoint
+    after every fourth; fp32, repeatable.
+    """
     content = micro_recipe()
     content["generation"] |= {"replicas": REPLICAS, "resources": {"cpus": 1}, "sampling": {"max_tokens": 60}}
     content["generation"]["engine"] |= {"max_num_seqs": 1}
