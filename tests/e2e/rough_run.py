@@ -34,7 +34,7 @@ def recipe() -> dict[str, Any]:
     content = micro_recipe()
     content["generation"] |= {"replicas": REPLICAS, "resources": {"cpus": 1}, "sampling": {"max_tokens": 60}}
     content["generation"]["engine"] |= {"max_num_seqs": 1}
-    content["train"] |= {"workers": 2, "epochs": 8, "checkpoint_every_steps": CHECKPOINT_EVERY}
+    content["train"] |= {"workers": 2, "epochs": 8, "pack_length": 192, "checkpoint_every_steps": CHECKPOINT_EVERY}
     return content
 
 

@@ -43,8 +43,12 @@ class SmallCluster:
     def processes(self, kind: str) -> list[psutil.Process]:
         """Living processes of a kind of ``TITLES``, or the ``engine`` processes that generation actors started."""
         title = TITLES.get(kind, "_Player")
-        found = [one for one in psutil.Process().children(recursive=True) if title in _command(one)]
-        return [child for actor in found for child in actor.children()] if kind == "engine" else found
+        found = {one.pid: one for one in psutil.Process().children(recursive=True) if title in _command(one)}
+        # An engine's process is forked off its actor, and has its title at first.
+        found = {pid: one for pid, one in found.items() if _parent(one) not in found}
+        if kind == "engine":
+            return [child for actor in found.values() for child in _children(actor)]
+        return list(found.values())
 
     def kill_a_node(self) -> None:
         """All processes of a node that is not the head, the raylet among them."""
@@ -63,3 +67,17 @@ def _command(process: psutil.Process) -> str:
         return " ".join(process.cmdline())
     except psutil.Error:
         return ""
+
+
+def _parent(process: psutil.Process) -> int | None:
+    try:
+        return process.ppid()
+    except psutil.Error:
+        return None
+
+
+def _children(process: psutil.Process) -> list[psutil.Process]:
+    try:
+        return process.children()
+    except psutil.Error:
+        return []
