@@ -33,7 +33,7 @@ def recipe() -> dict[str, Any]:
     """
     content = micro_recipe()
     content["generation"] |= {"replicas": REPLICAS, "resources": {"cpus": 1}, "sampling": {"max_tokens": 60}}
-    content["generation"]["engine"] |= {"max_num_seqs": 1}
+    content["generation"]["engine"] |= {"max_num_seqs": 1, "extra": {"distributed_executor_backend": "mp"}}
     content["train"] |= {"workers": 2, "epochs": 8, "pack_length": 192, "checkpoint_every_steps": CHECKPOINT_EVERY}
     return content
 
@@ -58,7 +58,7 @@ def plan(kinds: Sequence[str], chance: random.Random) -> list[Kill]:
     for phase, last in ((PLAYING, SHARDS // 2), (TRAINING, STEPS // 2)):
         here = [kind for kind, of in zip(kinds, phases, strict=True) if of == phase]
         chance.shuffle(here)
-        moments = sorted(chance.randint(0, last) for _ in here)
+        moments = sorted(chance.sample(range(last), len(here)))
         kills += [Kill(kind, phase, moment) for kind, moment in zip(here, moments, strict=True)]
     return kills
 
