@@ -169,10 +169,14 @@ def _play(
         ).map(
             _Player,  # pyrefly: ignore[bad-argument-type] (an actor class; Ray annotates functions only)
             fn_constructor_args=(spec, config, start_engine),
-            compute=ray.data.ActorPoolStrategy(size=min(config.generation.replicas, len(shards))),
+            compute=ray.data.ActorPoolStrategy(
+                size=min(config.generation.replicas, len(shards)),
+                max_tasks_in_flight_per_actor=2,  # a shard in work and the next: what is queued no joining node can take
+            ),
             num_cpus=resources.cpus,
             num_gpus=resources.gpus or None,
             resources=resources.custom or None,
+            label_selector=resources.labels or None,
             # Ray Data's own is no limit: an engine that runs out of memory would be started for ever.
             ray_remote_args_fn=lambda: {"max_restarts": config.generation.max_failures},
         )
