@@ -171,7 +171,7 @@ def _play(
             fn_constructor_args=(spec, config, start_engine),
             compute=ray.data.ActorPoolStrategy(
                 size=min(config.generation.replicas, len(shards)),
-                max_tasks_in_flight_per_actor=2,  # a shard in work and the next: what is queued no joining node can take
+                max_tasks_in_flight_per_actor=2,  # what is queued no joining node can take
             ),
             num_cpus=resources.cpus,
             num_gpus=resources.gpus or None,

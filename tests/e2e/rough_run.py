@@ -10,8 +10,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from killable_cluster import KillableCluster
 from program import ROOT, SPIN_RAY, environment, micro_recipe, write_recipe
-from small_cluster import SmallCluster
 
 from spin_ray.run_dir import MANIFEST, Manifest, RunDir, read_json_lines
 from spin_ray.storage import Storage
@@ -69,7 +69,7 @@ class RoughRun:
     def __init__(self, recipe_file: Path, out: Path, chance: random.Random) -> None:
         self._recipe, self._out, self._chance = recipe_file, out, chance
         self._driver: subprocess.Popen[bytes] | None = None
-        self._cluster = SmallCluster()
+        self._cluster = KillableCluster()
         self._told = {"shards": 0, "steps": 0}
 
     def to_the_end(self, kills: list[Kill]) -> None:

@@ -12,7 +12,7 @@ TITLES = {"generation actor": "_Player", "train worker": "RayTrainWorker", "cont
 """What Ray writes into the command line of such a process."""
 
 
-class SmallCluster:
+class KillableCluster:
     """A head and two more nodes, of two logical CPUs each."""
 
     def __init__(self) -> None:
