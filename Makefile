@@ -49,7 +49,7 @@ serve-demo: $(READY) ## Serve the iterates of `make demo` at http://127.0.0.1:80
 # Unit and fault tests compute in one thread each, so two processes share them; the others start Ray or vLLM, or take times.
 PARALLEL := tests/unit tests/faults
 test: $(READY) ## Every test: unit, ray (a local cluster), e2e (real vLLM)
-	OMP_NUM_THREADS=1 $(BIN)/pytest $(PARALLEL) -n 2 --dist loadgroup
+	OMP_NUM_THREADS=1 $(BIN)/pytest $(PARALLEL) -n 2 --dist loadfile
 	$(BIN)/pytest tests $(PARALLEL:%=--ignore=%)
 
 CHAOS_S ?= 1800

@@ -1,12 +1,14 @@
 """Question: what does a fault at any point of a run cost?
 
-Cuts the small run of tests/faults down at points spread over it, runs it again, and counts what was done twice:
+Cuts the small run of tests/faults down at points spread over it, runs it again, and counts what was done twice. With
+--kills-s it also kills processes of real runs (Ray, vLLM, FSDP2) for so many seconds:
 
-    python benchmarks/faults.py --points 36 --docs docs/faults.md
+    python benchmarks/faults.py --points 36 --kills-s 1200 --docs docs/faults.md
 """
 
 import argparse
 import logging
+import random
 import sys
 import tempfile
 from collections.abc import Callable
@@ -18,8 +20,9 @@ import torch
 import torch.distributed as dist
 
 TESTS = Path(__file__).parents[1] / "tests"
-sys.path += [str(TESTS / "unit"), str(TESTS / "faults")]
+sys.path += [str(TESTS / "unit"), str(TESTS / "faults"), str(TESTS / "e2e")]
 
+import rough_run  # noqa: E402
 import small_run  # noqa: E402
 from faulty_disk import FAULTS, FaultyDisk, Killed  # noqa: E402
 from small_run import STEPS, committed  # noqa: E402
@@ -67,14 +70,32 @@ def measure(config: SpinConfig, folder: Path, points: int) -> list[str]:
                 recovered += committed(out) == expected
                 most_shards = max(most_shards, len(shards) - shards_needed)
                 most_steps = max(most_steps, len(steps) - STEPS)
-            rows.append(f"| {fault} | {len(chosen)} | {recovered} | {most_shards} | {most_steps} |")
+            rows.append(f"| {fault} | {len(chosen)} | {recovered} | 0 | {most_shards} | {most_steps} |")
             print(rows[-1], flush=True)
+    return rows
+
+
+def measure_kills(folder: Path, seconds: float, seed: int) -> list[str]:
+    """Rows of the table, one for each kind of process. A run that does not end right ends this, too."""
+    for name in ("calm", "rough"):
+        (folder / name).mkdir()
+    calm = rough_run.run_calmly(folder / "calm")
+    kills = rough_run.run_for(seconds, folder / "rough", calm, random.Random(seed))
+    rows = []
+    for kind in rough_run.KINDS:
+        of = [kill for kill in kills if kill.kind == kind]
+        if of:
+            alone = sum(not kill.same_command for kill in of)
+            most = (max(kill.shards for kill in of), max(kill.steps for kill in of))
+            rows.append(f"| {kind} killed | {len(of)} | {len(of)} | {alone} | {most[0]} | {most[1]} |")
     return rows
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--points", type=int, default=36, help="of the run, for each kind of fault")
+    parser.add_argument("--kills-s", type=float, default=0, help="seconds of real kills")
+    parser.add_argument("--seed", type=int, default=0, help="of the kills and their moments")
     parser.add_argument("--docs", type=Path, help="document whose table is replaced")
     arguments = parser.parse_args()
     logging.disable(logging.WARNING)
@@ -84,8 +105,13 @@ def main() -> None:
         dist.init_process_group("gloo", store=dist.FileStore(str(folder / "store"), 1), rank=0, world_size=1)
         rows = measure(small_run.make_inputs(folder), folder, arguments.points)
         dist.destroy_process_group()
-    table = ["| fault | times injected | recovered | shards done twice, at most | steps done twice, at most |",
-             "|---|---|---|---|---|", *rows]  # fmt: skip
+        if arguments.kills_s:
+            rows += measure_kills(folder, arguments.kills_s, arguments.seed)
+    table = [
+        "| fault | times injected | recovered | of these without help | shards lost, at most | steps lost, at most |",
+        "|---|---|---|---|---|---|",
+        *rows,
+    ]
     if arguments.docs:
         before, _, rest = arguments.docs.read_text().partition(BEGIN)
         after = rest.partition(END)[2]

@@ -37,15 +37,22 @@ class StageError(RuntimeError):
     """A stage failed in a way that the same command, run again, may get past."""
 
 
+LONGEST_LINE = 400
+"""Characters of another library's error that are passed on."""
+
+
 def first_line(error: BaseException) -> str:
     """What another library's error says in its first line; its type if it says nothing."""
     return (str(error).splitlines() or [type(error).__name__])[0]
 
 
 def last_line(error: BaseException) -> str:
-    """The last line that says something: in Ray's errors, what happened in the actor or worker."""
-    lines = [line for line in str(error).splitlines() if line.strip()]
-    return lines[-1] if lines else type(error).__name__
+    """The last line that says something: in Ray's errors, what happened in the actor or worker; not Ray's own advice,
+    a page of it on one line.
+    """
+    lines = [line for line in str(error).splitlines() if line.strip() and not line.startswith("Refer to the doc")]
+    last = lines[-1] if lines else type(error).__name__
+    return last if len(last) <= LONGEST_LINE else f"{last[:LONGEST_LINE]} …"
 
 
 def memory_advice(error: BaseException, remedies: str) -> str:

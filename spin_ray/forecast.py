@@ -5,6 +5,7 @@ A turn t is the driver's: θ_t answers and is evaluated, then θ_{t+1} is traine
 as long. What no turn has shown yet is not known, and is said to come on top.
 """
 
+import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
@@ -77,7 +78,7 @@ def forecast(config: SpinConfig, events: Sequence[Event], now: float, running_le
 def turn_of(stage: str) -> int:
     """The turn of an event's stage: what θ_t does is turn t, what makes θ_t is turn t − 1."""
     folder, _, name = stage.partition(" ")[0].rpartition("/")
-    if not folder:
+    if not re.fullmatch(r"sft|iter_\d+", folder):
         return PREPARATION
     return iterate_number(folder) - (0 if name in ("heldout_samples", "evaluation") else 1)
 
@@ -85,7 +86,7 @@ def turn_of(stage: str) -> int:
 def _by_turn(event: Event) -> Event:
     """The event with its stage as TURN/KIND."""
     turn, kind = turn_of(event["stage"]), split_stage(event["stage"])[1]
-    if turn == PREPARATION and kind == "training":
+    if event["stage"] == "sft/training":
         kind = "warm-up"
     if turn == 0 and kind == "evaluation":
         kind = "first_evaluation"

@@ -38,16 +38,16 @@ class Skeletons:
 
     def __init__(self, ask: Callable[[Conversation, bool], str | None]) -> None:
         self._ask = ask
-        self._known: dict[tuple[tuple[str, bool], ...], tuple[_Written, _Written] | None] = {}
+        self._known: dict[tuple[tuple[str, bool, int], ...], tuple[_Written, _Written] | None] = {}
 
     def write(self, messages: Conversation) -> tuple[str, str] | None:
         """The prompt (all but the last message, and what asks for the next), and what follows it with the last message.
 
         None: it does not follow from the roles, so the template must be asked.
         """
-        roles = tuple([(message["role"], not message["content"]) for message in messages])
+        roles = tuple([(message["role"], not message["content"], len(message)) for message in messages])
         if roles not in self._known:
-            if len(self._known) >= _MOST:
+            if len(self._known) >= _MOST or any(len(message) > 2 for message in messages):  # a key that may hold more
                 return None
             self._known[roles] = self._learn(messages)
         known = self._known[roles]
@@ -61,8 +61,8 @@ class Skeletons:
         prompt, whole = self._ask(marked[:-1], True), self._ask(marked, False)
         if prompt is None or whole is None or not whole.startswith(prompt):
             return None
-        parts = _places(prompt), _places(whole[len(prompt) :])
-        return parts if parts[0] and parts[1] else None  # type: ignore[return-value]
+        before, after = _places(prompt), _places(whole[len(prompt) :])
+        return (before, after) if before and after else None
 
 
 def _places(text: str) -> _Written | None:

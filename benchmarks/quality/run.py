@@ -48,7 +48,7 @@ class Experiment:
         """Trains and measures what is missing of an arm, iterate by iterate; its JSON always says what there is.
 
         Args:
-            furthest: stop at this iterate, although the arm has more.
+            furthest: stop at this iterate, although the arm has more; not the warm-up, which the others need.
         """
         result = self.result(arm, seed)
         if result.exists() and json.loads(result.read_text())["complete"]:
@@ -64,14 +64,10 @@ class Experiment:
             measured.append(self.iterate(run, number, recipe, only_logp=arm.name == WARM_UP))
             content = self._content(arm, seed, recipe, measured)
             done = number == recipe["iterations"]
-            if arm.name == WARM_UP:
-                # An epoch past the plateau only shows that the one before was enough; answers of θ_0 alone count.
-                theta_0 = plateau(content)
-                done = done or theta_0 < number
-                if done:
-                    measured[theta_0 - 1] = self.iterate(run, theta_0, recipe)
+            # An epoch past the plateau only shows that the one before was enough.
+            done = done or (arm.name == WARM_UP and plateau(content) < number)
             _write(result, content | {"complete": done})
-            if done or number == furthest:
+            if done or (number == furthest and arm.name != WARM_UP):
                 return
 
     def train(self, arm: Arm, seed: int, recipe: Recipe, iterations: int) -> None:
@@ -98,6 +94,24 @@ class Experiment:
         if not run.model(number).is_committed:
             self.train(warm_up, 0, recipe, number)
         return str(_model(run, number))
+
+    def measure_start(self) -> None:
+        """Adds the answers of θ_0 to the warm-up's JSON; after the arms, as none of them waits for it."""
+        warm_up = ARMS[0]
+        result = self.result(warm_up, 0)
+        content = json.loads(result.read_text()) if result.exists() else {"complete": False}
+        if not content["complete"]:
+            return
+        number = plateau(content)
+        if "test" in content["iterates"][number - 1]:
+            return
+        self.start_model()
+        recipe = recipe_of(self.setting, warm_up, self.files, None, 0)
+        _say(f"θ_0, iterate {number} of {WARM_UP}: its answers")
+        run = RunDir(Storage(self.folder(warm_up, 0)))
+        for split in ("dev", "test"):
+            content["iterates"][number - 1] |= self._measure(run, number, recipe, split, only_logp=False)
+        _write(result, content)
 
     def folder(self, arm: Arm, seed: int) -> Path:
         return self.runs / f"seed-{seed}" / arm.name
@@ -238,6 +252,7 @@ def main() -> None:
                 experiment.finish(arm, seed, options.furthest)
             except subprocess.CalledProcessError as error:  # the other arms are worth their hours all the same
                 failed.append(f"{arm.name}, seed {seed} (exit code {error.returncode})")
+    experiment.measure_start()
     if failed:
         sys.exit(f"not finished: {'; '.join(failed)}; the same command goes on with them")
 

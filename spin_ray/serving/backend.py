@@ -79,17 +79,20 @@ class ServeEngines:
             raise Refusal(503, f"{iterate} serves no more; ask for another model", retry_s=1)
         handle = self._handles[self._engines[iterate]["app"]]
         response = handle.answer.remote(operation, fields)
+        ended = False
         try:
             async for item in response:
                 yield item
+            ended = True
         except RayTaskError as error:  # vLLM raised something that is not about the request
             logger.exception("%s failed", iterate)
             raise Refusal(500, "the engine failed; the request may be repeated") from error
         except (RayServeException, RayError) as error:  # its replica is gone, or not there yet
             raise Refusal(503, "The engine is not available; try again in a moment", retry_s=1) from error
         finally:
-            with suppress(Exception):
-                response.cancel()  # nothing if it has ended; else the engine stops working for a client that left
+            if not ended:  # the client left: so does the engine's work for it
+                with suppress(Exception):
+                    response.cancel()
 
 
 async def whole(engines: Engines, iterate: str, operation: str, fields: dict[str, Any]) -> dict[str, Any]:

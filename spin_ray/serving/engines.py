@@ -54,10 +54,7 @@ class IterateServer(LLMServer):
         engine._oai_serving_chat.online_renderer.render_chat = self._render_chat
 
     async def answer(self, operation: str, fields: dict[str, Any]) -> Any:
-        """Yields server-sent events as text, or one object: the whole answer, or ``{"error": …}``.
-
-        What is not OpenAI's own form is in ``backend``: the operations, and ``tokens`` of them.
-        """
+        """Yields server-sent events as text, or one object: the whole answer, or ``{"error": …}``."""
         try:
             if operation == CHAT:
                 stops = [self._renderer.end_of_turn_id]
@@ -153,9 +150,7 @@ def build_engine(iterate: Iterate, config: SpinConfig) -> serve.Application:
         },
         placement_group_config={"bundle_per_worker": _per_worker(serving, engine.tensor_parallel_size)},
         callback_config={"callback_class": LocalFolder},
-        experimental_configs={
-            "stream_batching_interval_ms": 0
-        },  # Ray's would delay the first token, too: ``in_bursts``
+        experimental_configs={"stream_batching_interval_ms": 0},  # it delays the first token, too; ``in_bursts``
         runtime_env={"env_vars": _environment(serving, engine.cpu_kv_cache_gib)},
         deployment_config=_deployment(serving),
     )

@@ -11,6 +11,7 @@ import hashlib
 import logging
 import pickle
 import time
+import warnings
 from collections.abc import Iterator
 from contextlib import suppress
 from dataclasses import dataclass
@@ -21,6 +22,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import ray
 import ray.exceptions
+from ray.util.annotations import RayDeprecationWarning
 
 from spin_ray.config import SpinConfig, digest
 from spin_ray.engine import EngineSpec, GenerationEngine, StartEngine, VllmEngine
@@ -159,22 +161,25 @@ def _play(
     if not shards:
         return
     resources = config.generation.resources
-    played = ray.data.from_items(
-        [{"shard": pickle.dumps(shard)} for shard in shards], override_num_blocks=len(shards)
-    ).map(
-        _Player,  # pyrefly: ignore[bad-argument-type] (an actor class; Ray annotates functions only)
-        fn_constructor_args=(spec, config, start_engine),
-        compute=ray.data.ActorPoolStrategy(
-            size=min(config.generation.replicas, len(shards)),
-            max_tasks_in_flight_per_actor=2,  # a shard in work and the next: what is queued no joining node can take
-        ),
-        num_cpus=resources.cpus,
-        num_gpus=resources.gpus or None,
-        resources=resources.custom or None,
-        label_selector=resources.labels or None,
-        max_restarts=config.generation.max_failures,
-        max_task_retries=config.generation.max_failures,
-    )
+    with warnings.catch_warnings():
+        # ray_remote_args_fn goes in Ray 2.64; no other argument says how often an actor is started again.
+        warnings.simplefilter("ignore", RayDeprecationWarning)
+        played = ray.data.from_items(
+            [{"shard": pickle.dumps(shard)} for shard in shards], override_num_blocks=len(shards)
+        ).map(
+            _Player,  # pyrefly: ignore[bad-argument-type] (an actor class; Ray annotates functions only)
+            fn_constructor_args=(spec, config, start_engine),
+            compute=ray.data.ActorPoolStrategy(
+                size=min(config.generation.replicas, len(shards)),
+                max_tasks_in_flight_per_actor=2,  # what is queued no joining node can take
+            ),
+            num_cpus=resources.cpus,
+            num_gpus=resources.gpus or None,
+            resources=resources.custom or None,
+            label_selector=resources.labels or None,
+            # Ray Data's own is no limit: an engine that runs out of memory would be started for ever.
+            ray_remote_args_fn=lambda: {"max_restarts": config.generation.max_failures},
+        )
     first_s = config.generation.start_timeout_s + config.generation.shard_timeout_s
     try:
         for row in with_deadline(played.iter_rows(), first_s, config.generation.shard_timeout_s, "a generation shard"):

@@ -1,6 +1,8 @@
 """A run on a small cluster whose processes are killed, one after another, at moments that a seed decides."""
 
+import hashlib
 import random
+import shutil
 import subprocess
 import time
 from collections.abc import Callable, Sequence
@@ -8,10 +10,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from program import ROOT, SPIN_RAY, environment, micro_recipe
-from small_cluster import SmallCluster
+from killable_cluster import KillableCluster
+from program import ROOT, SPIN_RAY, environment, micro_recipe, write_recipe
 
-from spin_ray.run_dir import RunDir
+from spin_ray.run_dir import MANIFEST, Manifest, RunDir, read_json_lines
 from spin_ray.storage import Storage
 from spin_ray.timeline import lost_work
 
@@ -26,10 +28,13 @@ LIMIT_S = 600.0
 
 
 def recipe() -> dict[str, Any]:
-    """6 shards for two engines, 96 steps of two workers with a checkpoint after every fourth; fp32, repeatable."""
+    """6 shards for two engines, slow enough to be hit (one row at a time); 96 steps of two workers, with a checkpoint
+    after every fourth; fp32, repeatable.
+    """
     content = micro_recipe()
-    content["generation"] |= {"replicas": REPLICAS, "resources": {"cpus": 1}}
-    content["train"] |= {"workers": 2, "epochs": 8, "checkpoint_every_steps": CHECKPOINT_EVERY}
+    content["generation"] |= {"replicas": REPLICAS, "resources": {"cpus": 1}, "sampling": {"max_tokens": 60}}
+    content["generation"]["engine"] |= {"max_num_seqs": 1, "extra": {"distributed_executor_backend": "mp"}}
+    content["train"] |= {"workers": 2, "epochs": 8, "pack_length": 192, "checkpoint_every_steps": CHECKPOINT_EVERY}
     return content
 
 
@@ -41,16 +46,19 @@ class Kill:
     """Shards or steps that were there by then."""
     same_command: bool = False
     """Whether the driver ended, and was started again; else the run went on without help."""
+    shards: int = 0
+    steps: int = 0
+    """Lost and done again, as events.jsonl tells."""
 
 
 def plan(kinds: Sequence[str], chance: random.Random) -> list[Kill]:
     """Moments of the kills, in their order."""
     phases = [PHASE.get(kind) or chance.choice((PLAYING, TRAINING)) for kind in kinds]
     kills = []
-    for phase, last in ((PLAYING, SHARDS - 2), (TRAINING, STEPS // 2)):
+    for phase, last in ((PLAYING, SHARDS // 2), (TRAINING, STEPS // 2)):
         here = [kind for kind, of in zip(kinds, phases, strict=True) if of == phase]
         chance.shuffle(here)
-        moments = sorted(chance.randint(1, last) for _ in here)
+        moments = sorted(chance.sample(range(last), len(here)))
         kills += [Kill(kind, phase, moment) for kind, moment in zip(here, moments, strict=True)]
     return kills
 
@@ -61,25 +69,29 @@ class RoughRun:
     def __init__(self, recipe_file: Path, out: Path, chance: random.Random) -> None:
         self._recipe, self._out, self._chance = recipe_file, out, chance
         self._driver: subprocess.Popen[bytes] | None = None
-        self._cluster = SmallCluster()
+        self._cluster = KillableCluster()
+        self._told = {"shards": 0, "steps": 0}
 
     def to_the_end(self, kills: list[Kill]) -> None:
         """Kills what the plan says, and starts the driver again, by the same command, when it ended with an error."""
         with self._log.open("wb"), self._cluster:
             try:
                 self._start()
-                for number, kill in enumerate(kills):
-                    before = kills[number - 1] if number else None
-                    self._go_on_until(lambda kill=kill: self._is_time_for(kill), before)
-                    print(kill, flush=True)
+                last = None
+                for kill in kills:
+                    self._go_on_until(lambda kill=kill: self._is_time_for(kill), last)
                     self._kill(kill.kind)
-                self._go_on_until(lambda: self._driver.poll() == 0, kills[-1] if kills else None)
+                    last = kill
+                self._go_on_until(lambda: self._driver.poll() == 0, last)
             finally:
                 self._end_driver()
 
-    @property
-    def lost(self) -> dict[str, int]:
-        return lost_work(RunDir(Storage(self._out)).events())
+    def _tell(self, kill: Kill) -> None:
+        """What ``kill`` has cost, when what came after it is done."""
+        lost = lost_work(RunDir(Storage(self._out)).events())
+        kill.shards, kill.steps = lost["shards"] - self._told["shards"], lost["steps"] - self._told["steps"]
+        self._told = lost
+        print(kill, flush=True)
 
     @property
     def _log(self) -> Path:
@@ -109,6 +121,8 @@ class RoughRun:
             assert ended != 0, "the run ended before the next kill"
             assert time.monotonic() < deadline, f"waited {LIMIT_S:.0f} s; {self._log.read_text()[-2000:]}"
             time.sleep(0.02)
+        if last is not None:
+            self._tell(last)
 
     def _is_time_for(self, kill: Kill) -> bool:
         if kill.phase == PLAYING:
@@ -129,3 +143,44 @@ class RoughRun:
             self._driver.kill()
         else:
             self._chance.choice(self._cluster.processes(kind)).kill()
+
+
+def committed(out: Path) -> dict[str, str]:
+    """Digests of all files that a manifest lists."""
+    found = {}
+    for manifest in out.rglob(MANIFEST):
+        if ".attempts" not in manifest.parts:
+            for name in Manifest.from_bytes(manifest.read_bytes()).files:
+                path = manifest.parent / name
+                found[str(path.relative_to(out))] = hashlib.sha256(path.read_bytes()).hexdigest()
+    return found
+
+
+def run_calmly(folder: Path) -> dict[str, str]:
+    """What is committed when nothing is killed."""
+    RoughRun(write_recipe(folder, recipe()), folder / "run", random.Random()).to_the_end([])
+    return committed(folder / "run")
+
+
+def run_roughly(folder: Path, calm: dict[str, str], kinds: Sequence[str], chance: random.Random) -> list[Kill]:
+    """One run with some kills; it must end as if nothing was."""
+    kills, out = plan(kinds, chance), folder / "run"
+    RoughRun(write_recipe(folder, recipe()), out, chance).to_the_end(kills)
+    assert committed(out) == calm, "rows and weights are bitwise those of the undisturbed run"
+    steps = [line["step"] for line in read_json_lines(Storage(out), "iter_000/train_log.jsonl")]
+    assert steps == list(range(STEPS)), "each step is logged once"
+    assert sum(kill.shards for kill in kills) <= REPLICAS * len(kills), "at most the shards in flight"
+    assert sum(kill.steps for kill in kills) <= 2 * CHECKPOINT_EVERY * len(kills), "the steps since a checkpoint"
+    shutil.rmtree(out)
+    return kills
+
+
+def run_for(seconds: float, folder: Path, calm: dict[str, str], chance: random.Random) -> list[Kill]:
+    """One rough run after another, three kills each, all kinds in turn."""
+    deadline, kinds, kills = time.monotonic() + seconds, [], []
+    while time.monotonic() < deadline:
+        if len(kinds) < 3:
+            kinds += chance.sample(KINDS, len(KINDS))
+        kills += run_roughly(folder, calm, kinds[:3], chance)
+        del kinds[:3]
+    return kills

@@ -47,6 +47,18 @@ class Served:
         root = psutil.Process(self.process.pid)
         return [root, *root.children(recursive=True)]
 
+    def replicas(self, name: str) -> list[psutil.Process]:
+        """Processes of Ray Serve's replicas whose application or deployment has ``name`` in its name."""
+        found = []
+        for process in self.family():
+            try:
+                title = " ".join(process.cmdline())
+            except psutil.Error:  # it has just ended
+                continue
+            if "ServeReplica" in title and name in title:
+                found.append(process)
+        return found
+
     def memory(self) -> int:
         """Bytes that all its processes hold, what they share counted once."""
         total = 0

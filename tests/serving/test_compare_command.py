@@ -22,7 +22,6 @@ def test_a_file_is_compared_beside_a_server_that_goes_on_serving(served: Served,
         {"messages": [{"role": "user", "content": "hi"}, {"role": "assistant", "content": "x"}]},
     ]
     (tmp_path / "f.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    before = len(served.family())
     environment = {name: value for name, value in os.environ.items() if not name.startswith("RAY_")}
     command = [
         sys.executable, "-m", "spin_ray.cli", "compare", str(served.run.storage.root), "--prompts", "f.jsonl",
@@ -50,7 +49,8 @@ def test_a_file_is_compared_beside_a_server_that_goes_on_serving(served: Served,
         scored = httpx.post(f"{served.url}/v1/compare", json=asked | {"answers": given}, timeout=60).raise_for_status()
         assert len(scored.json()["engine_margins"]) == 1
     assert served.card("latest")["iterate"] == "iter-0"
-    assert len(served.family()) <= before + 2, "the command's engines are still there"
+    assert served.replicas("engine.sft"), "the server's engine is seen like this"
+    assert not served.replicas("spin-ray-compare")
 
 
 def address(served: Served) -> str:

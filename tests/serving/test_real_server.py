@@ -72,7 +72,7 @@ def test_comparison_scores_agree_with_the_probability_of_the_answer_itself(serve
 
 def test_what_replicas_open_to_other_machines_asks_for_rays_token(served: Served) -> None:
     """Ray Serve's replicas take calls, pickled ones, at a port on every interface."""
-    replicas = [process for process in served.family() if "ServeReplica" in " ".join(process.cmdline())]
+    replicas = served.replicas("")
     ports = {
         connection.laddr.port
         for replica in replicas

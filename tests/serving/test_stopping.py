@@ -5,6 +5,7 @@ import threading
 from typing import Any
 
 import httpx
+import psutil
 import pytest
 from served import Served
 
@@ -26,14 +27,15 @@ def test_a_server_that_is_told_to_stop_ends_its_streams_first(served: Served) ->
     reader = threading.Thread(target=read)
     reader.start()
     assert begun.wait(30)
+    family = served.family()
+    assert len(family) > 5, "Ray, replicas, engines"
     served.process.terminate()
     reader.join(90)
     assert lines and [line for line in lines if line][-1] == "data: [DONE]"
     events = [json.loads(line[6:]) for line in lines if line.startswith("data: {")]
     ends = [choice["finish_reason"] for event in events for choice in event["choices"] if choice.get("finish_reason")]
     assert len(ends) == 4
-    family = served.family()
     assert served.process.wait(timeout=90) == 0
     with pytest.raises(httpx.HTTPError):
         httpx.get(f"{served.url}/healthz", timeout=5)
-    assert not [process for process in family if process.is_running() and "EngineCore" in process.name()]
+    assert psutil.wait_procs(family, timeout=60)[1] == []

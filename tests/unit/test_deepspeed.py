@@ -23,7 +23,7 @@ from spin_ray.learner.packing import build_pack
 
 pytest.importorskip("deepspeed", reason="the extra `deepspeed` is not installed")
 pytest.importorskip("peft", reason="the extra `lora` is not installed")
-pytestmark = [pytest.mark.slow, pytest.mark.timeout(300), pytest.mark.xdist_group(__name__)]  # one start of two ranks
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(300)]
 ROWS = random_rows(0, trees=8)
 CASES = (
     "full fp32 tied rmsprop",

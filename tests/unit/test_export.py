@@ -1,7 +1,13 @@
 """An iterate to pass on, and the card that goes with it."""
 
+import base64
 import json
+import os
 import shutil
+import subprocess
+import sys
+import threading
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
 import pytest
@@ -105,3 +111,62 @@ def test_nothing_is_written_over(run, tmp_path):
 def test_the_command_says_where_it_is(call, run, tmp_path):
     code, out, _ = call("export", run.storage.root, "--iterate", "2", "--to", tmp_path / "out")
     assert (code, out.strip()) == (0, str(tmp_path / "out"))
+
+
+class Hub(BaseHTTPRequestHandler):
+    """As much of a Hugging Face hub as an upload asks for; keeps what was committed."""
+
+    created: dict = {}  # noqa: RUF012
+    files: dict = {}  # noqa: RUF012
+
+    def do_POST(self):
+        body = self.rfile.read(int(self.headers["Content-Length"]))
+        if self.path == "/api/repos/create":
+            self.created.update(json.loads(body))
+            self.answer({"url": f"http://{self.headers['Host']}/me/mine", "id": "me/mine"})
+        elif self.path == "/api/models/me/mine/preupload/main":
+            asked = [file["path"] for file in json.loads(body)["files"]]
+            modes = [{"path": path, "uploadMode": "regular", "shouldIgnore": False} for path in asked]
+            self.answer({"files": modes})
+        elif self.path == "/api/models/me/mine/commit/main":
+            for line in map(json.loads, body.splitlines()):
+                if line["key"] == "file":
+                    self.files[line["value"]["path"]] = base64.b64decode(line["value"]["content"])
+            self.answer({"success": True, "commitOid": "0" * 40, "commitUrl": f"http://{self.headers['Host']}/me/mine"})
+        else:
+            self.answer({"errors": [], "warnings": []})
+
+    def do_GET(self):
+        self.answer({"id": "me/mine", "sha": "0" * 40, "siblings": []})
+
+    def answer(self, content):
+        data = json.dumps(content).encode()
+        self.send_response(200)
+        self.send_header("Content-Type", "application/json")
+        self.send_header("Content-Length", str(len(data)))
+        self.end_headers()
+        self.wfile.write(data)
+
+    def log_message(self, *_):
+        pass
+
+
+@pytest.mark.slow
+def test_an_export_to_a_hub_makes_a_private_repository_with_model_and_card(run):
+    """The hub's own client in a process of its own, against a server here."""
+    server = ThreadingHTTPServer(("127.0.0.1", 0), Hub)
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    url = f"http://127.0.0.1:{server.server_port}"
+    environment = os.environ | {"HF_ENDPOINT": url, "HF_HUB_OFFLINE": "0", "HF_TOKEN": "hf_of_nobody"}
+    command = [sys.executable, "-m", "spin_ray.cli", "export", str(run.storage.root), "--iterate", "2"]
+    done = subprocess.run(
+        [*command, "--to", "hub:me/mine"], env=environment, capture_output=True, text=True, timeout=120, check=False
+    )
+    server.shutdown()
+    server.server_close()
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.strip() == "hub:me/mine"
+    assert {"name": "mine", "organization": "me", "visibility": "private"}.items() <= Hub.created.items()
+    folder = run.storage.path(run.model(2).path)
+    assert Hub.files.pop("README.md").decode() == model_card(run, 2)
+    assert Hub.files == {name: (folder / name).read_bytes() for name in run.model(2).manifest().files}

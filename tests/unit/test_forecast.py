@@ -34,7 +34,8 @@ FIRST_TURN = [
 @pytest.mark.parametrize(
     ("stage", "turn"),
     [
-        ("prompts", -1), ("heldout", -1), ("sft/training", -1), ("sft/heldout_samples + iter_000/generations", 0),
+        ("prompts", -1), ("heldout", -1), ("sft/training", -1), ("reviser/training", -1),
+        ("sft/heldout_samples + iter_000/generations", 0),
         ("iter_000/generations", 0), ("sft/evaluation", 0), ("iter_000/pairs", 0), ("iter_000/training", 0),
         ("iter_000/heldout_samples + iter_001/generations", 1), ("iter_000/evaluation", 1), ("iter_001/training", 1),
     ],
@@ -97,6 +98,13 @@ def test_stages_that_other_algorithms_add_are_learned_from_their_first_turn():
     more = events_of(*PREPARED, *FIRST_TURN[:2], ("iter_000/preferences", 25, {}), *FIRST_TURN[2:])
     found = forecast(CONFIG, more, 325.0, None)
     assert found.iteration.seconds == pytest.approx(plain.iteration.seconds + 25)
+
+
+def test_a_stage_that_belongs_to_no_iterate_is_no_surprise():
+    """SEFT trains its reviser in the middle of turn 0."""
+    start = {"time": 97.0, "event": "start", "stage": "reviser/training"}
+    found = forecast(CONFIG, [*events_of(*PREPARED, *FIRST_TURN[:2]), start], 98.0, None)
+    assert not found.run.is_all
 
 
 @pytest.mark.parametrize(("seconds", "text"), [(0, "0 s"), (89, "89 s"), (150, "2 min"), (7200, "2.0 h")])

@@ -4,7 +4,7 @@ import pytest
 from fakes import config_of, generation_rows, write_rows
 
 from spin_ray.config import HealthConfig
-from spin_ray.errors import HealthError, memory_advice
+from spin_ray.errors import HealthError, last_line, memory_advice
 from spin_ray.learner.health import HealthMonitor
 from spin_ray.run_dir import RunDir
 from spin_ray.stages import pairs
@@ -79,3 +79,10 @@ def test_responses_that_change_length_fourfold_stop_the_run(tmp_path, now, stops
 )
 def test_an_error_of_memory_says_what_to_lower(text, advice):
     assert memory_advice(RuntimeError(text), "lower it") == advice
+
+
+def test_the_line_of_an_error_that_is_passed_on_is_what_happened_not_a_page_of_advice() -> None:
+    """As Ray 2.60 words it when its memory monitor kills a worker."""
+    text = "Task was killed due to the node running low on memory.\nRefer to the documentation on how to address the …"
+    assert last_line(RuntimeError(text)) == "Task was killed due to the node running low on memory."
+    assert len(last_line(RuntimeError("x" * 5000))) < 500

@@ -4,6 +4,7 @@ import math
 
 import pytest
 from fakes import config_of
+from made_up_run import made_up_run
 
 from spin_ray.errors import ConfigError
 from spin_ray.lm_eval_tasks import (
@@ -77,3 +78,10 @@ def test_an_unknown_task_is_an_error_that_names_it():
     pytest.importorskip("lm_eval")
     with pytest.raises(ConfigError, match="knows no no_such_task"):
         measure(Request(model="m", name="sft", benchmarks=(Benchmark("no_such_task"),)))
+
+
+def test_a_folder_of_tasks_that_is_not_there_is_an_error_before_anything_runs(call, tmp_path):
+    run = made_up_run(tmp_path / "run")
+    code, _, error = call("eval", run.storage.root, "--iterate", "sft", "--tasks", "mine", "--include", tmp_path / "no")
+    assert (code, error.strip()) == (2, f"error: --include {tmp_path / 'no'}: is no folder")
+    assert "benchmarks" not in run.storage.read("sft/eval.json").decode()

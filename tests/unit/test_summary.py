@@ -8,6 +8,7 @@ import pytest
 from fakes import config_of, generation_rows, write_rows
 from rich.console import Console
 
+from spin_ray import cli
 from spin_ray.embedded import resolve
 from spin_ray.errors import RunDirError
 from spin_ray.history import read_evaluations
@@ -129,6 +130,16 @@ def test_status_says_what_happened_last_and_what_is_published(run):
     text = printed(print_status, run)
     assert "Last event: start iter_000/pairs" in text
     assert "LATEST: sft" in text
+
+
+def test_following_goes_on_until_nothing_is_running(run, call, monkeypatch):
+    """The stage ends while the second picture is waited for."""
+    run.event("start", "iter_000/pairs")
+    monkeypatch.setattr(cli.time, "sleep", lambda _: run.event("commit", "iter_000/pairs", seconds=1.0))
+    code, out, _ = call("status", run.storage.root, "--follow")
+    assert code == 0
+    assert out.count("Last event: start iter_000/pairs") == 1
+    assert out.count("Last event: commit iter_000/pairs") == 1
 
 
 @pytest.mark.parametrize("error", ["OSError: [/tmp/x] is gone", "[rank0]: killed", "see [bold]this[/]"])

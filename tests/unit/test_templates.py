@@ -129,3 +129,9 @@ def test_a_template_is_asked_once_for_each_sequence_of_roles():
 ], ids=["refuses", "begins otherwise once an answer follows", "strips one side", "damages the marks"])  # fmt: skip
 def test_what_does_not_follow_from_roles_is_left_to_the_template(ask):
     assert Skeletons(ask).write([user("a"), assistant("b")]) is None
+
+
+def test_a_message_that_has_more_than_role_and_text_is_left_to_the_template():
+    skeletons = Skeletons(lambda messages, prompt: "".join(message["content"] for message in messages))
+    assert skeletons.write([user("a"), assistant("b")]) == ("a", "b")
+    assert skeletons.write([user("a") | {"name": "n"}, assistant("b")]) is None

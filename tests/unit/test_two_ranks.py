@@ -20,7 +20,7 @@ from spin_ray.learner.loading import empty_model
 from spin_ray.learner.loop import Objective, PackShape, ReferenceScores, train_step
 from spin_ray.learner.packing import build_pack
 
-pytestmark = [pytest.mark.slow, pytest.mark.timeout(300), pytest.mark.xdist_group(__name__)]  # one start of two ranks
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(300)]
 ROWS = random_rows(0, trees=8)
 CASES = ("packed full", "padded full", "packed shard_grad_op", "packed full every-pack", "packed full offload")
 """Layout, sharding, and when gradients are reduced or where shares are kept."""

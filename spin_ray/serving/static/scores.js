@@ -5,10 +5,7 @@ import { call } from "./api.js";
 const $ = (selector) => document.querySelector(selector);
 const SIDES = ["a", "b"];
 
-/**
- * Scores what was said. Example: {models: ["sft", "iter-1"], messages: […], answers: [{content, finish_reason}, …]}.
- * The same model on both sides has no margin with itself.
- */
+/** Scores what was said. Example: {models: ["sft", "iter-1"], messages: […], answers: [{content, finish_reason}, …]}. */
 export async function scoresOf(asked) {
   return (await call("/v1/compare", { ...asked, logprobs: true })).json();
 }

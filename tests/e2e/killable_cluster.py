@@ -1,5 +1,7 @@
 """A Ray cluster of three nodes on this machine, and the processes of a run on it that can be killed."""
 
+import os
+from tempfile import TemporaryDirectory
 from types import TracebackType
 from typing import Self
 
@@ -10,8 +12,11 @@ TITLES = {"generation actor": "_Player", "train worker": "RayTrainWorker", "cont
 """What Ray writes into the command line of such a process."""
 
 
-class SmallCluster:
-    """A head and two more nodes, of two logical CPUs each, on loopback."""
+class KillableCluster:
+    """A head and two more nodes, of two logical CPUs each."""
+
+    def __init__(self) -> None:
+        self._folder = TemporaryDirectory(prefix="ray-", ignore_cleanup_errors=True)
 
     def __enter__(self) -> Self:
         self.start()
@@ -19,7 +24,9 @@ class SmallCluster:
 
     def start(self) -> None:
         """Also another one, after the head of the first was killed."""
-        node = {"num_cpus": 2, "node_ip_address": "127.0.0.1"}
+        node = {"num_cpus": 2}
+        # Ray notes there the address of a machine's newest cluster; short, as sockets are there too.
+        os.environ["RAY_TMPDIR"] = self._folder.name
         self._cluster = Cluster(initialize_head=True, head_node_args={**node, "include_dashboard": False})
         self._others = [self._cluster.add_node(**node) for _ in range(2)]
         self.is_alive = True
@@ -31,12 +38,17 @@ class SmallCluster:
     ) -> None:
         if self.is_alive:
             self._cluster.shutdown()
+        self._folder.cleanup()
 
     def processes(self, kind: str) -> list[psutil.Process]:
         """Living processes of a kind of ``TITLES``, or the ``engine`` processes that generation actors started."""
         title = TITLES.get(kind, "_Player")
-        found = [one for one in psutil.Process().children(recursive=True) if title in _command(one)]
-        return [child for actor in found for child in actor.children()] if kind == "engine" else found
+        found = {one.pid: one for one in psutil.Process().children(recursive=True) if title in _command(one)}
+        # An engine's process is forked off its actor, and has its title at first.
+        found = {pid: one for pid, one in found.items() if _parent(one) not in found}
+        if kind == "engine":
+            return [child for actor in found.values() for child in _children(actor)]
+        return list(found.values())
 
     def kill_a_node(self) -> None:
         """All processes of a node that is not the head, the raylet among them."""
@@ -55,3 +67,17 @@ def _command(process: psutil.Process) -> str:
         return " ".join(process.cmdline())
     except psutil.Error:
         return ""
+
+
+def _parent(process: psutil.Process) -> int | None:
+    try:
+        return process.ppid()
+    except psutil.Error:
+        return None
+
+
+def _children(process: psutil.Process) -> list[psutil.Process]:
+    try:
+        return process.children()
+    except psutil.Error:
+        return []
