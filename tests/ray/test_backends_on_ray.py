@@ -1,17 +1,15 @@
-"""Whole runs that train with DeepSpeed, or adapters only: real stages and workers; the engine answers by rote."""
+"""Whole runs that train with DeepSpeed, or adapters only: real stages and workers; answers are tokens by seed."""
 
 import json
 import math
-import sys
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
 import pytest
-import ray.cloudpickle
 import torch
 from safetensors.torch import load_file
-from test_algorithms_on_ray import RoteEngine
+from test_stages_on_ray import SeedEngine
 
 from spin_ray.config import SpinConfig
 from spin_ray.embedded import resolve
@@ -19,7 +17,6 @@ from spin_ray.launch import run_spin
 from spin_ray.run_dir import RunDir
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(300)]
-ray.cloudpickle.register_pickle_by_value(sys.modules["test_algorithms_on_ray"])
 START = Path(resolve("embedded:tiny-llama"))
 
 
@@ -39,7 +36,7 @@ def run_with(folder: Path, iterations: int = 1, **train: Any) -> RunDir:
             "tracking": {"tensorboard": False},
         }
     )  # fmt: skip
-    return run_spin(config, folder, RoteEngine).run
+    return run_spin(config, folder, SeedEngine).run
 
 
 def log_of(run: RunDir, iteration: int) -> list[dict[str, float]]:
