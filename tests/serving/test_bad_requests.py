@@ -55,9 +55,8 @@ def test_no_request_is_a_500_and_every_answer_is_as_documented(case: schemathesi
     ],
 )
 def test_what_is_no_request_gets_the_status_that_says_so(served: Served, body: bytes, status: int) -> None:
-    head = f"POST {CHAT} HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\nContent-Length: {len(body)}\r\n\r\n"
     with served.connection() as raw:
-        raw.sendall(head.encode() + body)
+        raw.sendall(request(body))
         assert status_of(raw.recv(4096)) == status
 
 
@@ -90,7 +89,7 @@ def test_a_client_that_reads_slowly_gets_all_of_its_answer_and_keeps_no_place(se
     """
     body = json.dumps(HELLO | {"max_tokens": 200, "stream": True, "n": 8, "seed": 1}).encode()
     with served.connection(receive_buffer=32768) as raw:
-        raw.sendall(f"POST {CHAT} HTTP/1.1\r\nHost: x\r\nContent-Length: {len(body)}\r\n\r\n".encode() + body)
+        raw.sendall(request(body))
         text = raw.recv(512)
         assert status_of(text) == 200
         deadline = time.monotonic() + 120
@@ -109,8 +108,13 @@ def test_a_client_that_reads_slowly_gets_all_of_its_answer_and_keeps_no_place(se
 def answer_status(served: Served) -> int:
     body = json.dumps(HELLO | {"max_tokens": 1}).encode()
     with served.connection() as raw:
-        raw.sendall(f"POST {CHAT} HTTP/1.1\r\nHost: x\r\nContent-Length: {len(body)}\r\n\r\n".encode() + body)
+        raw.sendall(request(body))
         return status_of(raw.recv(4096))
+
+
+def request(body: bytes) -> bytes:
+    head = f"POST {CHAT} HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\nContent-Length: {len(body)}\r\n\r\n"
+    return head.encode() + body
 
 
 def status_of(answer: bytes) -> int:

@@ -1,8 +1,7 @@
-"""``spin-ray compare`` as a user runs it, on the cluster where a server runs."""
+"""``spin-ray compare`` as a user runs it."""
 
 import json
 import os
-import re
 import subprocess
 import sys
 from pathlib import Path
@@ -15,8 +14,8 @@ from served import Served
 pytestmark = [pytest.mark.e2e, pytest.mark.slow]
 
 
-def test_a_file_is_compared_beside_a_server_that_goes_on_serving(served: Served, tmp_path: Path) -> None:
-    """The command's engines say what the server's say, digit for digit: the same seeds, and greedy; then they go."""
+def test_a_file_is_compared_as_a_server_compares_it(served: Served, tmp_path: Path) -> None:
+    """The command's engines say what the server's say: the same seeds, and greedy."""
     rows = [
         {"prompt": "2 + 3?"},
         {"messages": [{"role": "user", "content": "hi"}, {"role": "assistant", "content": "x"}]},
@@ -29,7 +28,7 @@ def test_a_file_is_compared_beside_a_server_that_goes_on_serving(served: Served,
     ]  # fmt: skip
     done = subprocess.run(
         command, cwd=tmp_path, capture_output=True, text=True, timeout=300, check=False,
-        env=environment | {"RAY_ADDRESS": address(served), "RAY_AUTH_MODE": "token", "PYTHONPATH": str(ROOT)},
+        env=environment | {"PYTHONPATH": str(ROOT)},
     )  # fmt: skip
     assert done.returncode == 0, done.stdout + done.stderr
     assert "2 prompts compared" in done.stderr
@@ -48,14 +47,3 @@ def test_a_file_is_compared_beside_a_server_that_goes_on_serving(served: Served,
         given = [{key: answer[key] for key in ("content", "finish_reason")} for answer in (q, p)]
         scored = httpx.post(f"{served.url}/v1/compare", json=asked | {"answers": given}, timeout=60).raise_for_status()
         assert len(scored.json()["engine_margins"]) == 1
-    assert served.card("latest")["iterate"] == "iter-0"
-    assert served.replicas("engine.sft"), "the server's engine is seen like this"
-    assert not served.replicas("spin-ray-compare")
-
-
-def address(served: Served) -> str:
-    """Of the server's embedded Ray."""
-    raylet = next(process for process in served.family() if process.name() == "raylet")
-    found = re.search(r"--gcs-address=(\S+)", " ".join(raylet.cmdline()))
-    assert found
-    return found[1]
