@@ -168,11 +168,11 @@ def _smoke() -> Recipe:
 SETTINGS = {
     "word_problems": Setting(
         name="word_problems", train="word_problems.train.jsonl", test="word_problems.test.jsonl",
-        recipe=_smollm2(max_length=256, max_tokens=48), warm_up_rates=(1e-4, 1e-4),
+        recipe=_smollm2(max_length=256, max_tokens=48), warm_up_rates=(1e-4, 1e-4, 5e-5, 5e-5, 2e-5),
     ),
     "gsm8k": Setting(
         name="gsm8k", train="gsm8k.train.jsonl", test="gsm8k.test.jsonl", extractor="hashes",
-        recipe=_smollm2(max_length=768, max_tokens=256), warm_up_rates=(1e-4, 1e-4),
+        recipe=_smollm2(max_length=768, max_tokens=256), warm_up_rates=(1e-4, 1e-4, 5e-5, 5e-5, 2e-5),
     ),
     "smoke": Setting(
         name="smoke", train="embedded:arithmetic-train", test="embedded:arithmetic-heldout", recipe=_smoke(),

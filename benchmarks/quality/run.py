@@ -78,7 +78,7 @@ class Experiment:
         shorter = recipe | {"iterations": iterations}
         if isinstance(rates, list):
             shorter["train"] = recipe["train"] | {"learning_rate": rates[:iterations]}
-        recipe_file = folder.with_suffix(".yaml")
+        recipe_file = folder.with_name(f"{folder.name}.yaml")
         recipe_file.write_text(yaml.safe_dump(shorter))
         _call("-m", "spin_ray.cli", "run", str(recipe_file), "--out", str(folder))
 

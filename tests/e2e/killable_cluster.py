@@ -17,6 +17,7 @@ class KillableCluster:
 
     def __init__(self) -> None:
         self._folder = TemporaryDirectory(prefix="ray-", ignore_cleanup_errors=True)
+        self._usual_folder = os.environ.get("RAY_TMPDIR")
 
     def __enter__(self) -> Self:
         self.start()
@@ -39,6 +40,9 @@ class KillableCluster:
         if self.is_alive:
             self._cluster.shutdown()
         self._folder.cleanup()
+        del os.environ["RAY_TMPDIR"]
+        if self._usual_folder:
+            os.environ["RAY_TMPDIR"] = self._usual_folder
 
     def processes(self, kind: str) -> list[psutil.Process]:
         """Living processes of a kind of ``TITLES``, or the ``engine`` processes that generation actors started."""

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import psutil
 from killable_cluster import KillableCluster
 from program import ROOT, SPIN_RAY, environment, micro_recipe, write_recipe
 
@@ -71,6 +72,7 @@ class RoughRun:
         self._driver: subprocess.Popen[bytes] | None = None
         self._cluster = KillableCluster()
         self._told = {"shards": 0, "steps": 0}
+        self._victims: list[psutil.Process] = []
 
     def to_the_end(self, kills: list[Kill]) -> None:
         """Kills what the plan says, and starts the driver again, by the same command, when it ended with an error."""
@@ -132,7 +134,8 @@ class RoughRun:
             so_far = len(log.read_bytes().splitlines()) if log.exists() else 0
         if so_far < kill.after or not self._cluster.is_alive:
             return False
-        return kill.kind not in PHASE or bool(self._cluster.processes(kill.kind))
+        self._victims = self._cluster.processes(kill.kind) if kill.kind in PHASE else []
+        return kill.kind not in PHASE or bool(self._victims)
 
     def _kill(self, kind: str) -> None:
         if kind == "node":
@@ -142,7 +145,7 @@ class RoughRun:
         elif kind == "driver":
             self._driver.kill()
         else:
-            self._chance.choice(self._cluster.processes(kind)).kill()
+            self._chance.choice(self._victims).kill()
 
 
 def committed(out: Path) -> dict[str, str]:
