@@ -24,6 +24,11 @@ _USE_LESS = (
     "on other nodes"
 )
 
+ELASTIC_PLACING_S = 30.0
+"""Longest wait for an elastic group to find room. For up to 20 s Ray believes that a lost node is still there, and asks
+for as many workers as before; when they find no room it counts again.
+"""
+
 
 def run_workers(
     function: Callable[[Any], Any],
@@ -44,7 +49,8 @@ def run_workers(
         StageError: the workers could not be placed in time, failed too often, or did not come on for too long.
     """
     train, resources = config.train, config.train.resources
-    os.environ["RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S"] = str(train.start_timeout_s)
+    placing_s = min(train.start_timeout_s, ELASTIC_PLACING_S) if train.min_workers else train.start_timeout_s
+    os.environ["RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S"] = str(placing_s)
     os.environ.setdefault("RAY_TRAIN_HEALTH_CHECK_INTERVAL_S", "0.5")  # how soon it sees that the workers are done
     trainer = _Trainer(
         _in_worker,
@@ -61,7 +67,9 @@ def run_workers(
         run_config=ray.train.RunConfig(
             name=name,
             storage_path=str(folder),
-            failure_config=ray.train.FailureConfig(max_failures=train.max_failures, controller_failure_limit=3),
+            failure_config=ray.train.FailureConfig(
+                max_failures=train.max_failures, controller_failure_limit=max(3, train.max_failures)
+            ),
             checkpoint_config=ray.train.CheckpointConfig(num_to_keep=1),
             worker_runtime_env={"env_vars": {} if resources.gpus else cpu.keep_freed_memory()},
         ),
