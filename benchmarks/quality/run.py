@@ -61,7 +61,8 @@ class Experiment:
             _say(f"{arm.name}, seed {seed}: iterate {number} of {recipe['iterations']}")
             self.train(arm, seed, recipe, max(number, 1))
             run = RunDir(Storage(self.folder(arm, seed)))
-            measured.append(self.iterate(run, number, recipe, only_logp=arm.name == WARM_UP))
+            answered = run.storage.exists(f"{iterate_name(number)}/measured_test.json")
+            measured.append(self.iterate(run, number, recipe, only_logp=arm.name == WARM_UP and not answered))
             content = self._content(arm, seed, recipe, measured)
             done = number == recipe["iterations"]
             # An epoch past the plateau only shows that the one before was enough.
