@@ -40,7 +40,10 @@ def markdown(found: dict[str, Any]) -> str:
         ]  # fmt: skip
     if start := found["theta_0"]:
         lines += [
-            f"θ_0 is iterate {start['warm_up_iterate']} of the warm-up{'' if start['complete'] else ' so far'}.",
+            f"θ_0 is iterate {start['warm_up_iterate']} of the warm-up"
+            + (
+                "." if start["complete"] else " so far; whether log p(y) of dev rows still rises after it is not known."
+            ),
             "",
         ]
     if found["still_to_run"]:

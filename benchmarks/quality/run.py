@@ -48,7 +48,7 @@ class Experiment:
         """Trains and measures what is missing of an arm, iterate by iterate; its JSON always says what there is.
 
         Args:
-            furthest: stop at this iterate, although the arm has more; not the warm-up, which the others need.
+            furthest: stop at this iterate, although the arm has more.
         """
         result = self.result(arm, seed)
         if result.exists() and json.loads(result.read_text())["complete"]:
@@ -61,13 +61,14 @@ class Experiment:
             _say(f"{arm.name}, seed {seed}: iterate {number} of {recipe['iterations']}")
             self.train(arm, seed, recipe, max(number, 1))
             run = RunDir(Storage(self.folder(arm, seed)))
-            measured.append(self.iterate(run, number, recipe, only_logp=arm.name == WARM_UP))
+            answered = run.storage.exists(f"{iterate_name(number)}/measured_test.json")
+            measured.append(self.iterate(run, number, recipe, only_logp=arm.name == WARM_UP and not answered))
             content = self._content(arm, seed, recipe, measured)
             done = number == recipe["iterations"]
             # An epoch past the plateau only shows that the one before was enough.
             done = done or (arm.name == WARM_UP and plateau(content) < number)
             _write(result, content | {"complete": done})
-            if done or (number == furthest and arm.name != WARM_UP):
+            if done or number == furthest:
                 return
 
     def train(self, arm: Arm, seed: int, recipe: Recipe, iterations: int) -> None:
@@ -96,22 +97,23 @@ class Experiment:
         return str(_model(run, number))
 
     def measure_start(self) -> None:
-        """Adds the answers of θ_0 to the warm-up's JSON; after the arms, as none of them waits for it."""
+        """Adds the answers of θ_0 (so far) to the warm-up's JSON; after the arms, as none of them waits for it."""
         warm_up = ARMS[0]
         result = self.result(warm_up, 0)
-        content = json.loads(result.read_text()) if result.exists() else {"complete": False}
-        if not content["complete"]:
+        if not result.exists():
             return
+        content = json.loads(result.read_text())
         number = plateau(content)
         if "test" in content["iterates"][number - 1]:
             return
-        self.start_model()
-        recipe = recipe_of(self.setting, warm_up, self.files, None, 0)
         _say(f"θ_0, iterate {number} of {WARM_UP}: its answers")
+        recipe = recipe_of(self.setting, warm_up, self.files, None, 0)
         run = RunDir(Storage(self.folder(warm_up, 0)))
+        if not run.model(number).is_committed:
+            self.train(warm_up, 0, recipe, number)
         for split in ("dev", "test"):
             content["iterates"][number - 1] |= self._measure(run, number, recipe, split, only_logp=False)
-        _write(result, content)
+            _write(result, content)
 
     def folder(self, arm: Arm, seed: int) -> Path:
         return self.runs / f"seed-{seed}" / arm.name
