@@ -37,10 +37,12 @@ def label_of(answer: list[int], human: list[int], minor_from: float) -> str:
 
 
 def parse(text: str) -> tuple[str, str] | None:
-    """(label, revision) of what the reviser wrote; None if it has no label, or a label that promises one and none."""
+    """(label, revision) of what the reviser wrote; None if it has no label, or a label that promises one and none (or
+    another label in its place, which nobody should learn to answer).
+    """
     label, _, revision = text.strip().partition("\n")
     label, revision = label.strip(), revision.strip()
-    if label not in LABELS or (label != LABELS[0] and not revision):
+    if label not in LABELS or (label != LABELS[0] and (not revision or revision.startswith(LABELS))):
         return None
     return label, revision
 

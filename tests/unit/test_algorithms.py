@@ -311,7 +311,7 @@ def test_a_label_says_how_much_a_revision_changes(answer, label):
     ("text", "found"),
     [
         ("[keep]", ("[keep]", "")), ("[minor]\n x \n", ("[minor]", "x")), ("[major]\na\nb", ("[major]", "a\nb")),
-        ("[minor]", None), ("x", None), ("", None), ("[other]\nx", None),
+        ("[minor]", None), ("[minor]\n\n[keep]", None), ("x", None), ("", None), ("[other]\nx", None),
     ],
 )  # fmt: skip
 def test_what_the_reviser_wrote_is_read_or_refused(text, found):
