@@ -230,7 +230,7 @@ def test_doctor_says_what_is_right_and_asks_the_cluster(call, monkeypatch, tmp_p
     from spin_ray import resources
 
     monkeypatch.setattr(resources, "connect", lambda config: None)
-    monkeypatch.setattr(resources, "_node_resources", lambda: [{"CPU": 1.0}])
+    monkeypatch.setattr(resources, "_node_resources", lambda labels=None: [{"CPU": 1.0}])
     code, out, _ = call("doctor", recipe, "--out", tmp_path / "run")
     assert code == 0
     for line in ("ok recipe", "ok data", "ok model", "GiB free", "ok generation: 1 ×", "ok train: 1 ×", "ray 2."):
