@@ -21,25 +21,12 @@ def main() -> None:
 
     import numpy as np
     import torch
-    import torch.distributed as dist
 
-    from spin_ray.config import OptimizerConfig
-    from spin_ray.learner.backends.base import BackendSettings
-    from spin_ray.learner.backends.fsdp2 import Fsdp2Backend
     from spin_ray.learner.loop import Objective, PackShape, ReferenceScores, plan, score_rows, train_step
 
-    torch.set_num_threads(THREADS)
-    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
     table = table_of(json.loads(options.pairs.read_text()))
     shape = PackShape(pack_length=options.pack_length, global_batch_pairs=options.batch, pad_id=2)
-    backend = Fsdp2Backend(
-        resolve(MODEL),
-        BackendSettings(
-            max_length=options.pack_length, precision=options.precision, total_steps=10**6,
-            optimizer=OptimizerConfig(schedule="constant", warmup_fraction=0), learning_rate=options.learning_rate,
-        ),
-        torch.device("cpu"),
-    )  # fmt: skip
+    backend = learner(options.precision, options.pack_length, options.learning_rate)
     # Steps in the order of the rows, so that both sides see the same pairs in a step.
     parts = [table.slice(start, options.batch) for start in range(0, table.num_rows, options.batch)]
     steps = [plan(part, shape, epochs=1, seed=0)[0] for part in parts]
@@ -68,6 +55,24 @@ def main() -> None:
             ]
         losses = [step["loss"] for step in metrics]
         answer(**spent, loss=losses[0], losses=losses, tokens=metrics[0]["tokens"], packs=len(steps[number][0].packs))
+
+
+def learner(precision: str, pack_length: int, learning_rate: float, threads: int = THREADS):
+    """The FSDP2 backend of one rank, as a train worker has it."""
+    import torch
+    import torch.distributed as dist
+
+    from spin_ray.config import OptimizerConfig
+    from spin_ray.learner.backends.base import BackendSettings
+    from spin_ray.learner.backends.fsdp2 import Fsdp2Backend
+
+    torch.set_num_threads(threads)
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    settings = BackendSettings(
+        max_length=pack_length, precision=precision, total_steps=10**6, learning_rate=learning_rate,
+        optimizer=OptimizerConfig(schedule="constant", warmup_fraction=0),
+    )  # fmt: skip
+    return Fsdp2Backend(resolve(MODEL), settings, torch.device("cpu"))
 
 
 if __name__ == "__main__":
