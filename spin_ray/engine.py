@@ -129,6 +129,13 @@ def prepare_process(config: EngineConfig, threads: int) -> None:
     cpu.allow_amx_kernels()
 
 
+def platform() -> str:
+    """What vLLM computes on in this process, ``cpu`` or ``cuda``; it decides that once."""
+    from vllm.platforms import current_platform
+
+    return current_platform.device_type
+
+
 def whole_prefill(max_length: int) -> dict[str, Any]:
     """Engine arguments under which a prompt is never prefilled in pieces (see ``VllmEngine``)."""
     return {"enable_chunked_prefill": False, "max_num_batched_tokens": max(max_length, 2048)}

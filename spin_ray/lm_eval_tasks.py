@@ -21,7 +21,7 @@ from rich.table import Table
 
 from spin_ray import cpu
 from spin_ray.config import EngineConfig, ResourcesConfig, SpinConfig
-from spin_ray.engine import prepare_process
+from spin_ray.engine import platform, prepare_process
 from spin_ray.errors import ConfigError, StageError, UserError, first_line, last_line
 from spin_ray.model_card import write_card
 from spin_ray.redaction import hide_in_text
@@ -233,6 +233,7 @@ def _prepare_process(request: Request) -> None:
     if request.backend == "vllm":
         prepare_process(request.engine, request.threads)
         if not list(metadata.distributions(name="vllm")):
+            platform()  # decided now: by the metadata of a package `vllm` it would not be the CPU
             sys.meta_path.append(_CpuBuild())
         return
     cpu.prepare(request.threads)
