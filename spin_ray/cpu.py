@@ -16,7 +16,7 @@ from pathlib import Path
 logger = logging.getLogger(__name__)
 
 _PROBE = "import torch; a = torch.ones(64, 64, dtype=torch.bfloat16); assert (a @ a)[0, 0] == 64"
-_KEEP = "narenas:1,thp:always,dirty_decay_ms:30000,muzzy_decay_ms:0"
+_KEEP = "narenas:1,thp:always,oversize_threshold:0,dirty_decay_ms:300000,muzzy_decay_ms:-1"
 _WITHOUT_AMX = "AVX512_CORE_FP16"
 
 
@@ -24,10 +24,11 @@ def keep_freed_memory() -> dict[str, str]:
     """Environment in which to start a process that trains on CPUs.
 
     glibc gives every large tensor back to the kernel when it is freed, and the next one costs a page fault for each
-    4 KiB; that took a third of a training step. The jemalloc that Ray ships keeps what it has for half a minute (kept
-    for good, packs of ever new shapes leave holes that add up to gigabytes), in huge pages and one arena (backward runs
-    in a thread of its own, whose arena would keep as much again). Where it is missing, glibc is told to do nearly the
-    same.
+    4 KiB; that took a third of a training step. The jemalloc that Ray ships keeps what it has for minutes (kept for
+    good, packs of ever new shapes leave holes that add up to gigabytes; kept for 30 s, steps of some seconds take half
+    as long again), in huge pages and one arena (backward runs in a thread of its own, whose arena would keep as much
+    again; and the arena for large blocks that a decay brings with it returns them at once). Where it is missing, glibc
+    is told to do nearly the same.
     """
     ray = importlib.util.find_spec("ray")
     library = Path(ray.origin).parent / "core" / "libjemalloc.so" if ray and ray.origin else None
