@@ -46,11 +46,10 @@ PORT ?= 8000
 serve-demo: $(READY) ## Serve the iterates of `make demo` at http://127.0.0.1:8000 (OpenAI's API, and the arena)
 	$(BIN)/spin-ray serve $(RUN)/demo --models sft,latest --port $(PORT)
 
-# Unit and fault tests compute in one thread each, so two processes share them; the others start Ray or vLLM, or take times.
-PARALLEL := tests/unit tests/faults
-test: $(READY) ## Every test: unit, ray (a local cluster), e2e (real vLLM)
-	OMP_NUM_THREADS=1 $(BIN)/pytest $(PARALLEL) -n 2 --dist loadfile
-	$(BIN)/pytest tests $(PARALLEL:%=--ignore=%)
+# Two processes share the cores, the longest files first; the tests of a server measure times, and go alone.
+test: $(READY) ## Every test: whole runs (real vLLM), faults, Ray, unit, serving
+	OMP_NUM_THREADS=1 $(BIN)/pytest tests --ignore=tests/serving -n 2 --dist loadfile --no-loadscope-reorder --durations=15
+	$(BIN)/pytest tests/serving --durations=5
 
 CHAOS_S ?= 1800
 chaos: $(READY) ## Random faults for half of CHAOS_S seconds, then random kills; CHAOS_SEED repeats what it printed

@@ -24,7 +24,7 @@ def connect(config: SpinConfig) -> None:
     """Attaches to the cluster of the config or of $RAY_ADDRESS, or starts an embedded Ray; nothing if it is up.
 
     Raises:
-        ResourceError: no cluster answers at the address.
+        ResourceError: no cluster answers at the address within 41 s.
     """
     os.environ.setdefault("RAY_TRAIN_V2_ENABLED", "1")
     if not ray.is_initialized():
@@ -40,6 +40,9 @@ def connect(config: SpinConfig) -> None:
             os.environ.setdefault("RAY_API_SERVER_ADDRESS", "http://127.0.0.1:9")
             # Nobody announces the end of this machine; the watcher would be one more process for each worker group.
             os.environ.setdefault("RAY_TRAIN_ENABLE_PREEMPTION_WATCHER", "0")
+        else:
+            # How often Ray tries, 41 s each time; 20 times if nothing is said.
+            os.environ.setdefault("RAY_gcs_server_port_wait_time_s", "1")
         try:
             ray.init(log_to_driver=False, logging_level=logging.WARNING, **options)
         except (ConnectionError, RuntimeError) as error:
