@@ -47,8 +47,10 @@ serve-demo: $(READY) ## Serve the iterates of `make demo` at http://127.0.0.1:80
 	$(BIN)/spin-ray serve $(RUN)/demo --models sft,latest --port $(PORT)
 
 # Two processes share the cores, the longest files first; the tests of a server measure times, and go alone.
-test: $(READY) ## Every test: whole runs (real vLLM), faults, Ray, unit, serving
-	OMP_NUM_THREADS=1 $(BIN)/pytest tests --ignore=tests/serving -n 2 --dist loadfile --no-loadscope-reorder --durations=15
+TWO := -n 2 --dist loadfile --no-loadscope-reorder
+test: $(READY) ## Every test: whole runs (real vLLM), Ray, unit, faults, serving
+	$(BIN)/pytest tests/e2e tests/ray $(TWO) --durations=10
+	OMP_NUM_THREADS=1 $(BIN)/pytest tests/unit tests/faults $(TWO)
 	$(BIN)/pytest tests/serving --durations=5
 
 CHAOS_S ?= 1800

@@ -161,6 +161,8 @@ def _play(
     if not shards:
         return
     resources = config.generation.resources
+    # Of processes that die while they load an engine; `max_restarts` is for those that have one.
+    ray.data.DataContext.get_current().max_consecutive_actor_init_deaths = config.generation.max_failures
     with warnings.catch_warnings():
         # ray_remote_args_fn goes in Ray 2.64; no other argument says how often an actor is started again.
         warnings.simplefilter("ignore", RayDeprecationWarning)
@@ -196,11 +198,17 @@ class _Player:
 
     def __init__(self, spec: EngineSpec, config: SpinConfig, start_engine: StartEngine) -> None:
         self._spec, self._start_engine, self._config = spec, start_engine, config
-        self._engine = start_engine(spec)
+        self._unusable: Exception | None = None
+        try:
+            self._engine = start_engine(spec)
+        except Exception as error:  # raised here, it would pass for a death and be tried again
+            self._unusable = error
         # A process that was killed cannot say so itself: the one that takes its place does.
         self._lost = int(ray.is_initialized() and ray.get_runtime_context().was_current_actor_reconstructed)
 
     def __call__(self, item: dict[str, Any]) -> dict[str, Any]:
+        if self._unusable:
+            raise self._unusable
         shard: Shard = pickle.loads(item["shard"])  # noqa: S301 (from this run's driver, through Ray)
         started = time.monotonic()
         answers = self._answer(shard)

@@ -3,7 +3,7 @@
 import os
 import signal
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import pytest
@@ -15,6 +15,7 @@ from test_stages_on_ray import SeedEngine, make_config, make_prompts, play
 
 from spin_ray.config import SamplingConfig, SpinConfig
 from spin_ray.engine import Completion, EngineSpec
+from spin_ray.errors import StageError
 from spin_ray.run_dir import RunDir
 from spin_ray.storage import Storage
 from spin_ray.workers import run_workers
@@ -40,16 +41,43 @@ class DyingEngine(SeedEngine):
         return super().generate(prompt_ids, sampling, seeds)
 
 
-def test_a_generation_actor_that_is_killed_is_started_again_and_gives_the_same_shards(tmp_path: Path) -> None:
+def _dies_while_it_loads(spec: EngineSpec, once: Path) -> SeedEngine:
+    """Kills its process, once."""
+    if not once.exists():
+        once.touch()
+        os.kill(os.getpid(), signal.SIGKILL)
+    return SeedEngine(spec)
+
+
+@pytest.mark.parametrize("dying", [DyingEngine, _dies_while_it_loads])
+def test_a_generation_actor_that_is_killed_is_started_again_and_gives_the_same_shards(
+    tmp_path: Path, dying: Callable[[EngineSpec, Path], SeedEngine]
+) -> None:
     once = tmp_path / "killed"
     shards = {}
-    for name, engine in (("calm", SeedEngine), ("rough", lambda spec: DyingEngine(spec, once))):
+    for name, engine in (("calm", SeedEngine), ("rough", lambda spec: dying(spec, once))):
         run, config = RunDir(Storage(tmp_path / name)), make_config()
         make_prompts(run, config)
         play(run, config, engine)
         shards[name] = run.generations(0).manifest().files
     assert once.exists(), "the engine was killed"
     assert shards["rough"] == shards["calm"]
+
+
+def test_an_engine_that_cannot_be_loaded_is_an_error_at_once(tmp_path: Path) -> None:
+    """It would fail again: another process is started for one that died only."""
+    tried = tmp_path / "tried"
+
+    def refuse(spec: EngineSpec) -> SeedEngine:
+        with tried.open("a") as log:
+            log.write("once\n")
+        raise ValueError("no room for the cache")
+
+    run, config = RunDir(Storage(tmp_path / "run")), make_config()
+    make_prompts(run, config)
+    with pytest.raises(StageError, match="no room for the cache"):
+        play(run, config, refuse)
+    assert tried.read_text().split() == ["once"]
 
 
 def _counts_to_four(folder: Path) -> None:
