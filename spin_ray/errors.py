@@ -48,9 +48,12 @@ def first_line(error: BaseException) -> str:
 
 def last_line(error: BaseException) -> str:
     """The last line that says something: in Ray's errors, what happened in the actor or worker; not Ray's own advice,
-    a page of it on one line.
+    a page of it on one line, nor what Ray Data says below the error of a function that it called.
     """
-    lines = [line for line in str(error).splitlines() if line.strip() and not line.startswith("Refer to the doc")]
+    text = str(error)
+    if "UserCodeException" in text:
+        text = text.partition("The above exception was the direct cause")[0]
+    lines = [line for line in text.splitlines() if line.strip() and not line.startswith("Refer to the doc")]
     last = lines[-1] if lines else type(error).__name__
     return last if len(last) <= LONGEST_LINE else f"{last[:LONGEST_LINE]} …"
 
