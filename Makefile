@@ -46,12 +46,12 @@ PORT ?= 8000
 serve-demo: $(READY) ## Serve the iterates of `make demo` at http://127.0.0.1:8000 (OpenAI's API, and the arena)
 	$(BIN)/spin-ray serve $(RUN)/demo --models sft,latest --port $(PORT)
 
-# Two processes share the cores, the longest files first; the tests of a server measure times, and go alone.
+# Two processes share the cores, the longest files first; what measures times goes alone.
 TWO := -n 2 --dist loadfile --no-loadscope-reorder
-test: $(READY) ## Every test: whole runs (real vLLM), Ray, unit, faults, serving
-	$(BIN)/pytest tests/e2e tests/ray $(TWO) --durations=10
+test: $(READY) ## Every test: whole runs (real vLLM), Ray, serving, unit, faults
+	$(BIN)/pytest tests/e2e tests/ray tests/serving -m "not alone" $(TWO) --durations=10
 	OMP_NUM_THREADS=1 $(BIN)/pytest tests/unit tests/faults $(TWO)
-	$(BIN)/pytest tests/serving --durations=5
+	$(BIN)/pytest tests/serving -m alone --durations=5
 
 CHAOS_S ?= 1800
 chaos: $(READY) ## Random faults for half of CHAOS_S seconds, then random kills; CHAOS_SEED repeats what it printed

@@ -16,6 +16,13 @@ from spin_ray.serving.votes import VoteStore
 ROOT = Path(__file__).resolve().parents[2]
 
 
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Tests of the real server load it and measure times."""
+    for item in items:
+        if "served" in getattr(item, "fixturenames", ()):
+            item.add_marker("alone")
+
+
 @pytest.fixture
 def votes(tmp_path: Path) -> Iterator[VoteStore]:
     store = VoteStore(f"sqlite:///{tmp_path}/votes.sqlite")
