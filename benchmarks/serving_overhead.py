@@ -1,7 +1,9 @@
 """How much of a bare vLLM OpenAI server's speed does `spin-ray serve` keep, and what does it add to the first token?
 
-Both serve the same model with the same engine arguments at the same time, and are loaded in turn, A B B A A B: first a
-stream at a time, then `--clients` streams at once. The first token is timed in both, tokens a second in the second.
+Both serve the same model with the same engine arguments at the same time, each engine computing in one process, and are
+loaded in turn, A B B A A B: first a stream at a time, then `--clients` streams at once. The first token is timed in both,
+tokens a second in the second. Answers have half to one and a half times `--max-tokens`, in an order that is the same for
+both: of one length, all clients would ask again in the same moment, for ever.
 
     python benchmarks/serving_overhead.py [--clients 8] [--requests 32] [--max-tokens 32] [--rounds 6]
 """
@@ -66,7 +68,7 @@ def main() -> None:
                 loaded.append(firsts_loaded)
                 medians = {side: round(1000 * statistics.median(values), 1) for side, values in firsts.items()}
                 print(json.dumps({side: [round(speed[side], 1), medians[side]] for side in urls}), flush=True)
-    streams = f"{options.clients} streams at once, {options.max_tokens} tokens each"
+    streams = f"{options.clients} streams at once, {options.max_tokens} tokens each on average"
     share = at_least("serving, share of a bare vLLM server's tokens a second", ratios, 0.9, streams)
     rows = [added(alone, percent, target, "one stream at a time") for percent, target in TARGETS]
     record([share, *rows, *(added(loaded, percent, target, streams) for percent, target in TARGETS)])
@@ -93,15 +95,16 @@ def added(rounds: list[Firsts], percent: int, target: float, streams: str) -> Ro
 async def load(url: str, clients: int, requests: int, max_tokens: int) -> tuple[list[float], float]:
     """Seconds to the first token of each request, and tokens per second of all."""
     firsts: list[float] = []
-    waiting = iter(range(requests))
-    body = {"model": "sft", "messages": PROMPT, "max_tokens": max_tokens, "temperature": 0, "stream": True}
+    longest = [max_tokens // 2 + 7 * number % (max_tokens + 1) for number in range(requests)]
+    waiting = iter(longest)
+    body = {"model": "sft", "messages": PROMPT, "temperature": 0, "stream": True}
     tokens = 0
 
     async def work(client: httpx.AsyncClient) -> None:
         nonlocal tokens
-        for _ in waiting:
+        for length in waiting:
             started, first = time.perf_counter(), None
-            options = {"stream_options": {"include_usage": True}}
+            options = {"max_tokens": length, "stream_options": {"include_usage": True}}
             async with client.stream("POST", f"{url}/v1/chat/completions", json=body | options) as response:
                 assert response.status_code == 200, await response.aread()
                 async for line in response.aiter_lines():
@@ -118,7 +121,7 @@ async def load(url: str, clients: int, requests: int, max_tokens: int) -> tuple[
         started = time.perf_counter()
         await asyncio.gather(*(work(client) for _ in range(clients)))
         seconds = time.perf_counter() - started
-    assert tokens == requests * max_tokens, "every answer must be cut at its longest, so that both do the same work"
+    assert tokens == sum(longest), "every answer must be cut at its longest, so that both do the same work"
     return firsts, tokens / seconds
 
 
@@ -138,7 +141,7 @@ def bare() -> Iterator[str]:
     command += [word for name, value in arguments.items() for word in (f"--{name}", str(value))]
     environment = {
         "VLLM_CPU_KVCACHE_SPACE": str(ENGINE["cpu_kv_cache_gib"]), "VLLM_CPU_OMP_THREADS_BIND": "nobind",
-        "OMP_NUM_THREADS": "1", "VLLM_NO_USAGE_STATS": "1",
+        "OMP_NUM_THREADS": "1", "VLLM_NO_USAGE_STATS": "1", "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
     }  # fmt: skip
     with process("serving_bare", command, environment) as server:
         wait_until_ready(server, f"http://127.0.0.1:{port}/health", "")

@@ -360,7 +360,7 @@ class ServingConfig(Section):
     """Longest wait for the whole body of a request."""
     request_timeout_s: Positive = 600
     """Longest answer, and how long a stream may go on while its engine is being replaced or the server stops."""
-    stream_interval_s: NonNegative = 0.05
+    stream_interval_s: NonNegative = 0.1
     """Pause between two pieces of a stream after the first: each piece costs Ray Serve milliseconds of CPU."""
     replicas: Count = 1
     """Engines per iterate."""

@@ -37,7 +37,7 @@ class IterateServer(LLMServer):
 
     async def __init__(self, llm_config: LLMConfig, iterate: Iterate, config: SpinConfig) -> None:
         self._iterate, self._config = iterate, config
-        await super().__init__(llm_config)
+        await super().__init__(llm_config, engine_cls=None if config.serving.resources.gpus else _cpu_engine())
 
     async def start(self) -> None:
         """Raises RunDirError if the folder is not what was checked when this iterate was chosen."""
@@ -157,6 +157,12 @@ def build_engine(iterate: Iterate, config: SpinConfig) -> serve.Application:
     return build_llm_deployment(
         llm_config, name_prefix="", deployment_cls=IterateServer, bind_kwargs={"iterate": iterate, "config": config}
     )
+
+
+def _cpu_engine() -> Any:
+    from spin_ray.serving.cpu_engine import CpuEngine
+
+    return CpuEngine
 
 
 def _on_cpu(max_length: int) -> dict[str, Any]:

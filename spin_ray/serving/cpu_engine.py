@@ -1,0 +1,18 @@
+"""The engine of ``ray.serve.llm`` on CPUs. Importing this imports vLLM."""
+
+from typing import Any
+
+from ray.llm._internal.serve.engines.vllm.vllm_engine import VLLMEngine
+
+
+class CpuEngine(VLLMEngine):
+    """Computes in the engine's process if one worker is all it has.
+
+    ``ray.serve.llm`` gives each CPU engine worker processes, and to hear from one the engine spins on a core of its own.
+    On two cores that takes what Ray Serve needs.
+    """
+
+    def _start_async_llm_engine(self, vllm_engine_args: Any, vllm_engine_config: Any, placement_group: Any) -> Any:
+        if vllm_engine_config.parallel_config.world_size == 1:
+            vllm_engine_config.parallel_config.distributed_executor_backend = "uni"
+        return super()._start_async_llm_engine(vllm_engine_args, vllm_engine_config, placement_group)
