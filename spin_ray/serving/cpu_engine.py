@@ -8,8 +8,8 @@ from ray.llm._internal.serve.engines.vllm.vllm_engine import VLLMEngine
 class CpuEngine(VLLMEngine):
     """Computes in the engine's process if one worker is all it has.
 
-    ``ray.serve.llm`` gives each CPU engine worker processes, and to hear from one the engine spins on a core of its own.
-    On two cores that takes what Ray Serve needs.
+    ``ray.serve.llm`` gives each CPU engine worker processes, and to hear from one the engine spins on a core of its
+    own. On two cores that takes what Ray Serve needs.
     """
 
     def _start_async_llm_engine(self, vllm_engine_args: Any, vllm_engine_config: Any, placement_group: Any) -> Any:
