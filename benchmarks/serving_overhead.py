@@ -2,8 +2,8 @@
 
 Both serve the same model with the same engine arguments at the same time, each engine computing in one process, and
 are loaded in turn, A B B A A B: first a stream at a time, then `--clients` streams at once. The first token is timed in
-both, tokens a second in the second. Answers have half to one and a half times `--max-tokens`, in the same order for both:
-of one length, all clients would ask again in the same moment, for ever.
+both, tokens a second in the second. Answers have half to one and a half times `--max-tokens`, in one order for both: of
+one length, all clients would ask again in the same moment, for ever.
 
     python benchmarks/serving_overhead.py [--clients 8] [--requests 32] [--max-tokens 32] [--rounds 6]
 """
