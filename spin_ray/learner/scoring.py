@@ -38,8 +38,10 @@ TARGETS_MULTIPLE = 64
 """Their number is rounded up, as every new shape costs oneDNN new kernels."""
 DENSE_TREES = {torch.bfloat16: 512, torch.float32: 128}
 """Longest tree, in tokens, that is attended by plain matrix products on a CPU. Forward and backward of 9 heads (3 of
-keys) of width 64 took 0.4 ms against 2.2 by SDPA's kernel (80 tokens, bf16), 7.4 against 10.1 (320), 0.65 against 0.9
-(80, fp32) and 12.2 against 10.4 (320, fp32): one thread of an AMD EPYC, 20 calls each."""
+keys) of width 64 took 7.4 ms against 10.1 by SDPA's kernel (320 tokens, bf16), 0.65 against 0.9 (80, fp32) and 12.2
+against 10.4 (320, fp32): one thread of an AMD EPYC, 20 calls each."""
+EXACT_TREES = 128
+"""Up to so many tokens the products are of fp32 also for bf16: 80 tokens take SDPA's kernel 2.2 ms in bf16."""
 TREE_ATTENTION = "spin_ray_trees"
 """Name under which transformers knows ``attend_tree_by_tree``."""
 PADDED_LENGTH_MULTIPLE = 64
@@ -156,11 +158,12 @@ def _attend_densely(
 ) -> Float[Tensor, "1 tokens heads width"]:
     """softmax(QKᵀ · scaling + mask)V, the query heads of a key head in one product."""
     heads, tokens, width = query.shape[1:]
-    kv_heads = key.shape[1]
-    queries = query.reshape(kv_heads, -1, width)
-    seen = mask[0].repeat(1, heads // kv_heads, 1)
-    scores = torch.baddbmm(seen, queries, key[0].transpose(1, 2), alpha=scaling or width**-0.5)
-    return torch.bmm(scores.softmax(dim=-1), value[0]).view(1, heads, tokens, width).transpose(1, 2)
+    kv_heads, dtype = key.shape[1], torch.float32 if query.shape[2] <= EXACT_TREES else query.dtype
+    queries, keys, values = query.reshape(kv_heads, -1, width).to(dtype), key[0].to(dtype), value[0].to(dtype)
+    seen = mask[0].to(dtype).repeat(1, heads // kv_heads, 1)
+    scores = torch.baddbmm(seen, queries, keys.transpose(1, 2), alpha=scaling or width**-0.5)
+    attended = torch.bmm(scores.softmax(dim=-1), values).to(query.dtype)
+    return attended.view(1, heads, tokens, width).transpose(1, 2)
 
 
 AttentionInterface.register(TREE_ATTENTION, attend_tree_by_tree)
