@@ -77,10 +77,11 @@ def measure(config: SpinConfig, folder: Path, points: int) -> list[str]:
 
 def measure_kills(folder: Path, seconds: float, seed: int) -> list[str]:
     """Rows of the table, one for each kind of process. A run that does not end right ends this, too."""
-    for name in ("calm", "rough"):
-        (folder / name).mkdir()
-    calm = rough_run.run_calmly(folder / "calm")
-    kills = rough_run.run_for(seconds, folder / "rough", calm, random.Random(seed))
+    undisturbed, rough = folder / "kills" / "undisturbed", folder / "kills" / "rough"
+    for one in (undisturbed, rough):
+        one.mkdir(parents=True)
+    calm = rough_run.run_calmly(undisturbed)
+    kills = rough_run.run_for(seconds, rough, calm, random.Random(seed))
     rows = []
     for kind in rough_run.KINDS:
         of = [kill for kill in kills if kill.kind == kind]
