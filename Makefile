@@ -47,7 +47,7 @@ serve-demo: $(READY) ## Serve the iterates of `make demo` at http://127.0.0.1:80
 	$(BIN)/spin-ray serve $(RUN)/demo --models sft,latest --port $(PORT)
 
 # Unit and fault tests compute in one thread each, so two processes share them; the others start Ray and vLLM, which take both
-# cores: in two processes they took 29 instead of 34 minutes and now and then a time limit. What measures times comes last.
+# cores. What measures times comes last.
 test: $(READY) ## Every test: unit, faults, whole runs (real vLLM), Ray, serving
 	OMP_NUM_THREADS=1 $(BIN)/pytest tests/unit tests/faults -n 2 --dist loadfile
 	$(BIN)/pytest tests/e2e tests/ray tests/serving -m "not alone" --durations=10

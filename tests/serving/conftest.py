@@ -38,8 +38,8 @@ def served(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Served]:
     port = free_port()
     make = ["make", "-n", "-o", ".venv/.ready", "serve-demo", f"RUN={folder}", f"PORT={port}"]
     # The tests themselves may run under make, which would say so in this one's output.
-    alone = {name: value for name, value in os.environ.items() if not name.startswith("MAKE")}
-    recipe = subprocess.run(make, cwd=ROOT, env=alone, capture_output=True, text=True, check=True).stdout
+    without_make = {name: value for name, value in os.environ.items() if not name.startswith("MAKE")}
+    recipe = subprocess.run(make, cwd=ROOT, env=without_make, capture_output=True, text=True, check=True).stdout
     program, *arguments = recipe.split()
     assert program.endswith("/spin-ray")
     command = [sys.executable, "-m", "spin_ray.cli", *arguments]
