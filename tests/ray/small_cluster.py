@@ -12,6 +12,7 @@ from typing import Any
 import ray
 from ray._private.state import actors
 from ray.cluster_utils import Cluster
+from ray.data._internal.cluster_autoscaler.default_autoscaling_coordinator import get_or_create_autoscaling_coordinator
 
 from spin_ray import resources
 
@@ -74,6 +75,11 @@ class SmallCluster:
         alive = [actor for actor in actors().values() if actor["State"] == "ALIVE"]
         ids = [actor["Address"]["NodeID"] for actor in alive if "TrainWorker" in actor["ActorClassName"]]
         return sorted(name for name in self._nodes for found in ids if found == self.id(name))
+
+    def tell_trainers(self) -> None:
+        """Elastic groups count the nodes as they were up to 20 s ago; from here on, as they are now."""
+        coordinator = get_or_create_autoscaling_coordinator()
+        ray.get(coordinator.get_reserved_resources.remote("nobody", recompute=True), timeout=30)
 
     def shutdown(self) -> None:
         self._cluster.shutdown()

@@ -243,6 +243,7 @@ def test_elastic_training_goes_on_with_fewer_and_ends_with_the_same_weights_to_r
         nodes.add("e", "any")
     # The last run's workers may still hold theirs; an elastic group would begin with what is free.
     wait_until_free([{"CPU": 1, "seat": 1}] * 2, 60, "training")
+    nodes.tell_trainers()
     before: list[str] = []
 
     def kill() -> None:
