@@ -120,10 +120,11 @@ def in_turns(turns: str, batch: int) -> Any:
             target.with_suffix(".part").rename(target)
             return metrics
 
-        def in_order(table: Any, shape: Any, *, epochs: int, seed: int) -> Any:
+        def in_order(lengths: Any, shape: Any, *, epochs: int, seed: int) -> Any:
             steps = []
-            for start in range(0, table.num_rows, batch):
-                (step,) = plan(table.slice(start, batch), shape, epochs=1, seed=0)[0]
+            for start in range(0, len(lengths), batch):
+                part = {name: getattr(lengths, name)[start : start + batch] for name in lengths.__slots__}
+                (step,) = plan(replace(lengths, **part), shape, epochs=1, seed=0)[0]
                 packs = tuple(tuple(tuple(row + start for row in tree) for tree in pack) for pack in step.packs)
                 steps.append(replace(step, packs=packs))
             return [steps] * epochs

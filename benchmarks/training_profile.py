@@ -25,12 +25,12 @@ def main() -> None:
 
     from torch.profiler import ProfilerActivity, profile
 
-    from spin_ray.learner.loop import Objective, PackShape, plan, train_step
+    from spin_ray.learner.loop import Objective, PackShape, pair_lengths, plan, train_step
 
     table = table_of(pairs_of(options.data, options.batch))
     shape = PackShape(pack_length=options.pack_length, global_batch_pairs=options.batch, pad_id=2)
     backend = learner(options.precision, options.pack_length, learning_rate=1e-6, threads=options.threads)
-    ((step,),) = plan(table, shape, epochs=1, seed=0)
+    ((step,),) = plan(pair_lengths([table]), shape, epochs=1, seed=0)
     # Supervised, as that needs no reference first; y' is packed and computed all the same.
     objective = Objective(loss=None, sft_weight=1.0)
     for _ in range(2):

@@ -10,7 +10,7 @@ from pathlib import Path
 
 from harness import at_most, pairs_of, record, table_of
 
-from spin_ray.learner.loop import PackShape, plan
+from spin_ray.learner.loop import PackShape, pair_lengths, plan
 
 
 def main() -> None:
@@ -23,7 +23,7 @@ def main() -> None:
     rows = pairs_of(options.data, options.rows)
     table = table_of(rows)
     shape = PackShape(pack_length=options.pack_length, global_batch_pairs=options.batch, pad_id=2)
-    (steps,) = plan(table, shape, epochs=1, seed=0)
+    (steps,) = plan(pair_lengths([table]), shape, epochs=1, seed=0)
     computed = sum(len(shape.build(pack, table).input_ids) for step in steps for pack in step.packs)
     least = sum(len(ids) for row in rows for ids in row.values())
     note = f"{len(rows)} pairs of {options.data.name}, {options.batch} a step, packs of {options.pack_length}"

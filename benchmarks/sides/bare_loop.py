@@ -17,7 +17,7 @@ def main() -> None:
     import torch
 
     from spin_ray.learner.hf_folder import load_model
-    from spin_ray.learner.loop import PackShape, plan
+    from spin_ray.learner.loop import PackShape, pair_lengths, plan
     from spin_ray.learner.losses import margins, pair_logps, spin_loss
     from spin_ray.learner.scoring import ResponseScorer
 
@@ -25,7 +25,10 @@ def main() -> None:
     table = table_of(json.loads(options.pairs.read_text()))
     shape = PackShape(pack_length=options.pack_length, global_batch_pairs=options.batch, pad_id=2)
     parts = [table.slice(start, options.batch) for start in range(0, table.num_rows, options.batch)]
-    batches = [[shape.build(pack, part) for pack in plan(part, shape, epochs=1, seed=0)[0][0].packs] for part in parts]
+    batches = [
+        [shape.build(pack, part) for pack in plan(pair_lengths([part]), shape, epochs=1, seed=0)[0][0].packs]
+        for part in parts
+    ]
     scorer = ResponseScorer(load_model(resolve(MODEL), trust_remote_code=False))
     masters = [weight.detach().clone() for weight in scorer.parameters()]
     dtype = {"fp32": torch.float32, "bf16": torch.bfloat16}[options.precision]

@@ -22,14 +22,14 @@ def main() -> None:
     import numpy as np
     import torch
 
-    from spin_ray.learner.loop import Objective, PackShape, ReferenceScores, plan, score_rows, train_step
+    from spin_ray.learner.loop import Objective, PackShape, ReferenceScores, pair_lengths, plan, score_rows, train_step
 
     table = table_of(json.loads(options.pairs.read_text()))
     shape = PackShape(pack_length=options.pack_length, global_batch_pairs=options.batch, pad_id=2)
     backend = learner(options.precision, options.pack_length, options.learning_rate)
     # Steps in the order of the rows, so that both sides see the same pairs in a step.
     parts = [table.slice(start, options.batch) for start in range(0, table.num_rows, options.batch)]
-    steps = [plan(part, shape, epochs=1, seed=0)[0] for part in parts]
+    steps = [plan(pair_lengths([part]), shape, epochs=1, seed=0)[0] for part in parts]
 
     def score(number: int) -> ReferenceScores:
         order, real, generated = score_rows(backend, steps[number], parts[number], shape)

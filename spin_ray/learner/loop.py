@@ -3,6 +3,7 @@
 plan of all epochs -> score the first epoch's packs (reference) -> steps: forward, loss, backward, optimizer
 """
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 
 import numpy as np
@@ -74,9 +75,8 @@ class ReferenceScores:
         )
 
 
-def plan(table: pa.Table, shape: PackShape, *, epochs: int, seed: int) -> list[list[Step]]:
+def plan(lengths: PairLengths, shape: PackShape, *, epochs: int, seed: int) -> list[list[Step]]:
     """The steps of every epoch; equal on all ranks."""
-    lengths = pair_lengths(table)
     return [
         plan_epoch(
             lengths, pack_length=shape.pack_length, global_batch_pairs=shape.global_batch_pairs, seed=seed, epoch=epoch
@@ -85,11 +85,24 @@ def plan(table: pa.Table, shape: PackShape, *, epochs: int, seed: int) -> list[l
     ]
 
 
-def pair_lengths(table: pa.Table) -> PairLengths:
-    """Lengths of the rows; rows of one prompt_id share a tree."""
-    columns = {name: np.asarray(pc.list_value_length(table[f"{name}_ids"])) for name in ("prompt", "real", "generated")}
-    keys = table["prompt_id"].combine_chunks().dictionary_encode().indices
+def pair_lengths(parts: Iterable[pa.Table]) -> PairLengths:
+    """Lengths of the rows of PAIR_SCHEMA tables, one in memory at a time; rows of one prompt_id share a tree."""
+    found: dict[str, list[np.ndarray]] = {"prompt": [], "real": [], "generated": []}
+    prompts = [pa.chunked_array([], pa.string())]
+    for part in parts:
+        for name, lengths in found.items():
+            lengths.append(np.asarray(pc.list_value_length(part[f"{name}_ids"])))
+        prompts.append(part["prompt_id"])
+    ids = pa.chunked_array([chunk for column in prompts for chunk in column.chunks], pa.string())
+    keys = ids.combine_chunks().dictionary_encode().indices
+    columns = {name: np.concatenate([np.empty(0, np.int32), *lengths]) for name, lengths in found.items()}
     return PairLengths(**columns, tree_key=np.asarray(keys))
+
+
+def rows_of_rank(epochs: list[list[Step]], rank: int, world_size: int) -> set[int]:
+    """Rows whose tokens this rank computes with, in any epoch."""
+    packs = (pack for steps in epochs for step in steps for pack in step.for_rank(rank, world_size))
+    return {row for pack in packs for tree in pack for row in tree}
 
 
 def score_rows(

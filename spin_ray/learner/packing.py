@@ -191,8 +191,7 @@ def build_pack(
 
 
 def _tokens(column: pa.ChunkedArray, row: int) -> np.ndarray:
-    values = column[row].values
-    return np.empty(0, np.int32) if values is None else values.to_numpy()
+    return column[row].values.to_numpy()
 
 
 class _PackBuilder:

@@ -14,7 +14,7 @@ import torch.distributed as dist
 from spin_ray.config import SpinConfig, digest
 from spin_ray.learner.backends.base import BackendSettings
 from spin_ray.learner.backends.fsdp2 import Fsdp2Backend
-from spin_ray.learner.loop import PackShape, plan, score_rows
+from spin_ray.learner.loop import PackShape, pair_lengths, plan, score_rows
 from spin_ray.model_folder import ModelFolder
 from spin_ray.run_dir import RunDir, part_name
 from spin_ray.storage import ATTEMPTS, Storage, table_from_bytes, table_to_bytes
@@ -109,7 +109,7 @@ def _score(run_dir: RunDir, config: SpinConfig, base: ModelFolder, rows: pa.Tabl
 
 def _worker(job: BaseScoreJob) -> int:
     """Runs on every rank; returns how many there are."""
-    steps = plan(job.rows, job.shape, epochs=1, seed=0)[0]
+    steps = plan(pair_lengths([job.rows]), job.shape, epochs=1, seed=0)[0]
     backend = Fsdp2Backend(job.model.here(), job.backend, device())
     rows, logps, _ = score_rows(backend, steps, job.rows, job.shape)
     keys = job.rows["pair_id"].take(pa.array(rows, pa.int64()))

@@ -29,7 +29,7 @@ from spin_ray.config import SpinConfig
 from spin_ray.heldout_scores import SCORE_SCHEMA, margin_measures
 from spin_ray.learner.backends.base import BackendSettings
 from spin_ray.learner.backends.fsdp2 import Fsdp2Backend
-from spin_ray.learner.loop import PackShape, plan
+from spin_ray.learner.loop import PackShape, pair_lengths, plan
 from spin_ray.learner.losses import pair_logps, response_logps
 from spin_ray.measures import distinct_ngrams, duplicate_share, standard_error, warnings
 from spin_ray.model_folder import ModelFolder
@@ -209,7 +209,7 @@ def _score_rows(backend: Fsdp2Backend, table: pa.Table, shape: PackShape, model:
     """This rank's share of the rows, in SCORE_SCHEMA."""
     rows: list[int] = []
     columns: dict[str, list[Any]] = {name: [] for name in SCORE_SCHEMA.names[2:]}
-    for step in plan(table, shape, epochs=1, seed=0)[0]:
+    for step in plan(pair_lengths([table]), shape, epochs=1, seed=0)[0]:
         for pack in step.for_rank(dist.get_rank(), dist.get_world_size()):
             batch = shape.build(pack, table).to(backend.device)
             logps = backend.score_tokens(batch)

@@ -9,6 +9,7 @@ import json
 import tempfile
 import threading
 import time
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -25,14 +26,25 @@ from spin_ray.errors import RunDirError
 from spin_ray.learner.backends import make_backend
 from spin_ray.learner.backends.base import BackendSettings, TrainBackend
 from spin_ray.learner.health import HealthMonitor
-from spin_ray.learner.loop import Objective, PackShape, ReferenceScores, plan, score_rows, train_step
+from spin_ray.learner.loop import (
+    Objective,
+    PackShape,
+    ReferenceScores,
+    pair_lengths,
+    plan,
+    rows_of_rank,
+    score_rows,
+    train_step,
+)
 from spin_ray.model_folder import ModelFolder
 from spin_ray.progress import StageProgress
 from spin_ray.resources import demands, wait_until_free
 from spin_ray.run_dir import MANIFEST, Artefact, Manifest, RunDir, folder_entries, part_name, read_json_lines
 from spin_ray.storage import Storage
-from spin_ray.types import PAIR_SCHEMA, REFERENCE_SCHEMA
+from spin_ray.types import PAIR_SCHEMA, REFERENCE_SCHEMA, TOKEN_IDS
 from spin_ray.workers import device, run_workers
+
+_TOKENS = ("prompt_ids", "real_ids", "generated_ids")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -206,8 +218,8 @@ def _train(run_dir: RunDir, config: SpinConfig, job: TrainJob) -> None:
 
 def _worker(job: TrainJob) -> dict[str, float]:
     """Runs on every rank. Ends with ``job.target`` committed; returns what this attempt did."""
-    table = _read_rows(job.rows)
-    epochs = plan(table, job.shape, epochs=job.epochs, seed=job.seed)
+    epochs = plan(pair_lengths(_pairs(job.rows)), job.shape, epochs=job.epochs, seed=job.seed)
+    table = _share(_pairs(job.rows), rows_of_rank(epochs, dist.get_rank(), dist.get_world_size()))
     steps = [step for epoch in epochs for step in epoch]
     backend = make_backend(job.start.here(), replace(job.backend, total_steps=len(steps), seed=job.seed), device())
     reference, started = None, time.monotonic()
@@ -236,18 +248,36 @@ def _worker(job: TrainJob) -> dict[str, float]:
     return {"steps": len(steps) - first, "tokens": tokens, "work_s": work_s}
 
 
-def _read_rows(rows: Artefact) -> pa.Table:
-    """PAIR_SCHEMA rows; prompts become rows without y'."""
-    table = pa.concat_tables(list(rows.tables()))
-    if "pair_id" in table.column_names:
-        return table
-    empty = pa.array([[]] * table.num_rows, PAIR_SCHEMA.field("generated_ids").type)
-    iteration = pa.array([0] * table.num_rows, pa.int32())
-    columns = {"pair_id": table["prompt_id"], "iteration": iteration, "generated_ids": empty}
-    return pa.table(
-        [columns.get(name, table[name] if name in table.column_names else None) for name in PAIR_SCHEMA.names],
-        schema=PAIR_SCHEMA,
+def _pairs(rows: Artefact) -> Iterator[pa.Table]:
+    """PAIR_SCHEMA rows, part by part; prompts become rows without y'."""
+    for part in rows.tables():
+        if "pair_id" in part.column_names:
+            yield part
+            continue
+        empty = pa.array([[]] * part.num_rows, PAIR_SCHEMA.field("generated_ids").type)
+        iteration = pa.array([0] * part.num_rows, pa.int32())
+        columns = {"pair_id": part["prompt_id"], "iteration": iteration, "generated_ids": empty}
+        yield pa.table(
+            [columns.get(name, part[name] if name in part.column_names else None) for name in PAIR_SCHEMA.names],
+            schema=PAIR_SCHEMA,
+        )
+
+
+def _share(parts: Iterable[pa.Table], own: set[int]) -> pa.Table:
+    """``pair_id`` of all rows; tokens of ``own`` ones, and null in the place of the others.
+
+    An epoch draws its packs from all over the table, and a part's digest is of all its bytes: so every part is read,
+    but no rank keeps more of it than it needs.
+    """
+    kept, first = (
+        [pa.table({"pair_id": pa.array([], pa.string())} | dict.fromkeys(_TOKENS, pa.array([], TOKEN_IDS)))],
+        0,
     )
+    for part in parts:
+        rows = pa.array([row if first + row in own else None for row in range(part.num_rows)], pa.int64())
+        kept.append(pa.table({"pair_id": part["pair_id"]} | {name: part[name].take(rows) for name in _TOKENS}))
+        first += part.num_rows
+    return pa.concat_tables(kept)
 
 
 def _score_reference(job: TrainJob, backend: TrainBackend, steps: list[Any], table: pa.Table) -> None:

@@ -157,12 +157,21 @@ def test_a_damaged_checkpoint_is_named_and_not_opened(
     assert committed(out) == committed(calm)
 
 
-def test_a_checkpoint_of_another_number_of_workers_is_refused(
-    tmp_path: Path, config: SpinConfig, half_trained: Path
+@pytest.mark.parametrize(
+    ("written", "as_if", "message"),
+    [
+        ('"train.workers": 1', '"train.workers": 3', r"train.workers \(was 3, now 1\)"),
+        ('"learning_rate": 0.001', '"learning_rate": 0.5', r"learning_rate \(was 0.5, now 0.001\)"),
+    ],
+)
+def test_a_checkpoint_of_another_number_of_workers_or_config_is_refused(
+    tmp_path: Path, config: SpinConfig, half_trained: Path, written: str, as_if: str, message: str
 ) -> None:
+    """As it would be if a folder were copied from another run."""
     out = tmp_path / "run"
     shutil.copytree(half_trained, out)
     seal = checkpoint_of(out) / "spin_ray-0.json"
-    seal.write_text(seal.read_text().replace('"train.workers": 1', '"train.workers": 3'))
-    with pytest.raises(RunDirError, match=r"train.workers \(was 3, now 1\); restore them, or remove"):
+    assert written in seal.read_text()
+    seal.write_text(seal.read_text().replace(written, as_if))
+    with pytest.raises(RunDirError, match=rf"was written with other values of {message}; restore them, or remove"):
         small_run.run(config, out)

@@ -236,7 +236,7 @@ def test_training_computes_hardly_more_than_each_prompt_and_each_response_once(p
     rows = [(ids(prompt), ids(response), ids(response)) for _ in range(480)]
     table = table_of(rows).append_column("prompt_id", pa.array([str(number) for number in range(len(rows))]))
     shape = loop.PackShape(pack_length=pack_length, global_batch_pairs=batch, pad_id=0)
-    (steps,) = loop.plan(table, shape, epochs=1, seed=0)
+    (steps,) = loop.plan(loop.pair_lengths([table]), shape, epochs=1, seed=0)
     lengths = [len(shape.build(pack, table).input_ids) for step in steps for pack in step.packs]
     assert sum(lengths) <= 1.05 * sum(len(tokens) for row in rows for tokens in row)
     assert len(set(lengths)) <= 16

@@ -10,6 +10,7 @@ from fakes import config_of, write_prompts, write_rows
 from spin_ray.algorithms.base import margin_objective
 from spin_ray.config import SpinConfig
 from spin_ray.errors import RunDirError
+from spin_ray.learner import loop
 from spin_ray.model_folder import ModelFolder
 from spin_ray.run_dir import RunDir, read_json_lines
 from spin_ray.stages import training
@@ -133,12 +134,32 @@ def test_iterations_shuffle_differently(run, jobs):
 
 
 def test_pairs_are_read_as_they_are(run):
-    assert training._read_rows(run.pairs(0)).to_pylist() == PAIRS
+    assert [row for part in training._pairs(run.pairs(0)) for row in part.to_pylist()] == PAIRS
+
+
+def test_each_rank_keeps_the_tokens_of_its_own_packs_and_all_pair_ids(run):
+    """Eight pairs in four packs over three ranks: two packs for the first; one, and one of padding, for the others."""
+    write_rows(run.pairs(1), PAIR_SCHEMA, [{**PAIRS[0], "pair_id": f"q{i}", "prompt_id": f"q{i}"} for i in range(8)], 3)
+    pairs = run.pairs(1)
+    shape = loop.PackShape(pack_length=12, global_batch_pairs=8, pad_id=0)
+    epochs = loop.plan(loop.pair_lengths(training._pairs(pairs)), shape, epochs=2, seed=0)
+    shares = [training._share(training._pairs(pairs), loop.rows_of_rank(epochs, rank, 3)) for rank in range(3)]
+    whole = pa.concat_tables(training._pairs(pairs))
+    for rank, share in enumerate(shares):
+        assert share["pair_id"].equals(whole["pair_id"])
+        packs = [pack for (step,) in epochs for pack in step.for_rank(rank, 3)]
+        used = {row for pack in packs for tree in pack for row in tree}
+        assert {row for row in range(8) if share["real_ids"][row].is_valid} == used
+        for pack in packs:
+            mine, all_of = (shape.build(pack, table) for table in (share, whole))
+            assert torch.equal(mine.input_ids, all_of.input_ids) and torch.equal(mine.pair_row, all_of.pair_row)
+    with pytest.raises(AttributeError):  # never as if it were an empty response
+        shape.build((((set(range(8)) - loop.rows_of_rank(epochs, 0, 3)).pop(),),), shares[0])
 
 
 def test_prompts_become_rows_without_a_generated_response(run):
     write_prompts(run.prompts, count=2, part_rows=1)
-    assert training._read_rows(run.prompts).to_pylist()[1] == {
+    assert [row for part in training._pairs(run.prompts) for row in part.to_pylist()][1] == {
         "pair_id": "p001", "prompt_id": "p001", "iteration": 0,
         "prompt_ids": [1, 1], "real_ids": [11, 2], "generated_ids": [],
     }  # fmt: skip
@@ -150,7 +171,7 @@ def test_prompts_become_rows_without_a_generated_response(run):
 def test_reference_scores_are_matched_by_pair_whatever_their_order(run):
     """Ranks write them in the order of their packs."""
     write_reference(run, [(f"p{i}/000/0", -i, -10 * i) for i in (2, 0, 3, 1)])
-    scores = training._load_reference(run.reference(0), training._read_rows(run.pairs(0)))
+    scores = training._load_reference(run.reference(0), pa.concat_tables(training._pairs(run.pairs(0))))
     assert scores.real.tolist() == [0, -1, -2, -3]
     assert scores.generated.tolist() == [0, -10, -20, -30]
     assert scores.real.dtype == torch.float32
@@ -160,7 +181,7 @@ def test_reference_scores_are_matched_by_pair_whatever_their_order(run):
 def test_a_missing_surplus_or_double_score_is_an_error(run, names):
     write_reference(run, [(f"p{i}/000/0", 0.0, 0.0) for i in names])
     with pytest.raises(RunDirError, match=rf"iter_000/reference: {len(names)} scores for 4 pairs"):
-        training._load_reference(run.reference(0), training._read_rows(run.pairs(0)))
+        training._load_reference(run.reference(0), pa.concat_tables(training._pairs(run.pairs(0))))
 
 
 def test_a_reference_of_another_start_model_is_refused(run, jobs):
