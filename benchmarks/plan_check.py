@@ -109,9 +109,11 @@ def measure(case: Case, options: argparse.Namespace) -> dict[str, Any]:
         seconds, targets = time_packs(model, config, options, Path(folder), backward=case.kind != "scoring")
         used = peak_bytes() - before
     backward = case.kind != "scoring"
-    flops = pack_flops(config, shape, targets, backward=backward)
+    flops = pack_flops(config, shape, config.train.pack_length, targets, backward=backward)
     predicted = CPU.share(ResourcesConfig(cpus=options.threads)).seconds(flops, config.train.precision)
-    packs = Packs(steps=1, per_step=2, per_rank=2, targets=targets, per_rank_at_most=2, tokens=0)
+    packs = Packs(
+        steps=1, per_step=2, per_rank=2, length=config.train.pack_length, targets=targets, per_rank_at_most=2, tokens=0
+    )
     memory = learner_memory(config, shape, packs, optimizer=config.train.optimizer, backward=backward)
     return {
         "parameters": shape.parameters,

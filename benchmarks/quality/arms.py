@@ -136,7 +136,7 @@ _CPU: Recipe = {
     },
     # One thread: more of them than free cores slow a step more than tenfold.
     "train": {
-        "workers": 1, "resources": {"cpus": 1}, "epochs": 1, "global_batch_pairs": 24, "pack_length": 512,
+        "workers": 1, "resources": {"cpus": 1}, "epochs": 1, "global_batch_pairs": 24, "pack_length": 2048,
         "precision": "bf16", "checkpoint_every_steps": 15, "optimizer": {"name": "adamw", "schedule": "linear"},
     },
     "objective": {"window": 1},
@@ -150,7 +150,6 @@ def _smollm2(max_length: int, max_tokens: int) -> Recipe:
     recipe["model"] = {"path": "embedded:smollm2-135m-instruct", "max_length": max_length}
     recipe["data"] = {"system": ""}
     recipe["generation"] |= {"sampling": {"max_tokens": max_tokens}, "shard_rows": 264}
-    recipe["train"]["pack_length"] = max(512, max_length + max_tokens)
     return recipe
 
 

@@ -75,11 +75,16 @@ class ReferenceScores:
         )
 
 
-def plan(lengths: PairLengths, shape: PackShape, *, epochs: int, seed: int) -> list[list[Step]]:
+def plan(lengths: PairLengths, shape: PackShape, *, epochs: int, seed: int, ranks: int = 1) -> list[list[Step]]:
     """The steps of every epoch; equal on all ranks."""
     return [
         plan_epoch(
-            lengths, pack_length=shape.pack_length, global_batch_pairs=shape.global_batch_pairs, seed=seed, epoch=epoch
+            lengths,
+            pack_length=shape.pack_length,
+            global_batch_pairs=shape.global_batch_pairs,
+            seed=seed,
+            epoch=epoch,
+            ranks=ranks,
         )
         for epoch in range(epochs)
     ]

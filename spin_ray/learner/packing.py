@@ -2,13 +2,14 @@
 
     rows ──same prompt and y──> trees ──shuffled, cut by pairs──> steps ──best fit──> packs ──tokens──> PackedBatch
 
-The plan of an epoch is a function of lengths, seed and epoch alone, so every rank computes the same one without
-talking, and a restarted job continues at an exact step.
+The plan of an epoch is a function of lengths, seed, epoch and the number of ranks alone, so every rank computes the
+same one without talking, and a restarted job continues at an exact step. The rows of a step do not depend on the ranks.
 """
 
 from bisect import bisect_left, insort
 from collections.abc import Iterator
 from dataclasses import dataclass
+from heapq import heapreplace
 from itertools import pairwise
 
 import numpy as np
@@ -52,16 +53,17 @@ class Step:
     """Tokens of y summed over pairs: a y that two pairs share counts twice, as it does in the loss."""
 
     def for_rank(self, rank: int, world_size: int) -> tuple[Pack, ...]:
-        """This rank's packs. Every rank gets the same number: each forward and backward is a collective, and all packs
-        but the last few of a step are full, so an equal count is an equal load.
-        """
+        """This rank's packs. Every rank gets the same number, as each forward and backward is a collective."""
         mine = self.packs[rank::world_size]
         share = -(-len(self.packs) // world_size)
         return mine + ((),) * (share - len(mine))
 
 
-def plan_epoch(lengths: PairLengths, *, pack_length: int, global_batch_pairs: int, seed: int, epoch: int) -> list[Step]:
-    """Cuts all rows into optimizer steps of at most ``global_batch_pairs`` pairs (a tree is never cut).
+def plan_epoch(
+    lengths: PairLengths, *, pack_length: int, global_batch_pairs: int, seed: int, epoch: int, ranks: int = 1
+) -> list[Step]:
+    """Cuts all rows into optimizer steps of at most ``global_batch_pairs`` pairs (a tree is never cut), and these into
+    packs: as few as there can be, or with several ranks as many as keep all of them at work.
 
     Raises:
         ValueError: a row has an empty prompt or real response, or cannot fit a pack even alone.
@@ -75,9 +77,7 @@ def plan_epoch(lengths: PairLengths, *, pack_length: int, global_batch_pairs: in
         rows = [row for tree in chosen for row in trees[tree]]
         steps.append(
             Step(
-                packs=_best_fit_decreasing(
-                    [trees[tree] for tree in chosen], [sizes[tree] for tree in chosen], pack_length
-                ),
+                packs=_packs([trees[tree] for tree in chosen], [sizes[tree] for tree in chosen], pack_length, ranks),
                 num_pairs=len(rows),
                 num_real_tokens=int(lengths.real[rows].sum()),
             )
@@ -143,6 +143,33 @@ def _cut(order: list[int], trees: list[Tree], global_batch_pairs: int) -> Iterat
         pairs += len(trees[tree])
     if chosen:
         yield chosen
+
+
+def _packs(trees: list[Tree], sizes: list[int], pack_length: int, ranks: int) -> tuple[Pack, ...]:
+    """Ten full packs keep eight ranks waiting for two of them; sixteen of even lengths take 5/8 of the time.
+
+    Trees that leave too little room to be spread evenly stay as the best fit has them.
+    """
+    few = _best_fit_decreasing(trees, sizes, pack_length)
+    if ranks == 1:
+        return few
+    rounds = -(-len(few) // ranks)
+    return _spread_evenly(trees, sizes, min(rounds * ranks, len(trees)), pack_length) or few
+
+
+def _spread_evenly(trees: list[Tree], sizes: list[int], count: int, pack_length: int) -> tuple[Pack, ...] | None:
+    """Largest tree first, each into the emptiest of ``count`` packs; the longest packs first, so that those of one
+    round of the ranks are alike. None if a pack would be overfull.
+    """
+    packs: list[list[Tree]] = [[] for _ in range(count)]
+    used = [(0, number) for number in range(count)]  # a heap
+    for i in sorted(range(len(trees)), key=lambda i: -sizes[i]):
+        tokens, pack = used[0]
+        if tokens + sizes[i] > pack_length:
+            return None
+        packs[pack].append(trees[i])
+        heapreplace(used, (tokens + sizes[i], pack))
+    return tuple(tuple(packs[pack]) for _, pack in sorted(used, reverse=True))
 
 
 def _best_fit_decreasing(trees: list[Tree], sizes: list[int], pack_length: int) -> tuple[Pack, ...]:

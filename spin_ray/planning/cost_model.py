@@ -3,8 +3,8 @@
     recipe, model shape, row lengths, hardware ──> iterations of stages, each with FLOPs, seconds and bytes
 
 Time is a roofline (Williams, Waterman, Patterson 2009): the longer of FLOPs / reachable FLOP/s and bytes / reachable
-bytes/s. Counted is what the code does, not what it might: packs are computed to their full length with a dense mask,
-ranks wait for the one with the most packs, a shard ends with its longest response.
+bytes/s. Counted is what the code does, not what it might: packs are computed to their padded length with a dense mask,
+a shard ends with its longest response.
 
 Not counted: reading data, checkpoints, export, tensor-parallel traffic; a padded layout
 (``model.attention``) costs 2-4 times the packed one assumed here.
@@ -29,12 +29,14 @@ WORKERS_START_S = 20.0
 PACKING_LOSS, PART_PACK = 0.03, 0.7
 """A step whose tokens would fill n packs takes about (1 + loss)·n + part of them: best fit leaves little room, but
 the last pack is part empty. Counted with ``learner.packing.plan_epoch`` on log-normal lengths; a test repeats it."""
+LENGTHS_OF_A_PACK = 16
+"""``learner.loop.LENGTHS_OF_A_PACK``, not imported because torch would come with it."""
 LENGTH_SPREAD = 2 / 3
 """Standard deviation of a row's length over its mean: an assumption, text is about log-normal with a sigma of 0.6."""
 QUINTILES = (-1.28, -0.52, 0.0, 0.52, 1.28)
 """Middles of five equally likely parts of a normal distribution: steps with few tokens to steps with many."""
-CHUNK_TARGETS = 64
-"""``learner.scoring.TARGETS_PER_CHUNK``, not imported because torch would come with it."""
+CHUNK_TARGETS = 256
+"""``learner.scoring.TARGETS_PER_CHUNK``, likewise."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -61,8 +63,6 @@ class StageCost:
     seconds: float
     bound: str
     """What takes the most of the time."""
-    idle: float = 0.0
-    """Share of the time that train workers wait for the one with the most packs."""
     memory: dict[str, float]
     """Bytes on the fullest device (a GPU, or a worker's share of the host), by purpose."""
     room: float
@@ -169,9 +169,11 @@ class Packs:
 
     steps: int
     per_step: float
-    """Packs of a step over all ranks, on average; so are the next two."""
+    """Packs of a step over all ranks, on average; so are the next three."""
     per_rank: float
-    """Packs of the rank with the most; all others wait for it."""
+    """Packs of one rank: several ranks have equally many, of even lengths."""
+    length: float
+    """Tokens of a pack, with padding."""
     targets: float
     """Response tokens in a pack: where the head runs."""
     per_rank_at_most: int
@@ -190,16 +192,19 @@ def packs_of(
 
     def packs(deviations: float) -> int:
         filled = per_step * tree_tokens / pack_length * max(0.0, 1 + deviations * deviation)
-        return max(1, round((1 + PACKING_LOSS) * filled + PART_PACK))
+        fewest = max(1, round((1 + PACKING_LOSS) * filled + PART_PACK))
+        return ceil(fewest / workers) * workers
 
     counts = [packs(deviations) for deviations in QUINTILES]
     mean = sum(counts) / len(counts)
+    padding = pack_length / LENGTHS_OF_A_PACK / 2
     return Packs(
         steps=steps,
         per_step=mean,
-        per_rank=sum(ceil(count / workers) for count in counts) / len(counts),
+        per_rank=mean / workers,
+        length=min(per_step * tree_tokens / mean + padding, pack_length),
         targets=per_step * targets / mean,
-        per_rank_at_most=ceil(packs(3) / workers),
+        per_rank_at_most=packs(3) // workers,
         tokens=trees * tree_tokens,
     )
 
@@ -240,13 +245,13 @@ def heldout_packs(config: SpinConfig, work: Work) -> Packs:
     )  # fmt: skip
 
 
-def pack_flops(config: SpinConfig, shape: ModelShape, targets: float, *, backward: bool) -> float:
-    """Of one pack: a forward pass, with backward 3 times that (twice for the gradients of weights and inputs), and 4
-    where activations are computed again: layers with checkpointing, the head always (``_chunked_logps``).
+def pack_flops(config: SpinConfig, shape: ModelShape, length: float, targets: float, *, backward: bool) -> float:
+    """Of one pack of ``length`` tokens: a forward pass, with backward 3 times that (twice for the gradients of weights
+    and inputs), and 4 where activations are computed again: layers with checkpointing, the head always
+    (``_chunked_logps``).
 
-    The mask is dense, so attention computes all of pack_length² pairs.
+    The mask is dense, so attention computes all of length² pairs.
     """
-    length = config.train.pack_length
     trunk, head = shape.trunk_flops(length, length**2), shape.head_flops(targets)
     if not backward:
         return trunk + head
@@ -302,7 +307,7 @@ def _learner_cost(
     optimizer: OptimizerConfig | None,
     backward: bool = False,
 ) -> StageCost:
-    flops = pack_flops(config, shape, packs.targets, backward=backward)
+    flops = pack_flops(config, shape, packs.length, packs.targets, backward=backward)
     compute = device.seconds(packs.per_rank * flops, config.train.precision)
     traffic = device.sending(step_traffic(config, shape, packs.per_rank, backward=backward))
     return StageCost(
@@ -311,7 +316,6 @@ def _learner_cost(
         flops=passes * packs.steps * packs.per_step * flops,
         seconds=passes * packs.steps * max(compute, traffic),
         bound="gathering weights" if traffic > compute else "compute",
-        idle=1 - packs.per_step / (packs.per_rank * config.train.workers),
         memory=learner_memory(config, shape, packs, optimizer=optimizer, backward=backward),
         room=device.memory,
     )

@@ -200,8 +200,8 @@ def print_plan(config: SpinConfig, cluster: Cluster, given: Given, console: Cons
 
 def _times(phases: list[Phase]) -> Table:
     table = Table(title="Predicted, not measured; each iteration")
-    for name in ("", "stage", "tokens", "FLOPs", "time", "idle", "bound by"):
-        table.add_column(name, justify="right" if name in ("tokens", "FLOPs", "time", "idle") else "left")
+    for name in ("", "stage", "tokens", "FLOPs", "time", "bound by"):
+        table.add_column(name, justify="right" if name in ("tokens", "FLOPs", "time") else "left")
     for phase in phases:
         for number, stage in enumerate(phase.stages):
             table.add_row(
@@ -210,7 +210,6 @@ def _times(phases: list[Phase]) -> Table:
                 count(stage.tokens),
                 f"{stage.flops:.1e}",
                 duration(stage.seconds),
-                f"{stage.idle:.0%}" if stage.idle >= 0.005 else "",
                 stage.bound,
             )
         table.add_section()

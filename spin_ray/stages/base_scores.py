@@ -109,7 +109,7 @@ def _score(run_dir: RunDir, config: SpinConfig, base: ModelFolder, rows: pa.Tabl
 
 def _worker(job: BaseScoreJob) -> int:
     """Runs on every rank; returns how many there are."""
-    steps = plan(pair_lengths([job.rows]), job.shape, epochs=1, seed=0)[0]
+    steps = plan(pair_lengths([job.rows]), job.shape, epochs=1, seed=0, ranks=dist.get_world_size())[0]
     backend = Fsdp2Backend(job.model.here(), job.backend, device())
     rows, logps, _ = score_rows(backend, steps, job.rows, job.shape)
     keys = job.rows["pair_id"].take(pa.array(rows, pa.int64()))

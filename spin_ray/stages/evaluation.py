@@ -209,7 +209,7 @@ def _score_rows(backend: Fsdp2Backend, table: pa.Table, shape: PackShape, model:
     """This rank's share of the rows, in SCORE_SCHEMA."""
     rows: list[int] = []
     columns: dict[str, list[Any]] = {name: [] for name in SCORE_SCHEMA.names[2:]}
-    for step in plan(pair_lengths([table]), shape, epochs=1, seed=0)[0]:
+    for step in plan(pair_lengths([table]), shape, epochs=1, seed=0, ranks=dist.get_world_size())[0]:
         for pack in step.for_rank(dist.get_rank(), dist.get_world_size()):
             batch = shape.build(pack, table).to(backend.device)
             logps = backend.score_tokens(batch)

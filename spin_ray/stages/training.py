@@ -218,8 +218,9 @@ def _train(run_dir: RunDir, config: SpinConfig, job: TrainJob) -> None:
 
 def _worker(job: TrainJob) -> dict[str, float]:
     """Runs on every rank. Ends with ``job.target`` committed; returns what this attempt did."""
-    epochs = plan(pair_lengths(_pairs(job.rows)), job.shape, epochs=job.epochs, seed=job.seed)
-    table = _share(_pairs(job.rows), rows_of_rank(epochs, dist.get_rank(), dist.get_world_size()))
+    rank, ranks = dist.get_rank(), dist.get_world_size()
+    epochs = plan(pair_lengths(_pairs(job.rows)), job.shape, epochs=job.epochs, seed=job.seed, ranks=ranks)
+    table = _share(_pairs(job.rows), rows_of_rank(epochs, rank, ranks))
     steps = [step for epoch in epochs for step in epoch]
     backend = make_backend(job.start.here(), replace(job.backend, total_steps=len(steps), seed=job.seed), device())
     reference, started = None, time.monotonic()

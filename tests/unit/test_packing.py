@@ -31,24 +31,28 @@ def pair_rows(draw: st.DrawFn) -> list[Row]:
     return draw(st.permutations(rows))
 
 
-def plan(rows: list[Row], batch: int = 3, seed: int = 0, epoch: int = 0) -> list[Step]:
-    return plan_epoch(lengths_of(rows), pack_length=PACK_LENGTH, global_batch_pairs=batch, seed=seed, epoch=epoch)
+def plan(rows: list[Row], batch: int = 3, seed: int = 0, epoch: int = 0, ranks: int = 1) -> list[Step]:
+    return plan_epoch(
+        lengths_of(rows), pack_length=PACK_LENGTH, global_batch_pairs=batch, seed=seed, epoch=epoch, ranks=ranks
+    )
 
 
-@given(pair_rows(), st.integers(1, 6))
+@given(pair_rows(), st.integers(1, 6), st.integers(1, 4))
 @settings(max_examples=60, deadline=None)
-def test_every_pair_is_trained_on_exactly_once_per_epoch(rows: list[Row], batch: int) -> None:
-    steps = plan(rows, batch)
+def test_every_pair_is_trained_on_exactly_once_per_epoch(rows: list[Row], batch: int, ranks: int) -> None:
+    steps = plan(rows, batch, ranks=ranks)
     planned = [row for step in steps for pack in step.packs for tree in pack for row in tree]
     assert sorted(planned) == list(range(len(rows)))
     assert sum(step.num_pairs for step in steps) == len(rows)
     assert sum(step.num_real_tokens for step in steps) == sum(len(real) for _, real, _ in rows)
 
 
-@given(pair_rows(), st.integers(1, 6))
+@given(pair_rows(), st.integers(1, 6), st.integers(1, 4))
 @settings(max_examples=60, deadline=None)
-def test_no_pack_is_overfull_and_no_step_exceeds_the_batch_but_by_a_single_tree(rows: list[Row], batch: int) -> None:
-    for step in plan(rows, batch):
+def test_no_pack_is_overfull_and_no_step_exceeds_the_batch_but_by_a_single_tree(
+    rows: list[Row], batch: int, ranks: int
+) -> None:
+    for step in plan(rows, batch, ranks=ranks):
         trees = [tree for pack in step.packs for tree in pack]
         assert step.num_pairs == sum(map(len, trees))
         assert step.num_pairs <= batch or len(trees) == 1
@@ -62,11 +66,51 @@ def test_no_pack_is_overfull_and_no_step_exceeds_the_batch_but_by_a_single_tree(
 @given(pair_rows(), st.integers(1, 5))
 @settings(max_examples=40, deadline=None)
 def test_ranks_get_equal_numbers_of_packs_and_together_all_of_them(rows: list[Row], world_size: int) -> None:
-    for step in plan(rows, batch=8):
+    for step in plan(rows, batch=8, ranks=world_size):
         shares = [step.for_rank(rank, world_size) for rank in range(world_size)]
         assert len({len(share) for share in shares}) == 1
         assert len(shares[0]) == -(-len(step.packs) // world_size)
         assert sorted(pack for share in shares for pack in share if pack) == sorted(step.packs)
+
+
+@given(pair_rows(), st.integers(1, 8), st.integers(2, 5))
+@settings(max_examples=40, deadline=None)
+def test_ranks_change_neither_the_rows_of_a_step_nor_what_its_losses_are_divided_by(
+    rows: list[Row], batch: int, ranks: int
+) -> None:
+    def without_packs(step: Step) -> tuple[list[tuple[int, ...]], int, int]:
+        return sorted(tree for pack in step.packs for tree in pack), step.num_pairs, step.num_real_tokens
+
+    alone, together = plan(rows, batch), plan(rows, batch, ranks=ranks)
+    assert [without_packs(step) for step in together] == [without_packs(step) for step in alone]
+
+
+def test_several_ranks_are_at_work_all_the_time() -> None:
+    """Lengths like the paper's, 64 pairs of about 640 tokens in a step: full packs would be ten or eleven, and six or
+    five of eight ranks would wait for the others' second. A rank computes as long as the longest pack of each round.
+    """
+    rng = np.random.default_rng(0)
+    prompt, real, generated = (
+        np.minimum(np.ceil(rng.lognormal(np.log(mean) - 0.18, 0.6, 64 * 40)), 1300).astype(int)
+        for mean in (130, 256, 256)
+    )
+    lengths = PairLengths(prompt=prompt, real=real, generated=generated, tree_key=np.arange(len(prompt)))
+
+    def waited(ranks: int, spread: bool) -> float:
+        """Of the tokens that ``ranks`` could have computed meanwhile, the share that they did not."""
+        computed = time = 0
+        for step in plan_epoch(
+            lengths, pack_length=4096, global_batch_pairs=64, seed=0, epoch=0, ranks=ranks if spread else 1
+        ):
+            tokens = [
+                int((prompt + real + generated)[[row for tree in pack for row in tree]].sum()) for pack in step.packs
+            ]
+            computed += sum(tokens)
+            time += sum(max(tokens[start : start + ranks]) for start in range(0, len(tokens), ranks))
+        return 1 - computed / (time * ranks)
+
+    assert waited(8, spread=False) > 0.3 and waited(8, spread=True) < 0.03
+    assert waited(3, spread=True) < 0.03
 
 
 @given(pair_rows(), st.integers(-3, 2**40), st.integers(0, 5))

@@ -12,8 +12,11 @@ from fakes import config_of
 
 from spin_ray.config import OptimizerConfig, ResourcesConfig, SpinConfig, load_config
 from spin_ray.errors import DataError, ModelError
+from spin_ray.learner import loop, scoring
 from spin_ray.learner.packing import PairLengths, plan_epoch
 from spin_ray.planning.cost_model import (
+    CHUNK_TARGETS,
+    LENGTHS_OF_A_PACK,
     PUBLISHED_H,
     RUNTIME,
     WORKERS_START_S,
@@ -40,7 +43,7 @@ A100 = GPUS["A100-80G"]
 PAPER_WORK = Work(rows=50_000, prompt=130, real=256, generated=256, heldout_rows=500)
 TINY = ModelShape(layers=2, hidden=8, intermediate=16, heads=2, kv_heads=1, head_dim=4, vocab=10)
 """A layer multiplies 8·(2·8 + 2·4 + 3·16) = 576 weights and has 16 more in norms; 10·8·2 + 8 = 168 are outside."""
-ONE_PACK = Packs(steps=1, per_step=2, per_rank=1, targets=2, per_rank_at_most=1, tokens=6)
+ONE_PACK = Packs(steps=1, per_step=2, per_rank=1, length=3, targets=2, per_rank_at_most=1, tokens=6)
 TWO_PACKS = replace(ONE_PACK, per_rank=2, per_rank_at_most=2)
 RMSPROP, ADAMW = OptimizerConfig(), OptimizerConfig(name="adamw")
 
@@ -94,16 +97,16 @@ def test_flops_of_a_pack_by_hand():
     Backward doubles the forward pass, checkpointing repeats it, and the head is always computed again.
     """
     plain, repeated = tiny_config(), tiny_config(gradient_checkpointing=True)
-    assert pack_flops(plain, TINY, 2, backward=False) == 7488 + 320
-    assert pack_flops(plain, TINY, 2, backward=True) == 3 * 7488 + 4 * 320
-    assert pack_flops(repeated, TINY, 2, backward=True) == 4 * 7488 + 4 * 320
-    assert pack_flops(repeated, TINY, 2, backward=False) == 7488 + 320
+    assert pack_flops(plain, TINY, 3, 2, backward=False) == 7488 + 320
+    assert pack_flops(plain, TINY, 3, 2, backward=True) == 3 * 7488 + 4 * 320
+    assert pack_flops(repeated, TINY, 3, 2, backward=True) == 4 * 7488 + 4 * 320
+    assert pack_flops(repeated, TINY, 3, 2, backward=False) == 7488 + 320
 
 
 def test_a_large_model_costs_about_6_flops_per_parameter_and_token():
     """6N is the usual estimate (arXiv 2001.08361); attention adds some, embeddings are not multiplied."""
     tokens = ZEPHYR.train.pack_length
-    flops = pack_flops(changed(ZEPHYR, gradient_checkpointing=False), MISTRAL_7B, tokens, backward=True)
+    flops = pack_flops(changed(ZEPHYR, gradient_checkpointing=False), MISTRAL_7B, tokens, tokens, backward=True)
     assert flops / (6 * MISTRAL_7B.parameters * tokens) == pytest.approx(1.0, abs=0.2)
 
 
@@ -124,9 +127,9 @@ def test_memory_of_a_train_worker_by_hand():
 
     Gathered: 168 + 2·592 in bf16, two fp32 buffers of 592. Activations of a layer, 3 tokens:
     2·8·8 (norms) + 4·8·2 (attention) + 4·16·2 (feed-forward) = 320 bytes a token; then 2 targets · 8 · 2, a mask of
-    3² · 3 and 64 · 10 logits three times in fp32.
+    3² · 3 and 256 · 10 logits three times in fp32.
     """
-    rest = 2 * 8 * 2 + 9 * 3 + 64 * 10 * 12
+    rest = 2 * 8 * 2 + 9 * 3 + 256 * 10 * 12
     expected = {
         "weights": 2704, "optimizer": 2704, "gradients": 2704, "whole gradients": 5408,
         "gathered weights": 2 * (168 + 2 * 592) + 2 * 4 * 592, "activations": 2 * 3 * 320 + rest, "runtime": RUNTIME,
@@ -256,7 +259,7 @@ def test_tensor_parallel_engines_hold_a_part_each():
     [(640, 0.6, 4096, 64), (900, 0.3, 4096, 64), (90, 0.6, 256, 16), (110, 0.3, 512, 24), (300, 0.5, 512, 16)],
 )
 def test_packs_are_predicted_as_plan_epoch_makes_them(tokens, sigma, pack_length, batch):
-    """Log-normal lengths; the mean number of packs of a step, and of the busiest of 4 ranks, within 15 %."""
+    """Log-normal lengths; the mean number of packs of a step and their length, of one and of 4 ranks, within 15 %."""
     rng = np.random.default_rng(0)
     columns = [
         np.ceil(rng.lognormal(log(share * tokens) - sigma**2 / 2, sigma, 80 * batch)).astype(int)
@@ -265,15 +268,29 @@ def test_packs_are_predicted_as_plan_epoch_makes_them(tokens, sigma, pack_length
     kept = sum(columns) <= pack_length
     prompt, real, generated = (column[kept] for column in columns)
     lengths = PairLengths(prompt=prompt, real=real, generated=generated, tree_key=np.arange(len(prompt)))
-    steps = plan_epoch(lengths, pack_length=pack_length, global_batch_pairs=batch, seed=0, epoch=0)[:-1]
-    predicted = packs_of(
-        len(steps) * batch, float((prompt + real + generated).mean()), 0,
-        steps=len(steps), pack_length=pack_length, workers=4,
-    )  # fmt: skip
-    found = np.array([len(step.packs) for step in steps])
-    assert predicted.per_step == pytest.approx(found.mean(), rel=0.15)
-    assert predicted.per_rank == pytest.approx(np.ceil(found / 4).mean(), rel=0.15)
-    assert predicted.per_rank_at_most >= ceil(np.quantile(found, 0.99) / 4)
+    for ranks in (1, 4):
+        steps = plan_epoch(lengths, pack_length=pack_length, global_batch_pairs=batch, seed=0, epoch=0, ranks=ranks)[
+            :-1
+        ]
+        predicted = packs_of(
+            len(steps) * batch, float((prompt + real + generated).mean()), 0,
+            steps=len(steps), pack_length=pack_length, workers=ranks,
+        )  # fmt: skip
+        found = np.array([len(step.packs) for step in steps])
+        assert predicted.per_step == pytest.approx(found.mean(), rel=0.15)
+        assert predicted.per_rank == pytest.approx(np.ceil(found / ranks).mean(), rel=0.15)
+        assert predicted.per_rank_at_most >= ceil(np.quantile(found, 0.99) / ranks)
+        multiple = pack_length // LENGTHS_OF_A_PACK
+        built = [
+            ceil(sum((prompt + real + generated)[row] for tree in pack for row in tree) / multiple) * multiple
+            for step in steps
+            for pack in step.packs
+        ]
+        assert predicted.length == pytest.approx(np.mean(built), rel=0.15)
+
+
+def test_numbers_of_the_learner_that_are_repeated_here():
+    assert (CHUNK_TARGETS, LENGTHS_OF_A_PACK) == (scoring.TARGETS_PER_CHUNK, loop.LENGTHS_OF_A_PACK)
 
 
 def test_two_opponents_of_one_prompt_share_its_tree():
