@@ -75,7 +75,7 @@ bench: $(READY) ## The quicker benchmarks (not TRL): DATA=FILE.jsonl has the row
 	$(BIN)/python benchmarks/training_overhead.py --data $(DATA)
 	$(BIN)/python benchmarks/generation_overhead.py
 	$(BIN)/python benchmarks/size.py
-	$(BIN)/python benchmarks/iteration_against_authors.py --data $(DATA)
+	$(BIN)/python benchmarks/iteration_against_authors.py --data $(DATA) --pack-length 4096
 	$(BIN)/python benchmarks/table.py
 
 QUALITY_DATA ?= ../shared/data
