@@ -120,7 +120,7 @@ def in_turns(turns: str, batch: int) -> Any:
             target.with_suffix(".part").rename(target)
             return metrics
 
-        def in_order(lengths: Any, shape: Any, *, epochs: int, seed: int) -> Any:
+        def in_order(lengths: Any, shape: Any, *, epochs: int, **_: Any) -> Any:
             steps = []
             for start in range(0, len(lengths), batch):
                 part = {name: getattr(lengths, name)[start : start + batch] for name in lengths.__slots__}
