@@ -9,6 +9,7 @@ import pytest
 import ray.cloudpickle
 import torch
 import torch.distributed as dist
+from heard_of import wait_until_heard_of
 from test_backends_on_ray import log_of, run_with
 
 from spin_ray.errors import StageError
@@ -33,6 +34,8 @@ def _poisoned(attempts: Path, job: training.TrainJob) -> Any:
 
     def step(backend: Any, step: Any, *rest: Any) -> dict[str, float]:
         bad = dist.get_rank() == 1 and step is last[0]
+        if bad:
+            wait_until_heard_of(Path(job.storage.where(f"{job.name}/checkpoints")), 2)
         loop.spin_loss = lambda *arguments: right_loss(*arguments) * (torch.nan if bad else 1.0)
         return right_step(backend, step, *rest)
 
