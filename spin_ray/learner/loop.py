@@ -92,16 +92,13 @@ def plan(lengths: PairLengths, shape: PackShape, *, epochs: int, seed: int, rank
 
 def pair_lengths(parts: Iterable[pa.Table]) -> PairLengths:
     """Lengths of the rows of PAIR_SCHEMA tables, one in memory at a time; rows of one prompt_id share a tree."""
-    found: dict[str, list[np.ndarray]] = {"prompt": [], "real": [], "generated": []}
-    prompts = [pa.chunked_array([], pa.string())]
-    for part in parts:
-        for name, lengths in found.items():
-            lengths.append(np.asarray(pc.list_value_length(part[f"{name}_ids"])))
-        prompts.append(part["prompt_id"])
-    ids = pa.chunked_array([chunk for column in prompts for chunk in column.chunks], pa.string())
-    keys = ids.combine_chunks().dictionary_encode().indices
-    columns = {name: np.concatenate([np.empty(0, np.int32), *lengths]) for name, lengths in found.items()}
-    return PairLengths(**columns, tree_key=np.asarray(keys))
+    names = ("prompt", "real", "generated")
+    lengths = pa.concat_tables(
+        pa.table({name: pc.list_value_length(part[f"{name}_ids"]) for name in names} | {"tree": part["prompt_id"]})
+        for part in parts
+    )
+    keys = lengths["tree"].combine_chunks().dictionary_encode().indices
+    return PairLengths(**{name: np.asarray(lengths[name]) for name in names}, tree_key=np.asarray(keys))
 
 
 def rows_of_rank(epochs: list[list[Step]], rank: int, world_size: int) -> set[int]:

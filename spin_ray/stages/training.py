@@ -41,7 +41,7 @@ from spin_ray.progress import StageProgress
 from spin_ray.resources import demands, wait_until_free
 from spin_ray.run_dir import MANIFEST, Artefact, Manifest, RunDir, folder_entries, part_name, read_json_lines
 from spin_ray.storage import Storage
-from spin_ray.types import PAIR_SCHEMA, REFERENCE_SCHEMA, TOKEN_IDS
+from spin_ray.types import PAIR_SCHEMA, REFERENCE_SCHEMA
 from spin_ray.workers import device, run_workers
 
 _TOKENS = ("prompt_ids", "real_ids", "generated_ids")
@@ -270,10 +270,8 @@ def _share(parts: Iterable[pa.Table], own: set[int]) -> pa.Table:
     An epoch draws its packs from all over the table, and a part's digest is of all its bytes: so every part is read,
     but no rank keeps more of it than it needs.
     """
-    kept, first = (
-        [pa.table({"pair_id": pa.array([], pa.string())} | dict.fromkeys(_TOKENS, pa.array([], TOKEN_IDS)))],
-        0,
-    )
+    kept: list[pa.Table] = []
+    first = 0
     for part in parts:
         rows = pa.array([row if first + row in own else None for row in range(part.num_rows)], pa.int64())
         kept.append(pa.table({"pair_id": part["pair_id"]} | {name: part[name].take(rows) for name in _TOKENS}))

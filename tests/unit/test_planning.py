@@ -269,9 +269,8 @@ def test_packs_are_predicted_as_plan_epoch_makes_them(tokens, sigma, pack_length
     prompt, real, generated = (column[kept] for column in columns)
     lengths = PairLengths(prompt=prompt, real=real, generated=generated, tree_key=np.arange(len(prompt)))
     for ranks in (1, 4):
-        steps = plan_epoch(lengths, pack_length=pack_length, global_batch_pairs=batch, seed=0, epoch=0, ranks=ranks)[
-            :-1
-        ]
+        shape = {"pack_length": pack_length, "global_batch_pairs": batch}
+        steps = plan_epoch(lengths, **shape, seed=0, epoch=0, ranks=ranks)[:-1]
         predicted = packs_of(
             len(steps) * batch, float((prompt + real + generated).mean()), 0,
             steps=len(steps), pack_length=pack_length, workers=ranks,
