@@ -3,7 +3,7 @@
 The stage's actor code (read the shard, generate, write and commit the part) against `LLM.generate` alone: the same
 prompts and engine, one process, warm, in turn, A B A B.
 
-    python benchmarks/generation_overhead.py [--rows 192] [--max-tokens 32] [--pairs 3]
+    python benchmarks/generation_overhead.py [--rows 1000] [--max-tokens 32] [--pairs 5]
 """
 
 import argparse
@@ -26,9 +26,9 @@ from spin_ray.storage import Storage
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--rows", type=int, default=192)
+    parser.add_argument("--rows", type=int, default=1000)
     parser.add_argument("--max-tokens", type=int, default=32)
-    parser.add_argument("--pairs", type=int, default=3)
+    parser.add_argument("--pairs", type=int, default=5)
     options = parser.parse_args()
     config = SpinConfig.model_validate(
         {
