@@ -187,9 +187,7 @@ def main() -> None:
     torch.set_num_threads(options.threads)
     tokenizer = load_tokenizer(str(options.model))
     renderer = ChatRenderer(tokenizer)
-    model = AutoModelForCausalLM.from_pretrained(
-        options.model, dtype=torch.float32, attn_implementation="in_groups"
-    )
+    model = AutoModelForCausalLM.from_pretrained(options.model, dtype=torch.float32, attn_implementation="in_groups")
     found = {}
     for each in options.rows:
         name, _, file = each.partition("=")
