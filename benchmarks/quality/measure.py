@@ -30,7 +30,7 @@ from spin_ray.rendering import ChatRenderer, Rendered, load_tokenizer
 SAMPLES = 4
 SEED = 20240102
 BATCH = 48
-"""Prompts computed together; each decodes ``1 + SAMPLES`` answers."""
+"""Prompts computed together; each has ``1 + SAMPLES`` answers."""
 LIKELY = 64
 """Tokens looked at before all of them are sorted: nearly always enough."""
 
@@ -102,22 +102,24 @@ def answer_batch(
         return [[] for _ in rows], real
     cache.crop(-max(len(row.real_ids) for row in rows))
 
-    cache.batch_repeat_interleave(1 + samples)
-    logits, mask = first.repeat_interleave(1 + samples, 0), mask.repeat_interleave(1 + samples, 0)
-    position, running = lengths.repeat_interleave(1 + samples), torch.arange(count * (1 + samples))
     draws = torch.cat([torch.full((count, 1, longest), -1.0), uniform], dim=1).flatten(0, 1)
     answers: list[list[int]] = [[] for _ in range(count * (1 + samples))]
+    running = torch.arange(len(answers))
+    # Answers of a row that have been the same so far are one sequence: most of them, for most of their length.
+    logits, position, sequence = first, lengths, running // (1 + samples)
     for step in range(longest):
-        tokens = draw(logits, draws[running, step])
+        tokens = draw(logits[sequence], draws[running, step])
         for place, token in zip(running.tolist(), tokens.tolist(), strict=True):
             answers[place].append(token)
         going = tokens != stop
         if not going.any() or step == longest - 1:
             break
-        if not going.all():
-            cache.batch_select_indices(going.nonzero().squeeze(1))
-            mask, position, running, tokens = mask[going], position[going], running[going], tokens[going]
-        mask = torch.cat([mask, mask.new_ones(len(mask), 1)], dim=1)
+        running, grown = running[going], torch.stack([sequence[going], tokens[going]], dim=1)
+        grown, sequence = grown.unique(dim=0, return_inverse=True)
+        before, tokens = grown.unbind(1)
+        cache.batch_select_indices(before)
+        mask = torch.cat([mask[before], mask.new_ones(len(before), 1)], dim=1)
+        position = position[before]
         out = model(
             input_ids=tokens[:, None], attention_mask=mask, position_ids=position[:, None], past_key_values=cache
         )
