@@ -108,6 +108,8 @@ ARMS = [
     more_sft(f"{SFT}_rate_5e-6", 5e-6, "the baseline at a small rate"),
     spin("spin_flat_1.5_rate_1e-5", "half the steps' size", flat=1.5, rate=1e-5),
     spin("spin_flat_2", "opponent at temperature 2", flat=2.0),
+    spin("spin_flat_1.5_rate_5e-5", "the margin moved by 0.2 nats at 2e-5: longer steps", flat=1.5, rate=5e-5),
+    spin("spin_flat_2_rate_1e-4", "longer still, from a flatter opponent", flat=2.0, rate=1e-4),
     spin("spin_anchor_1", "a third of the anchor", sft_weight=1.0),
     spin("spin_beta_0.3", "log-ratio to the power 1/β: past people's distribution, by design", beta=0.3),
     spin("spin_no_anchor", "the paper's objective", sft_weight=0.0),
