@@ -79,15 +79,16 @@ def spin(
     flat: float | None = None,
     seeds: int = 1,
     iterations: int = 3,
+    prompts: int = 240,
     **objective: Any,
 ) -> Arm:
-    """Short iterations of 10 steps with fresh y′, two to a prompt; ``flat`` is the temperature of an opponent that
-    samples from its 8 likeliest tokens.
+    """Short iterations (10 steps for 240 prompts) with fresh y′, two to a prompt; ``flat`` is the temperature of an
+    opponent that samples from its 8 likeliest tokens.
     """
     changes: Recipe = {
         "objective": {"beta": 1.0, "window": 1, "sft_weight": 3.0, "keep_identical": True} | objective,
         "iterations": iterations,
-        "data": {"prompts_per_iteration": 240},
+        "data": {"prompts_per_iteration": prompts},
         "train": {"learning_rate": rate, "global_batch_pairs": 48},
         "generation": {"samples_per_prompt": 2},
     }
@@ -109,7 +110,10 @@ ARMS = [
     spin("spin_flat_1.5_rate_1e-5", "half the steps' size", flat=1.5, rate=1e-5),
     spin("spin_flat_2", "opponent at temperature 2", flat=2.0),
     spin("spin_flat_1.5_rate_5e-5", "the margin moved by 0.2 nats at 2e-5: longer steps", flat=1.5, rate=5e-5),
-    spin("spin_flat_2_rate_1e-4", "longer still, from a flatter opponent", flat=2.0, rate=1e-4),
+    spin(
+        "spin_flat_2_beta_0.3", "sharper by design: log-ratios go on to 1/β, over more steps", flat=2.0, beta=0.3,
+        sft_weight=1.0, prompts=528,
+    ),
     spin("spin_anchor_1", "a third of the anchor", sft_weight=1.0),
     spin("spin_beta_0.3", "log-ratio to the power 1/β: past people's distribution, by design", beta=0.3),
     spin("spin_no_anchor", "the paper's objective", sft_weight=0.0),
