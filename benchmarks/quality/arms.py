@@ -80,17 +80,18 @@ def spin(
     seeds: int = 1,
     iterations: int = 3,
     prompts: int = 240,
+    samples: int = 2,
     **objective: Any,
 ) -> Arm:
-    """Short iterations (10 steps for 240 prompts) with fresh y′, two to a prompt; ``flat`` is the temperature of an
-    opponent that samples from its 8 likeliest tokens.
+    """Short iterations (10 steps for 240 prompts) with fresh y′; ``flat`` is the temperature of an opponent that samples
+    from its 8 likeliest tokens.
     """
     changes: Recipe = {
         "objective": {"beta": 1.0, "window": 1, "sft_weight": 3.0, "keep_identical": True} | objective,
         "iterations": iterations,
         "data": {"prompts_per_iteration": prompts},
         "train": {"learning_rate": rate, "global_batch_pairs": 48},
-        "generation": {"samples_per_prompt": 2},
+        "generation": {"samples_per_prompt": samples},
     }
     if flat is not None:
         changes["generation"] |= {"sampling": {"temperature": flat, "top_k": 8}}
@@ -113,6 +114,10 @@ ARMS = [
     spin(
         "spin_flat_2_beta_0.3", "sharper by design: log-ratios go on to 1/β, over more steps", flat=2.0, beta=0.3,
         sft_weight=1.0, prompts=528,
+    ),
+    spin(
+        "spin_flat_1.5_long", "one iteration over nearly all prompts, long enough to be solved: exponent 1.67", flat=1.5,
+        beta=0.5, sft_weight=1.0, rate=3e-5, prompts=1700, samples=1, iterations=1,
     ),
     spin("spin_anchor_1", "a third of the anchor", sft_weight=1.0),
     spin("spin_beta_0.3", "log-ratio to the power 1/β: past people's distribution, by design", beta=0.3),
