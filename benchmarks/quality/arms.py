@@ -83,7 +83,7 @@ def spin(
     samples: int = 2,
     **objective: Any,
 ) -> Arm:
-    """Short iterations (10 steps for 240 prompts) with fresh y′; ``flat`` is the temperature of an opponent that samples
+    """Short iterations (10 steps for 240 prompts) with fresh y′; ``flat`` is the temperature of an opponent that draws
     from its 8 likeliest tokens.
     """
     changes: Recipe = {
@@ -116,7 +116,7 @@ ARMS = [
         sft_weight=1.0, prompts=528,
     ),
     spin(
-        "spin_flat_1.5_long", "one iteration over nearly all prompts, long enough to be solved: exponent 1.67", flat=1.5,
+        "spin_flat_1.5_long", "one iteration over nearly all prompts, nearly solved: exponent 1.67", flat=1.5,
         beta=0.5, sft_weight=1.0, rate=3e-5, prompts=1700, samples=1, iterations=1,
     ),
     spin("spin_anchor_1", "a third of the anchor", sft_weight=1.0),
