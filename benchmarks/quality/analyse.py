@@ -136,10 +136,22 @@ def analyse(folder: Path, setting: str) -> dict[str, Any]:
     return found | {
         "chosen_on_dev_rows": {"arm": chosen[0], "iterate": chosen[1]} if chosen else None,
         "continued_sft_arm": chosen_sft[0] if chosen_sft else None,
-        "theta_0": {"warm_up_iterate": plateau(warm_up), "complete": warm_up["complete"]} if warm_up else None,
+        "theta_0": _start(warm_up) if warm_up else None,
         "arms": rows["test"],
         "search_on_dev_rows": rows["dev"],
         "still_to_run": _missing_arms(runs),
+    }
+
+
+def _start(warm_up: Run) -> dict[str, Any]:
+    """Which epoch of the warm-up θ_0 is, and its sampled accuracy on test rows by temperature of the samples."""
+    number = plateau(warm_up)
+    iterate = numbered(warm_up, number) or {}
+    cooler = {key.partition("_at_")[2]: per_row(iterate, "sampled", key) for key in iterate if "test_at_" in key}
+    return {
+        "warm_up_iterate": number,
+        "complete": warm_up["complete"],
+        "sampled_at": {temperature: float(values.mean()) for temperature, values in cooler.items()},
     }
 
 

@@ -36,12 +36,19 @@ LIKELY = 64
 
 
 def measure(
-    model: Any, renderer: ChatRenderer, tokenizer: Any, rows: list[dict[str, Any]], extractor: str, longest: int
+    model: Any,
+    renderer: ChatRenderer,
+    tokenizer: Any,
+    rows: list[dict[str, Any]],
+    extractor: str,
+    longest: int,
+    temperature: float = 1.0,
 ) -> dict[str, Any]:
     """Measures of rows with ``messages`` and ``answer``; lists have one value a row, in their order.
 
     Args:
         longest: tokens of an answer; 0 for log p(y) alone, which is a fifth of the work.
+        temperature: of the samples.
     """
     data = DataConfig(train="", system="")
     rendered = renderer.render_all([conversations_of(row, data)[0] for row in rows])
@@ -52,7 +59,7 @@ def measure(
     uniform = torch.rand(len(rows), SAMPLES, longest, generator=torch.Generator().manual_seed(SEED))
     for chosen in torch.tensor([len(each.prompt_ids) for each in usable]).argsort().split(BATCH):
         answers, real = answer_batch(
-            model, [usable[i] for i in chosen.tolist()], uniform[chosen], renderer.end_of_turn_id
+            model, [usable[i] for i in chosen.tolist()], uniform[chosen], renderer.end_of_turn_id, temperature
         )
         for row, answer, logp in zip(chosen.tolist(), answers, real, strict=True):
             written[row], logps[row] = answer, logp
@@ -84,7 +91,7 @@ def measure(
 
 @torch.inference_mode()
 def answer_batch(
-    model: Any, rows: list[Rendered], uniform: Tensor, stop: int
+    model: Any, rows: list[Rendered], uniform: Tensor, stop: int, temperature: float = 1.0
 ) -> tuple[list[list[list[int]]], list[float]]:
     """For each row the greedy answer and a sample for each row of ``uniform`` [rows, samples, longest]; log p(y)."""
     count, samples, longest = uniform.shape
@@ -108,7 +115,7 @@ def answer_batch(
     # Answers of a row that have been the same so far are one sequence: most of them, for most of their length.
     logits, position, sequence = first, lengths, running // (1 + samples)
     for step in range(longest):
-        tokens = draw(logits[sequence], draws[running, step])
+        tokens = draw(logits[sequence] / temperature, draws[running, step])
         for place, token in zip(running.tolist(), tokens.tolist(), strict=True):
             answers[place].append(token)
         going = tokens != stop
@@ -182,6 +189,7 @@ def main() -> None:
     parser.add_argument("--rows", nargs="+", required=True, help="NAME=FILE.jsonl")
     parser.add_argument("--extractor", default="equals")
     parser.add_argument("--longest", type=int, default=48, help="tokens of an answer; 0: log p(y) alone")
+    parser.add_argument("--temperature", type=float, default=1.0, help="of the samples")
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--out", type=Path, required=True)
     options = parser.parse_args()
@@ -194,7 +202,7 @@ def main() -> None:
     for each in options.rows:
         name, _, file = each.partition("=")
         rows = [json.loads(line) for line in Path(file).read_text().splitlines()]
-        found[name] = measure(model, renderer, tokenizer, rows, options.extractor, options.longest)
+        found[name] = measure(model, renderer, tokenizer, rows, options.extractor, options.longest, options.temperature)
     options.out.write_text(json.dumps(found))
 
 

@@ -30,6 +30,8 @@ from spin_ray.storage import Storage
 
 ROOT = Path(__file__).resolve().parents[2]
 RESULTS = ROOT / "benchmarks" / "results" / "quality"
+COOLER = (0.67, 0.5)
+"""Temperatures at which θ_0 is sampled, too: log-probabilities times 1.5 and 2."""
 
 
 class Experiment:
@@ -97,22 +99,28 @@ class Experiment:
         return str(_model(run, number))
 
     def measure_start(self) -> None:
-        """Adds the answers of θ_0 (so far) to the warm-up's JSON; after the arms, as none of them waits for it."""
+        """Adds the answers of θ_0 (so far) to the warm-up's JSON, and those at ``COOLER`` temperatures, which are what
+        making it sharper without training gives; after the arms, as none of them waits for it.
+        """
         warm_up = ARMS[0]
         result = self.result(warm_up, 0)
         if not result.exists():
             return
         content = json.loads(result.read_text())
         number = plateau(content)
-        if "test" in content["iterates"][number - 1]:
+        start = content["iterates"][number - 1]
+        wanted = [(split, temperature) for temperature in (1.0, *COOLER) for split in ("dev", "test")]
+        missing = [each for each in wanted if "sampled" not in start.get(_key(*each), {})]
+        if not missing:
             return
         _say(f"θ_0, iterate {number} of {WARM_UP}: its answers")
         recipe = recipe_of(self.setting, warm_up, self.files, None, 0)
         run = RunDir(Storage(self.folder(warm_up, 0)))
         if not run.model(number).is_committed:
             self.train(warm_up, 0, recipe, number)
-        for split in ("dev", "test"):
-            content["iterates"][number - 1] |= self._measure(run, number, recipe, split, only_logp=False)
+        for split, temperature in missing:
+            measured = self._measure(run, number, recipe, split, only_logp=False, temperature=temperature)
+            start[_key(split, temperature)] = measured[split]
             _write(result, content)
 
     def folder(self, arm: Arm, seed: int) -> Path:
@@ -136,9 +144,13 @@ class Experiment:
             **measures,
         }  # fmt: skip
 
-    def _measure(self, run: RunDir, number: int, recipe: Recipe, split: str, only_logp: bool) -> dict[str, Any]:
+    def _measure(
+        self, run: RunDir, number: int, recipe: Recipe, split: str, only_logp: bool, temperature: float = 1.0
+    ) -> dict[str, Any]:
         """What measure.py says of the rows of a split; in a process of its own, and once."""
-        target = run.storage.path(f"{iterate_name(number)}/{'logp' if only_logp else 'measured'}_{split}.json")
+        target = run.storage.path(
+            f"{iterate_name(number)}/{'logp' if only_logp else 'measured'}_{_key(split, temperature)}.json"
+        )
         if not target.exists():
             target.parent.mkdir(parents=True, exist_ok=True)
             attempt = target.with_suffix(".tmp")
@@ -146,8 +158,8 @@ class Experiment:
             _call(
                 str(Path(__file__).with_name("measure.py")), "--model", str(_model(run, number)),
                 "--rows", f"{split}={self.files[split]}", "--extractor", self.setting.extractor,
-                "--longest", str(longest), "--threads", str(recipe["train"]["resources"]["cpus"]),
-                "--out", str(attempt),
+                "--longest", str(longest), "--temperature", str(temperature),
+                "--threads", str(recipe["train"]["resources"]["cpus"]), "--out", str(attempt),
             )  # fmt: skip
             attempt.rename(target)
         return json.loads(target.read_text())
@@ -163,6 +175,10 @@ class Experiment:
             "recipe": json.loads(text), "versions": versions(),
             "written": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()), "iterates": iterates,
         }  # fmt: skip
+
+
+def _key(split: str, temperature: float) -> str:
+    return split if temperature == 1 else f"{split}_at_{temperature:g}"
 
 
 def _model(run: RunDir, number: int) -> Path:

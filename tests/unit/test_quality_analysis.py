@@ -75,15 +75,19 @@ def tiny():
 PROMPTS = [Rendered([1, 50, 60], [70, 80, 2]), Rendered([1, 40, 41, 42, 43, 44], [9, 2])]
 
 
+@pytest.mark.parametrize("temperature", [1.0, 0.5])
 @torch.no_grad()
-def test_answers_that_share_a_prompt_are_those_of_one_sequence_at_a_time(tiny):
-    """Log p(y), the greedy answer and each sample against whole forward passes without padding or cache; an answer ends
-    with the stop token (the greedy answer's third token here, so that one row ends before the others) or is cut at 6.
+def test_answers_that_share_a_prompt_are_those_of_one_sequence_at_a_time(tiny, temperature):
+    """Log p(y), the greedy answer and each sample against whole forward passes without padding or cache; two samples
+    of a row part after four tokens; an answer ends with the stop token (the greedy answer's third token here, so that
+    one row ends before the others) or is cut at 6.
     """
     uniform = torch.rand(2, 3, 6, generator=torch.Generator().manual_seed(0))
-    free = answer_batch(tiny, PROMPTS, uniform, stop=tiny.config.vocab_size - 1)[0]
+    uniform[:, 1, :4] = uniform[:, 0, :4]
+    free = answer_batch(tiny, PROMPTS, uniform, tiny.config.vocab_size - 1, temperature)[0]
     stop = free[0][0][2]
-    answers, logps = answer_batch(tiny, PROMPTS, uniform, stop)
+    answers, logps = answer_batch(tiny, PROMPTS, uniform, stop, temperature)
+    assert all(found[1][:4] == found[2][:4] and found[1] != found[2] for found in answers)
     for row, found, logp, numbers in zip(PROMPTS, answers, logps, uniform, strict=True):
         whole = tiny(torch.tensor([row.prompt_ids + row.real_ids])).logits[0].log_softmax(-1)
         places = range(len(row.prompt_ids) - 1, len(row.prompt_ids) + len(row.real_ids) - 1)
@@ -92,7 +96,7 @@ def test_answers_that_share_a_prompt_are_those_of_one_sequence_at_a_time(tiny):
         for answer, quantiles in zip(found, [[-1.0] * 6, *numbers.tolist()], strict=True):
             ids: list[int] = []
             for quantile in quantiles:
-                logits = tiny(torch.tensor([row.prompt_ids + ids])).logits[:, -1]
+                logits = tiny(torch.tensor([row.prompt_ids + ids])).logits[:, -1] / temperature
                 ids.append(draw(logits, torch.tensor([quantile])).item())
                 if ids[-1] == stop:
                     break
@@ -201,3 +205,10 @@ def test_what_is_missing_is_said_and_no_arm_is_claimed(tmp_path):
     write(tmp_path, run_of(SFT, [iterate(1, 50, [RIGHT])]))
     found = analyse.analyse(tmp_path, "smoke")
     assert found["spin_minus_sft"] is None and "training tokens" in found["spin_minus_sft_missing_because"]
+
+
+def test_the_page_says_what_theta_0_gives_at_lower_temperatures(tmp_path):
+    start = iterate(1, 10, [WRONG])
+    start["test_at_0.5"] = start["test"] | {"sampled": [[True, True, True, False]]}
+    write(tmp_path, run_of(WARM_UP, [start]))
+    assert "by temperature: 0.750 at 0.5." in analyse.markdown(analyse.analyse(tmp_path, "smoke"))
