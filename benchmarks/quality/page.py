@@ -48,10 +48,7 @@ def markdown(found: dict[str, Any]) -> str:
         ]
         if cooler := start["sampled_at"]:
             values = ", ".join(f"{value:.3f} at {temperature}" for temperature, value in cooler.items())
-            lines += [
-                f"Without any training θ_0 has a sampled accuracy of {values}: what being sharper alone gives.",
-                "",
-            ]
+            lines += [f"Sampled accuracy of θ_0 by temperature: {values}. That is what being sharper gives.", ""]
     if found["still_to_run"]:
         lines += [f"Still to run: {'; '.join(found['still_to_run'])}.", ""]
     heads = ["arm", "θ", "seeds", *(head for head, _ in MEASURES.values()), "k tokens", "k computed", "minutes"]
