@@ -119,6 +119,10 @@ ARMS = [
         "spin_flat_1.5_long", "one iteration over nearly all prompts, nearly solved: exponent 1.67", flat=1.5,
         beta=0.5, sft_weight=1.0, rate=3e-5, prompts=1700, samples=1, iterations=1,
     ),
+    spin(
+        "spin_flat_1.5_long_anchor_5", "the same, held on y: without that greedy answers became worse", flat=1.5,
+        beta=0.5, sft_weight=5.0, rate=3e-5, prompts=1700, samples=1, iterations=1,
+    ),
     spin("spin_anchor_1", "a third of the anchor", sft_weight=1.0),
     spin("spin_beta_0.3", "log-ratio to the power 1/β: past people's distribution, by design", beta=0.3),
     spin("spin_no_anchor", "the paper's objective", sft_weight=0.0),
