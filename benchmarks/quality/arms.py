@@ -104,7 +104,7 @@ ARMS = [
         changes={"algorithm": SFT, "data": {"prompts_per_iteration": None}},
     ),
     more_sft(SFT, 2e-5, "the baseline", seeds=3),
-    spin("spin_flat_1.5", "opponent at temperature 1.5", flat=1.5, seeds=3),
+    spin("spin_flat_1.5", "opponent at temperature 1.5", flat=1.5),
     spin("spin", "the paper's opponent, with the anchor", seeds=3),
     more_sft(f"{SFT}_rate_5e-5", 5e-5, "the baseline at the warm-up's last rate"),
     more_sft(f"{SFT}_rate_5e-6", 5e-6, "the baseline at a small rate"),
@@ -121,7 +121,7 @@ ARMS = [
     ),
     spin(
         "spin_flat_1.5_long_anchor_5", "the same, held on y: without that greedy answers became worse", flat=1.5,
-        beta=0.5, sft_weight=5.0, rate=3e-5, prompts=1700, samples=1, iterations=1,
+        beta=0.5, sft_weight=5.0, rate=3e-5, prompts=1700, samples=1, iterations=1, seeds=3,
     ),
     spin("spin_anchor_1", "a third of the anchor", sft_weight=1.0),
     spin("spin_beta_0.3", "log-ratio to the power 1/β: past people's distribution, by design", beta=0.3),
