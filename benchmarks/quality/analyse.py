@@ -146,7 +146,7 @@ def analyse(folder: Path, setting: str) -> dict[str, Any]:
 def _start(warm_up: Run) -> dict[str, Any]:
     """Which epoch of the warm-up θ_0 is, and its sampled accuracy on test rows by temperature of the samples."""
     number = plateau(warm_up)
-    iterate = numbered(warm_up, number) or {}
+    iterate = warm_up["iterates"][number - 1]
     cooler = {key.partition("_at_")[2]: per_row(iterate, "sampled", key) for key in iterate if "test_at_" in key}
     return {
         "warm_up_iterate": number,

@@ -83,8 +83,8 @@ def spin(
     samples: int = 2,
     **objective: Any,
 ) -> Arm:
-    """Short iterations (10 steps for 240 prompts) with fresh y′; ``flat`` is the temperature of an opponent that draws
-    from its 8 likeliest tokens.
+    """Iterations with fresh y′, short ones (10 steps for 240 prompts) by default; ``flat`` is the temperature of an
+    opponent that draws from its 8 likeliest tokens.
     """
     changes: Recipe = {
         "objective": {"beta": 1.0, "window": 1, "sft_weight": 3.0, "keep_identical": True} | objective,
