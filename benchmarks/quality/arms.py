@@ -65,7 +65,7 @@ class Arm:
 
 def more_sft(name: str, rate: float, why: str, seeds: int = 1) -> Arm:
     changes = {
-        "algorithm": SFT, "iterations": 4, "data": {"prompts_per_iteration": 528},
+        "algorithm": SFT, "iterations": 8, "data": {"prompts_per_iteration": 528},
         "train": {"learning_rate": rate, "global_batch_pairs": 24},
     }  # fmt: skip
     return Arm(name=name, why=why, changes=changes, seeds=seeds)
@@ -122,6 +122,14 @@ ARMS = [
     spin(
         "spin_flat_1.5_long_anchor_5", "the same, held on y: without that greedy answers became worse", flat=1.5,
         beta=0.5, sft_weight=5.0, rate=3e-5, prompts=1700, samples=1, iterations=1, seeds=3,
+    ),
+    spin(
+        "spin_flat_1.5_long_anchor_10", "twice that anchor", flat=1.5,
+        beta=0.5, sft_weight=10.0, rate=3e-5, prompts=1700, samples=1, iterations=1,
+    ),
+    spin(
+        "spin_flat_2_long_anchor_5", "β = 1/T: one iteration goes to the fixed point p_data^2", flat=2.0,
+        beta=0.5, sft_weight=5.0, rate=3e-5, prompts=1700, samples=1, iterations=1,
     ),
     spin("spin_anchor_1", "a third of the anchor", sft_weight=1.0),
     spin("spin_beta_0.3", "log-ratio to the power 1/β: past people's distribution, by design", beta=0.3),

@@ -53,8 +53,11 @@ class Experiment:
             furthest: stop at this iterate, although the arm has more.
         """
         result = self.result(arm, seed)
-        if result.exists() and json.loads(result.read_text())["complete"]:
-            return
+        if result.exists():
+            found = json.loads(result.read_text())
+            wanted = recipe_of(self.setting, arm, self.files, None, seed)["iterations"]
+            if found["complete"] and found["recipe"]["iterations"] >= wanted:
+                return
         start = None if arm.from_base else self.start_model()
         recipe = recipe_of(self.setting, arm, self.files, start, seed)
         measured: list[dict[str, Any]] = []
