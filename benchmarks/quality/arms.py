@@ -121,7 +121,7 @@ ARMS = [
     ),
     spin(
         "spin_flat_1.5_long_anchor_5", "the same, held on y: without that greedy answers became worse", flat=1.5,
-        beta=0.5, sft_weight=5.0, rate=3e-5, prompts=1700, samples=1, iterations=1, seeds=3,
+        beta=0.5, sft_weight=5.0, rate=3e-5, prompts=1700, samples=1, iterations=2, seeds=3,
     ),
     spin(
         "spin_flat_1.5_long_anchor_10", "twice that anchor", flat=1.5,
