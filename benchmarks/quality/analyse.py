@@ -137,6 +137,7 @@ def analyse(folder: Path, setting: str) -> dict[str, Any]:
         "chosen_on_dev_rows": {"arm": chosen[0], "iterate": chosen[1]} if chosen else None,
         "continued_sft_arm": chosen_sft[0] if chosen_sft else None,
         "theta_0": _start(warm_up) if warm_up else None,
+        "by_temperature": _by_temperature(runs),
         "arms": rows["test"],
         "search_on_dev_rows": rows["dev"],
         "still_to_run": _missing_arms(runs),
@@ -144,15 +145,26 @@ def analyse(folder: Path, setting: str) -> dict[str, Any]:
 
 
 def _start(warm_up: Run) -> dict[str, Any]:
-    """Which epoch of the warm-up θ_0 is, and its sampled accuracy on test rows by temperature of the samples."""
-    number = plateau(warm_up)
-    iterate = warm_up["iterates"][number - 1]
-    cooler = {key.partition("_at_")[2]: per_row(iterate, "sampled", key) for key in iterate if "test_at_" in key}
-    return {
-        "warm_up_iterate": number,
-        "complete": warm_up["complete"],
-        "sampled_at": {temperature: float(values.mean()) for temperature, values in cooler.items()},
-    }
+    """Which epoch of the warm-up θ_0 is."""
+    return {"warm_up_iterate": plateau(warm_up), "complete": warm_up["complete"]}
+
+
+def _by_temperature(runs: dict[str, dict[int, Run]]) -> list[dict[str, Any]]:
+    """Sampled accuracy on test rows by temperature of the samples, for the iterates that were sampled at several."""
+    rows = []
+    for arm, of_seeds in runs.items():
+        for seed, run in of_seeds.items():
+            for iterate in run["iterates"]:
+                keys = [key for key in iterate if key.startswith("test_at_")]
+                if keys:
+                    accuracy = {
+                        key.partition("_at_")[2] or "1": float(per_row(iterate, "sampled", key).mean())
+                        for key in ["test", *keys]
+                    }
+                    greedy = float(per_row(iterate, "greedy").mean())
+                    number = iterate["iterate"]
+                    rows.append({"arm": arm, "iterate": number, "seed": seed, "sampled_at": accuracy, "greedy": greedy})
+    return rows
 
 
 def _missing(chosen: tuple[str, int] | None, chosen_sft: tuple[str, int] | None) -> str | None:

@@ -148,6 +148,8 @@ ARMS = [
     ),
 ]  # fmt: skip
 """In the order in which they are run: each result already says something when the next is missing."""
+COOLER_ITERATES = {WARM_UP: None, SFT: 4, "spin_flat_1.5_long_anchor_5": 1}
+"""Iterates of seed 0 that are sampled at lower temperatures, too; None: θ_0. The other two had the same tokens."""
 
 _CPU: Recipe = {
     # An arm that destroys the model is a finding: it is measured, not stopped.

@@ -46,9 +46,6 @@ def markdown(found: dict[str, Any]) -> str:
             ),
             "",
         ]
-        if cooler := start["sampled_at"]:
-            values = ", ".join(f"{value:.3f} at {temperature}" for temperature, value in cooler.items())
-            lines += [f"Sampled accuracy of θ_0 by temperature: {values}. That is what being sharper gives.", ""]
     if found["still_to_run"]:
         lines += [f"Still to run: {'; '.join(found['still_to_run'])}.", ""]
     heads = ["arm", "θ", "seeds", *(head for head, _ in MEASURES.values()), "k tokens", "k computed", "minutes"]
@@ -66,12 +63,28 @@ def markdown(found: dict[str, Any]) -> str:
     ]
     for row in found["search_on_dev_rows"]:
         lines.append(_row([row["arm"], str(row["iterate"]), str(len(row["seeds"])), *_measures(row)]))
+    lines += _temperatures(found["by_temperature"])
     picture = ["", "![accuracy over training tokens](quality.svg)"] if found["arms"] else []
     return "\n".join([*lines, *picture, ""])
 
 
 def _measures(row: dict[str, Any]) -> list[str]:
     return ["–" if row[name] is None else f"{row[name]:.{digits}f}" for name, (_, digits) in MEASURES.items()]
+
+
+def _temperatures(rows: list[dict[str, Any]]) -> list[str]:
+    """A section on what being sharper gives; empty without."""
+    if not rows:
+        return []
+    temperatures = sorted({name for row in rows for name in row["sampled_at"]}, key=float, reverse=True)
+    heads = ["arm", "θ", "seed", *(f"at {name}" for name in temperatures), "greedy"]
+    lines = ["", "## By temperature", ""]
+    lines += ["Sampled accuracy on test rows at lower temperatures: what sharpening gives without any training.", ""]
+    lines += [_row(heads), _row(["---"] * len(heads))]
+    for row in rows:
+        cells = [f"{row['sampled_at'][name]:.3f}" if name in row["sampled_at"] else "–" for name in temperatures]
+        lines.append(_row([row["arm"], str(row["iterate"]), str(row["seed"]), *cells, f"{row['greedy']:.3f}"]))
+    return lines
 
 
 def known_distribution(file: Path) -> str:

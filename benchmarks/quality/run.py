@@ -21,7 +21,7 @@ from typing import Any
 
 import pyarrow.compute as pc
 import yaml
-from arms import ARMS, SETTINGS, WARM_UP, Arm, Recipe, Run, Setting, plateau, recipe_of, split_files
+from arms import ARMS, COOLER_ITERATES, SETTINGS, WARM_UP, Arm, Recipe, Run, Setting, plateau, recipe_of, split_files
 
 from spin_ray.embedded import resolve
 from spin_ray.preflight import versions
@@ -31,7 +31,7 @@ from spin_ray.storage import Storage
 ROOT = Path(__file__).resolve().parents[2]
 RESULTS = ROOT / "benchmarks" / "results" / "quality"
 COOLER = (0.67, 0.5)
-"""Temperatures at which θ_0 is sampled, too: log-probabilities times 1.5 and 2."""
+"""Temperatures at which ``COOLER_ITERATES`` are sampled, too: log-probabilities times 1.5 and 2."""
 
 
 class Experiment:
@@ -101,30 +101,30 @@ class Experiment:
             self.train(warm_up, 0, recipe, number)
         return str(_model(run, number))
 
-    def measure_start(self) -> None:
-        """Adds the answers of θ_0 (so far) to the warm-up's JSON, and those at ``COOLER`` temperatures, which are what
-        making it sharper without training gives; after the arms, as none of them waits for it.
+    def measure_cooler(self) -> None:
+        """Adds what no arm waits for: the answers of θ_0 (so far), and those of ``COOLER_ITERATES`` at ``COOLER``
+        temperatures, which are what making a model sharper without training gives.
         """
-        warm_up = ARMS[0]
-        result = self.result(warm_up, 0)
-        if not result.exists():
-            return
-        content = json.loads(result.read_text())
-        number = plateau(content)
-        start = content["iterates"][number - 1]
-        wanted = [(split, temperature) for temperature in (1.0, *COOLER) for split in ("dev", "test")]
-        missing = [each for each in wanted if "sampled" not in start.get(_key(*each), {})]
-        if not missing:
-            return
-        _say(f"θ_0, iterate {number} of {WARM_UP}: its answers")
-        recipe = recipe_of(self.setting, warm_up, self.files, None, 0)
-        run = RunDir(Storage(self.folder(warm_up, 0)))
-        if not run.model(number).is_committed:
-            self.train(warm_up, 0, recipe, number)
-        for split, temperature in missing:
-            measured = self._measure(run, number, recipe, split, only_logp=False, temperature=temperature)
-            start[_key(split, temperature)] = measured[split]
-            _write(result, content)
+        for arm in [arm for arm in ARMS if arm.name in COOLER_ITERATES]:
+            result = self.result(arm, 0)
+            content = json.loads(result.read_text()) if result.exists() else {"iterates": []}
+            number = COOLER_ITERATES[arm.name] or (plateau(content) if content["iterates"] else None)
+            iterate = next((each for each in content["iterates"] if each["iterate"] == number), None)
+            if number is None or iterate is None:
+                continue
+            wanted = [("dev", 1.0), ("test", 1.0), *(("test", temperature) for temperature in COOLER)]
+            missing = [each for each in wanted if "sampled" not in iterate.get(_key(*each), {})]
+            if not missing:
+                continue
+            _say(f"{arm.name}: further answers of iterate {number}")
+            recipe = recipe_of(self.setting, arm, self.files, None if arm.from_base else self.start_model(), 0)
+            run = RunDir(Storage(self.folder(arm, 0)))
+            if not run.model(number).is_committed:
+                self.train(arm, 0, recipe, number)
+            for split, temperature in missing:
+                measured = self._measure(run, number, recipe, split, only_logp=False, temperature=temperature)
+                iterate[_key(split, temperature)] = measured[split]
+                _write(result, content)
 
     def folder(self, arm: Arm, seed: int) -> Path:
         return self.runs / f"seed-{seed}" / arm.name
@@ -273,7 +273,7 @@ def main() -> None:
                 experiment.finish(arm, seed, options.furthest)
             except subprocess.CalledProcessError as error:  # the other arms are worth their hours all the same
                 failed.append(f"{arm.name}, seed {seed} (exit code {error.returncode})")
-    experiment.measure_start()
+    experiment.measure_cooler()
     if failed:
         sys.exit(f"not finished: {'; '.join(failed)}; the same command goes on with them")
 

@@ -210,8 +210,11 @@ def test_what_is_missing_is_said_and_no_arm_is_claimed(tmp_path):
     assert found["spin_minus_sft"] is None and "training tokens" in found["spin_minus_sft_missing_because"]
 
 
-def test_the_page_says_what_theta_0_gives_at_lower_temperatures(tmp_path):
+def test_the_page_says_what_an_iterate_gives_at_lower_temperatures(tmp_path):
     start = iterate(1, 10, [WRONG])
     start["test_at_0.5"] = start["test"] | {"sampled": [[True, True, True, False]]}
     write(tmp_path, run_of(WARM_UP, [start]))
-    assert "by temperature: 0.750 at 0.5." in analyse.markdown(analyse.analyse(tmp_path, "smoke"))
+    write(tmp_path, run_of("spin", [iterate(1, 10, [WRONG])]))
+    page = analyse.markdown(analyse.analyse(tmp_path, "smoke"))
+    assert f"| {WARM_UP} | 1 | 0 | 0.000 | 0.750 | 0.000 |" in page.partition("## By temperature")[2]
+    assert "| spin | 1 | 0 |" not in page
