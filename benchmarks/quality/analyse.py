@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from arms import ARMS, SFT, WARM_UP, Run, plateau
+from arms import ARMS, SFT, WARM_UP, Run, numbered, plateau
 from page import BUDGETS, interval, known_distribution, markdown, plot
 
 RESULTS = Path(__file__).resolve().parents[1] / "results"
@@ -57,10 +57,6 @@ def summary(iterate: Iterate, split: str) -> dict[str, Any]:
 def matched(sft: Run, iterate: Iterate, budget: str) -> Iterate | None:
     """The first iterate of continued SFT that had at least the budget of ``iterate``; None if none had."""
     return next((each for each in sft["iterates"] if each[budget] >= iterate[budget]), None)
-
-
-def numbered(run: Run, number: int) -> Iterate | None:
-    return next((each for each in run["iterates"] if each["iterate"] == number), None)
 
 
 def difference(arm: dict[int, Run], sft: dict[int, Run], number: int, measure: str, budget: str) -> np.ndarray | None:

@@ -57,6 +57,8 @@ class Arm:
     """Laid over the setting's recipe, section by section."""
     from_base: bool = False
     """Starts from the model before the warm-up, with a warm-up of its own."""
+    after_sft: int | None = None
+    """Starts from this iterate of continued SFT with the same seed, whose cost counts as the arm's. None: from θ_0."""
     is_spin: bool = False
     """One of those of which the best on the dev rows is compared with continued SFT."""
     seeds: int = 1
@@ -81,6 +83,7 @@ def spin(
     iterations: int = 3,
     prompts: int = 240,
     samples: int = 2,
+    after_sft: int | None = None,
     **objective: Any,
 ) -> Arm:
     """Iterations with fresh y′, short ones (10 steps for 240 prompts) by default; ``flat`` is the temperature of an
@@ -95,7 +98,7 @@ def spin(
     }
     if flat is not None:
         changes["generation"] |= {"sampling": {"temperature": flat, "top_k": 8}}
-    return Arm(name=name, why=why, changes=changes, is_spin=True, seeds=seeds)
+    return Arm(name=name, why=why, changes=changes, is_spin=True, seeds=seeds, after_sft=after_sft)
 
 
 ARMS = [
@@ -130,6 +133,10 @@ ARMS = [
     spin(
         "spin_flat_2_long_anchor_5", "β = 1/T: one iteration goes to the fixed point p_data^2", flat=2.0,
         beta=0.5, sft_weight=5.0, rate=3e-5, prompts=1700, samples=1, iterations=1,
+    ),
+    spin(
+        "spin_flat_1.5_after_sft", "the long iteration where SFT has stopped to help, after as many tokens of SFT",
+        flat=1.5, beta=0.5, sft_weight=5.0, rate=3e-5, prompts=1700, samples=1, iterations=1, seeds=3, after_sft=4,
     ),
     spin("spin_anchor_1", "a third of the anchor", sft_weight=1.0),
     spin("spin_beta_0.3", "log-ratio to the power 1/β: past people's distribution, by design", beta=0.3),
@@ -244,6 +251,11 @@ def plateau(warm_up: Run) -> int:
             break
         best = iterate
     return best["iterate"]
+
+
+def numbered(run: Run, number: int | None) -> dict[str, Any] | None:
+    """The measures of an iterate; None if it has not been made."""
+    return next((each for each in run["iterates"] if each["iterate"] == number), None)
 
 
 def _laid_over(base: Recipe, changes: Recipe) -> Recipe:

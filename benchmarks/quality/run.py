@@ -21,7 +21,21 @@ from typing import Any
 
 import pyarrow.compute as pc
 import yaml
-from arms import ARMS, COOLER_ITERATES, SETTINGS, WARM_UP, Arm, Recipe, Run, Setting, plateau, recipe_of, split_files
+from arms import (
+    ARMS,
+    COOLER_ITERATES,
+    SETTINGS,
+    SFT,
+    WARM_UP,
+    Arm,
+    Recipe,
+    Run,
+    Setting,
+    numbered,
+    plateau,
+    recipe_of,
+    split_files,
+)
 
 from spin_ray.embedded import resolve
 from spin_ray.preflight import versions
@@ -30,8 +44,13 @@ from spin_ray.storage import Storage
 
 ROOT = Path(__file__).resolve().parents[2]
 RESULTS = ROOT / "benchmarks" / "results" / "quality"
+COSTS = ("train_tokens", "compute", "seconds")
 COOLER = (0.67, 0.5)
 """Temperatures at which ``COOLER_ITERATES`` are sampled, too: log-probabilities times 1.5 and 2."""
+
+
+class NotYet(Exception):
+    """What an arm starts from is not there."""
 
 
 class Experiment:
@@ -58,8 +77,8 @@ class Experiment:
             wanted = recipe_of(self.setting, arm, self.files, None, seed)["iterations"]
             if found["complete"] and found["recipe"]["iterations"] >= wanted:
                 return
-        start = None if arm.from_base else self.start_model()
-        recipe = recipe_of(self.setting, arm, self.files, start, seed)
+        recipe = recipe_of(self.setting, arm, self.files, self.start_model(arm, seed), seed)
+        before = self.spent_before(arm, seed)
         measured: list[dict[str, Any]] = []
         # θ_0 is the warm-up's; only self-reinforcement has one of its own.
         for number in range(0 if "sft" in recipe else 1, recipe["iterations"] + 1):
@@ -67,7 +86,8 @@ class Experiment:
             self.train(arm, seed, recipe, max(number, 1))
             run = RunDir(Storage(self.folder(arm, seed)))
             answered = run.storage.exists(f"{iterate_name(number)}/measured_test.json")
-            measured.append(self.iterate(run, number, recipe, only_logp=arm.name == WARM_UP and not answered))
+            iterate = self.iterate(run, number, recipe, only_logp=arm.name == WARM_UP and not answered)
+            measured.append(iterate | {name: iterate[name] + cost for name, cost in before.items()})
             content = self._content(arm, seed, recipe, measured)
             done = number == recipe["iterations"]
             # An epoch past the plateau only shows that the one before was enough.
@@ -88,18 +108,41 @@ class Experiment:
         recipe_file.write_text(yaml.safe_dump(shorter))
         _call("-m", "spin_ray.cli", "run", str(recipe_file), "--out", str(folder))
 
-    def start_model(self) -> str:
-        """θ_0's folder: the warm-up's iterate at its plateau, made again if only its measures are there."""
-        warm_up = ARMS[0]
-        result = self.result(warm_up, 0)
-        if not result.exists() or not json.loads(result.read_text())["complete"]:
-            raise SystemExit(f"{result}: is missing or not complete; run the arm {WARM_UP} first")
-        number = plateau(json.loads(result.read_text()))
-        recipe = recipe_of(self.setting, warm_up, self.files, None, 0)
-        run = RunDir(Storage(self.folder(warm_up, 0)))
+    def earlier(self, arm: Arm, seed: int) -> tuple[Arm, int, dict[str, Any]]:
+        """Arm, seed and measures of the iterate that ``arm`` starts from: θ_0, or one of continued SFT.
+
+        Raises:
+            NotYet: it has not been made.
+        """
+        source, of_seed = (SFT, seed) if arm.after_sft else (WARM_UP, 0)
+        source = next(each for each in ARMS if each.name == source)
+        result = self.result(source, of_seed)
+        content = json.loads(result.read_text()) if result.exists() else {"iterates": [], "complete": False}
+        if arm.after_sft:
+            number = min(arm.after_sft, self.setting.most_iterations or arm.after_sft)
+        else:
+            number = plateau(content) if content["complete"] else None
+        found = numbered(content, number)
+        if found is None:
+            raise NotYet(
+                f"{result}: does not have the iterate that {arm.name} starts from; run the arm {source.name} first"
+            )
+        return source, of_seed, found
+
+    def start_model(self, arm: Arm, seed: int) -> str | None:
+        """Folder of the model that an arm starts from, made again if only its measures are there; None: the base."""
+        if arm.from_base:
+            return None
+        source, of_seed, iterate = self.earlier(arm, seed)
+        run, number = RunDir(Storage(self.folder(source, of_seed))), iterate["iterate"]
         if not run.model(number).is_committed:
-            self.train(warm_up, 0, recipe, number)
+            recipe = recipe_of(self.setting, source, self.files, self.start_model(source, of_seed), of_seed)
+            self.train(source, of_seed, recipe, number)
         return str(_model(run, number))
+
+    def spent_before(self, arm: Arm, seed: int) -> dict[str, float]:
+        """What the continued SFT that an arm starts from has cost since θ_0."""
+        return {name: self.earlier(arm, seed)[2][name] for name in COSTS} if arm.after_sft else {}
 
     def measure_cooler(self) -> None:
         """Adds what no arm waits for: the answers of θ_0 (so far), and those of ``COOLER_ITERATES`` at ``COOLER``
@@ -107,17 +150,19 @@ class Experiment:
         """
         for arm in [arm for arm in ARMS if arm.name in COOLER_ITERATES]:
             result = self.result(arm, 0)
-            content = json.loads(result.read_text()) if result.exists() else {"iterates": []}
-            number = COOLER_ITERATES[arm.name] or (plateau(content) if content["iterates"] else None)
-            iterate = next((each for each in content["iterates"] if each["iterate"] == number), None)
-            if number is None or iterate is None:
+            if not result.exists():
+                continue
+            content = json.loads(result.read_text())
+            number = COOLER_ITERATES[arm.name] or plateau(content)
+            iterate = numbered(content, number)
+            if iterate is None:
                 continue
             wanted = [("dev", 1.0), ("test", 1.0), *(("test", temperature) for temperature in COOLER)]
             missing = [each for each in wanted if "sampled" not in iterate.get(_key(*each), {})]
             if not missing:
                 continue
             _say(f"{arm.name}: further answers of iterate {number}")
-            recipe = recipe_of(self.setting, arm, self.files, None if arm.from_base else self.start_model(), 0)
+            recipe = recipe_of(self.setting, arm, self.files, self.start_model(arm, 0), 0)
             run = RunDir(Storage(self.folder(arm, 0)))
             if not run.model(number).is_committed:
                 self.train(arm, 0, recipe, number)
@@ -271,8 +316,11 @@ def main() -> None:
                 continue
             try:
                 experiment.finish(arm, seed, options.furthest)
-            except subprocess.CalledProcessError as error:  # the other arms are worth their hours all the same
-                failed.append(f"{arm.name}, seed {seed} (exit code {error.returncode})")
+            except (
+                subprocess.CalledProcessError,
+                NotYet,
+            ) as error:  # the other arms are worth their hours all the same
+                failed.append(f"{arm.name}, seed {seed} ({error})")
     experiment.measure_cooler()
     if failed:
         sys.exit(f"not finished: {'; '.join(failed)}; the same command goes on with them")

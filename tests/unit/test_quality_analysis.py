@@ -14,6 +14,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "benchmarks" / "qua
 import analyse
 from arms import ARMS, SETTINGS, SFT, WARM_UP, plateau, recipe_of, split_files
 from measure import answer_batch, draw
+from run import Experiment, NotYet
 
 from spin_ray.config import SpinConfig, flatten
 from spin_ray.embedded import resolve
@@ -218,3 +219,18 @@ def test_the_page_says_what_an_iterate_gives_at_lower_temperatures(tmp_path):
     page = analyse.markdown(analyse.analyse(tmp_path, "smoke"))
     assert f"| {WARM_UP} | 1 | 0 | 0.000 | 0.750 | 0.000 |" in page.partition("## By temperature")[2]
     assert "| spin | 1 | 0 |" not in page
+
+
+def test_an_arm_after_sft_starts_from_its_own_seed_and_pays_for_it(tmp_path):
+    arms = {arm.name: arm for arm in ARMS}
+    experiment = Experiment(SETTINGS["smoke"], tmp_path, tmp_path / "runs", tmp_path)
+    with pytest.raises(NotYet, match=f"{SFT}.seed-1.json.* run the arm {SFT} first"):
+        experiment.start_model(arms["spin_flat_1.5_after_sft"], 1)
+    for seed, tokens in enumerate([100, 200]):
+        write(tmp_path, run_of(SFT, [iterate(1, tokens, [WRONG], seconds=tokens / 10)], seed))
+    spent = experiment.spent_before(arms["spin_flat_1.5_after_sft"], 1)
+    assert spent == {"train_tokens": 200, "compute": 200, "seconds": 20}
+    assert experiment.earlier(arms["spin_flat_1.5_after_sft"], 1)[:2] == (arms[SFT], 1)
+    assert experiment.spent_before(arms["spin"], 1) == {}
+    with pytest.raises(NotYet, match=f"run the arm {WARM_UP} first"):
+        experiment.start_model(arms["spin"], 1)
