@@ -13,7 +13,7 @@ is p ∝ p_data^T, people's distribution made sharper, which is what accuracy at
 
 import copy
 import json
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -65,9 +65,9 @@ class Arm:
     """How many of the seeds run it."""
 
 
-def more_sft(name: str, rate: float, why: str, seeds: int = 1) -> Arm:
+def more_sft(name: str, rate: float, why: str, iterations: int = 8, seeds: int = 1) -> Arm:
     changes = {
-        "algorithm": SFT, "iterations": 8, "data": {"prompts_per_iteration": 528},
+        "algorithm": SFT, "iterations": iterations, "data": {"prompts_per_iteration": 528},
         "train": {"learning_rate": rate, "global_batch_pairs": 24},
     }  # fmt: skip
     return Arm(name=name, why=why, changes=changes, seeds=seeds)
@@ -83,7 +83,6 @@ def spin(
     iterations: int = 3,
     prompts: int = 240,
     samples: int = 2,
-    after_sft: int | None = None,
     **objective: Any,
 ) -> Arm:
     """Iterations with fresh y′, short ones (10 steps for 240 prompts) by default; ``flat`` is the temperature of an
@@ -98,7 +97,25 @@ def spin(
     }
     if flat is not None:
         changes["generation"] |= {"sampling": {"temperature": flat, "top_k": 8}}
-    return Arm(name=name, why=why, changes=changes, is_spin=True, seeds=seeds, after_sft=after_sft)
+    return Arm(name=name, why=why, changes=changes, is_spin=True, seeds=seeds)
+
+
+def long_spin(
+    name: str,
+    why: str,
+    *,
+    anchor: float,
+    flat: float = 1.5,
+    seeds: int = 1,
+    iterations: int = 1,
+    after_sft: int | None = None,
+) -> Arm:
+    """36 steps an iteration, on nearly all prompts with one y′ each, on which log-ratios go on to twice their error."""
+    arm = spin(
+        name, why, rate=3e-5, flat=flat, seeds=seeds, iterations=iterations, prompts=1700, samples=1, beta=0.5,
+        sft_weight=anchor,
+    )  # fmt: skip
+    return replace(arm, after_sft=after_sft)
 
 
 ARMS = [
@@ -109,39 +126,25 @@ ARMS = [
     more_sft(SFT, 2e-5, "the baseline", seeds=3),
     spin("spin_flat_1.5", "opponent at temperature 1.5", flat=1.5),
     spin("spin", "the paper's opponent, with the anchor", seeds=3),
-    more_sft(f"{SFT}_rate_5e-5", 5e-5, "the baseline at the warm-up's last rate"),
-    more_sft(f"{SFT}_rate_5e-6", 5e-6, "the baseline at a small rate"),
-    spin("spin_flat_1.5_rate_1e-5", "half the steps' size", flat=1.5, rate=1e-5),
-    spin("spin_flat_2", "opponent at temperature 2", flat=2.0),
-    spin("spin_flat_1.5_rate_5e-5", "the margin moved by 0.2 nats at 2e-5: longer steps", flat=1.5, rate=5e-5),
+    more_sft(f"{SFT}_rate_5e-5", 5e-5, "the baseline at the warm-up's last rate", iterations=4),
+    spin("spin_flat_1.5_rate_5e-5", "at 2e-5 the margin moved by 0.2 nats", flat=1.5, rate=5e-5, iterations=1),
     spin(
         "spin_flat_2_beta_0.3", "sharper by design: log-ratios go on to 1/β, over more steps", flat=2.0, beta=0.3,
-        sft_weight=1.0, prompts=528,
+        sft_weight=1.0, prompts=528, iterations=1,
     ),
-    spin(
-        "spin_flat_1.5_long", "one iteration over nearly all prompts, nearly solved: exponent 1.67", flat=1.5,
-        beta=0.5, sft_weight=1.0, rate=3e-5, prompts=1700, samples=1, iterations=1,
+    long_spin("spin_flat_1.5_long", "one iteration over nearly all prompts, nearly solved: exponent 1.67", anchor=1.0),
+    long_spin(
+        "spin_flat_1.5_long_anchor_5", "the same, held on y: without that greedy answers became worse", anchor=5.0,
+        iterations=2, seeds=3,
     ),
-    spin(
-        "spin_flat_1.5_long_anchor_5", "the same, held on y: without that greedy answers became worse", flat=1.5,
-        beta=0.5, sft_weight=5.0, rate=3e-5, prompts=1700, samples=1, iterations=2, seeds=3,
+    long_spin("spin_flat_1.5_long_anchor_10", "twice that anchor", anchor=10.0),
+    long_spin("spin_flat_2_long_anchor_5", "β = 1/T: one iteration goes to the fixed point", anchor=5.0, flat=2.0),
+    long_spin(
+        "spin_flat_1.5_after_sft", "the long iteration after as many tokens of SFT, where SFT helps least", anchor=5.0,
+        seeds=3, after_sft=4,
     ),
-    spin(
-        "spin_flat_1.5_long_anchor_10", "twice that anchor", flat=1.5,
-        beta=0.5, sft_weight=10.0, rate=3e-5, prompts=1700, samples=1, iterations=1,
-    ),
-    spin(
-        "spin_flat_2_long_anchor_5", "β = 1/T: one iteration goes to the fixed point p_data^2", flat=2.0,
-        beta=0.5, sft_weight=5.0, rate=3e-5, prompts=1700, samples=1, iterations=1,
-    ),
-    spin(
-        "spin_flat_1.5_after_sft", "the long iteration where SFT has stopped to help, after as many tokens of SFT",
-        flat=1.5, beta=0.5, sft_weight=5.0, rate=3e-5, prompts=1700, samples=1, iterations=1, seeds=3, after_sft=4,
-    ),
-    spin("spin_anchor_1", "a third of the anchor", sft_weight=1.0),
-    spin("spin_beta_0.3", "log-ratio to the power 1/β: past people's distribution, by design", beta=0.3),
     spin("spin_no_anchor", "the paper's objective", sft_weight=0.0),
-    spin("spin_beta_5", "strongly regularised", beta=5.0),
+    spin("spin_beta_5", "strongly regularised", beta=5.0, iterations=1),
     spin("alpha_spin", "geometric reference", reference_alpha=0.9),
     spin("fictitious_play", "every iterate so far is an opponent", window="all"),
     Arm(

@@ -41,7 +41,7 @@ def test_arms_of_spin_differ_from_it_in_what_their_name_says():
 
     assert differing("alpha_spin") == {"objective.reference_alpha": 0.9}
     assert differing("fictitious_play") == {"objective.window": "all"}
-    assert differing("spin_beta_5") == {"objective.beta": 5.0}
+    assert differing("spin_beta_5") == {"objective.beta": 5.0, "iterations": 1}
     assert differing("spin_flat_1.5") == {"generation.sampling.temperature": 1.5, "generation.sampling.top_k": 8}
 
 
