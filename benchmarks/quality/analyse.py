@@ -41,13 +41,16 @@ def per_row(iterate: Iterate, measure: str, split: str = "test") -> np.ndarray:
 
 def summary(iterate: Iterate, split: str) -> dict[str, Any]:
     """Numbers of one iterate; None where it was not measured (θ_0 has no opponent, other epochs only log p(y))."""
-    measured = iterate[split]
+    measured, evaluation = iterate[split], iterate["evaluation"]
     answered = "greedy" in measured
     return {
         "greedy": float(per_row(iterate, "greedy", split).mean()) if answered else None,
         "sampled": float(per_row(iterate, "sampled", split).mean()) if answered else None,
         "logp": sum(measured["real_logp"]) / sum(measured["real_tokens"]),
-        "jsd": iterate["evaluation"].get("jsd_lower_bound"),
+        "jsd": evaluation.get("jsd_lower_bound"),
+        "real_drift": evaluation.get("real_logp_drift"),
+        "generated_drift": evaluation.get("against_opponent", {}).get("generated_logp_drift"),
+        "loss_on_own": evaluation.get("against_self", {}).get("loss"),
         "length": measured.get("generated_length"),
         "distinct_2": measured.get("distinct_2"),
         **{budget: iterate[budget] for budget in BUDGETS},

@@ -16,6 +16,12 @@ MEASURES = {
     "length": ("length y′", 1),
     "distinct_2": ("distinct-2", 3),
 }
+MOVED = {
+    "real_drift": ("Δ log p(y)", 2),
+    "generated_drift": ("Δ log p(y′)", 2),
+    "loss_on_own": ("loss on its own samples", 2),
+}
+"""What an iteration moved, by the run's own evaluation on 100 of the dev rows."""
 
 
 def markdown(found: dict[str, Any]) -> str:
@@ -58,18 +64,22 @@ def markdown(found: dict[str, Any]) -> str:
         lines.append(_row([*cells, interval(row.get("greedy_minus_sft_at_equal_train_tokens"))]))
     lines += ["", "## On dev rows", "", "Rows of train that no arm was trained on: what everything was chosen by.", ""]
     lines += [
-        _row(["arm", "θ", "seeds", *(head for head, _ in MEASURES.values())]),
-        _row(["---"] * (3 + len(MEASURES))),
+        "Δ is the change from the iterate before, in nats per response, on 100 of these rows: y′ is the iterate's"
     ]
+    lines += ["before. A loss on its own samples above ln 2 = 0.69: more mass moved than people differ by.", ""]
+    measures = MEASURES | MOVED
+    heads = ["arm", "θ", "seeds", *(head for head, _ in measures.values())]
+    lines += [_row(heads), _row(["---"] * len(heads))]
     for row in found["search_on_dev_rows"]:
-        lines.append(_row([row["arm"], str(row["iterate"]), str(len(row["seeds"])), *_measures(row)]))
+        cells = [row["arm"], str(row["iterate"]), str(len(row["seeds"])), *_measures(row, measures)]
+        lines.append(_row(cells))
     lines += _temperatures(found["by_temperature"])
     picture = ["", "![accuracy over training tokens](quality.svg)"] if found["arms"] else []
     return "\n".join([*lines, *picture, ""])
 
 
-def _measures(row: dict[str, Any]) -> list[str]:
-    return ["–" if row[name] is None else f"{row[name]:.{digits}f}" for name, (_, digits) in MEASURES.items()]
+def _measures(row: dict[str, Any], measures: dict[str, tuple[str, int]] = MEASURES) -> list[str]:
+    return ["–" if row[name] is None else f"{row[name]:.{digits}f}" for name, (_, digits) in measures.items()]
 
 
 def _temperatures(rows: list[dict[str, Any]]) -> list[str]:
