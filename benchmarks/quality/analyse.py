@@ -93,11 +93,14 @@ def bootstrap(values: np.ndarray, seed: int = 0) -> dict[str, float]:
 
 
 def best_on_dev(runs: dict[str, dict[int, Run]], arms: list[str]) -> tuple[str, int] | None:
-    """The arm of ``arms`` and its iterate with the highest sampled accuracy on dev rows, mean of its seeds."""
+    """The arm of ``arms`` and its iterate with the highest sampled accuracy on dev rows, mean of the seeds that all of
+    them have: one lucky seed must not beat the mean of three. The first of equals.
+    """
+    common = set.intersection(*(set(runs[arm]) for arm in arms)) if arms else set()
     found: dict[tuple[str, int], list[float]] = defaultdict(list)
     for arm in arms:
-        for run in runs[arm].values():
-            for iterate in run["iterates"]:
+        for seed in common:
+            for iterate in runs[arm][seed]["iterates"]:
                 found[arm, iterate["iterate"]].append(summary(iterate, "dev")["sampled"])
     return max(found, key=lambda key: float(np.mean(found[key]))) if found else None
 

@@ -141,7 +141,7 @@ ARMS = [
     long_spin("spin_flat_2_long_anchor_5", "β = 1/T: one iteration goes to the fixed point", anchor=5.0, flat=2.0),
     long_spin(
         "spin_flat_1.5_after_sft", "the long iteration after as many tokens of SFT, where SFT helps least", anchor=5.0,
-        seeds=3, after_sft=4,
+        after_sft=4,
     ),
     spin("spin_no_anchor", "the paper's objective", sft_weight=0.0),
     spin("spin_beta_5", "strongly regularised", beta=5.0, iterations=1),

@@ -34,7 +34,8 @@ def markdown(found: dict[str, Any]) -> str:
         "why each is there. θ_0 is one model for all arms; a seed is an order of rows and a stream of samples.",
         "Sampled: 4 samples at temperature 1. Differences are to continued SFT that had at least the same training",
         "tokens, computed tokens (training + a third of what was generated and scored), or wall time (of a shared",
-        "machine, pauses included); 95 % intervals by paired bootstrap. A dash: no such SFT iterate is there.", "",
+        "machine, pauses included); 95 % intervals by paired bootstrap. A dash: no such SFT iterate is there.",
+        "Arms are chosen by sampled accuracy on dev rows, mean of the seeds that all of them have.", "",
     ]  # fmt: skip
     if compared is None:
         lines += [f"**No comparison yet:** {found['spin_minus_sft_missing_because']}.", ""]

@@ -234,3 +234,11 @@ def test_an_arm_after_sft_starts_from_its_own_seed_and_pays_for_it(tmp_path):
     assert experiment.spent_before(arms["spin"], 1) == {}
     with pytest.raises(NotYet, match=f"run the arm {WARM_UP} first"):
         experiment.start_model(arms["spin"], 1)
+
+
+def test_arms_are_compared_by_the_seeds_that_all_of_them_have(tmp_path):
+    """In the seed of both ``steady`` is better, in the mean of its own seeds worse."""
+    for seed, dev in enumerate([RIGHT, WRONG]):
+        write(tmp_path, run_of("steady", [iterate(1, 100, [RIGHT], dev=[dev])], seed))
+    write(tmp_path, run_of("lucky", [iterate(1, 100, [RIGHT], dev=[[True, True, True, False]])]))
+    assert analyse.best_on_dev(analyse.load(tmp_path / "smoke"), ["lucky", "steady"]) == ("steady", 1)
