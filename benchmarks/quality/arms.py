@@ -43,6 +43,8 @@ class Setting:
     """None: all the others."""
     seed_rows: int = 500
     """Labelled rows that self-reinforcement may see."""
+    question_rows: int = 480
+    """Rows of which it may see the question: the base model answers each four times, and at length."""
     extractor: str = "equals"
     most_iterations: int | None = None
     """Cuts every arm short: for a setting whose numbers mean nothing."""
@@ -151,7 +153,7 @@ ARMS = [
         name=SELF_REINFORCEMENT, why="few labelled rows, the other questions unlabelled", from_base=True,
         changes={
             "algorithm": SELF_REINFORCEMENT, "iterations": 2, "self_filter": {"min_agreement": 0.5},
-            "data": {"prompts_per_iteration": 528}, "generation": {"samples_per_prompt": 4},
+            "data": {"prompts_per_iteration": 240}, "generation": {"samples_per_prompt": 4},
             "objective": {"beta": 1.0, "window": 1, "sft_weight": 3.0},
             "train": {"learning_rate": 2e-5, "global_batch_pairs": 24},
         },
@@ -277,7 +279,7 @@ def split_files(setting: Setting, train: Path, test: Path, folder: Path) -> dict
         measured = measured[: setting.dev_rows]
     parts = {
         "train": rows, "dev": dev, "test": measured, "seed": rows[: setting.seed_rows],
-        "questions": rows[setting.seed_rows :],
+        "questions": rows[setting.seed_rows :][: setting.question_rows],
     }  # fmt: skip
     folder.mkdir(parents=True, exist_ok=True)
     files = {}

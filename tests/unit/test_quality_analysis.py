@@ -56,7 +56,7 @@ def test_dev_rows_are_neither_trained_on_nor_of_the_test_file(tmp_path):
     files = split_files(SETTINGS["word_problems"], train, test, tmp_path / "data")
     assert (rows(files["train"]), rows(files["dev"])) == (list(range(700)), list(range(700, 1000)))
     assert rows(files["test"]) == ["test"]
-    assert rows(files["seed"]) + rows(files["questions"]) == rows(files["train"])
+    assert rows(files["seed"]) + rows(files["questions"]) == rows(files["train"])  # of 700, 500 and the other 200
 
 
 @pytest.mark.parametrize(
