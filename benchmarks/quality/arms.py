@@ -1,14 +1,16 @@
 """What is compared: recipes that differ in nothing but the arm, on one of three settings.
 
 A setting says model, data and sizes; an arm lays some values over the setting's recipe. The arm ``warm_up`` makes θ_0
-once, an epoch an iterate, until held-out people's responses get no likelier (``plateau``). All arms but
-self-reinforcement start there, whatever their seed: a seed is an order of the rows and a stream of samples.
+once, an epoch an iterate, until held-out people's responses get no likelier (``plateau``). All arms start there,
+whatever their seed (an order of the rows and a stream of samples), but self-reinforcement and those ``after_sft``.
 
 Why these arms. With fresh y′ of θ_t itself, E[∇ log p(y′)] = 0: the first step of SPIN is a step of SFT with noise, and
-what is different about SPIN comes later in an iteration, when y′ is stale. Hence many short iterations, and an anchor
-of about the size of SPIN's own pull on y. An opponent that samples at temperature T > 1 from its likeliest tokens (a
-named departure) is different at first order: the fixed point of log p_{t+1} = log p_t + (log p_data − log p_opponent)/β
-is p ∝ p_data^T, people's distribution made sharper, which is what accuracy at temperature 1 asks for.
+what is different about SPIN comes later in an iteration, when y′ is stale. So first many short iterations, with an
+anchor of about the size of SPIN's own pull on y. An opponent that samples at temperature T > 1 from its likeliest
+tokens (a named departure) is different at first order: the fixed point of
+log p_{t+1} = log p_t + (log p_data − log p_opponent)/β is p ∝ p_data^T, people's distribution made sharper, which is
+what accuracy at temperature 1 asks for. Ten steps are too few to get there: hence the long iterations, which are held
+on y by a heavier anchor. Sharpness alone can be had by a lower temperature, so that is measured, too.
 """
 
 import copy
