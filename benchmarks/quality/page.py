@@ -35,7 +35,8 @@ def markdown(found: dict[str, Any]) -> str:
         "Sampled: 4 samples at temperature 1. Differences are to continued SFT that had at least the same training",
         "tokens, computed tokens (training + a third of what was generated and scored), or wall time (of a shared",
         "machine, pauses included); 95 % intervals by paired bootstrap. A dash: no such SFT iterate is there.",
-        "Arms are chosen by sampled accuracy on dev rows, mean of the seeds that all of them have.", "",
+        "Arms are chosen by sampled accuracy on dev rows, mean of the seeds that all of them have.",
+        "Self-reinforcement sees few of the labels and has a θ_0 of its own, whose cost is not counted.", "",
     ]  # fmt: skip
     if compared is None:
         lines += [f"**No comparison yet:** {found['spin_minus_sft_missing_because']}.", ""]
