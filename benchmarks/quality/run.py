@@ -45,6 +45,7 @@ from spin_ray.storage import Storage
 ROOT = Path(__file__).resolve().parents[2]
 RESULTS = ROOT / "benchmarks" / "results" / "quality"
 COSTS = ("train_tokens", "compute", "seconds")
+"""What an iterate has cost since θ_0, by the names of its JSON."""
 COOLER = (0.67, 0.5)
 """Temperatures at which ``COOLER_ITERATES`` are sampled, too: log-probabilities times 1.5 and 2."""
 
@@ -114,8 +115,8 @@ class Experiment:
         Raises:
             NotYet: it has not been made.
         """
-        source, of_seed = (SFT, seed) if arm.after_sft else (WARM_UP, 0)
-        source = next(each for each in ARMS if each.name == source)
+        name, of_seed = (SFT, seed) if arm.after_sft else (WARM_UP, 0)
+        source = next(each for each in ARMS if each.name == name)
         result = self.result(source, of_seed)
         content = json.loads(result.read_text()) if result.exists() else {"iterates": [], "complete": False}
         if arm.after_sft:
@@ -314,12 +315,10 @@ def main() -> None:
         for arm in [by_name[name] for name in options.arms] if options.arms else ARMS:
             if place >= arm.seeds:
                 continue
+            # One that fails is named at the end: the others are worth their hours all the same.
             try:
                 experiment.finish(arm, seed, options.furthest)
-            except (
-                subprocess.CalledProcessError,
-                NotYet,
-            ) as error:  # the other arms are worth their hours all the same
+            except (subprocess.CalledProcessError, NotYet) as error:
                 failed.append(f"{arm.name}, seed {seed} ({error})")
     experiment.measure_cooler()
     if failed:
