@@ -15,8 +15,8 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from arms import ARMS, SFT, WARM_UP, Run, numbered, plateau
-from page import BUDGETS, interval, known_distribution, markdown, plot
+from arms import ARMS, BUDGETS, SFT, WARM_UP, Run, numbered, plateau
+from page import interval, known_distribution, markdown, plot
 
 RESULTS = Path(__file__).resolve().parents[1] / "results"
 RESAMPLES = 10_000
@@ -154,18 +154,16 @@ def _start(warm_up: Run) -> dict[str, Any]:
 def _by_temperature(runs: dict[str, dict[int, Run]]) -> list[dict[str, Any]]:
     """Sampled accuracy on test rows by temperature of the samples, for the iterates that were sampled at several."""
     rows = []
-    for arm, of_seeds in runs.items():
-        for seed, run in of_seeds.items():
-            for iterate in run["iterates"]:
-                keys = [key for key in iterate if key.startswith("test_at_")]
-                if keys:
-                    accuracy = {
-                        key.partition("_at_")[2] or "1": float(per_row(iterate, "sampled", key).mean())
-                        for key in ["test", *keys]
-                    }
-                    greedy = float(per_row(iterate, "greedy").mean())
-                    number = iterate["iterate"]
-                    rows.append({"arm": arm, "iterate": number, "seed": seed, "sampled_at": accuracy, "greedy": greedy})
+    measured = (
+        (run, iterate) for of_seeds in runs.values() for run in of_seeds.values() for iterate in run["iterates"]
+    )
+    for run, iterate in measured:
+        cooler = {key.partition("_at_")[2]: key for key in iterate if key.startswith("test_at_")}
+        if cooler:
+            keys = {"1": "test"} | cooler
+            accuracy = {name: float(per_row(iterate, "sampled", key).mean()) for name, key in keys.items()}
+            which = {"arm": run["arm"], "iterate": iterate["iterate"], "seed": run["seed"]}
+            rows.append(which | {"sampled_at": accuracy, "greedy": float(per_row(iterate, "greedy").mean())})
     return rows
 
 

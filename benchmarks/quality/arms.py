@@ -23,6 +23,8 @@ WARM_UP = "warm_up"
 SFT = "continued_sft"
 """More SFT from θ_0; names of its variants start with it."""
 SELF_REINFORCEMENT = "self_reinforcement"
+BUDGETS = {"train_tokens": "training tokens", "compute": "computed tokens", "seconds": "wall time"}
+"""What an iterate has cost since θ_0, by which arms are compared: names in its JSON, and in words."""
 Recipe = dict[str, Any]
 Run = dict[str, Any]
 """The JSON of one arm and seed."""
@@ -162,8 +164,10 @@ ARMS = [
     ),
 ]  # fmt: skip
 """In the order in which they are run: each result already says something when the next is missing."""
+COOLER = (0.67, 0.5)
+"""Temperatures at which some iterates are sampled, too: log-probabilities times 1.5 and 2."""
 COOLER_ITERATES = {WARM_UP: None, SFT: 4, "spin_flat_1.5_long_anchor_5": 1}
-"""Iterates of seed 0 that are sampled at lower temperatures, too; None: θ_0. The other two had the same tokens."""
+"""Which, of seed 0; None: θ_0. The other two had the same tokens."""
 
 _CPU: Recipe = {
     # An arm that destroys the model is a finding: it is measured, not stopped.

@@ -5,9 +5,8 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from arms import WARM_UP
+from arms import BUDGETS, WARM_UP
 
-BUDGETS = {"train_tokens": "training tokens", "compute": "computed tokens", "seconds": "wall time"}
 MEASURES = {
     "greedy": ("greedy accuracy", 3),
     "sampled": ("sampled accuracy", 3),

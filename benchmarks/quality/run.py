@@ -23,6 +23,8 @@ import pyarrow.compute as pc
 import yaml
 from arms import (
     ARMS,
+    BUDGETS,
+    COOLER,
     COOLER_ITERATES,
     SETTINGS,
     SFT,
@@ -44,10 +46,6 @@ from spin_ray.storage import Storage
 
 ROOT = Path(__file__).resolve().parents[2]
 RESULTS = ROOT / "benchmarks" / "results" / "quality"
-COSTS = ("train_tokens", "compute", "seconds")
-"""What an iterate has cost since θ_0, by the names of its JSON."""
-COOLER = (0.67, 0.5)
-"""Temperatures at which ``COOLER_ITERATES`` are sampled, too: log-probabilities times 1.5 and 2."""
 
 
 class NotYet(Exception):
@@ -135,15 +133,23 @@ class Experiment:
         if arm.from_base:
             return None
         source, of_seed, iterate = self.earlier(arm, seed)
-        run, number = RunDir(Storage(self.folder(source, of_seed))), iterate["iterate"]
+        number = iterate["iterate"]
+        return str(_model(self.run_with(source, of_seed, number), number))
+
+    def run_with(self, arm: Arm, seed: int, number: int) -> RunDir:
+        """The run of an arm, with the model of an iterate in it."""
+        run = RunDir(Storage(self.folder(arm, seed)))
         if not run.model(number).is_committed:
-            recipe = recipe_of(self.setting, source, self.files, self.start_model(source, of_seed), of_seed)
-            self.train(source, of_seed, recipe, number)
-        return str(_model(run, number))
+            recipe = recipe_of(self.setting, arm, self.files, self.start_model(arm, seed), seed)
+            self.train(arm, seed, recipe, number)
+        return run
 
     def spent_before(self, arm: Arm, seed: int) -> dict[str, float]:
         """What the continued SFT that an arm starts from has cost since θ_0."""
-        return {name: self.earlier(arm, seed)[2][name] for name in COSTS} if arm.after_sft else {}
+        if not arm.after_sft:
+            return {}
+        _, _, iterate = self.earlier(arm, seed)
+        return {budget: iterate[budget] for budget in BUDGETS}
 
     def measure_cooler(self) -> None:
         """Adds what no arm waits for: the answers of θ_0 (so far), and those of ``COOLER_ITERATES`` at ``COOLER``
@@ -163,10 +169,8 @@ class Experiment:
             if not missing:
                 continue
             _say(f"{arm.name}: further answers of iterate {number}")
+            run = self.run_with(arm, 0, number)
             recipe = recipe_of(self.setting, arm, self.files, self.start_model(arm, 0), 0)
-            run = RunDir(Storage(self.folder(arm, 0)))
-            if not run.model(number).is_committed:
-                self.train(arm, 0, recipe, number)
             for split, temperature in missing:
                 measured = self._measure(run, number, recipe, split, only_logp=False, temperature=temperature)
                 iterate[_key(split, temperature)] = measured[split]

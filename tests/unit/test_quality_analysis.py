@@ -69,8 +69,8 @@ def test_theta_0_is_where_held_out_responses_get_no_likelier(logps, expected):
 
 @pytest.fixture(scope="module")
 def tiny():
-    torch.set_num_threads(1)
     """With the attention that measure.py registers, whose path for one token is then compared with whole passes."""
+    torch.set_num_threads(1)
     return AutoModelForCausalLM.from_pretrained(
         resolve("embedded:tiny-llama"), dtype=torch.float32, attn_implementation="in_groups"
     )
