@@ -2,6 +2,7 @@
 
 import json
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -57,6 +58,8 @@ def test_dev_rows_are_neither_trained_on_nor_of_the_test_file(tmp_path):
     assert (rows(files["train"]), rows(files["dev"])) == (list(range(700)), list(range(700, 1000)))
     assert rows(files["test"]) == ["test"]
     assert rows(files["seed"]) + rows(files["questions"]) == rows(files["train"])  # of 700, 500 and the other 200
+    few = split_files(replace(SETTINGS["word_problems"], question_rows=50), train, test, tmp_path / "data")
+    assert rows(few["questions"]) == list(range(500, 550))
 
 
 @pytest.mark.parametrize(
