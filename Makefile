@@ -79,10 +79,12 @@ bench: $(READY) ## The quicker benchmarks (not TRL): DATA=FILE.jsonl has the row
 	$(BIN)/python benchmarks/table.py
 
 QUALITY_DATA ?= ../shared/data
-quality: $(READY) ## Does SPIN beat more SFT? Hours; resumes; QUALITY_DATA=FOLDER has word_problems.{train,test}.jsonl
+quality: $(READY) ## Does SPIN beat more SFT? Hours; resumes; QUALITY_DATA=FOLDER has {word_problems,gsm8k}.{train,test}.jsonl
 	$(BIN)/python benchmarks/quality/known_distribution.py
 	$(BIN)/python benchmarks/quality/run.py --data $(QUALITY_DATA)
 	$(BIN)/python benchmarks/quality/analyse.py
+	$(BIN)/python benchmarks/quality/run.py --data $(QUALITY_DATA) --setting gsm8k
+	$(BIN)/python benchmarks/quality/analyse.py --setting gsm8k
 
 peers: .peers/.ready ## An environment with TRL, to compare with
 

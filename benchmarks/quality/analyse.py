@@ -2,10 +2,11 @@
 
     python benchmarks/quality/analyse.py [--setting word_problems]
 
-Writes benchmarks/results/quality.json, quality.md and quality.svg. An arm's iterate is compared with the continued SFT
-that had at least as many training tokens (or computed tokens, or wall time): never with less compute than its own.
-Arms, rates and iterates are chosen on dev rows; what is reported of them is measured on test rows. Intervals are 95 %
-by paired bootstrap over test rows, and over seeds where an arm has several.
+Writes benchmarks/results/quality.json, quality.md and quality.svg; of another setting, quality_SETTING.*. An arm's
+iterate is compared with the continued SFT that had at least as many training tokens (or computed tokens, or wall
+time): never with less compute than its own. Arms, rates and iterates are chosen on dev rows; what is reported of them
+is measured on test rows. Intervals are 95 % by paired bootstrap over test rows, and over seeds where an arm has
+several.
 """
 
 import argparse
@@ -15,8 +16,8 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from arms import ARMS, BUDGETS, SFT, WARM_UP, Run, numbered, plateau
-from page import interval, known_distribution, markdown, plot
+from arms import ARMS, BUDGETS, SETTINGS, SFT, WARM_UP, Run, arms_of, numbered, plateau
+from page import MAIN_SETTING, file_stem, interval, known_distribution, markdown, plot
 
 RESULTS = Path(__file__).resolve().parents[1] / "results"
 RESAMPLES = 10_000
@@ -142,7 +143,7 @@ def analyse(folder: Path, setting: str) -> dict[str, Any]:
         "by_temperature": _by_temperature(runs),
         "arms": rows["test"],
         "search_on_dev_rows": rows["dev"],
-        "still_to_run": _missing_arms(runs),
+        "still_to_run": _missing_arms(runs, setting),
     }
 
 
@@ -174,11 +175,11 @@ def _missing(chosen: tuple[str, int] | None, chosen_sft: tuple[str, int] | None)
     return f"no arm of {' and none of '.join(names)} has an iterate yet"
 
 
-def _missing_arms(runs: dict[str, dict[int, Run]]) -> list[str]:
+def _missing_arms(runs: dict[str, dict[int, Run]], setting: str) -> list[str]:
     """Arms and seeds without a complete JSON."""
     return [
         f"{arm.name}, seed {seed}"
-        for arm in ARMS
+        for arm in arms_of(SETTINGS[setting])
         for seed in range(arm.seeds)
         if not runs.get(arm.name, {}).get(seed, {}).get("complete")
     ]
@@ -206,18 +207,21 @@ def _interval_of(values: np.ndarray | None) -> dict[str, float] | None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--setting", default="word_problems")
+    parser.add_argument("--setting", choices=sorted(SETTINGS), default=MAIN_SETTING)
     parser.add_argument("--results", type=Path, default=RESULTS / "quality", help="where run.py left its JSONs")
     parser.add_argument("--out", type=Path, default=RESULTS)
     options = parser.parse_args()
     found = analyse(options.results, options.setting)
     options.out.mkdir(parents=True, exist_ok=True)
-    (options.out / "quality.json").write_text(json.dumps(found, indent=1) + "\n")
-    text = markdown(found) + known_distribution(RESULTS / "known_distribution.json")
-    (options.out / "quality.md").write_text(text)
+    page = options.out / f"{file_stem(options.setting)}.md"
+    page.with_suffix(".json").write_text(json.dumps(found, indent=1) + "\n")
+    text = markdown(found)
+    if options.setting == MAIN_SETTING:
+        text += known_distribution(RESULTS / "known_distribution.json")
+    page.write_text(text)
     if found["arms"]:
-        plot(found, options.out / "quality.svg")
-    print(f"{options.out / 'quality.md'}: {len(found['arms'])} iterates")
+        plot(found, page.with_suffix(".svg"))
+    print(f"{page}: {len(found['arms'])} iterates")
     print(f"SPIN minus SFT, sampled accuracy: {interval(found['spin_minus_sft'])}")
     if found["spin_minus_sft_missing_because"]:
         print(found["spin_minus_sft_missing_because"])

@@ -45,13 +45,21 @@ class Setting:
     """Last rows of train, on which everything is chosen: they are never trained on."""
     train_rows: int | None = None
     """None: all the others."""
+    test_rows: int | None = None
+    """First rows of test that are measured; None: all."""
     seed_rows: int = 500
     """Labelled rows that self-reinforcement may see."""
     question_rows: int = 480
     """Rows of which it may see the question: the base model answers each four times, and at length."""
     extractor: str = "equals"
     most_iterations: int | None = None
-    """Cuts every arm short: for a setting whose numbers mean nothing."""
+    """Cuts every arm short."""
+    arms: tuple[str, ...] | None = None
+    """Those that run here; None: all."""
+    most_seeds: int | None = None
+    """Cuts an arm's ``seeds``."""
+    cooler: tuple[float, ...] = (0.67, 0.5)
+    """Temperatures at which ``COOLER_ITERATES`` are sampled, too: log-probabilities times 1.5 and 2."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -164,10 +172,10 @@ ARMS = [
     ),
 ]  # fmt: skip
 """In the order in which they are run: each result already says something when the next is missing."""
-COOLER = (0.67, 0.5)
-"""Temperatures at which some iterates are sampled, too: log-probabilities times 1.5 and 2."""
 COOLER_ITERATES = {WARM_UP: None, SFT: 4, "spin_flat_1.5_long_anchor_5": 1}
-"""Which, of seed 0; None: θ_0. The other two had the same tokens."""
+"""What is sampled at a setting's ``cooler`` temperatures, of seed 0; None: θ_0. On word problems the other two had the
+same tokens.
+"""
 
 _CPU: Recipe = {
     # An arm that destroys the model is a finding: it is measured, not stopped.
@@ -214,13 +222,25 @@ SETTINGS = {
     ),
     "gsm8k": Setting(
         name="gsm8k", train="gsm8k.train.jsonl", test="gsm8k.test.jsonl", extractor="hashes",
-        recipe=_smollm2(max_length=768, max_tokens=256), warm_up_rates=(1e-4, 1e-4, 5e-5, 5e-5, 2e-5),
+        recipe=_smollm2(max_length=768, max_tokens=256), warm_up_rates=(1e-4, 5e-5, 2e-5),
+        # An answer is ten times as long as an equation; all rows and arms would be days.
+        dev_rows=60, train_rows=800, test_rows=150, most_iterations=3, most_seeds=1, cooler=(0.5,),
+        arms=(WARM_UP, SFT, "spin", "spin_flat_1.5_long_anchor_5"),
     ),
     "smoke": Setting(
         name="smoke", train="embedded:arithmetic-train", test="embedded:arithmetic-heldout", recipe=_smoke(),
-        warm_up_rates=(1e-4,), dev_rows=16, train_rows=64, seed_rows=24, most_iterations=1,
+        warm_up_rates=(1e-4,), dev_rows=16, train_rows=64, test_rows=16, seed_rows=24, most_iterations=1,
     ),
 }  # fmt: skip
+
+
+def arms_of(setting: Setting) -> list[Arm]:
+    """The arms of a setting in the order in which they are run, with its number of seeds."""
+    return [
+        replace(arm, seeds=min(arm.seeds, setting.most_seeds or arm.seeds))
+        for arm in ARMS
+        if setting.arms is None or arm.name in setting.arms
+    ]
 
 
 def recipe_of(setting: Setting, arm: Arm, data: dict[str, str], start: str | None, seed: int) -> Recipe:
@@ -278,11 +298,9 @@ def _laid_over(base: Recipe, changes: Recipe) -> Recipe:
 
 def split_files(setting: Setting, train: Path, test: Path, folder: Path) -> dict[str, str]:
     """Files by role. No arm trains on the last rows of train (``dev``); nothing is chosen on ``test``."""
-    rows, measured = train.read_text().splitlines(), test.read_text().splitlines()
+    rows, measured = train.read_text().splitlines(), test.read_text().splitlines()[: setting.test_rows]
     rows, dev = rows[: -setting.dev_rows], rows[-setting.dev_rows :]
     rows = rows[: setting.train_rows]
-    if setting.name == "smoke":
-        measured = measured[: setting.dev_rows]
     parts = {
         "train": rows, "dev": dev, "test": measured, "seed": rows[: setting.seed_rows],
         "questions": rows[setting.seed_rows :][: setting.question_rows],

@@ -7,6 +7,7 @@ from typing import Any
 import numpy as np
 from arms import BUDGETS, WARM_UP
 
+MAIN_SETTING = "word_problems"
 MEASURES = {
     "greedy": ("greedy accuracy", 3),
     "sampled": ("sampled accuracy", 3),
@@ -23,14 +24,22 @@ MOVED = {
 """What an iteration moved, by the run's own evaluation on 100 of the dev rows."""
 
 
+def file_stem(setting: str) -> str:
+    """Name of a setting's page, without its ending."""
+    return "quality" if setting == MAIN_SETTING else f"quality_{setting}"
+
+
 def markdown(found: dict[str, Any]) -> str:
-    """quality.md."""
+    """A setting's page."""
+    setting = found["setting"]
+    which = "" if setting == MAIN_SETTING else f" --setting {setting}"
     chosen, compared, greedy = found["chosen_on_dev_rows"], found["spin_minus_sft"], found["spin_minus_sft_greedy"]
     lines = [
-        f"# SPIN against more SFT: {found['setting']}", "",
-        "Made by `make quality`: `python benchmarks/quality/run.py --data FOLDER` makes the arms, `analyse.py` this.",
-        "Each arm's recipe, seed and versions are in its JSON ([quality/](quality)); `benchmarks/quality/arms.py` says",
-        "why each is there. θ_0 is one model for all arms; a seed is an order of rows and a stream of samples.",
+        f"# SPIN against more SFT: {setting}", "",
+        f"Made by `make quality`: `python benchmarks/quality/run.py --data FOLDER{which}` makes the arms,",
+        f"`analyse.py{which}` this. Each arm's recipe, seed and versions are in its JSON",
+        f"([quality/{setting}](quality/{setting})); `benchmarks/quality/arms.py` says why each is there.",
+        "θ_0 is one model for all arms; a seed is an order of rows and a stream of samples.",
         "Sampled: 4 samples at temperature 1. Differences are to continued SFT that had at least the same training",
         "tokens, computed tokens (training + a third of what was generated and scored), or wall time (of a shared",
         "machine, pauses included); 95 % intervals by paired bootstrap. A dash: no such SFT iterate is there.",
@@ -75,7 +84,7 @@ def markdown(found: dict[str, Any]) -> str:
         cells = [row["arm"], str(row["iterate"]), str(len(row["seeds"])), *_measures(row, measures)]
         lines.append(_row(cells))
     lines += _temperatures(found["by_temperature"])
-    picture = ["", "![accuracy over training tokens](quality.svg)"] if found["arms"] else []
+    picture = ["", f"![accuracy over training tokens]({file_stem(setting)}.svg)"] if found["arms"] else []
     return "\n".join([*lines, *picture, ""])
 
 

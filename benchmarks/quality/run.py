@@ -2,6 +2,7 @@
 
     python benchmarks/quality/run.py --data ../shared/data     # all arms, in the order of arms.py
     python benchmarks/quality/analyse.py                       # tables, plots, intervals: of what is there so far
+    python benchmarks/quality/run.py --setting gsm8k           # the second setting, smaller
     python benchmarks/quality/run.py --setting smoke           # do the parts work together? minutes
 
 One JSON for each arm and seed in benchmarks/results/quality/SETTING, written anew after every iterate. A finished one
@@ -24,7 +25,6 @@ import yaml
 from arms import (
     ARMS,
     BUDGETS,
-    COOLER,
     COOLER_ITERATES,
     SETTINGS,
     SFT,
@@ -33,6 +33,7 @@ from arms import (
     Recipe,
     Run,
     Setting,
+    arms_of,
     numbered,
     plateau,
     recipe_of,
@@ -152,8 +153,8 @@ class Experiment:
         return {budget: iterate[budget] for budget in BUDGETS}
 
     def measure_cooler(self) -> None:
-        """Adds what no arm waits for: the answers of θ_0 (so far), and those of ``COOLER_ITERATES`` at ``COOLER``
-        temperatures, which are what making a model sharper without training gives.
+        """Adds what no arm waits for: the answers of θ_0 (so far), and those of ``COOLER_ITERATES`` at the
+        setting's cooler temperatures, which are what making a model sharper without training gives.
         """
         for arm in [arm for arm in ARMS if arm.name in COOLER_ITERATES]:
             result = self.result(arm, 0)
@@ -164,7 +165,7 @@ class Experiment:
             iterate = numbered(content, number)
             if iterate is None:
                 continue
-            wanted = [("dev", 1.0), ("test", 1.0), *(("test", temperature) for temperature in COOLER)]
+            wanted = [("dev", 1.0), ("test", 1.0), *(("test", temperature) for temperature in self.setting.cooler)]
             missing = [each for each in wanted if "sampled" not in iterate.get(_key(*each), {})]
             if not missing:
                 continue
@@ -312,11 +313,12 @@ def main() -> None:
     parser.add_argument("--runs", type=Path, default=ROOT / "runs" / "quality")
     parser.add_argument("--results", type=Path, default=RESULTS)
     options = parser.parse_args()
-    experiment = Experiment(SETTINGS[options.setting], options.data, options.runs.absolute(), options.results)
+    setting = SETTINGS[options.setting]
+    experiment = Experiment(setting, options.data, options.runs.absolute(), options.results)
     by_name = {arm.name: arm for arm in ARMS}
     failed: list[str] = []
     for place, seed in enumerate(options.seeds):
-        for arm in [by_name[name] for name in options.arms] if options.arms else ARMS:
+        for arm in [by_name[name] for name in options.arms] if options.arms else arms_of(setting):
             if place >= arm.seeds:
                 continue
             # One that fails is named at the end: the others are worth their hours all the same.

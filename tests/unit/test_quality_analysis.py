@@ -13,7 +13,7 @@ from transformers import AutoModelForCausalLM
 sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "benchmarks" / "quality"))
 
 import analyse
-from arms import ARMS, SETTINGS, SFT, WARM_UP, plateau, recipe_of, split_files
+from arms import ARMS, SETTINGS, SFT, WARM_UP, arms_of, plateau, recipe_of, split_files
 from measure import answer_batch, draw
 from run import Experiment, NotYet
 
@@ -44,6 +44,12 @@ def test_arms_of_spin_differ_from_it_in_what_their_name_says():
     assert differing("fictitious_play") == {"objective.window": "all"}
     assert differing("spin_beta_5") == {"objective.beta": 5.0, "iterations": 1}
     assert differing("spin_flat_1.5") == {"generation.sampling.temperature": 1.5, "generation.sampling.top_k": 8}
+
+
+def test_a_setting_may_run_fewer_arms_and_seeds():
+    assert arms_of(SETTINGS["word_problems"]) == ARMS
+    few = arms_of(replace(SETTINGS["word_problems"], arms=("spin", SFT), most_seeds=2))
+    assert [(arm.name, arm.seeds) for arm in few] == [(SFT, 2), ("spin", 2)]
 
 
 def test_dev_rows_are_neither_trained_on_nor_of_the_test_file(tmp_path):
