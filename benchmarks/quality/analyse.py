@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from arms import ARMS, BUDGETS, SETTINGS, SFT, WARM_UP, Run, arms_of, numbered, plateau
+from arms import ARMS, BUDGETS, SETTINGS, SFT, WARM_UP, Run, arms_of, is_finished, numbered, plateau
 from page import MAIN_SETTING, file_stem, interval, known_distribution, markdown, plot
 
 RESULTS = Path(__file__).resolve().parents[1] / "results"
@@ -176,12 +176,12 @@ def _missing(chosen: tuple[str, int] | None, chosen_sft: tuple[str, int] | None)
 
 
 def _missing_arms(runs: dict[str, dict[int, Run]], setting: str) -> list[str]:
-    """Arms and seeds without a complete JSON."""
+    """Arms and seeds that do not have all their iterates."""
     return [
         f"{arm.name}, seed {seed}"
         for arm in arms_of(SETTINGS[setting])
         for seed in range(arm.seeds)
-        if not runs.get(arm.name, {}).get(seed, {}).get("complete")
+        if not is_finished(SETTINGS[setting], arm, runs.get(arm.name, {}).get(seed))
     ]
 
 

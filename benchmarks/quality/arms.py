@@ -122,11 +122,12 @@ def long_spin(
     flat: float = 1.5,
     seeds: int = 1,
     iterations: int = 1,
+    prompts: int = 1700,
     after_sft: int | None = None,
 ) -> Arm:
     """36 steps an iteration, on nearly all prompts with one y′ each, on which log-ratios go on to twice their error."""
     arm = spin(
-        name, why, rate=3e-5, flat=flat, seeds=seeds, iterations=iterations, prompts=1700, samples=1, beta=0.5,
+        name, why, rate=3e-5, flat=flat, seeds=seeds, iterations=iterations, prompts=prompts, samples=1, beta=0.5,
         sft_weight=anchor,
     )  # fmt: skip
     return replace(arm, after_sft=after_sft)
@@ -156,6 +157,10 @@ ARMS = [
     long_spin(
         "spin_flat_1.5_after_sft", "the long iteration after as many tokens of SFT, where SFT helps least", anchor=5.0,
         after_sft=4,
+    ),
+    long_spin(
+        "spin_flat_2_after_sft", "half as many steps with T = 2 from there: sharpness for fewer tokens", anchor=5.0,
+        flat=2.0, prompts=850, after_sft=4,
     ),
     spin("spin_no_anchor", "the paper's objective", sft_weight=0.0),
     spin("spin_beta_5", "strongly regularised", beta=5.0, iterations=1),
@@ -243,6 +248,17 @@ def arms_of(setting: Setting) -> list[Arm]:
     ]
 
 
+def iterations_of(setting: Setting, arm: Arm) -> int:
+    """Number of the last iterate of an arm."""
+    wanted = len(setting.warm_up_rates) if arm.name == WARM_UP else arm.changes["iterations"]
+    return min(wanted, setting.most_iterations or wanted)
+
+
+def is_finished(setting: Setting, arm: Arm, run: Run | None) -> bool:
+    """Whether a run has all iterates of its arm; it has not if the arm has become longer since."""
+    return run is not None and run["complete"] and run["recipe"]["iterations"] >= iterations_of(setting, arm)
+
+
 def recipe_of(setting: Setting, arm: Arm, data: dict[str, str], start: str | None, seed: int) -> Recipe:
     """The recipe of a run.
 
@@ -253,9 +269,8 @@ def recipe_of(setting: Setting, arm: Arm, data: dict[str, str], start: str | Non
     recipe = _laid_over(setting.recipe, arm.changes)
     rates = list(setting.warm_up_rates)
     if arm.name == WARM_UP:
-        recipe["iterations"] = len(rates)
         recipe["train"]["learning_rate"] = rates
-    recipe["iterations"] = min(recipe["iterations"], setting.most_iterations or recipe["iterations"])
+    recipe["iterations"] = iterations_of(setting, arm)
     recipe["seed"] = seed
     recipe["evaluation"]["answer_extractor"] = setting.extractor
     recipe["data"] |= {"train": data["train"], "heldout": data["dev"]}

@@ -34,6 +34,7 @@ from arms import (
     Run,
     Setting,
     arms_of,
+    is_finished,
     numbered,
     plateau,
     recipe_of,
@@ -72,11 +73,8 @@ class Experiment:
             furthest: stop at this iterate, although the arm has more.
         """
         result = self.result(arm, seed)
-        if result.exists():
-            found = json.loads(result.read_text())
-            wanted = recipe_of(self.setting, arm, self.files, None, seed)["iterations"]
-            if found["complete"] and found["recipe"]["iterations"] >= wanted:
-                return
+        if result.exists() and is_finished(self.setting, arm, json.loads(result.read_text())):
+            return
         recipe = recipe_of(self.setting, arm, self.files, self.start_model(arm, seed), seed)
         before = self.spent_before(arm, seed)
         measured: list[dict[str, Any]] = []

@@ -13,7 +13,7 @@ from transformers import AutoModelForCausalLM
 sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "benchmarks" / "quality"))
 
 import analyse
-from arms import ARMS, SETTINGS, SFT, WARM_UP, arms_of, plateau, recipe_of, split_files
+from arms import ARMS, SETTINGS, SFT, WARM_UP, arms_of, is_finished, plateau, recipe_of, split_files
 from measure import answer_batch, draw
 from run import Experiment, NotYet
 
@@ -50,6 +50,18 @@ def test_a_setting_may_run_fewer_arms_and_seeds():
     assert arms_of(SETTINGS["word_problems"]) == ARMS
     few = arms_of(replace(SETTINGS["word_problems"], arms=("spin", SFT), most_seeds=2))
     assert [(arm.name, arm.seeds) for arm in few] == [(SFT, 2), ("spin", 2)]
+
+
+def test_an_arm_that_became_longer_is_not_finished():
+    setting = SETTINGS["word_problems"]
+    spin = next(arm for arm in ARMS if arm.name == "spin")
+    run = run_of("spin", [iterate(number, 10, [WRONG]) for number in (1, 2, 3)])
+    assert is_finished(setting, spin, run)
+    assert not is_finished(setting, spin, run | {"complete": False})
+    assert not is_finished(setting, spin, None)
+    longer = replace(spin, changes=spin.changes | {"iterations": 4})
+    assert not is_finished(setting, longer, run)
+    assert is_finished(replace(setting, most_iterations=3), longer, run)
 
 
 def test_dev_rows_are_neither_trained_on_nor_of_the_test_file(tmp_path):
@@ -140,7 +152,10 @@ def iterate(number: int, tokens: int, sampled: list[list[bool]], seconds: float 
 
 def run_of(arm: str, iterates: list[dict], seed: int = 0) -> dict:
     is_spin = not arm.startswith((SFT, WARM_UP))
-    return {"arm": arm, "seed": seed, "iterates": iterates, "is_spin": is_spin, "complete": True}
+    recipe = {"iterations": max((each["iterate"] for each in iterates), default=0)}
+    return {
+        "arm": arm, "seed": seed, "iterates": iterates, "is_spin": is_spin, "recipe": recipe, "complete": True,
+    }  # fmt: skip
 
 
 RIGHT, WRONG = [True] * 4, [False] * 4
