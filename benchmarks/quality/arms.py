@@ -229,8 +229,8 @@ SETTINGS = {
         name="gsm8k", train="gsm8k.train.jsonl", test="gsm8k.test.jsonl", extractor="hashes",
         recipe=_smollm2(max_length=768, max_tokens=256), warm_up_rates=(1e-4, 5e-5, 2e-5),
         # An answer is ten times as long as an equation; all rows and arms would be days.
-        dev_rows=60, train_rows=800, test_rows=150, most_iterations=3, most_seeds=1, cooler=(0.5,),
-        arms=(WARM_UP, SFT, "spin", "spin_flat_1.5_long_anchor_5"),
+        dev_rows=60, train_rows=800, test_rows=60, most_iterations=3, most_seeds=1, cooler=(),
+        arms=(WARM_UP, SFT, "spin"),
     ),
     "smoke": Setting(
         name="smoke", train="embedded:arithmetic-train", test="embedded:arithmetic-heldout", recipe=_smoke(),
