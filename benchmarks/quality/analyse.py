@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from arms import ARMS, BUDGETS, SETTINGS, SFT, WARM_UP, Run, arms_of, is_finished, numbered, plateau
+from arms import ARMS, BUDGETS, SETTINGS, SFT, WARM_UP, Run, Setting, arms_of, is_finished, numbered, plateau
 from page import MAIN_SETTING, file_stem, interval, known_distribution, markdown, plot
 
 RESULTS = Path(__file__).resolve().parents[1] / "results"
@@ -143,7 +143,7 @@ def analyse(folder: Path, setting: str) -> dict[str, Any]:
         "by_temperature": _by_temperature(runs),
         "arms": rows["test"],
         "search_on_dev_rows": rows["dev"],
-        "still_to_run": _missing_arms(runs, setting),
+        "still_to_run": _missing_arms(runs, SETTINGS[setting]),
     }
 
 
@@ -175,13 +175,13 @@ def _missing(chosen: tuple[str, int] | None, chosen_sft: tuple[str, int] | None)
     return f"no arm of {' and none of '.join(names)} has an iterate yet"
 
 
-def _missing_arms(runs: dict[str, dict[int, Run]], setting: str) -> list[str]:
+def _missing_arms(runs: dict[str, dict[int, Run]], setting: Setting) -> list[str]:
     """Arms and seeds that do not have all their iterates."""
     return [
         f"{arm.name}, seed {seed}"
-        for arm in arms_of(SETTINGS[setting])
+        for arm in arms_of(setting)
         for seed in range(arm.seeds)
-        if not is_finished(SETTINGS[setting], arm, runs.get(arm.name, {}).get(seed))
+        if not is_finished(setting, arm, runs.get(arm.name, {}).get(seed))
     ]
 
 

@@ -35,6 +35,7 @@ from arms import (
     Setting,
     arms_of,
     is_finished,
+    iterations_of,
     numbered,
     plateau,
     recipe_of,
@@ -117,7 +118,7 @@ class Experiment:
         result = self.result(source, of_seed)
         content = json.loads(result.read_text()) if result.exists() else {"iterates": [], "complete": False}
         if arm.after_sft:
-            number = min(arm.after_sft, self.setting.most_iterations or arm.after_sft)
+            number = min(arm.after_sft, iterations_of(self.setting, source))
         else:
             number = plateau(content) if content["complete"] else None
         found = numbered(content, number)
