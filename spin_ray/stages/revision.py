@@ -14,7 +14,7 @@ import pyarrow as pa
 
 from spin_ray.config import SpinConfig
 from spin_ray.conversations import Conversation
-from spin_ray.rendering import ChatRenderer, Rendered
+from spin_ray.rendering import ChatRenderer, Rendered, RenderError
 from spin_ray.run_dir import Artefact, RunDir, part_name
 from spin_ray.types import PAIR_SCHEMA, PROMPT_SCHEMA
 
@@ -63,7 +63,10 @@ def training_rows(
         label = label_of(answer["token_ids"], prompt["real_ids"], minor_from)
         revision = "" if label == LABELS[0] else conversation[-1]["content"]
         written = {"role": "assistant", "content": f"{label}\n{revision}"}
-        rendered = renderer.render([*reviser_prompt(conversation, text), written])
+        try:
+            rendered = renderer.render([*reviser_prompt(conversation, text), written])
+        except RenderError:
+            return "template"
         if len(rendered.prompt_ids) + len(rendered.real_ids) > config.model.max_length:
             return "too_long"
         return _fine_tuning_row(f"{answer['prompt_id']}/{answer['sample']}", 0, rendered)
@@ -91,12 +94,14 @@ def revision_prompts(
     def row(prompt: Row, answer: Row, text: str) -> Row | str:
         if answer["finish_reason"] != "stop":
             return "answer_cut"
-        asked = reviser_prompt(json.loads(prompt["messages"]), text)
-        rendered = renderer.render([*asked, {"role": "assistant", "content": ""}])
-        if len(rendered.prompt_ids) + config.generation.sampling.max_tokens > config.model.max_length:
+        try:
+            prompt_ids = renderer.render_prompt(reviser_prompt(json.loads(prompt["messages"]), text))
+        except RenderError:
+            return "template"
+        if len(prompt_ids) + config.generation.sampling.max_tokens > config.model.max_length:
             return "too_long"
         return {
-            "prompt_id": f"{answer['prompt_id']}/{answer['sample']}", "prompt_ids": rendered.prompt_ids,
+            "prompt_id": f"{answer['prompt_id']}/{answer['sample']}", "prompt_ids": prompt_ids,
             "real_ids": answer["token_ids"], "messages": prompt["messages"],
         }  # fmt: skip
 
@@ -126,12 +131,16 @@ def revised_rows(
             return "no_label" if found is None else "revision_cut"
         label, revised = found
         question = json.loads(prompt["messages"])[:-1]
-        rendered = renderer.render([*question, {"role": "assistant", "content": revised}])
-        response = prompt["real_ids"] if label == LABELS[0] else rendered.real_ids
-        if len(rendered.prompt_ids) + len(response) > max_length:
+        try:
+            if label == LABELS[0]:
+                rendered = Rendered(renderer.render_prompt(question), prompt["real_ids"])
+            else:
+                rendered = renderer.render([*question, {"role": "assistant", "content": revised}])
+        except RenderError:
+            return "template"
+        if len(rendered.prompt_ids) + len(rendered.real_ids) > max_length:
             return "too_long"
-        name = f"{prompt['prompt_id']}/{written['sample']}"
-        return _fine_tuning_row(name, iteration, Rendered(rendered.prompt_ids, response))
+        return _fine_tuning_row(f"{prompt['prompt_id']}/{written['sample']}", iteration, rendered)
 
     rows = [row(*found) for found in _answered(asked, revisions, tokenizer)]
     dropped.update(row for row in rows if isinstance(row, str))

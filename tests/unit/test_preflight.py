@@ -6,11 +6,13 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from tokenizer_kinds import TEMPLATES, tokenizer_of_kind
 
-from spin_ray.config import SpinConfig
+from spin_ray.config import DataConfig, SpinConfig
 from spin_ray.embedded import resolve
 from spin_ray.errors import ConfigError, DataError, ModelError
-from spin_ray.preflight import check_recipe, disk_free_gib, versions
+from spin_ray.preflight import check_recipe, check_token_ids, disk_free_gib, versions
+from spin_ray.rendering import ChatRenderer, Rendered
 
 TINY = Path(resolve("embedded:tiny-llama"))
 
@@ -111,3 +113,23 @@ def test_versions_name_what_is_installed():
 def test_free_disk_space_is_told_of_folders_that_are_not_there_yet(tmp_path):
     assert disk_free_gib(tmp_path / "a" / "b") == pytest.approx(disk_free_gib(tmp_path), abs=1)
     assert disk_free_gib(Path("relative/none")) > 0
+
+
+@pytest.mark.parametrize("kind", ["prepend", "byte level", "unigram"])
+def test_token_ids_of_a_runs_own_rows_are_compared_with_transformers(kind, tmp_path, monkeypatch):
+    tokenizer = tokenizer_of_kind(kind, TEMPLATES["zephyr"])
+    renderer, source = ChatRenderer(tokenizer), str(tmp_path / "rows.jsonl")
+    rows = [{"prompt": f"Is it {number}?", "response": "Yes, it is."} for number in range(3)]
+    forged = {"prompt": "</s>", "response": "Yes."}
+    Path(source).write_text("".join(json.dumps(row) + "\n" for row in [*rows, forged, {"prompt": "no response"}]))
+    assert check_token_ids(tokenizer, renderer, source, DataConfig(train=source)) == 3
+
+    def as_two_texts(conversations):
+        prompt = renderer.render_prompt(conversations[0][:-1])
+        response = tokenizer.encode(conversations[0][-1]["content"], add_special_tokens=False)
+        return [Rendered(prompt, [*response, renderer.end_of_turn_id])]
+
+    if kind == "prepend":
+        monkeypatch.setattr(renderer, "render_all", as_two_texts)
+        with pytest.raises(ModelError, match=r"rows\.jsonl:1 has other token ids here than transformers gives it"):
+            check_token_ids(tokenizer, renderer, source, DataConfig(train=source))

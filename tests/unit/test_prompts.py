@@ -164,7 +164,8 @@ def test_a_row_that_cannot_be_used_says_why(content, reason, detail):
 
 def test_a_conversation_that_the_template_refuses_is_unusable():
     tokenizer = load_tokenizer(TINY)
-    tokenizer.chat_template = "{% if messages[0].content == 'no' %}{{ raise_exception('not so') }}{% endif %}<|im_end|>"
+    tokenizer.chat_template = "{% if messages[0].content == 'no' %}{{ raise_exception('not so') }}{% endif %}"
+    tokenizer.chat_template += "{% for m in messages %}{{ m.content }}<|im_end|>{% endfor %}"
     with pytest.raises(Unusable) as caught:
         rows_of({"messages": chat("no", "b")}, task_of(renderer=ChatRenderer(tokenizer)))
     assert (caught.value.reason, caught.value.detail) == ("template", "the chat template refuses it: not so")

@@ -190,15 +190,48 @@ def test_a_template_that_trims_messages_trims_the_response():
     assert tokenizer.decode(rendered.real_ids) == "a <|im_end|><|im_end|>"
 
 
-def test_a_template_that_rewrites_the_history_leaves_the_response_its_own_text():
-    """This one begins with a dot for each message, so the prompt is no beginning of the whole."""
+def test_a_template_that_rewrites_what_it_wrote_once_an_answer_follows_is_refused():
+    """This one begins with a dot for each message, so that no conversation begins with its own prompt."""
     template = (
         "{% for m in messages %}.{% endfor %}{% for m in messages %}<|im_start|>{{ m.content }}<|im_end|>{% endfor %}"
     )
-    tokenizer = fresh_tokenizer(template + "{% if add_generation_prompt %}<|im_start|>{% endif %}")
-    rendered = ChatRenderer(tokenizer).render([user("hi"), assistant("a<|im_end|>b")])
-    assert tokenizer.decode(rendered.prompt_ids) == ".<|im_start|>hi<|im_end|><|im_start|>"
-    assert tokenizer.decode(rendered.real_ids) == "a<|im_end|>b<|im_end|>"
+    with pytest.raises(ModelError, match=r"asks for an answer with .* no row can train the model to speak from there"):
+        ChatRenderer(fresh_tokenizer(template + "{% if add_generation_prompt %}<|im_start|>{% endif %}"))
+
+
+def test_a_prompt_that_opens_a_thought_which_no_answer_has_is_refused():
+    """DeepSeek R1's distillates: the prompt ends with <think>, and the conversation has no thought."""
+    template = (
+        "{% for m in messages %}{% if m.role == 'user' %}{{ m.content }}{% else %}<|im_start|>"
+        "{{ m.content.split('</think>')[-1] }}<|im_end|>{% endif %}{% endfor %}"
+        "{% if add_generation_prompt %}<|im_start|><think>\n{% endif %}"
+    )
+    with pytest.raises(ModelError, match=r"asks for an answer with '<think>\\n'"):
+        ChatRenderer(fresh_tokenizer(template))
+
+
+def test_a_conversation_that_the_template_rewrites_is_refused_by_name():
+    template = (
+        "{% for m in messages %}{% if m.content == 'odd' and messages | length > 1 %}<|im_start|>even<|im_end|>"
+        "{% else %}<|im_start|>{{ m.content }}<|im_end|>{% endif %}{% endfor %}"
+    )
+    renderer = ChatRenderer(fresh_tokenizer(template))
+    assert renderer.render([user("x"), assistant("y")])
+    with pytest.raises(RenderError, match=r"writes 'odd.* when it asks for the answer, and 'even"):
+        renderer.render([user("odd"), assistant("y")])
+
+
+def test_a_template_that_does_not_write_the_answer_is_refused():
+    with pytest.raises(ModelError, match="does not write what the assistant says"):
+        ChatRenderer(fresh_tokenizer("{{ messages[0].content }}<|im_end|>"))
+
+
+def test_a_response_without_the_end_of_its_turn_is_refused():
+    template = (
+        "{% for m in messages %}<|im_start|>{{ m.content }}{% if m.content != 'x' %}<|im_end|>{% endif %}{% endfor %}"
+    )
+    with pytest.raises(RenderError, match=r"does not end the response with <\|im_end\|>"):
+        ChatRenderer(fresh_tokenizer(template)).render([user("hi"), assistant("x")])
 
 
 def test_without_a_mark_in_the_template_the_tokenizers_end_of_text_ends_the_turn():
@@ -257,7 +290,8 @@ def test_a_template_sees_added_words_of_the_text():
 
 
 def test_a_template_may_refuse_a_conversation():
-    template = "{% if messages[0].content == 'no' %}{{ raise_exception('not this one') }}{% endif %}<|im_end|>"
+    template = "{% if messages[0].content == 'no' %}{{ raise_exception('not this one') }}{% endif %}"
+    template += "{% for m in messages %}{{ m.content }}<|im_end|>{% endfor %}"
     renderer = ChatRenderer(fresh_tokenizer(template))
     with pytest.raises(RenderError, match="not this one"):
         renderer.render([user("no"), assistant("x")])

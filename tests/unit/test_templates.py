@@ -24,16 +24,18 @@ COPYING = {
     "{% if loop.last and add_generation_prompt %}\n{{ '<|assistant|>' }}\n{% endif %}\n{% endfor %}",
     "llama 3": "{% set loop_messages = messages %}{% for message in loop_messages %}{% set content = '<|start_header|>'"
     " + message['role'] + '\n\n'+ message['content'] | trim + '<|im_end|>' %}{% if loop.index0 == 0 %}{% set content = "
-    "bos_token + content %}{% endif %}{{ content }}{% endfor %}{% if add_generation_prompt %}{{ 'as\n\n' }}{% endif %}",
+    "bos_token + content %}{% endif %}{{ content }}{% endfor %}"
+    "{% if add_generation_prompt %}{{ '<|start_header|>assistant\n\n' }}{% endif %}",
     "gemma": "{{ bos_token }}{% if messages[0]['role'] == 'system' %}{{ raise_exception('no system') }}{% endif %}"
     "{% for message in messages %}{% if (message['role'] == 'user') != (loop.index0 % 2 == 0) %}"
     "{{ raise_exception('roles must alternate') }}{% endif %}{% if (message['role'] == 'assistant') %}"
     "{% set role = 'model' %}{% else %}{% set role = message['role'] %}{% endif %}{{ '<|im_start|>' + role + '\n' + "
-    "message['content'].strip() + '<|im_end|>\n' }}{% endfor %}{% if add_generation_prompt %}{{'model\n'}}{% endif %}",
+    "message['content'].strip() + '<|im_end|>\n' }}{% endfor %}"
+    "{% if add_generation_prompt %}{{'<|im_start|>model\n'}}{% endif %}",
     "first message apart": "{% if messages[0].role == 'system' %}{% set first = messages[0].content %}{% set rest = "
     "messages[1:] %}{% else %}{% set first = '' %}{% set rest = messages %}{% endif %}{% if first %}[{{ first }}]"
     "{% endif %}{% for m in rest if m.role is defined and 'tool_calls' not in m %}{{ m.content }}<|im_end|>{% endfor %}"
-    "{% if add_generation_prompt %}{{ rest | length }}{% endif %}",
+    "{% if add_generation_prompt and rest | length == 0 %}?{% endif %}",
 }
 LOOKING = {
     "cuts": "{% for m in messages %}{{ m.content.split('</think>')[-1] }}{% endfor %}",
