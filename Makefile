@@ -28,7 +28,7 @@ $(READY): requirements/cpu.lock requirements/torch.txt pyproject.toml
 	@$(BIN)/pip install -q --no-deps --no-build-isolation -e .
 	@$(BIN)/python -c 'import torch' 2>/dev/null || { echo "setup: $(TORCH) does not import: it is not the CPU build, and $(TORCH_INDEX) gave none; install one into .venv and repeat" >&2; exit 1; }
 	@echo "setup: preparing the embedded model in the cache (once)"
-	@$(BIN)/python -c 'from spin_ray.embedded import resolve; resolve("embedded:smollm2-135m-instruct")' >$@.log 2>&1 \
+	@$(BIN)/python -c 'from spin_ray.inputs.embedded import resolve; resolve("embedded:smollm2-135m-instruct")' >$@.log 2>&1 \
 		|| { tail -n 1 $@.log >&2; echo "setup: the embedded model could not be made; $@.log has the whole message" >&2; exit 1; }
 	@touch $@
 

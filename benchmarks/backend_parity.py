@@ -16,7 +16,7 @@ from typing import Any
 import torch.multiprocessing
 from transformers import AutoModelForCausalLM
 
-from spin_ray import cpu
+from spin_ray.runtime import cpu
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "tests" / "unit"))
 

@@ -27,9 +27,10 @@ import small_run  # noqa: E402
 from faulty_disk import FAULTS, FaultyDisk, Killed  # noqa: E402
 from small_run import STEPS, committed  # noqa: E402
 
-from spin_ray.config import SpinConfig  # noqa: E402
+from spin_ray.config.sections import SpinConfig  # noqa: E402
 from spin_ray.errors import StageError  # noqa: E402
-from spin_ray.stages import generation, training  # noqa: E402
+from spin_ray.loop.stages import generation  # noqa: E402
+from spin_ray.loop.stages.training import stage as training  # noqa: E402
 
 BEGIN, END = "<!-- table: python benchmarks/faults.py -->\n", "<!-- end of table -->\n"
 

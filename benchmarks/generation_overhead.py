@@ -14,14 +14,14 @@ from pathlib import Path
 
 from harness import at_least, record
 
-from spin_ray.config import SpinConfig
-from spin_ray.embedded import resolve
-from spin_ray.engine import EngineSpec, VllmEngine
-from spin_ray.preflight import check_recipe
-from spin_ray.resources import connect
-from spin_ray.run_dir import Artefact, RunDir
-from spin_ray.stages import generation, prompts
-from spin_ray.storage import Storage
+from spin_ray.config.sections import SpinConfig
+from spin_ray.inputs.check import check_recipe
+from spin_ray.inputs.embedded import resolve
+from spin_ray.loop.stages import generation, prompts
+from spin_ray.run_dir.run_dir import Artefact, RunDir
+from spin_ray.run_dir.storage import Storage
+from spin_ray.runtime.engine import EngineSpec, VllmEngine
+from spin_ray.runtime.resources import connect
 
 
 def main() -> None:

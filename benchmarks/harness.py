@@ -18,13 +18,13 @@ from typing import Any, Self
 import psutil
 import pyarrow as pa
 
-from spin_ray import cpu
-from spin_ray.config import DataConfig
-from spin_ray.conversations import conversations_of
-from spin_ray.embedded import resolve
-from spin_ray.preflight import versions
-from spin_ray.rendering import ChatRenderer, Rendered, load_tokenizer
-from spin_ray.types import PAIR_SCHEMA
+from spin_ray.config.sections import DataConfig
+from spin_ray.inputs.check import versions
+from spin_ray.inputs.conversations import conversations_of
+from spin_ray.inputs.embedded import resolve
+from spin_ray.inputs.rendering import ChatRenderer, Rendered, load_tokenizer
+from spin_ray.run_dir.schemas import PAIR_SCHEMA
+from spin_ray.runtime import cpu
 
 HERE = Path(__file__).resolve().parent
 RESULTS = HERE / "results"

@@ -16,7 +16,7 @@ from pathlib import Path
 
 from harness import HERE, LOSS_TOLERANCE, Side, at_least, check_references, pairs_of, prepare, record, training_options
 
-from spin_ray.cpu import keep_freed_memory
+from spin_ray.runtime.cpu import keep_freed_memory
 
 LEARNING_RATE, EPOCHS = 1e-6, 2
 

@@ -23,7 +23,7 @@ import torch.multiprocessing
 from doc_table import put
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from spin_ray import cpu
+from spin_ray.runtime import cpu
 
 PACK = 128
 PHASES = ("load", "step", "export")
@@ -72,7 +72,7 @@ def one_rank(rank: int, folder: str, with_lora: bool) -> None:
     import numpy as np
     import pyarrow as pa
 
-    from spin_ray.config import LoraConfig, OptimizerConfig
+    from spin_ray.config.sections import LoraConfig, OptimizerConfig
     from spin_ray.learner.backends.base import BackendSettings
     from spin_ray.learner.backends.fsdp2 import Fsdp2Backend
     from spin_ray.learner.packing import build_pack

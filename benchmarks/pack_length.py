@@ -14,7 +14,7 @@ from pathlib import Path
 
 from harness import HERE, Side, pairs_of, prepare, training_options
 
-from spin_ray.cpu import keep_freed_memory
+from spin_ray.runtime.cpu import keep_freed_memory
 
 
 def main() -> None:

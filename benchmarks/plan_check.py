@@ -29,12 +29,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from spin_ray import cpu
-from spin_ray.config import ResourcesConfig, SpinConfig
-from spin_ray.model_folder import read_config
+from spin_ray.config.sections import ResourcesConfig, SpinConfig
+from spin_ray.inputs.model_folder import read_config
 from spin_ray.planning.cost_model import RUNTIME, Packs, learner_memory, pack_flops
 from spin_ray.planning.hardware import CPU
 from spin_ray.planning.model_shape import ModelShape
+from spin_ray.runtime import cpu
 
 CALIBRATED_ON = ("135m", "training")
 RANDOM_SIZES: dict[str, dict[str, int]] = {
@@ -127,7 +127,7 @@ def measure(case: Case, options: argparse.Namespace) -> dict[str, Any]:
 
 def model_folder(name: str, folder: Path) -> Path:
     if name == "135m":
-        from spin_ray.embedded import resolve
+        from spin_ray.inputs.embedded import resolve
 
         return Path(resolve("embedded:smollm2-135m-instruct"))
     # In a process of its own, so that making it is not in the measured peak of memory.
@@ -152,7 +152,7 @@ def time_packs(
     from spin_ray.learner.backends.base import BackendSettings
     from spin_ray.learner.backends.fsdp2 import Fsdp2Backend
     from spin_ray.learner.packing import build_pack
-    from spin_ray.types import TOKEN_IDS
+    from spin_ray.run_dir.schemas import TOKEN_IDS
 
     torch.set_num_threads(options.threads)
     dist.init_process_group("gloo", init_method=f"file://{folder}/meet", rank=0, world_size=1)

@@ -27,11 +27,11 @@ import httpx
 import numpy
 from harness import MODEL, RESULTS, Row, at_least, prepare, record
 
-from spin_ray.config import SpinConfig
-from spin_ray.embedded import resolve
-from spin_ray.preflight import check_recipe
-from spin_ray.run_dir import RunDir
-from spin_ray.storage import Storage
+from spin_ray.config.sections import SpinConfig
+from spin_ray.inputs.check import check_recipe
+from spin_ray.inputs.embedded import resolve
+from spin_ray.run_dir.run_dir import RunDir
+from spin_ray.run_dir.storage import Storage
 
 LENGTH = 512
 TARGETS = ((50, 15), (99, 60))

@@ -22,14 +22,14 @@ from pathlib import Path
 
 from harness import at_least, at_most, record
 
-from spin_ray.config import SamplingConfig, SpinConfig
-from spin_ray.embedded import resolve
-from spin_ray.engine import Completion, EngineSpec
-from spin_ray.rendering import load_tokenizer
-from spin_ray.resources import connect
-from spin_ray.run_dir import RunDir
-from spin_ray.stages import generation, pairs, prompts
-from spin_ray.storage import Storage
+from spin_ray.config.sections import SamplingConfig, SpinConfig
+from spin_ray.inputs.embedded import resolve
+from spin_ray.inputs.rendering import load_tokenizer
+from spin_ray.loop.stages import generation, pairs, prompts
+from spin_ray.run_dir.run_dir import RunDir
+from spin_ray.run_dir.storage import Storage
+from spin_ray.runtime.engine import Completion, EngineSpec
+from spin_ray.runtime.resources import connect
 
 
 class NullEngine:

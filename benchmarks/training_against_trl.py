@@ -25,8 +25,8 @@ from harness import (
     training_options,
 )
 
-from spin_ray.cpu import keep_freed_memory
-from spin_ray.embedded import resolve
+from spin_ray.inputs.embedded import resolve
+from spin_ray.runtime.cpu import keep_freed_memory
 
 LEARNING_RATE = 1e-6
 

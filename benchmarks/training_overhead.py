@@ -17,15 +17,15 @@ from typing import Any
 
 from harness import HERE, LOSS_TOLERANCE, MODEL, Side, at_least, pairs_of, prepare, record, table_of, training_options
 
-from spin_ray.algorithms.base import margin_objective
-from spin_ray.config import SpinConfig
-from spin_ray.cpu import keep_freed_memory
-from spin_ray.embedded import resolve
-from spin_ray.model_folder import open_model
-from spin_ray.resources import connect
-from spin_ray.run_dir import RunDir, part_name
-from spin_ray.stages import training
-from spin_ray.storage import Storage
+from spin_ray.config.sections import SpinConfig
+from spin_ray.inputs.embedded import resolve
+from spin_ray.inputs.model_folder import open_model
+from spin_ray.loop.algorithms.base import margin_objective
+from spin_ray.loop.stages.training import stage as training
+from spin_ray.run_dir.run_dir import RunDir, part_name
+from spin_ray.run_dir.storage import Storage
+from spin_ray.runtime.cpu import keep_freed_memory
+from spin_ray.runtime.resources import connect
 
 STEP_TIMEOUT_S = 600
 
@@ -103,8 +103,8 @@ def in_turns(turns: str, batch: int) -> Any:
         from dataclasses import replace
         from pathlib import Path
 
-        from spin_ray.learner.loop import plan
-        from spin_ray.stages import training
+        from spin_ray.learner.step import plan
+        from spin_ray.loop.stages.training import stage as training
 
         train_step = training.train_step
 

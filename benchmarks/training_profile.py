@@ -11,7 +11,7 @@ import sys
 from harness import pairs_of, prepare, table_of, training_options
 from sides.spin_ray_training import learner
 
-from spin_ray.cpu import keep_freed_memory
+from spin_ray.runtime.cpu import keep_freed_memory
 
 ROWS = 20
 FSDP_RANGES = ("FSDP::pre_forward", "FSDP::pre_backward", "FSDP::post_backward")
@@ -27,7 +27,7 @@ def main() -> None:
 
     from torch.profiler import ProfilerActivity, profile
 
-    from spin_ray.learner.loop import Objective, PackShape, pair_lengths, plan, train_step
+    from spin_ray.learner.step import Objective, PackShape, pair_lengths, plan, train_step
 
     table = table_of(pairs_of(options.data, options.batch))
     shape = PackShape(pack_length=options.pack_length, global_batch_pairs=options.batch, pad_id=2)

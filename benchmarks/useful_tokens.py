@@ -10,7 +10,7 @@ from pathlib import Path
 
 from harness import at_most, pairs_of, record, table_of
 
-from spin_ray.learner.loop import PackShape, pair_lengths, plan
+from spin_ray.learner.step import PackShape, pair_lengths, plan
 
 
 def main() -> None:

@@ -13,15 +13,19 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from spin_ray.config import SpinConfig, load_config
+    from spin_ray.config.sections import SpinConfig, load_config
     from spin_ray.errors import UserError
-    from spin_ray.launch import RunResult, run_spin
-    from spin_ray.run_dir import RunDir
+    from spin_ray.loop.launch import RunResult, run_spin
+    from spin_ray.run_dir.run_dir import RunDir
 
 _HOME = {
-    "RunDir": "run_dir", "RunResult": "launch", "SpinConfig": "config", "UserError": "errors", "load_config": "config",
-    "run_spin": "launch",
-}  # fmt: skip
+    "RunDir": "run_dir.run_dir",
+    "RunResult": "loop.launch",
+    "SpinConfig": "config.sections",
+    "UserError": "errors",
+    "load_config": "config.sections",
+    "run_spin": "loop.launch",
+}
 
 __all__ = ["RunDir", "RunResult", "SpinConfig", "UserError", "load_config", "run_spin"]
 

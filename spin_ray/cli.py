@@ -12,7 +12,7 @@ from typing import IO, Any
 import click
 from rich.console import Console
 
-from spin_ray.config import SpinConfig, load_config, override
+from spin_ray.config.sections import SpinConfig, load_config, override
 from spin_ray.errors import StageError, UserError
 
 EXIT_FAILED, EXIT_BAD_INPUT = 1, 2
@@ -37,8 +37,8 @@ def run(recipe: str, out: str, overrides: tuple[str, ...]) -> None:
     OVERRIDES change single values of the recipe: --train.learning_rate=1e-6
     """
     config = load_config(recipe, _parse_overrides(overrides))
-    from spin_ray.launch import run_spin
-    from spin_ray.summary import print_summary
+    from spin_ray.loop.launch import run_spin
+    from spin_ray.report.status import print_summary
 
     result = run_spin(config, out)
     print_summary(result.run, Console())
@@ -49,9 +49,9 @@ def run(recipe: str, out: str, overrides: tuple[str, ...]) -> None:
 @click.option("--follow", is_flag=True, help="Show it anew every few seconds for as long as a stage is running.")
 def status(run_folder: str, follow: bool) -> None:
     """Show what a run has done, and what it is doing: measures, rates, time left."""
-    from spin_ray.object_storage import open_storage
-    from spin_ray.run_dir import RunDir
-    from spin_ray.summary import is_running, print_status
+    from spin_ray.report.status import is_running, print_status
+    from spin_ray.run_dir.object_storage import open_storage
+    from spin_ray.run_dir.run_dir import RunDir
 
     run, console = RunDir(open_storage(run_folder)), Console()
     print_status(run, console)
@@ -73,10 +73,10 @@ def status(run_folder: str, follow: bool) -> None:
 @click.option("--max-length", type=click.IntRange(min=2), default=None, help="Tokens of question and answer.")
 def evaluate(run_folder: str, tasks: str, iterate: str, include: str | None, **options: Any) -> None:
     """Run lm-eval benchmarks on iterates of RUN; results in RUN/<iterate>/eval.json."""
-    from spin_ray import lm_eval_tasks
-    from spin_ray.history import find_iterate, model_path
-    from spin_ray.run_dir import RunDir, iterate_name
-    from spin_ray.storage import Storage
+    from spin_ray.report import benchmarks as lm_eval_tasks
+    from spin_ray.report.history import find_iterate, model_path
+    from spin_ray.run_dir.run_dir import RunDir, iterate_name
+    from spin_ray.run_dir.storage import Storage
 
     run = RunDir(Storage(run_folder))
     config = run.config()
@@ -102,10 +102,10 @@ def evaluate(run_folder: str, tasks: str, iterate: str, include: str | None, **o
 @click.option("--limit", type=click.IntRange(min=1), default=200, show_default=True, help="Held-out prompts.")
 def judge_(run_folder: str, iterates: tuple[str, str], endpoint: str, model: str, limit: int) -> None:
     """Let a model judge between the held-out answers of two iterates, in both orders."""
-    from spin_ray import judge
-    from spin_ray.history import find_iterate
-    from spin_ray.run_dir import RunDir, iterate_name
-    from spin_ray.storage import Storage
+    from spin_ray.report import judge
+    from spin_ray.report.history import find_iterate
+    from spin_ray.run_dir.run_dir import RunDir, iterate_name
+    from spin_ray.run_dir.storage import Storage
 
     run = RunDir(Storage(run_folder))
     one, other = (iterate_name(find_iterate(run, iterate)) for iterate in iterates)
@@ -118,9 +118,9 @@ def judge_(run_folder: str, iterates: tuple[str, str], endpoint: str, model: str
 @click.option("--out", default=None, help="The page. Not given: report.html in the (first) run's folder.")
 def report(run_folders: tuple[str, ...], out: str | None) -> None:
     """Write one self-contained HTML page about a run, or about several to compare. It may still be running."""
-    from spin_ray.report import write_report
-    from spin_ray.run_dir import RunDir
-    from spin_ray.storage import Storage
+    from spin_ray.report.page import write_report
+    from spin_ray.run_dir.run_dir import RunDir
+    from spin_ray.run_dir.storage import Storage
 
     runs = [RunDir(Storage(folder)) for folder in run_folders]
     click.echo(write_report(runs, Path(out) if out else runs[0].storage.path("report.html")))
@@ -132,9 +132,9 @@ def report(run_folders: tuple[str, ...], out: str | None) -> None:
 @click.option("--to", "target", required=True, help="An empty folder, or hub:OWNER/NAME.")
 def export_(run_folder: str, iterate: str, target: str) -> None:
     """Copy an iterate with a model card to a folder or a Hugging Face hub."""
-    from spin_ray.export import export
-    from spin_ray.run_dir import RunDir
-    from spin_ray.storage import Storage
+    from spin_ray.report.export import export
+    from spin_ray.run_dir.run_dir import RunDir
+    from spin_ray.run_dir.storage import Storage
 
     click.echo(export(RunDir(Storage(run_folder)), iterate, target))
 
@@ -163,7 +163,7 @@ def plan(
     OVERRIDES change single values of the recipe: --train.workers=16
     """
     config = load_config(recipe, _parse_overrides(overrides))
-    from spin_ray.planning.report import Cluster, Given, print_plan
+    from spin_ray.planning.plan import Cluster, Given, print_plan
 
     cluster = Cluster(nodes=nodes, gpu=gpu, gpus_per_node=gpus_per_node)
     given = Given(rows=rows, prompt_tokens=prompt_tokens, response_tokens=response_tokens)
@@ -190,8 +190,8 @@ def serve(run_folder: str, models: str | None, port: int | None, overrides: tupl
 
     OVERRIDES change single settings: --serving.max_tokens=256
     """
-    from spin_ray.run_dir import RunDir
-    from spin_ray.storage import Storage
+    from spin_ray.run_dir.run_dir import RunDir
+    from spin_ray.run_dir.storage import Storage
 
     run = RunDir(Storage(run_folder))
     settings = _parse_overrides(overrides)
@@ -217,8 +217,8 @@ def compare(
     run_folder: str, prompts: Path, models: str, out: IO[str], overrides: tuple[str, ...], **sampling: Any
 ) -> None:
     """Let iterates of RUN answer the same prompts with the same seeds, side by side."""
-    from spin_ray.run_dir import RunDir
-    from spin_ray.storage import Storage
+    from spin_ray.run_dir.run_dir import RunDir
+    from spin_ray.run_dir.storage import Storage
 
     run = RunDir(Storage(run_folder))
     config = override(run.config(), _parse_overrides(overrides) | {"serving.models": f"[{models}]"})
@@ -241,8 +241,8 @@ def serve_key(name: str, per_minute: int | None) -> None:
 
 
 def _doctor(config: SpinConfig, out: Path | None, console: Console) -> None:
-    from spin_ray.preflight import check_recipe, disk_free_gib, versions
-    from spin_ray.resources import check_fits, connect, demands
+    from spin_ray.inputs.check import check_recipe, disk_free_gib, versions
+    from spin_ray.runtime.resources import check_fits, connect, demands
 
     console.print("[green]ok[/] recipe")
     start = check_recipe(config)

@@ -2,7 +2,7 @@
 
 import os
 
-from spin_ray import cpu
+from spin_ray.runtime import cpu
 
 os.environ.setdefault(
     "RAY_AUTH_MODE", "disabled"

@@ -20,12 +20,12 @@ from transformers import AttentionInterface, AttentionMaskInterface, AutoModelFo
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
-from spin_ray import cpu
-from spin_ray.answers import is_correct
-from spin_ray.config import DataConfig
-from spin_ray.conversations import conversations_of
-from spin_ray.measures import distinct_ngrams
-from spin_ray.rendering import ChatRenderer, Rendered, load_tokenizer
+from spin_ray.config.sections import DataConfig
+from spin_ray.inputs.answers import is_correct
+from spin_ray.inputs.conversations import conversations_of
+from spin_ray.inputs.rendering import ChatRenderer, Rendered, load_tokenizer
+from spin_ray.report.measures import distinct_ngrams
+from spin_ray.runtime import cpu
 
 SAMPLES = 4
 SEED = 20240102

@@ -42,10 +42,10 @@ from arms import (
     split_files,
 )
 
-from spin_ray.embedded import resolve
-from spin_ray.preflight import versions
-from spin_ray.run_dir import RunDir, iterate_name, read_json_lines
-from spin_ray.storage import Storage
+from spin_ray.inputs.check import versions
+from spin_ray.inputs.embedded import resolve
+from spin_ray.run_dir.run_dir import RunDir, iterate_name, read_json_lines
+from spin_ray.run_dir.storage import Storage
 
 ROOT = Path(__file__).resolve().parents[2]
 RESULTS = ROOT / "benchmarks" / "results" / "quality"

@@ -12,7 +12,7 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from harness import MODEL, THREADS, replies, side_options, timed
 
-from spin_ray.embedded import resolve
+from spin_ray.inputs.embedded import resolve
 
 GENERATE_ROWS, TRAIN_PAIRS = 16, 8
 """Rows of a batch that generates, pairs of a batch that trains."""

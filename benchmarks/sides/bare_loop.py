@@ -8,7 +8,7 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from harness import MODEL, THREADS, replies, side_options, table_of, timed
 
-from spin_ray.embedded import resolve
+from spin_ray.inputs.embedded import resolve
 
 
 def main() -> None:
@@ -17,9 +17,9 @@ def main() -> None:
     import torch
 
     from spin_ray.learner.hf_folder import load_model
-    from spin_ray.learner.loop import PackShape, pair_lengths, plan
     from spin_ray.learner.losses import margins, pair_logps, spin_loss
     from spin_ray.learner.scoring import ResponseScorer
+    from spin_ray.learner.step import PackShape, pair_lengths, plan
 
     torch.set_num_threads(THREADS)
     table = table_of(json.loads(options.pairs.read_text()))

@@ -7,10 +7,10 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from harness import MODEL, THREADS, replies, side_options, timed
 
-from spin_ray.config import EngineConfig, SamplingConfig
-from spin_ray.embedded import resolve
-from spin_ray.engine import EngineSpec, VllmEngine
-from spin_ray.rendering import ChatRenderer, load_tokenizer
+from spin_ray.config.sections import EngineConfig, SamplingConfig
+from spin_ray.inputs.embedded import resolve
+from spin_ray.inputs.rendering import ChatRenderer, load_tokenizer
+from spin_ray.runtime.engine import EngineSpec, VllmEngine
 
 
 def main() -> None:

@@ -10,7 +10,7 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from harness import MODEL, THREADS, replies, side_options, table_of, timed
 
-from spin_ray.embedded import resolve
+from spin_ray.inputs.embedded import resolve
 
 
 def main() -> None:
@@ -22,7 +22,7 @@ def main() -> None:
     import numpy as np
     import torch
 
-    from spin_ray.learner.loop import Objective, PackShape, ReferenceScores, pair_lengths, plan, score_rows, train_step
+    from spin_ray.learner.step import Objective, PackShape, ReferenceScores, pair_lengths, plan, score_rows, train_step
 
     table = table_of(json.loads(options.pairs.read_text()))
     shape = PackShape(pack_length=options.pack_length, global_batch_pairs=options.batch, pad_id=2)
@@ -62,7 +62,7 @@ def learner(precision: str, pack_length: int, learning_rate: float, threads: int
     import torch
     import torch.distributed as dist
 
-    from spin_ray.config import OptimizerConfig
+    from spin_ray.config.sections import OptimizerConfig
     from spin_ray.learner.backends.base import BackendSettings
     from spin_ray.learner.backends.fsdp2 import Fsdp2Backend
 

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor, distribute_tensor
 
-from spin_ray.config import LoraConfig
+from spin_ray.config.sections import LoraConfig
 from spin_ray.errors import ModelError
 
 _BASE, _DOWN, _UP = ".base_layer.", ".lora_A.default.", ".lora_B.default."

@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from spin_ray.config import HealthConfig
+from spin_ray.config.sections import HealthConfig
 from spin_ray.errors import HealthError
 
 

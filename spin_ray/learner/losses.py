@@ -2,7 +2,7 @@
 
 Every loss is a SUM over the pairs at hand. The caller divides by the number of pairs (or tokens) in the whole optimizer
 step, over all packs and ranks: a mean per pack would weigh pairs by how full their pack happens to be.
-Dimensions are those of ``spin_ray.types``. All log-probabilities are fp32 sums over response tokens, in nats.
+Dimensions are those of ``spin_ray.learner.batch``. All log-probabilities are fp32 sums over response tokens, in nats.
 """
 
 from collections.abc import Callable
@@ -12,7 +12,7 @@ from jaxtyping import Float, Int64
 from torch import Tensor
 from torch.nn import functional
 
-from spin_ray.types import PackedBatch
+from spin_ray.learner.batch import PackedBatch
 
 
 def response_logps(

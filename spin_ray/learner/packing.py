@@ -16,7 +16,7 @@ import numpy as np
 import pyarrow as pa
 import torch
 
-from spin_ray.types import PackedBatch
+from spin_ray.learner.batch import PackedBatch
 
 Tree = tuple[int, ...]
 """Rows of one prompt and real response; packed as prompt, y once, and every y' of theirs."""

@@ -22,9 +22,9 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
 from spin_ray.errors import ModelError
+from spin_ray.learner.batch import PackedBatch
 from spin_ray.learner.losses import response_logps
 from spin_ray.learner.packing import build_pack
-from spin_ray.types import PackedBatch
 
 logger = logging.getLogger(__name__)
 

@@ -1,4 +1,4 @@
 """What a recipe would cost on a cluster, told before anything runs: time, memory, and what would make it fit.
 
-report (tables, refusal) -> remedies (knobs, each tried) -> cost_model (FLOPs and bytes) -> hardware, model_shape
+plan (tables, refusal) -> remedies (knobs, each tried) -> cost_model (FLOPs and bytes) -> hardware, model_shape
 """

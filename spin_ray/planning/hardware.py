@@ -3,7 +3,7 @@
 from dataclasses import dataclass, replace
 from typing import Self
 
-from spin_ray.config import ResourcesConfig
+from spin_ray.config.sections import ResourcesConfig
 
 GB, GIB = 1e9, 2.0**30
 

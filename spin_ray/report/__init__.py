@@ -1,5 +1,1 @@
-"""One or more runs as one self-contained HTML page that opens from disk."""
-
-from spin_ray.report.write import write_report
-
-__all__ = ["write_report"]
+"""Everything that is said of a run: measures, progress, status, trackers, cards, judges, the page."""

@@ -13,15 +13,15 @@ from typing import Any
 from ray import serve
 from sqlalchemy import URL
 
-from spin_ray.config import SpinConfig, override
+from spin_ray.config.sections import SpinConfig, override
 from spin_ray.errors import ConfigError
-from spin_ray.run_dir import RunDir
+from spin_ray.run_dir.run_dir import RunDir
+from spin_ray.run_dir.storage import Storage
 from spin_ray.serving.access import read_keys
 from spin_ray.serving.api import make_app
+from spin_ray.serving.arena.votes import VoteStore
 from spin_ray.serving.backend import ServeEngines
 from spin_ray.serving.keeper import ENGINE_PREFIX, Keeper
-from spin_ray.serving.votes import VoteStore
-from spin_ray.storage import Storage
 
 APP = "spin-ray"
 """Name of the application."""

@@ -4,11 +4,11 @@ import asyncio
 import secrets
 from typing import Any
 
-from spin_ray.config import SpinConfig
+from spin_ray.config.sections import SpinConfig
+from spin_ray.run_dir.names import age
 from spin_ray.serving.backend import CHAT, COMPLETION, TOKENS, Engines, whole
 from spin_ray.serving.bodies import ChatBody, CompareBody, GivenAnswer, plain
 from spin_ray.serving.errors import Refusal
-from spin_ray.serving.names import age
 
 NOTE = (
     "log-probabilities are the serving engines' own: sums over the answer's tokens in nats, at temperature 1; in bf16 "

@@ -1,6 +1,6 @@
 """Imported by vLLM in each worker process of a CPU engine (``worker_extension_cls``) before anything computes there."""
 
-from spin_ray import cpu
+from spin_ray.runtime import cpu
 
 cpu.allow_amx_kernels()
 

@@ -14,12 +14,12 @@ from ray.llm._internal.common.callbacks.base import CallbackBase
 from ray.serve.llm import LLMConfig, LLMServer, build_llm_deployment
 from ray.serve.llm.openai_api_models import ChatCompletionRequest, CompletionRequest
 
-from spin_ray import cpu
-from spin_ray.config import ServingConfig, SpinConfig
-from spin_ray.engine import whole_prefill
+from spin_ray.config.sections import ServingConfig, SpinConfig
 from spin_ray.errors import RunDirError
-from spin_ray.model_folder import open_model
-from spin_ray.rendering import ChatRenderer, RenderError, load_tokenizer
+from spin_ray.inputs.model_folder import open_model
+from spin_ray.inputs.rendering import ChatRenderer, RenderError, load_tokenizer
+from spin_ray.runtime import cpu
+from spin_ray.runtime.engine import whole_prefill
 from spin_ray.serving.backend import CHAT, TOKENS, Item
 from spin_ray.serving.bursts import in_bursts
 from spin_ray.serving.iterates import Iterate

@@ -17,13 +17,13 @@ from typing import Any
 from ray import serve
 from ray.serve.schema import ApplicationStatus
 
-from spin_ray.config import SpinConfig
+from spin_ray.config.sections import SpinConfig
 from spin_ray.errors import first_line
-from spin_ray.run_dir import RunDir
+from spin_ray.run_dir.run_dir import RunDir
+from spin_ray.run_dir.storage import Storage
 from spin_ray.serving.backend import CHAT, COMPLETION
 from spin_ray.serving.engines import build_engine
 from spin_ray.serving.iterates import Iterate, open_iterate, wanted
-from spin_ray.storage import Storage
 
 logger = logging.getLogger("ray.serve")
 

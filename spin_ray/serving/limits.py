@@ -11,7 +11,7 @@ from typing import Any
 
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from spin_ray.config import ServingConfig
+from spin_ray.config.sections import ServingConfig
 from spin_ray.serving.access import Key, Rates, find_key
 from spin_ray.serving.errors import Refusal
 from spin_ray.serving.metrics import Metrics

@@ -12,16 +12,16 @@ import ray
 from ray import serve
 from ray.exceptions import RayError
 
-from spin_ray.config import ServingConfig, SpinConfig
+from spin_ray.config.sections import ServingConfig, SpinConfig
 from spin_ray.errors import ConfigError, ResourceError, StageError, first_line
-from spin_ray.resources import connect, take_signal
-from spin_ray.run_dir import RunDir
+from spin_ray.run_dir.names import LATEST, is_iterate
+from spin_ray.run_dir.run_dir import RunDir
+from spin_ray.runtime.resources import connect, take_signal
 from spin_ray.serving.access import read_keys
 from spin_ray.serving.app import APP, application, votes_url
+from spin_ray.serving.arena.votes import VoteStore
 from spin_ray.serving.iterates import ALL, wanted
 from spin_ray.serving.keeper import ENGINE_PREFIX
-from spin_ray.serving.names import LATEST, is_iterate
-from spin_ray.serving.votes import VoteStore
 
 logger = logging.getLogger(__name__)
 

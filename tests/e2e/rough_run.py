@@ -14,9 +14,9 @@ import psutil
 from killable_cluster import KillableCluster
 from program import ROOT, SPIN_RAY, environment, micro_recipe, write_recipe
 
-from spin_ray.run_dir import MANIFEST, Manifest, RunDir, read_json_lines
-from spin_ray.storage import Storage
-from spin_ray.timeline import lost_work
+from spin_ray.run_dir.events import lost_work
+from spin_ray.run_dir.run_dir import MANIFEST, Manifest, RunDir, read_json_lines
+from spin_ray.run_dir.storage import Storage
 
 PLAYING, TRAINING = "generation", "training"
 PHASE = {"generation actor": PLAYING, "engine": PLAYING, "train worker": TRAINING, "controller": TRAINING}

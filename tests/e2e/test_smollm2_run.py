@@ -13,9 +13,9 @@ import pytest
 import torch
 from program import spin_ray
 
-from spin_ray.run_dir import RunDir
-from spin_ray.storage import Storage
-from spin_ray.types import GENERATION_SCHEMA, PAIR_SCHEMA, PROMPT_SCHEMA, REFERENCE_SCHEMA
+from spin_ray.run_dir.run_dir import RunDir
+from spin_ray.run_dir.schemas import GENERATION_SCHEMA, PAIR_SCHEMA, PROMPT_SCHEMA, REFERENCE_SCHEMA
+from spin_ray.run_dir.storage import Storage
 
 pytestmark = pytest.mark.e2e
 

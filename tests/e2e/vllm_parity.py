@@ -11,10 +11,10 @@ import sys
 import tempfile
 from pathlib import Path
 
-from spin_ray.config import EngineConfig, SamplingConfig
-from spin_ray.engine import EngineSpec, VllmEngine
-from spin_ray.run_dir import RunDir
-from spin_ray.storage import Storage
+from spin_ray.config.sections import EngineConfig, SamplingConfig
+from spin_ray.run_dir.run_dir import RunDir
+from spin_ray.run_dir.storage import Storage
+from spin_ray.runtime.engine import EngineSpec, VllmEngine
 
 ENGINE = EngineConfig(enforce_eager=True, cpu_kv_cache_gib=1, max_num_seqs=8)
 

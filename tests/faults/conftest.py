@@ -10,7 +10,7 @@ sys.path.insert(0, str(Path(__file__).parents[1] / "unit"))
 import small_run
 from learner_cases import one_rank
 
-from spin_ray.config import SpinConfig
+from spin_ray.config.sections import SpinConfig
 
 
 @pytest.fixture(scope="session")

@@ -6,7 +6,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from spin_ray.storage import Disk
+from spin_ray.run_dir.storage import Disk
 
 FAULTS = ("killed", "killed after the effect", "ENOSPC", "EIO", "short write", "EIO after the effect")
 

@@ -20,15 +20,18 @@ import torch
 from fakes import FakeEngine
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from spin_ray import driver, launch, object_storage, preflight
-from spin_ray.config import SpinConfig
-from spin_ray.embedded import resolve
+from spin_ray.config.sections import SpinConfig
+from spin_ray.inputs import check as preflight
+from spin_ray.inputs.embedded import resolve
+from spin_ray.inputs.rendering import load_tokenizer
 from spin_ray.learner.backends import fsdp2
 from spin_ray.learner.hf_folder import load_model
-from spin_ray.rendering import load_tokenizer
-from spin_ray.run_dir import MANIFEST, Manifest
-from spin_ray.stages import evaluation, generation, prompts, training
-from spin_ray.storage import Disk, Storage
+from spin_ray.loop import driver, launch
+from spin_ray.loop.stages import evaluation, generation, prompts
+from spin_ray.loop.stages.training import stage as training
+from spin_ray.run_dir import object_storage
+from spin_ray.run_dir.run_dir import MANIFEST, Manifest
+from spin_ray.run_dir.storage import Disk, Storage
 
 ROWS, BAD_ROWS, HELDOUT_ROWS = 12, 2, 3
 STEPS = 4

@@ -13,11 +13,11 @@ from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 
 from spin_ray import cli
-from spin_ray.config import SpinConfig
+from spin_ray.config.sections import SpinConfig
 from spin_ray.errors import DataError
-from spin_ray.run_dir import RunDir
-from spin_ray.stages import prompts
-from spin_ray.storage import Storage, table_from_bytes
+from spin_ray.loop.stages import prompts
+from spin_ray.run_dir.run_dir import RunDir
+from spin_ray.run_dir.storage import Storage, table_from_bytes
 
 FUZZ = settings(
     max_examples=25,

@@ -10,11 +10,11 @@ import small_run
 from faulty_disk import FaultyDisk, Killed
 from small_run import committed
 
-from spin_ray.config import SpinConfig
+from spin_ray.config.sections import SpinConfig
 from spin_ray.errors import RunDirError
-from spin_ray.run_dir import RunDir
-from spin_ray.stages import generation
-from spin_ray.storage import Storage, table_from_bytes
+from spin_ray.loop.stages import generation
+from spin_ray.run_dir.run_dir import RunDir
+from spin_ray.run_dir.storage import Storage, table_from_bytes
 
 
 def cut(path: Path) -> None:

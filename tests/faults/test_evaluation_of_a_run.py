@@ -12,9 +12,9 @@ import torch
 from learner_cases import logp_alone
 from transformers import AutoModelForCausalLM
 
-from spin_ray.config import SpinConfig
-from spin_ray.run_dir import RunDir
-from spin_ray.storage import Storage
+from spin_ray.config.sections import SpinConfig
+from spin_ray.run_dir.run_dir import RunDir
+from spin_ray.run_dir.storage import Storage
 
 
 def test_the_kl_to_the_base_is_measured_for_every_iterate_on_its_own_samples(

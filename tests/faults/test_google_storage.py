@@ -12,12 +12,12 @@ from fake_gcs import FakeGcs
 from small_run import committed
 from test_object_storage import committed_on, objects
 
-from spin_ray import object_storage
-from spin_ray.config import SpinConfig
+from spin_ray.config.sections import SpinConfig
 from spin_ray.errors import RunDirError
-from spin_ray.fence import LEASE
-from spin_ray.lease import Lease
-from spin_ray.object_storage import ObjectStorage
+from spin_ray.run_dir import object_storage
+from spin_ray.run_dir.fence import LEASE
+from spin_ray.run_dir.lease import Lease
+from spin_ray.run_dir.object_storage import ObjectStorage
 
 
 @pytest.fixture(scope="module")

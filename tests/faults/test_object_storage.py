@@ -16,13 +16,13 @@ import pytest
 import small_run
 from small_run import committed
 
-from spin_ray import object_storage
-from spin_ray.config import SpinConfig
+from spin_ray.config.sections import SpinConfig
 from spin_ray.errors import RunDirError, StageError
-from spin_ray.fence import LEASE
-from spin_ray.lease import Lease
-from spin_ray.object_storage import ObjectStorage, open_storage
-from spin_ray.run_dir import MANIFEST
+from spin_ray.run_dir import object_storage
+from spin_ray.run_dir.fence import LEASE
+from spin_ray.run_dir.lease import Lease
+from spin_ray.run_dir.object_storage import ObjectStorage, open_storage
+from spin_ray.run_dir.run_dir import MANIFEST
 
 FAILURES = ("500", "503", "slow", "reply lost", "refused")
 

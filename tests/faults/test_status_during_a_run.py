@@ -8,11 +8,11 @@ import pytest
 import small_run
 from rich.console import Console
 
-from spin_ray.config import SpinConfig
-from spin_ray.run_dir import RunDir
-from spin_ray.stages import training
-from spin_ray.storage import Storage
-from spin_ray.summary import is_running, print_status
+from spin_ray.config.sections import SpinConfig
+from spin_ray.loop.stages.training import stage as training
+from spin_ray.report.status import is_running, print_status
+from spin_ray.run_dir.run_dir import RunDir
+from spin_ray.run_dir.storage import Storage
 
 
 def test_status_shows_the_measures_of_a_training_that_goes_on(

@@ -8,11 +8,11 @@ import small_run
 import torch
 from small_run import committed
 
-from spin_ray.config import SpinConfig
+from spin_ray.config.sections import SpinConfig
 from spin_ray.errors import HealthError
-from spin_ray.learner import loop
-from spin_ray.run_dir import RunDir, read_json_lines
-from spin_ray.storage import Storage
+from spin_ray.learner import step as loop
+from spin_ray.run_dir.run_dir import RunDir, read_json_lines
+from spin_ray.run_dir.storage import Storage
 
 
 @pytest.mark.parametrize("bad", [torch.nan, torch.inf])

@@ -5,8 +5,8 @@ from collections.abc import Iterator
 import pytest
 import ray
 
-from spin_ray.config import SpinConfig
-from spin_ray.resources import connect
+from spin_ray.config.sections import SpinConfig
+from spin_ray.runtime.resources import connect
 
 
 @pytest.fixture(scope="session")

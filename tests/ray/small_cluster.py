@@ -14,7 +14,7 @@ from ray._private.state import actors
 from ray.cluster_utils import Cluster
 from ray.data._internal.cluster_autoscaler.default_autoscaling_coordinator import get_or_create_autoscaling_coordinator
 
-from spin_ray import resources
+from spin_ray.runtime import resources
 
 _NEW_MOUNTS, _PRIVATE, _RECURSIVE = 0x00020000, 1 << 18, 1 << 14
 _libc = ctypes.CDLL(None, use_errno=True)

@@ -16,11 +16,11 @@ import ray.cloudpickle
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForSequenceClassification
 
-from spin_ray.config import SamplingConfig, SpinConfig
-from spin_ray.embedded import resolve
-from spin_ray.engine import Completion, EngineSpec, VllmEngine
-from spin_ray.launch import run_spin
-from spin_ray.run_dir import RunDir
+from spin_ray.config.sections import SamplingConfig, SpinConfig
+from spin_ray.inputs.embedded import resolve
+from spin_ray.loop.launch import run_spin
+from spin_ray.run_dir.run_dir import RunDir
+from spin_ray.runtime.engine import Completion, EngineSpec, VllmEngine
 
 ray.cloudpickle.register_pickle_by_value(sys.modules[__name__])  # actors cannot import a test module
 pytestmark = pytest.mark.slow

@@ -11,10 +11,10 @@ import torch
 from safetensors.torch import load_file
 from test_stages_on_ray import SeedEngine
 
-from spin_ray.config import SpinConfig
-from spin_ray.embedded import resolve
-from spin_ray.launch import run_spin
-from spin_ray.run_dir import RunDir
+from spin_ray.config.sections import SpinConfig
+from spin_ray.inputs.embedded import resolve
+from spin_ray.loop.launch import run_spin
+from spin_ray.run_dir.run_dir import RunDir
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(300)]
 START = Path(resolve("embedded:tiny-llama"))

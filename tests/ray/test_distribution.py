@@ -7,10 +7,10 @@ from typing import Any
 import pytest
 import ray
 
-from spin_ray import distribution
-from spin_ray.distribution import SharedFolder, _Giver
 from spin_ray.errors import RunDirError
-from spin_ray.storage import bytes_digest
+from spin_ray.run_dir.storage import bytes_digest
+from spin_ray.runtime import model_sharing as distribution
+from spin_ray.runtime.model_sharing import SharedFolder, _Giver
 
 FILES = {"config.json": b"{}", "weights/model.safetensors": b"0123456789", "empty.txt": b""}
 DIGESTS = {name: bytes_digest(data) for name, data in FILES.items()}

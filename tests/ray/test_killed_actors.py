@@ -14,12 +14,12 @@ import torch.distributed as dist
 from heard_of import wait_until_heard_of
 from test_stages_on_ray import SeedEngine, make_config, make_prompts, play
 
-from spin_ray.config import SamplingConfig, SpinConfig
-from spin_ray.engine import Completion, EngineSpec
+from spin_ray.config.sections import SamplingConfig, SpinConfig
 from spin_ray.errors import StageError
-from spin_ray.run_dir import RunDir
-from spin_ray.storage import Storage
-from spin_ray.workers import run_workers
+from spin_ray.run_dir.run_dir import RunDir
+from spin_ray.run_dir.storage import Storage
+from spin_ray.runtime.engine import Completion, EngineSpec
+from spin_ray.runtime.workers import run_workers
 
 pytestmark = pytest.mark.slow
 ray.cloudpickle.register_pickle_by_value(sys.modules[__name__])  # actors cannot import a test module

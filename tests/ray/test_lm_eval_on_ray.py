@@ -11,12 +11,12 @@ sys.path.insert(0, str(Path(__file__).parents[1] / "unit"))
 pytest.importorskip("lm_eval")
 from lm_eval_cases import CHOICES, SUMS, Plain, write_task
 
-from spin_ray import lm_eval_tasks
-from spin_ray.config import SpinConfig
-from spin_ray.embedded import resolve
-from spin_ray.lm_eval_tasks import Backend, parse_benchmarks
-from spin_ray.run_dir import RunDir
-from spin_ray.storage import Storage
+from spin_ray.config.sections import SpinConfig
+from spin_ray.inputs.embedded import resolve
+from spin_ray.report import benchmarks as lm_eval_tasks
+from spin_ray.report.benchmarks import Backend, parse_benchmarks
+from spin_ray.run_dir.run_dir import RunDir
+from spin_ray.run_dir.storage import Storage
 
 pytestmark = [pytest.mark.slow, pytest.mark.e2e]
 

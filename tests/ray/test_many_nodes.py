@@ -24,18 +24,19 @@ from safetensors.torch import load
 from small_cluster import SmallCluster, may_hide, small_cluster, when
 from test_stages_on_ray import SeedEngine
 
-from spin_ray import distribution, object_storage
-from spin_ray.config import SamplingConfig, SpinConfig
-from spin_ray.distribution import share
-from spin_ray.embedded import resolve
-from spin_ray.engine import Completion, EngineSpec
+from spin_ray.config.sections import SamplingConfig, SpinConfig
 from spin_ray.errors import ResourceError
-from spin_ray.launch import run_spin
-from spin_ray.model_folder import open_model
-from spin_ray.object_storage import ObjectStorage
-from spin_ray.resources import check_fits, wait_until_free
-from spin_ray.run_dir import RunDir, read_json_lines
-from spin_ray.workers import run_workers
+from spin_ray.inputs.embedded import resolve
+from spin_ray.inputs.model_folder import open_model
+from spin_ray.loop.launch import run_spin
+from spin_ray.run_dir import object_storage
+from spin_ray.run_dir.object_storage import ObjectStorage
+from spin_ray.run_dir.run_dir import RunDir, read_json_lines
+from spin_ray.runtime import model_sharing as distribution
+from spin_ray.runtime.engine import Completion, EngineSpec
+from spin_ray.runtime.model_sharing import share
+from spin_ray.runtime.resources import check_fits, wait_until_free
+from spin_ray.runtime.workers import run_workers
 
 ray.cloudpickle.register_pickle_by_value(sys.modules[__name__])  # actors cannot import a test module
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(400)]

@@ -11,14 +11,14 @@ import pyarrow.parquet as pq
 import pytest
 import ray.cloudpickle
 
-from spin_ray.config import SamplingConfig, SpinConfig
-from spin_ray.embedded import resolve
-from spin_ray.engine import Completion, EngineSpec, StartEngine
+from spin_ray.config.sections import SamplingConfig, SpinConfig
 from spin_ray.errors import DataError, ResourceError, StageError
-from spin_ray.resources import check_fits
-from spin_ray.run_dir import RunDir
-from spin_ray.stages import generation, pairs, prompts
-from spin_ray.storage import Storage
+from spin_ray.inputs.embedded import resolve
+from spin_ray.loop.stages import generation, pairs, prompts
+from spin_ray.run_dir.run_dir import RunDir
+from spin_ray.run_dir.storage import Storage
+from spin_ray.runtime.engine import Completion, EngineSpec, StartEngine
+from spin_ray.runtime.resources import check_fits
 
 ray.cloudpickle.register_pickle_by_value(sys.modules[__name__])  # actors cannot import a test module
 
@@ -128,7 +128,7 @@ def test_bad_rows_are_quarantined_with_file_line_and_reason(tmp_path: Path) -> N
         make_config(data={"train": str(data), "max_quarantine_fraction": 0.1}),
     )
     make_prompts(run, config)
-    from spin_ray.storage import table_from_bytes
+    from spin_ray.run_dir.storage import table_from_bytes
 
     found = table_from_bytes(run.storage.read("quarantine/prompts.parquet")).to_pylist()
     assert {(row["origin"], row["reason"]) for row in found} == {

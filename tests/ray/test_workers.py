@@ -8,9 +8,9 @@ import ray.cloudpickle
 import torch
 import torch.distributed as dist
 
-from spin_ray.config import SpinConfig
+from spin_ray.config.sections import SpinConfig
 from spin_ray.errors import HealthError, RunDirError
-from spin_ray.workers import run_workers
+from spin_ray.runtime.workers import run_workers
 
 ray.cloudpickle.register_pickle_by_value(sys.modules[__name__])  # workers cannot import a test module
 

@@ -13,11 +13,11 @@ import uvicorn
 from fastapi import FastAPI
 from tiny_runs import tiny_config
 
+from spin_ray.run_dir.names import Names
 from spin_ray.serving.access import Key
 from spin_ray.serving.api import make_app
+from spin_ray.serving.arena.votes import VoteStore
 from spin_ray.serving.backend import CHAT, Item
-from spin_ray.serving.names import Names
-from spin_ray.serving.votes import VoteStore
 
 ITERATES = ("sft", "iter-0", "iter-1")
 SAYS = {

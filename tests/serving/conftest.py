@@ -11,7 +11,7 @@ from ray_head import free_port
 from served import Served
 from tiny_runs import make_run
 
-from spin_ray.serving.votes import VoteStore
+from spin_ray.serving.arena.votes import VoteStore
 
 ROOT = Path(__file__).resolve().parents[2]
 

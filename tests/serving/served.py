@@ -11,7 +11,7 @@ import httpx
 import openai
 import psutil
 
-from spin_ray.run_dir import RunDir
+from spin_ray.run_dir.run_dir import RunDir
 
 START_S = 420
 

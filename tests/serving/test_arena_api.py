@@ -16,10 +16,10 @@ import pytest
 from arena_app import SAYS, digest, make, says
 from fastapi.testclient import TestClient
 
-from spin_ray.serving import arena
 from spin_ray.serving.access import Key
+from spin_ray.serving.arena import routes as arena
+from spin_ray.serving.arena.votes import VoteStore
 from spin_ray.serving.bodies import ChatBody
-from spin_ray.serving.votes import VoteStore
 
 ASKED = {"messages": [{"role": "user", "content": "how are you?"}], "temperature": 0.8, "seed": 3, "stream": True}
 

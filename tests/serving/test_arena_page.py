@@ -15,7 +15,7 @@ from chromium import headless, needs_chromium, picture
 from playwright.sync_api import Browser, Page, expect
 
 from spin_ray.serving.access import Key, new_key
-from spin_ray.serving.votes import Answer, VoteStore
+from spin_ray.serving.arena.votes import Answer, VoteStore
 
 pytestmark = [pytest.mark.slow, needs_chromium]
 

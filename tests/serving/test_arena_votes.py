@@ -6,12 +6,12 @@ from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 
-from spin_ray.config import DataConfig
-from spin_ray.conversations import conversations_of, rejected_of
+from spin_ray.config.sections import DataConfig
 from spin_ray.errors import UserError
+from spin_ray.inputs.conversations import conversations_of, rejected_of
+from spin_ray.inputs.sources import read_slice, split
+from spin_ray.serving.arena.votes import BATTLE_TTL_S, Answer, Battle, Tally, VoteStore, parse_alias
 from spin_ray.serving.errors import Refusal
-from spin_ray.serving.votes import BATTLE_TTL_S, Answer, Battle, Tally, VoteStore, parse_alias
-from spin_ray.sources import read_slice, split
 
 QUESTION = [{"role": "system", "content": "Be brief."}, {"role": "user", "content": "how are you?"}]
 
@@ -132,7 +132,7 @@ def test_comparisons_without_a_vote_are_forgotten_and_votes_are_not(votes, clock
 
 def test_export_pairs_what_was_preferred_with_what_was_not(votes, clock, monkeypatch):
     """More votes than the export reads at a time, many of them at the same moment; ties make no pair."""
-    monkeypatch.setattr("spin_ray.serving.votes._EXPORT_ROWS", 8)
+    monkeypatch.setattr("spin_ray.serving.arena.votes._EXPORT_ROWS", 8)
     verdicts = (["a"] * 3 + ["b", "tie", "both_bad"]) * 6
     battles = [answered(votes) for _ in verdicts]
     for number, (battle, verdict) in enumerate(zip(battles, verdicts, strict=True)):

@@ -18,7 +18,7 @@ from conftest import ROOT
 from ray_head import Head, free_port, ray_head
 from tiny_runs import make_run
 
-from spin_ray.run_dir import RunDir
+from spin_ray.run_dir.run_dir import RunDir
 from spin_ray.serving.access import new_key
 
 pytestmark = [pytest.mark.e2e, pytest.mark.slow]

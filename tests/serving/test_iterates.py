@@ -14,9 +14,9 @@ from conftest import ROOT
 from fake_engines import FakeEngines
 from tiny_runs import add_iterate, make_run, tiny_config
 
-from spin_ray.config import override
+from spin_ray.config.sections import override
 from spin_ray.errors import ConfigError, DataError, RunDirError
-from spin_ray.run_dir import RunDir, folder_digest, folder_entries
+from spin_ray.run_dir.run_dir import RunDir, folder_digest, folder_entries
 from spin_ray.serving.app import build
 from spin_ray.serving.batch import compare_rows, read_rows
 from spin_ray.serving.engines import build_engine

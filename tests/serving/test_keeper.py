@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 from tiny_runs import add_iterate, make_run
 
-from spin_ray.run_dir import RunDir
+from spin_ray.run_dir.run_dir import RunDir
 from spin_ray.serving.iterates import Iterate
 from spin_ray.serving.keeper import EngineFailed, Keeper
 

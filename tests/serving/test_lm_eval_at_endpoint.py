@@ -12,9 +12,9 @@ pytest.importorskip("lm_eval")
 pytest.importorskip("tenacity")
 from lm_eval_cases import CHOICES, Plain, write_task
 
-from spin_ray import lm_eval_tasks
 from spin_ray.errors import StageError
-from spin_ray.lm_eval_tasks import Request, parse_benchmarks
+from spin_ray.report import benchmarks as lm_eval_tasks
+from spin_ray.report.benchmarks import Request, parse_benchmarks
 
 pytestmark = [pytest.mark.e2e, pytest.mark.slow]
 

@@ -2,7 +2,7 @@
 
 import pytest
 
-from spin_ray.serving.names import Names, UnknownModel, age, api_name, is_iterate
+from spin_ray.run_dir.names import Names, UnknownModel, age, api_name, is_iterate
 
 
 class Clock:

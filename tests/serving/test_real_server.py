@@ -15,8 +15,8 @@ import pytest
 from served import START_S, Served
 from tiny_runs import add_iterate
 
-from spin_ray.rendering import ChatRenderer, load_tokenizer
-from spin_ray.run_dir import folder_digest, folder_entries
+from spin_ray.inputs.rendering import ChatRenderer, load_tokenizer
+from spin_ray.run_dir.run_dir import folder_digest, folder_entries
 
 pytestmark = [pytest.mark.e2e, pytest.mark.slow]
 

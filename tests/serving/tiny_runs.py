@@ -7,10 +7,10 @@ from typing import Any
 import torch
 from safetensors.torch import load_file, save_file
 
-from spin_ray.config import SpinConfig
-from spin_ray.preflight import check_recipe
-from spin_ray.run_dir import MANIFEST, Manifest, RunDir, folder_entries
-from spin_ray.storage import Storage
+from spin_ray.config.sections import SpinConfig
+from spin_ray.inputs.check import check_recipe
+from spin_ray.run_dir.run_dir import MANIFEST, Manifest, RunDir, folder_entries
+from spin_ray.run_dir.storage import Storage
 
 
 def tiny_config(**serving: Any) -> SpinConfig:

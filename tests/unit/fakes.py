@@ -6,10 +6,10 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 
-from spin_ray.config import SamplingConfig, SpinConfig
-from spin_ray.engine import Completion
-from spin_ray.run_dir import Artefact, part_name
-from spin_ray.types import GENERATION_SCHEMA, PROMPT_SCHEMA
+from spin_ray.config.sections import SamplingConfig, SpinConfig
+from spin_ray.run_dir.run_dir import Artefact, part_name
+from spin_ray.run_dir.schemas import GENERATION_SCHEMA, PROMPT_SCHEMA
+from spin_ray.runtime.engine import Completion
 
 END_OF_TURN = 2
 MINIMAL = {"model": {"path": "m"}, "data": {"train": "d.jsonl"}}

@@ -13,9 +13,10 @@ from torch import Tensor
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from spin_ray.learner.backends.base import TrainBackend
+from spin_ray.learner.batch import PackedBatch
 from spin_ray.learner.losses import margins, pair_logps, spin_loss
 from spin_ray.learner.packing import PairLengths, Step, build_pack, plan_epoch
-from spin_ray.types import TOKEN_IDS, PackedBatch
+from spin_ray.run_dir.schemas import TOKEN_IDS
 
 VOCAB = 61
 PACK_LENGTH = 48

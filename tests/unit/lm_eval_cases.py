@@ -10,9 +10,9 @@ import pyarrow as pa
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from spin_ray.config import SpinConfig
-from spin_ray.stages.evaluation import _text_measures
-from spin_ray.types import GENERATION_SCHEMA, PROMPT_SCHEMA
+from spin_ray.config.sections import SpinConfig
+from spin_ray.loop.stages.evaluation import _text_measures
+from spin_ray.run_dir.schemas import GENERATION_SCHEMA, PROMPT_SCHEMA
 
 TASKS = Path(__file__).parent / "tasks"
 SUMS = [

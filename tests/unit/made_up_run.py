@@ -8,12 +8,12 @@ from typing import Any
 import pyarrow as pa
 from fakes import config_of, generation_rows, write_rows
 
-from spin_ray.embedded import resolve
-from spin_ray.heldout_scores import SCORE_SCHEMA
-from spin_ray.rendering import ChatRenderer, load_tokenizer
-from spin_ray.run_dir import RunDir, iterate_name
-from spin_ray.storage import Storage, table_to_bytes
-from spin_ray.types import GENERATION_SCHEMA, PAIR_SCHEMA, PROMPT_SCHEMA
+from spin_ray.inputs.embedded import resolve
+from spin_ray.inputs.rendering import ChatRenderer, load_tokenizer
+from spin_ray.report.margins import SCORE_SCHEMA
+from spin_ray.run_dir.run_dir import RunDir, iterate_name
+from spin_ray.run_dir.schemas import GENERATION_SCHEMA, PAIR_SCHEMA, PROMPT_SCHEMA
+from spin_ray.run_dir.storage import Storage, table_to_bytes
 
 TINY = resolve("embedded:tiny-llama")
 TOKENIZER = load_tokenizer(TINY)

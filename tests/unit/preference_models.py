@@ -8,7 +8,7 @@ from safetensors.torch import save_file
 from torch import nn
 from transformers import AutoTokenizer, DebertaV2Config, DebertaV2Model, LlamaConfig, LlamaForSequenceClassification
 
-from spin_ray.embedded import resolve
+from spin_ray.inputs.embedded import resolve
 
 
 def save_reward_model(folder: Path, seed: int = 0) -> Path:

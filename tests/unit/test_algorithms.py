@@ -11,20 +11,22 @@ import pytest
 import torch
 from fakes import END_OF_TURN, config_of, write_answers, write_prompts, write_rows
 
-from spin_ray.algorithms import ALGORITHMS, Turn, seft, sppo
-from spin_ray.algorithms.self_reinforcement import commonest
-from spin_ray.config import AlgorithmName, SpinConfig
-from spin_ray.embedded import resolve
+from spin_ray.config.sections import AlgorithmName, SpinConfig
 from spin_ray.errors import DataError
-from spin_ray.learner.loop import Objective
-from spin_ray.model_folder import ModelFolder
-from spin_ray.rendering import ChatRenderer, load_tokenizer
-from spin_ray.run_dir import Artefact, RunDir
-from spin_ray.stages import revision
-from spin_ray.stages.generation import Job
-from spin_ray.stages.preferences import PREFERENCE_SCHEMA, win_table
-from spin_ray.storage import Storage
-from spin_ray.types import PROMPT_SCHEMA
+from spin_ray.inputs.embedded import resolve
+from spin_ray.inputs.model_folder import ModelFolder
+from spin_ray.inputs.rendering import ChatRenderer, load_tokenizer
+from spin_ray.learner.step import Objective
+from spin_ray.loop.algorithms import ALGORITHMS, Turn
+from spin_ray.loop.algorithms.seft import algorithm as seft
+from spin_ray.loop.algorithms.seft import revision
+from spin_ray.loop.algorithms.self_reinforcement import commonest
+from spin_ray.loop.algorithms.sppo import algorithm as sppo
+from spin_ray.loop.algorithms.sppo.preferences import PREFERENCE_SCHEMA, win_table
+from spin_ray.loop.stages.generation import Job
+from spin_ray.run_dir.run_dir import Artefact, RunDir
+from spin_ray.run_dir.schemas import PROMPT_SCHEMA
+from spin_ray.run_dir.storage import Storage
 
 THETA = ModelFolder(Path("m"), "digest of θ_t", "iter_000", 0)
 

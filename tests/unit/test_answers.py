@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from spin_ray.answers import extract_number, is_correct
+from spin_ray.inputs.answers import extract_number, is_correct
 
 
 @pytest.mark.parametrize(

@@ -5,11 +5,12 @@ import pytest
 from fakes import config_of, write_answers, write_prompts, write_rows
 
 from spin_ray.errors import RunDirError
-from spin_ray.model_folder import ModelFolder
-from spin_ray.run_dir import RunDir
-from spin_ray.stages import base_scores, pairs
-from spin_ray.storage import Storage
-from spin_ray.types import REFERENCE_SCHEMA
+from spin_ray.inputs.model_folder import ModelFolder
+from spin_ray.loop.stages import pairs
+from spin_ray.loop.stages import scoring as base_scores
+from spin_ray.run_dir.run_dir import RunDir
+from spin_ray.run_dir.schemas import REFERENCE_SCHEMA
+from spin_ray.run_dir.storage import Storage
 
 CONFIG = config_of(objective={"reference_alpha": 0.5, "window": "all"}, train={"global_batch_pairs": 1})
 BASE = ModelFolder(None, "digest of θ_0", "sft", 0)  # type: ignore[arg-type]

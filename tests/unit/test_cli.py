@@ -11,10 +11,10 @@ import pytest
 import ray
 import yaml
 
-from spin_ray.embedded import resolve
 from spin_ray.errors import StageError, UserError
-from spin_ray.run_dir import RunDir
-from spin_ray.storage import Storage
+from spin_ray.inputs.embedded import resolve
+from spin_ray.run_dir.run_dir import RunDir
+from spin_ray.run_dir.storage import Storage
 
 RECIPE = {
     "model": {"path": "embedded:tiny-llama", "max_length": 128},
@@ -147,8 +147,8 @@ def test_a_file_in_place_of_the_folder_is_left_as_it_was(call, tmp_path, recipe)
 
 def test_another_run_is_left_as_it_was(call, tmp_path, recipe):
     run = RunDir(Storage(tmp_path / "run"))
-    from spin_ray.config import load_config
-    from spin_ray.preflight import check_recipe
+    from spin_ray.config.sections import load_config
+    from spin_ray.inputs.check import check_recipe
 
     config = load_config(recipe)
     run.begin(config, check_recipe(config).facts())
@@ -165,7 +165,8 @@ def test_another_run_is_left_as_it_was(call, tmp_path, recipe):
 @pytest.fixture
 def started(monkeypatch):
     """The calls of run_spin, instead of doing them."""
-    from spin_ray import launch, summary
+    from spin_ray.loop import launch
+    from spin_ray.report import status as summary
 
     found: list[Any] = []
     result = launch.RunResult(run=None, model=Path("m"), evaluations=[])  # type: ignore[arg-type]
@@ -198,7 +199,7 @@ def test_a_value_may_hold_what_separates_values_elsewhere(call, started, recipe,
     ],
 )
 def test_exit_codes_tell_what_can_be_mended_from_what_failed(call, monkeypatch, recipe, error, code, text):
-    from spin_ray import launch
+    from spin_ray.loop import launch
 
     def fail(*_: object) -> None:
         raise error
@@ -208,7 +209,7 @@ def test_exit_codes_tell_what_can_be_mended_from_what_failed(call, monkeypatch, 
 
 
 def test_a_bug_is_not_hidden_behind_one_line(call, monkeypatch, recipe):
-    from spin_ray import launch
+    from spin_ray.loop import launch
 
     monkeypatch.setattr(launch, "run_spin", lambda *_: 1 / 0)
     with pytest.raises(ZeroDivisionError):
@@ -227,7 +228,7 @@ def test_status_shows_a_run_and_refuses_what_is_none(call, tmp_path):
 
 
 def test_doctor_says_what_is_right_and_asks_the_cluster(call, monkeypatch, tmp_path, recipe):
-    from spin_ray import resources
+    from spin_ray.runtime import resources
 
     monkeypatch.setattr(resources, "connect", lambda config: None)
     monkeypatch.setattr(resources, "_node_resources", lambda labels=None: [{"CPU": 1.0}])

@@ -9,8 +9,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from pydantic import ValidationError
 
-from spin_ray import config as config_module
-from spin_ray.config import IterationSettings, Section, SpinConfig, digest, flatten, load_config, parse_config
+from spin_ray.config import sections as config_module
+from spin_ray.config.sections import IterationSettings, Section, SpinConfig, digest, flatten, load_config, parse_config
 from spin_ray.errors import ConfigError
 
 MINIMAL = {"model": {"path": "m"}, "data": {"train": "d.jsonl"}}

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from spin_ray import cpu
+from spin_ray.runtime import cpu
 
 
 @pytest.fixture

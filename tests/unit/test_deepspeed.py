@@ -14,7 +14,7 @@ import torch.multiprocessing
 from learner_cases import PACK_LENGTH, one_step, random_rows, save_model, table_of, tiny_llama, train
 from transformers import AutoModelForCausalLM
 
-from spin_ray.config import LoraConfig, OptimizerConfig
+from spin_ray.config.sections import LoraConfig, OptimizerConfig
 from spin_ray.errors import ModelError
 from spin_ray.learner.backends import make_backend
 from spin_ray.learner.backends.base import BackendSettings, TrainBackend

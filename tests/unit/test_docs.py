@@ -2,7 +2,7 @@
 
 from pathlib import Path
 
-from spin_ray.measures import as_markdown
+from spin_ray.report.measures import as_markdown
 
 DOCS = Path(__file__).parents[2] / "docs"
 

@@ -16,9 +16,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from spin_ray import embedded
-from spin_ray.embedded import packages
 from spin_ray.errors import ConfigError
+from spin_ray.inputs import embedded
+from spin_ray.inputs.embedded import packages
 
 JSONL_SHA256 = {
     "arithmetic-train": "074c307bafa497115eb2ca362c93e70a68a5089811041247600027e329125292",

@@ -9,9 +9,9 @@ from typing import Any
 import pytest
 from fakes import config_of
 
-from spin_ray import cpu
-from spin_ray.config import EngineConfig, SamplingConfig
-from spin_ray.engine import EngineSpec, VllmEngine, _completion
+from spin_ray.config.sections import EngineConfig, SamplingConfig
+from spin_ray.runtime import cpu
+from spin_ray.runtime.engine import EngineSpec, VllmEngine, _completion
 
 
 @pytest.fixture

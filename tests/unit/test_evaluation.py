@@ -9,14 +9,14 @@ from fakes import config_of, generation_rows, write_answers, write_prompts
 from hypothesis import given
 from hypothesis import strategies as st
 
-from spin_ray.embedded import resolve
-from spin_ray.model_folder import ModelFolder
-from spin_ray.rendering import load_tokenizer
-from spin_ray.run_dir import RunDir
-from spin_ray.stages import evaluation
-from spin_ray.stages.evaluation import length_auc
-from spin_ray.storage import Storage
-from spin_ray.types import GENERATION_SCHEMA, PROMPT_SCHEMA
+from spin_ray.inputs.embedded import resolve
+from spin_ray.inputs.model_folder import ModelFolder
+from spin_ray.inputs.rendering import load_tokenizer
+from spin_ray.loop.stages import evaluation
+from spin_ray.loop.stages.evaluation import length_auc
+from spin_ray.run_dir.run_dir import RunDir
+from spin_ray.run_dir.schemas import GENERATION_SCHEMA, PROMPT_SCHEMA
+from spin_ray.run_dir.storage import Storage
 
 TINY = Path(resolve("embedded:tiny-llama"))
 MODEL, OPPONENT = ModelFolder(TINY, "d1", "iter_000", 0), ModelFolder(TINY, "d0", "sft", 0)

@@ -5,7 +5,7 @@ from typing import Any
 import pytest
 from fakes import config_of
 
-from spin_ray.forecast import duration, forecast, turn_of
+from spin_ray.report.forecast import duration, forecast, turn_of
 
 CONFIG = config_of(
     data={"train": "d", "heldout": "h"}, iterations=2, sft={"learning_rate": 1e-5}, objective={"window": 2}

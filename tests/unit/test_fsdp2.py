@@ -11,7 +11,7 @@ from learner_cases import batches_of, logp_alone, one_rank, one_step, random_row
 from safetensors import safe_open
 from transformers import AutoModelForCausalLM
 
-from spin_ray.config import OptimizerConfig
+from spin_ray.config.sections import OptimizerConfig
 from spin_ray.learner import hf_folder
 from spin_ray.learner.backends.base import BackendSettings, TrainBackend, learning_rate_at
 from spin_ray.learner.backends.fsdp2 import Fsdp2Backend

@@ -10,13 +10,13 @@ from fakes import END_OF_TURN, FakeEngine, config_of, write_prompts
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from spin_ray.config import SpinConfig
-from spin_ray.engine import Completion
+from spin_ray.config.sections import SpinConfig
 from spin_ray.errors import RunDirError
-from spin_ray.run_dir import RunDir
-from spin_ray.stages import generation
-from spin_ray.stages.generation import Job, prompt_slice, row_seed
-from spin_ray.storage import Storage, table_to_bytes
+from spin_ray.loop.stages import generation
+from spin_ray.loop.stages.generation import Job, prompt_slice, row_seed
+from spin_ray.run_dir.run_dir import RunDir
+from spin_ray.run_dir.storage import Storage, table_to_bytes
+from spin_ray.runtime.engine import Completion
 
 
 def config_for(shard_rows: int = 4, samples: int = 1, **sections: Any) -> SpinConfig:

@@ -3,13 +3,13 @@
 import pytest
 from fakes import config_of, generation_rows, write_rows
 
-from spin_ray.config import HealthConfig
+from spin_ray.config.sections import HealthConfig
 from spin_ray.errors import HealthError, last_line, memory_advice
 from spin_ray.learner.health import HealthMonitor
-from spin_ray.run_dir import RunDir
-from spin_ray.stages import pairs
-from spin_ray.storage import Storage
-from spin_ray.types import GENERATION_SCHEMA
+from spin_ray.loop.stages import pairs
+from spin_ray.run_dir.run_dir import RunDir
+from spin_ray.run_dir.schemas import GENERATION_SCHEMA
+from spin_ray.run_dir.storage import Storage
 
 HEALTHY = {"loss": 0.5, "margin": 1.0, "real_logp": -100.0, "real_logp_drift": 0.0}
 

@@ -6,7 +6,7 @@ import numpy as np
 import pyarrow as pa
 import pytest
 
-from spin_ray.heldout_scores import SCORE_SCHEMA, margin_concentrations, margin_measures
+from spin_ray.report.margins import SCORE_SCHEMA, margin_concentrations, margin_measures
 
 
 def scores_of(rows: list[tuple[str, str, float, float]]) -> pa.Table:

@@ -7,9 +7,9 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 import pytest
 from made_up_run import made_up_run
 
-from spin_ray import judge
 from spin_ray.errors import ConfigError, StageError
-from spin_ray.judge import Judge, Judgement, summarise
+from spin_ray.report import judge
+from spin_ray.report.judge import Judge, Judgement, summarise
 
 
 def judgements(*verdicts: tuple[str, str]) -> list[Judgement]:

@@ -13,12 +13,12 @@ from contextlib import contextmanager
 import psutil
 import pytest
 
-from spin_ray import fence
-from spin_ray import lease as lease_module
 from spin_ray.errors import RunDirError, StageError
-from spin_ray.fence import LEASE, locked
-from spin_ray.lease import Lease
-from spin_ray.storage import Storage
+from spin_ray.run_dir import fence
+from spin_ray.run_dir import lease as lease_module
+from spin_ray.run_dir.fence import LEASE, locked
+from spin_ray.run_dir.lease import Lease
+from spin_ray.run_dir.storage import Storage
 
 
 @pytest.fixture

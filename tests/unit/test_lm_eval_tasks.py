@@ -7,7 +7,7 @@ from fakes import config_of
 from made_up_run import made_up_run
 
 from spin_ray.errors import ConfigError
-from spin_ray.lm_eval_tasks import (
+from spin_ray.report.benchmarks import (
     PRESETS,
     Benchmark,
     Request,

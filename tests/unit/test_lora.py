@@ -11,7 +11,7 @@ from learner_cases import batches_of, one_rank, one_step, random_rows, save_mode
 from torch.distributed.checkpoint import FileSystemReader
 from transformers import AutoModelForCausalLM
 
-from spin_ray.config import LoraConfig, OptimizerConfig
+from spin_ray.config.sections import LoraConfig, OptimizerConfig
 from spin_ray.errors import ModelError
 from spin_ray.learner.backends.base import BackendSettings
 from spin_ray.learner.backends.fsdp2 import Fsdp2Backend

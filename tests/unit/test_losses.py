@@ -6,9 +6,9 @@ import pytest
 import torch
 from learner_cases import Row, table_of
 
+from spin_ray.learner.batch import PackedBatch
 from spin_ray.learner.losses import LOSSES, margins, pair_logps, response_logps, sft_loss, spin_loss
 from spin_ray.learner.packing import build_pack
-from spin_ray.types import PackedBatch
 
 torch.set_num_threads(1)
 SLOPE_AT_0 = {"logistic": -0.5, "hinge": -1.0, "exponential": -1.0, "correlation": -1.0}

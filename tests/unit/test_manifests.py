@@ -13,8 +13,8 @@ import jsonschema
 import pytest
 import yaml
 
-from spin_ray.config import load_config, override
-from spin_ray.resources import _placeable, demands
+from spin_ray.config.sections import load_config, override
+from spin_ray.runtime.resources import _placeable, demands
 
 ROOT = Path(__file__).resolve().parents[2]
 CLUSTER = ROOT / "cluster"

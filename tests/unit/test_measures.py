@@ -5,7 +5,7 @@ import math
 import numpy as np
 import pytest
 
-from spin_ray.measures import (
+from spin_ray.report.measures import (
     BY_KEY,
     MEASURES,
     distinct_ngrams,

@@ -16,17 +16,18 @@ import pytest
 import torch
 from fakes import END_OF_TURN, FakeEngine, config_of, write_answers, write_rows
 
-from spin_ray.config import DataConfig
-from spin_ray.embedded import resolve
-from spin_ray.engine import Completion
+from spin_ray.config.sections import DataConfig
+from spin_ray.inputs.embedded import resolve
+from spin_ray.inputs.model_folder import ModelFolder
+from spin_ray.inputs.rendering import ChatRenderer, load_tokenizer
+from spin_ray.inputs.sources import SourceRow
+from spin_ray.learner.batch import PackedBatch
 from spin_ray.learner.packing import build_pack
-from spin_ray.model_folder import ModelFolder
-from spin_ray.rendering import ChatRenderer, load_tokenizer
-from spin_ray.run_dir import RunDir
-from spin_ray.sources import SourceRow
-from spin_ray.stages import evaluation, generation, pairs, prompts
-from spin_ray.storage import Storage
-from spin_ray.types import GENERATION_SCHEMA, PROMPT_SCHEMA, PackedBatch
+from spin_ray.loop.stages import evaluation, generation, pairs, prompts
+from spin_ray.run_dir.run_dir import RunDir
+from spin_ray.run_dir.schemas import GENERATION_SCHEMA, PROMPT_SCHEMA
+from spin_ray.run_dir.storage import Storage
+from spin_ray.runtime.engine import Completion
 
 torch.set_num_threads(1)
 TESTS = Path(__file__).parents[1]

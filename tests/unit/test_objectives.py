@@ -8,9 +8,9 @@ import torch
 from learner_cases import Row, lengths_of, table_of
 from torch import Tensor
 
-from spin_ray.learner.loop import Objective, PackShape, ReferenceScores, _pack_loss
 from spin_ray.learner.losses import LOSSES, geometric_reference, segment_lengths, square_loss
 from spin_ray.learner.packing import build_pack, plan_epoch
+from spin_ray.learner.step import Objective, PackShape, ReferenceScores, _pack_loss
 
 torch.set_num_threads(1)
 ROWS: list[Row] = [([5, 6], [7, 2], [8]), ([5, 6], [7, 2], [9, 9, 2]), ([4], [3, 2, 1, 2], [6, 2])]

@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from learner_cases import Row, lengths_of, random_rows, table_of
 
-from spin_ray.learner import loop
+from spin_ray.learner import step as loop
 from spin_ray.learner.packing import PairLengths, Step, build_pack, plan_epoch
 from spin_ray.learner.scoring import visible
 

@@ -7,11 +7,11 @@ from fakes import config_of, write_answers, write_prompts
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from spin_ray.config import SpinConfig
+from spin_ray.config.sections import SpinConfig
 from spin_ray.errors import DataError, RunDirError
-from spin_ray.run_dir import Artefact, RunDir
-from spin_ray.stages import pairs
-from spin_ray.storage import Storage
+from spin_ray.loop.stages import pairs
+from spin_ray.run_dir.run_dir import Artefact, RunDir
+from spin_ray.run_dir.storage import Storage
 
 Answers = list[tuple[str, int, list[int]]]
 

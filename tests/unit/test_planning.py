@@ -10,9 +10,10 @@ import numpy as np
 import pytest
 from fakes import config_of
 
-from spin_ray.config import OptimizerConfig, ResourcesConfig, SpinConfig, load_config
+from spin_ray.config.sections import OptimizerConfig, ResourcesConfig, SpinConfig, load_config
 from spin_ray.errors import DataError, ModelError
-from spin_ray.learner import loop, scoring
+from spin_ray.learner import scoring
+from spin_ray.learner import step as loop
 from spin_ray.learner.packing import PairLengths, plan_epoch
 from spin_ray.planning.cost_model import (
     CHUNK_TARGETS,
@@ -35,7 +36,7 @@ from spin_ray.planning.cost_model import (
 )
 from spin_ray.planning.hardware import BANDWIDTH_EFFICIENCY, COMPUTE_EFFICIENCY, CPU, GIB, GPUS, Hardware
 from spin_ray.planning.model_shape import KNOWN_SHAPES, MISTRAL_7B, ModelShape
-from spin_ray.planning.report import Given, read_shape, read_work
+from spin_ray.planning.plan import Given, read_shape, read_work
 
 RECIPES = Path(__file__).resolve().parents[2] / "jobs/recipes"
 ZEPHYR = load_config(RECIPES / "zephyr_7b.yaml")

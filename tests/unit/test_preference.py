@@ -5,9 +5,9 @@ import torch
 from preference_models import save_pairrm, save_reward_model
 from transformers import AutoModelForSequenceClassification, AutoTokenizer, DebertaV2Model
 
-from spin_ray.config import ScorerConfig
+from spin_ray.config.sections import ScorerConfig
 from spin_ray.errors import ModelError
-from spin_ray.preference import load_scorer
+from spin_ray.loop.algorithms.sppo.preference_models import load_scorer
 
 torch.set_num_threads(1)
 PROMPT = [{"role": "user", "content": "2 + 2 = ?"}]

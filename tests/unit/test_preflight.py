@@ -8,11 +8,11 @@ from typing import Any
 import pytest
 from tokenizer_kinds import TEMPLATES, tokenizer_of_kind
 
-from spin_ray.config import DataConfig, SpinConfig
-from spin_ray.embedded import resolve
+from spin_ray.config.sections import DataConfig, SpinConfig
 from spin_ray.errors import ConfigError, DataError, ModelError
-from spin_ray.preflight import check_recipe, check_token_ids, disk_free_gib, versions
-from spin_ray.rendering import ChatRenderer, Rendered
+from spin_ray.inputs.check import check_recipe, check_token_ids, disk_free_gib, versions
+from spin_ray.inputs.embedded import resolve
+from spin_ray.inputs.rendering import ChatRenderer, Rendered
 
 TINY = Path(resolve("embedded:tiny-llama"))
 

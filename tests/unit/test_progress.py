@@ -8,9 +8,9 @@ import pytest
 from made_up_run import made_up_run
 from rich.console import Console
 
-from spin_ray import progress
-from spin_ray.progress import PROGRESS, RunProgress, StageProgress
-from spin_ray.summary import print_status
+from spin_ray.report import progress
+from spin_ray.report.progress import PROGRESS, RunProgress, StageProgress
+from spin_ray.report.status import print_status
 
 
 @pytest.fixture

@@ -11,17 +11,17 @@ from fakes import config_of
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
-from spin_ray import sources
-from spin_ray.config import DataConfig
-from spin_ray.conversations import Unusable
-from spin_ray.embedded import resolve
+from spin_ray.config.sections import DataConfig
 from spin_ray.errors import DataError
-from spin_ray.rendering import ChatRenderer, load_tokenizer
-from spin_ray.run_dir import RunDir
-from spin_ray.sources import SourceRow, split
-from spin_ray.stages import prompts
-from spin_ray.stages.prompts import PromptTask
-from spin_ray.storage import Storage, table_from_bytes
+from spin_ray.inputs import sources
+from spin_ray.inputs.conversations import Unusable
+from spin_ray.inputs.embedded import resolve
+from spin_ray.inputs.rendering import ChatRenderer, load_tokenizer
+from spin_ray.inputs.sources import SourceRow, split
+from spin_ray.loop.stages import prompts
+from spin_ray.loop.stages.prompts import PromptTask
+from spin_ray.run_dir.run_dir import RunDir
+from spin_ray.run_dir.storage import Storage, table_from_bytes
 
 TINY = resolve("embedded:tiny-llama")
 TOKENIZER = load_tokenizer(TINY)

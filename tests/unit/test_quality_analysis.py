@@ -17,9 +17,9 @@ from arms import ARMS, SETTINGS, SFT, WARM_UP, arms_of, is_finished, plateau, re
 from measure import answer_batch, draw
 from run import Experiment, NotYet
 
-from spin_ray.config import SpinConfig, flatten
-from spin_ray.embedded import resolve
-from spin_ray.rendering import Rendered
+from spin_ray.config.sections import SpinConfig, flatten
+from spin_ray.inputs.embedded import resolve
+from spin_ray.inputs.rendering import Rendered
 
 DATA = {role: f"{role}.jsonl" for role in ("train", "dev", "test", "seed", "questions")}
 

@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from spin_ray.config import flatten, load_config
+from spin_ray.config.sections import flatten, load_config
 
 FOLDER = Path(__file__).resolve().parents[2] / "jobs/recipes"
 RECIPES = sorted(FOLDER.glob("*.yaml"))

@@ -7,10 +7,10 @@ import pytest
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
-from spin_ray import embedded
-from spin_ray.embedded import resolve
 from spin_ray.errors import ModelError
-from spin_ray.rendering import ChatRenderer, RenderError, load_tokenizer
+from spin_ray.inputs import embedded
+from spin_ray.inputs.embedded import resolve
+from spin_ray.inputs.rendering import ChatRenderer, RenderError, load_tokenizer
 
 TINY, SMOLLM2 = "tiny-llama", "smollm2-135m-instruct"
 SMOLLM2_LACKS = set(b"\x04\x06\x13\x14\x16\x1d\xf1\xf2")

@@ -8,14 +8,14 @@ from pathlib import Path
 import pytest
 from made_up_run import made_up_run
 
-from spin_ray.history import read_examples
-from spin_ray.redaction import hide, hide_in_text
-from spin_ray.report import write_report
-from spin_ray.report.charts import MOST_POINTS, Bar, Series, gantt, line_chart
-from spin_ray.report.view import read_view
-from spin_ray.run_dir import RunDir
-from spin_ray.storage import Storage
-from spin_ray.timeline import spans
+from spin_ray.report.history import read_examples
+from spin_ray.report.page import write_report
+from spin_ray.report.page.charts import MOST_POINTS, Bar, Series, gantt, line_chart
+from spin_ray.report.page.view import read_view
+from spin_ray.report.redaction import hide, hide_in_text
+from spin_ray.run_dir.events import spans
+from spin_ray.run_dir.run_dir import RunDir
+from spin_ray.run_dir.storage import Storage
 
 
 @pytest.fixture(scope="module")

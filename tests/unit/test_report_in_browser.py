@@ -11,9 +11,9 @@ from pathlib import Path
 import pytest
 from made_up_run import made_up_run
 
-from spin_ray.report import write_report
-from spin_ray.run_dir import RunDir
-from spin_ray.storage import Storage
+from spin_ray.report.page import write_report
+from spin_ray.run_dir.run_dir import RunDir
+from spin_ray.run_dir.storage import Storage
 
 DEMO = Path(__file__).parents[2] / "docs" / "demo-report.html"
 CHROMIUM = shutil.which("chromium") or shutil.which("google-chrome")

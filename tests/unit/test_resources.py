@@ -12,9 +12,9 @@ from fakes import config_of
 from hypothesis import given
 from hypothesis import strategies as st
 
-from spin_ray import resources
 from spin_ray.errors import ResourceError, StageError
-from spin_ray.resources import check_fits, demands, wait_until_free, while_it_moves, with_deadline
+from spin_ray.runtime import resources
+from spin_ray.runtime.resources import check_fits, demands, wait_until_free, while_it_moves, with_deadline
 
 
 @pytest.fixture

@@ -5,10 +5,18 @@ import json
 import pyarrow as pa
 import pytest
 
-from spin_ray.config import SpinConfig
+from spin_ray.config.sections import SpinConfig
 from spin_ray.errors import ConfigError, RunDirError
-from spin_ray.run_dir import MANIFEST, FileEntry, RunDir, folder_digest, iterate_name, part_name, read_json_lines
-from spin_ray.storage import ATTEMPTS, Storage
+from spin_ray.run_dir.run_dir import (
+    MANIFEST,
+    FileEntry,
+    RunDir,
+    folder_digest,
+    iterate_name,
+    part_name,
+    read_json_lines,
+)
+from spin_ray.run_dir.storage import ATTEMPTS, Storage
 
 CONFIG = SpinConfig.model_validate({"model": {"path": "m"}, "data": {"train": "d"}})
 FACTS = {"inputs": {"model": "11", "data": "22", "heldout": None}, "start_model": "m", "versions": {}}

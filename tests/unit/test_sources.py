@@ -10,9 +10,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from spin_ray import sources
 from spin_ray.errors import DataError
-from spin_ray.sources import files_digest, find_files, read_slice, split
+from spin_ray.inputs import sources
+from spin_ray.inputs.sources import files_digest, find_files, read_slice, split
 
 LINE = '{"prompt": "p", "response": "r"}\n'
 

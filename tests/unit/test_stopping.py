@@ -3,12 +3,12 @@
 import pytest
 from made_up_run import made_up_run
 
-from spin_ray.config import SpinConfig
-from spin_ray.driver import _should_stop
-from spin_ray.history import read_evaluations
-from spin_ray.launch import is_finished
-from spin_ray.report.view import read_view
-from spin_ray.run_dir import iterate_number
+from spin_ray.config.sections import SpinConfig
+from spin_ray.loop.driver import _should_stop
+from spin_ray.loop.launch import is_finished
+from spin_ray.report.history import read_evaluations
+from spin_ray.report.page.view import read_view
+from spin_ray.run_dir.run_dir import iterate_number
 
 
 @pytest.fixture

@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from spin_ray.errors import ConfigError, StageError
-from spin_ray.storage import (
+from spin_ray.run_dir.storage import (
     ATTEMPTS,
     Storage,
     bytes_digest,

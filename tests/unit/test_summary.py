@@ -9,15 +9,15 @@ from fakes import config_of, generation_rows, write_rows
 from rich.console import Console
 
 from spin_ray import cli
-from spin_ray.embedded import resolve
 from spin_ray.errors import RunDirError
-from spin_ray.history import read_evaluations
-from spin_ray.rendering import ChatRenderer, load_tokenizer
-from spin_ray.run_dir import RunDir, iterate_name
-from spin_ray.storage import Storage
-from spin_ray.summary import print_status, print_summary
-from spin_ray.timeline import stage_seconds
-from spin_ray.types import GENERATION_SCHEMA, PROMPT_SCHEMA
+from spin_ray.inputs.embedded import resolve
+from spin_ray.inputs.rendering import ChatRenderer, load_tokenizer
+from spin_ray.report.history import read_evaluations
+from spin_ray.report.status import print_status, print_summary
+from spin_ray.run_dir.events import stage_seconds
+from spin_ray.run_dir.run_dir import RunDir, iterate_name
+from spin_ray.run_dir.schemas import GENERATION_SCHEMA, PROMPT_SCHEMA
+from spin_ray.run_dir.storage import Storage
 
 TINY = resolve("embedded:tiny-llama")
 TOKENIZER = load_tokenizer(TINY)

@@ -8,9 +8,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from test_rendering import assistant, fresh_tokenizer, hostile_text, user
 
-from spin_ray.rendering import ChatRenderer, RenderError
-from spin_ray.skeletons import Skeletons
-from spin_ray.templates import leaves_texts_alone
+from spin_ray.inputs.rendering import ChatRenderer, RenderError
+from spin_ray.inputs.skeletons import Skeletons
+from spin_ray.inputs.templates import leaves_texts_alone
 
 END = "<|im_end|>"
 COPYING = {

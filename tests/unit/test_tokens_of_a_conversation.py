@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from tokenizer_kinds import KINDS, TEMPLATES, tokenizer_of_kind
 
-from spin_ray.rendering import ChatRenderer, Rendered
+from spin_ray.inputs.rendering import ChatRenderer, Rendered
 
 USER, SYSTEM = "user", "system"
 both = pytest.mark.parametrize(("kind", "template"), [(kind, name) for kind in KINDS for name in TEMPLATES])

@@ -7,9 +7,9 @@ from pathlib import Path
 import pytest
 from made_up_run import made_up_run
 
-from spin_ray import tracking
-from spin_ray.config import TrackingConfig
-from spin_ray.tracking import points, track
+from spin_ray.config.sections import TrackingConfig
+from spin_ray.report import tracking
+from spin_ray.report.tracking import points, track
 
 
 @pytest.fixture

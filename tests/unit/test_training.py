@@ -7,15 +7,15 @@ import pytest
 import torch
 from fakes import config_of, write_prompts, write_rows
 
-from spin_ray.algorithms.base import margin_objective
-from spin_ray.config import SpinConfig
+from spin_ray.config.sections import SpinConfig
 from spin_ray.errors import RunDirError
-from spin_ray.learner import loop
-from spin_ray.model_folder import ModelFolder
-from spin_ray.run_dir import RunDir, read_json_lines
-from spin_ray.stages import training
-from spin_ray.storage import Storage
-from spin_ray.types import PAIR_SCHEMA, REFERENCE_SCHEMA
+from spin_ray.inputs.model_folder import ModelFolder
+from spin_ray.learner import step as loop
+from spin_ray.loop.algorithms.base import margin_objective
+from spin_ray.loop.stages.training import stage as training
+from spin_ray.run_dir.run_dir import RunDir, read_json_lines
+from spin_ray.run_dir.schemas import PAIR_SCHEMA, REFERENCE_SCHEMA
+from spin_ray.run_dir.storage import Storage
 
 torch.set_num_threads(1)
 PAIRS = [

@@ -13,12 +13,12 @@ import torch.multiprocessing
 from learner_cases import PACK_LENGTH, one_rank, one_step, random_rows, save_model, table_of, tiny_llama, train
 from transformers import AutoModelForCausalLM
 
-from spin_ray.config import OptimizerConfig
+from spin_ray.config.sections import OptimizerConfig
 from spin_ray.learner.backends.base import BackendSettings
 from spin_ray.learner.backends.fsdp2 import Fsdp2Backend
 from spin_ray.learner.loading import empty_model
-from spin_ray.learner.loop import Objective, PackShape, ReferenceScores, train_step
 from spin_ray.learner.packing import build_pack
+from spin_ray.learner.step import Objective, PackShape, ReferenceScores, train_step
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(300)]
 ROWS = random_rows(0, trees=8)

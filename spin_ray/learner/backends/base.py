@@ -10,8 +10,8 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from spin_ray.config import LoraConfig, OptimizerConfig, SpinConfig
-from spin_ray.types import PackedBatch
+from spin_ray.config.sections import LoraConfig, OptimizerConfig, SpinConfig
+from spin_ray.learner.batch import PackedBatch
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

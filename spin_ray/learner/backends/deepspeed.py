@@ -14,14 +14,14 @@ from jaxtyping import Float
 from torch import Tensor, nn
 from torch.nn import functional
 
-from spin_ray.config import OptimizerConfig
+from spin_ray.config.sections import OptimizerConfig
 from spin_ray.errors import ModelError
 from spin_ray.learner.adapters import add_adapters
 from spin_ray.learner.backends.base import BackendSettings, StepStats, set_learning_rate
 from spin_ray.learner.backends.modules import bare_optimizer, export, persistent, recompute_activations, trainable
+from spin_ray.learner.batch import PackedBatch
 from spin_ray.learner.hf_folder import load_model
 from spin_ray.learner.scoring import Layout, ResponseScorer, choose_layout
-from spin_ray.types import PackedBatch
 
 CHECKPOINT = "zero"
 """Name of DeepSpeed's folder inside a checkpoint."""

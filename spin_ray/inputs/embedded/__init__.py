@@ -1,0 +1,113 @@
+"""Models and data that need no hub, so that every recipe, test and demo runs on a machine without one.
+
+A recipe names such an asset ``embedded:NAME``. It is made once from an installed package (or from nothing but
+arithmetic) and kept in the cache:
+
+    $SPIN_RAY_CACHE or ~/.cache/spin-ray
+      embedded/
+        smollm2-135m-instruct-v1/     a model folder: safetensors, tokenizer, chat template
+        tiny-llama-v1/
+        arithmetic-train-v1/arithmetic-train.jsonl
+        ...
+
+A folder is there only when it is complete: it is written under another name and renamed. Change what a maker
+writes and its version must go up, or old caches keep serving the old bytes.
+"""
+
+import os
+import shutil
+import uuid
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+
+from spin_ray.errors import ConfigError
+from spin_ray.inputs.embedded import data, models
+from spin_ray.run_dir.storage import fsync
+
+SCHEME = "embedded:"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Asset:
+    """How one asset is made.
+
+    Example: ``Asset(version=1, make=models.make_tiny_llama)``.
+    """
+
+    version: int
+    """Part of the folder's name; raise it whenever ``make`` writes other bytes."""
+    make: Callable[[Path], None]
+    """Fills the empty folder that it is given; a failure leaves nothing behind."""
+    file: str = ""
+    """What ``resolve`` points at inside the folder; empty for the folder itself."""
+
+
+def _jsonl(name: str, version: int, rows: Callable[[], list[data.Row]]) -> Asset:
+    file = f"{name}.jsonl"
+    return Asset(version=version, make=lambda folder: data.write_jsonl(folder / file, rows()), file=file)
+
+
+ASSETS: dict[str, Asset] = {
+    "smollm2-135m-instruct": Asset(version=1, make=models.make_smollm2),
+    "tiny-llama": Asset(version=1, make=models.make_tiny_llama),
+    "arithmetic-train": _jsonl("arithmetic-train", 1, partial(data.arithmetic_rows, "train")),
+    "arithmetic-heldout": _jsonl("arithmetic-heldout", 1, partial(data.arithmetic_rows, "heldout")),
+    "chitchat-train": _jsonl("chitchat-train", 1, partial(data.chitchat_rows, "train")),
+    "chitchat-heldout": _jsonl("chitchat-heldout", 1, partial(data.chitchat_rows, "heldout")),
+}
+"""Every known name; the README lists them."""
+
+
+def resolve(uri: str) -> str:
+    """Turn ``embedded:NAME`` into an absolute local path, making the asset if the cache lacks it.
+
+    Any other string (a folder, ``s3://...``, a hub name) is returned unchanged. The first call for a model takes up to
+    a minute, later calls only look whether the folder is there. Safe to call from many processes at once: each makes
+    its own copy and the first to finish wins.
+
+    Raises:
+        ConfigError: an unknown name, a missing package, or a cache that cannot be written.
+    """
+    if not uri.startswith(SCHEME):
+        return uri
+    name = uri.removeprefix(SCHEME)
+    asset = ASSETS.get(name)
+    if asset is None:
+        raise ConfigError(f"{uri!r} names no embedded asset; known names: {', '.join(sorted(ASSETS))}")
+    folder = cache_root() / "embedded" / f"{name}-v{asset.version}"
+    try:
+        _make_once(folder, asset.make)
+    except OSError as error:
+        raise ConfigError(
+            f"cannot make {uri} in {folder.parent}: {error}; set SPIN_RAY_CACHE to a writable folder with 300 MB free"
+        ) from error
+    return str(folder / asset.file)
+
+
+def cache_root() -> Path:
+    """``$SPIN_RAY_CACHE`` or ``~/.cache/spin-ray``, absolute because Ray workers run in other working directories."""
+    return Path(os.environ.get("SPIN_RAY_CACHE") or "~/.cache/spin-ray").expanduser().absolute()
+
+
+def _make_once(folder: Path, make: Callable[[Path], None]) -> None:
+    """Make ``folder`` appear complete or not at all; of several makers at once the first one wins."""
+    if folder.is_dir():
+        return
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    attempt = folder.parent / f".{folder.name}.{uuid.uuid4().hex}.tmp"
+    attempt.mkdir()
+    try:
+        make(attempt)
+        for path in (*attempt.rglob("*"), attempt):
+            fsync(path)
+        try:
+            os.rename(attempt, folder)
+        except OSError:
+            # POSIX refuses to rename over a folder that is not empty: another process was faster.
+            if not folder.is_dir():
+                raise
+        fsync(folder.parent)
+    finally:
+        shutil.rmtree(attempt, ignore_errors=True)

@@ -1,0 +1,174 @@
+"""Two small data sets: generated sums and conversations between people.
+
+A row has the shape that recipes expect of SFT data: ``{"messages": [..., {"role": "assistant", ...}]}``, for sums also
+``"answer"``. Which rows are taken is decided by a digest, never by a random generator, so everyone gets the same.
+"""
+
+import hashlib
+import json
+import re
+from collections import defaultdict
+from collections.abc import Iterator
+from functools import cache
+from pathlib import Path
+from typing import Any, Literal, NamedTuple
+
+from spin_ray.inputs.embedded.packages import package_file
+
+Row = dict[str, Any]
+"""Example: ``{"messages": [{"role": "user", "content": "17 + 25 = ?"},
+{"role": "assistant", "content": "17 + 25 = 42"}], "answer": 42}``."""
+
+Split = Literal["train", "heldout"]
+
+ARITHMETIC_ROWS: dict[Split, int] = {"train": 512, "heldout": 64}
+CHITCHAT_ROWS: dict[Split, int] = {"train": 192, "heldout": 48}
+
+
+def write_jsonl(path: Path, rows: list[Row]) -> None:
+    """Write one JSON object a line, ASCII, in the order given."""
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="ascii")
+
+
+def arithmetic_rows(split: Split) -> list[Row]:
+    """Synthetic, generated sums of two numbers below 100: 512 rows to train on, 64 held out.
+
+    No pair of numbers is in both splits, nor its mirror image: ``17 + 25`` in one keeps ``25 + 17`` out of the other.
+    """
+    pairs = sorted(((a, b) for a in range(100) for b in range(a, 100)), key=lambda pair: _rank(f"{pair[0]}+{pair[1]}"))
+    start = 0 if split == "train" else ARITHMETIC_ROWS["train"]
+    return [_sum_row(a, b) for a, b in pairs[start : start + ARITHMETIC_ROWS[split]]]
+
+
+def _sum_row(smaller: int, larger: int) -> Row:
+    mirrored = int(_rank(f"order {smaller}+{larger}"), 16) % 2
+    a, b = (larger, smaller) if mirrored else (smaller, larger)
+    return {"messages": _turns(f"{a} + {b} = ?", f"{a} + {b} = {a + b}"), "answer": a + b}
+
+
+def chitchat_rows(split: Split) -> list[Row]:
+    """Small talk between people: 192 rows to train on, 48 held out; the last reply is the assistant's.
+
+    A row is one message and its reply, from the start of a conversation, or three messages and their reply, from
+    anywhere in it; only messages that were sent as one piece. A conversation, a replying person and a reply occur
+    at most once in both splits together. Left out are contact data, crude words, talk about the platform, and
+    words that fewer than 20 of the 1,315 people used: mostly names and typing errors. 264 rows pass, 240 are used.
+
+    Source: PyPI package chitchat-dataset 0.9.0 (MIT), 7,168 conversations of the BYU "Chit-Chat Challenge" of 2018,
+    mostly students and future students, and they talk about that.
+
+    Raises:
+        ConfigError: chitchat-dataset is not installed.
+    """
+    start = 0 if split == "train" else CHITCHAT_ROWS["train"]
+    return _all_chitchat_rows()[start : start + CHITCHAT_ROWS[split]]
+
+
+@cache
+def _all_chitchat_rows() -> list[Row]:
+    """What passes, in the order it is dealt out: training rows first. Takes four seconds."""
+    path = package_file(
+        "chitchat_dataset",
+        "dataset.json",
+        requirement="chitchat-dataset==0.9.0",
+        sha256="d2a5d0bf6acf354fef51f3af39cbece2220d3b8f6086b658c3d335105798312a",
+    )
+    conversations = json.loads(path.read_text(encoding="utf-8"))
+    candidates = sorted(_exchanges(conversations), key=lambda exchange: _rank("\n".join(exchange.texts)))
+    taken: set[str] = set()
+    rows: list[Row] = []
+    for exchange in candidates:
+        once = {exchange.conversation, exchange.replier, exchange.texts[-1].lower()}
+        if taken.isdisjoint(once):
+            taken |= once
+            rows.append({"messages": _turns(*exchange.texts)})
+    return rows
+
+
+class _Exchange(NamedTuple):
+    conversation: str
+    replier: str
+    texts: list[str]
+
+
+def _exchanges(conversations: dict[str, Any]) -> Iterator[_Exchange]:
+    """Every presentable stretch of two or four turns.
+
+    ``conversations``: id -> ``{"messages": [turn, ...]}``, a turn being what one person sent without being interrupted,
+    ``[{"text", "sender", "timestamp"}, ...]``; turns alternate between two people.
+    """
+    common = _words_of_many_people(conversations, people=20)
+    for conversation, content in conversations.items():
+        turns = content["messages"]
+        for reply in range(1, len(turns)):
+            if reply == 2:
+                continue  # Two messages before a reply would start with the assistant.
+            stretch = turns[max(0, reply - 3) : reply + 1]
+            # Glued together, messages of one turn lack the full stops that people leave out at the end of a message.
+            if any(len(turn) > 1 for turn in stretch):
+                continue
+            texts = [" ".join(turn[0]["text"].split()) for turn in stretch]
+            lengths = [len(text.split()) for text in texts]
+            if (
+                5 <= lengths[-1] <= 30
+                and lengths[-2] >= 4
+                and all(2 <= length <= 60 for length in lengths)
+                and all(_presentable(text, common) for text in texts)
+            ):
+                yield _Exchange(conversation, stretch[-1][0]["sender"], texts)
+
+
+def _words_of_many_people(conversations: dict[str, Any], people: int) -> set[str]:
+    users: defaultdict[str, set[str]] = defaultdict(set)
+    for content in conversations.values():
+        for message in (message for turn in content["messages"] for message in turn):
+            for word in _WORD.findall(message["text"].lower()):
+                users[word].add(message["sender"])
+    return {word for word, senders in users.items() if len(senders) >= people}
+
+
+def _presentable(text: str, common: set[str]) -> bool:
+    """True if ``text`` is plain common English without anything on the lists below."""
+    symbols = len(re.sub(r"[A-Za-z .,?!']", "", text))
+    return (
+        text.isascii()
+        and symbols <= 0.05 * len(text)
+        and not any(pattern.search(text) for pattern in (_CONTACT, _CRUDE, _PLATFORM, _NOISE))
+        and common.issuperset(_WORD.findall(text.lower()))
+    )
+
+
+_WORD = re.compile(r"[a-z']+")
+_CONTACT = re.compile(
+    r"https?:|www\.|\w\.(com|org|net|edu|ly)\b|[@#]|\d{4}|(\d\D?){7}|\b(snap|insta)"
+    r"|\b(facebook|whatsapp|twitter|tinder|phone|number|text me|e-?mail\w*|address|named?|live in)\b"
+    r"|\b(hey|hi|hello),? (?-i:[A-Z])",
+    re.IGNORECASE,
+)
+"""Links, handles, long numbers, social networks, and where somebody may be named."""
+_CRUDE = re.compile(
+    r"\b(sex|porn|fuck|shit|bitch|damn|crap|dick|boob|nude|slut|whore|nigg|fag|retard|rape|suicid|kill|idiot|jew|nazi"
+    r"|racis|murder|depress|divorce|abus)"
+    r"|\b(ass|asshole|hell|naked|gay|stupid|dumb|horny|kiss|drunk|drugs?|weed|hitler|trump|dead|die[ds]?|dying|death"
+    r"|anxiety|cancer)\b",
+    re.IGNORECASE,
+)
+"""Sex, slurs, violence, and troubles that are nobody's training data."""
+_PLATFORM = re.compile(
+    r"\b(prompts?|questions?|ipads?|laptop|challenge|competition|bots?|win|winning|points|leaderboard|conversations?"
+    r"|chat\w*|app)\b",
+    re.IGNORECASE,
+)
+"""People talked for prizes, given a question; such rows make no sense elsewhere."""
+_NOISE = re.compile(r"(.)\1{3}|\b(\w+)( \2\b){2}|[<>{}\[\]\\|*_^~`=]", re.IGNORECASE)
+"""A letter four times, a word three times, and signs that are no part of a sentence."""
+
+
+def _turns(*contents: str) -> list[dict[str, str]]:
+    """Messages of alternating speakers, the user first: ``_turns("hi", "hello")``."""
+    return [{"role": ("user", "assistant")[i % 2], "content": content} for i, content in enumerate(contents)]
+
+
+def _rank(key: str) -> str:
+    """A fixed pseudo-random order: sort by this."""
+    return hashlib.sha256(key.encode()).hexdigest()

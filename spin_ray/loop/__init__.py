@@ -1,0 +1,1 @@
+"""The method, from top to bottom: launch, driver, algorithms, stages."""

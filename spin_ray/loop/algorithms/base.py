@@ -1,0 +1,104 @@
+"""What an algorithm is, to the driver."""
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Protocol
+
+import numpy as np
+import pyarrow as pa
+
+from spin_ray.config.sections import SpinConfig, digest
+from spin_ray.inputs.check import Start
+from spin_ray.inputs.model_folder import ModelFolder
+from spin_ray.learner.step import Objective
+from spin_ray.loop.stages.generation import Job, prompt_slice
+from spin_ray.run_dir.run_dir import Artefact, RunDir
+from spin_ray.run_dir.schemas import PAIR_SCHEMA, TOKEN_IDS
+
+
+@dataclass(frozen=True, kw_only=True)
+class Turn:
+    """One iteration, as an algorithm sees it."""
+
+    run: RunDir
+    config: SpinConfig
+    start: Start
+    iteration: int
+    player: ModelFolder
+    """θ_t: the policy, which plays and is then trained."""
+    first: ModelFolder
+    """θ_0."""
+    play: Callable[[ModelFolder, list[Job]], None]
+    """Lets any model answer prompts; jobs that are committed cost nothing."""
+
+    def rows_of(self, prompts: Artefact) -> np.ndarray | None:
+        """Row numbers that this iteration plays; None for all."""
+        wanted = self.config.data.prompts_per_iteration
+        return prompt_slice(prompts.manifest().rows, wanted, self.iteration, self.config.seed)
+
+
+class Algorithm(Protocol):
+    """Has no state: everything is in the run folder."""
+
+    def plays(self, run: RunDir) -> Artefact | None:
+        """The prompts that θ_t answers before pairs are made; None if it answers none."""
+        ...
+
+    def make_pairs(self, turn: Turn) -> None:
+        """Commits ``iter_NNN/pairs``, running whatever further stages that takes."""
+        ...
+
+    def objective(self, config: SpinConfig, iteration: int) -> Objective:
+        """What training on the pairs minimises."""
+        ...
+
+
+def margin_objective(config: SpinConfig, iteration: int) -> Objective:
+    """ℓ(margin) with the recipe's values of the iteration."""
+    return Objective(
+        loss=config.objective.loss,
+        beta=config.at(iteration).beta,
+        sft_weight=config.objective.sft_weight,
+        length_normalised=config.objective.length_normalised,
+    )
+
+
+@dataclass(frozen=True)
+class PlayedPrompts:
+    """The prompts of an iteration, for algorithms that learn from the data as it is."""
+
+    turn: Turn
+
+    @property
+    def inputs(self) -> dict[str, str]:
+        return {"prompts": self.turn.run.prompts.manifest().digest}
+
+    @property
+    def settings(self) -> dict[str, str]:
+        rows = self.turn.rows_of(self.turn.run.prompts)
+        return {"rows": digest(rows.tolist()) if rows is not None else "all"}
+
+    def tables(self) -> Iterator[pa.Table]:
+        """PROMPT_SCHEMA rows, part by part."""
+        prompts, start = self.turn.run.prompts, 0
+        rows = self.turn.rows_of(prompts)
+        for table in prompts.tables():
+            if rows is None:
+                yield table
+            else:
+                mine = rows[(rows >= start) & (rows < start + table.num_rows)] - start
+                yield table.take(pa.array(mine, pa.int64()))
+            start += table.num_rows
+
+
+def pair_table(prompts: pa.Table, iteration: int, generated: pa.ChunkedArray | None) -> pa.Table:
+    """PAIR_SCHEMA rows, one a prompt, of real responses and what stands against them (nothing for SFT)."""
+    ids = prompts["prompt_id"].to_pylist()
+    return pa.table(
+        [
+            [f"{prompt_id}/{iteration:03d}/0" for prompt_id in ids], prompts["prompt_id"],
+            pa.array([iteration] * len(ids), pa.int32()), prompts["prompt_ids"], prompts["real_ids"],
+            pa.array([[]] * len(ids), TOKEN_IDS) if generated is None else generated,
+        ],
+        schema=PAIR_SCHEMA,
+    )  # fmt: skip

@@ -1,0 +1,23 @@
+"""More supervised fine-tuning: the baseline that self-play must beat at equal compute."""
+
+from spin_ray.config.sections import SpinConfig
+from spin_ray.learner.step import Objective
+from spin_ray.loop.algorithms.base import PlayedPrompts, Turn, pair_table
+from spin_ray.loop.stages import pairs
+from spin_ray.run_dir.run_dir import RunDir
+
+
+class ContinuedSft:
+    """−log p(y) on the prompts that SPIN would play, with ``train``'s epochs, learning rates, optimizer and batch."""
+
+    def plays(self, run: RunDir) -> None:
+        return None
+
+    def make_pairs(self, turn: Turn) -> None:
+        played = PlayedPrompts(turn)
+        tables = (pair_table(table, turn.iteration, None) for table in played.tables())
+        fresh = pairs.Fresh(tables, played.inputs, played.settings, paired=False)
+        pairs.make(turn.run, turn.config, turn.iteration, fresh)
+
+    def objective(self, config: SpinConfig, iteration: int) -> Objective:
+        return Objective(loss=None)

@@ -1,0 +1,39 @@
+"""DPO (Rafailov et al. 2023, arXiv 2305.18290) on given preferences: the baseline that has more information."""
+
+from collections.abc import Iterator
+
+import pyarrow as pa
+import pyarrow.compute as pc
+
+from spin_ray.config.sections import SpinConfig
+from spin_ray.errors import DataError
+from spin_ray.learner.step import Objective
+from spin_ray.loop.algorithms.base import PlayedPrompts, Turn, margin_objective, pair_table
+from spin_ray.loop.stages import pairs
+from spin_ray.run_dir.run_dir import RunDir
+
+
+class Dpo:
+    """The data's ``chosen`` against its ``rejected``; the reference is the model that the iteration starts from."""
+
+    def plays(self, run: RunDir) -> None:
+        return None
+
+    def make_pairs(self, turn: Turn) -> None:
+        """Raises DataError if a row has no rejected response."""
+        played = PlayedPrompts(turn)
+
+        def tables() -> Iterator[pa.Table]:
+            for table in played.tables():
+                missing = table.filter(pc.is_null(table["rejected_ids"]))
+                if missing.num_rows:
+                    raise DataError(
+                        f"{turn.config.data.train}: {missing.num_rows} rows have no rejected response, first "
+                        f"{missing['messages'][0].as_py()[:200]}; algorithm dpo needs chosen and rejected in each"
+                    )
+                yield pair_table(table, turn.iteration, table["rejected_ids"])
+
+        pairs.make(turn.run, turn.config, turn.iteration, pairs.Fresh(tables(), played.inputs, played.settings))
+
+    def objective(self, config: SpinConfig, iteration: int) -> Objective:
+        return margin_objective(config, iteration)

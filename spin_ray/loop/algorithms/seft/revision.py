@@ -1,0 +1,175 @@
+"""SEFT's own stage: what the reviser reads and writes, as rows for training it and for playing it.
+
+question + answer -> "…[keep|minor|major]…" prompt -> (training) label + people's answer
+                                                   -> (playing)  label + revision -> row for fine-tuning the policy
+"""
+
+import difflib
+import json
+from collections import Counter
+from collections.abc import Iterator
+from typing import Any
+
+import pyarrow as pa
+
+from spin_ray.config.sections import SpinConfig
+from spin_ray.inputs.conversations import Conversation
+from spin_ray.inputs.rendering import ChatRenderer, Rendered, RenderError
+from spin_ray.run_dir.run_dir import Artefact, RunDir, part_name
+from spin_ray.run_dir.schemas import PAIR_SCHEMA, PROMPT_SCHEMA
+
+LABELS = ("[keep]", "[minor]", "[major]")
+Row = dict[str, Any]
+
+
+def reviser_prompt(conversation: Conversation, answer: str) -> Conversation:
+    """What the reviser is asked: the conversation up to its last response, and one answer to it."""
+    asked = "\n".join(message["content"] for message in conversation[:-1] if message["content"])
+    return [{"role": "user", "content": f"Question:\n{asked}\n\nAnswer:\n{answer}\n\nRevise: {', '.join(LABELS)}"}]
+
+
+def label_of(answer: list[int], human: list[int], minor_from: float) -> str:
+    """How much of ``answer`` a revision to ``human`` would change, by the similarity of their tokens."""
+    if answer == human:
+        return LABELS[0]
+    similarity = difflib.SequenceMatcher(a=answer, b=human, autojunk=False).ratio()
+    return LABELS[1] if similarity >= minor_from else LABELS[2]
+
+
+def parse(text: str) -> tuple[str, str] | None:
+    """(label, revision) of what the reviser wrote; None if it has no label, or a label that promises one and none (or
+    another label in its place, which nobody should learn to answer).
+    """
+    label, _, revision = text.strip().partition("\n")
+    label, revision = label.strip(), revision.strip()
+    if label not in LABELS or (label != LABELS[0] and (not revision or revision.startswith(LABELS))):
+        return None
+    return label, revision
+
+
+def training_rows(
+    run_dir: RunDir, config: SpinConfig, renderer: ChatRenderer, tokenizer: Any, answers: Artefact, target: Artefact
+) -> None:
+    """Commits the rows that the reviser is fine-tuned on: an answer of θ_0 to each prompt, and people's."""
+    assert config.reviser is not None
+    minor_from = config.reviser.minor_from
+    inputs = {artefact.path: artefact.manifest().digest for artefact in (run_dir.prompts, answers)}
+    settings = {"minor_from": minor_from, "max_length": config.model.max_length}
+    if target.is_current(inputs, settings):
+        return
+
+    def row(prompt: Row, answer: Row, text: str) -> Row | str:
+        conversation = json.loads(prompt["messages"])
+        label = label_of(answer["token_ids"], prompt["real_ids"], minor_from)
+        revision = "" if label == LABELS[0] else conversation[-1]["content"]
+        written = {"role": "assistant", "content": f"{label}\n{revision}"}
+        try:
+            rendered = renderer.render([*reviser_prompt(conversation, text), written])
+        except RenderError:
+            return "template"
+        if len(rendered.prompt_ids) + len(rendered.real_ids) > config.model.max_length:
+            return "too_long"
+        return _fine_tuning_row(f"{answer['prompt_id']}/{answer['sample']}", 0, rendered)
+
+    with run_dir.stage(target.path) as counted:
+        rows = [row(*found) for found in _answered(run_dir.prompts, answers, tokenizer)]
+        counted |= _commit(target, rows, PAIR_SCHEMA, inputs, settings)
+
+
+def revision_prompts(
+    run_dir: RunDir,
+    config: SpinConfig,
+    renderer: ChatRenderer,
+    tokenizer: Any,
+    prompts: Artefact,
+    answers: Artefact,
+    target: Artefact,
+) -> None:
+    """Commits what the reviser is asked about θ_t's answers; ``real_ids`` are the answer that it may keep."""
+    inputs = {artefact.path: artefact.manifest().digest for artefact in (prompts, answers)}
+    settings = {"max_length": config.model.max_length}
+    if target.is_current(inputs, settings):
+        return
+
+    def row(prompt: Row, answer: Row, text: str) -> Row | str:
+        if answer["finish_reason"] != "stop":
+            return "answer_cut"
+        try:
+            prompt_ids = renderer.render_prompt(reviser_prompt(json.loads(prompt["messages"]), text))
+        except RenderError:
+            return "template"
+        if len(prompt_ids) + config.generation.sampling.max_tokens > config.model.max_length:
+            return "too_long"
+        return {
+            "prompt_id": f"{answer['prompt_id']}/{answer['sample']}", "prompt_ids": prompt_ids,
+            "real_ids": answer["token_ids"], "messages": prompt["messages"],
+        }  # fmt: skip
+
+    with run_dir.stage(target.path) as counted:
+        rows = [row(*found) for found in _answered(prompts, answers, tokenizer)]
+        counted |= _commit(target, rows, PROMPT_SCHEMA, inputs, settings)
+
+
+def revised_rows(
+    renderer: ChatRenderer,
+    tokenizer: Any,
+    asked: Artefact,
+    revisions: Artefact,
+    iteration: int,
+    max_length: int,
+    dropped: Counter[str],
+) -> Iterator[pa.Table]:
+    """PAIR_SCHEMA rows without y': the kept answers and the revisions, after the question alone.
+
+    Args:
+        dropped: counts what the reviser did not finish, what has no label, and what became too long.
+    """
+
+    def row(prompt: Row, written: Row, text: str) -> Row | str:
+        found = parse(text)
+        if written["finish_reason"] != "stop" or found is None:
+            return "no_label" if found is None else "revision_cut"
+        label, revised = found
+        question = json.loads(prompt["messages"])[:-1]
+        try:
+            if label == LABELS[0]:
+                rendered = Rendered(renderer.render_prompt(question), prompt["real_ids"])
+            else:
+                rendered = renderer.render([*question, {"role": "assistant", "content": revised}])
+        except RenderError:
+            return "template"
+        if len(rendered.prompt_ids) + len(rendered.real_ids) > max_length:
+            return "too_long"
+        return _fine_tuning_row(f"{prompt['prompt_id']}/{written['sample']}", iteration, rendered)
+
+    rows = [row(*found) for found in _answered(asked, revisions, tokenizer)]
+    dropped.update(row for row in rows if isinstance(row, str))
+    yield pa.Table.from_pylist([row for row in rows if not isinstance(row, str)], PAIR_SCHEMA)
+
+
+def _fine_tuning_row(prompt_id: str, iteration: int, rendered: Rendered) -> Row:
+    return {
+        "pair_id": f"{prompt_id}/{iteration:03d}", "prompt_id": prompt_id, "iteration": iteration,
+        "prompt_ids": rendered.prompt_ids, "real_ids": rendered.real_ids, "generated_ids": [],
+    }  # fmt: skip
+
+
+def _answered(prompts: Artefact, answers: Artefact, tokenizer: Any) -> Iterator[tuple[Row, Row, str]]:
+    """(prompt, one answer to it, its text)."""
+    of = {row["prompt_id"]: row for table in prompts.tables() for row in table.to_pylist()}
+    for table in answers.tables():
+        texts = tokenizer.batch_decode(table["token_ids"].to_pylist(), skip_special_tokens=True)
+        for answer, text in zip(table.to_pylist(), texts, strict=True):
+            yield of[answer["prompt_id"]], answer, text
+
+
+def _commit(
+    target: Artefact, rows: list[Row | str], schema: pa.Schema, inputs: dict[str, str], settings: dict[str, Any]
+) -> dict[str, int]:
+    """Commits the rows; a word in place of one says why it was dropped, and is counted."""
+    kept = [row for row in rows if not isinstance(row, str)]
+    dropped = Counter(row for row in rows if isinstance(row, str))
+    counts = {f"dropped_{reason}": count for reason, count in dropped.items()}
+    entry = target.replace_part(part_name(0), pa.Table.from_pylist(kept, schema))
+    target.commit({part_name(0): entry}, inputs, settings, counts=dict(counts))
+    return {"rows": len(kept), **counts}

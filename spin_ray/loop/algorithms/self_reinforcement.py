@@ -1,0 +1,97 @@
+"""Self-reinforcement (Tong et al. 2024, arXiv 2405.04086): what fine-tuning changed, on unlabelled questions."""
+
+from collections import Counter
+from collections.abc import Callable, Iterator
+from itertools import groupby
+from typing import Any
+
+import pyarrow as pa
+
+from spin_ray.config.sections import SpinConfig
+from spin_ray.inputs.answers import extract_number
+from spin_ray.inputs.rendering import load_tokenizer
+from spin_ray.learner.step import Objective
+from spin_ray.loop.algorithms.base import Turn, margin_objective
+from spin_ray.loop.stages import pairs
+from spin_ray.loop.stages.generation import Job
+from spin_ray.run_dir.run_dir import Artefact, RunDir
+from spin_ray.run_dir.schemas import PAIR_SCHEMA
+
+
+class SelfReinforcement:
+    """θ_t's answer to a question, if enough of its samples agree, against the answer of the model before fine-tuning;
+    the loss is DPO's, which is SPIN's logistic one. θ_0 is made by ``sft`` on the few labelled rows.
+    """
+
+    def plays(self, run: RunDir) -> Artefact:
+        return run.questions
+
+    def make_pairs(self, turn: Turn) -> None:
+        run, config, start = turn.run, turn.config, turn.start.model
+        base_answers = run.artefact("start/answers")
+        turn.play(start, [Job(run.questions, base_answers, start.name, start.digest)])
+        generations = run.generations(turn.iteration)
+        inputs = {name.path: name.manifest().digest for name in (run.questions, generations, base_answers)}
+        chosen = config.self_filter
+        settings = {
+            "min_agreement": chosen.min_agreement if chosen else 0,
+            "extractor": config.evaluation.answer_extractor,
+        }
+        dropped = Counter[str]()
+        tables = _tables(turn, base_answers, dropped)
+        pairs.make(run, config, turn.iteration, pairs.Fresh(tables, inputs, settings, dropped=dropped))
+
+    def objective(self, config: SpinConfig, iteration: int) -> Objective:
+        return margin_objective(config, iteration)
+
+
+def _tables(turn: Turn, base_answers: Artefact, dropped: Counter[str]) -> Iterator[pa.Table]:
+    """PAIR_SCHEMA rows, one for each question that passes the filter."""
+    against = {
+        row["prompt_id"]: row["token_ids"]
+        for table in base_answers.tables()
+        for row in table.to_pylist()
+        if row["sample"] == 0
+    }
+    read = _reader(turn)
+    chosen = turn.config.self_filter
+    for played in pairs.joined(turn.run.questions, turn.run.generations(turn.iteration), turn.iteration):
+        rows = []
+        for prompt_id, group in groupby(played.to_pylist(), key=lambda row: row["prompt_id"]):
+            samples = list(group)
+            agreed, share = commonest([read(row["generated_ids"]) for row in samples])
+            if share == 0 or share < (chosen.min_agreement if chosen else 0):
+                dropped["disagreed" if share else "no_answer"] += 1
+                continue
+            row = samples[agreed]
+            rows.append(row | {"real_ids": row["generated_ids"], "generated_ids": against[prompt_id]})
+        yield pa.Table.from_pylist(rows, PAIR_SCHEMA)
+
+
+def commonest(answers: list[Any]) -> tuple[int, float]:
+    """(first sample with the commonest answer, its share of all samples); None is no answer, and never agrees.
+
+    Examples: ``[7, 4, 7] -> (0, 2/3)``; ``[None, None, 4] -> (2, 1/3)``; ``[None] -> (0, 0)``.
+    """
+    counts = Counter(answer for answer in answers if answer is not None)
+    if not counts:
+        return 0, 0.0
+    answer, count = counts.most_common(1)[0]
+    return answers.index(answer), count / len(answers)
+
+
+def _reader(turn: Turn) -> Callable[[list[int]], Any]:
+    """What a response answers: its number where the recipe says how to read one, else the response itself; None if it
+    was cut, as nobody should learn to stop there.
+    """
+    extractor, stop = turn.config.evaluation.answer_extractor, turn.start.end_of_turn_id
+    tokenizer = load_tokenizer(str(turn.player.path), trust_remote_code=turn.config.model.trust_remote_code)
+
+    def read(token_ids: list[int]) -> Any:
+        if not token_ids or token_ids[-1] != stop:
+            return None
+        if extractor == "none":
+            return tuple(token_ids)
+        return extract_number(tokenizer.decode(token_ids, skip_special_tokens=True), extractor)
+
+    return read

@@ -1,0 +1,25 @@
+"""SPIN (Chen et al. 2024, arXiv 2401.01335), and by its settings α-SPIN and fictitious play."""
+
+from spin_ray.config.sections import SpinConfig
+from spin_ray.learner.step import Objective
+from spin_ray.loop.algorithms.base import Turn, margin_objective
+from spin_ray.loop.stages import pairs
+from spin_ray.loop.stages import scoring as base_scores
+from spin_ray.run_dir.run_dir import Artefact, RunDir
+
+
+class Spin:
+    """People's response against θ_t's, equation 4.7. ``objective.window: all`` plays against every iterate so far,
+    ``objective.reference_alpha`` below 1 has a geometric reference.
+    """
+
+    def plays(self, run: RunDir) -> Artefact:
+        return run.prompts
+
+    def make_pairs(self, turn: Turn) -> None:
+        pairs.run(turn.run, turn.config, turn.iteration)
+        if turn.config.objective.reference_alpha < 1 and turn.iteration > 0:
+            base_scores.run(turn.run, turn.config, turn.iteration, turn.first)
+
+    def objective(self, config: SpinConfig, iteration: int) -> Objective:
+        return margin_objective(config, iteration)

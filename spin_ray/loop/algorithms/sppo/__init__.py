@@ -1,0 +1,1 @@
+"""SPPO: the algorithm, its preferences, and the preference models that give them."""

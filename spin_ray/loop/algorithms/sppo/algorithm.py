@@ -1,0 +1,66 @@
+"""SPPO (Wu et al. 2024, arXiv 2405.00675): self-play on preferences, towards what no other policy beats."""
+
+from collections.abc import Iterator
+from itertools import groupby
+from typing import Any
+
+import pyarrow as pa
+
+from spin_ray.config.sections import SpinConfig
+from spin_ray.learner.step import Objective
+from spin_ray.loop.algorithms.base import Turn
+from spin_ray.loop.algorithms.sppo import preferences
+from spin_ray.loop.stages import pairs
+from spin_ray.run_dir.run_dir import Artefact, RunDir, part_name
+from spin_ray.run_dir.schemas import PAIR_SCHEMA, WIN_SCHEMA
+
+
+class Sppo:
+    """Of K samples of θ_t, the one that beats the others most against the one that does least; the square loss draws
+    each log-ratio to (P − ½)/β. People's responses are not used.
+    """
+
+    def plays(self, run: RunDir) -> Artefact:
+        return run.prompts
+
+    def make_pairs(self, turn: Turn) -> None:
+        run, config, judge = turn.run, turn.config, turn.start.scorer
+        assert judge is not None
+        preferences.run(run, config, turn.iteration, judge, turn.player)
+        inputs = {
+            artefact.path: artefact.manifest().digest
+            for artefact in (run.prompts, run.generations(turn.iteration), run.preferences(turn.iteration))
+        }
+        tables = (table for table, _ in _duels(turn))
+        pairs.make(run, config, turn.iteration, pairs.Fresh(tables, inputs, {"pair": "best against worst"}))
+        _commit_wins(turn)
+
+    def objective(self, config: SpinConfig, iteration: int) -> Objective:
+        return Objective(loss="square", beta=config.at(iteration).beta)
+
+
+def _commit_wins(turn: Turn) -> None:
+    """Makes ``iter_NNN/wins`` of the pairs that were kept."""
+    made, target = turn.run.pairs(turn.iteration), turn.run.wins(turn.iteration)
+    inputs = {"pairs": made.manifest().digest}
+    if target.is_current(inputs, {}):
+        return
+    kept = {name for table in made.tables() for name in table["pair_id"].to_pylist()}
+    rows = [row for _, wins in _duels(turn) for row in wins if row["pair_id"] in kept]
+    entry = target.replace_part(part_name(0), pa.Table.from_pylist(rows, WIN_SCHEMA))
+    target.commit({part_name(0): entry}, inputs, {})
+
+
+def _duels(turn: Turn) -> Iterator[tuple[pa.Table, list[dict[str, Any]]]]:
+    """(PAIR_SCHEMA rows, WIN_SCHEMA rows) of best against worst, for each part of the generations."""
+    run, iteration = turn.run, turn.iteration
+    judged = run.preferences(iteration).tables()
+    for played, wins in zip(pairs.joined(run.prompts, run.generations(iteration), iteration), judged, strict=True):
+        rows, of_rows = [], []
+        samples = zip(played.to_pylist(), wins["win"].to_pylist(), strict=True)
+        for _, group in groupby(samples, key=lambda sample: sample[0]["prompt_id"]):
+            answers = list(group)
+            (best, best_win), (worst, worst_win) = (choose(answers, key=lambda each: each[1]) for choose in (max, min))
+            rows.append(best | {"real_ids": best["generated_ids"], "generated_ids": worst["generated_ids"]})
+            of_rows.append({"pair_id": best["pair_id"], "real_win": best_win, "generated_win": worst_win})
+        yield pa.Table.from_pylist(rows, PAIR_SCHEMA), of_rows

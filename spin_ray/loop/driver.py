@@ -1,0 +1,146 @@
+"""The SPIN loop. A function of storage: run it again and it finishes what is missing.
+
+prompts ─> [sft] ─> θ_0 ─┐
+                         v
+   ┌──────────> θ_t answers prompts and held-out prompts ─> evaluate θ_t ─> LATEST
+   │                     │
+   │                   pairs ─> reference scores ─> train ─> θ_{t+1}
+   └─────────────────────────────────────────────────────────┘
+
+What θ_t answers, how pairs come of it and what training minimises is the algorithm's (``spin_ray.loop.algorithms``).
+"""
+
+import logging
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+
+from spin_ray.config.sections import SpinConfig
+from spin_ray.inputs.check import Start
+from spin_ray.inputs.model_folder import ModelFolder
+from spin_ray.loop.algorithms import ALGORITHMS, Algorithm, Turn
+from spin_ray.loop.stages import evaluation, generation, prompts
+from spin_ray.loop.stages.training import stage as training
+from spin_ray.report.history import evidence_to_stop
+from spin_ray.report.measures import Evaluation
+from spin_ray.report.model_card import write_card
+from spin_ray.report.progress import RunProgress
+from spin_ray.report.tracking import track
+from spin_ray.run_dir.run_dir import RunDir, folder_digest, iterate_name
+from spin_ray.runtime.engine import EngineSpec, GenerationEngine, StartEngine
+from spin_ray.runtime.model_sharing import share
+from spin_ray.runtime.resources import check_fits, connect
+
+logger = logging.getLogger(__name__)
+
+Play = Callable[[ModelFolder, list[generation.Job]], None]
+"""Lets a model answer the prompts of some jobs."""
+
+
+def spin(run: RunDir, config: SpinConfig, start: Start, start_engine: StartEngine) -> None:
+    """Algorithm 1 of arXiv 2401.01335, or another of the family, in the folder of ``run``."""
+
+    def play(model: ModelFolder, jobs: list[generation.Job]) -> None:
+        generation.run(run, config, _engine_spec(config, start, model), jobs, _Fetching(model, start_engine))
+
+    connect(config)
+    check_fits(config)
+    with RunProgress(run, config):
+        _spin(run, config, _for_every_machine(start), play)
+
+
+def _spin(run: RunDir, config: SpinConfig, start: Start, play: Play) -> None:
+    algorithm = ALGORITHMS[config.algorithm]
+    _prepare_prompts(run, config, start)
+    if config.sft:
+        training.run_sft(run, config, start.model)
+
+    player = first = _open_iterate(run, 0, start.model.pad_id) if config.sft else start.model
+    opponent, evaluations = None, []
+    for iteration in range(config.iterations + 1):
+        if iteration > 0:
+            player = _open_iterate(run, iteration, start.model.pad_id)
+        turn = Turn(run=run, config=config, start=start, iteration=iteration, player=player, first=first, play=play)
+        play(player, _jobs(turn, algorithm))
+        if start.heldout:
+            evaluations.append(evaluation.run(run, config, iteration, player, opponent, first))
+        run.publish(iteration)
+        write_card(run, iteration)
+        track(run, config, iteration)
+        if _should_stop(run, config, evaluations):
+            break
+        if iteration < config.iterations:
+            algorithm.make_pairs(turn)
+            training.run(run, config, iteration, player, algorithm.objective(config, iteration))
+        opponent = player
+
+
+def _for_every_machine(start: Start) -> Start:
+    """The models that were found on this machine, to be fetched from it by those that lack them."""
+
+    def offered(model: ModelFolder) -> ModelFolder:
+        return replace(model, source=share(model.path, model.files))
+
+    return replace(start, model=offered(start.model), scorer=offered(start.scorer) if start.scorer else None)
+
+
+def _prepare_prompts(run: RunDir, config: SpinConfig, start: Start) -> None:
+    tokenizer = str(start.model.path)
+    prompts.run(run, config, run.prompts, start.train, tokenizer, config.data.max_rows)
+    if start.heldout:
+        prompts.run(run, config, run.heldout, start.heldout, tokenizer, config.evaluation.max_rows)
+    if start.questions:
+        prompts.run(run, config, run.questions, start.questions, tokenizer, config.data.max_rows, labelled=False)
+
+
+def _should_stop(run: RunDir, config: SpinConfig, evaluations: list[Evaluation]) -> bool:
+    """Applies ``stop_when``; the evidence goes to events.jsonl, once."""
+    evidence = evidence_to_stop(config, evaluations)
+    if evidence is None:
+        return False
+    stopped = evaluations[-1]["iterate"]
+    if not any((event["event"], event["stage"]) == ("stop", stopped) for event in run.events()):
+        logger.warning("stopping after %s: %s", stopped, evidence["reason"])
+        run.event("stop", stopped, **evidence)
+    return True
+
+
+def _jobs(turn: Turn, algorithm: Algorithm) -> list[generation.Job]:
+    """What θ_t answers with one start of the engines: held-out prompts, and those of iteration t if there is one."""
+    run, player = turn.run, turn.player
+    jobs = []
+    if run.heldout.is_committed:
+        jobs.append(generation.Job(run.heldout, run.heldout_samples(turn.iteration), player.name, player.digest))
+    played = algorithm.plays(run) if turn.iteration < turn.config.iterations else None
+    if played:
+        target, rows = run.generations(turn.iteration), turn.rows_of(played)
+        jobs.append(generation.Job(played, target, player.name, player.digest, rows))
+    return jobs
+
+
+def _open_iterate(run: RunDir, iterate: int, pad_id: int) -> ModelFolder:
+    """θ_iterate, after checking its files against their digests."""
+    artefact = run.model(iterate)
+    files = artefact.verify().files
+    return ModelFolder(artefact.local_folder(), folder_digest(files), iterate_name(iterate), pad_id, source=artefact)
+
+
+@dataclass(frozen=True)
+class _Fetching:
+    """Starts an engine once its model is on the machine."""
+
+    model: ModelFolder
+    start_engine: StartEngine
+
+    def __call__(self, spec: EngineSpec) -> GenerationEngine:
+        return self.start_engine(replace(spec, model=self.model.here()))
+
+
+def _engine_spec(config: SpinConfig, start: Start, player: ModelFolder) -> EngineSpec:
+    return EngineSpec(
+        model=player.path,
+        max_length=config.model.max_length,
+        stop_token_id=start.end_of_turn_id,
+        threads=config.generation.resources.threads,
+        config=config.decided(config.generation.engine),
+        trust_remote_code=config.model.trust_remote_code,
+    )

@@ -1,0 +1,79 @@
+"""Starts a run, or says that nothing is left to do: lease, checks and run.json, then the driver."""
+
+import logging
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Self
+
+from spin_ray.config.sections import SpinConfig
+from spin_ray.inputs.check import Inputs, check_recipe, find_inputs
+from spin_ray.report.history import evidence_to_stop, read_evaluations
+from spin_ray.run_dir.lease import Lease
+from spin_ray.run_dir.object_storage import open_storage
+from spin_ray.run_dir.run_dir import Artefact, RunDir, iterate_name, iterate_number
+from spin_ray.runtime.engine import StartEngine, VllmEngine
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class RunResult:
+    """What a finished run left behind."""
+
+    run: RunDir
+    model: Path
+    """The last iterate, a Hugging Face folder."""
+    evaluations: list[dict[str, Any]]
+    """``eval.json`` of θ_0, θ_1, …; empty without held-out data."""
+
+    @classmethod
+    def of(cls, run: RunDir, config: SpinConfig, inputs: Inputs) -> Self:
+        latest = run.model(iterate_number(run.latest() or "sft"))
+        model = latest.local_folder() if latest.is_committed else inputs.model.path
+        return cls(run, model, read_evaluations(run, config))
+
+
+def run_spin(config: SpinConfig, out: str | Path, start_engine: StartEngine = VllmEngine) -> RunResult:
+    """Runs SPIN (Algorithm 1 of arXiv 2401.01335), or another ``algorithm`` of the family, in the folder ``out``, or
+    finishes what an earlier call left undone.
+
+    Raises:
+        UserError: the recipe, data, model, cluster or folder cannot be used; the message says what to do.
+        StageError: a stage failed; the same call goes on from what is committed.
+    """
+    storage = open_storage(out)
+    with Lease(storage, config.storage.lease_timeout_s) as lease:
+        inputs = find_inputs(config)
+        run = RunDir(lease.storage)
+        if is_finished(run, config):
+            run.begin(config, inputs.facts())
+            for model in _models(run, config):
+                model.verify()  # damage is named, also when nothing is left to do
+            logger.info("%s: nothing left to do", storage.root)
+        else:
+            from spin_ray.loop.driver import spin  # brings torch and Ray: seconds that a finished run need not wait
+
+            start = check_recipe(config, inputs)
+            run.begin(config, start.facts())
+            spin(run, config, start, start_engine)
+        return RunResult.of(run, config, inputs)
+
+
+def is_finished(run: RunDir, config: SpinConfig) -> bool:
+    """Whether nothing is left to do, told without Ray."""
+    latest = run.latest()
+    if (
+        latest is None
+        or iterate_number(latest) > config.iterations
+        or not all(model.is_committed for model in _models(run, config))
+    ):
+        return False
+    evaluations = read_evaluations(run, config)
+    evaluated = config.data.heldout is None or (bool(evaluations) and evaluations[-1]["iterate"] == latest)
+    return evaluated and (latest == iterate_name(config.iterations) or bool(evidence_to_stop(config, evaluations)))
+
+
+def _models(run: RunDir, config: SpinConfig) -> list[Artefact]:
+    """Weights of every published iterate; θ_0's are not in the run without a warm-up."""
+    newest = iterate_number(run.latest() or "sft")
+    return [run.model(iterate) for iterate in range(0 if config.sft else 1, newest + 1)]

@@ -1,0 +1,223 @@
+"""Stage 6: what an iterate is worth, on held-out prompts and fresh samples of it.
+
+    heldout + samples of θ_t (+ samples of θ_{t-1}) -> scores under both models -> eval.json
+
+Two margins, both of θ_t against its opponent θ_{t-1}:
+    against_opponent   y' ~ θ_{t-1}: the objective of the iteration on rows it never saw. Its least value is ln 2 minus
+                       the JSD of the ordered pairs (y, y') and (y', y), at most 2 JSD(p_data ‖ θ_{t-1}); so
+                       (ln 2 - loss) / 2 is a lower bound of the distance that was there to be seen
+    against_self       y' ~ θ_t: are its own fresh samples still told from people's?
+
+θ_0 scores the samples of θ_t, too: the mean of log p_θt(y') − log p_θ0(y') over them estimates KL(θ_t ‖ θ_0).
+"""
+
+import json
+import logging
+import time
+from contextlib import suppress
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+import torch.distributed as dist
+
+from spin_ray.config.sections import SpinConfig
+from spin_ray.inputs.answers import is_correct
+from spin_ray.inputs.model_folder import ModelFolder
+from spin_ray.inputs.rendering import load_tokenizer
+from spin_ray.learner.backends.base import BackendSettings
+from spin_ray.learner.backends.fsdp2 import Fsdp2Backend
+from spin_ray.learner.losses import pair_logps, response_logps
+from spin_ray.learner.step import PackShape, pair_lengths, plan
+from spin_ray.report.margins import SCORE_SCHEMA, margin_measures
+from spin_ray.report.measures import distinct_ngrams, duplicate_share, standard_error, warnings
+from spin_ray.run_dir.run_dir import Artefact, RunDir, part_name
+from spin_ray.run_dir.schemas import PAIR_SCHEMA
+from spin_ray.runtime.workers import device, run_workers
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, kw_only=True)
+class ScoreJob:
+    """Scores held-out rows under several models."""
+
+    tables: tuple[tuple[ModelFolder, pa.Table], ...]
+    """Each model and its rows: PAIR_SCHEMA; ``pair_id`` ends with whose sample y' is."""
+    shape: PackShape
+    backend: BackendSettings
+    target: Artefact
+
+
+def run(
+    run_dir: RunDir,
+    config: SpinConfig,
+    iterate: int,
+    model: ModelFolder,
+    opponent: ModelFolder | None,
+    base: ModelFolder,
+) -> dict[str, Any]:
+    """Writes ``eval.json`` of θ_iterate and returns it; ``opponent`` is θ_{iterate-1}, None for θ_0, the ``base``."""
+    path = run_dir.eval_path(iterate)
+    samples = run_dir.heldout_samples(iterate)
+    made_from = {"samples": samples.manifest().digest, "model": model.digest}
+    benchmarks: dict[str, Any] = {}
+    if run_dir.storage.exists(path):
+        with suppress(ValueError, KeyError, TypeError):  # a damaged one is made again
+            done = json.loads(run_dir.storage.read(path))
+            benchmarks = {key: done[key] for key in done if key == "benchmarks"}  # lm-eval may have been quicker
+            if done["made_from"] == made_from:
+                return done
+    with run_dir.stage(f"{model.name}/evaluation") as counted:
+        heldout, answers = _read(run_dir.heldout, samples)
+        result: dict[str, Any] = {"iterate": model.name, "made_from": made_from, "rows": heldout.num_rows}
+        result |= _text_measures(heldout, answers, config, model.path)
+        if opponent is not None:
+            samples_of = {"self": samples, "opponent": run_dir.heldout_samples(iterate - 1)}
+            scores, work = _score(run_dir, config, samples_of, (model, opponent, base))
+            counted |= work
+            margins = margin_measures(scores, model.name, opponent.name, base.name, config.at(iterate - 1).beta)
+            margins["standard_errors"] |= result["standard_errors"]
+            result |= {"opponent": opponent.name} | margins
+        counted |= {"rows": heldout.num_rows}
+        run_dir.storage.replace(path, json.dumps(result | benchmarks, indent=1).encode())
+    start = json.loads(run_dir.storage.read(run_dir.eval_path(0))) if iterate else None
+    for text in warnings(result, start):
+        logger.warning("%s: %s", model.name, text)
+        run_dir.event("warning", model.name, text=text)
+    return result
+
+
+def _read(heldout: Artefact, samples: Artefact) -> tuple[pa.Table, pa.Table]:
+    """Held-out rows and the first sample of each, in the same order."""
+    answers = pa.concat_tables(list(samples.tables()))
+    answers = answers.filter(pc.equal(answers["sample"], 0))
+    rows = pa.concat_tables(list(heldout.tables()))
+    return rows.take(pc.index_in(answers["prompt_id"], value_set=rows["prompt_id"])), answers
+
+
+def _text_measures(heldout: pa.Table, answers: pa.Table, config: SpinConfig, model: Path) -> dict[str, Any]:
+    real, generated = heldout["real_ids"].to_pylist(), answers["token_ids"].to_pylist()
+    real_lengths, generated_lengths = [len(ids) for ids in real], [len(ids) for ids in generated]
+    by_row: dict[str, list[Any]] = {
+        "real_length": real_lengths,
+        "generated_length": generated_lengths,
+        "truncation_rate": [reason == "length" for reason in answers["finish_reason"].to_pylist()],
+        "identical_share": [left == right for left, right in zip(real, generated, strict=True)],
+    }
+    measures: dict[str, Any] = {
+        "length_auc": length_auc(real_lengths, generated_lengths),
+        "duplicate_share": duplicate_share(generated),
+        "real_duplicate_share": duplicate_share(real),
+        "distinct_2": distinct_ngrams(generated, 2),
+        "real_distinct_2": distinct_ngrams(real, 2),
+    }
+    extractor = config.evaluation.answer_extractor
+    if extractor != "none":
+        tokenizer = load_tokenizer(str(model), trust_remote_code=config.model.trust_remote_code)
+        texts = tokenizer.batch_decode(generated, skip_special_tokens=True)
+        graded = [
+            is_correct(text, answer, extractor)
+            for text, answer in zip(texts, heldout["answer"].to_pylist(), strict=True)
+            if answer is not None
+        ]
+        if graded:
+            by_row["answer_accuracy"] = graded
+            measures["answers_graded"] = len(graded)
+    measures |= {key: float(np.mean(values)) for key, values in by_row.items()}
+    errors = {key: standard_error(np.asarray(values, dtype=np.float64)) for key, values in by_row.items()}
+    return measures | {"standard_errors": errors}
+
+
+def length_auc(real: list[int], generated: list[int]) -> float:
+    """Area under the ROC curve of a classifier that sees only length: 0.5 tells nothing, 0 or 1 gives y' away.
+
+    It is the chance that a real response is longer than a generated one (ties count half): Mann-Whitney U / (n m).
+    """
+    from scipy.stats import mannwhitneyu  # a second of imports that the scoring workers need not wait for
+
+    return float(mannwhitneyu(real, generated).statistic / (len(real) * len(generated)))
+
+
+def _score(
+    run_dir: RunDir,
+    config: SpinConfig,
+    samples_of: dict[str, Artefact],
+    models: tuple[ModelFolder, ModelFolder, ModelFolder],
+) -> tuple[pa.Table, dict[str, float]]:
+    """SCORE_SCHEMA rows of every (held-out row, sample) under θ_t, its opponent and, of its own samples, θ_0; and what
+    was done for them now.
+
+    On the train workers, so any size of model fits.
+    """
+    model, opponent, base = models
+    target = run_dir.artefact(f"{model.name}/heldout_scores")
+    inputs = {f"samples_of_{whose}": samples.manifest().digest for whose, samples in samples_of.items()}
+    inputs |= {"model": model.digest, "opponent": opponent.digest, "base": base.digest}
+    settings = {
+        "precision": config.train.precision,
+        "pack_length": config.train.pack_length,
+        "workers": config.train.workers,
+    }
+    work: dict[str, float] = {}
+    if not target.is_current(inputs, settings):
+        rows = {whose: _pair_rows(*_read(run_dir.heldout, samples), whose) for whose, samples in samples_of.items()}
+        both = pa.concat_tables(list(rows.values()))
+        of_base = [] if base.name == opponent.name else [(base, rows["self"])]
+        job = ScoreJob(
+            tables=((model, both), (opponent, both), *of_base),
+            shape=PackShape(
+                pack_length=config.train.pack_length, global_batch_pairs=both.num_rows, pad_id=model.pad_id
+            ),
+            backend=BackendSettings.for_scoring(config),
+            target=target,
+        )
+        folder = f"{model.name}/scoring"
+        work = run_workers(_worker, job, config, f"evaluation-{model.digest[:16]}", run_dir.storage.where(folder))
+        run_dir.storage.delete(folder)
+        names = [part_name(rank) for rank in range(int(work.pop("ranks")))]
+        target.commit({name: target.part_entry(name) for name in names}, inputs, settings)
+    return pa.concat_tables(list(target.tables())), work
+
+
+def _pair_rows(heldout: pa.Table, answers: pa.Table, whose: str) -> pa.Table:
+    pair_ids = pa.array([f"{prompt_id}/{whose}" for prompt_id in heldout["prompt_id"].to_pylist()])
+    columns = [pair_ids, heldout["prompt_id"], pa.array([0] * len(pair_ids), pa.int32())]
+    return pa.table([*columns, heldout["prompt_ids"], heldout["real_ids"], answers["token_ids"]], schema=PAIR_SCHEMA)
+
+
+def _worker(job: ScoreJob) -> dict[str, float]:
+    """Runs on every rank: one model after another, so that only one is in memory. Returns what was done."""
+    tables = []
+    tokens, work_s = 0, 0.0
+    for model, rows in job.tables:
+        backend = Fsdp2Backend(model.here(), job.backend, device())
+        started = time.monotonic()
+        tables.append(_score_rows(backend, rows, job.shape, model.name))
+        work_s += time.monotonic() - started
+        tokens += sum(pc.sum(pc.list_value_length(rows[f"{name}_ids"])).as_py() for name in ("real", "generated"))
+        del backend
+    job.target.replace_part(part_name(dist.get_rank()), pa.concat_tables(tables))
+    dist.barrier()
+    return {"tokens": tokens, "work_s": work_s, "ranks": dist.get_world_size()}
+
+
+def _score_rows(backend: Fsdp2Backend, table: pa.Table, shape: PackShape, model: str) -> pa.Table:
+    """This rank's share of the rows, in SCORE_SCHEMA."""
+    rows: list[int] = []
+    columns: dict[str, list[Any]] = {name: [] for name in SCORE_SCHEMA.names[2:]}
+    for step in plan(pair_lengths([table]), shape, epochs=1, seed=0, ranks=dist.get_world_size())[0]:
+        for pack in step.for_rank(dist.get_rank(), dist.get_world_size()):
+            batch = shape.build(pack, table).to(backend.device)
+            logps = backend.score_tokens(batch)
+            real, generated = pair_logps(response_logps(logps, batch.segment, batch.num_segments), batch)
+            rows += batch.pair_row.tolist()
+            columns["real_logp"] += real.tolist()
+            columns["generated_logp"] += generated.tolist()
+            for name, segments in (("real", batch.real_segment), ("generated", batch.generated_segment)):
+                columns[f"{name}_token_logps"] += [logps[batch.segment == segment].tolist() for segment in segments]
+    pair_ids = table["pair_id"].take(pa.array(rows, pa.int64()))
+    return pa.table([pair_ids, [model] * len(rows), *columns.values()], schema=SCORE_SCHEMA)

@@ -1,0 +1,335 @@
+"""Stage 2: the opponent plays. y' ~ p_θt(.|x) for every prompt, shard by shard.
+
+    prompts -> shards still missing -> Ray Data -> [engine actor] x replicas -> one Parquet part per shard,
+                                                             committed on its own
+
+A shard is the unit of work, of commit and of loss. It is also one batch of the engine, with a seed of its own for every
+row, so that a retry of a shard gives the same tokens.
+"""
+
+import hashlib
+import logging
+import pickle
+import time
+import warnings
+from collections.abc import Iterator
+from contextlib import suppress
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+import ray
+import ray.exceptions
+from ray.util.annotations import RayDeprecationWarning
+
+from spin_ray.config.sections import SpinConfig, digest
+from spin_ray.errors import RunDirError, StageError, UserError, last_line, memory_advice
+from spin_ray.report.progress import StageProgress
+from spin_ray.run_dir.run_dir import Artefact, FileEntry, RunDir, part_name
+from spin_ray.run_dir.schemas import GENERATION_SCHEMA
+from spin_ray.runtime.engine import EngineSpec, GenerationEngine, StartEngine, VllmEngine
+from spin_ray.runtime.resources import demands, wait_until_free, with_deadline
+
+logger = logging.getLogger(__name__)
+
+FINGERPRINT = b"spin_ray.fingerprint"
+"""Parquet metadata of a shard: digest of what it was made from. A shard of another opponent is never taken over."""
+
+_USE_LESS = (
+    "lower generation.engine.cpu_kv_cache_gib or gpu_memory_utilization, generation.engine.max_num_seqs, or "
+    "generation.replicas"
+)
+CHECKSUM = b"spin_ray.checksum"
+"""Parquet metadata of a shard: digest of its rows and fingerprint. No manifest vouches for it until all are there."""
+
+
+@dataclass(frozen=True)
+class Job:
+    """Which prompts the opponent answers, and where the answers go."""
+
+    prompts: Artefact
+    target: Artefact
+    opponent: str
+    """Name of the iterate that plays, e.g. ``sft`` or ``iter_000``."""
+    model_digest: str
+    rows: np.ndarray | None = None
+    """Row numbers in ``prompts``, ascending; all of them when None."""
+
+    def inputs(self) -> dict[str, str]:
+        return {"prompts": self.prompts.manifest().digest, "opponent": self.model_digest}
+
+    def settings(self, config: SpinConfig) -> dict[str, Any]:
+        return {
+            "seed": config.seed,
+            "opponent": self.opponent,
+            "samples_per_prompt": config.generation.samples_per_prompt,
+            "shard_rows": config.generation.shard_rows,
+            "max_length": config.model.max_length,
+            "sampling": config.generation.sampling.model_dump(mode="json"),
+            "engine": config.generation.engine.model_dump(
+                mode="json", exclude={"gpu_memory_utilization", "cpu_kv_cache_gib"}
+            ),
+            "rows": digest(self.rows.tolist()) if self.rows is not None else "all",
+        }
+
+
+@dataclass(frozen=True)
+class Shard:
+    """One unit of work: some rows of the prompts, and the part that their answers make."""
+
+    prompts: Artefact
+    target: Artefact
+    opponent: str
+    fingerprint: str
+    name: str
+    pieces: tuple[tuple[str, FileEntry, tuple[int, ...]], ...]
+    """(part of the prompts, its entry, rows within it)."""
+
+    def read_prompts(self) -> pa.Table:
+        tables = [
+            self.prompts.read_part(name, entry).take(pa.array(rows, pa.int64())) for name, entry, rows in self.pieces
+        ]
+        return pa.concat_tables(tables)
+
+
+def run(
+    run_dir: RunDir,
+    config: SpinConfig,
+    spec: EngineSpec,
+    jobs: list[Job],
+    start_engine: StartEngine = VllmEngine,
+) -> None:
+    """Answers the prompts of all jobs with one set of engines, and commits each job's target when its shards are there.
+
+    Raises:
+        RunDirError: shards of another opponent or configuration are in the way.
+        StageError: no engine came up, or none finished a shard, within the configured time.
+    """
+    jobs = [job for job in jobs if not job.target.is_current(job.inputs(), job.settings(config))]
+    if not jobs:
+        return
+    shards = [shard for job in jobs for shard in _shards(job, config)]
+    entries = {job.target.path: _finished(job, config) for job in jobs}
+    missing = [shard for shard in shards if shard.name not in entries[shard.target.path]]
+    names = " + ".join(job.target.path for job in jobs)
+    cut_off = run_dir.was_cut_off(names)
+    with run_dir.stage(names) as counted:
+        if cut_off and missing:
+            run_dir.event(
+                "lost", names, shards=min(config.generation.replicas, len(missing)), why="the stage ended early"
+            )
+        done = sum(entry.rows or 0 for found in entries.values() for entry in found.values())
+        total = sum(_rows(job) * config.generation.samples_per_prompt for job in jobs)
+        tokens, work_s = 0, 0.0
+        with StageProgress(names, total, "rows", done=done) as progress:
+            for finished in _play(missing, config, spec, start_engine):
+                entries[finished["target"]][finished["name"]] = FileEntry(**finished["entry"])
+                if finished["lost"]:
+                    run_dir.event("lost", names, shards=finished["lost"], why="an engine died")
+                tokens += finished["tokens"]
+                work_s += finished["seconds"] / config.generation.replicas
+                progress.advance(finished["entry"]["rows"], finished["tokens"])
+        for job in jobs:
+            job.target.commit(entries[job.target.path], job.inputs(), job.settings(config))
+        counted |= {"rows": total, "tokens": tokens, "work_s": work_s, "shards_found": len(shards) - len(missing)}
+    wait_until_free(demands(config)["train"], config.train.start_timeout_s, "training, after generation")
+
+
+def prompt_slice(total: int, wanted: int | None, iteration: int, seed: int) -> np.ndarray | None:
+    """Row numbers that iteration plays: a fresh slice of a seeded order, wrapping round; None for all rows.
+
+    Example: 10 rows, 4 wanted: iterations 0, 1, 2 take places 0-3, 4-7, 8-9 and 0-1 of the order.
+    """
+    if wanted is None or wanted >= total:
+        return None
+    order = np.random.default_rng([seed, 0x51]).permutation(total)
+    return np.sort(order[(iteration * wanted + np.arange(wanted)) % total])
+
+
+def row_seed(seed: int, opponent: str, prompt_id: str, sample: int) -> int:
+    """Seed of one response, a 63-bit integer: the same whenever and wherever the row is generated."""
+    identity = f"{seed}/{opponent}/{prompt_id}/{sample}".encode()
+    return int.from_bytes(hashlib.blake2b(identity, digest_size=8).digest(), "big") >> 1
+
+
+def _play(
+    shards: list[Shard], config: SpinConfig, spec: EngineSpec, start_engine: StartEngine
+) -> Iterator[dict[str, Any]]:
+    """Ray Data over the shards; yields what each finished one holds. The engines are gone when it is exhausted."""
+    if not shards:
+        return
+    resources = config.generation.resources
+    # Of processes that die while they load an engine; `max_restarts` is for those that have one.
+    ray.data.DataContext.get_current().max_consecutive_actor_init_deaths = config.generation.max_failures
+    with warnings.catch_warnings():
+        # ray_remote_args_fn goes in Ray 2.64; no other argument says how often an actor is started again.
+        warnings.simplefilter("ignore", RayDeprecationWarning)
+        played = ray.data.from_items(
+            [{"shard": pickle.dumps(shard)} for shard in shards], override_num_blocks=len(shards)
+        ).map(
+            _Player,  # pyrefly: ignore[bad-argument-type] (an actor class; Ray annotates functions only)
+            fn_constructor_args=(spec, config, start_engine),
+            compute=ray.data.ActorPoolStrategy(
+                size=min(config.generation.replicas, len(shards)),
+                max_tasks_in_flight_per_actor=2,  # what is queued no joining node can take
+            ),
+            num_cpus=resources.cpus,
+            num_gpus=resources.gpus or None,
+            resources=resources.custom or None,
+            label_selector=resources.labels or None,
+            # Ray Data's own is no limit: an engine that runs out of memory would be started for ever.
+            ray_remote_args_fn=lambda: {"max_restarts": config.generation.max_failures},
+        )
+    first_s = config.generation.start_timeout_s + config.generation.shard_timeout_s
+    try:
+        for row in with_deadline(played.iter_rows(), first_s, config.generation.shard_timeout_s, "a generation shard"):
+            yield row["finished"]
+    except ray.exceptions.RayError as error:
+        raise StageError(
+            f"generation failed: {last_line(error)}{memory_advice(error, _USE_LESS)}; "
+            "committed shards are kept, run the command again"
+        ) from error
+
+
+class _Player:
+    """Actor: one engine that answers one shard after another."""
+
+    def __init__(self, spec: EngineSpec, config: SpinConfig, start_engine: StartEngine) -> None:
+        self._spec, self._start_engine, self._config = spec, start_engine, config
+        self._unusable: Exception | None = None
+        try:
+            self._engine = start_engine(spec)
+        except Exception as error:  # raised here, it would pass for a death and be tried again
+            self._unusable = error
+        # A process that was killed cannot say so itself: the one that takes its place does.
+        self._lost = int(ray.is_initialized() and ray.get_runtime_context().was_current_actor_reconstructed)
+
+    def __call__(self, item: dict[str, Any]) -> dict[str, Any]:
+        if self._unusable:
+            raise self._unusable
+        shard: Shard = pickle.loads(item["shard"])  # noqa: S301 (from this run's driver, through Ray)
+        started = time.monotonic()
+        answers = self._answer(shard)
+        seconds = time.monotonic() - started
+        lost, self._lost = self._lost, 0
+        entry = shard.target.write_part(shard.name, answers)
+        tokens = pc.sum(pc.list_value_length(answers["token_ids"])).as_py()
+        return {
+            "finished": {
+                "target": shard.target.path,
+                "name": shard.name,
+                "entry": entry.model_dump(),
+                "tokens": tokens,
+                "seconds": seconds,
+                "lost": lost,
+            }
+        }
+
+    def _answer(self, shard: Shard) -> pa.Table:
+        """The answers to a shard; by a new engine if the one at hand dies under it (its processes can be killed)."""
+        failures = 0
+        while True:
+            try:
+                return answer(shard, self._config, self._engine)
+            except (UserError, StageError):
+                raise
+            except Exception as error:
+                failures += 1
+                if failures > self._config.generation.max_failures:
+                    raise
+                logger.warning("%s: the engine failed (%s); a new one is started", shard.name, last_line(error))
+                self._lost += 1
+                with suppress(Exception):  # whatever is left of it
+                    self._engine.close()
+                self._engine = self._start_engine(self._spec)
+
+
+def answer(shard: Shard, config: SpinConfig, engine: GenerationEngine) -> pa.Table:
+    """Rows of GENERATION_SCHEMA for a shard, in the order of its prompts, samples of a prompt together."""
+    prompts = shard.read_prompts()
+    samples = config.generation.samples_per_prompt
+    ids = [prompt_id for prompt_id in prompts["prompt_id"].to_pylist() for _ in range(samples)]
+    numbers = [number for _ in range(prompts.num_rows) for number in range(samples)]
+    opponent = shard.opponent
+    seeds = [row_seed(config.seed, opponent, prompt_id, number) for prompt_id, number in zip(ids, numbers, strict=True)]
+    token_ids = [row for row in prompts["prompt_ids"].to_pylist() for _ in range(samples)]
+    completions = engine.generate(token_ids, config.generation.sampling, seeds)
+    table = pa.table(
+        [
+            ids,
+            numbers,
+            [opponent] * len(ids),
+            [completion.token_ids for completion in completions],
+            [completion.finish_reason for completion in completions],
+            seeds,
+        ],
+        schema=GENERATION_SCHEMA,
+    )
+    return table.replace_schema_metadata(
+        {FINGERPRINT: shard.fingerprint.encode(), CHECKSUM: _checksum(table, shard.fingerprint.encode())}
+    )
+
+
+def _shards(job: Job, config: SpinConfig) -> list[Shard]:
+    """The job cut into shards of at most ``shard_rows`` responses (at least one prompt each)."""
+    files = sorted(job.prompts.manifest().files.items())
+    ends = np.cumsum([entry.rows or 0 for _, entry in files])
+    rows = job.rows if job.rows is not None else np.arange(ends[-1])
+    per_shard = max(1, config.generation.shard_rows // config.generation.samples_per_prompt)
+    fingerprint = _fingerprint(job, config)
+    shards = []
+    for number, start in enumerate(range(0, len(rows), per_shard)):
+        wanted = rows[start : start + per_shard]
+        owners = np.searchsorted(ends, wanted, side="right")
+        pieces = tuple(
+            (*files[owner], tuple((wanted[owners == owner] - (ends[owner] - files[owner][1].rows)).tolist()))
+            for owner in np.unique(owners)
+        )
+        shards.append(Shard(job.prompts, job.target, job.opponent, fingerprint, part_name(number), pieces))
+    return shards
+
+
+def _fingerprint(job: Job, config: SpinConfig) -> str:
+    return digest([job.inputs(), job.settings(config)])
+
+
+def _finished(job: Job, config: SpinConfig) -> dict[str, FileEntry]:
+    """Shards that an earlier attempt committed. A damaged one is removed, to be generated again with the same seeds."""
+    fingerprint = _fingerprint(job, config).encode()
+    found = {}
+    for name in job.target.part_names():
+        opened = _open_whole(job.target, name)
+        if opened is None:
+            logger.warning("%s/%s: is damaged; it is generated again", job.target.path, name)
+            job.target.storage.delete(f"{job.target.path}/{name}")
+            continue
+        table, entry = opened
+        if table.schema.metadata[FINGERPRINT] != fingerprint:
+            where = job.target.storage.where(f"{job.target.path}/{name}")
+            raise RunDirError(
+                f"{where}: was generated with another opponent, prompts or settings; "
+                f"restore them, choose another --out, or remove {job.target.path}"
+            )
+        found[name] = entry
+    return found
+
+
+def _open_whole(target: Artefact, name: str) -> tuple[pa.Table, FileEntry] | None:
+    """The shard and its entry; None if a byte of it was changed or lost."""
+    try:
+        table, entry = target.open_part(name)
+        stated = table.schema.metadata or {}
+        whole = stated.get(CHECKSUM) == _checksum(table, stated.get(FINGERPRINT, b""))
+    except (RunDirError, ValueError):  # no Parquet file any more; text that is no text
+        return None
+    return (table, entry) if whole else None
+
+
+def _checksum(table: pa.Table, fingerprint: bytes) -> bytes:
+    return digest([table.to_pydict(), fingerprint.hex()]).encode()
+
+
+def _rows(job: Job) -> int:
+    return len(job.rows) if job.rows is not None else job.prompts.manifest().rows

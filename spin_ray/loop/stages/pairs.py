@@ -1,0 +1,174 @@
+"""Stage 3: join x, y and y'; add the pairs of earlier iterations in the window; drop what teaches nothing.
+
+generations of t + prompts -> pairs of t
+pairs of t-1 whose opponent is still in the window -> copied
+"""
+
+from collections import Counter
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.compute as pc
+
+from spin_ray.config.sections import SpinConfig
+from spin_ray.errors import DataError, HealthError
+from spin_ray.run_dir.run_dir import Artefact, FileEntry, RunDir, part_name
+from spin_ray.run_dir.schemas import PAIR_SCHEMA
+
+
+def run(run_dir: RunDir, config: SpinConfig, iteration: int) -> None:
+    """Makes ``iter_NNN/pairs`` of SPIN: y and y' of this iteration's opponent and of those in the window.
+
+    Raises:
+        DataError: too few pairs are left; the opponent says what the data says, and more SPIN would only harm it.
+    """
+    generations = run_dir.generations(iteration)
+    oldest = config.objective.oldest_iteration(iteration)
+    earlier = run_dir.pairs(iteration - 1) if iteration and oldest < iteration else None
+    inputs = {"prompts": run_dir.prompts.manifest().digest, "generations": generations.manifest().digest}
+    if earlier:
+        inputs["earlier_pairs"] = earlier.manifest().digest
+    settings: dict[str, Any] = {"window": config.objective.window, "part_rows": config.generation.shard_rows}
+    keep = config.objective.keep_identical
+    if keep:
+        settings["keep_identical"] = True
+    played = joined(run_dir.prompts, generations, iteration)
+    make(run_dir, config, iteration, Fresh(played, inputs, settings, keep_identical=keep), earlier, oldest)
+
+
+@dataclass(frozen=True)
+class Fresh:
+    """Pairs that an algorithm has made in this iteration, and what they were made from."""
+
+    tables: Iterator[pa.Table]
+    """Of PAIR_SCHEMA; read only if the artefact is not there yet."""
+    inputs: dict[str, str]
+    settings: dict[str, Any]
+    paired: bool = True
+    """False: rows for supervised fine-tuning, which have no y'."""
+    keep_identical: bool = False
+    """Keep pairs with y = y'."""
+    dropped: Counter[str] = field(default_factory=Counter)
+    """What the tables leave out, by reason; complete once they are read."""
+
+
+def make(
+    run_dir: RunDir, config: SpinConfig, iteration: int, fresh: Fresh, earlier: Artefact | None = None, oldest: int = 0
+) -> None:
+    """Makes ``iter_NNN/pairs`` of ``fresh`` ones, and of ``earlier`` ones since iteration ``oldest``.
+
+    Raises:
+        DataError: fewer rows are left than one optimizer step has.
+        HealthError: the opponent answers at quite another length than the first one did.
+    """
+    target = run_dir.pairs(iteration)
+    if target.is_current(fresh.inputs, fresh.settings):
+        return
+    with run_dir.stage(target.path) as counted:
+        played = run_dir.generations(iteration)
+        if played.is_committed:
+            _check_lengths(played, run_dir.generations(0), config.health.max_length_change)
+        entries, counts = build(fresh, earlier, target, oldest)
+        counted |= counts
+        if counts["rows"] < config.train.global_batch_pairs:
+            raise DataError(
+                f"{run_dir.storage.where(target.path)}: {counts['rows']} pairs are left after dropping "
+                f"{counts['dropped_identical']} with y = y′, fewer than train.global_batch_pairs "
+                f"{config.train.global_batch_pairs}: nothing is left to learn from this opponent; "
+                "stop here, add prompts, or lower the batch"
+            )
+        counted_as = {name: float(count) for name, count in counts.items()}
+        target.commit(entries, fresh.inputs, fresh.settings, counts=counted_as)
+
+
+def build(
+    fresh: Fresh, earlier: Artefact | None, target: Artefact, oldest: int
+) -> tuple[dict[str, FileEntry], dict[str, int]]:
+    """Writes the parts; one part of each input in memory at a time."""
+    counts: Counter[str] = Counter({"dropped_identical": 0, "dropped_empty": 0, "from_earlier": 0, "rows": 0})
+    entries: dict[str, FileEntry] = {}
+    target.discard_parts()
+
+    def write(table: pa.Table) -> None:
+        if table.num_rows:
+            name = part_name(len(entries))
+            entries[name] = target.write_part(name, table)
+            counts["rows"] += table.num_rows
+
+    for table in fresh.tables:
+        if not fresh.paired:
+            write(table)
+            continue
+        kept = [
+            _verdict(real, generated, fresh.keep_identical)
+            for real, generated in zip(table["real_ids"], table["generated_ids"], strict=True)
+        ]
+        counts.update(verdict for verdict in kept if verdict)
+        write(table.filter(pa.array([not verdict for verdict in kept], pa.bool_())))
+    counts.update({f"dropped_{reason}": count for reason, count in fresh.dropped.items()})
+    for table in earlier.tables() if earlier else ():
+        still = table.filter(pc.greater_equal(table["iteration"], oldest))
+        counts["from_earlier"] += still.num_rows
+        write(still)
+    return entries, dict(counts)
+
+
+def _check_lengths(now: Artefact, first: Artefact, limit: float | None) -> None:
+    length, before = _mean_length(now), _mean_length(first)
+    if limit is not None and not before / limit <= length <= before * limit:
+        raise HealthError(
+            f"{now.path}: responses have {length:.1f} tokens on average, those of the first opponent had "
+            f"{before:.1f}: a change by more than health.max_length_change {limit:g}; the model is being destroyed: "
+            "stop here, or redo the iteration before with a lower learning rate"
+        )
+
+
+def _mean_length(generations: Artefact) -> float:
+    tokens = sum(pc.sum(pc.list_value_length(table["token_ids"])).as_py() or 0 for table in generations.tables())
+    return tokens / max(generations.manifest().rows, 1)
+
+
+def _verdict(real: pa.ListScalar, generated: pa.ListScalar, keep_identical: bool) -> str:
+    """Why a pair is dropped; empty if it is kept."""
+    if len(generated.values) == 0:
+        return "dropped_empty"
+    return "dropped_identical" if not keep_identical and real.values.equals(generated.values) else ""
+
+
+def joined(prompts: Artefact, generations: Artefact, iteration: int) -> Iterator[pa.Table]:
+    """Pairs of each generation shard. Shards keep the order of ``prompts``: both are read once, side by side."""
+    columns = ["prompt_id", "prompt_ids", "real_ids"]
+    upcoming = (table.select(columns) for table in prompts.tables())
+    rest = PAIR_SCHEMA.empty_table().select(columns)
+    """Rows that have been read and may still be asked for."""
+    for answers in generations.tables():
+        played = answers["prompt_id"].unique()
+        found, left = [], len(played)
+        while True:
+            found.append(rest.filter(pc.is_in(rest["prompt_id"], value_set=played)))
+            left -= found[-1].num_rows
+            if not left:
+                break
+            rest = next(upcoming, None)
+            if rest is None:
+                missing = set(played.to_pylist()).difference(*(table["prompt_id"].to_pylist() for table in found))
+                raise DataError(
+                    f"{generations.path}: prompt {min(missing)} is not in {prompts.path}; "
+                    f"remove {generations.path} to redo it"
+                )
+        rows = pa.concat_tables(found)
+        rows = rows.take(pc.index_in(answers["prompt_id"], value_set=rows["prompt_id"]))
+        samples = answers["sample"].to_pylist()
+        pair_ids = [
+            f"{prompt}/{iteration:03d}/{sample}"
+            for prompt, sample in zip(answers["prompt_id"].to_pylist(), samples, strict=True)
+        ]
+        yield pa.table(
+            [
+                pair_ids, answers["prompt_id"], pa.array([iteration] * len(pair_ids), pa.int32()),
+                rows["prompt_ids"], rows["real_ids"], answers["token_ids"],
+            ],
+            schema=PAIR_SCHEMA,
+        )  # fmt: skip

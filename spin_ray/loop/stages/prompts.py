@@ -1,0 +1,368 @@
+"""Stage 1: SFT data -> Prompt rows. The only stage that renders and tokenises.
+
+    files -> slices -> [one task a slice: parse, check, render, tokenise] -> drop duplicates, cut into parts
+
+Rows that cannot be used go to RUN/quarantine with the reason, and are counted.
+"""
+
+import gc
+import hashlib
+import logging
+import os
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from functools import cached_property
+from itertools import islice
+from json.encoder import encode_basestring
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import ray
+import ray.exceptions
+
+from spin_ray.config.sections import DataConfig, SpinConfig, digest
+from spin_ray.errors import DataError, StageError, UserError, last_line
+from spin_ray.inputs.conversations import (
+    Conversation,
+    Unusable,
+    answer_of,
+    conversations_of,
+    question_of,
+    rejected_of,
+)
+from spin_ray.inputs.rendering import ChatRenderer, Rendered, RenderError, load_tokenizer
+from spin_ray.inputs.sources import Slice, SourceRow, files_digest, find_files, read_slice, split
+from spin_ray.run_dir.run_dir import Artefact, FileEntry, RunDir, part_name
+from spin_ray.run_dir.schemas import PROMPT_SCHEMA
+from spin_ray.run_dir.storage import ATTEMPTS, Storage, table_from_bytes, table_to_bytes
+from spin_ray.runtime.resources import with_deadline
+
+logger = logging.getLogger(__name__)
+
+QUARANTINE_SCHEMA = pa.schema(
+    [pa.field(name, pa.string()) for name in ("stage", "origin", "reason", "detail")] + [pa.field("row", pa.binary())]
+)
+_SLICE_SCHEMA = PROMPT_SCHEMA.append(pa.field("origin", pa.string())).append(pa.field("raw", pa.binary()))
+"""Rows of a slice before duplicates are dropped; the last two columns go no further than the quarantine."""
+ROWS_AT_A_TIME = 1024
+"""Rows that a task holds as Python objects."""
+Row = dict[str, Any]
+
+
+@dataclass(frozen=True)
+class PromptTask:
+    """What a task needs to turn a slice into rows."""
+
+    tokenizer: str
+    chat_template: str | None
+    trust_remote_code: bool
+    max_length: int
+    data: DataConfig
+    labelled: bool = True
+    """False: rows are questions, whose responses are neither there nor read."""
+
+    @cached_property
+    def renderer(self) -> ChatRenderer:
+        return ChatRenderer(load_tokenizer(self.tokenizer, self.chat_template, self.trust_remote_code))
+
+    def render(self, conversations: list[Conversation]) -> list[Rendered | RenderError]:
+        """Renders each conversation; a question up to where its answer would begin."""
+        if self.labelled:
+            return self.renderer.render_all(conversations)
+        prompts = self.renderer.render_prompts([messages[:-1] for messages in conversations])
+        return [ids if isinstance(ids, RenderError) else Rendered(ids, []) for ids in prompts]
+
+
+def run(
+    run_dir: RunDir,
+    config: SpinConfig,
+    artefact: Artefact,
+    source: str,
+    tokenizer: str,
+    max_rows: int | None,
+    *,
+    labelled: bool = True,
+) -> None:
+    """Makes ``artefact`` (prompts, questions or heldout) of the rows of ``source``; questions are not ``labelled``.
+
+    Raises:
+        DataError: the data is missing, empty or damaged, or too many rows cannot be used.
+    """
+    files = find_files(source)
+    task = PromptTask(
+        tokenizer=tokenizer,
+        chat_template=config.model.chat_template,
+        trust_remote_code=config.model.trust_remote_code,
+        max_length=config.model.max_length,
+        data=config.data,
+        labelled=labelled,
+    )
+    inputs = {"data": files_digest(files), "chat_template": template_digest(task.renderer)}
+    settings = {
+        "max_length": config.model.max_length,
+        "turns": config.data.turns,
+        "system": config.data.system,
+        "max_rows": max_rows,
+        "part_rows": config.generation.shard_rows,
+    }
+    if artefact.is_current(inputs, settings):
+        return
+    with run_dir.stage(artefact.path) as counted:
+        pieces = split(files)
+        folder = f"{ATTEMPTS}/{artefact.path}-{digest([inputs, settings])[:16]}"
+        items = [asdict(piece) | {"name": f"{folder}/{index:06d}"} for index, piece in enumerate(pieces)]
+        rendered = ray.data.from_items(items, override_num_blocks=len(items)).map(
+            _RenderSlice(run_dir.storage, artefact.path, task), num_cpus=0.5
+        )
+        try:
+            found = with_deadline(rendered.iter_rows(), 3600, 3600, "a slice of the data")
+            slices = sorted((_rendered(row) for row in found), key=lambda slice_: slice_.name)
+        except ray.exceptions.RayTaskError as error:
+            raise StageError(f"{source}: cannot be rendered: {last_line(error)}; run the command again") from error
+        entries, quarantined = _finish(run_dir.storage, slices, artefact, max_rows, settings["part_rows"])
+        counted |= {"rows": sum(entry.rows or 0 for entry in entries.values()), "quarantined": quarantined.total()}
+        _check_quarantine(run_dir, config, artefact, source, counted["rows"], quarantined)
+        artefact.commit(entries, inputs, settings, counts=dict(quarantined))
+        run_dir.storage.delete(folder)
+
+
+def template_digest(renderer: ChatRenderer) -> str:
+    """Names how text becomes tokens: template, vocabulary and end-of-turn token."""
+    tokenizer = renderer._tokenizer
+    probe = [{"role": "user", "content": "The quick brown fox, 1+1=2."}, {"role": "assistant", "content": "jumps."}]
+    rendered = renderer.render(probe)
+    return digest([tokenizer.chat_template, len(tokenizer), rendered.prompt_ids, rendered.real_ids])
+
+
+@dataclass(frozen=True, slots=True)
+class _Slice:
+    """A slice whose rows are in ``name``-rows and ``name``-bad, below the attempts."""
+
+    name: str
+    ids: np.ndarray
+    """The 64-bit prompt ids of its rows: 8 bytes a row are all that the driver keeps of it."""
+
+
+def _rendered(answer: dict[str, Any]) -> _Slice:
+    """Of what a task answered; raises DataError if the slice could not be read."""
+    if answer["error"]:
+        raise DataError(answer["error"])
+    return _Slice(answer["name"], np.frombuffer(answer["ids"], dtype=np.uint64))
+
+
+class _RenderSlice:
+    """One task: reads a slice and writes its rows, good and bad, to an unnamed part."""
+
+    def __init__(self, storage: Storage, stage: str, task: PromptTask) -> None:
+        self._storage, self._stage, self._task = storage, stage, task
+
+    def __call__(self, item: dict[str, Any]) -> dict[str, Any]:
+        """For ``_rendered``. What the user must mend is a value, as Ray keeps only the text of an exception."""
+        answer = {"name": item["name"], "error": "", "ids": b""}
+        try:
+            with _busy_with_rows():
+                return answer | {"ids": self._render(item)}
+        except UserError as error:
+            return answer | {"error": str(error)}
+
+    def _render(self, item: dict[str, Any]) -> bytes:
+        """The ids of the good rows."""
+        name = item["name"]
+        good, bad = [_SLICE_SCHEMA.empty_table()], [QUARANTINE_SCHEMA.empty_table()]
+        ids = bytearray()
+        reader = read_slice(Slice(item["uri"], item["start"], item["stop"]))
+        while sources := list(islice(reader, ROWS_AT_A_TIME)):
+            rows: list[Row] = []
+            unusable: list[Row] = []
+            for source, found in zip(sources, rows_of(sources, self._task), strict=True):
+                if isinstance(found, Unusable):
+                    unusable.append(_quarantine_row(self._stage, source.origin, found.reason, found.detail, source.raw))
+                else:
+                    rows += [row | {"origin": source.origin, "raw": source.raw} for row in found]
+            good.append(pa.Table.from_pylist(rows, _SLICE_SCHEMA))
+            bad.append(pa.Table.from_pylist(unusable, QUARANTINE_SCHEMA))
+            ids += bytes.fromhex("".join([row["prompt_id"] for row in rows]))
+        self._storage.replace(f"{name}-rows", table_to_bytes(pa.concat_tables(good)))
+        self._storage.replace(f"{name}-bad", table_to_bytes(pa.concat_tables(bad)))
+        return bytes(ids)
+
+
+@contextmanager
+def _busy_with_rows() -> Iterator[None]:
+    """Many rows make no cycles, but would have Python look for some among all that is imported: a third of the time.
+    And as each slice has its task, the tokenizer's own threads would only be in each other's way.
+    """
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    collects = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if collects:
+            gc.enable()
+
+
+def rows_of(sources: Sequence[SourceRow], task: PromptTask) -> Iterator[list[Row] | Unusable]:
+    """The prompt rows of each source row, or why it cannot be used; all are tokenised in one go."""
+    found = [_conversations_of(source, task) for source in sources]
+    usable = [conversation for each in found if not isinstance(each, Unusable) for conversation in each.all]
+    rendered = iter(task.render(usable))
+    for source, each in zip(sources, found, strict=True):
+        if isinstance(each, Unusable):
+            yield each
+            continue
+        results = list(islice(rendered, len(each.all)))
+        rejected = results.pop() if each.rejected else None
+        try:
+            yield [
+                _row(source, conversation, result, rejected, task)
+                for conversation, result in zip(each.ending_with_real, results, strict=True)
+            ]
+        except Unusable as unusable:  # one bad turn spoils the row: half a conversation would be in neither place
+            yield unusable
+
+
+@dataclass(frozen=True, slots=True)
+class _Found:
+    """Conversations of a source row."""
+
+    ending_with_real: list[Conversation]
+    rejected: Conversation | None
+    """The last of them with its rejected response."""
+
+    @property
+    def all(self) -> list[Conversation]:
+        return [*self.ending_with_real, *([self.rejected] if self.rejected else [])]
+
+
+def _conversations_of(source: SourceRow, task: PromptTask) -> _Found | Unusable:
+    try:
+        if not task.labelled:
+            return _Found([question_of(source.content, task.data)], None)
+        return _Found(conversations_of(source.content, task.data), rejected_of(source.content, task.data))
+    except Unusable as unusable:
+        return unusable
+
+
+def _row(
+    source: SourceRow,
+    conversation: Conversation,
+    rendered: Rendered | RenderError,
+    rejected: Rendered | RenderError | None,
+    task: PromptTask,
+) -> Row:
+    for each in (rendered, rejected):
+        if isinstance(each, RenderError):
+            raise Unusable("template", str(each))
+        if each is not None and len(each.prompt_ids) + len(each.real_ids) > task.max_length:
+            length = len(each.prompt_ids) + len(each.real_ids)
+            raise Unusable("too_long", f"{length} tokens, model.max_length is {task.max_length}")
+    assert isinstance(rendered, Rendered) and not isinstance(rejected, RenderError)
+    identity = [rendered.prompt_ids, rendered.real_ids, *([rejected.real_ids] if rejected else [])]
+    return {
+        "prompt_id": hashlib.blake2b(str(identity).encode(), digest_size=8).hexdigest(),
+        "prompt_ids": rendered.prompt_ids,
+        "real_ids": rendered.real_ids,
+        "messages": _as_json(conversation),
+        "answer": answer_of((source.content or {}).get("answer")),
+        "rejected_ids": rejected.real_ids if rejected else None,
+    }
+
+
+def _as_json(conversation: Conversation) -> str:
+    """As ``json.dumps`` writes it, text as text; that sets itself up anew for each call, which takes twice as long."""
+    written = [
+        f'{{"role": {encode_basestring(message["role"])}, "content": {encode_basestring(message["content"])}}}'
+        for message in conversation
+    ]
+    return f"[{', '.join(written)}]"
+
+
+def _finish(
+    storage: Storage, slices: list[_Slice], artefact: Artefact, max_rows: int | None, part_rows: int
+) -> tuple[dict[str, FileEntry], Counter[str]]:
+    """Drops duplicates, cuts rows into parts of ``part_rows``, writes the quarantine; one slice in memory at a time."""
+    firsts = _first_of_each([each.ids for each in slices], max_rows)
+    reasons: Counter[str] = Counter()
+    quarantine: list[pa.Table] = []
+    entries: dict[str, FileEntry] = {}
+    waiting = PROMPT_SCHEMA.empty_table()
+    artefact.discard_parts()
+
+    def write(table: pa.Table) -> None:
+        if table.num_rows:
+            name = part_name(len(entries))
+            entries[name] = artefact.write_part(name, table.combine_chunks())
+
+    for name, (keep, repeated) in zip([each.name for each in slices], firsts, strict=True):
+        rows = storage.read(f"{name}-rows")
+        duplicates = [
+            _quarantine_row(
+                artefact.path, row["origin"], "duplicate", "the same prompt and response as an earlier row", row["raw"]
+            )
+            for row in (_columns(rows, ["origin", "raw"]).filter(repeated).to_pylist() if repeated.any() else [])
+        ]
+        bad = pa.concat_tables(
+            [table_from_bytes(storage.read(f"{name}-bad")), pa.Table.from_pylist(duplicates, QUARANTINE_SCHEMA)]
+        )
+        reasons.update(bad["reason"].to_pylist())
+        quarantine.append(bad)
+        table = _columns(rows, PROMPT_SCHEMA.names)
+        waiting = pa.concat_tables([waiting, table if keep.all() else table.filter(keep)])
+        while waiting.num_rows >= part_rows:
+            write(waiting.slice(0, part_rows))
+            waiting = waiting.slice(part_rows)
+    write(waiting)
+    storage.replace(f"quarantine/{artefact.path}.parquet", table_to_bytes(pa.concat_tables(quarantine)))
+    return entries, reasons
+
+
+def _columns(part: bytes, names: list[str]) -> pa.Table:
+    return pq.read_table(pa.BufferReader(part), columns=names)
+
+
+def _first_of_each(ids: list[np.ndarray], limit: int | None) -> list[tuple[np.ndarray, np.ndarray]]:
+    """For each slice, which rows to keep (the first of their id, ``limit`` in all), and which repeat a kept one.
+
+    Rows past the limit are neither.
+    """
+    every = np.concatenate(ids)
+    _, first, which = np.unique(every, return_index=True, return_inverse=True)
+    is_first = np.zeros(len(every), bool)
+    is_first[first] = True
+    keep = is_first & (np.cumsum(is_first) <= (len(every) if limit is None else limit))
+    repeated = ~is_first & keep[first[which]]
+    ends = np.cumsum([len(each) for each in ids])[:-1]
+    return list(zip(np.split(keep, ends), np.split(repeated, ends), strict=True))
+
+
+def _quarantine_row(stage: str, origin: str, reason: str, detail: str, raw: bytes) -> Row:
+    return {"stage": stage, "origin": origin, "reason": reason, "detail": detail, "row": raw}
+
+
+def _check_quarantine(
+    run_dir: RunDir, config: SpinConfig, artefact: Artefact, source: str, good: int, reasons: Counter[str]
+) -> None:
+    bad = reasons.total()
+    if good and bad <= config.data.max_quarantine_fraction * (good + bad):
+        if bad:
+            logger.warning("%s: %d of %d rows in quarantine (%s)", source, bad, good + bad, _counts(reasons))
+        return
+    where = f"quarantine/{artefact.path}.parquet"
+    if not bad:
+        raise DataError(f"{source}: holds no rows")
+    first = table_from_bytes(run_dir.storage.read(where)).slice(0, 1).to_pylist()[0]
+    raise DataError(
+        f"{source}: {bad} of {good + bad} rows cannot be used ({_counts(reasons)}), "
+        f"more than data.max_quarantine_fraction {config.data.max_quarantine_fraction:g}; "
+        f"first: {first['origin']}: {first['reason']}: {first['detail']}; "
+        f"all are in {run_dir.storage.where(where)}"
+    )
+
+
+def _counts(reasons: Counter[str]) -> str:
+    return ", ".join(f"{count} {reason}" for reason, count in reasons.most_common())

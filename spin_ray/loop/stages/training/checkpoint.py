@@ -1,0 +1,54 @@
+"""Training checkpoints: sealed by the ranks that wrote them, and checked before any library opens them (torch's own
+reader unpickles what it finds).
+"""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import torch.distributed as dist
+
+from spin_ray.errors import RunDirError
+from spin_ray.run_dir.run_dir import FileEntry, folder_entries
+
+WORKERS = "train.workers"
+
+
+def seal(folder: Path, step: int, identity: dict[str, Any]) -> None:
+    """Adds the digests of this rank's files, and what work they belong to, under a name of the rank's own."""
+    files = {name: entry.model_dump() for name, entry in folder_entries(folder).items()}
+    content = {"step": step, "identity": {WORKERS: dist.get_world_size(), **identity}, "files": files}
+    _seal_of(folder, dist.get_rank()).write_text(json.dumps(content))
+
+
+def check(folder: Path, identity: dict[str, Any], else_do: str, *, any_workers: bool = False) -> int:
+    """The step after which the checkpoint was written, by as many workers as there are now or by ``any_workers``.
+
+    Raises:
+        RunDirError: a file is missing or damaged, or the checkpoint is of other work; ``else_do`` ends the message.
+    """
+    seals = [_read(_seal_of(folder, 0), else_do)]
+    then, now = seals[0]["identity"], {WORKERS: dist.get_world_size(), **json.loads(json.dumps(identity))}
+    writers = then[WORKERS]
+    if any_workers:
+        now[WORKERS] = writers
+    if differing := sorted(key for key in then.keys() | now.keys() if then.get(key) != now.get(key)):
+        changes = ", ".join(f"{key} (was {then.get(key)!r}, now {now.get(key)!r})" for key in differing)
+        raise RunDirError(f"{folder}: was written with other values of {changes}; restore them, {else_do}")
+    seals += [_read(_seal_of(folder, rank), else_do) for rank in range(1, writers)]
+    found = {name: entry.model_dump() for name, entry in folder_entries(folder).items()}
+    for name, entry in (item for seal in seals for item in seal["files"].items()):
+        if found.get(name) != FileEntry(**entry).model_dump():
+            raise RunDirError(f"{folder / name}: is missing or differs from its digest; restore it, {else_do}")
+    return seals[0]["step"]
+
+
+def _seal_of(folder: Path, rank: int) -> Path:
+    return folder / f"spin_ray-{rank}.json"
+
+
+def _read(path: Path, else_do: str) -> dict[str, Any]:
+    try:
+        return json.loads(path.read_bytes())
+    except (OSError, ValueError) as error:
+        raise RunDirError(f"{path}: is missing or damaged; restore it, {else_do}") from error

@@ -1,0 +1,150 @@
+"""When an iteration and the run will be done, told from what their stages took so far.
+
+A turn t is the driver's: θ_t answers and is evaluated, then θ_{t+1} is trained; the last turn only evaluates, and turn
+−1 prepares (prompts, warm-up). Seconds of a kind of stage grow with its work: a turn with twice the pairs trains twice
+as long. What no turn has shown yet is not known, and is said to come on top.
+"""
+
+import re
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+from spin_ray.config.sections import SpinConfig
+from spin_ray.run_dir.events import BESIDE, Event, Span, spans, split_stage
+from spin_ray.run_dir.run_dir import iterate_number
+
+PREPARATION = -1
+
+
+@dataclass(frozen=True, slots=True)
+class Expected:
+    """A stage of the whole run. Example: ``Expected(1, "training", 128)``."""
+
+    turn: int
+    kind: str
+    work: float
+    """In units of its kind; only ratios count."""
+
+
+@dataclass(frozen=True, slots=True)
+class Left:
+    seconds: float
+    is_all: bool
+    """False: stages whose duration is not known yet come on top."""
+
+    def __str__(self) -> str:
+        if self.is_all:
+            return f"{duration(self.seconds)} left"
+        return f"over {duration(self.seconds)} left" if self.seconds else "time left not known yet"
+
+
+@dataclass(frozen=True, slots=True)
+class Forecast:
+    turn: int
+    """The one that the run is in."""
+    iteration: Left
+    run: Left
+
+
+def forecast(config: SpinConfig, events: Sequence[Event], now: float, running_left_s: float | None) -> Forecast | None:
+    """None before the first stage. ``running_left_s`` is what the running stage knows of itself; None: it is guessed
+    from earlier ones of its kind.
+    """
+    attempts = spans([_by_turn(event) for event in events if split_stage(event["stage"])[1] not in BESIDE])
+    if not attempts:
+        return None
+    done = {_place(span) for span in attempts if span.outcome == "commit"}
+    running = attempts[-1] if attempts[-1].outcome == "running" else None
+    plan = list(_expected(config, attempts, done))
+    rates = dict(_rates(plan, attempts, done))
+    turn = _place(attempts[-1])[0]
+    if running is None and all((it.turn, it.kind) in done for it in plan if it.turn == turn):
+        turn = min((it.turn for it in plan if (it.turn, it.kind) not in done), default=turn)
+    # What stands before the running stage has been done, or there was nothing to do.
+    places = [(it.turn, it.kind) for it in plan]
+    passed = places.index(_place(running)) if running and _place(running) in places else 0
+    left: list[tuple[int, float | None]] = []
+    for it in plan[passed:]:
+        if (it.turn, it.kind) in done:
+            continue
+        guess = rates[it.kind] * it.work if it.kind in rates else None
+        if running and (it.turn, it.kind) == _place(running):
+            known = max(0.0, guess - (now - running.start)) if guess is not None else None
+            guess = known if running_left_s is None else running_left_s
+        left.append((it.turn, guess))
+    return Forecast(turn, _sum([guess for at, guess in left if at == turn]), _sum([guess for _, guess in left]))
+
+
+def turn_of(stage: str) -> int:
+    """The turn of an event's stage: what θ_t does is turn t, what makes θ_t is turn t − 1."""
+    folder, _, name = stage.partition(" ")[0].rpartition("/")
+    if not re.fullmatch(r"sft|iter_\d+", folder):
+        return PREPARATION
+    return iterate_number(folder) - (0 if name in ("heldout_samples", "evaluation") else 1)
+
+
+def _by_turn(event: Event) -> Event:
+    """The event with its stage as TURN/KIND."""
+    turn, kind = turn_of(event["stage"]), split_stage(event["stage"])[1]
+    if event["stage"] == "sft/training":
+        kind = "warm-up"
+    if turn == 0 and kind == "evaluation":
+        kind = "first_evaluation"
+    return event | {"stage": f"{turn}/{kind}"}
+
+
+def _place(span: Span) -> tuple[int, str]:
+    return int(span.folder), span.stage
+
+
+def duration(seconds: float) -> str:
+    """``45 s``, ``12 min``, ``3.5 h``."""
+    if seconds < 90:
+        return f"{seconds:.0f} s"
+    return f"{seconds / 60:.0f} min" if seconds < 5400 else f"{seconds / 3600:.1f} h"
+
+
+def _sum(guesses: list[float | None]) -> Left:
+    known = [guess for guess in guesses if guess is not None]
+    return Left(sum(known), len(known) == len(guesses))
+
+
+def _rates(
+    plan: Sequence[Expected], attempts: Sequence[Span], done: set[tuple[int, str]]
+) -> Iterator[tuple[str, float]]:
+    """Seconds for a unit of work of each kind, by its newest turn that is done; all attempts of that turn count."""
+    for it in sorted(plan, key=lambda it: it.turn):
+        if (it.turn, it.kind) in done:
+            mine = [span for span in attempts if _place(span) == (it.turn, it.kind)]
+            yield it.kind, sum(span.seconds for span in mine) / max(it.work, 1e-9)
+
+
+def _expected(config: SpinConfig, attempts: Sequence[Span], done: set[tuple[int, str]]) -> Iterator[Expected]:
+    """The stages of SPIN, and those of other algorithms that an earlier turn has shown."""
+    rows = {span.stage: span.counted.get("rows", 0) for span in attempts if span.outcome == "commit"}
+    heldout = float(rows.get("heldout", 1)) if config.data.heldout else 0.0
+    prompts = float(rows.get("prompts", 1))
+    samples = config.generation.samples_per_prompt
+    played = samples * min(config.data.prompts_per_iteration or prompts, prompts)
+    yield Expected(PREPARATION, "prompts", 1)
+    if config.data.heldout:
+        yield Expected(PREPARATION, "heldout", 1)
+    if config.sft:
+        yield Expected(PREPARATION, "warm-up", 1)
+    usual = {"sampling", "evaluation", "first_evaluation", "pairs", "training", "warm-up", "prompts", "heldout"}
+    others = {kind: turn for turn, kind in sorted(done, reverse=True) if kind not in usual and turn >= 0}
+    for turn in range(config.iterations + 1):
+        is_last = turn == config.iterations
+        if heldout or not is_last:
+            yield Expected(turn, "sampling", samples * heldout + (0 if is_last else played))
+        if heldout:
+            # Samples of θ_t and its opponent under both, and those of θ_t under θ_0; of θ_0 there is nothing to score.
+            yield Expected(turn, "evaluation" if turn else "first_evaluation", 4 if turn == 1 else 5)
+        if is_last:
+            continue
+        window = turn + 1 if config.objective.window == "all" else min(config.objective.window, turn + 1)
+        yield Expected(turn, "pairs", played)
+        yield Expected(turn, "training", played * window * config.at(turn).epochs)
+        for kind, first in others.items():
+            if turn >= first:
+                yield Expected(turn, kind, 1)

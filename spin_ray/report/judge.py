@@ -1,0 +1,194 @@
+"""A model as judge between two iterates, behind any OpenAI-compatible endpoint; after MT-Bench (arXiv 2306.05685).
+
+It reads the samples that the evaluation stage drew: nothing is generated but judgements. Every pair is judged in both
+orders, as judges favour a place; only a verdict that stands in both counts as a win. The raw judgements are kept, also
+when the endpoint fails half-way: the same command then asks what is left.
+"""
+
+import hashlib
+import json
+import math
+import os
+import re
+import time
+import urllib.error
+import urllib.request
+from collections import Counter
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import asdict, dataclass
+from typing import Any, Literal
+
+from spin_ray.config.sections import SpinConfig
+from spin_ray.errors import ConfigError, StageError, first_line
+from spin_ray.report.history import Example, read_examples
+from spin_ray.report.redaction import hide_in_text
+from spin_ray.run_dir.run_dir import RunDir, read_json_lines
+
+Verdict = Literal["first", "second", "tie", "unclear"]
+_VERDICTS: dict[str, Verdict] = {"A": "first", "B": "second", "C": "tie"}
+_FORM = re.compile(r"\[\[([ABC])\]\]")
+_TASK = """Compare two replies to the last message of the conversation below.
+Judge how well each answers, whether what it says is right, and whether it fits the conversation.
+Neither its place, nor its length, nor its name counts.
+Give your reasons in a few sentences, then end with exactly one of:
+[[A]] if reply A is better, [[B]] if reply B is better, [[C]] if they are equally good.
+
+<conversation>
+{conversation}
+</conversation>
+
+<reply name="A">
+{first}
+</reply>
+
+<reply name="B">
+{second}
+</reply>"""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Judge:
+    endpoint: str
+    """Base URL, e.g. https://HOST/v1; its key is $OPENAI_API_KEY."""
+    model: str
+    timeout_s: float = 120
+    parallel: int = 8
+    """Questions asked side by side."""
+    tries: int = 4
+    """Of each question, where the server is busy (429, 5xx) or does not answer."""
+    wait_s: float = 2
+    """Before the second try; doubled before each further one."""
+
+
+@dataclass(frozen=True, slots=True)
+class Judgement:
+    """One pair in one order, as it came."""
+
+    prompt_id: str
+    first: str
+    """Name of the iterate whose reply was A."""
+    second: str
+    verdict: Verdict
+    text: str
+    """All that the judge said."""
+    judge: str = ""
+    """What the server calls it."""
+    question: str = ""
+    """Digest of what it was asked: conversation, replies and instruction."""
+
+
+def run(run_dir: RunDir, config: SpinConfig, one: str, other: str, judge: Judge, limit: int) -> dict[str, Any]:
+    """Judges ``one`` against ``other`` on up to ``limit`` held-out prompts.
+
+    Writes ``judgements/ONE-OTHER.jsonl`` (raw) and ``.json`` (what is returned). What is there already of the same
+    judge, conversation and replies is not asked again.
+
+    Raises:
+        ConfigError: one of them has no held-out samples.
+        StageError: the endpoint does not answer.
+    """
+    examples = [it for it in read_examples(run_dir, config, limit=limit) if {one, other} <= it.answers.keys()]
+    if not examples:
+        raise ConfigError(f"{run_dir.storage.root}: {one} and {other} have no held-out samples of the same prompts")
+    raw = f"judgements/{one}-{other}.jsonl"
+    known = {
+        (line["judge"], line["question"]): Judgement(**line) for line in read_json_lines(run_dir.storage, raw)
+    }  # fmt: skip
+    asked = [(it, *order) for it in examples for order in ((one, other), (other, one))]
+    judgements: list[Judgement] = []
+    with run_dir.stage(f"{one}/judging") as counted, ThreadPoolExecutor(judge.parallel) as pool:
+        found = [pool.submit(_ask_once, judge, known, *question) for question in asked]
+        try:
+            judgements += [future.result() for future in found]
+        finally:
+            for future in found:  # after a failure; what is being asked is waited for
+                future.cancel()
+            done = [future.result() for future in found if not future.cancelled() and future.exception() is None]
+            kept = known | {(it.judge, it.question): it for it in done}  # other judges' as well
+            lines = "".join(json.dumps(asdict(judgement)) + "\n" for judgement in kept.values())
+            run_dir.storage.replace(raw, lines.encode())
+        counted["rows"] = len(examples)
+    summary = summarise(judgements, one, other) | {"judge": judge.model, "endpoint": hide_in_text(judge.endpoint)}
+    run_dir.storage.replace(f"judgements/{one}-{other}.json", json.dumps(summary, indent=1).encode())
+    return summary
+
+
+def summarise(judgements: Sequence[Judgement], one: str, other: str) -> dict[str, Any]:
+    """Wins of ``one``, ties and losses over prompts, and its win rate (ties half) with the standard error.
+
+    A prompt is won if one order says so and the other does not contradict; orders that contradict each other are a tie.
+    Example: (one better, tie) is a win; (one better, other better) a tie that is also counted as ``contradicting``.
+    Prompts with an unclear judgement are left out and counted.
+    """
+    by_prompt: dict[str, list[Judgement]] = {}
+    for judgement in judgements:
+        by_prompt.setdefault(judgement.prompt_id, []).append(judgement)
+    counts = Counter({"wins": 0, "ties": 0, "losses": 0, "contradicting": 0, "unclear": 0})
+    scores = []
+    for both in by_prompt.values():
+        if any(judgement.verdict == "unclear" for judgement in both):
+            counts["unclear"] += 1
+            continue
+        points = [_point(judgement, one) for judgement in both]
+        total = sum(points)
+        counts["contradicting"] += total == 0 and any(points)
+        counts["wins" if total > 0 else "losses" if total < 0 else "ties"] += 1
+        scores.append(1.0 if total > 0 else 0.0 if total < 0 else 0.5)
+    rate = sum(scores) / len(scores) if scores else None
+    error = None
+    if len(scores) > 1 and rate is not None:
+        error = math.sqrt(sum((score - rate) ** 2 for score in scores) / (len(scores) - 1) / len(scores))
+    return {"one": one, "other": other, **counts, "win_rate": rate, "standard_error": error}
+
+
+def _point(judgement: Judgement, one: str) -> int:
+    """1 if ``one`` was better, −1 if the other was, 0 for a tie."""
+    if judgement.verdict == "tie":
+        return 0
+    better = judgement.first if judgement.verdict == "first" else judgement.second
+    return 1 if better == one else -1
+
+
+def _ask_once(
+    judge: Judge, known: dict[tuple[str, str], Judgement], example: Example, first: str, second: str
+) -> Judgement:
+    task = _task(example, first, second)
+    question = hashlib.sha256(task.encode()).hexdigest()[:32]
+    if (judge.model, question) in known:
+        return known[judge.model, question]
+    text = ask(judge, task)
+    verdicts = _FORM.findall(text)
+    verdict: Verdict = _VERDICTS[verdicts[-1]] if verdicts else "unclear"  # the last one counts
+    return Judgement(example.prompt_id, first, second, verdict, text, judge.model, question)
+
+
+def _task(example: Example, first: str, second: str) -> str:
+    conversation = "\n".join(f"{message['role']}: {message['content']}" for message in example.messages)
+    return _TASK.format(conversation=conversation, first=example.answers[first], second=example.answers[second])
+
+
+def ask(judge: Judge, task: str) -> str:
+    """What the judge says. A server that is busy or does not answer is asked again, ``judge.tries`` times in all.
+
+    Raises:
+        StageError: it gave no answer.
+    """
+    body = {"model": judge.model, "temperature": 0, "messages": [{"role": "user", "content": task}]}
+    headers = {
+        "Content-Type": "application/json",
+        "Authorization": f"Bearer {os.environ.get('OPENAI_API_KEY', 'none')}",
+    }
+    url = f"{judge.endpoint.rstrip('/')}/chat/completions"
+    for attempt in range(judge.tries):
+        try:
+            request = urllib.request.Request(url, json.dumps(body).encode(), headers)
+            with urllib.request.urlopen(request, timeout=judge.timeout_s) as answer:
+                return json.load(answer)["choices"][0]["message"]["content"] or ""
+        except (OSError, ValueError, LookupError, TypeError) as error:
+            refused = isinstance(error, urllib.error.HTTPError) and error.code < 500 and error.code != 429
+            if refused or not isinstance(error, OSError) or attempt + 1 == judge.tries:
+                said = hide_in_text(first_line(error))
+                raise StageError(f"{hide_in_text(url)}: gave no judgement ({said})") from error
+            time.sleep(judge.wait_s * 2**attempt)
+    raise ValueError("tries must be at least 1")

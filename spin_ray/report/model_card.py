@@ -1,0 +1,112 @@
+"""The model card of an iterate: ``README.md`` beside its weights, in the Hugging Face form.
+
+It is no part of the committed model: it says what evaluations found, and those come after the commit. So no digest
+covers it, and it is written anew whenever there is more to say.
+"""
+
+import json
+from collections.abc import Iterator
+from typing import Any
+
+import yaml
+
+from spin_ray.config.sections import SpinConfig
+from spin_ray.report.measures import CONFIDENCE, MEASURES
+from spin_ray.report.redaction import hide, hide_in_text
+from spin_ray.run_dir.run_dir import CARD, RunDir, iterate_name
+
+HUB_DATA = "hf://datasets/"
+
+
+def write_card(run: RunDir, iterate: int) -> None:
+    """Puts the card into the folder of θ_iterate, if the run made that model."""
+    model = run.model(iterate)
+    if not model.is_committed:
+        return
+    path, card = f"{model.path}/{CARD}", model_card(run, iterate).encode()
+    if not run.storage.exists(path) or run.storage.read(path) != card:
+        run.storage.replace(path, card)
+
+
+def model_card(run: RunDir, iterate: int) -> str:
+    """README.md in the Hugging Face form: metadata with evaluation results, then what a reader must know."""
+    config, description, name = run.config(), run.description(), iterate_name(iterate)
+    path = run.eval_path(iterate)
+    evaluation = json.loads(run.storage.read(path)) if run.storage.exists(path) else {}
+    results = [(measure, value) for measure in MEASURES if (value := measure.of(evaluation)) is not None]
+    benchmarks = evaluation.get("benchmarks", {})
+    base, data = hide_in_text(config.model.path), hide_in_text(config.data.train)
+    metadata: dict[str, Any] = {
+        "base_model": base,
+        "library_name": "transformers",
+        "pipeline_tag": "text-generation",
+        "tags": ["spin", "self-play", "spin_ray"],
+    }
+    if data.startswith(HUB_DATA):
+        metadata["datasets"] = ["/".join(data.removeprefix(HUB_DATA).split("/")[:2])]
+    heldout = hide_in_text(config.data.heldout or "")
+    ours = [(measure.key, measure.title, value) for measure, value in results]
+    groups = [_result(heldout, "held-out rows", ours)] if ours else []
+    for task, found in benchmarks.items():
+        quoted = [(metric, metric, it["value"]) for metric, it in found["metrics"].items()]
+        groups.append(_result(task, "lm-eval", quoted))
+    if groups:
+        metadata["model-index"] = [{"name": f"{run.storage.name}/{name}", "results": groups}]
+    lines = ["---", yaml.safe_dump(metadata, sort_keys=False, allow_unicode=True).strip(), "---", ""]
+    lines += [f"# {run.storage.name}, {name}", ""]
+    lines += [_how(config, iterate, base, data), ""]
+    lines += ["## Evaluation", "", _results(evaluation, results), ""]
+    if benchmarks:
+        lines += ["## Benchmarks (lm-eval)", "", *_benchmark_rows(benchmarks), ""]
+    lines += ["## Inputs and versions", ""]
+    lines += [f"- SHA-256 of {key}: `{value or 'none'}`" for key, value in description["inputs"].items()]
+    lines += [f"- {', '.join(f'{package} {number}' for package, number in description['versions'].items())}", ""]
+    recipe = yaml.safe_dump(hide(config.model_dump(mode="json", exclude_defaults=True)), sort_keys=False)
+    lines += ["## Recipe", "", "    " + recipe.strip().replace("\n", "\n    "), ""]
+    return "\n".join(lines)
+
+
+def _result(dataset: str, kind: str, metrics: list[tuple[str, str, float]]) -> dict[str, Any]:
+    """An entry of the hub's model index."""
+    return {
+        "task": {"type": "text-generation"},
+        "dataset": {"name": dataset, "type": kind},
+        "metrics": [{"type": key, "name": title, "value": round(value, 6)} for key, title, value in metrics],
+    }
+
+
+def _benchmark_rows(benchmarks: dict[str, Any]) -> Iterator[str]:
+    yield "| task | examples | metric | value |"
+    yield "|---|---|---|---|"
+    for task, found in benchmarks.items():
+        for metric, it in found["metrics"].items():
+            error = f" ± {CONFIDENCE * it['standard_error']:.4f}" if it["standard_error"] else ""
+            shots = "" if found["shots"] is None else found["shots"]
+            yield f"| {task} | {shots} | {metric} | {it['value']:.4f}{error} |"
+
+
+def _how(config: SpinConfig, iterate: int, base: str, data: str) -> str:
+    warm_up = f"{config.sft.epochs} epoch(s) of supervised fine-tuning" if config.sft else ""
+    spin = f"{iterate} iteration(s) of SPIN (self-play fine-tuning, arXiv 2401.01335)" if iterate else ""
+    steps = " and ".join(step for step in (warm_up, spin) if step)
+    return (
+        f"Made from `{base}` by {steps} on `{data}` with spin_ray: the model learns to tell people's responses from "
+        "those of the iterate before it. It has been aligned with nothing but these data: it copies what is wrong in "
+        "them, and has not been tested for safety."
+    )
+
+
+def _results(evaluation: dict[str, Any], results: list[Any]) -> str:
+    if not results:
+        return "It has not been evaluated."
+    lines = [
+        f"{evaluation['rows']} held-out rows, one fresh sample each; ± is a 95 % interval of the mean.",
+        "",
+        "| measure | value | meaning |",
+        "|---|---|---|",
+    ]
+    for measure, value in results:
+        interval = measure.interval(evaluation)
+        half = f" ± {(interval[1] - interval[0]) / 2:.{measure.digits}f}" if interval else ""
+        lines.append(f"| {measure.title} | {value:.{measure.digits}f}{half} | {measure.meaning} |")
+    return "\n".join(lines)

@@ -1,0 +1,262 @@
+"""What the page says of one run: everything read, counted and put into words; no HTML here."""
+
+from collections import Counter
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from typing import Any
+
+import yaml
+
+from spin_ray.config.sections import SpinConfig, flatten
+from spin_ray.errors import UserError
+from spin_ray.report.history import Example, read_benchmarks, read_evaluations, read_examples, read_train_logs
+from spin_ray.report.measures import BY_KEY, CONFIDENCE, Evaluation, warnings
+from spin_ray.report.redaction import hide, hide_in_text
+from spin_ray.run_dir.events import Span, spans
+from spin_ray.run_dir.run_dir import RunDir, iterate_name
+from spin_ray.run_dir.storage import table_from_bytes
+
+EXAMPLES = 200
+
+
+@dataclass(frozen=True, slots=True)
+class StageTotal:
+    """All attempts at one kind of stage."""
+
+    stage: str
+    attempts: int
+    seconds: float
+    share: float
+    """Of the run's wall time."""
+    rows: int
+    tokens: int
+    useful: float | None
+    """Share of its seconds that went into the work itself, where the stage measured it."""
+
+
+@dataclass(frozen=True, slots=True)
+class RunView:
+    """One run, ready to be shown."""
+
+    name: str
+    config: SpinConfig
+    description: dict[str, Any]
+    evaluations: list[Evaluation]
+    train_logs: dict[str, list[dict[str, Any]]]
+    benchmarks: dict[str, dict[str, Any]]
+    spans: list[Span]
+    examples: list[Example]
+    no_examples: str
+    """Why there are none; empty if there are some."""
+    quarantine: list[tuple[str, str, int, str]]
+    """(stage, reason, rows, one detail)."""
+    pairs: list[tuple[str, dict[str, int]]]
+    """(iteration, counts of its pairs stage)."""
+    state: str
+    failure: str
+    warnings: list[tuple[str, str]]
+    """(iterate, sentence)."""
+
+    @property
+    def iterates(self) -> list[str]:
+        return [evaluation["iterate"] for evaluation in self.evaluations]
+
+    @property
+    def started(self) -> str:
+        return _utc(self.spans[0].start) if self.spans else "not yet"
+
+    @property
+    def wall_seconds(self) -> float:
+        return self.spans[-1].end - self.spans[0].start if self.spans else 0.0
+
+    @property
+    def busy_seconds(self) -> float:
+        return sum(span.seconds for span in self.spans)
+
+    @property
+    def recipe(self) -> str:
+        """The recipe that makes this run again: what differs from the defaults."""
+        changed = self.config.model_dump(mode="json", exclude_defaults=True)
+        return yaml.safe_dump(hide(changed), sort_keys=False, allow_unicode=True)
+
+    @property
+    def settings(self) -> dict[str, Any]:
+        """Every value, flattened."""
+        return flatten(hide(self.config.model_dump(mode="json")))
+
+    @property
+    def changed_settings(self) -> set[str]:
+        return set(flatten(self.config.model_dump(mode="json", exclude_defaults=True)))
+
+    def stage_totals(self) -> list[StageTotal]:
+        totals = []
+        for stage in dict.fromkeys(span.stage for span in self.spans):
+            mine = [span for span in self.spans if span.stage == stage]
+            measured = [span for span in mine if "useful" in span.counted]
+            useful = sum(span.counted["useful"] * span.seconds for span in measured)
+            seconds = sum(span.seconds for span in mine)
+            totals.append(
+                StageTotal(
+                    stage=stage,
+                    attempts=len(mine),
+                    seconds=seconds,
+                    share=seconds / max(self.wall_seconds, 1e-9),
+                    rows=sum(span.counted.get("rows", 0) for span in mine),
+                    tokens=sum(span.counted.get("tokens", 0) for span in mine),
+                    useful=useful / max(sum(span.seconds for span in measured), 1e-9) if measured else None,
+                )
+            )
+        return totals
+
+    def verdict(self) -> tuple[str, str]:
+        """Two sentences: what the newest iterate is worth, and what to beware of."""
+        if not self.evaluations:
+            if self.config.data.heldout is None:
+                first = "The run has no held-out data (data.heldout), so nothing says what its iterates are worth."
+            else:
+                first = "Nothing has been evaluated yet."
+            return first, f"The run is {self.state}."
+        return _worth(self.evaluations), _caution(self.evaluations, self.warnings)
+
+
+def read_view(run: RunDir, only_prompts: list[str] | None = None) -> RunView:
+    """Reads all that the page shows of ``run``; ``only_prompts`` are the examples that another run shows."""
+    config = run.config()
+    events = run.events()
+    evaluations = read_evaluations(run, config)
+    examples, no_examples = _examples(run, config, only_prompts)
+    state, failure = _state(run, config, events)
+    found = [
+        (evaluation["iterate"], text)
+        for evaluation in evaluations
+        for text in warnings(evaluation, evaluations[0] if evaluation is not evaluations[0] else None)
+    ]
+    return RunView(
+        name=run.storage.name,
+        config=config,
+        description=hide(run.description()),
+        evaluations=evaluations,
+        train_logs=read_train_logs(run, config),
+        benchmarks=read_benchmarks(run, config),
+        spans=spans(events),
+        examples=examples,
+        no_examples=no_examples,
+        quarantine=_quarantine(run),
+        pairs=_pairs(run, config),
+        state=state,
+        failure=failure,
+        warnings=found,
+    )
+
+
+def _examples(run: RunDir, config: SpinConfig, only: list[str] | None) -> tuple[list[Example], str]:
+    try:
+        found = read_examples(run, config, limit=EXAMPLES, spread=True, only=only)
+    except (UserError, OSError, ValueError) as error:
+        return [], f"Their texts cannot be read: {hide_in_text(str(error))}"
+    return found, "" if found else "No held-out prompt has been answered yet."
+
+
+def _state(run: RunDir, config: SpinConfig, events: list[dict[str, Any]]) -> tuple[str, str]:
+    """(state in a word or two, the last failure if that is how things stand)."""
+    last = events[-1] if events else None
+    if run.latest() == iterate_name(config.iterations):
+        return "finished", ""
+    if any(event["event"] == "stop" and event["stage"] == run.latest() for event in events):
+        return "stopped by its rule", ""
+    if last and last["event"] == "failure":
+        return "failed", hide_in_text(f"{last['stage']}: {last.get('error', '')}")
+    return "unfinished", ""
+
+
+def _quarantine(run: RunDir) -> list[tuple[str, str, int, str]]:
+    found = []
+    for name in run.storage.names("quarantine"):
+        rows = table_from_bytes(run.storage.read(f"quarantine/{name}")).select(["reason", "detail"]).to_pylist()
+        details = {row["reason"]: row["detail"] for row in reversed(rows)}
+        for reason, count in Counter(row["reason"] for row in rows).most_common():
+            found.append((name.removesuffix(".parquet"), reason, count, hide_in_text(details[reason] or "")))
+    return found
+
+
+def _pairs(run: RunDir, config: SpinConfig) -> list[tuple[str, dict[str, int]]]:
+    artefacts = [(iterate_name(iteration + 1), run.pairs(iteration)) for iteration in range(config.iterations)]
+    return [
+        (name, {key: int(count) for key, count in artefact.manifest().counts.items()})
+        for name, artefact in artefacts
+        if artefact.is_committed
+    ]
+
+
+def _worth(evaluations: list[Evaluation]) -> str:
+    first, last = evaluations[0], evaluations[-1]
+    name, accuracy = last["iterate"], BY_KEY["answer_accuracy"]
+    now, before = accuracy.of(last), accuracy.of(first)
+    if now is not None and before is not None and first is not last:
+        errors = [it.get("standard_errors", {}).get("answer_accuracy", 0.0) for it in (first, last)]
+        noise = CONFIDENCE * (errors[0] ** 2 + errors[1] ** 2) ** 0.5
+        change = now - before
+        judged = "more than chance" if abs(change) > noise > 0 else "no more than chance may give"
+        return (
+            f"{name} answers {now:.1%} of {last['answers_graded']} held-out questions right, {first['iterate']} "
+            f"{before:.1%}: a change of {change:+.1%} (± {noise:.1%}), {judged}."
+        )
+    loss = BY_KEY["against_opponent.loss"]
+    if (value := loss.of(last)) is None:
+        return f"{name} has been sampled; no later iterate has been compared with it yet."
+    interval = loss.interval(last)
+    shown = f"{value:.3f}" + (f" ± {(interval[1] - interval[0]) / 2:.3f}" if interval else "")
+    if (interval[1] if interval else value) < 0.693:
+        return (
+            f"{name} tells people's held-out responses from those of {last['opponent']} (loss {shown}; guessing gives "
+            f"0.693), so what it learned carries over to new prompts; different is not yet better."
+        )
+    return (
+        f"{name} cannot be shown to tell people's held-out responses from those of {last['opponent']} "
+        f"(loss {shown}; guessing gives 0.693)."
+    )
+
+
+def _caution(evaluations: list[Evaluation], found: list[tuple[str, str]]) -> str:
+    first, last = evaluations[0], evaluations[-1]
+    if mine := [text for iterate, text in found if iterate == last["iterate"]]:
+        more = f" (and {len(mine) - 1} more below)" if len(mine) > 1 else ""
+        return f"Beware: {mine[0].rstrip('.')}{more}."
+    return (
+        f"No sign of collapse: responses went from {first['generated_length']:.1f} to "
+        f"{last['generated_length']:.1f} tokens (people: {last['real_length']:.1f}), "
+        f"{last['truncation_rate']:.0%} of them are cut, {last['identical_share']:.0%} equal y."
+    )
+
+
+def compare(first: RunView, other: RunView, first_name: str, other_name: str) -> str:
+    """One sentence: which run's newest iterate is better, as far as the rows can tell."""
+    if not first.evaluations or not other.evaluations:
+        return f"{first_name} and {other_name} cannot be compared yet: not both have been evaluated."
+    if first.description["inputs"].get("heldout") != other.description["inputs"].get("heldout"):
+        return f"{first_name} and {other_name} have other held-out rows: their numbers do not compare."
+    one, two = first.evaluations[-1], other.evaluations[-1]
+    for key in ("answer_accuracy", "generated_length"):
+        measure = BY_KEY[key]
+        found = [measure.of(one), measure.of(two)]
+        if found[0] is None or found[1] is None:
+            continue
+        errors = [it.get("standard_errors", {}).get(key, 0.0) for it in (one, two)]
+        change, noise = found[1] - found[0], CONFIDENCE * (errors[0] ** 2 + errors[1] ** 2) ** 0.5
+        judged = "more than chance" if abs(change) > noise > 0 else "no more than chance may give"
+        names = f"{two['iterate']} of {other_name} against {one['iterate']} of {first_name}"
+        if key == "answer_accuracy":
+            return (
+                f"{names}: {found[1]:.1%} of the held-out questions right against {found[0]:.1%}, {change:+.1%} "
+                f"(± {noise:.1%}), {judged}; another seed may differ by more."
+            )
+        return (
+            f"{names}: responses of {found[1]:.1f} tokens against {found[0]:.1f} (people: {one['real_length']:.1f}), "
+            f"{change:+.1f} (± {noise:.1f}), {judged}; losses and margins are against opponents of their own, so only "
+            "the examples, lengths and benchmarks compare."
+        )
+    return f"{first_name} and {other_name} have no measure in common."
+
+
+def _utc(seconds: float) -> str:
+    return datetime.fromtimestamp(seconds, UTC).strftime("%Y-%m-%d %H:%M UTC")

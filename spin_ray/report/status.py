@@ -1,0 +1,159 @@
+"""A run in a table, for the end of a run and for ``spin-ray status``."""
+
+import json
+import time
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+
+from spin_ray.config.sections import SpinConfig
+from spin_ray.report.forecast import duration
+from spin_ray.report.history import read_evaluations, read_examples
+from spin_ray.report.measures import MEASURES, Evaluation, warnings
+from spin_ray.report.progress import PROGRESS
+from spin_ray.run_dir.events import Event, lost_work, spans, stage_seconds
+from spin_ray.run_dir.run_dir import RunDir, iterate_number, read_json_lines
+
+EXAMPLES = 3
+RECENT_STEPS = 10
+"""Of a running training, whose mean ``status`` shows."""
+
+
+def print_summary(run: RunDir, console: Console) -> None:
+    """Iterates side by side, examples, and how to go on."""
+    config = run.config()
+    evaluations = read_evaluations(run, config)
+    console.print(_iterates(evaluations))
+    console.print(_seconds(stage_seconds(run.events())))
+    if evaluations:
+        _print_examples(run, config, console)
+    # Paths and errors are no markup: rich takes [/tmp/x] for the end of a style.
+    console.print(f"Run:    {run.storage.root}", markup=False)
+    latest = run.latest()
+    model = run.storage.where(run.model(iterate_number(latest) if latest else config.iterations).path)
+    console.print(f"Model:  {model} (LATEST: {latest})", markup=False)
+    console.print(f"Go on:  spin-ray status {run.storage.root}", markup=False)
+
+
+def print_status(run: RunDir, console: Console) -> None:
+    """What is committed, what is running now with its measures so far, what the last event was, and the evaluations."""
+    config = run.config()
+    events = run.events()
+    evaluations = read_evaluations(run, config)
+    console.print(_measures(evaluations))
+    for evaluation in evaluations:
+        for text in warnings(evaluation, evaluations[0] if evaluation is not evaluations[0] else None):
+            console.print(f"[yellow]Warning[/] {evaluation['iterate']}:", end=" ")
+            console.print(text, markup=False)
+    console.print(_seconds(stage_seconds(events)))
+    if any((lost := lost_work(events)).values()):
+        console.print(f"Lost to failures and done again: {lost['shards']} shards (at most), {lost['steps']} steps")
+    _print_running(run, events, console)
+    for event in events[-1:]:
+        detail = {name: value for name, value in event.items() if name not in ("time", "event", "stage")}
+        line = f"Last event: {event['event']} {event['stage']} {json.dumps(detail) if detail else ''}"
+        console.print(line, markup=False)
+    console.print(f"LATEST: {run.latest() or 'nothing published yet'}; iterations wanted: {config.iterations}")
+
+
+def is_running(run: RunDir) -> bool:
+    """Whether a stage has been started and not ended; its driver may have died meanwhile."""
+    return any(span.outcome == "running" for span in spans(run.events())[-1:])
+
+
+def _print_running(run: RunDir, events: list[Event], console: Console) -> None:
+    """The running stage, when its driver last said so, and the measures of its training."""
+    last = next(iter(spans(events)[-1:]), None)
+    if last is None or last.outcome != "running":
+        return
+    log = read_json_lines(run.storage, f"{last.folder}/train_log.jsonl") if last.stage == "training" else []
+    if log:
+        console.print(_training(last.folder, log))
+    try:
+        state = json.loads(run.storage.read(PROGRESS))
+    except (FileNotFoundError, ValueError):
+        state = {}
+    if state.get("time", 0) >= last.start:
+        line = f"Running: {state['line']} (told {duration(time.time() - state['time'])} ago)"
+    else:
+        line = f"Running: {last.folder} {last.stage} for {duration(time.time() - last.start)}"
+    console.print(line, markup=False)
+
+
+def _training(folder: str, log: list[dict[str, Any]]) -> Table:
+    """The first step, the mean of the newest ones, and the newest."""
+    recent, newest = log[-RECENT_STEPS:], log[-1]
+    table = Table(title=f"{folder} training, step {newest['step'] + 1} of {newest['of']}")
+    for name in ("measure", "first", f"mean of {len(recent)}", "newest"):
+        table.add_column(name, justify="left" if name == "measure" else "right")
+    for key in newest:
+        if key not in ("step", "of"):
+            mean = sum(line[key] for line in recent) / len(recent)
+            table.add_row(key, *[f"{value:,.5g}" for value in (log[0][key], mean, newest[key])])
+    seconds = sum(line["seconds"] for line in recent)
+    table.add_row("tokens/s", "", f"{sum(line['tokens'] for line in recent) / max(seconds, 1e-9):,.0f}", "")
+    return table
+
+
+def _iterates(evaluations: list[dict[str, Any]]) -> Table:
+    table = Table(title="Held-out rows, fresh samples of each iterate")
+    for name in ("iterate", "loss", "margin", "margin acc.", "answer acc.", "length y", "length y′", "cut", "y=y′"):
+        table.add_column(name, justify="left" if name == "iterate" else "right", no_wrap=name == "iterate")
+    for evaluation in evaluations:
+        against = evaluation.get("against_opponent", {})
+        table.add_row(
+            evaluation["iterate"],
+            _number(against.get("loss"), 4),
+            _number(against.get("margin"), 3),
+            _number(against.get("accuracy"), 2),
+            _number(evaluation.get("answer_accuracy"), 3),
+            _number(evaluation["real_length"], 1),
+            _number(evaluation["generated_length"], 1),
+            _number(evaluation["truncation_rate"], 2),
+            _number(evaluation["identical_share"], 2),
+        )
+    return table
+
+
+def _measures(evaluations: list[Evaluation]) -> Table:
+    """Every measure that has a value, iterates side by side."""
+    table = Table(title="Held-out rows, fresh samples of each iterate")
+    table.add_column("measure")
+    for evaluation in evaluations:
+        table.add_column(evaluation["iterate"], justify="right", no_wrap=True)
+    for measure in MEASURES:
+        values = [measure.of(evaluation) for evaluation in evaluations]
+        if any(value is not None for value in values):
+            table.add_row(measure.title, *[_number(value, measure.digits) for value in values])
+    return table
+
+
+def _seconds(seconds: dict[str, dict[str, float]]) -> Table:
+    stages = list(dict.fromkeys(stage for spent in seconds.values() for stage in spent))
+    table = Table(title="Seconds per stage")
+    table.add_column("folder", no_wrap=True)
+    for stage in stages:
+        table.add_column(stage, justify="right")
+    for folder, spent in seconds.items():
+        table.add_row(folder, *[_number(spent.get(stage), 0) for stage in stages])
+    return table
+
+
+def _number(value: float | None, digits: int) -> str:
+    return "–" if value is None else f"{value:.{digits}f}"
+
+
+def _print_examples(run: RunDir, config: SpinConfig, console: Console) -> None:
+    """A few held-out prompts with the human answer and each iterate's."""
+    for example in read_examples(run, config, limit=EXAMPLES):
+        console.rule(style="dim")
+        for message in example.messages:
+            console.print(f"[bold]{message['role']}[/]", end="  ")
+            console.print(message["content"], markup=False, emoji=False)
+        console.print("[bold green]human[/]", end="  ")
+        console.print(example.human, markup=False, emoji=False)
+        for name, answer in example.answers.items():
+            console.print(f"[bold cyan]{name}[/]", end="  ")
+            console.print(answer, markup=False, emoji=False)
+    console.rule(style="dim")

@@ -1,0 +1,155 @@
+"""An iterate's numbers for TensorBoard, MLflow and Weights & Biases: the same names everywhere, one run for each RUN.
+
+    train/loss, train/margin, …           at the optimizer step, counted through all iterations
+    eval/against_opponent.loss, …         at the number of the iterate (θ_0 is 0): the keys of eval.json
+
+Ray's Prometheus endpoint has the newest of both (``gauges``).
+
+Each iterate is logged once, when it is published; RUN/tracking.json remembers what was. A tracker that fails is a
+warning, never the end of a run: what it was told is in the run folder all the same.
+"""
+
+import json
+import logging
+import os
+import time
+import uuid
+from collections.abc import Callable, Iterator
+from typing import Any, NamedTuple
+
+from spin_ray.config.sections import SpinConfig, flatten
+from spin_ray.errors import first_line
+from spin_ray.report import gauges
+from spin_ray.report.measures import MEASURES
+from spin_ray.report.redaction import hide
+from spin_ray.run_dir.run_dir import RunDir, iterate_name, read_json_lines
+
+logger = logging.getLogger(__name__)
+
+STATE = "tracking.json"
+TENSORBOARD = "tensorboard"
+
+
+class Point(NamedTuple):
+    """Example: ``Point("train/loss", 12, 0.41)``."""
+
+    name: str
+    step: int
+    value: float
+
+
+def track(run: RunDir, config: SpinConfig, iterate: int) -> None:
+    """Tells every configured tracker about θ_iterate: how it was trained and what it is worth."""
+    name, state = iterate_name(iterate), _read_state(run)
+    for tracker, log in _trackers(config).items():
+        mine = state.setdefault(tracker, {"logged": []})
+        if name in mine["logged"]:
+            continue
+        try:
+            mine |= log(run, config, list(points(run, iterate)), mine)
+        except Exception as error:  # whatever a tracker's client, network or disk does, the run goes on
+            logger.warning("%s: could not log %s (%s: %s)", tracker, name, type(error).__name__, first_line(error))
+            continue
+        mine["logged"].append(name)
+        run.storage.replace(STATE, json.dumps(state, indent=1).encode())
+    newest = {point.name: point.value for point in _evaluation_points(run, iterate)}
+    gauges.set_all(run.storage.name, newest | {"eval/iterate": float(iterate)})
+
+
+def points(run: RunDir, iterate: int) -> Iterator[Point]:
+    """Every number of θ_iterate, the training steps first."""
+    logs = [read_json_lines(run.storage, f"{iterate_name(number)}/train_log.jsonl") for number in range(iterate + 1)]
+    before = sum(len(log) for log in logs[:-1])
+    for line in logs[-1]:
+        for key, value in line.items():
+            if key not in gauges.NOT_LOGGED:
+                yield Point(f"train/{key}", before + line["step"], float(value))
+    yield from _evaluation_points(run, iterate)
+
+
+def _evaluation_points(run: RunDir, iterate: int) -> Iterator[Point]:
+    path = run.eval_path(iterate)
+    evaluation = json.loads(run.storage.read(path)) if run.storage.exists(path) else {}
+    for measure in MEASURES:
+        if (value := measure.of(evaluation)) is not None:
+            yield Point(f"eval/{measure.key}", iterate, float(value))
+
+
+Log = Callable[[RunDir, SpinConfig, list[Point], dict[str, Any]], dict[str, Any]]
+"""Logs the points; is given what it returned last time, so that it finds its own run again."""
+
+
+def _trackers(config: SpinConfig) -> dict[str, Log]:
+    wanted: dict[str, tuple[bool, Log]] = {
+        "tensorboard": (config.tracking.tensorboard, _log_tensorboard),
+        "mlflow": (config.tracking.mlflow is not None, _log_mlflow),
+        "wandb": (config.tracking.wandb is not None, _log_wandb),
+    }
+    return {name: log for name, (is_wanted, log) in wanted.items() if is_wanted}
+
+
+def _log_tensorboard(run: RunDir, config: SpinConfig, found: list[Point], state: dict[str, Any]) -> dict[str, Any]:
+    from tensorboardX import SummaryWriter
+
+    # Files are named by the second; the suffix keeps iterates of the same second apart.
+    suffix = f".{len(state['logged'])}"
+    with SummaryWriter(str(run.storage.path(TENSORBOARD)), filename_suffix=suffix) as writer:
+        for point in found:
+            writer.add_scalar(point.name, point.value, point.step)
+    return {}
+
+
+def _log_mlflow(run: RunDir, config: SpinConfig, found: list[Point], state: dict[str, Any]) -> dict[str, Any]:
+    from mlflow import MlflowClient
+    from mlflow.entities import Metric, Param
+
+    settings = config.tracking.mlflow
+    assert settings is not None
+    if settings.uri is None:  # a folder needs neither a server nor a database, and MLflow wants to be told so
+        os.environ.setdefault("MLFLOW_ALLOW_FILE_STORE", "true")
+    client = MlflowClient(settings.uri or run.storage.path("mlruns").as_uri())
+    run_id = state.get("run_id")
+    if run_id is None:
+        known = client.get_experiment_by_name(settings.experiment)
+        experiment = known.experiment_id if known else client.create_experiment(settings.experiment)
+        run_id = client.create_run(experiment, run_name=run.storage.name).info.run_id
+        params = [Param(key, str(value)[:500]) for key, value in _settings(config).items()]
+        for start in range(0, len(params), 100):  # the most that one call may hold
+            client.log_batch(run_id, params=params[start : start + 100])
+    now = int(time.time() * 1000)
+    metrics = [Metric(point.name, point.value, now, point.step) for point in found]
+    for start in range(0, len(metrics), 1000):
+        client.log_batch(run_id, metrics=metrics[start : start + 1000])
+    return {"run_id": run_id}
+
+
+def _log_wandb(run: RunDir, config: SpinConfig, found: list[Point], state: dict[str, Any]) -> dict[str, Any]:
+    import wandb
+
+    settings = config.tracking.wandb
+    assert settings is not None
+    run_id = state.get("run_id") or uuid.uuid4().hex[:8]
+    client = wandb.init(
+        project=settings.project, id=run_id, name=run.storage.name, mode=settings.mode, resume="allow",
+        dir=str(run.storage.root), config=_settings(config), settings=wandb.Settings(silent=True),
+    )  # fmt: skip
+    # W&B wants one axis that only grows; ours are two, so each point carries its own.
+    client.define_metric("train/*", step_metric="step")
+    client.define_metric("eval/*", step_metric="iterate")
+    for axis, prefix in (("step", "train/"), ("iterate", "eval/")):
+        rows: dict[int, dict[str, float]] = {}
+        for point in found:
+            if point.name.startswith(prefix):
+                rows.setdefault(point.step, {})[point.name] = point.value
+        for place, values in rows.items():
+            client.log({axis: place, **values})
+    client.finish()
+    return {"run_id": run_id}
+
+
+def _settings(config: SpinConfig) -> dict[str, Any]:
+    return flatten(hide(config.model_dump(mode="json")))
+
+
+def _read_state(run: RunDir) -> dict[str, Any]:
+    return json.loads(run.storage.read(STATE)) if run.storage.exists(STATE) else {}

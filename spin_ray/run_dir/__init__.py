@@ -1,0 +1,1 @@
+"""The run folder: artefacts, names, events, schemas, storage, the cache, the lease."""

@@ -1,0 +1,128 @@
+"""One driver per run: a lease file that its holder renews and that others respect until it is stale."""
+
+import json
+import logging
+import os
+import socket
+import threading
+import time
+import uuid
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Self
+
+import psutil
+
+from spin_ray.errors import RunDirError, StageError
+from spin_ray.run_dir.fence import LEASE, holder_in
+from spin_ray.run_dir.storage import Storage
+
+logger = logging.getLogger(__name__)
+
+_held: set[str] = set()
+"""Tokens of this process: what an earlier driver in the same process (a notebook) left behind is not held."""
+
+
+class Lease:
+    """Held while a driver works on a run.
+
+    A lease is stale when its holder is a process of this machine that is gone, or one of another machine that did not
+    renew it for ``timeout_s`` seconds. A second driver that finds a lease which is not stale gets an error that names
+    the holder. What the holder changes, it changes through ``storage``: that ends when the lease is lost.
+    """
+
+    def __init__(self, storage: Storage, timeout_s: float) -> None:
+        self._storage = storage
+        self._timeout_s = timeout_s
+        self._token = uuid.uuid4().hex
+        self._written: bytes | None = None
+        self._released = threading.Event()
+        self._renewer = threading.Thread(target=self._renew_until_released, name="lease", daemon=True)
+
+    def __enter__(self) -> Self:
+        while True:  # once more for each driver that was faster
+            found = self._storage.find(LEASE)
+            holder = holder_in(found, f"{self._storage.root}/{LEASE}")
+            if holder is not None and not self._is_stale(holder):
+                raise RunDirError(
+                    f"{self._storage.root}: in use by process {holder['pid']} on {holder['host']} "
+                    f"(lease renewed {time.time() - holder['renewed']:.0f} s ago); "
+                    "wait for it, stop it, or choose another --out"
+                )
+            if self._write_over(found):
+                break
+        if holder is not None:
+            logger.warning("took over the lease of process %s on %s, which is gone", holder["pid"], holder["host"])
+        _held.add(self._token)
+        self._renewer.start()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        _held.discard(self._token)
+        self._released.set()
+        self._renewer.join(timeout=10)
+        self._storage.swap(LEASE, self._written, None)
+
+    @property
+    def storage(self) -> Storage:
+        """The run, to be changed only while this lease is held: by this process, and by the actors it is sent to."""
+        return self._storage.fenced(self._token)
+
+    def _is_stale(self, holder: dict[str, Any]) -> bool:
+        if holder["boot"] == _boot_id() and holder["pid"] == os.getpid():
+            return holder["token"] not in _held
+        if holder["boot"] == _boot_id():
+            return _process_started(holder["pid"]) != holder["started"]
+        return time.time() - holder["renewed"] > self._timeout_s
+
+    def _write_over(self, found: bytes | None) -> bool:
+        """Writes the lease, unless it is no longer what was found there."""
+        content = {
+            "token": self._token,
+            "host": socket.gethostname(),
+            "boot": _boot_id(),
+            "pid": os.getpid(),
+            "started": _process_started(os.getpid()),
+            "renewed": time.time(),
+        }
+        lease = json.dumps(content).encode()
+        if not self._storage.swap(LEASE, found, lease):
+            return False
+        self._written = lease
+        return True
+
+    def _renew_until_released(self) -> None:
+        while not self._released.wait(self._timeout_s / 4):
+            try:
+                if not self._write_over(self._written):
+                    return  # whatever this driver changes next fails at the fence
+            except (StageError, RunDirError) as error:  # say, a file server that is away for a moment
+                logger.warning("%s: the lease could not be renewed: %s", self._storage.root, error)
+
+
+def _boot_id() -> str:
+    """Names this machine since it booted (a container shares it with its host, and then process numbers may not be
+    seen: the start time of the process is compared too).
+    """
+    namespace = os.readlink("/proc/self/ns/pid") if os.path.exists("/proc/self/ns/pid") else ""
+    try:
+        return Path("/proc/sys/kernel/random/boot_id").read_text().strip() + namespace
+    except OSError:
+        return f"{socket.gethostname()}-{psutil.boot_time():.0f}"
+
+
+def _process_started(pid: int) -> float | None:
+    """When a process started; None if it is gone, or dead and only waiting for its parent to notice.
+
+    In ticks since the machine booted where /proc tells: psutil's times move when the clock is set.
+    """
+    try:
+        process = psutil.Process(pid)
+        if process.status() == psutil.STATUS_ZOMBIE:
+            return None
+        stat = Path(f"/proc/{pid}/stat")
+        return float(stat.read_text().rpartition(")")[2].split()[19]) if stat.exists() else process.create_time()
+    except (psutil.NoSuchProcess, OSError):
+        return None

@@ -1,0 +1,216 @@
+"""A run on an object store (``s3://``, ``gs://``): the same names, the same commits, no rename and no lock.
+
+A commit is one conditional put, which the store grants once. What has no such condition (a log, LATEST) is a plain put
+after a look at the lease; a part that an attempt left behind is replaced by the next one.
+"""
+
+import json
+import logging
+import os
+import random
+import shutil
+import tempfile
+import time
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager, suppress
+from datetime import timedelta
+from functools import cached_property
+from pathlib import Path
+from typing import Any, TypeVar
+
+import obstore
+from obstore.exceptions import AlreadyExistsError, BaseError, PreconditionError
+from obstore.store import ObjectStore, from_url
+
+from spin_ray.errors import ConfigError, StageError
+from spin_ray.run_dir.cache import folder_with
+from spin_ray.run_dir.fence import LEASE, check_token
+from spin_ray.run_dir.storage import Digest, Storage, bytes_digest
+
+CACHE = Path(os.environ.get("SPIN_RAY_CACHE") or "~/.cache/spin-ray").expanduser() / "runs"
+"""Where each machine keeps models of a run, by digest."""
+logger = logging.getLogger(__name__)
+T = TypeVar("T")
+
+DEADLINE_S = 180.0
+"""How long a store may answer with errors, or not at all, before the stage fails."""
+
+
+class ObjectStorage(Storage):
+    """``Storage`` on an object store. Credentials and endpoint come from the environment (``AWS_…``, ``GOOGLE_…``)."""
+
+    def __init__(self, root: str, token: str | None = None) -> None:
+        self.root = self._uri = root.rstrip("/")
+        self._token = token
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return ObjectStorage, (self._uri, self._token)  # each process opens its own connections
+
+    def fenced(self, token: str) -> "ObjectStorage":
+        return ObjectStorage(self._uri, token)
+
+    def path(self, name: str) -> Path:
+        raise ConfigError(f"{self.where(name)}: needs a local or shared folder; leave it out, or copy the run first")
+
+    def where(self, name: str) -> str:
+        return f"{self._uri}/{name}"
+
+    def entries(self) -> list[str]:
+        listed = self._insist("", lambda: obstore.list_with_delimiter(self._store))
+        return [*(str(prefix) for prefix in listed["common_prefixes"]), *(one["path"] for one in listed["objects"])]
+
+    def exists(self, name: str) -> bool:
+        try:
+            self._insist(name, lambda: obstore.head(self._store, name))
+        except FileNotFoundError:
+            return False
+        return True
+
+    def names(self, folder: str) -> list[str]:
+        listed = self._insist(folder, lambda: obstore.list_with_delimiter(self._store, folder))
+        return sorted(one["path"].rpartition("/")[2] for one in listed["objects"])
+
+    def read(self, name: str) -> bytes:
+        return self._insist(name, lambda: bytes(obstore.get(self._store, name).bytes()))
+
+    def create(self, name: str, data: bytes) -> None:
+        def put() -> None:
+            with self._held():
+                try:
+                    obstore.put(self._store, name, data, mode="create")
+                except AlreadyExistsError:
+                    # Ours after all, if it was stored and the reply was lost.
+                    if self.read(name) != data:
+                        raise FileExistsError(f"{self.where(name)} is there already") from None
+
+        self._insist(name, put)
+
+    def replace(self, name: str, data: bytes) -> None:
+        def put() -> None:
+            with self._held():
+                obstore.put(self._store, name, data)
+
+        self._insist(name, put)
+
+    def append(self, name: str, text: str) -> None:
+        """Reads the log and puts it back with ``text`` added; logs are small and have one writer."""
+        old = self.read(name) if self.exists(name) else b""
+        self.replace(name, old + text.encode())
+
+    def new_attempt_folder(self) -> Path:
+        CACHE.mkdir(parents=True, exist_ok=True)
+        return Path(tempfile.mkdtemp(prefix="attempt-", dir=CACHE))
+
+    def create_folder(self, name: str, attempt: Path) -> None:
+        """Uploads the files of ``attempt``, its manifest last and by conditional create: readers trust only that."""
+        manifest = attempt / "_MANIFEST.json"
+        if self.exists(f"{name}/{manifest.name}"):
+            raise FileExistsError(f"{self.where(name)} is there already")
+        for file in sorted(attempt.rglob("*")):
+            if file.is_file() and file != manifest:
+                with self._held():
+                    target = f"{name}/{file.relative_to(attempt).as_posix()}"
+                    self._insist(target, lambda file=file, target=target: obstore.put(self._store, target, file))
+        self.create(f"{name}/{manifest.name}", manifest.read_bytes())
+        shutil.rmtree(attempt)
+
+    def delete(self, name: str) -> None:
+        with self._held():
+            inside = self._insist(name, lambda: obstore.list(self._store, name).collect())
+            for path in [name, *(one["path"] for one in inside)]:
+                try:
+                    self._insist(path, lambda path=path: obstore.delete(self._store, path))
+                except FileNotFoundError:
+                    continue
+
+    def digest(self, name: str) -> Digest:
+        return bytes_digest(self.read(name))
+
+    def local_folder(self, name: str, files: Mapping[str, Digest]) -> Path:
+        return folder_with(CACHE, files, lambda file, to: self._download(f"{name}/{file}", to), self.where(name))
+
+    def swap(self, name: str, old: bytes | None, new: bytes | None) -> bool:
+        found = self._insist(name, lambda: self._read_with_version(name))
+        if (found[0] if found else None) != old:
+            return False
+        if new is None:
+            self.delete(name)
+            return True
+        try:
+            mode: Any = found[1] if found else "create"
+            self._insist(name, lambda: obstore.put(self._store, name, new, mode=mode))
+        except (AlreadyExistsError, PreconditionError):
+            return self.read(name) == new
+        return True
+
+    def _read_with_version(self, name: str) -> tuple[bytes, dict[str, str]] | None:
+        """The bytes, and what a put of the next version names: S3 compares the tag, GCS the generation."""
+        try:
+            found = obstore.get(self._store, name)
+        except FileNotFoundError:
+            return None
+        version = {"e_tag": found.meta["e_tag"], "version": found.meta["version"]}
+        return bytes(found.bytes()), {key: value for key, value in version.items() if value is not None}
+
+    def _download(self, name: str, target: Path) -> None:
+        def download() -> None:
+            with target.open("wb") as file:
+                for chunk in obstore.get(self._store, name).stream(min_chunk_size=2**23):
+                    file.write(chunk)
+
+        self._insist(name, download)
+
+    @cached_property
+    def _store(self) -> ObjectStore:
+        return from_url(
+            self._uri,
+            client_options={"allow_http": _endpoint().startswith("http://"), "timeout": timedelta(seconds=60)},
+            retry_config={"max_retries": 0, "retry_timeout": timedelta(seconds=DEADLINE_S)},
+        )
+
+    @contextmanager
+    def _held(self) -> Iterator[None]:
+        """A change that is on its way when another driver takes over may still arrive; none begins after that."""
+        if self._token is not None:
+            check_token(self._token, self.find(LEASE), self._uri)
+        yield
+
+    def _insist(self, name: str, call: Callable[[], T]) -> T:
+        """Tries again, after growing pauses with jitter, what fails on the way or in the store.
+
+        Raises:
+            StageError: still failing after ``DEADLINE_S``.
+        """
+        deadline, pause_s = time.monotonic() + DEADLINE_S, 0.1
+        while True:
+            try:
+                return call()
+            except (FileNotFoundError, AlreadyExistsError, PreconditionError):
+                raise
+            except BaseError as error:
+                if time.monotonic() + pause_s > deadline:
+                    first = str(error).splitlines()[0]
+                    raise StageError(
+                        f"{self.where(name)}: the store failed for {DEADLINE_S:.0f} s ({first}); "
+                        "run the command again, everything committed is kept"
+                    ) from error
+                logger.info("%s: tried again in %.1f s (%s)", self.where(name), pause_s, type(error).__name__)
+                time.sleep(pause_s * random.uniform(0.5, 1.5))
+                pause_s = min(2 * pause_s, 10.0)
+
+
+def _endpoint() -> str:
+    """Where a store of one's own answers, if the environment names one; GCS's stands in the service account's file."""
+    for name in ("AWS_ENDPOINT_URL", "AWS_ENDPOINT"):
+        if os.environ.get(name):
+            return os.environ[name]
+    for name in ("GOOGLE_SERVICE_ACCOUNT", "GOOGLE_SERVICE_ACCOUNT_PATH"):
+        with suppress(OSError, ValueError, AttributeError):
+            return str(json.loads(Path(os.environ.get(name, "")).read_text()).get("gcs_base_url", ""))
+    return ""
+
+
+def open_storage(out: str | Path) -> Storage:
+    """The run at ``out``: a local or shared folder, or a URI of an object store."""
+    text = str(out)
+    return ObjectStorage(text) if "://" in text and not text.startswith("file://") else Storage(text)

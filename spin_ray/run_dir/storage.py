@@ -1,0 +1,279 @@
+"""Durable bytes below one root: atomic create, atomic replace, digests.
+
+Everything a run keeps passes through here, so that "committed" means one thing: the bytes were written to an
+attempt-unique file, fsynced, and then appeared under their final name in a single step. A reader sees all of
+a file or none.
+"""
+
+import hashlib
+import os
+import shutil
+import uuid
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import NamedTuple
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from spin_ray.errors import ConfigError, StageError
+from spin_ray.run_dir.fence import LEASE, check_token, locked
+
+ATTEMPTS = ".attempts"
+"""Folder below the root that holds files and folders being written; never read, removed when a run starts."""
+
+
+class Digest(NamedTuple):
+    sha256: str
+    bytes: int
+
+
+class Disk:
+    """All that ever changes in a run folder, one method for each kind of change.
+
+    A crash, a full disk or a lost reply can come before, within or after any call of these methods, and nowhere else:
+    whoever wants to know what a fault at any point of a run does puts a disk with faults in the place of this one.
+    """
+
+    def make_folder(self, path: Path) -> None:
+        """Makes ``path`` and the parents it lacks; their names survive a power cut."""
+        if not path.is_dir():
+            self.make_folder(path.parent)
+            path.mkdir(exist_ok=True)
+            fsync(path.parent)
+
+    def write(self, path: Path, data: bytes) -> None:
+        """A new file, not yet safe from a power cut."""
+        with path.open("xb") as file:
+            file.write(data)
+
+    def append(self, path: Path, data: bytes) -> None:
+        with path.open("ab") as file:
+            file.write(data)
+
+    def sync(self, path: Path) -> None:
+        fsync(path)
+
+    def link(self, source: Path, target: Path) -> None:
+        """A second name for a file; FileExistsError if there is a file of that name (a rename would replace it)."""
+        os.link(source, target)
+
+    def replace(self, source: Path, target: Path) -> None:
+        os.replace(source, target)
+
+    def rename_folder(self, source: Path, target: Path) -> None:
+        """Fails if ``target`` is a folder that has files in it."""
+        os.rename(source, target)
+
+    def remove(self, path: Path) -> None:
+        """A file or a whole folder; nothing happens if there is none."""
+        if path.is_dir():
+            shutil.rmtree(path)
+        else:
+            path.unlink(missing_ok=True)
+
+
+class Storage:
+    """Files below a root folder, addressed by relative POSIX paths such as ``iter_000/pairs/part-00000.parquet``.
+
+    Instances hold only the root and who may write, so they travel to Ray actors. The root must be visible under the
+    same path on every node (one machine, NFS, a ReadWriteMany volume).
+
+    Every method that changes something raises StageError when the disk is full or fails, and RunDirError when another
+    driver has taken the run over.
+    """
+
+    root: Path | str
+    """Where the run is, for messages."""
+
+    def __init__(self, root: str | Path, disk: Disk | None = None, token: str | None = None) -> None:
+        if "://" in str(root) and not str(root).startswith("file://"):
+            raise ConfigError(f"{root}: this reads local and shared folders only; copy the run from the store first")
+        self.root = self._folder = Path(str(root).removeprefix("file://")).expanduser().absolute()
+        self._disk = disk or Disk()
+        self._token = token
+
+    def fenced(self, token: str) -> "Storage":
+        """The same files, to be changed only as long as the lease is that of ``token``."""
+        return Storage(self._folder, self._disk, token)
+
+    @property
+    def name(self) -> str:
+        """The last part of the root: what people call the run."""
+        return str(self.root).rpartition("/")[2]
+
+    def path(self, name: str) -> Path:
+        """The local path of ``name``, for what needs a local run."""
+        return self._folder / name
+
+    def where(self, name: str) -> str:
+        """``name`` in full, as a path or URI."""
+        return str(self.path(name))
+
+    def local_folder(self, name: str, files: Mapping[str, Digest]) -> Path:
+        """A folder of this machine with ``files`` of ``name``, for libraries that open files themselves."""
+        return self.path(name)
+
+    def entries(self) -> list[str]:
+        """Names of the files and folders at the top."""
+        return sorted(entry.name for entry in self._folder.glob("*"))
+
+    def find(self, name: str) -> bytes | None:
+        """What ``name`` holds; None if it is not there."""
+        try:
+            return self.read(name)
+        except (FileNotFoundError, NotADirectoryError):
+            return None
+
+    def swap(self, name: str, old: bytes | None, new: bytes | None) -> bool:
+        """Makes ``name`` hold ``new`` if it holds ``old``, else returns False; None stands for no such file."""
+        with locked(self._folder, alone=True):
+            if self.find(name) != old:
+                return False
+            if new is None:
+                self.delete(name)
+            else:
+                self.replace(name, new)
+            return True
+
+    def exists(self, name: str) -> bool:
+        return self.path(name).exists()
+
+    def names(self, folder: str) -> list[str]:
+        """Names of the files in ``folder``, sorted; none if there is no such folder."""
+        try:
+            return sorted(entry.name for entry in self.path(folder).iterdir() if entry.is_file())
+        except FileNotFoundError:
+            return []
+
+    def read(self, name: str) -> bytes:
+        return self.path(name).read_bytes()
+
+    def create(self, name: str, data: bytes) -> None:
+        """Makes ``name`` appear with ``data``, or raises FileExistsError and changes nothing."""
+        target = self.path(name)
+        with self._changing(target), self._attempt(data) as attempt, self._held():
+            self._disk.make_folder(target.parent)
+            self._disk.link(attempt, target)
+            self._disk.sync(target.parent)
+
+    def replace(self, name: str, data: bytes) -> None:
+        """Makes ``name`` hold ``data``; a reader sees the old bytes or the new ones."""
+        target = self.path(name)
+        with self._changing(target), self._attempt(data) as attempt, self._held():
+            self._disk.make_folder(target.parent)
+            self._disk.replace(attempt, target)
+            self._disk.sync(target.parent)
+
+    def append(self, name: str, text: str) -> None:
+        """Adds ``text`` to a log that has one writer at a time."""
+        target = self.path(name)
+        with self._changing(target), self._held():
+            self._disk.make_folder(target.parent)
+            # A line that a crash cut short is ended first.
+            self._disk.append(target, (b"" if _ends_with_newline(target) else b"\n") + text.encode())
+
+    def new_attempt_folder(self) -> Path:
+        """A fresh folder to build a directory artefact in; see ``create_folder``."""
+        folder = self.path(f"{ATTEMPTS}/{uuid.uuid4().hex}")
+        with self._changing(folder):
+            self._disk.make_folder(folder)
+        return folder
+
+    def create_folder(self, name: str, attempt: Path) -> None:
+        """Makes the folder ``attempt`` appear as ``name``, or raises FileExistsError."""
+        target = self.path(name)
+        with self._changing(target):
+            for path in sorted(attempt.rglob("*"), reverse=True):  # what a folder holds before the folder itself
+                self._disk.sync(path)
+            self._disk.sync(attempt)
+            with self._held():
+                self._disk.make_folder(target.parent)
+                try:
+                    self._disk.rename_folder(attempt, target)
+                except OSError as error:
+                    if target.exists() and attempt.exists():
+                        raise FileExistsError(f"{target} is there already") from error
+                    raise
+                self._disk.sync(target.parent)
+
+    def delete(self, name: str) -> None:
+        """Removes a file or a folder; nothing happens if there is none."""
+        with self._changing(self.path(name)), self._held():
+            self._disk.remove(self.path(name))
+
+    def digest(self, name: str) -> Digest:
+        return file_digest(self.path(name))
+
+    @contextmanager
+    def _held(self) -> Iterator[None]:
+        """The moment of a change; what takes long (writing, fsync of what is written) comes before it."""
+        if self._token is None:
+            yield
+            return
+        with locked(self._folder, alone=False):
+            check_token(self._token, self.find(LEASE), str(self.root))
+            yield
+
+    @contextmanager
+    def _changing(self, target: Path) -> Iterator[None]:
+        try:
+            yield
+        except FileExistsError:
+            raise
+        except OSError as error:
+            raise StageError(
+                f"{target}: could not be written ({error.strerror}); see to that and run the command again, "
+                "everything committed is kept"
+            ) from error
+
+    @contextmanager
+    def _attempt(self, data: bytes) -> Iterator[Path]:
+        """A file of its own with ``data`` in it, safe on disk; its name is gone afterwards."""
+        attempt = self.path(f"{ATTEMPTS}/{uuid.uuid4().hex}")
+        self._disk.make_folder(attempt.parent)
+        try:
+            self._disk.write(attempt, data)
+            self._disk.sync(attempt)
+            yield attempt
+        finally:
+            self._disk.remove(attempt)
+
+
+def _ends_with_newline(path: Path) -> bool:
+    """Whether the last line of a log is whole; also if there is no log."""
+    if not path.exists() or not path.stat().st_size:
+        return True
+    with path.open("rb") as file:
+        file.seek(-1, os.SEEK_END)
+        return file.read() == b"\n"
+
+
+def file_digest(path: Path) -> Digest:
+    with path.open("rb") as file:
+        return Digest(hashlib.file_digest(file, "sha256").hexdigest(), path.stat().st_size)
+
+
+def bytes_digest(data: bytes) -> Digest:
+    return Digest(hashlib.sha256(data).hexdigest(), len(data))
+
+
+def table_to_bytes(table: pa.Table) -> bytes:
+    """Parquet bytes of ``table``; equal tables give equal bytes."""
+    sink = pa.BufferOutputStream()
+    pq.write_table(table, sink, compression="zstd")
+    return sink.getvalue().to_pybytes()
+
+
+def table_from_bytes(data: bytes) -> pa.Table:
+    return pq.read_table(pa.BufferReader(data))
+
+
+def fsync(path: Path) -> None:
+    """Makes what was written to a file, or the names in a folder, survive a power cut."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

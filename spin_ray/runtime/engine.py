@@ -1,0 +1,149 @@
+"""What plays the opponent: token ids in, sampled token ids out.
+
+The rest of the package knows only ``GenerationEngine``. vLLM is behind it; unit tests put a fake there.
+"""
+
+import os
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal, Protocol
+
+from spin_ray.config.sections import EngineConfig, SamplingConfig
+from spin_ray.runtime import cpu
+
+
+@dataclass(frozen=True, slots=True)
+class Completion:
+    """One sampled response. ``token_ids`` ends with the end-of-turn token only if the engine stopped on it."""
+
+    token_ids: list[int]
+    finish_reason: Literal["stop", "length"]
+
+
+class GenerationEngine(Protocol):
+    def generate(
+        self, prompt_ids: Sequence[Sequence[int]], sampling: SamplingConfig, seeds: Sequence[int]
+    ) -> list[Completion]:
+        """One response per prompt, in order.
+
+        Equal arguments give equal responses: each row has its own random stream, and the rows of a call form the same
+        batches every time.
+        """
+        ...
+
+    def close(self) -> None:
+        """Frees everything the engine holds."""
+        ...
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class EngineSpec:
+    """Everything an actor needs to start an engine."""
+
+    model: Path
+    max_length: int
+    stop_token_id: int
+    """The token that ends a turn in the chat template."""
+    threads: int
+    config: EngineConfig
+    trust_remote_code: bool = False
+
+
+StartEngine = Callable[[EngineSpec], GenerationEngine]
+"""What makes an engine, in the process that will use it."""
+
+
+class VllmEngine:
+    """vLLM, started from a model folder and kept exact.
+
+    - Sampling is what the config says: the model folder's generation_config.json is not read.
+    - The scheduler runs in this process, so that all rows of a call are queued before the first step and batches do not
+      depend on timing. Prefix caching is off: what an earlier call left in a cache must not change this one.
+    - On CPU a prompt is never prefilled in pieces: vLLM 0.29-0.32 dies on seeded requests otherwise ("CPU Generator
+      does not use offset"). On CPU, too, each iterate gets a fresh engine: ``reload_weights`` leaves an old LM
+      head there.
+    """
+
+    def __init__(self, spec: EngineSpec) -> None:
+        prepare_process(spec.config, spec.threads)
+
+        from vllm import LLM
+        from vllm.platforms import current_platform
+
+        self._spec = spec
+        arguments: dict[str, Any] = {
+            "model": str(spec.model),
+            "max_model_len": spec.max_length,
+            "dtype": spec.config.dtype,
+            "tensor_parallel_size": spec.config.tensor_parallel_size,
+            "max_num_seqs": spec.config.max_num_seqs,
+            "gpu_memory_utilization": spec.config.gpu_memory_utilization,
+            "enforce_eager": spec.config.enforce_eager,
+            "trust_remote_code": spec.trust_remote_code,
+            "generation_config": "vllm",
+            "enable_prefix_caching": False,
+            "skip_tokenizer_init": True,
+            "load_format": "safetensors",
+            "seed": 0,
+            **(whole_prefill(spec.max_length) if current_platform.is_cpu() else {}),
+            **spec.config.extra,
+        }
+        self._llm: Any = LLM(**arguments)
+
+    def generate(
+        self, prompt_ids: Sequence[Sequence[int]], sampling: SamplingConfig, seeds: Sequence[int]
+    ) -> list[Completion]:
+        from vllm import SamplingParams, TokensPrompt
+
+        params = [
+            SamplingParams(
+                temperature=sampling.temperature,
+                top_p=sampling.top_p,
+                top_k=sampling.top_k,
+                max_tokens=min(sampling.max_tokens, self._spec.max_length - len(prompt)),
+                seed=seed,
+                stop_token_ids=[self._spec.stop_token_id],
+                detokenize=False,
+            )
+            for prompt, seed in zip(prompt_ids, seeds, strict=True)
+        ]
+        prompts = [TokensPrompt(prompt_token_ids=list(prompt)) for prompt in prompt_ids]
+        outputs = self._llm.generate(prompts, params, use_tqdm=False)
+        return [_completion(output.outputs[0]) for output in outputs]
+
+    def close(self) -> None:
+        core = self._llm.llm_engine.engine_core
+        core.shutdown()
+        del self._llm
+
+
+def prepare_process(config: EngineConfig, threads: int) -> None:
+    """Sets what vLLM reads from the environment; call it before vLLM is imported."""
+    os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
+    os.environ.setdefault("VLLM_NO_USAGE_STATS", "1")
+    os.environ.setdefault("VLLM_LOGGING_LEVEL", "WARNING")
+    os.environ["VLLM_CPU_KVCACHE_SPACE"] = str(config.cpu_kv_cache_gib)
+    os.environ["VLLM_CPU_OMP_THREADS_BIND"] = "nobind"
+    cpu.prepare(threads)
+    cpu.allow_amx_kernels()
+
+
+def platform() -> str:
+    """What vLLM computes on in this process, ``cpu`` or ``cuda``; it decides that once."""
+    from vllm.platforms import current_platform
+
+    return current_platform.device_type
+
+
+def whole_prefill(max_length: int) -> dict[str, Any]:
+    """Engine arguments under which a prompt is never prefilled in pieces (see ``VllmEngine``)."""
+    return {"enable_chunked_prefill": False, "max_num_batched_tokens": max(max_length, 2048)}
+
+
+def _completion(output: Any) -> Completion:
+    if output.finish_reason not in ("stop", "length"):
+        raise RuntimeError(
+            f"vLLM ended a response with finish_reason {output.finish_reason!r}; expected stop or length"
+        )
+    return Completion(token_ids=list(output.token_ids), finish_reason=output.finish_reason)

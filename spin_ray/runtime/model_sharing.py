@@ -1,0 +1,135 @@
+"""A model folder of the driver's machine for machines that have none: no shared file system is assumed.
+
+driver's machine: _Giver ──parts of a file, as Ray objects──> each other machine, once ──> its cache, by digest
+
+Machines that ask for a part at about the same time share one object, and Ray copies it from any that has it already.
+"""
+
+import json
+import math
+from collections import Counter, OrderedDict
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import ray
+import ray.exceptions
+from ray._private import ray_constants
+from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
+
+from spin_ray.errors import StageError, last_line
+from spin_ray.run_dir import cache as node_cache
+from spin_ray.run_dir.object_storage import CACHE
+from spin_ray.run_dir.storage import Digest, file_digest
+
+PART_BYTES = 2**24
+KEPT_PARTS = 4
+"""Parts that stay in the object store of the driver's machine for others to ask for."""
+PART_TIMEOUT_S = 600.0
+_givers: dict[tuple[str, str], Any] = {}
+"""Of this driver: an actor ends with the last handle that its maker holds."""
+
+
+@dataclass(frozen=True)
+class SharedFolder:
+    """A folder as every machine of the cluster can have it."""
+
+    folder: Path
+    """On the driver's machine."""
+    files: Mapping[str, Digest]
+    node: str
+    """Ray's id of that machine."""
+    giver: str
+    """Name of the actor there."""
+    part_bytes: int
+
+    def local_folder(self, *, weights: bool = True) -> Path:
+        """The folder on this machine: in place where its content is the same, else fetched once, by digest.
+
+        Raises:
+            RunDirError: what arrived differs from its digest.
+            StageError: a part did not arrive in time.
+        """
+        files = self.files if weights else node_cache.without_weights(self.files)
+        if ray.get_runtime_context().get_node_id() == self.node or self._is_in_place(files):
+            return self.folder
+        giver = ray.get_actor(self.giver)
+        return node_cache.folder_with(CACHE, files, lambda name, to: self._fetch(giver, name, to), str(self.folder))
+
+    def _is_in_place(self, files: Mapping[str, Digest]) -> bool:
+        """Whether the path leads to the same content here; what was read once is known by its size and time."""
+        try:
+            stats = {name: (self.folder / name).stat() for name in sorted(files)}
+        except OSError:
+            return False
+        if any(stat.st_size != files[name].bytes for name, stat in stats.items()):
+            return False
+        seen = json.dumps([str(self.folder), *([name, stat.st_size, stat.st_mtime_ns] for name, stat in stats.items())])
+        name = f"{node_cache.identity(files)}.in-place"
+        with node_cache.locked(CACHE, name):
+            note = CACHE / name
+            if note.exists() and note.read_text() == seen:
+                return True
+            if any(file_digest(self.folder / file) != expected for file, expected in files.items()):
+                return False
+            note.write_text(seen)
+        return True
+
+    def _fetch(self, giver: Any, name: str, target: Path) -> None:
+        """Writes one part while the next is on its way: memory for two parts, whatever the size of the file."""
+        here = ray.get_runtime_context().get_node_id()
+        parts = max(1, math.ceil(self.files[name].bytes / self.part_bytes))
+        try:
+            with target.open("wb") as file:
+                asked = giver.part.remote(name, 0, self.part_bytes, here)
+                for number in range(parts):
+                    (part,) = ray.get(asked, timeout=PART_TIMEOUT_S)
+                    if number + 1 < parts:
+                        asked = giver.part.remote(name, number + 1, self.part_bytes, here)
+                    file.write(ray.get(part, timeout=PART_TIMEOUT_S))
+        except ray.exceptions.RayError as error:
+            where = f"{self.folder}/{name}"
+            raise StageError(f"{where}: did not arrive from the driver's machine: {last_line(error)}") from error
+
+
+def share(folder: Path, files: Mapping[str, Digest]) -> SharedFolder | None:
+    """Offers a folder of this machine to all others as long as this driver lives; None where there can be no other."""
+    if not ray_constants.ENABLE_RAY_CLUSTER and len(ray.nodes()) == 1:
+        return None
+    node = ray.get_runtime_context().get_node_id()
+    giver = f"spin-ray-{node_cache.identity(files)[:16]}"
+    if (node, giver) not in _givers:
+        here = NodeAffinitySchedulingStrategy(node, soft=False)
+        options = {"name": giver, "num_cpus": 0, "scheduling_strategy": here}
+        _givers[node, giver] = ray.remote(_Giver).options(**options).remote(folder, files)
+    return SharedFolder(folder, files, node, giver, PART_BYTES)
+
+
+class _Giver:
+    """Actor on the driver's machine that reads parts of files."""
+
+    def __init__(self, folder: Path, files: Mapping[str, Digest]) -> None:
+        self._folder, self._files = folder, files
+        self._kept: OrderedDict[tuple[str, int], Any] = OrderedDict()
+        self._given: Counter[str] = Counter()
+
+    def part(self, name: str, number: int, size: int, node: str) -> list[Any]:
+        """Part ``number`` of a file cut into parts of ``size`` bytes; in a list, as Ray would send a bare reference's
+        value.
+        """
+        if name not in self._files:
+            raise ValueError(f"{name} is no file of {self._folder}")
+        found = self._kept.get((name, number))
+        if found is None:
+            with (self._folder / name).open("rb") as file:
+                file.seek(number * size)
+                found = self._kept[name, number] = ray.put(file.read(size))
+            while len(self._kept) > KEPT_PARTS:
+                self._kept.popitem(last=False)
+        self._given[node] += max(0, min(size, self._files[name].bytes - number * size))
+        return [found]
+
+    def given(self) -> dict[str, int]:
+        """Bytes that each machine has asked for, by Ray's id."""
+        return dict(self._given)

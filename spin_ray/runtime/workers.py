@@ -1,0 +1,152 @@
+"""Runs a function on a group of Ray Train workers that share a torch process group."""
+
+import logging
+import os
+import pickle
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import ray.cloudpickle
+import ray.exceptions
+import ray.train
+import ray.train.torch
+
+from spin_ray.config.sections import SpinConfig
+from spin_ray.errors import HealthError, StageError, UserError, last_line, memory_advice
+from spin_ray.runtime import cpu
+from spin_ray.runtime.resources import in_the_cluster, while_it_moves
+
+logger = logging.getLogger(__name__)
+
+_USE_LESS = (
+    "lower train.pack_length, set train.gradient_checkpointing, or spread the model over more train.workers "
+    "on other nodes"
+)
+
+ELASTIC_PLACING_S = 30.0
+"""Longest wait for an elastic group to find room. For up to 20 s Ray believes that a lost node is still there, and asks
+for as many workers as before; when they find no room it counts again.
+"""
+
+
+def run_workers(
+    function: Callable[[Any], Any],
+    job: Any,
+    config: SpinConfig,
+    name: str,
+    folder: str | Path,
+    progress: Callable[[], Any] = lambda: None,
+) -> Any:
+    """Calls ``function(job)`` on every train worker of the config, waits for all, and returns what rank 0 returned.
+
+    A worker group that dies, or its controller, is started again, up to ``train.max_failures`` times, and may go on
+    from the last checkpoint that was reported under ``folder/name``. That holds for a new driver, too, so each piece of
+    work needs a name of its own. ``progress()`` changes whenever the work comes on.
+
+    Raises:
+        UserError: what a worker raised, if it is something the user can mend. HealthError is not tried again.
+        StageError: the workers could not be placed in time, failed too often, or did not come on for too long.
+    """
+    train, resources = config.train, config.train.resources
+    placing_s = min(train.start_timeout_s, ELASTIC_PLACING_S) if train.min_workers else train.start_timeout_s
+    os.environ["RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S"] = str(placing_s)
+    os.environ.setdefault("RAY_TRAIN_HEALTH_CHECK_INTERVAL_S", "0.5")  # how soon it sees that the workers are done
+    trainer = _Trainer(
+        _in_worker,
+        # As bytes: Ray Train's controller unpickles this too, and would import all that the job knows.
+        train_loop_config={"call": ray.cloudpickle.dumps((function, job)), "threads": resources.threads},
+        scaling_config=ray.train.ScalingConfig(
+            num_workers=(train.min_workers, train.workers) if train.min_workers else train.workers,
+            use_gpu=resources.gpus > 0,
+            resources_per_worker=resources.bundle,
+            label_selector=resources.labels or None,
+            elastic_resize_monitor_interval_s=train.resize_interval_s,
+        ),
+        torch_config=ray.train.torch.TorchConfig(backend=_process_group(config), timeout_s=1800),
+        run_config=ray.train.RunConfig(
+            name=name,
+            storage_path=str(folder),
+            failure_config=ray.train.FailureConfig(
+                max_failures=train.max_failures, controller_failure_limit=max(3, train.max_failures)
+            ),
+            checkpoint_config=ray.train.CheckpointConfig(num_to_keep=1),
+            worker_runtime_env={"env_vars": {} if resources.gpus else cpu.keep_freed_memory()},
+        ),
+    )
+    try:
+        result = while_it_moves(
+            lambda: _fit(trainer, config.train.max_failures),
+            progress,
+            config.train.stall_timeout_s,
+            f"the train workers for {folder} to finish a step",
+        )
+    except (ray.train.TrainingFailedError, ray.exceptions.RayError) as error:
+        for failure in getattr(error, "worker_failures", {}).values():
+            raised = getattr(failure, "_base_exc", failure)  # Ray wraps it to keep the traceback
+            if isinstance(raised, UserError):
+                raise raised from error
+        raise StageError(
+            f"the train workers for {folder} failed: {last_line(error)}{memory_advice(error, _USE_LESS)}; "
+            f"{_cluster_now()}run the command again to go on"
+        ) from error
+    if isinstance(result, HealthError):
+        raise result
+    return result
+
+
+def _process_group(config: SpinConfig) -> str:
+    if not config.train.resources.gpus:
+        return "gloo"
+    # What is kept in the CPU's memory is also summed there: norms, checkpoints.
+    return "cpu:gloo,cuda:nccl" if config.train.offload else "nccl"
+
+
+def _cluster_now() -> str:
+    """What the cluster has, unless there is none any more."""
+    try:
+        return f"{in_the_cluster()}; "
+    except Exception:
+        return ""
+
+
+def _fit(trainer: ray.train.torch.TorchTrainer, max_failures: int) -> Any:
+    """What rank 0 returned. Ray starts workers again, not the controller above them: that is done here.
+
+    A new controller of the same name goes on from the last checkpoint. The workers of a dead one end with it.
+    """
+    failures = 0
+    while True:
+        try:
+            return trainer.fit().return_value
+        except ray.exceptions.RayActorError as error:
+            failures += 1
+            if failures > max_failures:
+                raise
+            logger.warning("the controller of the train workers died (%s); a new one is started", last_line(error))
+
+
+class _Trainer(ray.train.torch.TorchTrainer):
+    """Starts no actor to hand out Ray Datasets, as packs come from the run itself: a process less to wait for."""
+
+    def _create_default_callbacks(self) -> list[Any]:
+        callbacks = super()._create_default_callbacks()
+        return [callback for callback in callbacks if type(callback).__name__ != "DatasetsCallback"]
+
+
+def _in_worker(loop: dict[str, Any]) -> Any:
+    cpu.prepare(loop["threads"])
+    import torch
+
+    if not torch.cuda.is_available():
+        torch.set_num_threads(loop["threads"])
+    function, job = pickle.loads(loop["call"])  # noqa: S301 (from this run's driver, through Ray)
+    try:
+        return function(job)
+    except HealthError as error:  # of all workers alike; as an exception it would be tried again
+        return error
+
+
+def device() -> Any:
+    """The torch device of this worker."""
+    return ray.train.torch.get_device()
