@@ -40,7 +40,7 @@ smoke: $(READY) ## The same with a tiny random model: minutes, no sense in the n
 
 demo-report: $(READY) ## The page of `make demo` for the documentation, looked at in Chromium, with its picture
 	$(BIN)/spin-ray report $(RUN)/demo --out docs/demo-report.html
-	REPORT_SCREENSHOT=docs/images/report.png REPORT_OF=$(RUN)/demo $(BIN)/pytest -q tests/unit/test_report_in_browser.py
+	REPORT_SCREENSHOT=docs/images/report.png REPORT_OF=$(RUN)/demo $(BIN)/pytest -q tests/unit/report/test_report_in_browser.py
 
 PORT ?= 8000
 serve-demo: $(READY) ## Serve the iterates of `make demo` at http://127.0.0.1:8000 (OpenAI's API, and the arena)

@@ -1,7 +1,7 @@
 """How far is DeepSpeed from FSDP2, and LoRA from PEFT alone? Three steps on the same pairs, as tables.
 
-Largest differences over steps and weights, for the cases that tests/unit/test_deepspeed.py (two gloo workers with
-unequal packs) and test_lora.py (one) check:
+Largest differences over steps and weights, for the cases that test_deepspeed.py (two gloo workers with unequal packs)
+and test_lora.py (one) of tests/unit/learner check:
 
     python benchmarks/backend_parity.py [--write]
 """

@@ -4,7 +4,8 @@ from pathlib import Path
 
 import pytest
 import yaml
-from program import ROOT, spin_ray, write_recipe
+
+from tests.support.program import ROOT, spin_ray, write_recipe
 
 
 @pytest.fixture(scope="session")

@@ -12,8 +12,9 @@ from pathlib import Path
 
 import pytest
 import yaml
-from program import ROOT, environment, micro_recipe
-from ray_head import RAY, Head, ray_head
+
+from tests.support.program import ROOT, environment, micro_recipe
+from tests.support.ray_head import RAY, Head, ray_head
 
 pytestmark = pytest.mark.e2e
 

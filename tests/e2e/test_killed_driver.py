@@ -11,7 +11,8 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from program import ROOT, SPIN_RAY, environment, micro_recipe, spin_ray, write_recipe
+
+from tests.support.program import ROOT, SPIN_RAY, environment, micro_recipe, spin_ray, write_recipe
 
 pytestmark = pytest.mark.e2e
 

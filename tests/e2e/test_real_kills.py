@@ -9,7 +9,8 @@ import time
 from pathlib import Path
 
 import pytest
-from rough_run import KINDS, run_calmly, run_for, run_roughly
+
+from tests.support.rough_run import KINDS, run_calmly, run_for, run_roughly
 
 pytestmark = pytest.mark.e2e
 

@@ -11,11 +11,11 @@ from pathlib import Path
 import pyarrow as pa
 import pytest
 import torch
-from program import spin_ray
 
 from spin_ray.run_dir.run_dir import RunDir
 from spin_ray.run_dir.schemas import GENERATION_SCHEMA, PAIR_SCHEMA, PROMPT_SCHEMA, REFERENCE_SCHEMA
 from spin_ray.run_dir.storage import Storage
+from tests.support.program import spin_ray
 
 pytestmark = pytest.mark.e2e
 
@@ -112,7 +112,7 @@ def test_evaluations_hold_what_the_readme_names(smollm2_run: Path) -> None:
 def test_every_iterate_loads_in_vllm_and_scores_like_the_trainer(smollm2_run: Path) -> None:
     """vLLM's log-probs of the prompt+response agree with the stored reference within bf16 (a process of its own)."""
     checked = subprocess.run(
-        [sys.executable, str(Path(__file__).with_name("vllm_parity.py")), str(smollm2_run)],
+        [sys.executable, "-m", "tests.support.vllm_parity", str(smollm2_run)], cwd=ROOT,
         capture_output=True, text=True, timeout=600, check=False,
     )  # fmt: skip
     assert checked.returncode == 0, checked.stdout[-3000:] + checked.stderr[-3000:]

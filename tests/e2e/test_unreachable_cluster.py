@@ -4,7 +4,8 @@ import time
 from pathlib import Path
 
 import pytest
-from program import micro_recipe, spin_ray, write_recipe
+
+from tests.support.program import micro_recipe, spin_ray, write_recipe
 
 pytestmark = pytest.mark.e2e
 

@@ -1,16 +1,13 @@
 """The fakes of the unit tests serve here too."""
 
-import sys
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
-sys.path.insert(0, str(Path(__file__).parents[1] / "unit"))
-import small_run
-from learner_cases import one_rank
-
 from spin_ray.config.sections import SpinConfig
+from tests.support import small_run
+from tests.support.learner_cases import one_rank
 
 
 @pytest.fixture(scope="session")

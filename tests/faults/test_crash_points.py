@@ -13,14 +13,14 @@ from collections import Counter
 from pathlib import Path
 
 import pytest
-import small_run
-from faulty_disk import FAULTS, FaultyDisk, Killed
-from small_run import BAD_ROWS, HELDOUT_ROWS, ROWS, STEPS, committed
 
 from spin_ray.config.sections import SpinConfig
 from spin_ray.errors import StageError
 from spin_ray.run_dir.run_dir import RunDir, read_json_lines
 from spin_ray.run_dir.storage import ATTEMPTS, Storage, table_from_bytes
+from tests.support import small_run
+from tests.support.faulty_disk import FAULTS, FaultyDisk, Killed
+from tests.support.small_run import BAD_ROWS, HELDOUT_ROWS, ROWS, STEPS, committed
 
 POINTS = 231
 """Changes of the folder in one small run; a test says when this is no longer so."""

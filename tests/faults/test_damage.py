@@ -6,15 +6,15 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-import small_run
-from faulty_disk import FaultyDisk, Killed
-from small_run import committed
 
 from spin_ray.config.sections import SpinConfig
 from spin_ray.errors import RunDirError
 from spin_ray.loop.stages import generation
 from spin_ray.run_dir.run_dir import RunDir
 from spin_ray.run_dir.storage import Storage, table_from_bytes
+from tests.support import small_run
+from tests.support.faulty_disk import FaultyDisk, Killed
+from tests.support.small_run import committed
 
 
 def cut(path: Path) -> None:

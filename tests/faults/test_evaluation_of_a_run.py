@@ -7,14 +7,14 @@ from typing import Any
 
 import numpy as np
 import pytest
-import small_run
 import torch
-from learner_cases import logp_alone
 from transformers import AutoModelForCausalLM
 
 from spin_ray.config.sections import SpinConfig
 from spin_ray.run_dir.run_dir import RunDir
 from spin_ray.run_dir.storage import Storage
+from tests.support import small_run
+from tests.support.learner_cases import logp_alone
 
 
 def test_the_kl_to_the_base_is_measured_for_every_iterate_on_its_own_samples(

@@ -7,10 +7,6 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
-import small_run
-from fake_gcs import FakeGcs
-from small_run import committed
-from test_object_storage import committed_on, objects
 
 from spin_ray.config.sections import SpinConfig
 from spin_ray.errors import RunDirError
@@ -18,6 +14,10 @@ from spin_ray.run_dir import object_storage
 from spin_ray.run_dir.fence import LEASE
 from spin_ray.run_dir.lease import Lease
 from spin_ray.run_dir.object_storage import ObjectStorage
+from tests.faults.test_object_storage import committed_on, objects
+from tests.support import small_run
+from tests.support.fake_gcs import FakeGcs
+from tests.support.small_run import committed
 
 
 @pytest.fixture(scope="module")

@@ -13,8 +13,6 @@ from typing import Any
 
 import obstore
 import pytest
-import small_run
-from small_run import committed
 
 from spin_ray.config.sections import SpinConfig
 from spin_ray.errors import RunDirError, StageError
@@ -23,6 +21,8 @@ from spin_ray.run_dir.fence import LEASE
 from spin_ray.run_dir.lease import Lease
 from spin_ray.run_dir.object_storage import ObjectStorage, open_storage
 from spin_ray.run_dir.run_dir import MANIFEST
+from tests.support import small_run
+from tests.support.small_run import committed
 
 FAILURES = ("500", "503", "slow", "reply lost", "refused")
 

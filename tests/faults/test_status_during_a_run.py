@@ -5,7 +5,6 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import small_run
 from rich.console import Console
 
 from spin_ray.config.sections import SpinConfig
@@ -13,6 +12,7 @@ from spin_ray.loop.stages.training import stage as training
 from spin_ray.report.status import is_running, print_status
 from spin_ray.run_dir.run_dir import RunDir
 from spin_ray.run_dir.storage import Storage
+from tests.support import small_run
 
 
 def test_status_shows_the_measures_of_a_training_that_goes_on(

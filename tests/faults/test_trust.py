@@ -13,6 +13,7 @@ import pytest
 import torch
 
 from spin_ray import cli
+from tests.support.paths import ROOT
 
 
 class _Canary:
@@ -107,16 +108,13 @@ def test_a_secret_in_a_recipe_is_refused_and_written_nowhere(
 def test_no_secret_of_the_environment_reaches_the_run_folder_or_the_log(
     tmp_path: Path, config: Any, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    import small_run
+    from tests.support import small_run
 
     for name in ("HF_TOKEN", "AWS_SECRET_ACCESS_KEY", "RAY_AUTH_TOKEN"):
         monkeypatch.setenv(name, "hunter2")
     small_run.run(config, tmp_path / "run")
     written = [path for path in (tmp_path / "run").rglob("*") if path.is_file() and b"hunter2" in path.read_bytes()]
     assert not written and "hunter2" not in caplog.text
-
-
-ROOT = Path(__file__).parents[2]
 
 
 @pytest.mark.parametrize(

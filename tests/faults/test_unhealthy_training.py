@@ -4,15 +4,15 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import small_run
 import torch
-from small_run import committed
 
 from spin_ray.config.sections import SpinConfig
 from spin_ray.errors import HealthError
 from spin_ray.learner import step as loop
 from spin_ray.run_dir.run_dir import RunDir, read_json_lines
 from spin_ray.run_dir.storage import Storage
+from tests.support import small_run
+from tests.support.small_run import committed
 
 
 @pytest.mark.parametrize("bad", [torch.nan, torch.inf])

@@ -9,12 +9,12 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file
-from test_stages_on_ray import SeedEngine
 
 from spin_ray.config.sections import SpinConfig
 from spin_ray.inputs.embedded import resolve
 from spin_ray.loop.launch import run_spin
 from spin_ray.run_dir.run_dir import RunDir
+from tests.ray.test_stages_on_ray import SeedEngine
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(300)]
 START = Path(resolve("embedded:tiny-llama"))

@@ -11,8 +11,6 @@ import ray.cloudpickle
 import ray.train
 import torch
 import torch.distributed as dist
-from heard_of import wait_until_heard_of
-from test_stages_on_ray import SeedEngine, make_config, make_prompts, play
 
 from spin_ray.config.sections import SamplingConfig, SpinConfig
 from spin_ray.errors import StageError
@@ -20,6 +18,8 @@ from spin_ray.run_dir.run_dir import RunDir
 from spin_ray.run_dir.storage import Storage
 from spin_ray.runtime.engine import Completion, EngineSpec
 from spin_ray.runtime.workers import run_workers
+from tests.ray.test_stages_on_ray import SeedEngine, make_config, make_prompts, play
+from tests.support.heard_of import wait_until_heard_of
 
 pytestmark = pytest.mark.slow
 ray.cloudpickle.register_pickle_by_value(sys.modules[__name__])  # actors cannot import a test module

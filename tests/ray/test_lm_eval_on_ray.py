@@ -1,22 +1,19 @@
 """lm-eval in a Ray task on a real model, beside our own evaluation and plain transformers on the same rows."""
 
 import json
-import sys
 from importlib.metadata import version
 from pathlib import Path
 
 import pytest
 
-sys.path.insert(0, str(Path(__file__).parents[1] / "unit"))
 pytest.importorskip("lm_eval")
-from lm_eval_cases import CHOICES, SUMS, Plain, write_task
-
 from spin_ray.config.sections import SpinConfig
 from spin_ray.inputs.embedded import resolve
 from spin_ray.report import benchmarks as lm_eval_tasks
 from spin_ray.report.benchmarks import Backend, parse_benchmarks
 from spin_ray.run_dir.run_dir import RunDir
 from spin_ray.run_dir.storage import Storage
+from tests.support.lm_eval_cases import CHOICES, SUMS, Plain, write_task
 
 pytestmark = [pytest.mark.slow, pytest.mark.e2e]
 

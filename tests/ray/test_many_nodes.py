@@ -21,8 +21,6 @@ import ray.train
 import torch
 import torch.distributed as dist
 from safetensors.torch import load
-from small_cluster import SmallCluster, may_hide, small_cluster, when
-from test_stages_on_ray import SeedEngine
 
 from spin_ray.config.sections import SamplingConfig, SpinConfig
 from spin_ray.errors import ResourceError
@@ -37,6 +35,8 @@ from spin_ray.runtime.engine import Completion, EngineSpec
 from spin_ray.runtime.model_sharing import share
 from spin_ray.runtime.resources import check_fits, wait_until_free
 from spin_ray.runtime.workers import run_workers
+from tests.ray.test_stages_on_ray import SeedEngine
+from tests.support.small_cluster import SmallCluster, may_hide, small_cluster, when
 
 ray.cloudpickle.register_pickle_by_value(sys.modules[__name__])  # actors cannot import a test module
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(400)]

@@ -9,14 +9,14 @@ import pytest
 import ray.cloudpickle
 import torch
 import torch.distributed as dist
-from heard_of import wait_until_heard_of
-from test_backends_on_ray import log_of, run_with
 
 from spin_ray.errors import StageError
 from spin_ray.learner import step as loop
 from spin_ray.loop.stages.training import stage as training
 from spin_ray.run_dir.run_dir import RunDir
 from spin_ray.run_dir.storage import Storage
+from tests.ray.test_backends_on_ray import log_of, run_with
+from tests.support.heard_of import wait_until_heard_of
 
 ray.cloudpickle.register_pickle_by_value(sys.modules[__name__])  # workers cannot import a test module
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(300)]

@@ -1,6 +1,5 @@
 """What trackers are told is in Ray's Prometheus endpoint, too, under the same names; scraped as Prometheus does."""
 
-import sys
 import time
 import urllib.request
 from pathlib import Path
@@ -8,13 +7,11 @@ from pathlib import Path
 import ray
 from prometheus_client.parser import text_string_to_metric_families
 
-sys.path.insert(0, str(Path(__file__).parents[1] / "unit"))
-from made_up_run import made_up_run
-
 from spin_ray.config.sections import TrackingConfig
 from spin_ray.report import gauges
 from spin_ray.report.tracking import points, track
 from spin_ray.run_dir.run_dir import read_json_lines
+from tests.support.made_up_run import made_up_run
 
 EXPORT_S = 60
 """Ray hands gauges to the node's agent every 10 s."""

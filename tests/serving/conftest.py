@@ -7,13 +7,12 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from ray_head import free_port
-from served import Served
-from tiny_runs import make_run
 
 from spin_ray.serving.arena.votes import VoteStore
-
-ROOT = Path(__file__).resolve().parents[2]
+from tests.support.paths import ROOT
+from tests.support.ray_head import free_port
+from tests.support.served import Served
+from tests.support.tiny_runs import make_run
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

@@ -7,11 +7,11 @@ from typing import Any
 
 import httpx
 import pytest
-from fake_engines import FakeEngines, empty_votes
-from tiny_runs import tiny_config
 
 from spin_ray.serving.access import Key, new_key
 from spin_ray.serving.api import DIGEST_HEADER, make_app
+from tests.support.fake_engines import FakeEngines, empty_votes
+from tests.support.tiny_runs import tiny_config
 
 CHAT, COMPLETIONS, COMPARE = "/v1/chat/completions", "/v1/completions", "/v1/compare"
 JSON = {"Content-Type": "application/json"}

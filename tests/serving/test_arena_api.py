@@ -9,17 +9,17 @@ import sys
 import threading
 import time
 from collections.abc import AsyncIterator
-from pathlib import Path
 
 import httpx
 import pytest
-from arena_app import SAYS, digest, make, says
 from fastapi.testclient import TestClient
 
 from spin_ray.serving.access import Key
 from spin_ray.serving.arena import routes as arena
 from spin_ray.serving.arena.votes import VoteStore
 from spin_ray.serving.bodies import ChatBody
+from tests.support.arena_app import SAYS, digest, make, says
+from tests.support.paths import ROOT
 
 ASKED = {"messages": [{"role": "user", "content": "how are you?"}], "temperature": 0.8, "seed": 3, "stream": True}
 
@@ -230,8 +230,7 @@ def started(database: str) -> tuple[subprocess.Popen, str]:
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
-    program = Path(__file__).with_name("arena_app.py")
-    server = subprocess.Popen([sys.executable, program, database, str(port)])
+    server = subprocess.Popen([sys.executable, "-m", "tests.support.arena_app", database, str(port)], cwd=ROOT)
     url = f"http://127.0.0.1:{port}"
     deadline = time.monotonic() + 60
     while time.monotonic() < deadline and server.poll() is None:

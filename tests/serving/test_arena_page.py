@@ -10,12 +10,12 @@ from collections.abc import Iterator
 import httpx
 import pytest
 import uvicorn
-from arena_app import EVIL, SAYS, make
-from chromium import headless, needs_chromium, picture
 from playwright.sync_api import Browser, Page, expect
 
 from spin_ray.serving.access import Key, new_key
 from spin_ray.serving.arena.votes import Answer, VoteStore
+from tests.support.arena_app import EVIL, SAYS, make
+from tests.support.chromium import headless, needs_chromium, picture
 
 pytestmark = [pytest.mark.slow, needs_chromium]
 

@@ -7,14 +7,14 @@ from typing import Any
 import httpx
 import pytest
 import schemathesis
-from fake_engines import FakeEngines, empty_votes
 from hypothesis import HealthCheck, settings
 from schemathesis.checks import not_a_server_error
 from schemathesis.specs.openapi.checks import response_schema_conformance, status_code_conformance
-from served import Served
-from tiny_runs import tiny_config
 
 from spin_ray.serving.api import make_app
+from tests.support.fake_engines import FakeEngines, empty_votes
+from tests.support.served import Served
+from tests.support.tiny_runs import tiny_config
 
 pytestmark = [pytest.mark.e2e, pytest.mark.slow]
 

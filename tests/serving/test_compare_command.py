@@ -8,8 +8,9 @@ from pathlib import Path
 
 import httpx
 import pytest
-from conftest import ROOT
-from served import Served
+
+from tests.support.paths import ROOT
+from tests.support.served import Served
 
 pytestmark = [pytest.mark.e2e, pytest.mark.slow]
 

@@ -14,12 +14,12 @@ import httpx
 import openai
 import pytest
 import yaml
-from conftest import ROOT
-from ray_head import Head, free_port, ray_head
-from tiny_runs import make_run
 
 from spin_ray.run_dir.run_dir import RunDir
 from spin_ray.serving.access import new_key
+from tests.support.paths import ROOT
+from tests.support.ray_head import Head, free_port, ray_head
+from tests.support.tiny_runs import make_run
 
 pytestmark = [pytest.mark.e2e, pytest.mark.slow]
 

@@ -10,9 +10,6 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from conftest import ROOT
-from fake_engines import FakeEngines
-from tiny_runs import add_iterate, make_run, tiny_config
 
 from spin_ray.config.sections import override
 from spin_ray.errors import ConfigError, DataError, RunDirError
@@ -22,6 +19,9 @@ from spin_ray.serving.batch import compare_rows, read_rows
 from spin_ray.serving.engines import build_engine
 from spin_ray.serving.iterates import open_iterate, wanted
 from spin_ray.serving.server import check_settings, start, with_room
+from tests.support.fake_engines import FakeEngines
+from tests.support.paths import ROOT
+from tests.support.tiny_runs import add_iterate, make_run, tiny_config
 
 
 @pytest.fixture

@@ -10,11 +10,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from tiny_runs import add_iterate, make_run
 
 from spin_ray.run_dir.run_dir import RunDir
 from spin_ray.serving.iterates import Iterate
 from spin_ray.serving.keeper import EngineFailed, Keeper
+from tests.support.tiny_runs import add_iterate, make_run
 
 
 class SlowKeeper(Keeper):

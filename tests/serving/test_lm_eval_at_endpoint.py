@@ -1,20 +1,18 @@
 """lm-eval asks the real server through OpenAI's API: likelihoods, completions and chat."""
 
 import json
-import sys
 from pathlib import Path
 
 import pytest
-from served import Served
 
-sys.path.insert(0, str(Path(__file__).parents[1] / "unit"))
+from tests.support.served import Served
+
 pytest.importorskip("lm_eval")
 pytest.importorskip("tenacity")
-from lm_eval_cases import CHOICES, Plain, write_task
-
 from spin_ray.errors import StageError
 from spin_ray.report import benchmarks as lm_eval_tasks
 from spin_ray.report.benchmarks import Request, parse_benchmarks
+from tests.support.lm_eval_cases import CHOICES, Plain, write_task
 
 pytestmark = [pytest.mark.e2e, pytest.mark.slow]
 

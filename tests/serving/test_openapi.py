@@ -2,13 +2,13 @@
 
 import pytest
 import schemathesis
-from fake_engines import FakeEngines, empty_votes
 from hypothesis import HealthCheck, settings
 from schemathesis.checks import not_a_server_error
 from schemathesis.specs.openapi.checks import response_schema_conformance, status_code_conformance
-from tiny_runs import tiny_config
 
 from spin_ray.serving.api import make_app
+from tests.support.fake_engines import FakeEngines, empty_votes
+from tests.support.tiny_runs import tiny_config
 
 APP = make_app(FakeEngines(), tiny_config(), [], empty_votes())
 schema = schemathesis.openapi.from_asgi("/openapi.json", APP)

@@ -12,11 +12,11 @@ import httpx
 import openai
 import psutil
 import pytest
-from served import START_S, Served
-from tiny_runs import add_iterate
 
 from spin_ray.inputs.rendering import ChatRenderer, load_tokenizer
 from spin_ray.run_dir.run_dir import folder_digest, folder_entries
+from tests.support.served import START_S, Served
+from tests.support.tiny_runs import add_iterate
 
 pytestmark = [pytest.mark.e2e, pytest.mark.slow]
 

@@ -7,7 +7,8 @@ from typing import Any
 import httpx
 import psutil
 import pytest
-from served import Served
+
+from tests.support.served import Served
 
 pytestmark = [pytest.mark.e2e, pytest.mark.slow]
 

@@ -1,10 +1,7 @@
 """What the documentation says of the code is what the code says."""
 
-from pathlib import Path
-
 from spin_ray.report.measures import as_markdown
-
-DOCS = Path(__file__).parents[2] / "docs"
+from tests.support.paths import DOCS
 
 
 def test_the_table_of_measures_is_the_one_in_the_code():

@@ -1,0 +1,135 @@
+"""What is checked before anything starts."""
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from spin_ray.config.sections import DataConfig, SpinConfig
+from spin_ray.errors import ConfigError, DataError, ModelError
+from spin_ray.inputs.check import check_recipe, check_token_ids, disk_free_gib, versions
+from spin_ray.inputs.embedded import resolve
+from spin_ray.inputs.rendering import ChatRenderer, Rendered
+from tests.support.tokenizer_kinds import TEMPLATES, tokenizer_of_kind
+
+TINY = Path(resolve("embedded:tiny-llama"))
+
+
+def config_for(**sections: Any) -> SpinConfig:
+    recipe: dict[str, Any] = {
+        "model": {"path": "embedded:tiny-llama", "max_length": 128},
+        "data": {"train": "embedded:arithmetic-train", "heldout": "embedded:arithmetic-heldout"},
+        "generation": {"sampling": {"max_tokens": 24}},
+    }
+    for name, values in sections.items():
+        recipe[name] = recipe.get(name, {}) | values
+    return SpinConfig.model_validate(recipe)
+
+
+def test_a_recipe_that_can_run_is_resolved():
+    start = check_recipe(config_for())
+    assert start.model.path == TINY
+    assert (start.model.name, start.end_of_turn_id) == ("sft", 2)
+    assert start.train == resolve("embedded:arithmetic-train")
+    assert start.facts()["inputs"] == {
+        "model": start.model.digest, "data": start.data_digest, "heldout": start.heldout_digest,
+        "questions": None,
+    }  # fmt: skip
+
+
+def test_the_model_that_the_warm_up_starts_from_is_not_yet_the_sft_model():
+    assert check_recipe(config_for(sft={})).model.name == "start"
+
+
+def test_a_judge_that_is_not_there_is_told_before_hours_of_sampling(tmp_path):
+    recipe = config_for(generation={"samples_per_prompt": 2}).model_dump()
+    config = SpinConfig.model_validate(recipe | {"algorithm": "sppo", "scorer": {"path": str(tmp_path / "judge")}})
+    with pytest.raises(ModelError, match="judge: no such folder"):
+        check_recipe(config)
+
+
+def test_without_held_out_data_there_is_nothing_to_check_of_it():
+    start = check_recipe(config_for(data={"heldout": None}))
+    assert (start.heldout, start.heldout_digest) == (None, None)
+
+
+def test_other_content_of_the_data_is_another_run(tmp_path):
+    path = tmp_path / "d.jsonl"
+    digests = set()
+    for text in ("a", "b"):
+        path.write_text(json.dumps({"prompt": "q", "response": text}))
+        digests.add(check_recipe(config_for(data={"train": str(path)})).data_digest)
+    assert len(digests) == 2
+
+
+@pytest.mark.parametrize(
+    ("sections", "error", "message"),
+    [
+        ({"data": {"train": "none.jsonl"}}, DataError, "none.jsonl: no such data"),
+        ({"data": {"heldout": "none.jsonl"}}, DataError, "none.jsonl: no such data"),
+        ({"data": {"train": "embedded:none"}}, ConfigError, "names no embedded asset"),
+        ({"model": {"path": "none"}}, ModelError, "model.path none: no such folder"),
+        ({"model": {"max_length": 513}}, ConfigError, "model.max_length: 513 is more than the 512 positions"),
+        ({"model": {"chat_template": "none.jinja"}}, ModelError, "none.jinja: cannot be read"),
+    ],
+)
+def test_what_cannot_be_used_is_named(sections, error, message):
+    with pytest.raises(error) as caught:
+        check_recipe(config_for(**sections))
+    assert message in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+def test_a_model_that_brings_code_is_refused_before_its_tokenizer_is_loaded(tmp_path):
+    """transformers imports tokenizer code while it loads the tokenizer."""
+    folder = tmp_path / "model"
+    shutil.copytree(TINY, folder)
+    config = json.loads((folder / "tokenizer_config.json").read_text())
+    config["auto_map"] = {"AutoTokenizer": ["own.OwnTokenizer", None]}
+    (folder / "tokenizer_config.json").write_text(json.dumps(config))
+    (tmp_path / "own.py").write_text(f"open({str(tmp_path / 'canary')!r}, 'w')")
+    shutil.copy(tmp_path / "own.py", folder / "own.py")
+    with pytest.raises(ModelError, match=r"own\.py: pickled weights and code"):
+        check_recipe(config_for(model={"path": str(folder)}))
+    assert not (tmp_path / "canary").exists()
+
+
+def test_a_model_without_a_chat_template_is_an_error_with_the_remedy(tmp_path):
+    folder = tmp_path / "model"
+    shutil.copytree(TINY, folder)
+    (folder / "chat_template.jinja").unlink()
+    with pytest.raises(ModelError, match=r"has no chat template; set model\.chat_template"):
+        check_recipe(config_for(model={"path": str(folder)}))
+
+
+def test_versions_name_what_is_installed():
+    found = versions()
+    assert {"python", "ray", "torch", "transformers"} <= found.keys()
+    assert all(found.values())
+
+
+def test_free_disk_space_is_told_of_folders_that_are_not_there_yet(tmp_path):
+    assert disk_free_gib(tmp_path / "a" / "b") == pytest.approx(disk_free_gib(tmp_path), abs=1)
+    assert disk_free_gib(Path("relative/none")) > 0
+
+
+@pytest.mark.parametrize("kind", ["prepend", "byte level", "unigram"])
+def test_token_ids_of_a_runs_own_rows_are_compared_with_transformers(kind, tmp_path, monkeypatch):
+    tokenizer = tokenizer_of_kind(kind, TEMPLATES["zephyr"])
+    renderer, source = ChatRenderer(tokenizer), str(tmp_path / "rows.jsonl")
+    rows = [{"prompt": f"Is it {number}?", "response": "Yes, it is."} for number in range(3)]
+    forged = {"prompt": "</s>", "response": "Yes."}
+    Path(source).write_text("".join(json.dumps(row) + "\n" for row in [*rows, forged, {"prompt": "no response"}]))
+    assert check_token_ids(tokenizer, renderer, source, DataConfig(train=source)) == 3
+
+    def as_two_texts(conversations):
+        prompt = renderer.render_prompt(conversations[0][:-1])
+        response = tokenizer.encode(conversations[0][-1]["content"], add_special_tokens=False)
+        return [Rendered(prompt, [*response, renderer.end_of_turn_id])]
+
+    if kind == "prepend":
+        monkeypatch.setattr(renderer, "render_all", as_two_texts)
+        with pytest.raises(ModelError, match=r"rows\.jsonl:1 has other token ids here than transformers gives it"):
+            check_token_ids(tokenizer, renderer, source, DataConfig(train=source))

@@ -1,0 +1,183 @@
+"""DeepSpeed against FSDP2 on two gloo processes whose packs are unequal: losses, norms, weights, resume, export."""
+
+import json
+import os
+import shutil
+import sys
+from pathlib import Path
+from typing import Any, cast
+
+import pytest
+import torch
+import torch.distributed as dist
+import torch.multiprocessing
+from transformers import AutoModelForCausalLM
+
+from spin_ray.config.sections import LoraConfig, OptimizerConfig
+from spin_ray.errors import ModelError
+from spin_ray.learner.backends import make_backend
+from spin_ray.learner.backends.base import BackendSettings, TrainBackend
+from spin_ray.learner.losses import margins, pair_logps
+from spin_ray.learner.packing import build_pack
+from tests.support.learner_cases import PACK_LENGTH, one_step, random_rows, save_model, table_of, tiny_llama, train
+
+pytest.importorskip("deepspeed", reason="the extra `deepspeed` is not installed")
+pytest.importorskip("peft", reason="the extra `lora` is not installed")
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(300)]
+ROWS = random_rows(0, trees=8)
+CASES = (
+    "full fp32 tied rmsprop",
+    "shard_grad_op fp32 tied rmsprop",
+    "full bf16 untied adamw",
+    "shard_grad_op bf16 untied adamw",
+    "full bf16 untied adamw lora",
+    "shard_grad_op fp32 tied adamw lora",
+)
+"""Sharding (ZeRO-3, ZeRO-2), precision, embeddings, optimizer, and adapters instead of all weights."""
+
+
+def backend_of(directory: Path, kind: str, case: str, **settings: Any) -> TrainBackend:
+    sharding, precision, embeddings, optimizer, *lora = case.split()
+    chosen = BackendSettings(
+        kind=cast(Any, kind), max_length=PACK_LENGTH, precision=cast(Any, precision), sharding=cast(Any, sharding),
+        optimizer=OptimizerConfig(name=cast(Any, optimizer), weight_decay=0.01, max_grad_norm=0.7),
+        learning_rate=0.01, total_steps=8, lora=LoraConfig(rank=4) if lora else None, **settings,
+    )  # fmt: skip
+    return make_backend(directory / embeddings, chosen, torch.device("cpu"))
+
+
+def margins_at_step_0(backend: TrainBackend) -> float:
+    """Largest |margin| of this rank before any step."""
+    largest = 0.0
+    for pack in one_step(ROWS).for_rank(dist.get_rank(), 2):
+        batch = build_pack(pack, table_of(ROWS), pack_length=PACK_LENGTH, pad_id=0)
+        reference = pair_logps(backend.score(batch), batch)
+        margin = margins(*pair_logps(backend.logps(batch), batch), *reference, beta=5.0)
+        backend.backward(0.0 * margin.sum(), last_microbatch=False)
+        largest = max(largest, margin.abs().max().item() if len(margin) else 0.0)
+    return largest
+
+
+def one_of_two_ranks(rank: int, directory: Path) -> None:
+    os.environ["LOCAL_RANK"] = str(rank)  # Ray Train sets it too
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo", store=dist.FileStore(str(directory / "store"), 2), rank=rank, world_size=2)
+    for case in CASES:
+        for kind in ("fsdp2", "deepspeed"):
+            backend = backend_of(directory, kind, case)
+            found: dict[str, Any] = {"history": train(backend, ROWS, 3)}
+            backend.export_hf(directory / f"{case} {kind}")
+            if kind == "deepspeed":
+                found |= resumed(backend, directory, case)
+            (directory / f"{case} {kind} {rank}.json").write_text(json.dumps(found))
+    (directory / f"failure-{rank}.json").write_text(json.dumps(failures(directory)))
+    dist.destroy_process_group()
+
+
+def resumed(backend: TrainBackend, directory: Path, case: str) -> dict[str, Any]:
+    """Two further steps without a break, and in another backend from a checkpoint; and what margins start as.
+
+    Every rank saves into a folder of its own, as under Ray Train, and loads the union.
+    """
+    rank = dist.get_rank()
+    backend.save(directory / f"{case} saved {rank}")
+    on = train(backend, ROWS, 2)
+    dist.barrier()
+    if rank == 0:
+        for other in (0, 1):
+            shutil.copytree(directory / f"{case} saved {other}", directory / f"{case} merged", dirs_exist_ok=True)
+    dist.barrier()
+    again = backend_of(directory, "deepspeed", case, gradient_checkpointing=True)
+    largest = margins_at_step_0(again)
+    again.load(directory / f"{case} merged")
+    found = {"on": on, "steps_done": again.steps_done, "resumed": train(again, ROWS, 2), "margin": largest}
+    if "fp32" in case:
+        offloaded = backend_of(directory, "deepspeed", case, offload=True)
+        offloaded.load(directory / f"{case} merged")
+        found["offloaded"] = train(offloaded, ROWS, 2)
+    return found
+
+
+def failures(directory: Path) -> dict[str, Any]:
+    """A gradient that is infinite on one rank."""
+    backend = backend_of(directory, "deepspeed", CASES[0])
+    batch = build_pack(one_step(ROWS).packs[0], table_of(ROWS), pack_length=PACK_LENGTH, pad_id=0)
+    before = backend.score(batch)
+    backend.backward(backend.logps(batch).sum() * (torch.inf if dist.get_rank() else 1.0), last_microbatch=True)
+    try:
+        backend.step()
+    except FloatingPointError as error:
+        return {"error": str(error), "unmoved": torch.equal(backend.score(batch), before)}
+    return {}
+
+
+@pytest.fixture(scope="module")
+def directory(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """What two ranks left behind."""
+    directory = tmp_path_factory.mktemp("ranks")
+    for name, tied in (("tied", True), ("untied", False)):
+        model = tiny_llama(tied=tied)
+        save_model(directory / name, model.bfloat16().float())  # weights that bf16 can hold, as an iterate has
+    context = torch.multiprocessing.spawn(one_of_two_ranks, args=(directory,), nprocs=2, join=False)
+    assert context is not None
+    while not context.join(timeout=150):
+        pass
+    return directory
+
+
+def result(directory: Path, name: str) -> dict[str, Any]:
+    return json.loads((directory / f"{name}.json").read_text())
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_deepspeed_trains_as_fsdp2_does(directory: Path, case: str) -> None:
+    """They agree to rounding, in bf16 too; where gradients are tiny, RMSProp makes whole steps (0.01) of it. Adapters
+    start from random numbers that bf16 does not hold, and which DeepSpeed rounds.
+    """
+    relative, absolute = (5e-3, 0.02) if "bf16" in case and "lora" in case else (1e-4, 1e-3)
+    expected = result(directory, f"{case} fsdp2 0")["history"]
+    for rank in (0, 1):
+        found = result(directory, f"{case} deepspeed {rank}")["history"]
+        assert found == [pytest.approx(step, rel=relative) for step in expected]
+    start = dict(AutoModelForCausalLM.from_pretrained(directory / case.split()[2]).named_parameters())
+    weights = dict(AutoModelForCausalLM.from_pretrained(directory / f"{case} deepspeed").named_parameters())
+    for name, weight in AutoModelForCausalLM.from_pretrained(directory / f"{case} fsdp2").named_parameters():
+        assert weights[name].dtype == weight.dtype
+        torch.testing.assert_close(weights[name], weight, rtol=0, atol=absolute)
+        moved = (weights[name].float() - start[name]).abs().max()
+        assert moved > 0.01 if "lora" not in case or name.endswith("_proj.weight") else moved == 0, name
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_resumed_deepspeed_training_is_bitwise_the_uninterrupted_one(directory: Path, case: str) -> None:
+    """Resumed with activations recomputed, which must not change a bit either."""
+    for rank in (0, 1):
+        found = result(directory, f"{case} deepspeed {rank}")
+        assert found["steps_done"] == 3
+        assert found["resumed"] == found["on"]
+
+
+@pytest.mark.parametrize("case", [case for case in CASES if "fp32" in case])
+def test_offloaded_deepspeed_training_is_the_same_to_rounding(directory: Path, case: str) -> None:
+    """With states in the CPU's memory DeepSpeed sums the norm in another order."""
+    for rank in (0, 1):
+        found = result(directory, f"{case} deepspeed {rank}")
+        assert found["offloaded"] == [pytest.approx(step, rel=1e-6) for step in found["on"]]
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_margins_are_exactly_0_at_step_0(directory: Path, case: str) -> None:
+    assert [result(directory, f"{case} deepspeed {rank}")["margin"] for rank in (0, 1)] == [0, 0]
+
+
+def test_a_bad_gradient_on_one_rank_raises_on_both_and_moves_nothing(directory: Path) -> None:
+    for rank in (0, 1):
+        found = result(directory, f"failure-{rank}")
+        assert "not finite at optimizer step 0" in found["error"]
+        assert found["unmoved"]
+
+
+def test_without_deepspeed_the_error_names_the_extra(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setitem(sys.modules, "deepspeed", None)
+    with pytest.raises(ModelError, match=r"spin-ray\[deepspeed\]"):
+        backend_of(tmp_path, "deepspeed", CASES[0])

@@ -1,0 +1,166 @@
+"""LoRA on the FSDP2 backend against PEFT in a plain loop; with two ranks and with DeepSpeed: test_deepspeed.py."""
+
+from collections.abc import Callable, Iterator
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch.distributed.checkpoint import FileSystemReader
+from transformers import AutoModelForCausalLM
+
+from spin_ray.config.sections import LoraConfig, OptimizerConfig
+from spin_ray.errors import ModelError
+from spin_ray.learner.backends.base import BackendSettings
+from spin_ray.learner.backends.fsdp2 import Fsdp2Backend
+from spin_ray.learner.losses import margins, pair_logps, spin_loss
+from spin_ray.learner.scoring import ResponseScorer
+from tests.support.learner_cases import batches_of, one_rank, one_step, random_rows, save_model, tiny_llama, train
+
+peft = pytest.importorskip("peft", reason="the extra `lora` is not installed")
+torch.set_num_threads(1)
+ROWS = random_rows(0, trees=6)
+LORA = LoraConfig(rank=4, alpha=6)
+MakeBackend = Callable[..., Fsdp2Backend]
+
+
+@pytest.fixture(scope="module", autouse=True)
+def process_group(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    with one_rank(tmp_path_factory.mktemp("group")):
+        yield
+
+
+@pytest.fixture(scope="module")
+def model_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return save_model(tmp_path_factory.mktemp("model"), tiny_llama())
+
+
+def backend_of(model_dir: Path, lora: LoraConfig | None = LORA, **changes: Any) -> Fsdp2Backend:
+    common: dict[str, Any] = {"max_length": 48, "precision": "fp32", "learning_rate": 0.01, "total_steps": 8}
+    optimizer = OptimizerConfig(name="adamw", schedule="constant", warmup_fraction=0, max_grad_norm=1e9)
+    settings = BackendSettings(optimizer=optimizer, lora=lora, **(common | changes))
+    return Fsdp2Backend(model_dir, settings, torch.device("cpu"))
+
+
+@pytest.fixture
+def make(model_dir: Path) -> MakeBackend:
+    return partial(backend_of, model_dir)
+
+
+def train_with_peft(
+    backend: Fsdp2Backend, model_dir: Path, steps: int
+) -> tuple[list[list[float]], Any, dict[str, Any]]:
+    """A plain torch loop over PEFT's model from the first A of ``backend``: (losses and norms, model, adapters)."""
+    model = AutoModelForCausalLM.from_pretrained(model_dir, dtype=torch.float32).eval()
+    config = peft.LoraConfig(r=LORA.rank, lora_alpha=LORA.alpha, target_modules="all-linear")
+    plain = peft.get_peft_model(model, config).eval()
+    adapters = {
+        name.removeprefix("base_model.model."): weight
+        for name, weight in plain.named_parameters()
+        if weight.requires_grad
+    }
+    with torch.no_grad():
+        for name, weight in adapters.items():
+            weight.copy_(backend._shards[name].full_tensor())
+    scorer, optimizer = ResponseScorer(model), torch.optim.AdamW(adapters.values(), lr=0.01, weight_decay=0)
+    history = []
+    for _ in range(steps):
+        total = 0.0
+        for batch in batches_of(ROWS):
+            real, generated = pair_logps(scorer(batch), batch)
+            zero = torch.zeros_like(real)
+            loss = spin_loss(margins(real, generated, zero, zero, 0.5)) / one_step(ROWS).num_pairs
+            loss.backward()
+            total += loss.item()
+        history.append([total, torch.nn.utils.get_total_norm([weight.grad for weight in adapters.values()]).item()])
+        optimizer.step()
+        optimizer.zero_grad()
+    return history, plain, adapters
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_at_step_0_the_model_is_the_opponent_to_the_last_bit(make: MakeBackend, precision: str) -> None:
+    """B is 0, so nothing is added; the reference may be scored by the opponent itself, without adapters."""
+    adapted, opponent = make(precision=precision), make(None, precision=precision)
+    for batch in batches_of(ROWS):
+        reference = pair_logps(opponent.score(batch), batch)
+        margin = margins(*pair_logps(adapted.logps(batch), batch), *reference, beta=5.0)
+        assert margin.requires_grad
+        assert not margin.any()
+
+
+def test_training_equals_peft_in_a_plain_loop(make: MakeBackend, model_dir: Path, tmp_path: Path) -> None:
+    """Three steps from the same first A; then PEFT's own merge equals the export."""
+    backend = make(seed=3)
+    expected, plain, adapters = train_with_peft(backend, model_dir, 3)
+    assert {name for name, shard in backend._shards.items() if shard.requires_grad} == set(adapters)
+    assert train(backend, ROWS, 3) == [pytest.approx(step, rel=1e-4) for step in expected]
+    for name, weight in adapters.items():
+        torch.testing.assert_close(backend._shards[name].full_tensor(), weight, rtol=1e-3, atol=1e-5)
+
+    backend.export_hf(tmp_path / "out")
+    exported = dict(AutoModelForCausalLM.from_pretrained(tmp_path / "out").named_parameters())
+    merged = dict(plain.merge_and_unload().named_parameters())
+    start = dict(AutoModelForCausalLM.from_pretrained(model_dir).named_parameters())
+    assert exported.keys() == merged.keys() == start.keys()
+    for name, weight in merged.items():
+        torch.testing.assert_close(exported[name], weight, rtol=1e-3, atol=1e-5)
+        assert torch.equal(exported[name], start[name]) != name.endswith("_proj.weight")
+
+
+def test_an_exported_iterate_is_a_plain_model_that_scores_as_the_adapted_one(make: MakeBackend, tmp_path: Path) -> None:
+    backend = make()
+    train(backend, ROWS, 2)
+    backend.export_hf(tmp_path / "out")
+    loaded = ResponseScorer(AutoModelForCausalLM.from_pretrained(tmp_path / "out"))
+    with torch.no_grad():
+        for batch in batches_of(ROWS):
+            torch.testing.assert_close(backend.score(batch), loaded(batch), rtol=1e-5, atol=1e-4)
+
+
+def test_a_checkpoint_holds_the_adapters_only_and_resumes_bit_for_bit(make: MakeBackend, tmp_path: Path) -> None:
+    backend = make()
+    train(backend, ROWS, 2)
+    backend.save(tmp_path / "adapters")
+    stored = FileSystemReader(tmp_path / "adapters").read_metadata().state_dict_metadata
+    assert {name for name in stored if "lora_" not in name} == {"steps_done"}
+    resumed = make(seed=9)
+    resumed.load(tmp_path / "adapters")
+    assert train(resumed, ROWS, 2) == train(backend, ROWS, 2)
+    for batch in batches_of(ROWS):
+        assert torch.equal(resumed.score(batch), backend.score(batch))
+
+
+def test_a_full_rank_adapter_takes_the_step_that_the_weight_would(make: MakeBackend) -> None:
+    """dL/dB = scaling · dL/dW Aᵀ at B = 0: with A = 1 (rank = width) and scaling 1 B's gradient is W's own."""
+    lora = LoraConfig(rank=32, alpha=32, target_modules=("q_proj",))
+    adapted, whole = make(lora), make(None)
+    for name, shard in adapted._shards.items():
+        if "lora_A" in name:
+            shard.data.to_local().copy_(torch.eye(32))
+    for backend in (adapted, whole):
+        batch = batches_of(ROWS)[0]
+        backend.backward(backend.logps(batch).sum(), last_microbatch=True)
+    for name, shard in adapted._shards.items():
+        if "lora_B" in name:
+            expected = whole._shards[name.replace("lora_B.default.", "")].grad
+            torch.testing.assert_close(shard.grad.full_tensor(), expected.full_tensor(), rtol=1e-4, atol=1e-4)
+
+
+def test_the_first_values_follow_from_the_seed_and_touch_no_other_randomness(make: MakeBackend) -> None:
+    def first_values(seed: int) -> torch.Tensor:
+        shards = make(seed=seed)._shards
+        return torch.cat([shard.full_tensor().flatten() for name, shard in shards.items() if "lora_A" in name])
+
+    torch.manual_seed(5)
+    expected = torch.rand(3)
+    torch.manual_seed(5)
+    assert torch.equal(first_values(1), first_values(1))
+    assert not torch.equal(first_values(1), first_values(2))
+    assert torch.equal(torch.rand(3), expected)
+
+
+def test_a_name_that_no_layer_has_is_an_error(make: MakeBackend) -> None:
+    with pytest.raises(ModelError, match=r"train\.lora\.target_modules: .*qkv"):
+        make(LoraConfig(target_modules=("qkv",)))

@@ -1,0 +1,92 @@
+"""Scores under θ_0 for a geometric reference: which responses are scored, and that each is scored once in a run."""
+
+import pyarrow as pa
+import pytest
+
+from spin_ray.errors import RunDirError
+from spin_ray.inputs.model_folder import ModelFolder
+from spin_ray.loop.stages import pairs
+from spin_ray.loop.stages import scoring as base_scores
+from spin_ray.run_dir.run_dir import RunDir
+from spin_ray.run_dir.schemas import REFERENCE_SCHEMA
+from spin_ray.run_dir.storage import Storage
+from tests.support.fakes import config_of, write_answers, write_prompts, write_rows
+
+CONFIG = config_of(objective={"reference_alpha": 0.5, "window": "all"}, train={"global_batch_pairs": 1})
+BASE = ModelFolder(None, "digest of θ_0", "sft", 0)  # type: ignore[arg-type]
+
+
+@pytest.fixture
+def run(tmp_path, monkeypatch):
+    """Two prompts; iteration 0 played the first only; its reference scores are −1 (y) and −2 (y′)."""
+    run = RunDir(Storage(tmp_path))
+    write_prompts(run.prompts, 2, 2)
+    write_answers(run.generations(0), [("p000", 0, [50, 2])], 2)
+    pairs.run(run, CONFIG, 0)
+    write_rows(
+        run.reference(0), REFERENCE_SCHEMA,
+        [{"pair_id": "p000/000/0", "real_logp": -1.0, "generated_logp": -2.0}], part_rows=1,
+    )  # fmt: skip
+    return run
+
+
+@pytest.fixture
+def scored(monkeypatch):
+    """Keys that θ_0 was asked to score, by call; it gives −(10 + number of tokens)."""
+    calls: list[list[str]] = []
+
+    def score(run_dir, config, base, rows: pa.Table, name):
+        calls.append(rows["pair_id"].to_pylist())
+        return {row["pair_id"]: -10.0 - len(row["real_ids"]) for row in rows.to_pylist()}
+
+    monkeypatch.setattr(base_scores, "_score", score)
+    return calls
+
+
+def scores_of(run: RunDir, iteration: int) -> dict[str, tuple[float, float]]:
+    rows = [row for table in run.base_scores(iteration).tables() for row in table.to_pylist()]
+    return {row["pair_id"]: (row["real_logp"], row["generated_logp"]) for row in rows}
+
+
+def play(run: RunDir, iteration: int) -> None:
+    write_answers(run.generations(iteration), [("p000", 0, [60 + iteration, 2]), ("p001", 0, [70 + iteration])], 2)
+    pairs.run(run, CONFIG, iteration)
+    base_scores.run(run, CONFIG, iteration, BASE)
+
+
+def test_a_response_is_scored_once_in_a_run(run, scored):
+    """y of p000 and its y′ of iteration 0 are known from iteration 0's reference; y of p001 is new in iteration 1."""
+    play(run, 1)
+    play(run, 2)
+    assert [sorted(keys) for keys in scored] == [["p000/001/0", "p001", "p001/001/0"], ["p000/002/0", "p001/002/0"]]
+    assert scores_of(run, 1) == {"p000/001/0": (-1, -12), "p001/001/0": (-12, -11), "p000/000/0": (-1, -2)}
+    assert scores_of(run, 2) == scores_of(run, 1) | {"p000/002/0": (-1, -12), "p001/002/0": (-12, -11)}
+
+
+def test_committed_scores_are_not_made_again(run, scored):
+    play(run, 1)
+    base_scores.run(run, CONFIG, 1, BASE)
+    assert len(scored) == 1
+
+
+def test_scores_of_another_base_are_refused(run, scored):
+    play(run, 1)
+    with pytest.raises(RunDirError, match="iter_001/base_scores: was made with other values of base_model"):
+        base_scores.run(run, CONFIG, 1, ModelFolder(None, "another", "sft", 0))  # type: ignore[arg-type]
+
+
+def test_responses_to_score_have_trees_of_their_own(run, scored):
+    """Two y′ of one prompt must not share a tree: a tree has one y, and here every response stands in its place."""
+    write_answers(run.generations(1), [("p000", 0, [61, 2]), ("p000", 1, [62])], 2)
+    pairs.run(run, CONFIG, 1)
+    table = pa.concat_tables(list(run.pairs(1).tables()))
+    rows = base_scores.unknown_responses(table, {"p000": -1.0, "p000/000/0": -2.0}).to_pylist()
+    assert [(row["prompt_id"], row["real_ids"], row["generated_ids"]) for row in rows] == [
+        ("p000/001/0", [61, 2], []), ("p000/001/1", [62], []),
+    ]  # fmt: skip
+    assert all(row["prompt_ids"] == [1, 0] for row in rows)
+
+
+def test_known_scores_name_y_by_its_prompt_and_y_prime_by_its_pair():
+    table = pa.table([["a/000/0", "a/000/1"], [-1.0, -1.0], [-2.0, -3.0]], schema=REFERENCE_SCHEMA)
+    assert base_scores.known_scores(table) == {"a": -1.0, "a/000/0": -2.0, "a/000/1": -3.0}

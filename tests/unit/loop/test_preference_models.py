@@ -1,0 +1,88 @@
+"""Preference models: their probabilities against the same computed by hand from the models' own outputs."""
+
+import pytest
+import torch
+from transformers import AutoModelForSequenceClassification, AutoTokenizer, DebertaV2Model
+
+from spin_ray.config.sections import ScorerConfig
+from spin_ray.errors import ModelError
+from spin_ray.loop.algorithms.sppo.preference_models import load_scorer
+from tests.support.preference_models import save_pairrm, save_reward_model
+
+torch.set_num_threads(1)
+PROMPT = [{"role": "user", "content": "2 + 2 = ?"}]
+RESPONSES = ["2 + 2 = 4", "5", "why do you ask"]
+
+
+@pytest.fixture(scope="module")
+def reward(tmp_path_factory):
+    return save_reward_model(tmp_path_factory.mktemp("reward"))
+
+
+@pytest.fixture(scope="module")
+def pairrm(tmp_path_factory):
+    return save_pairrm(tmp_path_factory.mktemp("pairrm"))
+
+
+def scorer_of(folder, kind):
+    return load_scorer(ScorerConfig(path=str(folder), kind=kind), folder)
+
+
+@pytest.mark.parametrize("kind", ["reward", "pairrm"])
+def test_probabilities_of_both_sides_add_up_to_1(kind, reward, pairrm):
+    wins = scorer_of({"reward": reward, "pairrm": pairrm}[kind], kind).wins(PROMPT, RESPONSES)
+    torch.testing.assert_close(wins + wins.T, torch.ones(3, 3))
+    assert wins.diagonal().tolist() == [0.5] * 3
+    assert (wins - 0.5).abs().max() > 0.01, "a judge without an opinion would make the test empty"
+
+
+@torch.no_grad()
+def test_a_reward_model_judges_the_whole_chat_by_the_difference_of_its_outputs(reward):
+    tokenizer, model = AutoTokenizer.from_pretrained(reward), AutoModelForSequenceClassification.from_pretrained(reward)
+    rewards = []
+    for response in RESPONSES[:2]:
+        chat = [*PROMPT, {"role": "assistant", "content": response}]
+        ids = tokenizer.apply_chat_template(chat, return_tensors="pt", return_dict=True)["input_ids"]
+        rewards.append(model(input_ids=ids).logits.item())
+    found = scorer_of(reward, "reward").wins(PROMPT, RESPONSES)[0, 1]
+    assert found.item() == pytest.approx(torch.sigmoid(torch.tensor(rewards[0] - rewards[1])).item(), abs=1e-6)
+
+
+@torch.no_grad()
+def test_pairrm_compares_the_states_at_its_marks_in_both_orders(pairrm):
+    """s = mean over tasks of head([source; first]) − head([source; second]); P = ½[σ(s₀₁) + σ(−s₁₀)]."""
+    from safetensors.torch import load_file
+
+    tokenizer, weights = AutoTokenizer.from_pretrained(pairrm), load_file(pairrm / "model.safetensors")
+    body = DebertaV2Model.from_pretrained(
+        None, config=DebertaV2Model.config_class.from_pretrained(pairrm),
+        state_dict={name.partition(".")[2]: value for name, value in weights.items() if "head" not in name},
+    ).eval()  # fmt: skip
+
+    def head(states):
+        hidden = torch.tanh(states @ weights["head_layer.1.weight"].T + weights["head_layer.1.bias"])
+        return hidden @ weights["head_layer.4.weight"].T + weights["head_layer.4.bias"]
+
+    def score(first, second):
+        text = f"<|source|>{PROMPT[0]['content']}<|candidate1|>{first}<|candidate2|>{second}"
+        ids = tokenizer(text, return_tensors="pt")["input_ids"]
+        states = body(input_ids=ids).last_hidden_state[0]
+        marks = [tokenizer.convert_tokens_to_ids(f"<|{name}|>") for name in ("source", "candidate1", "candidate2")]
+        source, one, other = (states[(ids[0] == mark).nonzero().item()] for mark in marks)
+        return (head(torch.cat([source, one])) - head(torch.cat([source, other]))).mean()
+
+    expected = (torch.sigmoid(score(*RESPONSES[:2])) + torch.sigmoid(-score(RESPONSES[1], RESPONSES[0]))) / 2
+    assert scorer_of(pairrm, "pairrm").wins(PROMPT, RESPONSES)[0, 1].item() == pytest.approx(expected.item(), abs=1e-5)
+
+
+def test_a_text_that_is_too_long_is_cut_and_keeps_the_marks(pairrm):
+    scorer = load_scorer(ScorerConfig(path=str(pairrm), kind="pairrm", max_length=40), pairrm)
+    wins = scorer.wins([{"role": "user", "content": "why " * 200}], ["a " * 200, "b " * 200])
+    assert wins.isfinite().all()
+
+
+@pytest.mark.parametrize("kind", ["reward", "pairrm"])
+def test_a_model_of_another_kind_is_named(kind, reward, pairrm):
+    other = {"reward": pairrm, "pairrm": reward}[kind]
+    with pytest.raises(ModelError, match=f"is no {kind} model"):
+        scorer_of(other, kind)

@@ -1,0 +1,87 @@
+"""Which tasks lm-eval is asked to run, how, and what is kept. On real models: tests/ray and tests/serving."""
+
+import math
+
+import pytest
+
+from spin_ray.errors import ConfigError
+from spin_ray.report.benchmarks import (
+    PRESETS,
+    Benchmark,
+    Request,
+    _model,
+    averages,
+    measure,
+    parse_benchmarks,
+    request_for,
+)
+from tests.support.fakes import config_of
+from tests.support.made_up_run import made_up_run
+
+
+def test_tasks_are_names_presets_and_numbers_of_examples():
+    assert parse_benchmarks(["gsm8k:8", "mine"]) == (Benchmark("gsm8k", 8), Benchmark("mine", None))
+    assert parse_benchmarks(["paper"]) == PRESETS["paper"]
+    with pytest.raises(ConfigError, match="gsm8k:many"):
+        parse_benchmarks(["gsm8k:many"])
+
+
+def test_the_papers_preset_has_its_numbers_of_examples():
+    """Section 6.1: ARC 25, TruthfulQA 0, Winogrande 5, GSM8K 5, HellaSwag 10, MMLU 5."""
+    assert [benchmark.shots for benchmark in PRESETS["paper"]] == [25, 0, 5, 5, 10, 5]
+
+
+def test_the_mean_of_the_papers_preset_is_there_once_all_six_are():
+    """Six values 0.1 … 0.6, standard errors 0.03: 0.35 ± 0.03 / √6. A group has no number of examples of its own."""
+
+    def result(benchmark: Benchmark, value: float) -> dict:
+        metrics = {benchmark.metric: {"value": value, "standard_error": 0.03}, "other": {"value": 9.0}}
+        return {"metrics": metrics, "shots": None if benchmark.task == "mmlu" else benchmark.shots, "limit": None}
+
+    results = {it.task: result(it, (place + 1) / 10) for place, it in enumerate(PRESETS["paper"])}
+    [mean] = averages(results)["mean of paper"]["metrics"].values()
+    assert mean == {"value": pytest.approx(0.35), "standard_error": pytest.approx(0.03 / math.sqrt(6))}
+    assert averages(results | {"gsm8k": results["gsm8k"] | {"shots": 8}}) == {}
+    assert averages(results | {"gsm8k": results["gsm8k"] | {"limit": 10}}) == {}
+    assert averages({"gsm8k": results["gsm8k"]}) == {}
+
+
+@pytest.mark.parametrize(("chat", "kind"), [(False, "local-completions"), (True, "local-chat-completions")])
+def test_an_endpoint_is_asked_for_the_iterate_by_its_name_there(chat, kind):
+    """``iter_001`` is ``iter-1`` in the API; questions are no longer than the engine takes."""
+    config = config_of(model={"path": "m", "max_length": 3000})
+    request = request_for(config, 2, "/m", benchmarks=(), endpoint="http://localhost:8000/v1/", chat=chat)
+    found, arguments = _model(request)
+    assert (found, arguments["model"], arguments["max_length"]) == (kind, "iter-1", 3000)
+    assert arguments["base_url"] == f"http://localhost:8000/v1/{'chat/' if chat else ''}completions"
+
+
+def test_an_engine_of_the_tasks_is_one_of_the_run(monkeypatch):
+    engine = {"enforce_eager": True, "tensor_parallel_size": 2, "extra": {"block_size": 32}}
+    config = config_of(generation={"engine": engine, "resources": {"cpus": 3, "gpus": 2}}, train={"precision": "fp32"})
+    request = request_for(config, 1, "/m", benchmarks=(), backend="vllm")
+    kind, arguments = _model(request)
+    assert (kind, request.name, request.threads, arguments["dtype"]) == ("vllm", "iter_000", 3, "float32")
+    expected = {"enforce_eager": True, "tensor_parallel_size": 2, "block_size": 32, "generation_config": "vllm"}
+    assert arguments == arguments | expected
+    assert "max_length" not in arguments
+
+
+@pytest.mark.slow
+def test_the_presets_are_tasks_that_lm_eval_has():
+    tasks = pytest.importorskip("lm_eval.tasks").TaskManager().all_tasks
+    assert {benchmark.task for preset in PRESETS.values() for benchmark in preset} <= set(tasks)
+
+
+@pytest.mark.slow
+def test_an_unknown_task_is_an_error_that_names_it():
+    pytest.importorskip("lm_eval")
+    with pytest.raises(ConfigError, match="knows no no_such_task"):
+        measure(Request(model="m", name="sft", benchmarks=(Benchmark("no_such_task"),)))
+
+
+def test_a_folder_of_tasks_that_is_not_there_is_an_error_before_anything_runs(call, tmp_path):
+    run = made_up_run(tmp_path / "run")
+    code, _, error = call("eval", run.storage.root, "--iterate", "sft", "--tasks", "mine", "--include", tmp_path / "no")
+    assert (code, error.strip()) == (2, f"error: --include {tmp_path / 'no'}: is no folder")
+    assert "benchmarks" not in run.storage.read("sft/eval.json").decode()

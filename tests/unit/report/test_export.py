@@ -1,0 +1,172 @@
+"""An iterate to pass on, and the card that goes with it."""
+
+import base64
+import json
+import os
+import shutil
+import subprocess
+import sys
+import threading
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+
+import pytest
+import yaml
+
+from spin_ray.errors import ConfigError, RunDirError
+from spin_ray.inputs.model_folder import folder_entries, open_model
+from spin_ray.report.export import export
+from spin_ray.report.model_card import model_card, write_card
+from spin_ray.run_dir.run_dir import MANIFEST, Manifest, folder_digest
+from tests.support.made_up_run import TINY, made_up_run
+
+
+@pytest.fixture
+def run(tmp_path):
+    """Two iterations; iter_001 has a model."""
+    run = made_up_run(tmp_path / "run", generation={"engine": {"extra": {"proxy_password": "SECRETSECRET"}}})
+    folder = run.storage.path(run.model(2).path)
+    shutil.copytree(TINY, folder)
+    (folder / MANIFEST).write_bytes(Manifest.of(folder_entries(folder), {}, {}).to_bytes())
+    return run
+
+
+@pytest.mark.parametrize("iterate", ["2", "iter_001", "latest"])
+def test_an_exported_iterate_is_a_model_folder_with_a_card(run, tmp_path, iterate):
+    folder = Path(export(run, iterate, str(tmp_path / "out")))
+    open_model(folder, "exported")
+    assert (folder / "README.md").read_text() == model_card(run, 2)
+    assert not (folder / MANIFEST).exists()
+
+
+def test_the_card_names_base_data_and_results_in_the_hubs_form(run):
+    text = model_card(run, 2)
+    metadata = yaml.safe_load(text.split("---")[1])
+    assert metadata["base_model"] == "m"
+    metrics = {it["type"]: it["value"] for it in metadata["model-index"][0]["results"][0]["metrics"]}
+    assert metrics["answer_accuracy"] == 0.45
+    assert "by 2 iteration(s) of SPIN" in text
+    assert "| answer accuracy | 0.450 ± 0.039 |" in text
+    assert "SECRET" not in text
+
+
+def test_the_hubs_own_reader_understands_the_card(run):
+    huggingface_hub = pytest.importorskip("huggingface_hub")
+    data = huggingface_hub.ModelCard(model_card(run, 2)).data
+    assert data.library_name == "transformers"
+    assert {result.metric_type for result in data.eval_results} >= {"answer_accuracy", "against_opponent.loss"}
+
+
+def test_benchmarks_and_a_data_set_of_the_hub_are_in_the_card(run):
+    """lm-eval's numbers as they are in eval.json; ± is 1.96 · 0.01."""
+    description = run.description()
+    description["config"]["data"]["train"] = "hf://datasets/someone/chat/train.parquet"
+    run.storage.replace("run.json", json.dumps(description).encode())
+    metrics = {"acc_norm": {"value": 0.3125, "standard_error": 0.01}}
+    evaluation = json.loads(run.storage.read(run.eval_path(2)))
+    evaluation["benchmarks"] = {"arc_challenge": {"metrics": metrics, "shots": 25, "task_version": 1.0}}
+    run.storage.replace(run.eval_path(2), json.dumps(evaluation).encode())
+    text = model_card(run, 2)
+    metadata = yaml.safe_load(text.split("---")[1])
+    assert metadata["datasets"] == ["someone/chat"]
+    assert metadata["model-index"][0]["results"][1]["metrics"] == [
+        {"type": "acc_norm", "name": "acc_norm", "value": 0.3125}
+    ]
+    assert "| arc_challenge | 25 | acc_norm | 0.3125 ± 0.0196 |" in text
+
+
+def test_the_card_beside_the_weights_is_no_part_of_the_model(run):
+    """Neither the folder's digest nor its manifest changes; θ_0 without a warm-up is not the run's to write to."""
+    folder = run.storage.path(run.model(2).path)
+    before = folder_digest(folder_entries(folder))
+    write_card(run, 2)
+    assert (folder / "README.md").read_text() == model_card(run, 2)
+    assert folder_digest(folder_entries(folder)) == before == folder_digest(run.model(2).verify().files)
+    write_card(run, 0)
+    assert not run.storage.exists("sft/model")
+
+
+def test_a_damaged_model_is_not_exported(run, tmp_path):
+    with (run.storage.path(run.model(2).path) / "config.json").open("a") as file:
+        file.write(" ")
+    with pytest.raises(RunDirError, match="differs from its digest"):
+        export(run, "2", str(tmp_path / "out"))
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("iterate", ["1", "3", "iter_007", "best", "-1"])
+def test_an_iterate_that_is_not_there_is_an_error_that_names_those_that_are(run, tmp_path, iterate):
+    with pytest.raises(RunDirError, match=f"has no iterate {iterate}; it has iter_001"):
+        export(run, iterate, str(tmp_path / "out"))
+
+
+def test_nothing_is_written_over(run, tmp_path):
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "notes.txt").write_text("mine")
+    with pytest.raises(ConfigError, match="is not empty"):
+        export(run, "2", str(tmp_path / "out"))
+    assert [file.name for file in (tmp_path / "out").iterdir()] == ["notes.txt"]
+
+
+def test_the_command_says_where_it_is(call, run, tmp_path):
+    code, out, _ = call("export", run.storage.root, "--iterate", "2", "--to", tmp_path / "out")
+    assert (code, out.strip()) == (0, str(tmp_path / "out"))
+
+
+class Hub(BaseHTTPRequestHandler):
+    """As much of a Hugging Face hub as an upload asks for; keeps what was committed."""
+
+    created: dict = {}  # noqa: RUF012
+    files: dict = {}  # noqa: RUF012
+
+    def do_POST(self):
+        body = self.rfile.read(int(self.headers["Content-Length"]))
+        if self.path == "/api/repos/create":
+            self.created.update(json.loads(body))
+            self.answer({"url": f"http://{self.headers['Host']}/me/mine", "id": "me/mine"})
+        elif self.path == "/api/models/me/mine/preupload/main":
+            asked = [file["path"] for file in json.loads(body)["files"]]
+            modes = [{"path": path, "uploadMode": "regular", "shouldIgnore": False} for path in asked]
+            self.answer({"files": modes})
+        elif self.path == "/api/models/me/mine/commit/main":
+            for line in map(json.loads, body.splitlines()):
+                if line["key"] == "file":
+                    self.files[line["value"]["path"]] = base64.b64decode(line["value"]["content"])
+            self.answer({"success": True, "commitOid": "0" * 40, "commitUrl": f"http://{self.headers['Host']}/me/mine"})
+        else:
+            self.answer({"errors": [], "warnings": []})
+
+    def do_GET(self):
+        self.answer({"id": "me/mine", "sha": "0" * 40, "siblings": []})
+
+    def answer(self, content):
+        data = json.dumps(content).encode()
+        self.send_response(200)
+        self.send_header("Content-Type", "application/json")
+        self.send_header("Content-Length", str(len(data)))
+        self.end_headers()
+        self.wfile.write(data)
+
+    def log_message(self, *_):
+        pass
+
+
+@pytest.mark.slow
+def test_an_export_to_a_hub_makes_a_private_repository_with_model_and_card(run):
+    """The hub's own client in a process of its own, against a server here."""
+    server = ThreadingHTTPServer(("127.0.0.1", 0), Hub)
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    url = f"http://127.0.0.1:{server.server_port}"
+    environment = os.environ | {"HF_ENDPOINT": url, "HF_HUB_OFFLINE": "0", "HF_TOKEN": "hf_of_nobody"}
+    command = [sys.executable, "-m", "spin_ray.cli", "export", str(run.storage.root), "--iterate", "2"]
+    done = subprocess.run(
+        [*command, "--to", "hub:me/mine"], env=environment, capture_output=True, text=True, timeout=120, check=False
+    )
+    server.shutdown()
+    server.server_close()
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.strip() == "hub:me/mine"
+    assert {"name": "mine", "organization": "me", "visibility": "private"}.items() <= Hub.created.items()
+    folder = run.storage.path(run.model(2).path)
+    assert Hub.files.pop("README.md").decode() == model_card(run, 2)
+    assert Hub.files == {name: (folder / name).read_bytes() for name in run.model(2).manifest().files}

@@ -1,0 +1,227 @@
+"""What the report says, without a browser."""
+
+import json
+import re
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from spin_ray.report.history import read_examples
+from spin_ray.report.page import write_report
+from spin_ray.report.page.charts import MOST_POINTS, Bar, Series, gantt, line_chart
+from spin_ray.report.page.view import read_view
+from spin_ray.report.redaction import hide, hide_in_text
+from spin_ray.run_dir.events import spans
+from spin_ray.run_dir.run_dir import RunDir
+from spin_ray.run_dir.storage import Storage
+from tests.support.made_up_run import made_up_run
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory):
+    return made_up_run(tmp_path_factory.mktemp("runs") / "finished")
+
+
+# What it says
+
+
+def test_the_verdict_weighs_a_change_of_accuracy_against_chance(finished):
+    """0.25 → 0.45 with standard errors 0.02 each: ±1.96 · √2 · 0.02 = ±0.055."""
+    worth, caution = read_view(finished).verdict()
+    assert "45.0% of 3 held-out questions right, sft 25.0%: a change of +20.0% (± 5.5%), more than chance" in worth
+    assert caution.startswith("No sign of collapse: responses went from 9.0 to 7.0 tokens (people: 5.0)")
+
+
+def test_a_warning_takes_the_place_of_the_all_clear(tmp_path):
+    run = made_up_run(tmp_path / "run")
+    evaluation = json.loads(run.storage.read(run.eval_path(2))) | {"identical_share": 0.8}
+    run.storage.replace(run.eval_path(2), json.dumps(evaluation).encode())
+    assert read_view(run).verdict()[1].startswith("Beware: 80% of y′ equal y")
+
+
+def test_a_run_that_goes_on_says_so_and_shows_what_is_there(tmp_path):
+    view = read_view(made_up_run(tmp_path / "run", iterations=4, done=1))
+    assert (view.state, view.iterates) == ("unfinished", ["sft", "iter_000"])
+
+
+def test_a_run_without_anything_has_a_report(tmp_path):
+    run = made_up_run(tmp_path / "run")
+    empty = RunDir(Storage(tmp_path / "empty"))
+    empty.begin(run.config(), {name: run.description()[name] for name in ("inputs", "start_model", "versions")})
+    page = write_report([empty], tmp_path / "page.html").read_text()
+    assert "Nothing has been evaluated yet. The run is unfinished." in page
+    assert "No stage has started yet." in page
+
+
+def test_counts_of_quarantine_and_drops(finished):
+    view = read_view(finished)
+    assert view.quarantine == [("prompts", "empty", 2, "no text"), ("prompts", "duplicate", 1, "of row 3")]
+    assert view.pairs[0] == ("iter_000", {"rows": 1, "dropped_identical": 7, "dropped_empty": 0, "from_earlier": 0})
+
+
+def test_useful_work_is_weighed_by_time_over_the_attempts_that_measured_it(finished):
+    """Three attempts at sampling; the last did not measure it."""
+    log = finished.storage.read("events.jsonl").decode().splitlines()
+    events = [json.loads(line) for line in log]
+    sampling = [it for it in events if it["event"] == "commit" and it["stage"].endswith("heldout_samples")]
+    for event, useful in zip(sampling, (0.5, 0.8), strict=False):
+        event["useful"] = useful
+    view = replace(read_view(finished), spans=spans(events))
+    [total] = [total for total in view.stage_totals() if total.stage == "sampling"]
+    seconds = [event["seconds"] for event in sampling]
+    assert total.seconds == pytest.approx(sum(seconds))
+    assert total.useful == pytest.approx((0.5 * seconds[0] + 0.8 * seconds[1]) / (seconds[0] + seconds[1]))
+
+
+def test_the_recipe_holds_what_is_not_a_default(finished):
+    recipe = read_view(finished).recipe
+    assert "beta: 0.5" in recipe
+    assert "learning_rate" not in recipe
+
+
+def test_two_runs_show_what_differs(finished, tmp_path):
+    other = made_up_run(tmp_path / "other", iterations=3)
+    page = write_report([finished, other], tmp_path / "page.html").read_text()
+    differing = page.partition('id="differing"')[2].partition("</table>")[0]
+    assert "<code>iterations</code>" in differing
+    assert "<code>seed</code>" not in differing
+    assert "finished: iter_001" in page
+    assert "other: iter_001" in page
+    # The same rows, 0.45 ± 0.02 each.
+    compared = page.partition('id="comparison-1">')[2].partition("</p>")[0]
+    assert "iter_001 of other against iter_001 of finished: 45.0% of the held-out questions right" in compared
+    assert "+0.0% (± 5.5%), no more than chance may give" in compared
+
+
+def test_runs_with_other_held_out_rows_are_not_weighed_against_each_other(finished, tmp_path):
+    other = made_up_run(tmp_path / "other")
+    description = other.description()
+    description["inputs"]["heldout"] = "d" * 64
+    other.storage.replace("run.json", json.dumps(description).encode())
+    page = write_report([finished, other], tmp_path / "page.html").read_text()
+    assert "have other held-out rows: their numbers do not compare" in page
+
+
+def test_nothing_of_this_machine_is_in_the_page(finished, tmp_path):
+    """The page is passed on: no path of the run."""
+    page = write_report([finished], tmp_path / "page.html").read_text()
+    assert str(finished.storage.root.parent) not in page
+    assert "spin-ray run recipe.yaml --out finished-again" in page
+
+
+def test_bars_of_the_gantt_show_how_much_of_them_was_useful():
+    """A stripe of 70 % of the bar, which is as wide as the chart."""
+    svg = gantt([Bar("training", 0.0, 100.0, 0, "training", useful=0.7)])
+    widths = {kind: float(width) for kind, width in re.findall(r'class="(bar s0|useful)"[^>]* width="([0-9.]+)"', svg)}
+    assert widths["useful"] == pytest.approx(0.7 * widths["bar s0"], abs=0.1)
+
+
+def test_texts_of_the_data_are_text(finished, tmp_path):
+    page = write_report([finished], tmp_path / "page.html").read_text()
+    assert "&lt;script&gt;alert(1)&lt;/script&gt;" in page
+    assert "<script>alert" not in page
+
+
+def test_benchmarks_are_shown_beside_each_other(tmp_path):
+    """± is 1.96 · 0.01."""
+    run = made_up_run(tmp_path / "run")
+    metrics = {"acc": {"value": 0.3125, "standard_error": 0.01}}
+    result = {"gsm8k": {"metrics": metrics, "shots": 5, "task_version": 3.0}}
+    evaluation = json.loads(run.storage.read("iter_000/eval.json"))
+    run.storage.replace("iter_000/eval.json", json.dumps(evaluation | {"benchmarks": result}).encode())
+    page = write_report([run], tmp_path / "page.html").read_text()
+    table = page.partition('id="benchmarks"')[2].partition("</table>")[0]
+    assert "gsm8k, 5 examples, version 3.0" in table
+    assert '–</td><td class="n">0.3125<small>± 0.0196</small></td><td class="n">–' in table
+
+
+# Examples
+
+
+def test_examples_come_in_the_order_of_margins_with_both_extremes(finished):
+    """p0 has margin 2.0, p2 0.5, p1 −1.5."""
+    found = read_examples(finished, finished.config(), limit=2, spread=True)
+    assert [example.prompt_id for example in found] == ["p0", "p1"]
+    assert found[0].margins == {"iter_000": pytest.approx(2.0), "iter_001": pytest.approx(2.0)}
+    assert found[1].answers == {name: f"answer 1 of {name}" for name in ("sft", "iter_000", "iter_001")}
+
+
+# Stages in time
+
+
+def test_an_attempt_whose_driver_died_is_lost_and_a_last_one_may_still_run():
+    events = [
+        {"time": 0.0, "event": "start", "stage": "iter_000/training"},
+        {"time": 50.0, "event": "start", "stage": "iter_000/training"},
+        {"time": 60.0, "event": "failure", "stage": "iter_000/training", "seconds": 10.0},
+        {"time": 70.0, "event": "start", "stage": "iter_000/training"},
+    ]
+    found = [(span.outcome, span.start, span.end) for span in spans(events)]
+    assert found == [("lost", 0.0, 0.0), ("failure", 50.0, 60.0), ("running", 70.0, 70.0)]
+
+
+# Charts
+
+
+def test_a_chart_leaves_out_what_is_no_number_and_averages_what_is_too_much():
+    points = [(float(x), 1.0) for x in range(10 * MOST_POINTS)] + [(5e4, float("nan"))]
+    svg = line_chart("Loss", [Series("a", points, 0)], x_label="step")
+    assert "nan" not in svg
+    assert svg.count(" L") + 1 <= MOST_POINTS
+    assert 'aria-label="Loss: a from 1 to 1"' in svg
+
+
+def test_the_title_of_a_mark_is_escaped(finished):
+    svg = line_chart("x", [Series("<b>&", [(0, 1), (1, 2)], 0)], x_label="step")
+    assert "<title>&lt;b&gt;&amp;</title>" in svg
+    assert gantt([]) == ""
+
+
+# Secrets
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "s3://AKIAIOSFODNN7EXAMPLE:SECRETSECRET@bucket/x",
+        "https://host/x?X-Amz-Signature=SECRETSECRET&y=1",
+        "Authorization: Bearer SECRETSECRET.abc",
+        "login failed: password=SECRETSECRET",
+        "hf_SECRETSECRETabcdefghijk is not valid",
+    ],
+)
+def test_credentials_in_texts_are_hidden(text):
+    assert "SECRET" not in hide_in_text(text)
+
+
+def test_credentials_are_hidden_by_name_and_counts_are_not():
+    tree = {"hf_token": "abc", "max_tokens": 64, "tokenizer": "llama", "extra": {"api_key": "k", "dtype": "auto"}}
+    assert hide(tree) == {
+        "hf_token": "[hidden]", "max_tokens": 64, "tokenizer": "llama",
+        "extra": {"api_key": "[hidden]", "dtype": "auto"},
+    }  # fmt: skip
+
+
+def test_no_secret_of_the_config_or_of_a_failure_is_in_the_page(tmp_path):
+    engine = {"extra": {"store_api_key": "SECRETSECRET"}}
+    run = made_up_run(tmp_path / "run", iterations=3, generation={"engine": engine})
+    run.event("failure", "iter_002/training", seconds=1.0, error="OSError: s3://me:SECRETSECRET@bucket is gone")
+    page = write_report([run], tmp_path / "page.html").read_text()
+    assert "SECRETSECRET" not in page
+    assert "@bucket is gone" in page
+
+
+# The command
+
+
+def test_the_command_writes_into_the_run_folder(call, finished):
+    code, out, _ = call("report", finished.storage.root)
+    assert code == 0
+    assert Path(out.strip()) == finished.storage.root / "report.html"
+
+
+def test_a_report_of_a_folder_that_is_no_run_is_an_error(call, tmp_path):
+    code, _, error = call("report", tmp_path)
+    assert code == 2
+    assert "is not a run" in error

@@ -1,0 +1,119 @@
+"""The live view on a terminal, the line in a log, and the file that ``status`` reads."""
+
+import io
+import json
+import logging
+
+import pytest
+from rich.console import Console
+
+from spin_ray.report import progress
+from spin_ray.report.progress import PROGRESS, RunProgress, StageProgress
+from spin_ray.report.status import print_status
+from tests.support.made_up_run import made_up_run
+
+
+@pytest.fixture
+def run(tmp_path):
+    """Two of three iterations are done; the third is being trained, and has done 3 of 12 steps of 500 tokens in 6 s."""
+    run = made_up_run(tmp_path / "run", iterations=3, done=2)
+    run.event("start", "iter_002/training")
+    return run
+
+
+@pytest.fixture
+def stage(monkeypatch):
+    clock = [100.0]
+    monkeypatch.setattr(progress.time, "monotonic", lambda: clock[0])
+    with StageProgress("iter_002/training", 12, "steps") as stage:
+        for _ in range(3):
+            clock[0] += 2
+            stage.advance(1, 500)
+        yield stage
+
+
+def test_rates_are_those_since_the_stage_went_on(monkeypatch):
+    """4 of 12 were there before; 2 steps and 1000 tokens in 5 s, so 6 steps need 15 s."""
+    clock = [0.0]
+    monkeypatch.setattr(progress.time, "monotonic", lambda: clock[0])
+    stage = StageProgress("s", 12, "steps", done=4)
+    assert stage.seconds_left is None
+    clock[0] = 5
+    stage.advance(2, 1000)
+    assert stage.rates() == "6/12 steps, 0.40 steps/s, 200 tokens/s"
+    assert stage.seconds_left == 15
+
+
+def test_the_line_has_rows_rates_and_the_time_left_of_stage_iteration_and_run(run, stage):
+    told = RunProgress(run, run.config())
+    told.look()
+    line = told.line()
+    assert line.startswith("iteration 3 of 3 (iter_002): iter_002 training, 3/12 steps, 0.50 steps/s, 250 tokens/s")
+    assert ", 18 s left; iteration " in line
+    assert "; run " in line
+
+
+def test_the_view_has_the_stages_that_are_done_and_a_bar_for_the_running_one(run, stage):
+    out = io.StringIO()
+    console = Console(file=out, force_terminal=True, width=140, color_system=None)
+    told = RunProgress(run, run.config(), console)
+    told.look()
+    console.print(told.view())
+    lines = out.getvalue().splitlines()
+    assert "run  iteration 3 of 3 (iter_002)  iteration 18 s left" in lines[0]
+    assert any("✓" in line and "iter_001 evaluation" in line and "50 tokens" in line for line in lines)
+    assert "▶" in lines[-1] and "━" in lines[-1] and "3/12 steps, 0.50 steps/s, 250 tokens/s, 18 s left" in lines[-1]
+
+
+def test_a_terminal_shows_the_view_and_lines_of_the_log_above_it(run, monkeypatch):
+    """In real time: a second until the log is read, and a quarter until it is drawn."""
+    out = io.StringIO()
+    console = Console(file=out, force_terminal=True, width=140)
+    stop = progress.threading.Event()
+    with RunProgress(run, run.config(), console), StageProgress("iter_002/training", 12, "steps") as stage:
+        stage.advance(3, 500)
+        stop.wait(2.2)
+    assert "iteration 3 of 3" in out.getvalue()
+    assert "3/12 steps" in out.getvalue()
+
+
+def test_a_log_gets_a_plain_line_a_minute_and_status_a_file(run, stage, caplog, monkeypatch):
+    """Looked at every 5 s from second 106 on: the file after 10 s, one line after each 60."""
+    told = RunProgress(run, run.config(), Console(file=io.StringIO()))
+    looks = iter(range(5, 131, 5))
+
+    def wait(_: float) -> bool:
+        second = next(looks, None)
+        monkeypatch.setattr(progress.time, "monotonic", lambda: 106.0 + (second or 0))
+        return second is None
+
+    monkeypatch.setattr(told._stop, "wait", wait)
+    caplog.set_level(logging.INFO)
+    told._watch()
+    assert [record.message.partition(":")[0] for record in caplog.records] == ["iteration 3 of 3 (iter_002)"] * 2
+    state = json.loads(run.storage.read(PROGRESS))
+    assert (state["stage"], state["done"], state["total"], state["unit"]) == ("iter_002/training", 3, 12, "steps")
+    assert {"iteration_left_s", "run_left_s", "tokens_per_s"} <= state.keys()
+    out = io.StringIO()
+    print_status(run, Console(file=out, width=300))
+    assert f"Running: {state['line']} (told 0 s ago)" in out.getvalue()
+
+
+def test_a_folder_that_cannot_be_written_does_not_stop_the_run(run, caplog, monkeypatch):
+    def fail() -> None:
+        raise OSError("gone")
+
+    told = RunProgress(run, run.config(), Console(file=io.StringIO()))
+    monkeypatch.setattr(told, "look", fail)
+    answers = iter([False, False, True])
+    monkeypatch.setattr(told._stop, "wait", lambda _: next(answers))
+    told._watch()
+    assert [record.message for record in caplog.records] == ["progress cannot be told (OSError: gone)"]
+
+
+def test_status_does_not_take_what_an_earlier_stage_told_for_news(run):
+    run.storage.replace(PROGRESS, json.dumps({"time": 1.0, "line": "long ago"}).encode())
+    out = io.StringIO()
+    print_status(run, Console(file=out, width=300))
+    assert "long ago" not in out.getvalue()
+    assert "Running: iter_002 training for " in out.getvalue()

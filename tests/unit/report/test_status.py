@@ -1,0 +1,189 @@
+"""A run in tables, and its texts as they are."""
+
+import io
+import json
+from typing import Any
+
+import pytest
+from rich.console import Console
+
+from spin_ray import cli
+from spin_ray.errors import RunDirError
+from spin_ray.inputs.embedded import resolve
+from spin_ray.inputs.rendering import ChatRenderer, load_tokenizer
+from spin_ray.report.history import read_evaluations
+from spin_ray.report.status import print_status, print_summary
+from spin_ray.run_dir.events import stage_seconds
+from spin_ray.run_dir.run_dir import RunDir, iterate_name
+from spin_ray.run_dir.schemas import GENERATION_SCHEMA, PROMPT_SCHEMA
+from spin_ray.run_dir.storage import Storage
+from tests.support.fakes import config_of, generation_rows, write_rows
+
+TINY = resolve("embedded:tiny-llama")
+TOKENIZER = load_tokenizer(TINY)
+CONFIG = config_of(iterations=1)
+EVALUATION = {
+    "real_length": 12.34,
+    "generated_length": 10.0,
+    "truncation_rate": 0.25,
+    "identical_share": 0.0,
+    "answer_accuracy": 0.5,
+    "against_opponent": {"loss": 0.69312, "margin": -0.1234, "accuracy": 0.75},
+}
+
+
+@pytest.fixture
+def run(tmp_path):
+    run = RunDir(Storage(tmp_path / "[old]" / "run"))
+    run.begin(CONFIG, {"inputs": {}, "start_model": TINY})
+    return run
+
+
+def printed(function: Any, run: RunDir) -> str:
+    out = io.StringIO()
+    function(run, Console(file=out, width=200))
+    return out.getvalue()
+
+
+def row_of(text: str, name: str) -> list[str]:
+    """Cells of the row of a table that begins with ``name``."""
+    line = next(line for line in text.splitlines() if name in line)
+    return [cell.strip() for cell in line.replace("┃", "│").split("│")[1:-1]]
+
+
+def write_evaluation(run: RunDir, number: int, **values: Any) -> None:
+    content = EVALUATION | {"iterate": iterate_name(number)} | values
+    run.storage.replace(run.eval_path(number), json.dumps(content).encode())
+
+
+def write_example(run: RunDir, prompt: str, human: str, answers: dict[int, list[str]]) -> None:
+    """A held-out row, and every iterate's samples of it."""
+    messages = [{"role": "user", "content": prompt}, {"role": "assistant", "content": human}]
+    rendered = ChatRenderer(TOKENIZER).render(messages)
+    row = {"prompt_id": "p0", "prompt_ids": rendered.prompt_ids, "real_ids": rendered.real_ids}
+    others = [row | {"prompt_id": f"p{i}", "messages": json.dumps(messages)} for i in range(3)]
+    write_rows(run.heldout, PROMPT_SCHEMA, others, part_rows=3)
+    for iterate, texts in answers.items():
+        samples = [
+            (f"p{i}", sample, [*TOKENIZER.encode(text, add_special_tokens=False), 2])
+            for i in range(3)
+            for sample, text in enumerate(texts)
+        ]
+        write_rows(run.heldout_samples(iterate), GENERATION_SCHEMA, generation_rows(samples), part_rows=99)
+
+
+# Tables
+
+
+def test_iterates_are_side_by_side_with_their_measures(run):
+    write_evaluation(run, 0, against_opponent={}, answer_accuracy=None)
+    write_evaluation(run, 1)
+    text = printed(print_summary, run)
+    assert row_of(text, "iter_000") == ["iter_000", "0.6931", "-0.123", "0.75", "0.500", "12.3", "10.0", "0.25", "0.00"]
+    assert row_of(text, "sft") == ["sft", "–", "–", "–", "–", "12.3", "10.0", "0.25", "0.00"]
+
+
+def test_status_has_a_row_for_each_measure_and_names_what_is_wrong(run):
+    write_evaluation(run, 0, against_opponent={}, identical_share=0.9)
+    write_evaluation(run, 1)
+    text = printed(print_status, run)
+    assert row_of(text, "held-out loss") == ["held-out loss", "–", "0.6931"]
+    assert "KL to the opponent" not in text
+    assert "Warning sft: 90% of y′ equal y" in text
+
+
+def test_evaluations_come_in_the_order_of_the_iterates_and_missing_ones_are_left_out(run):
+    write_evaluation(run, 1)
+    assert [found["iterate"] for found in read_evaluations(run, CONFIG)] == ["iter_000"]
+    write_evaluation(run, 0)
+    assert [found["iterate"] for found in read_evaluations(run, CONFIG)] == ["sft", "iter_000"]
+
+
+def test_seconds_are_summed_over_attempts_and_sorted_by_folder(run):
+    """Sampling for held-out and training prompts is one stage with two names."""
+    for event, stage, seconds in [
+        ("failure", "iter_000/training", 10.0),
+        ("commit", "iter_000/training", 20.5),
+        ("commit", "prompts", 1.0),
+        ("commit", "sft/heldout_samples + iter_000/generations", 7.0),
+        ("start", "iter_000/pairs", 99.0),
+    ]:
+        run.event(event, stage, seconds=seconds)
+    assert stage_seconds(run.events()) == {
+        "iter_000": {"training": 30.5},
+        "run": {"prompts": 1.0},
+        "sft": {"sampling": 7.0},
+    }
+
+
+# Status
+
+
+def test_status_of_a_run_that_has_done_nothing(run):
+    text = printed(print_status, run)
+    assert "LATEST: nothing published yet; iterations wanted: 1" in text
+
+
+def test_status_says_what_happened_last_and_what_is_published(run):
+    run.publish(0)
+    run.event("start", "iter_000/pairs")
+    text = printed(print_status, run)
+    assert "Last event: start iter_000/pairs" in text
+    assert "LATEST: sft" in text
+
+
+def test_following_goes_on_until_nothing_is_running(run, call, monkeypatch):
+    """The stage ends while the second picture is waited for."""
+    run.event("start", "iter_000/pairs")
+    monkeypatch.setattr(cli.time, "sleep", lambda _: run.event("commit", "iter_000/pairs", seconds=1.0))
+    code, out, _ = call("status", run.storage.root, "--follow")
+    assert code == 0
+    assert out.count("Last event: start iter_000/pairs") == 1
+    assert out.count("Last event: commit iter_000/pairs") == 1
+
+
+@pytest.mark.parametrize("error", ["OSError: [/tmp/x] is gone", "[rank0]: killed", "see [bold]this[/]"])
+def test_brackets_in_an_error_are_shown_as_they_are(run, error):
+    """rich would take [/tmp/x] for the end of a style and fail, and leave [rank0] out."""
+    run.event("failure", "iter_000/training", seconds=1.0, error=error)
+    assert error in printed(print_status, run)
+
+
+def test_status_of_a_folder_that_is_no_run_is_an_error(tmp_path):
+    with pytest.raises(RunDirError, match="is not a run"):
+        printed(print_status, RunDir(Storage(tmp_path)))
+
+
+# Summary
+
+
+def test_the_summary_shows_examples_the_model_and_how_to_go_on(run):
+    write_evaluation(run, 0)
+    write_evaluation(run, 1)
+    write_example(run, "How are you?", "fine", {0: ["so so"], 1: ["very well"]})
+    run.publish(1)
+    text = printed(print_summary, run)
+    for line in ("user  How are you?", "human  fine", "sft  so so", "iter_000  very well"):
+        assert text.count(line) == 3
+    assert f"Model:  {run.storage.root}/iter_000/model (LATEST: iter_000)" in text
+    assert f"Go on:  spin-ray status {run.storage.root}" in text
+
+
+def test_texts_of_examples_are_shown_as_they_are(run):
+    write_evaluation(run, 0)
+    write_example(run, "[bold]x[/bold] :cat:", "[/y] :dog:", {0: ["[z] :100:"], 1: ["w"]})
+    text = printed(print_summary, run)
+    for line in ("[bold]x[/bold] :cat:", "[/y] :dog:", "[z] :100:"):
+        assert line in text
+
+
+def test_of_several_samples_the_first_is_the_example(run):
+    write_evaluation(run, 0)
+    write_example(run, "q", "a", {0: ["first", "second"], 1: ["one", "two"]})
+    text = printed(print_summary, run)
+    assert (text.count("sft  first"), text.count("iter_000  one")) == (3, 3)
+    assert "second" not in text
+
+
+def test_without_held_out_rows_the_summary_has_no_examples(run):
+    assert "human" not in printed(print_summary, run)

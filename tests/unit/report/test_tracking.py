@@ -1,0 +1,126 @@
+"""What trackers are told, read back with their own readers."""
+
+import glob
+import json
+from pathlib import Path
+
+import pytest
+
+from spin_ray.config.sections import TrackingConfig
+from spin_ray.report import tracking
+from spin_ray.report.tracking import points, track
+from tests.support.made_up_run import made_up_run
+
+
+@pytest.fixture
+def run(tmp_path):
+    """θ_0 and θ_1; iteration 0 had five steps."""
+    return made_up_run(tmp_path / "run", iterations=2, done=2)
+
+
+def configured(run, **trackers):
+    return run.config().model_copy(update={"tracking": TrackingConfig.model_validate(trackers)})
+
+
+def test_training_counts_its_steps_through_all_iterations_and_evaluations_count_iterates(run):
+    """Five steps each: iteration 1 goes on at step 5; its loss starts at ln 2."""
+    found = {(point.name, point.step): point.value for point in points(run, 2)}
+    assert found["train/loss", 5] == pytest.approx(0.6931, abs=1e-4)
+    assert found["eval/against_opponent.loss", 2] == pytest.approx(0.5)
+    assert found["eval/answer_accuracy", 2] == pytest.approx(0.45)
+    assert ("train/loss", 4) not in found
+
+
+def test_tensorboard_reads_back_what_was_written(run):
+    config = configured(run)
+    for iterate in (0, 1, 2, 1):  # a resumed driver passes the earlier ones again
+        track(run, config, iterate)
+    files = sorted(glob.glob(str(run.storage.path("tensorboard/*tfevents*"))))
+    found = [(value.tag, event.step, value.simple_value) for file in files for event, value in read_events(file)]
+    accuracies = [(step, round(value, 4)) for tag, step, value in found if tag == "eval/answer_accuracy"]
+    assert sorted(accuracies) == [(0, 0.25), (1, 0.35), (2, 0.45)]
+    assert sorted(step for tag, step, _ in found if tag == "train/margin") == list(range(10))
+
+
+def read_events(file: str):
+    """Records of a TFRecord file: length (8 bytes), checksum (4), data, checksum (4)."""
+    from tensorboardX.proto.event_pb2 import Event
+
+    data = Path(file).read_bytes()
+    while data:
+        length = int.from_bytes(data[:8], "little")
+        event = Event.FromString(data[12 : 12 + length])
+        yield from ((event, value) for value in event.summary.value)
+        data = data[16 + length :]
+
+
+def test_mlflow_reads_back_what_was_written(run):
+    client = pytest.importorskip("mlflow").MlflowClient
+    config = configured(run, tensorboard=False, mlflow={})
+    for iterate in (0, 1, 2, 1):
+        track(run, config, iterate)
+    reader = client(run.storage.path("mlruns").as_uri())
+    experiment = reader.get_experiment_by_name("spin_ray").experiment_id
+    [found] = reader.search_runs([experiment])
+    history = reader.get_metric_history(found.info.run_id, "eval/answer_accuracy")
+    assert [(it.step, it.value) for it in history] == [(0, 0.25), (1, pytest.approx(0.35)), (2, pytest.approx(0.45))]
+    assert len(reader.get_metric_history(found.info.run_id, "train/loss")) == 10
+    assert found.data.params["objective.beta"] == "0.5"
+
+
+@pytest.mark.slow
+def test_weights_and_biases_gets_one_offline_run(run, monkeypatch):
+    pytest.importorskip("wandb")
+    monkeypatch.delenv("WANDB_API_KEY", raising=False)
+    config = configured(run, tensorboard=False, wandb={})
+    for iterate in (0, 1):
+        track(run, config, iterate)
+    files = sorted(glob.glob(str(run.storage.path("wandb/offline-run-*/*.wandb"))))
+    assert len({file.rpartition("-")[2] for file in files}) == 1  # both of the same run id
+    rows = [row for file in files for row in wandb_history(Path(file).read_bytes())]
+    found = {
+        (name, int(row["step" if name.startswith("train/") else "iterate"])): value
+        for row in rows
+        for name, value in row.items()
+        if "/" in name
+    }
+    expected = {(point.name, point.step): point.value for iterate in (0, 1) for point in points(run, iterate)}
+    assert found == pytest.approx(expected)
+
+
+def wandb_history(data: bytes):
+    """Logged rows of a .wandb file: after 7 bytes, blocks of 32 KiB of (checksum 4, size 2, kind 1, data)."""
+    from wandb.proto.wandb_internal_pb2 import Record
+
+    place, record = 7, b""
+    while place + 7 <= len(data):
+        left = 32768 - place % 32768
+        if left < 7:
+            place += left
+            continue
+        size, kind = int.from_bytes(data[place + 4 : place + 6], "little"), data[place + 6]
+        record += data[place + 7 : place + 7 + size]
+        place += 7 + size
+        if kind in (1, 4):  # whole, or the last piece
+            found = Record.FromString(record)
+            if found.HasField("history"):
+                yield {item.nested_key[0]: json.loads(item.value_json) for item in found.history.item}
+            record = b""
+
+
+def test_a_tracker_that_fails_is_a_warning_and_is_told_again(run, monkeypatch, caplog):
+    def fail(*_):
+        raise OSError("no room")
+
+    monkeypatch.setattr(tracking, "_log_tensorboard", fail)
+    track(run, configured(run), 0)
+    assert "tensorboard: could not log sft (OSError: no room)" in caplog.text
+    monkeypatch.undo()
+    track(run, configured(run), 0)
+    assert run.storage.exists("tensorboard")
+
+
+def test_no_tracker_no_files(run):
+    track(run, configured(run, tensorboard=False), 0)
+    assert not run.storage.exists("tensorboard")
+    assert not run.storage.exists("tracking.json")

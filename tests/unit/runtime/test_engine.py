@@ -1,0 +1,162 @@
+"""What vLLM is told, and what is kept of its answer. The real one is in tests/e2e; here a module of its name acts."""
+
+import os
+import sys
+from pathlib import Path
+from types import ModuleType, SimpleNamespace
+from typing import Any
+
+import pytest
+
+from spin_ray.config.sections import EngineConfig, SamplingConfig
+from spin_ray.runtime import cpu
+from spin_ray.runtime.engine import EngineSpec, VllmEngine, _completion
+from tests.support.fakes import config_of
+
+
+@pytest.fixture
+def vllm(monkeypatch):
+    """Records what it is given; answers [11, 2] to every prompt."""
+    told: dict[str, Any] = {"is_cpu": True, "generate": [], "shut_down": False}
+
+    class LLM:
+        def __init__(self, **arguments: Any) -> None:
+            told["arguments"] = arguments
+            told["environment"] = dict(os.environ)
+            core = SimpleNamespace(shutdown=lambda: told.update(shut_down=True))
+            self.llm_engine = SimpleNamespace(engine_core=core)
+
+        def generate(self, prompts: Any, params: Any, **options: Any) -> list[Any]:
+            told["generate"].append((prompts, params, options))
+            answer = SimpleNamespace(token_ids=(11, 2), finish_reason="stop")
+            return [SimpleNamespace(outputs=[answer]) for _ in prompts]
+
+    platform = SimpleNamespace(is_cpu=lambda: told["is_cpu"])
+    module, platforms = ModuleType("vllm"), ModuleType("vllm.platforms")
+    module.__dict__.update(LLM=LLM, SamplingParams=lambda **values: values, TokensPrompt=lambda **values: values)
+    platforms.__dict__.update(current_platform=platform)
+    monkeypatch.setitem(sys.modules, "vllm", module)
+    monkeypatch.setitem(sys.modules, "vllm.platforms", platforms)
+    monkeypatch.setattr(cpu, "allow_amx_kernels", lambda: None)
+    monkeypatch.setattr(os, "environ", dict(os.environ))
+    return told
+
+
+def spec_of(max_length: int = 512, trust_remote_code: bool = False, **engine: Any) -> EngineSpec:
+    return EngineSpec(
+        model=Path("/models/sft"),
+        max_length=max_length,
+        stop_token_id=2,
+        threads=3,
+        config=EngineConfig(**engine),
+        trust_remote_code=trust_remote_code,
+    )
+
+
+# Starting
+
+
+def test_vllm_is_started_with_these_arguments_and_no_others(vllm):
+    """Sampling never comes from the model folder, nothing is cached between calls, and only safetensors are read."""
+    VllmEngine(spec_of(dtype="bfloat16", max_num_seqs=64, enforce_eager=True))
+    assert vllm["arguments"] == {
+        "model": "/models/sft", "max_model_len": 512, "dtype": "bfloat16", "tensor_parallel_size": 1,
+        "max_num_seqs": 64, "gpu_memory_utilization": 0.9, "enforce_eager": True, "trust_remote_code": False,
+        "generation_config": "vllm", "enable_prefix_caching": False, "skip_tokenizer_init": True,
+        "load_format": "safetensors", "seed": 0,
+        "enable_chunked_prefill": False, "max_num_batched_tokens": 2048,
+    }  # fmt: skip
+
+
+def test_on_cpu_a_prompt_of_any_length_is_prefilled_whole(vllm):
+    VllmEngine(spec_of(max_length=8192))
+    assert vllm["arguments"]["enable_chunked_prefill"] is False
+    assert vllm["arguments"]["max_num_batched_tokens"] == 8192
+
+
+def test_on_gpus_vllm_schedules_prefill_as_it_likes(vllm):
+    vllm["is_cpu"] = False
+    VllmEngine(spec_of())
+    assert not {"enable_chunked_prefill", "max_num_batched_tokens"} & vllm["arguments"].keys()
+
+
+def test_other_arguments_are_passed_on_as_they_are(vllm):
+    VllmEngine(spec_of(extra={"kv_cache_dtype": "fp8", "block_size": 32}))
+    assert (vllm["arguments"]["kv_cache_dtype"], vllm["arguments"]["block_size"]) == ("fp8", 32)
+
+
+def test_code_of_the_model_is_trusted_only_if_the_config_says_so(vllm):
+    VllmEngine(spec_of(trust_remote_code=True))
+    assert vllm["arguments"]["trust_remote_code"] is True
+
+
+def test_the_scheduler_runs_in_this_process_with_its_threads_and_memory(vllm):
+    VllmEngine(spec_of(cpu_kv_cache_gib=5))
+    environment = vllm["environment"]
+    assert environment["VLLM_ENABLE_V1_MULTIPROCESSING"] == "0"
+    assert environment["VLLM_CPU_KVCACHE_SPACE"] == "5"
+    assert environment["OMP_NUM_THREADS"] == "3"
+    assert environment["VLLM_NO_USAGE_STATS"] == "1"
+
+
+# Generating
+
+
+def test_sampling_is_exactly_what_the_config_says(vllm):
+    sampling = SamplingConfig(temperature=0.7, top_p=0.9, top_k=40, max_tokens=100)
+    VllmEngine(spec_of()).generate([[5, 6]], sampling, [123])
+    ((prompts, (params,), _),) = vllm["generate"]
+    assert prompts == [{"prompt_token_ids": [5, 6]}]
+    assert params == {
+        "temperature": 0.7, "top_p": 0.9, "top_k": 40, "max_tokens": 100, "seed": 123, "stop_token_ids": [2],
+        "detokenize": False,
+    }  # fmt: skip
+
+
+def test_by_default_the_opponent_itself_is_sampled(vllm):
+    """Temperature 1, the whole distribution."""
+    VllmEngine(spec_of()).generate([[5]], config_of().generation.sampling, [0])
+    ((_, (params,), _),) = vllm["generate"]
+    assert (params["temperature"], params["top_p"], params["top_k"]) == (1.0, 1.0, 0)
+
+
+def test_a_response_never_goes_past_the_models_length(vllm):
+    """512 − 500 = 12 tokens are left; the longest prompt leaves one."""
+    sampling = SamplingConfig(max_tokens=100)
+    VllmEngine(spec_of()).generate([[5] * 500, [5] * 511, [5]], sampling, [0, 1, 2])
+    ((_, params, _),) = vllm["generate"]
+    assert [values["max_tokens"] for values in params] == [12, 1, 100]
+
+
+def test_all_rows_of_a_call_are_queued_at_once_each_with_its_own_seed(vllm):
+    found = VllmEngine(spec_of()).generate([[5], [6], [7]], SamplingConfig(), [1, 2, 3])
+    ((prompts, params, options),) = vllm["generate"]
+    assert [prompt["prompt_token_ids"] for prompt in prompts] == [[5], [6], [7]]
+    assert [values["seed"] for values in params] == [1, 2, 3]
+    assert options == {"use_tqdm": False}
+    assert [completion.token_ids for completion in found] == [[11, 2]] * 3
+
+
+def test_a_seed_for_each_prompt_is_needed(vllm):
+    with pytest.raises(ValueError, match="shorter"):
+        VllmEngine(spec_of()).generate([[5], [6]], SamplingConfig(), [1])
+
+
+def test_closing_shuts_the_engine_down(vllm):
+    VllmEngine(spec_of()).close()
+    assert vllm["shut_down"]
+
+
+# Completions
+
+
+@pytest.mark.parametrize(("tokens", "reason"), [([11, 12, 2], "stop"), ([11, 12], "length"), ([], "length")])
+def test_tokens_and_reason_are_kept_as_the_engine_gave_them(tokens, reason):
+    found = _completion(SimpleNamespace(token_ids=tuple(tokens), finish_reason=reason))
+    assert (found.token_ids, found.finish_reason) == (tokens, reason)
+
+
+@pytest.mark.parametrize("reason", ["abort", "error", None, "repetition"])
+def test_a_response_that_ended_in_any_other_way_is_an_error(reason):
+    with pytest.raises(RuntimeError, match="expected stop or length"):
+        _completion(SimpleNamespace(token_ids=(1,), finish_reason=reason))
