@@ -7,7 +7,7 @@ prompts ─> [sft] ─> θ_0 ─┐
    │                   pairs ─> reference scores ─> train ─> θ_{t+1}
    └─────────────────────────────────────────────────────────┘
 
-What θ_t answers, how pairs come of it and what training minimises is the algorithm's (``spin_ray.loop.algorithms``).
+The algorithm says what θ_t answers, how pairs come of it and what training minimises (``spin_ray.loop.algorithms``).
 """
 
 import logging
@@ -17,7 +17,8 @@ from dataclasses import dataclass, replace
 from spin_ray.config.sections import SpinConfig
 from spin_ray.inputs.check import Start
 from spin_ray.inputs.model_folder import ModelFolder
-from spin_ray.loop.algorithms import ALGORITHMS, Algorithm, Turn
+from spin_ray.loop.algorithms.base import Algorithm, Turn
+from spin_ray.loop.algorithms.table import ALGORITHMS
 from spin_ray.loop.stages import evaluation, generation, prompts
 from spin_ray.loop.stages.training import stage as training
 from spin_ray.report.history import evidence_to_stop
@@ -37,7 +38,7 @@ Play = Callable[[ModelFolder, list[generation.Job]], None]
 
 
 def spin(run: RunDir, config: SpinConfig, start: Start, start_engine: StartEngine) -> None:
-    """Algorithm 1 of arXiv 2401.01335, or another of the family, in the folder of ``run``."""
+    """Runs Algorithm 1 of arXiv 2401.01335, or another of the family, in the folder of ``run``."""
 
     def play(model: ModelFolder, jobs: list[generation.Job]) -> None:
         generation.run(run, config, _engine_spec(config, start, model), jobs, _Fetching(model, start_engine))
@@ -54,15 +55,17 @@ def _spin(run: RunDir, config: SpinConfig, start: Start, play: Play) -> None:
     if config.sft:
         training.run_sft(run, config, start.model)
 
-    player = first = _open_iterate(run, 0, start.model.pad_id) if config.sft else start.model
-    opponent, evaluations = None, []
+    opponent = initial = _open_iterate(run, 0, start.model.pad_id) if config.sft else start.model
+    previous, evaluations = None, []
     for iteration in range(config.iterations + 1):
         if iteration > 0:
-            player = _open_iterate(run, iteration, start.model.pad_id)
-        turn = Turn(run=run, config=config, start=start, iteration=iteration, player=player, first=first, play=play)
-        play(player, _jobs(turn, algorithm))
+            opponent = _open_iterate(run, iteration, start.model.pad_id)
+        turn = Turn(
+            run=run, config=config, start=start, iteration=iteration, opponent=opponent, initial=initial, play=play
+        )
+        play(opponent, _jobs(turn, algorithm))
         if start.heldout:
-            evaluations.append(evaluation.run(run, config, iteration, player, opponent, first))
+            evaluations.append(evaluation.run(run, config, iteration, opponent, previous, initial))
         run.publish(iteration)
         write_card(run, iteration)
         track(run, config, iteration)
@@ -70,12 +73,12 @@ def _spin(run: RunDir, config: SpinConfig, start: Start, play: Play) -> None:
             break
         if iteration < config.iterations:
             algorithm.make_pairs(turn)
-            training.run(run, config, iteration, player, algorithm.objective(config, iteration))
-        opponent = player
+            training.run(run, config, iteration, opponent, algorithm.objective(config, iteration))
+        previous = opponent
 
 
 def _for_every_machine(start: Start) -> Start:
-    """The models that were found on this machine, to be fetched from it by those that lack them."""
+    """Offers the models that were found on this machine to the machines that lack them."""
 
     def offered(model: ModelFolder) -> ModelFolder:
         return replace(model, source=share(model.path, model.files))
@@ -93,7 +96,7 @@ def _prepare_prompts(run: RunDir, config: SpinConfig, start: Start) -> None:
 
 
 def _should_stop(run: RunDir, config: SpinConfig, evaluations: list[Evaluation]) -> bool:
-    """Applies ``stop_when``; the evidence goes to events.jsonl, once."""
+    """Applies ``stop_when``. The evidence goes to events.jsonl, once."""
     evidence = evidence_to_stop(config, evaluations)
     if evidence is None:
         return False
@@ -105,20 +108,20 @@ def _should_stop(run: RunDir, config: SpinConfig, evaluations: list[Evaluation])
 
 
 def _jobs(turn: Turn, algorithm: Algorithm) -> list[generation.Job]:
-    """What θ_t answers with one start of the engines: held-out prompts, and those of iteration t if there is one."""
-    run, player = turn.run, turn.player
+    """Returns what one start of the engines answers: held-out prompts, and those of iteration t if there is one."""
+    run, opponent = turn.run, turn.opponent
     jobs = []
     if run.heldout.is_committed:
-        jobs.append(generation.Job(run.heldout, run.heldout_samples(turn.iteration), player.name, player.digest))
+        jobs.append(generation.Job(run.heldout, run.heldout_samples(turn.iteration), opponent.name, opponent.digest))
     played = algorithm.plays(run) if turn.iteration < turn.config.iterations else None
     if played:
         target, rows = run.generations(turn.iteration), turn.rows_of(played)
-        jobs.append(generation.Job(played, target, player.name, player.digest, rows))
+        jobs.append(generation.Job(played, target, opponent.name, opponent.digest, rows))
     return jobs
 
 
 def _open_iterate(run: RunDir, iterate: int, pad_id: int) -> ModelFolder:
-    """θ_iterate, after checking its files against their digests."""
+    """Returns θ_iterate, after checking its files against their digests."""
     artefact = run.model(iterate)
     files = artefact.verify().files
     return ModelFolder(artefact.local_folder(), folder_digest(files), iterate_name(iterate), pad_id, source=artefact)
@@ -126,7 +129,7 @@ def _open_iterate(run: RunDir, iterate: int, pad_id: int) -> ModelFolder:
 
 @dataclass(frozen=True)
 class _Fetching:
-    """Starts an engine once its model is on the machine."""
+    """Start of an engine, once its model is on the machine."""
 
     model: ModelFolder
     start_engine: StartEngine
@@ -135,9 +138,9 @@ class _Fetching:
         return self.start_engine(replace(spec, model=self.model.here()))
 
 
-def _engine_spec(config: SpinConfig, start: Start, player: ModelFolder) -> EngineSpec:
+def _engine_spec(config: SpinConfig, start: Start, opponent: ModelFolder) -> EngineSpec:
     return EngineSpec(
-        model=player.path,
+        model=opponent.path,
         max_length=config.model.max_length,
         stop_token_id=start.end_of_turn_id,
         threads=config.generation.resources.threads,

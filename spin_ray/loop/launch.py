@@ -1,4 +1,4 @@
-"""Starts a run, or says that nothing is left to do: lease, checks and run.json, then the driver."""
+"""Start of a run: lease, checks and run.json, then the driver. A finished run is told without torch and Ray."""
 
 import logging
 from dataclasses import dataclass
@@ -18,7 +18,7 @@ logger = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class RunResult:
-    """What a finished run left behind."""
+    """The results of a finished run."""
 
     run: RunDir
     model: Path
@@ -34,8 +34,9 @@ class RunResult:
 
 
 def run_spin(config: SpinConfig, out: str | Path, start_engine: StartEngine = VllmEngine) -> RunResult:
-    """Runs SPIN (Algorithm 1 of arXiv 2401.01335), or another ``algorithm`` of the family, in the folder ``out``, or
-    finishes what an earlier call left undone.
+    """Runs SPIN (Algorithm 1 of arXiv 2401.01335), or another ``algorithm`` of the family, in the folder ``out``.
+
+    The same call again finishes what an earlier one left undone.
 
     Raises:
         UserError: the recipe, data, model, cluster or folder cannot be used; the message says what to do.
@@ -60,7 +61,7 @@ def run_spin(config: SpinConfig, out: str | Path, start_engine: StartEngine = Vl
 
 
 def is_finished(run: RunDir, config: SpinConfig) -> bool:
-    """Whether nothing is left to do, told without Ray."""
+    """Tells whether nothing is left to do."""
     latest = run.latest()
     if (
         latest is None
@@ -74,6 +75,6 @@ def is_finished(run: RunDir, config: SpinConfig) -> bool:
 
 
 def _models(run: RunDir, config: SpinConfig) -> list[Artefact]:
-    """Weights of every published iterate; θ_0's are not in the run without a warm-up."""
+    """Returns the weights of every published iterate. Without a warm-up those of θ_0 are not in the run."""
     newest = iterate_number(run.latest() or "sft")
     return [run.model(iterate) for iterate in range(0 if config.sft else 1, newest + 1)]

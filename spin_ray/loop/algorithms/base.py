@@ -1,4 +1,4 @@
-"""What an algorithm is, to the driver."""
+"""An algorithm, as the driver sees it."""
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -24,37 +24,37 @@ class Turn:
     config: SpinConfig
     start: Start
     iteration: int
-    player: ModelFolder
-    """θ_t: the policy, which plays and is then trained."""
-    first: ModelFolder
+    opponent: ModelFolder
+    """θ_t: the model that answers the prompts. Training starts from it."""
+    initial: ModelFolder
     """θ_0."""
     play: Callable[[ModelFolder, list[Job]], None]
-    """Lets any model answer prompts; jobs that are committed cost nothing."""
+    """Lets a model answer prompts. Jobs that are committed cost nothing."""
 
     def rows_of(self, prompts: Artefact) -> np.ndarray | None:
-        """Row numbers that this iteration plays; None for all."""
+        """Returns the numbers of the rows that this iteration plays; None means all."""
         wanted = self.config.data.prompts_per_iteration
         return prompt_slice(prompts.manifest().rows, wanted, self.iteration, self.config.seed)
 
 
 class Algorithm(Protocol):
-    """Has no state: everything is in the run folder."""
+    """The three questions that tell one algorithm from another. It has no state: everything is in the run folder."""
 
     def plays(self, run: RunDir) -> Artefact | None:
-        """The prompts that θ_t answers before pairs are made; None if it answers none."""
+        """Returns the prompts that θ_t answers before pairs are made; None if it answers none."""
         ...
 
     def make_pairs(self, turn: Turn) -> None:
-        """Commits ``iter_NNN/pairs``, running whatever further stages that takes."""
+        """Commits ``iter_NNN/pairs``, and runs the further stages that this takes."""
         ...
 
     def objective(self, config: SpinConfig, iteration: int) -> Objective:
-        """What training on the pairs minimises."""
+        """Returns what training on the pairs minimises."""
         ...
 
 
 def margin_objective(config: SpinConfig, iteration: int) -> Objective:
-    """ℓ(margin) with the recipe's values of the iteration."""
+    """Returns ℓ(margin) with the recipe's values for the iteration."""
     return Objective(
         loss=config.objective.loss,
         beta=config.at(iteration).beta,
@@ -79,7 +79,7 @@ class PlayedPrompts:
         return {"rows": digest(rows.tolist()) if rows is not None else "all"}
 
     def tables(self) -> Iterator[pa.Table]:
-        """PROMPT_SCHEMA rows, part by part."""
+        """Yields PROMPT_SCHEMA rows, part by part."""
         prompts, start = self.turn.run.prompts, 0
         rows = self.turn.rows_of(prompts)
         for table in prompts.tables():
@@ -92,7 +92,7 @@ class PlayedPrompts:
 
 
 def pair_table(prompts: pa.Table, iteration: int, generated: pa.ChunkedArray | None) -> pa.Table:
-    """PAIR_SCHEMA rows, one a prompt, of real responses and what stands against them (nothing for SFT)."""
+    """Returns PAIR_SCHEMA rows, one a prompt: the human response against ``generated``, or against nothing for SFT."""
     ids = prompts["prompt_id"].to_pylist()
     return pa.table(
         [

@@ -8,7 +8,7 @@ from spin_ray.run_dir.run_dir import RunDir
 
 
 class ContinuedSft:
-    """−log p(y) on the prompts that SPIN would play, with ``train``'s epochs, learning rates, optimizer and batch."""
+    """−log p(y) on the prompts that SPIN would play, with the settings of ``train``."""
 
     def plays(self, run: RunDir) -> None:
         return None

@@ -1,4 +1,4 @@
-"""DPO (Rafailov et al. 2023, arXiv 2305.18290) on given preferences: the baseline that has more information."""
+"""DPO (Rafailov et al. 2023, arXiv 2305.18290) on given preferences, a baseline that knows more than SPIN."""
 
 from collections.abc import Iterator
 
@@ -14,13 +14,17 @@ from spin_ray.run_dir.run_dir import RunDir
 
 
 class Dpo:
-    """The data's ``chosen`` against its ``rejected``; the reference is the model that the iteration starts from."""
+    """``chosen`` of the data against ``rejected``. The reference is the model that the iteration starts from."""
 
     def plays(self, run: RunDir) -> None:
         return None
 
     def make_pairs(self, turn: Turn) -> None:
-        """Raises DataError if a row has no rejected response."""
+        """Commits the pairs of the data.
+
+        Raises:
+            DataError: a row has no rejected response.
+        """
         played = PlayedPrompts(turn)
 
         def tables() -> Iterator[pa.Table]:

@@ -1,4 +1,4 @@
-"""Self-reinforcement (Tong et al. 2024, arXiv 2405.04086): what fine-tuning changed, on unlabelled questions."""
+"""Self-reinforcement (Tong et al. 2024, arXiv 2405.04086): preferences without labels, on questions alone."""
 
 from collections import Counter
 from collections.abc import Callable, Iterator
@@ -19,8 +19,10 @@ from spin_ray.run_dir.schemas import PAIR_SCHEMA
 
 
 class SelfReinforcement:
-    """θ_t's answer to a question, if enough of its samples agree, against the answer of the model before fine-tuning;
-    the loss is DPO's, which is SPIN's logistic one. θ_0 is made by ``sft`` on the few labelled rows.
+    """θ_t's answer to a question against the answer of the start model, which was not fine-tuned.
+
+    A question counts if enough samples of θ_t agree. The loss is DPO's, which is SPIN's logistic one. ``sft`` makes θ_0
+    from the few labelled rows.
     """
 
     def plays(self, run: RunDir) -> Artefact:
@@ -46,7 +48,7 @@ class SelfReinforcement:
 
 
 def _tables(turn: Turn, base_answers: Artefact, dropped: Counter[str]) -> Iterator[pa.Table]:
-    """PAIR_SCHEMA rows, one for each question that passes the filter."""
+    """Yields PAIR_SCHEMA rows, one for each question that passes the filter."""
     against = {
         row["prompt_id"]: row["token_ids"]
         for table in base_answers.tables()
@@ -69,7 +71,7 @@ def _tables(turn: Turn, base_answers: Artefact, dropped: Counter[str]) -> Iterat
 
 
 def commonest(answers: list[Any]) -> tuple[int, float]:
-    """(first sample with the commonest answer, its share of all samples); None is no answer, and never agrees.
+    """Returns the first sample with the commonest answer, and the share of samples that agree. None never agrees.
 
     Examples: ``[7, 4, 7] -> (0, 2/3)``; ``[None, None, 4] -> (2, 1/3)``; ``[None] -> (0, 0)``.
     """
@@ -81,11 +83,13 @@ def commonest(answers: list[Any]) -> tuple[int, float]:
 
 
 def _reader(turn: Turn) -> Callable[[list[int]], Any]:
-    """What a response answers: its number where the recipe says how to read one, else the response itself; None if it
-    was cut, as nobody should learn to stop there.
+    """Returns a function from a response to its answer.
+
+    The answer is a number where the recipe says how to read one, else the response itself. A response that was cut has
+    none: nobody should learn to stop there.
     """
     extractor, stop = turn.config.evaluation.answer_extractor, turn.start.end_of_turn_id
-    tokenizer = load_tokenizer(str(turn.player.path), trust_remote_code=turn.config.model.trust_remote_code)
+    tokenizer = load_tokenizer(str(turn.opponent.path), trust_remote_code=turn.config.model.trust_remote_code)
 
     def read(token_ids: list[int]) -> Any:
         if not token_ids or token_ids[-1] != stop:

@@ -1,4 +1,4 @@
-"""SPIN (Chen et al. 2024, arXiv 2401.01335), and by its settings α-SPIN and fictitious play."""
+"""SPIN (Chen et al. 2024, arXiv 2401.01335); its settings make α-SPIN and fictitious play of it."""
 
 from spin_ray.config.sections import SpinConfig
 from spin_ray.learner.step import Objective
@@ -9,8 +9,10 @@ from spin_ray.run_dir.run_dir import Artefact, RunDir
 
 
 class Spin:
-    """People's response against θ_t's, equation 4.7. ``objective.window: all`` plays against every iterate so far,
-    ``objective.reference_alpha`` below 1 has a geometric reference.
+    """The human response against one of θ_t, equation 4.7.
+
+    ``objective.window: all`` plays against every iterate so far: fictitious play. ``objective.reference_alpha`` below 1
+    takes a geometric reference: α-SPIN.
     """
 
     def plays(self, run: RunDir) -> Artefact:
@@ -19,7 +21,7 @@ class Spin:
     def make_pairs(self, turn: Turn) -> None:
         pairs.run(turn.run, turn.config, turn.iteration)
         if turn.config.objective.reference_alpha < 1 and turn.iteration > 0:
-            base_scores.run(turn.run, turn.config, turn.iteration, turn.first)
+            base_scores.run(turn.run, turn.config, turn.iteration, turn.initial)
 
     def objective(self, config: SpinConfig, iteration: int) -> Objective:
         return margin_objective(config, iteration)

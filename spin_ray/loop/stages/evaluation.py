@@ -1,14 +1,14 @@
-"""Stage 6: what an iterate is worth, on held-out prompts and fresh samples of it.
+"""Stage 6: measures of an iterate, from held-out rows and its own fresh samples.
 
     heldout + samples of θ_t (+ samples of θ_{t-1}) -> scores under both models -> eval.json
 
-Two margins, both of θ_t against its opponent θ_{t-1}:
-    against_opponent   y' ~ θ_{t-1}: the objective of the iteration on rows it never saw. Its least value is ln 2 minus
-                       the JSD of the ordered pairs (y, y') and (y', y), at most 2 JSD(p_data ‖ θ_{t-1}); so
-                       (ln 2 - loss) / 2 is a lower bound of the distance that was there to be seen
-    against_self       y' ~ θ_t: are its own fresh samples still told from people's?
+Two margins, both of θ_t against θ_{t-1}, the opponent that it was trained against:
+    against_opponent   y′ ~ θ_{t-1}: the objective of the iteration on rows it never saw. Its least value is ln 2 minus
+                       the JSD of the ordered pairs (y, y′) and (y′, y), which is at most 2 JSD(p_data ‖ θ_{t-1}). So
+                       (ln 2 - loss) / 2 is a lower bound of the distance that was there to be seen.
+    against_self       y′ ~ θ_t: does it still tell its own fresh samples from human responses?
 
-θ_0 scores the samples of θ_t, too: the mean of log p_θt(y') − log p_θ0(y') over them estimates KL(θ_t ‖ θ_0).
+θ_0 scores the samples of θ_t, too: the mean of log p_θt(y′) − log p_θ0(y′) over them estimates KL(θ_t ‖ θ_0).
 """
 
 import json
@@ -43,10 +43,10 @@ logger = logging.getLogger(__name__)
 
 @dataclass(frozen=True, kw_only=True)
 class ScoreJob:
-    """Scores held-out rows under several models."""
+    """Held-out rows to be scored under several models."""
 
     tables: tuple[tuple[ModelFolder, pa.Table], ...]
-    """Each model and its rows: PAIR_SCHEMA; ``pair_id`` ends with whose sample y' is."""
+    """Each model with its PAIR_SCHEMA rows. ``pair_id`` ends with ``/self`` or ``/opponent``: the source of y′."""
     shape: PackShape
     backend: BackendSettings
     target: Artefact
@@ -57,10 +57,16 @@ def run(
     config: SpinConfig,
     iterate: int,
     model: ModelFolder,
-    opponent: ModelFolder | None,
-    base: ModelFolder,
+    previous: ModelFolder | None,
+    initial: ModelFolder,
 ) -> dict[str, Any]:
-    """Writes ``eval.json`` of θ_iterate and returns it; ``opponent`` is θ_{iterate-1}, None for θ_0, the ``base``."""
+    """Writes ``eval.json`` of θ_iterate and returns it.
+
+    Args:
+        model: θ_iterate.
+        previous: θ_{iterate-1}, the opponent that θ_iterate was trained against; None for θ_0.
+        initial: θ_0.
+    """
     path = run_dir.eval_path(iterate)
     samples = run_dir.heldout_samples(iterate)
     made_from = {"samples": samples.manifest().digest, "model": model.digest}
@@ -75,13 +81,13 @@ def run(
         heldout, answers = _read(run_dir.heldout, samples)
         result: dict[str, Any] = {"iterate": model.name, "made_from": made_from, "rows": heldout.num_rows}
         result |= _text_measures(heldout, answers, config, model.path)
-        if opponent is not None:
+        if previous is not None:
             samples_of = {"self": samples, "opponent": run_dir.heldout_samples(iterate - 1)}
-            scores, work = _score(run_dir, config, samples_of, (model, opponent, base))
+            scores, work = _score(run_dir, config, samples_of, (model, previous, initial))
             counted |= work
-            margins = margin_measures(scores, model.name, opponent.name, base.name, config.at(iterate - 1).beta)
+            margins = margin_measures(scores, model.name, previous.name, initial.name, config.at(iterate - 1).beta)
             margins["standard_errors"] |= result["standard_errors"]
-            result |= {"opponent": opponent.name} | margins
+            result |= {"opponent": previous.name} | margins
         counted |= {"rows": heldout.num_rows}
         run_dir.storage.replace(path, json.dumps(result | benchmarks, indent=1).encode())
     start = json.loads(run_dir.storage.read(run_dir.eval_path(0))) if iterate else None
@@ -92,7 +98,7 @@ def run(
 
 
 def _read(heldout: Artefact, samples: Artefact) -> tuple[pa.Table, pa.Table]:
-    """Held-out rows and the first sample of each, in the same order."""
+    """Returns held-out rows and the first sample of each, in the same order."""
     answers = pa.concat_tables(list(samples.tables()))
     answers = answers.filter(pc.equal(answers["sample"], 0))
     rows = pa.concat_tables(list(heldout.tables()))
@@ -133,9 +139,10 @@ def _text_measures(heldout: pa.Table, answers: pa.Table, config: SpinConfig, mod
 
 
 def length_auc(real: list[int], generated: list[int]) -> float:
-    """Area under the ROC curve of a classifier that sees only length: 0.5 tells nothing, 0 or 1 gives y' away.
+    """Returns the area under the ROC curve of a classifier that sees only length.
 
-    It is the chance that a real response is longer than a generated one (ties count half): Mann-Whitney U / (n m).
+    0.5 means that length says nothing; 0 or 1, that length alone gives y′ away. It is the chance that a human response
+    is longer than a generated one, where ties count half: Mann-Whitney U / (n m).
     """
     from scipy.stats import mannwhitneyu  # a second of imports that the scoring workers need not wait for
 
@@ -148,15 +155,14 @@ def _score(
     samples_of: dict[str, Artefact],
     models: tuple[ModelFolder, ModelFolder, ModelFolder],
 ) -> tuple[pa.Table, dict[str, float]]:
-    """SCORE_SCHEMA rows of every (held-out row, sample) under θ_t, its opponent and, of its own samples, θ_0; and what
-    was done for them now.
+    """Scores every pair of a held-out row and a sample under θ_t and θ_{t-1}, and θ_t's own samples under θ_0.
 
-    On the train workers, so any size of model fits.
+    Runs on the train workers, so that a model of any size fits. Returns SCORE_SCHEMA rows and the work done now.
     """
-    model, opponent, base = models
+    model, previous, initial = models
     target = run_dir.artefact(f"{model.name}/heldout_scores")
     inputs = {f"samples_of_{whose}": samples.manifest().digest for whose, samples in samples_of.items()}
-    inputs |= {"model": model.digest, "opponent": opponent.digest, "base": base.digest}
+    inputs |= {"model": model.digest, "opponent": previous.digest, "base": initial.digest}
     settings = {
         "precision": config.train.precision,
         "pack_length": config.train.pack_length,
@@ -166,9 +172,9 @@ def _score(
     if not target.is_current(inputs, settings):
         rows = {whose: _pair_rows(*_read(run_dir.heldout, samples), whose) for whose, samples in samples_of.items()}
         both = pa.concat_tables(list(rows.values()))
-        of_base = [] if base.name == opponent.name else [(base, rows["self"])]
+        of_initial = [] if initial.name == previous.name else [(initial, rows["self"])]
         job = ScoreJob(
-            tables=((model, both), (opponent, both), *of_base),
+            tables=((model, both), (previous, both), *of_initial),
             shape=PackShape(
                 pack_length=config.train.pack_length, global_batch_pairs=both.num_rows, pad_id=model.pad_id
             ),
@@ -190,7 +196,7 @@ def _pair_rows(heldout: pa.Table, answers: pa.Table, whose: str) -> pa.Table:
 
 
 def _worker(job: ScoreJob) -> dict[str, float]:
-    """Runs on every rank: one model after another, so that only one is in memory. Returns what was done."""
+    """Scores one model after another, so that only one is in memory; runs on every rank. Returns the work done."""
     tables = []
     tokens, work_s = 0, 0.0
     for model, rows in job.tables:
@@ -206,7 +212,7 @@ def _worker(job: ScoreJob) -> dict[str, float]:
 
 
 def _score_rows(backend: Fsdp2Backend, table: pa.Table, shape: PackShape, model: str) -> pa.Table:
-    """This rank's share of the rows, in SCORE_SCHEMA."""
+    """Returns this rank's share of the rows, in SCORE_SCHEMA."""
     rows: list[int] = []
     columns: dict[str, list[Any]] = {name: [] for name in SCORE_SCHEMA.names[2:]}
     for step in plan(pair_lengths([table]), shape, epochs=1, seed=0, ranks=dist.get_world_size())[0]:

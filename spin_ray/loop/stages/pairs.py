@@ -19,7 +19,7 @@ from spin_ray.run_dir.schemas import PAIR_SCHEMA
 
 
 def run(run_dir: RunDir, config: SpinConfig, iteration: int) -> None:
-    """Makes ``iter_NNN/pairs`` of SPIN: y and y' of this iteration's opponent and of those in the window.
+    """Makes ``iter_NNN/pairs`` of SPIN: y against y′ of this iteration's opponent and of those in the window.
 
     Raises:
         DataError: too few pairs are left; the opponent says what the data says, and more SPIN would only harm it.
@@ -40,24 +40,24 @@ def run(run_dir: RunDir, config: SpinConfig, iteration: int) -> None:
 
 @dataclass(frozen=True)
 class Fresh:
-    """Pairs that an algorithm has made in this iteration, and what they were made from."""
+    """Pairs that an algorithm makes in this iteration, with the digests of their sources."""
 
     tables: Iterator[pa.Table]
-    """Of PAIR_SCHEMA; read only if the artefact is not there yet."""
+    """PAIR_SCHEMA rows, read only if the artefact is not there yet."""
     inputs: dict[str, str]
     settings: dict[str, Any]
     paired: bool = True
-    """False: rows for supervised fine-tuning, which have no y'."""
+    """False for rows of supervised fine-tuning, which have no y′."""
     keep_identical: bool = False
-    """Keep pairs with y = y'."""
+    """True keeps pairs with y = y′."""
     dropped: Counter[str] = field(default_factory=Counter)
-    """What the tables leave out, by reason; complete once they are read."""
+    """Counts of rows that the tables leave out, by reason; complete once the tables are read."""
 
 
 def make(
     run_dir: RunDir, config: SpinConfig, iteration: int, fresh: Fresh, earlier: Artefact | None = None, oldest: int = 0
 ) -> None:
-    """Makes ``iter_NNN/pairs`` of ``fresh`` ones, and of ``earlier`` ones since iteration ``oldest``.
+    """Makes ``iter_NNN/pairs`` from ``fresh`` pairs, and from ``earlier`` ones since iteration ``oldest``.
 
     Raises:
         DataError: fewer rows are left than one optimizer step has.
@@ -86,7 +86,7 @@ def make(
 def build(
     fresh: Fresh, earlier: Artefact | None, target: Artefact, oldest: int
 ) -> tuple[dict[str, FileEntry], dict[str, int]]:
-    """Writes the parts; one part of each input in memory at a time."""
+    """Writes the parts, with one part of each input in memory at a time. Returns their entries and the counts."""
     counts: Counter[str] = Counter({"dropped_identical": 0, "dropped_empty": 0, "from_earlier": 0, "rows": 0})
     entries: dict[str, FileEntry] = {}
     target.discard_parts()
@@ -131,14 +131,20 @@ def _mean_length(generations: Artefact) -> float:
 
 
 def _verdict(real: pa.ListScalar, generated: pa.ListScalar, keep_identical: bool) -> str:
-    """Why a pair is dropped; empty if it is kept."""
+    """Returns why a pair is dropped; an empty text if it is kept."""
     if len(generated.values) == 0:
         return "dropped_empty"
     return "dropped_identical" if not keep_identical and real.values.equals(generated.values) else ""
 
 
 def joined(prompts: Artefact, generations: Artefact, iteration: int) -> Iterator[pa.Table]:
-    """Pairs of each generation shard. Shards keep the order of ``prompts``: both are read once, side by side."""
+    """Yields the pairs of each generation shard.
+
+    Shards keep the order of ``prompts``, so that both are read once, side by side.
+
+    Raises:
+        DataError: a prompt of the generations is not in ``prompts``.
+    """
     columns = ["prompt_id", "prompt_ids", "real_ids"]
     upcoming = (table.select(columns) for table in prompts.tables())
     rest = PAIR_SCHEMA.empty_table().select(columns)

@@ -1,9 +1,9 @@
-"""Between pairs and training, for a geometric reference: log p_0 of the pairs, where θ_0 started iteration 0.
+"""log p_0 of the pairs, for a geometric reference; between pairs and training.
 
     pairs of t -> responses without a score in this run -> scored by θ_0 on the train workers -> iter_NNN/base_scores
 
-Iteration 0 has none: its opponent is θ_0, so its reference scores are them. A response is scored once in a run: y of a
-prompt in the first iteration that plays it, y' when it is new; what the window keeps is copied.
+Iteration 0 has none: its opponent is θ_0, so that its reference scores are those of θ_0. A response is scored once in a
+run: y in the first iteration that plays its prompt, y′ when it is new. The scores of pairs in the window are copied.
 """
 
 from dataclasses import dataclass
@@ -23,21 +23,21 @@ from spin_ray.runtime.workers import device, run_workers
 
 _SCORED = pa.schema([pa.field("response", pa.string()), pa.field("logp", pa.float32())])
 Scores = dict[str, float]
-"""log p_0 of responses: y under its prompt id, y' under its pair id."""
+"""log p_0 of responses, in nats: y under its prompt id, y′ under its pair id."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class BaseScoreJob:
-    """Responses to be scored by θ_0, each a row without y'."""
+    """Responses to be scored by θ_0, each a row without y′."""
 
     rows: pa.Table
-    """PAIR_SCHEMA; ``pair_id`` is the key of ``Scores``, ``real_ids`` the response, whosever it is."""
+    """PAIR_SCHEMA rows: ``pair_id`` is the key in ``Scores``, ``real_ids`` the response, y or y′."""
     model: ModelFolder
     shape: PackShape
     backend: BackendSettings
     storage: Storage
     target: str
-    """Folder of unnamed parts, one of each rank."""
+    """Folder of the parts, one of each rank."""
 
 
 def run(run_dir: RunDir, config: SpinConfig, iteration: int, base: ModelFolder) -> None:
@@ -69,7 +69,7 @@ def run(run_dir: RunDir, config: SpinConfig, iteration: int, base: ModelFolder) 
 
 
 def known_scores(scores: pa.Table) -> Scores:
-    """What REFERENCE_SCHEMA rows tell of single responses. A pair's id starts with its prompt's."""
+    """Returns the scores of single responses from REFERENCE_SCHEMA rows. A pair's id starts with its prompt's."""
     known: Scores = {}
     for pair_id, real, generated in zip(*(scores[name].to_pylist() for name in REFERENCE_SCHEMA.names), strict=True):
         known[pair_id] = generated
@@ -78,7 +78,7 @@ def known_scores(scores: pa.Table) -> Scores:
 
 
 def unknown_responses(pairs: pa.Table, known: Scores) -> pa.Table:
-    """Responses of ``pairs`` that have no score yet, each once, as rows without y'."""
+    """Returns the responses of ``pairs`` that have no score yet, each once, as rows without y′."""
     found = {}
     for row in pairs.to_pylist():
         for key, response in ((row["prompt_id"], row["real_ids"]), (row["pair_id"], row["generated_ids"])):
@@ -108,7 +108,7 @@ def _score(run_dir: RunDir, config: SpinConfig, base: ModelFolder, rows: pa.Tabl
 
 
 def _worker(job: BaseScoreJob) -> int:
-    """Runs on every rank; returns how many there are."""
+    """Scores this rank's share of the rows; runs on every rank. Returns the number of ranks."""
     steps = plan(pair_lengths([job.rows]), job.shape, epochs=1, seed=0, ranks=dist.get_world_size())[0]
     backend = Fsdp2Backend(job.model.here(), job.backend, device())
     rows, logps, _ = score_rows(backend, steps, job.rows, job.shape)

@@ -16,12 +16,13 @@ from spin_ray.inputs.embedded import resolve
 from spin_ray.inputs.model_folder import ModelFolder
 from spin_ray.inputs.rendering import ChatRenderer, load_tokenizer
 from spin_ray.learner.step import Objective
-from spin_ray.loop.algorithms import ALGORITHMS, Turn
+from spin_ray.loop.algorithms.base import Turn
 from spin_ray.loop.algorithms.seft import algorithm as seft
 from spin_ray.loop.algorithms.seft import revision
 from spin_ray.loop.algorithms.self_reinforcement import commonest
 from spin_ray.loop.algorithms.sppo import algorithm as sppo
 from spin_ray.loop.algorithms.sppo.preferences import PREFERENCE_SCHEMA, win_table
+from spin_ray.loop.algorithms.table import ALGORITHMS
 from spin_ray.loop.stages.generation import Job
 from spin_ray.run_dir.run_dir import Artefact, RunDir
 from spin_ray.run_dir.schemas import PROMPT_SCHEMA
@@ -45,7 +46,7 @@ def turn_of(run: RunDir, config: SpinConfig, iteration: int = 0, **changes: Any)
         pytest.fail(f"{model.name} was asked to answer {jobs}")
 
     turn = Turn(
-        run=run, config=config, start=None, iteration=iteration, player=THETA, first=THETA, play=play,  # type: ignore[arg-type]
+        run=run, config=config, start=None, iteration=iteration, opponent=THETA, initial=THETA, play=play,  # type: ignore[arg-type]
     )  # fmt: skip
     return replace(turn, **changes)
 
@@ -199,9 +200,9 @@ def reinforce(run: RunDir, min_agreement: float | None) -> list[dict[str, Any]]:
         assert (model, job.opponent) == (base, "start")
         write_answers(job.target, [(f"q{i}", sample, [3 + sample, 2]) for i in range(3) for sample in range(3)], 3)
 
-    player = replace(THETA, path=Path(resolve("embedded:tiny-llama")))
+    opponent = replace(THETA, path=Path(resolve("embedded:tiny-llama")))
     start = SimpleNamespace(model=base, end_of_turn_id=END_OF_TURN)
-    return make_pairs(run, config, start=start, player=player, play=play)
+    return make_pairs(run, config, start=start, opponent=opponent, play=play)
 
 
 def test_self_reinforcement_sets_the_agreed_answer_against_the_unfinetuned_models(run):
@@ -261,7 +262,7 @@ def evolve(run: RunDir, monkeypatch: Any, revisions: list[list[int]]) -> list[di
         target.commit({}, {"rows": rows.manifest().digest}, {})
 
     monkeypatch.setattr(seft.training, "fine_tune", fine_tune)
-    return make_pairs(run, config, start=SimpleNamespace(model=start), first=start, player=start, play=play)
+    return make_pairs(run, config, start=SimpleNamespace(model=start), initial=start, opponent=start, play=play)
 
 
 def text_of(token_ids: list[int]) -> str:

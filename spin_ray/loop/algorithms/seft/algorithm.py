@@ -16,8 +16,10 @@ from spin_ray.run_dir.run_dir import Artefact, RunDir, folder_digest, iteration_
 
 
 class Seft:
-    """The reviser is fine-tuned once, from θ_0; then in each iteration θ_t answers the questions (the prompts, where
-    there are none), the reviser keeps or revises, and θ_t is fine-tuned on the result.
+    """Fine-tuning on answers that a reviser kept or revised.
+
+    The reviser is fine-tuned once, from θ_0. In each iteration θ_t answers the questions, or the prompts where there
+    are no questions. The reviser keeps or revises each answer, and θ_t is fine-tuned on the result.
     """
 
     def plays(self, run: RunDir) -> Artefact:
@@ -46,14 +48,14 @@ class Seft:
 
 
 def _reviser(turn: Turn, renderer: ChatRenderer, tokenizer: Any) -> ModelFolder:
-    """Its folder; made in iteration 0, when θ_0 is at hand, and only opened later."""
-    run, config, first = turn.run, turn.config, turn.first
+    """Returns the reviser; iteration 0 makes it from θ_0, later ones open it."""
+    run, config, initial = turn.run, turn.config, turn.initial
     assert config.reviser is not None
     target = run.artefact("reviser/model")
     if turn.iteration == 0:
         answers, rows = run.artefact("reviser/answers"), run.artefact("reviser/rows")
-        turn.play(first, [Job(run.prompts, answers, first.name, first.digest)])
+        turn.play(initial, [Job(run.prompts, answers, initial.name, initial.digest)])
         revision.training_rows(run, config, renderer, tokenizer, answers, rows)
-        training.fine_tune(run, config, config.reviser, first, rows, target)
+        training.fine_tune(run, config, config.reviser, initial, rows, target)
     files = target.verify().files
-    return ModelFolder(target.local_folder(), folder_digest(files), "reviser", first.pad_id, source=target)
+    return ModelFolder(target.local_folder(), folder_digest(files), "reviser", initial.pad_id, source=target)

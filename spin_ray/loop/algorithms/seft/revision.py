@@ -1,6 +1,6 @@
-"""SEFT's own stage: what the reviser reads and writes, as rows for training it and for playing it.
+"""SEFT's own stage: the rows that the reviser is trained on, and those that it is asked about.
 
-question + answer -> "…[keep|minor|major]…" prompt -> (training) label + people's answer
+question + answer -> "…[keep|minor|major]…" prompt -> (training) label + human response
                                                    -> (playing)  label + revision -> row for fine-tuning the policy
 """
 
@@ -23,13 +23,13 @@ Row = dict[str, Any]
 
 
 def reviser_prompt(conversation: Conversation, answer: str) -> Conversation:
-    """What the reviser is asked: the conversation up to its last response, and one answer to it."""
+    """Returns what the reviser is asked: the conversation up to its last response, and one answer to it."""
     asked = "\n".join(message["content"] for message in conversation[:-1] if message["content"])
     return [{"role": "user", "content": f"Question:\n{asked}\n\nAnswer:\n{answer}\n\nRevise: {', '.join(LABELS)}"}]
 
 
 def label_of(answer: list[int], human: list[int], minor_from: float) -> str:
-    """How much of ``answer`` a revision to ``human`` would change, by the similarity of their tokens."""
+    """Returns how much a revision of ``answer`` to ``human`` would change, by the similarity of their tokens."""
     if answer == human:
         return LABELS[0]
     similarity = difflib.SequenceMatcher(a=answer, b=human, autojunk=False).ratio()
@@ -37,8 +37,10 @@ def label_of(answer: list[int], human: list[int], minor_from: float) -> str:
 
 
 def parse(text: str) -> tuple[str, str] | None:
-    """(label, revision) of what the reviser wrote; None if it has no label, or a label that promises one and none (or
-    another label in its place, which nobody should learn to answer).
+    """Returns the label and the revision that the reviser wrote.
+
+    None means that there is no label, or that the label promises a revision and none follows. Another label in the
+    place of the revision counts as none: nobody should learn to answer that.
     """
     label, _, revision = text.strip().partition("\n")
     label, revision = label.strip(), revision.strip()
@@ -50,7 +52,7 @@ def parse(text: str) -> tuple[str, str] | None:
 def training_rows(
     run_dir: RunDir, config: SpinConfig, renderer: ChatRenderer, tokenizer: Any, answers: Artefact, target: Artefact
 ) -> None:
-    """Commits the rows that the reviser is fine-tuned on: an answer of θ_0 to each prompt, and people's."""
+    """Commits the rows that the reviser is fine-tuned on: an answer of θ_0 to each prompt, and the human response."""
     assert config.reviser is not None
     minor_from = config.reviser.minor_from
     inputs = {artefact.path: artefact.manifest().digest for artefact in (run_dir.prompts, answers)}
@@ -85,7 +87,7 @@ def revision_prompts(
     answers: Artefact,
     target: Artefact,
 ) -> None:
-    """Commits what the reviser is asked about θ_t's answers; ``real_ids`` are the answer that it may keep."""
+    """Commits the prompts that ask the reviser about θ_t's answers; ``real_ids`` are the answer that it may keep."""
     inputs = {artefact.path: artefact.manifest().digest for artefact in (prompts, answers)}
     settings = {"max_length": config.model.max_length}
     if target.is_current(inputs, settings):
@@ -119,10 +121,10 @@ def revised_rows(
     max_length: int,
     dropped: Counter[str],
 ) -> Iterator[pa.Table]:
-    """PAIR_SCHEMA rows without y': the kept answers and the revisions, after the question alone.
+    """Yields PAIR_SCHEMA rows without y′: the kept answers and the revisions, after the question alone.
 
     Args:
-        dropped: counts what the reviser did not finish, what has no label, and what became too long.
+        dropped: counts, by reason, revisions that were cut, have no label, are too long or cannot be rendered.
     """
 
     def row(prompt: Row, written: Row, text: str) -> Row | str:
@@ -155,7 +157,7 @@ def _fine_tuning_row(prompt_id: str, iteration: int, rendered: Rendered) -> Row:
 
 
 def _answered(prompts: Artefact, answers: Artefact, tokenizer: Any) -> Iterator[tuple[Row, Row, str]]:
-    """(prompt, one answer to it, its text)."""
+    """Yields each answer with its prompt and its text."""
     of = {row["prompt_id"]: row for table in prompts.tables() for row in table.to_pylist()}
     for table in answers.tables():
         texts = tokenizer.batch_decode(table["token_ids"].to_pylist(), skip_special_tokens=True)
@@ -166,7 +168,7 @@ def _answered(prompts: Artefact, answers: Artefact, tokenizer: Any) -> Iterator[
 def _commit(
     target: Artefact, rows: list[Row | str], schema: pa.Schema, inputs: dict[str, str], settings: dict[str, Any]
 ) -> dict[str, int]:
-    """Commits the rows; a word in place of one says why it was dropped, and is counted."""
+    """Commits the rows. A word in the place of a row says why it was dropped, and is counted."""
     kept = [row for row in rows if not isinstance(row, str)]
     dropped = Counter(row for row in rows if isinstance(row, str))
     counts = {f"dropped_{reason}": count for reason, count in dropped.items()}

@@ -1,4 +1,4 @@
-"""SPPO (Wu et al. 2024, arXiv 2405.00675): self-play on preferences, towards what no other policy beats."""
+"""SPPO (Wu et al. 2024, arXiv 2405.00675): self-play on preferences, towards a policy that no other one beats."""
 
 from collections.abc import Iterator
 from itertools import groupby
@@ -16,17 +16,18 @@ from spin_ray.run_dir.schemas import PAIR_SCHEMA, WIN_SCHEMA
 
 
 class Sppo:
-    """Of K samples of θ_t, the one that beats the others most against the one that does least; the square loss draws
-    each log-ratio to (P − ½)/β. People's responses are not used.
+    """The best of K samples of θ_t against the worst, by a preference model. The data's responses are not used.
+
+    The square loss draws each log-ratio to (P − ½)/β.
     """
 
     def plays(self, run: RunDir) -> Artefact:
         return run.prompts
 
     def make_pairs(self, turn: Turn) -> None:
-        run, config, judge = turn.run, turn.config, turn.start.scorer
-        assert judge is not None
-        preferences.run(run, config, turn.iteration, judge, turn.player)
+        run, config, preference_model = turn.run, turn.config, turn.start.scorer
+        assert preference_model is not None
+        preferences.run(run, config, turn.iteration, preference_model, turn.opponent)
         inputs = {
             artefact.path: artefact.manifest().digest
             for artefact in (run.prompts, run.generations(turn.iteration), run.preferences(turn.iteration))
@@ -40,7 +41,7 @@ class Sppo:
 
 
 def _commit_wins(turn: Turn) -> None:
-    """Makes ``iter_NNN/wins`` of the pairs that were kept."""
+    """Commits ``iter_NNN/wins`` for the pairs that were kept."""
     made, target = turn.run.pairs(turn.iteration), turn.run.wins(turn.iteration)
     inputs = {"pairs": made.manifest().digest}
     if target.is_current(inputs, {}):
@@ -52,10 +53,10 @@ def _commit_wins(turn: Turn) -> None:
 
 
 def _duels(turn: Turn) -> Iterator[tuple[pa.Table, list[dict[str, Any]]]]:
-    """(PAIR_SCHEMA rows, WIN_SCHEMA rows) of best against worst, for each part of the generations."""
+    """Yields the PAIR_SCHEMA and WIN_SCHEMA rows of best against worst, for each part of the generations."""
     run, iteration = turn.run, turn.iteration
-    judged = run.preferences(iteration).tables()
-    for played, wins in zip(pairs.joined(run.prompts, run.generations(iteration), iteration), judged, strict=True):
+    compared = run.preferences(iteration).tables()
+    for played, wins in zip(pairs.joined(run.prompts, run.generations(iteration), iteration), compared, strict=True):
         rows, of_rows = [], []
         samples = zip(played.to_pylist(), wins["win"].to_pylist(), strict=True)
         for _, group in groupby(samples, key=lambda sample: sample[0]["prompt_id"]):
