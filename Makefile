@@ -69,22 +69,25 @@ lint: $(READY) ## Format, lint, types, import rules; changes nothing
 	$(BIN)/pyrefly check
 	$(BIN)/lint-imports --no-logo
 
-DATA ?= ../shared/data/word_problems.train.jsonl
-bench: $(READY) ## The quicker benchmarks (not TRL): DATA=FILE.jsonl has the rows
-	$(BIN)/python benchmarks/useful_tokens.py --data $(DATA)
+DATA ?= $(RUN)/bench/chitchat.jsonl
+bench: $(READY) $(DATA) ## The quicker benchmarks (not TRL); DATA=FILE.jsonl takes other rows than small talk
+	$(BIN)/python benchmarks/costs.py useful-tokens --data $(DATA)
 	$(BIN)/python benchmarks/training_overhead.py --data $(DATA)
 	$(BIN)/python benchmarks/generation_overhead.py
 	$(BIN)/python benchmarks/size.py
 	$(BIN)/python benchmarks/iteration_against_authors.py --data $(DATA) --pack-length 4096
-	$(BIN)/python benchmarks/table.py
+	$(BIN)/python benchmarks/tables.py results
 
-QUALITY_DATA ?= ../shared/data
+$(RUN)/bench/chitchat.jsonl: $(READY)
+	$(BIN)/python benchmarks/make_data.py $@
+
+QUALITY_DATA ?= data
 quality: $(READY) ## Does SPIN beat more SFT? Hours; resumes; QUALITY_DATA=FOLDER has {word_problems,gsm8k}.{train,test}.jsonl
-	$(BIN)/python benchmarks/quality/known_distribution.py
-	$(BIN)/python benchmarks/quality/run.py --data $(QUALITY_DATA)
-	$(BIN)/python benchmarks/quality/analyse.py
-	$(BIN)/python benchmarks/quality/run.py --data $(QUALITY_DATA) --setting gsm8k
-	$(BIN)/python benchmarks/quality/analyse.py --setting gsm8k
+	$(BIN)/python benchmarks/experiments/quality/known_distribution.py
+	$(BIN)/python benchmarks/experiments/quality/run.py --data $(QUALITY_DATA)
+	$(BIN)/python benchmarks/experiments/quality/analyse.py
+	$(BIN)/python benchmarks/experiments/quality/run.py --data $(QUALITY_DATA) --setting gsm8k
+	$(BIN)/python benchmarks/experiments/quality/analyse.py --setting gsm8k
 
 peers: .peers/.ready ## An environment with TRL, to compare with
 

@@ -20,8 +20,8 @@ from spin_ray.runtime import cpu
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "tests" / "unit"))
 
-from doc_table import put
 from learner_cases import one_rank, save_model, tiny_llama, train
+from tables import put
 from test_deepspeed import CASES, one_of_two_ranks
 from test_lora import ROWS, backend_of, train_with_peft
 

@@ -7,6 +7,7 @@ import os
 import platform
 import statistics
 import subprocess
+import sys
 import threading
 import time
 from collections.abc import Iterator, Sequence
@@ -95,14 +96,18 @@ def table_of(rows: Sequence[dict[str, list[int]]]) -> pa.Table:
 
 
 def training_options(description: str | None) -> argparse.ArgumentParser:
-    """What every benchmark of training steps is asked for."""
+    """A parser with the options of every benchmark of training steps."""
     parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
+    add_training_options(parser)
+    return parser
+
+
+def add_training_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--data", type=Path, required=True, help="rows with messages, one JSON object a line")
     parser.add_argument("--batch", type=int, default=24, help="pairs of a step; TRL takes them 8 at a time")
     parser.add_argument("--pairs", type=int, default=5, help="paired steps, after one that warms up")
     parser.add_argument("--pack-length", type=int, default=1024)
     _add_precision(parser)
-    return parser
 
 
 def side_options(description: str | None) -> argparse.ArgumentParser:
@@ -114,6 +119,15 @@ def side_options(description: str | None) -> argparse.ArgumentParser:
     parser.add_argument("--reply", type=int, required=True)
     _add_precision(parser)
     return parser
+
+
+def side_command(name: str, pairs: Path, options: argparse.Namespace, *more: object) -> list[str]:
+    """Returns the command of a side that trains on packs, from the options of its benchmark (``training_options``)."""
+    command = [
+        sys.executable, HERE / "sides" / f"{name}.py", "--pairs", pairs, "--batch", options.batch,
+        "--pack-length", options.pack_length, "--precision", options.precision, *more,
+    ]  # fmt: skip
+    return [str(part) for part in command]
 
 
 def _add_precision(parser: argparse.ArgumentParser) -> None:
@@ -204,8 +218,6 @@ def prepare() -> None:
 
 def replies(reply: int) -> tuple[Any, Iterator[int]]:
     """For the script of a side: a function that answers, and the numbers it is told."""
-    import sys
-
     pipe = os.fdopen(reply, "w", buffering=1)
 
     def answer(**values: Any) -> None:

@@ -10,11 +10,20 @@ The start of the engine (about 25 s here, once per iteration of any size) is in 
 """
 
 import json
-import sys
 import tempfile
 from pathlib import Path
 
-from harness import HERE, LOSS_TOLERANCE, Side, at_least, check_references, pairs_of, prepare, record, training_options
+from harness import (
+    LOSS_TOLERANCE,
+    Side,
+    at_least,
+    check_references,
+    pairs_of,
+    prepare,
+    record,
+    side_command,
+    training_options,
+)
 
 from spin_ray.runtime.cpu import keep_freed_memory
 
@@ -32,11 +41,7 @@ def main() -> None:
         pairs.write_text(json.dumps(rows))
 
         def side(name: str, *more: str) -> Side:
-            common = [
-                "--pairs", str(pairs), "--batch", str(options.batch), "--pack-length", str(options.pack_length),
-                "--precision", options.precision,
-            ]  # fmt: skip
-            return Side(name, [sys.executable, str(HERE / f"sides/{name}.py"), *common, *more], keep_freed_memory())
+            return Side(name, side_command(name, pairs, options, *more), keep_freed_memory())
 
         tokens = ["--max-tokens", str(options.max_tokens)]
         training = ["--learning-rate", str(LEARNING_RATE), "--epochs", str(EPOCHS)]

@@ -20,7 +20,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 import torch.multiprocessing
-from doc_table import put
+from tables import put
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from spin_ray.runtime import cpu

@@ -7,7 +7,6 @@ and on the loss of every step, within the tolerances that harness.py states for 
 """
 
 import json
-import sys
 import tempfile
 from pathlib import Path
 
@@ -22,6 +21,7 @@ from harness import (
     pairs_of,
     prepare,
     record,
+    side_command,
     training_options,
 )
 
@@ -42,15 +42,13 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as folder:
         pairs = Path(folder) / "pairs.json"
         pairs.write_text(json.dumps(rows))
-        common = [
+        ours = side_command("spin_ray_training", pairs, options, "--learning-rate", LEARNING_RATE)
+        theirs = [
+            str(options.peers), str(HERE / "sides/trl_dpo.py"), "--model", resolve(MODEL), "--output", f"{folder}/trl",
             "--pairs", str(pairs), "--batch", str(options.batch), "--learning-rate", str(LEARNING_RATE),
             "--precision", options.precision,
         ]  # fmt: skip
-        ours = [sys.executable, str(HERE / "sides/spin_ray_training.py"), "--pack-length", str(options.pack_length)]
-        theirs = [
-            str(options.peers), str(HERE / "sides/trl_dpo.py"), "--model", resolve(MODEL), "--output", f"{folder}/trl",
-        ]  # fmt: skip
-        with Side("spin_ray", [*ours, *common], keep_freed_memory()) as us, Side("trl", [*theirs, *common]) as them:
+        with Side("spin_ray", ours, keep_freed_memory()) as us, Side("trl", theirs) as them:
             check_references(us.ready()["reference"], them.ready()["reference"], options.precision)
             speeds, lengths = [], []
             for step in range(options.pairs + 1):

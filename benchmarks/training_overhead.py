@@ -8,14 +8,24 @@ over the same packs, step by step in turns; then the bare loop's FLOP rate again
 
 import argparse
 import json
-import sys
 import tempfile
 import threading
 import time
 from pathlib import Path
 from typing import Any
 
-from harness import HERE, LOSS_TOLERANCE, MODEL, Side, at_least, pairs_of, prepare, record, table_of, training_options
+from harness import (
+    LOSS_TOLERANCE,
+    MODEL,
+    Side,
+    at_least,
+    pairs_of,
+    prepare,
+    record,
+    side_command,
+    table_of,
+    training_options,
+)
 
 from spin_ray.config.sections import SpinConfig
 from spin_ray.inputs.embedded import resolve
@@ -37,15 +47,11 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as folder:
         file = Path(folder) / "pairs.json"
         file.write_text(json.dumps(rows))
-        command = [
-            sys.executable, str(HERE / "sides/bare_loop.py"), "--pairs", str(file), "--batch", str(options.batch),
-            "--pack-length", str(options.pack_length), "--precision", options.precision,
-        ]  # fmt: skip
         turns = Path(folder) / "turns"
         turns.mkdir()
         stage = threading.Thread(target=run_stage, args=(rows, options, folder, turns), daemon=True)
         stage.start()
-        with Side("bare_loop", command, keep_freed_memory()) as bare:
+        with Side("bare_loop", side_command("bare_loop", file, options), keep_freed_memory()) as bare:
             matmul_flops = bare.ready()["matmul_flops"]
             ratios, efficiencies = [], []
             for step in range(options.pairs + 1):

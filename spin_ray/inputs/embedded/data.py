@@ -64,17 +64,28 @@ def chitchat_rows(split: Split) -> list[Row]:
     return _all_chitchat_rows()[start : start + CHITCHAT_ROWS[split]]
 
 
-@cache
-def _all_chitchat_rows() -> list[Row]:
-    """What passes, in the order it is dealt out: training rows first. Takes four seconds."""
+def chitchat_conversations() -> dict[str, Any]:
+    """Returns all conversations of the package: id -> ``{"messages": [turn, ...]}``.
+
+    A turn is what one person sent without being interrupted, ``[{"text", "sender", "timestamp"}, ...]``. Turns
+    alternate between two people.
+
+    Raises:
+        ConfigError: chitchat-dataset is not installed.
+    """
     path = package_file(
         "chitchat_dataset",
         "dataset.json",
         requirement="chitchat-dataset==0.9.0",
         sha256="d2a5d0bf6acf354fef51f3af39cbece2220d3b8f6086b658c3d335105798312a",
     )
-    conversations = json.loads(path.read_text(encoding="utf-8"))
-    candidates = sorted(_exchanges(conversations), key=lambda exchange: _rank("\n".join(exchange.texts)))
+    return json.loads(path.read_text(encoding="utf-8"))
+
+
+@cache
+def _all_chitchat_rows() -> list[Row]:
+    """What passes, in the order it is dealt out: training rows first. Takes four seconds."""
+    candidates = sorted(_exchanges(chitchat_conversations()), key=lambda exchange: _rank("\n".join(exchange.texts)))
     taken: set[str] = set()
     rows: list[Row] = []
     for exchange in candidates:
@@ -92,11 +103,7 @@ class _Exchange(NamedTuple):
 
 
 def _exchanges(conversations: dict[str, Any]) -> Iterator[_Exchange]:
-    """Every presentable stretch of two or four turns.
-
-    ``conversations``: id -> ``{"messages": [turn, ...]}``, a turn being what one person sent without being interrupted,
-    ``[{"text", "sender", "timestamp"}, ...]``; turns alternate between two people.
-    """
+    """Yields every presentable stretch of two or four turns of ``chitchat_conversations()``."""
     common = _words_of_many_people(conversations, people=20)
     for conversation, content in conversations.items():
         turns = content["messages"]

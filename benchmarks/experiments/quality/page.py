@@ -36,9 +36,9 @@ def markdown(found: dict[str, Any]) -> str:
     chosen, compared, greedy = found["chosen_on_dev_rows"], found["spin_minus_sft"], found["spin_minus_sft_greedy"]
     lines = [
         f"# SPIN against more SFT: {setting}", "",
-        f"Made by `make quality`: `python benchmarks/quality/run.py --data FOLDER{which}` makes the arms,",
+        f"Made by `make quality`: `python benchmarks/experiments/quality/run.py --data FOLDER{which}` makes the arms,",
         f"`analyse.py{which}` this. Each arm's recipe, seed and versions are in its JSON",
-        f"([quality/{setting}](quality/{setting})); `benchmarks/quality/arms.py` says why each is there.",
+        f"([quality/{setting}](quality/{setting})); `benchmarks/experiments/quality/arms.py` says why each is there.",
         "θ_0 is one model for all arms; a seed is an order of rows and a stream of samples.",
         "Sampled: 4 samples at temperature 1. Differences are to continued SFT that had at least the same training",
         "tokens, computed tokens (training + a third of what was generated and scored), or wall time (of a shared",

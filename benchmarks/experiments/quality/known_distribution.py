@@ -1,6 +1,6 @@
 """SPIN against the truth: a small model, data from a known distribution, exact divergences after every iteration.
 
-    python benchmarks/quality/known_distribution.py [--seeds 0 1 2] [--iterations 6]
+    python benchmarks/experiments/quality/known_distribution.py [--seeds 0 1 2] [--iterations 6]
 
 Sequences of 4 symbols out of 6 come from a random Markov chain, so p_data is known for each of the 1,296. A small
 Llama is fine-tuned on 2,000 of them until held-out sequences get no likelier (θ_0); then continued SFT and SPIN go
@@ -32,7 +32,7 @@ SYMBOLS, LENGTH, START = 6, 4, 6
 OUTCOMES = torch.tensor(list(product(range(SYMBOLS), repeat=LENGTH)))
 """[1296, 4]"""
 ROWS, HELDOUT_ROWS, BATCH = 2000, 2000, 100
-RESULTS = Path(__file__).resolve().parents[1] / "results" / "known_distribution.json"
+RESULTS = Path(__file__).resolve().parents[2] / "results" / "known_distribution.json"
 
 
 @dataclass(frozen=True)
@@ -183,9 +183,8 @@ def main() -> None:
     torch.set_num_threads(1)
     runs = {seed: run(seed, options.iterations) for seed in options.seeds}
     options.out.parent.mkdir(exist_ok=True)
-    command = f"python benchmarks/quality/known_distribution.py --iterations {options.iterations} --seeds " + " ".join(
-        map(str, options.seeds)
-    )
+    script, seeds = "benchmarks/experiments/quality/known_distribution.py", " ".join(map(str, options.seeds))
+    command = f"python {script} --iterations {options.iterations} --seeds {seeds}"
     options.out.write_text(json.dumps({"command": command, "seeds": runs}, indent=1) + "\n")
     print(f"KL(p_data‖p_θ) in millinats, mean of {len(runs)} seeds; in brackets exact iterations (Theorem 5.4)")
     for arm in ARMS:

@@ -1,6 +1,6 @@
 """One iterate, measured on files of rows: greedy and sampled answers, log p(y), lengths, distinct n-grams.
 
-    python benchmarks/quality/measure.py --model FOLDER --rows dev=FILE.jsonl test=FILE.jsonl --out FILE.json
+    python benchmarks/experiments/quality/measure.py --model FOLDER --rows dev=FILE test=FILE --out FILE.json
 
 Plain transformers in fp32, apart from the run's own engine and trainer. A prompt is computed once for its greedy
 answer, its samples and people's response together; that is a third of the work of asking an engine for each.

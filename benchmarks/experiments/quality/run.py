@@ -1,9 +1,9 @@
 """Does SPIN make a model better than the same compute spent on more SFT? The runs of the experiment; hours of CPU.
 
-    python benchmarks/quality/run.py --data ../shared/data     # all arms, in the order of arms.py
-    python benchmarks/quality/analyse.py                       # tables, plots, intervals: of what is there so far
-    python benchmarks/quality/run.py --setting gsm8k           # the second setting, smaller
-    python benchmarks/quality/run.py --setting smoke           # do the parts work together? minutes
+    python benchmarks/experiments/quality/run.py --data data               # all arms, in the order of arms.py
+    python benchmarks/experiments/quality/analyse.py                       # tables, plots and intervals so far
+    python benchmarks/experiments/quality/run.py --setting gsm8k           # the second setting, smaller
+    python benchmarks/experiments/quality/run.py --setting smoke           # do the parts work together? minutes
 
 One JSON for each arm and seed in benchmarks/results/quality/SETTING, written anew after every iterate. A finished one
 is skipped; an arm that was interrupted goes on from its run folder. Each iterate is measured on dev rows (of train,
@@ -47,12 +47,19 @@ from spin_ray.inputs.embedded import resolve
 from spin_ray.run_dir.run_dir import RunDir, iterate_name, read_json_lines
 from spin_ray.run_dir.storage import Storage
 
-ROOT = Path(__file__).resolve().parents[2]
+ROOT = Path(__file__).resolve().parents[3]
 RESULTS = ROOT / "benchmarks" / "results" / "quality"
 
 
 class NotYet(Exception):
     """What an arm starts from is not there."""
+
+
+WHERE_TO_GET = (
+    "--data names a folder of JSONL with messages and answer. gsm8k is github.com/openai/grade-school-math; "
+    "word_problems is MAWPS and ASDiv-A as github.com/arkilpatel/SVAMP trains on them, equations infix, one row of "
+    "each question template"
+)
 
 
 class Experiment:
@@ -62,6 +69,9 @@ class Experiment:
         self.setting, self.runs, self.results = setting, runs / setting.name, results / setting.name
         train, test = (Path(resolve(name)) for name in (setting.train, setting.test))
         train, test = (path if path.is_absolute() else data / path for path in (train, test))
+        missing = [str(path) for path in (train, test) if not path.is_file()]
+        if missing:
+            sys.exit(f"{', '.join(missing)}: not there; {WHERE_TO_GET}")
         self.files = split_files(setting, train, test, self.runs / "data")
 
     def result(self, arm: Arm, seed: int) -> Path:
@@ -305,7 +315,7 @@ def _call(*arguments: str) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--setting", choices=sorted(SETTINGS), default="word_problems")
-    parser.add_argument("--data", type=Path, default=ROOT.parent / "shared" / "data", help="folder of the data files")
+    parser.add_argument("--data", type=Path, default=ROOT / "data", help="folder of the data files")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--arms", nargs="+", choices=[arm.name for arm in ARMS], help="only these, in this order")
     parser.add_argument("--furthest", type=int, metavar="N", help="go no further than iterate N of each arm")

@@ -1,6 +1,6 @@
 """Tables, plots and intervals of the quality experiment, from the JSONs that run.py has written so far.
 
-    python benchmarks/quality/analyse.py [--setting word_problems]
+    python benchmarks/experiments/quality/analyse.py [--setting word_problems]
 
 Writes benchmarks/results/quality.json, quality.md and quality.svg; of another setting, quality_SETTING.*. An arm's
 iterate is compared with the continued SFT that had at least as many training tokens (or computed tokens, or wall
@@ -19,7 +19,7 @@ import numpy as np
 from arms import ARMS, BUDGETS, SETTINGS, SFT, WARM_UP, Run, Setting, arms_of, is_finished, numbered, plateau
 from page import MAIN_SETTING, file_stem, interval, known_distribution, markdown, plot
 
-RESULTS = Path(__file__).resolve().parents[1] / "results"
+RESULTS = Path(__file__).resolve().parents[2] / "results"
 RESAMPLES = 10_000
 Iterate = dict[str, Any]
 

@@ -1,0 +1,114 @@
+"""Tables of the documentation: results beside their targets, and sizes that ``spin-ray plan`` predicts.
+
+    python benchmarks/tables.py results            # prints results/bench.json
+    python benchmarks/tables.py sizes [--write]    # the table of docs/cluster.md; nothing is run
+
+``put`` writes a table into a page, between ``<!-- NAME: by `COMMAND` -->`` and ``<!-- end of NAME -->``.
+"""
+
+import argparse
+import json
+import re
+import tempfile
+from pathlib import Path
+
+from harness import RESULTS
+from rich.console import Console
+from rich.table import Table
+
+from spin_ray.config.sections import load_config
+from spin_ray.planning.hardware import GB
+from spin_ray.planning.plan import Given, check_memory, read_shape, read_work
+from spin_ray.planning.remedies import Cluster
+
+ROOT = Path(__file__).resolve().parents[1]
+CLUSTER_PAGE = ROOT / "docs" / "cluster.md"
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("table", choices=["results", "sizes"])
+    parser.add_argument("--write", action="store_true", help="put the table of sizes into docs/cluster.md")
+    options = parser.parse_args()
+    if options.table == "results":
+        print_results()
+        return
+    table = sizes()
+    print(table)
+    if options.write:
+        put("sizes", table)
+
+
+def put(name: str, text: str, page: Path = CLUSTER_PAGE) -> None:
+    """Replaces the table ``name`` of a page.
+
+    Raises:
+        ValueError: the page has no such place, or more than one.
+    """
+    place = re.compile(rf"(<!-- {re.escape(name)}: by .*? -->\n).*?(<!-- end of {re.escape(name)} -->)", re.DOTALL)
+    content, found = place.subn(lambda match: f"{match[1]}\n{text.strip()}\n\n{match[2]}", page.read_text())
+    if found != 1:
+        raise ValueError(f"{page}: has {found} places for {name}")
+    page.write_text(content)
+
+
+def print_results() -> None:
+    """Prints what was measured beside what was aimed at."""
+    table = Table(title="results/bench.json: median of runs, beside its target")
+    for name in ("question", "result", "target", "met", "lowest to highest", "runs", "measured", "commit"):
+        table.add_column(name, justify="right" if name in ("result", "runs") else "left")
+    rows = json.loads((RESULTS / "bench.json").read_text())["rows"]
+    for row in sorted(rows, key=lambda row: (int((re.match(r"\d+", row["id"]) or ["999"])[0]), row["id"])):
+        spread = " to ".join(f"{value:g}" for value in row["spread"])
+        met = "yes" if row["met"] else "[bold red]NO"
+        shown = (row["id"], f"{row['value']:g}", row["target"], met, spread, str(row["runs"]))
+        table.add_row(*shown, row["measured"], row["commit"])
+    Console(width=160).print(table)
+
+
+LLAMA_70B = {
+    "model_type": "llama", "architectures": ["LlamaForCausalLM"], "vocab_size": 128256, "hidden_size": 8192,
+    "intermediate_size": 28672, "num_hidden_layers": 80, "num_attention_heads": 64, "num_key_value_heads": 8,
+    "tie_word_embeddings": False,
+}  # fmt: skip
+
+
+def sizes() -> str:
+    """Returns hours and memory for the paper's data; a model that is too large for its nodes raises."""
+    lines = ["| model | nodes | settings | hours | fullest GPU, GB | in which stage |", "|---|---|---|---|---|---|"]
+    with tempfile.TemporaryDirectory() as folder:
+        (Path(folder) / "config.json").write_text(json.dumps(LLAMA_70B))
+        for model, nodes, gpu, changes in [
+            ("7B", 1, "A100-80G", {}),
+            ("7B", 1, "H100-80G", {}),
+            ("7B", 2, "H100-80G", {"train.workers": "16", "generation.replicas": "16"}),
+            ("70B", 4, "H100-80G", _for_70b(32)),
+            ("70B", 8, "H100-80G", _for_70b(64)),
+        ]:
+            config = load_config(
+                ROOT / "jobs" / "recipes" / "zephyr_7b.yaml",
+                changes | ({"model.path": folder} if model == "70B" else {}),
+            )
+            cluster = Cluster(nodes=nodes, gpu=gpu, gpus_per_node=8)
+            work = read_work(config, Given(rows=50000, prompt_tokens=130, response_tokens=256))
+            phases = check_memory(config, read_shape(config), cluster, work)
+            hours = sum(phase.seconds for phase in phases) / 3600
+            fullest = max((stage for phase in phases for stage in phase.stages), key=lambda stage: stage.needed)
+            settings = " ".join(f"`--{key}={value}`" for key, value in changes.items()) or "as it is"
+            lines.append(
+                f"| {model} | {nodes} × 8 {gpu} | {settings} | {hours:.1f} | {fullest.needed / GB:.0f} "
+                f"| {fullest.name} |"
+            )
+    return "\n".join(lines)
+
+
+def _for_70b(gpus: int) -> dict[str, str]:
+    """Engines of four GPUs, one train worker per GPU, gradients never whole."""
+    return {
+        "generation.engine.tensor_parallel_size": "4", "generation.resources.gpus": "4",
+        "generation.replicas": str(gpus // 4), "train.workers": str(gpus), "train.reduce_every_pack": "true",
+    }  # fmt: skip
+
+
+if __name__ == "__main__":
+    main()
