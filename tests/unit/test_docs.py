@@ -1,10 +1,32 @@
 """What the documentation says of the code is what the code says."""
 
+import re
+from pathlib import Path
+
 from spin_ray.report.measures import as_markdown
-from tests.support.paths import DOCS
+from tests.support.paths import DOCS, ROOT
 
 
 def test_the_table_of_measures_is_the_one_in_the_code():
     text = (DOCS / "reading-a-run.md").read_text(encoding="utf-8")
     table = text.partition('as_markdown())" -->\n')[2].partition("<!-- end of measures -->")[0]
     assert table == as_markdown()
+
+
+def test_the_first_page_is_short_and_every_link_leads_somewhere():
+    """A link to a heading is looked for in its page, as GitHub spells headings."""
+    assert len((ROOT / "README.md").read_text().splitlines()) <= 200
+    dead = []
+    for page in [*ROOT.glob("*.md"), *DOCS.glob("*.md"), *(ROOT / "benchmarks").glob("**/*.md")]:
+        for target, _, heading in (link.partition("#") for link in re.findall(r"\]\(([^)\s]+)\)", page.read_text())):
+            if target.startswith(("http:", "https:")):
+                continue
+            found = page.parent / target if target else page
+            if not found.exists() or (heading and f"#{heading}" not in headings_of(found)):
+                dead.append(f"{page.relative_to(ROOT)}: {target}#{heading}")
+    assert not dead
+
+
+def headings_of(page: Path) -> set[str]:
+    titles = re.findall(r"^#+ (.*)$", page.read_text(), re.MULTILINE)
+    return {"#" + re.sub(r"[^\w\- ]", "", title.lower()).replace(" ", "-") for title in titles}
