@@ -12,7 +12,7 @@ from pathlib import Path
 
 from doc_table import put
 
-from spin_ray.config.sections import load_config
+from spin_ray.config.load import load_config
 from spin_ray.planning.hardware import GB
 from spin_ray.planning.plan import Given, check_memory, read_shape, read_work
 from spin_ray.planning.remedies import Cluster

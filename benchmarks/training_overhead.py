@@ -17,7 +17,7 @@ from typing import Any
 
 from harness import HERE, LOSS_TOLERANCE, MODEL, Side, at_least, pairs_of, prepare, record, table_of, training_options
 
-from spin_ray.config.sections import SpinConfig
+from spin_ray.config.recipe import SpinConfig
 from spin_ray.inputs.embedded import resolve
 from spin_ray.inputs.model_folder import open_model
 from spin_ray.loop.algorithms.base import margin_objective

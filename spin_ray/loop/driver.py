@@ -14,7 +14,7 @@ import logging
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 
-from spin_ray.config.sections import SpinConfig
+from spin_ray.config.recipe import SpinConfig
 from spin_ray.inputs.check import Start
 from spin_ray.inputs.model_folder import ModelFolder
 from spin_ray.loop.algorithms import ALGORITHMS, Algorithm, Turn

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Self
 
-from spin_ray.config.sections import SpinConfig
+from spin_ray.config.recipe import SpinConfig
 from spin_ray.inputs.check import Inputs, check_recipe, find_inputs
 from spin_ray.report.history import evidence_to_stop, read_evaluations
 from spin_ray.run_dir.lease import Lease

@@ -15,7 +15,8 @@ Units: tokens, FLOPs (a multiply-add is 2), bytes (GB = 1e9), seconds. ``h`` hid
 from dataclasses import dataclass, replace
 from math import ceil
 
-from spin_ray.config.sections import OptimizerConfig, SpinConfig
+from spin_ray.config.recipe import SpinConfig
+from spin_ray.config.sections import OptimizerConfig
 from spin_ray.planning.hardware import GB, GIB, Hardware
 from spin_ray.planning.model_shape import ModelShape
 

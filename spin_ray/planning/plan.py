@@ -13,7 +13,7 @@ from pathlib import Path
 from rich.console import Console
 from rich.table import Table
 
-from spin_ray.config.sections import SpinConfig
+from spin_ray.config.recipe import SpinConfig
 from spin_ray.errors import ConfigError, DataError, ModelError, ResourceError
 from spin_ray.inputs.embedded import resolve
 from spin_ray.inputs.model_folder import read_config

@@ -5,7 +5,8 @@ from dataclasses import dataclass, replace
 from math import ceil
 from typing import Any
 
-from spin_ray.config.sections import SpinConfig, parse_config
+from spin_ray.config.load import parse_config
+from spin_ray.config.recipe import SpinConfig
 from spin_ray.errors import ConfigError, ResourceError, UserError
 from spin_ray.planning.cost_model import Devices, Work, plan_run
 from spin_ray.planning.hardware import CPU, GIB, GPUS, NETWORK

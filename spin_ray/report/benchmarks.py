@@ -19,7 +19,8 @@ from typing import Any, Literal
 from rich.console import Console
 from rich.table import Table
 
-from spin_ray.config.sections import EngineConfig, ResourcesConfig, SpinConfig
+from spin_ray.config.recipe import SpinConfig
+from spin_ray.config.sections import EngineConfig, ResourcesConfig
 from spin_ray.errors import ConfigError, StageError, UserError, first_line, last_line
 from spin_ray.report.model_card import write_card
 from spin_ray.report.redaction import hide_in_text

@@ -20,7 +20,8 @@ from typing import Any, Self
 import pyarrow as pa
 from pydantic import BaseModel
 
-from spin_ray.config.sections import SpinConfig, digest, parse_config
+from spin_ray.config.load import parse_config
+from spin_ray.config.recipe import SpinConfig, digest
 from spin_ray.errors import RunDirError, StageError
 from spin_ray.run_dir.cache import without_weights
 from spin_ray.run_dir.storage import (

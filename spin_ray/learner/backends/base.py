@@ -10,7 +10,8 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from spin_ray.config.sections import LoraConfig, OptimizerConfig, SpinConfig
+from spin_ray.config.recipe import SpinConfig
+from spin_ray.config.sections import LoraConfig, OptimizerConfig
 from spin_ray.learner.batch import PackedBatch
 
 

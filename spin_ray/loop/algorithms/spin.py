@@ -1,6 +1,6 @@
 """SPIN (Chen et al. 2024, arXiv 2401.01335), and by its settings α-SPIN and fictitious play."""
 
-from spin_ray.config.sections import SpinConfig
+from spin_ray.config.recipe import SpinConfig
 from spin_ray.learner.step import Objective
 from spin_ray.loop.algorithms.base import Turn, margin_objective
 from spin_ray.loop.stages import pairs

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 import pyarrow as pa
 import torch.distributed as dist
 
-from spin_ray.config.sections import SpinConfig, digest
+from spin_ray.config.recipe import SpinConfig, digest
 from spin_ray.inputs.model_folder import ModelFolder
 from spin_ray.learner.backends.base import BackendSettings
 from spin_ray.learner.backends.fsdp2 import Fsdp2Backend

@@ -9,13 +9,21 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from pydantic import ValidationError
 
-from spin_ray.config import sections as config_module
-from spin_ray.config.sections import IterationSettings, Section, SpinConfig, digest, flatten, load_config, parse_config
+from spin_ray.config import recipe as recipe_module
+from spin_ray.config import sections as sections_module
+from spin_ray.config.load import load_config, parse_config
+from spin_ray.config.recipe import IterationSettings, SpinConfig, digest, flatten
+from spin_ray.config.sections import Section
 from spin_ray.errors import ConfigError
 
 MINIMAL = {"model": {"path": "m"}, "data": {"train": "d.jsonl"}}
 SECTIONS = sorted(
-    (value for value in vars(config_module).values() if isinstance(value, type) and issubclass(value, Section)),
+    {
+        value
+        for module in (sections_module, recipe_module)
+        for value in vars(module).values()
+        if isinstance(value, type) and issubclass(value, Section)
+    },
     key=lambda section: section.__name__,
 )
 PLAIN = {**MINIMAL, "train": {"learning_rate": 1e-6}}

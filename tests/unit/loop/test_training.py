@@ -6,7 +6,7 @@ import pyarrow as pa
 import pytest
 import torch
 
-from spin_ray.config.sections import SpinConfig
+from spin_ray.config.recipe import SpinConfig
 from spin_ray.errors import RunDirError
 from spin_ray.inputs.model_folder import ModelFolder
 from spin_ray.learner import step as loop

@@ -8,7 +8,9 @@ from math import ceil, log
 import numpy as np
 import pytest
 
-from spin_ray.config.sections import OptimizerConfig, ResourcesConfig, SpinConfig, load_config
+from spin_ray.config.load import load_config
+from spin_ray.config.recipe import SpinConfig
+from spin_ray.config.sections import OptimizerConfig, ResourcesConfig
 from spin_ray.errors import DataError, ModelError
 from spin_ray.learner import scoring
 from spin_ray.learner import step as loop

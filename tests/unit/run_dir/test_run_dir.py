@@ -5,7 +5,7 @@ import json
 import pyarrow as pa
 import pytest
 
-from spin_ray.config.sections import SpinConfig
+from spin_ray.config.recipe import SpinConfig
 from spin_ray.errors import ConfigError, RunDirError
 from spin_ray.run_dir.run_dir import (
     MANIFEST,

@@ -1,0 +1,117 @@
+"""Reading of recipes: YAML, overrides of single values, and errors that list every problem in plain words."""
+
+from __future__ import annotations
+
+import copy
+from pathlib import Path
+from typing import Any
+
+import yaml
+from pydantic import ValidationError
+
+from spin_ray.config.recipe import SpinConfig
+from spin_ray.config.sections import LIST, ONE, WORD
+from spin_ray.errors import ConfigError
+
+
+def load_config(recipe: str | Path, overrides: dict[str, str] | None = None) -> SpinConfig:
+    """Reads a recipe and applies ``{"section.field": "YAML value"}`` on top.
+
+    Raises:
+        ConfigError: the file cannot be read, or its content is wrong; every problem is listed.
+    """
+    try:
+        text = Path(recipe).read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise ConfigError(f"{recipe}: cannot be read ({error})") from error
+    content = _parse_yaml(text, source=str(recipe))
+    if not isinstance(content, dict):
+        raise ConfigError(f"{recipe}: must hold sections (model, data, …), found {type(content).__name__}")
+    for key, text in (overrides or {}).items():
+        _set(content, key, text)
+    return parse_config(content, source=str(recipe))
+
+
+def override(config: SpinConfig, overrides: dict[str, str]) -> SpinConfig:
+    """``config`` with ``{"section.field": "YAML value"}`` on top; a ConfigError lists what cannot be."""
+    content = config.model_dump(mode="json")
+    for key, text in overrides.items():
+        _set(content, key, text)
+    return parse_config(content, source="the settings given")
+
+
+def parse_config(content: dict[str, Any], source: str) -> SpinConfig:
+    """Validates ``content``; ``source`` is named in the error, which lists every problem."""
+    try:
+        return SpinConfig.model_validate(content)
+    except ValidationError as error:
+        problems = [line for detail in error.errors() for line in _explain(detail)]
+        problems += _impossible_besides(content, error.errors())
+        raise ConfigError(f"{source}: " + "; ".join(problems)) from error
+
+
+def _explain(detail: Any) -> list[str]:
+    where = _where(detail)
+    if detail["type"] == "extra_forbidden":
+        return [f"{where}: unknown key"]
+    if detail["type"] == "value_error":
+        return str(detail["ctx"]["error"]).split("\n")
+    shown = repr(detail["input"])
+    given = "" if detail["type"] == "missing" else f" (got {shown if len(shown) <= 80 else shown[:77] + '…'})"
+    reason = "must be a section with fields of its own" if detail["type"] == "model_type" else detail["msg"].lower()
+    return [f"{where}: {reason}{given}"]
+
+
+def _where(detail: Any) -> str:
+    """The place as the recipe writes it, e.g. ``objective.beta.1``."""
+    return ".".join(str(part) for part in detail["loc"] if part not in (ONE, LIST, WORD))
+
+
+def _impossible_besides(content: dict[str, Any], details: list[Any]) -> list[str]:
+    """Impossible combinations of values that are right by themselves; pydantic looks at none while one is wrong."""
+    rest = copy.deepcopy(content)
+    doubtful = []
+    for detail in details:
+        _drop(rest, detail["loc"])
+        # Behind an unknown key may be a misspelt field: then nothing of its section is known.
+        where = _where(detail)
+        doubtful.append(where.rpartition(".")[0] if detail["type"] == "extra_forbidden" else where)
+    for section, field in (("model", "path"), ("data", "train")):
+        rest.setdefault(section, {}).setdefault(field, "")
+    try:
+        SpinConfig.model_validate(rest)
+    except ValidationError as error:
+        problems = [line for detail in error.errors() if detail["type"] == "value_error" for line in _explain(detail)]
+        return [problem for problem in problems if not any(name in problem for name in doubtful)]
+    return []
+
+
+def _drop(tree: Any, path: tuple[Any, ...]) -> None:
+    """Removes the deepest key of ``path`` that is there."""
+    holder, key = None, None
+    for part in path:
+        if not isinstance(tree, dict) or part not in tree:
+            break
+        holder, key, tree = tree, part, tree[part]
+    if holder is not None:
+        del holder[key]
+
+
+def _set(content: dict[str, Any], key: str, text: str) -> None:
+    *sections, field = key.split(".")
+    for section in sections:
+        child = content.setdefault(section, {})
+        if child is None:
+            child = content[section] = {}
+        if not isinstance(child, dict):
+            raise ConfigError(f"--{key}: {section} is a value, not a section")
+        content = child
+    content[field] = _parse_yaml(text, source=f"--{key}={text}")
+
+
+def _parse_yaml(text: str, source: str) -> Any:
+    try:
+        return yaml.safe_load(text)
+    except (yaml.YAMLError, ValueError, LookupError, AttributeError, RecursionError) as error:
+        # PyYAML lets its converters' own errors through, e.g. ValueError for the date 2024-13-45.
+        raise ConfigError(f"{source}: is not YAML: {' '.join(str(error).split())}") from error

@@ -1,0 +1,187 @@
+"""The recipe of one run: its settings together, the combinations that cannot work, and the identity of the run."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import re
+from collections.abc import Iterator
+from typing import Any, Self, TypeVar
+
+from pydantic import model_validator
+
+from spin_ray.config.sections import EngineConfig, ObjectiveConfig, Section, Settings
+
+T = TypeVar("T")
+
+
+class SpinConfig(Settings):
+    """One run. Example: ``SpinConfig(model={"path": "sft-model"}, data={"train": "sft.jsonl"}, iterations=2)``."""
+
+    @model_validator(mode="after")
+    def _combinations_are_possible(self) -> Self:
+        problems = list(_impossible(self))
+        if problems:
+            raise ValueError("\n".join(problems))
+        return self
+
+    def decided(self, engine: EngineConfig) -> EngineConfig:
+        """The engine's settings without ``auto``."""
+        if engine.dtype != "auto":
+            return engine
+        return engine.model_copy(update={"dtype": "bfloat16" if self.train.precision == "bf16" else "float32"})
+
+    def at(self, iteration: int) -> IterationSettings:
+        """The values that a list may give each iteration its own of."""
+        return IterationSettings(
+            beta=_pick(self.objective.beta, iteration),
+            learning_rate=_pick(self.train.learning_rate, iteration),
+            epochs=_pick(self.train.epochs, iteration),
+        )
+
+    def identity(self) -> dict[str, Any]:
+        """What makes two runs the same run, flattened to ``{"section.field": value}``.
+
+        Left out: where and how fast it runs, and what may grow (``iterations``) or is checked per iteration by its own
+        stage (the values that may be lists).
+        """
+        flat = flatten(self.model_dump(mode="json"))
+        return {key: value for key, value in flat.items() if not key.startswith(_NOT_IDENTITY)}
+
+
+class IterationSettings(Section):
+    """The values of one iteration, lists resolved."""
+
+    beta: float
+    learning_rate: float
+    epochs: int
+
+
+_NOT_IDENTITY = (
+    "iterations", "stop_when", "tracking.", "cluster.", "storage.", "health.", "serving.",
+    "objective.beta", "train.learning_rate", "train.epochs", "train.max_failures", "train.checkpoint_every_steps",
+    "train.sharding", "train.reduce_every_pack", "train.offload", "train.start_timeout_s", "train.stall_timeout_s",
+    "train.min_workers", "train.resize_interval_s", "train.resources.custom", "train.resources.labels",
+    "generation.replicas", "generation.min_replicas", "generation.max_failures", "generation.start_timeout_s",
+    "generation.shard_timeout_s", "generation.resources.custom", "generation.resources.labels",
+    "generation.engine.gpu_memory_utilization", "generation.engine.cpu_kv_cache_gib",
+)  # fmt: skip
+
+
+_CREDENTIALS = re.compile(r"://[^/]*:[^/]*@|[?&][^=]*(secret|token|password|access_key)[^=]*=", re.IGNORECASE)
+
+
+def _pick(value: T | tuple[T, ...], iteration: int) -> T:
+    return value[iteration] if isinstance(value, tuple) else value
+
+
+def _impossible(config: SpinConfig) -> Iterator[str]:
+    """Combinations that no run can satisfy, one sentence each."""
+    for name, value in [
+        ("objective.beta", config.objective.beta),
+        ("train.learning_rate", config.train.learning_rate),
+        ("train.epochs", config.train.epochs),
+    ]:
+        if isinstance(value, tuple) and len(value) != config.iterations:
+            yield f"{name}: has {len(value)} values for {config.iterations} iterations; give one value or one for each"
+    if config.generation.sampling.max_tokens >= config.model.max_length:
+        yield (
+            f"generation.sampling.max_tokens: {config.generation.sampling.max_tokens} leaves no room for a prompt "
+            f"within model.max_length {config.model.max_length}; lower it or raise max_length"
+        )
+    longest_tree = config.model.max_length + config.generation.sampling.max_tokens
+    if config.train.pack_length < longest_tree:
+        yield (
+            f"train.pack_length: {config.train.pack_length} cannot hold a prompt with both responses; raise it to "
+            f"{longest_tree} (model.max_length + generation.sampling.max_tokens) or lower those"
+        )
+    gpus, parallel = config.generation.resources.gpus, config.generation.engine.tensor_parallel_size
+    if gpus and gpus >= 1 and gpus != parallel:
+        yield f"generation.resources.gpus: {gpus:g} must equal generation.engine.tensor_parallel_size {parallel}"
+    if not gpus and parallel > 1:
+        yield f"generation.engine.tensor_parallel_size: {parallel} needs generation.resources.gpus: {parallel}"
+    if config.train.resources.gpus not in (0, 1):
+        yield f"train.resources.gpus: {config.train.resources.gpus:g}; a train worker drives exactly one GPU, or none"
+    for field, most, least in [
+        ("train.min_workers", config.train.workers, config.train.min_workers),
+        ("generation.min_replicas", config.generation.replicas, config.generation.min_replicas),
+    ]:
+        if least is not None and least > most:
+            yield f"{field}: {least} is more than the {most} of {field.replace('min_', '')}"
+    if config.train.min_workers is not None and config.train.backend == "deepspeed":
+        yield "train.min_workers: DeepSpeed's checkpoints are of one number of workers; use train.backend: fsdp2"
+    for name, uri in [
+        ("model.path", config.model.path), ("data.train", config.data.train), ("data.heldout", config.data.heldout),
+    ]:  # fmt: skip
+        if uri and _CREDENTIALS.search(uri):
+            yield f"{name}: holds credentials, which would be written to run.json; give them by environment variables"
+    if "hf_token" in config.generation.engine.extra:
+        yield "generation.engine.extra.hf_token: would be written to run.json; give it by $HF_TOKEN"
+    if config.evaluation.answer_extractor != "none" and config.data.heldout is None:
+        yield "evaluation.answer_extractor: needs data.heldout"
+    if config.stop_when is not None and config.data.heldout is None:
+        yield "stop_when: patience and min_fall need data.heldout"
+    yield from _impossible_for_algorithm(config)
+    owned = {"model", "tokenizer", "dtype", "seed", "max_model_len", "generation_config", "skip_tokenizer_init"}
+    owned |= {"trust_remote_code", "load_format", "enable_prefix_caching"}
+    owned |= set(EngineConfig.model_fields)
+    for key in sorted(owned & set(config.generation.engine.extra)):
+        yield f"generation.engine.extra.{key}: is set by spin_ray; use the field of its own"
+
+
+_NEEDS = {
+    "sppo": ("scorer",),
+    "self_reinforcement": ("sft", "data.questions"),
+    "seft": ("reviser",),
+}
+"""Sections and fields that an algorithm cannot do without."""
+_SERVES = {
+    "scorer": ("sppo",),
+    "self_filter": ("self_reinforcement",),
+    "reviser": ("seft",),
+    "data.questions": ("self_reinforcement", "seft"),
+}
+"""Optional sections and fields, and the algorithms that read them."""
+
+
+def _impossible_for_algorithm(config: SpinConfig) -> Iterator[str]:
+    def given(name: str) -> bool:
+        section, _, field = name.partition(".")
+        value = getattr(config, section)
+        return (getattr(value, field) if field else value) is not None
+
+    name = config.algorithm
+    for needed in _NEEDS.get(name, ()):
+        if not given(needed):
+            yield f"{needed}: algorithm {name} needs it"
+    for optional, readers in _SERVES.items():
+        if given(optional) and name not in readers:
+            yield f"{optional}: is for algorithm {' and '.join(readers)}, not for {name}; leave it out"
+    default = ObjectiveConfig()
+    if name != "spin":
+        for field in ("window", "reference_alpha"):
+            if field == "window" and config.objective.window == 1:
+                continue
+            if getattr(config.objective, field) != getattr(default, field):
+                yield f"objective.{field}: is for algorithm spin; {name} learns from the responses of its iteration"
+    if name == "sppo":
+        if config.objective.loss != default.loss:
+            yield "objective.loss: sppo has a loss of its own; leave it out"
+        if config.generation.samples_per_prompt < 2:
+            yield "generation.samples_per_prompt: sppo compares samples of a prompt; give 2 or more (paper: 5)"
+
+
+def flatten(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    """``{"a": {"b": 1}}`` -> ``{"a.b": 1}``."""
+    flat: dict[str, Any] = {}
+    for key, value in tree.items():
+        if isinstance(value, dict) and value:
+            flat |= flatten(value, f"{prefix}{key}.")
+        else:
+            flat[prefix + key] = value
+    return flat
+
+
+def digest(value: Any) -> str:
+    """SHA-256 of the canonical JSON of ``value``."""
+    return hashlib.sha256(json.dumps(value, sort_keys=True, separators=(",", ":")).encode()).hexdigest()
