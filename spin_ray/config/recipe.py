@@ -10,7 +10,7 @@ from typing import Any, Self, TypeVar
 
 from pydantic import model_validator
 
-from spin_ray.config.sections import EngineConfig, ObjectiveConfig, Section, Settings
+from spin_ray.config.sections import IDENTITY, MAY_CHANGE, EngineConfig, ObjectiveConfig, Section, Settings
 
 T = TypeVar("T")
 
@@ -45,8 +45,19 @@ class SpinConfig(Settings):
         Left out: where and how fast it runs, and what may grow (``iterations``) or is checked per iteration by its own
         stage (the values that may be lists).
         """
-        flat = flatten(self.model_dump(mode="json"))
-        return {key: value for key, value in flat.items() if not key.startswith(_NOT_IDENTITY)}
+        return flatten(_identity(self))
+
+
+def _identity(section: Section) -> dict[str, Any]:
+    """The section's values as JSON has them, without those that may change."""
+    tree = section.model_dump(mode="json")
+    for name, field in type(section).model_fields.items():
+        value = getattr(section, name)
+        if MAY_CHANGE in field.metadata:
+            del tree[name]
+        elif isinstance(value, Section) and IDENTITY not in field.metadata:
+            tree[name] = _identity(value)
+    return tree
 
 
 class IterationSettings(Section):
@@ -55,17 +66,6 @@ class IterationSettings(Section):
     beta: float
     learning_rate: float
     epochs: int
-
-
-_NOT_IDENTITY = (
-    "iterations", "stop_when", "tracking.", "cluster.", "storage.", "health.", "serving.",
-    "objective.beta", "train.learning_rate", "train.epochs", "train.max_failures", "train.checkpoint_every_steps",
-    "train.sharding", "train.reduce_every_pack", "train.offload", "train.start_timeout_s", "train.stall_timeout_s",
-    "train.min_workers", "train.resize_interval_s", "train.resources.custom", "train.resources.labels",
-    "generation.replicas", "generation.min_replicas", "generation.max_failures", "generation.start_timeout_s",
-    "generation.shard_timeout_s", "generation.resources.custom", "generation.resources.labels",
-    "generation.engine.gpu_memory_utilization", "generation.engine.cpu_kv_cache_gib",
-)  # fmt: skip
 
 
 _CREDENTIALS = re.compile(r"://[^/]*:[^/]*@|[?&][^=]*(secret|token|password|access_key)[^=]*=", re.IGNORECASE)

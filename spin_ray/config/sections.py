@@ -7,7 +7,7 @@ where it gives a value.
 
 from __future__ import annotations
 
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, TypeVar
 
 from pydantic import BaseModel, ConfigDict, Discriminator, Field, Tag
 
@@ -25,6 +25,13 @@ PerIteration = Annotated[Annotated[Positive, Tag(ONE)] | Annotated[tuple[Positiv
 PerIterationCount = Annotated[Annotated[Count, Tag(ONE)] | Annotated[tuple[Count, ...], Tag(LIST)], _one_or_list]
 _one_or_word = Discriminator(lambda value: WORD if isinstance(value, str) else ONE)
 CountOrAll = Annotated[Annotated[Count, Tag(ONE)] | Annotated[Literal["all"], Tag(WORD)], _one_or_word]
+
+T = TypeVar("T")
+MAY_CHANGE, IDENTITY = object(), object()
+MayChange = Annotated[T, MAY_CHANGE]
+"""A setting that may change between two calls of one run; every other setting is part of the run's identity."""
+Identity = Annotated[T, IDENTITY]
+"""A section that is part of the run's identity with all its settings, also those that may change elsewhere."""
 
 
 AlgorithmName = Literal["spin", "continued_sft", "dpo", "sppo", "self_reinforcement", "seft"]
@@ -80,9 +87,9 @@ class ResourcesConfig(Section):
     """Logical CPUs; on CPU also the number of compute threads (whole part, at least one)."""
     gpus: NonNegative = 0
     """GPUs, whole or (engines that share one) a fraction; 0 computes on the CPU."""
-    custom: dict[str, Positive] = {}
+    custom: MayChange[dict[str, Positive]] = {}
     """Custom Ray resources, e.g. ``{"accelerator_type:H100": 0.001}``."""
-    labels: dict[str, str] = {}
+    labels: MayChange[dict[str, str]] = {}
     """Which nodes may be taken: Ray's label selector, e.g. ``{"ray.io/accelerator-type": "in(H100,H200)"}``."""
 
     @property
@@ -119,9 +126,9 @@ class EngineConfig(Section):
     """GPUs per engine (one node); ``generation.resources.gpus`` must equal it when GPUs are used."""
     max_num_seqs: Count = 256
     """Responses decoded together."""
-    gpu_memory_utilization: Annotated[float, Field(gt=0, le=1)] = 0.9
+    gpu_memory_utilization: MayChange[Annotated[float, Field(gt=0, le=1)]] = 0.9
     """Share of the GPU's memory for weights and key-value cache."""
-    cpu_kv_cache_gib: Count = 2
+    cpu_kv_cache_gib: MayChange[Count] = 2
     """Key-value cache on CPU, GiB."""
     enforce_eager: bool = False
     """Skip torch.compile: on CPU it saves a minute of start-up and costs little afterwards."""
@@ -137,27 +144,27 @@ class GenerationConfig(Section):
     shard_rows: Count = 512
     """Responses per shard: the unit of work, of commit and of what a crash can lose. A shard is one batch of the
     engine, so a retry repeats it exactly; too small a shard leaves the engine half empty at its end."""
-    replicas: Count = 1
+    replicas: MayChange[Count] = 1
     """Engines that generate side by side."""
-    min_replicas: Count | None = None
+    min_replicas: MayChange[Count | None] = None
     """Go on with as few as this; those that find no room wait, and play as soon as a node joins. Not set: ``replicas``
     must fit."""
     resources: ResourcesConfig = ResourcesConfig()
     """Per engine."""
     engine: EngineConfig = EngineConfig()
     """How vLLM is started."""
-    start_timeout_s: Positive = 900
+    start_timeout_s: MayChange[Positive] = 900
     """Longest wait for an engine to be ready."""
-    shard_timeout_s: Positive = 7200
+    shard_timeout_s: MayChange[Positive] = 7200
     """Longest wait without any shard being finished."""
-    max_failures: Annotated[int, Field(ge=0)] = 3
+    max_failures: MayChange[Annotated[int, Field(ge=0)]] = 3
     """Restarts of an engine that dies, and further attempts at a shard, before the stage fails."""
 
 
 class ObjectiveConfig(Section):
     loss: Literal["logistic", "hinge", "exponential", "correlation"] = "logistic"
     """ℓ of equation 4.7. Paper: logistic, log(1 + e^-m)."""
-    beta: PerIteration = 0.1
+    beta: MayChange[PerIteration] = 0.1
     """λ of the paper: strength of the KL regulariser. A list has one for each iteration (paper: 0.1, 0.1, 0.1, 5.0)."""
     window: CountOrAll = 2
     """How many opponents' responses an iteration learns from: its own and those of window-1 earlier ones. Paper: 2.
@@ -192,7 +199,7 @@ class ScorerConfig(Section):
     """Longest text in tokens; what is longer is cut at its end, as PairRM does."""
     replicas: Count = 1
     """Judges that score side by side."""
-    resources: ResourcesConfig = ResourcesConfig()
+    resources: Identity[ResourcesConfig] = ResourcesConfig()
     """Per judge."""
 
 
@@ -235,17 +242,17 @@ class TrainConfig(Section):
     """What holds and shards the model: torch's own FSDP2, or DeepSpeed's ZeRO (the extra ``deepspeed``)."""
     workers: Count = 1
     """Train workers; parameters, gradients and optimizer state are sharded over them."""
-    min_workers: Count | None = None
+    min_workers: MayChange[Count | None] = None
     """Elastic training (FSDP2 only): when nodes are lost, go on with as few as this from the last checkpoint, and take
     up to ``workers`` again when nodes join. The result is the same but for the order in which gradients are summed. Not
     set: always ``workers``."""
-    resize_interval_s: NonNegative = 300
+    resize_interval_s: MayChange[NonNegative] = 300
     """How often an elastic group looks whether it can grow; growing, too, goes on from the last checkpoint."""
     resources: ResourcesConfig = ResourcesConfig()
     """Per worker. Workers with a GPU use NCCL, others gloo."""
-    learning_rate: PerIteration = 5e-7
+    learning_rate: MayChange[PerIteration] = 5e-7
     """Peak; a list gives each iteration its own. Paper: 5e-7, 5e-7, 1e-7, 1e-7."""
-    epochs: PerIterationCount = 2
+    epochs: MayChange[PerIterationCount] = 2
     """Passes over the pairs of an iteration. Paper: 2."""
     optimizer: OptimizerConfig = OptimizerConfig()
     """A fresh one for every iteration."""
@@ -260,22 +267,22 @@ class TrainConfig(Section):
     update is below what bf16 can resolve."""
     gradient_checkpointing: bool = False
     """Recompute activations in the backward pass: about a third slower, far less memory."""
-    sharding: Literal["full", "shard_grad_op"] = "full"
+    sharding: MayChange[Literal["full", "shard_grad_op"]] = "full"
     """``full`` (ZeRO-3) gathers each layer's weights anew in each forward and backward pass. ``shard_grad_op`` (ZeRO-2)
     gathers once per optimizer step: far less traffic, for one whole copy of the weights per worker."""
-    reduce_every_pack: bool = False
+    reduce_every_pack: MayChange[bool] = False
     """Sum gradients over the workers after each pack, not once per step. Off: every worker holds the gradients of its
     earlier packs whole, 4 bytes per parameter. On: more traffic, for models whose gradients would not fit so."""
-    offload: bool = False
+    offload: MayChange[bool] = False
     """Keep a worker's share of weights, gradients and optimizer state in the CPU's memory and step there: what is left
     on the GPU is what a layer needs at the moment, and activations. Slower; for models that do not fit otherwise."""
-    checkpoint_every_steps: Count = 200
+    checkpoint_every_steps: MayChange[Count] = 200
     """Steps between checkpoints: what a killed worker can lose."""
-    max_failures: Annotated[int, Field(ge=0)] = 3
+    max_failures: MayChange[Annotated[int, Field(ge=0)]] = 3
     """Restarts of the worker group in one iteration before the run fails."""
-    start_timeout_s: Positive = 600
+    start_timeout_s: MayChange[Positive] = 600
     """Longest wait for the workers to be placed and to meet."""
-    stall_timeout_s: Positive = 86_400
+    stall_timeout_s: MayChange[Positive] = 86_400
     """Longest wait without a step being finished. Scoring all pairs, or a whole evaluation, counts as one step."""
 
 
@@ -443,7 +450,7 @@ class Settings(Section):
     """What is trained: the SFT model, or the base model that ``sft`` makes one of."""
     data: DataConfig
     """What it learns from."""
-    iterations: Count = 4
+    iterations: MayChange[Count] = 4
     """T of Algorithm 1. Paper: iterations 0 to 3. May be raised later: the same command then goes on."""
     algorithm: AlgorithmName = "spin"
     """What an iteration plays, how its pairs are made, and the loss they feed (docs/algorithms.md)."""
@@ -463,17 +470,17 @@ class Settings(Section):
     """What training minimises."""
     train: TrainConfig = TrainConfig()
     """How it is minimised."""
-    health: HealthConfig = HealthConfig()
+    health: MayChange[HealthConfig] = HealthConfig()
     """When it stops by itself."""
     evaluation: EvaluationConfig = EvaluationConfig()
     """What is measured on the held-out rows."""
-    stop_when: StopConfig | None = None
+    stop_when: MayChange[StopConfig | None] = None
     """A rule that ends the run early; ``{}`` takes its defaults, none when not set. May be changed between calls."""
-    tracking: TrackingConfig = TrackingConfig()
+    tracking: MayChange[TrackingConfig] = TrackingConfig()
     """Where the numbers go beside the run folder."""
-    serving: ServingConfig = ServingConfig()
+    serving: MayChange[ServingConfig] = ServingConfig()
     """How ``spin-ray serve`` answers; a run does not read it."""
-    storage: StorageConfig = StorageConfig()
+    storage: MayChange[StorageConfig] = StorageConfig()
     """What is kept, and how one driver at a time is ensured."""
-    cluster: ClusterConfig = ClusterConfig()
+    cluster: MayChange[ClusterConfig] = ClusterConfig()
     """Where it runs."""
