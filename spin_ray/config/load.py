@@ -10,7 +10,7 @@ import yaml
 from pydantic import ValidationError
 
 from spin_ray.config.recipe import SpinConfig
-from spin_ray.config.sections import LIST, ONE, WORD
+from spin_ray.config.sections import TAGS
 from spin_ray.errors import ConfigError
 
 
@@ -50,6 +50,13 @@ def parse_config(content: dict[str, Any], source: str) -> SpinConfig:
         raise ConfigError(f"{source}: " + "; ".join(problems)) from error
 
 
+_REASONS = {
+    "model_type": "must be a section with fields of its own",
+    "string_pattern_mismatch": "must be an import path module:Name, e.g. my_package.mine:Name",
+}
+"""What is wrong by pydantic's type of error, where its own sentence says less."""
+
+
 def _explain(detail: Any) -> list[str]:
     where = _where(detail)
     if detail["type"] == "extra_forbidden":
@@ -58,13 +65,13 @@ def _explain(detail: Any) -> list[str]:
         return str(detail["ctx"]["error"]).split("\n")
     shown = repr(detail["input"])
     given = "" if detail["type"] == "missing" else f" (got {shown if len(shown) <= 80 else shown[:77] + '…'})"
-    reason = "must be a section with fields of its own" if detail["type"] == "model_type" else detail["msg"].lower()
+    reason = _REASONS.get(detail["type"], detail["msg"].lower())
     return [f"{where}: {reason}{given}"]
 
 
 def _where(detail: Any) -> str:
     """The place as the recipe writes it, e.g. ``objective.beta.1``."""
-    return ".".join(str(part) for part in detail["loc"] if part not in (ONE, LIST, WORD))
+    return ".".join(str(part) for part in detail["loc"] if part not in TAGS)
 
 
 def _impossible_besides(content: dict[str, Any], details: list[Any]) -> list[str]:

@@ -5,7 +5,8 @@ from __future__ import annotations
 import hashlib
 import json
 import re
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from typing import Any, Self, TypeVar
 
 from pydantic import model_validator
@@ -121,7 +122,7 @@ def _impossible(config: SpinConfig) -> Iterator[str]:
         yield "evaluation.answer_extractor: needs data.heldout"
     if config.stop_when is not None and config.data.heldout is None:
         yield "stop_when: patience and min_fall need data.heldout"
-    yield from _impossible_for_algorithm(config)
+    yield from _algorithm_problems(config)
     owned = {"model", "tokenizer", "dtype", "seed", "max_model_len", "generation_config", "skip_tokenizer_init"}
     owned |= {"trust_remote_code", "load_format", "enable_prefix_caching"}
     owned |= set(EngineConfig.model_fields)
@@ -129,46 +130,71 @@ def _impossible(config: SpinConfig) -> Iterator[str]:
         yield f"generation.engine.extra.{key}: is set by spin_ray; use the field of its own"
 
 
-_NEEDS = {
-    "sppo": ("scorer",),
-    "self_reinforcement": ("sft", "data.questions"),
-    "seft": ("reviser",),
+@dataclass(frozen=True, kw_only=True)
+class _Algorithm:
+    """The part of the recipe that one algorithm asks for."""
+
+    needs: tuple[str, ...] = ()
+    """Sections and fields that the algorithm cannot do without."""
+    reads: tuple[str, ...] = ()
+    """Optional sections and fields that the algorithm reads when they are given."""
+    problems: Callable[[SpinConfig], Iterator[str]] = lambda config: iter(())
+    """Yields a sentence for each further setting that the algorithm cannot work with."""
+
+
+def _sppo_problems(config: SpinConfig) -> Iterator[str]:
+    yield from _window_problems(config)
+    if config.objective.loss != ObjectiveConfig().loss:
+        yield "objective.loss: sppo has a loss of its own; leave it out"
+    if config.generation.samples_per_prompt < 2:
+        yield "generation.samples_per_prompt: sppo compares samples of a prompt; give 2 or more (paper: 5)"
+
+
+def _window_problems(config: SpinConfig) -> Iterator[str]:
+    """Yields the settings with which SPIN alone looks back at earlier iterates."""
+    default, given = ObjectiveConfig(), config.objective
+    learns = f"is for algorithm spin; {config.algorithm} learns from the responses of its iteration"
+    if given.window not in (1, default.window):
+        yield f"objective.window: {learns}"
+    if given.reference_alpha != default.reference_alpha:
+        yield f"objective.reference_alpha: {learns}"
+
+
+_ALGORITHMS = {
+    "spin": _Algorithm(),
+    "continued_sft": _Algorithm(problems=_window_problems),
+    "dpo": _Algorithm(problems=_window_problems),
+    "sppo": _Algorithm(needs=("scorer",), problems=_sppo_problems),
+    "self_reinforcement": _Algorithm(
+        needs=("sft", "data.questions"), reads=("self_filter",), problems=_window_problems
+    ),
+    "seft": _Algorithm(needs=("reviser",), reads=("data.questions",), problems=_window_problems),
 }
-"""Sections and fields that an algorithm cannot do without."""
-_SERVES = {
-    "scorer": ("sppo",),
-    "self_filter": ("self_reinforcement",),
-    "reviser": ("seft",),
-    "data.questions": ("self_reinforcement", "seft"),
-}
-"""Optional sections and fields, and the algorithms that read them."""
+_OPTIONAL = ("scorer", "self_filter", "reviser", "data.questions")
+"""Sections and fields that are an error unless the algorithm needs or reads them."""
 
 
-def _impossible_for_algorithm(config: SpinConfig) -> Iterator[str]:
-    def given(name: str) -> bool:
-        section, _, field = name.partition(".")
-        value = getattr(config, section)
-        return (getattr(value, field) if field else value) is not None
-
+def _algorithm_problems(config: SpinConfig) -> Iterator[str]:
+    """Yields what the algorithm lacks or does not read; nothing for an algorithm of the user's own."""
     name = config.algorithm
-    for needed in _NEEDS.get(name, ()):
-        if not given(needed):
+    if name not in _ALGORITHMS:
+        return
+    algorithm = _ALGORITHMS[name]
+    for needed in algorithm.needs:
+        if not _is_given(config, needed):
             yield f"{needed}: algorithm {name} needs it"
-    for optional, readers in _SERVES.items():
-        if given(optional) and name not in readers:
+    for optional in _OPTIONAL:
+        readers = [reader for reader, its in _ALGORITHMS.items() if optional in its.needs + its.reads]
+        if _is_given(config, optional) and name not in readers:
             yield f"{optional}: is for algorithm {' and '.join(readers)}, not for {name}; leave it out"
-    default = ObjectiveConfig()
-    if name != "spin":
-        for field in ("window", "reference_alpha"):
-            if field == "window" and config.objective.window == 1:
-                continue
-            if getattr(config.objective, field) != getattr(default, field):
-                yield f"objective.{field}: is for algorithm spin; {name} learns from the responses of its iteration"
-    if name == "sppo":
-        if config.objective.loss != default.loss:
-            yield "objective.loss: sppo has a loss of its own; leave it out"
-        if config.generation.samples_per_prompt < 2:
-            yield "generation.samples_per_prompt: sppo compares samples of a prompt; give 2 or more (paper: 5)"
+    yield from algorithm.problems(config)
+
+
+def _is_given(config: SpinConfig, name: str) -> bool:
+    """Returns whether a section, or a field of a section, is not null."""
+    section, _, field = name.partition(".")
+    value = getattr(config, section)
+    return (getattr(value, field) if field else value) is not None
 
 
 def flatten(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:

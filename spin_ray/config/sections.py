@@ -17,8 +17,8 @@ Fraction = Annotated[float, Field(ge=0, le=1)]
 Count = Annotated[int, Field(ge=1)]
 
 
-ONE, LIST, WORD = "<one>", "<list>", "<word>"
-"""Tags of the kinds of one setting; they stand in pydantic's places of errors, not in recipes."""
+ONE, LIST, WORD, NAME, PATH = TAGS = "<one>", "<list>", "<word>", "<name>", "<path>"
+"""Kinds of value of one setting, as pydantic writes them into the place of an error; no part of the recipe."""
 _one_or_list = Discriminator(lambda value: LIST if isinstance(value, list | tuple) else ONE)
 """Chooses the kind by what was written, so that an error speaks of that kind only."""
 PerIteration = Annotated[Annotated[Positive, Tag(ONE)] | Annotated[tuple[Positive, ...], Tag(LIST)], _one_or_list]
@@ -27,6 +27,11 @@ _one_or_word = Discriminator(lambda value: WORD if isinstance(value, str) else O
 CountOrAll = Annotated[Annotated[Count, Tag(ONE)] | Annotated[Literal["all"], Tag(WORD)], _one_or_word]
 
 T = TypeVar("T")
+ImportPath = Annotated[str, Field(pattern=r"^[^\W\d]\w*(\.[^\W\d]\w*)*:[^\W\d]\w*$")]
+"""Something of the user's own, e.g. ``my_package.mine:Name``. Reading the recipe does not import it."""
+_name_or_path = Discriminator(lambda value: PATH if isinstance(value, str) and ":" in value else NAME)
+NameOrPath = Annotated[Annotated[T, Tag(NAME)] | Annotated[ImportPath, Tag(PATH)], _name_or_path]
+
 MAY_CHANGE, IDENTITY = object(), object()
 MayChange = Annotated[T, MAY_CHANGE]
 """A setting that may change between two calls of one run; every other setting is part of the run's identity."""
@@ -35,6 +40,9 @@ Identity = Annotated[T, IDENTITY]
 
 
 AlgorithmName = Literal["spin", "continued_sft", "dpo", "sppo", "self_reinforcement", "seft"]
+LossName = Literal["logistic", "hinge", "exponential", "correlation"]
+OptimizerName = Literal["rmsprop", "adamw"]
+BackendName = Literal["fsdp2", "deepspeed"]
 
 
 class Section(BaseModel):
@@ -162,8 +170,8 @@ class GenerationConfig(Section):
 
 
 class ObjectiveConfig(Section):
-    loss: Literal["logistic", "hinge", "exponential", "correlation"] = "logistic"
-    """ℓ of equation 4.7. Paper: logistic, log(1 + e^-m)."""
+    loss: NameOrPath[LossName] = "logistic"
+    """ℓ of equation 4.7, or ``my_package.mine:loss``. Paper: logistic, log(1 + e^-m)."""
     beta: MayChange[PerIteration] = 0.1
     """λ of the paper: strength of the KL regulariser. A list has one for each iteration (paper: 0.1, 0.1, 0.1, 5.0)."""
     window: CountOrAll = 2
@@ -212,8 +220,8 @@ class SelfFilterConfig(Section):
 
 
 class OptimizerConfig(Section):
-    name: Literal["rmsprop", "adamw"] = "rmsprop"
-    """Paper: RMSProp."""
+    name: NameOrPath[OptimizerName] = "rmsprop"
+    """``rmsprop``, ``adamw`` or ``my_package.mine:Optimizer``. Paper: RMSProp."""
     weight_decay: NonNegative = 0.0
     """Paper: 0."""
     schedule: Literal["linear", "cosine", "constant"] = "linear"
@@ -238,8 +246,9 @@ class LoraConfig(Section):
 
 
 class TrainConfig(Section):
-    backend: Literal["fsdp2", "deepspeed"] = "fsdp2"
-    """What holds and shards the model: torch's own FSDP2, or DeepSpeed's ZeRO (the extra ``deepspeed``)."""
+    backend: NameOrPath[BackendName] = "fsdp2"
+    """What holds and shards the model: torch's own FSDP2, DeepSpeed's ZeRO (the extra ``deepspeed``), or
+    ``my_package.mine:Backend``."""
     workers: Count = 1
     """Train workers; parameters, gradients and optimizer state are sharded over them."""
     min_workers: MayChange[Count | None] = None
@@ -452,8 +461,9 @@ class Settings(Section):
     """What it learns from."""
     iterations: MayChange[Count] = 4
     """T of Algorithm 1. Paper: iterations 0 to 3. May be raised later: the same command then goes on."""
-    algorithm: AlgorithmName = "spin"
-    """What an iteration plays, how its pairs are made, and the loss they feed (docs/algorithms.md)."""
+    algorithm: NameOrPath[AlgorithmName] = "spin"
+    """What an iteration plays, how its pairs are made, and the loss they feed (docs/algorithms.md); or
+    ``my_package.mine:Algorithm``."""
     seed: Annotated[int, Field(ge=0)] = 0
     """Of every random choice: order of the rows, slices of the prompts, each response."""
     sft: SftConfig | None = None

@@ -3,7 +3,6 @@
 Everything else (sampling, packing, reference scores, training, evaluation, resuming) is the same for all of them.
 """
 
-from spin_ray.config.sections import AlgorithmName
 from spin_ray.loop.algorithms.base import Algorithm, Turn
 from spin_ray.loop.algorithms.continued_sft import ContinuedSft
 from spin_ray.loop.algorithms.dpo import Dpo
@@ -14,7 +13,7 @@ from spin_ray.loop.algorithms.sppo.algorithm import Sppo
 
 __all__ = ["ALGORITHMS", "Algorithm", "Turn"]
 
-ALGORITHMS: dict[AlgorithmName, Algorithm] = {
+ALGORITHMS: dict[str, Algorithm] = {
     "spin": Spin(),
     "continued_sft": ContinuedSft(),
     "dpo": Dpo(),

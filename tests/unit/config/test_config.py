@@ -170,6 +170,51 @@ def test_settings_that_an_algorithm_lacks_or_does_not_read_are_refused(sections,
     assert problem in problems(**sections)
 
 
+def test_sppo_has_a_loss_of_its_own():
+    found = problems(
+        algorithm="sppo", scorer={"path": "m"}, generation={"samples_per_prompt": 5}, objective={"loss": "hinge"}
+    )
+    assert found == "objective.loss: sppo has a loss of its own; leave it out"
+
+
+NAMED = [
+    ("algorithm", "'spin', 'continued_sft', 'dpo', 'sppo', 'self_reinforcement' or 'seft'"),
+    ("objective.loss", "'logistic', 'hinge', 'exponential' or 'correlation'"),
+    ("train.backend", "'fsdp2' or 'deepspeed'"),
+    ("train.optimizer.name", "'rmsprop' or 'adamw'"),
+]
+
+
+@pytest.mark.parametrize(("key", "names"), NAMED)
+def test_an_unknown_name_is_told_the_known_ones(recipe, key, names):
+    with pytest.raises(ConfigError) as caught:
+        load_config(recipe, {key: "best"})
+    assert str(caught.value) == f"{recipe}: {key}: input should be {names} (got 'best')"
+
+
+@pytest.mark.parametrize("key", [key for key, _ in NAMED])
+@pytest.mark.parametrize("path", ["mine:Mine", "my_pkg.mine:Mine", "_a.b2.c:_d"])
+def test_an_import_path_stands_for_something_of_the_users_own(recipe, key, path):
+    config = load_config(recipe, {key: path})
+    assert flatten(config.model_dump(mode="json"))[key] == path
+    assert config.identity()[key] == path
+
+
+@pytest.mark.parametrize("key", [key for key, _ in NAMED])
+@pytest.mark.parametrize("path", ["my pkg:Mine", "mine:", ":Mine", "a..b:C", "a:b:c", "a/b.py:C", "1a:B", "a:B\n"])
+def test_an_import_path_of_the_wrong_form_is_told_the_right_one(recipe, key, path):
+    with pytest.raises(ConfigError) as caught:
+        load_config(recipe, {key: json.dumps(path)})
+    reason = "must be an import path module:Name, e.g. my_package.mine:Name"
+    assert str(caught.value) == f"{recipe}: {key}: {reason} (got {path!r})"
+
+
+def test_an_algorithm_of_the_users_own_may_read_any_setting():
+    """What it needs is known to its class alone."""
+    sections = {"scorer": {"path": "s"}, "reviser": {}, "objective": {"window": "all", "reference_alpha": 0.5}}
+    assert parse(algorithm="mine:Mine", **sections).algorithm == "mine:Mine"
+
+
 @pytest.mark.parametrize("window", [0, "some", 1.5, None])
 def test_a_window_is_a_count_or_all(window):
     assert problems(objective={"window": window}).startswith("objective.window: input should be")
