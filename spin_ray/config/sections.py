@@ -42,6 +42,7 @@ Identity = Annotated[T, IDENTITY]
 AlgorithmName = Literal["spin", "continued_sft", "dpo", "sppo", "self_reinforcement", "seft"]
 LossName = Literal["logistic", "hinge", "exponential", "correlation"]
 OptimizerName = Literal["rmsprop", "adamw"]
+Precision = Literal["bf16", "fp32"]
 BackendName = Literal["fsdp2", "deepspeed"]
 
 
@@ -271,9 +272,10 @@ class TrainConfig(Section):
     """Pairs per optimizer step, over all workers. Paper: 64."""
     pack_length: Count = 4096
     """Tokens per pack, one micro-batch of one worker. Must hold prompt + y + y′: at least max_length + max_tokens."""
-    precision: Literal["bf16", "fp32"] = "bf16"
-    """Of the computation. Master weights, gradients and optimizer state are fp32 always: at a learning rate of 1e-7 an
-    update is below what bf16 can resolve."""
+    precision: Literal["auto", "bf16", "fp32"] = "auto"
+    """Number format of the computation. ``auto`` is bf16 on GPUs and, on CPUs, the one of the two that multiplies
+    faster on this machine. A run keeps the precision that it began with. Master weights, gradients and optimizer state
+    are always fp32: at a learning rate of 1e-7 an update is below what bf16 can resolve."""
     gradient_checkpointing: bool = False
     """Recompute activations in the backward pass: about a third slower, far less memory."""
     sharding: MayChange[Literal["full", "shard_grad_op"]] = "full"

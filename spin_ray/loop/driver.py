@@ -141,6 +141,6 @@ def _engine_spec(config: SpinConfig, start: Start, player: ModelFolder) -> Engin
         max_length=config.model.max_length,
         stop_token_id=start.end_of_turn_id,
         threads=config.generation.resources.threads,
-        config=config.decided(config.generation.engine),
+        config=config.resolve_dtype(config.generation.engine),
         trust_remote_code=config.model.trust_remote_code,
     )

@@ -110,7 +110,7 @@ def request_for(config: SpinConfig, iterate: int, model: str, **asked: Any) -> R
     """What the run's config says of θ_iterate in ``model``, with what the command line asked for."""
     if asked.get("endpoint"):  # which refuses what is longer
         asked["max_length"] = asked.get("max_length") or config.model.max_length
-    engine = config.decided(config.generation.engine)
+    engine = config.resolve_dtype(config.generation.engine)
     return Request(
         model=model,
         name=api_name(iterate) if asked.get("endpoint") else iterate_name(iterate),

@@ -132,7 +132,7 @@ async def _pieces(stream: Any) -> AsyncIterator[Item]:
 def build_engine(iterate: Iterate, config: SpinConfig) -> serve.Application:
     """The application of one iterate. It has no route: requests come through the ingress only."""
     serving = config.serving
-    engine = config.decided(serving.engine or config.generation.engine)
+    engine = config.resolve_dtype(serving.engine or config.generation.engine)
     llm_config = LLMConfig(
         model_loading_config={"model_id": iterate.name, "model_source": str(iterate.folder)},
         engine_kwargs={

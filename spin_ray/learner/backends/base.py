@@ -50,7 +50,7 @@ class BackendSettings:
         """What every backend of a run takes from its config; one that trains has more."""
         return cls(
             max_length=config.model.max_length,
-            precision=config.train.precision,
+            precision=config.precision,
             attention=config.model.attention,
             trust_remote_code=config.model.trust_remote_code,
         )

@@ -480,14 +480,51 @@ def test_any_override_is_a_config_or_a_config_error(tmp_path_factory, text):
 
 
 @pytest.mark.parametrize(
-    ("precision", "dtype", "decided"),
-    [("fp32", "auto", "float32"), ("bf16", "auto", "bfloat16"), ("fp32", "bfloat16", "bfloat16")],
+    ("precision", "gpus", "resolved"),
+    [("auto", 1, "bf16"), ("auto", 0, "fp32"), ("bf16", 0, "bf16"), ("fp32", 1, "fp32")],
 )
-def test_the_engine_computes_in_the_precision_of_training_unless_told_otherwise(precision, dtype, decided):
+def test_a_precision_that_nobody_named_or_measured_is_bf16_on_gpus_and_fp32_on_cpus(precision, gpus, resolved):
+    assert parse(train={"precision": precision, "resources": {"gpus": gpus}}).precision == resolved
+
+
+@pytest.mark.parametrize(
+    ("precision", "gpus", "on_cpu", "resolved"),
+    [
+        ("auto", 0, "bf16", "bf16"),
+        ("auto", 0, "fp32", "fp32"),
+        ("auto", 1, "fp32", "bf16"),
+        ("bf16", 0, "fp32", "bf16"),
+        ("fp32", 0, "bf16", "fp32"),
+    ],
+)
+def test_auto_becomes_what_is_faster_on_cpus_and_bf16_on_gpus(precision, gpus, on_cpu, resolved):
+    config = parse(train={"precision": precision, "resources": {"gpus": gpus}, "epochs": 3})
+    found = config.resolve_precision(on_cpu)
+    assert (found.train.precision, found.precision) == (resolved, resolved)
+    assert found == parse(train={"precision": resolved, "resources": {"gpus": gpus}, "epochs": 3})
+
+
+def test_a_recipe_that_names_no_precision_takes_the_one_a_run_began_with():
+    named = {name: parse(train={"precision": name}) for name in ("auto", "bf16", "fp32")}
+    for name, other in named.items():
+        assert named["auto"].take_precision_of(other) == other
+        assert named["fp32"].take_precision_of(other) == named["fp32"], name
+
+
+@pytest.mark.parametrize(
+    ("precision", "dtype", "resolved"),
+    [
+        ("fp32", "auto", "float32"),
+        ("bf16", "auto", "bfloat16"),
+        ("fp32", "bfloat16", "bfloat16"),
+        ("auto", "auto", "float32"),
+    ],
+)
+def test_the_engine_computes_in_the_precision_of_training_unless_told_otherwise(precision, dtype, resolved):
     """Rounded to fewer bits than it was trained in, θ_t would play like θ_{t-1} after small updates."""
     sections = {"train": {"precision": precision}, "generation": {"engine": {"dtype": dtype}}}
     config = parse_config({"model": {"path": "m"}, "data": {"train": "d"}, **sections}, source="r.yaml")
-    assert config.decided(config.generation.engine).dtype == decided
+    assert config.resolve_dtype(config.generation.engine).dtype == resolved
 
 
 @pytest.mark.parametrize(

@@ -100,10 +100,10 @@ IDENTITY = {
     "evaluation.answer_extractor": "none",
     "evaluation.max_rows": None,
 }  # fmt: skip
-"""Of the minimal recipe, as spin_ray 0.1.0 had it: the values with which a run.json is compared."""
+"""Of the minimal recipe, as spin_ray 0.1.0 had it (then bf16 by default): what a run.json is compared by."""
 
 
 def test_the_identity_of_a_recipe_is_to_the_byte_what_it_was():
-    found = SpinConfig.model_validate(MINIMAL).identity()
+    found = SpinConfig.model_validate(MINIMAL | {"train": {"precision": "bf16"}}).identity()
     assert list(found.items()) == list(IDENTITY.items())
     assert digest(found) == "8348c0f7bfc9179cd9fe2201a8119debec8e7e4e8542da75f765bd3bda9e62fb"
