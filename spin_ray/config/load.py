@@ -1,4 +1,4 @@
-"""Reading of recipes: YAML, overrides of single values, and errors that list every problem in plain words."""
+"""Reads recipes: YAML, overrides of single values, and errors that list every problem in plain words."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ def load_config(recipe: str | Path, overrides: dict[str, str] | None = None) -> 
     """Reads a recipe and applies ``{"section.field": "YAML value"}`` on top.
 
     Raises:
-        ConfigError: the file cannot be read, or its content is wrong; every problem is listed.
+        ConfigError: the file cannot be read, or its content is wrong. The message lists every problem.
     """
     try:
         text = Path(recipe).read_text(encoding="utf-8")
@@ -33,7 +33,11 @@ def load_config(recipe: str | Path, overrides: dict[str, str] | None = None) -> 
 
 
 def override(config: SpinConfig, overrides: dict[str, str]) -> SpinConfig:
-    """``config`` with ``{"section.field": "YAML value"}`` on top; a ConfigError lists what cannot be."""
+    """Returns ``config`` with ``{"section.field": "YAML value"}`` on top.
+
+    Raises:
+        ConfigError: values are wrong. The message lists every problem.
+    """
     content = config.model_dump(mode="json")
     for key, text in overrides.items():
         _set(content, key, text)
@@ -41,7 +45,11 @@ def override(config: SpinConfig, overrides: dict[str, str]) -> SpinConfig:
 
 
 def parse_config(content: dict[str, Any], source: str) -> SpinConfig:
-    """Validates ``content``; ``source`` is named in the error, which lists every problem."""
+    """Returns the recipe that ``content`` holds.
+
+    Raises:
+        ConfigError: values are wrong. The message names ``source`` and lists every problem.
+    """
     try:
         return SpinConfig.model_validate(content)
     except ValidationError as error:
@@ -54,7 +62,7 @@ _REASONS = {
     "model_type": "must be a section with fields of its own",
     "string_pattern_mismatch": "must be an import path module:Name, e.g. my_package.mine:Name",
 }
-"""What is wrong by pydantic's type of error, where its own sentence says less."""
+"""Plain words for pydantic's types of error, where pydantic's own sentence says less."""
 
 
 def _explain(detail: Any) -> list[str]:
@@ -70,17 +78,20 @@ def _explain(detail: Any) -> list[str]:
 
 
 def _where(detail: Any) -> str:
-    """The place as the recipe writes it, e.g. ``objective.beta.1``."""
+    """Returns the place of an error as the recipe writes it, e.g. ``objective.beta.1``."""
     return ".".join(str(part) for part in detail["loc"] if part not in TAGS)
 
 
 def _impossible_besides(content: dict[str, Any], details: list[Any]) -> list[str]:
-    """Impossible combinations of values that are right by themselves; pydantic looks at none while one is wrong."""
+    """Returns the impossible combinations of those values that are right by themselves.
+
+    Pydantic checks no combination while a single value is wrong, so the wrong values are dropped first.
+    """
     rest = copy.deepcopy(content)
     doubtful = []
     for detail in details:
         _drop(rest, detail["loc"])
-        # Behind an unknown key may be a misspelt field: then nothing of its section is known.
+        # An unknown key may be a misspelt field, so nothing is said of the other fields of its section.
         where = _where(detail)
         doubtful.append(where.rpartition(".")[0] if detail["type"] == "extra_forbidden" else where)
     for section, field in (("model", "path"), ("data", "train")):
@@ -94,7 +105,7 @@ def _impossible_besides(content: dict[str, Any], details: list[Any]) -> list[str
 
 
 def _drop(tree: Any, path: tuple[Any, ...]) -> None:
-    """Removes the deepest key of ``path`` that is there."""
+    """Removes the deepest key of ``path`` that ``tree`` has."""
     holder, key = None, None
     for part in path:
         if not isinstance(tree, dict) or part not in tree:
@@ -120,5 +131,5 @@ def _parse_yaml(text: str, source: str) -> Any:
     try:
         return yaml.safe_load(text)
     except (yaml.YAMLError, ValueError, LookupError, AttributeError, RecursionError) as error:
-        # PyYAML lets its converters' own errors through, e.g. ValueError for the date 2024-13-45.
+        # PyYAML passes on the errors of its converters, e.g. ValueError for the date 2024-13-45.
         raise ConfigError(f"{source}: is not YAML: {' '.join(str(error).split())}") from error

@@ -25,7 +25,10 @@ T = TypeVar("T")
 
 
 class SpinConfig(Settings):
-    """One run. Example: ``SpinConfig(model={"path": "sft-model"}, data={"train": "sft.jsonl"}, iterations=2)``."""
+    """The recipe of one run, checked for combinations that cannot work.
+
+    Example: ``SpinConfig(model={"path": "sft-model"}, data={"train": "sft.jsonl"}, iterations=2)``.
+    """
 
     @model_validator(mode="after")
     def _combinations_are_possible(self) -> Self:
@@ -36,7 +39,7 @@ class SpinConfig(Settings):
 
     @property
     def precision(self) -> Precision:
-        """The precision of the computation; ``auto`` that nobody has resolved is bf16 on GPUs and fp32 on CPUs."""
+        """The precision of the computation. ``auto`` that was not resolved is bf16 on GPUs and fp32 on CPUs."""
         return self._precision_or("fp32")
 
     def resolve_precision(self, on_cpu: Precision) -> Self:
@@ -63,7 +66,7 @@ class SpinConfig(Settings):
         return engine.model_copy(update={"dtype": "bfloat16" if self.precision == "bf16" else "float32"})
 
     def at(self, iteration: int) -> IterationSettings:
-        """The values that a list may give each iteration its own of."""
+        """Returns the settings of one iteration, out of lists where the recipe has lists."""
         return IterationSettings(
             beta=_pick(self.objective.beta, iteration),
             learning_rate=_pick(self.train.learning_rate, iteration),
@@ -71,16 +74,16 @@ class SpinConfig(Settings):
         )
 
     def identity(self) -> dict[str, Any]:
-        """What makes two runs the same run, flattened to ``{"section.field": value}``.
+        """Returns the values that two runs share if they are the same run, as ``{"section.field": value}``.
 
-        Left out: where and how fast it runs, and what may grow (``iterations``) or is checked per iteration by its own
-        stage (the values that may be lists).
+        Settings marked ``MayChange`` are left out. They say where and how fast a run computes, may grow
+        (``iterations``), or are compared by the stages of each iteration (values that may be lists).
         """
         return flatten(_identity(self))
 
 
 def _identity(section: Section) -> dict[str, Any]:
-    """The section's values as JSON has them, without those that may change."""
+    """Returns the section's values in JSON's types, without those that may change."""
     tree = section.model_dump(mode="json")
     for name, field in type(section).model_fields.items():
         value = getattr(section, name)
@@ -92,7 +95,7 @@ def _identity(section: Section) -> dict[str, Any]:
 
 
 class IterationSettings(Section):
-    """The values of one iteration, lists resolved."""
+    """The settings of one iteration."""
 
     beta: float
     learning_rate: float
@@ -107,7 +110,30 @@ def _pick(value: T | tuple[T, ...], iteration: int) -> T:
 
 
 def _impossible(config: SpinConfig) -> Iterator[str]:
-    """Combinations that no run can satisfy, one sentence each."""
+    """Yields a sentence for each combination that no run can satisfy."""
+    yield from _list_problems(config)
+    yield from _length_problems(config)
+    yield from _resource_problems(config)
+    yield from _secret_problems(config)
+    if config.evaluation.answer_extractor != "none" and config.data.heldout is None:
+        yield "evaluation.answer_extractor: needs data.heldout"
+    if config.stop_when is not None and config.data.heldout is None:
+        yield "stop_when: patience and min_fall need data.heldout"
+    yield from _algorithm_problems(config)
+    for key in sorted(
+        (_OWN_ENGINE_ARGUMENTS | EngineConfig.model_fields.keys()) & config.generation.engine.extra.keys()
+    ):
+        yield f"generation.engine.extra.{key}: is set by spin_ray; use the field of its own"
+
+
+_OWN_ENGINE_ARGUMENTS = {
+    "model", "tokenizer", "dtype", "seed", "max_model_len", "generation_config", "skip_tokenizer_init",
+    "trust_remote_code", "load_format", "enable_prefix_caching",
+}  # fmt: skip
+"""Arguments of vLLM on which exactness or trust depends."""
+
+
+def _list_problems(config: SpinConfig) -> Iterator[str]:
     for name, value in [
         ("objective.beta", config.objective.beta),
         ("train.learning_rate", config.train.learning_rate),
@@ -115,6 +141,9 @@ def _impossible(config: SpinConfig) -> Iterator[str]:
     ]:
         if isinstance(value, tuple) and len(value) != config.iterations:
             yield f"{name}: has {len(value)} values for {config.iterations} iterations; give one value or one for each"
+
+
+def _length_problems(config: SpinConfig) -> Iterator[str]:
     if config.generation.sampling.max_tokens >= config.model.max_length:
         yield (
             f"generation.sampling.max_tokens: {config.generation.sampling.max_tokens} leaves no room for a prompt "
@@ -126,6 +155,9 @@ def _impossible(config: SpinConfig) -> Iterator[str]:
             f"train.pack_length: {config.train.pack_length} cannot hold a prompt with both responses; raise it to "
             f"{longest_tree} (model.max_length + generation.sampling.max_tokens) or lower those"
         )
+
+
+def _resource_problems(config: SpinConfig) -> Iterator[str]:
     gpus, parallel = config.generation.resources.gpus, config.generation.engine.tensor_parallel_size
     if gpus and gpus >= 1 and gpus != parallel:
         yield f"generation.resources.gpus: {gpus:g} must equal generation.engine.tensor_parallel_size {parallel}"
@@ -140,7 +172,13 @@ def _impossible(config: SpinConfig) -> Iterator[str]:
         if least is not None and least > most:
             yield f"{field}: {least} is more than the {most} of {field.replace('min_', '')}"
     if config.train.min_workers is not None and config.train.backend == "deepspeed":
-        yield "train.min_workers: DeepSpeed's checkpoints are of one number of workers; use train.backend: fsdp2"
+        yield (
+            "train.min_workers: a checkpoint of DeepSpeed needs the number of workers that wrote it; "
+            "leave min_workers out or use train.backend: fsdp2"
+        )
+
+
+def _secret_problems(config: SpinConfig) -> Iterator[str]:
     for name, uri in [
         ("model.path", config.model.path), ("data.train", config.data.train), ("data.heldout", config.data.heldout),
     ]:  # fmt: skip
@@ -148,21 +186,11 @@ def _impossible(config: SpinConfig) -> Iterator[str]:
             yield f"{name}: holds credentials, which would be written to run.json; give them by environment variables"
     if "hf_token" in config.generation.engine.extra:
         yield "generation.engine.extra.hf_token: would be written to run.json; give it by $HF_TOKEN"
-    if config.evaluation.answer_extractor != "none" and config.data.heldout is None:
-        yield "evaluation.answer_extractor: needs data.heldout"
-    if config.stop_when is not None and config.data.heldout is None:
-        yield "stop_when: patience and min_fall need data.heldout"
-    yield from _algorithm_problems(config)
-    owned = {"model", "tokenizer", "dtype", "seed", "max_model_len", "generation_config", "skip_tokenizer_init"}
-    owned |= {"trust_remote_code", "load_format", "enable_prefix_caching"}
-    owned |= set(EngineConfig.model_fields)
-    for key in sorted(owned & set(config.generation.engine.extra)):
-        yield f"generation.engine.extra.{key}: is set by spin_ray; use the field of its own"
 
 
 @dataclass(frozen=True, kw_only=True)
 class _Algorithm:
-    """The part of the recipe that one algorithm asks for."""
+    """The settings that one algorithm needs, reads and cannot work with."""
 
     needs: tuple[str, ...] = ()
     """Sections and fields that the algorithm cannot do without."""
@@ -181,9 +209,9 @@ def _sppo_problems(config: SpinConfig) -> Iterator[str]:
 
 
 def _window_problems(config: SpinConfig) -> Iterator[str]:
-    """Yields the settings with which SPIN alone looks back at earlier iterates."""
+    """Yields a problem for each setting that looks back at earlier iterates, as only SPIN does."""
     default, given = ObjectiveConfig(), config.objective
-    learns = f"is for algorithm spin; {config.algorithm} learns from the responses of its iteration"
+    learns = f"is for algorithm spin; {config.algorithm} learns from the responses of its iteration; leave it out"
     if given.window not in (1, default.window):
         yield f"objective.window: {learns}"
     if given.reference_alpha != default.reference_alpha:
@@ -201,11 +229,14 @@ _ALGORITHMS = {
     "seft": _Algorithm(needs=("reviser",), reads=("data.questions",), problems=_window_problems),
 }
 _OPTIONAL = ("scorer", "self_filter", "reviser", "data.questions")
-"""Sections and fields that are an error unless the algorithm needs or reads them."""
+"""Sections and fields that are errors unless the algorithm needs or reads them."""
 
 
 def _algorithm_problems(config: SpinConfig) -> Iterator[str]:
-    """Yields what the algorithm lacks or does not read; nothing for an algorithm of the user's own."""
+    """Yields a sentence for each setting that the algorithm lacks or does not read.
+
+    The needs of a user's own algorithm are not known here, so nothing is said of it.
+    """
     name = config.algorithm
     if name not in _ALGORITHMS:
         return
@@ -228,7 +259,7 @@ def _is_given(config: SpinConfig, name: str) -> bool:
 
 
 def flatten(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
-    """``{"a": {"b": 1}}`` -> ``{"a.b": 1}``."""
+    """Returns ``{"a.b": 1}`` for ``{"a": {"b": 1}}``."""
     flat: dict[str, Any] = {}
     for key, value in tree.items():
         if isinstance(value, dict) and value:
@@ -239,5 +270,5 @@ def flatten(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
 
 
 def digest(value: Any) -> str:
-    """SHA-256 of the canonical JSON of ``value``."""
+    """Returns the SHA-256 of the canonical JSON of ``value``."""
     return hashlib.sha256(json.dumps(value, sort_keys=True, separators=(",", ":")).encode()).hexdigest()

@@ -531,7 +531,10 @@ def test_the_engine_computes_in_the_precision_of_training_unless_told_otherwise(
     ("section", "message"),
     [
         ({"workers": 2, "min_workers": 3}, "train.min_workers: 3 is more than the 2 of train.workers"),
-        ({"workers": 2, "min_workers": 1, "backend": "deepspeed"}, "checkpoints are of one number of workers"),
+        (
+            {"workers": 2, "min_workers": 1, "backend": "deepspeed"},
+            "a checkpoint of DeepSpeed needs the number of workers that wrote it",
+        ),
     ],
 )
 def test_an_elastic_group_that_cannot_be_is_refused(section: dict[str, object], message: str) -> None:
