@@ -27,7 +27,7 @@ import small_run  # noqa: E402
 from faulty_disk import FAULTS, FaultyDisk, Killed  # noqa: E402
 from small_run import STEPS, committed  # noqa: E402
 
-from spin_ray.config.sections import SpinConfig  # noqa: E402
+from spin_ray.config.recipe import SpinConfig  # noqa: E402
 from spin_ray.errors import StageError  # noqa: E402
 from spin_ray.loop.stages import generation  # noqa: E402
 from spin_ray.loop.stages.training import stage as training  # noqa: E402

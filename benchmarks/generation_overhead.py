@@ -14,7 +14,7 @@ from pathlib import Path
 
 from harness import at_least, record
 
-from spin_ray.config.sections import SpinConfig
+from spin_ray.config.recipe import SpinConfig
 from spin_ray.inputs.check import check_recipe
 from spin_ray.inputs.embedded import resolve
 from spin_ray.loop.stages import generation, prompts

@@ -29,7 +29,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from spin_ray.config.sections import ResourcesConfig, SpinConfig
+from spin_ray.config.recipe import SpinConfig
+from spin_ray.config.sections import ResourcesConfig
 from spin_ray.inputs.model_folder import read_config
 from spin_ray.planning.cost_model import RUNTIME, Packs, learner_memory, pack_flops
 from spin_ray.planning.hardware import CPU

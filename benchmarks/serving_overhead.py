@@ -27,7 +27,7 @@ import httpx
 import numpy
 from harness import MODEL, RESULTS, Row, at_least, prepare, record
 
-from spin_ray.config.sections import SpinConfig
+from spin_ray.config.recipe import SpinConfig
 from spin_ray.inputs.check import check_recipe
 from spin_ray.inputs.embedded import resolve
 from spin_ray.run_dir.run_dir import RunDir

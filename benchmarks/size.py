@@ -22,7 +22,8 @@ from pathlib import Path
 
 from harness import at_least, at_most, record
 
-from spin_ray.config.sections import SamplingConfig, SpinConfig
+from spin_ray.config.recipe import SpinConfig
+from spin_ray.config.sections import SamplingConfig
 from spin_ray.inputs.embedded import resolve
 from spin_ray.inputs.rendering import load_tokenizer
 from spin_ray.loop.stages import generation, pairs, prompts

@@ -16,7 +16,7 @@ from harness import RESULTS
 from rich.console import Console
 from rich.table import Table
 
-from spin_ray.config.sections import load_config
+from spin_ray.config.load import load_config
 from spin_ray.planning.hardware import GB
 from spin_ray.planning.plan import Given, check_memory, read_shape, read_work
 from spin_ray.planning.remedies import Cluster

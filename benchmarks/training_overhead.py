@@ -27,7 +27,7 @@ from harness import (
     training_options,
 )
 
-from spin_ray.config.sections import SpinConfig
+from spin_ray.config.recipe import SpinConfig
 from spin_ray.inputs.embedded import resolve
 from spin_ray.inputs.model_folder import open_model
 from spin_ray.loop.algorithms.base import margin_objective

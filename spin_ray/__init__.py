@@ -13,7 +13,8 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from spin_ray.config.sections import SpinConfig, load_config
+    from spin_ray.config.load import load_config
+    from spin_ray.config.recipe import SpinConfig
     from spin_ray.errors import UserError
     from spin_ray.loop.launch import RunResult, run_spin
     from spin_ray.run_dir.run_dir import RunDir
@@ -21,9 +22,9 @@ if TYPE_CHECKING:
 _HOME = {
     "RunDir": "run_dir.run_dir",
     "RunResult": "loop.launch",
-    "SpinConfig": "config.sections",
+    "SpinConfig": "config.recipe",
     "UserError": "errors",
-    "load_config": "config.sections",
+    "load_config": "config.load",
     "run_spin": "loop.launch",
 }
 

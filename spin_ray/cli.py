@@ -12,7 +12,8 @@ from typing import IO, Any
 import click
 from rich.console import Console
 
-from spin_ray.config.sections import SpinConfig, load_config, override
+from spin_ray.config.load import load_config, override
+from spin_ray.config.recipe import SpinConfig
 from spin_ray.errors import StageError, UserError
 
 EXIT_FAILED, EXIT_BAD_INPUT = 1, 2

@@ -1,54 +1,54 @@
-"""Errors written for the person who reads them.
+"""The two kinds of errors: those that the user can mend, and failures of a run.
 
-A ``UserError`` is something the user can mend: the command line prints its one line and exits with code 2.
-Anything else is a failure of the run (exit code 1).
+The command line prints a ``UserError`` as one line and exits with code 2. Every other error ends it with code 1.
 """
 
 
 class UserError(Exception):
-    """Bad input; the message names the thing (file, row or field), the reason and the remedy in one line."""
+    """Bad input. The message names the thing (file, row or field), the reason and the remedy in one line."""
 
 
 class ConfigError(UserError):
-    """The recipe, or a combination of its values, cannot work."""
+    """A recipe, or a combination of its values, that cannot work."""
 
 
 class DataError(UserError):
-    """The training or held-out data cannot be used."""
+    """Training or held-out data that cannot be used."""
 
 
 class ModelError(UserError):
-    """The model folder cannot be used, or must not be trusted."""
+    """A model folder that cannot be used or must not be trusted."""
 
 
 class ResourceError(UserError):
-    """The cluster cannot satisfy what a stage asks for."""
+    """A request of a stage that the cluster cannot meet."""
 
 
 class RunDirError(UserError):
-    """The run directory belongs to another run, is in use, or is damaged."""
+    """A run folder that belongs to another run, is in use, or is damaged."""
 
 
 class HealthError(UserError):
-    """The model is being destroyed by its training; more of the same would not help."""
+    """Training that is destroying the model, so that more of it would not help."""
 
 
 class StageError(RuntimeError):
-    """A stage failed in a way that the same command, run again, may get past."""
+    """A failure of a stage that the same command, run again, may get past."""
 
 
 LONGEST_LINE = 400
-"""Characters of another library's error that are passed on."""
+"""Most characters of another library's error that are passed on."""
 
 
 def first_line(error: BaseException) -> str:
-    """What another library's error says in its first line; its type if it says nothing."""
+    """Returns the first line of another library's error, or its type if it has no text."""
     return (str(error).splitlines() or [type(error).__name__])[0]
 
 
 def last_line(error: BaseException) -> str:
-    """The last line that says something: in Ray's errors, what happened in the actor or worker; not Ray's own advice,
-    a page of it on one line, nor what Ray Data says below the error of a function that it called.
+    """Returns the last informative line of an error, which in Ray's errors tells what happened in the actor or worker.
+
+    Skips Ray's advice and Ray Data's trailer below the error of a function that it called.
     """
     text = str(error)
     if "UserCodeException" in text:
@@ -59,9 +59,9 @@ def last_line(error: BaseException) -> str:
 
 
 def memory_advice(error: BaseException, remedies: str) -> str:
-    """``; <remedies>`` if memory ran out, else nothing.
+    """Returns a clause with the remedies, to end a message with, if memory ran out; else an empty string.
 
-    Ray kills a process when its node is nearly full, and says so; the kernel sends SIGKILL and says nothing.
+    Ray names memory when it kills a process because its node is nearly full. The kernel sends SIGKILL without a word.
     """
     text = str(error).lower()
     if any(words in text for words in ("out of memory", "outofmemory", "running low on memory", "(oom)")):

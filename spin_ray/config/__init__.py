@@ -1,1 +1,1 @@
-"""The recipe: its sections with every setting, its identity, how it is read."""
+"""The recipe: every setting (sections), combinations and identity (recipe), reading (load)."""

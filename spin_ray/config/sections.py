@@ -1,42 +1,48 @@
 """Every setting of a run, its default and its reason.
 
-A recipe is a YAML file with these sections; unknown keys, impossible values and impossible combinations are errors at
-load, all listed at once. Defaults follow the SPIN paper (arXiv 2401.01335, section 6.1 and appendix B)
-where it gives a value.
+A recipe is a YAML file with these sections. Unknown keys, impossible values and impossible combinations are errors when
+it is read, all listed at once. Where the SPIN paper (arXiv 2401.01335, section 6.1 and appendix B) gives a value, the
+default is that value; "Paper:" marks it.
 """
 
 from __future__ import annotations
 
-import copy
-import hashlib
-import json
-import re
-from collections.abc import Iterator
-from pathlib import Path
-from typing import Annotated, Any, Literal, Self, TypeVar
+from typing import Annotated, Any, Literal, TypeVar
 
-import yaml
-from pydantic import BaseModel, ConfigDict, Discriminator, Field, Tag, ValidationError, model_validator
+from pydantic import BaseModel, ConfigDict, Discriminator, Field, Tag
 
-from spin_ray.errors import ConfigError
+T = TypeVar("T")
 
 Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 NonNegative = Annotated[float, Field(ge=0, allow_inf_nan=False)]
 Fraction = Annotated[float, Field(ge=0, le=1)]
 Count = Annotated[int, Field(ge=1)]
-T = TypeVar("T")
 
+ONE, LIST, WORD, NAME, PATH = TAGS = "<one>", "<list>", "<word>", "<name>", "<path>"
+"""Tags of the kinds of value that one setting may have. The kind is chosen by what the recipe says, so that an error
+speaks of that kind only. Pydantic writes the tag into the place of the error."""
+_one_or_list = Discriminator(lambda value: LIST if isinstance(value, list | tuple) else ONE)
+_one_or_word = Discriminator(lambda value: WORD if isinstance(value, str) else ONE)
+_name_or_path = Discriminator(lambda value: PATH if isinstance(value, str) and ":" in value else NAME)
 
-_ONE, _LIST, _WORD = "<one>", "<list>", "<word>"
-_one_or_list = Discriminator(lambda value: _LIST if isinstance(value, list | tuple) else _ONE)
-"""Chooses the kind by what was written, so that an error speaks of that kind only."""
-PerIteration = Annotated[Annotated[Positive, Tag(_ONE)] | Annotated[tuple[Positive, ...], Tag(_LIST)], _one_or_list]
-PerIterationCount = Annotated[Annotated[Count, Tag(_ONE)] | Annotated[tuple[Count, ...], Tag(_LIST)], _one_or_list]
-_one_or_word = Discriminator(lambda value: _WORD if isinstance(value, str) else _ONE)
-CountOrAll = Annotated[Annotated[Count, Tag(_ONE)] | Annotated[Literal["all"], Tag(_WORD)], _one_or_word]
+PerIteration = Annotated[Annotated[Positive, Tag(ONE)] | Annotated[tuple[Positive, ...], Tag(LIST)], _one_or_list]
+PerIterationCount = Annotated[Annotated[Count, Tag(ONE)] | Annotated[tuple[Count, ...], Tag(LIST)], _one_or_list]
+CountOrAll = Annotated[Annotated[Count, Tag(ONE)] | Annotated[Literal["all"], Tag(WORD)], _one_or_word]
+ImportPath = Annotated[str, Field(pattern=r"^[^\W\d]\w*(\.[^\W\d]\w*)*:[^\W\d]\w*$")]
+"""Place of a user's own class or function, e.g. ``my_package.mine:Name``. Reading a recipe checks only the form."""
+NameOrPath = Annotated[Annotated[T, Tag(NAME)] | Annotated[ImportPath, Tag(PATH)], _name_or_path]
 
+MAY_CHANGE, IDENTITY = object(), object()
+MayChange = Annotated[T, MAY_CHANGE]
+"""A setting that may change between two calls of one run. Every other setting is part of the run's identity."""
+Identity = Annotated[T, IDENTITY]
+"""A section that is part of the run's identity as a whole, with the settings that may change in other sections."""
 
 AlgorithmName = Literal["spin", "continued_sft", "dpo", "sppo", "self_reinforcement", "seft"]
+LossName = Literal["logistic", "hinge", "exponential", "correlation"]
+OptimizerName = Literal["rmsprop", "adamw"]
+Precision = Literal["bf16", "fp32"]
+BackendName = Literal["fsdp2", "deepspeed"]
 
 
 class Section(BaseModel):
@@ -46,714 +52,497 @@ class Section(BaseModel):
 
 
 class ModelConfig(Section):
+    """The start model: the one that the run trains first."""
+
     path: str
     """Model folder in Hugging Face layout (safetensors), ``embedded:NAME``, or a hub name where a hub is reachable."""
     max_length: Count = 2048
-    """Longest prompt + response in tokens; longer SFT rows go to quarantine. Paper: 2048."""
+    """Longest prompt + response in tokens. Longer training rows go to quarantine. Memory grows with it. Paper: 2048."""
     chat_template: str | None = None
-    """File with a Jinja chat template, for tokenizers that have none."""
+    """File with a Jinja chat template. Not set: the tokenizer's own, which some tokenizers lack."""
     trust_remote_code: bool = False
-    """Let the model folder bring its own code. Off: such folders, and pickled weights, are refused."""
+    """Permission to run Python code from the model folder. Off: folders with code or pickled weights are refused,
+    because both can run anything on this machine."""
     attention: Literal["auto", "packed", "padded"] = "auto"
-    """How responses are scored. ``packed`` needs a model that takes a 4-D mask and position ids; ``padded`` works with
-    any causal LM at 2-4 times the cost; ``auto`` checks the model once at the start of training and chooses."""
+    """Layout in which responses are scored. ``packed`` needs a model that takes a 4-D mask and position ids. ``padded``
+    works with any causal language model at 2 to 4 times the cost. ``auto`` checks the model at the start of training
+    and takes ``packed`` where it works."""
 
 
 class DataConfig(Section):
+    """The conversations that the run learns from, and those that it is measured on."""
+
     train: str
-    """SFT data: JSONL or Parquet file, folder, glob or URI, with ``messages`` or ``prompt``/``response`` columns.
-    ``chosen`` stands for either, and ``rejected`` beside it is y′ for ``dpo``."""
+    """Training data: a JSONL or Parquet file, folder, glob or URI. Its columns are ``messages``, or ``prompt`` and
+    ``response``. ``chosen`` may stand for either, and ``rejected`` beside it is y′ for algorithm ``dpo``."""
     questions: str | None = None
-    """Unlabelled questions, for algorithms that learn from them: rows with ``prompt``, or ``messages`` whose assistant
-    turn, if there is one, is not read."""
+    """Unlabelled questions for ``self_reinforcement`` and ``seft``, in rows with ``prompt`` or ``messages``. An
+    assistant's turn in them is not read."""
     heldout: str | None = None
-    """Held-out rows in the same form, never trained on. Without them there is no evaluation."""
+    """Rows in the form of ``train`` that are never trained on. Not set: the run has no evaluation."""
     prompts_per_iteration: Count | None = None
-    """How many prompts each iteration plays: a fresh slice of a seeded order, wrapping round. All of them when not set.
-    Many short iterations with fresh y′ keep the opponent honest (y′ goes stale while the policy moves)."""
+    """Number of prompts that each iteration plays: the next slice of a seeded order, from its start again at its end.
+    Not set: all prompts. Short iterations keep y′ fresh, because y′ goes stale while the policy moves."""
     max_rows: Count | None = None
-    """Use only the first rows of the training data."""
+    """Number of training rows, and of questions, that are used, from the first. Not set: all."""
     turns: Literal["last", "first", "all"] = "last"
-    """Which assistant messages are responses: the ``last`` of a conversation, the ``first`` (paper: first turn), or
-    ``all`` (each makes a row). What a user says is never scored."""
+    """Assistant's messages that are taken as responses: the ``last`` of a conversation, the ``first`` (the paper's), or
+    ``all``, each a row of its own. Messages of users are never scored."""
     system: str | None = None
-    """System message for conversations that have none (otherwise the chat template's own default applies)."""
+    """System message for conversations that have none. Not set: the chat template's own default."""
     max_quarantine_fraction: Fraction = 0.05
-    """Share of unusable rows (malformed, empty, over-long, duplicate) above which the run stops with an error."""
+    """Fraction of unusable rows (malformed, empty, too long, duplicate) above which the run stops with an error. Many
+    such rows hint at a mistake in the data or its format."""
 
 
 class ResourcesConfig(Section):
-    """What one actor or worker asks of the cluster."""
+    """The request of one actor or worker to the Ray cluster."""
 
     cpus: Positive = 1
-    """Logical CPUs; on CPU also the number of compute threads (whole part, at least one)."""
+    """Logical CPUs. Work on the CPU computes with as many threads (rounded down, at least one)."""
     gpus: NonNegative = 0
-    """GPUs, whole or (engines that share one) a fraction; 0 computes on the CPU."""
-    custom: dict[str, Positive] = {}
-    """Custom Ray resources, e.g. ``{"accelerator_type:H100": 0.001}``."""
-    labels: dict[str, str] = {}
-    """Which nodes may be taken: Ray's label selector, e.g. ``{"ray.io/accelerator-type": "in(H100,H200)"}``."""
+    """Number of GPUs: whole, or a fraction for engines that share one. 0 computes on the CPU."""
+    custom: MayChange[dict[str, Positive]] = {}
+    """Custom Ray resources and their amounts, e.g. ``{"accelerator_type:H100": 0.001}``."""
+    labels: MayChange[dict[str, str]] = {}
+    """Ray's label selector for the nodes that may be used, e.g. ``{"ray.io/accelerator-type": "in(H100,H200)"}``."""
 
     @property
     def threads(self) -> int:
+        """Compute threads of the process."""
         return max(1, int(self.cpus))
 
     @property
     def bundle(self) -> dict[str, float]:
-        """The request in Ray's own words, e.g. ``{"CPU": 2, "GPU": 1}``."""
+        """The request in Ray's own names, e.g. ``{"CPU": 2, "GPU": 1}``."""
         named = {"CPU": self.cpus, "GPU": self.gpus, **self.custom}
         return {name: amount for name, amount in named.items() if amount}
 
 
 class SamplingConfig(Section):
-    """How the opponent answers. SPIN needs samples of p_θt itself: temperature 1, the distribution not truncated."""
+    """The distribution that responses are drawn from. SPIN needs samples of p_θt itself, and the defaults give them:
+    temperature 1, nothing cut off.
+    """
 
     temperature: NonNegative = 1.0
-    """1 samples from the model; 0 is greedy and, like every other value, a departure from the method."""
+    """Temperature of sampling. 1 samples from the model, 0 takes the likeliest token. Every value but 1 departs from
+    the method."""
     top_p: Annotated[float, Field(gt=0, le=1)] = 1.0
-    """1: no limit. Below, only the likeliest tokens that together have this probability are sampled."""
+    """Probability that the sampled tokens have together; less likely tokens are never drawn. 1: no limit."""
     top_k: Annotated[int, Field(ge=0)] = 0
-    """0: no limit."""
+    """Number of likeliest tokens that are sampled from. 0: no limit."""
     max_tokens: Count = 1024
-    """Longest response. A response cut here carries no end-of-turn token."""
+    """Longest response in tokens. A response that is cut here has no end-of-turn token."""
 
 
 class EngineConfig(Section):
-    """vLLM's engine arguments. ``max_model_len`` is ``model.max_length``; sampling is never the model folder's."""
+    """Arguments of the vLLM engine. ``model.max_length`` sets its ``max_model_len``; sampling settings of the model
+    folder are not read.
+    """
 
     dtype: Literal["auto", "bfloat16", "float16", "float32"] = "auto"
-    """Of weights and computation. ``auto`` is that of ``train.precision``, so that what plays is what was trained:
-    fewer bits round small updates away, and θ_t then plays like θ_{t-1}."""
+    """Number format of weights and computation. ``auto`` is that of ``train.precision``: fewer bits round small updates
+    away, and θ_t would play like θ_{t-1}."""
     tensor_parallel_size: Count = 1
-    """GPUs per engine (one node); ``generation.resources.gpus`` must equal it when GPUs are used."""
+    """GPUs of one engine, all on one node. On GPUs it must equal ``generation.resources.gpus``."""
     max_num_seqs: Count = 256
-    """Responses decoded together."""
-    gpu_memory_utilization: Annotated[float, Field(gt=0, le=1)] = 0.9
-    """Share of the GPU's memory for weights and key-value cache."""
-    cpu_kv_cache_gib: Count = 2
-    """Key-value cache on CPU, GiB."""
+    """Responses that are decoded together. More use the hardware better and need a larger key-value cache."""
+    gpu_memory_utilization: MayChange[Annotated[float, Field(gt=0, le=1)]] = 0.9
+    """Fraction of the GPU's memory for weights and key-value cache."""
+    cpu_kv_cache_gib: MayChange[Count] = 2
+    """Size of the key-value cache on CPU, in GiB."""
     enforce_eager: bool = False
-    """Skip torch.compile: on CPU it saves a minute of start-up and costs little afterwards."""
+    """Run without torch.compile. On CPU this saves a minute of start-up and costs little speed."""
     extra: dict[str, Any] = {}
-    """Any other vLLM engine argument, passed on as it is."""
+    """Any other vLLM engine arguments, passed on as they are."""
 
 
 class GenerationConfig(Section):
+    """The stage in which the opponent θ_t answers the prompts."""
+
     sampling: SamplingConfig = SamplingConfig()
-    """How one response is drawn."""
+    """The distribution of one response."""
     samples_per_prompt: Count = 1
     """Responses y′ per prompt; each makes a pair of its own. Paper: 1."""
     shard_rows: Count = 512
-    """Responses per shard: the unit of work, of commit and of what a crash can lose. A shard is one batch of the
-    engine, so a retry repeats it exactly; too small a shard leaves the engine half empty at its end."""
-    replicas: Count = 1
+    """Responses per shard: one batch of the engine, the unit of commit, and the most that a crash can lose. A retry
+    repeats a shard exactly. Small shards leave the engine half empty at their ends."""
+    replicas: MayChange[Count] = 1
     """Engines that generate side by side."""
-    min_replicas: Count | None = None
-    """Go on with as few as this; those that find no room wait, and play as soon as a node joins. Not set: ``replicas``
-    must fit."""
+    min_replicas: MayChange[Count | None] = None
+    """Smallest number of engines that generation goes on with. The others wait for room, e.g. on a node that joins.
+    Not set: all ``replicas`` must fit."""
     resources: ResourcesConfig = ResourcesConfig()
-    """Per engine."""
+    """Resources of one engine."""
     engine: EngineConfig = EngineConfig()
-    """How vLLM is started."""
-    start_timeout_s: Positive = 900
-    """Longest wait for an engine to be ready."""
-    shard_timeout_s: Positive = 7200
-    """Longest wait without any shard being finished."""
-    max_failures: Annotated[int, Field(ge=0)] = 3
-    """Restarts of an engine that dies, and further attempts at a shard, before the stage fails."""
+    """Arguments of each engine."""
+    start_timeout_s: MayChange[Positive] = 900
+    """Longest wait for an engine to be ready, in seconds. Loading and compiling a large model take minutes."""
+    shard_timeout_s: MayChange[Positive] = 7200
+    """Longest time without a finished shard, in seconds, before the stage fails."""
+    max_failures: MayChange[Annotated[int, Field(ge=0)]] = 3
+    """Restarts of a dead engine, and repeated attempts at one shard, before the stage fails."""
 
 
 class ObjectiveConfig(Section):
-    loss: Literal["logistic", "hinge", "exponential", "correlation"] = "logistic"
-    """ℓ of equation 4.7. Paper: logistic, log(1 + e^-m)."""
-    beta: PerIteration = 0.1
-    """λ of the paper: strength of the KL regulariser. A list has one for each iteration (paper: 0.1, 0.1, 0.1, 5.0)."""
+    """The function that training minimises."""
+
+    loss: NameOrPath[LossName] = "logistic"
+    """Loss ℓ of the margin in equation 4.7, or the import path of a function, ``my_package.mine:loss``. Paper:
+    logistic, log(1 + e^-m)."""
+    beta: MayChange[PerIteration] = 0.1
+    """Factor of each log-ratio in the margin, λ in the paper. A larger β keeps θ_{t+1} closer to θ_t. A list gives each
+    iteration its own (paper: 0.1, 0.1, 0.1, 5.0)."""
     window: CountOrAll = 2
-    """How many opponents' responses an iteration learns from: its own and those of window-1 earlier ones. Paper: 2.
-    ``all`` is fictitious play: the opponent is the uniform mixture of all iterates, whose stored y′ are used again."""
+    """Number of iterations whose y′ an iteration learns from: its own and the window-1 before it. Paper: 2. ``all`` is
+    fictitious play: the opponent is the uniform mixture of all iterates, and their stored y′ are used again."""
     reference_alpha: Fraction = 1.0
-    """The reference is p_t^α · p_0^(1-α). 1: the last iterate (SPIN). 0: the model that iteration 0 started from.
-    Between: α-SPIN (arXiv 2404.04291), whose fixed point is biased towards that model by design."""
+    """α of the reference p_t^α · p_0^(1-α). 1: the opponent θ_t (SPIN). 0: the initial model θ_0. Between them:
+    α-SPIN (arXiv 2404.04291), whose fixed point is biased towards θ_0 on purpose."""
     length_normalised: bool = False
-    """Divide each log-ratio by the number of its response's tokens. A departure from the paper: its margins are sums,
-    and a β for sums is about a response's length too small for means."""
+    """Division of each log-ratio by the tokens of its response. Off in the paper: its margins are sums. A β for sums is
+    too small for means, by about the length of a response."""
     sft_weight: NonNegative = 0.0
-    """Weight of an added -log p(y), per response token of the step: an anchor for small models and large steps.
-    0 is the paper's objective; everything else a departure from it."""
+    """Weight of an added -log p(y), the mean over the response tokens of a step. It anchors small models and large
+    steps. Paper: 0."""
     keep_identical: bool = False
-    """Keep pairs with y = y′. Their margin is 0 whatever the model is, so they serve ``sft_weight`` alone: without them
-    the anchor rests on the prompts that the model answers differently, and so mostly on those it gets wrong."""
+    """Use of pairs with y = y′. Their margin is always 0, so only ``sft_weight`` learns from them. Without them the
+    anchor rests on the prompts that the model answers differently, mostly those that it gets wrong."""
 
     def oldest_iteration(self, iteration: int) -> int:
-        """The first iteration whose y′ are still in the window of ``iteration``; may be negative."""
+        """Returns the first iteration whose y′ are still in the window of ``iteration``; it may be negative."""
         return 0 if self.window == "all" else iteration - self.window + 1
 
 
 class ScorerConfig(Section):
-    """SPPO's judge of responses: P(one beats the other), by a model that was trained on preferences."""
+    """The preference model of SPPO, which estimates P(one response beats the other)."""
 
     path: str
-    """Its folder (safetensors), or a hub name where a hub is reachable."""
+    """Model folder (safetensors), or a hub name where a hub is reachable."""
     kind: Literal["reward", "pairrm"] = "reward"
-    """``reward``: a sequence classifier with one output, P = σ(difference of rewards). ``pairrm``: a model like
-    llm-blender/PairRM-hf, which reads both responses together. Paper: PairRM."""
+    """Kind of model. ``reward``: a sequence classifier with one output; P = σ(difference of rewards). ``pairrm``: a
+    model like llm-blender/PairRM-hf, which reads both responses together. Paper of SPPO: PairRM."""
     max_length: Count = 2048
-    """Longest text in tokens; what is longer is cut at its end, as PairRM does."""
+    """Longest input in tokens. Longer texts lose their end, as in PairRM."""
     replicas: Count = 1
-    """Judges that score side by side."""
-    resources: ResourcesConfig = ResourcesConfig()
-    """Per judge."""
+    """Preference models that work side by side."""
+    resources: Identity[ResourcesConfig] = ResourcesConfig()
+    """Resources of one preference model."""
 
 
 class SelfFilterConfig(Section):
-    """Self-reinforcement: which of the model's own answers to unlabelled questions are worth learning from."""
+    """Self-reinforcement's choice among the model's own answers to unlabelled questions."""
 
     min_agreement: Fraction = 0.5
-    """Least share of a question's samples that give its commonest answer (read by ``evaluation.answer_extractor``; else
-    the whole response). A departure: the paper lets the model judge its answers in words, which small ones cannot."""
+    """Smallest fraction of a question's samples that must agree on its commonest answer; other questions are dropped.
+    ``evaluation.answer_extractor`` reads the answer, else the whole response is compared. A departure: in the paper the
+    model judges its answers in words, which small models cannot."""
 
 
 class OptimizerConfig(Section):
-    name: Literal["rmsprop", "adamw"] = "rmsprop"
-    """Paper: RMSProp."""
+    """The optimizer and the course of its learning rate."""
+
+    name: NameOrPath[OptimizerName] = "rmsprop"
+    """Optimizer, or the import path of a class, ``my_package.mine:Optimizer``. Paper: RMSProp."""
     weight_decay: NonNegative = 0.0
-    """Paper: 0."""
+    """Weight decay, as torch's optimizer of that name applies it. Paper: 0."""
     schedule: Literal["linear", "cosine", "constant"] = "linear"
-    """After the warm-up. Paper: linear decay to 0."""
+    """Course of the learning rate after the warm-up. Paper: linear decay to 0."""
     warmup_fraction: Fraction = 0.1
-    """Share of the steps over which the learning rate rises linearly. Paper: 0.1."""
+    """Fraction of the steps over which the learning rate rises linearly. Paper: 0.1."""
     max_grad_norm: Positive = 1.0
-    """Gradients are clipped to this global norm."""
+    """Largest global norm of the gradients; larger gradients are scaled down to it."""
 
 
 class LoraConfig(Section):
-    """Train low-rank adapters instead of all weights: no gradients and optimizer state for the rest. A departure from
-    the paper. Each iterate is exported merged, so the next opponent and reference is a plain model again.
+    """Low-rank adapters that are trained in place of all weights, which then need no gradients and no optimizer state.
+
+    A departure from the paper. Each iterate is exported merged, so the next opponent is a plain model again.
     """
 
     rank: Count = 16
-    """Of the change that one iteration can make to a weight matrix."""
+    """Rank of the change that one iteration can make to a weight matrix. A higher rank learns more and needs more
+    memory."""
     alpha: Count = 32
-    """The change is scaled by alpha / rank. Adapters want a learning rate 10 to 100 times that of all weights."""
+    """Scale of the change, which is multiplied by alpha / rank. Adapters want a learning rate 10 to 100 times that of
+    all weights."""
     target_modules: Literal["all-linear"] | tuple[str, ...] = "all-linear"
-    """Names of the layers that get an adapter, e.g. ``[q_proj, v_proj]``; all linear ones but the head by default."""
+    """Names of the layers that get an adapter, e.g. ``[q_proj, v_proj]``. ``all-linear``: every linear layer but the
+    head."""
 
 
 class TrainConfig(Section):
-    backend: Literal["fsdp2", "deepspeed"] = "fsdp2"
-    """What holds and shards the model: torch's own FSDP2, or DeepSpeed's ZeRO (the extra ``deepspeed``)."""
+    """The stage that trains θ_{t+1} from θ_t on the pairs of an iteration."""
+
+    backend: NameOrPath[BackendName] = "fsdp2"
+    """Library that holds and shards the model: torch's FSDP2, DeepSpeed's ZeRO (extra ``deepspeed``), or the import
+    path of a class, ``my_package.mine:Backend``."""
     workers: Count = 1
-    """Train workers; parameters, gradients and optimizer state are sharded over them."""
-    min_workers: Count | None = None
-    """Elastic training (FSDP2 only): when nodes are lost, go on with as few as this from the last checkpoint, and take
-    up to ``workers`` again when nodes join. The result is the same but for the order in which gradients are summed. Not
-    set: always ``workers``."""
-    resize_interval_s: NonNegative = 300
-    """How often an elastic group looks whether it can grow; growing, too, goes on from the last checkpoint."""
+    """Train workers. Parameters, gradients and optimizer state are sharded over them."""
+    min_workers: MayChange[Count | None] = None
+    """Smallest number of workers for elastic training (FSDP2 only). When nodes are lost, training goes on with as few
+    from the last checkpoint, and grows to ``workers`` when nodes join. Only the order in which gradients are summed
+    differs. Not set: always ``workers``."""
+    resize_interval_s: MayChange[NonNegative] = 300
+    """Seconds between two attempts of an elastic group to grow. Each growth repeats the steps since the last
+    checkpoint."""
     resources: ResourcesConfig = ResourcesConfig()
-    """Per worker. Workers with a GPU use NCCL, others gloo."""
-    learning_rate: PerIteration = 5e-7
-    """Peak; a list gives each iteration its own. Paper: 5e-7, 5e-7, 1e-7, 1e-7."""
-    epochs: PerIterationCount = 2
-    """Passes over the pairs of an iteration. Paper: 2."""
+    """Resources of one worker: one GPU (NCCL) or none (gloo)."""
+    learning_rate: MayChange[PerIteration] = 5e-7
+    """Highest learning rate, at the end of the warm-up. A list gives each iteration its own (paper: 5e-7, 5e-7, 1e-7,
+    1e-7)."""
+    epochs: MayChange[PerIterationCount] = 2
+    """Passes over the pairs of an iteration. A list gives each iteration its own. Paper: 2."""
     optimizer: OptimizerConfig = OptimizerConfig()
-    """A fresh one for every iteration."""
+    """Optimizer, a fresh one for every iteration."""
     lora: LoraConfig | None = None
-    """Adapters (PEFT, the extra ``lora``) instead of all weights; not for the ``sft`` warm-up. Off by default."""
+    """Adapters (PEFT, extra ``lora``) in place of all weights; the ``sft`` warm-up always trains all. Not set: all
+    weights, as in the paper."""
     global_batch_pairs: Count = 64
     """Pairs per optimizer step, over all workers. Paper: 64."""
     pack_length: Count = 4096
-    """Tokens per pack, one micro-batch of one worker. Must hold prompt + y + y′: at least max_length + max_tokens."""
-    precision: Literal["bf16", "fp32"] = "bf16"
-    """Of the computation. Master weights, gradients and optimizer state are fp32 always: at a learning rate of 1e-7 an
-    update is below what bf16 can resolve."""
+    """Tokens per pack, one micro-batch of one worker. It must hold a prompt with both responses: at least
+    ``model.max_length`` + ``generation.sampling.max_tokens``. Longer packs use the hardware better and need more
+    memory."""
+    precision: Literal["auto", "bf16", "fp32"] = "auto"
+    """Number format of the computation. ``auto`` is bf16 on GPUs and, on CPUs, whichever of the two multiplies faster
+    on this machine. A run keeps the precision that it began with. Master weights, gradients and optimizer state are
+    always fp32, because at a learning rate of 1e-7 an update is below what bf16 can resolve."""
     gradient_checkpointing: bool = False
-    """Recompute activations in the backward pass: about a third slower, far less memory."""
-    sharding: Literal["full", "shard_grad_op"] = "full"
-    """``full`` (ZeRO-3) gathers each layer's weights anew in each forward and backward pass. ``shard_grad_op`` (ZeRO-2)
-    gathers once per optimizer step: far less traffic, for one whole copy of the weights per worker."""
-    reduce_every_pack: bool = False
-    """Sum gradients over the workers after each pack, not once per step. Off: every worker holds the gradients of its
-    earlier packs whole, 4 bytes per parameter. On: more traffic, for models whose gradients would not fit so."""
-    offload: bool = False
-    """Keep a worker's share of weights, gradients and optimizer state in the CPU's memory and step there: what is left
-    on the GPU is what a layer needs at the moment, and activations. Slower; for models that do not fit otherwise."""
-    checkpoint_every_steps: Count = 200
-    """Steps between checkpoints: what a killed worker can lose."""
-    max_failures: Annotated[int, Field(ge=0)] = 3
+    """Computation of activations a second time in the backward pass: about a third slower, far less memory."""
+    sharding: MayChange[Literal["full", "shard_grad_op"]] = "full"
+    """Sharding of the weights. ``full`` (ZeRO-3) gathers each layer's weights in each forward and backward pass.
+    ``shard_grad_op`` (ZeRO-2) gathers them once per optimizer step: far less traffic, but each worker holds one whole
+    copy of the weights."""
+    reduce_every_pack: MayChange[bool] = False
+    """Summing of gradients over the workers after each pack, not once per step. Off: each worker holds the whole
+    gradients of its earlier packs, 4 bytes per parameter. On: more traffic, for models whose gradients do not fit."""
+    offload: MayChange[bool] = False
+    """Storage of a worker's shard of weights, gradients and optimizer state in the CPU's memory, where the optimizer
+    steps, too. The GPU then holds activations and the layer at work. Slower; for models that do not fit otherwise."""
+    checkpoint_every_steps: MayChange[Count] = 200
+    """Optimizer steps between checkpoints, and so the most that a killed worker can lose."""
+    max_failures: MayChange[Annotated[int, Field(ge=0)]] = 3
     """Restarts of the worker group in one iteration before the run fails."""
-    start_timeout_s: Positive = 600
-    """Longest wait for the workers to be placed and to meet."""
-    stall_timeout_s: Positive = 86_400
-    """Longest wait without a step being finished. Scoring all pairs, or a whole evaluation, counts as one step."""
+    start_timeout_s: MayChange[Positive] = 600
+    """Longest wait for the workers to be placed and to meet, in seconds."""
+    stall_timeout_s: MayChange[Positive] = 86_400
+    """Longest time without a finished step, in seconds, before the workers count as stuck. Scoring all pairs, or a
+    whole evaluation, counts as one step, so the default is a day."""
 
 
 class SftConfig(Section):
-    """Optional warm-up that makes θ_0 from a base model, on the same rows and packs."""
+    """The optional warm-up that makes θ_0 from a base model by supervised fine-tuning on the same rows."""
 
     epochs: Count = 1
-    """Passes over the rows. SPIN's own regime starts where one more would no longer help."""
+    """Passes over the rows. SPIN is meant for a model that another pass would no longer improve."""
     learning_rate: Positive = 2e-5
-    """Paper's SFT model (zephyr-7b-sft-full): 2e-5."""
+    """Highest learning rate. Paper's start model (zephyr-7b-sft-full): 2e-5."""
     global_batch_rows: Count = 64
     """Rows per optimizer step, over all workers."""
     optimizer: OptimizerConfig = OptimizerConfig(name="adamw", schedule="cosine")
-    """AdamW with cosine decay, as SFT usually has."""
+    """Optimizer. AdamW with cosine decay is usual for supervised fine-tuning."""
 
 
 class ReviserConfig(SftConfig):
-    """SEFT: a model that reads a question with the policy's answer and writes ``[keep]``, ``[minor]`` or ``[major]``
-    with a better answer. It is fine-tuned from θ_0, on θ_0's answers to the labelled prompts and people's.
+    """The reviser of SEFT: a model that reads a question with the policy's answer and writes ``[keep]``, ``[minor]`` or
+    ``[major]`` with a better answer.
+
+    It is fine-tuned from θ_0, on θ_0's answers to the labelled prompts and on the human responses.
     """
 
     minor_from: Fraction = 0.5
-    """Similarity of answer and human response (0 to 1, of their tokens) from which a revision is called minor; equal
-    ones are kept. The paper has a reward model tell them apart."""
+    """Smallest similarity of answer and human response, from 0 to 1 by their tokens, at which a revision is labelled
+    minor. Equal ones are labelled keep. A departure: the paper has a reward model tell them apart."""
 
 
 class HealthConfig(Section):
-    """When a run stops by itself because the model is being destroyed. ``null`` switches a limit off.
+    """Limits at which a run stops by itself because training is destroying the model. ``null`` switches one off.
 
-    A loss or gradient that is not finite always stops all workers before the optimizer steps, and training is tried
-    again from the last checkpoint (``train.max_failures`` times).
+    A loss or gradient that is not finite always stops all workers before the optimizer steps. Training is then tried
+    again from the last checkpoint, ``train.max_failures`` times.
     """
 
     steps: Count = 5
-    """Losses, margins and log-probabilities are judged by their mean over so many steps."""
+    """Number of last steps over whose mean the loss, margin and log p(y) are checked."""
     max_loss: Positive | None = None
-    """Of the SPIN objective; ln 2 at the start of each iteration (logistic loss)."""
+    """Highest loss. The logistic loss starts each iteration at ln 2. Off by default: a collapse may lower the loss."""
     max_margin: Positive | None = 30.0
-    """Of either sign. A healthy iteration ends with a few nats times beta."""
+    """Largest absolute margin. A healthy iteration ends with a few nats times beta."""
     max_real_logp_drop: Positive | None = 0.5
-    """By which share of its size log p(y) may fall within an iteration: at 0.5, 100 nats become 150."""
+    """Largest fall of log p(y) within an iteration, as a fraction of its size: at 0.5, -100 nats may become -150."""
     max_length_change: Annotated[float, Field(gt=1)] | None = 4.0
-    """By which factor the mean length of y′ may grow or shrink against that of the first opponent."""
+    """Largest factor by which the mean length of y′ may grow or shrink, compared with that of θ_0."""
 
 
 class EvaluationConfig(Section):
+    """The measurement of each iterate on the held-out rows."""
+
     answer_extractor: Literal["none", "equals", "hashes"] = "none"
-    """How a response's number is read where rows carry ``answer``: after the last ``=`` or after ``####``."""
+    """Way to read the number in a response, for rows that have an ``answer``. ``equals``: after the last ``=``.
+    ``hashes``: after the last ``####``."""
     max_rows: Count | None = None
-    """Use only the first held-out rows."""
+    """Number of held-out rows that are used, from the first. Not set: all."""
 
 
 class ServingConfig(Section):
-    """The endpoint of ``spin-ray serve``: which iterates, on what, and what a client may ask of them."""
+    """The endpoint of ``spin-ray serve``: its iterates, its engines, and limits on requests."""
 
     models: tuple[str, ...] = ("sft", "latest")
-    """Which iterates have an engine: ``sft``, ``iter-0``, …, ``latest`` (moves with RUN/LATEST), or ``all``."""
+    """Iterates that have an engine: ``sft``, ``iter-0``, …, ``latest`` (follows RUN/LATEST), or ``all``."""
     host: str = "127.0.0.1"
-    """Address to listen at. Beyond this machine only with ``keys`` and Ray's token authentication."""
+    """Address that the server listens at. Others than this machine's need ``keys`` and Ray's token authentication."""
     port: Annotated[int, Field(ge=0, le=65535)] = 8000
     """TCP port."""
     keys: str | None = None
-    """File of hashed API keys (``spin-ray serve-key`` makes its lines). None: whoever reaches the port may ask."""
+    """File of hashed API keys; ``spin-ray serve-key`` makes its lines. Not set: whoever reaches the port may ask."""
     requests_per_minute: Count | None = None
-    """Of each key, unless its line says otherwise; without keys of everybody together. None: no limit."""
+    """Requests a minute per key; a key's own line overrides it. Without ``keys``: of all clients together. Not set: no
+    limit."""
     max_concurrent: Count = 64
-    """Answers made at once per ingress replica; further requests get 503 with Retry-After instead of a queue."""
+    """Answers that one ingress replica makes at once. Further requests get status 503 with Retry-After; none waits."""
     max_tokens: Count = 1024
-    """Longest answer a request may ask for, and gets if it asks for none in particular."""
+    """Longest answer in tokens that a request may ask for, and its length if it names none."""
     max_body_bytes: Count = 2**20
-    """A larger request is refused while it streams in."""
+    """Largest body of a request, in bytes. Larger ones are refused while they arrive."""
     body_timeout_s: Positive = 30
-    """Longest wait for the whole body of a request."""
+    """Longest wait for the whole body of a request, in seconds."""
     request_timeout_s: Positive = 600
-    """Longest answer, and how long a stream may go on while its engine is being replaced or the server stops."""
+    """Longest time for an answer, in seconds. Streams may go on for as long while their engine is replaced or the
+    server stops."""
     stream_interval_s: NonNegative = 0.1
-    """Pause between two pieces of a stream after the first: each piece costs Ray Serve milliseconds of CPU."""
+    """Seconds between two pieces of a stream after the first. Each piece costs Ray Serve milliseconds of CPU."""
     replicas: Count = 1
     """Engines per iterate."""
     max_replicas: Count = 1
-    """More than ``replicas``: Ray Serve adds engines under load up to this number."""
+    """Most engines per iterate under load. More than ``replicas``: Ray Serve adds engines as requests come."""
     target_ongoing_requests: Count = 32
-    """Load per engine that autoscaling aims at."""
+    """Requests per engine that autoscaling aims at."""
     ingress_replicas: Count = 1
     """Processes that check, route and stream. Rates and ``max_concurrent`` hold in each of them."""
     resources: ResourcesConfig = ResourcesConfig()
-    """Per engine. While ``latest`` moves on, one more than usual must fit."""
+    """Resources of one engine. While ``latest`` moves on, one engine more must fit."""
     engine: EngineConfig | None = None
-    """How vLLM is started; None: as in ``generation.engine``."""
+    """Arguments of the engines. Not set: those of ``generation.engine``."""
     follow_interval_s: Positive = 2
-    """How often RUN/LATEST is looked at."""
+    """Seconds between two looks at RUN/LATEST."""
     start_timeout_s: Positive = 900
-    """Longest wait for an engine to be placed, loaded and to answer a first request."""
+    """Longest wait, in seconds, for an engine to be placed, to load and to answer a first request."""
     retry_failed_s: Positive = 60
-    """Pause before an iterate that failed its digest or did not start is tried again."""
+    """Seconds before a new attempt at an iterate whose files were damaged or whose engine did not start."""
     drain_grace_s: NonNegative = 5
-    """Pause between the moment that nothing new goes to an old engine and its shutdown."""
+    """Seconds from the last new request to an old engine until its shutdown."""
     log_prompts: bool = False
-    """Put messages and prompts into the access log."""
+    """Messages and prompts in the access log. Off, because they may be private."""
     votes: str | None = None
-    """Database URL (SQLAlchemy's) for the arena's votes and what they were on. None: ``RUN/votes.sqlite``, which serves
-    one machine on a disk of its own; ingress replicas on several machines need a database server."""
+    """Database URL (SQLAlchemy's) of the arena's votes. Not set: ``RUN/votes.sqlite``, which serves one machine with a
+    disk of its own. Ingress replicas on several machines need a database server."""
 
 
 class StopConfig(Section):
-    """Ends the run before ``iterations`` when the held-out distance between opponent and people stops falling.
+    """The rule that ends a run before ``iterations``: the opponent's held-out distance from the data no longer falls.
 
-    The distance is ``jsd_lower_bound`` of each evaluation. It is what this model, trained for one iteration, could see:
-    a rule without a judge, to be read with the examples.
+    The distance is ``jsd_lower_bound`` of each evaluation. It is the difference that this model could see after one
+    iteration of training, so read it together with the examples.
     """
 
     patience: Count = 1
     """Iterations in a row without a new lowest distance before the run stops."""
     min_fall: NonNegative = 0.0
-    """Nats by which a distance must be below the lowest so far to count as a fall."""
+    """Nats by which a distance must be below the lowest so far to count as lower."""
 
 
 class MlflowConfig(Section):
-    """Needs the package mlflow or mlflow-skinny (extra ``mlflow``)."""
+    """Logging to MLflow. Needs the package mlflow or mlflow-skinny (extra ``mlflow``)."""
 
     uri: str | None = None
-    """Tracking server or folder. Not set: the folder ``mlruns`` of the run, which needs no server."""
+    """Tracking server or folder. Not set: the folder ``mlruns`` in the run folder, which needs no server."""
     experiment: str = "spin_ray"
-    """Holds one MLflow run for each run folder."""
+    """Name of the MLflow experiment; each run folder is one MLflow run in it."""
 
 
 class WandbConfig(Section):
-    """Needs the package wandb (extra ``wandb``)."""
+    """Logging to Weights & Biases. Needs the package wandb (extra ``wandb``)."""
 
     project: str = "spin_ray"
-    """Holds one W&B run for each run folder."""
+    """Name of the W&B project; each run folder is one W&B run in it."""
     mode: Literal["offline", "online"] = "offline"
-    """``offline`` writes to ``RUN/wandb``, for ``wandb sync``; ``online`` needs WANDB_API_KEY in the environment."""
+    """``offline`` writes to ``RUN/wandb`` for ``wandb sync``. ``online`` needs WANDB_API_KEY in the environment."""
 
 
 class TrackingConfig(Section):
+    """The trackers that receive the numbers of a run."""
+
     tensorboard: bool = True
-    """Write event files to ``RUN/tensorboard``; ``tensorboard --logdir RUN`` shows them."""
+    """Event files in ``RUN/tensorboard``; ``tensorboard --logdir RUN`` shows them."""
     mlflow: MlflowConfig | None = None
-    """Log to MLflow, too; ``{}`` takes its defaults."""
+    """MLflow. ``{}`` takes its defaults. Not set: off."""
     wandb: WandbConfig | None = None
-    """Log to Weights & Biases, too; ``{}`` takes its defaults."""
+    """Weights & Biases. ``{}`` takes its defaults. Not set: off."""
 
 
 class StorageConfig(Section):
+    """The run folder: the lease of its one driver, and the files that are kept."""
+
     lease_timeout_s: Positive = 60
-    """A driver that has not renewed its lease for so long counts as dead (on this host: once its process is gone)."""
+    """Seconds without renewal after which a driver's lease has ended, and another driver may take over. On the same
+    host the lease ends with the driver's process."""
     keep_checkpoints: bool = False
-    """Keep the training checkpoints of finished iterations (optimizer state: 8 bytes per parameter or more)."""
+    """Training checkpoints of finished iterations. Off: they are deleted, because their optimizer state takes 8 bytes
+    per parameter or more."""
 
 
 class ClusterConfig(Section):
+    """The Ray cluster that the run uses."""
+
     address: str | None = None
-    """Ray cluster to attach to (``auto`` finds a running one). Not set: $RAY_ADDRESS, else an embedded local Ray."""
+    """Address of a running Ray cluster; ``auto`` finds one. Not set: $RAY_ADDRESS, else Ray is started on this
+    machine."""
     local_cpus: Count | None = None
-    """Logical CPUs of an embedded Ray. Not set: the machine's."""
+    """Logical CPUs of the Ray that is started on this machine. Not set: all."""
     wait_for_nodes_s: NonNegative = 0
-    """Longest wait for an autoscaling cluster to grow to what the stages ask for."""
+    """Longest wait, in seconds, for an autoscaling cluster to grow to the size that the stages need."""
 
 
-class SpinConfig(Section):
-    """One run. Example: ``SpinConfig(model={"path": "sft-model"}, data={"train": "sft.jsonl"}, iterations=2)``."""
+class Settings(Section):
+    """Every setting of a run, section by section."""
 
     model: ModelConfig
-    """What is trained: the SFT model, or the base model that ``sft`` makes one of."""
+    """Start model: a fine-tuned model, or a base model for the warm-up ``sft``."""
     data: DataConfig
-    """What it learns from."""
-    iterations: Count = 4
-    """T of Algorithm 1. Paper: iterations 0 to 3. May be raised later: the same command then goes on."""
-    algorithm: AlgorithmName = "spin"
-    """What an iteration plays, how its pairs are made, and the loss they feed (docs/algorithms.md)."""
+    """Training, held-out and unlabelled data."""
+    iterations: MayChange[Count] = 4
+    """Number of iterations, T of Algorithm 1. A finished run goes on when it is raised. Paper: 4."""
+    algorithm: NameOrPath[AlgorithmName] = "spin"
+    """Algorithm of the family (docs/algorithms.md), or the import path of a class, ``my_package.mine:Algorithm``. It
+    chooses the prompts, makes the pairs and sets the objective of an iteration."""
     seed: Annotated[int, Field(ge=0)] = 0
-    """Of every random choice: order of the rows, slices of the prompts, each response."""
+    """Seed of every random choice: order of the rows, slices of the prompts, each response."""
     sft: SftConfig | None = None
-    """Warm-up before iteration 0; none when not set."""
+    """Warm-up before iteration 0. ``{}`` takes its defaults. Not set: the start model is θ_0."""
     scorer: ScorerConfig | None = None
-    """SPPO's judge."""
+    """Preference model; ``sppo`` needs it and no other algorithm reads it."""
     self_filter: SelfFilterConfig | None = None
-    """Self-reinforcement's choice among its own answers; every answer is learnt from when not set."""
+    """Filter of the model's own answers in ``self_reinforcement``. Not set: every answer is learnt from."""
     reviser: ReviserConfig | None = None
-    """SEFT's reviser."""
+    """Reviser; ``seft`` needs it and no other algorithm reads it."""
     generation: GenerationConfig = GenerationConfig()
-    """How the opponent plays."""
+    """Generation of responses by the opponent."""
     objective: ObjectiveConfig = ObjectiveConfig()
-    """What training minimises."""
+    """Function that training minimises."""
     train: TrainConfig = TrainConfig()
-    """How it is minimised."""
-    health: HealthConfig = HealthConfig()
-    """When it stops by itself."""
+    """Training of each iteration."""
+    health: MayChange[HealthConfig] = HealthConfig()
+    """Limits at which a run stops by itself."""
     evaluation: EvaluationConfig = EvaluationConfig()
-    """What is measured on the held-out rows."""
-    stop_when: StopConfig | None = None
-    """A rule that ends the run early; ``{}`` takes its defaults, none when not set. May be changed between calls."""
-    tracking: TrackingConfig = TrackingConfig()
-    """Where the numbers go beside the run folder."""
-    serving: ServingConfig = ServingConfig()
-    """How ``spin-ray serve`` answers; a run does not read it."""
-    storage: StorageConfig = StorageConfig()
-    """What is kept, and how one driver at a time is ensured."""
-    cluster: ClusterConfig = ClusterConfig()
-    """Where it runs."""
-
-    @model_validator(mode="after")
-    def _combinations_are_possible(self) -> Self:
-        problems = list(_impossible(self))
-        if problems:
-            raise ValueError("\n".join(problems))
-        return self
-
-    def decided(self, engine: EngineConfig) -> EngineConfig:
-        """The engine's settings without ``auto``."""
-        if engine.dtype != "auto":
-            return engine
-        return engine.model_copy(update={"dtype": "bfloat16" if self.train.precision == "bf16" else "float32"})
-
-    def at(self, iteration: int) -> IterationSettings:
-        """The values that a list may give each iteration its own of."""
-        return IterationSettings(
-            beta=_pick(self.objective.beta, iteration),
-            learning_rate=_pick(self.train.learning_rate, iteration),
-            epochs=_pick(self.train.epochs, iteration),
-        )
-
-    def identity(self) -> dict[str, Any]:
-        """What makes two runs the same run, flattened to ``{"section.field": value}``.
-
-        Left out: where and how fast it runs, and what may grow (``iterations``) or is checked per iteration by its own
-        stage (the values that may be lists).
-        """
-        flat = flatten(self.model_dump(mode="json"))
-        return {key: value for key, value in flat.items() if not key.startswith(_NOT_IDENTITY)}
-
-
-class IterationSettings(Section):
-    """The values of one iteration, lists resolved."""
-
-    beta: float
-    learning_rate: float
-    epochs: int
-
-
-_NOT_IDENTITY = (
-    "iterations", "stop_when", "tracking.", "cluster.", "storage.", "health.", "serving.",
-    "objective.beta", "train.learning_rate", "train.epochs", "train.max_failures", "train.checkpoint_every_steps",
-    "train.sharding", "train.reduce_every_pack", "train.offload", "train.start_timeout_s", "train.stall_timeout_s",
-    "train.min_workers", "train.resize_interval_s", "train.resources.custom", "train.resources.labels",
-    "generation.replicas", "generation.min_replicas", "generation.max_failures", "generation.start_timeout_s",
-    "generation.shard_timeout_s", "generation.resources.custom", "generation.resources.labels",
-    "generation.engine.gpu_memory_utilization", "generation.engine.cpu_kv_cache_gib",
-)  # fmt: skip
-
-
-_CREDENTIALS = re.compile(r"://[^/]*:[^/]*@|[?&][^=]*(secret|token|password|access_key)[^=]*=", re.IGNORECASE)
-
-
-def _pick(value: T | tuple[T, ...], iteration: int) -> T:
-    return value[iteration] if isinstance(value, tuple) else value
-
-
-def _impossible(config: SpinConfig) -> Iterator[str]:
-    """Combinations that no run can satisfy, one sentence each."""
-    for name, value in [
-        ("objective.beta", config.objective.beta),
-        ("train.learning_rate", config.train.learning_rate),
-        ("train.epochs", config.train.epochs),
-    ]:
-        if isinstance(value, tuple) and len(value) != config.iterations:
-            yield f"{name}: has {len(value)} values for {config.iterations} iterations; give one value or one for each"
-    if config.generation.sampling.max_tokens >= config.model.max_length:
-        yield (
-            f"generation.sampling.max_tokens: {config.generation.sampling.max_tokens} leaves no room for a prompt "
-            f"within model.max_length {config.model.max_length}; lower it or raise max_length"
-        )
-    longest_tree = config.model.max_length + config.generation.sampling.max_tokens
-    if config.train.pack_length < longest_tree:
-        yield (
-            f"train.pack_length: {config.train.pack_length} cannot hold a prompt with both responses; raise it to "
-            f"{longest_tree} (model.max_length + generation.sampling.max_tokens) or lower those"
-        )
-    gpus, parallel = config.generation.resources.gpus, config.generation.engine.tensor_parallel_size
-    if gpus and gpus >= 1 and gpus != parallel:
-        yield f"generation.resources.gpus: {gpus:g} must equal generation.engine.tensor_parallel_size {parallel}"
-    if not gpus and parallel > 1:
-        yield f"generation.engine.tensor_parallel_size: {parallel} needs generation.resources.gpus: {parallel}"
-    if config.train.resources.gpus not in (0, 1):
-        yield f"train.resources.gpus: {config.train.resources.gpus:g}; a train worker drives exactly one GPU, or none"
-    for field, most, least in [
-        ("train.min_workers", config.train.workers, config.train.min_workers),
-        ("generation.min_replicas", config.generation.replicas, config.generation.min_replicas),
-    ]:
-        if least is not None and least > most:
-            yield f"{field}: {least} is more than the {most} of {field.replace('min_', '')}"
-    if config.train.min_workers is not None and config.train.backend == "deepspeed":
-        yield "train.min_workers: DeepSpeed's checkpoints are of one number of workers; use train.backend: fsdp2"
-    for name, uri in [
-        ("model.path", config.model.path), ("data.train", config.data.train), ("data.heldout", config.data.heldout),
-    ]:  # fmt: skip
-        if uri and _CREDENTIALS.search(uri):
-            yield f"{name}: holds credentials, which would be written to run.json; give them by environment variables"
-    if "hf_token" in config.generation.engine.extra:
-        yield "generation.engine.extra.hf_token: would be written to run.json; give it by $HF_TOKEN"
-    if config.evaluation.answer_extractor != "none" and config.data.heldout is None:
-        yield "evaluation.answer_extractor: needs data.heldout"
-    if config.stop_when is not None and config.data.heldout is None:
-        yield "stop_when: patience and min_fall need data.heldout"
-    yield from _impossible_for_algorithm(config)
-    owned = {"model", "tokenizer", "dtype", "seed", "max_model_len", "generation_config", "skip_tokenizer_init"}
-    owned |= {"trust_remote_code", "load_format", "enable_prefix_caching"}
-    owned |= set(EngineConfig.model_fields)
-    for key in sorted(owned & set(config.generation.engine.extra)):
-        yield f"generation.engine.extra.{key}: is set by spin_ray; use the field of its own"
-
-
-_NEEDS = {
-    "sppo": ("scorer",),
-    "self_reinforcement": ("sft", "data.questions"),
-    "seft": ("reviser",),
-}
-"""Sections and fields that an algorithm cannot do without."""
-_SERVES = {
-    "scorer": ("sppo",),
-    "self_filter": ("self_reinforcement",),
-    "reviser": ("seft",),
-    "data.questions": ("self_reinforcement", "seft"),
-}
-"""Optional sections and fields, and the algorithms that read them."""
-
-
-def _impossible_for_algorithm(config: SpinConfig) -> Iterator[str]:
-    def given(name: str) -> bool:
-        section, _, field = name.partition(".")
-        value = getattr(config, section)
-        return (getattr(value, field) if field else value) is not None
-
-    name = config.algorithm
-    for needed in _NEEDS.get(name, ()):
-        if not given(needed):
-            yield f"{needed}: algorithm {name} needs it"
-    for optional, readers in _SERVES.items():
-        if given(optional) and name not in readers:
-            yield f"{optional}: is for algorithm {' and '.join(readers)}, not for {name}; leave it out"
-    default = ObjectiveConfig()
-    if name != "spin":
-        for field in ("window", "reference_alpha"):
-            if field == "window" and config.objective.window == 1:
-                continue
-            if getattr(config.objective, field) != getattr(default, field):
-                yield f"objective.{field}: is for algorithm spin; {name} learns from the responses of its iteration"
-    if name == "sppo":
-        if config.objective.loss != default.loss:
-            yield "objective.loss: sppo has a loss of its own; leave it out"
-        if config.generation.samples_per_prompt < 2:
-            yield "generation.samples_per_prompt: sppo compares samples of a prompt; give 2 or more (paper: 5)"
-
-
-def flatten(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
-    """``{"a": {"b": 1}}`` -> ``{"a.b": 1}``."""
-    flat: dict[str, Any] = {}
-    for key, value in tree.items():
-        if isinstance(value, dict) and value:
-            flat |= flatten(value, f"{prefix}{key}.")
-        else:
-            flat[prefix + key] = value
-    return flat
-
-
-def digest(value: Any) -> str:
-    """SHA-256 of the canonical JSON of ``value``."""
-    return hashlib.sha256(json.dumps(value, sort_keys=True, separators=(",", ":")).encode()).hexdigest()
-
-
-def load_config(recipe: str | Path, overrides: dict[str, str] | None = None) -> SpinConfig:
-    """Reads a recipe and applies ``{"section.field": "YAML value"}`` on top.
-
-    Raises:
-        ConfigError: the file cannot be read, or its content is wrong; every problem is listed.
-    """
-    try:
-        text = Path(recipe).read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        raise ConfigError(f"{recipe}: cannot be read ({error})") from error
-    content = _parse_yaml(text, source=str(recipe))
-    if not isinstance(content, dict):
-        raise ConfigError(f"{recipe}: must hold sections (model, data, …), found {type(content).__name__}")
-    for key, text in (overrides or {}).items():
-        _set(content, key, text)
-    return parse_config(content, source=str(recipe))
-
-
-def override(config: SpinConfig, overrides: dict[str, str]) -> SpinConfig:
-    """``config`` with ``{"section.field": "YAML value"}`` on top; a ConfigError lists what cannot be."""
-    content = config.model_dump(mode="json")
-    for key, text in overrides.items():
-        _set(content, key, text)
-    return parse_config(content, source="the settings given")
-
-
-def parse_config(content: dict[str, Any], source: str) -> SpinConfig:
-    """Validates ``content``; ``source`` is named in the error, which lists every problem."""
-    try:
-        return SpinConfig.model_validate(content)
-    except ValidationError as error:
-        problems = [line for detail in error.errors() for line in _explain(detail)]
-        problems += _impossible_besides(content, error.errors())
-        raise ConfigError(f"{source}: " + "; ".join(problems)) from error
-
-
-def _explain(detail: Any) -> list[str]:
-    where = _where(detail)
-    if detail["type"] == "extra_forbidden":
-        return [f"{where}: unknown key"]
-    if detail["type"] == "value_error":
-        return str(detail["ctx"]["error"]).split("\n")
-    shown = repr(detail["input"])
-    given = "" if detail["type"] == "missing" else f" (got {shown if len(shown) <= 80 else shown[:77] + '…'})"
-    reason = "must be a section with fields of its own" if detail["type"] == "model_type" else detail["msg"].lower()
-    return [f"{where}: {reason}{given}"]
-
-
-def _where(detail: Any) -> str:
-    """The place as the recipe writes it, e.g. ``objective.beta.1``."""
-    return ".".join(str(part) for part in detail["loc"] if part not in (_ONE, _LIST, _WORD))
-
-
-def _impossible_besides(content: dict[str, Any], details: list[Any]) -> list[str]:
-    """Impossible combinations of values that are right by themselves; pydantic looks at none while one is wrong."""
-    rest = copy.deepcopy(content)
-    doubtful = []
-    for detail in details:
-        _drop(rest, detail["loc"])
-        # Behind an unknown key may be a misspelt field: then nothing of its section is known.
-        where = _where(detail)
-        doubtful.append(where.rpartition(".")[0] if detail["type"] == "extra_forbidden" else where)
-    for section, field in (("model", "path"), ("data", "train")):
-        rest.setdefault(section, {}).setdefault(field, "")
-    try:
-        SpinConfig.model_validate(rest)
-    except ValidationError as error:
-        problems = [line for detail in error.errors() if detail["type"] == "value_error" for line in _explain(detail)]
-        return [problem for problem in problems if not any(name in problem for name in doubtful)]
-    return []
-
-
-def _drop(tree: Any, path: tuple[Any, ...]) -> None:
-    """Removes the deepest key of ``path`` that is there."""
-    holder, key = None, None
-    for part in path:
-        if not isinstance(tree, dict) or part not in tree:
-            break
-        holder, key, tree = tree, part, tree[part]
-    if holder is not None:
-        del holder[key]
-
-
-def _set(content: dict[str, Any], key: str, text: str) -> None:
-    *sections, field = key.split(".")
-    for section in sections:
-        child = content.setdefault(section, {})
-        if child is None:
-            child = content[section] = {}
-        if not isinstance(child, dict):
-            raise ConfigError(f"--{key}: {section} is a value, not a section")
-        content = child
-    content[field] = _parse_yaml(text, source=f"--{key}={text}")
-
-
-def _parse_yaml(text: str, source: str) -> Any:
-    try:
-        return yaml.safe_load(text)
-    except (yaml.YAMLError, ValueError, LookupError, AttributeError, RecursionError) as error:
-        # PyYAML lets its converters' own errors through, e.g. ValueError for the date 2024-13-45.
-        raise ConfigError(f"{source}: is not YAML: {' '.join(str(error).split())}") from error
+    """Measurement on the held-out rows."""
+    stop_when: MayChange[StopConfig | None] = None
+    """Rule that ends the run early. ``{}`` takes its defaults. Not set: all ``iterations`` are done."""
+    tracking: MayChange[TrackingConfig] = TrackingConfig()
+    """Trackers that receive the numbers beside the run folder."""
+    serving: MayChange[ServingConfig] = ServingConfig()
+    """Endpoint of ``spin-ray serve``; a run does not read it."""
+    storage: MayChange[StorageConfig] = StorageConfig()
+    """Lease and kept files of the run folder."""
+    cluster: MayChange[ClusterConfig] = ClusterConfig()
+    """Ray cluster."""

@@ -8,7 +8,8 @@ from itertools import islice
 from pathlib import Path
 from typing import Any
 
-from spin_ray.config.sections import DataConfig, SpinConfig
+from spin_ray.config.recipe import SpinConfig
+from spin_ray.config.sections import DataConfig
 from spin_ray.errors import ModelError
 from spin_ray.inputs.conversations import Unusable, conversations_of
 from spin_ray.inputs.embedded import resolve

@@ -14,7 +14,7 @@ import logging
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 
-from spin_ray.config.sections import SpinConfig
+from spin_ray.config.recipe import SpinConfig
 from spin_ray.inputs.check import Start
 from spin_ray.inputs.model_folder import ModelFolder
 from spin_ray.loop.algorithms.base import Algorithm, Turn
@@ -144,6 +144,6 @@ def _engine_spec(config: SpinConfig, start: Start, opponent: ModelFolder) -> Eng
         max_length=config.model.max_length,
         stop_token_id=start.end_of_turn_id,
         threads=config.generation.resources.threads,
-        config=config.decided(config.generation.engine),
+        config=config.resolve_dtype(config.generation.engine),
         trust_remote_code=config.model.trust_remote_code,
     )

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Self
 
-from spin_ray.config.sections import SpinConfig
+from spin_ray.config.recipe import SpinConfig
 from spin_ray.inputs.check import Inputs, check_recipe, find_inputs
 from spin_ray.report.history import evidence_to_stop, read_evaluations
 from spin_ray.run_dir.lease import Lease
@@ -47,7 +47,7 @@ def run_spin(config: SpinConfig, out: str | Path, start_engine: StartEngine = Vl
         inputs = find_inputs(config)
         run = RunDir(lease.storage)
         if is_finished(run, config):
-            run.begin(config, inputs.facts())
+            config = run.begin(config, inputs.facts())
             for model in _models(run, config):
                 model.verify()  # damage is named, also when nothing is left to do
             logger.info("%s: nothing left to do", storage.root)
@@ -55,7 +55,7 @@ def run_spin(config: SpinConfig, out: str | Path, start_engine: StartEngine = Vl
             from spin_ray.loop.driver import spin  # brings torch and Ray: seconds that a finished run need not wait
 
             start = check_recipe(config, inputs)
-            run.begin(config, start.facts())
+            config = run.begin(config, start.facts())
             spin(run, config, start, start_engine)
         return RunResult.of(run, config, inputs)
 

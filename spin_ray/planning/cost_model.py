@@ -15,7 +15,8 @@ Units: tokens, FLOPs (a multiply-add is 2), bytes (GB = 1e9), seconds. ``h`` hid
 from dataclasses import dataclass, replace
 from math import ceil
 
-from spin_ray.config.sections import OptimizerConfig, SpinConfig
+from spin_ray.config.recipe import SpinConfig
+from spin_ray.config.sections import OptimizerConfig
 from spin_ray.planning.hardware import GB, GIB, Hardware
 from spin_ray.planning.model_shape import ModelShape
 
@@ -96,7 +97,7 @@ def generation_cost(
     A decode step of c responses reads the weights and their keys and values once, and computes c tokens; a shard's
     last steps belong to its longest response alone.
     """
-    settings, engine = config.generation, config.decided(config.generation.engine)
+    settings, engine = config.generation, config.resolve_dtype(config.generation.engine)
     per_shard = max(1, settings.shard_rows // settings.samples_per_prompt) * settings.samples_per_prompt
     responses = [prompts * settings.samples_per_prompt for prompts in jobs]
     rounds = ceil(sum(ceil(count / per_shard) for count in responses) / settings.replicas)
@@ -145,7 +146,7 @@ def _seats(config: SpinConfig, shape: ModelShape, device: Hardware, work: Work, 
 
     vLLM refuses to start unless one response of ``max_length`` fits the cache.
     """
-    engine, on_gpu = config.decided(config.generation.engine), bool(config.generation.resources.gpus)
+    engine, on_gpu = config.resolve_dtype(config.generation.engine), bool(config.generation.resources.gpus)
     dtype_bytes = 4 if engine.dtype == "float32" else 2
     weights = dtype_bytes * shape.parameters / engine.tensor_parallel_size
     kv = shape.kv_bytes(dtype_bytes) / engine.tensor_parallel_size
@@ -308,7 +309,7 @@ def _learner_cost(
     backward: bool = False,
 ) -> StageCost:
     flops = pack_flops(config, shape, packs.length, packs.targets, backward=backward)
-    compute = device.seconds(packs.per_rank * flops, config.train.precision)
+    compute = device.seconds(packs.per_rank * flops, config.precision)
     traffic = device.sending(step_traffic(config, shape, packs.per_rank, backward=backward))
     return StageCost(
         name=name,
@@ -379,7 +380,7 @@ def _activation_bytes(config: SpinConfig, shape: ModelShape, packs: Packs, *, ba
 
 
 def _dtype_bytes(config: SpinConfig) -> int:
-    return 2 if config.train.precision == "bf16" else 4
+    return 2 if config.precision == "bf16" else 4
 
 
 # A whole run

@@ -13,7 +13,7 @@ from pathlib import Path
 from rich.console import Console
 from rich.table import Table
 
-from spin_ray.config.sections import SpinConfig
+from spin_ray.config.recipe import SpinConfig
 from spin_ray.errors import ConfigError, DataError, ModelError, ResourceError
 from spin_ray.inputs.embedded import resolve
 from spin_ray.inputs.model_folder import read_config
@@ -240,7 +240,7 @@ def _notes(config: SpinConfig, shape: ModelShape, cluster: Cluster, work: Work) 
             f"Host memory: each DeepSpeed worker first loads the model whole in fp32, "
             f"{4 * shape.parameters / GB:.1f} GB, so {loading / GB:.0f} GB per node."
         )
-    exported = {"bf16": 2, "fp32": 4}[config.train.precision] * shape.parameters
+    exported = {"bf16": 2, "fp32": 4}[config.precision] * shape.parameters
     yield f"Host memory: the first train worker gathers the model to write it, {exported / GB:.1f} GB."
     if config.model.attention == "padded":
         yield "model.attention: padded takes 2-4 times the hours shown for scoring, training and evaluation."

@@ -5,7 +5,8 @@ from dataclasses import dataclass, replace
 from math import ceil
 from typing import Any
 
-from spin_ray.config.sections import SpinConfig, parse_config
+from spin_ray.config.load import parse_config
+from spin_ray.config.recipe import SpinConfig
 from spin_ray.errors import ConfigError, ResourceError, UserError
 from spin_ray.planning.cost_model import Devices, Work, plan_run
 from spin_ray.planning.hardware import CPU, GIB, GPUS, NETWORK
@@ -107,7 +108,7 @@ def _if_it_fits(
 
 def _changes(config: SpinConfig, shape: ModelShape, stage: str) -> Iterator[dict[str, Any]]:
     """What might help, the least harm first: nothing that changes the objective, the data or the batch."""
-    engine, train = config.decided(config.generation.engine), config.train
+    engine, train = config.resolve_dtype(config.generation.engine), config.train
     if stage == "generation":
         if not config.generation.resources.gpus:
             longest = config.model.max_length * shape.kv_bytes(4 if engine.dtype == "float32" else 2)

@@ -19,7 +19,8 @@ from typing import Any, Literal
 from rich.console import Console
 from rich.table import Table
 
-from spin_ray.config.sections import EngineConfig, ResourcesConfig, SpinConfig
+from spin_ray.config.recipe import SpinConfig
+from spin_ray.config.sections import EngineConfig, ResourcesConfig
 from spin_ray.errors import ConfigError, StageError, UserError, first_line, last_line
 from spin_ray.report.model_card import write_card
 from spin_ray.report.redaction import hide_in_text
@@ -109,7 +110,7 @@ def request_for(config: SpinConfig, iterate: int, model: str, **asked: Any) -> R
     """What the run's config says of θ_iterate in ``model``, with what the command line asked for."""
     if asked.get("endpoint"):  # which refuses what is longer
         asked["max_length"] = asked.get("max_length") or config.model.max_length
-    engine = config.decided(config.generation.engine)
+    engine = config.resolve_dtype(config.generation.engine)
     return Request(
         model=model,
         name=api_name(iterate) if asked.get("endpoint") else iterate_name(iterate),

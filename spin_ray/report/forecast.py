@@ -9,7 +9,7 @@ import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
-from spin_ray.config.sections import SpinConfig
+from spin_ray.config.recipe import SpinConfig
 from spin_ray.run_dir.events import BESIDE, Event, Span, spans, split_stage
 from spin_ray.run_dir.run_dir import iterate_number
 

@@ -19,7 +19,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from typing import Any, Literal
 
-from spin_ray.config.sections import SpinConfig
+from spin_ray.config.recipe import SpinConfig
 from spin_ray.errors import ConfigError, StageError, first_line
 from spin_ray.report.history import Example, read_examples
 from spin_ray.report.redaction import hide_in_text

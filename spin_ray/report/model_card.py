@@ -10,7 +10,7 @@ from typing import Any
 
 import yaml
 
-from spin_ray.config.sections import SpinConfig
+from spin_ray.config.recipe import SpinConfig
 from spin_ray.report.measures import CONFIDENCE, MEASURES
 from spin_ray.report.redaction import hide, hide_in_text
 from spin_ray.run_dir.run_dir import CARD, RunDir, iterate_name

@@ -19,7 +19,7 @@ from rich.progress_bar import ProgressBar
 from rich.table import Table
 from rich.text import Text
 
-from spin_ray.config.sections import SpinConfig
+from spin_ray.config.recipe import SpinConfig
 from spin_ray.errors import first_line
 from spin_ray.report.forecast import PREPARATION, Forecast, duration, forecast
 from spin_ray.run_dir.events import Span, spans

@@ -7,7 +7,7 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-from spin_ray.config.sections import SpinConfig
+from spin_ray.config.recipe import SpinConfig
 from spin_ray.report.forecast import duration
 from spin_ray.report.history import read_evaluations, read_examples
 from spin_ray.report.measures import MEASURES, Evaluation, warnings

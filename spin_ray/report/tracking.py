@@ -17,7 +17,7 @@ import uuid
 from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
-from spin_ray.config.sections import SpinConfig, flatten
+from spin_ray.config.recipe import SpinConfig, flatten
 from spin_ray.errors import first_line
 from spin_ray.report import gauges
 from spin_ray.report.measures import MEASURES

@@ -20,7 +20,8 @@ from typing import Any, Self
 import pyarrow as pa
 from pydantic import BaseModel
 
-from spin_ray.config.sections import SpinConfig, digest, parse_config
+from spin_ray.config.load import parse_config
+from spin_ray.config.recipe import SpinConfig, digest
 from spin_ray.errors import RunDirError, StageError
 from spin_ray.run_dir.cache import without_weights
 from spin_ray.run_dir.storage import (
@@ -290,13 +291,16 @@ class RunDir:
     def eval_path(self, iterate: int) -> str:
         return f"{iterate_name(iterate)}/eval.json"
 
-    def begin(self, config: SpinConfig, facts: dict[str, Any]) -> None:
+    def begin(self, config: SpinConfig, facts: dict[str, Any]) -> SpinConfig:
         """Writes run.json, or checks that the run there is this one.
+
+        Returns ``config``, in place of ``train.precision: auto`` with the precision that the run began with.
 
         Raises:
             RunDirError: the folder holds another run (the message names the differing keys) or something else.
         """
         if self.storage.exists("run.json"):
+            config = config.take_precision_of(self.config())
             self._check_identity(config, facts)
         elif foreign := [name for name in self.storage.entries() if not name.startswith((".", "lease.json"))]:
             raise RunDirError(
@@ -305,10 +309,11 @@ class RunDir:
         self.storage.delete(ATTEMPTS)
         content = {"config": config.model_dump(mode="json"), **facts}
         self.storage.replace("run.json", json.dumps(content, indent=1).encode())
+        return config
 
     def _check_identity(self, config: SpinConfig, facts: dict[str, Any]) -> None:
         stored = self.description()
-        then = self.config().identity() | stored["inputs"]
+        then = self.config().take_precision_of(config).identity() | stored["inputs"]
         now = config.identity() | facts["inputs"]
         differing = [
             f"{key} (was {then.get(key)!r}, now {now.get(key)!r})"

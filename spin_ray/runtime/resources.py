@@ -13,7 +13,7 @@ from typing import Any, TypeVar
 import ray
 from ray._private import ray_constants
 
-from spin_ray.config.sections import SpinConfig
+from spin_ray.config.recipe import SpinConfig
 from spin_ray.errors import ResourceError, StageError, first_line
 
 Row = TypeVar("Row")

@@ -12,7 +12,7 @@ import ray.exceptions
 import ray.train
 import ray.train.torch
 
-from spin_ray.config.sections import SpinConfig
+from spin_ray.config.recipe import SpinConfig
 from spin_ray.errors import HealthError, StageError, UserError, last_line, memory_advice
 from spin_ray.runtime import cpu
 from spin_ray.runtime.resources import in_the_cluster, while_it_moves

@@ -13,7 +13,8 @@ from typing import Any
 from ray import serve
 from sqlalchemy import URL
 
-from spin_ray.config.sections import SpinConfig, override
+from spin_ray.config.load import override
+from spin_ray.config.recipe import SpinConfig
 from spin_ray.errors import ConfigError
 from spin_ray.run_dir.run_dir import RunDir
 from spin_ray.run_dir.storage import Storage

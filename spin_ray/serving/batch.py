@@ -11,7 +11,7 @@ from typing import IO, Any
 from pydantic import ValidationError
 from ray import serve
 
-from spin_ray.config.sections import SpinConfig
+from spin_ray.config.recipe import SpinConfig
 from spin_ray.errors import DataError, StageError
 from spin_ray.run_dir.names import UnknownModel
 from spin_ray.run_dir.run_dir import RunDir

@@ -4,7 +4,7 @@ import asyncio
 import secrets
 from typing import Any
 
-from spin_ray.config.sections import SpinConfig
+from spin_ray.config.recipe import SpinConfig
 from spin_ray.run_dir.names import age
 from spin_ray.serving.backend import CHAT, COMPLETION, TOKENS, Engines, whole
 from spin_ray.serving.bodies import ChatBody, CompareBody, GivenAnswer, plain

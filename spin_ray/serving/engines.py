@@ -14,7 +14,8 @@ from ray.llm._internal.common.callbacks.base import CallbackBase
 from ray.serve.llm import LLMConfig, LLMServer, build_llm_deployment
 from ray.serve.llm.openai_api_models import ChatCompletionRequest, CompletionRequest
 
-from spin_ray.config.sections import ServingConfig, SpinConfig
+from spin_ray.config.recipe import SpinConfig
+from spin_ray.config.sections import ServingConfig
 from spin_ray.errors import RunDirError
 from spin_ray.inputs.model_folder import open_model
 from spin_ray.inputs.rendering import ChatRenderer, RenderError, load_tokenizer
@@ -131,7 +132,7 @@ async def _pieces(stream: Any) -> AsyncIterator[Item]:
 def build_engine(iterate: Iterate, config: SpinConfig) -> serve.Application:
     """The application of one iterate. It has no route: requests come through the ingress only."""
     serving = config.serving
-    engine = config.decided(serving.engine or config.generation.engine)
+    engine = config.resolve_dtype(serving.engine or config.generation.engine)
     llm_config = LLMConfig(
         model_loading_config={"model_id": iterate.name, "model_source": str(iterate.folder)},
         engine_kwargs={

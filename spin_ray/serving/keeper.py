@@ -17,7 +17,7 @@ from typing import Any
 from ray import serve
 from ray.serve.schema import ApplicationStatus
 
-from spin_ray.config.sections import SpinConfig
+from spin_ray.config.recipe import SpinConfig
 from spin_ray.errors import first_line
 from spin_ray.run_dir.run_dir import RunDir
 from spin_ray.run_dir.storage import Storage

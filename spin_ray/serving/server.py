@@ -12,7 +12,8 @@ import ray
 from ray import serve
 from ray.exceptions import RayError
 
-from spin_ray.config.sections import ServingConfig, SpinConfig
+from spin_ray.config.recipe import SpinConfig
+from spin_ray.config.sections import ServingConfig
 from spin_ray.errors import ConfigError, ResourceError, StageError, first_line
 from spin_ray.run_dir.names import LATEST, is_iterate
 from spin_ray.run_dir.run_dir import RunDir

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from spin_ray.config.sections import SpinConfig
+from spin_ray.config.recipe import SpinConfig
 from tests.support import small_run
 from tests.support.learner_cases import one_rank
 

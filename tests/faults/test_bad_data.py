@@ -13,7 +13,7 @@ from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 
 from spin_ray import cli
-from spin_ray.config.sections import SpinConfig
+from spin_ray.config.recipe import SpinConfig
 from spin_ray.errors import DataError
 from spin_ray.loop.stages import prompts
 from spin_ray.run_dir.run_dir import RunDir

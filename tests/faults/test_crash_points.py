@@ -14,7 +14,7 @@ from pathlib import Path
 
 import pytest
 
-from spin_ray.config.sections import SpinConfig
+from spin_ray.config.recipe import SpinConfig
 from spin_ray.errors import StageError
 from spin_ray.run_dir.run_dir import RunDir, read_json_lines
 from spin_ray.run_dir.storage import ATTEMPTS, Storage, table_from_bytes

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from spin_ray.config.sections import SpinConfig
+from spin_ray.config.recipe import SpinConfig
 from spin_ray.errors import RunDirError
 from spin_ray.loop.stages import generation
 from spin_ray.run_dir.run_dir import RunDir

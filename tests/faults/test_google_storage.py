@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from spin_ray.config.sections import SpinConfig
+from spin_ray.config.recipe import SpinConfig
 from spin_ray.errors import RunDirError
 from spin_ray.run_dir import object_storage
 from spin_ray.run_dir.fence import LEASE

@@ -14,7 +14,7 @@ from typing import Any
 import obstore
 import pytest
 
-from spin_ray.config.sections import SpinConfig
+from spin_ray.config.recipe import SpinConfig
 from spin_ray.errors import RunDirError, StageError
 from spin_ray.run_dir import object_storage
 from spin_ray.run_dir.fence import LEASE

@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 from rich.console import Console
 
-from spin_ray.config.sections import SpinConfig
+from spin_ray.config.recipe import SpinConfig
 from spin_ray.loop.stages.training import stage as training
 from spin_ray.report.status import is_running, print_status
 from spin_ray.run_dir.run_dir import RunDir

@@ -6,7 +6,7 @@ from typing import Any
 import pytest
 import torch
 
-from spin_ray.config.sections import SpinConfig
+from spin_ray.config.recipe import SpinConfig
 from spin_ray.errors import HealthError
 from spin_ray.learner import step as loop
 from spin_ray.run_dir.run_dir import RunDir, read_json_lines

@@ -5,7 +5,7 @@ from collections.abc import Iterator
 import pytest
 import ray
 
-from spin_ray.config.sections import SpinConfig
+from spin_ray.config.recipe import SpinConfig
 from spin_ray.runtime.resources import connect
 
 

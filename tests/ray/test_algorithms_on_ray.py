@@ -16,7 +16,8 @@ import ray.cloudpickle
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForSequenceClassification
 
-from spin_ray.config.sections import SamplingConfig, SpinConfig
+from spin_ray.config.recipe import SpinConfig
+from spin_ray.config.sections import SamplingConfig
 from spin_ray.inputs.embedded import resolve
 from spin_ray.loop.launch import run_spin
 from spin_ray.run_dir.run_dir import RunDir

@@ -10,7 +10,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from spin_ray.config.sections import SpinConfig
+from spin_ray.config.recipe import SpinConfig
 from spin_ray.inputs.embedded import resolve
 from spin_ray.loop.launch import run_spin
 from spin_ray.run_dir.run_dir import RunDir

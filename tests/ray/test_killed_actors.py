@@ -12,7 +12,8 @@ import ray.train
 import torch
 import torch.distributed as dist
 
-from spin_ray.config.sections import SamplingConfig, SpinConfig
+from spin_ray.config.recipe import SpinConfig
+from spin_ray.config.sections import SamplingConfig
 from spin_ray.errors import StageError
 from spin_ray.run_dir.run_dir import RunDir
 from spin_ray.run_dir.storage import Storage

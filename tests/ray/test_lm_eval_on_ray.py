@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 pytest.importorskip("lm_eval")
-from spin_ray.config.sections import SpinConfig
+from spin_ray.config.recipe import SpinConfig
 from spin_ray.inputs.embedded import resolve
 from spin_ray.report import benchmarks as lm_eval_tasks
 from spin_ray.report.benchmarks import Backend, parse_benchmarks

@@ -22,7 +22,8 @@ import torch
 import torch.distributed as dist
 from safetensors.torch import load
 
-from spin_ray.config.sections import SamplingConfig, SpinConfig
+from spin_ray.config.recipe import SpinConfig
+from spin_ray.config.sections import SamplingConfig
 from spin_ray.errors import ResourceError
 from spin_ray.inputs.embedded import resolve
 from spin_ray.inputs.model_folder import open_model

@@ -11,7 +11,8 @@ import pyarrow.parquet as pq
 import pytest
 import ray.cloudpickle
 
-from spin_ray.config.sections import SamplingConfig, SpinConfig
+from spin_ray.config.recipe import SpinConfig
+from spin_ray.config.sections import SamplingConfig
 from spin_ray.errors import DataError, ResourceError, StageError
 from spin_ray.inputs.embedded import resolve
 from spin_ray.loop.stages import generation, pairs, prompts

@@ -8,7 +8,7 @@ import ray.cloudpickle
 import torch
 import torch.distributed as dist
 
-from spin_ray.config.sections import SpinConfig
+from spin_ray.config.recipe import SpinConfig
 from spin_ray.errors import HealthError, RunDirError
 from spin_ray.runtime.workers import run_workers
 

@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 
-from spin_ray.config.sections import override
+from spin_ray.config.load import override
 from spin_ray.errors import ConfigError, DataError, RunDirError
 from spin_ray.run_dir.run_dir import RunDir, folder_digest, folder_entries
 from spin_ray.serving.app import build

@@ -19,7 +19,7 @@ import ray.train
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from spin_ray.config.sections import SpinConfig
+from spin_ray.config.recipe import SpinConfig
 from spin_ray.inputs import check as preflight
 from spin_ray.inputs.embedded import resolve
 from spin_ray.inputs.rendering import load_tokenizer

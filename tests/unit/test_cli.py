@@ -147,7 +147,7 @@ def test_a_file_in_place_of_the_folder_is_left_as_it_was(call, tmp_path, recipe)
 
 def test_another_run_is_left_as_it_was(call, tmp_path, recipe):
     run = RunDir(Storage(tmp_path / "run"))
-    from spin_ray.config.sections import load_config
+    from spin_ray.config.load import load_config
     from spin_ray.inputs.check import check_recipe
 
     config = load_config(recipe)

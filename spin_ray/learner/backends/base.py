@@ -10,7 +10,8 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from spin_ray.config.sections import LoraConfig, OptimizerConfig, SpinConfig
+from spin_ray.config.recipe import SpinConfig
+from spin_ray.config.sections import LoraConfig, OptimizerConfig
 from spin_ray.learner.batch import PackedBatch
 
 
@@ -18,7 +19,7 @@ from spin_ray.learner.batch import PackedBatch
 class BackendSettings:
     """How to compute and optimise. Example, scoring only: ``BackendSettings(max_length=2048)``."""
 
-    kind: Literal["fsdp2", "deepspeed"] = "fsdp2"
+    kind: str = "fsdp2"
     """Which backend (``train.backend``)."""
     max_length: int
     """Longest prompt + response in tokens (``model.max_length``): tells whether a sliding window can matter."""
@@ -49,7 +50,7 @@ class BackendSettings:
         """What every backend of a run takes from its config; one that trains has more."""
         return cls(
             max_length=config.model.max_length,
-            precision=config.train.precision,
+            precision=config.precision,
             attention=config.model.attention,
             trust_remote_code=config.model.trust_remote_code,
         )

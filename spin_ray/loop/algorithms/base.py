@@ -7,7 +7,7 @@ from typing import Protocol
 import numpy as np
 import pyarrow as pa
 
-from spin_ray.config.sections import SpinConfig, digest
+from spin_ray.config.recipe import SpinConfig, digest
 from spin_ray.inputs.check import Start
 from spin_ray.inputs.model_folder import ModelFolder
 from spin_ray.learner.step import Objective

@@ -1,6 +1,6 @@
 """More supervised fine-tuning: the baseline that self-play must beat at equal compute."""
 
-from spin_ray.config.sections import SpinConfig
+from spin_ray.config.recipe import SpinConfig
 from spin_ray.learner.step import Objective
 from spin_ray.loop.algorithms.base import PlayedPrompts, Turn, pair_table
 from spin_ray.loop.stages import pairs

@@ -5,7 +5,7 @@ from collections.abc import Iterator
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from spin_ray.config.sections import SpinConfig
+from spin_ray.config.recipe import SpinConfig
 from spin_ray.errors import DataError
 from spin_ray.learner.step import Objective
 from spin_ray.loop.algorithms.base import PlayedPrompts, Turn, margin_objective, pair_table

@@ -7,7 +7,7 @@ from typing import Any
 
 import pyarrow as pa
 
-from spin_ray.config.sections import SpinConfig
+from spin_ray.config.recipe import SpinConfig
 from spin_ray.inputs.answers import extract_number
 from spin_ray.inputs.rendering import load_tokenizer
 from spin_ray.learner.step import Objective

@@ -1,6 +1,6 @@
 """SPIN (Chen et al. 2024, arXiv 2401.01335); its settings make α-SPIN and fictitious play of it."""
 
-from spin_ray.config.sections import SpinConfig
+from spin_ray.config.recipe import SpinConfig
 from spin_ray.learner.step import Objective
 from spin_ray.loop.algorithms.base import Turn, margin_objective
 from spin_ray.loop.stages import pairs

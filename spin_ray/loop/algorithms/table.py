@@ -1,6 +1,5 @@
 """The algorithms by name, and those of other packages by import path."""
 
-from spin_ray.config.sections import AlgorithmName
 from spin_ray.loop.algorithms.base import Algorithm
 from spin_ray.loop.algorithms.continued_sft import ContinuedSft
 from spin_ray.loop.algorithms.dpo import Dpo
@@ -9,7 +8,7 @@ from spin_ray.loop.algorithms.self_reinforcement import SelfReinforcement
 from spin_ray.loop.algorithms.spin import Spin
 from spin_ray.loop.algorithms.sppo.algorithm import Sppo
 
-ALGORITHMS: dict[AlgorithmName, Algorithm] = {
+ALGORITHMS: dict[str, Algorithm] = {
     "spin": Spin(),
     "continued_sft": ContinuedSft(),
     "dpo": Dpo(),

@@ -24,7 +24,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import torch.distributed as dist
 
-from spin_ray.config.sections import SpinConfig
+from spin_ray.config.recipe import SpinConfig
 from spin_ray.inputs.answers import is_correct
 from spin_ray.inputs.model_folder import ModelFolder
 from spin_ray.inputs.rendering import load_tokenizer
@@ -164,7 +164,7 @@ def _score(
     inputs = {f"samples_of_{whose}": samples.manifest().digest for whose, samples in samples_of.items()}
     inputs |= {"model": model.digest, "opponent": previous.digest, "base": initial.digest}
     settings = {
-        "precision": config.train.precision,
+        "precision": config.precision,
         "pack_length": config.train.pack_length,
         "workers": config.train.workers,
     }

@@ -24,7 +24,7 @@ import ray
 import ray.exceptions
 from ray.util.annotations import RayDeprecationWarning
 
-from spin_ray.config.sections import SpinConfig, digest
+from spin_ray.config.recipe import SpinConfig, digest
 from spin_ray.errors import RunDirError, StageError, UserError, last_line, memory_advice
 from spin_ray.report.progress import StageProgress
 from spin_ray.run_dir.run_dir import Artefact, FileEntry, RunDir, part_name

@@ -24,7 +24,8 @@ import pyarrow.parquet as pq
 import ray
 import ray.exceptions
 
-from spin_ray.config.sections import DataConfig, SpinConfig, digest
+from spin_ray.config.recipe import SpinConfig, digest
+from spin_ray.config.sections import DataConfig
 from spin_ray.errors import DataError, StageError, UserError, last_line
 from spin_ray.inputs.conversations import (
     Conversation,

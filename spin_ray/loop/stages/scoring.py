@@ -11,7 +11,7 @@ from dataclasses import dataclass
 import pyarrow as pa
 import torch.distributed as dist
 
-from spin_ray.config.sections import SpinConfig, digest
+from spin_ray.config.recipe import SpinConfig, digest
 from spin_ray.inputs.model_folder import ModelFolder
 from spin_ray.learner.backends.base import BackendSettings
 from spin_ray.learner.backends.fsdp2 import Fsdp2Backend
@@ -50,7 +50,7 @@ def run(run_dir: RunDir, config: SpinConfig, iteration: int, base: ModelFolder) 
     earlier = [run_dir.reference(0), *(run_dir.base_scores(number) for number in range(1, iteration))]
     inputs = {"pairs": pairs.manifest().digest, "base_model": base.digest}
     inputs |= {artefact.path: artefact.manifest().digest for artefact in earlier}
-    settings = {"precision": config.train.precision, "pack_length": config.train.pack_length}
+    settings = {"precision": config.precision, "pack_length": config.train.pack_length}
     if target.is_current(inputs, settings):
         return
     with run_dir.stage(target.path) as counted:

@@ -7,7 +7,7 @@ from typing import Any
 
 import yaml
 
-from spin_ray.config.sections import SpinConfig, flatten
+from spin_ray.config.recipe import SpinConfig, flatten
 from spin_ray.errors import UserError
 from spin_ray.report.history import Example, read_benchmarks, read_evaluations, read_examples, read_train_logs
 from spin_ray.report.measures import BY_KEY, CONFIDENCE, Evaluation, warnings

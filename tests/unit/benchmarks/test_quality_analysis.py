@@ -13,7 +13,7 @@ from measure import answer_batch, draw
 from run import Experiment, NotYet
 from transformers import AutoModelForCausalLM
 
-from spin_ray.config.sections import SpinConfig, flatten
+from spin_ray.config.recipe import SpinConfig, flatten
 from spin_ray.inputs.embedded import resolve
 from spin_ray.inputs.rendering import Rendered
 

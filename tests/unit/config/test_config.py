@@ -9,13 +9,21 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from pydantic import ValidationError
 
-from spin_ray.config import sections as config_module
-from spin_ray.config.sections import IterationSettings, Section, SpinConfig, digest, flatten, load_config, parse_config
+from spin_ray.config import recipe as recipe_module
+from spin_ray.config import sections as sections_module
+from spin_ray.config.load import load_config, parse_config
+from spin_ray.config.recipe import IterationSettings, SpinConfig, digest, flatten
+from spin_ray.config.sections import Section
 from spin_ray.errors import ConfigError
 
 MINIMAL = {"model": {"path": "m"}, "data": {"train": "d.jsonl"}}
 SECTIONS = sorted(
-    (value for value in vars(config_module).values() if isinstance(value, type) and issubclass(value, Section)),
+    {
+        value
+        for module in (sections_module, recipe_module)
+        for value in vars(module).values()
+        if isinstance(value, type) and issubclass(value, Section)
+    },
     key=lambda section: section.__name__,
 )
 PLAIN = {**MINIMAL, "train": {"learning_rate": 1e-6}}
@@ -160,6 +168,51 @@ def test_combinations_that_no_run_can_satisfy_are_refused(sections, problem):
 )
 def test_settings_that_an_algorithm_lacks_or_does_not_read_are_refused(sections, problem):
     assert problem in problems(**sections)
+
+
+def test_sppo_has_a_loss_of_its_own():
+    found = problems(
+        algorithm="sppo", scorer={"path": "m"}, generation={"samples_per_prompt": 5}, objective={"loss": "hinge"}
+    )
+    assert found == "objective.loss: sppo has a loss of its own; leave it out"
+
+
+NAMED = [
+    ("algorithm", "'spin', 'continued_sft', 'dpo', 'sppo', 'self_reinforcement' or 'seft'"),
+    ("objective.loss", "'logistic', 'hinge', 'exponential' or 'correlation'"),
+    ("train.backend", "'fsdp2' or 'deepspeed'"),
+    ("train.optimizer.name", "'rmsprop' or 'adamw'"),
+]
+
+
+@pytest.mark.parametrize(("key", "names"), NAMED)
+def test_an_unknown_name_is_told_the_known_ones(recipe, key, names):
+    with pytest.raises(ConfigError) as caught:
+        load_config(recipe, {key: "best"})
+    assert str(caught.value) == f"{recipe}: {key}: input should be {names} (got 'best')"
+
+
+@pytest.mark.parametrize("key", [key for key, _ in NAMED])
+@pytest.mark.parametrize("path", ["mine:Mine", "my_pkg.mine:Mine", "_a.b2.c:_d"])
+def test_an_import_path_stands_for_something_of_the_users_own(recipe, key, path):
+    config = load_config(recipe, {key: path})
+    assert flatten(config.model_dump(mode="json"))[key] == path
+    assert config.identity()[key] == path
+
+
+@pytest.mark.parametrize("key", [key for key, _ in NAMED])
+@pytest.mark.parametrize("path", ["my pkg:Mine", "mine:", ":Mine", "a..b:C", "a:b:c", "a/b.py:C", "1a:B", "a:B\n"])
+def test_an_import_path_of_the_wrong_form_is_told_the_right_one(recipe, key, path):
+    with pytest.raises(ConfigError) as caught:
+        load_config(recipe, {key: json.dumps(path)})
+    reason = "must be an import path module:Name, e.g. my_package.mine:Name"
+    assert str(caught.value) == f"{recipe}: {key}: {reason} (got {path!r})"
+
+
+def test_an_algorithm_of_the_users_own_may_read_any_setting():
+    """What it needs is known to its class alone."""
+    sections = {"scorer": {"path": "s"}, "reviser": {}, "objective": {"window": "all", "reference_alpha": 0.5}}
+    assert parse(algorithm="mine:Mine", **sections).algorithm == "mine:Mine"
 
 
 @pytest.mark.parametrize("window", [0, "some", 1.5, None])
@@ -427,21 +480,61 @@ def test_any_override_is_a_config_or_a_config_error(tmp_path_factory, text):
 
 
 @pytest.mark.parametrize(
-    ("precision", "dtype", "decided"),
-    [("fp32", "auto", "float32"), ("bf16", "auto", "bfloat16"), ("fp32", "bfloat16", "bfloat16")],
+    ("precision", "gpus", "resolved"),
+    [("auto", 1, "bf16"), ("auto", 0, "fp32"), ("bf16", 0, "bf16"), ("fp32", 1, "fp32")],
 )
-def test_the_engine_computes_in_the_precision_of_training_unless_told_otherwise(precision, dtype, decided):
+def test_a_precision_that_nobody_named_or_measured_is_bf16_on_gpus_and_fp32_on_cpus(precision, gpus, resolved):
+    assert parse(train={"precision": precision, "resources": {"gpus": gpus}}).precision == resolved
+
+
+@pytest.mark.parametrize(
+    ("precision", "gpus", "on_cpu", "resolved"),
+    [
+        ("auto", 0, "bf16", "bf16"),
+        ("auto", 0, "fp32", "fp32"),
+        ("auto", 1, "fp32", "bf16"),
+        ("bf16", 0, "fp32", "bf16"),
+        ("fp32", 0, "bf16", "fp32"),
+    ],
+)
+def test_auto_becomes_what_is_faster_on_cpus_and_bf16_on_gpus(precision, gpus, on_cpu, resolved):
+    config = parse(train={"precision": precision, "resources": {"gpus": gpus}, "epochs": 3})
+    found = config.resolve_precision(on_cpu)
+    assert (found.train.precision, found.precision) == (resolved, resolved)
+    assert found == parse(train={"precision": resolved, "resources": {"gpus": gpus}, "epochs": 3})
+
+
+def test_a_recipe_that_names_no_precision_takes_the_one_a_run_began_with():
+    named = {name: parse(train={"precision": name}) for name in ("auto", "bf16", "fp32")}
+    for name, other in named.items():
+        assert named["auto"].take_precision_of(other) == other
+        assert named["fp32"].take_precision_of(other) == named["fp32"], name
+
+
+@pytest.mark.parametrize(
+    ("precision", "dtype", "resolved"),
+    [
+        ("fp32", "auto", "float32"),
+        ("bf16", "auto", "bfloat16"),
+        ("fp32", "bfloat16", "bfloat16"),
+        ("auto", "auto", "float32"),
+    ],
+)
+def test_the_engine_computes_in_the_precision_of_training_unless_told_otherwise(precision, dtype, resolved):
     """Rounded to fewer bits than it was trained in, θ_t would play like θ_{t-1} after small updates."""
     sections = {"train": {"precision": precision}, "generation": {"engine": {"dtype": dtype}}}
     config = parse_config({"model": {"path": "m"}, "data": {"train": "d"}, **sections}, source="r.yaml")
-    assert config.decided(config.generation.engine).dtype == decided
+    assert config.resolve_dtype(config.generation.engine).dtype == resolved
 
 
 @pytest.mark.parametrize(
     ("section", "message"),
     [
         ({"workers": 2, "min_workers": 3}, "train.min_workers: 3 is more than the 2 of train.workers"),
-        ({"workers": 2, "min_workers": 1, "backend": "deepspeed"}, "checkpoints are of one number of workers"),
+        (
+            {"workers": 2, "min_workers": 1, "backend": "deepspeed"},
+            "a checkpoint of DeepSpeed needs the number of workers that wrote it",
+        ),
     ],
 )
 def test_an_elastic_group_that_cannot_be_is_refused(section: dict[str, object], message: str) -> None:

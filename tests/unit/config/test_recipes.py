@@ -2,7 +2,8 @@
 
 import pytest
 
-from spin_ray.config.sections import flatten, load_config
+from spin_ray.config.load import load_config
+from spin_ray.config.recipe import flatten
 from tests.support.paths import RECIPES as FOLDER
 
 RECIPES = sorted(FOLDER.glob("*.yaml"))

@@ -7,7 +7,8 @@ from typing import Any
 
 import pytest
 
-from spin_ray.config.sections import DataConfig, SpinConfig
+from spin_ray.config.recipe import SpinConfig
+from spin_ray.config.sections import DataConfig
 from spin_ray.errors import ConfigError, DataError, ModelError
 from spin_ray.inputs.check import check_recipe, check_token_ids, disk_free_gib, versions
 from spin_ray.inputs.embedded import resolve

@@ -10,7 +10,8 @@ import pyarrow as pa
 import pytest
 import torch
 
-from spin_ray.config.sections import AlgorithmName, SpinConfig
+from spin_ray.config.recipe import SpinConfig
+from spin_ray.config.sections import AlgorithmName
 from spin_ray.errors import DataError
 from spin_ray.inputs.embedded import resolve
 from spin_ray.inputs.model_folder import ModelFolder

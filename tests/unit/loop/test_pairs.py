@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from spin_ray.config.sections import SpinConfig
+from spin_ray.config.recipe import SpinConfig
 from spin_ray.errors import DataError, RunDirError
 from spin_ray.loop.stages import pairs
 from spin_ray.run_dir.run_dir import Artefact, RunDir

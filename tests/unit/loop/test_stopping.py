@@ -2,7 +2,7 @@
 
 import pytest
 
-from spin_ray.config.sections import SpinConfig
+from spin_ray.config.recipe import SpinConfig
 from spin_ray.loop.driver import _should_stop
 from spin_ray.loop.launch import is_finished
 from spin_ray.report.history import read_evaluations

@@ -6,7 +6,7 @@ import pyarrow as pa
 import pytest
 import torch
 
-from spin_ray.config.sections import SpinConfig
+from spin_ray.config.recipe import SpinConfig
 from spin_ray.errors import RunDirError
 from spin_ray.inputs.model_folder import ModelFolder
 from spin_ray.learner import step as loop
@@ -96,7 +96,7 @@ def test_the_warm_up_trains_on_the_prompts_without_reference_or_pairs(run, jobs)
         {"objective": {"reference_alpha": 0.5}},
         {"train": {"learning_rate": 1e-6}},
         {"train": {"epochs": 1}},
-        {"train": {"precision": "fp32"}},
+        {"train": {"precision": "bf16"}},
         {"train": {"pack_length": 8192}},
         {"train": {"global_batch_pairs": 32}},
         {"train": {"optimizer": {"name": "adamw"}}},

@@ -8,7 +8,9 @@ from math import ceil, log
 import numpy as np
 import pytest
 
-from spin_ray.config.sections import OptimizerConfig, ResourcesConfig, SpinConfig, load_config
+from spin_ray.config.load import load_config
+from spin_ray.config.recipe import SpinConfig
+from spin_ray.config.sections import OptimizerConfig, ResourcesConfig
 from spin_ray.errors import DataError, ModelError
 from spin_ray.learner import scoring
 from spin_ray.learner import step as loop
@@ -53,7 +55,7 @@ def tiny_config(**train: object) -> SpinConfig:
     return config_of(
         model={"path": "m", "max_length": 2},
         generation={"sampling": {"max_tokens": 1}},
-        train={"pack_length": 3, "global_batch_pairs": 1, **train},
+        train={"pack_length": 3, "global_batch_pairs": 1, "precision": "bf16", **train},
     )
 
 
@@ -180,6 +182,7 @@ def generation_config(**generation: object) -> SpinConfig:
             "sampling": {"max_tokens": 10}, "shard_rows": 8, "resources": {"gpus": 1},
             "engine": {"max_num_seqs": 4, "enforce_eager": True}, **generation,
         },
+        train={"precision": "bf16"},
     )  # fmt: skip
 
 
@@ -239,7 +242,7 @@ def test_a_cpu_cache_too_small_for_one_response_does_not_fit():
         config = config_of(
             model={"path": "m", "max_length": length},
             generation={"engine": {"cpu_kv_cache_gib": 1}},
-            train={"pack_length": 16384},
+            train={"pack_length": 16384, "precision": "bf16"},
         )
         device = replace(CPU, memory=100 * GIB).share(ResourcesConfig(cpus=2))
         assert generation_cost(config, MISTRAL_7B, device, WORK, (16,)).fits is fits

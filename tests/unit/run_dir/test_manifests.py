@@ -13,7 +13,7 @@ import jsonschema
 import pytest
 import yaml
 
-from spin_ray.config.sections import load_config, override
+from spin_ray.config.load import load_config, override
 from spin_ray.runtime.resources import _placeable, demands
 from tests.support.paths import ROOT
 

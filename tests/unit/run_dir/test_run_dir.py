@@ -5,7 +5,7 @@ import json
 import pyarrow as pa
 import pytest
 
-from spin_ray.config.sections import SpinConfig
+from spin_ray.config.recipe import SpinConfig
 from spin_ray.errors import ConfigError, RunDirError
 from spin_ray.run_dir.run_dir import (
     MANIFEST,
@@ -198,6 +198,23 @@ def test_another_run_is_refused_and_every_difference_named_with_both_values(run)
         "objective.loss (was 'logistic', now 'hinge'); seed (was 0, now 5); restore these or choose another --out"
     )
     assert run.storage.read("run.json") == before
+
+
+@pytest.mark.parametrize(
+    ("began", "named", "goes_on"),
+    [("bf16", "auto", "bf16"), ("fp32", "auto", "fp32"), ("auto", "fp32", "fp32"), ("auto", "auto", "auto")],
+)
+def test_a_precision_that_is_left_to_the_machine_is_the_one_that_the_run_began_with(run, began, named, goes_on):
+    """Before ``auto`` was the default, run.json of a recipe that names no precision said bf16."""
+    run.begin(with_values(train={"precision": began}), FACTS)
+    assert run.begin(with_values(train={"precision": named}), FACTS) == with_values(train={"precision": goes_on})
+    assert run.config().train.precision == goes_on
+
+
+def test_a_precision_that_is_named_must_be_the_one_that_the_run_began_with(run):
+    run.begin(with_values(train={"precision": "bf16"}), FACTS)
+    with pytest.raises(RunDirError, match=r"train\.precision \(was 'bf16', now 'fp32'\)"):
+        run.begin(with_values(train={"precision": "fp32"}), FACTS)
 
 
 @pytest.mark.parametrize("name", ["thesis.tex", "photos/a.jpg", "leases.csv"])

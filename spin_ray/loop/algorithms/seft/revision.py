@@ -12,7 +12,7 @@ from typing import Any
 
 import pyarrow as pa
 
-from spin_ray.config.sections import SpinConfig
+from spin_ray.config.recipe import SpinConfig
 from spin_ray.inputs.conversations import Conversation
 from spin_ray.inputs.rendering import ChatRenderer, Rendered, RenderError
 from spin_ray.run_dir.run_dir import Artefact, RunDir, part_name

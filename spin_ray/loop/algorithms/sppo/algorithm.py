@@ -6,7 +6,7 @@ from typing import Any
 
 import pyarrow as pa
 
-from spin_ray.config.sections import SpinConfig
+from spin_ray.config.recipe import SpinConfig
 from spin_ray.learner.step import Objective
 from spin_ray.loop.algorithms.base import Turn
 from spin_ray.loop.algorithms.sppo import preferences

@@ -11,7 +11,8 @@ import pyarrow as pa
 import ray
 import ray.exceptions
 
-from spin_ray.config.sections import ScorerConfig, SpinConfig, digest
+from spin_ray.config.recipe import SpinConfig, digest
+from spin_ray.config.sections import ScorerConfig
 from spin_ray.errors import StageError, last_line
 from spin_ray.inputs.model_folder import ModelFolder
 from spin_ray.inputs.rendering import load_tokenizer

@@ -20,7 +20,8 @@ import ray.train
 import torch
 import torch.distributed as dist
 
-from spin_ray.config.sections import HealthConfig, OptimizerConfig, SftConfig, SpinConfig, digest
+from spin_ray.config.recipe import SpinConfig, digest
+from spin_ray.config.sections import HealthConfig, OptimizerConfig, SftConfig
 from spin_ray.errors import RunDirError
 from spin_ray.inputs.model_folder import ModelFolder
 from spin_ray.learner.backends import make_backend

@@ -1,0 +1,274 @@
+"""The recipe of one run: its settings together, the combinations that cannot work, and the identity of the run."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import re
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any, Self, TypeVar
+
+from pydantic import model_validator
+
+from spin_ray.config.sections import (
+    IDENTITY,
+    MAY_CHANGE,
+    EngineConfig,
+    ObjectiveConfig,
+    Precision,
+    Section,
+    Settings,
+)
+
+T = TypeVar("T")
+
+
+class SpinConfig(Settings):
+    """The recipe of one run, checked for combinations that cannot work.
+
+    Example: ``SpinConfig(model={"path": "sft-model"}, data={"train": "sft.jsonl"}, iterations=2)``.
+    """
+
+    @model_validator(mode="after")
+    def _combinations_are_possible(self) -> Self:
+        problems = list(_impossible(self))
+        if problems:
+            raise ValueError("\n".join(problems))
+        return self
+
+    @property
+    def precision(self) -> Precision:
+        """The precision of the computation. ``auto`` that was not resolved is bf16 on GPUs and fp32 on CPUs."""
+        return self._precision_or("fp32")
+
+    def resolve_precision(self, on_cpu: Precision) -> Self:
+        """Returns the recipe with a precision in place of ``auto``: bf16 on GPUs, ``on_cpu`` on CPUs."""
+        return self._with_precision(self._precision_or(on_cpu))
+
+    def take_precision_of(self, other: SpinConfig) -> Self:
+        """Returns the recipe with the precision of ``other`` in place of ``auto``."""
+        return self._with_precision(other.train.precision) if self.train.precision == "auto" else self
+
+    def _precision_or(self, on_cpu: Precision) -> Precision:
+        precision = self.train.precision
+        if precision != "auto":
+            return precision
+        return "bf16" if self.train.resources.gpus else on_cpu
+
+    def _with_precision(self, precision: str) -> Self:
+        return self.model_copy(update={"train": self.train.model_copy(update={"precision": precision})})
+
+    def resolve_dtype(self, engine: EngineConfig) -> EngineConfig:
+        """Returns the engine's settings with the dtype of training in place of ``auto``."""
+        if engine.dtype != "auto":
+            return engine
+        return engine.model_copy(update={"dtype": "bfloat16" if self.precision == "bf16" else "float32"})
+
+    def at(self, iteration: int) -> IterationSettings:
+        """Returns the settings of one iteration, out of lists where the recipe has lists."""
+        return IterationSettings(
+            beta=_pick(self.objective.beta, iteration),
+            learning_rate=_pick(self.train.learning_rate, iteration),
+            epochs=_pick(self.train.epochs, iteration),
+        )
+
+    def identity(self) -> dict[str, Any]:
+        """Returns the values that two runs share if they are the same run, as ``{"section.field": value}``.
+
+        Settings marked ``MayChange`` are left out. They say where and how fast a run computes, may grow
+        (``iterations``), or are compared by the stages of each iteration (values that may be lists).
+        """
+        return flatten(_identity(self))
+
+
+def _identity(section: Section) -> dict[str, Any]:
+    """Returns the section's values in JSON's types, without those that may change."""
+    tree = section.model_dump(mode="json")
+    for name, field in type(section).model_fields.items():
+        value = getattr(section, name)
+        if MAY_CHANGE in field.metadata:
+            del tree[name]
+        elif isinstance(value, Section) and IDENTITY not in field.metadata:
+            tree[name] = _identity(value)
+    return tree
+
+
+class IterationSettings(Section):
+    """The settings of one iteration."""
+
+    beta: float
+    learning_rate: float
+    epochs: int
+
+
+_CREDENTIALS = re.compile(r"://[^/]*:[^/]*@|[?&][^=]*(secret|token|password|access_key)[^=]*=", re.IGNORECASE)
+
+
+def _pick(value: T | tuple[T, ...], iteration: int) -> T:
+    return value[iteration] if isinstance(value, tuple) else value
+
+
+def _impossible(config: SpinConfig) -> Iterator[str]:
+    """Yields a sentence for each combination that no run can satisfy."""
+    yield from _list_problems(config)
+    yield from _length_problems(config)
+    yield from _resource_problems(config)
+    yield from _secret_problems(config)
+    if config.evaluation.answer_extractor != "none" and config.data.heldout is None:
+        yield "evaluation.answer_extractor: needs data.heldout"
+    if config.stop_when is not None and config.data.heldout is None:
+        yield "stop_when: patience and min_fall need data.heldout"
+    yield from _algorithm_problems(config)
+    for key in sorted(
+        (_OWN_ENGINE_ARGUMENTS | EngineConfig.model_fields.keys()) & config.generation.engine.extra.keys()
+    ):
+        yield f"generation.engine.extra.{key}: is set by spin_ray; use the field of its own"
+
+
+_OWN_ENGINE_ARGUMENTS = {
+    "model", "tokenizer", "dtype", "seed", "max_model_len", "generation_config", "skip_tokenizer_init",
+    "trust_remote_code", "load_format", "enable_prefix_caching",
+}  # fmt: skip
+"""Arguments of vLLM on which exactness or trust depends."""
+
+
+def _list_problems(config: SpinConfig) -> Iterator[str]:
+    for name, value in [
+        ("objective.beta", config.objective.beta),
+        ("train.learning_rate", config.train.learning_rate),
+        ("train.epochs", config.train.epochs),
+    ]:
+        if isinstance(value, tuple) and len(value) != config.iterations:
+            yield f"{name}: has {len(value)} values for {config.iterations} iterations; give one value or one for each"
+
+
+def _length_problems(config: SpinConfig) -> Iterator[str]:
+    if config.generation.sampling.max_tokens >= config.model.max_length:
+        yield (
+            f"generation.sampling.max_tokens: {config.generation.sampling.max_tokens} leaves no room for a prompt "
+            f"within model.max_length {config.model.max_length}; lower it or raise max_length"
+        )
+    longest_tree = config.model.max_length + config.generation.sampling.max_tokens
+    if config.train.pack_length < longest_tree:
+        yield (
+            f"train.pack_length: {config.train.pack_length} cannot hold a prompt with both responses; raise it to "
+            f"{longest_tree} (model.max_length + generation.sampling.max_tokens) or lower those"
+        )
+
+
+def _resource_problems(config: SpinConfig) -> Iterator[str]:
+    gpus, parallel = config.generation.resources.gpus, config.generation.engine.tensor_parallel_size
+    if gpus and gpus >= 1 and gpus != parallel:
+        yield f"generation.resources.gpus: {gpus:g} must equal generation.engine.tensor_parallel_size {parallel}"
+    if not gpus and parallel > 1:
+        yield f"generation.engine.tensor_parallel_size: {parallel} needs generation.resources.gpus: {parallel}"
+    if config.train.resources.gpus not in (0, 1):
+        yield f"train.resources.gpus: {config.train.resources.gpus:g}; a train worker drives exactly one GPU, or none"
+    for field, most, least in [
+        ("train.min_workers", config.train.workers, config.train.min_workers),
+        ("generation.min_replicas", config.generation.replicas, config.generation.min_replicas),
+    ]:
+        if least is not None and least > most:
+            yield f"{field}: {least} is more than the {most} of {field.replace('min_', '')}"
+    if config.train.min_workers is not None and config.train.backend == "deepspeed":
+        yield (
+            "train.min_workers: a checkpoint of DeepSpeed needs the number of workers that wrote it; "
+            "leave min_workers out or use train.backend: fsdp2"
+        )
+
+
+def _secret_problems(config: SpinConfig) -> Iterator[str]:
+    for name, uri in [
+        ("model.path", config.model.path), ("data.train", config.data.train), ("data.heldout", config.data.heldout),
+    ]:  # fmt: skip
+        if uri and _CREDENTIALS.search(uri):
+            yield f"{name}: holds credentials, which would be written to run.json; give them by environment variables"
+    if "hf_token" in config.generation.engine.extra:
+        yield "generation.engine.extra.hf_token: would be written to run.json; give it by $HF_TOKEN"
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Algorithm:
+    """The settings that one algorithm needs, reads and cannot work with."""
+
+    needs: tuple[str, ...] = ()
+    """Sections and fields that the algorithm cannot do without."""
+    reads: tuple[str, ...] = ()
+    """Optional sections and fields that the algorithm reads when they are given."""
+    problems: Callable[[SpinConfig], Iterator[str]] = lambda config: iter(())
+    """Yields a sentence for each further setting that the algorithm cannot work with."""
+
+
+def _sppo_problems(config: SpinConfig) -> Iterator[str]:
+    yield from _window_problems(config)
+    if config.objective.loss != ObjectiveConfig().loss:
+        yield "objective.loss: sppo has a loss of its own; leave it out"
+    if config.generation.samples_per_prompt < 2:
+        yield "generation.samples_per_prompt: sppo compares samples of a prompt; give 2 or more (paper: 5)"
+
+
+def _window_problems(config: SpinConfig) -> Iterator[str]:
+    """Yields a problem for each setting that looks back at earlier iterates, as only SPIN does."""
+    default, given = ObjectiveConfig(), config.objective
+    learns = f"is for algorithm spin; {config.algorithm} learns from the responses of its iteration; leave it out"
+    if given.window not in (1, default.window):
+        yield f"objective.window: {learns}"
+    if given.reference_alpha != default.reference_alpha:
+        yield f"objective.reference_alpha: {learns}"
+
+
+_ALGORITHMS = {
+    "spin": _Algorithm(),
+    "continued_sft": _Algorithm(problems=_window_problems),
+    "dpo": _Algorithm(problems=_window_problems),
+    "sppo": _Algorithm(needs=("scorer",), problems=_sppo_problems),
+    "self_reinforcement": _Algorithm(
+        needs=("sft", "data.questions"), reads=("self_filter",), problems=_window_problems
+    ),
+    "seft": _Algorithm(needs=("reviser",), reads=("data.questions",), problems=_window_problems),
+}
+_OPTIONAL = ("scorer", "self_filter", "reviser", "data.questions")
+"""Sections and fields that are errors unless the algorithm needs or reads them."""
+
+
+def _algorithm_problems(config: SpinConfig) -> Iterator[str]:
+    """Yields a sentence for each setting that the algorithm lacks or does not read.
+
+    The needs of a user's own algorithm are not known here, so nothing is said of it.
+    """
+    name = config.algorithm
+    if name not in _ALGORITHMS:
+        return
+    algorithm = _ALGORITHMS[name]
+    for needed in algorithm.needs:
+        if not _is_given(config, needed):
+            yield f"{needed}: algorithm {name} needs it"
+    for optional in _OPTIONAL:
+        readers = [reader for reader, its in _ALGORITHMS.items() if optional in its.needs + its.reads]
+        if _is_given(config, optional) and name not in readers:
+            yield f"{optional}: is for algorithm {' and '.join(readers)}, not for {name}; leave it out"
+    yield from algorithm.problems(config)
+
+
+def _is_given(config: SpinConfig, name: str) -> bool:
+    """Returns whether a section, or a field of a section, is not null."""
+    section, _, field = name.partition(".")
+    value = getattr(config, section)
+    return (getattr(value, field) if field else value) is not None
+
+
+def flatten(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Returns ``{"a.b": 1}`` for ``{"a": {"b": 1}}``."""
+    flat: dict[str, Any] = {}
+    for key, value in tree.items():
+        if isinstance(value, dict) and value:
+            flat |= flatten(value, f"{prefix}{key}.")
+        else:
+            flat[prefix + key] = value
+    return flat
+
+
+def digest(value: Any) -> str:
+    """Returns the SHA-256 of the canonical JSON of ``value``."""
+    return hashlib.sha256(json.dumps(value, sort_keys=True, separators=(",", ":")).encode()).hexdigest()

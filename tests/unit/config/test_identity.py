@@ -1,0 +1,109 @@
+"""What makes two runs the same run: every setting but those that say where they are declared that they may change."""
+
+from typing import Any
+
+import pytest
+
+from spin_ray.config.recipe import SpinConfig, digest, flatten
+
+MINIMAL = {"model": {"path": "m"}, "data": {"train": "d.jsonl"}}
+
+MAY_CHANGE = (
+    "iterations", "stop_when", "tracking.", "cluster.", "storage.", "health.", "serving.",
+    "objective.beta", "train.learning_rate", "train.epochs", "train.max_failures", "train.checkpoint_every_steps",
+    "train.sharding", "train.reduce_every_pack", "train.offload", "train.start_timeout_s", "train.stall_timeout_s",
+    "train.min_workers", "train.resize_interval_s", "train.resources.custom", "train.resources.labels",
+    "generation.replicas", "generation.min_replicas", "generation.max_failures", "generation.start_timeout_s",
+    "generation.shard_timeout_s", "generation.resources.custom", "generation.resources.labels",
+    "generation.engine.gpu_memory_utilization", "generation.engine.cpu_kv_cache_gib",
+)  # fmt: skip
+"""Beginnings of the names of settings that two calls of one run may give different values."""
+
+EVERYWHERE = {"cpus": 2, "custom": {"fast": 1}, "labels": {"pool": "any"}}
+EVERY_SECTION: dict[str, Any] = {
+    "model": {"path": "m"},
+    "data": {"train": "d.jsonl", "heldout": "h.jsonl"},
+    "sft": {},
+    "generation": {"samples_per_prompt": 2, "resources": EVERYWHERE, "engine": {"extra": {"kv_cache_dtype": "auto"}}},
+    "train": {"lora": {}, "resources": EVERYWHERE},
+    "stop_when": {},
+    "tracking": {"mlflow": {}, "wandb": {}},
+    "serving": {"engine": {}, "resources": EVERYWHERE},
+}
+OF_ALGORITHMS: dict[str, dict[str, Any]] = {
+    "sppo": {"scorer": {"path": "judge", "resources": EVERYWHERE}},
+    "self_reinforcement": {"self_filter": {}, "data": {"train": "d", "heldout": "h", "questions": "q"}},
+    "seft": {"reviser": {}},
+}
+
+
+@pytest.mark.parametrize("algorithm", OF_ALGORITHMS)
+def test_exactly_these_settings_may_change_between_two_calls_of_a_run(algorithm):
+    config = SpinConfig.model_validate(EVERY_SECTION | {"algorithm": algorithm} | OF_ALGORITHMS[algorithm])
+    every = flatten(config.model_dump(mode="json"))
+    assert config.identity() == {key: value for key, value in every.items() if not key.startswith(MAY_CHANGE)}
+
+
+IDENTITY = {
+    "model.path": "m",
+    "model.max_length": 2048,
+    "model.chat_template": None,
+    "model.trust_remote_code": False,
+    "model.attention": "auto",
+    "data.train": "d.jsonl",
+    "data.questions": None,
+    "data.heldout": None,
+    "data.prompts_per_iteration": None,
+    "data.max_rows": None,
+    "data.turns": "last",
+    "data.system": None,
+    "data.max_quarantine_fraction": 0.05,
+    "algorithm": "spin",
+    "seed": 0,
+    "sft": None,
+    "scorer": None,
+    "self_filter": None,
+    "reviser": None,
+    "generation.sampling.temperature": 1.0,
+    "generation.sampling.top_p": 1.0,
+    "generation.sampling.top_k": 0,
+    "generation.sampling.max_tokens": 1024,
+    "generation.samples_per_prompt": 1,
+    "generation.shard_rows": 512,
+    "generation.resources.cpus": 1.0,
+    "generation.resources.gpus": 0.0,
+    "generation.engine.dtype": "auto",
+    "generation.engine.tensor_parallel_size": 1,
+    "generation.engine.max_num_seqs": 256,
+    "generation.engine.enforce_eager": False,
+    "generation.engine.extra": {},
+    "objective.loss": "logistic",
+    "objective.window": 2,
+    "objective.reference_alpha": 1.0,
+    "objective.length_normalised": False,
+    "objective.sft_weight": 0.0,
+    "objective.keep_identical": False,
+    "train.backend": "fsdp2",
+    "train.workers": 1,
+    "train.resources.cpus": 1.0,
+    "train.resources.gpus": 0.0,
+    "train.optimizer.name": "rmsprop",
+    "train.optimizer.weight_decay": 0.0,
+    "train.optimizer.schedule": "linear",
+    "train.optimizer.warmup_fraction": 0.1,
+    "train.optimizer.max_grad_norm": 1.0,
+    "train.lora": None,
+    "train.global_batch_pairs": 64,
+    "train.pack_length": 4096,
+    "train.precision": "bf16",
+    "train.gradient_checkpointing": False,
+    "evaluation.answer_extractor": "none",
+    "evaluation.max_rows": None,
+}  # fmt: skip
+"""Of the minimal recipe, as spin_ray 0.1.0 had it (then bf16 by default): what a run.json is compared by."""
+
+
+def test_the_identity_of_a_recipe_is_to_the_byte_what_it_was():
+    found = SpinConfig.model_validate(MINIMAL | {"train": {"precision": "bf16"}}).identity()
+    assert list(found.items()) == list(IDENTITY.items())
+    assert digest(found) == "8348c0f7bfc9179cd9fe2201a8119debec8e7e4e8542da75f765bd3bda9e62fb"
