@@ -20,9 +20,9 @@ from spin_ray.run_dir.names import LATEST, UnknownModel
 from spin_ray.serving.access import Key
 from spin_ray.serving.arena import routes as arena
 from spin_ray.serving.arena.votes import VoteStore, is_side
-from spin_ray.serving.backend import CHAT, COMPLETION, Engines, Item
 from spin_ray.serving.bodies import ChatBody, CompareBody, CompletionBody, plain
 from spin_ray.serving.compare import compare
+from spin_ray.serving.engines import CHAT, COMPLETION, Engines, Item
 from spin_ray.serving.errors import Refusal, from_engine, from_validation
 from spin_ray.serving.limits import Access, Observe, Slots, WholeBody
 from spin_ray.serving.metrics import Metrics

@@ -20,7 +20,7 @@ from spin_ray.run_dir.storage import Storage
 from spin_ray.serving.access import read_keys
 from spin_ray.serving.api import make_app
 from spin_ray.serving.arena.votes import VoteStore
-from spin_ray.serving.backend import ServeEngines
+from spin_ray.serving.engines import ServeEngines
 from spin_ray.serving.keeper import ENGINE_PREFIX, Keeper
 
 APP = "spin-ray"

@@ -4,7 +4,7 @@ import asyncio
 from collections.abc import AsyncGenerator, AsyncIterator
 from contextlib import suppress
 
-from spin_ray.serving.backend import Item
+from spin_ray.serving.engines import Item
 
 
 async def in_bursts(pieces: AsyncIterator[Item], interval_s: float) -> AsyncGenerator[Item, None]:

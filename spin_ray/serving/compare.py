@@ -6,8 +6,8 @@ from typing import Any
 
 from spin_ray.config.sections import SpinConfig
 from spin_ray.run_dir.names import age
-from spin_ray.serving.backend import CHAT, COMPLETION, TOKENS, Engines, whole
 from spin_ray.serving.bodies import ChatBody, CompareBody, GivenAnswer, plain
+from spin_ray.serving.engines import CHAT, COMPLETION, TOKENS, Engines, whole
 from spin_ray.serving.errors import Refusal
 
 NOTE = (

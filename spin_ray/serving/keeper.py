@@ -21,8 +21,8 @@ from spin_ray.config.sections import SpinConfig
 from spin_ray.errors import first_line
 from spin_ray.run_dir.run_dir import RunDir
 from spin_ray.run_dir.storage import Storage
-from spin_ray.serving.backend import CHAT, COMPLETION
-from spin_ray.serving.engines import build_engine
+from spin_ray.serving.engines import CHAT, COMPLETION
+from spin_ray.serving.iterate_engine import build_engine
 from spin_ray.serving.iterates import Iterate, open_iterate, wanted
 
 logger = logging.getLogger("ray.serve")
