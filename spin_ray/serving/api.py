@@ -18,8 +18,10 @@ from starlette.types import Receive, Scope, Send
 from spin_ray.config.sections import SpinConfig
 from spin_ray.run_dir.names import LATEST, UnknownModel
 from spin_ray.serving.access import Key
-from spin_ray.serving.arena import routes as arena
-from spin_ray.serving.arena.votes import VoteStore, is_side
+from spin_ray.serving.arena.battles import is_side
+from spin_ray.serving.arena.recording import recorded
+from spin_ray.serving.arena.routes import arena_router, recall_side
+from spin_ray.serving.arena.votes import VoteStore
 from spin_ray.serving.bodies import ChatBody, CompareBody, CompletionBody, plain
 from spin_ray.serving.compare import compare
 from spin_ray.serving.engines import CHAT, COMPLETION, Engines, Item
@@ -41,7 +43,7 @@ def make_app(engines: Engines, config: SpinConfig, keys: list[Key], votes: VoteS
     app = FastAPI(title="spin_ray", version="1", docs_url=None, redoc_url=None, responses={422: _ERROR})
     metrics = Metrics()
     app.include_router(_routes(engines, config, metrics, votes))
-    app.include_router(arena.router(votes, engines.names), responses=_REFUSALS)
+    app.include_router(arena_router(votes, engines.names), responses=_REFUSALS)
     _answer_errors(app)
     app.add_middleware(WholeBody, config=config.serving)
     app.add_middleware(Access, config=config.serving, keys=keys)
@@ -111,7 +113,7 @@ class _Desk:
         self.check_length(body.longest)
         names = self._engines.names
         if is_side(body.model) and not names.is_alias(body.model):
-            await run_in_threadpool(arena.recall, body.model, self._votes, names)
+            await run_in_threadpool(recall_side, body.model, self._votes, names)
         iterate = names.resolve(body.model)
         alias = body.model if names.is_alias(body.model) else None
         request.state.log |= {"model": iterate, "stream": bool(body.stream)}
@@ -136,7 +138,7 @@ class _Desk:
                 return JSONResponse(_blind(first, alias) if alias else first, headers=headers)
             events = _events(first, items, alias)
             if alias and isinstance(body, ChatBody):
-                events = arena.recorded(events, self._votes, alias, body, digest)
+                events = recorded(events, self._votes, alias, body, digest)
             return _Stream(events, held.pop_all(), headers)
         finally:
             await held.aclose()

@@ -13,7 +13,8 @@ import uvicorn
 from playwright.sync_api import Browser, Page, expect
 
 from spin_ray.serving.access import Key, new_key
-from spin_ray.serving.arena.votes import Answer, VoteStore
+from spin_ray.serving.arena.battles import Answer
+from spin_ray.serving.arena.votes import VoteStore
 from tests.support.arena_app import EVIL, SAYS, make
 from tests.support.chromium import headless, needs_chromium, picture
 

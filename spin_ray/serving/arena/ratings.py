@@ -26,7 +26,7 @@ import numpy as np
 import pandas as pd
 from evalica import Winner
 
-from spin_ray.serving.arena.votes import Tally
+from spin_ray.serving.arena.battles import Tally
 
 MEAN = 1000.0
 SCALE = 400.0
