@@ -5,6 +5,7 @@ import json
 import time
 from collections.abc import AsyncIterator
 from contextlib import AsyncExitStack, aclosing
+from functools import partial
 from typing import Any
 
 from fastapi import APIRouter, FastAPI
@@ -26,6 +27,7 @@ from spin_ray.serving.bodies import ChatBody, CompareBody, CompletionBody, plain
 from spin_ray.serving.compare import compare
 from spin_ray.serving.engines import CHAT, COMPLETION, Engines, Item
 from spin_ray.serving.errors import Refusal, from_engine, from_validation
+from spin_ray.serving.events import rewrite
 from spin_ray.serving.limits import Access, Observe, Slots, WholeBody
 from spin_ray.serving.metrics import Metrics
 
@@ -193,7 +195,7 @@ async def _events(first: str, items: _Until, alias: str | None) -> AsyncIterator
         while item is not None:
             if isinstance(item, dict):
                 raise from_engine(item.get("error", {}))
-            yield _blind_events(item, alias) if alias else item
+            yield rewrite(item, partial(_blind, alias=alias)) if alias else item
             item = await items.next()
     except Refusal as refusal:
         yield f"data: {json.dumps(refusal.content())}\n\n"
@@ -202,13 +204,6 @@ async def _events(first: str, items: _Until, alias: str | None) -> AsyncIterator
 def _blind(answer: dict[str, Any], alias: str) -> dict[str, Any]:
     """Without what tells the iterate: its name, and vLLM's fingerprint of the engine's settings."""
     return {key: value for key, value in answer.items() if key != "system_fingerprint"} | {"model": alias}
-
-
-def _blind_events(events: str, alias: str) -> str:
-    """Of one or more whole events."""
-    told = [event.removeprefix("data: ").strip() for event in events.split("\n\n") if event.strip()]
-    blind = [data if data == "[DONE]" else json.dumps(_blind(json.loads(data), alias)) for data in told]
-    return "".join(f"data: {data}\n\n" for data in blind)
 
 
 def _served(engines: Engines) -> list[str]:

@@ -4,7 +4,7 @@
 are loaded, and a conversation becomes token ids the way it did in training.
 """
 
-from collections.abc import AsyncIterator
+from collections.abc import AsyncGenerator
 from contextlib import aclosing
 from typing import Any
 
@@ -22,6 +22,7 @@ from spin_ray.runtime import cpu
 from spin_ray.runtime.engine import whole_prefill
 from spin_ray.serving.bursts import in_bursts
 from spin_ray.serving.engines import CHAT, TOKENS, Item
+from spin_ray.serving.held_back import without_held_back
 from spin_ray.serving.iterates import Iterate
 
 
@@ -55,8 +56,10 @@ class IterateEngine(LLMServer):
 
     async def answer(self, operation: str, fields: dict[str, Any]) -> Any:
         """Yields server-sent events as text, or one object: the whole answer, or ``{"error": …}``."""
+        held_back = ""
         try:
             if operation == CHAT:
+                held_back = self._renderer.held_back_text(self._with_system(fields["messages"]))
                 stops = [self._renderer.end_of_turn_id]
                 stream = await self.chat(ChatCompletionRequest(**fields, stop_token_ids=stops))
             elif operation == TOKENS:
@@ -70,7 +73,8 @@ class IterateEngine(LLMServer):
         except RenderError as error:
             yield {"error": {"message": str(error), "code": 400}}
             return
-        async with aclosing(in_bursts(_pieces(stream), self._config.serving.stream_interval_s)) as bursts:
+        pieces = without_held_back(_pieces(stream), held_back) if held_back else _pieces(stream)
+        async with aclosing(in_bursts(pieces, self._config.serving.stream_interval_s)) as bursts:
             async for burst in bursts:
                 yield burst
 
@@ -121,7 +125,7 @@ class IterateEngine(LLMServer):
         return [{"role": "system", "content": self._config.data.system}, *messages]
 
 
-async def _pieces(stream: Any) -> AsyncIterator[Item]:
+async def _pieces(stream: Any) -> AsyncGenerator[Item, None]:
     """What ``ray.serve.llm`` yields, piece by piece, objects as plain ones."""
     async for items in stream:
         for item in items if isinstance(items, list) else [items]:
