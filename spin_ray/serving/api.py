@@ -1,4 +1,4 @@
-"""The HTTP interface: OpenAI's routes, comparison, health. Knows no Ray: ``Engines`` does the work."""
+"""The HTTP interface: OpenAI's routes, comparison, health. It knows no Ray; ``Engines`` make the answers."""
 
 import asyncio
 import json
@@ -41,7 +41,7 @@ _REFUSALS: dict[int | str, dict[str, Any]] = {status: _ERROR for status in (400,
 
 
 def make_app(engines: Engines, config: SpinConfig, keys: list[Key], votes: VoteStore) -> FastAPI:
-    """The whole application."""
+    """Builds the whole application."""
     app = FastAPI(title="spin_ray", version="1", docs_url=None, redoc_url=None, responses={422: _ERROR})
     metrics = Metrics()
     app.include_router(_routes(engines, config, metrics, votes))
@@ -59,17 +59,17 @@ def _routes(engines: Engines, config: SpinConfig, metrics: Metrics, votes: VoteS
 
     @router.post("/v1/chat/completions")
     async def chat_completions(body: ChatBody, request: HttpRequest) -> Response:
-        """OpenAI's chat completions; the conversation becomes token ids as in training."""
+        """Answers a conversation, in OpenAI's form. It becomes token ids as in training."""
         return await desk.answer(CHAT, body, request)
 
     @router.post("/v1/completions")
     async def completions(body: CompletionBody, request: HttpRequest) -> Response:
-        """OpenAI's completions: the prompt as it is."""
+        """Continues a prompt as it is, in OpenAI's form."""
         return await desk.answer(COMPLETION, body, request)
 
     @router.post("/v1/compare")
     async def compare_models(body: CompareBody, request: HttpRequest) -> Response:
-        """One conversation, several models, the same sampling and seed; answers side by side."""
+        """Asks several models the same, with the same sampling and seed; their answers stand side by side."""
         desk.check_length(body.max_tokens)
         request.state.log["model"] = ",".join(engines.names.resolve(model) for model in body.models)
         desk.log_text(request, plain(body.messages))
@@ -80,24 +80,25 @@ def _routes(engines: Engines, config: SpinConfig, metrics: Metrics, votes: VoteS
 
     @router.get("/v1/models")
     async def models() -> dict[str, Any]:
-        """What may be asked for, and why an iterate that should serve does not."""
+        """Lists the models that serve, and why an iterate that should serve does not."""
         listed = {"object": "list", "data": [_card(engines, name) for name in _served(engines)]}
         return listed | ({"problems": engines.problems} if engines.problems else {})
 
     @router.get("/v1/models/{name}")
     async def model(name: str) -> dict[str, Any]:
+        """Describes one model: the iterate that it means now, and the digest of its checkpoint."""
         if name not in _served(engines):
             raise Refusal(404, f"The model {name!r} does not exist or does not serve", code="model_not_found")
         return _card(engines, name)
 
     @router.get("/healthz")
     async def healthz() -> dict[str, str]:
-        """This replica runs."""
+        """Says that this replica runs."""
         return {"status": "ok"}
 
     @router.get("/readyz")
     async def readyz() -> Response:
-        """Some model serves; 503 until then."""
+        """Says that some model serves; 503 until one does."""
         served = _served(engines)
         return JSONResponse({"status": "ready" if served else "starting", "models": served}, 200 if served else 503)
 
@@ -105,7 +106,7 @@ def _routes(engines: Engines, config: SpinConfig, metrics: Metrics, votes: VoteS
 
 
 class _Desk:
-    """Takes a request for an answer through limits, engine and back."""
+    """The way of a request for an answer: limits, engine, and back to the client."""
 
     def __init__(self, engines: Engines, config: SpinConfig, metrics: Metrics, votes: VoteStore) -> None:
         self._engines, self._config, self._metrics, self._votes = engines, config.serving, metrics, votes
@@ -164,7 +165,7 @@ class _Until:
         self._end = asyncio.get_running_loop().time() + limit_s
 
     async def next(self) -> Item | None:
-        """The next item; None at the end.
+        """Returns the next item; None at the end.
 
         Raises:
             Refusal: the deadline has passed.
@@ -177,7 +178,7 @@ class _Until:
 
 
 class _Stream(StreamingResponse):
-    """Lets go of what the request holds (its place, its engine request) however the stream ends, even unread."""
+    """A stream that frees what its request holds (a place, an engine request) however it ends, even unread."""
 
     def __init__(self, events: AsyncIterator[str], held: AsyncExitStack, headers: dict[str, str]) -> None:
         super().__init__(events, media_type="text/event-stream", headers=headers)
@@ -189,7 +190,7 @@ class _Stream(StreamingResponse):
 
 
 async def _events(first: str, items: _Until, alias: str | None) -> AsyncIterator[str]:
-    """The stream. If it fails half-way it says so, and ends without ``[DONE]``."""
+    """Yields the stream. One that fails half-way ends with an error event, without ``[DONE]``."""
     item: Item | None = first
     try:
         while item is not None:
@@ -202,12 +203,12 @@ async def _events(first: str, items: _Until, alias: str | None) -> AsyncIterator
 
 
 def _blind(answer: dict[str, Any], alias: str) -> dict[str, Any]:
-    """Without what tells the iterate: its name, and vLLM's fingerprint of the engine's settings."""
+    """Returns the answer without its iterate's name, and without vLLM's fingerprint of the engine's settings."""
     return {key: value for key, value in answer.items() if key != "system_fingerprint"} | {"model": alias}
 
 
 def _served(engines: Engines) -> list[str]:
-    """Names that a request may use now."""
+    """Returns the names that a request may use now."""
     try:
         return [*engines.names.iterates, engines.names.newest() and LATEST]
     except UnknownModel:
@@ -227,7 +228,7 @@ def _card(engines: Engines, name: str) -> dict[str, Any]:
 
 
 def _answer_errors(app: FastAPI) -> None:
-    """Every error that a route may raise, in OpenAI's form."""
+    """Gives every error that a route may raise OpenAI's form."""
 
     @app.exception_handler(Refusal)
     async def refused(_: HttpRequest, refusal: Refusal) -> Response:

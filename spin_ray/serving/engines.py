@@ -22,20 +22,32 @@ Item = str | dict[str, Any]
 """A piece of an answer: server-sent events as text, or a whole answer as an object."""
 
 _HEAR_S = 10.0
-"""A keeper that has nothing new says so this often."""
+"""Seconds after which a keeper that has nothing new says so."""
 
 
 class Engines(Protocol):
+    """The engines that serve, one for each iterate."""
+
     names: Names
     problems: dict[str, str]
-    """Why an iterate that should serve does not."""
+    """Reasons of iterates that should serve and do not, by name."""
 
     def digest(self, iterate: str) -> str:
-        """Of the checkpoint that answers for ``iterate``. Raises KeyError if it does not serve."""
+        """Returns the digest of the checkpoint that answers for ``iterate``.
+
+        Raises:
+            KeyError: ``iterate`` does not serve.
+        """
         ...
 
     def answer(self, iterate: str, operation: str, fields: dict[str, Any]) -> AsyncIterator[Item]:
-        """What the engine says; the last item is an object with ``error`` if it refuses. Closing it aborts the work."""
+        """Yields the engine's answer; the last item is an object with ``error`` if the engine refuses.
+
+        Closing the iterator aborts the engine's work.
+
+        Raises:
+            Refusal: the engine has gone or fails.
+        """
         ...
 
 
@@ -50,7 +62,7 @@ class ServeEngines:
         self._handles: dict[str, Any] = {}
 
     async def follow(self) -> None:
-        """Hears every change of the keeper's table, for ever; what is known stays while the keeper is away."""
+        """Follows the keeper's table for ever; the last one stays while the keeper is away."""
         version = -1
         while True:
             try:
@@ -58,13 +70,13 @@ class ServeEngines:
                 if table["version"] != version:
                     self._take(table)
                     version = table["version"]
-            except Exception as error:  # it is started again by Ray Serve, with versions of its own
+            except Exception as error:  # Ray Serve starts the keeper again, with versions of its own
                 logger.warning("the keeper does not answer: %s", error)
                 version = -1
                 await asyncio.sleep(1)
 
     def _take(self, table: dict[str, Any]) -> None:
-        """Handles first: a name must never resolve to an engine that cannot be called."""
+        """Takes a table over, handles first: a name must never resolve to an engine that cannot be called."""
         apps = {engine["app"] for engine in table["engines"].values()}
         known = {app: self._handles.get(app) or serve.get_app_handle(app).options(stream=True) for app in apps}
         self._handles, self._engines = known, table["engines"]
@@ -96,10 +108,10 @@ class ServeEngines:
 
 
 async def whole(engines: Engines, iterate: str, operation: str, fields: dict[str, Any]) -> dict[str, Any]:
-    """The answer as one object.
+    """Returns the answer as one object.
 
     Raises:
-        Refusal: the engine says no, or fails.
+        Refusal: the engine refuses or fails.
     """
     answer: Any = engines.answer(iterate, operation, fields)
     async with aclosing(answer) as items:

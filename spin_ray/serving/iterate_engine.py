@@ -1,7 +1,7 @@
 """One iterate behind one vLLM engine, as a Ray Serve application of its own.
 
-``ray.serve.llm`` starts the engine, parses OpenAI requests and streams. Added here: the files are checked before they
-are loaded, and a conversation becomes token ids the way it did in training.
+``ray.serve.llm`` starts the engine, parses OpenAI requests and streams. This module adds two things: files are checked
+before they are loaded, and a conversation becomes token ids as in training.
 """
 
 from collections.abc import AsyncGenerator
@@ -27,21 +27,25 @@ from spin_ray.serving.iterates import Iterate
 
 
 class LocalFolder(CallbackBase):
-    """Keeps ``ray.serve.llm`` from starting a worker that would look for the model on a hub: it is a folder."""
+    """A callback for a model that is a folder: no worker is started to look for it on a hub."""
 
     async def on_before_node_init(self) -> None:
         self.ctx.run_init_node = False
 
 
 class IterateEngine(LLMServer):
-    """A replica of one iterate."""
+    """A replica of one iterate's engine."""
 
     async def __init__(self, llm_config: LLMConfig, iterate: Iterate, config: SpinConfig) -> None:
         self._iterate, self._config = iterate, config
         await super().__init__(llm_config, engine_cls=None if config.serving.resources.gpus else _cpu_engine())
 
     async def start(self) -> None:
-        """Raises RunDirError if the folder is not what was checked when this iterate was chosen."""
+        """Checks the folder again, and starts the engine.
+
+        Raises:
+            RunDirError: the folder is not what was checked when this iterate was chosen.
+        """
         cpu.prepare(self._config.serving.resources.threads)
         folder, model = self._iterate.folder, self._config.model
         if open_model(folder, self._iterate.name, trust_remote_code=model.trust_remote_code).digest != (
@@ -79,7 +83,9 @@ class IterateEngine(LLMServer):
                 yield burst
 
     async def _render_chat(self, request: Any) -> Any:
-        """Token ids of the prompt: the template, the guard against forged control tokens and the tokeniser of training.
+        """Returns messages and token ids of the prompt, by the template, the guard and the tokenizer of training.
+
+        It lowers ``max_completion_tokens`` to what fits behind the prompt.
 
         Raises:
             RenderError: the template refuses the conversation, or it is too long; vLLM's caller answers 400.
@@ -92,13 +98,16 @@ class IterateEngine(LLMServer):
         room = self._config.model.max_length - 1 - len(ids)
         if room < 1:
             raise RenderError(
-                f"messages: have {len(ids)} tokens; with an answer fewer than {self._config.model.max_length} fit"
+                f"messages: {len(ids)} tokens do not fit; with an answer there must be fewer than "
+                f"{self._config.model.max_length} (model.max_length)"
             )
         request.max_completion_tokens = min(request.max_completion_tokens or request.max_tokens or room, room)
         return list(request.messages), [tokens_input(ids)]
 
     def _as_sampled(self, messages: list[dict[str, str]], content: str, finish_reason: str) -> dict[str, Any]:
-        """A given answer in the form of a whole one that was sampled with ``return_token_ids``.
+        """Returns a given answer in the form of a whole one that was sampled with ``return_token_ids``.
+
+        Its token ids begin with those that the prompt leaves to the response, as sampled ones do.
 
         Raises:
             RenderError: the template refuses the conversation, or it is too long.
@@ -109,7 +118,8 @@ class IterateEngine(LLMServer):
         whole = len(rendered.prompt_ids) + len(response)
         if whole >= self._config.model.max_length:
             raise RenderError(
-                f"answers: one has {whole} tokens with its prompt; fewer than {self._config.model.max_length} fit"
+                f"answers: one has {whole} tokens with its prompt, which do not fit; there must be fewer than "
+                f"{self._config.model.max_length} (model.max_length)"
             )
         return {
             "prompt_token_ids": rendered.prompt_ids,
@@ -126,14 +136,14 @@ class IterateEngine(LLMServer):
 
 
 async def _pieces(stream: Any) -> AsyncGenerator[Item, None]:
-    """What ``ray.serve.llm`` yields, piece by piece, objects as plain ones."""
+    """Yields the pieces of ``ray.serve.llm`` one by one, objects as dictionaries."""
     async for items in stream:
         for item in items if isinstance(items, list) else [items]:
             yield item if isinstance(item, str) else item.model_dump(exclude_none=True)
 
 
 def build_engine(iterate: Iterate, config: SpinConfig) -> serve.Application:
-    """The application of one iterate. It has no route: requests come through the ingress only."""
+    """Builds the application of one iterate. It has no route: requests come through the ingress only."""
     serving = config.serving
     engine = config.decided(serving.engine or config.generation.engine)
     llm_config = LLMConfig(
@@ -154,7 +164,9 @@ def build_engine(iterate: Iterate, config: SpinConfig) -> serve.Application:
         },
         placement_group_config={"bundle_per_worker": _per_worker(serving, engine.tensor_parallel_size)},
         callback_config={"callback_class": LocalFolder},
-        experimental_configs={"stream_batching_interval_ms": 0},  # it delays the first token, too; ``in_bursts``
+        experimental_configs={
+            "stream_batching_interval_ms": 0
+        },  # it would delay the first token, too; ``in_bursts`` does not
         runtime_env={"env_vars": _environment(serving, engine.cpu_kv_cache_gib)},
         deployment_config=_deployment(serving),
     )
@@ -174,12 +186,12 @@ def _on_cpu(max_length: int) -> dict[str, Any]:
 
 
 def _per_worker(serving: ServingConfig, workers: int) -> dict[str, float]:
-    """``serving.resources`` is per engine; ``ray.serve.llm`` wants it per worker of the engine."""
+    """Divides ``serving.resources``, those of an engine, among its workers, as ``ray.serve.llm`` wants them."""
     return {name: amount / workers for name, amount in serving.resources.bundle.items()}
 
 
 def _environment(serving: ServingConfig, kv_cache_gib: int) -> dict[str, str]:
-    """vLLM and the compute libraries read these when they are imported."""
+    """Returns variables that vLLM and the compute libraries read when they are imported."""
     return {
         "OMP_NUM_THREADS": str(serving.resources.threads),
         "VLLM_CPU_KVCACHE_SPACE": str(kv_cache_gib),

@@ -8,7 +8,7 @@ Side = Literal["a", "b"]
 Verdict = Literal["a", "b", "tie", "both_bad"]
 
 BATTLE_TTL_S = 3600.0
-"""How long a comparison can be answered and voted on."""
+"""Seconds in which a comparison can be answered and voted on."""
 _ALIAS = re.compile(r"battle-([0-9a-f]{24})-([ab])")
 
 
@@ -18,7 +18,7 @@ class Battle:
 
     id: str
     seed: int
-    """For both sides, so that they differ by their weights and not by their luck."""
+    """Seed of both sides, so that they differ by their weights and not by their luck."""
     model_a: str
     model_b: str
 
@@ -33,7 +33,7 @@ class Battle:
 
 @dataclass(frozen=True, slots=True)
 class Answer:
-    """What one side was asked and what it said, as the server saw both."""
+    """Question and answer of one side, as the server saw both."""
 
     messages: list[dict[str, Any]]
     sampling: dict[str, Any]
@@ -41,12 +41,12 @@ class Answer:
     text: str
     finish_reason: str
     digest: str
-    """Of the checkpoint that answered."""
+    """Digest of the checkpoint that answered."""
 
 
 @dataclass(frozen=True, slots=True)
 class Vote:
-    """A verdict with what it reveals."""
+    """A verdict, and the checkpoints that it reveals."""
 
     battle: str
     model_a: str
@@ -58,7 +58,7 @@ class Vote:
 
 @dataclass(frozen=True, slots=True)
 class Tally:
-    """How often a pair of checkpoints got a verdict, with them on these sides."""
+    """Number of equal verdicts on two checkpoints, each on the same side."""
 
     a: tuple[str, str]
     """Name and digest."""
@@ -68,12 +68,16 @@ class Tally:
 
 
 def is_side(name: str) -> bool:
-    """Whether ``name`` is one under which a side of a comparison is asked."""
+    """Tells whether a side of a comparison may be asked under ``name``."""
     return _ALIAS.fullmatch(name) is not None
 
 
 def parse_alias(alias: str) -> tuple[str, Side]:
-    """``battle-<id>-a -> (id, "a")``; LookupError if ``alias`` names no side of a comparison."""
+    """Splits ``battle-<id>-a`` into ``(id, "a")``.
+
+    Raises:
+        LookupError: ``alias`` names no side of a comparison.
+    """
     match = _ALIAS.fullmatch(alias)
     if match is None:
         raise LookupError(alias)

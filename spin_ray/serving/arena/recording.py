@@ -22,13 +22,14 @@ async def recorded(
 ) -> AsyncIterator[str]:
     """Passes a streamed chat completion on as it is, and keeps a whole answer *before* its last event goes out.
 
-    Whoever has seen ``data: [DONE]`` can vote. What breaks off (the reader left, the engine failed) is not kept.
+    So whoever has seen ``data: [DONE]`` can vote. An answer that breaks off (the reader left, the engine failed) is not
+    kept.
 
     Args:
         stream: server-sent events of one chat completion, cut anywhere.
         alias: the name that was asked, ``battle-<id>-a`` or ``-b``.
-        body: of the request.
-        digest: of the checkpoint that answers.
+        body: the request.
+        digest: that of the checkpoint that answers.
     """
     answer = _StreamedText()
     async for chunk in stream:
@@ -56,7 +57,7 @@ class _StreamedText:
     _rest: str = ""
 
     def read(self, chunk: str) -> bool:
-        """Whether the stream ends in this chunk."""
+        """Reads a chunk, and tells whether the stream ends in it."""
         *lines, self._rest = (self._rest + chunk).split("\n")
         return any([self._line(line.strip()) for line in lines])
 

@@ -5,9 +5,9 @@
     POST /v1/votes   -> the verdict is kept, the names are revealed
     GET  /v1/leaderboard, /v1/votes/export
 
-Who votes cannot change what was asked or answered, or by which checkpoint: the server keeps what it streamed, and a
-vote brings a verdict only. What a voter *can* do, if they want to: vote without reading, vote often, or find out who is
-who by asking a named iterate the same question with the same seed. Votes are worth as much as the people who have keys.
+A voter cannot change what was asked or answered, or by which checkpoint: the server keeps what it streamed, and a vote
+brings a verdict only. A voter *can* vote without reading, vote often, or find out who is who by asking a named iterate
+the same question with the same seed. Votes are worth as much as the people who have keys.
 """
 
 import json
@@ -30,7 +30,7 @@ from spin_ray.serving.errors import Refusal
 
 STATIC = Path(__file__).parent / "static"
 FILES = ("arena.css", "arena.js", "api.js", "leaderboard.js", "scores.js", "arena.svg")
-"""Beside ``index.html``; a browser may load them before it has a key."""
+"""Files beside ``index.html``; a browser may load them before it has a key."""
 _random = random.SystemRandom()
 
 ModelName = Annotated[str, Field(min_length=1, max_length=64)]
@@ -77,7 +77,7 @@ class Leaderboard(BaseModel):
 
 
 def arena_router(votes: VoteStore, names: Names) -> APIRouter:
-    """The routes of the arena, for an application that serves ``/v1/chat/completions`` and ``/v1/models`` itself."""
+    """Builds the routes of the arena; the application itself serves ``/v1/chat/completions`` and ``/v1/models``."""
     routes = APIRouter(tags=["arena"])
     for path, file in [("/", "index.html"), *((f"/{file}", file) for file in FILES)]:
         routes.add_api_route(path, _file(file), response_class=FileResponse, include_in_schema=False)
@@ -109,7 +109,7 @@ def arena_router(votes: VoteStore, names: Names) -> APIRouter:
 
     @routes.get("/v1/leaderboard")
     def leaderboard() -> Leaderboard:
-        """Bradley-Terry ratings of all checkpoints that were voted on."""
+        """Rates all checkpoints that were voted on (Bradley-Terry)."""
         tallies = tuple(votes.tallies())
         return Leaderboard(
             votes=sum(tally.count for tally in tallies), ratings=ratings.rate(tallies), pairs=ratings.pairings(tallies)
@@ -117,7 +117,7 @@ def arena_router(votes: VoteStore, names: Names) -> APIRouter:
 
     @routes.get("/v1/votes/export", response_class=StreamingResponse)
     def export() -> StreamingResponse:
-        """Pairs for preference training, as JSON lines; ties and "both bad" make none."""
+        """Gives the votes as pairs for preference training, as JSON lines; ties and "both bad" make none."""
         pairs = votes.export()
         first = list(islice(pairs, 1))  # a database that does not answer is told by the status, not by an empty file
         lines = (json.dumps(pair) + "\n" for pair in chain(first, pairs))
@@ -127,7 +127,7 @@ def arena_router(votes: VoteStore, names: Names) -> APIRouter:
 
 
 def _draw(models: list[str] | None, names: Names) -> tuple[str, str]:
-    """Two iterates in an order that says nothing; always under their own names, as ``latest`` may move on."""
+    """Draws two iterates, in an order that says nothing. They have their own names, as ``latest`` may move on."""
     if models is None:
         if len(names.iterates) < 2:
             raise Refusal(409, "A comparison needs two iterates that serve; there are fewer now")
@@ -142,7 +142,7 @@ def _draw(models: list[str] | None, names: Names) -> tuple[str, str]:
 
 
 def recall_side(alias: str, votes: VoteStore, names: Names) -> None:
-    """Lets a side be asked that another replica drew, or this one before it was started again."""
+    """Registers a side that another replica drew, or this one before it was started again."""
     if model := votes.model_of(alias):
         names.register_alias(alias, model, ttl_s=BATTLE_TTL_S)
 

@@ -1,7 +1,7 @@
-"""Blind comparisons and their votes, in a database.
+"""The database of blind comparisons and their votes.
 
-One row is one comparison: what was drawn, what each side answered, and the verdict once there is one. All that a vote
-says of models and answers was written by the server; the voter adds the verdict and nothing else.
+One row is one comparison: what was drawn, what each side answered, and the verdict once there is one. The voter brings
+the verdict; the server writes everything else.
 """
 
 import secrets
@@ -106,7 +106,7 @@ class VoteStore:
         return battle
 
     def model_of(self, alias: str) -> str | None:
-        """The iterate behind one side of a comparison; None if there is none, or no longer."""
+        """Returns the iterate behind one side of a comparison; None if there is none, or no longer."""
         battle, side = parse_alias(alias)
         recent = and_(_battles.c.id == battle, _battles.c.created >= self._clock() - BATTLE_TTL_S)
         with self._transaction() as connection:
@@ -159,7 +159,7 @@ class VoteStore:
             raise Refusal(409, "The two sides were asked different things; start a new comparison")
 
     def tallies(self) -> list[Tally]:
-        """All verdicts, counted by the database."""
+        """Returns all verdicts, counted by the database."""
         columns = [_battles.c[name] for name in ("model_a", "digest_a", "model_b", "digest_b", "verdict")]
         with self._transaction() as connection:
             rows = connection.execute(
@@ -173,7 +173,7 @@ class VoteStore:
         ]
 
     def export(self) -> Iterator[dict[str, Any]]:
-        """One row per vote that prefers a side, oldest first, read a page at a time: no lock outlives a page.
+        """Yields one row per vote that prefers a side, oldest first. No lock outlives a page of rows.
 
         ``chosen`` and ``rejected`` are whole conversations that end with the answer, as preference data has them
         elsewhere (TRL's form with an implicit prompt) and as ``data.train`` here reads them.
@@ -216,11 +216,11 @@ def _pair(row: Row) -> dict[str, Any]:
 
 
 def _make_durable(connection: Any, _record: object) -> None:
-    """A commit has reached the disk when it returns; writers wait for each other, and readers for nobody."""
+    """Sets SQLite so that a commit that returns is on the disk; writers wait for each other, readers for nobody."""
     for pragma in ("journal_mode=WAL", "synchronous=FULL", "busy_timeout=10000"):
         connection.execute(f"PRAGMA {pragma}").close()
 
 
 def _reason(error: SQLAlchemyError) -> str:
-    """What the driver said, without the statement and its values."""
+    """Returns the driver's message, without the statement and its values."""
     return str(error.orig if isinstance(error, DBAPIError) else error).splitlines()[0]
