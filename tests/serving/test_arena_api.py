@@ -31,7 +31,7 @@ def client(votes):
 
 
 def fight(client, **wish) -> tuple[dict, dict[str, str]]:
-    """A comparison with both answers streamed; it, and what each side said."""
+    """Streams both answers of a new comparison; returns the comparison, and the stream of each side."""
     battle = client.post("/v1/battles", json=wish).raise_for_status().json()
     said = {side: client.post("/v1/chat/completions", json=ASKED | {"model": battle[side]}).text for side in "ab"}
     return battle, said
@@ -227,7 +227,7 @@ def test_a_killed_server_has_lost_no_vote_that_it_acknowledged(tmp_path):
 
 
 def started(database: str) -> tuple[subprocess.Popen, str]:
-    """The application as a process of its own, once it answers."""
+    """Starts the application as a process of its own; returns once it answers."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]

@@ -30,13 +30,13 @@ def answered(reply: str) -> list[dict[str, str]]:
 
 
 def spoken(tokenizer: Any, prompt_ids: list[int], response_ids: list[int]) -> str:
-    """The text of a response as vLLM makes it: token by token, after the prompt's."""
+    """Returns the text of a response as vLLM makes it: token by token, after the prompt's."""
     stream = DecodeStream(ids=prompt_ids, skip_special_tokens=True)
     return "".join(stream.step(tokenizer.backend_tokenizer, token) or "" for token in response_ids)
 
 
 def heard(pieces: list[Item], held_back: str) -> list[Any]:
-    """The pieces that go out, events as objects."""
+    """Returns the pieces that go out, events as objects."""
 
     async def check() -> list[Item]:
         async def said() -> AsyncGenerator[Item, None]:
