@@ -8,7 +8,7 @@ RUN := runs
 
 .DEFAULT_GOAL := help
 .NOTPARALLEL:
-.PHONY: help setup demo demo-report serve-demo smoke test chaos audit check lint bench peers quality format lock clean
+.PHONY: help setup demo demo-report serve-demo arena-picture smoke test chaos audit check lint bench peers quality format lock clean
 
 help: ## List the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-10s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -45,6 +45,9 @@ demo-report: $(READY) ## The page of `make demo` for the documentation, looked a
 PORT ?= 8000
 serve-demo: $(READY) ## Serve the iterates of `make demo` at http://127.0.0.1:8000 (OpenAI's API, and the arena)
 	$(BIN)/spin-ray serve $(RUN)/demo --models sft,latest --port $(PORT)
+
+arena-picture: $(READY) ## The picture of the arena for the documentation: iterates of `make demo` answer, in Chromium
+	$(BIN)/python -m docs.images.take_arena $(RUN)/demo
 
 # Unit and fault tests compute in one thread each, so two processes share them; the others start Ray and vLLM, which take both
 # cores. What measures times comes last.

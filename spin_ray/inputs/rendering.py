@@ -123,6 +123,28 @@ class ChatRenderer:
             raise ids
         return ids
 
+    def held_back_text(self, messages: Conversation) -> str:
+        """Returns the text of the prompt's last tokens that ``render_prompt`` leaves to the response; mostly none.
+
+        Sampled text begins with it. Example: ``" "`` after a template that ends prompts with ``assistant: ``.
+
+        Raises:
+            RenderError: the conversation cannot be rendered.
+        """
+        asked, names = self._guard.set_aside(messages)
+        (written,) = self._apply([asked], add_generation_prompt=True)
+        if isinstance(written, RenderError):
+            raise written
+        prompt = Written(written, names)
+        held_back = self._held_back_of(prompt)
+        if not held_back:
+            return ""
+        (ids,) = self._guard.encode([prompt])
+        if ids is None:
+            raise _unspeakable(prompt)
+        whole, kept = (self._tokenizer.decode(part, skip_special_tokens=True) for part in (ids, ids[:-held_back]))
+        return whole[len(commonprefix([kept, whole])) :]
+
     def render_prompts(self, conversations: Sequence[Conversation]) -> list[list[int] | RenderError]:
         """Renders many prompts at once; a RenderError stands in the place of one that cannot be rendered."""
         guarded = [self._guard.set_aside(messages) for messages in conversations]

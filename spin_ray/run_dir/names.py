@@ -19,7 +19,7 @@ class Names:
     """Names of one ingress replica.
 
     What serves is told by ``serve_now`` (every replica hears the same); aliases are known to the replica that
-    registered them only (``arena.recall`` registers those of others).
+    registered them only (``recall_side`` registers those of others).
 
     Example::
 

@@ -1,9 +1,10 @@
-"""Who may ask, and how often.
+"""API keys and rates.
 
-A key file has one line per key: a name for the log, the SHA-256 of the key, optionally requests per minute. Keys are
-random (``new_key``), so a plain hash is as good as a slow one, and the file alone lets nobody in.
+A key file has one line per key: a name for the log, the SHA-256 of the key, optionally requests per minute.
 
     alice 9f86d081884c7d659a2feaa0c55ad015a3bf4f1b2b0b822cd15d6c15b0f00a08 120
+
+Keys are random (``new_key``), so a plain hash protects them as well as a slow one. The file alone lets nobody in.
 """
 
 import hashlib
@@ -22,14 +23,16 @@ _LINE = re.compile(r"(?P<name>[\w.@-]{1,64})\s+(?P<sha256>[0-9a-f]{64})(?:\s+(?P
 
 @dataclass(frozen=True, slots=True)
 class Key:
+    """One line of a key file."""
+
     name: str
     sha256: str
     per_minute: int | None
-    """Its own rate; None: the default of the config."""
+    """Requests a minute; None: ``serving.requests_per_minute``."""
 
 
 def read_keys(file: str | Path) -> list[Key]:
-    """The keys of a file; blank lines and lines that start with ``#`` are skipped.
+    """Returns the keys of a file; blank lines and lines that begin with ``#`` are skipped.
 
     Raises:
         ConfigError: the file cannot be read, a line is not a key, or there is none.
@@ -54,13 +57,16 @@ def read_keys(file: str | Path) -> list[Key]:
 
 
 def new_key(name: str, per_minute: int | None = None) -> tuple[str, str]:
-    """A fresh key, and its line for the key file."""
+    """Returns a fresh key, and its line for the key file."""
     key = f"sr-{secrets.token_urlsafe(32)}"
     return key, " ".join([name, _sha256(key.encode()), *([str(per_minute)] if per_minute else [])])
 
 
 def find_key(keys: list[Key], authorization: bytes | None) -> Key | None:
-    """The key of an ``Authorization: Bearer KEY`` header, compared in constant time with every one there is."""
+    """Returns the key that an ``Authorization: Bearer KEY`` header gives; None if it is unknown.
+
+    It is compared with every key, in constant time.
+    """
     scheme, _, given = (authorization or b"").partition(b" ")
     digest = _sha256(given.strip()) if scheme.lower() == b"bearer" else ""
     found = None
@@ -78,7 +84,7 @@ class Rates:
         self._buckets: dict[str, tuple[float, float]] = {}
 
     def wait_s(self, name: str, per_minute: int) -> float:
-        """0 if ``name`` may ask now (and counts it), else the seconds until it may."""
+        """Returns 0 and counts the request if ``name`` may ask now, else the seconds until it may."""
         now = self._clock()
         tokens, then = self._buckets.get(name, (float(per_minute), now))
         tokens = min(float(per_minute), tokens + (now - then) * per_minute / 60)

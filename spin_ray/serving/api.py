@@ -1,10 +1,11 @@
-"""The HTTP interface: OpenAI's routes, comparison, health. Knows no Ray: ``Engines`` does the work."""
+"""The HTTP interface: OpenAI's routes, comparison, health. It knows no Ray; ``Engines`` make the answers."""
 
 import asyncio
 import json
 import time
 from collections.abc import AsyncIterator
 from contextlib import AsyncExitStack, aclosing
+from functools import partial
 from typing import Any
 
 from fastapi import APIRouter, FastAPI
@@ -18,12 +19,15 @@ from starlette.types import Receive, Scope, Send
 from spin_ray.config.recipe import SpinConfig
 from spin_ray.run_dir.names import LATEST, UnknownModel
 from spin_ray.serving.access import Key
-from spin_ray.serving.arena import routes as arena
-from spin_ray.serving.arena.votes import VoteStore, is_side
-from spin_ray.serving.backend import CHAT, COMPLETION, Engines, Item
+from spin_ray.serving.arena.battles import is_side
+from spin_ray.serving.arena.recording import recorded
+from spin_ray.serving.arena.routes import arena_router, recall_side
+from spin_ray.serving.arena.votes import VoteStore
 from spin_ray.serving.bodies import ChatBody, CompareBody, CompletionBody, plain
 from spin_ray.serving.compare import compare
+from spin_ray.serving.engines import CHAT, COMPLETION, Engines, Item
 from spin_ray.serving.errors import Refusal, from_engine, from_validation
+from spin_ray.serving.events import rewrite
 from spin_ray.serving.limits import Access, Observe, Slots, WholeBody
 from spin_ray.serving.metrics import Metrics
 
@@ -37,11 +41,11 @@ _REFUSALS: dict[int | str, dict[str, Any]] = {status: _ERROR for status in (400,
 
 
 def make_app(engines: Engines, config: SpinConfig, keys: list[Key], votes: VoteStore) -> FastAPI:
-    """The whole application."""
+    """Builds the whole application."""
     app = FastAPI(title="spin_ray", version="1", docs_url=None, redoc_url=None, responses={422: _ERROR})
     metrics = Metrics()
     app.include_router(_routes(engines, config, metrics, votes))
-    app.include_router(arena.router(votes, engines.names), responses=_REFUSALS)
+    app.include_router(arena_router(votes, engines.names), responses=_REFUSALS)
     _answer_errors(app)
     app.add_middleware(WholeBody, config=config.serving)
     app.add_middleware(Access, config=config.serving, keys=keys)
@@ -55,17 +59,17 @@ def _routes(engines: Engines, config: SpinConfig, metrics: Metrics, votes: VoteS
 
     @router.post("/v1/chat/completions")
     async def chat_completions(body: ChatBody, request: HttpRequest) -> Response:
-        """OpenAI's chat completions; the conversation becomes token ids as in training."""
+        """Answers a conversation, in OpenAI's form. It becomes token ids as in training."""
         return await desk.answer(CHAT, body, request)
 
     @router.post("/v1/completions")
     async def completions(body: CompletionBody, request: HttpRequest) -> Response:
-        """OpenAI's completions: the prompt as it is."""
+        """Continues a prompt as it is, in OpenAI's form."""
         return await desk.answer(COMPLETION, body, request)
 
     @router.post("/v1/compare")
     async def compare_models(body: CompareBody, request: HttpRequest) -> Response:
-        """One conversation, several models, the same sampling and seed; answers side by side."""
+        """Asks several models the same, with the same sampling and seed; their answers stand side by side."""
         desk.check_length(body.max_tokens)
         request.state.log["model"] = ",".join(engines.names.resolve(model) for model in body.models)
         desk.log_text(request, plain(body.messages))
@@ -76,24 +80,25 @@ def _routes(engines: Engines, config: SpinConfig, metrics: Metrics, votes: VoteS
 
     @router.get("/v1/models")
     async def models() -> dict[str, Any]:
-        """What may be asked for, and why an iterate that should serve does not."""
+        """Lists the models that serve, and why an iterate that should serve does not."""
         listed = {"object": "list", "data": [_card(engines, name) for name in _served(engines)]}
         return listed | ({"problems": engines.problems} if engines.problems else {})
 
     @router.get("/v1/models/{name}")
     async def model(name: str) -> dict[str, Any]:
+        """Describes one model: the iterate that it means now, and the digest of its checkpoint."""
         if name not in _served(engines):
             raise Refusal(404, f"The model {name!r} does not exist or does not serve", code="model_not_found")
         return _card(engines, name)
 
     @router.get("/healthz")
     async def healthz() -> dict[str, str]:
-        """This replica runs."""
+        """Says that this replica runs."""
         return {"status": "ok"}
 
     @router.get("/readyz")
     async def readyz() -> Response:
-        """Some model serves; 503 until then."""
+        """Says that some model serves; 503 until one does."""
         served = _served(engines)
         return JSONResponse({"status": "ready" if served else "starting", "models": served}, 200 if served else 503)
 
@@ -101,7 +106,7 @@ def _routes(engines: Engines, config: SpinConfig, metrics: Metrics, votes: VoteS
 
 
 class _Desk:
-    """Takes a request for an answer through limits, engine and back."""
+    """The way of a request for an answer: limits, engine, and back to the client."""
 
     def __init__(self, engines: Engines, config: SpinConfig, metrics: Metrics, votes: VoteStore) -> None:
         self._engines, self._config, self._metrics, self._votes = engines, config.serving, metrics, votes
@@ -111,7 +116,7 @@ class _Desk:
         self.check_length(body.longest)
         names = self._engines.names
         if is_side(body.model) and not names.is_alias(body.model):
-            await run_in_threadpool(arena.recall, body.model, self._votes, names)
+            await run_in_threadpool(recall_side, body.model, self._votes, names)
         iterate = names.resolve(body.model)
         alias = body.model if names.is_alias(body.model) else None
         request.state.log |= {"model": iterate, "stream": bool(body.stream)}
@@ -136,7 +141,7 @@ class _Desk:
                 return JSONResponse(_blind(first, alias) if alias else first, headers=headers)
             events = _events(first, items, alias)
             if alias and isinstance(body, ChatBody):
-                events = arena.recorded(events, self._votes, alias, body, digest)
+                events = recorded(events, self._votes, alias, body, digest)
             return _Stream(events, held.pop_all(), headers)
         finally:
             await held.aclose()
@@ -160,7 +165,7 @@ class _Until:
         self._end = asyncio.get_running_loop().time() + limit_s
 
     async def next(self) -> Item | None:
-        """The next item; None at the end.
+        """Returns the next item; None at the end.
 
         Raises:
             Refusal: the deadline has passed.
@@ -173,7 +178,7 @@ class _Until:
 
 
 class _Stream(StreamingResponse):
-    """Lets go of what the request holds (its place, its engine request) however the stream ends, even unread."""
+    """A stream that frees what its request holds (a place, an engine request) however it ends, even unread."""
 
     def __init__(self, events: AsyncIterator[str], held: AsyncExitStack, headers: dict[str, str]) -> None:
         super().__init__(events, media_type="text/event-stream", headers=headers)
@@ -185,32 +190,25 @@ class _Stream(StreamingResponse):
 
 
 async def _events(first: str, items: _Until, alias: str | None) -> AsyncIterator[str]:
-    """The stream. If it fails half-way it says so, and ends without ``[DONE]``."""
+    """Yields the stream. One that fails half-way ends with an error event, without ``[DONE]``."""
     item: Item | None = first
     try:
         while item is not None:
             if isinstance(item, dict):
                 raise from_engine(item.get("error", {}))
-            yield _blind_events(item, alias) if alias else item
+            yield rewrite(item, partial(_blind, alias=alias)) if alias else item
             item = await items.next()
     except Refusal as refusal:
         yield f"data: {json.dumps(refusal.content())}\n\n"
 
 
 def _blind(answer: dict[str, Any], alias: str) -> dict[str, Any]:
-    """Without what tells the iterate: its name, and vLLM's fingerprint of the engine's settings."""
+    """Returns the answer without its iterate's name, and without vLLM's fingerprint of the engine's settings."""
     return {key: value for key, value in answer.items() if key != "system_fingerprint"} | {"model": alias}
 
 
-def _blind_events(events: str, alias: str) -> str:
-    """Of one or more whole events."""
-    told = [event.removeprefix("data: ").strip() for event in events.split("\n\n") if event.strip()]
-    blind = [data if data == "[DONE]" else json.dumps(_blind(json.loads(data), alias)) for data in told]
-    return "".join(f"data: {data}\n\n" for data in blind)
-
-
 def _served(engines: Engines) -> list[str]:
-    """Names that a request may use now."""
+    """Returns the names that a request may use now."""
     try:
         return [*engines.names.iterates, engines.names.newest() and LATEST]
     except UnknownModel:
@@ -230,7 +228,7 @@ def _card(engines: Engines, name: str) -> dict[str, Any]:
 
 
 def _answer_errors(app: FastAPI) -> None:
-    """Every error that a route may raise, in OpenAI's form."""
+    """Gives every error that a route may raise OpenAI's form."""
 
     @app.exception_handler(Refusal)
     async def refused(_: HttpRequest, refusal: Refusal) -> Response:

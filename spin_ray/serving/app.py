@@ -21,7 +21,7 @@ from spin_ray.run_dir.storage import Storage
 from spin_ray.serving.access import read_keys
 from spin_ray.serving.api import make_app
 from spin_ray.serving.arena.votes import VoteStore
-from spin_ray.serving.backend import ServeEngines
+from spin_ray.serving.engines import ServeEngines
 from spin_ray.serving.keeper import ENGINE_PREFIX, Keeper
 
 APP = "spin-ray"
@@ -44,7 +44,7 @@ class Ingress:
 
 
 def application(run_folder: str, config: SpinConfig) -> serve.Application:
-    """The application for a run, with the ``serving`` section of ``config``."""
+    """Builds the application of a run, with the ``serving`` section of ``config``."""
     serving = config.serving
     ingress: Any = serve.deployment(
         Ingress,
@@ -53,13 +53,13 @@ def application(run_folder: str, config: SpinConfig) -> serve.Application:
         max_ongoing_requests=10 * serving.max_concurrent,  # refusals are quick, and must not wait behind answers
         graceful_shutdown_timeout_s=serving.request_timeout_s,
         ray_actor_options={"num_cpus": 0},
-        logging_config={"enable_access_log": False},  # its own has models and keys in it
+        logging_config={"enable_access_log": False},  # the ingress writes one with models and key names
     )
     return ingress.bind(run_folder, config, keeper(run_folder, config))
 
 
 def keeper(run_folder: str, config: SpinConfig, engines: str = ENGINE_PREFIX) -> serve.Application:
-    """What runs the engines, alone; their applications' names begin with ``engines``."""
+    """Builds the keeper alone; the names of its engines' applications begin with ``engines``."""
     deployment: Any = serve.deployment(
         Keeper, name="keeper", num_replicas=1, max_ongoing_requests=100, ray_actor_options={"num_cpus": 0}
     )
@@ -67,7 +67,9 @@ def keeper(run_folder: str, config: SpinConfig, engines: str = ENGINE_PREFIX) ->
 
 
 def build(args: dict[str, Any]) -> serve.Application:
-    """Builder for ``serveConfigV2``: ``args`` has ``run`` (the folder) and settings such as ``serving.models: all``.
+    """Builds the application for ``serveConfigV2``.
+
+    ``args`` has ``run`` (the folder) and settings such as ``serving.models: all``.
 
     Raises:
         UserError: the run or the settings cannot be used, or there are no keys.
@@ -83,5 +85,5 @@ def build(args: dict[str, Any]) -> serve.Application:
 
 
 def votes_url(run_folder: str, config: SpinConfig) -> str | URL:
-    """Where votes go: as configured, else a file in the run."""
+    """Returns the database of the votes: ``serving.votes``, else a file in the run."""
     return config.serving.votes or URL.create("sqlite", database=f"{run_folder}/votes.sqlite")

@@ -16,9 +16,9 @@ from spin_ray.errors import DataError, StageError
 from spin_ray.run_dir.names import UnknownModel
 from spin_ray.run_dir.run_dir import RunDir
 from spin_ray.serving.app import keeper
-from spin_ray.serving.backend import Engines, ServeEngines
 from spin_ray.serving.bodies import CompareBody
 from spin_ray.serving.compare import compare
+from spin_ray.serving.engines import Engines, ServeEngines
 from spin_ray.serving.errors import Refusal, from_validation
 from spin_ray.serving.keeper import ENGINE_PREFIX
 from spin_ray.serving.server import check_settings, connect_for, stop_serving
@@ -50,7 +50,7 @@ def compare_file(run: RunDir, config: SpinConfig, prompts: Path, options: dict[s
 
 
 def read_rows(file: Path, options: dict[str, Any]) -> Iterator[CompareBody]:
-    """Rows with ``messages`` (a last answer of the assistant is left out) or ``prompt``, as requests.
+    """Reads rows with ``messages`` (a last answer of the assistant is left out) or ``prompt``, as requests.
 
     Raises:
         DataError: a line is no such row.
@@ -72,7 +72,10 @@ def read_rows(file: Path, options: dict[str, Any]) -> Iterator[CompareBody]:
 
 
 async def compare_rows(engines: Engines, config: SpinConfig, bodies: list[CompareBody], out: IO[str]) -> None:
-    """One line per body, in order; several are asked at a time. What an engine refuses becomes a line with an error."""
+    """Writes one line per body, in order; several are asked at a time.
+
+    A body that an engine refuses becomes a line with an error.
+    """
     room = asyncio.Semaphore(max(1, config.serving.max_concurrent // 2))
 
     async def one(body: CompareBody) -> dict[str, Any]:
@@ -99,7 +102,11 @@ async def _with_engines(handle: Any, config: SpinConfig, bodies: list[CompareBod
 
 
 async def _wait_for(engines: ServeEngines, models: list[str], timeout_s: float) -> None:
-    """Raises StageError if an engine does not start, or not in time."""
+    """Waits until all ``models`` serve.
+
+    Raises:
+        StageError: an engine does not start, or not in time.
+    """
     deadline = time.monotonic() + timeout_s
     while True:
         try:

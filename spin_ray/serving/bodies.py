@@ -1,7 +1,7 @@
-"""What a request may ask for: OpenAI's fields that mean something here, and their limits.
+"""Bodies of requests: the fields of OpenAI that mean something here, and their limits.
 
-vLLM parses and answers requests; this is the gate before it. Fields that steer the engine or the prompt (chat
-templates, tools, structured output, transfer of caches, …) are not listed, hence refused by name; a few that only label
+vLLM parses and answers requests; these classes are the gate before it. Fields that steer the engine or the prompt (chat
+templates, tools, structured output, transfer of caches, …) are not listed, hence refused by name. A few that only label
 a request are accepted and dropped.
 """
 
@@ -16,7 +16,7 @@ _LABELS = ("user", "metadata", "store", "service_tier", "safety_identifier", "pr
 
 
 def _unicode(text: str) -> str:
-    """JSON can spell half a surrogate pair; tokenisers fail on it."""
+    """Refuses half a surrogate pair: JSON can spell one, and tokenizers fail on it."""
     try:
         text.encode()
     except UnicodeEncodeError:
@@ -31,24 +31,24 @@ Penalty = Annotated[float, Field(ge=-2, le=2)]
 
 
 class Body(BaseModel):
-    """Numbers are numbers (``"5"`` is none), and unknown fields are refused."""
+    """A strict body: ``"5"`` is no number, and unknown fields are refused."""
 
     model_config = ConfigDict(extra="forbid", strict=True, allow_inf_nan=False, use_attribute_docstrings=True)
 
 
 class Sampling(Body):
-    """How answers are drawn. What is not given is vLLM's neutral default: temperature 1, nothing truncated."""
+    """Settings of sampling. A field that is not given has vLLM's neutral default: temperature 1, nothing truncated."""
 
     temperature: Annotated[float, Field(ge=0, le=2)] | None = None
     top_p: Annotated[float, Field(gt=0, le=1)] | None = None
     top_k: Annotated[int, Field(ge=0, le=2**31 - 1)] | None = None
-    """0: no limit. vLLM's; OpenAI has none."""
+    """0: no limit. A field of vLLM; OpenAI has none."""
     min_p: Annotated[float, Field(ge=0, le=1)] | None = None
-    """vLLM's; OpenAI has none."""
+    """A field of vLLM; OpenAI has none."""
     presence_penalty: Penalty | None = None
     frequency_penalty: Penalty | None = None
     seed: Annotated[int, Field(ge=0, le=2**63 - 1)] | None = None
-    """The same seed gives the same answer as far as batches are alike; vLLM promises no more."""
+    """The same seed gives the same answer while batches are alike; vLLM promises no more."""
     stop: Text | Annotated[list[Text], Field(max_length=4)] | None = None
     max_tokens: Annotated[int, Field(ge=1)] | None = None
     """Longest answer; at most ``serving.max_tokens``."""
@@ -59,7 +59,7 @@ class StreamOptions(Body):
 
 
 class Request(Sampling):
-    """What both kinds of completion share."""
+    """Fields of both kinds of completion."""
 
     model: Annotated[str, StringConstraints(min_length=1, max_length=128)]
     n: Annotated[int, Field(ge=1, le=MAX_CHOICES)] | None = None
@@ -79,11 +79,11 @@ class Request(Sampling):
 
     @property
     def longest(self) -> int | None:
-        """The answer length asked for."""
+        """Length of the answer that was asked for, in tokens."""
         return self.max_tokens
 
     def for_engine(self, iterate: str, max_tokens: int) -> dict[str, Any]:
-        """The request as vLLM takes it, for the engine of ``iterate``."""
+        """Returns the request as vLLM takes it, for the engine of ``iterate``."""
         fields = self.model_dump(exclude_none=True, exclude=set(_LABELS))
         return fields | {"model": iterate} | ({} if self.longest else {"max_tokens": max_tokens})
 
@@ -154,9 +154,9 @@ class CompareBody(Sampling):
     ]
     messages: Conversation
     logprobs: bool = False
-    """Also score every answer under every model."""
+    """Also the log-probability of every answer under every model."""
     answers: list[GivenAnswer] | None = None
-    """One per model, in their order, in place of sampled ones: to score what was streamed before."""
+    """Given answers to score in place of sampled ones, one per model, in their order."""
 
     @model_validator(mode="after")
     def _an_answer_of_each(self) -> Self:
@@ -166,5 +166,5 @@ class CompareBody(Sampling):
 
 
 def plain(messages: list[Message]) -> list[dict[str, str]]:
-    """Messages as role and text."""
+    """Returns messages as role and text."""
     return [{"role": message.role, "content": message.text} for message in messages]

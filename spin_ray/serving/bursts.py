@@ -1,17 +1,20 @@
-"""Fewer, larger pieces of a stream: each crosses two more processes with Ray Serve, and costs CPU that tokens need."""
+"""Fewer, larger pieces of a stream.
+
+Ray Serve passes each piece through two more processes, and that costs CPU which tokens need.
+"""
 
 import asyncio
 from collections.abc import AsyncGenerator, AsyncIterator
 from contextlib import suppress
 
-from spin_ray.serving.backend import Item
+from spin_ray.serving.engines import Item
 
 
 async def in_bursts(pieces: AsyncIterator[Item], interval_s: float) -> AsyncGenerator[Item, None]:
-    """The first piece at once, then whatever has come, together, at most every ``interval_s`` seconds.
+    """Yields the first piece at once, then all that have come, together, at most every ``interval_s`` seconds.
 
-    Text is joined, objects stay apart, order is kept, and nothing waits once the stream has ended. Closing this closes
-    ``pieces``, which aborts the engine's work.
+    Text is joined, objects stay apart, order is kept, and nothing waits once the stream has ended. Closing this
+    generator closes ``pieces``, which aborts the engine's work.
     """
     waiting: list[Item] = []
     arrived = asyncio.Event()
@@ -33,7 +36,7 @@ async def in_bursts(pieces: AsyncIterator[Item], interval_s: float) -> AsyncGene
             for piece in ready:
                 yield piece
             await asyncio.wait({reader}, timeout=interval_s)
-        await reader  # what it failed of
+        await reader  # raises what the source failed of
     finally:
         reader.cancel()
         with suppress(asyncio.CancelledError, Exception):
@@ -41,7 +44,7 @@ async def in_bursts(pieces: AsyncIterator[Item], interval_s: float) -> AsyncGene
 
 
 def _joined(pieces: list[Item]) -> list[Item]:
-    """``["a", "b", {}, "c"] -> ["ab", {}, "c"]``."""
+    """Joins neighbouring texts: ``["a", "b", {}, "c"] -> ["ab", {}, "c"]``."""
     joined: list[Item] = []
     for piece in pieces:
         if joined and isinstance(piece, str) and isinstance(joined[-1], str):

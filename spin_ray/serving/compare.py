@@ -1,4 +1,4 @@
-"""One conversation, several iterates, the same sampling and seed; what each thinks of the others' answers."""
+"""Comparison of iterates: one conversation, the same sampling and seed, each answer scored under each iterate."""
 
 import asyncio
 import secrets
@@ -6,8 +6,8 @@ from typing import Any
 
 from spin_ray.config.recipe import SpinConfig
 from spin_ray.run_dir.names import age
-from spin_ray.serving.backend import CHAT, COMPLETION, TOKENS, Engines, whole
 from spin_ray.serving.bodies import ChatBody, CompareBody, GivenAnswer, plain
+from spin_ray.serving.engines import CHAT, COMPLETION, TOKENS, Engines, whole
 from spin_ray.serving.errors import Refusal
 
 NOTE = (
@@ -17,14 +17,14 @@ NOTE = (
 
 
 async def compare(engines: Engines, body: CompareBody, config: SpinConfig) -> dict[str, Any]:
-    """Answers of ``body.models``, side by side; with ``logprobs`` also every answer's log p under every model.
+    """Returns the answers of ``body.models``, side by side; with ``logprobs`` also each one's log p under each model.
 
-    Answers that the body brings are only scored. They are tokenised as in training, which may split a text otherwise
-    than sampling did.
+    Answers that the body brings are only scored. They are tokenised as in training; sampling may have split the same
+    text into other tokens.
 
     Raises:
         UnknownModel: one of the models does not serve.
-        Refusal: an engine says no, or the whole took longer than ``serving.request_timeout_s``.
+        Refusal: an engine refuses, or the whole took longer than ``serving.request_timeout_s``.
     """
     if any(engines.names.is_alias(model) for model in body.models):
         raise Refusal(
@@ -55,7 +55,7 @@ async def compare(engines: Engines, body: CompareBody, config: SpinConfig) -> di
 
 
 def margins(iterates: list[str], answers: list[dict[str, Any]], config: SpinConfig) -> list[dict[str, Any]]:
-    """The SPIN margin of the newest iterate against each other one, by the engines' estimate.
+    """Returns the SPIN margin of the newest iterate against each other one, as the engines estimate it.
 
     beta · [log p(y)/q(y) − log p(y′)/q(y′)] with p the newest iterate, q the other, y the answer of p and y′ that of q.
     Above 0: each prefers its own answer more than the other does. beta is that of the iteration that made p.
@@ -96,7 +96,7 @@ async def _score(engines: Engines, iterates: list[str], answers: list[dict[str, 
 
 
 async def _logp(engines: Engines, iterate: str, answer: dict[str, Any]) -> float:
-    """log p of an answer under ``iterate``, from the engine's scores of prompt and answer read as one prompt."""
+    """Returns log p of an answer under ``iterate``; its engine scores prompt and answer, read as one prompt."""
     prompt, response = answer["prompt_token_ids"], answer["choices"][0]["token_ids"]
     fields = {"model": iterate, "prompt": prompt + response, "max_tokens": 1, "prompt_logprobs": 0}
     scored = await whole(engines, iterate, COMPLETION, fields)

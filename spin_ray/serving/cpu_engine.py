@@ -1,4 +1,4 @@
-"""The engine of ``ray.serve.llm`` on CPUs. Importing this imports vLLM."""
+"""The engine of ``ray.serve.llm`` on CPUs. Importing this module imports vLLM."""
 
 from typing import Any
 
@@ -6,10 +6,10 @@ from ray.llm._internal.serve.engines.vllm.vllm_engine import VLLMEngine
 
 
 class CpuEngine(VLLMEngine):
-    """Computes in the engine's process if one worker is all it has.
+    """An engine that computes in its own process if it has only one worker.
 
-    ``ray.serve.llm`` gives each CPU engine worker processes, and to hear from one the engine spins on a core of its
-    own. On two cores that takes what Ray Serve needs.
+    ``ray.serve.llm`` gives each CPU engine worker processes. To hear from one, the engine spins on a core of its own.
+    On a machine with two cores, Ray Serve needs that core.
     """
 
     def _start_async_llm_engine(self, vllm_engine_args: Any, vllm_engine_config: Any, placement_group: Any) -> Any:

@@ -1,4 +1,7 @@
-"""Imported by vLLM in each worker process of a CPU engine (``worker_extension_cls``) before anything computes there."""
+"""Allows AMX kernels in each worker process of a CPU engine.
+
+vLLM imports this module there (``worker_extension_cls``) before anything computes.
+"""
 
 from spin_ray.runtime import cpu
 
@@ -6,4 +9,4 @@ cpu.allow_amx_kernels()
 
 
 class CpuWorker:
-    """Adds nothing to vLLM's worker: what this module does when it is imported is all that is wanted of it."""
+    """An extension of vLLM's worker that adds nothing; the import of its module does the work."""

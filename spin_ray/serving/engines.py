@@ -1,204 +1,123 @@
-"""One iterate behind one vLLM engine, as a Ray Serve application of its own.
+"""Engines as the HTTP layer sees them; tests of that layer put a fake in their place."""
 
-``ray.serve.llm`` starts the engine, parses OpenAI requests and streams. Added here: the files are checked before they
-are loaded, and a conversation becomes token ids the way it did in training.
-"""
-
+import asyncio
+import logging
 from collections.abc import AsyncIterator
-from contextlib import aclosing
-from typing import Any
+from contextlib import aclosing, suppress
+from typing import Any, Protocol
 
-from pydantic import ValidationError
 from ray import serve
-from ray.llm._internal.common.callbacks.base import CallbackBase
-from ray.serve.llm import LLMConfig, LLMServer, build_llm_deployment
-from ray.serve.llm.openai_api_models import ChatCompletionRequest, CompletionRequest
+from ray.exceptions import RayError, RayTaskError
+from ray.serve.exceptions import RayServeException
 
-from spin_ray.config.recipe import SpinConfig
-from spin_ray.config.sections import ServingConfig
-from spin_ray.errors import RunDirError
-from spin_ray.inputs.model_folder import open_model
-from spin_ray.inputs.rendering import ChatRenderer, RenderError, load_tokenizer
-from spin_ray.runtime import cpu
-from spin_ray.runtime.engine import whole_prefill
-from spin_ray.serving.backend import CHAT, TOKENS, Item
-from spin_ray.serving.bursts import in_bursts
-from spin_ray.serving.iterates import Iterate
+from spin_ray.run_dir.names import Names
+from spin_ray.serving.errors import Refusal, from_engine
 
+logger = logging.getLogger("ray.serve")
 
-class LocalFolder(CallbackBase):
-    """Keeps ``ray.serve.llm`` from starting a worker that would look for the model on a hub: it is a folder."""
+CHAT, COMPLETION, TOKENS = "chat", "completion", "tokens"
+"""Operations of an engine. ``tokens``: a given answer as if it had been sampled, i.e. with its token ids."""
 
-    async def on_before_node_init(self) -> None:
-        self.ctx.run_init_node = False
+Item = str | dict[str, Any]
+"""A piece of an answer: server-sent events as text, or a whole answer as an object."""
+
+_HEAR_S = 10.0
+"""Seconds after which a keeper that has nothing new says so."""
 
 
-class IterateServer(LLMServer):
-    """A replica of one iterate."""
+class Engines(Protocol):
+    """The engines that serve, one for each iterate."""
 
-    async def __init__(self, llm_config: LLMConfig, iterate: Iterate, config: SpinConfig) -> None:
-        self._iterate, self._config = iterate, config
-        await super().__init__(llm_config, engine_cls=None if config.serving.resources.gpus else _cpu_engine())
+    names: Names
+    problems: dict[str, str]
+    """Reasons of iterates that should serve and do not, by name."""
 
-    async def start(self) -> None:
-        """Raises RunDirError if the folder is not what was checked when this iterate was chosen."""
-        cpu.prepare(self._config.serving.resources.threads)
-        folder, model = self._iterate.folder, self._config.model
-        if open_model(folder, self._iterate.name, trust_remote_code=model.trust_remote_code).digest != (
-            self._iterate.digest
-        ):
-            raise RunDirError(f"{folder}: changed after it was checked; restore it")
-        tokenizer = load_tokenizer(str(folder), model.chat_template, model.trust_remote_code)
-        self._renderer = ChatRenderer(tokenizer)
-        await super().start()
-        engine: Any = self.engine  # its attribute is private to ray.serve.llm, which has no other way to a renderer
-        engine._oai_serving_chat.online_renderer.render_chat = self._render_chat
+    def digest(self, iterate: str) -> str:
+        """Returns the digest of the checkpoint that answers for ``iterate``.
 
-    async def answer(self, operation: str, fields: dict[str, Any]) -> Any:
-        """Yields server-sent events as text, or one object: the whole answer, or ``{"error": …}``."""
+        Raises:
+            KeyError: ``iterate`` does not serve.
+        """
+        ...
+
+    def answer(self, iterate: str, operation: str, fields: dict[str, Any]) -> AsyncIterator[Item]:
+        """Yields the engine's answer; the last item is an object with ``error`` if the engine refuses.
+
+        Closing the iterator aborts the engine's work.
+
+        Raises:
+            Refusal: the engine has gone or fails.
+        """
+        ...
+
+
+class ServeEngines:
+    """Engines that are Ray Serve applications, as the keeper lists them."""
+
+    def __init__(self, keeper: Any) -> None:
+        self.names = Names()
+        self.problems: dict[str, str] = {}
+        self._keeper = keeper
+        self._engines: dict[str, Any] = {}
+        self._handles: dict[str, Any] = {}
+
+    async def follow(self) -> None:
+        """Follows the keeper's table for ever; the last one stays while the keeper is away."""
+        version = -1
+        while True:
+            try:
+                table = await self._keeper.table.remote(version, _HEAR_S)
+                if table["version"] != version:
+                    self._take(table)
+                    version = table["version"]
+            except Exception as error:  # Ray Serve starts the keeper again, with versions of its own
+                logger.warning("the keeper does not answer: %s", error)
+                version = -1
+                await asyncio.sleep(1)
+
+    def _take(self, table: dict[str, Any]) -> None:
+        """Takes a table over, handles first: a name must never resolve to an engine that cannot be called."""
+        apps = {engine["app"] for engine in table["engines"].values()}
+        known = {app: self._handles.get(app) or serve.get_app_handle(app).options(stream=True) for app in apps}
+        self._handles, self._engines = known, table["engines"]
+        self.problems = table["problems"]
+        self.names.serve_now(table["engines"], table["newest"])
+
+    def digest(self, iterate: str) -> str:
+        return self._engines[iterate]["digest"]
+
+    async def answer(self, iterate: str, operation: str, fields: dict[str, Any]) -> AsyncIterator[Item]:
+        if iterate not in self._engines:  # it has gone since its name was looked up
+            raise Refusal(503, f"{iterate} serves no more; ask for another model", retry_s=1)
+        handle = self._handles[self._engines[iterate]["app"]]
+        response = handle.answer.remote(operation, fields)
+        ended = False
         try:
-            if operation == CHAT:
-                stops = [self._renderer.end_of_turn_id]
-                stream = await self.chat(ChatCompletionRequest(**fields, stop_token_ids=stops))
-            elif operation == TOKENS:
-                yield self._as_sampled(**fields)
-                return
-            else:
-                stream = await self.completions(CompletionRequest(**fields))
-        except ValidationError as error:
-            yield {"error": {"message": str(error.errors()[0]["msg"]), "code": 400}}
-            return
-        except RenderError as error:
-            yield {"error": {"message": str(error), "code": 400}}
-            return
-        async with aclosing(in_bursts(_pieces(stream), self._config.serving.stream_interval_s)) as bursts:
-            async for burst in bursts:
-                yield burst
-
-    async def _render_chat(self, request: Any) -> Any:
-        """Token ids of the prompt: the template, the guard against forged control tokens and the tokeniser of training.
-
-        Raises:
-            RenderError: the template refuses the conversation, or it is too long; vLLM's caller answers 400.
-        """
-        from vllm.inputs.engine import tokens_input
-
-        messages = [{"role": message["role"], "content": message["content"]} for message in request.messages]
-        ids = self._renderer.render_prompt(self._with_system(messages))
-        # One place stays free: vLLM scores an answer by reading it as a prompt, after which it must write a token more.
-        room = self._config.model.max_length - 1 - len(ids)
-        if room < 1:
-            raise RenderError(
-                f"messages: have {len(ids)} tokens; with an answer fewer than {self._config.model.max_length} fit"
-            )
-        request.max_completion_tokens = min(request.max_completion_tokens or request.max_tokens or room, room)
-        return list(request.messages), [tokens_input(ids)]
-
-    def _as_sampled(self, messages: list[dict[str, str]], content: str, finish_reason: str) -> dict[str, Any]:
-        """A given answer in the form of a whole one that was sampled with ``return_token_ids``.
-
-        Raises:
-            RenderError: the template refuses the conversation, or it is too long.
-        """
-        asked = self._with_system(messages)
-        rendered = self._renderer.render([*asked, {"role": "assistant", "content": content}])
-        response = rendered.real_ids if finish_reason == "stop" else rendered.real_ids[:-1]
-        whole = len(rendered.prompt_ids) + len(response)
-        if whole >= self._config.model.max_length:
-            raise RenderError(
-                f"answers: one has {whole} tokens with its prompt; fewer than {self._config.model.max_length} fit"
-            )
-        return {
-            "prompt_token_ids": rendered.prompt_ids,
-            "choices": [{"token_ids": response, "message": {"content": content}, "finish_reason": finish_reason}],
-            "usage": {
-                "prompt_tokens": len(rendered.prompt_ids), "completion_tokens": len(response), "total_tokens": whole,
-            },
-        }  # fmt: skip
-
-    def _with_system(self, messages: list[dict[str, str]]) -> list[dict[str, str]]:
-        if self._config.data.system is None or messages[0]["role"] == "system":
-            return messages
-        return [{"role": "system", "content": self._config.data.system}, *messages]
+            async for item in response:
+                yield item
+            ended = True
+        except RayTaskError as error:  # vLLM raised something that is not about the request
+            logger.exception("%s failed", iterate)
+            raise Refusal(500, "the engine failed; the request may be repeated") from error
+        except (RayServeException, RayError) as error:  # its replica is gone, or not there yet
+            raise Refusal(503, "The engine is not available; try again in a moment", retry_s=1) from error
+        finally:
+            if not ended:  # the client left: so does the engine's work for it
+                with suppress(Exception):
+                    response.cancel()
 
 
-async def _pieces(stream: Any) -> AsyncIterator[Item]:
-    """What ``ray.serve.llm`` yields, piece by piece, objects as plain ones."""
-    async for items in stream:
-        for item in items if isinstance(items, list) else [items]:
-            yield item if isinstance(item, str) else item.model_dump(exclude_none=True)
+async def whole(engines: Engines, iterate: str, operation: str, fields: dict[str, Any]) -> dict[str, Any]:
+    """Returns the answer as one object.
 
-
-def build_engine(iterate: Iterate, config: SpinConfig) -> serve.Application:
-    """The application of one iterate. It has no route: requests come through the ingress only."""
-    serving = config.serving
-    engine = config.resolve_dtype(serving.engine or config.generation.engine)
-    llm_config = LLMConfig(
-        model_loading_config={"model_id": iterate.name, "model_source": str(iterate.folder)},
-        engine_kwargs={
-            "max_model_len": config.model.max_length,
-            "dtype": engine.dtype,
-            "tensor_parallel_size": engine.tensor_parallel_size,
-            "max_num_seqs": engine.max_num_seqs,
-            "gpu_memory_utilization": engine.gpu_memory_utilization,
-            "enforce_eager": engine.enforce_eager,
-            "trust_remote_code": config.model.trust_remote_code,
-            "generation_config": "vllm",  # sampling as asked, never the model folder's
-            "load_format": "safetensors",
-            "enable_log_requests": False,
-            **({} if serving.resources.gpus else _on_cpu(config.model.max_length)),
-            **engine.extra,
-        },
-        placement_group_config={"bundle_per_worker": _per_worker(serving, engine.tensor_parallel_size)},
-        callback_config={"callback_class": LocalFolder},
-        experimental_configs={"stream_batching_interval_ms": 0},  # it delays the first token, too; ``in_bursts``
-        runtime_env={"env_vars": _environment(serving, engine.cpu_kv_cache_gib)},
-        deployment_config=_deployment(serving),
-    )
-    return build_llm_deployment(
-        llm_config, name_prefix="", deployment_cls=IterateServer, bind_kwargs={"iterate": iterate, "config": config}
-    )
-
-
-def _cpu_engine() -> Any:
-    from spin_ray.serving.cpu_engine import CpuEngine
-
-    return CpuEngine
-
-
-def _on_cpu(max_length: int) -> dict[str, Any]:
-    return whole_prefill(max_length) | {"worker_extension_cls": "spin_ray.serving.cpu_worker.CpuWorker"}
-
-
-def _per_worker(serving: ServingConfig, workers: int) -> dict[str, float]:
-    """``serving.resources`` is per engine; ``ray.serve.llm`` wants it per worker of the engine."""
-    return {name: amount / workers for name, amount in serving.resources.bundle.items()}
-
-
-def _environment(serving: ServingConfig, kv_cache_gib: int) -> dict[str, str]:
-    """vLLM and the compute libraries read these when they are imported."""
-    return {
-        "OMP_NUM_THREADS": str(serving.resources.threads),
-        "VLLM_CPU_KVCACHE_SPACE": str(kv_cache_gib),
-        "VLLM_CPU_OMP_THREADS_BIND": "nobind",
-        "VLLM_NO_USAGE_STATS": "1",
-        "VLLM_LOGGING_LEVEL": "WARNING",
-    }
-
-
-def _deployment(serving: ServingConfig) -> dict[str, Any]:
-    scale: dict[str, Any] = {"num_replicas": serving.replicas}
-    if serving.max_replicas > serving.replicas:
-        scale = {
-            "autoscaling_config": {
-                "min_replicas": serving.replicas,
-                "max_replicas": serving.max_replicas,
-                "target_ongoing_requests": serving.target_ongoing_requests,
-            }
-        }
-    return scale | {
-        "max_ongoing_requests": 10 * serving.max_concurrent,  # the ingress refuses first
-        "graceful_shutdown_timeout_s": serving.request_timeout_s,
-        "max_constructor_retry_count": 1,
-        "ray_actor_options": {"num_cpus": 0},
-    }
+    Raises:
+        Refusal: the engine refuses or fails.
+    """
+    answer: Any = engines.answer(iterate, operation, fields)
+    async with aclosing(answer) as items:
+        async for item in items:
+            if isinstance(item, dict):
+                if "error" in item:
+                    raise from_engine(item["error"])
+                return item
+    raise Refusal(500, "the engine ended without an answer")

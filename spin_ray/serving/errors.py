@@ -11,7 +11,7 @@ _TYPES = {
 
 
 class Refusal(Exception):
-    """Ends a request with an HTTP status."""
+    """An error that ends a request with an HTTP status."""
 
     def __init__(
         self,
@@ -41,12 +41,12 @@ class Refusal(Exception):
 
 
 def _printable(text: str | None) -> str | None:
-    """What a client sent may hold lone surrogates, which JSON over UTF-8 cannot."""
+    """Replaces lone surrogates: a client may have sent some, and JSON over UTF-8 cannot hold them."""
     return None if text is None else text.encode("utf-8", "replace").decode()
 
 
 def from_engine(error: dict[str, Any]) -> Refusal:
-    """What vLLM says of a request: its own 4xx as it is, anything else as 500."""
+    """Returns vLLM's error: its own 4xx as it is, anything else as 500."""
     code = error.get("code")
     status = code if isinstance(code, int) and 400 <= code < 500 else 500
     message = error.get("message", "") if status < 500 else "the engine failed; the request may be repeated"
@@ -54,7 +54,7 @@ def from_engine(error: dict[str, Any]) -> Refusal:
 
 
 def from_validation(errors: Any) -> Refusal:
-    """The first problem that pydantic found in a body, named as the client wrote it."""
+    """Returns the first problem that pydantic found in a body, named as the client wrote it."""
     first = errors[0]
     where = ".".join(str(part) for part in first["loc"] if part != "body")
     if first["type"] == "extra_forbidden":

@@ -1,4 +1,4 @@
-"""The iterates of a run that may serve: which there are, and opening one only if its bytes are what was committed."""
+"""The iterates of a run that may serve. One is opened only if its bytes are those that were committed."""
 
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,13 +18,13 @@ class Iterate:
     name: str
     folder: Path
     digest: str
-    """Over all its files; the header of every answer says it."""
+    """Digest of all its files; a header of every answer has it."""
 
 
 def wanted(run: RunDir, models: tuple[str, ...]) -> tuple[list[str], str | None]:
-    """Names of the iterates that should serve now, oldest first, and the one that ``latest`` should mean.
+    """Returns the names of the iterates that should serve now, oldest first, and the one that ``latest`` should mean.
 
-    ``models`` are names, ``latest`` and ``all``. Only what was published counts: RUN/LATEST and what came before it.
+    ``models`` are names, ``latest`` and ``all``. Only published iterates count: that of RUN/LATEST and older ones.
     """
     published = run.latest()
     newest = iterate_number(published) if published else 0
@@ -36,7 +36,7 @@ def wanted(run: RunDir, models: tuple[str, ...]) -> tuple[list[str], str | None]
 
 
 def open_iterate(run: RunDir, name: str) -> Iterate:
-    """The model folder of ``name``, every file read and compared with what was committed.
+    """Opens the model folder of ``name`` after comparing every file with what was committed.
 
     Raises:
         RunDirError: a file is missing or differs from its digest.

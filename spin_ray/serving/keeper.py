@@ -1,10 +1,10 @@
-"""Keeps the right engines running, and follows ``RUN/LATEST``.
+"""The keeper of the engines, which follows ``RUN/LATEST``.
 
     LATEST moves ─> open (digests) ─> start beside the old one ─> probe ─> the table changes ─> every ingress hears
                                                                                 └─> the old engine drains, then goes
 
-The old engine serves until the new one has answered; if any step fails it stays. The name of an engine's application
-holds its digest, so a keeper that is started again finds the engines of the last one.
+The old engine serves until the new one has answered, and stays if any step fails. The name of an engine's application
+has its digest, so a keeper that is started again finds the engines of the one before.
 """
 
 import asyncio
@@ -21,23 +21,23 @@ from spin_ray.config.recipe import SpinConfig
 from spin_ray.errors import first_line
 from spin_ray.run_dir.run_dir import RunDir
 from spin_ray.run_dir.storage import Storage
-from spin_ray.serving.backend import CHAT, COMPLETION
-from spin_ray.serving.engines import build_engine
+from spin_ray.serving.engines import CHAT, COMPLETION
+from spin_ray.serving.iterate_engine import build_engine
 from spin_ray.serving.iterates import Iterate, open_iterate, wanted
 
 logger = logging.getLogger("ray.serve")
 
 ENGINE_PREFIX = "engine."
-"""Of the applications that are a server's engines; ``spin-ray compare`` has engines of its own."""
+"""Beginning of the names of a server's engine applications; ``spin-ray compare`` has engines of its own."""
 _ENDED = (ApplicationStatus.DEPLOY_FAILED, ApplicationStatus.NOT_STARTED)
 
 
 class EngineFailed(RuntimeError):
-    """An engine did not start or did not answer its probe."""
+    """An engine that did not start or did not answer its probe."""
 
 
 class Keeper:
-    """One per cluster. Its table is what every ingress replica serves from.
+    """The one actor that starts and retires a server's engines. Every ingress replica serves from its table.
 
     ``{"version": 3, "newest": "iter-1", "engines": {"iter-1": {"app": "engine.iter-1.5f0c…", "digest": "5f0c…"}},
     "problems": {"iter-2": "…/model.safetensors: differs from its digest"}}``
@@ -58,7 +58,7 @@ class Keeper:
         self._loop = asyncio.get_running_loop().create_task(self._keep())
 
     async def table(self, known: int, wait_s: float) -> dict[str, Any]:
-        """The table as soon as its version is not ``known``, at the latest after ``wait_s`` seconds."""
+        """Returns the table as soon as its version is not ``known``, at the latest after ``wait_s`` seconds."""
         async with self._changed:
             with suppress(TimeoutError):
                 await asyncio.wait_for(self._changed.wait_for(lambda: self._version != known), wait_s)
@@ -70,7 +70,7 @@ class Keeper:
         }
 
     def check_health(self) -> None:
-        """Ray Serve starts another keeper if this one's loop has ended."""
+        """Raises RuntimeError if the keeper's loop has ended; Ray Serve then starts another keeper."""
         if self._loop.done():
             raise RuntimeError("the loop that follows LATEST has ended")
 
@@ -78,7 +78,7 @@ class Keeper:
         while True:
             try:
                 await self._once()
-            except Exception:  # e.g. storage that does not answer: what serves goes on serving
+            except Exception:  # e.g. storage does not answer: engines that serve go on
                 logger.exception("cannot follow the run; trying again")
             await asyncio.sleep(self._config.serving.follow_interval_s)
 
@@ -115,7 +115,11 @@ class Keeper:
         await self._announce()
 
     async def _start(self, app: str, iterate: Iterate) -> None:
-        """Raises EngineFailed if the engine does not answer in time; nothing is left of it then."""
+        """Starts an engine and probes it.
+
+        Raises:
+            EngineFailed: it does not answer in time; nothing is left of it then.
+        """
         deadline = time.monotonic() + self._config.serving.start_timeout_s
         if await self._status(app) != ApplicationStatus.RUNNING:
             await self._ask_serve(_deploy, app, iterate, self._config)
@@ -135,7 +139,11 @@ class Keeper:
             raise
 
     async def _probe(self, app: str, name: str, deadline: float) -> None:
-        """Real answers: a model that loads may still not run, and vLLM compiles each kind of sampling at first use."""
+        """Asks for real answers: a model that loads may still not run, and vLLM compiles sampling at its first use.
+
+        Raises:
+            EngineFailed: a probe is refused or not answered in time.
+        """
         handle: Any = serve.get_app_handle(app).options(stream=True)
         chat = {"model": name, "messages": [{"role": "user", "content": "Hello"}], "max_tokens": 2}
         scored = {"model": name, "prompt": [1, 1], "max_tokens": 1, "prompt_logprobs": 0}
@@ -149,7 +157,7 @@ class Keeper:
                 raise EngineFailed(f"its engine refused a first request ({items[0]})")
 
     async def _retire(self, names: list[str]) -> None:
-        """No new requests for these; each engine ends what it has begun."""
+        """Takes engines out of the table; each ends the answers that it has begun, then goes."""
         if not names:
             return
         gone = [self._engines.pop(name)["app"] for name in names]
@@ -164,7 +172,7 @@ class Keeper:
             await self._ask_serve(serve.delete, app, _blocking=False)
 
     async def _remove_strays(self) -> None:
-        """Once: engines that an earlier keeper left and that nobody asks for any more."""
+        """Removes, once, the engines that an earlier keeper left and that nobody asks for any more."""
         if self._looked_for_strays or self._starting:
             return
         self._looked_for_strays = True
@@ -180,8 +188,10 @@ class Keeper:
             self._changed.notify_all()
 
     async def _ask_serve(self, function: Callable[..., Any], *arguments: Any, **options: Any) -> Any:
-        """Calls Ray Serve in a thread, one call at a time: its configs register modules with cloudpickle while they are
-        checked and take them out again, and two threads at that fail (ray 2.60: "not registered for pickle by value").
+        """Calls Ray Serve in a thread, one call at a time.
+
+        Its configs register modules with cloudpickle while they are checked, and take them out again. Two threads at
+        that fail (ray 2.60: "not registered for pickle by value").
         """
         async with self._serve_lock:
             return await asyncio.to_thread(function, *arguments, **options)

@@ -1,4 +1,4 @@
-"""What stands before the routes, as plain ASGI: keys, rates, the size and time of a body, headers, the access log."""
+"""Layers before the routes, as plain ASGI: keys, rates, the size and time of a body, headers, the access log."""
 
 import asyncio
 import json
@@ -28,9 +28,9 @@ _HEADERS = [
 
 
 class Observe:
-    """Outermost: headers that keep browsers careful, one log line (Serve adds the id), no failure without a body.
+    """The outermost layer: security headers, one log line per request, a 500 with a body for a failure.
 
-    A route says what it knows through ``scope["state"]["log"]``, e.g. the model.
+    A route adds to the line through ``scope["state"]["log"]``, e.g. the model. Ray Serve adds the request's id.
     """
 
     def __init__(self, app: ASGIApp, metrics: Metrics) -> None:
@@ -66,7 +66,10 @@ class Observe:
 
 
 class Access:
-    """401 without a known key, 429 above its rate. Health and the page itself need no key; all under ``/v1`` does."""
+    """The layer of keys and rates: 401 without a known key, 429 above its rate.
+
+    Everything under ``/v1`` needs a key; health and the page itself do not.
+    """
 
     def __init__(self, app: ASGIApp, config: ServingConfig, keys: list[Key]) -> None:
         self._app, self._config, self._keys, self._rates = app, config, keys, Rates()
@@ -96,7 +99,7 @@ class Access:
 
 
 class WholeBody:
-    """Reads the body before the route runs: 413 as soon as it is too large, 408 when it dawdles."""
+    """The layer that reads a body before its route runs: 413 as soon as it is too large, 408 when it is too slow."""
 
     def __init__(self, app: ASGIApp, config: ServingConfig) -> None:
         self._app, self._config = app, config
@@ -116,7 +119,7 @@ class WholeBody:
             await self._app(scope, _replay(body, receive), send)
 
     async def _read(self, scope: Scope, receive: Receive) -> bytes | Refusal | None:
-        """None if the client hung up."""
+        """Returns the body, or the refusal of one that is too large; None if the client hung up."""
         limit = self._config.max_body_bytes
         too_large = Refusal(413, f"The body has more than {limit} bytes", code="request_too_large")
         length = dict(scope["headers"]).get(b"content-length", b"")
@@ -135,7 +138,7 @@ class WholeBody:
 
 
 def _replay(body: bytes, receive: Receive) -> Receive:
-    """The body in one message, then what the client does next."""
+    """Returns a ``receive`` that gives the body in one message, then what the client does next."""
     waiting = [{"type": "http.request", "body": body, "more_body": False}]
 
     async def replayed() -> Message:
@@ -145,14 +148,18 @@ def _replay(body: bytes, receive: Receive) -> Receive:
 
 
 class Slots:
-    """Answers being made at once in this replica; one more than there is room for is refused, not queued."""
+    """Places for answers that are being made in this replica. An answer without a place is refused, not queued."""
 
     def __init__(self, room: int) -> None:
         self._room, self.taken = room, 0
 
     @contextmanager
     def take(self, answers: int) -> Iterator[None]:
-        """Raises Refusal(503) if ``answers`` more do not fit (a single request larger than all: 400)."""
+        """Holds places for ``answers`` answers.
+
+        Raises:
+            Refusal: there are not so many free now (503), or at all (400).
+        """
         if answers > self._room:
             raise Refusal(400, f"asks for {answers} answers; at most {self._room} fit", code="too_many_answers")
         if self.taken + answers > self._room:

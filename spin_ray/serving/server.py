@@ -39,7 +39,7 @@ def serve_run(run: RunDir, config: SpinConfig) -> None:
     check_settings(run, config)
     stop: queue.SimpleQueue[int] = queue.SimpleQueue()  # unlike an Event, two signals at once cannot lock it
     start(run, config)
-    for number in (signal.SIGINT, signal.SIGTERM):  # not before: Ray sets handlers of its own when it starts
+    for number in (signal.SIGINT, signal.SIGTERM):  # not earlier: Ray sets handlers of its own when it starts
         take_signal(number, lambda number, _: stop.put(number))
     serving = config.serving
     logger.info("http://%s:%d answers once an engine is ready; Ctrl-C stops it", serving.host, serving.port)
@@ -50,7 +50,7 @@ def serve_run(run: RunDir, config: SpinConfig) -> None:
 
 
 def check_settings(run: RunDir, config: SpinConfig) -> None:
-    """What can be told before anything starts.
+    """Checks what can be checked before anything starts.
 
     Raises:
         UserError: an unknown model name, keys or votes that cannot be read, or an open port without locks.
@@ -120,7 +120,10 @@ def _check_port(serving: ServingConfig) -> None:
 
 
 def with_room(config: SpinConfig, engines: int) -> SpinConfig:
-    """An embedded Ray that declares CPUs for every engine, and for a new one beside the old while ``latest`` moves."""
+    """Returns a config under which an embedded Ray declares CPUs for all engines.
+
+    One more counts: while ``latest`` moves, a new engine starts beside the old one.
+    """
     if config.cluster.local_cpus:
         return config
     needed = int((engines * config.serving.max_replicas + 1) * config.serving.resources.cpus + 1)
@@ -129,7 +132,7 @@ def with_room(config: SpinConfig, engines: int) -> SpinConfig:
 
 
 def stop_serving(app: str = APP, engines: str = ENGINE_PREFIX) -> None:
-    """``app`` ends its answers, then its engines go; a Serve that others use too stays up."""
+    """Deletes ``app`` once its answers have ended, then its engines; a Ray Serve with other applications stays up."""
     serve.delete(app)
     names = list(serve.status().applications)
     for name in names:
@@ -140,7 +143,11 @@ def stop_serving(app: str = APP, engines: str = ENGINE_PREFIX) -> None:
 
 
 def _watch(stop: queue.SimpleQueue[int]) -> None:
-    """Returns when a signal has arrived. Raises StageError if the application is gone."""
+    """Waits for a signal.
+
+    Raises:
+        StageError: the application is gone.
+    """
     while True:
         with suppress(queue.Empty):
             stop.get(timeout=5)

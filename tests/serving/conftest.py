@@ -16,7 +16,7 @@ from tests.support.tiny_runs import make_run
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Tests of the real server load it and measure times."""
+    """Lets tests of the real server run alone, as they load it and measure times."""
     for item in items:
         if "served" in getattr(item, "fixturenames", ()):
             item.add_marker("alone")
@@ -31,7 +31,7 @@ def votes(tmp_path: Path) -> Iterator[VoteStore]:
 
 @pytest.fixture(scope="session")
 def served(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Served]:
-    """``sft`` and ``latest`` (iter-0 at first) of a tiny run in place of the demonstration."""
+    """Serves ``sft`` and ``latest`` (iter-0 at first) of a tiny run in place of the demonstration."""
     folder = tmp_path_factory.mktemp("served")
     run = make_run(folder / "demo", iterates=1)
     port = free_port()

@@ -36,7 +36,7 @@ def run(test: Any) -> None:
 
 
 def refused(response: httpx.Response, status: int) -> dict[str, Any]:
-    """The error, after checking that it is in OpenAI's form."""
+    """Returns the error, after checking that it is in OpenAI's form."""
     assert response.status_code == status, response.text
     error = response.json()["error"]
     assert set(error) == {"message", "type", "param", "code"} and error["message"]

@@ -15,7 +15,8 @@ import pytest
 from fastapi.testclient import TestClient
 
 from spin_ray.serving.access import Key
-from spin_ray.serving.arena import routes as arena
+from spin_ray.serving.arena.recording import recorded
+from spin_ray.serving.arena.routes import FILES
 from spin_ray.serving.arena.votes import VoteStore
 from spin_ray.serving.bodies import ChatBody
 from tests.support.arena_app import SAYS, digest, make, says
@@ -30,7 +31,7 @@ def client(votes):
 
 
 def fight(client, **wish) -> tuple[dict, dict[str, str]]:
-    """A comparison with both answers streamed; it, and what each side said."""
+    """Streams both answers of a new comparison; returns the comparison, and the stream of each side."""
     battle = client.post("/v1/battles", json=wish).raise_for_status().json()
     said = {side: client.post("/v1/chat/completions", json=ASKED | {"model": battle[side]}).text for side in "ab"}
     return battle, said
@@ -63,7 +64,7 @@ def test_the_page_is_whole_without_a_key_and_asks_no_other_host(votes):
         seen[path] = client.get(path).raise_for_status()
         named = re.findall(r'(?:src|href)="(?!#)\.?(.*?)"|from "\.(.*?)"', seen[path].text)
         wanted += {one or other for one, other in named} - set(seen)
-    assert set(seen) == {"/", *(f"/{file}" for file in arena.FILES)}
+    assert set(seen) == {"/", *(f"/{file}" for file in FILES)}
     text = "".join(response.text for response in seen.values())
     assert not re.search(
         r"innerHTML|outerHTML|insertAdjacentHTML|document\.write|<style|style=|\bon\w+=\"|@import|eval\(", text
@@ -164,7 +165,7 @@ def test_recording_changes_no_byte_however_the_stream_is_cut(votes):
                 yield whole[start : start + width]
 
         body = ChatBody.model_validate({"model": alias, "messages": [{"role": "user", "content": "hi"}], "seed": 1})
-        return whole, "".join([piece async for piece in arena.recorded(cut(), votes, alias, body, "digest")])
+        return whole, "".join([piece async for piece in recorded(cut(), votes, alias, body, "digest")])
 
     for width in range(1, 41):
         battle = votes.start("sft", "iter-0")
@@ -226,7 +227,7 @@ def test_a_killed_server_has_lost_no_vote_that_it_acknowledged(tmp_path):
 
 
 def started(database: str) -> tuple[subprocess.Popen, str]:
-    """The application as a process of its own, once it answers."""
+    """Starts the application as a process of its own; returns once it answers."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]

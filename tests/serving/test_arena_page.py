@@ -13,7 +13,8 @@ import uvicorn
 from playwright.sync_api import Browser, Page, expect
 
 from spin_ray.serving.access import Key, new_key
-from spin_ray.serving.arena.votes import Answer, VoteStore
+from spin_ray.serving.arena.battles import Answer
+from spin_ray.serving.arena.votes import VoteStore
 from tests.support.arena_app import EVIL, SAYS, make
 from tests.support.chromium import headless, needs_chromium, picture
 
@@ -30,7 +31,7 @@ def browser() -> Iterator[Browser]:
 
 @pytest.fixture
 def serve(votes):
-    """Starts the application; its URL."""
+    """Starts the application and returns its URL."""
     stops = []
 
     def serve(**settings: object) -> str:
@@ -277,7 +278,7 @@ def test_a_blind_comparison_and_a_vote_on_the_real_server(served, open_page):
 
 
 def fill(votes: VoteStore) -> None:
-    """14 votes on three iterates; iter-1 wins 8 of its 10."""
+    """Casts 14 votes on three iterates; iter-1 wins 8 of its 10."""
     verdicts = {("sft", "iter-0"): ["a", "b", "tie", "both_bad"], ("sft", "iter-1"): ["b"] * 4 + ["a"]}
     for (a, b), given in (verdicts | {("iter-1", "iter-0"): ["a"] * 4 + ["tie"]}).items():
         for verdict in given:

@@ -9,8 +9,8 @@ from evalica import Winner
 from scipy.optimize import minimize
 from scipy.stats import binom
 
+from spin_ray.serving.arena.battles import Tally
 from spin_ray.serving.arena.ratings import Pairing, pairings, rate
-from spin_ray.serving.arena.votes import Tally
 
 SFT, ZERO, ONE = ("sft", "s"), ("iter-0", "z"), ("iter-1", "o")
 

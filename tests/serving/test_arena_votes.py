@@ -10,7 +10,8 @@ from spin_ray.config.sections import DataConfig
 from spin_ray.errors import UserError
 from spin_ray.inputs.conversations import conversations_of, rejected_of
 from spin_ray.inputs.sources import read_slice, split
-from spin_ray.serving.arena.votes import BATTLE_TTL_S, Answer, Battle, Tally, VoteStore, parse_alias
+from spin_ray.serving.arena.battles import BATTLE_TTL_S, Answer, Battle, Tally, parse_alias
+from spin_ray.serving.arena.votes import VoteStore
 from spin_ray.serving.errors import Refusal
 
 QUESTION = [{"role": "system", "content": "Be brief."}, {"role": "user", "content": "how are you?"}]

@@ -1,4 +1,4 @@
-"""What a client may do wrong, to the real server: the right 4xx or nothing lost, and never a 500."""
+"""Mistakes of clients at the real server: the right 4xx or nothing lost, and never a 500."""
 
 import json
 import time

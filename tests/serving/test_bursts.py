@@ -5,8 +5,8 @@ from collections.abc import AsyncIterator
 
 import pytest
 
-from spin_ray.serving.backend import Item
 from spin_ray.serving.bursts import in_bursts
+from spin_ray.serving.engines import Item
 
 
 async def pieces(items: list[Item], pause_s: float = 0.0) -> AsyncIterator[Item]:

@@ -40,7 +40,7 @@ class Deployed:
 
 @pytest.fixture(scope="module")
 def deployed(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Deployed]:
-    """``sft`` on two engines, with one key."""
+    """Deploys ``sft`` on two engines, with one key."""
     folder = tmp_path_factory.mktemp("deployed")
     run = make_run(folder / "run", iterates=0)
     key, line = new_key("alice")
@@ -64,7 +64,7 @@ def deployed(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Deployed]:
 
 
 def until(look: Callable[[], Found], limit_s: float) -> Found:
-    """What ``look`` finds as soon as it finds something."""
+    """Calls ``look`` until it finds something, and returns that."""
     deadline = time.monotonic() + limit_s
     while True:
         found = None
@@ -113,7 +113,7 @@ def test_prometheus_reads_what_was_answered_from_rays_agent(deployed: Deployed) 
     httpx.get(f"{deployed.url}/v1/models")
 
     def samples() -> dict[str, float]:
-        """Values by name and labels of ours, once both requests have been counted."""
+        """Returns values by name and labels of ours, once both requests have been counted."""
         text = httpx.get(f"http://127.0.0.1:{deployed.head.metrics_port}/metrics").text
         found: dict[str, float] = {}
         for line in text.splitlines():
@@ -142,7 +142,7 @@ def test_the_access_log_has_who_and_what_but_not_what_was_said(deployed: Deploye
 
 
 def access_lines(folder: Path) -> list[dict[str, Any]]:
-    """The ingress's lines about chat completions."""
+    """Returns the ingress's lines about chat completions."""
     logs = [log.read_text() for log in folder.glob("session_*/logs/serve/*ingress*")]
     found = [line[line.index('{"method"') :] for text in logs for line in text.splitlines() if '{"method"' in line]
     lines = [json.loads(line) for line in found]

@@ -16,7 +16,7 @@ from spin_ray.errors import ConfigError, DataError, RunDirError
 from spin_ray.run_dir.run_dir import RunDir, folder_digest, folder_entries
 from spin_ray.serving.app import build
 from spin_ray.serving.batch import compare_rows, read_rows
-from spin_ray.serving.engines import build_engine
+from spin_ray.serving.iterate_engine import build_engine
 from spin_ray.serving.iterates import open_iterate, wanted
 from spin_ray.serving.server import check_settings, start, with_room
 from tests.support.fake_engines import FakeEngines

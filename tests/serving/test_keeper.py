@@ -18,7 +18,7 @@ from tests.support.tiny_runs import add_iterate, make_run
 
 
 class SlowKeeper(Keeper):
-    """Engines start when ``gates`` lets them, and fail if they are in ``broken``."""
+    """A keeper whose engines start when ``gates`` lets them, and fail if they are in ``broken``."""
 
     async def __init__(self, run: RunDir) -> None:
         self.gates: dict[str, asyncio.Event] = {}
@@ -35,13 +35,13 @@ class SlowKeeper(Keeper):
         self.drained += [app.split(".")[1] for app in apps]
 
     async def _remove_strays(self) -> None:
-        """Asks Ray Serve, which is not here."""
+        """Does nothing: it would ask Ray Serve, which is not here."""
 
     def let(self, name: str) -> None:
         self.gates.setdefault(name, asyncio.Event()).set()
 
     async def until(self, holds: Callable[[dict[str, Any]], bool]) -> dict[str, Any]:
-        """The first table for which ``holds``."""
+        """Returns the first table for which ``holds``."""
         version = -1
         while True:
             table = await self.table(version, 0.2)

@@ -44,7 +44,7 @@ def test_the_openai_client_gets_models_answers_streams_and_usage(served: Served)
     assert completion.usage and completion.usage.completion_tokens == 3
     with pytest.raises(openai.NotFoundError):
         client.chat.completions.create(model="iter-7", messages=HELLO)
-    with pytest.raises(openai.BadRequestError, match="fit"):
+    with pytest.raises(openai.BadRequestError, match="tokens do not fit; with an answer there must be fewer than 256"):
         client.chat.completions.create(model="sft", messages=[{"role": "user", "content": "word " * 300}])
 
 
@@ -104,7 +104,7 @@ def test_a_client_that_hangs_up_stops_the_engine(served: Served) -> None:
 
 
 def _read_lines(client: httpx.Client, served: Served, body: dict[str, Any], count: int | None) -> float:
-    """Reads so many lines of a stream (None: all), as soon as there is a place for it; seconds that took."""
+    """Reads ``count`` lines of a stream (None: all) as soon as there is a place for it; returns the seconds it took."""
     while True:
         started = time.monotonic()
         with client.stream("POST", f"{served.url}/v1/chat/completions", json=body) as response:
@@ -178,7 +178,7 @@ def test_latest_moves_under_load_without_a_failed_or_mixed_answer(served: Served
 
 
 def _problem(served: Served, iterate: str) -> str:
-    """Why ``iterate`` does not serve, once the server says so."""
+    """Returns why ``iterate`` does not serve, once the server says so."""
     deadline = time.monotonic() + START_S
     while time.monotonic() < deadline:
         if iterate in (problems := served.problems()):

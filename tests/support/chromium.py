@@ -28,6 +28,9 @@ def headless() -> Iterator[Browser]:
 
 
 def picture(page: Page, name: str) -> None:
-    """Saves what the page shows, if ``SPIN_RAY_SCREENSHOTS`` names a folder for it."""
+    """Saves the page as ``fake-NAME.png`` in the folder that ``SPIN_RAY_SCREENSHOTS`` names, to be looked at.
+
+    The answers on it are made up. ``make arena-picture`` takes the picture of the documentation.
+    """
     if folder := os.environ.get("SPIN_RAY_SCREENSHOTS"):
-        page.screenshot(path=Path(folder) / f"{name}.png", full_page=True)
+        page.screenshot(path=Path(folder) / f"fake-{name}.png", full_page=True)

@@ -1,4 +1,4 @@
-"""Votes -> Bradley-Terry ratings with bootstrap intervals, on the scale that chess made familiar; pure.
+"""Bradley-Terry ratings of votes, with bootstrap intervals, on the scale of chess. All functions are pure.
 
 A checkpoint of strength s_i is preferred to one of strength s_j with probability s_i / (s_i + s_j). evalica finds the
 strengths that make the votes most likely (Newman 2023, JMLR 24). Here
@@ -7,13 +7,13 @@ strengths that make the votes most likely (Newman 2023, JMLR 24). Here
 
 A tie is half a win for each side, and so is "both bad", which says nothing about which of the two is better.
 
-Every checkpoint has also drawn once with an imaginary anchor. Without it a checkpoint that has only won would be rated
-infinite, and two groups that never met could not be compared; with it the first vote sets two checkpoints 263 points
-apart, and after a few dozen votes it makes no difference that matters.
+Every checkpoint has also drawn once with an imaginary anchor. Without the anchor a checkpoint that has only won would
+be rated infinite, and two groups that never met could not be compared. With it the first vote sets two checkpoints 263
+points apart; after a few dozen votes its influence is small.
 
 Intervals are from the Bayesian bootstrap (Rubin 1981, Ann. Statist. 9): every game, the draws with the anchor too, gets
-a random weight from Exp(1) and the ratings are found again. For many votes that is the same as drawing votes with
-replacement; for few it stays finite and honest, where drawing from three equal votes would give an interval of width 0.
+a random weight from Exp(1) and the ratings are found again. With many votes that agrees with drawing votes with
+replacement. With three equal votes the interval is wide, where drawing votes would give one of width 0.
 """
 
 from collections import defaultdict
@@ -26,7 +26,7 @@ import numpy as np
 import pandas as pd
 from evalica import Winner
 
-from spin_ray.serving.arena.votes import Tally
+from spin_ray.serving.arena.battles import Tally
 
 MEAN = 1000.0
 SCALE = 400.0
@@ -40,16 +40,18 @@ Checkpoint = tuple[str, str]
 
 @dataclass(frozen=True, slots=True)
 class Rating:
+    """The rating of one checkpoint."""
+
     model: str
     digest: str
     rating: float
     low: float
-    """With ``high`` the interval that holds ``CONFIDENCE`` of the bootstrap's ratings."""
+    """Lower end of the interval that holds ``CONFIDENCE`` of the bootstrap's ratings; ``high`` is the upper end."""
     high: float
     wins: int
     losses: int
     ties: int
-    """Both bad among them."""
+    """Ties, "both bad" among them."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -68,7 +70,7 @@ class Pairing:
 
 @lru_cache(maxsize=8)
 def rate(tallies: tuple[Tally, ...]) -> list[Rating]:
-    """Every checkpoint that was voted on, best first; the same for the same votes.
+    """Returns the rating of every checkpoint that was voted on, best first; the same for the same votes.
 
     Equal votes share a tally, and a sum of n weights from Exp(1) is Gamma(n): the cost does not grow with the votes.
     """
@@ -89,7 +91,7 @@ def rate(tallies: tuple[Tally, ...]) -> list[Rating]:
 
 
 def pairings(tallies: Sequence[Tally]) -> list[Pairing]:
-    """The votes of each pair that met."""
+    """Returns the votes of each pair that met."""
     found: dict[tuple[Checkpoint, Checkpoint], dict[str, int]] = defaultdict(lambda: defaultdict(int))
     for tally in tallies:
         turned = tally.b < tally.a
@@ -103,7 +105,10 @@ def pairings(tallies: Sequence[Tally]) -> list[Pairing]:
 
 
 def _ratings(tallies: Sequence[Tally], players: list[Checkpoint], weights: np.ndarray) -> np.ndarray:
-    """Ratings of ``players`` [P]; ``weights`` [T + P]: of the tallies, then of each player's draw with the anchor."""
+    """Returns the ratings of ``players`` [P].
+
+    ``weights`` [T + P] are those of the tallies, then of each player's draw with the anchor.
+    """
     number = {player: i for i, player in enumerate(players)}
     anchor = len(players)
     strengths = evalica.bradley_terry(
@@ -120,7 +125,7 @@ def _ratings(tallies: Sequence[Tally], players: list[Checkpoint], weights: np.nd
 
 
 def _scores(tallies: Sequence[Tally]) -> dict[Checkpoint, tuple[int, int, int]]:
-    """Wins, losses and ties of each."""
+    """Returns wins, losses and ties of each checkpoint."""
     scores = defaultdict(lambda: [0, 0, 0])
     for tally in tallies:
         a, b = {"a": (0, 1), "b": (1, 0)}.get(tally.verdict, (2, 2))

@@ -5,38 +5,32 @@
     POST /v1/votes   -> the verdict is kept, the names are revealed
     GET  /v1/leaderboard, /v1/votes/export
 
-Who votes cannot change what was asked or answered, or by which checkpoint: the server keeps what it streamed, and a
-vote brings a verdict only. What a voter *can* do, if they want to: vote without reading, vote often, or find out who is
-who by asking a named iterate the same question with the same seed. Votes are worth as much as the people who have keys.
+A voter cannot change what was asked or answered, or by which checkpoint: the server keeps what it streamed, and a vote
+brings a verdict only. A voter *can* vote without reading, vote often, or find out who is who by asking a named iterate
+the same question with the same seed. Votes are worth as much as the people who have keys.
 """
 
 import json
-import logging
 import random
-from collections.abc import AsyncIterator, Callable
-from dataclasses import dataclass, field
+from collections.abc import Callable
 from itertools import chain, islice
 from pathlib import Path
 from typing import Annotated
 
 from fastapi import APIRouter
-from fastapi.concurrency import run_in_threadpool
 from fastapi.responses import FileResponse, StreamingResponse
 from pydantic import BaseModel, ConfigDict, Field
 
 from spin_ray.run_dir.names import Names
 from spin_ray.serving.arena import ratings
+from spin_ray.serving.arena.battles import BATTLE_TTL_S, Verdict, is_side
 from spin_ray.serving.arena.ratings import Pairing, Rating
-from spin_ray.serving.arena.votes import BATTLE_TTL_S, Answer, Verdict, VoteStore, is_side
-from spin_ray.serving.bodies import ChatBody, Sampling, plain
+from spin_ray.serving.arena.votes import VoteStore
 from spin_ray.serving.errors import Refusal
-
-logger = logging.getLogger(__name__)
 
 STATIC = Path(__file__).parent / "static"
 FILES = ("arena.css", "arena.js", "api.js", "leaderboard.js", "scores.js", "arena.svg")
-"""Beside ``index.html``; a browser may load them before it has a key."""
-_SAMPLING = {*Sampling.model_fields, "max_completion_tokens"}
+"""Files beside ``index.html``; a browser may load them before it has a key."""
 _random = random.SystemRandom()
 
 ModelName = Annotated[str, Field(min_length=1, max_length=64)]
@@ -82,8 +76,8 @@ class Leaderboard(BaseModel):
     pairs: list[Pairing]
 
 
-def router(votes: VoteStore, names: Names) -> APIRouter:
-    """The routes of the arena, for an application that serves ``/v1/chat/completions`` and ``/v1/models`` itself."""
+def arena_router(votes: VoteStore, names: Names) -> APIRouter:
+    """Builds the routes of the arena; the application itself serves ``/v1/chat/completions`` and ``/v1/models``."""
     routes = APIRouter(tags=["arena"])
     for path, file in [("/", "index.html"), *((f"/{file}", file) for file in FILES)]:
         routes.add_api_route(path, _file(file), response_class=FileResponse, include_in_schema=False)
@@ -115,7 +109,7 @@ def router(votes: VoteStore, names: Names) -> APIRouter:
 
     @routes.get("/v1/leaderboard")
     def leaderboard() -> Leaderboard:
-        """Bradley-Terry ratings of all checkpoints that were voted on."""
+        """Rates all checkpoints that were voted on (Bradley-Terry)."""
         tallies = tuple(votes.tallies())
         return Leaderboard(
             votes=sum(tally.count for tally in tallies), ratings=ratings.rate(tallies), pairs=ratings.pairings(tallies)
@@ -123,7 +117,7 @@ def router(votes: VoteStore, names: Names) -> APIRouter:
 
     @routes.get("/v1/votes/export", response_class=StreamingResponse)
     def export() -> StreamingResponse:
-        """Pairs for preference training, as JSON lines; ties and "both bad" make none."""
+        """Gives the votes as pairs for preference training, as JSON lines; ties and "both bad" make none."""
         pairs = votes.export()
         first = list(islice(pairs, 1))  # a database that does not answer is told by the status, not by an empty file
         lines = (json.dumps(pair) + "\n" for pair in chain(first, pairs))
@@ -133,7 +127,7 @@ def router(votes: VoteStore, names: Names) -> APIRouter:
 
 
 def _draw(models: list[str] | None, names: Names) -> tuple[str, str]:
-    """Two iterates in an order that says nothing; always under their own names, as ``latest`` may move on."""
+    """Draws two iterates, in an order that says nothing. They have their own names, as ``latest`` may move on."""
     if models is None:
         if len(names.iterates) < 2:
             raise Refusal(409, "A comparison needs two iterates that serve; there are fewer now")
@@ -147,65 +141,10 @@ def _draw(models: list[str] | None, names: Names) -> tuple[str, str]:
     return first, second
 
 
-def recall(alias: str, votes: VoteStore, names: Names) -> None:
-    """Lets a side be asked that another replica drew, or this one before it was started again."""
+def recall_side(alias: str, votes: VoteStore, names: Names) -> None:
+    """Registers a side that another replica drew, or this one before it was started again."""
     if model := votes.model_of(alias):
         names.register_alias(alias, model, ttl_s=BATTLE_TTL_S)
-
-
-async def recorded(
-    stream: AsyncIterator[str], votes: VoteStore, alias: str, body: ChatBody, digest: str
-) -> AsyncIterator[str]:
-    """Passes a streamed chat completion on as it is, and keeps a whole answer *before* its last event goes out.
-
-    Whoever has seen ``data: [DONE]`` can vote. What breaks off (the reader left, the engine failed) is not kept.
-
-    Args:
-        stream: server-sent events of one chat completion, cut anywhere.
-        alias: the name that was asked, ``battle-<id>-a`` or ``-b``.
-        body: of the request.
-        digest: of the checkpoint that answers.
-    """
-    answer = _StreamedText()
-    async for chunk in stream:
-        if answer.read(chunk) and answer.finish_reason is not None:
-            kept = Answer(
-                messages=plain(body.messages),
-                sampling=body.model_dump(include=_SAMPLING, exclude_none=True),
-                text="".join(answer.text),
-                finish_reason=answer.finish_reason,
-                digest=digest,
-            )
-            try:
-                await run_in_threadpool(votes.record, alias, kept)
-            except Refusal as error:
-                logger.warning("%s: answer not kept: %s", alias, error)
-        yield chunk
-
-
-@dataclass(slots=True)
-class _StreamedText:
-    """The text of a chat completion, put together from its events."""
-
-    text: list[str] = field(default_factory=list)
-    finish_reason: str | None = None
-    _rest: str = ""
-
-    def read(self, chunk: str) -> bool:
-        """Whether the stream ends in this chunk."""
-        *lines, self._rest = (self._rest + chunk).split("\n")
-        return any([self._line(line.strip()) for line in lines])
-
-    def _line(self, line: str) -> bool:
-        if not line.startswith("data:"):
-            return False
-        data = line.removeprefix("data:").strip()
-        if data == "[DONE]":
-            return True
-        for choice in json.loads(data).get("choices", [])[:1]:
-            self.text.append(choice["delta"].get("content") or "")
-            self.finish_reason = choice.get("finish_reason") or self.finish_reason
-        return False
 
 
 def _file(name: str) -> Callable[[], FileResponse]:

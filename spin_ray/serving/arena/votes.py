@@ -1,16 +1,14 @@
-"""Blind comparisons and their votes, in a database.
+"""The database of blind comparisons and their votes.
 
-One row is one comparison: what was drawn, what each side answered, and the verdict once there is one. All that a vote
-says of models and answers was written by the server; the voter adds the verdict and nothing else.
+One row is one comparison: what was drawn, what each side answered, and the verdict once there is one. The voter brings
+the verdict; the server writes everything else.
 """
 
-import re
 import secrets
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
-from typing import Any, Literal, get_args
+from typing import Any, get_args
 
 from sqlalchemy import (
     JSON,
@@ -38,14 +36,9 @@ from sqlalchemy.exc import ArgumentError, DBAPIError, NoSuchModuleError, SQLAlch
 from sqlalchemy.schema import CreateIndex, CreateTable
 
 from spin_ray.errors import UserError
+from spin_ray.serving.arena.battles import BATTLE_TTL_S, Answer, Battle, Side, Tally, Verdict, Vote, parse_alias
 from spin_ray.serving.errors import Refusal
 
-Side = Literal["a", "b"]
-Verdict = Literal["a", "b", "tie", "both_bad"]
-
-BATTLE_TTL_S = 3600.0
-"""How long a comparison can be answered and voted on."""
-_ALIAS = re.compile(r"battle-([0-9a-f]{24})-([ab])")
 _EXPORT_ROWS = 256
 _RETRY_S = 5
 
@@ -66,61 +59,6 @@ _battles = Table(
 )
 _by_time = Index("battles_by_time", _battles.c.created)
 _by_vote = Index("battles_by_vote", _battles.c.voted, _battles.c.id)
-
-
-@dataclass(frozen=True, slots=True)
-class Battle:
-    """A comparison of two iterates; ``a`` and ``b`` are the names under which they can be asked blindly."""
-
-    id: str
-    seed: int
-    """For both sides, so that they differ by their weights and not by their luck."""
-    model_a: str
-    model_b: str
-
-    @property
-    def a(self) -> str:
-        return f"battle-{self.id}-a"
-
-    @property
-    def b(self) -> str:
-        return f"battle-{self.id}-b"
-
-
-@dataclass(frozen=True, slots=True)
-class Answer:
-    """What one side was asked and what it said, as the server saw both."""
-
-    messages: list[dict[str, Any]]
-    sampling: dict[str, Any]
-    """The request without model, messages and streaming: temperature, seed, max_tokens, …."""
-    text: str
-    finish_reason: str
-    digest: str
-    """Of the checkpoint that answered."""
-
-
-@dataclass(frozen=True, slots=True)
-class Vote:
-    """A verdict with what it reveals."""
-
-    battle: str
-    model_a: str
-    model_b: str
-    digest_a: str
-    digest_b: str
-    verdict: Verdict
-
-
-@dataclass(frozen=True, slots=True)
-class Tally:
-    """How often a pair of checkpoints got a verdict, with them on these sides."""
-
-    a: tuple[str, str]
-    """Name and digest."""
-    b: tuple[str, str]
-    verdict: Verdict
-    count: int
 
 
 class VoteStore:
@@ -168,7 +106,7 @@ class VoteStore:
         return battle
 
     def model_of(self, alias: str) -> str | None:
-        """The iterate behind one side of a comparison; None if there is none, or no longer."""
+        """Returns the iterate behind one side of a comparison; None if there is none, or no longer."""
         battle, side = parse_alias(alias)
         recent = and_(_battles.c.id == battle, _battles.c.created >= self._clock() - BATTLE_TTL_S)
         with self._transaction() as connection:
@@ -221,7 +159,7 @@ class VoteStore:
             raise Refusal(409, "The two sides were asked different things; start a new comparison")
 
     def tallies(self) -> list[Tally]:
-        """All verdicts, counted by the database."""
+        """Returns all verdicts, counted by the database."""
         columns = [_battles.c[name] for name in ("model_a", "digest_a", "model_b", "digest_b", "verdict")]
         with self._transaction() as connection:
             rows = connection.execute(
@@ -235,7 +173,7 @@ class VoteStore:
         ]
 
     def export(self) -> Iterator[dict[str, Any]]:
-        """One row per vote that prefers a side, oldest first, read a page at a time: no lock outlives a page.
+        """Yields one row per vote that prefers a side, oldest first. No lock outlives a page of rows.
 
         ``chosen`` and ``rejected`` are whole conversations that end with the answer, as preference data has them
         elsewhere (TRL's form with an implicit prompt) and as ``data.train`` here reads them.
@@ -264,20 +202,6 @@ class VoteStore:
             raise Refusal(503, f"Votes cannot be stored or read now ({_reason(error)})", retry_s=_RETRY_S) from error
 
 
-def is_side(name: str) -> bool:
-    """Whether ``name`` is one under which a side of a comparison is asked."""
-    return _ALIAS.fullmatch(name) is not None
-
-
-def parse_alias(alias: str) -> tuple[str, Side]:
-    """``battle-<id>-a -> (id, "a")``; LookupError if ``alias`` names no side of a comparison."""
-    match = _ALIAS.fullmatch(alias)
-    if match is None:
-        raise LookupError(alias)
-    battle, side = match.groups()
-    return battle, "a" if side == "a" else "b"
-
-
 def _pair(row: Row) -> dict[str, Any]:
     pair: dict[str, Any] = {"battle": row.id, "voted": row.voted, "sampling": row.answer_a["sampling"]}
     for role, side in zip(("chosen", "rejected"), "ab" if row.verdict == "a" else "ba", strict=True):
@@ -292,11 +216,11 @@ def _pair(row: Row) -> dict[str, Any]:
 
 
 def _make_durable(connection: Any, _record: object) -> None:
-    """A commit has reached the disk when it returns; writers wait for each other, and readers for nobody."""
+    """Sets SQLite so that a commit that returns is on the disk; writers wait for each other, readers for nobody."""
     for pragma in ("journal_mode=WAL", "synchronous=FULL", "busy_timeout=10000"):
         connection.execute(f"PRAGMA {pragma}").close()
 
 
 def _reason(error: SQLAlchemyError) -> str:
-    """What the driver said, without the statement and its values."""
+    """Returns the driver's message, without the statement and its values."""
     return str(error.orig if isinstance(error, DBAPIError) else error).splitlines()[0]

@@ -139,7 +139,7 @@ function openPair() {
   return { a: $("#first").value, b: $("#second").value, seed: crypto.getRandomValues(new Uint32Array(1))[0] >>> 1 };
 }
 
-/** Asks what each iterate thinks of both answers, if that is wanted; only now that the names are known. */
+/** Has both answers scored under both iterates, if that is wanted; only now that the names are known. */
 async function score(models) {
   const said = page.said;
   if (!said || !$("#score").checked || models[0] === models[1]) return;
@@ -154,7 +154,7 @@ async function score(models) {
   }
 }
 
-/** Streams one side into its card; the answer, or null if it did not end as it should. */
+/** Streams one side into its card; returns the answer, or null if it did not end as it should. */
 async function answer(side, request) {
   const card = $(`#side-${side}`);
   const [text, status] = [card.querySelector(".answer"), card.querySelector(".status")];

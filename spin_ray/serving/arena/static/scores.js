@@ -1,4 +1,4 @@
-// What each iterate thinks of both answers: their log-probabilities and the margin between the two, shown once names are known.
+// Log-probabilities of both answers under both iterates, and the margin between the two; shown once names are known.
 
 import { call } from "./api.js";
 

@@ -1,0 +1,220 @@
+"""One iterate behind one vLLM engine, as a Ray Serve application of its own.
+
+``ray.serve.llm`` starts the engine, parses OpenAI requests and streams. This module adds two things: files are checked
+before they are loaded, and a conversation becomes token ids as in training.
+"""
+
+from collections.abc import AsyncGenerator
+from contextlib import aclosing
+from typing import Any
+
+from pydantic import ValidationError
+from ray import serve
+from ray.llm._internal.common.callbacks.base import CallbackBase
+from ray.serve.llm import LLMConfig, LLMServer, build_llm_deployment
+from ray.serve.llm.openai_api_models import ChatCompletionRequest, CompletionRequest
+
+from spin_ray.config.recipe import SpinConfig
+from spin_ray.config.sections import ServingConfig
+from spin_ray.errors import RunDirError
+from spin_ray.inputs.model_folder import open_model
+from spin_ray.inputs.rendering import ChatRenderer, RenderError, load_tokenizer
+from spin_ray.runtime import cpu
+from spin_ray.runtime.engine import whole_prefill
+from spin_ray.serving.bursts import in_bursts
+from spin_ray.serving.engines import CHAT, TOKENS, Item
+from spin_ray.serving.held_back import without_held_back
+from spin_ray.serving.iterates import Iterate
+
+
+class LocalFolder(CallbackBase):
+    """A callback for a model that is a folder: no worker is started to look for it on a hub."""
+
+    async def on_before_node_init(self) -> None:
+        self.ctx.run_init_node = False
+
+
+class IterateEngine(LLMServer):
+    """A replica of one iterate's engine."""
+
+    async def __init__(self, llm_config: LLMConfig, iterate: Iterate, config: SpinConfig) -> None:
+        self._iterate, self._config = iterate, config
+        await super().__init__(llm_config, engine_cls=None if config.serving.resources.gpus else _cpu_engine())
+
+    async def start(self) -> None:
+        """Checks the folder again, and starts the engine.
+
+        Raises:
+            RunDirError: the folder is not what was checked when this iterate was chosen.
+        """
+        cpu.prepare(self._config.serving.resources.threads)
+        folder, model = self._iterate.folder, self._config.model
+        if open_model(folder, self._iterate.name, trust_remote_code=model.trust_remote_code).digest != (
+            self._iterate.digest
+        ):
+            raise RunDirError(f"{folder}: changed after it was checked; restore it")
+        tokenizer = load_tokenizer(str(folder), model.chat_template, model.trust_remote_code)
+        self._renderer = ChatRenderer(tokenizer)
+        await super().start()
+        engine: Any = self.engine  # its attribute is private to ray.serve.llm, which has no other way to a renderer
+        engine._oai_serving_chat.online_renderer.render_chat = self._render_chat
+
+    async def answer(self, operation: str, fields: dict[str, Any]) -> Any:
+        """Yields server-sent events as text, or one object: the whole answer, or ``{"error": …}``."""
+        held_back = ""
+        try:
+            if operation == CHAT:
+                held_back = self._renderer.held_back_text(self._with_system(fields["messages"]))
+                stops = [self._renderer.end_of_turn_id]
+                stream = await self.chat(ChatCompletionRequest(**fields, stop_token_ids=stops))
+            elif operation == TOKENS:
+                yield self._as_sampled(**fields)
+                return
+            else:
+                stream = await self.completions(CompletionRequest(**fields))
+        except ValidationError as error:
+            yield {"error": {"message": str(error.errors()[0]["msg"]), "code": 400}}
+            return
+        except RenderError as error:
+            yield {"error": {"message": str(error), "code": 400}}
+            return
+        pieces = without_held_back(_pieces(stream), held_back) if held_back else _pieces(stream)
+        async with aclosing(in_bursts(pieces, self._config.serving.stream_interval_s)) as bursts:
+            async for burst in bursts:
+                yield burst
+
+    async def _render_chat(self, request: Any) -> Any:
+        """Returns messages and token ids of the prompt, by the template, the guard and the tokenizer of training.
+
+        It lowers ``max_completion_tokens`` to what fits behind the prompt.
+
+        Raises:
+            RenderError: the template refuses the conversation, or it is too long; vLLM's caller answers 400.
+        """
+        from vllm.inputs.engine import tokens_input
+
+        messages = [{"role": message["role"], "content": message["content"]} for message in request.messages]
+        ids = self._renderer.render_prompt(self._with_system(messages))
+        # One place stays free: vLLM scores an answer by reading it as a prompt, after which it must write a token more.
+        room = self._config.model.max_length - 1 - len(ids)
+        if room < 1:
+            raise RenderError(
+                f"messages: {len(ids)} tokens do not fit; with an answer there must be fewer than "
+                f"{self._config.model.max_length} (model.max_length)"
+            )
+        request.max_completion_tokens = min(request.max_completion_tokens or request.max_tokens or room, room)
+        return list(request.messages), [tokens_input(ids)]
+
+    def _as_sampled(self, messages: list[dict[str, str]], content: str, finish_reason: str) -> dict[str, Any]:
+        """Returns a given answer in the form of a whole one that was sampled with ``return_token_ids``.
+
+        Its token ids begin with those that the prompt leaves to the response, as sampled ones do.
+
+        Raises:
+            RenderError: the template refuses the conversation, or it is too long.
+        """
+        asked = self._with_system(messages)
+        rendered = self._renderer.render([*asked, {"role": "assistant", "content": content}])
+        response = rendered.real_ids if finish_reason == "stop" else rendered.real_ids[:-1]
+        whole = len(rendered.prompt_ids) + len(response)
+        if whole >= self._config.model.max_length:
+            raise RenderError(
+                f"answers: one has {whole} tokens with its prompt, which do not fit; there must be fewer than "
+                f"{self._config.model.max_length} (model.max_length)"
+            )
+        return {
+            "prompt_token_ids": rendered.prompt_ids,
+            "choices": [{"token_ids": response, "message": {"content": content}, "finish_reason": finish_reason}],
+            "usage": {
+                "prompt_tokens": len(rendered.prompt_ids), "completion_tokens": len(response), "total_tokens": whole,
+            },
+        }  # fmt: skip
+
+    def _with_system(self, messages: list[dict[str, str]]) -> list[dict[str, str]]:
+        if self._config.data.system is None or messages[0]["role"] == "system":
+            return messages
+        return [{"role": "system", "content": self._config.data.system}, *messages]
+
+
+async def _pieces(stream: Any) -> AsyncGenerator[Item, None]:
+    """Yields the pieces of ``ray.serve.llm`` one by one, objects as dictionaries."""
+    async for items in stream:
+        for item in items if isinstance(items, list) else [items]:
+            yield item if isinstance(item, str) else item.model_dump(exclude_none=True)
+
+
+def build_engine(iterate: Iterate, config: SpinConfig) -> serve.Application:
+    """Builds the application of one iterate. It has no route: requests come through the ingress only."""
+    serving = config.serving
+    engine = config.resolve_dtype(serving.engine or config.generation.engine)
+    llm_config = LLMConfig(
+        model_loading_config={"model_id": iterate.name, "model_source": str(iterate.folder)},
+        engine_kwargs={
+            "max_model_len": config.model.max_length,
+            "dtype": engine.dtype,
+            "tensor_parallel_size": engine.tensor_parallel_size,
+            "max_num_seqs": engine.max_num_seqs,
+            "gpu_memory_utilization": engine.gpu_memory_utilization,
+            "enforce_eager": engine.enforce_eager,
+            "trust_remote_code": config.model.trust_remote_code,
+            "generation_config": "vllm",  # sampling as asked, never the model folder's
+            "load_format": "safetensors",
+            "enable_log_requests": False,
+            **({} if serving.resources.gpus else _on_cpu(config.model.max_length)),
+            **engine.extra,
+        },
+        placement_group_config={"bundle_per_worker": _per_worker(serving, engine.tensor_parallel_size)},
+        callback_config={"callback_class": LocalFolder},
+        experimental_configs={
+            "stream_batching_interval_ms": 0
+        },  # it would delay the first token, too; ``in_bursts`` does not
+        runtime_env={"env_vars": _environment(serving, engine.cpu_kv_cache_gib)},
+        deployment_config=_deployment(serving),
+    )
+    return build_llm_deployment(
+        llm_config, name_prefix="", deployment_cls=IterateEngine, bind_kwargs={"iterate": iterate, "config": config}
+    )
+
+
+def _cpu_engine() -> Any:
+    from spin_ray.serving.cpu_engine import CpuEngine
+
+    return CpuEngine
+
+
+def _on_cpu(max_length: int) -> dict[str, Any]:
+    return whole_prefill(max_length) | {"worker_extension_cls": "spin_ray.serving.cpu_worker.CpuWorker"}
+
+
+def _per_worker(serving: ServingConfig, workers: int) -> dict[str, float]:
+    """Divides ``serving.resources``, those of an engine, among its workers, as ``ray.serve.llm`` wants them."""
+    return {name: amount / workers for name, amount in serving.resources.bundle.items()}
+
+
+def _environment(serving: ServingConfig, kv_cache_gib: int) -> dict[str, str]:
+    """Returns variables that vLLM and the compute libraries read when they are imported."""
+    return {
+        "OMP_NUM_THREADS": str(serving.resources.threads),
+        "VLLM_CPU_KVCACHE_SPACE": str(kv_cache_gib),
+        "VLLM_CPU_OMP_THREADS_BIND": "nobind",
+        "VLLM_NO_USAGE_STATS": "1",
+        "VLLM_LOGGING_LEVEL": "WARNING",
+    }
+
+
+def _deployment(serving: ServingConfig) -> dict[str, Any]:
+    scale: dict[str, Any] = {"num_replicas": serving.replicas}
+    if serving.max_replicas > serving.replicas:
+        scale = {
+            "autoscaling_config": {
+                "min_replicas": serving.replicas,
+                "max_replicas": serving.max_replicas,
+                "target_ongoing_requests": serving.target_ongoing_requests,
+            }
+        }
+    return scale | {
+        "max_ongoing_requests": 10 * serving.max_concurrent,  # the ingress refuses first
+        "graceful_shutdown_timeout_s": serving.request_timeout_s,
+        "max_constructor_retry_count": 1,
+        "ray_actor_options": {"num_cpus": 0},
+    }
