@@ -7,7 +7,7 @@ sizes: SmolLM2-135M-Instruct, and random Llamas of 45M and 362M parameters that 
 
 One JSON line for each model and kind of pack:
 
-    ratio              predicted / measured seconds, calibrated on NOTHING here: cost_model's own rate of a CPU core
+    ratio              predicted / measured seconds, calibrated on NOTHING here: ``hardware.CPU``'s rate of a core
     ratio_calibrated   the same with one rate, that of the training packs of 135m (so its own is 1; all other lines,
                        and every line of 45m and 362m, are predictions)
     memory_ratio       predicted / measured peak of resident memory above what the process had before it loaded the
@@ -31,9 +31,11 @@ from typing import Any
 
 from spin_ray.config.sections import ResourcesConfig, SpinConfig
 from spin_ray.inputs.model_folder import read_config
-from spin_ray.planning.cost_model import RUNTIME, Packs, learner_memory, pack_flops
 from spin_ray.planning.hardware import CPU
+from spin_ray.planning.learner_cost import learner_memory, pack_flops
 from spin_ray.planning.model_shape import ModelShape
+from spin_ray.planning.stage_cost import RUNTIME
+from spin_ray.planning.work import Packs
 from spin_ray.runtime import cpu
 
 CALIBRATED_ON = ("135m", "training")

@@ -13,9 +13,9 @@ from pathlib import Path
 from doc_table import put
 
 from spin_ray.config.sections import load_config
+from spin_ray.planning.cluster import Cluster
 from spin_ray.planning.hardware import GB
 from spin_ray.planning.plan import Given, check_memory, read_shape, read_work
-from spin_ray.planning.remedies import Cluster
 
 RECIPE = Path(__file__).resolve().parents[1] / "jobs" / "recipes" / "zephyr_7b.yaml"
 LLAMA_70B = {
