@@ -21,7 +21,7 @@ from typing import Any, Literal
 
 from spin_ray.config.sections import SpinConfig
 from spin_ray.errors import ConfigError, StageError, first_line
-from spin_ray.report.history import Example, read_examples
+from spin_ray.report.examples import Example, read_examples
 from spin_ray.report.redaction import hide_in_text
 from spin_ray.run_dir.run_dir import RunDir, read_json_lines
 

@@ -9,7 +9,8 @@ import yaml
 
 from spin_ray.config.sections import SpinConfig, flatten
 from spin_ray.errors import UserError
-from spin_ray.report.history import Example, read_benchmarks, read_evaluations, read_examples, read_train_logs
+from spin_ray.report.examples import Example, read_examples
+from spin_ray.report.history import read_benchmarks, read_evaluations, read_train_logs
 from spin_ray.report.measures import BY_KEY, CONFIDENCE, Evaluation, warnings
 from spin_ray.report.redaction import hide, hide_in_text
 from spin_ray.run_dir.events import Span, spans

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from spin_ray.report.history import read_examples
+from spin_ray.report.examples import read_examples
 from spin_ray.report.page import write_report
 from spin_ray.report.page.charts import MOST_POINTS, Bar, Series, gantt, line_chart
 from spin_ray.report.page.view import read_view
