@@ -10,15 +10,17 @@ RUNTIME = 2 * GB
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class StageCost:
-    """What one stage takes. Its time is a roofline (Williams, Waterman, Patterson 2009): the longer of
-    FLOPs / reachable FLOP/s and bytes / reachable bytes/s.
+    """The cost of one stage.
+
+    The time is a roofline (Williams, Waterman, Patterson 2009): the longer of FLOPs / reachable FLOP/s and
+    bytes / reachable bytes/s.
     """
 
     name: str
     tokens: float
     """Prompt and response tokens over all epochs, without padding."""
     flops: float
-    """A multiply-add is 2."""
+    """FLOPs over all epochs; a multiply-add is 2."""
     seconds: float
     bound: str
     """Name of what takes most of the time."""

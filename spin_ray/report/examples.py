@@ -1,4 +1,4 @@
-"""Held-out prompts with the human response and every iterate's, read back for people.
+"""Held-out prompts with the human response and every iterate's, read back from a run.
 
 Reads committed artefacts only, so it works while the run goes on and after it stopped half-way.
 """

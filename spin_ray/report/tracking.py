@@ -80,7 +80,7 @@ def _evaluation_points(run: RunDir, iterate: int) -> Iterator[Point]:
 
 
 Log = Callable[[RunDir, SpinConfig, list[Point], dict[str, Any]], dict[str, Any]]
-"""Logs points to one tracker. Its last argument is what it returned for the last iterate, e.g. the tracker's run id."""
+"""Logs points to one tracker. The last argument is the tracker's state, e.g. its run id; the result is added to it."""
 
 
 def _trackers(config: SpinConfig) -> dict[str, Log]:
