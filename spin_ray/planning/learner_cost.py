@@ -17,6 +17,8 @@ WORKERS_START_S = 20.0
 small models; loading a large one takes longer."""
 CHUNK_TARGETS = 256
 """Copy of ``learner.scoring.TARGETS_PER_CHUNK``: an import would bring torch. A test compares them."""
+MOMENTS = {"rmsprop": 1, "adamw": 2}
+"""Numbers that an optimizer keeps per parameter, each in fp32. A test compares them with torch's."""
 
 
 # Stages
@@ -116,7 +118,7 @@ def learner_memory(
     """
     on_host = config.train.offload and config.train.resources.gpus
     sharded = 0 if on_host else shape.parameters / config.train.workers
-    moments = {"rmsprop": 1, "adamw": 2}[optimizer.name] if optimizer else 0
+    moments = MOMENTS[optimizer.name] if optimizer else 0
     memory = {"weights": 4 * sharded, "optimizer": 4 * moments * sharded}
     if backward:
         memory |= {"gradients": 4 * sharded}
@@ -144,9 +146,9 @@ def _gathered_bytes(config: SpinConfig, shape: ModelShape, *, backward: bool) ->
 def _activation_bytes(config: SpinConfig, shape: ModelShape, packs: Packs, *, backward: bool) -> float:
     """Returns the bytes that one pack keeps: layers (all, or their inputs and one of them), mask, a chunk of logits.
 
-    A layer keeps per token, with b bytes a number: two norms with an fp32 copy of their input, its normalised form and
-    their output (2h(4 + 2b)); queries, keys and values repeated to all heads, and attention's output (4qb); four
-    vectors of the feed-forward network (4ib). Counted on transformers' Llama as arXiv 2205.05198 does on GPT.
+    A layer keeps per token, with b bytes a number: 2h(4 + 2b) for two norms with an fp32 copy of their input, its
+    normalised form and their output, 4qb for queries, keys and values repeated to all heads and attention's output, and
+    4ib for four vectors of the feed-forward network. Counted on transformers' Llama as arXiv 2205.05198 does on GPT.
     """
     length, b = config.train.pack_length, _dtype_bytes(config)
     layer = length * (2 * shape.hidden * (4 + 2 * b) + 4 * shape.q * b + 4 * shape.intermediate * b)

@@ -47,7 +47,7 @@ def read_train_logs(run: RunDir, config: SpinConfig) -> dict[str, list[dict[str,
 
 
 def find_iterate(run: RunDir, iterate: str) -> int:
-    """Returns the number of the iterate that the command line names; a bare number t is θ_t, after t iterations.
+    """Returns the number of the iterate that the command line names. A bare number t is θ_t, after t iterations.
 
     Raises:
         RunDirError: the run has no such iterate (yet); the message names those that it has.

@@ -3,10 +3,13 @@
 from dataclasses import replace
 
 import pytest
+import torch
 
 from spin_ray.learner import scoring
+from spin_ray.learner.backends.modules import bare_optimizer
 from spin_ray.planning.learner_cost import (
     CHUNK_TARGETS,
+    MOMENTS,
     WORKERS_START_S,
     learner_memory,
     pack_flops,
@@ -113,6 +116,17 @@ def test_shard_grad_op_holds_a_whole_copy_of_the_weights():
 
 def test_chunk_of_logits_is_the_learners():
     assert CHUNK_TARGETS == scoring.TARGETS_PER_CHUNK
+
+
+@pytest.mark.parametrize("settings", [RMSPROP, ADAMW])
+def test_numbers_per_parameter_are_those_that_the_learners_optimizer_keeps(settings):
+    weight = torch.nn.Parameter(torch.zeros(3))
+    weight.grad = torch.ones(3)
+    optimizer = bare_optimizer([weight], settings)
+    optimizer.step()
+    kept = [value for value in optimizer.state[weight].values() if value.shape == weight.shape]
+    assert len(kept) == MOMENTS[settings.name]
+    assert {value.dtype for value in kept} == {torch.float32}
 
 
 # More or less of it
