@@ -159,7 +159,7 @@ def _activation_bytes(config: SpinConfig, shape: ModelShape, packs: Packs, *, ba
         kept = float(shape.layers * inputs + layer)
     else:
         kept = float(shape.layers * layer)
-    mask = length**2 * (b + 1)  # additive, and the booleans that it is made of
+    mask = length**2 * (b + 1)  # the additive mask, and the booleans it is made from
     logits = CHUNK_TARGETS * shape.vocab * (3 * 4 if backward else 4)  # fp32; with gradient and softmax
     return kept + packs.targets * shape.hidden * b + mask + logits
 

@@ -127,7 +127,7 @@ def _measure_on_ray(request: Request, config: SpinConfig) -> dict[str, Any]:
 
     connect(config)
     resources = backend_resources(config, request.backend)
-    # A process of its own, gone afterwards: vLLM and torch keep what they take.
+    # In a process of its own that ends afterwards: vLLM and torch give no memory back.
     task = ray.remote(max_calls=1)(measure).options(
         num_cpus=resources.cpus, num_gpus=resources.gpus, resources=resources.custom, max_retries=0
     )

@@ -107,7 +107,7 @@ def run(run_dir: RunDir, config: SpinConfig, one: str, other: str, judge: Judge,
             for future in found:  # after a failure; questions already being asked are waited for
                 future.cancel()
             done = [future.result() for future in found if not future.cancelled() and future.exception() is None]
-            kept = known | {(it.judge, it.question): it for it in done}  # of other judges, too
+            kept = known | {(it.judge, it.question): it for it in done}  # keeps judgements of other judges, too
             lines = "".join(json.dumps(asdict(judgement)) + "\n" for judgement in kept.values())
             run_dir.storage.replace(raw, lines.encode())
         counted["rows"] = len(examples)

@@ -220,7 +220,7 @@ def stop_evidence(evaluations: list[Evaluation], patience: int, min_fall: float)
         return None
     closest = min(found, key=lambda it: it[1])[0]
     return {
-        "reason": f"the held-out distance has not fallen for {patience} iteration(s); {closest} was closest to y",
+        "reason": f"the held-out distance has not fallen for {patience} iteration(s); {closest} was closest to human responses",
         "closest": closest,
         "distances": dict(found),
         "patience": patience,

@@ -245,7 +245,7 @@ def _number(value: float | None, digits: int) -> str:
 
 
 def _duration(seconds: float) -> str:
-    """Returns ``350 ms``, ``48 s``, ``9 min 48 s`` or ``2 h 5 min``."""
+    """``9 min 48 s``."""
     whole = round(seconds)
     if whole < 1:
         return f"{seconds * 1000:.0f} ms"
