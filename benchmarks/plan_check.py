@@ -7,7 +7,7 @@ sizes: SmolLM2-135M-Instruct, and random Llamas of 45M and 362M parameters that 
 
 One JSON line for each model and kind of pack:
 
-    ratio              predicted / measured seconds, calibrated on NOTHING here: cost_model's own rate of a CPU core
+    ratio              predicted / measured seconds, calibrated on NOTHING here: ``hardware.CPU``'s rate of a core
     ratio_calibrated   the same with one rate, that of the training packs of 135m (so its own is 1; all other lines,
                        and every line of 45m and 362m, are predictions)
     memory_ratio       predicted / measured peak of resident memory above what the process had before it loaded the
@@ -32,9 +32,11 @@ from typing import Any
 from spin_ray.config.recipe import SpinConfig
 from spin_ray.config.sections import ResourcesConfig
 from spin_ray.inputs.model_folder import read_config
-from spin_ray.planning.cost_model import RUNTIME, Packs, learner_memory, pack_flops
 from spin_ray.planning.hardware import CPU
+from spin_ray.planning.learner_cost import learner_memory, pack_flops
 from spin_ray.planning.model_shape import ModelShape
+from spin_ray.planning.stage_cost import RUNTIME
+from spin_ray.planning.work import Packs
 from spin_ray.runtime import cpu
 
 CALIBRATED_ON = ("135m", "training")
@@ -111,7 +113,7 @@ def measure(case: Case, options: argparse.Namespace) -> dict[str, Any]:
         used = peak_bytes() - before
     backward = case.kind != "scoring"
     flops = pack_flops(config, shape, config.train.pack_length, targets, backward=backward)
-    predicted = CPU.share(ResourcesConfig(cpus=options.threads)).seconds(flops, config.train.precision)
+    predicted = CPU.share(ResourcesConfig(cpus=options.threads)).seconds(flops, config.precision)
     packs = Packs(
         steps=1, per_step=2, per_rank=2, length=config.train.pack_length, targets=targets, per_rank_at_most=2, tokens=0
     )
@@ -159,7 +161,7 @@ def time_packs(
     dist.init_process_group("gloo", init_method=f"file://{folder}/meet", rank=0, world_size=1)
     settings = BackendSettings(
         max_length=config.model.max_length,
-        precision=config.train.precision,
+        precision=config.precision,
         gradient_checkpointing=config.train.gradient_checkpointing,
         optimizer=config.train.optimizer,
         learning_rate=1e-7,

@@ -17,9 +17,9 @@ from rich.console import Console
 from rich.table import Table
 
 from spin_ray.config.load import load_config
+from spin_ray.planning.cluster import Cluster
 from spin_ray.planning.hardware import GB
 from spin_ray.planning.plan import Given, check_memory, read_shape, read_work
-from spin_ray.planning.remedies import Cluster
 
 ROOT = Path(__file__).resolve().parents[1]
 CLUSTER_PAGE = ROOT / "docs" / "cluster.md"

@@ -1,4 +1,4 @@
-"""How large a decoder is, from its config.json: parameters, FLOPs of a forward pass, bytes of keys and values.
+"""The shape of a decoder, from its config.json: parameters, FLOPs of a forward pass, bytes of keys and values.
 
 ``h`` is the hidden width, ``q`` the width of all heads together; a multiply-add is 2 FLOPs.
 """
@@ -22,11 +22,11 @@ class ModelShape:
     head_dim: int
     vocab: int
     tied: bool = False
-    """The head is the embedding."""
+    """True: the head is the embedding's matrix."""
 
     @classmethod
     def from_config(cls, config: Mapping[str, Any], source: str) -> Self:
-        """From a Hugging Face config.json.
+        """Reads the content of a Hugging Face config.json; ``source`` names the file in errors.
 
         Raises:
             ModelError: a size is missing, or layers are mixtures of experts.
@@ -34,9 +34,9 @@ class ModelShape:
         config = config.get("text_config", config)
         names = ("num_hidden_layers", "hidden_size", "intermediate_size", "num_attention_heads", "vocab_size")
         if missing := [name for name in names if not isinstance(config.get(name), int)]:
-            raise ModelError(f"{source}: has no {', '.join(missing)}; plan knows decoders of Llama's kind only")
+            raise ModelError(f"{source}: has no {', '.join(missing)}; plan knows only decoders like Llama")
         if config.get("num_local_experts") or config.get("num_experts"):
-            raise ModelError(f"{source}: is a mixture of experts; plan knows dense models only")
+            raise ModelError(f"{source}: is a mixture of experts; plan knows only dense models")
         layers, hidden, intermediate, heads, vocab = (config[name] for name in names)
         return cls(
             layers=layers, hidden=hidden, intermediate=intermediate, heads=heads, vocab=vocab,
@@ -47,21 +47,22 @@ class ModelShape:
 
     @property
     def q(self) -> int:
+        """Width of all heads together."""
         return self.heads * self.head_dim
 
     @property
     def layer_matmuls(self) -> int:
-        """Weights of a layer that multiply: query and output 2hq, key and value 2h·kv, gate, up and down 3h·i."""
+        """Weights in a layer's products: query and output 2hq, key and value 2h·kv, gate, up and down 3h·i."""
         return self.hidden * (2 * self.q + 2 * self.kv_heads * self.head_dim + 3 * self.intermediate)
 
     @property
     def layer(self) -> int:
-        """Parameters of a layer, its two norms included; biases are left out (under 0.1 %)."""
+        """Parameters of a layer with its two norms, without biases (under 0.1 %)."""
         return self.layer_matmuls + 2 * self.hidden
 
     @property
     def root(self) -> int:
-        """Parameters outside the layers: embedding, head if it is another matrix, last norm."""
+        """Parameters outside the layers: embedding, head if it is a matrix of its own, last norm."""
         return self.vocab * self.hidden * (1 if self.tied else 2) + self.hidden
 
     @property
@@ -69,16 +70,19 @@ class ModelShape:
         return self.layers * self.layer + self.root
 
     def trunk_flops(self, tokens: float, attended: float) -> float:
-        """Forward pass below the head: 2 per weight and token, and 4q per layer for each (query, key) pair that is
-        computed (QK^T and AV). arXiv 2001.08361, table 1.
+        """Returns the FLOPs of a forward pass below the head (arXiv 2001.08361, table 1).
+
+        They are 2 per weight and token, and in each layer 4q per computed pair of query and key (QK^T and AV);
+        ``attended`` is the number of such pairs.
         """
         return self.layers * (2 * self.layer_matmuls * tokens + 4 * self.q * attended)
 
     def head_flops(self, tokens: float) -> float:
+        """Returns the FLOPs of the head's forward pass."""
         return 2.0 * self.hidden * self.vocab * tokens
 
     def kv_bytes(self, dtype_bytes: int) -> int:
-        """Of one token: keys and values of every layer."""
+        """Returns the bytes of one token's keys and values in all layers."""
         return 2 * self.layers * self.kv_heads * self.head_dim * dtype_bytes
 
 
@@ -86,4 +90,4 @@ MISTRAL_7B = ModelShape(
     layers=32, hidden=4096, intermediate=14336, heads=32, kv_heads=8, head_dim=128, vocab=32000, tied=False
 )
 KNOWN_SHAPES = {"alignment-handbook/zephyr-7b-sft-full": MISTRAL_7B, "mistralai/Mistral-7B-v0.1": MISTRAL_7B}
-"""Hub models that a recipe here names; any other shape comes from a config.json."""
+"""Hub models that the recipes of this repository name; any other shape comes from a config.json."""

@@ -1,72 +1,22 @@
-"""Settings that would make a stage fit in memory: each is tried with the cost model before it is named."""
+"""Settings that would make a stage fit in memory. Each is tried with the cost model before it is named."""
 
 from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from math import ceil
 from typing import Any
 
 from spin_ray.config.load import parse_config
 from spin_ray.config.recipe import SpinConfig
-from spin_ray.errors import ConfigError, ResourceError, UserError
-from spin_ray.planning.cost_model import Devices, Work, plan_run
-from spin_ray.planning.hardware import CPU, GIB, GPUS, NETWORK
+from spin_ray.errors import UserError
+from spin_ray.planning.cluster import Cluster, devices_of, gpus_of
+from spin_ray.planning.hardware import GIB
 from spin_ray.planning.model_shape import ModelShape
-
-
-@dataclass(frozen=True, kw_only=True)
-class Cluster:
-    nodes: int = 1
-    gpu: str | None = None
-    """A name of ``hardware.GPUS``; None where the recipe asks for no GPU."""
-    gpus_per_node: int = 8
-
-
-def devices_of(config: SpinConfig, cluster: Cluster) -> Devices:
-    """What an engine and a train worker run on.
-
-    Raises:
-        ConfigError: the recipe asks for GPUs and none is named, or the other way round.
-        ResourceError: a stage asks for more GPUs than there are.
-    """
-    engine, worker = config.generation.resources, config.train.resources
-    if cluster.gpu is not None and cluster.gpu not in GPUS:
-        raise ConfigError(f"--gpu {cluster.gpu}: unknown; one of {', '.join(GPUS)}")
-    if cluster.gpu is None and (engine.gpus or worker.gpus):
-        raise ConfigError(f"--gpu: the recipe asks for GPUs; name theirs, one of {', '.join(GPUS)}")
-    if cluster.gpu is not None and not (engine.gpus or worker.gpus):
-        raise ConfigError(
-            f"--gpu {cluster.gpu}: the recipe asks for no GPU; "
-            "give --generation.resources.gpus=1 --train.resources.gpus=1, too"
-        )
-    if engine.gpus > cluster.gpus_per_node:
-        raise ResourceError(
-            f"generation.resources.gpus: {engine.gpus:g} for one engine, a node has {cluster.gpus_per_node}; "
-            "an engine is on one node"
-        )
-    for stage, count in gpus_of(config).items():
-        if count > cluster.nodes * cluster.gpus_per_node:
-            raise ResourceError(
-                f"{stage} asks for {count:g} GPUs, {cluster.nodes} × {cluster.gpus_per_node} are there; "
-                f"give --nodes={ceil(count / cluster.gpus_per_node)} or lower "
-                f"{'generation.replicas' if stage == 'generation' else 'train.workers'}"
-            )
-    gpu = GPUS[cluster.gpu] if cluster.gpu else CPU
-    generation = (gpu if engine.gpus else CPU).share(engine)
-    train = (gpu if worker.gpus else CPU).share(worker)
-    spread = config.train.workers > cluster.gpus_per_node if worker.gpus else cluster.nodes > 1
-    return Devices(generation=generation, train=replace(train, link=min(train.link, NETWORK)) if spread else train)
-
-
-def gpus_of(config: SpinConfig) -> dict[str, float]:
-    """GPUs that each stage asks for."""
-    return {
-        "generation": config.generation.replicas * config.generation.resources.gpus,
-        "training": config.train.workers * config.train.resources.gpus,
-    }
+from spin_ray.planning.run_cost import plan_run
+from spin_ray.planning.work import Work
 
 
 def remedies(config: SpinConfig, shape: ModelShape, cluster: Cluster, work: Work, stage: str) -> list[str]:
-    """Settings under which the stage was found to fit: every change that is enough alone, else a sum of changes."""
+    """Returns settings under which the stage fits: every change that is enough alone, else several changes together."""
 
     def words(changes: dict[str, Any]) -> str | None:
         return _if_it_fits(config, shape, cluster, work, stage, changes)
@@ -82,7 +32,7 @@ def remedies(config: SpinConfig, shape: ModelShape, cluster: Cluster, work: Work
     for changes in candidates:
         together |= changes
         if words(together):
-            for key in list(together):  # what is not needed after all
+            for key in list(together):  # a change may turn out to be unnecessary
                 fewer = {name: value for name, value in together.items() if name != key}
                 together = fewer if words(fewer) else together
             return [words(together) or ""]
@@ -92,7 +42,7 @@ def remedies(config: SpinConfig, shape: ModelShape, cluster: Cluster, work: Work
 def _if_it_fits(
     config: SpinConfig, shape: ModelShape, cluster: Cluster, work: Work, stage: str, changes: dict[str, Any]
 ) -> str | None:
-    """The changes as words of the command line, if the stage fits with them; nodes are added as they need."""
+    """Returns the changes as command-line options if the stage fits with them, with as many nodes as they need."""
     try:
         tried = _changed(config, changes)
         nodes = max(cluster.nodes, ceil(max(gpus_of(tried).values()) / cluster.gpus_per_node))
@@ -107,7 +57,7 @@ def _if_it_fits(
 
 
 def _changes(config: SpinConfig, shape: ModelShape, stage: str) -> Iterator[dict[str, Any]]:
-    """What might help, the least harm first: nothing that changes the objective, the data or the batch."""
+    """Yields changes to try, the least harmful first. None of them changes the objective, the data or the batch."""
     engine, train = config.resolve_dtype(config.generation.engine), config.train
     if stage == "generation":
         if not config.generation.resources.gpus:
@@ -134,7 +84,11 @@ def _changes(config: SpinConfig, shape: ModelShape, stage: str) -> Iterator[dict
 
 
 def _changed(config: SpinConfig, changes: dict[str, Any]) -> SpinConfig:
-    """Raises ConfigError if the values do not go together."""
+    """Returns the recipe with the changes.
+
+    Raises:
+        ConfigError: the values do not go together.
+    """
     tree = config.model_dump()
     for key, value in changes.items():
         *sections, field = key.split(".")

@@ -1,4 +1,4 @@
-"""An iterate as a folder to pass on: the committed model, checked, and a model card that says how it was made."""
+"""Export of an iterate: its committed model, checked, with a model card."""
 
 import shutil
 from pathlib import Path
@@ -15,21 +15,21 @@ HUB = "hub:"
 def export(run: RunDir, iterate: str, target: str) -> str:
     """Copies an iterate (``2``, ``iter_001``, ``sft``, ``latest``) with its card to a folder or to ``hub:OWNER/NAME``.
 
-    Every file is checked against its digest first. Returns where it is.
+    Every file is checked against its digest first. Returns the target.
 
     Raises:
-        UserError: there is no such iterate, the folder is not empty, or the hub refuses.
+        UserError: there is no such iterate, a file is damaged, the folder is not empty, or the hub refuses.
     """
     number = find_iterate(run, iterate)
     artefact = run.model(number)
     if number == 0 and not artefact.is_committed:
-        raise RunDirError(f"{run.storage.root}: θ_0 is the start model itself, there is nothing of the run to export")
+        raise RunDirError(f"{run.storage.root}: θ_0 is the start model itself; the run has nothing to export for it")
     files = artefact.verify().files
     if target.startswith(HUB):
         return _upload(run, number, target.removeprefix(HUB))
     folder = Path(target)
     if folder.exists() and any(folder.iterdir()):
-        raise ConfigError(f"{folder}: is not empty; choose another --to")
+        raise ConfigError(f"{folder}: is not empty; give another folder by --to")
     for name in files:
         (folder / name).parent.mkdir(parents=True, exist_ok=True)
         shutil.copyfile(run.storage.path(f"{artefact.path}/{name}"), folder / name)
@@ -38,7 +38,7 @@ def export(run: RunDir, iterate: str, target: str) -> str:
 
 
 def _upload(run: RunDir, iterate: int, repository: str) -> str:
-    """To a model repository of a Hugging Face hub, made if it is not there (private); credentials are the hub's own."""
+    """Uploads to a model repository, created as private if it does not exist. Credentials are the hub client's own."""
     from huggingface_hub import HfApi
 
     api = HfApi()

@@ -1,8 +1,8 @@
-"""When an iteration and the run will be done, told from what their stages took so far.
+"""The time left of an iteration and of the run, from the time that earlier stages took.
 
-A turn t is the driver's: θ_t answers and is evaluated, then θ_{t+1} is trained; the last turn only evaluates, and turn
-−1 prepares (prompts, warm-up). Seconds of a kind of stage grow with its work: a turn with twice the pairs trains twice
-as long. What no turn has shown yet is not known, and is said to come on top.
+A turn t is the driver's: θ_t answers and is evaluated, then θ_{t+1} is trained. The last turn only evaluates, and turn
+−1 prepares (prompts, warm-up). The seconds of a kind of stage grow with its work: a turn with twice the pairs trains
+twice as long. A kind of stage that no turn has finished yet has no known time, so the time left is "over" the sum.
 """
 
 import re
@@ -18,19 +18,21 @@ PREPARATION = -1
 
 @dataclass(frozen=True, slots=True)
 class Expected:
-    """A stage of the whole run. Example: ``Expected(1, "training", 128)``."""
+    """A stage of the run, done or not. Example: ``Expected(1, "training", 128)``."""
 
     turn: int
     kind: str
     work: float
-    """In units of its kind; only ratios count."""
+    """Work in units of the kind; only ratios count."""
 
 
 @dataclass(frozen=True, slots=True)
 class Left:
+    """The time left."""
+
     seconds: float
     is_all: bool
-    """False: stages whose duration is not known yet come on top."""
+    """False: the time of some stages is not known yet and comes on top."""
 
     def __str__(self) -> str:
         if self.is_all:
@@ -40,15 +42,19 @@ class Left:
 
 @dataclass(frozen=True, slots=True)
 class Forecast:
+    """The time left of the current turn and of the run."""
+
     turn: int
-    """The one that the run is in."""
+    """The turn that the run is in."""
     iteration: Left
     run: Left
 
 
 def forecast(config: SpinConfig, events: Sequence[Event], now: float, running_left_s: float | None) -> Forecast | None:
-    """None before the first stage. ``running_left_s`` is what the running stage knows of itself; None: it is guessed
-    from earlier ones of its kind.
+    """Returns the forecast at time ``now``; None before the first stage.
+
+    ``running_left_s`` are the seconds that the running stage itself expects. None: they are guessed from earlier stages
+    of its kind.
     """
     attempts = spans([_by_turn(event) for event in events if split_stage(event["stage"])[1] not in BESIDE])
     if not attempts:
@@ -60,7 +66,7 @@ def forecast(config: SpinConfig, events: Sequence[Event], now: float, running_le
     turn = _place(attempts[-1])[0]
     if running is None and all((it.turn, it.kind) in done for it in plan if it.turn == turn):
         turn = min((it.turn for it in plan if (it.turn, it.kind) not in done), default=turn)
-    # What stands before the running stage has been done, or there was nothing to do.
+    # Stages before the running one are done, or had nothing to do.
     places = [(it.turn, it.kind) for it in plan]
     passed = places.index(_place(running)) if running and _place(running) in places else 0
     left: list[tuple[int, float | None]] = []
@@ -76,7 +82,7 @@ def forecast(config: SpinConfig, events: Sequence[Event], now: float, running_le
 
 
 def turn_of(stage: str) -> int:
-    """The turn of an event's stage: what θ_t does is turn t, what makes θ_t is turn t − 1."""
+    """Returns the turn of an event's stage: what θ_t does is turn t, what makes θ_t is turn t − 1."""
     folder, _, name = stage.partition(" ")[0].rpartition("/")
     if not re.fullmatch(r"sft|iter_\d+", folder):
         return PREPARATION
@@ -84,7 +90,7 @@ def turn_of(stage: str) -> int:
 
 
 def _by_turn(event: Event) -> Event:
-    """The event with its stage as TURN/KIND."""
+    """Returns the event with its stage written as TURN/KIND."""
     turn, kind = turn_of(event["stage"]), split_stage(event["stage"])[1]
     if event["stage"] == "sft/training":
         kind = "warm-up"
@@ -112,7 +118,7 @@ def _sum(guesses: list[float | None]) -> Left:
 def _rates(
     plan: Sequence[Expected], attempts: Sequence[Span], done: set[tuple[int, str]]
 ) -> Iterator[tuple[str, float]]:
-    """Seconds for a unit of work of each kind, by its newest turn that is done; all attempts of that turn count."""
+    """Yields the seconds per unit of work of each kind, from all attempts in its newest finished turn."""
     for it in sorted(plan, key=lambda it: it.turn):
         if (it.turn, it.kind) in done:
             mine = [span for span in attempts if _place(span) == (it.turn, it.kind)]
@@ -120,7 +126,7 @@ def _rates(
 
 
 def _expected(config: SpinConfig, attempts: Sequence[Span], done: set[tuple[int, str]]) -> Iterator[Expected]:
-    """The stages of SPIN, and those of other algorithms that an earlier turn has shown."""
+    """Yields the stages of SPIN, and those of other algorithms that an earlier turn has had."""
     rows = {span.stage: span.counted.get("rows", 0) for span in attempts if span.outcome == "commit"}
     heldout = float(rows.get("heldout", 1)) if config.data.heldout else 0.0
     prompts = float(rows.get("prompts", 1))
@@ -138,7 +144,7 @@ def _expected(config: SpinConfig, attempts: Sequence[Span], done: set[tuple[int,
         if heldout or not is_last:
             yield Expected(turn, "sampling", samples * heldout + (0 if is_last else played))
         if heldout:
-            # Samples of θ_t and its opponent under both, and those of θ_t under θ_0; of θ_0 there is nothing to score.
+            # Samples of θ_t and its opponent under both models, and samples of θ_t under θ_0. Turn 0 scores nothing.
             yield Expected(turn, "evaluation" if turn else "first_evaluation", 4 if turn == 1 else 5)
         if is_last:
             continue

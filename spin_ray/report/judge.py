@@ -1,8 +1,8 @@
 """A model as judge between two iterates, behind any OpenAI-compatible endpoint; after MT-Bench (arXiv 2306.05685).
 
-It reads the samples that the evaluation stage drew: nothing is generated but judgements. Every pair is judged in both
-orders, as judges favour a place; only a verdict that stands in both counts as a win. The raw judgements are kept, also
-when the endpoint fails half-way: the same command then asks what is left.
+The judge reads the samples that the evaluation stage drew; only judgements are generated. Every pair is judged in both
+orders, as judges favour a place. The raw judgements are kept, also when the endpoint fails half-way: the same command
+then asks only what is left.
 """
 
 import hashlib
@@ -21,7 +21,7 @@ from typing import Any, Literal
 
 from spin_ray.config.recipe import SpinConfig
 from spin_ray.errors import ConfigError, StageError, first_line
-from spin_ray.report.history import Example, read_examples
+from spin_ray.report.examples import Example, read_examples
 from spin_ray.report.redaction import hide_in_text
 from spin_ray.run_dir.run_dir import RunDir, read_json_lines
 
@@ -49,21 +49,23 @@ Give your reasons in a few sentences, then end with exactly one of:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Judge:
+    """The judging model and how it is asked."""
+
     endpoint: str
-    """Base URL, e.g. https://HOST/v1; its key is $OPENAI_API_KEY."""
+    """Base URL, e.g. https://HOST/v1. The key is $OPENAI_API_KEY."""
     model: str
     timeout_s: float = 120
     parallel: int = 8
-    """Questions asked side by side."""
+    """Questions asked at the same time."""
     tries: int = 4
-    """Of each question, where the server is busy (429, 5xx) or does not answer."""
+    """Tries of each question while the server is busy (429, 5xx) or does not answer."""
     wait_s: float = 2
-    """Before the second try; doubled before each further one."""
+    """Seconds before the second try; doubled before each further try."""
 
 
 @dataclass(frozen=True, slots=True)
 class Judgement:
-    """One pair in one order, as it came."""
+    """One pair judged in one order."""
 
     prompt_id: str
     first: str
@@ -71,21 +73,21 @@ class Judgement:
     second: str
     verdict: Verdict
     text: str
-    """All that the judge said."""
+    """The judge's whole answer."""
     judge: str = ""
-    """What the server calls it."""
+    """The judging model's name at the server."""
     question: str = ""
-    """Digest of what it was asked: conversation, replies and instruction."""
+    """Digest of the question: conversation, replies and instruction."""
 
 
 def run(run_dir: RunDir, config: SpinConfig, one: str, other: str, judge: Judge, limit: int) -> dict[str, Any]:
     """Judges ``one`` against ``other`` on up to ``limit`` held-out prompts.
 
-    Writes ``judgements/ONE-OTHER.jsonl`` (raw) and ``.json`` (what is returned). What is there already of the same
-    judge, conversation and replies is not asked again.
+    Writes ``judgements/ONE-OTHER.jsonl`` (raw) and ``.json`` (the returned summary). Questions that the same judge has
+    answered before are not asked again.
 
     Raises:
-        ConfigError: one of them has no held-out samples.
+        ConfigError: the two have no held-out samples of the same prompts.
         StageError: the endpoint does not answer.
     """
     examples = [it for it in read_examples(run_dir, config, limit=limit) if {one, other} <= it.answers.keys()]
@@ -102,10 +104,10 @@ def run(run_dir: RunDir, config: SpinConfig, one: str, other: str, judge: Judge,
         try:
             judgements += [future.result() for future in found]
         finally:
-            for future in found:  # after a failure; what is being asked is waited for
+            for future in found:  # after a failure; questions already being asked are waited for
                 future.cancel()
             done = [future.result() for future in found if not future.cancelled() and future.exception() is None]
-            kept = known | {(it.judge, it.question): it for it in done}  # other judges' as well
+            kept = known | {(it.judge, it.question): it for it in done}  # keeps judgements of other judges, too
             lines = "".join(json.dumps(asdict(judgement)) + "\n" for judgement in kept.values())
             run_dir.storage.replace(raw, lines.encode())
         counted["rows"] = len(examples)
@@ -115,11 +117,11 @@ def run(run_dir: RunDir, config: SpinConfig, one: str, other: str, judge: Judge,
 
 
 def summarise(judgements: Sequence[Judgement], one: str, other: str) -> dict[str, Any]:
-    """Wins of ``one``, ties and losses over prompts, and its win rate (ties half) with the standard error.
+    """Returns wins, ties and losses of ``one`` over prompts, and its win rate (ties count half) with standard error.
 
-    A prompt is won if one order says so and the other does not contradict; orders that contradict each other are a tie.
-    Example: (one better, tie) is a win; (one better, other better) a tie that is also counted as ``contradicting``.
-    Prompts with an unclear judgement are left out and counted.
+    A prompt is won if one order says so and the other does not contradict. Example: (one better, tie) is a win;
+    (one better, other better) is a tie that is also counted as ``contradicting``. Prompts with an unclear judgement are
+    counted and left out.
     """
     by_prompt: dict[str, list[Judgement]] = {}
     for judgement in judgements:
@@ -143,7 +145,7 @@ def summarise(judgements: Sequence[Judgement], one: str, other: str) -> dict[str
 
 
 def _point(judgement: Judgement, one: str) -> int:
-    """1 if ``one`` was better, −1 if the other was, 0 for a tie."""
+    """Returns 1 if ``one`` was better, −1 if the other was, 0 for a tie."""
     if judgement.verdict == "tie":
         return 0
     better = judgement.first if judgement.verdict == "first" else judgement.second
@@ -153,6 +155,7 @@ def _point(judgement: Judgement, one: str) -> int:
 def _ask_once(
     judge: Judge, known: dict[tuple[str, str], Judgement], example: Example, first: str, second: str
 ) -> Judgement:
+    """Returns the known judgement of this question, or asks."""
     task = _task(example, first, second)
     question = hashlib.sha256(task.encode()).hexdigest()[:32]
     if (judge.model, question) in known:
@@ -169,10 +172,10 @@ def _task(example: Example, first: str, second: str) -> str:
 
 
 def ask(judge: Judge, task: str) -> str:
-    """What the judge says. A server that is busy or does not answer is asked again, ``judge.tries`` times in all.
+    """Returns the judge's answer. A server that is busy or does not answer is asked ``judge.tries`` times in all.
 
     Raises:
-        StageError: it gave no answer.
+        StageError: the server gave no answer.
     """
     body = {"model": judge.model, "temperature": 0, "messages": [{"role": "user", "content": task}]}
     headers = {

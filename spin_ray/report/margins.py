@@ -1,6 +1,7 @@
-"""Log-probabilities of held-out rows under an iterate, its opponent and θ_0 -> what margins say of the iterate.
+"""Margins of held-out rows, from log-probabilities under an iterate, its opponent and θ_0.
 
-RUN/<iterate>/heldout_scores: a row for each pair and model; pair_id is PROMPT/self or PROMPT/opponent, whose y′ it is
+RUN/<iterate>/heldout_scores has a row for each pair and model. Its pair_id is PROMPT/self for a y′ of the iterate
+itself, PROMPT/opponent for a y′ of its opponent.
 """
 
 import math
@@ -16,13 +17,16 @@ SCORE_SCHEMA = pa.schema(
     + [pa.field(name, pa.float32()) for name in ("real_logp", "generated_logp")]
     + [pa.field(name, pa.list_(pa.float32())) for name in ("real_token_logps", "generated_token_logps")]
 )
-"""The sums over response tokens, in nats, and the tokens'. θ_0 scores the iterate's own samples only."""
+"""Log-probabilities in nats: sums over response tokens, and each token's. θ_0 scores only the iterate's own samples."""
 LARGEST_SHARE = 0.1
-"""Of the tokens of a pair, whose part in the margin is its concentration."""
+"""Fraction of a pair's tokens counted in margin_concentration."""
 
 
 def row_margins(scores: pa.Table, model: str, opponent: str, beta: float) -> Any:
-    """Frame by pair_id: ``real``, ``generated`` (log p under the model minus that under the opponent), ``margin``."""
+    """Returns a frame by pair_id with columns ``real``, ``generated`` and ``margin``.
+
+    The first two are log p under the model minus log p under the opponent, in nats.
+    """
     columns = ["pair_id", "model", "real_logp", "generated_logp"]
     logps = ["real_logp", "generated_logp"]
     frame = scores.select(columns).to_pandas().pivot(index="pair_id", columns="model", values=logps)
@@ -34,9 +38,11 @@ def row_margins(scores: pa.Table, model: str, opponent: str, beta: float) -> Any
     return result
 
 
-def margin_measures(scores: pa.Table, model: str, opponent: str, base: str, beta: float) -> dict[str, Any]:
-    """Loss, margin, its accuracy and concentration for both kinds of y', how far log p(y) and log p(y') moved, and the
-    distance from the base.
+def margin_measures(scores: pa.Table, model: str, opponent: str, initial: str, beta: float) -> dict[str, Any]:
+    """Returns the measures of ``eval.json`` that margins give, with their standard errors.
+
+    They are loss, margin, accuracy and concentration for both kinds of y′, the drifts of log p(y) and log p(y′), and
+    the KL divergence from θ_0 (``initial``).
     """
     frame = row_margins(scores, model, opponent, beta)
     concentrations = margin_concentrations(scores, model, opponent)
@@ -59,17 +65,17 @@ def margin_measures(scores: pa.Table, model: str, opponent: str, base: str, beta
         errors["real_logp_drift"] = standard_error(rows["real"].to_numpy())  # the same rows of y in both kinds
     measures["jsd_lower_bound"] = (math.log(2) - measures["against_opponent"]["loss"]) / 2
     errors["jsd_lower_bound"] = errors["against_opponent.loss"] / 2
-    from_base = row_margins(scores, model, base, beta)["generated"]
-    from_base = from_base[from_base.index.str.endswith("/self")].to_numpy()
-    measures["kl_to_base"], errors["kl_to_base"] = float(from_base.mean()), standard_error(from_base)
+    moved = row_margins(scores, model, initial, beta)["generated"]
+    moved = moved[moved.index.str.endswith("/self")].to_numpy()
+    measures["kl_to_base"], errors["kl_to_base"] = float(moved.mean()), standard_error(moved)
     return measures | {"standard_errors": errors}
 
 
 def margin_concentrations(scores: pa.Table, model: str, opponent: str) -> dict[str, float]:
-    """By pair_id, the share of the absolute changes of log p that the largest tenth of the tokens has (rounded up).
+    """Returns by pair_id the part of all absolute changes of log p that lies in the tenth of tokens that changed most.
 
-    A token of y adds its change to the margin, one of y' takes it away. Pairs without any change have none. Example:
-    changes 3, −1 of y and 1, 0 of y': the largest of four tokens has 3 of 5.
+    A token of y adds its change to the margin, a token of y′ subtracts it. The tenth is rounded up. Pairs
+    without any change are left out. Example: changes 3, −1 of y and 1, 0 of y′: the largest of four tokens has 3 of 5.
     """
     names = ["real_token_logps", "generated_token_logps"]
     tokens = {

@@ -1,7 +1,7 @@
-"""What is measured of an iterate, and what a bad value means: one list for status, report, tracking and documentation.
+"""The measures of an iterate with the meaning of bad values: one list for status, report, tracking and documentation.
 
-``eval.json`` holds the numbers under the keys given here (``against_opponent.loss`` is ``loss`` in the section
-``against_opponent``), and under ``standard_errors`` those of the means, by the same keys.
+``eval.json`` has the values under the keys given here: ``against_opponent.loss`` is ``loss`` in the section
+``against_opponent``. Under ``standard_errors`` it has the standard errors of the means, by the same keys.
 """
 
 import math
@@ -14,7 +14,7 @@ Evaluation = dict[str, Any]
 """The content of one ``eval.json``."""
 
 CONFIDENCE = 1.96
-"""Standard errors on each side of a mean that a 95 % interval has."""
+"""Standard errors on each side of the mean in a 95 % interval."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -22,22 +22,22 @@ class Measure:
     """One number of an iterate."""
 
     key: str
-    """In ``eval.json``; also its name in every tracking system, below ``eval/``."""
+    """Place in ``eval.json``, and name below ``eval/`` in every tracker."""
     title: str
     meaning: str
     bad: str
-    """What to look out for, one sentence."""
+    """Bad values and their meaning, in one or two sentences."""
     digits: int = 3
 
     def of(self, evaluation: Evaluation) -> float | None:
-        """The value; None where it was not measured (θ_0 has no opponent, data may have no answers)."""
+        """Returns the value; None where it was not measured (θ_0 has no opponent, data may have no answers)."""
         value: Any = evaluation
         for part in self.key.split("."):
             value = value.get(part) if isinstance(value, dict) else None
         return value
 
     def interval(self, evaluation: Evaluation) -> tuple[float, float] | None:
-        """95 % interval of the mean over held-out rows; None for what is no mean of rows."""
+        """Returns the 95 % interval of the mean over held-out rows; None for a measure that is no such mean."""
         value, error = self.of(evaluation), evaluation.get("standard_errors", {}).get(self.key)
         return None if value is None or error is None else (value - CONFIDENCE * error, value + CONFIDENCE * error)
 
@@ -45,126 +45,126 @@ class Measure:
 MEASURES = (
     Measure(
         "answer_accuracy", "answer accuracy",
-        "share of right answers among the rows that have one, sampled at the recipe's temperature",
+        "fraction of right answers among the rows that have one, sampled at the recipe's temperature",
         "Falling: the model gets worse at the task, however good the losses look.",
     ),
     Measure(
         "against_opponent.loss", "held-out loss",
-        "logistic loss on held-out y and y′ of the opponent, which is the iterate before",
-        "At or above ln 2 = 0.693 it learned nothing that carries over; near 0 says different, not better.", 4,
+        "logistic loss on held-out rows, with y′ of the opponent, which is the iterate before",
+        "At or above ln 2 = 0.693: it learned nothing that carries over. Near 0: different, not yet better.", 4,
     ),
     Measure(
         "against_opponent.margin", "margin",
-        "mean margin there, in nats times beta",
+        "mean margin on the same rows, in nats times beta",
         "Many nats after few steps: the policy is running away from its opponent.",
     ),
     Measure(
         "against_opponent.accuracy", "margin accuracy",
-        "share of margins above 0 (y = y′ counts as wrong)",
-        "1.00 at once: something trivial gives y′ away; compare the lengths.", 2,
+        "fraction of these margins that are above 0 (y = y′ counts as wrong)",
+        "1.00 at once: something trivial tells y from y′; compare the lengths.", 2,
     ),
     Measure(
         "against_self.loss", "loss on own samples",
         "the same loss with fresh y′ of the iterate itself",
-        "Above 0.693 it overshot: its own samples show the difference to the opponent more than people's do.", 4,
+        "Above 0.693: it overshot; its own samples gained more over the opponent than the human responses did.", 4,
     ),
     Measure(
-        "against_self.margin", "margin on own samples", "the margin with them",
-        "Below 0: by its own judgement its samples moved further from the opponent than people's responses did.",
+        "against_self.margin", "margin on own samples", "the same margin with fresh y′ of the iterate itself",
+        "Below 0: it overshot; its own samples gained more over the opponent than the human responses did.",
     ),
     Measure(
         "jsd_lower_bound", "distance of the opponent",
         "(ln 2 − held-out loss) / 2, in nats: a lower bound, up to sampling error, of the Jensen-Shannon divergence "
-        "between people and the opponent",
-        "No longer falling: more iterations bring nothing that this model can see.", 4,
+        "between human responses and the opponent's",
+        "No longer falling: further iterations bring nothing that this model can see.", 4,
     ),
     Measure(
         "real_logp_drift", "drift of log p(y)",
-        "change of log p of people's responses against the opponent's, nats per response",
+        "log p of the human responses under the iterate minus that under the opponent, mean in nats per response",
         "Falling: probability leaves the data; lower the learning rate, raise beta, or set objective.sft_weight.",
     ),
     Measure(
         "against_opponent.generated_logp_drift", "drift of log p(y′)",
         "the same for the opponent's responses",
-        "Falling by many nats together with the drift of log p(y): probability goes to neither.",
+        "Falling by many nats together with the drift of log p(y): probability goes to other responses.",
     ),
     Measure(
         "against_self.generated_logp_drift", "KL to the opponent",
-        "mean over the iterate's own samples of their log p under it minus that under the opponent, nats per response",
-        "Many nats in one iteration: the step was too large. Clearly below 0, which no KL is: the samples are not of "
+        "log p of the iterate's own samples under the iterate minus that under the opponent, mean in nats per response",
+        "Many nats in one iteration: the step was too large. Clearly below 0, which no KL is: the samples are not from "
         "this model; an engine in bfloat16 may round small updates away.",
     ),
     Measure(
         "kl_to_base", "KL to the base",
-        "mean over the iterate's own samples of their log p under it minus that under θ_0, nats per response",
-        "Growing by many nats with each iteration: it drifts away from the model that was aligned and tested; more "
-        "beta, fewer iterations, or objective.reference_alpha hold it back.",
+        "log p of the iterate's own samples under the iterate minus that under θ_0, mean in nats per response",
+        "Growing by many nats with each iteration: it drifts away from the model that was aligned and tested; a larger "
+        "beta, fewer iterations or objective.reference_alpha hold it back.",
     ),
     Measure(
         "against_opponent.margin_concentration", "margin concentration",
-        "share that the tenth of the tokens of y and y′ with the largest changes of log p has of all their changes "
-        "(absolute), mean over pairs: 0.1 is even",
-        "Near 1: a few tokens (an opening, the end of the turn) make the margin, and the rest is not judged.",
+        "part of a pair's changes of log p (absolute) that lies in the tenth of its tokens with the largest changes; "
+        "mean over pairs, 0.1 is even",
+        "Near 1: a few tokens (an opening, the end of the turn) make the margin, and the rest hardly counts.",
         2,
     ),
-    Measure("real_length", "length of y", "mean tokens of people's responses", "No measure of the model.", 1),
+    Measure("real_length", "length of y", "mean tokens of the human responses", "No measure of the model.", 1),
     Measure(
         "generated_length", "length of y′", "mean tokens of the iterate's responses",
-        "Drifting away from people's from one iterate to the next.", 1,
+        "Moving away from the length of y from one iterate to the next.", 1,
     ),
     Measure(
         "length_auc", "length AUC",
-        "chance that a real response is longer than a generated one (ties half)",
-        "Far from 0.5: length alone tells them apart, and may be all that is learned.", 2,
+        "chance that a human response is longer than a generated one (ties count half)",
+        "Far from 0.5: length alone tells them apart, and may be all that the model learns.", 2,
     ),
     Measure(
-        "truncation_rate", "cut at max_tokens", "share of y′ that hit the limit and do not end",
+        "truncation_rate", "cut at max_tokens", "fraction of y′ that reach the limit before they end",
         "Rising: the model no longer ends its turns.", 2,
     ),
     Measure(
-        "identical_share", "y = y′", "share of y′ equal to y",
+        "identical_share", "y = y′", "fraction of y′ equal to y",
         "Near 1: nothing is left to learn, and more SPIN does harm.", 2,
     ),
     Measure(
-        "duplicate_share", "duplicates", "share of y′ that repeat the y′ of another prompt",
-        "Far above people's: it gives the same answer to everything.", 2,
+        "duplicate_share", "duplicates", "fraction of y′ that repeat the y′ of another prompt",
+        "Far above the duplicates among y: it gives the same answer to everything.", 2,
     ),
     Measure(
-        "real_duplicate_share", "duplicates among y", "the same share among people's responses",
-        "No measure of the model: what duplicates of y′ are compared with.", 2,
+        "real_duplicate_share", "duplicates among y", "the same fraction among the human responses",
+        "No measure of the model: compare the duplicates with it.", 2,
     ),
     Measure(
-        "distinct_2", "distinct-2", "different pairs of neighbouring tokens over all pairs in the y′",
-        "Falling, or far below people's: the wording gets poorer.", 2,
+        "distinct_2", "distinct-2", "different pairs of neighbouring tokens over all such pairs in the y′",
+        "Falling, or far below distinct-2 of y: the wording gets poorer.", 2,
     ),
     Measure(
-        "real_distinct_2", "distinct-2 of y", "the same of people's responses",
-        "No measure of the model: what distinct-2 of y′ is compared with (it falls with length).", 2,
+        "real_distinct_2", "distinct-2 of y", "the same for the human responses",
+        "No measure of the model: compare distinct-2 with it, which falls with length.", 2,
     ),
 )  # fmt: skip
 BY_KEY = {measure.key: measure for measure in MEASURES}
 
 
 def duplicate_share(responses: list[list[int]]) -> float:
-    """Share of responses that repeat an earlier one. Example: a, b, a, a -> 1/2."""
+    """Returns the share of responses that repeat an earlier one. Example: a, b, a, a -> 1/2."""
     return 1 - len({tuple(ids) for ids in responses}) / max(len(responses), 1)
 
 
 def distinct_ngrams(responses: list[list[int]], n: int) -> float:
-    """Different n-grams over all n-grams (Li et al. 2016, arXiv 1510.03055). Example, n = 2: abab -> ab, ba: 2/3."""
+    """Returns different n-grams over all n-grams (Li et al. 2016, arXiv 1510.03055). Example, n = 2: abab -> 2/3."""
     grams = [tuple(ids[i : i + n]) for ids in responses for i in range(len(ids) - n + 1)]
     return len(set(grams)) / len(grams) if grams else 0.0
 
 
 def standard_error(values: np.ndarray) -> float:
-    """Of the mean of ``values``; 0 for a single one."""
+    """Returns the standard error of the mean of ``values``; 0 for a single one."""
     return float(np.std(values, ddof=1) / math.sqrt(len(values))) if len(values) > 1 else 0.0
 
 
 def warnings(evaluation: Evaluation, start: Evaluation | None = None) -> list[str]:
-    """Signs that the iterate is collapsing, or that its measures do not mean what they seem to; one sentence each.
+    """Returns a sentence for each sign that the iterate is collapsing or that its measures mislead.
 
-    ``start`` is the evaluation of θ_0, where ``evaluation`` is of a later iterate: some measures are compared with it.
+    ``start`` is the evaluation of θ_0 where ``evaluation`` is of a later iterate: some measures are compared with it.
     """
     found = []
 
@@ -175,17 +175,20 @@ def warnings(evaluation: Evaluation, start: Evaluation | None = None) -> list[st
     if loss is not None and loss >= math.log(2):
         found.append(f"held-out loss {loss:.3f} is not below ln 2: what was learned does not carry over to new rows.")
     if own is not None and own > math.log(2) + 0.05:
-        found.append(f"loss on own samples {own:.3f} is above ln 2: the iterate overshot what sets people apart.")
+        found.append(
+            f"loss on own samples {own:.3f} is above ln 2: the iterate overshot, its samples gained more than y did."
+        )
     real, generated = value("real_logp_drift"), value("against_opponent.generated_logp_drift")
     if real is not None and generated is not None and real < -2 and generated < -2:
         found.append(
-            f"log p(y) fell by {-real:.1f} and log p(y′) by {-generated:.1f} nats: probability goes to neither."
+            f"log p(y) fell by {-real:.1f} and log p(y′) by {-generated:.1f} nats: probability goes to other responses."
         )
     kl = BY_KEY["against_self.generated_logp_drift"].interval(evaluation)
     if kl is not None and kl[1] < 0:
         found.append(
-            f"KL to the opponent is estimated below 0 ({kl[0]:.1f} to {kl[1]:.1f}): the samples are not of this model; "
-            "the engine's dtype may round its small updates away (generation.engine.dtype), or sampling is not plain."
+            f"KL to the opponent is estimated below 0 ({kl[0]:.1f} to {kl[1]:.1f}): the samples are not from this "
+            "model; the engine's dtype may round small updates away (generation.engine.dtype), or generation.sampling "
+            "changes the distribution."
         )
     if (identical := value("identical_share") or 0) > 0.5:
         found.append(f"{identical:.0%} of y′ equal y: little is left to learn, and more SPIN does harm.")
@@ -194,21 +197,21 @@ def warnings(evaluation: Evaluation, start: Evaluation | None = None) -> list[st
         found.append(f"{cut:.0%} of y′ are cut at max_tokens ({cut_before:.0%} at θ_0): turns no longer end.")
     duplicates, usual = value("duplicate_share"), value("real_duplicate_share")
     if duplicates is not None and usual is not None and duplicates > usual + 0.15:
-        found.append(f"{duplicates:.0%} of y′ repeat another (people: {usual:.0%}): the answers collapse onto a few.")
+        found.append(f"{duplicates:.0%} of y′ repeat another (of y: {usual:.0%}): the answers collapse onto a few.")
     distinct, distinct_before = value("distinct_2"), value("distinct_2", start)
     if distinct is not None and distinct_before and distinct < 0.6 * distinct_before:
         found.append(f"distinct-2 fell to {distinct:.2f} from {distinct_before:.2f} at θ_0: the wording gets poorer.")
     auc, accuracy = value("length_auc"), value("against_opponent.accuracy")
     if auc is not None and accuracy is not None and abs(auc - 0.5) > 0.4 and accuracy > 0.95:
-        found.append(f"length alone tells y from y′ (AUC {auc:.2f}): the margins may have learned little else.")
+        found.append(f"length alone tells y from y′ (AUC {auc:.2f}): the model may have learned little else.")
     return found
 
 
 def stop_evidence(evaluations: list[Evaluation], patience: int, min_fall: float) -> dict[str, Any] | None:
-    """Why to stop after the last of ``evaluations`` (of θ_0, θ_1, …); None to go on.
+    """Returns why to stop after the last of ``evaluations`` (of θ_0, θ_1, …); None: go on.
 
-    The evaluation of θ_t bounds the distance of its opponent θ_{t-1} from people. Example: 0.5, 0.2, 0.3 stops with
-    patience 1: θ_2 was further away than θ_1.
+    The evaluation of θ_t bounds the distance of its opponent θ_{t-1} from the human responses. Example: 0.5, 0.2, 0.3
+    stops with patience 1, as θ_2 was further away than θ_1.
     """
     bound = BY_KEY["jsd_lower_bound"]
     found = [(it["opponent"], value) for it in evaluations if (value := bound.of(it)) is not None]
@@ -217,7 +220,8 @@ def stop_evidence(evaluations: list[Evaluation], patience: int, min_fall: float)
         return None
     closest = min(found, key=lambda it: it[1])[0]
     return {
-        "reason": f"the held-out distance has not fallen for {patience} iteration(s); {closest} was closest to people",
+        "reason": f"the held-out distance has not fallen for {patience} iteration(s); {closest} was closest to human "
+        "responses",
         "closest": closest,
         "distances": dict(found),
         "patience": patience,
@@ -226,7 +230,7 @@ def stop_evidence(evaluations: list[Evaluation], patience: int, min_fall: float)
 
 
 def as_markdown() -> str:
-    """The table of the documentation."""
+    """Returns the table of the documentation."""
     lines = ["| measure | in eval.json | meaning | look out for |", "|---|---|---|---|"]
     lines += [f"| {it.title} | `{it.key}` | {it.meaning} | {it.bad} |" for it in MEASURES]
     return "\n".join(lines) + "\n"

@@ -1,7 +1,7 @@
 """The model card of an iterate: ``README.md`` beside its weights, in the Hugging Face form.
 
-It is no part of the committed model: it says what evaluations found, and those come after the commit. So no digest
-covers it, and it is written anew whenever there is more to say.
+The card is no part of the committed model and has no digest: evaluations come after the commit, and the card is
+written again with each of them.
 """
 
 import json
@@ -19,7 +19,7 @@ HUB_DATA = "hf://datasets/"
 
 
 def write_card(run: RunDir, iterate: int) -> None:
-    """Puts the card into the folder of θ_iterate, if the run made that model."""
+    """Writes the card into the folder of θ_iterate, if the run made that model."""
     model = run.model(iterate)
     if not model.is_committed:
         return
@@ -29,7 +29,7 @@ def write_card(run: RunDir, iterate: int) -> None:
 
 
 def model_card(run: RunDir, iterate: int) -> str:
-    """README.md in the Hugging Face form: metadata with evaluation results, then what a reader must know."""
+    """Returns the card: metadata with evaluation results, then text for readers."""
     config, description, name = run.config(), run.description(), iterate_name(iterate)
     path = run.eval_path(iterate)
     evaluation = json.loads(run.storage.read(path)) if run.storage.exists(path) else {}
@@ -67,7 +67,7 @@ def model_card(run: RunDir, iterate: int) -> str:
 
 
 def _result(dataset: str, kind: str, metrics: list[tuple[str, str, float]]) -> dict[str, Any]:
-    """An entry of the hub's model index."""
+    """Returns an entry of the hub's model index."""
     return {
         "task": {"type": "text-generation"},
         "dataset": {"name": dataset, "type": kind},
@@ -90,15 +90,15 @@ def _how(config: SpinConfig, iterate: int, base: str, data: str) -> str:
     spin = f"{iterate} iteration(s) of SPIN (self-play fine-tuning, arXiv 2401.01335)" if iterate else ""
     steps = " and ".join(step for step in (warm_up, spin) if step)
     return (
-        f"Made from `{base}` by {steps} on `{data}` with spin_ray: the model learns to tell people's responses from "
-        "those of the iterate before it. It has been aligned with nothing but these data: it copies what is wrong in "
-        "them, and has not been tested for safety."
+        f"Made from `{base}` by {steps} on `{data}` with spin_ray: the model learns to tell human responses from "
+        "those of the iterate before it. It has been aligned with these data only: it copies their errors, and it has "
+        "not been tested for safety."
     )
 
 
 def _results(evaluation: dict[str, Any], results: list[Any]) -> str:
     if not results:
-        return "It has not been evaluated."
+        return "The model has not been evaluated."
     lines = [
         f"{evaluation['rows']} held-out rows, one fresh sample each; ± is a 95 % interval of the mean.",
         "",

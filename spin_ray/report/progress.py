@@ -1,7 +1,7 @@
-"""How far a run is: a live view on a terminal, a plain line a minute in a log, ``RUN/progress.json`` for ``status``.
+"""Progress of a run: a live view on a terminal, a line a minute in a log, ``RUN/progress.json`` for ``status``.
 
-Stages count what they do (``StageProgress``); the driver shows the run around it (``RunProgress``). Both read the run's
-own log, so a resumed run shows what earlier drivers did.
+Stages count their work (``StageProgress``). The driver shows the whole run (``RunProgress``) from the run's own log, so
+a resumed run also shows the stages of earlier drivers.
 """
 
 import json
@@ -30,7 +30,7 @@ logger = logging.getLogger(__name__)
 PROGRESS = "progress.json"
 LINE_EVERY_S = 60
 STATE_AFTER_S, STATE_EVERY_S = 10, 15
-"""When ``progress.json`` is first written, and how often from then on."""
+"""Seconds before ``progress.json`` is first written, and between later times."""
 
 
 class StageProgress:
@@ -43,7 +43,7 @@ class StageProgress:
     """
 
     current: "StageProgress | None" = None
-    """That of the stage which this process runs now."""
+    """Progress of the stage that this process runs now."""
 
     def __init__(self, stage: str, total: int, unit: str, done: int = 0) -> None:
         self.stage, self.total, self.unit, self.done = stage, total, unit, done
@@ -59,7 +59,7 @@ class StageProgress:
             logger.info("%s: %s in %s", self.stage, self.rates(), duration(self._seconds))
 
     def advance(self, done: int, tokens: int) -> None:
-        """``done`` more units and ``tokens`` more tokens."""
+        """Counts ``done`` more units and ``tokens`` more tokens."""
         self.done += done
         self._tokens += tokens
 
@@ -69,7 +69,7 @@ class StageProgress:
 
     @property
     def seconds_left(self) -> float | None:
-        """None until something has been done."""
+        """Seconds until the stage is done at its mean rate; None until something has been done."""
         done = self.done - self._done_before
         return (self.total - self.done) * self._seconds / done if done else None
 
@@ -78,13 +78,13 @@ class StageProgress:
         return self._tokens / self._seconds
 
     def rates(self) -> str:
-        """``12/64 steps, 0.31 steps/s, 912 tokens/s``."""
+        """Returns ``12/64 steps, 0.31 steps/s, 912 tokens/s``."""
         units = (self.done - self._done_before) / self._seconds
         return f"{self.done}/{self.total} {self.unit}, {units:.2f} {self.unit}/s, {self.tokens_per_s:.0f} tokens/s"
 
 
 class RunProgress:
-    """The whole run while its driver works: which stages are done, rows, tokens/s, ETA of the iteration and the run."""
+    """Progress of the whole run while its driver works: stages, rows, tokens/s, time left of iteration and run."""
 
     def __init__(self, run: RunDir, config: SpinConfig, console: Console | None = None) -> None:
         self._run, self._config = run, config
@@ -110,7 +110,7 @@ class RunProgress:
             self._tell_every(STATE_EVERY_S / 3)
 
     def _tell_every(self, seconds: float) -> None:
-        """Until the run is over. What goes wrong in telling is no trouble of the run."""
+        """Tells the progress until the run is over. A failed report is logged once and never fails the run."""
         started = time.monotonic()
         next_state, next_line, complained = started + STATE_AFTER_S, started + LINE_EVERY_S, False
         while not self._stop.wait(seconds):
@@ -125,11 +125,11 @@ class RunProgress:
                     logger.info("%s", self.line())
             except Exception as error:
                 if not complained:
-                    logger.warning("progress cannot be told (%s: %s)", type(error).__name__, first_line(error))
+                    logger.warning("progress cannot be shown (%s: %s)", type(error).__name__, first_line(error))
                 complained = True
 
     def look(self) -> None:
-        """Reads the run's log again."""
+        """Reads the run's log and makes a new forecast."""
         events = self._run.events()
         self._attempts = spans(events)
         stage = StageProgress.current
@@ -137,7 +137,7 @@ class RunProgress:
         self._forecast = forecast(self._config, events, time.time(), left_s)
 
     def state(self) -> dict[str, Any]:
-        """What another process may tell of the running stage."""
+        """Returns the content of ``progress.json``: the line, and the counts of the running stage."""
         stage, found = StageProgress.current, self._forecast
         state: dict[str, Any] = {"time": round(time.time(), 3), "line": self.line()}
         if stage:
@@ -150,7 +150,10 @@ class RunProgress:
         return state
 
     def line(self) -> str:
-        """``iteration 1 of 2 (iter_000): iter_000 training, 12/64 steps, …; iteration 3 min left; run 9 min left``."""
+        """Returns the line of the log.
+
+        ``iteration 1 of 2 (iter_000): iter_000 training, 12/64 steps, …; iteration 3 min left; run 9 min left``
+        """
         running = self._running()
         words = [f"{running.folder} {running.stage}" if running else "between stages"]
         if stage := StageProgress.current:
@@ -160,7 +163,7 @@ class RunProgress:
         return f"{self._where()}: {'; '.join([', '.join(words), *self._left()])}"
 
     def view(self) -> RenderableType:
-        """The same as a picture: a header, the stages of this turn, and a bar for the running one."""
+        """Returns the live view: a header, the newest stages, and a bar for the running one."""
         root = Text(self._run.storage.name, style="bold")
         head = Text("  ").join([root, Text(self._where()), *(Text(left) for left in self._left())])
         return Group(head, self._stages())
@@ -192,7 +195,7 @@ class RunProgress:
         if turn == PREPARATION:
             return "preparing"
         if turn >= self._config.iterations:
-            return f"judging {iterate_name(self._config.iterations)}"
+            return f"evaluating {iterate_name(self._config.iterations)}"
         return f"iteration {turn + 1} of {self._config.iterations} ({iteration_name(turn)})"
 
     def _left(self) -> Iterator[str]:
@@ -204,7 +207,7 @@ class RunProgress:
 
 @contextmanager
 def _log_above(live: Live) -> Iterator[None]:
-    """Lets lines of the log scroll by above the view, though their handlers hold stderr as it was before."""
+    """Lets lines of the log scroll by above the live view: gives their handlers the stderr that the view has set."""
     handlers = [
         handler
         for handler in logging.getLogger().handlers

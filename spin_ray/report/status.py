@@ -1,4 +1,4 @@
-"""A run in a table, for the end of a run and for ``spin-ray status``."""
+"""A run in tables: the summary at its end, and ``spin-ray status``."""
 
 import json
 import time
@@ -8,8 +8,9 @@ from rich.console import Console
 from rich.table import Table
 
 from spin_ray.config.recipe import SpinConfig
+from spin_ray.report.examples import read_examples
 from spin_ray.report.forecast import duration
-from spin_ray.report.history import read_evaluations, read_examples
+from spin_ray.report.history import read_evaluations
 from spin_ray.report.measures import MEASURES, Evaluation, warnings
 from spin_ray.report.progress import PROGRESS
 from spin_ray.run_dir.events import Event, lost_work, spans, stage_seconds
@@ -17,18 +18,18 @@ from spin_ray.run_dir.run_dir import RunDir, iterate_number, read_json_lines
 
 EXAMPLES = 3
 RECENT_STEPS = 10
-"""Of a running training, whose mean ``status`` shows."""
+"""Newest steps of a running training, of which ``status`` shows the mean."""
 
 
 def print_summary(run: RunDir, console: Console) -> None:
-    """Iterates side by side, examples, and how to go on."""
+    """Prints iterates side by side, examples, and how to go on."""
     config = run.config()
     evaluations = read_evaluations(run, config)
     console.print(_iterates(evaluations))
     console.print(_seconds(stage_seconds(run.events())))
     if evaluations:
         _print_examples(run, config, console)
-    # Paths and errors are no markup: rich takes [/tmp/x] for the end of a style.
+    # markup=False for paths and errors: rich reads [/tmp/x] as the end of a style.
     console.print(f"Run:    {run.storage.root}", markup=False)
     latest = run.latest()
     model = run.storage.where(run.model(iterate_number(latest) if latest else config.iterations).path)
@@ -37,7 +38,7 @@ def print_summary(run: RunDir, console: Console) -> None:
 
 
 def print_status(run: RunDir, console: Console) -> None:
-    """What is committed, what is running now with its measures so far, what the last event was, and the evaluations."""
+    """Prints evaluations and warnings, seconds per stage, the running stage with its measures, and the last event."""
     config = run.config()
     events = run.events()
     evaluations = read_evaluations(run, config)
@@ -48,7 +49,7 @@ def print_status(run: RunDir, console: Console) -> None:
             console.print(text, markup=False)
     console.print(_seconds(stage_seconds(events)))
     if any((lost := lost_work(events)).values()):
-        console.print(f"Lost to failures and done again: {lost['shards']} shards (at most), {lost['steps']} steps")
+        console.print(f"Lost in failures and done again: at most {lost['shards']} shards, {lost['steps']} steps")
     _print_running(run, events, console)
     for event in events[-1:]:
         detail = {name: value for name, value in event.items() if name not in ("time", "event", "stage")}
@@ -58,12 +59,12 @@ def print_status(run: RunDir, console: Console) -> None:
 
 
 def is_running(run: RunDir) -> bool:
-    """Whether a stage has been started and not ended; its driver may have died meanwhile."""
+    """Says whether a stage was started and not ended. Its driver may have died meanwhile."""
     return any(span.outcome == "running" for span in spans(run.events())[-1:])
 
 
 def _print_running(run: RunDir, events: list[Event], console: Console) -> None:
-    """The running stage, when its driver last said so, and the measures of its training."""
+    """Prints the running stage, how old that news is, and the measures of its training."""
     last = next(iter(spans(events)[-1:]), None)
     if last is None or last.outcome != "running":
         return
@@ -75,14 +76,14 @@ def _print_running(run: RunDir, events: list[Event], console: Console) -> None:
     except (FileNotFoundError, ValueError):
         state = {}
     if state.get("time", 0) >= last.start:
-        line = f"Running: {state['line']} (told {duration(time.time() - state['time'])} ago)"
+        line = f"Running: {state['line']} (written {duration(time.time() - state['time'])} ago)"
     else:
         line = f"Running: {last.folder} {last.stage} for {duration(time.time() - last.start)}"
     console.print(line, markup=False)
 
 
 def _training(folder: str, log: list[dict[str, Any]]) -> Table:
-    """The first step, the mean of the newest ones, and the newest."""
+    """Returns the measures at the first step, their mean over the newest steps, and the newest."""
     recent, newest = log[-RECENT_STEPS:], log[-1]
     table = Table(title=f"{folder} training, step {newest['step'] + 1} of {newest['of']}")
     for name in ("measure", "first", f"mean of {len(recent)}", "newest"):
@@ -97,6 +98,7 @@ def _training(folder: str, log: list[dict[str, Any]]) -> Table:
 
 
 def _iterates(evaluations: list[dict[str, Any]]) -> Table:
+    """Returns the most important measures, a row for each iterate."""
     table = Table(title="Held-out rows, fresh samples of each iterate")
     for name in ("iterate", "loss", "margin", "margin acc.", "answer acc.", "length y", "length y′", "cut", "y=y′"):
         table.add_column(name, justify="left" if name == "iterate" else "right", no_wrap=name == "iterate")
@@ -117,7 +119,7 @@ def _iterates(evaluations: list[dict[str, Any]]) -> Table:
 
 
 def _measures(evaluations: list[Evaluation]) -> Table:
-    """Every measure that has a value, iterates side by side."""
+    """Returns every measure that has a value, iterates side by side."""
     table = Table(title="Held-out rows, fresh samples of each iterate")
     table.add_column("measure")
     for evaluation in evaluations:
@@ -145,7 +147,7 @@ def _number(value: float | None, digits: int) -> str:
 
 
 def _print_examples(run: RunDir, config: SpinConfig, console: Console) -> None:
-    """A few held-out prompts with the human answer and each iterate's."""
+    """Prints a few held-out prompts with the human response and each iterate's."""
     for example in read_examples(run, config, limit=EXAMPLES):
         console.rule(style="dim")
         for message in example.messages:

@@ -1,25 +1,27 @@
-"""An iterate's numbers for TensorBoard, MLflow and Weights & Biases: the same names everywhere, one run for each RUN.
+"""An iterate's numbers for TensorBoard, MLflow, Weights & Biases and Prometheus, under the same names everywhere.
 
     train/loss, train/margin, …           at the optimizer step, counted through all iterations
     eval/against_opponent.loss, …         at the number of the iterate (θ_0 is 0): the keys of eval.json
 
-Ray's Prometheus endpoint has the newest of both (``gauges``).
+A tracker has one run for each run folder. Each iterate is logged once, when it is published; RUN/tracking.json lists
+those that were logged. A tracker that fails causes a warning and never ends a run: the run folder has the numbers.
 
-Each iterate is logged once, when it is published; RUN/tracking.json remembers what was. A tracker that fails is a
-warning, never the end of a run: what it was told is in the run folder all the same.
+Ray's Prometheus endpoint has the newest numbers as gauges: ``train/loss`` is ``ray_spin_ray_train_loss{run="NAME"}``.
+Prometheus allows only letters, digits and ``_``, and Ray adds its prefix.
 """
 
 import json
 import logging
+import math
 import os
+import re
 import time
 import uuid
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any, NamedTuple
 
 from spin_ray.config.recipe import SpinConfig, flatten
 from spin_ray.errors import first_line
-from spin_ray.report import gauges
 from spin_ray.report.measures import MEASURES
 from spin_ray.report.redaction import hide
 from spin_ray.run_dir.run_dir import RunDir, iterate_name, read_json_lines
@@ -28,10 +30,12 @@ logger = logging.getLogger(__name__)
 
 STATE = "tracking.json"
 TENSORBOARD = "tensorboard"
+NOT_LOGGED = ("step", "of")
+"""Keys in a line of train_log.jsonl that are no measure."""
 
 
 class Point(NamedTuple):
-    """Example: ``Point("train/loss", 12, 0.41)``."""
+    """A number at a step. Example: ``Point("train/loss", 12, 0.41)``."""
 
     name: str
     step: int
@@ -39,7 +43,7 @@ class Point(NamedTuple):
 
 
 def track(run: RunDir, config: SpinConfig, iterate: int) -> None:
-    """Tells every configured tracker about θ_iterate: how it was trained and what it is worth."""
+    """Logs the training and the evaluation of θ_iterate to every configured tracker that does not have them yet."""
     name, state = iterate_name(iterate), _read_state(run)
     for tracker, log in _trackers(config).items():
         mine = state.setdefault(tracker, {"logged": []})
@@ -53,16 +57,16 @@ def track(run: RunDir, config: SpinConfig, iterate: int) -> None:
         mine["logged"].append(name)
         run.storage.replace(STATE, json.dumps(state, indent=1).encode())
     newest = {point.name: point.value for point in _evaluation_points(run, iterate)}
-    gauges.set_all(run.storage.name, newest | {"eval/iterate": float(iterate)})
+    set_gauges(run.storage.name, newest | {"eval/iterate": float(iterate)})
 
 
 def points(run: RunDir, iterate: int) -> Iterator[Point]:
-    """Every number of θ_iterate, the training steps first."""
+    """Yields every number of θ_iterate, the training steps first."""
     logs = [read_json_lines(run.storage, f"{iterate_name(number)}/train_log.jsonl") for number in range(iterate + 1)]
     before = sum(len(log) for log in logs[:-1])
     for line in logs[-1]:
         for key, value in line.items():
-            if key not in gauges.NOT_LOGGED:
+            if key not in NOT_LOGGED:
                 yield Point(f"train/{key}", before + line["step"], float(value))
     yield from _evaluation_points(run, iterate)
 
@@ -76,7 +80,7 @@ def _evaluation_points(run: RunDir, iterate: int) -> Iterator[Point]:
 
 
 Log = Callable[[RunDir, SpinConfig, list[Point], dict[str, Any]], dict[str, Any]]
-"""Logs the points; is given what it returned last time, so that it finds its own run again."""
+"""Logs points to one tracker. The last argument is the tracker's state, e.g. its run id; the result is added to it."""
 
 
 def _trackers(config: SpinConfig) -> dict[str, Log]:
@@ -105,7 +109,7 @@ def _log_mlflow(run: RunDir, config: SpinConfig, found: list[Point], state: dict
 
     settings = config.tracking.mlflow
     assert settings is not None
-    if settings.uri is None:  # a folder needs neither a server nor a database, and MLflow wants to be told so
+    if settings.uri is None:  # MLflow wants to be told that a folder is meant: no server, no database
         os.environ.setdefault("MLFLOW_ALLOW_FILE_STORE", "true")
     client = MlflowClient(settings.uri or run.storage.path("mlruns").as_uri())
     run_id = state.get("run_id")
@@ -114,7 +118,7 @@ def _log_mlflow(run: RunDir, config: SpinConfig, found: list[Point], state: dict
         experiment = known.experiment_id if known else client.create_experiment(settings.experiment)
         run_id = client.create_run(experiment, run_name=run.storage.name).info.run_id
         params = [Param(key, str(value)[:500]) for key, value in _settings(config).items()]
-        for start in range(0, len(params), 100):  # the most that one call may hold
+        for start in range(0, len(params), 100):  # the most that one call may have
             client.log_batch(run_id, params=params[start : start + 100])
     now = int(time.time() * 1000)
     metrics = [Metric(point.name, point.value, now, point.step) for point in found]
@@ -133,7 +137,7 @@ def _log_wandb(run: RunDir, config: SpinConfig, found: list[Point], state: dict[
         project=settings.project, id=run_id, name=run.storage.name, mode=settings.mode, resume="allow",
         dir=str(run.storage.root), config=_settings(config), settings=wandb.Settings(silent=True),
     )  # fmt: skip
-    # W&B wants one axis that only grows; ours are two, so each point carries its own.
+    # W&B wants one axis that only grows. Here there are two axes, so each point carries its own.
     client.define_metric("train/*", step_metric="step")
     client.define_metric("eval/*", step_metric="iterate")
     for axis, prefix in (("step", "train/"), ("iterate", "eval/")):
@@ -145,6 +149,29 @@ def _log_wandb(run: RunDir, config: SpinConfig, found: list[Point], state: dict[
             client.log({axis: place, **values})
     client.finish()
     return {"run_id": run_id}
+
+
+def metric_name(name: str) -> str:
+    """Returns the gauge's name: ``eval/against_opponent.loss`` -> ``spin_ray_eval_against_opponent_loss``."""
+    return f"spin_ray_{re.sub('[^a-zA-Z0-9]', '_', name)}"
+
+
+def step_values(line: Mapping[str, Any]) -> dict[str, float]:
+    """Returns the measures of a line of train_log.jsonl by their names, and the step that training is at."""
+    named = {f"train/{key}": float(value) for key, value in line.items() if key not in NOT_LOGGED}
+    return named | {"progress/step": float(line["step"]), "progress/steps": float(line["of"])}
+
+
+def set_gauges(run: str, values: Mapping[str, float]) -> None:
+    """Sets gauges of a run; does nothing without Ray, whose agents export them."""
+    import ray
+    from ray.util.metrics import Gauge
+
+    if not ray.is_initialized():
+        return
+    for name, value in values.items():
+        if math.isfinite(value):
+            Gauge(metric_name(name), f"{name} of spin_ray", ("run",)).set(value, tags={"run": run})
 
 
 def _settings(config: SpinConfig) -> dict[str, Any]:

@@ -10,7 +10,8 @@ pytest.importorskip("lm_eval")
 from spin_ray.config.recipe import SpinConfig
 from spin_ray.inputs.embedded import resolve
 from spin_ray.report import benchmarks as lm_eval_tasks
-from spin_ray.report.benchmarks import Backend, parse_benchmarks
+from spin_ray.report.benchmarks import parse_benchmarks
+from spin_ray.report.harness import Backend
 from spin_ray.run_dir.run_dir import RunDir
 from spin_ray.run_dir.storage import Storage
 from tests.support.lm_eval_cases import CHOICES, SUMS, Plain, write_task

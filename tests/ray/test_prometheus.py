@@ -8,8 +8,7 @@ import ray
 from prometheus_client.parser import text_string_to_metric_families
 
 from spin_ray.config.sections import TrackingConfig
-from spin_ray.report import gauges
-from spin_ray.report.tracking import points, track
+from spin_ray.report.tracking import metric_name, points, set_gauges, step_values, track
 from spin_ray.run_dir.run_dir import read_json_lines
 from tests.support.made_up_run import made_up_run
 
@@ -31,10 +30,10 @@ def test_prometheus_has_the_newest_of_what_the_trackers_have(tmp_path: Path) -> 
     """Every point that TensorBoard, MLflow and W&B are given: training's last step and the newest evaluation."""
     run = made_up_run(tmp_path / "scraped", iterations=2, done=2)
     log = read_json_lines(run.storage, "iter_001/train_log.jsonl")
-    gauges.set_all(run.storage.name, gauges.of_step(log[-1]))  # as the driver does while it watches training
+    set_gauges(run.storage.name, step_values(log[-1]))  # as the driver does while it watches training
     track(run, run.config().model_copy(update={"tracking": TrackingConfig(tensorboard=False)}), 2)
 
-    expected = {gauges.metric_name(point.name): point.value for point in points(run, 2)}  # later steps replace earlier
+    expected = {metric_name(point.name): point.value for point in points(run, 2)}  # later steps replace earlier
     assert {"spin_ray_train_loss", "spin_ray_eval_answer_accuracy", "spin_ray_eval_kl_to_base"} <= expected.keys()
     deadline = time.monotonic() + EXPORT_S
     while not expected.keys() <= (found := scrape("scraped")).keys() and time.monotonic() < deadline:

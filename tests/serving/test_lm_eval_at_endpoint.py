@@ -11,7 +11,8 @@ pytest.importorskip("lm_eval")
 pytest.importorskip("tenacity")
 from spin_ray.errors import StageError
 from spin_ray.report import benchmarks as lm_eval_tasks
-from spin_ray.report.benchmarks import Request, parse_benchmarks
+from spin_ray.report.benchmarks import parse_benchmarks
+from spin_ray.report.harness import Request
 from tests.support.lm_eval_cases import CHOICES, Plain, write_task
 
 pytestmark = [pytest.mark.e2e, pytest.mark.slow]

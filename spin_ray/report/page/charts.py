@@ -1,7 +1,7 @@
 """Charts as inline SVG: they print, scale, follow the page's colours and need no script.
 
-Built as XML elements, so that whatever a run holds is escaped. Colours are CSS classes (``s0`` … ``s5``); every mark
-has a ``<title>`` (the browser's tooltip, and what a screen reader says).
+They are built as XML elements, which escapes all texts. Colours are CSS classes (``s0`` … ``s5``). Every mark has a
+``<title>``, which browsers show as a tooltip and screen readers read.
 """
 
 import math
@@ -18,13 +18,15 @@ LANE = 24
 GANTT_WIDTH, GANTT_LEFT = 960, 170
 MOST_NAMES = 9
 MOST_POINTS = 300
-"""Of a line; longer ones are averaged in bins."""
+"""Most points of a line; a longer line is averaged in bins."""
 Place = Callable[[float], float]
-"""Where a value is, in the units of the view box."""
+"""Place of a value in the units of the view box."""
 
 
 @dataclass(frozen=True, slots=True)
 class Series:
+    """A line of a chart."""
+
     name: str
     points: Sequence[tuple[float, float]]
     colour: int
@@ -43,9 +45,9 @@ class Bar:
     colour: int
     title: str
     broken: bool = False
-    """The attempt failed or was lost."""
+    """True: the attempt failed or was lost."""
     useful: float | None = None
-    """Share of it that went into the work itself; drawn as a stripe as long as that."""
+    """Fraction of the time that was useful work; drawn as a stripe of that length."""
 
 
 def line_chart(
@@ -56,7 +58,10 @@ def line_chart(
     x_names: Sequence[str] | None = None,
     baseline: tuple[float, str] | None = None,
 ) -> Markup:
-    """Lines over x; ``x_names`` names the places 0, 1, …; ``baseline`` draws a level, e.g. ln 2, if it is near."""
+    """Draws lines over x.
+
+    ``x_names`` are the labels of x = 0, 1, …. ``baseline`` is a level, e.g. ln 2, drawn if it is near the lines.
+    """
     series = [_thinned(line) for line in series]
     xs = [x for line in series for x, _ in line.points]
     ys = [y for line in series for _, y in line.points]
@@ -93,7 +98,7 @@ def line_chart(
 
 
 def gantt(bars: Sequence[Bar]) -> Markup:
-    """Stages over wall time, one lane each in order of appearance; axis in seconds, minutes or hours."""
+    """Draws stages over wall time, one lane each in order of appearance; the axis has seconds, minutes or hours."""
     if not bars:
         return Markup("")
     lanes = list(dict.fromkeys(bar.lane for bar in bars))
@@ -142,7 +147,7 @@ def _draw(svg: ElementTree.Element, line: Series, x_at: Place, y_at: Place, x_na
 
 
 def _thinned(line: Series) -> Series:
-    """Finite points only; means of bins where there are too many to see."""
+    """Returns the line with its finite points only, averaged in bins if there are too many."""
     points = [(x, y) for x, y in line.points if math.isfinite(y)]
     if len(points) <= MOST_POINTS:
         return line if len(points) == len(line.points) else Series(line.name, points, line.colour, (), line.dashed)
@@ -153,6 +158,7 @@ def _thinned(line: Series) -> Series:
 
 
 def _spoken(line: Series) -> str:
+    """Describes a line for screen readers."""
     if not line.points:
         return f"{line.name} empty"
     return f"{line.name} from {line.points[0][1]:.3g} to {line.points[-1][1]:.3g}"
@@ -163,7 +169,7 @@ def _spread(ys: Sequence[float]) -> float:
 
 
 def _scale(ys: Sequence[float]) -> tuple[float, float, list[float]]:
-    """(low, high, ticks): the ticks enclose all values."""
+    """Returns (low, high, ticks); the ticks enclose all values."""
     low, high = min(ys, default=0.0), max(ys, default=1.0)
     if high - low < 1e-9 * max(abs(high), 1):
         low, high = low - max(abs(low) * 0.1, 0.1), high + max(abs(high) * 0.1, 0.1)
@@ -174,13 +180,13 @@ def _scale(ys: Sequence[float]) -> tuple[float, float, list[float]]:
 
 
 def _ticks(low: float, high: float, *, whole: bool) -> list[float]:
-    """Round values within [low, high]."""
+    """Returns round values within [low, high]."""
     step = max(_step(low, high), 1) if whole else _step(low, high)
     return [number * step for number in range(math.ceil(low / step - 1e-9), math.floor(high / step + 1e-9) + 1)]
 
 
 def _step(low: float, high: float) -> float:
-    """1, 2 or 5 times a power of ten, about five of which span the range."""
+    """Returns 1, 2 or 5 times a power of ten; about five such steps span the range."""
     rough = max(high - low, 1e-12) / 5
     power = 10 ** math.floor(math.log10(rough))
     return next(factor * power for factor in (1, 2, 5, 10) if rough <= factor * power * 1.0001)

@@ -32,7 +32,7 @@
   };
   search.addEventListener("input", filter);
   order.addEventListener("change", sort);
-  // A reload keeps what was typed and chosen.
+  // After a reload the browser keeps what was typed and chosen.
   sort();
   filter();
 })();

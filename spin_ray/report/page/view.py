@@ -1,4 +1,4 @@
-"""What the page says of one run: everything read, counted and put into words; no HTML here."""
+"""The content of the page about one run: read, counted and put into words; no HTML."""
 
 from collections import Counter
 from dataclasses import dataclass
@@ -9,7 +9,8 @@ import yaml
 
 from spin_ray.config.recipe import SpinConfig, flatten
 from spin_ray.errors import UserError
-from spin_ray.report.history import Example, read_benchmarks, read_evaluations, read_examples, read_train_logs
+from spin_ray.report.examples import Example, read_examples
+from spin_ray.report.history import read_benchmarks, read_evaluations, read_train_logs
 from spin_ray.report.measures import BY_KEY, CONFIDENCE, Evaluation, warnings
 from spin_ray.report.redaction import hide, hide_in_text
 from spin_ray.run_dir.events import Span, spans
@@ -17,6 +18,7 @@ from spin_ray.run_dir.run_dir import RunDir, iterate_name
 from spin_ray.run_dir.storage import table_from_bytes
 
 EXAMPLES = 200
+"""Most examples on the page."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -27,11 +29,11 @@ class StageTotal:
     attempts: int
     seconds: float
     share: float
-    """Of the run's wall time."""
+    """Fraction of the run's wall time."""
     rows: int
     tokens: int
     useful: float | None
-    """Share of its seconds that went into the work itself, where the stage measured it."""
+    """Fraction of the seconds that was useful work, where the stage measured it."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -47,7 +49,7 @@ class RunView:
     spans: list[Span]
     examples: list[Example]
     no_examples: str
-    """Why there are none; empty if there are some."""
+    """Reason why there are no examples; empty if there are some."""
     quarantine: list[tuple[str, str, int, str]]
     """(stage, reason, rows, one detail)."""
     pairs: list[tuple[str, dict[str, int]]]
@@ -75,13 +77,13 @@ class RunView:
 
     @property
     def recipe(self) -> str:
-        """The recipe that makes this run again: what differs from the defaults."""
+        """The recipe that makes this run again: the settings that differ from the defaults."""
         changed = self.config.model_dump(mode="json", exclude_defaults=True)
         return yaml.safe_dump(hide(changed), sort_keys=False, allow_unicode=True)
 
     @property
     def settings(self) -> dict[str, Any]:
-        """Every value, flattened."""
+        """Every setting by its dotted name."""
         return flatten(hide(self.config.model_dump(mode="json")))
 
     @property
@@ -109,10 +111,10 @@ class RunView:
         return totals
 
     def verdict(self) -> tuple[str, str]:
-        """Two sentences: what the newest iterate is worth, and what to beware of."""
+        """Returns two sentences: what the newest iterate is worth, and what to beware of."""
         if not self.evaluations:
             if self.config.data.heldout is None:
-                first = "The run has no held-out data (data.heldout), so nothing says what its iterates are worth."
+                first = "The run has no held-out data (data.heldout), so its iterates cannot be evaluated."
             else:
                 first = "Nothing has been evaluated yet."
             return first, f"The run is {self.state}."
@@ -120,7 +122,7 @@ class RunView:
 
 
 def read_view(run: RunDir, only_prompts: list[str] | None = None) -> RunView:
-    """Reads all that the page shows of ``run``; ``only_prompts`` are the examples that another run shows."""
+    """Reads all that the page shows of ``run``; ``only_prompts`` picks the examples, by prompt id."""
     config = run.config()
     events = run.events()
     evaluations = read_evaluations(run, config)
@@ -153,12 +155,12 @@ def _examples(run: RunDir, config: SpinConfig, only: list[str] | None) -> tuple[
     try:
         found = read_examples(run, config, limit=EXAMPLES, spread=True, only=only)
     except (UserError, OSError, ValueError) as error:
-        return [], f"Their texts cannot be read: {hide_in_text(str(error))}"
+        return [], f"The examples cannot be read: {hide_in_text(str(error))}"
     return found, "" if found else "No held-out prompt has been answered yet."
 
 
 def _state(run: RunDir, config: SpinConfig, events: list[dict[str, Any]]) -> tuple[str, str]:
-    """(state in a word or two, the last failure if that is how things stand)."""
+    """Returns (the state in a few words, the failure if the run stands at one)."""
     last = events[-1] if events else None
     if run.latest() == iterate_name(config.iterations):
         return "finished", ""
@@ -170,6 +172,7 @@ def _state(run: RunDir, config: SpinConfig, events: list[dict[str, Any]]) -> tup
 
 
 def _quarantine(run: RunDir) -> list[tuple[str, str, int, str]]:
+    """Returns (stage, reason, rows, the first row's detail) of the unusable rows, the most frequent reason first."""
     found = []
     for name in run.storage.names("quarantine"):
         rows = table_from_bytes(run.storage.read(f"quarantine/{name}")).select(["reason", "detail"]).to_pylist()
@@ -180,6 +183,7 @@ def _quarantine(run: RunDir) -> list[tuple[str, str, int, str]]:
 
 
 def _pairs(run: RunDir, config: SpinConfig) -> list[tuple[str, dict[str, int]]]:
+    """Returns the counts of every committed pairs stage."""
     artefacts = [(iterate_name(iteration + 1), run.pairs(iteration)) for iteration in range(config.iterations)]
     return [
         (name, {key: int(count) for key, count in artefact.manifest().counts.items()})
@@ -189,6 +193,7 @@ def _pairs(run: RunDir, config: SpinConfig) -> list[tuple[str, dict[str, int]]]:
 
 
 def _worth(evaluations: list[Evaluation]) -> str:
+    """Says what the last iterate is worth: by its answers where there are any, else by its held-out loss."""
     first, last = evaluations[0], evaluations[-1]
     name, accuracy = last["iterate"], BY_KEY["answer_accuracy"]
     now, before = accuracy.of(last), accuracy.of(first)
@@ -208,33 +213,34 @@ def _worth(evaluations: list[Evaluation]) -> str:
     shown = f"{value:.3f}" + (f" ± {(interval[1] - interval[0]) / 2:.3f}" if interval else "")
     if (interval[1] if interval else value) < 0.693:
         return (
-            f"{name} tells people's held-out responses from those of {last['opponent']} (loss {shown}; guessing gives "
+            f"{name} tells held-out human responses from those of {last['opponent']} (loss {shown}; guessing gives "
             f"0.693), so what it learned carries over to new prompts; different is not yet better."
         )
     return (
-        f"{name} cannot be shown to tell people's held-out responses from those of {last['opponent']} "
+        f"{name} cannot be shown to tell held-out human responses from those of {last['opponent']} "
         f"(loss {shown}; guessing gives 0.693)."
     )
 
 
 def _caution(evaluations: list[Evaluation], found: list[tuple[str, str]]) -> str:
+    """Returns the first warning of the last iterate, or says that there is none."""
     first, last = evaluations[0], evaluations[-1]
     if mine := [text for iterate, text in found if iterate == last["iterate"]]:
         more = f" (and {len(mine) - 1} more below)" if len(mine) > 1 else ""
         return f"Beware: {mine[0].rstrip('.')}{more}."
     return (
         f"No sign of collapse: responses went from {first['generated_length']:.1f} to "
-        f"{last['generated_length']:.1f} tokens (people: {last['real_length']:.1f}), "
+        f"{last['generated_length']:.1f} tokens (human: {last['real_length']:.1f}), "
         f"{last['truncation_rate']:.0%} of them are cut, {last['identical_share']:.0%} equal y."
     )
 
 
 def compare(first: RunView, other: RunView, first_name: str, other_name: str) -> str:
-    """One sentence: which run's newest iterate is better, as far as the rows can tell."""
+    """Says in a sentence which run's newest iterate is better, as far as the rows can tell."""
     if not first.evaluations or not other.evaluations:
         return f"{first_name} and {other_name} cannot be compared yet: not both have been evaluated."
     if first.description["inputs"].get("heldout") != other.description["inputs"].get("heldout"):
-        return f"{first_name} and {other_name} have other held-out rows: their numbers do not compare."
+        return f"{first_name} and {other_name} have different held-out rows, so their numbers cannot be compared."
     one, two = first.evaluations[-1], other.evaluations[-1]
     for key in ("answer_accuracy", "generated_length"):
         measure = BY_KEY[key]
@@ -251,9 +257,9 @@ def compare(first: RunView, other: RunView, first_name: str, other_name: str) ->
                 f"(± {noise:.1%}), {judged}; another seed may differ by more."
             )
         return (
-            f"{names}: responses of {found[1]:.1f} tokens against {found[0]:.1f} (people: {one['real_length']:.1f}), "
-            f"{change:+.1f} (± {noise:.1f}), {judged}; losses and margins are against opponents of their own, so only "
-            "the examples, lengths and benchmarks compare."
+            f"{names}: responses of {found[1]:.1f} tokens against {found[0]:.1f} (human: {one['real_length']:.1f}), "
+            f"{change:+.1f} (± {noise:.1f}), {judged}; each run's losses and margins are against its own opponents, so "
+            "compare only examples, lengths and benchmarks."
         )
     return f"{first_name} and {other_name} have no measure in common."
 

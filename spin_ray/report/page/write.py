@@ -1,4 +1,4 @@
-"""Views of runs -> the page: charts, tables, the template."""
+"""The page, written from views of runs: charts, tables and the template."""
 
 import math
 from collections.abc import Iterator, Sequence
@@ -15,11 +15,11 @@ from spin_ray.run_dir.events import Span
 from spin_ray.run_dir.run_dir import RunDir
 
 _STAGES = ("prompts", "heldout", "sampling", "pairs", "training", "evaluation")
-"""The order of colours and lanes."""
+"""Order of colours and lanes."""
 _TRAIN_CHARTS: tuple[tuple[str, tuple[str, ...]], ...] = (
     ("Loss", ("loss",)),
     ("Margin", ("margin",)),
-    ("Share of margins above 0", ("accuracy",)),
+    ("Fraction of margins above 0", ("accuracy",)),
     ("log p(y), and log p(y′) dashed; nats", ("real_logp", "generated_logp")),
     ("Gradient norm before clipping", ("grad_norm",)),
 )
@@ -27,11 +27,11 @@ _EVAL_CHARTS: tuple[tuple[str, tuple[str, ...]], ...] = (
     ("Answer accuracy", ("answer_accuracy",)),
     ("Loss on held-out rows", ("against_opponent.loss", "against_self.loss")),
     ("Margin", ("against_opponent.margin", "against_self.margin")),
-    ("Distance of the opponent from people", ("jsd_lower_bound",)),
+    ("Distance of the opponent from human responses", ("jsd_lower_bound",)),
     ("Divergence from the opponent and from the base", ("against_self.generated_logp_drift", "kl_to_base")),
     ("Drift of log-probabilities", ("real_logp_drift", "against_opponent.generated_logp_drift")),
     ("Tokens per response", ("generated_length", "real_length")),
-    ("Shares of the responses", ("truncation_rate", "identical_share", "duplicate_share")),
+    ("Fractions of the responses", ("truncation_rate", "identical_share", "duplicate_share")),
     ("Distinct pairs of tokens", ("distinct_2", "real_distinct_2")),
 )
 _LINE_NAMES = {
@@ -42,10 +42,10 @@ Chart = dict[str, Any]
 
 
 def write_report(runs: Sequence[RunDir], path: Path) -> Path:
-    """Writes one page about ``runs`` (one, or several to compare) to ``path``.
+    """Writes one page about ``runs`` (one run, or several to compare) to ``path``; returns ``path``.
 
     Raises:
-        UserError: one of them is not a run, or of a version that cannot be read.
+        UserError: a folder is not a run, or is of a version that cannot be read.
     """
     first = read_view(runs[0])
     prompts = [example.prompt_id for example in first.examples] or None
@@ -79,13 +79,13 @@ def write_report(runs: Sequence[RunDir], path: Path) -> Path:
 
 
 def _distinct_names(views: Sequence[RunView]) -> list[str]:
-    """Folder names, numbered where they are the same."""
+    """Returns the folder names, numbered where they are the same."""
     names = [view.name for view in views]
     return [f"{name} ({number})" if names.count(name) > 1 else name for number, name in enumerate(names, 1)]
 
 
 def _table(views: Sequence[RunView]) -> list[tuple[Measure, list[tuple[str, str]]]]:
-    """(measure, [(value, half of its interval)] of every iterate of every run), where any has a value."""
+    """Returns (measure, [(value, half of its interval)] of every iterate of every run), where any has a value."""
     evaluations = [evaluation for view in views for evaluation in view.evaluations]
     rows = []
     for measure in MEASURES:
@@ -100,7 +100,7 @@ def _table(views: Sequence[RunView]) -> list[tuple[Measure, list[tuple[str, str]
 
 
 def _benchmarks(views: Sequence[RunView]) -> list[tuple[str, str, list[tuple[str, str]]]]:
-    """(task and version, metric, [(value, half of its interval)] of every evaluated iterate), from lm-eval."""
+    """Returns (task and version, metric, [(value, half of its interval)] of every evaluated iterate)."""
     columns = [view.benchmarks.get(iterate, {}) for view in views for iterate in view.iterates]
     rows = {
         (task, metric): _benchmark_title(task, result)
@@ -125,7 +125,7 @@ def _benchmark_title(task: str, result: dict[str, Any]) -> str:
 
 
 def _eval_charts(views: Sequence[RunView], names: Sequence[str]) -> Iterator[Chart]:
-    """Measures over iterates: a colour for each measure, or for each run where several are compared."""
+    """Yields charts of measures over iterates; a colour for each measure, or for each run if several are compared."""
     longest = max((view.iterates for view in views), key=len)
     compared = len(views) > 1
     for title, keys in _EVAL_CHARTS:
@@ -152,7 +152,7 @@ def _line(view: RunView, measure: Measure, name: str, colour: int) -> Series:
 
 
 def _train_charts(views: Sequence[RunView], names: Sequence[str]) -> Iterator[Chart]:
-    """Over the optimizer steps, a line for each iteration of each run."""
+    """Yields charts over the optimizer steps, with a line for each iteration of each run."""
     logs = [
         (f"{name}: {folder}" if len(views) > 1 else folder, folder, log)
         for view, name in zip(views, names, strict=True)
@@ -199,13 +199,13 @@ def _span_title(span: Span) -> str:
         counted.append(f"{span.counted['tokens'] / max(span.seconds, 1e-9):,.0f} tokens/s")
     if "useful" in span.counted:
         counted.append(f"{span.counted['useful']:.0%} useful work")
-    outcome = {"failure": "failed", "lost": "lost with its driver", "running": "still running"}.get(span.outcome)
+    outcome = {"failure": "failed", "lost": "lost when its driver died", "running": "still running"}.get(span.outcome)
     words = [f"{span.folder} {span.stage}: {_duration(span.seconds)}", *counted, *([outcome] if outcome else [])]
     return ", ".join(words)
 
 
 def _examples(views: Sequence[RunView], names: Sequence[str]) -> list[dict[str, Any]]:
-    """Prompts with every answer to them, largest margin of the newest iterate first."""
+    """Returns prompts with every answer, the largest margin of the newest iterate first."""
     others = [{example.prompt_id: example for example in view.examples} for view in views[1:]]
     found = []
     for number, example in enumerate(views[0].examples):
@@ -228,7 +228,7 @@ def _examples(views: Sequence[RunView], names: Sequence[str]) -> list[dict[str, 
 
 
 def _differing(views: Sequence[RunView]) -> list[tuple[str, list[Any]]]:
-    """Settings, inputs and versions that are not the same in all runs."""
+    """Returns settings, inputs and versions that are not the same in all runs."""
     facts = []
     for view in views:
         inputs = {f"digest of {name}": (value or "none")[:16] for name, value in view.description["inputs"].items()}

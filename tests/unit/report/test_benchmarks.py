@@ -5,16 +5,8 @@ import math
 import pytest
 
 from spin_ray.errors import ConfigError
-from spin_ray.report.benchmarks import (
-    PRESETS,
-    Benchmark,
-    Request,
-    _model,
-    averages,
-    measure,
-    parse_benchmarks,
-    request_for,
-)
+from spin_ray.report.benchmarks import PRESETS, averages, parse_benchmarks, request_for
+from spin_ray.report.harness import Benchmark, Request, _model, measure
 from tests.support.fakes import config_of
 from tests.support.made_up_run import made_up_run
 
@@ -83,5 +75,5 @@ def test_an_unknown_task_is_an_error_that_names_it():
 def test_a_folder_of_tasks_that_is_not_there_is_an_error_before_anything_runs(call, tmp_path):
     run = made_up_run(tmp_path / "run")
     code, _, error = call("eval", run.storage.root, "--iterate", "sft", "--tasks", "mine", "--include", tmp_path / "no")
-    assert (code, error.strip()) == (2, f"error: --include {tmp_path / 'no'}: is no folder")
+    assert (code, error.strip()) == (2, f"error: --include {tmp_path / 'no'}: there is no such folder")
     assert "benchmarks" not in run.storage.read("sft/eval.json").decode()

@@ -63,11 +63,11 @@ def test_a_healthy_iterate_gives_no_warning():
     [
         ({"against_opponent": {"loss": 0.70}}, "not below ln 2"),
         ({"against_self": {"loss": 0.80}}, "overshot"),
-        ({"real_logp_drift": -3.0, "against_opponent": {"generated_logp_drift": -5.0}}, "goes to neither"),
+        ({"real_logp_drift": -3.0, "against_opponent": {"generated_logp_drift": -5.0}}, "goes to other responses"),
         ({"against_self": {"generated_logp_drift": -1.0}}, "estimated below 0"),
         ({"identical_share": 0.9}, "90% of y′ equal y"),
         ({"truncation_rate": 0.4}, "40% of y′ are cut at max_tokens (10% at θ_0)"),
-        ({"duplicate_share": 0.5}, "50% of y′ repeat another (people: 10%)"),
+        ({"duplicate_share": 0.5}, "50% of y′ repeat another (of y: 10%)"),
         ({"distinct_2": 0.4}, "distinct-2 fell to 0.40 from 0.80"),
         ({"length_auc": 0.03, "against_opponent": {"accuracy": 0.99}}, "length alone"),
     ],

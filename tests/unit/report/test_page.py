@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from spin_ray.report.history import read_examples
+from spin_ray.report.examples import read_examples
 from spin_ray.report.page import write_report
 from spin_ray.report.page.charts import MOST_POINTS, Bar, Series, gantt, line_chart
 from spin_ray.report.page.view import read_view
@@ -30,7 +30,7 @@ def test_the_verdict_weighs_a_change_of_accuracy_against_chance(finished):
     """0.25 → 0.45 with standard errors 0.02 each: ±1.96 · √2 · 0.02 = ±0.055."""
     worth, caution = read_view(finished).verdict()
     assert "45.0% of 3 held-out questions right, sft 25.0%: a change of +20.0% (± 5.5%), more than chance" in worth
-    assert caution.startswith("No sign of collapse: responses went from 9.0 to 7.0 tokens (people: 5.0)")
+    assert caution.startswith("No sign of collapse: responses went from 9.0 to 7.0 tokens (human: 5.0)")
 
 
 def test_a_warning_takes_the_place_of_the_all_clear(tmp_path):
@@ -100,7 +100,7 @@ def test_runs_with_other_held_out_rows_are_not_weighed_against_each_other(finish
     description["inputs"]["heldout"] = "d" * 64
     other.storage.replace("run.json", json.dumps(description).encode())
     page = write_report([finished, other], tmp_path / "page.html").read_text()
-    assert "have other held-out rows: their numbers do not compare" in page
+    assert "have different held-out rows, so their numbers cannot be compared" in page
 
 
 def test_nothing_of_this_machine_is_in_the_page(finished, tmp_path):

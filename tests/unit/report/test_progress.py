@@ -96,7 +96,7 @@ def test_a_log_gets_a_plain_line_a_minute_and_status_a_file(run, stage, caplog, 
     assert {"iteration_left_s", "run_left_s", "tokens_per_s"} <= state.keys()
     out = io.StringIO()
     print_status(run, Console(file=out, width=300))
-    assert f"Running: {state['line']} (told 0 s ago)" in out.getvalue()
+    assert f"Running: {state['line']} (written 0 s ago)" in out.getvalue()
 
 
 def test_a_folder_that_cannot_be_written_does_not_stop_the_run(run, caplog, monkeypatch):
@@ -108,7 +108,7 @@ def test_a_folder_that_cannot_be_written_does_not_stop_the_run(run, caplog, monk
     answers = iter([False, False, True])
     monkeypatch.setattr(told._stop, "wait", lambda _: next(answers))
     told._watch()
-    assert [record.message for record in caplog.records] == ["progress cannot be told (OSError: gone)"]
+    assert [record.message for record in caplog.records] == ["progress cannot be shown (OSError: gone)"]
 
 
 def test_status_does_not_take_what_an_earlier_stage_told_for_news(run):

@@ -38,8 +38,8 @@ from spin_ray.learner.step import (
     train_step,
 )
 from spin_ray.loop.stages.training import checkpoint
-from spin_ray.report import gauges
 from spin_ray.report.progress import StageProgress
+from spin_ray.report.tracking import set_gauges, step_values
 from spin_ray.run_dir.run_dir import MANIFEST, Artefact, Manifest, RunDir, folder_entries, part_name, read_json_lines
 from spin_ray.run_dir.schemas import PAIR_SCHEMA, REFERENCE_SCHEMA
 from spin_ray.run_dir.storage import Storage
@@ -413,7 +413,7 @@ class _Watcher:
                 for line in lines[seen:]:
                     progress.advance(1, line["tokens"])
                 if lines[seen:]:
-                    gauges.set_all(self._job.storage.name, gauges.of_step(lines[-1]))
+                    set_gauges(self._job.storage.name, step_values(lines[-1]))
                 seen = max(seen, len(lines))
         if progress is not None:
             progress.__exit__(None, None, None)

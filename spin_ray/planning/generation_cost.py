@@ -1,0 +1,86 @@
+"""Hours and memory of generation: engines answer prompts in shards (``stages.generation``)."""
+
+from dataclasses import dataclass
+from math import ceil
+
+from spin_ray.config.recipe import SpinConfig
+from spin_ray.planning.hardware import GIB, Hardware
+from spin_ray.planning.model_shape import ModelShape
+from spin_ray.planning.stage_cost import RUNTIME, StageCost
+from spin_ray.planning.work import Work
+
+ENGINE_START_S = {"eager": 25.0, "compiled": 90.0}
+"""Start of vLLM 0.29 with a 135M model on two CPU cores, seen once. A larger model takes longer to load."""
+
+
+def generation_cost(
+    config: SpinConfig, shape: ModelShape, device: Hardware, work: Work, jobs: tuple[int, ...]
+) -> StageCost:
+    """Returns the cost of answering ``jobs`` prompts each, without tensor-parallel traffic.
+
+    A decode step of c responses reads the weights and their keys and values once, and computes c tokens. A shard ends
+    with its longest response: its last steps belong to that response alone.
+    """
+    settings, engine = config.generation, config.resolve_dtype(config.generation.engine)
+    per_shard = max(1, settings.shard_rows // settings.samples_per_prompt) * settings.samples_per_prompt
+    responses = [prompts * settings.samples_per_prompt for prompts in jobs]
+    rounds = ceil(sum(ceil(count / per_shard) for count in responses) / settings.replicas)
+    size = min(per_shard, max(responses))
+    seats = _seats(config, shape, device, work, size)
+
+    context = work.prompt + work.generated / 2
+    prefill = shape.trunk_flops(work.prompt, work.prompt**2 / 2) + shape.head_flops(1)
+    token = shape.trunk_flops(1, context) + shape.head_flops(1)
+    parallel = engine.tensor_parallel_size
+    read_s = device.reading(seats.weights + seats.together * context * seats.kv)
+    compute_s = device.seconds(seats.together * token / parallel, engine.dtype)
+    longest = min(settings.sampling.max_tokens, config.model.max_length - work.prompt)
+    decoding = "decoding: memory bandwidth" if read_s > compute_s else "decoding: compute"
+    spent = {
+        "engine start": ENGINE_START_S["eager" if engine.enforce_eager else "compiled"],
+        "prefill: compute": rounds * size * device.seconds(prefill / parallel, engine.dtype),
+        decoding: rounds * size * work.generated / seats.together * max(read_s, compute_s),
+        "longest responses": rounds * max(0.0, longest - work.generated) * device.reading(seats.weights),
+    }
+    return StageCost(
+        name="generation",
+        tokens=sum(responses) * (work.prompt + work.generated),
+        flops=sum(responses) * (prefill + work.generated * token),
+        seconds=sum(spent.values()),
+        bound=max(spent, key=lambda name: spent[name]),
+        memory=seats.memory,
+        room=seats.room,
+    )
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Seats:
+    """The number of responses that an engine decodes together, and the bytes on each of its devices."""
+
+    together: int
+    weights: float
+    kv: float
+    """Bytes of one token's keys and values."""
+    memory: dict[str, float]
+    room: float
+
+
+def _seats(config: SpinConfig, shape: ModelShape, device: Hardware, work: Work, size: int) -> _Seats:
+    """Returns the seats for a shard of ``size`` responses.
+
+    On a GPU the cache gets the rest of ``gpu_memory_utilization`` beside weights and runtime; on CPU its size is a
+    setting. vLLM refuses to start unless one response of ``max_length`` fits the cache.
+    """
+    engine, on_gpu = config.resolve_dtype(config.generation.engine), bool(config.generation.resources.gpus)
+    dtype_bytes = 4 if engine.dtype == "float32" else 2
+    weights = dtype_bytes * shape.parameters / engine.tensor_parallel_size
+    kv = shape.kv_bytes(dtype_bytes) / engine.tensor_parallel_size
+    room = device.memory * (engine.gpu_memory_utilization if on_gpu else 1)
+    cache = room - weights - RUNTIME if on_gpu else engine.cpu_kv_cache_gib * GIB
+    response, longest = (work.prompt + work.generated) * kv, config.model.max_length * kv
+    together = max(1, min(engine.max_num_seqs, size, int(cache // response)))
+    used = max(longest, together * response) if on_gpu else cache
+    memory = {"weights": weights, "KV cache": used, "runtime": RUNTIME}
+    if not on_gpu and longest > cache:
+        memory, room = {"KV cache of the longest response": longest}, cache
+    return _Seats(together=together, weights=weights, kv=kv, memory=memory, room=room)

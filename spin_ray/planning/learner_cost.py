@@ -1,0 +1,169 @@
+"""Hours and memory of the learner's stages: scoring, training and evaluation.
+
+Packs are counted as the learner computes them: to their padded length, with a dense mask.
+Symbols: ``h`` hidden width, ``q`` width of all heads together, ``i`` width of the feed-forward network.
+"""
+
+from dataclasses import replace
+
+from spin_ray.config.recipe import SpinConfig
+from spin_ray.config.sections import OptimizerConfig
+from spin_ray.planning.hardware import Hardware
+from spin_ray.planning.model_shape import ModelShape
+from spin_ray.planning.stage_cost import RUNTIME, StageCost
+from spin_ray.planning.work import Packs, Work, heldout_packs
+
+WORKERS_START_S = 20.0
+"""Seconds from the start of Ray Train's controller until the workers' first pack. Seen on two CPU cores: 16 to 22 s for
+small models; loading a large one takes longer."""
+CHUNK_TARGETS = 256
+"""Copy of ``learner.scoring.TARGETS_PER_CHUNK``: an import would bring torch. A test compares them."""
+MOMENTS = {"rmsprop": 1, "adamw": 2}
+"""Numbers that an optimizer keeps per parameter, each in fp32. A test compares them with torch's."""
+
+
+# Stages
+
+
+def scoring_cost(config: SpinConfig, shape: ModelShape, device: Hardware, packs: Packs) -> StageCost:
+    """Returns the reference's cost: a forward pass over an epoch by workers that already hold the optimizer."""
+    return _learner_cost("scoring", config, shape, device, packs, passes=1, optimizer=config.train.optimizer)
+
+
+def evaluation_cost(config: SpinConfig, shape: ModelShape, device: Hardware, work: Work) -> StageCost:
+    """Returns the cost of scoring held-out rows under two models, one after the other."""
+    packs = heldout_packs(config, work)
+    cost = _learner_cost("evaluation", config, shape, device, packs, passes=2, optimizer=None)
+    return _with_start(cost)
+
+
+def training_cost(
+    config: SpinConfig, shape: ModelShape, device: Hardware, packs: Packs, epochs: int, optimizer: OptimizerConfig
+) -> StageCost:
+    """Returns the cost of the optimizer steps and of starting the workers (which also score)."""
+    cost = _learner_cost("training", config, shape, device, packs, passes=epochs, optimizer=optimizer, backward=True)
+    return _with_start(cost)
+
+
+def _with_start(cost: StageCost) -> StageCost:
+    bound = cost.bound if cost.seconds > WORKERS_START_S else "start of workers"
+    return replace(cost, seconds=cost.seconds + WORKERS_START_S, bound=bound)
+
+
+def _learner_cost(
+    name: str,
+    config: SpinConfig,
+    shape: ModelShape,
+    device: Hardware,
+    packs: Packs,
+    *,
+    passes: int,
+    optimizer: OptimizerConfig | None,
+    backward: bool = False,
+) -> StageCost:
+    flops = pack_flops(config, shape, packs.length, packs.targets, backward=backward)
+    compute = device.seconds(packs.per_rank * flops, config.precision)
+    traffic = device.sending(step_traffic(config, shape, packs.per_rank, backward=backward))
+    return StageCost(
+        name=name,
+        tokens=passes * packs.tokens,
+        flops=passes * packs.steps * packs.per_step * flops,
+        seconds=passes * packs.steps * max(compute, traffic),
+        bound="gathering weights" if traffic > compute else "compute",
+        memory=learner_memory(config, shape, packs, optimizer=optimizer, backward=backward),
+        room=device.memory,
+    )
+
+
+# FLOPs and traffic
+
+
+def pack_flops(config: SpinConfig, shape: ModelShape, length: float, targets: float, *, backward: bool) -> float:
+    """Returns the FLOPs of one pack of ``length`` tokens, ``targets`` of them in responses.
+
+    Attention computes all length² pairs, as the mask is dense. Backward makes a forward pass 3 times as dear (gradients
+    of weights and of inputs), and 4 times where activations are computed again: in layers with checkpointing, and
+    always in the head (``learner.scoring``).
+    """
+    trunk, head = shape.trunk_flops(length, length**2), shape.head_flops(targets)
+    if not backward:
+        return trunk + head
+    return (4 if config.train.gradient_checkpointing else 3) * trunk + 4 * head
+
+
+def step_traffic(config: SpinConfig, shape: ModelShape, packs: float, *, backward: bool) -> float:
+    """Returns the bytes that a rank receives in one step: weights in the computation's type, then fp32 gradients.
+
+    ``sharding: full`` gathers weights in each pass of each pack; otherwise they are gathered once a step. Gradients are
+    reduced once a step, or with every pack.
+    """
+    train = config.train
+    passes = packs * (2 if backward else 1) if train.sharding == "full" else 1
+    reduced = (packs if train.reduce_every_pack else 1) if backward else 0
+    gathered = passes * _dtype_bytes(config) + 4 * reduced
+    return shape.parameters * gathered * (train.workers - 1) / train.workers
+
+
+# Memory
+
+
+def learner_memory(
+    config: SpinConfig, shape: ModelShape, packs: Packs, *, optimizer: OptimizerConfig | None, backward: bool
+) -> dict[str, float]:
+    """Returns the bytes of one rank by purpose (``learner.backends.fsdp2``).
+
+    States are fp32 and sharded over the workers. Bytes per parameter: 4 for the weight, 4 for its gradient, 4 (RMSProp)
+    or 8 (AdamW) for the optimizer. A rank with several packs a step also keeps the earlier packs' gradients whole, 4
+    bytes per parameter, unless gradients are reduced with every pack. With ``train.offload`` the states are in the
+    host's memory, not the GPU's; the time of moving them is not counted.
+    """
+    on_host = config.train.offload and config.train.resources.gpus
+    sharded = 0 if on_host else shape.parameters / config.train.workers
+    moments = MOMENTS[optimizer.name] if optimizer else 0
+    memory = {"weights": 4 * sharded, "optimizer": 4 * moments * sharded}
+    if backward:
+        memory |= {"gradients": 4 * sharded}
+        accumulates = packs.per_rank_at_most > 1 and not config.train.reduce_every_pack
+        memory |= {"whole gradients": 4.0 * shape.parameters if accumulates else 0.0}
+    memory |= {
+        "gathered weights": _gathered_bytes(config, shape, backward=backward),
+        "activations": _activation_bytes(config, shape, packs, backward=backward),
+        "runtime": RUNTIME,
+    }
+    return {purpose: count for purpose, count in memory.items() if count}
+
+
+def _gathered_bytes(config: SpinConfig, shape: ModelShape, *, backward: bool) -> float:
+    """Returns the bytes of gathered weights, and of two fp32 buffers of the largest unit while gradients are reduced.
+
+    Layers that are sharded again after use: two are there (one in use, one on its way), and the root. Otherwise all.
+    """
+    resharded = config.train.sharding == "full" and config.train.workers > 1
+    weights = shape.root + 2 * shape.layer if resharded else shape.parameters
+    buffers = 2 * 4 * max(shape.root, shape.layer) if backward and config.train.workers > 1 else 0
+    return _dtype_bytes(config) * weights + buffers
+
+
+def _activation_bytes(config: SpinConfig, shape: ModelShape, packs: Packs, *, backward: bool) -> float:
+    """Returns the bytes that one pack keeps: layers (all, or their inputs and one of them), mask, a chunk of logits.
+
+    A layer keeps per token, with b bytes a number: 2h(4 + 2b) for two norms with an fp32 copy of their input, its
+    normalised form and their output, 4qb for queries, keys and values repeated to all heads and attention's output, and
+    4ib for four vectors of the feed-forward network. Counted on transformers' Llama as arXiv 2205.05198 does on GPT.
+    """
+    length, b = config.train.pack_length, _dtype_bytes(config)
+    layer = length * (2 * shape.hidden * (4 + 2 * b) + 4 * shape.q * b + 4 * shape.intermediate * b)
+    inputs = length * shape.hidden * b
+    if not backward:
+        kept = float(layer)
+    elif config.train.gradient_checkpointing:
+        kept = float(shape.layers * inputs + layer)
+    else:
+        kept = float(shape.layers * layer)
+    mask = length**2 * (b + 1)  # the additive mask, and the booleans it is made from
+    logits = CHUNK_TARGETS * shape.vocab * (3 * 4 if backward else 4)  # fp32; with gradient and softmax
+    return kept + packs.targets * shape.hidden * b + mask + logits
+
+
+def _dtype_bytes(config: SpinConfig) -> int:
+    return 2 if config.precision == "bf16" else 4

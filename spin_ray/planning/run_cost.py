@@ -1,0 +1,75 @@
+"""Hours and memory of a whole run, from counts of FLOPs and bytes.
+
+    recipe, model shape, row lengths, devices ──> phases of stages, each with FLOPs, seconds and bytes
+
+Not counted: reading data, checkpoints and export. A padded layout (``model.attention``) costs 2-4 times the packed one
+assumed here.
+"""
+
+from dataclasses import dataclass, replace
+
+from spin_ray.config.recipe import SpinConfig
+from spin_ray.planning.cluster import Devices
+from spin_ray.planning.generation_cost import generation_cost
+from spin_ray.planning.learner_cost import evaluation_cost, scoring_cost, training_cost
+from spin_ray.planning.model_shape import ModelShape
+from spin_ray.planning.stage_cost import StageCost
+from spin_ray.planning.work import Work, pair_packs, played_rows, sft_packs
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Phase:
+    """Stages of one iteration, or of several that cost the same."""
+
+    first: str
+    last: str
+    count: int
+    stages: tuple[StageCost, ...]
+
+    @property
+    def name(self) -> str:
+        return self.first if self.count == 1 else f"{self.first} to {self.last}"
+
+    @property
+    def seconds(self) -> float:
+        return self.count * sum(stage.seconds for stage in self.stages)
+
+
+def plan_run(config: SpinConfig, shape: ModelShape, devices: Devices, work: Work) -> list[Phase]:
+    """Returns every stage of the driver's loop that costs something, iterations of equal cost together."""
+    phases: list[Phase] = []
+    if config.sft:
+        warm_up = training_cost(
+            config, shape, devices.train, sft_packs(config, work), config.sft.epochs, config.sft.optimizer
+        )
+        phases.append(Phase(first="sft", last="sft", count=1, stages=(warm_up,)))
+    for iteration in range(config.iterations + 1):
+        stages = iteration_costs(config, shape, devices, work, iteration)
+        name = f"iter_{iteration:03d}" if iteration < config.iterations else "last iterate"
+        if phases and phases[-1].stages == stages:
+            phases[-1] = replace(phases[-1], last=name, count=phases[-1].count + 1)
+        elif stages:
+            phases.append(Phase(first=name, last=name, count=1, stages=stages))
+    return phases
+
+
+def iteration_costs(
+    config: SpinConfig, shape: ModelShape, devices: Devices, work: Work, iteration: int
+) -> tuple[StageCost, ...]:
+    """Returns the stages of one iteration: θ_t answers and is evaluated, then θ_{t+1} is trained.
+
+    The last iterate only answers held-out prompts and is evaluated.
+    """
+    trained = iteration < config.iterations
+    played = played_rows(config, work) if trained else 0
+    jobs = tuple(count for count in (work.heldout_rows, played) if count)
+    stages = []
+    if jobs:
+        stages.append(generation_cost(config, shape, devices.generation, work, jobs))
+    if work.heldout_rows and iteration:
+        stages.append(evaluation_cost(config, shape, devices.train, work))
+    if trained:
+        packs, epochs = pair_packs(config, work, iteration), config.at(iteration).epochs
+        stages.append(scoring_cost(config, shape, devices.train, packs))
+        stages.append(training_cost(config, shape, devices.train, packs, epochs, config.train.optimizer))
+    return tuple(stages)

@@ -1,0 +1,90 @@
+"""A plan as tables and notes for a terminal."""
+
+from collections.abc import Iterator
+
+from rich.table import Table
+
+from spin_ray.config.recipe import SpinConfig
+from spin_ray.planning.cluster import Cluster
+from spin_ray.planning.hardware import GB
+from spin_ray.planning.model_shape import ModelShape
+from spin_ray.planning.run_cost import Phase
+from spin_ray.planning.stage_cost import StageCost
+from spin_ray.planning.work import Work
+
+
+def time_table(phases: list[Phase]) -> Table:
+    """Returns tokens, FLOPs, time and bound of every stage."""
+    table = Table(title="Each iteration, predicted (not measured)")
+    for name in ("", "stage", "tokens", "FLOPs", "time", "bound by"):
+        table.add_column(name, justify="right" if name in ("tokens", "FLOPs", "time") else "left")
+    for phase in phases:
+        for number, stage in enumerate(phase.stages):
+            table.add_row(
+                "" if number else phase.name,
+                stage.name,
+                count(stage.tokens),
+                f"{stage.flops:.1e}",
+                duration(stage.seconds),
+                stage.bound,
+            )
+        table.add_section()
+    return table
+
+
+def memory_table(phases: list[Phase]) -> Table:
+    """Returns the memory of every kind of stage, in the phase that needs the most."""
+    table = Table(title="GB on the fullest device")
+    for name in ("stage", "needed", "available", "for"):
+        table.add_column(name, justify="right" if name in ("needed", "available") else "left")
+    largest: dict[str, StageCost] = {}
+    for stage in sorted((stage for phase in phases for stage in phase.stages), key=lambda stage: stage.needed):
+        largest[stage.name] = stage
+    for stage in largest.values():
+        table.add_row(stage.name, f"{stage.needed / GB:.1f}", f"{stage.room / GB:.1f}", purposes(stage))
+    return table
+
+
+def notes(config: SpinConfig, shape: ModelShape, cluster: Cluster, work: Work) -> Iterator[str]:
+    """Yields what was assumed and what the tables leave out, a sentence or two each."""
+    yield (
+        f"Model: {shape.parameters / 1e9:.2f}B parameters. Data: {work.rows} rows of {work.prompt:.0f} + "
+        f"{work.real:.0f} tokens; y′ of {work.generated:.0f} (as long as y, cut at max_tokens); "
+        f"{work.heldout_rows} held-out rows."
+    )
+    if config.train.backend == "deepspeed":
+        loading = config.train.workers * 4 * shape.parameters / min(cluster.nodes, config.train.workers)
+        yield (
+            f"Host memory: each DeepSpeed worker first loads the whole model in fp32, "
+            f"{4 * shape.parameters / GB:.1f} GB, so {loading / GB:.0f} GB per node."
+        )
+    exported = {"bf16": 2, "fp32": 4}[config.precision] * shape.parameters
+    yield f"Host memory: the first train worker gathers the model to write it, {exported / GB:.1f} GB."
+    if config.model.attention == "padded":
+        yield "model.attention: padded makes scoring, training and evaluation take 2-4 times the hours shown."
+    if config.data.heldout and not work.heldout_rows:
+        yield (
+            f"Held-out rows are not counted: {config.data.heldout} is not on this machine and evaluation.max_rows is "
+            "not set."
+        )
+
+
+def purposes(stage: StageCost) -> str:
+    """Returns the purposes of a stage's memory, the largest first, without those below 0.05 GB."""
+    largest = sorted(stage.memory.items(), key=lambda item: -item[1])
+    return ", ".join(f"{size / GB:.1f} {purpose}" for purpose, size in largest if size >= 0.05 * GB) or "under 0.1"
+
+
+def duration(seconds: float) -> str:
+    """Returns ``45 s``, ``12.5 min`` or ``3.51 h``."""
+    if seconds < 100:
+        return f"{seconds:.0f} s"
+    return f"{seconds / 60:.1f} min" if seconds < 6000 else f"{seconds / 3600:.2f} h"
+
+
+def count(tokens: float) -> str:
+    """Shortens a number: 1234567 -> ``1.2M``."""
+    for size, suffix in ((1e9, "G"), (1e6, "M"), (1e3, "k")):
+        if tokens >= size:
+            return f"{tokens / size:.1f}{suffix}"
+    return f"{tokens:.0f}"

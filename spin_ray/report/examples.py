@@ -1,0 +1,112 @@
+"""Held-out prompts with the human response and every iterate's, read back from a run.
+
+Reads committed artefacts only, so it works while the run goes on and after it stopped half-way.
+"""
+
+import json
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+from tokenizers import Tokenizer
+
+from spin_ray.config.recipe import SpinConfig
+from spin_ray.inputs.rendering import load_tokenizer
+from spin_ray.report.margins import row_margins
+from spin_ray.run_dir.run_dir import Artefact, RunDir, iterate_name
+
+
+@dataclass(frozen=True, slots=True)
+class Example:
+    """A held-out prompt with the human response and every iterate's."""
+
+    prompt_id: str
+    messages: list[dict[str, str]]
+    human: str
+    answers: dict[str, str]
+    """Responses by iterate, ``sft`` first."""
+    margins: dict[str, float] = field(default_factory=dict)
+    """Margins by iterate, where scored: of its own fresh sample, against its opponent."""
+
+
+def read_examples(
+    run: RunDir, config: SpinConfig, *, limit: int, spread: bool = False, only: list[str] | None = None
+) -> list[Example]:
+    """Returns up to ``limit`` held-out rows with the first sample of each iterate that has answered them.
+
+    ``spread`` picks rows evenly from the order of the last iterate's margins, largest first, with both extremes.
+    Without it, or without margins, the first rows are picked. ``only`` picks these prompt ids, in their order.
+    """
+    samples = {
+        name: _first_samples(artefact)
+        for name, artefact in ((iterate_name(it), run.heldout_samples(it)) for it in range(config.iterations + 1))
+        if artefact.is_committed
+    }
+    if not run.heldout.is_committed or not samples:
+        return []
+    rows = pa.concat_tables(list(run.heldout.tables())).select(["prompt_id", "messages"])
+    margins = {name: found for name in samples if (found := _own_margins(run, config, name))}
+    if only is not None:
+        rows = rows.take(pc.drop_null(pc.index_in(pa.array(only, pa.string()), value_set=rows["prompt_id"])))
+    else:
+        picked = _pick_rows(rows["prompt_id"].to_pylist(), list(margins.values())[-1:] if spread else [], limit)
+        rows = rows.take(pa.array(picked, pa.int64()))
+    tokenizer = _tokenizer(run, config)
+    prompt_ids = rows["prompt_id"].to_pylist()
+    texts = {}
+    for name, table in samples.items():
+        ids = dict(zip(table["prompt_id"].to_pylist(), table["token_ids"].to_pylist(), strict=True))
+        answered = [prompt_id for prompt_id in prompt_ids if prompt_id in ids]
+        decoded = tokenizer.decode_batch([ids[prompt_id] for prompt_id in answered], skip_special_tokens=True)
+        texts[name] = dict(zip(answered, decoded, strict=True))
+    return [
+        Example(
+            prompt_id=prompt_id,
+            messages=messages[:-1],
+            human=messages[-1]["content"],
+            answers={name: by_prompt[prompt_id] for name, by_prompt in texts.items() if prompt_id in by_prompt},
+            margins={name: by_prompt[prompt_id] for name, by_prompt in margins.items() if prompt_id in by_prompt},
+        )
+        for prompt_id, messages in zip(prompt_ids, map(json.loads, rows["messages"].to_pylist()), strict=True)
+    ]
+
+
+def _first_samples(samples: Artefact) -> pa.Table:
+    table = pa.concat_tables(list(samples.tables()))
+    return table.filter(pc.equal(table["sample"], 0))
+
+
+def _own_margins(run: RunDir, config: SpinConfig, name: str) -> dict[str, float]:
+    """Returns by prompt id the margin with the iterate's own sample; empty if it was not scored."""
+    scores = run.artefact(f"{name}/heldout_scores")
+    if name == "sft" or not scores.is_committed or not run.storage.exists(f"{name}/eval.json"):
+        return {}
+    evaluation = json.loads(run.storage.read(f"{name}/eval.json"))
+    frame = row_margins(pa.concat_tables(list(scores.tables())), name, evaluation["opponent"], evaluation["beta"])[
+        "margin"
+    ]
+    return {key.removesuffix("/self"): float(margin) for key, margin in frame.items() if str(key).endswith("/self")}
+
+
+def _pick_rows(prompt_ids: list[str], margins: list[dict[str, float]], limit: int) -> list[int]:
+    order = list(range(len(prompt_ids)))
+    if margins:
+        order.sort(key=lambda row: -margins[0].get(prompt_ids[row], -np.inf))
+        return [order[place] for place in np.unique(np.linspace(0, len(order) - 1, min(limit, len(order))).astype(int))]
+    return order[:limit]
+
+
+def _tokenizer(run: RunDir, config: SpinConfig) -> Tokenizer:
+    """Returns the tokenizer of an iterate, else of the start model, which may have been moved meanwhile.
+
+    Reads it without transformers if possible, whose import takes longer than all the rest.
+    """
+    models = [run.model(iterate) for iterate in range(config.iterations + 1)]
+    trained = [model for model in models if model.is_committed]
+    folder = trained[0].local_folder() if trained else Path(run.description()["start_model"])
+    file = folder / "tokenizer.json"
+    if file.exists():
+        return Tokenizer.from_file(str(file))
+    return load_tokenizer(str(folder), trust_remote_code=config.model.trust_remote_code).backend_tokenizer

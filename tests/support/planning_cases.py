@@ -1,0 +1,39 @@
+"""Recipes, models and rows that the tests of planning share."""
+
+from dataclasses import replace
+
+from spin_ray.config.load import load_config
+from spin_ray.config.recipe import SpinConfig
+from spin_ray.config.sections import OptimizerConfig
+from spin_ray.planning.cluster import Devices
+from spin_ray.planning.hardware import GPUS, Hardware
+from spin_ray.planning.model_shape import ModelShape
+from spin_ray.planning.work import Packs, Work
+from tests.support.fakes import config_of
+from tests.support.paths import RECIPES
+
+ZEPHYR = load_config(RECIPES / "zephyr_7b.yaml")
+A100 = GPUS["A100-80G"]
+PAPER_WORK = Work(rows=50_000, prompt=130, real=256, generated=256, heldout_rows=500)
+TINY = ModelShape(layers=2, hidden=8, intermediate=16, heads=2, kv_heads=1, head_dim=4, vocab=10)
+"""A layer multiplies 8·(2·8 + 2·4 + 3·16) = 576 weights and has 16 more in norms; 10·8·2 + 8 = 168 are outside."""
+ONE_PACK = Packs(steps=1, per_step=2, per_rank=1, length=3, targets=2, per_rank_at_most=1, tokens=6)
+TWO_PACKS = replace(ONE_PACK, per_rank=2, per_rank_at_most=2)
+RMSPROP, ADAMW = OptimizerConfig(), OptimizerConfig(name="adamw")
+
+
+def tiny_config(**train: object) -> SpinConfig:
+    """Packs of 3 tokens."""
+    return config_of(
+        model={"path": "m", "max_length": 2},
+        generation={"sampling": {"max_tokens": 1}},
+        train={"pack_length": 3, "global_batch_pairs": 1, "precision": "bf16", **train},
+    )
+
+
+def devices(gpu: Hardware, config: SpinConfig = ZEPHYR) -> Devices:
+    return Devices(generation=gpu.share(config.generation.resources), train=gpu.share(config.train.resources))
+
+
+def changed(config: SpinConfig, **train: object) -> SpinConfig:
+    return config.model_copy(update={"train": config.train.model_copy(update=train)})

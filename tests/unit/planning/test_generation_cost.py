@@ -1,0 +1,94 @@
+"""Time and memory of generation, by hand on a tiny decoder."""
+
+from dataclasses import replace
+
+import pytest
+
+from spin_ray.config.recipe import SpinConfig
+from spin_ray.config.sections import ResourcesConfig
+from spin_ray.planning.generation_cost import generation_cost
+from spin_ray.planning.hardware import BANDWIDTH_EFFICIENCY, COMPUTE_EFFICIENCY, CPU, GIB, Hardware
+from spin_ray.planning.model_shape import MISTRAL_7B
+from spin_ray.planning.stage_cost import RUNTIME
+from spin_ray.planning.work import Work
+from tests.support.fakes import config_of
+from tests.support.planning_cases import A100, TINY
+
+
+def generation_config(**generation: object) -> SpinConfig:
+    return config_of(
+        model={"path": "m", "max_length": 20},
+        generation={
+            "sampling": {"max_tokens": 10}, "shard_rows": 8, "resources": {"gpus": 1},
+            "engine": {"max_num_seqs": 4, "enforce_eager": True}, **generation,
+        },
+        train={"precision": "bf16"},
+    )  # fmt: skip
+
+
+SLOW_MEMORY = Hardware(name="x", bf16=1e30, fp32=1e30, memory=2 * RUNTIME, bandwidth=1e3, link=1.0)
+SLOW_COMPUTE = replace(SLOW_MEMORY, bf16=1e3, bandwidth=1e30)
+WORK = Work(rows=16, prompt=6, real=8, generated=8)
+
+
+def test_decoding_bound_by_memory_by_hand():
+    """16 responses are 2 shards of 8, 4 at a time, of 8 tokens: 32 steps, and 2 · (10 − 8) with one response alone.
+
+    A step reads 2·1352 bytes of weights and 4 · (6 + 4) tokens' keys and values of 2·2·1·4·2 = 32 bytes.
+    """
+    config = generation_config()
+    cost = generation_cost(config, TINY, SLOW_MEMORY, WORK, (16,))
+    read = 32 * (2704 + 4 * 10 * 32) + 4 * 2704
+    assert cost.seconds == pytest.approx(25 + read / (1e3 * BANDWIDTH_EFFICIENCY))
+    assert cost.bound == "decoding: memory bandwidth"
+    assert cost.memory == {"weights": 2704, "KV cache": 4 * 14 * 32, "runtime": RUNTIME}
+    assert cost.room == pytest.approx(0.9 * 2 * RUNTIME)
+
+
+def test_decoding_bound_by_compute_by_hand():
+    """A prompt: 2·(2·576·6 + 4·8·18) + 160 FLOPs; a token after 10 others: 2·(2·576 + 4·8·10) + 160."""
+    cost = generation_cost(generation_config(), TINY, SLOW_COMPUTE, WORK, (16,))
+    prompt, token = 2 * (1152 * 6 + 32 * 18) + 160, 2 * (1152 + 320) + 160
+    assert cost.flops == 16 * (prompt + 8 * token)
+    assert cost.seconds == pytest.approx(25 + cost.flops / (1e3 * COMPUTE_EFFICIENCY))
+    assert cost.bound == "decoding: compute"
+
+
+def test_replicas_share_whole_shards():
+    """Three shards on two engines take as long as four."""
+    seconds = [
+        generation_cost(generation_config(replicas=2), TINY, SLOW_MEMORY, WORK, (rows,)).seconds for rows in (24, 32)
+    ]
+    assert seconds[0] == seconds[1]
+
+
+def test_a_full_cache_holds_fewer_responses_and_takes_longer():
+    """Room for 2 responses of 14 tokens instead of 4: twice the steps."""
+    small = replace(SLOW_MEMORY, memory=(RUNTIME + 2704 + 2 * 14 * 32 + 1) / 0.9)
+    wide, narrow = (generation_cost(generation_config(), TINY, device, WORK, (16,)) for device in (SLOW_MEMORY, small))
+    assert narrow.fits and narrow.seconds > wide.seconds
+
+
+def test_an_engine_must_have_room_for_one_response_of_full_length():
+    """20 tokens · 32 bytes beside weights and runtime."""
+    enough = (RUNTIME + 2704 + 20 * 32) / 0.9
+    for memory, fits in [(enough + 1, True), (enough - 1, False)]:
+        assert generation_cost(generation_config(), TINY, replace(SLOW_MEMORY, memory=memory), WORK, (16,)).fits is fits
+
+
+def test_a_cpu_cache_too_small_for_one_response_does_not_fit():
+    """Mistral's keys and values take 131,072 bytes a token: 1 GiB holds 8192."""
+    for length, fits in [(8192, True), (8193, False)]:
+        config = config_of(
+            model={"path": "m", "max_length": length},
+            generation={"engine": {"cpu_kv_cache_gib": 1}},
+            train={"pack_length": 16384, "precision": "bf16"},
+        )
+        device = replace(CPU, memory=100 * GIB).share(ResourcesConfig(cpus=2))
+        assert generation_cost(config, MISTRAL_7B, device, WORK, (16,)).fits is fits
+
+
+def test_tensor_parallel_engines_hold_a_part_each():
+    half = generation_config(engine={"tensor_parallel_size": 2}, resources={"gpus": 2})
+    whole, part = (generation_cost(c, MISTRAL_7B, A100, WORK, (16,)).memory for c in (generation_config(), half))
+    assert part["weights"] == whole["weights"] / 2

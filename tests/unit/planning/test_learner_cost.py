@@ -1,0 +1,168 @@
+"""FLOPs, traffic and memory of scoring and training: by hand on a tiny decoder, and which change makes them grow."""
+
+from dataclasses import replace
+
+import pytest
+import torch
+
+from spin_ray.learner import scoring
+from spin_ray.learner.backends.modules import bare_optimizer
+from spin_ray.planning.learner_cost import (
+    CHUNK_TARGETS,
+    MOMENTS,
+    WORKERS_START_S,
+    learner_memory,
+    pack_flops,
+    step_traffic,
+    training_cost,
+)
+from spin_ray.planning.model_shape import MISTRAL_7B
+from spin_ray.planning.stage_cost import RUNTIME
+from spin_ray.planning.work import pair_packs
+from tests.support.planning_cases import (
+    A100,
+    ADAMW,
+    ONE_PACK,
+    PAPER_WORK,
+    RMSPROP,
+    TINY,
+    TWO_PACKS,
+    ZEPHYR,
+    changed,
+    tiny_config,
+)
+
+# FLOPs and traffic, by hand
+
+
+def test_flops_of_a_pack_by_hand():
+    """Below the head 2 layers · (2·576·3 tokens + 4·8·3² pairs) = 7488; the head 2·8·10·2 targets = 320.
+
+    Backward doubles the forward pass, checkpointing repeats it, and the head is always computed again.
+    """
+    plain, repeated = tiny_config(), tiny_config(gradient_checkpointing=True)
+    assert pack_flops(plain, TINY, 3, 2, backward=False) == 7488 + 320
+    assert pack_flops(plain, TINY, 3, 2, backward=True) == 3 * 7488 + 4 * 320
+    assert pack_flops(repeated, TINY, 3, 2, backward=True) == 4 * 7488 + 4 * 320
+    assert pack_flops(repeated, TINY, 3, 2, backward=False) == 7488 + 320
+
+
+def test_a_large_model_costs_about_6_flops_per_parameter_and_token():
+    """6N is the usual estimate (arXiv 2001.08361); attention adds some, embeddings are not multiplied."""
+    tokens = ZEPHYR.train.pack_length
+    flops = pack_flops(changed(ZEPHYR, gradient_checkpointing=False), MISTRAL_7B, tokens, tokens, backward=True)
+    assert flops / (6 * MISTRAL_7B.parameters * tokens) == pytest.approx(1.0, abs=0.2)
+
+
+def test_traffic_of_a_step_by_hand():
+    """1352 parameters, half of them elsewhere. In full: 2 packs · 2 passes · 2 bytes; else once; gradients 4 bytes."""
+    full, once = tiny_config(workers=2), tiny_config(workers=2, sharding="shard_grad_op")
+    assert step_traffic(full, TINY, 2, backward=True) == 1352 / 2 * (2 * 2 * 2 + 4)
+    assert step_traffic(once, TINY, 2, backward=True) == 1352 / 2 * (2 + 4)
+    assert step_traffic(full, TINY, 2, backward=False) == 1352 / 2 * 2 * 2
+    assert step_traffic(tiny_config(), TINY, 2, backward=True) == 0
+
+
+# Memory, by hand
+
+
+def test_memory_of_a_train_worker_by_hand():
+    """Half of 1352 parameters at 4 bytes each is 2704.
+
+    Gathered: 168 + 2·592 in bf16, two fp32 buffers of 592. Activations of a layer, 3 tokens:
+    2·8·8 (norms) + 4·8·2 (attention) + 4·16·2 (feed-forward) = 320 bytes a token; then 2 targets · 8 · 2, a mask of
+    3² · 3 and 256 · 10 logits three times in fp32.
+    """
+    rest = 2 * 8 * 2 + 9 * 3 + 256 * 10 * 12
+    expected = {
+        "weights": 2704, "optimizer": 2704, "gradients": 2704, "whole gradients": 5408,
+        "gathered weights": 2 * (168 + 2 * 592) + 2 * 4 * 592, "activations": 2 * 3 * 320 + rest, "runtime": RUNTIME,
+    }  # fmt: skip
+    config = tiny_config(workers=2)
+    assert learner_memory(config, TINY, TWO_PACKS, optimizer=RMSPROP, backward=True) == expected
+    checkpointed = tiny_config(workers=2, gradient_checkpointing=True)
+    kept = learner_memory(checkpointed, TINY, TWO_PACKS, optimizer=RMSPROP, backward=True)["activations"]
+    assert kept == 2 * 3 * 8 * 2 + 3 * 320 + rest
+
+
+def test_states_are_12_bytes_per_parameter_with_rmsprop_and_16_with_adamw():
+    for optimizer, size in [(RMSPROP, 12), (ADAMW, 16)]:
+        memory = learner_memory(tiny_config(), TINY, ONE_PACK, optimizer=optimizer, backward=True)
+        assert sum(memory[name] for name in ("weights", "gradients", "optimizer")) == size * 1352
+
+
+def test_a_rank_with_one_pack_a_step_keeps_no_whole_gradients():
+    assert "whole gradients" not in learner_memory(tiny_config(), TINY, ONE_PACK, optimizer=RMSPROP, backward=True)
+
+
+def test_evaluation_holds_neither_gradients_nor_optimizer():
+    memory = learner_memory(tiny_config(), TINY, TWO_PACKS, optimizer=None, backward=False)
+    assert memory.keys() == {"weights", "gathered weights", "activations", "runtime"}
+
+
+def test_gradients_reduced_with_every_pack_are_never_whole():
+    config = tiny_config(reduce_every_pack=True)
+    assert "whole gradients" not in learner_memory(config, TINY, TWO_PACKS, optimizer=RMSPROP, backward=True)
+
+
+def test_shard_grad_op_holds_a_whole_copy_of_the_weights():
+    config = changed(ZEPHYR, sharding="shard_grad_op")
+    full, once = (
+        learner_memory(c, MISTRAL_7B, TWO_PACKS, optimizer=RMSPROP, backward=True)["gathered weights"]
+        for c in (ZEPHYR, config)
+    )
+    assert once - full == 2 * 30 * MISTRAL_7B.layer, "two of 32 layers are there anyway"
+
+
+def test_chunk_of_logits_is_the_learners():
+    assert CHUNK_TARGETS == scoring.TARGETS_PER_CHUNK
+
+
+@pytest.mark.parametrize("settings", [RMSPROP, ADAMW])
+def test_numbers_per_parameter_are_those_that_the_learners_optimizer_keeps(settings):
+    weight = torch.nn.Parameter(torch.zeros(3))
+    weight.grad = torch.ones(3)
+    optimizer = bare_optimizer([weight], settings)
+    optimizer.step()
+    kept = [value for value in optimizer.state[weight].values() if value.shape == weight.shape]
+    assert len(kept) == MOMENTS[settings.name]
+    assert {value.dtype for value in kept} == {torch.float32}
+
+
+# More or less of it
+
+
+def test_checkpointing_costs_time_and_saves_memory():
+    cheap, dear = (
+        training_cost(c, MISTRAL_7B, A100, pair_packs(c, PAPER_WORK, 0), 2, RMSPROP)
+        for c in (ZEPHYR, changed(ZEPHYR, gradient_checkpointing=False))
+    )
+    assert cheap.seconds > dear.seconds and cheap.needed < dear.needed
+
+
+def test_an_epoch_more_costs_its_steps_and_no_second_start_of_the_workers():
+    """One start and e epochs: 2·cost(2 epochs) - cost(4 epochs) is the start."""
+    config = tiny_config()
+    one, two, four = (training_cost(config, TINY, A100, ONE_PACK, epochs, RMSPROP).seconds for epochs in (1, 2, 4))
+    assert 2 * two - four == pytest.approx(WORKERS_START_S)
+    assert one > WORKERS_START_S
+
+
+def test_more_workers_need_less_memory_and_time():
+    costs = []
+    for workers in (8, 16, 32):
+        config = changed(ZEPHYR, workers=workers)
+        costs.append(training_cost(config, MISTRAL_7B, A100, pair_packs(config, PAPER_WORK, 0), 2, RMSPROP))
+    assert [c.needed for c in costs] == sorted((c.needed for c in costs), reverse=True)
+    assert costs[0].seconds > costs[1].seconds >= costs[2].seconds
+
+
+def test_a_slow_link_makes_gathering_the_bound_and_shard_grad_op_the_cure():
+    slow = replace(A100, link=1e9)
+    times = {}
+    for sharding in ("full", "shard_grad_op"):
+        config = changed(ZEPHYR, sharding=sharding)
+        cost = training_cost(config, MISTRAL_7B, slow, pair_packs(config, PAPER_WORK, 0), 2, RMSPROP)
+        assert cost.bound == "gathering weights"
+        times[sharding] = cost.seconds
+    assert times["shard_grad_op"] < times["full"]

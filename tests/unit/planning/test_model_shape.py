@@ -1,0 +1,48 @@
+"""Parameters of a decoder: by hand on a tiny one, and those of published models."""
+
+from dataclasses import replace
+
+import pytest
+
+from spin_ray.errors import ModelError
+from spin_ray.planning.model_shape import KNOWN_SHAPES, MISTRAL_7B, ModelShape
+from tests.support.planning_cases import TINY, ZEPHYR
+
+
+def test_parameters_of_the_tiny_decoder_by_hand():
+    """2·(576 + 16) + 168 = 1352."""
+    assert (TINY.layer_matmuls, TINY.layer, TINY.root, TINY.parameters) == (576, 592, 168, 1352)
+    assert replace(TINY, tied=True).parameters == 1352 - 80
+
+
+@pytest.mark.parametrize(
+    ("shape", "parameters"),
+    [
+        (MISTRAL_7B, 7_241_732_096),
+        (replace(MISTRAL_7B, vocab=128_256), 8_030_261_248),  # Llama 3.1 8B
+        (
+            ModelShape(
+                layers=30, hidden=576, intermediate=1536, heads=9, kv_heads=3, head_dim=64, vocab=49152, tied=True
+            ),
+            134_515_008,  # SmolLM2-135M
+        ),
+    ],
+)
+def test_parameters_are_those_that_published_models_have(shape, parameters):
+    assert shape.parameters == parameters
+
+
+@pytest.mark.parametrize(
+    ("config", "message"),
+    [({"hidden_size": 8}, "has no num_hidden_layers"), ({"num_local_experts": 8}, "mixture of experts")],
+)
+def test_a_model_that_the_formulas_do_not_describe_is_refused(config, message):
+    whole = dict.fromkeys(
+        ("num_hidden_layers", "hidden_size", "intermediate_size", "num_attention_heads", "vocab_size"), 8
+    )
+    with pytest.raises(ModelError, match=message):
+        ModelShape.from_config(config if "hidden_size" in config else whole | config, "m/config.json")
+
+
+def test_the_zephyr_recipe_is_a_known_shape():
+    assert KNOWN_SHAPES[ZEPHYR.model.path] == MISTRAL_7B

@@ -1,0 +1,133 @@
+"""Inputs of a plan, and the command: its tables, its refusals, and its advice taken word for word."""
+
+import pytest
+
+from spin_ray.config.load import load_config
+from spin_ray.errors import DataError
+from spin_ray.planning.plan import Given, read_shape, read_work
+from tests.support.paths import RECIPES
+from tests.support.planning_cases import ZEPHYR
+
+# Inputs
+
+
+def test_shape_and_lengths_are_read_from_a_recipe_on_this_machine():
+    config = load_config(RECIPES / "smoke.yaml")
+    shape, work = read_shape(config), read_work(config, Given())
+    assert (shape.layers, shape.hidden, shape.vocab, shape.tied) == (2, 128, 384, True)
+    assert (work.rows, work.heldout_rows) == (128, 32)
+    assert 5 < work.prompt < 60 and 3 < work.generated <= work.real < 30
+
+
+def test_what_the_command_line_says_goes_before_the_data():
+    config = load_config(RECIPES / "smoke.yaml")
+    work = read_work(config, Given(rows=7, prompt_tokens=11, response_tokens=100))
+    assert (work.rows, work.prompt, work.real, work.generated) == (7, 11, 100, config.generation.sampling.max_tokens)
+
+
+def test_lengths_of_data_elsewhere_must_be_given():
+    with pytest.raises(DataError, match=r"hf://.*give --response-tokens$"):
+        read_work(ZEPHYR, Given(prompt_tokens=130))
+
+
+# The command
+
+
+@pytest.fixture
+def call(call, monkeypatch):
+    """Calls ``spin-ray plan zephyr_7b.yaml`` with the paper's lengths; returns exit code, stdout and stderr."""
+    monkeypatch.setenv("COLUMNS", "120")
+
+    def call_plan(*words: str, recipe: str = "zephyr_7b") -> tuple[int, str, str]:
+        lengths = ["--prompt-tokens", "130", "--response-tokens", "256"] if recipe == "zephyr_7b" else []
+        return call("plan", RECIPES / f"{recipe}.yaml", *lengths, *words)
+
+    return call_plan
+
+
+def refused(found: tuple[int, str, str]) -> str:
+    """The one line of a refusal."""
+    code, out, error = found
+    assert (code, out) == (2, "")
+    assert error.startswith("error: ") and error.count("\n") == 1
+    return error.strip()
+
+
+def test_the_plan_of_the_papers_recipe_has_every_stage_and_the_published_times(call):
+    code, out, error = call("--gpu", "A100-80G")
+    assert (code, error) == (0, "")
+    for text in ("generation", "scoring", "training", "iter_001 to iter_003", "Total: ", "4.32", "Why: ", "14.5 GB"):
+        assert text in out
+
+
+def test_another_experiment_is_not_compared_with_the_paper(call):
+    assert "4.32" not in call("--gpu", "H100-80G")[1]
+
+
+def test_a_recipe_for_this_machine_needs_no_options(call):
+    code, out, error = call(recipe="smoke")
+    assert (code, error) == (0, "")
+    assert "sft" in out and "last iterate" in out
+
+
+@pytest.mark.parametrize(
+    ("words", "stage"),
+    [
+        (["--gpu", "A100-40G"], "training"),
+        (["--gpu", "L4"], "training"),
+        (["--gpu", "L4", "--train.sharding=shard_grad_op", "--train.pack_length=8192"], "scoring"),
+        (["--gpu", "L4", "--generation.engine.dtype=float32"], "generation"),
+        (["--gpu", "A100-40G", "--train.gradient_checkpointing=false", "--train.sharding=shard_grad_op"], "training"),
+    ],
+)
+def test_what_cannot_fit_is_refused_with_settings_under_which_the_stage_fits(call, words, stage):
+    """The advice is taken word for word: the stage is then refused no more."""
+    line = refused(call(*words))
+    assert line.startswith(f"error: {stage} does not fit on {words[1]}: needs ")
+    advice = line.partition("it would fit with ")[2]
+    assert advice
+    for remedy in advice.split(" or with "):
+        code, out, error = call(*words, *remedy.split())
+        assert (code == 0 and stage in out) or not error.startswith(f"error: {stage} "), remedy
+
+
+def test_a_model_that_no_setting_makes_fit_is_refused_without_advice(call, tmp_path):
+    """A layer of 2^17 · (4 + 3·4) · 2^17 weights: no sharding over 16 times as many GPUs holds two."""
+    sizes = {"num_hidden_layers": 80, "hidden_size": 2**17, "intermediate_size": 2**19, "num_attention_heads": 1024}
+    (tmp_path / "config.json").write_text(str(sizes | {"vocab_size": 32000}).replace("'", '"'))
+    line = refused(call("--gpu", "L4", f"--model.path={tmp_path}", "--rows", "100"))
+    assert line.endswith("no setting tried makes it fit")
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        ([], "--gpu: the recipe asks for GPUs; give one of A100-80G"),
+        (["--gpu", "B17"], "--gpu B17: unknown; give one of A100-80G"),
+        (["--gpu", "L4", "--gpus-per-node", "4"], "generation asks for 8 GPUs, the cluster has 1 × 4; give --nodes=2"),
+        (
+            [
+                "--gpu",
+                "L4",
+                "--gpus-per-node",
+                "1",
+                "--generation.resources.gpus=2",
+                "--generation.engine.tensor_parallel_size=2",
+            ],
+            "generation.resources.gpus: one engine asks for 2 GPUs, a node has 1",
+        ),
+        (["--gpu", "L4", "--algorithm=dpo"], "algorithm: plan knows the costs of spin, not of dpo"),
+        (
+            ["--gpu", "L4", "--model.path=who/knows"],
+            "model.path who/knows: there is no such folder, and plan asks no hub",
+        ),
+    ],
+)
+def test_what_is_missing_is_one_line(call, words, message):
+    assert message in refused(call(*words))
+
+
+def test_a_gpu_for_a_recipe_that_asks_for_none_is_one_line(call):
+    assert "the recipe asks for no GPU; also give --generation.resources.gpus=1" in refused(
+        call("--gpu", "L4", recipe="smoke")
+    )
