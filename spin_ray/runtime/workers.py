@@ -15,7 +15,8 @@ import ray.train.torch
 from spin_ray.config.sections import SpinConfig
 from spin_ray.errors import HealthError, StageError, UserError, last_line, memory_advice
 from spin_ray.runtime import cpu
-from spin_ray.runtime.resources import in_the_cluster, while_it_moves
+from spin_ray.runtime.placement import in_the_cluster
+from spin_ray.runtime.waiting import while_it_moves
 
 logger = logging.getLogger(__name__)
 

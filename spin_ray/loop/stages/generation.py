@@ -30,7 +30,8 @@ from spin_ray.report.progress import StageProgress
 from spin_ray.run_dir.run_dir import Artefact, FileEntry, RunDir, part_name
 from spin_ray.run_dir.schemas import GENERATION_SCHEMA
 from spin_ray.runtime.engine import EngineSpec, GenerationEngine, StartEngine, VllmEngine
-from spin_ray.runtime.resources import demands, wait_until_free, with_deadline
+from spin_ray.runtime.placement import demands
+from spin_ray.runtime.waiting import wait_until_free, with_deadline
 
 logger = logging.getLogger(__name__)
 

@@ -19,7 +19,7 @@ from spin_ray.loop.algorithms.sppo.preference_models import PreferenceScorer, lo
 from spin_ray.report.progress import StageProgress
 from spin_ray.run_dir.run_dir import Artefact, FileEntry, RunDir
 from spin_ray.runtime import cpu
-from spin_ray.runtime.resources import with_deadline
+from spin_ray.runtime.waiting import with_deadline
 
 PREFERENCE_SCHEMA = pa.schema(
     [pa.field("prompt_id", pa.string()), pa.field("sample", pa.int32()), pa.field("win", pa.float32())]

@@ -42,7 +42,8 @@ from spin_ray.report.progress import StageProgress
 from spin_ray.run_dir.run_dir import MANIFEST, Artefact, Manifest, RunDir, folder_entries, part_name, read_json_lines
 from spin_ray.run_dir.schemas import PAIR_SCHEMA, REFERENCE_SCHEMA
 from spin_ray.run_dir.storage import Storage
-from spin_ray.runtime.resources import demands, wait_until_free
+from spin_ray.runtime.placement import demands
+from spin_ray.runtime.waiting import wait_until_free
 from spin_ray.runtime.workers import device, run_workers
 
 _TOKENS = ("prompt_ids", "real_ids", "generated_ids")
