@@ -26,6 +26,7 @@ from spin_ray.report.redaction import hide_in_text
 from spin_ray.run_dir.names import api_name
 from spin_ray.run_dir.run_dir import RunDir, iterate_name
 from spin_ray.runtime import cpu
+from spin_ray.runtime.actors import task_options
 from spin_ray.runtime.connect import connect
 from spin_ray.runtime.engine import platform, prepare_process
 
@@ -181,9 +182,7 @@ def _measure_on_ray(request: Request, config: SpinConfig) -> dict[str, Any]:
     connect(config)
     resources = backend_resources(config, request.backend)
     # A process of its own, gone afterwards: vLLM and torch keep what they take.
-    task = ray.remote(max_calls=1)(measure).options(
-        num_cpus=resources.cpus, num_gpus=resources.gpus, resources=resources.custom, max_retries=0
-    )
+    task = ray.remote(max_calls=1)(measure).options(**task_options(resources, retries=0))
     try:
         return ray.get(task.remote(request))
     except ray.exceptions.RayTaskError as error:

@@ -11,7 +11,6 @@ import hashlib
 import logging
 import pickle
 import time
-import warnings
 from collections.abc import Iterator
 from contextlib import suppress
 from dataclasses import dataclass
@@ -22,13 +21,13 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import ray
 import ray.exceptions
-from ray.util.annotations import RayDeprecationWarning
 
 from spin_ray.config.sections import SpinConfig, digest
 from spin_ray.errors import RunDirError, StageError, UserError, last_line, memory_advice
 from spin_ray.report.progress import StageProgress
 from spin_ray.run_dir.run_dir import Artefact, FileEntry, RunDir, part_name
 from spin_ray.run_dir.schemas import GENERATION_SCHEMA
+from spin_ray.runtime.actors import map_by_actors
 from spin_ray.runtime.engine import EngineSpec, GenerationEngine, StartEngine, VllmEngine
 from spin_ray.runtime.placement import demands
 from spin_ray.runtime.waiting import wait_until_free, with_deadline
@@ -161,28 +160,14 @@ def _play(
     """Ray Data over the shards; yields what each finished one holds. The engines are gone when it is exhausted."""
     if not shards:
         return
-    resources = config.generation.resources
-    # Of processes that die while they load an engine; `max_restarts` is for those that have one.
-    ray.data.DataContext.get_current().max_consecutive_actor_init_deaths = config.generation.max_failures
-    with warnings.catch_warnings():
-        # ray_remote_args_fn goes in Ray 2.64; no other argument says how often an actor is started again.
-        warnings.simplefilter("ignore", RayDeprecationWarning)
-        played = ray.data.from_items(
-            [{"shard": pickle.dumps(shard)} for shard in shards], override_num_blocks=len(shards)
-        ).map(
-            _Player,  # pyrefly: ignore[bad-argument-type] (an actor class; Ray annotates functions only)
-            fn_constructor_args=(spec, config, start_engine),
-            compute=ray.data.ActorPoolStrategy(
-                size=min(config.generation.replicas, len(shards)),
-                max_tasks_in_flight_per_actor=2,  # what is queued no joining node can take
-            ),
-            num_cpus=resources.cpus,
-            num_gpus=resources.gpus or None,
-            resources=resources.custom or None,
-            label_selector=resources.labels or None,
-            # Ray Data's own is no limit: an engine that runs out of memory would be started for ever.
-            ray_remote_args_fn=lambda: {"max_restarts": config.generation.max_failures},
-        )
+    played = map_by_actors(
+        [{"shard": pickle.dumps(shard)} for shard in shards],
+        _Player,
+        (spec, config, start_engine),
+        config.generation.resources,
+        replicas=config.generation.replicas,
+        restarts=config.generation.max_failures,
+    )
     first_s = config.generation.start_timeout_s + config.generation.shard_timeout_s
     try:
         for row in with_deadline(played.iter_rows(), first_s, config.generation.shard_timeout_s, "a generation shard"):

@@ -5,10 +5,10 @@ generations of t -> parts still missing -> Ray Data -> [judge actor] x replicas 
 
 import json
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 import pyarrow as pa
-import ray
 import ray.exceptions
 
 from spin_ray.config.sections import ScorerConfig, SpinConfig, digest
@@ -19,6 +19,7 @@ from spin_ray.loop.algorithms.sppo.preference_models import PreferenceScorer, lo
 from spin_ray.report.progress import StageProgress
 from spin_ray.run_dir.run_dir import Artefact, FileEntry, RunDir
 from spin_ray.runtime import cpu
+from spin_ray.runtime.actors import map_by_actors
 from spin_ray.runtime.waiting import with_deadline
 
 PREFERENCE_SCHEMA = pa.schema(
@@ -93,17 +94,15 @@ def _finished(job: PreferenceJob) -> dict[str, FileEntry]:
 def _judge(job: PreferenceJob, parts: list[str], config: SpinConfig) -> Any:
     if not parts:
         return
-    resources = job.scorer.resources
-    judged = ray.data.from_items([{"name": name} for name in parts], override_num_blocks=len(parts)).map(
-        _Judge,  # pyrefly: ignore[bad-argument-type] (an actor class; Ray annotates functions only)
-        fn_constructor_args=(job,),
-        compute=ray.data.ActorPoolStrategy(size=min(job.scorer.replicas, len(parts))),
-        num_cpus=resources.cpus,
-        num_gpus=resources.gpus or None,
-        resources=resources.custom or None,
-        label_selector=resources.labels or None,
-    )
     limits = config.generation
+    judged = map_by_actors(
+        [{"name": name} for name in parts],
+        _Judge,
+        (job,),
+        job.scorer.resources,
+        replicas=job.scorer.replicas,
+        restarts=limits.max_failures,
+    )
     first_s = limits.start_timeout_s + limits.shard_timeout_s
     try:
         yield from with_deadline(judged.iter_rows(), first_s, limits.shard_timeout_s, "a part of the preferences")
@@ -114,16 +113,29 @@ def _judge(job: PreferenceJob, parts: list[str], config: SpinConfig) -> Any:
 
 
 class _Judge:
-    """Actor: one preference model."""
+    """Actor with one preference model, loaded with the first part: an error in ``__init__`` would pass for a death of
+    the process and be tried again.
+    """
 
     def __init__(self, job: PreferenceJob) -> None:
         cpu.prepare(job.scorer.resources.threads)
         self._job = job
-        self._scorer = load_scorer(job.scorer, job.judge.here())
-        self._tokenizer = load_tokenizer(str(job.policy.here(weights=False)), trust_remote_code=job.trust_remote_code)
-        self._messages = {
+
+    @cached_property
+    def _scorer(self) -> PreferenceScorer:
+        return load_scorer(self._job.scorer, self._job.judge.here())
+
+    @cached_property
+    def _tokenizer(self) -> Any:
+        folder = str(self._job.policy.here(weights=False))
+        return load_tokenizer(folder, trust_remote_code=self._job.trust_remote_code)
+
+    @cached_property
+    def _messages(self) -> dict[str, str]:
+        """JSON text of each prompt's conversation."""
+        return {
             row["prompt_id"]: row["messages"]
-            for table in job.prompts.tables()
+            for table in self._job.prompts.tables()
             for row in table.select(["prompt_id", "messages"]).to_pylist()
         }
 
