@@ -10,8 +10,9 @@ from typing import Any
 
 import pyarrow as pa
 import ray.exceptions
+import torch
 
-from spin_ray.config.sections import ScorerConfig, SpinConfig, digest
+from spin_ray.config.sections import ResourcesConfig, ScorerConfig, SpinConfig, digest
 from spin_ray.errors import StageError, last_line
 from spin_ray.inputs.model_folder import ModelFolder
 from spin_ray.inputs.rendering import load_tokenizer
@@ -123,7 +124,7 @@ class _Judge:
 
     @cached_property
     def _scorer(self) -> PreferenceScorer:
-        return load_scorer(self._job.scorer, self._job.judge.here())
+        return load_scorer(self._job.scorer, self._job.judge.here(), device_of(self._job.scorer.resources))
 
     @cached_property
     def _tokenizer(self) -> Any:
@@ -146,6 +147,11 @@ class _Judge:
         table = win_table(answers, texts, self._messages, self._scorer)
         table = table.replace_schema_metadata({FINGERPRINT: self._job.fingerprint.encode()})
         return {"name": name, "entry": self._job.target.write_part(name, table).model_dump()}
+
+
+def device_of(resources: ResourcesConfig) -> torch.device:
+    """Returns the device of an actor that holds ``resources``; Ray shows it no other GPU."""
+    return torch.device("cuda" if resources.gpus else "cpu")
 
 
 def win_table(answers: pa.Table, texts: list[str], messages: dict[str, str], scorer: PreferenceScorer) -> pa.Table:
