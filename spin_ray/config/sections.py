@@ -264,9 +264,10 @@ class TrainConfig(Section):
     """Pairs per optimizer step, over all workers. Paper: 64."""
     pack_length: Count = 4096
     """Tokens per pack, one micro-batch of one worker. Must hold prompt + y + y′: at least max_length + max_tokens."""
-    precision: Literal["bf16", "fp32"] = "bf16"
-    """Of the computation. Master weights, gradients and optimizer state are fp32 always: at a learning rate of 1e-7 an
-    update is below what bf16 can resolve."""
+    precision: Literal["auto", "bf16", "fp32"] = "auto"
+    """Number format of the computation. ``auto`` is bf16 on GPUs and, on CPUs, the faster one; a run keeps what it
+    began with. Master weights, gradients and optimizer state are fp32 always: at a learning rate of 1e-7 an update is
+    below what bf16 can resolve."""
     gradient_checkpointing: bool = False
     """Recompute activations in the backward pass: about a third slower, far less memory."""
     sharding: Literal["full", "shard_grad_op"] = "full"

@@ -33,6 +33,7 @@ from spin_ray.planning.cost_model import (
 from spin_ray.planning.hardware import GB, Hardware
 from spin_ray.planning.model_shape import KNOWN_SHAPES, MISTRAL_7B, ModelShape
 from spin_ray.planning.remedies import Cluster, devices_of, remedies
+from spin_ray.runtime.precision import with_precision
 
 SAMPLE_ROWS = 256
 """Rows that are rendered and tokenised to learn the mean lengths: about a second's work."""
@@ -184,6 +185,7 @@ def print_plan(config: SpinConfig, cluster: Cluster, given: Given, console: Cons
     if config.algorithm != "spin":
         raise ConfigError(f"algorithm: plan knows the costs of spin, not of {config.algorithm}")
     devices = devices_of(config, cluster)
+    config = with_precision(config)
     shape = read_shape(config)
     work = read_work(config, given)
     phases = check_memory(config, shape, cluster, work)
