@@ -53,7 +53,7 @@ def tiny_config(**train: object) -> SpinConfig:
     return config_of(
         model={"path": "m", "max_length": 2},
         generation={"sampling": {"max_tokens": 1}},
-        train={"pack_length": 3, "global_batch_pairs": 1, "precision": "bf16", **train},
+        train={"pack_length": 3, "global_batch_pairs": 1, **train},
     )
 
 

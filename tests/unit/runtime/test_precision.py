@@ -21,7 +21,7 @@ from spin_ray.run_dir.run_dir import RunDir
 from spin_ray.run_dir.storage import Storage
 from spin_ray.runtime import precision, probes
 from spin_ray.runtime.precision import faster_precision, with_precision
-from tests.support.fakes import config_of
+from tests.support.fakes import MINIMAL, config_of
 from tests.support.paths import RECIPES, ROOT
 
 FACTS: dict[str, Any] = {"inputs": {}, "start_model": "m"}
@@ -111,6 +111,11 @@ def test_a_card_of_the_driver_says_whether_it_knows_bf16(machine, monkeypatch, t
 # A run keeps it
 
 
+def test_a_recipe_that_says_nothing_takes_the_faster_one(machine):
+    machine["says"] = "fp32"
+    assert of(with_precision(SpinConfig.model_validate(MINIMAL))) == "fp32"
+
+
 def test_what_the_recipe_says_is_not_measured(machine):
     assert [of(with_precision(config_of(train={"precision": word}))) for word in ("bf16", "fp32")] == ["bf16", "fp32"]
     assert machine["programs"] == []
@@ -122,7 +127,7 @@ def test_a_run_goes_on_in_the_precision_it_began_with_on_another_machine(machine
     run = RunDir(Storage(tmp_path / "run"))
     run.begin(config_of(train={"precision": began}), FACTS)
     machine["says"] = here
-    config = with_precision(config_of(), run)
+    config = with_precision(config_of(train={"precision": "auto"}), run)
     assert of(config) == began
     run.begin(config, FACTS)
     assert run.description()["config"]["train"]["precision"] == began
@@ -144,6 +149,7 @@ def test_every_stage_and_run_json_get_what_the_driver_settled(machine, monkeypat
     config = config_of(
         model={"path": "embedded:tiny-llama", "max_length": 256},
         data={"train": "embedded:arithmetic-train", "max_rows": 4},
+        train={"precision": "auto"},
         generation={"sampling": {"max_tokens": 24}},
     )
     run = run_spin(config, tmp_path / "run").run
