@@ -4,6 +4,7 @@ import logging
 import os
 import signal
 import sys
+import tempfile
 import threading
 from collections.abc import Callable
 from typing import Any
@@ -19,7 +20,7 @@ def connect(config: SpinConfig) -> None:
     """Joins the cluster of the config or of $RAY_ADDRESS, else starts an embedded Ray; nothing if Ray is up.
 
     Raises:
-        ResourceError: no cluster answers at the address within 41 s.
+        ResourceError: no cluster answers at the address within 41 s, or Ray cannot start on this machine.
     """
     os.environ.setdefault("RAY_TRAIN_V2_ENABLED", "1")
     if not ray.is_initialized():
@@ -42,12 +43,34 @@ def connect(config: SpinConfig) -> None:
             ray.init(log_to_driver=False, logging_level=logging.WARNING, **options)
         except (ConnectionError, RuntimeError) as error:
             raise ResourceError(f"cluster.address {address}: cannot be reached ({first_line(error)})") from error
+        except Exception as error:  # Ray raises some of its own as plain ones
+            if remedy := _remedy(error):
+                raise ResourceError(f"Ray did not start on this machine: {remedy}") from error
+            raise
         if threading.current_thread() is threading.main_thread():
             take_signal(signal.SIGTERM, lambda number, _: sys.exit(number))
     logging.getLogger("ray.data").setLevel(logging.ERROR)
     context = ray.data.DataContext.get_current()
     context.enable_progress_bars = False
     context.print_on_execution_start = False
+
+
+def _remedy(error: Exception) -> str | None:
+    """Returns what happened and what helps, for errors of a start that the user can mend."""
+    text = str(error)
+    if "AF_UNIX path length" in text:
+        folder = os.environ.get("RAY_TMPDIR") or tempfile.gettempdir()
+        return (
+            f"its sockets lie in {folder}, whose path is too long for them; "
+            "set TMPDIR or RAY_TMPDIR to a short path, e.g. RAY_TMPDIR=/tmp"
+        )
+    if "timed out during startup" in text:
+        return (
+            "its processes took longer than the 30 s that it gives them, as on a busy machine; "
+            "run the command again when the machine has less to do, or start Ray by `ray start --head` "
+            "and give --cluster.address=auto"
+        )
+    return None
 
 
 def take_signal(number: int, handle: Callable[[int, Any], None]) -> None:
