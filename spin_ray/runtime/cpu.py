@@ -21,15 +21,14 @@ _ISA = "ONEDNN_MAX_CPU_ISA"
 
 
 def keep_freed_memory() -> dict[str, str]:
-    """Environment in which to start a process that trains on CPUs.
+    """Returns the environment in which to start a process that trains on CPUs.
 
-    glibc gives every large tensor back to the kernel when it is freed, and the next one costs a page fault for each
-    4 KiB; that took a third of a training step. The jemalloc that Ray ships keeps what it has for minutes (kept for
-    good, packs of ever new shapes leave holes that add up to gigabytes; kept for 30 s, steps of some seconds take half
-    as long again), in huge pages and one arena (backward runs in a thread of its own, whose arena would keep as much
-    again; and the arena for large blocks that a decay brings with it returns them at once). Where it is missing, glibc
-    is told to do nearly the same.
+    glibc gives every freed large tensor back to the kernel, and the next tensor costs a page fault for each 4 KiB: a
+    third of a training step. The jemalloc that Ray ships keeps freed memory; without jemalloc, glibc is told to.
     """
+    # Memory is kept for 300 s: kept for good, packs of ever new shapes leave holes that add up to gigabytes; kept for
+    # 30 s, steps of some seconds take half as long again. One arena: the thread of backward would keep as much again in
+    # an arena of its own. No arena for large blocks, which comes with a decay and returns its blocks at once.
     ray = importlib.util.find_spec("ray")
     library = Path(ray.origin).parent / "core" / "libjemalloc.so" if ray and ray.origin else None
     if library and library.exists():
