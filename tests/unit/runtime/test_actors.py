@@ -11,9 +11,12 @@ import pytest
 import ray
 
 from spin_ray.config.sections import ScorerConfig, SpinConfig
+from spin_ray.errors import StageError
 from spin_ray.loop.algorithms.sppo import preferences
 from spin_ray.loop.stages import generation
 from spin_ray.report import benchmarks
+from spin_ray.runtime import workers
+from spin_ray.runtime.placement import demands
 from tests.support.fakes import config_of
 
 ASKED = {"cpus": 2, "gpus": 1, "custom": {"rack": 0.5}, "labels": {"pool": "a"}}
@@ -36,7 +39,21 @@ def asked(monkeypatch) -> dict[str, Any]:
     monkeypatch.setattr(ray, "remote", lambda **options: lambda function: SimpleNamespace(options=keep))
     monkeypatch.setattr(ray, "get", lambda found: {})
     monkeypatch.setattr(benchmarks, "connect", lambda config: None)
+    for module in (generation, preferences):
+        monkeypatch.setattr(module, "wait_until_free", lambda *_: None)
     return told
+
+
+def sppo_of(**sections: Any) -> SpinConfig:
+    """A run of SPPO, which has every kind of actor."""
+    return config_of(
+        algorithm="sppo", scorer={"path": "judge", "replicas": 4, "resources": sections.pop("scorer", {})},
+        generation={"replicas": 2, "samples_per_prompt": 2, **sections.pop("generation", {})}, **sections,
+    )  # fmt: skip
+
+
+def by_training(config: SpinConfig) -> None:
+    workers.run_workers(lambda job: None, None, config, "name", "folder")
 
 
 def by_generation(config: SpinConfig) -> None:
@@ -44,7 +61,7 @@ def by_generation(config: SpinConfig) -> None:
 
 
 def by_preferences(config: SpinConfig) -> None:
-    job: Any = SimpleNamespace(scorer=ScorerConfig.model_validate({"path": "judge", "replicas": 2, "resources": ASKED}))
+    job: Any = SimpleNamespace(scorer=config.scorer)
     list(preferences._judge(job, ["a part"] * 3, config))
 
 
@@ -56,9 +73,7 @@ def by_lm_eval(config: SpinConfig) -> None:
     (by_generation, {"max_restarts": 5}), (by_preferences, {"max_restarts": 5}), (by_lm_eval, {"max_retries": 0}),
 ])  # fmt: skip
 def test_labels_resources_threads_and_a_limit_to_restarts_reach_ray(asked, ask, limit):
-    config = config_of(
-        generation={"replicas": 2, "resources": ASKED, "max_failures": 5}, train={"resources": ASKED, "workers": 2}
-    )
+    config = sppo_of(generation={"resources": ASKED, "max_failures": 5}, scorer=ASKED, train={"resources": ASKED})
     ask(config)
     assert asked == asked | EXPECTED
     restarts = asked["ray_remote_args_fn"]() if "ray_remote_args_fn" in asked else asked
@@ -67,8 +82,31 @@ def test_labels_resources_threads_and_a_limit_to_restarts_reach_ray(asked, ask, 
 
 @pytest.mark.parametrize("ask", [by_generation, by_preferences])
 def test_a_process_that_dies_while_it_loads_is_tried_as_often(asked, ask):
-    ask(config_of(generation={"max_failures": 7}))
+    ask(sppo_of(generation={"max_failures": 7}))
     assert ray.data.DataContext.get_current().max_consecutive_actor_init_deaths == 7
+
+
+@pytest.mark.parametrize(
+    ("module", "stage", "ask"),
+    [
+        (generation, "generation", by_generation),
+        (preferences, "scorer", by_preferences),
+        (workers, "train", by_training),
+    ],
+)
+def test_a_stage_waits_for_its_own_resources_before_it_asks_for_processes(asked, monkeypatch, module, stage, ask):
+    waited: list[Any] = []
+
+    def taken(bundles: Any, timeout_s: float, stage: str) -> None:
+        waited.append(bundles)
+        raise StageError("taken")
+
+    monkeypatch.setattr(module, "wait_until_free", taken)
+    config = sppo_of(train={"workers": 3})
+    with pytest.raises(StageError, match="taken"):
+        ask(config)
+    assert waited == [demands(config)[stage]]
+    assert asked == {}
 
 
 def test_a_model_that_cannot_be_loaded_is_no_death_of_its_actor(tmp_path: Path):

@@ -1,6 +1,6 @@
-"""SPPO's own stage: which of θ_t's samples of a prompt beat its others, by a preference model.
+"""Finds which of θ_t's samples of a prompt beat the others, by a preference model: a stage of SPPO alone.
 
-generations of t -> parts still missing -> Ray Data -> [judge actor] x replicas -> one part for each, committed alone
+generations of t -> parts still missing -> Ray Data -> [model actor] x replicas -> one part for each, committed alone
 """
 
 import json
@@ -21,14 +21,15 @@ from spin_ray.report.progress import StageProgress
 from spin_ray.run_dir.run_dir import Artefact, FileEntry, RunDir
 from spin_ray.runtime import cpu
 from spin_ray.runtime.actors import map_by_actors
-from spin_ray.runtime.waiting import with_deadline
+from spin_ray.runtime.placement import demands
+from spin_ray.runtime.waiting import wait_until_free, with_deadline
 
 PREFERENCE_SCHEMA = pa.schema(
     [pa.field("prompt_id", pa.string()), pa.field("sample", pa.int32()), pa.field("win", pa.float32())]
 )
-"""``win``: mean over the prompt's samples, itself included (1/2), of P(this response beats that one)."""
+"""``win``: mean over the prompt's samples of P(this response beats that one); it beats itself with P = 1/2."""
 FINGERPRINT = b"spin_ray.fingerprint"
-"""Parquet metadata of a part: digest of what it was made from."""
+"""Parquet metadata of a part: the digest of its inputs and settings."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -39,7 +40,7 @@ class PreferenceJob:
     generations: Artefact
     target: Artefact
     policy: ModelFolder
-    """Whose responses they are."""
+    """The model that gave the responses."""
     trust_remote_code: bool
     scorer: ScorerConfig
     judge: ModelFolder
@@ -50,7 +51,7 @@ def run(run_dir: RunDir, config: SpinConfig, iteration: int, judge: ModelFolder,
     """Makes ``iter_NNN/preferences``.
 
     Raises:
-        StageError: no judge came up, or none finished a part, within the times of generation.
+        StageError: no preference model came up, or none finished a part, within the times of generation.
     """
     assert config.scorer is not None
     generations, target = run_dir.generations(iteration), run_dir.preferences(iteration)
@@ -81,7 +82,7 @@ def run(run_dir: RunDir, config: SpinConfig, iteration: int, judge: ModelFolder,
 
 
 def _finished(job: PreferenceJob) -> dict[str, FileEntry]:
-    """Parts that an earlier attempt left, if it was this work; the others are removed."""
+    """Returns the parts that an earlier attempt at this work left; removes those of other work."""
     found = {}
     for name in job.target.part_names():
         table, entry = job.target.open_part(name)
@@ -96,6 +97,7 @@ def _judge(job: PreferenceJob, parts: list[str], config: SpinConfig) -> Any:
     if not parts:
         return
     limits = config.generation
+    wait_until_free(demands(config)["scorer"], limits.start_timeout_s, "the preference models")
     judged = map_by_actors(
         [{"name": name} for name in parts],
         _Judge,
@@ -155,11 +157,11 @@ def device_of(resources: ResourcesConfig) -> torch.device:
 
 
 def win_table(answers: pa.Table, texts: list[str], messages: dict[str, str], scorer: PreferenceScorer) -> pa.Table:
-    """PREFERENCE_SCHEMA rows of GENERATION_SCHEMA ones, in their order.
+    """Returns a PREFERENCE_SCHEMA row for each GENERATION_SCHEMA row, in the same order.
 
     Args:
         texts: the responses, decoded.
-        messages: JSON text of each prompt's conversation, which ends with people's response: that is left out.
+        messages: JSON text of each prompt's conversation; its last message, the human response, is left out.
     """
     groups: dict[str, list[int]] = {}
     for row, prompt_id in enumerate(answers["prompt_id"].to_pylist()):
