@@ -29,8 +29,8 @@ from spin_ray.inputs.rendering import load_tokenizer
 from spin_ray.loop.stages import generation, pairs, prompts
 from spin_ray.run_dir.run_dir import RunDir
 from spin_ray.run_dir.storage import Storage
+from spin_ray.runtime.connect import connect
 from spin_ray.runtime.engine import Completion, EngineSpec
-from spin_ray.runtime.resources import connect
 
 
 class NullEngine:

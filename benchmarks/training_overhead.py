@@ -34,8 +34,8 @@ from spin_ray.loop.algorithms.base import margin_objective
 from spin_ray.loop.stages.training import stage as training
 from spin_ray.run_dir.run_dir import RunDir, part_name
 from spin_ray.run_dir.storage import Storage
+from spin_ray.runtime.connect import connect
 from spin_ray.runtime.cpu import keep_freed_memory
-from spin_ray.runtime.resources import connect
 
 STEP_TIMEOUT_S = 600
 

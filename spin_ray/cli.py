@@ -243,7 +243,8 @@ def serve_key(name: str, per_minute: int | None) -> None:
 
 def _doctor(config: SpinConfig, out: Path | None, console: Console) -> None:
     from spin_ray.inputs.check import check_recipe, disk_free_gib, versions
-    from spin_ray.runtime.resources import check_fits, connect, demands
+    from spin_ray.runtime.connect import connect
+    from spin_ray.runtime.placement import check_fits, demands
 
     console.print("[green]ok[/] recipe")
     start = check_recipe(config)

@@ -12,6 +12,7 @@ from spin_ray.run_dir.lease import Lease
 from spin_ray.run_dir.object_storage import open_storage
 from spin_ray.run_dir.run_dir import Artefact, RunDir, iterate_name, iterate_number
 from spin_ray.runtime.engine import StartEngine, VllmEngine
+from spin_ray.runtime.precision import with_precision
 
 logger = logging.getLogger(__name__)
 
@@ -46,6 +47,7 @@ def run_spin(config: SpinConfig, out: str | Path, start_engine: StartEngine = Vl
     with Lease(storage, config.storage.lease_timeout_s) as lease:
         inputs = find_inputs(config)
         run = RunDir(lease.storage)
+        config = with_precision(config, run)
         if is_finished(run, config):
             config = run.begin(config, inputs.facts())
             for model in _models(run, config):

@@ -24,6 +24,7 @@ from spin_ray.planning.remedies import remedies
 from spin_ray.planning.run_cost import Phase, plan_run
 from spin_ray.planning.tables import duration, memory_table, notes, purposes, time_table
 from spin_ray.planning.work import Work
+from spin_ray.runtime.precision import with_precision
 
 SAMPLE_ROWS = 256
 """Rows that are rendered and tokenised for the mean lengths: about a second's work."""
@@ -175,6 +176,7 @@ def print_plan(config: SpinConfig, cluster: Cluster, given: Given, console: Cons
     if config.algorithm != "spin":
         raise ConfigError(f"algorithm: plan knows the costs of spin, not of {config.algorithm}")
     devices = devices_of(config, cluster)
+    config = with_precision(config)
     shape = read_shape(config)
     work = read_work(config, given)
     phases = check_memory(config, shape, cluster, work)

@@ -21,7 +21,8 @@ from spin_ray.report.model_card import write_card
 from spin_ray.report.redaction import hide_in_text
 from spin_ray.run_dir.names import api_name
 from spin_ray.run_dir.run_dir import RunDir, iterate_name
-from spin_ray.runtime.resources import connect
+from spin_ray.runtime.actors import task_options
+from spin_ray.runtime.connect import connect
 
 PRESETS: dict[str, tuple[Benchmark, ...]] = {
     # Open LLM Leaderboard, version 1: table 1 of the SPIN paper, which quotes the mean of the six.
@@ -129,9 +130,7 @@ def _measure_on_ray(request: Request, config: SpinConfig) -> dict[str, Any]:
     connect(config)
     resources = backend_resources(config, request.backend)
     # In a process of its own that ends afterwards: vLLM and torch give no memory back.
-    task = ray.remote(max_calls=1)(measure).options(
-        num_cpus=resources.cpus, num_gpus=resources.gpus, resources=resources.custom, max_retries=0
-    )
+    task = ray.remote(max_calls=1)(measure).options(**task_options(resources, retries=0))
     try:
         return ray.get(task.remote(request))
     except ray.exceptions.RayTaskError as error:

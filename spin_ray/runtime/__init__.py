@@ -1,1 +1,1 @@
-"""What the machines of a run do: Ray's cluster, vLLM's engines, training workers, the model's way to them."""
+"""The machines of a run: Ray's cluster, vLLM's engines, train workers, and the model's way to them."""

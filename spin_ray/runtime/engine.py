@@ -1,6 +1,6 @@
-"""What plays the opponent: token ids in, sampled token ids out.
+"""Engines, which generate: token ids in, sampled token ids out.
 
-The rest of the package knows only ``GenerationEngine``. vLLM is behind it; unit tests put a fake there.
+The rest of the package knows only ``GenerationEngine``; vLLM is behind it.
 """
 
 import os
@@ -15,7 +15,7 @@ from spin_ray.runtime import cpu
 
 @dataclass(frozen=True, slots=True)
 class Completion:
-    """One sampled response. ``token_ids`` ends with the end-of-turn token only if the engine stopped on it."""
+    """A sampled response. ``token_ids`` ends with the end-of-turn token only if the engine stopped on it."""
 
     token_ids: list[int]
     finish_reason: Literal["stop", "length"]
@@ -25,7 +25,7 @@ class GenerationEngine(Protocol):
     def generate(
         self, prompt_ids: Sequence[Sequence[int]], sampling: SamplingConfig, seeds: Sequence[int]
     ) -> list[Completion]:
-        """One response per prompt, in order.
+        """Returns one response per prompt, in order.
 
         Equal arguments give equal responses: each row has its own random stream, and the rows of a call form the same
         batches every time.
@@ -51,18 +51,18 @@ class EngineSpec:
 
 
 StartEngine = Callable[[EngineSpec], GenerationEngine]
-"""What makes an engine, in the process that will use it."""
+"""A function that makes an engine, in the process that will use it."""
 
 
 class VllmEngine:
     """vLLM, started from a model folder and kept exact.
 
     - Sampling is what the config says: the model folder's generation_config.json is not read.
-    - The scheduler runs in this process, so that all rows of a call are queued before the first step and batches do not
-      depend on timing. Prefix caching is off: what an earlier call left in a cache must not change this one.
+    - The scheduler runs in this process: all rows of a call are queued before the first step, so that batches do not
+      depend on timing. Prefix caching is off, so that an earlier call cannot change this one.
     - On CPU a prompt is never prefilled in pieces: vLLM 0.29-0.32 dies on seeded requests otherwise ("CPU Generator
-      does not use offset"). On CPU, too, each iterate gets a fresh engine: ``reload_weights`` leaves an old LM
-      head there.
+      does not use offset").
+    - Each iterate gets a fresh engine: on CPU ``reload_weights`` leaves the old LM head in place.
     """
 
     def __init__(self, spec: EngineSpec) -> None:
@@ -130,14 +130,14 @@ def prepare_process(config: EngineConfig, threads: int) -> None:
 
 
 def platform() -> str:
-    """What vLLM computes on in this process, ``cpu`` or ``cuda``; it decides that once."""
+    """Returns the device that vLLM chose for this process, ``cpu`` or ``cuda``; it chooses once."""
     from vllm.platforms import current_platform
 
     return current_platform.device_type
 
 
 def whole_prefill(max_length: int) -> dict[str, Any]:
-    """Engine arguments under which a prompt is never prefilled in pieces (see ``VllmEngine``)."""
+    """Returns engine arguments under which no prompt is prefilled in pieces (see ``VllmEngine``)."""
     return {"enable_chunked_prefill": False, "max_num_batched_tokens": max(max_length, 2048)}
 
 

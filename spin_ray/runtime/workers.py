@@ -15,7 +15,8 @@ import ray.train.torch
 from spin_ray.config.recipe import SpinConfig
 from spin_ray.errors import HealthError, StageError, UserError, last_line, memory_advice
 from spin_ray.runtime import cpu
-from spin_ray.runtime.resources import in_the_cluster, while_it_moves
+from spin_ray.runtime.placement import demands, in_the_cluster
+from spin_ray.runtime.waiting import wait_until_free, while_it_moves
 
 logger = logging.getLogger(__name__)
 
@@ -25,8 +26,10 @@ _USE_LESS = (
 )
 
 ELASTIC_PLACING_S = 30.0
-"""Longest wait for an elastic group to find room. For up to 20 s Ray believes that a lost node is still there, and asks
-for as many workers as before; when they find no room it counts again.
+"""Longest wait for an elastic group to find room.
+
+Ray takes up to 20 s to notice a lost node, and until then asks for as many workers as before. It counts the nodes again
+when these workers find no room.
 """
 
 
@@ -40,15 +43,19 @@ def run_workers(
 ) -> Any:
     """Calls ``function(job)`` on every train worker of the config, waits for all, and returns what rank 0 returned.
 
-    A worker group that dies, or its controller, is started again, up to ``train.max_failures`` times, and may go on
-    from the last checkpoint that was reported under ``folder/name``. That holds for a new driver, too, so each piece of
-    work needs a name of its own. ``progress()`` changes whenever the work comes on.
+    A dead worker group or controller is started again, up to ``train.max_failures`` times. It may go on from the last
+    checkpoint that was reported under ``folder/name``, as may a new driver.
+
+    Args:
+        name: of this piece of work alone.
+        progress: its value changes whenever the work moves on.
 
     Raises:
-        UserError: what a worker raised, if it is something the user can mend. HealthError is not tried again.
-        StageError: the workers could not be placed in time, failed too often, or did not come on for too long.
+        UserError: raised by a worker, about something the user can mend. HealthError is not tried again.
+        StageError: the workers were not placed in time, failed too often, or stood still for too long.
     """
     train, resources = config.train, config.train.resources
+    wait_until_free(demands(config)["train"], train.start_timeout_s, f"the train workers for {folder}")
     placing_s = min(train.start_timeout_s, ELASTIC_PLACING_S) if train.min_workers else train.start_timeout_s
     os.environ["RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S"] = str(placing_s)
     os.environ.setdefault("RAY_TRAIN_HEALTH_CHECK_INTERVAL_S", "0.5")  # how soon it sees that the workers are done
@@ -98,12 +105,12 @@ def run_workers(
 def _process_group(config: SpinConfig) -> str:
     if not config.train.resources.gpus:
         return "gloo"
-    # What is kept in the CPU's memory is also summed there: norms, checkpoints.
+    # Tensors in the CPU's memory are also summed there: norms, checkpoints.
     return "cpu:gloo,cuda:nccl" if config.train.offload else "nccl"
 
 
 def _cluster_now() -> str:
-    """What the cluster has, unless there is none any more."""
+    """Returns what the cluster has; nothing where the cluster is gone."""
     try:
         return f"{in_the_cluster()}; "
     except Exception:
@@ -111,9 +118,10 @@ def _cluster_now() -> str:
 
 
 def _fit(trainer: ray.train.torch.TorchTrainer, max_failures: int) -> Any:
-    """What rank 0 returned. Ray starts workers again, not the controller above them: that is done here.
+    """Returns what rank 0 returned; starts a new controller in place of a dead one.
 
-    A new controller of the same name goes on from the last checkpoint. The workers of a dead one end with it.
+    Ray restarts workers, but not the controller above them, with which they end. A new controller of the same name goes
+    on from the last checkpoint.
     """
     failures = 0
     while True:
@@ -127,7 +135,7 @@ def _fit(trainer: ray.train.torch.TorchTrainer, max_failures: int) -> Any:
 
 
 class _Trainer(ray.train.torch.TorchTrainer):
-    """Starts no actor to hand out Ray Datasets, as packs come from the run itself: a process less to wait for."""
+    """A trainer without the actor that hands out Ray Datasets, a process less to wait for; packs come from the run."""
 
     def _create_default_callbacks(self) -> list[Any]:
         callbacks = super()._create_default_callbacks()
@@ -143,10 +151,10 @@ def _in_worker(loop: dict[str, Any]) -> Any:
     function, job = pickle.loads(loop["call"])  # noqa: S301 (from this run's driver, through Ray)
     try:
         return function(job)
-    except HealthError as error:  # of all workers alike; as an exception it would be tried again
+    except HealthError as error:  # the same on all workers; as an exception it would be tried again
         return error
 
 
 def device() -> Any:
-    """The torch device of this worker."""
+    """Returns the torch device of this worker."""
     return ray.train.torch.get_device()

@@ -17,7 +17,7 @@ from spin_ray.config.sections import ServingConfig
 from spin_ray.errors import ConfigError, ResourceError, StageError, first_line
 from spin_ray.run_dir.names import LATEST, is_iterate
 from spin_ray.run_dir.run_dir import RunDir
-from spin_ray.runtime.resources import connect, take_signal
+from spin_ray.runtime.connect import connect, take_signal
 from spin_ray.serving.access import read_keys
 from spin_ray.serving.app import APP, application, votes_url
 from spin_ray.serving.arena.votes import VoteStore

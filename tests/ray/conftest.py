@@ -6,7 +6,7 @@ import pytest
 import ray
 
 from spin_ray.config.recipe import SpinConfig
-from spin_ray.runtime.resources import connect
+from spin_ray.runtime.connect import connect
 
 
 @pytest.fixture(scope="session")

@@ -34,7 +34,8 @@ from spin_ray.run_dir.run_dir import RunDir, read_json_lines
 from spin_ray.runtime import model_sharing as distribution
 from spin_ray.runtime.engine import Completion, EngineSpec
 from spin_ray.runtime.model_sharing import share
-from spin_ray.runtime.resources import check_fits, wait_until_free
+from spin_ray.runtime.placement import check_fits
+from spin_ray.runtime.waiting import wait_until_free
 from spin_ray.runtime.workers import run_workers
 from tests.ray.test_stages_on_ray import SeedEngine
 from tests.support.small_cluster import SmallCluster, may_hide, small_cluster, when

@@ -19,7 +19,7 @@ from spin_ray.loop.stages import generation, pairs, prompts
 from spin_ray.run_dir.run_dir import RunDir
 from spin_ray.run_dir.storage import Storage
 from spin_ray.runtime.engine import Completion, EngineSpec, StartEngine
-from spin_ray.runtime.resources import check_fits
+from spin_ray.runtime.placement import check_fits
 
 ray.cloudpickle.register_pickle_by_value(sys.modules[__name__])  # actors cannot import a test module
 

@@ -14,7 +14,7 @@ from ray._private.state import actors
 from ray.cluster_utils import Cluster
 from ray.data._internal.cluster_autoscaler.default_autoscaling_coordinator import get_or_create_autoscaling_coordinator
 
-from spin_ray.runtime import resources
+from spin_ray.runtime.connect import keep_to_loopback
 
 _NEW_MOUNTS, _PRIVATE, _RECURSIVE = 0x00020000, 1 << 18, 1 << 14
 _libc = ctypes.CDLL(None, use_errno=True)
@@ -89,9 +89,7 @@ class SmallCluster:
 def small_cluster(folder: Path, hidden: Path) -> Iterator[SmallCluster]:
     """In the place of whatever Ray this process was connected to."""
     ray.shutdown()
-    resources._keep_to_loopback(
-        True
-    )  # without it Ray puts the machine's outward address in the place of the loopback one
+    keep_to_loopback(True)  # without it Ray puts the machine's outward address in the place of the loopback one
     cluster = SmallCluster(folder, hidden)
     try:
         ray.init(address=cluster.address, log_to_driver=False, logging_level=logging.WARNING)

@@ -228,10 +228,10 @@ def test_status_shows_a_run_and_refuses_what_is_none(call, tmp_path):
 
 
 def test_doctor_says_what_is_right_and_asks_the_cluster(call, monkeypatch, tmp_path, recipe):
-    from spin_ray.runtime import resources
+    from spin_ray.runtime import connect, placement
 
-    monkeypatch.setattr(resources, "connect", lambda config: None)
-    monkeypatch.setattr(resources, "_node_resources", lambda labels=None: [{"CPU": 1.0}])
+    monkeypatch.setattr(connect, "connect", lambda config: None)
+    monkeypatch.setattr(placement, "_node_resources", lambda labels=None: [{"CPU": 1.0}])
     code, out, _ = call("doctor", recipe, "--out", tmp_path / "run")
     assert code == 0
     for line in ("ok recipe", "ok data", "ok model", "GiB free", "ok generation: 1 ×", "ok train: 1 ×", "ray 2."):

@@ -1,17 +1,16 @@
-"""Stage 2: the opponent plays. y' ~ p_θt(.|x) for every prompt, shard by shard.
+"""Stage 2: the opponent θ_t answers every prompt x, y' ~ p_θt(.|x), shard by shard.
 
     prompts -> shards still missing -> Ray Data -> [engine actor] x replicas -> one Parquet part per shard,
                                                              committed on its own
 
-A shard is the unit of work, of commit and of loss. It is also one batch of the engine, with a seed of its own for every
-row, so that a retry of a shard gives the same tokens.
+A shard is the unit of work, of commit and of loss. It is also one batch of the engine, and every row has a seed of its
+own: a retry of a shard gives the same tokens.
 """
 
 import hashlib
 import logging
 import pickle
 import time
-import warnings
 from collections.abc import Iterator
 from contextlib import suppress
 from dataclasses import dataclass
@@ -22,40 +21,41 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import ray
 import ray.exceptions
-from ray.util.annotations import RayDeprecationWarning
 
 from spin_ray.config.recipe import SpinConfig, digest
 from spin_ray.errors import RunDirError, StageError, UserError, last_line, memory_advice
 from spin_ray.report.progress import StageProgress
 from spin_ray.run_dir.run_dir import Artefact, FileEntry, RunDir, part_name
 from spin_ray.run_dir.schemas import GENERATION_SCHEMA
+from spin_ray.runtime.actors import map_by_actors
 from spin_ray.runtime.engine import EngineSpec, GenerationEngine, StartEngine, VllmEngine
-from spin_ray.runtime.resources import demands, wait_until_free, with_deadline
+from spin_ray.runtime.placement import demands
+from spin_ray.runtime.waiting import wait_until_free, with_deadline
 
 logger = logging.getLogger(__name__)
 
 FINGERPRINT = b"spin_ray.fingerprint"
-"""Parquet metadata of a shard: digest of what it was made from. A shard of another opponent is never taken over."""
+"""Parquet metadata of a shard: the digest of its inputs and settings. Shards with another one are refused."""
 
 _USE_LESS = (
     "lower generation.engine.cpu_kv_cache_gib or gpu_memory_utilization, generation.engine.max_num_seqs, or "
     "generation.replicas"
 )
 CHECKSUM = b"spin_ray.checksum"
-"""Parquet metadata of a shard: digest of its rows and fingerprint. No manifest vouches for it until all are there."""
+"""Parquet metadata of a shard: the digest of its rows and fingerprint, as no manifest vouches for it yet."""
 
 
 @dataclass(frozen=True)
 class Job:
-    """Which prompts the opponent answers, and where the answers go."""
+    """Prompts for the opponent, and the place of its answers."""
 
     prompts: Artefact
     target: Artefact
     opponent: str
-    """Name of the iterate that plays, e.g. ``sft`` or ``iter_000``."""
+    """Name of the iterate that answers, e.g. ``sft`` or ``iter_000``."""
     model_digest: str
     rows: np.ndarray | None = None
-    """Row numbers in ``prompts``, ascending; all of them when None."""
+    """Row numbers in ``prompts``, ascending; None: all."""
 
     def inputs(self) -> dict[str, str]:
         return {"prompts": self.prompts.manifest().digest, "opponent": self.model_digest}
@@ -77,7 +77,7 @@ class Job:
 
 @dataclass(frozen=True)
 class Shard:
-    """One unit of work: some rows of the prompts, and the part that their answers make."""
+    """A unit of work: some rows of the prompts, and the part that their answers make."""
 
     prompts: Artefact
     target: Artefact
@@ -85,7 +85,7 @@ class Shard:
     fingerprint: str
     name: str
     pieces: tuple[tuple[str, FileEntry, tuple[int, ...]], ...]
-    """(part of the prompts, its entry, rows within it)."""
+    """(part of the prompts, its entry, row numbers within it)."""
 
     def read_prompts(self) -> pa.Table:
         tables = [
@@ -101,7 +101,7 @@ def run(
     jobs: list[Job],
     start_engine: StartEngine = VllmEngine,
 ) -> None:
-    """Answers the prompts of all jobs with one set of engines, and commits each job's target when its shards are there.
+    """Answers the prompts of all jobs with one set of engines, and commits each target.
 
     Raises:
         RunDirError: shards of another opponent or configuration are in the way.
@@ -134,11 +134,10 @@ def run(
         for job in jobs:
             job.target.commit(entries[job.target.path], job.inputs(), job.settings(config))
         counted |= {"rows": total, "tokens": tokens, "work_s": work_s, "shards_found": len(shards) - len(missing)}
-    wait_until_free(demands(config)["train"], config.train.start_timeout_s, "training, after generation")
 
 
 def prompt_slice(total: int, wanted: int | None, iteration: int, seed: int) -> np.ndarray | None:
-    """Row numbers that iteration plays: a fresh slice of a seeded order, wrapping round; None for all rows.
+    """Returns the row numbers of an iteration: a fresh slice of a seeded order, wrapping round; None for all rows.
 
     Example: 10 rows, 4 wanted: iterations 0, 1, 2 take places 0-3, 4-7, 8-9 and 0-1 of the order.
     """
@@ -149,7 +148,7 @@ def prompt_slice(total: int, wanted: int | None, iteration: int, seed: int) -> n
 
 
 def row_seed(seed: int, opponent: str, prompt_id: str, sample: int) -> int:
-    """Seed of one response, a 63-bit integer: the same whenever and wherever the row is generated."""
+    """Returns the seed of one response, 63 bits: the same whenever and wherever the row is generated."""
     identity = f"{seed}/{opponent}/{prompt_id}/{sample}".encode()
     return int.from_bytes(hashlib.blake2b(identity, digest_size=8).digest(), "big") >> 1
 
@@ -157,31 +156,18 @@ def row_seed(seed: int, opponent: str, prompt_id: str, sample: int) -> int:
 def _play(
     shards: list[Shard], config: SpinConfig, spec: EngineSpec, start_engine: StartEngine
 ) -> Iterator[dict[str, Any]]:
-    """Ray Data over the shards; yields what each finished one holds. The engines are gone when it is exhausted."""
+    """Yields a report of each shard when it is finished; the engines are gone at the end."""
     if not shards:
         return
-    resources = config.generation.resources
-    # Of processes that die while they load an engine; `max_restarts` is for those that have one.
-    ray.data.DataContext.get_current().max_consecutive_actor_init_deaths = config.generation.max_failures
-    with warnings.catch_warnings():
-        # ray_remote_args_fn goes in Ray 2.64; no other argument says how often an actor is started again.
-        warnings.simplefilter("ignore", RayDeprecationWarning)
-        played = ray.data.from_items(
-            [{"shard": pickle.dumps(shard)} for shard in shards], override_num_blocks=len(shards)
-        ).map(
-            _Player,  # pyrefly: ignore[bad-argument-type] (an actor class; Ray annotates functions only)
-            fn_constructor_args=(spec, config, start_engine),
-            compute=ray.data.ActorPoolStrategy(
-                size=min(config.generation.replicas, len(shards)),
-                max_tasks_in_flight_per_actor=2,  # what is queued no joining node can take
-            ),
-            num_cpus=resources.cpus,
-            num_gpus=resources.gpus or None,
-            resources=resources.custom or None,
-            label_selector=resources.labels or None,
-            # Ray Data's own is no limit: an engine that runs out of memory would be started for ever.
-            ray_remote_args_fn=lambda: {"max_restarts": config.generation.max_failures},
-        )
+    wait_until_free(demands(config)["generation"], config.generation.start_timeout_s, "generation")
+    played = map_by_actors(
+        [{"shard": pickle.dumps(shard)} for shard in shards],
+        _Player,
+        (spec, config, start_engine),
+        config.generation.resources,
+        replicas=config.generation.replicas,
+        restarts=config.generation.max_failures,
+    )
     first_s = config.generation.start_timeout_s + config.generation.shard_timeout_s
     try:
         for row in with_deadline(played.iter_rows(), first_s, config.generation.shard_timeout_s, "a generation shard"):
@@ -194,7 +180,7 @@ def _play(
 
 
 class _Player:
-    """Actor: one engine that answers one shard after another."""
+    """An actor with one engine, which answers one shard after another."""
 
     def __init__(self, spec: EngineSpec, config: SpinConfig, start_engine: StartEngine) -> None:
         self._spec, self._start_engine, self._config = spec, start_engine, config
@@ -203,7 +189,7 @@ class _Player:
             self._engine = start_engine(spec)
         except Exception as error:  # raised here, it would pass for a death and be tried again
             self._unusable = error
-        # A process that was killed cannot say so itself: the one that takes its place does.
+        # A killed process cannot say so; the process in its place does.
         self._lost = int(ray.is_initialized() and ray.get_runtime_context().was_current_actor_reconstructed)
 
     def __call__(self, item: dict[str, Any]) -> dict[str, Any]:
@@ -228,7 +214,7 @@ class _Player:
         }
 
     def _answer(self, shard: Shard) -> pa.Table:
-        """The answers to a shard; by a new engine if the one at hand dies under it (its processes can be killed)."""
+        """Answers a shard; starts a new engine if this one dies, as when its processes are killed."""
         failures = 0
         while True:
             try:
@@ -247,7 +233,7 @@ class _Player:
 
 
 def answer(shard: Shard, config: SpinConfig, engine: GenerationEngine) -> pa.Table:
-    """Rows of GENERATION_SCHEMA for a shard, in the order of its prompts, samples of a prompt together."""
+    """Returns GENERATION_SCHEMA rows in the order of the shard's prompts, samples of a prompt together."""
     prompts = shard.read_prompts()
     samples = config.generation.samples_per_prompt
     ids = [prompt_id for prompt_id in prompts["prompt_id"].to_pylist() for _ in range(samples)]
@@ -273,7 +259,7 @@ def answer(shard: Shard, config: SpinConfig, engine: GenerationEngine) -> pa.Tab
 
 
 def _shards(job: Job, config: SpinConfig) -> list[Shard]:
-    """The job cut into shards of at most ``shard_rows`` responses (at least one prompt each)."""
+    """Cuts the job into shards of at most ``shard_rows`` responses, but at least one prompt each."""
     files = sorted(job.prompts.manifest().files.items())
     ends = np.cumsum([entry.rows or 0 for _, entry in files])
     rows = job.rows if job.rows is not None else np.arange(ends[-1])
@@ -296,7 +282,11 @@ def _fingerprint(job: Job, config: SpinConfig) -> str:
 
 
 def _finished(job: Job, config: SpinConfig) -> dict[str, FileEntry]:
-    """Shards that an earlier attempt committed. A damaged one is removed, to be generated again with the same seeds."""
+    """Returns the shards that an earlier attempt committed; removes damaged ones, to be generated again.
+
+    Raises:
+        RunDirError: a shard was made from other inputs or settings.
+    """
     fingerprint = _fingerprint(job, config).encode()
     found = {}
     for name in job.target.part_names():
@@ -317,12 +307,12 @@ def _finished(job: Job, config: SpinConfig) -> dict[str, FileEntry]:
 
 
 def _open_whole(target: Artefact, name: str) -> tuple[pa.Table, FileEntry] | None:
-    """The shard and its entry; None if a byte of it was changed or lost."""
+    """Returns the shard and its entry; None if a byte of it was changed or lost."""
     try:
         table, entry = target.open_part(name)
         stated = table.schema.metadata or {}
         whole = stated.get(CHECKSUM) == _checksum(table, stated.get(FINGERPRINT, b""))
-    except (RunDirError, ValueError):  # no Parquet file any more; text that is no text
+    except (RunDirError, ValueError):  # a file that is no longer Parquet, or holds text that is no UTF-8
         return None
     return (table, entry) if whole else None
 

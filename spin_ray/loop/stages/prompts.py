@@ -40,7 +40,7 @@ from spin_ray.inputs.sources import Slice, SourceRow, files_digest, find_files, 
 from spin_ray.run_dir.run_dir import Artefact, FileEntry, RunDir, part_name
 from spin_ray.run_dir.schemas import PROMPT_SCHEMA
 from spin_ray.run_dir.storage import ATTEMPTS, Storage, table_from_bytes, table_to_bytes
-from spin_ray.runtime.resources import with_deadline
+from spin_ray.runtime.waiting import with_deadline
 
 logger = logging.getLogger(__name__)
 

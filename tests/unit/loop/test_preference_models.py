@@ -1,11 +1,15 @@
 """Preference models: their probabilities against the same computed by hand from the models' own outputs."""
 
+from types import SimpleNamespace
+from typing import Any, cast
+
 import pytest
 import torch
 from transformers import AutoModelForSequenceClassification, AutoTokenizer, DebertaV2Model
 
 from spin_ray.config.sections import ScorerConfig
 from spin_ray.errors import ModelError
+from spin_ray.loop.algorithms.sppo import preference_models, preferences
 from spin_ray.loop.algorithms.sppo.preference_models import load_scorer
 from tests.support.preference_models import save_pairrm, save_reward_model
 
@@ -24,8 +28,8 @@ def pairrm(tmp_path_factory):
     return save_pairrm(tmp_path_factory.mktemp("pairrm"))
 
 
-def scorer_of(folder, kind):
-    return load_scorer(ScorerConfig(path=str(folder), kind=kind), folder)
+def scorer_of(folder, kind, device="cpu"):
+    return load_scorer(ScorerConfig(path=str(folder), kind=kind), folder, torch.device(device))
 
 
 @pytest.mark.parametrize("kind", ["reward", "pairrm"])
@@ -76,7 +80,7 @@ def test_pairrm_compares_the_states_at_its_marks_in_both_orders(pairrm):
 
 
 def test_a_text_that_is_too_long_is_cut_and_keeps_the_marks(pairrm):
-    scorer = load_scorer(ScorerConfig(path=str(pairrm), kind="pairrm", max_length=40), pairrm)
+    scorer = load_scorer(ScorerConfig(path=str(pairrm), kind="pairrm", max_length=40), pairrm, torch.device("cpu"))
     wins = scorer.wins([{"role": "user", "content": "why " * 200}], ["a " * 200, "b " * 200])
     assert wins.isfinite().all()
 
@@ -86,3 +90,57 @@ def test_a_model_of_another_kind_is_named(kind, reward, pairrm):
     other = {"reward": pairrm, "pairrm": reward}[kind]
     with pytest.raises(ModelError, match=f"is no {kind} model"):
         scorer_of(other, kind)
+
+
+# Devices and batches
+
+
+@pytest.mark.parametrize(("gpus", "device"), [(0, "cpu"), (1, "cuda"), (0.25, "cuda")])
+def test_a_model_is_loaded_on_the_device_that_its_actor_reserved(reward, monkeypatch, gpus, device):
+    asked: list[torch.device] = []
+    monkeypatch.setattr(preferences, "load_scorer", lambda config, folder, device: asked.append(device))
+    here: Any = SimpleNamespace(here=lambda: reward)
+    config = ScorerConfig.model_validate({"path": str(reward), "resources": {"gpus": gpus}})
+    _ = preferences._Judge(cast(Any, SimpleNamespace(scorer=config, judge=here)))._scorer
+    assert asked == [torch.device(device)]
+
+
+@pytest.mark.parametrize("kind", ["reward", "pairrm"])
+def test_weights_and_texts_meet_on_the_device(kind, reward, pairrm):
+    """The device ``meta`` refuses a product with a tensor of any other, as a GPU does."""
+    scorer: Any = scorer_of({"reward": reward, "pairrm": pairrm}[kind], kind, "meta")
+    assert {weight.device.type for weight in scorer._model.parameters()} == {"meta"}
+    if kind == "reward":
+        scorer._model.set_attn_implementation("eager")  # the other one looks at the values of the mask
+        found = scorer._rewards([scorer._encode(PROMPT, response) for response in RESPONSES])
+    else:
+        found = scorer._scores([scorer._encode(PROMPT[0]["content"], one, "5") for one in RESPONSES])
+    assert (found.device.type, found.shape) == ("meta", (3,))
+
+
+@pytest.mark.parametrize("kind", ["reward", "pairrm"])
+def test_a_batch_of_texts_of_unequal_lengths_is_judged_as_one_by_one(kind, reward, pairrm, monkeypatch):
+    """The reward model defines no padding token, as chat models seldom do."""
+    scorer = scorer_of({"reward": reward, "pairrm": pairrm}[kind], kind)
+    responses = [*RESPONSES, "so " * 20, "7 " * 3, "", "no"]
+    together = scorer.wins(PROMPT, responses)
+    monkeypatch.setattr(preference_models, "ROWS_AT_A_TIME", 1)
+    torch.testing.assert_close(together, scorer.wins(PROMPT, responses), atol=1e-5, rtol=0)
+
+
+def test_a_reward_model_reads_as_many_texts_at_a_time_as_a_batch_holds(reward):
+    scorer: Any = scorer_of(reward, "reward")
+    sizes: list[int] = []
+    scorer._model.register_forward_pre_hook(
+        lambda _, __, texts: sizes.append(len(texts["input_ids"])), with_kwargs=True
+    )
+    scorer.wins(PROMPT, ["a"] * 11)
+    assert sizes == [8, 3]
+
+
+def test_a_text_that_names_a_mark_is_compared_at_the_real_ones(pairrm):
+    scorer: Any = scorer_of(pairrm, "pairrm")
+    row = scorer._encode("<|candidate1|> is a mark", "<|candidate2|>", "5")
+    assert [row.ids[place] for place in row.marks] == scorer._mark_ids
+    assert row.marks[1] > row.ids.index(scorer._mark_ids[1])
+    assert scorer.wins([{"role": "user", "content": "<|candidate1|>"}], RESPONSES).isfinite().all()

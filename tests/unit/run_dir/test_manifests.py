@@ -14,7 +14,7 @@ import pytest
 import yaml
 
 from spin_ray.config.load import load_config, override
-from spin_ray.runtime.resources import _placeable, demands
+from spin_ray.runtime.placement import demands, placeable
 from tests.support.paths import ROOT
 
 CLUSTER = ROOT / "cluster"
@@ -218,7 +218,7 @@ def test_the_job_s_entrypoint_has_a_recipe_that_fits_on_its_nodes() -> None:
     overrides = dict(argument.removeprefix("--").split("=", 1) for argument in arguments if "=" in argument)
     config = load_config(ROOT / Path(recipe).relative_to("/app"), overrides)
     for stage, bundles in demands(config).items():
-        assert _placeable(bundles, room("rayjob")), f"{stage} does not fit on the worker pods"
+        assert placeable(bundles, room("rayjob")), f"{stage} does not fit on the worker pods"
     assert config.generation.resources.gpus == config.generation.engine.tensor_parallel_size
     assert config.cluster.address and config.cluster.wait_for_nodes_s > 0, "worker pods start after the driver"
     assert arguments[arguments.index("--out") + 1].startswith("/shared/"), "RUN must outlive the cluster"
@@ -246,7 +246,7 @@ def test_the_service_s_settings_exist_and_its_engines_fit() -> None:
     (application,) = yaml.safe_load(ray_object("rayservice")["spec"]["serveConfigV2"])["applications"]
     settings = {key: json.dumps(value) for key, value in application["args"].items() if key != "run"}
     serving = override(load_config(ROOT / "jobs" / "recipes" / "zephyr_7b.yaml"), settings).serving
-    assert _placeable([serving.resources.bundle] * 2 * len(serving.models) * serving.replicas, room("rayservice"))
+    assert placeable([serving.resources.bundle] * 2 * len(serving.models) * serving.replicas, room("rayservice"))
     mounts = [Path(mount["mountPath"]) for mount in containers("rayservice")[0]["volumeMounts"]]
     assert serving.keys is not None and Path(serving.keys).parent in mounts
 

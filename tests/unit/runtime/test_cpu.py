@@ -3,6 +3,7 @@
 import os
 import subprocess
 import sys
+import tempfile
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -23,7 +24,7 @@ def machine(tmp_path, monkeypatch):
 
     monkeypatch.setattr(cpu, "_amx_is_advertised", lambda: told["advertised"])
     monkeypatch.setattr(subprocess, "run", probe)
-    monkeypatch.setattr(cpu.tempfile, "gettempdir", lambda: str(tmp_path))
+    monkeypatch.setattr(tempfile, "gettempdir", lambda: str(tmp_path))
     monkeypatch.setattr(os, "environ", {"PATH": os.environ["PATH"]})
     return told
 

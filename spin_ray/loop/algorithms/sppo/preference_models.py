@@ -1,9 +1,10 @@
-"""Judges of responses for SPPO: P(one response to a prompt beats another), by models of preferences."""
+"""Preference models of SPPO: P(one response to a prompt beats another)."""
 
 import itertools
 import json
+from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, NamedTuple, Protocol, Self, TypeVar
 
 import torch
 from jaxtyping import Float
@@ -13,29 +14,32 @@ from spin_ray.config.sections import ScorerConfig
 from spin_ray.errors import ModelError, first_line
 from spin_ray.inputs.conversations import Conversation
 
-PAIRS_AT_A_TIME = 8
+Row = TypeVar("Row")
+ROWS_AT_A_TIME = 8
+"""Texts that a model reads in one batch."""
 
 
 class PreferenceScorer(Protocol):
     def wins(self, prompt: Conversation, responses: list[str]) -> Float[Tensor, "responses responses"]:
-        """P(row beats column), 1/2 on the diagonal; [i, j] and [j, i] add up to 1."""
+        """Returns P(row beats column) on the CPU: 1/2 on the diagonal, and [i, j] + [j, i] = 1."""
         ...
 
 
-def load_scorer(config: ScorerConfig, folder: Path) -> PreferenceScorer:
-    """The judge in ``folder``.
+def load_scorer(config: ScorerConfig, folder: Path, device: torch.device) -> PreferenceScorer:
+    """Returns the preference model in ``folder``, on ``device``.
 
     Raises:
-        ModelError: it cannot be loaded as what the config says it is.
+        ModelError: the folder holds no model of the kind that the config names.
     """
     from transformers import AutoTokenizer
 
     try:
         tokenizer = AutoTokenizer.from_pretrained(folder)
         kind = {"reward": RewardScorer, "pairrm": PairRmScorer}[config.kind]
-        return kind(folder, tokenizer, config.max_length)
+        scorer = kind(folder, tokenizer, config.max_length)
     except (OSError, ValueError, KeyError, RuntimeError) as error:
         raise ModelError(f"scorer.path {folder}: is no {config.kind} model ({first_line(error)})") from error
+    return scorer.to(device)
 
 
 class RewardScorer:
@@ -48,31 +52,58 @@ class RewardScorer:
         self._model: Any = AutoModelForSequenceClassification.from_pretrained(folder, use_safetensors=True).eval()
         if self._model.config.num_labels != 1:
             raise ValueError(f"it has {self._model.config.num_labels} outputs, a reward model has one")
+        self._text_config = self._model.config.get_text_config()
+        self._pad_id: int | None = self._text_config.pad_token_id
+
+    def to(self, device: torch.device) -> Self:
+        self._model.to(device)
+        return self
 
     @torch.no_grad()
     def wins(self, prompt: Conversation, responses: list[str]) -> Float[Tensor, "responses responses"]:
-        rewards = torch.stack([self._reward(prompt, response) for response in responses])
+        rows = [self._encode(prompt, response) for response in responses]
+        rewards = torch.cat([self._rewards(batch) for batch in _batches(rows)]).cpu()
         return torch.sigmoid(rewards[:, None] - rewards[None, :])
 
-    def _reward(self, prompt: Conversation, response: str) -> Float[Tensor, ""]:
-        """One row at a time: a decoder finds its last token by the padding, which chat models seldom define."""
+    def _encode(self, prompt: Conversation, response: str) -> dict[str, list[int]]:
+        cut = {"truncation": True, "max_length": self._max_length}
         if self._tokenizer.chat_template:
             chat = [*prompt, {"role": "assistant", "content": response}]
             text = self._tokenizer.apply_chat_template(chat, tokenize=False)
-            encoded = self._tokenizer(text, add_special_tokens=False, **self._cut())
-        else:
-            encoded = self._tokenizer(_instruction(prompt), response, **self._cut())
-        return self._model(**encoded).logits[0, 0].float()
+            return self._tokenizer(text, add_special_tokens=False, **cut)
+        return self._tokenizer(_instruction(prompt), response, **cut)
 
-    def _cut(self) -> dict[str, Any]:
-        return {"return_tensors": "pt", "truncation": True, "max_length": self._max_length}
+    def _rewards(self, rows: list[dict[str, list[int]]]) -> Float[Tensor, "rows"]:
+        """Returns the model's output at each row's last token that is no padding.
+
+        Decoders without a padding token, as chat models often are, get one for this batch: an id that no row holds.
+        """
+        pad_id = self._pad_id
+        if pad_id is None:
+            held = {token for row in rows for token in row["input_ids"]}
+            pad_id = next(token for token in itertools.count() if token not in held)
+            self._text_config.pad_token_id = pad_id
+        inputs = {name: [row[name] for row in rows] for name in rows[0]}
+        padded = {
+            name: _padded(values, pad_id if name == "input_ids" else 0, self._model.device)
+            for name, values in inputs.items()
+        }
+        return self._model(**padded).logits[:, 0].float()
+
+
+class MarkedRow(NamedTuple):
+    """A comparison as PairRM reads it."""
+
+    ids: list[int]
+    marks: list[int]
+    """Places of the three marks in ``ids``: texts may hold the same tokens."""
 
 
 class PairRmScorer:
     """PairRM (Jiang et al. 2023, arXiv 2306.02561) as in llm-blender/PairRM-hf: a DeBERTa-v3 reads
     ``<|source|>x<|candidate1|>y<|candidate2|>y'``, and a head compares the states at the three marks.
 
-    The order of the candidates matters a little to it, so both are read: P = ½[σ(s(y, y')) + σ(−s(y', y))].
+    The order of the candidates changes its score a little, so both orders are read: P = ½[σ(s(y, y')) + σ(−s(y', y))].
     """
 
     marks = ("<|source|>", "<|candidate1|>", "<|candidate2|>")
@@ -95,32 +126,46 @@ class PairRmScorer:
         self._model.load_state_dict({name: weight.float() for name, weight in weights.items()})
         self._model.eval()
 
+    def to(self, device: torch.device) -> Self:
+        self._model.to(device)
+        return self
+
     @torch.no_grad()
     def wins(self, prompt: Conversation, responses: list[str]) -> Float[Tensor, "responses responses"]:
         count = len(responses)
         orders = list(itertools.permutations(range(count), 2))
         rows = [self._encode(_instruction(prompt), responses[one], responses[other]) for one, other in orders]
-        starts = range(0, len(rows), PAIRS_AT_A_TIME)
-        scores = [score for start in starts for score in self._scores(rows[start : start + PAIRS_AT_A_TIME])]
         first_wins = torch.full((count, count), 0.5)
-        for (one, other), score in zip(orders, scores, strict=True):
-            first_wins[one, other] = torch.sigmoid(score)
+        if orders:
+            scores = torch.cat([self._scores(batch) for batch in _batches(rows)]).cpu()
+            for (one, other), score in zip(orders, scores, strict=True):
+                first_wins[one, other] = torch.sigmoid(score)
         return (first_wins + 1 - first_wins.T) / 2
 
-    def _encode(self, source: str, first: str, second: str) -> list[int]:
-        """The source gets what it needs of 60 % of the length, the candidates half each of what is left."""
+    def _encode(self, source: str, first: str, second: str) -> MarkedRow:
+        """Encodes a comparison: the source takes up to 60 % of the length, each candidate half of what is left."""
 
         def cut(text: str, length: int) -> list[int]:
             return self._tokenizer.encode(text, truncation=True, max_length=length)
 
-        ids = cut(self.marks[0] + source, self._max_length * 3 // 5)
-        share = (self._max_length - len(ids)) // 2
-        return ids + cut(self.marks[1] + first, share) + cut(self.marks[2] + second, share)
+        pieces = [cut(self.marks[0] + source, self._max_length * 3 // 5)]
+        room = (self._max_length - len(pieces[0])) // 2
+        pieces += [cut(self.marks[1] + first, room), cut(self.marks[2] + second, room)]
+        row = MarkedRow([], [])
+        for piece, mark in zip(pieces, self._mark_ids, strict=True):
+            row.marks.append(len(row.ids) + piece.index(mark))
+            row.ids.extend(piece)
+        return row
 
-    def _scores(self, rows: list[list[int]]) -> Float[Tensor, "rows"]:
-        padded = self._tokenizer.pad({"input_ids": rows}, return_tensors="pt")
+    def _scores(self, rows: list[MarkedRow]) -> Float[Tensor, "rows"]:
+        device = next(self._model.parameters()).device
+        padded = {
+            "input_ids": _padded([row.ids for row in rows], self._tokenizer.pad_token_id, device),
+            "attention_mask": _padded([[1] * len(row.ids) for row in rows], 0, device),
+        }
         states = self._model["pretrained_model"](**padded).last_hidden_state
-        source, one, other = (states[padded["input_ids"] == mark] for mark in self._mark_ids)
+        places = torch.tensor([row.marks for row in rows], device=device)
+        source, one, other = states[torch.arange(len(rows), device=device)[:, None], places].unbind(dim=1)
         return (self._head(source, one) - self._head(source, other)).mean(dim=-1)
 
     def _head(self, source: Tensor, candidate: Tensor) -> Tensor:
@@ -128,8 +173,18 @@ class PairRmScorer:
         return head["4"](head["2"](head["1"](torch.cat([source, candidate], dim=-1))))
 
 
+def _batches(rows: list[Row]) -> Iterator[list[Row]]:
+    return (rows[start : start + ROWS_AT_A_TIME] for start in range(0, len(rows), ROWS_AT_A_TIME))
+
+
+def _padded(rows: list[list[int]], value: int, device: torch.device) -> Tensor:
+    """Returns the rows as one tensor, filled up with ``value`` on the right."""
+    longest = max(map(len, rows))
+    return torch.tensor([[*row, *[value] * (longest - len(row))] for row in rows], device=device)
+
+
 def _instruction(prompt: Conversation) -> str:
-    """A single question as it is; else who said what."""
+    """Returns a single question as it is, a longer conversation with the name of each speaker."""
     spoken = [message for message in prompt if message["content"]]
     if len(spoken) == 1:
         return spoken[0]["content"]

@@ -1,18 +1,19 @@
-"""SPPO's own stage: which of θ_t's samples of a prompt beat its others, by a preference model.
+"""Finds which of θ_t's samples of a prompt beat the others, by a preference model: a stage of SPPO alone.
 
-generations of t -> parts still missing -> Ray Data -> [judge actor] x replicas -> one part for each, committed alone
+generations of t -> parts still missing -> Ray Data -> [model actor] x replicas -> one part for each, committed alone
 """
 
 import json
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 import pyarrow as pa
-import ray
 import ray.exceptions
+import torch
 
 from spin_ray.config.recipe import SpinConfig, digest
-from spin_ray.config.sections import ScorerConfig
+from spin_ray.config.sections import ResourcesConfig, ScorerConfig
 from spin_ray.errors import StageError, last_line
 from spin_ray.inputs.model_folder import ModelFolder
 from spin_ray.inputs.rendering import load_tokenizer
@@ -20,14 +21,16 @@ from spin_ray.loop.algorithms.sppo.preference_models import PreferenceScorer, lo
 from spin_ray.report.progress import StageProgress
 from spin_ray.run_dir.run_dir import Artefact, FileEntry, RunDir
 from spin_ray.runtime import cpu
-from spin_ray.runtime.resources import with_deadline
+from spin_ray.runtime.actors import map_by_actors
+from spin_ray.runtime.placement import demands
+from spin_ray.runtime.waiting import wait_until_free, with_deadline
 
 PREFERENCE_SCHEMA = pa.schema(
     [pa.field("prompt_id", pa.string()), pa.field("sample", pa.int32()), pa.field("win", pa.float32())]
 )
-"""``win``: mean over the prompt's samples, itself included (1/2), of P(this response beats that one)."""
+"""``win``: mean over the prompt's samples of P(this response beats that one); it beats itself with P = 1/2."""
 FINGERPRINT = b"spin_ray.fingerprint"
-"""Parquet metadata of a part: digest of what it was made from."""
+"""Parquet metadata of a part: the digest of its inputs and settings."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -38,7 +41,7 @@ class PreferenceJob:
     generations: Artefact
     target: Artefact
     policy: ModelFolder
-    """Whose responses they are."""
+    """The model that gave the responses."""
     trust_remote_code: bool
     scorer: ScorerConfig
     judge: ModelFolder
@@ -49,7 +52,7 @@ def run(run_dir: RunDir, config: SpinConfig, iteration: int, judge: ModelFolder,
     """Makes ``iter_NNN/preferences``.
 
     Raises:
-        StageError: no judge came up, or none finished a part, within the times of generation.
+        StageError: no preference model came up, or none finished a part, within the times of generation.
     """
     assert config.scorer is not None
     generations, target = run_dir.generations(iteration), run_dir.preferences(iteration)
@@ -80,7 +83,7 @@ def run(run_dir: RunDir, config: SpinConfig, iteration: int, judge: ModelFolder,
 
 
 def _finished(job: PreferenceJob) -> dict[str, FileEntry]:
-    """Parts that an earlier attempt left, if it was this work; the others are removed."""
+    """Returns the parts that an earlier attempt at this work left; removes those of other work."""
     found = {}
     for name in job.target.part_names():
         table, entry = job.target.open_part(name)
@@ -94,17 +97,16 @@ def _finished(job: PreferenceJob) -> dict[str, FileEntry]:
 def _judge(job: PreferenceJob, parts: list[str], config: SpinConfig) -> Any:
     if not parts:
         return
-    resources = job.scorer.resources
-    judged = ray.data.from_items([{"name": name} for name in parts], override_num_blocks=len(parts)).map(
-        _Judge,  # pyrefly: ignore[bad-argument-type] (an actor class; Ray annotates functions only)
-        fn_constructor_args=(job,),
-        compute=ray.data.ActorPoolStrategy(size=min(job.scorer.replicas, len(parts))),
-        num_cpus=resources.cpus,
-        num_gpus=resources.gpus or None,
-        resources=resources.custom or None,
-        label_selector=resources.labels or None,
-    )
     limits = config.generation
+    wait_until_free(demands(config)["scorer"], limits.start_timeout_s, "the preference models")
+    judged = map_by_actors(
+        [{"name": name} for name in parts],
+        _Judge,
+        (job,),
+        job.scorer.resources,
+        replicas=job.scorer.replicas,
+        restarts=limits.max_failures,
+    )
     first_s = limits.start_timeout_s + limits.shard_timeout_s
     try:
         yield from with_deadline(judged.iter_rows(), first_s, limits.shard_timeout_s, "a part of the preferences")
@@ -115,16 +117,29 @@ def _judge(job: PreferenceJob, parts: list[str], config: SpinConfig) -> Any:
 
 
 class _Judge:
-    """Actor: one preference model."""
+    """Actor with one preference model, loaded with the first part: an error in ``__init__`` would pass for a death of
+    the process and be tried again.
+    """
 
     def __init__(self, job: PreferenceJob) -> None:
         cpu.prepare(job.scorer.resources.threads)
         self._job = job
-        self._scorer = load_scorer(job.scorer, job.judge.here())
-        self._tokenizer = load_tokenizer(str(job.policy.here(weights=False)), trust_remote_code=job.trust_remote_code)
-        self._messages = {
+
+    @cached_property
+    def _scorer(self) -> PreferenceScorer:
+        return load_scorer(self._job.scorer, self._job.judge.here(), device_of(self._job.scorer.resources))
+
+    @cached_property
+    def _tokenizer(self) -> Any:
+        folder = str(self._job.policy.here(weights=False))
+        return load_tokenizer(folder, trust_remote_code=self._job.trust_remote_code)
+
+    @cached_property
+    def _messages(self) -> dict[str, str]:
+        """JSON text of each prompt's conversation."""
+        return {
             row["prompt_id"]: row["messages"]
-            for table in job.prompts.tables()
+            for table in self._job.prompts.tables()
             for row in table.select(["prompt_id", "messages"]).to_pylist()
         }
 
@@ -137,12 +152,17 @@ class _Judge:
         return {"name": name, "entry": self._job.target.write_part(name, table).model_dump()}
 
 
+def device_of(resources: ResourcesConfig) -> torch.device:
+    """Returns the device of an actor that holds ``resources``; Ray shows it no other GPU."""
+    return torch.device("cuda" if resources.gpus else "cpu")
+
+
 def win_table(answers: pa.Table, texts: list[str], messages: dict[str, str], scorer: PreferenceScorer) -> pa.Table:
-    """PREFERENCE_SCHEMA rows of GENERATION_SCHEMA ones, in their order.
+    """Returns a PREFERENCE_SCHEMA row for each GENERATION_SCHEMA row, in the same order.
 
     Args:
         texts: the responses, decoded.
-        messages: JSON text of each prompt's conversation, which ends with people's response: that is left out.
+        messages: JSON text of each prompt's conversation; its last message, the human response, is left out.
     """
     groups: dict[str, list[int]] = {}
     for row, prompt_id in enumerate(answers["prompt_id"].to_pylist()):

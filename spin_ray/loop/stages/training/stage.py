@@ -43,7 +43,6 @@ from spin_ray.report.tracking import set_gauges, step_values
 from spin_ray.run_dir.run_dir import MANIFEST, Artefact, Manifest, RunDir, folder_entries, part_name, read_json_lines
 from spin_ray.run_dir.schemas import PAIR_SCHEMA, REFERENCE_SCHEMA
 from spin_ray.run_dir.storage import Storage
-from spin_ray.runtime.resources import demands, wait_until_free
 from spin_ray.runtime.workers import device, run_workers
 
 _TOKENS = ("prompt_ids", "real_ids", "generated_ids")
@@ -215,7 +214,6 @@ def _train(run_dir: RunDir, config: SpinConfig, job: TrainJob) -> None:
         counted |= {"rows": job.rows.manifest().rows}
         if not config.storage.keep_checkpoints:
             run_dir.storage.delete(checkpoints)
-    wait_until_free(demands(config)["generation"], config.generation.start_timeout_s, "generation, after training")
 
 
 def _worker(job: TrainJob) -> dict[str, float]:

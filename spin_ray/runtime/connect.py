@@ -1,0 +1,101 @@
+"""Starts Ray in this process, or joins a cluster that runs already."""
+
+import logging
+import os
+import signal
+import sys
+import tempfile
+import threading
+from collections.abc import Callable
+from typing import Any
+
+import ray
+from ray._private import ray_constants
+
+from spin_ray.config.recipe import SpinConfig
+from spin_ray.errors import ResourceError, first_line
+
+
+def connect(config: SpinConfig) -> None:
+    """Joins the cluster of the config or of $RAY_ADDRESS, else starts an embedded Ray; nothing if Ray is up.
+
+    Raises:
+        ResourceError: no cluster answers at the address within 41 s, or Ray cannot start on this machine.
+    """
+    os.environ.setdefault("RAY_TRAIN_V2_ENABLED", "1")
+    if not ray.is_initialized():
+        address = config.cluster.address or os.environ.get("RAY_ADDRESS")
+        options: dict[str, Any] = {"address": address} if address else {
+            "address": "local", "num_cpus": config.cluster.local_cpus, "include_dashboard": False,
+            "_node_ip_address": "127.0.0.1",
+        }  # fmt: skip
+        keep_to_loopback(not address)
+        if not address:
+            # Ray Train's placement group cleaner looks for the dashboard. Without a dashboard the cleaner delays the
+            # end of every stage by 12 s, unless the address is known and refuses. Raylet and workers inherit it.
+            os.environ.setdefault("RAY_API_SERVER_ADDRESS", "http://127.0.0.1:9")
+            # Nobody announces the end of this machine; the watcher would be one more process for each worker group.
+            os.environ.setdefault("RAY_TRAIN_ENABLE_PREEMPTION_WATCHER", "0")
+        else:
+            # How often Ray tries, 41 s each time; 20 times by default.
+            os.environ.setdefault("RAY_gcs_server_port_wait_time_s", "1")
+        try:
+            ray.init(log_to_driver=False, logging_level=logging.WARNING, **options)
+        except (ConnectionError, RuntimeError) as error:
+            raise ResourceError(f"cluster.address {address}: cannot be reached ({first_line(error)})") from error
+        except Exception as error:  # Ray raises some of its own as plain ones
+            if remedy := _remedy(error):
+                raise ResourceError(f"Ray did not start on this machine: {remedy}") from error
+            raise
+        if threading.current_thread() is threading.main_thread():
+            take_signal(signal.SIGTERM, lambda number, _: sys.exit(number))
+    logging.getLogger("ray.data").setLevel(logging.ERROR)
+    context = ray.data.DataContext.get_current()
+    context.enable_progress_bars = False
+    context.print_on_execution_start = False
+
+
+def _remedy(error: Exception) -> str | None:
+    """Returns what happened and what helps, for errors of a start that the user can mend."""
+    text = str(error)
+    if "AF_UNIX path length" in text:
+        folder = os.environ.get("RAY_TMPDIR") or tempfile.gettempdir()
+        return (
+            f"its sockets lie in {folder}, whose path is too long for them; "
+            "set TMPDIR or RAY_TMPDIR to a short path, e.g. RAY_TMPDIR=/tmp"
+        )
+    if "timed out during startup" in text:
+        return (
+            "its processes took longer than the 30 s that it gives them, as on a busy machine; "
+            "run the command again when the machine has less to do, or start Ray by `ray start --head` "
+            "and give --cluster.address=auto"
+        )
+    return None
+
+
+def take_signal(number: int, handle: Callable[[int, Any], None]) -> None:
+    """Calls ``handle`` on a signal and lets it take its time.
+
+    Ray's core (abseil's failure handler) answers SIGTERM with an alarm that aborts the process 3 s later, while the
+    driver still releases its lease.
+    """
+
+    def handle_in_peace(number: int, frame: Any) -> None:
+        signal.alarm(0)
+        handle(number, frame)
+
+    signal.signal(number, handle_in_peace)
+
+
+def keep_to_loopback(embedded: bool) -> None:
+    """Keeps the servers of an embedded Ray on the loopback interface; undoes this for a cluster.
+
+    Ray's servers listen on all interfaces unless the node's address is the loopback one. Ray replaces that address by
+    an outward one, except on systems that it believes unable to form a cluster.
+    """
+    variable = ray_constants.ENABLE_RAY_CLUSTERS_ENV_VAR
+    if embedded:
+        os.environ[variable] = "0"  # for the processes that Ray starts
+    else:
+        os.environ.pop(variable, None)
+    ray_constants.ENABLE_RAY_CLUSTER = not embedded  # for this process, which has read the variable already

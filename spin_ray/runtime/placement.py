@@ -1,0 +1,107 @@
+"""Checks that every stage of a run finds room in the cluster."""
+
+import time
+from collections.abc import Mapping
+
+import ray
+
+from spin_ray.config.recipe import SpinConfig
+from spin_ray.errors import ResourceError
+
+Bundles = list[dict[str, float]]
+"""Requests for resources, one for each actor or worker, e.g. ``[{"CPU": 2, "GPU": 1}] * 4``."""
+
+
+def demands(config: SpinConfig) -> dict[str, Bundles]:
+    """Returns the least that each stage needs at the same time."""
+    generation, train = config.generation, config.train
+    stages = {
+        "generation": [generation.resources.bundle] * (generation.min_replicas or generation.replicas),
+        "train": [train.resources.bundle] * (train.min_workers or train.workers),
+    }
+    if config.scorer:
+        stages["scorer"] = [config.scorer.resources.bundle] * config.scorer.replicas
+    return stages
+
+
+def check_fits(config: SpinConfig) -> None:
+    """Checks every stage against the nodes of the cluster; waits ``cluster.wait_for_nodes_s`` for nodes to join.
+
+    Raises:
+        ResourceError: a stage could never be placed; the message names its request and the nodes of the cluster.
+    """
+    deadline = time.monotonic() + config.cluster.wait_for_nodes_s
+    labels = {"generation": config.generation, "train": config.train, "scorer": config.scorer}
+    wanted = {stage: section.resources.labels for stage, section in labels.items() if section}
+    while problems := [
+        f"{stage} asks for {len(bundles)} × {shown(bundles[0])} "
+        f"({stage}.{'workers' if stage == 'train' else 'replicas'}, {stage}.resources)"
+        + (f" on nodes labelled {wanted[stage]}" if wanted[stage] else "")
+        for stage, bundles in demands(config).items()
+        if not placeable(bundles, _node_resources(wanted[stage]))
+    ]:
+        if time.monotonic() >= deadline:
+            nodes = "; ".join(shown(node) for node in _node_resources()) or "no nodes"
+            raise ResourceError(
+                f"{' and '.join(problems)}, but the cluster has: {nodes}; lower the request or add nodes"
+            )
+        _ask_autoscaler(config)
+        time.sleep(2)
+
+
+def placeable(bundles: Bundles, nodes: list[dict[str, float]]) -> bool:
+    """Tells whether the bundles find room on the nodes: largest first, each on the first node with room."""
+    room = [dict(node) for node in nodes]
+    for bundle in sorted(bundles, key=lambda bundle: sum(bundle.values()), reverse=True):
+        node = next((node for node in room if covers(node, bundle)), None)
+        if node is None:
+            return False
+        for name, amount in bundle.items():
+            node[name] -= amount
+    return True
+
+
+def covers(free: Mapping[str, float], needed: Mapping[str, float]) -> bool:
+    """Tells whether ``needed`` is free, up to half of Ray's resolution of 0.0001: five times 0.6 CPU are three."""
+    return all(free.get(name, 0) >= amount - 5e-5 for name, amount in needed.items())
+
+
+def in_the_cluster() -> str:
+    """Returns the end of an error message: ``the cluster has 8 CPU in 2 nodes, 2 CPU of them free``."""
+    nodes = _node_resources()
+    total = {name: sum(node.get(name, 0) for node in nodes) for node in nodes for name in node}
+    free = shown(ray.available_resources())
+    return f"the cluster has {shown(total)} in {len(nodes)} nodes, {free} of them free"
+
+
+def shown(resources: Mapping[str, float]) -> str:
+    """Returns the resources a person asks for, e.g. ``2 CPU, 1 GPU``; leaves out Ray's own (memory, node names)."""
+    named = [
+        f"{amount:g} {name}"
+        for name, amount in sorted(resources.items())
+        if not name.startswith(("node:", "object_", "memory"))
+    ]
+    return ", ".join(named) or "nothing"
+
+
+def is_selected(found: Mapping[str, str], selector: Mapping[str, str]) -> bool:
+    """Tells whether a node's labels fit Ray's selector: ``v``, ``!v``, ``in(v, w)`` or ``!in(v, w)`` a label."""
+    for label, condition in selector.items():
+        bare = condition.removeprefix("!")
+        values = [value.strip() for value in bare.removeprefix("in(").removesuffix(")").split(",")]
+        if (found.get(label) in values) == condition.startswith("!"):
+            return False
+    return True
+
+
+def _node_resources(labels: Mapping[str, str] | None = None) -> list[dict[str, float]]:
+    """Returns the resources of each living node that the label selector admits."""
+    nodes = [node for node in ray.nodes() if node["Alive"]]
+    return [node["Resources"] for node in nodes if is_selected(node.get("Labels") or {}, labels or {})]
+
+
+def _ask_autoscaler(config: SpinConfig) -> None:
+    from ray.autoscaler.sdk import request_resources
+
+    largest = max(demands(config).values(), key=lambda bundles: sum(sum(bundle.values()) for bundle in bundles))
+    request_resources(bundles=largest)

@@ -1,0 +1,109 @@
+"""Settles ``train.precision: auto`` for a whole run, on the driver."""
+
+import hashlib
+import json
+import logging
+import os
+import subprocess
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Literal
+
+from spin_ray.config.recipe import SpinConfig
+from spin_ray.config.sections import ResourcesConfig
+from spin_ray.errors import first_line
+from spin_ray.run_dir.run_dir import RunDir
+from spin_ray.runtime import cpu
+from spin_ray.runtime.probes import in_own_process, once_per_boot
+
+logger = logging.getLogger(__name__)
+
+Precision = Literal["bf16", "fp32"]
+
+_RACE = """
+import os, time, torch
+torch.set_num_threads(int(os.environ["OMP_NUM_THREADS"]))
+def fastest(dtype):
+    a = torch.ones(512, 512, dtype=dtype)
+    a @ a.T
+    seconds = []
+    while not seconds or (sum(seconds) < 0.3 and len(seconds) < 50):
+        start = time.perf_counter()
+        a @ a.T
+        seconds.append(time.perf_counter() - start)
+    return min(seconds)
+print("bf16" if fastest(torch.bfloat16) < fastest(torch.float32) else "fp32")
+"""
+"""The fastest of many products counts, as other programs compute at the same time."""
+_CARD = """
+import torch
+old = torch.cuda.is_available() and not torch.cuda.is_bf16_supported(including_emulation=False)
+print("fp32" if old else "bf16")
+"""
+_KERNELS = ("ONEDNN_MAX_CPU_ISA", "ATEN_CPU_CAPABILITY", "OMP_NUM_THREADS")
+"""Variables that decide how fast a CPU multiplies."""
+_NVIDIA = Path("/dev/nvidiactl")
+
+
+def with_precision(config: SpinConfig, run: RunDir | None = None) -> SpinConfig:
+    """Returns ``config`` with bf16 or fp32 in place of ``train.precision: auto``.
+
+    A run keeps the precision it began with, on every machine: run.json holds it, and the digests of its artefacts
+    contain it. All workers of a run take it from this config.
+
+    Raises:
+        RunDirError: run.json is damaged.
+    """
+    if config.train.precision != "auto":
+        return config
+    precision = (_stored(run) if run else None) or faster_precision(config.train.resources)
+    return config.model_copy(update={"train": config.train.model_copy(update={"precision": precision})})
+
+
+def faster_precision(resources: ResourcesConfig) -> Precision:
+    """Returns the precision in which a train worker computes faster.
+
+    Workers with a GPU: bf16, unless this machine has a card without it. A driver without a card cannot ask theirs.
+    Workers without one: measured on this machine's CPU.
+    """
+    return _of_card() if resources.gpus else _of_cpu(resources.threads)
+
+
+def _stored(run: RunDir) -> Precision | None:
+    """Returns the precision in run.json; None where no run has begun."""
+    if not run.storage.exists("run.json"):
+        return None
+    precision = run.config().train.precision
+    return None if precision == "auto" else precision
+
+
+def _of_cpu(threads: int) -> Precision:
+    """Times a product of matrices in both; CPUs without instructions for bf16 emulate it (benchmarks/README.md)."""
+    environment = os.environ | cpu.environment(threads)
+    kernels = json.dumps([environment.get(name) for name in _KERNELS])
+    name = f"cpu-precision-{hashlib.sha256(kernels.encode()).hexdigest()[:12]}"
+    return _told(name, _RACE, environment, otherwise="fp32")
+
+
+def _of_card() -> Precision:
+    if not _NVIDIA.exists():
+        return "bf16"
+    return _told("gpu-precision", _CARD, os.environ, otherwise="bf16")
+
+
+def _told(name: str, program: str, environment: Mapping[str, str], otherwise: Precision) -> Precision:
+    """Returns what ``program`` prints, or ``otherwise`` where it dies."""
+
+    def ask() -> str:
+        try:
+            ended = in_own_process(program, environment)
+        except subprocess.TimeoutExpired as error:
+            why = first_line(error)
+        else:
+            if ended.returncode == 0:
+                return ended.stdout.strip()
+            why = (ended.stderr.splitlines() or [f"exit code {ended.returncode}"])[-1]
+        logger.warning("train.precision: bf16 and fp32 could not be compared (%s); %s is taken", why, otherwise)
+        return otherwise
+
+    return "bf16" if once_per_boot(name, ask) == "bf16" else "fp32"

@@ -1,0 +1,29 @@
+"""Finds out what this machine can do: by a program of its own, once per boot."""
+
+import os
+import subprocess
+import sys
+import tempfile
+from collections.abc import Callable, Mapping
+from pathlib import Path
+
+
+def in_own_process(program: str, environment: Mapping[str, str]) -> subprocess.CompletedProcess[str]:
+    """Runs a Python program that may die, and that keeps no memory or GPU afterwards."""
+    return subprocess.run(
+        [sys.executable, "-c", program], env=environment, capture_output=True, text=True, timeout=120, check=False
+    )
+
+
+def once_per_boot(name: str, find: Callable[[], str]) -> str:
+    """Returns what ``find`` returned first since the machine was booted."""
+    boot = Path("/proc/sys/kernel/random/boot_id").read_text().strip()
+    memo = Path(tempfile.gettempdir()) / f"spin-ray-{os.getuid()}-{name}-{boot}"
+    try:
+        return memo.read_text()
+    except FileNotFoundError:
+        found = find()
+        part = memo.with_name(f"{memo.name}.{os.getpid()}")
+        part.write_text(found)
+        part.replace(memo)  # no other process reads half of it
+        return found

@@ -1,0 +1,96 @@
+"""Waits for Ray, with a limit: for free resources, for rows, for work that moves."""
+
+import queue
+import threading
+import time
+from collections.abc import Callable, Iterable, Iterator
+from typing import Any, TypeVar
+
+import ray
+
+from spin_ray.errors import StageError
+from spin_ray.runtime.placement import Bundles, covers, in_the_cluster, shown
+
+Row = TypeVar("Row")
+
+
+def wait_until_free(bundles: Bundles, timeout_s: float, stage: str) -> None:
+    """Waits until the last stage has let go of the resources that ``stage`` needs.
+
+    Raises:
+        StageError: still taken after ``timeout_s`` seconds.
+    """
+    deadline = time.monotonic() + timeout_s
+    needed: dict[str, float] = {}
+    for bundle in bundles:
+        for name, amount in bundle.items():
+            needed[name] = needed.get(name, 0) + amount
+    while not covers(ray.available_resources(), needed):
+        if time.monotonic() > deadline:
+            raise StageError(f"{stage}: waited {timeout_s:.0f} s for {shown(needed)} to be free; {in_the_cluster()}")
+        time.sleep(0.1)
+
+
+def with_deadline(rows: Iterable[Row], first_s: float, next_s: float, what: str) -> Iterator[Row]:
+    """Yields ``rows`` as they come.
+
+    Raises:
+        StageError: no first row within ``first_s`` seconds, or no further one within ``next_s``.
+    """
+    done = object()
+    arrived: queue.Queue[Any] = queue.Queue()
+
+    def pump() -> None:
+        try:
+            for row in rows:
+                arrived.put(row)
+            arrived.put(done)
+        except BaseException as error:
+            arrived.put(error)
+
+    threading.Thread(target=pump, name=what, daemon=True).start()
+    timeout_s = first_s
+    while True:
+        try:
+            item = arrived.get(timeout=timeout_s)
+        except queue.Empty:
+            raise StageError(f"waited {timeout_s:.0f} s for {what}; {in_the_cluster()}") from None
+        if item is done:
+            return
+        if isinstance(item, BaseException):
+            raise item
+        timeout_s = next_s
+        yield item
+
+
+def while_it_moves(call: Callable[[], Row], progress: Callable[[], Any], limit_s: float, what: str) -> Row:
+    """Returns what ``call`` returns, as long as ``progress()`` changes now and then.
+
+    Raises:
+        StageError: ``progress()`` was the same for ``limit_s`` seconds. The call goes on in its thread, which ends
+            with the driver.
+    """
+    ended: queue.Queue[tuple[Any, BaseException | None]] = queue.Queue()
+
+    def run() -> None:
+        try:
+            ended.put((call(), None))
+        except BaseException as error:
+            ended.put((None, error))
+
+    threading.Thread(target=run, name=what, daemon=True).start()
+    seen, since = progress(), time.monotonic()
+    while True:
+        try:
+            result, error = ended.get(timeout=min(limit_s / 4, 30))
+        except queue.Empty:
+            if (now := progress()) != seen:
+                seen, since = now, time.monotonic()
+            elif time.monotonic() - since > limit_s:
+                raise StageError(
+                    f"waited {limit_s:.0f} s for {what}; {in_the_cluster()}; run the command again to go on"
+                ) from None
+            continue
+        if error is not None:
+            raise error
+        return result

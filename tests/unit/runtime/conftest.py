@@ -1,0 +1,18 @@
+"""A cluster as Ray would describe it; no Ray is started."""
+
+from typing import Any
+
+import pytest
+import ray
+
+from spin_ray.runtime import placement
+
+
+@pytest.fixture
+def cluster(monkeypatch):
+    """Nodes and free resources, as Ray would tell them; a test changes both."""
+    told: dict[str, Any] = {"nodes": [{"CPU": 2.0}], "free": {"CPU": 2.0}, "asked": []}
+    monkeypatch.setattr(placement, "_node_resources", lambda labels=None: told["nodes"])
+    monkeypatch.setattr(ray, "available_resources", lambda: told["free"])
+    monkeypatch.setattr(placement, "_ask_autoscaler", told["asked"].append)
+    return told
