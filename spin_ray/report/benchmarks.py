@@ -19,8 +19,8 @@ from spin_ray.errors import ConfigError, StageError, UserError, first_line, last
 from spin_ray.report.harness import Backend, Benchmark, Request, measure
 from spin_ray.report.model_card import write_card
 from spin_ray.report.redaction import hide_in_text
-from spin_ray.run_dir.names import api_name
-from spin_ray.run_dir.run_dir import RunDir, iterate_name
+from spin_ray.run_dir.names import api_name, iterate_name
+from spin_ray.run_dir.run_dir import RunDir
 from spin_ray.runtime.actors import task_options
 from spin_ray.runtime.connect import connect
 

@@ -15,7 +15,9 @@ from tokenizers import Tokenizer
 from spin_ray.config.recipe import SpinConfig
 from spin_ray.inputs.rendering import load_tokenizer
 from spin_ray.report.margins import row_margins
-from spin_ray.run_dir.run_dir import Artefact, RunDir, iterate_name
+from spin_ray.run_dir.artefact import Artefact
+from spin_ray.run_dir.names import iterate_name
+from spin_ray.run_dir.run_dir import RunDir
 
 
 @dataclass(frozen=True, slots=True)

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 
 from spin_ray.config.recipe import SpinConfig
 from spin_ray.run_dir.events import BESIDE, Event, Span, spans, split_stage
-from spin_ray.run_dir.run_dir import iterate_number
+from spin_ray.run_dir.names import iterate_number
 
 PREPARATION = -1
 

@@ -13,7 +13,9 @@ from typing import Any
 from spin_ray.config.recipe import SpinConfig
 from spin_ray.errors import RunDirError
 from spin_ray.report.measures import Evaluation, stop_evidence
-from spin_ray.run_dir.run_dir import RunDir, iterate_name, iterate_number, read_json_lines
+from spin_ray.run_dir.events import read_json_lines
+from spin_ray.run_dir.names import iterate_name, iterate_number
+from spin_ray.run_dir.run_dir import RunDir
 
 
 def read_evaluations(run: RunDir, config: SpinConfig) -> list[Evaluation]:

@@ -34,7 +34,9 @@ from spin_ray.learner.losses import pair_logps, response_logps
 from spin_ray.learner.step import PackShape, pair_lengths, plan
 from spin_ray.report.margins import SCORE_SCHEMA, margin_measures
 from spin_ray.report.measures import distinct_ngrams, duplicate_share, standard_error, warnings
-from spin_ray.run_dir.run_dir import Artefact, RunDir, part_name
+from spin_ray.run_dir.artefact import Artefact
+from spin_ray.run_dir.names import part_name
+from spin_ray.run_dir.run_dir import RunDir
 from spin_ray.run_dir.schemas import PAIR_SCHEMA
 from spin_ray.runtime.workers import device, run_workers
 
@@ -169,7 +171,7 @@ def _score(
         "workers": config.train.workers,
     }
     work: dict[str, float] = {}
-    if not target.is_current(inputs, settings):
+    if not target.already_made(inputs, settings):
         rows = {whose: _pair_rows(*_read(run_dir.heldout, samples), whose) for whose, samples in samples_of.items()}
         both = pa.concat_tables(list(rows.values()))
         of_initial = [] if initial.name == previous.name else [(initial, rows["self"])]

@@ -14,7 +14,9 @@ import pyarrow.compute as pc
 
 from spin_ray.config.recipe import SpinConfig
 from spin_ray.errors import DataError, HealthError
-from spin_ray.run_dir.run_dir import Artefact, FileEntry, RunDir, part_name
+from spin_ray.run_dir.artefact import Artefact, FileEntry
+from spin_ray.run_dir.names import part_name
+from spin_ray.run_dir.run_dir import RunDir
 from spin_ray.run_dir.schemas import PAIR_SCHEMA
 
 
@@ -64,7 +66,7 @@ def make(
         HealthError: the opponent answers at quite another length than the first one did.
     """
     target = run_dir.pairs(iteration)
-    if target.is_current(fresh.inputs, fresh.settings):
+    if target.already_made(fresh.inputs, fresh.settings):
         return
     with run_dir.stage(target.path) as counted:
         played = run_dir.generations(iteration)

@@ -15,7 +15,9 @@ import pyarrow as pa
 from spin_ray.config.recipe import SpinConfig
 from spin_ray.inputs.conversations import Conversation
 from spin_ray.inputs.rendering import ChatRenderer, Rendered, RenderError
-from spin_ray.run_dir.run_dir import Artefact, RunDir, part_name
+from spin_ray.run_dir.artefact import Artefact
+from spin_ray.run_dir.names import part_name
+from spin_ray.run_dir.run_dir import RunDir
 from spin_ray.run_dir.schemas import PAIR_SCHEMA, PROMPT_SCHEMA
 
 LABELS = ("[keep]", "[minor]", "[major]")
@@ -57,7 +59,7 @@ def training_rows(
     minor_from = config.reviser.minor_from
     inputs = {artefact.path: artefact.manifest().digest for artefact in (run_dir.prompts, answers)}
     settings = {"minor_from": minor_from, "max_length": config.model.max_length}
-    if target.is_current(inputs, settings):
+    if target.already_made(inputs, settings):
         return
 
     def row(prompt: Row, answer: Row, text: str) -> Row | str:
@@ -90,7 +92,7 @@ def revision_prompts(
     """Commits the prompts that ask the reviser about θ_t's answers; ``real_ids`` are the answer that it may keep."""
     inputs = {artefact.path: artefact.manifest().digest for artefact in (prompts, answers)}
     settings = {"max_length": config.model.max_length}
-    if target.is_current(inputs, settings):
+    if target.already_made(inputs, settings):
         return
 
     def row(prompt: Row, answer: Row, text: str) -> Row | str:
