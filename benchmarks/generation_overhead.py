@@ -18,7 +18,8 @@ from spin_ray.config.sections import SpinConfig
 from spin_ray.inputs.check import check_recipe
 from spin_ray.inputs.embedded import resolve
 from spin_ray.loop.stages import generation, prompts
-from spin_ray.run_dir.run_dir import Artefact, RunDir
+from spin_ray.run_dir.artefact import Artefact
+from spin_ray.run_dir.run_dir import RunDir
 from spin_ray.run_dir.storage import Storage
 from spin_ray.runtime.engine import EngineSpec, VllmEngine
 from spin_ray.runtime.resources import connect

@@ -22,7 +22,8 @@ from spin_ray.inputs.embedded import resolve
 from spin_ray.inputs.model_folder import open_model
 from spin_ray.loop.algorithms.base import margin_objective
 from spin_ray.loop.stages.training import stage as training
-from spin_ray.run_dir.run_dir import RunDir, part_name
+from spin_ray.run_dir.names import part_name
+from spin_ray.run_dir.run_dir import RunDir
 from spin_ray.run_dir.storage import Storage
 from spin_ray.runtime.cpu import keep_freed_memory
 from spin_ray.runtime.resources import connect

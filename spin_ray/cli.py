@@ -75,7 +75,8 @@ def evaluate(run_folder: str, tasks: str, iterate: str, include: str | None, **o
     """Run lm-eval benchmarks on iterates of RUN; results in RUN/<iterate>/eval.json."""
     from spin_ray.report import benchmarks as lm_eval_tasks
     from spin_ray.report.history import find_iterate, model_path
-    from spin_ray.run_dir.run_dir import RunDir, iterate_name
+    from spin_ray.run_dir.names import iterate_name
+    from spin_ray.run_dir.run_dir import RunDir
     from spin_ray.run_dir.storage import Storage
 
     run = RunDir(Storage(run_folder))
@@ -104,7 +105,8 @@ def judge_(run_folder: str, iterates: tuple[str, str], endpoint: str, model: str
     """Let a model judge between the held-out answers of two iterates, in both orders."""
     from spin_ray.report import judge
     from spin_ray.report.history import find_iterate
-    from spin_ray.run_dir.run_dir import RunDir, iterate_name
+    from spin_ray.run_dir.names import iterate_name
+    from spin_ray.run_dir.run_dir import RunDir
     from spin_ray.run_dir.storage import Storage
 
     run = RunDir(Storage(run_folder))

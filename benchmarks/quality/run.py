@@ -44,7 +44,9 @@ from arms import (
 
 from spin_ray.inputs.check import versions
 from spin_ray.inputs.embedded import resolve
-from spin_ray.run_dir.run_dir import RunDir, iterate_name, read_json_lines
+from spin_ray.run_dir.events import read_json_lines
+from spin_ray.run_dir.names import iterate_name
+from spin_ray.run_dir.run_dir import RunDir
 from spin_ray.run_dir.storage import Storage
 
 ROOT = Path(__file__).resolve().parents[2]

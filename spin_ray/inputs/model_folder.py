@@ -8,8 +8,8 @@ from typing import Any, Protocol
 
 from spin_ray.config.sections import ModelConfig
 from spin_ray.errors import ConfigError, ModelError, first_line
-from spin_ray.run_dir.run_dir import folder_digest, folder_entries
-from spin_ray.run_dir.storage import Digest
+from spin_ray.run_dir.artefact import folder_entries
+from spin_ray.run_dir.storage import Digest, folder_digest
 
 _CODE_OR_PICKLE = (".py", ".bin", ".pt", ".pth", ".pkl", ".pickle", ".ckpt", ".joblib")
 

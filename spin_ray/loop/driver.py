@@ -25,7 +25,9 @@ from spin_ray.report.measures import Evaluation
 from spin_ray.report.model_card import write_card
 from spin_ray.report.progress import RunProgress
 from spin_ray.report.tracking import track
-from spin_ray.run_dir.run_dir import RunDir, folder_digest, iterate_name
+from spin_ray.run_dir.names import iterate_name
+from spin_ray.run_dir.run_dir import RunDir
+from spin_ray.run_dir.storage import folder_digest
 from spin_ray.runtime.engine import EngineSpec, GenerationEngine, StartEngine
 from spin_ray.runtime.model_sharing import share
 from spin_ray.runtime.resources import check_fits, connect

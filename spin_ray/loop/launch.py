@@ -8,9 +8,11 @@ from typing import Any, Self
 from spin_ray.config.sections import SpinConfig
 from spin_ray.inputs.check import Inputs, check_recipe, find_inputs
 from spin_ray.report.history import evidence_to_stop, read_evaluations
+from spin_ray.run_dir.artefact import Artefact
 from spin_ray.run_dir.lease import Lease
+from spin_ray.run_dir.names import iterate_name, iterate_number
 from spin_ray.run_dir.object_storage import open_storage
-from spin_ray.run_dir.run_dir import Artefact, RunDir, iterate_name, iterate_number
+from spin_ray.run_dir.run_dir import RunDir
 from spin_ray.runtime.engine import StartEngine, VllmEngine
 
 logger = logging.getLogger(__name__)

@@ -18,6 +18,7 @@ from math import ceil
 from spin_ray.config.sections import OptimizerConfig, SpinConfig
 from spin_ray.planning.hardware import GB, GIB, Hardware
 from spin_ray.planning.model_shape import ModelShape
+from spin_ray.run_dir.names import iteration_name
 
 RUNTIME = 2 * GB
 """CUDA context, communication buffers, workspaces, fragmentation. An assumption."""
@@ -413,7 +414,7 @@ def plan_run(config: SpinConfig, shape: ModelShape, devices: Devices, work: Work
         phases.append(Phase(first="sft", last="sft", count=1, stages=(warm_up,)))
     for iteration in range(config.iterations + 1):
         stages = iteration_costs(config, shape, devices, work, iteration)
-        name = f"iter_{iteration:03d}" if iteration < config.iterations else "last iterate"
+        name = iteration_name(iteration) if iteration < config.iterations else "last iterate"
         if phases and phases[-1].stages == stages:
             phases[-1] = replace(phases[-1], last=name, count=phases[-1].count + 1)
         elif stages:

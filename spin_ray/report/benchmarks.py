@@ -23,8 +23,8 @@ from spin_ray.config.sections import EngineConfig, ResourcesConfig, SpinConfig
 from spin_ray.errors import ConfigError, StageError, UserError, first_line, last_line
 from spin_ray.report.model_card import write_card
 from spin_ray.report.redaction import hide_in_text
-from spin_ray.run_dir.names import api_name
-from spin_ray.run_dir.run_dir import RunDir, iterate_name
+from spin_ray.run_dir.names import api_name, iterate_name
+from spin_ray.run_dir.run_dir import RunDir
 from spin_ray.runtime import cpu
 from spin_ray.runtime.engine import platform, prepare_process
 from spin_ray.runtime.resources import connect

@@ -7,7 +7,10 @@ from spin_ray.errors import ConfigError, RunDirError, first_line
 from spin_ray.report.history import find_iterate
 from spin_ray.report.model_card import model_card
 from spin_ray.report.redaction import hide_in_text
-from spin_ray.run_dir.run_dir import CARD, MANIFEST, RunDir, iterate_name
+from spin_ray.run_dir.artefact import CARD
+from spin_ray.run_dir.names import iterate_name
+from spin_ray.run_dir.run_dir import RunDir
+from spin_ray.run_dir.storage import MANIFEST
 
 HUB = "hub:"
 

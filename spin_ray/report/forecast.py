@@ -5,13 +5,12 @@ A turn t is the driver's: θ_t answers and is evaluated, then θ_{t+1} is traine
 as long. What no turn has shown yet is not known, and is said to come on top.
 """
 
-import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 from spin_ray.config.sections import SpinConfig
 from spin_ray.run_dir.events import BESIDE, Event, Span, spans, split_stage
-from spin_ray.run_dir.run_dir import iterate_number
+from spin_ray.run_dir.names import is_iterate_name, iterate_number
 
 PREPARATION = -1
 
@@ -78,7 +77,7 @@ def forecast(config: SpinConfig, events: Sequence[Event], now: float, running_le
 def turn_of(stage: str) -> int:
     """The turn of an event's stage: what θ_t does is turn t, what makes θ_t is turn t − 1."""
     folder, _, name = stage.partition(" ")[0].rpartition("/")
-    if not re.fullmatch(r"sft|iter_\d+", folder):
+    if not is_iterate_name(folder):
         return PREPARATION
     return iterate_number(folder) - (0 if name in ("heldout_samples", "evaluation") else 1)
 

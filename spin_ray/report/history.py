@@ -4,7 +4,6 @@ Reads committed artefacts and logs only, so it works while the run goes on and a
 """
 
 import json
-import re
 from collections.abc import Iterator
 from contextlib import suppress
 from dataclasses import dataclass, field
@@ -21,7 +20,10 @@ from spin_ray.errors import RunDirError
 from spin_ray.inputs.rendering import load_tokenizer
 from spin_ray.report.margins import row_margins
 from spin_ray.report.measures import Evaluation, stop_evidence
-from spin_ray.run_dir.run_dir import Artefact, RunDir, iterate_name, iterate_number, read_json_lines
+from spin_ray.run_dir.artefact import Artefact
+from spin_ray.run_dir.events import read_json_lines
+from spin_ray.run_dir.names import SELF, is_iterate_name, is_sample_of, iterate_name, iterate_number, prompt_of
+from spin_ray.run_dir.run_dir import RunDir
 
 
 @dataclass(frozen=True, slots=True)
@@ -117,8 +119,8 @@ def find_iterate(run: RunDir, iterate: str) -> int:
     """
     name = (run.latest() or "") if iterate == "latest" else iterate
     number = -1
-    if re.fullmatch(r"\d+|sft|iter_\d+", name):
-        number = int(name) if name.isdigit() else iterate_number(name)
+    if name.isdecimal() or is_iterate_name(name):
+        number = int(name) if name.isdecimal() else iterate_number(name)
     if not 0 <= number <= run.config().iterations or (number and not run.model(number).is_committed):
         there = [iterate_name(n) for n in range(run.config().iterations + 1) if run.model(n).is_committed]
         raise RunDirError(f"{run.storage.root}: has no iterate {iterate}; it has {', '.join(there) or 'none yet'}")
@@ -145,7 +147,7 @@ def _own_margins(run: RunDir, config: SpinConfig, name: str) -> dict[str, float]
     frame = row_margins(pa.concat_tables(list(scores.tables())), name, evaluation["opponent"], evaluation["beta"])[
         "margin"
     ]
-    return {key.removesuffix("/self"): float(margin) for key, margin in frame.items() if str(key).endswith("/self")}
+    return {prompt_of(str(key)): float(margin) for key, margin in frame.items() if is_sample_of(str(key), SELF)}
 
 
 def _pick_rows(prompt_ids: list[str], margins: list[dict[str, float]], limit: int) -> list[int]:

@@ -10,6 +10,7 @@ import numpy as np
 import pyarrow as pa
 
 from spin_ray.report.measures import standard_error
+from spin_ray.run_dir.names import SELF, is_sample_of
 
 SCORE_SCHEMA = pa.schema(
     [pa.field("pair_id", pa.string()), pa.field("model", pa.string())]
@@ -43,7 +44,7 @@ def margin_measures(scores: pa.Table, model: str, opponent: str, base: str, beta
     measures: dict[str, Any] = {"beta": beta, "real_logp_drift": float(frame["real"].mean())}
     errors: dict[str, float] = {}
     for whose in ("opponent", "self"):
-        rows = frame[frame.index.str.endswith(f"/{whose}")]
+        rows = frame[[is_sample_of(key, whose) for key in frame.index]]
         margin = rows["margin"].to_numpy()
         by_row = {
             "loss": np.logaddexp(0.0, -margin),
@@ -51,7 +52,7 @@ def margin_measures(scores: pa.Table, model: str, opponent: str, base: str, beta
             "accuracy": (margin > 0).astype(np.float64),
             "generated_logp_drift": rows["generated"].to_numpy(),
         }
-        shares = [share for pair_id, share in concentrations.items() if pair_id.endswith(f"/{whose}")]
+        shares = [share for pair_id, share in concentrations.items() if is_sample_of(pair_id, whose)]
         if shares:
             by_row["margin_concentration"] = np.asarray(shares)
         measures[f"against_{whose}"] = {key: float(values.mean()) for key, values in by_row.items()}
@@ -60,7 +61,7 @@ def margin_measures(scores: pa.Table, model: str, opponent: str, base: str, beta
     measures["jsd_lower_bound"] = (math.log(2) - measures["against_opponent"]["loss"]) / 2
     errors["jsd_lower_bound"] = errors["against_opponent.loss"] / 2
     from_base = row_margins(scores, model, base, beta)["generated"]
-    from_base = from_base[from_base.index.str.endswith("/self")].to_numpy()
+    from_base = from_base[[is_sample_of(key, SELF) for key in from_base.index]].to_numpy()
     measures["kl_to_base"], errors["kl_to_base"] = float(from_base.mean()), standard_error(from_base)
     return measures | {"standard_errors": errors}
 

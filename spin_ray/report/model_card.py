@@ -13,7 +13,9 @@ import yaml
 from spin_ray.config.sections import SpinConfig
 from spin_ray.report.measures import CONFIDENCE, MEASURES
 from spin_ray.report.redaction import hide, hide_in_text
-from spin_ray.run_dir.run_dir import CARD, RunDir, iterate_name
+from spin_ray.run_dir.artefact import CARD
+from spin_ray.run_dir.names import iterate_name
+from spin_ray.run_dir.run_dir import RunDir
 
 HUB_DATA = "hf://datasets/"
 

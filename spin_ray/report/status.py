@@ -12,8 +12,9 @@ from spin_ray.report.forecast import duration
 from spin_ray.report.history import read_evaluations, read_examples
 from spin_ray.report.measures import MEASURES, Evaluation, warnings
 from spin_ray.report.progress import PROGRESS
-from spin_ray.run_dir.events import Event, lost_work, spans, stage_seconds
-from spin_ray.run_dir.run_dir import RunDir, iterate_number, read_json_lines
+from spin_ray.run_dir.events import Event, lost_work, read_json_lines, spans, stage_seconds
+from spin_ray.run_dir.names import iterate_number
+from spin_ray.run_dir.run_dir import RunDir
 
 EXAMPLES = 3
 RECENT_STEPS = 10

@@ -22,7 +22,9 @@ from spin_ray.errors import first_line
 from spin_ray.report import gauges
 from spin_ray.report.measures import MEASURES
 from spin_ray.report.redaction import hide
-from spin_ray.run_dir.run_dir import RunDir, iterate_name, read_json_lines
+from spin_ray.run_dir.events import read_json_lines
+from spin_ray.run_dir.names import iterate_name
+from spin_ray.run_dir.run_dir import RunDir
 
 logger = logging.getLogger(__name__)
 

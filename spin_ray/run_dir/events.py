@@ -1,12 +1,85 @@
 """A run's events.jsonl as stages in time."""
 
+import json
+import logging
+import time
 from collections import defaultdict
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from typing import Any
 
+from spin_ray.errors import RunDirError, StageError
+from spin_ray.run_dir.storage import Storage
+
+logger = logging.getLogger(__name__)
+
 Event = dict[str, Any]
+EVENTS = "events.jsonl"
 BESIDE = ("benchmarks", "judging")
 """Stages that other commands run, maybe beside the driver."""
+
+
+def write_event(storage: Storage, event: str, stage: str, **values: Any) -> None:
+    """Adds a line to the log."""
+    line = {"time": round(time.time(), 3), "event": event, "stage": stage, **values}
+    storage.append(EVENTS, json.dumps(line) + "\n")
+
+
+def read_events(storage: Storage) -> list[Event]:
+    """The complete lines of the log."""
+    return read_json_lines(storage, EVENTS)
+
+
+def read_json_lines(storage: Storage, name: str) -> list[dict[str, Any]]:
+    """Complete lines of a log; a line that a crash cut short is left out."""
+    try:
+        text = storage.read(name).decode()
+    except FileNotFoundError:
+        return []
+    lines = []
+    for line in text.splitlines(keepends=True):
+        with suppress(ValueError):
+            if line.endswith("\n"):
+                lines.append(json.loads(line))
+    return lines
+
+
+@contextmanager
+def stage(storage: Storage, name: str) -> Iterator[dict[str, Any]]:
+    """Logs start, then commit or failure with wall time; the body adds what it counted to the yielded dict.
+
+    ``tokens`` become ``tokens_per_s`` of wall time. ``work_s``, the seconds of generating, scoring and stepping
+    (mean over replicas), becomes ``useful``, their share of wall time: the rest is starting, loading, writing.
+    """
+    counted: dict[str, Any] = {}
+    write_event(storage, "start", name)
+    started = time.monotonic()
+    try:
+        yield counted
+    except BaseException as error:
+        with suppress(StageError, RunDirError):  # a log that cannot be written must not hide why the stage failed
+            write_event(
+                storage,
+                "failure",
+                name,
+                seconds=round(time.monotonic() - started, 3),
+                error=f"{type(error).__name__}: {error}"[:500],
+            )
+        raise
+    seconds = time.monotonic() - started
+    if "tokens" in counted:
+        counted["tokens_per_s"] = round(counted["tokens"] / seconds, 1)
+    if "work_s" in counted:
+        counted["useful"] = round(counted.pop("work_s") / seconds, 3)
+        logger.info("%s: %.0f s, %.0f %% of it useful work", name, seconds, 100 * counted["useful"])
+    write_event(storage, "commit", name, seconds=round(seconds, 3), **counted)
+
+
+def was_cut_off(storage: Storage, stage: str) -> bool:
+    """Whether the last attempt at a stage began and did not commit: what it had in hand was lost."""
+    told = [event["event"] for event in read_events(storage) if event["stage"] == stage and event["event"] != "lost"]
+    return bool(told) and told[-1] != "commit"
 
 
 @dataclass(frozen=True, slots=True)

@@ -5,8 +5,8 @@ from pathlib import Path
 
 from spin_ray.errors import RunDirError
 from spin_ray.inputs.model_folder import open_model
-from spin_ray.run_dir.names import LATEST, age, api_name, is_iterate
-from spin_ray.run_dir.run_dir import RunDir, iterate_number
+from spin_ray.run_dir.names import LATEST, age, api_name, is_iterate, iterate_number
+from spin_ray.run_dir.run_dir import RunDir
 
 ALL = "all"
 

@@ -16,7 +16,8 @@ import pytest
 
 from spin_ray.config.sections import SpinConfig
 from spin_ray.errors import StageError
-from spin_ray.run_dir.run_dir import RunDir, read_json_lines
+from spin_ray.run_dir.events import read_json_lines
+from spin_ray.run_dir.run_dir import RunDir
 from spin_ray.run_dir.storage import ATTEMPTS, Storage, table_from_bytes
 from tests.support import small_run
 from tests.support.faulty_disk import FAULTS, FaultyDisk, Killed

@@ -20,7 +20,7 @@ from spin_ray.run_dir import object_storage
 from spin_ray.run_dir.fence import LEASE
 from spin_ray.run_dir.lease import Lease
 from spin_ray.run_dir.object_storage import ObjectStorage, open_storage
-from spin_ray.run_dir.run_dir import MANIFEST
+from spin_ray.run_dir.storage import MANIFEST
 from tests.support import small_run
 from tests.support.small_run import committed
 

@@ -9,7 +9,8 @@ import torch
 from spin_ray.config.sections import SpinConfig
 from spin_ray.errors import HealthError
 from spin_ray.learner import step as loop
-from spin_ray.run_dir.run_dir import RunDir, read_json_lines
+from spin_ray.run_dir.events import read_json_lines
+from spin_ray.run_dir.run_dir import RunDir
 from spin_ray.run_dir.storage import Storage
 from tests.support import small_run
 from tests.support.small_run import committed

@@ -28,8 +28,9 @@ from spin_ray.inputs.embedded import resolve
 from spin_ray.inputs.model_folder import open_model
 from spin_ray.loop.launch import run_spin
 from spin_ray.run_dir import object_storage
+from spin_ray.run_dir.events import read_json_lines
 from spin_ray.run_dir.object_storage import ObjectStorage
-from spin_ray.run_dir.run_dir import RunDir, read_json_lines
+from spin_ray.run_dir.run_dir import RunDir
 from spin_ray.runtime import model_sharing as distribution
 from spin_ray.runtime.engine import Completion, EngineSpec
 from spin_ray.runtime.model_sharing import share

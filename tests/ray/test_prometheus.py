@@ -10,7 +10,7 @@ from prometheus_client.parser import text_string_to_metric_families
 from spin_ray.config.sections import TrackingConfig
 from spin_ray.report import gauges
 from spin_ray.report.tracking import points, track
-from spin_ray.run_dir.run_dir import read_json_lines
+from spin_ray.run_dir.events import read_json_lines
 from tests.support.made_up_run import made_up_run
 
 EXPORT_S = 60

@@ -13,7 +13,9 @@ import pytest
 
 from spin_ray.config.sections import override
 from spin_ray.errors import ConfigError, DataError, RunDirError
-from spin_ray.run_dir.run_dir import RunDir, folder_digest, folder_entries
+from spin_ray.run_dir.artefact import folder_entries
+from spin_ray.run_dir.run_dir import RunDir
+from spin_ray.run_dir.storage import folder_digest
 from spin_ray.serving.app import build
 from spin_ray.serving.batch import compare_rows, read_rows
 from spin_ray.serving.engines import build_engine

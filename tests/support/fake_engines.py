@@ -5,9 +5,9 @@ import tempfile
 from collections.abc import AsyncIterator
 from typing import Any
 
-from spin_ray.run_dir.names import Names
 from spin_ray.serving.arena.votes import VoteStore
 from spin_ray.serving.backend import CHAT, TOKENS, Item
+from spin_ray.serving.names import Names
 
 USAGE = {"prompt_tokens": 1, "completion_tokens": 2, "total_tokens": 3}
 

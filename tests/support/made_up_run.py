@@ -10,7 +10,8 @@ import pyarrow as pa
 from spin_ray.inputs.embedded import resolve
 from spin_ray.inputs.rendering import ChatRenderer, load_tokenizer
 from spin_ray.report.margins import SCORE_SCHEMA
-from spin_ray.run_dir.run_dir import RunDir, iterate_name
+from spin_ray.run_dir.names import iterate_name
+from spin_ray.run_dir.run_dir import RunDir
 from spin_ray.run_dir.schemas import GENERATION_SCHEMA, PAIR_SCHEMA, PROMPT_SCHEMA
 from spin_ray.run_dir.storage import Storage, table_to_bytes
 from tests.support.fakes import config_of, generation_rows, write_rows

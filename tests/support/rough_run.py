@@ -12,9 +12,10 @@ from typing import Any
 
 import psutil
 
-from spin_ray.run_dir.events import lost_work
-from spin_ray.run_dir.run_dir import MANIFEST, Manifest, RunDir, read_json_lines
-from spin_ray.run_dir.storage import Storage
+from spin_ray.run_dir.artefact import Manifest
+from spin_ray.run_dir.events import lost_work, read_json_lines
+from spin_ray.run_dir.run_dir import RunDir
+from spin_ray.run_dir.storage import MANIFEST, Storage
 from tests.support.killable_cluster import KillableCluster
 from tests.support.program import ROOT, SPIN_RAY, environment, micro_recipe, write_recipe
 

@@ -29,8 +29,8 @@ from spin_ray.loop import driver, launch
 from spin_ray.loop.stages import evaluation, generation, prompts
 from spin_ray.loop.stages.training import stage as training
 from spin_ray.run_dir import object_storage
-from spin_ray.run_dir.run_dir import MANIFEST, Manifest
-from spin_ray.run_dir.storage import Disk, Storage
+from spin_ray.run_dir.artefact import Manifest
+from spin_ray.run_dir.storage import MANIFEST, Disk, Storage
 from tests.support.fakes import FakeEngine
 
 ROWS, BAD_ROWS, HELDOUT_ROWS = 12, 2, 3

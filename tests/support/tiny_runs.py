@@ -9,8 +9,9 @@ from safetensors.torch import load_file, save_file
 
 from spin_ray.config.sections import SpinConfig
 from spin_ray.inputs.check import check_recipe
-from spin_ray.run_dir.run_dir import MANIFEST, Manifest, RunDir, folder_entries
-from spin_ray.run_dir.storage import Storage
+from spin_ray.run_dir.artefact import Manifest, folder_entries
+from spin_ray.run_dir.run_dir import RunDir
+from spin_ray.run_dir.storage import MANIFEST, Storage
 
 
 def tiny_config(**serving: Any) -> SpinConfig:

@@ -5,7 +5,8 @@ from spin_ray.learner.step import Objective
 from spin_ray.loop.algorithms.base import Turn, margin_objective
 from spin_ray.loop.stages import pairs
 from spin_ray.loop.stages import scoring as base_scores
-from spin_ray.run_dir.run_dir import Artefact, RunDir
+from spin_ray.run_dir.artefact import Artefact
+from spin_ray.run_dir.run_dir import RunDir
 
 
 class Spin:

@@ -34,7 +34,9 @@ from spin_ray.learner.losses import pair_logps, response_logps
 from spin_ray.learner.step import PackShape, pair_lengths, plan
 from spin_ray.report.margins import SCORE_SCHEMA, margin_measures
 from spin_ray.report.measures import distinct_ngrams, duplicate_share, standard_error, warnings
-from spin_ray.run_dir.run_dir import Artefact, RunDir, part_name
+from spin_ray.run_dir.artefact import Artefact
+from spin_ray.run_dir.names import heldout_pair_id, part_name
+from spin_ray.run_dir.run_dir import RunDir
 from spin_ray.run_dir.schemas import PAIR_SCHEMA
 from spin_ray.runtime.workers import device, run_workers
 
@@ -163,7 +165,7 @@ def _score(
         "workers": config.train.workers,
     }
     work: dict[str, float] = {}
-    if not target.is_current(inputs, settings):
+    if not target.already_made(inputs, settings):
         rows = {whose: _pair_rows(*_read(run_dir.heldout, samples), whose) for whose, samples in samples_of.items()}
         both = pa.concat_tables(list(rows.values()))
         of_base = [] if base.name == opponent.name else [(base, rows["self"])]
@@ -184,7 +186,7 @@ def _score(
 
 
 def _pair_rows(heldout: pa.Table, answers: pa.Table, whose: str) -> pa.Table:
-    pair_ids = pa.array([f"{prompt_id}/{whose}" for prompt_id in heldout["prompt_id"].to_pylist()])
+    pair_ids = pa.array([heldout_pair_id(prompt_id, whose) for prompt_id in heldout["prompt_id"].to_pylist()])
     columns = [pair_ids, heldout["prompt_id"], pa.array([0] * len(pair_ids), pa.int32())]
     return pa.table([*columns, heldout["prompt_ids"], heldout["real_ids"], answers["token_ids"]], schema=PAIR_SCHEMA)
 

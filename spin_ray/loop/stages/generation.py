@@ -27,7 +27,9 @@ from ray.util.annotations import RayDeprecationWarning
 from spin_ray.config.sections import SpinConfig, digest
 from spin_ray.errors import RunDirError, StageError, UserError, last_line, memory_advice
 from spin_ray.report.progress import StageProgress
-from spin_ray.run_dir.run_dir import Artefact, FileEntry, RunDir, part_name
+from spin_ray.run_dir.artefact import Artefact, FileEntry
+from spin_ray.run_dir.names import part_name
+from spin_ray.run_dir.run_dir import RunDir
 from spin_ray.run_dir.schemas import GENERATION_SCHEMA
 from spin_ray.runtime.engine import EngineSpec, GenerationEngine, StartEngine, VllmEngine
 from spin_ray.runtime.resources import demands, wait_until_free, with_deadline
@@ -107,7 +109,7 @@ def run(
         RunDirError: shards of another opponent or configuration are in the way.
         StageError: no engine came up, or none finished a shard, within the configured time.
     """
-    jobs = [job for job in jobs if not job.target.is_current(job.inputs(), job.settings(config))]
+    jobs = [job for job in jobs if not job.target.already_made(job.inputs(), job.settings(config))]
     if not jobs:
         return
     shards = [shard for job in jobs for shard in _shards(job, config)]

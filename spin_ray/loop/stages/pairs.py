@@ -14,7 +14,9 @@ import pyarrow.compute as pc
 
 from spin_ray.config.sections import SpinConfig
 from spin_ray.errors import DataError, HealthError
-from spin_ray.run_dir.run_dir import Artefact, FileEntry, RunDir, part_name
+from spin_ray.run_dir.artefact import Artefact, FileEntry
+from spin_ray.run_dir.names import pair_id, part_name
+from spin_ray.run_dir.run_dir import RunDir
 from spin_ray.run_dir.schemas import PAIR_SCHEMA
 
 
@@ -64,7 +66,7 @@ def make(
         HealthError: the opponent answers at quite another length than the first one did.
     """
     target = run_dir.pairs(iteration)
-    if target.is_current(fresh.inputs, fresh.settings):
+    if target.already_made(fresh.inputs, fresh.settings):
         return
     with run_dir.stage(target.path) as counted:
         played = run_dir.generations(iteration)
@@ -162,7 +164,7 @@ def joined(prompts: Artefact, generations: Artefact, iteration: int) -> Iterator
         rows = rows.take(pc.index_in(answers["prompt_id"], value_set=rows["prompt_id"]))
         samples = answers["sample"].to_pylist()
         pair_ids = [
-            f"{prompt}/{iteration:03d}/{sample}"
+            pair_id(prompt, iteration, sample)
             for prompt, sample in zip(answers["prompt_id"].to_pylist(), samples, strict=True)
         ]
         yield pa.table(

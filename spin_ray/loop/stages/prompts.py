@@ -36,7 +36,9 @@ from spin_ray.inputs.conversations import (
 )
 from spin_ray.inputs.rendering import ChatRenderer, Rendered, RenderError, load_tokenizer
 from spin_ray.inputs.sources import Slice, SourceRow, files_digest, find_files, read_slice, split
-from spin_ray.run_dir.run_dir import Artefact, FileEntry, RunDir, part_name
+from spin_ray.run_dir.artefact import Artefact, FileEntry
+from spin_ray.run_dir.names import part_name
+from spin_ray.run_dir.run_dir import RunDir
 from spin_ray.run_dir.schemas import PROMPT_SCHEMA
 from spin_ray.run_dir.storage import ATTEMPTS, Storage, table_from_bytes, table_to_bytes
 from spin_ray.runtime.resources import with_deadline
@@ -109,7 +111,7 @@ def run(
         "max_rows": max_rows,
         "part_rows": config.generation.shard_rows,
     }
-    if artefact.is_current(inputs, settings):
+    if artefact.already_made(inputs, settings):
         return
     with run_dir.stage(artefact.path) as counted:
         pieces = split(files)

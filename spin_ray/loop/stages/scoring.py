@@ -16,7 +16,8 @@ from spin_ray.inputs.model_folder import ModelFolder
 from spin_ray.learner.backends.base import BackendSettings
 from spin_ray.learner.backends.fsdp2 import Fsdp2Backend
 from spin_ray.learner.step import PackShape, pair_lengths, plan, score_rows
-from spin_ray.run_dir.run_dir import RunDir, part_name
+from spin_ray.run_dir.names import part_name, prompt_of
+from spin_ray.run_dir.run_dir import RunDir
 from spin_ray.run_dir.schemas import PAIR_SCHEMA, REFERENCE_SCHEMA
 from spin_ray.run_dir.storage import ATTEMPTS, Storage, table_from_bytes, table_to_bytes
 from spin_ray.runtime.workers import device, run_workers
@@ -51,7 +52,7 @@ def run(run_dir: RunDir, config: SpinConfig, iteration: int, base: ModelFolder) 
     inputs = {"pairs": pairs.manifest().digest, "base_model": base.digest}
     inputs |= {artefact.path: artefact.manifest().digest for artefact in earlier}
     settings = {"precision": config.train.precision, "pack_length": config.train.pack_length}
-    if target.is_current(inputs, settings):
+    if target.already_made(inputs, settings):
         return
     with run_dir.stage(target.path) as counted:
         rows = pa.concat_tables(list(pairs.tables()))
@@ -73,7 +74,7 @@ def known_scores(scores: pa.Table) -> Scores:
     known: Scores = {}
     for pair_id, real, generated in zip(*(scores[name].to_pylist() for name in REFERENCE_SCHEMA.names), strict=True):
         known[pair_id] = generated
-        known.setdefault(pair_id.partition("/")[0], real)
+        known.setdefault(prompt_of(pair_id), real)
     return known
 
 

@@ -13,7 +13,8 @@ from spin_ray.report.history import Example, read_benchmarks, read_evaluations, 
 from spin_ray.report.measures import BY_KEY, CONFIDENCE, Evaluation, warnings
 from spin_ray.report.redaction import hide, hide_in_text
 from spin_ray.run_dir.events import Span, spans
-from spin_ray.run_dir.run_dir import RunDir, iterate_name
+from spin_ray.run_dir.names import iterate_name
+from spin_ray.run_dir.run_dir import RunDir
 from spin_ray.run_dir.storage import table_from_bytes
 
 EXAMPLES = 200

@@ -24,12 +24,12 @@ from fastapi.concurrency import run_in_threadpool
 from fastapi.responses import FileResponse, StreamingResponse
 from pydantic import BaseModel, ConfigDict, Field
 
-from spin_ray.run_dir.names import Names
 from spin_ray.serving.arena import ratings
 from spin_ray.serving.arena.ratings import Pairing, Rating
 from spin_ray.serving.arena.votes import BATTLE_TTL_S, Answer, Verdict, VoteStore, is_side
 from spin_ray.serving.bodies import ChatBody, Sampling, plain
 from spin_ray.serving.errors import Refusal
+from spin_ray.serving.names import Names
 
 logger = logging.getLogger(__name__)
 

@@ -11,7 +11,7 @@ import pytest
 from spin_ray.config.sections import ModelConfig
 from spin_ray.errors import ConfigError, ModelError
 from spin_ray.inputs.model_folder import find_model, folder_entries, open_model, read_config
-from spin_ray.run_dir.run_dir import MANIFEST
+from spin_ray.run_dir.storage import MANIFEST
 
 
 @pytest.fixture

@@ -23,7 +23,8 @@ from spin_ray.loop.algorithms.self_reinforcement import commonest
 from spin_ray.loop.algorithms.sppo import algorithm as sppo
 from spin_ray.loop.algorithms.sppo.preferences import PREFERENCE_SCHEMA, win_table
 from spin_ray.loop.stages.generation import Job
-from spin_ray.run_dir.run_dir import Artefact, RunDir
+from spin_ray.run_dir.artefact import Artefact
+from spin_ray.run_dir.run_dir import RunDir
 from spin_ray.run_dir.schemas import PROMPT_SCHEMA
 from spin_ray.run_dir.storage import Storage
 from tests.support.fakes import END_OF_TURN, config_of, write_answers, write_prompts, write_rows

@@ -7,7 +7,7 @@ from spin_ray.loop.driver import _should_stop
 from spin_ray.loop.launch import is_finished
 from spin_ray.report.history import read_evaluations
 from spin_ray.report.page.view import read_view
-from spin_ray.run_dir.run_dir import iterate_number
+from spin_ray.run_dir.names import iterate_number
 from tests.support.made_up_run import made_up_run
 
 

@@ -12,7 +12,8 @@ from spin_ray.inputs.model_folder import ModelFolder
 from spin_ray.learner import step as loop
 from spin_ray.loop.algorithms.base import margin_objective
 from spin_ray.loop.stages.training import stage as training
-from spin_ray.run_dir.run_dir import RunDir, read_json_lines
+from spin_ray.run_dir.events import read_json_lines
+from spin_ray.run_dir.run_dir import RunDir
 from spin_ray.run_dir.schemas import PAIR_SCHEMA, REFERENCE_SCHEMA
 from spin_ray.run_dir.storage import Storage
 from tests.support.fakes import config_of, write_prompts, write_rows

@@ -14,7 +14,8 @@ from spin_ray.inputs.rendering import ChatRenderer, load_tokenizer
 from spin_ray.report.history import read_evaluations
 from spin_ray.report.status import print_status, print_summary
 from spin_ray.run_dir.events import stage_seconds
-from spin_ray.run_dir.run_dir import RunDir, iterate_name
+from spin_ray.run_dir.names import iterate_name
+from spin_ray.run_dir.run_dir import RunDir
 from spin_ray.run_dir.schemas import GENERATION_SCHEMA, PROMPT_SCHEMA
 from spin_ray.run_dir.storage import Storage
 from tests.support.fakes import config_of, generation_rows, write_rows

@@ -7,16 +7,11 @@ import pytest
 
 from spin_ray.config.sections import SpinConfig
 from spin_ray.errors import ConfigError, RunDirError
-from spin_ray.run_dir.run_dir import (
-    MANIFEST,
-    FileEntry,
-    RunDir,
-    folder_digest,
-    iterate_name,
-    part_name,
-    read_json_lines,
-)
-from spin_ray.run_dir.storage import ATTEMPTS, Storage
+from spin_ray.run_dir.artefact import FileEntry
+from spin_ray.run_dir.events import read_json_lines
+from spin_ray.run_dir.names import iterate_name, part_name
+from spin_ray.run_dir.run_dir import RunDir
+from spin_ray.run_dir.storage import ATTEMPTS, MANIFEST, Storage, folder_digest
 
 CONFIG = SpinConfig.model_validate({"model": {"path": "m"}, "data": {"train": "d"}})
 FACTS = {"inputs": {"model": "11", "data": "22", "heldout": None}, "start_model": "m", "versions": {}}
@@ -51,7 +46,7 @@ def test_an_artefact_is_there_when_its_manifest_is(run):
     artefact = run.prompts
     entry = artefact.write_part("part-00000.parquet", table(1))
     assert not artefact.is_committed
-    assert artefact.is_current({}, {}) is False
+    assert artefact.already_made({}, {}) is False
     with pytest.raises(RunDirError, match="prompts: is not committed"):
         list(artefact.tables())
     artefact.commit({"part-00000.parquet": entry}, {}, {})
@@ -109,7 +104,7 @@ def test_digest_of_a_manifest_follows_everything_in_it(run):
 
 
 def test_work_done_with_the_same_inputs_and_settings_is_current(pairs):
-    assert pairs.is_current({"prompts": "aa"}, {"rows": (1, 2), "window": 2})
+    assert pairs.already_made({"prompts": "aa"}, {"rows": (1, 2), "window": 2})
 
 
 @pytest.mark.parametrize(
@@ -123,14 +118,14 @@ def test_work_done_with_the_same_inputs_and_settings_is_current(pairs):
 )
 def test_work_done_with_others_is_an_error_that_names_what_differs(pairs, inputs, settings, named):
     with pytest.raises(RunDirError, match=f"iter_000/pairs: was made with other values of {named};"):
-        pairs.is_current(inputs, settings)
+        pairs.already_made(inputs, settings)
 
 
 def test_an_input_and_a_setting_of_one_name_are_two_things(run):
     """Generations have the opponent's digest among the inputs and its name among the settings."""
     run.prompts.commit({}, {"opponent": "digest"}, {"opponent": "sft"})
     with pytest.raises(RunDirError, match="opponent"):
-        run.prompts.is_current({"opponent": "digest"}, {"opponent": "iter_000"})
+        run.prompts.already_made({"opponent": "digest"}, {"opponent": "iter_000"})
 
 
 def test_a_part_that_changed_is_an_error_that_names_it(run, pairs):

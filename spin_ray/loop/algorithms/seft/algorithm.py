@@ -12,7 +12,10 @@ from spin_ray.loop.algorithms.seft import revision
 from spin_ray.loop.stages import pairs
 from spin_ray.loop.stages.generation import Job
 from spin_ray.loop.stages.training import stage as training
-from spin_ray.run_dir.run_dir import Artefact, RunDir, folder_digest, iteration_name
+from spin_ray.run_dir.artefact import Artefact
+from spin_ray.run_dir.names import iteration_name
+from spin_ray.run_dir.run_dir import RunDir
+from spin_ray.run_dir.storage import folder_digest
 
 
 class Seft:

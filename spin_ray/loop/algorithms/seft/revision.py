@@ -15,7 +15,9 @@ import pyarrow as pa
 from spin_ray.config.sections import SpinConfig
 from spin_ray.inputs.conversations import Conversation
 from spin_ray.inputs.rendering import ChatRenderer, Rendered, RenderError
-from spin_ray.run_dir.run_dir import Artefact, RunDir, part_name
+from spin_ray.run_dir.artefact import Artefact
+from spin_ray.run_dir.names import part_name, revision_id
+from spin_ray.run_dir.run_dir import RunDir
 from spin_ray.run_dir.schemas import PAIR_SCHEMA, PROMPT_SCHEMA
 
 LABELS = ("[keep]", "[minor]", "[major]")
@@ -55,7 +57,7 @@ def training_rows(
     minor_from = config.reviser.minor_from
     inputs = {artefact.path: artefact.manifest().digest for artefact in (run_dir.prompts, answers)}
     settings = {"minor_from": minor_from, "max_length": config.model.max_length}
-    if target.is_current(inputs, settings):
+    if target.already_made(inputs, settings):
         return
 
     def row(prompt: Row, answer: Row, text: str) -> Row | str:
@@ -88,7 +90,7 @@ def revision_prompts(
     """Commits what the reviser is asked about θ_t's answers; ``real_ids`` are the answer that it may keep."""
     inputs = {artefact.path: artefact.manifest().digest for artefact in (prompts, answers)}
     settings = {"max_length": config.model.max_length}
-    if target.is_current(inputs, settings):
+    if target.already_made(inputs, settings):
         return
 
     def row(prompt: Row, answer: Row, text: str) -> Row | str:
@@ -149,7 +151,7 @@ def revised_rows(
 
 def _fine_tuning_row(prompt_id: str, iteration: int, rendered: Rendered) -> Row:
     return {
-        "pair_id": f"{prompt_id}/{iteration:03d}", "prompt_id": prompt_id, "iteration": iteration,
+        "pair_id": revision_id(prompt_id, iteration), "prompt_id": prompt_id, "iteration": iteration,
         "prompt_ids": rendered.prompt_ids, "real_ids": rendered.real_ids, "generated_ids": [],
     }  # fmt: skip
 

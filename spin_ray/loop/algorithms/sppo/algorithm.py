@@ -11,7 +11,9 @@ from spin_ray.learner.step import Objective
 from spin_ray.loop.algorithms.base import Turn
 from spin_ray.loop.algorithms.sppo import preferences
 from spin_ray.loop.stages import pairs
-from spin_ray.run_dir.run_dir import Artefact, RunDir, part_name
+from spin_ray.run_dir.artefact import Artefact
+from spin_ray.run_dir.names import part_name
+from spin_ray.run_dir.run_dir import RunDir
 from spin_ray.run_dir.schemas import PAIR_SCHEMA, WIN_SCHEMA
 
 
@@ -43,7 +45,7 @@ def _commit_wins(turn: Turn) -> None:
     """Makes ``iter_NNN/wins`` of the pairs that were kept."""
     made, target = turn.run.pairs(turn.iteration), turn.run.wins(turn.iteration)
     inputs = {"pairs": made.manifest().digest}
-    if target.is_current(inputs, {}):
+    if target.already_made(inputs, {}):
         return
     kept = {name for table in made.tables() for name in table["pair_id"].to_pylist()}
     rows = [row for _, wins in _duels(turn) for row in wins if row["pair_id"] in kept]

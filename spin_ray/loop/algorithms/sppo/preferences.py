@@ -17,7 +17,8 @@ from spin_ray.inputs.model_folder import ModelFolder
 from spin_ray.inputs.rendering import load_tokenizer
 from spin_ray.loop.algorithms.sppo.preference_models import PreferenceScorer, load_scorer
 from spin_ray.report.progress import StageProgress
-from spin_ray.run_dir.run_dir import Artefact, FileEntry, RunDir
+from spin_ray.run_dir.artefact import Artefact, FileEntry
+from spin_ray.run_dir.run_dir import RunDir
 from spin_ray.runtime import cpu
 from spin_ray.runtime.resources import with_deadline
 
@@ -54,7 +55,7 @@ def run(run_dir: RunDir, config: SpinConfig, iteration: int, judge: ModelFolder,
     generations, target = run_dir.generations(iteration), run_dir.preferences(iteration)
     inputs = {"generations": generations.manifest().digest, "scorer": judge.digest}
     settings = {"kind": config.scorer.kind, "max_length": config.scorer.max_length}
-    if target.is_current(inputs, settings):
+    if target.already_made(inputs, settings):
         return
     job = PreferenceJob(
         prompts=run_dir.prompts,

@@ -9,7 +9,7 @@ from typing import Any
 import torch.distributed as dist
 
 from spin_ray.errors import RunDirError
-from spin_ray.run_dir.run_dir import FileEntry, folder_entries
+from spin_ray.run_dir.artefact import FileEntry, folder_entries
 
 WORKERS = "train.workers"
 

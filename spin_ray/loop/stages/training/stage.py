@@ -39,9 +39,12 @@ from spin_ray.learner.step import (
 from spin_ray.loop.stages.training import checkpoint
 from spin_ray.report import gauges
 from spin_ray.report.progress import StageProgress
-from spin_ray.run_dir.run_dir import MANIFEST, Artefact, Manifest, RunDir, folder_entries, part_name, read_json_lines
+from spin_ray.run_dir.artefact import Artefact, Manifest, folder_entries
+from spin_ray.run_dir.events import read_json_lines
+from spin_ray.run_dir.names import part_name
+from spin_ray.run_dir.run_dir import RunDir
 from spin_ray.run_dir.schemas import PAIR_SCHEMA, REFERENCE_SCHEMA
-from spin_ray.run_dir.storage import Storage
+from spin_ray.run_dir.storage import MANIFEST, Storage
 from spin_ray.runtime.resources import demands, wait_until_free
 from spin_ray.runtime.workers import device, run_workers
 
@@ -198,7 +201,7 @@ def _backend_settings(config: SpinConfig, optimizer: OptimizerConfig, learning_r
 
 
 def _train(run_dir: RunDir, config: SpinConfig, job: TrainJob) -> None:
-    if job.target.is_current(job.inputs(), job.settings()):
+    if job.target.already_made(job.inputs(), job.settings()):
         return
     checkpoints = f"{job.name}/checkpoints"
     with run_dir.stage(f"{job.name}/training") as counted:
@@ -286,7 +289,7 @@ def _score_reference(job: TrainJob, backend: TrainBackend, steps: list[Any], tab
     assert target is not None
     inputs = job.inputs()
     settings = {"pack_length": job.shape.pack_length, "precision": job.backend.precision, "seed": job.seed}
-    if target.is_current(inputs, settings):
+    if target.already_made(inputs, settings):
         return
     rows, real, generated = score_rows(backend, steps, table, job.shape)
     part = pa.table([table["pair_id"].take(pa.array(rows, pa.int64())), real, generated], schema=REFERENCE_SCHEMA)
