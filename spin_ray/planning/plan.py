@@ -33,6 +33,7 @@ from spin_ray.planning.cost_model import (
 from spin_ray.planning.hardware import GB, Hardware
 from spin_ray.planning.model_shape import KNOWN_SHAPES, MISTRAL_7B, ModelShape
 from spin_ray.planning.remedies import Cluster, devices_of, remedies
+from spin_ray.run_dir.events import exact_duration
 
 SAMPLE_ROWS = 256
 """Rows that are rendered and tokenised to learn the mean lengths: about a second's work."""
@@ -189,7 +190,7 @@ def print_plan(config: SpinConfig, cluster: Cluster, given: Given, console: Cons
     phases = check_memory(config, shape, cluster, work)
     console.print(_times(phases))
     total = sum(phase.seconds for phase in phases)
-    console.print(f"Total: {duration(total)}; reading data, checkpoints and export are not counted.")
+    console.print(f"Total: {exact_duration(total)}; reading data, checkpoints and export are not counted.")
     console.print(_memory(phases))
     for note in _notes(config, shape, cluster, work):
         console.print(note, highlight=False, markup=False)
@@ -209,7 +210,7 @@ def _times(phases: list[Phase]) -> Table:
                 stage.name,
                 count(stage.tokens),
                 f"{stage.flops:.1e}",
-                duration(stage.seconds),
+                exact_duration(stage.seconds),
                 stage.bound,
             )
         table.add_section()
@@ -252,12 +253,6 @@ def parts(stage: StageCost) -> str:
     """What a stage's memory is for, the largest first; less than 0.05 GB is not worth a word."""
     largest = sorted(stage.memory.items(), key=lambda item: -item[1])
     return ", ".join(f"{size / GB:.1f} {purpose}" for purpose, size in largest if size >= 0.05 * GB) or "under 0.1"
-
-
-def duration(seconds: float) -> str:
-    if seconds < 100:
-        return f"{seconds:.0f} s"
-    return f"{seconds / 60:.1f} min" if seconds < 6000 else f"{seconds / 3600:.2f} h"
 
 
 def count(tokens: float) -> str:

@@ -9,7 +9,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 from spin_ray.config.sections import SpinConfig
-from spin_ray.run_dir.events import BESIDE, Event, Span, spans, split_stage
+from spin_ray.run_dir.events import BESIDE, Event, Span, duration, spans, split_stage
 from spin_ray.run_dir.names import is_iterate_name, iterate_number
 
 PREPARATION = -1
@@ -94,13 +94,6 @@ def _by_turn(event: Event) -> Event:
 
 def _place(span: Span) -> tuple[int, str]:
     return int(span.folder), span.stage
-
-
-def duration(seconds: float) -> str:
-    """``45 s``, ``12 min``, ``3.5 h``."""
-    if seconds < 90:
-        return f"{seconds:.0f} s"
-    return f"{seconds / 60:.0f} min" if seconds < 5400 else f"{seconds / 3600:.1f} h"
 
 
 def _sum(guesses: list[float | None]) -> Left:

@@ -5,7 +5,6 @@ Reads committed artefacts and logs only, so it works while the run goes on and a
 
 import json
 from collections.abc import Iterator
-from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -52,8 +51,8 @@ def read_benchmarks(run: RunDir, config: SpinConfig) -> dict[str, dict[str, Any]
 def _eval_files(run: RunDir, config: SpinConfig) -> Iterator[tuple[str, Evaluation]]:
     """``eval.json`` of every iterate that has one; a damaged one is none: the run makes it again."""
     for iterate in range(config.iterations + 1):
-        with suppress(FileNotFoundError, ValueError):
-            yield iterate_name(iterate), json.loads(run.storage.read(run.eval_path(iterate)))
+        if found := run.evaluation(iterate):
+            yield iterate_name(iterate), found
 
 
 def evidence_to_stop(config: SpinConfig, evaluations: list[Evaluation]) -> dict[str, Any] | None:
@@ -141,9 +140,9 @@ def _first_samples(samples: Artefact) -> pa.Table:
 def _own_margins(run: RunDir, config: SpinConfig, name: str) -> dict[str, float]:
     """Margin of each held-out row with the iterate's own sample, by prompt id; empty if it was not scored."""
     scores = run.artefact(f"{name}/heldout_scores")
-    if name == "sft" or not scores.is_committed or not run.storage.exists(f"{name}/eval.json"):
+    evaluation = run.evaluation(iterate_number(name))
+    if name == "sft" or not scores.is_committed or evaluation is None:
         return {}
-    evaluation = json.loads(run.storage.read(f"{name}/eval.json"))
     frame = row_margins(pa.concat_tables(list(scores.tables())), name, evaluation["opponent"], evaluation["beta"])[
         "margin"
     ]

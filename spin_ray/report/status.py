@@ -8,11 +8,10 @@ from rich.console import Console
 from rich.table import Table
 
 from spin_ray.config.sections import SpinConfig
-from spin_ray.report.forecast import duration
 from spin_ray.report.history import read_evaluations, read_examples
 from spin_ray.report.measures import MEASURES, Evaluation, warnings
 from spin_ray.report.progress import PROGRESS
-from spin_ray.run_dir.events import Event, lost_work, read_json_lines, spans, stage_seconds
+from spin_ray.run_dir.events import Event, duration, lost_work, read_json_lines, spans, stage_seconds
 from spin_ray.run_dir.names import iterate_number
 from spin_ray.run_dir.run_dir import RunDir
 

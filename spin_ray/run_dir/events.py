@@ -134,6 +134,23 @@ def spans(events: list[Event]) -> list[Span]:
     return found
 
 
+def duration(seconds: float) -> str:
+    """Returns about how long that is: ``45 s``, ``12 min`` or ``3.5 h``."""
+    if seconds < 90:
+        return f"{seconds:.0f} s"
+    return f"{seconds / 60:.0f} min" if seconds < 5400 else f"{seconds / 3600:.1f} h"
+
+
+def exact_duration(seconds: float) -> str:
+    """Returns ``163 ms``, ``45 s``, ``9 min 48 s`` or ``3 h 5 min``."""
+    whole = round(seconds)
+    if whole < 1:
+        return f"{seconds * 1000:.0f} ms"
+    if whole < 60:
+        return f"{whole} s"
+    return f"{whole // 60} min {whole % 60} s" if whole < 3600 else f"{whole // 3600} h {whole % 3600 // 60} min"
+
+
 def lost_work(events: list[Event]) -> dict[str, int]:
     """What was in hand when something died, and was done again: ``{"shards": 2, "steps": 7}``; shards at most so many
     after the driver itself ended.

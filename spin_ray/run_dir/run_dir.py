@@ -75,6 +75,16 @@ class RunDir:
     def eval_path(self, iterate: int) -> str:
         return f"{iterate_name(iterate)}/eval.json"
 
+    def evaluation(self, iterate: int) -> dict[str, Any] | None:
+        """Returns what ``eval.json`` of θ_iterate holds; None if there is none or it is damaged, as the run makes it
+        again.
+        """
+        try:
+            found = json.loads(self.storage.read(self.eval_path(iterate)))
+        except (FileNotFoundError, ValueError):
+            return None
+        return found if isinstance(found, dict) else None
+
     def begin(self, config: SpinConfig, facts: dict[str, Any]) -> None:
         """Writes run.json, or checks that the run there is this one.
 

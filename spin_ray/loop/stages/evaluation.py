@@ -14,7 +14,6 @@ Two margins, both of θ_t against its opponent θ_{t-1}:
 import json
 import logging
 import time
-from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -66,13 +65,10 @@ def run(
     path = run_dir.eval_path(iterate)
     samples = run_dir.heldout_samples(iterate)
     made_from = {"samples": samples.manifest().digest, "model": model.digest}
-    benchmarks: dict[str, Any] = {}
-    if run_dir.storage.exists(path):
-        with suppress(ValueError, KeyError, TypeError):  # a damaged one is made again
-            done = json.loads(run_dir.storage.read(path))
-            benchmarks = {key: done[key] for key in done if key == "benchmarks"}  # lm-eval may have been quicker
-            if done["made_from"] == made_from:
-                return done
+    done = run_dir.evaluation(iterate) or {}
+    if done.get("made_from") == made_from:
+        return done
+    benchmarks = {key: done[key] for key in done if key == "benchmarks"}  # lm-eval may have been quicker
     with run_dir.stage(f"{model.name}/evaluation") as counted:
         heldout, answers = _read(run_dir.heldout, samples)
         result: dict[str, Any] = {"iterate": model.name, "made_from": made_from, "rows": heldout.num_rows}
@@ -86,7 +82,7 @@ def run(
             result |= {"opponent": opponent.name} | margins
         counted |= {"rows": heldout.num_rows}
         run_dir.storage.replace(path, json.dumps(result | benchmarks, indent=1).encode())
-    start = json.loads(run_dir.storage.read(run_dir.eval_path(0))) if iterate else None
+    start = run_dir.evaluation(0) if iterate else None
     for text in warnings(result, start):
         logger.warning("%s: %s", model.name, text)
         run_dir.event("warning", model.name, text=text)

@@ -4,7 +4,8 @@ from typing import Any
 
 import pytest
 
-from spin_ray.report.forecast import duration, forecast, turn_of
+from spin_ray.report.forecast import forecast, turn_of
+from spin_ray.run_dir.events import duration, exact_duration
 from tests.support.fakes import config_of
 
 CONFIG = config_of(
@@ -110,3 +111,10 @@ def test_a_stage_that_belongs_to_no_iterate_is_no_surprise():
 @pytest.mark.parametrize(("seconds", "text"), [(0, "0 s"), (89, "89 s"), (150, "2 min"), (7200, "2.0 h")])
 def test_durations_are_said_shortly(seconds, text):
     assert duration(seconds) == text
+
+
+@pytest.mark.parametrize(
+    ("seconds", "text"), [(0.1629, "163 ms"), (45.2, "45 s"), (588, "9 min 48 s"), (11117, "3 h 5 min")]
+)
+def test_durations_are_said_exactly(seconds, text):
+    assert exact_duration(seconds) == text

@@ -238,6 +238,15 @@ def test_names_of_iterates_are_those_of_the_iteration_that_made_them(run):
     assert run.eval_path(1) == "iter_000/eval.json"
 
 
+@pytest.mark.parametrize("damaged", [b"", b'{"iterate": "sft"', b"[]"])
+def test_an_evaluation_that_is_damaged_counts_as_none(run, damaged):
+    assert run.evaluation(0) is None
+    run.storage.replace(run.eval_path(0), b'{"iterate": "sft"}')
+    assert run.evaluation(0) == {"iterate": "sft"}
+    run.storage.replace(run.eval_path(0), damaged)
+    assert run.evaluation(0) is None
+
+
 # LATEST and the log
 
 
