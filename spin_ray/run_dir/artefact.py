@@ -1,7 +1,8 @@
 """An artefact of a run: parts first, each created atomically, then the manifest that makes them count."""
 
 import json
-from collections.abc import Iterator
+import logging
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Self
@@ -23,7 +24,13 @@ from spin_ray.run_dir.storage import (
 )
 
 CARD = "README.md"
-"""Of a model; no part of it."""
+"""The card of a model; no part of the artefact."""
+FINGERPRINT = b"spin_ray.fingerprint"
+"""Parquet metadata of a sealed part: digest of the inputs and settings that it was made from."""
+CHECKSUM = b"spin_ray.checksum"
+"""Parquet metadata of a sealed part: digest of its rows and fingerprint."""
+
+logger = logging.getLogger(__name__)
 
 
 class FileEntry(BaseModel):
@@ -78,6 +85,18 @@ class Manifest(BaseModel):
     @property
     def rows(self) -> int:
         return sum(entry.rows or 0 for entry in self.files.values())
+
+
+@dataclass(frozen=True)
+class FoundParts:
+    """Sealed parts of an artefact that is not committed yet."""
+
+    whole: dict[str, FileEntry]
+    """Entries of the expected parts that an earlier attempt left whole."""
+    missing: list[str]
+    """Expected parts still to be made, in their order; those that were damaged are among them."""
+    damaged: int
+    """Parts that were removed because they were damaged."""
 
 
 @dataclass(frozen=True)
@@ -144,6 +163,44 @@ class Artefact:
         """Removes the parts of an attempt that never reached its manifest."""
         for name in self.part_names():
             self.storage.delete(f"{self.path}/{name}")
+
+    def find_parts(self, expected: Sequence[str], fingerprint: str) -> FoundParts:
+        """Finds the sealed parts that an earlier attempt left, and removes damaged ones so that they are made again.
+
+        Args:
+            expected: names of all parts that the artefact will have.
+            fingerprint: the one that ``seal`` gave them.
+
+        Raises:
+            RunDirError: a whole part has another fingerprint or name: it belongs to other work.
+        """
+        whole: dict[str, FileEntry] = {}
+        damaged = 0
+        for name in self.part_names():
+            opened = self.open_sealed(name)
+            if opened is None:
+                logger.warning("%s: is damaged; it is made again", self.storage.where(f"{self.path}/{name}"))
+                self.storage.delete(f"{self.path}/{name}")
+                damaged += 1
+                continue
+            table, entry = opened
+            if name not in expected or table.schema.metadata[FINGERPRINT] != fingerprint.encode():
+                raise RunDirError(
+                    f"{self.storage.where(f'{self.path}/{name}')}: was made from other inputs or with other settings; "
+                    f"restore them, choose another --out, or remove {self.path}"
+                )
+            whole[name] = entry
+        return FoundParts(whole, [name for name in expected if name not in whole], damaged)
+
+    def open_sealed(self, name: str) -> tuple[pa.Table, FileEntry] | None:
+        """Returns the rows and the entry of a sealed part; None if a byte of them was changed or lost."""
+        try:
+            table, entry = self.open_part(name)
+            sealed = table.schema.metadata or {}
+            whole = sealed.get(CHECKSUM) == _checksum(table, sealed.get(FINGERPRINT, b""))
+        except (RunDirError, ValueError):  # no Parquet file any more; text that is no text
+            return None
+        return (table, entry) if whole else None
 
     def open_part(self, name: str) -> tuple[pa.Table, FileEntry]:
         """Rows of a part that no manifest lists yet, and the entry that it would have there.
@@ -220,6 +277,19 @@ class Artefact:
                     f"restore it or remove {self.path}"
                 )
         return manifest
+
+
+def seal(table: pa.Table, fingerprint: str) -> pa.Table:
+    """Returns ``table`` with FINGERPRINT and CHECKSUM in its metadata.
+
+    A sealed part can be trusted before a manifest vouches for it: see ``Artefact.find_parts``.
+    """
+    mark = fingerprint.encode()
+    return table.replace_schema_metadata({FINGERPRINT: mark, CHECKSUM: _checksum(table, mark)})
+
+
+def _checksum(table: pa.Table, fingerprint: bytes) -> bytes:
+    return digest([table.to_pydict(), fingerprint.hex()]).encode()
 
 
 def folder_entries(folder: Path) -> dict[str, FileEntry]:

@@ -17,7 +17,7 @@ from spin_ray.inputs.model_folder import ModelFolder
 from spin_ray.inputs.rendering import load_tokenizer
 from spin_ray.loop.algorithms.sppo.preference_models import PreferenceScorer, load_scorer
 from spin_ray.report.progress import StageProgress
-from spin_ray.run_dir.artefact import Artefact, FileEntry
+from spin_ray.run_dir.artefact import Artefact, FileEntry, seal
 from spin_ray.run_dir.run_dir import RunDir
 from spin_ray.runtime import cpu
 from spin_ray.runtime.resources import with_deadline
@@ -26,8 +26,6 @@ PREFERENCE_SCHEMA = pa.schema(
     [pa.field("prompt_id", pa.string()), pa.field("sample", pa.int32()), pa.field("win", pa.float32())]
 )
 """``win``: mean over the prompt's samples, itself included (1/2), of P(this response beats that one)."""
-FINGERPRINT = b"spin_ray.fingerprint"
-"""Parquet metadata of a part: digest of what it was made from."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -49,6 +47,7 @@ def run(run_dir: RunDir, config: SpinConfig, iteration: int, judge: ModelFolder,
     """Makes ``iter_NNN/preferences``.
 
     Raises:
+        RunDirError: parts of another preference model or of other generations are in the way.
         StageError: no judge came up, or none finished a part, within the times of generation.
     """
     assert config.scorer is not None
@@ -68,27 +67,17 @@ def run(run_dir: RunDir, config: SpinConfig, iteration: int, judge: ModelFolder,
         fingerprint=digest([inputs, settings]),
     )
     with run_dir.stage(target.path) as counted:
-        entries = _finished(job)
-        parts = generations.manifest().files
-        missing = [name for name in sorted(parts) if name not in entries]
+        parts = sorted(generations.manifest().files)
+        found = target.find_parts(parts, job.fingerprint)
+        entries = found.whole
         with StageProgress(target.path, len(parts), "parts", done=len(entries)) as progress:
-            for row in _judge(job, missing, config):
+            for row in _judge(job, found.missing, config):
                 entries[row["name"]] = FileEntry(**row["entry"])
                 progress.advance(1, 0)
         counted |= {"rows": sum(entry.rows or 0 for entry in entries.values())}
+        if found.damaged:
+            counted["parts_damaged"] = found.damaged
         target.commit(entries, inputs, settings)
-
-
-def _finished(job: PreferenceJob) -> dict[str, FileEntry]:
-    """Parts that an earlier attempt left, if it was this work; the others are removed."""
-    found = {}
-    for name in job.target.part_names():
-        table, entry = job.target.open_part(name)
-        if (table.schema.metadata or {}).get(FINGERPRINT) == job.fingerprint.encode():
-            found[name] = entry
-        else:
-            job.target.storage.delete(f"{job.target.path}/{name}")
-    return found
 
 
 def _judge(job: PreferenceJob, parts: list[str], config: SpinConfig) -> Any:
@@ -133,8 +122,10 @@ class _Judge:
         answers = self._job.generations.read_part(name, self._job.generations.manifest().files[name])
         texts = self._tokenizer.batch_decode(answers["token_ids"].to_pylist(), skip_special_tokens=True)
         table = win_table(answers, texts, self._messages, self._scorer)
-        table = table.replace_schema_metadata({FINGERPRINT: self._job.fingerprint.encode()})
-        return {"name": name, "entry": self._job.target.write_part(name, table).model_dump()}
+        return {
+            "name": name,
+            "entry": self._job.target.write_part(name, seal(table, self._job.fingerprint)).model_dump(),
+        }
 
 
 def win_table(answers: pa.Table, texts: list[str], messages: dict[str, str], scorer: PreferenceScorer) -> pa.Table:
