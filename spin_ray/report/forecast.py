@@ -9,7 +9,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 from spin_ray.config.sections import SpinConfig
-from spin_ray.run_dir.events import BESIDE, Event, Span, duration, spans, split_stage
+from spin_ray.run_dir.events import BESIDE, Event, Span, duration, spans, with_fields
 from spin_ray.run_dir.names import is_iterate_name, iterate_number
 
 PREPARATION = -1
@@ -49,7 +49,7 @@ def forecast(config: SpinConfig, events: Sequence[Event], now: float, running_le
     """None before the first stage. ``running_left_s`` is what the running stage knows of itself; None: it is guessed
     from earlier ones of its kind.
     """
-    attempts = spans([_by_turn(event) for event in events if split_stage(event["stage"])[1] not in BESIDE])
+    attempts = spans(_by_turn(event) for event in map(with_fields, events) if event["kind"] not in BESIDE)
     if not attempts:
         return None
     done = {_place(span) for span in attempts if span.outcome == "commit"}
@@ -74,22 +74,21 @@ def forecast(config: SpinConfig, events: Sequence[Event], now: float, running_le
     return Forecast(turn, _sum([guess for at, guess in left if at == turn]), _sum([guess for _, guess in left]))
 
 
-def turn_of(stage: str) -> int:
-    """The turn of an event's stage: what θ_t does is turn t, what makes θ_t is turn t − 1."""
-    folder, _, name = stage.partition(" ")[0].rpartition("/")
-    if not is_iterate_name(folder):
+def turn_of(event: Event) -> int:
+    """The turn of an event: what θ_t does is turn t, what makes θ_t is turn t − 1."""
+    if not is_iterate_name(event["folder"]):
         return PREPARATION
-    return iterate_number(folder) - (0 if name in ("heldout_samples", "evaluation") else 1)
+    return iterate_number(event["folder"]) - (0 if event["kind"] in ("heldout_samples", "evaluation") else 1)
 
 
 def _by_turn(event: Event) -> Event:
-    """The event with its stage as TURN/KIND."""
-    turn, kind = turn_of(event["stage"]), split_stage(event["stage"])[1]
-    if event["stage"] == "sft/training":
+    """The event with its turn in place of the folder, and its kind as ``Expected`` has it."""
+    turn, kind = turn_of(event), event["kind"]
+    if (event["folder"], kind) == ("sft", "training"):
         kind = "warm-up"
     if turn == 0 and kind == "evaluation":
         kind = "first_evaluation"
-    return event | {"stage": f"{turn}/{kind}"}
+    return event | {"folder": str(turn), "kind": kind}
 
 
 def _place(span: Span) -> tuple[int, str]:

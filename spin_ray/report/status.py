@@ -11,7 +11,7 @@ from spin_ray.config.sections import SpinConfig
 from spin_ray.report.history import read_evaluations, read_examples
 from spin_ray.report.measures import MEASURES, Evaluation, warnings
 from spin_ray.report.progress import PROGRESS
-from spin_ray.run_dir.events import Event, duration, lost_work, read_json_lines, spans, stage_seconds
+from spin_ray.run_dir.events import Event, counted_in, duration, lost_work, read_json_lines, spans, stage_seconds
 from spin_ray.run_dir.names import iterate_number
 from spin_ray.run_dir.run_dir import RunDir
 
@@ -51,7 +51,7 @@ def print_status(run: RunDir, console: Console) -> None:
         console.print(f"Lost to failures and done again: {lost['shards']} shards (at most), {lost['steps']} steps")
     _print_running(run, events, console)
     for event in events[-1:]:
-        detail = {name: value for name, value in event.items() if name not in ("time", "event", "stage")}
+        detail = counted_in(event)
         line = f"Last event: {event['event']} {event['stage']} {json.dumps(detail) if detail else ''}"
         console.print(line, markup=False)
     console.print(f"LATEST: {run.latest() or 'nothing published yet'}; iterations wanted: {config.iterations}")

@@ -1,34 +1,64 @@
-"""A run's events.jsonl as stages in time."""
+"""A run's events.jsonl: written, read, and seen as stages in time.
+
+A line says ``time``, ``event`` (start, commit, failure, lost, publish, stop, warning), ``stage`` (what the writer calls
+it, e.g. ``iter_000/training``), the ``folder`` and the ``kind`` of stage, and what was counted. Lines written before
+``folder`` and ``kind`` were fields get them when they are read.
+"""
 
 import json
 import logging
 import time
 from collections import defaultdict
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from typing import Any
 
 from spin_ray.errors import RunDirError, StageError
+from spin_ray.run_dir.names import is_iterate_name
 from spin_ray.run_dir.storage import Storage
 
 logger = logging.getLogger(__name__)
 
 Event = dict[str, Any]
 EVENTS = "events.jsonl"
+_COMMON = ("time", "event", "stage", "folder", "kind")
+RUN = "run"
+"""Folder of an event that belongs to no iterate."""
 BESIDE = ("benchmarks", "judging")
 """Stages that other commands run, maybe beside the driver."""
 
 
 def write_event(storage: Storage, event: str, stage: str, **values: Any) -> None:
     """Adds a line to the log."""
-    line = {"time": round(time.time(), 3), "event": event, "stage": stage, **values}
+    line = with_fields({"time": round(time.time(), 3), "event": event, "stage": stage}) | values
     storage.append(EVENTS, json.dumps(line) + "\n")
 
 
 def read_events(storage: Storage) -> list[Event]:
-    """The complete lines of the log."""
-    return read_json_lines(storage, EVENTS)
+    """Returns the complete lines of the log, each with its ``folder`` and ``kind``."""
+    return [with_fields(line) for line in read_json_lines(storage, EVENTS)]
+
+
+def with_fields(line: Event) -> Event:
+    """Returns the event with the fields ``folder`` and ``kind``, made of its ``stage`` if it has none.
+
+    Examples: ``iter_000/training`` gives ``iter_000`` and ``training``, ``prompts`` gives ``run`` and ``prompts``, and
+    ``iter_000`` alone, the stage of an event about the iterate, gives ``iter_000`` and nothing. One start of the
+    engines can answer two artefacts (``A + B``): the first one counts.
+    """
+    if "folder" in line:
+        return line
+    stage = line["stage"]
+    if is_iterate_name(stage):
+        return line | {"folder": stage, "kind": ""}
+    folder, _, kind = stage.partition(" ")[0].rpartition("/")
+    return line | {"folder": folder or RUN, "kind": kind}
+
+
+def counted_in(event: Event) -> dict[str, Any]:
+    """Returns what the stage counted: the values that not every event has."""
+    return {key: value for key, value in event.items() if key not in _COMMON}
 
 
 def read_json_lines(storage: Storage, name: str) -> list[dict[str, Any]]:
@@ -102,36 +132,30 @@ class Span:
         return self.end - self.start
 
 
-def split_stage(stage: str) -> tuple[str, str]:
-    """(folder, stage) of an event.
-
-    One opponent answers held-out and training prompts in one go: that is counted where its held-out samples are.
-    """
-    folder, _, name = stage.partition(" ")[0].rpartition("/")
-    return folder or "run", "sampling" if name in ("heldout_samples", "generations") else name
-
-
-def spans(events: list[Event]) -> list[Span]:
-    """Every attempt at every stage, in order. A start that was followed by another one was lost with its driver."""
+def spans(events: Iterable[Event]) -> list[Span]:
+    """Returns every attempt at every stage, in order. A start followed by another one was lost with its driver."""
     found: list[Span] = []
-    open_stages: dict[str, float] = {}
+    open_stages: dict[tuple[str, str], float] = {}
     latest = 0.0
-    for event in events:
-        stage, kind = event["stage"], event["event"]
+    for event in map(with_fields, events):
+        place, kind = (event["folder"], _shown(event["kind"])), event["event"]
         if kind == "start":
-            if split_stage(stage)[1] not in BESIDE:  # the driver runs one at a time: what is still open was lost
-                for name in [name for name in open_stages if split_stage(name)[1] not in BESIDE]:
-                    started = open_stages.pop(name)
-                    found.append(Span(*split_stage(name), started, max(latest, started), "lost", {}))
-            open_stages[stage] = event["time"]
+            if place[1] not in BESIDE:  # the driver runs one at a time: what is still open was lost
+                for lost in [it for it in open_stages if it[1] not in BESIDE]:
+                    started = open_stages.pop(lost)
+                    found.append(Span(*lost, started, max(latest, started), "lost", {}))
+            open_stages[place] = event["time"]
         elif kind in ("commit", "failure"):
-            open_stages.pop(stage, None)
-            counted = {key: value for key, value in event.items() if key not in ("time", "event", "stage")}
-            started = event["time"] - event["seconds"]
-            found.append(Span(*split_stage(stage), started, event["time"], kind, counted))
+            open_stages.pop(place, None)
+            found.append(Span(*place, event["time"] - event["seconds"], event["time"], kind, counted_in(event)))
         latest = event["time"]
-    found += [Span(*split_stage(name), started, latest, "running", {}) for name, started in open_stages.items()]
+    found += [Span(*place, started, latest, "running", {}) for place, started in open_stages.items()]
     return found
+
+
+def _shown(kind: str) -> str:
+    """Returns the kind as tables show it: held-out and training prompts, answered in one go, are one."""
+    return "sampling" if kind in ("heldout_samples", "generations") else kind
 
 
 def duration(seconds: float) -> str:
@@ -162,8 +186,7 @@ def lost_work(events: list[Event]) -> dict[str, int]:
 def stage_seconds(events: list[Event]) -> dict[str, dict[str, float]]:
     """Wall seconds by iterate and stage, summed over attempts, e.g. ``{"iter_000": {"training": 61.2}}``."""
     seconds: dict[str, dict[str, float]] = defaultdict(lambda: defaultdict(float))
-    for event in events:
+    for event in map(with_fields, events):
         if event["event"] in ("commit", "failure"):
-            folder, stage = split_stage(event["stage"])
-            seconds[folder][stage] += event["seconds"]
+            seconds[event["folder"]][_shown(event["kind"])] += event["seconds"]
     return {folder: dict(stages) for folder, stages in seconds.items()}

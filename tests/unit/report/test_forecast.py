@@ -5,7 +5,7 @@ from typing import Any
 import pytest
 
 from spin_ray.report.forecast import forecast, turn_of
-from spin_ray.run_dir.events import duration, exact_duration
+from spin_ray.run_dir.events import duration, exact_duration, with_fields
 from tests.support.fakes import config_of
 
 CONFIG = config_of(
@@ -42,7 +42,7 @@ FIRST_TURN = [
     ],
 )  # fmt: skip
 def test_what_an_iterate_does_is_its_turn_and_what_makes_it_the_one_before(stage, turn):
-    assert turn_of(stage) == turn
+    assert turn_of(with_fields({"stage": stage})) == turn
 
 
 def test_before_anything_has_started_nothing_is_foretold():
