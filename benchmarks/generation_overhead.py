@@ -13,12 +13,12 @@ import time
 from pathlib import Path
 
 from harness import at_least, record
-from spin_ray.run_dir.artefact import Artefact
 
 from spin_ray.config.recipe import SpinConfig
 from spin_ray.inputs.check import check_recipe
 from spin_ray.inputs.embedded import resolve
 from spin_ray.loop.stages import generation, prompts
+from spin_ray.run_dir.artefact import Artefact
 from spin_ray.run_dir.run_dir import RunDir
 from spin_ray.run_dir.storage import Storage
 from spin_ray.runtime.connect import connect

@@ -104,7 +104,7 @@ def _should_stop(run: RunDir, config: SpinConfig, evaluations: list[Evaluation])
     if evidence is None:
         return False
     stopped = evaluations[-1]["iterate"]
-    if not any((event["event"], event["stage"]) == ("stop", stopped) for event in run.events()):
+    if not any((event["event"], event["folder"]) == ("stop", stopped) for event in run.events()):
         logger.warning("stopping after %s: %s", stopped, evidence["reason"])
         run.event("stop", stopped, **evidence)
     return True

@@ -51,7 +51,7 @@ def run_spin(config: SpinConfig, out: str | Path, start_engine: StartEngine = Vl
         run = RunDir(lease.storage)
         config = with_precision(config, run)
         if is_finished(run, config):
-            config = run.begin(config, inputs.facts())
+            run.begin(config, inputs.facts())
             for model in _models(run, config):
                 model.verify()  # damage is named, also when nothing is left to do
             logger.info("%s: nothing left to do", storage.root)
@@ -59,7 +59,7 @@ def run_spin(config: SpinConfig, out: str | Path, start_engine: StartEngine = Vl
             from spin_ray.loop.driver import spin  # brings torch and Ray: seconds that a finished run need not wait
 
             start = check_recipe(config, inputs)
-            config = run.begin(config, start.facts())
+            run.begin(config, start.facts())
             spin(run, config, start, start_engine)
         return RunResult.of(run, config, inputs)
 

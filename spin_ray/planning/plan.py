@@ -22,8 +22,9 @@ from spin_ray.planning.model_shape import KNOWN_SHAPES, ModelShape
 from spin_ray.planning.paper import PAPER_DIFFERENCE, is_the_papers, paper_table
 from spin_ray.planning.remedies import remedies
 from spin_ray.planning.run_cost import Phase, plan_run
-from spin_ray.planning.tables import duration, memory_table, notes, purposes, time_table
+from spin_ray.planning.tables import memory_table, notes, purposes, time_table
 from spin_ray.planning.work import Work
+from spin_ray.run_dir.events import exact_duration
 from spin_ray.runtime.precision import with_precision
 
 SAMPLE_ROWS = 256
@@ -182,7 +183,7 @@ def print_plan(config: SpinConfig, cluster: Cluster, given: Given, console: Cons
     phases = check_memory(config, shape, cluster, work)
     console.print(time_table(phases))
     total = sum(phase.seconds for phase in phases)
-    console.print(f"Total: {duration(total)}, without reading data, checkpoints and export.")
+    console.print(f"Total: {exact_duration(total)}, without reading data, checkpoints and export.")
     console.print(memory_table(phases))
     for note in notes(config, shape, cluster, work):
         console.print(note, highlight=False, markup=False)

@@ -15,6 +15,7 @@ from spin_ray.planning.learner_cost import evaluation_cost, scoring_cost, traini
 from spin_ray.planning.model_shape import ModelShape
 from spin_ray.planning.stage_cost import StageCost
 from spin_ray.planning.work import Work, pair_packs, played_rows, sft_packs
+from spin_ray.run_dir.names import iteration_name
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -45,7 +46,7 @@ def plan_run(config: SpinConfig, shape: ModelShape, devices: Devices, work: Work
         phases.append(Phase(first="sft", last="sft", count=1, stages=(warm_up,)))
     for iteration in range(config.iterations + 1):
         stages = iteration_costs(config, shape, devices, work, iteration)
-        name = f"iter_{iteration:03d}" if iteration < config.iterations else "last iterate"
+        name = iteration_name(iteration) if iteration < config.iterations else "last iterate"
         if phases and phases[-1].stages == stages:
             phases[-1] = replace(phases[-1], last=name, count=phases[-1].count + 1)
         elif stages:

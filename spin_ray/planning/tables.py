@@ -11,6 +11,7 @@ from spin_ray.planning.model_shape import ModelShape
 from spin_ray.planning.run_cost import Phase
 from spin_ray.planning.stage_cost import StageCost
 from spin_ray.planning.work import Work
+from spin_ray.run_dir.events import exact_duration
 
 
 def time_table(phases: list[Phase]) -> Table:
@@ -25,7 +26,7 @@ def time_table(phases: list[Phase]) -> Table:
                 stage.name,
                 count(stage.tokens),
                 f"{stage.flops:.1e}",
-                duration(stage.seconds),
+                exact_duration(stage.seconds),
                 stage.bound,
             )
         table.add_section()
@@ -73,13 +74,6 @@ def purposes(stage: StageCost) -> str:
     """Returns the purposes of a stage's memory, the largest first, without those below 0.05 GB."""
     largest = sorted(stage.memory.items(), key=lambda item: -item[1])
     return ", ".join(f"{size / GB:.1f} {purpose}" for purpose, size in largest if size >= 0.05 * GB) or "under 0.1"
-
-
-def duration(seconds: float) -> str:
-    """Returns ``45 s``, ``12.5 min`` or ``3.51 h``."""
-    if seconds < 100:
-        return f"{seconds:.0f} s"
-    return f"{seconds / 60:.1f} min" if seconds < 6000 else f"{seconds / 3600:.2f} h"
 
 
 def count(tokens: float) -> str:

@@ -81,7 +81,7 @@ def run(run_dir: RunDir, config: SpinConfig, iterate: int, request: Request) -> 
         found = _measure_at_endpoint(request) if request.endpoint else _measure_on_ray(request, config)
         counted["tasks"] = len(found)
     storage, path = run_dir.storage, run_dir.eval_path(iterate)
-    evaluation = json.loads(storage.read(path)) if storage.exists(path) else {"iterate": iterate_name(iterate)}
+    evaluation = run_dir.evaluation(iterate) or {"iterate": iterate_name(iterate)}
     results = evaluation.get("benchmarks", {}) | found
     results |= averages(results)
     storage.replace(path, json.dumps(evaluation | {"benchmarks": results}, indent=1).encode())

@@ -16,7 +16,7 @@ from spin_ray.config.recipe import SpinConfig
 from spin_ray.inputs.rendering import load_tokenizer
 from spin_ray.report.margins import row_margins
 from spin_ray.run_dir.artefact import Artefact
-from spin_ray.run_dir.names import iterate_name
+from spin_ray.run_dir.names import SELF, is_sample_of, iterate_name, iterate_number, prompt_of
 from spin_ray.run_dir.run_dir import RunDir
 
 
@@ -83,13 +83,13 @@ def _first_samples(samples: Artefact) -> pa.Table:
 def _own_margins(run: RunDir, config: SpinConfig, name: str) -> dict[str, float]:
     """Returns by prompt id the margin with the iterate's own sample; empty if it was not scored."""
     scores = run.artefact(f"{name}/heldout_scores")
-    if name == "sft" or not scores.is_committed or not run.storage.exists(f"{name}/eval.json"):
+    evaluation = run.evaluation(iterate_number(name))
+    if name == "sft" or not scores.is_committed or evaluation is None:
         return {}
-    evaluation = json.loads(run.storage.read(f"{name}/eval.json"))
     frame = row_margins(pa.concat_tables(list(scores.tables())), name, evaluation["opponent"], evaluation["beta"])[
         "margin"
     ]
-    return {key.removesuffix("/self"): float(margin) for key, margin in frame.items() if str(key).endswith("/self")}
+    return {prompt_of(str(key)): float(margin) for key, margin in frame.items() if is_sample_of(str(key), SELF)}
 
 
 def _pick_rows(prompt_ids: list[str], margins: list[dict[str, float]], limit: int) -> list[int]:

@@ -5,13 +5,12 @@ A turn t is the driver's: θ_t answers and is evaluated, then θ_{t+1} is traine
 twice as long. A kind of stage that no turn has finished yet has no known time, so the time left is "over" the sum.
 """
 
-import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 from spin_ray.config.recipe import SpinConfig
-from spin_ray.run_dir.events import BESIDE, Event, Span, spans, split_stage
-from spin_ray.run_dir.names import iterate_number
+from spin_ray.run_dir.events import BESIDE, Event, Span, duration, spans, with_fields
+from spin_ray.run_dir.names import is_iterate_name, iterate_number
 
 PREPARATION = -1
 
@@ -56,7 +55,7 @@ def forecast(config: SpinConfig, events: Sequence[Event], now: float, running_le
     ``running_left_s`` are the seconds that the running stage itself expects. None: they are guessed from earlier stages
     of its kind.
     """
-    attempts = spans([_by_turn(event) for event in events if split_stage(event["stage"])[1] not in BESIDE])
+    attempts = spans(_by_turn(event) for event in map(with_fields, events) if event["kind"] not in BESIDE)
     if not attempts:
         return None
     done = {_place(span) for span in attempts if span.outcome == "commit"}
@@ -81,33 +80,25 @@ def forecast(config: SpinConfig, events: Sequence[Event], now: float, running_le
     return Forecast(turn, _sum([guess for at, guess in left if at == turn]), _sum([guess for _, guess in left]))
 
 
-def turn_of(stage: str) -> int:
-    """Returns the turn of an event's stage: what θ_t does is turn t, what makes θ_t is turn t − 1."""
-    folder, _, name = stage.partition(" ")[0].rpartition("/")
-    if not re.fullmatch(r"sft|iter_\d+", folder):
+def turn_of(event: Event) -> int:
+    """Returns the turn of an event: what θ_t does is turn t, what makes θ_t is turn t − 1."""
+    if not is_iterate_name(event["folder"]):
         return PREPARATION
-    return iterate_number(folder) - (0 if name in ("heldout_samples", "evaluation") else 1)
+    return iterate_number(event["folder"]) - (0 if event["kind"] in ("heldout_samples", "evaluation") else 1)
 
 
 def _by_turn(event: Event) -> Event:
-    """Returns the event with its stage written as TURN/KIND."""
-    turn, kind = turn_of(event["stage"]), split_stage(event["stage"])[1]
-    if event["stage"] == "sft/training":
+    """Returns the event with its turn in place of the folder, and its kind as ``Expected`` has it."""
+    turn, kind = turn_of(event), event["kind"]
+    if (event["folder"], kind) == ("sft", "training"):
         kind = "warm-up"
     if turn == 0 and kind == "evaluation":
         kind = "first_evaluation"
-    return event | {"stage": f"{turn}/{kind}"}
+    return event | {"folder": str(turn), "kind": kind}
 
 
 def _place(span: Span) -> tuple[int, str]:
     return int(span.folder), span.stage
-
-
-def duration(seconds: float) -> str:
-    """``45 s``, ``12 min``, ``3.5 h``."""
-    if seconds < 90:
-        return f"{seconds:.0f} s"
-    return f"{seconds / 60:.0f} min" if seconds < 5400 else f"{seconds / 3600:.1f} h"
 
 
 def _sum(guesses: list[float | None]) -> Left:

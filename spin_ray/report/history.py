@@ -3,10 +3,7 @@
 Reads committed artefacts and logs only, so it works while the run goes on and after it stopped half-way.
 """
 
-import json
-import re
 from collections.abc import Iterator
-from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +11,7 @@ from spin_ray.config.recipe import SpinConfig
 from spin_ray.errors import RunDirError
 from spin_ray.report.measures import Evaluation, stop_evidence
 from spin_ray.run_dir.events import read_json_lines
-from spin_ray.run_dir.names import iterate_name, iterate_number
+from spin_ray.run_dir.names import is_iterate_name, iterate_name, iterate_number
 from spin_ray.run_dir.run_dir import RunDir
 
 
@@ -31,8 +28,8 @@ def read_benchmarks(run: RunDir, config: SpinConfig) -> dict[str, dict[str, Any]
 def _eval_files(run: RunDir, config: SpinConfig) -> Iterator[tuple[str, Evaluation]]:
     """Yields ``eval.json`` of every iterate that has one, but no damaged one: the run makes it again."""
     for iterate in range(config.iterations + 1):
-        with suppress(FileNotFoundError, ValueError):
-            yield iterate_name(iterate), json.loads(run.storage.read(run.eval_path(iterate)))
+        if found := run.evaluation(iterate):
+            yield iterate_name(iterate), found
 
 
 def evidence_to_stop(config: SpinConfig, evaluations: list[Evaluation]) -> dict[str, Any] | None:
@@ -56,8 +53,8 @@ def find_iterate(run: RunDir, iterate: str) -> int:
     """
     name = (run.latest() or "") if iterate == "latest" else iterate
     number = -1
-    if re.fullmatch(r"\d+|sft|iter_\d+", name):
-        number = int(name) if name.isdigit() else iterate_number(name)
+    if name.isdecimal() or is_iterate_name(name):
+        number = int(name) if name.isdecimal() else iterate_number(name)
     if not 0 <= number <= run.config().iterations or (number and not run.model(number).is_committed):
         there = [iterate_name(n) for n in range(run.config().iterations + 1) if run.model(n).is_committed]
         raise RunDirError(f"{run.storage.root}: has no iterate {iterate}; it has {', '.join(there) or 'none yet'}")

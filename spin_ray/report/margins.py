@@ -11,6 +11,7 @@ import numpy as np
 import pyarrow as pa
 
 from spin_ray.report.measures import standard_error
+from spin_ray.run_dir.names import SELF, is_sample_of
 
 SCORE_SCHEMA = pa.schema(
     [pa.field("pair_id", pa.string()), pa.field("model", pa.string())]
@@ -49,7 +50,7 @@ def margin_measures(scores: pa.Table, model: str, opponent: str, initial: str, b
     measures: dict[str, Any] = {"beta": beta, "real_logp_drift": float(frame["real"].mean())}
     errors: dict[str, float] = {}
     for whose in ("opponent", "self"):
-        rows = frame[frame.index.str.endswith(f"/{whose}")]
+        rows = frame[[is_sample_of(key, whose) for key in frame.index]]
         margin = rows["margin"].to_numpy()
         by_row = {
             "loss": np.logaddexp(0.0, -margin),
@@ -57,7 +58,7 @@ def margin_measures(scores: pa.Table, model: str, opponent: str, initial: str, b
             "accuracy": (margin > 0).astype(np.float64),
             "generated_logp_drift": rows["generated"].to_numpy(),
         }
-        shares = [share for pair_id, share in concentrations.items() if pair_id.endswith(f"/{whose}")]
+        shares = [share for pair_id, share in concentrations.items() if is_sample_of(pair_id, whose)]
         if shares:
             by_row["margin_concentration"] = np.asarray(shares)
         measures[f"against_{whose}"] = {key: float(values.mean()) for key, values in by_row.items()}
@@ -66,7 +67,7 @@ def margin_measures(scores: pa.Table, model: str, opponent: str, initial: str, b
     measures["jsd_lower_bound"] = (math.log(2) - measures["against_opponent"]["loss"]) / 2
     errors["jsd_lower_bound"] = errors["against_opponent.loss"] / 2
     moved = row_margins(scores, model, initial, beta)["generated"]
-    moved = moved[moved.index.str.endswith("/self")].to_numpy()
+    moved = moved[[is_sample_of(key, SELF) for key in moved.index]].to_numpy()
     measures["kl_to_base"], errors["kl_to_base"] = float(moved.mean()), standard_error(moved)
     return measures | {"standard_errors": errors}
 

@@ -4,7 +4,6 @@ The card is no part of the committed model and has no digest: evaluations come a
 written again with each of them.
 """
 
-import json
 from collections.abc import Iterator
 from typing import Any
 
@@ -33,8 +32,7 @@ def write_card(run: RunDir, iterate: int) -> None:
 def model_card(run: RunDir, iterate: int) -> str:
     """Returns the card: metadata with evaluation results, then text for readers."""
     config, description, name = run.config(), run.description(), iterate_name(iterate)
-    path = run.eval_path(iterate)
-    evaluation = json.loads(run.storage.read(path)) if run.storage.exists(path) else {}
+    evaluation = run.evaluation(iterate) or {}
     results = [(measure, value) for measure in MEASURES if (value := measure.of(evaluation)) is not None]
     benchmarks = evaluation.get("benchmarks", {})
     base, data = hide_in_text(config.model.path), hide_in_text(config.data.train)

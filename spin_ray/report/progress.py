@@ -21,8 +21,8 @@ from rich.text import Text
 
 from spin_ray.config.recipe import SpinConfig
 from spin_ray.errors import first_line
-from spin_ray.report.forecast import PREPARATION, Forecast, duration, forecast
-from spin_ray.run_dir.events import Span, spans
+from spin_ray.report.forecast import PREPARATION, Forecast, forecast
+from spin_ray.run_dir.events import Span, duration, spans
 from spin_ray.run_dir.names import iterate_name, iteration_name
 from spin_ray.run_dir.run_dir import RunDir
 

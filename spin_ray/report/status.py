@@ -9,11 +9,10 @@ from rich.table import Table
 
 from spin_ray.config.recipe import SpinConfig
 from spin_ray.report.examples import read_examples
-from spin_ray.report.forecast import duration
 from spin_ray.report.history import read_evaluations
 from spin_ray.report.measures import MEASURES, Evaluation, warnings
 from spin_ray.report.progress import PROGRESS
-from spin_ray.run_dir.events import Event, lost_work, read_json_lines, spans, stage_seconds
+from spin_ray.run_dir.events import Event, counted_in, duration, lost_work, read_json_lines, spans, stage_seconds
 from spin_ray.run_dir.names import iterate_number
 from spin_ray.run_dir.run_dir import RunDir
 
@@ -53,7 +52,7 @@ def print_status(run: RunDir, console: Console) -> None:
         console.print(f"Lost in failures and done again: at most {lost['shards']} shards, {lost['steps']} steps")
     _print_running(run, events, console)
     for event in events[-1:]:
-        detail = {name: value for name, value in event.items() if name not in ("time", "event", "stage")}
+        detail = counted_in(event)
         line = f"Last event: {event['event']} {event['stage']} {json.dumps(detail) if detail else ''}"
         console.print(line, markup=False)
     console.print(f"LATEST: {run.latest() or 'nothing published yet'}; iterations wanted: {config.iterations}")

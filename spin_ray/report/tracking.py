@@ -74,8 +74,7 @@ def points(run: RunDir, iterate: int) -> Iterator[Point]:
 
 
 def _evaluation_points(run: RunDir, iterate: int) -> Iterator[Point]:
-    path = run.eval_path(iterate)
-    evaluation = json.loads(run.storage.read(path)) if run.storage.exists(path) else {}
+    evaluation = run.evaluation(iterate) or {}
     for measure in MEASURES:
         if (value := measure.of(evaluation)) is not None:
             yield Point(f"eval/{measure.key}", iterate, float(value))

@@ -1,23 +1,23 @@
 """What each machine keeps of models: folders named by their content, filled once however many processes ask."""
 
-import fcntl
+import os
 import shutil
 import tempfile
-import time
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
 from spin_ray.errors import RunDirError, StageError
-from spin_ray.run_dir.storage import Digest, bytes_digest, file_digest
+from spin_ray.run_dir.lock import file_lock
+from spin_ray.run_dir.storage import Digest, file_digest, folder_digest
 
 FILL_TIMEOUT_S = 7200.0
 """Longest wait for another process of this machine to fill a folder."""
 
 
-def identity(files: Mapping[str, Digest]) -> str:
-    """One digest for names and contents."""
-    return bytes_digest("".join(f"{name} {found.sha256}\n" for name, found in sorted(files.items())).encode()).sha256
+def cache_root() -> Path:
+    """Returns ``$SPIN_RAY_CACHE`` or ``~/.cache/spin-ray``, absolute: Ray workers run in other working directories."""
+    return Path(os.environ.get("SPIN_RAY_CACHE") or "~/.cache/spin-ray").expanduser().absolute()
 
 
 def without_weights(files: Mapping[str, Digest]) -> dict[str, Digest]:
@@ -32,7 +32,7 @@ def folder_with(root: Path, files: Mapping[str, Digest], fetch: Callable[[str, P
         RunDirError: a file differs from its digest as it came from ``where``; nothing is kept.
         StageError: another process has been filling it for ``FILL_TIMEOUT_S``.
     """
-    target = root / identity(files)
+    target = root / folder_digest(files)
     if target.is_dir():
         return target
     with locked(root, target.name):
@@ -53,19 +53,17 @@ def folder_with(root: Path, files: Mapping[str, Digest], fetch: Callable[[str, P
 
 @contextmanager
 def locked(root: Path, name: str) -> Iterator[None]:
-    """One process of this machine at a time; the kernel drops the lock of one that dies."""
-    root.mkdir(parents=True, exist_ok=True)
-    deadline = time.monotonic() + FILL_TIMEOUT_S
-    with (root / f"{name}.lock").open("a") as file:
-        while True:
-            try:
-                fcntl.flock(file.fileno(), fcntl.LOCK_EX | fcntl.LOCK_NB)
-                break
-            except BlockingIOError:
-                if time.monotonic() > deadline:
-                    raise StageError(
-                        f"{root / name}: waited {FILL_TIMEOUT_S:.0f} s for another process to fill it; "
-                        "see what holds it, then run the command again"
-                    ) from None
-                time.sleep(0.1)
+    """Lets one process of this machine at a time fill ``name`` below ``root``.
+
+    Raises:
+        StageError: another process has been filling it for ``FILL_TIMEOUT_S``.
+    """
+    with ExitStack() as held:
+        try:
+            held.enter_context(file_lock(root / f"{name}.lock", alone=True, timeout_s=FILL_TIMEOUT_S))
+        except TimeoutError as error:
+            raise StageError(
+                f"{root / name}: waited {FILL_TIMEOUT_S:.0f} s for another process to fill it; "
+                "see what holds it, then run the command again"
+            ) from error
         yield

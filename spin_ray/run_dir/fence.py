@@ -5,15 +5,14 @@ hands only with the lock held alone. So there is no moment between the look and 
 with its process.
 """
 
-import fcntl
 import json
-import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
 from spin_ray.errors import RunDirError
+from spin_ray.run_dir.lock import file_lock
 
 LEASE = "lease.json"
 LOCK_TIMEOUT_S = 60.0
@@ -27,30 +26,17 @@ def locked(root: Path, *, alone: bool) -> Iterator[None]:
     Raises:
         RunDirError: the folder cannot hold a run, or somebody held the lock for all of ``LOCK_TIMEOUT_S``.
     """
-    deadline = time.monotonic() + LOCK_TIMEOUT_S
-    try:
-        root.mkdir(parents=True, exist_ok=True)
-        file = (root / ".lease.lock").open("a+")
-        while not _try_lock(file.fileno(), fcntl.LOCK_EX if alone else fcntl.LOCK_SH):
-            if time.monotonic() > deadline:
-                file.close()
-                raise RunDirError(
-                    f"{root}: waited {LOCK_TIMEOUT_S:g} s for a change of another process to end; a process of the "
-                    "run may be paused: end it, then run the command again"
-                )
-            time.sleep(0.01)
-    except OSError as error:
-        raise RunDirError(f"{root}: cannot hold a run ({error.strerror}); choose another --out") from error
-    with file:
+    with ExitStack() as held:
+        try:
+            held.enter_context(file_lock(root / ".lease.lock", alone=alone, timeout_s=LOCK_TIMEOUT_S))
+        except TimeoutError as error:
+            raise RunDirError(
+                f"{root}: waited {LOCK_TIMEOUT_S:g} s for a change of another process to end; a process of the "
+                "run may be paused: end it, then run the command again"
+            ) from error
+        except OSError as error:
+            raise RunDirError(f"{root}: cannot hold a run ({error.strerror}); choose another --out") from error
         yield
-
-
-def _try_lock(descriptor: int, kind: int) -> bool:
-    try:
-        fcntl.flock(descriptor, kind | fcntl.LOCK_NB)
-    except BlockingIOError:
-        return False
-    return True
 
 
 def holder_in(lease: bytes | None, where: str) -> dict[str, Any] | None:

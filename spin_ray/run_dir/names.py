@@ -1,95 +1,33 @@
-"""Which model a request means.
+"""Names of iterates, iterations, parts and pairs: made and parsed here alone.
 
-An iterate is called as the API calls it: ``sft`` (θ_0), ``iter-0`` (θ_1), ``iter-1``, …. ``latest`` is the newest one
-that serves. An alias is a short-lived other name for an iterate, e.g. ``battle-7f3c-a``: a blind comparison asks for
-it, and nothing in the answer tells which iterate it stands for.
+θ_0 is called ``sft``, on disk and by the API. θ_t with t ≥ 1 is ``iter_{t-1:03d}`` on disk, after the iteration that
+made it, and ``iter-{t-1}`` by the API.
 """
 
-import time
-from collections.abc import Callable, Iterable
+import re
 
 LATEST = "latest"
+"""The newest iterate, for the API and the command line."""
 
 
-class UnknownModel(LookupError):
-    """No iterate that serves has this name; the message says which have."""
+def part_name(number: int) -> str:
+    """``7 -> part-00007.parquet``."""
+    return f"part-{number:05d}.parquet"
 
 
-class Names:
-    """Names of one ingress replica.
+def iteration_name(iteration: int) -> str:
+    """``0 -> iter_000``: the first SPIN iteration."""
+    return f"iter_{iteration:03d}"
 
-    What serves is told by ``serve_now`` (every replica hears the same); aliases are known to the replica that
-    registered them only (``recall_side`` registers those of others).
 
-    Example::
+def iterate_name(iterate: int) -> str:
+    """``0 -> sft`` (θ_0), ``1 -> iter_000``: iteration t turns θ_t into θ_{t+1} and keeps it in its own folder."""
+    return "sft" if iterate == 0 else iteration_name(iterate - 1)
 
-        names = Names()
-        names.serve_now(["sft", "iter-0"], newest="iter-0")
-        names.register_alias("battle-7f3c-a", "sft", ttl_s=600)
-        names.resolve("battle-7f3c-a"), names.resolve("latest")    # ("sft", "iter-0")
-    """
 
-    def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
-        self._clock = clock
-        self._iterates: tuple[str, ...] = ()
-        self._newest: str | None = None
-        self._aliases: dict[str, tuple[str, float]] = {}
-
-    @property
-    def iterates(self) -> tuple[str, ...]:
-        """The iterates that serve, oldest first."""
-        return self._iterates
-
-    def serve_now(self, iterates: Iterable[str], newest: str | None) -> None:
-        """Replaces what serves; requests that are being answered stay with the engine that they have."""
-        self._iterates = tuple(sorted(iterates, key=age))
-        self._newest = newest
-
-    def newest(self) -> str:
-        """What ``latest`` stands for now.
-
-        Raises:
-            UnknownModel: nothing that follows LATEST serves yet.
-        """
-        if self._newest is None:
-            raise UnknownModel(f"no model serves as {LATEST!r}")
-        return self._newest
-
-    def register_alias(self, alias: str, iterate: str, ttl_s: float) -> None:
-        """Lets ``alias`` stand for ``iterate`` for ``ttl_s`` seconds.
-
-        Raises:
-            UnknownModel: ``iterate`` does not serve.
-            ValueError: ``alias`` is the name of an iterate.
-        """
-        if is_iterate(alias) or alias == LATEST:
-            raise ValueError(f"{alias!r} is the name of an iterate")
-        if iterate not in self._iterates:
-            raise UnknownModel(self._unknown(iterate))
-        now = self._clock()
-        self._aliases = {name: kept for name, kept in self._aliases.items() if kept[1] > now}
-        self._aliases[alias] = (iterate, now + ttl_s)
-
-    def resolve(self, name: str) -> str:
-        """The iterate that ``name`` means now.
-
-        Raises:
-            UnknownModel: none, or one that does not serve.
-        """
-        if name == LATEST:
-            return self.newest()
-        iterate, until = self._aliases.get(name, (name, float("inf")))
-        if iterate not in self._iterates or until <= self._clock():
-            raise UnknownModel(self._unknown(name))
-        return iterate
-
-    def is_alias(self, name: str) -> bool:
-        """Whether ``name`` hides an iterate: then nothing in the answer may tell which."""
-        return name in self._aliases
-
-    def _unknown(self, name: str) -> str:
-        served = [*self._iterates, *([LATEST] if self._newest else [])]
-        return f"The model {name!r} does not exist or does not serve; these do: {', '.join(served) or 'none yet'}"
+def iterate_number(name: str) -> int:
+    """``sft -> 0``, ``iter_000 -> 1``: the inverse of ``iterate_name``."""
+    return 0 if name == "sft" else int(name.removeprefix("iter_")) + 1
 
 
 def is_iterate(name: str) -> bool:
@@ -106,3 +44,36 @@ def age(name: str) -> int:
 def api_name(iterate: int) -> str:
     """``0 -> sft``, ``1 -> iter-0``: the inverse of ``age``."""
     return "sft" if iterate == 0 else f"iter-{iterate - 1}"
+
+
+def is_iterate_name(name: str) -> bool:
+    """Tells whether ``name`` is that of an iterate on disk, e.g. ``iter_012``; zeros may be missing."""
+    return re.fullmatch(r"sft|iter_[0-9]+", name) is not None
+
+
+def pair_id(prompt_id: str, iteration: int, sample: int) -> str:
+    """``("9f2c", 1, 0) -> 9f2c/001/0``: the pair of a prompt and one sample of that iteration's opponent."""
+    return f"{prompt_id}/{iteration:03d}/{sample}"
+
+
+def revision_id(answer_id: str, iteration: int) -> str:
+    """``("9f2c/0", 1) -> 9f2c/0/001``: the row of an answer that was kept or revised."""
+    return f"{answer_id}/{iteration:03d}"
+
+
+def prompt_of(pair_id: str) -> str:
+    """``9f2c/001/0 -> 9f2c``."""
+    return pair_id.partition("/")[0]
+
+
+SELF, OPPONENT = "self", "opponent"
+
+
+def heldout_pair_id(prompt_id: str, whose: str) -> str:
+    """``("9f2c", SELF) -> 9f2c/self``: the pair of a held-out prompt and a sample of the iterate or its opponent."""
+    return f"{prompt_id}/{whose}"
+
+
+def is_sample_of(pair_id: str, whose: str) -> bool:
+    """Tells whether the sample of a held-out pair is the iterate's (SELF) or its opponent's (OPPONENT)."""
+    return pair_id.endswith(f"/{whose}")

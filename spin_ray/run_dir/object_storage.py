@@ -23,11 +23,11 @@ from obstore.exceptions import AlreadyExistsError, BaseError, PreconditionError
 from obstore.store import ObjectStore, from_url
 
 from spin_ray.errors import ConfigError, StageError
-from spin_ray.run_dir.cache import folder_with
+from spin_ray.run_dir.cache import cache_root, folder_with
 from spin_ray.run_dir.fence import LEASE, check_token
-from spin_ray.run_dir.storage import Digest, Storage, bytes_digest
+from spin_ray.run_dir.storage import MANIFEST, Digest, Storage, bytes_digest
 
-CACHE = Path(os.environ.get("SPIN_RAY_CACHE") or "~/.cache/spin-ray").expanduser() / "runs"
+CACHE = cache_root() / "runs"
 """Where each machine keeps models of a run, by digest."""
 logger = logging.getLogger(__name__)
 T = TypeVar("T")
@@ -103,7 +103,7 @@ class ObjectStorage(Storage):
 
     def create_folder(self, name: str, attempt: Path) -> None:
         """Uploads the files of ``attempt``, its manifest last and by conditional create: readers trust only that."""
-        manifest = attempt / "_MANIFEST.json"
+        manifest = attempt / MANIFEST
         if self.exists(f"{name}/{manifest.name}"):
             raise FileExistsError(f"{self.where(name)} is there already")
         for file in sorted(attempt.rglob("*")):

@@ -12,7 +12,7 @@ import uuid
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import NamedTuple
+from typing import NamedTuple, Protocol
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -20,6 +20,8 @@ import pyarrow.parquet as pq
 from spin_ray.errors import ConfigError, StageError
 from spin_ray.run_dir.fence import LEASE, check_token, locked
 
+MANIFEST = "_MANIFEST.json"
+"""The file of an artefact whose appearance commits it."""
 ATTEMPTS = ".attempts"
 """Folder below the root that holds files and folders being written; never read, removed when a run starts."""
 
@@ -257,6 +259,19 @@ def file_digest(path: Path) -> Digest:
 
 def bytes_digest(data: bytes) -> Digest:
     return Digest(hashlib.sha256(data).hexdigest(), len(data))
+
+
+class HasDigest(Protocol):
+    """A file as a manifest or a ``Digest`` describes it."""
+
+    @property
+    def sha256(self) -> str: ...
+
+
+def folder_digest(files: Mapping[str, HasDigest]) -> str:
+    """Returns one digest of names and contents."""
+    lines = "".join(f"{entry.sha256} {name}\n" for name, entry in sorted(files.items()))
+    return bytes_digest(lines.encode()).sha256
 
 
 def table_to_bytes(table: pa.Table) -> bytes:

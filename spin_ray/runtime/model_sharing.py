@@ -21,7 +21,7 @@ from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 from spin_ray.errors import StageError, last_line
 from spin_ray.run_dir import cache as node_cache
 from spin_ray.run_dir.object_storage import CACHE
-from spin_ray.run_dir.storage import Digest, file_digest
+from spin_ray.run_dir.storage import Digest, file_digest, folder_digest
 
 PART_BYTES = 2**24
 KEPT_PARTS = 4
@@ -66,7 +66,7 @@ class SharedFolder:
         if any(stat.st_size != files[name].bytes for name, stat in stats.items()):
             return False
         seen = json.dumps([str(self.folder), *([name, stat.st_size, stat.st_mtime_ns] for name, stat in stats.items())])
-        name = f"{node_cache.identity(files)}.in-place"
+        name = f"{folder_digest(files)}.in-place"
         with node_cache.locked(CACHE, name):
             note = CACHE / name
             if note.exists() and note.read_text() == seen:
@@ -98,7 +98,7 @@ def share(folder: Path, files: Mapping[str, Digest]) -> SharedFolder | None:
     if not ray_constants.ENABLE_RAY_CLUSTER and len(ray.nodes()) == 1:
         return None
     node = ray.get_runtime_context().get_node_id()
-    giver = f"spin-ray-{node_cache.identity(files)[:16]}"
+    giver = f"spin-ray-{folder_digest(files)[:16]}"
     if (node, giver) not in _givers:
         here = NodeAffinitySchedulingStrategy(node, soft=False)
         options = {"name": giver, "num_cpus": 0, "scheduling_strategy": here}

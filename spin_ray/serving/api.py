@@ -17,7 +17,7 @@ from starlette.responses import JSONResponse, Response, StreamingResponse
 from starlette.types import Receive, Scope, Send
 
 from spin_ray.config.recipe import SpinConfig
-from spin_ray.run_dir.names import LATEST, UnknownModel
+from spin_ray.run_dir.names import LATEST
 from spin_ray.serving.access import Key
 from spin_ray.serving.arena.battles import is_side
 from spin_ray.serving.arena.recording import recorded
@@ -30,6 +30,7 @@ from spin_ray.serving.errors import Refusal, from_engine, from_validation
 from spin_ray.serving.events import rewrite
 from spin_ray.serving.limits import Access, Observe, Slots, WholeBody
 from spin_ray.serving.metrics import Metrics
+from spin_ray.serving.names import UnknownModel
 
 DIGEST_HEADER, ITERATE_HEADER = "x-spin-ray-digest", "x-spin-ray-iterate"
 

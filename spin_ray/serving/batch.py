@@ -13,7 +13,6 @@ from ray import serve
 
 from spin_ray.config.recipe import SpinConfig
 from spin_ray.errors import DataError, StageError
-from spin_ray.run_dir.names import UnknownModel
 from spin_ray.run_dir.run_dir import RunDir
 from spin_ray.serving.app import keeper
 from spin_ray.serving.bodies import CompareBody
@@ -21,6 +20,7 @@ from spin_ray.serving.compare import compare
 from spin_ray.serving.engines import Engines, ServeEngines
 from spin_ray.serving.errors import Refusal, from_validation
 from spin_ray.serving.keeper import ENGINE_PREFIX
+from spin_ray.serving.names import UnknownModel
 from spin_ray.serving.server import check_settings, connect_for, stop_serving
 
 

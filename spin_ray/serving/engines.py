@@ -10,8 +10,8 @@ from ray import serve
 from ray.exceptions import RayError, RayTaskError
 from ray.serve.exceptions import RayServeException
 
-from spin_ray.run_dir.names import Names
 from spin_ray.serving.errors import Refusal, from_engine
+from spin_ray.serving.names import Names
 
 logger = logging.getLogger("ray.serve")
 

@@ -9,7 +9,6 @@ import pytest
 
 from spin_ray.config.recipe import SpinConfig
 from spin_ray.errors import RunDirError
-from spin_ray.loop.stages import generation
 from spin_ray.run_dir.run_dir import RunDir
 from spin_ray.run_dir.storage import Storage, table_from_bytes
 from tests.support import small_run
@@ -83,7 +82,7 @@ def test_a_damaged_shard_of_an_unfinished_generation_is_generated_again(
     out = copy_without(calm, tmp_path / "run", missing)
     damage(out / "iter_000/generations/part-00001.parquet")
     small_run.run(config, out)
-    assert "generations/part-00001.parquet: is damaged; it is generated again" in caplog.text
+    assert "generations/part-00001.parquet: is damaged; it is made again" in caplog.text
     assert committed(out) == committed(calm)
 
 
@@ -97,7 +96,7 @@ def test_no_flipped_bit_changes_the_rows_of_a_shard_unseen(tmp_path: Path, calm:
         data = bytearray(whole)
         data[chance.randrange(len(data))] ^= 1 << chance.randrange(8)
         shards.storage.replace(f"shards/{name}", bytes(data))
-        opened = generation._open_whole(shards, name)
+        opened = shards.open_sealed(name)
         if opened is None:
             seen += 1
         else:  # a bit that means nothing, say of a column's statistics

@@ -10,10 +10,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from spin_ray.run_dir.artefact import folder_entries
 
 from spin_ray.config.load import override
 from spin_ray.errors import ConfigError, DataError, RunDirError
+from spin_ray.run_dir.artefact import folder_entries
 from spin_ray.run_dir.run_dir import RunDir
 from spin_ray.run_dir.storage import folder_digest
 from spin_ray.serving.app import build

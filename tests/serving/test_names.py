@@ -2,7 +2,8 @@
 
 import pytest
 
-from spin_ray.run_dir.names import Names, UnknownModel, age, api_name, is_iterate
+from spin_ray.run_dir.names import age, api_name, is_iterate
+from spin_ray.serving.names import Names, UnknownModel
 
 
 class Clock:

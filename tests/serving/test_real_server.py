@@ -12,9 +12,9 @@ import httpx
 import openai
 import psutil
 import pytest
-from spin_ray.run_dir.artefact import folder_entries
 
 from spin_ray.inputs.rendering import ChatRenderer, load_tokenizer
+from spin_ray.run_dir.artefact import folder_entries
 from spin_ray.run_dir.storage import folder_digest
 from tests.support.served import START_S, Served
 from tests.support.tiny_runs import add_iterate

@@ -12,7 +12,6 @@ from typing import Any
 import uvicorn
 from fastapi import FastAPI
 
-from spin_ray.run_dir.names import Names
 from spin_ray.serving.access import Key
 from spin_ray.serving.api import make_app
 from spin_ray.serving.arena.votes import VoteStore

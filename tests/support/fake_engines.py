@@ -5,7 +5,6 @@ import tempfile
 from collections.abc import AsyncIterator
 from typing import Any
 
-from spin_ray.run_dir.names import Names
 from spin_ray.serving.arena.votes import VoteStore
 from spin_ray.serving.engines import CHAT, TOKENS, Item
 

@@ -5,10 +5,10 @@ from typing import Any
 
 import numpy as np
 import pyarrow as pa
-from spin_ray.run_dir.artefact import Artefact
 
 from spin_ray.config.recipe import SpinConfig
 from spin_ray.config.sections import SamplingConfig
+from spin_ray.run_dir.artefact import Artefact
 from spin_ray.run_dir.names import part_name
 from spin_ray.run_dir.schemas import GENERATION_SCHEMA, PROMPT_SCHEMA
 from spin_ray.runtime.engine import Completion

@@ -11,8 +11,8 @@ from pathlib import Path
 from typing import Any
 
 import psutil
-from spin_ray.run_dir.artefact import Manifest
 
+from spin_ray.run_dir.artefact import Manifest
 from spin_ray.run_dir.events import lost_work, read_json_lines
 from spin_ray.run_dir.run_dir import RunDir
 from spin_ray.run_dir.storage import MANIFEST, Storage

@@ -17,7 +17,6 @@ import pytest
 import ray.data
 import ray.train
 import torch
-from spin_ray.run_dir.artefact import Manifest
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from spin_ray.config.recipe import SpinConfig
@@ -30,6 +29,7 @@ from spin_ray.loop import driver, launch
 from spin_ray.loop.stages import evaluation, generation, prompts
 from spin_ray.loop.stages.training import stage as training
 from spin_ray.run_dir import object_storage
+from spin_ray.run_dir.artefact import Manifest
 from spin_ray.run_dir.storage import MANIFEST, Disk, Storage
 from tests.support.fakes import FakeEngine
 

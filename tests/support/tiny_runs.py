@@ -6,10 +6,10 @@ from typing import Any
 
 import torch
 from safetensors.torch import load_file, save_file
-from spin_ray.run_dir.artefact import Manifest, folder_entries
 
 from spin_ray.config.recipe import SpinConfig
 from spin_ray.inputs.check import check_recipe
+from spin_ray.run_dir.artefact import Manifest, folder_entries
 from spin_ray.run_dir.run_dir import RunDir
 from spin_ray.run_dir.storage import MANIFEST, Storage
 

@@ -24,6 +24,7 @@ from pathlib import Path
 
 from spin_ray.errors import ConfigError
 from spin_ray.inputs.embedded import data, models
+from spin_ray.run_dir.cache import cache_root
 from spin_ray.run_dir.storage import fsync
 
 SCHEME = "embedded:"
@@ -84,11 +85,6 @@ def resolve(uri: str) -> str:
             f"cannot make {uri} in {folder.parent}: {error}; set SPIN_RAY_CACHE to a writable folder with 300 MB free"
         ) from error
     return str(folder / asset.file)
-
-
-def cache_root() -> Path:
-    """``$SPIN_RAY_CACHE`` or ``~/.cache/spin-ray``, absolute because Ray workers run in other working directories."""
-    return Path(os.environ.get("SPIN_RAY_CACHE") or "~/.cache/spin-ray").expanduser().absolute()
 
 
 def _make_once(folder: Path, make: Callable[[Path], None]) -> None:

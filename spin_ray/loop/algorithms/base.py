@@ -13,6 +13,7 @@ from spin_ray.inputs.model_folder import ModelFolder
 from spin_ray.learner.step import Objective
 from spin_ray.loop.stages.generation import Job, prompt_slice
 from spin_ray.run_dir.artefact import Artefact
+from spin_ray.run_dir.names import pair_id
 from spin_ray.run_dir.run_dir import RunDir
 from spin_ray.run_dir.schemas import PAIR_SCHEMA, TOKEN_IDS
 
@@ -97,7 +98,7 @@ def pair_table(prompts: pa.Table, iteration: int, generated: pa.ChunkedArray | N
     ids = prompts["prompt_id"].to_pylist()
     return pa.table(
         [
-            [f"{prompt_id}/{iteration:03d}/0" for prompt_id in ids], prompts["prompt_id"],
+            [pair_id(prompt_id, iteration, 0) for prompt_id in ids], prompts["prompt_id"],
             pa.array([iteration] * len(ids), pa.int32()), prompts["prompt_ids"], prompts["real_ids"],
             pa.array([[]] * len(ids), TOKEN_IDS) if generated is None else generated,
         ],

@@ -14,7 +14,6 @@ Two margins, both of θ_t against θ_{t-1}, the opponent that it was trained aga
 import json
 import logging
 import time
-from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -35,7 +34,7 @@ from spin_ray.learner.step import PackShape, pair_lengths, plan
 from spin_ray.report.margins import SCORE_SCHEMA, margin_measures
 from spin_ray.report.measures import distinct_ngrams, duplicate_share, standard_error, warnings
 from spin_ray.run_dir.artefact import Artefact
-from spin_ray.run_dir.names import part_name
+from spin_ray.run_dir.names import heldout_pair_id, part_name
 from spin_ray.run_dir.run_dir import RunDir
 from spin_ray.run_dir.schemas import PAIR_SCHEMA
 from spin_ray.runtime.workers import device, run_workers
@@ -72,13 +71,10 @@ def run(
     path = run_dir.eval_path(iterate)
     samples = run_dir.heldout_samples(iterate)
     made_from = {"samples": samples.manifest().digest, "model": model.digest}
-    benchmarks: dict[str, Any] = {}
-    if run_dir.storage.exists(path):
-        with suppress(ValueError, KeyError, TypeError):  # a damaged one is made again
-            done = json.loads(run_dir.storage.read(path))
-            benchmarks = {key: done[key] for key in done if key == "benchmarks"}  # lm-eval may have been quicker
-            if done["made_from"] == made_from:
-                return done
+    done = run_dir.evaluation(iterate) or {}
+    if done.get("made_from") == made_from:
+        return done
+    benchmarks = {key: done[key] for key in done if key == "benchmarks"}  # lm-eval may have been quicker
     with run_dir.stage(f"{model.name}/evaluation") as counted:
         heldout, answers = _read(run_dir.heldout, samples)
         result: dict[str, Any] = {"iterate": model.name, "made_from": made_from, "rows": heldout.num_rows}
@@ -92,7 +88,7 @@ def run(
             result |= {"opponent": previous.name} | margins
         counted |= {"rows": heldout.num_rows}
         run_dir.storage.replace(path, json.dumps(result | benchmarks, indent=1).encode())
-    start = json.loads(run_dir.storage.read(run_dir.eval_path(0))) if iterate else None
+    start = run_dir.evaluation(0) if iterate else None
     for text in warnings(result, start):
         logger.warning("%s: %s", model.name, text)
         run_dir.event("warning", model.name, text=text)
@@ -192,7 +188,7 @@ def _score(
 
 
 def _pair_rows(heldout: pa.Table, answers: pa.Table, whose: str) -> pa.Table:
-    pair_ids = pa.array([f"{prompt_id}/{whose}" for prompt_id in heldout["prompt_id"].to_pylist()])
+    pair_ids = pa.array([heldout_pair_id(prompt_id, whose) for prompt_id in heldout["prompt_id"].to_pylist()])
     columns = [pair_ids, heldout["prompt_id"], pa.array([0] * len(pair_ids), pa.int32())]
     return pa.table([*columns, heldout["prompt_ids"], heldout["real_ids"], answers["token_ids"]], schema=PAIR_SCHEMA)
 

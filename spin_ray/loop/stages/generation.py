@@ -23,9 +23,9 @@ import ray
 import ray.exceptions
 
 from spin_ray.config.recipe import SpinConfig, digest
-from spin_ray.errors import RunDirError, StageError, UserError, last_line, memory_advice
+from spin_ray.errors import StageError, UserError, last_line, memory_advice
 from spin_ray.report.progress import StageProgress
-from spin_ray.run_dir.artefact import Artefact, FileEntry
+from spin_ray.run_dir.artefact import Artefact, FileEntry, FoundParts, seal
 from spin_ray.run_dir.names import part_name
 from spin_ray.run_dir.run_dir import RunDir
 from spin_ray.run_dir.schemas import GENERATION_SCHEMA
@@ -36,15 +36,10 @@ from spin_ray.runtime.waiting import wait_until_free, with_deadline
 
 logger = logging.getLogger(__name__)
 
-FINGERPRINT = b"spin_ray.fingerprint"
-"""Parquet metadata of a shard: the digest of its inputs and settings. Shards with another one are refused."""
-
 _USE_LESS = (
     "lower generation.engine.cpu_kv_cache_gib or gpu_memory_utilization, generation.engine.max_num_seqs, or "
     "generation.replicas"
 )
-CHECKSUM = b"spin_ray.checksum"
-"""Parquet metadata of a shard: the digest of its rows and fingerprint, as no manifest vouches for it yet."""
 
 
 @dataclass(frozen=True)
@@ -113,7 +108,8 @@ def run(
     if not jobs:
         return
     shards = [shard for job in jobs for shard in _shards(job, config)]
-    entries = {job.target.path: _finished(job, config) for job in jobs}
+    found = {job.target.path: _find_parts(job, config) for job in jobs}
+    entries = {path: parts.whole for path, parts in found.items()}
     missing = [shard for shard in shards if shard.name not in entries[shard.target.path]]
     names = " + ".join(job.target.path for job in jobs)
     cut_off = run_dir.was_cut_off(names)
@@ -122,7 +118,7 @@ def run(
             run_dir.event(
                 "lost", names, shards=min(config.generation.replicas, len(missing)), why="the stage ended early"
             )
-        done = sum(entry.rows or 0 for found in entries.values() for entry in found.values())
+        done = sum(entry.rows or 0 for whole in entries.values() for entry in whole.values())
         total = sum(_rows(job) * config.generation.samples_per_prompt for job in jobs)
         tokens, work_s = 0, 0.0
         with StageProgress(names, total, "rows", done=done) as progress:
@@ -255,9 +251,7 @@ def answer(shard: Shard, config: SpinConfig, engine: GenerationEngine) -> pa.Tab
         ],
         schema=GENERATION_SCHEMA,
     )
-    return table.replace_schema_metadata(
-        {FINGERPRINT: shard.fingerprint.encode(), CHECKSUM: _checksum(table, shard.fingerprint.encode())}
-    )
+    return seal(table, shard.fingerprint)
 
 
 def _shards(job: Job, config: SpinConfig) -> list[Shard]:
@@ -283,44 +277,13 @@ def _fingerprint(job: Job, config: SpinConfig) -> str:
     return digest([job.inputs(), job.settings(config)])
 
 
-def _finished(job: Job, config: SpinConfig) -> dict[str, FileEntry]:
-    """Returns the shards that an earlier attempt committed; removes damaged ones, to be generated again.
+def _find_parts(job: Job, config: SpinConfig) -> FoundParts:
+    """Finds the shards that an earlier attempt committed; damaged ones are generated again with the same seeds.
 
     Raises:
         RunDirError: a shard was made from other inputs or settings.
     """
-    fingerprint = _fingerprint(job, config).encode()
-    found = {}
-    for name in job.target.part_names():
-        opened = _open_whole(job.target, name)
-        if opened is None:
-            logger.warning("%s/%s: is damaged; it is generated again", job.target.path, name)
-            job.target.storage.delete(f"{job.target.path}/{name}")
-            continue
-        table, entry = opened
-        if table.schema.metadata[FINGERPRINT] != fingerprint:
-            where = job.target.storage.where(f"{job.target.path}/{name}")
-            raise RunDirError(
-                f"{where}: was generated with another opponent, prompts or settings; "
-                f"restore them, choose another --out, or remove {job.target.path}"
-            )
-        found[name] = entry
-    return found
-
-
-def _open_whole(target: Artefact, name: str) -> tuple[pa.Table, FileEntry] | None:
-    """Returns the shard and its entry; None if a byte of it was changed or lost."""
-    try:
-        table, entry = target.open_part(name)
-        stated = table.schema.metadata or {}
-        whole = stated.get(CHECKSUM) == _checksum(table, stated.get(FINGERPRINT, b""))
-    except (RunDirError, ValueError):  # a file that is no longer Parquet, or holds text that is no UTF-8
-        return None
-    return (table, entry) if whole else None
-
-
-def _checksum(table: pa.Table, fingerprint: bytes) -> bytes:
-    return digest([table.to_pydict(), fingerprint.hex()]).encode()
+    return job.target.find_parts([shard.name for shard in _shards(job, config)], _fingerprint(job, config))
 
 
 def _rows(job: Job) -> int:

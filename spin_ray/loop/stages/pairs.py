@@ -15,7 +15,7 @@ import pyarrow.compute as pc
 from spin_ray.config.recipe import SpinConfig
 from spin_ray.errors import DataError, HealthError
 from spin_ray.run_dir.artefact import Artefact, FileEntry
-from spin_ray.run_dir.names import part_name
+from spin_ray.run_dir.names import pair_id, part_name
 from spin_ray.run_dir.run_dir import RunDir
 from spin_ray.run_dir.schemas import PAIR_SCHEMA
 
@@ -170,7 +170,7 @@ def joined(prompts: Artefact, generations: Artefact, iteration: int) -> Iterator
         rows = rows.take(pc.index_in(answers["prompt_id"], value_set=rows["prompt_id"]))
         samples = answers["sample"].to_pylist()
         pair_ids = [
-            f"{prompt}/{iteration:03d}/{sample}"
+            pair_id(prompt, iteration, sample)
             for prompt, sample in zip(answers["prompt_id"].to_pylist(), samples, strict=True)
         ]
         yield pa.table(

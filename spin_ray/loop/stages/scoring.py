@@ -16,7 +16,7 @@ from spin_ray.inputs.model_folder import ModelFolder
 from spin_ray.learner.backends.base import BackendSettings
 from spin_ray.learner.backends.fsdp2 import Fsdp2Backend
 from spin_ray.learner.step import PackShape, pair_lengths, plan, score_rows
-from spin_ray.run_dir.names import part_name
+from spin_ray.run_dir.names import part_name, prompt_of
 from spin_ray.run_dir.run_dir import RunDir
 from spin_ray.run_dir.schemas import PAIR_SCHEMA, REFERENCE_SCHEMA
 from spin_ray.run_dir.storage import ATTEMPTS, Storage, table_from_bytes, table_to_bytes
@@ -74,7 +74,7 @@ def known_scores(scores: pa.Table) -> Scores:
     known: Scores = {}
     for pair_id, real, generated in zip(*(scores[name].to_pylist() for name in REFERENCE_SCHEMA.names), strict=True):
         known[pair_id] = generated
-        known.setdefault(pair_id.partition("/")[0], real)
+        known.setdefault(prompt_of(pair_id), real)
     return known
 
 

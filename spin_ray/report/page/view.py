@@ -165,7 +165,7 @@ def _state(run: RunDir, config: SpinConfig, events: list[dict[str, Any]]) -> tup
     last = events[-1] if events else None
     if run.latest() == iterate_name(config.iterations):
         return "finished", ""
-    if any(event["event"] == "stop" and event["stage"] == run.latest() for event in events):
+    if any(event["event"] == "stop" and event["folder"] == run.latest() for event in events):
         return "stopped by its rule", ""
     if last and last["event"] == "failure":
         return "failed", hide_in_text(f"{last['stage']}: {last.get('error', '')}")

@@ -11,7 +11,7 @@ import jinja2
 from spin_ray.report.measures import BY_KEY, CONFIDENCE, MEASURES, Measure
 from spin_ray.report.page.charts import Bar, Series, gantt, line_chart
 from spin_ray.report.page.view import RunView, compare, read_view
-from spin_ray.run_dir.events import Span
+from spin_ray.run_dir.events import Span, exact_duration
 from spin_ray.run_dir.run_dir import RunDir
 
 _STAGES = ("prompts", "heldout", "sampling", "pairs", "training", "evaluation")
@@ -58,7 +58,7 @@ def write_report(runs: Sequence[RunDir], path: Path) -> Path:
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    environment.filters |= {"duration": _duration, "number": _number}
+    environment.filters |= {"duration": exact_duration, "number": _number}
     page = environment.get_template("report.html").render(
         views=views,
         names=names,
@@ -200,7 +200,7 @@ def _span_title(span: Span) -> str:
     if "useful" in span.counted:
         counted.append(f"{span.counted['useful']:.0%} useful work")
     outcome = {"failure": "failed", "lost": "lost when its driver died", "running": "still running"}.get(span.outcome)
-    words = [f"{span.folder} {span.stage}: {_duration(span.seconds)}", *counted, *([outcome] if outcome else [])]
+    words = [f"{span.folder} {span.stage}: {exact_duration(span.seconds)}", *counted, *([outcome] if outcome else [])]
     return ", ".join(words)
 
 
@@ -242,15 +242,3 @@ def _differing(views: Sequence[RunView]) -> list[tuple[str, list[Any]]]:
 
 def _number(value: float | None, digits: int) -> str:
     return "–" if value is None else f"{value:,.{digits}f}"
-
-
-def _duration(seconds: float) -> str:
-    """``9 min 48 s``."""
-    whole = round(seconds)
-    if whole < 1:
-        return f"{seconds * 1000:.0f} ms"
-    if whole < 60:
-        return f"{whole} s"
-    if whole < 3600:
-        return f"{whole // 60} min {whole % 60} s"
-    return f"{whole // 3600} h {whole % 3600 // 60} min"

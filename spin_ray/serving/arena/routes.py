@@ -21,12 +21,12 @@ from fastapi import APIRouter
 from fastapi.responses import FileResponse, StreamingResponse
 from pydantic import BaseModel, ConfigDict, Field
 
-from spin_ray.run_dir.names import Names
 from spin_ray.serving.arena import ratings
 from spin_ray.serving.arena.battles import BATTLE_TTL_S, Verdict, is_side
 from spin_ray.serving.arena.ratings import Pairing, Rating
 from spin_ray.serving.arena.votes import VoteStore
 from spin_ray.serving.errors import Refusal
+from spin_ray.serving.names import Names
 
 STATIC = Path(__file__).parent / "static"
 FILES = ("arena.css", "arena.js", "api.js", "leaderboard.js", "scores.js", "arena.svg")

@@ -8,9 +8,9 @@ from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
 from spin_ray.errors import ModelError
-from spin_ray.inputs import embedded
 from spin_ray.inputs.embedded import resolve
 from spin_ray.inputs.rendering import ChatRenderer, RenderError, load_tokenizer
+from spin_ray.run_dir.cache import cache_root
 
 TINY, SMOLLM2 = "tiny-llama", "smollm2-135m-instruct"
 SMOLLM2_LACKS = set(b"\x04\x06\x13\x14\x16\x1d\xf1\xf2")
@@ -20,7 +20,7 @@ cache: dict[str, Any] = {}
 
 def tokenizer_of(name: str) -> Any:
     """The tokenizer of an embedded model, loaded once. SmolLM2 takes a minute to make: only where the cache has it."""
-    if name == SMOLLM2 and not (embedded.cache_root() / "embedded" / f"{SMOLLM2}-v1").is_dir():
+    if name == SMOLLM2 and not (cache_root() / "embedded" / f"{SMOLLM2}-v1").is_dir():
         pytest.skip("SmolLM2 is not in the cache; tests/e2e makes it")
     if name not in cache:
         cache[name] = load_tokenizer(resolve(f"embedded:{name}"))

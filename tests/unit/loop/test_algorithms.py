@@ -9,7 +9,6 @@ from typing import Any
 import pyarrow as pa
 import pytest
 import torch
-from spin_ray.run_dir.artefact import Artefact
 
 from spin_ray.config.recipe import SpinConfig
 from spin_ray.config.sections import AlgorithmName
@@ -26,6 +25,7 @@ from spin_ray.loop.algorithms.sppo import algorithm as sppo
 from spin_ray.loop.algorithms.sppo.preferences import PREFERENCE_SCHEMA, win_table
 from spin_ray.loop.algorithms.table import ALGORITHMS
 from spin_ray.loop.stages.generation import Job
+from spin_ray.run_dir.artefact import Artefact
 from spin_ray.run_dir.run_dir import RunDir
 from spin_ray.run_dir.schemas import PROMPT_SCHEMA
 from spin_ray.run_dir.storage import Storage

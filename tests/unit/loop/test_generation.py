@@ -38,7 +38,7 @@ def run(tmp_path):
 
 def play(job: Job, config: SpinConfig, engine: FakeEngine) -> list[dict[str, Any]]:
     """What the actors of a job would write and the driver would commit, without them."""
-    found = generation._finished(job, config)
+    found = generation._find_parts(job, config).whole
     for shard in generation._shards(job, config):
         if shard.name not in found:
             found[shard.name] = job.target.write_part(shard.name, generation.answer(shard, config, engine))
@@ -206,7 +206,7 @@ def test_finished_shards_are_not_done_again(run):
     shards = generation._shards(job, config)
     for shard in shards[:2]:
         job.target.write_part(shard.name, generation.answer(shard, config, FakeEngine()))
-    found = generation._finished(job, config)
+    found = generation._find_parts(job, config).whole
     assert list(found) == ["part-00000.parquet", "part-00001.parquet"]
     assert [entry.rows for entry in found.values()] == [4, 4]
     engine = FakeEngine()
@@ -231,8 +231,8 @@ def test_shards_of_another_opponent_or_of_other_settings_are_refused_by_name(run
     config, job = config_for(), job_of(run)
     shard = generation._shards(job, config)[0]
     job.target.write_part(shard.name, generation.answer(shard, config, FakeEngine()))
-    with pytest.raises(RunDirError, match=r"generations/part-00000\.parquet: was generated with another opponent"):
-        generation._finished(job_of(run, **changed_job), config_for(**changed_config))
+    with pytest.raises(RunDirError, match=r"generations/part-00000\.parquet: was made from other inputs or with"):
+        generation._find_parts(job_of(run, **changed_job), config_for(**changed_config))
 
 
 def test_shards_of_other_prompts_are_refused(run, tmp_path_factory):
@@ -241,8 +241,8 @@ def test_shards_of_other_prompts_are_refused(run, tmp_path_factory):
     other = RunDir(Storage(tmp_path_factory.mktemp("other")))
     write_prompts(other.prompts, count=9, part_rows=3)
     other.generations(0).write_part(shard.name, generation.answer(shard, config, FakeEngine()))
-    with pytest.raises(RunDirError, match="another opponent, prompts or settings"):
-        generation._finished(job_of(other), config)
+    with pytest.raises(RunDirError, match="was made from other inputs or with other settings"):
+        generation._find_parts(job_of(other), config)
 
 
 def test_more_engines_or_memory_do_not_make_finished_shards_another_work(run):
@@ -250,7 +250,7 @@ def test_more_engines_or_memory_do_not_make_finished_shards_another_work(run):
     shard = generation._shards(job, config)[0]
     job.target.write_part(shard.name, generation.answer(shard, config, FakeEngine()))
     played = config.generation.model_dump() | {"replicas": 4, "engine": {"gpu_memory_utilization": 0.5}}
-    assert list(generation._finished(job, config_of(generation=played))) == [shard.name]
+    assert list(generation._find_parts(job, config_of(generation=played)).whole) == [shard.name]
 
 
 # An engine that dies

@@ -5,11 +5,11 @@ from typing import Any
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from spin_ray.run_dir.artefact import Artefact
 
 from spin_ray.config.recipe import SpinConfig
 from spin_ray.errors import DataError, RunDirError
 from spin_ray.loop.stages import pairs
+from spin_ray.run_dir.artefact import Artefact
 from spin_ray.run_dir.run_dir import RunDir
 from spin_ray.run_dir.storage import Storage
 from tests.support.fakes import config_of, write_answers, write_prompts

@@ -101,7 +101,7 @@ def test_a_model_is_loaded_on_the_device_that_its_actor_reserved(reward, monkeyp
     monkeypatch.setattr(preferences, "load_scorer", lambda config, folder, device: asked.append(device))
     here: Any = SimpleNamespace(here=lambda: reward)
     config = ScorerConfig.model_validate({"path": str(reward), "resources": {"gpus": gpus}})
-    _ = preferences._Judge(cast(Any, SimpleNamespace(scorer=config, judge=here)))._scorer
+    _ = preferences._Comparing(cast(Any, SimpleNamespace(scorer=config, preference_model=here)))._scorer
     assert asked == [torch.device(device)]
 
 

@@ -12,12 +12,12 @@ from pathlib import Path
 
 import pytest
 import yaml
-from spin_ray.run_dir.artefact import Manifest
 
 from spin_ray.errors import ConfigError, RunDirError
 from spin_ray.inputs.model_folder import folder_entries, open_model
 from spin_ray.report.export import export
 from spin_ray.report.model_card import model_card, write_card
+from spin_ray.run_dir.artefact import Manifest
 from spin_ray.run_dir.storage import MANIFEST, folder_digest
 from tests.support.made_up_run import TINY, made_up_run
 

@@ -4,7 +4,8 @@ from typing import Any
 
 import pytest
 
-from spin_ray.report.forecast import duration, forecast, turn_of
+from spin_ray.report.forecast import forecast, turn_of
+from spin_ray.run_dir.events import duration, exact_duration, with_fields
 from tests.support.fakes import config_of
 
 CONFIG = config_of(
@@ -41,7 +42,7 @@ FIRST_TURN = [
     ],
 )  # fmt: skip
 def test_what_an_iterate_does_is_its_turn_and_what_makes_it_the_one_before(stage, turn):
-    assert turn_of(stage) == turn
+    assert turn_of(with_fields({"stage": stage})) == turn
 
 
 def test_before_anything_has_started_nothing_is_foretold():
@@ -110,3 +111,10 @@ def test_a_stage_that_belongs_to_no_iterate_is_no_surprise():
 @pytest.mark.parametrize(("seconds", "text"), [(0, "0 s"), (89, "89 s"), (150, "2 min"), (7200, "2.0 h")])
 def test_durations_are_said_shortly(seconds, text):
     assert duration(seconds) == text
+
+
+@pytest.mark.parametrize(
+    ("seconds", "text"), [(0.1629, "163 ms"), (45.2, "45 s"), (588, "9 min 48 s"), (11117, "3 h 5 min")]
+)
+def test_durations_are_said_exactly(seconds, text):
+    assert exact_duration(seconds) == text

@@ -4,10 +4,10 @@ import json
 
 import pyarrow as pa
 import pytest
-from spin_ray.run_dir.artefact import FileEntry
 
 from spin_ray.config.recipe import SpinConfig
 from spin_ray.errors import ConfigError, RunDirError
+from spin_ray.run_dir.artefact import FileEntry
 from spin_ray.run_dir.events import read_json_lines
 from spin_ray.run_dir.names import iterate_name, part_name
 from spin_ray.run_dir.run_dir import RunDir
@@ -253,6 +253,15 @@ def test_names_of_iterates_are_those_of_the_iteration_that_made_them(run):
     assert run.pairs(0).path == "iter_000/pairs"
     assert run.heldout_samples(1).path == "iter_000/heldout_samples"
     assert run.eval_path(1) == "iter_000/eval.json"
+
+
+@pytest.mark.parametrize("damaged", [b"", b'{"iterate": "sft"', b"[]"])
+def test_an_evaluation_that_is_damaged_counts_as_none(run, damaged):
+    assert run.evaluation(0) is None
+    run.storage.replace(run.eval_path(0), b'{"iterate": "sft"}')
+    assert run.evaluation(0) == {"iterate": "sft"}
+    run.storage.replace(run.eval_path(0), damaged)
+    assert run.evaluation(0) is None
 
 
 # LATEST and the log

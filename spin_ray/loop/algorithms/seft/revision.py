@@ -16,7 +16,7 @@ from spin_ray.config.recipe import SpinConfig
 from spin_ray.inputs.conversations import Conversation
 from spin_ray.inputs.rendering import ChatRenderer, Rendered, RenderError
 from spin_ray.run_dir.artefact import Artefact
-from spin_ray.run_dir.names import part_name
+from spin_ray.run_dir.names import part_name, revision_id
 from spin_ray.run_dir.run_dir import RunDir
 from spin_ray.run_dir.schemas import PAIR_SCHEMA, PROMPT_SCHEMA
 
@@ -153,7 +153,7 @@ def revised_rows(
 
 def _fine_tuning_row(prompt_id: str, iteration: int, rendered: Rendered) -> Row:
     return {
-        "pair_id": f"{prompt_id}/{iteration:03d}", "prompt_id": prompt_id, "iteration": iteration,
+        "pair_id": revision_id(prompt_id, iteration), "prompt_id": prompt_id, "iteration": iteration,
         "prompt_ids": rendered.prompt_ids, "real_ids": rendered.real_ids, "generated_ids": [],
     }  # fmt: skip
 

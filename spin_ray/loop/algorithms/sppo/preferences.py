@@ -19,7 +19,7 @@ from spin_ray.inputs.model_folder import ModelFolder
 from spin_ray.inputs.rendering import load_tokenizer
 from spin_ray.loop.algorithms.sppo.preference_models import PreferenceScorer, load_scorer
 from spin_ray.report.progress import StageProgress
-from spin_ray.run_dir.artefact import Artefact, FileEntry
+from spin_ray.run_dir.artefact import Artefact, FileEntry, seal
 from spin_ray.run_dir.run_dir import RunDir
 from spin_ray.runtime import cpu
 from spin_ray.runtime.actors import map_by_actors
@@ -30,8 +30,6 @@ PREFERENCE_SCHEMA = pa.schema(
     [pa.field("prompt_id", pa.string()), pa.field("sample", pa.int32()), pa.field("win", pa.float32())]
 )
 """``win``: mean over the prompt's samples of P(this response beats that one); it beats itself with P = 1/2."""
-FINGERPRINT = b"spin_ray.fingerprint"
-"""Parquet metadata of a part: the digest of its inputs and settings."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -45,19 +43,22 @@ class PreferenceJob:
     """The model that gave the responses."""
     trust_remote_code: bool
     scorer: ScorerConfig
-    judge: ModelFolder
+    preference_model: ModelFolder
     fingerprint: str
 
 
-def run(run_dir: RunDir, config: SpinConfig, iteration: int, judge: ModelFolder, policy: ModelFolder) -> None:
+def run(
+    run_dir: RunDir, config: SpinConfig, iteration: int, preference_model: ModelFolder, policy: ModelFolder
+) -> None:
     """Makes ``iter_NNN/preferences``.
 
     Raises:
+        RunDirError: parts of another preference model or of other generations are in the way.
         StageError: no preference model came up, or none finished a part, within the times of generation.
     """
     assert config.scorer is not None
     generations, target = run_dir.generations(iteration), run_dir.preferences(iteration)
-    inputs = {"generations": generations.manifest().digest, "scorer": judge.digest}
+    inputs = {"generations": generations.manifest().digest, "scorer": preference_model.digest}
     settings = {"kind": config.scorer.kind, "max_length": config.scorer.max_length}
     if target.already_made(inputs, settings):
         return
@@ -68,41 +69,31 @@ def run(run_dir: RunDir, config: SpinConfig, iteration: int, judge: ModelFolder,
         policy=policy,
         trust_remote_code=config.model.trust_remote_code,
         scorer=config.scorer,
-        judge=judge,
+        preference_model=preference_model,
         fingerprint=digest([inputs, settings]),
     )
     with run_dir.stage(target.path) as counted:
-        entries = _finished(job)
-        parts = generations.manifest().files
-        missing = [name for name in sorted(parts) if name not in entries]
+        parts = sorted(generations.manifest().files)
+        found = target.find_parts(parts, job.fingerprint)
+        entries = found.whole
         with StageProgress(target.path, len(parts), "parts", done=len(entries)) as progress:
-            for row in _judge(job, missing, config):
+            for row in _compare(job, found.missing, config):
                 entries[row["name"]] = FileEntry(**row["entry"])
                 progress.advance(1, 0)
         counted |= {"rows": sum(entry.rows or 0 for entry in entries.values())}
+        if found.damaged:
+            counted["parts_damaged"] = found.damaged
         target.commit(entries, inputs, settings)
 
 
-def _finished(job: PreferenceJob) -> dict[str, FileEntry]:
-    """Returns the parts that an earlier attempt at this work left; removes those of other work."""
-    found = {}
-    for name in job.target.part_names():
-        table, entry = job.target.open_part(name)
-        if (table.schema.metadata or {}).get(FINGERPRINT) == job.fingerprint.encode():
-            found[name] = entry
-        else:
-            job.target.storage.delete(f"{job.target.path}/{name}")
-    return found
-
-
-def _judge(job: PreferenceJob, parts: list[str], config: SpinConfig) -> Any:
+def _compare(job: PreferenceJob, parts: list[str], config: SpinConfig) -> Any:
     if not parts:
         return
     limits = config.generation
     wait_until_free(demands(config)["scorer"], limits.start_timeout_s, "the preference models")
-    judged = map_by_actors(
+    compared = map_by_actors(
         [{"name": name} for name in parts],
-        _Judge,
+        _Comparing,
         (job,),
         job.scorer.resources,
         replicas=job.scorer.replicas,
@@ -110,14 +101,14 @@ def _judge(job: PreferenceJob, parts: list[str], config: SpinConfig) -> Any:
     )
     first_s = limits.start_timeout_s + limits.shard_timeout_s
     try:
-        yield from with_deadline(judged.iter_rows(), first_s, limits.shard_timeout_s, "a part of the preferences")
+        yield from with_deadline(compared.iter_rows(), first_s, limits.shard_timeout_s, "a part of the preferences")
     except ray.exceptions.RayError as error:
         raise StageError(
             f"the preference model failed: {last_line(error)}; committed parts are kept, run the command again"
         ) from error
 
 
-class _Judge:
+class _Comparing:
     """Actor with one preference model, loaded with the first part: an error in ``__init__`` would pass for a death of
     the process and be tried again.
     """
@@ -128,7 +119,7 @@ class _Judge:
 
     @cached_property
     def _scorer(self) -> PreferenceScorer:
-        return load_scorer(self._job.scorer, self._job.judge.here(), device_of(self._job.scorer.resources))
+        return load_scorer(self._job.scorer, self._job.preference_model.here(), device_of(self._job.scorer.resources))
 
     @cached_property
     def _tokenizer(self) -> Any:
@@ -149,8 +140,10 @@ class _Judge:
         answers = self._job.generations.read_part(name, self._job.generations.manifest().files[name])
         texts = self._tokenizer.batch_decode(answers["token_ids"].to_pylist(), skip_special_tokens=True)
         table = win_table(answers, texts, self._messages, self._scorer)
-        table = table.replace_schema_metadata({FINGERPRINT: self._job.fingerprint.encode()})
-        return {"name": name, "entry": self._job.target.write_part(name, table).model_dump()}
+        return {
+            "name": name,
+            "entry": self._job.target.write_part(name, seal(table, self._job.fingerprint)).model_dump(),
+        }
 
 
 def device_of(resources: ResourcesConfig) -> torch.device:

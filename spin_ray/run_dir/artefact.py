@@ -1,0 +1,311 @@
+"""An artefact of a run: parts first, each created atomically, then the manifest that makes them count."""
+
+import json
+import logging
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Self
+
+import pyarrow as pa
+from pydantic import BaseModel
+
+from spin_ray.config.recipe import digest
+from spin_ray.errors import RunDirError
+from spin_ray.run_dir.cache import without_weights
+from spin_ray.run_dir.storage import (
+    MANIFEST,
+    Digest,
+    Storage,
+    bytes_digest,
+    file_digest,
+    table_from_bytes,
+    table_to_bytes,
+)
+
+CARD = "README.md"
+"""The card of a model; no part of the artefact."""
+FINGERPRINT = b"spin_ray.fingerprint"
+"""Parquet metadata of a sealed part: digest of the inputs and settings that it was made from."""
+CHECKSUM = b"spin_ray.checksum"
+"""Parquet metadata of a sealed part: digest of its rows and fingerprint."""
+
+logger = logging.getLogger(__name__)
+
+
+class FileEntry(BaseModel):
+    sha256: str
+    bytes: int
+    rows: int | None = None
+
+
+class Manifest(BaseModel):
+    """What an artefact consists of and what it was made from."""
+
+    files: dict[str, FileEntry]
+    inputs: dict[str, str]
+    """Digests of the artefacts and models it was made from."""
+    config: str
+    """Digest of ``settings``."""
+    settings: dict[str, Any]
+    """The part of the config that decides the content."""
+    counts: dict[str, float] = {}
+    """What the stage counted, e.g. dropped pairs."""
+
+    @classmethod
+    def of(
+        cls,
+        files: dict[str, FileEntry],
+        inputs: dict[str, str],
+        settings: dict[str, Any],
+        counts: dict[str, float] | None = None,
+    ) -> Self:
+        """The manifest of these files; ``settings`` as they come back from disk."""
+        settings = _as_json(settings)
+        return cls(files=files, inputs=inputs, config=digest(settings), settings=settings, counts=counts or {})
+
+    def to_bytes(self) -> bytes:
+        """What is written: the content and, as nothing else vouches for a manifest, its digest."""
+        return _json_bytes(self.model_dump() | {"digest": self.digest})
+
+    @classmethod
+    def from_bytes(cls, data: bytes) -> Self:
+        """Raises ValueError if the bytes are damaged."""
+        content = json.loads(data)
+        digest = content.pop("digest", None)  # the first manifests had none
+        manifest = cls.model_validate(content)
+        if digest is not None and manifest.digest != digest:
+            raise ValueError("differs from its digest")
+        return manifest
+
+    @property
+    def digest(self) -> str:
+        return bytes_digest(_json_bytes(self.model_dump())).sha256
+
+    @property
+    def rows(self) -> int:
+        return sum(entry.rows or 0 for entry in self.files.values())
+
+
+@dataclass(frozen=True)
+class FoundParts:
+    """Sealed parts of an artefact that is not committed yet."""
+
+    whole: dict[str, FileEntry]
+    """Entries of the expected parts that an earlier attempt left whole."""
+    missing: list[str]
+    """Expected parts still to be made, in their order; those that were damaged are among them."""
+    damaged: int
+    """Parts that were removed because they were damaged."""
+
+
+@dataclass(frozen=True)
+class Artefact:
+    """A folder of the run with the commit protocol: parts first, each created atomically; the manifest last."""
+
+    storage: Storage
+    path: str
+    """Below the run, e.g. ``iter_000/pairs``."""
+
+    @property
+    def is_committed(self) -> bool:
+        return self.storage.exists(f"{self.path}/{MANIFEST}")
+
+    def manifest(self) -> Manifest:
+        """Raises RunDirError if the artefact is not committed or its manifest is damaged."""
+        try:
+            return Manifest.from_bytes(self.storage.read(f"{self.path}/{MANIFEST}"))
+        except FileNotFoundError as error:
+            raise RunDirError(f"{self.storage.where(self.path)}: is not committed; run the command again") from error
+        except (ValueError, KeyError, TypeError, AttributeError) as error:
+            raise RunDirError(
+                f"{self.storage.where(self.path)}/{MANIFEST}: is damaged; restore it or remove the folder"
+            ) from error
+
+    def already_made(self, inputs: dict[str, str], settings: dict[str, Any]) -> bool:
+        """True if the artefact is committed and was made from these inputs and settings; False if it is not committed.
+
+        Raises:
+            RunDirError: it was made from others; the message names what differs.
+        """
+        if not self.is_committed:
+            return False
+        manifest = self.manifest()
+        differing = sorted(
+            key
+            for then, now in ((manifest.settings, _as_json(settings)), (manifest.inputs, inputs))
+            for key in then.keys() | now.keys()
+            if then.get(key) != now.get(key)
+        )
+        if differing:
+            raise RunDirError(
+                f"{self.storage.where(self.path)}: was made with other values of {', '.join(differing)}; "
+                "restore them, choose another --out, or remove this folder and those of later iterations"
+            )
+        return True
+
+    def write_part(self, name: str, table: pa.Table) -> FileEntry:
+        """Commits one part. A part that is there already stays as it is: the first commit wins."""
+        data = table_to_bytes(table)
+        try:
+            self.storage.create(f"{self.path}/{name}", data)
+        except FileExistsError:
+            return self.part_entry(name)
+        sha256, size = bytes_digest(data)
+        return FileEntry(sha256=sha256, bytes=size, rows=table.num_rows)
+
+    def replace_part(self, name: str, table: pa.Table) -> FileEntry:
+        """Commits one part in place of what an attempt that never reached its manifest may have left under its name."""
+        self.storage.delete(f"{self.path}/{name}")
+        return self.write_part(name, table)
+
+    def discard_parts(self) -> None:
+        """Removes the parts of an attempt that never reached its manifest."""
+        for name in self.part_names():
+            self.storage.delete(f"{self.path}/{name}")
+
+    def find_parts(self, expected: Sequence[str], fingerprint: str) -> FoundParts:
+        """Finds the sealed parts that an earlier attempt left, and removes damaged ones so that they are made again.
+
+        Args:
+            expected: names of all parts that the artefact will have.
+            fingerprint: the one that ``seal`` gave them.
+
+        Raises:
+            RunDirError: a whole part has another fingerprint or name: it belongs to other work.
+        """
+        whole: dict[str, FileEntry] = {}
+        damaged = 0
+        for name in self.part_names():
+            opened = self.open_sealed(name)
+            if opened is None:
+                logger.warning("%s: is damaged; it is made again", self.storage.where(f"{self.path}/{name}"))
+                self.storage.delete(f"{self.path}/{name}")
+                damaged += 1
+                continue
+            table, entry = opened
+            if name not in expected or table.schema.metadata[FINGERPRINT] != fingerprint.encode():
+                raise RunDirError(
+                    f"{self.storage.where(f'{self.path}/{name}')}: was made from other inputs or with other settings; "
+                    f"restore them, choose another --out, or remove {self.path}"
+                )
+            whole[name] = entry
+        return FoundParts(whole, [name for name in expected if name not in whole], damaged)
+
+    def open_sealed(self, name: str) -> tuple[pa.Table, FileEntry] | None:
+        """Returns the rows and the entry of a sealed part; None if a byte of them was changed or lost."""
+        try:
+            table, entry = self.open_part(name)
+            sealed = table.schema.metadata or {}
+            whole = sealed.get(CHECKSUM) == _checksum(table, sealed.get(FINGERPRINT, b""))
+        except (RunDirError, ValueError):  # no Parquet file any more; text that is no text
+            return None
+        return (table, entry) if whole else None
+
+    def open_part(self, name: str) -> tuple[pa.Table, FileEntry]:
+        """Rows of a part that no manifest lists yet, and the entry that it would have there.
+
+        Raises:
+            RunDirError: it is no Parquet file.
+        """
+        data = self.storage.read(f"{self.path}/{name}")
+        try:
+            table = table_from_bytes(data)
+        except (pa.ArrowException, OSError) as error:
+            raise RunDirError(f"{self.storage.where(self.path)}/{name}: is damaged; remove it to redo it") from error
+        sha256, size = bytes_digest(data)
+        return table, FileEntry(sha256=sha256, bytes=size, rows=table.num_rows)
+
+    def part_entry(self, name: str) -> FileEntry:
+        return self.open_part(name)[1]
+
+    def part_names(self) -> list[str]:
+        """Parts that are there, whether the artefact as a whole is committed or not."""
+        return [name for name in self.storage.names(self.path) if name.startswith("part-")]
+
+    def commit(
+        self,
+        files: dict[str, FileEntry],
+        inputs: dict[str, str],
+        settings: dict[str, Any],
+        counts: dict[str, float] | None = None,
+    ) -> Manifest:
+        """Makes the artefact count: from here on its bytes never change."""
+        manifest = Manifest.of(files, inputs, settings, counts)
+        try:
+            self.storage.create(f"{self.path}/{MANIFEST}", manifest.to_bytes())
+        except FileExistsError:
+            self.already_made(inputs, settings)
+            return self.manifest()
+        return manifest
+
+    def read_part(self, name: str, entry: FileEntry) -> pa.Table:
+        """Rows of one part, after checking its digest."""
+        where = f"{self.path}/{name}"
+        try:
+            data = self.storage.read(where)
+        except FileNotFoundError as error:
+            raise RunDirError(f"{self.storage.where(where)}: is missing though its manifest lists it") from error
+        if bytes_digest(data) != (entry.sha256, entry.bytes):
+            raise RunDirError(
+                f"{self.storage.where(where)}: differs from its digest; restore it or remove {self.path} to redo it"
+            )
+        return table_from_bytes(data)
+
+    def tables(self) -> Iterator[pa.Table]:
+        """The parts in order, one at a time."""
+        for name, entry in sorted(self.manifest().files.items()):
+            yield self.read_part(name, entry)
+
+    def local_folder(self, *, weights: bool = True) -> Path:
+        """The files on this machine, e.g. of a model, with or without its weights."""
+        files = {name: Digest(entry.sha256, entry.bytes) for name, entry in self.manifest().files.items()}
+        return self.storage.local_folder(self.path, files if weights else without_weights(files))
+
+    def verify(self) -> Manifest:
+        """Recomputes every digest.
+
+        Raises:
+            RunDirError: a file is missing or differs from the manifest.
+        """
+        manifest = self.manifest()
+        for name, entry in manifest.files.items():
+            where = f"{self.path}/{name}"
+            if not self.storage.exists(where) or self.storage.digest(where) != (entry.sha256, entry.bytes):
+                raise RunDirError(
+                    f"{self.storage.where(where)}: is missing or differs from its digest; "
+                    f"restore it or remove {self.path}"
+                )
+        return manifest
+
+
+def seal(table: pa.Table, fingerprint: str) -> pa.Table:
+    """Returns ``table`` with FINGERPRINT and CHECKSUM in its metadata.
+
+    A sealed part can be trusted before a manifest vouches for it: see ``Artefact.find_parts``.
+    """
+    mark = fingerprint.encode()
+    return table.replace_schema_metadata({FINGERPRINT: mark, CHECKSUM: _checksum(table, mark)})
+
+
+def _checksum(table: pa.Table, fingerprint: bytes) -> bytes:
+    return digest([table.to_pydict(), fingerprint.hex()]).encode()
+
+
+def folder_entries(folder: Path) -> dict[str, FileEntry]:
+    """Every file below ``folder`` with its digest, but for what is said about it: manifest and card."""
+    files = sorted(path for path in folder.rglob("*") if path.is_file() and path.name not in (MANIFEST, CARD))
+    entries = {}
+    for path in files:
+        sha256, size = file_digest(path)
+        entries[path.relative_to(folder).as_posix()] = FileEntry(sha256=sha256, bytes=size)
+    return entries
+
+
+def _json_bytes(content: Any) -> bytes:
+    return json.dumps(content, indent=1, sort_keys=True).encode()
+
+
+def _as_json(settings: dict[str, Any]) -> dict[str, Any]:
+    """The settings as they come back from disk (tuples become lists)."""
+    return json.loads(json.dumps(settings))

@@ -1,0 +1,33 @@
+"""A lock between processes that see one file system; the kernel drops it with its process."""
+
+import fcntl
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+PAUSE_S = 0.01
+"""Time between two tries for a lock that somebody else holds."""
+
+
+@contextmanager
+def file_lock(path: Path, *, alone: bool, timeout_s: float) -> Iterator[None]:
+    """Holds the lock on ``path``, alone or together with others that do not ask to be alone; makes the file if needed.
+
+    Raises:
+        TimeoutError: others held the lock for all of ``timeout_s``.
+        OSError: the file cannot be made or locked.
+    """
+    deadline = time.monotonic() + timeout_s
+    kind = fcntl.LOCK_EX if alone else fcntl.LOCK_SH
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with path.open("a") as file:
+        while True:
+            try:
+                fcntl.flock(file.fileno(), kind | fcntl.LOCK_NB)
+                break
+            except BlockingIOError:
+                if time.monotonic() > deadline:
+                    raise TimeoutError from None
+                time.sleep(PAUSE_S)
+        yield

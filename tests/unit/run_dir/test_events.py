@@ -1,0 +1,61 @@
+"""events.jsonl: every event says its folder and its kind of stage, also one that an older version wrote."""
+
+import json
+
+import pytest
+
+from spin_ray.run_dir.events import counted_in, spans, stage_seconds
+from spin_ray.run_dir.run_dir import RunDir
+from spin_ray.run_dir.storage import Storage
+
+PLACES = [
+    ("prompts", "run", "prompts"),
+    ("iter_000/training", "iter_000", "training"),
+    ("sft/heldout_samples + iter_000/generations", "sft", "heldout_samples"),
+    ("iter_000/generations", "iter_000", "generations"),
+    ("reviser/training", "reviser", "training"),
+    ("sft", "sft", ""),
+    ("iter_012", "iter_012", ""),
+]
+
+
+@pytest.fixture
+def run(tmp_path) -> RunDir:
+    return RunDir(Storage(tmp_path))
+
+
+@pytest.mark.parametrize(("stage", "folder", "kind"), PLACES)
+def test_an_event_is_written_with_its_folder_and_kind(run, stage, folder, kind):
+    run.event("start", stage, rows=7)
+    line = json.loads(run.storage.read("events.jsonl"))
+    assert (line["event"], line["stage"], line["folder"], line["kind"], line["rows"]) == (
+        "start", stage, folder, kind, 7,
+    )  # fmt: skip
+    assert run.events() == [line]
+    assert counted_in(line) == {"rows": 7}
+
+
+@pytest.mark.parametrize(("stage", "folder", "kind"), PLACES)
+def test_an_event_of_an_older_version_gets_its_folder_and_kind_when_it_is_read(run, stage, folder, kind):
+    run.storage.append("events.jsonl", json.dumps({"time": 1.0, "event": "start", "stage": stage}) + "\n")
+    [event] = run.events()
+    assert (event["stage"], event["folder"], event["kind"]) == (stage, folder, kind)
+
+
+def test_a_log_that_an_older_version_began_is_one_story(run):
+    """The old driver died in training; the new one ends it. Sampling of both kinds of prompts is one stage."""
+    for line in (
+        {"time": 0.0, "event": "start", "stage": "sft/heldout_samples + iter_000/generations"},
+        {"time": 4.0, "event": "commit", "stage": "sft/heldout_samples + iter_000/generations", "seconds": 4.0},
+        {"time": 5.0, "event": "start", "stage": "iter_000/training"},
+    ):
+        run.storage.append("events.jsonl", json.dumps(line) + "\n")
+    with run.stage("iter_000/training") as counted:
+        counted["rows"] = 3
+    found = [(span.folder, span.stage, span.outcome, span.counted.get("rows")) for span in spans(run.events())]
+    assert found == [
+        ("sft", "sampling", "commit", None),
+        ("iter_000", "training", "lost", None),
+        ("iter_000", "training", "commit", 3),
+    ]
+    assert stage_seconds(run.events()).keys() == {"sft", "iter_000"}
