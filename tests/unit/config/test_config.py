@@ -208,7 +208,7 @@ def test_an_elastic_group_that_cannot_be_is_refused(section: dict[str, object], 
 @pytest.mark.parametrize("section", SECTIONS, ids=lambda section: section.__name__)
 def test_every_setting_says_what_it_does(section):
     if section not in (Section, IterationSettings):
-        assert [name for name, field in section.model_fields.items() if not field.description and name != "name"] == []
+        assert [name for name, field in section.model_fields.items() if not field.description] == []
 
 
 def test_a_config_cannot_be_changed():

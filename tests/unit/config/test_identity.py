@@ -99,7 +99,7 @@ IDENTITY = {
     "evaluation.answer_extractor": "none",
     "evaluation.max_rows": None,
 }  # fmt: skip
-"""Of the minimal recipe, as spin_ray 0.1.0 had it (then bf16 by default): what a run.json is compared by."""
+"""Identity of the minimal recipe in spin_ray 0.1.0, whose default precision was bf16."""
 
 
 def test_the_identity_of_a_recipe_is_to_the_byte_what_it_was():
