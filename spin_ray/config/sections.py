@@ -81,7 +81,7 @@ class DataConfig(Section):
     heldout: str | None = None
     """Rows in the form of ``train`` that are never trained on. Not set: the run has no evaluation."""
     prompts_per_iteration: Count | None = None
-    """Number of prompts that each iteration plays: the next slice of a seeded order, from its start again at its end.
+    """Number of prompts that each iteration plays: the next slice of a seeded order, wrapping round at its end.
     Not set: all prompts. Short iterations keep y′ fresh, because y′ goes stale while the policy moves."""
     max_rows: Count | None = None
     """Number of training rows, and of questions, that are used, from the first. Not set: all."""
