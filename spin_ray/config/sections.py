@@ -41,7 +41,6 @@ Identity = Annotated[T, IDENTITY]
 AlgorithmName = Literal["spin", "continued_sft", "dpo", "sppo", "self_reinforcement", "seft"]
 LossName = Literal["logistic", "hinge", "exponential", "correlation"]
 OptimizerName = Literal["rmsprop", "adamw"]
-Precision = Literal["bf16", "fp32"]
 BackendName = Literal["fsdp2", "deepspeed"]
 
 

@@ -46,7 +46,7 @@ def run_spin(config: SpinConfig, out: str | Path, start_engine: StartEngine = Vl
         inputs = find_inputs(config)
         run = RunDir(lease.storage)
         if is_finished(run, config):
-            config = run.begin(config, inputs.facts())
+            run.begin(config, inputs.facts())
             for model in _models(run, config):
                 model.verify()  # damage is named, also when nothing is left to do
             logger.info("%s: nothing left to do", storage.root)
@@ -54,7 +54,7 @@ def run_spin(config: SpinConfig, out: str | Path, start_engine: StartEngine = Vl
             from spin_ray.loop.driver import spin  # brings torch and Ray: seconds that a finished run need not wait
 
             start = check_recipe(config, inputs)
-            config = run.begin(config, start.facts())
+            run.begin(config, start.facts())
             spin(run, config, start, start_engine)
         return RunResult.of(run, config, inputs)
 

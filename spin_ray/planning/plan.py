@@ -240,7 +240,7 @@ def _notes(config: SpinConfig, shape: ModelShape, cluster: Cluster, work: Work) 
             f"Host memory: each DeepSpeed worker first loads the model whole in fp32, "
             f"{4 * shape.parameters / GB:.1f} GB, so {loading / GB:.0f} GB per node."
         )
-    exported = {"bf16": 2, "fp32": 4}[config.precision] * shape.parameters
+    exported = (2 if config.train.precision == "bf16" else 4) * shape.parameters
     yield f"Host memory: the first train worker gathers the model to write it, {exported / GB:.1f} GB."
     if config.model.attention == "padded":
         yield "model.attention: padded takes 2-4 times the hours shown for scoring, training and evaluation."

@@ -291,10 +291,10 @@ class RunDir:
     def eval_path(self, iterate: int) -> str:
         return f"{iterate_name(iterate)}/eval.json"
 
-    def begin(self, config: SpinConfig, facts: dict[str, Any]) -> SpinConfig:
+    def begin(self, config: SpinConfig, facts: dict[str, Any]) -> None:
         """Writes run.json, or checks that the run there is this one.
 
-        Returns ``config``, in place of ``train.precision: auto`` with the precision that the run began with.
+        ``train.precision: auto`` means the precision that the run began with, and run.json keeps that one.
 
         Raises:
             RunDirError: the folder holds another run (the message names the differing keys) or something else.
@@ -309,7 +309,6 @@ class RunDir:
         self.storage.delete(ATTEMPTS)
         content = {"config": config.model_dump(mode="json"), **facts}
         self.storage.replace("run.json", json.dumps(content, indent=1).encode())
-        return config
 
     def _check_identity(self, config: SpinConfig, facts: dict[str, Any]) -> None:
         stored = self.description()

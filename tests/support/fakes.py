@@ -17,7 +17,9 @@ MINIMAL = {"model": {"path": "m"}, "data": {"train": "d.jsonl"}}
 
 
 def config_of(**sections: Any) -> SpinConfig:
-    return SpinConfig.model_validate(MINIMAL | sections)
+    """A config as stages get it: the precision is settled."""
+    settled = {"train": {"precision": "bf16"} | sections.pop("train", {})}
+    return SpinConfig.model_validate(MINIMAL | settled | sections)
 
 
 class FakeEngine:

@@ -48,9 +48,10 @@ class BackendSettings:
     @classmethod
     def for_scoring(cls, config: SpinConfig) -> Self:
         """What every backend of a run takes from its config; one that trains has more."""
+        assert config.train.precision != "auto", "settled before a run begins (runtime.precision)"
         return cls(
             max_length=config.model.max_length,
-            precision=config.precision,
+            precision=config.train.precision,
             attention=config.model.attention,
             trust_remote_code=config.model.trust_remote_code,
         )

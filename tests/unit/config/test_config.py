@@ -243,29 +243,12 @@ def test_a_bundle_names_only_what_is_asked_for():
     assert resources.bundle == {"CPU": 2, "accelerator_type:H100": 0.001}
 
 
-@pytest.mark.parametrize(
-    ("precision", "gpus", "resolved"),
-    [("auto", 1, "bf16"), ("auto", 0, "fp32"), ("bf16", 0, "bf16"), ("fp32", 1, "fp32")],
-)
-def test_a_precision_that_nobody_named_or_measured_is_bf16_on_gpus_and_fp32_on_cpus(precision, gpus, resolved):
-    assert parse(train={"precision": precision, "resources": {"gpus": gpus}}).precision == resolved
-
-
-@pytest.mark.parametrize(
-    ("precision", "gpus", "on_cpu", "resolved"),
-    [
-        ("auto", 0, "bf16", "bf16"),
-        ("auto", 0, "fp32", "fp32"),
-        ("auto", 1, "fp32", "bf16"),
-        ("bf16", 0, "fp32", "bf16"),
-        ("fp32", 0, "bf16", "fp32"),
-    ],
-)
-def test_auto_becomes_what_is_faster_on_cpus_and_bf16_on_gpus(precision, gpus, on_cpu, resolved):
-    config = parse(train={"precision": precision, "resources": {"gpus": gpus}, "epochs": 3})
-    found = config.resolve_precision(on_cpu)
-    assert (found.train.precision, found.precision) == (resolved, resolved)
-    assert found == parse(train={"precision": resolved, "resources": {"gpus": gpus}, "epochs": 3})
+def test_the_precision_is_left_to_the_machine_unless_it_is_named():
+    assert parse().train.precision == "auto"
+    assert (
+        problems(train={"precision": "int8"})
+        == "train.precision: input should be 'auto', 'bf16' or 'fp32' (got 'int8')"
+    )
 
 
 def test_a_recipe_that_names_no_precision_takes_the_one_a_run_began_with():
@@ -277,12 +260,7 @@ def test_a_recipe_that_names_no_precision_takes_the_one_a_run_began_with():
 
 @pytest.mark.parametrize(
     ("precision", "dtype", "resolved"),
-    [
-        ("fp32", "auto", "float32"),
-        ("bf16", "auto", "bfloat16"),
-        ("fp32", "bfloat16", "bfloat16"),
-        ("auto", "auto", "float32"),
-    ],
+    [("fp32", "auto", "float32"), ("bf16", "auto", "bfloat16"), ("fp32", "bfloat16", "bfloat16")],
 )
 def test_the_engine_computes_in_the_precision_of_training_unless_told_otherwise(precision, dtype, resolved):
     """Rounded to fewer bits than it was trained in, θ_t would play like θ_{t-1} after small updates."""

@@ -55,7 +55,7 @@ def tiny_config(**train: object) -> SpinConfig:
     return config_of(
         model={"path": "m", "max_length": 2},
         generation={"sampling": {"max_tokens": 1}},
-        train={"pack_length": 3, "global_batch_pairs": 1, "precision": "bf16", **train},
+        train={"pack_length": 3, "global_batch_pairs": 1, **train},
     )
 
 
@@ -182,7 +182,6 @@ def generation_config(**generation: object) -> SpinConfig:
             "sampling": {"max_tokens": 10}, "shard_rows": 8, "resources": {"gpus": 1},
             "engine": {"max_num_seqs": 4, "enforce_eager": True}, **generation,
         },
-        train={"precision": "bf16"},
     )  # fmt: skip
 
 
@@ -242,7 +241,7 @@ def test_a_cpu_cache_too_small_for_one_response_does_not_fit():
         config = config_of(
             model={"path": "m", "max_length": length},
             generation={"engine": {"cpu_kv_cache_gib": 1}},
-            train={"pack_length": 16384, "precision": "bf16"},
+            train={"pack_length": 16384},
         )
         device = replace(CPU, memory=100 * GIB).share(ResourcesConfig(cpus=2))
         assert generation_cost(config, MISTRAL_7B, device, WORK, (16,)).fits is fits
