@@ -113,7 +113,7 @@ def measure(case: Case, options: argparse.Namespace) -> dict[str, Any]:
         used = peak_bytes() - before
     backward = case.kind != "scoring"
     flops = pack_flops(config, shape, config.train.pack_length, targets, backward=backward)
-    predicted = CPU.share(ResourcesConfig(cpus=options.threads)).seconds(flops, config.precision)
+    predicted = CPU.share(ResourcesConfig(cpus=options.threads)).seconds(flops, config.train.precision)
     packs = Packs(
         steps=1, per_step=2, per_rank=2, length=config.train.pack_length, targets=targets, per_rank_at_most=2, tokens=0
     )
@@ -161,7 +161,7 @@ def time_packs(
     dist.init_process_group("gloo", init_method=f"file://{folder}/meet", rank=0, world_size=1)
     settings = BackendSettings(
         max_length=config.model.max_length,
-        precision=config.precision,
+        precision=config.train.precision,
         gradient_checkpointing=config.train.gradient_checkpointing,
         optimizer=config.train.optimizer,
         learning_rate=1e-7,

@@ -1,4 +1,4 @@
-"""The command line: spin-ray run | status | eval | judge | report | export | serve | compare | plan | doctor."""
+"""The command line, ``spin-ray COMMAND``: one function for each command."""
 
 import json
 import logging
@@ -30,7 +30,7 @@ def cli() -> None:
 
 @cli.command(context_settings=_OVERRIDES)
 @click.argument("recipe")
-@click.option("--out", required=True, help="Run directory; made if it is not there, resumed if it is.")
+@click.option("--out", required=True, help="Run folder: made if it is new, resumed if it holds this run.")
 @click.argument("overrides", nargs=-1, type=click.UNPROCESSED)
 def run(recipe: str, out: str, overrides: tuple[str, ...]) -> None:
     """Run RECIPE in the folder OUT, or finish what is missing there.
@@ -47,9 +47,9 @@ def run(recipe: str, out: str, overrides: tuple[str, ...]) -> None:
 
 @cli.command()
 @click.argument("run_folder", metavar="RUN")
-@click.option("--follow", is_flag=True, help="Show it anew every few seconds for as long as a stage is running.")
+@click.option("--follow", is_flag=True, help="Show the status again every few seconds while a stage runs.")
 def status(run_folder: str, follow: bool) -> None:
-    """Show what a run has done, and what it is doing: measures, rates, time left."""
+    """Show the progress of a run: measures, rates, time left."""
     from spin_ray.report.status import is_running, print_status
     from spin_ray.run_dir.object_storage import open_storage
     from spin_ray.run_dir.run_dir import RunDir
@@ -64,16 +64,16 @@ def status(run_folder: str, follow: bool) -> None:
 
 @cli.command("eval")
 @click.argument("run_folder", metavar="RUN")
-@click.option("--tasks", default="paper", show_default=True, help="Presets (paper, leaderboard-v2) and tasks; gsm8k:8.")
-@click.option("--iterate", default="latest", show_default=True, help="One or more: sft,iter_000 or 0,1 or latest.")
+@click.option("--tasks", default="paper", show_default=True, help="Presets (paper, leaderboard-v2), tasks, TASK:SHOTS.")
+@click.option("--iterate", default="latest", show_default=True, help="Iterates: sft,iter_000 or 0,1 or latest.")
 @click.option("--include", default=None, help="Folder with tasks of your own in lm-eval's YAML.")
-@click.option("--backend", type=click.Choice(["hf", "vllm"]), default="hf", show_default=True)
+@click.option("--backend", type=click.Choice(["hf", "vllm"]), default="hf", show_default=True, help="Runs the model.")
 @click.option("--endpoint", default=None, help="OpenAI-compatible server to ask instead, e.g. http://HOST:8000/v1")
-@click.option("--limit", type=click.IntRange(min=1), default=None, help="Only the first rows of each task: a trial.")
-@click.option("--chat", is_flag=True, help="Put questions into the chat template.")
-@click.option("--max-length", type=click.IntRange(min=2), default=None, help="Tokens of question and answer.")
+@click.option("--limit", type=click.IntRange(min=1), default=None, help="Number of rows of each task, for a trial.")
+@click.option("--chat", is_flag=True, help="Ask each question as a chat message.")
+@click.option("--max-length", type=click.IntRange(min=2), default=None, help="Longest question + answer, in tokens.")
 def evaluate(run_folder: str, tasks: str, iterate: str, include: str | None, **options: Any) -> None:
-    """Run lm-eval benchmarks on iterates of RUN; results in RUN/<iterate>/eval.json."""
+    """Run lm-eval benchmarks on iterates of RUN and write the results to RUN/<iterate>/eval.json."""
     from spin_ray.report import benchmarks as lm_eval_tasks
     from spin_ray.report.history import find_iterate, model_path
     from spin_ray.run_dir.names import iterate_name
@@ -99,9 +99,9 @@ def evaluate(run_folder: str, tasks: str, iterate: str, include: str | None, **o
 @cli.command("judge")
 @click.argument("run_folder", metavar="RUN")
 @click.option("--iterates", nargs=2, required=True, help="Two names: --iterates latest sft")
-@click.option("--endpoint", required=True, help="OpenAI-compatible server of the judge; its key is $OPENAI_API_KEY.")
-@click.option("--model", required=True, help="What the server calls the judge.")
-@click.option("--limit", type=click.IntRange(min=1), default=200, show_default=True, help="Held-out prompts.")
+@click.option("--endpoint", required=True, help="OpenAI-compatible server of the judge; $OPENAI_API_KEY is its key.")
+@click.option("--model", required=True, help="Name of the judge on the server.")
+@click.option("--limit", type=click.IntRange(min=1), default=200, show_default=True, help="Number of held-out prompts.")
 def judge_(run_folder: str, iterates: tuple[str, str], endpoint: str, model: str, limit: int) -> None:
     """Let a model judge between the held-out answers of two iterates, in both orders."""
     from spin_ray.report import judge
@@ -118,9 +118,9 @@ def judge_(run_folder: str, iterates: tuple[str, str], endpoint: str, model: str
 
 @cli.command()
 @click.argument("run_folders", metavar="RUN...", nargs=-1, required=True)
-@click.option("--out", default=None, help="The page. Not given: report.html in the (first) run's folder.")
+@click.option("--out", default=None, help="File of the page. Not given: report.html in the first run's folder.")
 def report(run_folders: tuple[str, ...], out: str | None) -> None:
-    """Write one self-contained HTML page about a run, or about several to compare. It may still be running."""
+    """Write one self-contained HTML page about a run, or several runs to compare. They may still be running."""
     from spin_ray.report.page import write_report
     from spin_ray.run_dir.run_dir import RunDir
     from spin_ray.run_dir.storage import Storage
@@ -131,7 +131,9 @@ def report(run_folders: tuple[str, ...], out: str | None) -> None:
 
 @cli.command("export")
 @click.argument("run_folder", metavar="RUN")
-@click.option("--iterate", default="latest", show_default=True, help="2 (after two iterations), iter_001, sft, latest.")
+@click.option(
+    "--iterate", default="latest", show_default=True, help="2 (after two iterations), iter_001, sft or latest."
+)
 @click.option("--to", "target", required=True, help="An empty folder, or hub:OWNER/NAME.")
 def export_(run_folder: str, iterate: str, target: str) -> None:
     """Copy an iterate with a model card to a folder or a Hugging Face hub."""
@@ -144,12 +146,12 @@ def export_(run_folder: str, iterate: str, target: str) -> None:
 
 @cli.command(context_settings=_OVERRIDES)
 @click.argument("recipe")
-@click.option("--nodes", type=click.IntRange(min=1), default=1, show_default=True, help="Machines.")
-@click.option("--gpu", default=None, help="Their GPUs, e.g. A100-80G. Leave out for a recipe that asks for none.")
-@click.option("--gpus-per-node", type=click.IntRange(min=1), default=8, show_default=True, help="GPUs of a machine.")
-@click.option("--rows", type=click.IntRange(min=1), default=None, help="Training rows. Not given: the data's.")
-@click.option("--prompt-tokens", type=click.FloatRange(min=1), default=None, help="Mean prompt. Not given: the data's.")
-@click.option("--response-tokens", type=click.FloatRange(min=1), default=None, help="Mean human response, likewise.")
+@click.option("--nodes", type=click.IntRange(min=1), default=1, show_default=True, help="Number of machines.")
+@click.option("--gpu", default=None, help="Type of the GPUs, e.g. A100-80G. Not given: no GPUs.")
+@click.option("--gpus-per-node", type=click.IntRange(min=1), default=8, show_default=True, help="GPUs of each machine.")
+@click.option("--rows", type=click.IntRange(min=1), default=None, help="Training rows. Not given: those of the data.")
+@click.option("--prompt-tokens", type=click.FloatRange(min=1), default=None, help="Mean length. Not given: measured.")
+@click.option("--response-tokens", type=click.FloatRange(min=1), default=None, help="Mean length. Not given: measured.")
 @click.argument("overrides", nargs=-1, type=click.UNPROCESSED)
 def plan(
     recipe: str,
@@ -175,7 +177,7 @@ def plan(
 
 @cli.command(context_settings=_OVERRIDES)
 @click.argument("recipe")
-@click.option("--out", default=None, help="Run directory to check for room and for another run.")
+@click.option("--out", default=None, help="Run folder, to check its free space.")
 @click.argument("overrides", nargs=-1, type=click.UNPROCESSED)
 def doctor(recipe: str, out: str | None, overrides: tuple[str, ...]) -> None:
     """Check RECIPE before it runs: values, data, model, chat template, storage, versions, resources."""
@@ -185,13 +187,13 @@ def doctor(recipe: str, out: str | None, overrides: tuple[str, ...]) -> None:
 
 @cli.command(context_settings=_OVERRIDES)
 @click.argument("run_folder", metavar="RUN")
-@click.option("--models", default=None, help="Iterates with an engine, e.g. sft,iter-0,latest; or all.")
+@click.option("--models", default=None, help="Iterates that get an engine, e.g. sft,iter-0,latest, or all.")
 @click.option("--port", type=click.IntRange(0, 65535), default=None, help="TCP port on this machine.")
 @click.argument("overrides", nargs=-1, type=click.UNPROCESSED)
 def serve(run_folder: str, models: str | None, port: int | None, overrides: tuple[str, ...]) -> None:
-    """Serve the iterates of RUN through OpenAI's API, while it trains or after it.
+    """Serve iterates of RUN through OpenAI's API, while RUN trains or afterwards.
 
-    OVERRIDES change single settings: --serving.max_tokens=256
+    OVERRIDES change single values of the recipe: --serving.max_tokens=256
     """
     from spin_ray.run_dir.run_dir import RunDir
     from spin_ray.run_dir.storage import Storage
@@ -210,11 +212,13 @@ def serve(run_folder: str, models: str | None, port: int | None, overrides: tupl
 @click.argument("run_folder", metavar="RUN")
 @click.option("--prompts", required=True, type=click.Path(path_type=Path), help="JSONL with messages or prompt.")
 @click.option("--models", required=True, help="Two or more iterates, e.g. sft,latest.")
-@click.option("--out", type=click.File("w", encoding="utf-8"), default="-", help="JSONL file. Not given: stdout.")
+@click.option(
+    "--out", type=click.File("w", encoding="utf-8"), default="-", help="JSONL of the answers. Not given: stdout."
+)
 @click.option("--max-tokens", type=click.IntRange(min=1), default=128, show_default=True, help="Longest answer.")
-@click.option("--temperature", type=click.FloatRange(0, 2), default=1.0, show_default=True, help="Of sampling.")
-@click.option("--seed", type=click.IntRange(min=0), default=0, show_default=True, help="Of row 0; row i adds i.")
-@click.option("--logprobs", is_flag=True, help="Also each answer's log-probability under each model, and margins.")
+@click.option("--temperature", type=click.FloatRange(0, 2), default=1.0, show_default=True, help="0: likeliest tokens.")
+@click.option("--seed", type=click.IntRange(min=0), default=0, show_default=True, help="Row i has seed + i.")
+@click.option("--logprobs", is_flag=True, help="Add each answer's log-probability under each model, and margins.")
 @click.argument("overrides", nargs=-1, type=click.UNPROCESSED)
 def compare(
     run_folder: str, prompts: Path, models: str, out: IO[str], overrides: tuple[str, ...], **sampling: Any
@@ -233,9 +237,9 @@ def compare(
 
 @cli.command("serve-key")
 @click.argument("name")
-@click.option("--per-minute", type=click.IntRange(min=1), default=None, help="Requests a minute, if not the default.")
+@click.option("--per-minute", type=click.IntRange(min=1), default=None, help="Requests a minute. Default: server's.")
 def serve_key(name: str, per_minute: int | None) -> None:
-    """Make an API key: the line for the key file goes to stdout, the key itself, once, to stderr."""
+    """Make an API key. Its line for the key file goes to stdout; the key itself goes to stderr, once."""
     from spin_ray.serving.access import new_key
 
     key, line = new_key(name, per_minute)
@@ -272,11 +276,11 @@ def _parse_overrides(words: tuple[str, ...]) -> dict[str, str]:
 
 
 def main() -> None:
-    """Entry point. Exit code 0: done; 2: bad input, one line says what; 1: the run failed."""
+    """Runs the command. Exit code 0: done. 2: bad input, one line names it. 1: the run failed."""
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s", datefmt="%H:%M:%S", stream=sys.stderr)
     os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
     logging.getLogger("httpx").setLevel(logging.WARNING)
-    # As Ray does once it runs: unwinding releases the lease, and another machine can go on at once.
+    # Ray, once started, does the same. Unwinding releases the lease, so that another machine can go on at once.
     signal.signal(signal.SIGTERM, lambda number, _: sys.exit(number))
     try:
         cli(standalone_mode=False)

@@ -16,7 +16,6 @@ from spin_ray.config.sections import (
     MAY_CHANGE,
     EngineConfig,
     ObjectiveConfig,
-    Precision,
     Section,
     Settings,
 )
@@ -37,33 +36,17 @@ class SpinConfig(Settings):
             raise ValueError("\n".join(problems))
         return self
 
-    @property
-    def precision(self) -> Precision:
-        """The precision of the computation. ``auto`` that was not resolved is bf16 on GPUs and fp32 on CPUs."""
-        return self._precision_or("fp32")
-
-    def resolve_precision(self, on_cpu: Precision) -> Self:
-        """Returns the recipe with a precision in place of ``auto``: bf16 on GPUs, ``on_cpu`` on CPUs."""
-        return self._with_precision(self._precision_or(on_cpu))
-
     def take_precision_of(self, other: SpinConfig) -> Self:
         """Returns the recipe with the precision of ``other`` in place of ``auto``."""
-        return self._with_precision(other.train.precision) if self.train.precision == "auto" else self
-
-    def _precision_or(self, on_cpu: Precision) -> Precision:
-        precision = self.train.precision
-        if precision != "auto":
-            return precision
-        return "bf16" if self.train.resources.gpus else on_cpu
-
-    def _with_precision(self, precision: str) -> Self:
-        return self.model_copy(update={"train": self.train.model_copy(update={"precision": precision})})
+        if self.train.precision != "auto":
+            return self
+        return self.model_copy(update={"train": self.train.model_copy(update={"precision": other.train.precision})})
 
     def resolve_dtype(self, engine: EngineConfig) -> EngineConfig:
         """Returns the engine's settings with the dtype of training in place of ``auto``."""
         if engine.dtype != "auto":
             return engine
-        return engine.model_copy(update={"dtype": "bfloat16" if self.precision == "bf16" else "float32"})
+        return engine.model_copy(update={"dtype": "bfloat16" if self.train.precision == "bf16" else "float32"})
 
     def at(self, iteration: int) -> IterationSettings:
         """Returns the settings of one iteration, out of lists where the recipe has lists."""

@@ -41,7 +41,6 @@ Identity = Annotated[T, IDENTITY]
 AlgorithmName = Literal["spin", "continued_sft", "dpo", "sppo", "self_reinforcement", "seft"]
 LossName = Literal["logistic", "hinge", "exponential", "correlation"]
 OptimizerName = Literal["rmsprop", "adamw"]
-Precision = Literal["bf16", "fp32"]
 BackendName = Literal["fsdp2", "deepspeed"]
 
 
@@ -81,7 +80,7 @@ class DataConfig(Section):
     heldout: str | None = None
     """Rows in the form of ``train`` that are never trained on. Not set: the run has no evaluation."""
     prompts_per_iteration: Count | None = None
-    """Number of prompts that each iteration plays: the next slice of a seeded order, from its start again at its end.
+    """Number of prompts that each iteration plays: the next slice of a seeded order, wrapping round at its end.
     Not set: all prompts. Short iterations keep y′ fresh, because y′ goes stale while the policy moves."""
     max_rows: Count | None = None
     """Number of training rows, and of questions, that are used, from the first. Not set: all."""

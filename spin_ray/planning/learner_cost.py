@@ -62,7 +62,7 @@ def _learner_cost(
     backward: bool = False,
 ) -> StageCost:
     flops = pack_flops(config, shape, packs.length, packs.targets, backward=backward)
-    compute = device.seconds(packs.per_rank * flops, config.precision)
+    compute = device.seconds(packs.per_rank * flops, config.train.precision)
     traffic = device.sending(step_traffic(config, shape, packs.per_rank, backward=backward))
     return StageCost(
         name=name,
@@ -166,4 +166,4 @@ def _activation_bytes(config: SpinConfig, shape: ModelShape, packs: Packs, *, ba
 
 
 def _dtype_bytes(config: SpinConfig) -> int:
-    return 2 if config.precision == "bf16" else 4
+    return 2 if config.train.precision == "bf16" else 4

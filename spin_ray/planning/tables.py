@@ -59,7 +59,7 @@ def notes(config: SpinConfig, shape: ModelShape, cluster: Cluster, work: Work) -
             f"Host memory: each DeepSpeed worker first loads the whole model in fp32, "
             f"{4 * shape.parameters / GB:.1f} GB, so {loading / GB:.0f} GB per node."
         )
-    exported = {"bf16": 2, "fp32": 4}[config.precision] * shape.parameters
+    exported = {"bf16": 2, "fp32": 4}[config.train.precision] * shape.parameters
     yield f"Host memory: the first train worker gathers the model to write it, {exported / GB:.1f} GB."
     if config.model.attention == "padded":
         yield "model.attention: padded makes scoring, training and evaluation take 2-4 times the hours shown."

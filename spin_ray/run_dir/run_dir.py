@@ -89,10 +89,13 @@ class RunDir:
     def begin(self, config: SpinConfig, facts: dict[str, Any]) -> None:
         """Writes run.json, or checks that the run there is this one.
 
+        ``train.precision: auto`` means the precision that the run began with, and run.json keeps that one.
+
         Raises:
             RunDirError: the folder holds another run (the message names the differing keys) or something else.
         """
         if self.storage.exists("run.json"):
+            config = config.take_precision_of(self.config())
             self._check_identity(config, facts)
         elif foreign := [name for name in self.storage.entries() if not name.startswith((".", "lease.json"))]:
             raise RunDirError(
@@ -104,7 +107,7 @@ class RunDir:
 
     def _check_identity(self, config: SpinConfig, facts: dict[str, Any]) -> None:
         stored = self.description()
-        then = self.config().identity() | stored["inputs"]
+        then = self.config().take_precision_of(config).identity() | stored["inputs"]
         now = config.identity() | facts["inputs"]
         differing = [
             f"{key} (was {then.get(key)!r}, now {now.get(key)!r})"

@@ -126,7 +126,7 @@ def test_a_wrong_call_shows_the_usage_and_is_exit_code_2(call, words):
 
 
 def files_of(folder: Path) -> dict[str, bytes]:
-    """Visible files: what a person would miss."""
+    """Returns the visible files: those that a person would miss."""
     return {path.name: path.read_bytes() for path in folder.rglob("*") if path.is_file() and path.name[0] != "."}
 
 
@@ -164,7 +164,7 @@ def test_another_run_is_left_as_it_was(call, tmp_path, recipe):
 
 @pytest.fixture
 def started(monkeypatch):
-    """The calls of run_spin, instead of doing them."""
+    """Calls of run_spin, recorded in place of runs."""
     from spin_ray.loop import launch
     from spin_ray.report import status as summary
 

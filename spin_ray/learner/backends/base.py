@@ -51,7 +51,7 @@ class BackendSettings:
         assert config.train.precision != "auto", "settled before a run begins (runtime.precision)"
         return cls(
             max_length=config.model.max_length,
-            precision=config.precision,
+            precision=config.train.precision,
             attention=config.model.attention,
             trust_remote_code=config.model.trust_remote_code,
         )

@@ -162,7 +162,7 @@ def _score(
     inputs = {f"samples_of_{whose}": samples.manifest().digest for whose, samples in samples_of.items()}
     inputs |= {"model": model.digest, "opponent": previous.digest, "base": initial.digest}
     settings = {
-        "precision": config.precision,
+        "precision": config.train.precision,
         "pack_length": config.train.pack_length,
         "workers": config.train.workers,
     }

@@ -51,7 +51,7 @@ def run(run_dir: RunDir, config: SpinConfig, iteration: int, base: ModelFolder) 
     earlier = [run_dir.reference(0), *(run_dir.base_scores(number) for number in range(1, iteration))]
     inputs = {"pairs": pairs.manifest().digest, "base_model": base.digest}
     inputs |= {artefact.path: artefact.manifest().digest for artefact in earlier}
-    settings = {"precision": config.precision, "pack_length": config.train.pack_length}
+    settings = {"precision": config.train.precision, "pack_length": config.train.pack_length}
     if target.already_made(inputs, settings):
         return
     with run_dir.stage(target.path) as counted:

@@ -5,8 +5,7 @@ from typing import Any
 import pytest
 
 from spin_ray.config.recipe import SpinConfig, digest, flatten
-
-MINIMAL = {"model": {"path": "m"}, "data": {"train": "d.jsonl"}}
+from tests.support.fakes import config_of
 
 MAY_CHANGE = (
     "iterations", "stop_when", "tracking.", "cluster.", "storage.", "health.", "serving.",
@@ -100,10 +99,59 @@ IDENTITY = {
     "evaluation.answer_extractor": "none",
     "evaluation.max_rows": None,
 }  # fmt: skip
-"""Of the minimal recipe, as spin_ray 0.1.0 had it (then bf16 by default): what a run.json is compared by."""
+"""Identity of the minimal recipe in spin_ray 0.1.0, whose default precision was bf16."""
 
 
 def test_the_identity_of_a_recipe_is_to_the_byte_what_it_was():
-    found = SpinConfig.model_validate(MINIMAL | {"train": {"precision": "bf16"}}).identity()
+    found = config_of(train={"precision": "bf16"}).identity()
     assert list(found.items()) == list(IDENTITY.items())
     assert digest(found) == "8348c0f7bfc9179cd9fe2201a8119debec8e7e4e8542da75f765bd3bda9e62fb"
+
+
+@pytest.mark.parametrize(
+    "sections",
+    [
+        {"cluster": {"address": "auto", "local_cpus": 4, "wait_for_nodes_s": 60}},
+        {"storage": {"lease_timeout_s": 10, "keep_checkpoints": True}},
+        {"generation": {"replicas": 8, "start_timeout_s": 5, "shard_timeout_s": 5}},
+        {"generation": {"resources": {"custom": {"fast": 1}}}},
+        {"generation": {"engine": {"gpu_memory_utilization": 0.5, "cpu_kv_cache_gib": 8}}},
+        {"train": {"max_failures": 9, "checkpoint_every_steps": 1, "start_timeout_s": 5}},
+        {"train": {"resources": {"custom": {"fast": 1}}}},
+        {"iterations": 9},
+        {"iterations": 5, "objective": {"beta": [1.0, 1.0, 1.0, 1.0, 2.0]}},
+    ],
+)
+def test_identity_ignores_where_and_how_fast_it_runs_and_what_may_grow(sections):
+    assert config_of(**sections).identity() == config_of().identity()
+
+
+@pytest.mark.parametrize(
+    ("sections", "keys"),
+    [
+        ({"seed": 1}, {"seed"}),
+        ({"data": {"train": "other.jsonl"}}, {"data.train"}),
+        ({"generation": {"sampling": {"top_p": 0.9}}}, {"generation.sampling.top_p"}),
+        ({"generation": {"shard_rows": 8}}, {"generation.shard_rows"}),
+        ({"generation": {"engine": {"dtype": "float32"}}}, {"generation.engine.dtype"}),
+        ({"objective": {"loss": "hinge"}}, {"objective.loss"}),
+        ({"objective": {"window": "all"}}, {"objective.window"}),
+        ({"objective": {"reference_alpha": 0.5}}, {"objective.reference_alpha"}),
+        ({"objective": {"length_normalised": True}}, {"objective.length_normalised"}),
+        ({"algorithm": "dpo"}, {"algorithm"}),
+        ({"train": {"optimizer": {"name": "adamw"}}}, {"train.optimizer.name"}),
+        ({"train": {"workers": 2}}, {"train.workers"}),
+    ],
+)
+def test_identity_holds_what_decides_the_result(sections, keys):
+    one, other = config_of().identity(), config_of(**sections).identity()
+    assert {key for key in one.keys() | other.keys() if one.get(key) != other.get(key)} == keys
+
+
+def test_digest_does_not_depend_on_the_order_of_keys():
+    assert digest({"a": 1, "b": [1, 2]}) == digest({"b": [1, 2], "a": 1})
+    assert digest({"a": 1, "b": [1, 2]}) != digest({"a": 1, "b": [2, 1]})
+
+
+def test_flatten_keeps_empty_sections():
+    assert flatten({"a": {"b": {"c": 1}, "d": {}}}) == {"a.b.c": 1, "a.d": {}}

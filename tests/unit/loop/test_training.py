@@ -97,7 +97,7 @@ def test_the_warm_up_trains_on_the_prompts_without_reference_or_pairs(run, jobs)
         {"objective": {"reference_alpha": 0.5}},
         {"train": {"learning_rate": 1e-6}},
         {"train": {"epochs": 1}},
-        {"train": {"precision": "bf16"}},
+        {"train": {"precision": "fp32"}},
         {"train": {"pack_length": 8192}},
         {"train": {"global_batch_pairs": 32}},
         {"train": {"optimizer": {"name": "adamw"}}},

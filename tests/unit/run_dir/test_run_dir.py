@@ -202,8 +202,8 @@ def test_another_run_is_refused_and_every_difference_named_with_both_values(run)
 def test_a_precision_that_is_left_to_the_machine_is_the_one_that_the_run_began_with(run, began, named, goes_on):
     """Before ``auto`` was the default, run.json of a recipe that names no precision said bf16."""
     run.begin(with_values(train={"precision": began}), FACTS)
-    assert run.begin(with_values(train={"precision": named}), FACTS) == with_values(train={"precision": goes_on})
-    assert run.config().train.precision == goes_on
+    run.begin(with_values(train={"precision": named}), FACTS)
+    assert run.config() == with_values(train={"precision": goes_on})
 
 
 def test_a_precision_that_is_named_must_be_the_one_that_the_run_began_with(run):

@@ -1,0 +1,195 @@
+"""Reading of recipes: files, overrides, the words of errors, and anything at all as input."""
+
+import json
+from typing import Any
+
+import pytest
+import yaml
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from spin_ray.config.load import load_config, parse_config
+from spin_ray.config.recipe import SpinConfig, flatten
+from spin_ray.errors import ConfigError
+from tests.support.fakes import MINIMAL
+from tests.support.settings import SECTIONS, leaves
+
+PLAIN = {**MINIMAL, "train": {"learning_rate": 1e-6}}
+
+
+@pytest.fixture
+def recipe(tmp_path):
+    path = tmp_path / "recipe.yaml"
+    path.write_text(yaml.safe_dump(PLAIN))
+    return path
+
+
+# Files and overrides
+
+
+@pytest.mark.parametrize(
+    ("content", "reason"),
+    [
+        ("model: [", "is not YAML"),
+        ("- a\n- b\n", "must hold sections (model, data, …), found list"),
+        ("", "must hold sections (model, data, …), found NoneType"),
+        ("seed: 2024-13-45", "is not YAML: month must be in 1..12"),
+        ("[" * 350, "is not YAML"),
+        ("a: !!bool maybe", "is not YAML"),
+        ("a: !!python/object/apply:os.system [true]", "is not YAML"),
+    ],
+)
+def test_a_recipe_that_is_no_mapping_is_one_line(tmp_path, content, reason):
+    path = tmp_path / "r.yaml"
+    path.write_text(content)
+    with pytest.raises(ConfigError) as caught:
+        load_config(path)
+    assert f"{path}: {reason}" in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+def test_a_recipe_that_is_not_there_or_not_text_is_one_line(tmp_path):
+    (tmp_path / "binary.yaml").write_bytes(b"\xff\xfe\x00")
+    for name in ("none.yaml", "binary.yaml", "."):
+        with pytest.raises(ConfigError, match="cannot be read"):
+            load_config(tmp_path / name)
+
+
+@pytest.mark.parametrize(
+    ("key", "text", "value"),
+    [
+        ("train.learning_rate", "5e-7", 5e-7),  # YAML 1.1 reads this as text; a number is meant
+        ("train.learning_rate", "[5e-7, 5e-7, 1e-7, 1e-7]", (5e-7, 5e-7, 1e-7, 1e-7)),
+        ("objective.beta", "[0.1, 0.1, 0.1, 5.0]", (0.1, 0.1, 0.1, 5.0)),
+        ("generation.sampling.max_tokens", "7", 7),
+        ("model.path", "other", "other"),
+        ("sft.epochs", "3", 3),
+        ("evaluation.max_rows", "null", None),
+        ("iterations", "9", 9),
+    ],
+)
+def test_overrides_are_yaml_values_at_dotted_places(recipe, key, text, value):
+    found: Any = load_config(recipe, {key: text})
+    for part in key.split("."):
+        found = getattr(found, part)
+    assert found == value
+
+
+def test_an_override_leaves_the_other_values_of_its_section(recipe):
+    config = load_config(recipe, {"train.epochs": "1"})
+    assert (config.train.epochs, config.train.learning_rate) == (1, 1e-6)
+
+
+def test_an_override_may_name_a_section_that_the_recipe_left_empty(recipe):
+    recipe.write_text(yaml.safe_dump(MINIMAL) + "sft:\n")
+    assert load_config(recipe, {"sft.epochs": "2"}).sft.epochs == 2
+
+
+@pytest.mark.parametrize(
+    ("key", "text", "reason"),
+    [
+        ("train.learning_rat", "1", "train.learning_rat: unknown key"),
+        ("model.path.x", "1", "--model.path.x: path is a value, not a section"),
+        ("train.epochs", "[1", "--train.epochs=[1: is not YAML"),
+        ("seed", "2024-13-45", "--seed=2024-13-45: is not YAML"),
+        ("seed", "-1", "seed: input should be greater than or equal to 0"),
+        ("train..epochs", "1", "unknown key"),
+    ],
+)
+def test_a_bad_override_is_named(recipe, key, text, reason):
+    with pytest.raises(ConfigError) as caught:
+        load_config(recipe, {key: text})
+    assert reason in str(caught.value)
+
+
+# Names and import paths
+
+NAMED = [
+    ("algorithm", "'spin', 'continued_sft', 'dpo', 'sppo', 'self_reinforcement' or 'seft'"),
+    ("objective.loss", "'logistic', 'hinge', 'exponential' or 'correlation'"),
+    ("train.backend", "'fsdp2' or 'deepspeed'"),
+    ("train.optimizer.name", "'rmsprop' or 'adamw'"),
+]
+
+
+@pytest.mark.parametrize(("key", "names"), NAMED)
+def test_an_unknown_name_is_told_the_known_ones(recipe, key, names):
+    with pytest.raises(ConfigError) as caught:
+        load_config(recipe, {key: "best"})
+    assert str(caught.value) == f"{recipe}: {key}: input should be {names} (got 'best')"
+
+
+@pytest.mark.parametrize("key", [key for key, _ in NAMED])
+@pytest.mark.parametrize("path", ["mine:Mine", "my_pkg.mine:Mine", "_a.b2.c:_d"])
+def test_an_import_path_stands_for_something_of_the_users_own(recipe, key, path):
+    config = load_config(recipe, {key: path})
+    assert flatten(config.model_dump(mode="json"))[key] == path
+    assert config.identity()[key] == path
+
+
+@pytest.mark.parametrize("key", [key for key, _ in NAMED])
+@pytest.mark.parametrize("path", ["my pkg:Mine", "mine:", ":Mine", "a..b:C", "a:b:c", "a/b.py:C", "1a:B", "a:B\n"])
+def test_an_import_path_of_the_wrong_form_is_told_the_right_one(recipe, key, path):
+    with pytest.raises(ConfigError) as caught:
+        load_config(recipe, {key: json.dumps(path)})
+    reason = "must be an import path module:Name, e.g. my_package.mine:Name"
+    assert str(caught.value) == f"{recipe}: {key}: {reason} (got {path!r})"
+
+
+# Anything at all
+
+names = [name for section in SECTIONS for name in section.model_fields]
+scalars = (
+    st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=4)
+    | st.sampled_from(["auto", "5e-7", "linear", "embedded:x", 0, 1, -1, 2**70])
+)  # fmt: skip
+values = st.recursive(
+    scalars,
+    lambda inner: (
+        st.lists(inner, max_size=3)
+        | st.dictionaries(st.sampled_from(names) | st.text(max_size=3) | st.integers(), inner, max_size=4)
+    ),
+    max_leaves=12,
+)
+
+
+def config_or_error(content: dict[str, Any]) -> SpinConfig | str:
+    try:
+        return parse_config(content, source="fuzz")
+    except ConfigError as error:
+        return str(error)
+
+
+@settings(max_examples=100, deadline=None)
+@given(st.dictionaries(st.sampled_from(sorted(SpinConfig.model_fields)) | st.text(max_size=3), values, max_size=6))
+def test_any_mapping_is_a_config_or_a_config_error(content):
+    for recipe in (content, MINIMAL | content):
+        found = config_or_error(recipe)
+        assert isinstance(found, SpinConfig) or found.removeprefix("fuzz: ")
+
+
+@settings(max_examples=100, deadline=None)
+@given(st.dictionaries(st.sampled_from(leaves()), scalars | st.lists(scalars, max_size=4), min_size=1, max_size=3))
+def test_any_value_of_a_setting_is_accepted_or_its_setting_is_named(changes):
+    content: dict[str, Any] = {}
+    for key, value in (flatten(MINIMAL) | changes).items():
+        *sections, field = key.split(".")
+        inner = content
+        for section in sections:
+            inner = inner.setdefault(section, {})
+        inner[field] = value
+    found = config_or_error(content)
+    named = {part for key in changes for part in (key.split(".")[0], key.split(".")[-1])}
+    assert isinstance(found, SpinConfig) or any(part in found for part in named)
+
+
+@settings(max_examples=100, deadline=None)
+@given(st.text(alphabet="abk0159-_:.[]{}&*!?|>'\"%@#, \n\t=~", max_size=40) | st.text(max_size=20))
+def test_any_override_is_a_config_or_a_config_error(tmp_path_factory, text):
+    path = tmp_path_factory.getbasetemp() / "fuzz.yaml"
+    path.write_text(yaml.safe_dump(PLAIN))
+    for key in ("seed", "generation.engine.extra", text):
+        try:
+            load_config(path, {key: text})
+        except ConfigError:
+            continue
