@@ -25,7 +25,8 @@ from harness import at_least, at_most, record
 from spin_ray.config.sections import SamplingConfig, SpinConfig
 from spin_ray.inputs.embedded import resolve
 from spin_ray.inputs.rendering import load_tokenizer
-from spin_ray.loop.stages import generation, pairs, prompts
+from spin_ray.loop.stages import pairs, prompts
+from spin_ray.loop.stages.generation import stage as generation
 from spin_ray.run_dir.run_dir import RunDir
 from spin_ray.run_dir.storage import Storage
 from spin_ray.runtime.connect import connect

@@ -18,7 +18,8 @@ from spin_ray.config.sections import SpinConfig
 from spin_ray.inputs.check import Start
 from spin_ray.inputs.model_folder import ModelFolder
 from spin_ray.loop.algorithms import ALGORITHMS, Algorithm, Turn
-from spin_ray.loop.stages import evaluation, generation, prompts
+from spin_ray.loop.stages import evaluation, prompts
+from spin_ray.loop.stages.generation import stage as generation
 from spin_ray.loop.stages.training import stage as training
 from spin_ray.report.history import evidence_to_stop
 from spin_ray.report.measures import Evaluation

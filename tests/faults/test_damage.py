@@ -9,7 +9,7 @@ import pytest
 
 from spin_ray.config.sections import SpinConfig
 from spin_ray.errors import RunDirError
-from spin_ray.loop.stages import generation
+from spin_ray.loop.stages.generation.shards import open_whole
 from spin_ray.run_dir.run_dir import RunDir
 from spin_ray.run_dir.storage import Storage, table_from_bytes
 from tests.support import small_run
@@ -97,7 +97,7 @@ def test_no_flipped_bit_changes_the_rows_of_a_shard_unseen(tmp_path: Path, calm:
         data = bytearray(whole)
         data[chance.randrange(len(data))] ^= 1 << chance.randrange(8)
         shards.storage.replace(f"shards/{name}", bytes(data))
-        opened = generation._open_whole(shards, name)
+        opened = open_whole(shards, name)
         if opened is None:
             seen += 1
         else:  # a bit that means nothing, say of a column's statistics
