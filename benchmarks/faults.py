@@ -29,7 +29,7 @@ from small_run import STEPS, committed  # noqa: E402
 
 from spin_ray.config.recipe import SpinConfig  # noqa: E402
 from spin_ray.errors import StageError  # noqa: E402
-from spin_ray.loop.stages import generation  # noqa: E402
+from spin_ray.loop.stages.generation import stage as generation  # noqa: E402
 from spin_ray.loop.stages.training import stage as training  # noqa: E402
 
 BEGIN, END = "<!-- table: python benchmarks/faults.py -->\n", "<!-- end of table -->\n"

@@ -17,7 +17,9 @@ from harness import at_least, record
 from spin_ray.config.recipe import SpinConfig
 from spin_ray.inputs.check import check_recipe
 from spin_ray.inputs.embedded import resolve
-from spin_ray.loop.stages import generation, prompts
+from spin_ray.loop.stages import prompts
+from spin_ray.loop.stages.generation import stage as generation
+from spin_ray.loop.stages.generation.shards import cut_into_shards
 from spin_ray.run_dir.artefact import Artefact
 from spin_ray.run_dir.run_dir import RunDir
 from spin_ray.run_dir.storage import Storage
@@ -66,7 +68,7 @@ def main() -> None:
 
 def compare(source: Artefact, target: Artefact, config: SpinConfig, engine: VllmEngine) -> tuple[float, float, int]:
     """Seconds of bare generation and of the stage's work on the same rows with the same seeds, and the tokens made."""
-    shards = generation._shards(generation.Job(source, target, "sft", "-"), config)
+    shards = cut_into_shards(generation.Job(source, target, "sft", "-"), config)
     rows = [row for table in source.tables() for row in table.to_pylist()]
     seeds = [generation.row_seed(config.seed, "sft", row["prompt_id"], 0) for row in rows]
     started = time.perf_counter()

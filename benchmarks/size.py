@@ -26,7 +26,8 @@ from spin_ray.config.recipe import SpinConfig
 from spin_ray.config.sections import SamplingConfig
 from spin_ray.inputs.embedded import resolve
 from spin_ray.inputs.rendering import load_tokenizer
-from spin_ray.loop.stages import generation, pairs, prompts
+from spin_ray.loop.stages import pairs, prompts
+from spin_ray.loop.stages.generation import stage as generation
 from spin_ray.run_dir.run_dir import RunDir
 from spin_ray.run_dir.storage import Storage
 from spin_ray.runtime.connect import connect

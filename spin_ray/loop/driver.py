@@ -19,7 +19,9 @@ from spin_ray.inputs.check import Start
 from spin_ray.inputs.model_folder import ModelFolder
 from spin_ray.loop.algorithms.base import Algorithm, Turn
 from spin_ray.loop.algorithms.table import ALGORITHMS
-from spin_ray.loop.stages import evaluation, generation, prompts
+from spin_ray.loop.stages import evaluation, prompts
+from spin_ray.loop.stages.generation import stage as generation
+from spin_ray.loop.stages.generation.shards import Job
 from spin_ray.loop.stages.training import stage as training
 from spin_ray.report.history import evidence_to_stop
 from spin_ray.report.measures import Evaluation
@@ -36,14 +38,14 @@ from spin_ray.runtime.placement import check_fits
 
 logger = logging.getLogger(__name__)
 
-Play = Callable[[ModelFolder, list[generation.Job]], None]
+Play = Callable[[ModelFolder, list[Job]], None]
 """Lets a model answer the prompts of some jobs."""
 
 
 def spin(run: RunDir, config: SpinConfig, start: Start, start_engine: StartEngine) -> None:
     """Runs Algorithm 1 of arXiv 2401.01335, or another of the family, in the folder of ``run``."""
 
-    def play(model: ModelFolder, jobs: list[generation.Job]) -> None:
+    def play(model: ModelFolder, jobs: list[Job]) -> None:
         generation.run(run, config, _engine_spec(config, start, model), jobs, _Fetching(model, start_engine))
 
     connect(config)
@@ -110,16 +112,16 @@ def _should_stop(run: RunDir, config: SpinConfig, evaluations: list[Evaluation])
     return True
 
 
-def _jobs(turn: Turn, algorithm: Algorithm) -> list[generation.Job]:
+def _jobs(turn: Turn, algorithm: Algorithm) -> list[Job]:
     """Returns what one start of the engines answers: held-out prompts, and those of iteration t if there is one."""
     run, opponent = turn.run, turn.opponent
     jobs = []
     if run.heldout.is_committed:
-        jobs.append(generation.Job(run.heldout, run.heldout_samples(turn.iteration), opponent.name, opponent.digest))
+        jobs.append(Job(run.heldout, run.heldout_samples(turn.iteration), opponent.name, opponent.digest))
     played = algorithm.plays(run) if turn.iteration < turn.config.iterations else None
     if played:
         target, rows = run.generations(turn.iteration), turn.rows_of(played)
-        jobs.append(generation.Job(played, target, opponent.name, opponent.digest, rows))
+        jobs.append(Job(played, target, opponent.name, opponent.digest, rows))
     return jobs
 
 

@@ -26,7 +26,8 @@ from spin_ray.inputs.rendering import load_tokenizer
 from spin_ray.learner.backends import fsdp2
 from spin_ray.learner.hf_folder import load_model
 from spin_ray.loop import driver, launch
-from spin_ray.loop.stages import evaluation, generation, prompts
+from spin_ray.loop.stages import evaluation, prompts
+from spin_ray.loop.stages.generation import stage as generation
 from spin_ray.loop.stages.training import stage as training
 from spin_ray.run_dir import object_storage
 from spin_ray.run_dir.artefact import Manifest

@@ -11,7 +11,7 @@ from spin_ray.config.recipe import SpinConfig, digest
 from spin_ray.inputs.check import Start
 from spin_ray.inputs.model_folder import ModelFolder
 from spin_ray.learner.step import Objective
-from spin_ray.loop.stages.generation import Job, prompt_slice
+from spin_ray.loop.stages.generation.shards import Job, prompt_slice
 from spin_ray.run_dir.artefact import Artefact
 from spin_ray.run_dir.names import pair_id
 from spin_ray.run_dir.run_dir import RunDir

@@ -13,7 +13,7 @@ from spin_ray.inputs.rendering import load_tokenizer
 from spin_ray.learner.step import Objective
 from spin_ray.loop.algorithms.base import Turn, margin_objective
 from spin_ray.loop.stages import pairs
-from spin_ray.loop.stages.generation import Job
+from spin_ray.loop.stages.generation.shards import Job
 from spin_ray.run_dir.artefact import Artefact
 from spin_ray.run_dir.run_dir import RunDir
 from spin_ray.run_dir.schemas import PAIR_SCHEMA

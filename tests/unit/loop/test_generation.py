@@ -11,8 +11,9 @@ from hypothesis import strategies as st
 
 from spin_ray.config.recipe import SpinConfig
 from spin_ray.errors import RunDirError
-from spin_ray.loop.stages import generation
-from spin_ray.loop.stages.generation import Job, prompt_slice, row_seed
+from spin_ray.loop.stages.generation import stage as generation
+from spin_ray.loop.stages.generation.shards import Job, cut_into_shards, find_parts, prompt_slice, row_count
+from spin_ray.loop.stages.generation.stage import row_seed
 from spin_ray.run_dir.run_dir import RunDir
 from spin_ray.run_dir.storage import Storage, table_to_bytes
 from spin_ray.runtime.engine import Completion
@@ -38,8 +39,8 @@ def run(tmp_path):
 
 def play(job: Job, config: SpinConfig, engine: FakeEngine) -> list[dict[str, Any]]:
     """What the actors of a job would write and the driver would commit, without them."""
-    found = generation._find_parts(job, config).whole
-    for shard in generation._shards(job, config):
+    found = find_parts(job, config).whole
+    for shard in cut_into_shards(job, config):
         if shard.name not in found:
             found[shard.name] = job.target.write_part(shard.name, generation.answer(shard, config, engine))
     job.target.commit(found, job.inputs(), job.settings(config))
@@ -67,7 +68,7 @@ def test_every_prompt_that_is_played_is_answered_once_per_sample_and_in_order(
     rows = prompt_slice(count, wanted, iteration, seed=0)
     job = job_of(run, rows)
     played = list(range(count)) if rows is None else rows.tolist()
-    assert generation._rows(job) == len(played)
+    assert row_count(job) == len(played)
     engine = FakeEngine()
     answers = play(job, config, engine)
     assert [(row["prompt_id"], row["sample"]) for row in answers] == [
@@ -84,7 +85,7 @@ def test_every_prompt_that_is_played_is_answered_once_per_sample_and_in_order(
 
 def test_shards_cross_the_parts_of_the_prompts(run):
     """Parts of 3 and shards of 4: the second shard has rows 1 and 2 of part 1, and rows 0 and 1 of part 2."""
-    shards = generation._shards(job_of(run), config_for(shard_rows=4))
+    shards = cut_into_shards(job_of(run), config_for(shard_rows=4))
     assert [shard.name for shard in shards] == ["part-00000.parquet", "part-00001.parquet", "part-00002.parquet"]
     assert [(name, rows) for name, _, rows in shards[1].pieces] == [
         ("part-00001.parquet", (1, 2)), ("part-00002.parquet", (0, 1)),
@@ -92,7 +93,7 @@ def test_shards_cross_the_parts_of_the_prompts(run):
 
 
 def test_a_damaged_prompt_is_never_played(run):
-    shards = generation._shards(job_of(run), config_for())
+    shards = cut_into_shards(job_of(run), config_for())
     run.storage.replace("prompts/part-00000.parquet", b"damaged")
     with pytest.raises(RunDirError, match=r"prompts/part-00000\.parquet: differs from its digest"):
         generation.answer(shards[0], config_for(), FakeEngine())
@@ -121,7 +122,7 @@ def test_truncated_response_carries_no_eos(run):
 
 def test_a_retry_of_a_shard_has_the_same_bytes(run):
     config = config_for()
-    shard = generation._shards(job_of(run), config)[1]
+    shard = cut_into_shards(job_of(run), config)[1]
     first, second = (table_to_bytes(generation.answer(shard, config, FakeEngine())) for _ in range(2))
     assert first == second
 
@@ -203,10 +204,10 @@ def test_another_seed_plays_in_another_order():
 
 def test_finished_shards_are_not_done_again(run):
     config, job = config_for(), job_of(run)
-    shards = generation._shards(job, config)
+    shards = cut_into_shards(job, config)
     for shard in shards[:2]:
         job.target.write_part(shard.name, generation.answer(shard, config, FakeEngine()))
-    found = generation._find_parts(job, config).whole
+    found = find_parts(job, config).whole
     assert list(found) == ["part-00000.parquet", "part-00001.parquet"]
     assert [entry.rows for entry in found.values()] == [4, 4]
     engine = FakeEngine()
@@ -229,28 +230,28 @@ def test_finished_shards_are_not_done_again(run):
 )
 def test_shards_of_another_opponent_or_of_other_settings_are_refused_by_name(run, changed_job, changed_config):
     config, job = config_for(), job_of(run)
-    shard = generation._shards(job, config)[0]
+    shard = cut_into_shards(job, config)[0]
     job.target.write_part(shard.name, generation.answer(shard, config, FakeEngine()))
     with pytest.raises(RunDirError, match=r"generations/part-00000\.parquet: was made from other inputs or with"):
-        generation._find_parts(job_of(run, **changed_job), config_for(**changed_config))
+        find_parts(job_of(run, **changed_job), config_for(**changed_config))
 
 
 def test_shards_of_other_prompts_are_refused(run, tmp_path_factory):
     config, job = config_for(), job_of(run)
-    shard = generation._shards(job, config)[0]
+    shard = cut_into_shards(job, config)[0]
     other = RunDir(Storage(tmp_path_factory.mktemp("other")))
     write_prompts(other.prompts, count=9, part_rows=3)
     other.generations(0).write_part(shard.name, generation.answer(shard, config, FakeEngine()))
     with pytest.raises(RunDirError, match="was made from other inputs or with other settings"):
-        generation._find_parts(job_of(other), config)
+        find_parts(job_of(other), config)
 
 
 def test_more_engines_or_memory_do_not_make_finished_shards_another_work(run):
     config, job = config_for(), job_of(run)
-    shard = generation._shards(job, config)[0]
+    shard = cut_into_shards(job, config)[0]
     job.target.write_part(shard.name, generation.answer(shard, config, FakeEngine()))
     played = config.generation.model_dump() | {"replicas": 4, "engine": {"gpu_memory_utilization": 0.5}}
-    assert list(generation._find_parts(job, config_of(generation=played)).whole) == [shard.name]
+    assert list(find_parts(job, config_of(generation=played)).whole) == [shard.name]
 
 
 # An engine that dies
@@ -275,7 +276,7 @@ class DyingEngine(FakeEngine):
 def played_by(run: RunDir, config: SpinConfig, deaths: int) -> dict[str, Any]:
     DyingEngine.started = 0
     player = generation._Player(cast(Any, None), config, lambda spec: DyingEngine(deaths))
-    return player({"shard": pickle.dumps(generation._shards(job_of(run), config)[0])})["finished"]
+    return player({"shard": pickle.dumps(cut_into_shards(job_of(run), config)[0])})["finished"]
 
 
 def test_a_shard_whose_engine_dies_is_answered_the_same_by_a_new_one_and_the_loss_is_told(run, tmp_path) -> None:

@@ -22,7 +22,9 @@ from spin_ray.inputs.rendering import ChatRenderer, load_tokenizer
 from spin_ray.inputs.sources import SourceRow
 from spin_ray.learner.batch import PackedBatch
 from spin_ray.learner.packing import build_pack
-from spin_ray.loop.stages import evaluation, generation, pairs, prompts
+from spin_ray.loop.stages import evaluation, pairs, prompts
+from spin_ray.loop.stages.generation import stage as generation
+from spin_ray.loop.stages.generation.shards import cut_into_shards
 from spin_ray.run_dir.run_dir import RunDir
 from spin_ray.run_dir.schemas import GENERATION_SCHEMA, PROMPT_SCHEMA
 from spin_ray.run_dir.storage import Storage
@@ -70,7 +72,7 @@ def play(run: RunDir, samples: int = 1) -> FakeEngine:
     config = config_of(generation=played, train={"global_batch_pairs": 1})
     job = generation.Job(run.prompts, run.generations(0), "sft", "digest")
     engine, entries = FakeEngine(), {}
-    for shard in generation._shards(job, config):
+    for shard in cut_into_shards(job, config):
         entries[shard.name] = job.target.write_part(shard.name, generation.answer(shard, config, engine))
     job.target.commit(entries, job.inputs(), job.settings(config))
     pairs.run(run, config, 0)

@@ -14,7 +14,7 @@ from spin_ray.config.recipe import SpinConfig
 from spin_ray.config.sections import ScorerConfig
 from spin_ray.errors import StageError
 from spin_ray.loop.algorithms.sppo import preferences
-from spin_ray.loop.stages import generation
+from spin_ray.loop.stages.generation import stage as generation
 from spin_ray.report import benchmarks
 from spin_ray.runtime import workers
 from spin_ray.runtime.placement import demands

@@ -10,7 +10,7 @@ from spin_ray.learner.step import Objective
 from spin_ray.loop.algorithms.base import Turn
 from spin_ray.loop.algorithms.seft import revision
 from spin_ray.loop.stages import pairs
-from spin_ray.loop.stages.generation import Job
+from spin_ray.loop.stages.generation.shards import Job
 from spin_ray.loop.stages.training import stage as training
 from spin_ray.run_dir.artefact import Artefact
 from spin_ray.run_dir.names import iteration_name

@@ -13,20 +13,24 @@ import pickle
 import time
 from collections.abc import Iterator
 from contextlib import suppress
-from dataclasses import dataclass
 from typing import Any
 
-import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 import ray
 import ray.exceptions
 
-from spin_ray.config.recipe import SpinConfig, digest
+from spin_ray.config.recipe import SpinConfig
 from spin_ray.errors import StageError, UserError, last_line, memory_advice
+from spin_ray.loop.stages.generation.shards import (
+    Job,
+    Shard,
+    cut_into_shards,
+    find_parts,
+    row_count,
+)
 from spin_ray.report.progress import StageProgress
-from spin_ray.run_dir.artefact import Artefact, FileEntry, FoundParts, seal
-from spin_ray.run_dir.names import part_name
+from spin_ray.run_dir.artefact import FileEntry, seal
 from spin_ray.run_dir.run_dir import RunDir
 from spin_ray.run_dir.schemas import GENERATION_SCHEMA
 from spin_ray.runtime.actors import map_by_actors
@@ -40,55 +44,6 @@ _USE_LESS = (
     "lower generation.engine.cpu_kv_cache_gib or gpu_memory_utilization, generation.engine.max_num_seqs, or "
     "generation.replicas"
 )
-
-
-@dataclass(frozen=True)
-class Job:
-    """Prompts for the opponent, and the place of its answers."""
-
-    prompts: Artefact
-    target: Artefact
-    opponent: str
-    """Name of the iterate that answers, e.g. ``sft`` or ``iter_000``."""
-    model_digest: str
-    rows: np.ndarray | None = None
-    """Row numbers in ``prompts``, ascending; None: all."""
-
-    def inputs(self) -> dict[str, str]:
-        return {"prompts": self.prompts.manifest().digest, "opponent": self.model_digest}
-
-    def settings(self, config: SpinConfig) -> dict[str, Any]:
-        return {
-            "seed": config.seed,
-            "opponent": self.opponent,
-            "samples_per_prompt": config.generation.samples_per_prompt,
-            "shard_rows": config.generation.shard_rows,
-            "max_length": config.model.max_length,
-            "sampling": config.generation.sampling.model_dump(mode="json"),
-            "engine": config.generation.engine.model_dump(
-                mode="json", exclude={"gpu_memory_utilization", "cpu_kv_cache_gib"}
-            ),
-            "rows": digest(self.rows.tolist()) if self.rows is not None else "all",
-        }
-
-
-@dataclass(frozen=True)
-class Shard:
-    """A unit of work: some rows of the prompts, and the part that their answers make."""
-
-    prompts: Artefact
-    target: Artefact
-    opponent: str
-    fingerprint: str
-    name: str
-    pieces: tuple[tuple[str, FileEntry, tuple[int, ...]], ...]
-    """(part of the prompts, its entry, row numbers within it)."""
-
-    def read_prompts(self) -> pa.Table:
-        tables = [
-            self.prompts.read_part(name, entry).take(pa.array(rows, pa.int64())) for name, entry, rows in self.pieces
-        ]
-        return pa.concat_tables(tables)
 
 
 def run(
@@ -107,8 +62,8 @@ def run(
     jobs = [job for job in jobs if not job.target.already_made(job.inputs(), job.settings(config))]
     if not jobs:
         return
-    shards = [shard for job in jobs for shard in _shards(job, config)]
-    found = {job.target.path: _find_parts(job, config) for job in jobs}
+    shards = [shard for job in jobs for shard in cut_into_shards(job, config)]
+    found = {job.target.path: find_parts(job, config) for job in jobs}
     entries = {path: parts.whole for path, parts in found.items()}
     missing = [shard for shard in shards if shard.name not in entries[shard.target.path]]
     names = " + ".join(job.target.path for job in jobs)
@@ -119,30 +74,21 @@ def run(
                 "lost", names, shards=min(config.generation.replicas, len(missing)), why="the stage ended early"
             )
         done = sum(entry.rows or 0 for whole in entries.values() for entry in whole.values())
-        total = sum(_rows(job) * config.generation.samples_per_prompt for job in jobs)
+        total = sum(row_count(job) * config.generation.samples_per_prompt for job in jobs)
         tokens, work_s = 0, 0.0
         with StageProgress(names, total, "rows", done=done) as progress:
-            for finished in _play(missing, config, spec, start_engine):
-                entries[finished["target"]][finished["name"]] = FileEntry(**finished["entry"])
-                if finished["lost"]:
-                    run_dir.event("lost", names, shards=finished["lost"], why="an engine died")
-                tokens += finished["tokens"]
-                work_s += finished["seconds"] / config.generation.replicas
-                progress.advance(finished["entry"]["rows"], finished["tokens"])
+            for report in _play(missing, config, spec, start_engine):
+                entries[report["target"]][report["name"]] = FileEntry(**report["entry"])
+                if report["lost"]:
+                    run_dir.event("lost", names, shards=report["lost"], why="an engine died")
+                tokens += report["tokens"]
+                work_s += report["seconds"] / config.generation.replicas
+                progress.advance(report["entry"]["rows"], report["tokens"])
         for job in jobs:
             job.target.commit(entries[job.target.path], job.inputs(), job.settings(config))
         counted |= {"rows": total, "tokens": tokens, "work_s": work_s, "shards_found": len(shards) - len(missing)}
-
-
-def prompt_slice(total: int, wanted: int | None, iteration: int, seed: int) -> np.ndarray | None:
-    """Returns the row numbers of an iteration: a fresh slice of a seeded order, wrapping round; None for all rows.
-
-    Example: 10 rows, 4 wanted: iterations 0, 1, 2 take places 0-3, 4-7, 8-9 and 0-1 of the order.
-    """
-    if wanted is None or wanted >= total:
-        return None
-    order = np.random.default_rng([seed, 0x51]).permutation(total)
-    return np.sort(order[(iteration * wanted + np.arange(wanted)) % total])
+        if damaged := sum(parts.damaged for parts in found.values()):
+            counted["shards_damaged"] = damaged
 
 
 def row_seed(seed: int, opponent: str, prompt_id: str, sample: int) -> int:
@@ -252,39 +198,3 @@ def answer(shard: Shard, config: SpinConfig, engine: GenerationEngine) -> pa.Tab
         schema=GENERATION_SCHEMA,
     )
     return seal(table, shard.fingerprint)
-
-
-def _shards(job: Job, config: SpinConfig) -> list[Shard]:
-    """Cuts the job into shards of at most ``shard_rows`` responses, but at least one prompt each."""
-    files = sorted(job.prompts.manifest().files.items())
-    ends = np.cumsum([entry.rows or 0 for _, entry in files])
-    rows = job.rows if job.rows is not None else np.arange(ends[-1])
-    per_shard = max(1, config.generation.shard_rows // config.generation.samples_per_prompt)
-    fingerprint = _fingerprint(job, config)
-    shards = []
-    for number, start in enumerate(range(0, len(rows), per_shard)):
-        wanted = rows[start : start + per_shard]
-        owners = np.searchsorted(ends, wanted, side="right")
-        pieces = tuple(
-            (*files[owner], tuple((wanted[owners == owner] - (ends[owner] - files[owner][1].rows)).tolist()))
-            for owner in np.unique(owners)
-        )
-        shards.append(Shard(job.prompts, job.target, job.opponent, fingerprint, part_name(number), pieces))
-    return shards
-
-
-def _fingerprint(job: Job, config: SpinConfig) -> str:
-    return digest([job.inputs(), job.settings(config)])
-
-
-def _find_parts(job: Job, config: SpinConfig) -> FoundParts:
-    """Finds the shards that an earlier attempt committed; damaged ones are generated again with the same seeds.
-
-    Raises:
-        RunDirError: a shard was made from other inputs or settings.
-    """
-    return job.target.find_parts([shard.name for shard in _shards(job, config)], _fingerprint(job, config))
-
-
-def _rows(job: Job) -> int:
-    return len(job.rows) if job.rows is not None else job.prompts.manifest().rows

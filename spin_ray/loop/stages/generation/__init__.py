@@ -1,0 +1,1 @@
+"""The opponent answers the prompts."""

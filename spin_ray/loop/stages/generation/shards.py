@@ -1,0 +1,108 @@
+"""The opponent's work, cut into shards: which prompts, which part holds their answers, and which parts are there."""
+
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+
+from spin_ray.config.recipe import SpinConfig, digest
+from spin_ray.run_dir.artefact import Artefact, FileEntry, FoundParts
+from spin_ray.run_dir.names import part_name
+
+
+@dataclass(frozen=True)
+class Job:
+    """Prompts for the opponent, and the place of its answers."""
+
+    prompts: Artefact
+    target: Artefact
+    opponent: str
+    """Name of the iterate that answers, e.g. ``sft`` or ``iter_000``."""
+    model_digest: str
+    rows: np.ndarray | None = None
+    """Row numbers in ``prompts``, ascending; None: all."""
+
+    def inputs(self) -> dict[str, str]:
+        return {"prompts": self.prompts.manifest().digest, "opponent": self.model_digest}
+
+    def settings(self, config: SpinConfig) -> dict[str, Any]:
+        return {
+            "seed": config.seed,
+            "opponent": self.opponent,
+            "samples_per_prompt": config.generation.samples_per_prompt,
+            "shard_rows": config.generation.shard_rows,
+            "max_length": config.model.max_length,
+            "sampling": config.generation.sampling.model_dump(mode="json"),
+            "engine": config.generation.engine.model_dump(
+                mode="json", exclude={"gpu_memory_utilization", "cpu_kv_cache_gib"}
+            ),
+            "rows": digest(self.rows.tolist()) if self.rows is not None else "all",
+        }
+
+
+@dataclass(frozen=True)
+class Shard:
+    """A unit of work: some rows of the prompts, and the part that their answers make."""
+
+    prompts: Artefact
+    target: Artefact
+    opponent: str
+    fingerprint: str
+    name: str
+    pieces: tuple[tuple[str, FileEntry, tuple[int, ...]], ...]
+    """(part of the prompts, its entry, row numbers within it)."""
+
+    def read_prompts(self) -> pa.Table:
+        tables = [
+            self.prompts.read_part(name, entry).take(pa.array(rows, pa.int64())) for name, entry, rows in self.pieces
+        ]
+        return pa.concat_tables(tables)
+
+
+def prompt_slice(total: int, wanted: int | None, iteration: int, seed: int) -> np.ndarray | None:
+    """Returns the row numbers of an iteration: a fresh slice of a seeded order, wrapping round; None for all rows.
+
+    Example: 10 rows, 4 wanted: iterations 0, 1, 2 take places 0-3, 4-7, 8-9 and 0-1 of the order.
+    """
+    if wanted is None or wanted >= total:
+        return None
+    order = np.random.default_rng([seed, 0x51]).permutation(total)
+    return np.sort(order[(iteration * wanted + np.arange(wanted)) % total])
+
+
+def cut_into_shards(job: Job, config: SpinConfig) -> list[Shard]:
+    """Cuts the job into shards of at most ``shard_rows`` responses, but at least one prompt each."""
+    files = sorted(job.prompts.manifest().files.items())
+    ends = np.cumsum([entry.rows or 0 for _, entry in files])
+    rows = job.rows if job.rows is not None else np.arange(ends[-1])
+    per_shard = max(1, config.generation.shard_rows // config.generation.samples_per_prompt)
+    fingerprint = _fingerprint(job, config)
+    shards = []
+    for number, start in enumerate(range(0, len(rows), per_shard)):
+        wanted = rows[start : start + per_shard]
+        owners = np.searchsorted(ends, wanted, side="right")
+        pieces = tuple(
+            (*files[owner], tuple((wanted[owners == owner] - (ends[owner] - files[owner][1].rows)).tolist()))
+            for owner in np.unique(owners)
+        )
+        shards.append(Shard(job.prompts, job.target, job.opponent, fingerprint, part_name(number), pieces))
+    return shards
+
+
+def _fingerprint(job: Job, config: SpinConfig) -> str:
+    return digest([job.inputs(), job.settings(config)])
+
+
+def find_parts(job: Job, config: SpinConfig) -> FoundParts:
+    """Finds the shards that an earlier attempt committed; damaged ones are generated again with the same seeds.
+
+    Raises:
+        RunDirError: a shard was made from other inputs or settings.
+    """
+    return job.target.find_parts([shard.name for shard in cut_into_shards(job, config)], _fingerprint(job, config))
+
+
+def row_count(job: Job) -> int:
+    """Counts the prompts that the job plays."""
+    return len(job.rows) if job.rows is not None else job.prompts.manifest().rows
