@@ -40,17 +40,17 @@ class FileEntry(BaseModel):
 
 
 class Manifest(BaseModel):
-    """What an artefact consists of and what it was made from."""
+    """Files of an artefact, and the inputs and settings it was made from."""
 
     files: dict[str, FileEntry]
     inputs: dict[str, str]
-    """Digests of the artefacts and models it was made from."""
+    """Digest of each artefact and model it was made from."""
     config: str
     """Digest of ``settings``."""
     settings: dict[str, Any]
-    """The part of the config that decides the content."""
+    """Values of the config that decide the content."""
     counts: dict[str, float] = {}
-    """What the stage counted, e.g. dropped pairs."""
+    """Numbers that the stage counted, e.g. of dropped pairs."""
 
     @classmethod
     def of(
@@ -60,19 +60,23 @@ class Manifest(BaseModel):
         settings: dict[str, Any],
         counts: dict[str, float] | None = None,
     ) -> Self:
-        """The manifest of these files; ``settings`` as they come back from disk."""
+        """Returns the manifest of these files, with ``settings`` in the form that JSON gives back."""
         settings = _as_json(settings)
         return cls(files=files, inputs=inputs, config=digest(settings), settings=settings, counts=counts or {})
 
     def to_bytes(self) -> bytes:
-        """What is written: the content and, as nothing else vouches for a manifest, its digest."""
+        """Returns the JSON to write: the content with its digest, as nothing else vouches for a manifest."""
         return _json_bytes(self.model_dump() | {"digest": self.digest})
 
     @classmethod
     def from_bytes(cls, data: bytes) -> Self:
-        """Raises ValueError if the bytes are damaged."""
+        """Reads a manifest; the first ones had no digest.
+
+        Raises:
+            ValueError: the bytes are damaged.
+        """
         content = json.loads(data)
-        digest = content.pop("digest", None)  # the first manifests had none
+        digest = content.pop("digest", None)
         manifest = cls.model_validate(content)
         if digest is not None and manifest.digest != digest:
             raise ValueError("differs from its digest")
@@ -101,18 +105,22 @@ class FoundParts:
 
 @dataclass(frozen=True)
 class Artefact:
-    """A folder of the run with the commit protocol: parts first, each created atomically; the manifest last."""
+    """A folder of the run that counts once its manifest is there."""
 
     storage: Storage
     path: str
-    """Below the run, e.g. ``iter_000/pairs``."""
+    """Folder below the run, e.g. ``iter_000/pairs``."""
 
     @property
     def is_committed(self) -> bool:
         return self.storage.exists(f"{self.path}/{MANIFEST}")
 
     def manifest(self) -> Manifest:
-        """Raises RunDirError if the artefact is not committed or its manifest is damaged."""
+        """Reads the manifest.
+
+        Raises:
+            RunDirError: the artefact is not committed, or its manifest is damaged.
+        """
         try:
             return Manifest.from_bytes(self.storage.read(f"{self.path}/{MANIFEST}"))
         except FileNotFoundError as error:
@@ -123,10 +131,10 @@ class Artefact:
             ) from error
 
     def already_made(self, inputs: dict[str, str], settings: dict[str, Any]) -> bool:
-        """True if the artefact is committed and was made from these inputs and settings; False if it is not committed.
+        """Returns True if the artefact was committed with these inputs and settings, False if it is not committed.
 
         Raises:
-            RunDirError: it was made from others; the message names what differs.
+            RunDirError: it was committed with others; the message names those that differ.
         """
         if not self.is_committed:
             return False
@@ -145,7 +153,7 @@ class Artefact:
         return True
 
     def write_part(self, name: str, table: pa.Table) -> FileEntry:
-        """Commits one part. A part that is there already stays as it is: the first commit wins."""
+        """Commits one part, unless one of its name is there: the first commit wins."""
         data = table_to_bytes(table)
         try:
             self.storage.create(f"{self.path}/{name}", data)
@@ -155,12 +163,12 @@ class Artefact:
         return FileEntry(sha256=sha256, bytes=size, rows=table.num_rows)
 
     def replace_part(self, name: str, table: pa.Table) -> FileEntry:
-        """Commits one part in place of what an attempt that never reached its manifest may have left under its name."""
+        """Commits one part in place of one that an earlier attempt may have left."""
         self.storage.delete(f"{self.path}/{name}")
         return self.write_part(name, table)
 
     def discard_parts(self) -> None:
-        """Removes the parts of an attempt that never reached its manifest."""
+        """Removes the parts that an earlier attempt left."""
         for name in self.part_names():
             self.storage.delete(f"{self.path}/{name}")
 
@@ -174,8 +182,8 @@ class Artefact:
         Raises:
             RunDirError: a whole part has another fingerprint or name: it belongs to other work.
         """
+        names, damaged = set(expected), 0
         whole: dict[str, FileEntry] = {}
-        damaged = 0
         for name in self.part_names():
             opened = self.open_sealed(name)
             if opened is None:
@@ -184,7 +192,7 @@ class Artefact:
                 damaged += 1
                 continue
             table, entry = opened
-            if name not in expected or table.schema.metadata[FINGERPRINT] != fingerprint.encode():
+            if name not in names or table.schema.metadata[FINGERPRINT] != fingerprint.encode():
                 raise RunDirError(
                     f"{self.storage.where(f'{self.path}/{name}')}: was made from other inputs or with other settings; "
                     f"restore them, choose another --out, or remove {self.path}"
@@ -193,7 +201,7 @@ class Artefact:
         return FoundParts(whole, [name for name in expected if name not in whole], damaged)
 
     def open_sealed(self, name: str) -> tuple[pa.Table, FileEntry] | None:
-        """Returns the rows and the entry of a sealed part; None if a byte of them was changed or lost."""
+        """Returns the rows and the entry of a sealed part; None if it is not as it was sealed."""
         try:
             table, entry = self.open_part(name)
             sealed = table.schema.metadata or {}
@@ -203,10 +211,10 @@ class Artefact:
         return (table, entry) if whole else None
 
     def open_part(self, name: str) -> tuple[pa.Table, FileEntry]:
-        """Rows of a part that no manifest lists yet, and the entry that it would have there.
+        """Returns the rows of a part that no manifest lists yet, and its entry for the manifest.
 
         Raises:
-            RunDirError: it is no Parquet file.
+            RunDirError: the file is not Parquet.
         """
         data = self.storage.read(f"{self.path}/{name}")
         try:
@@ -220,7 +228,7 @@ class Artefact:
         return self.open_part(name)[1]
 
     def part_names(self) -> list[str]:
-        """Parts that are there, whether the artefact as a whole is committed or not."""
+        """Returns the names of the parts in the folder, committed or not."""
         return [name for name in self.storage.names(self.path) if name.startswith("part-")]
 
     def commit(
@@ -230,7 +238,11 @@ class Artefact:
         settings: dict[str, Any],
         counts: dict[str, float] | None = None,
     ) -> Manifest:
-        """Makes the artefact count: from here on its bytes never change."""
+        """Writes the manifest: the artefact counts, and its bytes never change again.
+
+        Raises:
+            RunDirError: it was committed before with other inputs or settings.
+        """
         manifest = Manifest.of(files, inputs, settings, counts)
         try:
             self.storage.create(f"{self.path}/{MANIFEST}", manifest.to_bytes())
@@ -240,7 +252,11 @@ class Artefact:
         return manifest
 
     def read_part(self, name: str, entry: FileEntry) -> pa.Table:
-        """Rows of one part, after checking its digest."""
+        """Returns the rows of a part after checking its digest.
+
+        Raises:
+            RunDirError: the part is missing or differs from its digest.
+        """
         where = f"{self.path}/{name}"
         try:
             data = self.storage.read(where)
@@ -253,20 +269,20 @@ class Artefact:
         return table_from_bytes(data)
 
     def tables(self) -> Iterator[pa.Table]:
-        """The parts in order, one at a time."""
+        """Yields the rows of each part, in order of their names."""
         for name, entry in sorted(self.manifest().files.items()):
             yield self.read_part(name, entry)
 
     def local_folder(self, *, weights: bool = True) -> Path:
-        """The files on this machine, e.g. of a model, with or without its weights."""
+        """Returns a folder of this machine with the files, with or without the weights of a model."""
         files = {name: Digest(entry.sha256, entry.bytes) for name, entry in self.manifest().files.items()}
         return self.storage.local_folder(self.path, files if weights else without_weights(files))
 
     def verify(self) -> Manifest:
-        """Recomputes every digest.
+        """Checks every file against its digest.
 
         Raises:
-            RunDirError: a file is missing or differs from the manifest.
+            RunDirError: a file is missing or differs from its digest.
         """
         manifest = self.manifest()
         for name, entry in manifest.files.items():
@@ -293,7 +309,7 @@ def _checksum(table: pa.Table, fingerprint: bytes) -> bytes:
 
 
 def folder_entries(folder: Path) -> dict[str, FileEntry]:
-    """Every file below ``folder`` with its digest, but for what is said about it: manifest and card."""
+    """Returns an entry for every file below ``folder`` except its manifest and card."""
     files = sorted(path for path in folder.rglob("*") if path.is_file() and path.name not in (MANIFEST, CARD))
     entries = {}
     for path in files:
@@ -307,5 +323,5 @@ def _json_bytes(content: Any) -> bytes:
 
 
 def _as_json(settings: dict[str, Any]) -> dict[str, Any]:
-    """The settings as they come back from disk (tuples become lists)."""
+    """Returns the settings in the form that JSON gives back: tuples become lists."""
     return json.loads(json.dumps(settings))

@@ -1,4 +1,4 @@
-"""What each machine keeps of models: folders named by their content, filled once however many processes ask."""
+"""Models that each machine keeps: folders named by their digest, each filled once for all processes."""
 
 import os
 import shutil
@@ -21,16 +21,16 @@ def cache_root() -> Path:
 
 
 def without_weights(files: Mapping[str, Digest]) -> dict[str, Digest]:
-    """Of a model's files all that a tokenizer needs."""
+    """Returns a model's files without its weights: enough for a tokenizer."""
     return {name: found for name, found in files.items() if not name.endswith(".safetensors")}
 
 
 def folder_with(root: Path, files: Mapping[str, Digest], fetch: Callable[[str, Path], None], where: str) -> Path:
-    """The folder below ``root`` that holds ``files``, after ``fetch(name, target)`` of each if it is not there yet.
+    """Returns the folder below ``root`` with ``files``; calls ``fetch(name, target)`` for each if it is not there.
 
     Raises:
-        RunDirError: a file differs from its digest as it came from ``where``; nothing is kept.
-        StageError: another process has been filling it for ``FILL_TIMEOUT_S``.
+        RunDirError: a file from ``where`` differs from its digest; nothing is kept.
+        StageError: another process has been filling the folder for ``FILL_TIMEOUT_S``.
     """
     target = root / folder_digest(files)
     if target.is_dir():

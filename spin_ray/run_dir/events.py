@@ -26,7 +26,7 @@ _COMMON = ("time", "event", "stage", "folder", "kind")
 RUN = "run"
 """Folder of an event that belongs to no iterate."""
 BESIDE = ("benchmarks", "judging")
-"""Stages that other commands run, maybe beside the driver."""
+"""Kinds of stages of other commands, which can run beside the driver."""
 
 
 def write_event(storage: Storage, event: str, stage: str, **values: Any) -> None:
@@ -62,7 +62,7 @@ def counted_in(event: Event) -> dict[str, Any]:
 
 
 def read_json_lines(storage: Storage, name: str) -> list[dict[str, Any]]:
-    """Complete lines of a log; a line that a crash cut short is left out."""
+    """Returns the lines of a log; leaves out those that a crash cut short, and all if there is no log."""
     try:
         text = storage.read(name).decode()
     except FileNotFoundError:
@@ -77,10 +77,11 @@ def read_json_lines(storage: Storage, name: str) -> list[dict[str, Any]]:
 
 @contextmanager
 def stage(storage: Storage, name: str) -> Iterator[dict[str, Any]]:
-    """Logs start, then commit or failure with wall time; the body adds what it counted to the yielded dict.
+    """Logs the start of a stage, then its commit or failure with the wall seconds it took.
 
-    ``tokens`` become ``tokens_per_s`` of wall time. ``work_s``, the seconds of generating, scoring and stepping
-    (mean over replicas), becomes ``useful``, their share of wall time: the rest is starting, loading, writing.
+    The body puts its counts into the dict it gets, and the commit says them. For ``tokens``, ``tokens_per_s`` of wall
+    time is added. ``work_s``, the seconds of generating, scoring and stepping (mean over replicas), is replaced by
+    ``useful``, its fraction of wall time; the rest is starting, loading and writing.
     """
     counted: dict[str, Any] = {}
     write_event(storage, "start", name)
@@ -88,7 +89,7 @@ def stage(storage: Storage, name: str) -> Iterator[dict[str, Any]]:
     try:
         yield counted
     except BaseException as error:
-        with suppress(StageError, RunDirError):  # a log that cannot be written must not hide why the stage failed
+        with suppress(StageError, RunDirError):  # a log that cannot be written must not hide the error of the stage
             write_event(
                 storage,
                 "failure",
@@ -107,7 +108,7 @@ def stage(storage: Storage, name: str) -> Iterator[dict[str, Any]]:
 
 
 def was_cut_off(storage: Storage, stage: str) -> bool:
-    """Whether the last attempt at a stage began and did not commit: what it had in hand was lost."""
+    """Tells whether a stage was begun and its last attempt did not commit, so that unfinished work was lost."""
     told = [event["event"] for event in read_events(storage) if event["stage"] == stage and event["event"] != "lost"]
     return bool(told) and told[-1] != "commit"
 
@@ -117,15 +118,15 @@ class Span:
     """One attempt at a stage. Example: ``Span("iter_000", "training", 12.0, 74.5, "commit", {"rows": 64, …})``."""
 
     folder: str
-    """``run`` for what belongs to no iterate."""
+    """Folder of the iterate, or RUN."""
     stage: str
     start: float
     """Unix time, seconds."""
     end: float
     outcome: str
-    """``commit``, ``failure``, ``lost`` (its driver died) or ``running``."""
+    """One of ``commit``, ``failure``, ``lost`` (its driver died) and ``running``."""
     counted: dict[str, Any]
-    """Rows, tokens and whatever else the stage counted."""
+    """Numbers that the stage counted, e.g. rows and tokens."""
 
     @property
     def seconds(self) -> float:
@@ -176,15 +177,16 @@ def exact_duration(seconds: float) -> str:
 
 
 def lost_work(events: list[Event]) -> dict[str, int]:
-    """What was in hand when something died, and was done again: ``{"shards": 2, "steps": 7}``; shards at most so many
-    after the driver itself ended.
+    """Returns the work that was lost with a process and done again, e.g. ``{"shards": 2, "steps": 7}``.
+
+    Shards are an upper bound where the driver itself died.
     """
     lost = [event for event in events if event["event"] == "lost"]
     return {what: sum(event.get(what, 0) for event in lost) for what in ("shards", "steps")}
 
 
 def stage_seconds(events: list[Event]) -> dict[str, dict[str, float]]:
-    """Wall seconds by iterate and stage, summed over attempts, e.g. ``{"iter_000": {"training": 61.2}}``."""
+    """Returns wall seconds by folder and stage, summed over attempts: ``{"iter_000": {"training": 61.2}}``."""
     seconds: dict[str, dict[str, float]] = defaultdict(lambda: defaultdict(float))
     for event in map(with_fields, events):
         if event["event"] in ("commit", "failure"):

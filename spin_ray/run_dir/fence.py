@@ -1,8 +1,8 @@
-"""Who may change a run: the driver whose token is in the lease, also when it was paused while another took over.
+"""Guard of every change to a run: only the driver whose token is in the lease may make one.
 
-Every change of a run folder happens with the lock held in shared mode, after a look at the lease; the lease changes
-hands only with the lock held alone. So there is no moment between the look and the change. The kernel drops the lock
-with its process.
+A driver changes the run while it holds the lock together with others, and reads the lease first. The lease changes
+hands only while the lock is held alone. So no other driver can take over between the look at the lease and the change,
+not even when the first driver is paused there.
 """
 
 import json
@@ -16,7 +16,7 @@ from spin_ray.run_dir.lock import file_lock
 
 LEASE = "lease.json"
 LOCK_TIMEOUT_S = 60.0
-"""A change under the lock takes milliseconds; only a process paused within one holds it for longer."""
+"""Longest wait for the lock. A change takes milliseconds; only a process paused within one takes longer."""
 
 
 @contextmanager
@@ -40,7 +40,7 @@ def locked(root: Path, *, alone: bool) -> Iterator[None]:
 
 
 def holder_in(lease: bytes | None, where: str) -> dict[str, Any] | None:
-    """What the holder wrote; None if nobody holds the run.
+    """Returns the content of the lease; None if nobody holds the run.
 
     Raises:
         RunDirError: the lease is damaged.
@@ -54,7 +54,11 @@ def holder_in(lease: bytes | None, where: str) -> dict[str, Any] | None:
 
 
 def check_token(token: str, lease: bytes | None, root: str) -> None:
-    """Raises RunDirError if the lease is not that of ``token``: another driver has it."""
+    """Checks that the lease has this token.
+
+    Raises:
+        RunDirError: another driver has the lease, or it is gone.
+    """
     holder = holder_in(lease, f"{root}/{LEASE}")
     if holder is None or holder["token"] != token:
         now = f"process {holder['pid']} on {holder['host']}" if holder else "nobody (the lease file is gone)"

@@ -1,4 +1,4 @@
-"""One driver per run: a lease file that its holder renews and that others respect until it is stale."""
+"""One driver for a run: its lease is a file that it renews; others respect the file until it is stale."""
 
 import json
 import logging
@@ -20,15 +20,18 @@ from spin_ray.run_dir.storage import Storage
 logger = logging.getLogger(__name__)
 
 _held: set[str] = set()
-"""Tokens of this process: what an earlier driver in the same process (a notebook) left behind is not held."""
+"""Tokens of the leases that this process holds. A lease left by an earlier driver of a notebook is not among them."""
 
 
 class Lease:
-    """Held while a driver works on a run.
+    """The right of one driver to change a run; a context manager.
 
-    A lease is stale when its holder is a process of this machine that is gone, or one of another machine that did not
-    renew it for ``timeout_s`` seconds. A second driver that finds a lease which is not stale gets an error that names
-    the holder. What the holder changes, it changes through ``storage``: that ends when the lease is lost.
+    A lease is stale if its holder is a process of this machine that is gone, or a process of another machine that did
+    not renew it for ``timeout_s`` seconds. The holder changes the run through ``storage``, which refuses to once the
+    lease is lost.
+
+    Raises:
+        RunDirError: on entering, another driver holds a lease that is not stale; the message names it.
     """
 
     def __init__(self, storage: Storage, timeout_s: float) -> None:
@@ -40,7 +43,7 @@ class Lease:
         self._renewer = threading.Thread(target=self._renew_until_released, name="lease", daemon=True)
 
     def __enter__(self) -> Self:
-        while True:  # once more for each driver that was faster
+        while True:  # again if another driver was faster
             found = self._storage.find(LEASE)
             holder = holder_in(found, f"{self._storage.root}/{LEASE}")
             if holder is not None and not self._is_stale(holder):
@@ -67,7 +70,7 @@ class Lease:
 
     @property
     def storage(self) -> Storage:
-        """The run, to be changed only while this lease is held: by this process, and by the actors it is sent to."""
+        """Storage of the run that works while the lease is held, in this process and in actors it is sent to."""
         return self._storage.fenced(self._token)
 
     def _is_stale(self, holder: dict[str, Any]) -> bool:
@@ -78,7 +81,7 @@ class Lease:
         return time.time() - holder["renewed"] > self._timeout_s
 
     def _write_over(self, found: bytes | None) -> bool:
-        """Writes the lease, unless it is no longer what was found there."""
+        """Writes the lease if it still holds ``found``; returns False if it does not."""
         content = {
             "token": self._token,
             "host": socket.gethostname(),
@@ -97,14 +100,15 @@ class Lease:
         while not self._released.wait(self._timeout_s / 4):
             try:
                 if not self._write_over(self._written):
-                    return  # whatever this driver changes next fails at the fence
-            except (StageError, RunDirError) as error:  # say, a file server that is away for a moment
+                    return  # the next change of this driver fails at the fence
+            except (StageError, RunDirError) as error:  # e.g. a file server that is away for a moment
                 logger.warning("%s: the lease could not be renewed: %s", self._storage.root, error)
 
 
 def _boot_id() -> str:
-    """Names this machine since it booted (a container shares it with its host, and then process numbers may not be
-    seen: the start time of the process is compared too).
+    """Names this machine since it booted, and the namespace of its process numbers.
+
+    Containers share the machine's name with their host but need not see each other's processes.
     """
     namespace = os.readlink("/proc/self/ns/pid") if os.path.exists("/proc/self/ns/pid") else ""
     try:
@@ -114,9 +118,9 @@ def _boot_id() -> str:
 
 
 def _process_started(pid: int) -> float | None:
-    """When a process started; None if it is gone, or dead and only waiting for its parent to notice.
+    """Returns when a process started; None if it is gone or a zombie.
 
-    In ticks since the machine booted where /proc tells: psutil's times move when the clock is set.
+    The time is in ticks since boot where /proc has it, as psutil's times move when the clock is set.
     """
     try:
         process = psutil.Process(pid)

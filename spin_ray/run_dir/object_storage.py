@@ -1,7 +1,6 @@
-"""A run on an object store (``s3://``, ``gs://``): the same names, the same commits, no rename and no lock.
+"""A run on an object store (``s3://``, ``gs://``): the same names and commits, without renames and locks.
 
-A commit is one conditional put, which the store grants once. What has no such condition (a log, LATEST) is a plain put
-after a look at the lease; a part that an attempt left behind is replaced by the next one.
+A commit is one conditional put, which the store grants once. Logs and LATEST are plain puts after a look at the lease.
 """
 
 import json
@@ -28,12 +27,12 @@ from spin_ray.run_dir.fence import LEASE, check_token
 from spin_ray.run_dir.storage import MANIFEST, Digest, Storage, bytes_digest
 
 CACHE = cache_root() / "runs"
-"""Where each machine keeps models of a run, by digest."""
+"""Folder of each machine for the models of runs, by digest."""
 logger = logging.getLogger(__name__)
 T = TypeVar("T")
 
 DEADLINE_S = 180.0
-"""How long a store may answer with errors, or not at all, before the stage fails."""
+"""Longest time for which a store may fail or not answer before the stage fails."""
 
 
 class ObjectStorage(Storage):
@@ -79,7 +78,7 @@ class ObjectStorage(Storage):
                 try:
                     obstore.put(self._store, name, data, mode="create")
                 except AlreadyExistsError:
-                    # Ours after all, if it was stored and the reply was lost.
+                    # The same bytes are ours: they were stored and the reply was lost.
                     if self.read(name) != data:
                         raise FileExistsError(f"{self.where(name)} is there already") from None
 
@@ -102,7 +101,10 @@ class ObjectStorage(Storage):
         return Path(tempfile.mkdtemp(prefix="attempt-", dir=CACHE))
 
     def create_folder(self, name: str, attempt: Path) -> None:
-        """Uploads the files of ``attempt``, its manifest last and by conditional create: readers trust only that."""
+        """Uploads the files of ``attempt``, its manifest last, or raises FileExistsError.
+
+        Readers trust only the manifest, which is created conditionally.
+        """
         manifest = attempt / MANIFEST
         if self.exists(f"{name}/{manifest.name}"):
             raise FileExistsError(f"{self.where(name)} is there already")
@@ -144,7 +146,7 @@ class ObjectStorage(Storage):
         return True
 
     def _read_with_version(self, name: str) -> tuple[bytes, dict[str, str]] | None:
-        """The bytes, and what a put of the next version names: S3 compares the tag, GCS the generation."""
+        """Returns the bytes and their version for a conditional put: S3 compares the tag, GCS the generation."""
         try:
             found = obstore.get(self._store, name)
         except FileNotFoundError:
@@ -170,13 +172,16 @@ class ObjectStorage(Storage):
 
     @contextmanager
     def _held(self) -> Iterator[None]:
-        """A change that is on its way when another driver takes over may still arrive; none begins after that."""
+        """Checks the lease before a change.
+
+        A change that is on its way when another driver takes over can still arrive. None begins after that.
+        """
         if self._token is not None:
             check_token(self._token, self.find(LEASE), self._uri)
         yield
 
     def _insist(self, name: str, call: Callable[[], T]) -> T:
-        """Tries again, after growing pauses with jitter, what fails on the way or in the store.
+        """Calls ``call`` until the store and the way to it do not fail, with growing pauses and jitter.
 
         Raises:
             StageError: still failing after ``DEADLINE_S``.
@@ -200,7 +205,7 @@ class ObjectStorage(Storage):
 
 
 def _endpoint() -> str:
-    """Where a store of one's own answers, if the environment names one; GCS's stands in the service account's file."""
+    """Returns the endpoint that the environment or the service account's file (GCS) names; empty if none does."""
     for name in ("AWS_ENDPOINT_URL", "AWS_ENDPOINT"):
         if os.environ.get(name):
             return os.environ[name]
@@ -211,6 +216,6 @@ def _endpoint() -> str:
 
 
 def open_storage(out: str | Path) -> Storage:
-    """The run at ``out``: a local or shared folder, or a URI of an object store."""
+    """Opens the storage of a run: ``out`` is a local or shared folder, or a URI of an object store."""
     text = str(out)
     return ObjectStorage(text) if "://" in text and not text.startswith("file://") else Storage(text)

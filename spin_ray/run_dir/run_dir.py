@@ -1,9 +1,10 @@
-"""A run on disk: where artefacts are, and when they count.
+"""A run on disk: the place of each of its files.
 
-RUN/run.json                     what the run is: resolved config, versions, digests
+RUN/run.json                     identity: resolved config, versions, digests
 RUN/<artefact>/part-*.parquet    rows
-RUN/<artefact>/_MANIFEST.json    the commit: readers trust only what it lists
-RUN/events.jsonl, RUN/LATEST     what happened; the newest published iterate
+RUN/<artefact>/_MANIFEST.json    commit: readers trust only the files it lists
+RUN/events.jsonl                 log
+RUN/LATEST                       name of the newest published iterate
 """
 
 import json
@@ -23,7 +24,7 @@ logger = logging.getLogger(__name__)
 
 
 class RunDir:
-    """Names of everything in a run, its identity, its log and LATEST."""
+    """The folder of one run: its artefacts, identity, log and LATEST."""
 
     def __init__(self, storage: Storage) -> None:
         self.storage = storage
@@ -37,7 +38,7 @@ class RunDir:
 
     @property
     def questions(self) -> Artefact:
-        """Unlabelled questions, in the form of prompts without a real response."""
+        """Prompts without a human response."""
         return self.artefact("questions")
 
     @property
@@ -54,19 +55,19 @@ class RunDir:
         return self.artefact(f"{iteration_name(iteration)}/reference")
 
     def base_scores(self, iteration: int) -> Artefact:
-        """log p of the pairs under θ_0, the other part of a geometric reference; iteration 0 needs none."""
+        """Log-probabilities of the pairs under θ_0, the second part of a geometric reference; iteration 0 has none."""
         return self.artefact(f"{iteration_name(iteration)}/base_scores")
 
     def preferences(self, iteration: int) -> Artefact:
-        """Win probabilities of single responses, by SPPO's judge."""
+        """Win probabilities of single responses, by SPPO's preference model."""
         return self.artefact(f"{iteration_name(iteration)}/preferences")
 
     def wins(self, iteration: int) -> Artefact:
-        """The same of the pairs that were made of them."""
+        """Win probabilities of both responses of each SPPO pair."""
         return self.artefact(f"{iteration_name(iteration)}/wins")
 
     def model(self, iterate: int) -> Artefact:
-        """Weights of θ_iterate; θ_0 is there only if the warm-up ran."""
+        """Model folder of θ_iterate. θ_0 has one only if the warm-up ran."""
         return self.artefact(f"{iterate_name(iterate)}/model")
 
     def heldout_samples(self, iterate: int) -> Artefact:
@@ -77,8 +78,9 @@ class RunDir:
         return f"{iterate_name(iterate)}/eval.json"
 
     def evaluation(self, iterate: int) -> dict[str, Any] | None:
-        """Returns what ``eval.json`` of θ_iterate holds; None if there is none or it is damaged, as the run makes it
-        again.
+        """Returns the content of θ_iterate's ``eval.json``; None if it is missing or damaged.
+
+        A driver makes a damaged one again.
         """
         try:
             found = json.loads(self.storage.read(self.eval_path(iterate)))
@@ -87,12 +89,12 @@ class RunDir:
         return found if isinstance(found, dict) else None
 
     def begin(self, config: SpinConfig, facts: dict[str, Any]) -> None:
-        """Writes run.json, or checks that the run there is this one.
+        """Writes run.json, or checks that the folder holds this very run.
 
         ``train.precision: auto`` means the precision that the run began with, and run.json keeps that one.
 
         Raises:
-            RunDirError: the folder holds another run (the message names the differing keys) or something else.
+            RunDirError: the folder holds another run, whose differing keys the message names, or other files.
         """
         if self.storage.exists("run.json"):
             config = config.take_precision_of(self.config())
@@ -120,11 +122,20 @@ class RunDir:
             )
 
     def config(self) -> SpinConfig:
-        """The config in run.json; a ConfigError names what this version of spin_ray does not know of it."""
+        """Returns the config in run.json.
+
+        Raises:
+            ConfigError: it has keys or values that this version of spin_ray does not know.
+            RunDirError: run.json is missing or damaged.
+        """
         return parse_config(self.description()["config"], source=f"{self.storage.root}/run.json")
 
     def description(self) -> dict[str, Any]:
-        """run.json."""
+        """Returns the content of run.json.
+
+        Raises:
+            RunDirError: it is missing or damaged.
+        """
         try:
             return json.loads(self.storage.read("run.json"))
         except FileNotFoundError as error:
@@ -133,30 +144,36 @@ class RunDir:
             raise RunDirError(f"{self.storage.root}/run.json: is damaged; restore it") from error
 
     def stage(self, name: str) -> AbstractContextManager[dict[str, Any]]:
-        """See ``events.stage``."""
+        """Logs the start and the end of a stage: see ``events.stage``."""
         return stage(self.storage, name)
 
     def was_cut_off(self, stage: str) -> bool:
-        """See ``events.was_cut_off``."""
+        """Tells whether the last attempt at a stage did not commit: see ``events.was_cut_off``."""
         return was_cut_off(self.storage, stage)
 
     def event(self, event: str, stage: str, **values: Any) -> None:
-        """See ``events.write_event``."""
+        """Adds an event to the log: see ``events.write_event``."""
         write_event(self.storage, event, stage, **values)
 
     def events(self) -> list[Event]:
-        """See ``events.read_events``."""
+        """Returns the log: see ``events.read_events``."""
         return read_events(self.storage)
 
     def publish(self, iterate: int) -> None:
-        """Moves LATEST on to θ_iterate; never back, as a resumed driver passes the earlier iterates again."""
+        """Moves LATEST to θ_iterate, unless LATEST is there or further already.
+
+        A resumed driver publishes the earlier iterates again.
+        """
         latest = self.latest()
         if latest is None or iterate > iterate_number(latest):
             self.storage.replace("LATEST", f"{iterate_name(iterate)}\n".encode())
             self.event("publish", iterate_name(iterate))
 
     def latest(self) -> str | None:
-        """The newest published iterate. A damaged LATEST counts as none: the next driver writes it anew."""
+        """Returns the name of the newest published iterate; None if there is none or LATEST is damaged.
+
+        The next driver writes a damaged LATEST anew.
+        """
         try:
             name = self.storage.read("LATEST").decode(errors="replace").strip()
         except FileNotFoundError:

@@ -1,4 +1,4 @@
-"""Rows on disk: their Arrow schemas."""
+"""Arrow schemas of the rows on disk."""
 
 import pyarrow as pa
 
@@ -18,8 +18,8 @@ PROMPT_SCHEMA = pa.schema(
 
 Example: ``{"prompt_id": "9f2c…", "prompt_ids": [1, 9690, …], "real_ids": [38, 446, …, 2],
 "messages": '[{"role": "user", …}, {"role": "assistant", …}]', "answer": 7.0}``.
-``real_ids`` ends with the end-of-turn token, and is empty for an unlabelled question; ``answer`` is null where the data
-has none, and so is ``rejected_ids``, the worse response of a preference pair.
+``real_ids`` is the human response and its end-of-turn token; it is empty for an unlabelled question. ``answer`` and
+``rejected_ids``, the worse response of a preference pair, are null where the data has none.
 """
 
 GENERATION_SCHEMA = pa.schema(
@@ -32,11 +32,11 @@ GENERATION_SCHEMA = pa.schema(
         pa.field("seed", pa.int64(), nullable=False),
     ]
 )
-"""One response y′ of the opponent, as exact token ids.
+"""One response y′ of the opponent, as the token ids that the engine gave.
 
 Example: ``{"prompt_id": "9f2c…", "sample": 0, "opponent": "sft", "token_ids": [339, …, 2],
-"finish_reason": "stop", "seed": 5310…}``. The end-of-turn token is there only if the engine stopped on it
-(``finish_reason == "stop"``); a response cut at ``max_tokens`` has ``"length"`` and no such token.
+"finish_reason": "stop", "seed": 5310…}``. The response ends with the end-of-turn token only if the engine stopped on
+it (``"stop"``). A response cut at ``max_tokens`` has ``"length"`` and no such token.
 """
 
 PAIR_SCHEMA = pa.schema(
@@ -49,7 +49,7 @@ PAIR_SCHEMA = pa.schema(
         pa.field("generated_ids", TOKEN_IDS, nullable=False),
     ]
 )
-"""One training pair: x, y and the y′ that the opponent of ``iteration`` gave.
+"""One training pair: x, y and y′ of the opponent of ``iteration``.
 
 Example: ``{"pair_id": "9f2c…/000/0", "prompt_id": "9f2c…", "iteration": 0, "prompt_ids": […], "real_ids": […],
 "generated_ids": […]}``; the last part of ``pair_id`` is the sample number. An SFT row has an empty ``generated_ids``.
@@ -62,7 +62,7 @@ REFERENCE_SCHEMA = pa.schema(
         pa.field("generated_logp", pa.float32(), nullable=False),
     ]
 )
-"""log p_ref of both responses of a pair: sums over response tokens, in nats, from the trainer's own kernels."""
+"""log p_ref of both responses of a pair, in nats, summed over response tokens by the trainer's kernels."""
 
 WIN_SCHEMA = pa.schema(
     [
@@ -71,4 +71,4 @@ WIN_SCHEMA = pa.schema(
         pa.field("generated_win", pa.float32(), nullable=False),
     ]
 )
-"""SPPO: estimates of the probability that each response of a pair beats one of the opponent's."""
+"""SPPO's estimates of the probability that each response of a pair beats a response of the opponent."""

@@ -1,8 +1,7 @@
 """Durable bytes below one root: atomic create, atomic replace, digests.
 
-Everything a run keeps passes through here, so that "committed" means one thing: the bytes were written to an
-attempt-unique file, fsynced, and then appeared under their final name in a single step. A reader sees all of
-a file or none.
+Every byte of a run is committed in the same way: it is written to a file of the attempt's own and fsynced, and then
+the file gets its final name in one step. A reader sees all of a file or none.
 """
 
 import hashlib
@@ -23,7 +22,7 @@ from spin_ray.run_dir.fence import LEASE, check_token, locked
 MANIFEST = "_MANIFEST.json"
 """The file of an artefact whose appearance commits it."""
 ATTEMPTS = ".attempts"
-"""Folder below the root that holds files and folders being written; never read, removed when a run starts."""
+"""Folder below the root for files being written; never read, and removed when a run starts."""
 
 
 class Digest(NamedTuple):
@@ -32,10 +31,9 @@ class Digest(NamedTuple):
 
 
 class Disk:
-    """All that ever changes in a run folder, one method for each kind of change.
+    """The calls that change a run folder, one method for each kind of change.
 
-    A crash, a full disk or a lost reply can come before, within or after any call of these methods, and nowhere else:
-    whoever wants to know what a fault at any point of a run does puts a disk with faults in the place of this one.
+    Every change to a run folder is one call of one of these methods. Tests inject faults by substituting this class.
     """
 
     def make_folder(self, path: Path) -> None:
@@ -46,7 +44,7 @@ class Disk:
             fsync(path.parent)
 
     def write(self, path: Path, data: bytes) -> None:
-        """A new file, not yet safe from a power cut."""
+        """Writes a new file, which a power cut can still lose."""
         with path.open("xb") as file:
             file.write(data)
 
@@ -58,18 +56,22 @@ class Disk:
         fsync(path)
 
     def link(self, source: Path, target: Path) -> None:
-        """A second name for a file; FileExistsError if there is a file of that name (a rename would replace it)."""
+        """Gives a file a second name.
+
+        Raises:
+            FileExistsError: there is a file of that name; a rename would replace it.
+        """
         os.link(source, target)
 
     def replace(self, source: Path, target: Path) -> None:
         os.replace(source, target)
 
     def rename_folder(self, source: Path, target: Path) -> None:
-        """Fails if ``target`` is a folder that has files in it."""
+        """Renames a folder; raises OSError if ``target`` is a folder with files in it."""
         os.rename(source, target)
 
     def remove(self, path: Path) -> None:
-        """A file or a whole folder; nothing happens if there is none."""
+        """Removes a file or a whole folder, if there is one."""
         if path.is_dir():
             shutil.rmtree(path)
         else:
@@ -79,15 +81,16 @@ class Disk:
 class Storage:
     """Files below a root folder, addressed by relative POSIX paths such as ``iter_000/pairs/part-00000.parquet``.
 
-    Instances hold only the root and who may write, so they travel to Ray actors. The root must be visible under the
-    same path on every node (one machine, NFS, a ReadWriteMany volume).
+    Instances hold only the root and the token of the lease, so they travel to Ray actors. The root must be visible
+    under the same path on every node (one machine, NFS, a ReadWriteMany volume).
 
-    Every method that changes something raises StageError when the disk is full or fails, and RunDirError when another
-    driver has taken the run over.
+    Raises:
+        StageError: from every method that changes something, if the disk is full or fails.
+        RunDirError: from the same methods, if another driver has taken the run over.
     """
 
     root: Path | str
-    """Where the run is, for messages."""
+    """Path or URI of the run, for messages."""
 
     def __init__(self, root: str | Path, disk: Disk | None = None, token: str | None = None) -> None:
         if "://" in str(root) and not str(root).startswith("file://"):
@@ -97,39 +100,39 @@ class Storage:
         self._token = token
 
     def fenced(self, token: str) -> "Storage":
-        """The same files, to be changed only as long as the lease is that of ``token``."""
+        """Returns storage of the same files that changes them only while the lease has ``token``."""
         return Storage(self._folder, self._disk, token)
 
     @property
     def name(self) -> str:
-        """The last part of the root: what people call the run."""
+        """Name of the run: the last part of the root."""
         return str(self.root).rpartition("/")[2]
 
     def path(self, name: str) -> Path:
-        """The local path of ``name``, for what needs a local run."""
+        """Returns the local path of ``name``; an object store raises ConfigError."""
         return self._folder / name
 
     def where(self, name: str) -> str:
-        """``name`` in full, as a path or URI."""
+        """Returns the full path or URI of ``name``."""
         return str(self.path(name))
 
     def local_folder(self, name: str, files: Mapping[str, Digest]) -> Path:
-        """A folder of this machine with ``files`` of ``name``, for libraries that open files themselves."""
+        """Returns a folder of this machine with ``files`` of ``name``, for libraries that open files themselves."""
         return self.path(name)
 
     def entries(self) -> list[str]:
-        """Names of the files and folders at the top."""
+        """Returns the names of the files and folders at the top."""
         return sorted(entry.name for entry in self._folder.glob("*"))
 
     def find(self, name: str) -> bytes | None:
-        """What ``name`` holds; None if it is not there."""
+        """Returns the bytes of ``name``; None if it is not there."""
         try:
             return self.read(name)
         except (FileNotFoundError, NotADirectoryError):
             return None
 
     def swap(self, name: str, old: bytes | None, new: bytes | None) -> bool:
-        """Makes ``name`` hold ``new`` if it holds ``old``, else returns False; None stands for no such file."""
+        """Makes ``name`` hold ``new`` if it holds ``old``, else returns False. None stands for no file."""
         with locked(self._folder, alone=True):
             if self.find(name) != old:
                 return False
@@ -143,7 +146,7 @@ class Storage:
         return self.path(name).exists()
 
     def names(self, folder: str) -> list[str]:
-        """Names of the files in ``folder``, sorted; none if there is no such folder."""
+        """Returns the sorted names of the files in ``folder``; none if there is no such folder."""
         try:
             return sorted(entry.name for entry in self.path(folder).iterdir() if entry.is_file())
         except FileNotFoundError:
@@ -153,7 +156,7 @@ class Storage:
         return self.path(name).read_bytes()
 
     def create(self, name: str, data: bytes) -> None:
-        """Makes ``name`` appear with ``data``, or raises FileExistsError and changes nothing."""
+        """Creates ``name`` with ``data``, or raises FileExistsError and changes nothing."""
         target = self.path(name)
         with self._changing(target), self._attempt(data) as attempt, self._held():
             self._disk.make_folder(target.parent)
@@ -161,7 +164,7 @@ class Storage:
             self._disk.sync(target.parent)
 
     def replace(self, name: str, data: bytes) -> None:
-        """Makes ``name`` hold ``data``; a reader sees the old bytes or the new ones."""
+        """Writes ``data`` to ``name``; a reader sees the old bytes or the new ones."""
         target = self.path(name)
         with self._changing(target), self._attempt(data) as attempt, self._held():
             self._disk.make_folder(target.parent)
@@ -177,17 +180,17 @@ class Storage:
             self._disk.append(target, (b"" if _ends_with_newline(target) else b"\n") + text.encode())
 
     def new_attempt_folder(self) -> Path:
-        """A fresh folder to build a directory artefact in; see ``create_folder``."""
+        """Makes a folder in which to build an artefact for ``create_folder``."""
         folder = self.path(f"{ATTEMPTS}/{uuid.uuid4().hex}")
         with self._changing(folder):
             self._disk.make_folder(folder)
         return folder
 
     def create_folder(self, name: str, attempt: Path) -> None:
-        """Makes the folder ``attempt`` appear as ``name``, or raises FileExistsError."""
+        """Renames the folder ``attempt`` to ``name``, or raises FileExistsError."""
         target = self.path(name)
         with self._changing(target):
-            for path in sorted(attempt.rglob("*"), reverse=True):  # what a folder holds before the folder itself
+            for path in sorted(attempt.rglob("*"), reverse=True):  # the content of a folder before the folder
                 self._disk.sync(path)
             self._disk.sync(attempt)
             with self._held():
@@ -201,7 +204,7 @@ class Storage:
                 self._disk.sync(target.parent)
 
     def delete(self, name: str) -> None:
-        """Removes a file or a folder; nothing happens if there is none."""
+        """Removes a file or a folder, if there is one."""
         with self._changing(self.path(name)), self._held():
             self._disk.remove(self.path(name))
 
@@ -210,7 +213,10 @@ class Storage:
 
     @contextmanager
     def _held(self) -> Iterator[None]:
-        """The moment of a change; what takes long (writing, fsync of what is written) comes before it."""
+        """Checks the lease, and keeps it from changing hands for the moment of a change.
+
+        Writing and syncing the bytes is slow, and comes before that moment.
+        """
         if self._token is None:
             yield
             return
@@ -232,7 +238,7 @@ class Storage:
 
     @contextmanager
     def _attempt(self, data: bytes) -> Iterator[Path]:
-        """A file of its own with ``data`` in it, safe on disk; its name is gone afterwards."""
+        """Writes ``data`` to a file of its own and syncs it; its name is removed afterwards."""
         attempt = self.path(f"{ATTEMPTS}/{uuid.uuid4().hex}")
         self._disk.make_folder(attempt.parent)
         try:
@@ -244,7 +250,7 @@ class Storage:
 
 
 def _ends_with_newline(path: Path) -> bool:
-    """Whether the last line of a log is whole; also if there is no log."""
+    """Tells whether the last line of a log is whole; True without a log."""
     if not path.exists() or not path.stat().st_size:
         return True
     with path.open("rb") as file:
@@ -275,7 +281,7 @@ def folder_digest(files: Mapping[str, HasDigest]) -> str:
 
 
 def table_to_bytes(table: pa.Table) -> bytes:
-    """Parquet bytes of ``table``; equal tables give equal bytes."""
+    """Returns the Parquet bytes of ``table``; equal tables give equal bytes."""
     sink = pa.BufferOutputStream()
     pq.write_table(table, sink, compression="zstd")
     return sink.getvalue().to_pybytes()
@@ -286,7 +292,7 @@ def table_from_bytes(data: bytes) -> pa.Table:
 
 
 def fsync(path: Path) -> None:
-    """Makes what was written to a file, or the names in a folder, survive a power cut."""
+    """Syncs a file or the names in a folder to the disk, so that they survive a power cut."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)

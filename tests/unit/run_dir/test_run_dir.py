@@ -103,7 +103,7 @@ def test_digest_of_a_manifest_follows_everything_in_it(run):
     assert len(digests) == 4
 
 
-def test_work_done_with_the_same_inputs_and_settings_is_current(pairs):
+def test_work_done_with_the_same_inputs_and_settings_is_already_made(pairs):
     assert pairs.already_made({"prompts": "aa"}, {"rows": (1, 2), "window": 2})
 
 
