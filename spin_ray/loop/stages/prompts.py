@@ -6,16 +6,13 @@ Rows that cannot be used go to RUN/quarantine with the reason, and are counted.
 """
 
 import gc
-import hashlib
 import logging
 import os
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
-from functools import cached_property
 from itertools import islice
-from json.encoder import encode_basestring
 from typing import Any
 
 import numpy as np
@@ -24,18 +21,12 @@ import pyarrow.parquet as pq
 import ray
 import ray.exceptions
 
-from spin_ray.config.sections import DataConfig, SpinConfig, digest
+from spin_ray.config.sections import SpinConfig, digest
 from spin_ray.errors import DataError, StageError, UserError, last_line
-from spin_ray.inputs.conversations import (
-    Conversation,
-    Unusable,
-    answer_of,
-    conversations_of,
-    question_of,
-    rejected_of,
-)
-from spin_ray.inputs.rendering import ChatRenderer, Rendered, RenderError, load_tokenizer
-from spin_ray.inputs.sources import Slice, SourceRow, files_digest, find_files, read_slice, split
+from spin_ray.inputs.conversations import Unusable
+from spin_ray.inputs.prompt_rows import PromptTask, Row, rows_of
+from spin_ray.inputs.rendering import ChatRenderer
+from spin_ray.inputs.sources import Slice, files_digest, find_files, read_slice, split
 from spin_ray.run_dir.run_dir import Artefact, FileEntry, RunDir, part_name
 from spin_ray.run_dir.schemas import PROMPT_SCHEMA
 from spin_ray.run_dir.storage import ATTEMPTS, Storage, table_from_bytes, table_to_bytes
@@ -50,31 +41,6 @@ _SLICE_SCHEMA = PROMPT_SCHEMA.append(pa.field("origin", pa.string())).append(pa.
 """Rows of a slice before duplicates are dropped; the last two columns go no further than the quarantine."""
 ROWS_AT_A_TIME = 1024
 """Rows that a task holds as Python objects."""
-Row = dict[str, Any]
-
-
-@dataclass(frozen=True)
-class PromptTask:
-    """What a task needs to turn a slice into rows."""
-
-    tokenizer: str
-    chat_template: str | None
-    trust_remote_code: bool
-    max_length: int
-    data: DataConfig
-    labelled: bool = True
-    """False: rows are questions, whose responses are neither there nor read."""
-
-    @cached_property
-    def renderer(self) -> ChatRenderer:
-        return ChatRenderer(load_tokenizer(self.tokenizer, self.chat_template, self.trust_remote_code))
-
-    def render(self, conversations: list[Conversation]) -> list[Rendered | RenderError]:
-        """Renders each conversation; a question up to where its answer would begin."""
-        if self.labelled:
-            return self.renderer.render_all(conversations)
-        prompts = self.renderer.render_prompts([messages[:-1] for messages in conversations])
-        return [ids if isinstance(ids, RenderError) else Rendered(ids, []) for ids in prompts]
 
 
 def run(
@@ -204,82 +170,6 @@ def _busy_with_rows() -> Iterator[None]:
     finally:
         if collects:
             gc.enable()
-
-
-def rows_of(sources: Sequence[SourceRow], task: PromptTask) -> Iterator[list[Row] | Unusable]:
-    """The prompt rows of each source row, or why it cannot be used; all are tokenised in one go."""
-    found = [_conversations_of(source, task) for source in sources]
-    usable = [conversation for each in found if not isinstance(each, Unusable) for conversation in each.all]
-    rendered = iter(task.render(usable))
-    for source, each in zip(sources, found, strict=True):
-        if isinstance(each, Unusable):
-            yield each
-            continue
-        results = list(islice(rendered, len(each.all)))
-        rejected = results.pop() if each.rejected else None
-        try:
-            yield [
-                _row(source, conversation, result, rejected, task)
-                for conversation, result in zip(each.ending_with_real, results, strict=True)
-            ]
-        except Unusable as unusable:  # one bad turn spoils the row: half a conversation would be in neither place
-            yield unusable
-
-
-@dataclass(frozen=True, slots=True)
-class _Found:
-    """Conversations of a source row."""
-
-    ending_with_real: list[Conversation]
-    rejected: Conversation | None
-    """The last of them with its rejected response."""
-
-    @property
-    def all(self) -> list[Conversation]:
-        return [*self.ending_with_real, *([self.rejected] if self.rejected else [])]
-
-
-def _conversations_of(source: SourceRow, task: PromptTask) -> _Found | Unusable:
-    try:
-        if not task.labelled:
-            return _Found([question_of(source.content, task.data)], None)
-        return _Found(conversations_of(source.content, task.data), rejected_of(source.content, task.data))
-    except Unusable as unusable:
-        return unusable
-
-
-def _row(
-    source: SourceRow,
-    conversation: Conversation,
-    rendered: Rendered | RenderError,
-    rejected: Rendered | RenderError | None,
-    task: PromptTask,
-) -> Row:
-    for each in (rendered, rejected):
-        if isinstance(each, RenderError):
-            raise Unusable("template", str(each))
-        if each is not None and len(each.prompt_ids) + len(each.real_ids) > task.max_length:
-            length = len(each.prompt_ids) + len(each.real_ids)
-            raise Unusable("too_long", f"{length} tokens, model.max_length is {task.max_length}")
-    assert isinstance(rendered, Rendered) and not isinstance(rejected, RenderError)
-    identity = [rendered.prompt_ids, rendered.real_ids, *([rejected.real_ids] if rejected else [])]
-    return {
-        "prompt_id": hashlib.blake2b(str(identity).encode(), digest_size=8).hexdigest(),
-        "prompt_ids": rendered.prompt_ids,
-        "real_ids": rendered.real_ids,
-        "messages": _as_json(conversation),
-        "answer": answer_of((source.content or {}).get("answer")),
-        "rejected_ids": rejected.real_ids if rejected else None,
-    }
-
-
-def _as_json(conversation: Conversation) -> str:
-    """As ``json.dumps`` writes it, text as text; that sets itself up anew for each call, which takes twice as long."""
-    written = [
-        f'{{"role": {encode_basestring(message["role"])}, "content": {encode_basestring(message["content"])}}}'
-        for message in conversation
-    ]
-    return f"[{', '.join(written)}]"
 
 
 def _finish(
