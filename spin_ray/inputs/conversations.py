@@ -45,8 +45,10 @@ def rejected_of(content: dict[str, Any] | None, data: DataConfig) -> Conversatio
     """
     if content is None or content.get("rejected") is None:
         return None
-    if "chosen" not in content:
+    if content.get("chosen") is None:
         raise Unusable("malformed", "has rejected, but no chosen")
+    if isinstance(content["chosen"], str) and content.get("prompt") is None:
+        raise Unusable("malformed", "chosen is text, and there is no prompt that it answers")
     rejected = conversations_of(content | {"chosen": content["rejected"], "rejected": None}, data)
     if rejected[-1][:-1] != conversations_of(content, data)[-1][:-1]:
         raise Unusable("malformed", "chosen and rejected do not answer the same prompt")
@@ -87,7 +89,7 @@ def _messages_of(content: dict[str, Any], data: DataConfig) -> list[Message]:
     """All messages of the row, with the system message of the config where it has none."""
     chosen = content.get("chosen")
     messages = chosen if isinstance(chosen, list) else content.get("messages")
-    if messages is None:
+    if messages is None or (isinstance(chosen, str) and content.get("prompt") is not None):
         if "prompt" not in content or ("response" not in content and chosen is None):
             raise Unusable("malformed", "needs messages, or prompt and response")
         response = content["response"] if chosen is None else chosen

@@ -18,6 +18,8 @@ from spin_ray.errors import DataError, first_line
 SLICE_BYTES = 2**20
 MOST_SLICES = 4096
 SUFFIXES = (".jsonl", ".ndjson", ".json", ".parquet")
+COLUMNS = ("messages", "prompt", "response", "chosen", "rejected", "answer")
+"""Columns of a Parquet file that are read; JSONL rows come whole."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -157,8 +159,9 @@ def _parse(line: bytes) -> dict[str, Any] | None:
 
 
 def _read_parquet(piece: Slice) -> Iterator[SourceRow]:
+    """Yields the rows of a slice with the keys that JSONL would have: a null stands for a key that a row lacks."""
     file = _parquet(piece.uri)
-    wanted = [name for name in ("messages", "prompt", "response", "answer") if name in file.schema_arrow.names]
+    wanted = [name for name in COLUMNS if name in file.schema_arrow.names]
     first = sum(file.metadata.row_group(group).num_rows for group in range(piece.start))
     batches = file.iter_batches(row_groups=list(range(piece.start, piece.stop)), columns=wanted)
     while True:
@@ -168,7 +171,8 @@ def _read_parquet(piece: Slice) -> Iterator[SourceRow]:
             return
         except (pa.ArrowException, OSError, UnicodeDecodeError) as error:
             raise DataError(f"{piece.uri}: is damaged near row {first} ({first_line(error)})") from error
-        for offset, content in enumerate(rows):
+        for offset, row in enumerate(rows):
+            content = {name: value for name, value in row.items() if value is not None}
             yield SourceRow(f"{piece.uri}: row {first + offset}", content, json.dumps(content, default=str).encode())
         first += len(rows)
 
@@ -179,10 +183,11 @@ def _parquet(uri: str) -> pq.ParquetFile:
         file = pq.ParquetFile(filesystem.open_input_file(path))
     except (pa.ArrowException, OSError) as error:
         raise DataError(f"{uri}: is not a Parquet file ({first_line(error)})") from error
-    names = set(file.schema_arrow.names)
-    if "messages" not in names and not {"prompt", "response"} <= names:
+    names = file.schema_arrow.names
+    if not {"messages", "prompt", "chosen"} & set(names):
         raise DataError(
-            f"{uri}: needs a column messages, or columns prompt and response; has {', '.join(sorted(names))}"
+            f"{uri}: has only the columns {', '.join(sorted(names))}; needs messages, or prompt and response (or "
+            "chosen and rejected), or prompt alone for questions, or chosen and rejected that are lists of messages"
         )
     return file
 

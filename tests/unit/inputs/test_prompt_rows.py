@@ -161,6 +161,7 @@ def test_one_bad_turn_makes_the_whole_conversation_unusable():
             "chosen": chat("2 + 2?", "4"),
             "rejected": chat("2 + 2?", "5"),
         },
+        {"prompt": "2 + 2?", "messages": chat("2 + 2?", "22"), "chosen": "4", "rejected": "5"},
     ],
 )
 def test_a_preference_row_has_both_responses_after_one_prompt(content):
@@ -176,6 +177,8 @@ def test_a_preference_row_has_both_responses_after_one_prompt(content):
     ("content", "detail"),
     [
         ({"prompt": "a", "response": "b", "rejected": "c"}, "has rejected, but no chosen"),
+        ({"prompt": "a", "response": "b", "chosen": None, "rejected": "c"}, "has rejected, but no chosen"),
+        ({"messages": chat("a", "b"), "chosen": "b", "rejected": "c"}, "there is no prompt that it answers"),
         ({"chosen": chat("a", "b"), "rejected": chat("x", "c")}, "do not answer the same prompt"),
         ({"prompt": "a", "chosen": "b", "rejected": 3}, "content must be text, found int"),
     ],
