@@ -20,8 +20,7 @@ from jinja2 import TemplateError
 from spin_ray.errors import ModelError, first_line
 from spin_ray.inputs.conversations import Conversation
 from spin_ray.inputs.guard import Guard, Written, any_of
-from spin_ray.inputs.skeletons import Skeletons
-from spin_ray.inputs.templates import leaves_texts_alone
+from spin_ray.inputs.templates import Skeletons
 
 _PROBE = "spin-ray-probe"
 _OPENINGS = (
@@ -98,8 +97,7 @@ class ChatRenderer:
         self._constant = _common_end(prompt, self._ask([{"role": "user", "content": "x 1."}], True) or "")
         self._held_back = self._count_held_back(Written(prompt))
         self._ending = self._find_ending(prompt)
-        template = tokenizer.chat_template
-        self._skeletons = Skeletons(self._ask) if isinstance(template, str) and leaves_texts_alone(template) else None
+        self._skeletons = Skeletons.of(tokenizer.chat_template, self._ask)
 
     def render(self, messages: Conversation) -> Rendered:
         """Returns the token ids of a conversation whose last message is the assistant's response.
@@ -207,7 +205,7 @@ class ChatRenderer:
 
     def _write_all(self, guarded: Sequence[tuple[Conversation, list[str]]]) -> list[_Parts | RenderError]:
         """Has the template write each conversation; it is asked only where roles do not decide what it writes."""
-        known = [self._skeletons.write(messages) if self._skeletons else None for messages, _ in guarded]
+        known = [self._skeletons.write(messages) for messages, _ in guarded]
         unknown = [messages for (messages, _), found in zip(guarded, known, strict=True) if not found]
         prompts = self._apply([messages[:-1] for messages in unknown], add_generation_prompt=True)
         wholes = self._apply(unknown, add_generation_prompt=False)
