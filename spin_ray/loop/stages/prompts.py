@@ -98,7 +98,7 @@ def run(
 
 def template_digest(renderer: ChatRenderer) -> str:
     """Names how text becomes tokens: template, vocabulary and end-of-turn token."""
-    tokenizer = renderer._tokenizer
+    tokenizer = renderer.tokenizer
     probe = [{"role": "user", "content": "The quick brown fox, 1+1=2."}, {"role": "assistant", "content": "jumps."}]
     rendered = renderer.render(probe)
     return digest([tokenizer.chat_template, len(tokenizer), rendered.prompt_ids, rendered.real_ids])
