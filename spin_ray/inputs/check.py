@@ -1,4 +1,4 @@
-"""What can be checked before anything starts: recipe, model, template, data. Seconds, no Ray."""
+"""Checks before anything starts: recipe, model, template and data. They take seconds and need no Ray."""
 
 import platform
 import shutil
@@ -32,13 +32,13 @@ class Inputs:
     heldout: str | None
     questions: str | None
     scorer: ModelFolder | None
-    """SPPO's judge."""
+    """SPPO's preference model."""
     data_digest: str
     heldout_digest: str | None
     questions_digest: str | None
 
     def facts(self) -> dict[str, Any]:
-        """What run.json holds beside the config; ``inputs`` is part of the run's identity."""
+        """Returns what run.json holds beside the config; ``inputs`` is part of the run's identity."""
         return {
             "inputs": {
                 "model": self.model.digest,
@@ -59,10 +59,10 @@ class Start(Inputs):
 
 
 def find_inputs(config: SpinConfig) -> Inputs:
-    """Resolves model and data.
+    """Finds model and data.
 
     Raises:
-        UserError: the first thing that is not there or is refused, with the remedy.
+        UserError: something is not there or is refused; the message has the remedy.
     """
     train = resolve(config.data.train)
     heldout = resolve(config.data.heldout) if config.data.heldout else None
@@ -85,10 +85,13 @@ def find_inputs(config: SpinConfig) -> Inputs:
 
 
 def check_recipe(config: SpinConfig, inputs: Inputs | None = None) -> Start:
-    """Checks that model and data can be used, ``inputs`` if they were found before.
+    """Checks that model and data can be used.
+
+    Args:
+        inputs: model and data, if they were found before.
 
     Raises:
-        UserError: the first thing that cannot be used, with the remedy.
+        UserError: something cannot be used; the message has the remedy.
     """
     inputs = inputs or find_inputs(config)
     tokenizer = load_tokenizer(str(inputs.model.path), config.model.chat_template, config.model.trust_remote_code)
@@ -164,12 +167,13 @@ def _refuse_other_ids(model: str, row: SourceRow, ours: list[int], whole: list[i
 def _open_scorer(config: SpinConfig) -> ModelFolder | None:
     if config.scorer is None:
         return None
-    # Only its place is looked for: unlike the policy, a judge cuts what is too long for it.
+    # max_length 1 passes any model: unlike the policy, a preference model cuts what is too long for it.
     where = config.model.model_copy(update={"path": resolve(config.scorer.path), "max_length": 1})
     return open_model(find_model(where), "scorer")
 
 
 def versions() -> dict[str, str]:
+    """Returns the versions of Python and of the packages that decide a run's results, by name."""
     found = {"python": platform.python_version()}
     for package in _PACKAGES:
         try:
@@ -180,7 +184,7 @@ def versions() -> dict[str, str]:
 
 
 def disk_free_gib(folder: Path) -> float:
-    """GiB free on the file system that holds ``folder`` (or its nearest parent that exists)."""
+    """Returns the GiB free on the file system that holds ``folder`` or its nearest parent that exists."""
     while not folder.exists():
         folder = folder.parent
     return shutil.disk_usage(folder).free / 2**30

@@ -1,4 +1,4 @@
-"""SFT data as it comes: files, slices of files that a task reads alone, and rows with their origin."""
+"""Data files, slices of files that a task reads alone, and rows with their origin."""
 
 import hashlib
 import io
@@ -24,7 +24,7 @@ COLUMNS = ("messages", "prompt", "response", "chosen", "rejected", "answer")
 
 @dataclass(frozen=True, slots=True)
 class Slice:
-    """Part of one file: ``start`` to ``stop`` count bytes of a JSONL file, row groups of a Parquet file."""
+    """Part of one file; ``start`` and ``stop`` count bytes of a JSONL file, row groups of a Parquet file."""
 
     uri: str
     start: int
@@ -33,7 +33,7 @@ class Slice:
 
 class SourceRow(NamedTuple):
     origin: str
-    """File and place, as a person would look it up."""
+    """File and place, for a person to look up."""
     content: dict[str, Any] | None
     """The row, or None if it is not a JSON object."""
     raw: bytes
@@ -41,10 +41,10 @@ class SourceRow(NamedTuple):
 
 
 def find_files(source: str) -> list[str]:
-    """Files that a path, folder, glob or URI stands for, sorted.
+    """Returns the files that a path, folder, glob or URI stands for, sorted.
 
     Raises:
-        DataError: nothing is there, or nothing of a known kind.
+        DataError: there is no file, one is empty, or one is of an unknown kind.
     """
     filesystem, path = _filesystem(source)
     try:
@@ -76,13 +76,13 @@ def _listed(filesystem: pyarrow.fs.FileSystem, path: str) -> list[pyarrow.fs.Fil
 
 
 def _matches(path: str, glob: str) -> bool:
-    """``*`` stands for any characters of one name, ``**/`` for any number of folders."""
+    """Matches a path with a glob: ``*`` is any characters of one name, ``**/`` any number of folders."""
     any_folders, any_name = re.escape("**/"), re.escape("*")
     return re.fullmatch(re.escape(glob).replace(any_folders, "(?:.+/)?").replace(any_name, "[^/]*"), path) is not None
 
 
 def files_digest(files: list[str]) -> str:
-    """SHA-256 over the content of local files; over name, size and time of remote ones."""
+    """Returns a SHA-256 over the content of local files, and over name, size and time of remote ones."""
     total = hashlib.sha256()
     for uri in files:
         filesystem, path = _filesystem(uri)
@@ -96,7 +96,11 @@ def files_digest(files: list[str]) -> str:
 
 
 def split(files: list[str]) -> list[Slice]:
-    """Slices of 1 MiB, or larger ones of large data, in order; DataError if there is nothing to slice."""
+    """Returns the slices of ``files`` in order: of 1 MiB, or larger ones of large data.
+
+    Raises:
+        DataError: there is nothing to slice.
+    """
     sizes = {uri: _size(uri) for uri in files}
     width = max(SLICE_BYTES, sum(sizes.values()) // MOST_SLICES)
     slices = []
@@ -117,7 +121,7 @@ def _size(uri: str) -> int:
 
 
 def read_slice(piece: Slice) -> Iterator[SourceRow]:
-    """Rows of a slice, in order. A line belongs to the slice in which it starts."""
+    """Yields the rows of a slice, in order. A line belongs to the slice in which it starts."""
     if piece.uri.endswith(".parquet"):
         yield from _read_parquet(piece)
     else:
@@ -151,7 +155,7 @@ _DECODE = json.JSONDecoder().decode
 
 def _parse(line: bytes) -> dict[str, Any] | None:
     try:
-        # A line that begins so is UTF-8: what ``json.loads`` finds out first, at as much time as reading it takes.
+        # A line that begins so is UTF-8. ``json.loads`` would find that out first, which takes as long as parsing.
         content = _DECODE(str(line, "utf-8", "surrogatepass")) if line.startswith(b'{"') else json.loads(line)
     except (ValueError, RecursionError):
         return None

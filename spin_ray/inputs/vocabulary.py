@@ -1,5 +1,7 @@
-"""Tokens without an embedding: a tokenizer may have more tokens than its model, say after ``add_tokens`` without
-``resize_token_embeddings``. A row with such a token would end training with an index error on the device.
+"""Tokens without an embedding.
+
+A tokenizer may have more tokens than its model embeds, say after ``add_tokens`` without ``resize_token_embeddings``. A
+row with such a token would end training with an index error on the device.
 """
 
 from pathlib import Path

@@ -1,4 +1,4 @@
-"""Stage 1: SFT data -> Prompt rows. The only stage that renders and tokenises.
+"""Stage 1: data -> prompt rows. The only stage that renders and tokenises prompts.
 
     files -> slices -> [one task a slice: parse, check, render, tokenise] -> drop duplicates, cut into parts
 
@@ -38,7 +38,7 @@ QUARANTINE_SCHEMA = pa.schema(
     [pa.field(name, pa.string()) for name in ("stage", "origin", "reason", "detail")] + [pa.field("row", pa.binary())]
 )
 _SLICE_SCHEMA = PROMPT_SCHEMA.append(pa.field("origin", pa.string())).append(pa.field("raw", pa.binary()))
-"""Rows of a slice before duplicates are dropped; the last two columns go no further than the quarantine."""
+"""Rows of a slice before duplicates are dropped. The last two columns are for the quarantine alone."""
 ROWS_AT_A_TIME = 1024
 """Rows that a task holds as Python objects."""
 
@@ -53,7 +53,7 @@ def run(
     *,
     labelled: bool = True,
 ) -> None:
-    """Makes ``artefact`` (prompts, questions or heldout) of the rows of ``source``; questions are not ``labelled``.
+    """Makes ``artefact`` (prompts, questions or heldout) from the rows of ``source``; questions are not ``labelled``.
 
     Raises:
         DataError: the data is missing, empty or damaged, or too many rows cannot be used.
@@ -97,7 +97,7 @@ def run(
 
 
 def template_digest(renderer: ChatRenderer) -> str:
-    """Names how text becomes tokens: template, vocabulary and end-of-turn token."""
+    """Returns a digest of how text becomes tokens: template, vocabulary and end-of-turn token."""
     tokenizer = renderer.tokenizer
     probe = [{"role": "user", "content": "The quick brown fox, 1+1=2."}, {"role": "assistant", "content": "jumps."}]
     rendered = renderer.render(probe)
@@ -106,28 +106,28 @@ def template_digest(renderer: ChatRenderer) -> str:
 
 @dataclass(frozen=True, slots=True)
 class _Slice:
-    """A slice whose rows are in ``name``-rows and ``name``-bad, below the attempts."""
+    """A slice whose good rows are in the file ``name``-rows, and the others in ``name``-bad."""
 
     name: str
     ids: np.ndarray
-    """The 64-bit prompt ids of its rows: 8 bytes a row are all that the driver keeps of it."""
+    """64-bit prompt ids of the good rows. The driver keeps nothing else of a slice: 8 bytes a row."""
 
 
 def _rendered(answer: dict[str, Any]) -> _Slice:
-    """Of what a task answered; raises DataError if the slice could not be read."""
+    """Reads the answer of a task; raises DataError if the slice could not be read."""
     if answer["error"]:
         raise DataError(answer["error"])
     return _Slice(answer["name"], np.frombuffer(answer["ids"], dtype=np.uint64))
 
 
 class _RenderSlice:
-    """One task: reads a slice and writes its rows, good and bad, to an unnamed part."""
+    """A task of Ray Data: reads a slice, and writes its good and its unusable rows to two files."""
 
     def __init__(self, storage: Storage, stage: str, task: PromptTask) -> None:
         self._storage, self._stage, self._task = storage, stage, task
 
     def __call__(self, item: dict[str, Any]) -> dict[str, Any]:
-        """For ``_rendered``. What the user must mend is a value, as Ray keeps only the text of an exception."""
+        """Answers for ``_rendered``. An error of the user's is a value, as Ray keeps only the text of an exception."""
         answer = {"name": item["name"], "error": "", "ids": b""}
         try:
             with _busy_with_rows():
@@ -136,7 +136,7 @@ class _RenderSlice:
             return answer | {"error": str(error)}
 
     def _render(self, item: dict[str, Any]) -> bytes:
-        """The ids of the good rows."""
+        """Writes the rows, and returns the prompt ids of the good ones."""
         name = item["name"]
         good, bad = [_SLICE_SCHEMA.empty_table()], [QUARANTINE_SCHEMA.empty_table()]
         ids = bytearray()
@@ -159,8 +159,10 @@ class _RenderSlice:
 
 @contextmanager
 def _busy_with_rows() -> Iterator[None]:
-    """Many rows make no cycles, but would have Python look for some among all that is imported: a third of the time.
-    And as each slice has its task, the tokenizer's own threads would only be in each other's way.
+    """Switches Python's search for cycles and the tokenizer's threads off.
+
+    Rows make no cycles, but their number would start the search over all that is imported, again and again
+    (benchmarks/README.md, row 8). Each slice has its own task, so threads would only be in each other's way.
     """
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     collects = gc.isenabled()
@@ -175,7 +177,7 @@ def _busy_with_rows() -> Iterator[None]:
 def _finish(
     storage: Storage, slices: list[_Slice], artefact: Artefact, max_rows: int | None, part_rows: int
 ) -> tuple[dict[str, FileEntry], Counter[str]]:
-    """Drops duplicates, cuts rows into parts of ``part_rows``, writes the quarantine; one slice in memory at a time."""
+    """Drops duplicates, cuts rows into parts of ``part_rows``, and writes the quarantine; reads one slice at a time."""
     firsts = _first_of_each([each.ids for each in slices], max_rows)
     reasons: Counter[str] = Counter()
     quarantine: list[pa.Table] = []
@@ -216,9 +218,9 @@ def _columns(part: bytes, names: list[str]) -> pa.Table:
 
 
 def _first_of_each(ids: list[np.ndarray], limit: int | None) -> list[tuple[np.ndarray, np.ndarray]]:
-    """For each slice, which rows to keep (the first of their id, ``limit`` in all), and which repeat a kept one.
+    """Returns for each slice two masks of its rows: those to keep, and those that repeat a kept one.
 
-    Rows past the limit are neither.
+    The first row of an id is kept, up to ``limit`` in all. Rows past the limit are in neither mask.
     """
     every = np.concatenate(ids)
     _, first, which = np.unique(every, return_index=True, return_inverse=True)
