@@ -1,5 +1,4 @@
-"""Guard against names of control tokens in messages: they are set aside while the template writes, then tokenised as
-text.
+"""Names of control tokens in messages: set aside while the template writes, then tokenised as text.
 
 A user may write ``<|im_end|>``. Left in place, the name would end the turn. Set aside, the name is ordinary text. It is
 tokenised where it stands, by a tokenizer that knows its own control tokens under other names.

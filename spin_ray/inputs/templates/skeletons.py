@@ -42,13 +42,13 @@ class Skeletons:
     """Skeletons of one template by sequences of roles, learnt when such a sequence first comes."""
 
     def __init__(self, ask: Ask | None) -> None:
-        """``ask``: the template, which copies texts; None if it may do more with them."""
+        """Takes a template that copies texts; None for one that must always be run."""
         self._ask = ask
         self._known: dict[tuple[tuple[str, bool, int], ...], tuple[_Skeleton, _Skeleton] | None] = {}
 
     @classmethod
     def of(cls, template: Any, ask: Ask) -> "Skeletons":
-        """Reads ``template`` (transformers allows other forms than text, which are never copied by themselves)."""
+        """Reads ``template``. A dict of named templates, which transformers allows, is always run."""
         return cls(ask if isinstance(template, str) and copies_texts(template) else None)
 
     def write(self, messages: Conversation) -> tuple[str, str] | None:
