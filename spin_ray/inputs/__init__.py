@@ -1,1 +1,1 @@
-"""What comes into a run: data, conversations, chat templates, the model folder; found, checked, rendered."""
+"""Inputs of a run: data, conversations, chat templates and the model folder, found, checked and rendered."""

@@ -10,7 +10,7 @@ _EXTRACTORS = {
 
 
 def extract_number(text: str, extractor: str) -> float | None:
-    r"""The number after the last ``=`` (``equals``) or ``####`` (``hashes``) that has one; None if there is none.
+    r"""Returns the number after the last ``=`` (``equals``) or ``####`` (``hashes``) that has one; None without any.
 
     Examples: ``"2 * 8 = 16" -> 16.0``, ``"so it is\n#### 1,200" -> 1200.0``, ``"x = y" -> None``.
     """
@@ -19,6 +19,6 @@ def extract_number(text: str, extractor: str) -> float | None:
 
 
 def is_correct(text: str, answer: float, extractor: str) -> bool:
-    """Whether the extracted number is ``answer`` (up to the rounding of decimal fractions, 1e-6 relative)."""
+    """Compares the extracted number with ``answer``, up to the rounding of decimal fractions (1e-6 relative)."""
     number = extract_number(text, extractor)
     return number is not None and abs(number - answer) <= 1e-6 * max(1.0, abs(answer))

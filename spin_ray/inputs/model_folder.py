@@ -1,4 +1,4 @@
-"""Model folders in Hugging Face layout: what may be trusted, and what their content is."""
+"""Model folders in Hugging Face layout: found, checked before any library opens them, and digested."""
 
 import json
 from collections.abc import Mapping
@@ -15,32 +15,32 @@ _CODE_OR_PICKLE = (".py", ".bin", ".pt", ".pth", ".pkl", ".pickle", ".ckpt", ".j
 
 
 class Source(Protocol):
-    """Where a machine gets a model from, by digest."""
+    """A place from which a machine gets a model by digest."""
 
     def local_folder(self, *, weights: bool = True) -> Path: ...
 
 
 @dataclass(frozen=True)
 class ModelFolder:
-    """A checked model: where it is, what it is, and what the stages need to know of it."""
+    """A checked model."""
 
     path: Path
     digest: str
-    """Over the content of all files."""
+    """Digest of the content of all files."""
     name: str
-    """Of the iterate: ``start``, ``sft``, ``iter_000``, …"""
+    """Name of the iterate: ``start``, ``sft``, ``iter_000``, …"""
     pad_id: int
     """Any legal token: padding is told from text by lengths, never by its id."""
     files: Mapping[str, Digest] = field(default_factory=dict)
-    """Of a model that is no artefact of the run: what it consists of."""
+    """Files of a model that is no artefact of the run, with their digests."""
     source: Source | None = None
-    """Where a machine that has no such path gets it from."""
+    """The place from which a machine that has no such path gets the model."""
 
     def here(self, *, weights: bool = True) -> Path:
-        """The folder on this machine; fetched by digest from the run's store or the driver's machine if need be.
+        """Returns the folder on this machine; fetches it by digest from the run's store or the driver's machine.
 
         Args:
-            weights: without them there is less to fetch, and enough for a tokenizer.
+            weights: False fetches only what a tokenizer needs.
         """
         return self.source.local_folder(weights=weights) if self.source else self.path
 
@@ -49,7 +49,7 @@ def open_model(path: str | Path, name: str, *, trust_remote_code: bool = False) 
     """Checks a model folder before any library opens it.
 
     Raises:
-        ModelError: it is not there, is not a model, or holds pickled weights or code of its own.
+        ModelError: the folder is not there, is not a model, or holds pickled weights or code of its own.
     """
     folder = Path(path)
     if not folder.is_dir():
@@ -73,11 +73,11 @@ def open_model(path: str | Path, name: str, *, trust_remote_code: bool = False) 
 
 
 def find_model(config: ModelConfig) -> Path:
-    """The folder of ``model.path``, fetched from the hub (safetensors and tokenizer only) if it names a model there.
+    """Returns the folder of ``model.path``; if the path names a model of the hub, fetches safetensors and tokenizer.
 
     Raises:
-        ModelError: neither a folder nor a model that the hub knows or that can be reached.
-        ConfigError: the model is too short for ``model.max_length``.
+        ModelError: there is no such folder, and the hub has no such model or cannot be reached.
+        ConfigError: the model has fewer positions than ``model.max_length``.
     """
     folder = Path(config.path).expanduser().absolute()  # Ray workers run in other folders
     if not folder.exists():
@@ -93,6 +93,7 @@ def find_model(config: ModelConfig) -> Path:
 
 
 def read_config(folder: Path) -> dict[str, Any]:
+    """Reads config.json; raises ModelError if it is missing or no JSON object."""
     return _read_json(folder / "config.json")
 
 
@@ -123,7 +124,7 @@ def _refuse_untrusted(folder: Path) -> None:
 
 
 def _has_key(tree: Any, key: str) -> bool:
-    """Whether an object anywhere in ``tree`` has ``key``; the text would not tell (JSON can write it with escapes)."""
+    """Looks for an object with ``key`` anywhere in ``tree``; in the text, JSON may write the key with escapes."""
     if isinstance(tree, dict):
         return key in tree or any(_has_key(value, key) for value in tree.values())
     return isinstance(tree, list) and any(_has_key(value, key) for value in tree)

@@ -12,24 +12,12 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from os.path import commonprefix
 from pathlib import Path
-from string import ascii_letters, digits, punctuation
 from typing import Any, NamedTuple
 
-from jinja2 import TemplateError
-
 from spin_ray.errors import ModelError, first_line
+from spin_ray.inputs.chat_template import ChatTemplate, RenderError
 from spin_ray.inputs.conversations import Conversation
 from spin_ray.inputs.guard import Guard, Written, any_of
-from spin_ray.inputs.skeletons import Skeletons
-from spin_ray.inputs.templates import leaves_texts_alone
-
-_PROBE = "spin-ray-probe"
-_OPENINGS = (
-    *ascii_letters, *digits, *punctuation, *"éñßЖяαعא中の한ก😀“«–•",
-    "The", "I'm", "In", "Yes,", "No", "To", "Hello!", "Sure", "As an", "Here", "It is", "1.", "10", "2024", "**", "##",
-    "```", "- ", "...", "--", "</", "$x$",
-)  # fmt: skip
-"""Beginnings of responses, to see which tokens of a prompt stay as they are whatever follows."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -44,30 +32,26 @@ class Rendered:
     real_ids: list[int]
 
 
-class RenderError(ValueError):
-    """The conversation cannot be rendered: the template refuses it, or its ids cannot be cut before the response."""
-
-
 class _Parts(NamedTuple):
-    """What the template wrote: all before the response, and the response with what ends it."""
+    """Text of a conversation: all before the response, and the response with the token that ends it."""
 
     prompt: Written
     response: str
 
     def after(self, end: str) -> Written:
-        """The response behind ``end``, the end of the prompt or all of it."""
+        """Returns the response behind ``end``, the end of the prompt or all of it."""
         return Written(end + self.response, self.prompt.set_aside)
 
 
 class _Ending(NamedTuple):
-    """The end of a prompt from its last added token on. Added tokens part a text: what stands before has no say."""
+    """End of a prompt from its last added token on, before which no text changes how the end is tokenised."""
 
     text: str
     ids: list[int]
 
 
 class ChatRenderer:
-    r"""Applies a tokenizer's chat template.
+    r"""Token ids of conversations, by a tokenizer and its chat template.
 
     Example (ChatML): ``[user "hi", assistant "hello"]`` gives prompt
     ``<|im_start|>user\nhi<|im_end|>\n<|im_start|>assistant\n`` and real ``hello<|im_end|>``.
@@ -77,29 +61,16 @@ class ChatRenderer:
         """Reads the template by a few plain exchanges.
 
         Raises:
-            ModelError: there is no chat template, it does not mark the end of a turn, or it asks for an answer with
-                other words than those that stand before an answer.
+            ModelError: the tokenizer's chat template is missing or cannot be trained on.
         """
-        self._name = tokenizer.name_or_path
-        if not tokenizer.chat_template:
-            raise ModelError(
-                f"{self._name}: its tokenizer has no chat template; set model.chat_template to a file with one"
-            )
-        self._tokenizer = tokenizer
-        added = tokenizer.added_tokens_decoder.items()
-        self._added_ids = {str(token): token_id for token_id, token in added if str(token).strip()}
-        prompt, self._responses = self._probe()
-        tail = self._responses[0].rpartition(_PROBE)[2]
-        self.end_of_turn_id, self._end_of_turn, self.writes_end_of_turn = self._find_end_of_turn(tail)
-        # Added tokens that are neither special nor the template's own (say <think>) are words that data may use.
-        control = {str(token) for _, token in added if token.special and str(token)} | {self._end_of_turn}
-        control |= {name for name in self._added_ids if name in prompt}
-        self._guard = Guard(tokenizer, control)
-        self._constant = _common_end(prompt, self._ask([{"role": "user", "content": "x 1."}], True) or "")
-        self._held_back = self._count_held_back(Written(prompt))
-        self._ending = self._find_ending(prompt)
-        template = tokenizer.chat_template
-        self._skeletons = Skeletons(self._ask) if isinstance(template, str) and leaves_texts_alone(template) else None
+        self.tokenizer = tokenizer
+        self._template = ChatTemplate(tokenizer)
+        self.end_of_turn_id = self._template.end_of_turn_id
+        self.writes_end_of_turn = self._template.writes_end_of_turn
+        """False: the template marks no end of a turn, and the tokenizer's end of text is put there."""
+        self._guard = Guard(tokenizer, self._template.control_tokens)
+        self._held_back = self._count_held_back(Written(self._template.prompt))
+        self._ending = self._find_ending()
 
     def render(self, messages: Conversation) -> Rendered:
         """Returns the token ids of a conversation whose last message is the assistant's response.
@@ -132,7 +103,7 @@ class ChatRenderer:
             RenderError: the conversation cannot be rendered.
         """
         asked, names = self._guard.set_aside(messages)
-        (written,) = self._apply([asked], add_generation_prompt=True)
+        (written,) = self._template.write_prompts([asked])
         if isinstance(written, RenderError):
             raise written
         prompt = Written(written, names)
@@ -142,13 +113,13 @@ class ChatRenderer:
         (ids,) = self._guard.encode([prompt])
         if ids is None:
             raise _unspeakable(prompt)
-        whole, kept = (self._tokenizer.decode(part, skip_special_tokens=True) for part in (ids, ids[:-held_back]))
+        whole, kept = (self.tokenizer.decode(part, skip_special_tokens=True) for part in (ids, ids[:-held_back]))
         return whole[len(commonprefix([kept, whole])) :]
 
     def render_prompts(self, conversations: Sequence[Conversation]) -> list[list[int] | RenderError]:
         """Renders many prompts at once; a RenderError stands in the place of one that cannot be rendered."""
         guarded = [self._guard.set_aside(messages) for messages in conversations]
-        prompts = self._apply([messages for messages, _ in guarded], add_generation_prompt=True)
+        prompts = self._template.write_prompts([messages for messages, _ in guarded])
         written = [
             prompt if isinstance(prompt, RenderError) else Written(prompt, names)
             for prompt, (_, names) in zip(prompts, guarded, strict=True)
@@ -159,7 +130,11 @@ class ChatRenderer:
     def render_all(self, conversations: Sequence[Conversation]) -> list[Rendered | RenderError]:
         """Renders many conversations at once; a RenderError stands in the place of one that cannot be rendered."""
         guarded = [self._guard.set_aside(messages) for messages in conversations]
-        written = self._write_all(guarded)
+        found = self._template.write_all([messages for messages, _ in guarded])
+        written = [
+            texts if isinstance(texts, RenderError) else _Parts(Written(texts[0], names), texts[1])
+            for texts, (_, names) in zip(found, guarded, strict=True)
+        ]
         texts = [
             text
             for parts in written
@@ -176,7 +151,7 @@ class ChatRenderer:
         return bool(self._guard.set_aside(messages)[1])
 
     def _end_of(self, prompt: Written) -> str:
-        """The end of ``prompt`` that decides how a response is tokenised: from its last added token on, else all."""
+        """Returns the end of ``prompt`` that decides how a response is tokenised: from its last added token on."""
         return self._ending.text if self._ending and prompt.text.endswith(self._ending.text) else prompt.text
 
     def _cut_prompt(self, prompt: Written, ids: list[int] | None) -> list[int] | RenderError:
@@ -190,7 +165,7 @@ class ChatRenderer:
         if self._ending and parts.prompt.text.endswith(self._ending.text):
             end = self._ending.ids
             if prompt[-len(end) :] != end:
-                raise AssertionError(f"{self._name}: an added token does not part the text before it")
+                return RenderError(f"its tokenizer does not part {self._ending.text!r} from the text before it")
         held_back = self._held_back_of(parts.prompt)
         kept = len(end) - held_back
         if after[:kept] != end[:kept]:
@@ -203,129 +178,42 @@ class ChatRenderer:
 
     def _held_back_of(self, prompt: Written) -> int:
         """Counts the last tokens of ``prompt`` that a response may change; most templates write the same end always."""
-        if self._constant and prompt.text.endswith(self._constant):
+        if self._template.constant and prompt.text.endswith(self._template.constant):
             return self._held_back
         return self._count_held_back(prompt)
 
     def _count_held_back(self, prompt: Written) -> int:
         alone, *followed = self._guard.encode(
-            [prompt, *(Written(prompt.text + response, prompt.set_aside) for response in self._responses)]
+            [prompt, *(Written(prompt.text + response, prompt.set_aside) for response in self._template.responses)]
         )
         assert alone is not None
         return len(alone) - min(len(commonprefix([alone, ids])) for ids in followed if ids is not None)
 
-    def _find_ending(self, prompt: str) -> _Ending | None:
+    def _find_ending(self) -> _Ending | None:
         """Returns the end of every prompt from its last added token on, if responses are tokenised alike behind it."""
-        starts = [match.start() for match in any_of(self._added_ids).finditer(prompt)]
+        prompt, responses = self._template.prompt, self._template.responses
+        starts = [match.start() for match in any_of(self._template.added_ids).finditer(prompt)]
         if not starts:
             return None
         text = prompt[starts[-1] :]
-        beginnings = [prompt, *(prompt + response for response in self._responses)]
-        behind = [text, *(text + response for response in self._responses)]
+        beginnings = [prompt, *(prompt + response for response in responses)]
+        behind = [text, *(text + response for response in responses)]
         whole, short = (self._guard.encode([Written(each) for each in texts]) for texts in (beginnings, behind))
         before = len(whole[0] or []) - len(short[0] or [])
         alike = all(long and long[before:] == part for long, part in zip(whole, short, strict=True))
         return _Ending(text, short[0] or []) if alike and self._held_back < len(short[0] or []) else None
-
-    def _write_all(self, guarded: Sequence[tuple[Conversation, list[str]]]) -> list[_Parts | RenderError]:
-        """Has the template write each conversation; it is asked only where roles do not decide what it writes."""
-        known = [self._skeletons.write(messages) if self._skeletons else None for messages, _ in guarded]
-        unknown = [messages for (messages, _), found in zip(guarded, known, strict=True) if not found]
-        prompts = self._apply([messages[:-1] for messages in unknown], add_generation_prompt=True)
-        wholes = self._apply(unknown, add_generation_prompt=False)
-        asked = (_split(*texts) for texts in zip(prompts, wholes, strict=True))
-        written = (found or next(asked) for found in known)
-        return [
-            texts if isinstance(texts, RenderError) else self._end_turn(*texts, names)
-            for texts, (_, names) in zip(written, guarded, strict=True)
-        ]
-
-    def _end_turn(self, prompt: str, rest: str, names: list[str]) -> _Parts | RenderError:
-        """Cuts what the template wrote behind the end of the turn."""
-        if not self.writes_end_of_turn:
-            return _Parts(Written(prompt, names), rest)
-        response, end, _ = rest.partition(self._end_of_turn)
-        if not end:
-            return RenderError(f"its chat template does not end the response with {self._end_of_turn}")
-        return _Parts(Written(prompt, names), response + end)
-
-    def _ask(self, messages: Conversation, add_generation_prompt: bool) -> str | None:
-        (text,) = self._apply([messages], add_generation_prompt)
-        return None if isinstance(text, RenderError) else text
-
-    def _apply(self, conversations: list[Conversation], add_generation_prompt: bool) -> list[str | RenderError]:
-        """Makes one call for all of them, and one for each where the template refuses any."""
-        if not conversations:
-            return []
-        try:
-            return self._tokenizer.apply_chat_template(
-                conversations, tokenize=False, add_generation_prompt=add_generation_prompt
-            )
-        except (TemplateError, ValueError, TypeError, KeyError) as error:
-            if len(conversations) == 1:
-                return [RenderError(f"the chat template refuses it: {error}")]
-            return [text for each in conversations for text in self._apply([each], add_generation_prompt)]
-
-    def _probe(self) -> tuple[str, list[str]]:
-        """Returns a plain prompt, and what the template writes behind it for some responses, ``_PROBE`` first."""
-        user = {"role": "user", "content": "?"}
-        answered = [[user, {"role": "assistant", "content": text}] for text in (_PROBE, *_OPENINGS)]
-        (prompt,) = self._apply([[user]], add_generation_prompt=True)
-        wholes = self._apply(answered, add_generation_prompt=False)
-        for written in (prompt, wholes[0]):
-            if isinstance(written, RenderError):
-                raise ModelError(f"{self._name}: its chat template fails on a plain exchange ({written})") from written
-        texts = [whole for whole in wholes if isinstance(whole, str)]
-        if _PROBE not in texts[0]:
-            raise ModelError(f"{self._name}: its chat template does not write what the assistant says")
-        prompt = str(prompt)
-        if not texts[0].startswith(prompt):
-            shared = len(commonprefix([prompt, texts[0]]))
-            raise ModelError(
-                f"{self._name}: its chat template asks for an answer with {prompt[shared:][:60]!r}, where a "
-                f"conversation that has one goes on with {texts[0][shared:][:60]!r}; no row can train the model to "
-                "speak from there. Set model.chat_template to a file that writes both alike"
-            )
-        return prompt, [text.removeprefix(prompt) for text in texts if text.startswith(prompt)]
-
-    def _find_end_of_turn(self, tail: str) -> tuple[int, str, bool]:
-        """Returns id and name of the first added token that the template writes after an assistant's message.
-
-        Where it writes none, the tokenizer's end of text takes its place, and the third value is False.
-        """
-        found = any_of(self._added_ids).search(tail)
-        if found:
-            return self._added_ids[found.group()], found.group(), True
-        if self._tokenizer.eos_token_id is None:
-            raise ModelError(f"{self._name}: neither its chat template nor its tokenizer marks the end of a turn")
-        return self._tokenizer.eos_token_id, self._tokenizer.eos_token, False
-
-
-def _split(prompt: str | RenderError, whole: str | RenderError) -> tuple[str, str] | RenderError:
-    """Prompt, and what the template wrote after it."""
-    for each in (prompt, whole):
-        if isinstance(each, RenderError):
-            return each
-    prompt, whole = str(prompt), str(whole)
-    if not whole.startswith(prompt):
-        shared = len(commonprefix([prompt, whole]))
-        return RenderError(
-            f"the chat template writes {prompt[shared:][:40]!r} when it asks for the answer, and "
-            f"{whole[shared:][:40]!r} once the answer follows"
-        )
-    return prompt, whole.removeprefix(prompt)
 
 
 def _unspeakable(text: Written) -> RenderError:
     return RenderError(f"its text has {text.set_aside[0]}, which this kind of tokenizer takes for the control token")
 
 
-def _common_end(one: str, other: str) -> str:
-    return commonprefix([one[::-1], other[::-1]])[::-1]
-
-
 def load_tokenizer(path: str, chat_template: str | None = None, trust_remote_code: bool = False) -> Any:
-    """The model's tokenizer, with the chat template of ``chat_template`` (a file) if one is given."""
+    """Loads the model's tokenizer, with the chat template of the file ``chat_template`` if one is given.
+
+    Raises:
+        ModelError: the tokenizer cannot be loaded, or the file cannot be read.
+    """
     from transformers import AutoTokenizer
 
     try:

@@ -1,4 +1,4 @@
-"""SFT data as it comes: files, slices of files that a task reads alone, and rows with their origin."""
+"""Data files, slices of files that a task reads alone, and rows with their origin."""
 
 import hashlib
 import io
@@ -18,11 +18,13 @@ from spin_ray.errors import DataError, first_line
 SLICE_BYTES = 2**20
 MOST_SLICES = 4096
 SUFFIXES = (".jsonl", ".ndjson", ".json", ".parquet")
+COLUMNS = ("messages", "prompt", "response", "chosen", "rejected", "answer")
+"""Columns of a Parquet file that are read; JSONL rows come whole."""
 
 
 @dataclass(frozen=True, slots=True)
 class Slice:
-    """Part of one file: ``start`` to ``stop`` count bytes of a JSONL file, row groups of a Parquet file."""
+    """Part of one file; ``start`` and ``stop`` count bytes of a JSONL file, row groups of a Parquet file."""
 
     uri: str
     start: int
@@ -31,7 +33,7 @@ class Slice:
 
 class SourceRow(NamedTuple):
     origin: str
-    """File and place, as a person would look it up."""
+    """File and place, for a person to look up."""
     content: dict[str, Any] | None
     """The row, or None if it is not a JSON object."""
     raw: bytes
@@ -39,10 +41,10 @@ class SourceRow(NamedTuple):
 
 
 def find_files(source: str) -> list[str]:
-    """Files that a path, folder, glob or URI stands for, sorted.
+    """Returns the files that a path, folder, glob or URI stands for, sorted.
 
     Raises:
-        DataError: nothing is there, or nothing of a known kind.
+        DataError: there is no file, one is empty, or one is of an unknown kind.
     """
     filesystem, path = _filesystem(source)
     try:
@@ -74,13 +76,13 @@ def _listed(filesystem: pyarrow.fs.FileSystem, path: str) -> list[pyarrow.fs.Fil
 
 
 def _matches(path: str, glob: str) -> bool:
-    """``*`` stands for any characters of one name, ``**/`` for any number of folders."""
+    """Matches a path with a glob: ``*`` is any characters of one name, ``**/`` any number of folders."""
     any_folders, any_name = re.escape("**/"), re.escape("*")
     return re.fullmatch(re.escape(glob).replace(any_folders, "(?:.+/)?").replace(any_name, "[^/]*"), path) is not None
 
 
 def files_digest(files: list[str]) -> str:
-    """SHA-256 over the content of local files; over name, size and time of remote ones."""
+    """Returns a SHA-256 over the content of local files, and over name, size and time of remote ones."""
     total = hashlib.sha256()
     for uri in files:
         filesystem, path = _filesystem(uri)
@@ -94,7 +96,11 @@ def files_digest(files: list[str]) -> str:
 
 
 def split(files: list[str]) -> list[Slice]:
-    """Slices of 1 MiB, or larger ones of large data, in order; DataError if there is nothing to slice."""
+    """Returns the slices of ``files`` in order: of 1 MiB, or larger ones of large data.
+
+    Raises:
+        DataError: there is nothing to slice.
+    """
     sizes = {uri: _size(uri) for uri in files}
     width = max(SLICE_BYTES, sum(sizes.values()) // MOST_SLICES)
     slices = []
@@ -115,7 +121,7 @@ def _size(uri: str) -> int:
 
 
 def read_slice(piece: Slice) -> Iterator[SourceRow]:
-    """Rows of a slice, in order. A line belongs to the slice in which it starts."""
+    """Yields the rows of a slice, in order. A line belongs to the slice in which it starts."""
     if piece.uri.endswith(".parquet"):
         yield from _read_parquet(piece)
     else:
@@ -149,7 +155,7 @@ _DECODE = json.JSONDecoder().decode
 
 def _parse(line: bytes) -> dict[str, Any] | None:
     try:
-        # A line that begins so is UTF-8: what ``json.loads`` finds out first, at as much time as reading it takes.
+        # A line that begins so is UTF-8. ``json.loads`` would find that out first, which takes as long as parsing.
         content = _DECODE(str(line, "utf-8", "surrogatepass")) if line.startswith(b'{"') else json.loads(line)
     except (ValueError, RecursionError):
         return None
@@ -157,8 +163,9 @@ def _parse(line: bytes) -> dict[str, Any] | None:
 
 
 def _read_parquet(piece: Slice) -> Iterator[SourceRow]:
+    """Yields the rows of a slice with the keys that JSONL would have: a null stands for a key that a row lacks."""
     file = _parquet(piece.uri)
-    wanted = [name for name in ("messages", "prompt", "response", "answer") if name in file.schema_arrow.names]
+    wanted = [name for name in COLUMNS if name in file.schema_arrow.names]
     first = sum(file.metadata.row_group(group).num_rows for group in range(piece.start))
     batches = file.iter_batches(row_groups=list(range(piece.start, piece.stop)), columns=wanted)
     while True:
@@ -168,7 +175,8 @@ def _read_parquet(piece: Slice) -> Iterator[SourceRow]:
             return
         except (pa.ArrowException, OSError, UnicodeDecodeError) as error:
             raise DataError(f"{piece.uri}: is damaged near row {first} ({first_line(error)})") from error
-        for offset, content in enumerate(rows):
+        for offset, row in enumerate(rows):
+            content = {name: value for name, value in row.items() if value is not None}
             yield SourceRow(f"{piece.uri}: row {first + offset}", content, json.dumps(content, default=str).encode())
         first += len(rows)
 
@@ -179,10 +187,11 @@ def _parquet(uri: str) -> pq.ParquetFile:
         file = pq.ParquetFile(filesystem.open_input_file(path))
     except (pa.ArrowException, OSError) as error:
         raise DataError(f"{uri}: is not a Parquet file ({first_line(error)})") from error
-    names = set(file.schema_arrow.names)
-    if "messages" not in names and not {"prompt", "response"} <= names:
+    names = file.schema_arrow.names
+    if not {"messages", "prompt", "chosen"} & set(names):
         raise DataError(
-            f"{uri}: needs a column messages, or columns prompt and response; has {', '.join(sorted(names))}"
+            f"{uri}: has only the columns {', '.join(sorted(names))}; needs messages, or prompt and response (or "
+            "chosen and rejected), or prompt alone for questions, or chosen and rejected that are lists of messages"
         )
     return file
 

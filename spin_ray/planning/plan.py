@@ -90,8 +90,8 @@ def _sample(config: SpinConfig, given: Given) -> Work:
         missing = [f"--{name.replace('_', '-')}" for name, value in vars(given).items() if value is None]
         what = f"data.train {train}" if "://" in train else f"model.path {config.model.path}"
         raise DataError(f"{what}: is not on this machine, so plan cannot measure its rows; give {', '.join(missing)}")
+    from spin_ray.inputs.prompt_rows import PromptTask, rows_of
     from spin_ray.inputs.sources import find_files, read_slice, split
-    from spin_ray.loop.stages.prompts import PromptTask, rows_of
 
     task = PromptTask(
         tokenizer=str(model), chat_template=config.model.chat_template, data=config.data,

@@ -21,12 +21,13 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from spin_ray.config.recipe import SpinConfig
 from spin_ray.inputs import check as preflight
+from spin_ray.inputs import prompt_rows
 from spin_ray.inputs.embedded import resolve
 from spin_ray.inputs.rendering import load_tokenizer
 from spin_ray.learner.backends import fsdp2
 from spin_ray.learner.hf_folder import load_model
 from spin_ray.loop import driver, launch
-from spin_ray.loop.stages import evaluation, prompts
+from spin_ray.loop.stages import evaluation
 from spin_ray.loop.stages.generation import stage as generation
 from spin_ray.loop.stages.training import stage as training
 from spin_ray.run_dir import object_storage
@@ -79,7 +80,7 @@ def in_this_process(monkeypatch: pytest.MonkeyPatch) -> None:
             monkeypatch.setattr(module, name, lambda *_: None, raising=False)
     # A third of a run's time: versions of packages, tokenizer, reading a model. Kept from one run to the next.
     monkeypatch.setattr(preflight, "versions", _versions)
-    for module in (preflight, prompts):
+    for module in (preflight, prompt_rows):
         monkeypatch.setattr(module, "load_tokenizer", _tokenizer)
     monkeypatch.setattr(fsdp2, "load_model", _model)
     for module in (training, evaluation):

@@ -32,7 +32,7 @@ SCHEME = "embedded:"
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Asset:
-    """How one asset is made.
+    """Recipe of one asset.
 
     Example: ``Asset(version=1, make=models.make_tiny_llama)``.
     """
@@ -42,7 +42,7 @@ class Asset:
     make: Callable[[Path], None]
     """Fills the empty folder that it is given; a failure leaves nothing behind."""
     file: str = ""
-    """What ``resolve`` points at inside the folder; empty for the folder itself."""
+    """File inside the folder that ``resolve`` returns; empty for the folder itself."""
 
 
 def _jsonl(name: str, version: int, rows: Callable[[], list[data.Row]]) -> Asset:
@@ -58,18 +58,17 @@ ASSETS: dict[str, Asset] = {
     "chitchat-train": _jsonl("chitchat-train", 1, partial(data.chitchat_rows, "train")),
     "chitchat-heldout": _jsonl("chitchat-heldout", 1, partial(data.chitchat_rows, "heldout")),
 }
-"""Every known name; the README lists them."""
+"""All assets by name; the README lists them."""
 
 
 def resolve(uri: str) -> str:
-    """Turn ``embedded:NAME`` into an absolute local path, making the asset if the cache lacks it.
+    """Returns the absolute local path of ``embedded:NAME``; makes the asset if the cache lacks it.
 
-    Any other string (a folder, ``s3://...``, a hub name) is returned unchanged. The first call for a model takes up to
-    a minute, later calls only look whether the folder is there. Safe to call from many processes at once: each makes
-    its own copy and the first to finish wins.
+    Any other string (a folder, ``s3://...``, a hub name) comes back unchanged. The first call for a model takes up to a
+    minute. Many processes may call at once: each makes its own copy, and the first to finish wins.
 
     Raises:
-        ConfigError: an unknown name, a missing package, or a cache that cannot be written.
+        ConfigError: the name is unknown, a package is missing, or the cache cannot be written.
     """
     if not uri.startswith(SCHEME):
         return uri
@@ -88,7 +87,7 @@ def resolve(uri: str) -> str:
 
 
 def _make_once(folder: Path, make: Callable[[Path], None]) -> None:
-    """Make ``folder`` appear complete or not at all; of several makers at once the first one wins."""
+    """Makes ``folder`` appear complete or not at all; of several makers at once the first one wins."""
     if folder.is_dir():
         return
     folder.parent.mkdir(parents=True, exist_ok=True)

@@ -26,12 +26,12 @@ CHITCHAT_ROWS: dict[Split, int] = {"train": 192, "heldout": 48}
 
 
 def write_jsonl(path: Path, rows: list[Row]) -> None:
-    """Write one JSON object a line, ASCII, in the order given."""
+    """Writes one JSON object a line, in ASCII."""
     path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="ascii")
 
 
 def arithmetic_rows(split: Split) -> list[Row]:
-    """Synthetic, generated sums of two numbers below 100: 512 rows to train on, 64 held out.
+    """Generates sums of two numbers below 100: 512 rows to train on, 64 held out.
 
     No pair of numbers is in both splits, nor its mirror image: ``17 + 25`` in one keeps ``25 + 17`` out of the other.
     """
@@ -47,7 +47,7 @@ def _sum_row(smaller: int, larger: int) -> Row:
 
 
 def chitchat_rows(split: Split) -> list[Row]:
-    """Small talk between people: 192 rows to train on, 48 held out; the last reply is the assistant's.
+    """Returns small talk between people: 192 rows to train on, 48 held out. The last reply is the assistant's.
 
     A row is one message and its reply, from the start of a conversation, or three messages and their reply, from
     anywhere in it; only messages that were sent as one piece. A conversation, a replying person and a reply occur
@@ -135,7 +135,7 @@ def _words_of_many_people(conversations: dict[str, Any], people: int) -> set[str
 
 
 def _presentable(text: str, common: set[str]) -> bool:
-    """True if ``text`` is plain common English without anything on the lists below."""
+    """Tells if ``text`` is plain common English without anything on the lists below."""
     symbols = len(re.sub(r"[A-Za-z .,?!']", "", text))
     return (
         text.isascii()
@@ -172,10 +172,10 @@ _NOISE = re.compile(r"(.)\1{3}|\b(\w+)( \2\b){2}|[<>{}\[\]\\|*_^~`=]", re.IGNORE
 
 
 def _turns(*contents: str) -> list[dict[str, str]]:
-    """Messages of alternating speakers, the user first: ``_turns("hi", "hello")``."""
+    """Makes messages of alternating speakers, the user first: ``_turns("hi", "hello")``."""
     return [{"role": ("user", "assistant")[i % 2], "content": content} for i, content in enumerate(contents)]
 
 
 def _rank(key: str) -> str:
-    """A fixed pseudo-random order: sort by this."""
+    """Returns a key to sort by, for a fixed pseudo-random order."""
     return hashlib.sha256(key.encode()).hexdigest()

@@ -27,7 +27,7 @@ CHATML_TEMPLATE = (
 
 
 def make_smollm2(folder: Path) -> None:
-    """Write SmolLM2-135M-Instruct, de-quantised from Q4_1, as bf16 safetensors (269 MB, about a minute).
+    """Writes SmolLM2-135M-Instruct, de-quantised from Q4_1, as bf16 safetensors (269 MB, about a minute).
 
     These are not the published weights: they were rounded to 4 bits (the tied embedding to 8) and back. 134.5M
     parameters, 8192 positions, end of turn ``<|im_end|>`` = 2, which is also the padding id. The chat template is kept
@@ -66,7 +66,7 @@ def make_smollm2(folder: Path) -> None:
 
 
 def make_tiny_llama(folder: Path) -> None:
-    """Write a random Llama of 0.34M parameters with its own tokenizer (0.7 MB, deterministic).
+    """Writes a random Llama of 0.34M parameters with its own tokenizer (0.7 MB, deterministic).
 
     2 layers, hidden 128, 4 heads of 32 (the smallest head that vLLM's CPU attention has a kernel for), 2 key-value
     heads, 512 positions, 384 tokens, tied embeddings. It says nothing sensible; it is for tests of everything else.
@@ -98,7 +98,7 @@ def make_tiny_llama(folder: Path) -> None:
 
 
 def _tiny_tokenizer() -> "PreTrainedTokenizerFast":
-    """A byte-level BPE of 384 tokens trained on the embedded sums and a few sentences; any text round-trips."""
+    """Trains a byte-level BPE of 384 tokens on the embedded sums and a few sentences; any text round-trips."""
     from tokenizers import Tokenizer, decoders
     from tokenizers.models import BPE
     from tokenizers.pre_tokenizers import ByteLevel
@@ -141,4 +141,4 @@ Yes, I like to read in the evening when there is nothing else to do. There are m
 and the one that interests me the most is how people learn to talk. That is a good question. I think that they listen
 first, then they try, and then they try again until the others understand what they want to say.
 """
-"""Only what the tokenizer's merges are counted on."""
+"""Text on which the tokenizer's merges are counted, and nothing else."""

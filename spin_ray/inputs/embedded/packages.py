@@ -8,10 +8,10 @@ from spin_ray.errors import ConfigError
 
 
 def package_file(module: str, file: str, *, requirement: str, sha256: str) -> Path:
-    """Path of ``file`` inside the installed package ``module``, found without importing the package.
+    """Returns the path of ``file`` inside the installed package ``module``, found without importing the package.
 
-    Importing would run code (and need dependencies) that only the file's bytes do not need. The digest pins those
-    bytes: what is made from them is cached under a version number that means one thing.
+    An import would run code and need dependencies that reading a file does not. The digest pins the file's bytes, so
+    that the version number of what is made from them means one thing.
 
     Raises:
         ConfigError: the package is not installed, or is another release than ``requirement``.
@@ -31,7 +31,7 @@ def package_file(module: str, file: str, *, requirement: str, sha256: str) -> Pa
 
 
 def require_modules(*modules: str) -> None:
-    """Raise ConfigError naming what to install if one of ``modules`` cannot be imported."""
+    """Raises ConfigError if one of ``modules`` cannot be imported; the message says what to install."""
     missing = [module for module in modules if importlib.util.find_spec(module) is None]
     if missing:
         raise ConfigError(f"not installed: {', '.join(missing)}; pip install {' '.join(missing)}")

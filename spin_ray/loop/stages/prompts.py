@@ -1,4 +1,4 @@
-"""Stage 1: SFT data -> Prompt rows. The only stage that renders and tokenises.
+"""Stage 1: data -> prompt rows. The only stage that renders and tokenises prompts.
 
     files -> slices -> [one task a slice: parse, check, render, tokenise] -> drop duplicates, cut into parts
 
@@ -6,16 +6,13 @@ Rows that cannot be used go to RUN/quarantine with the reason, and are counted.
 """
 
 import gc
-import hashlib
 import logging
 import os
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
-from functools import cached_property
 from itertools import islice
-from json.encoder import encode_basestring
 from typing import Any
 
 import numpy as np
@@ -25,18 +22,11 @@ import ray
 import ray.exceptions
 
 from spin_ray.config.recipe import SpinConfig, digest
-from spin_ray.config.sections import DataConfig
 from spin_ray.errors import DataError, StageError, UserError, last_line
-from spin_ray.inputs.conversations import (
-    Conversation,
-    Unusable,
-    answer_of,
-    conversations_of,
-    question_of,
-    rejected_of,
-)
-from spin_ray.inputs.rendering import ChatRenderer, Rendered, RenderError, load_tokenizer
-from spin_ray.inputs.sources import Slice, SourceRow, files_digest, find_files, read_slice, split
+from spin_ray.inputs.conversations import Unusable
+from spin_ray.inputs.prompt_rows import PromptTask, Row, rows_of
+from spin_ray.inputs.rendering import ChatRenderer
+from spin_ray.inputs.sources import Slice, files_digest, find_files, read_slice, split
 from spin_ray.run_dir.artefact import Artefact, FileEntry
 from spin_ray.run_dir.names import part_name
 from spin_ray.run_dir.run_dir import RunDir
@@ -50,34 +40,9 @@ QUARANTINE_SCHEMA = pa.schema(
     [pa.field(name, pa.string()) for name in ("stage", "origin", "reason", "detail")] + [pa.field("row", pa.binary())]
 )
 _SLICE_SCHEMA = PROMPT_SCHEMA.append(pa.field("origin", pa.string())).append(pa.field("raw", pa.binary()))
-"""Rows of a slice before duplicates are dropped; the last two columns go no further than the quarantine."""
+"""Rows of a slice before duplicates are dropped. The last two columns are for the quarantine alone."""
 ROWS_AT_A_TIME = 1024
 """Rows that a task holds as Python objects."""
-Row = dict[str, Any]
-
-
-@dataclass(frozen=True)
-class PromptTask:
-    """What a task needs to turn a slice into rows."""
-
-    tokenizer: str
-    chat_template: str | None
-    trust_remote_code: bool
-    max_length: int
-    data: DataConfig
-    labelled: bool = True
-    """False: rows are questions, whose responses are neither there nor read."""
-
-    @cached_property
-    def renderer(self) -> ChatRenderer:
-        return ChatRenderer(load_tokenizer(self.tokenizer, self.chat_template, self.trust_remote_code))
-
-    def render(self, conversations: list[Conversation]) -> list[Rendered | RenderError]:
-        """Renders each conversation; a question up to where its answer would begin."""
-        if self.labelled:
-            return self.renderer.render_all(conversations)
-        prompts = self.renderer.render_prompts([messages[:-1] for messages in conversations])
-        return [ids if isinstance(ids, RenderError) else Rendered(ids, []) for ids in prompts]
 
 
 def run(
@@ -90,7 +55,7 @@ def run(
     *,
     labelled: bool = True,
 ) -> None:
-    """Makes ``artefact`` (prompts, questions or heldout) of the rows of ``source``; questions are not ``labelled``.
+    """Makes ``artefact`` (prompts, questions or heldout) from the rows of ``source``; questions are not ``labelled``.
 
     Raises:
         DataError: the data is missing, empty or damaged, or too many rows cannot be used.
@@ -103,7 +68,7 @@ def run(
         max_length=config.model.max_length,
         data=config.data,
         labelled=labelled,
-    )
+    ).prepared()
     inputs = {"data": files_digest(files), "chat_template": template_digest(task.renderer)}
     settings = {
         "max_length": config.model.max_length,
@@ -134,8 +99,8 @@ def run(
 
 
 def template_digest(renderer: ChatRenderer) -> str:
-    """Names how text becomes tokens: template, vocabulary and end-of-turn token."""
-    tokenizer = renderer._tokenizer
+    """Returns a digest of how text becomes tokens: template, vocabulary and end-of-turn token."""
+    tokenizer = renderer.tokenizer
     probe = [{"role": "user", "content": "The quick brown fox, 1+1=2."}, {"role": "assistant", "content": "jumps."}]
     rendered = renderer.render(probe)
     return digest([tokenizer.chat_template, len(tokenizer), rendered.prompt_ids, rendered.real_ids])
@@ -143,28 +108,28 @@ def template_digest(renderer: ChatRenderer) -> str:
 
 @dataclass(frozen=True, slots=True)
 class _Slice:
-    """A slice whose rows are in ``name``-rows and ``name``-bad, below the attempts."""
+    """A slice whose good rows are in the file ``name``-rows, and the others in ``name``-bad."""
 
     name: str
     ids: np.ndarray
-    """The 64-bit prompt ids of its rows: 8 bytes a row are all that the driver keeps of it."""
+    """64-bit prompt ids of the good rows. The driver keeps nothing else of a slice: 8 bytes a row."""
 
 
 def _rendered(answer: dict[str, Any]) -> _Slice:
-    """Of what a task answered; raises DataError if the slice could not be read."""
+    """Reads the answer of a task; raises DataError if the slice could not be read."""
     if answer["error"]:
         raise DataError(answer["error"])
     return _Slice(answer["name"], np.frombuffer(answer["ids"], dtype=np.uint64))
 
 
 class _RenderSlice:
-    """One task: reads a slice and writes its rows, good and bad, to an unnamed part."""
+    """A task of Ray Data: reads a slice, and writes its good and its unusable rows to two files."""
 
     def __init__(self, storage: Storage, stage: str, task: PromptTask) -> None:
         self._storage, self._stage, self._task = storage, stage, task
 
     def __call__(self, item: dict[str, Any]) -> dict[str, Any]:
-        """For ``_rendered``. What the user must mend is a value, as Ray keeps only the text of an exception."""
+        """Answers for ``_rendered``. An error of the user's is a value, as Ray keeps only the text of an exception."""
         answer = {"name": item["name"], "error": "", "ids": b""}
         try:
             with _busy_with_rows():
@@ -173,7 +138,7 @@ class _RenderSlice:
             return answer | {"error": str(error)}
 
     def _render(self, item: dict[str, Any]) -> bytes:
-        """The ids of the good rows."""
+        """Writes the rows, and returns the prompt ids of the good ones."""
         name = item["name"]
         good, bad = [_SLICE_SCHEMA.empty_table()], [QUARANTINE_SCHEMA.empty_table()]
         ids = bytearray()
@@ -196,8 +161,10 @@ class _RenderSlice:
 
 @contextmanager
 def _busy_with_rows() -> Iterator[None]:
-    """Many rows make no cycles, but would have Python look for some among all that is imported: a third of the time.
-    And as each slice has its task, the tokenizer's own threads would only be in each other's way.
+    """Switches Python's search for cycles and the tokenizer's threads off.
+
+    Rows make no cycles, but their number would start the search over all that is imported, again and again
+    (benchmarks/README.md, row 8). Each slice has its own task, so threads would only be in each other's way.
     """
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     collects = gc.isenabled()
@@ -209,86 +176,10 @@ def _busy_with_rows() -> Iterator[None]:
             gc.enable()
 
 
-def rows_of(sources: Sequence[SourceRow], task: PromptTask) -> Iterator[list[Row] | Unusable]:
-    """The prompt rows of each source row, or why it cannot be used; all are tokenised in one go."""
-    found = [_conversations_of(source, task) for source in sources]
-    usable = [conversation for each in found if not isinstance(each, Unusable) for conversation in each.all]
-    rendered = iter(task.render(usable))
-    for source, each in zip(sources, found, strict=True):
-        if isinstance(each, Unusable):
-            yield each
-            continue
-        results = list(islice(rendered, len(each.all)))
-        rejected = results.pop() if each.rejected else None
-        try:
-            yield [
-                _row(source, conversation, result, rejected, task)
-                for conversation, result in zip(each.ending_with_real, results, strict=True)
-            ]
-        except Unusable as unusable:  # one bad turn spoils the row: half a conversation would be in neither place
-            yield unusable
-
-
-@dataclass(frozen=True, slots=True)
-class _Found:
-    """Conversations of a source row."""
-
-    ending_with_real: list[Conversation]
-    rejected: Conversation | None
-    """The last of them with its rejected response."""
-
-    @property
-    def all(self) -> list[Conversation]:
-        return [*self.ending_with_real, *([self.rejected] if self.rejected else [])]
-
-
-def _conversations_of(source: SourceRow, task: PromptTask) -> _Found | Unusable:
-    try:
-        if not task.labelled:
-            return _Found([question_of(source.content, task.data)], None)
-        return _Found(conversations_of(source.content, task.data), rejected_of(source.content, task.data))
-    except Unusable as unusable:
-        return unusable
-
-
-def _row(
-    source: SourceRow,
-    conversation: Conversation,
-    rendered: Rendered | RenderError,
-    rejected: Rendered | RenderError | None,
-    task: PromptTask,
-) -> Row:
-    for each in (rendered, rejected):
-        if isinstance(each, RenderError):
-            raise Unusable("template", str(each))
-        if each is not None and len(each.prompt_ids) + len(each.real_ids) > task.max_length:
-            length = len(each.prompt_ids) + len(each.real_ids)
-            raise Unusable("too_long", f"{length} tokens, model.max_length is {task.max_length}")
-    assert isinstance(rendered, Rendered) and not isinstance(rejected, RenderError)
-    identity = [rendered.prompt_ids, rendered.real_ids, *([rejected.real_ids] if rejected else [])]
-    return {
-        "prompt_id": hashlib.blake2b(str(identity).encode(), digest_size=8).hexdigest(),
-        "prompt_ids": rendered.prompt_ids,
-        "real_ids": rendered.real_ids,
-        "messages": _as_json(conversation),
-        "answer": answer_of((source.content or {}).get("answer")),
-        "rejected_ids": rejected.real_ids if rejected else None,
-    }
-
-
-def _as_json(conversation: Conversation) -> str:
-    """As ``json.dumps`` writes it, text as text; that sets itself up anew for each call, which takes twice as long."""
-    written = [
-        f'{{"role": {encode_basestring(message["role"])}, "content": {encode_basestring(message["content"])}}}'
-        for message in conversation
-    ]
-    return f"[{', '.join(written)}]"
-
-
 def _finish(
     storage: Storage, slices: list[_Slice], artefact: Artefact, max_rows: int | None, part_rows: int
 ) -> tuple[dict[str, FileEntry], Counter[str]]:
-    """Drops duplicates, cuts rows into parts of ``part_rows``, writes the quarantine; one slice in memory at a time."""
+    """Drops duplicates, cuts rows into parts of ``part_rows``, and writes the quarantine; reads one slice at a time."""
     firsts = _first_of_each([each.ids for each in slices], max_rows)
     reasons: Counter[str] = Counter()
     quarantine: list[pa.Table] = []
@@ -329,9 +220,9 @@ def _columns(part: bytes, names: list[str]) -> pa.Table:
 
 
 def _first_of_each(ids: list[np.ndarray], limit: int | None) -> list[tuple[np.ndarray, np.ndarray]]:
-    """For each slice, which rows to keep (the first of their id, ``limit`` in all), and which repeat a kept one.
+    """Returns for each slice two masks of its rows: those to keep, and those that repeat a kept one.
 
-    Rows past the limit are neither.
+    The first row of an id is kept, up to ``limit`` in all. Rows past the limit are in neither mask.
     """
     every = np.concatenate(ids)
     _, first, which = np.unique(every, return_index=True, return_inverse=True)

@@ -10,9 +10,9 @@ import pytest
 from spin_ray.config.recipe import SpinConfig
 from spin_ray.config.sections import DataConfig
 from spin_ray.errors import ConfigError, DataError, ModelError
-from spin_ray.inputs.check import check_recipe, check_token_ids, disk_free_gib, versions
+from spin_ray.inputs.check import check_recipe, check_template_tokens, check_token_ids, disk_free_gib, versions
 from spin_ray.inputs.embedded import resolve
-from spin_ray.inputs.rendering import ChatRenderer, Rendered
+from spin_ray.inputs.rendering import ChatRenderer, Rendered, load_tokenizer
 from tests.support.tokenizer_kinds import TEMPLATES, tokenizer_of_kind
 
 TINY = Path(resolve("embedded:tiny-llama"))
@@ -134,3 +134,63 @@ def test_token_ids_of_a_runs_own_rows_are_compared_with_transformers(kind, tmp_p
         monkeypatch.setattr(renderer, "render_all", as_two_texts)
         with pytest.raises(ModelError, match=r"rows\.jsonl:1 has other token ids here than transformers gives it"):
             check_token_ids(tokenizer, renderer, source, DataConfig(train=source))
+
+
+# Tokens that the model has no embedding for
+
+
+@pytest.fixture
+def larger_tokenizer(tmp_path):
+    """A model of 384 embeddings whose tokenizer has the ids 384 and 385, too."""
+    folder = tmp_path / "model"
+    shutil.copytree(TINY, folder)
+    tokenizer = load_tokenizer(str(folder))
+    assert tokenizer.add_tokens(["<tool_call>", "</tool_call>"]) == 2
+    tokenizer.save_pretrained(folder)
+    return folder
+
+
+def test_tokens_without_an_embedding_that_nothing_uses_are_no_trouble(larger_tokenizer):
+    assert check_recipe(config_for(model={"path": str(larger_tokenizer)})).end_of_turn_id == 2
+
+
+def test_a_template_that_names_tokens_without_an_embedding_is_refused(larger_tokenizer):
+    template = (larger_tokenizer / "chat_template.jinja").read_text()
+    template += "{% if tools %}<tool_call>{{ tools }}</tool_call>{% endif %}"
+    (larger_tokenizer / "chat_template.jinja").write_text(template)
+    with pytest.raises(ModelError) as caught:
+        check_recipe(config_for(model={"path": str(larger_tokenizer)}))
+    assert str(caught.value) == (
+        f"{larger_tokenizer}: the tokenizer has tokens (<tool_call>, </tool_call>) that the model has no embedding for "
+        "(ids 384, 385 of a vocabulary of 384), and its chat template has them; save the model after "
+        "resize_token_embeddings, or take them out of template and data"
+    )
+
+
+def test_an_end_of_turn_without_an_embedding_is_refused_though_the_template_has_no_name_for_it():
+    tokenizer = load_tokenizer(str(TINY))
+    tokenizer.chat_template = "{% for m in messages %}{{ m.content + eos_token }}{% endfor %}"
+    with pytest.raises(ModelError, match=r"tokens \(<\|im_end\|>\).*\(ids 2 of a vocabulary of 2\)"):
+        check_template_tokens(tokenizer, ChatRenderer(tokenizer), 2)
+
+
+@pytest.mark.parametrize("nested", [False, True], ids=["vocab_size", "text_config.vocab_size"])
+@pytest.mark.parametrize("column", ["prompt", "response"])
+def test_rows_with_a_token_without_an_embedding_are_refused(larger_tokenizer, tmp_path, column, nested):
+    if nested:
+        config = json.loads((larger_tokenizer / "config.json").read_text())
+        config |= {"text_config": {"vocab_size": config.pop("vocab_size")}}
+        (larger_tokenizer / "config.json").write_text(json.dumps(config))
+    rows = [{"prompt": "a", "response": "b"}, {"prompt": "a", "response": "b", column: "x</tool_call>"}]
+    (tmp_path / "d.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    with pytest.raises(ModelError) as caught:
+        check_recipe(config_for(model={"path": str(larger_tokenizer)}, data={"train": str(tmp_path / "d.jsonl")}))
+    assert f"(ids 385 of a vocabulary of 384), and {tmp_path}/d.jsonl:2 has them" in str(caught.value)
+
+
+def test_a_model_that_does_not_say_its_vocabulary_is_not_asked_for_it(larger_tokenizer, tmp_path):
+    config = json.loads((larger_tokenizer / "config.json").read_text())
+    del config["vocab_size"]
+    (larger_tokenizer / "config.json").write_text(json.dumps(config))
+    (tmp_path / "d.jsonl").write_text(json.dumps({"prompt": "a", "response": "</tool_call>"}))
+    check_recipe(config_for(model={"path": str(larger_tokenizer)}, data={"train": str(tmp_path / "d.jsonl")}))

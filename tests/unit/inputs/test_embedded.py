@@ -116,7 +116,7 @@ def test_failed_make_leaves_nothing_and_can_be_repeated(cache, monkeypatch):
 def test_leftover_of_a_killed_process_is_not_taken_for_the_asset(cache, monkeypatch):
     script = """
 import os, signal
-from spin_ray import embedded
+from spin_ray.inputs import embedded
 
 def die_half_way(folder):
     (folder / "half").write_text("1")

@@ -233,10 +233,14 @@ def test_a_file_that_is_called_parquet_and_is_not_is_named(tmp_path, content):
         split([str(path)])
 
 
-def test_missing_columns_of_parquet_are_named(tmp_path):
-    pq.write_table(pa.table({"prompt": ["p"], "text": ["t"]}), tmp_path / "a.parquet")
-    with pytest.raises(DataError, match="needs a column messages, or columns prompt and response; has prompt, text"):
+def test_a_parquet_file_of_other_columns_is_refused_with_what_it_has_and_what_it_needs(tmp_path):
+    pq.write_table(pa.table({"text": ["t"], "response": ["r"]}), tmp_path / "a.parquet")
+    with pytest.raises(DataError) as caught:
         split([str(tmp_path / "a.parquet")])
+    assert str(caught.value) == (
+        f"{tmp_path}/a.parquet: has only the columns response, text; needs messages, or prompt and response (or chosen "
+        "and rejected), or prompt alone for questions, or chosen and rejected that are lists of messages"
+    )
 
 
 def test_parquet_without_rows_gives_none(tmp_path):

@@ -8,8 +8,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from spin_ray.inputs.rendering import ChatRenderer, RenderError
-from spin_ray.inputs.skeletons import Skeletons
-from spin_ray.inputs.templates import leaves_texts_alone
+from spin_ray.inputs.templates import Skeletons
+from spin_ray.inputs.templates.copying import copies_texts
 from tests.unit.inputs.test_rendering import assistant, fresh_tokenizer, hostile_text, user
 
 END = "<|im_end|>"
@@ -69,16 +69,21 @@ LOOKING = {
 
 @pytest.mark.parametrize("name", COPYING)
 def test_templates_that_copy_texts_are_known_as_such(name):
-    assert leaves_texts_alone(COPYING[name])
+    assert copies_texts(COPYING[name])
 
 
 @pytest.mark.parametrize("name", LOOKING)
 def test_templates_that_look_at_texts_are_told_from_them(name):
-    assert not leaves_texts_alone(LOOKING[name])
+    assert not copies_texts(LOOKING[name])
 
 
 def test_the_embedded_models_templates_copy():
-    assert ChatRenderer(fresh_tokenizer())._skeletons is not None
+    assert ChatRenderer(fresh_tokenizer())._template._skeletons.write([user("a"), assistant("b")]) is not None
+
+
+def test_a_template_that_is_no_text_is_always_asked():
+    """transformers takes several templates under names, too."""
+    assert Skeletons.of({"default": COPYING["chatml"]}, lambda *_: "x").write([user("a"), assistant("b")]) is None
 
 
 texts = hostile_text | st.sampled_from(["", " ", "\u2003", " x\n", "%s", "100%", "\ue0020\ue003", END])
@@ -90,11 +95,11 @@ conversations = st.lists(messages, max_size=4).flatmap(
 
 @pytest.fixture(scope="module")
 def renderers():
-    """Of each template, one that may write by itself, and one that always asks the template."""
+    """For each template, a renderer that may write by itself, and one that always asks the template."""
     both = {}
     for name, template in COPYING.items():
         both[name] = (ChatRenderer(fresh_tokenizer(template)), ChatRenderer(fresh_tokenizer(template)))
-        both[name][1]._skeletons = None
+        both[name][1]._template._skeletons = Skeletons(None)
     return both
 
 

@@ -16,13 +16,15 @@ import pytest
 import torch
 
 from spin_ray.config.sections import DataConfig
+from spin_ray.inputs import prompt_rows
 from spin_ray.inputs.embedded import resolve
 from spin_ray.inputs.model_folder import ModelFolder
+from spin_ray.inputs.prompt_rows import PromptTask
 from spin_ray.inputs.rendering import ChatRenderer, load_tokenizer
 from spin_ray.inputs.sources import SourceRow
 from spin_ray.learner.batch import PackedBatch
 from spin_ray.learner.packing import build_pack
-from spin_ray.loop.stages import evaluation, pairs, prompts
+from spin_ray.loop.stages import evaluation, pairs
 from spin_ray.loop.stages.generation import stage as generation
 from spin_ray.loop.stages.generation.shards import cut_into_shards
 from spin_ray.run_dir.run_dir import RunDir
@@ -52,9 +54,9 @@ def check_tested_in(file: str, test: str) -> None:
 
 def rows_of(texts: list[str], turns: str = "last") -> list[dict[str, Any]]:
     """Prompt rows of a conversation, as stage 1 makes them."""
-    task = prompts.PromptTask(TINY, None, False, 512, DataConfig(train="d", turns=turns))
+    task = PromptTask(TINY, None, False, 512, DataConfig(train="d", turns=turns))
     messages = [{"role": ("user", "assistant")[i % 2], "content": text} for i, text in enumerate(texts)]
-    (rows,) = prompts.rows_of([SourceRow("here", {"messages": messages}, b"")], task)
+    (rows,) = prompt_rows.rows_of([SourceRow("here", {"messages": messages}, b"")], task)
     return rows
 
 
@@ -169,9 +171,9 @@ def test_6_double_bos():
     )
     text = tokenizer.apply_chat_template([{"role": "user", "content": "hi"}], tokenize=False)
     assert tokenizer.encode(text).count(tokenizer.bos_token_id) == 2  # the mistake
-    task = prompts.PromptTask(TINY, None, False, 512, DataConfig(train="d"))
+    task = PromptTask(TINY, None, False, 512, DataConfig(train="d"))
     task.__dict__["renderer"] = ChatRenderer(tokenizer)
-    ((row,),) = prompts.rows_of([SourceRow("here", {"prompt": "hi", "response": "ho"}, b"")], task)
+    ((row,),) = prompt_rows.rows_of([SourceRow("here", {"prompt": "hi", "response": "ho"}, b"")], task)
     assert (row["prompt_ids"] + row["real_ids"]).count(tokenizer.bos_token_id) == 1
 
 

@@ -1,8 +1,8 @@
-"""Does a chat template leave the texts of messages alone? Then what it writes around them follows from roles only.
+"""A proof, read from its program, that a chat template copies the texts of messages and does nothing else with them.
 
-A template is a program: it may trim a text, cut it, or ask what is in it. This reads the program (Jinja's syntax tree)
-and says yes only if it can show that every text is copied into the output as it is, or stripped of blanks at its
-ends, and that no decision depends on more than whether a text is empty. Anything it does not know is a no.
+A template may trim a text, cut it, or ask what is in it. ``copies_texts`` reads Jinja's syntax tree. It says yes only
+if every text is copied into the output as it is, or stripped of blanks at its ends, and no decision depends on more
+than on a text being empty. What the reader does not know is a no.
 """
 
 from enum import Enum
@@ -13,7 +13,7 @@ from jinja2.sandbox import ImmutableSandboxedEnvironment
 
 
 class _Kind(Enum):
-    """What an expression may hold of the texts."""
+    """The part of the conversation that an expression may hold."""
 
     CLEAN = "nothing"
     MESSAGES = "the conversation, or a part of it"
@@ -30,8 +30,8 @@ _PURE = (nodes.BinExpr, nodes.UnaryExpr, nodes.Literal, nodes.Pair, nodes.Keywor
 _FUNCTIONS = {"raise_exception", "namespace", "range", "dict"}
 
 
-def leaves_texts_alone(template: str) -> bool:
-    """Whether ``template`` copies every ``content`` of ``messages`` into its output and does nothing else with it."""
+def copies_texts(template: str) -> bool:
+    """Says yes if ``template`` is shown to copy every ``content`` of ``messages`` and to do nothing else with it."""
     environment = ImmutableSandboxedEnvironment(extensions=["jinja2.ext.loopcontrols"])
     try:
         return _Reader().accepts(environment.parse(template))
@@ -40,13 +40,13 @@ def leaves_texts_alone(template: str) -> bool:
 
 
 class _Reader:
-    """Follows the texts through a template; where a name has been set in several places, it may hold any of them."""
+    """A walk through a template that follows the texts. A name that is set in several places may hold any of them."""
 
     def __init__(self) -> None:
         self._names = {"messages": _MESSAGES}
 
     def accepts(self, template: nodes.Template) -> bool:
-        """Raises _Looks if not. A name may hold what is set further down: read until nothing changes."""
+        """Reads until nothing changes, as a name may hold what is set further down; raises _Looks for a no."""
         before: dict[str, _Kind] = {}
         while before != self._names:
             before = dict(self._names)
@@ -85,10 +85,11 @@ class _Reader:
                 self._set(each, kind)
 
     def _decide(self, test: Any) -> None:
-        """Whether an expression is true depends on no more than that a text is empty."""
+        """Raises _Looks if the truth of ``test`` depends on more than on a text being empty."""
         self._among(test, _CLEAN, _MESSAGES, _MESSAGE, _TEXT)
 
     def _among(self, expression: Any, *kinds: _Kind) -> _Kind:
+        """Returns the kind of an expression; raises _Looks if it is none of ``kinds``."""
         found = self._kind(expression)
         if found not in kinds:
             raise _Looks(found)
@@ -155,7 +156,7 @@ class _Reader:
         raise _Looks("a part of a text")
 
     def _result(self, call: Any) -> _Kind:
-        """Of a filter, a test or a function."""
+        """Returns the kind of what a filter, a test or a function gives."""
         arguments = [*call.args, *call.kwargs, *filter(None, (call.dyn_args, call.dyn_kwargs))]
         match call:
             case nodes.Filter(name="trim", node=text) | nodes.Call(node=nodes.Getattr(node=text, attr="strip")) if (
@@ -184,7 +185,7 @@ class _Reader:
 
 
 def _either(one: _Kind, other: _Kind) -> _Kind:
-    """What holds either of two; of two kinds of text, the one that allows less."""
+    """Returns the kind of a name that holds one or the other; of two kinds of text, the one that allows less."""
     if one is other or other is _CLEAN:
         return one
     if one is _CLEAN:

@@ -1,0 +1,154 @@
+"""Source rows -> prompt rows: parsed, checked, rendered and tokenised, without Ray.
+
+The prompts stage reads whole data sets by these functions, and ``spin-ray plan`` reads a sample of one.
+"""
+
+import hashlib
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from itertools import islice
+from json.encoder import encode_basestring
+from pathlib import Path
+from typing import Any
+
+from spin_ray.config.sections import DataConfig
+from spin_ray.inputs.conversations import (
+    Conversation,
+    Unusable,
+    answer_of,
+    conversations_of,
+    question_of,
+    rejected_of,
+)
+from spin_ray.inputs.rendering import ChatRenderer, Rendered, RenderError, load_tokenizer
+from spin_ray.inputs.sources import SourceRow
+from spin_ray.inputs.vocabulary import vocabulary_of, without_embedding
+
+Row = dict[str, Any]
+"""Columns of ``PROMPT_SCHEMA``."""
+
+
+@dataclass(frozen=True)
+class PromptTask:
+    """Everything that a task needs to turn source rows into prompt rows."""
+
+    tokenizer: str
+    """Folder of the model."""
+    chat_template: str | None
+    trust_remote_code: bool
+    max_length: int
+    data: DataConfig
+    labelled: bool = True
+    """False: rows are questions, whose responses are neither there nor read."""
+
+    @cached_property
+    def renderer(self) -> ChatRenderer:
+        return ChatRenderer(load_tokenizer(self.tokenizer, self.chat_template, self.trust_remote_code))
+
+    @cached_property
+    def without_embedding(self) -> dict[int, str]:
+        """Tokens that the tokenizer has and the model does not embed: usually none."""
+        return without_embedding(self.renderer.tokenizer, vocabulary_of(Path(self.tokenizer)))
+
+    def prepared(self) -> "PromptTask":
+        """Loads the tokenizer now, so that copies sent to other processes bring it along; returns the task."""
+        _ = self.renderer, self.without_embedding
+        return self
+
+    def render(self, conversations: list[Conversation]) -> list[Rendered | RenderError]:
+        """Renders each conversation; a question only up to where its answer would begin."""
+        if self.labelled:
+            return self.renderer.render_all(conversations)
+        prompts = self.renderer.render_prompts([messages[:-1] for messages in conversations])
+        return [ids if isinstance(ids, RenderError) else Rendered(ids, []) for ids in prompts]
+
+
+def rows_of(sources: Sequence[SourceRow], task: PromptTask) -> Iterator[list[Row] | Unusable]:
+    """Yields for each source row its prompt rows, or the reason why the row cannot be used.
+
+    All conversations are tokenised in one call.
+    """
+    found = [_conversations_of(source, task) for source in sources]
+    usable = [conversation for each in found if not isinstance(each, Unusable) for conversation in each.all]
+    rendered = iter(task.render(usable))
+    for source, each in zip(sources, found, strict=True):
+        if isinstance(each, Unusable):
+            yield each
+            continue
+        results = list(islice(rendered, len(each.all)))
+        rejected = results.pop() if each.rejected else None
+        try:
+            yield [
+                _row(source, conversation, result, rejected, task)
+                for conversation, result in zip(each.ending_with_real, results, strict=True)
+            ]
+        except Unusable as unusable:  # one bad turn spoils the row: half a conversation would be in neither place
+            yield unusable
+
+
+@dataclass(frozen=True, slots=True)
+class _Found:
+    """The conversations of a source row."""
+
+    ending_with_real: list[Conversation]
+    rejected: Conversation | None
+    """The last conversation, with the rejected response in place of the chosen one."""
+
+    @property
+    def all(self) -> list[Conversation]:
+        return [*self.ending_with_real, *([self.rejected] if self.rejected else [])]
+
+
+def _conversations_of(source: SourceRow, task: PromptTask) -> _Found | Unusable:
+    try:
+        if not task.labelled:
+            return _Found([question_of(source.content, task.data)], None)
+        return _Found(conversations_of(source.content, task.data), rejected_of(source.content, task.data))
+    except Unusable as unusable:
+        return unusable
+
+
+def _row(
+    source: SourceRow,
+    conversation: Conversation,
+    rendered: Rendered | RenderError,
+    rejected: Rendered | RenderError | None,
+    task: PromptTask,
+) -> Row:
+    """Builds the prompt row of one conversation.
+
+    Raises:
+        Unusable: the chat template refuses the conversation, or the conversation is too long, or has a token without
+            an embedding.
+    """
+    for each in (rendered, rejected):
+        if isinstance(each, RenderError):
+            raise Unusable("template", str(each))
+        if each is not None and len(each.prompt_ids) + len(each.real_ids) > task.max_length:
+            length = len(each.prompt_ids) + len(each.real_ids)
+            raise Unusable("too_long", f"{length} tokens, model.max_length is {task.max_length}")
+        if each is not None and task.without_embedding:
+            for token_id in [*each.prompt_ids, *each.real_ids]:
+                if token_id in task.without_embedding:
+                    name = task.without_embedding[token_id]
+                    raise Unusable("vocabulary", f"the model has no embedding for {name} (id {token_id})")
+    assert isinstance(rendered, Rendered) and not isinstance(rejected, RenderError)
+    identity = [rendered.prompt_ids, rendered.real_ids, *([rejected.real_ids] if rejected else [])]
+    return {
+        "prompt_id": hashlib.blake2b(str(identity).encode(), digest_size=8).hexdigest(),
+        "prompt_ids": rendered.prompt_ids,
+        "real_ids": rendered.real_ids,
+        "messages": _as_json(conversation),
+        "answer": answer_of((source.content or {}).get("answer")),
+        "rejected_ids": rejected.real_ids if rejected else None,
+    }
+
+
+def _as_json(conversation: Conversation) -> str:
+    """Writes what ``json.dumps(conversation, ensure_ascii=False)`` writes, in half the time."""
+    written = [
+        f'{{"role": {encode_basestring(message["role"])}, "content": {encode_basestring(message["content"])}}}'
+        for message in conversation
+    ]
+    return f"[{', '.join(written)}]"

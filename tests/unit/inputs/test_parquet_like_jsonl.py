@@ -1,0 +1,124 @@
+"""The same rows give the same prompt rows, whether they come as JSONL or as Parquet."""
+
+import json
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from spin_ray.inputs import prompt_rows
+from spin_ray.inputs.conversations import Unusable
+from spin_ray.inputs.sources import read_slice, split
+from tests.unit.inputs.test_prompt_rows import chat, task_of, text_of
+
+Row = dict[str, Any]
+TEXTS = {
+    "string": pa.string(),
+    "large_string": pa.large_string(),
+    "dictionary": pa.dictionary(pa.int32(), pa.string()),
+}
+
+
+def write_jsonl(path: Path, rows: list[Row]) -> Path:
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return path
+
+
+def write_parquet(path: Path, rows: list[Row], text: pa.DataType = TEXTS["string"], row_group: int = 2) -> Path:
+    """Writes a column for each key of any row; a row that lacks the key has a null there, as all writers do."""
+    conversation = pa.list_(pa.struct([("role", text), ("content", text), ("tool_calls", pa.list_(pa.string()))]))
+    types = {"messages": conversation, "answer": pa.float64(), "score": pa.float64()}
+    fields = []
+    for name in dict.fromkeys(key for row in rows for key in row):
+        nested = any(isinstance(row.get(name), list) for row in rows)
+        fields.append((name, types.get(name, conversation if nested else text)))
+    table = pa.table(
+        [pa.array([row.get(name) for row in rows], kind) for name, kind in fields], schema=pa.schema(fields)
+    )
+    pq.write_table(table, path, row_group_size=row_group)
+    return path
+
+
+def found_in(path: Path, *, labelled: bool = True, **data: Any) -> list[list[Row] | tuple[str, str]]:
+    """For each row of a file its prompt rows, or the reason why it cannot be used."""
+    task = replace(task_of(**data), labelled=labelled)
+    task.__dict__["renderer"] = task_of().renderer
+    rows = [row for piece in split([str(path)]) for row in read_slice(piece)]
+    found = prompt_rows.rows_of(rows, task)
+    return [(each.reason, each.detail) if isinstance(each, Unusable) else each for each in found]
+
+
+texts = st.text(st.characters(exclude_categories=["Cs"]), max_size=6) | st.sampled_from(["a", "b", "<|im_end|>", " "])
+chats = st.lists(texts, min_size=1, max_size=4).map(lambda each: chat(*each))
+pairs_of_chats = st.tuples(chats, texts, texts).map(
+    lambda found: {
+        "chosen": [*found[0], {"role": "assistant", "content": found[1]}],
+        "rejected": [*found[0], {"role": "assistant", "content": found[2]}],
+    }
+)
+answers = st.none() | st.integers(-9, 9) | st.floats(-9, 9)
+
+
+def lacking(**columns: st.SearchStrategy[Any]) -> st.SearchStrategy[Row]:
+    """Rows that may lack any of the columns."""
+    return st.fixed_dictionaries({}, optional=columns)
+
+
+FORMS = {
+    "messages": lacking(messages=chats, answer=answers.filter(lambda answer: answer is not None)),
+    "prompt and response": lacking(prompt=texts, response=texts, score=st.floats(0, 9)),
+    "prompt, chosen and rejected": lacking(prompt=texts, chosen=texts, rejected=texts),
+    "chosen and rejected conversations": pairs_of_chats | lacking(chosen=chats, rejected=chats),
+    "all columns of UltraFeedback": st.tuples(pairs_of_chats, lacking(prompt=texts, messages=chats)).map(
+        lambda found: found[0] | found[1]
+    ),
+    "prompt only": lacking(prompt=texts),
+    "messages here, prompt there": lacking(messages=chats) | lacking(prompt=texts, response=texts),
+}
+
+
+@pytest.mark.parametrize("form", FORMS)
+@settings(max_examples=15, deadline=None)
+@given(data=st.data(), text=st.sampled_from(sorted(TEXTS)), turns=st.sampled_from(["last", "first", "all"]))
+def test_parquet_gives_the_prompt_rows_that_jsonl_gives(tmp_path_factory, form, data, text, turns):
+    rows = data.draw(st.lists(FORMS[form], min_size=1, max_size=5))
+    if not any({"messages", "prompt", "chosen"} & row.keys() for row in rows):
+        rows.append({"prompt": "p", "response": "r"} if "prompt" in form else pairs_of_one())
+    folder = tmp_path_factory.getbasetemp()
+    lines = write_jsonl(folder / "a.jsonl", rows)
+    columns = write_parquet(folder / "a.parquet", rows, TEXTS[text])
+    for labelled in (True, False):
+        assert found_in(columns, labelled=labelled, turns=turns) == found_in(lines, labelled=labelled, turns=turns)
+
+
+def pairs_of_one() -> Row:
+    return {"chosen": chat("a", "b"), "rejected": chat("a", "c")}
+
+
+def test_ultrafeedback_has_its_pairs(tmp_path):
+    """Columns as in HuggingFaceH4/ultrafeedback_binarized."""
+    row = {"prompt": "2 + 2?", "prompt_id": "p0", "messages": chat("2 + 2?", "4"), "score_chosen": "8"}
+    row |= {"chosen": chat("2 + 2?", "4"), "rejected": chat("2 + 2?", "5")}
+    ((found,),) = found_in(write_parquet(tmp_path / "a.parquet", [row]))
+    assert (text_of(found["real_ids"]), text_of(found["rejected_ids"])) == ("4<|im_end|>", "5<|im_end|>")
+
+
+@pytest.mark.parametrize(
+    "row", [pairs_of_one(), {"prompt": "a", "chosen": "b", "rejected": "c"}], ids=["conversations", "prompt and texts"]
+)
+def test_pairs_need_no_other_column(tmp_path, row):
+    ((found,),) = found_in(write_parquet(tmp_path / "a.parquet", [row]))
+    assert text_of(found["prompt_ids"]).startswith("<|im_start|>user\na<|im_end|>")
+    assert (text_of(found["real_ids"]), text_of(found["rejected_ids"])) == ("b<|im_end|>", "c<|im_end|>")
+
+
+def test_questions_need_a_prompt_only(tmp_path):
+    path = write_parquet(tmp_path / "a.parquet", [{"prompt": "why?"}])
+    ((found,),) = found_in(path, labelled=False)
+    assert text_of(found["prompt_ids"]).startswith("<|im_start|>user\nwhy?<|im_end|>")
+    assert found_in(path) == [("malformed", "needs messages, or prompt and response")]
