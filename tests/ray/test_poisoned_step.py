@@ -12,6 +12,7 @@ import torch.distributed as dist
 
 from spin_ray.errors import StageError
 from spin_ray.learner import step as loop
+from spin_ray.learner.losses import LOSSES, MarginLoss, logistic
 from spin_ray.loop.stages.training import stage as training
 from spin_ray.run_dir.run_dir import RunDir
 from spin_ray.run_dir.storage import Storage
@@ -24,7 +25,7 @@ pytestmark = [pytest.mark.slow, pytest.mark.timeout(300)]
 
 def _poisoned(attempts: Path, job: training.TrainJob) -> Any:
     """The real work, but for the loss of rank 1 in the last step."""
-    right_plan, right_step, right_loss = loop.plan, loop.train_step, loop.spin_loss
+    right_plan, right_step = loop.plan, loop.train_step
     last: list[Any] = []
 
     def plan(*arguments: Any, **options: Any) -> Any:
@@ -36,7 +37,7 @@ def _poisoned(attempts: Path, job: training.TrainJob) -> Any:
         bad = dist.get_rank() == 1 and step is last[0]
         if bad:
             wait_until_heard_of(Path(job.storage.where(f"{job.name}/checkpoints")), 2)
-        loop.spin_loss = lambda *arguments: right_loss(*arguments) * (torch.nan if bad else 1.0)
+        LOSSES["logistic"] = MarginLoss(lambda margin: logistic(margin) * (torch.nan if bad else 1.0))
         return right_step(backend, step, *rest)
 
     training.plan, training.train_step = plan, step

@@ -26,6 +26,7 @@ from spin_ray.inputs.model_folder import ModelFolder
 from spin_ray.learner.backends import make_backend
 from spin_ray.learner.backends.base import BackendSettings, TrainBackend
 from spin_ray.learner.health import HealthMonitor
+from spin_ray.learner.losses import resolve_loss
 from spin_ray.learner.step import (
     Objective,
     PackShape,
@@ -109,15 +110,15 @@ def run(run_dir: RunDir, config: SpinConfig, iteration: int, opponent: ModelFold
     """
     values = config.at(iteration)
     base, wins = run_dir.base_scores(iteration), run_dir.wins(iteration)
-    target = run_dir.model(iteration + 1)
+    loss, target = resolve_loss(objective.loss), run_dir.model(iteration + 1)
     job = TrainJob(
         name=target.path.partition("/")[0],
         storage=run_dir.storage,
         start=opponent,
         rows=run_dir.pairs(iteration),
-        reference=run_dir.reference(iteration) if objective.loss is not None else None,
-        base=base if base.is_committed else None,
-        wins=wins if objective.loss == "square" else None,
+        reference=run_dir.reference(iteration) if loss.needs_reference else None,
+        base=base if loss.needs_reference and base.is_committed else None,
+        wins=wins if loss.needs_wins else None,
         reference_alpha=config.objective.reference_alpha,
         target=target,
         objective=objective,
