@@ -231,7 +231,8 @@ class SftLoss:
         return None
 
 
-LOSSES: dict[str | None, Loss] = {name: MarginLoss(function) for name, function in MARGIN_FUNCTIONS.items()} | {
+LOSSES: dict[str | None, Loss] = {
+    **{name: MarginLoss(function) for name, function in MARGIN_FUNCTIONS.items()},
     "square": SquareLoss(),
     None: SftLoss(),
 }

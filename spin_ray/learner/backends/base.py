@@ -18,8 +18,8 @@ from spin_ray.learner.batch import PackedBatch
 class BackendSettings:
     """How to compute and optimise. Example, scoring only: ``BackendSettings(max_length=2048)``."""
 
-    kind: Literal["fsdp2", "deepspeed"] = "fsdp2"
-    """Which backend (``train.backend``)."""
+    kind: str = "fsdp2"
+    """Name or import path of the backend (``train.backend``)."""
     max_length: int
     """Longest prompt + response in tokens (``model.max_length``): tells whether a sliding window can matter."""
     precision: Literal["bf16", "fp32"] = "bf16"

@@ -18,9 +18,10 @@ from spin_ray.config.sections import OptimizerConfig
 from spin_ray.errors import ModelError
 from spin_ray.learner.adapters import add_adapters
 from spin_ray.learner.backends.base import BackendSettings, StepStats, set_learning_rate
-from spin_ray.learner.backends.modules import bare_optimizer, export, persistent, recompute_activations, trainable
+from spin_ray.learner.backends.modules import export, persistent, recompute_activations, trainable
 from spin_ray.learner.batch import PackedBatch
 from spin_ray.learner.hf_folder import load_model
+from spin_ray.learner.optimizers import make_optimizer
 from spin_ray.learner.scoring import Layout, ResponseScorer, choose_layout
 
 CHECKPOINT = "zero"
@@ -55,7 +56,7 @@ class DeepSpeedBackend:
         buffers = {name: buffer.clone() for name, buffer in self._model.named_buffers()}
         self._engine, self._optimizer, *_ = deepspeed.initialize(
             model=scorer,
-            optimizer=bare_optimizer(trainable(self._model), settings.optimizer),
+            optimizer=make_optimizer(trainable(self._model), settings.optimizer, settings.learning_rate),
             config=_engine_config(settings, settings.optimizer),
             dist_init_required=False,
         )

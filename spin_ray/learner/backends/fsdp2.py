@@ -23,7 +23,6 @@ from spin_ray.config.sections import OptimizerConfig
 from spin_ray.learner.adapters import add_adapters, is_adapter, set_first_values, stored_name
 from spin_ray.learner.backends.base import BackendSettings, StepStats, set_learning_rate
 from spin_ray.learner.backends.modules import (
-    bare_optimizer,
     decoder_layers,
     export,
     persistent,
@@ -33,6 +32,7 @@ from spin_ray.learner.backends.modules import (
 from spin_ray.learner.batch import PackedBatch
 from spin_ray.learner.hf_folder import load_model
 from spin_ray.learner.loading import empty_model, load_first_layers, materialise, read_shares
+from spin_ray.learner.optimizers import allocate_by_a_step, allocate_state, make_optimizer
 from spin_ray.learner.scoring import ResponseScorer, choose_layout
 
 
@@ -65,7 +65,9 @@ class Fsdp2Backend:
         self._shards: dict[str, nn.Parameter] = dict(self._model.named_parameters())
         self._optimizer: torch.optim.Optimizer | None = None
         if settings.optimizer is not None:
-            self._optimizer = _make_optimizer(trainable(self._model), settings.optimizer)
+            optimizer = make_optimizer(trainable(self._model), settings.optimizer, settings.learning_rate)
+            allocate_state(optimizer, settings.optimizer.name)
+            self._optimizer = optimizer
             self._set_learning_rate()
 
     def _fill(self, source: Path) -> None:
@@ -116,6 +118,9 @@ class Fsdp2Backend:
         dcp.save(self._state(), storage_writer=FileSystemWriter(directory))
 
     def load(self, directory: Path) -> None:
+        optimizer, _ = self._training()
+        if not optimizer.state:
+            allocate_by_a_step(optimizer)
         state = self._state()  # the live tensors: they are filled in place
         dcp.load(state, storage_reader=FileSystemReader(directory))
         self.steps_done = int(state["steps_done"])
@@ -182,15 +187,3 @@ def _shard(scorer: ResponseScorer, settings: BackendSettings, device: torch.devi
             module.set_gradient_divide_factor(1.0)
             module.set_force_sum_reduction_for_comms(True)
     return scorer
-
-
-def _make_optimizer(parameters: list[nn.Parameter], config: OptimizerConfig) -> torch.optim.Optimizer:
-    """The optimizer, its state allocated: too little memory shows now, and checkpoints always have the same tensors."""
-    optimizer = bare_optimizer(parameters, config)
-    moments = {"adamw": ("exp_avg", "exp_avg_sq"), "rmsprop": ("square_avg",)}[config.name]
-    for parameter in parameters:
-        if parameter.requires_grad:
-            optimizer.state[parameter] = {"step": torch.zeros(())} | {
-                moment: torch.zeros_like(parameter, requires_grad=False) for moment in moments
-            }
-    return optimizer

@@ -11,7 +11,6 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from spin_ray.config.sections import OptimizerConfig
 from spin_ray.learner.adapters import is_adapter, merge_adapters, stored_name
 from spin_ray.learner.backends.base import BackendSettings
 from spin_ray.learner.hf_folder import write_model
@@ -34,12 +33,6 @@ def recompute_activations(model: Any) -> None:
 def trainable(model: Any) -> list[nn.Parameter]:
     """All parameters, or with LoRA the adapters."""
     return [parameter for parameter in model.parameters() if parameter.requires_grad]
-
-
-def bare_optimizer(parameters: list[nn.Parameter], config: OptimizerConfig) -> torch.optim.Optimizer:
-    """The optimizer before its first step; the learning rate is set before each step."""
-    kind = {"adamw": torch.optim.AdamW, "rmsprop": torch.optim.RMSprop}[config.name]
-    return kind(parameters, weight_decay=config.weight_decay, foreach=True)
 
 
 def persistent(model: Any, parameters: Iterable[tuple[str, Tensor]]) -> list[tuple[str, Tensor]]:
