@@ -14,6 +14,8 @@ from spin_ray.errors import StageError
 from spin_ray.learner import step as loop
 from spin_ray.learner.losses import LOSSES, MarginLoss, logistic
 from spin_ray.loop.stages.training import stage as training
+from spin_ray.loop.stages.training import worker
+from spin_ray.loop.stages.training.job import TrainJob
 from spin_ray.run_dir.run_dir import RunDir
 from spin_ray.run_dir.storage import Storage
 from tests.ray.test_backends_on_ray import log_of, run_with
@@ -23,7 +25,7 @@ ray.cloudpickle.register_pickle_by_value(sys.modules[__name__])  # workers canno
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(300)]
 
 
-def _poisoned(attempts: Path, job: training.TrainJob) -> Any:
+def _poisoned(attempts: Path, job: TrainJob) -> Any:
     """The real work, but for the loss of rank 1 in the last step."""
     right_plan, right_step = loop.plan, loop.train_step
     last: list[Any] = []
@@ -40,10 +42,10 @@ def _poisoned(attempts: Path, job: training.TrainJob) -> Any:
         LOSSES["logistic"] = MarginLoss(lambda margin: logistic(margin) * (torch.nan if bad else 1.0))
         return right_step(backend, step, *rest)
 
-    training.plan, training.train_step = plan, step
+    worker.plan, worker.train_step = plan, step
     with (attempts / f"rank-{dist.get_rank()}").open("a") as file:
         file.write("began\n")
-    return training._worker(job)
+    return worker.work(job)
 
 
 def pairs_of_the_last_step(run: RunDir) -> set[str]:
@@ -60,7 +62,7 @@ def test_training_stops_before_the_step_tries_again_from_the_checkpoint_and_then
     """Steps 0 and 1 are in a checkpoint, and one retry is allowed. Without the poison the same command does step 2."""
     out = tmp_path / "run"
     with monkeypatch.context() as patch:
-        patch.setattr(training, "_worker", partial(_poisoned, tmp_path))
+        patch.setattr(training, "work", partial(_poisoned, tmp_path))
         with pytest.raises(StageError, match=r"not finite; .*the pairs of this step: ") as raised:
             run_with(out, max_failures=1)
     named = str(raised.value).partition("the pairs of this step: ")[2].partition(";")[0].split(", ")

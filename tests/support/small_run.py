@@ -28,6 +28,7 @@ from spin_ray.learner.hf_folder import load_model
 from spin_ray.loop import driver, launch
 from spin_ray.loop.stages import evaluation, generation, prompts
 from spin_ray.loop.stages.training import stage as training
+from spin_ray.loop.stages.training import worker
 from spin_ray.run_dir import object_storage
 from spin_ray.run_dir.run_dir import MANIFEST, Manifest
 from spin_ray.run_dir.storage import Disk, Storage
@@ -83,6 +84,7 @@ def in_this_process(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(fsdp2, "load_model", _model)
     for module in (training, evaluation):
         monkeypatch.setattr(module, "run_workers", _run_worker)
+    for module in (worker, evaluation):
         monkeypatch.setattr(module, "device", lambda: torch.device("cpu"))
 
 
