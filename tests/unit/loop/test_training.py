@@ -11,8 +11,8 @@ from spin_ray.errors import RunDirError
 from spin_ray.inputs.model_folder import ModelFolder
 from spin_ray.learner import step as loop
 from spin_ray.loop.algorithms.base import margin_objective
-from spin_ray.loop.stages.training import worker
 from spin_ray.loop.stages.training import stage as training
+from spin_ray.loop.stages.training import worker
 from spin_ray.loop.stages.training.job import TrainJob
 from spin_ray.loop.stages.training.log import TrainLog
 from spin_ray.run_dir.run_dir import RunDir, read_json_lines

@@ -34,7 +34,7 @@ def run(run_dir: RunDir, config: SpinConfig, iteration: int, opponent: ModelFold
         storage=run_dir.storage,
         start=opponent,
         rows=run_dir.pairs(iteration),
-        reference=run_dir.reference(iteration) if loss.needs_reference else None,
+        reference=run_dir.reference(iteration) if loss.needs_reference or loss.needs_wins else None,
         base=base if loss.needs_reference and base.is_committed else None,
         wins=wins if loss.needs_wins else None,
         reference_alpha=config.objective.reference_alpha,

@@ -37,15 +37,8 @@ def work(job: TrainJob) -> dict[str, float]:
     table = _share(_pairs(job.rows), rows_of_rank(epochs, rank, ranks))
     steps = [step for epoch in epochs for step in epoch]
     backend = make_backend(job.start.here(), replace(job.backend, total_steps=len(steps), seed=job.seed), device())
-    reference, started = None, time.monotonic()
-    if job.reference is not None:
-        _score_reference(job, backend, epochs[0], table)
-        reference = _load_reference(job.reference, table)
-        if job.base is not None:
-            reference = reference.mixed_with(_load_reference(job.base, table), job.reference_alpha)
-        if job.wins is not None:
-            real_win, generated_win = _load_by_pair(job.wins, table, ("real_win", "generated_win"))
-            reference = replace(reference, real_win=real_win, generated_win=generated_win)
+    started = time.monotonic()
+    reference = _reference(job, backend, epochs[0], table)
     work_s = time.monotonic() - started
     first = checkpoint.restore(job, backend)
     log, health = TrainLog(job, first), HealthMonitor(job.health)
@@ -91,6 +84,20 @@ def _share(parts: Iterable[pa.Table], own: set[int]) -> pa.Table:
         kept.append(pa.table({"pair_id": part["pair_id"]} | {name: part[name].take(rows) for name in _TOKENS}))
         first += part.num_rows
     return pa.concat_tables(kept)
+
+
+def _reference(job: TrainJob, backend: TrainBackend, steps: list[Step], table: pa.Table) -> ReferenceScores | None:
+    """Returns what the loss compares the policy with: scores of θ_t, mixed with θ_0's, and win probabilities."""
+    if job.reference is None:
+        return None
+    _score_reference(job, backend, steps, table)
+    reference = _load_reference(job.reference, table)
+    if job.base is not None:
+        reference = reference.mixed_with(_load_reference(job.base, table), job.reference_alpha)
+    if job.wins is not None:
+        real_win, generated_win = _load_by_pair(job.wins, table, ("real_win", "generated_win"))
+        reference = replace(reference, real_win=real_win, generated_win=generated_win)
+    return reference
 
 
 def _score_reference(job: TrainJob, backend: TrainBackend, steps: list[Step], table: pa.Table) -> None:
