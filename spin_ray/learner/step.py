@@ -29,7 +29,7 @@ from spin_ray.learner.metrics import StepSums, step_metrics
 from spin_ray.learner.packing import Pack, PairLengths, Step, build_pack, plan_epoch
 
 LENGTHS_OF_A_PACK = 16
-"""How many lengths packs may have: each new shape costs oneDNN new kernels, and padding costs compute."""
+"""Number of lengths that packs may have: each new shape costs oneDNN new kernels, and padding costs compute."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -53,7 +53,7 @@ class PackShape:
     pad_id: int
 
     def build(self, pack: Pack, table: pa.Table) -> PackedBatch:
-        """The tensors of a pack, which is no longer than it need be: the last one of a step is seldom full."""
+        """Returns the tensors of a pack, no longer than need be: the last one of a step is seldom full."""
         multiple = -(-self.pack_length // LENGTHS_OF_A_PACK)
         return build_pack(pack, table, pack_length=self.pack_length, pad_id=self.pad_id, pad_multiple=multiple)
 
@@ -65,11 +65,11 @@ class ReferenceScores:
     real: Float32[Tensor, "rows"]
     generated: Float32[Tensor, "rows"]
     real_win: Float32[Tensor, "rows"] | None = None
-    """Estimate of the probability that the response beats one of the reference; for the square loss only."""
+    """Estimate of the probability that the response beats one of the reference; for a loss that needs wins."""
     generated_win: Float32[Tensor, "rows"] | None = None
 
     def mixed_with(self, base: "ReferenceScores", alpha: float) -> "ReferenceScores":
-        """The geometric reference of α-SPIN, α for these scores and 1 − α for ``base``."""
+        """Returns the geometric reference of α-SPIN, α for these scores and 1 − α for ``base``."""
         return ReferenceScores(
             real=geometric_reference(self.real, base.real, alpha),
             generated=geometric_reference(self.generated, base.generated, alpha),
@@ -77,7 +77,7 @@ class ReferenceScores:
 
 
 def plan(lengths: PairLengths, shape: PackShape, *, epochs: int, seed: int, ranks: int = 1) -> list[list[Step]]:
-    """The steps of every epoch; equal on all ranks."""
+    """Returns the steps of every epoch; equal on all ranks."""
     return [
         plan_epoch(
             lengths,
@@ -92,7 +92,7 @@ def plan(lengths: PairLengths, shape: PackShape, *, epochs: int, seed: int, rank
 
 
 def pair_lengths(parts: Iterable[pa.Table]) -> PairLengths:
-    """Lengths of the rows of PAIR_SCHEMA tables, one in memory at a time; rows of one prompt_id share a tree."""
+    """Counts the tokens of PAIR_SCHEMA rows, one table in memory at a time; rows of one prompt_id share a tree."""
     names = ("prompt", "real", "generated")
     lengths = pa.concat_tables(
         pa.table({name: pc.list_value_length(part[f"{name}_ids"]) for name in names} | {"tree": part["prompt_id"]})
@@ -103,7 +103,7 @@ def pair_lengths(parts: Iterable[pa.Table]) -> PairLengths:
 
 
 def rows_of_rank(epochs: list[list[Step]], rank: int, world_size: int) -> set[int]:
-    """Rows whose tokens this rank computes with, in any epoch."""
+    """Returns the rows whose tokens this rank computes with, in any epoch."""
     packs = (pack for steps in epochs for step in steps for pack in step.for_rank(rank, world_size))
     return {row for pack in packs for tree in pack for row in tree}
 
@@ -111,7 +111,7 @@ def rows_of_rank(epochs: list[list[Step]], rank: int, world_size: int) -> set[in
 def score_rows(
     backend: TrainBackend, steps: list[Step], table: pa.Table, shape: PackShape
 ) -> tuple[list[int], list[float], list[float]]:
-    """This rank's share of (rows, log p of real, log p of generated), in the packs that training will use.
+    """Scores this rank's packs, those that training will use; returns (rows, log p of real, log p of generated).
 
     The same packs through the same kernels give the same bits, so the margins of the first step are exactly 0.
     """

@@ -119,8 +119,10 @@ class DeepSpeedBackend:
 
 
 class _Scorer(ResponseScorer):
-    """Holds the head's weight for the whole pass. ZeRO-3 gathers a module's weights, all ranks together, each time the
-    module is called; the head is called once per chunk of targets, and ranks have unequally many.
+    """A scorer that holds the head's weight for the whole pass.
+
+    ZeRO-3 gathers a module's weights, all ranks together, each time the module is called. The head is called
+    once per chunk of targets, and ranks have unequally many.
     """
 
     def __init__(self, model: Any, layout: Layout) -> None:
@@ -141,8 +143,10 @@ class _Scorer(ResponseScorer):
 
 
 def _import_deepspeed(device: torch.device) -> Any:
-    """Raises:
-    ModelError: DeepSpeed is not installed.
+    """Imports DeepSpeed, on a CPU for a CPU.
+
+    Raises:
+        ModelError: DeepSpeed is not installed.
     """
     if device.type == "cpu":
         os.environ.setdefault("DS_ACCELERATOR", "cpu")  # read when DeepSpeed is imported
@@ -159,7 +163,7 @@ def _import_deepspeed(device: torch.device) -> Any:
 
 
 def _engine_config(settings: BackendSettings, optimizer: OptimizerConfig) -> dict[str, Any]:
-    """DeepSpeed's JSON. Batch sizes are formal: packs and their number per step are decided by the packing plan."""
+    """Returns DeepSpeed's JSON. Batch sizes are formal: the packing plan decides on packs and their number per step."""
     return {
         "train_micro_batch_size_per_gpu": 1,
         "gradient_accumulation_steps": 1,
@@ -176,7 +180,7 @@ def _engine_config(settings: BackendSettings, optimizer: OptimizerConfig) -> dic
 
 
 def _zero(settings: BackendSettings) -> dict[str, Any]:
-    """ZeRO-3 can keep the weights themselves in the CPU's memory, too; ZeRO-2 needs them whole on the GPU."""
+    """Returns ZeRO's section. ZeRO-3 can keep also the weights in the CPU's memory; ZeRO-2 needs them on the GPU."""
     stage = 3 if settings.sharding == "full" else 2
     to_cpu = {"device": "cpu", "pin_memory": torch.cuda.is_available()}
     offloaded = ["offload_optimizer", *(["offload_param"] if stage == 3 else [])] if settings.offload else []

@@ -87,7 +87,7 @@ class Fsdp2Backend:
 
     @torch.no_grad()
     def score_tokens(self, batch: PackedBatch) -> Float[Tensor, "targets"]:
-        """log p of every response token of the pack, in its order, fp32; ``score`` has their sums. A collective."""
+        """Returns log p of every response token, in pack order, fp32; ``score`` has their sums. A collective."""
         return self._scorer(batch.to(self.device), by_token=True).float()
 
     def backward(self, loss: Float[Tensor, ""], *, last_microbatch: bool) -> None:
@@ -142,7 +142,7 @@ class Fsdp2Backend:
         set_learning_rate(optimizer.param_groups, self._settings, self.steps_done)
 
     def _state(self) -> dict[str, Any]:
-        """Everything that a step changes, as live tensors by name."""
+        """Returns everything that a step changes, as live tensors by name."""
         optimizer, _ = self._training()
         self._reshard()
         return {
@@ -154,8 +154,9 @@ class Fsdp2Backend:
         }
 
     def _reshard(self) -> None:
-        """Drops gathered weights. FSDP2 keeps the root's after a forward for the backward to come, and after ``score``
-        none comes: they would outlive a change of the shards.
+        """Drops gathered weights, which would outlive a change of the shards.
+
+        FSDP2 keeps those of the root after a forward for the backward to come, and after ``score`` none comes.
         """
         for module in self._scorer.modules():
             if isinstance(module, FSDPModule):
@@ -163,12 +164,12 @@ class Fsdp2Backend:
 
 
 def _whole(tensor: Tensor) -> Tensor:
-    """A collective."""
+    """Returns all of a tensor on every rank; a collective."""
     return (tensor.full_tensor() if isinstance(tensor, DTensor) else tensor).detach()
 
 
 def _shard(scorer: ResponseScorer, settings: BackendSettings, device: torch.device) -> Any:
-    """One FSDP unit per decoder layer and one for the rest (embeddings, final norm, head)."""
+    """Makes an FSDP unit of each decoder layer and one of the rest (embeddings, final norm, head)."""
     mesh = init_device_mesh(device.type, (dist.get_world_size(),))
     policy = MixedPrecisionPolicy(
         param_dtype=torch.bfloat16 if settings.precision == "bf16" else None, reduce_dtype=torch.float32

@@ -1,4 +1,4 @@
-"""What both backends do to a model before and after it is sharded."""
+"""Changes to a model before and after it is sharded, the same for both backends."""
 
 from collections.abc import Callable, Iterable
 from functools import partial
@@ -31,12 +31,12 @@ def recompute_activations(model: Any) -> None:
 
 
 def trainable(model: Any) -> list[nn.Parameter]:
-    """All parameters, or with LoRA the adapters."""
+    """Returns all parameters, or with LoRA the adapters."""
     return [parameter for parameter in model.parameters() if parameter.requires_grad]
 
 
 def persistent(model: Any, parameters: Iterable[tuple[str, Tensor]]) -> list[tuple[str, Tensor]]:
-    """What a model folder holds of ``parameters`` (tied ones once) and of the model's buffers."""
+    """Returns those of ``parameters`` (tied ones once) and of the model's buffers that a model folder holds."""
     kept = model.state_dict().keys()
     return [(name, tensor) for name, tensor in chain(parameters, model.named_buffers()) if name in kept]
 
@@ -49,10 +49,10 @@ def export(
     source: str | Path,
     settings: BackendSettings,
 ) -> None:
-    """Rank 0 writes a plain Hugging Face folder, adapters merged, from ``tensors`` that all ranks gather one by one.
+    """Writes a plain Hugging Face folder on rank 0, adapters merged; all ranks gather ``tensors`` one by one.
 
     Args:
-        gather: the whole of a tensor, on every rank; a collective.
+        gather: returns all of a tensor on every rank; a collective.
     """
     whole = ((name, gather(tensor)) for name, tensor in tensors)
     if dist.get_rank() != 0:

@@ -53,7 +53,7 @@ def seal(folder: Path, step: int, identity: dict[str, Any]) -> None:
 
 
 def check(folder: Path, identity: dict[str, Any], else_do: str, *, any_workers: bool = False) -> int:
-    """The step after which the checkpoint was written, by as many workers as there are now or by ``any_workers``.
+    """Returns the step after which a checkpoint was written, by as many workers as now or with ``any_workers`` by any.
 
     Raises:
         RunDirError: a file is missing or damaged, or the checkpoint is of other work; ``else_do`` ends the message.

@@ -22,11 +22,11 @@ class TrainJob:
     rows: Artefact
     """Pairs, or prompts for SFT."""
     reference: Artefact | None
-    """Where log p of the rows under ``start`` go; None for an objective without a reference."""
+    """Place of log p of the rows under ``start``; None for a loss without a reference."""
     base: Artefact | None
     """log p of the rows under θ_0, where the reference is a geometric mixture with it."""
     wins: Artefact | None
-    """Win probabilities of the rows, for the square loss."""
+    """Win probabilities of the rows, for a loss that needs them."""
     reference_alpha: float
     """Weight of ``start`` in that mixture; 1: ``start`` alone."""
     target: Artefact
@@ -38,7 +38,7 @@ class TrainJob:
     checkpoint_every_steps: int
     health: HealthConfig
     elastic: bool
-    """Whether to go on from checkpoints of another number of workers."""
+    """Go on also from checkpoints of another number of workers."""
     chat_template: str | None
     """The template that the config put in place of the model's; exported with the weights."""
 

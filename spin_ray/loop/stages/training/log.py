@@ -13,7 +13,7 @@ from spin_ray.run_dir.run_dir import RunDir, read_json_lines
 
 
 class TrainLog:
-    """train_log.jsonl, written by rank 0; steps after the checkpoint that training resumes from are cut off first."""
+    """train_log.jsonl, written by rank 0. Steps after the checkpoint that training resumes from are cut off first."""
 
     def __init__(self, job: TrainJob, first: int) -> None:
         self._job = job
@@ -32,7 +32,7 @@ class TrainLog:
 
 
 class Watcher:
-    """Shows the progress that rank 0 logs; the driver itself waits for the workers meanwhile."""
+    """A thread that shows the progress that rank 0 logs, while the driver waits for the workers."""
 
     def __init__(self, job: TrainJob) -> None:
         self._job = job

@@ -72,7 +72,7 @@ def fine_tune(
     rows: Artefact,
     target: Artefact,
 ) -> None:
-    """Supervised fine-tuning of ``start`` on ``rows`` (prompts, or pairs without y'); commits ``target``."""
+    """Fine-tunes ``start`` on ``rows`` (prompts, or pairs without y'), supervised, and commits ``target``."""
     job = TrainJob(
         name=target.path.partition("/")[0],
         storage=run_dir.storage,

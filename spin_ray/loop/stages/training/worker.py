@@ -31,7 +31,7 @@ _TOKENS = ("prompt_ids", "real_ids", "generated_ids")
 
 
 def work(job: TrainJob) -> dict[str, float]:
-    """Runs on every rank. Ends with ``job.target`` committed; returns what this attempt did."""
+    """Does the job on every rank and commits ``job.target``; returns counts of what this attempt did."""
     rank, ranks = dist.get_rank(), dist.get_world_size()
     epochs = plan(pair_lengths(_pairs(job.rows)), job.shape, epochs=job.epochs, seed=job.seed, ranks=ranks)
     table = _share(_pairs(job.rows), rows_of_rank(epochs, rank, ranks))
@@ -57,7 +57,7 @@ def work(job: TrainJob) -> dict[str, float]:
 
 
 def _pairs(rows: Artefact) -> Iterator[pa.Table]:
-    """PAIR_SCHEMA rows, part by part; prompts become rows without y'."""
+    """Yields PAIR_SCHEMA rows, part by part; prompts become rows without y'."""
     for part in rows.tables():
         if "pair_id" in part.column_names:
             yield part
@@ -72,7 +72,7 @@ def _pairs(rows: Artefact) -> Iterator[pa.Table]:
 
 
 def _share(parts: Iterable[pa.Table], own: set[int]) -> pa.Table:
-    """``pair_id`` of all rows; tokens of ``own`` ones, and null in the place of the others.
+    """Returns ``pair_id`` of all rows, and the tokens of ``own`` rows, null in the place of the others.
 
     An epoch draws its packs from all over the table, and a part's digest is of all its bytes: so every part is read,
     but no rank keeps more of it than it needs.
@@ -119,13 +119,13 @@ def _score_reference(job: TrainJob, backend: TrainBackend, steps: list[Step], ta
 
 
 def _load_reference(reference: Artefact, table: pa.Table) -> ReferenceScores:
-    """Scores in the order of ``table``."""
+    """Reads scores in the order of ``table``."""
     real, generated = _load_by_pair(reference, table, ("real_logp", "generated_logp"))
     return ReferenceScores(real=real, generated=generated)
 
 
 def _load_by_pair(artefact: Artefact, table: pa.Table, columns: tuple[str, ...]) -> list[torch.Tensor]:
-    """Columns of an artefact in the order of ``table``, matched by pair id.
+    """Reads columns of an artefact in the order of ``table``, matched by pair id.
 
     Raises:
         RunDirError: a pair has no score, or more than one.
@@ -142,7 +142,7 @@ def _load_by_pair(artefact: Artefact, table: pa.Table, columns: tuple[str, ...])
 
 
 def _export(job: TrainJob, backend: TrainBackend) -> None:
-    """θ_{t+1} as a Hugging Face folder that appears together with its manifest."""
+    """Writes θ_{t+1} as a Hugging Face folder that appears together with its manifest."""
     attempt = job.storage.new_attempt_folder() if dist.get_rank() == 0 else Path()
     backend.export_hf(attempt)
     if dist.get_rank() == 0:
