@@ -21,8 +21,9 @@ from spin_ray.learner.backends.base import BackendSettings, StepStats, set_learn
 from spin_ray.learner.backends.modules import export, persistent, recompute_activations, trainable
 from spin_ray.learner.batch import PackedBatch
 from spin_ray.learner.hf_folder import load_model
+from spin_ray.learner.layout import choose_layout
 from spin_ray.learner.optimizers import make_optimizer
-from spin_ray.learner.scoring import Layout, ResponseScorer, choose_layout
+from spin_ray.learner.scoring import Layout, ResponseScorer
 
 CHECKPOINT = "zero"
 """Name of DeepSpeed's folder inside a checkpoint."""
