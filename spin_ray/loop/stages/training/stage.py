@@ -23,6 +23,7 @@ def run(run_dir: RunDir, config: SpinConfig, iteration: int, opponent: ModelFold
     """Trains θ_{t+1} from θ_t on the pairs of the iteration and commits ``iter_NNN/model``.
 
     Raises:
+        ConfigError: the loss, optimizer or backend has a name or path that leads to none.
         HealthError: the model is being destroyed; a limit of the config says so.
         StageError: the workers failed too often; the same command goes on from the last checkpoint.
     """
