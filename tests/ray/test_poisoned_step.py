@@ -11,8 +11,8 @@ import torch
 import torch.distributed as dist
 
 from spin_ray.errors import StageError
+from spin_ray.learner import losses
 from spin_ray.learner import step as loop
-from spin_ray.learner.losses import LOSSES, MarginLoss, logistic
 from spin_ray.loop.stages.training import stage as training
 from spin_ray.loop.stages.training import worker
 from spin_ray.loop.stages.training.job import TrainJob
@@ -39,7 +39,9 @@ def _poisoned(attempts: Path, job: TrainJob) -> Any:
         bad = dist.get_rank() == 1 and step is last[0]
         if bad:
             wait_until_heard_of(Path(job.storage.where(f"{job.name}/checkpoints")), 2)
-        LOSSES["logistic"] = MarginLoss(lambda margin: logistic(margin) * (torch.nan if bad else 1.0))
+        poison = torch.nan if bad else 1.0
+        # By way of the module: a table that is pickled with this function would be a copy.
+        losses.LOSSES["logistic"] = losses.MarginLoss(lambda margin: losses.logistic(margin) * poison)
         return right_step(backend, step, *rest)
 
     worker.plan, worker.train_step = plan, step
