@@ -30,7 +30,7 @@ from small_run import STEPS, committed  # noqa: E402
 from spin_ray.config.recipe import SpinConfig  # noqa: E402
 from spin_ray.errors import StageError  # noqa: E402
 from spin_ray.loop.stages.generation import stage as generation  # noqa: E402
-from spin_ray.loop.stages.training import stage as training  # noqa: E402
+from spin_ray.loop.stages.training import worker  # noqa: E402
 
 BEGIN, END = "<!-- table: python benchmarks/faults.py -->\n", "<!-- end of table -->\n"
 
@@ -52,7 +52,7 @@ def measure(config: SpinConfig, folder: Path, points: int) -> list[str]:
     """Rows of the table, one for each kind of fault."""
     with pytest.MonkeyPatch.context() as patch:
         small_run.in_this_process(patch)
-        shards, steps = counting(patch, generation, "answer"), counting(patch, training, "train_step")
+        shards, steps = counting(patch, generation, "answer"), counting(patch, worker, "train_step")
         whole = FaultyDisk()
         small_run.run(config, folder / "calm", whole)
         expected, shards_needed = committed(folder / "calm"), len(shards)

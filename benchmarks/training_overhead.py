@@ -93,7 +93,7 @@ def run_stage(rows: list[dict[str, list[int]]], options: argparse.Namespace, fol
     run = RunDir(Storage(Path(folder) / "run"))
     pairs = run.pairs(0)
     pairs.commit({part_name(0): pairs.write_part(part_name(0), table_of(rows))}, {}, {})
-    training._worker = in_turns(str(turns), options.batch)
+    training.work = in_turns(str(turns), options.batch)
     start = open_model(Path(resolve(MODEL)), "sft", trust_remote_code=False)
     training.run(run, config, 0, start, margin_objective(config, 0))
 
@@ -111,9 +111,9 @@ def in_turns(turns: str, batch: int) -> Any:
         from pathlib import Path
 
         from spin_ray.learner.step import plan
-        from spin_ray.loop.stages.training import stage as training
+        from spin_ray.loop.stages.training import worker
 
-        train_step = training.train_step
+        train_step = worker.train_step
 
         def step_in_turn(backend: Any, step: Any, table: Any, *rest: Any) -> dict[str, float]:
             number = backend.steps_done
@@ -136,8 +136,8 @@ def in_turns(turns: str, batch: int) -> Any:
                 steps.append(replace(step, packs=packs))
             return [steps] * epochs
 
-        training.train_step, training.plan = step_in_turn, in_order
-        return training._worker(job)
+        worker.train_step, worker.plan = step_in_turn, in_order
+        return worker.work(job)
 
     return gated
 

@@ -1,4 +1,4 @@
-"""LoRA by PEFT: what is added to a model before training, and how it becomes plain weights again at export."""
+"""LoRA by PEFT: adapters are added to a model before training, and merged into plain weights at export."""
 
 import math
 import zlib
@@ -38,7 +38,7 @@ def add_adapters(model: Any, config: LoraConfig, *, seed: int) -> None:
 
 @torch.no_grad()
 def set_first_values(parameters: dict[str, nn.Parameter], *, seed: int) -> None:
-    """A random as in PEFT, equal on all ranks, and B zero: the model answers as before, to the last bit."""
+    """Sets A to PEFT's random values, equal on all ranks, and B to 0: the model answers as before, to the last bit."""
     for name, parameter in parameters.items():
         if parameter.is_meta or not is_adapter(name):
             continue
@@ -58,14 +58,14 @@ def is_adapter(name: str) -> bool:
 
 
 def stored_name(name: str) -> str:
-    """Of a parameter in the model folder, where adapters are not known."""
+    """Returns the parameter's name in the model folder, where adapters are not known."""
     return name.replace(_BASE, ".")
 
 
 def merge_adapters(weights: Iterable[tuple[str, Tensor]], config: LoraConfig) -> Iterator[tuple[str, Tensor]]:
-    """Whole tensors by name, with adapters -> the names and weights W + (alpha/rank)·B A of a plain model, in fp32.
+    """Yields the names and weights of a plain model, W + (alpha/rank)·B A in fp32, from whole tensors with adapters.
 
-    A layer's three tensors may come in any order; what is held is the layers of which one is still missing.
+    A layer's three tensors may come in any order; a layer is held until the last of them has come.
     """
     waiting: dict[str, dict[str, Tensor]] = {}
     for name, weight in weights:

@@ -43,7 +43,7 @@ class PackedBatch:
     """Position whose hidden state predicts the target: the last prompt token for the first token of a response."""
     target_ids: Int64[Tensor, "targets"]
     segment: Int64[Tensor, "targets"]
-    """Which response the target belongs to, 0 … num_segments - 1."""
+    """Response that the target belongs to, 0 … num_segments - 1."""
     num_segments: int
     real_segment: Int64[Tensor, "pairs"]
     generated_segment: Int64[Tensor, "pairs"]
@@ -57,11 +57,11 @@ class PackedBatch:
 
     @property
     def num_useful_tokens(self) -> int:
-        """Tokens that are not padding."""
+        """Number of tokens that are not padding."""
         return int((self.tree >= 0).sum())
 
     def to(self, device: torch.device) -> "PackedBatch":
-        """The same pack on ``device``."""
+        """Returns the same pack on ``device``."""
         moved: dict[str, Any] = {
             name: value.to(device) if isinstance(value, Tensor) else value
             for name in self.__slots__

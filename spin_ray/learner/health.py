@@ -1,4 +1,4 @@
-"""When training should stop by itself: the numbers of the last steps say that the model is being destroyed.
+"""Limits at which training stops by itself: the numbers of the last steps say that the model is being destroyed.
 
 A good loss says nothing here: in a collapse that was seen it fell to 0.39 while the margin ran up to 16 nats.
 """
@@ -13,14 +13,14 @@ from spin_ray.errors import HealthError
 
 
 class HealthMonitor:
-    """Watches the means over the last ``limits.steps`` steps. Metrics are equal on all ranks, so all stop alike."""
+    """Watcher of the means over the last ``limits.steps`` steps. Metrics are equal on all ranks, so all stop alike."""
 
     def __init__(self, limits: HealthConfig) -> None:
         self._limits = limits
         self._recent: deque[dict[str, Any]] = deque(maxlen=limits.steps)
 
     def check(self, step: int, metrics: dict[str, Any]) -> None:
-        """Takes in what ``train_step`` returned for ``step``; warm-up (SFT) has no margins and is not judged.
+        """Takes in what ``train_step`` returned for ``step``; a step without a margin (SFT) is not judged.
 
         Raises:
             HealthError: a limit is passed; the message names it, the value and what to change.
@@ -30,15 +30,10 @@ class HealthMonitor:
         self._recent.append(metrics)
         if len(self._recent) < self._limits.steps:
             return
-        loss, margin, real_logp, drift = (
-            float(np.mean([line[name] for line in self._recent]))
-            for name in ("loss", "margin", "real_logp", "real_logp_drift")
-        )
-        drop = -drift / max(drift - real_logp, 1e-9)  # as a share of -log p(y) at the start of the iteration
         for name, value, limit, meaning in [
-            ("max_loss", loss, self._limits.max_loss, "the loss"),
-            ("max_margin", abs(margin), self._limits.max_margin, "the margin"),
-            ("max_real_logp_drop", drop, self._limits.max_real_logp_drop, "the share by which log p(y) fell"),
+            ("max_loss", self._mean("loss"), self._limits.max_loss, "the loss"),
+            ("max_margin", abs(self._mean("margin")), self._limits.max_margin, "the margin"),
+            ("max_real_logp_drop", self._drop(), self._limits.max_real_logp_drop, "the share by which log p(y) fell"),
         ]:
             if limit is not None and value > limit:
                 raise HealthError(
@@ -47,3 +42,13 @@ class HealthMonitor:
                     "train.learning_rate or raise objective.beta (or raise the limit: training then goes on from "
                     "the last checkpoint)"
                 )
+
+    def _mean(self, name: str) -> float:
+        return float(np.mean([line[name] for line in self._recent]))
+
+    def _drop(self) -> float:
+        """Returns the fall of log p(y) as a share of −log p(y) at the start of the iteration; 0 without a reference."""
+        if "real_logp_drift" not in self._recent[-1]:
+            return 0.0
+        drift = self._mean("real_logp_drift")
+        return -drift / max(drift - self._mean("real_logp"), 1e-9)

@@ -14,18 +14,16 @@ from transformers import AutoModelForCausalLM, GenerationConfig
 
 NOT_COPIED = {"config.json", "model.safetensors.index.json", "pytorch_model.bin.index.json"}
 COPIED_SUFFIXES = {".json", ".jinja", ".model", ".txt", ".tiktoken"}
-"""Of tokenizers, chat templates, generation config and licence; weights and ``_MANIFEST.json`` are left behind."""
+"""Suffixes of tokenizers, chat templates, generation config and licence. Weights and manifest are left behind."""
 FILE_BYTES = 2**30
-"""Weights in one file, at most (but for a larger tensor). Twice that is what the writer holds of a model at a time:
-safetensors copies what it writes.
-"""
+"""Largest file of weights, unless one tensor is larger. The writer holds twice as much, as safetensors copies."""
 
 
 def load_model(source: str | Path, *, trust_remote_code: bool, config: Any = None) -> Any:
-    """The causal LM in fp32 on the CPU. Pickled weights are not read unless the folder's code is trusted anyway.
+    """Loads the causal LM in fp32 on the CPU. Pickled weights are not read unless the folder's code is trusted anyway.
 
     Args:
-        config: instead of the folder's own; weights that it has no place for are left out.
+        config: used instead of the folder's own; weights that it has no place for are left out.
     """
     return AutoModelForCausalLM.from_pretrained(
         str(source),
@@ -38,7 +36,7 @@ def load_model(source: str | Path, *, trust_remote_code: bool, config: Any = Non
 
 
 def stored_shapes(source: Path) -> dict[str, tuple[int, ...]]:
-    """Names and shapes of the tensors in the safetensors files of a folder."""
+    """Returns names and shapes of the tensors in the safetensors files of a folder."""
     shapes: dict[str, tuple[int, ...]] = {}
     for file in source.glob("*.safetensors"):
         with safe_open(file, "pt") as stored:
@@ -85,7 +83,7 @@ def write_model(
 
 
 def _write_files(target: Path, weights: Iterable[tuple[str, Tensor]]) -> None:
-    """``model.safetensors``, or several files with an index, as transformers names them."""
+    """Writes ``model.safetensors``, or several files with an index, as transformers names them."""
     held: dict[str, Tensor] = {}
     files: list[list[str]] = []
     size = total = 0

@@ -19,10 +19,10 @@ from spin_ray.learner.hf_folder import load_model, stored_shapes
 
 
 def empty_model(source: Path) -> Any | None:
-    """The causal LM with its buffers (rotary frequencies) but parameters on the meta device.
+    """Makes the causal LM with its buffers (rotary frequencies), but parameters on the meta device.
 
-    None where reading slices by name would not give its weights: transformers renames or fuses them as it loads, or
-    there is more than parameters to load. Such a model has to be loaded whole.
+    Returns None where reading slices by name would not give its weights: transformers renames or fuses them as it
+    loads, or there is more than parameters to load. Such a model has to be loaded whole.
     """
     config = AutoConfig.from_pretrained(source)
     with _parameters_on_meta():
@@ -41,8 +41,9 @@ def read_shares(parameters: dict[str, nn.Parameter], source: Path) -> None:
 
 
 def load_first_layers(source: Path) -> Any:
-    """As much of the model as shows how it treats masks: embeddings, head, and the shortest start of its stack (two
-    layers at least) that has every kind of layer.
+    """Loads as much of the model as shows how it treats masks.
+
+    That is embeddings, head, and the shortest start of its stack (two layers at least) that has every kind of layer.
     """
     config = AutoConfig.from_pretrained(source)
     text = config.get_text_config()
@@ -62,7 +63,7 @@ def load_first_layers(source: Path) -> Any:
 
 
 def materialise(module: nn.Module, device: torch.device, parameters_on: torch.device) -> None:
-    """Memory for what is on the meta device; buffers keep their values, which ``to_empty`` alone would lose."""
+    """Allocates what is on the meta device; buffers keep their values, which ``to_empty`` alone would lose."""
     buffers = {name: buffer.clone() for name, buffer in module.named_buffers()}
     module.to_empty(device=parameters_on)
     for name, value in buffers.items():
@@ -72,7 +73,10 @@ def materialise(module: nn.Module, device: torch.device, parameters_on: torch.de
 
 @contextmanager
 def _parameters_on_meta() -> Iterator[None]:
-    """Not ``torch.device("meta")``, which takes the buffers too: their values are in no file."""
+    """Puts new parameters on the meta device.
+
+    ``torch.device("meta")`` would take the buffers, too, whose values are in no file.
+    """
     register = nn.Module.register_parameter
 
     def on_meta(module: nn.Module, name: str, parameter: nn.Parameter | None) -> None:

@@ -45,7 +45,7 @@ class PairLengths:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Step:
-    """The packs of one optimizer step, over all ranks, and what its losses are divided by."""
+    """The packs of one optimizer step, over all ranks, and the divisors of its losses."""
 
     packs: tuple[Pack, ...]
     num_pairs: int
@@ -53,7 +53,7 @@ class Step:
     """Tokens of y summed over pairs: a y that two pairs share counts twice, as it does in the loss."""
 
     def for_rank(self, rank: int, world_size: int) -> tuple[Pack, ...]:
-        """This rank's packs. Every rank gets the same number, as each forward and backward is a collective."""
+        """Returns this rank's packs. Every rank gets the same number, as each forward and backward is a collective."""
         mine = self.packs[rank::world_size]
         share = -(-len(self.packs) // world_size)
         return mine + ((),) * (share - len(mine))
@@ -62,8 +62,10 @@ class Step:
 def plan_epoch(
     lengths: PairLengths, *, pack_length: int, global_batch_pairs: int, seed: int, epoch: int, ranks: int = 1
 ) -> list[Step]:
-    """Cuts all rows into optimizer steps of at most ``global_batch_pairs`` pairs (a tree is never cut), and these into
-    packs: as few as there can be, or with several ranks as many as keep all of them at work.
+    """Cuts all rows into optimizer steps, and these into packs.
+
+    A step has at most ``global_batch_pairs`` pairs, and a tree is never cut. Packs are as few as there can be, or with
+    several ranks as many as keep all of them at work.
 
     Raises:
         ValueError: a row has an empty prompt or real response, or cannot fit a pack even alone.
@@ -102,7 +104,7 @@ def _check(lengths: PairLengths, pack_length: int) -> None:
 
 
 def _trees(lengths: PairLengths, pack_length: int) -> tuple[list[Tree], list[int]]:
-    """All trees and their sizes in tokens; a key whose rows do not fit one pack together makes several trees."""
+    """Returns all trees and their sizes in tokens; a key whose rows do not fit one pack makes several trees."""
     order = np.argsort(lengths.tree_key, kind="stable")
     key = lengths.tree_key[order]
     starts = np.flatnonzero(np.r_[True, key[1:] != key[:-1]])[: len(order)]
@@ -132,7 +134,7 @@ def _trees(lengths: PairLengths, pack_length: int) -> tuple[list[Tree], list[int
 
 
 def _cut(order: list[int], trees: list[Tree], global_batch_pairs: int) -> Iterator[list[int]]:
-    """Consecutive trees of ``order`` with at most ``global_batch_pairs`` pairs together, or a single larger tree."""
+    """Yields consecutive trees of ``order`` with at most ``global_batch_pairs`` pairs, or a single larger tree."""
     chosen: list[int] = []
     pairs = 0
     for tree in order:
@@ -146,8 +148,9 @@ def _cut(order: list[int], trees: list[Tree], global_batch_pairs: int) -> Iterat
 
 
 def _packs(trees: list[Tree], sizes: list[int], pack_length: int, ranks: int) -> tuple[Pack, ...]:
-    """Ten full packs keep eight ranks waiting for two of them; sixteen of even lengths take 5/8 of the time.
+    """Distributes a step's trees over packs: the fewest for one rank, evenly long ones for several.
 
+    Ten full packs keep eight ranks waiting for two of them; sixteen of even lengths take 5/8 of the time.
     Trees that leave too little room to be spread evenly stay as the best fit has them.
     """
     few = _best_fit_decreasing(trees, sizes, pack_length)
@@ -158,8 +161,9 @@ def _packs(trees: list[Tree], sizes: list[int], pack_length: int, ranks: int) ->
 
 
 def _spread_evenly(trees: list[Tree], sizes: list[int], count: int, pack_length: int) -> tuple[Pack, ...] | None:
-    """Largest tree first, each into the emptiest of ``count`` packs; the longest packs first, so that those of one
-    round of the ranks are alike. None if a pack would be overfull.
+    """Puts each tree, largest first, into the emptiest of ``count`` packs; returns None if a pack would be overfull.
+
+    The longest packs come first, so that those of one round of the ranks are alike.
     """
     packs: list[list[Tree]] = [[] for _ in range(count)]
     used = [(0, number) for number in range(count)]  # a heap
@@ -173,7 +177,7 @@ def _spread_evenly(trees: list[Tree], sizes: list[int], count: int, pack_length:
 
 
 def _best_fit_decreasing(trees: list[Tree], sizes: list[int], pack_length: int) -> tuple[Pack, ...]:
-    """Largest tree first, each into the fullest pack that has room: at most 11/9 of the optimal number of packs."""
+    """Puts each tree, largest first, into the fullest pack that has room: at most 11/9 of the fewest packs."""
     packs: list[list[Tree]] = []
     room: list[tuple[int, int]] = []  # (free tokens, pack), sorted
     for i in sorted(range(len(trees)), key=lambda i: -sizes[i]):
@@ -191,9 +195,9 @@ def _best_fit_decreasing(trees: list[Tree], sizes: list[int], pack_length: int) 
 def build_pack(
     pack: Pack, table: pa.Table, *, pack_length: int, pad_id: int, pad_multiple: int | None = None
 ) -> PackedBatch:
-    """The tensors of one pack, from columns ``prompt_ids``, ``real_ids`` and ``generated_ids`` (PAIR_SCHEMA).
+    """Returns the tensors of one pack, from columns ``prompt_ids``, ``real_ids`` and ``generated_ids`` (PAIR_SCHEMA).
 
-    It is filled up with padding to ``pack_length``, or to the next multiple of ``pad_multiple`` where that is less.
+    Padding fills the pack up to ``pack_length``, or to the next multiple of ``pad_multiple`` where that is less.
 
     Targets are the response tokens in pack order, and segments are numbered in pack order. The table may be chunked:
     rows are read as zero-copy slices, so nothing need be combined (more than 2^31 tokens would not fit one list array).
@@ -222,7 +226,7 @@ def _tokens(column: pa.ChunkedArray, row: int) -> np.ndarray:
 
 
 class _PackBuilder:
-    """Collects whole spans; the per-token work is numpy's."""
+    """A pack in the making: whole spans are collected, and the per-token work is numpy's."""
 
     def __init__(self) -> None:
         self.length = 0
@@ -231,13 +235,13 @@ class _PackBuilder:
         self.pairs: list[tuple[int, int, int]] = []
 
     def add_prompt(self, tokens: np.ndarray, tree: int) -> int:
-        """Returns where the prompt's last token stands."""
+        """Adds a prompt; returns the place of its last token."""
         self.spans.append((tokens, 0, tree, 0))
         self.length += len(tokens)
         return self.length - 1
 
     def add_response(self, tokens: np.ndarray, tree: int, branch: int, last_of_prompt: int, *, start: int) -> int:
-        """Returns the number of the segment."""
+        """Adds a response; returns the number of its segment."""
         self.spans.append((tokens, start, tree, branch))
         predict_at = np.arange(self.length - 1, self.length + len(tokens) - 1)
         predict_at[0] = last_of_prompt

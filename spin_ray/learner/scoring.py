@@ -6,12 +6,10 @@ response is a row of its own.
 """
 
 import inspect
-import logging
 from collections.abc import Callable
 from itertools import pairwise
 from typing import Any, Literal
 
-import pyarrow as pa
 import torch
 from jaxtyping import Bool, Float, Int64
 from torch import Tensor, nn
@@ -21,12 +19,8 @@ from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
-from spin_ray.errors import ModelError
 from spin_ray.learner.batch import PackedBatch
 from spin_ray.learner.losses import response_logps
-from spin_ray.learner.packing import build_pack
-
-logger = logging.getLogger(__name__)
 
 Layout = Literal["packed", "padded"]
 Head = Callable[[Tensor], Tensor]
@@ -37,11 +31,10 @@ gradient once, so small ones cost memory traffic."""
 TARGETS_MULTIPLE = 64
 """Their number is rounded up, as every new shape costs oneDNN new kernels."""
 DENSE_TREES = {torch.bfloat16: 512, torch.float32: 128}
-"""Longest tree, in tokens, that is attended by plain matrix products on a CPU. Forward and backward of 9 heads (3 of
-keys) of width 64 took 7.4 ms against 10.1 by SDPA's kernel (320 tokens, bf16), 0.65 against 0.9 (80, fp32) and 12.2
-against 10.4 (320, fp32): one thread of an AMD EPYC, 20 calls each."""
+"""Longest tree, in tokens, that is attended by plain matrix products on a CPU, which are faster there
+(times: benchmarks/README.md)."""
 EXACT_TREES = 128
-"""Up to so many tokens the products are of fp32 also for bf16: 80 tokens take SDPA's kernel 2.2 ms in bf16."""
+"""Trees up to this length are multiplied in fp32 even when the model computes in bf16: SDPA is slow there."""
 TREE_ATTENTION = "spin_ray_trees"
 """Name under which transformers knows ``attend_tree_by_tree``."""
 PADDED_LENGTH_MULTIPLE = 64
@@ -49,8 +42,9 @@ PADDED_LENGTH_MULTIPLE = 64
 
 
 class ResponseScorer(nn.Module):
-    """The module that FSDP2 takes as root: its pre-forward then gathers the embeddings and the head, which are used
-    here outside the model's own ``forward``.
+    """The model and its head as one module, the root for FSDP2.
+
+    The root's pre-forward gathers the embeddings and the head, which are used here outside the model's ``forward``.
     """
 
     def __init__(self, model: Any, layout: Layout = "packed") -> None:
@@ -60,14 +54,14 @@ class ResponseScorer(nn.Module):
         self._takes_spans = layout == "packed" and _attend_by_trees(model)
 
     def forward(self, batch: PackedBatch, *, by_token: bool = False) -> Float[Tensor, "segments_or_targets"]:
-        """log p of every response, or of every token of them, in nats."""
+        """Returns log p of every response, or of every token of them, in nats."""
         target_logps = self._packed(batch) if self.layout == "packed" else self._padded(batch)
         if by_token:
             return target_logps
         return response_logps(target_logps, batch.segment, batch.num_segments)
 
     def head(self) -> Head:
-        """What makes logits of hidden states."""
+        """Returns the function that makes logits of hidden states."""
         return self.model.get_output_embeddings()
 
     def _packed(self, batch: PackedBatch) -> Float[Tensor, "targets"]:
@@ -84,7 +78,7 @@ class ResponseScorer(nn.Module):
         return _chunked_logps(self.head(), hidden, batch.predict_at, batch.target_ids)
 
     def _padded(self, batch: PackedBatch) -> Float[Tensor, "targets"]:
-        """One call of the model for the whole pack: with FSDP2 every rank must make the same number of calls."""
+        """Calls the model once for the whole pack: with FSDP2 every rank must make the same number of calls."""
         input_ids, lengths = padded_rows(batch)
         attention_mask = torch.arange(input_ids.shape[1], device=lengths.device) < lengths[:, None]
         logits = self.model(input_ids=input_ids, attention_mask=attention_mask.long(), use_cache=False).logits
@@ -93,8 +87,10 @@ class ResponseScorer(nn.Module):
 
 
 def visible(batch: PackedBatch) -> Bool[Tensor, "tokens tokens"]:
-    """Who sees whom, [query, key]: the same tree, not later in the pack, and the key is of the prompt or of the query's
-    own response. Padding sees itself only: a row that sees nothing would be nan.
+    """Returns who sees whom, [query, key].
+
+    A query sees keys of its tree that are not later in the pack and are of the prompt or of its own response.
+    Padding sees itself only: a row that sees nothing would be nan.
 
     On a GPU this rule is what a FlexAttention ``mask_mod`` would say (no CPU backward there, hence the dense mask).
     """
@@ -106,14 +102,15 @@ def visible(batch: PackedBatch) -> Bool[Tensor, "tokens tokens"]:
 
 
 def additive_mask(seen: Bool[Tensor, "tokens tokens"], dtype: torch.dtype) -> Float[Tensor, "tokens tokens"]:
-    """0 where seen, else -inf, once per pack: given booleans, SDPA would make this tensor in every layer and keep it
-    for the backward pass.
+    """Returns 0 where seen, else -inf.
+
+    Made once per pack: given booleans, SDPA would make this tensor in every layer and keep it for the backward pass.
     """
     return torch.zeros(seen.shape, dtype=dtype, device=seen.device).masked_fill_(~seen, -torch.inf)
 
 
 def tree_spans(batch: PackedBatch) -> tuple[tuple[int, int], ...]:
-    """[start, stop) of every tree in the pack, and of the padding behind them: no token sees another span's."""
+    """Returns [start, stop) of every tree in the pack, and of the padding behind them: no token sees another span's."""
     starts = (batch.tree.diff(prepend=batch.tree.new_full((1,), -2)) != 0).nonzero().squeeze(1).tolist()
     return tuple(pairwise([*starts, len(batch.tree)]))
 
@@ -128,10 +125,10 @@ def attend_tree_by_tree(
     tree_spans: tuple[tuple[int, int], ...] | None = None,
     **settings: Any,
 ) -> tuple[Float[Tensor, "1 tokens heads width"], None]:
-    """Attention on each diagonal block of the mask, as all else is -inf: a pack of n equal trees costs an n-th.
+    """Attends on each diagonal block of the mask, as all else is -inf: a pack of n equal trees costs an n-th.
 
-    An attention function of transformers. Without ``tree_spans`` (other callers, models that lose the argument on its
-    way) it is plain SDPA, which gives the same.
+    An attention function as transformers calls it. Without ``tree_spans`` (other callers, models that lose the
+    argument on its way) it is plain SDPA, which gives the same.
     """
     if tree_spans is None or attention_mask is None:
         return sdpa_attention_forward(module, query, key, value, attention_mask, **settings)
@@ -156,7 +153,7 @@ def _attend_densely(
     mask: Float[Tensor, "1 1 tokens tokens"],
     scaling: float | None,
 ) -> Float[Tensor, "1 tokens heads width"]:
-    """softmax(QKᵀ · scaling + mask)V, the query heads of a key head in one product."""
+    """Returns softmax(QKᵀ · scaling + mask)V, the query heads of a key head in one product."""
     heads, tokens, width = query.shape[1:]
     kv_heads, dtype = key.shape[1], torch.float32 if query.shape[2] <= EXACT_TREES else query.dtype
     queries, keys, values = query.reshape(kv_heads, -1, width).to(dtype), key[0].to(dtype), value[0].to(dtype)
@@ -171,7 +168,7 @@ AttentionMaskInterface.register(TREE_ATTENTION, sdpa_mask)
 
 
 def _attend_by_trees(model: Any) -> bool:
-    """Whether the model now attends tree by tree and takes the spans that say how."""
+    """Makes the model attend tree by tree; returns True if it takes the spans that say how."""
     if model.config._attn_implementation == "sdpa":
         model.set_attn_implementation(TREE_ATTENTION)
     takes_more = any(
@@ -182,7 +179,7 @@ def _attend_by_trees(model: Any) -> bool:
 
 
 def padded_rows(batch: PackedBatch) -> tuple[Int64[Tensor, "rows length"], Int64[Tensor, "rows"]]:
-    """Every response with its prompt as a row of its own, padded on the right, and the true lengths.
+    """Returns every response with its prompt as a row of its own, padded on the right, and the true lengths.
 
     A token's column is its position, as responses continue the positions of their prompt. Padding alone gives one row.
     """
@@ -206,7 +203,7 @@ def _chunked_logps(
     at: Int64[Tensor, "targets"],
     target_ids: Int64[Tensor, "targets"],
 ) -> Float[Tensor, "targets"]:
-    """log softmax(head(hidden[at]))[target_ids] in fp32; [targets, vocab] never exists whole, forward or backward.
+    """Returns log softmax(head(hidden[at]))[target_ids] in fp32; [targets, vocab] never exists whole.
 
     Without targets there is one chunk of no rows, whose graph still reaches every parameter: FSDP2's ranks would wait
     for each other otherwise.
@@ -225,72 +222,3 @@ def _chunked_logps(
 def _logps_of_chunk(head: Head, hidden: Tensor, at: Tensor, target_ids: Tensor) -> Tensor:
     logits = head(hidden[at]).float()
     return logits.gather(-1, target_ids[:, None]).squeeze(-1) - logits.logsumexp(dim=-1)
-
-
-def choose_layout(model: Any, wanted: Literal["auto", "packed", "padded"], *, max_length: int) -> Layout:
-    """Decides ``auto`` by scoring a tiny made-up pack both ways; run it before the model is sharded, in fp32.
-
-    Raises:
-        ModelError: ``packed`` was asked for and would give wrong numbers.
-    """
-    if wanted == "padded":
-        return "padded"
-    reason = _why_not_packed(model, max_length)
-    if reason is None:
-        return "packed"
-    if wanted == "packed":
-        raise ModelError(
-            f"model.attention: packed does not work for {type(model).__name__}: {reason}; use auto or padded"
-        )
-    logger.warning(
-        "%s: %s; scoring responses in the padded layout, which costs 2-4 times as much", type(model).__name__, reason
-    )
-    return "padded"
-
-
-def _why_not_packed(model: Any, max_length: int) -> str | None:
-    window = _attention_window(model.config.get_text_config())
-    if window is not None and window < max_length:
-        return f"its attention window of {window} tokens is shorter than max_length {max_length}"
-    batch = _made_up_pack(model.config.get_text_config().vocab_size).to(model.device)
-    with torch.no_grad():
-        expected = _logps_one_by_one(model, batch)
-        try:
-            found = ResponseScorer(model, "packed")(batch)
-        except Exception as error:
-            return f"it does not take a 4-D mask ({type(error).__name__}: {error})"
-    if torch.allclose(found, expected, rtol=1e-5, atol=1e-4):
-        return None
-    return f"packed log-probabilities differ from unpacked ones by {(found - expected).abs().max():.2g} nats"
-
-
-def _attention_window(config: Any) -> int | None:
-    """Shortest reach of layers with local attention. A 4-D mask replaces theirs too, so it must not be needed."""
-    kinds = getattr(config, "layer_types", None)
-    windows = [
-        getattr(config, field, None)
-        for field, kind in [("sliding_window", "sliding_attention"), ("attention_chunk_size", "chunked_attention")]
-        if kinds is None or kind in kinds
-    ]
-    return min((window for window in windows if window), default=None)
-
-
-def _made_up_pack(vocab_size: int) -> PackedBatch:
-    """Two trees, the first with three responses, and padding: all that a mask must keep apart."""
-    ids = iter((7 * i + 3) % vocab_size for i in range(1000))
-    shapes = [(4, 3, 2), (4, 3, 5), (2, 2, 3)]  # prompt, real, generated
-    first, second, third = ([[next(ids) for _ in range(length)] for length in shape] for shape in shapes)
-    second[:2] = first[:2]
-    columns = zip(("prompt_ids", "real_ids", "generated_ids"), zip(first, second, third, strict=True), strict=True)
-    table = pa.table({name: pa.array(values, pa.list_(pa.int32())) for name, values in columns})
-    return build_pack(((0, 1), (2,)), table, pack_length=24, pad_id=0)
-
-
-def _logps_one_by_one(model: Any, batch: PackedBatch) -> Float[Tensor, "segments"]:
-    rows, lengths = padded_rows(batch)
-    sums = []
-    for segment, (row, length) in enumerate(zip(rows, lengths.tolist(), strict=True)):
-        responded = int((batch.segment == segment).sum())
-        logps = model(input_ids=row[None, :length], use_cache=False).logits[0].float().log_softmax(-1)
-        sums.append(logps[:-1].gather(-1, row[1:length, None])[-responded:].sum())
-    return torch.stack(sums)

@@ -8,7 +8,7 @@ import pytest
 from rich.console import Console
 
 from spin_ray.config.recipe import SpinConfig
-from spin_ray.loop.stages.training import stage as training
+from spin_ray.loop.stages.training import worker
 from spin_ray.report.status import is_running, print_status
 from spin_ray.run_dir.run_dir import RunDir
 from spin_ray.run_dir.storage import Storage
@@ -19,7 +19,7 @@ def test_status_shows_the_measures_of_a_training_that_goes_on(
     tmp_path: Path, config: SpinConfig, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     seen: list[str] = []
-    step = training.train_step
+    step = worker.train_step
 
     def watched(*arguments: Any) -> dict[str, float]:
         run = RunDir(Storage(tmp_path / "run"))
@@ -29,7 +29,7 @@ def test_status_shows_the_measures_of_a_training_that_goes_on(
             seen.append(out.getvalue())
         return step(*arguments)
 
-    monkeypatch.setattr(training, "train_step", watched)
+    monkeypatch.setattr(worker, "train_step", watched)
     small_run.run(config, tmp_path / "run")
     assert len(seen) == small_run.STEPS
     assert "iter_000 training, step 3 of 4" in seen[3]

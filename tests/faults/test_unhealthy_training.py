@@ -1,14 +1,13 @@
 """A number that is not finite stops training before the optimizer steps; a model that runs away stops the run."""
 
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
 
 from spin_ray.config.recipe import SpinConfig
 from spin_ray.errors import HealthError
-from spin_ray.learner import step as loop
+from spin_ray.learner.losses import LOSSES, MarginLoss, logistic
 from spin_ray.run_dir.events import read_json_lines
 from spin_ray.run_dir.run_dir import RunDir
 from spin_ray.run_dir.storage import Storage
@@ -21,14 +20,14 @@ def test_a_loss_that_is_not_finite_names_its_pairs_and_the_last_checkpoint_goes_
     tmp_path: Path, config: SpinConfig, calm: Path, monkeypatch: pytest.MonkeyPatch, bad: float
 ) -> None:
     """Step 2 of 4 goes wrong, as by a fault of the hardware; steps 0 and 1 are in a checkpoint and stay."""
-    out, calls, right = tmp_path / "run", [], loop.spin_loss
+    out, calls = tmp_path / "run", []
 
-    def wrong_once(*arguments: Any) -> torch.Tensor:
-        calls.append(arguments)
-        return right(*arguments) * (bad if len(calls) == 3 else 1.0)
+    def wrong_once(margin: torch.Tensor) -> torch.Tensor:
+        calls.append(margin)
+        return logistic(margin) * (bad if len(calls) == 3 else 1.0)
 
     with monkeypatch.context() as patch:
-        patch.setattr(loop, "spin_loss", wrong_once)
+        patch.setitem(LOSSES, "logistic", MarginLoss(wrong_once))
         with pytest.raises(FloatingPointError, match=r"not finite; .*the pairs of this step: ") as raised:
             small_run.run(config, out)
     named = str(raised.value).rpartition(": ")[2].split(", ")

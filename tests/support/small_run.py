@@ -30,6 +30,7 @@ from spin_ray.loop import driver, launch
 from spin_ray.loop.stages import evaluation
 from spin_ray.loop.stages.generation import stage as generation
 from spin_ray.loop.stages.training import stage as training
+from spin_ray.loop.stages.training import worker
 from spin_ray.run_dir import object_storage
 from spin_ray.run_dir.artefact import Manifest
 from spin_ray.run_dir.storage import MANIFEST, Disk, Storage
@@ -85,6 +86,7 @@ def in_this_process(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(fsdp2, "load_model", _model)
     for module in (training, evaluation):
         monkeypatch.setattr(module, "run_workers", _run_worker)
+    for module in (worker, evaluation):
         monkeypatch.setattr(module, "device", lambda: torch.device("cpu"))
 
 

@@ -26,7 +26,7 @@ import torch
 from torch import Tensor
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from spin_ray.learner.losses import margins, sft_loss, spin_loss
+from spin_ray.learner.losses import MARGIN_FUNCTIONS, margins, sft_loss, spin_loss
 
 SYMBOLS, LENGTH, START = 6, 4, 6
 OUTCOMES = torch.tensor(list(product(range(SYMBOLS), repeat=LENGTH)))
@@ -145,7 +145,9 @@ def iterate(model: LlamaForCausalLM, arm: Arm, real: Tensor, generator: torch.Ge
         margin = margins(
             real_logp, logps(model, generated[rows]), reference_real[rows], reference_generated[rows], arm.beta
         )
-        return (spin_loss(margin, arm.loss) + arm.sft_weight * sft_loss(real_logp) / LENGTH) / len(rows)
+        return (spin_loss(margin, MARGIN_FUNCTIONS[arm.loss]) + arm.sft_weight * sft_loss(real_logp) / LENGTH) / len(
+            rows
+        )
 
     epoch(model, torch.optim.AdamW(model.parameters(), arm.learning_rate, weight_decay=0.0), generator, loss)
 

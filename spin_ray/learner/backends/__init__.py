@@ -1,18 +1,27 @@
-"""The training backends by name."""
+"""The training backends by name, or by an import path of the user's own."""
 
 from pathlib import Path
 
 import torch
 
+from spin_ray.errors import ConfigError
 from spin_ray.learner.backends.base import BackendSettings, TrainBackend
+from spin_ray.learner.import_path import import_object
+
+BACKENDS = {
+    "fsdp2": "spin_ray.learner.backends.fsdp2:Fsdp2Backend",
+    "deepspeed": "spin_ray.learner.backends.deepspeed:DeepSpeedBackend",
+}
+"""Import paths: the packages that one backend needs are not imported for another."""
 
 
 def make_backend(model_dir: str | Path, settings: BackendSettings, device: torch.device) -> TrainBackend:
-    """The backend that ``settings.kind`` names; what the other one needs is not imported."""
-    if settings.kind == "deepspeed":
-        from spin_ray.learner.backends.deepspeed import DeepSpeedBackend
+    """Builds the backend that ``settings.kind`` names, by a name of ``BACKENDS`` or by an import path.
 
-        return DeepSpeedBackend(model_dir, settings, device)
-    from spin_ray.learner.backends.fsdp2 import Fsdp2Backend
-
-    return Fsdp2Backend(model_dir, settings, device)
+    Raises:
+        ConfigError: there is no such backend, or the path leads to something that cannot be called.
+    """
+    build = import_object(BACKENDS.get(settings.kind, settings.kind), "train.backend", BACKENDS)
+    if not callable(build):
+        raise ConfigError(f"train.backend: {settings.kind} is no class")
+    return build(model_dir, settings, device)

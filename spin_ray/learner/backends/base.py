@@ -1,4 +1,4 @@
-"""What a training backend is: the owner of model, optimizer and schedule, which only tensors and paths leave."""
+"""The training backend: owner of model, optimizer and schedule. Only tensors and paths leave it."""
 
 import math
 from collections.abc import Iterable
@@ -17,14 +17,14 @@ from spin_ray.learner.batch import PackedBatch
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class BackendSettings:
-    """How to compute and optimise. Example, scoring only: ``BackendSettings(max_length=2048)``."""
+    """Settings of computation and optimizer. Example, scoring only: ``BackendSettings(max_length=2048)``."""
 
     kind: str = "fsdp2"
-    """Which backend (``train.backend``)."""
+    """Name or import path of the backend (``train.backend``)."""
     max_length: int
     """Longest prompt + response in tokens (``model.max_length``): tells whether a sliding window can matter."""
     precision: Literal["bf16", "fp32"] = "bf16"
-    """Of the computation and of the exported weights; master weights, gradients and optimizer state are fp32 always."""
+    """Data type of the computation and of exported weights. Master weights, gradients and optimizer state are fp32."""
     attention: Literal["auto", "packed", "padded"] = "auto"
     trust_remote_code: bool = False
     gradient_checkpointing: bool = False
@@ -37,17 +37,17 @@ class BackendSettings:
     lora: LoraConfig | None = None
     """Train adapters only; exports are merged."""
     seed: int = 0
-    """Of the adapters' first values."""
+    """Seed of the adapters' first values."""
     optimizer: OptimizerConfig | None = None
     """None: the backend only scores (reference, evaluation) and holds no optimizer state."""
     learning_rate: float = 0.0
-    """Peak."""
+    """Peak learning rate."""
     total_steps: int = 0
     """Optimizer steps of the whole schedule."""
 
     @classmethod
     def for_scoring(cls, config: SpinConfig) -> Self:
-        """What every backend of a run takes from its config; one that trains has more."""
+        """Returns the settings that every backend of a run takes from its config; one that trains has more."""
         assert config.train.precision != "auto", "settled before a run begins (runtime.precision)"
         return cls(
             max_length=config.model.max_length,
@@ -62,31 +62,32 @@ class StepStats:
     grad_norm: float
     """Global norm before clipping."""
     learning_rate: float
-    """The one this step used."""
+    """Learning rate of this step."""
 
 
 class TrainBackend(Protocol):
-    """Every method but ``backward`` of a not-last microbatch is a collective: all ranks call it, in the same order.
+    """A model in training, sharded over ranks. An implementation is built of ``(model_dir, settings, device)``.
 
+    Every method but ``backward`` of a not-last microbatch is a collective: all ranks call it, in the same order.
     Dropout is always off: a log-probability is a property of the model, and the reference must be reproducible.
     """
 
     layout: Literal["packed", "padded"]
-    """How responses are scored, after ``attention="auto"`` was decided."""
+    """Layout in which responses are scored, after ``attention="auto"`` was decided."""
     steps_done: int
     """Optimizer steps so far; ``load`` restores it."""
 
     @property
     def device(self) -> torch.device:
-        """Where batches are computed."""
+        """Device that batches are computed on."""
         ...
 
     def logps(self, batch: PackedBatch) -> Float[Tensor, "segments"]:
-        """log p(response | prompt) of every response in the pack, fp32, differentiable."""
+        """Returns log p(response | prompt) of every response in the pack, fp32, differentiable."""
         ...
 
     def score(self, batch: PackedBatch) -> Float[Tensor, "segments"]:
-        """The same numbers, bit for bit, without a graph: for the reference and for evaluation."""
+        """Returns the numbers of ``logps``, bit for bit, without a graph: for the reference and for evaluation."""
         ...
 
     def backward(self, loss: Float[Tensor, ""], *, last_microbatch: bool) -> None:
@@ -114,7 +115,7 @@ class TrainBackend(Protocol):
         ...
 
     def export_hf(self, directory: Path) -> None:
-        """Rank 0 writes a Hugging Face folder: safetensors, config, tokenizer, chat template. Others return earlier."""
+        """Writes a Hugging Face folder on rank 0: safetensors, config, tokenizer, template. Others return earlier."""
         ...
 
 
@@ -139,7 +140,7 @@ def learning_rate_at(
     warmup_fraction: float,
     schedule: Literal["linear", "cosine", "constant"],
 ) -> float:
-    """Learning rate of step 0 ≤ ``step`` < ``total_steps``.
+    """Returns the learning rate of step 0 ≤ ``step`` < ``total_steps``.
 
     Over the first w = round(warmup_fraction · total_steps) steps it rises as peak·(step+1)/(w+1), so no step is spent
     at 0 and step w is the first at the peak; then, with t = (step−w)/(total−w): linear 1−t, cosine (1+cos πt)/2,

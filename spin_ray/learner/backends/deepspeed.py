@@ -18,10 +18,12 @@ from spin_ray.config.sections import OptimizerConfig
 from spin_ray.errors import ModelError
 from spin_ray.learner.adapters import add_adapters
 from spin_ray.learner.backends.base import BackendSettings, StepStats, set_learning_rate
-from spin_ray.learner.backends.modules import bare_optimizer, export, persistent, recompute_activations, trainable
+from spin_ray.learner.backends.modules import export, persistent, recompute_activations, trainable
 from spin_ray.learner.batch import PackedBatch
 from spin_ray.learner.hf_folder import load_model
-from spin_ray.learner.scoring import Layout, ResponseScorer, choose_layout
+from spin_ray.learner.layout import choose_layout
+from spin_ray.learner.optimizers import make_optimizer
+from spin_ray.learner.scoring import Layout, ResponseScorer
 
 CHECKPOINT = "zero"
 """Name of DeepSpeed's folder inside a checkpoint."""
@@ -55,7 +57,7 @@ class DeepSpeedBackend:
         buffers = {name: buffer.clone() for name, buffer in self._model.named_buffers()}
         self._engine, self._optimizer, *_ = deepspeed.initialize(
             model=scorer,
-            optimizer=bare_optimizer(trainable(self._model), settings.optimizer),
+            optimizer=make_optimizer(trainable(self._model), settings.optimizer, settings.learning_rate),
             config=_engine_config(settings, settings.optimizer),
             dist_init_required=False,
         )
@@ -118,8 +120,10 @@ class DeepSpeedBackend:
 
 
 class _Scorer(ResponseScorer):
-    """Holds the head's weight for the whole pass. ZeRO-3 gathers a module's weights, all ranks together, each time the
-    module is called; the head is called once per chunk of targets, and ranks have unequally many.
+    """A scorer that holds the head's weight for the whole pass.
+
+    ZeRO-3 gathers a module's weights, all ranks together, each time the module is called. The head is called
+    once per chunk of targets, and ranks have unequally many.
     """
 
     def __init__(self, model: Any, layout: Layout) -> None:
@@ -140,8 +144,10 @@ class _Scorer(ResponseScorer):
 
 
 def _import_deepspeed(device: torch.device) -> Any:
-    """Raises:
-    ModelError: DeepSpeed is not installed.
+    """Imports DeepSpeed, on a CPU for a CPU.
+
+    Raises:
+        ModelError: DeepSpeed is not installed.
     """
     if device.type == "cpu":
         os.environ.setdefault("DS_ACCELERATOR", "cpu")  # read when DeepSpeed is imported
@@ -158,7 +164,7 @@ def _import_deepspeed(device: torch.device) -> Any:
 
 
 def _engine_config(settings: BackendSettings, optimizer: OptimizerConfig) -> dict[str, Any]:
-    """DeepSpeed's JSON. Batch sizes are formal: packs and their number per step are decided by the packing plan."""
+    """Returns DeepSpeed's JSON. Batch sizes are formal: the packing plan decides on packs and their number per step."""
     return {
         "train_micro_batch_size_per_gpu": 1,
         "gradient_accumulation_steps": 1,
@@ -175,7 +181,7 @@ def _engine_config(settings: BackendSettings, optimizer: OptimizerConfig) -> dic
 
 
 def _zero(settings: BackendSettings) -> dict[str, Any]:
-    """ZeRO-3 can keep the weights themselves in the CPU's memory, too; ZeRO-2 needs them whole on the GPU."""
+    """Returns ZeRO's section. ZeRO-3 can keep also the weights in the CPU's memory; ZeRO-2 needs them on the GPU."""
     stage = 3 if settings.sharding == "full" else 2
     to_cpu = {"device": "cpu", "pin_memory": torch.cuda.is_available()}
     offloaded = ["offload_optimizer", *(["offload_param"] if stage == 3 else [])] if settings.offload else []

@@ -23,7 +23,6 @@ from spin_ray.config.sections import OptimizerConfig
 from spin_ray.learner.adapters import add_adapters, is_adapter, set_first_values, stored_name
 from spin_ray.learner.backends.base import BackendSettings, StepStats, set_learning_rate
 from spin_ray.learner.backends.modules import (
-    bare_optimizer,
     decoder_layers,
     export,
     persistent,
@@ -32,8 +31,10 @@ from spin_ray.learner.backends.modules import (
 )
 from spin_ray.learner.batch import PackedBatch
 from spin_ray.learner.hf_folder import load_model
+from spin_ray.learner.layout import choose_layout
 from spin_ray.learner.loading import empty_model, load_first_layers, materialise, read_shares
-from spin_ray.learner.scoring import ResponseScorer, choose_layout
+from spin_ray.learner.optimizers import allocate_by_a_step, allocate_state, make_optimizer
+from spin_ray.learner.scoring import ResponseScorer
 
 
 class Fsdp2Backend:
@@ -65,7 +66,9 @@ class Fsdp2Backend:
         self._shards: dict[str, nn.Parameter] = dict(self._model.named_parameters())
         self._optimizer: torch.optim.Optimizer | None = None
         if settings.optimizer is not None:
-            self._optimizer = _make_optimizer(trainable(self._model), settings.optimizer)
+            optimizer = make_optimizer(trainable(self._model), settings.optimizer, settings.learning_rate)
+            allocate_state(optimizer, settings.optimizer.name)
+            self._optimizer = optimizer
             self._set_learning_rate()
 
     def _fill(self, source: Path) -> None:
@@ -85,7 +88,7 @@ class Fsdp2Backend:
 
     @torch.no_grad()
     def score_tokens(self, batch: PackedBatch) -> Float[Tensor, "targets"]:
-        """log p of every response token of the pack, in its order, fp32; ``score`` has their sums. A collective."""
+        """Returns log p of every response token, in pack order, fp32; ``score`` has their sums. A collective."""
         return self._scorer(batch.to(self.device), by_token=True).float()
 
     def backward(self, loss: Float[Tensor, ""], *, last_microbatch: bool) -> None:
@@ -116,6 +119,9 @@ class Fsdp2Backend:
         dcp.save(self._state(), storage_writer=FileSystemWriter(directory))
 
     def load(self, directory: Path) -> None:
+        optimizer, _ = self._training()
+        if not optimizer.state:
+            allocate_by_a_step(optimizer)
         state = self._state()  # the live tensors: they are filled in place
         dcp.load(state, storage_reader=FileSystemReader(directory))
         self.steps_done = int(state["steps_done"])
@@ -137,7 +143,7 @@ class Fsdp2Backend:
         set_learning_rate(optimizer.param_groups, self._settings, self.steps_done)
 
     def _state(self) -> dict[str, Any]:
-        """Everything that a step changes, as live tensors by name."""
+        """Returns everything that a step changes, as live tensors by name."""
         optimizer, _ = self._training()
         self._reshard()
         return {
@@ -149,8 +155,9 @@ class Fsdp2Backend:
         }
 
     def _reshard(self) -> None:
-        """Drops gathered weights. FSDP2 keeps the root's after a forward for the backward to come, and after ``score``
-        none comes: they would outlive a change of the shards.
+        """Drops gathered weights, which would outlive a change of the shards.
+
+        FSDP2 keeps those of the root after a forward for the backward to come, and after ``score`` none comes.
         """
         for module in self._scorer.modules():
             if isinstance(module, FSDPModule):
@@ -158,12 +165,12 @@ class Fsdp2Backend:
 
 
 def _whole(tensor: Tensor) -> Tensor:
-    """A collective."""
+    """Returns all of a tensor on every rank; a collective."""
     return (tensor.full_tensor() if isinstance(tensor, DTensor) else tensor).detach()
 
 
 def _shard(scorer: ResponseScorer, settings: BackendSettings, device: torch.device) -> Any:
-    """One FSDP unit per decoder layer and one for the rest (embeddings, final norm, head)."""
+    """Makes an FSDP unit of each decoder layer and one of the rest (embeddings, final norm, head)."""
     mesh = init_device_mesh(device.type, (dist.get_world_size(),))
     policy = MixedPrecisionPolicy(
         param_dtype=torch.bfloat16 if settings.precision == "bf16" else None, reduce_dtype=torch.float32
@@ -182,15 +189,3 @@ def _shard(scorer: ResponseScorer, settings: BackendSettings, device: torch.devi
             module.set_gradient_divide_factor(1.0)
             module.set_force_sum_reduction_for_comms(True)
     return scorer
-
-
-def _make_optimizer(parameters: list[nn.Parameter], config: OptimizerConfig) -> torch.optim.Optimizer:
-    """The optimizer, its state allocated: too little memory shows now, and checkpoints always have the same tensors."""
-    optimizer = bare_optimizer(parameters, config)
-    moments = {"adamw": ("exp_avg", "exp_avg_sq"), "rmsprop": ("square_avg",)}[config.name]
-    for parameter in parameters:
-        if parameter.requires_grad:
-            optimizer.state[parameter] = {"step": torch.zeros(())} | {
-                moment: torch.zeros_like(parameter, requires_grad=False) for moment in moments
-            }
-    return optimizer

@@ -1,4 +1,4 @@
-"""What both backends do to a model before and after it is sharded."""
+"""Changes to a model before and after it is sharded, the same for both backends."""
 
 from collections.abc import Callable, Iterable
 from functools import partial
@@ -11,7 +11,6 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from spin_ray.config.sections import OptimizerConfig
 from spin_ray.learner.adapters import is_adapter, merge_adapters, stored_name
 from spin_ray.learner.backends.base import BackendSettings
 from spin_ray.learner.hf_folder import write_model
@@ -32,18 +31,12 @@ def recompute_activations(model: Any) -> None:
 
 
 def trainable(model: Any) -> list[nn.Parameter]:
-    """All parameters, or with LoRA the adapters."""
+    """Returns all parameters, or with LoRA the adapters."""
     return [parameter for parameter in model.parameters() if parameter.requires_grad]
 
 
-def bare_optimizer(parameters: list[nn.Parameter], config: OptimizerConfig) -> torch.optim.Optimizer:
-    """The optimizer before its first step; the learning rate is set before each step."""
-    kind = {"adamw": torch.optim.AdamW, "rmsprop": torch.optim.RMSprop}[config.name]
-    return kind(parameters, weight_decay=config.weight_decay, foreach=True)
-
-
 def persistent(model: Any, parameters: Iterable[tuple[str, Tensor]]) -> list[tuple[str, Tensor]]:
-    """What a model folder holds of ``parameters`` (tied ones once) and of the model's buffers."""
+    """Returns those of ``parameters`` (tied ones once) and of the model's buffers that a model folder holds."""
     kept = model.state_dict().keys()
     return [(name, tensor) for name, tensor in chain(parameters, model.named_buffers()) if name in kept]
 
@@ -56,10 +49,10 @@ def export(
     source: str | Path,
     settings: BackendSettings,
 ) -> None:
-    """Rank 0 writes a plain Hugging Face folder, adapters merged, from ``tensors`` that all ranks gather one by one.
+    """Writes a plain Hugging Face folder on rank 0, adapters merged; all ranks gather ``tensors`` one by one.
 
     Args:
-        gather: the whole of a tensor, on every rank; a collective.
+        gather: returns all of a tensor on every rank; a collective.
     """
     whole = ((name, gather(tensor)) for name, tensor in tensors)
     if dist.get_rank() != 0:

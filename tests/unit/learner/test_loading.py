@@ -6,8 +6,8 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, Qwen2Config
 
+from spin_ray.learner.layout import choose_layout
 from spin_ray.learner.loading import empty_model, load_first_layers
-from spin_ray.learner.scoring import choose_layout
 from tests.support.learner_cases import VOCAB, save_model, tiny_llama
 
 

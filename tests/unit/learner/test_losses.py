@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from spin_ray.learner.batch import PackedBatch
-from spin_ray.learner.losses import LOSSES, margins, pair_logps, response_logps, sft_loss, spin_loss
+from spin_ray.learner.losses import MARGIN_FUNCTIONS, margins, pair_logps, response_logps, sft_loss, spin_loss
 from spin_ray.learner.packing import build_pack
 from tests.support.learner_cases import Row, table_of
 
@@ -62,30 +62,30 @@ def test_margin_is_beta_times_the_difference_of_the_log_ratios() -> None:
     ],
 )
 def test_loss_values(name: str, at_0: float, at_2: float, at_minus_1: float) -> None:
-    found = LOSSES[name](torch.tensor([0.0, 2.0, -1.0], dtype=torch.float64))
+    found = MARGIN_FUNCTIONS[name](torch.tensor([0.0, 2.0, -1.0], dtype=torch.float64))
     assert found.tolist() == pytest.approx([at_0, at_2, at_minus_1], abs=1e-12)
 
 
-@pytest.mark.parametrize("name", LOSSES)
+@pytest.mark.parametrize("name", MARGIN_FUNCTIONS)
 def test_losses_satisfy_assumption_5_1(name: str) -> None:
     """Convex, non-increasing, ℓ'(0) < 0; slopes by central differences with h = 1e-5 in float64."""
     grid = torch.linspace(-6, 6, 400, dtype=torch.float64)  # does not contain the hinge's kink at 1
     h = 1e-5
-    slope = (LOSSES[name](grid + h) - LOSSES[name](grid - h)) / (2 * h)
+    slope = (MARGIN_FUNCTIONS[name](grid + h) - MARGIN_FUNCTIONS[name](grid - h)) / (2 * h)
     assert (slope <= 0).all()
     assert (slope.diff() >= -1e-9).all()
     at_0 = torch.zeros(1, dtype=torch.float64, requires_grad=True)
-    (exact,) = torch.autograd.grad(LOSSES[name](at_0).sum(), at_0)
+    (exact,) = torch.autograd.grad(MARGIN_FUNCTIONS[name](at_0).sum(), at_0)
     assert exact.item() == pytest.approx(SLOPE_AT_0[name])
     grid.requires_grad_()
-    (gradient,) = torch.autograd.grad(LOSSES[name](grid).sum(), grid)
+    (gradient,) = torch.autograd.grad(MARGIN_FUNCTIONS[name](grid).sum(), grid)
     torch.testing.assert_close(gradient, slope, rtol=1e-6, atol=1e-6)
 
 
 def test_logistic_loss_survives_margins_of_hundreds_of_nats() -> None:
     """ℓ(−400) = 400 + log(1 + e^−400) = 400, where e^400 overflows; the slope there is −1."""
     margin = torch.tensor([-400.0, 400.0], requires_grad=True)
-    loss = spin_loss(margin, "logistic")
+    loss = spin_loss(margin, MARGIN_FUNCTIONS["logistic"])
     loss.backward()
     assert loss.item() == 400.0
     assert margin.grad is not None
@@ -95,7 +95,7 @@ def test_logistic_loss_survives_margins_of_hundreds_of_nats() -> None:
 def test_losses_are_sums_so_that_unequal_packs_add_up_to_the_step() -> None:
     """ℓ of (0 | 1, 2) over two packs, divided by 3 pairs: (1 + 0 − 1)/3 = 0. Means per pack would give (1 − 0.5)/2."""
     packs = torch.tensor([0.0]), torch.tensor([1.0, 2.0])
-    assert sum(spin_loss(pack, "correlation").item() for pack in packs) / 3 == 0.0
+    assert sum(spin_loss(pack, MARGIN_FUNCTIONS["correlation"]).item() for pack in packs) / 3 == 0.0
 
 
 def test_sft_loss_counts_a_shared_real_response_once_for_each_pair() -> None:

@@ -2,12 +2,15 @@
 
 import math
 from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
 
+from spin_ray.learner.backends.base import StepStats
 from spin_ray.learner.losses import LOSSES, geometric_reference, segment_lengths, square_loss
+from spin_ray.learner.metrics import step_metrics
 from spin_ray.learner.packing import build_pack, plan_epoch
 from spin_ray.learner.step import Objective, PackShape, ReferenceScores, _pack_loss
 from tests.support.learner_cases import Row, lengths_of, table_of
@@ -29,18 +32,23 @@ REFERENCE = ReferenceScores(
 
 
 def loss_of(objective: Objective, logps: Tensor, reference: ReferenceScores = REFERENCE) -> Tensor:
+    return pack_loss(objective, logps, reference)[0]
+
+
+def pack_loss(objective: Objective, logps: Tensor, reference: ReferenceScores | None) -> tuple[Tensor, dict[str, Any]]:
+    """The pack's share of the loss, and its sums."""
     (step,) = plan_epoch(lengths_of(ROWS), pack_length=24, global_batch_pairs=3, seed=0, epoch=0)
     (pack,) = step.packs
     shape = PackShape(pack_length=24, global_batch_pairs=3, pad_id=0)
     # Segments are numbered in pack order, which puts the larger tree first.
     order = [0, 1, 2, 3, 4] if pack[0][0] == 0 else [3, 4, 0, 1, 2]
     backend = SimpleNamespace(device=torch.device("cpu"), logps=lambda batch: logps[order])
-    return _pack_loss(backend, pack, step, table_of(ROWS), shape, objective, reference)[0]  # type: ignore[arg-type]
+    return _pack_loss(backend, pack, step, table_of(ROWS), shape, objective, reference)  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize("length_normalised", [False, True])
 @pytest.mark.parametrize("sft_weight", [0.0, 0.7])
-@pytest.mark.parametrize("loss", [*LOSSES, "square", None])
+@pytest.mark.parametrize("loss", LOSSES)
 def test_gradient_of_every_objective_by_central_differences(
     loss: str | None, sft_weight: float, length_normalised: bool
 ) -> None:
@@ -117,3 +125,21 @@ def test_margins_of_policy_equal_to_reference_are_0() -> None:
     for normalised in (False, True):
         objective = Objective(loss="logistic", beta=5.0, length_normalised=normalised)
         assert loss_of(objective, LOGPS, same).item() == pytest.approx(math.log(2), abs=1e-12)
+
+
+@pytest.mark.parametrize("loss", LOSSES)
+def test_what_is_logged_of_a_step(loss: str | None) -> None:
+    """Of SFT the loss and log p(y); of all others also log p(y'), the margin and the drift from the reference."""
+    (step,) = plan_epoch(lengths_of(ROWS), pack_length=24, global_batch_pairs=3, seed=0, epoch=0)
+    _, sums = pack_loss(Objective(loss=loss), LOGPS, None if loss is None else REFERENCE)
+    logged = step_metrics(sums, step, LOSSES[loss], StepStats(grad_norm=2.0, learning_rate=0.5))
+    of_pairs = ["margin", "accuracy", "generated_logp", "real_logp_drift"] if loss else []
+    assert list(logged) == ["loss", *of_pairs, "real_logp", "grad_norm", "lr", "tokens"]
+    assert (logged["grad_norm"], logged["lr"], logged["tokens"]) == (2.0, 0.5, 15)
+    assert logged["real_logp"] == pytest.approx((-1.3 - 1.3 - 3.2) / 3)
+    if loss is None:
+        assert logged["loss"] == pytest.approx(5.8 / 8)
+    else:  # margins (−0.2 − 0.2), (−0.2 + 0.1), (−0.3 + 0.1); drift −0.2, −0.2, −0.3
+        assert (logged["margin"], logged["accuracy"]) == (pytest.approx(-0.7 / 3), 0.0)
+        assert logged["generated_logp"] == pytest.approx((-2.1 - 0.4 - 1.7) / 3)
+        assert logged["real_logp_drift"] == pytest.approx(-0.7 / 3)

@@ -11,9 +11,10 @@ from transformers import Gemma2Config, Gemma2ForCausalLM, GPT2Config, GPT2LMHead
 
 from spin_ray.errors import ModelError
 from spin_ray.learner import scoring
+from spin_ray.learner.layout import choose_layout
 from spin_ray.learner.losses import pair_logps
 from spin_ray.learner.packing import build_pack
-from spin_ray.learner.scoring import ResponseScorer, choose_layout
+from spin_ray.learner.scoring import ResponseScorer
 from tests.support.learner_cases import VOCAB, Row, batches_of, logp_alone, random_rows, table_of, tiny_llama
 
 torch.set_num_threads(1)

@@ -11,11 +11,11 @@ import pytest
 import torch
 from torch import Tensor
 
-from spin_ray.learner.losses import LOSSES, geometric_reference, margins, sft_loss, square_loss
+from spin_ray.learner.losses import MARGIN_FUNCTIONS, geometric_reference, margins, sft_loss, square_loss
 
 torch.set_num_threads(1)
 K = 6
-LOSS_NAMES = list(LOSSES)
+LOSS_NAMES = list(MARGIN_FUNCTIONS)
 
 
 def distribution(seed: int, spread: float = 1.0) -> Tensor:
@@ -38,7 +38,7 @@ def objective(
     policy = logits.log_softmax(0)
     real, generated = (index.flatten() for index in torch.meshgrid(torch.arange(K), torch.arange(K), indexing="ij"))
     margin = margins(policy[real], policy[generated], reference[real], reference[generated], beta)
-    return ((data[real] + opponent[generated]).exp() * LOSSES[loss](margin)).sum()
+    return ((data[real] + opponent[generated]).exp() * MARGIN_FUNCTIONS[loss](margin)).sum()
 
 
 def minimise(function: Callable[[Tensor], Tensor], start: Tensor) -> Tensor:
@@ -313,7 +313,7 @@ def test_dpo_reads_rewards_off_preferences() -> None:
     def loss(logits: Tensor) -> Tensor:
         policy = logits.log_softmax(0)
         margin = margins(policy[better], policy[worse], reference[better], reference[worse], beta)
-        return (wins * LOSSES["logistic"](margin)).sum()
+        return (wins * MARGIN_FUNCTIONS["logistic"](margin)).sum()
 
     torch.testing.assert_close(minimise(loss, reference), (reference + reward / beta).log_softmax(0), rtol=0, atol=1e-5)
 

@@ -201,11 +201,11 @@ def test_8_generator_log_probs_used_as_reference():
 
 def test_9_rank_local_loss_means():
     """Ranks with 1 and 3 pairs of margins 0 and 2: a mean of rank means is not the mean of the pairs."""
-    from spin_ray.learner.losses import spin_loss
+    from spin_ray.learner.losses import logistic, spin_loss
 
     ranks = [torch.tensor([0.0]), torch.tensor([2.0, 2.0, 2.0])]
     pairs_of_the_step = sum(len(margins) for margins in ranks)
-    step = sum(float(spin_loss(margins, "logistic")) / pairs_of_the_step for margins in ranks)
+    step = sum(float(spin_loss(margins, logistic)) / pairs_of_the_step for margins in ranks)
     at_0, at_2 = math.log(2), math.log1p(math.exp(-2))
     assert step == pytest.approx((at_0 + 3 * at_2) / 4)
     assert step != pytest.approx((at_0 + at_2) / 2)

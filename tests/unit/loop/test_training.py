@@ -12,6 +12,9 @@ from spin_ray.inputs.model_folder import ModelFolder
 from spin_ray.learner import step as loop
 from spin_ray.loop.algorithms.base import margin_objective
 from spin_ray.loop.stages.training import stage as training
+from spin_ray.loop.stages.training import worker
+from spin_ray.loop.stages.training.job import TrainJob
+from spin_ray.loop.stages.training.log import TrainLog
 from spin_ray.run_dir.events import read_json_lines
 from spin_ray.run_dir.run_dir import RunDir
 from spin_ray.run_dir.schemas import PAIR_SCHEMA, REFERENCE_SCHEMA
@@ -34,7 +37,7 @@ PAIRS = [
 
 @pytest.fixture
 def run(tmp_path, monkeypatch):
-    monkeypatch.setattr(training, "device", lambda: torch.device("cpu"))
+    monkeypatch.setattr(worker, "device", lambda: torch.device("cpu"))
     run = RunDir(Storage(tmp_path))
     write_rows(run.pairs(0), PAIR_SCHEMA, PAIRS, part_rows=3)
     return run
@@ -43,7 +46,7 @@ def run(tmp_path, monkeypatch):
 @pytest.fixture
 def jobs(run, monkeypatch):
     """The jobs that the stage hands to the workers, instead of doing them."""
-    found: list[training.TrainJob] = []
+    found: list[TrainJob] = []
     monkeypatch.setattr(training, "_train", lambda run_dir, config, job: found.append(job))
     return found
 
@@ -135,7 +138,7 @@ def test_iterations_shuffle_differently(run, jobs):
 
 
 def test_pairs_are_read_as_they_are(run):
-    assert [row for part in training._pairs(run.pairs(0)) for row in part.to_pylist()] == PAIRS
+    assert [row for part in worker._pairs(run.pairs(0)) for row in part.to_pylist()] == PAIRS
 
 
 def test_each_rank_keeps_the_tokens_of_its_own_packs_and_all_pair_ids(run):
@@ -143,9 +146,9 @@ def test_each_rank_keeps_the_tokens_of_its_own_packs_and_all_pair_ids(run):
     write_rows(run.pairs(1), PAIR_SCHEMA, [{**PAIRS[0], "pair_id": f"q{i}", "prompt_id": f"q{i}"} for i in range(8)], 3)
     pairs = run.pairs(1)
     shape = loop.PackShape(pack_length=12, global_batch_pairs=8, pad_id=0)
-    epochs = loop.plan(loop.pair_lengths(training._pairs(pairs)), shape, epochs=2, seed=0)
-    shares = [training._share(training._pairs(pairs), loop.rows_of_rank(epochs, rank, 3)) for rank in range(3)]
-    whole = pa.concat_tables(training._pairs(pairs))
+    epochs = loop.plan(loop.pair_lengths(worker._pairs(pairs)), shape, epochs=2, seed=0)
+    shares = [worker._share(worker._pairs(pairs), loop.rows_of_rank(epochs, rank, 3)) for rank in range(3)]
+    whole = pa.concat_tables(worker._pairs(pairs))
     for rank, share in enumerate(shares):
         assert share["pair_id"].equals(whole["pair_id"])
         packs = [pack for (step,) in epochs for pack in step.for_rank(rank, 3)]
@@ -160,7 +163,7 @@ def test_each_rank_keeps_the_tokens_of_its_own_packs_and_all_pair_ids(run):
 
 def test_prompts_become_rows_without_a_generated_response(run):
     write_prompts(run.prompts, count=2, part_rows=1)
-    assert [row for part in training._pairs(run.prompts) for row in part.to_pylist()][1] == {
+    assert [row for part in worker._pairs(run.prompts) for row in part.to_pylist()][1] == {
         "pair_id": "p001", "prompt_id": "p001", "iteration": 0,
         "prompt_ids": [1, 1], "real_ids": [11, 2], "generated_ids": [],
     }  # fmt: skip
@@ -172,7 +175,7 @@ def test_prompts_become_rows_without_a_generated_response(run):
 def test_reference_scores_are_matched_by_pair_whatever_their_order(run):
     """Ranks write them in the order of their packs."""
     write_reference(run, [(f"p{i}/000/0", -i, -10 * i) for i in (2, 0, 3, 1)])
-    scores = training._load_reference(run.reference(0), pa.concat_tables(training._pairs(run.pairs(0))))
+    scores = worker._load_reference(run.reference(0), pa.concat_tables(worker._pairs(run.pairs(0))))
     assert scores.real.tolist() == [0, -1, -2, -3]
     assert scores.generated.tolist() == [0, -10, -20, -30]
     assert scores.real.dtype == torch.float32
@@ -182,7 +185,7 @@ def test_reference_scores_are_matched_by_pair_whatever_their_order(run):
 def test_a_missing_surplus_or_double_score_is_an_error(run, names):
     write_reference(run, [(f"p{i}/000/0", 0.0, 0.0) for i in names])
     with pytest.raises(RunDirError, match=rf"iter_000/reference: {len(names)} scores for 4 pairs"):
-        training._load_reference(run.reference(0), pa.concat_tables(training._pairs(run.pairs(0))))
+        worker._load_reference(run.reference(0), pa.concat_tables(worker._pairs(run.pairs(0))))
 
 
 def test_a_reference_of_another_start_model_is_refused(run, jobs):
@@ -191,7 +194,7 @@ def test_a_reference_of_another_start_model_is_refused(run, jobs):
     job = jobs[0]
     job.reference.commit({}, job.inputs() | {"start_model": "another"}, {})
     with pytest.raises(RunDirError, match="start_model"):
-        training._score_reference(job, backend=None, steps=[], table=pa.table({}))
+        worker._score_reference(job, backend=None, steps=[], table=pa.table({}))
 
 
 # The log
@@ -199,11 +202,11 @@ def test_a_reference_of_another_start_model_is_refused(run, jobs):
 
 def log_of(run: RunDir, jobs: list[Any], first: int) -> Any:
     train(run, config_of(), 0)
-    return training._TrainLog(jobs[-1], first)
+    return TrainLog(jobs[-1], first)
 
 
 def test_the_log_goes_on_from_the_checkpoint_and_steps_after_it_are_done_again(run, jobs, monkeypatch):
-    monkeypatch.setattr(training.dist, "get_rank", lambda: 0)
+    monkeypatch.setattr(worker.dist, "get_rank", lambda: 0)
     log = log_of(run, jobs, first=0)
     for step in range(5):
         log.write({"step": step, "loss": 1.0})
@@ -214,13 +217,13 @@ def test_the_log_goes_on_from_the_checkpoint_and_steps_after_it_are_done_again(r
 
 
 def test_a_line_that_a_crash_cut_short_is_cut_off(run, jobs, monkeypatch):
-    monkeypatch.setattr(training.dist, "get_rank", lambda: 0)
+    monkeypatch.setattr(worker.dist, "get_rank", lambda: 0)
     run.storage.append("iter_000/train_log.jsonl", '{"step": 0}\n{"st')
     log_of(run, jobs, first=1).write({"step": 1})
     assert run.storage.read("iter_000/train_log.jsonl") == b'{"step": 0}\n{"step": 1}\n'
 
 
 def test_only_rank_0_writes_the_log(run, jobs, monkeypatch):
-    monkeypatch.setattr(training.dist, "get_rank", lambda: 1)
+    monkeypatch.setattr(worker.dist, "get_rank", lambda: 1)
     log_of(run, jobs, first=0).write({"step": 0})
     assert not run.storage.exists("iter_000/train_log.jsonl")

@@ -3,15 +3,46 @@ reader unpickles what it finds).
 """
 
 import json
+import tempfile
 from pathlib import Path
 from typing import Any
 
+import ray.train
 import torch.distributed as dist
 
 from spin_ray.errors import RunDirError
+from spin_ray.learner.backends.base import TrainBackend
+from spin_ray.loop.stages.training.job import TrainJob
 from spin_ray.run_dir.artefact import FileEntry, folder_entries
 
 WORKERS = "train.workers"
+
+
+def save(job: TrainJob, backend: TrainBackend, step: int) -> None:
+    with tempfile.TemporaryDirectory(prefix="spin-ray-checkpoint-") as folder:
+        backend.save(Path(folder))
+        seal(Path(folder), step, job.identity())
+        ray.train.report({"step": step}, checkpoint=ray.train.Checkpoint.from_directory(folder))
+
+
+def restore(job: TrainJob, backend: TrainBackend) -> int:
+    """Loads the newest checkpoint of this work, if there is one; returns the step to go on with.
+
+    Raises:
+        RunDirError: the checkpoint is damaged, or belongs to other work or another number of workers.
+    """
+    newest = ray.train.get_checkpoint()
+    if newest is None:
+        return 0
+    with newest.as_directory() as folder:
+        step = check(
+            Path(folder),
+            job.identity(),
+            f"or remove {job.name}/checkpoints to train from the start",
+            any_workers=job.elastic,
+        )
+        backend.load(Path(folder))
+    return step
 
 
 def seal(folder: Path, step: int, identity: dict[str, Any]) -> None:
@@ -22,7 +53,7 @@ def seal(folder: Path, step: int, identity: dict[str, Any]) -> None:
 
 
 def check(folder: Path, identity: dict[str, Any], else_do: str, *, any_workers: bool = False) -> int:
-    """The step after which the checkpoint was written, by as many workers as there are now or by ``any_workers``.
+    """Returns the step after which a checkpoint was written, by as many workers as now or with ``any_workers`` by any.
 
     Raises:
         RunDirError: a file is missing or damaged, or the checkpoint is of other work; ``else_do`` ends the message.

@@ -1,0 +1,67 @@
+"""The work of a training, as it is handed to the workers."""
+
+from dataclasses import dataclass
+from typing import Any
+
+from spin_ray.config.sections import HealthConfig
+from spin_ray.inputs.model_folder import ModelFolder
+from spin_ray.learner.backends.base import BackendSettings
+from spin_ray.learner.step import Objective, PackShape
+from spin_ray.run_dir.artefact import Artefact
+from spin_ray.run_dir.storage import Storage
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainJob:
+    """Everything a worker needs; the same on all ranks."""
+
+    name: str
+    """Folder of the iterate, e.g. ``iter_000``."""
+    storage: Storage
+    start: ModelFolder
+    rows: Artefact
+    """Pairs, or prompts for SFT."""
+    reference: Artefact | None
+    """Place of log p of the rows under ``start``; None for a loss without a reference."""
+    base: Artefact | None
+    """log p of the rows under θ_0, where the reference is a geometric mixture with it."""
+    wins: Artefact | None
+    """Win probabilities of the rows, for a loss that needs them."""
+    reference_alpha: float
+    """Weight of ``start`` in that mixture; 1: ``start`` alone."""
+    target: Artefact
+    objective: Objective
+    shape: PackShape
+    backend: BackendSettings
+    epochs: int
+    seed: int
+    checkpoint_every_steps: int
+    health: HealthConfig
+    elastic: bool
+    """Go on also from checkpoints of another number of workers."""
+    chat_template: str | None
+    """The template that the config put in place of the model's; exported with the weights."""
+
+    def inputs(self) -> dict[str, str]:
+        inputs = {"rows": self.rows.manifest().digest, "start_model": self.start.digest}
+        more = {"base_scores": self.base, "wins": self.wins}
+        return inputs | {name: artefact.manifest().digest for name, artefact in more.items() if artefact}
+
+    def settings(self) -> dict[str, Any]:
+        optimizer = self.backend.optimizer
+        return {
+            "loss": self.objective.loss, "beta": self.objective.beta, "sft_weight": self.objective.sft_weight,
+            "length_normalised": self.objective.length_normalised, "reference_alpha": self.reference_alpha,
+            "epochs": self.epochs, "learning_rate": self.backend.learning_rate, "seed": self.seed,
+            "pack_length": self.shape.pack_length, "global_batch_pairs": self.shape.global_batch_pairs,
+            "precision": self.backend.precision, "attention": self.backend.attention,
+            "optimizer": optimizer.model_dump(mode="json") if optimizer else None,
+        }  # fmt: skip
+
+    def identity(self) -> dict[str, Any]:
+        """Returns what a checkpoint of this work must agree with."""
+        return {**self.inputs(), **self.settings()}
+
+    @property
+    def log_path(self) -> str:
+        return f"{self.name}/train_log.jsonl"

@@ -1,0 +1,66 @@
+"""train_log.jsonl: written by rank 0, watched by the driver."""
+
+import json
+import threading
+from typing import Any
+
+import torch.distributed as dist
+
+from spin_ray.loop.stages.training.job import TrainJob
+from spin_ray.report.progress import StageProgress
+from spin_ray.report.tracking import set_gauges, step_values
+from spin_ray.run_dir.events import read_json_lines
+from spin_ray.run_dir.run_dir import RunDir
+
+
+class TrainLog:
+    """train_log.jsonl, written by rank 0. Steps after the checkpoint that training resumes from are cut off first."""
+
+    def __init__(self, job: TrainJob, first: int) -> None:
+        self._job = job
+        self._active = dist.get_rank() == 0
+        if self._active:
+            logged = read_json_lines(job.storage, job.log_path)
+            kept = [line for line in logged if line["step"] < first]
+            if len(kept) < len(logged):
+                lost = {"steps": len(logged) - len(kept), "resumed_at": first, "why": "a worker or the driver died"}
+                RunDir(job.storage).event("lost", f"{job.name}/training", **lost)
+            job.storage.replace(job.log_path, "".join(json.dumps(line) + "\n" for line in kept).encode())
+
+    def write(self, line: dict[str, Any]) -> None:
+        if self._active:
+            self._job.storage.append(self._job.log_path, json.dumps(line) + "\n")
+
+
+class Watcher:
+    """A thread that shows the progress that rank 0 logs, while the driver waits for the workers."""
+
+    def __init__(self, job: TrainJob) -> None:
+        self._job = job
+        self._stop = threading.Event()
+        self._thread = threading.Thread(target=self._watch, name="train-progress", daemon=True)
+
+    def __enter__(self) -> None:
+        self._thread.start()
+
+    def __exit__(self, *_: object) -> None:
+        self._stop.set()
+        self._thread.join(timeout=10)
+
+    def _watch(self) -> None:
+        seen = len(read_json_lines(self._job.storage, self._job.log_path))
+        progress: StageProgress | None = None
+        stopped = False
+        while not stopped:
+            stopped = self._stop.wait(1.0)
+            lines = read_json_lines(self._job.storage, self._job.log_path)
+            if progress is None and lines:
+                progress = StageProgress(f"{self._job.name}/training", lines[-1]["of"], "steps", done=seen).__enter__()
+            if progress is not None:
+                for line in lines[seen:]:
+                    progress.advance(1, line["tokens"])
+                if lines[seen:]:
+                    set_gauges(self._job.storage.name, step_values(lines[-1]))
+                seen = max(seen, len(lines))
+        if progress is not None:
+            progress.__exit__(None, None, None)

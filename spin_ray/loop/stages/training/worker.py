@@ -1,0 +1,156 @@
+"""The work of each rank, from the start model to the exported one.
+
+load θ_t -> score all pairs with it (the reference: stored, never redone with a moved policy)
+        -> steps, with a checkpoint now and then -> export as a Hugging Face folder with its manifest
+"""
+
+import time
+from collections.abc import Iterable, Iterator
+from dataclasses import replace
+from pathlib import Path
+
+import pyarrow as pa
+import pyarrow.compute as pc
+import torch
+import torch.distributed as dist
+
+from spin_ray.errors import RunDirError
+from spin_ray.learner.backends import make_backend
+from spin_ray.learner.backends.base import TrainBackend
+from spin_ray.learner.health import HealthMonitor
+from spin_ray.learner.packing import Step
+from spin_ray.learner.step import ReferenceScores, pair_lengths, plan, rows_of_rank, score_rows, train_step
+from spin_ray.loop.stages.training import checkpoint
+from spin_ray.loop.stages.training.job import TrainJob
+from spin_ray.loop.stages.training.log import TrainLog
+from spin_ray.run_dir.artefact import Artefact, Manifest, folder_entries
+from spin_ray.run_dir.names import part_name
+from spin_ray.run_dir.schemas import PAIR_SCHEMA, REFERENCE_SCHEMA
+from spin_ray.run_dir.storage import MANIFEST
+from spin_ray.runtime.workers import device
+
+_TOKENS = ("prompt_ids", "real_ids", "generated_ids")
+
+
+def work(job: TrainJob) -> dict[str, float]:
+    """Does the job on every rank and commits ``job.target``; returns counts of what this attempt did."""
+    rank, ranks = dist.get_rank(), dist.get_world_size()
+    epochs = plan(pair_lengths(_pairs(job.rows)), job.shape, epochs=job.epochs, seed=job.seed, ranks=ranks)
+    table = _share(_pairs(job.rows), rows_of_rank(epochs, rank, ranks))
+    steps = [step for epoch in epochs for step in epoch]
+    backend = make_backend(job.start.here(), replace(job.backend, total_steps=len(steps), seed=job.seed), device())
+    started = time.monotonic()
+    reference = _reference(job, backend, epochs[0], table)
+    work_s = time.monotonic() - started
+    first = checkpoint.restore(job, backend)
+    log, health = TrainLog(job, first), HealthMonitor(job.health)
+    tokens = 0.0
+    for number in range(first, len(steps)):
+        started = time.monotonic()
+        metrics = train_step(backend, steps[number], table, job.shape, job.objective, reference)
+        seconds = time.monotonic() - started
+        log.write({"step": number, **metrics, "seconds": round(seconds, 3), "of": len(steps)})
+        health.check(number, metrics)
+        work_s, tokens = work_s + seconds, tokens + metrics["tokens"]
+        if (number + 1) % job.checkpoint_every_steps == 0 and number + 1 < len(steps):
+            checkpoint.save(job, backend, number + 1)
+    _export(job, backend)
+    return {"steps": len(steps) - first, "tokens": tokens, "work_s": work_s}
+
+
+def _pairs(rows: Artefact) -> Iterator[pa.Table]:
+    """Yields PAIR_SCHEMA rows, part by part; prompts become rows without y'."""
+    for part in rows.tables():
+        if "pair_id" in part.column_names:
+            yield part
+            continue
+        empty = pa.array([[]] * part.num_rows, PAIR_SCHEMA.field("generated_ids").type)
+        iteration = pa.array([0] * part.num_rows, pa.int32())
+        columns = {"pair_id": part["prompt_id"], "iteration": iteration, "generated_ids": empty}
+        yield pa.table(
+            [columns.get(name, part[name] if name in part.column_names else None) for name in PAIR_SCHEMA.names],
+            schema=PAIR_SCHEMA,
+        )
+
+
+def _share(parts: Iterable[pa.Table], own: set[int]) -> pa.Table:
+    """Returns ``pair_id`` of all rows, and the tokens of ``own`` rows, null in the place of the others.
+
+    An epoch draws its packs from all over the table, and a part's digest is of all its bytes: so every part is read,
+    but no rank keeps more of it than it needs.
+    """
+    kept: list[pa.Table] = []
+    first = 0
+    for part in parts:
+        rows = pa.array([row if first + row in own else None for row in range(part.num_rows)], pa.int64())
+        kept.append(pa.table({"pair_id": part["pair_id"]} | {name: part[name].take(rows) for name in _TOKENS}))
+        first += part.num_rows
+    return pa.concat_tables(kept)
+
+
+def _reference(job: TrainJob, backend: TrainBackend, steps: list[Step], table: pa.Table) -> ReferenceScores | None:
+    """Returns what the loss compares the policy with: scores of θ_t, mixed with θ_0's, and win probabilities."""
+    if job.reference is None:
+        return None
+    _score_reference(job, backend, steps, table)
+    reference = _load_reference(job.reference, table)
+    if job.base is not None:
+        reference = reference.mixed_with(_load_reference(job.base, table), job.reference_alpha)
+    if job.wins is not None:
+        real_win, generated_win = _load_by_pair(job.wins, table, ("real_win", "generated_win"))
+        reference = replace(reference, real_win=real_win, generated_win=generated_win)
+    return reference
+
+
+def _score_reference(job: TrainJob, backend: TrainBackend, steps: list[Step], table: pa.Table) -> None:
+    """Commits log p_θt of every pair, unless an earlier attempt did. The backend still holds θ_t here."""
+    target = job.reference
+    assert target is not None
+    inputs = job.inputs()
+    settings = {"pack_length": job.shape.pack_length, "precision": job.backend.precision, "seed": job.seed}
+    if target.already_made(inputs, settings):
+        return
+    rows, real, generated = score_rows(backend, steps, table, job.shape)
+    part = pa.table([table["pair_id"].take(pa.array(rows, pa.int64())), real, generated], schema=REFERENCE_SCHEMA)
+    target.replace_part(part_name(dist.get_rank()), part)
+    dist.barrier()
+    if dist.get_rank() == 0:
+        names = [part_name(rank) for rank in range(dist.get_world_size())]
+        target.commit({name: target.part_entry(name) for name in names}, inputs, settings)
+    dist.barrier()
+
+
+def _load_reference(reference: Artefact, table: pa.Table) -> ReferenceScores:
+    """Reads scores in the order of ``table``."""
+    real, generated = _load_by_pair(reference, table, ("real_logp", "generated_logp"))
+    return ReferenceScores(real=real, generated=generated)
+
+
+def _load_by_pair(artefact: Artefact, table: pa.Table, columns: tuple[str, ...]) -> list[torch.Tensor]:
+    """Reads columns of an artefact in the order of ``table``, matched by pair id.
+
+    Raises:
+        RunDirError: a pair has no score, or more than one.
+    """
+    scores = pa.concat_tables(list(artefact.tables()))
+    found = pc.index_in(table["pair_id"], value_set=scores["pair_id"])
+    if found.null_count or scores.num_rows != table.num_rows:
+        raise RunDirError(
+            f"{artefact.path}: {scores.num_rows} scores for {table.num_rows} pairs, {found.null_count} without one; "
+            "remove the folder"
+        )
+    ordered = scores.take(found)
+    return [torch.tensor(ordered[name].to_numpy()).to(device()) for name in columns]
+
+
+def _export(job: TrainJob, backend: TrainBackend) -> None:
+    """Writes θ_{t+1} as a Hugging Face folder that appears together with its manifest."""
+    attempt = job.storage.new_attempt_folder() if dist.get_rank() == 0 else Path()
+    backend.export_hf(attempt)
+    if dist.get_rank() == 0:
+        if job.chat_template is not None:
+            (attempt / "chat_template.jinja").write_text(job.chat_template, encoding="utf-8")
+        manifest = Manifest.of(folder_entries(attempt), job.inputs(), job.settings())
+        (attempt / MANIFEST).write_bytes(manifest.to_bytes())
+        job.storage.create_folder(job.target.path, attempt)
+    dist.barrier()
