@@ -46,12 +46,13 @@ PORT ?= 8000
 serve-demo: $(READY) ## Serve the iterates of `make demo` at http://127.0.0.1:8000 (OpenAI's API, and the arena)
 	$(BIN)/spin-ray serve $(RUN)/demo --models sft,latest --port $(PORT)
 
-# Unit and fault tests compute in one thread each, so two processes share them; the others start Ray and vLLM, which take both
-# cores. What measures times comes last.
-test: $(READY) ## Every test: unit, faults, whole runs (real vLLM), Ray, serving
-	OMP_NUM_THREADS=1 $(BIN)/pytest tests/unit tests/faults -n 2 --dist loadfile
-	$(BIN)/pytest tests/e2e tests/ray tests/serving -m "not alone" --durations=10
-	$(BIN)/pytest tests/serving -m alone --durations=5
+# Two processes share the files: a start of Ray or vLLM keeps one core busy. Whole runs begin first, in the order given, so that
+# none is left at the end. What measures times comes last.
+SIDE_BY_SIDE := -n 2 --dist loadfile --no-loadscope-reorder --durations=5 --durations-min=5
+test: $(READY) ## Every test: whole runs (real vLLM), Ray, serving, faults, unit
+	$(BIN)/pytest tests/e2e tests/ray tests/serving $(SIDE_BY_SIDE) -m "not alone"
+	OMP_NUM_THREADS=1 $(BIN)/pytest tests/faults tests/unit $(SIDE_BY_SIDE)
+	$(BIN)/pytest tests/serving -m alone --durations=5 --durations-min=5
 
 CHAOS_S ?= 1800
 chaos: $(READY) ## Random faults for half of CHAOS_S seconds, then random kills; CHAOS_SEED repeats what it printed
@@ -61,7 +62,7 @@ audit: ## Known vulnerabilities of the locked packages, where osv.dev can be rea
 	PYTHON=$(PYTHON) requirements/audit.sh
 
 check: lint ## Before a commit: lint and the quick unit tests, under a minute
-	$(BIN)/pytest tests/unit -q -m "not slow"
+	OMP_NUM_THREADS=1 $(BIN)/pytest tests/unit -q -n 2 --dist loadfile -m "not slow"
 
 lint: $(READY) ## Format, lint, types, import rules; changes nothing
 	$(BIN)/ruff format --check .
