@@ -1,10 +1,13 @@
 """Sets up every test process before torch or Ray is imported, and names the slowest tests of each suite."""
 
 import os
+import sys
 from collections import defaultdict
+from collections.abc import Callable
 
 import pytest
 
+from spin_ray import cli
 from spin_ray.runtime import cpu
 
 # One process starts several clusters; token mode has a test of its own.
@@ -13,6 +16,24 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 cpu.prepare(threads=1)
 
 SLOWEST = 8
+"""Tests of each suite that are named."""
+
+
+@pytest.fixture
+def call(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Callable[..., tuple[int, str, str]]:
+    """Calls the program in this process; returns its exit code, stdout and stderr."""
+
+    def call(*arguments: object) -> tuple[int, str, str]:
+        monkeypatch.setattr(sys, "argv", ["spin-ray", *map(str, arguments)])
+        try:
+            cli.main()
+            code = 0
+        except SystemExit as stopped:
+            code = stopped.code
+        out, error = capsys.readouterr()
+        return code, out, error
+
+    return call
 
 
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter, config: pytest.Config) -> None:

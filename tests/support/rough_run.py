@@ -16,7 +16,7 @@ from spin_ray.run_dir.events import lost_work
 from spin_ray.run_dir.run_dir import MANIFEST, Manifest, RunDir, read_json_lines
 from spin_ray.run_dir.storage import Storage
 from tests.support.killable_cluster import KillableCluster
-from tests.support.program import ROOT, SPIN_RAY, environment, micro_recipe, write_recipe
+from tests.support.program import ROOT, SPIN_RAY, environment, micro_recipe, spin_ray, write_recipe
 
 PLAYING, TRAINING = "generation", "training"
 PHASE = {"generation actor": PLAYING, "engine": PLAYING, "train worker": TRAINING, "controller": TRAINING}
@@ -160,8 +160,9 @@ def committed(out: Path) -> dict[str, str]:
 
 
 def run_calmly(folder: Path) -> dict[str, str]:
-    """What is committed when nothing is killed."""
-    RoughRun(write_recipe(folder, recipe()), folder / "run", random.Random()).to_the_end([])
+    """Returns what is committed when nothing is killed, on a Ray of its own: no cluster has to start for it."""
+    finished = spin_ray("run", write_recipe(folder, recipe()), "--out", folder / "run")
+    assert finished.returncode == 0, finished.stdout + finished.stderr
     return committed(folder / "run")
 
 
