@@ -98,9 +98,10 @@ def test_a_killed_driver_loses_nothing_that_was_committed(tmp_path: Path, calm: 
 def test_one_driver_at_a_time_and_sigterm_gives_the_run_back_within_the_grace_time(
     tmp_path: Path, call: Callable[..., tuple[int, str, str]]
 ) -> None:
-    """A second driver is refused while the first runs. SIGTERM as `ray job stop` and a pod's end send it: Ray kills what
-    is left after 3 s, so by then the lease must be free, and a driver on any machine can go on at once. Caught while
-    engines start, with Ray up.
+    """A second driver is refused while the first runs.
+
+    `ray job stop` and a pod's end send SIGTERM, and Ray kills what is left after 3 s: by then the lease must be free,
+    and a driver on any machine can go on at once. Caught while engines start, with Ray up.
     """
     recipe, out = write_recipe(tmp_path, micro_recipe()), tmp_path / "run"
     driver = subprocess.Popen(

@@ -43,7 +43,7 @@ class SmallCluster:
         return self._cluster.address
 
     def add(self, name: str, pool: str) -> str:
-        """A node of two CPUs that is labelled with its pool; one for `any` work has a seat. Returns Ray's id of it."""
+        """Adds a node of two CPUs, labelled with its pool; one for `any` work has a seat. Returns Ray's id of it."""
 
         def add() -> None:
             _hide(self._hidden)  # from this thread and the processes that it starts
@@ -71,13 +71,13 @@ class SmallCluster:
         return self._folder / f"cache-{name}" / "runs"
 
     def of_train_workers(self) -> list[str]:
-        """Names of the nodes where a train worker is alive, one for each."""
+        """Returns the names of the nodes where a train worker is alive, one for each worker."""
         alive = [actor for actor in actors().values() if actor["State"] == "ALIVE"]
         ids = [actor["Address"]["NodeID"] for actor in alive if "TrainWorker" in actor["ActorClassName"]]
         return sorted(name for name in self._nodes for found in ids if found == self.id(name))
 
     def tell_trainers(self) -> None:
-        """Elastic groups count the nodes as they were up to 20 s ago; from here on, as they are now."""
+        """Makes elastic groups count the nodes as they are now, in place of up to 20 s ago."""
         coordinator = get_or_create_autoscaling_coordinator()
         ray.get(coordinator.get_reserved_resources.remote("nobody", recompute=True), timeout=30)
 
@@ -87,7 +87,7 @@ class SmallCluster:
 
 @contextmanager
 def small_cluster(folder: Path, hidden: Path) -> Iterator[SmallCluster]:
-    """In the place of whatever Ray this process was connected to."""
+    """Starts a cluster in the place of whatever Ray this process was connected to, and stops it."""
     ray.shutdown()
     resources._keep_to_loopback(
         True
@@ -102,7 +102,7 @@ def small_cluster(folder: Path, hidden: Path) -> Iterator[SmallCluster]:
 
 
 def may_hide() -> bool:
-    """Whether this process may make mount namespaces."""
+    """Returns whether this process may make mount namespaces."""
     allowed: list[bool] = []
     thread = threading.Thread(target=lambda: allowed.append(_libc.unshare(_NEW_MOUNTS) == 0))
     thread.start()
@@ -111,7 +111,7 @@ def may_hide() -> bool:
 
 
 def when(condition: Callable[[], bool], act: Callable[[], None], *, unless: threading.Event) -> threading.Thread:
-    """A thread that does ``act`` as soon as ``condition`` holds."""
+    """Starts a thread that does ``act`` as soon as ``condition`` holds."""
 
     def watch() -> None:
         while not unless.wait(0.05):
