@@ -54,6 +54,13 @@ test: $(READY) ## Every test: whole runs (real vLLM), Ray, serving, faults, unit
 	OMP_NUM_THREADS=1 $(BIN)/pytest tests/faults tests/unit $(SIDE_BY_SIDE)
 	$(BIN)/pytest tests/serving -m alone --durations=5 --durations-min=5
 
+.PHONY: avx2
+# oneDNN and torch are held at AVX2, where bf16 is slow.
+avx2: $(READY) ## As on a processor with AVX2 alone: the learner, and one whole run
+	ONEDNN_MAX_CPU_ISA=AVX2 ATEN_CPU_CAPABILITY=avx2 OMP_NUM_THREADS=1 $(BIN)/pytest -n 2 --dist loadfile --durations=5 --durations-min=5 \
+		tests/e2e/test_killed_driver.py::test_an_undisturbed_run_publishes_its_iterate \
+		tests/unit/learner --ignore tests/unit/learner/test_deepspeed.py --no-loadscope-reorder
+
 CHAOS_S ?= 1800
 chaos: $(READY) ## Random faults for half of CHAOS_S seconds, then random kills; CHAOS_SEED repeats what it printed
 	CHAOS_S=$$(( $(CHAOS_S) / 2 )) $(BIN)/pytest tests/faults tests/e2e/test_real_kills.py -k "random_faults or random_kills" -s -q
