@@ -11,7 +11,7 @@ RUN := runs
 .PHONY: help setup demo demo-report serve-demo smoke test chaos audit check lint bench peers quality format lock clean
 
 help: ## List the targets
-	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-10s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
+	@awk -F ':.*## ' '/^[a-z0-9-]+:.*## / { printf "make %-10s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
 
 setup: $(READY) ## Make .venv with the exact versions that are tested together (3 GB)
 
@@ -46,9 +46,11 @@ PORT ?= 8000
 serve-demo: $(READY) ## Serve the iterates of `make demo` at http://127.0.0.1:8000 (OpenAI's API, and the arena)
 	$(BIN)/spin-ray serve $(RUN)/demo --models sft,latest --port $(PORT)
 
-# Two processes share the files: a start of Ray or vLLM keeps one core busy. Whole runs begin first, in the order given, so that
-# none is left at the end. What measures times comes last.
-SIDE_BY_SIDE := -n 2 --dist loadfile --no-loadscope-reorder --durations=5 --durations-min=5
+# Unit and fault tests compute in one thread each, so two processes share them; the others start Ray and vLLM, which take both
+# cores only now and then: two processes share them, too, a file at a time in the order given, so that no long one is left at the
+# end. What measures times comes last.
+TEST_PROCESSES ?= 2
+SIDE_BY_SIDE := -n $(TEST_PROCESSES) --dist loadfile --no-loadscope-reorder --durations=5 --durations-min=5
 test: $(READY) ## Every test: whole runs (real vLLM), Ray, serving, faults, unit
 	$(BIN)/pytest tests/e2e tests/ray tests/serving $(SIDE_BY_SIDE) -m "not alone"
 	OMP_NUM_THREADS=1 $(BIN)/pytest tests/faults tests/unit $(SIDE_BY_SIDE)

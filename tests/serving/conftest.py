@@ -16,7 +16,7 @@ from tests.support.tiny_runs import make_run
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Marks the tests of the real server `alone`: they load it and measure times."""
+    """Lets tests of the real server run alone, as they load it and measure times."""
     for item in items:
         if "served" in getattr(item, "fixturenames", ()):
             item.add_marker("alone")
