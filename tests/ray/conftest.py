@@ -4,9 +4,13 @@ from collections.abc import Iterator
 
 import pytest
 import ray
+import ray.cloudpickle
 
 from spin_ray.config.sections import SpinConfig
 from spin_ray.runtime.resources import connect
+from tests.support import fakes
+
+ray.cloudpickle.register_pickle_by_value(fakes)  # actors cannot import a module of the tests
 
 
 @pytest.fixture(scope="session")
@@ -17,5 +21,5 @@ def ray_ends_with_the_session() -> Iterator[None]:
 
 @pytest.fixture(autouse=True)
 def local_ray(ray_ends_with_the_session: None) -> None:
-    """Started once, and once more after a module that had a cluster of its own."""
+    """Starts Ray once, and once more after a module that had a cluster of its own."""
     connect(SpinConfig(model={"path": "-"}, data={"train": "-"}, cluster={"local_cpus": 2}))

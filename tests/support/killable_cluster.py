@@ -8,6 +8,8 @@ from typing import Self
 import psutil
 from ray.cluster_utils import Cluster
 
+from tests.support.small_cluster import WITHOUT_SERVICES
+
 TITLES = {"generation actor": "_Player", "train worker": "RayTrainWorker", "controller": "TrainController"}
 """Texts that Ray writes into the command line of such a process."""
 
@@ -28,7 +30,7 @@ class KillableCluster:
         node = {"num_cpus": 2}
         # Ray notes there the address of a machine's newest cluster; short, as sockets are there too.
         os.environ["RAY_TMPDIR"] = self._folder.name
-        self._cluster = Cluster(initialize_head=True, head_node_args={**node, "include_dashboard": False})
+        self._cluster = Cluster(initialize_head=True, head_node_args=node | WITHOUT_SERVICES)
         self._others = [self._cluster.add_node(**node) for _ in range(2)]
         self.is_alive = True
         self.environment = {"RAY_ADDRESS": self._cluster.address, "RAY_AUTH_MODE": "disabled"}

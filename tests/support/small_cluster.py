@@ -16,6 +16,9 @@ from ray.data._internal.cluster_autoscaler.default_autoscaling_coordinator impor
 
 from spin_ray.runtime import resources
 
+WITHOUT_SERVICES = {"include_dashboard": False, "no_monitor": True, "include_log_monitor": False}
+"""Arguments of a head that starts without the processes of Ray that no run needs."""
+
 _NEW_MOUNTS, _PRIVATE, _RECURSIVE = 0x00020000, 1 << 18, 1 << 14
 _libc = ctypes.CDLL(None, use_errno=True)
 
@@ -29,7 +32,7 @@ class SmallCluster:
         self._cluster = Cluster(
             initialize_head=True,
             head_node_args={
-                "num_cpus": 0, "node_ip_address": "127.0.0.1", "include_dashboard": False,
+                "num_cpus": 0, "node_ip_address": "127.0.0.1", **WITHOUT_SERVICES,
                 # A killed node is noticed after two seconds, one that is slow to answer is not taken for dead.
                 "_system_config": {"health_check_period_ms": 500, "health_check_failure_threshold": 4},
             },
