@@ -4,13 +4,9 @@ from collections.abc import Iterator
 
 import pytest
 import ray
-import ray.cloudpickle
 
 from spin_ray.config.sections import SpinConfig
 from spin_ray.runtime.resources import connect
-from tests.support import fakes
-
-ray.cloudpickle.register_pickle_by_value(fakes)  # actors cannot import a module of the tests
 
 
 @pytest.fixture(scope="session")

@@ -162,7 +162,7 @@ def committed(out: Path) -> dict[str, str]:
 
 def run_calmly(folder: Path) -> dict[str, str]:
     """Returns what is committed when nothing is killed, on a Ray of its own: no cluster has to start for it."""
-    finished = spin_ray("run", write_recipe(folder, recipe()), "--out", folder / "run")
+    finished = spin_ray("run", write_recipe(folder, recipe()), "--out", folder / "run", "--cluster.local_cpus=2")
     assert finished.returncode == 0, finished.stdout + finished.stderr
     return committed(folder / "run")
 
