@@ -11,7 +11,7 @@ RUN := runs
 .PHONY: help setup demo demo-report serve-demo arena-picture smoke test chaos audit check lint bench peers quality format lock clean
 
 help: ## List the targets
-	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-10s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
+	@awk -F ':.*## ' '/^[a-z0-9-]+:.*## / { printf "make %-10s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
 
 setup: $(READY) ## Make .venv with the exact versions that are tested together (3 GB)
 
@@ -50,11 +50,21 @@ arena-picture: $(READY) ## The picture of the arena for the documentation: itera
 	$(BIN)/python -m docs.images.take_arena $(RUN)/demo
 
 # Unit and fault tests compute in one thread each, so two processes share them; the others start Ray and vLLM, which take both
-# cores. What measures times comes last.
-test: $(READY) ## Every test: unit, faults, whole runs (real vLLM), Ray, serving
-	OMP_NUM_THREADS=1 $(BIN)/pytest tests/unit tests/faults -n 2 --dist loadfile
-	$(BIN)/pytest tests/e2e tests/ray tests/serving -m "not alone" --durations=10
-	$(BIN)/pytest tests/serving -m alone --durations=5
+# cores only now and then: two processes share them, too, a file at a time in the order given, so that no long one is left at the
+# end. What measures times comes last.
+TEST_PROCESSES ?= 2
+SIDE_BY_SIDE := -n $(TEST_PROCESSES) --dist loadfile --no-loadscope-reorder --durations=5 --durations-min=5
+test: $(READY) ## Every test: whole runs (real vLLM), Ray, serving, faults, unit
+	$(BIN)/pytest tests/e2e tests/ray tests/serving $(SIDE_BY_SIDE) -m "not alone"
+	OMP_NUM_THREADS=1 $(BIN)/pytest tests/faults tests/unit $(SIDE_BY_SIDE)
+	$(BIN)/pytest tests/serving -m alone --durations=5 --durations-min=5
+
+.PHONY: avx2
+# oneDNN and torch are held at AVX2, where bf16 is slow.
+avx2: $(READY) ## As on a processor with AVX2 alone: the learner, and one whole run
+	ONEDNN_MAX_CPU_ISA=AVX2 ATEN_CPU_CAPABILITY=avx2 OMP_NUM_THREADS=1 $(BIN)/pytest -n 2 --dist loadfile --durations=5 --durations-min=5 \
+		tests/e2e/test_killed_driver.py::test_an_undisturbed_run_publishes_its_iterate \
+		tests/unit/learner --ignore tests/unit/learner/test_deepspeed.py --no-loadscope-reorder
 
 CHAOS_S ?= 1800
 chaos: $(READY) ## Random faults for half of CHAOS_S seconds, then random kills; CHAOS_SEED repeats what it printed
@@ -64,7 +74,7 @@ audit: ## Known vulnerabilities of the locked packages, where osv.dev can be rea
 	PYTHON=$(PYTHON) requirements/audit.sh
 
 check: lint ## Before a commit: lint and the quick unit tests, under a minute
-	$(BIN)/pytest tests/unit -q -m "not slow"
+	OMP_NUM_THREADS=1 $(BIN)/pytest tests/unit -q -n 2 --dist loadfile -m "not slow"
 
 lint: $(READY) ## Format, lint, types, import rules; changes nothing
 	$(BIN)/ruff format --check .

@@ -18,12 +18,13 @@ from transformers import AutoModelForCausalLM
 
 from spin_ray.runtime import cpu
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "tests" / "unit"))
+sys.path.append(str(Path(__file__).parents[1]))
 
-from learner_cases import one_rank, save_model, tiny_llama, train
 from tables import put
-from test_deepspeed import CASES, one_of_two_ranks
-from test_lora import ROWS, backend_of, train_with_peft
+
+from tests.support.learner_cases import one_rank, save_model, tiny_llama, train
+from tests.unit.learner.test_deepspeed import CASES, one_of_two_ranks
+from tests.unit.learner.test_lora import ROWS, backend_of, train_with_peft
 
 
 def main() -> None:

@@ -19,18 +19,16 @@ import pytest
 import torch
 import torch.distributed as dist
 
-TESTS = Path(__file__).parents[1] / "tests"
-sys.path += [str(TESTS / "unit"), str(TESTS / "faults"), str(TESTS / "e2e")]
-
-import rough_run  # noqa: E402
-import small_run  # noqa: E402
-from faulty_disk import FAULTS, FaultyDisk, Killed  # noqa: E402
-from small_run import STEPS, committed  # noqa: E402
+ROOT = Path(__file__).parents[1]
+sys.path.append(str(ROOT))
 
 from spin_ray.config.recipe import SpinConfig  # noqa: E402
 from spin_ray.errors import StageError  # noqa: E402
 from spin_ray.loop.stages.generation import stage as generation  # noqa: E402
 from spin_ray.loop.stages.training import worker  # noqa: E402
+from tests.support import rough_run, small_run  # noqa: E402
+from tests.support.faulty_disk import FAULTS, FaultyDisk, Killed  # noqa: E402
+from tests.support.small_run import STEPS, committed  # noqa: E402
 
 BEGIN, END = "<!-- table: python benchmarks/faults.py -->\n", "<!-- end of table -->\n"
 

@@ -1,11 +1,52 @@
-"""What every test process needs before torch or Ray is imported."""
+"""Sets up every test process before torch or Ray is imported, and names the slowest tests of each suite."""
 
 import os
+import sys
+from collections import defaultdict
+from collections.abc import Callable
 
+import pytest
+
+from spin_ray import cli
 from spin_ray.runtime import cpu
 
-os.environ.setdefault(
-    "RAY_AUTH_MODE", "disabled"
-)  # one process starts several clusters; token mode has a test of its own
+# One process starts several clusters; token mode has a test of its own.
+os.environ.setdefault("RAY_AUTH_MODE", "disabled")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 cpu.prepare(threads=1)
+
+SLOWEST = 8
+"""Tests of each suite that are named."""
+
+
+@pytest.fixture
+def call(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Callable[..., tuple[int, str, str]]:
+    """Calls the program in this process; returns its exit code, stdout and stderr."""
+
+    def call(*arguments: object) -> tuple[int, str, str]:
+        monkeypatch.setattr(sys, "argv", ["spin-ray", *map(str, arguments)])
+        try:
+            cli.main()
+            code = 0
+        except SystemExit as stopped:
+            code = stopped.code
+        out, error = capsys.readouterr()
+        return code, out, error
+
+    return call
+
+
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter, config: pytest.Config) -> None:
+    """Writes the seconds and the slowest tests of each suite, if ``--durations`` asks for any."""
+    if config.getoption("durations") is None:
+        return
+    seconds: dict[str, dict[str, float]] = defaultdict(lambda: defaultdict(float))
+    for reports in terminalreporter.stats.values():
+        for report in reports:
+            if isinstance(report, pytest.TestReport):
+                suite = "/".join(report.nodeid.split("/")[:2])
+                seconds[suite][report.nodeid] += report.duration
+    for suite, tests in sorted(seconds.items()):
+        terminalreporter.section(f"{suite}: {len(tests)} tests, {sum(tests.values()):.0f} s")
+        for name in sorted(tests, key=tests.__getitem__, reverse=True)[:SLOWEST]:
+            terminalreporter.write_line(f"{tests[name]:7.1f} s  {name}")

@@ -16,6 +16,9 @@ from tests.support.program import ROOT, SPIN_RAY, environment, micro_recipe, spi
 
 pytestmark = pytest.mark.e2e
 
+STEPS = 36
+"""48 pairs × 3 epochs / 4."""
+
 
 def digests(run: Path, pattern: str) -> dict[str, str]:
     return {
@@ -40,15 +43,31 @@ def kill_when(recipe: Path, out: Path, moment: Callable[[], bool], what: str) ->
         driver.wait(timeout=30)
 
 
-def test_a_killed_driver_loses_nothing_that_was_committed(tmp_path: Path) -> None:
+@pytest.fixture(scope="module")
+def calm(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Returns the folder of a run that nobody disturbed."""
+    folder = tmp_path_factory.mktemp("calm")
+    finished = spin_ray("run", write_recipe(folder, micro_recipe()), "--out", folder / "run")
+    assert finished.returncode == 0, finished.stdout + finished.stderr
+    return folder / "run"
+
+
+def steps_of(run: Path) -> list[int]:
+    return [json.loads(line)["step"] for line in (run / "iter_000" / "train_log.jsonl").read_text().splitlines()]
+
+
+def test_an_undisturbed_run_publishes_its_iterate(calm: Path) -> None:
+    """The smallest whole run; `make avx2` does it with the instructions of an older processor."""
+    assert (calm / "LATEST").read_text() == "iter_000\n"
+    assert steps_of(calm) == list(range(STEPS))
+    assert digests(calm, "iter_000/model/*.safetensors")
+
+
+def test_a_killed_driver_loses_nothing_that_was_committed(tmp_path: Path, calm: Path) -> None:
     """Killed in generation, scoring and training. Shards keep their bytes, and the final weights are bitwise those
     of a run that nobody disturbed (fp32, one thread), which also shows that one seed gives one result.
     """
-    recipe = write_recipe(tmp_path, micro_recipe())
-    calm, rough = tmp_path / "calm", tmp_path / "rough"
-    finished = spin_ray("run", recipe, "--out", calm)
-    assert finished.returncode == 0, finished.stdout + finished.stderr
-
+    recipe, rough = write_recipe(tmp_path, micro_recipe()), tmp_path / "rough"
     generations, log = rough / "iter_000" / "generations", rough / "iter_000" / "train_log.jsonl"
     some = random.Random(os.getpid()).randint(1, 3)
     kill_when(recipe, rough, lambda: len(list(generations.glob("part-*"))) >= some, f"{some} shards")
@@ -73,20 +92,31 @@ def test_a_killed_driver_loses_nothing_that_was_committed(tmp_path: Path) -> Non
         "iter_000/model/*.safetensors",
     ):
         assert digests(rough, pattern) == digests(calm, pattern), pattern
-    steps = [json.loads(line)["step"] for line in log.read_text().splitlines()]
-    assert steps == list(range(36)), "each of 48 pairs × 3 epochs / 4 is logged once"
+    assert steps_of(rough) == list(range(STEPS)), "each is logged once"
 
 
-def test_sigterm_stops_within_the_grace_time_and_gives_the_run_back(tmp_path: Path) -> None:
-    """As `ray job stop` and a pod's end do it. Ray kills what is left after 3 s: by then the lease must be free, and
-    a driver on any machine can go on at once. Caught while engines start, with Ray up.
+def test_one_driver_at_a_time_and_sigterm_gives_the_run_back_within_the_grace_time(
+    tmp_path: Path, call: Callable[..., tuple[int, str, str]]
+) -> None:
+    """A second driver is refused while the first runs.
+
+    `ray job stop` and a pod's end send SIGTERM, and Ray kills what is left after 3 s: by then the lease must be free,
+    and a driver on any machine can go on at once. Caught while engines start, with Ray up.
     """
-    out = tmp_path / "run"
+    recipe, out = write_recipe(tmp_path, micro_recipe()), tmp_path / "run"
     driver = subprocess.Popen(
-        [*SPIN_RAY, "run", str(write_recipe(tmp_path, micro_recipe())), "--out", str(out)],
+        [*SPIN_RAY, "run", str(recipe), "--out", str(out)],
         env=environment(), cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True,
     )  # fmt: skip
     try:
+        deadline = time.monotonic() + 60
+        while not (out / "run.json").exists():
+            assert time.monotonic() < deadline, "waited 60 s for the first driver to begin"
+            time.sleep(0.1)
+        code, _, refused = call("run", recipe, "--out", out)
+        assert code == 2
+        assert f"in use by process {driver.pid} on" in refused
+
         deadline = time.monotonic() + 300
         while not (out / "prompts" / "_MANIFEST.json").exists():
             assert driver.poll() is None and time.monotonic() < deadline, "waited 300 s for the prompts"
@@ -101,26 +131,6 @@ def test_sigterm_stops_within_the_grace_time_and_gives_the_run_back(tmp_path: Pa
         _, error = driver.communicate(timeout=60)
         assert driver.returncode == 1
         assert "stopped; the same command goes on from what is committed" in error
-    finally:
-        driver.kill()
-        driver.wait(timeout=30)
-
-
-def test_a_second_driver_is_refused_while_the_first_runs(tmp_path: Path) -> None:
-    recipe = write_recipe(tmp_path, micro_recipe())
-    out = tmp_path / "run"
-    driver = subprocess.Popen(
-        [*SPIN_RAY, "run", str(recipe), "--out", str(out)],
-        env=environment(), cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
-    )  # fmt: skip
-    try:
-        deadline = time.monotonic() + 60
-        while not (out / "run.json").exists():
-            assert time.monotonic() < deadline, "waited 60 s for the first driver to begin"
-            time.sleep(0.1)
-        refused = spin_ray("run", recipe, "--out", out, timeout_s=60)
-        assert refused.returncode == 2
-        assert f"in use by process {driver.pid} on" in refused.stderr
     finally:
         driver.kill()
         driver.wait(timeout=30)

@@ -17,5 +17,5 @@ def ray_ends_with_the_session() -> Iterator[None]:
 
 @pytest.fixture(autouse=True)
 def local_ray(ray_ends_with_the_session: None) -> None:
-    """Started once, and once more after a module that had a cluster of its own."""
+    """Starts Ray once, and once more after a module that had a cluster of its own."""
     connect(SpinConfig(model={"path": "-"}, data={"train": "-"}, cluster={"local_cpus": 2}))

@@ -1,7 +1,8 @@
-"""Relatives of SPIN as whole runs of the embedded SmolLM2-135M on a local Ray; every stage is the real one.
+"""Relatives of SPIN as whole runs on a local Ray; every stage is the real one.
 
-SPPO plays with vLLM. The others start two or three engines each, so they play with transformers, which starts in a
-second; the answers are the model's own all the same.
+SPPO plays a tiny random model with vLLM: a random judge says what it is to learn. The others need a model that answers,
+SmolLM2-135M. They start two or three engines each, so they play with transformers, which starts in a second; the
+answers are the model's own all the same.
 """
 
 import json
@@ -14,7 +15,7 @@ from typing import Any
 import pytest
 import ray.cloudpickle
 import torch
-from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForSequenceClassification
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from spin_ray.config.recipe import SpinConfig
 from spin_ray.config.sections import SamplingConfig
@@ -22,9 +23,10 @@ from spin_ray.inputs.embedded import resolve
 from spin_ray.loop.launch import run_spin
 from spin_ray.run_dir.run_dir import RunDir
 from spin_ray.runtime.engine import Completion, EngineSpec, VllmEngine
+from tests.support.preference_models import save_reward_model
 
 ray.cloudpickle.register_pickle_by_value(sys.modules[__name__])  # actors cannot import a test module
-pytestmark = pytest.mark.slow
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(900)]
 EMBEDDED = "embedded:smollm2-135m-instruct"
 
 
@@ -55,19 +57,6 @@ class TransformersEngine:
         if self._stop in ids:
             return Completion(ids[: ids.index(self._stop) + 1], "stop")
         return Completion(ids, "length")
-
-
-def save_judge(folder: Path) -> str:
-    """A random reward model."""
-    tokenizer = AutoTokenizer.from_pretrained(resolve("embedded:tiny-llama"))
-    torch.manual_seed(0)
-    config = LlamaConfig(
-        vocab_size=len(tokenizer), hidden_size=16, intermediate_size=16, num_hidden_layers=1, num_attention_heads=2,
-        num_labels=1, initializer_range=0.5,
-    )  # fmt: skip
-    LlamaForSequenceClassification(config).save_pretrained(folder)
-    tokenizer.save_pretrained(folder)
-    return str(folder)
 
 
 def run_of(
@@ -109,8 +98,9 @@ def test_sppo_judges_samples_and_learns_from_the_best_and_the_worst(tmp_path: Pa
     a learning rate of 1e-12 it does; steps have 4 pairs, the last what is left.
     """
     run, log = run_of(
-        tmp_path, "sppo", VllmEngine, generation={"samples_per_prompt": 3}, objective={"beta": 0.5},
-        scorer={"path": save_judge(tmp_path / "judge"), "resources": {"cpus": 0.5}}, train={"learning_rate": 1e-12},
+        tmp_path, "sppo", VllmEngine, model={"path": "embedded:tiny-llama"}, generation={"samples_per_prompt": 3},
+        scorer={"path": str(save_reward_model(tmp_path / "judge")), "resources": {"cpus": 0.5}},
+        objective={"beta": 0.5}, train={"learning_rate": 1e-12},
     )  # fmt: skip
     assert len(rows_of(run, "iter_000/preferences")) == 36
     wins = rows_of(run, "iter_000/wins")

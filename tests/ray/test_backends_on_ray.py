@@ -14,7 +14,7 @@ from spin_ray.config.recipe import SpinConfig
 from spin_ray.inputs.embedded import resolve
 from spin_ray.loop.launch import run_spin
 from spin_ray.run_dir.run_dir import RunDir
-from tests.ray.test_stages_on_ray import SeedEngine
+from tests.support.fakes import seed_engine
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(300)]
 START = Path(resolve("embedded:tiny-llama"))
@@ -36,7 +36,7 @@ def run_with(folder: Path, iterations: int = 1, **train: Any) -> RunDir:
             "tracking": {"tensorboard": False},
         }
     )  # fmt: skip
-    return run_spin(config, folder, SeedEngine).run
+    return run_spin(config, folder, seed_engine).run
 
 
 def log_of(run: RunDir, iteration: int) -> list[dict[str, float]]:

@@ -3,7 +3,7 @@
 import os
 import signal
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -13,51 +13,46 @@ import torch
 import torch.distributed as dist
 
 from spin_ray.config.recipe import SpinConfig
-from spin_ray.config.sections import SamplingConfig
 from spin_ray.errors import StageError
 from spin_ray.run_dir.run_dir import RunDir
 from spin_ray.run_dir.storage import Storage
-from spin_ray.runtime.engine import Completion, EngineSpec
+from spin_ray.runtime.engine import EngineSpec
 from spin_ray.runtime.workers import run_workers
-from tests.ray.test_stages_on_ray import SeedEngine, make_config, make_prompts, play
+from tests.ray.test_stages_on_ray import make_config, make_prompts, play
+from tests.support.fakes import FakeEngine, seed_engine
 from tests.support.heard_of import wait_until_heard_of
 
 pytestmark = pytest.mark.slow
 ray.cloudpickle.register_pickle_by_value(sys.modules[__name__])  # actors cannot import a test module
 
 
-class DyingEngine(SeedEngine):
-    """Kills its process within the second shard that it is given, once."""
+def _dies_at_its_second_shard(spec: EngineSpec, once: Path) -> FakeEngine:
+    def die(call: int) -> None:
+        if call == 2:
+            _die(once)
 
-    def __init__(self, spec: EngineSpec, once: Path) -> None:
-        super().__init__(spec)
-        self._once, self._calls = once, 0
-
-    def generate(
-        self, prompt_ids: Sequence[Sequence[int]], sampling: SamplingConfig, seeds: Sequence[int]
-    ) -> list[Completion]:
-        self._calls += 1
-        if self._calls == 2 and not self._once.exists():
-            self._once.touch()
-            os.kill(os.getpid(), signal.SIGKILL)
-        return super().generate(prompt_ids, sampling, seeds)
+    return FakeEngine(short=True, before=die)
 
 
-def _dies_while_it_loads(spec: EngineSpec, once: Path) -> SeedEngine:
-    """Kills its process, once."""
+def _dies_while_it_loads(spec: EngineSpec, once: Path) -> FakeEngine:
+    _die(once)
+    return seed_engine(spec)
+
+
+def _die(once: Path) -> None:
+    """Kills this process, if no process has done so before."""
     if not once.exists():
         once.touch()
         os.kill(os.getpid(), signal.SIGKILL)
-    return SeedEngine(spec)
 
 
-@pytest.mark.parametrize("dying", [DyingEngine, _dies_while_it_loads])
+@pytest.mark.parametrize("dying", [_dies_at_its_second_shard, _dies_while_it_loads])
 def test_a_generation_actor_that_is_killed_is_started_again_and_gives_the_same_shards(
-    tmp_path: Path, dying: Callable[[EngineSpec, Path], SeedEngine]
+    tmp_path: Path, dying: Callable[[EngineSpec, Path], FakeEngine]
 ) -> None:
     once = tmp_path / "killed"
     shards = {}
-    for name, engine in (("calm", SeedEngine), ("rough", lambda spec: dying(spec, once))):
+    for name, engine in (("calm", seed_engine), ("rough", lambda spec: dying(spec, once))):
         run, config = RunDir(Storage(tmp_path / name)), make_config()
         make_prompts(run, config)
         play(run, config, engine)
@@ -70,7 +65,7 @@ def test_an_engine_that_cannot_be_loaded_is_an_error_at_once(tmp_path: Path) -> 
     """It would fail again: another process is started for one that died only."""
     tried = tmp_path / "tried"
 
-    def refuse(spec: EngineSpec) -> SeedEngine:
+    def refuse(spec: EngineSpec) -> FakeEngine:
         with tried.open("a") as log:
             log.write("once\n")
         raise ValueError("no room for the cache")

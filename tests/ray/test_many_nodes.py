@@ -9,7 +9,7 @@ import sys
 import threading
 import time
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -23,7 +23,6 @@ import torch.distributed as dist
 from safetensors.torch import load
 
 from spin_ray.config.recipe import SpinConfig
-from spin_ray.config.sections import SamplingConfig
 from spin_ray.errors import ResourceError
 from spin_ray.inputs.embedded import resolve
 from spin_ray.inputs.model_folder import open_model
@@ -33,12 +32,12 @@ from spin_ray.run_dir.events import read_json_lines
 from spin_ray.run_dir.object_storage import ObjectStorage
 from spin_ray.run_dir.run_dir import RunDir
 from spin_ray.runtime import model_sharing as distribution
-from spin_ray.runtime.engine import Completion, EngineSpec
+from spin_ray.runtime.engine import EngineSpec
 from spin_ray.runtime.model_sharing import share
 from spin_ray.runtime.placement import check_fits
 from spin_ray.runtime.waiting import wait_until_free
 from spin_ray.runtime.workers import run_workers
-from tests.ray.test_stages_on_ray import SeedEngine
+from tests.support.fakes import FakeEngine
 from tests.support.small_cluster import SmallCluster, may_hide, small_cluster, when
 
 ray.cloudpickle.register_pickle_by_value(sys.modules[__name__])  # actors cannot import a test module
@@ -46,26 +45,20 @@ pytestmark = [pytest.mark.slow, pytest.mark.timeout(400)]
 SHARDS, STEPS = 12, 24
 
 
-class NotingEngine(SeedEngine):
-    """Notes where it plays; and waits, within the second shard, until it is one of ``of`` engines."""
+def noting_engine(spec: EngineSpec, notes: Path, of: int) -> FakeEngine:
+    """Starts an engine that notes where it plays; within the second shard it waits until it is one of ``of``."""
+    node = notes / ray.get_runtime_context().get_node_id()
+    node.touch()
 
-    def __init__(self, spec: EngineSpec, notes: Path, of: int) -> None:
-        super().__init__(spec)
-        self._played, self._notes, self._of = 0, notes, of
-        self._node = ray.get_runtime_context().get_node_id()
-        (notes / self._node).touch()
-
-    def generate(
-        self, prompt_ids: Sequence[Sequence[int]], sampling: SamplingConfig, seeds: Sequence[int]
-    ) -> list[Completion]:
-        self._played += 1
+    def note(call: int) -> None:
         deadline = time.monotonic() + 90
-        while self._played == 2 and len(list(self._notes.iterdir())) < self._of and time.monotonic() < deadline:
+        while call == 2 and len(list(notes.iterdir())) < of and time.monotonic() < deadline:
             time.sleep(0.05)
         time.sleep(0.3)
-        with (self._notes / self._node).open("a") as played:
+        with node.open("a") as played:
             played.write("shard\n")
-        return super().generate(prompt_ids, sampling, seeds)
+
+    return FakeEngine(short=True, before=note)
 
 
 @pytest.fixture(scope="module")
@@ -141,7 +134,7 @@ def play(config: SpinConfig, uri: str, notes: Path, engines: int, *helpers: Call
     done = threading.Event()
     threads = [helper(done) for helper in helpers]
     try:
-        run = run_spin(config, uri, partial(NotingEngine, notes=notes, of=engines)).run
+        run = run_spin(config, uri, partial(noting_engine, notes=notes, of=engines)).run
     finally:
         done.set()
         for thread in threads:

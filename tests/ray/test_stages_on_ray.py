@@ -3,7 +3,6 @@
 import json
 import sys
 import time
-from collections.abc import Sequence
 from pathlib import Path
 
 import pyarrow as pa
@@ -12,40 +11,22 @@ import pytest
 import ray.cloudpickle
 
 from spin_ray.config.recipe import SpinConfig
-from spin_ray.config.sections import SamplingConfig
 from spin_ray.errors import DataError, ResourceError, StageError
 from spin_ray.inputs.embedded import resolve
 from spin_ray.loop.stages import pairs, prompts
 from spin_ray.loop.stages.generation import stage as generation
 from spin_ray.run_dir.run_dir import RunDir
 from spin_ray.run_dir.storage import Storage
-from spin_ray.runtime.engine import Completion, EngineSpec, StartEngine
+from spin_ray.runtime.engine import EngineSpec, StartEngine
 from spin_ray.runtime.placement import check_fits
+from tests.support.fakes import FakeEngine, seed_engine
 
 ray.cloudpickle.register_pickle_by_value(sys.modules[__name__])  # actors cannot import a test module
 
 
-class SeedEngine:
-    """Answers with tokens that the seed decides; a prompt's row can be told from its answer."""
-
-    def __init__(self, spec: EngineSpec) -> None:
-        self._stop = spec.stop_token_id
-
-    def generate(
-        self, prompt_ids: Sequence[Sequence[int]], sampling: SamplingConfig, seeds: Sequence[int]
-    ) -> list[Completion]:
-        return [Completion([3 + seed % 97, 3 + seed % 89, self._stop], "stop") for seed in seeds]
-
-    def close(self) -> None:
-        pass
-
-
-class SilentEngine(SeedEngine):
-    def generate(
-        self, prompt_ids: Sequence[Sequence[int]], sampling: SamplingConfig, seeds: Sequence[int]
-    ) -> list[Completion]:
-        time.sleep(15)
-        return []
+def silent_engine(_: EngineSpec) -> FakeEngine:
+    """Starts an engine that answers when nobody waits any more."""
+    return FakeEngine(before=lambda call: time.sleep(8))
 
 
 def make_config(**changes: object) -> SpinConfig:
@@ -64,7 +45,7 @@ def make_prompts(run: RunDir, config: SpinConfig) -> None:
     prompts.run(run, config, run.prompts, config.data.train, config.model.path, config.data.max_rows)
 
 
-def play(run: RunDir, config: SpinConfig, start_engine: StartEngine = SeedEngine) -> None:
+def play(run: RunDir, config: SpinConfig, start_engine: StartEngine = seed_engine) -> None:
     spec = EngineSpec(
         model=Path(config.model.path), max_length=128, stop_token_id=2, threads=1, config=config.generation.engine
     )
@@ -108,16 +89,16 @@ def test_a_finished_stage_starts_no_engine(tmp_path: Path) -> None:
     make_prompts(run, config)
     play(run, config)
     events = len(run.events())
-    play(run, config, SilentEngine)
+    play(run, config, silent_engine)
     make_prompts(run, config)
     assert len(run.events()) == events
 
 
 def test_an_engine_that_never_answers_ends_in_an_error_that_says_what_was_waited_for(tmp_path: Path) -> None:
-    run, config = RunDir(Storage(tmp_path)), make_config(generation={"start_timeout_s": 5, "shard_timeout_s": 5})
+    run, config = RunDir(Storage(tmp_path)), make_config(generation={"start_timeout_s": 3, "shard_timeout_s": 2})
     make_prompts(run, config)
-    with pytest.raises(StageError, match="waited 10 s for a generation shard"):
-        play(run, config, SilentEngine)
+    with pytest.raises(StageError, match="waited 5 s for a generation shard"):
+        play(run, config, silent_engine)
 
 
 def test_bad_rows_are_quarantined_with_file_line_and_reason(tmp_path: Path) -> None:

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from spin_ray.serving.arena.votes import VoteStore
-from tests.support.paths import ROOT
+from tests.support.program import ROOT, environment
 from tests.support.ray_head import free_port
 from tests.support.served import Served
 from tests.support.tiny_runs import make_run
@@ -43,9 +43,8 @@ def served(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Served]:
     assert program.endswith("/spin-ray")
     command = [sys.executable, "-m", "spin_ray.cli", *arguments]
     options = ["--serving.max_concurrent=8", "--serving.max_tokens=200", "--serving.body_timeout_s=5"]
-    environment = {name: value for name, value in os.environ.items() if not name.startswith("RAY_")}
     with (folder / "log").open("wb") as log:
-        server = subprocess.Popen([*command, *options], cwd=ROOT, env=environment, stdout=log, stderr=log)
+        server = subprocess.Popen([*command, *options], cwd=ROOT, env=environment(), stdout=log, stderr=log)
     try:
         served = Served(run, f"http://127.0.0.1:{port}", server)
         served.wait_until_serves("latest", "iter-0")

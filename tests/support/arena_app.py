@@ -1,4 +1,4 @@
-"""The application over engines that have little to say, streamed word by word.
+"""The arena's application over engines that have little to say, streamed word by word.
 
 Also a program, for tests that need a server of its own: ``python -m tests.support.arena_app DATABASE_URL PORT``.
 """
@@ -29,7 +29,7 @@ EVIL = "<img src=x onerror=\"document.title='owned'\"> & <script>alert(1)</scrip
 
 
 class TalkingEngines:
-    """Each iterate has its answer; "evil" in the prompt gives markup, "fail" an engine that fails in the middle.
+    """Engines with one answer for each iterate; "evil" in the prompt gives markup, "fail" a failure in the middle.
 
     An answer is one token, with log p −10 under the iterate that says it and −30 under the others.
     """
@@ -65,7 +65,7 @@ def make(votes: VoteStore, *, keys: list[Key] | None = None, word_s: float = 0.0
 
 
 def scored(iterate: str, **fields: Any) -> dict[str, Any]:
-    """A given answer as a token, or the scores of prompt and token."""
+    """Returns a given answer as a token, or the scores of prompt and token."""
     if "prompt" in fields:
         own = fields["prompt"][-1] == ITERATES.index(iterate)
         return {
@@ -77,7 +77,7 @@ def scored(iterate: str, **fields: Any) -> dict[str, Any]:
 
 
 async def says(text: str, word_s: float = 0.0) -> AsyncIterator[str]:
-    """The events of a chat completion as vLLM writes them."""
+    """Yields the events of a chat completion as vLLM writes them."""
     for number, word in enumerate(text.split(" ")):
         yield event({"content": word if number == 0 else f" {word}"})
         await asyncio.sleep(word_s)

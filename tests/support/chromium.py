@@ -20,7 +20,7 @@ needs_chromium = pytest.mark.skipif(CHROMIUM is None, reason="needs Chromium (De
 
 @contextmanager
 def headless() -> Iterator[Browser]:
-    """The system's Chromium with a profile of its own that is gone afterwards."""
+    """Yields the system's Chromium with a profile of its own that is gone afterwards."""
     with sync_playwright() as playwright:
         browser = playwright.chromium.launch(executable_path=CHROMIUM, headless=True, args=FLAGS, timeout=60_000)
         yield browser

@@ -12,7 +12,7 @@ USAGE = {"prompt_tokens": 1, "completion_tokens": 2, "total_tokens": 3}
 
 
 class FakeEngines:
-    """Answers every request with its model's name; says how many answers it is making, and what it was asked."""
+    """Engines that answer with their model's name, count the answers they make and keep what was asked."""
 
     def __init__(self) -> None:
         self.names = Names()
@@ -55,7 +55,10 @@ def empty_votes() -> VoteStore:
 
 
 def _whole(iterate: str, operation: str, fields: dict[str, Any]) -> dict[str, Any]:
-    """Token 7 has log p −1 under ``sft`` and −2 under ``iter-0``; 8 the other way round. Each says its own twice."""
+    """Returns an answer: each iterate says its own token twice.
+
+    Token 7 has log p −1 under ``sft`` and −2 under ``iter-0``; 8 the other way round.
+    """
     own = {"sft": 7, "iter-0": 8}
     choice: dict[str, Any] = {"index": 0, "finish_reason": "stop"}
     if operation == TOKENS:

@@ -80,7 +80,7 @@ class _Handler(BaseHTTPRequestHandler):
         return {key: values[0] for key, values in query.items()}
 
     def _store(self, data: bytes, result: str = "") -> None:
-        """A put under x-goog-if-generation-match: 0 asks that there be no such object, n that it be this one."""
+        """Puts an object. x-goog-if-generation-match 0 demands that there be none; n, one of this generation."""
         wanted = self.headers.get("x-goog-if-generation-match")
         with self.server.lock:
             found = self.server.objects.get(self._name)

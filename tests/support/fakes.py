@@ -1,6 +1,6 @@
-"""What stands in for vLLM and for earlier stages in unit tests."""
+"""Stands in for vLLM and for earlier stages."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
@@ -11,7 +11,7 @@ from spin_ray.config.sections import SamplingConfig
 from spin_ray.run_dir.artefact import Artefact
 from spin_ray.run_dir.names import part_name
 from spin_ray.run_dir.schemas import GENERATION_SCHEMA, PROMPT_SCHEMA
-from spin_ray.runtime.engine import Completion
+from spin_ray.runtime.engine import Completion, EngineSpec
 
 END_OF_TURN = 2
 MINIMAL = {"model": {"path": "m"}, "data": {"train": "d.jsonl"}}
@@ -24,10 +24,16 @@ def config_of(**sections: Any) -> SpinConfig:
 
 
 class FakeEngine:
-    """A ``GenerationEngine`` whose tokens follow from the seed alone; every third response is cut at ``max_tokens``."""
+    """A ``GenerationEngine`` whose tokens follow from the seed alone.
 
-    def __init__(self, vocabulary: int = 300) -> None:
-        self._vocabulary = vocabulary
+    Every third response is cut at ``max_tokens``; a ``short`` one always is two tokens and the end of the turn.
+    """
+
+    def __init__(
+        self, vocabulary: int = 300, *, short: bool = False, before: Callable[[int], None] = lambda call: None
+    ) -> None:
+        """``before`` gets the number of each call, from 1, before its answers are made: to wait, to note, to die."""
+        self._vocabulary, self._short, self._before = vocabulary, short, before
         self.calls: list[list[list[int]]] = []
         """Prompts of each call."""
 
@@ -35,18 +41,26 @@ class FakeEngine:
         self, prompt_ids: Sequence[Sequence[int]], sampling: SamplingConfig, seeds: Sequence[int]
     ) -> list[Completion]:
         self.calls.append([list(prompt) for prompt in prompt_ids])
+        self._before(len(self.calls))
         return [self._answer(sampling.max_tokens, seed) for _, seed in zip(prompt_ids, seeds, strict=True)]
 
     def close(self) -> None:
         pass
 
     def _answer(self, max_tokens: int, seed: int) -> Completion:
+        if self._short:
+            return Completion([3 + seed % 97, 3 + seed % 89, END_OF_TURN], "stop")
         random = np.random.default_rng(seed)
         if random.random() < 1 / 3:
             return Completion(random.integers(3, self._vocabulary, max_tokens).tolist(), "length")
         return Completion(
             [*random.integers(3, self._vocabulary, random.integers(0, max_tokens)).tolist(), END_OF_TURN], "stop"
         )
+
+
+def seed_engine(_: EngineSpec) -> FakeEngine:
+    """Starts an engine with short answers."""
+    return FakeEngine(short=True)
 
 
 def write_rows(artefact: Artefact, schema: pa.Schema, rows: list[dict[str, Any]], part_rows: int) -> None:
@@ -59,7 +73,7 @@ def write_rows(artefact: Artefact, schema: pa.Schema, rows: list[dict[str, Any]]
 
 
 def write_prompts(artefact: Artefact, count: int, part_rows: int) -> None:
-    """Prompts p000, p001, …; the tokens of prompt i are [1, i] and its real response is [10 + i, 2]."""
+    """Commits prompts p000, p001, …; the tokens of prompt i are [1, i], and its human response is [10 + i, 2]."""
     rows = [
         {"prompt_id": f"p{i:03d}", "prompt_ids": [1, i], "real_ids": [10 + i, END_OF_TURN], "messages": "[]"}
         for i in range(count)
@@ -68,7 +82,7 @@ def write_prompts(artefact: Artefact, count: int, part_rows: int) -> None:
 
 
 def generation_rows(answers: list[tuple[str, int, list[int]]], opponent: str = "sft") -> list[dict[str, Any]]:
-    """Rows of GENERATION_SCHEMA from (prompt id, sample, tokens); one that does not end its turn was cut."""
+    """Returns rows of GENERATION_SCHEMA from (prompt id, sample, tokens); one that does not end its turn was cut."""
     return [
         {
             "prompt_id": prompt_id,

@@ -19,11 +19,11 @@ def _disk_of(identity: int) -> "FaultyDisk":
 
 
 class Killed(BaseException):
-    """The process is gone: nothing catches this, and nothing changes any more on the disk that raised it."""
+    """The end of the process: nothing catches it, and nothing changes any more on the disk that raised it."""
 
 
 class FaultyDisk(Disk):
-    """Counts the points of a run, and fails once, at point ``at``.
+    """A disk that counts the points of a run, and fails once, at point ``at``.
 
     An fsync is a point, but is not done: what it guards against, a power cut, cannot be made here.
     """
@@ -35,7 +35,7 @@ class FaultyDisk(Disk):
         self._dead = False
 
     def __reduce__(self) -> tuple[Any, ...]:
-        """Work that is pickled for an actor comes back to this very disk."""
+        """Brings work that is pickled for an actor back to this very disk."""
         _disks[id(self)] = self
         return _disk_of, (id(self),)
 

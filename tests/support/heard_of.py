@@ -1,4 +1,7 @@
-"""What the controller of a train worker group has heard of: only from that would it go on if a worker died now."""
+"""Waits for the controller of a train worker group to hear of a checkpoint.
+
+If a worker died now, the group would go on from the last one that its controller has heard of.
+"""
 
 import json
 import sys
@@ -11,7 +14,7 @@ ray.cloudpickle.register_pickle_by_value(sys.modules[__name__])  # workers canno
 
 
 def wait_until_heard_of(checkpoints: Path, step: int) -> None:
-    """Waits for the group below ``checkpoints`` to have registered the checkpoint reported with this ``step``."""
+    """Waits until the group below ``checkpoints`` has registered the checkpoint reported with this ``step``."""
     deadline = time.monotonic() + 60
     while True:
         for snapshot in checkpoints.glob("*/checkpoint_manager_snapshot.json"):

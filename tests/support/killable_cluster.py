@@ -8,8 +8,10 @@ from typing import Self
 import psutil
 from ray.cluster_utils import Cluster
 
+from tests.support.small_cluster import WITHOUT_SERVICES
+
 TITLES = {"generation actor": "_Player", "train worker": "RayTrainWorker", "controller": "TrainController"}
-"""What Ray writes into the command line of such a process."""
+"""Texts that Ray writes into the command line of such a process."""
 
 
 class KillableCluster:
@@ -24,15 +26,15 @@ class KillableCluster:
         return self
 
     def start(self) -> None:
-        """Also another one, after the head of the first was killed."""
+        """Starts the cluster, or another one after its head was killed."""
         node = {"num_cpus": 2}
         # Ray notes there the address of a machine's newest cluster; short, as sockets are there too.
         os.environ["RAY_TMPDIR"] = self._folder.name
-        self._cluster = Cluster(initialize_head=True, head_node_args={**node, "include_dashboard": False})
+        self._cluster = Cluster(initialize_head=True, head_node_args=node | WITHOUT_SERVICES)
         self._others = [self._cluster.add_node(**node) for _ in range(2)]
         self.is_alive = True
         self.environment = {"RAY_ADDRESS": self._cluster.address, "RAY_AUTH_MODE": "disabled"}
-        """What makes a driver attach to it."""
+        """Variables that make a driver attach to it."""
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
@@ -45,7 +47,7 @@ class KillableCluster:
             os.environ["RAY_TMPDIR"] = self._usual_folder
 
     def processes(self, kind: str) -> list[psutil.Process]:
-        """Living processes of a kind of ``TITLES``, or the ``engine`` processes that generation actors started."""
+        """Returns living processes of a kind of ``TITLES``, or ``engine`` processes of generation actors."""
         title = TITLES.get(kind, "_Player")
         found = {one.pid: one for one in psutil.Process().children(recursive=True) if title in _command(one)}
         # An engine's process is forked off its actor, and has its title at first.
@@ -55,11 +57,11 @@ class KillableCluster:
         return list(found.values())
 
     def kill_a_node(self) -> None:
-        """All processes of a node that is not the head, the raylet among them."""
+        """Kills all processes of a node that is not the head, the raylet among them."""
         self._cluster.remove_node(self._others.pop(), allow_graceful=False)
 
     def kill_the_head(self) -> None:
-        """And, as nothing can be done with them any more, the other nodes."""
+        """Kills the head and the other nodes: without it they are of no use."""
         self._cluster.remove_node(self._cluster.head_node, allow_graceful=False)
         while self._others:
             self.kill_a_node()

@@ -25,7 +25,7 @@ Row = tuple[list[int], list[int], list[int]]
 
 @contextmanager
 def one_rank(folder: Path) -> Iterator[None]:
-    """A gloo process group of this process alone, as a single train worker has; ``folder`` is for its store."""
+    """Opens a gloo process group of this process alone, as a single train worker has; ``folder`` is for its store."""
     torch.set_num_threads(1)
     dist.init_process_group("gloo", store=dist.FileStore(str(folder / "store"), 1), rank=0, world_size=1)
     yield
@@ -33,13 +33,13 @@ def one_rank(folder: Path) -> Iterator[None]:
 
 
 def table_of(rows: list[Row]) -> pa.Table:
-    """Rows of (prompt, real, generated) token ids as the columns that packs are built from."""
+    """Returns rows of (prompt, human, generated) token ids as the columns that packs are built from."""
     names = ("prompt_ids", "real_ids", "generated_ids")
     return pa.table({name: pa.array([row[i] for row in rows], TOKEN_IDS) for i, name in enumerate(names)})
 
 
 def random_rows(seed: int, trees: int, *, samples: int = 2, longest: int = 8) -> list[Row]:
-    """``trees`` prompts with one real response and 1 to ``samples`` generated ones each."""
+    """Returns ``trees`` prompts with one human response and 1 to ``samples`` generated ones each."""
     rng = np.random.default_rng(seed)
 
     def tokens() -> list[int]:
@@ -63,7 +63,7 @@ def lengths_of(rows: list[Row]) -> PairLengths:
 
 
 def one_step(rows: list[Row], *, pack_length: int = PACK_LENGTH) -> Step:
-    """All rows in one optimizer step."""
+    """Returns one optimizer step over all rows."""
     (step,) = plan_epoch(lengths_of(rows), pack_length=pack_length, global_batch_pairs=len(rows), seed=0, epoch=0)
     return step
 
@@ -74,7 +74,7 @@ def batches_of(rows: list[Row], *, pack_length: int = PACK_LENGTH) -> list[Packe
 
 
 def tiny_llama(*, tied: bool = True, seed: int = 0, layers: int = 2) -> LlamaForCausalLM:
-    """A random Llama whose log-probabilities depend strongly on every token seen (weights 10 times the usual init)."""
+    """Returns a random Llama whose log-probabilities depend strongly on every token (weights 10 times the usual)."""
     torch.manual_seed(seed)
     config = LlamaConfig(
         vocab_size=VOCAB, hidden_size=32, intermediate_size=48, num_hidden_layers=layers, num_attention_heads=4,
@@ -90,14 +90,14 @@ def save_model(directory: Path, model: LlamaForCausalLM) -> Path:
 
 @torch.no_grad()
 def logp_alone(model: Any, prompt: list[int], response: list[int]) -> Tensor:
-    """log p(response | prompt) by transformers alone: one unpadded sequence, no mask, no positions given."""
+    """Returns log p(response | prompt) by transformers alone: one unpadded sequence, no mask, no positions given."""
     logits = model(input_ids=torch.tensor([prompt + response])).logits[0]
     logps = logits.float().log_softmax(-1)[len(prompt) - 1 : -1]
     return logps[torch.arange(len(response)), torch.tensor(response)].sum()
 
 
 def train(backend: TrainBackend, rows: list[Row], steps: int) -> list[list[float]]:
-    """Steps over all rows against a reference of 0. Per step: loss over all ranks, gradient norm."""
+    """Trains on all rows against a reference of 0; returns [loss over all ranks, gradient norm] of each step."""
     step, table, history = one_step(rows), table_of(rows), []
     packs = step.for_rank(dist.get_rank(), dist.get_world_size())
     for _ in range(steps):

@@ -1,4 +1,4 @@
-"""Local lm-eval tasks with their rows, and what is right about them told without lm-eval."""
+"""Local lm-eval tasks with their rows, and their right results without lm-eval."""
 
 import json
 import shutil
@@ -30,7 +30,7 @@ CHOICES = [
 
 
 def write_task(folder: Path, name: str, rows: Sequence[dict[str, Any]]) -> None:
-    """The task ``spin_ray_NAME`` and its rows."""
+    """Writes the task ``spin_ray_NAME`` and its rows."""
     shutil.copy(TASKS / f"{name}.yaml", folder)
     (folder / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
 
@@ -48,7 +48,7 @@ class Plain:
 
     @torch.no_grad()
     def greedy(self, prompt: str, new_tokens: int = 8) -> list[int]:
-        """Up to the end of the line."""
+        """Returns the greedy answer up to the end of its line."""
         ids = torch.tensor([self.ids(prompt)])
         out = self._model.generate(ids, max_new_tokens=new_tokens, do_sample=False)[0, ids.shape[1] :].tolist()
         line = self.tokenizer.decode(out).partition("\n")[0]
@@ -56,7 +56,7 @@ class Plain:
 
     @torch.no_grad()
     def choice(self, row: dict[str, Any]) -> int:
-        """The likeliest ending."""
+        """Returns the number of the likeliest ending."""
         start = len(self.ids(row["prompt"]))
         logps = []
         for ending in row["endings"]:
@@ -69,7 +69,7 @@ class Plain:
         return sum(self.choice(row) == row["right"] for row in CHOICES) / len(CHOICES)
 
     def sum_accuracy(self, config: SpinConfig) -> float:
-        """By our own evaluation stage, on the same rows and greedy answers."""
+        """Returns the accuracy by our own evaluation stage, on the same rows and greedy answers."""
         heldout = [
             {"prompt_id": str(number), "prompt_ids": self.ids(row["prompt"]), "real_ids": self.ids(str(row["answer"])),
              "messages": "[]", "answer": float(row["answer"])}

@@ -14,7 +14,7 @@ SPIN_RAY = [sys.executable, "-m", "spin_ray.cli"]
 
 
 def micro_recipe() -> dict[str, Any]:
-    """The smallest whole run: one iteration of a tiny random Llama, fp32, one worker; bitwise repeatable."""
+    """Returns the smallest whole run: one iteration of a tiny random Llama, fp32, one worker; bitwise repeatable."""
     return {
         "model": {"path": "embedded:tiny-llama", "max_length": 96},
         "data": {"train": "embedded:arithmetic-train", "max_rows": 48},
@@ -39,7 +39,7 @@ def write_recipe(folder: Path, recipe: dict[str, Any]) -> Path:
 
 
 def environment() -> dict[str, str]:
-    """A user's environment: Ray decides on its own about authentication and addresses."""
+    """Returns a user's environment: Ray decides on its own about authentication and addresses."""
     return {name: value for name, value in os.environ.items() if not name.startswith("RAY_")}
 
 

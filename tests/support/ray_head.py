@@ -33,7 +33,10 @@ class Head:
 
 @contextmanager
 def ray_head(environment: dict[str, str], cpus: int) -> Iterator[Head]:
-    """Once its dashboard listens. Sockets have short paths only, hence a folder of its own."""
+    """Yields a head whose dashboard listens, and stops it.
+
+    Sockets have short paths only, hence a folder of its own.
+    """
     folder = Path(tempfile.mkdtemp(prefix="head-"))
     (folder / "token").write_text(TOKEN)
     variables = environment | {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN_PATH": str(folder / "token")}
@@ -43,6 +46,9 @@ def ray_head(environment: dict[str, str], cpus: int) -> Iterator[Head]:
             *RAY, "start", "--head", "--block", f"--num-cpus={cpus}", "--node-ip-address=127.0.0.1",
             f"--port={free_port()}", "--dashboard-host=127.0.0.1", f"--dashboard-port={head.dashboard_port}",
             f"--metrics-export-port={head.metrics_port}", f"--temp-dir={folder}",
+            # Ray's fixed ports: another head may be up beside this one.
+            f"--ray-client-server-port={free_port()}", f"--dashboard-agent-listen-port={free_port()}",
+            "--min-worker-port=0", "--max-worker-port=0",
         ],
         env=variables, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, start_new_session=True,
     )  # fmt: skip

@@ -17,12 +17,12 @@ from spin_ray.run_dir.events import lost_work, read_json_lines
 from spin_ray.run_dir.run_dir import RunDir
 from spin_ray.run_dir.storage import MANIFEST, Storage
 from tests.support.killable_cluster import KillableCluster
-from tests.support.program import ROOT, SPIN_RAY, environment, micro_recipe, write_recipe
+from tests.support.program import ROOT, SPIN_RAY, environment, micro_recipe, spin_ray, write_recipe
 
 PLAYING, TRAINING = "generation", "training"
 PHASE = {"generation actor": PLAYING, "engine": PLAYING, "train worker": TRAINING, "controller": TRAINING}
 KINDS = (*PHASE, "node", "head", "driver")
-"""What can be killed; the last three in either phase."""
+"""Kinds that can be killed; the last three in either phase."""
 CHECKPOINT_EVERY, REPLICAS = 4, 2
 SHARDS, STEPS = 6, 96
 LIMIT_S = 600.0
@@ -30,8 +30,9 @@ LIMIT_S = 600.0
 
 
 def recipe() -> dict[str, Any]:
-    """6 shards for two engines, slow enough to be hit (one row at a time); 96 steps of two workers, with a checkpoint
-    after every fourth; fp32, repeatable.
+    """Returns a repeatable recipe (fp32) that is slow enough to be hit.
+
+    Two engines play 6 shards, one row at a time; two workers take 96 steps, with a checkpoint after every fourth.
     """
     content = micro_recipe()
     content["generation"] |= {"replicas": REPLICAS, "resources": {"cpus": 1}, "sampling": {"max_tokens": 60}}
@@ -47,14 +48,14 @@ class Kill:
     after: int
     """Shards or steps that were there by then."""
     same_command: bool = False
-    """Whether the driver ended, and was started again; else the run went on without help."""
+    """True if the driver ended and was started again; else the run went on without help."""
     shards: int = 0
     steps: int = 0
     """Lost and done again, as events.jsonl tells."""
 
 
 def plan(kinds: Sequence[str], chance: random.Random) -> list[Kill]:
-    """Moments of the kills, in their order."""
+    """Returns the kills with their moments, in order."""
     phases = [PHASE.get(kind) or chance.choice((PLAYING, TRAINING)) for kind in kinds]
     kills = []
     for phase, last in ((PLAYING, SHARDS // 2), (TRAINING, STEPS // 2)):
@@ -90,7 +91,7 @@ class RoughRun:
                 self._end_driver()
 
     def _tell(self, kill: Kill) -> None:
-        """What ``kill`` has cost, when what came after it is done."""
+        """Notes what ``kill`` has cost, when what came after it is done."""
         lost = lost_work(RunDir(Storage(self._out)).events())
         kill.shards, kill.steps = lost["shards"] - self._told["shards"], lost["steps"] - self._told["steps"]
         self._told = lost
@@ -150,7 +151,7 @@ class RoughRun:
 
 
 def committed(out: Path) -> dict[str, str]:
-    """Digests of all files that a manifest lists."""
+    """Returns digests of all files that a manifest lists."""
     found = {}
     for manifest in out.rglob(MANIFEST):
         if ".attempts" not in manifest.parts:
@@ -161,13 +162,14 @@ def committed(out: Path) -> dict[str, str]:
 
 
 def run_calmly(folder: Path) -> dict[str, str]:
-    """What is committed when nothing is killed."""
-    RoughRun(write_recipe(folder, recipe()), folder / "run", random.Random()).to_the_end([])
+    """Returns what is committed when nothing is killed, on a Ray of its own: no cluster has to start for it."""
+    finished = spin_ray("run", write_recipe(folder, recipe()), "--out", folder / "run", "--cluster.local_cpus=2")
+    assert finished.returncode == 0, finished.stdout + finished.stderr
     return committed(folder / "run")
 
 
 def run_roughly(folder: Path, calm: dict[str, str], kinds: Sequence[str], chance: random.Random) -> list[Kill]:
-    """One run with some kills; it must end as if nothing was."""
+    """Does one run with some kills; it must end as if nothing was."""
     kills, out = plan(kinds, chance), folder / "run"
     RoughRun(write_recipe(folder, recipe()), out, chance).to_the_end(kills)
     assert committed(out) == calm, "rows and weights are bitwise those of the undisturbed run"
@@ -180,7 +182,7 @@ def run_roughly(folder: Path, calm: dict[str, str], kinds: Sequence[str], chance
 
 
 def run_for(seconds: float, folder: Path, calm: dict[str, str], chance: random.Random) -> list[Kill]:
-    """One rough run after another, three kills each, all kinds in turn."""
+    """Does one rough run after another, three kills each, all kinds in turn."""
     deadline, kinds, kills = time.monotonic() + seconds, [], []
     while time.monotonic() < deadline:
         if len(kinds) < 3:

@@ -43,12 +43,12 @@ class Served:
         raise AssertionError(f"{name} was not {iterate} within {START_S} s")
 
     def family(self) -> list[psutil.Process]:
-        """The server, Ray, and every replica and engine."""
+        """Returns the processes of the server, Ray, and every replica and engine."""
         root = psutil.Process(self.process.pid)
         return [root, *root.children(recursive=True)]
 
     def replicas(self, name: str) -> list[psutil.Process]:
-        """Processes of Ray Serve's replicas whose application or deployment has ``name`` in its name."""
+        """Returns processes of Ray Serve's replicas whose application or deployment has ``name`` in its name."""
         found = []
         for process in self.family():
             try:
@@ -60,7 +60,7 @@ class Served:
         return found
 
     def memory(self) -> int:
-        """Bytes that all its processes hold, what they share counted once."""
+        """Returns the bytes that all its processes hold; shared ones are counted once."""
         total = 0
         for process in self.family():
             try:
@@ -71,7 +71,7 @@ class Served:
 
     @contextmanager
     def connection(self, receive_buffer: int | None = None) -> Iterator[socket.socket]:
-        """For what no HTTP client would do."""
+        """Opens a socket, for what no HTTP client would do."""
         host, port = self.url.removeprefix("http://").split(":")
         with socket.socket() as raw:
             if receive_buffer:

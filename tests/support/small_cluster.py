@@ -16,6 +16,9 @@ from ray.data._internal.cluster_autoscaler.default_autoscaling_coordinator impor
 
 from spin_ray.runtime.connect import keep_to_loopback
 
+WITHOUT_SERVICES = {"include_dashboard": False, "no_monitor": True, "include_log_monitor": False}
+"""Arguments of a head that starts without the processes of Ray that no run needs."""
+
 _NEW_MOUNTS, _PRIVATE, _RECURSIVE = 0x00020000, 1 << 18, 1 << 14
 _libc = ctypes.CDLL(None, use_errno=True)
 
@@ -29,7 +32,7 @@ class SmallCluster:
         self._cluster = Cluster(
             initialize_head=True,
             head_node_args={
-                "num_cpus": 0, "node_ip_address": "127.0.0.1", "include_dashboard": False,
+                "num_cpus": 0, "node_ip_address": "127.0.0.1", **WITHOUT_SERVICES,
                 # A killed node is noticed after two seconds, one that is slow to answer is not taken for dead.
                 "_system_config": {"health_check_period_ms": 500, "health_check_failure_threshold": 4},
             },
@@ -43,7 +46,7 @@ class SmallCluster:
         return self._cluster.address
 
     def add(self, name: str, pool: str) -> str:
-        """A node of two CPUs that is labelled with its pool; one for `any` work has a seat. Returns Ray's id of it."""
+        """Adds a node of two CPUs, labelled with its pool; one for `any` work has a seat. Returns Ray's id of it."""
 
         def add() -> None:
             _hide(self._hidden)  # from this thread and the processes that it starts
@@ -71,13 +74,13 @@ class SmallCluster:
         return self._folder / f"cache-{name}" / "runs"
 
     def of_train_workers(self) -> list[str]:
-        """Names of the nodes where a train worker is alive, one for each."""
+        """Returns the names of the nodes where a train worker is alive, one for each worker."""
         alive = [actor for actor in actors().values() if actor["State"] == "ALIVE"]
         ids = [actor["Address"]["NodeID"] for actor in alive if "TrainWorker" in actor["ActorClassName"]]
         return sorted(name for name in self._nodes for found in ids if found == self.id(name))
 
     def tell_trainers(self) -> None:
-        """Elastic groups count the nodes as they were up to 20 s ago; from here on, as they are now."""
+        """Makes elastic groups count the nodes as they are now, in place of up to 20 s ago."""
         coordinator = get_or_create_autoscaling_coordinator()
         ray.get(coordinator.get_reserved_resources.remote("nobody", recompute=True), timeout=30)
 
@@ -87,7 +90,7 @@ class SmallCluster:
 
 @contextmanager
 def small_cluster(folder: Path, hidden: Path) -> Iterator[SmallCluster]:
-    """In the place of whatever Ray this process was connected to."""
+    """Starts a cluster in the place of whatever Ray this process was connected to, and stops it."""
     ray.shutdown()
     keep_to_loopback(True)  # without it Ray puts the machine's outward address in the place of the loopback one
     cluster = SmallCluster(folder, hidden)
@@ -100,7 +103,7 @@ def small_cluster(folder: Path, hidden: Path) -> Iterator[SmallCluster]:
 
 
 def may_hide() -> bool:
-    """Whether this process may make mount namespaces."""
+    """Returns whether this process may make mount namespaces."""
     allowed: list[bool] = []
     thread = threading.Thread(target=lambda: allowed.append(_libc.unshare(_NEW_MOUNTS) == 0))
     thread.start()
@@ -109,7 +112,7 @@ def may_hide() -> bool:
 
 
 def when(condition: Callable[[], bool], act: Callable[[], None], *, unless: threading.Event) -> threading.Thread:
-    """A thread that does ``act`` as soon as ``condition`` holds."""
+    """Starts a thread that does ``act`` as soon as ``condition`` holds."""
 
     def watch() -> None:
         while not unless.wait(0.05):

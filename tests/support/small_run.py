@@ -1,7 +1,7 @@
 """A whole run within this process, in a second: the real driver, stages and training loop over a tiny model.
 
-In place of Ray there is a loop, in place of vLLM an engine whose tokens follow from the seed. What is left is all that
-ever touches the run folder.
+A loop stands in for Ray, and an engine whose tokens follow from the seed for vLLM. All that ever touches the run folder
+is real.
 """
 
 import copy
@@ -41,7 +41,7 @@ STEPS = 4
 
 
 def make_inputs(folder: Path) -> SpinConfig:
-    """A model of 12 thousand parameters, 12 good rows with a malformed and a repeated one, and 3 held-out rows."""
+    """Writes a model of 12 thousand parameters, 12 good rows, a malformed and a repeated one, and 3 held-out rows."""
     tokenizer = load_tokenizer(resolve("embedded:tiny-llama"))
     torch.manual_seed(0)
     shape = {"hidden_size": 16, "intermediate_size": 16, "num_attention_heads": 2, "num_key_value_heads": 1}
@@ -105,7 +105,7 @@ _models: dict[bytes, Any] = {}
 
 
 class _Items:
-    """What the stages use of a Ray Dataset."""
+    """The part of a Ray Dataset that the stages use."""
 
     def __init__(self, items: list[Any], **_: object) -> None:
         self._items: Iterator[Any] = iter(items)
@@ -121,7 +121,7 @@ class _Items:
 def _run_worker(
     function: Callable[[Any], Any], job: Any, config: SpinConfig, name: str, where: str, **_: object
 ) -> Any:
-    """One worker; what it reports is kept as Ray Train keeps it, complete or not at all."""
+    """Runs one worker; a checkpoint that it reports is kept as by Ray Train, complete or not at all."""
     # Of a run on an object store, Ray Train would keep the checkpoints there.
     folder = object_storage.CACHE / where.replace("://", "/") if "://" in where else Path(where)
     kept = folder / name / "checkpoint"
@@ -142,7 +142,7 @@ def _run_worker(
 
 
 def run(config: SpinConfig, out: Path | str, disk: Disk | None = None) -> None:
-    """The run, or the rest of it."""
+    """Does the run, or the rest of it."""
     with pytest.MonkeyPatch.context() as patch:
         if disk is not None:
             patch.setattr(launch, "open_storage", lambda root: Storage(root, disk))
@@ -150,7 +150,7 @@ def run(config: SpinConfig, out: Path | str, disk: Disk | None = None) -> None:
 
 
 def committed(out: Path) -> dict[str, str]:
-    """Digests of all files that a manifest lists, and of the manifests themselves."""
+    """Returns digests of all files that a manifest lists, and of the manifests themselves."""
     found = {}
     for manifest in out.rglob(MANIFEST):
         if ".attempts" not in manifest.parts:

@@ -31,7 +31,7 @@ def tiny_config(**serving: Any) -> SpinConfig:
 
 
 def make_run(folder: Path, iterates: int, **serving: Any) -> RunDir:
-    """A run that has published ``iterates`` iterates after ``sft``."""
+    """Makes a run that has published ``iterates`` iterates after ``sft``."""
     config = tiny_config(**serving)
     start = check_recipe(config)
     run = RunDir(Storage(folder))
@@ -44,9 +44,9 @@ def make_run(folder: Path, iterates: int, **serving: Any) -> RunDir:
 
 
 def add_iterate(run: RunDir, iterate: int, loads: bool = True) -> None:
-    """θ_iterate: the start model with other weights, so that it has answers and a digest of its own.
+    """Commits θ_iterate: the start model with other weights, so that it has answers and a digest of its own.
 
-    One that does not load is committed like any other, with the digests of what it has, and lacks a row of a weight.
+    One that does not load lacks a row of a weight; it is committed like any other, with the digests of its files.
     """
     attempt = run.storage.new_attempt_folder()
     shutil.copytree(run.description()["start_model"], attempt, dirs_exist_ok=True)

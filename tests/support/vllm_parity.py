@@ -1,8 +1,8 @@
-"""Run as a module by test_smollm2_run: loads every iterate in vLLM and audits its log-probs against the trainer's.
+"""Loads an iterate in vLLM and audits its log-probs against the trainer's; test_smollm2_run runs it as a module.
 
 The opponent of iteration 1 is iter_000/model: vLLM's sum of log-probs of each response must agree with reference/
-within 0.05 nats per token on average and 0.15 at worst: both compute in bf16.
-Also: a generation_config.json in the model folder must not change what is sampled.
+within 0.05 nats per token on average and 0.15 at worst, as the trainer may have computed in bf16. vLLM computes in
+fp32, which every processor does quickly. A generation_config.json in the model folder must not change what is sampled.
 """
 
 import json
@@ -16,7 +16,7 @@ from spin_ray.run_dir.run_dir import RunDir
 from spin_ray.run_dir.storage import Storage
 from spin_ray.runtime.engine import EngineSpec, VllmEngine
 
-ENGINE = EngineConfig(enforce_eager=True, cpu_kv_cache_gib=1, max_num_seqs=8)
+ENGINE = EngineConfig(dtype="float32", enforce_eager=True, cpu_kv_cache_gib=1, max_num_seqs=8)
 
 
 def start(model: Path) -> VllmEngine:
