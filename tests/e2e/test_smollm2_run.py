@@ -15,6 +15,7 @@ import torch
 from spin_ray.run_dir.run_dir import RunDir
 from spin_ray.run_dir.schemas import GENERATION_SCHEMA, PAIR_SCHEMA, PROMPT_SCHEMA, REFERENCE_SCHEMA
 from spin_ray.run_dir.storage import Storage
+from tests.support.paths import ROOT
 from tests.support.program import spin_ray
 
 pytestmark = pytest.mark.e2e

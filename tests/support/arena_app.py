@@ -16,6 +16,7 @@ from spin_ray.serving.access import Key
 from spin_ray.serving.api import make_app
 from spin_ray.serving.arena.votes import VoteStore
 from spin_ray.serving.engines import CHAT, Item
+from spin_ray.serving.names import Names
 from tests.support.tiny_runs import tiny_config
 
 ITERATES = ("sft", "iter-0", "iter-1")

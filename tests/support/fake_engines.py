@@ -7,6 +7,7 @@ from typing import Any
 
 from spin_ray.serving.arena.votes import VoteStore
 from spin_ray.serving.engines import CHAT, TOKENS, Item
+from spin_ray.serving.names import Names
 
 USAGE = {"prompt_tokens": 1, "completion_tokens": 2, "total_tokens": 3}
 

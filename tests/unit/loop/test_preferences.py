@@ -48,7 +48,7 @@ def prefer(run: RunDir, monkeypatch: pytest.MonkeyPatch, digest: str = "digest o
             made.append(name)
             yield {"name": name, "entry": job.target.write_part(name, seal(table, job.fingerprint)).model_dump()}
 
-    monkeypatch.setattr(preferences, "_judge", without_ray)
+    monkeypatch.setattr(preferences, "_compare", without_ray)
     preferences.run(run, CONFIG, 0, ModelFolder(Path("scorer"), digest, "scorer", 0), POLICY)
     return made
 

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from spin_ray.learner import scoring
-from spin_ray.learner.backends.modules import bare_optimizer
+from spin_ray.learner.optimizers import make_optimizer
 from spin_ray.planning.learner_cost import (
     CHUNK_TARGETS,
     MOMENTS,
@@ -122,7 +122,7 @@ def test_chunk_of_logits_is_the_learners():
 def test_numbers_per_parameter_are_those_that_the_learners_optimizer_keeps(settings):
     weight = torch.nn.Parameter(torch.zeros(3))
     weight.grad = torch.ones(3)
-    optimizer = bare_optimizer([weight], settings)
+    optimizer = make_optimizer([weight], settings, 1e-3)
     optimizer.step()
     kept = [value for value in optimizer.state[weight].values() if value.shape == weight.shape]
     assert len(kept) == MOMENTS[settings.name]

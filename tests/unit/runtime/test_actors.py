@@ -63,7 +63,7 @@ def by_generation(config: SpinConfig) -> None:
 
 def by_preferences(config: SpinConfig) -> None:
     job: Any = SimpleNamespace(scorer=config.scorer)
-    list(preferences._judge(job, ["a part"] * 3, config))
+    list(preferences._compare(job, ["a part"] * 3, config))
 
 
 def by_lm_eval(config: SpinConfig) -> None:
@@ -113,7 +113,7 @@ def test_a_stage_waits_for_its_own_resources_before_it_asks_for_processes(asked,
 def test_a_model_that_cannot_be_loaded_is_no_death_of_its_actor(tmp_path: Path):
     """An error from ``__init__`` would be tried again by Ray Data; one from a call ends the stage."""
     missing: Any = SimpleNamespace(here=lambda **_: tmp_path)
-    job: Any = SimpleNamespace(scorer=ScorerConfig(path="judge"), judge=missing, policy=missing)
-    actor = preferences._Judge(job)
+    job: Any = SimpleNamespace(scorer=ScorerConfig(path="judge"), preference_model=missing, policy=missing)
+    actor = preferences._Comparing(job)
     with pytest.raises(Exception, match="is no reward model"):
         _ = actor._scorer

@@ -21,7 +21,7 @@ def test_a_folder_whose_path_is_too_long_for_sockets_is_named_with_the_remedy(tm
     folder = tmp_path / ("long" * 25)
     folder.mkdir()
     program = (
-        "from spin_ray.config.sections import SpinConfig\n"
+        "from spin_ray.config.recipe import SpinConfig\n"
         "from spin_ray.errors import ResourceError\n"
         "from spin_ray.runtime.connect import connect\n"
         "try:\n"

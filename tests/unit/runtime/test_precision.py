@@ -156,7 +156,7 @@ def test_every_stage_and_run_json_get_what_the_driver_settled(machine, monkeypat
     )
     run = run_spin(config, tmp_path / "run").run
     assert run.description()["config"]["train"]["precision"] == of(seen[0]) == says
-    engine = seen[0].decided(seen[0].generation.engine)
+    engine = seen[0].resolve_dtype(seen[0].generation.engine)
     assert engine.dtype == {"bf16": "bfloat16", "fp32": "float32"}[says]
 
 
