@@ -249,9 +249,11 @@ def serve_key(name: str, per_minute: int | None) -> None:
 
 def _doctor(config: SpinConfig, out: Path | None, console: Console) -> None:
     from spin_ray.inputs.check import check_recipe, disk_free_gib, versions
+    from spin_ray.loop.algorithms.table import check_algorithm
     from spin_ray.runtime.connect import connect
     from spin_ray.runtime.placement import check_fits, demands
 
+    check_algorithm(config)
     console.print("[green]ok[/] recipe")
     start = check_recipe(config)
     console.print(f"[green]ok[/] data {start.train}" + (f", held out {start.heldout}" if start.heldout else ""))

@@ -5,8 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import re
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from collections.abc import Iterator
 from typing import Any, Self, TypeVar
 
 from pydantic import model_validator
@@ -15,7 +14,6 @@ from spin_ray.config.sections import (
     IDENTITY,
     MAY_CHANGE,
     EngineConfig,
-    ObjectiveConfig,
     Section,
     Settings,
 )
@@ -102,7 +100,6 @@ def _impossible(config: SpinConfig) -> Iterator[str]:
         yield "evaluation.answer_extractor: needs data.heldout"
     if config.stop_when is not None and config.data.heldout is None:
         yield "stop_when: patience and min_fall need data.heldout"
-    yield from _algorithm_problems(config)
     for key in sorted(
         (_OWN_ENGINE_ARGUMENTS | EngineConfig.model_fields.keys()) & config.generation.engine.extra.keys()
     ):
@@ -169,76 +166,6 @@ def _secret_problems(config: SpinConfig) -> Iterator[str]:
             yield f"{name}: holds credentials, which would be written to run.json; give them by environment variables"
     if "hf_token" in config.generation.engine.extra:
         yield "generation.engine.extra.hf_token: would be written to run.json; give it by $HF_TOKEN"
-
-
-@dataclass(frozen=True, kw_only=True)
-class _Algorithm:
-    """The settings that one algorithm needs, reads and cannot work with."""
-
-    needs: tuple[str, ...] = ()
-    """Sections and fields that the algorithm cannot do without."""
-    reads: tuple[str, ...] = ()
-    """Optional sections and fields that the algorithm reads when they are given."""
-    problems: Callable[[SpinConfig], Iterator[str]] = lambda config: iter(())
-    """Yields a sentence for each further setting that the algorithm cannot work with."""
-
-
-def _sppo_problems(config: SpinConfig) -> Iterator[str]:
-    yield from _window_problems(config)
-    if config.objective.loss != ObjectiveConfig().loss:
-        yield "objective.loss: sppo has a loss of its own; leave it out"
-    if config.generation.samples_per_prompt < 2:
-        yield "generation.samples_per_prompt: sppo compares samples of a prompt; give 2 or more (paper: 5)"
-
-
-def _window_problems(config: SpinConfig) -> Iterator[str]:
-    """Yields a problem for each setting that looks back at earlier iterates, as only SPIN does."""
-    default, given = ObjectiveConfig(), config.objective
-    learns = f"is for algorithm spin; {config.algorithm} learns from the responses of its iteration; leave it out"
-    if given.window not in (1, default.window):
-        yield f"objective.window: {learns}"
-    if given.reference_alpha != default.reference_alpha:
-        yield f"objective.reference_alpha: {learns}"
-
-
-_ALGORITHMS = {
-    "spin": _Algorithm(),
-    "continued_sft": _Algorithm(problems=_window_problems),
-    "dpo": _Algorithm(problems=_window_problems),
-    "sppo": _Algorithm(needs=("scorer",), problems=_sppo_problems),
-    "self_reinforcement": _Algorithm(
-        needs=("sft", "data.questions"), reads=("self_filter",), problems=_window_problems
-    ),
-    "seft": _Algorithm(needs=("reviser",), reads=("data.questions",), problems=_window_problems),
-}
-_OPTIONAL = ("scorer", "self_filter", "reviser", "data.questions")
-"""Sections and fields that are errors unless the algorithm needs or reads them."""
-
-
-def _algorithm_problems(config: SpinConfig) -> Iterator[str]:
-    """Yields a sentence for each setting that the algorithm lacks or does not read.
-
-    The needs of a user's own algorithm are not known here, so nothing is said of it.
-    """
-    name = config.algorithm
-    if name not in _ALGORITHMS:
-        return
-    algorithm = _ALGORITHMS[name]
-    for needed in algorithm.needs:
-        if not _is_given(config, needed):
-            yield f"{needed}: algorithm {name} needs it"
-    for optional in _OPTIONAL:
-        readers = [reader for reader, its in _ALGORITHMS.items() if optional in its.needs + its.reads]
-        if _is_given(config, optional) and name not in readers:
-            yield f"{optional}: is for algorithm {' and '.join(readers)}, not for {name}; leave it out"
-    yield from algorithm.problems(config)
-
-
-def _is_given(config: SpinConfig, name: str) -> bool:
-    """Returns whether a section, or a field of a section, is not null."""
-    section, _, field = name.partition(".")
-    value = getattr(config, section)
-    return (getattr(value, field) if field else value) is not None
 
 
 def flatten(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:

@@ -42,14 +42,23 @@ def make_optimizer(parameters: list[nn.Parameter], config: OptimizerConfig, lear
         ConfigError: there is no such optimizer, or ``config`` has a weight decay and the optimizer takes none.
     """
     name: str = config.name
-    known = OPTIMIZERS.get(name)
-    make = known.make if known else import_object(name, "optimizer.name", OPTIMIZERS)
+    make = find_optimizer(name)
     more: dict[str, Any] = {}
     if _takes(make, "weight_decay"):
         more["weight_decay"] = config.weight_decay
     elif config.weight_decay:
         raise ConfigError(f"optimizer.weight_decay: {name} takes no argument weight_decay; leave it out")
     return make(parameters, lr=learning_rate, **more)
+
+
+def find_optimizer(name: str) -> MakeOptimizer:
+    """Returns what makes the optimizer of a name of ``OPTIMIZERS`` or of an import path.
+
+    Raises:
+        ConfigError: there is no such optimizer.
+    """
+    known = OPTIMIZERS.get(name)
+    return known.make if known else import_object(name, "optimizer.name", OPTIMIZERS)
 
 
 def allocate_state(optimizer: Optimizer, name: str) -> None:

@@ -18,7 +18,7 @@ from spin_ray.config.recipe import SpinConfig
 from spin_ray.inputs.check import Start
 from spin_ray.inputs.model_folder import ModelFolder
 from spin_ray.loop.algorithms.base import Algorithm, Turn
-from spin_ray.loop.algorithms.table import ALGORITHMS
+from spin_ray.loop.algorithms.table import find_algorithm
 from spin_ray.loop.stages import evaluation, prompts
 from spin_ray.loop.stages.generation import stage as generation
 from spin_ray.loop.stages.generation.shards import Job
@@ -55,7 +55,7 @@ def spin(run: RunDir, config: SpinConfig, start: Start, start_engine: StartEngin
 
 
 def _spin(run: RunDir, config: SpinConfig, start: Start, play: Play) -> None:
-    algorithm = ALGORITHMS[config.algorithm]
+    algorithm = find_algorithm(config.algorithm)
     _prepare_prompts(run, config, start)
     if config.sft:
         training.run_sft(run, config, start.model)

@@ -56,8 +56,10 @@ def run_spin(config: SpinConfig, out: str | Path, start_engine: StartEngine = Vl
                 model.verify()  # damage is named, also when nothing is left to do
             logger.info("%s: nothing left to do", storage.root)
         else:
-            from spin_ray.loop.driver import spin  # brings torch and Ray: seconds that a finished run need not wait
+            from spin_ray.loop.algorithms.table import check_algorithm  # both bring torch and Ray: seconds that a
+            from spin_ray.loop.driver import spin  # finished run need not wait
 
+            check_algorithm(config)
             start = check_recipe(config, inputs)
             run.begin(config, start.facts())
             spin(run, config, start, start_engine)

@@ -1,5 +1,6 @@
 """The training backends by name, or by an import path of the user's own."""
 
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
@@ -16,12 +17,17 @@ BACKENDS = {
 
 
 def make_backend(model_dir: str | Path, settings: BackendSettings, device: torch.device) -> TrainBackend:
-    """Builds the backend that ``settings.kind`` names, by a name of ``BACKENDS`` or by an import path.
+    """Builds the backend that ``settings.kind`` names; ``find_backend`` has the errors."""
+    return find_backend(settings.kind)(model_dir, settings, device)
+
+
+def find_backend(kind: str) -> Callable[[str | Path, BackendSettings, torch.device], TrainBackend]:
+    """Returns the backend of a name of ``BACKENDS``, or the class of an import path.
 
     Raises:
         ConfigError: there is no such backend, or the path leads to something that cannot be called.
     """
-    build = import_object(BACKENDS.get(settings.kind, settings.kind), "train.backend", BACKENDS)
+    build = import_object(BACKENDS.get(kind, kind), "train.backend", BACKENDS)
     if not callable(build):
-        raise ConfigError(f"train.backend: {settings.kind} is no class")
-    return build(model_dir, settings, device)
+        raise ConfigError(f"train.backend: {kind} is no class")
+    return build

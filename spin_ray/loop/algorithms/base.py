@@ -1,13 +1,15 @@
 """An algorithm, as the driver sees it."""
 
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from typing import Protocol
+from typing import ClassVar
 
 import numpy as np
 import pyarrow as pa
 
 from spin_ray.config.recipe import SpinConfig, digest
+from spin_ray.config.sections import ObjectiveConfig
 from spin_ray.inputs.check import Start
 from spin_ray.inputs.model_folder import ModelFolder
 from spin_ray.learner.step import Objective
@@ -39,20 +41,34 @@ class Turn:
         return prompt_slice(prompts.manifest().rows, wanted, self.iteration, self.config.seed)
 
 
-class Algorithm(Protocol):
-    """The three questions that tell one algorithm from another. It has no state: everything is in the run folder."""
+class Algorithm(ABC):
+    """What one algorithm plays, pairs and minimises. It has no state: everything is in the run folder."""
+
+    needs: ClassVar[tuple[str, ...]] = ()
+    """Optional sections and fields of the recipe that the algorithm cannot do without, e.g. ``scorer``."""
+    reads: ClassVar[tuple[str, ...]] = ()
+    """Optional sections and fields that the algorithm reads when they are given."""
+
+    def problems(self, config: SpinConfig) -> Iterator[str]:
+        """Yields a sentence for each setting that the algorithm cannot work with."""
+        default, given = ObjectiveConfig(), config.objective
+        learns = f"is for algorithm spin; {config.algorithm} learns from the responses of its iteration; leave it out"
+        if given.window not in (1, default.window):
+            yield f"objective.window: {learns}"
+        if given.reference_alpha != default.reference_alpha:
+            yield f"objective.reference_alpha: {learns}"
 
     def plays(self, run: RunDir) -> Artefact | None:
         """Returns the prompts that θ_t answers before pairs are made; None if it answers none."""
-        ...
+        return None
 
+    @abstractmethod
     def make_pairs(self, turn: Turn) -> None:
         """Commits ``iter_NNN/pairs``, and runs the further stages that this takes."""
-        ...
 
+    @abstractmethod
     def objective(self, config: SpinConfig, iteration: int) -> Objective:
         """Returns what training on the pairs minimises."""
-        ...
 
 
 def margin_objective(config: SpinConfig, iteration: int) -> Objective:

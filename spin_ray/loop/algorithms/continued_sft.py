@@ -2,16 +2,12 @@
 
 from spin_ray.config.recipe import SpinConfig
 from spin_ray.learner.step import Objective
-from spin_ray.loop.algorithms.base import PlayedPrompts, Turn, pair_table
+from spin_ray.loop.algorithms.base import Algorithm, PlayedPrompts, Turn, pair_table
 from spin_ray.loop.stages import pairs
-from spin_ray.run_dir.run_dir import RunDir
 
 
-class ContinuedSft:
+class ContinuedSft(Algorithm):
     """−log p(y) on the prompts that SPIN would play, with the settings of ``train``."""
-
-    def plays(self, run: RunDir) -> None:
-        return None
 
     def make_pairs(self, turn: Turn) -> None:
         played = PlayedPrompts(turn)

@@ -8,16 +8,12 @@ import pyarrow.compute as pc
 from spin_ray.config.recipe import SpinConfig
 from spin_ray.errors import DataError
 from spin_ray.learner.step import Objective
-from spin_ray.loop.algorithms.base import PlayedPrompts, Turn, margin_objective, pair_table
+from spin_ray.loop.algorithms.base import Algorithm, PlayedPrompts, Turn, margin_objective, pair_table
 from spin_ray.loop.stages import pairs
-from spin_ray.run_dir.run_dir import RunDir
 
 
-class Dpo:
+class Dpo(Algorithm):
     """``chosen`` of the data against ``rejected``. The reference is the model that the iteration starts from."""
-
-    def plays(self, run: RunDir) -> None:
-        return None
 
     def make_pairs(self, turn: Turn) -> None:
         """Commits the pairs of the data.

@@ -11,7 +11,7 @@ from spin_ray.config.recipe import SpinConfig
 from spin_ray.inputs.answers import extract_number
 from spin_ray.inputs.rendering import load_tokenizer
 from spin_ray.learner.step import Objective
-from spin_ray.loop.algorithms.base import Turn, margin_objective
+from spin_ray.loop.algorithms.base import Algorithm, Turn, margin_objective
 from spin_ray.loop.stages import pairs
 from spin_ray.loop.stages.generation.shards import Job
 from spin_ray.run_dir.artefact import Artefact
@@ -19,12 +19,15 @@ from spin_ray.run_dir.run_dir import RunDir
 from spin_ray.run_dir.schemas import PAIR_SCHEMA
 
 
-class SelfReinforcement:
+class SelfReinforcement(Algorithm):
     """θ_t's answer to a question against the answer of the start model, which was not fine-tuned.
 
     A question counts if enough samples of θ_t agree. The loss is DPO's, which is SPIN's logistic one. ``sft`` makes θ_0
     from the few labelled rows.
     """
+
+    needs = ("sft", "data.questions")
+    reads = ("self_filter",)
 
     def plays(self, run: RunDir) -> Artefact:
         return run.questions

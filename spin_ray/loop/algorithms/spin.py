@@ -1,20 +1,25 @@
 """SPIN (Chen et al. 2024, arXiv 2401.01335); its settings make α-SPIN and fictitious play of it."""
 
+from collections.abc import Iterator
+
 from spin_ray.config.recipe import SpinConfig
 from spin_ray.learner.step import Objective
-from spin_ray.loop.algorithms.base import Turn, margin_objective
+from spin_ray.loop.algorithms.base import Algorithm, Turn, margin_objective
 from spin_ray.loop.stages import pairs
 from spin_ray.loop.stages import scoring as base_scores
 from spin_ray.run_dir.artefact import Artefact
 from spin_ray.run_dir.run_dir import RunDir
 
 
-class Spin:
+class Spin(Algorithm):
     """The human response against one of θ_t, equation 4.7.
 
     ``objective.window: all`` plays against every iterate so far: fictitious play. ``objective.reference_alpha`` below 1
     takes a geometric reference: α-SPIN.
     """
+
+    def problems(self, config: SpinConfig) -> Iterator[str]:
+        yield from ()  # window and reference_alpha are SPIN's
 
     def plays(self, run: RunDir) -> Artefact:
         return run.prompts

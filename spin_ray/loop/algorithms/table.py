@@ -1,5 +1,13 @@
-"""The algorithms by name, and those of other packages by import path."""
+"""The algorithms by name, those of other packages by import path, and the check of a recipe against its algorithm."""
 
+from collections.abc import Iterator
+
+from spin_ray.config.recipe import SpinConfig
+from spin_ray.errors import ConfigError
+from spin_ray.learner.backends import find_backend
+from spin_ray.learner.import_path import import_object
+from spin_ray.learner.losses import resolve_loss
+from spin_ray.learner.optimizers import find_optimizer
 from spin_ray.loop.algorithms.base import Algorithm
 from spin_ray.loop.algorithms.continued_sft import ContinuedSft
 from spin_ray.loop.algorithms.dpo import Dpo
@@ -17,3 +25,56 @@ ALGORITHMS: dict[str, Algorithm] = {
     "seft": Seft(),
 }
 """Everything else (sampling, packing, reference scores, training, evaluation, resuming) is the same for all of them."""
+
+
+def find_algorithm(name: str) -> Algorithm:
+    """Returns the algorithm of a name, or an instance of the class that an import path ``my_pkg.mine:Mine`` names.
+
+    Raises:
+        ConfigError: there is no such algorithm, or the path leads to something else.
+    """
+    if name in ALGORITHMS:
+        return ALGORITHMS[name]
+    found = import_object(name, "algorithm", ALGORITHMS)
+    if not (isinstance(found, type) and issubclass(found, Algorithm)):
+        raise ConfigError(f"algorithm: {name} is no subclass of spin_ray.loop.algorithms.base.Algorithm")
+    return found()
+
+
+def check_algorithm(config: SpinConfig) -> None:
+    """Checks that the recipe has what its algorithm needs, and that every import path in it leads somewhere.
+
+    Raises:
+        ConfigError: a setting is missing or has no reader, or an import path leads nowhere; all problems are listed.
+    """
+    problems = list(_problems(config, find_algorithm(config.algorithm)))
+    if problems:
+        raise ConfigError("; ".join(problems))
+    resolve_loss(config.objective.loss)
+    find_backend(config.train.backend)
+    for section in (config.train, config.sft, config.reviser):
+        if section is not None:
+            find_optimizer(section.optimizer.name)
+
+
+def _problems(config: SpinConfig, algorithm: Algorithm) -> Iterator[str]:
+    name = config.algorithm
+    for needed in algorithm.needs:
+        if not _is_given(config, needed):
+            yield f"{needed}: algorithm {name} needs it"
+    readers: dict[str, list[str]] = {}
+    for reader, its in ALGORITHMS.items():
+        for optional in its.needs + its.reads:
+            readers.setdefault(optional, []).append(reader)
+    readers.pop("sft", None)  # goes with every algorithm
+    for optional, names in readers.items():
+        if _is_given(config, optional) and optional not in algorithm.needs + algorithm.reads:
+            yield f"{optional}: is for algorithm {' and '.join(names)}, not for {name}; leave it out"
+    yield from algorithm.problems(config)
+
+
+def _is_given(config: SpinConfig, name: str) -> bool:
+    """Tells whether a section, or a field of a section, is not null."""
+    section, _, field = name.partition(".")
+    value = getattr(config, section)
+    return (getattr(value, field) if field else value) is not None

@@ -128,39 +128,6 @@ def test_combinations_that_no_run_can_satisfy_are_refused(sections, problem):
     assert problem in problems(**sections)
 
 
-@pytest.mark.parametrize(
-    ("sections", "problem"),
-    [
-        ({"algorithm": "sppo", "generation": {"samples_per_prompt": 5}}, "scorer: algorithm sppo needs it"),
-        (
-            {"algorithm": "sppo", "scorer": {"path": "judge"}},
-            "generation.samples_per_prompt: sppo compares samples of a prompt",
-        ),
-        ({"algorithm": "self_reinforcement", "sft": {}}, "data.questions: algorithm self_reinforcement needs it"),
-        ({"algorithm": "seft"}, "reviser: algorithm seft needs it"),
-        ({"reviser": {}}, "reviser: is for algorithm seft, not for spin"),
-        ({"data": {"train": "d", "questions": "q"}}, "data.questions: is for algorithm self_reinforcement and seft"),
-        ({"algorithm": "dpo", "objective": {"window": "all"}}, "objective.window: is for algorithm spin"),
-        ({"algorithm": "dpo", "objective": {"reference_alpha": 0.5}}, "objective.reference_alpha: is for algorithm"),
-    ],
-)
-def test_settings_that_an_algorithm_lacks_or_does_not_read_are_refused(sections, problem):
-    assert problem in problems(**sections)
-
-
-def test_sppo_has_a_loss_of_its_own():
-    found = problems(
-        algorithm="sppo", scorer={"path": "m"}, generation={"samples_per_prompt": 5}, objective={"loss": "hinge"}
-    )
-    assert found == "objective.loss: sppo has a loss of its own; leave it out"
-
-
-def test_an_algorithm_of_the_users_own_may_read_any_setting():
-    """What it needs is known to its class alone."""
-    sections = {"scorer": {"path": "s"}, "reviser": {}, "objective": {"window": "all", "reference_alpha": 0.5}}
-    assert parse(algorithm="mine:Mine", **sections).algorithm == "mine:Mine"
-
-
 @pytest.mark.parametrize("window", [0, "some", 1.5, None])
 def test_a_window_is_a_count_or_all(window):
     assert problems(objective={"window": window}).startswith("objective.window: input should be")

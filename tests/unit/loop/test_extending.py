@@ -1,4 +1,4 @@
-"""A loss, an optimizer and a backend from a module outside of the package, as docs/extending.md says."""
+"""An algorithm, a loss, an optimizer and a backend from outside of the package, as docs/extending.md says."""
 
 import sys
 from collections.abc import Iterator
@@ -17,6 +17,7 @@ from spin_ray.learner.backends.base import BackendSettings
 from spin_ray.learner.losses import LOSSES, MarginLoss, PairValues, resolve_loss
 from spin_ray.learner.optimizers import make_optimizer
 from spin_ray.learner.step import Objective
+from spin_ray.loop.algorithms.table import check_algorithm
 from spin_ray.loop.stages.training import stage as training
 from spin_ray.run_dir.events import read_json_lines
 from spin_ray.run_dir.run_dir import RunDir
@@ -27,10 +28,14 @@ from tests.support.fakes import write_rows
 from tests.support.learner_cases import one_rank, random_rows, save_model, tiny_llama, train
 
 MODULE = '''
+import pyarrow as pa
 import torch
 from torch.nn import functional
 
 from spin_ray.learner.backends.fsdp2 import Fsdp2Backend
+from spin_ray.loop.algorithms.base import Algorithm, PlayedPrompts, margin_objective, pair_table
+from spin_ray.loop.stages import pairs
+from spin_ray.run_dir.schemas import TOKEN_IDS
 
 
 def squared_hinge(margin):
@@ -54,6 +59,25 @@ class ReferenceFree:
 
 reference_free = ReferenceFree()
 not_a_loss = 3
+
+
+class Mirrored(Algorithm):
+    """The human response against the same tokens read backwards: nobody answers, no engine starts for training."""
+
+    reads = ("self_filter",)
+
+    def make_pairs(self, turn):
+        played = PlayedPrompts(turn)
+
+        def tables():
+            for table in played.tables():
+                backwards = [ids[::-1] for ids in table["real_ids"].to_pylist()]
+                yield pair_table(table, turn.iteration, pa.chunked_array([pa.array(backwards, TOKEN_IDS)]))
+
+        pairs.make(turn.run, turn.config, turn.iteration, pairs.Fresh(tables(), played.inputs, played.settings))
+
+    def objective(self, config, iteration):
+        return margin_objective(config, iteration)
 
 
 class Momentum(torch.optim.Optimizer):
@@ -192,6 +216,24 @@ def test_the_stage_trains_with_a_loss_an_optimizer_and_a_backend_from_outside(
     assert ("real_logp_drift" in lines[0]) == run.reference(0).is_committed == (loss == "squared_hinge")
     settings = run.model(1).manifest().settings
     assert (settings["loss"], settings["optimizer"]["name"]) == (objective.loss, MOMENTUM.name)
+
+
+def test_a_whole_run_with_everything_from_outside(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, mine: Any) -> None:
+    """The recipe names all four; the run goes from rows to a published iterate, and once more from the middle."""
+    small_run.in_this_process(monkeypatch)
+    content = with_own_training(small_run.make_inputs(tmp_path)).model_dump(mode="json")
+    content |= {"algorithm": "my_pkg.mine:Mirrored", "self_filter": {"min_agreement": 0.5}}
+    content["objective"]["loss"] = "my_pkg.mine:squared_hinge"
+    config = SpinConfig.model_validate(content)
+    check_algorithm(config)
+    small_run.run(config, tmp_path / "run")
+    run = RunDir(Storage(tmp_path / "run"))
+    assert run.latest() == "iter_000"
+    (row, *_) = [row for table in run.pairs(0).tables() for row in table.to_pylist()]
+    assert row["generated_ids"] == row["real_ids"][::-1]
+    assert not run.generations(0).is_committed
+    assert mine().Counting.steps == small_run.STEPS
+    assert run.model(1).manifest().settings["loss"] == "my_pkg.mine:squared_hinge"
 
 
 def with_own_training(config: SpinConfig) -> SpinConfig:

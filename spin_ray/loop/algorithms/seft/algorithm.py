@@ -7,7 +7,7 @@ from spin_ray.config.recipe import SpinConfig
 from spin_ray.inputs.model_folder import ModelFolder
 from spin_ray.inputs.rendering import ChatRenderer, load_tokenizer
 from spin_ray.learner.step import Objective
-from spin_ray.loop.algorithms.base import Turn
+from spin_ray.loop.algorithms.base import Algorithm, Turn
 from spin_ray.loop.algorithms.seft import revision
 from spin_ray.loop.stages import pairs
 from spin_ray.loop.stages.generation.shards import Job
@@ -18,12 +18,15 @@ from spin_ray.run_dir.run_dir import RunDir
 from spin_ray.run_dir.storage import folder_digest
 
 
-class Seft:
+class Seft(Algorithm):
     """Fine-tuning on answers that a reviser kept or revised.
 
     The reviser is fine-tuned once, from θ_0. In each iteration θ_t answers the questions, or the prompts where there
     are no questions. The reviser keeps or revises each answer, and θ_t is fine-tuned on the result.
     """
+
+    needs = ("reviser",)
+    reads = ("data.questions",)
 
     def plays(self, run: RunDir) -> Artefact:
         return run.questions if run.questions.is_committed else run.prompts

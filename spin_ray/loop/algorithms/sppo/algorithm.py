@@ -7,8 +7,9 @@ from typing import Any
 import pyarrow as pa
 
 from spin_ray.config.recipe import SpinConfig
+from spin_ray.config.sections import ObjectiveConfig
 from spin_ray.learner.step import Objective
-from spin_ray.loop.algorithms.base import Turn
+from spin_ray.loop.algorithms.base import Algorithm, Turn
 from spin_ray.loop.algorithms.sppo import preferences
 from spin_ray.loop.stages import pairs
 from spin_ray.run_dir.artefact import Artefact
@@ -17,11 +18,20 @@ from spin_ray.run_dir.run_dir import RunDir
 from spin_ray.run_dir.schemas import PAIR_SCHEMA, WIN_SCHEMA
 
 
-class Sppo:
+class Sppo(Algorithm):
     """The best of K samples of θ_t against the worst, by a preference model. The data's responses are not used.
 
     The square loss draws each log-ratio to (P − ½)/β.
     """
+
+    needs = ("scorer",)
+
+    def problems(self, config: SpinConfig) -> Iterator[str]:
+        yield from super().problems(config)
+        if config.objective.loss != ObjectiveConfig().loss:
+            yield "objective.loss: sppo has a loss of its own; leave it out"
+        if config.generation.samples_per_prompt < 2:
+            yield "generation.samples_per_prompt: sppo compares samples of a prompt; give 2 or more (paper: 5)"
 
     def plays(self, run: RunDir) -> Artefact:
         return run.prompts
