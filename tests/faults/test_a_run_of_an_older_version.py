@@ -58,4 +58,4 @@ def test_events_of_an_older_version_are_read(halfway: Path) -> None:
     """They have no folder and no kind of their own; the stage says both."""
     events = RunDir(Storage(halfway / "run")).events()
     stages = {(event["folder"], event["kind"]) for event in events if event["event"] == "commit"}
-    assert {("sft", "heldout_samples"), ("iter_000", "generations"), ("iter_000", "pairs")} <= stages
+    assert {("sft", "heldout_samples"), ("iter_000", "pairs")} <= stages
