@@ -1,7 +1,6 @@
-"""Public benchmarks of any iterate, measured by lm-eval (``harness``).
+"""Public benchmarks of an iterate, measured by lm-eval.
 
-lm-eval runs in a Ray task with the resources of a train worker or an engine, or in this process against an endpoint.
-Results go to ``benchmarks`` in the iterate's ``eval.json``; a task that runs again replaces its earlier result.
+Results go to ``benchmarks`` in ``eval.json``; a later result of a task replaces the earlier one.
 """
 
 import json
@@ -40,10 +39,10 @@ PRESETS: dict[str, tuple[Benchmark, ...]] = {
 
 
 def parse_benchmarks(words: Sequence[str]) -> tuple[Benchmark, ...]:
-    """Reads ``--tasks``: ``["paper", "gsm8k:8", "mine"]`` is a preset, gsm8k with 8 examples, mine with its own number.
+    """Reads ``--tasks``, e.g. a preset and a task with 8 examples: ``["paper", "gsm8k:8"]``.
 
     Raises:
-        ConfigError: the number of examples is not a whole number.
+        ConfigError: a number of examples is not whole.
     """
     found: list[Benchmark] = []
     for word in words:
@@ -55,7 +54,7 @@ def parse_benchmarks(words: Sequence[str]) -> tuple[Benchmark, ...]:
 
 
 def request_for(config: SpinConfig, iterate: int, model: str, **asked: Any) -> Request:
-    """Returns the request for θ_iterate in the folder ``model``: the run's settings, and the command line's options."""
+    """Returns the request; ``asked`` are the command line's options."""
     if asked.get("endpoint"):  # it refuses longer questions
         asked["max_length"] = asked.get("max_length") or config.model.max_length
     engine = config.resolve_dtype(config.generation.engine)
@@ -71,10 +70,10 @@ def request_for(config: SpinConfig, iterate: int, model: str, **asked: Any) -> R
 
 
 def run(run_dir: RunDir, config: SpinConfig, iterate: int, request: Request) -> dict[str, Any]:
-    """Runs the benchmarks on θ_iterate and adds them to its ``eval.json``; returns all benchmarks there, by task.
+    """Adds results for θ_iterate to its ``eval.json``; returns all results there.
 
     Raises:
-        UserError: lm-eval is not installed, or does not know a task.
+        UserError: lm-eval is missing, or does not know a task.
         StageError: the evaluation failed.
     """
     with run_dir.stage(f"{iterate_name(iterate)}/benchmarks") as counted:
@@ -90,7 +89,7 @@ def run(run_dir: RunDir, config: SpinConfig, iterate: int, request: Request) -> 
 
 
 def averages(results: dict[str, Any]) -> dict[str, Any]:
-    """Returns the mean of each complete preset that names its metrics; standard errors as of independent tasks."""
+    """Returns the mean of each complete preset, with errors as of independent tasks."""
     found = {}
     for preset, benchmarks in PRESETS.items():
         quoted = [metric for benchmark in benchmarks if (metric := _quoted(benchmark, results))]
@@ -103,7 +102,7 @@ def averages(results: dict[str, Any]) -> dict[str, Any]:
 
 
 def _quoted(benchmark: Benchmark, results: dict[str, Any]) -> tuple[float, float] | None:
-    """Returns (value, standard error), or None unless the task was run as the preset says."""
+    """Returns (value, error); None unless the task was run as the preset says."""
     result = results.get(benchmark.task)
     if result is None or benchmark.metric not in result["metrics"] or result["limit"] is not None:
         return None
@@ -140,12 +139,10 @@ def _measure_on_ray(request: Request, config: SpinConfig) -> dict[str, Any]:
 
 
 def backend_resources(config: SpinConfig, backend: Backend) -> ResourcesConfig:
-    """Returns the resources of an engine for vLLM, else of a train worker."""
     return config.generation.resources if backend == "vllm" else config.train.resources
 
 
 def print_results(iterate: str, results: dict[str, Any], console: Console) -> None:
-    """Prints a table with a row for each metric."""
     table = Table(title=f"lm-eval, {iterate}")
     for name in ("task", "metric", "value", "standard error", "shots", "rows"):
         table.add_column(name, justify="right" if name in ("value", "standard error", "shots", "rows") else "left")
@@ -159,7 +156,7 @@ def print_results(iterate: str, results: dict[str, Any], console: Console) -> No
 
 
 def task_folder(path: str | None) -> str | None:
-    """Returns the absolute path of the folder of tasks.
+    """Returns the absolute path.
 
     Raises:
         ConfigError: there is no such folder.

@@ -1,7 +1,4 @@
-"""Held-out prompts with the human response and every iterate's, read back from a run.
-
-Reads committed artefacts only, so it works while the run goes on and after it stopped half-way.
-"""
+"""Held-out prompts with all responses, read from committed artefacts only."""
 
 import json
 from dataclasses import dataclass, field
@@ -22,24 +19,22 @@ from spin_ray.run_dir.run_dir import RunDir
 
 @dataclass(frozen=True, slots=True)
 class Example:
-    """A held-out prompt with the human response and every iterate's."""
-
     prompt_id: str
     messages: list[dict[str, str]]
     human: str
     answers: dict[str, str]
     """Responses by iterate, ``sft`` first."""
     margins: dict[str, float] = field(default_factory=dict)
-    """Margins by iterate, where scored: of its own fresh sample, against its opponent."""
+    """Margins of own samples by iterate, where scored."""
 
 
 def read_examples(
     run: RunDir, config: SpinConfig, *, limit: int, spread: bool = False, only: list[str] | None = None
 ) -> list[Example]:
-    """Returns up to ``limit`` held-out rows with the first sample of each iterate that has answered them.
+    """Returns held-out rows with each iterate's first sample.
 
-    ``spread`` picks rows evenly from the order of the last iterate's margins, largest first, with both extremes.
-    Without it, or without margins, the first rows are picked. ``only`` picks these prompt ids, in their order.
+    ``spread`` picks rows evenly by the last iterate's margin, largest first; the default is the first rows.
+    ``only`` picks these prompt ids, in their order.
     """
     samples = {
         name: _first_samples(artefact)
@@ -81,7 +76,7 @@ def _first_samples(samples: Artefact) -> pa.Table:
 
 
 def _own_margins(run: RunDir, config: SpinConfig, name: str) -> dict[str, float]:
-    """Returns by prompt id the margin with the iterate's own sample; empty if it was not scored."""
+    """Returns margins by prompt id; empty without scores."""
     scores = run.artefact(f"{name}/heldout_scores")
     evaluation = run.evaluation(iterate_number(name))
     if name == "sft" or not scores.is_committed or evaluation is None:
@@ -101,9 +96,9 @@ def _pick_rows(prompt_ids: list[str], margins: list[dict[str, float]], limit: in
 
 
 def _tokenizer(run: RunDir, config: SpinConfig) -> Tokenizer:
-    """Returns the tokenizer of an iterate, else of the start model, which may have been moved meanwhile.
+    """Returns an iterate's tokenizer, else the start model's, which may have been moved.
 
-    Reads it without transformers if possible, whose import takes longer than all the rest.
+    Avoids transformers if possible, as its import is slow.
     """
     models = [run.model(iterate) for iterate in range(config.iterations + 1)]
     trained = [model for model in models if model.is_committed]

@@ -1,4 +1,4 @@
-"""Export of an iterate: its committed model, checked, with a model card."""
+"""Export of an iterate's model with its card."""
 
 import shutil
 from pathlib import Path
@@ -16,12 +16,10 @@ HUB = "hub:"
 
 
 def export(run: RunDir, iterate: str, target: str) -> str:
-    """Copies an iterate (``2``, ``iter_001``, ``sft``, ``latest``) with its card to a folder or to ``hub:OWNER/NAME``.
-
-    Every file is checked against its digest first. Returns the target.
+    """Copies an iterate's checked files to a folder or to ``hub:OWNER/NAME``; returns the target.
 
     Raises:
-        UserError: there is no such iterate, a file is damaged, the folder is not empty, or the hub refuses.
+        UserError: no such iterate, a damaged file, a folder that is not empty, or the hub refuses.
     """
     number = find_iterate(run, iterate)
     artefact = run.model(number)
@@ -41,7 +39,7 @@ def export(run: RunDir, iterate: str, target: str) -> str:
 
 
 def _upload(run: RunDir, iterate: int, repository: str) -> str:
-    """Uploads to a model repository, created as private if it does not exist. Credentials are the hub client's own."""
+    """Uploads to a repository, private if new."""
     from huggingface_hub import HfApi
 
     api = HfApi()

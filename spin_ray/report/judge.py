@@ -1,8 +1,6 @@
-"""A model as judge between two iterates, behind any OpenAI-compatible endpoint; after MT-Bench (arXiv 2306.05685).
+"""A model at an endpoint as judge between two iterates, after MT-Bench (arXiv 2306.05685).
 
-The judge reads the samples that the evaluation stage drew; only judgements are generated. Every pair is judged in both
-orders, as judges favour a place. The raw judgements are kept, also when the endpoint fails half-way: the same command
-then asks only what is left.
+Every pair is judged in both orders, as judges favour a place.
 """
 
 import hashlib
@@ -50,18 +48,17 @@ Give your reasons in a few sentences, then end with exactly one of:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Judge:
-    """The judging model and how it is asked."""
+    """The judging model at its endpoint."""
 
     endpoint: str
     """Base URL, e.g. https://HOST/v1. The key is $OPENAI_API_KEY."""
     model: str
     timeout_s: float = 120
     parallel: int = 8
-    """Questions asked at the same time."""
     tries: int = 4
-    """Tries of each question while the server is busy (429, 5xx) or does not answer."""
+    """Tries per question while the server is busy or silent."""
     wait_s: float = 2
-    """Seconds before the second try; doubled before each further try."""
+    """Seconds before the second try, doubled before each further one."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -70,25 +67,23 @@ class Judgement:
 
     prompt_id: str
     first: str
-    """Name of the iterate whose reply was A."""
+    """Iterate whose reply was A."""
     second: str
     verdict: Verdict
     text: str
-    """The judge's whole answer."""
     judge: str = ""
-    """The judging model's name at the server."""
     question: str = ""
-    """Digest of the question: conversation, replies and instruction."""
+    """Digest of conversation, replies and instruction."""
 
 
 def run(run_dir: RunDir, config: SpinConfig, one: str, other: str, judge: Judge, limit: int) -> dict[str, Any]:
     """Judges ``one`` against ``other`` on up to ``limit`` held-out prompts.
 
-    Writes ``judgements/ONE-OTHER.jsonl`` (raw) and ``.json`` (the returned summary). Questions that the same judge has
-    answered before are not asked again.
+    Writes ``judgements/ONE-OTHER.jsonl`` (raw, also after a failure) and ``.json`` (the returned summary).
+    Skips questions that this judge has answered.
 
     Raises:
-        ConfigError: the two have no held-out samples of the same prompts.
+        ConfigError: no prompt has samples of both.
         StageError: the endpoint does not answer.
     """
     examples = [it for it in read_examples(run_dir, config, limit=limit) if {one, other} <= it.answers.keys()]
@@ -118,11 +113,9 @@ def run(run_dir: RunDir, config: SpinConfig, one: str, other: str, judge: Judge,
 
 
 def summarise(judgements: Sequence[Judgement], one: str, other: str) -> dict[str, Any]:
-    """Returns wins, ties and losses of ``one`` over prompts, and its win rate (ties count half) with standard error.
+    """Counts wins, ties and losses of ``one`` over prompts; the win rate counts ties half.
 
-    A prompt is won if one order says so and the other does not contradict. Example: (one better, tie) is a win;
-    (one better, other better) is a tie that is also counted as ``contradicting``. Prompts with an unclear judgement are
-    counted and left out.
+    A prompt is won if one order says so and the other does not contradict. The rate omits unclear prompts.
     """
     by_prompt: dict[str, list[Judgement]] = {}
     for judgement in judgements:
@@ -146,7 +139,6 @@ def summarise(judgements: Sequence[Judgement], one: str, other: str) -> dict[str
 
 
 def _point(judgement: Judgement, one: str) -> int:
-    """Returns 1 if ``one`` was better, −1 if the other was, 0 for a tie."""
     if judgement.verdict == "tie":
         return 0
     better = judgement.first if judgement.verdict == "first" else judgement.second
@@ -156,7 +148,6 @@ def _point(judgement: Judgement, one: str) -> int:
 def _ask_once(
     judge: Judge, known: dict[tuple[str, str], Judgement], example: Example, first: str, second: str
 ) -> Judgement:
-    """Returns the known judgement of this question, or asks."""
     task = _task(example, first, second)
     question = hashlib.sha256(task.encode()).hexdigest()[:32]
     if (judge.model, question) in known:
@@ -173,10 +164,10 @@ def _task(example: Example, first: str, second: str) -> str:
 
 
 def ask(judge: Judge, task: str) -> str:
-    """Returns the judge's answer. A server that is busy or does not answer is asked ``judge.tries`` times in all.
+    """Returns the judge's answer.
 
     Raises:
-        StageError: the server gave no answer.
+        StageError: the server gave no judgement.
     """
     body = {"model": judge.model, "temperature": 0, "messages": [{"role": "user", "content": task}]}
     headers = {

@@ -1,7 +1,6 @@
-"""Margins of held-out rows, from log-probabilities under an iterate, its opponent and θ_0.
+"""Margins of held-out rows, from ``heldout_scores``.
 
-RUN/<iterate>/heldout_scores has a row for each pair and model. Its pair_id is PROMPT/self for a y′ of the iterate
-itself, PROMPT/opponent for a y′ of its opponent.
+Its pair_id is PROMPT/self for the iterate's y′, PROMPT/opponent for its opponent's.
 """
 
 import math
@@ -18,16 +17,13 @@ SCORE_SCHEMA = pa.schema(
     + [pa.field(name, pa.float32()) for name in ("real_logp", "generated_logp")]
     + [pa.field(name, pa.list_(pa.float32())) for name in ("real_token_logps", "generated_token_logps")]
 )
-"""Log-probabilities in nats: sums over response tokens, and each token's. θ_0 scores only the iterate's own samples."""
+"""Log-probabilities in nats: per response, and per token. θ_0 scores own samples only, unless it is the opponent."""
 LARGEST_SHARE = 0.1
 """Fraction of a pair's tokens counted in margin_concentration."""
 
 
 def row_margins(scores: pa.Table, model: str, opponent: str, beta: float) -> Any:
-    """Returns a frame by pair_id with columns ``real``, ``generated`` and ``margin``.
-
-    The first two are log p under the model minus log p under the opponent, in nats.
-    """
+    """Returns a frame by pair_id: ``real`` and ``generated`` (log p minus the opponent's, in nats), ``margin``."""
     columns = ["pair_id", "model", "real_logp", "generated_logp"]
     logps = ["real_logp", "generated_logp"]
     frame = scores.select(columns).to_pandas().pivot(index="pair_id", columns="model", values=logps)
@@ -40,11 +36,7 @@ def row_margins(scores: pa.Table, model: str, opponent: str, beta: float) -> Any
 
 
 def margin_measures(scores: pa.Table, model: str, opponent: str, initial: str, beta: float) -> dict[str, Any]:
-    """Returns the measures of ``eval.json`` that margins give, with their standard errors.
-
-    They are loss, margin, accuracy and concentration for both kinds of y′, the drifts of log p(y) and log p(y′), and
-    the KL divergence from θ_0 (``initial``).
-    """
+    """Returns the measures of ``eval.json`` from margins and drifts; ``initial`` is θ_0's name."""
     frame = row_margins(scores, model, opponent, beta)
     concentrations = margin_concentrations(scores, model, opponent)
     measures: dict[str, Any] = {"beta": beta, "real_logp_drift": float(frame["real"].mean())}
@@ -73,10 +65,9 @@ def margin_measures(scores: pa.Table, model: str, opponent: str, initial: str, b
 
 
 def margin_concentrations(scores: pa.Table, model: str, opponent: str) -> dict[str, float]:
-    """Returns by pair_id the part of all absolute changes of log p that lies in the tenth of tokens that changed most.
+    """Returns by pair_id the part of all absolute changes of log p in the tenth of tokens that changed most.
 
-    A token of y adds its change to the margin, a token of y′ subtracts it. The tenth is rounded up. Pairs
-    without any change are left out. Example: changes 3, −1 of y and 1, 0 of y′: the largest of four tokens has 3 of 5.
+    The tenth is rounded up. Pairs without any change are left out.
     """
     names = ["real_token_logps", "generated_token_logps"]
     tokens = {

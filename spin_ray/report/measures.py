@@ -1,7 +1,7 @@
-"""The measures of an iterate with the meaning of bad values: one list for status, report, tracking and documentation.
+"""The measures of an iterate and their bad values, for status, report, tracking and documentation.
 
-``eval.json`` has the values under the keys given here: ``against_opponent.loss`` is ``loss`` in the section
-``against_opponent``. Under ``standard_errors`` it has the standard errors of the means, by the same keys.
+The key ``against_opponent.loss`` is ``loss`` in the section ``against_opponent`` of ``eval.json``.
+The section ``standard_errors`` has the whole keys.
 """
 
 import math
@@ -11,33 +11,31 @@ from typing import Any
 import numpy as np
 
 Evaluation = dict[str, Any]
-"""The content of one ``eval.json``."""
+"""Content of one ``eval.json``."""
 
 CONFIDENCE = 1.96
-"""Standard errors on each side of the mean in a 95 % interval."""
+"""Standard errors on each side of a 95 % interval."""
 
 
 @dataclass(frozen=True, slots=True)
 class Measure:
-    """One number of an iterate."""
-
     key: str
-    """Place in ``eval.json``, and name below ``eval/`` in every tracker."""
+    """Place in ``eval.json``, and name below ``eval/`` in trackers."""
     title: str
     meaning: str
     bad: str
-    """Bad values and their meaning, in one or two sentences."""
+    """Bad values and their meaning."""
     digits: int = 3
 
     def of(self, evaluation: Evaluation) -> float | None:
-        """Returns the value; None where it was not measured (θ_0 has no opponent, data may have no answers)."""
+        """Returns the value; None where it was not measured."""
         value: Any = evaluation
         for part in self.key.split("."):
             value = value.get(part) if isinstance(value, dict) else None
         return value
 
     def interval(self, evaluation: Evaluation) -> tuple[float, float] | None:
-        """Returns the 95 % interval of the mean over held-out rows; None for a measure that is no such mean."""
+        """Returns the 95 % interval; None without a standard error."""
         value, error = self.of(evaluation), evaluation.get("standard_errors", {}).get(self.key)
         return None if value is None or error is None else (value - CONFIDENCE * error, value + CONFIDENCE * error)
 
@@ -146,26 +144,23 @@ BY_KEY = {measure.key: measure for measure in MEASURES}
 
 
 def duplicate_share(responses: list[list[int]]) -> float:
-    """Returns the share of responses that repeat an earlier one. Example: a, b, a, a -> 1/2."""
+    """Returns the share of responses that repeat an earlier one: a, b, a, a -> 1/2."""
     return 1 - len({tuple(ids) for ids in responses}) / max(len(responses), 1)
 
 
 def distinct_ngrams(responses: list[list[int]], n: int) -> float:
-    """Returns different n-grams over all n-grams (Li et al. 2016, arXiv 1510.03055). Example, n = 2: abab -> 2/3."""
+    """Returns different n-grams over all n-grams (arXiv 1510.03055). n = 2: abab -> 2/3."""
     grams = [tuple(ids[i : i + n]) for ids in responses for i in range(len(ids) - n + 1)]
     return len(set(grams)) / len(grams) if grams else 0.0
 
 
 def standard_error(values: np.ndarray) -> float:
-    """Returns the standard error of the mean of ``values``; 0 for a single one."""
+    """Returns the mean's standard error; 0 for a single value."""
     return float(np.std(values, ddof=1) / math.sqrt(len(values))) if len(values) > 1 else 0.0
 
 
 def warnings(evaluation: Evaluation, start: Evaluation | None = None) -> list[str]:
-    """Returns a sentence for each sign that the iterate is collapsing or that its measures mislead.
-
-    ``start`` is the evaluation of θ_0 where ``evaluation`` is of a later iterate: some measures are compared with it.
-    """
+    """Returns a sentence for each sign of collapse or of misleading measures; ``start`` is θ_0's evaluation."""
     found = []
 
     def value(key: str, of: Evaluation | None = evaluation) -> float | None:
@@ -210,8 +205,7 @@ def warnings(evaluation: Evaluation, start: Evaluation | None = None) -> list[st
 def stop_evidence(evaluations: list[Evaluation], patience: int, min_fall: float) -> dict[str, Any] | None:
     """Returns why to stop after the last of ``evaluations`` (of θ_0, θ_1, …); None: go on.
 
-    The evaluation of θ_t bounds the distance of its opponent θ_{t-1} from the human responses. Example: 0.5, 0.2, 0.3
-    stops with patience 1, as θ_2 was further away than θ_1.
+    θ_t's evaluation bounds the distance of its opponent θ_{t-1} from human responses.
     """
     bound = BY_KEY["jsd_lower_bound"]
     found = [(it["opponent"], value) for it in evaluations if (value := bound.of(it)) is not None]
@@ -230,7 +224,7 @@ def stop_evidence(evaluations: list[Evaluation], patience: int, min_fall: float)
 
 
 def as_markdown() -> str:
-    """Returns the table of the documentation."""
+    """Returns the documentation's table."""
     lines = ["| measure | in eval.json | meaning | look out for |", "|---|---|---|---|"]
     lines += [f"| {it.title} | `{it.key}` | {it.meaning} | {it.bad} |" for it in MEASURES]
     return "\n".join(lines) + "\n"

@@ -1,7 +1,6 @@
 """The model card of an iterate: ``README.md`` beside its weights, in the Hugging Face form.
 
-The card is no part of the committed model and has no digest: evaluations come after the commit, and the card is
-written again with each of them.
+The card has no digest, as evaluations after the commit write it again.
 """
 
 from collections.abc import Iterator
@@ -20,7 +19,7 @@ HUB_DATA = "hf://datasets/"
 
 
 def write_card(run: RunDir, iterate: int) -> None:
-    """Writes the card into the folder of θ_iterate, if the run made that model."""
+    """Writes the card beside θ_iterate, if the run made that model."""
     model = run.model(iterate)
     if not model.is_committed:
         return
@@ -30,7 +29,6 @@ def write_card(run: RunDir, iterate: int) -> None:
 
 
 def model_card(run: RunDir, iterate: int) -> str:
-    """Returns the card: metadata with evaluation results, then text for readers."""
     config, description, name = run.config(), run.description(), iterate_name(iterate)
     evaluation = run.evaluation(iterate) or {}
     results = [(measure, value) for measure in MEASURES if (value := measure.of(evaluation)) is not None]

@@ -1,8 +1,4 @@
-"""Progress of a run: a live view on a terminal, a line a minute in a log, ``RUN/progress.json`` for ``status``.
-
-Stages count their work (``StageProgress``). The driver shows the whole run (``RunProgress``) from the run's own log, so
-a resumed run also shows the stages of earlier drivers.
-"""
+"""Progress of a run: a live view on a terminal, a line a minute in a log, ``RUN/progress.json`` for ``status``."""
 
 import json
 import logging
@@ -35,16 +31,10 @@ STATE_AFTER_S, STATE_EVERY_S = 10, 15
 
 
 class StageProgress:
-    """Progress of one stage, counted in ``unit`` (rows or steps).
-
-    Example::
-
-        with StageProgress("iter_000/training", 64, "steps") as progress:
-            progress.advance(1, tokens=4096)
-    """
+    """Progress of one stage, counted in ``unit`` (rows, steps or parts)."""
 
     current: "StageProgress | None" = None
-    """Progress of the stage that this process runs now."""
+    """Stage that this process runs now."""
 
     def __init__(self, stage: str, total: int, unit: str, done: int = 0) -> None:
         self.stage, self.total, self.unit, self.done = stage, total, unit, done
@@ -60,7 +50,6 @@ class StageProgress:
             logger.info("%s: %s in %s", self.stage, self.rates(), duration(self._seconds))
 
     def advance(self, done: int, tokens: int) -> None:
-        """Counts ``done`` more units and ``tokens`` more tokens."""
         self.done += done
         self._tokens += tokens
 
@@ -70,7 +59,7 @@ class StageProgress:
 
     @property
     def seconds_left(self) -> float | None:
-        """Seconds until the stage is done at its mean rate; None until something has been done."""
+        """Seconds left at the mean rate; None until something is done."""
         done = self.done - self._done_before
         return (self.total - self.done) * self._seconds / done if done else None
 
@@ -85,7 +74,7 @@ class StageProgress:
 
 
 class RunProgress:
-    """Progress of the whole run while its driver works: stages, rows, tokens/s, time left of iteration and run."""
+    """Progress of the whole run, including earlier drivers' stages."""
 
     def __init__(self, run: RunDir, config: SpinConfig, console: Console | None = None) -> None:
         self._run, self._config = run, config
@@ -111,7 +100,7 @@ class RunProgress:
             self._tell_every(STATE_EVERY_S / 3)
 
     def _tell_every(self, seconds: float) -> None:
-        """Tells the progress until the run is over. A failed report is logged once and never fails the run."""
+        """Tells the progress until the run is over. A failed report never fails the run."""
         started = time.monotonic()
         next_state, next_line, complained = started + STATE_AFTER_S, started + LINE_EVERY_S, False
         while not self._stop.wait(seconds):
@@ -130,7 +119,6 @@ class RunProgress:
                 complained = True
 
     def look(self) -> None:
-        """Reads the run's log and makes a new forecast."""
         events = self._run.events()
         self._attempts = spans(events)
         stage = StageProgress.current
@@ -138,7 +126,7 @@ class RunProgress:
         self._forecast = forecast(self._config, events, time.time(), left_s)
 
     def state(self) -> dict[str, Any]:
-        """Returns the content of ``progress.json``: the line, and the counts of the running stage."""
+        """Returns the content of ``progress.json``."""
         stage, found = StageProgress.current, self._forecast
         state: dict[str, Any] = {"time": round(time.time(), 3), "line": self.line()}
         if stage:
@@ -151,10 +139,7 @@ class RunProgress:
         return state
 
     def line(self) -> str:
-        """Returns the line of the log.
-
-        ``iteration 1 of 2 (iter_000): iter_000 training, 12/64 steps, …; iteration 3 min left; run 9 min left``
-        """
+        """Returns ``iteration 1 of 2 (iter_000): iter_000 training, 12/64 steps, …; iteration 3 min left; …``."""
         running = self._running()
         words = [f"{running.folder} {running.stage}" if running else "between stages"]
         if stage := StageProgress.current:
@@ -164,7 +149,6 @@ class RunProgress:
         return f"{self._where()}: {'; '.join([', '.join(words), *self._left()])}"
 
     def view(self) -> RenderableType:
-        """Returns the live view: a header, the newest stages, and a bar for the running one."""
         root = Text(self._run.storage.name, style="bold")
         head = Text("  ").join([root, Text(self._where()), *(Text(left) for left in self._left())])
         return Group(head, self._stages())
@@ -208,7 +192,7 @@ class RunProgress:
 
 @contextmanager
 def _log_above(live: Live) -> Iterator[None]:
-    """Lets lines of the log scroll by above the live view: gives their handlers the stderr that the view has set."""
+    """Gives the log's handlers the live view's stderr, so that lines scroll by above it."""
     handlers = [
         handler
         for handler in logging.getLogger().handlers

@@ -1,4 +1,4 @@
-"""Removal of credentials from what is passed on: reports, model cards, tracking systems."""
+"""Removal of credentials from reports, model cards and trackers."""
 
 import re
 from typing import Any
@@ -6,7 +6,7 @@ from typing import Any
 HIDDEN = "[hidden]"
 
 _NAMES = re.compile(r"(?i)(passw|secret|credential|api_?key|access_?key|private_?key|auth|bearer|(^|_)token$)")
-"""Names of settings whose text is hidden, like ``hf_token``; not ``max_tokens`` or ``tokenizer``."""
+"""Names of settings whose text is hidden: ``hf_token``, not ``max_tokens`` or ``tokenizer``."""
 _VALUES = re.compile(
     r"\b(?:hf_[A-Za-z0-9]{16,}|sk-[A-Za-z0-9_-]{16,}|gh[pousr]_[A-Za-z0-9]{20,}|AKIA[0-9A-Z]{16}|xox[abprs]-[\w-]{10,}"
     r"|eyJ[\w-]{8,}\.[\w-]{8,}\.[\w-]+)"
@@ -21,7 +21,7 @@ _BEARER = re.compile(r"(?i)\b(bearer\s+)[\w.~+/=-]{8,}")
 
 
 def hide_in_text(text: str) -> str:
-    """Returns ``text`` without what looks like a credential: users and signatures in URLs, tokens, ``password=…``."""
+    """Hides what looks like a credential."""
     text = _USER_OF_URL.sub(f"{HIDDEN}@", text)
     text = _QUERY_OF_URL.sub(rf"\1{HIDDEN}", text)
     text = _BEARER.sub(rf"\1{HIDDEN}", text)
@@ -30,7 +30,7 @@ def hide_in_text(text: str) -> str:
 
 
 def hide(tree: Any, name: str = "") -> Any:
-    """Returns a copy of a config or event in which credentials are hidden: by their names, or by how they look."""
+    """Returns a copy with credentials hidden by their names or looks."""
     if isinstance(tree, dict):
         return {key: hide(value, str(key)) for key, value in tree.items()}
     if isinstance(tree, list | tuple):

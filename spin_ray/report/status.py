@@ -18,11 +18,10 @@ from spin_ray.run_dir.run_dir import RunDir
 
 EXAMPLES = 3
 RECENT_STEPS = 10
-"""Newest steps of a running training, of which ``status`` shows the mean."""
+"""Newest training steps whose mean ``status`` shows."""
 
 
 def print_summary(run: RunDir, console: Console) -> None:
-    """Prints iterates side by side, examples, and how to go on."""
     config = run.config()
     evaluations = read_evaluations(run, config)
     console.print(_iterates(evaluations))
@@ -38,7 +37,6 @@ def print_summary(run: RunDir, console: Console) -> None:
 
 
 def print_status(run: RunDir, console: Console) -> None:
-    """Prints evaluations and warnings, seconds per stage, the running stage with its measures, and the last event."""
     config = run.config()
     events = run.events()
     evaluations = read_evaluations(run, config)
@@ -59,12 +57,11 @@ def print_status(run: RunDir, console: Console) -> None:
 
 
 def is_running(run: RunDir) -> bool:
-    """Says whether a stage was started and not ended. Its driver may have died meanwhile."""
+    """Says whether the last stage is open; its driver may have died."""
     return any(span.outcome == "running" for span in spans(run.events())[-1:])
 
 
 def _print_running(run: RunDir, events: list[Event], console: Console) -> None:
-    """Prints the running stage, how old that news is, and the measures of its training."""
     last = next(iter(spans(events)[-1:]), None)
     if last is None or last.outcome != "running":
         return
@@ -83,7 +80,6 @@ def _print_running(run: RunDir, events: list[Event], console: Console) -> None:
 
 
 def _training(folder: str, log: list[dict[str, Any]]) -> Table:
-    """Returns the measures at the first step, their mean over the newest steps, and the newest."""
     recent, newest = log[-RECENT_STEPS:], log[-1]
     table = Table(title=f"{folder} training, step {newest['step'] + 1} of {newest['of']}")
     for name in ("measure", "first", f"mean of {len(recent)}", "newest"):
@@ -98,7 +94,7 @@ def _training(folder: str, log: list[dict[str, Any]]) -> Table:
 
 
 def _iterates(evaluations: list[dict[str, Any]]) -> Table:
-    """Returns the most important measures, a row for each iterate."""
+    """Returns the most important measures, a row per iterate."""
     table = Table(title="Held-out rows, fresh samples of each iterate")
     for name in ("iterate", "loss", "margin", "margin acc.", "answer acc.", "length y", "length y′", "cut", "y=y′"):
         table.add_column(name, justify="left" if name == "iterate" else "right", no_wrap=name == "iterate")
@@ -119,7 +115,7 @@ def _iterates(evaluations: list[dict[str, Any]]) -> Table:
 
 
 def _measures(evaluations: list[Evaluation]) -> Table:
-    """Returns every measure that has a value, iterates side by side."""
+    """Returns all measures, a column per iterate."""
     table = Table(title="Held-out rows, fresh samples of each iterate")
     table.add_column("measure")
     for evaluation in evaluations:
@@ -147,7 +143,6 @@ def _number(value: float | None, digits: int) -> str:
 
 
 def _print_examples(run: RunDir, config: SpinConfig, console: Console) -> None:
-    """Prints a few held-out prompts with the human response and each iterate's."""
     for example in read_examples(run, config, limit=EXAMPLES):
         console.rule(style="dim")
         for message in example.messages:

@@ -1,13 +1,10 @@
-"""An iterate's numbers for TensorBoard, MLflow, Weights & Biases and Prometheus, under the same names everywhere.
+"""An iterate's numbers for TensorBoard, MLflow, Weights & Biases and Prometheus, under the same names.
 
-    train/loss, train/margin, …           at the optimizer step, counted through all iterations
-    eval/against_opponent.loss, …         at the number of the iterate (θ_0 is 0): the keys of eval.json
+    train/loss, …                    at the optimizer step, counted through all iterations
+    eval/against_opponent.loss, …    at the iterate's number: keys of eval.json
 
-A tracker has one run for each run folder. Each iterate is logged once, when it is published; RUN/tracking.json lists
-those that were logged. A tracker that fails causes a warning and never ends a run: the run folder has the numbers.
-
-Ray's Prometheus endpoint has the newest numbers as gauges: ``train/loss`` is ``ray_spin_ray_train_loss{run="NAME"}``.
-Prometheus allows only letters, digits and ``_``, and Ray adds its prefix.
+RUN/tracking.json lists what was logged. A tracker that fails never ends a run.
+In Prometheus ``train/loss`` is ``ray_spin_ray_train_loss{run="NAME"}``.
 """
 
 import json
@@ -33,19 +30,17 @@ logger = logging.getLogger(__name__)
 STATE = "tracking.json"
 TENSORBOARD = "tensorboard"
 NOT_LOGGED = ("step", "of")
-"""Keys in a line of train_log.jsonl that are no measure."""
+"""Keys of train_log.jsonl that are no measure."""
 
 
 class Point(NamedTuple):
-    """A number at a step. Example: ``Point("train/loss", 12, 0.41)``."""
-
     name: str
     step: int
     value: float
 
 
 def track(run: RunDir, config: SpinConfig, iterate: int) -> None:
-    """Logs the training and the evaluation of θ_iterate to every configured tracker that does not have them yet."""
+    """Logs θ_iterate to every configured tracker that does not have it yet."""
     name, state = iterate_name(iterate), _read_state(run)
     for tracker, log in _trackers(config).items():
         mine = state.setdefault(tracker, {"logged": []})
@@ -63,7 +58,7 @@ def track(run: RunDir, config: SpinConfig, iterate: int) -> None:
 
 
 def points(run: RunDir, iterate: int) -> Iterator[Point]:
-    """Yields every number of θ_iterate, the training steps first."""
+    """Yields every number of θ_iterate, training first."""
     logs = [read_json_lines(run.storage, f"{iterate_name(number)}/train_log.jsonl") for number in range(iterate + 1)]
     before = sum(len(log) for log in logs[:-1])
     for line in logs[-1]:
@@ -81,7 +76,7 @@ def _evaluation_points(run: RunDir, iterate: int) -> Iterator[Point]:
 
 
 Log = Callable[[RunDir, SpinConfig, list[Point], dict[str, Any]], dict[str, Any]]
-"""Logs points to one tracker. The last argument is the tracker's state, e.g. its run id; the result is added to it."""
+"""Function that logs points to a tracker. It returns additions to the tracker's state, its last argument."""
 
 
 def _trackers(config: SpinConfig) -> dict[str, Log]:
@@ -153,18 +148,18 @@ def _log_wandb(run: RunDir, config: SpinConfig, found: list[Point], state: dict[
 
 
 def metric_name(name: str) -> str:
-    """Returns the gauge's name: ``eval/against_opponent.loss`` -> ``spin_ray_eval_against_opponent_loss``."""
+    """Returns the gauge's name, e.g. ``spin_ray_train_loss``."""
     return f"spin_ray_{re.sub('[^a-zA-Z0-9]', '_', name)}"
 
 
 def step_values(line: Mapping[str, Any]) -> dict[str, float]:
-    """Returns the measures of a line of train_log.jsonl by their names, and the step that training is at."""
+    """Returns the numbers of a train_log.jsonl line by name."""
     named = {f"train/{key}": float(value) for key, value in line.items() if key not in NOT_LOGGED}
     return named | {"progress/step": float(line["step"]), "progress/steps": float(line["of"])}
 
 
 def set_gauges(run: str, values: Mapping[str, float]) -> None:
-    """Sets gauges of a run; does nothing without Ray, whose agents export them."""
+    """Sets gauges of a run; does nothing without Ray, which exports them."""
     import ray
     from ray.util.metrics import Gauge
 

@@ -1,4 +1,4 @@
-"""One or more runs as one self-contained HTML page that opens from disk."""
+"""Runs as one self-contained HTML page that opens from disk."""
 
 from spin_ray.report.page.write import write_report
 

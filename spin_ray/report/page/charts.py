@@ -1,8 +1,4 @@
-"""Charts as inline SVG: they print, scale, follow the page's colours and need no script.
-
-They are built as XML elements, which escapes all texts. Colours are CSS classes (``s0`` … ``s5``). Every mark has a
-``<title>``, which browsers show as a tooltip and screen readers read.
-"""
+"""Charts as inline SVG, built as XML elements, which escapes all texts."""
 
 import math
 from collections.abc import Callable, Sequence
@@ -18,9 +14,9 @@ LANE = 24
 GANTT_WIDTH, GANTT_LEFT = 960, 170
 MOST_NAMES = 9
 MOST_POINTS = 300
-"""Most points of a line; a longer line is averaged in bins."""
+"""Most points of a line; more are averaged in bins."""
 Place = Callable[[float], float]
-"""Place of a value in the units of the view box."""
+"""Place of a value in view box units."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -47,7 +43,7 @@ class Bar:
     broken: bool = False
     """True: the attempt failed or was lost."""
     useful: float | None = None
-    """Fraction of the time that was useful work; drawn as a stripe of that length."""
+    """Fraction of useful work, drawn as a stripe."""
 
 
 def line_chart(
@@ -58,10 +54,7 @@ def line_chart(
     x_names: Sequence[str] | None = None,
     baseline: tuple[float, str] | None = None,
 ) -> Markup:
-    """Draws lines over x.
-
-    ``x_names`` are the labels of x = 0, 1, …. ``baseline`` is a level, e.g. ln 2, drawn if it is near the lines.
-    """
+    """Draws lines; ``x_names`` label x = 0, 1, …, and the ``baseline`` is drawn if near."""
     series = [_thinned(line) for line in series]
     xs = [x for line in series for x, _ in line.points]
     ys = [y for line in series for _, y in line.points]
@@ -98,7 +91,6 @@ def line_chart(
 
 
 def gantt(bars: Sequence[Bar]) -> Markup:
-    """Draws stages over wall time, one lane each in order of appearance; the axis has seconds, minutes or hours."""
     if not bars:
         return Markup("")
     lanes = list(dict.fromkeys(bar.lane for bar in bars))
@@ -147,7 +139,7 @@ def _draw(svg: ElementTree.Element, line: Series, x_at: Place, y_at: Place, x_na
 
 
 def _thinned(line: Series) -> Series:
-    """Returns the line with its finite points only, averaged in bins if there are too many."""
+    """Returns the finite points, averaged in bins if too many."""
     points = [(x, y) for x, y in line.points if math.isfinite(y)]
     if len(points) <= MOST_POINTS:
         return line if len(points) == len(line.points) else Series(line.name, points, line.colour, (), line.dashed)
@@ -169,7 +161,7 @@ def _spread(ys: Sequence[float]) -> float:
 
 
 def _scale(ys: Sequence[float]) -> tuple[float, float, list[float]]:
-    """Returns (low, high, ticks); the ticks enclose all values."""
+    """Returns (low, high, ticks); ticks enclose all values."""
     low, high = min(ys, default=0.0), max(ys, default=1.0)
     if high - low < 1e-9 * max(abs(high), 1):
         low, high = low - max(abs(low) * 0.1, 0.1), high + max(abs(high) * 0.1, 0.1)
@@ -180,13 +172,12 @@ def _scale(ys: Sequence[float]) -> tuple[float, float, list[float]]:
 
 
 def _ticks(low: float, high: float, *, whole: bool) -> list[float]:
-    """Returns round values within [low, high]."""
     step = max(_step(low, high), 1) if whole else _step(low, high)
     return [number * step for number in range(math.ceil(low / step - 1e-9), math.floor(high / step + 1e-9) + 1)]
 
 
 def _step(low: float, high: float) -> float:
-    """Returns 1, 2 or 5 times a power of ten; about five such steps span the range."""
+    """Returns 1, 2 or 5 times a power of ten; at most five steps span the range."""
     rough = max(high - low, 1e-12) / 5
     power = 10 ** math.floor(math.log10(rough))
     return next(factor * power for factor in (1, 2, 5, 10) if rough <= factor * power * 1.0001)

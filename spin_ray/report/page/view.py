@@ -1,4 +1,4 @@
-"""The content of the page about one run: read, counted and put into words; no HTML."""
+"""The content of the page about one run, without HTML."""
 
 from collections import Counter
 from dataclasses import dataclass
@@ -34,7 +34,7 @@ class StageTotal:
     rows: int
     tokens: int
     useful: float | None
-    """Fraction of the seconds that was useful work, where the stage measured it."""
+    """Fraction of the measured seconds that was useful work."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -50,7 +50,7 @@ class RunView:
     spans: list[Span]
     examples: list[Example]
     no_examples: str
-    """Reason why there are no examples; empty if there are some."""
+    """Reason for missing examples; else empty."""
     quarantine: list[tuple[str, str, int, str]]
     """(stage, reason, rows, one detail)."""
     pairs: list[tuple[str, dict[str, int]]]
@@ -78,13 +78,13 @@ class RunView:
 
     @property
     def recipe(self) -> str:
-        """The recipe that makes this run again: the settings that differ from the defaults."""
+        """Settings that differ from the defaults, as YAML."""
         changed = self.config.model_dump(mode="json", exclude_defaults=True)
         return yaml.safe_dump(hide(changed), sort_keys=False, allow_unicode=True)
 
     @property
     def settings(self) -> dict[str, Any]:
-        """Every setting by its dotted name."""
+        """Every setting by dotted name."""
         return flatten(hide(self.config.model_dump(mode="json")))
 
     @property
@@ -112,7 +112,7 @@ class RunView:
         return totals
 
     def verdict(self) -> tuple[str, str]:
-        """Returns two sentences: what the newest iterate is worth, and what to beware of."""
+        """Returns two sentences: the newest iterate's worth, and its first warning."""
         if not self.evaluations:
             if self.config.data.heldout is None:
                 first = "The run has no held-out data (data.heldout), so its iterates cannot be evaluated."
@@ -123,7 +123,7 @@ class RunView:
 
 
 def read_view(run: RunDir, only_prompts: list[str] | None = None) -> RunView:
-    """Reads all that the page shows of ``run``; ``only_prompts`` picks the examples, by prompt id."""
+    """Reads what the page shows; ``only_prompts`` picks examples."""
     config = run.config()
     events = run.events()
     evaluations = read_evaluations(run, config)
@@ -161,7 +161,7 @@ def _examples(run: RunDir, config: SpinConfig, only: list[str] | None) -> tuple[
 
 
 def _state(run: RunDir, config: SpinConfig, events: list[dict[str, Any]]) -> tuple[str, str]:
-    """Returns (the state in a few words, the failure if the run stands at one)."""
+    """Returns (state, failure that the run stands at)."""
     last = events[-1] if events else None
     if run.latest() == iterate_name(config.iterations):
         return "finished", ""
@@ -173,7 +173,7 @@ def _state(run: RunDir, config: SpinConfig, events: list[dict[str, Any]]) -> tup
 
 
 def _quarantine(run: RunDir) -> list[tuple[str, str, int, str]]:
-    """Returns (stage, reason, rows, the first row's detail) of the unusable rows, the most frequent reason first."""
+    """Returns (stage, reason, rows, first row's detail)."""
     found = []
     for name in run.storage.names("quarantine"):
         rows = table_from_bytes(run.storage.read(f"quarantine/{name}")).select(["reason", "detail"]).to_pylist()
@@ -184,7 +184,6 @@ def _quarantine(run: RunDir) -> list[tuple[str, str, int, str]]:
 
 
 def _pairs(run: RunDir, config: SpinConfig) -> list[tuple[str, dict[str, int]]]:
-    """Returns the counts of every committed pairs stage."""
     artefacts = [(iterate_name(iteration + 1), run.pairs(iteration)) for iteration in range(config.iterations)]
     return [
         (name, {key: int(count) for key, count in artefact.manifest().counts.items()})
@@ -194,7 +193,7 @@ def _pairs(run: RunDir, config: SpinConfig) -> list[tuple[str, dict[str, int]]]:
 
 
 def _worth(evaluations: list[Evaluation]) -> str:
-    """Says what the last iterate is worth: by its answers where there are any, else by its held-out loss."""
+    """Judges the last iterate by its answers, else by its held-out loss."""
     first, last = evaluations[0], evaluations[-1]
     name, accuracy = last["iterate"], BY_KEY["answer_accuracy"]
     now, before = accuracy.of(last), accuracy.of(first)
@@ -224,7 +223,6 @@ def _worth(evaluations: list[Evaluation]) -> str:
 
 
 def _caution(evaluations: list[Evaluation], found: list[tuple[str, str]]) -> str:
-    """Returns the first warning of the last iterate, or says that there is none."""
     first, last = evaluations[0], evaluations[-1]
     if mine := [text for iterate, text in found if iterate == last["iterate"]]:
         more = f" (and {len(mine) - 1} more below)" if len(mine) > 1 else ""
@@ -237,7 +235,7 @@ def _caution(evaluations: list[Evaluation], found: list[tuple[str, str]]) -> str
 
 
 def compare(first: RunView, other: RunView, first_name: str, other_name: str) -> str:
-    """Says in a sentence which run's newest iterate is better, as far as the rows can tell."""
+    """Compares the newest iterates of two runs in a sentence."""
     if not first.evaluations or not other.evaluations:
         return f"{first_name} and {other_name} cannot be compared yet: not both have been evaluated."
     if first.description["inputs"].get("heldout") != other.description["inputs"].get("heldout"):

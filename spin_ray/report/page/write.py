@@ -1,4 +1,4 @@
-"""The page, written from views of runs: charts, tables and the template."""
+"""The page, written from views of runs."""
 
 import math
 from collections.abc import Iterator, Sequence
@@ -42,10 +42,10 @@ Chart = dict[str, Any]
 
 
 def write_report(runs: Sequence[RunDir], path: Path) -> Path:
-    """Writes one page about ``runs`` (one run, or several to compare) to ``path``; returns ``path``.
+    """Writes one page about one or more runs; returns ``path``.
 
     Raises:
-        UserError: a folder is not a run, or is of a version that cannot be read.
+        UserError: a folder is no run, or of an unreadable version.
     """
     first = read_view(runs[0])
     prompts = [example.prompt_id for example in first.examples] or None
@@ -79,13 +79,13 @@ def write_report(runs: Sequence[RunDir], path: Path) -> Path:
 
 
 def _distinct_names(views: Sequence[RunView]) -> list[str]:
-    """Returns the folder names, numbered where they are the same."""
+    """Returns the folder names, equal ones numbered."""
     names = [view.name for view in views]
     return [f"{name} ({number})" if names.count(name) > 1 else name for number, name in enumerate(names, 1)]
 
 
 def _table(views: Sequence[RunView]) -> list[tuple[Measure, list[tuple[str, str]]]]:
-    """Returns (measure, [(value, half of its interval)] of every iterate of every run), where any has a value."""
+    """Returns rows (measure, [(value, half its interval) per iterate]) with any value."""
     evaluations = [evaluation for view in views for evaluation in view.evaluations]
     rows = []
     for measure in MEASURES:
@@ -100,7 +100,7 @@ def _table(views: Sequence[RunView]) -> list[tuple[Measure, list[tuple[str, str]
 
 
 def _benchmarks(views: Sequence[RunView]) -> list[tuple[str, str, list[tuple[str, str]]]]:
-    """Returns (task and version, metric, [(value, half of its interval)] of every evaluated iterate)."""
+    """Returns rows (title, metric, [(value, half its interval) per iterate])."""
     columns = [view.benchmarks.get(iterate, {}) for view in views for iterate in view.iterates]
     rows = {
         (task, metric): _benchmark_title(task, result)
@@ -125,7 +125,6 @@ def _benchmark_title(task: str, result: dict[str, Any]) -> str:
 
 
 def _eval_charts(views: Sequence[RunView], names: Sequence[str]) -> Iterator[Chart]:
-    """Yields charts of measures over iterates; a colour for each measure, or for each run if several are compared."""
     longest = max((view.iterates for view in views), key=len)
     compared = len(views) > 1
     for title, keys in _EVAL_CHARTS:
@@ -152,7 +151,6 @@ def _line(view: RunView, measure: Measure, name: str, colour: int) -> Series:
 
 
 def _train_charts(views: Sequence[RunView], names: Sequence[str]) -> Iterator[Chart]:
-    """Yields charts over the optimizer steps, with a line for each iteration of each run."""
     logs = [
         (f"{name}: {folder}" if len(views) > 1 else folder, folder, log)
         for view, name in zip(views, names, strict=True)
@@ -205,7 +203,7 @@ def _span_title(span: Span) -> str:
 
 
 def _examples(views: Sequence[RunView], names: Sequence[str]) -> list[dict[str, Any]]:
-    """Returns prompts with every answer, the largest margin of the newest iterate first."""
+    """Returns examples, the largest margin first."""
     others = [{example.prompt_id: example for example in view.examples} for view in views[1:]]
     found = []
     for number, example in enumerate(views[0].examples):
@@ -228,7 +226,7 @@ def _examples(views: Sequence[RunView], names: Sequence[str]) -> list[dict[str, 
 
 
 def _differing(views: Sequence[RunView]) -> list[tuple[str, list[Any]]]:
-    """Returns settings, inputs and versions that are not the same in all runs."""
+    """Returns settings and facts that differ between runs."""
     facts = []
     for view in views:
         inputs = {f"digest of {name}": (value or "none")[:16] for name, value in view.description["inputs"].items()}
