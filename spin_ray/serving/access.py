@@ -1,10 +1,7 @@
 """API keys and rates.
 
-A key file has one line per key: a name for the log, the SHA-256 of the key, optionally requests per minute.
-
-    alice 9f86d081884c7d659a2feaa0c55ad015a3bf4f1b2b0b822cd15d6c15b0f00a08 120
-
-Keys are random (``new_key``), so a plain hash protects them as well as a slow one. The file alone lets nobody in.
+A line of a key file has a name, the SHA-256 of the key, optionally requests per minute. Keys are random, so a plain
+hash protects them as well as a slow one.
 """
 
 import hashlib
@@ -32,10 +29,10 @@ class Key:
 
 
 def read_keys(file: str | Path) -> list[Key]:
-    """Returns the keys of a file; blank lines and lines that begin with ``#`` are skipped.
+    """Returns the keys of a file; skips blank lines and comments (``#``).
 
     Raises:
-        ConfigError: the file cannot be read, a line is not a key, or there is none.
+        ConfigError: the file cannot be read, has a wrong line, or no key.
     """
     try:
         lines = Path(file).read_text(encoding="utf-8").splitlines()
@@ -57,16 +54,13 @@ def read_keys(file: str | Path) -> list[Key]:
 
 
 def new_key(name: str, per_minute: int | None = None) -> tuple[str, str]:
-    """Returns a fresh key, and its line for the key file."""
+    """Returns a fresh key and its line."""
     key = f"sr-{secrets.token_urlsafe(32)}"
     return key, " ".join([name, _sha256(key.encode()), *([str(per_minute)] if per_minute else [])])
 
 
 def find_key(keys: list[Key], authorization: bytes | None) -> Key | None:
-    """Returns the key that an ``Authorization: Bearer KEY`` header gives; None if it is unknown.
-
-    It is compared with every key, in constant time.
-    """
+    """Returns the key of an ``Authorization: Bearer KEY`` header, in constant time."""
     scheme, _, given = (authorization or b"").partition(b" ")
     digest = _sha256(given.strip()) if scheme.lower() == b"bearer" else ""
     found = None
@@ -77,14 +71,14 @@ def find_key(keys: list[Key], authorization: bytes | None) -> Key | None:
 
 
 class Rates:
-    """Token buckets: ``per_minute`` requests a minute, and as many at once after a quiet minute."""
+    """Token buckets of ``per_minute`` requests."""
 
     def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
         self._clock = clock
         self._buckets: dict[str, tuple[float, float]] = {}
 
     def wait_s(self, name: str, per_minute: int) -> float:
-        """Returns 0 and counts the request if ``name`` may ask now, else the seconds until it may."""
+        """Counts the request and returns 0, or returns the seconds until ``name`` may ask."""
         now = self._clock()
         tokens, then = self._buckets.get(name, (float(per_minute), now))
         tokens = min(float(per_minute), tokens + (now - then) * per_minute / 60)

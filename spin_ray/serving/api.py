@@ -1,4 +1,4 @@
-"""The HTTP interface: OpenAI's routes, comparison, health. It knows no Ray; ``Engines`` make the answers."""
+"""The HTTP interface: OpenAI's routes, comparison, health."""
 
 import asyncio
 import json
@@ -42,7 +42,6 @@ _REFUSALS: dict[int | str, dict[str, Any]] = {status: _ERROR for status in (400,
 
 
 def make_app(engines: Engines, config: SpinConfig, keys: list[Key], votes: VoteStore) -> FastAPI:
-    """Builds the whole application."""
     app = FastAPI(title="spin_ray", version="1", docs_url=None, redoc_url=None, responses={422: _ERROR})
     metrics = Metrics()
     app.include_router(_routes(engines, config, metrics, votes))
@@ -60,7 +59,7 @@ def _routes(engines: Engines, config: SpinConfig, metrics: Metrics, votes: VoteS
 
     @router.post("/v1/chat/completions")
     async def chat_completions(body: ChatBody, request: HttpRequest) -> Response:
-        """Answers a conversation, in OpenAI's form. It becomes token ids as in training."""
+        """Answers a conversation, in OpenAI's form."""
         return await desk.answer(CHAT, body, request)
 
     @router.post("/v1/completions")
@@ -70,7 +69,7 @@ def _routes(engines: Engines, config: SpinConfig, metrics: Metrics, votes: VoteS
 
     @router.post("/v1/compare")
     async def compare_models(body: CompareBody, request: HttpRequest) -> Response:
-        """Asks several models the same, with the same sampling and seed; their answers stand side by side."""
+        """Asks several models the same, with the same sampling and seed."""
         desk.check_length(body.max_tokens)
         request.state.log["model"] = ",".join(engines.names.resolve(model) for model in body.models)
         desk.log_text(request, plain(body.messages))
@@ -81,13 +80,13 @@ def _routes(engines: Engines, config: SpinConfig, metrics: Metrics, votes: VoteS
 
     @router.get("/v1/models")
     async def models() -> dict[str, Any]:
-        """Lists the models that serve, and why an iterate that should serve does not."""
+        """Lists the models that serve, and why others do not."""
         listed = {"object": "list", "data": [_card(engines, name) for name in _served(engines)]}
         return listed | ({"problems": engines.problems} if engines.problems else {})
 
     @router.get("/v1/models/{name}")
     async def model(name: str) -> dict[str, Any]:
-        """Describes one model: the iterate that it means now, and the digest of its checkpoint."""
+        """Describes one model: its iterate now, and the digest of its checkpoint."""
         if name not in _served(engines):
             raise Refusal(404, f"The model {name!r} does not exist or does not serve", code="model_not_found")
         return _card(engines, name)
@@ -107,7 +106,7 @@ def _routes(engines: Engines, config: SpinConfig, metrics: Metrics, votes: VoteS
 
 
 class _Desk:
-    """The way of a request for an answer: limits, engine, and back to the client."""
+    """The way of a request through limits and engine."""
 
     def __init__(self, engines: Engines, config: SpinConfig, metrics: Metrics, votes: VoteStore) -> None:
         self._engines, self._config, self._metrics, self._votes = engines, config.serving, metrics, votes
@@ -159,18 +158,11 @@ class _Desk:
 
 
 class _Until:
-    """Items of an answer up to a deadline."""
-
     def __init__(self, items: AsyncIterator[Item], limit_s: float) -> None:
         self._items, self._limit_s = items, limit_s
         self._end = asyncio.get_running_loop().time() + limit_s
 
     async def next(self) -> Item | None:
-        """Returns the next item; None at the end.
-
-        Raises:
-            Refusal: the deadline has passed.
-        """
         try:
             async with asyncio.timeout_at(self._end):
                 return await anext(self._items, None)
@@ -179,7 +171,7 @@ class _Until:
 
 
 class _Stream(StreamingResponse):
-    """A stream that frees what its request holds (a place, an engine request) however it ends, even unread."""
+    """A stream that frees its place and engine request however it ends, even unread."""
 
     def __init__(self, events: AsyncIterator[str], held: AsyncExitStack, headers: dict[str, str]) -> None:
         super().__init__(events, media_type="text/event-stream", headers=headers)
@@ -191,7 +183,7 @@ class _Stream(StreamingResponse):
 
 
 async def _events(first: str, items: _Until, alias: str | None) -> AsyncIterator[str]:
-    """Yields the stream. One that fails half-way ends with an error event, without ``[DONE]``."""
+    """Yields the stream; a failed one ends with an error event, without ``[DONE]``."""
     item: Item | None = first
     try:
         while item is not None:
@@ -204,12 +196,11 @@ async def _events(first: str, items: _Until, alias: str | None) -> AsyncIterator
 
 
 def _blind(answer: dict[str, Any], alias: str) -> dict[str, Any]:
-    """Returns the answer without its iterate's name, and without vLLM's fingerprint of the engine's settings."""
+    """Hides the iterate's name and vLLM's fingerprint of the engine."""
     return {key: value for key, value in answer.items() if key != "system_fingerprint"} | {"model": alias}
 
 
 def _served(engines: Engines) -> list[str]:
-    """Returns the names that a request may use now."""
     try:
         return [*engines.names.iterates, engines.names.newest() and LATEST]
     except UnknownModel:
@@ -229,7 +220,6 @@ def _card(engines: Engines, name: str) -> dict[str, Any]:
 
 
 def _answer_errors(app: FastAPI) -> None:
-    """Gives every error that a route may raise OpenAI's form."""
 
     @app.exception_handler(Refusal)
     async def refused(_: HttpRequest, refusal: Refusal) -> Response:

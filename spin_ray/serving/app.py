@@ -1,9 +1,7 @@
-"""The Ray Serve application: an ingress that checks and routes, and a keeper that runs the engines.
+"""The Ray Serve application.
 
-    client ─> Serve proxy ─> Ingress (keys, limits, names, OpenAI errors) ─> engine of an iterate (vLLM)
-                                  └── hears from ── Keeper (follows RUN/LATEST, starts, probes and retires engines)
-
-``spin-ray serve RUN`` starts it; a RayService names ``spin_ray.serving.app:build`` in its ``serveConfigV2``.
+client ─> Serve proxy ─> Ingress (keys, limits, names, OpenAI errors) ─> engine of an iterate (vLLM)
+                              └── hears from ── Keeper (follows RUN/LATEST, starts, probes and retires engines)
 """
 
 import asyncio
@@ -25,13 +23,10 @@ from spin_ray.serving.engines import ServeEngines
 from spin_ray.serving.keeper import ENGINE_PREFIX, Keeper
 
 APP = "spin-ray"
-"""Name of the application."""
 
 
 @serve.ingress()
 class Ingress:
-    """One replica of the HTTP interface."""
-
     def __init__(self, run_folder: str, config: SpinConfig, keeper: Any) -> None:
         self._config = config
         self._engines = ServeEngines(keeper)
@@ -44,22 +39,21 @@ class Ingress:
 
 
 def application(run_folder: str, config: SpinConfig) -> serve.Application:
-    """Builds the application of a run, with the ``serving`` section of ``config``."""
     serving = config.serving
     ingress: Any = serve.deployment(
         Ingress,
         name="ingress",
         num_replicas=serving.ingress_replicas,
-        max_ongoing_requests=10 * serving.max_concurrent,  # refusals are quick, and must not wait behind answers
+        max_ongoing_requests=10 * serving.max_concurrent,  # refusals must not wait behind answers
         graceful_shutdown_timeout_s=serving.request_timeout_s,
         ray_actor_options={"num_cpus": 0},
-        logging_config={"enable_access_log": False},  # the ingress writes one with models and key names
+        logging_config={"enable_access_log": False},  # ``Observe`` writes a better one
     )
     return ingress.bind(run_folder, config, keeper(run_folder, config))
 
 
 def keeper(run_folder: str, config: SpinConfig, engines: str = ENGINE_PREFIX) -> serve.Application:
-    """Builds the keeper alone; the names of its engines' applications begin with ``engines``."""
+    """Builds the keeper alone."""
     deployment: Any = serve.deployment(
         Keeper, name="keeper", num_replicas=1, max_ongoing_requests=100, ray_actor_options={"num_cpus": 0}
     )
@@ -67,12 +61,12 @@ def keeper(run_folder: str, config: SpinConfig, engines: str = ENGINE_PREFIX) ->
 
 
 def build(args: dict[str, Any]) -> serve.Application:
-    """Builds the application for ``serveConfigV2``.
+    """Builds the application for a RayService's ``serveConfigV2``.
 
     ``args`` has ``run`` (the folder) and settings such as ``serving.models: all``.
 
     Raises:
-        UserError: the run or the settings cannot be used, or there are no keys.
+        UserError: the run or the settings cannot be used, or keys are missing.
     """
     settings = {
         key: value if isinstance(value, str) else json.dumps(value) for key, value in args.items() if key != "run"
@@ -85,5 +79,4 @@ def build(args: dict[str, Any]) -> serve.Application:
 
 
 def votes_url(run_folder: str, config: SpinConfig) -> str | URL:
-    """Returns the database of the votes: ``serving.votes``, else a file in the run."""
     return config.serving.votes or URL.create("sqlite", database=f"{run_folder}/votes.sqlite")

@@ -1,4 +1,4 @@
-"""``spin-ray compare``: the comparison of ``POST /v1/compare`` for a file of prompts, without an HTTP server."""
+"""``POST /v1/compare`` for a file of prompts, without an HTTP server."""
 
 import asyncio
 import json
@@ -25,12 +25,12 @@ from spin_ray.serving.server import check_settings, connect_for, stop_serving
 
 
 def compare_file(run: RunDir, config: SpinConfig, prompts: Path, options: dict[str, Any], out: IO[str]) -> int:
-    """Writes one JSON line per row of ``prompts`` to ``out``, in order, and returns how many.
+    """Writes one JSON line per row of ``prompts``, in order, and returns how many.
 
-    ``options`` are the fields of ``CompareBody`` that all rows share; row i gets seed ``options["seed"]`` + i.
+    ``options`` are fields of ``CompareBody``; row i gets seed ``options["seed"]`` + i.
 
     Raises:
-        UserError: the file, a row or the settings cannot be used.
+        UserError: a row or a setting cannot be used.
         StageError: an engine did not start.
     """
     check_settings(run, config)
@@ -39,7 +39,7 @@ def compare_file(run: RunDir, config: SpinConfig, prompts: Path, options: dict[s
         raise DataError(f"{prompts}: has no rows")
     connect_for(run, config)
     serve.start(proxy_location="Disabled")
-    app = f"spin-ray-compare-{secrets.token_hex(4)}"  # a server on the same cluster keeps its engines
+    app = f"spin-ray-compare-{secrets.token_hex(4)}"  # unlike those of a server on this cluster
     engines = f"{app}.{ENGINE_PREFIX}"
     try:
         handle = serve.run(keeper(str(run.storage.root), config, engines), name=app, route_prefix=None)
@@ -50,10 +50,10 @@ def compare_file(run: RunDir, config: SpinConfig, prompts: Path, options: dict[s
 
 
 def read_rows(file: Path, options: dict[str, Any]) -> Iterator[CompareBody]:
-    """Reads rows with ``messages`` (a last answer of the assistant is left out) or ``prompt``, as requests.
+    """Reads rows with ``messages`` or ``prompt``; drops the assistant's last answer.
 
     Raises:
-        DataError: a line is no such row.
+        DataError: the file cannot be read, or a line is no such row.
     """
     try:
         lines = file.read_text(encoding="utf-8").splitlines()
@@ -72,10 +72,7 @@ def read_rows(file: Path, options: dict[str, Any]) -> Iterator[CompareBody]:
 
 
 async def compare_rows(engines: Engines, config: SpinConfig, bodies: list[CompareBody], out: IO[str]) -> None:
-    """Writes one line per body, in order; several are asked at a time.
-
-    A body that an engine refuses becomes a line with an error.
-    """
+    """Writes one line per body, in order; a refused one becomes a line with an error."""
     room = asyncio.Semaphore(max(1, config.serving.max_concurrent // 2))
 
     async def one(body: CompareBody) -> dict[str, Any]:
@@ -102,11 +99,6 @@ async def _with_engines(handle: Any, config: SpinConfig, bodies: list[CompareBod
 
 
 async def _wait_for(engines: ServeEngines, models: list[str], timeout_s: float) -> None:
-    """Waits until all ``models`` serve.
-
-    Raises:
-        StageError: an engine does not start, or not in time.
-    """
     deadline = time.monotonic() + timeout_s
     while True:
         try:

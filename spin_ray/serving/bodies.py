@@ -1,8 +1,6 @@
-"""Bodies of requests: the fields of OpenAI that mean something here, and their limits.
+"""Bodies of requests.
 
-vLLM parses and answers requests; these classes are the gate before it. Fields that steer the engine or the prompt (chat
-templates, tools, structured output, transfer of caches, …) are not listed, hence refused by name. A few that only label
-a request are accepted and dropped.
+Fields that steer the engine or the prompt (chat templates, tools, …) are not listed, hence refused by name.
 """
 
 from typing import Annotated, Any, Literal, Self
@@ -11,12 +9,12 @@ from pydantic import AfterValidator, BaseModel, ConfigDict, Field, StringConstra
 from pydantic_core import PydanticCustomError
 
 MAX_CHOICES = 16
-"""Answers that one request may ask for: prompts × ``n``."""
+"""Most prompts in a request, and most answers (``n``) to each."""
 _LABELS = ("user", "metadata", "store", "service_tier", "safety_identifier", "prompt_cache_key")
 
 
 def _unicode(text: str) -> str:
-    """Refuses half a surrogate pair: JSON can spell one, and tokenizers fail on it."""
+    """Refuses lone surrogates, on which tokenizers fail."""
     try:
         text.encode()
     except UnicodeEncodeError:
@@ -31,24 +29,24 @@ Penalty = Annotated[float, Field(ge=-2, le=2)]
 
 
 class Body(BaseModel):
-    """A strict body: ``"5"`` is no number, and unknown fields are refused."""
+    """A strict body: ``"5"`` is no number."""
 
     model_config = ConfigDict(extra="forbid", strict=True, allow_inf_nan=False, use_attribute_docstrings=True)
 
 
 class Sampling(Body):
-    """Settings of sampling. A field that is not given has vLLM's neutral default: temperature 1, nothing truncated."""
+    """Settings of sampling; the defaults are vLLM's neutral ones: temperature 1, nothing truncated."""
 
     temperature: Annotated[float, Field(ge=0, le=2)] | None = None
     top_p: Annotated[float, Field(gt=0, le=1)] | None = None
     top_k: Annotated[int, Field(ge=0, le=2**31 - 1)] | None = None
-    """0: no limit. A field of vLLM; OpenAI has none."""
+    """A field of vLLM. 0: no limit."""
     min_p: Annotated[float, Field(ge=0, le=1)] | None = None
-    """A field of vLLM; OpenAI has none."""
+    """A field of vLLM."""
     presence_penalty: Penalty | None = None
     frequency_penalty: Penalty | None = None
     seed: Annotated[int, Field(ge=0, le=2**63 - 1)] | None = None
-    """The same seed gives the same answer while batches are alike; vLLM promises no more."""
+    """The same seed gives the same answer while batches are alike."""
     stop: Text | Annotated[list[Text], Field(max_length=4)] | None = None
     max_tokens: Annotated[int, Field(ge=1)] | None = None
     """Longest answer; at most ``serving.max_tokens``."""
@@ -59,8 +57,6 @@ class StreamOptions(Body):
 
 
 class Request(Sampling):
-    """Fields of both kinds of completion."""
-
     model: Annotated[str, StringConstraints(min_length=1, max_length=128)]
     n: Annotated[int, Field(ge=1, le=MAX_CHOICES)] | None = None
     stream: bool | None = None
@@ -74,16 +70,13 @@ class Request(Sampling):
 
     @property
     def choices(self) -> int:
-        """Answers that the engine makes for this request."""
         return self.n or 1
 
     @property
     def longest(self) -> int | None:
-        """Length of the answer that was asked for, in tokens."""
         return self.max_tokens
 
     def for_engine(self, iterate: str, max_tokens: int) -> dict[str, Any]:
-        """Returns the request as vLLM takes it, for the engine of ``iterate``."""
         fields = self.model_dump(exclude_none=True, exclude=set(_LABELS))
         return fields | {"model": iterate} | ({} if self.longest else {"max_tokens": max_tokens})
 
@@ -143,20 +136,20 @@ class CompletionBody(Request):
 class GivenAnswer(Body):
     content: Words
     finish_reason: Literal["stop", "length"] = "stop"
-    """``stop``: the end of the turn is part of the answer, and of its log-probability."""
+    """``stop``: the end of the turn belongs to the answer and its log-probability."""
 
 
 class CompareBody(Sampling):
-    """``POST /v1/compare``: one conversation, several models, the same sampling and seed for each."""
+    """``POST /v1/compare``: one conversation, several models, the same sampling and seed."""
 
     models: Annotated[
         list[Annotated[str, StringConstraints(min_length=1, max_length=128)]], Field(min_length=2, max_length=8)
     ]
     messages: Conversation
     logprobs: bool = False
-    """Also the log-probability of every answer under every model."""
+    """Log-probability of every answer under every model, too."""
     answers: list[GivenAnswer] | None = None
-    """Given answers to score in place of sampled ones, one per model, in their order."""
+    """Answers to score in place of sampled ones, one per model, in order."""
 
     @model_validator(mode="after")
     def _an_answer_of_each(self) -> Self:
@@ -166,5 +159,4 @@ class CompareBody(Sampling):
 
 
 def plain(messages: list[Message]) -> list[dict[str, str]]:
-    """Returns messages as role and text."""
     return [{"role": message.role, "content": message.text} for message in messages]

@@ -1,7 +1,4 @@
-"""Fewer, larger pieces of a stream.
-
-Ray Serve passes each piece through two more processes, and that costs CPU which tokens need.
-"""
+"""Fewer, larger pieces of a stream, which cost Ray Serve less CPU."""
 
 import asyncio
 from collections.abc import AsyncGenerator, AsyncIterator
@@ -11,10 +8,9 @@ from spin_ray.serving.engines import Item
 
 
 async def in_bursts(pieces: AsyncIterator[Item], interval_s: float) -> AsyncGenerator[Item, None]:
-    """Yields the first piece at once, then all that have come, together, at most every ``interval_s`` seconds.
+    """Yields the first piece at once, then all that have come, at most every ``interval_s`` seconds.
 
-    Text is joined, objects stay apart, order is kept, and nothing waits once the stream has ended. Closing this
-    generator closes ``pieces``, which aborts the engine's work.
+    Closing this generator closes ``pieces``, which aborts the engine's work.
     """
     waiting: list[Item] = []
     arrived = asyncio.Event()
@@ -36,7 +32,7 @@ async def in_bursts(pieces: AsyncIterator[Item], interval_s: float) -> AsyncGene
             for piece in ready:
                 yield piece
             await asyncio.wait({reader}, timeout=interval_s)
-        await reader  # raises what the source failed of
+        await reader  # raises the source's error
     finally:
         reader.cancel()
         with suppress(asyncio.CancelledError, Exception):
@@ -44,7 +40,6 @@ async def in_bursts(pieces: AsyncIterator[Item], interval_s: float) -> AsyncGene
 
 
 def _joined(pieces: list[Item]) -> list[Item]:
-    """Joins neighbouring texts: ``["a", "b", {}, "c"] -> ["ab", {}, "c"]``."""
     joined: list[Item] = []
     for piece in pieces:
         if joined and isinstance(piece, str) and isinstance(joined[-1], str):

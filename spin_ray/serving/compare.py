@@ -1,4 +1,4 @@
-"""Comparison of iterates: one conversation, the same sampling and seed, each answer scored under each iterate."""
+"""Comparison of iterates."""
 
 import asyncio
 import secrets
@@ -17,21 +17,18 @@ NOTE = (
 
 
 async def compare(engines: Engines, body: CompareBody, config: SpinConfig) -> dict[str, Any]:
-    """Returns the answers of ``body.models``, side by side; with ``logprobs`` also each one's log p under each model.
-
-    Answers that the body brings are only scored. They are tokenised as in training; sampling may have split the same
-    text into other tokens.
+    """Returns the answers of ``body.models``; with ``logprobs`` also each one's log p under each model.
 
     Raises:
-        UnknownModel: one of the models does not serve.
-        Refusal: an engine refuses, or the whole took longer than ``serving.request_timeout_s``.
+        UnknownModel: a model does not serve.
+        Refusal: a name is hidden, an engine refuses, or ``serving.request_timeout_s`` has passed.
     """
     if any(engines.names.is_alias(model) for model in body.models):
         raise Refusal(
             400, "models: a comparison tells names, and one of these is hidden until the vote", param="models"
         )
     iterates = [engines.names.resolve(model) for model in body.models]
-    digests = [engines.digest(iterate) for iterate in iterates]  # now: an engine may be replaced before the end
+    digests = [engines.digest(iterate) for iterate in iterates]  # now: engines may be replaced
     seed = body.seed if body.seed is not None else secrets.randbits(63)
     try:
         async with asyncio.timeout(config.serving.request_timeout_s):
@@ -55,10 +52,9 @@ async def compare(engines: Engines, body: CompareBody, config: SpinConfig) -> di
 
 
 def margins(iterates: list[str], answers: list[dict[str, Any]], config: SpinConfig) -> list[dict[str, Any]]:
-    """Returns the SPIN margin of the newest iterate against each other one, as the engines estimate it.
+    """Returns the SPIN margin of the newest iterate p against each other iterate q.
 
-    beta · [log p(y)/q(y) − log p(y′)/q(y′)] with p the newest iterate, q the other, y the answer of p and y′ that of q.
-    Above 0: each prefers its own answer more than the other does. beta is that of the iteration that made p.
+    beta · [log p(y)/q(y) − log p(y′)/q(y′)] with y the answer of p, y′ that of q, beta of the iteration that made p.
     """
     policy = max(range(len(iterates)), key=lambda index: age(iterates[index]))
     if iterates[policy] == "sft":
@@ -89,14 +85,13 @@ async def _sampled(engines: Engines, iterate: str, body: CompareBody, seed: int,
 
 
 async def _score(engines: Engines, iterates: list[str], answers: list[dict[str, Any]]) -> None:
-    """Adds ``logps``, ``{iterate: log p of the answer}``, to each answer."""
+    """Adds ``logps``, ``{iterate: log p}``, to each answer."""
     for answer in answers:
         logps = await asyncio.gather(*(_logp(engines, iterate, answer) for iterate in iterates))
         answer["logps"] = dict(zip(iterates, logps, strict=True))
 
 
 async def _logp(engines: Engines, iterate: str, answer: dict[str, Any]) -> float:
-    """Returns log p of an answer under ``iterate``; its engine scores prompt and answer, read as one prompt."""
     prompt, response = answer["prompt_token_ids"], answer["choices"][0]["token_ids"]
     fields = {"model": iterate, "prompt": prompt + response, "max_tokens": 1, "prompt_logprobs": 0}
     scored = await whole(engines, iterate, COMPLETION, fields)

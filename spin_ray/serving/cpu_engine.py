@@ -1,4 +1,4 @@
-"""The engine of ``ray.serve.llm`` on CPUs. Importing this module imports vLLM."""
+"""The engine of ``ray.serve.llm`` on CPUs; imports vLLM."""
 
 from typing import Any
 
@@ -6,10 +6,9 @@ from ray.llm._internal.serve.engines.vllm.vllm_engine import VLLMEngine
 
 
 class CpuEngine(VLLMEngine):
-    """An engine that computes in its own process if it has only one worker.
+    """An engine that computes in its own process if it has one worker.
 
-    ``ray.serve.llm`` gives each CPU engine worker processes. To hear from one, the engine spins on a core of its own.
-    On a machine with two cores, Ray Serve needs that core.
+    An engine that waits for a worker process keeps a core busy.
     """
 
     def _start_async_llm_engine(self, vllm_engine_args: Any, vllm_engine_config: Any, placement_group: Any) -> Any:

@@ -1,6 +1,6 @@
-"""Allows AMX kernels in each worker process of a CPU engine.
+"""A module that allows AMX kernels.
 
-vLLM imports this module there (``worker_extension_cls``) before anything computes.
+vLLM imports it in each worker process (``worker_extension_cls``) before anything computes.
 """
 
 from spin_ray.runtime import cpu
@@ -9,4 +9,4 @@ cpu.allow_amx_kernels()
 
 
 class CpuWorker:
-    """An extension of vLLM's worker that adds nothing; the import of its module does the work."""
+    """An empty extension of vLLM's worker."""

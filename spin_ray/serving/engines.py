@@ -1,4 +1,4 @@
-"""Engines as the HTTP layer sees them; tests of that layer put a fake in their place."""
+"""Engines as the HTTP layer sees them."""
 
 import asyncio
 import logging
@@ -16,43 +16,37 @@ from spin_ray.serving.names import Names
 logger = logging.getLogger("ray.serve")
 
 CHAT, COMPLETION, TOKENS = "chat", "completion", "tokens"
-"""Operations of an engine. ``tokens``: a given answer as if it had been sampled, i.e. with its token ids."""
+"""Operations of an engine. ``tokens``: a given answer with its token ids, as if sampled."""
 
 Item = str | dict[str, Any]
-"""A piece of an answer: server-sent events as text, or a whole answer as an object."""
+"""Server-sent events as text, or a whole answer as an object."""
 
 _HEAR_S = 10.0
-"""Seconds after which a keeper that has nothing new says so."""
+"""Seconds after which a keeper without news answers."""
 
 
 class Engines(Protocol):
-    """The engines that serve, one for each iterate."""
-
     names: Names
     problems: dict[str, str]
-    """Reasons of iterates that should serve and do not, by name."""
+    """Reasons why iterates do not serve, by name."""
 
     def digest(self, iterate: str) -> str:
-        """Returns the digest of the checkpoint that answers for ``iterate``.
-
-        Raises:
-            KeyError: ``iterate`` does not serve.
-        """
+        """Raises KeyError if ``iterate`` does not serve."""
         ...
 
     def answer(self, iterate: str, operation: str, fields: dict[str, Any]) -> AsyncIterator[Item]:
-        """Yields the engine's answer; the last item is an object with ``error`` if the engine refuses.
+        """Yields the answer; the last item is an object with ``error`` if the engine refuses.
 
         Closing the iterator aborts the engine's work.
 
         Raises:
-            Refusal: the engine has gone or fails.
+            Refusal: the engine is gone or fails.
         """
         ...
 
 
 class ServeEngines:
-    """Engines that are Ray Serve applications, as the keeper lists them."""
+    """Ray Serve applications of the keeper."""
 
     def __init__(self, keeper: Any) -> None:
         self.names = Names()
@@ -62,7 +56,7 @@ class ServeEngines:
         self._handles: dict[str, Any] = {}
 
     async def follow(self) -> None:
-        """Follows the keeper's table for ever; the last one stays while the keeper is away."""
+        """Follows the keeper's table for ever; keeps the last one while the keeper is away."""
         version = -1
         while True:
             try:
@@ -70,13 +64,13 @@ class ServeEngines:
                 if table["version"] != version:
                     self._take(table)
                     version = table["version"]
-            except Exception as error:  # Ray Serve starts the keeper again, with versions of its own
+            except Exception as error:  # a restarted keeper counts versions anew
                 logger.warning("the keeper does not answer: %s", error)
                 version = -1
                 await asyncio.sleep(1)
 
     def _take(self, table: dict[str, Any]) -> None:
-        """Takes a table over, handles first: a name must never resolve to an engine that cannot be called."""
+        """Takes a table over, handles first: every name must have one."""
         apps = {engine["app"] for engine in table["engines"].values()}
         known = {app: self._handles.get(app) or serve.get_app_handle(app).options(stream=True) for app in apps}
         self._handles, self._engines = known, table["engines"]
@@ -87,7 +81,7 @@ class ServeEngines:
         return self._engines[iterate]["digest"]
 
     async def answer(self, iterate: str, operation: str, fields: dict[str, Any]) -> AsyncIterator[Item]:
-        if iterate not in self._engines:  # it has gone since its name was looked up
+        if iterate not in self._engines:  # gone since its name was resolved
             raise Refusal(503, f"{iterate} serves no more; ask for another model", retry_s=1)
         handle = self._handles[self._engines[iterate]["app"]]
         response = handle.answer.remote(operation, fields)
@@ -96,13 +90,13 @@ class ServeEngines:
             async for item in response:
                 yield item
             ended = True
-        except RayTaskError as error:  # vLLM raised something that is not about the request
+        except RayTaskError as error:  # not about the request
             logger.exception("%s failed", iterate)
             raise Refusal(500, "the engine failed; the request may be repeated") from error
-        except (RayServeException, RayError) as error:  # its replica is gone, or not there yet
+        except (RayServeException, RayError) as error:  # its replica is gone or not there yet
             raise Refusal(503, "The engine is not available; try again in a moment", retry_s=1) from error
         finally:
-            if not ended:  # the client left: so does the engine's work for it
+            if not ended:  # the client left
                 with suppress(Exception):
                     response.cancel()
 

@@ -1,4 +1,4 @@
-"""Refusals and failures in OpenAI's form, so that its clients raise the exception they document."""
+"""Errors in OpenAI's form."""
 
 from typing import Any
 
@@ -11,7 +11,7 @@ _TYPES = {
 
 
 class Refusal(Exception):
-    """An error that ends a request with an HTTP status."""
+    """An error with an HTTP status."""
 
     def __init__(
         self,
@@ -41,12 +41,12 @@ class Refusal(Exception):
 
 
 def _printable(text: str | None) -> str | None:
-    """Replaces lone surrogates: a client may have sent some, and JSON over UTF-8 cannot hold them."""
+    """Replaces lone surrogates, which UTF-8 cannot hold."""
     return None if text is None else text.encode("utf-8", "replace").decode()
 
 
 def from_engine(error: dict[str, Any]) -> Refusal:
-    """Returns vLLM's error: its own 4xx as it is, anything else as 500."""
+    """Returns vLLM's 4xx as it is, anything else as 500."""
     code = error.get("code")
     status = code if isinstance(code, int) and 400 <= code < 500 else 500
     message = error.get("message", "") if status < 500 else "the engine failed; the request may be repeated"
@@ -54,7 +54,7 @@ def from_engine(error: dict[str, Any]) -> Refusal:
 
 
 def from_validation(errors: Any) -> Refusal:
-    """Returns the first problem that pydantic found in a body, named as the client wrote it."""
+    """Returns pydantic's first problem, named as in the body."""
     first = errors[0]
     where = ".".join(str(part) for part in first["loc"] if part != "body")
     if first["type"] == "extra_forbidden":

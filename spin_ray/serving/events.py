@@ -8,7 +8,7 @@ DONE = "[DONE]"
 
 
 def rewrite(events: str, change: Callable[[dict[str, Any]], dict[str, Any]]) -> str:
-    """Returns ``events`` with ``change`` applied to the object of each; there are one or more, each of them whole."""
+    """Applies ``change`` to the object of each of the whole ``events``."""
     told = [event.removeprefix("data: ").strip() for event in events.split("\n\n") if event.strip()]
     changed = [data if data == DONE else json.dumps(change(json.loads(data))) for data in told]
     return "".join(f"data: {data}\n\n" for data in changed)

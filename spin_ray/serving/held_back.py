@@ -1,7 +1,4 @@
-"""The end of a prompt that its token ids leave to the response: a model says it, and a client must not hear it.
-
-``inputs/rendering.py`` has the reason: a tokenizer may join the end of a prompt to the beginning of a response.
-"""
+"""The end of a prompt that the model says again and the client must not see; see ``inputs/rendering.py``."""
 
 from collections import defaultdict
 from collections.abc import AsyncGenerator
@@ -13,10 +10,7 @@ from spin_ray.serving.events import rewrite
 
 
 async def without_held_back(pieces: AsyncGenerator[Item, None], held_back: str) -> AsyncGenerator[Item, None]:
-    """Yields the pieces of a chat completion, streamed or whole, without ``held_back`` where a text begins with it.
-
-    A text that begins otherwise stays as it is. Closing this generator closes ``pieces``.
-    """
+    """Yields a chat completion, streamed or whole, without a leading ``held_back``; closing it closes ``pieces``."""
     answer = _Answer(held_back)
     async with aclosing(pieces):
         async for piece in pieces:
@@ -24,13 +18,10 @@ async def without_held_back(pieces: AsyncGenerator[Item, None], held_back: str) 
 
 
 class _Answer:
-    """The choices of one chat completion, each without ``held_back``."""
-
     def __init__(self, held_back: str) -> None:
         self._beginnings: defaultdict[int, _Beginning] = defaultdict(lambda: _Beginning(held_back))
 
     def event(self, told: dict[str, Any]) -> dict[str, Any]:
-        """Returns one event of a stream; its text may be empty while the beginning is still open."""
         for choice in told.get("choices", ()):
             delta, ended = choice["delta"], choice.get("finish_reason") is not None
             text = self._beginnings[choice["index"]].pass_on(delta.get("content") or "", ended)
@@ -39,7 +30,6 @@ class _Answer:
         return told
 
     def whole(self, told: dict[str, Any]) -> dict[str, Any]:
-        """Returns a completion that was not streamed, or an error as it is."""
         for choice in told.get("choices", ()):
             if text := choice["message"].get("content"):
                 choice["message"]["content"] = self._beginnings[choice["index"]].pass_on(text, ended=True)
@@ -47,13 +37,13 @@ class _Answer:
 
 
 class _Beginning:
-    """The beginning of a text, kept until it has all of ``held_back`` or differs from it."""
+    """The beginning of a text, kept until it equals or differs from ``held_back``."""
 
     def __init__(self, held_back: str) -> None:
         self._held_back, self._kept, self._is_open = held_back, "", True
 
     def pass_on(self, text: str, ended: bool) -> str:
-        """Returns the text that may go out now that ``text`` has come; all that is kept once the text has ended."""
+        """Returns the text that may go out after ``text``."""
         if not self._is_open:
             return text
         self._kept += text

@@ -1,7 +1,6 @@
-"""One iterate behind one vLLM engine, as a Ray Serve application of its own.
+"""One iterate behind one vLLM engine.
 
-``ray.serve.llm`` starts the engine, parses OpenAI requests and streams. This module adds two things: files are checked
-before they are loaded, and a conversation becomes token ids as in training.
+It adds to ``ray.serve.llm`` that files are checked first, and conversations are rendered as in training.
 """
 
 from collections.abc import AsyncGenerator
@@ -28,24 +27,22 @@ from spin_ray.serving.iterates import Iterate
 
 
 class LocalFolder(CallbackBase):
-    """A callback for a model that is a folder: no worker is started to look for it on a hub."""
+    """A callback that starts no worker to find the model."""
 
     async def on_before_node_init(self) -> None:
         self.ctx.run_init_node = False
 
 
 class IterateEngine(LLMServer):
-    """A replica of one iterate's engine."""
-
     async def __init__(self, llm_config: LLMConfig, iterate: Iterate, config: SpinConfig) -> None:
         self._iterate, self._config = iterate, config
         await super().__init__(llm_config, engine_cls=None if config.serving.resources.gpus else _cpu_engine())
 
     async def start(self) -> None:
-        """Checks the folder again, and starts the engine.
+        """Checks the folder again and starts the engine.
 
         Raises:
-            RunDirError: the folder is not what was checked when this iterate was chosen.
+            RunDirError: the folder has changed since it was checked.
         """
         cpu.prepare(self._config.serving.resources.threads)
         folder, model = self._iterate.folder, self._config.model
@@ -56,11 +53,11 @@ class IterateEngine(LLMServer):
         tokenizer = load_tokenizer(str(folder), model.chat_template, model.trust_remote_code)
         self._renderer = ChatRenderer(tokenizer)
         await super().start()
-        engine: Any = self.engine  # its attribute is private to ray.serve.llm, which has no other way to a renderer
+        engine: Any = self.engine  # private, but the only way to the renderer
         engine._oai_serving_chat.online_renderer.render_chat = self._render_chat
 
     async def answer(self, operation: str, fields: dict[str, Any]) -> Any:
-        """Yields server-sent events as text, or one object: the whole answer, or ``{"error": …}``."""
+        """Yields server-sent events, or one object: the whole answer or ``{"error": …}``."""
         held_back = ""
         try:
             if operation == CHAT:
@@ -84,18 +81,12 @@ class IterateEngine(LLMServer):
                 yield burst
 
     async def _render_chat(self, request: Any) -> Any:
-        """Returns messages and token ids of the prompt, by the template, the guard and the tokenizer of training.
-
-        It lowers ``max_completion_tokens`` to what fits behind the prompt.
-
-        Raises:
-            RenderError: the template refuses the conversation, or it is too long; vLLM's caller answers 400.
-        """
+        """Renders as in training; lowers ``max_completion_tokens`` to what fits."""
         from vllm.inputs.engine import tokens_input
 
         messages = [{"role": message["role"], "content": message["content"]} for message in request.messages]
         ids = self._renderer.render_prompt(self._with_system(messages))
-        # One place stays free: vLLM scores an answer by reading it as a prompt, after which it must write a token more.
+        # One place stays free: vLLM scores an answer as a prompt, and must write a token after it.
         room = self._config.model.max_length - 1 - len(ids)
         if room < 1:
             raise RenderError(
@@ -106,13 +97,7 @@ class IterateEngine(LLMServer):
         return list(request.messages), [tokens_input(ids)]
 
     def _as_sampled(self, messages: list[dict[str, str]], content: str, finish_reason: str) -> dict[str, Any]:
-        """Returns a given answer in the form of a whole one that was sampled with ``return_token_ids``.
-
-        Its token ids begin with those that the prompt leaves to the response, as sampled ones do.
-
-        Raises:
-            RenderError: the template refuses the conversation, or it is too long.
-        """
+        """Returns a given answer in the form of one sampled with ``return_token_ids``."""
         asked = self._with_system(messages)
         rendered = self._renderer.render([*asked, {"role": "assistant", "content": content}])
         response = rendered.real_ids if finish_reason == "stop" else rendered.real_ids[:-1]
@@ -137,14 +122,13 @@ class IterateEngine(LLMServer):
 
 
 async def _pieces(stream: Any) -> AsyncGenerator[Item, None]:
-    """Yields the pieces of ``ray.serve.llm`` one by one, objects as dictionaries."""
     async for items in stream:
         for item in items if isinstance(items, list) else [items]:
             yield item if isinstance(item, str) else item.model_dump(exclude_none=True)
 
 
 def build_engine(iterate: Iterate, config: SpinConfig) -> serve.Application:
-    """Builds the application of one iterate. It has no route: requests come through the ingress only."""
+    """Builds the application of one iterate, without a route."""
     serving = config.serving
     engine = config.resolve_dtype(serving.engine or config.generation.engine)
     llm_config = LLMConfig(
@@ -157,7 +141,7 @@ def build_engine(iterate: Iterate, config: SpinConfig) -> serve.Application:
             "gpu_memory_utilization": engine.gpu_memory_utilization,
             "enforce_eager": engine.enforce_eager,
             "trust_remote_code": config.model.trust_remote_code,
-            "generation_config": "vllm",  # sampling as asked, never the model folder's
+            "generation_config": "vllm",  # not the model folder's sampling
             "load_format": "safetensors",
             "enable_log_requests": False,
             **({} if serving.resources.gpus else _on_cpu(config.model.max_length)),
@@ -167,7 +151,7 @@ def build_engine(iterate: Iterate, config: SpinConfig) -> serve.Application:
         callback_config={"callback_class": LocalFolder},
         experimental_configs={
             "stream_batching_interval_ms": 0
-        },  # it would delay the first token, too; ``in_bursts`` does not
+        },  # it would delay the first token; ``in_bursts`` does not
         runtime_env={"env_vars": _environment(serving, engine.cpu_kv_cache_gib)},
         deployment_config=_deployment(serving),
     )
@@ -187,12 +171,10 @@ def _on_cpu(max_length: int) -> dict[str, Any]:
 
 
 def _per_worker(serving: ServingConfig, workers: int) -> dict[str, float]:
-    """Divides ``serving.resources``, those of an engine, among its workers, as ``ray.serve.llm`` wants them."""
     return {name: amount / workers for name, amount in serving.resources.bundle.items()}
 
 
 def _environment(serving: ServingConfig, kv_cache_gib: int) -> dict[str, str]:
-    """Returns variables that vLLM and the compute libraries read when they are imported."""
     return {
         "OMP_NUM_THREADS": str(serving.resources.threads),
         "VLLM_CPU_KVCACHE_SPACE": str(kv_cache_gib),

@@ -1,4 +1,4 @@
-"""The iterates of a run that may serve. One is opened only if its bytes are those that were committed."""
+"""The iterates of a run that may serve."""
 
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,18 +13,18 @@ ALL = "all"
 
 @dataclass(frozen=True, slots=True)
 class Iterate:
-    """A checked model folder. Example: ``Iterate("iter-0", Path("RUN/iter_000/model"), "5f0c…")``."""
+    """A checked model folder."""
 
     name: str
     folder: Path
     digest: str
-    """Digest of all its files; a header of every answer has it."""
+    """Digest of all files."""
 
 
 def wanted(run: RunDir, models: tuple[str, ...]) -> tuple[list[str], str | None]:
-    """Returns the names of the iterates that should serve now, oldest first, and the one that ``latest`` should mean.
+    """Returns the iterates that should serve, oldest first, and the one that ``latest`` should mean.
 
-    ``models`` are names, ``latest`` and ``all``. Only published iterates count: that of RUN/LATEST and older ones.
+    Iterates newer than RUN/LATEST do not count.
     """
     published = run.latest()
     newest = iterate_number(published) if published else 0
@@ -36,11 +36,11 @@ def wanted(run: RunDir, models: tuple[str, ...]) -> tuple[list[str], str | None]
 
 
 def open_iterate(run: RunDir, name: str) -> Iterate:
-    """Opens the model folder of ``name`` after comparing every file with what was committed.
+    """Opens a model folder after checking its digests.
 
     Raises:
-        RunDirError: a file is missing or differs from its digest.
-        ModelError: the folder is not one that may be loaded.
+        RunDirError: a file is missing or has changed.
+        ModelError: the folder must not be loaded.
     """
     number = age(name)
     trusted = run.config().model.trust_remote_code

@@ -3,8 +3,7 @@
     LATEST moves ─> open (digests) ─> start beside the old one ─> probe ─> the table changes ─> every ingress hears
                                                                                 └─> the old engine drains, then goes
 
-The old engine serves until the new one has answered, and stays if any step fails. The name of an engine's application
-has its digest, so a keeper that is started again finds the engines of the one before.
+The old engine stays if any step fails. Application names hold digests, so a restarted keeper finds its engines.
 """
 
 import asyncio
@@ -28,16 +27,16 @@ from spin_ray.serving.iterates import Iterate, open_iterate, wanted
 logger = logging.getLogger("ray.serve")
 
 ENGINE_PREFIX = "engine."
-"""Beginning of the names of a server's engine applications; ``spin-ray compare`` has engines of its own."""
+"""Beginning of the names of engine applications."""
 _ENDED = (ApplicationStatus.DEPLOY_FAILED, ApplicationStatus.NOT_STARTED)
 
 
 class EngineFailed(RuntimeError):
-    """An engine that did not start or did not answer its probe."""
+    """An engine that did not start or answer its probe."""
 
 
 class Keeper:
-    """The one actor that starts and retires a server's engines. Every ingress replica serves from its table.
+    """The one actor that starts and retires a server's engines. Ingress replicas serve from its table.
 
     ``{"version": 3, "newest": "iter-1", "engines": {"iter-1": {"app": "engine.iter-1.5f0c…", "digest": "5f0c…"}},
     "problems": {"iter-2": "…/model.safetensors: differs from its digest"}}``
@@ -58,7 +57,7 @@ class Keeper:
         self._loop = asyncio.get_running_loop().create_task(self._keep())
 
     async def table(self, known: int, wait_s: float) -> dict[str, Any]:
-        """Returns the table as soon as its version is not ``known``, at the latest after ``wait_s`` seconds."""
+        """Returns the table once its version is not ``known``, or after ``wait_s``."""
         async with self._changed:
             with suppress(TimeoutError):
                 await asyncio.wait_for(self._changed.wait_for(lambda: self._version != known), wait_s)
@@ -70,7 +69,7 @@ class Keeper:
         }
 
     def check_health(self) -> None:
-        """Raises RuntimeError if the keeper's loop has ended; Ray Serve then starts another keeper."""
+        """Raises RuntimeError if the loop has ended; Ray Serve then restarts the keeper."""
         if self._loop.done():
             raise RuntimeError("the loop that follows LATEST has ended")
 
@@ -78,7 +77,7 @@ class Keeper:
         while True:
             try:
                 await self._once()
-            except Exception:  # e.g. storage does not answer: engines that serve go on
+            except Exception:  # e.g. storage; serving goes on
                 logger.exception("cannot follow the run; trying again")
             await asyncio.sleep(self._config.serving.follow_interval_s)
 
@@ -104,7 +103,7 @@ class Keeper:
             iterate = await asyncio.to_thread(open_iterate, self._run, name)
             app = f"{self._prefix}{name}.{iterate.digest[:16]}"
             await self._start(app, iterate)
-        except Exception as error:  # an iterate that cannot start must not stop those that serve
+        except Exception as error:  # must not stop those that serve
             self._retry_at[name] = time.monotonic() + self._config.serving.retry_failed_s
             self._problems[name] = " ".join(str(error).split())[:500]
             logger.error("%s does not serve: %s", name, self._problems[name])
@@ -115,11 +114,7 @@ class Keeper:
         await self._announce()
 
     async def _start(self, app: str, iterate: Iterate) -> None:
-        """Starts an engine and probes it.
-
-        Raises:
-            EngineFailed: it does not answer in time; nothing is left of it then.
-        """
+        """Starts an engine and probes it; deletes one that fails."""
         deadline = time.monotonic() + self._config.serving.start_timeout_s
         if await self._status(app) != ApplicationStatus.RUNNING:
             await self._ask_serve(_deploy, app, iterate, self._config)
@@ -139,11 +134,7 @@ class Keeper:
             raise
 
     async def _probe(self, app: str, name: str, deadline: float) -> None:
-        """Asks for real answers: a model that loads may still not run, and vLLM compiles sampling at its first use.
-
-        Raises:
-            EngineFailed: a probe is refused or not answered in time.
-        """
+        """Asks for real answers: a model that loads may not run, and vLLM compiles sampling at first use."""
         handle: Any = serve.get_app_handle(app).options(stream=True)
         chat = {"model": name, "messages": [{"role": "user", "content": "Hello"}], "max_tokens": 2}
         scored = {"model": name, "prompt": [1, 1], "max_tokens": 1, "prompt_logprobs": 0}
@@ -151,13 +142,13 @@ class Keeper:
             try:
                 async with asyncio.timeout(max(1.0, deadline - time.monotonic())):
                     items = [item async for item in handle.answer.remote(operation, fields)]
-            except Exception as error:  # whatever the engine died of
+            except Exception as error:
                 raise EngineFailed(f"its engine did not answer a first request ({first_line(error)})") from error
             if "choices" not in items[0]:
                 raise EngineFailed(f"its engine refused a first request ({items[0]})")
 
     async def _retire(self, names: list[str]) -> None:
-        """Takes engines out of the table; each ends the answers that it has begun, then goes."""
+        """Takes engines out of the table; each finishes its answers first."""
         if not names:
             return
         gone = [self._engines.pop(name)["app"] for name in names]
@@ -172,7 +163,7 @@ class Keeper:
             await self._ask_serve(serve.delete, app, _blocking=False)
 
     async def _remove_strays(self) -> None:
-        """Removes, once, the engines that an earlier keeper left and that nobody asks for any more."""
+        """Removes, once, unused engines of an earlier keeper."""
         if self._looked_for_strays or self._starting:
             return
         self._looked_for_strays = True
@@ -182,7 +173,6 @@ class Keeper:
                 await self._ask_serve(serve.delete, app, _blocking=False)
 
     async def _announce(self) -> None:
-        """Tells every ingress replica that the table has changed."""
         async with self._changed:
             self._version += 1
             self._changed.notify_all()
@@ -190,8 +180,7 @@ class Keeper:
     async def _ask_serve(self, function: Callable[..., Any], *arguments: Any, **options: Any) -> Any:
         """Calls Ray Serve in a thread, one call at a time.
 
-        Its configs register modules with cloudpickle while they are checked, and take them out again. Two threads at
-        that fail (ray 2.60: "not registered for pickle by value").
+        Two at once fail (ray 2.60: "not registered for pickle by value").
         """
         async with self._serve_lock:
             return await asyncio.to_thread(function, *arguments, **options)

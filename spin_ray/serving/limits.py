@@ -1,4 +1,4 @@
-"""Layers before the routes, as plain ASGI: keys, rates, the size and time of a body, headers, the access log."""
+"""Layers before the routes, as plain ASGI."""
 
 import asyncio
 import json
@@ -28,9 +28,9 @@ _HEADERS = [
 
 
 class Observe:
-    """The outermost layer: security headers, one log line per request, a 500 with a body for a failure.
+    """The outermost layer: security headers, one log line per request, a body for a 500.
 
-    A route adds to the line through ``scope["state"]["log"]``, e.g. the model. Ray Serve adds the request's id.
+    Routes add to the line through ``scope["state"]["log"]``.
     """
 
     def __init__(self, app: ASGIApp, metrics: Metrics) -> None:
@@ -59,17 +59,14 @@ class Observe:
                 await failed.response()(scope, receive, send_with_headers)
         finally:
             line["seconds"] = round(time.monotonic() - started, 4)
-            line.setdefault("status", 499)  # the client hung up before an answer began
+            line.setdefault("status", 499)  # the client hung up
             if scope["path"] not in ("/healthz", "/readyz"):
                 access_log.info(json.dumps(line))
             self._metrics.answered(str(line.get("model", "")), line["status"], line["seconds"])
 
 
 class Access:
-    """The layer of keys and rates: 401 without a known key, 429 above its rate.
-
-    Everything under ``/v1`` needs a key; health and the page itself do not.
-    """
+    """The layer of keys and rates for ``/v1``: 401 without a known key, 429 above its rate."""
 
     def __init__(self, app: ASGIApp, config: ServingConfig, keys: list[Key]) -> None:
         self._app, self._config, self._keys, self._rates = app, config, keys, Rates()
@@ -99,7 +96,7 @@ class Access:
 
 
 class WholeBody:
-    """The layer that reads a body before its route runs: 413 as soon as it is too large, 408 when it is too slow."""
+    """The layer that reads a body first: 413 if it is too large, 408 if too slow."""
 
     def __init__(self, app: ASGIApp, config: ServingConfig) -> None:
         self._app, self._config = app, config
@@ -119,7 +116,6 @@ class WholeBody:
             await self._app(scope, _replay(body, receive), send)
 
     async def _read(self, scope: Scope, receive: Receive) -> bytes | Refusal | None:
-        """Returns the body, or the refusal of one that is too large; None if the client hung up."""
         limit = self._config.max_body_bytes
         too_large = Refusal(413, f"The body has more than {limit} bytes", code="request_too_large")
         length = dict(scope["headers"]).get(b"content-length", b"")
@@ -138,7 +134,7 @@ class WholeBody:
 
 
 def _replay(body: bytes, receive: Receive) -> Receive:
-    """Returns a ``receive`` that gives the body in one message, then what the client does next."""
+    """Returns a ``receive`` that gives the body in one message, then what follows."""
     waiting = [{"type": "http.request", "body": body, "more_body": False}]
 
     async def replayed() -> Message:
@@ -148,17 +144,17 @@ def _replay(body: bytes, receive: Receive) -> Receive:
 
 
 class Slots:
-    """Places for answers that are being made in this replica. An answer without a place is refused, not queued."""
+    """Places for answers in this replica, without a queue."""
 
     def __init__(self, room: int) -> None:
         self._room, self.taken = room, 0
 
     @contextmanager
     def take(self, answers: int) -> Iterator[None]:
-        """Holds places for ``answers`` answers.
+        """Holds that many places.
 
         Raises:
-            Refusal: there are not so many free now (503), or at all (400).
+            Refusal: too few are free (503), or exist at all (400).
         """
         if answers > self._room:
             raise Refusal(400, f"asks for {answers} answers; at most {self._room} fit", code="too_many_answers")

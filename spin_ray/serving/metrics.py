@@ -1,4 +1,4 @@
-"""Metrics of the ingress, exported to Prometheus by Ray. Ray Serve and vLLM export their own."""
+"""Metrics of the ingress, exported to Prometheus by Ray."""
 
 from ray.util.metrics import Counter, Histogram
 
@@ -6,8 +6,6 @@ _SECONDS = [0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 120]
 
 
 class Metrics:
-    """Requests and their times, by iterate."""
-
     def __init__(self) -> None:
         self._requests = Counter(
             "spin_ray_requests", "Requests by the iterate that answered and HTTP status.", ("model", "status")

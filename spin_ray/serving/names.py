@@ -1,8 +1,7 @@
-"""Which model a request means.
+"""Names of models in requests.
 
-An iterate is called as the API calls it: ``sft`` (θ_0), ``iter-0`` (θ_1), ``iter-1``, …. ``latest`` is the newest one
-that serves. An alias is a short-lived other name for an iterate, e.g. ``battle-7f3c-a``: a blind comparison asks for
-it, and nothing in the answer tells which iterate it stands for.
+Iterates are ``sft`` (θ_0), ``iter-0`` (θ_1), …; ``latest`` is the newest. An alias hides an iterate in a blind
+comparison for a while.
 """
 
 import time
@@ -12,22 +11,11 @@ from spin_ray.run_dir.names import LATEST, age, is_iterate
 
 
 class UnknownModel(LookupError):
-    """No iterate that serves has this name; the message says which have."""
+    """A name that no serving iterate has."""
 
 
 class Names:
-    """Names of one ingress replica.
-
-    What serves is told by ``serve_now`` (every replica hears the same); aliases are known to the replica that
-    registered them only (``arena.recall_side`` registers those of others).
-
-    Example::
-
-        names = Names()
-        names.serve_now(["sft", "iter-0"], newest="iter-0")
-        names.register_alias("battle-7f3c-a", "sft", ttl_s=600)
-        names.resolve("battle-7f3c-a"), names.resolve("latest")    # ("sft", "iter-0")
-    """
+    """Names that one ingress replica knows."""
 
     def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
         self._clock = clock
@@ -41,15 +29,14 @@ class Names:
         return self._iterates
 
     def serve_now(self, iterates: Iterable[str], newest: str | None) -> None:
-        """Replaces what serves; requests that are being answered stay with the engine that they have."""
         self._iterates = tuple(sorted(iterates, key=age))
         self._newest = newest
 
     def newest(self) -> str:
-        """What ``latest`` stands for now.
+        """Returns the iterate that ``latest`` means.
 
         Raises:
-            UnknownModel: nothing that follows LATEST serves yet.
+            UnknownModel: none serves as ``latest``.
         """
         if self._newest is None:
             raise UnknownModel(f"no model serves as {LATEST!r}")
@@ -71,10 +58,10 @@ class Names:
         self._aliases[alias] = (iterate, now + ttl_s)
 
     def resolve(self, name: str) -> str:
-        """The iterate that ``name`` means now.
+        """Returns the iterate that ``name`` means.
 
         Raises:
-            UnknownModel: none, or one that does not serve.
+            UnknownModel: it does not exist or does not serve.
         """
         if name == LATEST:
             return self.newest()
@@ -84,7 +71,7 @@ class Names:
         return iterate
 
     def is_alias(self, name: str) -> bool:
-        """Whether ``name`` hides an iterate: then nothing in the answer may tell which."""
+        """Tells whether ``name`` hides an iterate."""
         return name in self._aliases
 
     def _unknown(self, name: str) -> str:

@@ -1,4 +1,4 @@
-"""``spin-ray serve``: starts Ray if need be, serves until it is stopped, and stops without cutting an answer short."""
+"""``spin-ray serve``, which finishes its answers before it stops."""
 
 import logging
 import os
@@ -33,13 +33,13 @@ def serve_run(run: RunDir, config: SpinConfig) -> None:
     """Serves until SIGINT or SIGTERM.
 
     Raises:
-        UserError: the settings, keys, run or cluster cannot be used.
-        StageError: the server stopped by itself.
+        UserError: settings, keys, run or cluster cannot be used.
+        StageError: the server did not start, or was deleted.
     """
     check_settings(run, config)
-    stop: queue.SimpleQueue[int] = queue.SimpleQueue()  # unlike an Event, two signals at once cannot lock it
+    stop: queue.SimpleQueue[int] = queue.SimpleQueue()  # two signals at once could lock an Event
     start(run, config)
-    for number in (signal.SIGINT, signal.SIGTERM):  # not earlier: Ray sets handlers of its own when it starts
+    for number in (signal.SIGINT, signal.SIGTERM):  # not earlier: Ray sets its own at its start
         take_signal(number, lambda number, _: stop.put(number))
     serving = config.serving
     logger.info("http://%s:%d answers once an engine is ready; Ctrl-C stops it", serving.host, serving.port)
@@ -50,10 +50,10 @@ def serve_run(run: RunDir, config: SpinConfig) -> None:
 
 
 def check_settings(run: RunDir, config: SpinConfig) -> None:
-    """Checks what can be checked before anything starts.
+    """Checks the settings before anything starts.
 
     Raises:
-        UserError: an unknown model name, keys or votes that cannot be read, or an open port without locks.
+        UserError: an unknown model name, unusable keys or votes, or a reachable port without keys.
     """
     serving = config.serving
     for name in serving.models:
@@ -74,10 +74,11 @@ def check_settings(run: RunDir, config: SpinConfig) -> None:
 
 
 def start(run: RunDir, config: SpinConfig) -> None:
-    """Deploys the application on the cluster, or on an embedded Ray, and returns; engines start in the background.
+    """Deploys the application and returns; engines start in the background.
 
     Raises:
         UserError: no cluster answers, or it could not serve safely.
+        StageError: Ray Serve's proxy did not start.
     """
     serving = config.serving
     if not (config.cluster.address or os.environ.get("RAY_ADDRESS")):
@@ -99,12 +100,12 @@ def start(run: RunDir, config: SpinConfig) -> None:
 
 
 def connect_for(run: RunDir, config: SpinConfig) -> None:
-    """Attaches to the cluster, or starts an embedded Ray with room for the engines of ``serving.models``.
+    """Joins the cluster, or starts an embedded Ray with room for the engines.
 
     Raises:
-        ResourceError: no cluster answers, or no engine could ever be placed on it.
+        ResourceError: no cluster answers, or no node could hold an engine.
     """
-    # Ray Serve kills and replaces a proxy that takes longer than 15 s to start, as it may on a busy machine.
+    # By default Ray Serve kills a proxy that takes longer than 15 s to start.
     os.environ.setdefault("RAY_SERVE_PROXY_READY_CHECK_TIMEOUT_S", "50")
     connect(with_room(config, len(wanted(run, config.serving.models)[0])))
     needed = config.serving.resources.bundle
@@ -120,10 +121,7 @@ def _check_port(serving: ServingConfig) -> None:
 
 
 def with_room(config: SpinConfig, engines: int) -> SpinConfig:
-    """Returns a config under which an embedded Ray declares CPUs for all engines.
-
-    One more counts: while ``latest`` moves, a new engine starts beside the old one.
-    """
+    """Makes an embedded Ray declare CPUs for all engines and one successor."""
     if config.cluster.local_cpus:
         return config
     needed = int((engines * config.serving.max_replicas + 1) * config.serving.resources.cpus + 1)
@@ -132,7 +130,7 @@ def with_room(config: SpinConfig, engines: int) -> SpinConfig:
 
 
 def stop_serving(app: str = APP, engines: str = ENGINE_PREFIX) -> None:
-    """Deletes ``app`` once its answers have ended, then its engines; a Ray Serve with other applications stays up."""
+    """Deletes ``app``, then its engines; Ray Serve stops if no other application is left."""
     serve.delete(app)
     names = list(serve.status().applications)
     for name in names:
@@ -143,11 +141,6 @@ def stop_serving(app: str = APP, engines: str = ENGINE_PREFIX) -> None:
 
 
 def _watch(stop: queue.SimpleQueue[int]) -> None:
-    """Waits for a signal.
-
-    Raises:
-        StageError: the application is gone.
-    """
     while True:
         with suppress(queue.Empty):
             stop.get(timeout=5)

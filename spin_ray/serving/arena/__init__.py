@@ -1,1 +1,1 @@
-"""The arena, where people compare two iterates blindly and vote: routes, votes, ratings, the page."""
+"""The arena, where people compare two iterates blindly and vote."""

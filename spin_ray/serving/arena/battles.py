@@ -1,4 +1,4 @@
-"""Comparisons and votes as values, and the names under which the sides of a comparison are asked."""
+"""Comparisons and votes as values."""
 
 import re
 from dataclasses import dataclass
@@ -8,17 +8,16 @@ Side = Literal["a", "b"]
 Verdict = Literal["a", "b", "tie", "both_bad"]
 
 BATTLE_TTL_S = 3600.0
-"""Seconds in which a comparison can be answered and voted on."""
+"""Seconds in which a comparison can be voted on."""
 _ALIAS = re.compile(r"battle-([0-9a-f]{24})-([ab])")
 
 
 @dataclass(frozen=True, slots=True)
 class Battle:
-    """A comparison of two iterates; ``a`` and ``b`` are the names under which they can be asked blindly."""
+    """A comparison of two iterates; ``a`` and ``b`` are their blind names."""
 
     id: str
     seed: int
-    """Seed of both sides, so that they differ by their weights and not by their luck."""
     model_a: str
     model_b: str
 
@@ -33,20 +32,17 @@ class Battle:
 
 @dataclass(frozen=True, slots=True)
 class Answer:
-    """Question and answer of one side, as the server saw both."""
-
     messages: list[dict[str, Any]]
     sampling: dict[str, Any]
-    """The request without model, messages and streaming: temperature, seed, max_tokens, …."""
+    """Sampling fields of the request."""
     text: str
     finish_reason: str
     digest: str
-    """Digest of the checkpoint that answered."""
 
 
 @dataclass(frozen=True, slots=True)
 class Vote:
-    """A verdict, and the checkpoints that it reveals."""
+    """A verdict and the checkpoints that it reveals."""
 
     battle: str
     model_a: str
@@ -58,7 +54,7 @@ class Vote:
 
 @dataclass(frozen=True, slots=True)
 class Tally:
-    """Number of equal verdicts on two checkpoints, each on the same side."""
+    """Number of equal verdicts on two checkpoints."""
 
     a: tuple[str, str]
     """Name and digest."""
@@ -68,7 +64,6 @@ class Tally:
 
 
 def is_side(name: str) -> bool:
-    """Tells whether a side of a comparison may be asked under ``name``."""
     return _ALIAS.fullmatch(name) is not None
 
 
@@ -76,7 +71,7 @@ def parse_alias(alias: str) -> tuple[str, Side]:
     """Splits ``battle-<id>-a`` into ``(id, "a")``.
 
     Raises:
-        LookupError: ``alias`` names no side of a comparison.
+        LookupError: ``alias`` names no side.
     """
     match = _ALIAS.fullmatch(alias)
     if match is None:

@@ -1,19 +1,14 @@
-"""Bradley-Terry ratings of votes, with bootstrap intervals, on the scale of chess. All functions are pure.
+"""Bradley-Terry ratings of votes, with bootstrap intervals, on the scale of chess.
 
-A checkpoint of strength s_i is preferred to one of strength s_j with probability s_i / (s_i + s_j). evalica finds the
-strengths that make the votes most likely (Newman 2023, JMLR 24). Here
+P(i preferred to j) = s_i / (s_i + s_j); evalica finds the most likely strengths s (Newman 2023, JMLR 24). Then
 
-    rating = 1000 + 400 · (log10 s − mean of log10 s)    so    P(i preferred to j) = 1 / (1 + 10^((r_j − r_i) / 400))
+    rating = 1000 + 400 · (log10 s − mean of log10 s)
 
-A tie is half a win for each side, and so is "both bad", which says nothing about which of the two is better.
+A tie or "both bad" is half a win for each side. Every checkpoint has also drawn once with an imaginary anchor, as one
+that only won would be rated infinite otherwise.
 
-Every checkpoint has also drawn once with an imaginary anchor. Without the anchor a checkpoint that has only won would
-be rated infinite, and two groups that never met could not be compared. With it the first vote sets two checkpoints 263
-points apart; after a few dozen votes its influence is small.
-
-Intervals are from the Bayesian bootstrap (Rubin 1981, Ann. Statist. 9): every game, the draws with the anchor too, gets
-a random weight from Exp(1) and the ratings are found again. With many votes that agrees with drawing votes with
-replacement. With three equal votes the interval is wide, where drawing votes would give one of width 0.
+Intervals are from the Bayesian bootstrap (Rubin 1981, Ann. Statist. 9): each game, draws with the anchor too, gets a
+weight from Exp(1). Resampled, three equal votes would have an interval of width 0.
 """
 
 from collections import defaultdict
@@ -35,7 +30,7 @@ CONFIDENCE = 0.95
 _WINNERS = {"a": Winner.X, "b": Winner.Y, "tie": Winner.Draw, "both_bad": Winner.Draw}
 
 Checkpoint = tuple[str, str]
-"""Name and digest: an iterate that was trained anew is another player."""
+"""Name and digest: a retrained iterate is another player."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,17 +41,17 @@ class Rating:
     digest: str
     rating: float
     low: float
-    """Lower end of the interval that holds ``CONFIDENCE`` of the bootstrap's ratings; ``high`` is the upper end."""
+    """Lower end of the ``CONFIDENCE`` interval."""
     high: float
     wins: int
     losses: int
     ties: int
-    """Ties, "both bad" among them."""
+    """Ties and "both bad"."""
 
 
 @dataclass(frozen=True, slots=True)
 class Pairing:
-    """All votes between two checkpoints, whichever side they were on."""
+    """All votes between two checkpoints."""
 
     a: str
     a_digest: str
@@ -70,10 +65,7 @@ class Pairing:
 
 @lru_cache(maxsize=8)
 def rate(tallies: tuple[Tally, ...]) -> list[Rating]:
-    """Returns the rating of every checkpoint that was voted on, best first; the same for the same votes.
-
-    Equal votes share a tally, and a sum of n weights from Exp(1) is Gamma(n): the cost does not grow with the votes.
-    """
+    """Returns the ratings, best first. A tally of n votes draws Gamma(n), the sum of n weights from Exp(1)."""
     if not tallies:
         return []
     players = sorted({player for tally in tallies for player in (tally.a, tally.b)})
@@ -91,7 +83,6 @@ def rate(tallies: tuple[Tally, ...]) -> list[Rating]:
 
 
 def pairings(tallies: Sequence[Tally]) -> list[Pairing]:
-    """Returns the votes of each pair that met."""
     found: dict[tuple[Checkpoint, Checkpoint], dict[str, int]] = defaultdict(lambda: defaultdict(int))
     for tally in tallies:
         turned = tally.b < tally.a
@@ -105,10 +96,7 @@ def pairings(tallies: Sequence[Tally]) -> list[Pairing]:
 
 
 def _ratings(tallies: Sequence[Tally], players: list[Checkpoint], weights: np.ndarray) -> np.ndarray:
-    """Returns the ratings of ``players`` [P].
-
-    ``weights`` [T + P] are those of the tallies, then of each player's draw with the anchor.
-    """
+    """Returns ratings [P]; ``weights`` [T + P] belong to tallies, then to draws with the anchor."""
     number = {player: i for i, player in enumerate(players)}
     anchor = len(players)
     strengths = evalica.bradley_terry(
@@ -125,7 +113,6 @@ def _ratings(tallies: Sequence[Tally], players: list[Checkpoint], weights: np.nd
 
 
 def _scores(tallies: Sequence[Tally]) -> dict[Checkpoint, tuple[int, int, int]]:
-    """Returns wins, losses and ties of each checkpoint."""
     scores = defaultdict(lambda: [0, 0, 0])
     for tally in tallies:
         a, b = {"a": (0, 1), "b": (1, 0)}.get(tally.verdict, (2, 2))

@@ -1,4 +1,4 @@
-"""The answers of a comparison, read along while they are streamed and kept once they are whole."""
+"""Recording of a comparison's answers while they are streamed."""
 
 import json
 import logging
@@ -20,17 +20,7 @@ _SAMPLING = {*Sampling.model_fields, "max_completion_tokens"}
 async def recorded(
     stream: AsyncIterator[str], votes: VoteStore, alias: str, body: ChatBody, digest: str
 ) -> AsyncIterator[str]:
-    """Passes a streamed chat completion on as it is, and keeps a whole answer *before* its last event goes out.
-
-    So whoever has seen ``data: [DONE]`` can vote. An answer that breaks off (the reader left, the engine failed) is not
-    kept.
-
-    Args:
-        stream: server-sent events of one chat completion, cut anywhere.
-        alias: the name that was asked, ``battle-<id>-a`` or ``-b``.
-        body: the request.
-        digest: that of the checkpoint that answers.
-    """
+    """Passes server-sent events on; keeps a whole answer *before* its last event, so that its reader can vote."""
     answer = _StreamedText()
     async for chunk in stream:
         if answer.read(chunk) and answer.finish_reason is not None:
@@ -50,14 +40,12 @@ async def recorded(
 
 @dataclass(slots=True)
 class _StreamedText:
-    """The text of a chat completion, put together from its events."""
-
     text: list[str] = field(default_factory=list)
     finish_reason: str | None = None
     _rest: str = ""
 
     def read(self, chunk: str) -> bool:
-        """Reads a chunk, and tells whether the stream ends in it."""
+        """Reads ``chunk``; tells whether the stream ends in it."""
         *lines, self._rest = (self._rest + chunk).split("\n")
         return any([self._line(line.strip()) for line in lines])
 

@@ -1,13 +1,7 @@
-"""The arena: a page on which people compare two iterates, and the votes that come of it.
+"""The routes of the arena.
 
-    POST /v1/battles -> two names that hide two iterates, and one seed for both
-    the page asks each of them by POST /v1/chat/completions, streamed; ``recorded`` reads along
-    POST /v1/votes   -> the verdict is kept, the names are revealed
-    GET  /v1/leaderboard, /v1/votes/export
-
-A voter cannot change what was asked or answered, or by which checkpoint: the server keeps what it streamed, and a vote
-brings a verdict only. A voter *can* vote without reading, vote often, or find out who is who by asking a named iterate
-the same question with the same seed. Votes are worth as much as the people who have keys.
+The page asks both blind names of a battle by ``/v1/chat/completions``; ``recorded`` reads along. A voter *can* vote
+often, or unmask a side by asking a named iterate the same with the same seed.
 """
 
 import json
@@ -30,7 +24,7 @@ from spin_ray.serving.names import Names
 
 STATIC = Path(__file__).parent / "static"
 FILES = ("arena.css", "arena.js", "api.js", "leaderboard.js", "scores.js", "arena.svg")
-"""Files beside ``index.html``; a browser may load them before it has a key."""
+"""Files beside ``index.html``; they need no key."""
 _random = random.SystemRandom()
 
 ModelName = Annotated[str, Field(min_length=1, max_length=64)]
@@ -42,7 +36,7 @@ class _Body(BaseModel):
 
 class BattleRequest(_Body):
     models: Annotated[list[ModelName], Field(min_length=2, max_length=2)] | None = None
-    """The two iterates to compare; any two that serve when not set. Sides are drawn by lot either way."""
+    """The two iterates to compare; any two that serve when not set. Sides are drawn by lot."""
 
 
 class BattleReply(BaseModel):
@@ -77,14 +71,13 @@ class Leaderboard(BaseModel):
 
 
 def arena_router(votes: VoteStore, names: Names) -> APIRouter:
-    """Builds the routes of the arena; the application itself serves ``/v1/chat/completions`` and ``/v1/models``."""
     routes = APIRouter(tags=["arena"])
     for path, file in [("/", "index.html"), *((f"/{file}", file) for file in FILES)]:
         routes.add_api_route(path, _file(file), response_class=FileResponse, include_in_schema=False)
 
     @routes.post("/v1/battles", responses={409: {"description": "Fewer than two iterates serve"}})
     def start_battle(request: BattleRequest) -> BattleReply:
-        """Draws two iterates, and the names under which they can be asked without being known."""
+        """Draws two iterates and their blind names."""
         battle = votes.start(*_draw(request.models, names))
         for alias, model in ((battle.a, battle.model_a), (battle.b, battle.model_b)):
             names.register_alias(alias, model, ttl_s=BATTLE_TTL_S)
@@ -98,7 +91,7 @@ def arena_router(votes: VoteStore, names: Names) -> APIRouter:
         },
     )
     def vote(request: VoteRequest) -> VoteReply:
-        """Records which answer is better, and tells which iterate gave which. Once per comparison."""
+        """Records the verdict, once per comparison, and reveals the iterates."""
         vote = votes.vote(request.battle, request.verdict)
         return VoteReply(
             battle=vote.battle,
@@ -117,9 +110,9 @@ def arena_router(votes: VoteStore, names: Names) -> APIRouter:
 
     @routes.get("/v1/votes/export", response_class=StreamingResponse)
     def export() -> StreamingResponse:
-        """Gives the votes as pairs for preference training, as JSON lines; ties and "both bad" make none."""
+        """Gives the votes as pairs for preference training, as JSON lines, without ties and "both bad"."""
         pairs = votes.export()
-        first = list(islice(pairs, 1))  # a database that does not answer is told by the status, not by an empty file
+        first = list(islice(pairs, 1))  # a failing database must show in the status
         lines = (json.dumps(pair) + "\n" for pair in chain(first, pairs))
         return StreamingResponse(lines, media_type="application/jsonl")
 
@@ -127,7 +120,7 @@ def arena_router(votes: VoteStore, names: Names) -> APIRouter:
 
 
 def _draw(models: list[str] | None, names: Names) -> tuple[str, str]:
-    """Draws two iterates, in an order that says nothing. They have their own names, as ``latest`` may move on."""
+    """Draws two iterates, by their own names, as ``latest`` may move on."""
     if models is None:
         if len(names.iterates) < 2:
             raise Refusal(409, "A comparison needs two iterates that serve; there are fewer now")
@@ -142,7 +135,7 @@ def _draw(models: list[str] | None, names: Names) -> tuple[str, str]:
 
 
 def recall_side(alias: str, votes: VoteStore, names: Names) -> None:
-    """Registers a side that another replica drew, or this one before it was started again."""
+    """Registers a side drawn by another replica or before a restart."""
     if model := votes.model_of(alias):
         names.register_alias(alias, model, ttl_s=BATTLE_TTL_S)
 

@@ -1,8 +1,4 @@
-"""The database of blind comparisons and their votes.
-
-One row is one comparison: what was drawn, what each side answered, and the verdict once there is one. The voter brings
-the verdict; the server writes everything else.
-"""
+"""The database of blind comparisons, one row each."""
 
 import secrets
 import time
@@ -62,10 +58,7 @@ _by_vote = Index("battles_by_vote", _battles.c.voted, _battles.c.id)
 
 
 class VoteStore:
-    """Comparisons and votes in SQLite (``sqlite:///FILE``) or any database that SQLAlchemy has a driver for.
-
-    Every method that writes returns after the commit. With SQLite that is a write-ahead log flushed to the disk, which
-    several processes of *one machine* may share; replicas on several machines need a database server.
+    """Comparisons and votes in a database of SQLAlchemy; only processes of *one machine* may share SQLite.
 
     Raises:
         UserError: the URL names no usable database.
@@ -93,7 +86,7 @@ class VoteStore:
         self._engine.dispose()
 
     def start(self, model_a: str, model_b: str) -> Battle:
-        """Draws up a comparison, and forgets those that nobody voted on in time."""
+        """Adds a comparison; deletes those not voted on in time."""
         battle = Battle(id=secrets.token_hex(12), seed=secrets.randbelow(2**31), model_a=model_a, model_b=model_b)
         now = self._clock()
         with self._transaction() as connection:
@@ -106,14 +99,14 @@ class VoteStore:
         return battle
 
     def model_of(self, alias: str) -> str | None:
-        """Returns the iterate behind one side of a comparison; None if there is none, or no longer."""
+        """Returns the iterate behind a side; None for an unknown or old comparison."""
         battle, side = parse_alias(alias)
         recent = and_(_battles.c.id == battle, _battles.c.created >= self._clock() - BATTLE_TTL_S)
         with self._transaction() as connection:
             return connection.execute(select(_battles.c[f"model_{side}"]).where(recent)).scalar_one_or_none()
 
     def record(self, alias: str, answer: Answer) -> None:
-        """Keeps the first whole answer of a side; later ones, and those after the vote, change nothing."""
+        """Keeps the first whole answer of a side, if it comes before the vote."""
         battle, side = parse_alias(alias)
         kept = {
             "messages": answer.messages,
@@ -128,11 +121,11 @@ class VoteStore:
             )
 
     def vote(self, battle: str, verdict: Verdict) -> Vote:
-        """Records the verdict; the same verdict again is the same vote.
+        """Records the verdict; the same one again changes nothing.
 
         Raises:
-            Refusal: no such comparison (404), it is too old (410), its answers are not both there, are to different
-                questions, or it has another verdict already (409).
+            Refusal: the comparison does not exist (404) or is too old (410); an answer is missing, the questions
+                differ, or another verdict exists (409).
         """
         open_still = and_(_battles.c.id == battle, _battles.c.verdict.is_(None))
         with self._transaction() as connection:
@@ -143,7 +136,7 @@ class VoteStore:
                 self._check_votable(row)
                 connection.execute(
                     update(_battles).where(open_still).values(verdict=verdict, voted=self._clock())
-                )  # of two votes at once the first counts
+                )  # the first of two simultaneous votes counts
                 row = connection.execute(select(_battles).where(_battles.c.id == battle)).one()
             if row.verdict != verdict:
                 raise Refusal(409, f"This comparison was voted on before, with {row.verdict!r}")
@@ -159,7 +152,6 @@ class VoteStore:
             raise Refusal(409, "The two sides were asked different things; start a new comparison")
 
     def tallies(self) -> list[Tally]:
-        """Returns all verdicts, counted by the database."""
         columns = [_battles.c[name] for name in ("model_a", "digest_a", "model_b", "digest_b", "verdict")]
         with self._transaction() as connection:
             rows = connection.execute(
@@ -173,10 +165,9 @@ class VoteStore:
         ]
 
     def export(self) -> Iterator[dict[str, Any]]:
-        """Yields one row per vote that prefers a side, oldest first. No lock outlives a page of rows.
+        """Yields one row per vote that prefers a side, oldest first.
 
-        ``chosen`` and ``rejected`` are whole conversations that end with the answer, as preference data has them
-        elsewhere (TRL's form with an implicit prompt) and as ``data.train`` here reads them.
+        ``chosen`` and ``rejected`` are whole conversations, as ``data.train`` and TRL (implicit prompt) read them.
         """
         after = _battles.c.verdict.in_(("a", "b"))
         while True:
@@ -216,11 +207,11 @@ def _pair(row: Row) -> dict[str, Any]:
 
 
 def _make_durable(connection: Any, _record: object) -> None:
-    """Sets SQLite so that a commit that returns is on the disk; writers wait for each other, readers for nobody."""
+    """Makes SQLite flush every commit; readers wait for nobody."""
     for pragma in ("journal_mode=WAL", "synchronous=FULL", "busy_timeout=10000"):
         connection.execute(f"PRAGMA {pragma}").close()
 
 
 def _reason(error: SQLAlchemyError) -> str:
-    """Returns the driver's message, without the statement and its values."""
+    """Returns the driver's message without the SQL statement."""
     return str(error.orig if isinstance(error, DBAPIError) else error).splitlines()[0]

@@ -1,4 +1,4 @@
-// Requests to the server, with the key of this tab. Failures are told in words; a refused key is an event of the document.
+// Requests to the server, with the key of this tab. A refused key is an event of the document.
 
 export const KEY = "spin_ray.api_key";
 
@@ -27,7 +27,7 @@ export async function call(path, body, signal) {
   throw new Refused(await reasonOf(response), response.status);
 }
 
-/** Returns the server's own words of an error in OpenAI's form; a proxy before it may have another form. */
+/** Returns the server's words of an error; a proxy may have another form. */
 async function reasonOf(response) {
   const wait = response.headers.get("Retry-After");
   const again = wait ? ` (in ${wait} s)` : "";

@@ -1,4 +1,4 @@
-// The arena page: asks two iterates, streams both answers, takes the vote. What models say is only ever set as text.
+// The arena page. What models say is only ever set as text.
 
 import { KEY, Refused, call, streamed } from "./api.js";
 import { download, loadLeaderboard } from "./leaderboard.js";
@@ -43,7 +43,7 @@ const blind = () => $("#ask").elements.mode.value === "blind";
 
 async function loadModels() {
   const { data } = await (await call("/v1/models")).json();
-  page.models = data.map((model) => model.id).filter((id) => id !== "latest"); // a second name of one of the others
+  page.models = data.map((model) => model.id).filter((id) => id !== "latest"); // a second name
   fillChoices();
   if (page.models.length < 2)
     throw new Refused(`A comparison needs two iterates; this server has ${page.models.length}. It serves more with --models.`);
@@ -104,7 +104,7 @@ async function compare(event) {
   if (page.stopper || !$("#ask").reportValidity()) return;
   if (!$("#prompt").value.trim()) return $("#prompt").focus();
   reset();
-  $("#main").focus({ preventScroll: true }); // so that 1 to 4 are votes and no text, and a phone puts its keyboard away
+  $("#main").focus({ preventScroll: true }); // so that 1 to 4 are votes; hides a phone's keyboard
   busy(true);
   try {
     const sides = blind() ? await drawBattle() : openPair();
@@ -139,7 +139,7 @@ function openPair() {
   return { a: $("#first").value, b: $("#second").value, seed: crypto.getRandomValues(new Uint32Array(1))[0] >>> 1 };
 }
 
-/** Has both answers scored under both iterates, if that is wanted; only now that the names are known. */
+/** Has both answers scored under both iterates, if wanted, once the names are known. */
 async function score(models) {
   const said = page.said;
   if (!said || !$("#score").checked || models[0] === models[1]) return;
@@ -154,7 +154,7 @@ async function score(models) {
   }
 }
 
-/** Streams one side into its card; returns the answer, or null if it did not end as it should. */
+/** Streams one side into its card; returns the answer, or null if it failed. */
 async function answer(side, request) {
   const card = $(`#side-${side}`);
   const [text, status] = [card.querySelector(".answer"), card.querySelector(".status")];

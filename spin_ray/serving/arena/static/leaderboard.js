@@ -1,4 +1,4 @@
-// The leaderboard: ratings with intervals, votes pair by pair, and the download.
+// The leaderboard.
 
 import { call } from "./api.js";
 

@@ -1,4 +1,4 @@
-// Log-probabilities of both answers under both iterates, and the margin between the two; shown once names are known.
+// Log-probabilities of both answers under both iterates, and the margin.
 
 import { call } from "./api.js";
 
