@@ -1,1 +1,1 @@
-"""The learner, in plain torch: packing, losses, scores, the training step, loading, backends."""
+"""The learner, in plain torch."""

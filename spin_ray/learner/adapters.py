@@ -1,4 +1,4 @@
-"""LoRA by PEFT: adapters are added to a model before training, and merged into plain weights at export."""
+"""LoRA by PEFT: adapters are added before training and merged at export."""
 
 import math
 import zlib
@@ -16,10 +16,10 @@ _BASE, _DOWN, _UP = ".base_layer.", ".lora_A.default.", ".lora_B.default."
 
 
 def add_adapters(model: Any, config: LoraConfig, *, seed: int) -> None:
-    """Puts x ↦ W x + (alpha/rank)·B A x in place of the linear layers; only A and B are trained.
+    """Replaces linear layers by x ↦ W x + (alpha/rank)·B A x; only A and B are trained.
 
     Raises:
-        ModelError: PEFT is not installed, or no layer has one of the names.
+        ModelError: PEFT is missing, or no layer has these names.
     """
     try:
         import peft
@@ -38,7 +38,7 @@ def add_adapters(model: Any, config: LoraConfig, *, seed: int) -> None:
 
 @torch.no_grad()
 def set_first_values(parameters: dict[str, nn.Parameter], *, seed: int) -> None:
-    """Sets A to PEFT's random values, equal on all ranks, and B to 0: the model answers as before, to the last bit."""
+    """Makes A random, equal on all ranks, and B 0: the model's answers do not change."""
     for name, parameter in parameters.items():
         if parameter.is_meta or not is_adapter(name):
             continue
@@ -58,15 +58,12 @@ def is_adapter(name: str) -> bool:
 
 
 def stored_name(name: str) -> str:
-    """Returns the parameter's name in the model folder, where adapters are not known."""
+    """Returns the parameter's name in the model folder."""
     return name.replace(_BASE, ".")
 
 
 def merge_adapters(weights: Iterable[tuple[str, Tensor]], config: LoraConfig) -> Iterator[tuple[str, Tensor]]:
-    """Yields the names and weights of a plain model, W + (alpha/rank)·B A in fp32, from whole tensors with adapters.
-
-    A layer's three tensors may come in any order; a layer is held until the last of them has come.
-    """
+    """Yields a plain model's weights, W + (alpha/rank)·B A in fp32."""
     waiting: dict[str, dict[str, Tensor]] = {}
     for name, weight in weights:
         part = next((part for part in (_BASE, _DOWN, _UP) if f"{part}weight" in name), None)

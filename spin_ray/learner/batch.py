@@ -1,11 +1,11 @@
 """The tensors of one pack.
 
-Legend of dimensions, used in every signature of the package:
+Dimensions in all signatures:
 
-    tokens    tokens of one pack (one of a few lengths; the tail is padding)
-    targets   response tokens of one pack: those whose log-probability is wanted
-    segments  responses (branches) of one pack
-    pairs     (real, generated) pairs of one pack
+    tokens    tokens of one pack, padding included
+    targets   response tokens
+    segments  responses (branches)
+    pairs     (real, generated) pairs
 """
 
 from dataclasses import dataclass
@@ -18,10 +18,10 @@ from torch import Tensor
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class PackedBatch:
-    """One pack: several shared-prompt trees behind one another in a single sequence.
+    """One pack: several trees in a single sequence.
 
-    A tree is a prompt followed by its responses. Every response continues the prompt's positions and sees the prompt
-    and itself, never a sibling or another tree, so one forward pass scores all of them as if each stood alone.
+    A tree is a prompt followed by its responses.
+    Each response continues the prompt's positions and sees only the prompt and itself.
 
     Example: prompt ``[5, 6]``, real ``[7, 2]``, generated ``[8]``, pack length 6::
 
@@ -30,26 +30,25 @@ class PackedBatch:
         tree          0  0  0  0  0 -1
         branch        0  0  1  1  2  0
         predict_at    1  2  1      target_ids  7  2  8      segment  0  0  1
-        real_segment  0            generated_segment  1     pair_row  (row of the pair in its table)
     """
 
     input_ids: Int64[Tensor, "tokens"]
     position_ids: Int64[Tensor, "tokens"]
     tree: Int64[Tensor, "tokens"]
-    """Number of the tree a token belongs to; -1 marks padding (the pad id may equal the end-of-turn id)."""
+    """Number of the tree; -1 marks padding (the pad id may equal the end-of-turn id)."""
     branch: Int64[Tensor, "tokens"]
-    """0 for the prompt, 1, 2, … for the responses of the tree."""
+    """0 for the prompt, 1, 2, … for its responses."""
     predict_at: Int64[Tensor, "targets"]
-    """Position whose hidden state predicts the target: the last prompt token for the first token of a response."""
+    """Index of the token that predicts the target."""
     target_ids: Int64[Tensor, "targets"]
     segment: Int64[Tensor, "targets"]
-    """Response that the target belongs to, 0 … num_segments - 1."""
+    """Number of the target's response."""
     num_segments: int
     real_segment: Int64[Tensor, "pairs"]
     generated_segment: Int64[Tensor, "pairs"]
-    """Segment of y′; -1 for a row that has none (SFT)."""
+    """-1 without y′ (SFT)."""
     pair_row: Int64[Tensor, "pairs"]
-    """Row of the pair in the table that the pack was built from."""
+    """Row in the table."""
 
     @property
     def num_pairs(self) -> int:
@@ -57,11 +56,10 @@ class PackedBatch:
 
     @property
     def num_useful_tokens(self) -> int:
-        """Number of tokens that are not padding."""
+        """Number of tokens without padding."""
         return int((self.tree >= 0).sum())
 
     def to(self, device: torch.device) -> "PackedBatch":
-        """Returns the same pack on ``device``."""
         moved: dict[str, Any] = {
             name: value.to(device) if isinstance(value, Tensor) else value
             for name in self.__slots__

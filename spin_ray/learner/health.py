@@ -1,7 +1,4 @@
-"""Limits at which training stops by itself: the numbers of the last steps say that the model is being destroyed.
-
-A good loss says nothing here: in a collapse that was seen it fell to 0.39 while the margin ran up to 16 nats.
-"""
+"""Limits at which training stops by itself; a falling loss alone proves nothing."""
 
 from collections import deque
 from typing import Any
@@ -13,17 +10,17 @@ from spin_ray.errors import HealthError
 
 
 class HealthMonitor:
-    """Watcher of the means over the last ``limits.steps`` steps. Metrics are equal on all ranks, so all stop alike."""
+    """Watcher of means over the last steps, equal on all ranks."""
 
     def __init__(self, limits: HealthConfig) -> None:
         self._limits = limits
         self._recent: deque[dict[str, Any]] = deque(maxlen=limits.steps)
 
     def check(self, step: int, metrics: dict[str, Any]) -> None:
-        """Takes in what ``train_step`` returned for ``step``; a step without a margin (SFT) is not judged.
+        """Checks a step's metrics, unless it has no margin (SFT).
 
         Raises:
-            HealthError: a limit is passed; the message names it, the value and what to change.
+            HealthError: a limit is passed.
         """
         if "margin" not in metrics:
             return
@@ -47,7 +44,7 @@ class HealthMonitor:
         return float(np.mean([line[name] for line in self._recent]))
 
     def _drop(self) -> float:
-        """Returns the fall of log p(y) as a share of −log p(y) at the start of the iteration; 0 without a reference."""
+        """Returns the fall of log p(y) as a share of −log p(y) at the iteration's start."""
         if "real_logp_drift" not in self._recent[-1]:
             return 0.0
         drift = self._mean("real_logp_drift")

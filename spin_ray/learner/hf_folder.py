@@ -1,4 +1,4 @@
-"""Model folders in Hugging Face layout: in as fp32 master weights, out as safetensors with everything serving needs."""
+"""Model folders in Hugging Face layout: read as fp32, written as safetensors."""
 
 import json
 import shutil
@@ -14,16 +14,16 @@ from transformers import AutoModelForCausalLM, GenerationConfig
 
 NOT_COPIED = {"config.json", "model.safetensors.index.json", "pytorch_model.bin.index.json"}
 COPIED_SUFFIXES = {".json", ".jinja", ".model", ".txt", ".tiktoken"}
-"""Suffixes of tokenizers, chat templates, generation config and licence. Weights and manifest are left behind."""
+"""Suffixes of tokenizers, chat templates, generation config and licence."""
 FILE_BYTES = 2**30
-"""Largest file of weights, unless one tensor is larger. The writer holds twice as much, as safetensors copies."""
+"""Largest file of weights, unless one tensor is larger; the writer holds twice as much."""
 
 
 def load_model(source: str | Path, *, trust_remote_code: bool, config: Any = None) -> Any:
-    """Loads the causal LM in fp32 on the CPU. Pickled weights are not read unless the folder's code is trusted anyway.
+    """Loads the causal LM in fp32 on the CPU; reads pickled weights only from trusted folders.
 
     Args:
-        config: used instead of the folder's own; weights that it has no place for are left out.
+        config: replaces the folder's own; surplus weights are left out.
     """
     return AutoModelForCausalLM.from_pretrained(
         str(source),
@@ -36,7 +36,6 @@ def load_model(source: str | Path, *, trust_remote_code: bool, config: Any = Non
 
 
 def stored_shapes(source: Path) -> dict[str, tuple[int, ...]]:
-    """Returns names and shapes of the tensors in the safetensors files of a folder."""
     shapes: dict[str, tuple[int, ...]] = {}
     for file in source.glob("*.safetensors"):
         with safe_open(file, "pt") as stored:
@@ -54,15 +53,13 @@ def write_model(
     source: str | Path,
     with_code: bool,
 ) -> None:
-    """Writes ``weights`` (whole tensors, tied ones once) under ``model``'s config; copies the tokenizer of ``source``.
+    """Writes ``weights`` (tied ones once), ``model``'s config and ``source``'s tokenizer.
 
     Args:
-        names: of all of ``weights``, which may be made one by one: ``FILE_BYTES`` of them are held at a time, unless
-            transformers renames or fuses them, as it did when it loaded ``source``.
-        with_code: copy the folder's own Python files too (models with remote code).
+        names: names of all ``weights``, which are held one file at a time unless transformers renames them.
+        with_code: copy Python files too.
     """
-    # A fresh one: transformers refuses to save many published generation configs (temperature without do_sample …), and
-    # the original file is copied over it below.
+    # transformers refuses to save many published generation configs; the original file is copied over this one below.
     model.generation_config = GenerationConfig.from_model_config(model.config)
     if Path(source).is_dir() and names <= stored_shapes(Path(source)).keys():
         model.config.architectures = [type(model).__name__]
@@ -83,7 +80,6 @@ def write_model(
 
 
 def _write_files(target: Path, weights: Iterable[tuple[str, Tensor]]) -> None:
-    """Writes ``model.safetensors``, or several files with an index, as transformers names them."""
     held: dict[str, Tensor] = {}
     files: list[list[str]] = []
     size = total = 0

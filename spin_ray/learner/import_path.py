@@ -1,4 +1,4 @@
-"""Objects of the user's own, named by an import path ``package.module:name``."""
+"""Objects named by an import path."""
 
 from collections.abc import Iterable
 from importlib import import_module
@@ -8,14 +8,14 @@ from spin_ray.errors import ConfigError
 
 
 def import_object(path: str, setting: str, names: Iterable[str | None]) -> Any:
-    """Returns the object that ``path`` names. Example: ``import_object("my_pkg.mine:loss", "objective.loss", LOSSES)``.
+    """Returns the object that ``path`` names.
 
     Args:
-        setting: the setting that holds ``path``, for the message of an error.
-        names: the names that the setting takes instead of a path, likewise.
+        setting: setting that holds ``path``.
+        names: what ``setting`` accepts besides paths.
 
     Raises:
-        ConfigError: ``path`` is no import path, its module cannot be imported, or the module has no such object.
+        ConfigError: ``path`` is malformed, or cannot be imported.
     """
     module, colon, name = path.partition(":")
     if not (module and colon and name):

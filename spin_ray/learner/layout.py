@@ -1,4 +1,4 @@
-"""The choice of layout in which a model scores packs, by a tiny made-up pack that is scored both ways."""
+"""The choice of layout for scoring packs."""
 
 import logging
 from typing import Any, Literal
@@ -17,10 +17,10 @@ logger = logging.getLogger(__name__)
 
 
 def choose_layout(model: Any, wanted: Literal["auto", "packed", "padded"], *, max_length: int) -> Layout:
-    """Decides ``auto`` by scoring a tiny made-up pack both ways; run it before the model is sharded, in fp32.
+    """Decides ``auto`` by scoring a made-up pack both ways; needs an unsharded model in fp32.
 
     Raises:
-        ModelError: ``packed`` was asked for and would give wrong numbers.
+        ModelError: ``packed`` would give wrong numbers.
     """
     if wanted == "padded":
         return "padded"
@@ -54,7 +54,7 @@ def _why_not_packed(model: Any, max_length: int) -> str | None:
 
 
 def _attention_window(config: Any) -> int | None:
-    """Returns the shortest reach of layers with local attention. A 4-D mask replaces theirs, so none may be needed."""
+    """Returns the shortest reach of local attention, which 4-D masks override."""
     kinds = getattr(config, "layer_types", None)
     windows = [
         getattr(config, field, None)
@@ -65,7 +65,6 @@ def _attention_window(config: Any) -> int | None:
 
 
 def _made_up_pack(vocab_size: int) -> PackedBatch:
-    """Returns two trees, the first with three responses, and padding: all that a mask must keep apart."""
     ids = iter((7 * i + 3) % vocab_size for i in range(1000))
     shapes = [(4, 3, 2), (4, 3, 5), (2, 2, 3)]  # prompt, real, generated
     first, second, third = ([[next(ids) for _ in range(length)] for length in shape] for shape in shapes)

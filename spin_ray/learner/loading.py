@@ -1,7 +1,4 @@
-"""Loading share by share: a model is made without weights, sharded, and each rank reads only its slices of the files.
-
-So no rank ever holds the whole model in fp32, which for 70B parameters would be 280 GB in each of a node's workers.
-"""
+"""Loading in shares: no rank holds the whole model in fp32 (280 GB for 70B parameters)."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -19,10 +16,9 @@ from spin_ray.learner.hf_folder import load_model, stored_shapes
 
 
 def empty_model(source: Path) -> Any | None:
-    """Makes the causal LM with its buffers (rotary frequencies), but parameters on the meta device.
+    """Makes the causal LM with parameters on the meta device.
 
-    Returns None where reading slices by name would not give its weights: transformers renames or fuses them as it
-    loads, or there is more than parameters to load. Such a model has to be loaded whole.
+    Returns None if the model must be loaded whole: weights are renamed, or buffers are stored.
     """
     config = AutoConfig.from_pretrained(source)
     with _parameters_on_meta():
@@ -35,7 +31,7 @@ def empty_model(source: Path) -> Any | None:
 
 
 def read_shares(parameters: dict[str, nn.Parameter], source: Path) -> None:
-    """Fills sharded parameters from the safetensors files of ``source``; a collective."""
+    """Fills sharded parameters from ``source``; a collective."""
     tensors = {name: parameter.detach() for name, parameter in parameters.items()}
     dcp.load(tensors, storage_reader=HuggingFaceStorageReader(str(source)))
 
@@ -43,7 +39,7 @@ def read_shares(parameters: dict[str, nn.Parameter], source: Path) -> None:
 def load_first_layers(source: Path) -> Any:
     """Loads as much of the model as shows how it treats masks.
 
-    That is embeddings, head, and the shortest start of its stack (two layers at least) that has every kind of layer.
+    It has at least two layers, and one of every kind.
     """
     config = AutoConfig.from_pretrained(source)
     text = config.get_text_config()
@@ -63,7 +59,7 @@ def load_first_layers(source: Path) -> Any:
 
 
 def materialise(module: nn.Module, device: torch.device, parameters_on: torch.device) -> None:
-    """Allocates what is on the meta device; buffers keep their values, which ``to_empty`` alone would lose."""
+    """Allocates meta tensors; buffers keep their values, unlike with ``to_empty``."""
     buffers = {name: buffer.clone() for name, buffer in module.named_buffers()}
     module.to_empty(device=parameters_on)
     for name, value in buffers.items():
@@ -75,7 +71,7 @@ def materialise(module: nn.Module, device: torch.device, parameters_on: torch.de
 def _parameters_on_meta() -> Iterator[None]:
     """Puts new parameters on the meta device.
 
-    ``torch.device("meta")`` would take the buffers, too, whose values are in no file.
+    ``torch.device("meta")`` would take buffers too, which no file holds.
     """
     register = nn.Module.register_parameter
 

@@ -1,4 +1,4 @@
-"""The metrics of an optimizer step: sums over its packs and ranks, by name."""
+"""The metrics of an optimizer step."""
 
 import torch
 import torch.distributed as dist
@@ -15,28 +15,26 @@ MEANS = {
     "real_logp_drift": "real_logp_drift",
     "real_logp": "real_logp",
 }
-"""Names of sums (``correct`` counts margins above 0), and the metrics that their means over pairs are."""
+"""Sums, and the metrics that are their means over pairs."""
 SUMMED = ("loss", *MEANS, "tokens")
 
 
 class StepSums:
-    """Sums over the packs of a step by name, in float64."""
-
     def __init__(self, device: torch.device) -> None:
         self._sums = torch.zeros(len(SUMMED), dtype=torch.float64, device=device)
         self._added: set[str] = set()
 
     def add(self, values: dict[str, Tensor | int]) -> None:
-        """Adds the values of one pack; all packs have the same names."""
+        """Adds one pack's values; all packs have the same names."""
         for name, value in values.items():
             self._sums[SUMMED.index(name)] += value
         self._added |= values.keys()
 
     def reduce(self) -> dict[str, float]:
-        """Returns the sums over all ranks of the names that were added; a collective.
+        """Returns the sums over all ranks; a collective.
 
         Raises:
-            FloatingPointError: a sum is not finite, on every rank.
+            FloatingPointError: a sum is not finite; raised on every rank.
         """
         dist.all_reduce(self._sums)
         if not self._sums.isfinite().all():
@@ -46,7 +44,7 @@ class StepSums:
 
 
 def step_metrics(sums: dict[str, float], step: Step, loss: Loss, stats: StepStats) -> dict[str, float]:
-    """Returns a step's metrics: means over pairs, and the loss per pair or per human response token."""
+    """Returns means over pairs; the loss may be per human response token."""
     return {
         "loss": sums["loss"] / (step.num_pairs if loss.per == "pair" else step.num_real_tokens),
         **{metric: sums[name] / step.num_pairs for name, metric in MEANS.items() if name in sums},

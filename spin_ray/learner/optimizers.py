@@ -1,4 +1,4 @@
-"""Optimizers by name, or by an import path of the user's own."""
+"""Optimizers by name or import path."""
 
 import inspect
 from collections.abc import Callable
@@ -15,16 +15,16 @@ from spin_ray.errors import ConfigError
 from spin_ray.learner.import_path import import_object
 
 MakeOptimizer = Callable[..., Optimizer]
-"""Called as ``make(parameters, lr=…)``; with ``weight_decay=…``, too, if it takes one, as torch's optimizers do."""
+"""Factory, called as ``make(parameters, lr=…)``, with ``weight_decay=…`` if it takes one."""
 
 
 @dataclass(frozen=True, slots=True)
 class KnownOptimizer:
-    """An optimizer whose state can be allocated before its first step."""
+    """An optimizer whose state can be allocated beforehand."""
 
     make: MakeOptimizer
     moments: tuple[str, ...]
-    """Names of the state's tensors that have the parameter's shape."""
+    """State tensors of the parameter's shape."""
 
 
 OPTIMIZERS = {
@@ -34,12 +34,10 @@ OPTIMIZERS = {
 
 
 def make_optimizer(parameters: list[nn.Parameter], config: OptimizerConfig, learning_rate: float) -> Optimizer:
-    """Builds the optimizer that ``config.name`` names (``my_pkg.mine:MyOptimizer``), without state.
-
-    The backend sets the learning rate before each step.
+    """Builds the optimizer without state.
 
     Raises:
-        ConfigError: there is no such optimizer, or ``config`` has a weight decay and the optimizer takes none.
+        ConfigError: there is no such optimizer, or it takes no weight decay and ``config`` has one.
     """
     name: str = config.name
     make = find_optimizer(name)
@@ -52,7 +50,7 @@ def make_optimizer(parameters: list[nn.Parameter], config: OptimizerConfig, lear
 
 
 def find_optimizer(name: str) -> MakeOptimizer:
-    """Returns what makes the optimizer of a name of ``OPTIMIZERS`` or of an import path.
+    """Returns the factory for a name or import path.
 
     Raises:
         ConfigError: there is no such optimizer.
@@ -62,10 +60,7 @@ def find_optimizer(name: str) -> MakeOptimizer:
 
 
 def allocate_state(optimizer: Optimizer, name: str) -> None:
-    """Allocates the state of a known optimizer, so that lack of memory shows at once and checkpoints are alike.
-
-    The state of any other appears with its first step.
-    """
+    """Allocates a known optimizer's state: lack of memory shows at once, and checkpoints are alike."""
     if name not in OPTIMIZERS:
         return
     for group in optimizer.param_groups:
@@ -76,9 +71,9 @@ def allocate_state(optimizer: Optimizer, name: str) -> None:
 
 
 def allocate_by_a_step(optimizer: Optimizer) -> None:
-    """Makes the state exist by a step of learning rate 0 along gradients of 0, for a checkpoint to be loaded into.
+    """Allocates any optimizer's state by a step of learning rate 0.
 
-    Weights and state must be loaded afterwards: the step may count.
+    Load weights and state afterwards: the step may count.
     """
     for group in optimizer.param_groups:
         group["lr"] = 0.0
@@ -89,6 +84,5 @@ def allocate_by_a_step(optimizer: Optimizer) -> None:
 
 
 def _takes(make: MakeOptimizer, argument: str) -> bool:
-    """Returns whether ``make`` has ``argument``, by name or as one of any."""
     parameters = inspect.signature(make).parameters
     return argument in parameters or any(it.kind is inspect.Parameter.VAR_KEYWORD for it in parameters.values())

@@ -2,8 +2,7 @@
 
     rows ──same prompt and y──> trees ──shuffled, cut by pairs──> steps ──best fit──> packs ──tokens──> PackedBatch
 
-The plan of an epoch is a function of lengths, seed, epoch and the number of ranks alone, so every rank computes the
-same one without talking, and a restarted job continues at an exact step. The rows of a step do not depend on the ranks.
+Every rank computes the same plan, and a restarted job continues at an exact step.
 """
 
 from bisect import bisect_left, insort
@@ -19,25 +18,21 @@ import torch
 from spin_ray.learner.batch import PackedBatch
 
 Tree = tuple[int, ...]
-"""Rows of one prompt and real response; packed as prompt, y once, and every y' of theirs."""
+"""Rows of one prompt and real response, packed as prompt, y, and every y'."""
 Pack = tuple[Tree, ...]
-"""Trees of one pack; ``()`` is a pack of padding only, which keeps ranks in step."""
+"""Trees of one pack; ``()`` is padding that keeps ranks in step."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class PairLengths:
-    """Token counts of pair rows, one array entry a row.
-
-    Example, two samples of one prompt and an SFT row: ``prompt=[9, 9, 4], real=[5, 5, 7], generated=[6, 3, 0],
-    tree_key=[17, 17, 42]``.
-    """
+    """Token counts of pair rows."""
 
     prompt: np.ndarray
     real: np.ndarray
     generated: np.ndarray
-    """0 where the row has no y' (SFT)."""
+    """0 without y' (SFT)."""
     tree_key: np.ndarray
-    """Equal for rows that have identical prompt and real tokens; any integers."""
+    """Integer, equal for rows with identical prompt and real tokens."""
 
     def __len__(self) -> int:
         return len(self.prompt)
@@ -45,15 +40,15 @@ class PairLengths:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Step:
-    """The packs of one optimizer step, over all ranks, and the divisors of its losses."""
+    """The packs of one optimizer step."""
 
     packs: tuple[Pack, ...]
     num_pairs: int
     num_real_tokens: int
-    """Tokens of y summed over pairs: a y that two pairs share counts twice, as it does in the loss."""
+    """Tokens of y, where a shared y counts once per pair."""
 
     def for_rank(self, rank: int, world_size: int) -> tuple[Pack, ...]:
-        """Returns this rank's packs. Every rank gets the same number, as each forward and backward is a collective."""
+        """Returns this rank's packs; all ranks get equally many."""
         mine = self.packs[rank::world_size]
         share = -(-len(self.packs) // world_size)
         return mine + ((),) * (share - len(mine))
@@ -64,11 +59,10 @@ def plan_epoch(
 ) -> list[Step]:
     """Cuts all rows into optimizer steps, and these into packs.
 
-    A step has at most ``global_batch_pairs`` pairs, and a tree is never cut. Packs are as few as there can be, or with
-    several ranks as many as keep all of them at work.
+    A step has at most ``global_batch_pairs`` pairs, unless one tree has more.
 
     Raises:
-        ValueError: a row has an empty prompt or real response, or cannot fit a pack even alone.
+        ValueError: a row lacks prompt or real response, or fits no pack.
     """
     _check(lengths, pack_length)
     trees, sizes = _trees(lengths, pack_length)
@@ -104,7 +98,7 @@ def _check(lengths: PairLengths, pack_length: int) -> None:
 
 
 def _trees(lengths: PairLengths, pack_length: int) -> tuple[list[Tree], list[int]]:
-    """Returns all trees and their sizes in tokens; a key whose rows do not fit one pack makes several trees."""
+    """Returns trees and their sizes in tokens; a key too large for one pack makes several."""
     order = np.argsort(lengths.tree_key, kind="stable")
     key = lengths.tree_key[order]
     starts = np.flatnonzero(np.r_[True, key[1:] != key[:-1]])[: len(order)]
@@ -134,7 +128,6 @@ def _trees(lengths: PairLengths, pack_length: int) -> tuple[list[Tree], list[int
 
 
 def _cut(order: list[int], trees: list[Tree], global_batch_pairs: int) -> Iterator[list[int]]:
-    """Yields consecutive trees of ``order`` with at most ``global_batch_pairs`` pairs, or a single larger tree."""
     chosen: list[int] = []
     pairs = 0
     for tree in order:
@@ -148,11 +141,7 @@ def _cut(order: list[int], trees: list[Tree], global_batch_pairs: int) -> Iterat
 
 
 def _packs(trees: list[Tree], sizes: list[int], pack_length: int, ranks: int) -> tuple[Pack, ...]:
-    """Distributes a step's trees over packs: the fewest for one rank, evenly long ones for several.
-
-    Ten full packs keep eight ranks waiting for two of them; sixteen of even lengths take 5/8 of the time.
-    Trees that leave too little room to be spread evenly stay as the best fit has them.
-    """
+    """Makes the fewest packs for one rank, evenly long ones (if they fit) for several."""
     few = _best_fit_decreasing(trees, sizes, pack_length)
     if ranks == 1:
         return few
@@ -161,9 +150,9 @@ def _packs(trees: list[Tree], sizes: list[int], pack_length: int, ranks: int) ->
 
 
 def _spread_evenly(trees: list[Tree], sizes: list[int], count: int, pack_length: int) -> tuple[Pack, ...] | None:
-    """Puts each tree, largest first, into the emptiest of ``count`` packs; returns None if a pack would be overfull.
+    """Puts each tree, largest first, into the emptiest of ``count`` packs; returns None if one overflows.
 
-    The longest packs come first, so that those of one round of the ranks are alike.
+    Longest packs come first, so that packs of similar length run together.
     """
     packs: list[list[Tree]] = [[] for _ in range(count)]
     used = [(0, number) for number in range(count)]  # a heap
@@ -177,7 +166,7 @@ def _spread_evenly(trees: list[Tree], sizes: list[int], count: int, pack_length:
 
 
 def _best_fit_decreasing(trees: list[Tree], sizes: list[int], pack_length: int) -> tuple[Pack, ...]:
-    """Puts each tree, largest first, into the fullest pack that has room: at most 11/9 of the fewest packs."""
+    """Puts each tree, largest first, into the fullest pack with room."""
     packs: list[list[Tree]] = []
     room: list[tuple[int, int]] = []  # (free tokens, pack), sorted
     for i in sorted(range(len(trees)), key=lambda i: -sizes[i]):
@@ -195,12 +184,10 @@ def _best_fit_decreasing(trees: list[Tree], sizes: list[int], pack_length: int) 
 def build_pack(
     pack: Pack, table: pa.Table, *, pack_length: int, pad_id: int, pad_multiple: int | None = None
 ) -> PackedBatch:
-    """Returns the tensors of one pack, from columns ``prompt_ids``, ``real_ids`` and ``generated_ids`` (PAIR_SCHEMA).
+    """Returns the tensors of one pack of PAIR_SCHEMA rows, targets and segments in pack order.
 
-    Padding fills the pack up to ``pack_length``, or to the next multiple of ``pad_multiple`` where that is less.
-
-    Targets are the response tokens in pack order, and segments are numbered in pack order. The table may be chunked:
-    rows are read as zero-copy slices, so nothing need be combined (more than 2^31 tokens would not fit one list array).
+    Padding fills up to ``pack_length``, or to the next multiple of ``pad_multiple`` if that is less.
+    Do not combine the table's chunks: one list array cannot hold 2^31 tokens.
     """
     columns = [table.column(name) for name in ("prompt_ids", "real_ids", "generated_ids")]
     builder = _PackBuilder()
@@ -226,8 +213,6 @@ def _tokens(column: pa.ChunkedArray, row: int) -> np.ndarray:
 
 
 class _PackBuilder:
-    """A pack in the making: whole spans are collected, and the per-token work is numpy's."""
-
     def __init__(self) -> None:
         self.length = 0
         self.spans: list[tuple[np.ndarray, int, int, int]] = []  # tokens, first position, tree, branch
@@ -235,13 +220,11 @@ class _PackBuilder:
         self.pairs: list[tuple[int, int, int]] = []
 
     def add_prompt(self, tokens: np.ndarray, tree: int) -> int:
-        """Adds a prompt; returns the place of its last token."""
         self.spans.append((tokens, 0, tree, 0))
         self.length += len(tokens)
         return self.length - 1
 
     def add_response(self, tokens: np.ndarray, tree: int, branch: int, last_of_prompt: int, *, start: int) -> int:
-        """Adds a response; returns the number of its segment."""
         self.spans.append((tokens, start, tree, branch))
         predict_at = np.arange(self.length - 1, self.length + len(tokens) - 1)
         predict_at[0] = last_of_prompt

@@ -1,8 +1,7 @@
 """A Hugging Face causal LM as a scorer: pack in, log p(response | prompt) out.
 
-Packed layout (the fast one): the pack is one sequence, a 4-D mask keeps branches apart, attention runs tree by tree,
-and the LM head only where a response token is predicted. Padded layout (for models that take no 4-D mask): every
-response is a row of its own.
+Packed layout: one sequence, whose branches a 4-D mask keeps apart.
+Padded layout, for models without 4-D masks: every response is a row.
 """
 
 import inspect
@@ -26,25 +25,22 @@ Layout = Literal["packed", "padded"]
 Head = Callable[[Tensor], Tensor]
 
 TARGETS_PER_CHUNK = 256
-"""Rows of the LM head at a time; [256, vocab] in fp32 is 50 MB for 49k tokens. Each chunk adds to the whole head's
-gradient once, so small ones cost memory traffic."""
+"""Rows of the LM head at a time; small chunks cost memory traffic for the head's gradient."""
 TARGETS_MULTIPLE = 64
-"""Their number is rounded up, as every new shape costs oneDNN new kernels."""
+"""Multiple that targets are padded to: every new shape costs oneDNN new kernels."""
 DENSE_TREES = {torch.bfloat16: 512, torch.float32: 128}
-"""Longest tree, in tokens, that is attended by plain matrix products on a CPU, which are faster there
-(times: benchmarks/README.md)."""
+"""Longest tree, in tokens, attended by plain matrix products on a CPU (times: benchmarks/README.md)."""
 EXACT_TREES = 128
-"""Trees up to this length are multiplied in fp32 even when the model computes in bf16: SDPA is slow there."""
+"""Longest tree whose plain products are always fp32."""
 TREE_ATTENTION = "spin_ray_trees"
-"""Name under which transformers knows ``attend_tree_by_tree``."""
 PADDED_LENGTH_MULTIPLE = 64
-"""Row lengths of the padded layout are rounded up, as every new shape costs oneDNN new kernels."""
+"""Like ``TARGETS_MULTIPLE``, for row lengths."""
 
 
 class ResponseScorer(nn.Module):
     """The model and its head as one module, the root for FSDP2.
 
-    The root's pre-forward gathers the embeddings and the head, which are used here outside the model's ``forward``.
+    The root gathers embeddings and head, which are used outside the model's ``forward``.
     """
 
     def __init__(self, model: Any, layout: Layout = "packed") -> None:
@@ -54,14 +50,14 @@ class ResponseScorer(nn.Module):
         self._takes_spans = layout == "packed" and _attend_by_trees(model)
 
     def forward(self, batch: PackedBatch, *, by_token: bool = False) -> Float[Tensor, "segments_or_targets"]:
-        """Returns log p of every response, or of every token of them, in nats."""
+        """Returns log p of every response, or of every response token, in nats."""
         target_logps = self._packed(batch) if self.layout == "packed" else self._padded(batch)
         if by_token:
             return target_logps
         return response_logps(target_logps, batch.segment, batch.num_segments)
 
     def head(self) -> Head:
-        """Returns the function that makes logits of hidden states."""
+        """Returns the function from hidden states to logits."""
         return self.model.get_output_embeddings()
 
     def _packed(self, batch: PackedBatch) -> Float[Tensor, "targets"]:
@@ -78,7 +74,7 @@ class ResponseScorer(nn.Module):
         return _chunked_logps(self.head(), hidden, batch.predict_at, batch.target_ids)
 
     def _padded(self, batch: PackedBatch) -> Float[Tensor, "targets"]:
-        """Calls the model once for the whole pack: with FSDP2 every rank must make the same number of calls."""
+        """Calls the model once: FSDP2's ranks must make equally many calls."""
         input_ids, lengths = padded_rows(batch)
         attention_mask = torch.arange(input_ids.shape[1], device=lengths.device) < lengths[:, None]
         logits = self.model(input_ids=input_ids, attention_mask=attention_mask.long(), use_cache=False).logits
@@ -89,10 +85,8 @@ class ResponseScorer(nn.Module):
 def visible(batch: PackedBatch) -> Bool[Tensor, "tokens tokens"]:
     """Returns who sees whom, [query, key].
 
-    A query sees keys of its tree that are not later in the pack and are of the prompt or of its own response.
-    Padding sees itself only: a row that sees nothing would be nan.
-
-    On a GPU this rule is what a FlexAttention ``mask_mod`` would say (no CPU backward there, hence the dense mask).
+    A query sees itself and earlier tokens of its tree's prompt and its own response.
+    Padding sees itself, as a row that sees nothing would be nan.
     """
     place = torch.arange(len(batch.tree), device=batch.tree.device)
     query, key = (slice(None), None), (None, slice(None))
@@ -104,13 +98,13 @@ def visible(batch: PackedBatch) -> Bool[Tensor, "tokens tokens"]:
 def additive_mask(seen: Bool[Tensor, "tokens tokens"], dtype: torch.dtype) -> Float[Tensor, "tokens tokens"]:
     """Returns 0 where seen, else -inf.
 
-    Made once per pack: given booleans, SDPA would make this tensor in every layer and keep it for the backward pass.
+    Given booleans, SDPA would make and keep this tensor in every layer.
     """
     return torch.zeros(seen.shape, dtype=dtype, device=seen.device).masked_fill_(~seen, -torch.inf)
 
 
 def tree_spans(batch: PackedBatch) -> tuple[tuple[int, int], ...]:
-    """Returns [start, stop) of every tree in the pack, and of the padding behind them: no token sees another span's."""
+    """Returns [start, stop) of every tree and the padding."""
     starts = (batch.tree.diff(prepend=batch.tree.new_full((1,), -2)) != 0).nonzero().squeeze(1).tolist()
     return tuple(pairwise([*starts, len(batch.tree)]))
 
@@ -125,10 +119,9 @@ def attend_tree_by_tree(
     tree_spans: tuple[tuple[int, int], ...] | None = None,
     **settings: Any,
 ) -> tuple[Float[Tensor, "1 tokens heads width"], None]:
-    """Attends on each diagonal block of the mask, as all else is -inf: a pack of n equal trees costs an n-th.
+    """Attends on each diagonal block of the mask, as all else is -inf.
 
-    An attention function as transformers calls it. Without ``tree_spans`` (other callers, models that lose the
-    argument on its way) it is plain SDPA, which gives the same.
+    Without ``tree_spans``, which some models lose, plain SDPA gives the same.
     """
     if tree_spans is None or attention_mask is None:
         return sdpa_attention_forward(module, query, key, value, attention_mask, **settings)
@@ -153,7 +146,7 @@ def _attend_densely(
     mask: Float[Tensor, "1 1 tokens tokens"],
     scaling: float | None,
 ) -> Float[Tensor, "1 tokens heads width"]:
-    """Returns softmax(QKᵀ · scaling + mask)V, the query heads of a key head in one product."""
+    """Returns softmax(QKᵀ · scaling + mask)V, one product per key head."""
     heads, tokens, width = query.shape[1:]
     kv_heads, dtype = key.shape[1], torch.float32 if query.shape[2] <= EXACT_TREES else query.dtype
     queries, keys, values = query.reshape(kv_heads, -1, width).to(dtype), key[0].to(dtype), value[0].to(dtype)
@@ -168,7 +161,7 @@ AttentionMaskInterface.register(TREE_ATTENTION, sdpa_mask)
 
 
 def _attend_by_trees(model: Any) -> bool:
-    """Makes the model attend tree by tree; returns True if it takes the spans that say how."""
+    """Makes the model attend tree by tree; returns True if it takes ``tree_spans``."""
     if model.config._attn_implementation == "sdpa":
         model.set_attn_implementation(TREE_ATTENTION)
     takes_more = any(
@@ -179,10 +172,7 @@ def _attend_by_trees(model: Any) -> bool:
 
 
 def padded_rows(batch: PackedBatch) -> tuple[Int64[Tensor, "rows length"], Int64[Tensor, "rows"]]:
-    """Returns every response with its prompt as a row of its own, padded on the right, and the true lengths.
-
-    A token's column is its position, as responses continue the positions of their prompt. Padding alone gives one row.
-    """
+    """Returns responses with their prompts as right-padded rows, and the true lengths."""
     token = (batch.branch > 0).nonzero().squeeze(1)  # one for each target: both are in pack order
     tree, branch = (
         x.new_zeros(batch.num_segments).index_put((batch.segment,), x[token]) for x in (batch.tree, batch.branch)
@@ -205,8 +195,7 @@ def _chunked_logps(
 ) -> Float[Tensor, "targets"]:
     """Returns log softmax(head(hidden[at]))[target_ids] in fp32; [targets, vocab] never exists whole.
 
-    Without targets there is one chunk of no rows, whose graph still reaches every parameter: FSDP2's ranks would wait
-    for each other otherwise.
+    Without targets, an empty chunk still reaches every parameter: FSDP2's ranks would wait otherwise.
     """
     targets = len(at)
     fill = -targets % TARGETS_MULTIPLE

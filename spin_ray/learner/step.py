@@ -1,4 +1,4 @@
-"""The work of one train worker, step by step; knows torch.distributed, not Ray.
+"""The work of one train worker; knows torch.distributed, not Ray.
 
 plan of all epochs -> score the first epoch's packs (reference) -> steps: forward, loss, backward, optimizer
 """
@@ -29,21 +29,22 @@ from spin_ray.learner.metrics import StepSums, step_metrics
 from spin_ray.learner.packing import Pack, PairLengths, Step, build_pack, plan_epoch
 
 LENGTHS_OF_A_PACK = 16
-"""Number of lengths that packs may have: each new shape costs oneDNN new kernels, and padding costs compute."""
+"""Number of pack lengths: new shapes cost oneDNN kernels, padding costs compute."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Objective:
-    """The quantity that a step minimises: the loss, divided by the step's pairs or tokens, and for a loss per pair
-    ``sft_weight`` times the mean over human response tokens of −log p(y).
+    """The quantity that a step minimises.
+
+    A loss per pair adds ``sft_weight`` times the mean of −log p(y) over human response tokens.
     """
 
     loss: str | None
-    """Name or import path for ``resolve_loss``; None is supervised fine-tuning."""
+    """Name or import path; None is SFT."""
     beta: float = 1.0
     sft_weight: float = 0.0
     length_normalised: bool = False
-    """Divide log-probabilities by the response's tokens before a loss per pair: a departure from the paper."""
+    """True: a loss per pair takes log-probabilities per token, unlike the paper."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -53,23 +54,23 @@ class PackShape:
     pad_id: int
 
     def build(self, pack: Pack, table: pa.Table) -> PackedBatch:
-        """Returns the tensors of a pack, no longer than need be: the last one of a step is seldom full."""
+        """Returns the tensors of a pack, no longer than need be."""
         multiple = -(-self.pack_length // LENGTHS_OF_A_PACK)
         return build_pack(pack, table, pack_length=self.pack_length, pad_id=self.pad_id, pad_multiple=multiple)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ReferenceScores:
-    """log p_ref of both responses of every row of the pair table, in nats, in the order of the table."""
+    """log p_ref of both responses, in nats, in table order."""
 
     real: Float32[Tensor, "rows"]
     generated: Float32[Tensor, "rows"]
     real_win: Float32[Tensor, "rows"] | None = None
-    """Estimate of the probability that the response beats one of the reference; for a loss that needs wins."""
+    """Estimate of P(the response beats one of the reference)."""
     generated_win: Float32[Tensor, "rows"] | None = None
 
     def mixed_with(self, base: "ReferenceScores", alpha: float) -> "ReferenceScores":
-        """Returns the geometric reference of α-SPIN, α for these scores and 1 − α for ``base``."""
+        """Returns α-SPIN's reference, with 1 − α for ``base``."""
         return ReferenceScores(
             real=geometric_reference(self.real, base.real, alpha),
             generated=geometric_reference(self.generated, base.generated, alpha),
@@ -77,7 +78,6 @@ class ReferenceScores:
 
 
 def plan(lengths: PairLengths, shape: PackShape, *, epochs: int, seed: int, ranks: int = 1) -> list[list[Step]]:
-    """Returns the steps of every epoch; equal on all ranks."""
     return [
         plan_epoch(
             lengths,
@@ -92,7 +92,7 @@ def plan(lengths: PairLengths, shape: PackShape, *, epochs: int, seed: int, rank
 
 
 def pair_lengths(parts: Iterable[pa.Table]) -> PairLengths:
-    """Counts the tokens of PAIR_SCHEMA rows, one table in memory at a time; rows of one prompt_id share a tree."""
+    """Counts the tokens of PAIR_SCHEMA rows; those of one prompt_id share a tree."""
     names = ("prompt", "real", "generated")
     lengths = pa.concat_tables(
         pa.table({name: pc.list_value_length(part[f"{name}_ids"]) for name in names} | {"tree": part["prompt_id"]})
@@ -103,7 +103,6 @@ def pair_lengths(parts: Iterable[pa.Table]) -> PairLengths:
 
 
 def rows_of_rank(epochs: list[list[Step]], rank: int, world_size: int) -> set[int]:
-    """Returns the rows whose tokens this rank computes with, in any epoch."""
     packs = (pack for steps in epochs for step in steps for pack in step.for_rank(rank, world_size))
     return {row for pack in packs for tree in pack for row in tree}
 
@@ -111,9 +110,9 @@ def rows_of_rank(epochs: list[list[Step]], rank: int, world_size: int) -> set[in
 def score_rows(
     backend: TrainBackend, steps: list[Step], table: pa.Table, shape: PackShape
 ) -> tuple[list[int], list[float], list[float]]:
-    """Scores this rank's packs, those that training will use; returns (rows, log p of real, log p of generated).
+    """Scores this rank's packs; returns (rows, log p of real, log p of generated).
 
-    The same packs through the same kernels give the same bits, so the margins of the first step are exactly 0.
+    Training uses the same packs and kernels, so the first step's margins are exactly 0.
     """
     rows: list[int] = []
     real_logps: list[float] = []
@@ -136,13 +135,12 @@ def train_step(
     objective: Objective,
     reference: ReferenceScores | None,
 ) -> dict[str, float]:
-    """Takes one optimizer step over all ranks; returns its metrics, equal on all ranks.
+    """Takes one optimizer step; returns its metrics, equal on all ranks.
 
-    Losses are divided by the step's global number of pairs (or response tokens), never by a rank's own: ranks hold
-    unequal shares, and gradients are summed over ranks.
+    Losses are divided by the whole step's counts, as gradients are summed over ranks.
 
     Raises:
-        FloatingPointError: a loss or the gradient of any rank is not finite; on every rank, the weights are untouched.
+        FloatingPointError: a loss or gradient is not finite; raised on every rank, weights untouched.
     """
     packs = step.for_rank(dist.get_rank(), dist.get_world_size())
     sums = StepSums(backend.device)
@@ -168,7 +166,7 @@ def _pack_loss(
     objective: Objective,
     reference: ReferenceScores | None,
 ) -> tuple[Float[Tensor, ""], dict[str, Tensor | int]]:
-    """Returns the pack's share of the step's loss, and what the pack adds to the step's sums."""
+    """Returns the pack's share of the step's loss and of its sums."""
     loss = resolve_loss(objective.loss)
     batch = shape.build(pack, table).to(backend.device)
     logps = pair_logps(backend.logps(batch), batch)
@@ -194,10 +192,10 @@ def _pack_loss(
 def _of_pack(
     objective: Objective, loss: Loss, batch: PackedBatch, reference: ReferenceScores | None
 ) -> tuple[PairValues | None, PairValues | None]:
-    """Returns the reference scores and the win probabilities of the pack's pairs, each None if the loss needs none.
+    """Returns the pack's reference scores and win probabilities, None where not needed.
 
     Raises:
-        ValueError: the loss needs what is not at hand.
+        ValueError: the loss needs what is missing.
     """
     scores = wins = None
     if loss.needs_reference:
@@ -212,6 +210,5 @@ def _of_pack(
 
 
 def _per_token(logps: PairValues, batch: PackedBatch) -> PairValues:
-    """Divides the log-probabilities of responses by the numbers of their tokens."""
     tokens = pair_logps(segment_lengths(batch).float(), batch)
     return PairValues(logps.real / tokens.real, logps.generated / tokens.generated)

@@ -1,4 +1,4 @@
-"""The training backends by name, or by an import path of the user's own."""
+"""The training backends."""
 
 from collections.abc import Callable
 from pathlib import Path
@@ -13,19 +13,18 @@ BACKENDS = {
     "fsdp2": "spin_ray.learner.backends.fsdp2:Fsdp2Backend",
     "deepspeed": "spin_ray.learner.backends.deepspeed:DeepSpeedBackend",
 }
-"""Import paths: the packages that one backend needs are not imported for another."""
+"""Import paths: only the chosen backend is imported."""
 
 
 def make_backend(model_dir: str | Path, settings: BackendSettings, device: torch.device) -> TrainBackend:
-    """Builds the backend that ``settings.kind`` names; ``find_backend`` has the errors."""
     return find_backend(settings.kind)(model_dir, settings, device)
 
 
 def find_backend(kind: str) -> Callable[[str | Path, BackendSettings, torch.device], TrainBackend]:
-    """Returns the backend of a name of ``BACKENDS``, or the class of an import path.
+    """Returns the class for a name or import path.
 
     Raises:
-        ConfigError: there is no such backend, or the path leads to something that cannot be called.
+        ConfigError: there is no such backend, or it cannot be called.
     """
     build = import_object(BACKENDS.get(kind, kind), "train.backend", BACKENDS)
     if not callable(build):

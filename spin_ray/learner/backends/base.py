@@ -1,4 +1,4 @@
-"""The training backend: owner of model, optimizer and schedule. Only tensors and paths leave it."""
+"""The training backend, owner of model, optimizer and schedule."""
 
 import math
 from collections.abc import Iterable
@@ -17,37 +17,34 @@ from spin_ray.learner.batch import PackedBatch
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class BackendSettings:
-    """Settings of computation and optimizer. Example, scoring only: ``BackendSettings(max_length=2048)``."""
-
     kind: str = "fsdp2"
-    """Name or import path of the backend (``train.backend``)."""
+    """Name or import path of the backend."""
     max_length: int
-    """Longest prompt + response in tokens (``model.max_length``): tells whether a sliding window can matter."""
+    """Longest prompt + response in tokens."""
     precision: Literal["bf16", "fp32"] = "bf16"
-    """Data type of the computation and of exported weights. Master weights, gradients and optimizer state are fp32."""
+    """Data type of computation and exports; master weights and optimizer state are fp32."""
     attention: Literal["auto", "packed", "padded"] = "auto"
     trust_remote_code: bool = False
     gradient_checkpointing: bool = False
     sharding: Literal["full", "shard_grad_op"] = "full"
-    """Gather weights for each pass of each layer, or once per optimizer step (``train.sharding``)."""
+    """``full`` gathers weights for each pass, ``shard_grad_op`` once per optimizer step."""
     reduce_every_pack: bool = False
-    """Sum gradients over ranks with every ``backward``; the others then are collectives, too."""
+    """True: every ``backward`` sums gradients over ranks."""
     offload: bool = False
-    """Keep this rank's share of weights, gradients and optimizer state in the CPU's memory (``train.offload``)."""
+    """True: weights, gradients and optimizer state stay in CPU memory."""
     lora: LoraConfig | None = None
-    """Train adapters only; exports are merged."""
+    """Adapters to train; exports are merged."""
     seed: int = 0
-    """Seed of the adapters' first values."""
+    """Seed of the adapters."""
     optimizer: OptimizerConfig | None = None
-    """None: the backend only scores (reference, evaluation) and holds no optimizer state."""
+    """None: the backend only scores."""
     learning_rate: float = 0.0
     """Peak learning rate."""
     total_steps: int = 0
-    """Optimizer steps of the whole schedule."""
 
     @classmethod
     def for_scoring(cls, config: SpinConfig) -> Self:
-        """Returns the settings that every backend of a run takes from its config; one that trains has more."""
+        """Returns the settings that scoring and training share."""
         assert config.train.precision != "auto", "settled before a run begins (runtime.precision)"
         return cls(
             max_length=config.model.max_length,
@@ -60,39 +57,37 @@ class BackendSettings:
 @dataclass(frozen=True, slots=True, kw_only=True)
 class StepStats:
     grad_norm: float
-    """Global norm before clipping."""
+    """Norm before clipping."""
     learning_rate: float
-    """Learning rate of this step."""
 
 
 class TrainBackend(Protocol):
-    """A model in training, sharded over ranks. An implementation is built of ``(model_dir, settings, device)``.
+    """A sharded model in training, built from ``(model_dir, settings, device)``.
 
-    Every method but ``backward`` of a not-last microbatch is a collective: all ranks call it, in the same order.
-    Dropout is always off: a log-probability is a property of the model, and the reference must be reproducible.
+    Every method is a collective, except ``backward`` before the last microbatch.
+    Dropout is always off, for a reproducible reference.
     """
 
     layout: Literal["packed", "padded"]
-    """Layout in which responses are scored, after ``attention="auto"`` was decided."""
+    """Layout after ``auto`` was decided."""
     steps_done: int
     """Optimizer steps so far; ``load`` restores it."""
 
     @property
-    def device(self) -> torch.device:
-        """Device that batches are computed on."""
-        ...
+    def device(self) -> torch.device: ...
 
     def logps(self, batch: PackedBatch) -> Float[Tensor, "segments"]:
-        """Returns log p(response | prompt) of every response in the pack, fp32, differentiable."""
+        """Returns log p(response | prompt), fp32, differentiable."""
         ...
 
     def score(self, batch: PackedBatch) -> Float[Tensor, "segments"]:
-        """Returns the numbers of ``logps``, bit for bit, without a graph: for the reference and for evaluation."""
+        """Returns the same bits as ``logps``, without a graph."""
         ...
 
     def backward(self, loss: Float[Tensor, ""], *, last_microbatch: bool) -> None:
-        """Adds the gradient of ``loss``; gradients are SUMMED over microbatches and ranks, so ``loss`` must already be
-        divided by counts of the whole step. Ranks meet when ``last_microbatch``.
+        """Adds the gradient of ``loss``, SUMMED over microbatches and ranks.
+
+        So ``loss`` must be divided by counts of the whole step.
         """
         ...
 
@@ -100,27 +95,24 @@ class TrainBackend(Protocol):
         """Clips, optimises, sets the next learning rate, zeroes gradients.
 
         Raises:
-            FloatingPointError: the gradient norm is not finite; raised on every rank, the weights are untouched.
+            FloatingPointError: the gradient norm is not finite; raised on every rank, weights untouched.
         """
         ...
 
     def save(self, directory: Path) -> None:
-        """Writes this rank's files of a checkpoint (weights, optimizer, progress). Ranks may be given different local
-        directories; a checkpoint is the union of their files.
-        """
+        """Writes this rank's files of a checkpoint; ranks may have different directories."""
         ...
 
     def load(self, directory: Path) -> None:
-        """Continues from a checkpoint, bit for bit; ``directory`` holds the files of all ranks, however many."""
+        """Continues bit for bit; ``directory`` holds the files of all ranks."""
         ...
 
     def export_hf(self, directory: Path) -> None:
-        """Writes a Hugging Face folder on rank 0: safetensors, config, tokenizer, template. Others return earlier."""
+        """Writes a Hugging Face folder on rank 0; others return earlier."""
         ...
 
 
 def set_learning_rate(param_groups: Iterable[dict[str, Any]], settings: BackendSettings, step: int) -> None:
-    """Gives the optimizer the rate of the step that comes next."""
     assert settings.optimizer is not None
     for group in param_groups:
         group["lr"] = learning_rate_at(
@@ -142,9 +134,8 @@ def learning_rate_at(
 ) -> float:
     """Returns the learning rate of step 0 ≤ ``step`` < ``total_steps``.
 
-    Over the first w = round(warmup_fraction · total_steps) steps it rises as peak·(step+1)/(w+1), so no step is spent
-    at 0 and step w is the first at the peak; then, with t = (step−w)/(total−w): linear 1−t, cosine (1+cos πt)/2,
-    constant 1. The decays would reach 0 at step ``total_steps``, which is never taken.
+    The first w = round(warmup_fraction·total_steps) steps have peak·(step+1)/(w+1): none is at 0.
+    Then, with t = (step−w)/(total_steps−w), the factor is 1−t (linear), (1+cos πt)/2 (cosine) or 1.
     """
     warmup = round(warmup_fraction * total_steps)
     if step < warmup:

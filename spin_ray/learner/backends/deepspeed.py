@@ -1,4 +1,4 @@
-"""DeepSpeed: ZeRO-2 or ZeRO-3 behind the same verbs as FSDP2, on the same packs, for those who know how to tune it.
+"""DeepSpeed: ZeRO-2 or ZeRO-3 behind FSDP2's interface.
 
 bf16 (or fp32) weights ──forward, backward──> gradient ──mean over ranks──> fp32 share ──> optimizer on the fp32 master
 """
@@ -26,15 +26,14 @@ from spin_ray.learner.optimizers import make_optimizer
 from spin_ray.learner.scoring import Layout, ResponseScorer
 
 CHECKPOINT = "zero"
-"""Name of DeepSpeed's folder inside a checkpoint."""
+"""DeepSpeed's folder inside a checkpoint."""
 
 
 class DeepSpeedBackend:
-    """A ``TrainBackend``. Needs ``torch.distributed`` initialised, one process per rank: gloo on CPUs, NCCL on GPUs.
+    """A ``TrainBackend`` on initialised ``torch.distributed`` (gloo on CPUs, NCCL on GPUs).
 
-    Two things differ from FSDP2. Every ``backward`` is a collective (ranks have equally many packs, some empty).
-    And with bf16 the fp32 master weights start from the weights rounded to bf16, as the compute copy comes first:
-    exactly the start model when that is stored in bf16, which every exported iterate is.
+    Every ``backward`` is a collective.
+    With bf16, master weights start from weights rounded to bf16 (exact for start models stored in bf16).
     """
 
     def __init__(self, model_dir: str | Path, settings: BackendSettings, device: torch.device) -> None:
@@ -76,13 +75,13 @@ class DeepSpeedBackend:
 
     def backward(self, loss: Float[Tensor, ""], *, last_microbatch: bool) -> None:
         self._engine.set_gradient_accumulation_boundary(last_microbatch)
-        # DeepSpeed takes means over ranks, and losses here are shares of the whole step: undo the division.
+        # DeepSpeed takes means over ranks, but losses are shares of the whole step.
         self._engine.backward(loss * dist.get_world_size())
 
     def step(self) -> StepStats:
         learning_rate = self._optimizer.param_groups[0]["lr"]
         self._engine.step()
-        if self._optimizer.overflow:  # it then leaves the weights alone and says nothing
+        if self._optimizer.overflow:  # the weights are then untouched, silently
             raise FloatingPointError(
                 f"gradient norm is not finite at optimizer step {self.steps_done}; lower the learning rate or beta"
             )
@@ -122,8 +121,7 @@ class DeepSpeedBackend:
 class _Scorer(ResponseScorer):
     """A scorer that holds the head's weight for the whole pass.
 
-    ZeRO-3 gathers a module's weights, all ranks together, each time the module is called. The head is called
-    once per chunk of targets, and ranks have unequally many.
+    ZeRO-3 gathers weights at each call, and ranks call the head unequally often.
     """
 
     def __init__(self, model: Any, layout: Layout) -> None:
@@ -144,11 +142,6 @@ class _Scorer(ResponseScorer):
 
 
 def _import_deepspeed(device: torch.device) -> Any:
-    """Imports DeepSpeed, on a CPU for a CPU.
-
-    Raises:
-        ModelError: DeepSpeed is not installed.
-    """
     if device.type == "cpu":
         os.environ.setdefault("DS_ACCELERATOR", "cpu")  # read when DeepSpeed is imported
     try:
@@ -164,7 +157,7 @@ def _import_deepspeed(device: torch.device) -> Any:
 
 
 def _engine_config(settings: BackendSettings, optimizer: OptimizerConfig) -> dict[str, Any]:
-    """Returns DeepSpeed's JSON. Batch sizes are formal: the packing plan decides on packs and their number per step."""
+    """Returns DeepSpeed's JSON; the packing plan decides batch sizes."""
     return {
         "train_micro_batch_size_per_gpu": 1,
         "gradient_accumulation_steps": 1,
@@ -181,7 +174,7 @@ def _engine_config(settings: BackendSettings, optimizer: OptimizerConfig) -> dic
 
 
 def _zero(settings: BackendSettings) -> dict[str, Any]:
-    """Returns ZeRO's section. ZeRO-3 can keep also the weights in the CPU's memory; ZeRO-2 needs them on the GPU."""
+    """Returns ZeRO's section; only ZeRO-3 can offload weights."""
     stage = 3 if settings.sharding == "full" else 2
     to_cpu = {"device": "cpu", "pin_memory": torch.cuda.is_available()}
     offloaded = ["offload_optimizer", *(["offload_param"] if stage == 3 else [])] if settings.offload else []

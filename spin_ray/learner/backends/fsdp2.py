@@ -1,4 +1,4 @@
-"""FSDP2: parameters, gradients and optimizer state sharded over all ranks; one rank on a laptop is the same code.
+"""FSDP2: weights, gradients and optimizer state are sharded over all ranks.
 
 fp32 shard ──gather, cast──> bf16 layer ──forward, backward──> bf16 gradient ──sum over ranks──> fp32 gradient
     ^                                                                                                |
@@ -38,7 +38,7 @@ from spin_ray.learner.scoring import ResponseScorer
 
 
 class Fsdp2Backend:
-    """A ``TrainBackend``. Needs ``torch.distributed`` initialised, one process per rank: gloo on CPUs, NCCL on GPUs."""
+    """A ``TrainBackend`` on initialised ``torch.distributed`` (gloo on CPUs, NCCL on GPUs)."""
 
     def __init__(self, model_dir: str | Path, settings: BackendSettings, device: torch.device) -> None:
         self.device = device
@@ -62,7 +62,7 @@ class Fsdp2Backend:
         self._scorer = _shard(ResponseScorer(self._model, self.layout), settings, device)
         if empty is not None:
             self._fill(source)
-        # Held by name while sharded: during and after a forward, modules may carry the gathered copies instead.
+        # Taken while sharded: during and after a forward, modules may carry gathered copies.
         self._shards: dict[str, nn.Parameter] = dict(self._model.named_parameters())
         self._optimizer: torch.optim.Optimizer | None = None
         if settings.optimizer is not None:
@@ -72,7 +72,6 @@ class Fsdp2Backend:
             self._set_learning_rate()
 
     def _fill(self, source: Path) -> None:
-        """Gives a sharded model of empty parameters its values."""
         materialise(self._scorer, self.device, torch.device("cpu") if self._settings.offload else self.device)
         self._model.tie_weights()  # each module has been given a parameter of its own
         parameters = dict(self._model.named_parameters())
@@ -88,7 +87,7 @@ class Fsdp2Backend:
 
     @torch.no_grad()
     def score_tokens(self, batch: PackedBatch) -> Float[Tensor, "targets"]:
-        """Returns log p of every response token, in pack order, fp32; ``score`` has their sums. A collective."""
+        """Returns log p of every response token, in pack order, fp32; a collective."""
         return self._scorer(batch.to(self.device), by_token=True).float()
 
     def backward(self, loss: Float[Tensor, ""], *, last_microbatch: bool) -> None:
@@ -122,7 +121,7 @@ class Fsdp2Backend:
         optimizer, _ = self._training()
         if not optimizer.state:
             allocate_by_a_step(optimizer)
-        state = self._state()  # the live tensors: they are filled in place
+        state = self._state()  # live tensors, filled in place
         dcp.load(state, storage_reader=FileSystemReader(directory))
         self.steps_done = int(state["steps_done"])
         self._set_learning_rate()
@@ -143,7 +142,6 @@ class Fsdp2Backend:
         set_learning_rate(optimizer.param_groups, self._settings, self.steps_done)
 
     def _state(self) -> dict[str, Any]:
-        """Returns everything that a step changes, as live tensors by name."""
         optimizer, _ = self._training()
         self._reshard()
         return {
@@ -157,7 +155,7 @@ class Fsdp2Backend:
     def _reshard(self) -> None:
         """Drops gathered weights, which would outlive a change of the shards.
 
-        FSDP2 keeps those of the root after a forward for the backward to come, and after ``score`` none comes.
+        FSDP2 keeps the root's for a backward, even after ``score``.
         """
         for module in self._scorer.modules():
             if isinstance(module, FSDPModule):
@@ -165,12 +163,10 @@ class Fsdp2Backend:
 
 
 def _whole(tensor: Tensor) -> Tensor:
-    """Returns all of a tensor on every rank; a collective."""
     return (tensor.full_tensor() if isinstance(tensor, DTensor) else tensor).detach()
 
 
 def _shard(scorer: ResponseScorer, settings: BackendSettings, device: torch.device) -> Any:
-    """Makes an FSDP unit of each decoder layer and one of the rest (embeddings, final norm, head)."""
     mesh = init_device_mesh(device.type, (dist.get_world_size(),))
     policy = MixedPrecisionPolicy(
         param_dtype=torch.bfloat16 if settings.precision == "bf16" else None, reduce_dtype=torch.float32

@@ -1,4 +1,4 @@
-"""Changes to a model before and after it is sharded, the same for both backends."""
+"""Changes to a model that both backends make."""
 
 from collections.abc import Callable, Iterable
 from functools import partial
@@ -22,21 +22,20 @@ def decoder_layers(model: Any) -> list[nn.Module]:
 
 
 def recompute_activations(model: Any) -> None:
-    """Makes the backward pass recompute what each decoder layer held.
+    """Makes the backward pass recompute each decoder layer.
 
-    Not transformers' own switch, which works in training mode only, where dropout is on.
+    Transformers' own switch needs training mode, where dropout is on.
     """
     for layer in decoder_layers(model):
         layer.forward = partial(checkpoint, layer.forward, use_reentrant=False, preserve_rng_state=False)
 
 
 def trainable(model: Any) -> list[nn.Parameter]:
-    """Returns all parameters, or with LoRA the adapters."""
     return [parameter for parameter in model.parameters() if parameter.requires_grad]
 
 
 def persistent(model: Any, parameters: Iterable[tuple[str, Tensor]]) -> list[tuple[str, Tensor]]:
-    """Returns those of ``parameters`` (tied ones once) and of the model's buffers that a model folder holds."""
+    """Returns the parameters and buffers that a model folder holds."""
     kept = model.state_dict().keys()
     return [(name, tensor) for name, tensor in chain(parameters, model.named_buffers()) if name in kept]
 
@@ -49,10 +48,10 @@ def export(
     source: str | Path,
     settings: BackendSettings,
 ) -> None:
-    """Writes a plain Hugging Face folder on rank 0, adapters merged; all ranks gather ``tensors`` one by one.
+    """Writes a plain Hugging Face folder on rank 0; a collective.
 
     Args:
-        gather: returns all of a tensor on every rank; a collective.
+        gather: returns a whole tensor on every rank.
     """
     whole = ((name, gather(tensor)) for name, tensor in tensors)
     if dist.get_rank() != 0:
