@@ -1,1 +1,1 @@
-"""The run folder: its artefacts, names, events, schemas and storage, the lease on it, and the cache of models."""
+"""The run folder: artefacts, names, events, schemas, storage, lease and model cache."""

@@ -1,4 +1,4 @@
-"""An artefact of a run: parts first, each created atomically, then the manifest that makes them count."""
+"""An artefact of a run: atomically created parts, then the manifest that makes them count."""
 
 import json
 import logging
@@ -24,11 +24,11 @@ from spin_ray.run_dir.storage import (
 )
 
 CARD = "README.md"
-"""The card of a model; no part of the artefact."""
+"""Card of a model; not part of the artefact."""
 FINGERPRINT = b"spin_ray.fingerprint"
-"""Parquet metadata of a sealed part: digest of the inputs and settings that it was made from."""
+"""Parquet metadata of a sealed part: digest of its inputs and settings."""
 CHECKSUM = b"spin_ray.checksum"
-"""Parquet metadata of a sealed part: digest of its rows and fingerprint."""
+"""Parquet metadata of a sealed part: digest of rows and fingerprint."""
 
 logger = logging.getLogger(__name__)
 
@@ -40,17 +40,17 @@ class FileEntry(BaseModel):
 
 
 class Manifest(BaseModel):
-    """Files of an artefact, and the inputs and settings it was made from."""
+    """Files of an artefact, and what it was made from."""
 
     files: dict[str, FileEntry]
     inputs: dict[str, str]
-    """Digest of each artefact and model it was made from."""
+    """Digest of each artefact and model used."""
     config: str
     """Digest of ``settings``."""
     settings: dict[str, Any]
-    """Values of the config that decide the content."""
+    """Config values that decide the content."""
     counts: dict[str, float] = {}
-    """Numbers that the stage counted, e.g. of dropped pairs."""
+    """Numbers that the stage counted."""
 
     @classmethod
     def of(
@@ -60,17 +60,15 @@ class Manifest(BaseModel):
         settings: dict[str, Any],
         counts: dict[str, float] | None = None,
     ) -> Self:
-        """Returns the manifest of these files, with ``settings`` in the form that JSON gives back."""
         settings = _as_json(settings)
         return cls(files=files, inputs=inputs, config=digest(settings), settings=settings, counts=counts or {})
 
     def to_bytes(self) -> bytes:
-        """Returns the JSON to write: the content with its digest, as nothing else vouches for a manifest."""
         return _json_bytes(self.model_dump() | {"digest": self.digest})
 
     @classmethod
     def from_bytes(cls, data: bytes) -> Self:
-        """Reads a manifest; the first ones had no digest.
+        """Reads a manifest; old ones have no digest.
 
         Raises:
             ValueError: the bytes are damaged.
@@ -93,19 +91,18 @@ class Manifest(BaseModel):
 
 @dataclass(frozen=True)
 class FoundParts:
-    """Sealed parts of an artefact that is not committed yet."""
+    """Sealed parts of an uncommitted artefact."""
 
     whole: dict[str, FileEntry]
-    """Entries of the expected parts that an earlier attempt left whole."""
+    """Entries of the undamaged parts."""
     missing: list[str]
-    """Expected parts still to be made, in their order; those that were damaged are among them."""
+    """Expected parts still to be made, in order."""
     damaged: int
-    """Parts that were removed because they were damaged."""
 
 
 @dataclass(frozen=True)
 class Artefact:
-    """A folder of the run that counts once its manifest is there."""
+    """A folder of the run that counts once its manifest exists."""
 
     storage: Storage
     path: str
@@ -119,7 +116,7 @@ class Artefact:
         """Reads the manifest.
 
         Raises:
-            RunDirError: the artefact is not committed, or its manifest is damaged.
+            RunDirError: it is missing or damaged.
         """
         try:
             return Manifest.from_bytes(self.storage.read(f"{self.path}/{MANIFEST}"))
@@ -131,10 +128,10 @@ class Artefact:
             ) from error
 
     def already_made(self, inputs: dict[str, str], settings: dict[str, Any]) -> bool:
-        """Returns True if the artefact was committed with these inputs and settings, False if it is not committed.
+        """Tells whether the artefact is committed.
 
         Raises:
-            RunDirError: it was committed with others; the message names those that differ.
+            RunDirError: it was committed with other inputs or settings.
         """
         if not self.is_committed:
             return False
@@ -153,7 +150,7 @@ class Artefact:
         return True
 
     def write_part(self, name: str, table: pa.Table) -> FileEntry:
-        """Commits one part, unless one of its name is there: the first commit wins."""
+        """Commits one part; the first commit of a name wins."""
         data = table_to_bytes(table)
         try:
             self.storage.create(f"{self.path}/{name}", data)
@@ -163,24 +160,18 @@ class Artefact:
         return FileEntry(sha256=sha256, bytes=size, rows=table.num_rows)
 
     def replace_part(self, name: str, table: pa.Table) -> FileEntry:
-        """Commits one part in place of one that an earlier attempt may have left."""
         self.storage.delete(f"{self.path}/{name}")
         return self.write_part(name, table)
 
     def discard_parts(self) -> None:
-        """Removes the parts that an earlier attempt left."""
         for name in self.part_names():
             self.storage.delete(f"{self.path}/{name}")
 
     def find_parts(self, expected: Sequence[str], fingerprint: str) -> FoundParts:
-        """Finds the sealed parts that an earlier attempt left, and removes damaged ones so that they are made again.
-
-        Args:
-            expected: names of all parts that the artefact will have.
-            fingerprint: the one that ``seal`` gave them.
+        """Finds an earlier attempt's sealed parts, and removes damaged ones.
 
         Raises:
-            RunDirError: a whole part has another fingerprint or name: it belongs to other work.
+            RunDirError: an undamaged part has another fingerprint or an unexpected name.
         """
         names, damaged = set(expected), 0
         whole: dict[str, FileEntry] = {}
@@ -201,7 +192,7 @@ class Artefact:
         return FoundParts(whole, [name for name in expected if name not in whole], damaged)
 
     def open_sealed(self, name: str) -> tuple[pa.Table, FileEntry] | None:
-        """Returns the rows and the entry of a sealed part; None if it is not as it was sealed."""
+        """Returns a sealed part's rows and entry; None if it is damaged."""
         try:
             table, entry = self.open_part(name)
             sealed = table.schema.metadata or {}
@@ -211,7 +202,7 @@ class Artefact:
         return (table, entry) if whole else None
 
     def open_part(self, name: str) -> tuple[pa.Table, FileEntry]:
-        """Returns the rows of a part that no manifest lists yet, and its entry for the manifest.
+        """Returns an uncommitted part's rows and entry.
 
         Raises:
             RunDirError: the file is not Parquet.
@@ -228,7 +219,6 @@ class Artefact:
         return self.open_part(name)[1]
 
     def part_names(self) -> list[str]:
-        """Returns the names of the parts in the folder, committed or not."""
         return [name for name in self.storage.names(self.path) if name.startswith("part-")]
 
     def commit(
@@ -238,7 +228,7 @@ class Artefact:
         settings: dict[str, Any],
         counts: dict[str, float] | None = None,
     ) -> Manifest:
-        """Writes the manifest: the artefact counts, and its bytes never change again.
+        """Writes the manifest; from then on the artefact never changes.
 
         Raises:
             RunDirError: it was committed before with other inputs or settings.
@@ -252,7 +242,7 @@ class Artefact:
         return manifest
 
     def read_part(self, name: str, entry: FileEntry) -> pa.Table:
-        """Returns the rows of a part after checking its digest.
+        """Returns the rows of a part.
 
         Raises:
             RunDirError: the part is missing or differs from its digest.
@@ -269,12 +259,10 @@ class Artefact:
         return table_from_bytes(data)
 
     def tables(self) -> Iterator[pa.Table]:
-        """Yields the rows of each part, in order of their names."""
         for name, entry in sorted(self.manifest().files.items()):
             yield self.read_part(name, entry)
 
     def local_folder(self, *, weights: bool = True) -> Path:
-        """Returns a folder of this machine with the files, with or without the weights of a model."""
         files = {name: Digest(entry.sha256, entry.bytes) for name, entry in self.manifest().files.items()}
         return self.storage.local_folder(self.path, files if weights else without_weights(files))
 
@@ -282,7 +270,7 @@ class Artefact:
         """Checks every file against its digest.
 
         Raises:
-            RunDirError: a file is missing or differs from its digest.
+            RunDirError: a file is missing or differs.
         """
         manifest = self.manifest()
         for name, entry in manifest.files.items():
@@ -296,10 +284,7 @@ class Artefact:
 
 
 def seal(table: pa.Table, fingerprint: str) -> pa.Table:
-    """Returns ``table`` with FINGERPRINT and CHECKSUM in its metadata.
-
-    A sealed part can be trusted before a manifest vouches for it: see ``Artefact.find_parts``.
-    """
+    """Adds FINGERPRINT and CHECKSUM to the metadata, for ``Artefact.find_parts``."""
     mark = fingerprint.encode()
     return table.replace_schema_metadata({FINGERPRINT: mark, CHECKSUM: _checksum(table, mark)})
 
@@ -309,7 +294,6 @@ def _checksum(table: pa.Table, fingerprint: bytes) -> bytes:
 
 
 def folder_entries(folder: Path) -> dict[str, FileEntry]:
-    """Returns an entry for every file below ``folder`` except its manifest and card."""
     files = sorted(path for path in folder.rglob("*") if path.is_file() and path.name not in (MANIFEST, CARD))
     entries = {}
     for path in files:
@@ -323,5 +307,4 @@ def _json_bytes(content: Any) -> bytes:
 
 
 def _as_json(settings: dict[str, Any]) -> dict[str, Any]:
-    """Returns the settings in the form that JSON gives back: tuples become lists."""
     return json.loads(json.dumps(settings))

@@ -1,4 +1,4 @@
-"""Models that each machine keeps: folders named by their digest, each filled once for all processes."""
+"""Models that each machine keeps, in folders named by their digest."""
 
 import os
 import shutil
@@ -12,25 +12,24 @@ from spin_ray.run_dir.lock import file_lock
 from spin_ray.run_dir.storage import Digest, file_digest, folder_digest
 
 FILL_TIMEOUT_S = 7200.0
-"""Longest wait for another process of this machine to fill a folder."""
+"""Longest wait for another process's filling."""
 
 
 def cache_root() -> Path:
-    """Returns ``$SPIN_RAY_CACHE`` or ``~/.cache/spin-ray``, absolute: Ray workers run in other working directories."""
+    """Returns an absolute path, as Ray workers have other working directories."""
     return Path(os.environ.get("SPIN_RAY_CACHE") or "~/.cache/spin-ray").expanduser().absolute()
 
 
 def without_weights(files: Mapping[str, Digest]) -> dict[str, Digest]:
-    """Returns a model's files without its weights: enough for a tokenizer."""
     return {name: found for name, found in files.items() if not name.endswith(".safetensors")}
 
 
 def folder_with(root: Path, files: Mapping[str, Digest], fetch: Callable[[str, Path], None], where: str) -> Path:
-    """Returns the folder below ``root`` with ``files``; calls ``fetch(name, target)`` for each if it is not there.
+    """Returns the folder with ``files``; if it is missing, calls ``fetch(name, target)`` for each file.
 
     Raises:
-        RunDirError: a file from ``where`` differs from its digest; nothing is kept.
-        StageError: another process has been filling the folder for ``FILL_TIMEOUT_S``.
+        RunDirError: a fetched file differs from its digest.
+        StageError: another process took longer than ``FILL_TIMEOUT_S``.
     """
     target = root / folder_digest(files)
     if target.is_dir():
@@ -53,10 +52,10 @@ def folder_with(root: Path, files: Mapping[str, Digest], fetch: Callable[[str, P
 
 @contextmanager
 def locked(root: Path, name: str) -> Iterator[None]:
-    """Lets one process of this machine at a time fill ``name`` below ``root``.
+    """Lets one process of this machine at a time fill ``name``.
 
     Raises:
-        StageError: another process has been filling it for ``FILL_TIMEOUT_S``.
+        StageError: another process held it for ``FILL_TIMEOUT_S``.
     """
     with ExitStack() as held:
         try:

@@ -1,8 +1,7 @@
-"""A run's events.jsonl: written, read, and seen as stages in time.
+"""A run's events.jsonl: written, read, and shown as stages in time.
 
-A line says ``time``, ``event`` (start, commit, failure, lost, publish, stop, warning), ``stage`` (what the writer calls
-it, e.g. ``iter_000/training``), the ``folder`` and the ``kind`` of stage, and what was counted. Lines written before
-``folder`` and ``kind`` were fields get them when they are read.
+A line has ``time``, ``event`` (start, commit, failure, lost, publish, stop, warning), ``stage``, ``folder``, ``kind``
+and counts.
 """
 
 import json
@@ -24,28 +23,25 @@ Event = dict[str, Any]
 EVENTS = "events.jsonl"
 _COMMON = ("time", "event", "stage", "folder", "kind")
 RUN = "run"
-"""Folder of an event that belongs to no iterate."""
+"""Folder of events that belong to no iterate."""
 BESIDE = ("benchmarks", "judging")
-"""Kinds of stages of other commands, which can run beside the driver."""
+"""Stages of other commands, which can run beside the driver."""
 
 
 def write_event(storage: Storage, event: str, stage: str, **values: Any) -> None:
-    """Adds a line to the log."""
     line = with_fields({"time": round(time.time(), 3), "event": event, "stage": stage}) | values
     storage.append(EVENTS, json.dumps(line) + "\n")
 
 
 def read_events(storage: Storage) -> list[Event]:
-    """Returns the complete lines of the log, each with its ``folder`` and ``kind``."""
     return [with_fields(line) for line in read_json_lines(storage, EVENTS)]
 
 
 def with_fields(line: Event) -> Event:
-    """Returns the event with the fields ``folder`` and ``kind``, made of its ``stage`` if it has none.
+    """Adds ``folder`` and ``kind``, made from ``stage``, to an event that lacks them.
 
-    Examples: ``iter_000/training`` gives ``iter_000`` and ``training``, ``prompts`` gives ``run`` and ``prompts``, and
-    ``iter_000`` alone, the stage of an event about the iterate, gives ``iter_000`` and nothing. One start of the
-    engines can answer two artefacts (``A + B``): the first one counts.
+    ``iter_000/training`` gives ``iter_000`` and ``training``. ``prompts`` gives ``run`` and ``prompts``. Only the first
+    of ``A + B`` counts.
     """
     if "folder" in line:
         return line
@@ -57,12 +53,11 @@ def with_fields(line: Event) -> Event:
 
 
 def counted_in(event: Event) -> dict[str, Any]:
-    """Returns what the stage counted: the values that not every event has."""
     return {key: value for key, value in event.items() if key not in _COMMON}
 
 
 def read_json_lines(storage: Storage, name: str) -> list[dict[str, Any]]:
-    """Returns the lines of a log; leaves out those that a crash cut short, and all if there is no log."""
+    """Returns the complete lines of a log."""
     try:
         text = storage.read(name).decode()
     except FileNotFoundError:
@@ -77,11 +72,10 @@ def read_json_lines(storage: Storage, name: str) -> list[dict[str, Any]]:
 
 @contextmanager
 def stage(storage: Storage, name: str) -> Iterator[dict[str, Any]]:
-    """Logs the start of a stage, then its commit or failure with the wall seconds it took.
+    """Logs a stage's start, then its commit or failure.
 
-    The body puts its counts into the dict it gets, and the commit says them. For ``tokens``, ``tokens_per_s`` of wall
-    time is added. ``work_s``, the seconds of generating, scoring and stepping (mean over replicas), is replaced by
-    ``useful``, its fraction of wall time; the rest is starting, loading and writing.
+    The body puts its counts into the yielded dict. ``work_s``, the seconds of useful work, becomes ``useful``, its
+    fraction of wall time.
     """
     counted: dict[str, Any] = {}
     write_event(storage, "start", name)
@@ -108,14 +102,14 @@ def stage(storage: Storage, name: str) -> Iterator[dict[str, Any]]:
 
 
 def was_cut_off(storage: Storage, stage: str) -> bool:
-    """Tells whether a stage was begun and its last attempt did not commit, so that unfinished work was lost."""
+    """Tells whether the last attempt at a stage did not commit."""
     told = [event["event"] for event in read_events(storage) if event["stage"] == stage and event["event"] != "lost"]
     return bool(told) and told[-1] != "commit"
 
 
 @dataclass(frozen=True, slots=True)
 class Span:
-    """One attempt at a stage. Example: ``Span("iter_000", "training", 12.0, 74.5, "commit", {"rows": 64, …})``."""
+    """One attempt at a stage."""
 
     folder: str
     """Folder of the iterate, or RUN."""
@@ -124,9 +118,8 @@ class Span:
     """Unix time, seconds."""
     end: float
     outcome: str
-    """One of ``commit``, ``failure``, ``lost`` (its driver died) and ``running``."""
+    """``commit``, ``failure``, ``lost`` (its driver died) or ``running``."""
     counted: dict[str, Any]
-    """Numbers that the stage counted, e.g. rows and tokens."""
 
     @property
     def seconds(self) -> float:
@@ -134,7 +127,7 @@ class Span:
 
 
 def spans(events: Iterable[Event]) -> list[Span]:
-    """Returns every attempt at every stage, in order. A start followed by another one was lost with its driver."""
+    """Returns every attempt in order; a start followed by another start was lost."""
     found: list[Span] = []
     open_stages: dict[tuple[str, str], float] = {}
     latest = 0.0
@@ -155,19 +148,18 @@ def spans(events: Iterable[Event]) -> list[Span]:
 
 
 def _shown(kind: str) -> str:
-    """Returns the kind as tables show it: held-out and training prompts, answered in one go, are one."""
     return "sampling" if kind in ("heldout_samples", "generations") else kind
 
 
 def duration(seconds: float) -> str:
-    """Returns about how long that is: ``45 s``, ``12 min`` or ``3.5 h``."""
+    """Formats roughly: ``45 s``, ``12 min`` or ``3.5 h``."""
     if seconds < 90:
         return f"{seconds:.0f} s"
     return f"{seconds / 60:.0f} min" if seconds < 5400 else f"{seconds / 3600:.1f} h"
 
 
 def exact_duration(seconds: float) -> str:
-    """Returns ``163 ms``, ``45 s``, ``9 min 48 s`` or ``3 h 5 min``."""
+    """Formats exactly: ``163 ms``, ``45 s`` or ``9 min 48 s``."""
     whole = round(seconds)
     if whole < 1:
         return f"{seconds * 1000:.0f} ms"
@@ -177,16 +169,12 @@ def exact_duration(seconds: float) -> str:
 
 
 def lost_work(events: list[Event]) -> dict[str, int]:
-    """Returns the work that was lost with a process and done again, e.g. ``{"shards": 2, "steps": 7}``.
-
-    Shards are an upper bound where the driver itself died.
-    """
+    """Counts lost work; shards are an upper bound if the driver died."""
     lost = [event for event in events if event["event"] == "lost"]
     return {what: sum(event.get(what, 0) for event in lost) for what in ("shards", "steps")}
 
 
 def stage_seconds(events: list[Event]) -> dict[str, dict[str, float]]:
-    """Returns wall seconds by folder and stage, summed over attempts: ``{"iter_000": {"training": 61.2}}``."""
     seconds: dict[str, dict[str, float]] = defaultdict(lambda: defaultdict(float))
     for event in map(with_fields, events):
         if event["event"] in ("commit", "failure"):

@@ -1,8 +1,7 @@
 """Guard of every change to a run: only the driver whose token is in the lease may make one.
 
-A driver changes the run while it holds the lock together with others, and reads the lease first. The lease changes
-hands only while the lock is held alone. So no other driver can take over between the look at the lease and the change,
-not even when the first driver is paused there.
+A driver reads the lease and makes the change under a shared lock. The lease changes hands only under the exclusive
+lock, so never between the two.
 """
 
 import json
@@ -16,7 +15,7 @@ from spin_ray.run_dir.lock import file_lock
 
 LEASE = "lease.json"
 LOCK_TIMEOUT_S = 60.0
-"""Longest wait for the lock. A change takes milliseconds; only a process paused within one takes longer."""
+"""Longest wait for the lock; a change takes milliseconds."""
 
 
 @contextmanager
@@ -24,7 +23,7 @@ def locked(root: Path, *, alone: bool) -> Iterator[None]:
     """Holds the lock of the run.
 
     Raises:
-        RunDirError: the folder cannot hold a run, or somebody held the lock for all of ``LOCK_TIMEOUT_S``.
+        RunDirError: the folder cannot hold a run, or others held the lock for ``LOCK_TIMEOUT_S``.
     """
     with ExitStack() as held:
         try:
@@ -57,7 +56,7 @@ def check_token(token: str, lease: bytes | None, root: str) -> None:
     """Checks that the lease has this token.
 
     Raises:
-        RunDirError: another driver has the lease, or it is gone.
+        RunDirError: another driver has the lease, or it is missing or damaged.
     """
     holder = holder_in(lease, f"{root}/{LEASE}")
     if holder is None or holder["token"] != token:

@@ -1,4 +1,4 @@
-"""One driver for a run: its lease is a file that it renews; others respect the file until it is stale."""
+"""The lease on a run: a file that its one driver renews."""
 
 import json
 import logging
@@ -20,18 +20,16 @@ from spin_ray.run_dir.storage import Storage
 logger = logging.getLogger(__name__)
 
 _held: set[str] = set()
-"""Tokens of the leases that this process holds. A lease left by an earlier driver of a notebook is not among them."""
+"""Tokens of the leases that this process holds; a notebook's earlier driver may have left others."""
 
 
 class Lease:
-    """The right of one driver to change a run; a context manager.
+    """The right of one driver to change a run.
 
-    A lease is stale if its holder is a process of this machine that is gone, or a process of another machine that did
-    not renew it for ``timeout_s`` seconds. The holder changes the run through ``storage``, which refuses to once the
-    lease is lost.
+    A lease from this machine is stale once its process is gone, one from elsewhere when not renewed for ``timeout_s``.
 
     Raises:
-        RunDirError: on entering, another driver holds a lease that is not stale; the message names it.
+        RunDirError: on entering, another driver's lease is not stale.
     """
 
     def __init__(self, storage: Storage, timeout_s: float) -> None:
@@ -70,7 +68,7 @@ class Lease:
 
     @property
     def storage(self) -> Storage:
-        """Storage of the run that works while the lease is held, in this process and in actors it is sent to."""
+        """Storage that changes the run only while the lease is held."""
         return self._storage.fenced(self._token)
 
     def _is_stale(self, holder: dict[str, Any]) -> bool:
@@ -81,7 +79,6 @@ class Lease:
         return time.time() - holder["renewed"] > self._timeout_s
 
     def _write_over(self, found: bytes | None) -> bool:
-        """Writes the lease if it still holds ``found``; returns False if it does not."""
         content = {
             "token": self._token,
             "host": socket.gethostname(),
@@ -106,10 +103,7 @@ class Lease:
 
 
 def _boot_id() -> str:
-    """Names this machine since it booted, and the namespace of its process numbers.
-
-    Containers share the machine's name with their host but need not see each other's processes.
-    """
+    """Identifies this boot and its namespace of process numbers; a container shares only its host's boot."""
     namespace = os.readlink("/proc/self/ns/pid") if os.path.exists("/proc/self/ns/pid") else ""
     try:
         return Path("/proc/sys/kernel/random/boot_id").read_text().strip() + namespace
@@ -120,7 +114,7 @@ def _boot_id() -> str:
 def _process_started(pid: int) -> float | None:
     """Returns when a process started; None if it is gone or a zombie.
 
-    The time is in ticks since boot where /proc has it, as psutil's times move when the clock is set.
+    Ticks since boot are preferred, as psutil's times move when the clock is set.
     """
     try:
         process = psutil.Process(pid)

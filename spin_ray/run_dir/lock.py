@@ -1,4 +1,4 @@
-"""A lock between processes that see one file system; the kernel drops it with its process."""
+"""A lock between processes; the kernel drops it with its process."""
 
 import fcntl
 import time
@@ -7,15 +7,14 @@ from contextlib import contextmanager
 from pathlib import Path
 
 PAUSE_S = 0.01
-"""Time between two tries for a lock that somebody else holds."""
 
 
 @contextmanager
 def file_lock(path: Path, *, alone: bool, timeout_s: float) -> Iterator[None]:
-    """Holds the lock on ``path``, alone or together with others that do not ask to be alone; makes the file if needed.
+    """Holds the lock on ``path``, shared unless ``alone``.
 
     Raises:
-        TimeoutError: others held the lock for all of ``timeout_s``.
+        TimeoutError: others held it for ``timeout_s``.
         OSError: the file cannot be made or locked.
     """
     deadline = time.monotonic() + timeout_s

@@ -1,6 +1,6 @@
-"""A run on an object store (``s3://``, ``gs://``): the same names and commits, without renames and locks.
+"""A run on an object store (``s3://``, ``gs://``), without renames and locks.
 
-A commit is one conditional put, which the store grants once. Logs and LATEST are plain puts after a look at the lease.
+A commit is one conditional put. Logs and LATEST are plain puts after a check of the lease.
 """
 
 import json
@@ -27,16 +27,15 @@ from spin_ray.run_dir.fence import LEASE, check_token
 from spin_ray.run_dir.storage import MANIFEST, Digest, Storage, bytes_digest
 
 CACHE = cache_root() / "runs"
-"""Folder of each machine for the models of runs, by digest."""
 logger = logging.getLogger(__name__)
 T = TypeVar("T")
 
 DEADLINE_S = 180.0
-"""Longest time for which a store may fail or not answer before the stage fails."""
+"""Longest time for which a store may fail."""
 
 
 class ObjectStorage(Storage):
-    """``Storage`` on an object store. Credentials and endpoint come from the environment (``AWS_…``, ``GOOGLE_…``)."""
+    """``Storage`` on an object store; credentials and endpoint come from ``AWS_…`` or ``GOOGLE_…`` variables."""
 
     def __init__(self, root: str, token: str | None = None) -> None:
         self.root = self._uri = root.rstrip("/")
@@ -92,7 +91,7 @@ class ObjectStorage(Storage):
         self._insist(name, put)
 
     def append(self, name: str, text: str) -> None:
-        """Reads the log and puts it back with ``text`` added; logs are small and have one writer."""
+        """Puts the whole log again, which is small and has one writer."""
         old = self.read(name) if self.exists(name) else b""
         self.replace(name, old + text.encode())
 
@@ -101,9 +100,10 @@ class ObjectStorage(Storage):
         return Path(tempfile.mkdtemp(prefix="attempt-", dir=CACHE))
 
     def create_folder(self, name: str, attempt: Path) -> None:
-        """Uploads the files of ``attempt``, its manifest last, or raises FileExistsError.
+        """Uploads the files, then the manifest, as readers trust only the manifest.
 
-        Readers trust only the manifest, which is created conditionally.
+        Raises:
+            FileExistsError: the folder is committed already.
         """
         manifest = attempt / MANIFEST
         if self.exists(f"{name}/{manifest.name}"):
@@ -146,7 +146,7 @@ class ObjectStorage(Storage):
         return True
 
     def _read_with_version(self, name: str) -> tuple[bytes, dict[str, str]] | None:
-        """Returns the bytes and their version for a conditional put: S3 compares the tag, GCS the generation."""
+        """Returns bytes and version for a conditional put: S3 compares the tag, GCS the generation."""
         try:
             found = obstore.get(self._store, name)
         except FileNotFoundError:
@@ -172,16 +172,13 @@ class ObjectStorage(Storage):
 
     @contextmanager
     def _held(self) -> Iterator[None]:
-        """Checks the lease before a change.
-
-        A change that is on its way when another driver takes over can still arrive. None begins after that.
-        """
+        """Checks the lease; a change already on its way at a takeover can still arrive."""
         if self._token is not None:
             check_token(self._token, self.find(LEASE), self._uri)
         yield
 
     def _insist(self, name: str, call: Callable[[], T]) -> T:
-        """Calls ``call`` until the store and the way to it do not fail, with growing pauses and jitter.
+        """Repeats ``call`` while the store fails, with growing pauses and jitter.
 
         Raises:
             StageError: still failing after ``DEADLINE_S``.
@@ -205,7 +202,7 @@ class ObjectStorage(Storage):
 
 
 def _endpoint() -> str:
-    """Returns the endpoint that the environment or the service account's file (GCS) names; empty if none does."""
+    """Returns the endpoint in the environment or in GCS's service account file."""
     for name in ("AWS_ENDPOINT_URL", "AWS_ENDPOINT"):
         if os.environ.get(name):
             return os.environ[name]
@@ -216,6 +213,5 @@ def _endpoint() -> str:
 
 
 def open_storage(out: str | Path) -> Storage:
-    """Opens the storage of a run: ``out`` is a local or shared folder, or a URI of an object store."""
     text = str(out)
     return ObjectStorage(text) if "://" in text and not text.startswith("file://") else Storage(text)

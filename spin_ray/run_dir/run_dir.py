@@ -1,6 +1,6 @@
-"""A run on disk: the place of each of its files.
+"""A run on disk.
 
-RUN/run.json                     identity: resolved config, versions, digests
+RUN/run.json                     resolved config, versions, digests
 RUN/<artefact>/part-*.parquet    rows
 RUN/<artefact>/_MANIFEST.json    commit: readers trust only the files it lists
 RUN/events.jsonl                 log
@@ -24,8 +24,6 @@ logger = logging.getLogger(__name__)
 
 
 class RunDir:
-    """The folder of one run: its artefacts, identity, log and LATEST."""
-
     def __init__(self, storage: Storage) -> None:
         self.storage = storage
 
@@ -55,7 +53,7 @@ class RunDir:
         return self.artefact(f"{iteration_name(iteration)}/reference")
 
     def base_scores(self, iteration: int) -> Artefact:
-        """Log-probabilities of the pairs under θ_0, the second part of a geometric reference; iteration 0 has none."""
+        """Log-probabilities of the pairs under θ_0; iteration 0 has none."""
         return self.artefact(f"{iteration_name(iteration)}/base_scores")
 
     def preferences(self, iteration: int) -> Artefact:
@@ -67,21 +65,17 @@ class RunDir:
         return self.artefact(f"{iteration_name(iteration)}/wins")
 
     def model(self, iterate: int) -> Artefact:
-        """Model folder of θ_iterate. θ_0 has one only if the warm-up ran."""
+        """Model folder of θ_iterate; θ_0 has one only after a warm-up."""
         return self.artefact(f"{iterate_name(iterate)}/model")
 
     def heldout_samples(self, iterate: int) -> Artefact:
-        """Answers of θ_iterate to the held-out prompts."""
         return self.artefact(f"{iterate_name(iterate)}/heldout_samples")
 
     def eval_path(self, iterate: int) -> str:
         return f"{iterate_name(iterate)}/eval.json"
 
     def evaluation(self, iterate: int) -> dict[str, Any] | None:
-        """Returns the content of θ_iterate's ``eval.json``; None if it is missing or damaged.
-
-        A driver makes a damaged one again.
-        """
+        """Returns θ_iterate's ``eval.json``; None if it is missing or damaged."""
         try:
             found = json.loads(self.storage.read(self.eval_path(iterate)))
         except (FileNotFoundError, ValueError):
@@ -89,12 +83,12 @@ class RunDir:
         return found if isinstance(found, dict) else None
 
     def begin(self, config: SpinConfig, facts: dict[str, Any]) -> None:
-        """Writes run.json, or checks that the folder holds this very run.
+        """Writes run.json, or checks that the folder holds this run.
 
-        ``train.precision: auto`` means the precision that the run began with, and run.json keeps that one.
+        ``train.precision: auto`` means the precision that the run began with.
 
         Raises:
-            RunDirError: the folder holds another run, whose differing keys the message names, or other files.
+            RunDirError: the folder holds another run or other files.
         """
         if self.storage.exists("run.json"):
             config = config.take_precision_of(self.config())
@@ -125,7 +119,7 @@ class RunDir:
         """Returns the config in run.json.
 
         Raises:
-            ConfigError: it has keys or values that this version of spin_ray does not know.
+            ConfigError: this version does not know a key or value.
             RunDirError: run.json is missing or damaged.
         """
         return parse_config(self.description()["config"], source=f"{self.storage.root}/run.json")
@@ -144,36 +138,26 @@ class RunDir:
             raise RunDirError(f"{self.storage.root}/run.json: is damaged; restore it") from error
 
     def stage(self, name: str) -> AbstractContextManager[dict[str, Any]]:
-        """Logs the start and the end of a stage: see ``events.stage``."""
         return stage(self.storage, name)
 
     def was_cut_off(self, stage: str) -> bool:
-        """Tells whether the last attempt at a stage did not commit: see ``events.was_cut_off``."""
         return was_cut_off(self.storage, stage)
 
     def event(self, event: str, stage: str, **values: Any) -> None:
-        """Adds an event to the log: see ``events.write_event``."""
         write_event(self.storage, event, stage, **values)
 
     def events(self) -> list[Event]:
-        """Returns the log: see ``events.read_events``."""
         return read_events(self.storage)
 
     def publish(self, iterate: int) -> None:
-        """Moves LATEST to θ_iterate, unless LATEST is there or further already.
-
-        A resumed driver publishes the earlier iterates again.
-        """
+        """Moves LATEST forward to θ_iterate, never back."""
         latest = self.latest()
         if latest is None or iterate > iterate_number(latest):
             self.storage.replace("LATEST", f"{iterate_name(iterate)}\n".encode())
             self.event("publish", iterate_name(iterate))
 
     def latest(self) -> str | None:
-        """Returns the name of the newest published iterate; None if there is none or LATEST is damaged.
-
-        The next driver writes a damaged LATEST anew.
-        """
+        """Returns the newest published iterate; None if LATEST is missing or damaged."""
         try:
             name = self.storage.read("LATEST").decode(errors="replace").strip()
         except FileNotFoundError:

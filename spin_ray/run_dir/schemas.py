@@ -14,12 +14,10 @@ PROMPT_SCHEMA = pa.schema(
         pa.field("rejected_ids", TOKEN_IDS),
     ]
 )
-"""One SFT row, rendered by the chat template and tokenised once; nothing later tokenises text again.
+"""One SFT row, tokenised once.
 
-Example: ``{"prompt_id": "9f2c…", "prompt_ids": [1, 9690, …], "real_ids": [38, 446, …, 2],
-"messages": '[{"role": "user", …}, {"role": "assistant", …}]', "answer": 7.0}``.
-``real_ids`` is the human response and its end-of-turn token; it is empty for an unlabelled question. ``answer`` and
-``rejected_ids``, the worse response of a preference pair, are null where the data has none.
+``real_ids`` is the human response with its end-of-turn token, empty for an unlabelled question. ``rejected_ids`` is a
+preference pair's worse response.
 """
 
 GENERATION_SCHEMA = pa.schema(
@@ -32,12 +30,7 @@ GENERATION_SCHEMA = pa.schema(
         pa.field("seed", pa.int64(), nullable=False),
     ]
 )
-"""One response y′ of the opponent, as the token ids that the engine gave.
-
-Example: ``{"prompt_id": "9f2c…", "sample": 0, "opponent": "sft", "token_ids": [339, …, 2],
-"finish_reason": "stop", "seed": 5310…}``. The response ends with the end-of-turn token only if the engine stopped on
-it (``"stop"``). A response cut at ``max_tokens`` has ``"length"`` and no such token.
-"""
+"""One response y′ of the opponent; it lacks the end-of-turn token if ``finish_reason`` is ``length``."""
 
 PAIR_SCHEMA = pa.schema(
     [
@@ -51,8 +44,7 @@ PAIR_SCHEMA = pa.schema(
 )
 """One training pair: x, y and y′ of the opponent of ``iteration``.
 
-Example: ``{"pair_id": "9f2c…/000/0", "prompt_id": "9f2c…", "iteration": 0, "prompt_ids": […], "real_ids": […],
-"generated_ids": […]}``; the last part of ``pair_id`` is the sample number. An SFT row has an empty ``generated_ids``.
+``pair_id`` ends with the sample number. An SFT row has an empty ``generated_ids``.
 """
 
 REFERENCE_SCHEMA = pa.schema(
@@ -62,7 +54,7 @@ REFERENCE_SCHEMA = pa.schema(
         pa.field("generated_logp", pa.float32(), nullable=False),
     ]
 )
-"""log p_ref of both responses of a pair, in nats, summed over response tokens by the trainer's kernels."""
+"""log p_ref of both responses of a pair, in nats, summed over response tokens."""
 
 WIN_SCHEMA = pa.schema(
     [
@@ -71,4 +63,4 @@ WIN_SCHEMA = pa.schema(
         pa.field("generated_win", pa.float32(), nullable=False),
     ]
 )
-"""SPPO's estimates of the probability that each response of a pair beats a response of the opponent."""
+"""SPPO's estimated probability that each response beats one of the opponent."""

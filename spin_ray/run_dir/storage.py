@@ -1,7 +1,7 @@
-"""Durable bytes below one root: atomic create, atomic replace, digests.
+"""Durable bytes below one root.
 
-Every byte of a run is committed in the same way: it is written to a file of the attempt's own and fsynced, and then
-the file gets its final name in one step. A reader sees all of a file or none.
+A file is written and fsynced under a temporary name, then gets its final name in one step. Only logs are written in
+place.
 """
 
 import hashlib
@@ -20,9 +20,9 @@ from spin_ray.errors import ConfigError, StageError
 from spin_ray.run_dir.fence import LEASE, check_token, locked
 
 MANIFEST = "_MANIFEST.json"
-"""The file of an artefact whose appearance commits it."""
+"""File whose appearance commits an artefact."""
 ATTEMPTS = ".attempts"
-"""Folder below the root for files being written; never read, and removed when a run starts."""
+"""Folder for files being written, removed when a run starts."""
 
 
 class Digest(NamedTuple):
@@ -31,20 +31,17 @@ class Digest(NamedTuple):
 
 
 class Disk:
-    """The calls that change a run folder, one method for each kind of change.
-
-    Every change to a run folder is one call of one of these methods. Tests inject faults by substituting this class.
-    """
+    """All calls that change a run folder; tests inject faults by substituting this class."""
 
     def make_folder(self, path: Path) -> None:
-        """Makes ``path`` and the parents it lacks; their names survive a power cut."""
+        """Makes ``path`` and its parents, safe from a power cut."""
         if not path.is_dir():
             self.make_folder(path.parent)
             path.mkdir(exist_ok=True)
             fsync(path.parent)
 
     def write(self, path: Path, data: bytes) -> None:
-        """Writes a new file, which a power cut can still lose."""
+        """Writes a new file, not yet safe from a power cut."""
         with path.open("xb") as file:
             file.write(data)
 
@@ -56,22 +53,17 @@ class Disk:
         fsync(path)
 
     def link(self, source: Path, target: Path) -> None:
-        """Gives a file a second name.
-
-        Raises:
-            FileExistsError: there is a file of that name; a rename would replace it.
-        """
+        """Gives a file a second name; raises FileExistsError where a rename would replace a file."""
         os.link(source, target)
 
     def replace(self, source: Path, target: Path) -> None:
         os.replace(source, target)
 
     def rename_folder(self, source: Path, target: Path) -> None:
-        """Renames a folder; raises OSError if ``target`` is a folder with files in it."""
+        """Renames a folder; raises OSError if ``target`` has files."""
         os.rename(source, target)
 
     def remove(self, path: Path) -> None:
-        """Removes a file or a whole folder, if there is one."""
         if path.is_dir():
             shutil.rmtree(path)
         else:
@@ -79,18 +71,16 @@ class Disk:
 
 
 class Storage:
-    """Files below a root folder, addressed by relative POSIX paths such as ``iter_000/pairs/part-00000.parquet``.
+    """Files below a root folder, addressed by relative POSIX paths.
 
-    Instances hold only the root and the token of the lease, so they travel to Ray actors. The root must be visible
-    under the same path on every node (one machine, NFS, a ReadWriteMany volume).
+    Every node must see the root under the same path.
 
     Raises:
-        StageError: from every method that changes something, if the disk is full or fails.
-        RunDirError: from the same methods, if another driver has taken the run over.
+        StageError: from every change, if the disk is full or fails.
+        RunDirError: from every change, if another driver has taken the run over.
     """
 
     root: Path | str
-    """Path or URI of the run, for messages."""
 
     def __init__(self, root: str | Path, disk: Disk | None = None, token: str | None = None) -> None:
         if "://" in str(root) and not str(root).startswith("file://"):
@@ -100,39 +90,35 @@ class Storage:
         self._token = token
 
     def fenced(self, token: str) -> "Storage":
-        """Returns storage of the same files that changes them only while the lease has ``token``."""
+        """Returns storage that makes changes only while the lease has ``token``."""
         return Storage(self._folder, self._disk, token)
 
     @property
     def name(self) -> str:
-        """Name of the run: the last part of the root."""
         return str(self.root).rpartition("/")[2]
 
     def path(self, name: str) -> Path:
-        """Returns the local path of ``name``; an object store raises ConfigError."""
+        """Returns the local path; an object store raises ConfigError."""
         return self._folder / name
 
     def where(self, name: str) -> str:
-        """Returns the full path or URI of ``name``."""
         return str(self.path(name))
 
     def local_folder(self, name: str, files: Mapping[str, Digest]) -> Path:
-        """Returns a folder of this machine with ``files`` of ``name``, for libraries that open files themselves."""
+        """Returns a folder of this machine with ``files``."""
         return self.path(name)
 
     def entries(self) -> list[str]:
-        """Returns the names of the files and folders at the top."""
         return sorted(entry.name for entry in self._folder.glob("*"))
 
     def find(self, name: str) -> bytes | None:
-        """Returns the bytes of ``name``; None if it is not there."""
         try:
             return self.read(name)
         except (FileNotFoundError, NotADirectoryError):
             return None
 
     def swap(self, name: str, old: bytes | None, new: bytes | None) -> bool:
-        """Makes ``name`` hold ``new`` if it holds ``old``, else returns False. None stands for no file."""
+        """Makes ``name`` hold ``new`` if it holds ``old``; None stands for no file."""
         with locked(self._folder, alone=True):
             if self.find(name) != old:
                 return False
@@ -146,7 +132,6 @@ class Storage:
         return self.path(name).exists()
 
     def names(self, folder: str) -> list[str]:
-        """Returns the sorted names of the files in ``folder``; none if there is no such folder."""
         try:
             return sorted(entry.name for entry in self.path(folder).iterdir() if entry.is_file())
         except FileNotFoundError:
@@ -156,7 +141,7 @@ class Storage:
         return self.path(name).read_bytes()
 
     def create(self, name: str, data: bytes) -> None:
-        """Creates ``name`` with ``data``, or raises FileExistsError and changes nothing."""
+        """Creates ``name``, or raises FileExistsError and changes nothing."""
         target = self.path(name)
         with self._changing(target), self._attempt(data) as attempt, self._held():
             self._disk.make_folder(target.parent)
@@ -164,7 +149,7 @@ class Storage:
             self._disk.sync(target.parent)
 
     def replace(self, name: str, data: bytes) -> None:
-        """Writes ``data`` to ``name``; a reader sees the old bytes or the new ones."""
+        """Replaces ``name`` atomically."""
         target = self.path(name)
         with self._changing(target), self._attempt(data) as attempt, self._held():
             self._disk.make_folder(target.parent)
@@ -172,7 +157,7 @@ class Storage:
             self._disk.sync(target.parent)
 
     def append(self, name: str, text: str) -> None:
-        """Adds ``text`` to a log that has one writer at a time."""
+        """Appends to a log that has one writer."""
         target = self.path(name)
         with self._changing(target), self._held():
             self._disk.make_folder(target.parent)
@@ -180,7 +165,7 @@ class Storage:
             self._disk.append(target, (b"" if _ends_with_newline(target) else b"\n") + text.encode())
 
     def new_attempt_folder(self) -> Path:
-        """Makes a folder in which to build an artefact for ``create_folder``."""
+        """Makes a folder to fill for ``create_folder``."""
         folder = self.path(f"{ATTEMPTS}/{uuid.uuid4().hex}")
         with self._changing(folder):
             self._disk.make_folder(folder)
@@ -204,7 +189,6 @@ class Storage:
                 self._disk.sync(target.parent)
 
     def delete(self, name: str) -> None:
-        """Removes a file or a folder, if there is one."""
         with self._changing(self.path(name)), self._held():
             self._disk.remove(self.path(name))
 
@@ -213,10 +197,7 @@ class Storage:
 
     @contextmanager
     def _held(self) -> Iterator[None]:
-        """Checks the lease, and keeps it from changing hands for the moment of a change.
-
-        Writing and syncing the bytes is slow, and comes before that moment.
-        """
+        """Checks and keeps the lease during a change; slow writes come before."""
         if self._token is None:
             yield
             return
@@ -238,7 +219,7 @@ class Storage:
 
     @contextmanager
     def _attempt(self, data: bytes) -> Iterator[Path]:
-        """Writes ``data`` to a file of its own and syncs it; its name is removed afterwards."""
+        """Writes and syncs ``data`` under a temporary name."""
         attempt = self.path(f"{ATTEMPTS}/{uuid.uuid4().hex}")
         self._disk.make_folder(attempt.parent)
         try:
@@ -250,7 +231,6 @@ class Storage:
 
 
 def _ends_with_newline(path: Path) -> bool:
-    """Tells whether the last line of a log is whole; True without a log."""
     if not path.exists() or not path.stat().st_size:
         return True
     with path.open("rb") as file:
@@ -268,20 +248,17 @@ def bytes_digest(data: bytes) -> Digest:
 
 
 class HasDigest(Protocol):
-    """A file as a manifest or a ``Digest`` describes it."""
-
     @property
     def sha256(self) -> str: ...
 
 
 def folder_digest(files: Mapping[str, HasDigest]) -> str:
-    """Returns one digest of names and contents."""
     lines = "".join(f"{entry.sha256} {name}\n" for name, entry in sorted(files.items()))
     return bytes_digest(lines.encode()).sha256
 
 
 def table_to_bytes(table: pa.Table) -> bytes:
-    """Returns the Parquet bytes of ``table``; equal tables give equal bytes."""
+    """Returns Parquet bytes; equal tables give equal bytes."""
     sink = pa.BufferOutputStream()
     pq.write_table(table, sink, compression="zstd")
     return sink.getvalue().to_pybytes()
@@ -292,7 +269,7 @@ def table_from_bytes(data: bytes) -> pa.Table:
 
 
 def fsync(path: Path) -> None:
-    """Syncs a file or the names in a folder to the disk, so that they survive a power cut."""
+    """Syncs a file, or the names in a folder."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)

@@ -1,1 +1,1 @@
-"""The machines of a run: Ray's cluster, vLLM's engines, train workers, and the model's way to them."""
+"""The machines of a run: Ray, vLLM, train workers, and the sharing of models."""

@@ -1,4 +1,4 @@
-"""Asks Ray for actors and tasks: always with labels, custom resources, threads and a limit to restarts."""
+"""Ray actors and tasks, with a limit to restarts."""
 
 import warnings
 from typing import Any
@@ -18,11 +18,10 @@ def map_by_actors(
     replicas: int,
     restarts: int,
 ) -> ray.data.Dataset:
-    """Returns a data set that calls ``actor(*arguments)`` on each item; Ray starts the actors when rows are read.
+    """Returns a data set that calls ``actor(*arguments)`` on each item, once its rows are read.
 
     Args:
-        replicas: actors side by side; never more than items.
-        restarts: further processes for an actor that dies; as many again while it loads.
+        restarts: further processes for a dead actor, and as many again while it loads.
     """
     # Counts processes that die while they load; `max_restarts` is for those that have loaded.
     ray.data.DataContext.get_current().max_consecutive_actor_init_deaths = restarts
@@ -43,7 +42,6 @@ def map_by_actors(
 
 
 def task_options(resources: ResourcesConfig, *, retries: int) -> dict[str, Any]:
-    """Returns the options of a Ray task that holds ``resources``."""
     return _asked(resources) | {"max_retries": retries}
 
 

@@ -1,4 +1,4 @@
-"""Starts Ray in this process, or joins a cluster that runs already."""
+"""Starts Ray in this process, or joins a cluster."""
 
 import logging
 import os
@@ -17,10 +17,10 @@ from spin_ray.errors import ResourceError, first_line
 
 
 def connect(config: SpinConfig) -> None:
-    """Joins the cluster of the config or of $RAY_ADDRESS, else starts an embedded Ray; nothing if Ray is up.
+    """Joins the cluster of the config or of $RAY_ADDRESS, else starts an embedded Ray.
 
     Raises:
-        ResourceError: no cluster answers at the address within 41 s, or Ray cannot start on this machine.
+        ResourceError: no cluster answers within 41 s, or Ray cannot start.
     """
     os.environ.setdefault("RAY_TRAIN_V2_ENABLED", "1")
     if not ray.is_initialized():
@@ -56,7 +56,7 @@ def connect(config: SpinConfig) -> None:
 
 
 def _remedy(error: Exception) -> str | None:
-    """Returns what happened and what helps, for errors of a start that the user can mend."""
+    """Returns cause and remedy of a failed start, if known."""
     text = str(error)
     if "AF_UNIX path length" in text:
         folder = os.environ.get("RAY_TMPDIR") or tempfile.gettempdir()
@@ -74,11 +74,7 @@ def _remedy(error: Exception) -> str | None:
 
 
 def take_signal(number: int, handle: Callable[[int, Any], None]) -> None:
-    """Calls ``handle`` on a signal and lets it take its time.
-
-    Ray's core (abseil's failure handler) answers SIGTERM with an alarm that aborts the process 3 s later, while the
-    driver still releases its lease.
-    """
+    """Lets ``handle`` take its time: Ray's core (abseil) would abort the process 3 s after SIGTERM."""
 
     def handle_in_peace(number: int, frame: Any) -> None:
         signal.alarm(0)
@@ -88,10 +84,9 @@ def take_signal(number: int, handle: Callable[[int, Any], None]) -> None:
 
 
 def keep_to_loopback(embedded: bool) -> None:
-    """Keeps the servers of an embedded Ray on the loopback interface; undoes this for a cluster.
+    """Keeps an embedded Ray on the loopback interface; undoes this for a cluster.
 
-    Ray's servers listen on all interfaces unless the node's address is the loopback one. Ray replaces that address by
-    an outward one, except on systems that it believes unable to form a cluster.
+    Ray replaces the loopback address by an outward one, unless it believes that a cluster is impossible.
     """
     variable = ray_constants.ENABLE_RAY_CLUSTERS_ENV_VAR
     if embedded:

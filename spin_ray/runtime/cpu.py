@@ -1,8 +1,7 @@
-"""Makes CPU compute safe and quick in a process, before torch does its first matrix product.
+"""Makes CPU compute safe and quick, before torch's first matrix product.
 
-Some virtual machines advertise AMX (matrix tiles) without the CPUID leaf that describes the tiles. oneDNN then builds
-kernels that die of SIGILL at the first bf16 product. A product in a process of its own finds out; where that process
-dies, oneDNN is held at AVX-512.
+Some virtual machines advertise AMX without the CPUID leaf of its tiles, and oneDNN's bf16 kernels die of SIGILL. There
+oneDNN is held at AVX-512.
 """
 
 import importlib.util
@@ -21,14 +20,14 @@ _ISA = "ONEDNN_MAX_CPU_ISA"
 
 
 def keep_freed_memory() -> dict[str, str]:
-    """Returns the environment in which to start a process that trains on CPUs.
+    """Returns the environment for a process that trains on CPUs.
 
-    glibc gives every freed large tensor back to the kernel, and the next tensor costs a page fault for each 4 KiB: a
-    third of a training step. The jemalloc that Ray ships keeps freed memory; without jemalloc, glibc is told to.
+    glibc gives freed large tensors back to the kernel, and page faults cost a third of a training step. jemalloc keeps
+    freed memory.
     """
-    # Memory is kept for 300 s: kept for good, packs of ever new shapes leave holes that add up to gigabytes; kept for
-    # 30 s, steps of some seconds take half as long again. One arena: the thread of backward would keep as much again in
-    # an arena of its own. No arena for large blocks, which comes with a decay and returns its blocks at once.
+    # Memory is kept for 300 s: kept for good, packs of new shapes leave gigabytes of holes; kept for 30 s, steps take
+    # half as long again. One arena: the thread of backward would keep as much in its own. No arena for large blocks: it
+    # returns its blocks at once.
     ray = importlib.util.find_spec("ray")
     library = Path(ray.origin).parent / "core" / "libjemalloc.so" if ray and ray.origin else None
     if library and library.exists():
@@ -41,15 +40,15 @@ def keep_freed_memory() -> dict[str, str]:
 
 
 def prepare(threads: int) -> None:
-    """Sets the number of compute threads and avoids broken AMX. Call it before anything computes.
+    """Sets compute threads and avoids broken AMX; call it before anything computes.
 
-    ``threads`` is what Ray gave this process: more threads than free cores slow training more than tenfold.
+    More threads than free cores slow training more than tenfold.
     """
     os.environ.update(environment(threads))
 
 
 def allow_amx_kernels() -> None:
-    """Asks the kernel for the tile registers; vLLM's own attention kernels use them without asking (vLLM 0.29)."""
+    """Asks the kernel for the tile registers, as vLLM's attention kernels do not (vLLM 0.29)."""
     if _amx_is_advertised():
         import torch
 
@@ -57,7 +56,7 @@ def allow_amx_kernels() -> None:
 
 
 def environment(threads: int) -> dict[str, str]:
-    """Returns the variables that compute libraries read when a process loads them."""
+    """Returns variables that compute libraries read when loaded."""
     found = {"OMP_NUM_THREADS": str(threads)}
     if _ISA not in os.environ and _amx_is_advertised() and not _amx_works():
         found[_ISA] = _WITHOUT_AMX

@@ -1,7 +1,4 @@
-"""Engines, which generate: token ids in, sampled token ids out.
-
-The rest of the package knows only ``GenerationEngine``; vLLM is behind it.
-"""
+"""Engines: token ids in, sampled token ids out."""
 
 import os
 from collections.abc import Callable, Sequence
@@ -15,7 +12,7 @@ from spin_ray.runtime import cpu
 
 @dataclass(frozen=True, slots=True)
 class Completion:
-    """A sampled response. ``token_ids`` ends with the end-of-turn token only if the engine stopped on it."""
+    """A sampled response; it ends with the end-of-turn token only if the engine stopped on it."""
 
     token_ids: list[int]
     finish_reason: Literal["stop", "length"]
@@ -25,43 +22,33 @@ class GenerationEngine(Protocol):
     def generate(
         self, prompt_ids: Sequence[Sequence[int]], sampling: SamplingConfig, seeds: Sequence[int]
     ) -> list[Completion]:
-        """Returns one response per prompt, in order.
-
-        Equal arguments give equal responses: each row has its own random stream, and the rows of a call form the same
-        batches every time.
-        """
+        """Returns one response per prompt, in order; equal arguments give equal responses."""
         ...
 
-    def close(self) -> None:
-        """Frees everything the engine holds."""
-        ...
+    def close(self) -> None: ...
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class EngineSpec:
-    """Everything an actor needs to start an engine."""
-
     model: Path
     max_length: int
     stop_token_id: int
-    """The token that ends a turn in the chat template."""
+    """Token that ends a turn in the chat template."""
     threads: int
     config: EngineConfig
     trust_remote_code: bool = False
 
 
 StartEngine = Callable[[EngineSpec], GenerationEngine]
-"""A function that makes an engine, in the process that will use it."""
 
 
 class VllmEngine:
-    """vLLM, started from a model folder and kept exact.
+    """vLLM, started from a model folder.
 
-    - Sampling is what the config says: the model folder's generation_config.json is not read.
-    - The scheduler runs in this process: all rows of a call are queued before the first step, so that batches do not
-      depend on timing. Prefix caching is off, so that an earlier call cannot change this one.
-    - On CPU a prompt is never prefilled in pieces: vLLM 0.29-0.32 dies on seeded requests otherwise ("CPU Generator
-      does not use offset").
+    - The model folder's generation_config.json is not read.
+    - The scheduler runs in this process and prefix caching is off: neither timing nor earlier calls change a response.
+    - On CPU prompts are prefilled whole: vLLM 0.29-0.32 dies on seeded requests otherwise ("CPU Generator does not use
+      offset").
     - Each iterate gets a fresh engine: on CPU ``reload_weights`` leaves the old LM head in place.
     """
 
@@ -119,7 +106,7 @@ class VllmEngine:
 
 
 def prepare_process(config: EngineConfig, threads: int) -> None:
-    """Sets what vLLM reads from the environment; call it before vLLM is imported."""
+    """Sets vLLM's environment; call it before vLLM is imported."""
     os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
     os.environ.setdefault("VLLM_NO_USAGE_STATS", "1")
     os.environ.setdefault("VLLM_LOGGING_LEVEL", "WARNING")
@@ -130,14 +117,14 @@ def prepare_process(config: EngineConfig, threads: int) -> None:
 
 
 def platform() -> str:
-    """Returns the device that vLLM chose for this process, ``cpu`` or ``cuda``; it chooses once."""
+    """Returns ``cpu`` or ``cuda``, as vLLM chose."""
     from vllm.platforms import current_platform
 
     return current_platform.device_type
 
 
 def whole_prefill(max_length: int) -> dict[str, Any]:
-    """Returns engine arguments under which no prompt is prefilled in pieces (see ``VllmEngine``)."""
+    """Returns arguments that prefill prompts whole (see ``VllmEngine``)."""
     return {"enable_chunked_prefill": False, "max_num_batched_tokens": max(max_length, 2048)}
 
 

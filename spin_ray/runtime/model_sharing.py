@@ -1,8 +1,6 @@
-"""Copies a model folder from the driver's machine to the others; no shared file system is assumed.
+"""Copies a model folder from the driver's machine to the others, without a shared file system.
 
 driver's machine: _Giver ──parts of a file, as Ray objects──> each other machine, once ──> its cache, by digest
-
-Machines that ask for a part at about the same time share one object; Ray copies it from any machine that has it.
 """
 
 import json
@@ -25,31 +23,30 @@ from spin_ray.run_dir.storage import Digest, file_digest, folder_digest
 
 PART_BYTES = 2**24
 KEPT_PARTS = 4
-"""Parts that stay in the object store of the driver's machine."""
+"""Parts kept in the driver machine's object store."""
 PART_TIMEOUT_S = 600.0
 _givers: dict[tuple[str, str], Any] = {}
-"""Actors of this driver by node and name; an actor ends with the last handle that its maker holds."""
+"""This driver's actors, which end with their last handle."""
 
 
 @dataclass(frozen=True)
 class SharedFolder:
-    """A folder that every machine of the cluster can get."""
+    """A folder that every machine can get."""
 
     folder: Path
-    """Its path on the driver's machine."""
+    """Path on the driver's machine."""
     files: Mapping[str, Digest]
     node: str
     """Ray's id of the driver's machine."""
     giver: str
-    """Name of the actor on the driver's machine."""
     part_bytes: int
 
     def local_folder(self, *, weights: bool = True) -> Path:
-        """Returns the folder on this machine: in place where its content is the same, else fetched once, by digest.
+        """Returns the folder on this machine, fetched once if needed.
 
         Raises:
-            RunDirError: a file that arrived differs from its digest.
-            StageError: a part did not arrive in time.
+            RunDirError: a fetched file differs from its digest.
+            StageError: a part did not arrive.
         """
         files = self.files if weights else node_cache.without_weights(self.files)
         if ray.get_runtime_context().get_node_id() == self.node or self._is_in_place(files):
@@ -58,7 +55,7 @@ class SharedFolder:
         return node_cache.folder_with(CACHE, files, lambda name, to: self._fetch(giver, name, to), str(self.folder))
 
     def _is_in_place(self, files: Mapping[str, Digest]) -> bool:
-        """Tells whether the path leads to the same content here; a file read once is known by its size and time."""
+        """Tells whether the path has this content here; reads the files again only if a size or time changed."""
         try:
             stats = {name: (self.folder / name).stat() for name in sorted(files)}
         except OSError:
@@ -77,7 +74,7 @@ class SharedFolder:
         return True
 
     def _fetch(self, giver: Any, name: str, target: Path) -> None:
-        """Writes one part while the next is on its way; holds two parts in memory."""
+        """Writes one part while the next arrives."""
         here = ray.get_runtime_context().get_node_id()
         parts = max(1, math.ceil(self.files[name].bytes / self.part_bytes))
         try:
@@ -94,7 +91,7 @@ class SharedFolder:
 
 
 def share(folder: Path, files: Mapping[str, Digest]) -> SharedFolder | None:
-    """Offers a folder of this machine to all others while this driver lives; returns None where there are no others."""
+    """Offers a local folder to the other machines; returns None if there are none."""
     if not ray_constants.ENABLE_RAY_CLUSTER and len(ray.nodes()) == 1:
         return None
     node = ray.get_runtime_context().get_node_id()
@@ -107,7 +104,7 @@ def share(folder: Path, files: Mapping[str, Digest]) -> SharedFolder | None:
 
 
 class _Giver:
-    """An actor on the driver's machine that reads parts of files."""
+    """An actor that reads parts of files."""
 
     def __init__(self, folder: Path, files: Mapping[str, Digest]) -> None:
         self._folder, self._files = folder, files
@@ -115,10 +112,7 @@ class _Giver:
         self._given: Counter[str] = Counter()
 
     def part(self, name: str, number: int, size: int, node: str) -> list[Any]:
-        """Returns part ``number`` of a file in parts of ``size`` bytes, as a reference to an object.
-
-        The reference is in a list: Ray would replace a bare one by its value.
-        """
+        """Returns a reference in a list, as Ray would replace a bare one by its value."""
         if name not in self._files:
             raise ValueError(f"{name} is no file of {self._folder}")
         found = self._kept.get((name, number))
@@ -132,5 +126,5 @@ class _Giver:
         return [found]
 
     def given(self) -> dict[str, int]:
-        """Returns how many bytes each machine has asked for, by Ray's id."""
+        """Returns the bytes asked for, by Ray's id of the machine."""
         return dict(self._given)

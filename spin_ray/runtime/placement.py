@@ -9,11 +9,11 @@ from spin_ray.config.recipe import SpinConfig
 from spin_ray.errors import ResourceError
 
 Bundles = list[dict[str, float]]
-"""Requests for resources, one for each actor or worker, e.g. ``[{"CPU": 2, "GPU": 1}] * 4``."""
+"""Requests of each actor or worker, e.g. ``[{"CPU": 2, "GPU": 1}] * 4``."""
 
 
 def demands(config: SpinConfig) -> dict[str, Bundles]:
-    """Returns the least that each stage needs at the same time."""
+    """Returns the least that each stage needs at once."""
     generation, train = config.generation, config.train
     stages = {
         "generation": [generation.resources.bundle] * (generation.min_replicas or generation.replicas),
@@ -25,10 +25,10 @@ def demands(config: SpinConfig) -> dict[str, Bundles]:
 
 
 def check_fits(config: SpinConfig) -> None:
-    """Checks every stage against the nodes of the cluster; waits ``cluster.wait_for_nodes_s`` for nodes to join.
+    """Checks every stage against the nodes; waits ``cluster.wait_for_nodes_s`` for more.
 
     Raises:
-        ResourceError: a stage could never be placed; the message names its request and the nodes of the cluster.
+        ResourceError: a stage could never be placed.
     """
     deadline = time.monotonic() + config.cluster.wait_for_nodes_s
     labels = {"generation": config.generation, "train": config.train, "scorer": config.scorer}
@@ -50,7 +50,6 @@ def check_fits(config: SpinConfig) -> None:
 
 
 def placeable(bundles: Bundles, nodes: list[dict[str, float]]) -> bool:
-    """Tells whether the bundles find room on the nodes: largest first, each on the first node with room."""
     room = [dict(node) for node in nodes]
     for bundle in sorted(bundles, key=lambda bundle: sum(bundle.values()), reverse=True):
         node = next((node for node in room if covers(node, bundle)), None)
@@ -62,12 +61,11 @@ def placeable(bundles: Bundles, nodes: list[dict[str, float]]) -> bool:
 
 
 def covers(free: Mapping[str, float], needed: Mapping[str, float]) -> bool:
-    """Tells whether ``needed`` is free, up to half of Ray's resolution of 0.0001: five times 0.6 CPU are three."""
+    """Tells whether ``needed`` is free, up to half of Ray's resolution of 0.0001."""
     return all(free.get(name, 0) >= amount - 5e-5 for name, amount in needed.items())
 
 
 def in_the_cluster() -> str:
-    """Returns the end of an error message: ``the cluster has 8 CPU in 2 nodes, 2 CPU of them free``."""
     nodes = _node_resources()
     total = {name: sum(node.get(name, 0) for node in nodes) for node in nodes for name in node}
     free = shown(ray.available_resources())
@@ -75,7 +73,7 @@ def in_the_cluster() -> str:
 
 
 def shown(resources: Mapping[str, float]) -> str:
-    """Returns the resources a person asks for, e.g. ``2 CPU, 1 GPU``; leaves out Ray's own (memory, node names)."""
+    """Formats resources as ``2 CPU, 1 GPU``; leaves out Ray's own."""
     named = [
         f"{amount:g} {name}"
         for name, amount in sorted(resources.items())
@@ -85,7 +83,7 @@ def shown(resources: Mapping[str, float]) -> str:
 
 
 def is_selected(found: Mapping[str, str], selector: Mapping[str, str]) -> bool:
-    """Tells whether a node's labels fit Ray's selector: ``v``, ``!v``, ``in(v, w)`` or ``!in(v, w)`` a label."""
+    """Tells whether labels fit Ray's selector: ``v``, ``!v``, ``in(v, w)`` or ``!in(v, w)``."""
     for label, condition in selector.items():
         bare = condition.removeprefix("!")
         values = [value.strip() for value in bare.removeprefix("in(").removesuffix(")").split(",")]
@@ -95,7 +93,6 @@ def is_selected(found: Mapping[str, str], selector: Mapping[str, str]) -> bool:
 
 
 def _node_resources(labels: Mapping[str, str] | None = None) -> list[dict[str, float]]:
-    """Returns the resources of each living node that the label selector admits."""
     nodes = [node for node in ray.nodes() if node["Alive"]]
     return [node["Resources"] for node in nodes if is_selected(node.get("Labels") or {}, labels or {})]
 

@@ -1,4 +1,4 @@
-"""Settles ``train.precision: auto`` for a whole run, on the driver."""
+"""Settles ``train.precision: auto`` for a whole run."""
 
 import hashlib
 import json
@@ -34,22 +34,18 @@ def fastest(dtype):
     return min(seconds)
 print("bf16" if fastest(torch.bfloat16) < fastest(torch.float32) else "fp32")
 """
-"""The fastest of many products counts, as other programs compute at the same time."""
+"""Program that compares the fastest products, as other programs slow the rest."""
 _CARD = """
 import torch
 old = torch.cuda.is_available() and not torch.cuda.is_bf16_supported(including_emulation=False)
 print("fp32" if old else "bf16")
 """
 _KERNELS = ("ONEDNN_MAX_CPU_ISA", "ATEN_CPU_CAPABILITY", "OMP_NUM_THREADS")
-"""Variables that decide how fast a CPU multiplies."""
 _NVIDIA = Path("/dev/nvidiactl")
 
 
 def with_precision(config: SpinConfig, run: RunDir | None = None) -> SpinConfig:
-    """Returns ``config`` with bf16 or fp32 in place of ``train.precision: auto``.
-
-    A run keeps the precision it began with, on every machine: run.json holds it, and the digests of its artefacts
-    contain it. All workers of a run take it from this config.
+    """Replaces ``train.precision: auto`` by bf16 or fp32; a run keeps what its run.json says.
 
     Raises:
         RunDirError: run.json is damaged.
@@ -61,16 +57,11 @@ def with_precision(config: SpinConfig, run: RunDir | None = None) -> SpinConfig:
 
 
 def faster_precision(resources: ResourcesConfig) -> Precision:
-    """Returns the precision in which a train worker computes faster.
-
-    Workers with a GPU: bf16, unless this machine has a card without it. A driver without a card cannot ask theirs.
-    Workers without one: measured on this machine's CPU.
-    """
+    """Returns bf16 for GPUs, unless this machine's card lacks it; without GPUs, measures this machine's CPU."""
     return _of_card() if resources.gpus else _of_cpu(resources.threads)
 
 
 def _stored(run: RunDir) -> Precision | None:
-    """Returns the precision in run.json; None where no run has begun."""
     if not run.storage.exists("run.json"):
         return None
     precision = run.config().train.precision
@@ -78,7 +69,7 @@ def _stored(run: RunDir) -> Precision | None:
 
 
 def _of_cpu(threads: int) -> Precision:
-    """Times a product of matrices in both; CPUs without instructions for bf16 emulate it (benchmarks/README.md)."""
+    """Times both; CPUs without bf16 instructions emulate them (benchmarks/README.md)."""
     environment = os.environ | cpu.environment(threads)
     kernels = json.dumps([environment.get(name) for name in _KERNELS])
     name = f"cpu-precision-{hashlib.sha256(kernels.encode()).hexdigest()[:12]}"
@@ -92,7 +83,6 @@ def _of_card() -> Precision:
 
 
 def _told(name: str, program: str, environment: Mapping[str, str], otherwise: Precision) -> Precision:
-    """Returns what ``program`` prints, or ``otherwise`` where it dies."""
 
     def ask() -> str:
         try:

@@ -1,4 +1,4 @@
-"""Waits for Ray, with a limit: for free resources, for rows, for work that moves."""
+"""Waits for Ray, with a limit."""
 
 import queue
 import threading
@@ -15,7 +15,7 @@ Row = TypeVar("Row")
 
 
 def wait_until_free(bundles: Bundles, timeout_s: float, stage: str) -> None:
-    """Waits until the last stage has let go of the resources that ``stage`` needs.
+    """Waits until the resources that ``stage`` needs are free.
 
     Raises:
         StageError: still taken after ``timeout_s`` seconds.
@@ -64,11 +64,10 @@ def with_deadline(rows: Iterable[Row], first_s: float, next_s: float, what: str)
 
 
 def while_it_moves(call: Callable[[], Row], progress: Callable[[], Any], limit_s: float, what: str) -> Row:
-    """Returns what ``call`` returns, as long as ``progress()`` changes now and then.
+    """Returns what ``call`` returns.
 
     Raises:
-        StageError: ``progress()`` was the same for ``limit_s`` seconds. The call goes on in its thread, which ends
-            with the driver.
+        StageError: ``progress()`` was the same for ``limit_s`` seconds; the call's thread ends with the driver.
     """
     ended: queue.Queue[tuple[Any, BaseException | None]] = queue.Queue()
 

@@ -1,4 +1,4 @@
-"""Runs a function on a group of Ray Train workers that share a torch process group."""
+"""Runs a function on Ray Train workers that share a torch process group."""
 
 import logging
 import os
@@ -28,8 +28,7 @@ _USE_LESS = (
 ELASTIC_PLACING_S = 30.0
 """Longest wait for an elastic group to find room.
 
-Ray takes up to 20 s to notice a lost node, and until then asks for as many workers as before. It counts the nodes again
-when these workers find no room.
+Ray notices a lost node within 20 s, but counts nodes again only when its workers find no room.
 """
 
 
@@ -41,18 +40,18 @@ def run_workers(
     folder: str | Path,
     progress: Callable[[], Any] = lambda: None,
 ) -> Any:
-    """Calls ``function(job)`` on every train worker of the config, waits for all, and returns what rank 0 returned.
+    """Calls ``function(job)`` on every train worker and returns what rank 0 returned.
 
     A dead worker group or controller is started again, up to ``train.max_failures`` times. It may go on from the last
-    checkpoint that was reported under ``folder/name``, as may a new driver.
+    checkpoint under ``folder/name``.
 
     Args:
-        name: of this piece of work alone.
-        progress: its value changes whenever the work moves on.
+        name: unique to this piece of work.
+        progress: its value changes when the work moves on.
 
     Raises:
-        UserError: raised by a worker, about something the user can mend. HealthError is not tried again.
-        StageError: the workers were not placed in time, failed too often, or stood still for too long.
+        UserError: a worker raised it; HealthError is not tried again.
+        StageError: the workers were not placed in time, failed too often or stood still.
     """
     train, resources = config.train, config.train.resources
     wait_until_free(demands(config)["train"], train.start_timeout_s, f"the train workers for {folder}")
@@ -110,7 +109,6 @@ def _process_group(config: SpinConfig) -> str:
 
 
 def _cluster_now() -> str:
-    """Returns what the cluster has; nothing where the cluster is gone."""
     try:
         return f"{in_the_cluster()}; "
     except Exception:
@@ -118,11 +116,7 @@ def _cluster_now() -> str:
 
 
 def _fit(trainer: ray.train.torch.TorchTrainer, max_failures: int) -> Any:
-    """Returns what rank 0 returned; starts a new controller in place of a dead one.
-
-    Ray restarts workers, but not the controller above them, with which they end. A new controller of the same name goes
-    on from the last checkpoint.
-    """
+    """Replaces a dead controller, as Ray restarts only workers; the new one goes on from the last checkpoint."""
     failures = 0
     while True:
         try:
@@ -135,7 +129,7 @@ def _fit(trainer: ray.train.torch.TorchTrainer, max_failures: int) -> Any:
 
 
 class _Trainer(ray.train.torch.TorchTrainer):
-    """A trainer without the actor that hands out Ray Datasets, a process less to wait for; packs come from the run."""
+    """A trainer without the actor for Ray Datasets, one process less to wait for."""
 
     def _create_default_callbacks(self) -> list[Any]:
         callbacks = super()._create_default_callbacks()
@@ -156,5 +150,4 @@ def _in_worker(loop: dict[str, Any]) -> Any:
 
 
 def device() -> Any:
-    """Returns the torch device of this worker."""
     return ray.train.torch.get_device()
