@@ -53,12 +53,38 @@ def run_workers(
         UserError: a worker raised it; HealthError is not tried again.
         StageError: the workers were not placed in time, failed too often or stood still.
     """
-    train, resources = config.train, config.train.resources
+    train = config.train
     wait_until_free(demands(config)["train"], train.start_timeout_s, f"the train workers for {folder}")
     placing_s = min(train.start_timeout_s, ELASTIC_PLACING_S) if train.min_workers else train.start_timeout_s
     os.environ["RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S"] = str(placing_s)
     os.environ.setdefault("RAY_TRAIN_HEALTH_CHECK_INTERVAL_S", "0.5")  # how soon it sees that the workers are done
-    trainer = _Trainer(
+    trainer = _make_trainer(function, job, config, name, folder)
+    try:
+        result = while_it_moves(
+            lambda: _fit(trainer, train.max_failures),
+            progress,
+            train.stall_timeout_s,
+            f"the train workers for {folder} to finish a step",
+        )
+    except (ray.train.TrainingFailedError, ray.exceptions.RayError) as error:
+        for failure in getattr(error, "worker_failures", {}).values():
+            raised = getattr(failure, "_base_exc", failure)  # Ray wraps it to keep the traceback
+            if isinstance(raised, UserError):
+                raise raised from error
+        raise StageError(
+            f"the train workers for {folder} failed: {last_line(error)}{memory_advice(error, _USE_LESS)}; "
+            f"{_cluster_now()}run the command again to go on"
+        ) from error
+    if isinstance(result, HealthError):
+        raise result
+    return result
+
+
+def _make_trainer(
+    function: Callable[[Any], Any], job: Any, config: SpinConfig, name: str, folder: str | Path
+) -> "_Trainer":
+    train, resources = config.train, config.train.resources
+    return _Trainer(
         _in_worker,
         # As bytes: Ray Train's controller unpickles this too, and would import all that the job knows.
         train_loop_config={"call": ray.cloudpickle.dumps((function, job)), "threads": resources.threads},
@@ -80,25 +106,6 @@ def run_workers(
             worker_runtime_env={"env_vars": {} if resources.gpus else cpu.keep_freed_memory()},
         ),
     )
-    try:
-        result = while_it_moves(
-            lambda: _fit(trainer, config.train.max_failures),
-            progress,
-            config.train.stall_timeout_s,
-            f"the train workers for {folder} to finish a step",
-        )
-    except (ray.train.TrainingFailedError, ray.exceptions.RayError) as error:
-        for failure in getattr(error, "worker_failures", {}).values():
-            raised = getattr(failure, "_base_exc", failure)  # Ray wraps it to keep the traceback
-            if isinstance(raised, UserError):
-                raise raised from error
-        raise StageError(
-            f"the train workers for {folder} failed: {last_line(error)}{memory_advice(error, _USE_LESS)}; "
-            f"{_cluster_now()}run the command again to go on"
-        ) from error
-    if isinstance(result, HealthError):
-        raise result
-    return result
 
 
 def _process_group(config: SpinConfig) -> str:
