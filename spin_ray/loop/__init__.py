@@ -1,1 +1,1 @@
-"""The method, from top to bottom: launch, driver, algorithms, stages."""
+"""The method: launch, driver, algorithms, stages."""

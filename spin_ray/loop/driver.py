@@ -1,4 +1,4 @@
-"""The SPIN loop. A function of storage: run it again and it finishes what is missing.
+"""The SPIN loop. Run it again and it finishes what is missing.
 
 prompts ─> [sft] ─> θ_0 ─┐
                          v
@@ -6,8 +6,6 @@ prompts ─> [sft] ─> θ_0 ─┐
    │                     │
    │                   pairs ─> reference scores ─> train ─> θ_{t+1}
    └─────────────────────────────────────────────────────────┘
-
-The algorithm says what θ_t answers, how pairs come of it and what training minimises (``spin_ray.loop.algorithms``).
 """
 
 import logging
@@ -39,11 +37,10 @@ from spin_ray.runtime.placement import check_fits
 logger = logging.getLogger(__name__)
 
 Play = Callable[[ModelFolder, list[Job]], None]
-"""Lets a model answer the prompts of some jobs."""
 
 
 def spin(run: RunDir, config: SpinConfig, start: Start, start_engine: StartEngine) -> None:
-    """Runs Algorithm 1 of arXiv 2401.01335, or another of the family, in the folder of ``run``."""
+    """Runs Algorithm 1 of arXiv 2401.01335, or another of the family."""
 
     def play(model: ModelFolder, jobs: list[Job]) -> None:
         generation.run(run, config, _engine_spec(config, start, model), jobs, _Fetching(model, start_engine))
@@ -83,7 +80,7 @@ def _spin(run: RunDir, config: SpinConfig, start: Start, play: Play) -> None:
 
 
 def _for_every_machine(start: Start) -> Start:
-    """Offers the models that were found on this machine to the machines that lack them."""
+    """Offers the models to the machines that lack them."""
 
     def offered(model: ModelFolder) -> ModelFolder:
         return replace(model, source=share(model.path, model.files))
@@ -101,7 +98,6 @@ def _prepare_prompts(run: RunDir, config: SpinConfig, start: Start) -> None:
 
 
 def _should_stop(run: RunDir, config: SpinConfig, evaluations: list[Evaluation]) -> bool:
-    """Applies ``stop_when``. The evidence goes to events.jsonl, once."""
     evidence = evidence_to_stop(config, evaluations)
     if evidence is None:
         return False
@@ -113,7 +109,7 @@ def _should_stop(run: RunDir, config: SpinConfig, evaluations: list[Evaluation])
 
 
 def _jobs(turn: Turn, algorithm: Algorithm) -> list[Job]:
-    """Returns what one start of the engines answers: held-out prompts, and those of iteration t if there is one."""
+    """Returns the held-out and the iteration's jobs for one start of the engines."""
     run, opponent = turn.run, turn.opponent
     jobs = []
     if run.heldout.is_committed:
@@ -126,7 +122,7 @@ def _jobs(turn: Turn, algorithm: Algorithm) -> list[Job]:
 
 
 def _open_iterate(run: RunDir, iterate: int, pad_id: int) -> ModelFolder:
-    """Returns θ_iterate, after checking its files against their digests."""
+    """Opens θ_iterate and checks its digests."""
     artefact = run.model(iterate)
     files = artefact.verify().files
     return ModelFolder(artefact.local_folder(), folder_digest(files), iterate_name(iterate), pad_id, source=artefact)
@@ -134,7 +130,7 @@ def _open_iterate(run: RunDir, iterate: int, pad_id: int) -> ModelFolder:
 
 @dataclass(frozen=True)
 class _Fetching:
-    """Start of an engine, once its model is on the machine."""
+    """Start of an engine that first fetches its model."""
 
     model: ModelFolder
     start_engine: StartEngine

@@ -1,4 +1,4 @@
-"""Start of a run: lease, checks and run.json, then the driver. A finished run is told without torch and Ray."""
+"""Start of a run. A finished one needs neither torch nor Ray."""
 
 import logging
 from dataclasses import dataclass
@@ -21,11 +21,8 @@ logger = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class RunResult:
-    """The results of a finished run."""
-
     run: RunDir
     model: Path
-    """The last iterate, a Hugging Face folder."""
     evaluations: list[dict[str, Any]]
     """``eval.json`` of θ_0, θ_1, …; empty without held-out data."""
 
@@ -37,12 +34,10 @@ class RunResult:
 
 
 def run_spin(config: SpinConfig, out: str | Path, start_engine: StartEngine = VllmEngine) -> RunResult:
-    """Runs SPIN (Algorithm 1 of arXiv 2401.01335), or another ``algorithm`` of the family, in the folder ``out``.
-
-    The same call again finishes what an earlier one left undone.
+    """Runs SPIN, or another ``algorithm``, in the folder ``out``, or finishes an interrupted run.
 
     Raises:
-        UserError: the recipe, data, model, cluster or folder cannot be used; the message says what to do.
+        UserError: the recipe, data, model, cluster or folder cannot be used.
         StageError: a stage failed; the same call goes on from what is committed.
     """
     storage = open_storage(out)
@@ -53,11 +48,11 @@ def run_spin(config: SpinConfig, out: str | Path, start_engine: StartEngine = Vl
         if is_finished(run, config):
             run.begin(config, inputs.facts())
             for model in _models(run, config):
-                model.verify()  # damage is named, also when nothing is left to do
+                model.verify()  # names damage also in a finished run
             logger.info("%s: nothing left to do", storage.root)
         else:
-            from spin_ray.loop.algorithms.table import check_algorithm  # both bring torch and Ray: seconds that a
-            from spin_ray.loop.driver import spin  # finished run need not wait
+            from spin_ray.loop.algorithms.table import check_algorithm  # slow: torch and Ray
+            from spin_ray.loop.driver import spin
 
             check_algorithm(config)
             start = check_recipe(config, inputs)
@@ -67,7 +62,6 @@ def run_spin(config: SpinConfig, out: str | Path, start_engine: StartEngine = Vl
 
 
 def is_finished(run: RunDir, config: SpinConfig) -> bool:
-    """Tells whether nothing is left to do."""
     latest = run.latest()
     if (
         latest is None
@@ -81,6 +75,6 @@ def is_finished(run: RunDir, config: SpinConfig) -> bool:
 
 
 def _models(run: RunDir, config: SpinConfig) -> list[Artefact]:
-    """Returns the weights of every published iterate. Without a warm-up those of θ_0 are not in the run."""
+    """Returns the weights of the published iterates; θ_0's only after a warm-up."""
     newest = iterate_number(run.latest() or "sft")
     return [run.model(iterate) for iterate in range(0 if config.sft else 1, newest + 1)]

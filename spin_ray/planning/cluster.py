@@ -1,4 +1,4 @@
-"""The cluster that a plan is made for, and what one engine and one train worker hold of it."""
+"""The cluster of a plan."""
 
 from dataclasses import dataclass, replace
 from math import ceil
@@ -12,23 +12,21 @@ from spin_ray.planning.hardware import CPU, GPUS, NETWORK, Hardware
 class Cluster:
     nodes: int = 1
     gpu: str | None = None
-    """Name in ``hardware.GPUS``; None where the recipe asks for no GPU."""
+    """Name in ``hardware.GPUS``; None: no GPU."""
     gpus_per_node: int = 8
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Devices:
-    """One engine's hardware and one train worker's, as ``Hardware.share`` gives them."""
-
     generation: Hardware
     train: Hardware
 
 
 def devices_of(config: SpinConfig, cluster: Cluster) -> Devices:
-    """Returns the hardware that one engine and one train worker get.
+    """Returns the hardware of one engine and of one train worker.
 
     Raises:
-        ConfigError: the recipe asks for GPUs and none is named, or the other way round.
+        ConfigError: recipe and cluster disagree about GPUs, or their name is unknown.
         ResourceError: a stage asks for more GPUs than there are.
     """
     _check_gpus(config, cluster)
@@ -67,7 +65,6 @@ def _check_gpus(config: SpinConfig, cluster: Cluster) -> None:
 
 
 def gpus_of(config: SpinConfig) -> dict[str, float]:
-    """Returns the GPUs that each stage asks for."""
     return {
         "generation": config.generation.replicas * config.generation.resources.gpus,
         "training": config.train.workers * config.train.resources.gpus,

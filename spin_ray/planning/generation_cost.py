@@ -1,4 +1,4 @@
-"""Hours and memory of generation: engines answer prompts in shards (``stages.generation``)."""
+"""Time and memory of generation."""
 
 from dataclasses import dataclass
 from math import ceil
@@ -10,7 +10,7 @@ from spin_ray.planning.stage_cost import RUNTIME, StageCost
 from spin_ray.planning.work import Work
 
 ENGINE_START_S = {"eager": 25.0, "compiled": 90.0}
-"""Start of vLLM 0.29 with a 135M model on two CPU cores, seen once. A larger model takes longer to load."""
+"""vLLM 0.29 with a 135M model on two CPU cores, seen once."""
 
 
 def generation_cost(
@@ -18,8 +18,7 @@ def generation_cost(
 ) -> StageCost:
     """Returns the cost of answering ``jobs`` prompts each, without tensor-parallel traffic.
 
-    A decode step of c responses reads the weights and their keys and values once, and computes c tokens. A shard ends
-    with its longest response: its last steps belong to that response alone.
+    A decode step reads the weights and all keys and values once. A shard ends with its longest response alone.
     """
     settings, engine = config.generation, config.resolve_dtype(config.generation.engine)
     per_shard = max(1, settings.shard_rows // settings.samples_per_prompt) * settings.samples_per_prompt
@@ -55,7 +54,7 @@ def generation_cost(
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class _Seats:
-    """The number of responses that an engine decodes together, and the bytes on each of its devices."""
+    """The responses that an engine decodes together, and bytes per device."""
 
     together: int
     weights: float
@@ -68,8 +67,7 @@ class _Seats:
 def _seats(config: SpinConfig, shape: ModelShape, device: Hardware, work: Work, size: int) -> _Seats:
     """Returns the seats for a shard of ``size`` responses.
 
-    On a GPU the cache gets the rest of ``gpu_memory_utilization`` beside weights and runtime; on CPU its size is a
-    setting. vLLM refuses to start unless one response of ``max_length`` fits the cache.
+    vLLM refuses to start unless one response of ``max_length`` fits the cache.
     """
     engine, on_gpu = config.resolve_dtype(config.generation.engine), bool(config.generation.resources.gpus)
     dtype_bytes = 4 if engine.dtype == "float32" else 2

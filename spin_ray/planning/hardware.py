@@ -1,4 +1,4 @@
-"""Peak rates of GPUs and CPU cores from data sheets, and the share of a peak that programs reach."""
+"""Peak rates of devices, and the share that programs reach."""
 
 from dataclasses import dataclass, replace
 from typing import Self
@@ -8,45 +8,41 @@ from spin_ray.config.sections import ResourcesConfig
 GB, GIB = 1e9, 2.0**30
 
 COMPUTE_EFFICIENCY = 0.40
-"""Share of peak FLOP/s that matrix products reach. An assumption for GPUs: Megatron-LM reports 0.42-0.56 on A100
-(arXiv 2205.05198, table 5), with fused kernels that are not used here."""
+"""An assumption: Megatron-LM's fused kernels reach 0.42-0.56 on A100 (arXiv 2205.05198, table 5)."""
 BANDWIDTH_EFFICIENCY = 0.60
-"""Share of peak memory and link bandwidth that programs reach. An assumption, not measured."""
+"""An assumption for memory and links."""
 NETWORK = 25 * GB
-"""Bytes/s from one GPU to another node: an adapter of 200 Gb/s per GPU, as in a DGX A100. Other machines have less."""
+"""Bytes/s between nodes: 200 Gb/s per GPU, as in a DGX A100."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Hardware:
-    """The peak rates and the memory of one device, or of the share of it that one worker holds."""
+    """Peak rates and memory of a device, or of a worker's share."""
 
     name: str
     bf16: float
     """FLOP/s, dense."""
     fp32: float
-    """FLOP/s without TF32, which torch turns off by default."""
+    """FLOP/s without TF32."""
     memory: float
     """Bytes."""
     bandwidth: float
-    """Bytes/s of its memory."""
+    """Bytes/s."""
     link: float
-    """Bytes/s to its neighbours in a node, one direction."""
+    """Bytes/s within a node, one direction."""
 
     def seconds(self, flops: float, precision: str) -> float:
-        """Returns the seconds of so many FLOPs of matrix products."""
         peak = self.fp32 if precision in ("fp32", "float32") else self.bf16
         return flops / (peak * COMPUTE_EFFICIENCY)
 
     def reading(self, count: float) -> float:
-        """Returns the seconds to stream ``count`` bytes through memory."""
         return count / (self.bandwidth * BANDWIDTH_EFFICIENCY)
 
     def sending(self, count: float) -> float:
-        """Returns the seconds to send ``count`` bytes over the link."""
         return count / (self.link * BANDWIDTH_EFFICIENCY)
 
     def share(self, resources: ResourcesConfig) -> Self:
-        """Returns what a worker holds: a GPU or a fraction of its time, or CPU cores with their part of the memory."""
+        """Returns a worker's part: a GPU or its time, or CPU cores with memory."""
         if resources.gpus:
             part = min(1.0, resources.gpus)
             return replace(self, bf16=self.bf16 * part, fp32=self.fp32 * part, bandwidth=self.bandwidth * part)
@@ -58,9 +54,8 @@ class Hardware:
 
 
 CPU = Hardware(name="cpu", bf16=143e9, fp32=143e9, memory=12 * GIB, bandwidth=10 * GB, link=1 * GB)
-"""One core of the machine in the README's section "Measured". FLOP/s: half of what fp32 products reached on its two
-cores (``benchmarks/plan_check.py``); bf16 is no faster there. Memory: half of its 24 GiB. Bandwidth and link (gloo):
-assumptions."""
+"""One core of the machine in docs/measured.md (``benchmarks/plan_check.py``). bf16 is no faster there. Bandwidth and
+link are assumptions."""
 
 GPUS = {
     gpu.name: gpu
@@ -71,4 +66,4 @@ GPUS = {
         Hardware(name="L4", bf16=121e12, fp32=30.3e12, memory=24 * GB, bandwidth=300 * GB, link=32 * GB),
     )
 }
-"""From NVIDIA's data sheets: the SXM boards with NVLink, and L4 with PCIe 4.0 x16."""
+"""Data sheets of NVIDIA: SXM boards, and L4 with PCIe 4.0 x16."""

@@ -1,7 +1,6 @@
-"""Hours and memory of the learner's stages: scoring, training and evaluation.
+"""Time and memory of scoring, training and evaluation.
 
-Packs are counted as the learner computes them: to their padded length, with a dense mask.
-Symbols: ``h`` hidden width, ``q`` width of all heads together, ``i`` width of the feed-forward network.
+``h`` is the hidden width, ``q`` that of all heads, ``i`` the feed-forward network's.
 """
 
 from dataclasses import replace
@@ -14,24 +13,22 @@ from spin_ray.planning.stage_cost import RUNTIME, StageCost
 from spin_ray.planning.work import Packs, Work, heldout_packs
 
 WORKERS_START_S = 20.0
-"""Seconds from the start of Ray Train's controller until the workers' first pack. Seen on two CPU cores: 16 to 22 s for
-small models; loading a large one takes longer."""
+"""Seen on two CPU cores with small models: 16 to 22 s."""
 CHUNK_TARGETS = 256
-"""Copy of ``learner.scoring.TARGETS_PER_CHUNK``: an import would bring torch. A test compares them."""
+"""Copy of ``learner.scoring.TARGETS_PER_CHUNK``: an import would bring torch."""
 MOMENTS = {"rmsprop": 1, "adamw": 2}
-"""Numbers that an optimizer keeps per parameter, each in fp32. A test compares them with torch's."""
+"""fp32 numbers that an optimizer keeps per parameter."""
 
 
 # Stages
 
 
 def scoring_cost(config: SpinConfig, shape: ModelShape, device: Hardware, packs: Packs) -> StageCost:
-    """Returns the reference's cost: a forward pass over an epoch by workers that already hold the optimizer."""
+    """Returns the cost of the reference, a forward pass over an epoch."""
     return _learner_cost("scoring", config, shape, device, packs, passes=1, optimizer=config.train.optimizer)
 
 
 def evaluation_cost(config: SpinConfig, shape: ModelShape, device: Hardware, work: Work) -> StageCost:
-    """Returns the cost of scoring held-out rows under two models, one after the other."""
     packs = heldout_packs(config, work)
     cost = _learner_cost("evaluation", config, shape, device, packs, passes=2, optimizer=None)
     return _with_start(cost)
@@ -40,7 +37,6 @@ def evaluation_cost(config: SpinConfig, shape: ModelShape, device: Hardware, wor
 def training_cost(
     config: SpinConfig, shape: ModelShape, device: Hardware, packs: Packs, epochs: int, optimizer: OptimizerConfig
 ) -> StageCost:
-    """Returns the cost of the optimizer steps and of starting the workers (which also score)."""
     cost = _learner_cost("training", config, shape, device, packs, passes=epochs, optimizer=optimizer, backward=True)
     return _with_start(cost)
 
@@ -79,11 +75,10 @@ def _learner_cost(
 
 
 def pack_flops(config: SpinConfig, shape: ModelShape, length: float, targets: float, *, backward: bool) -> float:
-    """Returns the FLOPs of one pack of ``length`` tokens, ``targets`` of them in responses.
+    """Returns the FLOPs of a pack of ``length`` tokens with ``targets`` response tokens.
 
-    Attention computes all length² pairs, as the mask is dense. Backward makes a forward pass 3 times as dear (gradients
-    of weights and of inputs), and 4 times where activations are computed again: in layers with checkpointing, and
-    always in the head (``learner.scoring``).
+    The dense mask computes all length² pairs. With backward a pass costs 3 times as much, or 4 where activations are
+    computed again.
     """
     trunk, head = shape.trunk_flops(length, length**2), shape.head_flops(targets)
     if not backward:
@@ -92,11 +87,7 @@ def pack_flops(config: SpinConfig, shape: ModelShape, length: float, targets: fl
 
 
 def step_traffic(config: SpinConfig, shape: ModelShape, packs: float, *, backward: bool) -> float:
-    """Returns the bytes that a rank receives in one step: weights in the computation's type, then fp32 gradients.
-
-    ``sharding: full`` gathers weights in each pass of each pack; otherwise they are gathered once a step. Gradients are
-    reduced once a step, or with every pack.
-    """
+    """Returns the bytes that a rank receives in a step: weights in the computation's type, fp32 gradients."""
     train = config.train
     passes = packs * (2 if backward else 1) if train.sharding == "full" else 1
     reduced = (packs if train.reduce_every_pack else 1) if backward else 0
@@ -110,12 +101,10 @@ def step_traffic(config: SpinConfig, shape: ModelShape, packs: float, *, backwar
 def learner_memory(
     config: SpinConfig, shape: ModelShape, packs: Packs, *, optimizer: OptimizerConfig | None, backward: bool
 ) -> dict[str, float]:
-    """Returns the bytes of one rank by purpose (``learner.backends.fsdp2``).
+    """Returns the bytes of one rank by purpose.
 
-    States are fp32 and sharded over the workers. Bytes per parameter: 4 for the weight, 4 for its gradient, 4 (RMSProp)
-    or 8 (AdamW) for the optimizer. A rank with several packs a step also keeps the earlier packs' gradients whole, 4
-    bytes per parameter, unless gradients are reduced with every pack. With ``train.offload`` the states are in the
-    host's memory, not the GPU's; the time of moving them is not counted.
+    States are fp32 and sharded. Per parameter: 4 for the weight, 4 for its gradient, 4 (RMSProp) or 8 (AdamW) for the
+    optimizer. A rank with several packs a step also keeps whole gradients, unless they are reduced with every pack.
     """
     on_host = config.train.offload and config.train.resources.gpus
     sharded = 0 if on_host else shape.parameters / config.train.workers
@@ -134,9 +123,9 @@ def learner_memory(
 
 
 def _gathered_bytes(config: SpinConfig, shape: ModelShape, *, backward: bool) -> float:
-    """Returns the bytes of gathered weights, and of two fp32 buffers of the largest unit while gradients are reduced.
+    """Returns the bytes of gathered weights and of two fp32 buffers for gradients.
 
-    Layers that are sharded again after use: two are there (one in use, one on its way), and the root. Otherwise all.
+    Resharded layers: two of them and the root are there; otherwise all.
     """
     resharded = config.train.sharding == "full" and config.train.workers > 1
     weights = shape.root + 2 * shape.layer if resharded else shape.parameters
@@ -145,11 +134,10 @@ def _gathered_bytes(config: SpinConfig, shape: ModelShape, *, backward: bool) ->
 
 
 def _activation_bytes(config: SpinConfig, shape: ModelShape, packs: Packs, *, backward: bool) -> float:
-    """Returns the bytes that one pack keeps: layers (all, or their inputs and one of them), mask, a chunk of logits.
+    """Returns the bytes that one pack keeps.
 
-    A layer keeps per token, with b bytes a number: 2h(4 + 2b) for two norms with an fp32 copy of their input, its
-    normalised form and their output, 4qb for queries, keys and values repeated to all heads and attention's output, and
-    4ib for four vectors of the feed-forward network. Counted on transformers' Llama as arXiv 2205.05198 does on GPT.
+    A layer keeps per token, at b bytes a number: 2h(4 + 2b) for two norms, 4qb for attention, 4ib for the feed-forward
+    network. Counted as in arXiv 2205.05198.
     """
     length, b = config.train.pack_length, _dtype_bytes(config)
     layer = length * (2 * shape.hidden * (4 + 2 * b) + 4 * shape.q * b + 4 * shape.intermediate * b)

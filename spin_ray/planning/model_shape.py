@@ -1,7 +1,4 @@
-"""The shape of a decoder, from its config.json: parameters, FLOPs of a forward pass, bytes of keys and values.
-
-``h`` is the hidden width, ``q`` the width of all heads together; a multiply-add is 2 FLOPs.
-"""
+"""The shape of a decoder. ``h`` is the hidden width; a multiply-add is 2 FLOPs."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -12,7 +9,7 @@ from spin_ray.errors import ModelError
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ModelShape:
-    """A decoder with grouped-query attention and a gated feed-forward network (Llama, Mistral, Qwen, SmolLM)."""
+    """A decoder with grouped-query attention and a gated feed-forward network."""
 
     layers: int
     hidden: int
@@ -26,7 +23,7 @@ class ModelShape:
 
     @classmethod
     def from_config(cls, config: Mapping[str, Any], source: str) -> Self:
-        """Reads the content of a Hugging Face config.json; ``source`` names the file in errors.
+        """Reads a Hugging Face config.json.
 
         Raises:
             ModelError: a size is missing, or layers are mixtures of experts.
@@ -52,17 +49,17 @@ class ModelShape:
 
     @property
     def layer_matmuls(self) -> int:
-        """Weights in a layer's products: query and output 2hq, key and value 2h·kv, gate, up and down 3h·i."""
+        """Weights in a layer's products: 2hq + 2h·kv + 3h·i."""
         return self.hidden * (2 * self.q + 2 * self.kv_heads * self.head_dim + 3 * self.intermediate)
 
     @property
     def layer(self) -> int:
-        """Parameters of a layer with its two norms, without biases (under 0.1 %)."""
+        """Parameters of a layer, without biases (under 0.1 %)."""
         return self.layer_matmuls + 2 * self.hidden
 
     @property
     def root(self) -> int:
-        """Parameters outside the layers: embedding, head if it is a matrix of its own, last norm."""
+        """Parameters outside the layers: embedding, untied head, last norm."""
         return self.vocab * self.hidden * (1 if self.tied else 2) + self.hidden
 
     @property
@@ -72,17 +69,15 @@ class ModelShape:
     def trunk_flops(self, tokens: float, attended: float) -> float:
         """Returns the FLOPs of a forward pass below the head (arXiv 2001.08361, table 1).
 
-        They are 2 per weight and token, and in each layer 4q per computed pair of query and key (QK^T and AV);
-        ``attended`` is the number of such pairs.
+        They are 2 per weight and token, and 4q per layer and ``attended`` pair.
         """
         return self.layers * (2 * self.layer_matmuls * tokens + 4 * self.q * attended)
 
     def head_flops(self, tokens: float) -> float:
-        """Returns the FLOPs of the head's forward pass."""
         return 2.0 * self.hidden * self.vocab * tokens
 
     def kv_bytes(self, dtype_bytes: int) -> int:
-        """Returns the bytes of one token's keys and values in all layers."""
+        """Returns one token's bytes of keys and values."""
         return 2 * self.layers * self.kv_heads * self.head_dim * dtype_bytes
 
 
@@ -90,4 +85,3 @@ MISTRAL_7B = ModelShape(
     layers=32, hidden=4096, intermediate=14336, heads=32, kv_heads=8, head_dim=128, vocab=32000, tied=False
 )
 KNOWN_SHAPES = {"alignment-handbook/zephyr-7b-sft-full": MISTRAL_7B, "mistralai/Mistral-7B-v0.1": MISTRAL_7B}
-"""Hub models that the recipes of this repository name; any other shape comes from a config.json."""

@@ -1,4 +1,4 @@
-"""The times that the SPIN paper (arXiv 2401.01335) reports, beside predictions for the same experiment."""
+"""The times of the SPIN paper (arXiv 2401.01335) beside predictions."""
 
 from rich.table import Table
 
@@ -10,13 +10,12 @@ from spin_ray.planning.run_cost import iteration_costs
 from spin_ray.planning.work import Work
 
 PUBLISHED_H = {"generation, 50k prompts": 1.45, "training, 50k pairs": 4.32, "training, 100k pairs": 8.64}
-"""Hours on 8 A100 of 80 GB for a 7B model and 2 epochs."""
+"""Hours on 8 A100 of 80 GB, 7B model, 2 epochs."""
 PAPER_GPUS, PAPER_EPOCHS, PAPER_PROMPTS = 8, 2, 50_000
 PAPER_GENERATION_BATCH = 16
-"""Prompts per GPU that the authors' first code hands to ``transformers`` together (README of uclaml/SPIN, step 1)."""
+"""Prompts per GPU and batch (README of uclaml/SPIN, step 1)."""
 PAPER_PADDING = 2.0
-"""Longest row of a batch over the mean row. An assumption: 16 rows (8 pairs per GPU) of log-normal length with a
-sigma of 0.45 give it; the paper does not say how much it pads."""
+"""Longest row of a batch over the mean row. An assumption: 16 log-normal rows with a sigma of 0.45."""
 PAPER_DIFFERENCE = (
     "Why: the authors train y and y′ as two padded rows that each repeat the prompt, with a reference model beside the "
     "policy. Here y and y′ share one prompt in packs, and the reference is one forward pass. The authors generate in "
@@ -26,7 +25,6 @@ PAPER_DIFFERENCE = (
 
 
 def is_the_papers(config: SpinConfig, shape: ModelShape, work: Work, device: Hardware) -> bool:
-    """Says whether the recipe is the published experiment: its model, GPUs, prompts and epochs."""
     return (
         shape == MISTRAL_7B
         and device.name == "A100-80G"
@@ -39,7 +37,7 @@ def is_the_papers(config: SpinConfig, shape: ModelShape, work: Work, device: Har
 
 
 def paper_table(config: SpinConfig, shape: ModelShape, devices: Devices, work: Work) -> Table:
-    """Returns published hours, the authors' way as predicted, and this recipe (scoring counted with training)."""
+    """Returns published hours, the authors' way as predicted, and this recipe's."""
     theirs = paper_way_hours(shape, devices.train, work, config.generation.sampling.max_tokens)
     first, second = (
         {stage.name: stage.seconds for stage in iteration_costs(config, shape, devices, work, iteration)}
@@ -55,11 +53,10 @@ def paper_table(config: SpinConfig, shape: ModelShape, devices: Devices, work: W
 
 
 def paper_way_hours(shape: ModelShape, device: Hardware, work: Work, max_tokens: int) -> dict[str, float]:
-    """Predicts the hours of the authors' procedure (uclaml/SPIN), for the keys of ``PUBLISHED_H``.
+    """Predicts the hours of the authors' procedure, for the keys of ``PUBLISHED_H``.
 
-    Generation runs fixed batches, each as long as its longest response, and reads the weights at every step. Training
-    has y and y′ as rows of their own, each with the prompt, padded to the longest of the batch. FLOPs: the policy with
-    checkpointing is 4 forward passes, the reference model 1; the head runs on every token (3 + 1).
+    Batches are as long as their longest row. y and y′ are rows of their own; the policy with checkpointing is 4 forward
+    passes, the reference 1.
     """
     context = work.prompt + max_tokens / 2  # of 16 responses one nearly always goes on to max_tokens
     step = device.reading(2 * shape.parameters + PAPER_GENERATION_BATCH * context * shape.kv_bytes(2))

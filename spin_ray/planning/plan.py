@@ -1,4 +1,4 @@
-"""``spin-ray plan``: reads what the cost model needs, refuses what cannot fit in memory, prints the rest.
+"""``spin-ray plan``: refuses what cannot fit in memory, prints the cost of the rest.
 
 recipe ──> shape (config.json) ─┐
        ──> rows, lengths        ├──> run_cost ──> does not fit: one line, with settings that would
@@ -28,12 +28,11 @@ from spin_ray.run_dir.events import exact_duration
 from spin_ray.runtime.precision import with_precision
 
 SAMPLE_ROWS = 256
-"""Rows that are rendered and tokenised for the mean lengths: about a second's work."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Given:
-    """The options of the command line about the data. None: read from the data."""
+    """Command-line options. None: read from the data."""
 
     rows: int | None = None
     prompt_tokens: float | None = None
@@ -44,10 +43,10 @@ class Given:
 
 
 def read_shape(config: SpinConfig) -> ModelShape:
-    """Returns the model's shape, from the table of known hub models or from its folder's config.json.
+    """Returns the model's shape, by name or from its config.json.
 
     Raises:
-        ModelError: there is neither, or the cost model does not know such a model.
+        ModelError: there is neither, or the model is of another kind.
     """
     path = config.model.path
     if path in KNOWN_SHAPES:
@@ -62,10 +61,10 @@ def read_shape(config: SpinConfig) -> ModelShape:
 
 
 def read_work(config: SpinConfig, given: Given) -> Work:
-    """Returns rows and mean lengths, from the command line or from the first rows of the data.
+    """Returns rows and mean lengths, from the command line or the data.
 
     Raises:
-        DataError: the data is not on this machine, and the command line does not give them.
+        DataError: neither gives them.
     """
     rows, prompt, real, generated = given.rows, given.prompt_tokens, given.response_tokens, None
     max_tokens = config.generation.sampling.max_tokens
@@ -84,7 +83,6 @@ def read_work(config: SpinConfig, given: Given) -> Work:
 
 
 def _sample(config: SpinConfig, given: Given) -> Work:
-    """Returns the means over the first usable rows, read by the run's own code."""
     train, model = resolve(config.data.train), Path(resolve(config.model.path)).expanduser()
     if "://" in train or not model.is_dir():
         missing = [f"--{name.replace('_', '-')}" for name, value in vars(given).items() if value is None]
@@ -117,7 +115,7 @@ def _sample(config: SpinConfig, given: Given) -> Work:
 
 
 def _heldout_rows(config: SpinConfig) -> int:
-    """Returns the file's rows, at most ``evaluation.max_rows``; that setting alone if the data is elsewhere."""
+    """Counts the rows, up to ``evaluation.max_rows``; remote data counts as that many."""
     if config.data.heldout is None:
         return 0
     source, limit = resolve(config.data.heldout), config.evaluation.max_rows
@@ -130,7 +128,7 @@ def _heldout_rows(config: SpinConfig) -> int:
 
 
 def count_rows(files: list[str]) -> int:
-    """Counts the rows of local files: lines that are not blank, or the number in a Parquet file's footer."""
+    """Counts rows of local files, without blank lines."""
     import pyarrow.parquet as pq
 
     total = 0
@@ -147,10 +145,10 @@ def count_rows(files: list[str]) -> int:
 
 
 def check_memory(config: SpinConfig, shape: ModelShape, cluster: Cluster, work: Work) -> list[Phase]:
-    """Returns the phases of the run, if every stage fits in memory.
+    """Returns the phases of the run.
 
     Raises:
-        ResourceError: a stage does not fit; the message has its bytes by purpose, and settings that were tried and fit.
+        ResourceError: a stage does not fit in memory; the message names settings that would.
     """
     phases = plan_run(config, shape, devices_of(config, cluster), work)
     failing = next((stage for phase in phases for stage in phase.stages if not stage.fits), None)
@@ -172,7 +170,7 @@ def print_plan(config: SpinConfig, cluster: Cluster, given: Given, console: Cons
     """Prints time, memory, notes, and the paper's times where they apply.
 
     Raises:
-        UserError: an option is missing, or a stage does not fit in memory. Nothing is printed then.
+        UserError: an option is missing, or a stage does not fit. Nothing is printed.
     """
     if config.algorithm != "spin":
         raise ConfigError(f"algorithm: plan knows the costs of spin, not of {config.algorithm}")

@@ -1,4 +1,4 @@
-"""Settings that would make a stage fit in memory. Each is tried with the cost model before it is named."""
+"""Settings that make a stage fit in memory, each tried first."""
 
 from collections.abc import Iterator
 from dataclasses import replace
@@ -16,7 +16,7 @@ from spin_ray.planning.work import Work
 
 
 def remedies(config: SpinConfig, shape: ModelShape, cluster: Cluster, work: Work, stage: str) -> list[str]:
-    """Returns settings under which the stage fits: every change that is enough alone, else several changes together."""
+    """Returns every change that is enough alone, else several together."""
 
     def words(changes: dict[str, Any]) -> str | None:
         return _if_it_fits(config, shape, cluster, work, stage, changes)
@@ -42,7 +42,7 @@ def remedies(config: SpinConfig, shape: ModelShape, cluster: Cluster, work: Work
 def _if_it_fits(
     config: SpinConfig, shape: ModelShape, cluster: Cluster, work: Work, stage: str, changes: dict[str, Any]
 ) -> str | None:
-    """Returns the changes as command-line options if the stage fits with them, with as many nodes as they need."""
+    """Returns the changes as options if the stage fits, on as many nodes as needed."""
     try:
         tried = _changed(config, changes)
         nodes = max(cluster.nodes, ceil(max(gpus_of(tried).values()) / cluster.gpus_per_node))
@@ -57,7 +57,7 @@ def _if_it_fits(
 
 
 def _changes(config: SpinConfig, shape: ModelShape, stage: str) -> Iterator[dict[str, Any]]:
-    """Yields changes to try, the least harmful first. None of them changes the objective, the data or the batch."""
+    """Yields changes, the least harmful first; objective, data and batch stay."""
     engine, train = config.resolve_dtype(config.generation.engine), config.train
     if stage == "generation":
         if not config.generation.resources.gpus:
@@ -84,11 +84,6 @@ def _changes(config: SpinConfig, shape: ModelShape, stage: str) -> Iterator[dict
 
 
 def _changed(config: SpinConfig, changes: dict[str, Any]) -> SpinConfig:
-    """Returns the recipe with the changes.
-
-    Raises:
-        ConfigError: the values do not go together.
-    """
     tree = config.model_dump()
     for key, value in changes.items():
         *sections, field = key.split(".")

@@ -1,10 +1,4 @@
-"""Hours and memory of a whole run, from counts of FLOPs and bytes.
-
-    recipe, model shape, row lengths, devices ──> phases of stages, each with FLOPs, seconds and bytes
-
-Not counted: reading data, checkpoints and export. A padded layout (``model.attention``) costs 2-4 times the packed one
-assumed here.
-"""
+"""Time and memory of a whole run, without reading data, checkpoints and export."""
 
 from dataclasses import dataclass, replace
 
@@ -20,7 +14,7 @@ from spin_ray.run_dir.names import iteration_name
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Phase:
-    """Stages of one iteration, or of several that cost the same."""
+    """Stages of one iteration, or of equal ones."""
 
     first: str
     last: str
@@ -37,7 +31,7 @@ class Phase:
 
 
 def plan_run(config: SpinConfig, shape: ModelShape, devices: Devices, work: Work) -> list[Phase]:
-    """Returns every stage of the driver's loop that costs something, iterations of equal cost together."""
+    """Returns the driver's stages, iterations of equal cost together."""
     phases: list[Phase] = []
     if config.sft:
         warm_up = training_cost(
@@ -57,10 +51,7 @@ def plan_run(config: SpinConfig, shape: ModelShape, devices: Devices, work: Work
 def iteration_costs(
     config: SpinConfig, shape: ModelShape, devices: Devices, work: Work, iteration: int
 ) -> tuple[StageCost, ...]:
-    """Returns the stages of one iteration: θ_t answers and is evaluated, then θ_{t+1} is trained.
-
-    The last iterate only answers held-out prompts and is evaluated.
-    """
+    """Returns the stages of one iteration; the last iterate is only evaluated."""
     trained = iteration < config.iterations
     played = played_rows(config, work) if trained else 0
     jobs = tuple(count for count in (work.heldout_rows, played) if count)

@@ -15,7 +15,6 @@ from spin_ray.run_dir.events import exact_duration
 
 
 def time_table(phases: list[Phase]) -> Table:
-    """Returns tokens, FLOPs, time and bound of every stage."""
     table = Table(title="Each iteration, predicted (not measured)")
     for name in ("", "stage", "tokens", "FLOPs", "time", "bound by"):
         table.add_column(name, justify="right" if name in ("tokens", "FLOPs", "time") else "left")
@@ -34,7 +33,7 @@ def time_table(phases: list[Phase]) -> Table:
 
 
 def memory_table(phases: list[Phase]) -> Table:
-    """Returns the memory of every kind of stage, in the phase that needs the most."""
+    """Returns the memory of every stage, in its largest phase."""
     table = Table(title="GB on the fullest device")
     for name in ("stage", "needed", "available", "for"):
         table.add_column(name, justify="right" if name in ("needed", "available") else "left")
@@ -47,7 +46,7 @@ def memory_table(phases: list[Phase]) -> Table:
 
 
 def notes(config: SpinConfig, shape: ModelShape, cluster: Cluster, work: Work) -> Iterator[str]:
-    """Yields what was assumed and what the tables leave out, a sentence or two each."""
+    """Yields assumptions, and what the tables leave out."""
     yield (
         f"Model: {shape.parameters / 1e9:.2f}B parameters. Data: {work.rows} rows of {work.prompt:.0f} + "
         f"{work.real:.0f} tokens; y′ of {work.generated:.0f} (as long as y, cut at max_tokens); "
@@ -71,7 +70,6 @@ def notes(config: SpinConfig, shape: ModelShape, cluster: Cluster, work: Work) -
 
 
 def purposes(stage: StageCost) -> str:
-    """Returns the purposes of a stage's memory, the largest first, without those below 0.05 GB."""
     largest = sorted(stage.memory.items(), key=lambda item: -item[1])
     return ", ".join(f"{size / GB:.1f} {purpose}" for purpose, size in largest if size >= 0.05 * GB) or "under 0.1"
 

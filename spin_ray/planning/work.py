@@ -1,4 +1,4 @@
-"""The work of a run: its rows, and how they fall into optimizer steps and packs (``learner.packing``)."""
+"""The rows of a run, and the optimizer steps and packs that they fill."""
 
 from dataclasses import dataclass
 from math import ceil
@@ -6,46 +6,40 @@ from math import ceil
 from spin_ray.config.recipe import SpinConfig
 
 PACKING_LOSS, PART_PACK = 0.03, 0.7
-"""A step whose tokens would fill n packs takes about (1 + loss)·n + part of them: best fit leaves little room, and the
-last pack is part empty. Fitted to ``learner.packing.plan_epoch`` on log-normal lengths; a test repeats this."""
+"""A step with tokens for n packs takes (1 + loss)·n + part of them. Fitted to ``learner.packing.plan_epoch``."""
 LENGTHS_OF_A_PACK = 16
-"""Copy of ``learner.step.LENGTHS_OF_A_PACK``: an import would bring torch. A test compares them."""
+"""Copy of ``learner.step.LENGTHS_OF_A_PACK``: an import would bring torch."""
 LENGTH_SPREAD = 2 / 3
-"""Standard deviation of a row's length over its mean. An assumption: text is about log-normal with a sigma of 0.6."""
+"""Standard deviation of row lengths over their mean, an assumption."""
 QUINTILES = (-1.28, -0.52, 0.0, 0.52, 1.28)
-"""Middles of five equally likely parts of a normal distribution: steps with few tokens to steps with many."""
+"""Middles of a normal distribution's five equal parts."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Work:
-    """Rows and their mean lengths. Example, the paper's: ``Work(rows=50_000, prompt=130, real=256, generated=256)``."""
-
     rows: int
-    """Usable training rows."""
     prompt: float
-    """Mean tokens of x, with the chat template."""
+    """Mean tokens of x with the template."""
     real: float
     """Mean tokens of y."""
     generated: float
-    """Mean tokens of y′. Unknown before the run, so taken to be y's, cut at ``max_tokens``."""
+    """Mean tokens of y′: taken to be y's, cut at ``max_tokens``."""
     heldout_rows: int = 0
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Packs:
-    """The packs of one epoch."""
-
     steps: int
     per_step: float
-    """Mean packs of a step over all ranks."""
+    """Mean packs of a step."""
     per_rank: float
-    """Mean packs of a step on one rank; every rank has equally many."""
+    """Mean packs of a step on one rank."""
     length: float
     """Mean tokens of a pack, with padding."""
     targets: float
-    """Mean response tokens of a pack: the head runs on them alone."""
+    """Mean response tokens of a pack."""
     per_rank_at_most: int
-    """Packs of one rank in a step with three standard deviations more tokens; memory must hold them, too."""
+    """Packs of one rank in a step three standard deviations longer; memory must hold them."""
     tokens: float
     """Tokens of the epoch, without padding."""
 
@@ -53,7 +47,7 @@ class Packs:
 def packs_of(
     trees: float, tree_tokens: float, targets: float, *, steps: float, pack_length: int, workers: int
 ) -> Packs:
-    """Returns the packs of ``trees`` trees with a mean of ``tree_tokens`` tokens, ``targets`` of them in responses."""
+    """Returns the packs of ``trees``; ``tree_tokens`` and ``targets`` are means."""
     steps = max(1, ceil(steps))
     per_step = trees / steps
     deviation = LENGTH_SPREAD / per_step**0.5
@@ -78,15 +72,13 @@ def packs_of(
 
 
 def played_rows(config: SpinConfig, work: Work) -> int:
-    """Returns the prompts that the opponent answers in one iteration."""
     return min(config.data.prompts_per_iteration or work.rows, work.rows)
 
 
 def pair_packs(config: SpinConfig, work: Work, iteration: int) -> Packs:
     """Returns the packs of an epoch of SPIN.
 
-    A tree is a prompt with y once and every y′ to it: its samples, of all opponents in the window if every iteration
-    plays all prompts.
+    A tree is a prompt with y once and every y′ to it.
     """
     window = iteration + 1 - max(config.objective.oldest_iteration(iteration), 0)
     played = played_rows(config, work)
@@ -104,7 +96,7 @@ def pair_packs(config: SpinConfig, work: Work, iteration: int) -> Packs:
 
 
 def sft_packs(config: SpinConfig, work: Work) -> Packs:
-    """Returns the packs of an epoch of the warm-up: x and y alone."""
+    """Returns the warm-up's packs: x and y alone."""
     batch = config.sft.global_batch_rows if config.sft else work.rows
     return packs_of(
         work.rows, work.prompt + work.real, work.real,
@@ -113,7 +105,7 @@ def sft_packs(config: SpinConfig, work: Work) -> Packs:
 
 
 def heldout_packs(config: SpinConfig, work: Work) -> Packs:
-    """Returns the packs of an evaluation: y with the samples of two iterates, all rows as one step."""
+    """Returns an evaluation's packs: y with two iterates' samples, in one step."""
     responses = work.real + 2 * work.generated
     return packs_of(
         work.heldout_rows, work.prompt + responses, responses,

@@ -22,35 +22,33 @@ from spin_ray.run_dir.schemas import PAIR_SCHEMA, TOKEN_IDS
 
 @dataclass(frozen=True, kw_only=True)
 class Turn:
-    """One iteration, as an algorithm sees it."""
-
     run: RunDir
     config: SpinConfig
     start: Start
     iteration: int
     opponent: ModelFolder
-    """θ_t: the model that answers the prompts. Training starts from it."""
+    """θ_t. Training starts from it."""
     initial: ModelFolder
     """θ_0."""
     play: Callable[[ModelFolder, list[Job]], None]
-    """Lets a model answer prompts. Jobs that are committed cost nothing."""
+    """Function that lets a model answer prompts; committed jobs are skipped."""
 
     def rows_of(self, prompts: Artefact) -> np.ndarray | None:
-        """Returns the numbers of the rows that this iteration plays; None means all."""
+        """Returns the numbers of the rows to play; None: all."""
         wanted = self.config.data.prompts_per_iteration
         return prompt_slice(prompts.manifest().rows, wanted, self.iteration, self.config.seed)
 
 
 class Algorithm(ABC):
-    """What one algorithm plays, pairs and minimises. It has no state: everything is in the run folder."""
+    """One algorithm. It keeps all state in the run folder."""
 
     needs: ClassVar[tuple[str, ...]] = ()
-    """Optional sections and fields of the recipe that the algorithm cannot do without, e.g. ``scorer``."""
+    """Optional sections and fields that the recipe must give, e.g. ``scorer``."""
     reads: ClassVar[tuple[str, ...]] = ()
-    """Optional sections and fields that the algorithm reads when they are given."""
+    """Optional sections and fields that it may give."""
 
     def problems(self, config: SpinConfig) -> Iterator[str]:
-        """Yields a sentence for each setting that the algorithm cannot work with."""
+        """Yields a sentence for each unusable setting."""
         default, given = ObjectiveConfig(), config.objective
         learns = f"is for algorithm spin; {config.algorithm} learns from the responses of its iteration; leave it out"
         if given.window not in (1, default.window):
@@ -59,12 +57,12 @@ class Algorithm(ABC):
             yield f"objective.reference_alpha: {learns}"
 
     def plays(self, run: RunDir) -> Artefact | None:
-        """Returns the prompts that θ_t answers before pairs are made; None if it answers none."""
+        """Returns the prompts that θ_t answers, if any."""
         return None
 
     @abstractmethod
     def make_pairs(self, turn: Turn) -> None:
-        """Commits ``iter_NNN/pairs``, and runs the further stages that this takes."""
+        """Commits ``iter_NNN/pairs`` and what they need."""
 
     @abstractmethod
     def objective(self, config: SpinConfig, iteration: int) -> Objective:
@@ -72,7 +70,6 @@ class Algorithm(ABC):
 
 
 def margin_objective(config: SpinConfig, iteration: int) -> Objective:
-    """Returns ℓ(margin) with the recipe's values for the iteration."""
     return Objective(
         loss=config.objective.loss,
         beta=config.at(iteration).beta,
@@ -83,7 +80,7 @@ def margin_objective(config: SpinConfig, iteration: int) -> Objective:
 
 @dataclass(frozen=True)
 class PlayedPrompts:
-    """The prompts of an iteration, for algorithms that learn from the data as it is."""
+    """The prompts of an iteration that generates nothing."""
 
     turn: Turn
 
@@ -97,7 +94,6 @@ class PlayedPrompts:
         return {"rows": digest(rows.tolist()) if rows is not None else "all"}
 
     def tables(self) -> Iterator[pa.Table]:
-        """Yields PROMPT_SCHEMA rows, part by part."""
         prompts, start = self.turn.run.prompts, 0
         rows = self.turn.rows_of(prompts)
         for table in prompts.tables():
@@ -110,7 +106,7 @@ class PlayedPrompts:
 
 
 def pair_table(prompts: pa.Table, iteration: int, generated: pa.ChunkedArray | None) -> pa.Table:
-    """Returns PAIR_SCHEMA rows, one a prompt: the human response against ``generated``, or against nothing for SFT."""
+    """Returns PAIR_SCHEMA rows: y against ``generated``; None: SFT rows, without y′."""
     ids = prompts["prompt_id"].to_pylist()
     return pa.table(
         [

@@ -1,4 +1,4 @@
-"""More supervised fine-tuning: the baseline that self-play must beat at equal compute."""
+"""Continued SFT, the baseline for self-play at equal compute."""
 
 from spin_ray.config.recipe import SpinConfig
 from spin_ray.learner.step import Objective
@@ -7,7 +7,7 @@ from spin_ray.loop.stages import pairs
 
 
 class ContinuedSft(Algorithm):
-    """−log p(y) on the prompts that SPIN would play, with the settings of ``train``."""
+    """−log p(y) on the prompts that SPIN would play."""
 
     def make_pairs(self, turn: Turn) -> None:
         played = PlayedPrompts(turn)

@@ -1,4 +1,4 @@
-"""DPO (Rafailov et al. 2023, arXiv 2305.18290) on given preferences, a baseline that knows more than SPIN."""
+"""DPO (Rafailov et al. 2023, arXiv 2305.18290) on given preferences."""
 
 from collections.abc import Iterator
 
@@ -13,10 +13,10 @@ from spin_ray.loop.stages import pairs
 
 
 class Dpo(Algorithm):
-    """``chosen`` of the data against ``rejected``. The reference is the model that the iteration starts from."""
+    """``chosen`` against ``rejected``; the reference is θ_t."""
 
     def make_pairs(self, turn: Turn) -> None:
-        """Commits the pairs of the data.
+        """Commits the pairs.
 
         Raises:
             DataError: a row has no rejected response.

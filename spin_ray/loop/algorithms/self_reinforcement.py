@@ -1,4 +1,4 @@
-"""Self-reinforcement (Tong et al. 2024, arXiv 2405.04086): preferences without labels, on questions alone."""
+"""Self-reinforcement (Tong et al. 2024, arXiv 2405.04086): preferences from questions alone."""
 
 from collections import Counter
 from collections.abc import Callable, Iterator
@@ -20,11 +20,7 @@ from spin_ray.run_dir.schemas import PAIR_SCHEMA
 
 
 class SelfReinforcement(Algorithm):
-    """θ_t's answer to a question against the answer of the start model, which was not fine-tuned.
-
-    A question counts if enough samples of θ_t agree. The loss is DPO's, which is SPIN's logistic one. ``sft`` makes θ_0
-    from the few labelled rows.
-    """
+    """θ_t's answer against the start model's, where enough samples of θ_t agree. The loss is DPO's."""
 
     needs = ("sft", "data.questions")
     reads = ("self_filter",)
@@ -52,7 +48,6 @@ class SelfReinforcement(Algorithm):
 
 
 def _tables(turn: Turn, base_answers: Artefact, dropped: Counter[str]) -> Iterator[pa.Table]:
-    """Yields PAIR_SCHEMA rows, one for each question that passes the filter."""
     against = {
         row["prompt_id"]: row["token_ids"]
         for table in base_answers.tables()
@@ -75,10 +70,7 @@ def _tables(turn: Turn, base_answers: Artefact, dropped: Counter[str]) -> Iterat
 
 
 def commonest(answers: list[Any]) -> tuple[int, float]:
-    """Returns the first sample with the commonest answer, and the share of samples that agree. None never agrees.
-
-    Examples: ``[7, 4, 7] -> (0, 2/3)``; ``[None, None, 4] -> (2, 1/3)``; ``[None] -> (0, 0)``.
-    """
+    """Returns the first sample with the commonest answer, and the share that agrees."""
     counts = Counter(answer for answer in answers if answer is not None)
     if not counts:
         return 0, 0.0
@@ -87,10 +79,9 @@ def commonest(answers: list[Any]) -> tuple[int, float]:
 
 
 def _reader(turn: Turn) -> Callable[[list[int]], Any]:
-    """Returns a function from a response to its answer.
+    """Returns a function from a response to its answer: a number, or without extractor its tokens.
 
-    The answer is a number where the recipe says how to read one, else the response itself. A response that was cut has
-    none: nobody should learn to stop there.
+    Cut responses have none, so that nobody learns to stop there.
     """
     extractor, stop = turn.config.evaluation.answer_extractor, turn.start.end_of_turn_id
     tokenizer = load_tokenizer(str(turn.opponent.path), trust_remote_code=turn.config.model.trust_remote_code)

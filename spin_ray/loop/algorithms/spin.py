@@ -1,4 +1,4 @@
-"""SPIN (Chen et al. 2024, arXiv 2401.01335); its settings make α-SPIN and fictitious play of it."""
+"""SPIN (Chen et al. 2024, arXiv 2401.01335), α-SPIN and fictitious play."""
 
 from collections.abc import Iterator
 
@@ -14,8 +14,7 @@ from spin_ray.run_dir.run_dir import RunDir
 class Spin(Algorithm):
     """The human response against one of θ_t, equation 4.7.
 
-    ``objective.window: all`` plays against every iterate so far: fictitious play. ``objective.reference_alpha`` below 1
-    takes a geometric reference: α-SPIN.
+    ``objective.window: all`` is fictitious play; ``objective.reference_alpha`` below 1 is α-SPIN.
     """
 
     def problems(self, config: SpinConfig) -> Iterator[str]:

@@ -1,4 +1,4 @@
-"""The algorithms by name, those of other packages by import path, and the check of a recipe against its algorithm."""
+"""The algorithms by name, and the check of a recipe."""
 
 from collections.abc import Iterator
 
@@ -24,14 +24,13 @@ ALGORITHMS: dict[str, Algorithm] = {
     "self_reinforcement": SelfReinforcement(),
     "seft": Seft(),
 }
-"""Everything else (sampling, packing, reference scores, training, evaluation, resuming) is the same for all of them."""
 
 
 def find_algorithm(name: str) -> Algorithm:
-    """Returns the algorithm of a name, or an instance of the class that an import path ``my_pkg.mine:Mine`` names.
+    """Returns the algorithm of a name or import path ``my_pkg.mine:Mine``.
 
     Raises:
-        ConfigError: there is no such algorithm, or the path leads to something else.
+        ConfigError: there is none.
     """
     if name in ALGORITHMS:
         return ALGORITHMS[name]
@@ -42,10 +41,10 @@ def find_algorithm(name: str) -> Algorithm:
 
 
 def check_algorithm(config: SpinConfig) -> None:
-    """Checks that the recipe has what its algorithm needs, and that every import path in it leads somewhere.
+    """Checks the recipe against its algorithm, and follows its import paths.
 
     Raises:
-        ConfigError: a setting is missing or has no reader, or an import path leads nowhere; all problems are listed.
+        ConfigError: a setting is missing or has no reader, or a path leads nowhere.
     """
     problems = list(_problems(config, find_algorithm(config.algorithm)))
     if problems:
@@ -74,7 +73,6 @@ def _problems(config: SpinConfig, algorithm: Algorithm) -> Iterator[str]:
 
 
 def _is_given(config: SpinConfig, name: str) -> bool:
-    """Tells whether a section, or a field of a section, is not null."""
     section, _, field = name.partition(".")
     value = getattr(config, section)
     return (getattr(value, field) if field else value) is not None

@@ -1,1 +1,1 @@
-"""The stages of an iteration: each reads artefacts of the run folder and commits one."""
+"""The stages of an iteration."""

@@ -1,14 +1,12 @@
-"""Stage 6: measures of an iterate, from held-out rows and its own fresh samples.
+"""Measures of an iterate, from held-out rows and its own fresh samples.
 
     heldout + samples of θ_t (+ samples of θ_{t-1}) -> scores under both models -> eval.json
 
-Two margins, both of θ_t against θ_{t-1}, the opponent that it was trained against:
-    against_opponent   y′ ~ θ_{t-1}: the objective of the iteration on rows it never saw. Its least value is ln 2 minus
-                       the JSD of the ordered pairs (y, y′) and (y′, y), which is at most 2 JSD(p_data ‖ θ_{t-1}). So
-                       (ln 2 - loss) / 2 is a lower bound of the distance that was there to be seen.
-    against_self       y′ ~ θ_t: does it still tell its own fresh samples from human responses?
+Two margins of θ_t against θ_{t-1}:
+    against_opponent   y′ ~ θ_{t-1}, the iteration's objective. (ln 2 - loss) / 2 is at most JSD(p_data ‖ θ_{t-1}).
+    against_self       y′ ~ θ_t: does it tell its own samples from human responses?
 
-θ_0 scores the samples of θ_t, too: the mean of log p_θt(y′) − log p_θ0(y′) over them estimates KL(θ_t ‖ θ_0).
+The mean of log p_θt(y′) − log p_θ0(y′) over θ_t's samples estimates KL(θ_t ‖ θ_0).
 """
 
 import json
@@ -44,10 +42,8 @@ logger = logging.getLogger(__name__)
 
 @dataclass(frozen=True, kw_only=True)
 class ScoreJob:
-    """Held-out rows to be scored under several models."""
-
     tables: tuple[tuple[ModelFolder, pa.Table], ...]
-    """Each model with its PAIR_SCHEMA rows. ``pair_id`` ends with ``/self`` or ``/opponent``: the source of y′."""
+    """Each model with its PAIR_SCHEMA rows; ``pair_id`` ends with ``/self`` or ``/opponent``."""
     shape: PackShape
     backend: BackendSettings
     target: Artefact
@@ -61,11 +57,11 @@ def run(
     previous: ModelFolder | None,
     initial: ModelFolder,
 ) -> dict[str, Any]:
-    """Writes ``eval.json`` of θ_iterate and returns it.
+    """Writes and returns ``eval.json``.
 
     Args:
         model: θ_iterate.
-        previous: θ_{iterate-1}, the opponent that θ_iterate was trained against; None for θ_0.
+        previous: θ_{iterate-1}; None for θ_0.
         initial: θ_0.
     """
     path = run_dir.eval_path(iterate)
@@ -96,7 +92,7 @@ def run(
 
 
 def _read(heldout: Artefact, samples: Artefact) -> tuple[pa.Table, pa.Table]:
-    """Returns held-out rows and the first sample of each, in the same order."""
+    """Returns held-out rows and their first samples, in the same order."""
     answers = pa.concat_tables(list(samples.tables()))
     answers = answers.filter(pc.equal(answers["sample"], 0))
     rows = pa.concat_tables(list(heldout.tables()))
@@ -137,12 +133,8 @@ def _text_measures(heldout: pa.Table, answers: pa.Table, config: SpinConfig, mod
 
 
 def length_auc(real: list[int], generated: list[int]) -> float:
-    """Returns the area under the ROC curve of a classifier that sees only length.
-
-    0.5 means that length says nothing; 0 or 1, that length alone gives y′ away. It is the chance that a human response
-    is longer than a generated one, where ties count half: Mann-Whitney U / (n m).
-    """
-    from scipy.stats import mannwhitneyu  # a second of imports that the scoring workers need not wait for
+    """Returns the chance that a human response is longer than a generated one; ties count half."""
+    from scipy.stats import mannwhitneyu  # slow; scoring workers skip it
 
     return float(mannwhitneyu(real, generated).statistic / (len(real) * len(generated)))
 
@@ -153,9 +145,9 @@ def _score(
     samples_of: dict[str, Artefact],
     models: tuple[ModelFolder, ModelFolder, ModelFolder],
 ) -> tuple[pa.Table, dict[str, float]]:
-    """Scores every pair of a held-out row and a sample under θ_t and θ_{t-1}, and θ_t's own samples under θ_0.
+    """Scores pairs under θ_t and θ_{t-1}, and θ_t's samples under θ_0.
 
-    Runs on the train workers, so that a model of any size fits. Returns SCORE_SCHEMA rows and the work done now.
+    Returns SCORE_SCHEMA rows and the work done now.
     """
     model, previous, initial = models
     target = run_dir.artefact(f"{model.name}/heldout_scores")
@@ -194,7 +186,7 @@ def _pair_rows(heldout: pa.Table, answers: pa.Table, whose: str) -> pa.Table:
 
 
 def _worker(job: ScoreJob) -> dict[str, float]:
-    """Scores one model after another, so that only one is in memory; runs on every rank. Returns the work done."""
+    """Scores under one model after another: only one is in memory."""
     tables = []
     tokens, work_s = 0, 0.0
     for model, rows in job.tables:
@@ -210,7 +202,6 @@ def _worker(job: ScoreJob) -> dict[str, float]:
 
 
 def _score_rows(backend: Fsdp2Backend, table: pa.Table, shape: PackShape, model: str) -> pa.Table:
-    """Returns this rank's share of the rows, in SCORE_SCHEMA."""
     rows: list[int] = []
     columns: dict[str, list[Any]] = {name: [] for name in SCORE_SCHEMA.names[2:]}
     for step in plan(pair_lengths([table]), shape, epochs=1, seed=0, ranks=dist.get_world_size())[0]:

@@ -1,4 +1,4 @@
-"""Stage 3: join x, y and y'; add the pairs of earlier iterations in the window; drop what teaches nothing.
+"""Pairs of x, y and y′, with those of earlier iterations in the window.
 
 generations of t + prompts -> pairs of t
 pairs of t-1 whose opponent is still in the window -> copied
@@ -21,10 +21,10 @@ from spin_ray.run_dir.schemas import PAIR_SCHEMA
 
 
 def run(run_dir: RunDir, config: SpinConfig, iteration: int) -> None:
-    """Makes ``iter_NNN/pairs`` of SPIN: y against y′ of this iteration's opponent and of those in the window.
+    """Makes SPIN's ``iter_NNN/pairs``: y against y′ of the window's opponents.
 
     Raises:
-        DataError: too few pairs are left; the opponent says what the data says, and more SPIN would only harm it.
+        DataError: too few pairs are left.
     """
     generations = run_dir.generations(iteration)
     oldest = config.objective.oldest_iteration(iteration)
@@ -42,28 +42,27 @@ def run(run_dir: RunDir, config: SpinConfig, iteration: int) -> None:
 
 @dataclass(frozen=True)
 class Fresh:
-    """Pairs that an algorithm makes in this iteration, with the digests of their sources."""
+    """This iteration's pairs, with the digests of their sources."""
 
     tables: Iterator[pa.Table]
-    """PAIR_SCHEMA rows, read only if the artefact is not there yet."""
+    """PAIR_SCHEMA rows, read only if needed."""
     inputs: dict[str, str]
     settings: dict[str, Any]
     paired: bool = True
-    """False for rows of supervised fine-tuning, which have no y′."""
+    """False: SFT rows, without y′."""
     keep_identical: bool = False
-    """True keeps pairs with y = y′."""
     dropped: Counter[str] = field(default_factory=Counter)
-    """Counts of rows that the tables leave out, by reason; complete once the tables are read."""
+    """Counts of rows left out, by reason; complete once ``tables`` is read."""
 
 
 def make(
     run_dir: RunDir, config: SpinConfig, iteration: int, fresh: Fresh, earlier: Artefact | None = None, oldest: int = 0
 ) -> None:
-    """Makes ``iter_NNN/pairs`` from ``fresh`` pairs, and from ``earlier`` ones since iteration ``oldest``.
+    """Makes ``iter_NNN/pairs``, with ``earlier`` ones since iteration ``oldest``.
 
     Raises:
-        DataError: fewer rows are left than one optimizer step has.
-        HealthError: the opponent answers at quite another length than the first one did.
+        DataError: fewer rows are left than one step has.
+        HealthError: the mean response length changed too much.
     """
     target = run_dir.pairs(iteration)
     if target.already_made(fresh.inputs, fresh.settings):
@@ -88,7 +87,7 @@ def make(
 def build(
     fresh: Fresh, earlier: Artefact | None, target: Artefact, oldest: int
 ) -> tuple[dict[str, FileEntry], dict[str, int]]:
-    """Writes the parts, with one part of each input in memory at a time. Returns their entries and the counts."""
+    """Writes the parts, with one of each input in memory; returns entries and counts."""
     counts: Counter[str] = Counter({"dropped_identical": 0, "dropped_empty": 0, "from_earlier": 0, "rows": 0})
     entries: dict[str, FileEntry] = {}
     target.discard_parts()
@@ -133,7 +132,6 @@ def _mean_length(generations: Artefact) -> float:
 
 
 def _verdict(real: pa.ListScalar, generated: pa.ListScalar, keep_identical: bool) -> str:
-    """Returns why a pair is dropped; an empty text if it is kept."""
     if len(generated.values) == 0:
         return "dropped_empty"
     return "dropped_identical" if not keep_identical and real.values.equals(generated.values) else ""
@@ -142,15 +140,14 @@ def _verdict(real: pa.ListScalar, generated: pa.ListScalar, keep_identical: bool
 def joined(prompts: Artefact, generations: Artefact, iteration: int) -> Iterator[pa.Table]:
     """Yields the pairs of each generation shard.
 
-    Shards keep the order of ``prompts``, so that both are read once, side by side.
+    Shards keep the order of ``prompts``: both are read once.
 
     Raises:
-        DataError: a prompt of the generations is not in ``prompts``.
+        DataError: a prompt is not in ``prompts``.
     """
     columns = ["prompt_id", "prompt_ids", "real_ids"]
     upcoming = (table.select(columns) for table in prompts.tables())
     rest = PAIR_SCHEMA.empty_table().select(columns)
-    """Rows that have been read and may still be asked for."""
     for answers in generations.tables():
         played = answers["prompt_id"].unique()
         found, left = [], len(played)

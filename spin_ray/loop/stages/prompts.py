@@ -1,8 +1,8 @@
-"""Stage 1: data -> prompt rows. The only stage that renders and tokenises prompts.
+"""Prompt rows, rendered and tokenised from the data.
 
     files -> slices -> [one task a slice: parse, check, render, tokenise] -> drop duplicates, cut into parts
 
-Rows that cannot be used go to RUN/quarantine with the reason, and are counted.
+Unusable rows go to RUN/quarantine with the reason.
 """
 
 import gc
@@ -40,7 +40,7 @@ QUARANTINE_SCHEMA = pa.schema(
     [pa.field(name, pa.string()) for name in ("stage", "origin", "reason", "detail")] + [pa.field("row", pa.binary())]
 )
 _SLICE_SCHEMA = PROMPT_SCHEMA.append(pa.field("origin", pa.string())).append(pa.field("raw", pa.binary()))
-"""Rows of a slice before duplicates are dropped. The last two columns are for the quarantine alone."""
+"""Rows with duplicates; ``origin`` and ``raw`` are for the quarantine."""
 ROWS_AT_A_TIME = 1024
 """Rows that a task holds as Python objects."""
 
@@ -55,10 +55,11 @@ def run(
     *,
     labelled: bool = True,
 ) -> None:
-    """Makes ``artefact`` (prompts, questions or heldout) from the rows of ``source``; questions are not ``labelled``.
+    """Makes ``artefact`` from ``source``; questions are not ``labelled``.
 
     Raises:
-        DataError: the data is missing, empty or damaged, or too many rows cannot be used.
+        DataError: the data is missing or damaged, or too many rows are unusable.
+        StageError: rendering failed.
     """
     files = find_files(source)
     task = PromptTask(
@@ -99,7 +100,7 @@ def run(
 
 
 def template_digest(renderer: ChatRenderer) -> str:
-    """Returns a digest of how text becomes tokens: template, vocabulary and end-of-turn token."""
+    """Returns a digest of how text becomes tokens."""
     tokenizer = renderer.tokenizer
     probe = [{"role": "user", "content": "The quick brown fox, 1+1=2."}, {"role": "assistant", "content": "jumps."}]
     rendered = renderer.render(probe)
@@ -108,28 +109,27 @@ def template_digest(renderer: ChatRenderer) -> str:
 
 @dataclass(frozen=True, slots=True)
 class _Slice:
-    """A slice whose good rows are in the file ``name``-rows, and the others in ``name``-bad."""
+    """A slice: good rows are in ``name``-rows, others in ``name``-bad."""
 
     name: str
     ids: np.ndarray
-    """64-bit prompt ids of the good rows. The driver keeps nothing else of a slice: 8 bytes a row."""
+    """64-bit prompt ids of the good rows."""
 
 
 def _rendered(answer: dict[str, Any]) -> _Slice:
-    """Reads the answer of a task; raises DataError if the slice could not be read."""
     if answer["error"]:
         raise DataError(answer["error"])
     return _Slice(answer["name"], np.frombuffer(answer["ids"], dtype=np.uint64))
 
 
 class _RenderSlice:
-    """A task of Ray Data: reads a slice, and writes its good and its unusable rows to two files."""
+    """A task that writes a slice's good and unusable rows."""
 
     def __init__(self, storage: Storage, stage: str, task: PromptTask) -> None:
         self._storage, self._stage, self._task = storage, stage, task
 
     def __call__(self, item: dict[str, Any]) -> dict[str, Any]:
-        """Answers for ``_rendered``. An error of the user's is a value, as Ray keeps only the text of an exception."""
+        """Returns a user's error as a value: Ray keeps only an exception's text."""
         answer = {"name": item["name"], "error": "", "ids": b""}
         try:
             with _busy_with_rows():
@@ -138,7 +138,6 @@ class _RenderSlice:
             return answer | {"error": str(error)}
 
     def _render(self, item: dict[str, Any]) -> bytes:
-        """Writes the rows, and returns the prompt ids of the good ones."""
         name = item["name"]
         good, bad = [_SLICE_SCHEMA.empty_table()], [QUARANTINE_SCHEMA.empty_table()]
         ids = bytearray()
@@ -161,10 +160,9 @@ class _RenderSlice:
 
 @contextmanager
 def _busy_with_rows() -> Iterator[None]:
-    """Switches Python's search for cycles and the tokenizer's threads off.
+    """Switches the garbage collector and the tokenizer's threads off.
 
-    Rows make no cycles, but their number would start the search over all that is imported, again and again
-    (benchmarks/README.md, row 8). Each slice has its own task, so threads would only be in each other's way.
+    Rows make no cycles, but start the collector again and again (benchmarks/README.md, row 8).
     """
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     collects = gc.isenabled()
@@ -179,7 +177,7 @@ def _busy_with_rows() -> Iterator[None]:
 def _finish(
     storage: Storage, slices: list[_Slice], artefact: Artefact, max_rows: int | None, part_rows: int
 ) -> tuple[dict[str, FileEntry], Counter[str]]:
-    """Drops duplicates, cuts rows into parts of ``part_rows``, and writes the quarantine; reads one slice at a time."""
+    """Drops duplicates, cuts parts and writes the quarantine, reading one slice at a time."""
     firsts = _first_of_each([each.ids for each in slices], max_rows)
     reasons: Counter[str] = Counter()
     quarantine: list[pa.Table] = []
@@ -220,9 +218,9 @@ def _columns(part: bytes, names: list[str]) -> pa.Table:
 
 
 def _first_of_each(ids: list[np.ndarray], limit: int | None) -> list[tuple[np.ndarray, np.ndarray]]:
-    """Returns for each slice two masks of its rows: those to keep, and those that repeat a kept one.
+    """Returns two masks a slice: rows to keep, and those that repeat a kept one.
 
-    The first row of an id is kept, up to ``limit`` in all. Rows past the limit are in neither mask.
+    First rows of an id past the ``limit`` are in neither.
     """
     every = np.concatenate(ids)
     _, first, which = np.unique(every, return_index=True, return_inverse=True)

@@ -1,9 +1,8 @@
-"""log p_0 of the pairs, for a geometric reference; between pairs and training.
+"""log p_0 of the pairs, for a geometric reference.
 
-    pairs of t -> responses without a score in this run -> scored by θ_0 on the train workers -> iter_NNN/base_scores
+    pairs of t -> responses without a score -> scored by θ_0 on the train workers -> iter_NNN/base_scores
 
-Iteration 0 has none: its opponent is θ_0, so that its reference scores are those of θ_0. A response is scored once in a
-run: y in the first iteration that plays its prompt, y′ when it is new. The scores of pairs in the window are copied.
+Iteration 0 has none: its opponent is θ_0.
 """
 
 from dataclasses import dataclass
@@ -24,28 +23,26 @@ from spin_ray.runtime.workers import device, run_workers
 
 _SCORED = pa.schema([pa.field("response", pa.string()), pa.field("logp", pa.float32())])
 Scores = dict[str, float]
-"""log p_0 of responses, in nats: y under its prompt id, y′ under its pair id."""
+"""log p_0 in nats: y by prompt id, y′ by pair id."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class BaseScoreJob:
-    """Responses to be scored by θ_0, each a row without y′."""
-
     rows: pa.Table
-    """PAIR_SCHEMA rows: ``pair_id`` is the key in ``Scores``, ``real_ids`` the response, y or y′."""
+    """PAIR_SCHEMA rows without y′: ``pair_id`` is the key, ``real_ids`` the response."""
     model: ModelFolder
     shape: PackShape
     backend: BackendSettings
     storage: Storage
     target: str
-    """Folder of the parts, one of each rank."""
+    """Folder of one part per rank."""
 
 
 def run(run_dir: RunDir, config: SpinConfig, iteration: int, base: ModelFolder) -> None:
     """Makes ``iter_NNN/base_scores`` of ``iteration`` ≥ 1.
 
     Raises:
-        StageError: the workers failed too often; the same command starts over with what has no score.
+        StageError: the workers failed too often.
     """
     pairs, target = run_dir.pairs(iteration), run_dir.base_scores(iteration)
     earlier = [run_dir.reference(0), *(run_dir.base_scores(number) for number in range(1, iteration))]
@@ -70,7 +67,6 @@ def run(run_dir: RunDir, config: SpinConfig, iteration: int, base: ModelFolder) 
 
 
 def known_scores(scores: pa.Table) -> Scores:
-    """Returns the scores of single responses from REFERENCE_SCHEMA rows. A pair's id starts with its prompt's."""
     known: Scores = {}
     for pair_id, real, generated in zip(*(scores[name].to_pylist() for name in REFERENCE_SCHEMA.names), strict=True):
         known[pair_id] = generated
@@ -79,7 +75,7 @@ def known_scores(scores: pa.Table) -> Scores:
 
 
 def unknown_responses(pairs: pa.Table, known: Scores) -> pa.Table:
-    """Returns the responses of ``pairs`` that have no score yet, each once, as rows without y′."""
+    """Returns the unscored responses, each once, as rows without y′."""
     found = {}
     for row in pairs.to_pylist():
         for key, response in ((row["prompt_id"], row["real_ids"]), (row["pair_id"], row["generated_ids"])):
@@ -109,7 +105,7 @@ def _score(run_dir: RunDir, config: SpinConfig, base: ModelFolder, rows: pa.Tabl
 
 
 def _worker(job: BaseScoreJob) -> int:
-    """Scores this rank's share of the rows; runs on every rank. Returns the number of ranks."""
+    """Scores this rank's rows; returns the number of ranks."""
     steps = plan(pair_lengths([job.rows]), job.shape, epochs=1, seed=0, ranks=dist.get_world_size())[0]
     backend = Fsdp2Backend(job.model.here(), job.backend, device())
     rows, logps, _ = score_rows(backend, steps, job.rows, job.shape)

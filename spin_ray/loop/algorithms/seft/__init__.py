@@ -1,1 +1,1 @@
-"""SEFT: the algorithm, and the revision of labels that it trains on."""
+"""SEFT and its revision stage."""

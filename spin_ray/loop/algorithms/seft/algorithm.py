@@ -1,4 +1,4 @@
-"""SEFT (Chen et al. 2024, arXiv 2406.10813): fine-tuning on the policy's own answers after a revision."""
+"""SEFT (Chen et al. 2024, arXiv 2406.10813)."""
 
 from collections import Counter
 from typing import Any
@@ -19,10 +19,9 @@ from spin_ray.run_dir.storage import folder_digest
 
 
 class Seft(Algorithm):
-    """Fine-tuning on answers that a reviser kept or revised.
+    """Fine-tuning of θ_t on its own answers, kept or revised.
 
-    The reviser is fine-tuned once, from θ_0. In each iteration θ_t answers the questions, or the prompts where there
-    are no questions. The reviser keeps or revises each answer, and θ_t is fine-tuned on the result.
+    The reviser is fine-tuned once, from θ_0. θ_t answers the questions, else the prompts.
     """
 
     needs = ("reviser",)
@@ -54,7 +53,6 @@ class Seft(Algorithm):
 
 
 def _reviser(turn: Turn, renderer: ChatRenderer, tokenizer: Any) -> ModelFolder:
-    """Returns the reviser; iteration 0 makes it from θ_0, later ones open it."""
     run, config, initial = turn.run, turn.config, turn.initial
     assert config.reviser is not None
     target = run.artefact("reviser/model")

@@ -1,4 +1,4 @@
-"""SEFT's own stage: the rows that the reviser is trained on, and those that it is asked about.
+"""SEFT's rows for training the reviser, and prompts that ask it.
 
 question + answer -> "…[keep|minor|major]…" prompt -> (training) label + human response
                                                    -> (playing)  label + revision -> row for fine-tuning the policy
@@ -25,13 +25,12 @@ Row = dict[str, Any]
 
 
 def reviser_prompt(conversation: Conversation, answer: str) -> Conversation:
-    """Returns what the reviser is asked: the conversation up to its last response, and one answer to it."""
     asked = "\n".join(message["content"] for message in conversation[:-1] if message["content"])
     return [{"role": "user", "content": f"Question:\n{asked}\n\nAnswer:\n{answer}\n\nRevise: {', '.join(LABELS)}"}]
 
 
 def label_of(answer: list[int], human: list[int], minor_from: float) -> str:
-    """Returns how much a revision of ``answer`` to ``human`` would change, by the similarity of their tokens."""
+    """Returns the label of a revision to ``human``, by token similarity."""
     if answer == human:
         return LABELS[0]
     similarity = difflib.SequenceMatcher(a=answer, b=human, autojunk=False).ratio()
@@ -39,10 +38,9 @@ def label_of(answer: list[int], human: list[int], minor_from: float) -> str:
 
 
 def parse(text: str) -> tuple[str, str] | None:
-    """Returns the label and the revision that the reviser wrote.
+    """Splits the reviser's text into label and revision.
 
-    None means that there is no label, or that the label promises a revision and none follows. Another label in the
-    place of the revision counts as none: nobody should learn to answer that.
+    Returns None if the label or a promised revision is missing, or if the revision starts with a label.
     """
     label, _, revision = text.strip().partition("\n")
     label, revision = label.strip(), revision.strip()
@@ -54,7 +52,7 @@ def parse(text: str) -> tuple[str, str] | None:
 def training_rows(
     run_dir: RunDir, config: SpinConfig, renderer: ChatRenderer, tokenizer: Any, answers: Artefact, target: Artefact
 ) -> None:
-    """Commits the rows that the reviser is fine-tuned on: an answer of θ_0 to each prompt, and the human response."""
+    """Commits the reviser's training rows, from θ_0's answers."""
     assert config.reviser is not None
     minor_from = config.reviser.minor_from
     inputs = {artefact.path: artefact.manifest().digest for artefact in (run_dir.prompts, answers)}
@@ -89,7 +87,7 @@ def revision_prompts(
     answers: Artefact,
     target: Artefact,
 ) -> None:
-    """Commits the prompts that ask the reviser about θ_t's answers; ``real_ids`` are the answer that it may keep."""
+    """Commits the reviser's prompts; ``real_ids`` are the answers that it may keep."""
     inputs = {artefact.path: artefact.manifest().digest for artefact in (prompts, answers)}
     settings = {"max_length": config.model.max_length}
     if target.already_made(inputs, settings):
@@ -123,10 +121,10 @@ def revised_rows(
     max_length: int,
     dropped: Counter[str],
 ) -> Iterator[pa.Table]:
-    """Yields PAIR_SCHEMA rows without y′: the kept answers and the revisions, after the question alone.
+    """Yields PAIR_SCHEMA rows without y′.
 
     Args:
-        dropped: counts, by reason, revisions that were cut, have no label, are too long or cannot be rendered.
+        dropped: counts unusable revisions by reason.
     """
 
     def row(prompt: Row, written: Row, text: str) -> Row | str:
@@ -159,7 +157,6 @@ def _fine_tuning_row(prompt_id: str, iteration: int, rendered: Rendered) -> Row:
 
 
 def _answered(prompts: Artefact, answers: Artefact, tokenizer: Any) -> Iterator[tuple[Row, Row, str]]:
-    """Yields each answer with its prompt and its text."""
     of = {row["prompt_id"]: row for table in prompts.tables() for row in table.to_pylist()}
     for table in answers.tables():
         texts = tokenizer.batch_decode(table["token_ids"].to_pylist(), skip_special_tokens=True)
@@ -170,7 +167,7 @@ def _answered(prompts: Artefact, answers: Artefact, tokenizer: Any) -> Iterator[
 def _commit(
     target: Artefact, rows: list[Row | str], schema: pa.Schema, inputs: dict[str, str], settings: dict[str, Any]
 ) -> dict[str, int]:
-    """Commits the rows. A word in the place of a row says why it was dropped, and is counted."""
+    """Commits the rows; a string stands for a dropped row and says why."""
     kept = [row for row in rows if not isinstance(row, str)]
     dropped = Counter(row for row in rows if isinstance(row, str))
     counts = {f"dropped_{reason}": count for reason, count in dropped.items()}

@@ -1,1 +1,1 @@
-"""SPPO: the algorithm, its preferences, and the preference models that give them."""
+"""SPPO and its preference models."""

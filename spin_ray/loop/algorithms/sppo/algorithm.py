@@ -1,4 +1,4 @@
-"""SPPO (Wu et al. 2024, arXiv 2405.00675): self-play on preferences, towards a policy that no other one beats."""
+"""SPPO (Wu et al. 2024, arXiv 2405.00675): self-play on preferences."""
 
 from collections.abc import Iterator
 from itertools import groupby
@@ -19,7 +19,7 @@ from spin_ray.run_dir.schemas import PAIR_SCHEMA, WIN_SCHEMA
 
 
 class Sppo(Algorithm):
-    """The best of K samples of θ_t against the worst, by a preference model. The data's responses are not used.
+    """The best of K samples of θ_t against the worst, by a preference model.
 
     The square loss draws each log-ratio to (P − ½)/β.
     """
@@ -53,7 +53,6 @@ class Sppo(Algorithm):
 
 
 def _commit_wins(turn: Turn) -> None:
-    """Commits ``iter_NNN/wins`` for the pairs that were kept."""
     made, target = turn.run.pairs(turn.iteration), turn.run.wins(turn.iteration)
     inputs = {"pairs": made.manifest().digest}
     if target.already_made(inputs, {}):
@@ -65,7 +64,7 @@ def _commit_wins(turn: Turn) -> None:
 
 
 def _duels(turn: Turn) -> Iterator[tuple[pa.Table, list[dict[str, Any]]]]:
-    """Yields the PAIR_SCHEMA and WIN_SCHEMA rows of best against worst, for each part of the generations."""
+    """Yields best against worst, part by part: PAIR_SCHEMA and WIN_SCHEMA rows."""
     run, iteration = turn.run, turn.iteration
     compared = run.preferences(iteration).tables()
     for played, wins in zip(pairs.joined(run.prompts, run.generations(iteration), iteration), compared, strict=True):

@@ -1,4 +1,4 @@
-"""Preference models of SPPO: P(one response to a prompt beats another)."""
+"""Preference models of SPPO."""
 
 import itertools
 import json
@@ -16,20 +16,19 @@ from spin_ray.inputs.conversations import Conversation
 
 Row = TypeVar("Row")
 ROWS_AT_A_TIME = 8
-"""Texts that a model reads in one batch."""
 
 
 class PreferenceScorer(Protocol):
     def wins(self, prompt: Conversation, responses: list[str]) -> Float[Tensor, "responses responses"]:
-        """Returns P(row beats column) on the CPU: 1/2 on the diagonal, and [i, j] + [j, i] = 1."""
+        """Returns P(row beats column) on the CPU; 1/2 on the diagonal, [i, j] + [j, i] = 1."""
         ...
 
 
 def load_scorer(config: ScorerConfig, folder: Path, device: torch.device) -> PreferenceScorer:
-    """Returns the preference model in ``folder``, on ``device``.
+    """Loads the preference model.
 
     Raises:
-        ModelError: the folder holds no model of the kind that the config names.
+        ModelError: the folder holds no model of the configured kind.
     """
     from transformers import AutoTokenizer
 
@@ -43,7 +42,7 @@ def load_scorer(config: ScorerConfig, folder: Path, device: torch.device) -> Pre
 
 
 class RewardScorer:
-    """A sequence classifier with one output r(x, y): P(y beats y') = σ(r − r'), Bradley and Terry's model."""
+    """A classifier with one output r(x, y): P(y beats y') = σ(r − r')."""
 
     def __init__(self, folder: Path, tokenizer: Any, max_length: int) -> None:
         from transformers import AutoModelForSequenceClassification
@@ -74,10 +73,7 @@ class RewardScorer:
         return self._tokenizer(_instruction(prompt), response, **cut)
 
     def _rewards(self, rows: list[dict[str, list[int]]]) -> Float[Tensor, "rows"]:
-        """Returns the model's output at each row's last token that is no padding.
-
-        Decoders without a padding token, as chat models often are, get one for this batch: an id that no row holds.
-        """
+        """Returns the output at each row's last token; without a padding token it takes one that no row holds."""
         pad_id = self._pad_id
         if pad_id is None:
             held = {token for row in rows for token in row["input_ids"]}
@@ -92,18 +88,16 @@ class RewardScorer:
 
 
 class MarkedRow(NamedTuple):
-    """A comparison as PairRM reads it."""
-
     ids: list[int]
     marks: list[int]
-    """Places of the three marks in ``ids``: texts may hold the same tokens."""
+    """Places of the three marks; texts may hold the same tokens."""
 
 
 class PairRmScorer:
-    """PairRM (Jiang et al. 2023, arXiv 2306.02561) as in llm-blender/PairRM-hf: a DeBERTa-v3 reads
-    ``<|source|>x<|candidate1|>y<|candidate2|>y'``, and a head compares the states at the three marks.
+    """PairRM (Jiang et al. 2023, arXiv 2306.02561) as in llm-blender/PairRM-hf.
 
-    The order of the candidates changes its score a little, so both orders are read: P = ½[σ(s(y, y')) + σ(−s(y', y))].
+    A DeBERTa-v3 reads ``<|source|>x<|candidate1|>y<|candidate2|>y'``, and a head compares the states at the marks.
+    Both orders are read, as the order changes the score: P = ½[σ(s(y, y')) + σ(−s(y', y))].
     """
 
     marks = ("<|source|>", "<|candidate1|>", "<|candidate2|>")
@@ -117,7 +111,7 @@ class PairRmScorer:
         self._mark_ids = [raw[f"{name}_prefix_id"] for name in ("source", "cand1", "cand2")]
         config = DebertaV2Config.from_pretrained(folder)
         hidden = config.hidden_size
-        # Numbers 0 and 3 are dropout, which has no weights and is never on here.
+        # Numbers 0 and 3 are dropout, without weights.
         head = {"1": nn.Linear(2 * hidden, hidden), "2": nn.Tanh(), "4": nn.Linear(hidden, raw["n_tasks"])}
         self._model = nn.ModuleDict({"pretrained_model": DebertaV2Model(config), "head_layer": nn.ModuleDict(head)})
         weights = {}
@@ -143,7 +137,7 @@ class PairRmScorer:
         return (first_wins + 1 - first_wins.T) / 2
 
     def _encode(self, source: str, first: str, second: str) -> MarkedRow:
-        """Encodes a comparison: the source takes up to 60 % of the length, each candidate half of what is left."""
+        """Gives the source up to 60 % of the length, each candidate half of the rest."""
 
         def cut(text: str, length: int) -> list[int]:
             return self._tokenizer.encode(text, truncation=True, max_length=length)
@@ -178,13 +172,11 @@ def _batches(rows: list[Row]) -> Iterator[list[Row]]:
 
 
 def _padded(rows: list[list[int]], value: int, device: torch.device) -> Tensor:
-    """Returns the rows as one tensor, filled up with ``value`` on the right."""
     longest = max(map(len, rows))
     return torch.tensor([[*row, *[value] * (longest - len(row))] for row in rows], device=device)
 
 
 def _instruction(prompt: Conversation) -> str:
-    """Returns a single question as it is, a longer conversation with the name of each speaker."""
     spoken = [message for message in prompt if message["content"]]
     if len(spoken) == 1:
         return spoken[0]["content"]

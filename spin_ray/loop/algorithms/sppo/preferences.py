@@ -1,6 +1,6 @@
-"""Finds which of θ_t's samples of a prompt beat the others, by a preference model: a stage of SPPO alone.
+"""SPPO's comparison of θ_t's samples by a preference model.
 
-generations of t -> parts still missing -> Ray Data -> [model actor] x replicas -> one part for each, committed alone
+generations of t -> missing parts -> [model actor] x replicas -> one committed part for each
 """
 
 import json
@@ -29,18 +29,15 @@ from spin_ray.runtime.waiting import wait_until_free, with_deadline
 PREFERENCE_SCHEMA = pa.schema(
     [pa.field("prompt_id", pa.string()), pa.field("sample", pa.int32()), pa.field("win", pa.float32())]
 )
-"""``win``: mean over the prompt's samples of P(this response beats that one); it beats itself with P = 1/2."""
+"""``win``: mean of P(this response beats that one) over the prompt's samples; 1/2 against itself."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class PreferenceJob:
-    """Everything an actor needs."""
-
     prompts: Artefact
     generations: Artefact
     target: Artefact
     policy: ModelFolder
-    """The model that gave the responses."""
     trust_remote_code: bool
     scorer: ScorerConfig
     preference_model: ModelFolder
@@ -53,8 +50,8 @@ def run(
     """Makes ``iter_NNN/preferences``.
 
     Raises:
-        RunDirError: parts of another preference model or of other generations are in the way.
-        StageError: no preference model came up, or none finished a part, within the times of generation.
+        RunDirError: parts of other inputs are in the way.
+        StageError: no model came up, or none finished a part, in time.
     """
     assert config.scorer is not None
     generations, target = run_dir.generations(iteration), run_dir.preferences(iteration)
@@ -109,8 +106,9 @@ def _compare(job: PreferenceJob, parts: list[str], config: SpinConfig) -> Any:
 
 
 class _Comparing:
-    """Actor with one preference model, loaded with the first part: an error in ``__init__`` would pass for a death of
-    the process and be tried again.
+    """Actor with one preference model.
+
+    The first part loads the model: an error in ``__init__`` would pass for a death and be tried again.
     """
 
     def __init__(self, job: PreferenceJob) -> None:
@@ -128,7 +126,6 @@ class _Comparing:
 
     @cached_property
     def _messages(self) -> dict[str, str]:
-        """JSON text of each prompt's conversation."""
         return {
             row["prompt_id"]: row["messages"]
             for table in self._job.prompts.tables()
@@ -147,16 +144,16 @@ class _Comparing:
 
 
 def device_of(resources: ResourcesConfig) -> torch.device:
-    """Returns the device of an actor that holds ``resources``; Ray shows it no other GPU."""
+    """Returns the actor's device; Ray shows it no other GPU."""
     return torch.device("cuda" if resources.gpus else "cpu")
 
 
 def win_table(answers: pa.Table, texts: list[str], messages: dict[str, str], scorer: PreferenceScorer) -> pa.Table:
-    """Returns a PREFERENCE_SCHEMA row for each GENERATION_SCHEMA row, in the same order.
+    """Returns PREFERENCE_SCHEMA rows in the order of ``answers``.
 
     Args:
-        texts: the responses, decoded.
-        messages: JSON text of each prompt's conversation; its last message, the human response, is left out.
+        texts: the decoded responses.
+        messages: JSON conversations; their last message is left out.
     """
     groups: dict[str, list[int]] = {}
     for row, prompt_id in enumerate(answers["prompt_id"].to_pylist()):

@@ -1,4 +1,4 @@
-"""The opponent's work, cut into shards: which prompts, which part holds their answers, and which parts are there."""
+"""The opponent's work, cut into shards."""
 
 from dataclasses import dataclass
 from typing import Any
@@ -13,12 +13,10 @@ from spin_ray.run_dir.names import part_name
 
 @dataclass(frozen=True)
 class Job:
-    """Prompts for the opponent, and the place of its answers."""
-
     prompts: Artefact
     target: Artefact
     opponent: str
-    """Name of the iterate that answers, e.g. ``sft`` or ``iter_000``."""
+    """Iterate that answers, e.g. ``iter_000``."""
     model_digest: str
     rows: np.ndarray | None = None
     """Row numbers in ``prompts``, ascending; None: all."""
@@ -43,7 +41,7 @@ class Job:
 
 @dataclass(frozen=True)
 class Shard:
-    """A unit of work: some rows of the prompts, and the part that their answers make."""
+    """Rows of the prompts, and the part for their answers."""
 
     prompts: Artefact
     target: Artefact
@@ -61,10 +59,7 @@ class Shard:
 
 
 def prompt_slice(total: int, wanted: int | None, iteration: int, seed: int) -> np.ndarray | None:
-    """Returns the row numbers of an iteration: a fresh slice of a seeded order, wrapping round; None for all rows.
-
-    Example: 10 rows, 4 wanted: iterations 0, 1, 2 take places 0-3, 4-7, 8-9 and 0-1 of the order.
-    """
+    """Returns an iteration's slice of a seeded order, wrapping round; None: all rows."""
     if wanted is None or wanted >= total:
         return None
     order = np.random.default_rng([seed, 0x51]).permutation(total)
@@ -72,7 +67,7 @@ def prompt_slice(total: int, wanted: int | None, iteration: int, seed: int) -> n
 
 
 def cut_into_shards(job: Job, config: SpinConfig) -> list[Shard]:
-    """Cuts the job into shards of at most ``shard_rows`` responses, but at least one prompt each."""
+    """Cuts shards of at most ``shard_rows`` responses, but at least one prompt."""
     files = sorted(job.prompts.manifest().files.items())
     ends = np.cumsum([entry.rows or 0 for _, entry in files])
     rows = job.rows if job.rows is not None else np.arange(ends[-1])
@@ -95,14 +90,13 @@ def _fingerprint(job: Job, config: SpinConfig) -> str:
 
 
 def find_parts(job: Job, config: SpinConfig) -> FoundParts:
-    """Finds the shards that an earlier attempt committed; damaged ones are generated again with the same seeds.
+    """Finds committed shards; damaged ones are generated again.
 
     Raises:
-        RunDirError: a shard was made from other inputs or settings.
+        RunDirError: a shard has other inputs or settings.
     """
     return job.target.find_parts([shard.name for shard in cut_into_shards(job, config)], _fingerprint(job, config))
 
 
 def row_count(job: Job) -> int:
-    """Counts the prompts that the job plays."""
     return len(job.rows) if job.rows is not None else job.prompts.manifest().rows

@@ -1,10 +1,8 @@
-"""Stage 2: the opponent θ_t answers every prompt x, y' ~ p_θt(.|x), shard by shard.
+"""Generation: the opponent θ_t answers every prompt x, y' ~ p_θt(.|x).
 
-    prompts -> shards still missing -> Ray Data -> [engine actor] x replicas -> one Parquet part per shard,
-                                                             committed on its own
+    prompts -> missing shards -> Ray Data -> [engine actor] x replicas -> one committed part per shard
 
-A shard is the unit of work, of commit and of loss. It is also one batch of the engine, and every row has a seed of its
-own: a retry of a shard gives the same tokens.
+A shard is the unit of work, commit and loss. Rows have their own seeds: a retry gives the same tokens.
 """
 
 import hashlib
@@ -53,11 +51,11 @@ def run(
     jobs: list[Job],
     start_engine: StartEngine = VllmEngine,
 ) -> None:
-    """Answers the prompts of all jobs with one set of engines, and commits each target.
+    """Answers the prompts of all jobs with one set of engines.
 
     Raises:
-        RunDirError: shards of another opponent or configuration are in the way.
-        StageError: no engine came up, or none finished a shard, within the configured time.
+        RunDirError: shards of another opponent or recipe are in the way.
+        StageError: no engine came up, or none finished a shard, in time.
     """
     jobs = [job for job in jobs if not job.target.already_made(job.inputs(), job.settings(config))]
     if not jobs:
@@ -92,7 +90,7 @@ def run(
 
 
 def row_seed(seed: int, opponent: str, prompt_id: str, sample: int) -> int:
-    """Returns the seed of one response, 63 bits: the same whenever and wherever the row is generated."""
+    """Returns a response's 63-bit seed, the same in any shard."""
     identity = f"{seed}/{opponent}/{prompt_id}/{sample}".encode()
     return int.from_bytes(hashlib.blake2b(identity, digest_size=8).digest(), "big") >> 1
 
@@ -100,7 +98,6 @@ def row_seed(seed: int, opponent: str, prompt_id: str, sample: int) -> int:
 def _play(
     shards: list[Shard], config: SpinConfig, spec: EngineSpec, start_engine: StartEngine
 ) -> Iterator[dict[str, Any]]:
-    """Yields a report of each shard when it is finished; the engines are gone at the end."""
     if not shards:
         return
     wait_until_free(demands(config)["generation"], config.generation.start_timeout_s, "generation")
@@ -124,8 +121,6 @@ def _play(
 
 
 class _Player:
-    """An actor with one engine, which answers one shard after another."""
-
     def __init__(self, spec: EngineSpec, config: SpinConfig, start_engine: StartEngine) -> None:
         self._spec, self._start_engine, self._config = spec, start_engine, config
         self._unusable: Exception | None = None
@@ -133,7 +128,7 @@ class _Player:
             self._engine = start_engine(spec)
         except Exception as error:  # raised here, it would pass for a death and be tried again
             self._unusable = error
-        # A killed process cannot say so; the process in its place does.
+        # The process in the place of a killed one reports it.
         self._lost = int(ray.is_initialized() and ray.get_runtime_context().was_current_actor_reconstructed)
 
     def __call__(self, item: dict[str, Any]) -> dict[str, Any]:
@@ -158,7 +153,7 @@ class _Player:
         }
 
     def _answer(self, shard: Shard) -> pa.Table:
-        """Answers a shard; starts a new engine if this one dies, as when its processes are killed."""
+        """Answers a shard; replaces the engine if it dies."""
         failures = 0
         while True:
             try:
@@ -171,13 +166,13 @@ class _Player:
                     raise
                 logger.warning("%s: the engine failed (%s); a new one is started", shard.name, last_line(error))
                 self._lost += 1
-                with suppress(Exception):  # whatever is left of it
+                with suppress(Exception):
                     self._engine.close()
                 self._engine = self._start_engine(self._spec)
 
 
 def answer(shard: Shard, config: SpinConfig, engine: GenerationEngine) -> pa.Table:
-    """Returns GENERATION_SCHEMA rows in the order of the shard's prompts, samples of a prompt together."""
+    """Returns GENERATION_SCHEMA rows, in the order of the prompts."""
     prompts = shard.read_prompts()
     samples = config.generation.samples_per_prompt
     ids = [prompt_id for prompt_id in prompts["prompt_id"].to_pylist() for _ in range(samples)]

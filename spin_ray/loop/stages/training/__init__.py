@@ -1,1 +1,1 @@
-"""Training of an iterate: the stage, its job, its workers, their log and checkpoints."""
+"""Training of an iterate."""

@@ -1,5 +1,6 @@
-"""Training checkpoints: sealed by the ranks that wrote them, and checked before any library opens them (torch's own
-reader unpickles what it finds).
+"""Training checkpoints, sealed by the ranks that wrote them.
+
+Digests are checked first: torch's own reader unpickles what it finds.
 """
 
 import json
@@ -26,10 +27,10 @@ def save(job: TrainJob, backend: TrainBackend, step: int) -> None:
 
 
 def restore(job: TrainJob, backend: TrainBackend) -> int:
-    """Loads the newest checkpoint of this work, if there is one; returns the step to go on with.
+    """Loads the newest checkpoint, if any; returns the next step.
 
     Raises:
-        RunDirError: the checkpoint is damaged, or belongs to other work or another number of workers.
+        RunDirError: the checkpoint is damaged, or of other work or another number of workers.
     """
     newest = ray.train.get_checkpoint()
     if newest is None:
@@ -46,17 +47,17 @@ def restore(job: TrainJob, backend: TrainBackend) -> int:
 
 
 def seal(folder: Path, step: int, identity: dict[str, Any]) -> None:
-    """Adds the digests of this rank's files, and what work they belong to, under a name of the rank's own."""
+    """Writes the digests of this rank's files."""
     files = {name: entry.model_dump() for name, entry in folder_entries(folder).items()}
     content = {"step": step, "identity": {WORKERS: dist.get_world_size(), **identity}, "files": files}
     _seal_of(folder, dist.get_rank()).write_text(json.dumps(content))
 
 
 def check(folder: Path, identity: dict[str, Any], else_do: str, *, any_workers: bool = False) -> int:
-    """Returns the step after which a checkpoint was written, by as many workers as now or with ``any_workers`` by any.
+    """Checks a checkpoint and returns its step; ``any_workers`` accepts another number of writers.
 
     Raises:
-        RunDirError: a file is missing or damaged, or the checkpoint is of other work; ``else_do`` ends the message.
+        RunDirError: a file is damaged, or of other work; ``else_do`` ends the message.
     """
     seals = [_read(_seal_of(folder, 0), else_do)]
     then, now = seals[0]["identity"], {WORKERS: dist.get_world_size(), **json.loads(json.dumps(identity))}

@@ -1,4 +1,4 @@
-"""The work of a training, as it is handed to the workers."""
+"""The work of a training."""
 
 from dataclasses import dataclass
 from typing import Any
@@ -13,8 +13,6 @@ from spin_ray.run_dir.storage import Storage
 
 @dataclass(frozen=True, kw_only=True)
 class TrainJob:
-    """Everything a worker needs; the same on all ranks."""
-
     name: str
     """Folder of the iterate, e.g. ``iter_000``."""
     storage: Storage
@@ -22,13 +20,12 @@ class TrainJob:
     rows: Artefact
     """Pairs, or prompts for SFT."""
     reference: Artefact | None
-    """Place of log p of the rows under ``start``; None for a loss without a reference."""
+    """Place of log p under ``start``, if the loss needs it."""
     base: Artefact | None
-    """log p of the rows under θ_0, where the reference is a geometric mixture with it."""
+    """log p under θ_0, for a geometric reference."""
     wins: Artefact | None
-    """Win probabilities of the rows, for a loss that needs them."""
     reference_alpha: float
-    """Weight of ``start`` in that mixture; 1: ``start`` alone."""
+    """Weight of ``start`` in the geometric reference."""
     target: Artefact
     objective: Objective
     shape: PackShape
@@ -38,9 +35,9 @@ class TrainJob:
     checkpoint_every_steps: int
     health: HealthConfig
     elastic: bool
-    """Go on also from checkpoints of another number of workers."""
+    """True accepts checkpoints of another number of workers."""
     chat_template: str | None
-    """The template that the config put in place of the model's; exported with the weights."""
+    """The config's template, exported with the weights."""
 
     def inputs(self) -> dict[str, str]:
         inputs = {"rows": self.rows.manifest().digest, "start_model": self.start.digest}
@@ -59,7 +56,6 @@ class TrainJob:
         }  # fmt: skip
 
     def identity(self) -> dict[str, Any]:
-        """Returns what a checkpoint of this work must agree with."""
         return {**self.inputs(), **self.settings()}
 
     @property

@@ -14,7 +14,7 @@ from spin_ray.run_dir.run_dir import RunDir
 
 
 class TrainLog:
-    """train_log.jsonl, written by rank 0. Steps after the checkpoint that training resumes from are cut off first."""
+    """Log of rank 0. Steps after the resumed checkpoint are cut off first."""
 
     def __init__(self, job: TrainJob, first: int) -> None:
         self._job = job
@@ -33,7 +33,7 @@ class TrainLog:
 
 
 class Watcher:
-    """A thread that shows the progress that rank 0 logs, while the driver waits for the workers."""
+    """A thread that shows the logged progress."""
 
     def __init__(self, job: TrainJob) -> None:
         self._job = job

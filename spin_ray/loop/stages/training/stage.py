@@ -1,7 +1,4 @@
-"""Stage 4: reference scores, then θ_t -> θ_{t+1}; also the SFT warm-up, which is the same work with another objective.
-
-driver: TorchTrainer over train.workers, each of which does ``worker.work``
-"""
+"""Training of θ_{t+1} from θ_t, and supervised fine-tuning."""
 
 from dataclasses import replace
 from pathlib import Path
@@ -21,12 +18,12 @@ from spin_ray.runtime.workers import run_workers
 
 
 def run(run_dir: RunDir, config: SpinConfig, iteration: int, opponent: ModelFolder, objective: Objective) -> None:
-    """Trains θ_{t+1} from θ_t on the pairs of the iteration and commits ``iter_NNN/model``.
+    """Trains θ_{t+1} from θ_t and commits ``iter_NNN/model``.
 
     Raises:
-        ConfigError: the loss, optimizer or backend has a name or path that leads to none.
-        HealthError: the model is being destroyed; a limit of the config says so.
-        StageError: the workers failed too often; the same command goes on from the last checkpoint.
+        ConfigError: the loss, optimizer or backend does not exist.
+        HealthError: a health limit was crossed.
+        StageError: the workers failed too often; the same command resumes.
     """
     values = config.at(iteration)
     base, wins = run_dir.base_scores(iteration), run_dir.wins(iteration)
@@ -61,7 +58,7 @@ def run(run_dir: RunDir, config: SpinConfig, iteration: int, opponent: ModelFold
 
 
 def run_sft(run_dir: RunDir, config: SpinConfig, start: ModelFolder) -> None:
-    """Trains θ_0 from the start model on the SFT data itself and commits ``sft/model``."""
+    """Trains θ_0 from the start model and commits ``sft/model``."""
     assert config.sft is not None
     fine_tune(run_dir, config, config.sft, start, run_dir.prompts, run_dir.model(0))
 
@@ -74,7 +71,7 @@ def fine_tune(
     rows: Artefact,
     target: Artefact,
 ) -> None:
-    """Fine-tunes ``start`` on ``rows`` (prompts, or pairs without y'), supervised, and commits ``target``."""
+    """Fine-tunes ``start`` on prompts, or on pairs without y', and commits ``target``."""
     job = TrainJob(
         name=target.path.partition("/")[0],
         storage=run_dir.storage,

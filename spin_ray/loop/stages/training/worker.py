@@ -1,7 +1,6 @@
-"""The work of each rank, from the start model to the exported one.
+"""The work of each rank.
 
-load θ_t -> score all pairs with it (the reference: stored, never redone with a moved policy)
-        -> steps, with a checkpoint now and then -> export as a Hugging Face folder with its manifest
+load θ_t -> reference scores, stored -> steps and checkpoints -> Hugging Face folder with its manifest
 """
 
 import time
@@ -33,7 +32,7 @@ _TOKENS = ("prompt_ids", "real_ids", "generated_ids")
 
 
 def work(job: TrainJob) -> dict[str, float]:
-    """Does the job on every rank and commits ``job.target``; returns counts of what this attempt did."""
+    """Does the job on every rank; returns counts of this attempt."""
     rank, ranks = dist.get_rank(), dist.get_world_size()
     epochs = plan(pair_lengths(_pairs(job.rows)), job.shape, epochs=job.epochs, seed=job.seed, ranks=ranks)
     table = _share(_pairs(job.rows), rows_of_rank(epochs, rank, ranks))
@@ -59,7 +58,7 @@ def work(job: TrainJob) -> dict[str, float]:
 
 
 def _pairs(rows: Artefact) -> Iterator[pa.Table]:
-    """Yields PAIR_SCHEMA rows, part by part; prompts become rows without y'."""
+    """Yields PAIR_SCHEMA rows; prompts become rows without y'."""
     for part in rows.tables():
         if "pair_id" in part.column_names:
             yield part
@@ -74,10 +73,9 @@ def _pairs(rows: Artefact) -> Iterator[pa.Table]:
 
 
 def _share(parts: Iterable[pa.Table], own: set[int]) -> pa.Table:
-    """Returns ``pair_id`` of all rows, and the tokens of ``own`` rows, null in the place of the others.
+    """Returns ``pair_id`` of all rows, and the tokens of ``own`` rows.
 
-    An epoch draws its packs from all over the table, and a part's digest is of all its bytes: so every part is read,
-    but no rank keeps more of it than it needs.
+    Every part is read: packs draw from all over the table.
     """
     kept: list[pa.Table] = []
     first = 0
@@ -89,7 +87,6 @@ def _share(parts: Iterable[pa.Table], own: set[int]) -> pa.Table:
 
 
 def _reference(job: TrainJob, backend: TrainBackend, steps: list[Step], table: pa.Table) -> ReferenceScores | None:
-    """Returns what the loss compares the policy with: scores of θ_t, mixed with θ_0's, and win probabilities."""
     if job.reference is None:
         return None
     _score_reference(job, backend, steps, table)
@@ -103,7 +100,7 @@ def _reference(job: TrainJob, backend: TrainBackend, steps: list[Step], table: p
 
 
 def _score_reference(job: TrainJob, backend: TrainBackend, steps: list[Step], table: pa.Table) -> None:
-    """Commits log p_θt of every pair, unless an earlier attempt did. The backend still holds θ_t here."""
+    """Commits log p_θt of every pair; the backend must still hold θ_t."""
     target = job.reference
     assert target is not None
     inputs = job.inputs()
@@ -121,13 +118,12 @@ def _score_reference(job: TrainJob, backend: TrainBackend, steps: list[Step], ta
 
 
 def _load_reference(reference: Artefact, table: pa.Table) -> ReferenceScores:
-    """Reads scores in the order of ``table``."""
     real, generated = _load_by_pair(reference, table, ("real_logp", "generated_logp"))
     return ReferenceScores(real=real, generated=generated)
 
 
 def _load_by_pair(artefact: Artefact, table: pa.Table, columns: tuple[str, ...]) -> list[torch.Tensor]:
-    """Reads columns of an artefact in the order of ``table``, matched by pair id.
+    """Reads columns in the order of ``table``.
 
     Raises:
         RunDirError: a pair has no score, or more than one.
@@ -144,7 +140,7 @@ def _load_by_pair(artefact: Artefact, table: pa.Table, columns: tuple[str, ...])
 
 
 def _export(job: TrainJob, backend: TrainBackend) -> None:
-    """Writes θ_{t+1} as a Hugging Face folder that appears together with its manifest."""
+    """Writes θ_{t+1}; its folder appears together with the manifest."""
     attempt = job.storage.new_attempt_folder() if dist.get_rank() == 0 else Path()
     backend.export_hf(attempt)
     if dist.get_rank() == 0:
