@@ -1,39 +1,36 @@
-"""The two kinds of errors: those that the user can mend, and failures of a run.
-
-The command line prints a ``UserError`` as one line and exits with code 2. Every other error ends it with code 1.
-"""
+"""Errors that the user can mend (one line, exit code 2), and failures of a run (exit code 1)."""
 
 
 class UserError(Exception):
-    """Bad input. The message names the thing (file, row or field), the reason and the remedy in one line."""
+    """Bad input; the message names thing, reason and remedy in one line."""
 
 
 class ConfigError(UserError):
-    """A recipe, or a combination of its values, that cannot work."""
+    """A recipe that cannot work."""
 
 
 class DataError(UserError):
-    """Training or held-out data that cannot be used."""
+    """Data that cannot be used."""
 
 
 class ModelError(UserError):
-    """A model folder that cannot be used or must not be trusted."""
+    """A model folder that cannot be used or trusted."""
 
 
 class ResourceError(UserError):
-    """A request of a stage that the cluster cannot meet."""
+    """A request that the cluster cannot meet."""
 
 
 class RunDirError(UserError):
-    """A run folder that belongs to another run, is in use, or is damaged."""
+    """A run folder that is another run's, in use, or damaged."""
 
 
 class HealthError(UserError):
-    """Training that is destroying the model, so that more of it would not help."""
+    """Training that is destroying the model."""
 
 
 class StageError(RuntimeError):
-    """A failure of a stage that the same command, run again, may get past."""
+    """A failure that a second run may get past."""
 
 
 LONGEST_LINE = 400
@@ -41,15 +38,12 @@ LONGEST_LINE = 400
 
 
 def first_line(error: BaseException) -> str:
-    """Returns the first line of another library's error, or its type if it has no text."""
+    """Returns the error's first line, or its type if it has no text."""
     return (str(error).splitlines() or [type(error).__name__])[0]
 
 
 def last_line(error: BaseException) -> str:
-    """Returns the last informative line of an error, which in Ray's errors tells what happened in the actor or worker.
-
-    Skips Ray's advice and Ray Data's trailer below the error of a function that it called.
-    """
+    """Returns the last informative line of an error; skips Ray's advice and Ray Data's trailer."""
     text = str(error)
     if "UserCodeException" in text:
         text = text.partition("The above exception was the direct cause")[0]
@@ -59,9 +53,9 @@ def last_line(error: BaseException) -> str:
 
 
 def memory_advice(error: BaseException, remedies: str) -> str:
-    """Returns a clause with the remedies, to end a message with, if memory ran out; else an empty string.
+    """Returns a clause with ``remedies`` if memory ran out, else an empty string.
 
-    Ray names memory when it kills a process because its node is nearly full. The kernel sends SIGKILL without a word.
+    Ray's errors name memory; the kernel's SIGKILL says nothing.
     """
     text = str(error).lower()
     if any(words in text for words in ("out of memory", "outofmemory", "running low on memory", "(oom)")):

@@ -1,1 +1,1 @@
-"""The recipe: every setting (sections), combinations and identity (recipe), reading (load)."""
+"""The recipe: settings (sections), combinations and identity (recipe), reading (load)."""

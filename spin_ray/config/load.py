@@ -1,4 +1,4 @@
-"""Reads recipes: YAML, overrides of single values, and errors that list every problem in plain words."""
+"""Reads recipes: YAML, overrides, and errors in plain words."""
 
 from __future__ import annotations
 
@@ -15,10 +15,10 @@ from spin_ray.errors import ConfigError
 
 
 def load_config(recipe: str | Path, overrides: dict[str, str] | None = None) -> SpinConfig:
-    """Reads a recipe and applies ``{"section.field": "YAML value"}`` on top.
+    """Reads a recipe, with ``{"section.field": "YAML value"}`` on top.
 
     Raises:
-        ConfigError: the file cannot be read, or its content is wrong. The message lists every problem.
+        ConfigError: the recipe cannot be read or is wrong; the message lists every problem.
     """
     try:
         text = Path(recipe).read_text(encoding="utf-8")
@@ -36,7 +36,7 @@ def override(config: SpinConfig, overrides: dict[str, str]) -> SpinConfig:
     """Returns ``config`` with ``{"section.field": "YAML value"}`` on top.
 
     Raises:
-        ConfigError: values are wrong. The message lists every problem.
+        ConfigError: values are wrong.
     """
     content = config.model_dump(mode="json")
     for key, text in overrides.items():
@@ -45,11 +45,7 @@ def override(config: SpinConfig, overrides: dict[str, str]) -> SpinConfig:
 
 
 def parse_config(content: dict[str, Any], source: str) -> SpinConfig:
-    """Returns the recipe that ``content`` holds.
-
-    Raises:
-        ConfigError: values are wrong. The message names ``source`` and lists every problem.
-    """
+    """Checks ``content``; raises ConfigError that names ``source`` and lists every problem."""
     try:
         return SpinConfig.model_validate(content)
     except ValidationError as error:
@@ -62,7 +58,7 @@ _REASONS = {
     "model_type": "must be a section with fields of its own",
     "string_pattern_mismatch": "must be an import path module:Name, e.g. my_package.mine:Name",
 }
-"""Plain words for pydantic's types of error, where pydantic's own sentence says less."""
+"""Sentences for errors where pydantic's own says less."""
 
 
 def _explain(detail: Any) -> list[str]:
@@ -78,20 +74,20 @@ def _explain(detail: Any) -> list[str]:
 
 
 def _where(detail: Any) -> str:
-    """Returns the place of an error as the recipe writes it, e.g. ``objective.beta.1``."""
+    """Returns the place of an error, e.g. ``objective.beta.1``."""
     return ".".join(str(part) for part in detail["loc"] if part not in TAGS)
 
 
 def _impossible_besides(content: dict[str, Any], details: list[Any]) -> list[str]:
-    """Returns the impossible combinations of those values that are right by themselves.
+    """Returns impossible combinations of right values.
 
-    Pydantic checks no combination while a single value is wrong, so the wrong values are dropped first.
+    Pydantic checks none while a value is wrong, so wrong values are dropped first.
     """
     rest = copy.deepcopy(content)
     doubtful = []
     for detail in details:
         _drop(rest, detail["loc"])
-        # An unknown key may be a misspelt field, so nothing is said of the other fields of its section.
+        # An unknown key may be a misspelt field, so its whole section is doubtful.
         where = _where(detail)
         doubtful.append(where.rpartition(".")[0] if detail["type"] == "extra_forbidden" else where)
     for section, field in (("model", "path"), ("data", "train")):
@@ -131,5 +127,5 @@ def _parse_yaml(text: str, source: str) -> Any:
     try:
         return yaml.safe_load(text)
     except (yaml.YAMLError, ValueError, LookupError, AttributeError, RecursionError) as error:
-        # PyYAML passes on the errors of its converters, e.g. ValueError for the date 2024-13-45.
+        # PyYAML passes on its converters' errors, e.g. ValueError for the date 2024-13-45.
         raise ConfigError(f"{source}: is not YAML: {' '.join(str(error).split())}") from error

@@ -1,4 +1,4 @@
-"""The recipe of one run: its settings together, the combinations that cannot work, and the identity of the run."""
+"""The recipe of one run: its settings, impossible combinations, and identity."""
 
 from __future__ import annotations
 
@@ -22,10 +22,7 @@ T = TypeVar("T")
 
 
 class SpinConfig(Settings):
-    """The recipe of one run, checked for combinations that cannot work.
-
-    Example: ``SpinConfig(model={"path": "sft-model"}, data={"train": "sft.jsonl"}, iterations=2)``.
-    """
+    """The recipe of one run, checked for impossible combinations."""
 
     @model_validator(mode="after")
     def _combinations_are_possible(self) -> Self:
@@ -35,19 +32,18 @@ class SpinConfig(Settings):
         return self
 
     def take_precision_of(self, other: SpinConfig) -> Self:
-        """Returns the recipe with the precision of ``other`` in place of ``auto``."""
+        """Returns the recipe with ``other``'s precision in place of ``auto``."""
         if self.train.precision != "auto":
             return self
         return self.model_copy(update={"train": self.train.model_copy(update={"precision": other.train.precision})})
 
     def resolve_dtype(self, engine: EngineConfig) -> EngineConfig:
-        """Returns the engine's settings with the dtype of training in place of ``auto``."""
+        """Returns the settings with training's dtype in place of ``auto``."""
         if engine.dtype != "auto":
             return engine
         return engine.model_copy(update={"dtype": "bfloat16" if self.train.precision == "bf16" else "float32"})
 
     def at(self, iteration: int) -> IterationSettings:
-        """Returns the settings of one iteration, out of lists where the recipe has lists."""
         return IterationSettings(
             beta=_pick(self.objective.beta, iteration),
             learning_rate=_pick(self.train.learning_rate, iteration),
@@ -55,16 +51,11 @@ class SpinConfig(Settings):
         )
 
     def identity(self) -> dict[str, Any]:
-        """Returns the values that two runs share if they are the same run, as ``{"section.field": value}``.
-
-        Settings marked ``MayChange`` are left out. They say where and how fast a run computes, may grow
-        (``iterations``), or are compared by the stages of each iteration (values that may be lists).
-        """
+        """Returns ``{"section.field": value}`` of all settings but those marked ``MayChange``."""
         return flatten(_identity(self))
 
 
 def _identity(section: Section) -> dict[str, Any]:
-    """Returns the section's values in JSON's types, without those that may change."""
     tree = section.model_dump(mode="json")
     for name, field in type(section).model_fields.items():
         value = getattr(section, name)
@@ -76,8 +67,6 @@ def _identity(section: Section) -> dict[str, Any]:
 
 
 class IterationSettings(Section):
-    """The settings of one iteration."""
-
     beta: float
     learning_rate: float
     epochs: int
@@ -91,7 +80,6 @@ def _pick(value: T | tuple[T, ...], iteration: int) -> T:
 
 
 def _impossible(config: SpinConfig) -> Iterator[str]:
-    """Yields a sentence for each combination that no run can satisfy."""
     yield from _list_problems(config)
     yield from _length_problems(config)
     yield from _resource_problems(config)
@@ -180,5 +168,5 @@ def flatten(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
 
 
 def digest(value: Any) -> str:
-    """Returns the SHA-256 of the canonical JSON of ``value``."""
+    """Returns the SHA-256 of canonical JSON."""
     return hashlib.sha256(json.dumps(value, sort_keys=True, separators=(",", ":")).encode()).hexdigest()

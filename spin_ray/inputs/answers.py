@@ -1,4 +1,4 @@
-"""Numbers in responses, for data whose rows carry a verifiable ``answer``."""
+"""Numbers in responses, for rows with a verifiable ``answer``."""
 
 import re
 
@@ -10,15 +10,12 @@ _EXTRACTORS = {
 
 
 def extract_number(text: str, extractor: str) -> float | None:
-    r"""Returns the number after the last ``=`` (``equals``) or ``####`` (``hashes``) that has one; None without any.
-
-    Examples: ``"2 * 8 = 16" -> 16.0``, ``"so it is\n#### 1,200" -> 1200.0``, ``"x = y" -> None``.
-    """
+    """Returns the number after the last ``=`` (``equals``) or ``####`` (``hashes``) that has one; None without any."""
     found = _EXTRACTORS[extractor].match(text)
     return float(found.group(1).replace(",", "")) if found else None
 
 
 def is_correct(text: str, answer: float, extractor: str) -> bool:
-    """Compares the extracted number with ``answer``, up to the rounding of decimal fractions (1e-6 relative)."""
+    """Compares the extracted number with ``answer``, to 1e-6 relative."""
     number = extract_number(text, extractor)
     return number is not None and abs(number - answer) <= 1e-6 * max(1.0, abs(answer))

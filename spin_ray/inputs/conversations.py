@@ -1,4 +1,4 @@
-"""A row of data -> the conversations in it, checked. Pure functions."""
+"""A row of data -> the conversations in it, checked."""
 
 import math
 from typing import Any
@@ -10,21 +10,19 @@ Conversation = list[Message]
 
 
 class Unusable(Exception):
-    """A row that goes to quarantine: ``reason`` is one of a few words, for counting, and ``detail`` a sentence."""
+    """A row for quarantine: a ``reason`` to count and a ``detail`` to read."""
 
     def __init__(self, reason: str, detail: str) -> None:
         self.reason, self.detail = reason, detail
 
 
 def conversations_of(content: dict[str, Any] | None, data: DataConfig) -> list[Conversation]:
-    """Returns the conversations that end with a response: one, or with ``data.turns: all`` one per assistant turn.
+    """Returns the conversations that end with a response, by ``data.turns``.
 
-    Args:
-        content: the row, with ``messages``, or with ``prompt`` and ``response``; a list ``chosen`` takes the place of
-            the messages, a text ``chosen`` that of the response. None if it was no JSON object.
+    A list ``chosen`` replaces ``messages``; a text ``chosen`` replaces ``response``.
 
     Raises:
-        Unusable: the row has no such conversation.
+        Unusable: there are none.
     """
     if content is None:
         raise Unusable("malformed", "not a JSON object")
@@ -38,10 +36,10 @@ def conversations_of(content: dict[str, Any] | None, data: DataConfig) -> list[C
 
 
 def rejected_of(content: dict[str, Any] | None, data: DataConfig) -> Conversation | None:
-    """Returns the conversation that ends with the ``rejected`` response of a row; None if the row has none.
+    """Returns the conversation that ends with ``rejected``; None without one.
 
     Raises:
-        Unusable: ``rejected`` has no known form, or answers another prompt than ``chosen``.
+        Unusable: ``rejected`` is malformed, or answers another prompt than ``chosen``.
     """
     if content is None or content.get("rejected") is None:
         return None
@@ -56,11 +54,7 @@ def rejected_of(content: dict[str, Any] | None, data: DataConfig) -> Conversatio
 
 
 def question_of(content: dict[str, Any] | None, data: DataConfig) -> Conversation:
-    """Returns the question of an unlabelled row, with an empty response in place of the row's own.
-
-    Raises:
-        Unusable: the row has no question.
-    """
+    """Returns a question with an empty response; raises Unusable if the row has none."""
     if content is None:
         raise Unusable("malformed", "not a JSON object")
     messages = content.get("messages")
@@ -75,7 +69,7 @@ def question_of(content: dict[str, Any] | None, data: DataConfig) -> Conversatio
 
 
 def answer_of(value: Any) -> float | None:
-    """Returns the number to check answers against; None if ``value`` is no finite number."""
+    """Returns ``value`` as a finite number, or None."""
     if value is None:
         return None
     try:
@@ -86,7 +80,6 @@ def answer_of(value: Any) -> float | None:
 
 
 def _messages_of(content: dict[str, Any], data: DataConfig) -> list[Message]:
-    """Returns all messages of the row, with the config's system message if they have none."""
     chosen = content.get("chosen")
     messages = chosen if isinstance(chosen, list) else content.get("messages")
     if messages is None or (isinstance(chosen, str) and content.get("prompt") is not None):

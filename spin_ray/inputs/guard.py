@@ -1,7 +1,6 @@
-"""Names of control tokens in messages: set aside while the template writes, then tokenised as text.
+"""Names of control tokens in messages, such as ``<|im_end|>``, which would end the turn.
 
-A user may write ``<|im_end|>``. Left in place, the name would end the turn. Set aside, the name is ordinary text. It is
-tokenised where it stands, by a tokenizer that knows its own control tokens under other names.
+They are set aside while the template writes, then tokenised as text.
 """
 
 import json
@@ -22,14 +21,14 @@ _MARKER = re.compile(f"{_OPEN}(\\d+){_CLOSE}")
 
 
 class Written(NamedTuple):
-    """Text of the template, with a numbered marker for each name that was set aside."""
+    """Text with a numbered marker for each name that was set aside."""
 
     text: str
     set_aside: Sequence[str] = ()
 
 
 class Guard:
-    """Names of control tokens that are kept out of messages, and the tokenizer that reads them as text."""
+    """Guard against names of control tokens in messages."""
 
     def __init__(self, tokenizer: Any, control: Iterable[str]) -> None:
         self._tokenizer = tokenizer
@@ -42,7 +41,7 @@ class Guard:
         self._aliases = {name: f"ꔀ{nonce}x{number}ꔁ" for number, name in enumerate(self._control)}
 
     def set_aside(self, messages: Conversation) -> tuple[Conversation, list[str]]:
-        """Returns the messages with markers in place of names, and those names."""
+        """Replaces names by markers; returns the messages and the names."""
         names: list[str] = []
         return [message | {"content": self._mark(message["content"], names)} for message in messages], names
 
@@ -50,7 +49,7 @@ class Guard:
         for beginning in self._beginnings:
             if beginning in text:
                 break
-        else:  # most texts; this search is faster than the expression
+        else:  # most texts; faster than the expression
             return text
 
         def marker(match: re.Match[str]) -> str:
@@ -60,10 +59,9 @@ class Guard:
         return self._guarded.sub(marker, text)
 
     def encode(self, texts: Sequence[Written]) -> list[list[int] | None]:
-        """Returns the token ids of each text; None for a text with names that the tokenizer cannot spell.
+        """Returns each text's ids; None if it has names and the tokenizer is not of the ``tokenizers`` library.
 
-        Only tokenizers of the ``tokenizers`` library can spell names. No beginning-of-text token is added, as the
-        template writes its own.
+        The template writes its own beginning-of-text token.
         """
         plain = iter(self._encode_plain([text.text for text in texts if not text.set_aside]))
         return [self._encode_forged(text) if text.set_aside else next(plain) for text in texts]
@@ -78,7 +76,7 @@ class Guard:
         return [encoding.ids for encoding in backend.encode_batch_fast(texts, add_special_tokens=False)]
 
     def _encode_forged(self, written: Written) -> list[int] | None:
-        """Encodes the whole text at once, so that a name is tokenised together with the text around it."""
+        """Encodes a name together with the text around it."""
         if not self._tokenizer.is_fast:
             return None
         own = any_of(self._control).sub(lambda match: self._aliases[match.group()], written.text)
@@ -87,7 +85,7 @@ class Guard:
 
     @cached_property
     def _aliased(self) -> Tokenizer:
-        """The tokenizer with its control tokens under other names and the same ids."""
+        """Tokenizer with other names for the control tokens and the same ids."""
         spec = json.loads(self._tokenizer.backend_tokenizer.to_str())
         spec |= {"truncation": None, "padding": None, "post_processor": None}
         for token in spec["added_tokens"]:
@@ -118,5 +116,5 @@ class Guard:
 
 
 def any_of(names: Iterable[str]) -> re.Pattern[str]:
-    """Returns an expression that matches the longest of ``names``, and nothing if there are none."""
+    """Returns an expression that matches the longest of ``names``, if any."""
     return re.compile("|".join(map(re.escape, sorted(names, key=len, reverse=True))) or "(?!)")

@@ -1,4 +1,4 @@
-"""Model folders in Hugging Face layout: found, checked before any library opens them, and digested."""
+"""Model folders in Hugging Face layout, found, checked and digested."""
 
 import json
 from collections.abc import Mapping
@@ -15,33 +15,27 @@ _CODE_OR_PICKLE = (".py", ".bin", ".pt", ".pth", ".pkl", ".pickle", ".ckpt", ".j
 
 
 class Source(Protocol):
-    """A place from which a machine gets a model by digest."""
+    """Place to get a model from by digest."""
 
     def local_folder(self, *, weights: bool = True) -> Path: ...
 
 
 @dataclass(frozen=True)
 class ModelFolder:
-    """A checked model."""
-
     path: Path
     digest: str
-    """Digest of the content of all files."""
+    """Digest of all files."""
     name: str
     """Name of the iterate: ``start``, ``sft``, ``iter_000``, …"""
     pad_id: int
-    """Any legal token: padding is told from text by lengths, never by its id."""
+    """Any legal token: lengths mark padding, never this id."""
     files: Mapping[str, Digest] = field(default_factory=dict)
-    """Files of a model that is no artefact of the run, with their digests."""
+    """Digests of the files, unless the model is an artefact of the run."""
     source: Source | None = None
-    """The place from which a machine that has no such path gets the model."""
+    """Origin for a machine without ``path``."""
 
     def here(self, *, weights: bool = True) -> Path:
-        """Returns the folder on this machine; fetches it by digest from the run's store or the driver's machine.
-
-        Args:
-            weights: False fetches only what a tokenizer needs.
-        """
+        """Returns the folder on this machine, fetched if need be; without ``weights`` only what a tokenizer needs."""
         return self.source.local_folder(weights=weights) if self.source else self.path
 
 
@@ -49,7 +43,7 @@ def open_model(path: str | Path, name: str, *, trust_remote_code: bool = False) 
     """Checks a model folder before any library opens it.
 
     Raises:
-        ModelError: the folder is not there, is not a model, or holds pickled weights or code of its own.
+        ModelError: it is no model, or holds pickled weights or code.
     """
     folder = Path(path)
     if not folder.is_dir():
@@ -73,11 +67,11 @@ def open_model(path: str | Path, name: str, *, trust_remote_code: bool = False) 
 
 
 def find_model(config: ModelConfig) -> Path:
-    """Returns the folder of ``model.path``; if the path names a model of the hub, fetches safetensors and tokenizer.
+    """Returns the folder of ``model.path``, fetched if it names a model of the hub.
 
     Raises:
-        ModelError: there is no such folder, and the hub has no such model or cannot be reached.
-        ConfigError: the model has fewer positions than ``model.max_length``.
+        ModelError: there is no such model.
+        ConfigError: it has fewer positions than ``model.max_length``.
     """
     folder = Path(config.path).expanduser().absolute()  # Ray workers run in other folders
     if not folder.exists():
@@ -124,7 +118,7 @@ def _refuse_untrusted(folder: Path) -> None:
 
 
 def _has_key(tree: Any, key: str) -> bool:
-    """Looks for an object with ``key`` anywhere in ``tree``; in the text, JSON may write the key with escapes."""
+    """Searches the parsed JSON, whose text may write the key with escapes."""
     if isinstance(tree, dict):
         return key in tree or any(_has_key(value, key) for value in tree.values())
     return isinstance(tree, list) and any(_has_key(value, key) for value in tree)

@@ -1,7 +1,4 @@
-"""Source rows -> prompt rows: parsed, checked, rendered and tokenised, without Ray.
-
-The prompts stage reads whole data sets by these functions, and ``spin-ray plan`` reads a sample of one.
-"""
+"""Source rows -> prompt rows, checked and tokenised, without Ray."""
 
 import hashlib
 from collections.abc import Iterator, Sequence
@@ -31,7 +28,7 @@ Row = dict[str, Any]
 
 @dataclass(frozen=True)
 class PromptTask:
-    """Everything that a task needs to turn source rows into prompt rows."""
+    """Settings that turn source rows into prompt rows."""
 
     tokenizer: str
     """Folder of the model."""
@@ -40,7 +37,7 @@ class PromptTask:
     max_length: int
     data: DataConfig
     labelled: bool = True
-    """False: rows are questions, whose responses are neither there nor read."""
+    """False: rows are questions; their responses are not read."""
 
     @cached_property
     def renderer(self) -> ChatRenderer:
@@ -48,16 +45,16 @@ class PromptTask:
 
     @cached_property
     def without_embedding(self) -> dict[int, str]:
-        """Tokens that the tokenizer has and the model does not embed: usually none."""
+        """Tokens that the model does not embed."""
         return without_embedding(self.renderer.tokenizer, vocabulary_of(Path(self.tokenizer)))
 
     def prepared(self) -> "PromptTask":
-        """Loads the tokenizer now, so that copies sent to other processes bring it along; returns the task."""
+        """Loads the tokenizer now, so that copies for other processes bring it along."""
         _ = self.renderer, self.without_embedding
         return self
 
     def render(self, conversations: list[Conversation]) -> list[Rendered | RenderError]:
-        """Renders each conversation; a question only up to where its answer would begin."""
+        """Renders each conversation, a question only up to its answer."""
         if self.labelled:
             return self.renderer.render_all(conversations)
         prompts = self.renderer.render_prompts([messages[:-1] for messages in conversations])
@@ -65,10 +62,7 @@ class PromptTask:
 
 
 def rows_of(sources: Sequence[SourceRow], task: PromptTask) -> Iterator[list[Row] | Unusable]:
-    """Yields for each source row its prompt rows, or the reason why the row cannot be used.
-
-    All conversations are tokenised in one call.
-    """
+    """Yields each source row's prompt rows, or the reason why it cannot be used."""
     found = [_conversations_of(source, task) for source in sources]
     usable = [conversation for each in found if not isinstance(each, Unusable) for conversation in each.all]
     rendered = iter(task.render(usable))
@@ -83,17 +77,15 @@ def rows_of(sources: Sequence[SourceRow], task: PromptTask) -> Iterator[list[Row
                 _row(source, conversation, result, rejected, task)
                 for conversation, result in zip(each.ending_with_real, results, strict=True)
             ]
-        except Unusable as unusable:  # one bad turn spoils the row: half a conversation would be in neither place
+        except Unusable as unusable:  # one bad turn spoils the whole row
             yield unusable
 
 
 @dataclass(frozen=True, slots=True)
 class _Found:
-    """The conversations of a source row."""
-
     ending_with_real: list[Conversation]
     rejected: Conversation | None
-    """The last conversation, with the rejected response in place of the chosen one."""
+    """The last conversation, with the rejected response."""
 
     @property
     def all(self) -> list[Conversation]:
@@ -116,12 +108,7 @@ def _row(
     rejected: Rendered | RenderError | None,
     task: PromptTask,
 ) -> Row:
-    """Builds the prompt row of one conversation.
-
-    Raises:
-        Unusable: the chat template refuses the conversation, or the conversation is too long, or has a token without
-            an embedding.
-    """
+    """Builds a prompt row; raises Unusable if it cannot be trained on."""
     for each in (rendered, rejected):
         if isinstance(each, RenderError):
             raise Unusable("template", str(each))

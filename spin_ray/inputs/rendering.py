@@ -1,11 +1,7 @@
-"""Conversations -> token ids, once, by the model's own chat template.
+"""Conversations -> token ids, by the model's own chat template.
 
-The ids of prompt and response are those of the whole conversation, cut where the assistant begins to speak. They are
-made here and nowhere else, so that generation, scoring, training and serving see the same ones.
-
-A tokenizer may join the end of the prompt to the beginning of the response: after ``Assistant:␣`` the text ``Yes`` is
-the one token ``␣Yes``. The cut is then earlier: the prompt keeps only the tokens that no response changes, and the
-response begins with the rest. So a model speaks from ids after which it was trained to speak.
+A conversation's ids are cut where the assistant begins to speak. A tokenizer may join prompt and response there:
+``Assistant:␣`` and ``Yes`` share the token ``␣Yes``. The prompt then keeps only the tokens that no response changes.
 """
 
 from collections.abc import Sequence
@@ -22,82 +18,64 @@ from spin_ray.inputs.guard import Guard, Written, any_of
 
 @dataclass(frozen=True, slots=True)
 class Rendered:
-    """Token ids of one row: the prompt up to where the assistant speaks, the response with its end-of-turn token.
-
-    ``prompt_ids + real_ids`` are the ids of the conversation as transformers' ``apply_chat_template`` gives them, up to
-    the end of the turn.
-    """
+    """Token ids of one row, as ``apply_chat_template`` gives them, up to the end of the turn."""
 
     prompt_ids: list[int]
     real_ids: list[int]
 
 
 class _Parts(NamedTuple):
-    """Text of a conversation: all before the response, and the response with the token that ends it."""
-
     prompt: Written
     response: str
 
     def after(self, end: str) -> Written:
-        """Returns the response behind ``end``, the end of the prompt or all of it."""
+        """Returns the response behind the ``end`` of the prompt."""
         return Written(end + self.response, self.prompt.set_aside)
 
 
 class _Ending(NamedTuple):
-    """End of a prompt from its last added token on, before which no text changes how the end is tokenised."""
+    """End of a prompt whose tokens no text before it changes."""
 
     text: str
     ids: list[int]
 
 
 class ChatRenderer:
-    r"""Token ids of conversations, by a tokenizer and its chat template.
-
-    Example (ChatML): ``[user "hi", assistant "hello"]`` gives prompt
-    ``<|im_start|>user\nhi<|im_end|>\n<|im_start|>assistant\n`` and real ``hello<|im_end|>``.
-    """
+    """Renderer of conversations by a tokenizer's chat template."""
 
     def __init__(self, tokenizer: Any) -> None:
-        """Reads the template by a few plain exchanges.
+        """Reads the template.
 
         Raises:
-            ModelError: the tokenizer's chat template is missing or cannot be trained on.
+            ModelError: it is missing or cannot be trained on.
         """
         self.tokenizer = tokenizer
         self._template = ChatTemplate(tokenizer)
         self.end_of_turn_id = self._template.end_of_turn_id
         self.writes_end_of_turn = self._template.writes_end_of_turn
-        """False: the template marks no end of a turn, and the tokenizer's end of text is put there."""
+        """False: the tokenizer's end of text marks the end of a turn."""
         self._guard = Guard(tokenizer, self._template.control_tokens)
         self._held_back = self._count_held_back(Written(self._template.prompt))
         self._ending = self._find_ending()
 
     def render(self, messages: Conversation) -> Rendered:
-        """Returns the token ids of a conversation whose last message is the assistant's response.
-
-        Raises:
-            RenderError: the conversation cannot be rendered.
-        """
+        """Renders a conversation that ends with a response; raises RenderError if that fails."""
         (rendered,) = self.render_all([messages])
         if isinstance(rendered, RenderError):
             raise rendered
         return rendered
 
     def render_prompt(self, messages: Conversation) -> list[int]:
-        """Returns the token ids of a conversation up to where the assistant speaks: ``prompt_ids`` of ``render``.
-
-        Raises:
-            RenderError: the conversation cannot be rendered.
-        """
+        """Renders a conversation without its response; raises RenderError if that fails."""
         (ids,) = self.render_prompts([messages])
         if isinstance(ids, RenderError):
             raise ids
         return ids
 
     def held_back_text(self, messages: Conversation) -> str:
-        """Returns the text of the prompt's last tokens that ``render_prompt`` leaves to the response; mostly none.
+        """Returns the end of the prompt's text that is left to the response, mostly none.
 
-        Sampled text begins with it. Example: ``" "`` after a template that ends prompts with ``assistant: ``.
+        Sampled text begins with it.
 
         Raises:
             RenderError: the conversation cannot be rendered.
@@ -117,7 +95,7 @@ class ChatRenderer:
         return whole[len(commonprefix([kept, whole])) :]
 
     def render_prompts(self, conversations: Sequence[Conversation]) -> list[list[int] | RenderError]:
-        """Renders many prompts at once; a RenderError stands in the place of one that cannot be rendered."""
+        """Renders many prompts; a RenderError replaces one that fails."""
         guarded = [self._guard.set_aside(messages) for messages in conversations]
         prompts = self._template.write_prompts([messages for messages, _ in guarded])
         written = [
@@ -128,7 +106,7 @@ class ChatRenderer:
         return [text if isinstance(text, RenderError) else self._cut_prompt(text, next(ids)) for text in written]
 
     def render_all(self, conversations: Sequence[Conversation]) -> list[Rendered | RenderError]:
-        """Renders many conversations at once; a RenderError stands in the place of one that cannot be rendered."""
+        """Renders many conversations; a RenderError replaces one that fails."""
         guarded = [self._guard.set_aside(messages) for messages in conversations]
         found = self._template.write_all([messages for messages, _ in guarded])
         written = [
@@ -147,18 +125,17 @@ class ChatRenderer:
         ]
 
     def names_control_tokens(self, messages: Conversation) -> bool:
-        """Tells whether a message has the name of a control token, which transformers would take for the token."""
+        """Tells whether a message names a control token."""
         return bool(self._guard.set_aside(messages)[1])
 
     def _end_of(self, prompt: Written) -> str:
-        """Returns the end of ``prompt`` that decides how a response is tokenised: from its last added token on."""
         return self._ending.text if self._ending and prompt.text.endswith(self._ending.text) else prompt.text
 
     def _cut_prompt(self, prompt: Written, ids: list[int] | None) -> list[int] | RenderError:
         return _unspeakable(prompt) if ids is None else ids[: len(ids) - self._held_back_of(prompt)]
 
     def _cut(self, parts: _Parts, prompt: list[int] | None, after: list[int] | None) -> Rendered | RenderError:
-        """Cuts ``after``, the ids of the prompt's end and the response, where the assistant begins to speak."""
+        """Cuts prompt and response; ``after`` has the ids of the prompt's end and the response."""
         if prompt is None or after is None:
             return _unspeakable(parts.prompt)
         end = prompt
@@ -177,7 +154,7 @@ class ChatRenderer:
         return Rendered(prompt[: len(prompt) - held_back], response)
 
     def _held_back_of(self, prompt: Written) -> int:
-        """Counts the last tokens of ``prompt`` that a response may change; most templates write the same end always."""
+        """Counts the last tokens of ``prompt`` that a response may change."""
         if self._template.constant and prompt.text.endswith(self._template.constant):
             return self._held_back
         return self._count_held_back(prompt)
@@ -190,7 +167,7 @@ class ChatRenderer:
         return len(alone) - min(len(commonprefix([alone, ids])) for ids in followed if ids is not None)
 
     def _find_ending(self) -> _Ending | None:
-        """Returns the end of every prompt from its last added token on, if responses are tokenised alike behind it."""
+        """Returns the end of every prompt, if responses are tokenised alike behind it."""
         prompt, responses = self._template.prompt, self._template.responses
         starts = [match.start() for match in any_of(self._template.added_ids).finditer(prompt)]
         if not starts:
@@ -209,16 +186,16 @@ def _unspeakable(text: Written) -> RenderError:
 
 
 def load_tokenizer(path: str, chat_template: str | None = None, trust_remote_code: bool = False) -> Any:
-    """Loads the model's tokenizer, with the chat template of the file ``chat_template`` if one is given.
+    """Loads the model's tokenizer; ``chat_template`` is a file.
 
     Raises:
-        ModelError: the tokenizer cannot be loaded, or the file cannot be read.
+        ModelError: tokenizer or file cannot be read.
     """
     from transformers import AutoTokenizer
 
     try:
         tokenizer: Any = AutoTokenizer.from_pretrained(path, trust_remote_code=trust_remote_code)
-    except Exception as error:  # the tokenizers library raises nothing more specific for a damaged file
+    except Exception as error:  # the tokenizers library raises no narrower type
         raise ModelError(f"{path}: its tokenizer cannot be loaded ({first_line(error)})") from error
     if chat_template:
         try:

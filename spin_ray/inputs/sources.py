@@ -1,4 +1,4 @@
-"""Data files, slices of files that a task reads alone, and rows with their origin."""
+"""Data files, slices of them, and rows."""
 
 import hashlib
 import io
@@ -19,12 +19,12 @@ SLICE_BYTES = 2**20
 MOST_SLICES = 4096
 SUFFIXES = (".jsonl", ".ndjson", ".json", ".parquet")
 COLUMNS = ("messages", "prompt", "response", "chosen", "rejected", "answer")
-"""Columns of a Parquet file that are read; JSONL rows come whole."""
+"""Columns that are read of Parquet; JSONL rows come whole."""
 
 
 @dataclass(frozen=True, slots=True)
 class Slice:
-    """Part of one file; ``start`` and ``stop`` count bytes of a JSONL file, row groups of a Parquet file."""
+    """Part of a file, in bytes of JSONL or row groups of Parquet."""
 
     uri: str
     start: int
@@ -33,18 +33,18 @@ class Slice:
 
 class SourceRow(NamedTuple):
     origin: str
-    """File and place, for a person to look up."""
+    """File and place."""
     content: dict[str, Any] | None
-    """The row, or None if it is not a JSON object."""
+    """None: the row is no JSON object."""
     raw: bytes
-    """The row as it came (for Parquet: as JSON)."""
+    """The row's bytes (for Parquet: JSON)."""
 
 
 def find_files(source: str) -> list[str]:
-    """Returns the files that a path, folder, glob or URI stands for, sorted.
+    """Returns the sorted files of a path, folder, glob or URI.
 
     Raises:
-        DataError: there is no file, one is empty, or one is of an unknown kind.
+        DataError: a file is missing, empty or of an unknown kind.
     """
     filesystem, path = _filesystem(source)
     try:
@@ -76,13 +76,13 @@ def _listed(filesystem: pyarrow.fs.FileSystem, path: str) -> list[pyarrow.fs.Fil
 
 
 def _matches(path: str, glob: str) -> bool:
-    """Matches a path with a glob: ``*`` is any characters of one name, ``**/`` any number of folders."""
+    """Matches a glob, in which ``**/`` is any number of folders."""
     any_folders, any_name = re.escape("**/"), re.escape("*")
     return re.fullmatch(re.escape(glob).replace(any_folders, "(?:.+/)?").replace(any_name, "[^/]*"), path) is not None
 
 
 def files_digest(files: list[str]) -> str:
-    """Returns a SHA-256 over the content of local files, and over name, size and time of remote ones."""
+    """Returns a SHA-256 of local files' content, and of remote files' name, size and time."""
     total = hashlib.sha256()
     for uri in files:
         filesystem, path = _filesystem(uri)
@@ -96,11 +96,7 @@ def files_digest(files: list[str]) -> str:
 
 
 def split(files: list[str]) -> list[Slice]:
-    """Returns the slices of ``files`` in order: of 1 MiB, or larger ones of large data.
-
-    Raises:
-        DataError: there is nothing to slice.
-    """
+    """Returns slices of 1 MiB (more for large data) or of row groups; raises DataError if there are none."""
     sizes = {uri: _size(uri) for uri in files}
     width = max(SLICE_BYTES, sum(sizes.values()) // MOST_SLICES)
     slices = []
@@ -121,7 +117,7 @@ def _size(uri: str) -> int:
 
 
 def read_slice(piece: Slice) -> Iterator[SourceRow]:
-    """Yields the rows of a slice, in order. A line belongs to the slice in which it starts."""
+    """Yields the rows of a slice; a line belongs to the slice in which it starts."""
     if piece.uri.endswith(".parquet"):
         yield from _read_parquet(piece)
     else:
@@ -155,7 +151,7 @@ _DECODE = json.JSONDecoder().decode
 
 def _parse(line: bytes) -> dict[str, Any] | None:
     try:
-        # A line that begins so is UTF-8. ``json.loads`` would find that out first, which takes as long as parsing.
+        # Such a line is UTF-8; ``json.loads`` would spend as long on detecting that as on parsing.
         content = _DECODE(str(line, "utf-8", "surrogatepass")) if line.startswith(b'{"') else json.loads(line)
     except (ValueError, RecursionError):
         return None
@@ -163,7 +159,7 @@ def _parse(line: bytes) -> dict[str, Any] | None:
 
 
 def _read_parquet(piece: Slice) -> Iterator[SourceRow]:
-    """Yields the rows of a slice with the keys that JSONL would have: a null stands for a key that a row lacks."""
+    """Yields rows as JSONL has them: a null is a missing key."""
     file = _parquet(piece.uri)
     wanted = [name for name in COLUMNS if name in file.schema_arrow.names]
     first = sum(file.metadata.row_group(group).num_rows for group in range(piece.start))

@@ -1,7 +1,6 @@
-"""Tokens without an embedding.
+"""Tokens without an embedding, e.g. after ``add_tokens`` without ``resize_token_embeddings``.
 
-A tokenizer may have more tokens than its model embeds, say after ``add_tokens`` without ``resize_token_embeddings``. A
-row with such a token would end training with an index error on the device.
+Such a token would end training with an index error on the device.
 """
 
 from pathlib import Path
@@ -15,10 +14,7 @@ _NAMED = 5
 
 
 def vocabulary_of(folder: Path) -> int | None:
-    """Returns how many tokens the model embeds, by its config.json; None if config.json does not say.
-
-    A model of several modalities says it in ``text_config``.
-    """
+    """Returns how many tokens the model embeds; None if unknown."""
     config = read_config(folder)
     text = config.get("text_config")
     size = text.get("vocab_size") if isinstance(text, dict) else None
@@ -27,7 +23,7 @@ def vocabulary_of(folder: Path) -> int | None:
 
 
 def without_embedding(tokenizer: Any, vocabulary: int | None) -> dict[int, str]:
-    """Returns the tokens, by id in ascending order, whose id is ``vocabulary`` or larger."""
+    """Returns the tokens (id -> name, ascending) whose id is ``vocabulary`` or larger."""
     if vocabulary is None:
         return {}
     return dict(sorted((token_id, name) for name, token_id in tokenizer.get_vocab().items() if token_id >= vocabulary))

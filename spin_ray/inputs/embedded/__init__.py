@@ -1,17 +1,7 @@
-"""Models and data that need no hub, so that every recipe, test and demo runs on a machine without one.
+"""Models and data that need no hub.
 
-A recipe names such an asset ``embedded:NAME``. It is made once from an installed package (or from nothing but
-arithmetic) and kept in the cache:
-
-    $SPIN_RAY_CACHE or ~/.cache/spin-ray
-      embedded/
-        smollm2-135m-instruct-v1/     a model folder: safetensors, tokenizer, chat template
-        tiny-llama-v1/
-        arithmetic-train-v1/arithmetic-train.jsonl
-        ...
-
-A folder is there only when it is complete: it is written under another name and renamed. Change what a maker
-writes and its version must go up, or old caches keep serving the old bytes.
+A recipe names such an asset ``embedded:NAME``. It is made once, from an installed package or from arithmetic, and kept
+in ``$SPIN_RAY_CACHE/embedded/NAME-vVERSION`` (default cache: ``~/.cache/spin-ray``).
 """
 
 import os
@@ -32,17 +22,12 @@ SCHEME = "embedded:"
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Asset:
-    """Recipe of one asset.
-
-    Example: ``Asset(version=1, make=models.make_tiny_llama)``.
-    """
-
     version: int
-    """Part of the folder's name; raise it whenever ``make`` writes other bytes."""
+    """Part of the folder's name. Raise it when ``make`` changes, or old caches serve old bytes."""
     make: Callable[[Path], None]
-    """Fills the empty folder that it is given; a failure leaves nothing behind."""
+    """Fills an empty folder."""
     file: str = ""
-    """File inside the folder that ``resolve`` returns; empty for the folder itself."""
+    """File that ``resolve`` returns; empty: the folder."""
 
 
 def _jsonl(name: str, version: int, rows: Callable[[], list[data.Row]]) -> Asset:
@@ -58,14 +43,10 @@ ASSETS: dict[str, Asset] = {
     "chitchat-train": _jsonl("chitchat-train", 1, partial(data.chitchat_rows, "train")),
     "chitchat-heldout": _jsonl("chitchat-heldout", 1, partial(data.chitchat_rows, "heldout")),
 }
-"""All assets by name; the README lists them."""
 
 
 def resolve(uri: str) -> str:
-    """Returns the absolute local path of ``embedded:NAME``; makes the asset if the cache lacks it.
-
-    Any other string (a folder, ``s3://...``, a hub name) comes back unchanged. The first call for a model takes up to a
-    minute. Many processes may call at once: each makes its own copy, and the first to finish wins.
+    """Returns the local path of ``embedded:NAME``, made if missing (a model: up to a minute); other strings unchanged.
 
     Raises:
         ConfigError: the name is unknown, a package is missing, or the cache cannot be written.
@@ -87,7 +68,7 @@ def resolve(uri: str) -> str:
 
 
 def _make_once(folder: Path, make: Callable[[Path], None]) -> None:
-    """Makes ``folder`` appear complete or not at all; of several makers at once the first one wins."""
+    """Makes ``folder`` appear complete or not at all; the first maker wins."""
     if folder.is_dir():
         return
     folder.parent.mkdir(parents=True, exist_ok=True)

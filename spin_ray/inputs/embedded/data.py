@@ -1,7 +1,7 @@
-"""Two small data sets: generated sums and conversations between people.
+"""Two small data sets: generated sums, and conversations between people.
 
-A row has the shape that recipes expect of SFT data: ``{"messages": [..., {"role": "assistant", ...}]}``, for sums also
-``"answer"``. Which rows are taken is decided by a digest, never by a random generator, so everyone gets the same.
+A row is ``{"messages": [..., {"role": "assistant", ...}]}``, for sums also with ``"answer"``. A digest decides which
+rows are taken, so everyone gets the same.
 """
 
 import hashlib
@@ -16,8 +16,6 @@ from typing import Any, Literal, NamedTuple
 from spin_ray.inputs.embedded.packages import package_file
 
 Row = dict[str, Any]
-"""Example: ``{"messages": [{"role": "user", "content": "17 + 25 = ?"},
-{"role": "assistant", "content": "17 + 25 = 42"}], "answer": 42}``."""
 
 Split = Literal["train", "heldout"]
 
@@ -26,14 +24,13 @@ CHITCHAT_ROWS: dict[Split, int] = {"train": 192, "heldout": 48}
 
 
 def write_jsonl(path: Path, rows: list[Row]) -> None:
-    """Writes one JSON object a line, in ASCII."""
     path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="ascii")
 
 
 def arithmetic_rows(split: Split) -> list[Row]:
     """Generates sums of two numbers below 100: 512 rows to train on, 64 held out.
 
-    No pair of numbers is in both splits, nor its mirror image: ``17 + 25`` in one keeps ``25 + 17`` out of the other.
+    The splits share no pair of numbers, not even mirrored.
     """
     pairs = sorted(((a, b) for a in range(100) for b in range(a, 100)), key=lambda pair: _rank(f"{pair[0]}+{pair[1]}"))
     start = 0 if split == "train" else ARITHMETIC_ROWS["train"]
@@ -47,15 +44,12 @@ def _sum_row(smaller: int, larger: int) -> Row:
 
 
 def chitchat_rows(split: Split) -> list[Row]:
-    """Returns small talk between people: 192 rows to train on, 48 held out. The last reply is the assistant's.
+    """Returns small talk between people: 192 rows to train on, 48 held out.
 
-    A row is one message and its reply, from the start of a conversation, or three messages and their reply, from
-    anywhere in it; only messages that were sent as one piece. A conversation, a replying person and a reply occur
-    at most once in both splits together. Left out are contact data, crude words, talk about the platform, and
-    words that fewer than 20 of the 1,315 people used: mostly names and typing errors. 264 rows pass, 240 are used.
+    A row is the first two messages of a conversation, or any four in sequence. No conversation, replying person or
+    reply occurs twice. Rows with contact data, crude words, talk about the platform or rare words are left out.
 
-    Source: PyPI package chitchat-dataset 0.9.0 (MIT), 7,168 conversations of the BYU "Chit-Chat Challenge" of 2018,
-    mostly students and future students, and they talk about that.
+    Source: PyPI package chitchat-dataset 0.9.0 (MIT), the BYU "Chit-Chat Challenge" of 2018.
 
     Raises:
         ConfigError: chitchat-dataset is not installed.
@@ -65,10 +59,9 @@ def chitchat_rows(split: Split) -> list[Row]:
 
 
 def chitchat_conversations() -> dict[str, Any]:
-    """Returns all conversations of the package: id -> ``{"messages": [turn, ...]}``.
+    """Returns the package's conversations: id -> ``{"messages": [turn, ...]}``.
 
-    A turn is what one person sent without being interrupted, ``[{"text", "sender", "timestamp"}, ...]``. Turns
-    alternate between two people.
+    A turn is one person's messages, ``[{"text", "sender", "timestamp"}, ...]``.
 
     Raises:
         ConfigError: chitchat-dataset is not installed.
@@ -84,7 +77,7 @@ def chitchat_conversations() -> dict[str, Any]:
 
 @cache
 def _all_chitchat_rows() -> list[Row]:
-    """What passes, in the order it is dealt out: training rows first. Takes four seconds."""
+    """Returns all rows, training rows first. Takes four seconds."""
     candidates = sorted(_exchanges(chitchat_conversations()), key=lambda exchange: _rank("\n".join(exchange.texts)))
     taken: set[str] = set()
     rows: list[Row] = []
@@ -103,7 +96,6 @@ class _Exchange(NamedTuple):
 
 
 def _exchanges(conversations: dict[str, Any]) -> Iterator[_Exchange]:
-    """Yields every presentable stretch of two or four turns of ``chitchat_conversations()``."""
     common = _words_of_many_people(conversations, people=20)
     for conversation, content in conversations.items():
         turns = content["messages"]
@@ -111,7 +103,7 @@ def _exchanges(conversations: dict[str, Any]) -> Iterator[_Exchange]:
             if reply == 2:
                 continue  # Two messages before a reply would start with the assistant.
             stretch = turns[max(0, reply - 3) : reply + 1]
-            # Glued together, messages of one turn lack the full stops that people leave out at the end of a message.
+            # Messages of one turn mostly lack full stops at their ends, so they cannot be joined.
             if any(len(turn) > 1 for turn in stretch):
                 continue
             texts = [" ".join(turn[0]["text"].split()) for turn in stretch]
@@ -135,7 +127,6 @@ def _words_of_many_people(conversations: dict[str, Any], people: int) -> set[str
 
 
 def _presentable(text: str, common: set[str]) -> bool:
-    """Tells if ``text`` is plain common English without anything on the lists below."""
     symbols = len(re.sub(r"[A-Za-z .,?!']", "", text))
     return (
         text.isascii()
@@ -152,7 +143,7 @@ _CONTACT = re.compile(
     r"|\b(hey|hi|hello),? (?-i:[A-Z])",
     re.IGNORECASE,
 )
-"""Links, handles, long numbers, social networks, and where somebody may be named."""
+"""Links, handles, long numbers, social networks and names."""
 _CRUDE = re.compile(
     r"\b(sex|porn|fuck|shit|bitch|damn|crap|dick|boob|nude|slut|whore|nigg|fag|retard|rape|suicid|kill|idiot|jew|nazi"
     r"|racis|murder|depress|divorce|abus)"
@@ -160,22 +151,21 @@ _CRUDE = re.compile(
     r"|anxiety|cancer)\b",
     re.IGNORECASE,
 )
-"""Sex, slurs, violence, and troubles that are nobody's training data."""
+"""Sex, slurs, violence and troubles."""
 _PLATFORM = re.compile(
     r"\b(prompts?|questions?|ipads?|laptop|challenge|competition|bots?|win|winning|points|leaderboard|conversations?"
     r"|chat\w*|app)\b",
     re.IGNORECASE,
 )
-"""People talked for prizes, given a question; such rows make no sense elsewhere."""
+"""Talk about the contest itself."""
 _NOISE = re.compile(r"(.)\1{3}|\b(\w+)( \2\b){2}|[<>{}\[\]\\|*_^~`=]", re.IGNORECASE)
-"""A letter four times, a word three times, and signs that are no part of a sentence."""
+"""Repetitions, and signs that no sentence has."""
 
 
 def _turns(*contents: str) -> list[dict[str, str]]:
-    """Makes messages of alternating speakers, the user first: ``_turns("hi", "hello")``."""
     return [{"role": ("user", "assistant")[i % 2], "content": content} for i, content in enumerate(contents)]
 
 
 def _rank(key: str) -> str:
-    """Returns a key to sort by, for a fixed pseudo-random order."""
+    """Returns a sort key for a fixed pseudo-random order."""
     return hashlib.sha256(key.encode()).hexdigest()

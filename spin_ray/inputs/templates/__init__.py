@@ -1,13 +1,10 @@
-"""An optimisation that need never be opened: writes what most chat templates write without running Jinja for each row.
+"""An optimisation that need never be opened: writes what most chat templates write without running Jinja each time.
 
-``Skeletons.of(template, ask)`` is the only entry, and ``rendering.py`` its only user. Where a template cannot be shown
-to copy texts as they are, ``write`` returns None and the template itself is run, as it would be without this package.
+``Skeletons.of(template, ask)`` is the only entry. Where a template does more than copy texts, ``write`` returns None
+and the template is run. Time saved: benchmarks/README.md, row 8.
 
-    copying.py     reads a template's syntax tree: does it copy the texts of messages and do nothing else with them?
-    skeletons.py   asks such a template once for each sequence of roles, and fills in the texts by itself
-
-Without the package, ``write`` could return None always. The time that it saves: benchmarks/README.md, row 8, measured
-by ``python benchmarks/size.py``. tests/unit/inputs/test_templates.py shows that it writes the template's own bytes.
+    copying.py     proves that a template only copies texts
+    skeletons.py   asks it once for each sequence of roles
 """
 
 from spin_ray.inputs.templates.skeletons import Skeletons

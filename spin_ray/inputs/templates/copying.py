@@ -1,8 +1,6 @@
-"""A proof, read from its program, that a chat template copies the texts of messages and does nothing else with them.
+"""Tells from a chat template's syntax tree whether it only copies the texts of messages.
 
-A template may trim a text, cut it, or ask what is in it. ``copies_texts`` reads Jinja's syntax tree. It says yes only
-if every text is copied into the output as it is, or stripped of blanks at its ends, and no decision depends on more
-than on a text being empty. What the reader does not know is a no.
+A text may be stripped, and a decision may depend on its being empty. Whatever the reader does not know is a no.
 """
 
 from enum import Enum
@@ -31,7 +29,7 @@ _FUNCTIONS = {"raise_exception", "namespace", "range", "dict"}
 
 
 def copies_texts(template: str) -> bool:
-    """Says yes if ``template`` is shown to copy every ``content`` of ``messages`` and to do nothing else with it."""
+    """Tells whether ``template`` certainly only copies each ``content``."""
     environment = ImmutableSandboxedEnvironment(extensions=["jinja2.ext.loopcontrols"])
     try:
         return _Reader().accepts(environment.parse(template))
@@ -40,13 +38,11 @@ def copies_texts(template: str) -> bool:
 
 
 class _Reader:
-    """A walk through a template that follows the texts. A name that is set in several places may hold any of them."""
-
     def __init__(self) -> None:
         self._names = {"messages": _MESSAGES}
 
     def accepts(self, template: nodes.Template) -> bool:
-        """Reads until nothing changes, as a name may hold what is set further down; raises _Looks for a no."""
+        """Reads until nothing changes, as a name may be set further down; raises _Looks for a no."""
         before: dict[str, _Kind] = {}
         while before != self._names:
             before = dict(self._names)
@@ -85,11 +81,11 @@ class _Reader:
                 self._set(each, kind)
 
     def _decide(self, test: Any) -> None:
-        """Raises _Looks if the truth of ``test`` depends on more than on a text being empty."""
+        """Raises _Looks if ``test`` depends on more than on a text being empty."""
         self._among(test, _CLEAN, _MESSAGES, _MESSAGE, _TEXT)
 
     def _among(self, expression: Any, *kinds: _Kind) -> _Kind:
-        """Returns the kind of an expression; raises _Looks if it is none of ``kinds``."""
+        """Returns an expression's kind; raises _Looks if it is none of ``kinds``."""
         found = self._kind(expression)
         if found not in kinds:
             raise _Looks(found)
@@ -156,7 +152,6 @@ class _Reader:
         raise _Looks("a part of a text")
 
     def _result(self, call: Any) -> _Kind:
-        """Returns the kind of what a filter, a test or a function gives."""
         arguments = [*call.args, *call.kwargs, *filter(None, (call.dyn_args, call.dyn_kwargs))]
         match call:
             case nodes.Filter(name="trim", node=text) | nodes.Call(node=nodes.Getattr(node=text, attr="strip")) if (
@@ -185,7 +180,6 @@ class _Reader:
 
 
 def _either(one: _Kind, other: _Kind) -> _Kind:
-    """Returns the kind of a name that holds one or the other; of two kinds of text, the one that allows less."""
     if one is other or other is _CLEAN:
         return one
     if one is _CLEAN:

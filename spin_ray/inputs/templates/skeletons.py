@@ -1,8 +1,4 @@
-"""Skeletons: what a chat template writes around the texts of a conversation, asked once for each sequence of roles.
-
-A template that copies texts as they are (``copies_texts``) writes the same words around them for all conversations that
-have the same roles and the same empty texts.
-"""
+"""Skeletons: a template's words around the texts, for conversations with the same roles and empty texts."""
 
 import re
 from collections.abc import Callable, Sequence
@@ -13,23 +9,21 @@ from spin_ray.inputs.conversations import Conversation
 from spin_ray.inputs.templates.copying import copies_texts
 
 Ask = Callable[[Conversation, bool], str | None]
-"""``ask(messages, add_generation_prompt)`` returns what the template writes, or None if it refuses the messages."""
+"""``ask(messages, add_generation_prompt)`` returns the template's text; None for a refusal."""
 
 _BLANK, _OPEN, _CLOSE = "\u2003", "\ue002", "\ue003"
-"""Private-use characters that mark the place of a text. The blanks around a mark are gone where a template strips."""
+"""Marks of a text's place; a template that strips takes the blanks away."""
 _PLACE = re.compile(f"({_BLANK}?){_OPEN}([0-9]+){_CLOSE}({_BLANK}?)")
 _MOST = 4096
-"""Sequences of roles that are remembered. The template is run for conversations of further ones."""
+"""Most sequences of roles that are remembered."""
 
 
 @dataclass(frozen=True, slots=True)
 class _Skeleton:
-    """Words of the template with places for texts."""
-
     words: str
     """A format for ``%`` with one ``%s`` a place."""
     places: tuple[tuple[int, bool], ...]
-    """For each place the index of the message whose text stands there, and True if the text is stripped."""
+    """For each place the message's index, and True if its text is stripped."""
 
     def around(self, messages: Conversation) -> str:
         texts = [messages[index]["content"] for index, _ in self.places]
@@ -39,29 +33,25 @@ class _Skeleton:
 
 
 class Skeletons:
-    """Skeletons of one template by sequences of roles, learnt when such a sequence first comes."""
+    """Skeletons of one template, learnt as sequences of roles come."""
 
     def __init__(self, ask: Ask | None) -> None:
-        """Takes a template that copies texts; None for one that must always be run."""
+        """Takes None for a template that must be run."""
         self._ask = ask
         self._known: dict[tuple[tuple[str, bool, int], ...], tuple[_Skeleton, _Skeleton] | None] = {}
 
     @classmethod
     def of(cls, template: Any, ask: Ask) -> "Skeletons":
-        """Reads ``template``. A dict of named templates, which transformers allows, is always run."""
+        """Reads ``template``; a dict of named templates is always run."""
         return cls(ask if isinstance(template, str) and copies_texts(template) else None)
 
     def write(self, messages: Conversation) -> tuple[str, str] | None:
-        """Returns the prompt, and what follows it with the last message.
-
-        The prompt is all but the last message, and the words that ask for it. None: run the template, as its words do
-        not follow from the roles.
-        """
+        """Returns the prompt and the text behind it. None: the template must be run."""
         if self._ask is None:
             return None
         roles = tuple([(message["role"], not message["content"], len(message)) for message in messages])
         if roles not in self._known:
-            if len(self._known) >= _MOST or any(len(message) > 2 for message in messages):  # a key that may hold more
+            if len(self._known) >= _MOST or any(len(message) > 2 for message in messages):  # other keys may matter
                 return None
             self._known[roles] = _learn(messages, self._ask)
         known = self._known[roles]
@@ -69,7 +59,7 @@ class Skeletons:
 
 
 def _learn(messages: Conversation, ask: Ask) -> tuple[_Skeleton, _Skeleton] | None:
-    """Returns the skeletons of the prompt and of what follows it; None if the template does more than to copy marks."""
+    """Returns skeletons of prompt and rest; None if texts are not only copied."""
     marked = [
         message | {"content": f"{_BLANK}{_OPEN}{number}{_CLOSE}{_BLANK}" if message["content"] else ""}
         for number, message in enumerate(messages)
@@ -82,7 +72,7 @@ def _learn(messages: Conversation, ask: Ask) -> tuple[_Skeleton, _Skeleton] | No
 
 
 def _skeleton(text: str) -> _Skeleton | None:
-    """Finds the marks in ``text``; None if the template did something else with one than to write or to strip it."""
+    """Finds the marks; None if one was neither copied nor stripped."""
     split = _PLACE.split(text)
     words: Sequence[str] = split[::4]
     befores, numbers, afters = split[1::4], split[2::4], split[3::4]
