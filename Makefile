@@ -96,8 +96,8 @@ $(RUN)/bench/chitchat.jsonl: $(READY)
 
 QUALITY_DATA ?= data
 quality: $(READY) ## Does SPIN beat more SFT? Hours; resumes; QUALITY_DATA=FOLDER has {word_problems,gsm8k}.{train,test}.jsonl
-	$(BIN)/python benchmarks/experiments/quality/known_distribution.py
 	$(BIN)/python benchmarks/experiments/quality/run.py --data $(QUALITY_DATA)
+	$(BIN)/python benchmarks/experiments/quality/known_distribution.py
 	$(BIN)/python benchmarks/experiments/quality/analyse.py
 	$(BIN)/python benchmarks/experiments/quality/run.py --data $(QUALITY_DATA) --setting gsm8k
 	$(BIN)/python benchmarks/experiments/quality/analyse.py --setting gsm8k

@@ -112,8 +112,8 @@ def _row(
     for each in (rendered, rejected):
         if isinstance(each, RenderError):
             raise Unusable("template", str(each))
-        if each is not None and len(each.prompt_ids) + len(each.real_ids) > task.max_length:
-            length = len(each.prompt_ids) + len(each.real_ids)
+        length = len(each.prompt_ids) + max(1, len(each.real_ids)) if each else 0  # an answer has a token at least
+        if length > task.max_length:
             raise Unusable("too_long", f"{length} tokens, model.max_length is {task.max_length}")
         if each is not None and task.without_embedding:
             for token_id in [*each.prompt_ids, *each.real_ids]:

@@ -22,10 +22,12 @@ def import_object(path: str, setting: str, names: Iterable[str | None]) -> Any:
         known = ", ".join(filter(None, names))
         raise ConfigError(f"{setting}: {path!r} is unknown; use {known}, or an import path such as my_pkg.mine:name")
     try:
-        return getattr(import_module(module), name)
-    except ImportError as error:
+        found = import_module(module)
+    except Exception as error:  # the module's own code runs, and may raise anything
         raise ConfigError(
-            f"{setting}: {path} cannot be imported ({error}); install the module on every machine of the run"
+            f"{setting}: {path} cannot be imported ({type(error).__name__}: {error}); install the module on every "
+            "machine of the run"
         ) from error
-    except AttributeError as error:
-        raise ConfigError(f"{setting}: module {module} has no {name}") from error
+    if not hasattr(found, name):
+        raise ConfigError(f"{setting}: module {module} has no {name}")
+    return getattr(found, name)

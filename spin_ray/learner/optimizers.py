@@ -4,7 +4,6 @@ import inspect
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
-from typing import Any
 
 import torch
 from torch import nn
@@ -34,29 +33,26 @@ OPTIMIZERS = {
 
 
 def make_optimizer(parameters: list[nn.Parameter], config: OptimizerConfig, learning_rate: float) -> Optimizer:
-    """Builds the optimizer without state.
+    """Builds the optimizer without state; ``find_optimizer`` has the errors."""
+    return find_optimizer(config)(parameters, lr=learning_rate)
+
+
+def find_optimizer(config: OptimizerConfig) -> MakeOptimizer:
+    """Returns the factory for the name or import path of ``config``, with its weight decay.
 
     Raises:
         ConfigError: there is no such optimizer, or it takes no weight decay and ``config`` has one.
     """
     name: str = config.name
-    make = find_optimizer(name)
-    more: dict[str, Any] = {}
-    if _takes(make, "weight_decay"):
-        more["weight_decay"] = config.weight_decay
-    elif config.weight_decay:
-        raise ConfigError(f"optimizer.weight_decay: {name} takes no argument weight_decay; leave it out")
-    return make(parameters, lr=learning_rate, **more)
-
-
-def find_optimizer(name: str) -> MakeOptimizer:
-    """Returns the factory for a name or import path.
-
-    Raises:
-        ConfigError: there is no such optimizer.
-    """
     known = OPTIMIZERS.get(name)
-    return known.make if known else import_object(name, "optimizer.name", OPTIMIZERS)
+    make = known.make if known else import_object(name, "optimizer.name", OPTIMIZERS)
+    if not callable(make):
+        raise ConfigError(f"optimizer.name: {name} is nothing that can be called")
+    if _takes(make, "weight_decay"):
+        return partial(make, weight_decay=config.weight_decay)
+    if config.weight_decay:
+        raise ConfigError(f"optimizer.weight_decay: {name} takes no argument weight_decay; leave it out")
+    return make
 
 
 def allocate_state(optimizer: Optimizer, name: str) -> None:

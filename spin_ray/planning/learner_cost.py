@@ -108,7 +108,7 @@ def learner_memory(
     """
     on_host = config.train.offload and config.train.resources.gpus
     sharded = 0 if on_host else shape.parameters / config.train.workers
-    moments = MOMENTS[optimizer.name] if optimizer else 0
+    moments = MOMENTS.get(optimizer.name, max(MOMENTS.values())) if optimizer else 0
     memory = {"weights": 4 * sharded, "optimizer": 4 * moments * sharded}
     if backward:
         memory |= {"gradients": 4 * sharded}

@@ -21,7 +21,7 @@ from tests.support.program import spin_ray
 pytestmark = pytest.mark.e2e
 
 BF16_NATS_PER_TOKEN = 0.05
-"""Tolerance of a bf16 score against fp32, per response token (README, "What is exact")."""
+"""Tolerance of a bf16 score against fp32, per response token (docs/how-it-works.md, "What is exact")."""
 
 
 def read_log(path: Path) -> list[dict]:

@@ -46,6 +46,8 @@ class Algorithm(ABC):
     """Optional sections and fields that the recipe must give, e.g. ``scorer``."""
     reads: ClassVar[tuple[str, ...]] = ()
     """Optional sections and fields that it may give."""
+    makes_wins: ClassVar[bool] = False
+    """True if ``make_pairs`` commits ``iter_NNN/wins``, for losses that need win probabilities."""
 
     def problems(self, config: SpinConfig) -> Iterator[str]:
         """Yields a sentence for each unusable setting."""

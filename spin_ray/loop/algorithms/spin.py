@@ -5,8 +5,7 @@ from collections.abc import Iterator
 from spin_ray.config.recipe import SpinConfig
 from spin_ray.learner.step import Objective
 from spin_ray.loop.algorithms.base import Algorithm, Turn, margin_objective
-from spin_ray.loop.stages import pairs
-from spin_ray.loop.stages import scoring as base_scores
+from spin_ray.loop.stages import base_scores, pairs
 from spin_ray.run_dir.artefact import Artefact
 from spin_ray.run_dir.run_dir import RunDir
 

@@ -49,11 +49,10 @@ def check_algorithm(config: SpinConfig) -> None:
     problems = list(_problems(config, find_algorithm(config.algorithm)))
     if problems:
         raise ConfigError("; ".join(problems))
-    resolve_loss(config.objective.loss)
     find_backend(config.train.backend)
     for section in (config.train, config.sft, config.reviser):
         if section is not None:
-            find_optimizer(section.optimizer.name)
+            find_optimizer(section.optimizer)
 
 
 def _problems(config: SpinConfig, algorithm: Algorithm) -> Iterator[str]:
@@ -69,6 +68,11 @@ def _problems(config: SpinConfig, algorithm: Algorithm) -> Iterator[str]:
     for optional, names in readers.items():
         if _is_given(config, optional) and optional not in algorithm.needs + algorithm.reads:
             yield f"{optional}: is for algorithm {' and '.join(names)}, not for {name}; leave it out"
+    loss = resolve_loss(config.objective.loss)
+    if loss.needs_wins and not algorithm.makes_wins:
+        yield f"objective.loss: {config.objective.loss} needs win probabilities, which algorithm {name} does not make"
+    if not loss.needs_reference and config.objective.reference_alpha < 1:
+        yield f"objective.reference_alpha: the loss {config.objective.loss} has no reference; leave it out"
     yield from algorithm.problems(config)
 
 

@@ -100,8 +100,10 @@ def run(
 
 
 def template_digest(renderer: ChatRenderer) -> str:
-    """Returns a digest of how text becomes tokens."""
+    """Returns a digest of how text becomes tokens. The date that a template may write takes no part in it."""
     tokenizer = renderer.tokenizer
+    if "strftime_now" in str(tokenizer.chat_template):
+        return digest([tokenizer.chat_template, len(tokenizer), renderer.end_of_turn_id])
     probe = [{"role": "user", "content": "The quick brown fox, 1+1=2."}, {"role": "assistant", "content": "jumps."}]
     rendered = renderer.render(probe)
     return digest([tokenizer.chat_template, len(tokenizer), rendered.prompt_ids, rendered.real_ids])

@@ -246,3 +246,12 @@ def test_a_row_without_a_question_says_so():
     with pytest.raises(Unusable) as caught:
         rows_of({"response": "so"}, replace(task_of(), labelled=False))
     assert caught.value.detail == "needs messages, or prompt"
+
+
+def test_a_question_leaves_room_for_one_token_of_an_answer_at_least():
+    (row,) = rows_of({"prompt": "a"}, replace(task_of(), labelled=False))
+    length = len(row["prompt_ids"])
+    assert rows_of({"prompt": "a"}, replace(task_of(max_length=length + 1), labelled=False))
+    with pytest.raises(Unusable) as caught:
+        rows_of({"prompt": "a"}, replace(task_of(max_length=length), labelled=False))
+    assert caught.value.reason == "too_long"

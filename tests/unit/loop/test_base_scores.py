@@ -5,8 +5,7 @@ import pytest
 
 from spin_ray.errors import RunDirError
 from spin_ray.inputs.model_folder import ModelFolder
-from spin_ray.loop.stages import pairs
-from spin_ray.loop.stages import scoring as base_scores
+from spin_ray.loop.stages import base_scores, pairs
 from spin_ray.run_dir.run_dir import RunDir
 from spin_ray.run_dir.schemas import REFERENCE_SCHEMA
 from spin_ray.run_dir.storage import Storage

@@ -2,16 +2,21 @@
 
 import json
 from collections import Counter
+from datetime import datetime, timedelta
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
+from transformers.utils import chat_template_utils
 
 from spin_ray.errors import DataError
 from spin_ray.inputs import sources
 from spin_ray.inputs.conversations import Unusable
+from spin_ray.inputs.embedded import resolve
+from spin_ray.inputs.rendering import ChatRenderer, load_tokenizer
 from spin_ray.inputs.sources import split
 from spin_ray.loop.stages import prompts
 from spin_ray.run_dir.run_dir import RunDir
@@ -190,3 +195,18 @@ def test_any_row_is_used_or_in_quarantine_and_none_is_lost(tmp_path_factory, row
     for row in made.rows:
         assert len(row["prompt_ids"]) + len(row["real_ids"]) <= 128
         assert row["real_ids"].count(2) == 1
+
+
+def test_the_date_that_a_template_writes_makes_no_other_template(monkeypatch):
+    """Llama 3.2's template writes the day. A run goes on after midnight."""
+    tokenizer = load_tokenizer(resolve("embedded:tiny-llama"))
+    tokenizer.chat_template = "{{ strftime_now('%d %b') }}" + tokenizer.chat_template
+    renderer = ChatRenderer(tokenizer)
+    question = [{"role": "user", "content": "?"}]
+    first, prompt = prompts.template_digest(renderer), renderer.render_prompt(question)
+    tomorrow = datetime.now() + timedelta(days=1)
+    monkeypatch.setattr(chat_template_utils, "datetime", SimpleNamespace(now=lambda: tomorrow))
+    assert renderer.render_prompt(question) != prompt, "or the test shows nothing"
+    assert prompts.template_digest(renderer) == first
+    tokenizer.chat_template += " "
+    assert prompts.template_digest(ChatRenderer(tokenizer)) != first

@@ -1,8 +1,10 @@
 """An algorithm says what it needs of a recipe, and the check at the start reads it."""
 
+import re
 from typing import Any
 
 import pytest
+import torch
 
 from spin_ray.config.recipe import SpinConfig
 from spin_ray.errors import ConfigError
@@ -87,6 +89,57 @@ def test_a_path_that_leads_to_no_algorithm_is_told_before_anything_runs(path, re
 )
 def test_other_paths_that_lead_nowhere_are_told_as_early(sections, setting):
     assert problems(**sections).startswith(f"{setting}: no_such_package:")
+
+
+class NeedsWins:
+    needs_reference = True
+    needs_wins = True
+    per = "pair"
+
+    def __call__(self, policy, reference, wins, beta):
+        return policy.real.sum()
+
+    def margin(self, policy, reference, beta):
+        return None
+
+
+class ReferenceFree(NeedsWins):
+    needs_reference = needs_wins = False
+
+
+def descent(parameters, lr):
+    return torch.optim.SGD(parameters, lr=lr)
+
+
+needs_wins, reference_free, three = NeedsWins(), ReferenceFree(), 3
+
+
+@pytest.mark.parametrize(
+    ("sections", "problem"),
+    [
+        (
+            {"objective": {"loss": f"{__name__}:needs_wins"}},
+            "needs win probabilities, which algorithm spin does not make",
+        ),
+        (
+            {"objective": {"loss": f"{__name__}:reference_free", "reference_alpha": 0.5}},
+            "objective.reference_alpha: the loss .* has no reference",
+        ),
+        ({"train": {"optimizer": {"name": f"{__name__}:three"}}}, "three is nothing that can be called"),
+        (
+            {"train": {"optimizer": {"name": f"{__name__}:descent", "weight_decay": 0.1}}},
+            "weight_decay: .* takes no argument weight_decay",
+        ),
+    ],
+)
+def test_a_loss_or_an_optimizer_that_the_recipe_cannot_serve_is_told_before_anything_runs(sections, problem):
+    assert re.search(problem, problems(**sections))
+
+
+def test_a_module_that_fails_while_it_is_imported_is_named_with_its_error(tmp_path, monkeypatch):
+    (tmp_path / "breaks.py").write_text("1 / 0")
+    monkeypatch.syspath_prepend(tmp_path)
+    assert "breaks:Mine cannot be imported (ZeroDivisionError: division by zero)" in problems(algorithm="breaks:Mine")
 
 
 def test_an_algorithm_is_found_once_by_its_name_and_made_anew_by_its_path():

@@ -25,6 +25,7 @@ class Sppo(Algorithm):
     """
 
     needs = ("scorer",)
+    makes_wins = True
 
     def problems(self, config: SpinConfig) -> Iterator[str]:
         yield from super().problems(config)
