@@ -208,5 +208,5 @@ def test_the_date_that_a_template_writes_makes_no_other_template(monkeypatch):
     monkeypatch.setattr(chat_template_utils, "datetime", SimpleNamespace(now=lambda: tomorrow))
     assert renderer.render_prompt(question) != prompt, "or the test shows nothing"
     assert prompts.template_digest(renderer) == first
-    tokenizer.chat_template += " "
+    tokenizer.chat_template = "Today: " + tokenizer.chat_template
     assert prompts.template_digest(ChatRenderer(tokenizer)) != first
