@@ -74,7 +74,7 @@ def status(run_folder: str, follow: bool) -> None:
 @click.option("--max-length", type=click.IntRange(min=2), default=None, help="Longest question + answer, in tokens.")
 def evaluate(run_folder: str, tasks: str, iterate: str, include: str | None, **options: Any) -> None:
     """Run lm-eval benchmarks on iterates of RUN and write the results to RUN/<iterate>/eval.json."""
-    from spin_ray.report import benchmarks as lm_eval_tasks
+    from spin_ray.report import benchmarks
     from spin_ray.report.history import find_iterate, model_path
     from spin_ray.run_dir.names import iterate_name
     from spin_ray.run_dir.run_dir import RunDir
@@ -84,16 +84,16 @@ def evaluate(run_folder: str, tasks: str, iterate: str, include: str | None, **o
     config = run.config()
     for wanted in iterate.split(","):
         number = find_iterate(run, wanted)
-        request = lm_eval_tasks.request_for(
+        request = benchmarks.request_for(
             config,
             number,
             str(model_path(run, number)),
-            benchmarks=lm_eval_tasks.parse_benchmarks(tasks.split(",")),
-            include=lm_eval_tasks.task_folder(include),
+            benchmarks=benchmarks.parse_benchmarks(tasks.split(",")),
+            include=benchmarks.task_folder(include),
             **options,
         )
-        results = lm_eval_tasks.run(run, config, number, request)
-        lm_eval_tasks.print_results(iterate_name(number), results, Console())
+        results = benchmarks.run(run, config, number, request)
+        benchmarks.print_results(iterate_name(number), results, Console())
 
 
 @cli.command("judge")

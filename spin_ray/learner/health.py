@@ -17,19 +17,24 @@ class HealthMonitor:
         self._recent: deque[dict[str, Any]] = deque(maxlen=limits.steps)
 
     def check(self, step: int, metrics: dict[str, Any]) -> None:
-        """Checks a step's metrics, unless it has no margin (SFT).
+        """Checks a step's metrics, unless it is of SFT. A loss without a margin has no ``max_margin``.
 
         Raises:
             HealthError: a limit is passed.
         """
-        if "margin" not in metrics:
+        if not {"margin", "generated_logp"} & metrics.keys():
             return
         self._recent.append(metrics)
         if len(self._recent) < self._limits.steps:
             return
         for name, value, limit, meaning in [
             ("max_loss", self._mean("loss"), self._limits.max_loss, "the loss"),
-            ("max_margin", abs(self._mean("margin")), self._limits.max_margin, "the margin"),
+            (
+                "max_margin",
+                abs(self._mean("margin")) if "margin" in metrics else 0.0,
+                self._limits.max_margin,
+                "the margin",
+            ),
             ("max_real_logp_drop", self._drop(), self._limits.max_real_logp_drop, "the share by which log p(y) fell"),
         ]:
             if limit is not None and value > limit:

@@ -17,7 +17,7 @@ from ray._private import ray_constants
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from spin_ray.errors import StageError, last_line
-from spin_ray.run_dir import cache as node_cache
+from spin_ray.run_dir import cache
 from spin_ray.run_dir.object_storage import CACHE
 from spin_ray.run_dir.storage import Digest, file_digest, folder_digest
 
@@ -48,11 +48,11 @@ class SharedFolder:
             RunDirError: a fetched file differs from its digest.
             StageError: a part did not arrive.
         """
-        files = self.files if weights else node_cache.without_weights(self.files)
+        files = self.files if weights else cache.without_weights(self.files)
         if ray.get_runtime_context().get_node_id() == self.node or self._is_in_place(files):
             return self.folder
         giver = ray.get_actor(self.giver)
-        return node_cache.folder_with(CACHE, files, lambda name, to: self._fetch(giver, name, to), str(self.folder))
+        return cache.folder_with(CACHE, files, lambda name, to: self._fetch(giver, name, to), str(self.folder))
 
     def _is_in_place(self, files: Mapping[str, Digest]) -> bool:
         """Tells whether the path has this content here; reads the files again only if a size or time changed."""
@@ -64,7 +64,7 @@ class SharedFolder:
             return False
         seen = json.dumps([str(self.folder), *([name, stat.st_size, stat.st_mtime_ns] for name, stat in stats.items())])
         name = f"{folder_digest(files)}.in-place"
-        with node_cache.locked(CACHE, name):
+        with cache.locked(CACHE, name):
             note = CACHE / name
             if note.exists() and note.read_text() == seen:
                 return True

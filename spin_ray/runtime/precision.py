@@ -50,22 +50,17 @@ def with_precision(config: SpinConfig, run: RunDir | None = None) -> SpinConfig:
     Raises:
         RunDirError: run.json is damaged.
     """
+    if run and run.storage.exists("run.json"):
+        config = config.take_precision_of(run.config())
     if config.train.precision != "auto":
         return config
-    precision = (_stored(run) if run else None) or faster_precision(config.train.resources)
+    precision = faster_precision(config.train.resources)
     return config.model_copy(update={"train": config.train.model_copy(update={"precision": precision})})
 
 
 def faster_precision(resources: ResourcesConfig) -> Precision:
     """Returns bf16 for GPUs, unless this machine's card lacks it; without GPUs, measures this machine's CPU."""
     return _of_card() if resources.gpus else _of_cpu(resources.threads)
-
-
-def _stored(run: RunDir) -> Precision | None:
-    if not run.storage.exists("run.json"):
-        return None
-    precision = run.config().train.precision
-    return None if precision == "auto" else precision
 
 
 def _of_cpu(threads: int) -> Precision:

@@ -9,7 +9,7 @@ import pytest
 pytest.importorskip("lm_eval")
 from spin_ray.config.recipe import SpinConfig
 from spin_ray.inputs.embedded import resolve
-from spin_ray.report import benchmarks as lm_eval_tasks
+from spin_ray.report import benchmarks
 from spin_ray.report.benchmarks import parse_benchmarks
 from spin_ray.report.harness import Backend
 from spin_ray.run_dir.run_dir import RunDir
@@ -50,11 +50,11 @@ def test_local_tasks_give_the_accuracy_of_our_own_evaluation(
 ) -> None:
     write_task(tmp_path, "sums", SUMS)
     write_task(tmp_path, "choices", CHOICES)
-    request = lm_eval_tasks.request_for(
+    request = benchmarks.request_for(
         run.config(), 0, run.description()["start_model"], backend=backend, include=str(tmp_path), max_length=256,
         benchmarks=parse_benchmarks(["spin_ray_sums:0", "spin_ray_choices:0"]),
     )  # fmt: skip
-    lm_eval_tasks.run(run, run.config(), 0, request)
+    benchmarks.run(run, run.config(), 0, request)
 
     found = json.loads(run.storage.read("sft/eval.json"))["benchmarks"]
     sums, choices = found["spin_ray_sums"], found["spin_ray_choices"]

@@ -10,7 +10,7 @@ from tests.support.served import Served
 pytest.importorskip("lm_eval")
 pytest.importorskip("tenacity")
 from spin_ray.errors import StageError
-from spin_ray.report import benchmarks as lm_eval_tasks
+from spin_ray.report import benchmarks
 from spin_ray.report.benchmarks import parse_benchmarks
 from spin_ray.report.harness import Request
 from tests.support.lm_eval_cases import CHOICES, Plain, write_task
@@ -29,11 +29,11 @@ def datasets_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 def ask(served: Served, folder: Path, task: str, *, chat: bool = False) -> dict:
     """Runs a task on ``sft`` and gives what is in its eval.json afterwards."""
     run = served.run
-    request = lm_eval_tasks.request_for(
+    request = benchmarks.request_for(
         run.config(), 0, run.description()["start_model"], endpoint=f"{served.url}/v1", include=str(folder), chat=chat,
         benchmarks=parse_benchmarks([f"{task}:0"]),
     )  # fmt: skip
-    lm_eval_tasks.run(run, run.config(), 0, request)
+    benchmarks.run(run, run.config(), 0, request)
     return json.loads(run.storage.read("sft/eval.json"))["benchmarks"][task]
 
 
@@ -75,5 +75,5 @@ def test_a_model_that_does_not_serve_is_an_error_in_one_line(served: Served, tmp
         include=str(tmp_path), benchmarks=parse_benchmarks(["spin_ray_echoes:0"]),
     )  # fmt: skip
     with pytest.raises(StageError, match="lm-eval failed on iter-7") as raised:
-        lm_eval_tasks.run(served.run, served.run.config(), 0, request)
+        benchmarks.run(served.run, served.run.config(), 0, request)
     assert "\n" not in str(raised.value)

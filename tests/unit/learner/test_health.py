@@ -86,3 +86,10 @@ def test_the_line_of_an_error_that_is_passed_on_is_what_happened_not_a_page_of_a
     text = "Task was killed due to the node running low on memory.\nRefer to the documentation on how to address the …"
     assert last_line(RuntimeError(text)) == "Task was killed due to the node running low on memory."
     assert len(last_line(RuntimeError("x" * 5000))) < 500
+
+
+def test_a_loss_without_a_margin_is_still_held_to_its_largest_loss():
+    monitor = HealthMonitor(HealthConfig(steps=1, max_loss=2.0))
+    monitor.check(0, {"loss": 1.0, "generated_logp": -3.0, "real_logp": -2.0})
+    with pytest.raises(HealthError, match="the loss is 3 "):
+        monitor.check(1, {"loss": 3.0, "generated_logp": -3.0, "real_logp": -2.0})
