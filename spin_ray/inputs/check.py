@@ -132,10 +132,10 @@ def check_token_ids(
                 refuse(found, vocabulary, tokenizer.name_or_path, row.origin)
             if renderer.names_control_tokens(conversation):
                 continue
-            # A template may write the time, which may have moved on meanwhile.
-            if _other_ids(tokenizer, renderer, conversation) and (
-                other := _other_ids(tokenizer, renderer, conversation)
-            ):
+            other = _other_ids(tokenizer, renderer, conversation, rendered)
+            if other:  # unless the template writes the time, which has moved on meanwhile
+                other = _other_ids(tokenizer, renderer, conversation, renderer.render(conversation))
+            if other:
                 raise ModelError(
                     f"{tokenizer.name_or_path}: {row.origin} has other token ids here than transformers gives it, "
                     f"{other}; please report this tokenizer"
@@ -144,10 +144,8 @@ def check_token_ids(
     return compared
 
 
-def _other_ids(tokenizer: Any, renderer: ChatRenderer, conversation: Conversation) -> str | None:
+def _other_ids(tokenizer: Any, renderer: ChatRenderer, conversation: Conversation, rendered: Rendered) -> str | None:
     """Returns where the ids of the conversation differ from transformers' own; None if they do not."""
-    (rendered,) = renderer.render_all([conversation])
-    assert isinstance(rendered, Rendered)
     ours = rendered.prompt_ids + (rendered.real_ids if renderer.writes_end_of_turn else rendered.real_ids[:-1])
     whole = list(tokenizer.apply_chat_template(conversation, tokenize=True, return_dict=True)["input_ids"])
     if ours == whole[: len(ours)]:

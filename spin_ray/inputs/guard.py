@@ -33,6 +33,7 @@ class Guard:
     def __init__(self, tokenizer: Any, control: Iterable[str]) -> None:
         self._tokenizer = tokenizer
         self._control = {name: tokenizer.convert_tokens_to_ids(name) for name in control}
+        self._own = any_of(self._control)
         guarded = [*self._control, _OPEN, _CLOSE]
         self._guarded = any_of(guarded)
         self._beginnings = sorted({name[0] for name in guarded})
@@ -79,7 +80,7 @@ class Guard:
         """Encodes a name together with the text around it."""
         if not self._tokenizer.is_fast:
             return None
-        own = any_of(self._control).sub(lambda match: self._aliases[match.group()], written.text)
+        own = self._own.sub(lambda match: self._aliases[match.group()], written.text)
         text = _MARKER.sub(lambda match: written.set_aside[int(match[1])], own)
         return self._aliased.encode(text, add_special_tokens=False).ids
 

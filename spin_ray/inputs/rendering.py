@@ -128,8 +128,12 @@ class ChatRenderer:
         """Tells whether a message names a control token."""
         return bool(self._guard.set_aside(messages)[1])
 
+    def _ending_of(self, prompt: Written) -> _Ending | None:
+        return self._ending if self._ending and prompt.text.endswith(self._ending.text) else None
+
     def _end_of(self, prompt: Written) -> str:
-        return self._ending.text if self._ending and prompt.text.endswith(self._ending.text) else prompt.text
+        ending = self._ending_of(prompt)
+        return ending.text if ending else prompt.text
 
     def _cut_prompt(self, prompt: Written, ids: list[int] | None) -> list[int] | RenderError:
         return _unspeakable(prompt) if ids is None else ids[: len(ids) - self._held_back_of(prompt)]
@@ -139,10 +143,10 @@ class ChatRenderer:
         if prompt is None or after is None:
             return _unspeakable(parts.prompt)
         end = prompt
-        if self._ending and parts.prompt.text.endswith(self._ending.text):
-            end = self._ending.ids
+        if ending := self._ending_of(parts.prompt):
+            end = ending.ids
             if prompt[-len(end) :] != end:
-                return RenderError(f"its tokenizer does not part {self._ending.text!r} from the text before it")
+                return RenderError(f"its tokenizer does not part {ending.text!r} from the text before it")
         held_back = self._held_back_of(parts.prompt)
         kept = len(end) - held_back
         if after[:kept] != end[:kept]:
