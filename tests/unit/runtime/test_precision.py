@@ -46,6 +46,7 @@ def machine(tmp_path, monkeypatch):
     monkeypatch.setattr(subprocess, "run", run)
     monkeypatch.setattr(probes.tempfile, "gettempdir", lambda: str(tmp_path))
     monkeypatch.setenv("ONEDNN_MAX_CPU_ISA", "AVX512_CORE")
+    monkeypatch.setenv("ATEN_CPU_CAPABILITY", "default")
     return told
 
 
