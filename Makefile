@@ -1,6 +1,6 @@
-# Needs git, make and Python 3.11 on Linux x86-64. `make demo` on a fresh machine sets everything up first.
-PYTHON ?= python3.11
-TORCH_INDEX ?= https://download.pytorch.org/whl/cpu
+# Needs git, make and Python 3.11, 3.12 or 3.13 on Linux x86-64. `make demo` on a fresh machine sets everything up first.
+PYTHON ?=
+TORCH_INDEX ?=
 BIN := .venv/bin
 READY := .venv/.ready
 TORCH := $(shell sed -n '/^torch==/p' requirements/torch.txt)
@@ -15,21 +15,8 @@ help: ## List the targets
 
 setup: $(READY) ## Make .venv with the exact versions that are tested together (3 GB)
 
-# torch comes first and apart: its CPU build from where pip looks anyway (a mirror, a folder of wheels), else from PyTorch's own
-# index, else whatever PyPI has. requirements/torch.txt says why it is not in the lock.
-$(READY): requirements/cpu.lock requirements/torch.txt pyproject.toml
-	@command -v $(PYTHON) >/dev/null || { echo "setup: $(PYTHON) not found; install Python 3.11 or say PYTHON=/path/to/python3.11" >&2; exit 1; }
-	@test -x $(BIN)/python || $(PYTHON) -m venv .venv
-	@echo "setup: installing $(TORCH) and requirements/cpu.lock into .venv; this takes minutes"
-	@$(BIN)/pip install -q --no-deps '$(TORCH)+cpu' 2>/dev/null \
-		|| $(BIN)/pip install -q --no-deps --retries 1 --timeout 30 --index-url $(TORCH_INDEX) '$(TORCH)' 2>/dev/null \
-		|| $(BIN)/pip install -q --no-deps -r requirements/torch.txt
-	@$(BIN)/pip install -q --no-deps --require-hashes -r requirements/cpu.lock
-	@$(BIN)/pip install -q --no-deps --no-build-isolation -e .
-	@$(BIN)/python -c 'import torch' 2>/dev/null || { echo "setup: $(TORCH) does not import: it is not the CPU build, and $(TORCH_INDEX) gave none; install one into .venv and repeat" >&2; exit 1; }
-	@echo "setup: preparing the embedded model in the cache (once)"
-	@$(BIN)/python -c 'from spin_ray.inputs.embedded import resolve; resolve("embedded:smollm2-135m-instruct")' >$@.log 2>&1 \
-		|| { tail -n 1 $@.log >&2; echo "setup: the embedded model could not be made; $@.log has the whole message" >&2; exit 1; }
+$(READY): requirements/setup.sh requirements/cpu.lock requirements/torch.txt pyproject.toml
+	@PYTHON='$(PYTHON)' TORCH_INDEX='$(TORCH_INDEX)' requirements/setup.sh
 	@touch $@
 
 demo: $(READY) ## SmolLM2-135M learns chit-chat from people, two iterations on two CPU cores
@@ -70,8 +57,8 @@ CHAOS_S ?= 1800
 chaos: $(READY) ## Random faults for half of CHAOS_S seconds, then random kills; CHAOS_SEED repeats what it printed
 	CHAOS_S=$$(( $(CHAOS_S) / 2 )) $(BIN)/pytest tests/faults tests/e2e/test_real_kills.py -k "random_faults or random_kills" -s -q
 
-audit: ## Known vulnerabilities of the locked packages, where osv.dev can be reached
-	PYTHON=$(PYTHON) requirements/audit.sh
+audit: $(READY) ## Known vulnerabilities of the locked packages, where osv.dev can be reached
+	requirements/audit.sh
 
 check: lint ## Before a commit: lint and the quick unit tests, under a minute
 	OMP_NUM_THREADS=1 $(BIN)/pytest tests/unit -q -n 2 --dist loadfile -m "not slow"
@@ -104,8 +91,8 @@ quality: $(READY) ## Does SPIN beat more SFT? Hours; resumes; QUALITY_DATA=FOLDE
 
 peers: .peers/.ready ## An environment with TRL, to compare with
 
-.peers/.ready: requirements/peers.txt
-	@$(PYTHON) -m venv .peers
+.peers/.ready: requirements/peers.txt $(READY)
+	@$(BIN)/python -m venv .peers
 	@.peers/bin/pip install -q '$(TORCH)+cpu' -r requirements/peers.txt 2>/dev/null || .peers/bin/pip install -q '$(TORCH)' -r requirements/peers.txt
 	@touch $@
 
@@ -113,7 +100,7 @@ format: $(READY) ## Apply the formatter and the safe lint fixes
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
-lock: ## Resolve requirements/cpu.lock again (needs uv)
+lock: ## Resolve requirements/*.lock again (needs uv)
 	requirements/lock.sh
 
 clean: ## Remove caches; runs and .venv stay

@@ -8,5 +8,5 @@ if ! reason=$(curl -sS --max-time 20 -o /dev/null -d '{"package": {"name": "pip"
   echo "audit: NOT DONE: no vulnerability database can be reached ($database: $reason)" >&2
   exit 0
 fi
-test -x .audit/bin/pip-audit || { "${PYTHON:-python3.11}" -m venv .audit && .audit/bin/pip install -q pip-audit==2.10.1; }
+test -x .audit/bin/pip-audit || { .venv/bin/python -m venv .audit && .audit/bin/pip install -q pip-audit==2.10.1; }
 .audit/bin/pip-audit --disable-pip --no-deps --vulnerability-service osv -r requirements/cpu.lock -r requirements/torch.txt
