@@ -13,15 +13,27 @@ from spin_ray.config.recipe import SpinConfig
 from spin_ray.config.sections import TAGS
 from spin_ray.errors import ConfigError
 
+RECIPES = Path(__file__).parent / "recipes"
+"""Recipes that come with the package: jobs/recipes."""
+
 
 def load_config(recipe: str | Path, overrides: dict[str, str] | None = None) -> SpinConfig:
     """Reads a recipe, with ``{"section.field": "YAML value"}`` on top.
 
+    Args:
+        recipe: A file, or the name of a recipe that comes with the package: ``smoke``.
+
     Raises:
         ConfigError: the recipe cannot be read or is wrong; the message lists every problem.
     """
+    file = Path(recipe)
+    if file.name == str(recipe) and not file.exists() and (RECIPES / f"{recipe}.yaml").is_file():
+        file = RECIPES / f"{recipe}.yaml"
     try:
-        text = Path(recipe).read_text(encoding="utf-8")
+        text = file.read_text(encoding="utf-8")
+    except FileNotFoundError as error:
+        names = ", ".join(sorted(path.stem for path in RECIPES.glob("*.yaml")))
+        raise ConfigError(f"{recipe}: there is no such file; recipes that come with spin_ray: {names}") from error
     except (OSError, UnicodeDecodeError) as error:
         raise ConfigError(f"{recipe}: cannot be read ({error})") from error
     content = _parse_yaml(text, source=str(recipe))

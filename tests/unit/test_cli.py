@@ -96,7 +96,7 @@ def test_what_cannot_be_used_is_one_line_and_no_run_is_begun(call, tmp_path, rec
 
 
 def test_a_recipe_that_is_not_there_is_one_line(call, tmp_path):
-    assert_one_line(call("run", tmp_path / "none.yaml", "--out", tmp_path / "run"), "none.yaml: cannot be read")
+    assert_one_line(call("run", tmp_path / "none.yaml", "--out", tmp_path / "run"), "none.yaml: there is no such file")
 
 
 @pytest.mark.parametrize(

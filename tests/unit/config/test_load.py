@@ -12,6 +12,7 @@ from spin_ray.config.load import load_config, parse_config
 from spin_ray.config.recipe import SpinConfig, flatten
 from spin_ray.errors import ConfigError
 from tests.support.fakes import MINIMAL
+from tests.support.paths import RECIPES
 from tests.support.settings import SECTIONS, leaves
 
 PLAIN = {**MINIMAL, "train": {"learning_rate": 1e-6}}
@@ -50,9 +51,20 @@ def test_a_recipe_that_is_no_mapping_is_one_line(tmp_path, content, reason):
 
 def test_a_recipe_that_is_not_there_or_not_text_is_one_line(tmp_path):
     (tmp_path / "binary.yaml").write_bytes(b"\xff\xfe\x00")
-    for name in ("none.yaml", "binary.yaml", "."):
-        with pytest.raises(ConfigError, match="cannot be read"):
+    for name, reason in {"none.yaml": "no such file", "binary.yaml": "cannot be read", ".": "cannot be read"}.items():
+        with pytest.raises(ConfigError, match=reason):
             load_config(tmp_path / name)
+
+
+def test_recipes_that_come_with_the_package_are_found_by_name_anywhere(tmp_path, monkeypatch):
+    """A file of that name goes first; a name that is neither is told with those that are."""
+    monkeypatch.chdir(tmp_path)
+    assert load_config("smoke") == load_config(RECIPES / "smoke.yaml")
+    (tmp_path / "smoke").write_text("{}")
+    with pytest.raises(ConfigError, match="smoke: model"):
+        load_config("smoke")
+    with pytest.raises(ConfigError, match=r"smok: there is no such file; .* demo, .* smoke, .* zephyr_7b"):
+        load_config("smok")
 
 
 @pytest.mark.parametrize(
