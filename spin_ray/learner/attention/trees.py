@@ -3,13 +3,12 @@
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import pairwise
-from types import SimpleNamespace
-from typing import Any
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
-from transformers.integrations.sdpa_attention import sdpa_attention_forward
+from torch.nn import functional
+from transformers.integrations.sdpa_attention import repeat_kv
 
 from spin_ray.learner.attention.base import Window
 from spin_ray.learner.attention.dense import additive_masks, attend_by_products
@@ -59,7 +58,7 @@ class TreesPlan:
     ) -> Float[Tensor, "1 tokens heads width"]:
         sizes = [stop - start for start, stop in self.spans]
         mask = self.masks[window]
-        groups: Any = SimpleNamespace(num_key_value_groups=query.shape[1] // key.shape[1])
+        groups = query.shape[1] // key.shape[1]
         trees = zip(self.spans, *(states.split(sizes, dim=2) for states in (query, key, value)), strict=True)
         outputs = []
         for (start, stop), q, k, v in trees:
@@ -68,7 +67,9 @@ class TreesPlan:
                 dtype = torch.promote_types(q.dtype, torch.float32) if stop - start <= EXACT_TREES else None
                 attended = attend_by_products(q, k, v, seen, scaling=scaling, softcap=softcap, sinks=sinks, dtype=dtype)
             else:
-                attended = sdpa_attention_forward(groups, q, k, v, seen, scaling=scaling)[0]
+                k, v = repeat_kv(k, groups), repeat_kv(v, groups)
+                attended = functional.scaled_dot_product_attention(q, k, v, attn_mask=seen, scale=scaling)
+                attended = attended.transpose(1, 2).contiguous()
             outputs.append(attended)
         return torch.cat(outputs, dim=1)
 
