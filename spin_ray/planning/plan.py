@@ -131,10 +131,14 @@ def count_rows(files: list[str]) -> int:
     """Counts rows of local files, without blank lines."""
     import pyarrow.parquet as pq
 
+    from spin_ray.inputs.sources import read_slice, split
+
     total = 0
     for file in files:
         if file.endswith(".parquet"):
             total += pq.read_metadata(file).num_rows
+        elif not file.endswith((".jsonl", ".ndjson")):
+            total += sum(1 for piece in split([file]) for _ in read_slice(piece))
         else:
             with open(file, "rb") as lines:
                 total += sum(1 for line in lines if line.strip())
