@@ -114,9 +114,8 @@ def _refuse_mixed_files(slices: list["_Slice"], uris: list[str]) -> None:
     """Raises DataError if a file has usable rows of two forms."""
     forms: dict[str, dict[str, tuple[str, str]]] = {}
     for uri, each in zip(uris, slices, strict=True):
-        forms[uri] = forms.get(uri, {}) | {
-            form: row for form, row in each.forms.items() if form not in forms.get(uri, {})
-        }
+        for form, row in each.forms.items():
+            forms.setdefault(uri, {}).setdefault(form, row)
     for found in forms.values():
         refuse_two_forms(found)
 
