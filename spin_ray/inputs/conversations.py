@@ -26,6 +26,9 @@ def rejected_of(content: dict[str, Any] | None, data: DataConfig) -> Conversatio
     Raises:
         Unusable: the worse response is malformed, or answers another prompt than the better one.
     """
+    row = mapped(content or {}, data)
+    if row.get("rejected") is None and row.get("generated") is None:  # most rows; spares reading them twice
+        return None
     exchange = _exchange_of(content, data)
     if exchange.rejected is None:
         return None

@@ -163,6 +163,7 @@ def test_tool_calls_thoughts_and_tools_are_kept_under_one_name():
 )
 def test_a_row_that_its_form_cannot_read_says_why(row, detail):
     with pytest.raises(Unusable) as caught:
+        conversations_of(row, DATA)
         rejected_of(row, DATA)
     assert detail in caught.value.detail
 
