@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 
 from spin_ray.config.sections import DataConfig, FormName
 from spin_ray.errors import DataError
-from spin_ray.inputs.conversations import Unusable, conversations_of, question_of, rejected_of, tools_of
+from spin_ray.inputs.conversations import Unusable, conversations_of, question_of, tools_of
 from spin_ray.inputs.forms import BY_NAME, FORMS, find_form, form_of, ignored_in
 from spin_ray.inputs.messages import parse_messages
 from spin_ray.inputs.sources import SourceRow
@@ -163,8 +163,7 @@ def test_tool_calls_thoughts_and_tools_are_kept_under_one_name():
 )
 def test_a_row_that_its_form_cannot_read_says_why(row, detail):
     with pytest.raises(Unusable) as caught:
-        conversations_of(row, DATA)
-        rejected_of(row, DATA)
+        rows_of(row)
     assert detail in caught.value.detail
 
 
