@@ -5,6 +5,8 @@ import shutil
 from pathlib import Path
 from typing import Any
 
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 
 from spin_ray.config.recipe import SpinConfig
@@ -38,6 +40,30 @@ def test_a_recipe_that_can_run_is_resolved():
         "model": start.model.digest, "data": start.data_digest, "heldout": start.heldout_digest,
         "questions": None,
     }  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("rows", "message"),
+    [
+        ([{"instruction": "a", "text": "b"}], "nearest is alpaca, which lacks output"),
+        ([{"prompt": "a", "response": "b"}, {"conversations": []}], "is of the form sharegpt"),
+    ],
+)
+def test_rows_of_no_form_or_of_two_are_found_before_anything_starts(tmp_path, rows, message):
+    """Each file is looked at, also one behind a file of good rows."""
+    good = {"prompt": "a", "response": "b"}
+    for name, content in {"a.jsonl": [good], "b.jsonl": rows}.items():
+        (tmp_path / name).write_text("".join(json.dumps(row) + "\n" for row in content))
+    with pytest.raises(DataError, match=message) as caught:
+        check_recipe(config_for(data={"train": str(tmp_path)}))
+    assert "b.jsonl:" in str(caught.value) and "\n" not in str(caught.value)
+
+
+def test_columns_of_the_recipe_are_read_from_a_table(tmp_path):
+    pq.write_table(pa.table({"ask": ["2 + 2?"], "say": ["4"]}), tmp_path / "a.parquet")
+    check_recipe(
+        config_for(data={"train": str(tmp_path / "a.parquet"), "columns": {"prompt": "ask", "response": "say"}})
+    )
 
 
 def test_the_model_that_the_warm_up_starts_from_is_not_yet_the_sft_model():
