@@ -47,6 +47,7 @@ IDENTITY = {
     "model.path": "m",
     "model.max_length": 2048,
     "model.chat_template": None,
+    "model.chat_template_kwargs": {},
     "model.trust_remote_code": False,
     "model.attention": "auto",
     "data.train": "d.jsonl",

@@ -23,6 +23,7 @@ def config_for(**sections: Any) -> SpinConfig:
         "model": {"path": "embedded:tiny-llama", "max_length": 128},
         "data": {"train": "embedded:arithmetic-train", "heldout": "embedded:arithmetic-heldout"},
         "generation": {"sampling": {"max_tokens": 24}},
+        "train": {"global_batch_pairs": 1},
     }
     for name, values in sections.items():
         recipe[name] = recipe.get(name, {}) | values
@@ -125,7 +126,7 @@ def test_token_ids_of_a_runs_own_rows_are_compared_with_transformers(kind, tmp_p
     Path(source).write_text("".join(json.dumps(row) + "\n" for row in [*rows, forged, {"prompt": "no response"}]))
     assert check_token_ids(tokenizer, renderer, source, DataConfig(train=source)) == 3
 
-    def as_two_texts(conversations):
+    def as_two_texts(conversations, tools):
         prompt = renderer.render_prompt(conversations[0][:-1])
         response = tokenizer.encode(conversations[0][-1]["content"], add_special_tokens=False)
         return [Rendered(prompt, [*response, renderer.end_of_turn_id])]
