@@ -12,6 +12,7 @@ from pydantic import model_validator
 
 from spin_ray.config.sections import (
     IDENTITY,
+    LATER,
     MAY_CHANGE,
     EngineConfig,
     Section,
@@ -59,7 +60,7 @@ def _identity(section: Section) -> dict[str, Any]:
     tree = section.model_dump(mode="json")
     for name, field in type(section).model_fields.items():
         value = getattr(section, name)
-        if MAY_CHANGE in field.metadata:
+        if MAY_CHANGE in field.metadata or (LATER in field.metadata and value == field.default):
             del tree[name]
         elif isinstance(value, Section) and IDENTITY not in field.metadata:
             tree[name] = _identity(value)

@@ -30,13 +30,19 @@ ImportPath = Annotated[str, Field(pattern=r"^[^\W\d]\w*(\.[^\W\d]\w*)*:[^\W\d]\w
 """Place of a user's class or function, e.g. ``my_package.mine:Name``. Reading a recipe checks only the form."""
 NameOrPath = Annotated[Annotated[T, Tag(NAME)] | Annotated[ImportPath, Tag(PATH)], _name_or_path]
 
-MAY_CHANGE, IDENTITY = object(), object()
+MAY_CHANGE, IDENTITY, LATER = object(), object(), object()
 MayChange = Annotated[T, MAY_CHANGE]
 """A setting that may change between two calls of one run. All others are the run's identity."""
 Identity = Annotated[T, IDENTITY]
 """A section that belongs to the run's identity as a whole."""
+Later = Annotated[T, LATER]
+"""A setting that older versions lack. It belongs to the identity only where it differs from its default."""
 
 AlgorithmName = Literal["spin", "continued_sft", "dpo", "sppo", "self_reinforcement", "seft"]
+FormName = Literal[
+    "chosen_rejected", "prompt_chosen_rejected", "messages", "sharegpt", "real_generated", "prompt_completion",
+    "prompt_response", "alpaca", "orca", "question_answer",
+]  # fmt: skip
 LossName = Literal["logistic", "hinge", "exponential", "correlation"]
 OptimizerName = Literal["rmsprop", "adamw"]
 BackendName = Literal["fsdp2", "deepspeed"]
@@ -85,8 +91,11 @@ class DataConfig(Section):
     """The conversations that the run learns from and is measured on."""
 
     train: str
-    """Training data: a JSONL or Parquet file, folder, glob or URI, with columns ``messages``, or ``prompt`` and
-    ``response``. ``chosen`` may stand for either, and ``rejected`` beside it is y′ for algorithm ``dpo``."""
+    """Training data: a file, folder, glob or URI. docs/data.md has the kinds of files and the forms of rows."""
+    form: Later[FormName | None] = None
+    """Form of the rows (docs/data.md). Not set: recognised from the columns."""
+    columns: Later[dict[str, str]] = {}
+    """Names of the form's columns in the files, e.g. ``{prompt: question}``."""
     questions: str | None = None
     """Unlabelled questions for ``self_reinforcement`` and ``seft``, as ``prompt`` or ``messages``. A last turn of the
     assistant is not read."""
@@ -102,6 +111,8 @@ class DataConfig(Section):
     each a row of its own."""
     system: str | None = None
     """System message for conversations without one. Not set: the chat template's default."""
+    keep_leaks: Later[bool] = False
+    """Training on rows that are held out, too. Off: they are taken out of training, and counted."""
     max_quarantine_fraction: Fraction = 0.05
     """Fraction of unusable rows above which the run stops, as they hint at a mistake in the data."""
 

@@ -1,54 +1,36 @@
 """A row of data -> the conversations in it, checked."""
 
 import math
+import re
 from typing import Any
 
 from spin_ray.config.sections import DataConfig
+from spin_ray.inputs.forms import FORMS, Exchange, form_of, mapped, no_form
+from spin_ray.inputs.messages import KEPT, Conversation, Message, Unusable, decoded
 
-Message = dict[str, str]
-Conversation = list[Message]
-
-
-class Unusable(Exception):
-    """A row for quarantine: a ``reason`` to count and a ``detail`` to read."""
-
-    def __init__(self, reason: str, detail: str) -> None:
-        self.reason, self.detail = reason, detail
+__all__ = ["Conversation", "Message", "Unusable", "answer_of", "conversations_of", "question_of", "rejected_of"]
 
 
 def conversations_of(content: dict[str, Any] | None, data: DataConfig) -> list[Conversation]:
     """Returns the conversations that end with a response, by ``data.turns``.
 
-    A list ``chosen`` replaces ``messages``; a text ``chosen`` replaces ``response``.
-
     Raises:
         Unusable: there are none.
     """
-    if content is None:
-        raise Unusable("malformed", "not a JSON object")
-    messages = _messages_of(content, data)
-    ends = [index for index, message in enumerate(messages) if message["role"] == "assistant"]
-    wanted = {"first": ends[:1], "last": ends[-1:], "all": ends}[data.turns]
-    for end in wanted:
-        if not messages[end]["content"].strip():
-            raise Unusable("empty", f"message {end} (assistant) has no text")
-    return [messages[: end + 1] for end in wanted]
+    return _ending_with_response(_exchange_of(content, data).messages, data)
 
 
 def rejected_of(content: dict[str, Any] | None, data: DataConfig) -> Conversation | None:
-    """Returns the conversation that ends with ``rejected``; None without one.
+    """Returns the conversation that ends with the worse response; None without one.
 
     Raises:
-        Unusable: ``rejected`` is malformed, or answers another prompt than ``chosen``.
+        Unusable: the worse response is malformed, or answers another prompt than the better one.
     """
-    if content is None or content.get("rejected") is None:
+    exchange = _exchange_of(content, data)
+    if exchange.rejected is None:
         return None
-    if content.get("chosen") is None:
-        raise Unusable("malformed", "has rejected, but no chosen")
-    if isinstance(content["chosen"], str) and content.get("prompt") is None:
-        raise Unusable("malformed", "chosen is text, and there is no prompt that it answers")
-    rejected = conversations_of(content | {"chosen": content["rejected"], "rejected": None}, data)
-    if rejected[-1][:-1] != conversations_of(content, data)[-1][:-1]:
+    rejected = _ending_with_response(exchange.rejected, data)
+    if rejected[-1][:-1] != _ending_with_response(exchange.messages, data)[-1][:-1]:
         raise Unusable("malformed", "chosen and rejected do not answer the same prompt")
     return rejected[-1]
 
@@ -57,21 +39,46 @@ def question_of(content: dict[str, Any] | None, data: DataConfig) -> Conversatio
     """Returns a question with an empty response; raises Unusable if the row has none."""
     if content is None:
         raise Unusable("malformed", "not a JSON object")
-    messages = content.get("messages")
-    if messages is None:
-        if "prompt" not in content:
-            raise Unusable("malformed", "needs messages, or prompt")
-        messages = [{"role": "user", "content": content["prompt"]}]
-    if isinstance(messages, list) and messages and isinstance(messages[-1], dict):
-        messages = messages[:-1] if messages[-1].get("role") == "assistant" else messages
-        messages = [*messages, {"role": "assistant", "content": ""}]
-    return _messages_of({"messages": messages}, data)
+    row = mapped(content, data)
+    for form in FORMS:
+        if data.form not in (None, form.name):
+            continue
+        if form.asks is None and form.name in ("messages", "sharegpt") and form.matches(row):
+            messages = form.read(row).messages
+            messages = messages[:-1] if messages and messages[-1]["role"] == "assistant" else messages
+            break
+        if form.asks is not None and row.get(form.asks) is not None:
+            messages = form.read(row | {form.response: ""}).messages[:-1]
+            break
+    else:
+        raise Unusable("malformed", "needs messages, or prompt")
+    return _checked([*messages, {"role": "assistant", "content": ""}], row, data)
+
+
+def tools_of(content: dict[str, Any] | None) -> list[Any] | None:
+    """Returns the tools that the prompt offers; None without any.
+
+    Raises:
+        Unusable: ``tools`` is neither a list nor JSON text of one.
+    """
+    tools = decoded((content or {}).get("tools"))
+    if tools in (None, "", []):
+        return None
+    if not isinstance(tools, list):
+        raise Unusable("malformed", f"tools: expected a list, found {type(tools).__name__}")
+    return tools
+
+
+_NUMBER = re.compile(r"\s*[-+]?\d{1,3}(,\d{3})+(\.\d*)?\s*")
 
 
 def answer_of(value: Any) -> float | None:
-    """Returns ``value`` as a finite number, or None."""
-    if value is None:
+    """Returns ``value`` as a finite number, or None. Text may be ``1,234``, or end with ``#### 12``."""
+    if value is None or isinstance(value, bool):
         return None
+    if isinstance(value, str):
+        value = value.rpartition("####")[2]
+        value = value.replace(",", "") if _NUMBER.fullmatch(value) else value
     try:
         number = float(value)
     except (TypeError, ValueError, OverflowError):
@@ -79,31 +86,52 @@ def answer_of(value: Any) -> float | None:
     return number if math.isfinite(number) else None
 
 
-def _messages_of(content: dict[str, Any], data: DataConfig) -> list[Message]:
-    chosen = content.get("chosen")
-    messages = chosen if isinstance(chosen, list) else content.get("messages")
-    if messages is None or (isinstance(chosen, str) and content.get("prompt") is not None):
-        if "prompt" not in content or ("response" not in content and chosen is None):
-            raise Unusable("malformed", "needs messages, or prompt and response")
-        response = content["response"] if chosen is None else chosen
-        messages = [{"role": "user", "content": content["prompt"]}, {"role": "assistant", "content": response}]
-    if not isinstance(messages, list):
-        raise Unusable("malformed", f"messages: expected a list, found {type(messages).__name__}")
-    for index, message in enumerate(messages):
-        if not isinstance(message, dict) or message.get("role") not in ("system", "user", "assistant"):
-            raise Unusable("malformed", f"message {index}: needs a role of system, user or assistant")
-        text = message.get("content")
-        if not isinstance(text, str):
-            raise Unusable("malformed", f"message {index}: content must be text, found {type(text).__name__}")
-        try:
-            text.isascii() or text.encode()
-        except UnicodeEncodeError:
-            raise Unusable("malformed", f"message {index}: content is not valid Unicode (a lone surrogate)") from None
-    messages = [{"role": message["role"], "content": message["content"]} for message in messages]
-    if not any(message["role"] == "assistant" for message in messages):
+def _exchange_of(content: dict[str, Any] | None, data: DataConfig) -> Exchange:
+    if content is None:
+        raise Unusable("malformed", "not a JSON object")
+    row = mapped(content, data)
+    if (rejected := row.get("rejected")) is not None and row.get("chosen") is None:
+        raise Unusable("malformed", "has rejected, but no chosen")
+    form = form_of(row, data)
+    if rejected is not None and "rejected" not in (form.may if form else ()) and data.form is None:
+        raise Unusable("malformed", "chosen is text, and there is no prompt that it answers")
+    if form is None:
+        raise Unusable("malformed", no_form(row, data))
+    messages, rejected = form.read(row)
+    return Exchange(_checked(messages, row, data), _checked(rejected, row, data) if rejected is not None else None)
+
+
+def _ending_with_response(messages: list[Message], data: DataConfig) -> list[Conversation]:
+    ends = [index for index, message in enumerate(messages) if message["role"] == "assistant"]
+    wanted = {"first": ends[:1], "last": ends[-1:], "all": ends}[data.turns]
+    for end in wanted:
+        if not messages[end]["content"].strip() and not messages[end].get("tool_calls"):
+            raise Unusable("empty", f"message {end} (assistant) has no text")
+    return [messages[: end + 1] for end in wanted]
+
+
+def _checked(messages: list[Message], row: dict[str, Any], data: DataConfig) -> list[Message]:
+    """Returns the messages with the recipe's system message; raises Unusable without a prompt and a response."""
+    _refuse_unrendered(messages, row)
+    first = next((index for index, message in enumerate(messages) if message["role"] == "assistant"), None)
+    if first is None:
         raise Unusable("empty", "no assistant message")
-    if messages[0]["role"] == "assistant":
+    if first == 0:
         raise Unusable("empty", "starts with the assistant: there is no prompt")
-    if data.system is not None and messages[0]["role"] != "system":
-        messages.insert(0, {"role": "system", "content": data.system})
+    if all(message["role"] in ("system", "developer") for message in messages[:first]):
+        raise Unusable("empty", f"message {first} (assistant) follows no message of a user")
+    if data.system is not None and messages[0]["role"] not in ("system", "developer"):
+        messages = [{"role": "system", "content": data.system}, *messages]
     return messages
+
+
+def _refuse_unrendered(messages: list[Message], row: dict[str, Any]) -> None:
+    """Raises Unusable for what no renderer writes yet, by its name."""
+    if "tools" in row and tools_of(row) is not None:
+        raise Unusable("malformed", "tools: is not rendered")
+    for index, message in enumerate(messages):
+        if len(message) > 2:
+            key = next(key for key in KEPT if key in message)
+            raise Unusable("malformed", f"message {index}: {key} is not rendered")
+        if message["role"] == "tool":
+            raise Unusable("malformed", f"message {index}: role tool is not rendered")

@@ -1,0 +1,319 @@
+"""Forms of rows: the columns that hold prompt and response, and how they become messages.
+
+``FORMS`` is the table of docs/data.md. A new form is a function and a line of the table.
+"""
+
+import json
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from functools import lru_cache
+from typing import Any, NamedTuple, Protocol
+
+from spin_ray.config.sections import DataConfig
+from spin_ray.errors import DataError
+from spin_ray.inputs.messages import READ, Message, Unusable, listed, parse_messages
+
+Columns = dict[str, Any]
+"""A row: values by column."""
+
+
+class Exchange(NamedTuple):
+    messages: list[Message]
+    """The conversation; its responses are the human ones."""
+    rejected: list[Message] | None = None
+    """The conversation with the worse response."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Form:
+    name: str
+    needs: tuple[str, ...]
+    """Columns without which a row is not of this form."""
+    may: tuple[str, ...] = ()
+    """Columns that are read where a row has them."""
+    read: Callable[[Columns], Exchange]
+    """Raises Unusable for a row that cannot be read."""
+    fits: Callable[[Columns], bool] = lambda row: True
+    """Tells forms of the same columns apart."""
+    asks: str | None = None
+    """Column of the question; its row without a response is a question."""
+    response: str = ""
+    """Column of the response to ``asks``."""
+    known_from: str
+    """Where such files come from."""
+    example: Columns
+
+    def matches(self, row: Columns) -> bool:
+        return all(row.get(column) is not None for column in self.needs) and self.fits(row)
+
+
+def _conversation(prompt: Any, response: Any, system: Any = None) -> list[Message]:
+    """Returns the messages of a prompt and a response, each a text or a list of messages."""
+    before = listed(prompt, "prompt") if isinstance(prompt, list | dict) else [{"role": "user", "content": prompt}]
+    after = (
+        listed(response, "response")
+        if isinstance(response, list | dict)
+        else [{"role": "assistant", "content": response}]
+    )
+    return _with_system(parse_messages([*before, *after]), system)
+
+
+def _with_system(messages: list[Message], system: Any) -> list[Message]:
+    if system is None or system == "":
+        return messages
+    if messages and messages[0]["role"] in ("system", "developer"):
+        if messages[0]["content"] == system:
+            return messages
+        raise Unusable("malformed", "has a column system and another system message")
+    return parse_messages([{"role": "system", "content": system}, *messages])
+
+
+def _messages(row: Columns) -> Exchange:
+    return Exchange(parse_messages(listed(row["messages"], "messages")))
+
+
+def _sharegpt(row: Columns) -> Exchange:
+    return Exchange(_with_system(parse_messages(listed(row["conversations"], "conversations")), row.get("system")))
+
+
+def _alpaca(row: Columns) -> Exchange:
+    """Joins instruction and input by an empty line; ``history`` holds earlier pairs of instruction and output."""
+    extra = row.get("input")
+    asked = row["instruction"]
+    if extra is not None and extra != "":
+        if not isinstance(extra, str) or not isinstance(asked, str):
+            raise Unusable("malformed", "instruction and input must be text")
+        asked = f"{asked}\n\n{extra}"
+    before = []
+    for turn in row.get("history") or []:
+        if not isinstance(turn, list) or len(turn) != 2:
+            raise Unusable("malformed", "history must hold pairs of instruction and output")
+        before += [{"role": "user", "content": turn[0]}, {"role": "assistant", "content": turn[1]}]
+    return Exchange(_conversation([*before, {"role": "user", "content": asked}], row["output"], row.get("system")))
+
+
+def _answered(asks: str, response: str) -> Callable[[Columns], Exchange]:
+    return lambda row: Exchange(_conversation(row[asks], row[response], row.get("system")))
+
+
+def _preferred(asks: str) -> Callable[[Columns], Exchange]:
+    def read(row: Columns) -> Exchange:
+        rejected, system = row.get("rejected"), row.get("system")
+        return Exchange(
+            _conversation(row[asks], row["chosen"], system),
+            None if rejected is None else _conversation(row[asks], rejected, system),
+        )
+
+    return read
+
+
+def _both(better: str, worse: str) -> Callable[[Columns], Exchange]:
+    def read(row: Columns) -> Exchange:
+        rejected = row.get(worse)
+        return Exchange(
+            parse_messages(listed(row[better], better)),
+            None if rejected is None else parse_messages(listed(rejected, worse)),
+        )
+
+    return read
+
+
+def _is_conversation(value: Any) -> bool:
+    """Tells whether a value is a list of messages that begins before the response."""
+    if not isinstance(value, list | dict):
+        return False
+    values = listed(value, "") if isinstance(value, list) or all(isinstance(v, list) for v in value.values()) else []
+    first = values[0] if values else None
+    return not (isinstance(first, dict) and (first.get("role") or first.get("from")) in ("assistant", "gpt"))
+
+
+_HI = [{"role": "user", "content": "2 + 2?"}, {"role": "assistant", "content": "4"}]
+_BAD = [{"role": "user", "content": "2 + 2?"}, {"role": "assistant", "content": "5"}]
+
+FORMS: tuple[Form, ...] = (
+    Form(
+        name="chosen_rejected", needs=("chosen",), may=("rejected",), read=_both("chosen", "rejected"),
+        fits=lambda row: _is_conversation(row["chosen"]) or (
+            isinstance(row["chosen"], list | dict) and row.get("prompt") is None
+        ),
+        known_from="TRL with implicit prompts, UltraFeedback (its prompt and messages are not read)",
+        example={"chosen": _HI, "rejected": _BAD},
+    ),
+    Form(
+        name="prompt_chosen_rejected", needs=("prompt", "chosen"), may=("rejected", "system"),
+        read=_preferred("prompt"), asks="prompt", response="chosen",
+        known_from="TRL with explicit prompts (texts or messages), most preference data",
+        example={"prompt": "2 + 2?", "chosen": "4", "rejected": "5"},
+    ),
+    Form(
+        name="messages", needs=("messages",), read=_messages,
+        known_from="OpenAI, TRL, UltraChat; also JSON text and a struct of lists",
+        example={"messages": _HI},
+    ),
+    Form(
+        name="sharegpt", needs=("conversations",), may=("system",), read=_sharegpt,
+        known_from="ShareGPT, OpenHermes, SlimOrca (from and value, or role and content)",
+        example={"conversations": [{"from": "human", "value": "2 + 2?"}, {"from": "gpt", "value": "4"}]},
+    ),
+    Form(
+        name="real_generated", needs=("real",), may=("generated",), read=_both("real", "generated"),
+        known_from="the pairs that SPIN's authors released; generated counts as rejected",
+        example={"real": _HI, "generated": _BAD},
+    ),
+    Form(
+        name="prompt_completion", needs=("prompt", "completion"), may=("system",),
+        read=_answered("prompt", "completion"), asks="prompt", response="completion",
+        known_from="TRL (texts or messages)",
+        example={"prompt": "2 + 2?", "completion": "4"},
+    ),
+    Form(
+        name="prompt_response", needs=("prompt", "response"), may=("system",),
+        read=_answered("prompt", "response"), asks="prompt", response="response",
+        known_from="OpenRLHF and many others",
+        example={"prompt": "2 + 2?", "response": "4"},
+    ),
+    Form(
+        name="alpaca", needs=("instruction", "output"), may=("input", "system", "history"), read=_alpaca,
+        asks="instruction", response="output",
+        known_from="Alpaca, LLaMA-Factory; an input follows the instruction after an empty line",
+        example={"instruction": "Add.", "input": "2, 2", "output": "4"},
+    ),
+    Form(
+        name="orca", needs=("question", "chosen"), may=("rejected", "system"), read=_preferred("question"),
+        asks="question", response="chosen",
+        known_from="Orca DPO pairs",
+        example={"system": "Be brief.", "question": "2 + 2?", "chosen": "4", "rejected": "5"},
+    ),
+    Form(
+        name="question_answer", needs=("question", "answer"), may=("system",),
+        read=_answered("question", "answer"), asks="question", response="answer",
+        known_from="GSM8K and other question sets; answer is the response",
+        example={"question": "2 + 2?", "answer": "2 + 2 = 4\n#### 4"},
+    ),
+)  # fmt: skip
+"""The forms in the order in which they are looked for."""
+
+BY_NAME = {form.name: form for form in FORMS}
+BESIDE = ("answer", "tools")
+"""Columns that every form may have: a number for grading, and the tools that the prompt offers."""
+COLUMNS = tuple(dict.fromkeys([*(name for form in FORMS for name in (*form.needs, *form.may)), *BESIDE]))
+"""Every column that some form reads."""
+
+
+def mapped(content: Columns, data: DataConfig) -> Columns:
+    """Returns the row with the names of ``data.columns``."""
+    if not data.columns:
+        return content
+    taken = set(data.columns.values())
+    rest = {name: value for name, value in content.items() if name not in taken}
+    return rest | {ours: content[theirs] for ours, theirs in data.columns.items() if theirs in content}
+
+
+def form_of(row: Columns, data: DataConfig) -> Form | None:
+    """Returns the form of a mapped row, or ``data.form``; None if it is of none."""
+    if data.form is not None:
+        form = BY_NAME[data.form]
+        return form if all(column in row for column in form.needs) else None
+    for form in FORMS:
+        if form.matches(row):
+            return form
+    return next((form for form in FORMS if len(form.needs) > 1 and all(name in row for name in form.needs)), None)
+
+
+def no_form(row: Iterable[str], data: DataConfig) -> str:
+    """Returns why a row of these columns is of no form: the nearest form and the columns that it lacks."""
+    has = set(row)
+    if data.form is not None:
+        lacks = [name for name in BY_NAME[data.form].needs if name not in has]
+        return f"data.form {data.form} needs {_and(BY_NAME[data.form].needs)}; there is no {_and(lacks)}"
+
+    def nearness(form: Form) -> tuple[float, int, bool]:
+        return len(has & set(form.needs)) / len(form.needs), len(has & set(form.may)), form.name == "prompt_response"
+
+    nearest = max(FORMS, key=nearness)
+    known = has & {*nearest.needs, *nearest.may}
+    needed = "needs messages, or prompt and response, or the columns of another form (docs/data.md)"
+    if not known:
+        return f"{needed}; data.columns maps names"
+    lacks = [name for name in nearest.needs if name not in has] or nearest.needs
+    return f"{needed}; nearest is {nearest.name}, which lacks {_and(lacks)}"
+
+
+def _and(names: Iterable[str]) -> str:
+    return ", ".join(map(str, names))
+
+
+class Placed(Protocol):
+    """A row with its place, as ``sources.SourceRow``."""
+
+    @property
+    def origin(self) -> str: ...
+    @property
+    def content(self) -> Columns | None: ...
+
+
+def find_form(rows: Iterable[Placed], data: DataConfig) -> Form | None:
+    """Returns the one form of the first rows of a file; None if no row is a JSON object.
+
+    Raises:
+        DataError: no row is of a known form, or two rows are of two forms.
+    """
+    found: dict[str, Placed] = {}
+    strange: tuple[str, str] | None = None
+    for row in rows:
+        if row.content is None:
+            continue
+        content = mapped(row.content, data)
+        form = form_of(content, data)
+        if form is not None:
+            found.setdefault(form.name, row)
+        elif strange is None:
+            strange = row.origin, f"{no_form(content, data)} (it has {_and(row.content) or 'no column'})"
+    refuse_two_forms({name: (row.origin, shown(row.content)) for name, row in found.items()})
+    if not found and strange is not None:
+        raise DataError(": ".join(strange))
+    return BY_NAME[next(iter(found))] if found else None
+
+
+def refuse_two_forms(found: dict[str, tuple[str, str]]) -> None:
+    """Raises DataError if ``{form: (origin, row)}`` of one file has two forms."""
+    if len(found) < 2:
+        return
+    (one, (origin, first)), (other, (where, second)) = list(found.items())[:2]
+    raise DataError(
+        f"{origin}: is of the form {one} ({first}), but {where} is of the form {other} ({second}); split the file, or "
+        "name one form by data.form"
+    )
+
+
+def shown(content: Any, width: int = 120) -> str:
+    """Returns a row in one short line."""
+    text = json.dumps(content, ensure_ascii=True, default=str)
+    return text if len(text) <= width else f"{text[: width - 1]}…"
+
+
+def ignored_in(row: Columns, form: Form) -> list[str]:
+    """Returns the columns of a mapped row that its form does not read, and unread keys of its messages."""
+    names = list(_unread(form.name, tuple(row)))
+    for column in form.needs:
+        values = row.get(column)
+        for message in values if isinstance(values, list) else ():
+            if isinstance(message, dict) and len(message) > 2:
+                names += [f"{column}.{key}" for key in message.keys() - READ if message[key] is not None]
+    return list(dict.fromkeys(names))
+
+
+@lru_cache(maxsize=1024)
+def _unread(form: str, columns: tuple[str, ...]) -> tuple[str, ...]:
+    read = {*BY_NAME[form].needs, *BY_NAME[form].may, *BESIDE}
+    return tuple(name for name in columns if name not in read)
+
+
+def as_markdown() -> str:
+    """Returns the table of forms of docs/data.md."""
+    lines = ["| `data.form` | columns | may have | comes from | a row |", "|---|---|---|---|---|"]
+    for form in FORMS:
+        needs, may = (", ".join(f"`{name}`" for name in names) for names in (form.needs, form.may))
+        example = json.dumps(form.example).replace("|", "\\|")
+        lines.append(f"| `{form.name}` | {needs} | {may or '–'} | {form.known_from} | `{example}` |")
+    return "\n".join(lines) + "\n"

@@ -1,0 +1,133 @@
+"""Lists of messages as files hold them -> messages with the role names and keys of chat templates."""
+
+import json
+from typing import Any
+
+Message = dict[str, Any]
+"""``role`` and ``content``, and where the data has them ``tool_calls``, ``tool_call_id``, ``name`` and
+``reasoning_content``."""
+Conversation = list[Message]
+
+_NAMES = {
+    "system": ("system",),
+    "developer": ("developer",),
+    "user": ("user", "human", "prompter", "instruction"),
+    "assistant": ("assistant", "gpt", "chatgpt", "bing", "bard", "model", "bot", "ai", "output", "function_call"),
+    "tool": ("tool", "observation", "function", "function_response", "tool_response", "ipython"),
+}
+ROLES = {name: role for role, names in _NAMES.items() for name in names}
+"""Role of each name that files use."""
+CALL = "function_call"
+"""ShareGPT's name for an assistant's message that is a tool call, as JSON."""
+REASONING = ("reasoning_content", "reasoning", "thinking")
+"""Names of a thought; the first is the templates'."""
+KEPT = ("tool_calls", "tool_call_id", "name", "reasoning_content")
+"""Keys that a template may write beside role and content."""
+READ = {"role", "from", "content", "value", *KEPT, *REASONING, CALL}
+"""Keys of a message that are read; others are ignored and counted."""
+_PLAIN = ("user", "assistant", "system")
+
+
+class Unusable(Exception):
+    """A row for quarantine: a ``reason`` to count and a ``detail`` to read."""
+
+    def __init__(self, reason: str, detail: str) -> None:
+        self.reason, self.detail = reason, detail
+
+
+def listed(value: Any, column: str) -> list[Any]:
+    """Returns a column's list of messages, which may be JSON text or a struct of lists.
+
+    Raises:
+        Unusable: the column holds something else.
+    """
+    if isinstance(value, str):
+        value = decoded(value)
+    if isinstance(value, dict):
+        value = _zipped(value)
+    if not isinstance(value, list):
+        raise Unusable("malformed", f"{column}: expected a list, found {type(value).__name__}")
+    return value
+
+
+def decoded(value: Any) -> Any:
+    """Returns the content of JSON text, and any other value as it is."""
+    if not isinstance(value, str):
+        return value
+    try:
+        return json.loads(value)
+    except (ValueError, RecursionError):
+        return value
+
+
+def _zipped(value: dict[str, Any]) -> Any:
+    """Turns ``{"role": [...], "content": [...]}`` into messages; returns other dicts as they are."""
+    lists = {key: each for key, each in value.items() if each is not None}
+    if not lists or not all(isinstance(each, list) for each in lists.values()):
+        return value
+    if len({len(each) for each in lists.values()}) != 1:
+        return value
+    return [dict(zip(lists, each, strict=True)) for each in zip(*lists.values(), strict=True)]
+
+
+def parse_messages(values: list[Any]) -> list[Message]:
+    """Checks messages and gives them the templates' names; raises Unusable for one that cannot be read."""
+    return [_parse(index, value) for index, value in enumerate(values)]
+
+
+def _parse(index: int, value: Any) -> Message:
+    if isinstance(value, dict) and len(value) == 2:  # most messages
+        role, text = value.get("role"), value.get("content")
+        if role in _PLAIN and isinstance(text, str):
+            _check_unicode(index, text)
+            return {"role": role, "content": text}
+    given = value.get("role") or value.get("from") if isinstance(value, dict) else None
+    role = ROLES.get(given.lower()) if isinstance(given, str) else None
+    if role is None:
+        raise Unusable("malformed", f"message {index}: needs a role of {', '.join(_NAMES)}")
+    message = {key: value[key] for key in KEPT if value.get(key) is not None}
+    for name in REASONING:
+        if isinstance(value.get(name), str) and value[name]:
+            message["reasoning_content"] = value[name]
+    content = value.get("content") if value.get("content") is not None else value.get("value")
+    if given == CALL or value.get(CALL):
+        message["tool_calls"] = [_call(index, content if given == CALL else value[CALL])]
+        content = "" if given == CALL else content
+    if "tool_calls" in message:
+        message["tool_calls"] = decoded(message["tool_calls"])
+        if not isinstance(message["tool_calls"], list):
+            raise Unusable("malformed", f"message {index}: tool_calls must be a list")
+        if not message["tool_calls"]:
+            del message["tool_calls"]
+    if content is None and message.get("tool_calls"):
+        content = ""
+    text = _text(index, content)
+    _check_unicode(index, text)
+    return {"role": role, "content": text} | message
+
+
+def _call(index: int, value: Any) -> dict[str, Any]:
+    function = decoded(value)
+    if not isinstance(function, dict) or not isinstance(function.get("name"), str):
+        raise Unusable("malformed", f"message {index}: {CALL} must be JSON with name and arguments")
+    return {"type": "function", "function": function}
+
+
+def _text(index: int, content: Any) -> str:
+    """Returns a content's text; the parts of a list are joined without a blank, as templates do."""
+    if isinstance(content, str):
+        return content
+    if not isinstance(content, list):
+        raise Unusable("malformed", f"message {index}: content must be text, found {type(content).__name__}")
+    for part in content:
+        if not isinstance(part, dict) or part.get("type") != "text" or not isinstance(part.get("text"), str):
+            kind = part.get("type") if isinstance(part, dict) else type(part).__name__
+            raise Unusable("malformed", f"message {index}: content must be text, found list with a part {kind!r}")
+    return "".join(part["text"] for part in content)
+
+
+def _check_unicode(index: int, text: str) -> None:
+    try:
+        text.isascii() or text.encode()
+    except UnicodeEncodeError:
+        raise Unusable("malformed", f"message {index}: content is not valid Unicode (a lone surrogate)") from None

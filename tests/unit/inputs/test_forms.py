@@ -1,0 +1,180 @@
+"""Forms of rows: a conversation written in any of them has the same tokens, and nothing is dropped unsaid."""
+
+import json
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from spin_ray.config.sections import DataConfig, FormName
+from spin_ray.errors import DataError
+from spin_ray.inputs.conversations import Unusable, conversations_of, question_of, rejected_of, tools_of
+from spin_ray.inputs.forms import BY_NAME, FORMS, find_form, form_of, ignored_in
+from spin_ray.inputs.messages import parse_messages
+from spin_ray.inputs.sources import SourceRow
+from tests.unit.inputs.test_prompt_rows import chat, rows_of, task_of
+
+DATA = DataConfig(train="d")
+
+
+def written(asked, said, worse, system):
+    """One exchange in every way in which files hold it."""
+    before = ([{"role": "system", "content": system}] if system else []) + [{"role": "user", "content": asked}]
+    after, bad = [{"role": "assistant", "content": said}], [{"role": "assistant", "content": worse}]
+    shared = [{"from": {"user": "human", "assistant": "gpt"}.get(m["role"], m["role"]), "value": m["content"]}
+              for m in before + after]  # fmt: skip
+    beside = {"system": system} if system else {}
+    return {
+        "messages": {"messages": before + after, "prompt": "not read"},
+        "JSON text": {"messages": json.dumps(before + after)},
+        "struct of lists": {"messages": {key: [m[key] for m in before + after] for key in ("role", "content")}},
+        "parts": {"messages": [m | {"content": [{"type": "text", "text": m["content"]}]} for m in before + after]},
+        "nulls": {"messages": [m | {"tool_calls": None, "name": None} for m in before + after]},
+        "sharegpt": {"conversations": shared},
+        "sharegpt, system beside": {"conversations": [m for m in shared if m["from"] != "system"], **beside},
+        "alpaca": {"instruction": asked, "input": "", "output": said, **beside},
+        "prompt_response": {"prompt": asked, "response": said, **beside},
+        "prompt_completion": {"prompt": asked, "completion": said, **beside},
+        "prompt_completion of messages": {"prompt": before, "completion": after},
+        "question_answer": {"question": asked, "answer": said, **beside},
+        "TRL implicit": {"chosen": before + after, "rejected": before + bad},
+        "TRL explicit": {"prompt": before, "chosen": after, "rejected": bad},
+        "UltraFeedback": {"prompt": asked, "chosen": before + after, "rejected": before + bad, "messages": before},
+        "texts": {"prompt": asked, "chosen": said, "rejected": worse, **beside},
+        "orca": {"question": asked, "chosen": said, "rejected": worse, **beside},
+        "SPIN's authors": {"real": before + after, "generated": before + bad},
+    }
+
+
+words = st.text(st.characters(exclude_categories=["Cs"]), min_size=1, max_size=8).filter(str.strip)
+
+
+@settings(max_examples=15, deadline=None)
+@given(words, words, words, st.none() | words)
+def test_a_conversation_written_in_every_form_has_the_same_token_ids(asked, said, worse, system):
+    ways = written(asked, said, worse, system)
+    task = task_of(max_length=512)
+    (expected,) = rows_of(ways["messages"], task)
+    (pair,) = rows_of(ways["texts"], task)
+    for name, row in ways.items():
+        (found,) = rows_of(row, task)
+        for column in ("prompt_ids", "real_ids", "messages"):
+            assert found[column] == expected[column], name
+        assert found["rejected_ids"] == (pair["rejected_ids"] if {"rejected", "generated"} & row.keys() else None)
+
+
+def test_every_form_reads_its_own_example_and_no_other_form_takes_it():
+    assert set(BY_NAME) == set(FormName.__args__)
+    for form in FORMS:
+        assert form_of(form.example, DATA) is form
+        assert ignored_in(form.example, form) == []
+        (conversation,) = conversations_of(form.example, DATA)
+        assert conversation[-1] == {"role": "assistant", "content": conversation[-1]["content"]}
+        assert "4" in conversation[-1]["content"]
+
+
+def test_alpaca_joins_instruction_and_input_and_puts_the_history_first():
+    row = {"instruction": "Add.", "input": "2, 2", "output": "4", "history": [["hi", "hello"]]}
+    assert conversations_of(row, DATA) == [chat("hi", "hello", "Add.\n\n2, 2", "4")]
+
+
+def test_columns_are_mapped_and_a_form_can_be_named():
+    data = DataConfig(train="d", columns={"prompt": "q", "response": "a"})
+    assert conversations_of({"q": "x", "a": "y"}, data) == [chat("x", "y")]
+    both = {"messages": chat("a", "b"), "instruction": "x", "output": "y"}
+    assert conversations_of(both, DataConfig(train="d", form="alpaca")) == [chat("x", "y")]
+    assert ignored_in(both, BY_NAME["alpaca"]) == ["messages"]
+    with pytest.raises(Unusable) as caught:
+        conversations_of({"messages": chat("a", "b")}, DataConfig(train="d", form="alpaca"))
+    assert caught.value.detail == "data.form alpaca needs instruction, output; there is no instruction, output"
+
+
+@pytest.mark.parametrize(
+    "row", [{"instruction": "why?"}, {"question": "why?"}, {"prompt": chat("why?")}, {"prompt": "why?", "chosen": "so"}]
+)
+def test_a_question_may_be_in_any_form(row):
+    assert question_of(row, DATA) == chat("why?", "")
+
+
+def test_what_is_ignored_has_a_name():
+    row = {"messages": [*chat("a"), {"role": "assistant", "content": "b", "weight": 0}], "images": [], "answer": 1}
+    assert ignored_in(row, BY_NAME["messages"]) == ["images", "messages.weight"]
+
+
+def at(number, **content):
+    return SourceRow(f"f.jsonl:{number}", content, b"")
+
+
+def test_a_file_of_two_forms_is_an_error_that_shows_a_row_of_each():
+    rows = [at(1, prompt="a", response="b"), at(2, strange=1), at(3, instruction="c", output="d")]
+    assert find_form(rows[:2], DATA) is BY_NAME["prompt_response"]
+    with pytest.raises(DataError) as caught:
+        find_form(rows, DATA)
+    assert str(caught.value) == (
+        'f.jsonl:1: is of the form prompt_response ({"prompt": "a", "response": "b"}), but f.jsonl:3 is of the form '
+        'alpaca ({"instruction": "c", "output": "d"}); split the file, or name one form by data.form'
+    )
+
+
+@pytest.mark.parametrize(
+    ("row", "message"),
+    [
+        ({"instruction": "a", "text": "b"}, "nearest is alpaca, which lacks output (it has instruction, text)"),
+        ({"question": "a", "system": "b"}, "nearest is orca, which lacks chosen (it has question, system)"),
+        ({"text": "a"}, "data.columns maps names (it has text)"),
+    ],
+)
+def test_a_wrong_form_says_which_form_is_nearest_and_what_it_lacks(row, message):
+    with pytest.raises(DataError) as caught:
+        find_form([at(1, **row)], DATA)
+    assert str(caught.value).startswith("f.jsonl:1: needs messages, or prompt and response")
+    assert message in str(caught.value)
+
+
+# Messages
+
+
+def test_tool_calls_thoughts_and_tools_are_kept_under_one_name():
+    call = {"type": "function", "function": {"name": "f", "arguments": {"x": 1}}}
+    values = [
+        {"role": "assistant", "content": None, "tool_calls": [call], "thinking": "hm"},
+        {"from": "function_call", "value": json.dumps(call["function"])},
+        {"from": "observation", "value": "20", "tool_call_id": "c1"},
+    ]
+    assert parse_messages(values) == [
+        {"role": "assistant", "content": "", "tool_calls": [call], "reasoning_content": "hm"},
+        {"role": "assistant", "content": "", "tool_calls": [call]},
+        {"role": "tool", "content": "20", "tool_call_id": "c1"},
+    ]
+    assert tools_of({"tools": json.dumps([call])}) == tools_of({"tools": [call]}) == [call]
+    assert tools_of({"tools": "[]"}) is None
+
+
+@pytest.mark.parametrize(
+    ("row", "detail"),
+    [
+        ({"messages": [{"role": "user", "content": [{"type": "image_url"}]}]}, "a part 'image_url'"),
+        ({"conversations": [{"from": "function_call", "value": "f(1)"}]}, "must be JSON with name and arguments"),
+        ({"messages": chat("a", "b"), "tools": 7}, "tools: expected a list, found int"),
+        ({"conversations": [{"from": "system", "value": "a"}], "system": "b"}, "another system message"),
+        ({"instruction": "a", "input": 3, "output": "b"}, "instruction and input must be text"),
+        ({"chosen": chat("a", "b"), "rejected": chat("x", "c")}, "do not answer the same prompt"),
+    ],
+)
+def test_a_row_that_its_form_cannot_read_says_why(row, detail):
+    with pytest.raises(Unusable) as caught:
+        rejected_of(row, DATA)
+    assert detail in caught.value.detail
+
+
+@pytest.mark.parametrize(
+    ("row", "name"),
+    [
+        ({"messages": chat("a", "b"), "tools": [{"type": "function"}]}, "tools"),
+        ({"messages": [*chat("a"), {"role": "assistant", "content": "b", "reasoning": "c"}]}, "reasoning_content"),
+        ({"messages": [*chat("a", "b"), {"role": "tool", "content": "c"}, *chat("d", "e")]}, "role tool"),
+    ],
+)
+def test_what_no_renderer_writes_is_refused_by_its_name(row, name):
+    with pytest.raises(Unusable, match=f"{name} is not rendered|{name}: is not rendered"):
+        conversations_of(row, DATA)
