@@ -63,7 +63,7 @@ class ModelConfig(Section):
     """Longest prompt + response in tokens. Longer rows go to quarantine. Memory grows with it. Paper: 2048."""
     chat_template: str | None = None
     """File with a Jinja chat template. Not set: the tokenizer's own, which some lack."""
-    chat_template_kwargs: dict[str, Any] = {}
+    chat_template_kwargs: Later[dict[str, Any]] = {}
     """Variables of the chat template, e.g. ``{enable_thinking: false}``, wherever conversations are rendered."""
     trust_remote_code: bool = False
     """Permission to run Python code from the model folder. Off: folders with code or pickled weights are refused."""

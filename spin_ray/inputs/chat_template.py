@@ -257,7 +257,7 @@ class ChatTemplate:
     def would_write(self, messages: Conversation, tools: Tools, kwargs: Mapping[str, Any]) -> bool:
         """Tells whether the conversation could be trained on with other variables of the template."""
         given = self.kwargs
-        self.kwargs = given | kwargs
+        self.kwargs = {**given, **kwargs}
         try:
             texts = _split(*self._apply([messages[:-1]], True, [tools]), *self._apply([messages], False, [tools]))
         finally:

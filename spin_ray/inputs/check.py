@@ -13,12 +13,11 @@ from spin_ray.config.recipe import SpinConfig
 from spin_ray.config.sections import DataConfig
 from spin_ray.errors import DataError, ModelError
 from spin_ray.inputs.chat_template import Tools
-from spin_ray.inputs.conversations import Conversation, Unusable, conversations_of
+from spin_ray.inputs.conversations import Conversation, Unusable, conversations_of, tools_of
 from spin_ray.inputs.embedded import resolve
 from spin_ray.inputs.ends import other_ends
 from spin_ray.inputs.findings import Finding, find_in_rows, find_in_template
 from spin_ray.inputs.model_folder import ModelFolder, find_model, open_model, refuse_untrainable
-from spin_ray.inputs.prompt_rows import tools_of
 from spin_ray.inputs.rendering import ChatRenderer, Rendered, RenderError, open_renderer
 from spin_ray.inputs.sources import files_digest, find_files, read_slice, split
 from spin_ray.inputs.vocabulary import refuse, vocabulary_of, warn_of, without_embedding

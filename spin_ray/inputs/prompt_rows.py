@@ -20,6 +20,7 @@ from spin_ray.inputs.conversations import (
     conversations_of,
     question_of,
     rejected_of,
+    tools_of,
 )
 from spin_ray.inputs.rendering import ChatRenderer, Rendered, RenderError, load_tokenizer
 from spin_ray.inputs.sources import SourceRow
@@ -109,25 +110,6 @@ def _conversations_of(source: SourceRow, task: PromptTask) -> _Found | Unusable:
         return _Found(conversations_of(source.content, task.data), rejected_of(source.content, task.data), tools)
     except Unusable as unusable:
         return unusable
-
-
-def tools_of(content: dict[str, Any] | None) -> Tools:
-    """Returns a row's ``tools``, a list of JSON schemas or its JSON text.
-
-    Raises:
-        Unusable: they are something else.
-    """
-    tools = (content or {}).get("tools")
-    if isinstance(tools, str) and tools.strip():
-        try:
-            tools = json.loads(tools)
-        except ValueError:
-            raise Unusable("malformed", "tools: is a text, but not JSON") from None
-    if not tools:
-        return None
-    if not isinstance(tools, list) or not all(isinstance(tool, dict) for tool in tools):
-        raise Unusable("malformed", "tools: expected a list of JSON schemas")
-    return tools
 
 
 def _row(
