@@ -154,11 +154,11 @@ def _too_few(config: SpinConfig, source: str) -> str | None:
     else:
         limits.append(rows)
     pairs = min(limits, default=needed) * each
-    if pairs >= needed:
+    if pairs >= needed or not pairs:  # no usable row at all: quarantine says why
         return None
     return (
         f"{source}: an iteration has at most {pairs} pairs, fewer than train.global_batch_pairs {needed}; add rows or "
-        f"lower train.global_batch_pairs to {max(pairs, 1)} or less"
+        f"lower train.global_batch_pairs to {pairs} or less"
     )
 
 
