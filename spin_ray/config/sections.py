@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from typing import Annotated, Any, Literal, TypeVar
 
-from pydantic import BaseModel, ConfigDict, Discriminator, Field, Tag
+from pydantic import BaseModel, ConfigDict, Discriminator, Field, Tag, field_validator
 
 T = TypeVar("T")
 
@@ -58,16 +58,33 @@ class ModelConfig(Section):
     """The start model, which the run trains first."""
 
     path: str
-    """Model folder (safetensors), ``embedded:NAME``, or a hub name where a hub is reachable."""
+    """Model folder (safetensors), ``embedded:NAME``, or ``owner/name`` or ``owner/name@revision`` of a hub."""
     max_length: Count = 2048
     """Longest prompt + response in tokens. Longer rows go to quarantine. Memory grows with it. Paper: 2048."""
     chat_template: str | None = None
     """File with a Jinja chat template. Not set: the tokenizer's own, which some lack."""
+    chat_template_kwargs: Later[dict[str, Any]] = {}
+    """Variables of the chat template, e.g. ``{enable_thinking: false}``, wherever conversations are rendered."""
     trust_remote_code: bool = False
     """Permission to run Python code from the model folder. Off: folders with code or pickled weights are refused."""
     attention: Literal["auto", "packed", "padded"] = "auto"
     """Layout of scoring. ``packed`` needs a model that takes a 4-D mask and position ids. ``padded`` works with any
     causal language model at 2 to 4 times the cost. ``auto`` takes ``packed`` where it gives the model's own scores."""
+
+    @field_validator("chat_template_kwargs")
+    @classmethod
+    def _are_the_users(cls, given: dict[str, Any]) -> dict[str, Any]:
+        if own := sorted(given.keys() & _OWN_TEMPLATE_VARIABLES):
+            raise ValueError(f"model.chat_template_kwargs.{own[0]}: is set by spin_ray; take it out")
+        return given
+
+
+_OWN_TEMPLATE_VARIABLES = {
+    "messages", "conversation", "tools", "documents", "chat_template", "add_generation_prompt", "tokenize", "padding",
+    "continue_final_message", "truncation", "max_length", "return_tensors", "return_dict", "tokenizer_kwargs",
+    "return_assistant_tokens_mask", "strftime_now", "raise_exception",
+}  # fmt: skip
+"""Arguments of ``apply_chat_template`` and functions of templates."""
 
 
 class DataConfig(Section):

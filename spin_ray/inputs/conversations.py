@@ -6,7 +6,7 @@ from typing import Any
 
 from spin_ray.config.sections import DataConfig
 from spin_ray.inputs.forms import FORMS, Exchange, form_of, mapped, no_form
-from spin_ray.inputs.messages import KEPT, Conversation, Message, Unusable, decoded
+from spin_ray.inputs.messages import Conversation, Message, Unusable, decoded
 
 __all__ = ["Conversation", "Message", "Unusable", "answer_of", "conversations_of", "question_of", "rejected_of"]
 
@@ -115,7 +115,7 @@ def _ending_with_response(messages: list[Message], data: DataConfig) -> list[Con
 
 def _checked(messages: list[Message], row: dict[str, Any], data: DataConfig) -> list[Message]:
     """Returns the messages with the recipe's system message; raises Unusable without a prompt and a response."""
-    _refuse_unrendered(messages, row)
+    tools_of(row)  # raises Unusable for what is no list
     first = next((index for index, message in enumerate(messages) if message["role"] == "assistant"), None)
     if first is None:
         raise Unusable("empty", "no assistant message")
@@ -126,15 +126,3 @@ def _checked(messages: list[Message], row: dict[str, Any], data: DataConfig) -> 
     if data.system is not None and messages[0]["role"] not in ("system", "developer"):
         messages = [{"role": "system", "content": data.system}, *messages]
     return messages
-
-
-def _refuse_unrendered(messages: list[Message], row: dict[str, Any]) -> None:
-    """Raises Unusable for what no renderer writes yet, by its name."""
-    if "tools" in row and tools_of(row) is not None:
-        raise Unusable("malformed", "tools: is not rendered")
-    for index, message in enumerate(messages):
-        if len(message) > 2:
-            key = next(key for key in KEPT if key in message)
-            raise Unusable("malformed", f"message {index}: {key} is not rendered")
-        if message["role"] == "tool":
-            raise Unusable("malformed", f"message {index}: role tool is not rendered")

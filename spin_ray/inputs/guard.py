@@ -8,12 +8,14 @@ import re
 import secrets
 from collections.abc import Iterable, Sequence
 from functools import cached_property
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 from tokenizers import Tokenizer
 
 from spin_ray.errors import ModelError
 from spin_ray.inputs.conversations import Conversation
+
+Tree = TypeVar("Tree")
 
 # Private-use characters: in no template, and set aside themselves where a text has them.
 _OPEN, _CLOSE = "\ue000", "\ue001"
@@ -41,10 +43,25 @@ class Guard:
         nonce = secrets.token_hex(8)
         self._aliases = {name: f"ꔀ{nonce}x{number}ꔁ" for number, name in enumerate(self._control)}
 
-    def set_aside(self, messages: Conversation) -> tuple[Conversation, list[str]]:
-        """Replaces names by markers; returns the messages and the names."""
+    def set_aside(self, messages: Conversation, tools: Tree) -> tuple[Conversation, Tree, list[str]]:
+        """Replaces names by markers; returns the messages, the tools and the names."""
         names: list[str] = []
-        return [message | {"content": self._mark(message["content"], names)} for message in messages], names
+        marked: Conversation = [
+            message | {key: self._mark_all(value, names) for key, value in message.items() if key != "role"}
+            for message in messages
+        ]
+        return marked, self._mark_all(tools, names), names
+
+    def _mark_all(self, tree: Any, names: list[str]) -> Any:
+        """Marks every text in parsed JSON."""
+        match tree:
+            case str():
+                return self._mark(tree, names)
+            case dict():
+                return {self._mark(str(key), names): self._mark_all(value, names) for key, value in tree.items()}
+            case list():
+                return [self._mark_all(value, names) for value in tree]
+        return tree
 
     def _mark(self, text: str, names: list[str]) -> str:
         for beginning in self._beginnings:

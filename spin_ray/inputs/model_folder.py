@@ -1,6 +1,7 @@
 """Model folders in Hugging Face layout, found, checked and digested."""
 
 import json
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -11,6 +12,7 @@ from spin_ray.errors import ConfigError, ModelError, first_line
 from spin_ray.run_dir.artefact import folder_entries
 from spin_ray.run_dir.storage import Digest, folder_digest
 
+_POSITIONS = ("max_position_embeddings", "n_positions", "max_seq_len", "max_sequence_length")
 _CODE_OR_PICKLE = (".py", ".bin", ".pt", ".pth", ".pkl", ".pickle", ".ckpt", ".joblib")
 
 
@@ -48,15 +50,14 @@ def open_model(path: str | Path, name: str, *, trust_remote_code: bool = False) 
     folder = Path(path)
     if not folder.is_dir():
         raise ModelError(f"{path}: no such model folder")
-    if not (folder / "config.json").is_file():
-        raise ModelError(f"{folder}: has no config.json; expected a model in Hugging Face layout")
+    refuse_no_model(folder)
+    unopened = [] if trust_remote_code else unopened_files(folder)
     if not trust_remote_code:
-        _refuse_untrusted(folder)
-    if not list(folder.glob("*.safetensors")):
-        raise ModelError(f"{folder}: has no .safetensors weights; convert them (save_pretrained writes safetensors)")
+        _refuse_untrusted(folder, unopened)
+    _check_weights(folder)
     config = read_config(folder)
     pad = config.get("pad_token_id")
-    entries = folder_entries(folder)
+    entries = folder_entries(folder, set(unopened))
     return ModelFolder(
         folder,
         folder_digest(entries),
@@ -78,12 +79,115 @@ def find_model(config: ModelConfig) -> Path:
         if config.path.count("/") != 1 or config.path.startswith((".", "/", "~")):
             raise ModelError(f"model.path {config.path}: no such folder")
         folder = _download(config.path)
-    limit = read_config(folder).get("max_position_embeddings")
-    if isinstance(limit, int) and config.max_length > limit:
+    refuse_no_model(folder)
+    limit = _positions_of(read_config(folder))
+    if limit is not None and config.max_length > limit:
         raise ConfigError(
             f"model.max_length: {config.max_length} is more than the {limit} positions of {config.path}; lower it"
         )
     return folder
+
+
+def _positions_of(config: dict[str, Any]) -> int | None:
+    """Returns the most tokens that the model takes, by the names of all families; None if it does not say."""
+    scopes = [scope for scope in (config, config.get("text_config")) if isinstance(scope, dict)]
+    found = [scope.get(name) for scope in scopes for name in _POSITIONS]
+    return min((limit for limit in found if isinstance(limit, int) and limit > 0), default=None)
+
+
+def unopened_files(folder: Path) -> list[Path]:
+    """Returns what trainers leave beside a model and nothing opens: optimizer state, arguments, checkpoints."""
+    return [path for path in sorted(folder.rglob("*")) if path.is_file() and _is_unopened(path.relative_to(folder))]
+
+
+def _is_unopened(path: Path) -> bool:
+    return bool(
+        _OF_A_TRAINER.fullmatch(path.name) or any(_FOLDER_OF_A_TRAINER.fullmatch(part) for part in path.parts[:-1])
+    )
+
+
+_OF_A_TRAINER = re.compile(
+    r"(training_args|optimizer\w*|scheduler|scaler|rng_state\w*|random_states_\d+|trainer_state|"
+    r"pytorch_model_fsdp\w*)\.(bin|pt|pth|pkl|json)|zero_to_fp32\.py"
+)
+_FOLDER_OF_A_TRAINER = re.compile(r"(checkpoint-|global_step)\d+|pytorch_model_fsdp_\d+|optimizer_\d+|runs")
+
+
+def refuse_no_model(folder: Path) -> None:
+    """Raises ModelError if the folder holds an adapter, checkpoints alone, or no config.json."""
+    adapter = folder / "adapter_config.json"
+    if adapter.is_file():
+        base = _read_json(adapter).get("base_model_name_or_path")
+        raise ModelError(_ADAPTER.format(folder=folder, of=f" of {base}" if base else ""))
+    if (folder / "config.json").is_file():
+        return
+    checkpoints = sorted(
+        (path.parent.name for path in folder.glob("checkpoint-*/config.json")),
+        key=lambda name: int(name.rpartition("-")[2]) if name.rpartition("-")[2].isdecimal() else 0,
+    )
+    if checkpoints:
+        raise ModelError(
+            f"{folder}: has no config.json, but checkpoints of training ({', '.join(checkpoints)}); set model.path to "
+            f"one, e.g. {folder / checkpoints[-1]}"
+        )
+    raise ModelError(f"{folder}: has no config.json; expected a model in Hugging Face layout")
+
+
+_ADAPTER = (
+    "{folder}: is an adapter{of}, not a model; merge it (peft: merge_and_unload, then save_pretrained) and "
+    "take the merged folder"
+)
+
+
+def refuse_untrainable(folder: Path) -> None:
+    """Raises ModelError if the weights are quantised, or those of an adapter."""
+    config = read_config(folder)
+    scopes = [scope for scope in (config, config.get("text_config")) if isinstance(scope, dict)]
+    found = next((scope["quantization_config"] for scope in scopes if scope.get("quantization_config")), None)
+    if found is None and (folder / "quantize_config.json").is_file():  # AutoGPTQ's and AutoAWQ's older folders
+        found = {"quant_method": "gptq"} | _read_json(folder / "quantize_config.json")
+    kind = found.get("quant_method", "kind unknown") if isinstance(found, dict) else found
+    names = tensor_names(folder)
+    if kind is None and (packed := next((name for name in names if name.endswith(_QUANTISED)), None)):
+        kind = f"tensor {packed}"
+    if kind is not None:
+        raise ModelError(
+            f"{folder}: its weights are quantised ({kind}) and cannot be trained; take the model that it was made "
+            "from, or one saved after dequantising"
+        )
+    if any(".lora_" in name for name in names):
+        raise ModelError(_ADAPTER.format(folder=folder, of=""))
+
+
+_QUANTISED = (".qweight", ".weight_packed", ".weight_scale", ".weight_scale_inv", ".quant_state.bitsandbytes__nf4",
+              ".absmax", ".SCB")  # fmt: skip
+
+
+def tensor_names(folder: Path) -> list[str]:
+    """Returns the names in the headers of a folder's safetensors; none of a damaged file, which its reader names."""
+    names: list[str] = []
+    for path in sorted(folder.glob("*.safetensors")):
+        with path.open("rb") as file:
+            size = int.from_bytes(file.read(8), "little")
+            try:
+                names += json.loads(file.read(size)) if 0 < size <= _LONGEST_HEADER else []
+            except ValueError:
+                continue
+    return names
+
+
+_LONGEST_HEADER = 100_000_000
+"""The format's own limit, in bytes."""
+
+
+def _check_weights(folder: Path) -> None:
+    if not list(folder.glob("*.safetensors")):
+        raise ModelError(f"{folder}: has no .safetensors weights; convert them (save_pretrained writes safetensors)")
+    index = folder / "model.safetensors.index.json"
+    places = _read_json(index).get("weight_map") if index.is_file() else None
+    missing = [name for name in sorted(set((places or {}).values())) if not (folder / name).is_file()]
+    if missing and not (folder / "model.safetensors").is_file():
+        raise ModelError(f"{folder}: lacks {missing[0]}, which {index.name} names; copy all shards")
 
 
 def read_config(folder: Path) -> dict[str, Any]:
@@ -103,8 +207,8 @@ def _read_json(path: Path) -> dict[str, Any]:
     return content
 
 
-def _refuse_untrusted(folder: Path) -> None:
-    for path in sorted(folder.rglob("*")):
+def _refuse_untrusted(folder: Path, unopened: list[Path]) -> None:
+    for path in sorted({*folder.rglob("*")} - {*unopened}):
         if path.suffix.lower() in _CODE_OR_PICKLE:
             raise ModelError(
                 f"{path}: pickled weights and code can run anything when loaded; keep only safetensors, or set "
@@ -128,10 +232,10 @@ def _download(name: str) -> Path:
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError, OfflineModeIsEnabled
 
+    owner_and_name, _, revision = name.partition("@")
+    wanted = ["*.safetensors", "*.json", "*.jinja", "tokenizer.model", "*.txt"]
     try:
-        return Path(
-            snapshot_download(name, allow_patterns=["*.safetensors", "*.json", "*.jinja", "tokenizer.model", "*.txt"])
-        )
+        return Path(snapshot_download(owner_and_name, revision=revision or None, allow_patterns=wanted))
     except (HfHubHTTPError, LocalEntryNotFoundError, OfflineModeIsEnabled, OSError, ValueError) as error:
         raise ModelError(
             f"model.path {name}: no such folder, and the hub did not give it ({first_line(error)})"

@@ -4,14 +4,16 @@ A conversation's ids are cut where the assistant begins to speak. A tokenizer ma
 ``Assistant:␣`` and ``Yes`` share the token ``␣Yes``. The prompt then keeps only the tokens that no response changes.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from datetime import datetime
 from os.path import commonprefix
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from spin_ray.config.sections import ModelConfig
 from spin_ray.errors import ModelError, first_line
-from spin_ray.inputs.chat_template import ChatTemplate, RenderError
+from spin_ray.inputs.chat_template import ChatTemplate, RenderError, Tools
 from spin_ray.inputs.conversations import Conversation
 from spin_ray.inputs.guard import Guard, Written, any_of
 
@@ -33,6 +35,14 @@ class _Parts(NamedTuple):
         return Written(end + self.response, self.prompt.set_aside)
 
 
+class _Guarded(NamedTuple):
+    """A conversation with markers in place of names of control tokens."""
+
+    messages: Conversation
+    tools: Tools
+    names: list[str]
+
+
 class _Ending(NamedTuple):
     """End of a prompt whose tokens no text before it changes."""
 
@@ -43,31 +53,36 @@ class _Ending(NamedTuple):
 class ChatRenderer:
     """Renderer of conversations by a tokenizer's chat template."""
 
-    def __init__(self, tokenizer: Any) -> None:
+    def __init__(self, tokenizer: Any, kwargs: Mapping[str, Any] | None = None, date: datetime | None = None) -> None:
         """Reads the template.
+
+        Args:
+            kwargs: variables of the template.
+            date: the time that the template may write. Not given: now, for as long as the renderer lives.
 
         Raises:
             ModelError: it is missing or cannot be trained on.
         """
         self.tokenizer = tokenizer
-        self._template = ChatTemplate(tokenizer)
+        self.template = self._template = ChatTemplate(tokenizer, kwargs or {}, date or datetime.now())
         self.end_of_turn_id = self._template.end_of_turn_id
+        self.end_of_turn = self._template.end_of_turn
         self.writes_end_of_turn = self._template.writes_end_of_turn
         """False: the tokenizer's end of text marks the end of a turn."""
         self._guard = Guard(tokenizer, self._template.control_tokens)
         self._held_back = self._count_held_back(Written(self._template.prompt))
         self._ending = self._find_ending()
 
-    def render(self, messages: Conversation) -> Rendered:
+    def render(self, messages: Conversation, tools: Tools = None) -> Rendered:
         """Renders a conversation that ends with a response; raises RenderError if that fails."""
-        (rendered,) = self.render_all([messages])
+        (rendered,) = self.render_all([messages], [tools])
         if isinstance(rendered, RenderError):
             raise rendered
         return rendered
 
-    def render_prompt(self, messages: Conversation) -> list[int]:
+    def render_prompt(self, messages: Conversation, tools: Tools = None) -> list[int]:
         """Renders a conversation without its response; raises RenderError if that fails."""
-        (ids,) = self.render_prompts([messages])
+        (ids,) = self.render_prompts([messages], [tools])
         if isinstance(ids, RenderError):
             raise ids
         return ids
@@ -80,11 +95,9 @@ class ChatRenderer:
         Raises:
             RenderError: the conversation cannot be rendered.
         """
-        asked, names = self._guard.set_aside(messages)
-        (written,) = self._template.write_prompts([asked])
-        if isinstance(written, RenderError):
-            raise written
-        prompt = Written(written, names)
+        (prompt,) = self._write_prompts([messages], [None])
+        if isinstance(prompt, RenderError):
+            raise prompt
         held_back = self._held_back_of(prompt)
         if not held_back:
             return ""
@@ -94,25 +107,57 @@ class ChatRenderer:
         whole, kept = (self.tokenizer.decode(part, skip_special_tokens=True) for part in (ids, ids[:-held_back]))
         return whole[len(commonprefix([kept, whole])) :]
 
-    def render_prompts(self, conversations: Sequence[Conversation]) -> list[list[int] | RenderError]:
+    def render_prompts(
+        self, conversations: Sequence[Conversation], tools: Sequence[Tools] = ()
+    ) -> list[list[int] | RenderError]:
         """Renders many prompts; a RenderError replaces one that fails."""
-        guarded = [self._guard.set_aside(messages) for messages in conversations]
-        prompts = self._template.write_prompts([messages for messages, _ in guarded])
-        written = [
-            prompt if isinstance(prompt, RenderError) else Written(prompt, names)
-            for prompt, (_, names) in zip(prompts, guarded, strict=True)
-        ]
+        written = self._write_prompts(conversations, tools)
         ids = iter(self._guard.encode([text for text in written if isinstance(text, Written)]))
         return [text if isinstance(text, RenderError) else self._cut_prompt(text, next(ids)) for text in written]
 
-    def render_all(self, conversations: Sequence[Conversation]) -> list[Rendered | RenderError]:
+    def _write_prompts(
+        self, conversations: Sequence[Conversation], tools: Sequence[Tools]
+    ) -> list[Written | RenderError]:
+        guarded = self._set_aside(conversations, tools)
+        sound = [each for each in guarded if not isinstance(each, RenderError)]
+        found = iter(self._template.write_prompts([each.messages for each in sound], [each.tools for each in sound]))
+        return [
+            each if isinstance(each, RenderError)
+            else text if isinstance(text := next(found), RenderError) else Written(text, each.names)
+            for each in guarded
+        ]  # fmt: skip
+
+    def _write_all(self, conversations: Sequence[Conversation], tools: Sequence[Tools]) -> list[_Parts | RenderError]:
+        guarded = self._set_aside(conversations, tools)
+        sound = [each for each in guarded if not isinstance(each, RenderError)]
+        found = iter(self._template.write_all([each.messages for each in sound], [each.tools for each in sound]))
+        return [
+            each if isinstance(each, RenderError)
+            else texts if isinstance(texts := next(found), RenderError)
+            else _Parts(Written(texts[0], each.names), texts[1])
+            for each in guarded
+        ]  # fmt: skip
+
+    def _set_aside(self, conversations: Sequence[Conversation], tools: Sequence[Tools]) -> list[_Guarded | RenderError]:
+        """Brings messages into the template's form and replaces names of control tokens."""
+        guarded: list[_Guarded | RenderError] = []
+        for messages, offered in zip(conversations, tools or [None] * len(conversations), strict=True):
+            try:
+                guarded.append(_Guarded(*self._guard.set_aside(self._template.in_its_form(messages), offered)))
+            except RenderError as error:
+                guarded.append(error)
+        return guarded
+
+    def texts(self, messages: Conversation, tools: Tools = None) -> tuple[str, str] | RenderError:
+        """Returns the texts of prompt and response; names of control tokens in messages are markers."""
+        (parts,) = self._write_all([messages], [tools])
+        return parts if isinstance(parts, RenderError) else (parts.prompt.text, parts.response)
+
+    def render_all(
+        self, conversations: Sequence[Conversation], tools: Sequence[Tools] = ()
+    ) -> list[Rendered | RenderError]:
         """Renders many conversations; a RenderError replaces one that fails."""
-        guarded = [self._guard.set_aside(messages) for messages in conversations]
-        found = self._template.write_all([messages for messages, _ in guarded])
-        written = [
-            texts if isinstance(texts, RenderError) else _Parts(Written(texts[0], names), texts[1])
-            for texts, (_, names) in zip(found, guarded, strict=True)
-        ]
+        written = self._write_all(conversations, tools)
         texts = [
             text
             for parts in written
@@ -124,9 +169,9 @@ class ChatRenderer:
             parts if isinstance(parts, RenderError) else self._cut(parts, next(ids), next(ids)) for parts in written
         ]
 
-    def names_control_tokens(self, messages: Conversation) -> bool:
-        """Tells whether a message names a control token."""
-        return bool(self._guard.set_aside(messages)[1])
+    def names_control_tokens(self, messages: Conversation, tools: Tools = None) -> bool:
+        """Tells whether a message or tool names a control token."""
+        return bool(self._guard.set_aside(messages, tools)[2])
 
     def _ending_of(self, prompt: Written) -> _Ending | None:
         return self._ending if self._ending and prompt.text.endswith(self._ending.text) else None
@@ -187,6 +232,12 @@ class ChatRenderer:
 
 def _unspeakable(text: Written) -> RenderError:
     return RenderError(f"its text has {text.set_aside[0]}, which this kind of tokenizer takes for the control token")
+
+
+def open_renderer(folder: str, model: ModelConfig, date: datetime | None = None) -> ChatRenderer:
+    """Returns the renderer of a model folder; raises ModelError if it cannot be used."""
+    tokenizer = load_tokenizer(folder, model.chat_template, model.trust_remote_code)
+    return ChatRenderer(tokenizer, model.chat_template_kwargs, date)
 
 
 def load_tokenizer(path: str, chat_template: str | None = None, trust_remote_code: bool = False) -> Any:

@@ -3,6 +3,8 @@
 Such a token would end training with an index error on the device.
 """
 
+from collections.abc import Iterable
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -29,14 +31,28 @@ def without_embedding(tokenizer: Any, vocabulary: int | None) -> dict[int, str]:
     return dict(sorted((token_id, name) for name, token_id in tokenizer.get_vocab().items() if token_id >= vocabulary))
 
 
+def warn_of(tokens: dict[int, str]) -> str | None:
+    """Returns a sentence that names ``tokens`` without an embedding; None if there are none."""
+    if not tokens:
+        return None
+    return (
+        f"the model has no embedding for {len(tokens)} tokens of its tokenizer ({_some(tokens.values())}); rows with "
+        "one go to quarantine"
+    )
+
+
+def _some(names: Iterable[str]) -> str:
+    first = list(islice(names, _NAMED + 1))
+    return ", ".join([*first[:_NAMED], *(["…"] if len(first) > _NAMED else [])])
+
+
 def refuse(tokens: dict[int, str], vocabulary: int | None, model: str, user: str) -> None:
     """Raises ModelError if there are ``tokens``, which ``user`` (a template or a row) has."""
     if not tokens:
         return
-    names, ids = list(tokens.values()), list(map(str, tokens))
-    more = ", …" if len(tokens) > _NAMED else ""
+    names, ids = _some(tokens.values()), _some(map(str, tokens))
     raise ModelError(
-        f"{model}: the tokenizer has tokens ({', '.join(names[:_NAMED])}{more}) that the model has no embedding for "
-        f"(ids {', '.join(ids[:_NAMED])}{more} of a vocabulary of {vocabulary}), and {user} has them; save the model "
+        f"{model}: the tokenizer has tokens ({names}) that the model has no embedding for "
+        f"(ids {ids} of a vocabulary of {vocabulary}), and {user} has them; save the model "
         "after resize_token_embeddings, or take them out of template and data"
     )

@@ -12,7 +12,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 from transformers import AutoModelForCausalLM, GenerationConfig
 
-NOT_COPIED = {"config.json", "model.safetensors.index.json", "pytorch_model.bin.index.json"}
+NOT_COPIED = {"config.json", "model.safetensors.index.json", "pytorch_model.bin.index.json", "trainer_state.json"}
 COPIED_SUFFIXES = {".json", ".jinja", ".model", ".txt", ".tiktoken"}
 """Suffixes of tokenizers, chat templates, generation config and licence."""
 FILE_BYTES = 2**30

@@ -145,6 +145,7 @@ def _engine_spec(config: SpinConfig, start: Start, opponent: ModelFolder) -> Eng
         model=opponent.path,
         max_length=config.model.max_length,
         stop_token_id=start.end_of_turn_id,
+        other_stop_ids=start.other_ends,
         threads=config.generation.resources.threads,
         config=config.resolve_dtype(config.generation.engine),
         trust_remote_code=config.model.trust_remote_code,

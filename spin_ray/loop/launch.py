@@ -55,7 +55,10 @@ def run_spin(config: SpinConfig, out: str | Path, start_engine: StartEngine = Vl
             from spin_ray.loop.driver import spin
 
             check_algorithm(config)
-            start = check_recipe(config, inputs)
+            start = check_recipe(config, inputs, run.date())
+            for finding in start.findings:
+                if finding.severity == "warning":
+                    logger.warning("%s", finding.sentence)
             run.begin(config, start.facts())
             spin(run, config, start, start_engine)
         return RunResult.of(run, config, inputs)

@@ -2,7 +2,7 @@
 
 import json
 import logging
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Self
@@ -293,8 +293,9 @@ def _checksum(table: pa.Table, fingerprint: bytes) -> bytes:
     return digest([table.to_pydict(), fingerprint.hex()]).encode()
 
 
-def folder_entries(folder: Path) -> dict[str, FileEntry]:
+def folder_entries(folder: Path, without: Collection[Path] = ()) -> dict[str, FileEntry]:
     files = sorted(path for path in folder.rglob("*") if path.is_file() and path.name not in (MANIFEST, CARD))
+    files = [path for path in files if path not in without]
     entries = {}
     for path in files:
         sha256, size = file_digest(path)

@@ -1,6 +1,6 @@
 """A run on disk.
 
-RUN/run.json                     resolved config, versions, digests
+RUN/run.json                     resolved config, date, versions, digests
 RUN/<artefact>/part-*.parquet    rows
 RUN/<artefact>/_MANIFEST.json    commit: readers trust only the files it lists
 RUN/events.jsonl                 log
@@ -10,6 +10,7 @@ RUN/LATEST                       name of the newest published iterate
 import json
 import logging
 from contextlib import AbstractContextManager
+from datetime import datetime
 from typing import Any
 
 from spin_ray.config.load import parse_config
@@ -98,7 +99,7 @@ class RunDir:
                 f"{self.storage.root}: is not a run and not empty (holds {foreign[0]}); choose another --out"
             )
         self.storage.delete(ATTEMPTS)
-        content = {"config": config.model_dump(mode="json"), **facts}
+        content = {"config": config.model_dump(mode="json"), "date": self.date().isoformat(), **facts}
         self.storage.replace("run.json", json.dumps(content, indent=1).encode())
 
     def _check_identity(self, config: SpinConfig, facts: dict[str, Any]) -> None:
@@ -136,6 +137,14 @@ class RunDir:
             raise RunDirError(f"{self.storage.root}: is not a run (no run.json)") from error
         except ValueError as error:
             raise RunDirError(f"{self.storage.root}/run.json: is damaged; restore it") from error
+
+    def date(self) -> datetime:
+        """Returns when the run began, the one date that chat templates may write; now if run.json has none.
+
+        Runs of older versions get one when they go on.
+        """
+        stored = self.description().get("date") if self.storage.exists("run.json") else None
+        return datetime.fromisoformat(stored) if stored else datetime.now().replace(microsecond=0)
 
     def stage(self, name: str) -> AbstractContextManager[dict[str, Any]]:
         return stage(self.storage, name)

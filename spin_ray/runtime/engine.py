@@ -34,6 +34,8 @@ class EngineSpec:
     max_length: int
     stop_token_id: int
     """Token that ends a turn in the chat template."""
+    other_stop_ids: tuple[int, ...] = ()
+    """Further ends that the model may write."""
     threads: int
     config: EngineConfig
     trust_remote_code: bool = False
@@ -90,7 +92,7 @@ class VllmEngine:
                 top_k=sampling.top_k,
                 max_tokens=min(sampling.max_tokens, self._spec.max_length - len(prompt)),
                 seed=seed,
-                stop_token_ids=[self._spec.stop_token_id],
+                stop_token_ids=[self._spec.stop_token_id, *self._spec.other_stop_ids],
                 detokenize=False,
             )
             for prompt, seed in zip(prompt_ids, seeds, strict=True)

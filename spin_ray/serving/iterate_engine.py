@@ -16,8 +16,9 @@ from ray.serve.llm.openai_api_models import ChatCompletionRequest, CompletionReq
 from spin_ray.config.recipe import SpinConfig
 from spin_ray.config.sections import ServingConfig
 from spin_ray.errors import RunDirError
+from spin_ray.inputs.ends import other_ends
 from spin_ray.inputs.model_folder import open_model
-from spin_ray.inputs.rendering import ChatRenderer, RenderError, load_tokenizer
+from spin_ray.inputs.rendering import RenderError, open_renderer
 from spin_ray.runtime import cpu
 from spin_ray.runtime.engine import whole_prefill
 from spin_ray.serving.bursts import in_bursts
@@ -50,8 +51,8 @@ class IterateEngine(LLMServer):
             self._iterate.digest
         ):
             raise RunDirError(f"{folder}: changed after it was checked; restore it")
-        tokenizer = load_tokenizer(str(folder), model.chat_template, model.trust_remote_code)
-        self._renderer = ChatRenderer(tokenizer)
+        self._renderer = open_renderer(str(folder), model, self._iterate.date)
+        self._stops = [self._renderer.end_of_turn_id, *other_ends(folder, self._renderer)]
         await super().start()
         engine: Any = self.engine  # private, but the only way to the renderer
         engine._oai_serving_chat.online_renderer.render_chat = self._render_chat
@@ -62,8 +63,7 @@ class IterateEngine(LLMServer):
         try:
             if operation == CHAT:
                 held_back = self._renderer.held_back_text(self._with_system(fields["messages"]))
-                stops = [self._renderer.end_of_turn_id]
-                stream = await self.chat(ChatCompletionRequest(**fields, stop_token_ids=stops))
+                stream = await self.chat(ChatCompletionRequest(**fields, stop_token_ids=self._stops))
             elif operation == TOKENS:
                 yield self._as_sampled(**fields)
                 return

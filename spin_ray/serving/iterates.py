@@ -1,6 +1,7 @@
 """The iterates of a run that may serve."""
 
 from dataclasses import dataclass
+from datetime import datetime
 from pathlib import Path
 
 from spin_ray.errors import RunDirError
@@ -19,6 +20,8 @@ class Iterate:
     folder: Path
     digest: str
     """Digest of all files."""
+    date: datetime | None = None
+    """The run's date, which the chat template may write."""
 
 
 def wanted(run: RunDir, models: tuple[str, ...]) -> tuple[list[str], str | None]:
@@ -48,9 +51,9 @@ def open_iterate(run: RunDir, name: str) -> Iterate:
     if number > 0 or artefact.is_committed:
         artefact.verify()
         folder = open_model(run.storage.path(artefact.path), name, trust_remote_code=trusted)
-        return Iterate(name, folder.path, folder.digest)
+        return Iterate(name, folder.path, folder.digest, run.date())
     description = run.description()
     folder = open_model(description["start_model"], name, trust_remote_code=trusted)
     if folder.digest != description["inputs"]["model"]:
         raise RunDirError(f"{folder.path}: is not the model that this run started from; restore it")
-    return Iterate(name, folder.path, folder.digest)
+    return Iterate(name, folder.path, folder.digest, run.date())

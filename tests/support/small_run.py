@@ -20,7 +20,7 @@ import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from spin_ray.config.recipe import SpinConfig
-from spin_ray.inputs import check, prompt_rows
+from spin_ray.inputs import check, prompt_rows, rendering
 from spin_ray.inputs.embedded import resolve
 from spin_ray.inputs.rendering import load_tokenizer
 from spin_ray.learner.backends import fsdp2
@@ -80,7 +80,7 @@ def in_this_process(monkeypatch: pytest.MonkeyPatch) -> None:
             monkeypatch.setattr(module, name, lambda *_: None, raising=False)
     # A third of a run's time: versions of packages, tokenizer, reading a model. Kept from one run to the next.
     monkeypatch.setattr(check, "versions", _versions)
-    for module in (check, prompt_rows):
+    for module in (rendering, prompt_rows):
         monkeypatch.setattr(module, "load_tokenizer", _tokenizer)
     monkeypatch.setattr(fsdp2, "load_model", _model)
     for module in (training, evaluation):

@@ -19,6 +19,7 @@ def tiny_config(**serving: Any) -> SpinConfig:
         {
             "model": {"path": "embedded:tiny-llama", "max_length": 256},
             "data": {"train": "embedded:arithmetic-train", "max_rows": 8},
+            "train": {"global_batch_pairs": 8},
             "iterations": 4,
             "generation": {
                 "sampling": {"max_tokens": 24},

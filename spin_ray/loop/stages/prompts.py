@@ -74,6 +74,8 @@ def run(
         max_length=config.model.max_length,
         data=config.data,
         labelled=labelled,
+        chat_template_kwargs=config.model.chat_template_kwargs,
+        date=run_dir.date(),
     ).prepared()
     inputs = {"data": files_digest(files), "chat_template": template_digest(task.renderer)}
     settings = {

@@ -29,7 +29,7 @@ EVERY_SECTION: dict[str, Any] = {
     "tracking": {"mlflow": {}, "wandb": {}},
     "serving": {"engine": {}, "resources": EVERYWHERE},
 }
-LATER = ("data.form", "data.columns", "data.keep_leaks")
+LATER = ("model.chat_template_kwargs", "data.form", "data.columns", "data.keep_leaks")
 """Settings that older versions lack; at their defaults they are no part of the identity."""
 OF_ALGORITHMS: dict[str, dict[str, Any]] = {
     "sppo": {"scorer": {"path": "judge", "resources": EVERYWHERE}},
@@ -134,6 +134,7 @@ def test_identity_ignores_where_and_how_fast_it_runs_and_what_may_grow(sections)
     ("sections", "keys"),
     [
         ({"seed": 1}, {"seed"}),
+        ({"model": {"path": "m", "chat_template_kwargs": {"think": True}}}, {"model.chat_template_kwargs.think"}),
         ({"data": {"train": "other.jsonl"}}, {"data.train"}),
         ({"data": {"train": "d.jsonl", "form": "alpaca"}}, {"data.form"}),
         ({"data": {"train": "d.jsonl", "columns": {"prompt": "q"}}}, {"data.columns.prompt"}),

@@ -25,6 +25,7 @@ def config_for(**sections: Any) -> SpinConfig:
         "model": {"path": "embedded:tiny-llama", "max_length": 128},
         "data": {"train": "embedded:arithmetic-train", "heldout": "embedded:arithmetic-heldout"},
         "generation": {"sampling": {"max_tokens": 24}},
+        "train": {"global_batch_pairs": 1},
     }
     for name, values in sections.items():
         recipe[name] = recipe.get(name, {}) | values
@@ -151,7 +152,7 @@ def test_token_ids_of_a_runs_own_rows_are_compared_with_transformers(kind, tmp_p
     Path(source).write_text("".join(json.dumps(row) + "\n" for row in [*rows, forged, {"prompt": "no response"}]))
     assert check_token_ids(tokenizer, renderer, source, DataConfig(train=source)) == 3
 
-    def as_two_texts(conversations):
+    def as_two_texts(conversations, tools):
         prompt = renderer.render_prompt(conversations[0][:-1])
         response = tokenizer.encode(conversations[0][-1]["content"], add_special_tokens=False)
         return [Rendered(prompt, [*response, renderer.end_of_turn_id])]
@@ -220,3 +221,30 @@ def test_a_model_that_does_not_say_its_vocabulary_is_not_asked_for_it(larger_tok
     (larger_tokenizer / "config.json").write_text(json.dumps(config))
     (tmp_path / "d.jsonl").write_text(json.dumps({"prompt": "a", "response": "</tool_call>"}))
     check_recipe(config_for(model={"path": str(larger_tokenizer)}, data={"train": str(tmp_path / "d.jsonl")}))
+
+
+# What a run would find out late
+
+
+def test_fewer_rows_than_a_batch_are_told_at_the_start(tmp_path):
+    path = tmp_path / "d.jsonl"
+    path.write_text("".join(json.dumps({"prompt": f"q{number}", "response": "a"}) + "\n" for number in range(3)))
+    recipe = {"data": {"train": str(path), "heldout": None}}
+    with pytest.raises(DataError, match=r"at most 3 pairs, fewer than train\.global_batch_pairs 4; .* to 3 or less"):
+        check_recipe(config_for(**recipe, train={"global_batch_pairs": 4}))
+    check_recipe(config_for(**recipe, train={"global_batch_pairs": 3}))
+    check_recipe(config_for(**recipe, train={"global_batch_pairs": 6}, generation={"samples_per_prompt": 2}))
+
+
+def test_a_quantised_model_is_refused_before_anything_is_generated(tmp_path):
+    folder = tmp_path / "model"
+    shutil.copytree(TINY, folder)
+    config = json.loads((folder / "config.json").read_text()) | {"quantization_config": {"quant_method": "gptq"}}
+    (folder / "config.json").write_text(json.dumps(config))
+    with pytest.raises(ModelError, match=r"its weights are quantised \(gptq\)"):
+        check_recipe(config_for(model={"path": str(folder)}))
+
+
+def test_every_start_says_which_tokens_have_no_embedding(larger_tokenizer):
+    found = check_recipe(config_for(model={"path": str(larger_tokenizer)})).findings
+    assert [finding.severity for finding in found if "no embedding for 2 tokens" in finding.sentence] == ["warning"]

@@ -12,7 +12,7 @@ from spin_ray.inputs.conversations import Unusable, conversations_of, question_o
 from spin_ray.inputs.forms import BY_NAME, FORMS, find_form, form_of, ignored_in
 from spin_ray.inputs.messages import parse_messages
 from spin_ray.inputs.sources import SourceRow
-from tests.unit.inputs.test_prompt_rows import chat, rows_of, task_of
+from tests.unit.inputs.test_prompt_rows import TOKENIZER, chat, rows_of, task_of
 
 DATA = DataConfig(train="d")
 
@@ -170,11 +170,17 @@ def test_a_row_that_its_form_cannot_read_says_why(row, detail):
 @pytest.mark.parametrize(
     ("row", "name"),
     [
-        ({"messages": chat("a", "b"), "tools": [{"type": "function"}]}, "tools"),
-        ({"messages": [*chat("a"), {"role": "assistant", "content": "b", "reasoning": "c"}]}, "reasoning_content"),
-        ({"messages": [*chat("a", "b"), {"role": "tool", "content": "c"}, *chat("d", "e")]}, "role tool"),
+        ({"messages": chat("a", "b"), "tools": [{"type": "function"}]}, "it has tools, which"),
+        ({"messages": [*chat("a"), {"role": "assistant", "content": "b", "reasoning": "c"}]}, "has reasoning_content"),
     ],
 )
-def test_what_no_renderer_writes_is_refused_by_its_name(row, name):
-    with pytest.raises(Unusable, match=f"{name} is not rendered|{name}: is not rendered"):
-        conversations_of(row, DATA)
+def test_what_the_chat_template_does_not_write_is_refused_by_its_name(row, name):
+    with pytest.raises(Unusable) as caught:
+        rows_of(row, task_of())
+    assert caught.value.reason == "template" and name in caught.value.detail
+
+
+def test_a_tool_message_is_rendered_where_the_template_writes_every_role():
+    row = {"messages": [*chat("a", "b"), {"role": "tool", "content": "20 degrees"}, *chat("d", "e")]}
+    (made,) = rows_of(row, task_of())
+    assert "tool\n20 degrees" in TOKENIZER.decode(made["prompt_ids"])

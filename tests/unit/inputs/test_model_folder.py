@@ -10,7 +10,14 @@ import pytest
 
 from spin_ray.config.sections import ModelConfig
 from spin_ray.errors import ConfigError, ModelError
-from spin_ray.inputs.model_folder import find_model, folder_entries, open_model, read_config
+from spin_ray.inputs.model_folder import (
+    find_model,
+    folder_entries,
+    open_model,
+    read_config,
+    refuse_untrainable,
+    unopened_files,
+)
 from spin_ray.run_dir.storage import MANIFEST
 
 
@@ -39,7 +46,7 @@ class Canary:
 
 
 @pytest.mark.parametrize(
-    "name", ["pytorch_model.bin", "optimizer.pt", "sub/vocab.PKL", "weights.pth", "a.ckpt", "a.joblib", "a.pickle"]
+    "name", ["pytorch_model.bin", "sub/vocab.PKL", "weights.pth", "a.ckpt", "a.joblib", "a.pickle"]
 )
 def test_pickles_are_refused_unread(folder, tmp_path, name):
     path = folder / name
@@ -210,3 +217,90 @@ def test_a_file_in_place_of_a_model_is_named(tmp_path):
     (tmp_path / "model").write_text("weights?")
     with pytest.raises(ModelError, match=r"model: has no config\.json"):
         find_model(ModelConfig(path=str(tmp_path / "model")))
+
+
+# What trainers leave
+
+
+def safetensors(path: Path, *names: str) -> None:
+    header = json.dumps({name: {"dtype": "F32", "shape": [0], "data_offsets": [0, 0]} for name in names}).encode()
+    path.write_bytes(len(header).to_bytes(8, "little") + header)
+
+
+def test_what_a_trainer_leaves_beside_a_model_is_not_opened_and_not_of_the_model(folder):
+    before = open_model(folder, "sft").digest
+    left = ["training_args.bin", "optimizer.pt", "scheduler.pt", "rng_state_0.pth", "trainer_state.json",
+            "zero_to_fp32.py", "checkpoint-10/optimizer.pt", "checkpoint-10/a.safetensors",
+            "global_step9/a.pt"]  # fmt: skip
+    for name in left:
+        (folder / name).parent.mkdir(exist_ok=True)
+        (folder / name).write_bytes(b"x")
+    model = open_model(folder, "sft")
+    assert model.digest == before
+    assert not model.files.keys() & set(left)
+    assert sorted(str(path.relative_to(folder)) for path in unopened_files(folder)) == sorted(left)
+
+
+def test_a_folder_of_checkpoints_alone_says_which_there_are(folder):
+    for number in (500, 1000):
+        (folder / f"checkpoint-{number}").mkdir()
+        (folder / f"checkpoint-{number}" / "config.json").write_text("{}")
+    (folder / "config.json").unlink()
+    with pytest.raises(ModelError, match=r"checkpoint-500, checkpoint-1000\); set model\.path to one, e\.g\. .*-1000$"):
+        find_model(ModelConfig(path=str(folder)))
+
+
+def test_an_adapter_is_told_from_a_model(folder):
+    safetensors(folder / "model.safetensors", "model.q_proj.lora_A.weight")
+    with pytest.raises(ModelError, match="is an adapter, not a model; merge it"):
+        refuse_untrainable(folder)
+    (folder / "adapter_config.json").write_text('{"base_model_name_or_path": "org/base"}')
+    (folder / "config.json").unlink()
+    with pytest.raises(ModelError, match="is an adapter of org/base, not a model; merge it"):
+        find_model(ModelConfig(path=str(folder)))
+
+
+@pytest.mark.parametrize(
+    ("file", "content", "kind"),
+    [
+        *[("config.json", {"quantization_config": {"quant_method": kind}}, kind)
+          for kind in ("gptq", "awq", "bitsandbytes", "fp8", "compressed-tensors")],
+        ("config.json", {"text_config": {"quantization_config": {"quant_method": "mxfp4"}}}, "mxfp4"),
+        ("quantize_config.json", {"bits": 4}, "gptq"),
+        ("model.safetensors", None, "tensor model.q_proj.qweight"),
+    ],
+)  # fmt: skip
+def test_quantised_weights_are_refused_with_the_cure(folder, file, content, kind):
+    refuse_untrainable(folder)
+    if content is None:
+        safetensors(folder / file, "model.q_proj.qweight")
+    else:
+        (folder / file).write_text(json.dumps(content))
+    with pytest.raises(ModelError, match=rf"weights are quantised \({kind}\) and cannot be trained; take the model"):
+        refuse_untrainable(folder)
+
+
+@pytest.mark.parametrize("name", ["max_position_embeddings", "n_positions", "max_seq_len"])
+@pytest.mark.parametrize("nested", [False, True])
+def test_positions_are_known_by_every_name(folder, name, nested):
+    config = {name: 256}
+    (folder / "config.json").write_text(json.dumps({"text_config": config} if nested else config))
+    with pytest.raises(ConfigError, match="more than the 256 positions"):
+        find_model(ModelConfig(path=str(folder), max_length=257))
+
+
+def test_a_missing_shard_is_named(folder):
+    (folder / "model.safetensors").rename(folder / "model-00001-of-00002.safetensors")
+    places = {"a": "model-00001-of-00002.safetensors", "b": "model-00002-of-00002.safetensors"}
+    (folder / "model.safetensors.index.json").write_text(json.dumps({"weight_map": places}))
+    with pytest.raises(ModelError, match=r"lacks model-00002-of-00002\.safetensors, which model\.safetensors\.index"):
+        open_model(folder, "sft")
+
+
+def test_a_revision_of_the_hub_is_fetched(folder, monkeypatch):
+    asked: dict[str, Any] = {}
+    monkeypatch.setattr(
+        "huggingface_hub.snapshot_download", lambda name, **options: asked.update(options, name=name) or str(folder)
+    )
+    assert find_model(ModelConfig(path="org/name@v1.2", max_length=512)) == folder
+    assert (asked["name"], asked["revision"]) == ("org/name", "v1.2")

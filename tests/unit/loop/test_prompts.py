@@ -238,8 +238,10 @@ def test_the_date_that_a_template_writes_makes_no_other_template(monkeypatch):
     question = [{"role": "user", "content": "?"}]
     first, prompt = prompts.template_digest(renderer), renderer.render_prompt(question)
     tomorrow = datetime.now() + timedelta(days=1)
+    later = ChatRenderer(tokenizer, date=tomorrow)
+    assert later.render_prompt(question) != prompt, "or the test shows nothing"
+    assert prompts.template_digest(later) == first
     monkeypatch.setattr(chat_template_utils, "datetime", SimpleNamespace(now=lambda: tomorrow))
-    assert renderer.render_prompt(question) != prompt, "or the test shows nothing"
-    assert prompts.template_digest(renderer) == first
+    assert renderer.render_prompt(question) == prompt, "a run has one date"
     tokenizer.chat_template = "Today: " + tokenizer.chat_template
     assert prompts.template_digest(ChatRenderer(tokenizer)) != first

@@ -325,3 +325,21 @@ def test_events_after_a_line_that_was_cut_short_are_read(run):
 
 def test_a_log_that_is_not_there_is_empty(run):
     assert read_json_lines(run.storage, "iter_000/train_log.jsonl") == []
+
+
+def test_a_run_keeps_the_date_that_it_began_with(run):
+    run.begin(CONFIG, FACTS)
+    began = run.date()
+    stored = json.loads(run.storage.read("run.json"))
+    run.storage.replace("run.json", json.dumps(stored | {"date": "2024-07-26T23:59:00"}).encode())
+    run.begin(CONFIG, FACTS)
+    assert run.date().isoformat() == "2024-07-26T23:59:00" == run.description()["date"]
+    assert stored["date"] == began.isoformat()
+
+
+def test_a_run_of_an_older_version_gets_a_date_when_it_goes_on(run):
+    run.begin(CONFIG, FACTS)
+    old = {key: value for key, value in run.description().items() if key != "date"}
+    run.storage.replace("run.json", json.dumps(old).encode())
+    run.begin(CONFIG, FACTS)
+    assert run.description()["date"] == run.date().isoformat()

@@ -5,7 +5,7 @@ from typing import Any
 
 from spin_ray.config.recipe import SpinConfig
 from spin_ray.inputs.model_folder import ModelFolder
-from spin_ray.inputs.rendering import ChatRenderer, load_tokenizer
+from spin_ray.inputs.rendering import ChatRenderer, open_renderer
 from spin_ray.learner.step import Objective
 from spin_ray.loop.algorithms.base import Algorithm, Turn
 from spin_ray.loop.algorithms.seft import revision
@@ -32,10 +32,8 @@ class Seft(Algorithm):
 
     def make_pairs(self, turn: Turn) -> None:
         run, config, iteration = turn.run, turn.config, turn.iteration
-        tokenizer = load_tokenizer(
-            str(turn.start.model.path), config.model.chat_template, config.model.trust_remote_code
-        )
-        renderer = ChatRenderer(tokenizer)
+        renderer = open_renderer(str(turn.start.model.path), config.model, run.date())
+        tokenizer = renderer.tokenizer
         reviser = _reviser(turn, renderer, tokenizer)
         prompts, answers = self.plays(run), run.generations(iteration)
         asked = run.artefact(f"{iteration_name(iteration)}/revision_prompts")

@@ -1,0 +1,25 @@
+"""Tokens that end a turn beside the chat template's, e.g. ``<|end_of_text|>`` beside ``<|eot_id|>``."""
+
+import json
+from pathlib import Path
+
+from spin_ray.inputs.rendering import ChatRenderer
+
+
+def other_ends(folder: Path, renderer: ChatRenderer) -> tuple[int, ...]:
+    """Returns the ends that folder and tokenizer name, without the template's, ascending.
+
+    An id that is no token of the tokenizer's added ones is a mistake of the folder and does not count.
+    """
+    tokenizer = renderer.tokenizer
+    named = {tokenizer.eos_token_id}
+    for file in ("generation_config.json", "config.json"):
+        try:
+            content = json.loads((folder / file).read_text(encoding="utf-8"))
+        except (OSError, ValueError):
+            continue
+        for scope in (content, content.get("text_config")):
+            ends = scope.get("eos_token_id") if isinstance(scope, dict) else None
+            named |= {end for end in (ends if isinstance(ends, list) else [ends]) if isinstance(end, int)}
+    ends = {end for end in named if end in tokenizer.added_tokens_decoder or end == tokenizer.eos_token_id}
+    return tuple(sorted(end for end in ends - {renderer.end_of_turn_id} if end is not None))
