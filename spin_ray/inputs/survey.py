@@ -10,9 +10,9 @@ from itertools import islice
 from spin_ray.config.sections import DataConfig
 from spin_ray.errors import DataError
 from spin_ray.inputs.conversations import Unusable
-from spin_ray.inputs.forms import form_of, mapped
+from spin_ray.inputs.forms import form_of, ignored_in, mapped
 from spin_ray.inputs.prompt_rows import PromptTask, Row, rows_of
-from spin_ray.inputs.sources import Slice, SourceRow, find_files, read_slice, split
+from spin_ray.inputs.sources import Slice, SourceRow, find_files, read_slice, skipped_files, split
 
 SAMPLE_ROWS = 2000
 """Most rows that are read without ``--all``."""
@@ -33,12 +33,16 @@ class Survey:
     source: str
     max_length: int
     files: list[str]
+    skipped: list[str]
+    """Files of the folder that are no data."""
     whole: bool
     """True: every row was read."""
     read: int = 0
     usable: int = 0
     forms: Counter[str] = field(default_factory=Counter)
     """Rows by the name of their form."""
+    ignored: Counter[str] = field(default_factory=Counter)
+    """Rows by the column, or key of a message, that is not read."""
     refused: Counter[str] = field(default_factory=Counter)
     """Rows by the reason of their refusal; ``too_long`` rows do not fit, ``duplicate`` rows repeat an earlier one."""
     first: dict[str, Refusal] = field(default_factory=dict)
@@ -86,9 +90,9 @@ def survey(source: str, task: PromptTask, max_length: int, *, every_row: bool = 
     """
     files = find_files(source)
     pieces = split(files)
-    found = Survey(source, max_length, files, whole=True)
+    found = Survey(source, max_length, files, skipped_files(source), whole=True)
     quota = None if every_row else math.ceil(SAMPLE_ROWS / len(files))
-    rows, seen = _rows(pieces, quota, found), set[str]()
+    rows, seen = _rows(pieces, quota, found, task.data), set[str]()
     while sources := list(islice(rows, _ROWS_AT_A_TIME)):
         for row, result in zip(sources, rows_of(sources, task), strict=True):
             _count(found, row, result, task, seen)
@@ -98,14 +102,14 @@ def survey(source: str, task: PromptTask, max_length: int, *, every_row: bool = 
     return found
 
 
-def _rows(pieces: Sequence[Slice], quota: int | None, found: Survey) -> Iterator[SourceRow]:
+def _rows(pieces: Sequence[Slice], quota: int | None, found: Survey, data: DataConfig) -> Iterator[SourceRow]:
     """Yields up to ``quota`` rows of each file; notes in ``found`` if rows are left."""
     taken = Counter[str]()
     for piece in pieces:
         if quota is not None and taken[piece.uri] >= quota:
             found.whole = False
             continue
-        for row in read_slice(piece):
+        for row in read_slice(piece, data.columns.values()):
             if quota is not None and taken[piece.uri] >= quota:
                 found.whole = False
                 break
@@ -115,7 +119,9 @@ def _rows(pieces: Sequence[Slice], quota: int | None, found: Survey) -> Iterator
 
 def _count(found: Survey, source: SourceRow, result: list[Row] | Unusable, task: PromptTask, seen: set[str]) -> None:
     found.read += 1
-    form = form_of(mapped(source.content, task.data), task.data) if source.content is not None else None
+    content = mapped(source.content, task.data) if source.content is not None else {}
+    form = form_of(content, task.data)
+    found.ignored.update(ignored_in(content, form) if form else ())
     found.forms[form.name if form else "unknown"] += 1
     if isinstance(result, Unusable):
         _refuse(found, source, result.reason, result.detail)

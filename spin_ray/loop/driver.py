@@ -90,9 +90,10 @@ def _for_every_machine(start: Start) -> Start:
 
 def _prepare_prompts(run: RunDir, config: SpinConfig, start: Start) -> None:
     tokenizer = str(start.model.path)
-    prompts.run(run, config, run.prompts, start.train, tokenizer, config.data.max_rows)
     if start.heldout:
         prompts.run(run, config, run.heldout, start.heldout, tokenizer, config.evaluation.max_rows)
+    leaks = run.heldout if start.heldout and not config.data.keep_leaks else None
+    prompts.run(run, config, run.prompts, start.train, tokenizer, config.data.max_rows, without=leaks)
     if start.questions:
         prompts.run(run, config, run.questions, start.questions, tokenizer, config.data.max_rows, labelled=False)
 

@@ -96,7 +96,9 @@ def _sample(config: SpinConfig, given: Given) -> Work:
         trust_remote_code=config.model.trust_remote_code, max_length=config.model.max_length,
     )  # fmt: skip
     files = find_files(train)
-    sources = list(islice((row for piece in split(files) for row in read_slice(piece)), SAMPLE_ROWS))
+    sources = list(
+        islice((row for piece in split(files) for row in read_slice(piece, config.data.columns.values())), SAMPLE_ROWS)
+    )
     usable = [row for found in rows_of(sources, task) if isinstance(found, list) for row in found]
     if not usable:
         raise DataError(f"{train}: none of the first {len(sources)} rows can be used; spin-ray doctor says why")
@@ -131,10 +133,14 @@ def count_rows(files: list[str]) -> int:
     """Counts rows of local files, without blank lines."""
     import pyarrow.parquet as pq
 
+    from spin_ray.inputs.sources import read_slice, split
+
     total = 0
     for file in files:
         if file.endswith(".parquet"):
             total += pq.read_metadata(file).num_rows
+        elif not file.endswith((".jsonl", ".ndjson")):
+            total += sum(1 for piece in split([file]) for _ in read_slice(piece))
         else:
             with open(file, "rb") as lines:
                 total += sum(1 for line in lines if line.strip())

@@ -57,6 +57,10 @@ def print_survey(found: Survey, console: Console) -> None:
         console,
         f"   {found.usable:,} of {found.read:,} usable" + (f"; refused: {found.counts}" if found.counts else ""),
     )
+    if found.ignored:
+        _line(console, "   not read: " + ", ".join(f"{name} ({count:,} rows)" for name, count in found.ignored.items()))
+    if found.skipped:
+        _line(console, f"   {len(found.skipped):,} files are no data and not read, first {found.skipped[0]}")
     for reason, refusal in found.first.items():
         _line(console, f"   first {reason}: {refusal.origin}: {refusal.detail}")
     if found.lengths:
@@ -149,6 +153,7 @@ def as_json(surveys: Sequence[Survey], facts: TemplateFacts, tokenizer: Any) -> 
         one: dict[str, Any] = {
             "source": found.source, "files": found.files, "every_row_read": found.whole,
             "forms": dict(found.forms), "rows": found.read, "usable": found.usable, "refused": dict(found.refused),
+            "ignored": dict(found.ignored), "skipped_files": found.skipped,
             "first_refused": {reason: asdict(refusal) for reason, refusal in found.first.items()},
             "share_too_long": found.share_too_long, "max_length": found.max_length,
             "lengths": _quantiles(found.lengths),

@@ -32,14 +32,22 @@ anything = st.recursive(scalar, lambda inner: st.lists(inner, max_size=3) | st.d
 turn = st.fixed_dictionaries(
     {"role": st.sampled_from(["system", "user", "assistant", "tool"]) | scalar, "content": text}
 )
-row = (
-    anything
-    | st.fixed_dictionaries({"messages": st.lists(turn, max_size=4) | anything})
-    | st.fixed_dictionaries({"prompt": text, "response": text, "answer": anything})
-)
+chats = st.fixed_dictionaries({"messages": st.lists(turn, max_size=4) | anything})
+exchanges = st.fixed_dictionaries({"prompt": text, "response": text, "answer": anything})
 raw_line = st.binary(min_size=1, max_size=30).map(lambda data: b"x" + data.replace(b"\n", b"").replace(b"\r", b""))
-line = row.map(lambda content: json.dumps(content).encode()) | raw_line
 GOOD = json.dumps({"prompt": "2 + 2 = ?", "response": "4"}).encode()
+GOOD_CHAT = json.dumps(
+    {"messages": [{"role": "user", "content": "2 + 2 = ?"}, {"role": "assistant", "content": "4"}]}
+).encode()
+LONG_CHAT = json.dumps(
+    {"messages": [{"role": "user", "content": "q"}, {"role": "assistant", "content": "r"}] * 3000}
+).encode()
+
+
+def lines_of(good: bytes, rows: st.SearchStrategy[Any]) -> st.SearchStrategy[list[bytes]]:
+    """A good row and others, which are of its form or of none."""
+    line = (anything | rows).map(lambda content: json.dumps(content).encode()) | raw_line
+    return st.lists(line, max_size=8).map(lambda lines: [good, *lines])
 
 
 def accounted_for(config: SpinConfig, source: Path, folder: Path) -> tuple[int, int] | str:
@@ -57,17 +65,16 @@ def accounted_for(config: SpinConfig, source: Path, folder: Path) -> tuple[int, 
 
 
 @FUZZ
-@given(st.lists(line, max_size=8))
-@example([json.dumps({"messages": [{"role": "user", "content": "q"}, {"role": "assistant", "content": "r"}] * 3000})
-          .encode()])  # fmt: skip
-@example([GOOD] * 5)
-@example([json.dumps({"messages": [{"role": "system", "content": "only me"}]}).encode()])
-@example([b"[" * 100_000])
+@given(lines_of(GOOD, exchanges) | lines_of(GOOD_CHAT, chats))
+@example([GOOD_CHAT, LONG_CHAT])
+@example([GOOD] * 6)
+@example([GOOD_CHAT, json.dumps({"messages": [{"role": "system", "content": "only me"}]}).encode()])
+@example([GOOD, b"[" * 100_000])
 def test_every_line_is_a_prompt_or_in_quarantine(tmp_path: Path, config: SpinConfig, lines: list[bytes]) -> None:
     source = tmp_path / "rows.jsonl"
-    source.write_bytes(b"\n".join([GOOD, *lines]) + b"\n")
+    source.write_bytes(b"\n".join(lines) + b"\n")
     found = accounted_for(config, source, tmp_path / "run")
-    assert isinstance(found, tuple) and sum(found) == len(lines) + 1 and found[0] >= 1
+    assert isinstance(found, tuple) and sum(found) == len(lines) and found[0] >= 1
 
 
 column = st.sampled_from(

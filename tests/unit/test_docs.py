@@ -3,6 +3,7 @@
 import re
 from pathlib import Path
 
+from spin_ray.inputs import forms
 from spin_ray.report import signs
 from spin_ray.report.measures import as_markdown
 from tests.support.paths import DOCS, ROOT
@@ -14,6 +15,12 @@ def test_the_table_of_measures_is_the_one_in_the_code():
     assert table == as_markdown()
     rules = text.partition('signs.as_markdown())" -->\n')[2].partition("<!-- end of warnings -->")[0]
     assert rules == signs.as_markdown()
+
+
+def test_the_table_of_forms_is_the_one_in_the_code():
+    text = (DOCS / "data.md").read_text(encoding="utf-8")
+    table = text.partition('as_markdown())" -->\n')[2].partition("<!-- end of forms -->")[0]
+    assert table == forms.as_markdown()
 
 
 def test_the_first_page_is_short_and_every_link_leads_somewhere():

@@ -6,12 +6,13 @@ Unusable rows go to RUN/quarantine with the reason.
 """
 
 import gc
+import json
 import logging
 import os
 from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from itertools import islice
 from typing import Any
 
@@ -24,9 +25,10 @@ import ray.exceptions
 from spin_ray.config.recipe import SpinConfig, digest
 from spin_ray.errors import DataError, StageError, UserError, last_line
 from spin_ray.inputs.conversations import Unusable
+from spin_ray.inputs.forms import form_of, ignored_in, mapped, refuse_two_forms, shown
 from spin_ray.inputs.prompt_rows import PromptTask, Row, rows_of
 from spin_ray.inputs.rendering import ChatRenderer
-from spin_ray.inputs.sources import Slice, files_digest, find_files, read_slice, split
+from spin_ray.inputs.sources import Slice, SourceRow, files_digest, find_files, read_slice, skipped_files, split
 from spin_ray.run_dir.artefact import Artefact, FileEntry
 from spin_ray.run_dir.names import part_name
 from spin_ray.run_dir.run_dir import RunDir
@@ -41,6 +43,8 @@ QUARANTINE_SCHEMA = pa.schema(
 )
 _SLICE_SCHEMA = PROMPT_SCHEMA.append(pa.field("origin", pa.string())).append(pa.field("raw", pa.binary()))
 """Rows with duplicates; ``origin`` and ``raw`` are for the quarantine."""
+LEAK = "leak"
+"""Reason of a training row that is held out, too. Such rows do not count as unusable."""
 ROWS_AT_A_TIME = 1024
 """Rows that a task holds as Python objects."""
 
@@ -54,11 +58,12 @@ def run(
     max_rows: int | None,
     *,
     labelled: bool = True,
+    without: Artefact | None = None,
 ) -> None:
-    """Makes ``artefact`` from ``source``; questions are not ``labelled``.
+    """Makes ``artefact`` from ``source``, without the rows of ``without``; questions are not ``labelled``.
 
     Raises:
-        DataError: the data is missing or damaged, or too many rows are unusable.
+        DataError: the data is missing or damaged, a file has two forms, or too many rows are unusable.
         StageError: rendering failed.
     """
     files = find_files(source)
@@ -81,6 +86,8 @@ def run(
     if artefact.already_made(inputs, settings):
         return
     with run_dir.stage(artefact.path) as counted:
+        if skipped := skipped_files(source):
+            logger.warning("%s: %d files are no data and are skipped: %s", source, len(skipped), _some(skipped))
         pieces = split(files)
         folder = f"{ATTEMPTS}/{artefact.path}-{digest([inputs, settings])[:16]}"
         items = [asdict(piece) | {"name": f"{folder}/{index:06d}"} for index, piece in enumerate(pieces)]
@@ -92,11 +99,37 @@ def run(
             slices = sorted((_rendered(row) for row in found), key=lambda slice_: slice_.name)
         except ray.exceptions.RayTaskError as error:
             raise StageError(f"{source}: cannot be rendered: {last_line(error)}; run the command again") from error
-        entries, quarantined = _finish(run_dir.storage, slices, artefact, max_rows, settings["part_rows"])
+        _refuse_mixed_files(slices, [piece.uri for piece in pieces])
+        if ignored := sum((each.ignored for each in slices), Counter[str]()):
+            logger.warning("%s: not read: %s", source, ", ".join(f"{n} in {k} rows" for n, k in ignored.most_common()))
+        leaked = _ids_of(without)
+        entries, quarantined = _finish(run_dir.storage, slices, artefact, max_rows, settings["part_rows"], leaked)
         counted |= {"rows": sum(entry.rows or 0 for entry in entries.values()), "quarantined": quarantined.total()}
         _check_quarantine(run_dir, config, artefact, source, counted["rows"], quarantined)
         artefact.commit(entries, inputs, settings, counts=dict(quarantined))
         run_dir.storage.delete(folder)
+
+
+def _refuse_mixed_files(slices: list["_Slice"], uris: list[str]) -> None:
+    """Raises DataError if a file has usable rows of two forms."""
+    forms: dict[str, dict[str, tuple[str, str]]] = {}
+    for uri, each in zip(uris, slices, strict=True):
+        forms[uri] = forms.get(uri, {}) | {
+            form: row for form, row in each.forms.items() if form not in forms.get(uri, {})
+        }
+    for found in forms.values():
+        refuse_two_forms(found)
+
+
+def _ids_of(prompts: Artefact | None) -> np.ndarray | None:
+    if prompts is None:
+        return None
+    ids = [bytes.fromhex(prompt_id) for table in prompts.tables() for prompt_id in table["prompt_id"].to_pylist()]
+    return np.frombuffer(b"".join(ids), dtype=np.uint64)
+
+
+def _some(names: list[str], most: int = 5) -> str:
+    return ", ".join(names[:most]) + (", …" if len(names) > most else "")
 
 
 def template_digest(renderer: ChatRenderer) -> str:
@@ -116,12 +149,18 @@ class _Slice:
     name: str
     ids: np.ndarray
     """64-bit prompt ids of the good rows."""
+    forms: dict[str, tuple[str, str]] = field(default_factory=dict)
+    """First good row of each form: its place and the row."""
+    ignored: Counter[str] = field(default_factory=Counter)
+    """Good rows in which a column was not read."""
 
 
 def _rendered(answer: dict[str, Any]) -> _Slice:
     if answer["error"]:
         raise DataError(answer["error"])
-    return _Slice(answer["name"], np.frombuffer(answer["ids"], dtype=np.uint64))
+    forms, ignored = json.loads(answer["read"])
+    ids = np.frombuffer(answer["ids"], dtype=np.uint64)
+    return _Slice(answer["name"], ids, {form: (where, row) for form, (where, row) in forms.items()}, Counter(ignored))
 
 
 class _RenderSlice:
@@ -132,18 +171,20 @@ class _RenderSlice:
 
     def __call__(self, item: dict[str, Any]) -> dict[str, Any]:
         """Returns a user's error as a value: Ray keeps only an exception's text."""
-        answer = {"name": item["name"], "error": "", "ids": b""}
+        answer = {"name": item["name"], "error": "", "ids": b"", "read": ""}
+        read = _Read(self._task)
         try:
             with _busy_with_rows():
-                return answer | {"ids": self._render(item)}
+                ids = self._render(item, read)
+            return answer | {"ids": ids, "read": json.dumps([read.forms, read.ignored])}
         except UserError as error:
             return answer | {"error": str(error)}
 
-    def _render(self, item: dict[str, Any]) -> bytes:
+    def _render(self, item: dict[str, Any], read: "_Read") -> bytes:
         name = item["name"]
         good, bad = [_SLICE_SCHEMA.empty_table()], [QUARANTINE_SCHEMA.empty_table()]
         ids = bytearray()
-        reader = read_slice(Slice(item["uri"], item["start"], item["stop"]))
+        reader = read_slice(Slice(item["uri"], item["start"], item["stop"]), self._task.data.columns.values())
         while sources := list(islice(reader, ROWS_AT_A_TIME)):
             rows: list[Row] = []
             unusable: list[Row] = []
@@ -152,12 +193,32 @@ class _RenderSlice:
                     unusable.append(_quarantine_row(self._stage, source.origin, found.reason, found.detail, source.raw))
                 else:
                     rows += [row | {"origin": source.origin, "raw": source.raw} for row in found]
+                    read.note(source)
             good.append(pa.Table.from_pylist(rows, _SLICE_SCHEMA))
             bad.append(pa.Table.from_pylist(unusable, QUARANTINE_SCHEMA))
             ids += bytes.fromhex("".join([row["prompt_id"] for row in rows]))
         self._storage.replace(f"{name}-rows", table_to_bytes(pa.concat_tables(good)))
         self._storage.replace(f"{name}-bad", table_to_bytes(pa.concat_tables(bad)))
         return bytes(ids)
+
+
+class _Read:
+    """Forms of a slice's good rows, and the columns that were not read."""
+
+    def __init__(self, task: PromptTask) -> None:
+        self._task = task
+        self.forms: dict[str, tuple[str, str]] = {}
+        self.ignored: Counter[str] = Counter()
+
+    def note(self, source: SourceRow) -> None:
+        row = mapped(source.content or {}, self._task.data)
+        form = form_of(row, self._task.data)
+        if form is None:  # a question
+            return
+        if form.name not in self.forms:
+            self.forms[form.name] = source.origin, shown(source.content)
+        self.ignored.update(ignored_in(row, form))
+        self.ignored.update(source.unread)
 
 
 @contextmanager
@@ -177,10 +238,15 @@ def _busy_with_rows() -> Iterator[None]:
 
 
 def _finish(
-    storage: Storage, slices: list[_Slice], artefact: Artefact, max_rows: int | None, part_rows: int
+    storage: Storage,
+    slices: list[_Slice],
+    artefact: Artefact,
+    max_rows: int | None,
+    part_rows: int,
+    leaked: np.ndarray | None = None,
 ) -> tuple[dict[str, FileEntry], Counter[str]]:
-    """Drops duplicates, cuts parts and writes the quarantine, reading one slice at a time."""
-    firsts = _first_of_each([each.ids for each in slices], max_rows)
+    """Drops duplicates and ``leaked`` rows, cuts parts and writes the quarantine, reading one slice at a time."""
+    firsts = _first_of_each([each.ids for each in slices], max_rows, leaked)
     reasons: Counter[str] = Counter()
     quarantine: list[pa.Table] = []
     entries: dict[str, FileEntry] = {}
@@ -192,13 +258,15 @@ def _finish(
             name = part_name(len(entries))
             entries[name] = artefact.write_part(name, table.combine_chunks())
 
-    for name, (keep, repeated) in zip([each.name for each in slices], firsts, strict=True):
+    for name, (keep, repeated, held_out) in zip([each.name for each in slices], firsts, strict=True):
         rows = storage.read(f"{name}-rows")
         duplicates = [
-            _quarantine_row(
-                artefact.path, row["origin"], "duplicate", "the same prompt and response as an earlier row", row["raw"]
+            _quarantine_row(artefact.path, row["origin"], reason, detail, row["raw"])
+            for reason, detail, which in (
+                ("duplicate", "the same prompt and response as an earlier row", repeated),
+                (LEAK, "the same prompt and response as a held-out row", held_out),
             )
-            for row in (_columns(rows, ["origin", "raw"]).filter(repeated).to_pylist() if repeated.any() else [])
+            for row in (_columns(rows, ["origin", "raw"]).filter(which).to_pylist() if which.any() else [])
         ]
         bad = pa.concat_tables(
             [table_from_bytes(storage.read(f"{name}-bad")), pa.Table.from_pylist(duplicates, QUARANTINE_SCHEMA)]
@@ -219,19 +287,23 @@ def _columns(part: bytes, names: list[str]) -> pa.Table:
     return pq.read_table(pa.BufferReader(part), columns=names)
 
 
-def _first_of_each(ids: list[np.ndarray], limit: int | None) -> list[tuple[np.ndarray, np.ndarray]]:
-    """Returns two masks a slice: rows to keep, and those that repeat a kept one.
+def _first_of_each(
+    ids: list[np.ndarray], limit: int | None, leaked: np.ndarray | None = None
+) -> list[tuple[np.ndarray, np.ndarray, np.ndarray]]:
+    """Returns three masks a slice: rows to keep, those that repeat a kept one, and those that are ``leaked``.
 
-    First rows of an id past the ``limit`` are in neither.
+    First rows of an id past the ``limit`` are in none.
     """
     every = np.concatenate(ids)
+    held_out = np.zeros(len(every), bool) if leaked is None else np.isin(every, leaked)
     _, first, which = np.unique(every, return_index=True, return_inverse=True)
     is_first = np.zeros(len(every), bool)
     is_first[first] = True
+    is_first &= ~held_out
     keep = is_first & (np.cumsum(is_first) <= (len(every) if limit is None else limit))
     repeated = ~is_first & keep[first[which]]
     ends = np.cumsum([len(each) for each in ids])[:-1]
-    return list(zip(np.split(keep, ends), np.split(repeated, ends), strict=True))
+    return list(zip(*(np.split(mask, ends) for mask in (keep, repeated, held_out)), strict=True))
 
 
 def _quarantine_row(stage: str, origin: str, reason: str, detail: str, raw: bytes) -> Row:
@@ -241,17 +313,20 @@ def _quarantine_row(stage: str, origin: str, reason: str, detail: str, raw: byte
 def _check_quarantine(
     run_dir: RunDir, config: SpinConfig, artefact: Artefact, source: str, good: int, reasons: Counter[str]
 ) -> None:
-    bad = reasons.total()
+    if leaks := reasons[LEAK]:
+        logger.warning("%s: %d rows are held out, too, and are not trained on (data.keep_leaks)", source, leaks)
+    bad = reasons.total() - leaks
     if good and bad <= config.data.max_quarantine_fraction * (good + bad):
         if bad:
             logger.warning("%s: %d of %d rows in quarantine (%s)", source, bad, good + bad, _counts(reasons))
         return
     where = f"quarantine/{artefact.path}.parquet"
     if not bad:
-        raise DataError(f"{source}: holds no rows")
-    first = table_from_bytes(run_dir.storage.read(where)).slice(0, 1).to_pylist()[0]
+        raise DataError(f"{source}: {'all rows are held out, too' if leaks else 'holds no rows'}")
+    rows = table_from_bytes(run_dir.storage.read(where)).to_pylist()
+    first = next(row for row in rows if row["reason"] != LEAK)
     raise DataError(
-        f"{source}: {bad} of {good + bad} rows cannot be used ({_counts(reasons)}), "
+        f"{source}: {bad} of {good + bad} rows cannot be used ({_counts(reasons - Counter({LEAK: leaks}))}), "
         f"more than data.max_quarantine_fraction {config.data.max_quarantine_fraction:g}; "
         f"first: {first['origin']}: {first['reason']}: {first['detail']}; "
         f"all are in {run_dir.storage.where(where)}"

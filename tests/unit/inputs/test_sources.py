@@ -1,5 +1,8 @@
 """SFT data as it comes: which files a source stands for, and every row of them exactly once."""
 
+import csv
+import gzip
+import io
 import json
 import os
 from pathlib import Path
@@ -10,9 +13,11 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from spin_ray.config.sections import DataConfig
 from spin_ray.errors import DataError
-from spin_ray.inputs import sources
-from spin_ray.inputs.sources import files_digest, find_files, read_slice, split
+from spin_ray.inputs import sources, texts
+from spin_ray.inputs.forms import find_form
+from spin_ray.inputs.sources import files_digest, find_files, read_slice, skipped_files, split
 
 LINE = '{"prompt": "p", "response": "r"}\n'
 
@@ -236,11 +241,9 @@ def test_a_file_that_is_called_parquet_and_is_not_is_named(tmp_path, content):
 def test_a_parquet_file_of_other_columns_is_refused_with_what_it_has_and_what_it_needs(tmp_path):
     pq.write_table(pa.table({"text": ["t"], "response": ["r"]}), tmp_path / "a.parquet")
     with pytest.raises(DataError) as caught:
-        split([str(tmp_path / "a.parquet")])
-    assert str(caught.value) == (
-        f"{tmp_path}/a.parquet: has only the columns response, text; needs messages, or prompt and response (or chosen "
-        "and rejected), or prompt alone for questions, or chosen and rejected that are lists of messages"
-    )
+        find_form(rows_of(tmp_path / "a.parquet"), DataConfig(train="d"))
+    assert str(caught.value).startswith(f"{tmp_path}/a.parquet: row 0: needs messages, or prompt and response")
+    assert "nearest is prompt_response, which lacks prompt" in str(caught.value)
 
 
 def test_parquet_without_rows_gives_none(tmp_path):
@@ -258,3 +261,123 @@ def test_parquet_without_even_a_row_group_is_an_error(tmp_path):
 
 def test_kinds_of_files_may_be_mixed(folder):
     assert len(rows_of(*find_files("."))) == 5
+
+
+# Other kinds of files
+
+EVERY = [{"prompt": f'é{number} \\ "[{{', "response": "r" * number} for number in range(1, 8)]
+
+
+@pytest.mark.parametrize("pack", [lambda raw: raw, gzip.compress, lambda raw: pa.compress(raw, "zstd", asbytes=True)])
+@pytest.mark.parametrize("kind", ["lines", "CRLF", "array", "indented", "csv", "tsv"])
+def test_text_files_of_every_kind_give_the_same_rows(tmp_path, kind, pack, monkeypatch):
+    """All begin with a byte order mark; small chunks cut strings and escapes of the array."""
+    monkeypatch.setattr(texts, "CHUNK", 7)
+    monkeypatch.setattr(sources, "SLICE_BYTES", 60)
+    if kind in ("csv", "tsv"):
+        out = io.StringIO()
+        rows = csv.DictWriter(out, ["prompt", "response"], delimiter="," if kind == "csv" else "\t")
+        rows.writeheader()
+        rows.writerows(EVERY)
+        text, suffix = out.getvalue(), f".{kind}"
+    elif kind in ("lines", "CRLF"):
+        newline = "\n" if kind == "lines" else "\r\n"
+        text, suffix = "".join(json.dumps(row, ensure_ascii=False) + newline for row in EVERY), ".jsonl"
+    else:
+        text, suffix = json.dumps(EVERY, indent=2 if kind == "indented" else None, ensure_ascii=False), ".json"
+    raw = pack(b"\xef\xbb\xbf" + text.encode())
+    ending = {b"\x1f\x8b": ".gz", b"\x28\xb5": ".zst"}.get(raw[:2], "")
+    path = tmp_path / f"a{suffix}{ending}"
+    path.write_bytes(raw)
+    assert find_files(str(path)) == [str(path)]
+    assert [row.content for row in rows_of(path)] == EVERY
+    assert (len(split([str(path)])) > 1) == (not ending and kind not in ("csv", "tsv"))
+
+
+def test_what_is_no_object_in_an_array_is_a_row_without_content(tmp_path):
+    (tmp_path / "a.json").write_text('[1, {"prompt": "p"}, "x", [2], null]')
+    assert [row.content for row in rows_of(tmp_path / "a.json")].count(None) == 4
+    (tmp_path / "a.json").write_text('[{"prompt": "p"}, {"pro')
+    with pytest.raises(DataError, match=r"a\.json: the array has no end; the file was cut off"):
+        rows_of(tmp_path / "a.json")
+
+
+@pytest.mark.parametrize("encoding", ["utf-16", "utf-16-le", "utf-16-be"])
+def test_utf_16_is_refused_with_the_cure(tmp_path, encoding):
+    (tmp_path / "a.jsonl").write_text(LINE, encoding=encoding)
+    with pytest.raises(DataError, match=r"a\.jsonl: is UTF-16; write it as UTF-8: iconv"):
+        split([str(tmp_path / "a.jsonl")])
+
+
+def test_a_compressed_file_that_is_damaged_is_named(tmp_path):
+    (tmp_path / "a.jsonl.gz").write_bytes(LINE.encode())
+    with pytest.raises(DataError, match=r"a\.jsonl\.gz: cannot be read"):
+        split([str(tmp_path / "a.jsonl.gz")])
+
+
+def test_a_row_of_csv_with_too_many_cells_has_no_content(tmp_path):
+    (tmp_path / "a.csv").write_text('prompt,response,rejected\n"a\nb",c,\na,b,c,d\n')
+    good, bad = rows_of(tmp_path / "a.csv")
+    assert (good.content, bad.content) == ({"prompt": "a\nb", "response": "c"}, None)
+
+
+PART = pa.struct([("role", pa.string()), ("content", pa.large_string())])
+VIEWS = pa.list_view(pa.struct([("role", pa.string_view()), ("content", pa.string_view())]))
+
+
+@pytest.mark.parametrize(
+    ("kind", "messages"),
+    [("parquet", pa.large_list(PART)), ("stream", pa.list_(PART)), ("stream", VIEWS), ("file", VIEWS)],
+)
+def test_nested_large_and_view_types_are_read(tmp_path, kind, messages):
+    """Rows of one column as ``messages``, of another as a view of texts."""
+    rows = [[{"role": "user", "content": f"q{n}"}, {"role": "assistant", "content": "r"}] for n in range(5)]
+    prompts = pa.array(list("abcde"), pa.string_view())
+    table = pa.table({"id": range(5), "prompt": prompts, "messages": pa.array(rows, messages)})
+    path = tmp_path / ("a.parquet" if kind == "parquet" else "a.arrow")
+    if kind == "parquet":
+        pq.write_table(table, path)
+    else:
+        with (pa.ipc.new_stream if kind == "stream" else pa.ipc.new_file)(path, table.schema) as writer:
+            for number in (0, 2, 4):
+                writer.write_table(table.slice(number, 2))
+    found = rows_of(path)
+    assert [row.content for row in found] == [
+        {"prompt": prompt, "messages": row} for prompt, row in zip("abcde", rows, strict=True)
+    ]
+    assert found[4].origin == f"{path}: row 4" and found[0].unread == ("id",)
+
+
+def test_keys_that_arrow_adds_to_tool_calls_are_taken_away(tmp_path):
+    tools = [{"name": "f", "arguments": {"x": 1}}, {"name": "g", "arguments": {"y": 2}}]
+    pq.write_table(pa.table({"messages": [[]], "tools": [tools]}), tmp_path / "a.parquet")
+    assert rows_of(tmp_path / "a.parquet")[0].content["tools"] == tools
+
+
+def saved(folder, rows, name="data-00000-of-00001.arrow"):
+    """Writes what ``datasets.save_to_disk`` writes."""
+    folder.mkdir(parents=True)
+    table = pa.Table.from_pylist(rows)
+    with pa.ipc.new_stream(folder / name, table.schema) as writer:
+        writer.write_table(table)
+    (folder / "state.json").write_text(json.dumps({"_data_files": [{"filename": name}], "_indices_data_files": None}))
+    (folder / "dataset_info.json").write_text("{}")
+    (folder / "cache-1.arrow").write_text("of a map()")
+    return folder
+
+
+def test_a_saved_dataset_is_read_and_one_of_several_splits_must_be_named(tmp_path):
+    train = saved(tmp_path / "all" / "train", EVERY)
+    saved(tmp_path / "all" / "test", EVERY[:1])
+    assert [row.content for row in rows_of(*find_files(str(train)))] == EVERY
+    (tmp_path / "all" / "dataset_dict.json").write_text('{"splits": ["train", "test"]}')
+    with pytest.raises(DataError, match=r"all: holds the splits train, test; name one, e\.g\. .*/all/train"):
+        find_files(str(tmp_path / "all"))
+    (train / "state.json").write_text('{"_data_files": [], "_indices_data_files": [{"filename": "indices.arrow"}]}')
+    with pytest.raises(DataError, match="save it again after flatten_indices"):
+        find_files(str(train))
+
+
+def test_files_of_a_folder_that_are_no_data_are_listed(folder):
+    assert skipped_files(".") == [str(folder / "notes.txt")]
+    assert skipped_files("a.jsonl") == skipped_files("*.jsonl") == []

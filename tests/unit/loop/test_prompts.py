@@ -32,9 +32,16 @@ class Made:
     """Prompts, quarantine and counts of a data file, made as the stage makes them but for Ray."""
 
     def __init__(
-        self, root: Path, lines: list[str | Row], max_rows: int | None = None, part_rows: int = 4, **task: Any
+        self,
+        root: Path,
+        lines: list[str | Row],
+        max_rows: int | None = None,
+        part_rows: int = 4,
+        leaked: Any = None,
+        **task: Any,
     ):
         data = root / "data.jsonl"
+        root.mkdir(exist_ok=True)
         data.write_text("".join((line if isinstance(line, str) else json.dumps(line)) + "\n" for line in lines))
         self.run = RunDir(Storage(root / "run"))
         render = prompts._RenderSlice(self.run.storage, "prompts", task_of(**task))
@@ -42,7 +49,8 @@ class Made:
         for number, piece in enumerate(split([str(data)])):
             item = {"uri": piece.uri, "start": piece.start, "stop": piece.stop, "name": f".attempts/{number:06d}"}
             slices.append(prompts._rendered(render(item)))
-        self.entries, self.reasons = prompts._finish(self.run.storage, slices, self.run.prompts, max_rows, part_rows)
+        self.slices, artefact = slices, self.run.prompts
+        self.entries, self.reasons = prompts._finish(self.run.storage, slices, artefact, max_rows, part_rows, leaked)
 
     @property
     def rows(self) -> list[Row]:
@@ -86,6 +94,31 @@ def test_max_rows_takes_the_first_usable_ones(tmp_path, monkeypatch):
     made = Made(tmp_path, rows, max_rows=3)
     assert [json.loads(row["messages"])[0]["content"] for row in made.rows] == ["q0", "q1", "q2"]
     assert made.reasons == {"malformed": 1, "duplicate": 1}
+
+
+def test_rows_that_are_held_out_are_not_trained_on_and_do_not_count_as_bad(tmp_path, caplog):
+    """q1 is held out: of five rows, two are leaks, one repeats q0, and two stay."""
+    rows = [{"prompt": f"q{i}", "response": "r"} for i in (0, 1, 1, 0, 2)]
+    held_out = Made(tmp_path / "h", rows[1:2]).slices[0].ids
+    made = Made(tmp_path, rows, max_rows=2, leaked=held_out)
+    assert [json.loads(row["messages"])[0]["content"] for row in made.rows] == ["q0", "q2"]
+    assert made.reasons == {"leak": 2, "duplicate": 1}
+    check(made, 0.34)
+    assert "2 rows are held out, too" in caplog.text
+    with pytest.raises(DataError, match=r"1 of 3 rows cannot be used \(1 duplicate\).*data\.jsonl:4: duplicate"):
+        check(made, 0.33)
+    with pytest.raises(DataError, match="all rows are held out, too"):
+        check(Made(tmp_path, rows[1:2], leaked=held_out), 1.0)
+
+
+def test_forms_and_unread_columns_are_found_over_all_slices_of_a_file(tmp_path, monkeypatch):
+    monkeypatch.setattr(sources, "SLICE_BYTES", 50)
+    rows = [{"prompt": f"q{i}", "response": "r", "id": i, "system": None} for i in range(3)]
+    made = Made(tmp_path, [*rows, {"messages": chat("a", "")}, {"messages": chat("a", "b"), "tag": "x"}])
+    assert sum((each.ignored for each in made.slices), Counter()) == {"id": 3, "tag": 1}
+    prompts._refuse_mixed_files(made.slices, [f"file{i}" for i in range(len(made.slices))])
+    with pytest.raises(DataError, match=r"jsonl:1: is of the form prompt_response .*is of the form messages \("):
+        prompts._refuse_mixed_files(made.slices, ["one"] * len(made.slices))
 
 
 def test_quarantine_holds_the_row_as_it_came(tmp_path):

@@ -54,6 +54,12 @@ def test_each_row_is_usable_or_refused_by_a_reason_with_the_first_one_shown(tmp_
         found.check(config.data)
 
 
+def test_columns_that_are_not_read_are_counted(tmp_path):
+    found, _ = look(tmp_path, [row(0), json.dumps(json.loads(row(1)) | {"weight": 2})])
+    assert found.ignored == {"weight": 1}
+    assert "not read: weight (1 rows)" in printed(doctor.print_survey, found)
+
+
 def test_no_usable_row_is_an_error_whatever_fraction_is_allowed(tmp_path):
     found, config = look(tmp_path, ['{"text": "x"}'], max_quarantine_fraction=1.0)
     with pytest.raises(DataError, match=r"1 of 1 rows cannot be used \(1 malformed\); first: .*rows.jsonl:1"):

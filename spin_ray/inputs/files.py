@@ -1,0 +1,94 @@
+"""A data file: its kind, its bytes, and parts of it."""
+
+import io
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, BinaryIO, NamedTuple, cast
+
+import pyarrow as pa
+import pyarrow.fs
+
+from spin_ray.errors import DataError
+
+KINDS = (".jsonl", ".ndjson", ".json", ".parquet", ".csv", ".tsv", ".arrow")
+TEXTS = (".jsonl", ".ndjson", ".json", ".csv", ".tsv")
+CODECS = {".gz": "gzip", ".zst": "zstd"}
+"""Compression of text files by the end of their names."""
+SUFFIXES = (*KINDS, *(text + codec for text in TEXTS for codec in CODECS))
+CHUNK = 2**20
+"""Bytes that are read at a time."""
+
+
+@dataclass(frozen=True, slots=True)
+class Slice:
+    """Part of a file, in bytes of text, row groups of Parquet or record batches of Arrow."""
+
+    uri: str
+    start: int
+    stop: int
+
+
+class SourceRow(NamedTuple):
+    origin: str
+    """File and place."""
+    content: dict[str, Any] | None
+    """None: the row is no JSON object."""
+    raw: bytes
+    """The row's bytes (for tables: JSON)."""
+    unread: tuple[str, ...] = ()
+    """Columns of the file that were left unread."""
+
+
+def kind_of(uri: str) -> str:
+    """Returns the end of the name that says the kind, without the one that says the compression."""
+    name = uri.removesuffix(codec) if (codec := codec_of(uri)) else uri
+    return next((kind for kind in KINDS if name.endswith(kind)), "")
+
+
+def codec_of(uri: str) -> str | None:
+    return next((suffix for suffix in CODECS if uri.endswith(suffix)), None)
+
+
+def filesystem(uri: str) -> tuple[pyarrow.fs.FileSystem, str]:
+    """Returns the file system of a path or URI, and the path in it; raises DataError if there is none."""
+    if uri.startswith("hf://"):
+        from huggingface_hub import HfFileSystem
+
+        return pyarrow.fs.PyFileSystem(pyarrow.fs.FSSpecHandler(HfFileSystem())), uri.removeprefix("hf://")
+    if "://" not in uri:
+        if not uri:
+            raise DataError("data: the path is empty")
+        return pyarrow.fs.LocalFileSystem(), str(Path(uri).expanduser().absolute())  # Ray workers run in other folders
+    try:
+        return pyarrow.fs.FileSystem.from_uri(uri)
+    except (pa.ArrowInvalid, OSError) as error:
+        raise DataError(f"{uri}: cannot be opened ({error})") from error
+
+
+def open_text(uri: str) -> io.BufferedReader:
+    """Opens a file's bytes, unpacked; only a file that is not compressed can be sought in."""
+    store, path = filesystem(uri)
+    codec = codec_of(uri)
+    opened = store.open_input_file(path)
+    stream = pa.CompressedInputStream(opened, CODECS[codec]) if codec else opened
+    return io.BufferedReader(cast(Any, stream), buffer_size=CHUNK)
+
+
+def head_of(uri: str) -> bytes:
+    """Returns the first bytes of a text, without the byte order mark and blanks.
+
+    Raises:
+        DataError: the text is UTF-16, or not compressed as its name says.
+    """
+    try:
+        with open_text(uri) as file:
+            head = cast(BinaryIO, file).read(256)
+    except (pa.ArrowException, OSError) as error:
+        raise DataError(f"{uri}: cannot be read ({' '.join(str(error).split())})") from error
+    if (
+        head[:2] in (b"\xff\xfe", b"\xfe\xff")
+        or (head[:1] == b"\x00" and head[1:2] in b'{["')
+        or head[1:4:2] == b"\0\0"
+    ):
+        raise DataError(f"{uri}: is UTF-16; write it as UTF-8: iconv -f UTF-16 -t UTF-8 FILE > NEW")
+    return head.removeprefix(b"\xef\xbb\xbf").lstrip()

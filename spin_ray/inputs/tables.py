@@ -1,0 +1,118 @@
+"""Rows of columnar files: Parquet, and Arrow as ``datasets`` saves it."""
+
+import json
+from collections.abc import Iterable, Iterator
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.fs
+import pyarrow.parquet as pq
+
+from spin_ray.errors import DataError, first_line
+from spin_ray.inputs.files import Slice, SourceRow, filesystem, kind_of
+from spin_ray.inputs.forms import COLUMNS
+
+_ALL = 2**31
+_DAMAGED = (pa.ArrowException, OSError, UnicodeDecodeError)
+
+
+def split_table(uri: str, width: int) -> list[Slice]:
+    """Returns a slice for each row group of Parquet, or for record batches of ``width`` bytes together.
+
+    Raises:
+        DataError: the file is not of its kind.
+    """
+    if kind_of(uri) == ".parquet":
+        return [Slice(uri, group, group + 1) for group in range(_parquet(uri).num_row_groups)]
+    if not isinstance(filesystem(uri)[0], pyarrow.fs.LocalFileSystem):
+        return [Slice(uri, 0, _ALL)]  # finding the batches would read the whole file
+    slices, start, size, number = [], 0, 0, -1
+    for number, batch in enumerate(_batches(uri)):
+        size += batch.nbytes
+        if size >= width:
+            slices.append(Slice(uri, start, number + 1))
+            start, size = number + 1, 0
+    return [*slices, Slice(uri, start, number + 1)] if number + 1 > start else slices
+
+
+def read_table(piece: Slice, columns: Iterable[str] = ()) -> Iterator[SourceRow]:
+    """Yields rows as JSONL has them: a null is a missing key. Reads what a form can use, and ``columns``.
+
+    Raises:
+        DataError: the file is damaged.
+    """
+    if kind_of(piece.uri) == ".parquet":
+        file = _parquet(piece.uri)
+        names = file.schema_arrow.names
+        wanted = _wanted(names, columns)
+        first = sum(file.metadata.row_group(group).num_rows for group in range(piece.start))
+        batches = file.iter_batches(row_groups=list(range(piece.start, piece.stop)), columns=wanted)
+        yield from _rows(piece.uri, batches, names, wanted, first)
+        return
+    first = 0
+    for number, batch in enumerate(_batches(piece.uri)):
+        if number >= piece.stop:
+            return
+        if number >= piece.start:
+            names = batch.schema.names
+            wanted = _wanted(names, columns)
+            yield from _rows(piece.uri, iter([batch.select(wanted)]), names, wanted, first)
+        first += batch.num_rows
+
+
+def _wanted(names: list[str], columns: Iterable[str]) -> list[str]:
+    known = {*COLUMNS, *columns}
+    return [name for name in names if name in known] or names
+
+
+def _rows(
+    uri: str, batches: Iterator[pa.RecordBatch], names: list[str], wanted: list[str], first: int
+) -> Iterator[SourceRow]:
+    unread = tuple(name for name in names if name not in wanted)
+    while True:
+        try:
+            batch = next(batches)
+            rows = batch.to_pylist()
+        except StopIteration:
+            return
+        except _DAMAGED as error:
+            raise DataError(f"{uri}: is damaged near row {first} ({first_line(error)})") from error
+        # Arrow gives all dicts of a column the same keys; a template would write those that a row lacks.
+        nested = {field.name for field in batch.schema if field.name == "tools" or "tool_calls" in str(field.type)}
+        for offset, row in enumerate(rows):
+            content = {name: value for name, value in row.items() if value is not None}
+            for name in nested & content.keys():
+                content[name] = _without_nulls(content[name])
+            raw = json.dumps(content, default=str).encode()
+            yield SourceRow(f"{uri}: row {first + offset}", content, raw, unread)
+        first += len(rows)
+
+
+def _without_nulls(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {key: _without_nulls(each) for key, each in value.items() if each is not None}
+    return [_without_nulls(each) for each in value] if isinstance(value, list) else value
+
+
+def _parquet(uri: str) -> pq.ParquetFile:
+    store, path = filesystem(uri)
+    try:
+        return pq.ParquetFile(store.open_input_file(path))
+    except (pa.ArrowException, OSError) as error:
+        raise DataError(f"{uri}: is not a Parquet file ({first_line(error)})") from error
+
+
+def _batches(uri: str) -> Iterator[pa.RecordBatch]:
+    """Yields the record batches of a stream (as ``datasets`` writes) or of a file."""
+    store, path = filesystem(uri)
+    local = isinstance(store, pyarrow.fs.LocalFileSystem)
+    try:
+        with pa.memory_map(path) if local else store.open_input_file(path) as source:
+            if source.read(6) == b"ARROW1":
+                file = pa.ipc.open_file(source)
+                yield from (file.get_batch(number) for number in range(file.num_record_batches))
+            else:
+                source.seek(0)
+                yield from pa.ipc.open_stream(source)
+    except _DAMAGED as error:
+        raise DataError(f"{uri}: is not an Arrow file ({first_line(error)})") from error
