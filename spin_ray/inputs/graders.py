@@ -11,7 +11,7 @@ from spin_ray.learner.import_path import import_object
 Grader = Callable[[str, str], float | None]
 """Function from a response and its row's answer to a grade of 0 to 1; None: the answer cannot be graded."""
 
-_SAID = re.compile(r"answer\s*(?:is|:)?\s*[:*]*\s*\(?([A-Z])\b(?!')", re.IGNORECASE)
+_SAID = re.compile(r"(?i:answer\s*(?:is|:)?)[\s:*]*\(?([A-Z]\b(?!')|[a-z](?=\W*$))", re.MULTILINE)
 _BOXED = re.compile(r"\\boxed\{\s*(?:\\text\{)?\(?([A-Z])\)?")
 _ALONE = re.compile(r"^[\s*(]*([A-Z])(?:[\s*]*$|[).:])", re.MULTILINE)
 _FENCED = re.compile(r"```(?:json)?\s*\n(.*?)```", re.DOTALL)

@@ -19,7 +19,7 @@ def half_right(response: str, answer: str) -> float | None:
         ("multiple_choice", "Not A. The answer is (B).", "B", 1), ("multiple_choice", "b", "B", 0),
         ("multiple_choice", "Answer: c", "(C)", 1), ("multiple_choice", "C) because A is wrong", "C", 1),
         ("multiple_choice", r"So \boxed{D}", "D", 1), ("multiple_choice", "A dog runs", "A", 0),
-        ("multiple_choice", "B", "Paris", None),
+        ("multiple_choice", "B", "Paris", None), ("multiple_choice", "The answer is a hard one\nB", "B", 1),
         ("json", 'Here:\n```json\n{"b": 1, "a": [true]}\n```', '{"a": [true], "b": 1}', 1),
         ("json", "1", "true", 0), ("json", "no JSON", "1", 0), ("json", "1", "{", None),
         (f"{__name__}:half_right", "x", "ok", 0.5), (f"{__name__}:half_right", "x", "skip", None),
