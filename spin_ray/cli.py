@@ -177,12 +177,17 @@ def plan(
 
 @cli.command(context_settings=_OVERRIDES)
 @click.argument("recipe")
-@click.option("--out", default=None, help="Run folder, to check its free space.")
+@click.option("--out", default=None, help="Run folder, to check its free space and precision.")
+@click.option("--all", "every_row", is_flag=True, help="Read every row of the data, not only the first ones.")
+@click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")
 @click.argument("overrides", nargs=-1, type=click.UNPROCESSED)
-def doctor(recipe: str, out: str | None, overrides: tuple[str, ...]) -> None:
+def doctor(recipe: str, out: str | None, every_row: bool, as_json: bool, overrides: tuple[str, ...]) -> None:
     """Check RECIPE before it runs: values, data, model, chat template, storage, versions, resources."""
     config = load_config(recipe, _parse_overrides(overrides))
-    _doctor(config, Path(out) if out else None, Console())
+    # A long line of a path or reason stays one line; --json prints nothing before its object.
+    found = _doctor(config, Path(out) if out else None, Console(quiet=as_json, soft_wrap=True), every_row)
+    if as_json:
+        click.echo(json.dumps(found, indent=1))
 
 
 @cli.command(context_settings=_OVERRIDES)
@@ -247,24 +252,56 @@ def serve_key(name: str, per_minute: int | None) -> None:
     click.echo(f"key of {name}, shown only now: {key}", err=True)
 
 
-def _doctor(config: SpinConfig, out: Path | None, console: Console) -> None:
-    from spin_ray.inputs.check import check_recipe, disk_free_gib, versions
+def _doctor(config: SpinConfig, out: Path | None, console: Console, every_row: bool) -> dict[str, Any]:
+    """Prints what is right, then raises what is wrong; returns the findings."""
+    from spin_ray.inputs.check import check_recipe, disk_free_gib, find_inputs, versions
+    from spin_ray.inputs.rendering import load_tokenizer
+    from spin_ray.inputs.template_facts import template_facts
     from spin_ray.loop.algorithms.table import check_algorithm
+    from spin_ray.report import doctor as shown
     from spin_ray.runtime.connect import connect
     from spin_ray.runtime.placement import check_fits, demands
 
     check_algorithm(config)
     console.print("[green]ok[/] recipe")
-    start = check_recipe(config)
-    console.print(f"[green]ok[/] data {start.train}" + (f", held out {start.heldout}" if start.heldout else ""))
-    console.print(f"[green]ok[/] model {start.model.path} (end of turn: token {start.end_of_turn_id})")
+    inputs = find_inputs(config)
+    tokenizer = load_tokenizer(str(inputs.model.path), config.model.chat_template, config.model.trust_remote_code)
+    surveys = shown.look_at_data(config, inputs, every_row=every_row)
+    for found in surveys:
+        shown.print_survey(found, console)
+    for found in surveys:
+        found.check(config.data)
+    shown.print_example(surveys[0], tokenizer, console)
+    start = check_recipe(config, inputs)
+    console.print("[green]ok[/] model", end=" ")
+    console.print(f"{start.model.path} (end of turn: token {start.end_of_turn_id})", markup=False)
+    facts = template_facts(tokenizer)
+    shown.print_template(facts, console)
+    precision, reason = shown.precision_and_reason(config, _recipe_of(out))
+    console.print(f"[green]ok[/] precision {precision}: {reason}")
     folder = out or Path.cwd()
-    console.print(f"[green]ok[/] {disk_free_gib(folder):.0f} GiB free for {folder}")
+    console.print(f"[green]ok[/] {disk_free_gib(folder):.0f} GiB free for", end=" ")
+    console.print(str(folder), markup=False)
     connect(config)
     check_fits(config)
-    for stage, bundles in demands(config).items():
+    wanted = demands(config)
+    for stage, bundles in wanted.items():
         console.print(f"[green]ok[/] {stage}: {len(bundles)} × {bundles[0]}")
     console.print(", ".join(f"{name} {number}" for name, number in versions().items()))
+    resources = {stage: {"count": len(bundles), "bundle": dict(bundles[0])} for stage, bundles in wanted.items()}
+    return shown.as_json(surveys, facts, tokenizer) | {
+        "model": str(start.model.path), "end_of_turn_id": start.end_of_turn_id,
+        "precision": {"chosen": precision, "reason": reason}, "free_gib": round(disk_free_gib(folder), 1),
+        "resources": resources, "versions": versions(),
+    }  # fmt: skip
+
+
+def _recipe_of(out: Path | None) -> SpinConfig | None:
+    from spin_ray.run_dir.run_dir import RunDir
+    from spin_ray.run_dir.storage import Storage
+
+    run_json = out / "run.json" if out else None
+    return RunDir(Storage(str(out))).config() if run_json and run_json.is_file() else None
 
 
 def _parse_overrides(words: tuple[str, ...]) -> dict[str, str]:

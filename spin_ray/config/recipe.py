@@ -87,6 +87,11 @@ def _impossible(config: SpinConfig) -> Iterator[str]:
     yield from _secret_problems(config)
     if config.evaluation.answer_extractor != "none" and config.data.heldout is None:
         yield "evaluation.answer_extractor: needs data.heldout"
+    if config.evaluation.grade != "number":
+        if config.data.heldout is None:
+            yield "evaluation.grade: needs data.heldout"
+        if config.evaluation.answer_extractor != "none" and config.algorithm != "self_reinforcement":
+            yield "evaluation.answer_extractor: reads numbers, which evaluation.grade does not grade; leave it out"
     if config.stop_when is not None and config.data.heldout is None:
         yield "stop_when: patience and min_fall need data.heldout"
     for key in sorted(

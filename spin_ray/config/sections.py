@@ -43,6 +43,7 @@ FormName = Literal[
     "chosen_rejected", "prompt_chosen_rejected", "messages", "sharegpt", "real_generated", "prompt_completion",
     "prompt_response", "alpaca", "orca", "question_answer",
 ]  # fmt: skip
+GradeName = Literal["number", "exact", "regex", "multiple_choice", "json"]
 LossName = Literal["logistic", "hinge", "exponential", "correlation"]
 OptimizerName = Literal["rmsprop", "adamw"]
 BackendName = Literal["fsdp2", "deepspeed"]
@@ -386,6 +387,10 @@ class EvaluationConfig(Section):
     answer_extractor: Literal["none", "equals", "hashes"] = "none"
     """Way to read the number in a response, for rows with an ``answer``: after the last ``=`` (``equals``) or ``####``
     (``hashes``)."""
+    grade: NameOrPath[GradeName] = "number"
+    """Grader of responses to rows with an ``answer``. ``number`` compares numbers, read by ``answer_extractor``;
+    ``exact`` whole texts; ``multiple_choice`` letters; ``json`` values. ``regex`` takes ``answer`` as a pattern. Or the
+    import path of a function of response and answer, both texts, ``my_package.mine:grade``, which returns 0 to 1."""
     max_rows: Count | None = None
     """Number of held-out rows, from the first. Not set: all."""
 

@@ -22,6 +22,7 @@ from spin_ray.inputs.conversations import (
     rejected_of,
     tools_of,
 )
+from spin_ray.inputs.graders import answer_text
 from spin_ray.inputs.rendering import ChatRenderer, Rendered, RenderError, load_tokenizer
 from spin_ray.inputs.sources import SourceRow
 from spin_ray.inputs.vocabulary import vocabulary_of, without_embedding
@@ -140,6 +141,7 @@ def _row(
         "messages": _as_json(conversation),
         "answer": answer_of((source.content or {}).get("answer")),
         "rejected_ids": rejected.real_ids if rejected else None,
+        "answer_text": answer_text((source.content or {}).get("answer")),
     }
 
 

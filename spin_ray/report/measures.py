@@ -159,49 +159,6 @@ def standard_error(values: np.ndarray) -> float:
     return float(np.std(values, ddof=1) / math.sqrt(len(values))) if len(values) > 1 else 0.0
 
 
-def warnings(evaluation: Evaluation, start: Evaluation | None = None) -> list[str]:
-    """Returns a sentence for each sign of collapse or of misleading measures; ``start`` is θ_0's evaluation."""
-    found = []
-
-    def value(key: str, of: Evaluation | None = evaluation) -> float | None:
-        return BY_KEY[key].of(of) if of else None
-
-    loss, own = value("against_opponent.loss"), value("against_self.loss")
-    if loss is not None and loss >= math.log(2):
-        found.append(f"held-out loss {loss:.3f} is not below ln 2: what was learned does not carry over to new rows.")
-    if own is not None and own > math.log(2) + 0.05:
-        found.append(
-            f"loss on own samples {own:.3f} is above ln 2: the iterate overshot, its samples gained more than y did."
-        )
-    real, generated = value("real_logp_drift"), value("against_opponent.generated_logp_drift")
-    if real is not None and generated is not None and real < -2 and generated < -2:
-        found.append(
-            f"log p(y) fell by {-real:.1f} and log p(y′) by {-generated:.1f} nats: probability goes to other responses."
-        )
-    kl = BY_KEY["against_self.generated_logp_drift"].interval(evaluation)
-    if kl is not None and kl[1] < 0:
-        found.append(
-            f"KL to the opponent is estimated below 0 ({kl[0]:.1f} to {kl[1]:.1f}): the samples are not from this "
-            "model; the engine's dtype may round small updates away (generation.engine.dtype), or generation.sampling "
-            "changes the distribution."
-        )
-    if (identical := value("identical_share") or 0) > 0.5:
-        found.append(f"{identical:.0%} of y′ equal y: little is left to learn, and more SPIN does harm.")
-    cut, cut_before = value("truncation_rate"), value("truncation_rate", start)
-    if cut is not None and cut_before is not None and cut > cut_before + 0.15:
-        found.append(f"{cut:.0%} of y′ are cut at max_tokens ({cut_before:.0%} at θ_0): turns no longer end.")
-    duplicates, usual = value("duplicate_share"), value("real_duplicate_share")
-    if duplicates is not None and usual is not None and duplicates > usual + 0.15:
-        found.append(f"{duplicates:.0%} of y′ repeat another (of y: {usual:.0%}): the answers collapse onto a few.")
-    distinct, distinct_before = value("distinct_2"), value("distinct_2", start)
-    if distinct is not None and distinct_before and distinct < 0.6 * distinct_before:
-        found.append(f"distinct-2 fell to {distinct:.2f} from {distinct_before:.2f} at θ_0: the wording gets poorer.")
-    auc, accuracy = value("length_auc"), value("against_opponent.accuracy")
-    if auc is not None and accuracy is not None and abs(auc - 0.5) > 0.4 and accuracy > 0.95:
-        found.append(f"length alone tells y from y′ (AUC {auc:.2f}): the model may have learned little else.")
-    return found
-
-
 def stop_evidence(evaluations: list[Evaluation], patience: int, min_fall: float) -> dict[str, Any] | None:
     """Returns why to stop after the last of ``evaluations`` (of θ_0, θ_1, …); None: go on.
 

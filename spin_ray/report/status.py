@@ -10,8 +10,9 @@ from rich.table import Table
 from spin_ray.config.recipe import SpinConfig
 from spin_ray.report.examples import read_examples
 from spin_ray.report.history import read_evaluations
-from spin_ray.report.measures import MEASURES, Evaluation, warnings
+from spin_ray.report.measures import MEASURES, Evaluation
 from spin_ray.report.progress import PROGRESS
+from spin_ray.report.signs import warnings
 from spin_ray.run_dir.events import Event, counted_in, duration, lost_work, read_json_lines, spans, stage_seconds
 from spin_ray.run_dir.names import iterate_number
 from spin_ray.run_dir.run_dir import RunDir

@@ -12,12 +12,13 @@ PROMPT_SCHEMA = pa.schema(
         pa.field("messages", pa.string(), nullable=False),
         pa.field("answer", pa.float64()),
         pa.field("rejected_ids", TOKEN_IDS),
+        pa.field("answer_text", pa.string()),
     ]
 )
 """One SFT row, tokenised once.
 
 ``real_ids`` is the human response with its end-of-turn token, empty for an unlabelled question. ``rejected_ids`` is a
-preference pair's worse response.
+preference pair's worse response. ``answer`` is a number, ``answer_text`` any answer; older runs lack the latter.
 """
 
 GENERATION_SCHEMA = pa.schema(

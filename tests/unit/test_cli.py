@@ -239,3 +239,30 @@ def test_doctor_says_what_is_right_and_asks_the_cluster(call, monkeypatch, tmp_p
     found = call("doctor", recipe, "--train.workers=2")
     assert_one_line((found[0], "", found[2]), "train asks for 2 × 1 CPU")
     assert not (tmp_path / "run").exists()
+
+
+def test_doctor_as_json_is_one_object(call, monkeypatch, recipe):
+    from spin_ray.runtime import connect, placement
+
+    monkeypatch.setattr(connect, "connect", lambda config: None)
+    monkeypatch.setattr(placement, "_node_resources", lambda labels=None: [{"CPU": 1.0}])
+    code, out, _ = call("doctor", recipe, "--json")
+    found = json.loads(out)
+    assert code == 0
+    assert found["data"][0]["usable"] > 0
+    assert found["data"][0]["example"]["real_ids"][-1] == found["end_of_turn_id"]
+    assert found["precision"]["chosen"] in ("bf16", "fp32")
+
+
+@pytest.mark.parametrize(
+    ("row", "words"),
+    [
+        ('{"text": "x"}', "rows cannot be used (1 malformed)"),
+        ('{"messages": [{"role": "assistant", "content": "x"}]}', "rows cannot be used (1 empty)"),
+    ],
+)
+def test_doctor_refuses_data_without_a_usable_row(call, tmp_path, recipe, row, words):
+    data = tmp_path / "rows.jsonl"
+    data.write_text(row + "\n")
+    found = call("doctor", recipe, f"--data.train={data}")
+    assert_one_line((found[0], "", found[2]), words)

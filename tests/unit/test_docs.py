@@ -4,6 +4,7 @@ import re
 from pathlib import Path
 
 from spin_ray.inputs import forms
+from spin_ray.report import signs
 from spin_ray.report.measures import as_markdown
 from tests.support.paths import DOCS, ROOT
 
@@ -12,6 +13,8 @@ def test_the_table_of_measures_is_the_one_in_the_code():
     text = (DOCS / "reading-a-run.md").read_text(encoding="utf-8")
     table = text.partition('as_markdown())" -->\n')[2].partition("<!-- end of measures -->")[0]
     assert table == as_markdown()
+    rules = text.partition('signs.as_markdown())" -->\n')[2].partition("<!-- end of warnings -->")[0]
+    assert rules == signs.as_markdown()
 
 
 def test_the_table_of_forms_is_the_one_in_the_code():

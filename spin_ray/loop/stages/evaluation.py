@@ -23,6 +23,7 @@ import torch.distributed as dist
 
 from spin_ray.config.recipe import SpinConfig
 from spin_ray.inputs.answers import is_correct
+from spin_ray.inputs.graders import graded
 from spin_ray.inputs.model_folder import ModelFolder
 from spin_ray.inputs.rendering import load_tokenizer
 from spin_ray.learner.backends.base import BackendSettings
@@ -30,7 +31,8 @@ from spin_ray.learner.backends.fsdp2 import Fsdp2Backend
 from spin_ray.learner.losses import pair_logps, response_logps
 from spin_ray.learner.step import PackShape, pair_lengths, plan
 from spin_ray.report.margins import SCORE_SCHEMA, margin_measures
-from spin_ray.report.measures import distinct_ngrams, duplicate_share, standard_error, warnings
+from spin_ray.report.measures import distinct_ngrams, duplicate_share, standard_error
+from spin_ray.report.signs import warnings
 from spin_ray.run_dir.artefact import Artefact
 from spin_ray.run_dir.names import heldout_pair_id, part_name
 from spin_ray.run_dir.run_dir import RunDir
@@ -115,21 +117,29 @@ def _text_measures(heldout: pa.Table, answers: pa.Table, config: SpinConfig, mod
         "distinct_2": distinct_ngrams(generated, 2),
         "real_distinct_2": distinct_ngrams(real, 2),
     }
-    extractor = config.evaluation.answer_extractor
-    if extractor != "none":
-        tokenizer = load_tokenizer(str(model), trust_remote_code=config.model.trust_remote_code)
-        texts = tokenizer.batch_decode(generated, skip_special_tokens=True)
-        graded = [
-            is_correct(text, answer, extractor)
-            for text, answer in zip(texts, heldout["answer"].to_pylist(), strict=True)
-            if answer is not None
-        ]
-        if graded:
-            by_row["answer_accuracy"] = graded
-            measures["answers_graded"] = len(graded)
+    if grades := _grades(heldout, generated, config, model):
+        by_row["answer_accuracy"] = grades
+        measures["answers_graded"] = len(grades)
     measures |= {key: float(np.mean(values)) for key, values in by_row.items()}
     errors = {key: standard_error(np.asarray(values, dtype=np.float64)) for key, values in by_row.items()}
     return measures | {"standard_errors": errors}
+
+
+def _grades(heldout: pa.Table, generated: list[list[int]], config: SpinConfig, model: Path) -> list[float]:
+    """Returns the grades of the responses to rows with an answer that can be graded."""
+    extractor, grade = config.evaluation.answer_extractor, config.evaluation.grade
+    column = "answer" if grade == "number" else "answer_text"
+    if (grade == "number" and extractor == "none") or column not in heldout.column_names:
+        return []
+    tokenizer = load_tokenizer(str(model), trust_remote_code=config.model.trust_remote_code)
+    texts = tokenizer.batch_decode(generated, skip_special_tokens=True)
+    rows = zip(texts, heldout[column].to_pylist(), heldout["prompt_id"].to_pylist(), strict=True)
+    grades = [
+        float(is_correct(text, answer, extractor)) if grade == "number" else graded(grade, text, answer, prompt_id)
+        for text, answer, prompt_id in rows
+        if answer is not None
+    ]
+    return [each for each in grades if each is not None]
 
 
 def length_auc(real: list[int], generated: list[int]) -> float:

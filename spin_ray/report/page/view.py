@@ -11,8 +11,9 @@ from spin_ray.config.recipe import SpinConfig, flatten
 from spin_ray.errors import UserError
 from spin_ray.report.examples import Example, read_examples
 from spin_ray.report.history import read_benchmarks, read_evaluations, read_train_logs
-from spin_ray.report.measures import BY_KEY, CONFIDENCE, Evaluation, warnings
+from spin_ray.report.measures import BY_KEY, CONFIDENCE, Evaluation
 from spin_ray.report.redaction import hide, hide_in_text
+from spin_ray.report.signs import warnings
 from spin_ray.run_dir.events import Span, spans
 from spin_ray.run_dir.names import iterate_name
 from spin_ray.run_dir.run_dir import RunDir
@@ -112,7 +113,7 @@ class RunView:
         return totals
 
     def verdict(self) -> tuple[str, str]:
-        """Returns two sentences: the newest iterate's worth, and its first warning."""
+        """Returns two sentences: the newest iterate's worth, and its worst warning."""
         if not self.evaluations:
             if self.config.data.heldout is None:
                 first = "The run has no held-out data (data.heldout), so its iterates cannot be evaluated."

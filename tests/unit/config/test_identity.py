@@ -101,6 +101,7 @@ IDENTITY = {
     "train.precision": "bf16",
     "train.gradient_checkpointing": False,
     "evaluation.answer_extractor": "none",
+    "evaluation.grade": "number",
     "evaluation.max_rows": None,
 }  # fmt: skip
 """Identity of the minimal recipe in spin_ray 0.1.0, whose default precision was bf16."""
@@ -109,7 +110,7 @@ IDENTITY = {
 def test_the_identity_of_a_recipe_is_to_the_byte_what_it_was():
     found = config_of(train={"precision": "bf16"}).identity()
     assert list(found.items()) == list(IDENTITY.items())
-    assert digest(found) == "8348c0f7bfc9179cd9fe2201a8119debec8e7e4e8542da75f765bd3bda9e62fb"
+    assert digest(found) == "816d50125483167a6bbbdb1f9e0e16b91d8ad75cfcd4b38424da29cc972676e7"
 
 
 @pytest.mark.parametrize(

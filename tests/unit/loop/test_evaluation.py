@@ -105,6 +105,16 @@ def test_answers_are_graded_where_the_data_has_them():
     assert found["answers_graded"] == 3
 
 
+def test_a_grader_of_texts_reads_the_answers_own_words():
+    """Right, wrong; an older run has no such column."""
+    tokenizer = load_tokenizer(str(TINY))
+    ids = [[*tokenizer.encode(text, add_special_tokens=False), 2] for text in ("yes", "no")]
+    config = config_of(data={"train": "d", "heldout": "h"}, evaluation={"grade": "exact"})
+    heldout = pa.table({"prompt_id": ["p0", "p1"], "answer_text": ["yes", "yes"]})
+    assert evaluation._grades(heldout, ids, config, TINY) == [1.0, 0.0]
+    assert evaluation._grades(heldout.drop_columns("answer_text"), ids, config, TINY) == []
+
+
 def test_without_any_answer_in_the_data_there_is_no_accuracy():
     assert "answer_accuracy" not in text_measures([[5, 2]], [("p000", 0, [6, 2])], extractor="hashes")
 

@@ -12,8 +12,8 @@ from spin_ray.report.measures import (
     duplicate_share,
     standard_error,
     stop_evidence,
-    warnings,
 )
+from spin_ray.report.signs import RULES, Compared, warnings
 
 HEALTHY = {
     "against_opponent": {"loss": 0.5, "margin": 1.0, "accuracy": 0.8, "generated_logp_drift": -1.0},
@@ -75,6 +75,45 @@ def test_a_healthy_iterate_gives_no_warning():
 def test_each_sign_of_collapse_is_named(change, words):
     [found] = warnings(HEALTHY | change, HEALTHY)
     assert words in found
+
+
+CHANGES = {
+    "answers": lambda x: ({"answer_accuracy": 0.5 - x * 1.96 * 0.05 * math.sqrt(2)}, {"answer_accuracy": 0.5}),
+    "held-out loss": lambda x: ({"against_opponent": {"loss": x}}, {}),
+    "overshoot": lambda x: ({"against_self": {"loss": x}}, {}),
+    "lost probability": lambda x: ({"real_logp_drift": -x, "against_opponent": {"generated_logp_drift": -9.0}}, {}),
+    "KL below 0": lambda x: ({"against_self": {"generated_logp_drift": -x * 1.96 * 0.2}}, {}),
+    "equal to y": lambda x: ({"identical_share": x}, {}),
+    "cut": lambda x: ({"truncation_rate": 0.1 + x}, {}),
+    "length": lambda x: ({"real_length": 10.0, "generated_length": 12.0 * x}, {"generated_length": 12.0}),
+    "duplicates": lambda x: ({"duplicate_share": 0.1 + x}, {}),
+    "wording": lambda x: ({"distinct_2": 0.8 * (1 - x)}, {}),
+    "length alone": lambda x: ({"length_auc": 0.5 - x, "against_opponent": {"accuracy": 0.96}}, {}),
+}
+
+
+@pytest.mark.parametrize("rule", RULES, ids=lambda rule: rule.name)
+def test_each_rule_begins_at_its_threshold(rule):
+    errors = {"standard_errors": HEALTHY["standard_errors"] | {"answer_accuracy": 0.05}}
+    for factor, expected in ((1.001, True), (0.999, False)):
+        change, before = CHANGES[rule.name](rule.threshold * factor)
+        compared = Compared(HEALTHY | errors | change, HEALTHY | errors | before)
+        assert (rule.severity(compared) >= 1) is expected
+        assert (rule.sentence(compared) in warnings(compared.evaluation, compared.start)) is expected
+
+
+def test_the_demonstration_that_was_called_no_sign_of_collapse_names_cuts_and_lengths_worst_first():
+    """Cuts from 2 % to 15 % are 2.6 times their threshold, lengths from 14.2 to 21.4 are 1.2 times theirs."""
+    errors = {"truncation_rate": 0.02, "generated_length": 1.0}
+    start = {"truncation_rate": 0.02, "generated_length": 14.2, "real_length": 13.8, "standard_errors": errors}
+    found = warnings(start | {"truncation_rate": 0.15, "generated_length": 21.4}, start)
+    assert [sentence[:28] for sentence in found] == ["15% of y′ are cut at max_tok", "y′ went from 14.2 to 21.4 to"]
+
+
+def test_what_chance_may_give_and_what_comes_nearer_to_y_is_no_sign():
+    errors = {"truncation_rate": 0.1, "generated_length": 1.0}
+    start = {"truncation_rate": 0.0, "generated_length": 20.0, "real_length": 10.0, "standard_errors": errors}
+    assert warnings(start | {"truncation_rate": 0.2, "generated_length": 10.0}, start) == []
 
 
 # When to stop

@@ -1,0 +1,103 @@
+"""Graders: does a response agree with the ``answer`` of its row?"""
+
+import json
+import re
+from collections.abc import Callable
+from typing import Any
+
+from spin_ray.errors import ConfigError, DataError, first_line
+from spin_ray.learner.import_path import import_object
+
+Grader = Callable[[str, str], float | None]
+"""Function from a response and its row's answer to a grade of 0 to 1; None: the answer cannot be graded."""
+
+_SAID = re.compile(r"(?i:answer\s*(?:is|:)?)[\s:*]*\(?([A-Z]\b(?!')|[a-z](?=\W*$))", re.MULTILINE)
+_BOXED = re.compile(r"\\boxed\{\s*(?:\\text\{)?\(?([A-Z])\)?")
+_ALONE = re.compile(r"^[\s*(]*([A-Z])(?:[\s*]*$|[).:])", re.MULTILINE)
+_FENCED = re.compile(r"```(?:json)?\s*\n(.*?)```", re.DOTALL)
+
+
+def exact(response: str, answer: str) -> float | None:
+    """Compares both texts without the blanks around them."""
+    return float(response.strip() == answer.strip())
+
+
+def regex(response: str, answer: str) -> float | None:
+    """Searches the response for the pattern ``answer``; raises ValueError if ``answer`` is no pattern."""
+    try:
+        return float(re.search(answer, response) is not None)
+    except re.error as error:
+        raise ValueError(f"{answer!r} is no pattern ({error})") from error
+
+
+def multiple_choice(response: str, answer: str) -> float | None:
+    """Compares letters: the last ``answer is B``, else the last boxed one, else the last line ``B`` or ``B) …``."""
+    wanted = re.fullmatch(r"\W*([A-Za-z])\W*", answer)
+    if not wanted:
+        return None
+    said = next((found for form in (_SAID, _BOXED, _ALONE) if (found := form.findall(response))), [])
+    return float(bool(said) and said[-1].upper() == wanted.group(1).upper())
+
+
+def json_value(response: str, answer: str) -> float | None:
+    """Compares JSON values; the response may fence its own."""
+    try:
+        wanted = json.loads(answer)
+    except ValueError:
+        return None
+    fenced = _FENCED.findall(response)
+    try:
+        found = json.loads(fenced[-1] if fenced else response)
+    except (ValueError, RecursionError):
+        return 0.0
+    return float(_canonical(found) == _canonical(wanted))
+
+
+def _canonical(value: Any) -> str:
+    """Writes a value so that ``true`` differs from 1, and the order of keys does not count."""
+    return json.dumps(value, sort_keys=True)
+
+
+GRADERS: dict[str, Grader] = {
+    "exact": exact, "regex": regex, "multiple_choice": multiple_choice, "json": json_value,
+}  # fmt: skip
+"""Graders by the names of ``evaluation.grade``; ``number`` is ``answers.is_correct``."""
+
+
+def find_grader(grade: str) -> Grader:
+    """Returns the grader of a name or import path ``my_pkg.mine:function``.
+
+    Raises:
+        ConfigError: there is none.
+    """
+    if grade in GRADERS:
+        return GRADERS[grade]
+    found = import_object(grade, "evaluation.grade", ["number", *GRADERS])
+    if not callable(found):
+        raise ConfigError(f"evaluation.grade: {grade} is no function of a response and an answer")
+    return found
+
+
+def graded(grade: str, response: str, answer: str, row: str) -> float | None:
+    """Returns the grade of one response.
+
+    Raises:
+        DataError: the grader fails on the row, or gives no number from 0 to 1.
+    """
+    grader = find_grader(grade)
+    try:
+        found = grader(response, answer)
+        number = None if found is None else float(found)
+    except Exception as error:  # a user's function may raise anything
+        said = f"{type(error).__name__}: {first_line(error)}"
+        raise DataError(f"evaluation.grade {grade}: failed on the held-out row {row} ({said})") from error
+    if number is not None and not 0 <= number <= 1:
+        raise DataError(
+            f"evaluation.grade {grade}: gave {found!r} for the held-out row {row}; expected 0 to 1, or None"
+        )
+    return number
+
+
+def answer_text(value: Any) -> str | None:
+    """Returns an answer as text, other values than text as JSON: ``true``, ``12``, ``{"a": 1}``."""
+    return value if value is None or isinstance(value, str) else json.dumps(value, ensure_ascii=False, default=str)

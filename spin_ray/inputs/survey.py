@@ -1,0 +1,151 @@
+"""A bounded look at one data set: form, usable and refused rows, lengths, one row as the model sees it."""
+
+import math
+import sys
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from itertools import islice
+
+from spin_ray.config.sections import DataConfig
+from spin_ray.errors import DataError
+from spin_ray.inputs.conversations import Unusable
+from spin_ray.inputs.forms import form_of, ignored_in, mapped
+from spin_ray.inputs.prompt_rows import PromptTask, Row, rows_of
+from spin_ray.inputs.sources import Slice, SourceRow, find_files, read_slice, skipped_files, split
+
+SAMPLE_ROWS = 2000
+"""Most rows that are read without ``--all``."""
+UNLIMITED = sys.maxsize
+_ROWS_AT_A_TIME = 256
+
+
+@dataclass(frozen=True, slots=True)
+class Refusal:
+    """The first row that was refused for a reason."""
+
+    origin: str
+    detail: str
+
+
+@dataclass(slots=True)
+class Survey:
+    source: str
+    max_length: int
+    files: list[str]
+    skipped: list[str]
+    """Files of the folder that are no data."""
+    whole: bool
+    """True: every row was read."""
+    read: int = 0
+    usable: int = 0
+    forms: Counter[str] = field(default_factory=Counter)
+    """Rows by the name of their form."""
+    ignored: Counter[str] = field(default_factory=Counter)
+    """Rows by the column, or key of a message, that is not read."""
+    refused: Counter[str] = field(default_factory=Counter)
+    """Rows by the reason of their refusal; ``too_long`` rows do not fit, ``duplicate`` rows repeat an earlier one."""
+    first: dict[str, Refusal] = field(default_factory=dict)
+    """First refused row by reason."""
+    lengths: list[int] = field(default_factory=list)
+    """Tokens of prompt + response of each row that can be rendered, also of those that do not fit."""
+    example: Row | None = None
+    """First usable row."""
+
+    @property
+    def share_too_long(self) -> float:
+        return self.refused["too_long"] / max(self.read, 1)
+
+    @property
+    def counts(self) -> str:
+        """The refused rows, e.g. ``3 malformed, 1 too_long``."""
+        return ", ".join(f"{count} {reason}" for reason, count in self.refused.most_common())
+
+    def check(self, data: DataConfig) -> None:
+        """Raises DataError for rows that a run would refuse."""
+        bad = self.refused.total()
+        if self.usable and bad <= data.max_quarantine_fraction * self.read:
+            return
+        if not bad:
+            raise DataError(f"{self.source}: holds no rows")
+        reason = self.refused.most_common(1)[0][0]
+        first = self.first[reason]
+        of = "" if self.whole else " that were read (--all reads every row)"
+        limit = f", more than data.max_quarantine_fraction {data.max_quarantine_fraction:g}" if self.usable else ""
+        raise DataError(
+            f"{self.source}: {bad} of {self.read} rows{of} cannot be used ({self.counts}){limit}; "
+            f"first: {first.origin}: {reason}: {first.detail}"
+        )
+
+
+def survey(source: str, task: PromptTask, max_length: int, *, every_row: bool = False) -> Survey:
+    """Reads the first rows of every file, or every row, as a run does.
+
+    Args:
+        task: ``UNLIMITED`` in length, so that rows which do not fit are measured, too.
+        max_length: longest row that a run takes.
+
+    Raises:
+        DataError: a file is missing, empty or damaged.
+    """
+    files = find_files(source)
+    pieces = split(files)
+    found = Survey(source, max_length, files, skipped_files(source), whole=True)
+    quota = None if every_row else math.ceil(SAMPLE_ROWS / len(files))
+    rows, seen = _rows(pieces, quota, found, task.data), set[str]()
+    while sources := list(islice(rows, _ROWS_AT_A_TIME)):
+        for row, result in zip(sources, rows_of(sources, task), strict=True):
+            _count(found, row, result, task, seen)
+        if not every_row and found.read >= SAMPLE_ROWS:
+            found.whole = found.whole and next(rows, None) is None
+            break
+    return found
+
+
+def _rows(pieces: Sequence[Slice], quota: int | None, found: Survey, data: DataConfig) -> Iterator[SourceRow]:
+    """Yields up to ``quota`` rows of each file; notes in ``found`` if rows are left."""
+    taken = Counter[str]()
+    for piece in pieces:
+        if quota is not None and taken[piece.uri] >= quota:
+            found.whole = False
+            continue
+        for row in read_slice(piece, data.columns.values()):
+            if quota is not None and taken[piece.uri] >= quota:
+                found.whole = False
+                break
+            taken[piece.uri] += 1
+            yield row
+
+
+def _count(found: Survey, source: SourceRow, result: list[Row] | Unusable, task: PromptTask, seen: set[str]) -> None:
+    found.read += 1
+    content = mapped(source.content, task.data) if source.content is not None else {}
+    form = form_of(content, task.data)
+    found.ignored.update(ignored_in(content, form) if form else ())
+    found.forms[form.name if form else "unknown"] += 1
+    if isinstance(result, Unusable):
+        _refuse(found, source, result.reason, result.detail)
+        return
+    lengths = [_length(row) for row in result]
+    found.lengths += lengths
+    if max(lengths) > found.max_length:
+        detail = f"{max(lengths)} tokens, model.max_length is {found.max_length}"
+        _refuse(found, source, "too_long", detail)
+        return
+    new = [row for row in result if row["prompt_id"] not in seen]
+    seen.update(row["prompt_id"] for row in result)
+    if not new:
+        _refuse(found, source, "duplicate", "the same prompt and response as an earlier row")
+        return
+    found.usable += 1
+    found.example = found.example or new[0]
+
+
+def _length(row: Row) -> int:
+    """Returns the tokens of the prompt and its longest response; an answer has one at least."""
+    return len(row["prompt_ids"]) + max(1, len(row["real_ids"]), len(row["rejected_ids"] or []))
+
+
+def _refuse(found: Survey, source: SourceRow, reason: str, detail: str) -> None:
+    found.refused[reason] += 1
+    found.first.setdefault(reason, Refusal(source.origin, detail))

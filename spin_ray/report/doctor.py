@@ -1,0 +1,181 @@
+"""What ``spin-ray doctor`` shows of a recipe's data, template and precision."""
+
+from collections.abc import Sequence
+from dataclasses import asdict
+from typing import Any
+
+from rich.console import Console
+from rich.text import Text
+
+from spin_ray.config.recipe import SpinConfig
+from spin_ray.inputs.check import Inputs
+from spin_ray.inputs.prompt_rows import PromptTask
+from spin_ray.inputs.survey import UNLIMITED, Survey, survey
+from spin_ray.inputs.template_facts import TemplateFacts
+from spin_ray.runtime.precision import faster_precision
+
+_BINS, _BAR = 8, 40
+_MOST_CHARACTERS = 1500
+"""Most characters of a prompt or response that are shown."""
+_PROMPT, _RESPONSE, _SPECIAL = "cyan", "green", "bold magenta"
+
+
+def look_at_data(config: SpinConfig, inputs: Inputs, *, every_row: bool) -> list[Survey]:
+    """Returns a survey each of the training, held-out and question rows that the recipe names.
+
+    Raises:
+        DataError: a file cannot be read.
+    """
+    found, tasks = [], {}
+    for source, labelled in ((inputs.train, True), (inputs.heldout, True), (inputs.questions, False)):
+        if source is None:
+            continue
+        if labelled not in tasks:
+            tasks[labelled] = PromptTask(
+                tokenizer=str(inputs.model.path),
+                chat_template=config.model.chat_template,
+                trust_remote_code=config.model.trust_remote_code,
+                max_length=UNLIMITED,
+                data=config.data,
+                labelled=labelled,
+            )
+        found.append(survey(source, tasks[labelled], config.model.max_length, every_row=every_row))
+    return found
+
+
+def print_survey(found: Survey, console: Console) -> None:
+    """Prints counts, reasons and the lengths as a histogram of 80 columns."""
+    forms = ", ".join(
+        f"{name} ({count:,} rows)" if len(found.forms) > 1 else name for name, count in found.forms.items()
+    )
+    files = "1 file" if len(found.files) == 1 else f"{len(found.files):,} files"
+    rows = "every row read" if found.whole else f"first {found.read:,} rows read; --all reads every row"
+    mark = "[green]ok[/]" if found.usable else "[red]no[/]"
+    console.print(f"{mark} data", end=" ")
+    _line(console, f"{found.source}: {files}, form {forms or 'none'}, {rows}")
+    _line(
+        console,
+        f"   {found.usable:,} of {found.read:,} usable" + (f"; refused: {found.counts}" if found.counts else ""),
+    )
+    if found.ignored:
+        _line(console, "   not read: " + ", ".join(f"{name} ({count:,} rows)" for name, count in found.ignored.items()))
+    if found.skipped:
+        _line(console, f"   {len(found.skipped):,} files are no data and not read, first {found.skipped[0]}")
+    for reason, refusal in found.first.items():
+        _line(console, f"   first {reason}: {refusal.origin}: {refusal.detail}")
+    if found.lengths:
+        _line(
+            console,
+            f"   prompt + response, tokens; {found.share_too_long:.1%} do not fit model.max_length {found.max_length}",
+        )
+        for line in histogram(found.lengths):
+            _line(console, f"   {line}")
+
+
+def histogram(lengths: Sequence[int]) -> list[str]:
+    """Returns lines of at most 72 characters: a range of lengths, a bar, and its rows."""
+    low, high = min(lengths), max(lengths)
+    width = (high - low) // _BINS + 1
+    counts = [0] * ((high - low) // width + 1)
+    for length in lengths:
+        counts[(length - low) // width] += 1
+    lines = []
+    for number, count in enumerate(counts):
+        first, last = low + number * width, min(low + (number + 1) * width - 1, high)
+        bar = "█" * max(round(count / max(counts) * _BAR), 1 if count else 0)
+        lines.append(f"{first:>7,} to {last:>7,} {bar:<{_BAR}} {count:,}")
+    return lines
+
+
+def print_example(found: Survey, tokenizer: Any, console: Console) -> None:
+    """Prints one row as the model reads it, with its special tokens."""
+    if found.example is None:
+        return
+    for name, colour in (("prompt", _PROMPT), ("response", _RESPONSE)):
+        ids = found.example["prompt_ids" if name == "prompt" else "real_ids"]
+        console.print(f"   {name}, {len(ids):,} tokens:")
+        console.print(_as_read(tokenizer, ids, colour), soft_wrap=True)
+
+
+def _as_read(tokenizer: Any, ids: list[int], colour: str) -> Text:
+    text = visible(tokenizer.decode(ids, skip_special_tokens=False))
+    if len(text) > _MOST_CHARACTERS:
+        half = _MOST_CHARACTERS // 2
+        text = f"{text[:half]} […] {text[-half:]}"
+    shown = Text(text, style=colour)
+    names = {str(token) for token in tokenizer.added_tokens_decoder.values() if str(token).strip()}
+    shown.highlight_words(names, style=_SPECIAL)
+    return shown
+
+
+def visible(text: str) -> str:
+    """Returns the text with control characters written out, so that data cannot steer a terminal."""
+    return "".join(
+        each if each.isprintable() or each == "\n" else each.encode("unicode_escape").decode() for each in text
+    )
+
+
+def print_template(facts: TemplateFacts, console: Console) -> None:
+    """Prints what the chat template adds to a row and takes from it."""
+    _line(
+        console,
+        f"   the template writes {_quoted(facts.before)} before a user's message and {_quoted(facts.after)} after it",
+    )
+    if facts.default_system:
+        _line(
+            console,
+            f"   it adds a system prompt to rows without one: {_quoted(facts.default_system)}; data.system replaces it",
+        )
+    if facts.writes_date:
+        _line(console, "   it writes a date, so that token ids differ from day to day")
+    if facts.strips:
+        _line(console, f"   it takes from a response: {', '.join(facts.strips)}")
+    else:
+        _line(console, "   it takes nothing from a response")
+
+
+def precision_and_reason(config: SpinConfig, before: SpinConfig | None) -> tuple[str, str]:
+    """Returns the precision of training and its reason; ``before`` is the recipe of a run that is resumed."""
+    if config.train.precision != "auto":
+        return config.train.precision, "the recipe says so (train.precision)"
+    if before is not None and before.train.precision != "auto":
+        return before.train.precision, "the run began with it"
+    reason = (
+        "the format of GPUs that have it" if config.train.resources.gpus else "the faster one on this machine's CPU"
+    )
+    return faster_precision(config.train.resources), f"{reason} (train.precision: auto)"
+
+
+def as_json(surveys: Sequence[Survey], facts: TemplateFacts, tokenizer: Any) -> dict[str, Any]:
+    """Returns surveys and template facts for ``--json``."""
+    data = []
+    for found in surveys:
+        one: dict[str, Any] = {
+            "source": found.source, "files": found.files, "every_row_read": found.whole,
+            "forms": dict(found.forms), "rows": found.read, "usable": found.usable, "refused": dict(found.refused),
+            "ignored": dict(found.ignored), "skipped_files": found.skipped,
+            "first_refused": {reason: asdict(refusal) for reason, refusal in found.first.items()},
+            "share_too_long": found.share_too_long, "max_length": found.max_length,
+            "lengths": _quantiles(found.lengths),
+        }  # fmt: skip
+        if found.example is not None:
+            ids = {name: found.example[name] for name in ("prompt_ids", "real_ids")}
+            texts = {name.replace("_ids", ""): tokenizer.decode(each) for name, each in ids.items()}
+            one["example"] = ids | texts
+        data.append(one)
+    return {"data": data, "template": asdict(facts)}
+
+
+def _quantiles(lengths: Sequence[int]) -> dict[str, int]:
+    ordered = sorted(lengths)
+    places = {"min": 0.0, "median": 0.5, "p90": 0.9, "max": 1.0}
+    return {name: ordered[int(place * (len(ordered) - 1))] for name, place in places.items()} if ordered else {}
+
+
+def _quoted(text: str) -> str:
+    text = text if len(text) <= 160 else f"{text[:80]}[…]{text[-60:]}"
+    return repr(text)
+
+
+def _line(console: Console, text: str) -> None:
+    console.print(visible(text), markup=False, emoji=False, highlight=False, soft_wrap=True)

@@ -1,0 +1,179 @@
+"""The signs of collapse or of misleading measures: one rule each, with its threshold."""
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from spin_ray.report.measures import BY_KEY, CONFIDENCE, Evaluation
+
+
+@dataclass(frozen=True, slots=True)
+class Compared:
+    """An iterate's evaluation beside θ_0's."""
+
+    evaluation: Evaluation
+    start: Evaluation | None
+
+    def now(self, key: str) -> float | None:
+        return BY_KEY[key].of(self.evaluation)
+
+    def before(self, key: str) -> float | None:
+        return BY_KEY[key].of(self.start) if self.start else None
+
+    def noise(self, key: str) -> float:
+        """Returns half the 95 % interval of the change since θ_0; 0 without standard errors."""
+        errors = [it.get("standard_errors", {}).get(key, 0.0) for it in (self.evaluation, self.start or {})]
+        return CONFIDENCE * math.hypot(*errors)
+
+    def change(self, key: str) -> float | None:
+        """Returns the change since θ_0; None within chance."""
+        now, before = self.now(key), self.before(key)
+        if now is None or before is None or abs(now - before) <= self.noise(key):
+            return None
+        return now - before
+
+
+@dataclass(frozen=True, slots=True)
+class Rule:
+    name: str
+    number: str
+    """Definition of the compared number."""
+    threshold: float
+    """Smallest number that gives a warning."""
+    measure: Callable[[Compared], float | None]
+    """Function that returns the number; None: cannot be told."""
+    sentence: Callable[[Compared], str]
+
+    def severity(self, compared: Compared) -> float:
+        """Returns the number over its threshold; 1 and more is a warning."""
+        number = self.measure(compared)
+        return 0.0 if number is None else number / self.threshold
+
+
+def _fall_of_both(it: Compared) -> float | None:
+    real, generated = it.now("real_logp_drift"), it.now("against_opponent.generated_logp_drift")
+    return None if real is None or generated is None else min(-real, -generated)
+
+
+def _below_zero(it: Compared) -> float | None:
+    key = "against_self.generated_logp_drift"
+    value, interval = it.now(key), BY_KEY[key].interval(it.evaluation)
+    if value is None or interval is None or interval[1] >= 0:
+        return None
+    half = (interval[1] - interval[0]) / 2
+    return -value / half if half else math.inf
+
+
+def _away_from_y(it: Compared) -> float | None:
+    """Returns the factor by which the length of y′ left θ_0's and the length of y."""
+    real, now, before = it.now("real_length"), it.now("generated_length"), it.before("generated_length")
+    if not real or not now or not before or it.change("generated_length") is None:
+        return None
+    return max(now / before, before / now) if abs(now - real) > abs(before - real) else None
+
+
+def _more_duplicates(it: Compared) -> float | None:
+    now, usual = it.now("duplicate_share"), it.now("real_duplicate_share")
+    return None if now is None or usual is None else now - usual
+
+
+def _poorer(it: Compared) -> float | None:
+    now, before = it.now("distinct_2"), it.before("distinct_2")
+    return None if now is None or not before else 1 - now / before
+
+
+def _by_length_alone(it: Compared) -> float | None:
+    auc, accuracy = it.now("length_auc"), it.now("against_opponent.accuracy")
+    return None if auc is None or accuracy is None or accuracy <= 0.95 else abs(auc - 0.5)
+
+
+def _fewer_right(it: Compared) -> float | None:
+    change, noise = it.change("answer_accuracy"), it.noise("answer_accuracy")
+    return None if change is None or noise == 0 else -change / noise
+
+
+RULES = (
+    Rule(
+        "answers", "fall of answer_accuracy since θ_0, over half the 95 % interval of the change", 1.0, _fewer_right,
+        lambda it: f"{it.now('answer_accuracy'):.1%} of the answers are right ({it.before('answer_accuracy'):.1%} at "
+        "θ_0), more of a fall than chance gives: the model gets worse at the task.",
+    ),
+    Rule(
+        "held-out loss", "against_opponent.loss", math.log(2), lambda it: it.now("against_opponent.loss"),
+        lambda it: f"held-out loss {it.now('against_opponent.loss'):.3f} is not below ln 2: what was learned does not "
+        "carry over to new rows.",
+    ),
+    Rule(
+        "overshoot", "against_self.loss", math.log(2) + 0.05, lambda it: it.now("against_self.loss"),
+        lambda it: f"loss on own samples {it.now('against_self.loss'):.3f} is above ln 2: the iterate overshot, its "
+        "samples gained more than y did.",
+    ),
+    Rule(
+        "lost probability", "smaller fall of log p(y) and log p(y′), in nats", 2.0, _fall_of_both,
+        lambda it: f"log p(y) fell by {-(it.now('real_logp_drift') or 0):.1f} and log p(y′) by "
+        f"{-(it.now('against_opponent.generated_logp_drift') or 0):.1f} nats: probability goes to other responses.",
+    ),
+    Rule(
+        "KL below 0", "depth of against_self.generated_logp_drift below 0, over half its 95 % interval", 1.0,
+        _below_zero, lambda it: _kl_sentence(it),
+    ),
+    Rule(
+        "equal to y", "identical_share", 0.5, lambda it: it.now("identical_share"),
+        lambda it: f"{it.now('identical_share'):.0%} of y′ equal y: little is left to learn, and more SPIN does harm.",
+    ),
+    Rule(
+        "cut", "rise of truncation_rate since θ_0, if beyond chance", 0.05, lambda it: it.change("truncation_rate"),
+        lambda it: f"{it.now('truncation_rate'):.0%} of y′ are cut at max_tokens ({it.before('truncation_rate'):.0%} "
+        "at θ_0): turns no longer end.",
+    ),
+    Rule(
+        "length", "factor between the lengths of y′ now and at θ_0, if beyond chance and away from the length of y",
+        1.25, _away_from_y,
+        lambda it: f"y′ went from {it.before('generated_length'):.1f} to {it.now('generated_length'):.1f} tokens, away "
+        f"from the {it.now('real_length'):.1f} of y.",
+    ),
+    Rule(
+        "duplicates", "duplicate_share − real_duplicate_share", 0.15, _more_duplicates,
+        lambda it: f"{it.now('duplicate_share'):.0%} of y′ repeat another (of y: "
+        f"{it.now('real_duplicate_share'):.0%}): the answers collapse onto a few.",
+    ),
+    Rule(
+        "wording", "fall of distinct_2 since θ_0, as a fraction", 0.4, _poorer,
+        lambda it: f"distinct-2 fell to {it.now('distinct_2'):.2f} from {it.before('distinct_2'):.2f} at θ_0: the "
+        "wording gets poorer.",
+    ),
+    Rule(
+        "length alone", "distance of length_auc from 0.5, if against_opponent.accuracy is above 0.95", 0.4,
+        _by_length_alone,
+        lambda it: f"length alone tells y from y′ (AUC {it.now('length_auc'):.2f}): the model may have learned little "
+        "else.",
+    ),
+)  # fmt: skip
+
+
+def _kl_sentence(it: Compared) -> str:
+    low, high = BY_KEY["against_self.generated_logp_drift"].interval(it.evaluation) or (0.0, 0.0)
+    return (
+        f"KL to the opponent is estimated below 0 ({low:.1f} to {high:.1f}): the samples are not from this model; the "
+        "engine's dtype may round small updates away (generation.engine.dtype), or generation.sampling changes the "
+        "distribution."
+    )
+
+
+def warnings(evaluation: Evaluation, start: Evaluation | None = None) -> list[str]:
+    """Returns the sentence of each rule that applies, the farthest beyond its threshold first.
+
+    Args:
+        start: θ_0's evaluation; None for θ_0 itself.
+    """
+    compared = Compared(evaluation, start)
+    found = [(rule.severity(compared), rule) for rule in RULES]
+    found.sort(key=lambda each: -each[0])
+    return [rule.sentence(compared) for severity, rule in found if severity >= 1]
+
+
+def as_markdown() -> str:
+    """Returns the documentation's table."""
+    lines = ["| warning | number | from |", "|---|---|---|"]
+    lines += [f"| {rule.name} | {rule.number} | {rule.threshold:.3g} |" for rule in RULES]
+    return "\n".join(lines) + "\n"

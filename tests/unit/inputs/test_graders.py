@@ -1,0 +1,49 @@
+"""Grades of responses, by hand."""
+
+import pytest
+
+from spin_ray.errors import ConfigError, DataError
+from spin_ray.inputs.graders import answer_text, find_grader, graded
+
+
+def half_right(response: str, answer: str) -> float | None:
+    """Stands for a user's function."""
+    return {"ok": 0.5, "skip": None, "much": 2.0}[answer]
+
+
+@pytest.mark.parametrize(
+    ("grade", "response", "answer", "expected"),
+    [
+        ("exact", " Paris\n", "Paris", 1), ("exact", "Paris.", "Paris", 0), ("exact", "true", "true", 1),
+        ("regex", "in 1998 or so", r"\b199\d\b", 1), ("regex", "in 2001", r"\b199\d\b", 0),
+        ("multiple_choice", "Not A. The answer is (B).", "B", 1), ("multiple_choice", "b", "B", 0),
+        ("multiple_choice", "Answer: c", "(C)", 1), ("multiple_choice", "C) because A is wrong", "C", 1),
+        ("multiple_choice", r"So \boxed{D}", "D", 1), ("multiple_choice", "A dog runs", "A", 0),
+        ("multiple_choice", "B", "Paris", None), ("multiple_choice", "The answer is a hard one\nB", "B", 1),
+        ("json", 'Here:\n```json\n{"b": 1, "a": [true]}\n```', '{"a": [true], "b": 1}', 1),
+        ("json", "1", "true", 0), ("json", "no JSON", "1", 0), ("json", "1", "{", None),
+        (f"{__name__}:half_right", "x", "ok", 0.5), (f"{__name__}:half_right", "x", "skip", None),
+    ],
+)  # fmt: skip
+def test_each_grader_on_right_wrong_and_unusable_answers(grade, response, answer, expected):
+    assert graded(grade, response, answer, "r1") == expected
+
+
+def test_a_failing_function_is_one_line_with_its_name_and_the_row():
+    with pytest.raises(DataError, match=r"half_right: failed on the held-out row r1 \(KeyError: 'other'\)"):
+        graded(f"{__name__}:half_right", "x", "other", "r1")
+    with pytest.raises(DataError, match=r"gave 2.0 for the held-out row r1; expected 0 to 1"):
+        graded(f"{__name__}:half_right", "x", "much", "r1")
+    with pytest.raises(DataError, match=r"regex: failed on the held-out row r1 .*'\(' is no pattern"):
+        graded("regex", "x", "(", "r1")
+
+
+def test_a_grader_that_is_not_there_is_named_before_anything_runs():
+    with pytest.raises(ConfigError, match=r"evaluation.grade: no_such_module:f cannot be imported"):
+        find_grader("no_such_module:f")
+
+
+def test_answers_keep_their_own_words():
+    assert [answer_text(value) for value in (None, "1,234", True, 12, {"a": 1})] == [
+        None, "1,234", "true", "12", '{"a": 1}',
+    ]  # fmt: skip

@@ -1,0 +1,129 @@
+"""What doctor finds in data and template, before anything runs."""
+
+import json
+from types import SimpleNamespace
+
+import pytest
+from rich.console import Console
+
+from spin_ray.errors import DataError
+from spin_ray.inputs.embedded import resolve
+from spin_ray.inputs.rendering import load_tokenizer
+from spin_ray.inputs.survey import SAMPLE_ROWS
+from spin_ray.inputs.template_facts import template_facts
+from spin_ray.report import doctor
+from tests.support.fakes import config_of
+
+TINY = resolve("embedded:tiny-llama")
+
+
+def row(number: int, response: str = "yes") -> str:
+    return json.dumps({"prompt": f"Is {number} a number?", "response": response})
+
+
+def look(tmp_path, lines, every_row=False, **changes):
+    path = tmp_path / "rows.jsonl"
+    path.write_text("\n".join(lines) + "\n")
+    short = {"sampling": {"max_tokens": 8}}
+    config = config_of(model={"path": TINY, "max_length": 60}, data={"train": str(path)} | changes, generation=short)
+    inputs = SimpleNamespace(model=SimpleNamespace(path=TINY), train=str(path), heldout=None, questions=None)
+    [found] = doctor.look_at_data(config, inputs, every_row=every_row)
+    return found, config
+
+
+def printed(show, *arguments, **options) -> str:
+    console = Console(width=80, record=True, force_terminal=False, soft_wrap=True, **options)
+    with console.capture() as shown:
+        show(*arguments, console)
+    return shown.get()
+
+
+def test_each_row_is_usable_or_refused_by_a_reason_with_the_first_one_shown(tmp_path):
+    """Two of six rows are of use: the second repeats the first, one is no form, one JSON, one long."""
+    found, config = look(tmp_path, [row(0), row(0), '{"text": "x"}', "{", row(1, "ha " * 80), row(2)])
+    assert (found.read, found.usable, found.whole) == (6, 2, True)
+    assert found.refused == {"duplicate": 1, "malformed": 2, "too_long": 1}
+    assert found.first["malformed"].origin.endswith("rows.jsonl:3")
+    assert found.share_too_long == 1 / 6
+    assert len(found.lengths) == 4
+    text = printed(doctor.print_survey, found)
+    assert (
+        "2 of 6 usable; refused: " in text and "2 malformed" in text and "16.7% do not fit model.max_length 60" in text
+    )
+    with pytest.raises(DataError, match=r"4 of 6 rows cannot be used .*more than data.max_quarantine_fraction 0.05"):
+        found.check(config.data)
+
+
+def test_columns_that_are_not_read_are_counted(tmp_path):
+    found, _ = look(tmp_path, [row(0), json.dumps(json.loads(row(1)) | {"weight": 2})])
+    assert found.ignored == {"weight": 1}
+    assert "not read: weight (1 rows)" in printed(doctor.print_survey, found)
+
+
+def test_no_usable_row_is_an_error_whatever_fraction_is_allowed(tmp_path):
+    found, config = look(tmp_path, ['{"text": "x"}'], max_quarantine_fraction=1.0)
+    with pytest.raises(DataError, match=r"1 of 1 rows cannot be used \(1 malformed\); first: .*rows.jsonl:1"):
+        found.check(config.data)
+
+
+def test_a_sample_says_that_it_is_one_and_all_reads_every_row(tmp_path):
+    lines = [row(number) for number in range(SAMPLE_ROWS + 1)]
+    found, _ = look(tmp_path, lines)
+    assert (found.read, found.whole) == (SAMPLE_ROWS, False)
+    assert f"first {SAMPLE_ROWS:,} rows read; --all reads every row" in printed(doctor.print_survey, found)
+    every, _ = look(tmp_path, lines, every_row=True)
+    assert (every.read, every.whole) == (SAMPLE_ROWS + 1, True)
+
+
+def test_what_fits_is_what_a_run_takes(tmp_path):
+    """The limit is moved to the very length of the row, and below."""
+    found, config = look(tmp_path, [row(0)])
+    [length] = found.lengths
+    for limit, usable in ((length, 1), (length - 1, 0)):
+        inputs = SimpleNamespace(model=SimpleNamespace(path=TINY), train=found.source, heldout=None, questions=None)
+        changed = config.model_copy(update={"model": config.model.model_copy(update={"max_length": limit})})
+        assert doctor.look_at_data(changed, inputs, every_row=True)[0].usable == usable
+
+
+def test_a_row_is_shown_with_its_special_tokens_and_cannot_steer_the_terminal(tmp_path):
+    found, _ = look(tmp_path, [row(0, "a \u001b[31m b")])
+    tokenizer = load_tokenizer(TINY)
+    text = printed(doctor.print_example, found, tokenizer)
+    assert "<|im_start|>user\nIs 0 a number?<|im_end|>" in text
+    assert "\u001b" not in text and r"\x1b[31m" in text
+    assert f"response, {len(found.example['real_ids'])} tokens" in text
+    coloured = Console(force_terminal=True, color_system="standard", no_color=False, _environ={})
+    with coloured.capture() as shown:
+        doctor.print_example(found, tokenizer, coloured)
+    assert "\u001b[36m" in shown.get() and "\u001b[32m" in shown.get()
+
+
+def test_a_histogram_fits_80_columns_and_counts_every_row():
+    lines = doctor.histogram([*range(1, 100_000, 7), 5])
+    assert max(map(len, lines)) <= 77
+    assert sum(int(line.rsplit(maxsplit=1)[1].replace(",", "")) for line in lines) == len(range(1, 100_000, 7)) + 1
+    assert doctor.histogram([3]) == [f"      3 to       3 {'█' * 40} 1"]
+
+
+def test_a_template_tells_what_it_adds_and_takes():
+    tokenizer = load_tokenizer(TINY)
+    assert template_facts(tokenizer).strips == ()
+    tokenizer.chat_template = (
+        "{% if messages[0]['role'] != 'system' %}<|im_start|>system\nToday is {{ strftime_now('%d %b') }}.<|im_end|>\n"
+        "{% endif %}{% for m in messages %}<|im_start|>{{ m['role'] }}\n{{ m['content'].split('</think>')[-1] | trim }}"
+        "<|im_end|>\n{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+    )
+    facts = template_facts(tokenizer)
+    assert facts.default_system.startswith("Today is ")
+    assert facts.writes_date
+    assert facts.strips == ("blanks before it", "blanks after it", "line breaks at its end", "a thought in <think>")
+    assert facts.after == "<|im_end|>\n<|im_start|>assistant\n"
+
+
+def test_the_precision_says_where_it_comes_from():
+    chosen = config_of(train={"precision": "fp32"})
+    assert doctor.precision_and_reason(chosen, None) == ("fp32", "the recipe says so (train.precision)")
+    assert doctor.precision_and_reason(config_of(train={"precision": "auto"}), chosen) == (
+        "fp32",
+        "the run began with it",
+    )
