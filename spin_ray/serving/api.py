@@ -38,7 +38,9 @@ _ERROR = {
     "description": "An error in OpenAI's form",
     "content": {"application/json": {"schema": {"type": "object", "required": ["error"]}}},
 }
-_REFUSALS: dict[int | str, dict[str, Any]] = {status: _ERROR for status in (400, 401, 404, 408, 413, 429, 503, 504)}
+_REFUSALS: dict[int | str, dict[str, Any]] = {
+    status: _ERROR for status in (400, 401, 403, 404, 408, 413, 429, 503, 504)
+}
 
 
 def make_app(engines: Engines, config: SpinConfig, keys: list[Key], votes: VoteStore) -> FastAPI:

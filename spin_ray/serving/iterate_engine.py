@@ -120,6 +120,7 @@ class IterateEngine(LLMServer):
 
         messages = [{"role": message["role"], "content": message["content"]} for message in request.messages]
         ids = self._prompt_ids(self._with_system(messages))
+        self._check_ids(ids, "messages")
         # One place stays free: vLLM scores an answer as a prompt, and must write a token after it.
         room = self._config.model.max_length - 1 - len(ids)
         if room < 1:
@@ -137,19 +138,28 @@ class IterateEngine(LLMServer):
         rendered = self._renderer.render(messages)
         return [*rendered.prompt_ids, *rendered.real_ids[:-1]]  # without the end of the turn
 
+    def _check_ids(self, ids: list[int], field: str) -> None:
+        """Refuses ids without a row in the embedding.
+
+        vLLM's own check allows all ids of the tokenizer, too, and its engine dies of those without a row.
+        """
+        wrong = next((token for token in ids if not 0 <= token < self._vocabulary), None)
+        if wrong is not None:
+            raise RenderError(
+                f"{field}: token id {wrong} is not in the model's vocabulary, whose ids are 0 to {self._vocabulary - 1}"
+            )
+
     def _room(self, prompt: Any) -> int:
         """Returns the tokens that fit after the longest of a completion's prompts.
 
         Raises:
-            RenderError: a prompt does not fit, or has an id without a row in the embedding; vLLM's own check allows
-                the tokenizer's ids, too, and its engine dies of them.
+            RenderError: a prompt does not fit, or has an id without a row in the embedding.
         """
         one = isinstance(prompt, str) or isinstance(prompt[0], int)
         most = self._config.model.max_length - 1
         for each in [prompt] if one else prompt:
             ids = self._tokenizer(each)["input_ids"] if isinstance(each, str) else each
-            if wrong := next((id for id in ids if not 0 <= id < self._vocabulary), None):
-                raise RenderError(f"prompt: token id {wrong} is not below {self._vocabulary}, the model's vocabulary")
+            self._check_ids(ids, "prompt")
             if not 0 < len(ids) <= self._config.model.max_length - 1:
                 raise RenderError(
                     f"prompt: has {len(ids)} tokens; there must be 1 to {self._config.model.max_length - 1}, one fewer "
@@ -163,6 +173,7 @@ class IterateEngine(LLMServer):
         asked = self._with_system(messages)
         rendered = self._renderer.render([*asked, {"role": "assistant", "content": content}])
         response = rendered.real_ids if finish_reason == "stop" else rendered.real_ids[:-1]
+        self._check_ids([*rendered.prompt_ids, *response], "answers")
         whole = len(rendered.prompt_ids) + len(response)
         if whole >= self._config.model.max_length:
             raise RenderError(

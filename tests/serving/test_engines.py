@@ -2,14 +2,19 @@
 
 import asyncio
 from collections.abc import AsyncIterator
+from pathlib import Path
 from typing import Any
 
 import pytest
 from ray.exceptions import RayActorError
 
+from spin_ray.inputs.rendering import ChatRenderer, RenderError, load_tokenizer
+from spin_ray.run_dir.run_dir import RunDir
 from spin_ray.serving.engines import CHAT, ServeEngines, whole
 from spin_ray.serving.errors import Refusal
+from spin_ray.serving.iterate_engine import IterateEngine
 from spin_ray.serving.poison import POISON_S, PoisonList, request_digest
+from tests.support.tiny_runs import make_run
 
 DEADLY, HARMLESS = {"messages": ["deadly"]}, {"messages": ["hello"]}
 
@@ -72,3 +77,47 @@ def test_poison_is_forgotten() -> None:
     assert poison.wait_s(request_digest(CHAT, HARMLESS)) == 0
     now = POISON_S
     assert poison.wait_s(request_digest(CHAT, DEADLY)) == 0
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory: pytest.TempPathFactory) -> RunDir:
+    return make_run(tmp_path_factory.mktemp("engine") / "run", iterates=0)
+
+
+def engine(run: RunDir, vocabulary: int) -> IterateEngine:
+    """Returns an engine without vLLM, whose model has ``vocabulary`` rows in its embedding."""
+    made = IterateEngine.__new__(IterateEngine)
+    made._config, made._vocabulary = run.config(), vocabulary
+    made._tokenizer = load_tokenizer(str(Path(run.description()["start_model"])))
+    made._renderer = ChatRenderer(made._tokenizer)
+    return made
+
+
+def test_ids_without_a_row_in_the_embedding_never_reach_the_engine(run: RunDir) -> None:
+    """The tokenizer knows ids that a model of 40 rows does not embed: in a prompt of ids, of text, and in a chat."""
+    made = engine(run, 40)
+    for prompt in ([40], [[1], [2, 2**31 - 1]], "hello world", ["hello world"]):
+        with pytest.raises(RenderError, match="prompt: token id .* is not in the model's vocabulary.* 0 to 39"):
+            made._room(prompt)
+    with pytest.raises(RenderError, match="answers: token id"):
+        made._as_sampled([{"role": "user", "content": "hello"}], "world", "stop")
+
+
+def test_a_completion_gets_what_fits_after_its_longest_prompt(run: RunDir) -> None:
+    """max_length is 256: a prompt of 3 leaves 253, one of 255 leaves 1, and one of 256 nothing."""
+    made = engine(run, 10**6)
+    assert run.config().model.max_length == 256
+    assert made._room([1, 2, 3]) == made._room([[1], [1, 2, 3]]) == 253
+    assert made._room([1] * 255) == 1
+    for wrong in ([1] * 256, ""):
+        with pytest.raises(RenderError, match="there must be 1 to 255"):
+            made._room(wrong)
+
+
+def test_a_trailing_answer_is_continued_where_it_ends(run: RunDir) -> None:
+    made = engine(run, 10**6)
+    asked = [{"role": "user", "content": "hello"}]
+    begun = made._prompt_ids([*asked, {"role": "assistant", "content": "I am"}])
+    prompt = made._prompt_ids(asked)
+    assert begun[: len(prompt)] == prompt
+    assert made._tokenizer.decode(begun[len(prompt) :]) == "I am"
