@@ -6,8 +6,8 @@ from typing import Any
 from starlette.responses import JSONResponse
 
 _TYPES = {
-    401: "authentication_error", 403: "permission_error", 404: "not_found_error", 429: "rate_limit_error", 500: "server_error",
-    503: "overloaded_error", 504: "timeout_error",
+    401: "authentication_error", 403: "permission_error", 404: "not_found_error", 429: "rate_limit_error",
+    500: "server_error", 503: "overloaded_error", 504: "timeout_error",
 }  # fmt: skip
 
 

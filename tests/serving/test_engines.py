@@ -97,7 +97,7 @@ def test_ids_without_a_row_in_the_embedding_never_reach_the_engine(run: RunDir) 
     """The tokenizer knows ids that a model of 40 rows does not embed: in a prompt of ids, of text, and in a chat."""
     made = engine(run, 40)
     for prompt in ([40], [[1], [2, 2**31 - 1]], "hello world", ["hello world"]):
-        with pytest.raises(RenderError, match="prompt: token id .* is not in the model's vocabulary.* 0 to 39"):
+        with pytest.raises(RenderError, match=r"prompt: token id .* is not in the model's vocabulary.* 0 to 39"):
             made._room(prompt)
     with pytest.raises(RenderError, match="answers: token id"):
         made._as_sampled([{"role": "user", "content": "hello"}], "world", "stop")
