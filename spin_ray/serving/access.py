@@ -15,6 +15,8 @@ from pathlib import Path
 
 from spin_ray.errors import ConfigError
 
+LOOPBACK = ("127.0.0.1", "::1", "localhost")
+"""Hosts that only this machine reaches."""
 _LINE = re.compile(r"(?P<name>[\w.@-]{1,64})\s+(?P<sha256>[0-9a-f]{64})(?:\s+(?P<rate>[1-9]\d{0,8}))?")
 
 
@@ -32,12 +34,15 @@ def read_keys(file: str | Path) -> list[Key]:
     """Returns the keys of a file; skips blank lines and comments (``#``).
 
     Raises:
-        ConfigError: the file cannot be read, has a wrong line, or no key.
+        ConfigError: the file cannot be read, is open to others, has a wrong line, or no key.
     """
     try:
         lines = Path(file).read_text(encoding="utf-8").splitlines()
+        mode = Path(file).stat().st_mode & 0o777
     except (OSError, UnicodeDecodeError) as error:
         raise ConfigError(f"serving.keys {file}: cannot be read ({error})") from error
+    if mode & 0o007:
+        raise ConfigError(f"serving.keys {file}: others on this machine can read or change it ({mode:o}); chmod 600 it")
     keys = []
     for number, line in enumerate(lines, 1):
         if not line.strip() or line.lstrip().startswith("#"):

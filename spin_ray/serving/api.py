@@ -38,7 +38,9 @@ _ERROR = {
     "description": "An error in OpenAI's form",
     "content": {"application/json": {"schema": {"type": "object", "required": ["error"]}}},
 }
-_REFUSALS: dict[int | str, dict[str, Any]] = {status: _ERROR for status in (400, 401, 404, 408, 413, 429, 503, 504)}
+_REFUSALS: dict[int | str, dict[str, Any]] = {
+    status: _ERROR for status in (400, 401, 403, 404, 408, 413, 429, 503, 504)
+}
 
 
 def make_app(engines: Engines, config: SpinConfig, keys: list[Key], votes: VoteStore) -> FastAPI:
@@ -82,7 +84,8 @@ def _routes(engines: Engines, config: SpinConfig, metrics: Metrics, votes: VoteS
     async def models() -> dict[str, Any]:
         """Lists the models that serve, and why others do not."""
         listed = {"object": "list", "data": [_card(engines, name) for name in _served(engines)]}
-        return listed | ({"problems": engines.problems} if engines.problems else {})
+        problems = engines.problems | {name: "its engine has ended and starts again" for name in engines.down}
+        return listed | ({"problems": problems} if problems else {})
 
     @router.get("/v1/models/{name}")
     async def model(name: str) -> dict[str, Any]:
@@ -98,9 +101,12 @@ def _routes(engines: Engines, config: SpinConfig, metrics: Metrics, votes: VoteS
 
     @router.get("/readyz")
     async def readyz() -> Response:
-        """Says that some model serves; 503 until one does."""
-        served = _served(engines)
-        return JSONResponse({"status": "ready" if served else "starting", "models": served}, 200 if served else 503)
+        """Says that some model serves, and which are down; 503 while none serves."""
+        known, down = _served(engines), sorted(engines.down)
+        served = [name for name in known if engines.names.resolve(name) not in engines.down]
+        status = "ready" if served else "down" if down else "starting"
+        told = {"status": status, "models": served} | ({"down": down} if down else {})
+        return JSONResponse(told, 200 if served else 503, {} if served else {"Retry-After": "5"})
 
     return router
 

@@ -5,11 +5,12 @@ Fields that steer the engine or the prompt (chat templates, tools, …) are not 
 
 from typing import Annotated, Any, Literal, Self
 
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field, StringConstraints, model_validator
+from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, StringConstraints, model_validator
 from pydantic_core import PydanticCustomError
 
 MAX_CHOICES = 16
 """Most prompts in a request, and most answers (``n``) to each."""
+MAX_STOPS = 4
 _LABELS = ("user", "metadata", "store", "service_tier", "safety_identifier", "prompt_cache_key")
 
 
@@ -23,6 +24,16 @@ def _unicode(text: str) -> str:
 
 
 Words = Annotated[str, AfterValidator(_unicode)]
+
+
+def _few(stop: Any) -> Any:
+    if isinstance(stop, list) and len(stop) > MAX_STOPS:
+        raise PydanticCustomError(
+            "too_many", "has {count} texts; at most {most} are allowed", {"count": len(stop), "most": MAX_STOPS}
+        )
+    return stop or None
+
+
 Text = Annotated[Words, StringConstraints(min_length=1)]
 TokenIds = Annotated[list[Annotated[int, Field(ge=0, le=2**31 - 1)]], Field(min_length=1)]
 Penalty = Annotated[float, Field(ge=-2, le=2)]
@@ -33,21 +44,31 @@ class Body(BaseModel):
 
     model_config = ConfigDict(extra="forbid", strict=True, allow_inf_nan=False, use_attribute_docstrings=True)
 
+    @model_validator(mode="before")
+    @classmethod
+    def _without_empty_fields(cls, given: Any) -> Any:
+        """Drops fields that are not offered and ask for nothing: null, or an empty list or object."""
+        if not isinstance(given, dict):
+            return given
+        return {key: value for key, value in given.items() if key in cls.model_fields or value not in (None, [], {})}
+
 
 class Sampling(Body):
     """Settings of sampling; the defaults are vLLM's neutral ones: temperature 1, nothing truncated."""
 
     temperature: Annotated[float, Field(ge=0, le=2)] | None = None
     top_p: Annotated[float, Field(gt=0, le=1)] | None = None
-    top_k: Annotated[int, Field(ge=0, le=2**31 - 1)] | None = None
-    """A field of vLLM. 0: no limit."""
+    top_k: Annotated[int, Field(ge=-1, le=2**31 - 1)] | None = None
+    """A field of vLLM. 0 or -1: no limit."""
     min_p: Annotated[float, Field(ge=0, le=1)] | None = None
     """A field of vLLM."""
     presence_penalty: Penalty | None = None
     frequency_penalty: Penalty | None = None
-    seed: Annotated[int, Field(ge=0, le=2**63 - 1)] | None = None
-    """The same seed gives the same answer while batches are alike."""
-    stop: Text | Annotated[list[Text], Field(max_length=4)] | None = None
+    seed: Annotated[
+        Annotated[int, Field(ge=-1, le=2**63 - 1)] | None, AfterValidator(lambda seed: None if seed == -1 else seed)
+    ] = None
+    """The same seed gives the same answer while batches are alike. -1: none, as in vLLM."""
+    stop: Annotated[Text | Annotated[list[Text], Field(max_length=MAX_STOPS)] | None, BeforeValidator(_few)] = None
     max_tokens: Annotated[int, Field(ge=1)] | None = None
     """Longest answer; at most ``serving.max_tokens``."""
 
@@ -78,7 +99,13 @@ class Request(Sampling):
 
     def for_engine(self, iterate: str, max_tokens: int) -> dict[str, Any]:
         fields = self.model_dump(exclude_none=True, exclude=set(_LABELS))
-        return fields | {"model": iterate} | ({} if self.longest else {"max_tokens": max_tokens})
+        return fields | {"model": iterate} | ({} if self.longest is not None else {"max_tokens": max_tokens})
+
+    @model_validator(mode="after")
+    def _usage_of_a_stream(self) -> Self:
+        if self.stream_options is not None and not self.stream:
+            raise PydanticCustomError("stream_options", "stream_options: is for streams only; set stream to true")
+        return self
 
 
 class TextPart(Body):
@@ -87,7 +114,8 @@ class TextPart(Body):
 
 
 class Message(Body):
-    role: Literal["system", "user", "assistant"]
+    role: Literal["system", "developer", "user", "assistant"]
+    """``developer`` is OpenAI's newer name of ``system``."""
     content: Words | Annotated[list[TextPart], Field(min_length=1)]
     name: Any = None
 
@@ -119,6 +147,12 @@ class ChatBody(Request):
     def for_engine(self, iterate: str, max_tokens: int) -> dict[str, Any]:
         return super().for_engine(iterate, max_tokens) | {"messages": plain(self.messages)}
 
+    @model_validator(mode="after")
+    def _top_of_logprobs(self) -> Self:
+        if self.top_logprobs is not None and not self.logprobs:
+            raise PydanticCustomError("top_logprobs", "top_logprobs: needs logprobs to be true")
+        return self
+
 
 class CompletionBody(Request):
     """``POST /v1/completions``: text or token ids as they are, without a chat template."""
@@ -126,6 +160,20 @@ class CompletionBody(Request):
     prompt: Text | TokenIds | Annotated[list[Text] | list[TokenIds], Field(min_length=1, max_length=MAX_CHOICES)]
     echo: bool | None = None
     logprobs: Annotated[int, Field(ge=0, le=20)] | None = None
+    max_tokens: Annotated[int, Field(ge=0)] | None = None
+    """Longest answer; at most ``serving.max_tokens``. Not set: what fits. 0 with ``echo``: the prompt alone."""
+
+    @model_validator(mode="after")
+    def _nothing_but_the_prompt(self) -> Self:
+        if self.max_tokens == 0 and not self.echo:
+            raise PydanticCustomError("max_tokens", "max_tokens: 0 is allowed only with echo")
+        return self
+
+    def for_engine(self, iterate: str, max_tokens: int) -> dict[str, Any]:
+        fields = super().for_engine(iterate, max_tokens)
+        if self.max_tokens is None:
+            del fields["max_tokens"]  # the engine knows what fits
+        return fields
 
     @property
     def choices(self) -> int:
@@ -159,4 +207,6 @@ class CompareBody(Sampling):
 
 
 def plain(messages: list[Message]) -> list[dict[str, str]]:
-    return [{"role": message.role, "content": message.text} for message in messages]
+    """Returns messages in the roles that chat templates know."""
+    roles = {"developer": "system"}
+    return [{"role": roles.get(message.role, message.role), "content": message.text} for message in messages]

@@ -2,16 +2,19 @@
 
 import asyncio
 import logging
+import time
 from collections.abc import AsyncIterator
 from contextlib import aclosing, suppress
 from typing import Any, Protocol
 
 from ray import serve
-from ray.exceptions import RayError, RayTaskError
+from ray.exceptions import RayActorError, RayError, RayTaskError
 from ray.serve.exceptions import RayServeException
+from ray.util.metrics import Counter
 
 from spin_ray.serving.errors import Refusal, from_engine
 from spin_ray.serving.names import Names
+from spin_ray.serving.poison import PoisonList, request_digest
 
 logger = logging.getLogger("ray.serve")
 
@@ -23,12 +26,21 @@ Item = str | dict[str, Any]
 
 _HEAR_S = 10.0
 """Seconds after which a keeper without news answers."""
+_SUSPECT_S = 3.0
+"""Seconds for which an engine that died here is taken as down; by then the keeper knows better."""
+DOWN_RETRY_S = 5
+ENGINE_DIED = "the engine ended while it served this request; it starts again"
 
 
 class Engines(Protocol):
     names: Names
     problems: dict[str, str]
     """Reasons why iterates do not serve, by name."""
+
+    @property
+    def down(self) -> set[str]:
+        """Iterates whose engine has died and starts again."""
+        ...
 
     def digest(self, iterate: str) -> str:
         """Raises KeyError if ``iterate`` does not serve."""
@@ -40,7 +52,7 @@ class Engines(Protocol):
         Closing the iterator aborts the engine's work.
 
         Raises:
-            Refusal: the engine is gone or fails.
+            Refusal: the engine is gone, down or fails, or died of the same request before.
         """
         ...
 
@@ -54,6 +66,17 @@ class ServeEngines:
         self._keeper = keeper
         self._engines: dict[str, Any] = {}
         self._handles: dict[str, Any] = {}
+        self._reported: set[str] = set()
+        self._suspected: dict[str, float] = {}
+        self._poison = PoisonList()
+        self._poisoned = Counter(
+            "spin_ray_poisoned_requests", "Requests refused because an engine died of them.", ("model",)
+        )
+
+    @property
+    def down(self) -> set[str]:
+        now = time.monotonic()
+        return (self._reported | {name for name, until in self._suspected.items() if until > now}) & set(self._engines)
 
     async def follow(self) -> None:
         """Follows the keeper's table for ever; keeps the last one while the keeper is away."""
@@ -74,7 +97,7 @@ class ServeEngines:
         apps = {engine["app"] for engine in table["engines"].values()}
         known = {app: self._handles.get(app) or serve.get_app_handle(app).options(stream=True) for app in apps}
         self._handles, self._engines = known, table["engines"]
-        self.problems = table["problems"]
+        self.problems, self._reported = table["problems"], set(table["down"])
         self.names.serve_now(table["engines"], table["newest"])
 
     def digest(self, iterate: str) -> str:
@@ -83,13 +106,20 @@ class ServeEngines:
     async def answer(self, iterate: str, operation: str, fields: dict[str, Any]) -> AsyncIterator[Item]:
         if iterate not in self._engines:  # gone since its name was resolved
             raise Refusal(503, f"{iterate} serves no more; ask for another model", retry_s=1)
+        digest = request_digest(operation, fields)
+        self._check(iterate, digest)
         handle = self._handles[self._engines[iterate]["app"]]
         response = handle.answer.remote(operation, fields)
         ended = False
         try:
             async for item in response:
+                if isinstance(item, dict) and item.get("error", {}).get("code") == 503:
+                    self._note_death(iterate, digest)
                 yield item
             ended = True
+        except RayActorError as error:
+            self._note_death(iterate, digest)
+            raise Refusal(503, ENGINE_DIED, code="engine_down", retry_s=DOWN_RETRY_S) from error
         except RayTaskError as error:  # not about the request
             logger.exception("%s failed", iterate)
             raise Refusal(500, "the engine failed; the request may be repeated") from error
@@ -99,6 +129,20 @@ class ServeEngines:
             if not ended:  # the client left
                 with suppress(Exception):
                     response.cancel()
+
+    def _check(self, iterate: str, digest: str) -> None:
+        if wait_s := self._poison.wait_s(digest):
+            self._poisoned.inc(1, {"model": iterate})
+            raise Refusal(
+                400, f"an engine ended while it served this request; it is refused for {wait_s:.0f} s", code="poisoned"
+            )
+        if iterate in self.down:  # its handle would let the request wait for the new engine
+            raise Refusal(503, f"{iterate} is down: its engine starts again", code="engine_down", retry_s=DOWN_RETRY_S)
+
+    def _note_death(self, iterate: str, digest: str) -> None:
+        logger.error("the engine of %s died; request %s is refused for a while", iterate, digest)
+        self._suspected[iterate] = time.monotonic() + _SUSPECT_S
+        self._poison.add(digest)
 
 
 async def whole(engines: Engines, iterate: str, operation: str, fields: dict[str, Any]) -> dict[str, Any]:

@@ -1,12 +1,13 @@
 """Errors in OpenAI's form."""
 
+import re
 from typing import Any
 
 from starlette.responses import JSONResponse
 
 _TYPES = {
-    401: "authentication_error", 404: "not_found_error", 429: "rate_limit_error", 500: "server_error",
-    503: "overloaded_error", 504: "timeout_error",
+    401: "authentication_error", 403: "permission_error", 404: "not_found_error", 429: "rate_limit_error",
+    500: "server_error", 503: "overloaded_error", 504: "timeout_error",
 }  # fmt: skip
 
 
@@ -46,8 +47,10 @@ def _printable(text: str | None) -> str | None:
 
 
 def from_engine(error: dict[str, Any]) -> Refusal:
-    """Returns vLLM's 4xx as it is, anything else as 500."""
+    """Returns vLLM's 4xx and a dead engine's 503 as they are, anything else as 500."""
     code = error.get("code")
+    if code == 503:
+        return Refusal(503, error["message"], code="engine_down", retry_s=error.get("retry_s", 1))
     status = code if isinstance(code, int) and 400 <= code < 500 else 500
     message = error.get("message", "") if status < 500 else "the engine failed; the request may be repeated"
     return Refusal(status, str(message), param=error.get("param"))
@@ -55,8 +58,17 @@ def from_engine(error: dict[str, Any]) -> Refusal:
 
 def from_validation(errors: Any) -> Refusal:
     """Returns pydantic's first problem, named as in the body."""
-    first = errors[0]
-    where = ".".join(str(part) for part in first["loc"] if part != "body")
+    field = errors[0]["loc"][:2]
+    # Of a value that may have several forms, an error about its limits tells more than one about another form.
+    first = min((it for it in errors if it["loc"][:2] == field), key=lambda it: it["type"].endswith("_type"))
+    *parents, last = first["loc"] or ("body",)
+    parts = [*parents, last] if first["type"] == "extra_forbidden" else [it for it in first["loc"] if _is_field(it)]
+    where = ".".join(str(part) for part in parts if part != "body")
     if first["type"] == "extra_forbidden":
         return Refusal(400, f"{where}: is not supported here", code="unsupported_parameter", param=where)
     return Refusal(400, f"{where or 'body'}: {first['msg']}", param=where or None)
+
+
+def _is_field(part: str | int) -> bool:
+    """Tells a field's name or an index from pydantic's names of a union's forms."""
+    return isinstance(part, int) or (re.fullmatch(r"[a-z_]+", part) is not None and part not in ("str", "int"))

@@ -3,6 +3,8 @@
 It adds to ``ray.serve.llm`` that files are checked first, and conversations are rendered as in training.
 """
 
+import asyncio
+import os
 from collections.abc import AsyncGenerator
 from contextlib import aclosing
 from typing import Any
@@ -22,9 +24,13 @@ from spin_ray.inputs.rendering import RenderError, open_renderer
 from spin_ray.runtime import cpu
 from spin_ray.runtime.engine import whole_prefill
 from spin_ray.serving.bursts import in_bursts
-from spin_ray.serving.engines import CHAT, TOKENS, Item
+from spin_ray.serving.engines import CHAT, DOWN_RETRY_S, ENGINE_DIED, TOKENS, Item
 from spin_ray.serving.held_back import without_held_back
 from spin_ray.serving.iterates import Iterate
+
+_WATCH_S = 0.2
+_LAST_WORDS_S = 0.3
+"""Seconds from the death of vLLM's engine to the end of its replica, in which running requests hear of it."""
 
 
 class LocalFolder(CallbackBase):
@@ -55,20 +61,47 @@ class IterateEngine(LLMServer):
         self._stops = [self._renderer.end_of_turn_id, *other_ends(folder, self._renderer)]
         await super().start()
         engine: Any = self.engine  # private, but the only way to the renderer
+        self._client = engine._engine_client
+        self._vocabulary = self._client.model_config.get_vocab_size()
+        self._watching = asyncio.get_running_loop().create_task(self._end_with_the_engine())
         engine._oai_serving_chat.online_renderer.render_chat = self._render_chat
+
+    async def _end_with_the_engine(self) -> None:
+        """Ends this process soon after vLLM's engine has died, so that Ray Serve starts another one at once."""
+        while not self._client.errored:
+            await asyncio.sleep(_WATCH_S)
+        await asyncio.sleep(_LAST_WORDS_S)
+        os._exit(1)
 
     async def answer(self, operation: str, fields: dict[str, Any]) -> Any:
         """Yields server-sent events, or one object: the whole answer or ``{"error": …}``."""
+        try:
+            async with aclosing(self._answer(operation, fields)) as items:
+                async for item in items:
+                    if self._client.errored:
+                        break
+                    yield item
+                else:
+                    return
+        except Exception:
+            if not self._client.errored:
+                raise
+        yield {"error": {"message": ENGINE_DIED, "code": 503, "retry_s": DOWN_RETRY_S}}
+
+    async def _answer(self, operation: str, fields: dict[str, Any]) -> AsyncGenerator[Item, None]:
         held_back = ""
         try:
             if operation == CHAT:
-                held_back = self._renderer.held_back_text(self._with_system(fields["messages"]))
+                if fields["messages"][-1]["role"] != "assistant":
+                    held_back = self._renderer.held_back_text(self._with_system(fields["messages"]))
                 stream = await self.chat(ChatCompletionRequest(**fields, stop_token_ids=self._stops))
             elif operation == TOKENS:
                 yield self._as_sampled(**fields)
                 return
             else:
-                stream = await self.completions(CompletionRequest(**fields))
+                room = await asyncio.to_thread(self._room, fields["prompt"])
+                most: Any = min(self._config.serving.max_tokens, room)
+                stream = await self.completions(CompletionRequest(**({"max_tokens": most} | fields)))
         except ValidationError as error:
             yield {"error": {"message": str(error.errors()[0]["msg"]), "code": 400}}
             return
@@ -85,7 +118,8 @@ class IterateEngine(LLMServer):
         from vllm.inputs.engine import tokens_input
 
         messages = [{"role": message["role"], "content": message["content"]} for message in request.messages]
-        ids = self._renderer.render_prompt(self._with_system(messages))
+        ids = self._prompt_ids(self._with_system(messages))
+        self._check_ids(ids, "messages")
         # One place stays free: vLLM scores an answer as a prompt, and must write a token after it.
         room = self._config.model.max_length - 1 - len(ids)
         if room < 1:
@@ -96,11 +130,49 @@ class IterateEngine(LLMServer):
         request.max_completion_tokens = min(request.max_completion_tokens or request.max_tokens or room, room)
         return list(request.messages), [tokens_input(ids)]
 
+    def _prompt_ids(self, messages: list[dict[str, str]]) -> list[int]:
+        """Returns the ids that the model continues: a new answer, or the last message if it is the assistant's."""
+        if messages[-1]["role"] != "assistant":
+            return self._renderer.render_prompt(messages)
+        rendered = self._renderer.render(messages)
+        return [*rendered.prompt_ids, *rendered.real_ids[:-1]]  # without the end of the turn
+
+    def _check_ids(self, ids: list[int], field: str) -> None:
+        """Refuses ids without a row in the embedding.
+
+        vLLM's own check allows all ids of the tokenizer, too, and its engine dies of those without a row.
+        """
+        wrong = next((token for token in ids if not 0 <= token < self._vocabulary), None)
+        if wrong is not None:
+            raise RenderError(
+                f"{field}: token id {wrong} is not in the model's vocabulary, whose ids are 0 to {self._vocabulary - 1}"
+            )
+
+    def _room(self, prompt: Any) -> int:
+        """Returns the tokens that fit after the longest of a completion's prompts.
+
+        Raises:
+            RenderError: a prompt does not fit, or has an id without a row in the embedding.
+        """
+        one = isinstance(prompt, str) or isinstance(prompt[0], int)
+        most = self._config.model.max_length - 1
+        for each in [prompt] if one else prompt:
+            ids = self._renderer.tokenizer(each)["input_ids"] if isinstance(each, str) else each
+            self._check_ids(ids, "prompt")
+            if not 0 < len(ids) <= self._config.model.max_length - 1:
+                raise RenderError(
+                    f"prompt: has {len(ids)} tokens; there must be 1 to {self._config.model.max_length - 1}, one fewer "
+                    "than model.max_length"
+                )
+            most = min(most, self._config.model.max_length - len(ids))
+        return most
+
     def _as_sampled(self, messages: list[dict[str, str]], content: str, finish_reason: str) -> dict[str, Any]:
         """Returns a given answer in the form of one sampled with ``return_token_ids``."""
         asked = self._with_system(messages)
         rendered = self._renderer.render([*asked, {"role": "assistant", "content": content}])
         response = rendered.real_ids if finish_reason == "stop" else rendered.real_ids[:-1]
+        self._check_ids([*rendered.prompt_ids, *response], "answers")
         whole = len(rendered.prompt_ids) + len(response)
         if whole >= self._config.model.max_length:
             raise RenderError(
@@ -197,6 +269,7 @@ def _deployment(serving: ServingConfig) -> dict[str, Any]:
     return scale | {
         "max_ongoing_requests": 10 * serving.max_concurrent,  # the ingress refuses first
         "graceful_shutdown_timeout_s": serving.request_timeout_s,
+        "health_check_period_s": 1,
         "max_constructor_retry_count": 1,
         "ray_actor_options": {"num_cpus": 0},
     }

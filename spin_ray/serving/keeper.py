@@ -14,7 +14,7 @@ from contextlib import suppress
 from typing import Any
 
 from ray import serve
-from ray.serve.schema import ApplicationStatus
+from ray.serve.schema import ApplicationStatus, ReplicaState
 
 from spin_ray.config.recipe import SpinConfig
 from spin_ray.errors import first_line
@@ -28,6 +28,8 @@ logger = logging.getLogger("ray.serve")
 
 ENGINE_PREFIX = "engine."
 """Beginning of the names of engine applications."""
+_LOOK_S = 0.5
+"""Seconds between two looks at the engines."""
 _ENDED = (ApplicationStatus.DEPLOY_FAILED, ApplicationStatus.NOT_STARTED)
 
 
@@ -39,7 +41,7 @@ class Keeper:
     """The one actor that starts and retires a server's engines. Ingress replicas serve from its table.
 
     ``{"version": 3, "newest": "iter-1", "engines": {"iter-1": {"app": "engine.iter-1.5f0c…", "digest": "5f0c…"}},
-    "problems": {"iter-2": "…/model.safetensors: differs from its digest"}}``
+    "problems": {"iter-2": "…/model.safetensors: differs from its digest"}, "down": []}``
     """
 
     async def __init__(self, run_folder: str, config: SpinConfig, engines: str = ENGINE_PREFIX) -> None:
@@ -54,6 +56,8 @@ class Keeper:
         self._starting: dict[str, asyncio.Task[None]] = {}
         self._looked_for_strays = False
         self._draining: set[asyncio.Task[None]] = set()
+        self._down: list[str] = []
+        self._looking = asyncio.get_running_loop().create_task(self._look())
         self._loop = asyncio.get_running_loop().create_task(self._keep())
 
     async def table(self, known: int, wait_s: float) -> dict[str, Any]:
@@ -66,12 +70,37 @@ class Keeper:
             "newest": self._newest,
             "engines": dict(self._engines),
             "problems": dict(self._problems),
+            "down": list(self._down),
         }
 
     def check_health(self) -> None:
         """Raises RuntimeError if the loop has ended; Ray Serve then restarts the keeper."""
-        if self._loop.done():
-            raise RuntimeError("the loop that follows LATEST has ended")
+        if self._loop.done() or self._looking.done():
+            raise RuntimeError("a loop of the keeper has ended")
+
+    async def _look(self) -> None:
+        """Announces engines that have died, and those that are back. Ray Serve starts them again by itself."""
+        while True:
+            await asyncio.sleep(_LOOK_S)
+            try:
+                running = await self._running() if self._engines else set()
+            except Exception:
+                logger.exception("cannot see the engines; trying again")
+                continue
+            down = [name for name, engine in self._engines.items() if engine["app"] not in running]
+            if down != self._down:
+                logger.warning("engines that are down: %s", ", ".join(down) or "none any more")
+                self._down = down
+                await self._announce()
+
+    async def _running(self) -> set[str]:
+        """Returns the applications of which some replica runs."""
+        applications = (await self._ask_serve(serve.status)).applications
+        return {
+            name
+            for name, app in applications.items()
+            if all(deployment.replica_states.get(ReplicaState.RUNNING) for deployment in app.deployments.values())
+        }
 
     async def _keep(self) -> None:
         while True:

@@ -4,6 +4,7 @@ import asyncio
 import json
 import logging
 import math
+import re
 import time
 from collections.abc import Iterator, MutableMapping
 from contextlib import contextmanager
@@ -12,7 +13,7 @@ from typing import Any
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from spin_ray.config.sections import ServingConfig
-from spin_ray.serving.access import Key, Rates, find_key
+from spin_ray.serving.access import LOOPBACK, Key, Rates, find_key
 from spin_ray.serving.errors import Refusal
 from spin_ray.serving.metrics import Metrics
 
@@ -66,15 +67,21 @@ class Observe:
 
 
 class Access:
-    """The layer of keys and rates for ``/v1``: 401 without a known key, 429 above its rate."""
+    """The layer of keys and rates for ``/v1``: 401 without a known key, 429 above its rate.
+
+    Without keys every route needs a ``Host`` of this machine: 403 otherwise.
+    """
 
     def __init__(self, app: ASGIApp, config: ServingConfig, keys: list[Key]) -> None:
         self._app, self._config, self._keys, self._rates = app, config, keys, Rates()
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        if scope["type"] == "http" and scope["path"].startswith("/v1"):
+        if scope["type"] == "http":
             try:
-                self._check(scope)
+                if not self._keys:
+                    _check_host(scope)
+                if scope["path"].startswith("/v1"):
+                    self._check(scope)
             except Refusal as refusal:
                 await refusal.response()(scope, receive, send)
                 return
@@ -93,6 +100,14 @@ class Access:
             raise Refusal(
                 429, f"More than {rate} requests a minute", code="rate_limit_exceeded", retry_s=math.ceil(wait_s)
             )
+
+
+def _check_host(scope: Scope) -> None:
+    """Refuses a page of another site whose name was made to point at this machine (DNS rebinding)."""
+    host = dict(scope["headers"]).get(b"host", b"").decode("latin-1")
+    name = host.rpartition(":")[0] if re.search(r":\d*$", host) else host
+    if name.strip("[]").lower() not in (*LOOPBACK, ""):
+        raise Refusal(403, "Host: is not this machine's; without keys only localhost and 127.0.0.1 are answered")
 
 
 class WholeBody:

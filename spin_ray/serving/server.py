@@ -18,15 +18,13 @@ from spin_ray.errors import ConfigError, ResourceError, StageError, first_line
 from spin_ray.run_dir.names import LATEST, is_iterate
 from spin_ray.run_dir.run_dir import RunDir
 from spin_ray.runtime.connect import connect, take_signal
-from spin_ray.serving.access import read_keys
+from spin_ray.serving.access import LOOPBACK, read_keys
 from spin_ray.serving.app import APP, application, votes_url
 from spin_ray.serving.arena.votes import VoteStore
 from spin_ray.serving.iterates import ALL, wanted
 from spin_ray.serving.keeper import ENGINE_PREFIX
 
 logger = logging.getLogger(__name__)
-
-_LOOPBACK = ("127.0.0.1", "::1", "localhost")
 
 
 def serve_run(run: RunDir, config: SpinConfig) -> None:
@@ -64,7 +62,7 @@ def check_settings(run: RunDir, config: SpinConfig) -> None:
     if serving.keys:
         read_keys(serving.keys)
     VoteStore(votes_url(str(run.storage.root), config)).close()
-    if serving.host not in _LOOPBACK and not serving.keys:
+    if serving.host not in LOOPBACK and not serving.keys:
         raise ConfigError(f"serving.host: {serving.host} can be reached from elsewhere; set serving.keys first")
     if os.environ.get("RAY_AUTH_MODE", "token") != "token":
         raise ConfigError(

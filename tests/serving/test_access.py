@@ -13,6 +13,10 @@ def test_a_made_key_opens_and_its_line_does_not_hold_it(tmp_path: Path) -> None:
     _, his = new_key("bob")
     file = tmp_path / "keys"
     file.write_text(f"# who\n\n{hers}\n{his}\n")
+    file.chmod(0o644)
+    with pytest.raises(ConfigError, match="others on this machine can read or change it"):
+        read_keys(file)
+    file.chmod(0o640)
     keys = read_keys(file)
     assert [(key.name, key.per_minute) for key in keys] == [("alice", 3), ("bob", None)]
     found = find_key(keys, f"Bearer {alice}".encode())
@@ -29,6 +33,7 @@ def test_nothing_else_opens(header: bytes | None) -> None:
 def test_a_file_that_cannot_lock_is_an_error_that_says_where(line: str, tmp_path: Path) -> None:
     file = tmp_path / "keys"
     file.write_text(line + "\n")
+    file.chmod(0o600)
     with pytest.raises(ConfigError, match=str(file)):
         read_keys(file)
 

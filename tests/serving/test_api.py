@@ -25,7 +25,7 @@ class Server:
         self.engines = FakeEngines()
         self.app = make_app(self.engines, tiny_config(**serving), keys or [], empty_votes())
         transport = httpx.ASGITransport(self.app, raise_app_exceptions=False)
-        self.client = httpx.AsyncClient(transport=transport, base_url="http://test")
+        self.client = httpx.AsyncClient(transport=transport, base_url="http://localhost")
 
     async def post(self, path: str, content: Any, **headers: str) -> httpx.Response:
         return await self.client.post(path, json=content, headers=headers)
@@ -90,9 +90,9 @@ def test_streams_pass_as_server_sent_events_and_free_their_place() -> None:
         ({"temperature": -1}, "temperature"), ({"temperature": "1"}, "temperature"), ({"top_p": 0}, "top_p"),
         ({"n": 0}, "n"), ({"n": 17}, "n"), ({"max_tokens": 0}, "max_tokens"), ({"max_tokens": 10**9}, "max_tokens"),
         ({"max_tokens": 1.5}, "max_tokens"), ({"seed": 2**64}, "seed"), ({"messages": []}, "messages"),
-        ({"messages": [{"role": "tool", "content": "x"}]}, "messages.0.role"),
-        ({"chat_template": "{{ 1 }}"}, "chat_template"), ({"tools": []}, "tools"), ({"priority": 1}, "priority"),
-        ({"kv_transfer_params": {}}, "kv_transfer_params"), ({"prompt_logprobs": 1}, "prompt_logprobs"),
+        ({"messages": [{"role": "tool", "content": "x"}]}, "messages.0.role"), ({"stop": list("abcde")}, "stop"),
+        ({"chat_template": "{{ 1 }}"}, "chat_template"), ({"tools": [{}]}, "tools"), ({"priority": 1}, "priority"),
+        ({"kv_transfer_params": {"a": 1}}, "kv_transfer_params"), ({"prompt_logprobs": 1}, "prompt_logprobs"),
     ],
 )  # fmt: skip
 def test_what_is_wrong_or_not_offered_is_refused_by_name(change: dict[str, Any], param: str) -> None:
@@ -145,6 +145,88 @@ def test_the_answer_is_limited_also_when_the_client_sets_no_limit() -> None:
         await server.post(CHAT, HELLO | {"max_completion_tokens": 5})
         assert [asked.get("max_tokens") for asked in server.engines.asked] == [7, None]
         assert refused(await server.post(CHAT, HELLO | {"max_completion_tokens": 8}), 400)["param"] == "max_tokens"
+
+    run(check())
+
+
+@pytest.mark.parametrize(
+    ("change", "expected"),
+    [
+        ({"tools": [], "logit_bias": None, "response_format": None}, {}), ({"top_k": -1}, {"top_k": -1}),
+        ({"seed": -1, "stop": []}, {}),
+        ({"messages": [{"role": "developer", "content": "x"}]}, {"messages": [{"role": "system", "content": "x"}]}),
+        (
+            {"messages": [{"role": "assistant", "content": [{"type": "text", "text": "x"}], "refusal": None}]},
+            {"messages": [{"role": "assistant", "content": "x"}]},
+        ),
+    ],
+)  # fmt: skip
+def test_what_clients_of_openai_and_vllm_send_is_understood(change: dict[str, Any], expected: dict[str, Any]) -> None:
+    async def check() -> None:
+        server = Server()
+        assert (await server.post(CHAT, HELLO | change)).status_code == 200
+        (asked,) = server.engines.asked
+        assert asked == {"model": "sft", "messages": HELLO["messages"], "max_tokens": 1024} | expected
+
+    run(check())
+
+
+@pytest.mark.parametrize(
+    ("path", "change", "words"),
+    [
+        (CHAT, {"stop": list("abcde")}, "stop: has 5 texts; at most 4 are allowed"),
+        (CHAT, {"top_logprobs": 3}, "top_logprobs: needs logprobs to be true"),
+        (CHAT, {"stream_options": {"include_usage": True}}, "stream_options: is for streams only"),
+        (COMPLETIONS, {"prompt": [1, -5]}, "prompt.1: Input should be greater than or equal to 0"),
+        (COMPLETIONS, {"prompt": "x", "max_tokens": 0}, "max_tokens: 0 is allowed only with echo"),
+    ],
+)
+def test_a_mistake_is_told_in_words_without_pythons_own(path: str, change: dict[str, Any], words: str) -> None:
+    async def check() -> None:
+        body = (HELLO if path == CHAT else {"model": "sft"}) | change
+        message = refused(await Server().post(path, body), 400)["message"]
+        assert words in message and "function" not in message and "0x" not in message
+
+    run(check())
+
+
+def test_a_completion_without_a_length_is_left_to_the_engine_and_none_is_allowed_with_echo() -> None:
+    async def check() -> None:
+        server = Server()
+        for change in ({}, {"echo": True, "max_tokens": 0}):
+            assert (await server.post(COMPLETIONS, {"model": "sft", "prompt": [1]} | change)).status_code == 200
+        assert [asked.get("max_tokens") for asked in server.engines.asked] == [None, 0]
+
+    run(check())
+
+
+def test_without_keys_only_this_machines_own_names_are_answered() -> None:
+    """A page of another site cannot reach this server by a name that it points at 127.0.0.1."""
+    key, line = new_key("alice")
+
+    async def check() -> None:
+        server, keyed = Server(), Server([Key(*line.split(), per_minute=None)])
+        for path in ("/", "/v1/models", "/v1/votes/export"):
+            for host in ("evil.example", "evil.example:8000", "localhost.evil.example", "127.0.0.1.evil.example"):
+                refused(await server.client.get(path, headers={"Host": host}), 403)
+            for host in ("localhost:8000", "127.0.0.1", "[::1]:8000"):
+                assert (await server.client.get(path, headers={"Host": host})).status_code == 200
+        headers = {"Host": "spin.example", "Authorization": f"Bearer {key}"}
+        assert (await keyed.client.get("/v1/models", headers=headers)).status_code == 200
+
+    run(check())
+
+
+def test_an_engine_that_is_down_is_named_and_the_others_serve() -> None:
+    async def check() -> None:
+        server = Server()
+        server.engines.down = {"iter-0"}
+        ready = await server.client.get("/readyz")
+        assert (ready.status_code, ready.json()) == (200, {"status": "ready", "models": ["sft"], "down": ["iter-0"]})
+        assert "iter-0" in (await server.client.get("/v1/models")).json()["problems"]
+        server.engines.down = {"sft", "iter-0"}
+        ready = await server.client.get("/readyz")
+        assert (ready.status_code, ready.json()["status"], ready.headers["retry-after"]) == (503, "down", "5")
 
     run(check())
 

@@ -27,7 +27,7 @@ ASKED = {"messages": [{"role": "user", "content": "how are you?"}], "temperature
 
 @pytest.fixture
 def client(votes):
-    return TestClient(make(votes))
+    return TestClient(make(votes), base_url="http://localhost")
 
 
 def fight(client, **wish) -> tuple[dict, dict[str, str]]:
@@ -56,7 +56,7 @@ def test_a_blind_comparison_from_draw_to_leaderboard_and_export(client):
 
 def test_the_page_is_whole_without_a_key_and_asks_no_other_host(votes):
     """Every file that the page and its modules name is served; none is elsewhere, inline, or makes markup of text."""
-    client = TestClient(make(votes, keys=[Key("alice", "0" * 64, None)]))
+    client = TestClient(make(votes, keys=[Key("alice", "0" * 64, None)]), base_url="http://localhost")
     assert client.get("/v1/models").status_code == 401
     wanted, seen = ["/"], {}
     while wanted:
@@ -119,7 +119,7 @@ def test_a_vote_is_a_comparison_and_a_verdict_and_nothing_else(client, body):
 
 def test_a_hidden_name_is_known_to_every_replica_and_after_a_restart(client, votes):
     battle = client.post("/v1/battles", json={}).json()
-    other = TestClient(make(votes))
+    other = TestClient(make(votes), base_url="http://localhost")
     for side in "ab":
         assert "[DONE]" in other.post("/v1/chat/completions", json=ASKED | {"model": battle[side]}).text
     assert other.post("/v1/votes", json={"battle": battle["id"], "verdict": "tie"}).status_code == 200

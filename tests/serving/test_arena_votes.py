@@ -3,6 +3,7 @@
 import json
 import threading
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 
 import pytest
 
@@ -197,3 +198,15 @@ def test_aliases_name_a_side():
     for other in ("sft", "battle-x-a", f"{battle.a}x", f"battle-{battle.id}-c"):
         with pytest.raises(LookupError):
             parse_alias(other)
+
+
+def test_votes_are_for_their_owner_alone(tmp_path: Path) -> None:
+    """Also the write-ahead log beside the file, and a file that an older version left open to others."""
+    file = tmp_path / "votes.sqlite"
+    file.touch(0o644)
+    store = VoteStore(f"sqlite:///{file}")
+    store.start("sft", "iter-0")
+    assert {each.name: each.stat().st_mode & 0o777 for each in tmp_path.iterdir()} == {
+        f"votes.sqlite{end}": 0o600 for end in ("", "-wal", "-shm")
+    }
+    store.close()

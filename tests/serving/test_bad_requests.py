@@ -63,7 +63,7 @@ def test_what_is_no_request_gets_the_status_that_says_so(served: Served, body: b
 def test_a_body_without_end_is_refused_while_it_streams_in(served: Served) -> None:
     chunk = b"10000\r\n" + b"x" * 0x10000 + b"\r\n"
     with served.connection() as raw:
-        raw.sendall(f"POST {CHAT} HTTP/1.1\r\nHost: x\r\nTransfer-Encoding: chunked\r\n\r\n".encode())
+        raw.sendall(f"POST {CHAT} HTTP/1.1\r\nHost: localhost\r\nTransfer-Encoding: chunked\r\n\r\n".encode())
         raw.settimeout(0.05)
         sent, told = 0, b""
         while not told and sent < 64 * 2**20:
@@ -79,7 +79,7 @@ def test_a_body_without_end_is_refused_while_it_streams_in(served: Served) -> No
 
 def test_a_body_that_dawdles_is_given_up(served: Served) -> None:
     with served.connection() as raw:
-        raw.sendall(f"POST {CHAT} HTTP/1.1\r\nHost: x\r\nContent-Length: 1000\r\n\r\n{{".encode())
+        raw.sendall(f"POST {CHAT} HTTP/1.1\r\nHost: localhost\r\nContent-Length: 1000\r\n\r\n{{".encode())
         assert status_of(raw.recv(4096)) == 408
 
 
@@ -113,7 +113,8 @@ def answer_status(served: Served) -> int:
 
 
 def request(body: bytes) -> bytes:
-    head = f"POST {CHAT} HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\nContent-Length: {len(body)}\r\n\r\n"
+    head = f"POST {CHAT} HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\n"
+    head += f"Content-Length: {len(body)}\r\n\r\n"
     return head.encode() + body
 
 

@@ -45,6 +45,7 @@ def deployed(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Deployed]:
     run = make_run(folder / "run", iterates=0)
     key, line = new_key("alice")
     (folder / "keys").write_text(line)
+    (folder / "keys").chmod(0o600)
     service = next(yaml.safe_load_all((ROOT / "cluster" / "rayservice.yaml").read_text()))
     config = yaml.safe_load(service["spec"]["serveConfigV2"])
     config["http_options"] = {"host": "127.0.0.1", "port": free_port()}

@@ -110,6 +110,7 @@ def test_ray_must_be_locked_wherever_the_server_listens(
 ) -> None:
     """Replicas have ports of their own, open to all interfaces (``test_real_server.py``)."""
     (tmp_path / "keys").write_text(f"alice {'a' * 64}\n")
+    (tmp_path / "keys").chmod(0o600)
     config = override(run.config(), {"serving.host": host, "serving.keys": str(tmp_path / "keys")})
     monkeypatch.setenv("RAY_AUTH_MODE", "disabled")
     with pytest.raises(ConfigError, match="RAY_AUTH_MODE=disabled"):

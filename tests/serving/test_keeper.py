@@ -24,6 +24,7 @@ class SlowKeeper(Keeper):
         self.gates: dict[str, asyncio.Event] = {}
         self.broken: set[str] = set()
         self.drained: list[str] = []
+        self.dead: set[str] = set()
         await super().__init__(str(run.storage.root), run.config())
 
     async def _start(self, app: str, iterate: Iterate) -> None:
@@ -36,6 +37,9 @@ class SlowKeeper(Keeper):
 
     async def _remove_strays(self) -> None:
         """Does nothing: it would ask Ray Serve, which is not here."""
+
+    async def _running(self) -> set[str]:
+        return {engine["app"] for name, engine in self._engines.items() if name not in self.dead}
 
     def let(self, name: str) -> None:
         self.gates.setdefault(name, asyncio.Event()).set()
@@ -110,5 +114,19 @@ def test_an_engine_that_fails_leaves_the_old_one_says_why_and_is_tried_again(run
         keeper.broken = set()
         table = await keeper.until(lambda table: table["newest"] == "iter-1")
         assert not table["problems"]
+
+    follow(run, check)
+
+
+def test_an_engine_that_died_is_told_within_two_seconds_and_again_once_it_is_back(run: RunDir) -> None:
+    async def check(keeper: SlowKeeper) -> None:
+        for name in ("sft", "iter-0"):
+            keeper.let(name)
+        await keeper.until(lambda table: len(table["engines"]) == 2)
+        keeper.dead = {"iter-0"}
+        table = await asyncio.wait_for(keeper.until(lambda table: table["down"] == ["iter-0"]), 2)
+        assert set(table["engines"]) == {"sft", "iter-0"}
+        keeper.dead = set()
+        await asyncio.wait_for(keeper.until(lambda table: not table["down"]), 2)
 
     follow(run, check)

@@ -1,9 +1,10 @@
 """The database of blind comparisons, one row each."""
 
+import os
 import secrets
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from typing import Any, get_args
 
 from sqlalchemy import (
@@ -69,6 +70,7 @@ class VoteStore:
         try:
             self._engine = create_engine(url, pool_pre_ping=True)
             if self._engine.dialect.name == "sqlite":
+                _make_private(self._engine.url.database)
                 event.listen(self._engine, "connect", _make_durable)
             with self._engine.begin() as connection:
                 connection.execute(CreateTable(_battles, if_not_exists=True))
@@ -204,6 +206,14 @@ def _pair(row: Row) -> dict[str, Any]:
             f"{role}_finish_reason": answer["finish_reason"],
         }
     return pair
+
+
+def _make_private(file: str | None) -> None:
+    """Keeps a database's file to its owner (SQLite gives its log the same mode)."""
+    if file and file != ":memory:" and not file.startswith("file:"):
+        with suppress(OSError):  # the connection says what is wrong
+            os.close(os.open(file, os.O_CREAT | os.O_RDWR, 0o600))
+            os.chmod(file, 0o600)
 
 
 def _make_durable(connection: Any, _record: object) -> None:

@@ -1,0 +1,123 @@
+"""Engines of Ray Serve that die, over handles that are not Ray's."""
+
+import asyncio
+from collections.abc import AsyncIterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from ray.exceptions import RayActorError
+
+from spin_ray.inputs.rendering import ChatRenderer, RenderError, load_tokenizer
+from spin_ray.run_dir.run_dir import RunDir
+from spin_ray.serving.engines import CHAT, ServeEngines, whole
+from spin_ray.serving.errors import Refusal
+from spin_ray.serving.iterate_engine import IterateEngine
+from spin_ray.serving.poison import POISON_S, PoisonList, request_digest
+from tests.support.tiny_runs import make_run
+
+DEADLY, HARMLESS = {"messages": ["deadly"]}, {"messages": ["hello"]}
+
+
+class Handle:
+    """A handle whose engine dies of ``DEADLY``, in words or without."""
+
+    def __init__(self, without_words: bool) -> None:
+        self.answer, self._without_words, self.asked = self, without_words, 0
+
+    def remote(self, operation: str, fields: dict[str, Any]) -> AsyncIterator[dict[str, Any]]:
+        async def items() -> AsyncIterator[dict[str, Any]]:
+            self.asked += 1
+            if fields["messages"] != DEADLY["messages"]:
+                yield {"choices": []}
+            elif self._without_words:
+                raise RayActorError
+            else:
+                yield {"error": {"code": 503, "message": "the engine ended"}}
+
+        return items()
+
+
+def engines(handle: Any) -> ServeEngines:
+    made = ServeEngines(None)
+    made._handles = {"app": handle}
+    made._take({
+        "engines": {name: {"app": "app", "digest": "d"} for name in ("sft", "iter-0")}, "newest": None, "problems": {},
+        "down": [],
+    })  # fmt: skip
+    return made
+
+
+@pytest.mark.parametrize("without_words", [False, True])
+def test_a_request_that_ended_an_engine_is_refused_the_second_time_by_every_model(without_words: bool) -> None:
+    async def check() -> None:
+        handle = Handle(without_words)
+        made = engines(handle)
+        with pytest.raises(Refusal) as died:
+            await whole(made, "sft", CHAT, DEADLY | {"model": "sft"})
+        assert (died.value.status, died.value.code) == (503, "engine_down") and died.value.retry_s
+        assert made.down == {"sft"}
+        with pytest.raises(Refusal) as poisoned:
+            await whole(made, "iter-0", CHAT, DEADLY | {"model": "iter-0", "stream": True})
+        assert (poisoned.value.status, poisoned.value.code) == (400, "poisoned")
+        with pytest.raises(Refusal) as down:  # it does not wait for the engine
+            await whole(made, "sft", CHAT, HARMLESS)
+        assert (down.value.status, down.value.retry_s) == (503, 5)
+        assert await whole(made, "iter-0", CHAT, HARMLESS) == {"choices": []}
+        assert handle.asked == 2
+
+    asyncio.run(check())
+
+
+def test_poison_is_forgotten() -> None:
+    now = 0.0
+    poison = PoisonList(lambda: now)
+    poison.add(request_digest(CHAT, DEADLY))
+    assert poison.wait_s(request_digest(CHAT, DEADLY)) == POISON_S
+    assert poison.wait_s(request_digest(CHAT, HARMLESS)) == 0
+    now = POISON_S
+    assert poison.wait_s(request_digest(CHAT, DEADLY)) == 0
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory: pytest.TempPathFactory) -> RunDir:
+    return make_run(tmp_path_factory.mktemp("engine") / "run", iterates=0)
+
+
+def engine(run: RunDir, vocabulary: int) -> IterateEngine:
+    """Returns an engine without vLLM, whose model has ``vocabulary`` rows in its embedding."""
+    made = IterateEngine.__new__(IterateEngine)
+    made._config, made._vocabulary = run.config(), vocabulary
+    made._tokenizer = load_tokenizer(str(Path(run.description()["start_model"])))
+    made._renderer = ChatRenderer(made._tokenizer)
+    return made
+
+
+def test_ids_without_a_row_in_the_embedding_never_reach_the_engine(run: RunDir) -> None:
+    """The tokenizer knows ids that a model of 40 rows does not embed: in a prompt of ids, of text, and in a chat."""
+    made = engine(run, 40)
+    for prompt in ([40], [[1], [2, 2**31 - 1]], "hello world", ["hello world"]):
+        with pytest.raises(RenderError, match=r"prompt: token id .* is not in the model's vocabulary.* 0 to 39"):
+            made._room(prompt)
+    with pytest.raises(RenderError, match="answers: token id"):
+        made._as_sampled([{"role": "user", "content": "hello"}], "world", "stop")
+
+
+def test_a_completion_gets_what_fits_after_its_longest_prompt(run: RunDir) -> None:
+    """max_length is 256: a prompt of 3 leaves 253, one of 255 leaves 1, and one of 256 nothing."""
+    made = engine(run, 10**6)
+    assert run.config().model.max_length == 256
+    assert made._room([1, 2, 3]) == made._room([[1], [1, 2, 3]]) == 253
+    assert made._room([1] * 255) == 1
+    for wrong in ([1] * 256, ""):
+        with pytest.raises(RenderError, match="there must be 1 to 255"):
+            made._room(wrong)
+
+
+def test_a_trailing_answer_is_continued_where_it_ends(run: RunDir) -> None:
+    made = engine(run, 10**6)
+    asked = [{"role": "user", "content": "hello"}]
+    begun = made._prompt_ids([*asked, {"role": "assistant", "content": "I am"}])
+    prompt = made._prompt_ids(asked)
+    assert begun[: len(prompt)] == prompt
+    assert made._tokenizer.decode(begun[len(prompt) :]) == "I am"
