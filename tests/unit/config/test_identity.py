@@ -15,6 +15,7 @@ MAY_CHANGE = (
     "generation.replicas", "generation.min_replicas", "generation.max_failures", "generation.start_timeout_s",
     "generation.shard_timeout_s", "generation.resources.custom", "generation.resources.labels",
     "generation.engine.gpu_memory_utilization", "generation.engine.cpu_kv_cache_gib",
+    "generation.engine.pipeline_parallel_size",  # follows from the GPUs of an engine and tensor_parallel_size
 )  # fmt: skip
 """Beginnings of the names of settings that two calls of one run may give different values."""
 
