@@ -3,6 +3,7 @@
 import json
 import logging
 import os
+import shlex
 import signal
 import sys
 import time
@@ -41,7 +42,11 @@ def run(recipe: str, out: str, overrides: tuple[str, ...]) -> None:
     from spin_ray.loop.launch import run_spin
     from spin_ray.report.status import print_summary
 
-    result = run_spin(config, out)
+    try:
+        result = run_spin(config, out)
+    except (KeyboardInterrupt, SystemExit):
+        click.echo(_kept(out), err=True)
+        raise
     print_summary(result.run, Console())
 
 
@@ -302,6 +307,22 @@ def _recipe_of(out: Path | None) -> SpinConfig | None:
 
     run_json = out / "run.json" if out else None
     return RunDir(Storage(str(out))).config() if run_json and run_json.is_file() else None
+
+
+def _kept(out: str) -> str:
+    """Returns what a stopped run keeps, and the command that goes on."""
+    from spin_ray.run_dir.object_storage import open_storage
+    from spin_ray.run_dir.run_dir import RunDir
+
+    try:
+        newest = RunDir(open_storage(out)).latest()
+    except Exception:  # the place may be what stopped the run
+        newest = None
+    iterates = f"the iterates up to {newest}, and " if newest else ""
+    return (
+        f"\n{out} keeps {iterates}every finished stage, shard of generation and training checkpoint; "
+        f"go on with: {shlex.join(['spin-ray', *sys.argv[1:]])}"
+    )
 
 
 def _parse_overrides(words: tuple[str, ...]) -> dict[str, str]:

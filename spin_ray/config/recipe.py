@@ -6,6 +6,7 @@ import hashlib
 import json
 import re
 from collections.abc import Iterator
+from math import ceil
 from typing import Any, Self, TypeVar
 
 from pydantic import model_validator
@@ -15,6 +16,7 @@ from spin_ray.config.sections import (
     LATER,
     MAY_CHANGE,
     EngineConfig,
+    GenerationConfig,
     Section,
     Settings,
 )
@@ -38,6 +40,22 @@ class SpinConfig(Settings):
             return self
         return self.model_copy(update={"train": self.train.model_copy(update={"precision": other.train.precision})})
 
+    def settle_sizes(self, begun: SpinConfig | None = None, rows: int | None = None) -> Self:
+        """Returns the recipe with the sizes of batches that it leaves open.
+
+        Args:
+            begun: recipe of the run that goes on, whose sizes stay.
+            rows: number of training rows, if known.
+        """
+        generation = begun.generation if begun else _sized(self, rows)
+        engine = self.generation.engine
+        if "max_num_seqs" not in engine.model_fields_set:
+            engine = engine.model_copy(update={"max_num_seqs": generation.engine.max_num_seqs})
+        open_ones: dict[str, Any] = {"engine": engine}
+        if "shard_rows" not in self.generation.model_fields_set:
+            open_ones["shard_rows"] = generation.shard_rows
+        return self.model_copy(update={"generation": self.generation.model_copy(update=open_ones)})
+
     def resolve_dtype(self, engine: EngineConfig) -> EngineConfig:
         """Returns the settings with training's dtype in place of ``auto``."""
         if engine.dtype != "auto":
@@ -54,6 +72,23 @@ class SpinConfig(Settings):
     def identity(self) -> dict[str, Any]:
         """Returns ``{"section.field": value}`` of all settings but those marked ``MayChange``."""
         return flatten(_identity(self))
+
+
+GPU_SEATS, GPU_SHARD_ROWS = 512, 4096
+"""Most responses that a GPU decodes together, and that a shard has, where the recipe does not say."""
+
+
+def _sized(config: SpinConfig, rows: int | None) -> GenerationConfig:
+    """Returns sizes for the device. Engines get equally many shards, equally long, if the rows are known."""
+    generation = config.generation
+    if not generation.resources.gpus:
+        return GenerationConfig()
+    shard_rows = GPU_SHARD_ROWS
+    known = [count for count in (rows, config.data.max_rows, config.data.prompts_per_iteration) if count]
+    if known:
+        each = ceil(min(known) / generation.replicas) * generation.samples_per_prompt
+        shard_rows = ceil(each / ceil(each / GPU_SHARD_ROWS))
+    return GenerationConfig(shard_rows=shard_rows, engine=EngineConfig(max_num_seqs=GPU_SEATS))
 
 
 def _identity(section: Section) -> dict[str, Any]:
@@ -132,11 +167,15 @@ def _length_problems(config: SpinConfig) -> Iterator[str]:
 
 
 def _resource_problems(config: SpinConfig) -> Iterator[str]:
-    gpus, parallel = config.generation.resources.gpus, config.generation.engine.tensor_parallel_size
-    if gpus and gpus >= 1 and gpus != parallel:
-        yield f"generation.resources.gpus: {gpus:g} must equal generation.engine.tensor_parallel_size {parallel}"
-    if not gpus and parallel > 1:
-        yield f"generation.engine.tensor_parallel_size: {parallel} needs generation.resources.gpus: {parallel}"
+    engine, gpus = config.generation.engine, config.generation.resources.gpus
+    sizes = f"tensor_parallel_size {engine.tensor_parallel_size}"
+    if engine.pipeline_parallel_size > 1:
+        sizes += f" × pipeline_parallel_size {engine.pipeline_parallel_size}"
+    if gpus and (gpus >= 1 or engine.devices > 1) and gpus != engine.devices:
+        yield f"generation.resources.gpus: {gpus:g} must equal generation.engine.{sizes}"
+    if not gpus and engine.devices > 1:
+        name, _, size = sizes.partition(" ")
+        yield f"generation.engine.{name}: {size} needs generation.resources.gpus: {engine.devices}"
     if config.train.resources.gpus not in (0, 1):
         yield f"train.resources.gpus: {config.train.resources.gpus:g}; a train worker drives exactly one GPU, or none"
     for field, most, least in [

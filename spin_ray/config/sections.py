@@ -161,9 +161,14 @@ class EngineConfig(Section):
     """Number format of weights and computation. ``auto`` is that of ``train.precision``: fewer bits round small updates
     away."""
     tensor_parallel_size: Count = 1
-    """GPUs of one engine, all on one node. On GPUs it must equal ``generation.resources.gpus``."""
+    """GPUs that share each layer, all on one node. Times ``pipeline_parallel_size``, it must equal
+    ``generation.resources.gpus``."""
+    pipeline_parallel_size: MayChange[Count] = 1
+    """Groups of ``tensor_parallel_size`` GPUs, each with a part of the layers. More than one: for models too large for
+    one node; groups may lie on different nodes."""
     max_num_seqs: Count = 256
-    """Responses that are decoded together. More use the hardware better and need more memory."""
+    """Responses that are decoded together. More use the hardware better and need more memory. Not set: 512 on GPUs,
+    256 on CPUs. A run keeps its number."""
     gpu_memory_utilization: MayChange[Annotated[float, Field(gt=0, le=1)]] = 0.9
     """Fraction of the GPU's memory for weights and key-value cache."""
     cpu_kv_cache_gib: MayChange[Count] = 2
@@ -172,6 +177,11 @@ class EngineConfig(Section):
     """No torch.compile. On CPU this saves a minute of start-up and costs little speed."""
     extra: dict[str, Any] = {}
     """Other vLLM engine arguments, passed on as they are."""
+
+    @property
+    def devices(self) -> int:
+        """GPUs of one engine."""
+        return self.tensor_parallel_size * self.pipeline_parallel_size
 
 
 class GenerationConfig(Section):
@@ -183,7 +193,8 @@ class GenerationConfig(Section):
     """Responses y′ per prompt, each in a pair of its own. Paper: 1."""
     shard_rows: Count = 512
     """Responses per shard: one batch of the engine, and the most that a crash can lose. Small shards leave the engine
-    half empty at their ends."""
+    half empty at their ends. Not set: about 4096 on GPUs, so that all engines get equal work, and 512 on CPUs. A run
+    keeps its number."""
     replicas: MayChange[Count] = 1
     """Engines that generate side by side."""
     min_replicas: MayChange[Count | None] = None
@@ -394,7 +405,7 @@ class EvaluationConfig(Section):
     answer_extractor: Literal["none", "equals", "hashes"] = "none"
     """Way to read the number in a response, for rows with an ``answer``: after the last ``=`` (``equals``) or ``####``
     (``hashes``)."""
-    grade: NameOrPath[GradeName] = "number"
+    grade: Later[NameOrPath[GradeName]] = "number"
     """Grader of responses to rows with an ``answer``. ``number`` compares numbers, read by ``answer_extractor``;
     ``exact`` whole texts; ``multiple_choice`` letters; ``json`` values. ``regex`` takes ``answer`` as a pattern. Or the
     import path of a function of response and answer, both texts, ``my_package.mine:grade``, which returns 0 to 1."""

@@ -7,6 +7,8 @@ from typing import Any, Self
 
 from spin_ray.config.recipe import SpinConfig
 from spin_ray.inputs.check import Inputs, check_recipe, find_inputs
+from spin_ray.inputs.sources import find_files
+from spin_ray.planning.plan import count_rows
 from spin_ray.report.history import evidence_to_stop, read_evaluations
 from spin_ray.run_dir.artefact import Artefact
 from spin_ray.run_dir.lease import Lease
@@ -44,7 +46,7 @@ def run_spin(config: SpinConfig, out: str | Path, start_engine: StartEngine = Vl
     with Lease(storage, config.storage.lease_timeout_s) as lease:
         inputs = find_inputs(config)
         run = RunDir(lease.storage)
-        config = with_precision(config, run)
+        config = _settle_sizes(with_precision(config, run), run, inputs)
         if is_finished(run, config):
             run.begin(config, inputs.facts())
             for model in _models(run, config):
@@ -62,6 +64,14 @@ def run_spin(config: SpinConfig, out: str | Path, start_engine: StartEngine = Vl
             run.begin(config, start.facts())
             spin(run, config, start, start_engine)
         return RunResult.of(run, config, inputs)
+
+
+def _settle_sizes(config: SpinConfig, run: RunDir, inputs: Inputs) -> SpinConfig:
+    """Fills in the sizes of batches that the recipe leaves open; a run keeps those that it began with."""
+    if run.storage.exists("run.json"):
+        return config.settle_sizes(run.config())
+    on_gpu, is_local = config.generation.resources.gpus, "://" not in inputs.train
+    return config.settle_sizes(rows=count_rows(find_files(inputs.train)) if on_gpu and is_local else None)
 
 
 def is_finished(run: RunDir, config: SpinConfig) -> bool:

@@ -71,8 +71,8 @@ def _seats(config: SpinConfig, shape: ModelShape, device: Hardware, work: Work, 
     """
     engine, on_gpu = config.resolve_dtype(config.generation.engine), bool(config.generation.resources.gpus)
     dtype_bytes = 4 if engine.dtype == "float32" else 2
-    weights = dtype_bytes * shape.parameters / engine.tensor_parallel_size
-    kv = shape.kv_bytes(dtype_bytes) / engine.tensor_parallel_size
+    weights = dtype_bytes * shape.parameters / engine.devices
+    kv = shape.kv_bytes(dtype_bytes) / engine.devices
     room = device.memory * (engine.gpu_memory_utilization if on_gpu else 1)
     cache = room - weights - RUNTIME if on_gpu else engine.cpu_kv_cache_gib * GIB
     response, longest = (work.prompt + work.generated) * kv, config.model.max_length * kv

@@ -184,6 +184,7 @@ def print_plan(config: SpinConfig, cluster: Cluster, given: Given, console: Cons
     config = with_precision(config)
     shape = read_shape(config)
     work = read_work(config, given)
+    config = config.settle_sizes(rows=work.rows)
     phases = check_memory(config, shape, cluster, work)
     console.print(time_table(phases))
     total = sum(phase.seconds for phase in phases)

@@ -1,6 +1,7 @@
 """Ray actors and tasks, with a limit to restarts."""
 
 import warnings
+from collections.abc import Callable
 from typing import Any
 
 import ray
@@ -17,11 +18,13 @@ def map_by_actors(
     *,
     replicas: int,
     restarts: int,
+    place: Callable[[], dict[str, Any]] = dict,
 ) -> ray.data.Dataset:
     """Returns a data set that calls ``actor(*arguments)`` on each item, once its rows are read.
 
     Args:
         restarts: further processes for a dead actor, and as many again while it loads.
+        place: returns further options of Ray, called once for each actor.
     """
     # Counts processes that die while they load; `max_restarts` is for those that have loaded.
     ray.data.DataContext.get_current().max_consecutive_actor_init_deaths = restarts
@@ -36,7 +39,7 @@ def map_by_actors(
                 max_tasks_in_flight_per_actor=2,  # no node that joins can take what is queued
             ),
             # Ray Data's own is no limit: an actor that runs out of memory would be started for ever.
-            ray_remote_args_fn=lambda: {"max_restarts": restarts},
+            ray_remote_args_fn=lambda: {"max_restarts": restarts, **place()},
             **_asked(resources),
         )
 

@@ -4,7 +4,6 @@ import logging
 import os
 import signal
 import sys
-import tempfile
 import threading
 from collections.abc import Callable
 from typing import Any
@@ -13,18 +12,20 @@ import ray
 from ray._private import ray_constants
 
 from spin_ray.config.recipe import SpinConfig
-from spin_ray.errors import ResourceError, first_line
+from spin_ray.runtime.start_errors import check_answers, join_error, start_error
 
 
 def connect(config: SpinConfig) -> None:
     """Joins the cluster of the config or of $RAY_ADDRESS, else starts an embedded Ray.
 
     Raises:
-        ResourceError: no cluster answers within 41 s, or Ray cannot start.
+        ResourceError: no cluster answers within 10 s, or Ray cannot start here.
+        StageError: Ray did not start, for a reason that nobody foresaw.
     """
     os.environ.setdefault("RAY_TRAIN_V2_ENABLED", "1")
     if not ray.is_initialized():
         address = config.cluster.address or os.environ.get("RAY_ADDRESS")
+        place = f"cluster.address {address}" if config.cluster.address else f"RAY_ADDRESS {address}"
         options: dict[str, Any] = {"address": address} if address else {
             "address": "local", "num_cpus": config.cluster.local_cpus, "include_dashboard": False,
             "_node_ip_address": "127.0.0.1",
@@ -39,38 +40,17 @@ def connect(config: SpinConfig) -> None:
         else:
             # How often Ray tries, 41 s each time; 20 times by default.
             os.environ.setdefault("RAY_gcs_server_port_wait_time_s", "1")
+            check_answers(address, place)
         try:
             ray.init(log_to_driver=False, logging_level=logging.WARNING, **options)
-        except (ConnectionError, RuntimeError) as error:
-            raise ResourceError(f"cluster.address {address}: cannot be reached ({first_line(error)})") from error
-        except Exception as error:  # Ray raises some of its own as plain ones
-            if remedy := _remedy(error):
-                raise ResourceError(f"Ray did not start on this machine: {remedy}") from error
-            raise
+        except Exception as error:  # Ray raises many kinds, plain ones too
+            raise (join_error(error, place) if address else start_error(error)) from error
         if threading.current_thread() is threading.main_thread():
             take_signal(signal.SIGTERM, lambda number, _: sys.exit(number))
     logging.getLogger("ray.data").setLevel(logging.ERROR)
     context = ray.data.DataContext.get_current()
     context.enable_progress_bars = False
     context.print_on_execution_start = False
-
-
-def _remedy(error: Exception) -> str | None:
-    """Returns cause and remedy of a failed start, if known."""
-    text = str(error)
-    if "AF_UNIX path length" in text:
-        folder = os.environ.get("RAY_TMPDIR") or tempfile.gettempdir()
-        return (
-            f"its sockets lie in {folder}, whose path is too long for them; "
-            "set TMPDIR or RAY_TMPDIR to a short path, e.g. RAY_TMPDIR=/tmp"
-        )
-    if "timed out during startup" in text:
-        return (
-            "its processes took longer than the 30 s that it gives them, as on a busy machine; "
-            "run the command again when the machine has less to do, or start Ray by `ray start --head` "
-            "and give --cluster.address=auto"
-        )
-    return None
 
 
 def take_signal(number: int, handle: Callable[[int, Any], None]) -> None:

@@ -8,6 +8,9 @@ from typing import Any, Literal, Protocol
 
 from spin_ray.config.sections import EngineConfig, SamplingConfig
 from spin_ray.runtime import cpu
+from spin_ray.runtime.gpu_memory import wait_for_memory
+
+_MEMORY_SETTING = "generation.engine.gpu_memory_utilization"
 
 
 @dataclass(frozen=True, slots=True)
@@ -48,7 +51,8 @@ class VllmEngine:
     """vLLM, started from a model folder.
 
     - The model folder's generation_config.json is not read.
-    - The scheduler runs in this process and prefix caching is off: neither timing nor earlier calls change a response.
+    - The scheduler runs in this process, and its prefix cache is emptied before each call: neither timing nor earlier
+      calls change a response. Samples of one prompt share its prefill in the cache. On CPU there is no cache.
     - On CPU prompts are prefilled whole: vLLM 0.29-0.32 dies on seeded requests otherwise ("CPU Generator does not use
       offset").
     - Each iterate gets a fresh engine: on CPU ``reload_weights`` leaves the old LM head in place.
@@ -71,14 +75,18 @@ class VllmEngine:
             "enforce_eager": spec.config.enforce_eager,
             "trust_remote_code": spec.trust_remote_code,
             "generation_config": "vllm",
-            "enable_prefix_caching": False,
+            "enable_prefix_caching": not current_platform.is_cpu(),
             "skip_tokenizer_init": True,
             "load_format": "safetensors",
             "seed": 0,
+            **_executor(spec.config),
             **(whole_prefill(spec.max_length) if current_platform.is_cpu() else {}),
             **spec.config.extra,
         }
+        if not current_platform.is_cpu():
+            wait_for_memory(arguments["gpu_memory_utilization"], _MEMORY_SETTING, spec.config.devices)
         self._llm: Any = LLM(**arguments)
+        self._has_cache: bool = arguments["enable_prefix_caching"]
 
     def generate(
         self, prompt_ids: Sequence[Sequence[int]], sampling: SamplingConfig, seeds: Sequence[int]
@@ -97,6 +105,8 @@ class VllmEngine:
             )
             for prompt, seed in zip(prompt_ids, seeds, strict=True)
         ]
+        if self._has_cache and not self._llm.reset_prefix_cache():
+            raise RuntimeError("vLLM could not empty its prefix cache: requests of an earlier call are still running")
         prompts = [TokensPrompt(prompt_token_ids=list(prompt)) for prompt in prompt_ids]
         outputs = self._llm.generate(prompts, params, use_tqdm=False)
         return [_completion(output.outputs[0]) for output in outputs]
@@ -123,6 +133,13 @@ def platform() -> str:
     from vllm.platforms import current_platform
 
     return current_platform.device_type
+
+
+def _executor(config: EngineConfig) -> dict[str, Any]:
+    """Returns how the GPUs of one engine are driven: by processes of one node, or by Ray across nodes."""
+    if config.pipeline_parallel_size > 1:
+        return {"pipeline_parallel_size": config.pipeline_parallel_size, "distributed_executor_backend": "ray"}
+    return {"distributed_executor_backend": "mp"} if config.tensor_parallel_size > 1 else {}
 
 
 def whole_prefill(max_length: int) -> dict[str, Any]:

@@ -16,12 +16,21 @@ def demands(config: SpinConfig) -> dict[str, Bundles]:
     """Returns the least that each stage needs at once."""
     generation, train = config.generation, config.train
     stages = {
-        "generation": [generation.resources.bundle] * (generation.min_replicas or generation.replicas),
+        "generation": engine_bundles(config) * (generation.min_replicas or generation.replicas),
         "train": [train.resources.bundle] * (train.min_workers or train.workers),
     }
     if config.scorer:
         stages["scorer"] = [config.scorer.resources.bundle] * config.scorer.replicas
     return stages
+
+
+def engine_bundles(config: SpinConfig) -> Bundles:
+    """Returns the bundles of one engine, each within a node: one for each group of a pipeline."""
+    resources, engine = config.generation.resources, config.generation.engine
+    if engine.pipeline_parallel_size == 1:
+        return [resources.bundle]
+    group = {"GPU": float(engine.tensor_parallel_size)}
+    return [resources.bundle | group, *[group] * (engine.pipeline_parallel_size - 1)]
 
 
 def check_fits(config: SpinConfig) -> None:

@@ -10,7 +10,7 @@ from spin_ray.config.load import parse_config
 from spin_ray.config.recipe import IterationSettings, SpinConfig
 from spin_ray.config.sections import Section
 from spin_ray.errors import ConfigError
-from tests.support.fakes import MINIMAL
+from tests.support.fakes import MINIMAL, config_of
 from tests.support.settings import SECTIONS
 
 
@@ -119,6 +119,16 @@ def test_long_values_are_cut_in_the_error():
         ({"train": {"pack_length": 3071}}, "train.pack_length: 3071 cannot hold a prompt with both responses"),
         ({"generation": {"resources": {"gpus": 2}}}, "generation.resources.gpus: 2 must equal"),
         ({"generation": {"engine": {"tensor_parallel_size": 2}}}, "generation.engine.tensor_parallel_size: 2 needs"),
+        (
+            {
+                "generation": {
+                    "resources": {"gpus": 4},
+                    "engine": {"tensor_parallel_size": 4, "pipeline_parallel_size": 2},
+                }
+            },
+            "gpus: 4 must equal generation.engine.tensor_parallel_size 4 × pipeline_parallel_size 2",
+        ),
+        ({"generation": {"resources": {"gpus": 0.5}, "engine": {"tensor_parallel_size": 2}}}, "gpus: 0.5 must equal"),
         ({"train": {"resources": {"gpus": 2}}}, "train.resources.gpus: 2; a train worker drives exactly one GPU"),
         ({"train": {"resources": {"gpus": 0.5}}}, "train.resources.gpus: 0.5; a train worker drives exactly one GPU"),
         ({"evaluation": {"answer_extractor": "equals"}}, "evaluation.answer_extractor: needs data.heldout"),
@@ -234,3 +244,41 @@ def test_the_engine_computes_in_the_precision_of_training_unless_told_otherwise(
     sections = {"train": {"precision": precision}, "generation": {"engine": {"dtype": dtype}}}
     config = parse_config({"model": {"path": "m"}, "data": {"train": "d"}, **sections}, source="r.yaml")
     assert config.resolve_dtype(config.generation.engine).dtype == resolved
+
+
+# Sizes of batches
+
+
+def sizes(config: SpinConfig) -> tuple[int, int]:
+    return config.generation.shard_rows, config.generation.engine.max_num_seqs
+
+
+def test_sizes_that_a_recipe_leaves_open_follow_from_the_device():
+    on_gpu = {"resources": {"gpus": 1}}
+    assert sizes(config_of().settle_sizes(rows=10**6)) == (512, 256)
+    assert sizes(config_of(generation=on_gpu).settle_sizes()) == (4096, 512)
+    named = {"shard_rows": 512, "engine": {"max_num_seqs": 256}}
+    assert sizes(config_of(generation=on_gpu | named).settle_sizes()) == (512, 256)
+
+
+@pytest.mark.parametrize(
+    ("generation", "rows", "expected"),
+    [
+        ({"replicas": 8}, 50_000, 3125),  # 6250 each: two shards
+        ({"replicas": 16}, 50_000, 3125),  # 3125 each: one shard
+        ({"replicas": 1}, 1000, 1000),
+        ({"replicas": 8, "samples_per_prompt": 5}, 50_000, 3907),  # 31,250 each: eight shards
+    ],
+)
+def test_every_engine_gets_equally_many_shards_of_equal_length(generation, rows, expected):
+    config = config_of(generation={"resources": {"gpus": 1}} | generation)
+    assert sizes(config.settle_sizes(rows=rows))[0] == expected
+
+
+def test_a_run_keeps_the_sizes_that_it_began_with():
+    """One of an older version began with 512 and 256 on GPUs; another number in the recipe is not overruled."""
+    begun = config_of(generation={"resources": {"gpus": 1}, "shard_rows": 512, "engine": {"max_num_seqs": 256}})
+    again = config_of(generation={"resources": {"gpus": 1}}).settle_sizes(begun)
+    assert again.identity() == begun.identity()
+    other = config_of(generation={"resources": {"gpus": 1}, "shard_rows": 64}).settle_sizes(begun)
+    assert sizes(other) == (64, 256)

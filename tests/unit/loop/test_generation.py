@@ -1,6 +1,7 @@
 """The opponent plays, below Ray: each prompt once, in shards that a retry repeats exactly."""
 
 import pickle
+import sys
 from collections import Counter
 from typing import Any, cast
 
@@ -10,6 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from spin_ray.config.recipe import SpinConfig
+from spin_ray.config.sections import ResourcesConfig
 from spin_ray.errors import RunDirError
 from spin_ray.loop.stages.generation import stage as generation
 from spin_ray.loop.stages.generation.shards import Job, cut_into_shards, find_parts, prompt_slice, row_count
@@ -285,6 +287,19 @@ def test_a_shard_whose_engine_dies_is_answered_the_same_by_a_new_one_and_the_los
     expected, found = played_by(calm, config_for(), 0), played_by(run, config_for(), 2)
     assert (expected["lost"], found["lost"]) == (0, 2)
     assert found["entry"] == expected["entry"]
+
+
+def test_on_a_gpu_the_process_ends_with_its_engine_and_another_one_does_the_shard(run, monkeypatch) -> None:
+    """No second engine starts where CUDA may be broken. The next process, which Ray starts, gives the same shard."""
+    monkeypatch.setattr(generation, "_end_process", lambda: sys.exit("ended"))
+    config = config_for()
+    on_gpu = config.model_copy(
+        update={"generation": config.generation.model_copy(update={"resources": ResourcesConfig(gpus=1)})}
+    )
+    with pytest.raises(SystemExit, match="ended"):
+        played_by(run, on_gpu, 1)
+    assert DyingEngine.started == 1
+    assert played_by(run, on_gpu, 0)["entry"] == played_by(run, config, 0)["entry"]
 
 
 def test_an_engine_that_always_dies_is_given_up_with_its_own_words(run) -> None:

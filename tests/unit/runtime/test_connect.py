@@ -1,15 +1,20 @@
 """A Ray that cannot start here is one line with a remedy, not a traceback of Ray's."""
 
 import os
+import socket
 import subprocess
 import sys
+import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 import ray
+from ray._private import services
 
-from spin_ray.errors import ResourceError
+from spin_ray.errors import ResourceError, StageError
+from spin_ray.runtime import start_errors
 from spin_ray.runtime.connect import connect
 from tests.support.fakes import config_of
 from tests.support.paths import ROOT
@@ -44,13 +49,15 @@ def test_a_folder_whose_path_is_too_long_for_sockets_is_named_with_the_remedy(tm
 def start(monkeypatch):
     """Calls ``connect`` where Ray's start ends in an error."""
 
-    def start(error: Exception, **cluster: Any) -> None:
+    def start(error: Exception, environment: str | None = None, **cluster: Any) -> None:
         def refuse(**_: Any) -> None:
             raise error
 
         monkeypatch.setattr(ray, "is_initialized", lambda: False)
         monkeypatch.setattr(ray, "init", refuse)
         monkeypatch.delenv("RAY_ADDRESS", raising=False)
+        if environment:
+            monkeypatch.setenv("RAY_ADDRESS", environment)
         connect(config_of(cluster=cluster))
 
     return start
@@ -62,11 +69,81 @@ def test_a_start_that_takes_too_long_is_one_line_with_the_remedy(start):
         start(Exception("The current node timed out during startup. This could happen because some of the raylet …"))
 
 
-def test_an_address_that_nobody_answers_is_named(start):
-    with pytest.raises(ResourceError, match=r"cluster\.address 10\.0\.0\.9:6379: cannot be reached \(no one there\)"):
-        start(ConnectionError("no one there"), address="10.0.0.9:6379")
+@pytest.mark.parametrize(
+    ("words", "cure"),
+    [
+        (ValueError("The configured object store size (12.0 GB) exceeds /dev/shm size (0.06 GB). This"), "--shm-size"),
+        (
+            ValueError("Attempting to cap object store memory usage at 6e7 bytes, but the minimum allowed is"),
+            "/dev/shm",
+        ),
+        (OSError(28, "No space left on device"), r"the disk of .* is full"),
+        (PermissionError(13, "Permission denied: '/tmp/ray/session_1'"), "RAY_TMPDIR to a folder of your own"),
+        (RuntimeError("Failed to start GCS.\nThe last lines:\n... Address already in use"), "`ray stop` ends"),
+        (OSError(24, "Too many open files"), "ulimit -n"),
+        (RuntimeError("can't start new thread"), "ulimit -u"),
+    ],
+)
+def test_a_machine_that_lacks_what_ray_needs_is_one_line_with_the_cure(start, words, cure):
+    with pytest.raises(ResourceError, match=f"^Ray did not start on this machine: .*{cure}") as caught:
+        start(words)
+    assert "\n" not in str(caught.value)
 
 
-def test_what_nobody_foresaw_keeps_its_traceback(start):
-    with pytest.raises(OSError, match="No space left"):
-        start(OSError("No space left on device"))
+def test_what_nobody_foresaw_is_one_line_that_names_ray_s_logs(start):
+    """The reason is the first error of the chain; its traceback stays in ``__cause__``."""
+    error = RuntimeError("Ray is not there.\nRefer to the docs")
+    error.__cause__ = KeyError("plasma")
+    with pytest.raises(
+        StageError, match=r"did not start on this machine: 'plasma'; its logs are in .*/ray/session_"
+    ) as e:
+        start(error)
+    assert e.value.__cause__ is error
+
+
+# A cluster that cannot be joined
+
+
+@pytest.fixture
+def port() -> Iterator[str]:
+    """An address that accepts connections, and answers nothing."""
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        yield f"127.0.0.1:{server.getsockname()[1]}"
+
+
+def test_an_address_that_ray_cannot_use_is_named_with_the_innermost_reason(start, port, monkeypatch):
+    monkeypatch.setattr(services, "resolve_ip_for_localhost", lambda host: host)
+    error = ConnectionError(f"Failed to connect to Ray cluster at {port}")
+    error.__cause__ = RuntimeError("no one there")
+    with pytest.raises(ResourceError, match=rf"^cluster\.address {port}: cannot be reached \(no one there\)"):
+        start(error, address=port)
+
+
+def test_another_version_of_ray_or_python_is_told_by_its_numbers(start, port, monkeypatch):
+    monkeypatch.setattr(services, "resolve_ip_for_localhost", lambda host: host)
+    words = (
+        "Version mismatch: The cluster was started with:\n    Ray: 2.60.0\n    Python: 3.12.3\n"
+        "This process on 10.0.0.1 was started with:\n    Ray: 2.60.0\n    Python: 3.11.7\n"
+    )
+    with pytest.raises(
+        ResourceError, match=r"other versions than this process \(Python 3\.12\.3 there and 3\.11\.7 here"
+    ):
+        start(RuntimeError(words), address=port)
+
+
+def test_a_dead_address_is_told_in_seconds_and_by_the_name_that_it_has(start, monkeypatch):
+    """Port 9 refuses at once; Ray alone would try for 41 s. The address comes from the environment here."""
+    monkeypatch.setattr(start_errors, "ANSWER_S", 0.2)
+    monkeypatch.setattr(services, "resolve_ip_for_localhost", lambda host: host)
+    begun = time.monotonic()
+    with pytest.raises(ResourceError, match=r"^cluster\.address 127\.0\.0\.1:9: .*Connection refused.*ray status"):
+        start(AssertionError("Ray was asked"), address="127.0.0.1:9")
+    with pytest.raises(ResourceError, match=r"^RAY_ADDRESS 127\.0\.0\.1:9: .*Connection refused"):
+        start(AssertionError("Ray was asked"), environment="127.0.0.1:9")
+    assert time.monotonic() - begun < 5
+
+
+@pytest.mark.parametrize(("address", "words"), [("head", "is no address"), ("no.such.invalid:6379", "check the name")])
+def test_a_slip_in_an_address_is_told_at_once(start, address, words):
+    with pytest.raises(ResourceError, match=rf"^cluster\.address {address}: .*{words}"):
+        start(AssertionError("Ray was asked"), address=address)

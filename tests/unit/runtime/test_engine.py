@@ -10,6 +10,7 @@ import pytest
 
 from spin_ray.config.sections import EngineConfig, SamplingConfig
 from spin_ray.runtime import cpu
+from spin_ray.runtime import engine as engine_module
 from spin_ray.runtime.engine import EngineSpec, VllmEngine, _completion
 from tests.support.fakes import config_of
 
@@ -25,6 +26,10 @@ def vllm(monkeypatch):
             told["environment"] = dict(os.environ)
             core = SimpleNamespace(shutdown=lambda: told.update(shut_down=True))
             self.llm_engine = SimpleNamespace(engine_core=core)
+
+        def reset_prefix_cache(self) -> bool:
+            told["generate"].append("reset")
+            return told.get("resets", True)
 
         def generate(self, prompts: Any, params: Any, **options: Any) -> list[Any]:
             told["generate"].append((prompts, params, options))
@@ -54,6 +59,47 @@ def spec_of(max_length: int = 512, trust_remote_code: bool = False, **engine: An
 
 
 # Starting
+
+
+@pytest.mark.parametrize(
+    ("sizes", "expected"),
+    [
+        ({}, {}),
+        ({"tensor_parallel_size": 4}, {"distributed_executor_backend": "mp"}),
+        (
+            {"tensor_parallel_size": 4, "pipeline_parallel_size": 2},
+            {"distributed_executor_backend": "ray", "pipeline_parallel_size": 2},
+        ),
+    ],
+)
+def test_an_engine_of_one_node_has_processes_and_one_of_several_has_ray(vllm, sizes, expected):
+    vllm["is_cpu"] = False
+    VllmEngine(spec_of(**sizes))
+    names = {"distributed_executor_backend", "pipeline_parallel_size"}
+    assert {name: vllm["arguments"][name] for name in names & vllm["arguments"].keys()} == expected
+
+
+def test_on_gpus_prefixes_are_cached_within_a_call_and_forgotten_before_each(vllm):
+    vllm["is_cpu"] = False
+    engine = VllmEngine(spec_of())
+    assert vllm["arguments"]["enable_prefix_caching"] is True
+    for _ in range(2):
+        engine.generate([[5]], SamplingConfig(), [1])
+    assert [call == "reset" for call in vllm["generate"]] == [True, False, True, False]
+    vllm["resets"] = False
+    with pytest.raises(RuntimeError, match="could not empty its prefix cache"):
+        engine.generate([[5]], SamplingConfig(), [1])
+
+
+def test_memory_of_the_cards_is_waited_for_before_vllm_starts(vllm, monkeypatch):
+    asked: list[Any] = []
+    monkeypatch.setattr(engine_module, "wait_for_memory", lambda *given: asked.append((given, "arguments" in vllm)))
+    VllmEngine(spec_of())
+    assert asked == [], "on CPU there is no card"
+    del vllm["arguments"]
+    vllm["is_cpu"] = False
+    VllmEngine(spec_of(gpu_memory_utilization=0.4, tensor_parallel_size=2))
+    assert asked == [((0.4, "generation.engine.gpu_memory_utilization", 2), False)]
 
 
 def test_vllm_is_started_with_these_arguments_and_no_others(vllm):

@@ -57,6 +57,19 @@ def test_each_stage_asks_for_one_bundle_per_actor():
     assert demands(config) == {"generation": [{"CPU": 2, "GPU": 1}] * 3, "train": [{"CPU": 4}] * 2}
 
 
+def test_an_engine_over_nodes_asks_for_each_group_of_its_pipeline_within_a_node(cluster):
+    """Two groups of 4 GPUs: two nodes of 4 have room, one of 4 has not, nor have four nodes of 2."""
+    engine = {"tensor_parallel_size": 4, "pipeline_parallel_size": 2}
+    config = config_of(generation={"resources": {"cpus": 2, "gpus": 8}, "engine": engine})
+    assert demands(config)["generation"] == [{"CPU": 2, "GPU": 4}, {"GPU": 4}]
+    cluster["nodes"] = [{"CPU": 8.0, "GPU": 4.0}] * 2
+    check_fits(config)
+    for nodes in ([{"CPU": 8.0, "GPU": 4.0}], [{"CPU": 8.0, "GPU": 2.0}] * 4):
+        cluster["nodes"] = nodes
+        with pytest.raises(ResourceError, match="generation asks for 2 × 2 CPU, 4 GPU"):
+            check_fits(config)
+
+
 def test_a_judge_is_asked_for_too():
     config = config_of(algorithm="sppo", scorer={"path": "judge", "replicas": 2}, generation={"samples_per_prompt": 2})
     assert demands(config)["scorer"] == [{"CPU": 1}] * 2

@@ -33,7 +33,7 @@ class Job:
             "max_length": config.model.max_length,
             "sampling": config.generation.sampling.model_dump(mode="json"),
             "engine": config.generation.engine.model_dump(
-                mode="json", exclude={"gpu_memory_utilization", "cpu_kv_cache_gib"}
+                mode="json", exclude={"gpu_memory_utilization", "cpu_kv_cache_gib", "pipeline_parallel_size"}
             ),
             "rows": digest(self.rows.tolist()) if self.rows is not None else "all",
         }

@@ -7,6 +7,7 @@ A shard is the unit of work, commit and loss. Rows have their own seeds: a retry
 
 import hashlib
 import logging
+import os
 import pickle
 import time
 from collections.abc import Iterator
@@ -33,6 +34,7 @@ from spin_ray.run_dir.run_dir import RunDir
 from spin_ray.run_dir.schemas import GENERATION_SCHEMA
 from spin_ray.runtime.actors import map_by_actors
 from spin_ray.runtime.engine import EngineSpec, GenerationEngine, StartEngine, VllmEngine
+from spin_ray.runtime.engine_groups import EngineGroups
 from spin_ray.runtime.placement import demands
 from spin_ray.runtime.waiting import wait_until_free, with_deadline
 
@@ -101,14 +103,22 @@ def _play(
     if not shards:
         return
     wait_until_free(demands(config)["generation"], config.generation.start_timeout_s, "generation")
-    played = map_by_actors(
-        [{"shard": pickle.dumps(shard)} for shard in shards],
-        _Player,
-        (spec, config, start_engine),
-        config.generation.resources,
-        replicas=config.generation.replicas,
-        restarts=config.generation.max_failures,
-    )
+    resources, engine = config.generation.resources, config.generation.engine
+    with EngineGroups(resources, engine.devices) as groups:
+        spread = engine.pipeline_parallel_size > 1
+        played = map_by_actors(
+            [{"shard": pickle.dumps(shard)} for shard in shards],
+            _Player,
+            (spec, config, start_engine),
+            groups.actor if spread else resources,
+            replicas=config.generation.replicas,
+            restarts=config.generation.max_failures,
+            place=groups.place if spread else dict,
+        )
+        yield from _finished(played, config)
+
+
+def _finished(played: ray.data.Dataset, config: SpinConfig) -> Iterator[dict[str, Any]]:
     first_s = config.generation.start_timeout_s + config.generation.shard_timeout_s
     try:
         for row in with_deadline(played.iter_rows(), first_s, config.generation.shard_timeout_s, "a generation shard"):
@@ -153,7 +163,11 @@ class _Player:
         }
 
     def _answer(self, shard: Shard) -> pa.Table:
-        """Answers a shard; replaces the engine if it dies."""
+        """Answers a shard; replaces the engine if it dies.
+
+        On GPUs the process ends with its engine, as later CUDA calls in it may fail too; Ray starts another one, which
+        is given the shard again.
+        """
         failures = 0
         while True:
             try:
@@ -161,6 +175,9 @@ class _Player:
             except (UserError, StageError):
                 raise
             except Exception as error:
+                if self._config.generation.resources.gpus:
+                    logger.exception("%s: the engine failed; this process ends with it", shard.name)
+                    _end_process()
                 failures += 1
                 if failures > self._config.generation.max_failures:
                     raise
@@ -169,6 +186,12 @@ class _Player:
                 with suppress(Exception):
                     self._engine.close()
                 self._engine = self._start_engine(self._spec)
+
+
+def _end_process() -> None:
+    """Ends an actor so that Ray restarts it; ``ray.actor.exit_actor`` would end it for good."""
+    logging.shutdown()
+    os._exit(1)
 
 
 def answer(shard: Shard, config: SpinConfig, engine: GenerationEngine) -> pa.Table:

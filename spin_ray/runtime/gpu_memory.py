@@ -1,0 +1,114 @@
+"""Waits for GPU memory that an ended process still holds.
+
+NVML is asked, as CUDA's own figures need a context in this process.
+"""
+
+import os
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from spin_ray.errors import StageError
+
+WAIT_S = 120.0
+"""Longest wait for memory. A killed process gives its memory back within seconds."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Card:
+    name: str
+    """For example ``GPU 0 (NVIDIA H100 80GB HBM3)``."""
+    total: int
+    free: int
+    """Bytes, as is ``total``."""
+    processes: tuple[str, ...] = ()
+    """Holders of memory, e.g. ``process 4711 (70.1 GiB)``. Empty where NVML does not tell, as in some containers."""
+
+
+Look = Callable[[int | None], Sequence[Card]]
+"""Returns the first so many cards that this process may use; None: all."""
+
+
+def wait_for_memory(
+    fraction: float, setting: str, cards: int | None = None, *, wait_s: float = WAIT_S, look: Look | None = None
+) -> None:
+    """Waits until ``fraction`` of each card's memory is free; returns at once where NVML tells of no card.
+
+    Args:
+        setting: name of the setting that asks for ``fraction``, for the error.
+
+    Raises:
+        StageError: still taken after ``wait_s`` seconds.
+    """
+    look = look or visible_cards
+    deadline = time.monotonic() + wait_s
+    while short := [card for card in look(cards) if card.free < fraction * card.total]:
+        if time.monotonic() >= deadline:
+            raise StageError(f"after {wait_s:.0f} s, {'; '.join(_missing(card, fraction, setting) for card in short)}")
+        time.sleep(0.5)
+
+
+def visible_cards(count: int | None = None) -> list[Card]:
+    """Returns the cards of $CUDA_VISIBLE_DEVICES, of which Ray tells each worker its own."""
+    from ray._private.thirdparty import pynvml
+
+    try:
+        pynvml.nvmlInit()
+    except pynvml.NVMLError:
+        return []
+    try:
+        return [_card(pynvml, name) for name in _visible_names(pynvml.nvmlDeviceGetCount())[:count]]
+    except pynvml.NVMLError:  # a slice of a card (MIG), or a container without the right to look
+        return []
+    finally:
+        pynvml.nvmlShutdown()
+
+
+def _visible_names(count: int) -> list[str]:
+    """Returns numbers or UUIDs; CUDA stops reading its variable at the first that it does not know."""
+    visible = os.environ.get("CUDA_VISIBLE_DEVICES")
+    if visible is None:
+        return [str(number) for number in range(count)]
+    names = [name.strip() for name in visible.split(",")]
+    known = [bool(name) and not name.startswith("-") for name in names]
+    return names[: known.index(False)] if False in known else names
+
+
+def _card(nvml: Any, name: str) -> Card:
+    handle = nvml.nvmlDeviceGetHandleByIndex(int(name)) if name.isdigit() else nvml.nvmlDeviceGetHandleByUUID(name)
+    memory = nvml.nvmlDeviceGetMemoryInfo(handle)
+    return Card(
+        name=f"GPU {name} ({_text(nvml.nvmlDeviceGetName(handle))})",
+        total=memory.total,
+        free=memory.free,
+        processes=_processes(nvml, handle),
+    )
+
+
+def _processes(nvml: Any, handle: Any) -> tuple[str, ...]:
+    try:
+        found = nvml.nvmlDeviceGetComputeRunningProcesses(handle)
+    except nvml.NVMLError:
+        return ()
+    return tuple(
+        f"process {process.pid}" + (f" ({_gib(process.usedGpuMemory)})" if process.usedGpuMemory else "")
+        for process in found
+        if process.pid != os.getpid()
+    )
+
+
+def _missing(card: Card, fraction: float, setting: str) -> str:
+    held = f", held by {', '.join(card.processes)}" if card.processes else ""
+    return (
+        f"{card.name}: {_gib(card.free)} of {_gib(card.total)} are free{held}, but {setting} {fraction:g} asks for "
+        f"{_gib(fraction * card.total)}; end the other process or lower {setting}"
+    )
+
+
+def _gib(size: float) -> str:
+    return f"{size / 2**30:.1f} GiB"
+
+
+def _text(name: str | bytes) -> str:
+    return name.decode(errors="replace") if isinstance(name, bytes) else name

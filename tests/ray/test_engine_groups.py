@@ -1,0 +1,81 @@
+"""Engines on GPUs, on a node that only says that it has some: Ray counts GPUs without looking for them."""
+
+import os
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import ray
+import ray.cloudpickle
+
+from spin_ray.run_dir.run_dir import RunDir
+from spin_ray.run_dir.storage import Storage
+from spin_ray.runtime.connect import keep_to_loopback
+from spin_ray.runtime.engine import EngineSpec
+from tests.ray.test_stages_on_ray import make_config, make_prompts, play
+from tests.support.fakes import FakeEngine, seed_engine
+
+pytestmark = pytest.mark.slow
+ray.cloudpickle.register_pickle_by_value(sys.modules[__name__])  # actors cannot import a test module
+
+
+@pytest.fixture(scope="module", autouse=True)
+def local_ray() -> Iterator[None]:
+    """One node that says that it has two GPUs; Ray counts them without looking."""
+    ray.shutdown()
+    keep_to_loopback(True)
+    ray.init(
+        address="local",
+        num_cpus=2,
+        num_gpus=2,
+        include_dashboard=False,
+        _node_ip_address="127.0.0.1",
+        log_to_driver=False,
+    )
+    yield
+    ray.shutdown()
+
+
+def _fails_once(spec: EngineSpec, once: Path) -> FakeEngine:
+    def fail(call: int) -> None:
+        with once.open("a") as log:
+            log.write(f"{os.getpid()}\n")
+        if len(once.read_text().split()) == 2:
+            raise RuntimeError("CUDA error: an illegal memory access was encountered")
+
+    return FakeEngine(short=True, before=fail)
+
+
+def _notes_its_group(spec: EngineSpec, note: Path) -> FakeEngine:
+    group = ray.util.get_current_placement_group()
+    placed: Any = ray.util.placement_group_table(group)
+    note.write_text(f"{len(set(placed['bundles_to_node_id'].values()))} {group.bundle_specs}")
+    return FakeEngine(short=True)
+
+
+def test_an_actor_whose_engine_fails_on_a_gpu_is_another_process_afterwards_and_gives_the_same_shards(
+    tmp_path: Path,
+) -> None:
+    log, shards = tmp_path / "processes", {}
+    for name, engine in (("calm", seed_engine), ("rough", lambda spec: _fails_once(spec, log))):
+        run = RunDir(Storage(tmp_path / name))
+        config = make_config(generation={"resources": {"cpus": 0.5, "gpus": 1}})
+        make_prompts(run, config)
+        play(run, config, engine)
+        shards[name] = run.generations(0).manifest().files
+    assert shards["rough"] == shards["calm"]
+    processes = log.read_text().split()
+    assert processes[0] == processes[1] and len(set(processes)) == 2 and processes[0] not in processes[2:]
+    assert [event["shards"] for event in run.events() if event["event"] == "lost"] == [1]
+
+
+def test_an_engine_of_a_pipeline_lies_in_a_group_of_its_own_that_the_stage_removes(tmp_path: Path) -> None:
+    run, note = RunDir(Storage(tmp_path / "run")), tmp_path / "note"
+    config = make_config(generation={"resources": {"cpus": 0.5, "gpus": 2}, "engine": {"pipeline_parallel_size": 2}})
+    make_prompts(run, config)
+    play(run, config, lambda spec: _notes_its_group(spec, note))
+    assert note.read_text() == "1 [{'CPU': 0.5, 'GPU': 1.0}, {'GPU': 1.0}]"
+    groups = ray.util.placement_group_table().values()
+    assert {group["state"] for group in groups} == {"REMOVED"}
