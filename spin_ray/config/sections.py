@@ -61,7 +61,7 @@ class ModelConfig(Section):
     """Permission to run Python code from the model folder. Off: folders with code or pickled weights are refused."""
     attention: Literal["auto", "packed", "padded"] = "auto"
     """Layout of scoring. ``packed`` needs a model that takes a 4-D mask and position ids. ``padded`` works with any
-    causal language model at 2 to 4 times the cost. ``auto`` takes ``packed`` where the model allows it."""
+    causal language model at 2 to 4 times the cost. ``auto`` takes ``packed`` where it gives the model's own scores."""
 
 
 class DataConfig(Section):

@@ -9,11 +9,20 @@ Dimensions in all signatures:
 """
 
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from jaxtyping import Int64
 from torch import Tensor
+
+
+class Run(NamedTuple):
+    """Adjacent tokens of one prompt, of one response, or of the padding."""
+
+    start: int
+    stop: int
+    tree: int
+    branch: int
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -49,6 +58,8 @@ class PackedBatch:
     """-1 without y′ (SFT)."""
     pair_row: Int64[Tensor, "pairs"]
     """Row in the table."""
+    runs: tuple[Run, ...]
+    """The pack's tokens once more, as the host knows them; a tree's prompt precedes its responses."""
 
     @property
     def num_pairs(self) -> int:
@@ -57,7 +68,7 @@ class PackedBatch:
     @property
     def num_useful_tokens(self) -> int:
         """Number of tokens without padding."""
-        return int((self.tree >= 0).sum())
+        return sum(run.stop - run.start for run in self.runs if run.tree >= 0)
 
     def to(self, device: torch.device) -> "PackedBatch":
         moved: dict[str, Any] = {

@@ -1,5 +1,6 @@
 """Loading in shares: no rank holds the whole model in fp32 (280 GB for 70B parameters)."""
 
+import copy
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -42,20 +43,41 @@ def load_first_layers(source: Path) -> Any:
     It has at least two layers, and one of every kind.
     """
     config = AutoConfig.from_pretrained(source)
-    text = config.get_text_config()
-    total = text.num_hidden_layers
-    kinds = getattr(text, "layer_types", None) or []
-    wanted = min(total, max(2, *(1 + kinds.index(kind) for kind in kinds), 2))
-    for name, value in text.to_dict().items():
-        if isinstance(value, list) and len(value) == total:  # layer_types and its like
-            setattr(text, name, value[:wanted])
-    text.num_hidden_layers = wanted
+    _keep_layers(config, _layers_of_every_kind(config))
     verbosity = transformers.logging.get_verbosity()
     transformers.logging.set_verbosity_error()  # it would report every layer that is left out
     try:
         return load_model(source, trust_remote_code=False, config=config)
     finally:
         transformers.logging.set_verbosity(verbosity)
+
+
+def first_layers(model: Any) -> Any:
+    """Returns a copy of the embeddings, head and first layers, at least two layers and one of every kind."""
+    wanted = _layers_of_every_kind(model.config)
+    copied = copy.deepcopy(model, {id(layer): nn.Identity() for layer in _layers(model)[wanted:]})
+    _keep_layers(copied.config, wanted)
+    del _layers(copied)[wanted:]
+    return copied
+
+
+def _layers(model: Any) -> nn.ModuleList:
+    stacks = (child for child in model.get_decoder().children() if isinstance(child, nn.ModuleList))
+    return max(stacks, key=len, default=nn.ModuleList())
+
+
+def _layers_of_every_kind(config: Any) -> int:
+    text = config.get_text_config()
+    kinds = getattr(text, "layer_types", None) or []
+    return min(text.num_hidden_layers, max(2, *(1 + kinds.index(kind) for kind in kinds), 2))
+
+
+def _keep_layers(config: Any, wanted: int) -> None:
+    text = config.get_text_config()
+    for name, value in text.to_dict().items():
+        if isinstance(value, list) and len(value) == text.num_hidden_layers:  # layer_types and its like
+            setattr(text, name, value[:wanted])
+    text.num_hidden_layers = wanted
 
 
 def materialise(module: nn.Module, device: torch.device, parameters_on: torch.device) -> None:

@@ -15,7 +15,7 @@ import numpy as np
 import pyarrow as pa
 import torch
 
-from spin_ray.learner.batch import PackedBatch
+from spin_ray.learner.batch import PackedBatch, Run
 
 Tree = tuple[int, ...]
 """Rows of one prompt and real response, packed as prompt, y, and every y'."""
@@ -256,7 +256,17 @@ class _PackBuilder:
             real_segment=_int64([real]),
             generated_segment=_int64([generated]),
             pair_row=_int64([rows]),
+            runs=self._runs(pack_length),
         )
+
+    def _runs(self, pack_length: int) -> tuple[Run, ...]:
+        stops = np.cumsum([0, *(len(tokens) for tokens, *_ in self.spans)]).tolist()
+        runs = [
+            Run(*ends, tree, branch) for ends, (_, _, tree, branch) in zip(pairwise(stops), self.spans, strict=True)
+        ]
+        if self.length < pack_length:
+            runs.append(Run(self.length, pack_length, -1, 0))
+        return tuple(runs)
 
 
 def _int64(parts: list[np.ndarray]) -> torch.Tensor:

@@ -15,8 +15,8 @@ from spin_ray.planning.work import Packs, Work, heldout_packs
 
 WORKERS_START_S = 20.0
 """Seen on two CPU cores with small models: 16 to 22 s."""
-CHUNK_TARGETS = 256
-"""Copy of ``learner.scoring.TARGETS_PER_CHUNK``: an import would bring torch."""
+CHUNK_TARGETS = {"cpu": 256, "cuda": 4096}
+"""Copy of ``learner.head.ROWS_PER_CHUNK``: an import would bring torch."""
 MOMENTS = {"rmsprop": 1, "adamw": 2}
 """fp32 numbers that an optimizer keeps per parameter."""
 
@@ -150,8 +150,10 @@ def _activation_bytes(config: SpinConfig, shape: ModelShape, packs: Packs, *, ba
         kept = float(shape.layers * inputs + layer)
     else:
         kept = float(shape.layers * layer)
-    mask = length**2 * (b + 1)  # the additive mask, and the booleans it is made from
-    logits = CHUNK_TARGETS * shape.vocab * (3 * 4 if backward else 4)  # fp32; with gradient and softmax
+    on_gpu = bool(config.train.resources.gpus)
+    mask = 0 if on_gpu else length**2 * (b + 1)  # the additive mask, and the booleans it is made from
+    rows = min(CHUNK_TARGETS["cuda"], length) if on_gpu else CHUNK_TARGETS["cpu"]
+    logits = rows * shape.vocab * (3 * 4 if backward else 4)  # fp32; with gradient and softmax
     return kept + packs.targets * shape.hidden * b + mask + logits
 
 

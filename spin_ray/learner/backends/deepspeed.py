@@ -23,7 +23,7 @@ from spin_ray.learner.batch import PackedBatch
 from spin_ray.learner.hf_folder import load_model
 from spin_ray.learner.layout import choose_layout
 from spin_ray.learner.optimizers import make_optimizer
-from spin_ray.learner.scoring import Layout, ResponseScorer
+from spin_ray.learner.scoring import ResponseScorer
 
 CHECKPOINT = "zero"
 """DeepSpeed's folder inside a checkpoint."""
@@ -46,12 +46,16 @@ class DeepSpeedBackend:
         self._model_dir = model_dir
         self._settings = settings
         self._model = load_model(model_dir, trust_remote_code=settings.trust_remote_code)
-        self.layout = choose_layout(self._model, settings.attention, max_length=settings.max_length)
+        precision = torch.bfloat16 if settings.precision == "bf16" else torch.float32
+        choice = choose_layout(
+            self._model, settings.attention, max_length=settings.max_length, device=device, dtype=precision
+        )
+        self.layout = choice.layout
         if settings.lora is not None:
             add_adapters(self._model, settings.lora, seed=settings.seed)
         if settings.gradient_checkpointing:
             recompute_activations(self._model)
-        scorer = _Scorer(self._model, self.layout)
+        scorer = choice.scorer(self._model, _Scorer)
         # DeepSpeed casts buffers with the weights; in bf16 the rotary frequencies would put tokens in wrong places.
         buffers = {name: buffer.clone() for name, buffer in self._model.named_buffers()}
         self._engine, self._optimizer, *_ = deepspeed.initialize(
@@ -124,8 +128,8 @@ class _Scorer(ResponseScorer):
     ZeRO-3 gathers weights at each call, and ranks call the head unequally often.
     """
 
-    def __init__(self, model: Any, layout: Layout) -> None:
-        super().__init__(model, layout)
+    def __init__(self, *arguments: Any, **settings: Any) -> None:
+        super().__init__(*arguments, **settings)
         self._bare_head: Any = None
 
     def own_the_head(self, zero: Any) -> None:

@@ -49,17 +49,19 @@ class Fsdp2Backend:
         # One rank holds everything anyway; code of a model's own may do anything as it loads.
         in_shares = dist.get_world_size() > 1 and source.is_dir() and not settings.trust_remote_code
         empty = empty_model(source) if in_shares else None
+        precision = torch.bfloat16 if settings.precision == "bf16" else torch.float32
         if empty is not None:
-            probe = load_first_layers(source)
-            self.layout = choose_layout(probe, settings.attention, max_length=settings.max_length)
-            del probe
-            self._model = empty
+            probe, self._model = load_first_layers(source), empty
         else:
-            self._model = load_model(model_dir, trust_remote_code=settings.trust_remote_code)
-            self.layout = choose_layout(self._model, settings.attention, max_length=settings.max_length)
+            probe = self._model = load_model(model_dir, trust_remote_code=settings.trust_remote_code)
+        choice = choose_layout(
+            probe, settings.attention, max_length=settings.max_length, device=device, dtype=precision
+        )
+        del probe
+        self.layout = choice.layout
         if settings.lora is not None:
             add_adapters(self._model, settings.lora, seed=settings.seed)
-        self._scorer = _shard(ResponseScorer(self._model, self.layout), settings, device)
+        self._scorer = _shard(choice.scorer(self._model), settings, device)
         if empty is not None:
             self._fill(source)
         # Taken while sharded: during and after a forward, modules may carry gathered copies.

@@ -6,7 +6,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, Qwen2Config
 
-from spin_ray.learner.layout import choose_layout
+from spin_ray.learner.layout import Choice, choose_layout
 from spin_ray.learner.loading import empty_model, load_first_layers
 from tests.support.learner_cases import VOCAB, save_model, tiny_llama
 
@@ -47,7 +47,9 @@ def test_the_first_layers_have_every_kind_and_the_true_weights(tmp_path: Path) -
     weights = dict(model.named_parameters())
     assert len(probe.model.layers) == 3
     assert all(torch.equal(weight, weights[name]) for name, weight in probe.named_parameters())
-    assert choose_layout(probe, "auto", max_length=48) == choose_layout(model, "auto", max_length=48) == "padded"
+    found = [choose_layout(whole, "auto", max_length=48) for whole in (probe, model)]
+    assert found == [Choice(layout="packed", attention="trees")] * 2
+    assert len(model.model.layers) == 5, "what is tried is a copy"
 
 
 def test_a_model_of_one_layer_is_its_own_start(tmp_path: Path) -> None:

@@ -8,8 +8,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from spin_ray.learner import step as loop
+from spin_ray.learner.attention.rule import visible
 from spin_ray.learner.packing import PairLengths, Step, build_pack, plan_epoch
-from spin_ray.learner.scoring import visible
 from tests.support.learner_cases import Row, lengths_of, random_rows, table_of
 
 torch.set_num_threads(1)

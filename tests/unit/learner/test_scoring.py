@@ -1,17 +1,31 @@
 """Packed and padded scores against transformers' own, one sequence at a time."""
 
 import logging
-from types import SimpleNamespace
+from functools import partial
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
-from transformers import Gemma2Config, Gemma2ForCausalLM, GPT2Config, GPT2LMHeadModel, MistralConfig, MistralForCausalLM
+from transformers import (
+    Gemma2Config,
+    Gemma2ForCausalLM,
+    GPT2Config,
+    GPT2LMHeadModel,
+    GptOssConfig,
+    GptOssForCausalLM,
+    GraniteConfig,
+    GraniteForCausalLM,
+    LlamaForCausalLM,
+    MistralConfig,
+    MistralForCausalLM,
+)
 
 from spin_ray.errors import ModelError
-from spin_ray.learner import scoring
-from spin_ray.learner.layout import choose_layout
+from spin_ray.learner import head, scoring
+from spin_ray.learner.attention import trees
+from spin_ray.learner.attention.dense import additive_mask
+from spin_ray.learner.layout import Choice, choose_layout
 from spin_ray.learner.losses import pair_logps
 from spin_ray.learner.packing import build_pack
 from spin_ray.learner.scoring import ResponseScorer
@@ -20,24 +34,54 @@ from tests.support.learner_cases import VOCAB, Row, batches_of, logp_alone, rand
 torch.set_num_threads(1)
 
 
-def soft_capped() -> Gemma2ForCausalLM:
-    """Its logits are not head(hidden): 2·tanh(·/2) comes after."""
+def gemma(*, attention: float | None = None, window: int = 512, logits: float = 2.0) -> Gemma2ForCausalLM:
+    """Its logits are not head(hidden): 2·tanh(·/2) comes after. Its first layer has a window."""
     torch.manual_seed(0)
     return Gemma2ForCausalLM(
         Gemma2Config(
-            vocab_size=VOCAB,
-            hidden_size=32,
-            intermediate_size=48,
-            num_hidden_layers=2,
-            num_attention_heads=4,
-            head_dim=8,
-            num_key_value_heads=2,
-            final_logit_softcapping=2.0,
-            initializer_range=0.2,
-            sliding_window=512,
-            attn_implementation="sdpa",
+            vocab_size=VOCAB, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4,
+            head_dim=8, num_key_value_heads=2, final_logit_softcapping=logits, attn_logit_softcapping=attention,
+            query_pre_attn_scalar=8, initializer_range=0.2, sliding_window=window, attn_implementation="eager",
         )
-    ).eval()
+    ).eval()  # fmt: skip
+
+
+def granite() -> GraniteForCausalLM:
+    torch.manual_seed(0)
+    return GraniteForCausalLM(
+        GraniteConfig(
+            vocab_size=VOCAB, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4,
+            num_key_value_heads=2, initializer_range=0.2, logits_scaling=3.0, bos_token_id=0, eos_token_id=0,
+        )
+    ).eval()  # fmt: skip
+
+
+def gpt_oss() -> GptOssForCausalLM:
+    """It has attention sinks, and a window in its first layer."""
+    torch.manual_seed(0)
+    model = GptOssForCausalLM(
+        GptOssConfig(
+            vocab_size=VOCAB, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4,
+            num_key_value_heads=2, head_dim=8, num_local_experts=2, num_experts_per_tok=1, sliding_window=6,
+            initializer_range=0.2, attn_implementation="eager",
+        )
+    ).eval()  # fmt: skip
+    for layer in model.model.layers:
+        torch.nn.init.normal_(layer.self_attn.sinks)
+    return model
+
+
+class OddHead(LlamaForCausalLM):
+    """Its logits are transformed in a way that no config names."""
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        output = super().forward(*args, **kwargs)
+        output.logits = output.logits * 0.5
+        return output
+
+
+def odd_head() -> Any:
+    return OddHead(tiny_llama().config).eval()
 
 
 def mask_ignoring() -> Any:
@@ -135,13 +179,11 @@ def test_dropout_is_off_even_for_a_model_in_training_mode(layout: scoring.Layout
 def test_attention_tree_by_tree_is_attention_over_the_whole_pack() -> None:
     """All that lies outside the trees' blocks is masked anyway."""
     model = tiny_llama()
-    scorer = ResponseScorer(model)
-    assert scorer._takes_spans
     for batch in batches_of(random_rows(3, trees=6, samples=2)):
         results = []
-        for scorer._takes_spans in (True, False):
+        for attention in ("trees", "dense"):
             model.zero_grad()
-            logps = scorer(batch)
+            logps = ResponseScorer(model, "packed", attention)(batch)
             logps.sum().backward()
             results.append([logps.detach(), *(parameter.grad.clone() for parameter in model.parameters())])
         for by_tree, whole in zip(*results, strict=True):
@@ -158,18 +200,17 @@ def test_plain_products_attend_as_sdpa_does(
     """Four query heads on two or four of keys, two trees, forward and backward; the second kernel is SDPA's. ``exact``
     0 makes the products of bf16, as those of longer trees are.
     """
-    monkeypatch.setattr(scoring, "EXACT_TREES", exact)
-    layer: Any = SimpleNamespace(num_key_value_groups=4 // kv_heads, is_causal=True)
+    monkeypatch.setattr(trees, "EXACT_TREES", exact)
     spans, length = ((0, 5), (5, 12)), 12
     seen = torch.block_diag(*(torch.ones(stop - start, stop - start).tril() for start, stop in spans)).bool()
-    mask = scoring.additive_mask(seen, dtype)[None, None]
+    plan = trees.TreesPlan(spans, {None: additive_mask(seen, dtype)[None, None]})
     found = []
-    for limits in (scoring.DENSE_TREES, {}):
+    for limits in (trees.DENSE_TREES, {}):
         with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(scoring, "DENSE_TREES", limits)
+            patch.setattr(trees, "DENSE_TREES", limits)
             torch.manual_seed(1)
             states = [torch.randn(1, heads, length, 8).to(dtype).requires_grad_() for heads in (4, kv_heads, kv_heads)]
-            output, _ = scoring.attend_tree_by_tree(layer, *states, mask, tree_spans=spans, scaling=0.3)
+            output = plan.attend(*states, scaling=0.3, window=None, softcap=None, sinks=None)
             (output.float() * torch.arange(8)).sum().backward()
             found.append([output, *(state.grad for state in states)])
     for dense, other in zip(*found, strict=True):
@@ -178,14 +219,14 @@ def test_plain_products_attend_as_sdpa_does(
 
 def test_spans_of_trees_cover_the_pack_and_its_padding() -> None:
     batch = build_pack(((0,), (1,)), table_of([([5, 6], [7, 2], [8]), ([5], [9], [4])]), pack_length=12, pad_id=0)
-    assert scoring.tree_spans(batch) == ((0, 5), (5, 8), (8, 12))
+    assert trees.tree_spans(batch) == ((0, 5), (5, 8), (8, 12))
 
 
 def test_chunks_of_the_head_change_neither_scores_nor_gradients(monkeypatch: pytest.MonkeyPatch) -> None:
     rows = random_rows(2, trees=5)
     found = []
     for targets_per_chunk in (3, 256):
-        monkeypatch.setattr(scoring, "TARGETS_PER_CHUNK", targets_per_chunk)
+        monkeypatch.setitem(head.ROWS_PER_CHUNK, "cpu", targets_per_chunk)
         model = tiny_llama()
         logps = ResponseScorer(model)(batches_of(rows)[0])
         (logps * torch.arange(1, len(logps) + 1)).sum().backward()
@@ -224,36 +265,84 @@ def test_pack_of_padding_has_a_graph_with_zero_gradients_for_every_parameter(lay
         assert not parameter.grad.any(), name
 
 
-@pytest.mark.parametrize("model", [tiny_llama, learned_positions], ids=["llama", "gpt2"])
-def test_auto_packs_models_that_take_a_4d_mask(model: Any, caplog: pytest.LogCaptureFixture) -> None:
-    assert choose_layout(model(), "auto", max_length=64) == "packed"
+PACKED = [
+    tiny_llama, learned_positions, gemma, partial(gemma, attention=1.0), partial(gemma, attention=1.0, window=4),
+    granite, windowed, gpt_oss,
+]  # fmt: skip
+NAMES = ["llama", "gpt2", "gemma", "capped", "capped-windowed", "granite", "windowed", "sinks"]
+
+
+@pytest.mark.parametrize("make", PACKED, ids=NAMES)
+def test_auto_packs_models_whose_attention_and_head_are_known(make: Any, caplog: pytest.LogCaptureFixture) -> None:
+    """Windows, soft-capping, sinks and scaled logits against transformers' own eager attention, row by row."""
+    assert choose_layout(make(), "auto", max_length=64) == Choice(layout="packed", attention="trees")
     assert not caplog.records
+    rows, scored, plain = random_rows(5, trees=4, longest=12), ResponseScorer(make()), make()
+    plain.set_attn_implementation("eager")
+    for batch in batches_of(rows):
+        with torch.no_grad():
+            real, generated = pair_logps(scored(batch), batch)
+        for i, row in enumerate(batch.pair_row.tolist()):
+            prompt, real_ids, generated_ids = rows[row]
+            torch.testing.assert_close(real[i], logp_alone(plain, prompt, real_ids), rtol=0, atol=1e-4)
+            torch.testing.assert_close(generated[i], logp_alone(plain, prompt, generated_ids), rtol=0, atol=1e-4)
 
 
 @pytest.mark.parametrize(
-    ("make", "reason"),
+    ("make", "reason", "choice"),
     [
-        (soft_capped, "differ"),
-        (mask_ignoring, "differ"),
-        (mask_refusing, r"does not take a 4-D mask \(ValueError"),
-        (windowed, "window of 8 tokens is shorter than max_length 64"),
+        (odd_head, "differ", Choice(layout="padded", attention="sdpa", model_logits=True)),
+        (mask_ignoring, "differ", Choice(layout="padded", attention="sdpa")),
+        (mask_refusing, r"does not take a 4-D mask \(ValueError", Choice(layout="padded", attention="sdpa")),
     ],
 )
 def test_auto_falls_back_to_padded_with_a_warning_and_right_scores(
-    make: Any, reason: str, caplog: pytest.LogCaptureFixture
+    make: Any, reason: str, choice: Choice, caplog: pytest.LogCaptureFixture
 ) -> None:
     model = make()
     with caplog.at_level(logging.WARNING):
-        layout = choose_layout(model, "auto", max_length=64)
-    assert layout == "padded"
+        found = choose_layout(model, "auto", max_length=64)
+    assert found == choice
     assert "padded layout" in caplog.text
-    assert_scores_match(model, layout, random_rows(5, trees=4, longest=12))
+    rows = random_rows(5, trees=4, longest=12)
+    scorer = found.scorer(model)
+    for batch in batches_of(rows):
+        real, _ = pair_logps(scorer(batch).detach(), batch)
+        alone = [logp_alone(model, *rows[row][:2]) for row in batch.pair_row.tolist()]
+        torch.testing.assert_close(real, torch.stack(alone), rtol=0, atol=1e-5)
     with pytest.raises(ModelError, match=reason):
         choose_layout(model, "packed", max_length=64)
+
+
+def test_soft_capped_attention_is_padded_by_the_models_own() -> None:
+    """SDPA would ignore the cap (transformers#32865)."""
+    assert choose_layout(gemma(attention=50.0), "padded", max_length=64).attention == "eager"
+    assert choose_layout(gemma(), "padded", max_length=64).attention == "sdpa"
+
+
+def test_layers_that_hide_their_window_are_padded_however_long_it_is() -> None:
+    """The made-up pack is shorter than 16 tokens, so its numbers cannot show the window."""
+    model = windowed()
+    model.config.sliding_window = 16
+    for layer in model.model.layers:
+        layer.self_attn.config = tiny_llama().config  # tells its attention of no window
+    choice = choose_layout(model, "auto", max_length=64)
+    assert choice.layout == "padded"
+    with pytest.raises(ModelError, match="attention windows of"):
+        choose_layout(model, "packed", max_length=64)
+
+
+def test_the_probe_leaves_the_model_as_it_is() -> None:
+    model = tiny_llama(layers=3)
+    before = {name: parameter.clone() for name, parameter in model.named_parameters()}
+    choose_layout(model, "auto", max_length=64, dtype=torch.bfloat16)
+    assert len(model.model.layers) == model.config.num_hidden_layers == 3
+    assert model.config._attn_implementation == "sdpa"
+    assert all(torch.equal(parameter, before[name]) for name, parameter in model.named_parameters())
 
 
 def test_a_window_that_no_sequence_outgrows_does_not_matter() -> None:
     """Window 8: a token sees itself and 7 before; sequences of at most 4 + 4 tokens fit."""
     model = windowed()
-    assert choose_layout(model, "auto", max_length=8) == "packed"
+    assert choose_layout(model, "auto", max_length=8).layout == "packed"
     assert_scores_match(model, "packed", random_rows(5, trees=6, longest=4))

@@ -5,7 +5,7 @@ from dataclasses import replace
 import pytest
 import torch
 
-from spin_ray.learner import scoring
+from spin_ray.learner import head
 from spin_ray.learner.optimizers import make_optimizer
 from spin_ray.planning.learner_cost import (
     CHUNK_TARGETS,
@@ -115,7 +115,7 @@ def test_shard_grad_op_holds_a_whole_copy_of_the_weights():
 
 
 def test_chunk_of_logits_is_the_learners():
-    assert CHUNK_TARGETS == scoring.TARGETS_PER_CHUNK
+    assert CHUNK_TARGETS == head.ROWS_PER_CHUNK
 
 
 @pytest.mark.parametrize("settings", [RMSPROP, ADAMW])

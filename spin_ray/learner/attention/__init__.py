@@ -1,0 +1,26 @@
+"""Attention within packs: one rule of who sees whom, four ways to compute it.
+
+name     device  precision    computes
+trees    CPU     any          tree by tree, on the diagonal blocks of the mask
+flex     CUDA    any          FlexAttention, with a block mask made on the host; soft-capping, windows, sinks
+varlen   CUDA    bf16, fp16   variable-length Flash Attention with gathered keys; windows
+dense    any     any          the whole pack against a dense mask: the yardstick of the tests
+"""
+
+import torch
+
+from spin_ray.learner.attention.base import Attention, AttentionPlan, unsupported
+from spin_ray.learner.attention.dense import Dense
+from spin_ray.learner.attention.flex import Flex
+from spin_ray.learner.attention.hook import IMPLEMENTATION
+from spin_ray.learner.attention.trees import Trees
+from spin_ray.learner.attention.varlen import Varlen
+
+ATTENTIONS: dict[str, Attention] = {way.name: way for way in (Trees(), Flex(), Varlen(), Dense())}
+
+__all__ = ["ATTENTIONS", "IMPLEMENTATION", "Attention", "AttentionPlan", "candidates", "unsupported"]
+
+
+def candidates(device: torch.device) -> tuple[str, ...]:
+    """Returns the names of the ways to attend on ``device``, the preferred one first."""
+    return ("trees",) if device.type == "cpu" else ("flex", "varlen")

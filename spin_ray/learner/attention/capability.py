@@ -1,0 +1,23 @@
+"""What a card's generation can compute."""
+
+import torch
+
+KERNELS_NEED = (8, 0)
+"""Compute capability that the kernels and bf16 need (Ampere)."""
+
+
+def too_old(device: torch.device, what: str) -> str | None:
+    if device.type != "cuda":
+        return None
+    has = torch.cuda.get_device_capability(device)
+    if has >= KERNELS_NEED:
+        return None
+    return f"{what} needs compute capability {_spelt(KERNELS_NEED)}, and {_card(device)} has {_spelt(has)}"
+
+
+def _spelt(capability: tuple[int, int]) -> str:
+    return ".".join(map(str, capability))
+
+
+def _card(device: torch.device) -> str:
+    return torch.cuda.get_device_name(device)

@@ -1,0 +1,151 @@
+"""FlexAttention: one compiled kernel for the whole pack, which skips blocks that nobody sees.
+
+The backward pass uses no atomic additions, so gradients are reproducible.
+"""
+
+import functools
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from importlib.util import find_spec
+from typing import Any, cast
+
+import numpy as np
+import torch
+from jaxtyping import Float
+from torch import Tensor
+from torch.nn.attention.flex_attention import AuxRequest, BlockMask, flex_attention
+
+from spin_ray.learner.attention.base import Window, effective_windows
+from spin_ray.learner.attention.capability import too_old
+from spin_ray.learner.attention.rule import Token, key_ranges, sees
+from spin_ray.learner.batch import PackedBatch
+
+BLOCK = 128
+"""Tokens of a block, FlexAttention's default."""
+
+
+class Flex:
+    name = "flex"
+
+    def why_not(self, device: torch.device, dtype: torch.dtype) -> str | None:
+        if device.type == "cuda" and find_spec("triton") is None:
+            return "FlexAttention needs triton, which is not installed"
+        return too_old(device, "FlexAttention")
+
+    def prepare(
+        self, batch: PackedBatch, windows: Sequence[Window], device: torch.device, dtype: torch.dtype
+    ) -> "FlexPlan":
+        needed = effective_windows(batch, windows)
+        made = {window: block_mask(batch, window, device) for window in set(needed.values())}
+        return FlexPlan({window: made[effective] for window, effective in needed.items()})
+
+
+@dataclass(frozen=True, slots=True)
+class FlexPlan:
+    block_masks: dict[Window, BlockMask]
+
+    @property
+    def mask(self) -> None:
+        return None
+
+    def attend(
+        self,
+        query: Float[Tensor, "1 heads tokens width"],
+        key: Float[Tensor, "1 kv_heads tokens width"],
+        value: Float[Tensor, "1 kv_heads tokens width"],
+        *,
+        scaling: float | None,
+        window: Window,
+        softcap: float | None,
+        sinks: Float[Tensor, "heads"] | None,
+    ) -> Float[Tensor, "1 tokens heads width"]:
+        settings: dict[str, Any] = {
+            "score_mod": None if softcap is None else _capping(softcap),
+            "block_mask": self.block_masks[window],
+            "scale": scaling,
+            "enable_gqa": query.shape[1] != key.shape[1],
+        }
+        kernel = _kernel(query.device.type)
+        if sinks is None:
+            return kernel(query, key, value, **settings).transpose(1, 2).contiguous()
+        attended, aux = kernel(query, key, value, return_aux=AuxRequest(lse=True), **settings)
+        # With the sink, the softmax's denominator exp(lse) grows by exp(sink).
+        shares = torch.sigmoid(aux.lse - sinks.float()[None, :, None])[..., None]
+        return (attended * shares).to(query.dtype).transpose(1, 2).contiguous()
+
+
+def _capping(softcap: float) -> Callable[..., Tensor]:
+    def cap(score: Tensor, batch: Tensor, head: Tensor, query: Tensor, key: Tensor) -> Tensor:
+        return softcap * torch.tanh(score / softcap)
+
+    return cap
+
+
+def _kernel(device_type: str) -> Callable[..., Any]:
+    """Returns FlexAttention, compiled on GPUs; within compiled code, and on CPUs, as it is."""
+    if device_type == "cpu" or torch.compiler.is_compiling():
+        return flex_attention
+    return _compiled()
+
+
+@functools.cache
+def _compiled() -> Callable[..., Any]:
+    """Compiles for every pack length at once, so that scoring and training run one kernel.
+
+    Each kind of layer, precision and gradient mode compiles once more.
+    Beyond the limit dynamo would quietly run FlexAttention uncompiled, with all scores in memory.
+    """
+    torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, 64)
+    return torch.compile(flex_attention, dynamic=True, fullgraph=True)
+
+
+def block_mask(batch: PackedBatch, window: Window, device: torch.device) -> BlockMask:
+    """Returns the rule as FlexAttention's block mask, counted on the host from the runs of the pack.
+
+    ``create_block_mask`` would evaluate the rule for all pairs of tokens.
+    """
+    seen = seen_pairs(batch, window)
+    tokens = batch.runs[-1].stop
+    full = seen == BLOCK * BLOCK
+    blocks = BlockMask.from_kv_blocks(
+        *_ordered((seen > 0) & ~full),
+        *_ordered(full),
+        BLOCK_SIZE=BLOCK,
+        mask_mod=mask_mod(batch.to(device), window),
+        seq_lengths=(tokens, tokens),
+    )
+    return cast(BlockMask, blocks.to(device))
+
+
+def mask_mod(batch: PackedBatch, window: Window) -> Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]:
+    tree, branch, position = batch.tree, batch.branch, batch.position_ids
+
+    def seen(_batch: Tensor, _head: Tensor, query: Tensor, key: Tensor) -> Tensor:
+        return sees(
+            Token(query, tree[query], branch[query], position[query]),
+            Token(key, tree[key], branch[key], position[key]),
+            window,
+        )
+
+    return seen
+
+
+def seen_pairs(batch: PackedBatch, window: Window) -> np.ndarray:
+    """Returns the number of pairs that see each other in each block, [query blocks, key blocks]."""
+    starts, stops = key_ranges(batch, window)
+    rows = -(-starts.shape[1] // BLOCK)
+    query_block = np.arange(starts.shape[1]) // BLOCK
+    counts = np.zeros(rows * rows)
+    for start, stop in zip(starts, stops, strict=True):
+        first = start // BLOCK
+        for further in range(int(((stop - 1) // BLOCK - first).max(initial=-1)) + 1):
+            block = np.minimum(first + further, rows - 1)
+            inside = np.minimum(stop, (first + further + 1) * BLOCK) - np.maximum(start, (first + further) * BLOCK)
+            counts += np.bincount(query_block * rows + block, np.maximum(inside, 0), rows * rows)
+    return counts.reshape(rows, rows).astype(np.int64)
+
+
+def _ordered(chosen: np.ndarray) -> tuple[Tensor, Tensor]:
+    """Returns the number of chosen key blocks of each row, and their places first, then the others'."""
+    order = np.argsort(~chosen, axis=1, kind="stable")
+    return tuple(torch.from_numpy(x.astype(np.int32))[None, None] for x in (chosen.sum(axis=1), order))  # type: ignore[return-value]

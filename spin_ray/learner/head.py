@@ -1,0 +1,145 @@
+"""The LM head: hidden states in, log-probabilities of the targets out, [targets, vocab] never whole."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, Self, cast
+
+import torch
+from jaxtyping import Float, Int64
+from torch import Tensor, nn
+from torch.nn import functional
+from torch.utils.checkpoint import checkpoint
+
+Head = Callable[[Tensor], Tensor]
+
+ROWS_PER_CHUNK = {"cpu": 256, "cuda": 4096}
+"""Targets at a time: on a CPU what its cache holds, on a GPU enough for full matrix products."""
+TARGETS_MULTIPLE = 64
+"""Multiple that targets are padded to: every new shape costs oneDNN new kernels."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class LogitTransform:
+    """What models do to logits after the head: softcap · tanh(scale · logits / softcap)."""
+
+    scale: float = 1.0
+    softcap: float | None = None
+
+    @classmethod
+    def of(cls, config: Any) -> Self:
+        """Reads the names of Gemma, Cohere, Falcon H1 and Granite; the layout probe finds others."""
+        scale = (getattr(config, "logit_scale", None) or 1.0) * (getattr(config, "lm_head_multiplier", None) or 1.0)
+        return cls(
+            scale=scale / (getattr(config, "logits_scaling", None) or 1.0),
+            softcap=getattr(config, "final_logit_softcapping", None),
+        )
+
+    def __call__(self, logits: Tensor) -> Tensor:
+        if self.scale != 1.0:
+            logits = logits * self.scale
+        return logits if self.softcap is None else self.softcap * torch.tanh(logits / self.softcap)
+
+    def slope(self, transformed: Tensor) -> Tensor | float:
+        """Returns d transformed / d logits."""
+        return self.scale if self.softcap is None else self.scale * (1 - (transformed / self.softcap) ** 2)
+
+
+def target_logps(
+    head: Head,
+    hidden: Float[Tensor, "tokens width"],
+    at: Int64[Tensor, "targets"],
+    target_ids: Int64[Tensor, "targets"],
+    transform: LogitTransform,
+    *,
+    rows: int | None = None,
+) -> Float[Tensor, "targets"]:
+    """Returns log softmax(transform(head(hidden[at])))[target_ids] in fp32 (fp64 for fp64).
+
+    Without targets, a chunk of padding still reaches every parameter: FSDP2's ranks would wait otherwise.
+    """
+    targets = len(at)
+    fill = -targets % TARGETS_MULTIPLE or (TARGETS_MULTIPLE if not targets else 0)
+    at, target_ids = functional.pad(at, (0, fill)), functional.pad(target_ids, (0, fill))
+    rows = rows or ROWS_PER_CHUNK.get(hidden.device.type, ROWS_PER_CHUNK["cuda"])
+    if type(head) is nn.Linear:
+        logps = _TargetLogps.apply(hidden[at], head.weight, head.bias, target_ids, transform, rows)
+        return cast(Tensor, logps)[:targets]
+    chunks = zip(at.split(rows), target_ids.split(rows), strict=True)
+    logps = [
+        checkpoint(_of_chunk, head, hidden, *chunk, transform, use_reentrant=False, preserve_rng_state=False)
+        for chunk in chunks
+    ]
+    return torch.cat(logps)[:targets]
+
+
+def _of_chunk(head: Head, hidden: Tensor, at: Tensor, target_ids: Tensor, transform: LogitTransform) -> Tensor:
+    return _pick(transform(_upcast(head(hidden[at]))), target_ids)[0]
+
+
+def _upcast(logits: Tensor) -> Tensor:
+    return logits.to(torch.promote_types(logits.dtype, torch.float32))
+
+
+def _pick(logits: Tensor, target_ids: Tensor) -> tuple[Tensor, Tensor]:
+    """Returns log-probabilities of the targets, and the log-sum-exp of each row."""
+    total = logits.logsumexp(dim=-1)
+    return logits.gather(-1, target_ids[:, None]).squeeze(-1) - total, total
+
+
+class _TargetLogps(torch.autograd.Function):
+    """``target_logps`` of a plain head; backward makes each chunk of logits again.
+
+    With dp the gradient of a target's log p, and s the slope of the transform:
+    d logits = dp (onehot(target) − softmax) s, d hidden = d logits · W, dW = Σ d logitsᵀ · hidden.
+    The sum over chunks is kept in fp32, also for weights in bf16.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        hidden: Tensor,
+        weight: Tensor,
+        bias: Tensor | None,
+        target_ids: Tensor,
+        transform: LogitTransform,
+        rows: int,
+    ) -> Tensor:
+        parts = [
+            _pick(transform(_upcast(functional.linear(part, weight, bias))), ids)
+            for part, ids in zip(hidden.split(rows), target_ids.split(rows), strict=True)
+        ]
+        logps, totals = (torch.cat(values) for values in zip(*parts, strict=True))
+        ctx.save_for_backward(hidden, weight, bias, target_ids, totals)
+        ctx.transform, ctx.rows = transform, rows
+        return logps
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
+        hidden, weight, bias, target_ids, totals = ctx.saved_tensors
+        wants_hidden, wants_weight, wants_bias = ctx.needs_input_grad[:3]
+        exact = torch.promote_types(weight.dtype, torch.float32)
+        of_hidden = torch.empty_like(hidden) if wants_hidden else None
+        of_weight = torch.zeros_like(weight, dtype=exact) if wants_weight else None
+        of_bias = torch.zeros_like(bias, dtype=exact) if bias is not None and wants_bias else None
+        pieces = (x.split(ctx.rows) for x in (hidden, target_ids, totals, gradients[0]))
+        for number, (part, ids, total, gradient) in enumerate(zip(*pieces, strict=True)):
+            logits = ctx.transform(_upcast(functional.linear(part, weight, bias)))
+            slope = ctx.transform.slope(logits)
+            change = logits.sub_(total[:, None]).exp_().mul_(-gradient[:, None])
+            change.scatter_add_(1, ids[:, None], gradient[:, None])
+            change = change.mul_(slope).to(part.dtype)
+            if of_hidden is not None:
+                first = number * ctx.rows
+                torch.mm(change, weight, out=of_hidden[first : first + len(part)])
+            if of_weight is not None and of_weight.dtype == change.dtype:
+                of_weight.addmm_(change.T, part)
+            elif of_weight is not None:
+                of_weight.add_(change.T @ part)
+            if of_bias is not None:
+                of_bias.add_(change.sum(0))
+        return (
+            of_hidden,
+            None if of_weight is None else of_weight.to(weight.dtype),
+            None if of_bias is None else of_bias.to(bias.dtype),
+            None, None, None,
+        )  # fmt: skip
