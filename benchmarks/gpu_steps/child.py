@@ -4,6 +4,7 @@ The child writes JSON lines: ``begin``, ``row``, ``failed``, ``end``. An error o
 hang or die: the parent then notes the item's reason and goes on with the next one in a new process.
 """
 
+import contextlib
 import importlib
 import json
 import os
@@ -21,6 +22,7 @@ from typing import Any
 from gpu_steps.rows import Measure
 
 ROOT = Path(__file__).resolve().parents[2]
+PROGRAM = ROOT / "benchmarks/gpu.py"
 KILL_AFTER_S = 5
 
 
@@ -116,7 +118,7 @@ class Child:
     def messages(self, deadline: float) -> Iterator[tuple[str, dict[str, Any]]]:
         reader, writer = os.pipe()
         command = [
-            sys.executable, ROOT / "benchmarks/gpu.py", "--child", self.step, "--items", json.dumps(self.items),
+            sys.executable, PROGRAM, "--child", self.step, "--items", json.dumps(self.items),
             "--work", self.context.work, "--reply", writer, *(["--tiny"] if self.context.tiny else []),
         ]  # fmt: skip
         with self.log.open("ab") as log:
@@ -160,14 +162,11 @@ def lines_until(reader: int, deadline: float) -> Iterator[str]:
 def _end(process: "subprocess.Popen[bytes]") -> None:
     """Waits a little, then kills the process and everything that it started."""
     try:
-        process.wait(timeout=KILL_AFTER_S)
-    except subprocess.TimeoutExpired:
-        pass
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            process.wait(timeout=KILL_AFTER_S)
     finally:
-        try:
+        with contextlib.suppress(ProcessLookupError):
             os.killpg(process.pid, signal.SIGKILL)
-        except ProcessLookupError:
-            pass
         process.wait()
 
 

@@ -39,10 +39,11 @@ def layout(context: Context) -> Iterator[Measure]:
 
     for dtype in (torch.float32, torch.bfloat16):
         folder = model_folder(context, "0.1B")
-        model = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, attn_implementation="sdpa")
-        chosen = choose_layout(model.to(device_of(context)).eval(), "auto", max_length=64)
+        model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, attn_implementation="sdpa")
+        chosen = choose_layout(model.eval(), "auto", max_length=64, device=device_of(context), dtype=dtype)
         name = str(dtype).removeprefix("torch.")
-        yield Measure(id=f"layout probe in {name} packs", value=float(chosen == "packed"), unit="1 is yes")
+        packs = float(chosen.layout == "packed")
+        yield Measure(id=f"layout probe in {name} packs", value=packs, unit="1 is yes", target=">= 1", note=str(chosen))
 
 
 KERNELS = (SDPBackend.MATH, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.CUDNN_ATTENTION)

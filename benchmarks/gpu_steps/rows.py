@@ -51,7 +51,9 @@ class Results:
         row = {"step": step, "item": item} | asdict(measure) | {"met": measure.met}
         row |= {"measured": date.today().isoformat()} | self.facts
         self.rows = [*(kept for kept in self.rows if (kept["step"], kept["id"]) != (step, measure.id)), row]
-        self._file.write_text(json.dumps({"rows": self.rows}, indent=1) + "\n")
+        written = self._file.with_suffix(".new")
+        written.write_text(json.dumps({"rows": self.rows}, indent=1) + "\n")
+        written.replace(self._file)  # whole at any time: a step may read it
         (self.folder / "gpu.md").write_text(page(self.rows))
 
 
