@@ -7,12 +7,12 @@
     step        budget  question
     machine      25 s   is the card fit for it, and what do its matrix products reach?
     probe        20 s   which kernels of SDPA take a sliced mask, and does the layout probe pass?
-    attention    60 s   how fast and exact is each way to attend?
+    attention    50 s   how fast and exact is each way to attend?
     parity       60 s   packs against one by one, step 0, training beside a CPU, resume, export, NCCL
-    step        135 s   what does each change give to a step of 1.5B parameters, and where does its time go?
-    trl          90 s   the same pairs through TRL, at its best and at its defaults
+    step        130 s   what does each change give to a step of 1.5B parameters, and where does its time go?
+    trl          80 s   the same pairs through TRL, at its best and at its defaults
     adapters     35 s   7B with adapters on one card
-    job          50 s   a whole run with Ray, transformers in vLLM's place, a killed worker
+    job          75 s   a whole run with Ray, transformers in vLLM's place, a killed worker
 
 Rows go to results/gpu.json and the page results/gpu.md after each measure. A step that cannot run says why in a row.
 Times are budgets: what does not fit is cut, and says so.
@@ -30,7 +30,7 @@ from gpu_steps.child import ROOT, Child, Context, module_of, run_items
 from gpu_steps.rows import Measure, Results, line
 
 BUDGET_S = {
-    "machine": 25, "probe": 20, "attention": 60, "parity": 60, "step": 135, "trl": 90, "adapters": 35, "job": 50,
+    "machine": 25, "probe": 20, "attention": 50, "parity": 60, "step": 130, "trl": 80, "adapters": 35, "job": 75,
 }  # fmt: skip
 """Seconds of each step, start of its processes included. Their sum is under eight minutes."""
 
