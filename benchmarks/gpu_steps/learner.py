@@ -5,7 +5,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, fields
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 from unittest import mock
 
 import torch
@@ -36,7 +36,7 @@ class Variant:
     """A way of ``learner.attention`` or ``loop``; None: the learner's own choice."""
     small_head: bool = False
     """True: the head in chunks of 256 rows."""
-    compile: bool | None = None
+    compile: bool | Literal["auto"] | None = None
     """None: the learner's own choice."""
     prefetch: bool = True
 
@@ -47,7 +47,7 @@ def variants() -> tuple[Variant, ...]:
         Variant(name="as is", attention="loop", small_head=True, compile=False, prefetch=False),
         Variant(name="+ attention", small_head=True, compile=False, prefetch=False),
         Variant(name="+ head", compile=False, prefetch=False),
-        Variant(name="+ compile", prefetch=False),
+        Variant(name="+ compile", compile="auto", prefetch=False),
         Variant(name="+ prefetch"),
     )
 
@@ -121,8 +121,11 @@ class Learner:
 
         self.device = device or device_of(context)
         sizes = sizes_of(context)
+        known = {field.name for field in fields(BackendSettings)}
         given = more if variant.compile is None else more | {"compile": variant.compile}
-        if unknown := given.keys() - {field.name for field in fields(BackendSettings)}:
+        if "compile" not in known and given.get("compile") is False:  # nothing compiles anyway
+            del given["compile"]
+        if unknown := given.keys() - known:
             raise Missing(f"this checkout has no setting {', '.join(sorted(unknown))}")
         settings = BackendSettings(
             max_length=sizes.longest, precision=precision, gradient_checkpointing=checkpointing,

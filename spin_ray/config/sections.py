@@ -233,6 +233,10 @@ class OptimizerConfig(Section):
     """Optimizer, or the import path of a class, ``my_package.mine:Optimizer``. Paper: RMSProp."""
     weight_decay: NonNegative = 0.0
     """Weight decay of torch's optimizer. Paper: 0."""
+    betas: MayChange[tuple[Fraction, Fraction] | None] = None
+    """AdamW's decay rates of the two moments. Not set: the optimizer's own, 0.9 and 0.999."""
+    eps: MayChange[Positive | None] = None
+    """Number that is added to the denominator. Not set: the optimizer's own, 1e-8."""
     schedule: Literal["linear", "cosine", "constant"] = "linear"
     """Course of the learning rate after the warm-up. Paper: linear decay to 0."""
     warmup_fraction: Fraction = 0.1
@@ -288,6 +292,9 @@ class TrainConfig(Section):
     precision: Literal["auto", "bf16", "fp32"] = "auto"
     """Number format of the computation. ``auto`` is bf16 on GPUs and the faster of the two on CPUs. A run keeps its
     precision. Master weights, gradients and optimizer state are always fp32: bf16 cannot resolve small updates."""
+    deterministic: MayChange[bool] = False
+    """Only kernels whose sums have one order, so that a resumed training has the same bits on GPUs too. Slower there;
+    on CPUs it is so anyway."""
     gradient_checkpointing: bool = False
     """Second computation of activations in the backward pass: a third slower, far less memory."""
     sharding: MayChange[Literal["full", "shard_grad_op"]] = "full"

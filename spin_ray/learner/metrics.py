@@ -1,5 +1,7 @@
 """The metrics of an optimizer step."""
 
+import math
+
 import torch
 import torch.distributed as dist
 from torch import Tensor
@@ -37,9 +39,10 @@ class StepSums:
             FloatingPointError: a sum is not finite; raised on every rank.
         """
         dist.all_reduce(self._sums)
-        if not self._sums.isfinite().all():
+        values = self._sums.tolist()  # one wait for the device
+        if not all(map(math.isfinite, values)):
             raise FloatingPointError("the loss or a log-probability is not finite; lower the learning rate or beta")
-        sums = zip(SUMMED, self._sums.tolist(), strict=True)
+        sums = zip(SUMMED, values, strict=True)
         return {name: value for name, value in sums if name in self._added}
 
 

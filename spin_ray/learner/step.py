@@ -3,8 +3,11 @@
 plan of all epochs -> score the first epoch's packs (reference) -> steps: forward, loss, backward, optimizer
 """
 
-from collections.abc import Iterable
-from dataclasses import dataclass
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass, fields
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -114,17 +117,13 @@ def score_rows(
 
     Training uses the same packs and kernels, so the first step's margins are exactly 0.
     """
-    rows: list[int] = []
-    real_logps: list[float] = []
-    generated_logps: list[float] = []
-    for step in steps:
-        for pack in step.for_rank(dist.get_rank(), dist.get_world_size()):
-            batch = shape.build(pack, table).to(backend.device)
-            real, generated = pair_logps(backend.score(batch), batch)
-            rows += batch.pair_row.tolist()
-            real_logps += real.tolist()
-            generated_logps += generated.tolist()
-    return rows, real_logps, generated_logps
+    packs = [pack for step in steps for pack in step.for_rank(dist.get_rank(), dist.get_world_size())]
+    if not packs:
+        return [], [], []
+    batches = (batch for _, batch in feed(packs, table, shape, backend.device))
+    scored = [(batch.pair_row, *pair_logps(backend.score(batch), batch)) for batch in batches]
+    rows, real, generated = (torch.cat(values).tolist() for values in zip(*scored, strict=True))
+    return rows, real, generated
 
 
 def train_step(
@@ -144,10 +143,10 @@ def train_step(
     """
     packs = step.for_rank(dist.get_rank(), dist.get_world_size())
     sums = StepSums(backend.device)
-    for number, pack in enumerate(packs):
-        loss, pack_sums = _pack_loss(backend, pack, step, table, shape, objective, reference)
+    for number, (tokens, batch) in enumerate(feed(packs, table, shape, backend.device)):
+        loss, pack_sums = _pack_loss(backend, batch, step, objective, reference)
         backend.backward(loss, last_microbatch=number == len(packs) - 1)
-        sums.add(pack_sums)
+        sums.add(pack_sums | {"tokens": tokens})
     try:
         totals = sums.reduce()
         stats = backend.step()
@@ -157,18 +156,47 @@ def train_step(
     return step_metrics(totals, step, resolve_loss(objective.loss), stats)
 
 
+def feed(
+    packs: Sequence[Pack], table: pa.Table, shape: PackShape, device: torch.device
+) -> Iterator[tuple[int, PackedBatch]]:
+    """Yields the useful tokens and the tensors of every pack; builds a pack while the one before is computed.
+
+    A card fetches it from pinned memory by itself, so nothing waits for the copy.
+    """
+
+    def build(pack: Pack) -> tuple[int, PackedBatch]:
+        batch = shape.build(pack, table)
+        return batch.num_useful_tokens, _each_tensor(batch, Tensor.pin_memory) if device.type == "cuda" else batch
+
+    def sent(tokens: int, batch: PackedBatch) -> tuple[int, PackedBatch]:
+        return tokens, _each_tensor(batch, lambda tensor: tensor.to(device, non_blocking=True))
+
+    with ThreadPoolExecutor(1, thread_name_prefix="packs") as builder:
+        ahead: deque[Future[tuple[int, PackedBatch]]] = deque()
+        for pack in packs:
+            ahead.append(builder.submit(build, pack))
+            if len(ahead) > 1:
+                yield sent(*ahead.popleft().result())
+        while ahead:
+            yield sent(*ahead.popleft().result())
+
+
+def _each_tensor(batch: PackedBatch, change: Callable[[Tensor], Tensor]) -> PackedBatch:
+    values: dict[str, Any] = {field.name: getattr(batch, field.name) for field in fields(batch)}
+    tensors = {name: change(value) for name, value in values.items() if isinstance(value, Tensor)}
+    values.update(tensors)
+    return PackedBatch(**values)
+
+
 def _pack_loss(
     backend: TrainBackend,
-    pack: Pack,
+    batch: PackedBatch,
     step: Step,
-    table: pa.Table,
-    shape: PackShape,
     objective: Objective,
     reference: ReferenceScores | None,
 ) -> tuple[Float[Tensor, ""], dict[str, Tensor | int]]:
     """Returns the pack's share of the step's loss and of its sums."""
     loss = resolve_loss(objective.loss)
-    batch = shape.build(pack, table).to(backend.device)
     logps = pair_logps(backend.logps(batch), batch)
     scores, wins = _of_pack(objective, loss, batch, reference)
     policy, against = logps, scores
@@ -179,7 +207,7 @@ def _pack_loss(
     if objective.sft_weight and loss.per == "pair":
         share = share + objective.sft_weight * sft_loss(logps.real) / step.num_real_tokens
     with torch.no_grad():
-        sums = {"loss": total.detach(), "real_logp": logps.real.sum(), "tokens": batch.num_useful_tokens}
+        sums: dict[str, Tensor | int] = {"loss": total.detach(), "real_logp": logps.real.sum()}
         if loss.per == "pair":
             sums["generated_logp"] = logps.generated.sum()
         if scores is not None:

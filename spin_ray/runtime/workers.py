@@ -14,7 +14,7 @@ import ray.train.torch
 
 from spin_ray.config.recipe import SpinConfig
 from spin_ray.errors import HealthError, StageError, UserError, last_line, memory_advice
-from spin_ray.runtime import cpu
+from spin_ray.runtime import cpu, gpu
 from spin_ray.runtime.placement import demands, in_the_cluster
 from spin_ray.runtime.waiting import wait_until_free, while_it_moves
 
@@ -87,7 +87,11 @@ def _make_trainer(
     return _Trainer(
         _in_worker,
         # As bytes: Ray Train's controller unpickles this too, and would import all that the job knows.
-        train_loop_config={"call": ray.cloudpickle.dumps((function, job)), "threads": resources.threads},
+        train_loop_config={
+            "call": ray.cloudpickle.dumps((function, job)),
+            "threads": resources.threads,
+            "precision": train.precision,
+        },
         scaling_config=ray.train.ScalingConfig(
             num_workers=(train.min_workers, train.workers) if train.min_workers else train.workers,
             use_gpu=resources.gpus > 0,
@@ -103,7 +107,7 @@ def _make_trainer(
                 max_failures=train.max_failures, controller_failure_limit=max(3, train.max_failures)
             ),
             checkpoint_config=ray.train.CheckpointConfig(num_to_keep=1),
-            worker_runtime_env={"env_vars": {} if resources.gpus else cpu.keep_freed_memory()},
+            worker_runtime_env={"env_vars": gpu.environment() if resources.gpus else cpu.keep_freed_memory()},
         ),
     )
 
@@ -149,6 +153,7 @@ def _in_worker(loop: dict[str, Any]) -> Any:
 
     if not torch.cuda.is_available():
         torch.set_num_threads(loop["threads"])
+    gpu.check(device(), loop["precision"])
     function, job = pickle.loads(loop["call"])  # noqa: S301 (from this run's driver, through Ray)
     try:
         return function(job)

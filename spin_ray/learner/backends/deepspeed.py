@@ -18,7 +18,7 @@ from spin_ray.config.sections import OptimizerConfig
 from spin_ray.errors import ModelError
 from spin_ray.learner.adapters import add_adapters
 from spin_ray.learner.backends.base import BackendSettings, StepStats, set_learning_rate
-from spin_ray.learner.backends.modules import export, persistent, recompute_activations, trainable
+from spin_ray.learner.backends.modules import export, make_deterministic, persistent, recompute_activations, trainable
 from spin_ray.learner.batch import PackedBatch
 from spin_ray.learner.hf_folder import load_model
 from spin_ray.learner.layout import choose_layout
@@ -39,6 +39,8 @@ class DeepSpeedBackend:
     def __init__(self, model_dir: str | Path, settings: BackendSettings, device: torch.device) -> None:
         if settings.optimizer is None:
             raise ValueError("DeepSpeed is used for training only; FSDP2 scores")
+        if settings.deterministic:
+            make_deterministic()
         deepspeed = _import_deepspeed(device)
         self.device = device
         self.steps_done = 0

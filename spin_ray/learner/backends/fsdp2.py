@@ -5,6 +5,7 @@ fp32 shard ──gather, cast──> bf16 layer ──forward, backward──> b
     └──────────────────────────────────── optimizer <────────────────────────────────────────────────┘
 """
 
+import gc
 import math
 from pathlib import Path
 from typing import Any
@@ -25,8 +26,10 @@ from spin_ray.learner.backends.base import BackendSettings, StepStats, set_learn
 from spin_ray.learner.backends.modules import (
     decoder_layers,
     export,
+    make_deterministic,
     persistent,
     recompute_activations,
+    store_in_bf16,
     trainable,
 )
 from spin_ray.learner.batch import PackedBatch
@@ -41,6 +44,8 @@ class Fsdp2Backend:
     """A ``TrainBackend`` on initialised ``torch.distributed`` (gloo on CPUs, NCCL on GPUs)."""
 
     def __init__(self, model_dir: str | Path, settings: BackendSettings, device: torch.device) -> None:
+        if settings.deterministic:
+            make_deterministic()
         self.device = device
         self.steps_done = 0
         self._model_dir = model_dir
@@ -61,6 +66,12 @@ class Fsdp2Backend:
         self.layout = choice.layout
         if settings.lora is not None:
             add_adapters(self._model, settings.lora, seed=settings.seed)
+        if settings.precision == "bf16":
+            store_in_bf16(
+                parameter
+                for parameter in self._model.parameters()
+                if settings.optimizer is None or not parameter.requires_grad
+            )
         self._scorer = _shard(choice.scorer(self._model), settings, device)
         if empty is not None:
             self._fill(source)
@@ -133,6 +144,16 @@ class Fsdp2Backend:
             directory, self._model, persistent(self._model, self._shards.items()), _whole, self._model_dir,
             self._settings,
         )  # fmt: skip
+
+    def close(self) -> None:
+        """Frees the model and the optimizer's state; nothing else may be called afterwards.
+
+        FSDP2's hooks and modules refer to each other, so that the last reference alone frees nothing.
+        """
+        del self._model, self._scorer, self._shards, self._optimizer
+        gc.collect()
+        if self.device.type == "cuda":
+            torch.cuda.empty_cache()
 
     def _training(self) -> tuple[torch.optim.Optimizer, OptimizerConfig]:
         if self._optimizer is None or self._settings.optimizer is None:

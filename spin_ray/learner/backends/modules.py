@@ -1,5 +1,6 @@
 """Changes to a model that both backends make."""
 
+import os
 from collections.abc import Callable, Iterable
 from functools import partial
 from itertools import chain
@@ -28,6 +29,18 @@ def recompute_activations(model: Any) -> None:
     """
     for layer in decoder_layers(model):
         layer.forward = partial(checkpoint, layer.forward, use_reentrant=False, preserve_rng_state=False)
+
+
+def make_deterministic() -> None:
+    """Makes torch choose kernels without atomic sums; call it before the first matrix product on a card."""
+    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+    torch.use_deterministic_algorithms(True)
+
+
+def store_in_bf16(parameters: Iterable[nn.Parameter]) -> None:
+    """Halves the memory of weights that are computed in bf16 and never change; the computation's bits are the same."""
+    for parameter in parameters:
+        parameter.data = parameter.data.to(torch.bfloat16)
 
 
 def trainable(model: Any) -> list[nn.Parameter]:

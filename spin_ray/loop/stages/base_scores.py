@@ -109,6 +109,7 @@ def _worker(job: BaseScoreJob) -> int:
     steps = plan(pair_lengths([job.rows]), job.shape, epochs=1, seed=0, ranks=dist.get_world_size())[0]
     backend = Fsdp2Backend(job.model.here(), job.backend, device())
     rows, logps, _ = score_rows(backend, steps, job.rows, job.shape)
+    backend.close()
     keys = job.rows["pair_id"].take(pa.array(rows, pa.int64()))
     part = pa.table([keys, logps], schema=_SCORED)
     job.storage.replace(f"{job.target}/{part_name(dist.get_rank())}", table_to_bytes(part))

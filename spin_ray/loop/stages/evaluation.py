@@ -28,7 +28,7 @@ from spin_ray.inputs.rendering import load_tokenizer
 from spin_ray.learner.backends.base import BackendSettings
 from spin_ray.learner.backends.fsdp2 import Fsdp2Backend
 from spin_ray.learner.losses import pair_logps, response_logps
-from spin_ray.learner.step import PackShape, pair_lengths, plan
+from spin_ray.learner.step import PackShape, feed, pair_lengths, plan
 from spin_ray.report.margins import SCORE_SCHEMA, margin_measures
 from spin_ray.report.measures import distinct_ngrams, duplicate_share, standard_error, warnings
 from spin_ray.run_dir.artefact import Artefact
@@ -195,7 +195,7 @@ def _worker(job: ScoreJob) -> dict[str, float]:
         tables.append(_score_rows(backend, rows, job.shape, model.name))
         work_s += time.monotonic() - started
         tokens += sum(pc.sum(pc.list_value_length(rows[f"{name}_ids"])).as_py() for name in ("real", "generated"))
-        del backend
+        backend.close()
     job.target.replace_part(part_name(dist.get_rank()), pa.concat_tables(tables))
     dist.barrier()
     return {"tokens": tokens, "work_s": work_s, "ranks": dist.get_world_size()}
@@ -204,15 +204,17 @@ def _worker(job: ScoreJob) -> dict[str, float]:
 def _score_rows(backend: Fsdp2Backend, table: pa.Table, shape: PackShape, model: str) -> pa.Table:
     rows: list[int] = []
     columns: dict[str, list[Any]] = {name: [] for name in SCORE_SCHEMA.names[2:]}
-    for step in plan(pair_lengths([table]), shape, epochs=1, seed=0, ranks=dist.get_world_size())[0]:
-        for pack in step.for_rank(dist.get_rank(), dist.get_world_size()):
-            batch = shape.build(pack, table).to(backend.device)
-            logps = backend.score_tokens(batch)
-            real, generated = pair_logps(response_logps(logps, batch.segment, batch.num_segments), batch)
-            rows += batch.pair_row.tolist()
-            columns["real_logp"] += real.tolist()
-            columns["generated_logp"] += generated.tolist()
-            for name, segments in (("real", batch.real_segment), ("generated", batch.generated_segment)):
-                columns[f"{name}_token_logps"] += [logps[batch.segment == segment].tolist() for segment in segments]
+    rank, ranks = dist.get_rank(), dist.get_world_size()
+    steps = plan(pair_lengths([table]), shape, epochs=1, seed=0, ranks=ranks)[0]
+    packs = [pack for step in steps for pack in step.for_rank(rank, ranks)]
+    for _, batch in feed(packs, table, shape, backend.device):
+        logps = backend.score_tokens(batch)
+        real, generated = pair_logps(response_logps(logps, batch.segment, batch.num_segments), batch)
+        rows += batch.pair_row.tolist()
+        columns["real_logp"] += real.tolist()
+        columns["generated_logp"] += generated.tolist()
+        of_tokens, segment = logps.cpu(), batch.segment.cpu()  # once for all responses
+        for name, segments in (("real", batch.real_segment), ("generated", batch.generated_segment)):
+            columns[f"{name}_token_logps"] += [of_tokens[segment == number].tolist() for number in segments.tolist()]
     pair_ids = table["pair_id"].take(pa.array(rows, pa.int64()))
     return pa.table([pair_ids, [model] * len(rows), *columns.values()], schema=SCORE_SCHEMA)

@@ -1,6 +1,9 @@
 """The FSDP2 backend in this process (gloo, world size 1) against plain torch, itself resumed, and its own export."""
 
+import gc
 import json
+import os
+import weakref
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -153,6 +156,45 @@ def test_recomputing_activations_changes_no_bit(make: MakeBackend) -> None:
         train(backend, 2)
         found.append(scores(backend))
     assert_same_bits(*found)
+
+
+def test_a_scorer_in_bf16_gives_the_bits_of_training_with_half_the_memory(make: MakeBackend) -> None:
+    trains, only_scores = make(precision="bf16"), make(precision="bf16", optimizer=None)
+    assert {shard.dtype for shard in only_scores._shards.values()} == {torch.bfloat16}
+    assert {shard.dtype for shard in trains._shards.values()} == {torch.float32}
+    assert_same_bits(scores(only_scores), scores(trains))
+
+
+@pytest.mark.parametrize("optimizer", [None, "adamw"])
+def test_a_closed_backend_leaves_no_parameter_behind(make: MakeBackend, optimizer: str | None) -> None:
+    """Without the collector's help: it is switched off but for the call in ``close``."""
+    gc.collect()
+    gc.disable()
+    try:
+        backend = make(optimizer=optimizer)
+        if optimizer:
+            train(backend, 1)
+        scores(backend)
+        kept = [weakref.ref(tensor) for tensor in backend._shards.values()]
+        backend.close()
+        assert not [reference for reference in kept if reference() is not None]
+    finally:
+        gc.enable()
+
+
+def test_the_deterministic_switch_forbids_kernels_of_no_fixed_order(
+    make: MakeBackend, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delenv("CUBLAS_WORKSPACE_CONFIG", raising=False)
+    expected = scores(make())
+    try:
+        backend = make(deterministic=True)
+        assert torch.are_deterministic_algorithms_enabled()
+        assert os.environ["CUBLAS_WORKSPACE_CONFIG"] == ":4096:8"
+        assert_same_bits(scores(backend), expected)
+        train(backend, 1)
+    finally:
+        torch.use_deterministic_algorithms(False)
 
 
 @pytest.mark.parametrize("name", ["rmsprop", "adamw"])

@@ -12,7 +12,7 @@ from spin_ray.learner.backends.base import StepStats
 from spin_ray.learner.losses import LOSSES, geometric_reference, segment_lengths, square_loss
 from spin_ray.learner.metrics import step_metrics
 from spin_ray.learner.packing import build_pack, plan_epoch
-from spin_ray.learner.step import Objective, PackShape, ReferenceScores, _pack_loss
+from spin_ray.learner.step import Objective, PackShape, ReferenceScores, _pack_loss, feed
 from tests.support.learner_cases import Row, lengths_of, table_of
 
 torch.set_num_threads(1)
@@ -43,7 +43,9 @@ def pack_loss(objective: Objective, logps: Tensor, reference: ReferenceScores | 
     # Segments are numbered in pack order, which puts the larger tree first.
     order = [0, 1, 2, 3, 4] if pack[0][0] == 0 else [3, 4, 0, 1, 2]
     backend = SimpleNamespace(device=torch.device("cpu"), logps=lambda batch: logps[order])
-    return _pack_loss(backend, pack, step, table_of(ROWS), shape, objective, reference)  # type: ignore[arg-type]
+    ((tokens, batch),) = feed((pack,), table_of(ROWS), shape, backend.device)
+    share, sums = _pack_loss(backend, batch, step, objective, reference)  # type: ignore[arg-type]
+    return share, sums | {"tokens": tokens}
 
 
 @pytest.mark.parametrize("length_normalised", [False, True])

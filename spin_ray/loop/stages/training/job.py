@@ -52,7 +52,7 @@ class TrainJob:
             "epochs": self.epochs, "learning_rate": self.backend.learning_rate, "seed": self.seed,
             "pack_length": self.shape.pack_length, "global_batch_pairs": self.shape.global_batch_pairs,
             "precision": self.backend.precision, "attention": self.backend.attention,
-            "optimizer": optimizer.model_dump(mode="json") if optimizer else None,
+            "optimizer": optimizer.model_dump(mode="json", exclude_none=True) if optimizer else None,
         }  # fmt: skip
 
     def identity(self) -> dict[str, Any]:
