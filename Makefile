@@ -8,7 +8,7 @@ RUN := runs
 
 .DEFAULT_GOAL := help
 .NOTPARALLEL:
-.PHONY: help setup demo demo-report serve-demo arena-picture smoke test chaos audit check lint bench peers quality format lock clean
+.PHONY: help setup demo demo-report serve-demo arena-picture smoke test chaos audit check lint bench gpu-bench peers quality format lock clean
 
 help: ## List the targets
 	@awk -F ':.*## ' '/^[a-z0-9-]+:.*## / { printf "make %-10s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -77,6 +77,10 @@ bench: $(READY) $(DATA) ## The quicker benchmarks (not TRL); DATA=FILE.jsonl tak
 	$(BIN)/python benchmarks/size.py
 	$(BIN)/python benchmarks/iteration_against_authors.py --data $(DATA) --pack-length 4096
 	$(BIN)/python benchmarks/tables.py results
+
+GPU_PYTHON ?= python3
+gpu-bench: ## Everything that a GPU must prove, in under 8 minutes on one card; GPU_PYTHON has torch with CUDA
+	$(GPU_PYTHON) benchmarks/gpu.py
 
 $(RUN)/bench/chitchat.jsonl: $(READY)
 	$(BIN)/python benchmarks/make_data.py $@

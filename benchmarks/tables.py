@@ -2,6 +2,7 @@
 
     python benchmarks/tables.py results            # prints results/bench.json
     python benchmarks/tables.py sizes [--write]    # the table of docs/cluster.md; nothing is run
+    python benchmarks/tables.py rates              # planning/rates.json, from results/gpu.json
 
 ``put`` writes a table into a page, between ``<!-- NAME: by `COMMAND` -->`` and ``<!-- end of NAME -->``.
 """
@@ -11,6 +12,7 @@ import json
 import re
 import tempfile
 from pathlib import Path
+from typing import Any
 
 from harness import RESULTS
 from rich.console import Console
@@ -18,7 +20,7 @@ from rich.table import Table
 
 from spin_ray.config.load import load_config
 from spin_ray.planning.cluster import Cluster
-from spin_ray.planning.hardware import GB
+from spin_ray.planning.hardware import DEVICE_NAMES, GB
 from spin_ray.planning.plan import Given, check_memory, read_shape, read_work
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -27,11 +29,16 @@ CLUSTER_PAGE = ROOT / "docs" / "cluster.md"
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("table", choices=["results", "sizes"])
+    parser.add_argument("table", choices=["results", "sizes", "rates"])
     parser.add_argument("--write", action="store_true", help="put the table of sizes into docs/cluster.md")
     options = parser.parse_args()
     if options.table == "results":
         print_results()
+        return
+    if options.table == "rates":
+        rates = measured_rates(json.loads((RESULTS / "gpu.json").read_text())["rows"])
+        (ROOT / "spin_ray/planning/rates.json").write_text(json.dumps({"rates": rates}, indent=1) + "\n")
+        print(f"spin_ray/planning/rates.json: {len(rates)} rates")
         return
     table = sizes()
     print(table)
@@ -64,6 +71,21 @@ def print_results() -> None:
         shown = (row["id"], f"{row['value']:g}", row["target"], met, spread, str(row["runs"]))
         table.add_row(*shown, row["measured"], row["commit"])
     Console(width=160).print(table)
+
+
+BEST_ROW = re.compile(r"1.5B, 130/256, best: (training|scoring), MFU of the data sheet")
+
+
+def measured_rates(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Returns what ``planning.rates`` reads: the shares of the data sheet that cards of the plan have shown."""
+    return [
+        {
+            "card": DEVICE_NAMES[row["card"]], "stage": found[1], "parameters": 1.54e9, "mfu": row["value"],
+            "measured": row["measured"], "commit": row["commit"],
+        }
+        for row in rows
+        if (found := BEST_ROW.fullmatch(row["id"])) and row["card"] in DEVICE_NAMES and row["value"]
+    ]  # fmt: skip
 
 
 LLAMA_70B = {

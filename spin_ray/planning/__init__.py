@@ -1,7 +1,7 @@
 """Predicted cost of a recipe on a cluster: time, memory, and what would make it fit.
 
     plan ──> tables, paper, remedies ──> run_cost ──> learner_cost, generation_cost ──> work, stage_cost
-                                     └─> cluster                                    └─> hardware, model_shape
+                                     └─> cluster                                    └─> hardware, rates, model_shape
 
 Arithmetic only: no Ray, no torch.
 """

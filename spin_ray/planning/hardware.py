@@ -30,10 +30,12 @@ class Hardware:
     """Bytes/s."""
     link: float
     """Bytes/s within a node, one direction."""
+    efficiency: float = COMPUTE_EFFICIENCY
+    """Share of the peak that programs reach: an assumption, unless ``rates`` has a measurement."""
 
     def seconds(self, flops: float, precision: str) -> float:
         peak = self.fp32 if precision in ("fp32", "float32") else self.bf16
-        return flops / (peak * COMPUTE_EFFICIENCY)
+        return flops / (peak * self.efficiency)
 
     def reading(self, count: float) -> float:
         return count / (self.bandwidth * BANDWIDTH_EFFICIENCY)
@@ -63,7 +65,30 @@ GPUS = {
         Hardware(name="A100-80G", bf16=312e12, fp32=19.5e12, memory=80 * GB, bandwidth=2039 * GB, link=300 * GB),
         Hardware(name="A100-40G", bf16=312e12, fp32=19.5e12, memory=40 * GB, bandwidth=1555 * GB, link=300 * GB),
         Hardware(name="H100-80G", bf16=989e12, fp32=67e12, memory=80 * GB, bandwidth=3350 * GB, link=450 * GB),
+        Hardware(name="H200", bf16=989e12, fp32=67e12, memory=141 * GB, bandwidth=4800 * GB, link=450 * GB),
+        Hardware(name="B200", bf16=2250e12, fp32=75e12, memory=180 * GB, bandwidth=8000 * GB, link=900 * GB),
         Hardware(name="L4", bf16=121e12, fp32=30.3e12, memory=24 * GB, bandwidth=300 * GB, link=32 * GB),
+        Hardware(name="L40S", bf16=362e12, fp32=91.6e12, memory=48 * GB, bandwidth=864 * GB, link=32 * GB),
+        Hardware(name="RTX-4090", bf16=165.2e12, fp32=82.6e12, memory=24 * GB, bandwidth=1008 * GB, link=32 * GB),
+        Hardware(name="RTX-5090", bf16=209.5e12, fp32=104.8e12, memory=32 * GB, bandwidth=1792 * GB, link=64 * GB),
     )
 }
-"""Data sheets of NVIDIA: SXM boards, and L4 with PCIe 4.0 x16."""
+"""Dense rates of NVIDIA's data sheets; RTX cards with sums in fp32. None is measured here.
+
+A100, H100, H200: data sheets of the SXM boards (2021, 2022, 2024). B200: a GPU of DGX B200 (data sheet, 2024).
+L4, L40S: data sheets (2023), PCIe 4.0 x16. RTX 4090: white paper of Ada (2022).
+RTX 5090: white paper of RTX Blackwell (2025), PCIe 5.0 x16.
+"""
+
+DEVICE_NAMES = {
+    "NVIDIA A100-SXM4-80GB": "A100-80G",
+    "NVIDIA A100-SXM4-40GB": "A100-40G",
+    "NVIDIA H100 80GB HBM3": "H100-80G",
+    "NVIDIA H200": "H200",
+    "NVIDIA B200": "B200",
+    "NVIDIA L4": "L4",
+    "NVIDIA L40S": "L40S",
+    "NVIDIA GeForce RTX 4090": "RTX-4090",
+    "NVIDIA GeForce RTX 5090": "RTX-5090",
+}
+"""Names in ``GPUS`` by the driver's names. Boards with other rates (H100 PCIe) are left out."""

@@ -9,6 +9,7 @@ from spin_ray.config.recipe import SpinConfig
 from spin_ray.config.sections import OptimizerConfig
 from spin_ray.planning.hardware import Hardware
 from spin_ray.planning.model_shape import ModelShape
+from spin_ray.planning.rates import at_measured_rate
 from spin_ray.planning.stage_cost import RUNTIME, StageCost
 from spin_ray.planning.work import Packs, Work, heldout_packs
 
@@ -58,6 +59,7 @@ def _learner_cost(
     backward: bool = False,
 ) -> StageCost:
     flops = pack_flops(config, shape, packs.length, packs.targets, backward=backward)
+    device = at_measured_rate(device, "training" if backward else "scoring", shape.parameters, config.train.precision)
     compute = device.seconds(packs.per_rank * flops, config.train.precision)
     traffic = device.sending(step_traffic(config, shape, packs.per_rank, backward=backward))
     return StageCost(

@@ -6,8 +6,9 @@ from rich.table import Table
 
 from spin_ray.config.recipe import SpinConfig
 from spin_ray.planning.cluster import Cluster
-from spin_ray.planning.hardware import GB
+from spin_ray.planning.hardware import COMPUTE_EFFICIENCY, GB
 from spin_ray.planning.model_shape import ModelShape
+from spin_ray.planning.rates import rate_of
 from spin_ray.planning.run_cost import Phase
 from spin_ray.planning.stage_cost import StageCost
 from spin_ray.planning.work import Work
@@ -52,6 +53,8 @@ def notes(config: SpinConfig, shape: ModelShape, cluster: Cluster, work: Work) -
         f"{work.real:.0f} tokens; y′ of {work.generated:.0f} (as long as y, cut at max_tokens); "
         f"{work.heldout_rows} held-out rows."
     )
+    if cluster.gpu:
+        yield from _rates(config, shape, cluster.gpu)
     if config.train.backend == "deepspeed":
         loading = config.train.workers * 4 * shape.parameters / min(cluster.nodes, config.train.workers)
         yield (
@@ -67,6 +70,21 @@ def notes(config: SpinConfig, shape: ModelShape, cluster: Cluster, work: Work) -
             f"Held-out rows are not counted: {config.data.heldout} is not on this machine and evaluation.max_rows is "
             "not set."
         )
+
+
+def _rates(config: SpinConfig, shape: ModelShape, gpu: str) -> Iterator[str]:
+    """Yields what share of the card's data sheet the times of each stage take, and where it was measured."""
+    assumed = []
+    for stage in ("training", "scoring"):
+        rate = rate_of(gpu, stage, shape.parameters) if config.train.precision == "bf16" else None
+        if rate:
+            yield f"Rate of {stage}: {rate.mfu:.2f} of the data sheet's, measured ({rate})."
+        else:
+            assumed.append(stage)
+    yield (
+        f"Rate of {', '.join([*assumed, 'generation'])}: {COMPUTE_EFFICIENCY:.2f} of the data sheet's, an assumption; "
+        f"not measured on {gpu} for a model of this size."
+    )
 
 
 def purposes(stage: StageCost) -> str:

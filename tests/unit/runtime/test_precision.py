@@ -152,7 +152,7 @@ def test_every_stage_and_run_json_get_what_the_driver_settled(machine, monkeypat
     config = config_of(
         model={"path": "embedded:tiny-llama", "max_length": 256},
         data={"train": "embedded:arithmetic-train", "max_rows": 4},
-        train={"precision": "auto"},
+        train={"precision": "auto", "global_batch_pairs": 4},
         generation={"sampling": {"max_tokens": 24}},
     )
     run = run_spin(config, tmp_path / "run").run

@@ -1,0 +1,152 @@
+"""Does it run on a GPU, is it right there, and how fast is it? One command, under eight minutes on a card of 80 GB.
+
+    python benchmarks/gpu.py                       # every step, in order
+    python benchmarks/gpu.py --only step           # one again; its rows replace the earlier ones
+    python benchmarks/gpu.py --tiny --out FOLDER   # every branch on a CPU with toy sizes: a rehearsal, no measurement
+
+    step        budget  question
+    machine      25 s   is the card fit for it, and what do its matrix products reach?
+    probe        20 s   which kernels of SDPA take a sliced mask, and does the layout probe pass?
+    attention    50 s   how fast and exact is each way to attend?
+    parity       60 s   packs against one by one, step 0, training beside a CPU, resume, export, NCCL
+    step        130 s   what does each change give to a step of 1.5B parameters, and where does its time go?
+    trl          80 s   the same pairs through TRL, at its best and at its defaults
+    adapters     35 s   7B with adapters on one card
+    job          75 s   a whole run with Ray, transformers in vLLM's place, a killed worker
+
+Rows go to results/gpu.json and the page results/gpu.md after each measure. A step that cannot run says why in a row.
+Times are budgets: what does not fit is cut, and says so.
+"""
+
+import argparse
+import json
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+from gpu_steps.child import ROOT, Child, Context, module_of, run_items
+from gpu_steps.rows import Measure, Results, line
+
+BUDGET_S = {
+    "machine": 25, "probe": 20, "attention": 50, "parity": 60, "step": 130, "trl": 80, "adapters": 35, "job": 75,
+}  # fmt: skip
+"""Seconds of each step, start of its processes included. Their sum is under eight minutes."""
+
+
+def main() -> None:
+    options = parse()
+    if options.child:
+        context = Context(tiny=options.tiny, work=options.work)
+        run_items(options.child, json.loads(options.items), context, options.reply)
+        return
+    if not options.tiny and (why := why_no_card()):
+        print(f"error: {why}", file=sys.stderr)
+        raise SystemExit(2)
+    with tempfile.TemporaryDirectory(prefix="gpu-bench-", dir=options.work) as folder:
+        context = Context(tiny=options.tiny, work=Path(folder))
+        results = Results(options.out, facts())
+        (context.work / "results").write_text(str(options.out.resolve()))
+        for step in options.only or BUDGET_S:
+            run_step(step, context, results, options.budget_factor * BUDGET_S[step])
+    missed = [row["id"] for row in results.rows if row["met"] is False]
+    print(f"{options.out / 'gpu.json'}: {len(results.rows)} rows; targets missed: {', '.join(missed) or 'none'}")
+
+
+def parse() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--tiny", action="store_true", help="toy sizes on the CPU; needs --out")
+    parser.add_argument("--only", action="append", choices=list(BUDGET_S), help="a step; may be given again")
+    parser.add_argument("--out", type=Path, help="folder of gpu.json and gpu.md; results/ if not given")
+    parser.add_argument("--work", type=Path, help="folder for models that are made (20 GB)")
+    parser.add_argument("--budget-factor", type=float, default=1.0, help="for slower cards: times every budget")
+    for hidden in ("--child", "--items"):
+        parser.add_argument(hidden, help=argparse.SUPPRESS)
+    parser.add_argument("--reply", type=int, help=argparse.SUPPRESS)
+    options = parser.parse_args()
+    if options.tiny and not (options.out or options.child):
+        parser.error("--tiny measures nothing; give --out FOLDER, so that results/ keeps what a card has shown")
+    options.out = options.out or ROOT / "benchmarks/results"
+    return options
+
+
+def run_step(step: str, context: Context, results: Results, budget_s: float) -> None:
+    """Runs all items of a step, in as many processes as it takes, and adds their rows."""
+    deadline = time.monotonic() + budget_s
+    waiting = list(module_of(step).ITEMS)
+    log = results.folder / f".gpu-{step}.log"
+    log.unlink(missing_ok=True)
+    while waiting:
+        if time.monotonic() >= deadline:
+            results.forget(step, waiting)
+            for item in waiting:
+                add(results, step, item, failed(item, f"not run: the {budget_s:.0f} s of {step} were spent"))
+            return
+        begun: list[str] = []
+        for item, message in Child(step=step, items=waiting, context=context, log=log).messages(deadline):
+            if item not in begun:
+                results.forget(step, [item])
+                begun.append(item)
+            if "row" in message:
+                add(results, step, item, Measure(**message["row"]))
+            if "failed" in message:
+                add(results, step, item, failed(item, message["failed"]))
+        waiting = waiting[len(begun) :]
+
+
+def failed(item: str, why: str) -> Measure:
+    return Measure(id=item, value=None, unit="failed", note=why)
+
+
+def add(results: Results, step: str, item: str, measure: Measure) -> None:
+    results.add(step, item, measure)
+    print(line(step, measure), flush=True)
+
+
+def why_no_card() -> str | None:
+    """Returns why nothing can be measured here, in one line, or None."""
+    import torch
+
+    if torch.version.cuda is None:
+        return (
+            f"torch {torch.__version__} is built without CUDA; install a CUDA build, or rehearse with --tiny --out DIR"
+        )
+    try:
+        torch.cuda.init()
+    except Exception as error:
+        return f"no usable CUDA card: {str(error).splitlines()[0]}; update the driver or rehearse with --tiny --out DIR"
+    major, minor = torch.cuda.get_device_capability()
+    if major < 8:
+        name = torch.cuda.get_device_name()
+        return f"{name} has compute capability {major}.{minor}; bf16 and the attention kernels need 8.0 (A100) or newer"
+    return None
+
+
+def facts() -> dict[str, object]:
+    from importlib.metadata import PackageNotFoundError, version
+
+    import torch
+
+    versions = {"python": sys.version.split()[0], "cuda": torch.version.cuda or "none"}
+    for package in ("torch", "transformers", "triton", "ray", "trl", "liger-kernel", "peft"):
+        try:
+            versions[package] = version(package)
+        except PackageNotFoundError:
+            versions[package] = "not there"
+    card = torch.cuda.get_device_name() if torch.cuda.is_available() else "CPU (rehearsal)"
+    return {"card": card, "versions": versions, "commit": commit()}
+
+
+def commit() -> str:
+    try:
+        asked = subprocess.run(
+            ["git", "describe", "--always", "--dirty"], cwd=ROOT, capture_output=True, text=True, check=False
+        )
+    except FileNotFoundError:
+        return "unknown"
+    return asked.stdout.strip() or "unknown"
+
+
+if __name__ == "__main__":
+    main()

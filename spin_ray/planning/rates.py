@@ -1,0 +1,59 @@
+"""Rates of training and scoring that were measured on a card.
+
+``rates.json`` is written by ``python benchmarks/tables.py rates`` from the results of ``make gpu-bench``.
+"""
+
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from functools import cache
+from math import log
+from pathlib import Path
+
+from spin_ray.planning.hardware import Hardware
+
+SIMILAR_SIZE = 4.0
+"""Largest ratio of two models' parameters at which the rate of one is taken for the other."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class MeasuredRate:
+    card: str
+    """Name in ``hardware.GPUS``."""
+    stage: str
+    """``training`` or ``scoring``, in bf16."""
+    parameters: float
+    mfu: float
+    """FLOPs that the model needs, over time and the data sheet's dense bf16 rate."""
+    measured: str
+    """Date."""
+    commit: str
+
+    def __str__(self) -> str:
+        return f"{self.card}, {self.parameters / 1e9:.2g}B parameters, {self.measured}, commit {self.commit}"
+
+
+@cache
+def known_rates() -> tuple[MeasuredRate, ...]:
+    table = json.loads(Path(__file__).with_name("rates.json").read_text())
+    return tuple(MeasuredRate(**row) for row in table["rates"])
+
+
+def rate_of(
+    card: str, stage: str, parameters: float, rates: Sequence[MeasuredRate] | None = None
+) -> MeasuredRate | None:
+    """Returns the card's measurement of the stage with the most similar size of model, None if there is none."""
+
+    def distance(rate: MeasuredRate) -> float:
+        return abs(log(rate.parameters / parameters))
+
+    measured = known_rates() if rates is None else rates
+    same = [rate for rate in measured if (rate.card, rate.stage) == (card, stage)]
+    nearest = min(same, key=distance, default=None)
+    return nearest if nearest and distance(nearest) <= log(SIMILAR_SIZE) else None
+
+
+def at_measured_rate(device: Hardware, stage: str, parameters: float, precision: str) -> Hardware:
+    """Returns the device with the measured share of its peak, or unchanged where none was measured."""
+    rate = rate_of(device.name, stage, parameters) if precision == "bf16" else None
+    return replace(device, efficiency=rate.mfu) if rate else device

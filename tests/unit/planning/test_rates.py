@@ -1,0 +1,52 @@
+"""Rates that a card has shown, in place of the assumption."""
+
+import pytest
+
+from spin_ray.planning import rates
+from spin_ray.planning.hardware import COMPUTE_EFFICIENCY, DEVICE_NAMES, GPUS
+from spin_ray.planning.learner_cost import scoring_cost, training_cost
+from spin_ray.planning.model_shape import MISTRAL_7B
+from spin_ray.planning.rates import MeasuredRate, rate_of
+from spin_ray.planning.work import pair_packs
+from tests.support.paths import RECIPES
+from tests.support.planning_cases import A100, PAPER_WORK, RMSPROP, ZEPHYR, devices
+
+MEASURED = MeasuredRate(
+    card="A100-80G", stage="training", parameters=7e9, mfu=0.5, measured="2026-01-02", commit="abc1234"
+)
+
+
+@pytest.fixture
+def one_measurement(monkeypatch):
+    monkeypatch.setattr(rates, "known_rates", lambda: (MEASURED,))
+
+
+def test_the_stage_that_was_measured_takes_its_rate_and_no_other_does(one_measurement):
+    """0.5 of the peak in place of 0.4 makes the steps, but not the start of the workers, 0.8 of the time."""
+    packs = pair_packs(ZEPHYR, PAPER_WORK, 0)
+    device = devices(A100).train
+    training = training_cost(ZEPHYR, MISTRAL_7B, device, packs, 1, RMSPROP)
+    scoring = scoring_cost(ZEPHYR, MISTRAL_7B, device, packs)
+    per_flop = 1 / (device.bf16 * ZEPHYR.train.workers)
+    assert training.seconds - 20 == pytest.approx(training.flops * per_flop / 0.5)
+    assert scoring.seconds == pytest.approx(scoring.flops * per_flop / COMPUTE_EFFICIENCY)
+
+
+@pytest.mark.parametrize(
+    ("card", "stage", "parameters"),
+    [("H100-80G", "training", 7e9), ("A100-80G", "scoring", 7e9), ("A100-80G", "training", 1.5e9)],
+)
+def test_no_rate_is_taken_from_another_card_stage_or_size(card, stage, parameters):
+    assert rate_of(card, stage, parameters, [MEASURED]) is None
+
+
+def test_the_plan_names_the_card_and_the_date_of_a_rate(one_measurement, call, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "200")
+    options = ("--prompt-tokens", "130", "--response-tokens", "256")
+    _, out, _ = call("plan", RECIPES / "zephyr_7b.yaml", "--gpu", "A100-80G", *options)
+    assert "Rate of training: 0.50 of the data sheet's, measured (A100-80G, 7B parameters, 2026-01-02" in out
+    assert "Rate of scoring, generation: 0.40 of the data sheet's, an assumption; not measured on A100-80G" in out
+
+
+def test_cards_by_the_drivers_names_are_known():
+    assert set(DEVICE_NAMES.values()) == set(GPUS)
