@@ -1,6 +1,6 @@
 """Processes of a real run (Ray, vLLM, FSDP2) are killed with SIGKILL at random moments: the run ends as if nothing was.
 
-CI kills a few; `make chaos` one after another of all kinds, for as long as it is told.
+`make chaos` kills one after another of all kinds, for as long as it is told: each costs a minute, too long for CI.
 """
 
 import os
@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.support.rough_run import KINDS, run_calmly, run_for, run_roughly
+from tests.support.rough_run import run_calmly, run_for
 
 pytestmark = pytest.mark.e2e
 
@@ -26,15 +26,6 @@ def chance() -> random.Random:
     seed = int(os.environ.get("CHAOS_SEED") or time.time_ns() % 2**32)
     print(f"\nCHAOS_SEED={seed}", flush=True)
     return random.Random(seed)
-
-
-@pytest.mark.timeout(900)
-def test_a_run_whose_processes_are_killed_ends_as_if_nothing_was(
-    tmp_path: Path, calm: dict[str, str], chance: random.Random
-) -> None:
-    """One of generation, one of training, and a node, the head or the driver."""
-    kinds = [chance.choice(KINDS[:2]), chance.choice(KINDS[2:4]), chance.choice(KINDS[4:])]
-    run_roughly(tmp_path, calm, kinds, chance)
 
 
 @pytest.mark.skipif("CHAOS_S" not in os.environ, reason="make chaos sets how many seconds it may take")
