@@ -8,7 +8,7 @@ import signal
 import sys
 import time
 from pathlib import Path
-from typing import IO, Any
+from typing import IO, TYPE_CHECKING, Any
 
 import click
 from rich.console import Console
@@ -17,8 +17,12 @@ from spin_ray.config.load import load_config, override
 from spin_ray.config.recipe import SpinConfig
 from spin_ray.errors import StageError, UserError
 
+if TYPE_CHECKING:
+    from spin_ray.run_dir.run_dir import RunDir
+
 EXIT_FAILED, EXIT_BAD_INPUT = 1, 2
 FOLLOW_EVERY_S = 5
+REPORT = "report.html"
 
 _OVERRIDES = {"ignore_unknown_options": True, "allow_extra_args": False}
 
@@ -53,18 +57,19 @@ def run(recipe: str, out: str, overrides: tuple[str, ...]) -> None:
 @cli.command()
 @click.argument("run_folder", metavar="RUN")
 @click.option("--follow", is_flag=True, help="Show the status again every few seconds while a stage runs.")
-def status(run_folder: str, follow: bool) -> None:
+@click.option("--json", "as_json", is_flag=True, help="Print one JSON object, with --follow one a look.")
+def status(run_folder: str, follow: bool, as_json: bool) -> None:
     """Show the progress of a run: measures, rates, time left."""
-    from spin_ray.report.status import is_running, print_status
-    from spin_ray.run_dir.object_storage import open_storage
-    from spin_ray.run_dir.run_dir import RunDir
+    from spin_ray.report.status import is_running
+    from spin_ray.run_dir.run_dir import open_run
 
-    run, console = RunDir(open_storage(run_folder)), Console()
-    print_status(run, console)
+    run, console = open_run(run_folder), Console()
+    _show_status(run, console, as_json)
     while follow and is_running(run):
         time.sleep(FOLLOW_EVERY_S)
-        console.clear()
-        print_status(run, console)
+        if not as_json:
+            console.clear()
+        _show_status(run, console, as_json)
 
 
 @cli.command("eval")
@@ -77,16 +82,16 @@ def status(run_folder: str, follow: bool) -> None:
 @click.option("--limit", type=click.IntRange(min=1), default=None, help="Number of rows of each task, for a trial.")
 @click.option("--chat", is_flag=True, help="Ask each question as a chat message.")
 @click.option("--max-length", type=click.IntRange(min=2), default=None, help="Longest question + answer, in tokens.")
-def evaluate(run_folder: str, tasks: str, iterate: str, include: str | None, **options: Any) -> None:
+@click.option("--json", "as_json", is_flag=True, help="Print one JSON object: results by iterate and task.")
+def evaluate(run_folder: str, tasks: str, iterate: str, include: str | None, as_json: bool, **options: Any) -> None:
     """Run lm-eval benchmarks on iterates of RUN and write the results to RUN/<iterate>/eval.json."""
     from spin_ray.report import benchmarks
     from spin_ray.report.history import find_iterate, model_path
     from spin_ray.run_dir.names import iterate_name
-    from spin_ray.run_dir.run_dir import RunDir
-    from spin_ray.run_dir.storage import Storage
+    from spin_ray.run_dir.run_dir import open_run
 
-    run = RunDir(Storage(run_folder))
-    config = run.config()
+    run = open_run(run_folder)
+    config, found = run.config(), {}
     for wanted in iterate.split(","):
         number = find_iterate(run, wanted)
         request = benchmarks.request_for(
@@ -97,8 +102,11 @@ def evaluate(run_folder: str, tasks: str, iterate: str, include: str | None, **o
             include=benchmarks.task_folder(include),
             **options,
         )
-        results = benchmarks.run(run, config, number, request)
-        benchmarks.print_results(iterate_name(number), results, Console())
+        found[iterate_name(number)] = benchmarks.run(run, config, number, request)
+        if not as_json:
+            benchmarks.print_results(iterate_name(number), found[iterate_name(number)], Console())
+    if as_json:
+        click.echo(json.dumps(found, indent=1))
 
 
 @cli.command("judge")
@@ -112,10 +120,9 @@ def judge_(run_folder: str, iterates: tuple[str, str], endpoint: str, model: str
     from spin_ray.report import judge
     from spin_ray.report.history import find_iterate
     from spin_ray.run_dir.names import iterate_name
-    from spin_ray.run_dir.run_dir import RunDir
-    from spin_ray.run_dir.storage import Storage
+    from spin_ray.run_dir.run_dir import open_run
 
-    run = RunDir(Storage(run_folder))
+    run = open_run(run_folder)
     one, other = (iterate_name(find_iterate(run, iterate)) for iterate in iterates)
     found = judge.run(run, run.config(), one, other, judge.Judge(endpoint=endpoint, model=model), limit)
     click.echo(json.dumps(found, indent=1))
@@ -126,12 +133,17 @@ def judge_(run_folder: str, iterates: tuple[str, str], endpoint: str, model: str
 @click.option("--out", default=None, help="File of the page. Not given: report.html in the first run's folder.")
 def report(run_folders: tuple[str, ...], out: str | None) -> None:
     """Write one self-contained HTML page about a run, or several runs to compare. They may still be running."""
-    from spin_ray.report.page import write_report
-    from spin_ray.run_dir.run_dir import RunDir
-    from spin_ray.run_dir.storage import Storage
+    from spin_ray.report.page import report_page, write_report
+    from spin_ray.run_dir.run_dir import open_run
 
-    runs = [RunDir(Storage(folder)) for folder in run_folders]
-    click.echo(write_report(runs, Path(out) if out else runs[0].storage.path("report.html")))
+    runs = [open_run(folder) for folder in run_folders]
+    if out is None:
+        runs[0].storage.replace(REPORT, report_page(runs).encode())
+        click.echo(runs[0].storage.where(REPORT))
+    elif "://" in out:
+        raise UserError(f"--out {out}: is no file of this machine; without --out the page goes to the first run")
+    else:
+        click.echo(write_report(runs, Path(out)))
 
 
 @cli.command("export")
@@ -143,10 +155,9 @@ def report(run_folders: tuple[str, ...], out: str | None) -> None:
 def export_(run_folder: str, iterate: str, target: str) -> None:
     """Copy an iterate with a model card to a folder or a Hugging Face hub."""
     from spin_ray.report.export import export
-    from spin_ray.run_dir.run_dir import RunDir
-    from spin_ray.run_dir.storage import Storage
+    from spin_ray.run_dir.run_dir import open_run
 
-    click.echo(export(RunDir(Storage(run_folder)), iterate, target))
+    click.echo(export(open_run(run_folder), iterate, target))
 
 
 @cli.command(context_settings=_OVERRIDES)
@@ -157,6 +168,7 @@ def export_(run_folder: str, iterate: str, target: str) -> None:
 @click.option("--rows", type=click.IntRange(min=1), default=None, help="Training rows. Not given: those of the data.")
 @click.option("--prompt-tokens", type=click.FloatRange(min=1), default=None, help="Mean length. Not given: measured.")
 @click.option("--response-tokens", type=click.FloatRange(min=1), default=None, help="Mean length. Not given: measured.")
+@click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")
 @click.argument("overrides", nargs=-1, type=click.UNPROCESSED)
 def plan(
     recipe: str,
@@ -166,6 +178,7 @@ def plan(
     rows: int | None,
     prompt_tokens: float | None,
     response_tokens: float | None,
+    as_json: bool,
     overrides: tuple[str, ...],
 ) -> None:
     """Predict hours and memory of RECIPE, and refuse what cannot fit. Runs nothing.
@@ -174,10 +187,14 @@ def plan(
     """
     config = load_config(recipe, _parse_overrides(overrides))
     from spin_ray.planning.plan import Cluster, Given, print_plan
+    from spin_ray.planning.plan import as_json as plan_as_json
 
     cluster = Cluster(nodes=nodes, gpu=gpu, gpus_per_node=gpus_per_node)
     given = Given(rows=rows, prompt_tokens=prompt_tokens, response_tokens=response_tokens)
-    print_plan(config, cluster, given, Console())
+    if as_json:
+        click.echo(json.dumps(plan_as_json(config, cluster, given), indent=1))
+    else:
+        print_plan(config, cluster, given, Console())
 
 
 @cli.command(context_settings=_OVERRIDES)
@@ -190,7 +207,7 @@ def doctor(recipe: str, out: str | None, every_row: bool, as_json: bool, overrid
     """Check RECIPE before it runs: values, data, model, chat template, storage, versions, resources."""
     config = load_config(recipe, _parse_overrides(overrides))
     # A long line of a path or reason stays one line; --json prints nothing before its object.
-    found = _doctor(config, Path(out) if out else None, Console(quiet=as_json, soft_wrap=True), every_row)
+    found = _doctor(config, out, Console(quiet=as_json, soft_wrap=True), every_row)
     if as_json:
         click.echo(json.dumps(found, indent=1))
 
@@ -205,10 +222,9 @@ def serve(run_folder: str, models: str | None, port: int | None, overrides: tupl
 
     OVERRIDES change single values of the recipe: --serving.max_tokens=256
     """
-    from spin_ray.run_dir.run_dir import RunDir
-    from spin_ray.run_dir.storage import Storage
+    from spin_ray.run_dir.run_dir import open_run
 
-    run = RunDir(Storage(run_folder))
+    run = open_run(run_folder)
     settings = _parse_overrides(overrides)
     settings |= {} if models is None else {"serving.models": f"[{models}]"}
     settings |= {} if port is None else {"serving.port": str(port)}
@@ -234,10 +250,9 @@ def compare(
     run_folder: str, prompts: Path, models: str, out: IO[str], overrides: tuple[str, ...], **sampling: Any
 ) -> None:
     """Let iterates of RUN answer the same prompts with the same seeds, side by side."""
-    from spin_ray.run_dir.run_dir import RunDir
-    from spin_ray.run_dir.storage import Storage
+    from spin_ray.run_dir.run_dir import open_run
 
-    run = RunDir(Storage(run_folder))
+    run = open_run(run_folder)
     config = override(run.config(), _parse_overrides(overrides) | {"serving.models": f"[{models}]"})
     from spin_ray.serving.batch import compare_file
 
@@ -257,7 +272,7 @@ def serve_key(name: str, per_minute: int | None) -> None:
     click.echo(f"key of {name}, shown only now: {key}", err=True)
 
 
-def _doctor(config: SpinConfig, out: Path | None, console: Console, every_row: bool) -> dict[str, Any]:
+def _doctor(config: SpinConfig, out: str | None, console: Console, every_row: bool) -> dict[str, Any]:
     """Prints what is right, then raises what is wrong; returns the findings."""
     from spin_ray.inputs.check import check_recipe, disk_free_gib, find_inputs, versions
     from spin_ray.inputs.rendering import load_tokenizer
@@ -284,9 +299,10 @@ def _doctor(config: SpinConfig, out: Path | None, console: Console, every_row: b
     shown.print_template(facts, console)
     precision, reason = shown.precision_and_reason(config, _recipe_of(out))
     console.print(f"[green]ok[/] precision {precision}: {reason}")
-    folder = out or Path.cwd()
-    console.print(f"[green]ok[/] {disk_free_gib(folder):.0f} GiB free for", end=" ")
-    console.print(str(folder), markup=False)
+    folder = None if out and "://" in out else Path(out or ".").absolute()
+    free = disk_free_gib(folder) if folder else None
+    console.print("[green]ok[/] a store answers:" if free is None else f"[green]ok[/] {free:.0f} GiB free for", end=" ")
+    console.print(str(folder or out), markup=False)
     connect(config)
     check_fits(config)
     wanted = demands(config)
@@ -296,26 +312,33 @@ def _doctor(config: SpinConfig, out: Path | None, console: Console, every_row: b
     resources = {stage: {"count": len(bundles), "bundle": dict(bundles[0])} for stage, bundles in wanted.items()}
     return shown.as_json(surveys, facts, tokenizer) | {
         "model": str(start.model.path), "end_of_turn_id": start.end_of_turn_id,
-        "precision": {"chosen": precision, "reason": reason}, "free_gib": round(disk_free_gib(folder), 1),
+        "precision": {"chosen": precision, "reason": reason}, "free_gib": free and round(free, 1),
         "resources": resources, "versions": versions(),
     }  # fmt: skip
 
 
-def _recipe_of(out: Path | None) -> SpinConfig | None:
-    from spin_ray.run_dir.run_dir import RunDir
-    from spin_ray.run_dir.storage import Storage
+def _recipe_of(out: str | None) -> SpinConfig | None:
+    from spin_ray.run_dir.run_dir import open_run
 
-    run_json = out / "run.json" if out else None
-    return RunDir(Storage(str(out))).config() if run_json and run_json.is_file() else None
+    run = open_run(out) if out else None
+    return run.config() if run and run.storage.exists("run.json") else None
+
+
+def _show_status(run: "RunDir", console: Console, as_json: bool) -> None:
+    from spin_ray.report.status import print_status, status_as_json
+
+    if as_json:
+        click.echo(json.dumps(status_as_json(run)))
+    else:
+        print_status(run, console)
 
 
 def _kept(out: str) -> str:
     """Returns what a stopped run keeps, and the command that goes on."""
-    from spin_ray.run_dir.object_storage import open_storage
-    from spin_ray.run_dir.run_dir import RunDir
+    from spin_ray.run_dir.run_dir import open_run
 
     try:
-        newest = RunDir(open_storage(out)).latest()
+        newest = open_run(out).latest()
     except Exception:  # the place may be what stopped the run
         newest = None
     iterates = f"the iterates up to {newest}, and " if newest else ""

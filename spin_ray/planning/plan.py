@@ -6,9 +6,10 @@ recipe ──> shape (config.json) ─┐
 """
 
 from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from itertools import islice
 from pathlib import Path
+from typing import Any
 
 from rich.console import Console
 
@@ -178,20 +179,42 @@ def print_plan(config: SpinConfig, cluster: Cluster, given: Given, console: Cons
     Raises:
         UserError: an option is missing, or a stage does not fit. Nothing is printed.
     """
-    if config.algorithm != "spin":
-        raise ConfigError(f"algorithm: plan knows the costs of spin, not of {config.algorithm}")
-    devices = devices_of(config, cluster)
-    config = with_precision(config)
-    shape = read_shape(config)
-    work = read_work(config, given)
-    config = config.settle_sizes(rows=work.rows)
-    phases = check_memory(config, shape, cluster, work)
+    config, shape, work, phases = _predict(config, cluster, given)
     console.print(time_table(phases))
     total = sum(phase.seconds for phase in phases)
     console.print(f"Total: {exact_duration(total)}, without reading data, checkpoints and export.")
     console.print(memory_table(phases))
     for note in notes(config, shape, cluster, work):
         console.print(note, highlight=False, markup=False)
+    devices = devices_of(config, cluster)
     if is_the_papers(config, shape, work, devices.train):
         console.print(paper_table(config, shape, devices, work))
         console.print(PAPER_DIFFERENCE, highlight=False)
+
+
+def as_json(config: SpinConfig, cluster: Cluster, given: Given) -> dict[str, Any]:
+    """Returns the plan in seconds, bytes, tokens and FLOPs.
+
+    Raises:
+        UserError: an option is missing, or a stage does not fit.
+    """
+    config, shape, work, phases = _predict(config, cluster, given)
+    return {
+        "seconds": sum(phase.seconds for phase in phases),
+        "phases": [asdict(phase) | {"seconds": phase.seconds} for phase in phases],
+        "parameters": shape.parameters,
+        "work": asdict(work),
+        "notes": list(notes(config, shape, cluster, work)),
+    }
+
+
+def _predict(config: SpinConfig, cluster: Cluster, given: Given) -> tuple[SpinConfig, ModelShape, Work, list[Phase]]:
+    """Returns the recipe with what it leaves open filled in, and what it costs."""
+    if config.algorithm != "spin":
+        raise ConfigError(f"algorithm: plan knows the costs of spin, not of {config.algorithm}")
+    devices_of(config, cluster)  # refuses before anything is read
+    config = with_precision(config)
+    shape = read_shape(config)
+    work = read_work(config, given)
+    config = config.settle_sizes(rows=work.rows)
+    return config, shape, work, check_memory(config, shape, cluster, work)

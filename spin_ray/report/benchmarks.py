@@ -6,6 +6,7 @@ Results go to ``benchmarks`` in ``eval.json``; a later result of a task replaces
 import json
 import math
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,7 @@ from spin_ray.errors import ConfigError, StageError, UserError, first_line, last
 from spin_ray.report.harness import Backend, Benchmark, Request, measure
 from spin_ray.report.model_card import write_card
 from spin_ray.report.redaction import hide_in_text
+from spin_ray.run_dir.artefact import Artefact
 from spin_ray.run_dir.names import api_name, iterate_name
 from spin_ray.run_dir.run_dir import RunDir
 from spin_ray.runtime.actors import task_options
@@ -77,7 +79,10 @@ def run(run_dir: RunDir, config: SpinConfig, iterate: int, request: Request) -> 
         StageError: the evaluation failed.
     """
     with run_dir.stage(f"{iterate_name(iterate)}/benchmarks") as counted:
-        found = _measure_at_endpoint(request) if request.endpoint else _measure_on_ray(request, config)
+        if request.endpoint:
+            found = _measure_at_endpoint(request)
+        else:
+            found = _measure_on_ray(run_dir.model(iterate), request, config)
         counted["tasks"] = len(found)
     storage, path = run_dir.storage, run_dir.eval_path(iterate)
     evaluation = run_dir.evaluation(iterate) or {"iterate": iterate_name(iterate)}
@@ -122,20 +127,26 @@ def _measure_at_endpoint(request: Request) -> dict[str, Any]:
         raise StageError(f"{hide_in_text(request.endpoint or '')}: lm-eval failed on {request.name}: {said}") from error
 
 
-def _measure_on_ray(request: Request, config: SpinConfig) -> dict[str, Any]:
+def _measure_on_ray(model: Artefact, request: Request, config: SpinConfig) -> dict[str, Any]:
     import ray
     import ray.exceptions
 
     connect(config)
     resources = backend_resources(config, request.backend)
     # In a process of its own that ends afterwards: vLLM and torch give no memory back.
-    task = ray.remote(max_calls=1)(measure).options(**task_options(resources, retries=0))
+    task = ray.remote(max_calls=1)(_measure_there).options(**task_options(resources, retries=0))
     try:
-        return ray.get(task.remote(request))
+        return ray.get(task.remote(model, request))
     except ray.exceptions.RayTaskError as error:
         if isinstance(error.cause, UserError):
             raise error.cause from error
         raise StageError(f"lm-eval failed on {request.name}: {last_line(error)}") from error
+
+
+def _measure_there(model: Artefact, request: Request) -> dict[str, Any]:
+    """Measures on the task's machine, which fetches a model of a store for itself."""
+    folder = str(model.local_folder()) if model.is_committed else request.model
+    return measure(replace(request, model=folder))
 
 
 def backend_resources(config: SpinConfig, backend: Backend) -> ResourcesConfig:

@@ -102,7 +102,7 @@ def _tokenizer(run: RunDir, config: SpinConfig) -> Tokenizer:
     """
     models = [run.model(iterate) for iterate in range(config.iterations + 1)]
     trained = [model for model in models if model.is_committed]
-    folder = trained[0].local_folder() if trained else Path(run.description()["start_model"])
+    folder = trained[0].local_folder(weights=False) if trained else Path(run.description()["start_model"])
     file = folder / "tokenizer.json"
     if file.exists():
         return Tokenizer.from_file(str(file))

@@ -25,20 +25,22 @@ def export(run: RunDir, iterate: str, target: str) -> str:
     artefact = run.model(number)
     if number == 0 and not artefact.is_committed:
         raise RunDirError(f"{run.storage.root}: θ_0 is the start model itself; the run has nothing to export for it")
-    files = artefact.verify().files
+    checked = artefact.checked_folder()
     if target.startswith(HUB):
-        return _upload(run, number, target.removeprefix(HUB))
+        return _upload(run, number, checked, target.removeprefix(HUB))
+    if "://" in target:
+        raise ConfigError(f"--to {target}: is no folder of this machine; export to one, and copy that to the store")
     folder = Path(target)
     if folder.exists() and any(folder.iterdir()):
         raise ConfigError(f"{folder}: is not empty; give another folder by --to")
-    for name in files:
+    for name in artefact.manifest().files:
         (folder / name).parent.mkdir(parents=True, exist_ok=True)
-        shutil.copyfile(run.storage.path(f"{artefact.path}/{name}"), folder / name)
+        shutil.copyfile(checked / name, folder / name)
     (folder / CARD).write_text(model_card(run, number), encoding="utf-8")
     return str(folder)
 
 
-def _upload(run: RunDir, iterate: int, repository: str) -> str:
+def _upload(run: RunDir, iterate: int, folder: Path, repository: str) -> str:
     """Uploads to a repository, private if new."""
     from huggingface_hub import HfApi
 
@@ -47,7 +49,7 @@ def _upload(run: RunDir, iterate: int, repository: str) -> str:
         api.create_repo(repository, private=True, exist_ok=True)
         api.upload_folder(
             repo_id=repository,
-            folder_path=run.storage.path(run.model(iterate).path),
+            folder_path=folder,
             ignore_patterns=[MANIFEST, CARD],
             commit_message=f"{run.storage.name}, {iterate_name(iterate)}",
         )

@@ -58,6 +58,6 @@ def find_iterate(run: RunDir, iterate: str) -> int:
 
 
 def model_path(run: RunDir, iterate: int) -> Path:
-    """Returns θ_iterate's folder; for θ_0 without a warm-up, the start model."""
+    """Returns θ_iterate's folder, from a store without weights; for θ_0 without a warm-up, the start model."""
     model = run.model(iterate)
-    return model.local_folder() if model.is_committed else Path(run.description()["start_model"])
+    return model.local_folder(weights=False) if model.is_committed else Path(run.description()["start_model"])

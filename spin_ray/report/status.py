@@ -34,7 +34,32 @@ def print_summary(run: RunDir, console: Console) -> None:
     latest = run.latest()
     model = run.storage.where(run.model(iterate_number(latest) if latest else config.iterations).path)
     console.print(f"Model:  {model} (LATEST: {latest})", markup=False)
-    console.print(f"Go on:  spin-ray status {run.storage.root}", markup=False)
+    words = "Go on:  "
+    for command in ("status", "report", "serve", "eval"):
+        console.print(f"{words}spin-ray {command} {run.storage.root}", markup=False, soft_wrap=True)
+        words = " " * len(words)
+
+
+def status_as_json(run: RunDir) -> dict[str, Any]:
+    """Returns what ``print_status`` prints, as JSON values; times are Unix times or seconds."""
+    config, events = run.config(), run.events()
+    evaluations = read_evaluations(run, config)
+    return {
+        "run": str(run.storage.root),
+        "latest": run.latest(),
+        "iterations": config.iterations,
+        "evaluations": evaluations,
+        "warnings": [
+            {"iterate": evaluation["iterate"], "text": text}
+            for evaluation in evaluations
+            for text in warnings(evaluation, evaluations[0] if evaluation is not evaluations[0] else None)
+        ],
+        "seconds": stage_seconds(events),
+        "lost": lost_work(events),
+        "running": is_running(run),
+        "progress": _progress(run),
+        "last_event": events[-1] if events else None,
+    }
 
 
 def print_status(run: RunDir, console: Console) -> None:
@@ -69,15 +94,20 @@ def _print_running(run: RunDir, events: list[Event], console: Console) -> None:
     log = read_json_lines(run.storage, f"{last.folder}/train_log.jsonl") if last.stage == "training" else []
     if log:
         console.print(_training(last.folder, log))
-    try:
-        state = json.loads(run.storage.read(PROGRESS))
-    except (FileNotFoundError, ValueError):
-        state = {}
+    state = _progress(run)
     if state.get("time", 0) >= last.start:
         line = f"Running: {state['line']} (written {duration(time.time() - state['time'])} ago)"
     else:
         line = f"Running: {last.folder} {last.stage} for {duration(time.time() - last.start)}"
     console.print(line, markup=False)
+
+
+def _progress(run: RunDir) -> dict[str, Any]:
+    """Returns the content of ``progress.json``; empty if it is missing or damaged."""
+    try:
+        return json.loads(run.storage.read(PROGRESS))
+    except (FileNotFoundError, ValueError):
+        return {}
 
 
 def _training(folder: str, log: list[dict[str, Any]]) -> Table:

@@ -273,14 +273,28 @@ class Artefact:
             RunDirError: a file is missing or differs.
         """
         manifest = self.manifest()
-        for name, entry in manifest.files.items():
-            where = f"{self.path}/{name}"
-            if not self.storage.exists(where) or self.storage.digest(where) != (entry.sha256, entry.bytes):
-                raise RunDirError(
-                    f"{self.storage.where(where)}: is missing or differs from its digest; "
-                    f"restore it or remove {self.path}"
-                )
+        _check(self.storage, self.path, manifest)
         return manifest
+
+    def checked_folder(self) -> Path:
+        """Returns a folder of this machine with every file checked; a store is asked only for what is not here.
+
+        Raises:
+            RunDirError: a file is missing or differs.
+        """
+        manifest, folder = self.manifest(), self.local_folder()
+        _check(Storage(folder.parent), folder.name, manifest)
+        return folder
+
+
+def _check(storage: Storage, folder: str, manifest: Manifest) -> None:
+    for name, entry in manifest.files.items():
+        where = f"{folder}/{name}"
+        if not storage.exists(where) or storage.digest(where) != (entry.sha256, entry.bytes):
+            raise RunDirError(
+                f"{storage.where(where)}: is missing or differs from its digest; "
+                f"restore it or remove {storage.where(folder)}"
+            )
 
 
 def seal(table: pa.Table, fingerprint: str) -> pa.Table:

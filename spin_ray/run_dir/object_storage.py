@@ -3,6 +3,7 @@
 A commit is one conditional put. Logs and LATEST are plain puts after a check of the lease.
 """
 
+import hashlib
 import json
 import logging
 import os
@@ -24,7 +25,7 @@ from obstore.store import ObjectStore, from_url
 from spin_ray.errors import ConfigError, StageError
 from spin_ray.run_dir.cache import cache_root, folder_with
 from spin_ray.run_dir.fence import LEASE, check_token
-from spin_ray.run_dir.storage import MANIFEST, Digest, Storage, bytes_digest
+from spin_ray.run_dir.storage import MANIFEST, Digest, Storage
 
 CACHE = cache_root() / "runs"
 logger = logging.getLogger(__name__)
@@ -126,7 +127,16 @@ class ObjectStorage(Storage):
                     continue
 
     def digest(self, name: str) -> Digest:
-        return bytes_digest(self.read(name))
+        """Reads the object in pieces, as weights may be larger than memory."""
+
+        def read() -> Digest:
+            found, size = hashlib.sha256(), 0
+            for chunk in obstore.get(self._store, name).stream(min_chunk_size=2**23):
+                found.update(chunk)
+                size += len(chunk)
+            return Digest(found.hexdigest(), size)
+
+        return self._insist(name, read)
 
     def local_folder(self, name: str, files: Mapping[str, Digest]) -> Path:
         return folder_with(CACHE, files, lambda file, to: self._download(f"{name}/{file}", to), self.where(name))

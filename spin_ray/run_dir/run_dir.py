@@ -19,9 +19,15 @@ from spin_ray.errors import RunDirError
 from spin_ray.run_dir.artefact import Artefact
 from spin_ray.run_dir.events import Event, read_events, stage, was_cut_off, write_event
 from spin_ray.run_dir.names import is_iterate_name, iterate_name, iterate_number, iteration_name
+from spin_ray.run_dir.object_storage import open_storage
 from spin_ray.run_dir.storage import ATTEMPTS, Storage
 
 logger = logging.getLogger(__name__)
+
+
+def open_run(folder: str) -> "RunDir":
+    """Returns the run in a folder or at a store's URI, to be read; a driver takes its lease first."""
+    return RunDir(open_storage(folder))
 
 
 class RunDir:

@@ -6,16 +6,17 @@ client ─> Serve proxy ─> Ingress (keys, limits, names, OpenAI errors) ─> e
 
 import asyncio
 import json
+from pathlib import Path
 from typing import Any
 
 from ray import serve
 from sqlalchemy import URL
 
 from spin_ray.config.load import override
-from spin_ray.config.recipe import SpinConfig
+from spin_ray.config.recipe import SpinConfig, digest
 from spin_ray.errors import ConfigError
-from spin_ray.run_dir.run_dir import RunDir
-from spin_ray.run_dir.storage import Storage
+from spin_ray.run_dir.cache import cache_root
+from spin_ray.run_dir.run_dir import open_run
 from spin_ray.serving.access import read_keys
 from spin_ray.serving.api import make_app
 from spin_ray.serving.arena.votes import VoteStore
@@ -71,12 +72,21 @@ def build(args: dict[str, Any]) -> serve.Application:
     settings = {
         key: value if isinstance(value, str) else json.dumps(value) for key, value in args.items() if key != "run"
     }
-    run = RunDir(Storage(args["run"]))
+    run = open_run(args["run"])
     config = override(run.config(), settings)
     if not config.serving.keys:
         raise ConfigError("serving.keys: is needed here, as a cluster's proxies listen beyond their machine")
+    if not config.serving.votes and "://" in str(run.storage.root):
+        raise ConfigError("serving.votes: is needed here, as a store holds no database and a pod keeps no file")
     return application(str(run.storage.root), config)
 
 
 def votes_url(run_folder: str, config: SpinConfig) -> str | URL:
-    return config.serving.votes or URL.create("sqlite", database=f"{run_folder}/votes.sqlite")
+    """Returns the database of votes; those of a run on a store are kept in this machine's cache."""
+    if config.serving.votes:
+        return config.serving.votes
+    folder = Path(run_folder)
+    if "://" in run_folder:
+        folder = cache_root() / "votes" / digest(run_folder)[:16]
+        folder.mkdir(parents=True, exist_ok=True)
+    return URL.create("sqlite", database=str(folder / "votes.sqlite"))

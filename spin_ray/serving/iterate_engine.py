@@ -42,7 +42,7 @@ class LocalFolder(CallbackBase):
 
 class IterateEngine(LLMServer):
     async def __init__(self, llm_config: LLMConfig, iterate: Iterate, config: SpinConfig) -> None:
-        self._iterate, self._config = iterate, config
+        self._iterate, self._config = await asyncio.to_thread(iterate.here), config
         await super().__init__(llm_config, engine_cls=None if config.serving.resources.gpus else _cpu_engine())
 
     async def start(self) -> None:

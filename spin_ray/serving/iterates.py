@@ -1,11 +1,13 @@
 """The iterates of a run that may serve."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import datetime
 from pathlib import Path
+from typing import Self
 
 from spin_ray.errors import RunDirError
 from spin_ray.inputs.model_folder import open_model
+from spin_ray.run_dir.artefact import Artefact
 from spin_ray.run_dir.names import LATEST, age, api_name, is_iterate, iterate_number
 from spin_ray.run_dir.run_dir import RunDir
 
@@ -22,6 +24,12 @@ class Iterate:
     """Digest of all files."""
     date: datetime | None = None
     """The run's date, which the chat template may write."""
+    source: Artefact | None = None
+    """The model in the run. None: the start model."""
+
+    def here(self) -> Self:
+        """Returns the iterate in a folder of this machine, which fetches it from a store if it lacks it."""
+        return replace(self, folder=self.source.local_folder()) if self.source else self
 
 
 def wanted(run: RunDir, models: tuple[str, ...]) -> tuple[list[str], str | None]:
@@ -49,9 +57,8 @@ def open_iterate(run: RunDir, name: str) -> Iterate:
     trusted = run.config().model.trust_remote_code
     artefact = run.model(number)
     if number > 0 or artefact.is_committed:
-        artefact.verify()
-        folder = open_model(run.storage.path(artefact.path), name, trust_remote_code=trusted)
-        return Iterate(name, folder.path, folder.digest, run.date())
+        folder = open_model(artefact.checked_folder(), name, trust_remote_code=trusted)
+        return Iterate(name, folder.path, folder.digest, run.date(), artefact)
     description = run.description()
     folder = open_model(description["start_model"], name, trust_remote_code=trusted)
     if folder.digest != description["inputs"]["model"]:

@@ -18,8 +18,7 @@ from ray.serve.schema import ApplicationStatus, ReplicaState
 
 from spin_ray.config.recipe import SpinConfig
 from spin_ray.errors import first_line
-from spin_ray.run_dir.run_dir import RunDir
-from spin_ray.run_dir.storage import Storage
+from spin_ray.run_dir.run_dir import open_run
 from spin_ray.serving.engines import CHAT, COMPLETION
 from spin_ray.serving.iterate_engine import build_engine
 from spin_ray.serving.iterates import Iterate, open_iterate, wanted
@@ -45,7 +44,7 @@ class Keeper:
     """
 
     async def __init__(self, run_folder: str, config: SpinConfig, engines: str = ENGINE_PREFIX) -> None:
-        self._run, self._config, self._prefix = RunDir(Storage(run_folder)), config, engines
+        self._run, self._config, self._prefix = open_run(run_folder), config, engines
         self._version = 0
         self._newest: str | None = None
         self._engines: dict[str, dict[str, str]] = {}

@@ -2,7 +2,10 @@
 
 import hashlib
 import http.client
+import json
+import pickle
 import random
+import shutil
 import threading
 from collections import Counter
 from collections.abc import Callable, Iterator
@@ -16,14 +19,19 @@ import pytest
 
 from spin_ray.config.recipe import SpinConfig
 from spin_ray.errors import RunDirError, StageError
+from spin_ray.inputs.model_folder import open_model
+from spin_ray.report import benchmarks
 from spin_ray.run_dir import object_storage
 from spin_ray.run_dir.fence import LEASE
 from spin_ray.run_dir.lease import Lease
 from spin_ray.run_dir.object_storage import ObjectStorage, open_storage
+from spin_ray.run_dir.run_dir import RunDir
 from spin_ray.run_dir.storage import MANIFEST
+from spin_ray.serving.iterates import open_iterate
 from tests.support import small_run
 from tests.support.small_run import committed
 
+Call = Callable[..., tuple[int, str, str]]
 FAILURES = ("500", "503", "slow", "reply lost", "refused")
 
 
@@ -270,3 +278,112 @@ def test_a_model_is_fetched_once_though_all_processes_of_a_machine_ask_at_once(t
         )
     assert len(set(found)) == 1 and (found[0] / "weights").read_bytes() == b"1234"
     assert proxy.injected.total() - asked == 1
+
+
+# Every command
+
+
+@pytest.fixture
+def stored(tmp_path: Path, calm: Path) -> str:
+    """The URI of a copy of the run that nothing disturbed."""
+    storage = ObjectStorage(uri_of(tmp_path))
+    for path in calm.rglob("*"):
+        if path.is_file() and ".attempts" not in path.parts:
+            storage.replace(path.relative_to(calm).as_posix(), path.read_bytes())
+    return uri_of(tmp_path)
+
+
+@pytest.fixture
+def endpoint() -> Iterator[str]:
+    """A judge that finds every first reply better."""
+
+    class Answers(BaseHTTPRequestHandler):
+        def do_POST(self) -> None:
+            self.rfile.read(int(self.headers["content-length"]))
+            body = json.dumps({"choices": [{"message": {"content": "[[A]]"}}]}).encode()
+            self.send_response(200)
+            self.send_header("content-length", str(len(body)))
+            self.end_headers()
+            self.wfile.write(body)
+
+        def log_message(self, *_: Any) -> None:
+            pass
+
+    server = ThreadingHTTPServer(("127.0.0.1", 0), Answers)
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    yield f"http://127.0.0.1:{server.server_address[1]}/v1"
+    server.shutdown()
+
+
+def test_every_command_that_reads_a_run_reads_one_on_a_store(
+    stored: str, calm: Path, tmp_path: Path, call: Call, endpoint: str
+) -> None:
+    def done(*words: object) -> str:
+        code, out, error = call(*words)
+        assert code == 0, error
+        return out
+
+    assert "LATEST: iter_000" in done("status", stored)
+    assert json.loads(done("status", stored, "--json"))["evaluations"][1]["iterate"] == "iter_000"
+    assert not list((tmp_path / "cache").rglob("*.safetensors"))
+    assert done("report", stored).strip() == f"{stored}/report.html"
+    assert b"iter_000" in objects(stored)["report.html"]
+    done("export", stored, "--to", tmp_path / "exported")
+    weights = (tmp_path / "exported" / "model.safetensors").read_bytes()
+    assert weights == (calm / "iter_000/model/model.safetensors").read_bytes()
+    judged = done("judge", stored, "--iterates", "latest", "sft", "--endpoint", endpoint, "--model", "m")
+    assert json.loads(judged)["contradicting"] == small_run.HELDOUT_ROWS
+    assert "judgements/iter_000-sft.json" in objects(stored)
+
+
+def test_benchmarks_of_a_run_on_a_store_fetch_weights_only_where_they_are_loaded(
+    stored: str, tmp_path: Path, call: Call, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """lm-eval itself runs in tests/ray and tests/serving; here its request is looked at."""
+    seen: list[set[str]] = []
+
+    def measure(request: benchmarks.Request) -> dict[str, Any]:
+        seen.append({path.name for path in Path(request.model).iterdir()})
+        return {"task": {"metrics": {"acc": {"value": 0.5, "standard_error": None}}, "shots": 0}}
+
+    monkeypatch.setattr(benchmarks, "measure", measure)
+    code, out, error = call("eval", stored, "--tasks", "task", "--endpoint", "http://127.0.0.1:1/v1", "--json")
+    assert code == 0, error
+    run = RunDir(ObjectStorage(stored))
+    assert json.loads(out) == {"iter_000": run.evaluation(1)["benchmarks"]}
+    request = benchmarks.request_for(run.config(), 1, "nowhere", benchmarks=())
+    benchmarks._measure_there(run.model(1), request)
+    assert "tokenizer.json" in seen[0] and "model.safetensors" not in seen[0]
+    assert seen[1] == seen[0] | {"model.safetensors"}
+
+
+def test_a_run_on_a_store_is_served_and_compared_from_a_copy_of_each_machine(
+    stored: str, tmp_path: Path, call: Call, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The commands go as far as starting Ray, the keeper opens an iterate, and the engine's machine fetches it."""
+    from spin_ray.serving import app, batch, server
+
+    reached = []
+
+    def connect(run: RunDir, config: SpinConfig) -> None:
+        reached.append(run.storage.root)
+        raise StageError("no Ray in this test")
+
+    monkeypatch.setattr(app, "cache_root", lambda: tmp_path / "cache")
+    monkeypatch.setenv("RAY_AUTH_MODE", "token")
+    prompts = tmp_path / "prompts.jsonl"
+    prompts.write_text('{"prompt": "1 + 1 = ?"}\n')
+    for module in (server, batch):
+        monkeypatch.setattr(module, "connect_for", connect)
+    for words in (
+        ["serve", stored],
+        ["compare", stored, "--prompts", prompts, "--models", "latest,sft"],
+    ):
+        code, _, error = call(*words)
+        assert code == 1 and error.endswith("error: no Ray in this test\n")
+    assert reached == [stored, stored] and list((tmp_path / "cache" / "votes").rglob("votes.sqlite"))
+
+    opened = open_iterate(RunDir(ObjectStorage(stored)), "iter-0")
+    there = pickle.loads(pickle.dumps(opened))  # noqa: S301 (as Ray does)
+    shutil.rmtree(opened.folder)
+    assert open_model(there.here().folder, "iter-0", trust_remote_code=False).digest == opened.digest

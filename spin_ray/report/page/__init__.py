@@ -1,5 +1,5 @@
 """Runs as one self-contained HTML page that opens from disk."""
 
-from spin_ray.report.page.write import write_report
+from spin_ray.report.page.write import report_page, write_report
 
-__all__ = ["write_report"]
+__all__ = ["report_page", "write_report"]

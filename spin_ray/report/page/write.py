@@ -47,6 +47,18 @@ def write_report(runs: Sequence[RunDir], path: Path) -> Path:
     Raises:
         UserError: a folder is no run, or of an unreadable version.
     """
+    page = report_page(runs)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(page, encoding="utf-8")
+    return path
+
+
+def report_page(runs: Sequence[RunDir]) -> str:
+    """Returns the page as HTML.
+
+    Raises:
+        UserError: a folder is no run, or of an unreadable version.
+    """
     first = read_view(runs[0])
     prompts = [example.prompt_id for example in first.examples] or None
     views = [first, *(read_view(run, only_prompts=prompts) for run in runs[1:])]
@@ -59,7 +71,7 @@ def write_report(runs: Sequence[RunDir], path: Path) -> Path:
         lstrip_blocks=True,
     )
     environment.filters |= {"duration": exact_duration, "number": _number}
-    page = environment.get_template("report.html").render(
+    return environment.get_template("report.html").render(
         views=views,
         names=names,
         comparisons=[compare(views[0], view, names[0], name) for view, name in zip(views[1:], names[1:], strict=True)],
@@ -73,9 +85,6 @@ def write_report(runs: Sequence[RunDir], path: Path) -> Path:
         differing=_differing(views),
         version=version("spin-ray"),
     )
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(page, encoding="utf-8")
-    return path
 
 
 def _distinct_names(views: Sequence[RunView]) -> list[str]:

@@ -1,5 +1,7 @@
 """Inputs of a plan, and the command: its tables, its refusals, and its advice taken word for word."""
 
+import json
+
 import pytest
 
 from spin_ray.config.load import load_config
@@ -131,3 +133,12 @@ def test_a_gpu_for_a_recipe_that_asks_for_none_is_one_line(call):
     assert "the recipe asks for no GPU; also give --generation.resources.gpus=1" in refused(
         call("--gpu", "L4", recipe="smoke")
     )
+
+
+def test_the_plan_as_json_has_the_seconds_and_bytes_of_the_tables(call):
+    code, out, _ = call("--gpu", "A100-80G", "--json")
+    found = json.loads(out)
+    assert code == 0 and found["seconds"] == pytest.approx(sum(phase["seconds"] for phase in found["phases"]))
+    stages = {stage["name"]: stage for phase in found["phases"] for stage in phase["stages"]}
+    assert {"generation", "scoring", "training"} <= stages.keys()
+    assert all(sum(stage["memory"].values()) <= stage["room"] for stage in stages.values())

@@ -12,7 +12,7 @@ from spin_ray.errors import RunDirError
 from spin_ray.inputs.embedded import resolve
 from spin_ray.inputs.rendering import ChatRenderer, load_tokenizer
 from spin_ray.report.history import read_evaluations
-from spin_ray.report.status import print_status, print_summary
+from spin_ray.report.status import print_status, print_summary, status_as_json
 from spin_ray.run_dir.events import stage_seconds
 from spin_ray.run_dir.names import iterate_name
 from spin_ray.run_dir.run_dir import RunDir
@@ -168,6 +168,19 @@ def test_the_summary_shows_examples_the_model_and_how_to_go_on(run):
         assert text.count(line) == 3
     assert f"Model:  {run.storage.root}/iter_000/model (LATEST: iter_000)" in text
     assert f"Go on:  spin-ray status {run.storage.root}" in text
+    for command in ("report", "serve", "eval"):
+        assert f"\n        spin-ray {command} {run.storage.root}\n" in text
+
+
+def test_a_status_as_json_has_what_is_printed(run):
+    write_evaluation(run, 0)
+    write_evaluation(run, 1)
+    run.publish(1)
+    found = json.loads(json.dumps(status_as_json(run)))
+    assert (found["latest"], found["running"], found["progress"]) == ("iter_000", False, {})
+    assert found["evaluations"] == [run.evaluation(0), run.evaluation(1)]
+    for warning in found["warnings"]:
+        assert warning["text"] in printed(print_status, run).replace("\n", " ")
 
 
 def test_texts_of_examples_are_shown_as_they_are(run):
