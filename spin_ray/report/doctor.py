@@ -8,6 +8,7 @@ from rich.console import Console
 from rich.text import Text
 
 from spin_ray.config.recipe import SpinConfig
+from spin_ray.config.sections import sources_of
 from spin_ray.inputs.check import Inputs
 from spin_ray.inputs.prompt_rows import PromptTask
 from spin_ray.inputs.survey import UNLIMITED, Survey, survey
@@ -27,7 +28,8 @@ def look_at_data(config: SpinConfig, inputs: Inputs, *, every_row: bool) -> list
         DataError: a file cannot be read.
     """
     found, tasks = [], {}
-    for source, labelled in ((inputs.train, True), (inputs.heldout, True), (inputs.questions, False)):
+    trained = ((source.path, True) for source in sources_of(inputs.train))
+    for source, labelled in (*trained, (inputs.heldout, True), (inputs.questions, False)):
         if source is None:
             continue
         if labelled not in tasks:
