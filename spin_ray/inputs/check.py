@@ -140,7 +140,10 @@ def find_all(config: SpinConfig, inputs: Inputs, renderer: ChatRenderer) -> list
     if lacking := warn_of(without_embedding(renderer.tokenizer, vocabulary_of(inputs.model.path))):
         found.append(Finding(lacking, "warning"))
     for source in _labelled(inputs):
-        found += find_in_rows(renderer, _first_conversations(source, config.data), source)
+        rows = _first_conversations(source, config.data)
+        found += find_in_rows(renderer, rows, source)
+        if config.algorithm == "sppo" and any(tools for _, tools in rows):
+            found.append(Finding(f"{source}: the preference model reads rows without their tools", "warning"))
     if few := _too_few(config, inputs.train):
         found.append(Finding(few, "error"))
     return found

@@ -6,6 +6,7 @@ Results go to ``benchmarks`` in ``eval.json``; a later result of a task replaces
 import json
 import math
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -76,6 +77,8 @@ def run(run_dir: RunDir, config: SpinConfig, iterate: int, request: Request) -> 
         UserError: lm-eval is missing, or does not know a task.
         StageError: the evaluation failed.
     """
+    variables = {**config.model.chat_template_kwargs, "strftime_now": run_dir.date().strftime}
+    request = replace(request, variables=variables)
     with run_dir.stage(f"{iterate_name(iterate)}/benchmarks") as counted:
         found = _measure_at_endpoint(request) if request.endpoint else _measure_on_ray(request, config)
         counted["tasks"] = len(found)
