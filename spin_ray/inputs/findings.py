@@ -147,7 +147,7 @@ def _switch_for(renderer: ChatRenderer, rows: Sequence[tuple[Conversation, Tools
     """Returns the switch of thoughts with which the template writes the first row, as a clause."""
     template, (messages, tools) = renderer.template, rows[0]
     for name in SWITCHES:
-        for value in (True, False):
+        for value in (False, True) if template.opening else (True, False):
             if template.names(name) and template.would_write(messages, tools, {name: value}):
                 return f"; set model.chat_template_kwargs: {{{name}: {str(value).lower()}}}"
     return ""

@@ -134,7 +134,11 @@ def _model(request: Request) -> tuple[str, dict[str, Any]]:
             return "local-chat-completions", common | {"base_url": f"{url}/chat/completions"}
         tokenizer = {"tokenizer": request.model, "tokenizer_backend": "huggingface"}
         return "local-completions", common | tokenizer | {"base_url": f"{url}/completions"}
-    common: dict[str, Any] = {"pretrained": request.model, "dtype": request.dtype, "trust_remote_code": request.trust_remote_code}
+    common: dict[str, Any] = {
+        "pretrained": request.model,
+        "dtype": request.dtype,
+        "trust_remote_code": request.trust_remote_code,
+    }
     if request.chat and request.variables:
         common["chat_template_args"] = dict(request.variables)
     if request.backend == "hf":  # lm-eval assumes a GPU unless told otherwise

@@ -171,7 +171,8 @@ def template_digest(renderer: ChatRenderer) -> str:
     tokenizer = renderer.tokenizer
     if "strftime_now" in str(tokenizer.chat_template):
         return digest([tokenizer.chat_template, len(tokenizer), renderer.end_of_turn_id])
-    probe = [{"role": "user", "content": "The quick brown fox, 1+1=2."}, {"role": "assistant", "content": "jumps."}]
+    said = f"hm{renderer.template.opening.end}jumps." if renderer.template.opening else "jumps."
+    probe = [{"role": "user", "content": "The quick brown fox, 1+1=2."}, {"role": "assistant", "content": said}]
     rendered = renderer.render(probe)
     return digest([tokenizer.chat_template, len(tokenizer), rendered.prompt_ids, rendered.real_ids])
 
