@@ -82,7 +82,8 @@ FIELD = {
         "{% if (m.role == 'user') != (loop.index0 % 2 == 0) %}{{ raise_exception('must alternate') }}{% endif %}"
         "{% if m.role == 'user' %}{{ '[INST] ' + m.content + '[/INST]' }}{% else %}{{ ' ' + m.content + eos_token }}"
         "{% endif %}{% endfor %}", "</s>",
-        {"system": "leaves out messages of role system", "two questions": "alternate", "tools": "it has tools"}, "leaves system messages out",
+        {"system": "leaves out messages of role system", "two questions": "alternate", "tools": "it has tools"},
+        "leaves system messages out",
     ),
     "thoughts of earlier turns cut, a switch (Qwen 3)": Field(
         "{% for m in messages %}{% if m.role == 'assistant' and not loop.last %}" + TURN.replace("m.content", CUT)
