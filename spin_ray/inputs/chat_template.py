@@ -89,7 +89,7 @@ class ChatTemplate:
         """Writes prompt and response of each conversation; runs the template only where roles do not suffice."""
         given = list(zip(conversations, tools, strict=True))
         if self.opening:
-            return [self._go_on(self.opening, messages, offered) for messages, offered in given]
+            return self._write_opened(self.opening, given)
         known = [
             self._find_unwritten(messages, offered) or (None if offered else self._skeletons.write(messages))
             for messages, offered in given
@@ -105,27 +105,43 @@ class ChatTemplate:
             for texts, messages in zip(written, conversations, strict=True)
         ]
 
-    def _go_on(self, opening: Opening, messages: Conversation, tools: Tools) -> tuple[str, str] | RenderError:
-        """Writes a conversation whose response goes on with the thought that the prompt opens.
+    def _write_opened(
+        self, opening: Opening, given: list[tuple[Conversation, Tools]]
+    ) -> list[tuple[str, str] | RenderError]:
+        """Writes conversations whose responses go on with the thought that the prompt opens.
 
         The template would cut the thought out, so that it writes the response's place alone.
         """
-        rest = opening.rest_of(messages[-1])
+        marked = [
+            [*messages[:-1], {key: messages[-1][key] for key in messages[-1].keys() - {"reasoning_content"}}]
+            for messages, _ in given
+        ]
+        for messages in marked:
+            messages[-1]["content"] = _PROBE
+        offers = [offered for _, offered in given]
+        prompts = self._apply([messages[:-1] for messages in marked], True, offers)
+        wholes = self._apply(marked, False, offers)
+        lacks = map(self._find_unwritten, marked, offers)
+        return [
+            lack or self._go_on(opening, prompt, whole, messages[-1])
+            for lack, prompt, whole, (messages, _) in zip(lacks, prompts, wholes, given, strict=True)
+        ]
+
+    def _go_on(
+        self, opening: Opening, prompt: str | RenderError, whole: str | RenderError, said: Mapping[str, Any]
+    ) -> tuple[str, str] | RenderError:
+        """Puts what the model writes behind its opened thought in place of the mark in ``whole``."""
+        rest = opening.rest_of(said)
         if rest is None:
             return RenderError(
                 f"its prompt opens a thought by {opening.text!r}, and the response has none that ends with "
                 f"{opening.end}; add the thoughts to the data, or set model.chat_template to a file without "
                 f"{opening.mark}"
             )
-        said = {key: value for key, value in messages[-1].items() if key != "reasoning_content"}
-        marked = [*messages[:-1], said | {"content": _PROBE}]
-        if lack := self._find_unwritten(marked, tools):
-            return lack
-        (prompt,), (whole,) = self._apply([messages[:-1]], True, [tools]), self._apply([marked], False, [tools])
         if isinstance(prompt, str) and isinstance(whole, str):
             before, _, tail = whole.rpartition(_PROBE)
             if before + opening.text == prompt:
-                return self._end_turn(prompt, rest + tail, messages[-1])
+                return self._end_turn(prompt, rest + tail, said)
         found = _split(prompt, whole)
         return found if isinstance(found, RenderError) else RenderError("its chat template writes two prompts")
 

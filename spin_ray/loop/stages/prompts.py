@@ -23,7 +23,7 @@ import ray
 import ray.exceptions
 
 from spin_ray.config.recipe import SpinConfig, digest
-from spin_ray.config.sections import Train, name_of, sources_of
+from spin_ray.config.sections import Source, Train, name_of, sources_of
 from spin_ray.errors import DataError, StageError, UserError, last_line
 from spin_ray.inputs.conversations import Unusable
 from spin_ray.inputs.forms import form_of, ignored_in, mapped, refuse_two_forms, shown
@@ -100,9 +100,7 @@ def run(
     if artefact.already_made(inputs, settings):
         return
     with run_dir.stage(artefact.path) as counted:
-        for each in sources:
-            if skipped := skipped_files(each.path):
-                logger.warning("%s: %d files are no data and are skipped: %s", each.path, len(skipped), _some(skipped))
+        _tell_skipped(sources)
         pieces_of = [split(each) for each in files_of]
         pieces = [piece for each in pieces_of for piece in each]
         folder = f"{ATTEMPTS}/{artefact.path}-{digest([inputs, settings])[:16]}"
@@ -124,10 +122,7 @@ def run(
             leaked = None
         firsts = _first_of_each([each.ids for each in slices], max_rows, leaked)
         if not isinstance(train, str):
-            source_of = [number for number, each in enumerate(pieces_of) for _ in each]
-            shares = draw([keep for keep, _, _ in firsts], sources, source_of, config.seed)
-            counted["sources"] = {each.path: share for each, share in zip(sources, shares, strict=True)}
-            logger.info("%s: rows drawn: %s", artefact.path, counted["sources"])
+            counted["sources"] = _draw(firsts, train, [len(each) for each in pieces_of], config.seed)
         entries, quarantined = _finish(run_dir.storage, slices, artefact, firsts, settings["part_rows"])
         counted |= {"rows": sum(entry.rows or 0 for entry in entries.values()), "quarantined": quarantined.total()}
         _check_quarantine(run_dir, config, artefact, source, counted["rows"], quarantined)
@@ -160,6 +155,21 @@ def _count_kept_leaks(slices: list["_Slice"], leaked: np.ndarray, source: str) -
             source, count,
         )  # fmt: skip
     return count
+
+
+def _draw(firsts: list[_Masks], sources: tuple[Source, ...], pieces: list[int], seed: int) -> dict[str, int]:
+    """Draws each source's rows from those to keep; returns their number by path."""
+    source_of = [number for number, count in enumerate(pieces) for _ in range(count)]
+    shares = draw([keep for keep, _, _ in firsts], sources, source_of, seed)
+    drawn = {source.path: share for source, share in zip(sources, shares, strict=True)}
+    logger.info("rows drawn: %s", ", ".join(f"{share:,} of {path}" for path, share in drawn.items()))
+    return drawn
+
+
+def _tell_skipped(sources: tuple[Source, ...]) -> None:
+    for source in sources:
+        if skipped := skipped_files(source.path):
+            logger.warning("%s: %d files are no data and are skipped: %s", source.path, len(skipped), _some(skipped))
 
 
 def _some(names: list[str], most: int = 5) -> str:

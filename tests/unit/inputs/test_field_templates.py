@@ -97,8 +97,8 @@ FIELD = {
     ),
     "prompt opens a thought (R1)": Field(
         TURNS.replace("m.content", CUT) + ASK.replace("assistant\\n'", "assistant\\n<think>\\n'"),
-        refused=dict.fromkeys(
-            ["plain", "two turns", "system", "two questions", "earlier thought", "tools"],
+        refused={"tools": "it has tools"} | dict.fromkeys(
+            ["plain", "two turns", "system", "two questions", "earlier thought"],
             "and the response has none that ends",
         ),
     ),
