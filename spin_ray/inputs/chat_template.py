@@ -113,7 +113,7 @@ class ChatTemplate:
         The template would cut the thought out, so that it writes the response's place alone.
         """
         marked = [
-            [*messages[:-1], {key: messages[-1][key] for key in messages[-1].keys() - {"reasoning_content"}}]
+            [*messages[:-1], {key: value for key, value in messages[-1].items() if key != "reasoning_content"}]
             for messages, _ in given
         ]
         for messages in marked:

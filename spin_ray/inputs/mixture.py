@@ -19,7 +19,8 @@ def shares_of(sources: Sequence[Source], usable: Sequence[int]) -> list[int]:
     for source, count in zip(sources, usable, strict=True):
         if count < (source.rows or 1):
             raise DataError(
-                f"{source.path}: has {count} usable rows, data.train asks for {source.rows or 'some'}; spin-ray doctor shows them"
+                f"{source.path}: has {count} usable rows, data.train asks for {source.rows or 'some'}; "
+                "spin-ray doctor shows them"
             )
     scale = min((count / each.weight for each, count in zip(sources, usable, strict=True) if each.weight), default=0.0)
     return [

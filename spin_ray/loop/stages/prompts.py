@@ -76,17 +76,7 @@ def run(
     source, sources = name_of(train), sources_of(train)
     files_of = [find_files(each.path) for each in sources]
     files = [file for each in files_of for file in each]
-    task = PromptTask(
-        tokenizer=tokenizer,
-        chat_template=config.model.chat_template,
-        trust_remote_code=config.model.trust_remote_code,
-        max_length=config.model.max_length,
-        data=config.data,
-        labelled=labelled,
-        chat_template_kwargs=config.model.chat_template_kwargs,
-        date=run_dir.date(),
-        takes_tools=config.algorithm != "seft",
-    ).prepared()
+    task = _task_of(run_dir, config, tokenizer, labelled)
     inputs = {"data": files_digest(files), "chat_template": template_digest(task.renderer)}
     settings: dict[str, Any] = {
         "max_length": config.model.max_length,
@@ -128,6 +118,20 @@ def run(
         _check_quarantine(run_dir, config, artefact, source, counted["rows"], quarantined)
         artefact.commit(entries, inputs, settings, counts=dict(quarantined))
         run_dir.storage.delete(folder)
+
+
+def _task_of(run_dir: RunDir, config: SpinConfig, tokenizer: str, labelled: bool) -> PromptTask:
+    return PromptTask(
+        tokenizer=tokenizer,
+        chat_template=config.model.chat_template,
+        trust_remote_code=config.model.trust_remote_code,
+        max_length=config.model.max_length,
+        data=config.data,
+        labelled=labelled,
+        chat_template_kwargs=config.model.chat_template_kwargs,
+        date=run_dir.date(),
+        takes_tools=config.algorithm != "seft",
+    ).prepared()
 
 
 def _refuse_mixed_files(slices: list["_Slice"], uris: list[str]) -> None:
