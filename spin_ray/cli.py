@@ -275,8 +275,8 @@ def serve_key(name: str, per_minute: int | None) -> None:
 def _doctor(config: SpinConfig, out: str | None, console: Console, every_row: bool) -> dict[str, Any]:
     """Prints what is right, then raises what is wrong; returns the findings."""
     from spin_ray.inputs.check import check_recipe, disk_free_gib, find_inputs, versions
-    from spin_ray.inputs.rendering import load_tokenizer
-    from spin_ray.inputs.template_facts import template_facts
+    from spin_ray.inputs.findings import template_facts
+    from spin_ray.inputs.rendering import open_renderer
     from spin_ray.loop.algorithms.table import check_algorithm
     from spin_ray.report import doctor as shown
     from spin_ray.runtime.connect import connect
@@ -285,7 +285,8 @@ def _doctor(config: SpinConfig, out: str | None, console: Console, every_row: bo
     check_algorithm(config)
     console.print("[green]ok[/] recipe")
     inputs = find_inputs(config)
-    tokenizer = load_tokenizer(str(inputs.model.path), config.model.chat_template, config.model.trust_remote_code)
+    renderer = open_renderer(str(inputs.model.path), config.model)
+    tokenizer = renderer.tokenizer
     surveys = shown.look_at_data(config, inputs, every_row=every_row)
     for found in surveys:
         shown.print_survey(found, console)
@@ -295,7 +296,7 @@ def _doctor(config: SpinConfig, out: str | None, console: Console, every_row: bo
     start = check_recipe(config, inputs)
     console.print("[green]ok[/] model", end=" ")
     console.print(f"{start.model.path} (end of turn: token {start.end_of_turn_id})", markup=False)
-    facts = template_facts(tokenizer)
+    facts = template_facts(renderer.template)
     shown.print_template(facts, console)
     precision, reason = shown.precision_and_reason(config, _recipe_of(out))
     console.print(f"[green]ok[/] precision {precision}: {reason}")

@@ -19,6 +19,7 @@ from spin_ray.config.sections import (
     GenerationConfig,
     Section,
     Settings,
+    sources_of,
 )
 
 T = TypeVar("T")
@@ -127,6 +128,8 @@ def _impossible(config: SpinConfig) -> Iterator[str]:
             yield "evaluation.grade: needs data.heldout"
         if config.evaluation.answer_extractor != "none" and config.algorithm != "self_reinforcement":
             yield "evaluation.answer_extractor: reads numbers, which evaluation.grade does not grade; leave it out"
+    if config.data.max_rows is not None and not isinstance(config.data.train, str):
+        yield "data.max_rows: with several sources give data.train's own rows, or weights"
     if config.stop_when is not None and config.data.heldout is None:
         yield "stop_when: patience and min_fall need data.heldout"
     for key in sorted(
@@ -193,7 +196,8 @@ def _resource_problems(config: SpinConfig) -> Iterator[str]:
 
 def _secret_problems(config: SpinConfig) -> Iterator[str]:
     for name, uri in [
-        ("model.path", config.model.path), ("data.train", config.data.train), ("data.heldout", config.data.heldout),
+        ("model.path", config.model.path), ("data.heldout", config.data.heldout),
+        *(("data.train", source.path) for source in sources_of(config.data.train)),
     ]:  # fmt: skip
         if uri and _CREDENTIALS.search(uri):
             yield f"{name}: holds credentials, which would be written to run.json; give them by environment variables"

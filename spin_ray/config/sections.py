@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from typing import Annotated, Any, Literal, TypeVar
 
-from pydantic import BaseModel, ConfigDict, Discriminator, Field, Tag, field_validator
+from pydantic import BaseModel, ConfigDict, Discriminator, Field, Tag, field_validator, model_validator
 
 T = TypeVar("T")
 
@@ -88,11 +88,43 @@ _OWN_TEMPLATE_VARIABLES = {
 """Arguments of ``apply_chat_template`` and functions of templates."""
 
 
+class Source(Section):
+    """One of several sources of training data. Without ``weight`` and ``rows`` it gives all its rows."""
+
+    path: str
+    """A file, folder, glob or URI."""
+    weight: Positive | None = None
+    """Share of rows, relative to other sources with a weight. The scarcest of them gives all its rows."""
+    rows: Count | None = None
+    """Number of rows, drawn by the seed."""
+
+    @model_validator(mode="after")
+    def _has_one_measure(self) -> Source:
+        if self.weight is not None and self.rows is not None:
+            raise ValueError(f"data.train: {self.path} has both weight and rows; give one of them")
+        return self
+
+
+_Sources = Annotated[tuple[Source, ...], Field(min_length=1)]
+Train = str | tuple[Source, ...]
+
+
+def sources_of(train: Train) -> tuple[Source, ...]:
+    """Returns the sources of ``data.train``, a single path as one that gives all its rows."""
+    return (Source(path=train),) if isinstance(train, str) else train
+
+
+def name_of(train: Train) -> str:
+    """Returns the paths of ``data.train`` in one line."""
+    return ", ".join(source.path for source in sources_of(train))
+
+
 class DataConfig(Section):
     """The conversations that the run learns from and is measured on."""
 
-    train: str
-    """Training data: a file, folder, glob or URI. docs/data.md has the kinds of files and the forms of rows."""
+    train: Annotated[Annotated[str, Tag(ONE)] | Annotated[_Sources, Tag(LIST)], _one_or_list]
+    """Training data: a file, folder, glob or URI, or a list of several, ``[{path: a.jsonl, weight: 3}, …]``.
+    docs/data.md has the kinds of files and the forms of rows."""
     form: Later[FormName | None] = None
     """Form of the rows (docs/data.md). Not set: recognised from the columns."""
     columns: Later[dict[str, str]] = {}
@@ -106,7 +138,8 @@ class DataConfig(Section):
     """Number of prompts per iteration, in a seeded order that wraps round. Not set: all. Fewer keep y′ fresh while the
     policy moves."""
     max_rows: Count | None = None
-    """Number of training rows, and of questions, from the first. Not set: all."""
+    """Number of training rows, and of questions, from the first. Not set: all. Not for several sources, which have
+    ``rows``."""
     turns: Literal["last", "first", "all"] = "last"
     """Assistant's messages taken as responses: the ``last`` of a conversation, the ``first`` (the paper's), or ``all``,
     each a row of its own."""

@@ -14,7 +14,7 @@ from spin_ray.errors import ModelError
 from spin_ray.inputs.conversations import Conversation
 from spin_ray.inputs.guard import any_of
 from spin_ray.inputs.templates import Skeletons
-from spin_ray.inputs.thoughts import SWITCHES, ends_a_thought
+from spin_ray.inputs.thoughts import SWITCHES, Opening, ends_a_thought, opening_of
 
 Tools = list[dict[str, Any]] | None
 """JSON schemas of the functions that a conversation may call."""
@@ -61,13 +61,16 @@ class ChatTemplate:
         added = tokenizer.added_tokens_decoder.items()
         self.added_ids = {str(token): token_id for token_id, token in added if str(token).strip()}
         """Ids of the added tokens that are no blanks."""
+        self.opening: Opening | None = None
+        """The thought that prompts open and whole conversations leave out, as templates of DeepSeek R1's kind do."""
         self.prompt, self.responses = self._probe()
         """A plain prompt, and the texts that follow it for many responses."""
         tail = self.responses[0].rpartition(_PROBE)[2]
         self.end_of_turn_id, self.end_of_turn, self.writes_end_of_turn = self._find_end_of_turn(tail)
         # Added tokens that are neither special nor the template's own (say <think>) are words that data may use.
         control = {str(token) for _, token in added if token.special and str(token)} | {self.end_of_turn}
-        self.control_tokens = control | {name for name in self.added_ids if name in self.prompt}
+        own = {name for name in self.added_ids if name in self.prompt}
+        self.control_tokens = control | (own - {self.opening.mark} if self.opening else own)
         """Names of the tokens that no message may make."""
         other = self.ask([{"role": "user", "content": "x 1."}], True) or ""
         self.constant = commonprefix([self.prompt[::-1], other[::-1]])[::-1]
@@ -85,6 +88,8 @@ class ChatTemplate:
     ) -> list[tuple[str, str] | RenderError]:
         """Writes prompt and response of each conversation; runs the template only where roles do not suffice."""
         given = list(zip(conversations, tools, strict=True))
+        if self.opening:
+            return self._write_opened(self.opening, given)
         known = [
             self._find_unwritten(messages, offered) or (None if offered else self._skeletons.write(messages))
             for messages, offered in given
@@ -100,10 +105,56 @@ class ChatTemplate:
             for texts, messages in zip(written, conversations, strict=True)
         ]
 
+    def _write_opened(
+        self, opening: Opening, given: list[tuple[Conversation, Tools]]
+    ) -> list[tuple[str, str] | RenderError]:
+        """Writes conversations whose responses go on with the thought that the prompt opens.
+
+        The template would cut the thought out, so that it writes the response's place alone.
+        """
+        marked = [
+            [*messages[:-1], {key: value for key, value in messages[-1].items() if key != "reasoning_content"}]
+            for messages, _ in given
+        ]
+        for messages in marked:
+            messages[-1]["content"] = _PROBE
+        offers = [offered for _, offered in given]
+        prompts = self._apply([messages[:-1] for messages in marked], True, offers)
+        wholes = self._apply(marked, False, offers)
+        lacks = map(self._find_unwritten, marked, offers)
+        return [
+            lack or self._go_on(opening, prompt, whole, messages[-1])
+            for lack, prompt, whole, (messages, _) in zip(lacks, prompts, wholes, given, strict=True)
+        ]
+
+    def _go_on(
+        self, opening: Opening, prompt: str | RenderError, whole: str | RenderError, said: Mapping[str, Any]
+    ) -> tuple[str, str] | RenderError:
+        """Puts what the model writes behind its opened thought in place of the mark in ``whole``."""
+        rest = opening.rest_of(said)
+        if rest is None:
+            return RenderError(
+                f"its prompt opens a thought by {opening.text!r}, and the response has none that ends with "
+                f"{opening.end}; add the thoughts to the data, or set model.chat_template to a file without "
+                f"{opening.mark}"
+            )
+        if isinstance(prompt, str) and isinstance(whole, str):
+            before, _, tail = whole.rpartition(_PROBE)
+            if before + opening.text == prompt:
+                return self._end_turn(prompt, rest + tail, said)
+        found = _split(prompt, whole)
+        return found if isinstance(found, RenderError) else RenderError("its chat template writes two prompts")
+
     def ids(self, messages: Conversation, tools: Tools) -> list[int]:
-        """Returns transformers' own ids of a whole conversation."""
+        """Returns transformers' own ids of a whole conversation, with the thought that the prompt opens."""
+        if self.opening:
+            (texts,) = self.write_all([messages], [tools])
+            return [] if isinstance(texts, RenderError) else self._encode("".join(texts))
         found = self._tokenizer.apply_chat_template(messages, tools=tools, return_dict=True, **self._variables())
         return list(found["input_ids"])
+
+    def _encode(self, text: str) -> list[int]:
+        return list(self._tokenizer(text, add_special_tokens=False)["input_ids"])
 
     def in_its_form(self, messages: Conversation) -> Conversation:
         """Returns the messages without empty keys, and arguments of tool calls as the template takes them."""
@@ -232,6 +283,10 @@ class ChatTemplate:
         if _PROBE not in texts[0]:
             raise ModelError(f"{self._name}: its chat template does not write what the assistant says")
         prompt = str(prompt)
+        opening = opening_of(prompt)
+        if opening and texts[0].startswith(prompt.removesuffix(opening.text) + _PROBE):
+            self.opening, before = opening, prompt.removesuffix(opening.text)
+            return prompt, [text.removeprefix(before) for text in texts if text.startswith(before)]
         if not texts[0].startswith(prompt):
             shared = len(commonprefix([prompt, texts[0]]))
             raise ModelError(

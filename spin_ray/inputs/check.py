@@ -11,14 +11,14 @@ from pathlib import Path
 from typing import Any
 
 from spin_ray.config.recipe import SpinConfig
-from spin_ray.config.sections import DataConfig
+from spin_ray.config.sections import DataConfig, Train, name_of, sources_of
 from spin_ray.errors import DataError, ModelError
 from spin_ray.inputs.chat_template import Tools
 from spin_ray.inputs.conversations import Conversation, Unusable, conversations_of, tools_of
 from spin_ray.inputs.embedded import resolve
 from spin_ray.inputs.ends import other_ends
 from spin_ray.inputs.findings import Finding, find_in_rows, find_in_template
-from spin_ray.inputs.forms import find_form
+from spin_ray.inputs.forms import find_form, refuse_unknown_columns
 from spin_ray.inputs.model_folder import ModelFolder, find_model, open_model, refuse_untrainable
 from spin_ray.inputs.rendering import ChatRenderer, Rendered, RenderError, open_renderer
 from spin_ray.inputs.sources import SourceRow, files_digest, find_files, read_slice, split
@@ -39,7 +39,7 @@ class Inputs:
     """Model and data of a run, found and digested."""
 
     model: ModelFolder
-    train: str
+    train: Train
     heldout: str | None
     questions: str | None
     scorer: ModelFolder | None
@@ -78,9 +78,10 @@ def find_inputs(config: SpinConfig) -> Inputs:
     Raises:
         UserError: something is missing or refused.
     """
-    train = resolve(config.data.train)
+    refuse_unknown_columns(config.data)
+    train = _resolved(config.data.train)
     heldout = resolve(config.data.heldout) if config.data.heldout else None
-    train_files = find_files(train)
+    train_files = [file for source in sources_of(train) for file in find_files(source.path)]
     heldout_files = find_files(heldout) if heldout else None
     questions = resolve(config.data.questions) if config.data.questions else None
     questions_files = find_files(questions) if questions else None
@@ -99,16 +100,28 @@ def find_inputs(config: SpinConfig) -> Inputs:
     )
 
 
+def _resolved(train: Train) -> Train:
+    if isinstance(train, str):
+        return resolve(train)
+    return tuple(source.model_copy(update={"path": resolve(source.path)}) for source in train)
+
+
+def _labelled(inputs: Inputs) -> list[str]:
+    """Returns the sources of rows with responses."""
+    paths = [source.path for source in sources_of(inputs.train)]
+    return [*paths, inputs.heldout] if inputs.heldout else paths
+
+
 def check_recipe(config: SpinConfig, inputs: Inputs | None = None, date: datetime | None = None) -> Start:
     """Checks that model and data can be used; raises UserError otherwise."""
     inputs = inputs or find_inputs(config)
-    for source in filter(None, (inputs.train, inputs.heldout)):
+    for source in _labelled(inputs):
         for file in find_files(source)[:_CHECKED_FILES]:
             find_form(islice(_rows(file, config.data), _CHECKED_ROWS), config.data)
     renderer = open_renderer(str(inputs.model.path), config.model, date)
     vocabulary = vocabulary_of(inputs.model.path)
     check_template_tokens(renderer.tokenizer, renderer, vocabulary)
-    for source in filter(None, (inputs.train, inputs.heldout)):
+    for source in _labelled(inputs):
         check_token_ids(renderer.tokenizer, renderer, source, config.data, vocabulary)
     findings = find_all(config, inputs, renderer)
     for finding in findings:
@@ -126,8 +139,11 @@ def find_all(config: SpinConfig, inputs: Inputs, renderer: ChatRenderer) -> list
         found.append(Finding(f"generation stops at {names}, too; rows end with {renderer.end_of_turn}", "note"))
     if lacking := warn_of(without_embedding(renderer.tokenizer, vocabulary_of(inputs.model.path))):
         found.append(Finding(lacking, "warning"))
-    for source in filter(None, (inputs.train, inputs.heldout)):
-        found += find_in_rows(renderer, _first_conversations(source, config.data), source)
+    for source in _labelled(inputs):
+        rows = _first_conversations(source, config.data)
+        found += find_in_rows(renderer, rows, source)
+        if config.algorithm == "sppo" and any(tools for _, tools in rows):
+            found.append(Finding(f"{source}: the preference model reads rows without their tools", "warning"))
     if few := _too_few(config, inputs.train):
         found.append(Finding(few, "error"))
     return found
@@ -137,13 +153,13 @@ def _first_conversations(source: str, data: DataConfig) -> list[tuple[Conversati
     found = []
     for row in islice(_rows(find_files(source)[0], data), _CHECKED_ROWS):
         try:
-            found += [(messages, tools_of(row.content)) for messages in conversations_of(row.content, data)]
+            found += [(messages, tools_of(row.content, data)) for messages in conversations_of(row.content, data)]
         except Unusable:
             continue
     return found
 
 
-def _too_few(config: SpinConfig, source: str) -> str | None:
+def _too_few(config: SpinConfig, train: Train) -> str | None:
     """Returns a sentence if an iteration cannot have the pairs of one optimizer step."""
     needed = config.train.global_batch_pairs
     each = config.generation.samples_per_prompt
@@ -151,7 +167,11 @@ def _too_few(config: SpinConfig, source: str) -> str | None:
         return None
     limits = [limit for limit in (config.data.max_rows, config.data.prompts_per_iteration) if limit is not None]
     rows = 0
-    for row in islice(chain.from_iterable(_rows(file, config.data) for file in find_files(source)), _COUNTED_ROWS):
+    each_source = (
+        islice(chain.from_iterable(_rows(file, config.data) for file in find_files(source.path)), source.rows)
+        for source in sources_of(train)
+    )
+    for row in islice(chain.from_iterable(each_source), _COUNTED_ROWS):
         try:
             rows += len(conversations_of(row.content, config.data))
         except Unusable:
@@ -164,8 +184,8 @@ def _too_few(config: SpinConfig, source: str) -> str | None:
     if pairs >= needed or not pairs:  # no usable row at all: quarantine says why
         return None
     return (
-        f"{source}: an iteration has at most {pairs} pairs, fewer than train.global_batch_pairs {needed}; add rows or "
-        f"lower train.global_batch_pairs to {pairs} or less"
+        f"{name_of(train)}: an iteration has at most {pairs} pairs, fewer than train.global_batch_pairs {needed}; add "
+        f"rows or lower train.global_batch_pairs to {pairs} or less"
     )
 
 
@@ -196,7 +216,7 @@ def check_token_ids(
     missing = without_embedding(tokenizer, vocabulary)
     for row in islice(_rows(find_files(source)[0], data), _CHECKED_ROWS):
         try:
-            conversations, tools = conversations_of(row.content, data), tools_of(row.content)
+            conversations, tools = conversations_of(row.content, data), tools_of(row.content, data)
         except Unusable:
             continue
         made = renderer.render_all(conversations, [tools] * len(conversations))

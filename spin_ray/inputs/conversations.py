@@ -6,7 +6,7 @@ from typing import Any
 
 from spin_ray.config.sections import DataConfig
 from spin_ray.inputs.forms import FORMS, Exchange, form_of, mapped, no_form
-from spin_ray.inputs.messages import Conversation, Message, Unusable, decoded
+from spin_ray.inputs.messages import Conversation, Message, Unusable, decoded, refuse_surrogates
 
 __all__ = ["Conversation", "Message", "Unusable", "answer_of", "conversations_of", "question_of", "rejected_of"]
 
@@ -58,17 +58,22 @@ def question_of(content: dict[str, Any] | None, data: DataConfig) -> Conversatio
     return _checked([*messages, {"role": "assistant", "content": ""}], row, data)
 
 
-def tools_of(content: dict[str, Any] | None) -> list[Any] | None:
+def tools_of(content: dict[str, Any] | None, data: DataConfig) -> list[Any] | None:
     """Returns the tools that the prompt offers; None without any.
 
     Raises:
-        Unusable: ``tools`` is neither a list nor JSON text of one.
+        Unusable: ``tools`` is neither a list nor JSON text of one, or is not valid Unicode.
     """
-    tools = decoded((content or {}).get("tools"))
+    return _tools_in(mapped(content or {}, data))
+
+
+def _tools_in(row: dict[str, Any]) -> list[Any] | None:
+    tools = decoded(row.get("tools"))
     if tools in (None, "", []):
         return None
     if not isinstance(tools, list):
         raise Unusable("malformed", f"tools: expected a list, found {type(tools).__name__}")
+    refuse_surrogates(tools, "tools")
     return tools
 
 
@@ -115,7 +120,7 @@ def _ending_with_response(messages: list[Message], data: DataConfig) -> list[Con
 
 def _checked(messages: list[Message], row: dict[str, Any], data: DataConfig) -> list[Message]:
     """Returns the messages with the recipe's system message; raises Unusable without a prompt and a response."""
-    tools_of(row)  # raises Unusable for what is no list
+    _tools_in(row)  # raises Unusable for what is no list
     first = next((index for index, message in enumerate(messages) if message["role"] == "assistant"), None)
     if first is None:
         raise Unusable("empty", "no assistant message")

@@ -1,6 +1,7 @@
-"""Findings about a chat template and the rows that it renders, one sentence each."""
+"""Traits of a chat template, and findings about it and the rows that it renders, one sentence each."""
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from typing import Literal, NamedTuple
 
 from spin_ray.inputs.chat_template import ChatTemplate, RenderError, Tools
@@ -8,8 +9,14 @@ from spin_ray.inputs.conversations import Conversation
 from spin_ray.inputs.rendering import ChatRenderer
 from spin_ray.inputs.thoughts import SWITCHES, opened_by, thought_of
 
-_USER = {"role": "user", "content": "?"}
 _PROBE = "spin-ray-probe"
+_USER = {"role": "user", "content": _PROBE}
+_BLANKS = {
+    "blanks before it": f"  {_PROBE}",
+    "blanks after it": f"{_PROBE}  ",
+    "line breaks at its end": f"{_PROBE}\n\n",
+}
+_THOUGHT = f"<think>\n{_PROBE}\n</think>"
 
 
 class Finding(NamedTuple):
@@ -18,16 +25,90 @@ class Finding(NamedTuple):
     """An ``error`` stops a run before anything is generated."""
 
 
+@dataclass(frozen=True, slots=True)
+class TemplateFacts:
+    """Traits of a chat template that change what a row says."""
+
+    before: str
+    """Text before the message of a lone user."""
+    after: str
+    """Text between a user's message and the answer."""
+    system: Literal["written", "refused", "left out"]
+    """Treatment of system messages."""
+    default_system: str
+    """System prompt that rows without one get; empty without any."""
+    alternates: bool
+    """True: user and assistant must speak in turn."""
+    writes_date: bool
+    strips: tuple[str, ...]
+    """Parts of a response that are lost."""
+    cuts_thoughts: bool
+    """True: thoughts of earlier turns are lost."""
+
+
+def template_facts(template: ChatTemplate) -> TemplateFacts:
+    """Reads the traits from plain exchanges."""
+
+    def loses(part: str, messages: Conversation, *, ask: bool = False) -> bool:
+        text = template.ask(messages, ask)
+        return text is not None and part not in text
+
+    before, _, after = (template.ask([_USER], True) or "").partition(_PROBE)
+    given = template.ask([{"role": "system", "content": "SYSTEM"}, _USER], True)
+    parts = _BLANKS | {"a thought in <think>": f"{_THOUGHT}{_PROBE}"}
+    answer = {"role": "assistant", "content": f"{_THOUGHT}\n\nx"}
+    question = {"role": "user", "content": "?"}
+    return TemplateFacts(
+        before=before,
+        after=after,
+        system="refused" if given is None else "written" if "SYSTEM" in given else "left out",
+        default_system=_default_system(before, given or ""),
+        alternates=template.ask([_USER, _USER], True) is None,
+        writes_date="strftime_now" in template.source,
+        strips=tuple(
+            name for name, text in parts.items() if loses(text, [_USER, {"role": "assistant", "content": text}])
+        ),
+        cuts_thoughts="</think>" in template.source and loses(_PROBE, [question, answer, question], ask=True),
+    )
+
+
+def _default_system(before: str, given: str) -> str:
+    """Returns the words before a user's message that a system message of the row's own replaces."""
+    head, mark, rest = given.partition(_PROBE)[0].partition("SYSTEM")
+    replaced = before.removeprefix(head)
+    if not mark or not rest or not before.startswith(head) or not replaced.endswith(rest):
+        return ""
+    return replaced.removesuffix(rest)
+
+
 def find_in_template(template: ChatTemplate) -> list[Finding]:
     """Returns what the template does to conversations, found by a few plain ones."""
-    found = [
-        _find_about_system(template),
-        _find_alternation(template),
-        _find_date(template),
-        _find_trimming(template),
-        _find_cut_thoughts(template),
-    ]
-    return [finding for finding in found if finding]
+    return list(_sentences(template_facts(template), template))
+
+
+def _sentences(facts: TemplateFacts, template: ChatTemplate) -> Iterator[Finding]:
+    if facts.system == "refused":
+        yield Finding("the chat template refuses system messages; rows with one go to quarantine", "warning")
+    if facts.system == "left out":
+        yield Finding("the chat template leaves system messages out; rows with one go to quarantine", "warning")
+    if facts.default_system:
+        yield Finding(
+            f"the chat template adds a system message of {len(facts.default_system)} characters to conversations "
+            "without one; data.system replaces it",
+            "note",
+        )
+    if facts.alternates:
+        yield Finding(
+            "the chat template wants user and assistant in turn; rows in another order go to quarantine", "note"
+        )
+    if facts.writes_date:
+        yield Finding(
+            f"the chat template may write the date; this run's is {template.date:%d %b %Y} to its end", "note"
+        )
+    if _BLANKS.keys() & set(facts.strips):
+        yield Finding("the chat template trims responses: blanks around them are not learnt", "note")
+    if facts.cuts_thoughts:
+        yield Finding("the chat template takes thoughts out of earlier turns", "note")
 
 
 def find_in_rows(renderer: ChatRenderer, rows: Sequence[tuple[Conversation, Tools]], source: str) -> list[Finding]:
@@ -39,56 +120,6 @@ def find_in_rows(renderer: ChatRenderer, rows: Sequence[tuple[Conversation, Tool
         return [Finding(sentence + _switch_for(renderer, rows), "error")]
     finding = _find_thoughts(renderer, [text for text in written if not isinstance(text, RenderError)], source)
     return [finding] if finding else []
-
-
-def _find_about_system(template: ChatTemplate) -> Finding | None:
-    system = {"role": "system", "content": _PROBE}
-    plain, given = template.prompt, template.ask([system, _USER], True)
-    if given is None:
-        return Finding("the chat template refuses system messages; rows with one go to quarantine", "warning")
-    if _PROBE not in given:
-        return Finding("the chat template leaves system messages out; rows with one go to quarantine", "warning")
-    empty = template.ask([system | {"content": ""}, _USER], True)
-    if empty is not None and len(empty) < len(plain) and "system" in plain:
-        added = len(plain) - len(empty)
-        return Finding(
-            f"the chat template adds a system message of {added} characters to conversations without one; "
-            "data.system replaces it",
-            "note",
-        )
-    return None
-
-
-def _find_alternation(template: ChatTemplate) -> Finding | None:
-    if template.ask([_USER, _USER], True) is None:
-        return Finding(
-            "the chat template wants user and assistant in turn; rows in another order go to quarantine", "note"
-        )
-    return None
-
-
-def _find_date(template: ChatTemplate) -> Finding | None:
-    if "strftime_now" not in template.source:
-        return None
-    return Finding(f"the chat template may write the date; this run's is {template.date:%d %b %Y} to its end", "note")
-
-
-def _find_trimming(template: ChatTemplate) -> Finding | None:
-    said = f"  {_PROBE}\n\n"
-    whole = template.ask([_USER, {"role": "assistant", "content": said}], False)
-    if whole is None or said in whole:
-        return None
-    return Finding("the chat template trims responses: blanks around them are not learnt", "note")
-
-
-def _find_cut_thoughts(template: ChatTemplate) -> Finding | None:
-    if "</think>" not in template.source:
-        return None
-    said = {"role": "assistant", "content": f"<think>\n{_PROBE}\n</think>\n\nx"}
-    whole = template.ask([_USER, said, _USER], True)
-    if whole is None or _PROBE in whole:
-        return None
-    return Finding("the chat template takes thoughts out of earlier turns", "note")
 
 
 def _find_thoughts(renderer: ChatRenderer, written: list[tuple[str, str]], source: str) -> Finding | None:
@@ -116,7 +147,7 @@ def _switch_for(renderer: ChatRenderer, rows: Sequence[tuple[Conversation, Tools
     """Returns the switch of thoughts with which the template writes the first row, as a clause."""
     template, (messages, tools) = renderer.template, rows[0]
     for name in SWITCHES:
-        for value in (True, False):
+        for value in (False, True) if template.opening else (True, False):
             if template.names(name) and template.would_write(messages, tools, {name: value}):
                 return f"; set model.chat_template_kwargs: {{{name}: {str(value).lower()}}}"
     return ""

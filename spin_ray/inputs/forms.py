@@ -6,11 +6,12 @@
 import json
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
+from difflib import get_close_matches
 from functools import lru_cache
 from typing import Any, NamedTuple, Protocol
 
 from spin_ray.config.sections import DataConfig
-from spin_ray.errors import DataError
+from spin_ray.errors import ConfigError, DataError
 from spin_ray.inputs.messages import READ, Message, Unusable, listed, parse_messages
 
 Columns = dict[str, Any]
@@ -198,6 +199,15 @@ BESIDE = ("answer", "tools")
 """Columns that every form may have: a number for grading, and the tools that the prompt offers."""
 COLUMNS = tuple(dict.fromkeys([*(name for form in FORMS for name in (*form.needs, *form.may)), *BESIDE]))
 """Every column that some form reads."""
+
+
+def refuse_unknown_columns(data: DataConfig) -> None:
+    """Raises ConfigError if ``data.columns`` maps a column that no form reads."""
+    for name in data.columns:
+        if name not in COLUMNS:
+            near = get_close_matches(name, COLUMNS, 1)
+            hint = f"; did you mean {near[0]}?" if near else f"; known are {_and(COLUMNS)}"
+            raise ConfigError(f"data.columns.{name}: no form has such a column{hint}")
 
 
 def mapped(content: Columns, data: DataConfig) -> Columns:

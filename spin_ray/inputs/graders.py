@@ -99,5 +99,10 @@ def graded(grade: str, response: str, answer: str, row: str) -> float | None:
 
 
 def answer_text(value: Any) -> str | None:
-    """Returns an answer as text, other values than text as JSON: ``true``, ``12``, ``{"a": 1}``."""
+    """Returns an answer as text, other values than text as JSON: ``true``, ``12``, ``{"a": 1}``.
+
+    A table may keep 12 as 12.0, which is written as ``12``, too.
+    """
+    if isinstance(value, float) and value.is_integer() and abs(value) < 2**53:
+        value = int(value)
     return value if value is None or isinstance(value, str) else json.dumps(value, ensure_ascii=False, default=str)

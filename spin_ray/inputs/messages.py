@@ -103,6 +103,7 @@ def _parse(index: int, value: Any) -> Message:
         content = ""
     text = _text(index, content)
     _check_unicode(index, text)
+    refuse_surrogates(message, f"message {index}")
     return {"role": role, "content": text} | message
 
 
@@ -124,6 +125,14 @@ def _text(index: int, content: Any) -> str:
             kind = part.get("type") if isinstance(part, dict) else type(part).__name__
             raise Unusable("malformed", f"message {index}: content must be text, found list with a part {kind!r}")
     return "".join(part["text"] for part in content)
+
+
+def refuse_surrogates(value: Any, what: str) -> None:
+    """Raises Unusable if a JSON value holds text that no file and no tokenizer can hold."""
+    try:
+        json.dumps(value, ensure_ascii=False).encode()
+    except UnicodeEncodeError:
+        raise Unusable("malformed", f"{what} is not valid Unicode (a lone surrogate)") from None
 
 
 def _check_unicode(index: int, text: str) -> None:

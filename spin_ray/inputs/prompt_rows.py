@@ -22,7 +22,9 @@ from spin_ray.inputs.conversations import (
     rejected_of,
     tools_of,
 )
+from spin_ray.inputs.forms import mapped
 from spin_ray.inputs.graders import answer_text
+from spin_ray.inputs.messages import refuse_surrogates
 from spin_ray.inputs.rendering import ChatRenderer, Rendered, RenderError, load_tokenizer
 from spin_ray.inputs.sources import SourceRow
 from spin_ray.inputs.vocabulary import vocabulary_of, without_embedding
@@ -46,6 +48,8 @@ class PromptTask:
     chat_template_kwargs: Mapping[str, Any] = field(default_factory=dict)
     date: datetime | None = None
     """The run's date, which the template may write."""
+    takes_tools: bool = True
+    """False: rows with tools are refused."""
 
     @cached_property
     def renderer(self) -> ChatRenderer:
@@ -105,7 +109,9 @@ class _Found:
 
 def _conversations_of(source: SourceRow, task: PromptTask) -> _Found | Unusable:
     try:
-        tools = tools_of(source.content)
+        tools = tools_of(source.content, task.data)
+        if tools and not task.takes_tools:
+            raise Unusable("tools", "seft writes its prompt again, which would have no tools")
         if not task.labelled:
             return _Found([question_of(source.content, task.data)], None, tools)
         return _Found(conversations_of(source.content, task.data), rejected_of(source.content, task.data), tools)
@@ -133,15 +139,17 @@ def _row(
                     name = task.without_embedding[token_id]
                     raise Unusable("vocabulary", f"the model has no embedding for {name} (id {token_id})")
     assert isinstance(rendered, Rendered) and not isinstance(rejected, RenderError)
+    answer = mapped(source.content or {}, task.data).get("answer")
+    refuse_surrogates(text := answer_text(answer), "answer")
     identity = [rendered.prompt_ids, rendered.real_ids, *([rejected.real_ids] if rejected else [])]
     return {
         "prompt_id": hashlib.blake2b(str(identity).encode(), digest_size=8).hexdigest(),
         "prompt_ids": rendered.prompt_ids,
         "real_ids": rendered.real_ids,
         "messages": _as_json(conversation),
-        "answer": answer_of((source.content or {}).get("answer")),
+        "answer": answer_of(answer),
         "rejected_ids": rejected.real_ids if rejected else None,
-        "answer_text": answer_text((source.content or {}).get("answer")),
+        "answer_text": text,
     }
 
 

@@ -1,5 +1,8 @@
 """Thoughts of reasoning models in rendered text, such as ``<think>…</think>``."""
 
+from collections.abc import Mapping
+from typing import Any, NamedTuple
+
 _MARKS = (
     ("<think>", "</think>"),
     ("<thinking>", "</thinking>"),
@@ -8,8 +11,34 @@ _MARKS = (
     ("<seed:think>", "</seed:think>"),
     ("[THINK]", "[/THINK]"),
 )
+
+
+class Opening(NamedTuple):
+    """The thought that a template's prompt opens."""
+
+    text: str
+    """The end of the prompt, e.g. ``<think>`` and a line break."""
+    mark: str
+    end: str
+
+    def rest_of(self, said: Mapping[str, Any]) -> str | None:
+        """Returns what the model writes behind the prompt to say ``said``; None without a thought."""
+        thought, content = said.get("reasoning_content"), said.get("content") or ""
+        if isinstance(thought, str) and thought.strip():
+            line = "\n" if self.text.endswith("\n") else ""
+            content = f"{thought.strip()}{line}{self.end}{line}{line}{content}"
+        rest = content.removeprefix(self.text)
+        return rest if self.end in rest and self.mark not in rest else None
+
+
 SWITCHES = ("enable_thinking", "thinking", "enable_reasoning", "reasoning", "think")
 """Variables with which chat templates switch thoughts on and off."""
+
+
+def opening_of(prompt: str) -> Opening | None:
+    """Returns the thought that the end of ``prompt`` opens."""
+    marks = opened_by(prompt)
+    return Opening(prompt[prompt.rindex(marks[0]) :], *marks) if marks else None
 
 
 def opened_by(prompt: str) -> tuple[str, str] | None:

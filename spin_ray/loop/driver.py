@@ -92,7 +92,7 @@ def _prepare_prompts(run: RunDir, config: SpinConfig, start: Start) -> None:
     tokenizer = str(start.model.path)
     if start.heldout:
         prompts.run(run, config, run.heldout, start.heldout, tokenizer, config.evaluation.max_rows)
-    leaks = run.heldout if start.heldout and not config.data.keep_leaks else None
+    leaks = run.heldout if start.heldout else None
     prompts.run(run, config, run.prompts, start.train, tokenizer, config.data.max_rows, without=leaks)
     if start.questions:
         prompts.run(run, config, run.questions, start.questions, tokenizer, config.data.max_rows, labelled=False)

@@ -6,7 +6,9 @@ from pathlib import Path
 from typing import Any, Self
 
 from spin_ray.config.recipe import SpinConfig
+from spin_ray.config.sections import sources_of
 from spin_ray.inputs.check import Inputs, check_recipe, find_inputs
+from spin_ray.inputs.mixture import shares_of
 from spin_ray.inputs.sources import find_files
 from spin_ray.planning.plan import count_rows
 from spin_ray.report.history import evidence_to_stop, read_evaluations
@@ -70,8 +72,11 @@ def _settle_sizes(config: SpinConfig, run: RunDir, inputs: Inputs) -> SpinConfig
     """Fills in the sizes of batches that the recipe leaves open; a run keeps those that it began with."""
     if run.storage.exists("run.json"):
         return config.settle_sizes(run.config())
-    on_gpu, is_local = config.generation.resources.gpus, "://" not in inputs.train
-    return config.settle_sizes(rows=count_rows(find_files(inputs.train)) if on_gpu and is_local else None)
+    sources = sources_of(inputs.train)
+    if not config.generation.resources.gpus or any("://" in source.path for source in sources):
+        return config.settle_sizes()
+    counts = [count_rows(find_files(source.path)) for source in sources]
+    return config.settle_sizes(rows=sum(shares_of(sources, counts)))
 
 
 def is_finished(run: RunDir, config: SpinConfig) -> bool:

@@ -5,15 +5,16 @@ recipe ──> shape (config.json) ─┐
        ──> cluster             ─┘             └──> fits: tables of time and memory
 """
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, replace
 from itertools import islice
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
 
 from spin_ray.config.recipe import SpinConfig
+from spin_ray.config.sections import name_of, sources_of
 from spin_ray.errors import ConfigError, DataError, ModelError, ResourceError
 from spin_ray.inputs.embedded import resolve
 from spin_ray.inputs.model_folder import read_config
@@ -27,6 +28,9 @@ from spin_ray.planning.tables import memory_table, notes, purposes, time_table
 from spin_ray.planning.work import Work
 from spin_ray.run_dir.events import exact_duration
 from spin_ray.runtime.precision import with_precision
+
+if TYPE_CHECKING:
+    from spin_ray.inputs.prompt_rows import PromptTask
 
 SAMPLE_ROWS = 256
 
@@ -69,7 +73,7 @@ def read_work(config: SpinConfig, given: Given) -> Work:
     """
     rows, prompt, real, generated = given.rows, given.prompt_tokens, given.response_tokens, None
     max_tokens = config.generation.sampling.max_tokens
-    if rows is None and "://" in config.data.train:
+    if rows is None and "://" in name_of(config.data.train):
         rows = config.data.max_rows
     if rows is None or prompt is None or real is None:
         sample = _sample(config, replace(given, rows=rows))
@@ -84,37 +88,49 @@ def read_work(config: SpinConfig, given: Given) -> Work:
 
 
 def _sample(config: SpinConfig, given: Given) -> Work:
-    train, model = resolve(config.data.train), Path(resolve(config.model.path)).expanduser()
+    train, model = name_of(config.data.train), Path(resolve(config.model.path)).expanduser()
     if "://" in train or not model.is_dir():
         missing = [f"--{name.replace('_', '-')}" for name, value in vars(given).items() if value is None]
         what = f"data.train {train}" if "://" in train else f"model.path {config.model.path}"
         raise DataError(f"{what}: is not on this machine, so plan cannot measure its rows; give {', '.join(missing)}")
-    from spin_ray.inputs.prompt_rows import PromptTask, rows_of
-    from spin_ray.inputs.sources import find_files, read_slice, split
+    from spin_ray.inputs.mixture import shares_of
+    from spin_ray.inputs.prompt_rows import PromptTask
 
     task = PromptTask(
         tokenizer=str(model), chat_template=config.model.chat_template, data=config.data,
         trust_remote_code=config.model.trust_remote_code, max_length=config.model.max_length,
+        chat_template_kwargs=config.model.chat_template_kwargs,
     )  # fmt: skip
-    files = find_files(train)
-    sources = list(
-        islice((row for piece in split(files) for row in read_slice(piece, config.data.columns.values())), SAMPLE_ROWS)
-    )
-    usable = [row for found in rows_of(sources, task) if isinstance(found, list) for row in found]
-    if not usable:
-        raise DataError(f"{train}: none of the first {len(sources)} rows can be used; spin-ray doctor says why")
-    counted = round(count_rows(files) * len(usable) / len(sources))
-    max_tokens = config.generation.sampling.max_tokens
+    sources = sources_of(config.data.train)
+    samples = [_usable_rows(resolve(source.path), task) for source in sources]
+    shares = shares_of(sources, [counted for counted, _ in samples])
+    rows, max_tokens = sum(shares), config.generation.sampling.max_tokens
 
-    def mean(lengths: Iterator[int]) -> float:
-        return sum(lengths) / len(usable)
+    def mean(length: Callable[[dict[str, Any]], int]) -> float:
+        each = zip(shares, samples, strict=True)
+        return sum(share * sum(map(length, usable)) / len(usable) for share, (_, usable) in each) / rows
 
     return Work(
-        rows=min(config.data.max_rows or counted, counted),
-        prompt=mean(len(row["prompt_ids"]) for row in usable),
-        real=mean(len(row["real_ids"]) for row in usable),
-        generated=mean(min(len(row["real_ids"]), max_tokens) for row in usable),
+        rows=min(config.data.max_rows or rows, rows),
+        prompt=mean(lambda row: len(row["prompt_ids"])),
+        real=mean(lambda row: len(row["real_ids"])),
+        generated=mean(lambda row: min(len(row["real_ids"]), max_tokens)),
     )
+
+
+def _usable_rows(source: str, task: "PromptTask") -> tuple[int, list[dict[str, Any]]]:
+    """Returns the number of a source's usable rows, estimated from its first ones, and those."""
+    from spin_ray.inputs.prompt_rows import rows_of
+    from spin_ray.inputs.sources import find_files, read_slice, split
+
+    files = find_files(source)
+    rows = list(
+        islice((row for piece in split(files) for row in read_slice(piece, task.data.columns.values())), SAMPLE_ROWS)
+    )
+    usable = [row for found in rows_of(rows, task) if isinstance(found, list) for row in found]
+    if not usable:
+        raise DataError(f"{source}: none of the first {len(rows)} rows can be used; spin-ray doctor says why")
+    return round(count_rows(files) * len(usable) / len(rows)), usable
 
 
 def _heldout_rows(config: SpinConfig) -> int:

@@ -78,6 +78,8 @@ def run(run_dir: RunDir, config: SpinConfig, iterate: int, request: Request) -> 
         UserError: lm-eval is missing, or does not know a task.
         StageError: the evaluation failed.
     """
+    variables = {**config.model.chat_template_kwargs, "strftime_now": run_dir.date().strftime}
+    request = replace(request, variables=variables)
     with run_dir.stage(f"{iterate_name(iterate)}/benchmarks") as counted:
         if request.endpoint:
             found = _measure_at_endpoint(request)

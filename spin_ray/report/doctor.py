@@ -8,10 +8,11 @@ from rich.console import Console
 from rich.text import Text
 
 from spin_ray.config.recipe import SpinConfig
+from spin_ray.config.sections import sources_of
 from spin_ray.inputs.check import Inputs
+from spin_ray.inputs.findings import TemplateFacts
 from spin_ray.inputs.prompt_rows import PromptTask
 from spin_ray.inputs.survey import UNLIMITED, Survey, survey
-from spin_ray.inputs.template_facts import TemplateFacts
 from spin_ray.runtime.precision import faster_precision
 
 _BINS, _BAR = 8, 40
@@ -27,7 +28,8 @@ def look_at_data(config: SpinConfig, inputs: Inputs, *, every_row: bool) -> list
         DataError: a file cannot be read.
     """
     found, tasks = [], {}
-    for source, labelled in ((inputs.train, True), (inputs.heldout, True), (inputs.questions, False)):
+    trained = ((source.path, True) for source in sources_of(inputs.train))
+    for source, labelled in (*trained, (inputs.heldout, True), (inputs.questions, False)):
         if source is None:
             continue
         if labelled not in tasks:
@@ -38,6 +40,8 @@ def look_at_data(config: SpinConfig, inputs: Inputs, *, every_row: bool) -> list
                 max_length=UNLIMITED,
                 data=config.data,
                 labelled=labelled,
+                chat_template_kwargs=config.model.chat_template_kwargs,
+                takes_tools=config.algorithm != "seft",
             )
         found.append(survey(source, tasks[labelled], config.model.max_length, every_row=every_row))
     return found
@@ -127,7 +131,7 @@ def print_template(facts: TemplateFacts, console: Console) -> None:
             f"   it adds a system prompt to rows without one: {_quoted(facts.default_system)}; data.system replaces it",
         )
     if facts.writes_date:
-        _line(console, "   it writes a date, so that token ids differ from day to day")
+        _line(console, "   it may write the date; a run keeps that of its first day")
     if facts.strips:
         _line(console, f"   it takes from a response: {', '.join(facts.strips)}")
     else:

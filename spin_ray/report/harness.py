@@ -2,7 +2,7 @@
 
 import contextlib
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from importlib import metadata
 from itertools import groupby
@@ -50,6 +50,8 @@ class Request:
     """First rows of each task to use, for trials."""
     chat: bool = False
     """True: the chat template is applied."""
+    variables: Mapping[str, Any] = field(default_factory=dict)
+    """Variables of the chat template, the run's date among them. An endpoint has its own."""
     dtype: str = "float32"
     max_length: int | None = None
     """Most tokens; longer questions lose their beginning. None: the model's limit."""
@@ -132,7 +134,13 @@ def _model(request: Request) -> tuple[str, dict[str, Any]]:
             return "local-chat-completions", common | {"base_url": f"{url}/chat/completions"}
         tokenizer = {"tokenizer": request.model, "tokenizer_backend": "huggingface"}
         return "local-completions", common | tokenizer | {"base_url": f"{url}/completions"}
-    common = {"pretrained": request.model, "dtype": request.dtype, "trust_remote_code": request.trust_remote_code}
+    common: dict[str, Any] = {
+        "pretrained": request.model,
+        "dtype": request.dtype,
+        "trust_remote_code": request.trust_remote_code,
+    }
+    if request.chat and request.variables:
+        common["chat_template_args"] = dict(request.variables)
     if request.backend == "hf":  # lm-eval assumes a GPU unless told otherwise
         import torch
 

@@ -9,6 +9,7 @@ from typing import Any
 import yaml
 
 from spin_ray.config.recipe import SpinConfig
+from spin_ray.config.sections import name_of, sources_of
 from spin_ray.report.measures import CONFIDENCE, MEASURES
 from spin_ray.report.redaction import hide, hide_in_text
 from spin_ray.run_dir.artefact import CARD
@@ -33,15 +34,15 @@ def model_card(run: RunDir, iterate: int) -> str:
     evaluation = run.evaluation(iterate) or {}
     results = [(measure, value) for measure in MEASURES if (value := measure.of(evaluation)) is not None]
     benchmarks = evaluation.get("benchmarks", {})
-    base, data = hide_in_text(config.model.path), hide_in_text(config.data.train)
+    base, data = hide_in_text(config.model.path), hide_in_text(name_of(config.data.train))
     metadata: dict[str, Any] = {
         "base_model": base,
         "library_name": "transformers",
         "pipeline_tag": "text-generation",
         "tags": ["spin", "self-play", "spin_ray"],
     }
-    if data.startswith(HUB_DATA):
-        metadata["datasets"] = ["/".join(data.removeprefix(HUB_DATA).split("/")[:2])]
+    if hub := [source.path for source in sources_of(config.data.train) if source.path.startswith(HUB_DATA)]:
+        metadata["datasets"] = ["/".join(path.removeprefix(HUB_DATA).split("/")[:2]) for path in hub]
     heldout = hide_in_text(config.data.heldout or "")
     ours = [(measure.key, measure.title, value) for measure, value in results]
     groups = [_result(heldout, "held-out rows", ours)] if ours else []

@@ -122,6 +122,22 @@ def test_bad_rows_are_quarantined_with_file_line_and_reason(tmp_path: Path) -> N
     assert [row["row"] for row in found if row["reason"] == "malformed"] == [b"{broken"]
 
 
+def test_rows_of_several_sources_are_drawn_and_counted(tmp_path: Path) -> None:
+    """Of 30 and 20 rows, weights of 2 and 1 give 30 and 15. The same call again makes nothing."""
+    paths = [tmp_path / f"{name}.jsonl" for name in "ab"]
+    for path, count in zip(paths, (30, 20), strict=True):
+        path.write_text("\n".join(json.dumps({"prompt": f"{path.stem}{i}", "response": "r"}) for i in range(count)))
+    train = [{"path": str(path), "weight": weight} for path, weight in zip(paths, (2, 1), strict=True)]
+    run, config = RunDir(Storage(tmp_path / "run")), make_config(data={"train": train, "max_rows": None})
+    make_prompts(run, config)
+    asked = [json.loads(text)[0]["content"] for table in run.prompts.tables() for text in table["messages"].to_pylist()]
+    assert [sum(text.startswith(name) for text in asked) for name in "ab"] == [30, 15]
+    assert run.events()[-1]["sources"] == {str(paths[0]): 30, str(paths[1]): 15}
+    events = len(run.events())
+    make_prompts(run, config)
+    assert len(run.events()) == events
+
+
 def test_a_damaged_parquet_file_is_one_line_though_a_task_found_it(tmp_path: Path) -> None:
     """The footer, which the driver reads, is whole; the pages of the rows are not."""
     data = tmp_path / "rows.parquet"

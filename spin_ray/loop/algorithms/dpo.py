@@ -6,6 +6,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from spin_ray.config.recipe import SpinConfig
+from spin_ray.config.sections import name_of
 from spin_ray.errors import DataError
 from spin_ray.learner.step import Objective
 from spin_ray.loop.algorithms.base import Algorithm, PlayedPrompts, Turn, margin_objective, pair_table
@@ -28,7 +29,7 @@ class Dpo(Algorithm):
                 missing = table.filter(pc.is_null(table["rejected_ids"]))
                 if missing.num_rows:
                     raise DataError(
-                        f"{turn.config.data.train}: {missing.num_rows} rows have no rejected response, first "
+                        f"{name_of(turn.config.data.train)}: {missing.num_rows} rows have no rejected response, first "
                         f"{missing['messages'][0].as_py()[:200]}; algorithm dpo needs chosen and rejected in each"
                     )
                 yield pair_table(table, turn.iteration, table["rejected_ids"])

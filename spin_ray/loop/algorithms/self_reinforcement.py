@@ -83,11 +83,11 @@ def _reader(turn: Turn) -> Callable[[list[int]], Any]:
 
     Cut responses have none, so that nobody learns to stop there.
     """
-    extractor, stop = turn.config.evaluation.answer_extractor, turn.start.end_of_turn_id
+    extractor, ends = turn.config.evaluation.answer_extractor, {turn.start.end_of_turn_id, *turn.start.other_ends}
     tokenizer = load_tokenizer(str(turn.opponent.path), trust_remote_code=turn.config.model.trust_remote_code)
 
     def read(token_ids: list[int]) -> Any:
-        if not token_ids or token_ids[-1] != stop:
+        if not token_ids or token_ids[-1] not in ends:
             return None
         if extractor == "none":
             return tuple(token_ids)

@@ -23,9 +23,11 @@ import ray
 import ray.exceptions
 
 from spin_ray.config.recipe import SpinConfig, digest
+from spin_ray.config.sections import Source, Train, name_of, sources_of
 from spin_ray.errors import DataError, StageError, UserError, last_line
 from spin_ray.inputs.conversations import Unusable
 from spin_ray.inputs.forms import form_of, ignored_in, mapped, refuse_two_forms, shown
+from spin_ray.inputs.mixture import draw
 from spin_ray.inputs.prompt_rows import PromptTask, Row, rows_of
 from spin_ray.inputs.rendering import ChatRenderer
 from spin_ray.inputs.sources import Slice, SourceRow, files_digest, find_files, read_slice, skipped_files, split
@@ -38,6 +40,7 @@ from spin_ray.runtime.waiting import with_deadline
 
 logger = logging.getLogger(__name__)
 
+_Masks = tuple[np.ndarray, np.ndarray, np.ndarray]
 QUARANTINE_SCHEMA = pa.schema(
     [pa.field(name, pa.string()) for name in ("stage", "origin", "reason", "detail")] + [pa.field("row", pa.binary())]
 )
@@ -53,44 +56,43 @@ def run(
     run_dir: RunDir,
     config: SpinConfig,
     artefact: Artefact,
-    source: str,
+    train: Train,
     tokenizer: str,
     max_rows: int | None,
     *,
     labelled: bool = True,
     without: Artefact | None = None,
 ) -> None:
-    """Makes ``artefact`` from ``source``, without the rows of ``without``; questions are not ``labelled``.
+    """Makes ``artefact`` from its sources; questions are not ``labelled``.
+
+    Args:
+        train: a path, or the sources that rows are drawn from.
+        without: rows that are held out. They are left out, or counted if ``data.keep_leaks``.
 
     Raises:
         DataError: the data is missing or damaged, a file has two forms, or too many rows are unusable.
         StageError: rendering failed.
     """
-    files = find_files(source)
-    task = PromptTask(
-        tokenizer=tokenizer,
-        chat_template=config.model.chat_template,
-        trust_remote_code=config.model.trust_remote_code,
-        max_length=config.model.max_length,
-        data=config.data,
-        labelled=labelled,
-        chat_template_kwargs=config.model.chat_template_kwargs,
-        date=run_dir.date(),
-    ).prepared()
+    source, sources = name_of(train), sources_of(train)
+    files_of = [find_files(each.path) for each in sources]
+    files = [file for each in files_of for file in each]
+    task = _task_of(run_dir, config, tokenizer, labelled)
     inputs = {"data": files_digest(files), "chat_template": template_digest(task.renderer)}
-    settings = {
+    settings: dict[str, Any] = {
         "max_length": config.model.max_length,
         "turns": config.data.turns,
         "system": config.data.system,
         "max_rows": max_rows,
         "part_rows": config.generation.shard_rows,
     }
+    if not isinstance(train, str):
+        settings |= {"sources": [each.model_dump() for each in sources], "seed": config.seed}
     if artefact.already_made(inputs, settings):
         return
     with run_dir.stage(artefact.path) as counted:
-        if skipped := skipped_files(source):
-            logger.warning("%s: %d files are no data and are skipped: %s", source, len(skipped), _some(skipped))
-        pieces = split(files)
+        _tell_skipped(sources)
+        pieces_of = [split(each) for each in files_of]
+        pieces = [piece for each in pieces_of for piece in each]
         folder = f"{ATTEMPTS}/{artefact.path}-{digest([inputs, settings])[:16]}"
         items = [asdict(piece) | {"name": f"{folder}/{index:06d}"} for index, piece in enumerate(pieces)]
         rendered = ray.data.from_items(items, override_num_blocks=len(items)).map(
@@ -105,11 +107,31 @@ def run(
         if ignored := sum((each.ignored for each in slices), Counter[str]()):
             logger.warning("%s: not read: %s", source, ", ".join(f"{n} in {k} rows" for n, k in ignored.most_common()))
         leaked = _ids_of(without)
-        entries, quarantined = _finish(run_dir.storage, slices, artefact, max_rows, settings["part_rows"], leaked)
+        if config.data.keep_leaks and leaked is not None:
+            counted["leaks_kept"] = _count_kept_leaks(slices, leaked, source)
+            leaked = None
+        firsts = _first_of_each([each.ids for each in slices], max_rows, leaked)
+        if not isinstance(train, str):
+            counted["sources"] = _draw(firsts, train, [len(each) for each in pieces_of], config.seed)
+        entries, quarantined = _finish(run_dir.storage, slices, artefact, firsts, settings["part_rows"])
         counted |= {"rows": sum(entry.rows or 0 for entry in entries.values()), "quarantined": quarantined.total()}
         _check_quarantine(run_dir, config, artefact, source, counted["rows"], quarantined)
         artefact.commit(entries, inputs, settings, counts=dict(quarantined))
         run_dir.storage.delete(folder)
+
+
+def _task_of(run_dir: RunDir, config: SpinConfig, tokenizer: str, labelled: bool) -> PromptTask:
+    return PromptTask(
+        tokenizer=tokenizer,
+        chat_template=config.model.chat_template,
+        trust_remote_code=config.model.trust_remote_code,
+        max_length=config.model.max_length,
+        data=config.data,
+        labelled=labelled,
+        chat_template_kwargs=config.model.chat_template_kwargs,
+        date=run_dir.date(),
+        takes_tools=config.algorithm != "seft",
+    ).prepared()
 
 
 def _refuse_mixed_files(slices: list["_Slice"], uris: list[str]) -> None:
@@ -129,6 +151,31 @@ def _ids_of(prompts: Artefact | None) -> np.ndarray | None:
     return np.frombuffer(b"".join(ids), dtype=np.uint64)
 
 
+def _count_kept_leaks(slices: list["_Slice"], leaked: np.ndarray, source: str) -> int:
+    count = sum(int(np.isin(each.ids, leaked).sum()) for each in slices)
+    if count:
+        logger.warning(
+            "%s: %d rows are held out, too, and are trained on (data.keep_leaks): evaluations on them say little",
+            source, count,
+        )  # fmt: skip
+    return count
+
+
+def _draw(firsts: list[_Masks], sources: tuple[Source, ...], pieces: list[int], seed: int) -> dict[str, int]:
+    """Draws each source's rows from those to keep; returns their number by path."""
+    source_of = [number for number, count in enumerate(pieces) for _ in range(count)]
+    shares = draw([keep for keep, _, _ in firsts], sources, source_of, seed)
+    drawn = {source.path: share for source, share in zip(sources, shares, strict=True)}
+    logger.info("rows drawn: %s", ", ".join(f"{share:,} of {path}" for path, share in drawn.items()))
+    return drawn
+
+
+def _tell_skipped(sources: tuple[Source, ...]) -> None:
+    for source in sources:
+        if skipped := skipped_files(source.path):
+            logger.warning("%s: %d files are no data and are skipped: %s", source.path, len(skipped), _some(skipped))
+
+
 def _some(names: list[str], most: int = 5) -> str:
     return ", ".join(names[:most]) + (", …" if len(names) > most else "")
 
@@ -138,7 +185,8 @@ def template_digest(renderer: ChatRenderer) -> str:
     tokenizer = renderer.tokenizer
     if "strftime_now" in str(tokenizer.chat_template):
         return digest([tokenizer.chat_template, len(tokenizer), renderer.end_of_turn_id])
-    probe = [{"role": "user", "content": "The quick brown fox, 1+1=2."}, {"role": "assistant", "content": "jumps."}]
+    said = f"hm{renderer.template.opening.end}jumps." if renderer.template.opening else "jumps."
+    probe = [{"role": "user", "content": "The quick brown fox, 1+1=2."}, {"role": "assistant", "content": said}]
     rendered = renderer.render(probe)
     return digest([tokenizer.chat_template, len(tokenizer), rendered.prompt_ids, rendered.real_ids])
 
@@ -242,12 +290,10 @@ def _finish(
     storage: Storage,
     slices: list[_Slice],
     artefact: Artefact,
-    max_rows: int | None,
+    firsts: list[_Masks],
     part_rows: int,
-    leaked: np.ndarray | None = None,
 ) -> tuple[dict[str, FileEntry], Counter[str]]:
-    """Drops duplicates and ``leaked`` rows, cuts parts and writes the quarantine, reading one slice at a time."""
-    firsts = _first_of_each([each.ids for each in slices], max_rows, leaked)
+    """Drops duplicates and leaks, cuts parts and writes the quarantine, reading one slice at a time."""
     reasons: Counter[str] = Counter()
     quarantine: list[pa.Table] = []
     entries: dict[str, FileEntry] = {}
@@ -288,9 +334,7 @@ def _columns(part: bytes, names: list[str]) -> pa.Table:
     return pq.read_table(pa.BufferReader(part), columns=names)
 
 
-def _first_of_each(
-    ids: list[np.ndarray], limit: int | None, leaked: np.ndarray | None = None
-) -> list[tuple[np.ndarray, np.ndarray, np.ndarray]]:
+def _first_of_each(ids: list[np.ndarray], limit: int | None, leaked: np.ndarray | None = None) -> list[_Masks]:
     """Returns three masks a slice: rows to keep, those that repeat a kept one, and those that are ``leaked``.
 
     First rows of an id past the ``limit`` are in none.
@@ -308,6 +352,7 @@ def _first_of_each(
 
 
 def _quarantine_row(stage: str, origin: str, reason: str, detail: str, raw: bytes) -> Row:
+    detail = detail.encode(errors="backslashreplace").decode()  # Arrow holds no lone surrogate
     return {"stage": stage, "origin": origin, "reason": reason, "detail": detail, "row": raw}
 
 

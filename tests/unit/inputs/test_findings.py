@@ -111,8 +111,10 @@ def test_thoughts_for_a_prompt_that_has_closed_them_are_an_error():
 
 def test_a_prompt_that_opens_a_thought_names_the_switch_that_cures_it():
     template = PLAIN.replace("assistant\n' }}", "assistant\n' }}{% if thinking is not defined %}<think>{% endif %}")
-    with pytest.raises(ModelError, match=r"Set model\.chat_template_kwargs: \{thinking: false\}"):
-        renderer_of(template)
+    (finding,) = find_in_rows(renderer_of(template), [(said("42"), None)], "d.jsonl")
+    assert finding.severity == "error"
+    assert "; set model.chat_template_kwargs: {thinking: false}" in finding.sentence
+    assert not find_in_rows(renderer_of(template, thinking=False), [(said("42"), None)], "d.jsonl")
 
 
 def test_a_thought_that_the_template_takes_out_of_the_response_is_a_refusal():

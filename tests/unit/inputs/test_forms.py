@@ -1,6 +1,7 @@
 """Forms of rows: a conversation written in any of them has the same tokens, and nothing is dropped unsaid."""
 
 import json
+from dataclasses import replace
 
 import pytest
 from hypothesis import given, settings
@@ -96,6 +97,40 @@ def test_a_question_may_be_in_any_form(row):
     assert question_of(row, DATA) == chat("why?", "")
 
 
+def test_columns_beside_every_form_are_mapped_too():
+    weather = [{"type": "function", "function": {"name": "f"}}]
+    row = {"prompt": "x", "response": "y", "gold": "7", "functions": weather}
+    (made,) = rows_of({**row, "functions": None}, task_of(columns={"answer": "gold", "tools": "functions"}))
+    assert (made["answer"], made["answer_text"]) == (7.0, "7")
+    assert tools_of(row, DataConfig(train="d", columns={"tools": "functions"})) == weather
+
+
+def test_rows_with_tools_are_refused_where_they_would_be_written_again_without():
+    task = replace(task_of(), takes_tools=False)
+    task.__dict__["renderer"] = task_of().renderer
+    with pytest.raises(Unusable) as caught:
+        rows_of({"prompt": "x", "response": "y", "tools": [{"type": "function"}]}, task)
+    assert caught.value.reason == "tools"
+
+
+LONE = "\ud800"
+
+
+@pytest.mark.parametrize(
+    "row",
+    [
+        {"prompt": "x", "response": "y", "answer": LONE},
+        {"prompt": "x", "response": "y", "tools": [{"name": LONE}]},
+        {"messages": [*chat("x"), {"role": "assistant", "content": "y", "reasoning_content": LONE}]},
+        {"messages": [*chat("x"), {"role": "assistant", "content": "", "tool_calls": [{"name": LONE}]}]},
+    ],
+)
+def test_a_lone_surrogate_is_refused_wherever_it_stands(row):
+    with pytest.raises(Unusable) as caught:
+        rows_of(row)
+    assert "not valid Unicode" in caught.value.detail
+
+
 def test_what_is_ignored_has_a_name():
     row = {"messages": [*chat("a"), {"role": "assistant", "content": "b", "weight": 0}], "images": [], "answer": 1}
     assert ignored_in(row, BY_NAME["messages"]) == ["images", "messages.weight"]
@@ -146,8 +181,9 @@ def test_tool_calls_thoughts_and_tools_are_kept_under_one_name():
         {"role": "assistant", "content": "", "tool_calls": [call]},
         {"role": "tool", "content": "20", "tool_call_id": "c1"},
     ]
-    assert tools_of({"tools": json.dumps([call])}) == tools_of({"tools": [call]}) == [call]
-    assert tools_of({"tools": "[]"}) is None
+    data = DataConfig(train="d")
+    assert tools_of({"tools": json.dumps([call])}, data) == tools_of({"tools": [call]}, data) == [call]
+    assert tools_of({"tools": "[]"}, data) is None
 
 
 @pytest.mark.parametrize(

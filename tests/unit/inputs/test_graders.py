@@ -44,6 +44,6 @@ def test_a_grader_that_is_not_there_is_named_before_anything_runs():
 
 
 def test_answers_keep_their_own_words():
-    assert [answer_text(value) for value in (None, "1,234", True, 12, {"a": 1})] == [
-        None, "1,234", "true", "12", '{"a": 1}',
+    assert [answer_text(value) for value in (None, "1,234", True, 12, 12.0, 1.5, {"a": 1})] == [
+        None, "1,234", "true", "12", "12", "1.5", '{"a": 1}',
     ]  # fmt: skip

@@ -224,8 +224,8 @@ def test_a_prompt_that_opens_a_thought_which_no_answer_has_is_refused():
         "{{ m.content.split('</think>')[-1] }}<|im_end|>{% endif %}{% endfor %}"
         "{% if add_generation_prompt %}<|im_start|><think>\n{% endif %}"
     )
-    with pytest.raises(ModelError, match=r"asks for an answer with '<think>\\n'"):
-        ChatRenderer(fresh_tokenizer(template))
+    with pytest.raises(RenderError, match=r"opens a thought by '<think>\\n', and the response has none"):
+        ChatRenderer(fresh_tokenizer(template)).render([user("hi"), assistant("ho")])
 
 
 def test_a_conversation_that_the_template_rewrites_is_refused_by_name():

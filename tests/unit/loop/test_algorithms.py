@@ -185,7 +185,7 @@ def question(text: str) -> str:
     return json.dumps([{"role": "user", "content": text}, {"role": "assistant", "content": ""}])
 
 
-def reinforce(run: RunDir, min_agreement: float | None) -> list[dict[str, Any]]:
+def reinforce(run: RunDir, min_agreement: float | None, other_ends: tuple[int, ...] = ()) -> list[dict[str, Any]]:
     """θ_t answers q0 with 5, 6, 6 and q1 with 7, 8, 9, and is cut short at q2; the model before fine-tuning says 3."""
     config = config_for(
         "self_reinforcement", sft={}, data={"train": "d", "questions": "q"}, generation={"samples_per_prompt": 3},
@@ -203,7 +203,7 @@ def reinforce(run: RunDir, min_agreement: float | None) -> list[dict[str, Any]]:
         write_answers(job.target, [(f"q{i}", sample, [3 + sample, 2]) for i in range(3) for sample in range(3)], 3)
 
     opponent = replace(THETA, path=Path(resolve("embedded:tiny-llama")))
-    start = SimpleNamespace(model=base, end_of_turn_id=END_OF_TURN)
+    start = SimpleNamespace(model=base, end_of_turn_id=END_OF_TURN, other_ends=other_ends)
     return make_pairs(run, config, start=start, opponent=opponent, play=play)
 
 
@@ -216,6 +216,11 @@ def test_self_reinforcement_sets_the_agreed_answer_against_the_unfinetuned_model
 
 def test_without_a_filter_every_question_is_learnt_from(run):
     assert [row["real_ids"] for row in reinforce(run, min_agreement=None)] == [[6, 2], [7, 2]]
+
+
+def test_an_answer_that_another_end_token_ends_is_not_cut(run):
+    rows = reinforce(run, min_agreement=None, other_ends=(4,))
+    assert [row["real_ids"] for row in rows] == [[6, 2], [7, 2], [4]]
 
 
 @pytest.mark.parametrize(

@@ -1,5 +1,6 @@
 """Preference models: their probabilities against the same computed by hand from the models' own outputs."""
 
+from datetime import datetime
 from types import SimpleNamespace
 from typing import Any, cast
 
@@ -52,6 +53,13 @@ def test_a_reward_model_judges_the_whole_chat_by_the_difference_of_its_outputs(r
     assert found.item() == pytest.approx(torch.sigmoid(torch.tensor(rewards[0] - rewards[1])).item(), abs=1e-6)
 
 
+def test_a_reward_models_template_reads_the_recipes_variables_and_the_runs_date(reward):
+    variables = {"think": False, "strftime_now": datetime(2024, 7, 26).strftime}
+    scorer = load_scorer(ScorerConfig(path=str(reward), kind="reward"), reward, torch.device("cpu"), variables)
+    scorer._tokenizer.chat_template = "{{ strftime_now('%d %b %Y') }}{% if think %}?{% endif %}"
+    assert scorer._tokenizer.decode(scorer._encode(PROMPT, "4")["input_ids"]) == "26 Jul 2024"
+
+
 @torch.no_grad()
 def test_pairrm_compares_the_states_at_its_marks_in_both_orders(pairrm):
     """s = mean over tasks of head([source; first]) − head([source; second]); P = ½[σ(s₀₁) + σ(−s₁₀)]."""
@@ -98,10 +106,10 @@ def test_a_model_of_another_kind_is_named(kind, reward, pairrm):
 @pytest.mark.parametrize(("gpus", "device"), [(0, "cpu"), (1, "cuda"), (0.25, "cuda")])
 def test_a_model_is_loaded_on_the_device_that_its_actor_reserved(reward, monkeypatch, gpus, device):
     asked: list[torch.device] = []
-    monkeypatch.setattr(preferences, "load_scorer", lambda config, folder, device: asked.append(device))
+    monkeypatch.setattr(preferences, "load_scorer", lambda config, folder, device, variables: asked.append(device))
     here: Any = SimpleNamespace(here=lambda: reward)
     config = ScorerConfig.model_validate({"path": str(reward), "resources": {"gpus": gpus}})
-    _ = preferences._Comparing(cast(Any, SimpleNamespace(scorer=config, preference_model=here)))._scorer
+    _ = preferences._Comparing(cast(Any, SimpleNamespace(scorer=config, preference_model=here, variables={})))._scorer
     assert asked == [torch.device(device)]
 
 

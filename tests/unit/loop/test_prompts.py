@@ -50,7 +50,8 @@ class Made:
             item = {"uri": piece.uri, "start": piece.start, "stop": piece.stop, "name": f".attempts/{number:06d}"}
             slices.append(prompts._rendered(render(item)))
         self.slices, artefact = slices, self.run.prompts
-        self.entries, self.reasons = prompts._finish(self.run.storage, slices, artefact, max_rows, part_rows, leaked)
+        firsts = prompts._first_of_each([each.ids for each in slices], max_rows, leaked)
+        self.entries, self.reasons = prompts._finish(self.run.storage, slices, artefact, firsts, part_rows)
 
     @property
     def rows(self) -> list[Row]:
@@ -109,6 +110,13 @@ def test_rows_that_are_held_out_are_not_trained_on_and_do_not_count_as_bad(tmp_p
         check(made, 0.33)
     with pytest.raises(DataError, match="all rows are held out, too"):
         check(Made(tmp_path, rows[1:2], leaked=held_out), 1.0)
+
+
+def test_leaks_that_are_kept_are_counted(tmp_path, caplog):
+    made = Made(tmp_path, [{"prompt": f"q{i}", "response": "r"} for i in (0, 1, 2)])
+    held_out = made.slices[0].ids[1:]
+    assert prompts._count_kept_leaks(made.slices, held_out, "d.jsonl") == 2
+    assert "d.jsonl: 2 rows are held out, too, and are trained on (data.keep_leaks)" in caplog.text
 
 
 def test_forms_and_unread_columns_are_found_over_all_slices_of_a_file(tmp_path, monkeypatch):

@@ -1,6 +1,7 @@
 """Which tasks lm-eval is asked to run, how, and what is kept. On real models: tests/ray and tests/serving."""
 
 import math
+from datetime import datetime
 
 import pytest
 
@@ -57,6 +58,14 @@ def test_an_engine_of_the_tasks_is_one_of_the_run(monkeypatch):
     expected = {"enforce_eager": True, "tensor_parallel_size": 2, "block_size": 32, "generation_config": "vllm"}
     assert arguments == arguments | expected
     assert "max_length" not in arguments
+
+
+@pytest.mark.parametrize("backend", ["hf", "vllm"])
+def test_the_chat_template_has_the_runs_variables(backend):
+    variables = {"enable_thinking": False, "strftime_now": datetime(2024, 7, 26).strftime}
+    asked = {"benchmarks": (), "backend": backend, "variables": variables}
+    assert _model(request_for(config_of(), 1, "/m", chat=True, **asked))[1]["chat_template_args"] == variables
+    assert "chat_template_args" not in _model(request_for(config_of(), 1, "/m", **asked))[1]
 
 
 @pytest.mark.slow

@@ -8,9 +8,9 @@ from rich.console import Console
 
 from spin_ray.errors import DataError
 from spin_ray.inputs.embedded import resolve
-from spin_ray.inputs.rendering import load_tokenizer
+from spin_ray.inputs.findings import template_facts
+from spin_ray.inputs.rendering import ChatRenderer, load_tokenizer
 from spin_ray.inputs.survey import SAMPLE_ROWS
-from spin_ray.inputs.template_facts import template_facts
 from spin_ray.report import doctor
 from tests.support.fakes import config_of
 
@@ -107,13 +107,13 @@ def test_a_histogram_fits_80_columns_and_counts_every_row():
 
 def test_a_template_tells_what_it_adds_and_takes():
     tokenizer = load_tokenizer(TINY)
-    assert template_facts(tokenizer).strips == ()
+    assert template_facts(ChatRenderer(tokenizer).template).strips == ()
     tokenizer.chat_template = (
         "{% if messages[0]['role'] != 'system' %}<|im_start|>system\nToday is {{ strftime_now('%d %b') }}.<|im_end|>\n"
         "{% endif %}{% for m in messages %}<|im_start|>{{ m['role'] }}\n{{ m['content'].split('</think>')[-1] | trim }}"
         "<|im_end|>\n{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
     )
-    facts = template_facts(tokenizer)
+    facts = template_facts(ChatRenderer(tokenizer).template)
     assert facts.default_system.startswith("Today is ")
     assert facts.writes_date
     assert facts.strips == ("blanks before it", "blanks after it", "line breaks at its end", "a thought in <think>")

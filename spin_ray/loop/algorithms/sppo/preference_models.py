@@ -2,7 +2,7 @@
 
 import itertools
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol, Self, TypeVar
 
@@ -24,8 +24,10 @@ class PreferenceScorer(Protocol):
         ...
 
 
-def load_scorer(config: ScorerConfig, folder: Path, device: torch.device) -> PreferenceScorer:
-    """Loads the preference model.
+def load_scorer(
+    config: ScorerConfig, folder: Path, device: torch.device, variables: Mapping[str, Any] | None = None
+) -> PreferenceScorer:
+    """Loads the preference model; ``variables`` are for its chat template.
 
     Raises:
         ModelError: the folder holds no model of the configured kind.
@@ -34,8 +36,11 @@ def load_scorer(config: ScorerConfig, folder: Path, device: torch.device) -> Pre
 
     try:
         tokenizer = AutoTokenizer.from_pretrained(folder)
-        kind = {"reward": RewardScorer, "pairrm": PairRmScorer}[config.kind]
-        scorer = kind(folder, tokenizer, config.max_length)
+        scorer = (
+            RewardScorer(folder, tokenizer, config.max_length, variables or {})
+            if config.kind == "reward"
+            else PairRmScorer(folder, tokenizer, config.max_length)
+        )
     except (OSError, ValueError, KeyError, RuntimeError) as error:
         raise ModelError(f"scorer.path {folder}: is no {config.kind} model ({first_line(error)})") from error
     return scorer.to(device)
@@ -44,10 +49,10 @@ def load_scorer(config: ScorerConfig, folder: Path, device: torch.device) -> Pre
 class RewardScorer:
     """A classifier with one output r(x, y): P(y beats y') = σ(r − r')."""
 
-    def __init__(self, folder: Path, tokenizer: Any, max_length: int) -> None:
+    def __init__(self, folder: Path, tokenizer: Any, max_length: int, variables: Mapping[str, Any]) -> None:
         from transformers import AutoModelForSequenceClassification
 
-        self._tokenizer, self._max_length = tokenizer, max_length
+        self._tokenizer, self._max_length, self._variables = tokenizer, max_length, variables
         self._model: Any = AutoModelForSequenceClassification.from_pretrained(folder, use_safetensors=True).eval()
         if self._model.config.num_labels != 1:
             raise ValueError(f"it has {self._model.config.num_labels} outputs, a reward model has one")
@@ -68,7 +73,7 @@ class RewardScorer:
         cut = {"truncation": True, "max_length": self._max_length}
         if self._tokenizer.chat_template:
             chat = [*prompt, {"role": "assistant", "content": response}]
-            text = self._tokenizer.apply_chat_template(chat, tokenize=False)
+            text = self._tokenizer.apply_chat_template(chat, tokenize=False, **self._variables)
             return self._tokenizer(text, add_special_tokens=False, **cut)
         return self._tokenizer(_instruction(prompt), response, **cut)
 

@@ -4,6 +4,7 @@ generations of t -> missing parts -> [model actor] x replicas -> one committed p
 """
 
 import json
+from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
@@ -41,6 +42,8 @@ class PreferenceJob:
     trust_remote_code: bool
     scorer: ScorerConfig
     preference_model: ModelFolder
+    variables: Mapping[str, Any]
+    """Variables of chat templates, the run's date among them."""
     fingerprint: str
 
 
@@ -56,7 +59,9 @@ def run(
     assert config.scorer is not None
     generations, target = run_dir.generations(iteration), run_dir.preferences(iteration)
     inputs = {"generations": generations.manifest().digest, "scorer": preference_model.digest}
-    settings = {"kind": config.scorer.kind, "max_length": config.scorer.max_length}
+    settings: dict[str, Any] = {"kind": config.scorer.kind, "max_length": config.scorer.max_length}
+    if config.model.chat_template_kwargs:
+        settings["chat_template_kwargs"] = config.model.chat_template_kwargs
     if target.already_made(inputs, settings):
         return
     job = PreferenceJob(
@@ -67,6 +72,7 @@ def run(
         trust_remote_code=config.model.trust_remote_code,
         scorer=config.scorer,
         preference_model=preference_model,
+        variables={**config.model.chat_template_kwargs, "strftime_now": run_dir.date().strftime},
         fingerprint=digest([inputs, settings]),
     )
     with run_dir.stage(target.path) as counted:
@@ -117,7 +123,8 @@ class _Comparing:
 
     @cached_property
     def _scorer(self) -> PreferenceScorer:
-        return load_scorer(self._job.scorer, self._job.preference_model.here(), device_of(self._job.scorer.resources))
+        job = self._job
+        return load_scorer(job.scorer, job.preference_model.here(), device_of(job.scorer.resources), job.variables)
 
     @cached_property
     def _tokenizer(self) -> Any:

@@ -1,0 +1,52 @@
+"""Draws of rows from several sources of training data."""
+
+from collections.abc import Sequence
+
+import numpy as np
+
+from spin_ray.config.sections import Source
+from spin_ray.errors import DataError
+
+
+def shares_of(sources: Sequence[Source], usable: Sequence[int]) -> list[int]:
+    """Returns how many of its ``usable`` rows each source gives.
+
+    Sources with a weight give rows in proportion, as many as the scarcest of them allows without repeating a row.
+
+    Raises:
+        DataError: a source has no usable row, or fewer than its ``rows``.
+    """
+    for source, count in zip(sources, usable, strict=True):
+        if count < (source.rows or 1):
+            raise DataError(
+                f"{source.path}: has {count} usable rows, data.train asks for {source.rows or 'some'}; "
+                "spin-ray doctor shows them"
+            )
+    scale = min((count / each.weight for each, count in zip(sources, usable, strict=True) if each.weight), default=0.0)
+    return [
+        max(1, int(scale * source.weight + 1e-9)) if source.weight else source.rows or count
+        for source, count in zip(sources, usable, strict=True)
+    ]
+
+
+def draw(usable: Sequence[np.ndarray], sources: Sequence[Source], source_of: Sequence[int], seed: int) -> list[int]:
+    """Draws rows without repetition, and sets the masks ``usable`` to them; returns the rows of each source.
+
+    Args:
+        usable: a mask of rows a slice.
+        source_of: the number of each slice's source.
+
+    Raises:
+        DataError: a source has too few rows.
+    """
+    every = np.concatenate(usable)
+    where = np.repeat(np.asarray(source_of), [len(mask) for mask in usable])
+    places = [np.flatnonzero(every & (where == number)) for number in range(len(sources))]
+    shares = shares_of(sources, [len(each) for each in places])
+    taken = np.zeros(len(every), bool)
+    for number, (each, share) in enumerate(zip(places, shares, strict=True)):
+        taken[np.random.default_rng([seed, number]).choice(each, share, replace=False)] = True
+    ends = np.cumsum([len(mask) for mask in usable])[:-1]
+    for mask, drawn in zip(usable, np.split(taken, ends), strict=True):
+        mask[:] = drawn
+    return shares
