@@ -411,6 +411,9 @@ class EvaluationConfig(Section):
     import path of a function of response and answer, both texts, ``my_package.mine:grade``, which returns 0 to 1."""
     max_rows: Count | None = None
     """Number of held-out rows, from the first. Not set: all."""
+    samples: Later[Count] = 1
+    """Responses to each held-out row. All are graded (``answer_accuracy`` is their pass@1); other measures read the
+    first one."""
 
 
 class ServingConfig(Section):
