@@ -7,6 +7,7 @@ import shlex
 import signal
 import sys
 import time
+from collections import Counter
 from pathlib import Path
 from typing import IO, Any
 
@@ -139,14 +140,33 @@ def report(run_folders: tuple[str, ...], out: str | None) -> None:
 @click.option(
     "--iterate", default="latest", show_default=True, help="2 (after two iterations), iter_001, sft or latest."
 )
-@click.option("--to", "target", required=True, help="An empty folder, or hub:OWNER/NAME.")
-def export_(run_folder: str, iterate: str, target: str) -> None:
-    """Copy an iterate with a model card to a folder or a Hugging Face hub."""
+@click.option("--to", "target", required=True, help="An empty folder, or hub:OWNER/NAME; a new file for rows.")
+@click.option(
+    "--what", type=click.Choice(["model", "pairs", "votes"]), default="model", show_default=True,
+    help="The model, the pairs that it was trained on, or the arena's votes.",
+)  # fmt: skip
+@click.option("--form", type=click.Choice(["trl", "sharegpt"]), default="trl", show_default=True, help="Form of rows.")
+def export_(run_folder: str, iterate: str, target: str, what: str, form: Any) -> None:
+    """Copy an iterate with a model card to a folder or a Hugging Face hub, or write preference rows to a file."""
     from spin_ray.report.export import export
     from spin_ray.run_dir.run_dir import RunDir
     from spin_ray.run_dir.storage import Storage
 
-    click.echo(export(RunDir(Storage(run_folder)), iterate, target))
+    run = RunDir(Storage(run_folder))
+    if what == "model":
+        click.echo(export(run, iterate, target))
+        return
+    from spin_ray.report import preference_rows as rows
+
+    counts = Counter[str]()
+    if what == "pairs":
+        found = rows.pairs_of(run, iterate, counts)
+    else:
+        from spin_ray.serving.arena.exported import exported_votes
+
+        found = rows.preferred_of_votes(exported_votes(run))
+    click.echo(rows.write_rows(found, form, target, counts))
+    click.echo(rows.said(counts), err=True)
 
 
 @cli.command(context_settings=_OVERRIDES)

@@ -41,7 +41,7 @@ Later = Annotated[T, LATER]
 AlgorithmName = Literal["spin", "continued_sft", "dpo", "sppo", "self_reinforcement", "seft"]
 FormName = Literal[
     "chosen_rejected", "prompt_chosen_rejected", "messages", "sharegpt", "real_generated", "prompt_completion",
-    "prompt_response", "alpaca", "orca", "question_answer",
+    "prompt_response", "alpaca", "orca", "question_answer", "sharegpt_preferred",
 ]  # fmt: skip
 GradeName = Literal["number", "exact", "regex", "multiple_choice", "json"]
 LossName = Literal["logistic", "hinge", "exponential", "correlation"]
