@@ -280,6 +280,7 @@ def serve_key(name: str, per_minute: int | None) -> None:
 def _doctor(config: SpinConfig, out: Path | None, console: Console, every_row: bool) -> dict[str, Any]:
     """Prints what is right, then raises what is wrong; returns the findings."""
     from spin_ray.inputs.check import check_recipe, disk_free_gib, find_inputs, versions
+    from spin_ray.inputs.model_folder import unopened_files
     from spin_ray.inputs.rendering import load_tokenizer
     from spin_ray.inputs.template_facts import template_facts
     from spin_ray.loop.algorithms.table import check_algorithm
@@ -302,6 +303,8 @@ def _doctor(config: SpinConfig, out: Path | None, console: Console, every_row: b
     console.print(f"{start.model.path} (end of turn: token {start.end_of_turn_id})", markup=False)
     facts = template_facts(tokenizer)
     shown.print_template(facts, console)
+    unopened = unopened_files(start.model.path)
+    shown.print_findings(start.findings, unopened, console)
     precision, reason = shown.precision_and_reason(config, _recipe_of(out))
     console.print(f"[green]ok[/] precision {precision}: {reason}")
     folder = out or Path.cwd()
@@ -315,6 +318,7 @@ def _doctor(config: SpinConfig, out: Path | None, console: Console, every_row: b
     console.print(", ".join(f"{name} {number}" for name, number in versions().items()))
     resources = {stage: {"count": len(bundles), "bundle": dict(bundles[0])} for stage, bundles in wanted.items()}
     return shown.as_json(surveys, facts, tokenizer) | {
+        "findings": [finding._asdict() for finding in start.findings], "unopened_files": [str(p) for p in unopened],
         "model": str(start.model.path), "end_of_turn_id": start.end_of_turn_id,
         "precision": {"chosen": precision, "reason": reason}, "free_gib": round(disk_free_gib(folder), 1),
         "resources": resources, "versions": versions(),

@@ -29,7 +29,7 @@ from spin_ray.learner.backends.base import BackendSettings
 from spin_ray.learner.backends.fsdp2 import Fsdp2Backend
 from spin_ray.learner.losses import pair_logps, response_logps
 from spin_ray.learner.step import PackShape, feed, pair_lengths, plan
-from spin_ray.loop.stages import grading
+from spin_ray.report.grading import grade_all
 from spin_ray.report.margins import SCORE_SCHEMA, margin_measures
 from spin_ray.report.measures import distinct_ngrams, duplicate_share, standard_error
 from spin_ray.report.signs import warnings
@@ -158,7 +158,7 @@ def _grades(heldout: pa.Table, generated: list[list[int]], config: SpinConfig, m
     if grade == "number":
         found = [float(is_correct(text, answer, extractor)) for text, answer, _ in rows]
     else:
-        found = grading.grade_all(grade, rows)
+        found = grade_all(grade, rows)
     grades: dict[str, list[float]] = {}
     for (_, _, prompt_id), each in zip(rows, found, strict=True):
         if each is not None:
