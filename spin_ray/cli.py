@@ -7,6 +7,7 @@ import shlex
 import signal
 import sys
 import time
+from collections import Counter
 from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any
 
@@ -151,13 +152,32 @@ def report(run_folders: tuple[str, ...], out: str | None) -> None:
 @click.option(
     "--iterate", default="latest", show_default=True, help="2 (after two iterations), iter_001, sft or latest."
 )
-@click.option("--to", "target", required=True, help="An empty folder, or hub:OWNER/NAME.")
-def export_(run_folder: str, iterate: str, target: str) -> None:
-    """Copy an iterate with a model card to a folder or a Hugging Face hub."""
+@click.option("--to", "target", required=True, help="An empty folder, or hub:OWNER/NAME; a new file for rows.")
+@click.option(
+    "--what", type=click.Choice(["model", "pairs", "votes"]), default="model", show_default=True,
+    help="The model, the pairs that it was trained on, or the arena's votes.",
+)  # fmt: skip
+@click.option("--form", type=click.Choice(["trl", "sharegpt"]), default="trl", show_default=True, help="Form of rows.")
+def export_(run_folder: str, iterate: str, target: str, what: str, form: Any) -> None:
+    """Copy an iterate with a model card to a folder or a Hugging Face hub, or write preference rows to a file."""
     from spin_ray.report.export import export
     from spin_ray.run_dir.run_dir import open_run
 
-    click.echo(export(open_run(run_folder), iterate, target))
+    run = open_run(run_folder)
+    if what == "model":
+        click.echo(export(run, iterate, target))
+        return
+    from spin_ray.report import preference_rows as rows
+
+    counts = Counter[str]()
+    if what == "pairs":
+        found = rows.pairs_of(run, iterate, counts)
+    else:
+        from spin_ray.serving.arena.exported import exported_votes
+
+        found = rows.preferred_of_votes(exported_votes(run))
+    click.echo(rows.write_rows(found, form, target, counts))
+    click.echo(rows.said(counts), err=True)
 
 
 @cli.command(context_settings=_OVERRIDES)
@@ -276,6 +296,7 @@ def _doctor(config: SpinConfig, out: str | None, console: Console, every_row: bo
     """Prints what is right, then raises what is wrong; returns the findings."""
     from spin_ray.inputs.check import check_recipe, disk_free_gib, find_inputs, versions
     from spin_ray.inputs.findings import template_facts
+    from spin_ray.inputs.model_folder import unopened_files
     from spin_ray.inputs.rendering import open_renderer
     from spin_ray.loop.algorithms.table import check_algorithm
     from spin_ray.report import doctor as shown
@@ -298,6 +319,8 @@ def _doctor(config: SpinConfig, out: str | None, console: Console, every_row: bo
     console.print(f"{start.model.path} (end of turn: token {start.end_of_turn_id})", markup=False)
     facts = template_facts(renderer.template)
     shown.print_template(facts, console)
+    unopened = unopened_files(start.model.path)
+    shown.print_findings(start.findings, unopened, console)
     precision, reason = shown.precision_and_reason(config, _recipe_of(out))
     console.print(f"[green]ok[/] precision {precision}: {reason}")
     folder = None if out and "://" in out else Path(out or ".").absolute()
@@ -312,6 +335,7 @@ def _doctor(config: SpinConfig, out: str | None, console: Console, every_row: bo
     console.print(", ".join(f"{name} {number}" for name, number in versions().items()))
     resources = {stage: {"count": len(bundles), "bundle": dict(bundles[0])} for stage, bundles in wanted.items()}
     return shown.as_json(surveys, facts, tokenizer) | {
+        "findings": [finding._asdict() for finding in start.findings], "unopened_files": [str(p) for p in unopened],
         "model": str(start.model.path), "end_of_turn_id": start.end_of_turn_id,
         "precision": {"chosen": precision, "reason": reason}, "free_gib": free and round(free, 1),
         "resources": resources, "versions": versions(),

@@ -63,6 +63,15 @@ class SpinConfig(Settings):
             return engine
         return engine.model_copy(update={"dtype": "bfloat16" if self.train.precision == "bf16" else "float32"})
 
+    @property
+    def heldout_samples(self) -> int:
+        """Responses that are generated to each held-out row.
+
+        With one sample to grade it is ``generation.samples_per_prompt``, as in runs of older versions.
+        """
+        samples = self.evaluation.samples
+        return samples if samples > 1 else self.generation.samples_per_prompt
+
     def at(self, iteration: int) -> IterationSettings:
         return IterationSettings(
             beta=_pick(self.objective.beta, iteration),
@@ -130,6 +139,8 @@ def _impossible(config: SpinConfig) -> Iterator[str]:
             yield "evaluation.answer_extractor: reads numbers, which evaluation.grade does not grade; leave it out"
     if config.data.max_rows is not None and not isinstance(config.data.train, str):
         yield "data.max_rows: with several sources give data.train's own rows, or weights"
+    if config.evaluation.samples > 1 and config.data.heldout is None:
+        yield "evaluation.samples: needs data.heldout"
     if config.stop_when is not None and config.data.heldout is None:
         yield "stop_when: patience and min_fall need data.heldout"
     for key in sorted(

@@ -41,7 +41,7 @@ Later = Annotated[T, LATER]
 AlgorithmName = Literal["spin", "continued_sft", "dpo", "sppo", "self_reinforcement", "seft"]
 FormName = Literal[
     "chosen_rejected", "prompt_chosen_rejected", "messages", "sharegpt", "real_generated", "prompt_completion",
-    "prompt_response", "alpaca", "orca", "question_answer",
+    "prompt_response", "alpaca", "orca", "question_answer", "sharegpt_preferred",
 ]  # fmt: skip
 GradeName = Literal["number", "exact", "regex", "multiple_choice", "json"]
 LossName = Literal["logistic", "hinge", "exponential", "correlation"]
@@ -444,6 +444,9 @@ class EvaluationConfig(Section):
     import path of a function of response and answer, both texts, ``my_package.mine:grade``, which returns 0 to 1."""
     max_rows: Count | None = None
     """Number of held-out rows, from the first. Not set: all."""
+    samples: Later[Count] = 1
+    """Responses to each held-out row. All are graded (``answer_accuracy`` is their pass@1); other measures read the
+    first one."""
 
 
 class ServingConfig(Section):

@@ -108,6 +108,15 @@ def _preferred(asks: str) -> Callable[[Columns], Exchange]:
     return read
 
 
+def _sharegpt_preferred(row: Columns) -> Exchange:
+    """Reads LLaMA-Factory's preference rows: ``chosen`` and ``rejected`` are a message each."""
+    asked, system, rejected = listed(row["conversations"], "conversations"), row.get("system"), row.get("rejected")
+    return Exchange(
+        _conversation(asked, [row["chosen"]], system),
+        None if rejected is None else _conversation(asked, [rejected], system),
+    )
+
+
 def _both(better: str, worse: str) -> Callable[[Columns], Exchange]:
     def read(row: Columns) -> Exchange:
         rejected = row.get(worse)
@@ -132,6 +141,14 @@ _HI = [{"role": "user", "content": "2 + 2?"}, {"role": "assistant", "content": "
 _BAD = [{"role": "user", "content": "2 + 2?"}, {"role": "assistant", "content": "5"}]
 
 FORMS: tuple[Form, ...] = (
+    Form(
+        name="sharegpt_preferred", needs=("conversations", "chosen"), may=("rejected", "system"),
+        read=_sharegpt_preferred, fits=lambda row: isinstance(row["chosen"], dict)
+        and isinstance(row["chosen"].get("value", row["chosen"].get("content")), str),
+        known_from="LLaMA-Factory's preference data (ranking: true)",
+        example={"conversations": [{"from": "human", "value": "2 + 2?"}], "chosen": {"from": "gpt", "value": "4"},
+                 "rejected": {"from": "gpt", "value": "5"}},
+    ),
     Form(
         name="chosen_rejected", needs=("chosen",), may=("rejected",), read=_both("chosen", "rejected"),
         fits=lambda row: _is_conversation(row["chosen"]) or (

@@ -49,6 +49,10 @@ class Survey:
     """First refused row by reason."""
     lengths: list[int] = field(default_factory=list)
     """Tokens of prompt + response of each row that can be rendered, also of those that do not fit."""
+    ids: set[str] = field(default_factory=set)
+    """Ids of the usable rows."""
+    leaked: int = 0
+    """Usable rows that are held out, too."""
     example: Row | None = None
     """First usable row."""
 
@@ -92,10 +96,10 @@ def survey(source: str, task: PromptTask, max_length: int, *, every_row: bool = 
     pieces = split(files)
     found = Survey(source, max_length, files, skipped_files(source), whole=True)
     quota = None if every_row else math.ceil(SAMPLE_ROWS / len(files))
-    rows, seen = _rows(pieces, quota, found, task.data), set[str]()
+    rows = _rows(pieces, quota, found, task.data)
     while sources := list(islice(rows, _ROWS_AT_A_TIME)):
         for row, result in zip(sources, rows_of(sources, task), strict=True):
-            _count(found, row, result, task, seen)
+            _count(found, row, result, task)
         if not every_row and found.read >= SAMPLE_ROWS:
             found.whole = found.whole and next(rows, None) is None
             break
@@ -117,7 +121,7 @@ def _rows(pieces: Sequence[Slice], quota: int | None, found: Survey, data: DataC
             yield row
 
 
-def _count(found: Survey, source: SourceRow, result: list[Row] | Unusable, task: PromptTask, seen: set[str]) -> None:
+def _count(found: Survey, source: SourceRow, result: list[Row] | Unusable, task: PromptTask) -> None:
     found.read += 1
     content = mapped(source.content, task.data) if source.content is not None else {}
     form = form_of(content, task.data)
@@ -132,8 +136,8 @@ def _count(found: Survey, source: SourceRow, result: list[Row] | Unusable, task:
         detail = f"{max(lengths)} tokens, model.max_length is {found.max_length}"
         _refuse(found, source, "too_long", detail)
         return
-    new = [row for row in result if row["prompt_id"] not in seen]
-    seen.update(row["prompt_id"] for row in result)
+    new = [row for row in result if row["prompt_id"] not in found.ids]
+    found.ids.update(row["prompt_id"] for row in result)
     if not new:
         _refuse(found, source, "duplicate", "the same prompt and response as an earlier row")
         return

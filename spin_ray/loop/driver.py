@@ -114,7 +114,8 @@ def _jobs(turn: Turn, algorithm: Algorithm) -> list[Job]:
     run, opponent = turn.run, turn.opponent
     jobs = []
     if run.heldout.is_committed:
-        jobs.append(Job(run.heldout, run.heldout_samples(turn.iteration), opponent.name, opponent.digest))
+        target, samples = run.heldout_samples(turn.iteration), turn.config.heldout_samples
+        jobs.append(Job(run.heldout, target, opponent.name, opponent.digest, samples=samples))
     played = algorithm.plays(run) if turn.iteration < turn.config.iterations else None
     if played:
         target, rows = run.generations(turn.iteration), turn.rows_of(played)

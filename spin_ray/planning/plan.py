@@ -5,7 +5,7 @@ recipe ──> shape (config.json) ─┐
        ──> cluster             ─┘             └──> fits: tables of time and memory
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
 from itertools import islice
 from pathlib import Path

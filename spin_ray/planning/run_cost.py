@@ -1,6 +1,7 @@
 """Time and memory of a whole run, without reading data, checkpoints and export."""
 
 from dataclasses import dataclass, replace
+from math import ceil
 
 from spin_ray.config.recipe import SpinConfig
 from spin_ray.planning.cluster import Devices
@@ -54,7 +55,8 @@ def iteration_costs(
     """Returns the stages of one iteration; the last iterate is only evaluated."""
     trained = iteration < config.iterations
     played = played_rows(config, work) if trained else 0
-    jobs = tuple(count for count in (work.heldout_rows, played) if count)
+    heldout = ceil(work.heldout_rows * config.heldout_samples / config.generation.samples_per_prompt)
+    jobs = tuple(count for count in (heldout, played) if count)
     stages = []
     if jobs:
         stages.append(generation_cost(config, shape, devices.generation, work, jobs))

@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import asdict
+from pathlib import Path
 from typing import Any
 
 from rich.console import Console
@@ -10,7 +11,7 @@ from rich.text import Text
 from spin_ray.config.recipe import SpinConfig
 from spin_ray.config.sections import sources_of
 from spin_ray.inputs.check import Inputs
-from spin_ray.inputs.findings import TemplateFacts
+from spin_ray.inputs.findings import Finding, TemplateFacts
 from spin_ray.inputs.prompt_rows import PromptTask
 from spin_ray.inputs.survey import UNLIMITED, Survey, survey
 from spin_ray.runtime.precision import faster_precision
@@ -18,6 +19,8 @@ from spin_ray.runtime.precision import faster_precision
 _BINS, _BAR = 8, 40
 _MOST_CHARACTERS = 1500
 """Most characters of a prompt or response that are shown."""
+_MOST_FILES = 5
+_SEVERITY = {"note": "cyan", "warning": "yellow", "error": "red"}
 _PROMPT, _RESPONSE, _SPECIAL = "cyan", "green", "bold magenta"
 
 
@@ -44,7 +47,15 @@ def look_at_data(config: SpinConfig, inputs: Inputs, *, every_row: bool) -> list
                 takes_tools=config.algorithm != "seft",
             )
         found.append(survey(source, tasks[labelled], config.model.max_length, every_row=every_row))
+    if inputs.heldout is not None and not config.data.keep_leaks:
+        _count_leaks(found, inputs)
     return found
+
+
+def _count_leaks(surveys: list[Survey], inputs: Inputs) -> None:
+    *trained, heldout = surveys[:-1] if inputs.questions is not None else surveys
+    for each in trained:
+        each.leaked = len(each.ids & heldout.ids)
 
 
 def print_survey(found: Survey, console: Console) -> None:
@@ -61,6 +72,11 @@ def print_survey(found: Survey, console: Console) -> None:
         console,
         f"   {found.usable:,} of {found.read:,} usable" + (f"; refused: {found.counts}" if found.counts else ""),
     )
+    if found.leaked:
+        _line(
+            console,
+            f"   {found.leaked:,} rows are held out, too, and are not trained on (data.keep_leaks: true keeps them)",
+        )
     if found.ignored:
         _line(console, "   not read: " + ", ".join(f"{name} ({count:,} rows)" for name, count in found.ignored.items()))
     if found.skipped:
@@ -120,22 +136,25 @@ def visible(text: str) -> str:
 
 
 def print_template(facts: TemplateFacts, console: Console) -> None:
-    """Prints what the chat template adds to a row and takes from it."""
+    """Prints what the chat template writes around a message and takes from a response; findings say the rest."""
     _line(
         console,
         f"   the template writes {_quoted(facts.before)} before a user's message and {_quoted(facts.after)} after it",
     )
-    if facts.default_system:
-        _line(
-            console,
-            f"   it adds a system prompt to rows without one: {_quoted(facts.default_system)}; data.system replaces it",
-        )
-    if facts.writes_date:
-        _line(console, "   it may write the date; a run keeps that of its first day")
     if facts.strips:
         _line(console, f"   it takes from a response: {', '.join(facts.strips)}")
     else:
         _line(console, "   it takes nothing from a response")
+
+
+def print_findings(findings: Sequence[Finding], unopened: Sequence[Path], console: Console) -> None:
+    """Prints what the checks of model, template and data found, and the files of the model folder that stay closed."""
+    for finding in findings:
+        console.print(f"   [{_SEVERITY[finding.severity]}]{finding.severity}[/]", end=" ")
+        _line(console, finding.sentence)
+    if unopened:
+        names = ", ".join(path.name for path in unopened[:_MOST_FILES]) + (", …" if len(unopened) > _MOST_FILES else "")
+        _line(console, f"   {len(unopened)} files that a trainer left in the model folder are not opened: {names}")
 
 
 def precision_and_reason(config: SpinConfig, before: SpinConfig | None) -> tuple[str, str]:
@@ -157,7 +176,7 @@ def as_json(surveys: Sequence[Survey], facts: TemplateFacts, tokenizer: Any) -> 
         one: dict[str, Any] = {
             "source": found.source, "files": found.files, "every_row_read": found.whole,
             "forms": dict(found.forms), "rows": found.read, "usable": found.usable, "refused": dict(found.refused),
-            "ignored": dict(found.ignored), "skipped_files": found.skipped,
+            "leaked": found.leaked, "ignored": dict(found.ignored), "skipped_files": found.skipped,
             "first_refused": {reason: asdict(refusal) for reason, refusal in found.first.items()},
             "share_too_long": found.share_too_long, "max_length": found.max_length,
             "lengths": _quantiles(found.lengths),

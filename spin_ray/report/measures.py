@@ -43,7 +43,8 @@ class Measure:
 MEASURES = (
     Measure(
         "answer_accuracy", "answer accuracy",
-        "fraction of right answers among the rows that have one, sampled at the recipe's temperature",
+        "pass@1: fraction of right answers among the rows that have one, sampled at the recipe's temperature "
+        "`evaluation.samples` times a row",
         "Falling: the model gets worse at the task, however good the losses look.",
     ),
     Measure(

@@ -155,7 +155,13 @@ def _measures(evaluations: list[Evaluation]) -> Table:
         values = [measure.of(evaluation) for evaluation in evaluations]
         if any(value is not None for value in values):
             table.add_row(measure.title, *[_number(value, measure.digits) for value in values])
+            if measure.key == "answer_accuracy" and any(map(measure.interval, evaluations)):
+                table.add_row("  95 % interval", *[_interval(measure.interval(it)) for it in evaluations])
     return table
+
+
+def _interval(bounds: tuple[float, float] | None) -> str:
+    return "–" if bounds is None else f"{max(bounds[0], 0):.3f}–{min(bounds[1], 1):.3f}"
 
 
 def _seconds(seconds: dict[str, dict[str, float]]) -> Table:

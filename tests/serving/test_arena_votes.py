@@ -11,9 +11,12 @@ from spin_ray.config.sections import DataConfig
 from spin_ray.errors import UserError
 from spin_ray.inputs.conversations import conversations_of, rejected_of
 from spin_ray.inputs.sources import read_slice, split
+from spin_ray.run_dir.run_dir import RunDir
+from spin_ray.run_dir.storage import Storage
 from spin_ray.serving.arena.battles import BATTLE_TTL_S, Answer, Battle, Tally, parse_alias
 from spin_ray.serving.arena.votes import VoteStore
 from spin_ray.serving.errors import Refusal
+from tests.support.fakes import config_of
 
 QUESTION = [{"role": "system", "content": "Be brief."}, {"role": "user", "content": "how are you?"}]
 
@@ -210,3 +213,20 @@ def test_votes_are_for_their_owner_alone(tmp_path: Path) -> None:
         f"votes.sqlite{end}": 0o600 for end in ("", "-wal", "-shm")
     }
     store.close()
+
+
+def test_the_command_writes_a_runs_votes_in_the_form_of_another_trainer(call, tmp_path):
+    run = RunDir(Storage(tmp_path / "run"))
+    run.begin(config_of(), {"inputs": {}, "start_model": "m"})
+    to = ("--what", "votes", "--form", "sharegpt", "--to", tmp_path / "votes.jsonl")
+    code, _, error = call("export", run.storage.root, *to)
+    assert (code, error) == (
+        2, f"error: {run.storage.path('votes.sqlite')}: there are no votes; spin-ray serve collects them at /\n"
+    )  # fmt: skip
+    store = VoteStore(f"sqlite:///{run.storage.path('votes.sqlite')}")
+    store.vote(answered(store).id, "a")
+    store.close()
+    code, _, error = call("export", run.storage.root, *to)
+    assert (code, error) == (0, "1 rows written\n")
+    [row] = map(json.loads, (tmp_path / "votes.jsonl").read_text().splitlines())
+    assert row["chosen"] == {"from": "gpt", "value": "sft says"}

@@ -23,13 +23,13 @@ import torch.distributed as dist
 
 from spin_ray.config.recipe import SpinConfig
 from spin_ray.inputs.answers import is_correct
-from spin_ray.inputs.graders import graded
 from spin_ray.inputs.model_folder import ModelFolder
 from spin_ray.inputs.rendering import load_tokenizer
 from spin_ray.learner.backends.base import BackendSettings
 from spin_ray.learner.backends.fsdp2 import Fsdp2Backend
 from spin_ray.learner.losses import pair_logps, response_logps
 from spin_ray.learner.step import PackShape, feed, pair_lengths, plan
+from spin_ray.report.grading import grade_all
 from spin_ray.report.margins import SCORE_SCHEMA, margin_measures
 from spin_ray.report.measures import distinct_ngrams, duplicate_share, standard_error
 from spin_ray.report.signs import warnings
@@ -75,8 +75,12 @@ def run(
     benchmarks = {key: done[key] for key in done if key == "benchmarks"}  # lm-eval may have been quicker
     with run_dir.stage(f"{model.name}/evaluation") as counted:
         heldout, answers = _read(run_dir.heldout, samples)
+        graded_rows = _read(run_dir.heldout, samples, config.evaluation.samples)
         result: dict[str, Any] = {"iterate": model.name, "made_from": made_from, "rows": heldout.num_rows}
-        result |= _text_measures(heldout, answers, config, model.path)
+        texts = _text_measures(heldout, answers)
+        accuracy = _accuracy(*graded_rows, config, model.path)
+        texts["standard_errors"] |= accuracy.pop("standard_errors", {})
+        result |= texts | accuracy
         if previous is not None:
             samples_of = {"self": samples, "opponent": run_dir.heldout_samples(iterate - 1)}
             scores, work = _score(run_dir, config, samples_of, (model, previous, initial))
@@ -93,15 +97,15 @@ def run(
     return result
 
 
-def _read(heldout: Artefact, samples: Artefact) -> tuple[pa.Table, pa.Table]:
-    """Returns held-out rows and their first samples, in the same order."""
+def _read(heldout: Artefact, samples: Artefact, most: int = 1) -> tuple[pa.Table, pa.Table]:
+    """Returns held-out rows and their first ``most`` samples, in the same order; a row comes once for each."""
     answers = pa.concat_tables(list(samples.tables()))
-    answers = answers.filter(pc.equal(answers["sample"], 0))
+    answers = answers.filter(pc.less(answers["sample"], most))
     rows = pa.concat_tables(list(heldout.tables()))
     return rows.take(pc.index_in(answers["prompt_id"], value_set=rows["prompt_id"])), answers
 
 
-def _text_measures(heldout: pa.Table, answers: pa.Table, config: SpinConfig, model: Path) -> dict[str, Any]:
+def _text_measures(heldout: pa.Table, answers: pa.Table) -> dict[str, Any]:
     real, generated = heldout["real_ids"].to_pylist(), answers["token_ids"].to_pylist()
     real_lengths, generated_lengths = [len(ids) for ids in real], [len(ids) for ids in generated]
     by_row: dict[str, list[Any]] = {
@@ -117,29 +121,49 @@ def _text_measures(heldout: pa.Table, answers: pa.Table, config: SpinConfig, mod
         "distinct_2": distinct_ngrams(generated, 2),
         "real_distinct_2": distinct_ngrams(real, 2),
     }
-    if grades := _grades(heldout, generated, config, model):
-        by_row["answer_accuracy"] = grades
-        measures["answers_graded"] = len(grades)
     measures |= {key: float(np.mean(values)) for key, values in by_row.items()}
     errors = {key: standard_error(np.asarray(values, dtype=np.float64)) for key, values in by_row.items()}
     return measures | {"standard_errors": errors}
 
 
-def _grades(heldout: pa.Table, generated: list[list[int]], config: SpinConfig, model: Path) -> list[float]:
-    """Returns the grades of the responses to rows with an answer that can be graded."""
+def _accuracy(heldout: pa.Table, answers: pa.Table, config: SpinConfig, model: Path) -> dict[str, Any]:
+    """Returns pass@1 over all samples; empty without an answer that can be graded.
+
+    Samples of a row are no independent draws, so the standard error is that of the rows' means.
+    """
+    grades = _grades(heldout, answers["token_ids"].to_pylist(), config, model)
+    if not grades:
+        return {}
+    by_row = np.asarray([np.mean(of_row) for of_row in grades.values()])
+    counted = sum(map(len, grades.values()))
+    found: dict[str, Any] = {"answer_accuracy": float(by_row.mean()), "answers_graded": len(grades)}
+    if counted > len(grades):
+        found["samples_graded"] = counted
+    return found | {"standard_errors": {"answer_accuracy": standard_error(by_row)}}
+
+
+def _grades(heldout: pa.Table, generated: list[list[int]], config: SpinConfig, model: Path) -> dict[str, list[float]]:
+    """Returns by prompt id the grades of the responses to rows with an answer that can be graded."""
     extractor, grade = config.evaluation.answer_extractor, config.evaluation.grade
     column = "answer" if grade == "number" else "answer_text"
     if (grade == "number" and extractor == "none") or column not in heldout.column_names:
-        return []
+        return {}
     tokenizer = load_tokenizer(str(model), trust_remote_code=config.model.trust_remote_code)
     texts = tokenizer.batch_decode(generated, skip_special_tokens=True)
-    rows = zip(texts, heldout[column].to_pylist(), heldout["prompt_id"].to_pylist(), strict=True)
-    grades = [
-        float(is_correct(text, answer, extractor)) if grade == "number" else graded(grade, text, answer, prompt_id)
-        for text, answer, prompt_id in rows
-        if answer is not None
+    rows = [
+        row
+        for row in zip(texts, heldout[column].to_pylist(), heldout["prompt_id"].to_pylist(), strict=True)
+        if row[1] is not None
     ]
-    return [each for each in grades if each is not None]
+    if grade == "number":
+        found = [float(is_correct(text, answer, extractor)) for text, answer, _ in rows]
+    else:
+        found = grade_all(grade, rows)
+    grades: dict[str, list[float]] = {}
+    for (_, _, prompt_id), each in zip(rows, found, strict=True):
+        if each is not None:
+            grades.setdefault(prompt_id, []).append(each)
+    return grades
 
 
 def length_auc(real: list[int], generated: list[int]) -> float:

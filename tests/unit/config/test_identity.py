@@ -32,7 +32,14 @@ EVERY_SECTION: dict[str, Any] = {
     "tracking": {"mlflow": {}, "wandb": {}},
     "serving": {"engine": {}, "resources": EVERYWHERE},
 }
-LATER = ("model.chat_template_kwargs", "data.form", "data.columns", "data.keep_leaks", "evaluation.grade")
+LATER = (
+    "model.chat_template_kwargs",
+    "data.form",
+    "data.columns",
+    "data.keep_leaks",
+    "evaluation.grade",
+    "evaluation.samples",
+)
 """Settings that older versions lack; at their defaults they are no part of the identity."""
 OF_ALGORITHMS: dict[str, dict[str, Any]] = {
     "sppo": {"scorer": {"path": "judge", "resources": EVERYWHERE}},
@@ -140,6 +147,10 @@ def test_identity_ignores_where_and_how_fast_it_runs_and_what_may_grow(sections)
         ({"model": {"path": "m", "chat_template_kwargs": {"think": True}}}, {"model.chat_template_kwargs.think"}),
         ({"data": {"train": "other.jsonl"}}, {"data.train"}),
         ({"data": {"train": "d.jsonl", "form": "alpaca"}}, {"data.form"}),
+        (
+            {"data": {"train": "d.jsonl", "heldout": "h"}, "evaluation": {"samples": 4}},
+            {"data.heldout", "evaluation.samples"},
+        ),
         ({"data": {"train": "d.jsonl", "columns": {"prompt": "q"}}}, {"data.columns.prompt"}),
         ({"generation": {"sampling": {"top_p": 0.9}}}, {"generation.sampling.top_p"}),
         ({"generation": {"shard_rows": 8}}, {"generation.shard_rows"}),

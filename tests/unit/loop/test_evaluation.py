@@ -75,7 +75,7 @@ def text_measures(
     )
     config = config_of(data={"train": "d", "heldout": "h"}, evaluation={"answer_extractor": extractor})
     generated = pa.Table.from_pylist(generation_rows(answers), GENERATION_SCHEMA)
-    return evaluation._text_measures(heldout, generated, config, TINY)
+    return evaluation._text_measures(heldout, generated) | evaluation._accuracy(heldout, generated, config, TINY)
 
 
 def test_lengths_truncation_and_identity_are_shares_of_the_rows():
@@ -111,8 +111,24 @@ def test_a_grader_of_texts_reads_the_answers_own_words():
     ids = [[*tokenizer.encode(text, add_special_tokens=False), 2] for text in ("yes", "no")]
     config = config_of(data={"train": "d", "heldout": "h"}, evaluation={"grade": "exact"})
     heldout = pa.table({"prompt_id": ["p0", "p1"], "answer_text": ["yes", "yes"]})
-    assert evaluation._grades(heldout, ids, config, TINY) == [1.0, 0.0]
-    assert evaluation._grades(heldout.drop_columns("answer_text"), ids, config, TINY) == []
+    assert evaluation._grades(heldout, ids, config, TINY) == {"p0": [1.0], "p1": [0.0]}
+    assert evaluation._grades(heldout.drop_columns("answer_text"), ids, config, TINY) == {}
+
+
+def test_pass_at_1_is_the_mean_over_all_samples_with_an_interval_over_rows(run):
+    """Rows with 2, 1 and 0 right of 2 samples: 1, ½, 0 have the mean ½ and the error ½ / √3, not that of six draws."""
+    tokenizer = load_tokenizer(str(TINY))
+    yes, no = ([*tokenizer.encode(text, add_special_tokens=False), 2] for text in ("yes", "no"))
+    said = {"p000": (yes, yes, no), "p001": (no, yes, no), "p002": (no, no, yes)}
+    answers = [(prompt, sample, ids) for prompt, three in said.items() for sample, ids in enumerate(three)]
+    write_answers(run.heldout_samples(0), answers, 4)
+    config = config_of(data={"train": "d", "heldout": "h"}, evaluation={"grade": "exact", "samples": 2})
+    heldout, samples = evaluation._read(run.heldout, run.heldout_samples(0), config.evaluation.samples)
+    heldout = heldout.drop_columns("answer_text").append_column("answer_text", pa.array(["yes"] * heldout.num_rows))
+    assert evaluation._accuracy(heldout, samples, config, TINY) == {
+        "answer_accuracy": 0.5, "answers_graded": 3, "samples_graded": 6,
+        "standard_errors": {"answer_accuracy": pytest.approx(0.5 / 3**0.5)},
+    }  # fmt: skip
 
 
 def test_without_any_answer_in_the_data_there_is_no_accuracy():

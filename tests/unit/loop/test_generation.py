@@ -3,6 +3,7 @@
 import pickle
 import sys
 from collections import Counter
+from dataclasses import replace
 from typing import Any, cast
 
 import numpy as np
@@ -47,6 +48,16 @@ def play(job: Job, config: SpinConfig, engine: FakeEngine) -> list[dict[str, Any
             found[shard.name] = job.target.write_part(shard.name, generation.answer(shard, config, engine))
     job.target.commit(found, job.inputs(), job.settings(config))
     return [row for table in job.target.tables() for row in table.to_pylist()]
+
+
+def test_held_out_rows_get_samples_of_their_own_whose_first_is_the_only_one_of_a_run_without(run):
+    alone = play(job_of(run), config_for(), FakeEngine())
+    several = play(replace(job_of(run), target=run.heldout_samples(0), samples=3), config_for(), FakeEngine())
+    assert [row for row in several if row["sample"] == 0] == alone
+    assert len(several) == 30
+    assert (config_of().heldout_samples, config_for(samples=4).heldout_samples) == (1, 4)
+    sampled = {"data": {"train": "d", "heldout": "h"}, "evaluation": {"samples": 3}}
+    assert config_for(samples=4, **sampled).heldout_samples == 3
 
 
 # Shards

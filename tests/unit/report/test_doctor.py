@@ -8,7 +8,7 @@ from rich.console import Console
 
 from spin_ray.errors import DataError
 from spin_ray.inputs.embedded import resolve
-from spin_ray.inputs.findings import template_facts
+from spin_ray.inputs.findings import Finding, template_facts
 from spin_ray.inputs.rendering import ChatRenderer, load_tokenizer
 from spin_ray.inputs.survey import SAMPLE_ROWS
 from spin_ray.report import doctor
@@ -58,6 +58,21 @@ def test_columns_that_are_not_read_are_counted(tmp_path):
     found, _ = look(tmp_path, [row(0), json.dumps(json.loads(row(1)) | {"weight": 2})])
     assert found.ignored == {"weight": 1}
     assert "not read: weight (1 rows)" in printed(doctor.print_survey, found)
+
+
+def test_training_rows_that_are_held_out_are_counted_and_findings_shown(tmp_path):
+    train, heldout = tmp_path / "train.jsonl", tmp_path / "heldout.jsonl"
+    train.write_text("\n".join([row(0), row(1), row(2)]))
+    heldout.write_text("\n".join([row(2), row(0), row(3)]))
+    config = config_of(model={"path": TINY}, data={"train": str(train), "heldout": str(heldout)})
+    inputs = SimpleNamespace(model=SimpleNamespace(path=TINY), train=str(train), heldout=str(heldout), questions=None)
+    found = doctor.look_at_data(config, inputs, every_row=True)
+    assert [each.leaked for each in found] == [2, 0]
+    assert "2 rows are held out, too, and are not trained on" in printed(doctor.print_survey, found[0])
+    findings = [Finding("the template [b]trims[/b]", "warning")]
+    text = printed(doctor.print_findings, findings, [tmp_path / "optimizer.pt"])
+    assert "warning the template [b]trims[/b]\n" in text
+    assert "1 files that a trainer left in the model folder are not opened: optimizer.pt" in text
 
 
 def test_no_usable_row_is_an_error_whatever_fraction_is_allowed(tmp_path):

@@ -12,6 +12,7 @@ from pathlib import Path
 
 import pytest
 import yaml
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from spin_ray.errors import ConfigError, RunDirError
 from spin_ray.inputs.model_folder import folder_entries, open_model
@@ -38,6 +39,20 @@ def test_an_exported_iterate_is_a_model_folder_with_a_card(run, tmp_path, iterat
     open_model(folder, "exported")
     assert (folder / "README.md").read_text() == model_card(run, 2)
     assert not (folder / MANIFEST).exists()
+
+
+def test_transformers_loads_an_export_and_generates_what_the_iterates_own_folder_does(run, tmp_path):
+    """Greedy tokens of the exported folder and of the run's, each loaded by the Auto classes, as TRL and vLLM do."""
+    folder = export(run, "2", str(tmp_path / "out"))
+    said = []
+    for place in (folder, run.storage.path(run.model(2).path)):
+        tokenizer = AutoTokenizer.from_pretrained(place)
+        model = AutoModelForCausalLM.from_pretrained(place)
+        chat = [{"role": "user", "content": "2 + 2?"}]
+        asked = tokenizer.apply_chat_template(chat, add_generation_prompt=True, return_tensors="pt", return_dict=True)
+        said.append(model.generate(**asked, max_new_tokens=8, do_sample=False)[0].tolist())
+    assert said[0] == said[1]
+    assert len(said[0]) > asked["input_ids"].shape[1]
 
 
 def test_the_card_names_base_data_and_results_in_the_hubs_form(run):

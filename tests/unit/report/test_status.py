@@ -76,6 +76,12 @@ def write_example(run: RunDir, prompt: str, human: str, answers: dict[int, list[
 # Tables
 
 
+def test_the_accuracy_of_answers_has_its_interval(run):
+    write_evaluation(run, 0, standard_errors={"answer_accuracy": 0.1})
+    write_evaluation(run, 1)
+    assert row_of(printed(print_status, run), "95 % interval")[1:] == ["0.304–0.696", "–"]
+
+
 def test_iterates_are_side_by_side_with_their_measures(run):
     write_evaluation(run, 0, against_opponent={}, answer_accuracy=None)
     write_evaluation(run, 1)

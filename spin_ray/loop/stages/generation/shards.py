@@ -20,15 +20,20 @@ class Job:
     model_digest: str
     rows: np.ndarray | None = None
     """Row numbers in ``prompts``, ascending; None: all."""
+    samples: int | None = None
+    """Responses to each prompt; None: ``generation.samples_per_prompt``."""
 
     def inputs(self) -> dict[str, str]:
         return {"prompts": self.prompts.manifest().digest, "opponent": self.model_digest}
+
+    def samples_each(self, config: SpinConfig) -> int:
+        return self.samples or config.generation.samples_per_prompt
 
     def settings(self, config: SpinConfig) -> dict[str, Any]:
         return {
             "seed": config.seed,
             "opponent": self.opponent,
-            "samples_per_prompt": config.generation.samples_per_prompt,
+            "samples_per_prompt": self.samples_each(config),
             "shard_rows": config.generation.shard_rows,
             "max_length": config.model.max_length,
             "sampling": config.generation.sampling.model_dump(mode="json"),
@@ -48,6 +53,8 @@ class Shard:
     opponent: str
     fingerprint: str
     name: str
+    samples: int
+    """Responses to each prompt."""
     pieces: tuple[tuple[str, FileEntry, tuple[int, ...]], ...]
     """(part of the prompts, its entry, row numbers within it)."""
 
@@ -71,8 +78,8 @@ def cut_into_shards(job: Job, config: SpinConfig) -> list[Shard]:
     files = sorted(job.prompts.manifest().files.items())
     ends = np.cumsum([entry.rows or 0 for _, entry in files])
     rows = job.rows if job.rows is not None else np.arange(ends[-1])
-    per_shard = max(1, config.generation.shard_rows // config.generation.samples_per_prompt)
-    fingerprint = _fingerprint(job, config)
+    per_shard = max(1, config.generation.shard_rows // job.samples_each(config))
+    fingerprint, samples = _fingerprint(job, config), job.samples_each(config)
     shards = []
     for number, start in enumerate(range(0, len(rows), per_shard)):
         wanted = rows[start : start + per_shard]
@@ -81,7 +88,7 @@ def cut_into_shards(job: Job, config: SpinConfig) -> list[Shard]:
             (*files[owner], tuple((wanted[owners == owner] - (ends[owner] - files[owner][1].rows)).tolist()))
             for owner in np.unique(owners)
         )
-        shards.append(Shard(job.prompts, job.target, job.opponent, fingerprint, part_name(number), pieces))
+        shards.append(Shard(job.prompts, job.target, job.opponent, fingerprint, part_name(number), samples, pieces))
     return shards
 
 

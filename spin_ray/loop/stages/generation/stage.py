@@ -74,7 +74,7 @@ def run(
                 "lost", names, shards=min(config.generation.replicas, len(missing)), why="the stage ended early"
             )
         done = sum(entry.rows or 0 for whole in entries.values() for entry in whole.values())
-        total = sum(row_count(job) * config.generation.samples_per_prompt for job in jobs)
+        total = sum(row_count(job) * job.samples_each(config) for job in jobs)
         tokens, work_s = 0, 0.0
         with StageProgress(names, total, "rows", done=done) as progress:
             for report in _play(missing, config, spec, start_engine):
@@ -197,7 +197,7 @@ def _end_process() -> None:
 def answer(shard: Shard, config: SpinConfig, engine: GenerationEngine) -> pa.Table:
     """Returns GENERATION_SCHEMA rows, in the order of the prompts."""
     prompts = shard.read_prompts()
-    samples = config.generation.samples_per_prompt
+    samples = shard.samples
     ids = [prompt_id for prompt_id in prompts["prompt_id"].to_pylist() for _ in range(samples)]
     numbers = [number for _ in range(prompts.num_rows) for number in range(samples)]
     opponent = shard.opponent

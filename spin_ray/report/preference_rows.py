@@ -1,0 +1,165 @@
+"""Preference rows for other trainers: the pairs of a run and the votes of its arena, in TRL's or ShareGPT's form.
+
+iter_NNN/pairs + prompts -> (prompt, chosen, rejected) -> JSON lines
+"""
+
+import json
+from collections import Counter
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+from typing import Any, Literal, NamedTuple, get_args
+
+from spin_ray.errors import ConfigError, RunDirError
+from spin_ray.inputs.ends import other_ends
+from spin_ray.inputs.messages import Conversation, Message
+from spin_ray.inputs.rendering import ChatRenderer, Rendered, open_renderer
+from spin_ray.report.history import find_iterate, model_path
+from spin_ray.run_dir.run_dir import RunDir
+
+RowForm = Literal["trl", "sharegpt"]
+ROW_FORMS: tuple[RowForm, ...] = get_args(RowForm)
+_AT_A_TIME = 256
+_SPEAKERS = {"user": "human", "assistant": "gpt", "tool": "observation", "system": "system", "developer": "system"}
+
+
+class Preferred(NamedTuple):
+    prompt: Conversation
+    chosen: Message
+    rejected: Message
+
+
+def pairs_of(run: RunDir, iterate: str, counts: Counter[str]) -> Iterator[Preferred]:
+    """Yields the pairs that an iterate was trained on.
+
+    Args:
+        counts: gets ``other ids`` for each response whose text has other token ids than the pair: a sampled response
+            need not be the tokenizer's own split of its text, and one cut at ``max_tokens`` gets an end.
+
+    Raises:
+        RunDirError: the iterate was not trained on pairs.
+    """
+    number = find_iterate(run, iterate)
+    made = run.pairs(number - 1) if number else None
+    if made is None or not made.is_committed:
+        raise RunDirError(f"{run.storage.root}: {iterate} was not trained on pairs")
+    config = run.config()
+    folder = model_path(run, number)
+    renderer = open_renderer(str(folder), config.model, run.date())
+    reader = _Reader(renderer, {renderer.end_of_turn_id, *other_ends(folder, renderer)}, counts)
+    conversations = _conversations(run)
+    for table in made.tables():
+        for start in range(0, table.num_rows, _AT_A_TIME):
+            rows = table.slice(start, _AT_A_TIME).to_pylist()
+            if not all(row["generated_ids"] for row in rows):
+                raise RunDirError(f"{made.path}: holds rows without y′, which are no pairs")
+            yield from reader.read(rows, conversations)
+
+
+def _conversations(run: RunDir) -> dict[str, tuple[str, list[int]]]:
+    """Returns by prompt id the JSON of the conversation, and the ids of its response."""
+    return {
+        row["prompt_id"]: (row["messages"], row["real_ids"])
+        for prompts in (run.prompts, run.questions)
+        if prompts.is_committed
+        for table in prompts.tables()
+        for row in table.select(["prompt_id", "messages", "real_ids"]).to_pylist()
+    }
+
+
+class _Reader:
+    def __init__(self, renderer: ChatRenderer, ends: set[int], counts: Counter[str]) -> None:
+        self._renderer, self._ends, self._counts = renderer, ends, counts
+
+    def read(self, rows: list[dict[str, Any]], conversations: dict[str, tuple[str, list[int]]]) -> list[Preferred]:
+        found, ids = [], []
+        for row in rows:
+            stored, real_ids = conversations[row["prompt_id"]]
+            messages = json.loads(stored)
+            own = messages[-1] if row["real_ids"] == real_ids else self._message(row["real_ids"])
+            found.append(Preferred(messages[:-1], own, self._message(row["generated_ids"])))
+            ids += [row["prompt_ids"] + row["real_ids"], row["prompt_ids"] + row["generated_ids"]]
+        written = [[*row.prompt, response] for row in found for response in (row.chosen, row.rejected)]
+        for rendered, expected in zip(self._renderer.render_all(written, [None] * len(written)), ids, strict=True):
+            same = isinstance(rendered, Rendered) and rendered.prompt_ids + rendered.real_ids == expected
+            self._counts["other ids"] += not same
+        self._counts["responses"] += len(written)
+        return found
+
+    def _message(self, token_ids: list[int]) -> Message:
+        text_ids = token_ids[:-1] if token_ids and token_ids[-1] in self._ends else token_ids
+        return {"role": "assistant", "content": self._renderer.tokenizer.decode(text_ids, skip_special_tokens=True)}
+
+
+def preferred_of_votes(votes: Iterable[dict[str, Any]]) -> Iterator[Preferred]:
+    """Yields the rows of the arena's export, whose ``chosen`` and ``rejected`` are whole conversations."""
+    for vote in votes:
+        yield Preferred(vote["chosen"][:-1], vote["chosen"][-1], vote["rejected"][-1])
+
+
+def write_rows(rows: Iterable[Preferred], form: RowForm, target: str, counts: Counter[str]) -> str:
+    """Writes JSON lines to a new file; returns its path.
+
+    Args:
+        counts: gets ``written``, and ``left out`` for what ShareGPT's form cannot hold: thoughts, several tool calls.
+
+    Raises:
+        ConfigError: the file exists, or cannot be written.
+    """
+    path = Path(target)
+    if path.exists():
+        raise ConfigError(f"{path}: exists; give another file by --to")
+    part = path.with_name(f"{path.name}.part")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with part.open("w", encoding="utf-8") as file:
+            for row in rows:
+                made = as_trl(row) if form == "trl" else as_sharegpt(row)
+                counts["left out" if made is None else "written"] += 1
+                if made is not None:
+                    file.write(json.dumps(made, ensure_ascii=False) + "\n")
+        part.rename(path)
+    except OSError as error:
+        raise ConfigError(f"{path}: cannot be written ({error})") from error
+    finally:
+        part.unlink(missing_ok=True)
+    return str(path)
+
+
+def said(counts: Counter[str]) -> str:
+    """Returns what was written and what differs, in one line."""
+    line = f"{counts['written']} rows written"
+    if counts["left out"]:
+        line += f"; {counts['left out']} left out: ShareGPT's form has no place for thoughts or several tool calls"
+    if counts["other ids"]:
+        line += (
+            f"; {counts['other ids']} of {counts['responses']} responses have other token ids when their text is "
+            "tokenised again: samples that the tokenizer splits otherwise, that were cut, or prompts with tools"
+        )
+    return line
+
+
+def as_trl(row: Preferred) -> dict[str, Any]:
+    """Returns TRL's conversational preference row with an explicit prompt."""
+    return {"prompt": row.prompt, "chosen": [row.chosen], "rejected": [row.rejected]}
+
+
+def as_sharegpt(row: Preferred) -> dict[str, Any] | None:
+    """Returns a row as LLaMA-Factory reads it (``ranking: true``); None if the form cannot hold it."""
+    spoken = [_spoken(message) for message in (*row.prompt, row.chosen, row.rejected)]
+    turns = [message for message in spoken if message is not None]
+    if len(turns) < len(spoken):
+        return None
+    *before, chosen, rejected = turns
+    found: dict[str, Any] = {"conversations": before, "chosen": chosen, "rejected": rejected}
+    if before[0]["from"] == "system":
+        found |= {"conversations": before[1:], "system": before[0]["value"]}
+    return found
+
+
+def _spoken(message: Message) -> dict[str, str] | None:
+    if message.keys() == {"role", "content"}:
+        return {"from": _SPEAKERS[message["role"]], "value": message["content"]}
+    calls = message.get("tool_calls", [])
+    if message.keys() == {"role", "content", "tool_calls"} and len(calls) == 1 and not message["content"]:
+        return {"from": "function_call", "value": json.dumps(calls[0].get("function", calls[0]), ensure_ascii=False)}
+    return None

@@ -1,0 +1,107 @@
+"""Pairs and votes in the forms of other trainers."""
+
+import json
+import shutil
+from collections import Counter
+from pathlib import Path
+
+import pytest
+
+from spin_ray.config.sections import DataConfig
+from spin_ray.errors import ConfigError, RunDirError
+from spin_ray.inputs.conversations import conversations_of, rejected_of
+from spin_ray.inputs.forms import form_of
+from spin_ray.inputs.model_folder import folder_entries
+from spin_ray.inputs.rendering import ChatRenderer
+from spin_ray.report.preference_rows import pairs_of, preferred_of_votes, write_rows
+from spin_ray.run_dir.artefact import Manifest
+from spin_ray.run_dir.run_dir import RunDir
+from spin_ray.run_dir.schemas import PAIR_SCHEMA, PROMPT_SCHEMA
+from spin_ray.run_dir.storage import MANIFEST, Storage
+from spin_ray.serving.arena.battles import Answer
+from spin_ray.serving.arena.votes import VoteStore
+from tests.support.fakes import config_of
+from tests.support.fakes import write_rows as write_table
+from tests.support.made_up_run import TINY, TOKENIZER
+
+ASKED = [{"role": "system", "content": "Be brief."}, {"role": "user", "content": "2 + 2?"}]
+DATA = DataConfig(train="d")
+
+
+@pytest.fixture
+def run(tmp_path):
+    """Two pairs of the first iteration, the second cut."""
+    run = RunDir(Storage(tmp_path / "run"))
+    run.begin(config_of(model={"path": TINY}, iterations=1), {"inputs": {}, "start_model": TINY})
+    rendered = ChatRenderer(TOKENIZER).render([*ASKED, {"role": "assistant", "content": " 4"}])
+    row = {"prompt_id": "p0", "prompt_ids": rendered.prompt_ids, "real_ids": rendered.real_ids}
+    stored = json.dumps([*ASKED, {"role": "assistant", "content": " 4"}])
+    write_table(run.prompts, PROMPT_SCHEMA, [row | {"messages": stored}], part_rows=1)
+    said = TOKENIZER.encode("It is 5.\n", add_special_tokens=False)
+    end = rendered.real_ids[-1]
+    pairs = [
+        row | {"pair_id": f"p0/000/{sample}", "iteration": 0, "generated_ids": ids}
+        for sample, ids in enumerate(([*said, end], said))
+    ]
+    write_table(run.pairs(0), PAIR_SCHEMA, pairs, part_rows=1)
+    folder = run.storage.path(run.model(1).path)
+    shutil.copytree(TINY, folder)
+    (folder / MANIFEST).write_bytes(Manifest.of(folder_entries(folder), {}, {}).to_bytes())
+    return run
+
+
+@pytest.mark.parametrize(("form", "named"), [("trl", "prompt_chosen_rejected"), ("sharegpt", "sharegpt_preferred")])
+def test_exported_pairs_are_read_back_with_the_ids_that_were_trained_on(run, tmp_path, form, named):
+    counts = Counter[str]()
+    path = write_rows(pairs_of(run, "1", counts), form, str(tmp_path / "pairs.jsonl"), counts)
+    rows = [json.loads(line) for line in Path(path).read_text().splitlines()]
+    [pair, cut] = [row for table in run.pairs(0).tables() for row in table.to_pylist()]
+    renderer = ChatRenderer(TOKENIZER)
+    for row in rows:
+        assert form_of(row, DATA).name == named
+        better, worse = renderer.render_all([*conversations_of(row, DATA), rejected_of(row, DATA)])
+        assert (better.prompt_ids, better.real_ids) == (pair["prompt_ids"], pair["real_ids"])
+        assert worse.real_ids == pair["generated_ids"] == [*cut["generated_ids"], better.real_ids[-1]]
+    assert counts == {"written": 2, "other ids": 1, "responses": 4}  # the cut response has got an end
+
+
+def test_trls_form_has_the_columns_of_its_conversational_preference_rows(run, tmp_path):
+    """Lists of role and content, loaded by ``datasets`` with no column of mixed type."""
+    datasets = pytest.importorskip("datasets")
+    path = write_rows(pairs_of(run, "1", Counter()), "trl", str(tmp_path / "pairs.jsonl"), Counter())
+    loaded = datasets.load_dataset("json", data_files=path, split="train", cache_dir=str(tmp_path / "cache"))
+    assert loaded.column_names == ["prompt", "chosen", "rejected"]
+    assert loaded[0] == {
+        "prompt": ASKED,
+        "chosen": [{"role": "assistant", "content": " 4"}],
+        "rejected": [{"role": "assistant", "content": "It is 5.\n"}],
+    }
+
+
+def test_votes_become_the_same_rows(tmp_path):
+    store = VoteStore(f"sqlite:///{tmp_path / 'votes.sqlite'}")
+    battle = store.start("sft", "iter-0")
+    for side, text in ((battle.a, "5"), (battle.b, "4")):
+        store.record(side, Answer(ASKED, {"seed": 7}, text, "stop", "d"))
+    store.vote(battle.id, "b")
+    path = write_rows(preferred_of_votes(store.export()), "sharegpt", str(tmp_path / "votes.jsonl"), Counter())
+    assert json.loads(Path(path).read_text()) == {
+        "conversations": [{"from": "human", "value": "2 + 2?"}], "system": "Be brief.",
+        "chosen": {"from": "gpt", "value": "4"}, "rejected": {"from": "gpt", "value": "5"},
+    }  # fmt: skip
+
+
+def test_the_command_says_what_it_wrote_and_what_differs(call, run, tmp_path):
+    file = tmp_path / "new" / "pairs.jsonl"
+    code, out, said = call("export", run.storage.root, "--what", "pairs", "--form", "sharegpt", "--iterate", "1",
+                           "--to", file)  # fmt: skip
+    assert (code, out.strip()) == (0, str(file))
+    assert "2 rows written; 1 of 4 responses have other token ids" in said
+
+
+def test_nothing_is_written_over_and_nothing_invented(run, tmp_path):
+    (tmp_path / "there").touch()
+    with pytest.raises(ConfigError, match=r"there: exists"):
+        write_rows([], "trl", str(tmp_path / "there"), Counter())
+    with pytest.raises(RunDirError, match="0 was not trained on pairs"):
+        list(pairs_of(run, "0", Counter()))
