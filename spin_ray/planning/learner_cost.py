@@ -90,7 +90,7 @@ def step_traffic(config: SpinConfig, shape: ModelShape, packs: float, *, backwar
     """Returns the bytes that a rank receives in a step: weights in the computation's type, fp32 gradients."""
     train = config.train
     passes = packs * (2 if backward else 1) if train.sharding == "full" else 1
-    reduced = (packs if train.reduce_every_pack else 1) if backward else 0
+    reduced = (packs if train.reduces_every_pack else 1) if backward else 0
     gathered = passes * _dtype_bytes(config) + 4 * reduced
     return shape.parameters * gathered * (train.workers - 1) / train.workers
 
@@ -112,7 +112,7 @@ def learner_memory(
     memory = {"weights": 4 * sharded, "optimizer": 4 * moments * sharded}
     if backward:
         memory |= {"gradients": 4 * sharded}
-        accumulates = packs.per_rank_at_most > 1 and not config.train.reduce_every_pack
+        accumulates = packs.per_rank_at_most > 1 and not config.train.reduces_every_pack
         memory |= {"whole gradients": 4.0 * shape.parameters if accumulates else 0.0}
     memory |= {
         "gathered weights": _gathered_bytes(config, shape, backward=backward),

@@ -11,7 +11,7 @@ MAY_CHANGE = (
     "iterations", "stop_when", "tracking.", "cluster.", "storage.", "health.", "serving.",
     "objective.beta", "train.learning_rate", "train.epochs", "train.max_failures", "train.checkpoint_every_steps",
     "train.sharding", "train.reduce_every_pack", "train.offload", "train.start_timeout_s", "train.stall_timeout_s",
-    "train.deterministic", "train.optimizer.betas", "train.optimizer.eps",
+    "train.compile", "train.deterministic", "train.optimizer.betas", "train.optimizer.eps",
     "sft.optimizer.betas", "sft.optimizer.eps", "reviser.optimizer.betas", "reviser.optimizer.eps",
     "train.min_workers", "train.resize_interval_s", "train.resources.custom", "train.resources.labels",
     "generation.replicas", "generation.min_replicas", "generation.max_failures", "generation.start_timeout_s",

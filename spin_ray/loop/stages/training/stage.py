@@ -108,7 +108,7 @@ def _backend_settings(config: SpinConfig, optimizer: OptimizerConfig, learning_r
         kind=config.train.backend,
         gradient_checkpointing=config.train.gradient_checkpointing,
         sharding=config.train.sharding,
-        reduce_every_pack=config.train.reduce_every_pack,
+        reduce_every_pack=config.train.reduces_every_pack,
         offload=config.train.offload,
         optimizer=optimizer,
         learning_rate=learning_rate,
