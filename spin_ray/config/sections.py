@@ -339,8 +339,9 @@ class TrainConfig(Section):
     deterministic: MayChange[bool] = False
     """Only kernels whose sums have one order, so that a resumed training has the same bits on GPUs too. Slower there;
     on CPUs it is so anyway."""
-    gradient_checkpointing: bool = False
-    """Second computation of activations in the backward pass: a third slower, far less memory."""
+    gradient_checkpointing: AutoOrFlag = "auto"
+    """Second computation of activations in the backward pass: a third slower, far less memory, the same numbers.
+    ``auto``: on GPUs whose memory cannot hold all activations, by the arithmetic of ``spin-ray plan``."""
     sharding: MayChange[Literal["full", "shard_grad_op"]] = "full"
     """Sharding of the weights. ``full`` (ZeRO-3) gathers each layer in each forward and backward pass.
     ``shard_grad_op`` (ZeRO-2) gathers once per optimizer step: less traffic, but each worker holds all weights."""

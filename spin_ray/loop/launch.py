@@ -69,7 +69,8 @@ def run_spin(config: SpinConfig, out: str | Path, start_engine: StartEngine = Vl
 def _settle_sizes(config: SpinConfig, run: RunDir, inputs: Inputs) -> SpinConfig:
     """Fills in the sizes of batches that the recipe leaves open; a run keeps those that it began with."""
     if run.storage.exists("run.json"):
-        return config.settle_sizes(run.config())
+        begun = run.config()
+        return config.take_checkpointing_of(begun).settle_sizes(begun)
     on_gpu, is_local = config.generation.resources.gpus, "://" not in inputs.train
     return config.settle_sizes(rows=count_rows(find_files(inputs.train)) if on_gpu and is_local else None)
 
