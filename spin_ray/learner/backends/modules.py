@@ -66,8 +66,8 @@ def compiles(wanted: bool | Literal["auto"], device: torch.device) -> bool:
 def compile_layers(model: Any) -> None:
     """Compiles each decoder layer, alike ones once, for any number of tokens.
 
-    The method is compiled and not the module, so that the hooks of FSDP2
-    stay outside, too; so does recomputation, which must come afterwards.
+    The method is compiled and not the module, so that FSDP2's hooks stay outside. Recomputation comes afterwards: no
+    graph may break within it.
     """
     keep_out_of_graphs()
     dynamo = torch._dynamo.config
