@@ -162,7 +162,7 @@ def time_packs(
     settings = BackendSettings(
         max_length=config.model.max_length,
         precision=config.train.precision,
-        gradient_checkpointing=config.train.gradient_checkpointing,
+        gradient_checkpointing=config.train.gradient_checkpointing is True,
         optimizer=config.train.optimizer,
         learning_rate=1e-7,
         total_steps=1,

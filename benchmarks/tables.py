@@ -125,10 +125,10 @@ def sizes() -> str:
 
 
 def _for_70b(gpus: int) -> dict[str, str]:
-    """Engines of four GPUs, one train worker per GPU, gradients never whole."""
+    """Engines of four GPUs, one train worker per GPU."""
     return {
         "generation.engine.tensor_parallel_size": "4", "generation.resources.gpus": "4",
-        "generation.replicas": str(gpus // 4), "train.workers": str(gpus), "train.reduce_every_pack": "true",
+        "generation.replicas": str(gpus // 4), "train.workers": str(gpus),
     }  # fmt: skip
 
 

@@ -41,6 +41,13 @@ class SpinConfig(Settings):
             return self
         return self.model_copy(update={"train": self.train.model_copy(update={"precision": other.train.precision})})
 
+    def take_checkpointing_of(self, begun: SpinConfig) -> Self:
+        """Returns the recipe with the run's ``gradient_checkpointing`` in place of ``auto``."""
+        if self.train.gradient_checkpointing != "auto":
+            return self
+        value = begun.train.gradient_checkpointing
+        return self.model_copy(update={"train": self.train.model_copy(update={"gradient_checkpointing": value})})
+
     def settle_sizes(self, begun: SpinConfig | None = None, rows: int | None = None) -> Self:
         """Returns the recipe with the sizes of batches that it leaves open.
 

@@ -25,6 +25,7 @@ _name_or_path = Discriminator(lambda value: PATH if isinstance(value, str) and "
 
 PerIteration = Annotated[Annotated[Positive, Tag(ONE)] | Annotated[tuple[Positive, ...], Tag(LIST)], _one_or_list]
 PerIterationCount = Annotated[Annotated[Count, Tag(ONE)] | Annotated[tuple[Count, ...], Tag(LIST)], _one_or_list]
+AutoOrFlag = Annotated[Annotated[bool, Tag(ONE)] | Annotated[Literal["auto"], Tag(WORD)], _one_or_word]
 CountOrAll = Annotated[Annotated[Count, Tag(ONE)] | Annotated[Literal["all"], Tag(WORD)], _one_or_word]
 ImportPath = Annotated[str, Field(pattern=r"^[^\W\d]\w*(\.[^\W\d]\w*)*:[^\W\d]\w*$")]
 """Place of a user's class or function, e.g. ``my_package.mine:Name``. Reading a recipe checks only the form."""
@@ -365,17 +366,21 @@ class TrainConfig(Section):
     precision: Literal["auto", "bf16", "fp32"] = "auto"
     """Number format of the computation. ``auto`` is bf16 on GPUs and the faster of the two on CPUs. A run keeps its
     precision. Master weights, gradients and optimizer state are always fp32: bf16 cannot resolve small updates."""
+    compile: MayChange[AutoOrFlag] = "auto"
+    """torch.compile of each decoder layer, in training and scoring (FSDP2 only). It costs a minute or two at the start
+    of each stage that trains or scores. ``auto`` is on for GPUs and off for CPUs."""
     deterministic: MayChange[bool] = False
     """Only kernels whose sums have one order, so that a resumed training has the same bits on GPUs too. Slower there;
     on CPUs it is so anyway."""
-    gradient_checkpointing: bool = False
-    """Second computation of activations in the backward pass: a third slower, far less memory."""
+    gradient_checkpointing: AutoOrFlag = "auto"
+    """Second computation of activations in the backward pass: a third slower, far less memory, the same numbers.
+    ``auto``: on GPUs whose memory cannot hold all activations, by the arithmetic of ``spin-ray plan``."""
     sharding: MayChange[Literal["full", "shard_grad_op"]] = "full"
     """Sharding of the weights. ``full`` (ZeRO-3) gathers each layer in each forward and backward pass.
     ``shard_grad_op`` (ZeRO-2) gathers once per optimizer step: less traffic, but each worker holds all weights."""
-    reduce_every_pack: MayChange[bool] = False
-    """Summing of gradients over the workers after each pack, not each step. More traffic, but no worker holds whole
-    gradients, 4 bytes per parameter."""
+    reduce_every_pack: MayChange[AutoOrFlag] = "auto"
+    """Summing of gradients over the workers after each pack, not each step. More traffic, beside the backward pass, but
+    no worker holds whole gradients, 4 bytes per parameter. ``auto`` is on for GPUs and off for CPUs."""
     offload: MayChange[bool] = False
     """Storage of weights, gradients and optimizer state in CPU memory. Slower; for models that do not fit otherwise."""
     checkpoint_every_steps: MayChange[Count] = 200
@@ -387,6 +392,11 @@ class TrainConfig(Section):
     stall_timeout_s: MayChange[Positive] = 86_400
     """Longest time without a finished step, in seconds, before workers count as stuck. A whole evaluation is one step,
     so the default is a day."""
+
+    @property
+    def reduces_every_pack(self) -> bool:
+        """The choice behind ``reduce_every_pack``."""
+        return self.resources.gpus > 0 if self.reduce_every_pack == "auto" else self.reduce_every_pack
 
 
 class SftConfig(Section):

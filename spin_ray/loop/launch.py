@@ -71,7 +71,8 @@ def run_spin(config: SpinConfig, out: str | Path, start_engine: StartEngine = Vl
 def _settle_sizes(config: SpinConfig, run: RunDir, inputs: Inputs) -> SpinConfig:
     """Fills in the sizes of batches that the recipe leaves open; a run keeps those that it began with."""
     if run.storage.exists("run.json"):
-        return config.settle_sizes(run.config())
+        begun = run.config()
+        return config.take_checkpointing_of(begun).settle_sizes(begun)
     sources = sources_of(inputs.train)
     if not config.generation.resources.gpus or any("://" in source.path for source in sources):
         return config.settle_sizes()

@@ -17,6 +17,9 @@ WORKERS_START_S = 20.0
 """Seen on two CPU cores with small models: 16 to 22 s."""
 CHUNK_TARGETS = {"cpu": 256, "cuda": 4096}
 """Copy of ``learner.head.ROWS_PER_CHUNK``: an import would bring torch."""
+FILLED = 0.75
+"""Part of a device that training may fill without checkpointing: packs were measured to take up to 1.3 times what is
+predicted (``benchmarks/plan_check.py``)."""
 MOMENTS = {"rmsprop": 1, "adamw": 2}
 """fp32 numbers that an optimizer keeps per parameter."""
 
@@ -38,6 +41,7 @@ def evaluation_cost(config: SpinConfig, shape: ModelShape, device: Hardware, wor
 def training_cost(
     config: SpinConfig, shape: ModelShape, device: Hardware, packs: Packs, epochs: int, optimizer: OptimizerConfig
 ) -> StageCost:
+    config = settle_checkpointing(config, shape, device.memory, optimizer)
     cost = _learner_cost("training", config, shape, device, packs, passes=epochs, optimizer=optimizer, backward=True)
     return _with_start(cost)
 
@@ -85,19 +89,39 @@ def pack_flops(config: SpinConfig, shape: ModelShape, length: float, targets: fl
     trunk, head = shape.trunk_flops(length, length**2), shape.head_flops(targets)
     if not backward:
         return trunk + head
-    return (4 if config.train.gradient_checkpointing else 3) * trunk + 4 * head
+    return (4 if config.train.gradient_checkpointing is True else 3) * trunk + 4 * head
 
 
 def step_traffic(config: SpinConfig, shape: ModelShape, packs: float, *, backward: bool) -> float:
     """Returns the bytes that a rank receives in a step: weights in the computation's type, fp32 gradients."""
     train = config.train
     passes = packs * (2 if backward else 1) if train.sharding == "full" else 1
-    reduced = (packs if train.reduce_every_pack else 1) if backward else 0
+    reduced = (packs if train.reduces_every_pack else 1) if backward else 0
     gathered = passes * _dtype_bytes(config) + 4 * reduced
     return shape.parameters * gathered * (train.workers - 1) / train.workers
 
 
 # Memory
+
+
+def settle_checkpointing(config: SpinConfig, shape: ModelShape, room: float, optimizer: OptimizerConfig) -> SpinConfig:
+    """Returns the recipe with ``gradient_checkpointing: auto`` decided for devices of ``room`` bytes.
+
+    Full packs are counted, whatever the data: the decision is the plan's and the workers' alike.
+    """
+    if config.train.gradient_checkpointing != "auto":
+        return config
+    length = config.train.pack_length
+    full = Packs(
+        steps=1, per_step=2, per_rank=2, length=length, targets=length, per_rank_at_most=2, tokens=2 * length
+    )  # fmt: skip
+    plain = _with_checkpointing(config, on=False)
+    needed = sum(learner_memory(plain, shape, full, optimizer=optimizer, backward=True).values())
+    return _with_checkpointing(config, on=bool(config.train.resources.gpus) and needed > FILLED * room)
+
+
+def _with_checkpointing(config: SpinConfig, *, on: bool) -> SpinConfig:
+    return config.model_copy(update={"train": config.train.model_copy(update={"gradient_checkpointing": on})})
 
 
 def learner_memory(
@@ -114,7 +138,7 @@ def learner_memory(
     memory = {"weights": 4 * sharded, "optimizer": 4 * moments * sharded}
     if backward:
         memory |= {"gradients": 4 * sharded}
-        accumulates = packs.per_rank_at_most > 1 and not config.train.reduce_every_pack
+        accumulates = packs.per_rank_at_most > 1 and not config.train.reduces_every_pack
         memory |= {"whole gradients": 4.0 * shape.parameters if accumulates else 0.0}
     memory |= {
         "gathered weights": _gathered_bytes(config, shape, backward=backward),
@@ -146,7 +170,7 @@ def _activation_bytes(config: SpinConfig, shape: ModelShape, packs: Packs, *, ba
     inputs = length * shape.hidden * b
     if not backward:
         kept = float(layer)
-    elif config.train.gradient_checkpointing:
+    elif config.train.gradient_checkpointing is True:
         kept = float(shape.layers * inputs + layer)
     else:
         kept = float(shape.layers * layer)

@@ -2,6 +2,7 @@
 
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
@@ -49,3 +50,11 @@ def attend(
 
 AttentionInterface.register(IMPLEMENTATION, attend)
 AttentionMaskInterface.register(IMPLEMENTATION, sdpa_mask)
+
+
+def keep_out_of_graphs() -> None:
+    """Makes compiled layers call ``attend`` between their graphs.
+
+    Plans differ from pack to pack, and attention's kernels stay those of uncompiled layers.
+    """
+    AttentionInterface.register(IMPLEMENTATION, torch.compiler.disable(attend))

@@ -28,6 +28,8 @@ class BackendSettings:
     gradient_checkpointing: bool = False
     sharding: Literal["full", "shard_grad_op"] = "full"
     """``full`` gathers weights for each pass, ``shard_grad_op`` once per optimizer step."""
+    compile: bool | Literal["auto"] = False
+    """``auto``: on GPUs."""
     deterministic: bool = False
     """True: only kernels that give the same bits each time."""
     reduce_every_pack: bool = False
@@ -53,6 +55,7 @@ class BackendSettings:
             precision=config.train.precision,
             attention=config.model.attention,
             trust_remote_code=config.model.trust_remote_code,
+            compile=config.train.compile,
             deterministic=config.train.deterministic,
         )
 

@@ -24,6 +24,8 @@ from spin_ray.config.sections import OptimizerConfig
 from spin_ray.learner.adapters import add_adapters, is_adapter, set_first_values, stored_name
 from spin_ray.learner.backends.base import BackendSettings, StepStats, set_learning_rate
 from spin_ray.learner.backends.modules import (
+    compile_layers,
+    compiles,
     decoder_layers,
     export,
     make_deterministic,
@@ -196,6 +198,8 @@ def _shard(scorer: ResponseScorer, settings: BackendSettings, device: torch.devi
     )
     # Pinned, so that copies to and from the GPU go on beside the computation.
     offload = CPUOffloadPolicy(pin_memory=device.type == "cuda") if settings.offload else OffloadPolicy()
+    if compiles(settings.compile, device):
+        compile_layers(scorer.model)
     if settings.gradient_checkpointing:
         recompute_activations(scorer.model)
     for layer in decoder_layers(scorer.model):

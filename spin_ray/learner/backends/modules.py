@@ -1,20 +1,32 @@
 """Changes to a model that both backends make."""
 
+import logging
 import os
+import shutil
 from collections.abc import Callable, Iterable
 from functools import partial
+from importlib.util import find_spec
 from itertools import chain
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from spin_ray.errors import ModelError
 from spin_ray.learner.adapters import is_adapter, merge_adapters, stored_name
+from spin_ray.learner.attention.hook import keep_out_of_graphs
 from spin_ray.learner.backends.base import BackendSettings
 from spin_ray.learner.hf_folder import write_model
+
+logger = logging.getLogger(__name__)
+
+COMPILER = "inductor"
+"""Backend of torch.compile."""
+MOST_GRAPHS = 64
+"""Graphs of one function, beyond which dynamo would quietly run it uncompiled."""
 
 
 def decoder_layers(model: Any) -> list[nn.Module]:
@@ -29,6 +41,60 @@ def recompute_activations(model: Any) -> None:
     """
     for layer in decoder_layers(model):
         layer.forward = partial(checkpoint, layer.forward, use_reentrant=False, preserve_rng_state=False)
+
+
+def compiles(wanted: bool | Literal["auto"], device: torch.device) -> bool:
+    """Returns the choice behind ``train.compile``.
+
+    Raises:
+        ModelError: compiled layers are wanted, and what builds them is missing.
+    """
+    if not wanted or (wanted == "auto" and device.type == "cpu"):
+        return False
+    missing = None
+    if device.type == "cuda" and find_spec("triton") is None:
+        missing = "the package triton"
+    elif not any(shutil.which(name) for name in (os.environ.get("CC", "cc"), "gcc", "clang")):
+        missing = "a C compiler (gcc or clang)"
+    if missing and wanted == "auto":
+        logger.warning("train.compile: needs %s; training goes on uncompiled, which is slower", missing)
+    elif missing:
+        raise ModelError(f"train.compile: needs {missing}; install it or set train.compile: false")
+    return missing is None
+
+
+def compile_layers(model: Any) -> None:
+    """Compiles each decoder layer, alike ones once, for any number of tokens.
+
+    The method is compiled and not the module, so that FSDP2's hooks stay outside. Recomputation comes afterwards: no
+    graph may break within it.
+    """
+    keep_out_of_graphs()
+    dynamo = torch._dynamo.config
+    dynamo.recompile_limit = max(dynamo.recompile_limit, MOST_GRAPHS)
+    dynamo.skip_fsdp_guards = False  # layers of several kinds, e.g. with and without a window, share no graph
+    differentiable = any(parameter.requires_grad for parameter in model.get_input_embeddings().parameters())
+    for layer in decoder_layers(model):
+        compiled = torch.compile(layer.forward, dynamic=True, backend=COMPILER)
+        layer.forward = partial(_forward_as_in_training, compiled, differentiable)
+        differentiable = differentiable or any(parameter.requires_grad for parameter in layer.parameters())
+
+
+def _forward_as_in_training(
+    compiled: Callable[..., Any], differentiable: bool, hidden: Tensor, *others: Any, **named: Any
+) -> Any:
+    """Calls a compiled layer; without gradients it still runs the graph of training.
+
+    A graph made for inference may fuse, and so round, otherwise.
+
+    Args:
+        differentiable: training's ``hidden`` requires a gradient.
+    """
+    if torch.is_grad_enabled():
+        return compiled(hidden, *others, **named)
+    with torch.enable_grad():
+        output = compiled(hidden.detach().requires_grad_(differentiable), *others, **named)
+    return output.detach() if isinstance(output, Tensor) else tuple(part.detach() for part in output)
 
 
 def make_deterministic() -> None:

@@ -275,6 +275,15 @@ def test_every_engine_gets_equally_many_shards_of_equal_length(generation, rows,
     assert sizes(config.settle_sizes(rows=rows))[0] == expected
 
 
+def test_a_run_keeps_the_checkpointing_of_activations_that_it_began_with():
+    """Recipes of older versions said true or false, which belongs to a run's identity."""
+    for value in (True, False, "auto"):
+        begun = config_of(train={"gradient_checkpointing": value})
+        assert config_of().take_checkpointing_of(begun).identity() == begun.identity()
+        other = config_of(train={"gradient_checkpointing": True})
+        assert other.take_checkpointing_of(begun) is other
+
+
 def test_a_run_keeps_the_sizes_that_it_began_with():
     """One of an older version began with 512 and 256 on GPUs; another number in the recipe is not overruled."""
     begun = config_of(generation={"resources": {"gpus": 1}, "shard_rows": 512, "engine": {"max_num_seqs": 256}})

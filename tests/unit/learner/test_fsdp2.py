@@ -11,10 +11,14 @@ from typing import Any
 import pytest
 import torch
 from safetensors import safe_open
+from torch._dynamo.testing import CompileCounterWithBackend
 from transformers import AutoModelForCausalLM
 
 from spin_ray.config.sections import OptimizerConfig
+from spin_ray.errors import ModelError
 from spin_ray.learner import hf_folder
+from spin_ray.learner.attention import hook
+from spin_ray.learner.backends import modules
 from spin_ray.learner.backends.base import BackendSettings, TrainBackend, learning_rate_at
 from spin_ray.learner.backends.fsdp2 import Fsdp2Backend
 from spin_ray.learner.losses import margins, pair_logps, response_logps, sft_loss, spin_loss
@@ -195,6 +199,51 @@ def test_the_deterministic_switch_forbids_kernels_of_no_fixed_order(
         train(backend, 1)
     finally:
         torch.use_deterministic_algorithms(False)
+
+
+@pytest.fixture
+def graphs(monkeypatch: pytest.MonkeyPatch) -> Iterator[CompileCounterWithBackend]:
+    """Counts compiled graphs; aot_eager traces forward and backward as for GPUs, but starts no C++ compiler."""
+    counter = CompileCounterWithBackend("aot_eager")
+    monkeypatch.setattr(modules, "COMPILER", counter)
+    monkeypatch.setattr(hook.AttentionInterface, "_global_mapping", dict(hook.AttentionInterface._global_mapping))
+    torch._dynamo.reset()
+    yield counter
+    torch._dynamo.reset()
+
+
+@pytest.mark.slow
+def test_compiled_layers_train_like_eager_ones_and_start_at_margin_0(
+    make: MakeBackend, graphs: CompileCounterWithBackend
+) -> None:
+    """Packs of several lengths and numbers of trees share the graphs, and so do layers, scoring and training."""
+    batches = [batch for length in (48, 64, 96) for batch in batches_of(ROWS, pack_length=length)]
+    found = []
+    for compiled in (False, True):
+        backend = make(compile=compiled, gradient_checkpointing=compiled)
+        for batch in batches:
+            score, logps = backend.score(batch), backend.logps(batch)
+            assert torch.equal(score, logps) and not score.requires_grad
+            backend.backward(logps.sum(), last_microbatch=batch is batches[-1])
+        found.append([logps, *(shard.grad.to_local() for shard in backend._shards.values())])
+        assert (graphs.frame_count > 0) == compiled
+    for eager, traced in zip(*found, strict=True):
+        torch.testing.assert_close(traced, eager, rtol=1e-4, atol=1e-4)
+    assert graphs.frame_count <= 8
+
+
+def test_layers_are_compiled_on_gpus_that_have_the_tools_for_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    card, cpu = torch.device("cuda"), torch.device("cpu")
+    monkeypatch.setattr(modules, "find_spec", lambda name: name)
+    monkeypatch.setattr(modules.shutil, "which", lambda name: name if name == "gcc" else None)
+    assert [modules.compiles(wanted, card) for wanted in ("auto", True, False)] == [True, True, False]
+    assert [modules.compiles(wanted, cpu) for wanted in ("auto", True, False)] == [False, True, False]
+    monkeypatch.setattr(modules.shutil, "which", lambda name: None)
+    assert not modules.compiles("auto", card)
+    with pytest.raises(
+        ModelError, match=r"^train\.compile: needs a C compiler .*; install it or set train\.compile: f"
+    ):
+        modules.compiles(True, cpu)
 
 
 @pytest.mark.parametrize("name", ["rmsprop", "adamw"])

@@ -1,5 +1,6 @@
 """Two gloo processes against one: the same losses, norms and weights, though their packs are unequal."""
 
+import gc
 import json
 import shutil
 from collections.abc import Iterator
@@ -10,6 +11,7 @@ import pytest
 import torch
 import torch.distributed as dist
 import torch.multiprocessing
+from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
 from spin_ray.config.sections import OptimizerConfig
@@ -69,10 +71,26 @@ def loaded_in_shares(directory: Path, name: str) -> dict[str, bool]:
     }
 
 
+def gradients_of_a_step(backend: Fsdp2Backend, rank: int) -> tuple[list[int], dict[str, torch.Tensor]]:
+    """Returns the number of whole gradients that this rank keeps after each pack, and the sum's gathered gradients."""
+    whole = []
+    packs = one_step(ROWS).for_rank(rank, 2)
+    for number, pack in enumerate(packs):
+        batch = build_pack(pack, table_of(ROWS), pack_length=PACK_LENGTH, pad_id=0)
+        backend.backward(backend.logps(batch).sum(), last_microbatch=number == len(packs) - 1)
+        kept = [thing for thing in gc.get_objects() if type(thing) is torch.nn.Parameter]
+        whole.append(sum(parameter.grad is not None for parameter in kept))
+    return whole, {name: shard.grad.full_tensor() for name, shard in backend._shards.items() if shard.grad is not None}
+
+
 def one_of_two_ranks(rank: int, directory: Path) -> None:
     torch.set_num_threads(1)
     dist.init_process_group("gloo", store=dist.FileStore(str(directory / "store"), 2), rank=rank, world_size=2)
     (directory / f"loaded-{rank}.json").write_text(json.dumps([loaded_in_shares(directory, name) for name in STARTS]))
+    for case in ("packed full", "packed full every-pack"):
+        whole, gradients = gradients_of_a_step(make_backend(directory, case), rank)
+        (directory / f"{case}-whole-{rank}.json").write_text(json.dumps(whole))
+        save_file(gradients, directory / f"{case}-gradients-{rank}")
     for case in CASES:
         backend = make_backend(directory, case)
         history = train(backend, ROWS, 2)
@@ -146,6 +164,19 @@ def test_two_ranks_train_as_one_does(directory: Path, tmp_path: Path, case: str)
     torch.testing.assert_close(
         torch.tensor(train(resumed, ROWS, 1)), torch.tensor(train(alone, ROWS, 1)), rtol=1e-3, atol=1e-4
     )
+
+
+def test_gradients_reduced_with_every_pack_are_the_same_and_never_whole(directory: Path) -> None:
+    """Of two packs a rank; reduced once, gradients are whole between the two."""
+    for rank in (0, 1):
+        expected, found = (
+            load_file(directory / f"{case}-gradients-{rank}") for case in ("packed full", "packed full every-pack")
+        )
+        assert json.loads((directory / f"packed full-whole-{rank}.json").read_text()) == [len(expected), 0]
+        assert json.loads((directory / f"packed full every-pack-whole-{rank}.json").read_text()) == [0, 0]
+        assert found.keys() == expected.keys()
+        for name, gradient in found.items():
+            torch.testing.assert_close(gradient, expected[name], rtol=1e-4, atol=1e-5)
 
 
 def test_ranks_that_read_only_their_slices_have_the_bits_of_the_files(directory: Path) -> None:

@@ -7,12 +7,14 @@ import torch
 
 from spin_ray.learner import head
 from spin_ray.learner.optimizers import make_optimizer
+from spin_ray.planning.hardware import GB
 from spin_ray.planning.learner_cost import (
     CHUNK_TARGETS,
     MOMENTS,
     WORKERS_START_S,
     learner_memory,
     pack_flops,
+    settle_checkpointing,
     step_traffic,
     training_cost,
 )
@@ -100,8 +102,10 @@ def test_evaluation_holds_neither_gradients_nor_optimizer():
     assert memory.keys() == {"weights", "gathered weights", "activations", "runtime"}
 
 
-def test_gradients_reduced_with_every_pack_are_never_whole():
-    config = tiny_config(reduce_every_pack=True)
+@pytest.mark.parametrize("how", [{"reduce_every_pack": True}, {"resources": {"gpus": 1}}])
+def test_gradients_reduced_with_every_pack_are_never_whole(how):
+    """As they are on GPUs, unless the recipe says otherwise."""
+    config = tiny_config(**how)
     assert "whole gradients" not in learner_memory(config, TINY, TWO_PACKS, optimizer=RMSPROP, backward=True)
 
 
@@ -135,9 +139,20 @@ def test_numbers_per_parameter_are_those_that_the_learners_optimizer_keeps(setti
 def test_checkpointing_costs_time_and_saves_memory():
     cheap, dear = (
         training_cost(c, MISTRAL_7B, A100, pair_packs(c, PAPER_WORK, 0), 2, RMSPROP)
-        for c in (ZEPHYR, changed(ZEPHYR, gradient_checkpointing=False))
+        for c in (changed(ZEPHYR, gradient_checkpointing=on) for on in (True, False))
     )
     assert cheap.seconds > dear.seconds and cheap.needed < dear.needed
+
+
+def test_activations_that_fit_are_not_computed_again():
+    """zephyr_7b: 28 GiB of activations at 4096 tokens, about 46 GB in all, on cards of 80 and 40 GB."""
+    assert ZEPHYR.train.gradient_checkpointing == "auto"
+    for room, on in ((80 * GB, False), (40 * GB, True)):
+        assert settle_checkpointing(ZEPHYR, MISTRAL_7B, room, RMSPROP).train.gradient_checkpointing is on
+    given = changed(ZEPHYR, gradient_checkpointing=True)
+    assert settle_checkpointing(given, MISTRAL_7B, 80 * GB, RMSPROP) is given
+    on_cpu = tiny_config()
+    assert settle_checkpointing(on_cpu, TINY, 1.0, RMSPROP).train.gradient_checkpointing is False
 
 
 def test_an_epoch_more_costs_its_steps_and_no_second_start_of_the_workers():

@@ -72,14 +72,29 @@ def test_a_recipe_for_this_machine_needs_no_options(call):
     assert "sft" in out and "last iterate" in out
 
 
+WHOLE = "--train.reduce_every_pack=false"
+"""Option by which each worker keeps whole gradients."""
+
+
+def test_a_plan_computes_activations_again_only_where_they_would_not_fit(call):
+    for gpu in ("A100-80G", "A100-40G"):
+        assert call("--gpu", gpu)[0] == 0
+    assert "29.5 activations" in call("--gpu", "A100-80G")[1]
+    assert "29.5 activations" not in call("--gpu", "A100-40G")[1]
+
+
 @pytest.mark.parametrize(
     ("words", "stage"),
     [
-        (["--gpu", "A100-40G"], "training"),
-        (["--gpu", "L4"], "training"),
+        (["--gpu", "A100-40G", WHOLE], "training"),
+        (["--gpu", "L4", WHOLE], "training"),
         (["--gpu", "L4", "--train.sharding=shard_grad_op", "--train.pack_length=8192"], "scoring"),
         (["--gpu", "L4", "--generation.engine.dtype=float32"], "generation"),
-        (["--gpu", "A100-40G", "--train.gradient_checkpointing=false", "--train.sharding=shard_grad_op"], "training"),
+        (["--gpu", "A100-40G", "--train.gradient_checkpointing=false"], "training"),
+        (
+            ["--gpu", "A100-40G", "--train.gradient_checkpointing=false", "--train.sharding=shard_grad_op", WHOLE],
+            "training",
+        ),
     ],
 )
 def test_what_cannot_fit_is_refused_with_settings_under_which_the_stage_fits(call, words, stage):

@@ -3,6 +3,7 @@
 from dataclasses import dataclass
 from typing import Any
 
+from spin_ray.config.recipe import SpinConfig
 from spin_ray.config.sections import HealthConfig
 from spin_ray.inputs.model_folder import ModelFolder
 from spin_ray.learner.backends.base import BackendSettings
@@ -30,6 +31,8 @@ class TrainJob:
     objective: Objective
     shape: PackShape
     backend: BackendSettings
+    recipe: SpinConfig
+    """Recipe by which a worker settles ``gradient_checkpointing: auto``."""
     epochs: int
     seed: int
     checkpoint_every_steps: int

@@ -47,6 +47,7 @@ def run(run_dir: RunDir, config: SpinConfig, iteration: int, opponent: ModelFold
         backend=replace(
             _backend_settings(config, config.train.optimizer, values.learning_rate), lora=config.train.lora
         ),
+        recipe=config,
         epochs=values.epochs,
         seed=config.seed + iteration,
         checkpoint_every_steps=config.train.checkpoint_every_steps,
@@ -87,6 +88,7 @@ def fine_tune(
             pack_length=config.train.pack_length, global_batch_pairs=how.global_batch_rows, pad_id=start.pad_id
         ),
         backend=_backend_settings(config, how.optimizer, how.learning_rate),
+        recipe=config,
         epochs=how.epochs,
         seed=config.seed,
         checkpoint_every_steps=config.train.checkpoint_every_steps,
@@ -106,9 +108,9 @@ def _backend_settings(config: SpinConfig, optimizer: OptimizerConfig, learning_r
     return replace(
         BackendSettings.for_scoring(config),
         kind=config.train.backend,
-        gradient_checkpointing=config.train.gradient_checkpointing,
+        gradient_checkpointing=config.train.gradient_checkpointing is True,
         sharding=config.train.sharding,
-        reduce_every_pack=config.train.reduce_every_pack,
+        reduce_every_pack=config.train.reduces_every_pack,
         offload=config.train.offload,
         optimizer=optimizer,
         learning_rate=learning_rate,

@@ -22,6 +22,7 @@ from spin_ray.learner.step import ReferenceScores, pair_lengths, plan, rows_of_r
 from spin_ray.loop.stages.training import checkpoint
 from spin_ray.loop.stages.training.job import TrainJob
 from spin_ray.loop.stages.training.log import TrainLog
+from spin_ray.loop.stages.training.recomputation import recomputes
 from spin_ray.run_dir.artefact import Artefact, Manifest, folder_entries
 from spin_ray.run_dir.names import part_name
 from spin_ray.run_dir.schemas import PAIR_SCHEMA, REFERENCE_SCHEMA
@@ -37,7 +38,7 @@ def work(job: TrainJob) -> dict[str, float]:
     epochs = plan(pair_lengths(_pairs(job.rows)), job.shape, epochs=job.epochs, seed=job.seed, ranks=ranks)
     table = _share(_pairs(job.rows), rows_of_rank(epochs, rank, ranks))
     steps = [step for epoch in epochs for step in epoch]
-    backend = make_backend(job.start.here(), replace(job.backend, total_steps=len(steps), seed=job.seed), device())
+    backend = _backend(job, total_steps=len(steps))
     started = time.monotonic()
     reference = _reference(job, backend, epochs[0], table)
     work_s = time.monotonic() - started
@@ -55,6 +56,13 @@ def work(job: TrainJob) -> dict[str, float]:
             checkpoint.save(job, backend, number + 1)
     _export(job, backend)
     return {"steps": len(steps) - first, "tokens": tokens, "work_s": work_s}
+
+
+def _backend(job: TrainJob, *, total_steps: int) -> TrainBackend:
+    settings, folder = replace(job.backend, total_steps=total_steps, seed=job.seed), job.start.here()
+    assert settings.optimizer is not None
+    recomputed = recomputes(job.recipe, settings.optimizer, folder, device())
+    return make_backend(folder, replace(settings, gradient_checkpointing=recomputed), device())
 
 
 def _pairs(rows: Artefact) -> Iterator[pa.Table]:
