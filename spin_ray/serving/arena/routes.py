@@ -35,6 +35,7 @@ STATIC = Path(__file__).parent / "static"
 FILES = ("arena.css", "arena.js", "api.js", "leaderboard.js", "scores.js", "arena.svg")
 """Files beside ``index.html``; they need no key."""
 MAX_TEMPERATURE = 2.0
+"""Highest ``temperature`` that ``Sampling`` takes."""
 _random = random.SystemRandom()
 
 ModelName = Annotated[str, Field(min_length=1, max_length=64)]
@@ -122,7 +123,7 @@ def arena_router(votes: VoteStore, engines: Engines, desk: Desk) -> APIRouter:
         """Draws two iterates, asks both the same and streams both answers, each event with its side."""
         desk.check_length(body.max_tokens)
         models = _draw(body.models, engines)
-        request.state.log |= {"model": ",".join(models), "stream": True}
+        request.state.log |= {"model": ",".join(sorted(models)), "stream": True}
         question = body.question(desk.config.max_tokens)
         desk.log_text(request, question.messages)
         async with AsyncExitStack() as held:
