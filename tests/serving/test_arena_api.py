@@ -216,6 +216,23 @@ def test_a_side_that_fails_is_told_without_its_name_and_costs_the_vote(votes):
     assert refused.status_code == 409 and f"Answer {failed} has not" in refused.text
 
 
+def test_an_answer_that_cannot_be_kept_is_shown_and_told(votes, tmp_path):
+    """The database breaks while both answer: a voter learns at once that a vote cannot count."""
+
+    class Breaking(TalkingEngines):
+        async def answer(self, iterate: str, operation: str, fields: dict[str, Any]) -> AsyncIterator[Item]:
+            votes.close()
+            (tmp_path / "votes.sqlite").write_bytes(b"no database any more" * 1000)
+            async for item in super().answer(iterate, operation, fields):
+                yield item
+
+    _, *events = events_of(app(Breaking(), votes).post("/v1/battles", json=ASKED | {"models": ["sft", "iter-1"]}))
+    said = {"".join(event.get("text", "") for event in events if event["side"] == side) for side in "ab"}
+    assert said == {SAYS["sft"], SAYS["iter-1"]}
+    errors = [event["error"]["message"] for event in events if "error" in event]
+    assert len(errors) == 2 and all("cannot be stored" in error for error in errors)
+
+
 def test_iterates_that_are_down_are_not_drawn(votes):
     engines = TalkingEngines()
     engines.down = {"iter-0"}
