@@ -105,7 +105,12 @@ def arena_router(votes: VoteStore, engines: Engines, desk: Desk) -> APIRouter:
     routes = APIRouter(tags=["arena"])
     for path, file in [("/", "index.html"), *((f"/{file}", file) for file in FILES)]:
         routes.add_api_route(path, _file(file), response_class=FileResponse, include_in_schema=False)
+    _add_comparing(routes, votes, engines, desk)
+    _add_voting(routes, votes)
+    return routes
 
+
+def _add_comparing(routes: APIRouter, votes: VoteStore, engines: Engines, desk: Desk) -> None:
     @routes.get("/v1/arena")
     def limits() -> ArenaLimits:
         """Gives the limits of a comparison."""
@@ -133,6 +138,8 @@ def arena_router(votes: VoteStore, engines: Engines, desk: Desk) -> APIRouter:
             await held.enter_async_context(aclosing(events))
             return HeldStream(events, held.pop_all(), {})
 
+
+def _add_voting(routes: APIRouter, votes: VoteStore) -> None:
     @routes.post(
         "/v1/votes",
         responses={
@@ -165,8 +172,6 @@ def arena_router(votes: VoteStore, engines: Engines, desk: Desk) -> APIRouter:
         first = list(islice(pairs, 1))  # a failing database must show in the status
         lines = (json.dumps(pair) + "\n" for pair in chain(first, pairs))
         return StreamingResponse(lines, media_type="application/jsonl")
-
-    return routes
 
 
 def _draw(models: list[str] | None, engines: Engines) -> tuple[str, str]:
