@@ -270,13 +270,15 @@ def compare(
     run_folder: str, prompts: Path, models: str, out: IO[str], overrides: tuple[str, ...], **sampling: Any
 ) -> None:
     """Let iterates of RUN answer the same prompts with the same seeds, side by side."""
+    from spin_ray.run_dir.names import api_spelling
     from spin_ray.run_dir.run_dir import open_run
 
     run = open_run(run_folder)
-    config = override(run.config(), _parse_overrides(overrides) | {"serving.models": f"[{models}]"})
+    names = [api_spelling(model.strip()) for model in models.split(",")]
+    config = override(run.config(), _parse_overrides(overrides) | {"serving.models": f"[{','.join(names)}]"})
     from spin_ray.serving.batch import compare_file
 
-    options = sampling | {"models": models.split(",")}
+    options = sampling | {"models": names}
     click.echo(f"{compare_file(run, config, prompts, options, out)} prompts compared", err=True)
 
 

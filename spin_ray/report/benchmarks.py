@@ -16,6 +16,7 @@ from rich.table import Table
 from spin_ray.config.recipe import SpinConfig
 from spin_ray.config.sections import ResourcesConfig
 from spin_ray.errors import ConfigError, StageError, UserError, first_line, last_line
+from spin_ray.report.endpoint import unreachable
 from spin_ray.report.harness import Backend, Benchmark, Request, measure
 from spin_ray.report.model_card import write_card
 from spin_ray.report.redaction import hide_in_text
@@ -120,13 +121,16 @@ def _quoted(benchmark: Benchmark, results: dict[str, Any]) -> tuple[float, float
 
 
 def _measure_at_endpoint(request: Request) -> dict[str, Any]:
+    endpoint = request.endpoint or ""
+    if reason := unreachable(endpoint):  # lm-eval reads its data first and then tries for minutes
+        raise StageError(f"{hide_in_text(endpoint)}: {hide_in_text(reason)}")
     try:
         return measure(request)
     except UserError:
         raise
     except Exception as error:  # errors of lm-eval, of its HTTP clients, and from unexpected answers
         said = hide_in_text(f"{type(error).__name__}: {first_line(error)}")
-        raise StageError(f"{hide_in_text(request.endpoint or '')}: lm-eval failed on {request.name}: {said}") from error
+        raise StageError(f"{hide_in_text(endpoint)}: lm-eval failed on {request.name}: {said}") from error
 
 
 def _measure_on_ray(model: Artefact, request: Request, config: SpinConfig) -> dict[str, Any]:
@@ -137,8 +141,10 @@ def _measure_on_ray(model: Artefact, request: Request, config: SpinConfig) -> di
     resources = backend_resources(config, request.backend)
     # In a process of its own that ends afterwards: vLLM and torch give no memory back.
     task = ray.remote(max_calls=1)(_measure_there).options(**task_options(resources, retries=0))
+    parts = split(request, config.generation.replicas if request.backend == "vllm" else config.train.workers)
     try:
-        return ray.get(task.remote(model, request))
+        found = ray.get([task.remote(model, part) for part in parts])
+        return {name: result for each in found for name, result in each.items()}
     except ray.exceptions.RayTaskError as error:
         if isinstance(error.cause, UserError):
             raise error.cause from error
@@ -149,6 +155,12 @@ def _measure_there(model: Artefact, request: Request) -> dict[str, Any]:
     """Measures on the task's machine, which fetches a model of a store for itself."""
     folder = str(model.local_folder()) if model.is_committed else request.model
     return measure(replace(request, model=folder))
+
+
+def split(request: Request, workers: int) -> list[Request]:
+    """Deals the benchmarks out to at most that many workers, each with the model of its own."""
+    parts = [request.benchmarks[start::workers] for start in range(min(workers, len(request.benchmarks)))]
+    return [replace(request, benchmarks=part) for part in parts] or [request]
 
 
 def backend_resources(config: SpinConfig, backend: Backend) -> ResourcesConfig:

@@ -19,6 +19,7 @@ from typing import Any, Literal
 
 from spin_ray.config.recipe import SpinConfig
 from spin_ray.errors import ConfigError, StageError, first_line
+from spin_ray.report.endpoint import unreachable
 from spin_ray.report.examples import Example, read_examples
 from spin_ray.report.redaction import hide_in_text
 from spin_ray.run_dir.events import read_json_lines
@@ -94,6 +95,9 @@ def run(run_dir: RunDir, config: SpinConfig, one: str, other: str, judge: Judge,
         (line["judge"], line["question"]): Judgement(**line) for line in read_json_lines(run_dir.storage, raw)
     }  # fmt: skip
     asked = [(it, *order) for it in examples for order in ((one, other), (other, one))]
+    new = any((judge.model, _digest(_task(*question))) not in known for question in asked)
+    if new and (reason := unreachable(judge.endpoint)):
+        raise StageError(f"{hide_in_text(judge.endpoint)}: gave no judgement ({hide_in_text(reason)})")
     judgements: list[Judgement] = []
     with run_dir.stage(f"{one}/judging") as counted, ThreadPoolExecutor(judge.parallel) as pool:
         found = [pool.submit(_ask_once, judge, known, *question) for question in asked]
@@ -115,19 +119,24 @@ def run(run_dir: RunDir, config: SpinConfig, one: str, other: str, judge: Judge,
 def summarise(judgements: Sequence[Judgement], one: str, other: str) -> dict[str, Any]:
     """Counts wins, ties and losses of ``one`` over prompts; the win rate counts ties half.
 
-    A prompt is won if one order says so and the other does not contradict. The rate omits unclear prompts.
+    A prompt is won if one order says so and the other does not contradict. The rates omit unclear prompts.
+    ``agreement`` is the share of prompts on which both orders say the same. ``position_bias`` is the share of verdicts
+    for the first place among those for a place, minus a half: each reply stands in each place once, so a judge that
+    ignores places has 0.
     """
     by_prompt: dict[str, list[Judgement]] = {}
     for judgement in judgements:
         by_prompt.setdefault(judgement.prompt_id, []).append(judgement)
     counts = Counter({"wins": 0, "ties": 0, "losses": 0, "contradicting": 0, "unclear": 0})
-    scores = []
+    scores, places, agreeing = [], Counter[str](), 0
     for both in by_prompt.values():
         if any(judgement.verdict == "unclear" for judgement in both):
             counts["unclear"] += 1
             continue
         points = [_point(judgement, one) for judgement in both]
         total = sum(points)
+        agreeing += len(set(points)) == 1
+        places.update(judgement.verdict for judgement in both)
         counts["contradicting"] += total == 0 and any(points)
         counts["wins" if total > 0 else "losses" if total < 0 else "ties"] += 1
         scores.append(1.0 if total > 0 else 0.0 if total < 0 else 0.5)
@@ -135,7 +144,12 @@ def summarise(judgements: Sequence[Judgement], one: str, other: str) -> dict[str
     error = None
     if len(scores) > 1 and rate is not None:
         error = math.sqrt(sum((score - rate) ** 2 for score in scores) / (len(scores) - 1) / len(scores))
-    return {"one": one, "other": other, **counts, "win_rate": rate, "standard_error": error}
+    placed = places["first"] + places["second"]
+    return {
+        "one": one, "other": other, **counts, "win_rate": rate, "standard_error": error,
+        "agreement": agreeing / len(scores) if scores else None,
+        "position_bias": places["first"] / placed - 0.5 if placed else None,
+    }  # fmt: skip
 
 
 def _point(judgement: Judgement, one: str) -> int:
@@ -149,13 +163,17 @@ def _ask_once(
     judge: Judge, known: dict[tuple[str, str], Judgement], example: Example, first: str, second: str
 ) -> Judgement:
     task = _task(example, first, second)
-    question = hashlib.sha256(task.encode()).hexdigest()[:32]
+    question = _digest(task)
     if (judge.model, question) in known:
         return known[judge.model, question]
     text = ask(judge, task)
     verdicts = _FORM.findall(text)
     verdict: Verdict = _VERDICTS[verdicts[-1]] if verdicts else "unclear"  # the last one counts
     return Judgement(example.prompt_id, first, second, verdict, text, judge.model, question)
+
+
+def _digest(task: str) -> str:
+    return hashlib.sha256(task.encode()).hexdigest()[:32]
 
 
 def _task(example: Example, first: str, second: str) -> str:

@@ -48,6 +48,20 @@ def api_name(iterate: int) -> str:
     return "sft" if iterate == 0 else f"iter-{iterate - 1}"
 
 
+def parse_iterate(word: str) -> int | None:
+    """Returns t of θ_t for every spelling: ``sft``, ``iter_001``, ``iter-1`` (both θ_2), or t itself; else None."""
+    if word == "sft":
+        return 0
+    match = re.fullmatch(r"(iter[_-])?([0-9]+)", word)
+    return None if match is None else int(match[2]) + bool(match[1])
+
+
+def api_spelling(word: str) -> str:
+    """Returns the API's name of an iterate in any spelling; other words as they are."""
+    number = parse_iterate(word)
+    return word if number is None else api_name(number)
+
+
 def pair_id(prompt_id: str, iteration: int, sample: int) -> str:
     return f"{prompt_id}/{iteration:03d}/{sample}"
 

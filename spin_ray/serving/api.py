@@ -5,29 +5,24 @@ import json
 import time
 from collections.abc import AsyncIterator
 from contextlib import AsyncExitStack, aclosing
-from functools import partial
 from typing import Any
 
 from fastapi import APIRouter, FastAPI
 from fastapi import Request as HttpRequest
 from fastapi.exceptions import RequestValidationError
-from starlette.concurrency import run_in_threadpool
 from starlette.exceptions import HTTPException
-from starlette.responses import JSONResponse, Response, StreamingResponse
-from starlette.types import Receive, Scope, Send
+from starlette.responses import JSONResponse, Response
 
 from spin_ray.config.recipe import SpinConfig
 from spin_ray.run_dir.names import LATEST
 from spin_ray.serving.access import Key
-from spin_ray.serving.arena.battles import is_side
-from spin_ray.serving.arena.recording import recorded
-from spin_ray.serving.arena.routes import arena_router, recall_side
+from spin_ray.serving.arena.routes import arena_router
 from spin_ray.serving.arena.votes import VoteStore
 from spin_ray.serving.bodies import ChatBody, CompareBody, CompletionBody, plain
 from spin_ray.serving.compare import compare
 from spin_ray.serving.engines import CHAT, COMPLETION, Engines, Item
 from spin_ray.serving.errors import Refusal, from_engine, from_validation
-from spin_ray.serving.events import rewrite
+from spin_ray.serving.events import HeldStream
 from spin_ray.serving.limits import Access, Observe, Slots, WholeBody
 from spin_ray.serving.metrics import Metrics
 from spin_ray.serving.names import UnknownModel
@@ -46,8 +41,9 @@ _REFUSALS: dict[int | str, dict[str, Any]] = {
 def make_app(engines: Engines, config: SpinConfig, keys: list[Key], votes: VoteStore) -> FastAPI:
     app = FastAPI(title="spin_ray", version="1", docs_url=None, redoc_url=None, responses={422: _ERROR})
     metrics = Metrics()
-    app.include_router(_routes(engines, config, metrics, votes))
-    app.include_router(arena_router(votes, engines.names), responses=_REFUSALS)
+    desk = _Desk(engines, config, metrics)
+    app.include_router(_routes(engines, config, desk))
+    app.include_router(arena_router(votes, engines, desk), responses=_REFUSALS)
     _answer_errors(app)
     app.add_middleware(WholeBody, config=config.serving)
     app.add_middleware(Access, config=config.serving, keys=keys)
@@ -55,9 +51,8 @@ def make_app(engines: Engines, config: SpinConfig, keys: list[Key], votes: VoteS
     return app
 
 
-def _routes(engines: Engines, config: SpinConfig, metrics: Metrics, votes: VoteStore) -> APIRouter:
+def _routes(engines: Engines, config: SpinConfig, desk: "_Desk") -> APIRouter:
     router = APIRouter(responses=_REFUSALS)
-    desk = _Desk(engines, config, metrics, votes)
 
     @router.post("/v1/chat/completions")
     async def chat_completions(body: ChatBody, request: HttpRequest) -> Response:
@@ -114,52 +109,45 @@ def _routes(engines: Engines, config: SpinConfig, metrics: Metrics, votes: VoteS
 class _Desk:
     """The way of a request through limits and engine."""
 
-    def __init__(self, engines: Engines, config: SpinConfig, metrics: Metrics, votes: VoteStore) -> None:
-        self._engines, self._config, self._metrics, self._votes = engines, config.serving, metrics, votes
+    def __init__(self, engines: Engines, config: SpinConfig, metrics: Metrics) -> None:
+        self._engines, self.config, self.metrics = engines, config.serving, metrics
         self.slots = Slots(config.serving.max_concurrent)
 
     async def answer(self, operation: str, body: ChatBody | CompletionBody, request: HttpRequest) -> Response:
         self.check_length(body.longest)
-        names = self._engines.names
-        if is_side(body.model) and not names.is_alias(body.model):
-            await run_in_threadpool(recall_side, body.model, self._votes, names)
-        iterate = names.resolve(body.model)
-        alias = body.model if names.is_alias(body.model) else None
+        iterate = self._engines.names.resolve(body.model)
         request.state.log |= {"model": iterate, "stream": bool(body.stream)}
         text = plain(body.messages) if isinstance(body, ChatBody) else body.prompt
         self.log_text(request, text)
         digest = self._engines.digest(iterate)
-        headers = {} if alias else {DIGEST_HEADER: digest, ITERATE_HEADER: iterate}
-        fields = body.for_engine(iterate, self._config.max_tokens)
+        headers = {DIGEST_HEADER: digest, ITERATE_HEADER: iterate}
+        fields = body.for_engine(iterate, self.config.max_tokens)
         started = time.monotonic()
         held = AsyncExitStack()
         try:
             held.enter_context(self.slots.take(body.choices))
             answer: Any = self._engines.answer(iterate, operation, fields)
-            items = _Until(await held.enter_async_context(aclosing(answer)), self._config.request_timeout_s)
+            items = _Until(await held.enter_async_context(aclosing(answer)), self.config.request_timeout_s)
             first = await items.next()
-            self._metrics.first_output(iterate, time.monotonic() - started)
+            self.metrics.first_output(iterate, time.monotonic() - started)
             if first is None:
                 raise Refusal(500, "the engine ended without an answer")
             if isinstance(first, dict):
                 if "error" in first:
                     raise from_engine(first["error"])
-                return JSONResponse(_blind(first, alias) if alias else first, headers=headers)
-            events = _events(first, items, alias)
-            if alias and isinstance(body, ChatBody):
-                events = recorded(events, self._votes, alias, body, digest)
-            return _Stream(events, held.pop_all(), headers)
+                return JSONResponse(first, headers=headers)
+            return HeldStream(_events(first, items), held.pop_all(), headers)
         finally:
             await held.aclose()
 
     def check_length(self, asked: int | None) -> None:
-        if asked and asked > self._config.max_tokens:
+        if asked and asked > self.config.max_tokens:
             raise Refusal(
-                400, f"max_tokens: {asked} is more than the {self._config.max_tokens} allowed here", param="max_tokens"
+                400, f"max_tokens: {asked} is more than the {self.config.max_tokens} allowed here", param="max_tokens"
             )
 
     def log_text(self, request: HttpRequest, text: Any) -> None:
-        if self._config.log_prompts:
+        if self.config.log_prompts:
             request.state.log["prompt"] = text
 
 
@@ -176,34 +164,17 @@ class _Until:
             raise Refusal(504, f"The answer took longer than {self._limit_s:g} s") from None
 
 
-class _Stream(StreamingResponse):
-    """A stream that frees its place and engine request however it ends, even unread."""
-
-    def __init__(self, events: AsyncIterator[str], held: AsyncExitStack, headers: dict[str, str]) -> None:
-        super().__init__(events, media_type="text/event-stream", headers=headers)
-        self._held = held
-
-    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        async with self._held:
-            await super().__call__(scope, receive, send)
-
-
-async def _events(first: str, items: _Until, alias: str | None) -> AsyncIterator[str]:
+async def _events(first: str, items: _Until) -> AsyncIterator[str]:
     """Yields the stream; a failed one ends with an error event, without ``[DONE]``."""
     item: Item | None = first
     try:
         while item is not None:
             if isinstance(item, dict):
                 raise from_engine(item.get("error", {}))
-            yield rewrite(item, partial(_blind, alias=alias)) if alias else item
+            yield item
             item = await items.next()
     except Refusal as refusal:
         yield f"data: {json.dumps(refusal.content())}\n\n"
-
-
-def _blind(answer: dict[str, Any], alias: str) -> dict[str, Any]:
-    """Hides the iterate's name and vLLM's fingerprint of the engine."""
-    return {key: value for key, value in answer.items() if key != "system_fingerprint"} | {"model": alias}
 
 
 def _served(engines: Engines) -> list[str]:

@@ -21,12 +21,8 @@ async def compare(engines: Engines, body: CompareBody, config: SpinConfig) -> di
 
     Raises:
         UnknownModel: a model does not serve.
-        Refusal: a name is hidden, an engine refuses, or ``serving.request_timeout_s`` has passed.
+        Refusal: an engine refuses, or ``serving.request_timeout_s`` has passed.
     """
-    if any(engines.names.is_alias(model) for model in body.models):
-        raise Refusal(
-            400, "models: a comparison tells names, and one of these is hidden until the vote", param="models"
-        )
     iterates = [engines.names.resolve(model) for model in body.models]
     digests = [engines.digest(iterate) for iterate in iterates]  # now: engines may be replaced
     seed = body.seed if body.seed is not None else secrets.randbits(63)

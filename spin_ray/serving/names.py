@@ -1,13 +1,11 @@
 """Names of models in requests.
 
-Iterates are ``sft`` (θ_0), ``iter-0`` (θ_1), …; ``latest`` is the newest. An alias hides an iterate in a blind
-comparison for a while.
+Iterates are ``sft`` (θ_0), ``iter-0`` (θ_1), …; ``latest`` is the newest.
 """
 
-import time
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 
-from spin_ray.run_dir.names import LATEST, age, is_iterate
+from spin_ray.run_dir.names import LATEST, age
 
 
 class UnknownModel(LookupError):
@@ -17,11 +15,9 @@ class UnknownModel(LookupError):
 class Names:
     """Names that one ingress replica knows."""
 
-    def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
-        self._clock = clock
+    def __init__(self) -> None:
         self._iterates: tuple[str, ...] = ()
         self._newest: str | None = None
-        self._aliases: dict[str, tuple[str, float]] = {}
 
     @property
     def iterates(self) -> tuple[str, ...]:
@@ -42,21 +38,6 @@ class Names:
             raise UnknownModel(f"no model serves as {LATEST!r}")
         return self._newest
 
-    def register_alias(self, alias: str, iterate: str, ttl_s: float) -> None:
-        """Lets ``alias`` stand for ``iterate`` for ``ttl_s`` seconds.
-
-        Raises:
-            UnknownModel: ``iterate`` does not serve.
-            ValueError: ``alias`` is the name of an iterate.
-        """
-        if is_iterate(alias) or alias == LATEST:
-            raise ValueError(f"{alias!r} is the name of an iterate")
-        if iterate not in self._iterates:
-            raise UnknownModel(self._unknown(iterate))
-        now = self._clock()
-        self._aliases = {name: kept for name, kept in self._aliases.items() if kept[1] > now}
-        self._aliases[alias] = (iterate, now + ttl_s)
-
     def resolve(self, name: str) -> str:
         """Returns the iterate that ``name`` means.
 
@@ -65,14 +46,9 @@ class Names:
         """
         if name == LATEST:
             return self.newest()
-        iterate, until = self._aliases.get(name, (name, float("inf")))
-        if iterate not in self._iterates or until <= self._clock():
+        if name not in self._iterates:
             raise UnknownModel(self._unknown(name))
-        return iterate
-
-    def is_alias(self, name: str) -> bool:
-        """Tells whether ``name`` hides an iterate."""
-        return name in self._aliases
+        return name
 
     def _unknown(self, name: str) -> str:
         served = [*self._iterates, *([LATEST] if self._newest else [])]

@@ -53,26 +53,6 @@ def test_an_answer_says_which_checkpoint_gave_it_and_latest_which_iterate() -> N
     run(check())
 
 
-@pytest.mark.parametrize("stream", [False, True])
-def test_an_alias_never_tells_its_iterate(stream: bool) -> None:
-    """Neither name, digest nor vLLM's fingerprint (a hash of the engine's settings) may differ between two iterates."""
-
-    async def check() -> None:
-        server = Server()
-        shown = set()
-        for iterate in ("sft", "iter-0"):
-            server.engines.names.register_alias("battle-1-a", iterate, ttl_s=60)
-            response = await server.post(CHAT, HELLO | {"model": "battle-1-a", "stream": stream})
-            assert response.status_code == 200
-            headers = {name: value for name, value in response.headers.items() if name != "content-length"}
-            shown.add((response.text.replace(f'"content":"{iterate}"', ""), str(headers)))
-            assert "fp-" not in response.text
-        ((text, _),) = shown
-        assert "battle-1-a" in text
-
-    run(check())
-
-
 def test_streams_pass_as_server_sent_events_and_free_their_place() -> None:
     async def check() -> None:
         server = Server(max_concurrent=1)

@@ -9,20 +9,22 @@ import sys
 import threading
 import time
 from collections.abc import AsyncIterator
+from typing import Any
 
 import httpx
 import pytest
 from fastapi.testclient import TestClient
 
 from spin_ray.serving.access import Key
-from spin_ray.serving.arena.recording import recorded
+from spin_ray.serving.api import make_app
 from spin_ray.serving.arena.routes import FILES
 from spin_ray.serving.arena.votes import VoteStore
-from spin_ray.serving.bodies import ChatBody
-from tests.support.arena_app import SAYS, digest, make, says
+from spin_ray.serving.engines import Item
+from tests.support.arena_app import SAYS, TalkingEngines, digest, make
 from tests.support.paths import ROOT
+from tests.support.tiny_runs import tiny_config
 
-ASKED = {"messages": [{"role": "user", "content": "how are you?"}], "temperature": 0.8, "seed": 3, "stream": True}
+ASKED = {"messages": [{"role": "user", "content": "how are you?"}], "temperature": 0.8, "seed": 3}
 
 
 @pytest.fixture
@@ -30,16 +32,27 @@ def client(votes):
     return TestClient(make(votes), base_url="http://localhost")
 
 
-def fight(client, **wish) -> tuple[dict, dict[str, str]]:
-    """Streams both answers of a new comparison; returns the comparison, and the stream of each side."""
-    battle = client.post("/v1/battles", json=wish).raise_for_status().json()
-    said = {side: client.post("/v1/chat/completions", json=ASKED | {"model": battle[side]}).text for side in "ab"}
-    return battle, said
+def fight(client, **wish) -> tuple[str, dict[str, str]]:
+    """Streams both answers of a new comparison; returns its id, and the text of each side, as the page joins it."""
+    first, *events = events_of(client.post("/v1/battles", json=ASKED | wish).raise_for_status())
+    return first["battle"], {
+        side: "".join(event.get("text", "") for event in events if event["side"] == side) for side in "ab"
+    }
+
+
+def events_of(response: httpx.Response) -> list[dict[str, Any]]:
+    *events, done, end = response.text.split("\n\n")
+    assert (done, end) == ("data: [DONE]", "")
+    return [json.loads(event.removeprefix("data: ")) for event in events]
+
+
+def voted(client, battle: str, verdict: str = "a") -> httpx.Response:
+    return client.post("/v1/votes", json={"battle": battle, "verdict": verdict})
 
 
 def test_a_blind_comparison_from_draw_to_leaderboard_and_export(client):
     battle, _ = fight(client, models=["sft", "iter-1"])
-    vote = client.post("/v1/votes", json={"battle": battle["id"], "verdict": "a"}).raise_for_status().json()
+    vote = voted(client, battle).raise_for_status().json()
     assert {vote["a"]["model"], vote["b"]["model"]} == {"sft", "iter-1"}
     assert vote["a"]["digest"] == digest(vote["a"]["model"])
     board = client.get("/v1/leaderboard").json()
@@ -51,7 +64,7 @@ def test_a_blind_comparison_from_draw_to_leaderboard_and_export(client):
     assert pair["chosen"][-1]["content"] == SAYS[vote["a"]["model"]]
     assert pair["rejected"][-1]["content"] == SAYS[vote["b"]["model"]]
     assert pair["chosen"][:-1] == ASKED["messages"]
-    assert pair["sampling"] == {"temperature": 0.8, "seed": 3}
+    assert pair["sampling"] == {"temperature": 0.8, "seed": 3, "max_tokens": 1024}
 
 
 def test_the_page_is_whole_without_a_key_and_asks_no_other_host(votes):
@@ -73,8 +86,7 @@ def test_the_page_is_whole_without_a_key_and_asks_no_other_host(votes):
 
 
 def test_nothing_names_an_iterate_before_the_vote(client):
-    battle, said = fight(client)
-    told = json.dumps([battle, said])
+    told = client.post("/v1/battles", json=ASKED).text
     assert not [name for name in SAYS if name in told or digest(name) in told]
 
 
@@ -83,13 +95,13 @@ def test_sides_are_drawn_by_lot_also_when_the_pair_was_chosen(client):
     firsts = set()
     for _ in range(24):
         battle, _ = fight(client, models=["sft", "iter-1"])
-        firsts.add(client.post("/v1/votes", json={"battle": battle["id"], "verdict": "tie"}).json()["a"]["model"])
+        firsts.add(voted(client, battle, "tie").json()["a"]["model"])
     assert firsts == {"sft", "iter-1"}
 
 
 def test_latest_is_drawn_as_the_iterate_that_it_is(client):
     battle, _ = fight(client, models=["sft", "latest"])
-    vote = client.post("/v1/votes", json={"battle": battle["id"], "verdict": "tie"}).json()
+    vote = voted(client, battle, "tie").json()
     assert {vote["a"]["model"], vote["b"]["model"]} == {"sft", "iter-1"}
 
 
@@ -98,7 +110,7 @@ def test_latest_is_drawn_as_the_iterate_that_it_is(client):
     [(["sft", "sft"], 409), (["iter-1", "latest"], 409), (["sft", "iter-9"], 404), (["sft"], 400), (["sft", ""], 400)],
 )
 def test_a_comparison_needs_two_iterates_that_serve(client, models, status):
-    assert client.post("/v1/battles", json={"models": models}).status_code == status
+    assert client.post("/v1/battles", json=ASKED | {"models": models}).status_code == status
 
 
 @pytest.mark.parametrize(
@@ -117,73 +129,177 @@ def test_a_vote_is_a_comparison_and_a_verdict_and_nothing_else(client, body):
     assert client.post("/v1/votes", json=body).status_code == 400
 
 
-def test_a_hidden_name_is_known_to_every_replica_and_after_a_restart(client, votes):
-    battle = client.post("/v1/battles", json={}).json()
+def test_a_comparison_is_voted_on_at_every_replica_and_after_a_restart(client, votes):
+    battle, _ = fight(client)
     other = TestClient(make(votes), base_url="http://localhost")
-    for side in "ab":
-        assert "[DONE]" in other.post("/v1/chat/completions", json=ASKED | {"model": battle[side]}).text
-    assert other.post("/v1/votes", json={"battle": battle["id"], "verdict": "tie"}).status_code == 200
-    unknown = ASKED | {"model": f"battle-{'0' * 24}-a"}
-    assert other.post("/v1/chat/completions", json=unknown).status_code == 404
+    assert voted(other, battle).status_code == 200
 
 
-def test_a_hidden_name_cannot_be_asked_where_answers_tell_names(client):
-    battle = client.post("/v1/battles", json={}).json()
-    compared = {"models": [battle["a"], "sft"], "messages": ASKED["messages"]}
-    answer = client.post("/v1/compare", json=compared)
-    assert answer.status_code == 400 and "hidden until the vote" in answer.text
-    for other in SAYS:  # "both names stand for" would tell
-        answer = client.post("/v1/battles", json={"models": [battle["a"], other]})
-        assert answer.status_code == 404 and "hidden until the vote" in answer.text
+class Recorder(TalkingEngines):
+    """Engines that keep what they were asked, and may say one text each in given pieces."""
+
+    def __init__(self, pieces: list[str] | None = None) -> None:
+        super().__init__()
+        self.asked: list[tuple[str, dict[str, Any]]] = []
+        self.pieces = pieces
+
+    async def answer(self, iterate: str, operation: str, fields: dict[str, Any]) -> AsyncIterator[Item]:
+        self.asked.append((iterate, fields))
+        if self.pieces is None:
+            async for item in super().answer(iterate, operation, fields):
+                yield item
+            return
+        events = [{"choices": [{"index": 0, "delta": {"content": piece}}]} for piece in self.pieces]
+        events.append({"choices": [{"index": 0, "delta": {}, "finish_reason": "stop"}]})
+        yield "".join(f"data: {json.dumps(event)}\n\n" for event in events[:2])
+        for event in events[2:]:
+            yield f"data: {json.dumps(event)}\n\n"
+        yield "data: [DONE]\n\n"
 
 
-def test_votes_that_cannot_count_are_told_why(client):
-    refused = client.post("/v1/votes", json={"battle": "0" * 24, "verdict": "a"})
-    assert refused.status_code == 404 and "does not exist" in refused.text
-    battle = client.post("/v1/battles", json={}).json()
-    refused = client.post("/v1/votes", json={"battle": battle["id"], "verdict": "a"})
-    assert refused.status_code == 409 and "has not been streamed to its end" in refused.text
+def app(engines: TalkingEngines, votes: VoteStore, **serving: Any) -> TestClient:
+    return TestClient(make_app(engines, tiny_config(**serving), [], votes), base_url="http://localhost")
 
 
-def test_an_answer_that_broke_off_is_not_kept(client):
-    battle = client.post("/v1/battles", json={}).json()
-    for side, prompt in (("a", "hi"), ("b", "fail")):
-        asked = ASKED | {"model": battle[side], "messages": [{"role": "user", "content": prompt}]}
-        client.post("/v1/chat/completions", json=asked)
-    refused = client.post("/v1/votes", json={"battle": battle["id"], "verdict": "a"})
-    assert refused.status_code == 409 and "Answer b has not" in refused.text
+def test_both_sides_are_asked_the_same_of_one_stored_request(votes):
+    engines = Recorder()
+    asked = ASKED | {"top_p": 0.9, "stop": ["\n\n"], "models": ["sft", "iter-1"]}
+    del asked["seed"]
+    first, *_ = events_of(app(engines, votes).post("/v1/battles", json=asked))
+    sides = [(iterate, fields.pop("model"), fields) for iterate, fields in engines.asked]
+    assert {(iterate, model) for iterate, model, _ in sides} == {("sft", "sft"), ("iter-1", "iter-1")}
+    (_, _, one), (_, _, other) = sides
+    assert one == other == {
+        "messages": ASKED["messages"], "temperature": 0.8, "top_p": 0.9, "stop": ["\n\n"], "max_tokens": 1024,
+        "seed": first["seed"], "n": 1, "stream": True,
+    }  # fmt: skip
 
 
-def test_recording_changes_no_byte_however_the_stream_is_cut(votes):
-    """Cut into pieces of every length from 1 to 40 characters; the answer is kept before its last piece goes out."""
-
-    async def passed_on(alias: str, width: int) -> tuple[str, str]:
-        whole = "".join([event async for event in says("héllo\nwörld and\u2028more")])
-
-        async def cut() -> AsyncIterator[str]:
-            for start in range(0, len(whole), width):
-                yield whole[start : start + width]
-
-        body = ChatBody.model_validate({"model": alias, "messages": [{"role": "user", "content": "hi"}], "seed": 1})
-        return whole, "".join([piece async for piece in recorded(cut(), votes, alias, body, "digest")])
-
-    for width in range(1, 41):
-        battle = votes.start("sft", "iter-0")
-        for alias in (battle.a, battle.b):
-            whole, passed = asyncio.run(passed_on(alias, width))
-            assert passed == whole
-        votes.vote(battle.id, "a")
-    assert {pair["chosen"][-1]["content"] for pair in votes.export()} == {"héllo\nwörld and\u2028more"}
+@pytest.mark.parametrize("changed", [{"n": 2}, {"stream": False}, {"seed_b": 1}, {"seed": 2**31}])
+def test_a_comparison_takes_nothing_that_could_differ(client, changed):
+    assert client.post("/v1/battles", json=ASKED | changed).status_code == 400
 
 
-def test_a_database_that_does_not_answer_is_503_and_streams_go_on(client, votes, tmp_path):
-    battle = client.post("/v1/battles", json={}).json()
+def test_an_exported_pair_is_what_was_shown_byte_for_byte(votes):
+    pieces = [" \t", "\r\n", "", "é\u0301 👩‍👩‍👧 ", "\u2028\0\u200f", "data: [DONE]\n\n", "\\ud800 <b>", "  \n"]
+    client = app(Recorder(pieces), votes)
+    question = " \n first\u2028line\r\n\t"
+    battle, shown = fight(client, messages=[{"role": "user", "content": question}])
+    assert set(shown.values()) == {"".join(pieces)}
+    voted(client, battle).raise_for_status()
+    (pair,) = map(json.loads, client.get("/v1/votes/export").text.split("\n")[:-1])
+    for role in ("chosen", "rejected"):
+        asked, answer = pair[role]
+        assert (asked["content"], answer["content"]) == (question, "".join(pieces))
+
+
+def test_a_side_that_fails_is_told_without_its_name_and_costs_the_vote(votes):
+    class Down(TalkingEngines):
+        async def answer(self, iterate: str, operation: str, fields: dict[str, Any]) -> AsyncIterator[Item]:
+            if iterate == "sft":
+                yield {"error": {"code": 503, "message": "sft is down: its engine starts again"}}
+                return
+            async for item in super().answer(iterate, operation, fields):
+                yield item
+
+    client = app(Down(), votes)
+    battle, *events = events_of(client.post("/v1/battles", json=ASKED | {"models": ["sft", "iter-1"]}))
+    ends = {event["side"]: event for event in events if "text" not in event}
+    (failed,) = [side for side, event in ends.items() if "error" in event]
+    assert ends[failed]["error"]["message"] == "this side's iterate is down: its engine starts again"
+    assert "sft" not in json.dumps([battle, events])
+    refused = voted(client, battle["battle"])
+    assert refused.status_code == 409 and f"Answer {failed} has not" in refused.text
+
+
+def test_an_answer_that_cannot_be_kept_is_shown_and_told(votes, tmp_path):
+    """The database breaks while both answer: a voter learns at once that a vote cannot count."""
+
+    class Breaking(TalkingEngines):
+        async def answer(self, iterate: str, operation: str, fields: dict[str, Any]) -> AsyncIterator[Item]:
+            votes.close()
+            (tmp_path / "votes.sqlite").write_bytes(b"no database any more" * 1000)
+            async for item in super().answer(iterate, operation, fields):
+                yield item
+
+    _, *events = events_of(app(Breaking(), votes).post("/v1/battles", json=ASKED | {"models": ["sft", "iter-1"]}))
+    said = {"".join(event.get("text", "") for event in events if event["side"] == side) for side in "ab"}
+    assert said == {SAYS["sft"], SAYS["iter-1"]}
+    errors = [event["error"]["message"] for event in events if "error" in event]
+    assert len(errors) == 2 and all("cannot be stored" in error for error in errors)
+
+
+def test_iterates_that_are_down_are_not_drawn(votes):
+    engines = TalkingEngines()
+    engines.down = {"iter-0"}
+    client = app(engines, votes)
+    for _ in range(12):
+        battle, _ = fight(client)
+        vote = voted(client, battle, "tie").json()
+        assert {vote["a"]["model"], vote["b"]["model"]} == {"sft", "iter-1"}
+
+
+def test_a_comparison_takes_two_places_and_gives_them_back(votes):
+    client = app(TalkingEngines(), votes, max_concurrent=2)
+    for _ in range(3):
+        fight(client)
+    alone = app(TalkingEngines(), votes, max_concurrent=1).post("/v1/battles", json=ASKED)
+    assert alone.status_code == 400 and "2 answers" in alone.text
+
+
+def test_limits_come_from_the_server(votes):
+    client = app(TalkingEngines(), votes, max_tokens=99)
+    assert client.get("/v1/arena").json() == {"max_tokens": 99, "temperature": 2.0}
+    over = [{"max_tokens": 100}, {"temperature": 2.01}]
+    assert [client.post("/v1/battles", json=ASKED | each).status_code for each in over] == [400, 400]
+
+
+def test_a_client_that_leaves_aborts_both_answers(votes):
+    """The stream is closed after its first piece; both engines' requests are closed with it."""
+    open_now = set()
+
+    class Slow(TalkingEngines):
+        async def answer(self, iterate: str, operation: str, fields: dict[str, Any]) -> AsyncIterator[Item]:
+            open_now.add(iterate)
+            try:
+                async for item in super().answer(iterate, operation, fields):
+                    yield item
+                    await asyncio.sleep(30)
+            finally:
+                open_now.discard(iterate)
+
+    async def leave() -> None:
+        body = json.dumps(ASKED).encode()
+        received = [{"type": "http.request", "body": body, "more_body": False}]
+        answered = asyncio.Event()
+
+        async def receive() -> dict[str, Any]:
+            if received:
+                return received.pop()
+            await answered.wait()
+            return {"type": "http.disconnect"}
+
+        async def send(message: dict[str, Any]) -> None:
+            if b'"text"' in message.get("body", b""):
+                assert open_now
+                answered.set()
+
+        scope = {
+            "type": "http", "method": "POST", "path": "/v1/battles", "query_string": b"", "http_version": "1.1",
+            "headers": [(b"host", b"localhost"), (b"content-type", b"application/json")],
+        }  # fmt: skip
+        await asyncio.wait_for(make_app(Slow(), tiny_config(), [], votes)(scope, receive, send), 10)
+        assert open_now == set()
+
+    asyncio.run(leave())
+
+
+def test_a_database_that_does_not_answer_is_503(client, votes, tmp_path):
     votes.close()
     (tmp_path / "votes.sqlite").write_bytes(b"no database any more" * 1000)
-    assert "[DONE]" in client.post("/v1/chat/completions", json=ASKED | {"model": battle["a"]}).text
     for method, path, body in (
-        ("POST", "/v1/battles", {}),
-        ("POST", "/v1/votes", {"battle": battle["id"], "verdict": "a"}),
+        ("POST", "/v1/battles", ASKED),
+        ("POST", "/v1/votes", {"battle": "0" * 24, "verdict": "a"}),
         ("GET", "/v1/leaderboard", None),
         ("GET", "/v1/votes/export", None),
     ):
@@ -203,9 +319,8 @@ def test_a_killed_server_has_lost_no_vote_that_it_acknowledged(tmp_path):
             try:
                 while True:
                     battle, _ = fight(client)
-                    vote = {"battle": battle["id"], "verdict": "a"}
-                    if client.post("/v1/votes", json=vote).status_code == 200:
-                        acknowledged.add(battle["id"])
+                    if voted(client, battle).status_code == 200:
+                        acknowledged.add(battle)
             except httpx.TransportError:
                 return  # the server is gone
 

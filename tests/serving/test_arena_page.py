@@ -13,7 +13,7 @@ import uvicorn
 from playwright.sync_api import Browser, Page, expect
 
 from spin_ray.serving.access import Key, new_key
-from spin_ray.serving.arena.battles import Answer
+from spin_ray.serving.arena.battles import Answer, Question
 from spin_ray.serving.arena.votes import VoteStore
 from tests.support.arena_app import EVIL, SAYS, make
 from tests.support.chromium import headless, needs_chromium, picture
@@ -136,6 +136,8 @@ def test_two_chosen_iterates_are_compared_openly_with_one_seed_and_no_vote(serve
     expect(side(page, "a", "answer")).to_have_text(SAYS["sft"])
     expect(side(page, "b", "answer")).to_have_text(SAYS["iter-1"])
     expect(page.locator("#ballot")).to_be_hidden()
+    expect(page.locator(".lead").first).not_to_contain_text("hidden")
+    expect(page.locator(".lead").first).to_contain_text("Their names are shown, so there is no vote.")
     assert {body["model"] for body in asked} == {"sft", "iter-1"}
     assert len({body["seed"] for body in asked}) == 1
 
@@ -156,6 +158,7 @@ def test_scores_and_margin_are_shown_once_names_are_known(serve, open_page):
         name = side(page, one, "name").inner_text()
         expect(side(page, one, "scores")).to_contain_text(f"{name} −10.00")
         expect(side(page, one, "scores")).to_contain_text("−30.00")
+    expect(page.locator("#margin-told")).to_contain_text("log p(y)/q(y)")
     picture(page, "arena-scores")
     page.get_by_text("Open", exact=True).click()
     expect(side(page, "a", "scores")).to_be_hidden()
@@ -197,10 +200,14 @@ def test_failures_are_told_in_words_and_cost_the_vote(serve, open_page):
 
 
 def test_a_server_that_is_full_says_when_to_come_back(serve, open_page):
-    page = open_page(serve(max_concurrent=1, word_s=0.05))
-    compare(page)
-    expect(page.locator(".failed .status")).to_have_text("All places are taken; try again in a moment (in 1 s)")
-    expect(page.get_by_role("status")).to_have_text("No vote without two whole answers.")
+    url = serve(max_concurrent=3, word_s=0.3)
+    first, second = open_page(url), open_page(url)
+    compare(first)
+    expect(side(first, "a", "answer")).not_to_be_empty()
+    compare(second)
+    expect(second.get_by_role("alert")).to_have_text("All places are taken; try again in a moment (in 1 s)")
+    expect(second.locator(".failed .status")).to_have_text(["not asked", "not asked"])
+    expect(ballot(second, "a")).to_be_disabled()
 
 
 def test_streams_can_be_stopped(serve, open_page):
@@ -247,13 +254,40 @@ def test_the_leaderboard_shows_ratings_and_the_pairs_can_be_downloaded(serve, op
     expect(page.locator("#votes-counted")).to_have_text("14 votes so far.")
     rows = page.locator("#ratings tbody tr")
     expect(rows).to_have_count(3)
-    expect(rows.first).to_contain_text(re.compile(r"^iter-1\d{4}8"))
+    expect(rows.first).to_contain_text(re.compile(r"^iter-1\d{4}\d+ to \d{4}8"))
     expect(page.locator("#pairs tbody tr")).to_have_count(3)
     picture(page, "arena-leaderboard")
     with page.expect_download() as download:
         page.get_by_role("button", name="Download votes as pairs").click()
     pairs = [json.loads(line) for line in download.value.path().read_text().splitlines()]
     assert len(pairs) == 11 and download.value.suggested_filename == "votes.jsonl"
+
+
+@pytest.mark.parametrize("width", [320, 390, 1280])
+def test_nothing_is_wider_than_the_window_and_one_line_of_controls_is_enough_for_a_desk(serve, open_page, votes, width):
+    fill(votes)
+    url = serve(max_tokens=99)
+    phone = {"has_touch": True, "is_mobile": True} if width < 700 else {}
+    page = open_page(url, viewport={"width": width, "height": 800}, **phone)
+    expect(page.get_by_label("Max tokens")).to_have_attribute("max", "99")
+    expect(page.get_by_label("Max tokens")).to_have_value("99")
+    wider = "document.documentElement.scrollWidth - document.documentElement.clientWidth"
+    page.get_by_label("Prompt").fill("  hey\n")
+    page.get_by_role("button", name="Compare").click()
+    expect(ballot(page, "a")).to_be_enabled()
+    expect(page.get_by_label("Prompt")).to_have_value("hey")
+    assert page.evaluate(wider) == 0 and page.evaluate("innerWidth") == width
+    if width == 1280:
+        middles = "[...document.querySelectorAll('.controls > *')].filter((it) => it.offsetParent)"
+        tops = page.evaluate(f"{middles}.map((it) => it.offsetTop + it.offsetHeight / 2)")
+        assert max(tops) - min(tops) < 6
+    page.get_by_role("link", name="Leaderboard").click()
+    expect(page.locator("#ratings tbody tr")).to_have_count(3)
+    card = page.locator("#ratings-card")
+    assert page.evaluate(wider) == 0
+    card.evaluate("card => { card.scrollLeft = 10_000; }")
+    box, last = card.bounding_box(), card.locator("tbody td").last.bounding_box()
+    assert last["x"] + last["width"] <= box["x"] + box["width"]
 
 
 @pytest.mark.e2e
@@ -282,7 +316,7 @@ def fill(votes: VoteStore) -> None:
     verdicts = {("sft", "iter-0"): ["a", "b", "tie", "both_bad"], ("sft", "iter-1"): ["b"] * 4 + ["a"]}
     for (a, b), given in (verdicts | {("iter-1", "iter-0"): ["a"] * 4 + ["tie"]}).items():
         for verdict in given:
-            battle = votes.start(a, b)
-            for alias, model in ((battle.a, a), (battle.b, b)):
-                votes.record(alias, Answer([], {}, "hi", "stop", digest=f"{model}-digest"))
+            battle = votes.start(a, b, Question([], {"seed": 1}))
+            votes.record(battle.id, "a", Answer("hi", "stop", f"{a}-digest"))
+            votes.record(battle.id, "b", Answer("hi", "stop", f"{b}-digest"))
             votes.vote(battle.id, verdict)

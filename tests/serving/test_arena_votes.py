@@ -1,8 +1,10 @@
 """Comparisons and votes in a database: once each, of what the server saw, and there after a crash."""
 
 import json
+import sqlite3
 import threading
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import closing
 from pathlib import Path
 
 import pytest
@@ -13,7 +15,7 @@ from spin_ray.inputs.conversations import conversations_of, rejected_of
 from spin_ray.inputs.sources import read_slice, split
 from spin_ray.run_dir.run_dir import RunDir
 from spin_ray.run_dir.storage import Storage
-from spin_ray.serving.arena.battles import BATTLE_TTL_S, Answer, Battle, Tally, parse_alias
+from spin_ray.serving.arena.battles import BATTLE_TTL_S, Answer, Battle, Question, Tally
 from spin_ray.serving.arena.votes import VoteStore
 from spin_ray.serving.errors import Refusal
 from tests.support.fakes import config_of
@@ -39,16 +41,15 @@ def votes(tmp_path, clock):
     store.close()
 
 
-def answered(votes: VoteStore, a: str = "sft", b: str = "iter-0", **changes: object) -> Battle:
-    battle = votes.start(a, b)
-    votes.record(battle.a, said(text=f"{a} says", digest=f"{a}-digest"))
-    votes.record(battle.b, said(text=f"{b} says", digest=f"{b}-digest", **changes))
+def started(votes: VoteStore, a: str = "sft", b: str = "iter-0") -> Battle:
+    return votes.start(a, b, Question(QUESTION, {"seed": 7}))
+
+
+def answered(votes: VoteStore, a: str = "sft", b: str = "iter-0") -> Battle:
+    battle = started(votes, a, b)
+    votes.record(battle.id, "a", Answer(f"{a} says", "stop", f"{a}-digest"))
+    votes.record(battle.id, "b", Answer(f"{b} says", "stop", f"{b}-digest"))
     return battle
-
-
-def said(**changes: object) -> Answer:
-    defaults = {"messages": QUESTION, "sampling": {"seed": 7}, "text": "hi", "finish_reason": "stop", "digest": "d"}
-    return Answer(**(defaults | changes))
 
 
 def test_a_vote_names_the_sides_and_their_checkpoints(votes):
@@ -91,26 +92,41 @@ def test_of_many_votes_at_once_one_counts(votes):
 
 @pytest.mark.parametrize("missing", ["a", "b"])
 def test_a_vote_needs_both_answers(votes, missing):
-    battle = votes.start("sft", "iter-0")
-    votes.record(battle.b if missing == "a" else battle.a, said())
+    battle = started(votes)
+    votes.record(battle.id, "b" if missing == "a" else "a", Answer("hi", "stop", "d"))
     with pytest.raises(Refusal, match=f"Answer {missing} has not") as refused:
         votes.vote(battle.id, "tie")
     assert refused.value.status == 409
 
 
-@pytest.mark.parametrize("changes", [{"messages": QUESTION[1:]}, {"sampling": {"seed": 7, "temperature": 2.0}}])
-def test_sides_that_were_asked_different_things_cannot_be_compared(votes, changes):
-    battle = answered(votes, **changes)
-    with pytest.raises(Refusal, match="different things"):
-        votes.vote(battle.id, "a")
+def test_votes_of_a_version_that_kept_the_request_with_each_answer_are_read(votes, tmp_path, clock):
+    """Its comparisons that wait for a vote cannot be voted on: their two requests may differ."""
+    old, file = answered(votes), f"sqlite:///{tmp_path}/old.sqlite"
+    votes.vote(old.id, "a")
+    (before,) = votes.export()
+    waiting = answered(votes)
+    with closing(sqlite3.connect(tmp_path / "votes.sqlite")) as database:
+        for side in ("a", "b"):
+            database.execute(f"UPDATE battles SET answer_{side} = json_patch(answer_{side}, request)")
+        database.execute("ALTER TABLE battles DROP COLUMN request")
+        database.commit()
+        database.execute(f"VACUUM INTO '{tmp_path}/old.sqlite'")
+    reopened = VoteStore(file, clock)
+    (after,) = reopened.export()
+    assert after == before
+    with pytest.raises(Refusal, match="too old") as refused:
+        reopened.vote(waiting.id, "a")
+    assert refused.value.status == 410
+    assert reopened.vote(answered(reopened).id, "b").verdict == "b"
+    reopened.close()
 
 
 def test_the_first_whole_answer_of_a_side_counts(votes):
     """Asking until a better answer comes must not help a side."""
     battle = answered(votes)
-    votes.record(battle.a, said(text="a better one"))
+    votes.record(battle.id, "a", Answer("a better one", "stop", "d"))
     votes.vote(battle.id, "a")
-    votes.record(battle.a, said(text="after the vote"))
+    votes.record(battle.id, "a", Answer("after the vote", "stop", "d"))
     assert next(votes.export())["chosen"] == [*QUESTION, {"role": "assistant", "content": "sft says"}]
 
 
@@ -129,7 +145,7 @@ def test_comparisons_without_a_vote_are_forgotten_and_votes_are_not(votes, clock
     kept, dropped = answered(votes), answered(votes)
     votes.vote(kept.id, "a")
     clock.now += BATTLE_TTL_S + 1
-    votes.start("sft", "iter-0")
+    started(votes)
     assert votes.vote(kept.id, "a").verdict == "a"
     with pytest.raises(Refusal, match="does not exist"):
         votes.vote(dropped.id, "a")
@@ -167,9 +183,9 @@ def test_exported_pairs_are_data_for_this_package(votes, tmp_path):
 
 def test_text_that_no_database_column_takes_survives(votes):
     """A lone surrogate and NUL, as JSON allows them in a request and a byte-level model in an answer."""
-    battle = votes.start("sft", "iter-0")
-    for alias in (battle.a, battle.b):
-        votes.record(alias, said(text="\ud800 and \0", messages=[{"role": "user", "content": "\udfff\0"}]))
+    battle = votes.start("sft", "iter-0", Question([{"role": "user", "content": "\udfff\0"}], {"seed": 7}))
+    for side in ("a", "b"):
+        votes.record(battle.id, side, Answer("\ud800 and \0", "stop", "d"))
     votes.vote(battle.id, "a")
     (pair,) = votes.export()
     assert [message["content"] for message in pair["chosen"]] == ["\udfff\0", "\ud800 and \0"]
@@ -195,20 +211,12 @@ def test_a_database_that_cannot_be_used_is_an_error_for_the_user(url, says):
         VoteStore(url)
 
 
-def test_aliases_name_a_side():
-    battle = Battle(id="0123456789abcdef01234567", seed=1, model_a="sft", model_b="iter-0")
-    assert parse_alias(battle.a) == (battle.id, "a") and parse_alias(battle.b) == (battle.id, "b")
-    for other in ("sft", "battle-x-a", f"{battle.a}x", f"battle-{battle.id}-c"):
-        with pytest.raises(LookupError):
-            parse_alias(other)
-
-
 def test_votes_are_for_their_owner_alone(tmp_path: Path) -> None:
     """Also the write-ahead log beside the file, and a file that an older version left open to others."""
     file = tmp_path / "votes.sqlite"
     file.touch(0o644)
     store = VoteStore(f"sqlite:///{file}")
-    store.start("sft", "iter-0")
+    started(store)
     assert {each.name: each.stat().st_mode & 0o777 for each in tmp_path.iterdir()} == {
         f"votes.sqlite{end}": 0o600 for end in ("", "-wal", "-shm")
     }

@@ -6,13 +6,6 @@ from spin_ray.run_dir.names import age, api_name, is_iterate
 from spin_ray.serving.names import Names, UnknownModel
 
 
-class Clock:
-    now = 0.0
-
-    def __call__(self) -> float:
-        return self.now
-
-
 @pytest.fixture
 def names() -> Names:
     names = Names()
@@ -39,32 +32,6 @@ def test_before_anything_serves_every_name_is_unknown() -> None:
     for name in ("latest", "sft"):
         with pytest.raises(UnknownModel):
             Names().resolve(name)
-
-
-def test_an_alias_hides_its_iterate_until_it_expires() -> None:
-    clock = Clock()
-    names = Names(clock)
-    names.serve_now(["sft"], newest=None)
-    names.register_alias("battle-1-a", "sft", ttl_s=10)
-    assert names.resolve("battle-1-a") == "sft"
-    assert names.is_alias("battle-1-a") and not names.is_alias("sft")
-    clock.now = 10.0
-    with pytest.raises(UnknownModel, match="battle-1-a") as error:
-        names.resolve("battle-1-a")
-    assert "stands for" not in str(error.value)
-
-
-def test_an_alias_of_an_iterate_that_stopped_serving_is_unknown(names: Names) -> None:
-    names.register_alias("battle-1-a", "iter-2", ttl_s=10)
-    names.serve_now(["sft"], newest=None)
-    with pytest.raises(UnknownModel, match="battle-1-a"):
-        names.resolve("battle-1-a")
-
-
-@pytest.mark.parametrize("alias", ["latest", "sft", "iter-7"])
-def test_an_alias_never_takes_the_name_of_an_iterate(names: Names, alias: str) -> None:
-    with pytest.raises(ValueError, match="name of an iterate"):
-        names.register_alias(alias, "sft", ttl_s=10)
 
 
 def test_numbers_and_names_are_inverse() -> None:

@@ -1,6 +1,5 @@
 """Comparisons and votes as values."""
 
-import re
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -9,32 +8,32 @@ Verdict = Literal["a", "b", "tie", "both_bad"]
 
 BATTLE_TTL_S = 3600.0
 """Seconds in which a comparison can be voted on."""
-_ALIAS = re.compile(r"battle-([0-9a-f]{24})-([ab])")
+
+
+@dataclass(frozen=True, slots=True)
+class Question:
+    """The one request that both sides of a comparison answer."""
+
+    messages: list[dict[str, Any]]
+    sampling: dict[str, Any]
+    """Sampling fields, the seed among them."""
+
+    def for_engine(self, model: str) -> dict[str, Any]:
+        return {"messages": self.messages, **self.sampling, "n": 1, "stream": True, "model": model}
 
 
 @dataclass(frozen=True, slots=True)
 class Battle:
-    """A comparison of two iterates; ``a`` and ``b`` are their blind names."""
+    """A comparison of two iterates."""
 
     id: str
-    seed: int
     model_a: str
     model_b: str
-
-    @property
-    def a(self) -> str:
-        return f"battle-{self.id}-a"
-
-    @property
-    def b(self) -> str:
-        return f"battle-{self.id}-b"
+    question: Question
 
 
 @dataclass(frozen=True, slots=True)
 class Answer:
-    messages: list[dict[str, Any]]
-    sampling: dict[str, Any]
-    """Sampling fields of the request."""
     text: str
     finish_reason: str
     digest: str
@@ -61,20 +60,3 @@ class Tally:
     b: tuple[str, str]
     verdict: Verdict
     count: int
-
-
-def is_side(name: str) -> bool:
-    return _ALIAS.fullmatch(name) is not None
-
-
-def parse_alias(alias: str) -> tuple[str, Side]:
-    """Splits ``battle-<id>-a`` into ``(id, "a")``.
-
-    Raises:
-        LookupError: ``alias`` names no side.
-    """
-    match = _ALIAS.fullmatch(alias)
-    if match is None:
-        raise LookupError(alias)
-    battle, side = match.groups()
-    return battle, "a" if side == "a" else "b"

@@ -1,30 +1,41 @@
 """The routes of the arena.
 
-The page asks both blind names of a battle by ``/v1/chat/completions``; ``recorded`` reads along. A voter *can* vote
-often, or unmask a side by asking a named iterate the same with the same seed.
+A voter *can* vote often, or unmask a side by asking a named iterate the same with the same seed.
 """
 
 import json
 import random
+import secrets
 from collections.abc import Callable
+from contextlib import AsyncExitStack, aclosing
 from itertools import chain, islice
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any, Protocol
 
 from fastapi import APIRouter
+from fastapi import Request as HttpRequest
+from fastapi.concurrency import run_in_threadpool
 from fastapi.responses import FileResponse, StreamingResponse
 from pydantic import BaseModel, ConfigDict, Field
 
+from spin_ray.config.sections import ServingConfig
 from spin_ray.serving.arena import ratings
-from spin_ray.serving.arena.battles import BATTLE_TTL_S, Verdict, is_side
+from spin_ray.serving.arena.asking import both_sides
+from spin_ray.serving.arena.battles import Question, Verdict
 from spin_ray.serving.arena.ratings import Pairing, Rating
 from spin_ray.serving.arena.votes import VoteStore
+from spin_ray.serving.bodies import Conversation, Sampling, plain
+from spin_ray.serving.engines import Engines
 from spin_ray.serving.errors import Refusal
-from spin_ray.serving.names import Names
+from spin_ray.serving.events import HeldStream
+from spin_ray.serving.limits import Slots
+from spin_ray.serving.metrics import Metrics
 
 STATIC = Path(__file__).parent / "static"
 FILES = ("arena.css", "arena.js", "api.js", "leaderboard.js", "scores.js", "arena.svg")
 """Files beside ``index.html``; they need no key."""
+MAX_TEMPERATURE = 2.0
+"""Highest ``temperature`` that ``Sampling`` takes."""
 _random = random.SystemRandom()
 
 ModelName = Annotated[str, Field(min_length=1, max_length=64)]
@@ -34,17 +45,25 @@ class _Body(BaseModel):
     model_config = ConfigDict(extra="forbid", use_attribute_docstrings=True, hide_input_in_errors=True)
 
 
-class BattleRequest(_Body):
+class BattleRequest(Sampling):
+    """``POST /v1/battles``: one conversation and sampling for both sides."""
+
+    messages: Conversation
     models: Annotated[list[ModelName], Field(min_length=2, max_length=2)] | None = None
     """The two iterates to compare; any two that serve when not set. Sides are drawn by lot."""
+    seed: Annotated[int, Field(ge=0, lt=2**31)] | None = None
+    """Seed of both sides; drawn when not set."""
+
+    def question(self, max_tokens: int) -> Question:
+        sampling = self.model_dump(exclude={"messages", "models"}, exclude_none=True)
+        drawn = {"seed": secrets.randbelow(2**31), "max_tokens": max_tokens}
+        return Question(plain(self.messages), drawn | sampling)
 
 
-class BattleReply(BaseModel):
-    id: str
-    a: str
-    b: str
-    seed: int
-    expires_in_s: float
+class ArenaLimits(BaseModel):
+    max_tokens: int
+    temperature: float
+    """Highest temperature."""
 
 
 class VoteRequest(_Body):
@@ -70,19 +89,57 @@ class Leaderboard(BaseModel):
     pairs: list[Pairing]
 
 
-def arena_router(votes: VoteStore, names: Names) -> APIRouter:
+class Desk(Protocol):
+    """The limits that the arena shares with the other routes."""
+
+    slots: Slots
+    metrics: Metrics
+    config: ServingConfig
+
+    def check_length(self, asked: int | None) -> None: ...
+
+    def log_text(self, request: HttpRequest, text: Any) -> None: ...
+
+
+def arena_router(votes: VoteStore, engines: Engines, desk: Desk) -> APIRouter:
     routes = APIRouter(tags=["arena"])
     for path, file in [("/", "index.html"), *((f"/{file}", file) for file in FILES)]:
         routes.add_api_route(path, _file(file), response_class=FileResponse, include_in_schema=False)
+    _add_comparing(routes, votes, engines, desk)
+    _add_voting(routes, votes)
+    return routes
 
-    @routes.post("/v1/battles", responses={409: {"description": "Fewer than two iterates serve"}})
-    def start_battle(request: BattleRequest) -> BattleReply:
-        """Draws two iterates and their blind names."""
-        battle = votes.start(*_draw(request.models, names))
-        for alias, model in ((battle.a, battle.model_a), (battle.b, battle.model_b)):
-            names.register_alias(alias, model, ttl_s=BATTLE_TTL_S)
-        return BattleReply(id=battle.id, a=battle.a, b=battle.b, seed=battle.seed, expires_in_s=BATTLE_TTL_S)
 
+def _add_comparing(routes: APIRouter, votes: VoteStore, engines: Engines, desk: Desk) -> None:
+    @routes.get("/v1/arena")
+    def limits() -> ArenaLimits:
+        """Gives the limits of a comparison."""
+        return ArenaLimits(max_tokens=desk.config.max_tokens, temperature=MAX_TEMPERATURE)
+
+    @routes.post(
+        "/v1/battles",
+        response_class=StreamingResponse,
+        responses={
+            200: {"description": "Events of both sides", "content": {"text/event-stream": {}}},
+            409: {"description": "Fewer than two iterates serve"},
+        },
+    )
+    async def battle(body: BattleRequest, request: HttpRequest) -> StreamingResponse:
+        """Draws two iterates, asks both the same and streams both answers, each event with its side."""
+        desk.check_length(body.max_tokens)
+        models = _draw(body.models, engines)
+        request.state.log |= {"model": ",".join(sorted(models)), "stream": True}
+        question = body.question(desk.config.max_tokens)
+        desk.log_text(request, question.messages)
+        async with AsyncExitStack() as held:
+            held.enter_context(desk.slots.take(len(models)))
+            drawn = await run_in_threadpool(votes.start, *models, question)
+            events = both_sides(engines, votes, desk.metrics, drawn, desk.config.request_timeout_s)
+            await held.enter_async_context(aclosing(events))
+            return HeldStream(events, held.pop_all(), {})
+
+
+def _add_voting(routes: APIRouter, votes: VoteStore) -> None:
     @routes.post(
         "/v1/votes",
         responses={
@@ -116,28 +173,19 @@ def arena_router(votes: VoteStore, names: Names) -> APIRouter:
         lines = (json.dumps(pair) + "\n" for pair in chain(first, pairs))
         return StreamingResponse(lines, media_type="application/jsonl")
 
-    return routes
 
-
-def _draw(models: list[str] | None, names: Names) -> tuple[str, str]:
+def _draw(models: list[str] | None, engines: Engines) -> tuple[str, str]:
     """Draws two iterates, by their own names, as ``latest`` may move on."""
     if models is None:
-        if len(names.iterates) < 2:
+        up = [iterate for iterate in engines.names.iterates if iterate not in engines.down]
+        if len(up) < 2:
             raise Refusal(409, "A comparison needs two iterates that serve; there are fewer now")
-        first, second = _random.sample(names.iterates, 2)
+        first, second = _random.sample(up, 2)
         return first, second
-    if any(is_side(model) for model in models):
-        raise Refusal(404, "models: a name that is hidden until the vote cannot be drawn again", param="models")
-    first, second = _random.sample([names.resolve(model) for model in models], 2)
+    first, second = _random.sample([engines.names.resolve(model) for model in models], 2)
     if first == second:
         raise Refusal(409, f"Both names stand for {first}; a comparison needs two iterates")
     return first, second
-
-
-def recall_side(alias: str, votes: VoteStore, names: Names) -> None:
-    """Registers a side drawn by another replica or before a restart."""
-    if model := votes.model_of(alias):
-        names.register_alias(alias, model, ttl_s=BATTLE_TTL_S)
 
 
 def _file(name: str) -> Callable[[], FileResponse]:

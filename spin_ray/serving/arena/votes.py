@@ -5,9 +5,11 @@ import secrets
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
+from dataclasses import asdict
 from typing import Any, get_args
 
 from sqlalchemy import (
+    DDL,
     JSON,
     URL,
     Column,
@@ -25,6 +27,7 @@ from sqlalchemy import (
     event,
     func,
     insert,
+    inspect,
     or_,
     select,
     update,
@@ -33,7 +36,7 @@ from sqlalchemy.exc import ArgumentError, DBAPIError, NoSuchModuleError, SQLAlch
 from sqlalchemy.schema import CreateIndex, CreateTable
 
 from spin_ray.errors import UserError
-from spin_ray.serving.arena.battles import BATTLE_TTL_S, Answer, Battle, Side, Tally, Verdict, Vote, parse_alias
+from spin_ray.serving.arena.battles import BATTLE_TTL_S, Answer, Battle, Question, Side, Tally, Verdict, Vote
 from spin_ray.serving.errors import Refusal
 
 _EXPORT_ROWS = 256
@@ -47,6 +50,7 @@ _battles = Table(
     Column("seed", Integer, nullable=False),
     Column("model_a", String(64), nullable=False),
     Column("model_b", String(64), nullable=False),
+    Column("request", JSON(none_as_null=True)),
     Column("answer_a", JSON(none_as_null=True)),
     Column("answer_b", JSON(none_as_null=True)),
     Column("digest_a", String(128)),
@@ -74,6 +78,7 @@ class VoteStore:
                 event.listen(self._engine, "connect", _make_durable)
             with self._engine.begin() as connection:
                 connection.execute(CreateTable(_battles, if_not_exists=True))
+                _add_requests(connection)
                 for index in (_by_time, _by_vote):
                     connection.execute(CreateIndex(index, if_not_exists=True))
         except (ArgumentError, NoSuchModuleError, ImportError) as error:
@@ -87,35 +92,25 @@ class VoteStore:
     def close(self) -> None:
         self._engine.dispose()
 
-    def start(self, model_a: str, model_b: str) -> Battle:
-        """Adds a comparison; deletes those not voted on in time."""
-        battle = Battle(id=secrets.token_hex(12), seed=secrets.randbelow(2**31), model_a=model_a, model_b=model_b)
+    def start(self, model_a: str, model_b: str, question: Question) -> Battle:
+        """Adds a comparison with its request; deletes those not voted on in time."""
+        battle = Battle(secrets.token_hex(12), model_a, model_b, question)
         now = self._clock()
         with self._transaction() as connection:
             connection.execute(
                 delete(_battles).where(_battles.c.verdict.is_(None), _battles.c.created < now - BATTLE_TTL_S)
             )
             connection.execute(
-                insert(_battles).values(id=battle.id, created=now, seed=battle.seed, model_a=model_a, model_b=model_b)
-            )
+                insert(_battles).values(
+                    id=battle.id, created=now, seed=question.sampling["seed"], model_a=model_a, model_b=model_b,
+                    request=asdict(question),
+                )
+            )  # fmt: skip
         return battle
 
-    def model_of(self, alias: str) -> str | None:
-        """Returns the iterate behind a side; None for an unknown or old comparison."""
-        battle, side = parse_alias(alias)
-        recent = and_(_battles.c.id == battle, _battles.c.created >= self._clock() - BATTLE_TTL_S)
-        with self._transaction() as connection:
-            return connection.execute(select(_battles.c[f"model_{side}"]).where(recent)).scalar_one_or_none()
-
-    def record(self, alias: str, answer: Answer) -> None:
+    def record(self, battle: str, side: Side, answer: Answer) -> None:
         """Keeps the first whole answer of a side, if it comes before the vote."""
-        battle, side = parse_alias(alias)
-        kept = {
-            "messages": answer.messages,
-            "sampling": answer.sampling,
-            "text": answer.text,
-            "finish_reason": answer.finish_reason,
-        }
+        kept = {"text": answer.text, "finish_reason": answer.finish_reason}
         first = and_(_battles.c.id == battle, _battles.c[f"digest_{side}"].is_(None), _battles.c.verdict.is_(None))
         with self._transaction() as connection:
             connection.execute(
@@ -126,8 +121,8 @@ class VoteStore:
         """Records the verdict; the same one again changes nothing.
 
         Raises:
-            Refusal: the comparison does not exist (404) or is too old (410); an answer is missing, the questions
-                differ, or another verdict exists (409).
+            Refusal: the comparison does not exist (404) or is too old (410); an answer is missing or
+                another verdict exists (409).
         """
         open_still = and_(_battles.c.id == battle, _battles.c.verdict.is_(None))
         with self._transaction() as connection:
@@ -145,13 +140,11 @@ class VoteStore:
         return Vote(battle, row.model_a, row.model_b, row.digest_a, row.digest_b, verdict)
 
     def _check_votable(self, row: Row) -> None:
-        if row.created < self._clock() - BATTLE_TTL_S:
+        if row.created < self._clock() - BATTLE_TTL_S or row.request is None:  # an older version began it
             raise Refusal(410, "This comparison is too old; start a new one")
         missing = [side for side in get_args(Side) if row._mapping[f"answer_{side}"] is None]
         if missing:
             raise Refusal(409, f"Answer {' and '.join(missing)} has not been streamed to its end")
-        if any(row.answer_a[key] != row.answer_b[key] for key in ("messages", "sampling")):
-            raise Refusal(409, "The two sides were asked different things; start a new comparison")
 
     def tallies(self) -> list[Tally]:
         columns = [_battles.c[name] for name in ("model_a", "digest_a", "model_b", "digest_b", "verdict")]
@@ -196,16 +189,23 @@ class VoteStore:
 
 
 def _pair(row: Row) -> dict[str, Any]:
-    pair: dict[str, Any] = {"battle": row.id, "voted": row.voted, "sampling": row.answer_a["sampling"]}
+    request = row.request or row.answer_a  # in votes of older versions each answer holds the request
+    pair: dict[str, Any] = {"battle": row.id, "voted": row.voted, "sampling": request["sampling"]}
     for role, side in zip(("chosen", "rejected"), "ab" if row.verdict == "a" else "ba", strict=True):
         answer = row._mapping[f"answer_{side}"]
         pair |= {
-            role: [*answer["messages"], {"role": "assistant", "content": answer["text"]}],
+            role: [*request["messages"], {"role": "assistant", "content": answer["text"]}],
             f"{role}_model": row._mapping[f"model_{side}"],
             f"{role}_digest": row._mapping[f"digest_{side}"],
             f"{role}_finish_reason": answer["finish_reason"],
         }
     return pair
+
+
+def _add_requests(connection: Connection) -> None:
+    """Adds the column of requests to a table of an older version."""
+    if "request" not in {column["name"] for column in inspect(connection).get_columns(_battles.name)}:
+        connection.execute(DDL("ALTER TABLE battles ADD COLUMN request JSON"))
 
 
 def _make_private(file: str | None) -> None:

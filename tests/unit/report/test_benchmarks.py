@@ -5,8 +5,9 @@ from datetime import datetime
 
 import pytest
 
-from spin_ray.errors import ConfigError
-from spin_ray.report.benchmarks import PRESETS, averages, parse_benchmarks, request_for
+from spin_ray.errors import ConfigError, StageError
+from spin_ray.report import benchmarks
+from spin_ray.report.benchmarks import PRESETS, averages, parse_benchmarks, request_for, split
 from spin_ray.report.harness import Benchmark, Request, _model, measure
 from tests.support.fakes import config_of
 from tests.support.made_up_run import made_up_run
@@ -69,6 +70,22 @@ def test_the_chat_template_has_the_runs_variables(backend):
 
 
 @pytest.mark.slow
+def test_benchmarks_are_dealt_out_to_the_runs_workers():
+    request = request_for(config_of(), 0, "/m", benchmarks=PRESETS["paper"])
+    parts = [part.benchmarks for part in split(request, 4)]
+    assert [len(part) for part in parts] == [2, 2, 1, 1]
+    assert {it for part in parts for it in part} == set(PRESETS["paper"])
+    assert split(request, 1) == [request] and len(split(request, 99)) == 6
+
+
+def test_a_dead_endpoint_is_named_before_lm_eval_starts(tmp_path):
+    run = made_up_run(tmp_path / "run")
+    request = request_for(run.config(), 0, "/m", benchmarks=(), endpoint="http://me:SECRET@127.0.0.1:9/v1")
+    with pytest.raises(StageError, match=r"127\.0\.0\.1:9/v1: nothing answers there") as caught:
+        benchmarks.run(run, run.config(), 0, request)
+    assert "SECRET" not in str(caught.value)
+
+
 def test_the_presets_are_tasks_that_lm_eval_has():
     tasks = pytest.importorskip("lm_eval.tasks").TaskManager().all_tasks
     assert {benchmark.task for preset in PRESETS.values() for benchmark in preset} <= set(tasks)

@@ -1,7 +1,9 @@
 """A judge behind a real HTTP endpoint: both orders, ties, and everything it said."""
 
 import json
+import socket
 import threading
+import time
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 import pytest
@@ -46,6 +48,36 @@ def test_the_win_rate_counts_ties_half():
     )
     assert found["win_rate"] == 0.625
     assert found["standard_error"] == pytest.approx((0.6875 / 3 / 4) ** 0.5)
+
+
+def test_position_bias_and_agreement_are_kept():
+    """Verdicts: 4 first, 3 second, 1 tie; both orders name one winner on the first prompt alone, of four clear ones."""
+    found = summarise(
+        judgements(
+            ("first", "second"), ("first", "first"), ("first", "tie"), ("second", "second"), ("unclear", "first")
+        ),
+        "one", "other",
+    )  # fmt: skip
+    assert found["agreement"] == 0.25
+    assert found["position_bias"] == pytest.approx(4 / 7 - 0.5)
+    nothing = summarise(judgements(("unclear", "tie")), "one", "other")
+    assert nothing["agreement"] is None and nothing["position_bias"] is None
+
+
+def test_a_dead_endpoint_is_named_in_seconds_and_not_asked_for_what_is_known(tmp_path, endpoint):
+    url, _, _ = endpoint
+    run = made_up_run(tmp_path / "run")
+    silent = socket.create_server(("127.0.0.1", 0))  # takes connections and says nothing
+    for gone in ("http://127.0.0.1:9/v1", f"http://127.0.0.1:{silent.getsockname()[1]}/v1", "no address"):
+        started = time.monotonic()
+        with pytest.raises(StageError, match="nothing answers there") as caught:
+            judge.run(run, run.config(), "iter_001", "sft", Judge(endpoint=gone, model="j"), limit=9)
+        assert gone in str(caught.value) and time.monotonic() - started < 8
+    silent.close()
+    first = judge.run(run, run.config(), "iter_001", "sft", Judge(endpoint=url, model="j"), limit=9)
+    gone = Judge(endpoint="http://127.0.0.1:9/v1", model="j")
+    again = judge.run(run, run.config(), "iter_001", "sft", gone, limit=9)
+    assert again | {"endpoint": url} == first
 
 
 @pytest.fixture

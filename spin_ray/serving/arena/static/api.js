@@ -35,26 +35,30 @@ async function reasonOf(response) {
   return (said.error?.message ?? `The server answered with status ${response.status}`) + again;
 }
 
-/** Yields the text of a chat completion as it comes; returns why it ended. */
-export async function* streamed(request, signal) {
-  const response = await call("/v1/chat/completions", { ...request, stream: true }, signal);
+/** Yields the events of a comparison: the comparison itself, then pieces and ends, each with its side. */
+export const battle = (request, signal) => events("/v1/battles", request, signal);
+
+/** Yields pieces and end of a named iterate's answer, in the form of a comparison's events. */
+export async function* answerOf(request, side, signal) {
+  for await (const { error, choices } of events("/v1/chat/completions", { ...request, stream: true }, signal)) {
+    if (error) yield { side, error };
+    const choice = choices?.[0];
+    if (choice?.delta?.content) yield { side, text: choice.delta.content };
+    if (choice?.finish_reason) yield { side, finish_reason: choice.finish_reason };
+  }
+}
+
+async function* events(path, request, signal) {
+  const response = await call(path, request, signal);
   let buffered = "";
-  let ended = null;
   for await (const piece of decoded(response.body)) {
     const lines = (buffered + piece).split("\n");
     buffered = lines.pop();
     for (const line of lines) {
       if (!line.startsWith("data:")) continue;
       const data = line.slice(5).trim();
-      if (data === "[DONE]") {
-        if (ended) return ended;
-        throw new Refused("The server broke the answer off.");
-      }
-      const event = JSON.parse(data);
-      if (event.error) throw new Refused(event.error.message ?? "The server broke the answer off.");
-      const choice = event.choices?.[0];
-      if (choice?.delta?.content) yield choice.delta.content;
-      ended = choice?.finish_reason ?? ended;
+      if (data === "[DONE]") return;
+      yield JSON.parse(data);
     }
   }
   throw new Refused("The connection broke off in the middle of the answer.");

@@ -1,6 +1,6 @@
 // The arena page. What models say is only ever set as text.
 
-import { KEY, Refused, call, streamed } from "./api.js";
+import { KEY, Refused, answerOf, battle, call } from "./api.js";
 import { download, loadLeaderboard } from "./leaderboard.js";
 import { clearScores, scoresOf, showScores } from "./scores.js";
 
@@ -42,11 +42,20 @@ async function useKey(event) {
 const blind = () => $("#ask").elements.mode.value === "blind";
 
 async function loadModels() {
-  const { data } = await (await call("/v1/models")).json();
+  const [{ data }, limits] = await Promise.all(
+    ["/v1/models", "/v1/arena"].map(async (path) => (await call(path)).json()),
+  );
+  limit($("#max-tokens"), limits.max_tokens);
+  limit($("#temperature"), limits.temperature);
   page.models = data.map((model) => model.id).filter((id) => id !== "latest"); // a second name
   fillChoices();
   if (page.models.length < 2)
     throw new Refused(`A comparison needs two iterates; this server has ${page.models.length}. It serves more with --models.`);
+}
+
+function limit(field, most) {
+  field.max = most;
+  if (field.valueAsNumber > most) field.value = most;
 }
 
 /** In blind mode either both iterates are named or neither is. */
@@ -80,7 +89,8 @@ function reset() {
   showError(null);
   $("#ballot").hidden = !blind();
   $("#again").hidden = true;
-  $("#outcome").textContent = blind() ? "" : "Names are shown, so there is no vote.";
+  $("#names-told").textContent = blind() ? "Their names stay hidden until you have voted." : "Their names are shown, so there is no vote.";
+  $("#outcome").textContent = "";
   allowVotes(false);
   for (const side of ["a", "b"]) {
     const card = $(`#side-${side}`);
@@ -106,18 +116,17 @@ async function compare(event) {
   reset();
   $("#main").focus({ preventScroll: true }); // so that 1 to 4 are votes; hides a phone's keyboard
   busy(true);
+  $("#prompt").value = $("#prompt").value.trim(); // what is asked is what is shown
+  const request = {
+    messages: [{ role: "user", content: $("#prompt").value }],
+    temperature: $("#temperature").valueAsNumber,
+    max_tokens: $("#max-tokens").valueAsNumber,
+  };
   try {
-    const sides = blind() ? await drawBattle() : openPair();
-    const request = {
-      messages: [{ role: "user", content: $("#prompt").value.trim() }],
-      temperature: $("#temperature").valueAsNumber,
-      max_tokens: $("#max-tokens").valueAsNumber,
-      seed: sides.seed,
-    };
-    const answers = await Promise.all(["a", "b"].map((side) => answer(side, { ...request, model: sides[side] })));
+    const answers = await (blind() ? fight(request) : bothOpen(request));
     const whole = answers.every(Boolean);
     if (whole) page.said = { messages: request.messages, answers };
-    if (!blind()) return await score([sides.a, sides.b]);
+    if (!blind()) return await score([$("#first").value, $("#second").value]);
     if (whole) allowVotes(true);
     else $("#outcome").textContent = "No vote without two whole answers.";
   } catch (error) {
@@ -128,15 +137,39 @@ async function compare(event) {
   }
 }
 
-async function drawBattle() {
+/** Has the server ask both sides; returns both answers, null for one that failed. */
+async function fight(request) {
   const models = [$("#first").value, $("#second").value];
-  const wish = models.includes(BLIND_ANY) ? {} : { models };
-  page.battle = await (await call("/v1/battles", wish, page.stopper.signal)).json();
-  return page.battle;
+  const cards = [new Card("a"), new Card("b")];
+  try {
+    const events = battle(models.includes(BLIND_ANY) ? request : { ...request, models }, page.stopper.signal);
+    for await (const event of events) {
+      if (event.side) cards[event.side === "a" ? 0 : 1].take(event);
+      else page.battle = event;
+    }
+  } catch (error) {
+    if (!page.battle && error.name !== "AbortError") {
+      for (const card of cards) card.fail("not asked");
+      throw error;
+    }
+    for (const card of cards) card.interrupt(error);
+  }
+  return cards.map((card) => card.close());
 }
 
-function openPair() {
-  return { a: $("#first").value, b: $("#second").value, seed: crypto.getRandomValues(new Uint32Array(1))[0] >>> 1 };
+function bothOpen(request) {
+  const seed = crypto.getRandomValues(new Uint32Array(1))[0] >>> 1;
+  const models = { a: $("#first").value, b: $("#second").value };
+  return Promise.all(["a", "b"].map(async (side) => {
+    const card = new Card(side);
+    try {
+      for await (const event of answerOf({ ...request, seed, model: models[side] }, side, page.stopper.signal))
+        card.take(event);
+    } catch (error) {
+      card.interrupt(error);
+    }
+    return card.close();
+  }));
 }
 
 /** Has both answers scored under both iterates, if wanted, once the names are known. */
@@ -154,40 +187,67 @@ async function score(models) {
   }
 }
 
-/** Streams one side into its card; returns the answer, or null if it failed. */
-async function answer(side, request) {
-  const card = $(`#side-${side}`);
-  const [text, status] = [card.querySelector(".answer"), card.querySelector(".status")];
-  const node = text.appendChild(document.createTextNode(""));
-  card.classList.add("writing");
-  status.textContent = "writing…";
-  try {
-    const stream = streamed(request, page.stopper.signal);
-    for (;;) {
-      const { value, done } = await stream.next();
-      if (done) {
-        const empty = node.data === "" ? "said nothing" : "finished";
-        status.textContent = value === "length" ? "cut off at the most tokens allowed" : empty;
-        return { content: node.data, finish_reason: value === "length" ? "length" : "stop" };
-      }
-      const atEnd = text.scrollHeight - text.scrollTop - text.clientHeight < 8;
-      node.appendData(value);
-      if (atEnd) text.scrollTop = text.scrollHeight;
-    }
-  } catch (error) {
+/** The card of a side while its answer comes. */
+class Card {
+  constructor(side) {
+    this.card = $(`#side-${side}`);
+    this.text = this.card.querySelector(".answer");
+    this.status = this.card.querySelector(".status");
+    this.node = this.text.appendChild(document.createTextNode(""));
+    this.ended = false;
+    this.whole = null;
+    this.card.classList.add("writing");
+    this.status.textContent = "writing…";
+  }
+
+  take({ text, finish_reason: reason, error }) {
+    if (text) this.append(text);
+    else if (error) this.fail(error.message ?? "The server broke the answer off.");
+    else if (reason) this.finish(reason);
+  }
+
+  append(piece) {
+    const atEnd = this.text.scrollHeight - this.text.scrollTop - this.text.clientHeight < 8;
+    this.node.appendData(piece);
+    if (atEnd) this.text.scrollTop = this.text.scrollHeight;
+  }
+
+  finish(reason) {
+    this.status.textContent =
+      reason === "length" ? "cut off at the most tokens allowed" : this.node.data === "" ? "said nothing" : "finished";
+    this.whole = { content: this.node.data, finish_reason: reason === "length" ? "length" : "stop" };
+    this.end();
+  }
+
+  fail(words) {
+    if (this.ended) return;
+    this.card.classList.add("failed");
+    this.status.textContent = words;
+    this.end();
+  }
+
+  /** Ends the side in an error of the connection, or in the voter's stop. */
+  interrupt(error) {
     if (error.name !== "AbortError" && !(error instanceof Refused)) throw error;
-    card.classList.add("failed");
-    status.textContent = error instanceof Refused ? error.message : "stopped";
-    return null;
-  } finally {
-    card.classList.remove("writing");
+    this.fail(error instanceof Refused ? error.message : "stopped");
+  }
+
+  end() {
+    this.ended = true;
+    this.card.classList.remove("writing");
+  }
+
+  /** Returns the answer; null if it is not whole. */
+  close() {
+    this.fail("The server broke the answer off.");
+    return this.whole;
   }
 }
 
 function busy(streaming) {
   page.stopper = streaming ? new AbortController() : null;
   $("#stop").hidden = !streaming;
-  $("#go").disabled = streaming;
+  $("#go").hidden = streaming; // Stop takes its place
   for (const control of document.querySelectorAll("#ask select, [name=mode]")) control.disabled = streaming;
 }
 
@@ -202,7 +262,7 @@ async function vote(verdict) {
   allowVotes(false);
   showError(null);
   try {
-    const result = await (await call("/v1/votes", { battle: page.battle.id, verdict })).json();
+    const result = await (await call("/v1/votes", { battle: page.battle.battle, verdict })).json();
     page.battle = null;
     reveal(result);
     guarded(score)([result.a.model, result.b.model]);

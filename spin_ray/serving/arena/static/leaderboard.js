@@ -18,6 +18,7 @@ export async function loadLeaderboard() {
   fill("#ratings", board.ratings, (row) => [
     iterate(row.model, row.digest, names),
     cell(Math.round(row.rating), "n"),
+    cell(intervalOf(row), "n"),
     cell(intervalChart(row, low, high), "plot"),
     cell(row.wins, "n"),
     cell(row.losses, "n"),
@@ -82,9 +83,11 @@ function chart(label, shapes) {
   return drawing;
 }
 
+const intervalOf = (row) => `${Math.round(row.low)} to ${Math.round(row.high)}`.replaceAll("-", "−");
+
 function intervalChart(row, low, high) {
   const at = (rating) => `${high > low ? 2 + (96 * (rating - low)) / (high - low) : 50}%`;
-  return chart(`${Math.round(row.low)} to ${Math.round(row.high)}`, [
+  return chart(intervalOf(row), [
     ["line", { x1: "0", x2: "100%", y1: "50%", y2: "50%", class: "axis" }],
     ["line", { x1: at(row.low), x2: at(row.high), y1: "50%", y2: "50%", class: "range" }],
     ["circle", { cx: at(row.rating), cy: "50%", r: "5", class: "point" }],

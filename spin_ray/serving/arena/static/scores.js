@@ -4,6 +4,9 @@ import { call } from "./api.js";
 
 const $ = (selector) => document.querySelector(selector);
 const SIDES = ["a", "b"];
+const MARGIN =
+  "SPIN margin of p against q = beta · [log p(y)/q(y) − log p(y′)/q(y′)], y the answer of p and y′ that of q. " +
+  "Above 0, p prefers its own answer over that of q by more than q does. The";
 
 /** Scores what was said. Example: {models: ["sft", "iter-1"], messages: […], answers: [{content, finish_reason}, …]}. */
 export async function scoresOf(asked) {
@@ -15,19 +18,20 @@ export function showScores({ answers, engine_margins: margins, note }) {
     const line = $(`#side-${side} .scores`);
     const logps = Object.entries(answers[index].logps).map(([name, logp]) => `${name} ${inNats(logp)}`);
     line.textContent = `log p under ${logps.join(", ")} nats`;
-    line.title = note;
     line.hidden = false;
   }
   const told = margins.map(
     ({ policy, opponent, beta, value }) => `SPIN margin of ${policy} against ${opponent}: ${inNats(value)} (beta ${beta})`,
   );
   $("#margin").textContent = told.join("; ");
-  $("#margin").title = note;
+  $("#margin-told").hidden = !told.length;
+  $("#margin-told").textContent = `${MARGIN} ${note}.`;
 }
 
 export function clearScores() {
   for (const side of SIDES) $(`#side-${side} .scores`).hidden = true;
   $("#margin").textContent = "";
+  $("#margin-told").hidden = true;
 }
 
 const inNats = (value) => value.toFixed(2).replace("-", "−");

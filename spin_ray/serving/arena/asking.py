@@ -1,0 +1,116 @@
+"""Both sides of a comparison, asked by the server.
+
+Every event names its side: ``{"side": "a", "text": …}`` for a piece, then ``{"side": "a", "finish_reason": …}`` or
+``{"side": "a", "error": …}``. The first event is the comparison, the last ``[DONE]``.
+"""
+
+import asyncio
+import json
+import logging
+import time
+from collections.abc import AsyncGenerator, Callable
+from contextlib import aclosing
+from typing import Any, get_args
+
+from fastapi.concurrency import run_in_threadpool
+
+from spin_ray.serving.arena.battles import BATTLE_TTL_S, Answer, Battle, Side
+from spin_ray.serving.arena.votes import VoteStore
+from spin_ray.serving.engines import CHAT, Engines
+from spin_ray.serving.errors import Refusal, from_engine
+from spin_ray.serving.events import DONE
+from spin_ray.serving.metrics import Metrics
+
+logger = logging.getLogger(__name__)
+
+Tell = Callable[[dict[str, Any] | None], None]
+
+
+async def both_sides(
+    engines: Engines, votes: VoteStore, metrics: Metrics, battle: Battle, limit_s: float
+) -> AsyncGenerator[str]:
+    """Yields the events of both answers as they come; closing the iterator aborts both."""
+    told: asyncio.Queue[dict[str, Any] | None] = asyncio.Queue()
+    sides = [
+        asyncio.create_task(_Side(engines, votes, metrics, battle, side, told.put_nowait).answer(limit_s))
+        for side in get_args(Side)
+    ]
+    try:
+        seed = battle.question.sampling["seed"]
+        yield _event({"battle": battle.id, "seed": seed, "expires_in_s": BATTLE_TTL_S})
+        ended = 0
+        while ended < len(sides):
+            event = await told.get()
+            ended += event is None
+            if event is not None:
+                yield _event(event)
+        yield f"data: {DONE}\n\n"
+    finally:
+        for task in sides:
+            task.cancel()
+        await asyncio.gather(*sides, return_exceptions=True)
+
+
+class _Side:
+    def __init__(
+        self, engines: Engines, votes: VoteStore, metrics: Metrics, battle: Battle, side: Side, tell: Tell
+    ) -> None:
+        self._engines, self._votes, self._metrics, self._battle = engines, votes, metrics, battle
+        self._side: Side = side
+        self._model = battle.model_a if side == "a" else battle.model_b
+        self._tell = tell
+
+    async def answer(self, limit_s: float) -> None:
+        """Tells the answer; keeps a whole one *before* its end is told, so that its reader can vote."""
+        try:
+            async with asyncio.timeout(limit_s):
+                answer = await self._streamed()
+            await run_in_threadpool(self._votes.record, self._battle.id, self._side, answer)
+            self._tell({"side": self._side, "finish_reason": answer.finish_reason})
+        except TimeoutError:
+            self._fail(Refusal(504, f"The answer took longer than {limit_s:g} s"))
+        except Refusal as refusal:
+            self._fail(refusal)
+        except Exception:
+            logger.exception("%s failed in a comparison", self._model)
+            self._fail(Refusal(500, "an error here, not in the request; the server's log has more"))
+        finally:
+            self._tell(None)
+
+    async def _streamed(self) -> Answer:
+        if self._model not in self._engines.names.iterates:  # gone since the draw
+            raise Refusal(503, "This iterate serves no more; start a new comparison")
+        digest, started = self._engines.digest(self._model), time.monotonic()
+        said, finish_reason = "", None
+        stream: Any = self._engines.answer(self._model, CHAT, self._battle.question.for_engine(self._model))
+        async with aclosing(stream) as items:
+            first = True
+            async for item in items:
+                if first:
+                    self._metrics.first_output(self._model, time.monotonic() - started)
+                    first = False
+                if isinstance(item, dict):
+                    raise from_engine(item.get("error", {}))
+                for choice in _choices(item):
+                    if text := choice["delta"].get("content"):
+                        said += text
+                        self._tell({"side": self._side, "text": text})
+                    finish_reason = choice.get("finish_reason") or finish_reason
+        if finish_reason is None:
+            raise Refusal(500, "the engine ended without an answer")
+        return Answer(said, finish_reason, digest)
+
+    def _fail(self, refusal: Refusal) -> None:
+        """Tells a failure in words that do not name the iterate."""
+        refusal.message = refusal.message.replace(self._model, "this side's iterate")
+        self._tell({"side": self._side, **refusal.content()})
+
+
+def _choices(events: str) -> list[dict[str, Any]]:
+    """Returns the choices in whole server-sent events."""
+    told = [event.removeprefix("data:").strip() for event in events.split("\n\n") if event.strip()]
+    return [choice for data in told if data != DONE for choice in json.loads(data).get("choices", [])]
+
+
+def _event(told: dict[str, Any]) -> str:
+    return f"data: {json.dumps(told)}\n\n"

@@ -1,0 +1,143 @@
+"""Every refusal of the arena, provoked and replayed."""
+
+import ast
+from collections.abc import AsyncIterator, Callable
+from pathlib import Path
+from typing import Any
+
+import httpx
+import pytest
+from fastapi.testclient import TestClient
+
+from spin_ray.serving import arena
+from spin_ray.serving.arena.battles import BATTLE_TTL_S
+from spin_ray.serving.arena.votes import VoteStore
+from spin_ray.serving.engines import Item
+from tests.serving.test_arena_api import ASKED, app, events_of, fight, voted
+from tests.support.arena_app import ITERATES, TalkingEngines
+
+
+class Clock:
+    now = 1_000_000.0
+
+    def __call__(self) -> float:
+        return self.now
+
+
+def ask(client, **changes: Any) -> httpx.Response:
+    return client.post("/v1/battles", json=ASKED | changes)
+
+
+def alone(_: TestClient, engines: TalkingEngines, votes: VoteStore) -> Callable[[], httpx.Response]:
+    engines.down = set(ITERATES[1:])
+    return lambda: ask(app(engines, votes))
+
+
+def vanished(_: TestClient, engines: TalkingEngines, votes: VoteStore) -> Callable[[], httpx.Response]:
+    client = app(engines, votes)
+    start = votes.start
+
+    def start_and_go(*given: Any) -> Any:
+        engines.names.serve_now(["sft"], newest=None)
+        return start(*given)
+
+    def ask_with_a_loss() -> httpx.Response:
+        engines.names.serve_now(ITERATES, newest=ITERATES[-1])
+        votes.start = start_and_go
+        return ask(client, models=["sft", "iter-1"])
+
+    return ask_with_a_loss
+
+
+def slow(_: TestClient, engines: TalkingEngines, votes: VoteStore) -> Callable[[], httpx.Response]:
+    engines._word_s = 0.2
+    return lambda: ask(app(engines, votes, request_timeout_s=0.1))
+
+
+def broken(error: Exception | None) -> Callable[..., Callable[[], httpx.Response]]:
+    async def answer(*_: Any) -> AsyncIterator[Item]:
+        if error:
+            raise error
+        yield "data: [DONE]\n\n"
+
+    def prepare(_: TestClient, engines: TalkingEngines, votes: VoteStore) -> Callable[[], httpx.Response]:
+        engines.answer = answer
+        return lambda: ask(app(engines, votes))
+
+    return prepare
+
+
+def unanswered(client: TestClient, *_: Any) -> Callable[[], httpx.Response]:
+    first, *_ = events_of(ask(client, messages=[{"role": "user", "content": "fail"}]))
+    return lambda: voted(client, first["battle"])
+
+
+def other_vote(client: TestClient, *_: Any) -> Callable[[], httpx.Response]:
+    battle, _ = fight(client)
+    voted(client, battle, "a").raise_for_status()
+    return lambda: voted(client, battle, "b")
+
+
+def too_old(client: TestClient, _: TalkingEngines, votes: VoteStore) -> Callable[[], httpx.Response]:
+    battle, _ = fight(client)
+    votes._clock.now += BATTLE_TTL_S + 1
+    return lambda: voted(client, battle)
+
+
+def no_database(client: TestClient, _: TalkingEngines, votes: VoteStore) -> Callable[[], httpx.Response]:
+    file = Path(votes._engine.url.database)
+    votes.close()
+    file.write_bytes(b"no database any more" * 1000)
+    return lambda: ask(client)
+
+
+REFUSALS = {
+    "A comparison needs two iterates that serve": (409, alone),
+    "Both names stand for iter-1": (409, lambda client, *_: lambda: ask(client, models=["iter-1", "latest"])),
+    "This comparison does not exist": (404, lambda client, *_: lambda: voted(client, "0" * 24)),
+    "This comparison is too old": (410, too_old),
+    "has not been streamed to its end": (409, unanswered),
+    "This comparison was voted on before": (409, other_vote),
+    "Votes cannot be stored or read now": (503, no_database),
+    "This iterate serves no more": (503, vanished),
+    "The answer took longer than": (504, slow),
+    "the engine ended without an answer": (500, broken(None)),
+    "an error here, not in the request": (500, broken(ZeroDivisionError())),
+}
+
+
+@pytest.mark.parametrize("says", REFUSALS)
+def test_a_refusal_that_is_replayed_is_the_same_and_changes_nothing(tmp_path, says):
+    """Every refusal of the arena, three times over: of a request, or as the event of a side."""
+    status, prepare = REFUSALS[says]
+    votes, engines = VoteStore(f"sqlite:///{tmp_path}/votes.sqlite", Clock()), TalkingEngines()
+    again = prepare(app(engines, votes), engines, votes)
+    counted = None if prepare is no_database else (votes.tallies(), list(votes.export()))
+    told = {str(refusal_of(again())) for _ in range(3)}
+    ((message, kind),) = {ast.literal_eval(each) for each in told}
+    assert says in message and kind == (status if isinstance(kind, int) else KINDS[status])
+    assert counted is None or (votes.tallies(), list(votes.export())) == counted
+    votes.close()
+
+
+KINDS = {500: "server_error", 503: "overloaded_error", 504: "timeout_error"}
+
+
+def refusal_of(response: httpx.Response) -> tuple[str, int | str]:
+    """Returns message and status, or message and type of the first side's event that has an error."""
+    if response.status_code != 200:
+        return response.json()["error"]["message"], response.status_code
+    error = next(event["error"] for event in events_of(response) if "error" in event)
+    return error["message"], error["type"]
+
+
+def test_every_refusal_in_the_arenas_source_is_replayed():
+    calls = [
+        node
+        for file in Path(arena.__file__).parent.glob("*.py")
+        for node in ast.walk(ast.parse(file.read_text(encoding="utf-8")))
+        if isinstance(node, ast.Call) and getattr(node.func, "id", "") == "Refusal"
+    ]
+    words = [ast.unparse(call.args[1]) for call in calls]
+    missing = [told for told in words if not any(says.replace("iter-1", "{first}") in told for says in REFUSALS)]
+    assert len(words) == len(REFUSALS) and missing == []
