@@ -197,8 +197,8 @@ def doctor(recipe: str, out: str | None, every_row: bool, as_json: bool, overrid
 
 @cli.command(context_settings=_OVERRIDES)
 @click.argument("run_folder", metavar="RUN")
-@click.option("--models", default=None, help="Iterates that get an engine, e.g. sft,iter-0,latest, or all.")
-@click.option("--port", type=click.IntRange(0, 65535), default=None, help="TCP port on this machine.")
+@click.option("--models", default=None, help="Iterates with an engine: sft,iter-0,latest or all. Default: sft,latest.")
+@click.option("--port", type=click.IntRange(0, 65535), default=None, help="TCP port on this machine. Default: 8000.")
 @click.argument("overrides", nargs=-1, type=click.UNPROCESSED)
 def serve(run_folder: str, models: str | None, port: int | None, overrides: tuple[str, ...]) -> None:
     """Serve iterates of RUN through OpenAI's API, while RUN trains or afterwards.
@@ -210,7 +210,7 @@ def serve(run_folder: str, models: str | None, port: int | None, overrides: tupl
 
     run = RunDir(Storage(run_folder))
     settings = _parse_overrides(overrides)
-    settings |= {} if models is None else {"serving.models": f"[{models}]"}
+    settings |= {} if models is None else {"serving.models": json.dumps(models.split(","))}
     settings |= {} if port is None else {"serving.port": str(port)}
     config = override(run.config(), settings)
     from spin_ray.serving.server import serve_run
@@ -238,7 +238,7 @@ def compare(
     from spin_ray.run_dir.storage import Storage
 
     run = RunDir(Storage(run_folder))
-    config = override(run.config(), _parse_overrides(overrides) | {"serving.models": f"[{models}]"})
+    config = override(run.config(), _parse_overrides(overrides) | {"serving.models": json.dumps(models.split(","))})
     from spin_ray.serving.batch import compare_file
 
     options = sampling | {"models": models.split(",")}

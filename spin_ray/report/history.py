@@ -8,7 +8,7 @@ from spin_ray.config.recipe import SpinConfig
 from spin_ray.errors import RunDirError
 from spin_ray.report.measures import Evaluation, stop_evidence
 from spin_ray.run_dir.events import read_json_lines
-from spin_ray.run_dir.names import is_iterate_name, iterate_name, iterate_number
+from spin_ray.run_dir.names import iterate_name, read_iterate
 from spin_ray.run_dir.run_dir import RunDir
 
 
@@ -42,16 +42,14 @@ def read_train_logs(run: RunDir, config: SpinConfig) -> dict[str, list[dict[str,
 
 
 def find_iterate(run: RunDir, iterate: str) -> int:
-    """Returns the number of an iterate: ``latest``, a folder name, or t for θ_t.
+    """Returns the number of an iterate: ``latest``, or any spelling that ``read_iterate`` reads.
 
     Raises:
         RunDirError: the run has no such iterate yet.
     """
     name = (run.latest() or "") if iterate == "latest" else iterate
-    number = -1
-    if name.isdecimal() or is_iterate_name(name):
-        number = int(name) if name.isdecimal() else iterate_number(name)
-    if not 0 <= number <= run.config().iterations or (number and not run.model(number).is_committed):
+    number = read_iterate(name)
+    if number is None or not number <= run.config().iterations or (number and not run.model(number).is_committed):
         there = [iterate_name(n) for n in range(run.config().iterations + 1) if run.model(n).is_committed]
         raise RunDirError(f"{run.storage.root}: has no iterate {iterate}; it has {', '.join(there) or 'none yet'}")
     return number

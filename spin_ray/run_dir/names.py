@@ -39,6 +39,14 @@ def is_iterate(name: str) -> bool:
     return name == "sft" or (name != number and number.isascii() and number.isdigit() and str(int(number)) == number)
 
 
+def read_iterate(name: str) -> int | None:
+    """Returns t of θ_t in any spelling: ``sft``, ``iter_001``, ``iter-1``, or t itself; None if it is none."""
+    match = re.fullmatch(r"sft|(iter[_-])?([0-9]{1,9})", name)
+    if match is None:
+        return None
+    return 0 if name == "sft" else int(match[2]) + (1 if match[1] else 0)
+
+
 def age(name: str) -> int:
     """Inverts ``api_name``: ``iter-0 -> 1``."""
     return 0 if name == "sft" else int(name.removeprefix("iter-")) + 1

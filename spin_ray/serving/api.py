@@ -27,7 +27,7 @@ from spin_ray.serving.bodies import ChatBody, CompareBody, CompletionBody, plain
 from spin_ray.serving.compare import compare
 from spin_ray.serving.engines import CHAT, COMPLETION, Engines, Item
 from spin_ray.serving.errors import Refusal, from_engine, from_validation
-from spin_ray.serving.events import rewrite
+from spin_ray.serving.events import DONE, rewrite
 from spin_ray.serving.limits import Access, Observe, Slots, WholeBody
 from spin_ray.serving.metrics import Metrics
 from spin_ray.serving.names import UnknownModel
@@ -189,7 +189,7 @@ class _Stream(StreamingResponse):
 
 
 async def _events(first: str, items: _Until, alias: str | None) -> AsyncIterator[str]:
-    """Yields the stream; a failed one ends with an error event, without ``[DONE]``."""
+    """Yields the stream; a failed one ends with an error event and ``[DONE]``."""
     item: Item | None = first
     try:
         while item is not None:
@@ -198,7 +198,7 @@ async def _events(first: str, items: _Until, alias: str | None) -> AsyncIterator
             yield rewrite(item, partial(_blind, alias=alias)) if alias else item
             item = await items.next()
     except Refusal as refusal:
-        yield f"data: {json.dumps(refusal.content())}\n\n"
+        yield f"data: {json.dumps(refusal.content())}\n\ndata: {DONE}\n\n"
 
 
 def _blind(answer: dict[str, Any], alias: str) -> dict[str, Any]:

@@ -7,7 +7,7 @@ comparison for a while.
 import time
 from collections.abc import Callable, Iterable
 
-from spin_ray.run_dir.names import LATEST, age, is_iterate
+from spin_ray.run_dir.names import LATEST, age, api_name, is_iterate, read_iterate
 
 
 class UnknownModel(LookupError):
@@ -65,7 +65,9 @@ class Names:
         """
         if name == LATEST:
             return self.newest()
-        iterate, until = self._aliases.get(name, (name, float("inf")))
+        number = read_iterate(name)
+        plain = name if number is None else api_name(number)
+        iterate, until = self._aliases.get(name, (plain, float("inf")))
         if iterate not in self._iterates or until <= self._clock():
             raise UnknownModel(self._unknown(name))
         return iterate
