@@ -10,13 +10,14 @@ import pytest
 
 from spin_ray.serving.access import Key, new_key
 from spin_ray.serving.api import DIGEST_HEADER, make_app
+from spin_ray.serving.arena.routes import FILES
 from tests.support.fake_engines import FakeEngines, empty_votes
 from tests.support.tiny_runs import tiny_config
 
 CHAT, COMPLETIONS, COMPARE = "/v1/chat/completions", "/v1/completions", "/v1/compare"
 JSON = {"Content-Type": "application/json"}
-OPEN = {"/", "/healthz", "/readyz", "/openapi.json"}
-"""Routes that need no key, beside the page's files."""
+OPEN = {"/", "/healthz", "/readyz", "/openapi.json", *(f"/{file}" for file in FILES)}
+"""Routes that need no key: the page, health, the document of the API."""
 HELLO = {"model": "sft", "messages": [{"role": "user", "content": "hello"}]}
 
 
@@ -475,12 +476,12 @@ def test_without_a_key_nothing_but_the_page_and_health_is_told() -> None:
     """The page's files, the two checks of health, and the document of the API."""
 
     async def check() -> None:
-        key, line = new_key("alice")
+        _, line = new_key("alice")
         server = Server([Key("alice", line.split()[1], None)])
         paths = sorted({getattr(route, "path", "") for route in server.app.routes})
         answers = {path: (await server.client.get(path)).status_code for path in paths if not path.startswith("/v1")}
         assert set(answers) >= {"/healthz", "/readyz", "/openapi.json"}
-        assert all(path.startswith("/arena") or path in OPEN for path in answers), answers
+        assert set(answers) == OPEN
         for path in (it for it in paths if it.startswith("/v1")):
             assert (await server.client.get(path)).status_code == 401, path
 
