@@ -16,6 +16,8 @@ logger = logging.getLogger(__name__)
 REPLICA = "SERVE_REPLICA::"
 """Beginning of the names of Ray Serve's actors: ``SERVE_REPLICA::APPLICATION#DEPLOYMENT#ID``."""
 _LOOK_S = 0.2
+_LAST_S = 5.0
+"""Seconds for Ray Serve itself to end after its replicas were killed."""
 
 
 def stop_serving(app: str, engines: str, longest_s: float, stop: queue.SimpleQueue[int] | None = None) -> None:
@@ -29,7 +31,7 @@ def stop_serving(app: str, engines: str, longest_s: float, stop: queue.SimpleQue
         if stop is not None and not stop.empty():
             logger.warning("stopping at once: answers are cut off")
             _kill(app, engines)
-            work.join(longest_s)
+            work.join(_LAST_S)
             return
         work.join(_LOOK_S)
 
