@@ -149,9 +149,7 @@ def report(run_folders: tuple[str, ...], out: str | None) -> None:
 
 @cli.command("export")
 @click.argument("run_folder", metavar="RUN")
-@click.option(
-    "--iterate", default="latest", show_default=True, help="2 (after two iterations), iter_001, sft or latest."
-)
+@click.option("--iterate", default="latest", show_default=True, help="iter_001 (or iter-1, or 1), sft or latest.")
 @click.option("--to", "target", required=True, help="An empty folder, or hub:OWNER/NAME; a new file for rows.")
 @click.option(
     "--what", type=click.Choice(["model", "pairs", "votes"]), default="model", show_default=True,
@@ -234,8 +232,8 @@ def doctor(recipe: str, out: str | None, every_row: bool, as_json: bool, overrid
 
 @cli.command(context_settings=_OVERRIDES)
 @click.argument("run_folder", metavar="RUN")
-@click.option("--models", default=None, help="Iterates that get an engine, e.g. sft,iter-0,latest, or all.")
-@click.option("--port", type=click.IntRange(0, 65535), default=None, help="TCP port on this machine.")
+@click.option("--models", default=None, help="Iterates with an engine: sft,iter-0,latest or all. Default: sft,latest.")
+@click.option("--port", type=click.IntRange(0, 65535), default=None, help="TCP port on this machine. Default: 8000.")
 @click.argument("overrides", nargs=-1, type=click.UNPROCESSED)
 def serve(run_folder: str, models: str | None, port: int | None, overrides: tuple[str, ...]) -> None:
     """Serve iterates of RUN through OpenAI's API, while RUN trains or afterwards.
@@ -246,7 +244,7 @@ def serve(run_folder: str, models: str | None, port: int | None, overrides: tupl
 
     run = open_run(run_folder)
     settings = _parse_overrides(overrides)
-    settings |= {} if models is None else {"serving.models": f"[{models}]"}
+    settings |= {} if models is None else {"serving.models": json.dumps(models.split(","))}
     settings |= {} if port is None else {"serving.port": str(port)}
     config = override(run.config(), settings)
     from spin_ray.serving.server import serve_run
@@ -275,7 +273,7 @@ def compare(
 
     run = open_run(run_folder)
     names = [api_spelling(model.strip()) for model in models.split(",")]
-    config = override(run.config(), _parse_overrides(overrides) | {"serving.models": f"[{','.join(names)}]"})
+    config = override(run.config(), _parse_overrides(overrides) | {"serving.models": json.dumps(names)})
     from spin_ray.serving.batch import compare_file
 
     options = sampling | {"models": names}

@@ -8,7 +8,7 @@ from spin_ray.config.recipe import SpinConfig
 from spin_ray.errors import RunDirError
 from spin_ray.report.measures import Evaluation, stop_evidence
 from spin_ray.run_dir.events import read_json_lines
-from spin_ray.run_dir.names import iterate_name, parse_iterate
+from spin_ray.run_dir.names import iterate_name, read_iterate
 from spin_ray.run_dir.run_dir import RunDir
 
 
@@ -42,13 +42,13 @@ def read_train_logs(run: RunDir, config: SpinConfig) -> dict[str, list[dict[str,
 
 
 def find_iterate(run: RunDir, iterate: str) -> int:
-    """Returns the number of an iterate: ``latest``, ``sft``, ``iter_001`` or ``iter-1``, or t for θ_t.
+    """Returns the number of an iterate: ``latest``, or any spelling that ``read_iterate`` reads.
 
     Raises:
         RunDirError: the run has no such iterate yet.
     """
-    number = parse_iterate((run.latest() or "") if iterate == "latest" else iterate.strip())
-    if number is None or not 0 <= number <= run.config().iterations or (number and not run.model(number).is_committed):
+    number = read_iterate((run.latest() or "") if iterate == "latest" else iterate.strip())
+    if number is None or number > run.config().iterations or (number and not run.model(number).is_committed):
         there = [iterate_name(n) for n in range(run.config().iterations + 1) if run.model(n).is_committed]
         raise RunDirError(f"{run.storage.root}: has no iterate {iterate}; it has {', '.join(there) or 'none yet'}")
     return number

@@ -33,10 +33,12 @@ def is_iterate_name(name: str) -> bool:
     return re.fullmatch(r"sft|iter_[0-9]+", name) is not None
 
 
-def is_iterate(name: str) -> bool:
-    """Tells whether ``name`` is an iterate's in the API: ``iter-12`` is, ``iter-012`` is not."""
-    number = name.removeprefix("iter-")
-    return name == "sft" or (name != number and number.isascii() and number.isdigit() and str(int(number)) == number)
+def read_iterate(word: str) -> int | None:
+    """Returns t of θ_t: 0 for ``sft``, 2 for each of ``iter_001``, ``iter-1`` and ``1``, None for other words."""
+    match = re.fullmatch(r"(?:iter[_-])?([0-9]{1,9})", word)
+    if match is None:
+        return 0 if word == "sft" else None
+    return int(match[1]) + 1
 
 
 def age(name: str) -> int:
@@ -48,17 +50,9 @@ def api_name(iterate: int) -> str:
     return "sft" if iterate == 0 else f"iter-{iterate - 1}"
 
 
-def parse_iterate(word: str) -> int | None:
-    """Returns t of θ_t for every spelling: ``sft``, ``iter_001``, ``iter-1`` (both θ_2), or t itself; else None."""
-    if word == "sft":
-        return 0
-    match = re.fullmatch(r"(iter[_-])?([0-9]+)", word)
-    return None if match is None else int(match[2]) + bool(match[1])
-
-
 def api_spelling(word: str) -> str:
     """Returns the API's name of an iterate in any spelling; other words as they are."""
-    number = parse_iterate(word)
+    number = read_iterate(word)
     return word if number is None else api_name(number)
 
 

@@ -6,6 +6,7 @@ hash protects them as well as a slow one.
 
 import hashlib
 import hmac
+import os
 import re
 import secrets
 import time
@@ -73,6 +74,28 @@ def find_key(keys: list[Key], authorization: bytes | None) -> Key | None:
         if hmac.compare_digest(key.sha256, digest):
             found = key
     return found
+
+
+def guard_ray_token(embedded: bool) -> None:
+    """Lets only its owner read Ray's own token file, which Ray would make readable by others.
+
+    A missing one is made if Ray is ``embedded``; a cluster has a token already.
+
+    Raises:
+        ConfigError: the file cannot be made or changed.
+    """
+    if os.environ.get("RAY_AUTH_TOKEN") or os.environ.get("RAY_AUTH_TOKEN_PATH"):
+        return
+    file = Path.home() / ".ray" / "auth_token"
+    try:
+        if file.exists():
+            file.chmod(0o600)
+        elif embedded:
+            file.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
+            with os.fdopen(os.open(file, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "w") as token:
+                token.write(secrets.token_hex(32))
+    except OSError as error:
+        raise ConfigError(f"{file}: cannot be kept from others ({error.strerror}); set RAY_AUTH_TOKEN") from error
 
 
 class Rates:

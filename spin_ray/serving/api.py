@@ -22,7 +22,7 @@ from spin_ray.serving.bodies import ChatBody, CompareBody, CompletionBody, plain
 from spin_ray.serving.compare import compare
 from spin_ray.serving.engines import CHAT, COMPLETION, Engines, Item
 from spin_ray.serving.errors import Refusal, from_engine, from_validation
-from spin_ray.serving.events import HeldStream
+from spin_ray.serving.events import DONE, HeldStream
 from spin_ray.serving.limits import Access, Observe, Slots, WholeBody
 from spin_ray.serving.metrics import Metrics
 from spin_ray.serving.names import UnknownModel
@@ -165,7 +165,7 @@ class _Until:
 
 
 async def _events(first: str, items: _Until) -> AsyncIterator[str]:
-    """Yields the stream; a failed one ends with an error event, without ``[DONE]``."""
+    """Yields the stream; a failed one ends with an error event and ``[DONE]``."""
     item: Item | None = first
     try:
         while item is not None:
@@ -174,7 +174,7 @@ async def _events(first: str, items: _Until) -> AsyncIterator[str]:
             yield item
             item = await items.next()
     except Refusal as refusal:
-        yield f"data: {json.dumps(refusal.content())}\n\n"
+        yield f"data: {json.dumps(refusal.content())}\n\ndata: {DONE}\n\n"
 
 
 def _served(engines: Engines) -> list[str]:

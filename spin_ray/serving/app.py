@@ -24,6 +24,8 @@ from spin_ray.serving.engines import ServeEngines
 from spin_ray.serving.keeper import ENGINE_PREFIX, Keeper
 
 APP = "spin-ray"
+STOP_MARGIN_S = 10.0
+"""Seconds beyond ``serving.request_timeout_s`` in which the last streams are told of their end."""
 
 
 @serve.ingress()
@@ -46,7 +48,7 @@ def application(run_folder: str, config: SpinConfig) -> serve.Application:
         name="ingress",
         num_replicas=serving.ingress_replicas,
         max_ongoing_requests=10 * serving.max_concurrent,  # refusals must not wait behind answers
-        graceful_shutdown_timeout_s=serving.request_timeout_s,
+        graceful_shutdown_timeout_s=serving.request_timeout_s + STOP_MARGIN_S,
         ray_actor_options={"num_cpus": 0},
         logging_config={"enable_access_log": False},  # ``Observe`` writes a better one
     )

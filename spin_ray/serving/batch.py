@@ -21,7 +21,8 @@ from spin_ray.serving.engines import Engines, ServeEngines
 from spin_ray.serving.errors import Refusal, from_validation
 from spin_ray.serving.keeper import ENGINE_PREFIX
 from spin_ray.serving.names import UnknownModel
-from spin_ray.serving.server import check_settings, connect_for, stop_serving
+from spin_ray.serving.server import check_settings, connect_for
+from spin_ray.serving.stopping import stop_serving
 
 
 def compare_file(run: RunDir, config: SpinConfig, prompts: Path, options: dict[str, Any], out: IO[str]) -> int:
@@ -45,7 +46,7 @@ def compare_file(run: RunDir, config: SpinConfig, prompts: Path, options: dict[s
         handle = serve.run(keeper(str(run.storage.root), config, engines), name=app, route_prefix=None)
         asyncio.run(_with_engines(handle, config, bodies, out))
     finally:
-        stop_serving(app, engines)
+        stop_serving(app, engines, config.serving.request_timeout_s)
     return len(bodies)
 
 

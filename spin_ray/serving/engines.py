@@ -26,7 +26,7 @@ Item = str | dict[str, Any]
 
 _HEAR_S = 10.0
 """Seconds after which a keeper without news answers."""
-_SUSPECT_S = 3.0
+_SUSPECT_S = 12.0
 """Seconds for which an engine that died here is taken as down; by then the keeper knows better."""
 DOWN_RETRY_S = 5
 ENGINE_DIED = "the engine ended while it served this request; it starts again"

@@ -11,6 +11,10 @@ _TYPES = {
 }  # fmt: skip
 
 
+_NAMED = ("stream_options", "top_logprobs", "max_tokens")
+"""Types of errors about several fields; their messages begin with the field's name."""
+
+
 class Refusal(Exception):
     """An error with an HTTP status."""
 
@@ -66,6 +70,8 @@ def from_validation(errors: Any) -> Refusal:
     where = ".".join(str(part) for part in parts if part != "body")
     if first["type"] == "extra_forbidden":
         return Refusal(400, f"{where}: is not supported here", code="unsupported_parameter", param=where)
+    if not where and first["type"] in _NAMED:
+        return Refusal(400, first["msg"], param=first["type"])
     return Refusal(400, f"{where or 'body'}: {first['msg']}", param=where or None)
 
 

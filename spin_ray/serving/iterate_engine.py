@@ -6,9 +6,10 @@ It adds to ``ray.serve.llm`` that files are checked first, and conversations are
 import asyncio
 import os
 from collections.abc import AsyncGenerator
-from contextlib import aclosing
+from contextlib import aclosing, suppress
 from typing import Any
 
+import ray
 from pydantic import ValidationError
 from ray import serve
 from ray.llm._internal.common.callbacks.base import CallbackBase
@@ -71,6 +72,9 @@ class IterateEngine(LLMServer):
         while not self._client.errored:
             await asyncio.sleep(_WATCH_S)
         await asyncio.sleep(_LAST_WORDS_S)
+        with suppress(Exception):  # Ray notices the end of a process only after some seconds
+            async with asyncio.timeout(1):
+                await asyncio.to_thread(ray.kill, ray.get_runtime_context().current_actor)
         os._exit(1)
 
     async def answer(self, operation: str, fields: dict[str, Any]) -> Any:

@@ -8,7 +8,7 @@ from typing import Self
 from spin_ray.errors import RunDirError
 from spin_ray.inputs.model_folder import open_model
 from spin_ray.run_dir.artefact import Artefact
-from spin_ray.run_dir.names import LATEST, age, api_name, is_iterate, iterate_number
+from spin_ray.run_dir.names import LATEST, age, api_name, iterate_number, read_iterate
 from spin_ray.run_dir.run_dir import RunDir
 
 ALL = "all"
@@ -39,7 +39,8 @@ def wanted(run: RunDir, models: tuple[str, ...]) -> tuple[list[str], str | None]
     """
     published = run.latest()
     newest = iterate_number(published) if published else 0
-    names = {name for name in models if is_iterate(name) and age(name) <= newest}
+    numbers = {number for name in models if (number := read_iterate(name)) is not None and number <= newest}
+    names = {api_name(number) for number in numbers}
     if ALL in models:
         names |= {api_name(number) for number in range(newest + 1)}
     latest = api_name(newest) if LATEST in models or ALL in models else None

@@ -13,6 +13,7 @@ from collections.abc import Callable
 from contextlib import suppress
 from typing import Any
 
+import ray
 from ray import serve
 from ray.serve.schema import ApplicationStatus, ReplicaState
 
@@ -22,6 +23,7 @@ from spin_ray.run_dir.run_dir import open_run
 from spin_ray.serving.engines import CHAT, COMPLETION
 from spin_ray.serving.iterate_engine import build_engine
 from spin_ray.serving.iterates import Iterate, open_iterate, wanted
+from spin_ray.serving.stopping import REPLICA
 
 logger = logging.getLogger("ray.serve")
 
@@ -93,9 +95,14 @@ class Keeper:
                 await self._announce()
 
     async def _running(self) -> set[str]:
-        """Returns the applications of which some replica runs."""
+        """Returns the applications of which some replica runs.
+
+        Ray Serve takes up to 10 s to notice that a replica has died; Ray forgets its actor's name at once.
+        """
         applications = (await self._ask_serve(serve.status)).applications
-        return {
+        actors = await asyncio.to_thread(ray.util.list_named_actors, all_namespaces=True)
+        alive = {actor["name"].removeprefix(REPLICA).partition("#")[0] for actor in actors}
+        return alive & {
             name
             for name, app in applications.items()
             if all(deployment.replica_states.get(ReplicaState.RUNNING) for deployment in app.deployments.values())

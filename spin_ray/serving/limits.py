@@ -29,7 +29,7 @@ _HEADERS = [
 
 
 class Observe:
-    """The outermost layer: security headers, one log line per request, a body for a 500.
+    """The outermost layer: security headers, one log line per request, a body for a 500, HEAD as GET without a body.
 
     Routes add to the line through ``scope["state"]["log"]``.
     """
@@ -44,11 +44,16 @@ class Observe:
         started = time.monotonic()
         line: dict[str, Any] = {"method": scope["method"], "path": scope["path"]}
         scope.setdefault("state", {})["log"] = line
+        is_head = scope["method"] == "HEAD"
+        if is_head:
+            scope["method"] = "GET"
 
         async def send_with_headers(message: Message) -> None:
             if message["type"] == "http.response.start":
                 line["status"] = message["status"]
                 message["headers"] = [*message.get("headers", ()), *_HEADERS]
+            elif is_head and "body" in message:
+                message["body"] = b""
             await send(message)
 
         try:

@@ -5,7 +5,7 @@ Iterates are ``sft`` (θ_0), ``iter-0`` (θ_1), …; ``latest`` is the newest.
 
 from collections.abc import Iterable
 
-from spin_ray.run_dir.names import LATEST, age
+from spin_ray.run_dir.names import LATEST, age, api_spelling
 
 
 class UnknownModel(LookupError):
@@ -46,6 +46,7 @@ class Names:
         """
         if name == LATEST:
             return self.newest()
+        name = api_spelling(name)
         if name not in self._iterates:
             raise UnknownModel(self._unknown(name))
         return name

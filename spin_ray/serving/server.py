@@ -5,8 +5,6 @@ import os
 import queue
 import signal
 import socket
-from contextlib import suppress
-from typing import Any
 
 import ray
 from ray import serve
@@ -15,14 +13,16 @@ from ray.exceptions import RayError
 from spin_ray.config.recipe import SpinConfig
 from spin_ray.config.sections import ServingConfig
 from spin_ray.errors import ConfigError, ResourceError, StageError, first_line
-from spin_ray.run_dir.names import LATEST, is_iterate
+from spin_ray.run_dir.names import LATEST, read_iterate
 from spin_ray.run_dir.run_dir import RunDir
 from spin_ray.runtime.connect import connect, take_signal
-from spin_ray.serving.access import LOOPBACK, read_keys
-from spin_ray.serving.app import APP, application, votes_url
+from spin_ray.serving.access import LOOPBACK, guard_ray_token, read_keys
+from spin_ray.serving.app import APP, STOP_MARGIN_S, application, votes_url
 from spin_ray.serving.arena.votes import VoteStore
 from spin_ray.serving.iterates import ALL, wanted
 from spin_ray.serving.keeper import ENGINE_PREFIX
+from spin_ray.serving.progress import Progress
+from spin_ray.serving.stopping import stop_serving
 
 logger = logging.getLogger(__name__)
 
@@ -39,12 +39,10 @@ def serve_run(run: RunDir, config: SpinConfig) -> None:
     start(run, config)
     for number in (signal.SIGINT, signal.SIGTERM):  # not earlier: Ray sets its own at its start
         take_signal(number, lambda number, _: stop.put(number))
-    serving = config.serving
-    logger.info("http://%s:%d answers once an engine is ready; Ctrl-C stops it", serving.host, serving.port)
     try:
-        _watch(stop)
+        Progress(config.serving).follow(stop)
     finally:
-        stop_serving()
+        stop_serving(APP, ENGINE_PREFIX, config.serving.request_timeout_s + STOP_MARGIN_S, stop)
 
 
 def check_settings(run: RunDir, config: SpinConfig) -> None:
@@ -55,7 +53,7 @@ def check_settings(run: RunDir, config: SpinConfig) -> None:
     """
     serving = config.serving
     for name in serving.models:
-        if not is_iterate(name) and name not in (LATEST, ALL):
+        if read_iterate(name) is None and name not in (LATEST, ALL):
             raise ConfigError(f"serving.models: {name!r} is none of sft, iter-0, iter-1, …, {LATEST}, {ALL}")
     if not wanted(run, serving.models)[0]:
         raise ConfigError(f"serving.models: {run.storage.root} has published none of {', '.join(serving.models)} yet")
@@ -105,6 +103,7 @@ def connect_for(run: RunDir, config: SpinConfig) -> None:
     """
     # By default Ray Serve kills a proxy that takes longer than 15 s to start.
     os.environ.setdefault("RAY_SERVE_PROXY_READY_CHECK_TIMEOUT_S", "50")
+    guard_ray_token(embedded=not (config.cluster.address or os.environ.get("RAY_ADDRESS")))
     connect(with_room(config, len(wanted(run, config.serving.models)[0])))
     needed = config.serving.resources.bundle
     if not any(all(node["Resources"].get(name, 0) >= n for name, n in needed.items()) for node in ray.nodes()):
@@ -125,24 +124,3 @@ def with_room(config: SpinConfig, engines: int) -> SpinConfig:
     needed = int((engines * config.serving.max_replicas + 1) * config.serving.resources.cpus + 1)
     cpus = max(os.cpu_count() or 1, needed)
     return config.model_copy(update={"cluster": config.cluster.model_copy(update={"local_cpus": cpus})})
-
-
-def stop_serving(app: str = APP, engines: str = ENGINE_PREFIX) -> None:
-    """Deletes ``app``, then its engines; Ray Serve stops if no other application is left."""
-    serve.delete(app)
-    names = list(serve.status().applications)
-    for name in names:
-        if name.startswith(engines):
-            serve.delete(name)
-    if not [name for name in names if not name.startswith(engines)]:
-        serve.shutdown()
-
-
-def _watch(stop: queue.SimpleQueue[int]) -> None:
-    while True:
-        with suppress(queue.Empty):
-            stop.get(timeout=5)
-            return
-        found: Any = serve.status().applications.get(APP)
-        if found is None:
-            raise StageError("the server was deleted by somebody else")

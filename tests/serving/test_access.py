@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 
 from spin_ray.errors import ConfigError
-from spin_ray.serving.access import Key, Rates, find_key, new_key, read_keys
+from spin_ray.serving.access import Key, Rates, find_key, guard_ray_token, new_key, read_keys
 
 
 def test_a_made_key_opens_and_its_line_does_not_hold_it(tmp_path: Path) -> None:
@@ -55,3 +55,21 @@ def test_a_bucket_refills_at_its_rate() -> None:
     assert rates.wait_s("alice", 2) == 0
     now = 1000.0
     assert [rates.wait_s("alice", 2) for _ in range(3)][:2] == [0, 0]
+
+
+@pytest.mark.parametrize("exists", [False, True])
+def test_rays_token_is_its_owners(exists: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Ray makes the file readable by others; a cluster's token is not made up."""
+    monkeypatch.setenv("HOME", str(tmp_path))
+    for name in ("RAY_AUTH_TOKEN", "RAY_AUTH_TOKEN_PATH"):
+        monkeypatch.delenv(name, raising=False)
+    file = tmp_path / ".ray" / "auth_token"
+    if exists:
+        file.parent.mkdir()
+        file.write_text("its own")
+        file.chmod(0o644)
+    guard_ray_token(embedded=False)
+    assert file.exists() == exists
+    guard_ray_token(embedded=True)
+    assert file.stat().st_mode & 0o777 == 0o600
+    assert (file.read_text() == "its own") == exists and len(file.read_text()) > 6

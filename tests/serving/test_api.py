@@ -10,11 +10,14 @@ import pytest
 
 from spin_ray.serving.access import Key, new_key
 from spin_ray.serving.api import DIGEST_HEADER, make_app
+from spin_ray.serving.arena.routes import FILES
 from tests.support.fake_engines import FakeEngines, empty_votes
 from tests.support.tiny_runs import tiny_config
 
 CHAT, COMPLETIONS, COMPARE = "/v1/chat/completions", "/v1/completions", "/v1/compare"
 JSON = {"Content-Type": "application/json"}
+OPEN = {"/", "/healthz", "/readyz", "/openapi.json", *(f"/{file}" for file in FILES)}
+"""Routes that need no key: the page, health, the document of the API."""
 HELLO = {"model": "sft", "messages": [{"role": "user", "content": "hello"}]}
 
 
@@ -333,8 +336,8 @@ def test_an_answer_that_takes_too_long_ends_with_an_error() -> None:
         server.engines.gate.clear()
         refused(await server.post(CHAT, HELLO), 504)
         stream = await server.post(CHAT, HELLO | {"stream": True})
-        last = json.loads(stream.text.split("data: ")[-1])
-        assert last["error"]["type"] == "timeout_error" and "[DONE]" not in stream.text
+        last = json.loads(stream.text.split("data: ")[-2])
+        assert last["error"]["type"] == "timeout_error" and stream.text.endswith("data: [DONE]\n\n")
         assert server.engines.active == 0
 
     run(check())
@@ -433,5 +436,33 @@ def test_the_list_of_models_says_why_one_does_not_serve() -> None:
         assert "problems" not in (await server.client.get("/v1/models")).json()
         server.engines.problems = {"iter-1": "model.safetensors: differs from its digest"}
         assert (await server.client.get("/v1/models")).json()["problems"] == server.engines.problems
+
+    run(check())
+
+
+def test_head_is_get_without_a_body() -> None:
+    async def check() -> None:
+        server = Server()
+        for path in ("/healthz", "/readyz", "/v1/models"):
+            head, get = await server.client.head(path), await server.client.get(path)
+            assert (head.status_code, head.content) == (200, b"")
+            assert head.headers["content-length"] == get.headers["content-length"]
+        assert (await server.client.head(CHAT)).status_code == 405
+
+    run(check())
+
+
+def test_without_a_key_nothing_but_the_page_and_health_is_told() -> None:
+    """The page's files, the two checks of health, and the document of the API."""
+
+    async def check() -> None:
+        _, line = new_key("alice")
+        server = Server([Key("alice", line.split()[1], None)])
+        paths = sorted({getattr(route, "path", "") for route in server.app.routes})
+        answers = {path: (await server.client.get(path)).status_code for path in paths if not path.startswith("/v1")}
+        assert set(answers) >= {"/healthz", "/readyz", "/openapi.json"}
+        assert set(answers) == OPEN
+        for path in (it for it in paths if it.startswith("/v1")):
+            assert (await server.client.get(path)).status_code == 401, path
 
     run(check())

@@ -2,7 +2,7 @@
 
 import pytest
 
-from spin_ray.run_dir.names import age, api_name, is_iterate
+from spin_ray.run_dir.names import age, api_name, read_iterate
 from spin_ray.serving.names import Names, UnknownModel
 
 
@@ -36,5 +36,20 @@ def test_before_anything_serves_every_name_is_unknown() -> None:
 
 def test_numbers_and_names_are_inverse() -> None:
     assert [age(api_name(number)) for number in range(13)] == list(range(13))
-    assert is_iterate("iter-0") and is_iterate("sft")
-    assert not any(is_iterate(name) for name in ("iter-", "iter-01", "iter-x", "7", "latest", "iter_000"))
+
+
+@pytest.mark.parametrize(
+    ("spelt", "iterate"),
+    [("sft", 0), ("0", 1), ("iter-0", 1), ("iter_000", 1), ("1", 2), ("iter-1", 2), ("iter_001", 2), ("iter_1", 2)],
+)
+def test_every_spelling_of_an_iterate_is_read(spelt: str, iterate: int) -> None:
+    assert read_iterate(spelt) == iterate
+
+
+@pytest.mark.parametrize("name", ["", "iter", "iter-", "-1", "iter--1", "SFT", "latest", "1.0", "iter 1", "²"])
+def test_other_names_are_none(name: str) -> None:
+    assert read_iterate(name) is None
+
+
+def test_a_request_may_spell_its_model_in_any_way_and_one_is_told(names: Names) -> None:
+    assert {names.resolve(spelt) for spelt in ("iter-2", "iter_002", "2")} == {"iter-2"}

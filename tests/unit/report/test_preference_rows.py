@@ -93,7 +93,7 @@ def test_votes_become_the_same_rows(tmp_path):
 
 def test_the_command_says_what_it_wrote_and_what_differs(call, run, tmp_path):
     file = tmp_path / "new" / "pairs.jsonl"
-    code, out, said = call("export", run.storage.root, "--what", "pairs", "--form", "sharegpt", "--iterate", "1",
+    code, out, said = call("export", run.storage.root, "--what", "pairs", "--form", "sharegpt", "--iterate", "0",
                            "--to", file)  # fmt: skip
     assert (code, out.strip()) == (0, str(file))
     assert "2 rows written; 1 of 4 responses have other token ids" in said

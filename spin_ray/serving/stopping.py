@@ -1,0 +1,67 @@
+"""The end of a server: begun answers end first, unless a second signal comes."""
+
+import logging
+import queue
+import threading
+import time
+from contextlib import suppress
+
+import ray
+from ray import serve
+from ray.exceptions import RayError
+from ray.serve.exceptions import RayServeException
+
+logger = logging.getLogger(__name__)
+
+REPLICA = "SERVE_REPLICA::"
+"""Beginning of the names of Ray Serve's actors: ``SERVE_REPLICA::APPLICATION#DEPLOYMENT#ID``."""
+_LOOK_S = 0.2
+_LAST_S = 5.0
+"""Seconds for Ray Serve itself to end after its replicas were killed."""
+
+
+def stop_serving(app: str, engines: str, longest_s: float, stop: queue.SimpleQueue[int] | None = None) -> None:
+    """Deletes ``app``, then its engines; Ray Serve stops if no other application is left.
+
+    ``app`` has ``longest_s`` to end its answers. A signal in ``stop`` ends the replicas at once.
+    """
+    work = threading.Thread(target=_stop, args=(app, engines, longest_s), daemon=True)
+    work.start()
+    while work.is_alive():
+        if stop is not None and not stop.empty():
+            logger.warning("stopping at once: answers are cut off")
+            _kill(app, engines)
+            work.join(_LAST_S)
+            return
+        work.join(_LOOK_S)
+
+
+def _stop(app: str, engines: str, longest_s: float) -> None:
+    try:
+        _delete([app], longest_s)
+        names = list(serve.status().applications)
+        _delete([name for name in names if name.startswith(engines)], longest_s)
+        if not [name for name in names if not name.startswith(engines)]:
+            serve.shutdown()
+    except (RayError, RayServeException, ConnectionError) as error:  # Ray is gone, and all replicas with it
+        logger.warning("Ray Serve has ended before its applications: %s", error)
+
+
+def _delete(names: list[str], longest_s: float) -> None:
+    """Deletes applications and waits; Ray Serve's own wait ends after 60 s, with an error."""
+    for name in names:
+        serve.delete(name, _blocking=False)
+    end = time.monotonic() + longest_s
+    while any(name in serve.status().applications for name in names) and time.monotonic() < end:
+        time.sleep(_LOOK_S)
+
+
+def _kill(app: str, engines: str) -> None:
+    with suppress(RayError, RayServeException):
+        names = [name for name in serve.status().applications if name == app or name.startswith(engines)]
+        for name in names:
+            serve.delete(name, _blocking=False)  # nothing starts again
+        for actor in ray.util.list_named_actors(all_namespaces=True):
+            if actor["name"].removeprefix(REPLICA).partition("#")[0] in names:
+                with suppress(ValueError):  # it has just ended
+                    ray.kill(ray.get_actor(actor["name"], namespace=actor["namespace"]))
