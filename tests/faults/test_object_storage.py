@@ -347,6 +347,7 @@ def test_benchmarks_of_a_run_on_a_store_fetch_weights_only_where_they_are_loaded
         return {"task": {"metrics": {"acc": {"value": 0.5, "standard_error": None}}, "shots": 0}}
 
     monkeypatch.setattr(benchmarks, "measure", measure)
+    monkeypatch.setattr(benchmarks, "unreachable", lambda endpoint: None)
     code, out, error = call("eval", stored, "--tasks", "task", "--endpoint", "http://127.0.0.1:1/v1", "--json")
     assert code == 0, error
     run = RunDir(ObjectStorage(stored))

@@ -5,6 +5,7 @@ is real.
 """
 
 import copy
+import gc
 import hashlib
 import json
 import shutil
@@ -73,6 +74,7 @@ def make_inputs(folder: Path) -> SpinConfig:
 
 def in_this_process(monkeypatch: pytest.MonkeyPatch) -> None:
     """Puts loops in the place of Ray Data and Ray Train."""
+    gc.freeze()  # closing a backend collects garbage: not among all that was imported
     monkeypatch.setattr(ray.data, "from_items", _Items)
     monkeypatch.setattr(driver, "share", lambda folder, files: None)
     for module in (driver, generation, training):

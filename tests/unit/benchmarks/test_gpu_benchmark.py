@@ -14,7 +14,6 @@ ON_CARDS_ONLY = (
     "is for CUDA",
     "not in float32",
     "TRL not there",
-    "this checkout has no",
 )
 """Reasons that a rehearsal may give."""
 

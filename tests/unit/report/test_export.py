@@ -33,7 +33,7 @@ def run(tmp_path):
     return run
 
 
-@pytest.mark.parametrize("iterate", ["2", "iter_001", "latest"])
+@pytest.mark.parametrize("iterate", ["1", "iter_001", "iter-1", "latest"])
 def test_an_exported_iterate_is_a_model_folder_with_a_card(run, tmp_path, iterate):
     folder = Path(export(run, iterate, str(tmp_path / "out")))
     open_model(folder, "exported")
@@ -43,7 +43,7 @@ def test_an_exported_iterate_is_a_model_folder_with_a_card(run, tmp_path, iterat
 
 def test_transformers_loads_an_export_and_generates_what_the_iterates_own_folder_does(run, tmp_path):
     """Greedy tokens of the exported folder and of the run's, each loaded by the Auto classes, as TRL and vLLM do."""
-    folder = export(run, "2", str(tmp_path / "out"))
+    folder = export(run, "1", str(tmp_path / "out"))
     said = []
     for place in (folder, run.storage.path(run.model(2).path)):
         tokenizer = AutoTokenizer.from_pretrained(place)
@@ -106,11 +106,11 @@ def test_a_damaged_model_is_not_exported(run, tmp_path):
     with (run.storage.path(run.model(2).path) / "config.json").open("a") as file:
         file.write(" ")
     with pytest.raises(RunDirError, match="differs from its digest"):
-        export(run, "2", str(tmp_path / "out"))
+        export(run, "1", str(tmp_path / "out"))
     assert not (tmp_path / "out").exists()
 
 
-@pytest.mark.parametrize("iterate", ["1", "3", "iter_007", "best", "-1"])
+@pytest.mark.parametrize("iterate", ["0", "3", "iter_007", "best", "-1"])
 def test_an_iterate_that_is_not_there_is_an_error_that_names_those_that_are(run, tmp_path, iterate):
     with pytest.raises(RunDirError, match=f"has no iterate {iterate}; it has iter_001"):
         export(run, iterate, str(tmp_path / "out"))
@@ -120,7 +120,7 @@ def test_nothing_is_written_over(run, tmp_path):
     (tmp_path / "out").mkdir()
     (tmp_path / "out" / "notes.txt").write_text("mine")
     with pytest.raises(ConfigError, match="is not empty"):
-        export(run, "2", str(tmp_path / "out"))
+        export(run, "1", str(tmp_path / "out"))
     assert [file.name for file in (tmp_path / "out").iterdir()] == ["notes.txt"]
 
 

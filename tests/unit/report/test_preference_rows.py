@@ -18,7 +18,7 @@ from spin_ray.run_dir.artefact import Manifest
 from spin_ray.run_dir.run_dir import RunDir
 from spin_ray.run_dir.schemas import PAIR_SCHEMA, PROMPT_SCHEMA
 from spin_ray.run_dir.storage import MANIFEST, Storage
-from spin_ray.serving.arena.battles import Answer
+from spin_ray.serving.arena.battles import Answer, Question
 from spin_ray.serving.arena.votes import VoteStore
 from tests.support.fakes import config_of
 from tests.support.fakes import write_rows as write_table
@@ -53,7 +53,7 @@ def run(tmp_path):
 @pytest.mark.parametrize(("form", "named"), [("trl", "prompt_chosen_rejected"), ("sharegpt", "sharegpt_preferred")])
 def test_exported_pairs_are_read_back_with_the_ids_that_were_trained_on(run, tmp_path, form, named):
     counts = Counter[str]()
-    path = write_rows(pairs_of(run, "1", counts), form, str(tmp_path / "pairs.jsonl"), counts)
+    path = write_rows(pairs_of(run, "0", counts), form, str(tmp_path / "pairs.jsonl"), counts)
     rows = [json.loads(line) for line in Path(path).read_text().splitlines()]
     [pair, cut] = [row for table in run.pairs(0).tables() for row in table.to_pylist()]
     renderer = ChatRenderer(TOKENIZER)
@@ -68,7 +68,7 @@ def test_exported_pairs_are_read_back_with_the_ids_that_were_trained_on(run, tmp
 def test_trls_form_has_the_columns_of_its_conversational_preference_rows(run, tmp_path):
     """Lists of role and content, loaded by ``datasets`` with no column of mixed type."""
     datasets = pytest.importorskip("datasets")
-    path = write_rows(pairs_of(run, "1", Counter()), "trl", str(tmp_path / "pairs.jsonl"), Counter())
+    path = write_rows(pairs_of(run, "0", Counter()), "trl", str(tmp_path / "pairs.jsonl"), Counter())
     loaded = datasets.load_dataset("json", data_files=path, split="train", cache_dir=str(tmp_path / "cache"))
     assert loaded.column_names == ["prompt", "chosen", "rejected"]
     assert loaded[0] == {
@@ -80,9 +80,9 @@ def test_trls_form_has_the_columns_of_its_conversational_preference_rows(run, tm
 
 def test_votes_become_the_same_rows(tmp_path):
     store = VoteStore(f"sqlite:///{tmp_path / 'votes.sqlite'}")
-    battle = store.start("sft", "iter-0")
-    for side, text in ((battle.a, "5"), (battle.b, "4")):
-        store.record(side, Answer(ASKED, {"seed": 7}, text, "stop", "d"))
+    battle = store.start("sft", "iter-0", Question(ASKED, {"seed": 7}))
+    store.record(battle.id, "a", Answer("5", "stop", "d"))
+    store.record(battle.id, "b", Answer("4", "stop", "d"))
     store.vote(battle.id, "b")
     path = write_rows(preferred_of_votes(store.export()), "sharegpt", str(tmp_path / "votes.jsonl"), Counter())
     assert json.loads(Path(path).read_text()) == {
@@ -103,5 +103,5 @@ def test_nothing_is_written_over_and_nothing_invented(run, tmp_path):
     (tmp_path / "there").touch()
     with pytest.raises(ConfigError, match=r"there: exists"):
         write_rows([], "trl", str(tmp_path / "there"), Counter())
-    with pytest.raises(RunDirError, match="0 was not trained on pairs"):
-        list(pairs_of(run, "0", Counter()))
+    with pytest.raises(RunDirError, match="sft was not trained on pairs"):
+        list(pairs_of(run, "sft", Counter()))

@@ -34,7 +34,7 @@ def asked(monkeypatch) -> dict[str, Any]:
 
     def keep(*_: Any, **options: Any) -> SimpleNamespace:
         told.update(options)
-        return SimpleNamespace(iter_rows=list, remote=lambda request: request)
+        return SimpleNamespace(iter_rows=list, remote=lambda *request: request)
 
     monkeypatch.setattr(ray.data, "from_items", lambda items, **_: SimpleNamespace(map=keep))
     monkeypatch.setattr(ray, "remote", lambda **options: lambda function: SimpleNamespace(options=keep))
@@ -67,7 +67,8 @@ def by_preferences(config: SpinConfig) -> None:
 
 
 def by_lm_eval(config: SpinConfig) -> None:
-    benchmarks._measure_on_ray(benchmarks.Request(model="m", name="sft", benchmarks=()), config)
+    unused: Any = None
+    benchmarks._measure_on_ray(unused, benchmarks.Request(model="m", name="sft", benchmarks=()), config)
 
 
 @pytest.mark.parametrize(("ask", "limit"), [
@@ -113,7 +114,9 @@ def test_a_stage_waits_for_its_own_resources_before_it_asks_for_processes(asked,
 def test_a_model_that_cannot_be_loaded_is_no_death_of_its_actor(tmp_path: Path):
     """An error from ``__init__`` would be tried again by Ray Data; one from a call ends the stage."""
     missing: Any = SimpleNamespace(here=lambda **_: tmp_path)
-    job: Any = SimpleNamespace(scorer=ScorerConfig(path="judge"), preference_model=missing, policy=missing)
+    job: Any = SimpleNamespace(
+        scorer=ScorerConfig(path="judge"), preference_model=missing, policy=missing, variables={}
+    )
     actor = preferences._Comparing(job)
     with pytest.raises(Exception, match="is no reward model"):
         _ = actor._scorer
