@@ -15,7 +15,6 @@ import click
 from rich.console import Console
 
 from spin_ray.config.load import load_config, override
-from spin_ray.config.recipe import SpinConfig
 from spin_ray.errors import StageError, UserError
 
 if TYPE_CHECKING:
@@ -223,9 +222,11 @@ def plan(
 @click.argument("overrides", nargs=-1, type=click.UNPROCESSED)
 def doctor(recipe: str, out: str | None, every_row: bool, as_json: bool, overrides: tuple[str, ...]) -> None:
     """Check RECIPE before it runs: values, data, model, chat template, storage, versions, resources."""
+    from spin_ray.loop.doctor import examine
+
     config = load_config(recipe, _parse_overrides(overrides))
     # A long line of a path or reason stays one line; --json prints nothing before its object.
-    found = _doctor(config, out, Console(quiet=as_json, soft_wrap=True), every_row)
+    found = examine(config, out, Console(quiet=as_json, soft_wrap=True), every_row=every_row)
     if as_json:
         click.echo(json.dumps(found, indent=1))
 
@@ -290,63 +291,6 @@ def serve_key(name: str, per_minute: int | None) -> None:
     key, line = new_key(name, per_minute)
     click.echo(line)
     click.echo(f"key of {name}, shown only now: {key}", err=True)
-
-
-def _doctor(config: SpinConfig, out: str | None, console: Console, every_row: bool) -> dict[str, Any]:
-    """Prints what is right, then raises what is wrong; returns the findings."""
-    from spin_ray.inputs.check import check_recipe, disk_free_gib, find_inputs, versions
-    from spin_ray.inputs.findings import template_facts
-    from spin_ray.inputs.model_folder import unopened_files
-    from spin_ray.inputs.rendering import open_renderer
-    from spin_ray.loop.algorithms.table import check_algorithm
-    from spin_ray.report import doctor as shown
-    from spin_ray.runtime.connect import connect
-    from spin_ray.runtime.placement import check_fits, demands
-
-    check_algorithm(config)
-    console.print("[green]ok[/] recipe")
-    inputs = find_inputs(config)
-    renderer = open_renderer(str(inputs.model.path), config.model)
-    tokenizer = renderer.tokenizer
-    surveys = shown.look_at_data(config, inputs, every_row=every_row)
-    for found in surveys:
-        shown.print_survey(found, console)
-    for found in surveys:
-        found.check(config.data)
-    shown.print_example(surveys[0], tokenizer, console)
-    start = check_recipe(config, inputs)
-    console.print("[green]ok[/] model", end=" ")
-    console.print(f"{start.model.path} (end of turn: token {start.end_of_turn_id})", markup=False)
-    facts = template_facts(renderer.template)
-    shown.print_template(facts, console)
-    unopened = unopened_files(start.model.path)
-    shown.print_findings(start.findings, unopened, console)
-    precision, reason = shown.precision_and_reason(config, _recipe_of(out))
-    console.print(f"[green]ok[/] precision {precision}: {reason}")
-    folder = None if out and "://" in out else Path(out or ".").absolute()
-    free = disk_free_gib(folder) if folder else None
-    console.print("[green]ok[/] a store answers:" if free is None else f"[green]ok[/] {free:.0f} GiB free for", end=" ")
-    console.print(str(folder or out), markup=False)
-    connect(config)
-    check_fits(config)
-    wanted = demands(config)
-    for stage, bundles in wanted.items():
-        console.print(f"[green]ok[/] {stage}: {len(bundles)} × {bundles[0]}")
-    console.print(", ".join(f"{name} {number}" for name, number in versions().items()))
-    resources = {stage: {"count": len(bundles), "bundle": dict(bundles[0])} for stage, bundles in wanted.items()}
-    return shown.as_json(surveys, facts, tokenizer) | {
-        "findings": [finding._asdict() for finding in start.findings], "unopened_files": [str(p) for p in unopened],
-        "model": str(start.model.path), "end_of_turn_id": start.end_of_turn_id,
-        "precision": {"chosen": precision, "reason": reason}, "free_gib": free and round(free, 1),
-        "resources": resources, "versions": versions(),
-    }  # fmt: skip
-
-
-def _recipe_of(out: str | None) -> SpinConfig | None:
-    from spin_ray.run_dir.run_dir import open_run
-
-    run = open_run(out) if out else None
-    return run.config() if run and run.storage.exists("run.json") else None
 
 
 def _show_status(run: "RunDir", console: Console, as_json: bool) -> None:

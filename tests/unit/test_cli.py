@@ -233,9 +233,10 @@ def test_status_shows_a_run_and_refuses_what_is_none(call, tmp_path):
 
 
 def test_doctor_says_what_is_right_and_asks_the_cluster(call, monkeypatch, tmp_path, recipe):
-    from spin_ray.runtime import connect, placement
+    from spin_ray.loop import doctor
+    from spin_ray.runtime import placement
 
-    monkeypatch.setattr(connect, "connect", lambda config: None)
+    monkeypatch.setattr(doctor, "connect", lambda config: None)
     monkeypatch.setattr(placement, "_node_resources", lambda labels=None: [{"CPU": 1.0}])
     code, out, _ = call("doctor", recipe, "--out", tmp_path / "run")
     assert code == 0
@@ -247,9 +248,10 @@ def test_doctor_says_what_is_right_and_asks_the_cluster(call, monkeypatch, tmp_p
 
 
 def test_doctor_as_json_is_one_object(call, monkeypatch, recipe):
-    from spin_ray.runtime import connect, placement
+    from spin_ray.loop import doctor
+    from spin_ray.runtime import placement
 
-    monkeypatch.setattr(connect, "connect", lambda config: None)
+    monkeypatch.setattr(doctor, "connect", lambda config: None)
     monkeypatch.setattr(placement, "_node_resources", lambda labels=None: [{"CPU": 1.0}])
     code, out, _ = call("doctor", recipe, "--json")
     found = json.loads(out)

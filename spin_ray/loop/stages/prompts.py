@@ -10,7 +10,7 @@ import json
 import logging
 import os
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from itertools import islice
@@ -94,15 +94,7 @@ def run(
         pieces_of = [split(each) for each in files_of]
         pieces = [piece for each in pieces_of for piece in each]
         folder = f"{ATTEMPTS}/{artefact.path}-{digest([inputs, settings])[:16]}"
-        items = [asdict(piece) | {"name": f"{folder}/{index:06d}"} for index, piece in enumerate(pieces)]
-        rendered = ray.data.from_items(items, override_num_blocks=len(items)).map(
-            _RenderSlice(run_dir.storage, artefact.path, task), num_cpus=0.5
-        )
-        try:
-            found = with_deadline(rendered.iter_rows(), 3600, 3600, "a slice of the data")
-            slices = sorted((_rendered(row) for row in found), key=lambda slice_: slice_.name)
-        except ray.exceptions.RayTaskError as error:
-            raise StageError(f"{source}: cannot be rendered: {last_line(error)}; run the command again") from error
+        slices = _render(pieces, folder, _RenderSlice(run_dir.storage, artefact.path, task), source)
         _refuse_mixed_files(slices, [piece.uri for piece in pieces])
         if ignored := sum((each.ignored for each in slices), Counter[str]()):
             logger.warning("%s: not read: %s", source, ", ".join(f"{n} in {k} rows" for n, k in ignored.most_common()))
@@ -118,6 +110,17 @@ def run(
         _check_quarantine(run_dir, config, artefact, source, counted["rows"], quarantined)
         artefact.commit(entries, inputs, settings, counts=dict(quarantined))
         run_dir.storage.delete(folder)
+
+
+def _render(pieces: Sequence[Slice], folder: str, render: "_RenderSlice", source: str) -> list["_Slice"]:
+    """Renders slices in Ray tasks; returns them in the order of the data."""
+    items = [asdict(piece) | {"name": f"{folder}/{index:06d}"} for index, piece in enumerate(pieces)]
+    rendered = ray.data.from_items(items, override_num_blocks=len(items)).map(render, num_cpus=0.5)
+    try:
+        found = with_deadline(rendered.iter_rows(), 3600, 3600, "a slice of the data")
+        return sorted((_rendered(row) for row in found), key=lambda slice_: slice_.name)
+    except ray.exceptions.RayTaskError as error:
+        raise StageError(f"{source}: cannot be rendered: {last_line(error)}; run the command again") from error
 
 
 def _task_of(run_dir: RunDir, config: SpinConfig, tokenizer: str, labelled: bool) -> PromptTask:

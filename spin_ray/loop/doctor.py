@@ -1,0 +1,71 @@
+"""`spin-ray doctor`: all that a run would check, before anything runs."""
+
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+
+from spin_ray.config.recipe import SpinConfig
+from spin_ray.inputs.check import check_recipe, disk_free_gib, find_inputs, versions
+from spin_ray.inputs.findings import template_facts
+from spin_ray.inputs.model_folder import unopened_files
+from spin_ray.inputs.rendering import open_renderer
+from spin_ray.loop.algorithms.table import check_algorithm
+from spin_ray.report import doctor as shown
+from spin_ray.run_dir.run_dir import open_run
+from spin_ray.runtime.connect import connect
+from spin_ray.runtime.placement import check_fits, demands
+
+
+def examine(config: SpinConfig, out: str | None, console: Console, *, every_row: bool) -> dict[str, Any]:
+    """Prints what is right, then raises what is wrong; returns the findings.
+
+    Args:
+        out: the folder or store of the run, if it is known.
+        every_row: read all rows in place of a sample.
+
+    Raises:
+        UserError: a run would be refused.
+    """
+    check_algorithm(config)
+    console.print("[green]ok[/] recipe")
+    inputs = find_inputs(config)
+    renderer = open_renderer(str(inputs.model.path), config.model)
+    tokenizer = renderer.tokenizer
+    surveys = shown.look_at_data(config, inputs, every_row=every_row)
+    for found in surveys:
+        shown.print_survey(found, console)
+    for found in surveys:
+        found.check(config.data)
+    shown.print_example(surveys[0], tokenizer, console)
+    start = check_recipe(config, inputs)
+    console.print("[green]ok[/] model", end=" ")
+    console.print(f"{start.model.path} (end of turn: token {start.end_of_turn_id})", markup=False)
+    facts = template_facts(renderer.template)
+    shown.print_template(facts, console)
+    unopened = unopened_files(start.model.path)
+    shown.print_findings(start.findings, unopened, console)
+    precision, reason = shown.precision_and_reason(config, _recipe_of(out))
+    console.print(f"[green]ok[/] precision {precision}: {reason}")
+    folder = None if out and "://" in out else Path(out or ".").absolute()
+    free = disk_free_gib(folder) if folder else None
+    console.print("[green]ok[/] a store answers:" if free is None else f"[green]ok[/] {free:.0f} GiB free for", end=" ")
+    console.print(str(folder or out), markup=False)
+    connect(config)
+    check_fits(config)
+    wanted = demands(config)
+    for stage, bundles in wanted.items():
+        console.print(f"[green]ok[/] {stage}: {len(bundles)} × {bundles[0]}")
+    console.print(", ".join(f"{name} {number}" for name, number in versions().items()))
+    resources = {stage: {"count": len(bundles), "bundle": dict(bundles[0])} for stage, bundles in wanted.items()}
+    return shown.as_json(surveys, facts, tokenizer) | {
+        "findings": [finding._asdict() for finding in start.findings], "unopened_files": [str(p) for p in unopened],
+        "model": str(start.model.path), "end_of_turn_id": start.end_of_turn_id,
+        "precision": {"chosen": precision, "reason": reason}, "free_gib": free and round(free, 1),
+        "resources": resources, "versions": versions(),
+    }  # fmt: skip
+
+
+def _recipe_of(out: str | None) -> SpinConfig | None:
+    run = open_run(out) if out else None
+    return run.config() if run and run.storage.exists("run.json") else None
