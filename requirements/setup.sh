@@ -24,8 +24,8 @@ bin=.venv/bin
 uv=$(command -v uv || true)
 if [ -z "$uv" ] && $bin/pip install -q uv 2>/dev/null; then uv=$bin/uv; fi
 export UV_DEFAULT_INDEX=${UV_DEFAULT_INDEX:-${PIP_INDEX_URL:-$($bin/pip config get global.index-url 2>/dev/null || echo https://pypi.org/simple)}}
-install() { # installs exactly what it is told, no dependency of it
-  if [ -n "$uv" ] && "$uv" pip install --quiet --python $bin/python --no-deps "$@"; then return; fi
+install() { # installs exactly what it is told, no dependency of it; uncompiled, every process of Ray would start twice as slowly
+  if [ -n "$uv" ] && "$uv" pip install --quiet --compile-bytecode --python $bin/python --no-deps "$@"; then return; fi
   $bin/pip install -q --no-deps "$@"
 }
 
@@ -37,7 +37,7 @@ if ! $bin/python -c 'import sys, torch; sys.exit(torch.__version__.split("+")[0]
   $bin/pip install -q --no-deps "$torch+cpu" 2>/dev/null \
     || $bin/pip install -q --no-deps --retries 1 --timeout 30 --index-url "${TORCH_INDEX:-https://download.pytorch.org/whl/cpu}" "$torch" 2>/dev/null \
     || { say "no CPU build of $torch is to be had: taking PyPI's with CUDA's libraries, 3 GB"
-         { [ -n "$uv" ] && "$uv" pip install --quiet --python $bin/python "$torch"; } || $bin/pip install -q "$torch"; }
+         { [ -n "$uv" ] && "$uv" pip install --quiet --compile-bytecode --python $bin/python "$torch"; } || $bin/pip install -q "$torch"; }
 fi
 say "installing $(grep -c '^[a-z]' requirements/cpu.lock) packages of requirements/cpu.lock${uv:+ by uv}"
 install --require-hashes -r requirements/cpu.lock
