@@ -1,5 +1,6 @@
 """Engines on GPUs, on a node that only says that it has some: Ray counts GPUs without looking for them."""
 
+import json
 import os
 import sys
 from collections.abc import Iterator
@@ -51,7 +52,7 @@ def _fails_once(spec: EngineSpec, once: Path) -> FakeEngine:
 def _notes_its_group(spec: EngineSpec, note: Path) -> FakeEngine:
     group = ray.util.get_current_placement_group()
     placed: Any = ray.util.placement_group_table(group)
-    note.write_text(f"{len(set(placed['bundles_to_node_id'].values()))} {group.bundle_specs}")
+    note.write_text(json.dumps([len(set(placed["bundles_to_node_id"].values())), group.bundle_specs]))
     return FakeEngine(short=True)
 
 
@@ -76,6 +77,6 @@ def test_an_engine_of_a_pipeline_lies_in_a_group_of_its_own_that_the_stage_remov
     config = make_config(generation={"resources": {"cpus": 0.5, "gpus": 2}, "engine": {"pipeline_parallel_size": 2}})
     make_prompts(run, config)
     play(run, config, lambda spec: _notes_its_group(spec, note))
-    assert note.read_text() == "1 [{'CPU': 0.5, 'GPU': 1.0}, {'GPU': 1.0}]"
+    assert json.loads(note.read_text()) == [1, [{"CPU": 0.5, "GPU": 1.0}, {"GPU": 1.0}]]
     groups = ray.util.placement_group_table().values()
     assert {group["state"] for group in groups} == {"REMOVED"}
