@@ -3,6 +3,7 @@
 import asyncio
 import json
 from collections.abc import AsyncGenerator
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -162,6 +163,7 @@ class Speaking(IterateEngine):
 
     def __init__(self, renderer: ChatRenderer, text: str) -> None:
         self._renderer, self._config, self._text = renderer, tiny_config(), text
+        self._stops, self._client, self._vocabulary = [renderer.end_of_turn_id], SimpleNamespace(errored=False), 2**20
 
     async def chat(self, request: Any, raw_request_info: Any = None) -> Any:
         async def events() -> AsyncGenerator[str, None]:

@@ -131,7 +131,9 @@ def test_a_service_on_a_cluster_needs_keys(run: RunDir) -> None:
         build({"run": str(run.storage.root), "serving.models": ["sft"]})
 
 
-def test_replicas_and_autoscaling_of_an_engine_are_the_configs(run: RunDir) -> None:
+def test_replicas_and_autoscaling_of_an_engine_are_the_configs(run: RunDir, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("RAY_ADDRESS", "local")  # ray.serve.llm starts Ray: its own, not the one that another test left
+
     def options(**settings: str) -> Any:
         config = override(run.config(), {f"serving.{name}": value for name, value in settings.items()})
         return build_engine(open_iterate(run, "sft"), config)._bound_deployment
