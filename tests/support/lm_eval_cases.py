@@ -11,7 +11,7 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from spin_ray.config.recipe import SpinConfig
-from spin_ray.loop.stages.evaluation import _text_measures
+from spin_ray.loop.stages.evaluation import _accuracy
 from spin_ray.run_dir.schemas import GENERATION_SCHEMA, PROMPT_SCHEMA
 
 TASKS = Path(__file__).parent / "tasks"
@@ -81,4 +81,4 @@ class Plain:
             for n, row in enumerate(heldout)
         ]  # fmt: skip
         tables = pa.Table.from_pylist(heldout, PROMPT_SCHEMA), pa.Table.from_pylist(answers, GENERATION_SCHEMA)
-        return _text_measures(*tables, config, Path(self.folder))["answer_accuracy"]
+        return _accuracy(*tables, config, Path(self.folder))["answer_accuracy"]
