@@ -1,7 +1,6 @@
 """The HTTP interface: OpenAI's routes, comparison, health."""
 
 import asyncio
-import json
 import time
 from collections.abc import AsyncIterator
 from contextlib import AsyncExitStack, aclosing
@@ -22,7 +21,7 @@ from spin_ray.serving.bodies import ChatBody, CompareBody, CompletionBody, plain
 from spin_ray.serving.compare import compare
 from spin_ray.serving.engines import CHAT, COMPLETION, Engines, Item
 from spin_ray.serving.errors import Refusal, from_engine, from_validation
-from spin_ray.serving.events import DONE, HeldStream
+from spin_ray.serving.events import END, HeldStream, event
 from spin_ray.serving.limits import Access, Observe, Slots, WholeBody
 from spin_ray.serving.metrics import Metrics
 from spin_ray.serving.names import UnknownModel
@@ -174,7 +173,7 @@ async def _events(first: str, items: _Until) -> AsyncIterator[str]:
             yield item
             item = await items.next()
     except Refusal as refusal:
-        yield f"data: {json.dumps(refusal.content())}\n\ndata: {DONE}\n\n"
+        yield event(refusal.content()) + END
 
 
 def _served(engines: Engines) -> list[str]:

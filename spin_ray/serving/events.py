@@ -23,8 +23,20 @@ class HeldStream(StreamingResponse):
             await super().__call__(scope, receive, send)
 
 
+END = f"data: {DONE}\n\n"
+"""The last event."""
+
+
+def event(told: dict[str, Any]) -> str:
+    return f"data: {json.dumps(told)}\n\n"
+
+
+def objects(events: str) -> list[dict[str, Any] | None]:
+    """Returns the object of each of the whole ``events``, None for the last of a stream."""
+    told = [each.removeprefix("data:").strip() for each in events.split("\n\n") if each.strip()]
+    return [None if data == DONE else json.loads(data) for data in told]
+
+
 def rewrite(events: str, change: Callable[[dict[str, Any]], dict[str, Any]]) -> str:
     """Applies ``change`` to the object of each of the whole ``events``."""
-    told = [event.removeprefix("data: ").strip() for event in events.split("\n\n") if event.strip()]
-    changed = [data if data == DONE else json.dumps(change(json.loads(data))) for data in told]
-    return "".join(f"data: {data}\n\n" for data in changed)
+    return "".join(END if told is None else event(change(told)) for told in objects(events))

@@ -5,7 +5,6 @@ Every event names its side: ``{"side": "a", "text": …}`` for a piece, then ``{
 """
 
 import asyncio
-import json
 import logging
 import time
 from collections.abc import AsyncGenerator, Callable
@@ -14,11 +13,11 @@ from typing import Any, get_args
 
 from fastapi.concurrency import run_in_threadpool
 
+from spin_ray.serving import events
 from spin_ray.serving.arena.battles import BATTLE_TTL_S, Answer, Battle, Side
 from spin_ray.serving.arena.votes import VoteStore
 from spin_ray.serving.engines import CHAT, Engines
 from spin_ray.serving.errors import Refusal, from_engine
-from spin_ray.serving.events import DONE
 from spin_ray.serving.metrics import Metrics
 
 logger = logging.getLogger(__name__)
@@ -37,14 +36,14 @@ async def both_sides(
     ]
     try:
         seed = battle.question.sampling["seed"]
-        yield _event({"battle": battle.id, "seed": seed, "expires_in_s": BATTLE_TTL_S})
+        yield events.event({"battle": battle.id, "seed": seed, "expires_in_s": BATTLE_TTL_S})
         ended = 0
         while ended < len(sides):
-            event = await told.get()
-            ended += event is None
-            if event is not None:
-                yield _event(event)
-        yield f"data: {DONE}\n\n"
+            news = await told.get()
+            ended += news is None
+            if news is not None:
+                yield events.event(news)
+        yield events.END
     finally:
         for task in sides:
             task.cancel()
@@ -106,11 +105,6 @@ class _Side:
         self._tell({"side": self._side, **refusal.content()})
 
 
-def _choices(events: str) -> list[dict[str, Any]]:
+def _choices(streamed: str) -> list[dict[str, Any]]:
     """Returns the choices in whole server-sent events."""
-    told = [event.removeprefix("data:").strip() for event in events.split("\n\n") if event.strip()]
-    return [choice for data in told if data != DONE for choice in json.loads(data).get("choices", [])]
-
-
-def _event(told: dict[str, Any]) -> str:
-    return f"data: {json.dumps(told)}\n\n"
+    return [choice for told in events.objects(streamed) if told is not None for choice in told.get("choices", [])]
