@@ -9,8 +9,9 @@ from functools import cached_property
 from itertools import islice
 from json.encoder import encode_basestring
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
+from spin_ray.config.recipe import SpinConfig
 from spin_ray.config.sections import DataConfig
 from spin_ray.inputs.chat_template import Tools
 from spin_ray.inputs.conversations import (
@@ -51,6 +52,21 @@ class PromptTask:
     takes_tools: bool = True
     """False: rows with tools are refused."""
 
+    @classmethod
+    def of(cls, config: SpinConfig, tokenizer: str, *, labelled: bool = True, date: datetime | None = None) -> Self:
+        """Returns the task of a recipe."""
+        return cls(
+            tokenizer=tokenizer,
+            chat_template=config.model.chat_template,
+            trust_remote_code=config.model.trust_remote_code,
+            max_length=config.model.max_length,
+            data=config.data,
+            labelled=labelled,
+            chat_template_kwargs=config.model.chat_template_kwargs,
+            date=date,
+            takes_tools=config.algorithm != "seft",
+        )
+
     @cached_property
     def renderer(self) -> ChatRenderer:
         tokenizer = load_tokenizer(self.tokenizer, self.chat_template, self.trust_remote_code)
@@ -61,7 +77,7 @@ class PromptTask:
         """Tokens that the model does not embed."""
         return without_embedding(self.renderer.tokenizer, vocabulary_of(Path(self.tokenizer)))
 
-    def prepared(self) -> "PromptTask":
+    def prepared(self) -> Self:
         """Loads the tokenizer now, so that copies for other processes bring it along."""
         _ = self.renderer, self.without_embedding
         return self

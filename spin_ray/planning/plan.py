@@ -96,11 +96,7 @@ def _sample(config: SpinConfig, given: Given) -> Work:
     from spin_ray.inputs.mixture import shares_of
     from spin_ray.inputs.prompt_rows import PromptTask
 
-    task = PromptTask(
-        tokenizer=str(model), chat_template=config.model.chat_template, data=config.data,
-        trust_remote_code=config.model.trust_remote_code, max_length=config.model.max_length,
-        chat_template_kwargs=config.model.chat_template_kwargs,
-    )  # fmt: skip
+    task = PromptTask.of(config, str(model))
     sources = sources_of(config.data.train)
     samples = [_usable_rows(resolve(source.path), task) for source in sources]
     shares = shares_of(sources, [counted for counted, _ in samples])

@@ -1,7 +1,7 @@
-"""What ``spin-ray doctor`` shows of a recipe's data, template and precision."""
+"""Output of ``spin-ray doctor`` about a recipe's data, template and precision."""
 
 from collections.abc import Sequence
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -36,16 +36,8 @@ def look_at_data(config: SpinConfig, inputs: Inputs, *, every_row: bool) -> list
         if source is None:
             continue
         if labelled not in tasks:
-            tasks[labelled] = PromptTask(
-                tokenizer=str(inputs.model.path),
-                chat_template=config.model.chat_template,
-                trust_remote_code=config.model.trust_remote_code,
-                max_length=UNLIMITED,
-                data=config.data,
-                labelled=labelled,
-                chat_template_kwargs=config.model.chat_template_kwargs,
-                takes_tools=config.algorithm != "seft",
-            )
+            task = PromptTask.of(config, str(inputs.model.path), labelled=labelled)
+            tasks[labelled] = replace(task, max_length=UNLIMITED)
         found.append(survey(source, tasks[labelled], config.model.max_length, every_row=every_row))
     if inputs.heldout is not None and not config.data.keep_leaks:
         _count_leaks(found, inputs)

@@ -76,7 +76,7 @@ def run(
     source, sources = name_of(train), sources_of(train)
     files_of = [find_files(each.path) for each in sources]
     files = [file for each in files_of for file in each]
-    task = _task_of(run_dir, config, tokenizer, labelled)
+    task = PromptTask.of(config, tokenizer, labelled=labelled, date=run_dir.date()).prepared()
     inputs = {"data": files_digest(files), "chat_template": template_digest(task.renderer)}
     settings: dict[str, Any] = {
         "max_length": config.model.max_length,
@@ -121,20 +121,6 @@ def _render(pieces: Sequence[Slice], folder: str, render: "_RenderSlice", source
         return sorted((_rendered(row) for row in found), key=lambda slice_: slice_.name)
     except ray.exceptions.RayTaskError as error:
         raise StageError(f"{source}: cannot be rendered: {last_line(error)}; run the command again") from error
-
-
-def _task_of(run_dir: RunDir, config: SpinConfig, tokenizer: str, labelled: bool) -> PromptTask:
-    return PromptTask(
-        tokenizer=tokenizer,
-        chat_template=config.model.chat_template,
-        trust_remote_code=config.model.trust_remote_code,
-        max_length=config.model.max_length,
-        data=config.data,
-        labelled=labelled,
-        chat_template_kwargs=config.model.chat_template_kwargs,
-        date=run_dir.date(),
-        takes_tools=config.algorithm != "seft",
-    ).prepared()
 
 
 def _refuse_mixed_files(slices: list["_Slice"], uris: list[str]) -> None:
