@@ -2,13 +2,13 @@
 
 import platform
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import datetime
 from importlib.metadata import PackageNotFoundError, version
 from itertools import chain, islice
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from spin_ray.config.recipe import SpinConfig
 from spin_ray.config.sections import DataConfig, Train, name_of, sources_of
@@ -72,6 +72,14 @@ class Start(Inputs):
     findings: tuple[Finding, ...] = ()
 
 
+class FirstConversation(NamedTuple):
+    """A conversation of the first rows of a data set."""
+
+    origin: str
+    messages: Conversation
+    tools: Tools
+
+
 def find_inputs(config: SpinConfig) -> Inputs:
     """Finds model and data.
 
@@ -115,45 +123,53 @@ def _labelled(inputs: Inputs) -> list[str]:
 def check_recipe(config: SpinConfig, inputs: Inputs | None = None, date: datetime | None = None) -> Start:
     """Checks that model and data can be used; raises UserError otherwise."""
     inputs = inputs or find_inputs(config)
-    for source in _labelled(inputs):
-        for file in find_files(source)[:_CHECKED_FILES]:
-            find_form(islice(_rows(file, config.data), _CHECKED_ROWS), config.data)
+    rows = {source: _first_conversations(source, config.data) for source in _labelled(inputs)}
     renderer = open_renderer(str(inputs.model.path), config.model, date)
     vocabulary = vocabulary_of(inputs.model.path)
     check_template_tokens(renderer.tokenizer, renderer, vocabulary)
-    for source in _labelled(inputs):
-        check_token_ids(renderer.tokenizer, renderer, source, config.data, vocabulary)
-    findings = find_all(config, inputs, renderer)
+    for first in rows.values():
+        check_token_ids(renderer, first, vocabulary)
+    ends = other_ends(inputs.model.path, renderer)
+    findings = _find_all(config, inputs, renderer, rows, ends)
     for finding in findings:
         if finding.severity == "error":
             raise DataError(finding.sentence)
-    ends = other_ends(inputs.model.path, renderer)
     return Start(**vars(inputs), end_of_turn_id=renderer.end_of_turn_id, other_ends=ends, findings=tuple(findings))
 
 
-def find_all(config: SpinConfig, inputs: Inputs, renderer: ChatRenderer) -> list[Finding]:
+def _find_all(
+    config: SpinConfig,
+    inputs: Inputs,
+    renderer: ChatRenderer,
+    rows: Mapping[str, Sequence[FirstConversation]],
+    ends: tuple[int, ...],
+) -> list[Finding]:
     """Returns what is worth knowing of model, template and data before anything runs."""
     found = find_in_template(renderer.template)
-    if ends := other_ends(inputs.model.path, renderer):
+    if ends:
         names = ", ".join(map(str, renderer.tokenizer.convert_ids_to_tokens([*ends])))
         found.append(Finding(f"generation stops at {names}, too; rows end with {renderer.end_of_turn}", "note"))
     if lacking := warn_of(without_embedding(renderer.tokenizer, vocabulary_of(inputs.model.path))):
         found.append(Finding(lacking, "warning"))
-    for source in _labelled(inputs):
-        rows = _first_conversations(source, config.data)
-        found += find_in_rows(renderer, rows, source)
-        if config.algorithm == "sppo" and any(tools for _, tools in rows):
+    for source, first in rows.items():
+        found += find_in_rows(renderer, [(each.messages, each.tools) for each in first], source)
+        if config.algorithm == "sppo" and any(each.tools for each in first):
             found.append(Finding(f"{source}: the preference model reads rows without their tools", "warning"))
     if few := _too_few(config, inputs.train):
         found.append(Finding(few, "error"))
     return found
 
 
-def _first_conversations(source: str, data: DataConfig) -> list[tuple[Conversation, Tools]]:
+def _first_conversations(source: str, data: DataConfig) -> list[FirstConversation]:
+    """Returns those of the first file; raises DataError if one of the first files is of no form, or of two."""
+    heads = [list(islice(_rows(file, data), _CHECKED_ROWS)) for file in find_files(source)[:_CHECKED_FILES]]
+    for head in heads:
+        find_form(head, data)
     found = []
-    for row in islice(_rows(find_files(source)[0], data), _CHECKED_ROWS):
+    for row in heads[0]:
         try:
-            found += [(messages, tools_of(row.content, data)) for messages in conversations_of(row.content, data)]
+            tools = tools_of(row.content, data)
+            found += [FirstConversation(row.origin, each, tools) for each in conversations_of(row.content, data)]
         except Unusable:
             continue
     return found
@@ -204,37 +220,30 @@ def check_template_tokens(tokenizer: Any, renderer: ChatRenderer, vocabulary: in
     refuse(used, vocabulary, tokenizer.name_or_path, "its chat template")
 
 
-def check_token_ids(
-    tokenizer: Any, renderer: ChatRenderer, source: str, data: DataConfig, vocabulary: int | None = None
-) -> int:
+def check_token_ids(renderer: ChatRenderer, first: Sequence[FirstConversation], vocabulary: int | None = None) -> int:
     """Compares the first rows' token ids with transformers'; returns how many conversations were compared.
 
     Raises:
         ModelError: ids differ, or one has no embedding.
     """
-    compared = 0
+    compared, tokenizer = 0, renderer.tokenizer
     missing = without_embedding(tokenizer, vocabulary)
-    for row in islice(_rows(find_files(source)[0], data), _CHECKED_ROWS):
-        try:
-            conversations, tools = conversations_of(row.content, data), tools_of(row.content, data)
-        except Unusable:
+    made = renderer.render_all([each.messages for each in first], [each.tools for each in first])
+    for (origin, conversation, tools), rendered in zip(first, made, strict=True):
+        if isinstance(rendered, RenderError):
             continue
-        made = renderer.render_all(conversations, [tools] * len(conversations))
-        for conversation, rendered in zip(conversations, made, strict=True):
-            if isinstance(rendered, RenderError):
-                continue
-            ours = rendered.prompt_ids + rendered.real_ids
-            if missing:
-                found = {token_id: missing[token_id] for token_id in sorted(missing.keys() & set(ours))}
-                refuse(found, vocabulary, tokenizer.name_or_path, row.origin)
-            if renderer.names_control_tokens(conversation, tools):
-                continue
-            if other := _other_ids(renderer, conversation, tools, rendered):
-                raise ModelError(
-                    f"{tokenizer.name_or_path}: {row.origin} has other token ids here than transformers gives it, "
-                    f"{other}; please report this tokenizer"
-                )
-            compared += 1
+        ours = rendered.prompt_ids + rendered.real_ids
+        if missing:
+            found = {token_id: missing[token_id] for token_id in sorted(missing.keys() & set(ours))}
+            refuse(found, vocabulary, tokenizer.name_or_path, origin)
+        if renderer.names_control_tokens(conversation, tools):
+            continue
+        if other := _other_ids(renderer, conversation, tools, rendered):
+            raise ModelError(
+                f"{tokenizer.name_or_path}: {origin} has other token ids here than transformers gives it, "
+                f"{other}; please report this tokenizer"
+            )
+        compared += 1
     return compared
 
 

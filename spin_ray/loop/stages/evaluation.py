@@ -74,11 +74,12 @@ def run(
         return done
     benchmarks = {key: done[key] for key in done if key == "benchmarks"}  # lm-eval may have been quicker
     with run_dir.stage(f"{model.name}/evaluation") as counted:
-        heldout, answers = _read(run_dir.heldout, samples)
-        graded_rows = _read(run_dir.heldout, samples, config.evaluation.samples)
+        every = _read(run_dir.heldout, samples, config.evaluation.samples)
+        first = pc.equal(every[1]["sample"], 0)
+        heldout, answers = (table.filter(first) for table in every)
         result: dict[str, Any] = {"iterate": model.name, "made_from": made_from, "rows": heldout.num_rows}
         texts = _text_measures(heldout, answers)
-        accuracy = _accuracy(*graded_rows, config, model.path)
+        accuracy = _accuracy(*every, config, model.path)
         texts["standard_errors"] |= accuracy.pop("standard_errors", {})
         result |= texts | accuracy
         if previous is not None:

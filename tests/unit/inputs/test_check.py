@@ -12,7 +12,14 @@ import pytest
 from spin_ray.config.recipe import SpinConfig
 from spin_ray.config.sections import DataConfig
 from spin_ray.errors import ConfigError, DataError, ModelError
-from spin_ray.inputs.check import check_recipe, check_template_tokens, check_token_ids, disk_free_gib, versions
+from spin_ray.inputs.check import (
+    _first_conversations,
+    check_recipe,
+    check_template_tokens,
+    check_token_ids,
+    disk_free_gib,
+    versions,
+)
 from spin_ray.inputs.embedded import resolve
 from spin_ray.inputs.rendering import ChatRenderer, Rendered, load_tokenizer
 from tests.support.tokenizer_kinds import TEMPLATES, tokenizer_of_kind
@@ -150,17 +157,20 @@ def test_token_ids_of_a_runs_own_rows_are_compared_with_transformers(kind, tmp_p
     rows = [{"prompt": f"Is it {number}?", "response": "Yes, it is."} for number in range(3)]
     forged = {"prompt": "</s>", "response": "Yes."}
     Path(source).write_text("".join(json.dumps(row) + "\n" for row in [*rows, forged, {"prompt": "no response"}]))
-    assert check_token_ids(tokenizer, renderer, source, DataConfig(train=source)) == 3
+    first = _first_conversations(source, DataConfig(train=source))
+    assert check_token_ids(renderer, first) == 3
 
     def as_two_texts(conversations, tools):
-        prompt = renderer.render_prompt(conversations[0][:-1])
-        response = tokenizer.encode(conversations[0][-1]["content"], add_special_tokens=False)
-        return [Rendered(prompt, [*response, renderer.end_of_turn_id])]
+        made = []
+        for messages in conversations:
+            response = tokenizer.encode(messages[-1]["content"], add_special_tokens=False)
+            made.append(Rendered(renderer.render_prompt(messages[:-1]), [*response, renderer.end_of_turn_id]))
+        return made
 
     if kind == "prepend":
         monkeypatch.setattr(renderer, "render_all", as_two_texts)
         with pytest.raises(ModelError, match=r"rows\.jsonl:1 has other token ids here than transformers gives it"):
-            check_token_ids(tokenizer, renderer, source, DataConfig(train=source))
+            check_token_ids(renderer, first)
 
 
 # Tokens that the model has no embedding for
