@@ -20,7 +20,7 @@ TARGETS_MULTIPLE = 64
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class LogitTransform:
-    """What models do to logits after the head: softcap · tanh(scale · logits / softcap)."""
+    """The change of logits after the head: softcap · tanh(scale · logits / softcap)."""
 
     scale: float = 1.0
     softcap: float | None = None

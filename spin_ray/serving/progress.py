@@ -17,7 +17,7 @@ _LOOK_S = 1.0
 
 
 class Progress:
-    """What the user was told last of each engine."""
+    """The last state of each engine that the user was told."""
 
     def __init__(self, serving: ServingConfig) -> None:
         self._url = f"http://{serving.host}:{serving.port}"

@@ -1,4 +1,4 @@
-"""What a card's generation can compute."""
+"""Limits of a card's generation."""
 
 import torch
 
