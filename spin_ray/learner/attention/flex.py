@@ -17,6 +17,7 @@ from torch.nn.attention.flex_attention import AuxRequest, BlockMask, flex_attent
 
 from spin_ray.learner.attention.base import Window, effective_windows
 from spin_ray.learner.attention.capability import too_old
+from spin_ray.learner.attention.hook import allow_many_graphs
 from spin_ray.learner.attention.rule import Token, key_ranges, sees
 from spin_ray.learner.batch import PackedBatch
 
@@ -92,10 +93,9 @@ def _kernel(device_type: str) -> Callable[..., Any]:
 def _compiled() -> Callable[..., Any]:
     """Compiles for every pack length at once, so that scoring and training run one kernel.
 
-    Each kind of layer, precision and gradient mode compiles once more.
-    Beyond the limit dynamo would quietly run FlexAttention uncompiled, with all scores in memory.
+    Uncompiled, FlexAttention would hold all scores in memory.
     """
-    torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, 64)
+    allow_many_graphs()
     return torch.compile(flex_attention, dynamic=True, fullgraph=True)
 
 

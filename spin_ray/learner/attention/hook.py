@@ -12,6 +12,8 @@ from spin_ray.learner.attention.base import AttentionPlan
 
 IMPLEMENTATION = "spin_ray_packs"
 """Name of ``attend`` among transformers' attention implementations."""
+MOST_GRAPHS = 64
+"""Graphs of one function: kinds of layers, precisions and gradient modes each make their own."""
 
 
 def attend(
@@ -50,6 +52,12 @@ def attend(
 
 AttentionInterface.register(IMPLEMENTATION, attend)
 AttentionMaskInterface.register(IMPLEMENTATION, sdpa_mask)
+
+
+def allow_many_graphs() -> None:
+    """Raises dynamo's limit of graphs of one function, beyond which it would quietly run the function uncompiled."""
+    dynamo = torch._dynamo.config
+    dynamo.recompile_limit = max(dynamo.recompile_limit, MOST_GRAPHS)
 
 
 def keep_out_of_graphs() -> None:

@@ -17,7 +17,7 @@ from torch.utils.checkpoint import checkpoint
 
 from spin_ray.errors import ModelError
 from spin_ray.learner.adapters import is_adapter, merge_adapters, stored_name
-from spin_ray.learner.attention.hook import keep_out_of_graphs
+from spin_ray.learner.attention.hook import allow_many_graphs, keep_out_of_graphs
 from spin_ray.learner.backends.base import BackendSettings
 from spin_ray.learner.hf_folder import write_model
 
@@ -25,8 +25,6 @@ logger = logging.getLogger(__name__)
 
 COMPILER = "inductor"
 """Backend of torch.compile."""
-MOST_GRAPHS = 64
-"""Graphs of one function, beyond which dynamo would quietly run it uncompiled."""
 
 
 def decoder_layers(model: Any) -> list[nn.Module]:
@@ -70,9 +68,10 @@ def compile_layers(model: Any) -> None:
     graph may break within it.
     """
     keep_out_of_graphs()
-    dynamo = torch._dynamo.config
-    dynamo.recompile_limit = max(dynamo.recompile_limit, MOST_GRAPHS)
-    dynamo.skip_fsdp_guards = False  # layers of several kinds, e.g. with and without a window, share no graph
+    allow_many_graphs()
+    torch._dynamo.config.skip_fsdp_guards = (
+        False  # layers of several kinds, e.g. with and without a window, share no graph
+    )
     differentiable = any(parameter.requires_grad for parameter in model.get_input_embeddings().parameters())
     for layer in decoder_layers(model):
         compiled = torch.compile(layer.forward, dynamic=True, backend=COMPILER)
