@@ -5,13 +5,17 @@ are loaded in turn, A B B A A B: first a stream at a time, then `--clients` stre
 both, tokens a second in the second. Answers have half to one and a half times `--max-tokens`, in one order for both: of
 one length, all clients would ask again in the same moment, for ever.
 
-    python benchmarks/serving_overhead.py [--clients 8] [--requests 32] [--max-tokens 32] [--rounds 6]
+Then ten times as many clients as ours has places ask it for `--overload-s` seconds, and again a second after a refusal.
+Timed are refusals, and, by a process of its own, `/healthz`.
+
+    python benchmarks/serving_overhead.py [--clients 8] [--requests 32] [--max-tokens 32] [--rounds 6] [--overload-s 30]
 """
 
 import argparse
 import asyncio
 import contextlib
 import json
+import multiprocessing
 import os
 import signal
 import socket
@@ -20,20 +24,24 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections import defaultdict
 from collections.abc import Iterator
+from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 
 import httpx
 import numpy
-from harness import MODEL, RESULTS, Row, at_least, prepare, record
+from harness import MODEL, RESULTS, Row, at_least, at_most, prepare, record
 
 from spin_ray.config.recipe import SpinConfig
+from spin_ray.config.sections import ServingConfig
 from spin_ray.inputs.check import check_recipe
 from spin_ray.inputs.embedded import resolve
 from spin_ray.run_dir.run_dir import RunDir
 from spin_ray.run_dir.storage import Storage
 
 LENGTH = 512
+PLACES = ServingConfig().max_concurrent
 TARGETS = ((50, 15), (99, 60))
 """Percentile, and milliseconds that it may grow by."""
 Firsts = dict[str, list[float]]
@@ -48,6 +56,7 @@ def main() -> None:
     parser.add_argument("--requests", type=int, default=32)
     parser.add_argument("--max-tokens", type=int, default=32)
     parser.add_argument("--rounds", type=int, default=6)
+    parser.add_argument("--overload-s", type=float, default=30)
     options = parser.parse_args()
     prepare()
     ratios: list[float] = []
@@ -68,10 +77,11 @@ def main() -> None:
                 loaded.append(firsts_loaded)
                 medians = {side: round(1000 * statistics.median(values), 1) for side, values in firsts.items()}
                 print(json.dumps({side: [round(speed[side], 1), medians[side]] for side in urls}), flush=True)
+        overloaded = overload(other, options.overload_s)
     streams = f"{options.clients} streams at once, {options.max_tokens} tokens each on average"
     share = at_least("serving, share of a bare vLLM server's tokens a second", ratios, 0.9, streams)
     rows = [added(alone, percent, target, "one stream at a time") for percent, target in TARGETS]
-    record([share, *rows, *(added(loaded, percent, target, streams) for percent, target in TARGETS)])
+    record([share, *rows, *(added(loaded, percent, target, streams) for percent, target in TARGETS), *overloaded])
 
 
 def added(rounds: list[Firsts], percent: int, target: float, streams: str) -> Row:
@@ -123,6 +133,54 @@ async def load(url: str, clients: int, requests: int, max_tokens: int) -> tuple[
         seconds = time.perf_counter() - started
     assert tokens == sum(longest), "every answer must be cut at its longest, so that both do the same work"
     return firsts, tokens / seconds
+
+
+def overload(url: str, seconds: float) -> list[Row]:
+    """Ten times too many clients: the slowest hundredth of refusals and of health checks, in milliseconds."""
+    with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn")) as pool:
+        checked = pool.submit(health_checks, url, seconds)
+        answered = asyncio.run(insist(url, seconds))
+        healthy = checked.result()
+    assert set(answered) <= {200, 503}, sorted(answered)
+    clients = f"{10 * PLACES} clients for {seconds:g} s, {len(answered[200])} answers, {len(answered[503])} refusals"
+    found = {
+        "serving, p99 of a refusal under ten times the load": (answered[503], 100),
+        "serving, p99 of /healthz under ten times the load": (healthy, 50),
+    }
+    return [
+        at_most(name, [round(1000 * float(numpy.percentile(times, 99)), 1)], most, f"milliseconds; {clients}")
+        for name, (times, most) in found.items()
+    ]
+
+
+async def insist(url: str, seconds: float) -> dict[int, list[float]]:
+    """Seconds of each request, by status."""
+    found: dict[int, list[float]] = defaultdict(list)
+    end = time.monotonic() + seconds
+    body = {"model": "sft", "messages": PROMPT, "max_tokens": 16}
+
+    async def one(client: httpx.AsyncClient) -> None:
+        while time.monotonic() < end:
+            started = time.perf_counter()
+            status = (await client.post(f"{url}/v1/chat/completions", json=body)).status_code
+            found[status].append(time.perf_counter() - started)
+            await asyncio.sleep(status == 503)
+
+    clients = 10 * PLACES
+    async with httpx.AsyncClient(timeout=300, limits=httpx.Limits(max_connections=clients)) as client:
+        await asyncio.gather(*(one(client) for _ in range(clients)))
+    return found
+
+
+def health_checks(url: str, seconds: float) -> list[float]:
+    found, end = [], time.monotonic() + seconds
+    with httpx.Client(timeout=60) as client:
+        while time.monotonic() < end:
+            started = time.perf_counter()
+            client.get(f"{url}/healthz").raise_for_status()
+            found.append(time.perf_counter() - started)
+            time.sleep(0.1)
+    return found
 
 
 @contextlib.contextmanager

@@ -44,7 +44,7 @@ def make_app(engines: Engines, config: SpinConfig, keys: list[Key], votes: VoteS
     app.include_router(_routes(engines, config, desk))
     app.include_router(arena_router(votes, engines, desk), responses=_REFUSALS)
     _answer_errors(app)
-    app.add_middleware(WholeBody, config=config.serving)
+    app.add_middleware(WholeBody, config=config.serving, slots=desk.slots)
     app.add_middleware(Access, config=config.serving, keys=keys)
     app.add_middleware(Observe, metrics=metrics)
     return app
@@ -88,6 +88,7 @@ def _routes(engines: Engines, config: SpinConfig, desk: "_Desk") -> APIRouter:
             raise Refusal(404, f"The model {name!r} does not exist or does not serve", code="model_not_found")
         return _card(engines, name)
 
+    @router.get("/-/healthz", include_in_schema=False)  # the path that Ray Serve's proxies answer themselves
     @router.get("/healthz")
     async def healthz() -> dict[str, str]:
         """Says that this replica runs."""

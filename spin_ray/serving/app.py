@@ -2,6 +2,8 @@
 
 client ─> Serve proxy ─> Ingress (keys, limits, names, OpenAI errors) ─> engine of an iterate (vLLM)
                               └── hears from ── Keeper (follows RUN/LATEST, starts, probes and retires engines)
+
+On one machine ``front.Front`` stands in place of proxy and ingress.
 """
 
 import asyncio
@@ -9,6 +11,7 @@ import json
 from pathlib import Path
 from typing import Any
 
+from fastapi import FastAPI
 from ray import serve
 from sqlalchemy import URL
 
@@ -31,14 +34,19 @@ STOP_MARGIN_S = 10.0
 @serve.ingress()
 class Ingress:
     def __init__(self, run_folder: str, config: SpinConfig, keeper: Any) -> None:
-        self._config = config
-        self._engines = ServeEngines(keeper)
-        self._keys = read_keys(config.serving.keys) if config.serving.keys else []
-        self._votes = VoteStore(votes_url(run_folder, config))
+        self._arguments = (run_folder, config, keeper)
 
     def __serve_build_asgi_app__(self) -> Any:
-        self._following = asyncio.get_running_loop().create_task(self._engines.follow())
-        return make_app(self._engines, self._config, self._keys, self._votes)
+        return endpoint(*self._arguments)
+
+
+def endpoint(run_folder: str, config: SpinConfig, keeper: Any) -> FastAPI:
+    """Builds the HTTP interface to a keeper's engines. It needs a running event loop."""
+    engines = ServeEngines(keeper)
+    keys = read_keys(config.serving.keys) if config.serving.keys else []
+    app = make_app(engines, config, keys, VoteStore(votes_url(run_folder, config)))
+    app.state.following = asyncio.get_running_loop().create_task(engines.follow())
+    return app
 
 
 def application(run_folder: str, config: SpinConfig) -> serve.Application:

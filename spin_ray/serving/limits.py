@@ -19,6 +19,8 @@ from spin_ray.serving.metrics import Metrics
 
 access_log = logging.getLogger("ray.serve.spin_ray.access")
 
+ANSWERED = ("/v1/chat/completions", "/v1/completions", "/v1/compare")
+"""Routes that need a place."""
 _HEADERS = [
     (b"x-content-type-options", b"nosniff"),
     (b"x-frame-options", b"DENY"),
@@ -116,18 +118,22 @@ def _check_host(scope: Scope) -> None:
 
 
 class WholeBody:
-    """The layer that reads a body first: 413 if it is too large, 408 if too slow."""
+    """The layer that reads a body first: 413 if it is too large, 408 if too slow; 503 unread if no place is free."""
 
-    def __init__(self, app: ASGIApp, config: ServingConfig) -> None:
-        self._app, self._config = app, config
+    def __init__(self, app: ASGIApp, config: ServingConfig, slots: "Slots") -> None:
+        self._app, self._config, self._slots = app, config, slots
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http" or scope["method"] in ("GET", "HEAD"):
             await self._app(scope, receive, send)
             return
         try:
+            if scope["path"] in ANSWERED:
+                self._slots.check(1)
             async with asyncio.timeout(self._config.body_timeout_s):
                 body = await self._read(scope, receive)
+        except Refusal as refusal:
+            body = refusal
         except TimeoutError:
             body = Refusal(408, f"The body took longer than {self._config.body_timeout_s:g} s")
         if isinstance(body, Refusal):
@@ -169,6 +175,11 @@ class Slots:
     def __init__(self, room: int) -> None:
         self._room, self.taken = room, 0
 
+    def check(self, answers: int) -> None:
+        """Raises a Refusal (503) if too few places are free."""
+        if self.taken + answers > self._room:
+            raise Refusal(503, "All places are taken; try again in a moment", code="overloaded", retry_s=1)
+
     @contextmanager
     def take(self, answers: int) -> Iterator[None]:
         """Holds that many places.
@@ -178,8 +189,7 @@ class Slots:
         """
         if answers > self._room:
             raise Refusal(400, f"asks for {answers} answers; at most {self._room} fit", code="too_many_answers")
-        if self.taken + answers > self._room:
-            raise Refusal(503, "All places are taken; try again in a moment", code="overloaded", retry_s=1)
+        self.check(answers)
         self.taken += answers
         try:
             yield

@@ -4,21 +4,20 @@ import logging
 import os
 import queue
 import signal
-import socket
 
 import ray
 from ray import serve
 from ray.exceptions import RayError
 
 from spin_ray.config.recipe import SpinConfig
-from spin_ray.config.sections import ServingConfig
 from spin_ray.errors import ConfigError, ResourceError, StageError, first_line
 from spin_ray.run_dir.names import LATEST, read_iterate
 from spin_ray.run_dir.run_dir import RunDir
 from spin_ray.runtime.connect import connect, take_signal
 from spin_ray.serving.access import LOOPBACK, guard_ray_token, read_keys
-from spin_ray.serving.app import APP, STOP_MARGIN_S, application, votes_url
+from spin_ray.serving.app import APP, STOP_MARGIN_S, application, keeper, votes_url
 from spin_ray.serving.arena.votes import VoteStore
+from spin_ray.serving.front import Front, listen
 from spin_ray.serving.iterates import ALL, wanted
 from spin_ray.serving.keeper import ENGINE_PREFIX
 from spin_ray.serving.progress import Progress
@@ -36,13 +35,14 @@ def serve_run(run: RunDir, config: SpinConfig) -> None:
     """
     check_settings(run, config)
     stop: queue.SimpleQueue[int] = queue.SimpleQueue()  # two signals at once could lock an Event
-    start(run, config)
+    front = start(run, config)
     for number in (signal.SIGINT, signal.SIGTERM):  # not earlier: Ray sets its own at its start
         take_signal(number, lambda number, _: stop.put(number))
     try:
         Progress(config.serving).follow(stop)
     finally:
-        stop_serving(APP, ENGINE_PREFIX, config.serving.request_timeout_s + STOP_MARGIN_S, stop)
+        longest_s = config.serving.request_timeout_s + STOP_MARGIN_S
+        stop_serving(APP, ENGINE_PREFIX, longest_s, stop, first=front.stop if front else None)
 
 
 def check_settings(run: RunDir, config: SpinConfig) -> None:
@@ -69,16 +69,24 @@ def check_settings(run: RunDir, config: SpinConfig) -> None:
         )
 
 
-def start(run: RunDir, config: SpinConfig) -> None:
-    """Deploys the application and returns; engines start in the background.
+def start(run: RunDir, config: SpinConfig) -> Front | None:
+    """Opens the endpoint and returns; engines start in the background.
+
+    On this machine alone, this process is the endpoint. On a cluster, or with several ingress replicas, Ray Serve's
+    proxies and the ingress are, and None is returned.
 
     Raises:
         UserError: no cluster answers, or it could not serve safely.
         StageError: Ray Serve's proxy did not start.
     """
-    serving = config.serving
+    serving, folder = config.serving, str(run.storage.root)
     if not (config.cluster.address or os.environ.get("RAY_ADDRESS")):
-        _check_port(serving)
+        port = listen(serving)
+        if serving.ingress_replicas == 1:
+            connect_for(run, config)
+            serve.start(proxy_location="Disabled")
+            return Front(folder, config, serve.run(keeper(folder, config), name=APP, route_prefix=None), port)
+        port.close()
     connect_for(run, config)
     if serve.status().proxies and not serving.keys:
         raise ConfigError("Ray Serve runs on this cluster already, at an address of its own; set serving.keys first")
@@ -92,7 +100,8 @@ def start(run: RunDir, config: SpinConfig) -> None:
         raise StageError(
             f"Ray Serve's proxy did not start ({first_line(error)}); is the machine overloaded?"
         ) from error
-    serve.run(application(str(run.storage.root), config), name=APP, route_prefix="/")
+    serve.run(application(folder, config), name=APP, route_prefix="/")
+    return None
 
 
 def connect_for(run: RunDir, config: SpinConfig) -> None:
@@ -108,13 +117,6 @@ def connect_for(run: RunDir, config: SpinConfig) -> None:
     needed = config.serving.resources.bundle
     if not any(all(node["Resources"].get(name, 0) >= n for name, n in needed.items()) for node in ray.nodes()):
         raise ResourceError(f"serving.resources: no node of the cluster has {needed}; lower it or add nodes")
-
-
-def _check_port(serving: ServingConfig) -> None:
-    try:
-        socket.create_server((serving.host, serving.port)).close()
-    except OSError as error:
-        raise ConfigError(f"serving.host {serving.host}, serving.port {serving.port}: {error.strerror}") from error
 
 
 def with_room(config: SpinConfig, engines: int) -> SpinConfig:

@@ -4,6 +4,7 @@ import logging
 import queue
 import threading
 import time
+from collections.abc import Callable
 from contextlib import suppress
 
 import ray
@@ -20,12 +21,18 @@ _LAST_S = 5.0
 """Seconds for Ray Serve itself to end after its replicas were killed."""
 
 
-def stop_serving(app: str, engines: str, longest_s: float, stop: queue.SimpleQueue[int] | None = None) -> None:
-    """Deletes ``app``, then its engines; Ray Serve stops if no other application is left.
+def stop_serving(
+    app: str,
+    engines: str,
+    longest_s: float,
+    stop: queue.SimpleQueue[int] | None = None,
+    first: Callable[[], None] | None = None,
+) -> None:
+    """Calls ``first``, deletes ``app``, then its engines; Ray Serve stops if no other application is left.
 
     ``app`` has ``longest_s`` to end its answers. A signal in ``stop`` ends the replicas at once.
     """
-    work = threading.Thread(target=_stop, args=(app, engines, longest_s), daemon=True)
+    work = threading.Thread(target=_stop, args=(app, engines, longest_s, first), daemon=True)
     work.start()
     while work.is_alive():
         if stop is not None and not stop.empty():
@@ -36,8 +43,10 @@ def stop_serving(app: str, engines: str, longest_s: float, stop: queue.SimpleQue
         work.join(_LOOK_S)
 
 
-def _stop(app: str, engines: str, longest_s: float) -> None:
+def _stop(app: str, engines: str, longest_s: float, first: Callable[[], None] | None) -> None:
     try:
+        if first:
+            first()
         _delete([app], longest_s)
         names = list(serve.status().applications)
         _delete([name for name in names if name.startswith(engines)], longest_s)

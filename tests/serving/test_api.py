@@ -16,7 +16,7 @@ from tests.support.tiny_runs import tiny_config
 
 CHAT, COMPLETIONS, COMPARE = "/v1/chat/completions", "/v1/completions", "/v1/compare"
 JSON = {"Content-Type": "application/json"}
-OPEN = {"/", "/healthz", "/readyz", "/openapi.json", *(f"/{file}" for file in FILES)}
+OPEN = {"/", "/healthz", "/-/healthz", "/readyz", "/openapi.json", *(f"/{file}" for file in FILES)}
 """Routes that need no key: the page, health, the document of the API."""
 HELLO = {"model": "sft", "messages": [{"role": "user", "content": "hello"}]}
 
@@ -306,10 +306,31 @@ def test_above_the_concurrency_limit_requests_are_refused_at_once_and_places_com
         response = await server.post(CHAT, HELLO)
         refused(response, 503)
         assert response.headers["retry-after"] == "1"
-        refused(await server.post(CHAT, HELLO | {"n": 3}), 400)
+        refused(await server.post(CHAT, HELLO | {"n": 3}), 503)
         server.engines.gate.set()
         assert [(await task).status_code for task in held] == [200, 200]
+        refused(await server.post(CHAT, HELLO | {"n": 3}), 400)
         assert (await server.post(CHAT, HELLO | {"n": 2})).status_code == 200
+
+    run(check())
+
+
+def test_a_body_is_not_waited_for_while_all_places_are_taken() -> None:
+    async def check() -> None:
+        server = Server(max_concurrent=1)
+        server.engines.gate.clear()
+        held = asyncio.create_task(server.post(CHAT, HELLO))
+        while server.engines.active < 1:
+            await asyncio.sleep(0)
+
+        async def endless() -> AsyncIterator[bytes]:
+            yield b"{"
+            await asyncio.Event().wait()
+
+        for path in (CHAT, COMPLETIONS, COMPARE):
+            refused(await server.client.post(path, content=endless()), 503)
+        server.engines.gate.set()
+        assert (await held).status_code == 200
 
     run(check())
 

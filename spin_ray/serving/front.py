@@ -1,0 +1,78 @@
+"""The endpoint of one machine: this process answers, without Ray Serve's proxy between clients and engines.
+
+client ─> uvicorn here (keys, limits, names, OpenAI errors) ─> engine of an iterate (vLLM)
+"""
+
+import logging
+import socket
+import threading
+from logging.handlers import RotatingFileHandler
+from pathlib import Path
+from typing import Any
+
+import uvicorn
+from ray._private.worker import global_worker
+
+from spin_ray.config.recipe import SpinConfig
+from spin_ray.config.sections import ServingConfig
+from spin_ray.errors import ConfigError
+from spin_ray.serving.app import STOP_MARGIN_S, endpoint
+from spin_ray.serving.limits import access_log
+
+LOG = "ingress_front.log"
+"""File in the folder ``logs/serve`` of Ray's session."""
+_BACKLOG = 2048
+_LOG_BYTES = 100 * 2**20
+
+
+def listen(serving: ServingConfig) -> socket.socket:
+    """Opens the endpoint's port.
+
+    Raises:
+        ConfigError: the port is taken, or the host is not this machine's.
+    """
+    family = socket.AF_INET6 if ":" in serving.host else socket.AF_INET
+    try:
+        return socket.create_server((serving.host, serving.port), family=family, backlog=_BACKLOG)
+    except OSError as error:
+        raise ConfigError(f"serving.host {serving.host}, serving.port {serving.port}: {error.strerror}") from error
+
+
+class Front:
+    """An HTTP server in a thread, whose engines are those of a keeper."""
+
+    def __init__(self, run_folder: str, config: SpinConfig, keeper: Any, port: socket.socket) -> None:
+        _log_beside_ray_serve()
+        self._stop_s = config.serving.request_timeout_s + STOP_MARGIN_S
+        self._server = uvicorn.Server(
+            uvicorn.Config(
+                lambda: endpoint(run_folder, config, keeper),  # called in the server's event loop
+                factory=True,
+                lifespan="off",
+                log_config=None,
+                log_level=logging.WARNING,
+                access_log=False,  # ``Observe`` writes a better one
+                server_header=False,
+                timeout_graceful_shutdown=int(self._stop_s),
+            )
+        )
+        self._thread = threading.Thread(target=self._server.run, args=([port],), name="front", daemon=True)
+        self._thread.start()
+
+    def stop(self) -> None:
+        """Takes no more requests and waits for the answers that have begun, each within its own time limit."""
+        self._server.should_exit = True
+        self._thread.join(self._stop_s + STOP_MARGIN_S)
+
+
+def _log_beside_ray_serve() -> None:
+    """Sends what Ray Serve and this package's serving log, accesses too, to a file beside those of the replicas."""
+    node: Any = global_worker.node
+    folder = Path(node.get_logs_dir_path()) / "serve"
+    folder.mkdir(exist_ok=True)
+    handler = RotatingFileHandler(folder / LOG, maxBytes=_LOG_BYTES, backupCount=5)
+    handler.setFormatter(logging.Formatter("%(levelname)s %(asctime)s %(message)s"))
+    serve_log = logging.getLogger("ray.serve")
+    serve_log.handlers = [handler]
+    serve_log.propagate = False
+    access_log.setLevel(logging.INFO)
