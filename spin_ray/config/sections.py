@@ -492,7 +492,8 @@ class ServingConfig(Section):
     target_ongoing_requests: Count = 32
     """Requests per engine that autoscaling aims at."""
     ingress_replicas: Count = 1
-    """Processes that check, route and stream. Rates and ``max_concurrent`` hold in each."""
+    """Processes that check, route and stream, behind Ray Serve's proxies; with 1 and no cluster, ``spin-ray serve``
+    itself. Rates and ``max_concurrent`` hold in each."""
     resources: ResourcesConfig = ResourcesConfig()
     """Resources of one engine. While ``latest`` moves on, one engine more must fit."""
     engine: EngineConfig | None = None
