@@ -457,6 +457,11 @@ class EvaluationConfig(Section):
     samples: Later[Count] = 1
     """Responses to each held-out row. All are graded (``answer_accuracy`` is their pass@1); other measures read the
     first one."""
+    examples: Later[Annotated[int, Field(ge=0)]] = 0
+    """Held-out rows, from the first, that each iterate answers once more for people to read. 0: the first samples are
+    shown."""
+    examples_temperature: Later[NonNegative] = 0.7
+    """Temperature of ``examples``. No measure reads them."""
 
 
 class ServingConfig(Section):

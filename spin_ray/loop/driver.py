@@ -9,8 +9,10 @@ prompts ─> [sft] ─> θ_0 ─┐
 """
 
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
+
+import numpy as np
 
 from spin_ray.config.recipe import SpinConfig
 from spin_ray.inputs.check import Start
@@ -116,11 +118,29 @@ def _jobs(turn: Turn, algorithm: Algorithm) -> list[Job]:
     if run.heldout.is_committed:
         target, samples = run.heldout_samples(turn.iteration), turn.config.heldout_samples
         jobs.append(Job(run.heldout, target, opponent.name, opponent.digest, samples=samples))
+    jobs += _examples(turn)
     played = algorithm.plays(run) if turn.iteration < turn.config.iterations else None
     if played:
         target, rows = run.generations(turn.iteration), turn.rows_of(played)
         jobs.append(Job(played, target, opponent.name, opponent.digest, rows))
     return jobs
+
+
+def _examples(turn: Turn) -> Iterator[Job]:
+    """Yields the job of answers that people read."""
+    run, opponent, evaluation = turn.run, turn.opponent, turn.config.evaluation
+    if run.heldout.is_committed and evaluation.examples:
+        sampling = turn.config.generation.sampling
+        rows = np.arange(min(evaluation.examples, run.heldout.manifest().rows))
+        yield Job(
+            prompts=run.heldout,
+            target=run.examples(turn.iteration),
+            opponent=opponent.name,
+            model_digest=opponent.digest,
+            rows=rows,
+            samples=1,
+            sampling=sampling.model_copy(update={"temperature": evaluation.examples_temperature}),
+        )
 
 
 def _open_iterate(run: RunDir, iterate: int, pad_id: int) -> ModelFolder:

@@ -29,16 +29,27 @@ class Example:
 
 
 def read_examples(
-    run: RunDir, config: SpinConfig, *, limit: int, spread: bool = False, only: list[str] | None = None
+    run: RunDir,
+    config: SpinConfig,
+    *,
+    limit: int,
+    spread: bool = False,
+    only: list[str] | None = None,
+    to_read: bool = False,
 ) -> list[Example]:
     """Returns held-out rows with each iterate's first sample.
+
+    ``to_read`` takes the answers at ``evaluation.examples_temperature`` in their place, and rows that have one.
 
     ``spread`` picks rows evenly by the last iterate's margin, largest first; the default is the first rows.
     ``only`` picks these prompt ids, in their order.
     """
     samples = {
         name: _first_samples(artefact)
-        for name, artefact in ((iterate_name(it), run.heldout_samples(it)) for it in range(config.iterations + 1))
+        for name, artefact in (
+            (iterate_name(it), run.examples(it) if to_read else run.heldout_samples(it))
+            for it in range(config.iterations + 1)
+        )
         if artefact.is_committed
     }
     if not run.heldout.is_committed or not samples:

@@ -18,6 +18,8 @@ from spin_ray.run_dir.names import iterate_number
 from spin_ray.run_dir.run_dir import RunDir
 
 EXAMPLES = 3
+LONGEST_EXAMPLE = 400
+"""Characters of a text that are shown."""
 RECENT_STEPS = 10
 """Newest training steps whose mean ``status`` shows."""
 
@@ -180,14 +182,25 @@ def _number(value: float | None, digits: int) -> str:
 
 
 def _print_examples(run: RunDir, config: SpinConfig, console: Console) -> None:
-    for example in read_examples(run, config, limit=EXAMPLES):
+    wanted, measured = config.evaluation.examples, config.generation.sampling.temperature
+    examples = read_examples(run, config, limit=wanted, to_read=True) if wanted else []
+    if examples:
+        read = config.evaluation.examples_temperature
+        console.print(f"Answers to held-out rows, at temperature {read:g} (the measures read others, at {measured:g})")
+    else:
+        examples = read_examples(run, config, limit=EXAMPLES)
+        console.print(f"Answers to held-out rows, at temperature {measured:g}")
+    for example in examples:
         console.rule(style="dim")
         for message in example.messages:
-            console.print(f"[bold]{message['role']}[/]", end="  ")
-            console.print(message["content"], markup=False, emoji=False)
-        console.print("[bold green]human[/]", end="  ")
-        console.print(example.human, markup=False, emoji=False)
+            if message["content"]:
+                _print_said(console, message["role"], "bold", message["content"])
+        _print_said(console, "human", "bold green", example.human)
         for name, answer in example.answers.items():
-            console.print(f"[bold cyan]{name}[/]", end="  ")
-            console.print(answer, markup=False, emoji=False)
+            _print_said(console, name, "bold cyan", answer)
     console.rule(style="dim")
+
+
+def _print_said(console: Console, who: str, style: str, text: str) -> None:
+    console.print(f"[{style}]{who}[/]", end="  ")
+    console.print(text if len(text) <= LONGEST_EXAMPLE else f"{text[:LONGEST_EXAMPLE]} …", markup=False, emoji=False)

@@ -78,6 +78,10 @@ class RunDir:
     def heldout_samples(self, iterate: int) -> Artefact:
         return self.artefact(f"{iterate_name(iterate)}/heldout_samples")
 
+    def examples(self, iterate: int) -> Artefact:
+        """Answers of θ_iterate at ``evaluation.examples_temperature``, for people to read."""
+        return self.artefact(f"{iterate_name(iterate)}/examples")
+
     def eval_path(self, iterate: int) -> str:
         return f"{iterate_name(iterate)}/eval.json"
 

@@ -60,6 +60,18 @@ def test_held_out_rows_get_samples_of_their_own_whose_first_is_the_only_one_of_a
     assert config_for(samples=4, **sampled).heldout_samples == 3
 
 
+def test_answers_to_read_have_a_distribution_of_their_own(run):
+    config, engine = config_for(), FakeEngine()
+    reading = config.generation.sampling.model_copy(update={"temperature": 0.5})
+    asked = []
+    engine.generate = lambda ids, sampling, seeds: asked.append(sampling) or FakeEngine().generate(ids, sampling, seeds)
+    job = replace(job_of(run), target=run.examples(0), rows=np.arange(2), samples=1, sampling=reading)
+    assert len(play(job, config, engine)) == 2
+    assert asked == [reading]
+    assert job.settings(config)["sampling"]["temperature"] == 0.5
+    assert job_of(run).settings(config)["sampling"]["temperature"] == 1
+
+
 # Shards
 
 

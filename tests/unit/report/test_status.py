@@ -57,9 +57,12 @@ def write_evaluation(run: RunDir, number: int, **values: Any) -> None:
     run.storage.replace(run.eval_path(number), json.dumps(content).encode())
 
 
-def write_example(run: RunDir, prompt: str, human: str, answers: dict[int, list[str]]) -> None:
-    """A held-out row, and every iterate's samples of it."""
-    messages = [{"role": "user", "content": prompt}, {"role": "assistant", "content": human}]
+def write_example(
+    run: RunDir, prompt: str, human: str, answers: dict[int, list[str]], read: dict[int, str] | None = None
+) -> None:
+    """Held-out rows, every iterate's samples of them, and its answers for people to read (of the first two rows)."""
+    messages = [{"role": "system", "content": ""}] if read else []
+    messages += [{"role": "user", "content": prompt}, {"role": "assistant", "content": human}]
     rendered = ChatRenderer(TOKENIZER).render(messages)
     row = {"prompt_id": "p0", "prompt_ids": rendered.prompt_ids, "real_ids": rendered.real_ids}
     others = [row | {"prompt_id": f"p{i}", "messages": json.dumps(messages)} for i in range(3)]
@@ -71,6 +74,9 @@ def write_example(run: RunDir, prompt: str, human: str, answers: dict[int, list[
             for sample, text in enumerate(texts)
         ]
         write_rows(run.heldout_samples(iterate), GENERATION_SCHEMA, generation_rows(samples), part_rows=99)
+    for iterate, text in (read or {}).items():
+        shown = [(f"p{i}", 0, [*TOKENIZER.encode(text, add_special_tokens=False), 2]) for i in range(2)]
+        write_rows(run.examples(iterate), GENERATION_SCHEMA, generation_rows(shown), part_rows=99)
 
 
 # Tables
@@ -203,6 +209,23 @@ def test_of_several_samples_the_first_is_the_example(run):
     text = printed(print_summary, run)
     assert (text.count("sft  first"), text.count("iter_000  one")) == (3, 3)
     assert "second" not in text
+
+
+def test_answers_for_people_are_shown_with_their_temperature_cut_where_they_are_long_and_without_an_empty_system_line(
+    tmp_path,
+):
+    run = RunDir(Storage(tmp_path / "run"))
+    run.begin(
+        config_of(iterations=1, evaluation={"examples": 2, "examples_temperature": 0.5}),
+        {"inputs": {}, "start_model": TINY},
+    )
+    write_evaluation(run, 0)
+    write_example(run, "q", "word " * 200, {0: ["measured"], 1: ["measured"]}, read={0: "read", 1: "later"})
+    text = printed(print_summary, run)
+    assert "at temperature 0.5 (the measures read others, at 1)" in text
+    assert (text.count("sft  read"), text.count("iter_000  later"), text.count("…")) == (2, 2, 2)
+    assert "measured" not in text.replace("the measures", "")
+    assert "system" not in text
 
 
 def test_without_held_out_rows_the_summary_has_no_examples(run):

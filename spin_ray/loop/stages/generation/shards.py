@@ -7,6 +7,7 @@ import numpy as np
 import pyarrow as pa
 
 from spin_ray.config.recipe import SpinConfig, digest
+from spin_ray.config.sections import SamplingConfig
 from spin_ray.run_dir.artefact import Artefact, FileEntry, FoundParts
 from spin_ray.run_dir.names import part_name
 
@@ -22,12 +23,17 @@ class Job:
     """Row numbers in ``prompts``, ascending; None: all."""
     samples: int | None = None
     """Responses to each prompt; None: ``generation.samples_per_prompt``."""
+    sampling: SamplingConfig | None = None
+    """Distribution of the responses; None: ``generation.sampling``."""
 
     def inputs(self) -> dict[str, str]:
         return {"prompts": self.prompts.manifest().digest, "opponent": self.model_digest}
 
     def samples_each(self, config: SpinConfig) -> int:
         return self.samples or config.generation.samples_per_prompt
+
+    def sampled(self, config: SpinConfig) -> SamplingConfig:
+        return self.sampling or config.generation.sampling
 
     def settings(self, config: SpinConfig) -> dict[str, Any]:
         return {
@@ -36,7 +42,7 @@ class Job:
             "samples_per_prompt": self.samples_each(config),
             "shard_rows": config.generation.shard_rows,
             "max_length": config.model.max_length,
-            "sampling": config.generation.sampling.model_dump(mode="json"),
+            "sampling": self.sampled(config).model_dump(mode="json"),
             "engine": config.generation.engine.model_dump(
                 mode="json", exclude={"gpu_memory_utilization", "cpu_kv_cache_gib", "pipeline_parallel_size"}
             ),
@@ -55,6 +61,7 @@ class Shard:
     name: str
     samples: int
     """Responses to each prompt."""
+    sampling: SamplingConfig
     pieces: tuple[tuple[str, FileEntry, tuple[int, ...]], ...]
     """(part of the prompts, its entry, row numbers within it)."""
 
@@ -88,7 +95,18 @@ def cut_into_shards(job: Job, config: SpinConfig) -> list[Shard]:
             (*files[owner], tuple((wanted[owners == owner] - (ends[owner] - files[owner][1].rows)).tolist()))
             for owner in np.unique(owners)
         )
-        shards.append(Shard(job.prompts, job.target, job.opponent, fingerprint, part_name(number), samples, pieces))
+        shards.append(
+            Shard(
+                prompts=job.prompts,
+                target=job.target,
+                opponent=job.opponent,
+                fingerprint=fingerprint,
+                name=part_name(number),
+                samples=samples,
+                sampling=job.sampled(config),
+                pieces=pieces,
+            )
+        )
     return shards
 
 

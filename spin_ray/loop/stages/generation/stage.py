@@ -203,7 +203,7 @@ def answer(shard: Shard, config: SpinConfig, engine: GenerationEngine) -> pa.Tab
     opponent = shard.opponent
     seeds = [row_seed(config.seed, opponent, prompt_id, number) for prompt_id, number in zip(ids, numbers, strict=True)]
     token_ids = [row for row in prompts["prompt_ids"].to_pylist() for _ in range(samples)]
-    completions = engine.generate(token_ids, config.generation.sampling, seeds)
+    completions = engine.generate(token_ids, shard.sampling, seeds)
     table = pa.table(
         [
             ids,
