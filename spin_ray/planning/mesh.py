@@ -16,6 +16,7 @@ from spin_ray.config.sections import Mesh, OptimizerConfig
 from spin_ray.errors import ConfigError, ModelError, ResourceError
 from spin_ray.inputs.model_folder import read_config
 from spin_ray.learner.tensor_plan import why_not_split
+from spin_ray.planning.cluster import Cluster, devices_of
 from spin_ray.planning.hardware import CPU, GB
 from spin_ray.planning.learner_cost import FILLED, learner_memory, settle_checkpointing
 from spin_ray.planning.model_shape import ModelShape
@@ -128,6 +129,14 @@ def choose_mesh(
     return Choice(mesh=mesh, reason="; ".join(filter(None, (because, reason))))
 
 
+def planned_mesh(config: SpinConfig, shape: ModelShape, cluster: Cluster) -> Choice:
+    """Returns the mesh on a cluster of ``spin-ray plan``; ``choose_mesh`` has the errors."""
+    workers = config.train.workers
+    nodes = ceil(workers / cluster.gpus_per_node) if config.train.resources.gpus else min(cluster.nodes, workers)
+    room = devices_of(config, cluster).train.memory
+    return choose_mesh(config, shape, Placing.even(workers, nodes, room))
+
+
 def _given(mesh: Mesh, placing: Placing, why_not: WhyNotSplit) -> Choice:
     if mesh.ranks != placing.workers:
         raise ConfigError(
@@ -223,16 +232,17 @@ def check_mesh(config: SpinConfig, folder: Path, room: float | None) -> None:
         shape = ModelShape.from_config(described, str(folder))
     except ModelError:
         return
-    tensor = max([1, *(size for size in TENSOR_SIZES if not why_not_split(described, size))])
-    if reason := too_long(config, shape, room, tensor):
+    if reason := too_long(config, shape, room, partial(why_not_split, described)):
         raise ResourceError(reason)
 
 
-def too_long(config: SpinConfig, shape: ModelShape, room: float, tensor: int = 1) -> str | None:
+def too_long(config: SpinConfig, shape: ModelShape, room: float, why_not: WhyNotSplit | None = None) -> str | None:
     """Returns a sentence if the longest pair alone fills a GPU, however many share the weights; else None."""
     answer = config.generation.sampling.max_tokens
     longest = config.model.max_length + answer
-    split = split_shape(shape, tensor)
+    why_not = why_not or partial(_undivided, shape)
+    sizes = [size for size in TENSOR_SIZES if config.train.lora is None and not why_not(size)]
+    split = split_shape(shape, max([1, *sizes]))
 
     def needed(length: int) -> float:
         changes = {"workers": 2, "pack_length": length, "gradient_checkpointing": True, "sharding": "full"}
@@ -246,9 +256,13 @@ def too_long(config: SpinConfig, shape: ModelShape, room: float, tensor: int = 1
     while fails - fits > 1:
         middle = (fits + fails) // 2
         fits, fails = (middle, fails) if needed(middle) <= room else (fits, middle)
-    cure = f"lower model.max_length to {fits - answer} or less" if fits > answer else "use devices with more memory"
+    if not fits:  # two layers alone are too large
+        return None
+    cure = f"model.max_length to {fits - answer} or less"
+    if fits <= 2 * answer:
+        cure = f"model.max_length and generation.sampling.max_tokens to {fits} or less together"
     return (
         f"model.max_length: one pair of {config.model.max_length} + {answer} tokens takes {needed(longest) / GB:.0f} "
         f"GB beside the weights on a device of {room / GB:.0f} GB; from {fails} tokens on a context-parallel mesh "
-        f"would be needed, which spin_ray does not have; {cure}"
+        f"would be needed, which spin_ray does not have; lower {cure}"
     )

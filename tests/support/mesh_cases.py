@@ -76,9 +76,7 @@ def make_backend(directory: Path, model: str, mesh: Mesh | None, more: str = "")
 
 
 def shape_on(mesh: Mesh | None) -> PackShape:
-    return PackShape(
-        pack_length=PACK_LENGTH, global_batch_pairs=len(ROWS), pad_id=0, tensor=mesh.tensor if mesh else 1
-    )
+    return PackShape(pack_length=PACK_LENGTH, global_batch_pairs=len(ROWS), pad_id=0, tensor=mesh.tensor if mesh else 1)
 
 
 def train(backend: Fsdp2Backend, mesh: Mesh | None, steps: int) -> list[dict[str, float]]:

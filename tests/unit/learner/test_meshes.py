@@ -58,7 +58,7 @@ def test_four_ranks_train_as_one_does_and_export_the_same_bits(directory: Path, 
 
     The export is compared with that of one rank which loaded the checkpoint of the four.
     """
-    model, mesh, more = case
+    model, _, more = case
     backend = make_backend(directory, model, None, more)
     rows, real, generated = score_rows(backend, [one_step(ROWS)], table_of(ROWS), shape_on(None))
     expected = train(backend, None, STEPS)
