@@ -36,7 +36,9 @@ CASES = (
     *(("llama", mesh, "") for mesh in MESHES),
     ("llama", "2 × 2 hybrid", "every pack, adamw"),
     ("llama", "2 × 2 FSDP × tensor", "adamw"),
-    *((model, "2 × 2 FSDP × tensor", "") for model in ("qwen2", "gemma3", "phi3")),
+    ("qwen2", "2 × 2 FSDP × tensor", "padded"),
+    ("gemma3", "2 × 2 FSDP × tensor", "recomputed"),
+    ("phi3", "2 × 2 FSDP × tensor", "offload, shard_grad_op"),
 )
 """Model, mesh, and what else is not as usual."""
 RESUMED = (("2 × 2 FSDP × tensor", "2 × 2 hybrid"), ("2 × 2 hybrid", "2 × 2 FSDP × tensor"))
@@ -66,6 +68,10 @@ def make_backend(directory: Path, model: str, mesh: Mesh | None, more: str = "")
     settings = BackendSettings(
         max_length=PACK_LENGTH,
         precision="fp32",
+        attention="padded" if "padded" in more else "packed",
+        gradient_checkpointing="recomputed" in more,
+        sharding="shard_grad_op" if "shard_grad_op" in more else "full",
+        offload="offload" in more,
         reduce_every_pack="every pack" in more,
         mesh=mesh,
         optimizer=OptimizerConfig(name="adamw" if "adamw" in more else "rmsprop", eps=1e-4),
