@@ -20,6 +20,7 @@ from spin_ray.inputs.embedded import resolve
 from spin_ray.inputs.model_folder import read_config
 from spin_ray.planning.cluster import Cluster, devices_of
 from spin_ray.planning.hardware import GB
+from spin_ray.planning.mesh import too_long
 from spin_ray.planning.model_shape import KNOWN_SHAPES, ModelShape
 from spin_ray.planning.paper import PAPER_DIFFERENCE, is_the_papers, paper_table
 from spin_ray.planning.remedies import remedies
@@ -169,7 +170,10 @@ def check_memory(config: SpinConfig, shape: ModelShape, cluster: Cluster, work: 
     Raises:
         ResourceError: a stage does not fit in memory; the message names settings that would.
     """
-    phases = plan_run(config, shape, devices_of(config, cluster), work)
+    devices = devices_of(config, cluster)
+    if config.train.resources.gpus and (reason := too_long(config, shape, devices.train.memory)):
+        raise ResourceError(reason)
+    phases = plan_run(config, shape, devices, work)
     failing = next((stage for phase in phases for stage in phase.stages if not stage.fits), None)
     if failing is None:
         return phases

@@ -7,6 +7,7 @@ from rich.table import Table
 from spin_ray.config.recipe import SpinConfig
 from spin_ray.planning.cluster import Cluster
 from spin_ray.planning.hardware import COMPUTE_EFFICIENCY, GB
+from spin_ray.planning.mesh import planned_mesh
 from spin_ray.planning.model_shape import ModelShape
 from spin_ray.planning.rates import rate_of
 from spin_ray.planning.run_cost import Phase
@@ -53,6 +54,8 @@ def notes(config: SpinConfig, shape: ModelShape, cluster: Cluster, work: Work) -
         f"{work.real:.0f} tokens; y′ of {work.generated:.0f} (as long as y, cut at max_tokens); "
         f"{work.heldout_rows} held-out rows."
     )
+    if config.train.workers > 1:
+        yield f"{planned_mesh(config, shape, cluster)}."
     if cluster.gpu:
         yield from _rates(config, shape, cluster.gpu)
     if config.train.backend == "deepspeed":
