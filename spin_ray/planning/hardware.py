@@ -60,75 +60,25 @@ CPU = Hardware(name="cpu", bf16=143e9, fp32=143e9, memory=12 * GIB, bandwidth=10
 """One core of the machine in docs/measured.md (``benchmarks/plan_check.py``). bf16 is no faster there. Bandwidth and
 link are assumptions."""
 
+_BOARDS = (
+    # name, bf16 and fp32 in TFLOP/s, memory in GB, GB/s of memory, links, network and host
+    ("A100-80G", 312, 19.5, 80, 2039, 300, 25, 32),
+    ("A100-40G", 312, 19.5, 40, 1555, 300, 25, 32),
+    ("H100-80G", 989, 67, 80, 3350, 450, 50, 64),
+    ("H200", 989, 67, 141, 4800, 450, 50, 64),
+    ("B200", 2250, 75, 180, 8000, 900, 50, 64),
+    ("L4", 121, 30.3, 24, 300, 32, 100 / 8 / 8, 32),
+    ("L40S", 362, 91.6, 48, 864, 32, 400 / 8 / 8, 32),
+    ("RTX-4090", 165.2, 82.6, 24, 1008, 32, ETHERNET / GB, 32),
+    ("RTX-5090", 209.5, 104.8, 32, 1792, 64, ETHERNET / GB, 64),
+)
 GPUS = {
-    gpu.name: gpu
-    for gpu in (
-        Hardware(
-            name="A100-80G",
-            bf16=312e12,
-            fp32=19.5e12,
-            memory=80 * GB,
-            bandwidth=2039 * GB,
-            link=300 * GB,
-            network=25 * GB,
-        ),
-        Hardware(
-            name="A100-40G",
-            bf16=312e12,
-            fp32=19.5e12,
-            memory=40 * GB,
-            bandwidth=1555 * GB,
-            link=300 * GB,
-            network=25 * GB,
-        ),
-        Hardware(
-            name="H100-80G",
-            bf16=989e12,
-            fp32=67e12,
-            memory=80 * GB,
-            bandwidth=3350 * GB,
-            link=450 * GB,
-            network=50 * GB,
-            host=64 * GB,
-        ),
-        Hardware(
-            name="H200",
-            bf16=989e12,
-            fp32=67e12,
-            memory=141 * GB,
-            bandwidth=4800 * GB,
-            link=450 * GB,
-            network=50 * GB,
-            host=64 * GB,
-        ),
-        Hardware(
-            name="B200",
-            bf16=2250e12,
-            fp32=75e12,
-            memory=180 * GB,
-            bandwidth=8000 * GB,
-            link=900 * GB,
-            network=50 * GB,
-            host=64 * GB,
-        ),
-        Hardware(
-            name="L4", bf16=121e12, fp32=30.3e12, memory=24 * GB, bandwidth=300 * GB, link=32 * GB, network=1.5625 * GB
-        ),
-        Hardware(
-            name="L40S", bf16=362e12, fp32=91.6e12, memory=48 * GB, bandwidth=864 * GB, link=32 * GB, network=6.25 * GB
-        ),
-        Hardware(name="RTX-4090", bf16=165.2e12, fp32=82.6e12, memory=24 * GB, bandwidth=1008 * GB, link=32 * GB),
-        Hardware(
-            name="RTX-5090",
-            bf16=209.5e12,
-            fp32=104.8e12,
-            memory=32 * GB,
-            bandwidth=1792 * GB,
-            link=64 * GB,
-            host=64 * GB,
-        ),
+    name: Hardware(
+        name=name, bf16=bf16 * 1e12, fp32=fp32 * 1e12, memory=memory * GB, bandwidth=bandwidth * GB, link=link * GB,
+        network=network * GB, host=host * GB,
     )
-}
+    for name, bf16, fp32, memory, bandwidth, link, network, host in _BOARDS
+}  # fmt: skip
 """Dense rates of NVIDIA's data sheets; RTX cards with sums in fp32. None is measured here.
 
 A100, H100, H200: data sheets of the SXM boards (2021, 2022, 2024). B200: a GPU of DGX B200 (data sheet, 2024).

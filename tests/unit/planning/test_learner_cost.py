@@ -8,16 +8,8 @@ import torch
 from spin_ray.learner import head
 from spin_ray.learner.optimizers import make_optimizer
 from spin_ray.planning.hardware import GB
-from spin_ray.planning.learner_cost import (
-    CHUNK_TARGETS,
-    MOMENTS,
-    WORKERS_START_S,
-    learner_memory,
-    pack_flops,
-    settle_checkpointing,
-    step_traffic,
-    training_cost,
-)
+from spin_ray.planning.learner_cost import WORKERS_START_S, pack_flops, step_traffic, training_cost
+from spin_ray.planning.learner_memory import CHUNK_TARGETS, MOMENTS, learner_memory, settle_checkpointing
 from spin_ray.planning.model_shape import MISTRAL_7B
 from spin_ray.planning.stage_cost import RUNTIME
 from spin_ray.planning.work import pair_packs
