@@ -25,6 +25,7 @@ _name_or_path = Discriminator(lambda value: PATH if isinstance(value, str) and "
 
 PerIteration = Annotated[Annotated[Positive, Tag(ONE)] | Annotated[tuple[Positive, ...], Tag(LIST)], _one_or_list]
 PerIterationCount = Annotated[Annotated[Count, Tag(ONE)] | Annotated[tuple[Count, ...], Tag(LIST)], _one_or_list]
+AutoOrOne = Annotated[Annotated[T, Tag(ONE)] | Annotated[Literal["auto"], Tag(WORD)], _one_or_word]
 AutoOrFlag = Annotated[Annotated[bool, Tag(ONE)] | Annotated[Literal["auto"], Tag(WORD)], _one_or_word]
 CountOrAll = Annotated[Annotated[Count, Tag(ONE)] | Annotated[Literal["all"], Tag(WORD)], _one_or_word]
 ImportPath = Annotated[str, Field(pattern=r"^[^\W\d]\w*(\.[^\W\d]\w*)*:[^\W\d]\w*$")]
@@ -337,6 +338,33 @@ class LoraConfig(Section):
     bitsandbytes (extra ``quantised``). ``bf16`` is fp32 where ``train.precision`` is fp32."""
 
 
+class Mesh(Section):
+    """The train workers as a grid, whose innermost dimension is ``tensor``.
+
+    Neighbours in ``tensor`` compute one pack together, neighbours in ``shard`` hold one copy of weights, gradients and
+    optimizer state, and ``replicate`` counts the copies.
+    """
+
+    replicate: Count = 1
+    """Copies of the weights. Gradients are summed over the copies, and nothing else goes between them."""
+    shard: Count = 1
+    """Workers (or tensor groups) over which a copy is sharded."""
+    tensor: Count = 1
+    """Workers that split each layer's heads and feed-forward network, by transformers' plan for the model."""
+
+    @property
+    def ranks(self) -> int:
+        return self.replicate * self.shard * self.tensor
+
+    @property
+    def data_ranks(self) -> int:
+        """The number of workers, or groups of them, that get packs of their own."""
+        return self.replicate * self.shard
+
+    def __str__(self) -> str:
+        return f"{{replicate: {self.replicate}, shard: {self.shard}, tensor: {self.tensor}}}"
+
+
 class TrainConfig(Section):
     """The stage that trains θ_{t+1} from θ_t on the pairs of an iteration."""
 
@@ -381,6 +409,10 @@ class TrainConfig(Section):
     sharding: MayChange[Literal["full", "shard_grad_op"]] = "full"
     """Sharding of the weights. ``full`` (ZeRO-3) gathers each layer in each forward and backward pass.
     ``shard_grad_op`` (ZeRO-2) gathers once per optimizer step: less traffic, but each worker holds all weights."""
+    mesh: MayChange[AutoOrOne[Mesh]] = "auto"
+    """Grid of the workers (FSDP2 only), e.g. ``{replicate: 2, shard: 8}`` for two nodes of eight. ``auto``: one copy
+    over the workers of one node; on several nodes a copy in each, if a copy fits there, else one over all. It splits
+    layers only where a pack or a layer does not fit on a GPU, or a batch has fewer pairs than there are GPUs."""
     reduce_every_pack: MayChange[AutoOrFlag] = "auto"
     """Summing of gradients over the workers after each pack, not each step. More traffic, beside the backward pass, but
     no worker holds whole gradients, 4 bytes per parameter. ``auto`` is on for GPUs and off for CPUs."""
