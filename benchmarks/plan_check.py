@@ -33,8 +33,7 @@ from spin_ray.config.recipe import SpinConfig
 from spin_ray.config.sections import ResourcesConfig
 from spin_ray.inputs.model_folder import read_config
 from spin_ray.planning.hardware import CPU
-from spin_ray.planning.learner_cost import pack_flops
-from spin_ray.planning.learner_memory import learner_memory
+from spin_ray.planning.learner_cost import learner_memory, pack_flops
 from spin_ray.planning.model_shape import ModelShape
 from spin_ray.planning.stage_cost import RUNTIME
 from spin_ray.planning.work import Packs

@@ -32,7 +32,7 @@ from spin_ray.inputs.model_folder import read_config
 from spin_ray.learner.backends.base import BackendSettings
 from spin_ray.learner.backends.fsdp2 import Fsdp2Backend
 from spin_ray.learner.packing import build_pack
-from spin_ray.planning.mesh import flat
+from spin_ray.planning.groups import flat
 from spin_ray.planning.model_shape import ModelShape
 from spin_ray.planning.traffic import step_collectives
 from spin_ray.run_dir.schemas import TOKEN_IDS

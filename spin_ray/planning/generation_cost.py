@@ -4,8 +4,8 @@ from dataclasses import dataclass
 from math import ceil
 
 from spin_ray.config.recipe import SpinConfig
+from spin_ray.planning.groups import Group
 from spin_ray.planning.hardware import GIB, Hardware
-from spin_ray.planning.mesh import Group
 from spin_ray.planning.model_shape import ModelShape
 from spin_ray.planning.stage_cost import RUNTIME, StageCost
 from spin_ray.planning.traffic import Collective
@@ -20,7 +20,8 @@ def generation_cost(
 ) -> StageCost:
     """Returns the cost of answering ``jobs`` prompts each.
 
-    A decode step reads the weights and all keys and values once, and a tensor group sums twice a layer. A shard ends with its longest response alone.
+    A decode step reads the weights and all keys and values once, and a tensor group sums twice a layer. A shard ends
+    with its longest response alone.
     """
     settings, engine = config.generation, config.resolve_dtype(config.generation.engine)
     per_shard = max(1, settings.shard_rows // settings.samples_per_prompt) * settings.samples_per_prompt

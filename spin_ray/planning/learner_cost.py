@@ -1,21 +1,30 @@
-"""Time of scoring, training and evaluation."""
+"""Time and memory of scoring, training and evaluation.
+
+``h`` is the hidden width, ``q`` that of all heads, ``i`` the feed-forward network's.
+"""
 
 from dataclasses import replace
 
 from spin_ray.config.recipe import SpinConfig
-from spin_ray.config.sections import OptimizerConfig
+from spin_ray.config.sections import Mesh, OptimizerConfig
+from spin_ray.planning.groups import Ranks, flat
 from spin_ray.planning.hardware import BANDWIDTH_EFFICIENCY, CPU, Hardware
-from spin_ray.planning.learner_memory import MOMENTS, learner_memory, settle_checkpointing
-from spin_ray.planning.mesh import Ranks, flat
 from spin_ray.planning.model_shape import ModelShape
 from spin_ray.planning.rates import at_measured_rate
-from spin_ray.planning.stage_cost import StageCost
+from spin_ray.planning.stage_cost import RUNTIME, StageCost
 from spin_ray.planning.traffic import step_collectives, step_time
-from spin_ray.planning.weights import weights_of
+from spin_ray.planning.weights import dtype_bytes, weights_of
 from spin_ray.planning.work import Packs, Work, heldout_packs
 
 WORKERS_START_S = 20.0
 """Seen on two CPU cores with small models: 16 to 22 s."""
+CHUNK_TARGETS = {"cpu": 256, "cuda": 4096}
+"""Copy of ``learner.head.ROWS_PER_CHUNK``: an import would bring torch."""
+FILLED = 0.75
+"""Part of a device that training may fill without checkpointing: packs were measured to take up to 1.3 times what is
+predicted (``benchmarks/plan_check.py``)."""
+MOMENTS = {"rmsprop": 1.0, "adamw": 2.0, "adamw_8bit": 0.5, "muon": 1.0}
+"""Fp32 numbers that an optimizer keeps per parameter; those of 8 bits count a quarter."""
 
 
 # Stages
@@ -31,7 +40,7 @@ def scoring_cost(
 def evaluation_cost(
     config: SpinConfig, shape: ModelShape, device: Hardware, work: Work, ranks: Ranks | None = None
 ) -> StageCost:
-    packs = heldout_packs(config, work, ranks.mesh.readers if ranks else None)
+    packs = heldout_packs(config, work, ranks.mesh.data_ranks if ranks else None)
     whole = config.model_copy(update={"train": config.train.model_copy(update={"lora": None})})  # iterates are merged
     cost = _learner_cost("evaluation", whole, shape, device, packs, ranks, passes=2, optimizer=None)
     return _with_start(cost)
@@ -72,21 +81,20 @@ def _learner_cost(
 ) -> StageCost:
     ranks = ranks or flat(config.train.workers)
     device = at_measured_rate(device, "training" if backward else "scoring", shape.parameters, config.train.precision)
-    each, forward = (
-        pack_flops(config, shape, packs.length, packs.targets, backward=both) for both in (backward, False)
-    )
+    mine = shape.split(ranks.mesh.tensor)
+    each, forward = (pack_flops(config, mine, packs.length, packs.targets, backward=both) for both in (backward, False))
 
     def computing(flops: float) -> float:
-        share = packs.per_rank * packs.slowest * flops / ranks.mesh.tensor
-        return device.seconds(share, config.train.precision)
+        return device.seconds(packs.per_rank * packs.slowest * flops, config.train.precision)
 
     collectives = step_collectives(config, shape, ranks, packs.per_rank, packs.length, backward=backward)
     step = step_time(collectives, device, {"forward": computing(forward), "backward": computing(each - forward)})
-    host = _host_step_s(config, shape, ranks, optimizer) if backward and optimizer else 0.0
+    host = _host_step_s(config, mine, ranks, optimizer) if backward and optimizer else 0.0
+    useful = pack_flops(config, shape, packs.length, packs.targets, backward=backward)
     return StageCost(
         name=name,
         tokens=passes * packs.tokens,
-        flops=passes * packs.steps * packs.per_step * each,
+        flops=passes * packs.steps * packs.per_step * useful,
         seconds=passes * packs.steps * (step.seconds + host),
         bound="optimizer on CPUs" if host > step.seconds else step.bound,
         memory=learner_memory(config, shape, packs, optimizer=optimizer, backward=backward, ranks=ranks),
@@ -100,7 +108,7 @@ def _host_step_s(config: SpinConfig, shape: ModelShape, ranks: Ranks, optimizer:
     if not (config.train.offload and config.train.resources.gpus):
         return 0.0
     numbers = 3 + 2 * MOMENTS.get(optimizer.name, max(MOMENTS.values()))
-    moved = 4 * numbers * weights_of(config, shape).trained / ranks.mesh.parts
+    moved = 4 * numbers * weights_of(config, shape).trained / ranks.mesh.shard
     return moved / (CPU.bandwidth * config.train.resources.threads * BANDWIDTH_EFFICIENCY)
 
 
@@ -126,3 +134,111 @@ def step_traffic(
     """Returns the bytes of weights and gradients that a rank sends in a step, and as many it receives."""
     ranks = ranks or flat(config.train.workers)
     return sum(it.sent for it in step_collectives(config, shape, ranks, packs, 0.0, backward=backward))
+
+
+# Memory
+
+
+def settle_checkpointing(
+    config: SpinConfig, shape: ModelShape, room: float, optimizer: OptimizerConfig, ranks: Ranks | None = None
+) -> SpinConfig:
+    """Returns the recipe with ``gradient_checkpointing: auto`` decided for devices of ``room`` bytes.
+
+    Full packs are counted, whatever the data: the decision is the plan's and the workers' alike.
+    """
+    if config.train.gradient_checkpointing != "auto":
+        return config
+    plain = _with_checkpointing(config, on=False)
+    needed = _full_bytes(plain, shape, optimizer, ranks)
+    return _with_checkpointing(config, on=bool(config.train.resources.gpus) and needed > FILLED * room)
+
+
+def full_memory(config: SpinConfig, shape: ModelShape, optimizer: OptimizerConfig, ranks: Ranks) -> float:
+    """Returns the bytes of a rank that trains full packs, with activations computed again if that is left open."""
+    if config.train.gradient_checkpointing == "auto":
+        config = _with_checkpointing(config, on=True)
+    return _full_bytes(config, shape, optimizer, ranks)
+
+
+def _full_bytes(config: SpinConfig, shape: ModelShape, optimizer: OptimizerConfig, ranks: Ranks | None) -> float:
+    length = config.train.pack_length
+    full = Packs(
+        steps=1, per_step=2, per_rank=2, length=length, targets=length, per_rank_at_most=2, tokens=2 * length
+    )  # fmt: skip
+    return sum(learner_memory(config, shape, full, optimizer=optimizer, backward=True, ranks=ranks).values())
+
+
+def _with_checkpointing(config: SpinConfig, *, on: bool) -> SpinConfig:
+    return config.model_copy(update={"train": config.train.model_copy(update={"gradient_checkpointing": on})})
+
+
+def learner_memory(
+    config: SpinConfig,
+    shape: ModelShape,
+    packs: Packs,
+    *,
+    optimizer: OptimizerConfig | None,
+    backward: bool,
+    ranks: Ranks | None = None,
+) -> dict[str, float]:
+    """Returns the bytes of one rank by purpose.
+
+    States are fp32 and sharded. Per trained parameter: 4 for the weight, 4 for its gradient, and the optimizer's. What
+    is frozen has neither. A rank with several packs a step also keeps whole gradients, unless they are reduced with
+    every pack.
+    """
+    mesh = (ranks or flat(config.train.workers)).mesh
+    shape = shape.split(mesh.tensor)
+    weights = weights_of(config, shape, trains=optimizer is not None)
+    on_host = config.train.offload and config.train.resources.gpus
+    trained = 0.0 if on_host else weights.trained / mesh.shard
+    moments = MOMENTS.get(optimizer.name, max(MOMENTS.values())) if optimizer else 0
+    memory = {
+        "weights": 4 * trained + (0.0 if on_host else weights.frozen / mesh.shard), "optimizer": 4 * moments * trained,
+    }  # fmt: skip
+    if backward:
+        memory |= {"gradients": 4 * trained}
+        accumulates = packs.per_rank_at_most > 1 and not config.train.reduces_every_pack
+        memory |= {"whole gradients": 4.0 * weights.trained if accumulates else 0.0}
+    memory |= {
+        "gathered weights": _gathered_bytes(config, shape, mesh, trains=optimizer is not None, backward=backward),
+        "activations": _activation_bytes(config, shape, packs, backward=backward),
+        "runtime": RUNTIME,
+    }
+    return {purpose: count for purpose, count in memory.items() if count}
+
+
+def _gathered_bytes(config: SpinConfig, shape: ModelShape, mesh: Mesh, *, trains: bool, backward: bool) -> float:
+    """Returns the bytes of gathered weights and of two fp32 buffers for gradients.
+
+    Resharded layers: two of them and the root are there; otherwise all.
+    """
+    weights = weights_of(config, shape, trains=trains)
+    resharded = config.train.sharding == "full" and mesh.shard > 1
+    layers = 2 if resharded else weights.layers
+    gathered = weights.root.computed + layers * weights.layer.computed
+    summed = 2 * 4 * max(weights.root.trained, weights.layer.trained) if backward and mesh.ranks > 1 else 0.0
+    return gathered + summed
+
+
+def _activation_bytes(config: SpinConfig, shape: ModelShape, packs: Packs, *, backward: bool) -> float:
+    """Returns the bytes that one pack keeps.
+
+    A layer keeps per token, at b bytes a number: 2h(4 + 2b) for two norms, 4qb for attention, 4ib for the feed-forward
+    network. Counted as in arXiv 2205.05198. Of experts a token keeps the active ones'.
+    """
+    length, b = config.train.pack_length, dtype_bytes(config)
+    wide = shape.active * shape.intermediate + shape.shared if shape.experts else shape.intermediate
+    layer = length * (2 * shape.hidden * (4 + 2 * b) + 4 * shape.q * b + 4 * wide * b)
+    inputs = length * shape.hidden * b
+    if not backward:
+        kept = float(layer)
+    elif config.train.gradient_checkpointing is True:
+        kept = float(shape.layers * inputs + layer)
+    else:
+        kept = float(shape.layers * layer)
+    on_gpu = bool(config.train.resources.gpus)
+    mask = 0 if on_gpu else length**2 * (b + 1)  # the additive mask, and the booleans it is made from
+    rows = min(CHUNK_TARGETS["cuda"], length) if on_gpu else CHUNK_TARGETS["cpu"]
+    logits = rows * shape.vocab * (3 * 4 if backward else 4)  # fp32; with gradient and softmax
+    return kept + packs.targets * shape.hidden * b + mask + logits

@@ -1,7 +1,7 @@
 """The shape of a decoder. ``h`` is the hidden width; a multiply-add is 2 FLOPs."""
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Self
 
 from spin_ray.errors import ModelError
@@ -73,6 +73,13 @@ class ModelShape:
     def _matmuls(self, experts: int) -> int:
         widths = 2 * self.q + 2 * self.kv_heads * self.head_dim + 3 * self.shared
         return self.hidden * (widths + self.experts + 3 * self.intermediate * (experts if self.experts else 1))
+
+    def split(self, tensor: int) -> Self:
+        """Returns what one rank of a tensor group holds; embeddings, head and norms are whole there."""
+        return replace(
+            self, heads=self.heads // tensor, kv_heads=max(1, self.kv_heads // tensor),
+            intermediate=self.intermediate // tensor, shared=self.shared // tensor,
+        )  # fmt: skip
 
     @property
     def layer(self) -> int:

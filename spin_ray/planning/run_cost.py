@@ -4,12 +4,12 @@ from dataclasses import dataclass, replace
 from math import ceil
 
 from spin_ray.config.recipe import SpinConfig
-from spin_ray.config.sections import OptimizerConfig
+from spin_ray.config.sections import Mesh, OptimizerConfig
 from spin_ray.planning.cluster import Devices
 from spin_ray.planning.generation_cost import generation_cost
-from spin_ray.planning.learner_cost import evaluation_cost, scoring_cost, training_cost
-from spin_ray.planning.learner_memory import settle_mesh
-from spin_ray.planning.mesh import Ranks
+from spin_ray.planning.groups import Ranks, flat
+from spin_ray.planning.hardware import GB
+from spin_ray.planning.learner_cost import FILLED, evaluation_cost, full_memory, scoring_cost, training_cost
 from spin_ray.planning.model_shape import ModelShape
 from spin_ray.planning.stage_cost import StageCost
 from spin_ray.planning.work import Work, pair_packs, played_rows, sft_packs
@@ -40,7 +40,7 @@ def plan_run(config: SpinConfig, shape: ModelShape, devices: Devices, work: Work
     if config.sft:
         whole = config.model_copy(update={"train": config.train.model_copy(update={"lora": None})})
         ranks, _ = mesh_of(whole, shape, devices, config.sft.optimizer)
-        packs = sft_packs(config, work, ranks.mesh.readers)
+        packs = sft_packs(config, work, ranks.mesh.data_ranks)
         warm_up = training_cost(whole, shape, devices.train, packs, config.sft.epochs, config.sft.optimizer, ranks)
         phases.append(Phase(first="sft", last="sft", count=1, stages=(warm_up,)))
     for iteration in range(config.iterations + 1):
@@ -57,7 +57,20 @@ def mesh_of(
     config: SpinConfig, shape: ModelShape, devices: Devices, optimizer: OptimizerConfig | None = None
 ) -> tuple[Ranks, str]:
     """Returns the mesh of the train workers, and why it is that one."""
-    return settle_mesh(config, shape, devices.train.memory, optimizer or config.train.optimizer, devices.per_node)
+    workers, each = config.train.workers, devices.per_node
+    if isinstance(config.train.mesh, Mesh):
+        return Ranks(mesh=config.train.mesh, per_node=each), "the recipe says so"
+    over_all = flat(workers, each)
+    if workers <= each:
+        return over_all, "all workers are on one node"
+    if workers % each:
+        return over_all, f"{workers} workers do not fill nodes of {each}"
+    hybrid = Ranks(mesh=Mesh(replicate=workers // each, shard=each), per_node=each)
+    needed = full_memory(config, shape, optimizer or config.train.optimizer, hybrid)
+    there_are = f"{needed / GB:.0f} GB a device of {devices.train.memory / GB:.0f}"
+    if needed <= FILLED * devices.train.memory:
+        return hybrid, f"a copy on each node fits ({there_are}), so only gradients cross the network, once a step"
+    return over_all, f"a copy on each node would not surely fit ({there_are}), so one is over all workers"
 
 
 def iteration_costs(
@@ -75,7 +88,7 @@ def iteration_costs(
     if work.heldout_rows and iteration:
         stages.append(evaluation_cost(config, shape, devices.train, work, ranks))
     if trained:
-        packs, epochs = pair_packs(config, work, iteration, ranks.mesh.readers), config.at(iteration).epochs
+        packs, epochs = pair_packs(config, work, iteration, ranks.mesh.data_ranks), config.at(iteration).epochs
         stages.append(scoring_cost(config, shape, devices.train, packs, ranks))
         stages.append(training_cost(config, shape, devices.train, packs, epochs, config.train.optimizer, ranks))
     return tuple(stages)

@@ -5,11 +5,12 @@ from collections.abc import Iterator
 from rich.table import Table
 
 from spin_ray.config.recipe import SpinConfig
-from spin_ray.planning.cluster import Cluster
-from spin_ray.planning.hardware import COMPUTE_EFFICIENCY, GB
+from spin_ray.planning.cluster import Cluster, Devices
+from spin_ray.planning.hardware import BANDWIDTH_EFFICIENCY, COMPUTE_EFFICIENCY, GB
 from spin_ray.planning.model_shape import ModelShape
 from spin_ray.planning.rates import rate_of
 from spin_ray.planning.run_cost import Phase
+from spin_ray.planning.scaling import Scaling
 from spin_ray.planning.stage_cost import StageCost
 from spin_ray.planning.work import Work
 from spin_ray.run_dir.events import exact_duration
@@ -44,6 +45,28 @@ def memory_table(phases: list[Phase]) -> Table:
     for stage in largest.values():
         table.add_row(stage.name, f"{stage.needed / GB:.1f}", f"{stage.room / GB:.1f}", purposes(stage))
     return table
+
+
+def scaling_table(scaling: Scaling) -> Table:
+    """Returns hours by nodes, with the recipe's batch and with the one that keeps all nodes busy."""
+    table = Table(title="Hours on all GPUs of so many nodes, by pairs of a step")
+    batches = [scaling.with_own_batch[0].batch, *([] if scaling.scales else [scaling.batch])]
+    for name in ("nodes", "mesh", *(f"{batch} pairs" for batch in batches)):
+        table.add_column(name, justify="left" if name == "mesh" else "right")
+    enough = {size.nodes: size for size in scaling.with_enough}
+    for size in scaling.with_own_batch:
+        shown = [size] if scaling.scales else [size, enough[size.nodes]]
+        table.add_row(str(size.nodes), size.mesh, *(f"{each.hours:.2f}" for each in shown))
+    return table
+
+
+def network_note(cluster: Cluster, devices: Devices) -> str:
+    rate = devices.train.network * devices.per_node * 8 / GB
+    source = "given" if cluster.network else "of the board in planning/hardware.py; --network gives another"
+    return (
+        f"Network: {rate:.0f} Gb/s of a node, all adapters together, one direction ({source}), of which "
+        f"{BANDWIDTH_EFFICIENCY:.0%} are reached: an assumption."
+    )
 
 
 def notes(config: SpinConfig, shape: ModelShape, cluster: Cluster, work: Work) -> Iterator[str]:

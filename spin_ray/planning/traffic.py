@@ -11,8 +11,8 @@ from dataclasses import dataclass
 from typing import Literal
 
 from spin_ray.config.recipe import SpinConfig
+from spin_ray.planning.groups import Group, Ranks
 from spin_ray.planning.hardware import BANDWIDTH_EFFICIENCY, Hardware
-from spin_ray.planning.mesh import Group, Ranks
 from spin_ray.planning.model_shape import ModelShape
 from spin_ray.planning.weights import dtype_bytes, weights_of
 
@@ -63,15 +63,19 @@ class Collective:
 def step_collectives(
     config: SpinConfig, shape: ModelShape, ranks: Ranks, packs: float, tokens: float, *, backward: bool
 ) -> list[Collective]:
-    """Returns what one rank sends in a step of ``packs`` packs of ``tokens`` tokens."""
+    """Returns what one rank sends in a step of ``packs`` packs of ``tokens`` tokens.
+
+    Gradients of what a tensor group holds whole are equal on its ranks, and are not summed there.
+    """
+    mine = shape.split(ranks.mesh.tensor)
     found = [
-        *_gathers(config, shape, ranks, packs, backward=backward),
+        *_gathers(config, mine, ranks, packs, backward=backward),
         *_activations(config, shape, ranks, packs * tokens, backward=backward),
     ]
     if backward:
-        found += _sums(config, shape, ranks, packs)
+        found += _sums(config, mine, ranks, packs)
     if config.train.offload and config.train.resources.gpus:
-        found += _copies(config, shape, ranks, packs, backward=backward)
+        found += _copies(config, mine, ranks, packs, backward=backward)
     return [collective for collective in found if collective.sent]
 
 
@@ -83,7 +87,7 @@ def _gathers(
     Scoring keeps the root. The root's and the first layer's are waited for.
     """
     weights, group = weights_of(config, shape), ranks.shard
-    share = (group.size - 1) / group.size / ranks.mesh.tensor
+    share = (group.size - 1) / group.size
     full = config.train.sharding == "full"
     layers, layer = weights.layers * weights.layer.gathered * share, weights.layer.gathered * share
     root = weights.root.gathered * share if backward else 0.0
@@ -103,7 +107,7 @@ def _gathers(
 def _sums(config: SpinConfig, shape: ModelShape, ranks: Ranks, packs: float) -> Iterator[Collective]:
     """Yields the sums of fp32 gradients, over the shard's ranks and then over replicas; the root's come last."""
     weights, mesh = weights_of(config, shape), ranks.mesh
-    whole = 4 * weights.trained / mesh.tensor
+    whole = 4 * weights.trained
     waited = weights.root.trained / weights.trained or 1 / weights.layers
     calls = weights.layers + bool(weights.root.trained)
     times = packs if config.train.reduces_every_pack else 1.0
@@ -140,12 +144,12 @@ def _copies(
 ) -> Iterator[Collective]:
     """Yields the copies of offloaded shards: as they are stored for each gather, and fp32 gradients back."""
     weights, alone = weights_of(config, shape), Group(size=1, together=1)
-    share = (4 * weights.trained + weights.frozen) / ranks.mesh.parts
+    share = (4 * weights.trained + weights.frozen) / ranks.mesh.shard
     times = packs if config.train.sharding == "full" else 1.0
     yield Collective(name="host", phase="forward", group=alone, sent=times * share, calls=0)
     if backward:
         again = times * share if config.train.sharding == "full" else 0.0
-        summed = (packs if config.train.reduces_every_pack else 1.0) * 4 * weights.trained / ranks.mesh.parts
+        summed = (packs if config.train.reduces_every_pack else 1.0) * 4 * weights.trained / ranks.mesh.shard
         yield Collective(name="host", phase="backward", group=alone, sent=again + summed, calls=0)
 
 

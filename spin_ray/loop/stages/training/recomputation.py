@@ -11,7 +11,7 @@ from spin_ray.config.sections import OptimizerConfig
 from spin_ray.errors import ModelError
 from spin_ray.inputs.model_folder import read_config
 from spin_ray.planning.hardware import GB
-from spin_ray.planning.learner_memory import settle_checkpointing
+from spin_ray.planning.learner_cost import settle_checkpointing
 from spin_ray.planning.model_shape import ModelShape
 
 logger = logging.getLogger(__name__)
