@@ -211,10 +211,12 @@ def learner_memory(
 def _gathered_bytes(config: SpinConfig, shape: ModelShape, mesh: Mesh, *, trains: bool, backward: bool) -> float:
     """Returns the bytes of gathered weights and of two fp32 buffers for gradients.
 
-    Resharded layers: two of them and the root are there; otherwise all.
+    Resharded layers: two of them and the root are there; otherwise all. Even one worker copies its weights to compute,
+    and what is frozen a layer at a time.
     """
     weights = weights_of(config, shape, trains=trains)
-    resharded = config.train.sharding == "full" and mesh.shard > 1
+    frozen = config.train.lora is not None if trains else bool(config.train.resources.gpus)
+    resharded = config.train.sharding == "full" and (mesh.shard > 1 or frozen)
     layers = 2 if resharded else weights.layers
     gathered = weights.root.computed + layers * weights.layer.computed
     summed = 2 * 4 * max(weights.root.trained, weights.layer.trained) if backward and mesh.ranks > 1 else 0.0

@@ -204,7 +204,7 @@ class Plan:
     @property
     def notes(self) -> list[str]:
         ranks, why = mesh_of(self.config, self.shape, self.devices)
-        found = [f"Mesh of {self.config.train.workers} train workers: {ranks.mesh}: {why}."]
+        found = [f"Mesh of the train workers: {ranks.mesh}: {why}."]
         if self.cluster.nodes > 1:
             found.append(network_note(self.cluster, self.devices))
         found += self.scaling.sentences() if self.scaling else []

@@ -62,7 +62,7 @@ def mesh_of(
         return Ranks(mesh=config.train.mesh, per_node=each), "the recipe says so"
     over_all = flat(workers, each)
     if workers <= each:
-        return over_all, "all workers are on one node"
+        return over_all, "all are on one node" if workers > 1 else "there is one worker"
     if workers % each:
         return over_all, f"{workers} workers do not fill nodes of {each}"
     hybrid = Ranks(mesh=Mesh(replicate=workers // each, shard=each), per_node=each)

@@ -86,6 +86,8 @@ def notes(config: SpinConfig, shape: ModelShape, cluster: Cluster, work: Work) -
         )
     exported = {"bf16": 2, "fp32": 4}[config.train.precision] * shape.parameters
     yield f"Host memory: the first train worker gathers the model to write it, {exported / GB:.1f} GB."
+    if config.train.lora and config.train.lora.base != "bf16":
+        yield f"train.lora.base: {config.train.lora.base}: the hours shown do not count the time of dequantising."
     if config.model.attention == "padded":
         yield "model.attention: padded makes scoring, training and evaluation take 2-4 times the hours shown."
     if config.data.heldout and not work.heldout_rows:
