@@ -106,16 +106,19 @@ def scaling_of(config: SpinConfig, shape: ModelShape, cluster: Cluster, work: Wo
     return Scaling(with_own_batch=rows[0], with_enough=enough)
 
 
+def on_all_gpus(config: SpinConfig, cluster: Cluster, batch: int) -> SpinConfig:
+    """Returns the recipe with a train worker on each GPU, as many engines as find room, and ``batch`` pairs a step."""
+    gpus, each = cluster.nodes * cluster.gpus_per_node, config.generation.resources.gpus
+    train = config.train.model_copy(update={"workers": gpus, "global_batch_pairs": batch})
+    generation = config.generation
+    if each:
+        generation = generation.model_copy(update={"replicas": int(gpus // each)})
+    return config.model_copy(update={"train": train, "generation": generation})
+
+
 def _size(config: SpinConfig, shape: ModelShape, cluster: Cluster, work: Work, batch: int) -> Size | None:
     """Returns the run on all GPUs of the cluster, None where a stage does not fit."""
-    gpus = cluster.nodes * cluster.gpus_per_node
-    replicas = int(gpus // config.generation.resources.gpus) if config.generation.resources.gpus else None
-    changed = config.model_copy(
-        update={
-            "train": config.train.model_copy(update={"workers": gpus, "global_batch_pairs": batch}),
-            "generation": config.generation.model_copy(update={"replicas": replicas or config.generation.replicas}),
-        }
-    ).settle_sizes(rows=work.rows)
+    changed = on_all_gpus(config, cluster, batch).settle_sizes(rows=work.rows)
     try:
         devices = devices_of(changed, cluster)
     except UserError:
@@ -125,6 +128,6 @@ def _size(config: SpinConfig, shape: ModelShape, cluster: Cluster, work: Work, b
         return None
     ranks, _ = mesh_of(changed, shape, devices)
     return Size(
-        nodes=cluster.nodes, workers=gpus, replicas=changed.generation.replicas, batch=batch, mesh=str(ranks.mesh),
-        hours=sum(phase.seconds for phase in phases) / 3600,
+        nodes=cluster.nodes, workers=changed.train.workers, replicas=changed.generation.replicas, batch=batch,
+        mesh=str(ranks.mesh), hours=sum(phase.seconds for phase in phases) / 3600,
     )  # fmt: skip
