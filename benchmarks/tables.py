@@ -99,8 +99,8 @@ LLAMA_70B = {
 
 LENGTHS = Given(rows=50000, prompt_tokens=130, response_tokens=256)
 ONE_CARD = {
-    "train.workers": "1", "generation.replicas": "1", "train.pack_length": "2304", "train.gradient_checkpointing": "true",
-    "generation.engine.max_num_seqs": "64",
+    "train.workers": "1", "generation.replicas": "1", "train.pack_length": "2304",
+    "train.gradient_checkpointing": "true", "generation.engine.max_num_seqs": "64",
 }  # fmt: skip
 """One GPU trains adapters, as in zephyr_7b_24gb.yaml."""
 
@@ -108,7 +108,8 @@ ONE_CARD = {
 def sizes() -> str:
     """Returns hours and memory for the paper's data; a model that is too large for its nodes raises."""
     lines = [
-        "| model | nodes | settings | mesh | hours | fullest GPU, GB | in which stage |", "|---|---|---|---|---|---|---|",
+        "| model | nodes | settings | mesh | hours | fullest GPU, GB | in which stage |",
+        "|---|---|---|---|---|---|---|",
     ]  # fmt: skip
     with tempfile.TemporaryDirectory() as folder:
         (Path(folder) / "config.json").write_text(json.dumps(LLAMA_70B))
