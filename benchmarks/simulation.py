@@ -33,7 +33,7 @@ from spin_ray.planning.hardware import GB
 from spin_ray.planning.learner_cost import MOMENTS, WORKERS_START_S
 from spin_ray.planning.model_shape import ModelShape
 from spin_ray.planning.plan import Given, read_shape, read_work
-from spin_ray.planning.run_cost import mesh_of, plan_run
+from spin_ray.planning.run_cost import plan_run, ranks_of
 from spin_ray.planning.scaling import on_all_gpus
 from spin_ray.planning.work import Work, pair_packs
 from spin_ray.runtime.workers import ELASTIC_PLACING_S
@@ -322,7 +322,7 @@ def _slowest(world: World, group: set[int]) -> float:
 def stages_of(config: SpinConfig, shape: ModelShape, cluster: Cluster, work: Work) -> list[Stage]:
     """Returns the plan's stages, with their times cut into shards and steps."""
     devices = devices_of(config, cluster)
-    ranks, _ = mesh_of(config, shape, devices)
+    ranks = ranks_of(config, shape, devices)
     start_s = Rules.of(config, shape, cluster.nodes).engine_start_s
     stages: list[Stage] = []
     for number, phase in enumerate(plan_run(config, shape, devices, work)):

@@ -23,7 +23,6 @@ from spin_ray.config.sections import Mesh
 from spin_ray.planning.cluster import Cluster
 from spin_ray.planning.hardware import DEVICE_NAMES, GB
 from spin_ray.planning.plan import Given, predict
-from spin_ray.planning.run_cost import mesh_of
 
 ROOT = Path(__file__).resolve().parents[1]
 CLUSTER_PAGE = ROOT / "docs" / "cluster.md"
@@ -130,12 +129,11 @@ def sizes() -> str:
                 changes | ({"model.path": folder} if model == "70B" else {}),
             )
             plan = predict(config, Cluster(nodes=nodes, gpu=gpu, gpus_per_node=gpus), LENGTHS)
-            ranks, _ = mesh_of(plan.config, plan.shape, plan.devices)
             fullest = max((stage for phase in plan.phases for stage in phase.stages), key=lambda stage: stage.needed)
             settings = " ".join(f"`--{key}={value}`" for key, value in changes.items()) or "as it is"
             lines.append(
-                f"| {model} | {nodes} × {gpus} {gpu} | {settings} | {_short(ranks.mesh)} | {plan.seconds / 3600:.1f} "
-                f"| {fullest.needed / GB:.0f} | {fullest.name} |"
+                f"| {model} | {nodes} × {gpus} {gpu} | {settings} | {_short(plan.mesh.mesh)} "
+                f"| {plan.seconds / 3600:.1f} | {fullest.needed / GB:.0f} | {fullest.name} |"
             )
     return "\n".join(lines)
 

@@ -28,11 +28,12 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from spin_ray.config.recipe import SpinConfig
+from spin_ray.config.sections import Mesh
 from spin_ray.inputs.model_folder import read_config
 from spin_ray.learner.backends.base import BackendSettings
 from spin_ray.learner.backends.fsdp2 import Fsdp2Backend
 from spin_ray.learner.packing import build_pack
-from spin_ray.planning.groups import flat
+from spin_ray.planning.groups import Ranks
 from spin_ray.planning.model_shape import ModelShape
 from spin_ray.planning.traffic import step_collectives
 from spin_ray.run_dir.schemas import TOKEN_IDS
@@ -52,12 +53,16 @@ SCALARS = 64
 
 @dataclass(frozen=True)
 class Case:
-    ranks: int
+    mesh: Mesh
     sharding: str = "full"
     every_pack: bool = False
     checkpointing: bool = False
     rank_of_lora: int = 0
     precision: str = "fp32"
+
+    @property
+    def ranks(self) -> int:
+        return self.mesh.ranks
 
     def config(self, model: str) -> SpinConfig:
         return SpinConfig.model_validate(
@@ -66,7 +71,7 @@ class Case:
                 "data": {"train": "-"},
                 "generation": {"sampling": {"max_tokens": TREE[2]}},
                 "train": {
-                    "workers": self.ranks, "pack_length": sum(TREE), "sharding": self.sharding,
+                    "workers": self.ranks, "mesh": self.mesh.model_dump(), "pack_length": sum(TREE), "sharding": self.sharding,
                     "precision": self.precision, "reduce_every_pack": self.every_pack,
                     "gradient_checkpointing": self.checkpointing,
                     "lora": {"rank": self.rank_of_lora} if self.rank_of_lora else None,
@@ -76,8 +81,11 @@ class Case:
 
 
 CASES = (
-    Case(2), Case(2, every_pack=True), Case(2, sharding="shard_grad_op"), Case(2, checkpointing=True),
-    Case(2, rank_of_lora=4), Case(2, precision="bf16", every_pack=True), Case(4), Case(4, every_pack=True),
+    Case(Mesh(shard=2)), Case(Mesh(shard=2), every_pack=True), Case(Mesh(shard=2), sharding="shard_grad_op"),
+    Case(Mesh(shard=2), checkpointing=True), Case(Mesh(shard=2), rank_of_lora=4),
+    Case(Mesh(shard=2), precision="bf16", every_pack=True), Case(Mesh(replicate=2)),
+    Case(Mesh(shard=4), every_pack=True), Case(Mesh(replicate=2, shard=2), every_pack=True),
+    Case(Mesh(replicate=2, shard=2)), Case(Mesh(shard=2, tensor=2), every_pack=True),
 )  # fmt: skip
 
 
@@ -115,7 +123,9 @@ def predicted(case: Case, model: Path, *, backward: bool = True) -> dict[str, fl
     shape = ModelShape.from_config(read_config(model), str(model))
     config = case.config(str(model))
     found: Counter[str] = Counter()
-    for it in step_collectives(config, shape, flat(case.ranks), PACKS, sum(TREE), backward=backward):
+    for it in step_collectives(
+        config, shape, Ranks(mesh=case.mesh, per_node=case.ranks), PACKS, sum(TREE), backward=backward
+    ):
         found[it.name] += it.sent
     return dict(found)
 
@@ -149,7 +159,7 @@ def _count(case: Case, model: Path, steps: int) -> dict[str, Any]:
     config = case.config(str(model))
     settings = BackendSettings(
         max_length=config.model.max_length, precision=config.train.precision, lora=config.train.lora,
-        gradient_checkpointing=case.checkpointing, sharding=config.train.sharding, reduce_every_pack=case.every_pack,
+        mesh=case.mesh, gradient_checkpointing=case.checkpointing, sharding=config.train.sharding, reduce_every_pack=case.every_pack,
         optimizer=config.train.optimizer, learning_rate=1e-6, total_steps=steps + 1,
     )  # fmt: skip
     backend = Fsdp2Backend(model, settings, torch.device("cpu"))
@@ -184,7 +194,7 @@ def main() -> None:
     parser.add_argument("--model", choices=list(MODELS), default="tiny")
     parser.add_argument("--steps", type=int, default=3)
     options = parser.parse_args()
-    cases = [Case(1), *(case for case in CASES if case.ranks in options.ranks)]
+    cases = [Case(Mesh()), *(case for case in CASES if case.ranks in options.ranks)]
     with tempfile.TemporaryDirectory() as folder:
         model = save_model(options.model, Path(folder) / "model")
         measured = measure(cases, model, Path(folder), options.steps)
@@ -192,7 +202,7 @@ def main() -> None:
             expected = predicted(case, model)
             counted = ranks[0]["training"]
             print(json.dumps({
-                **vars(case), "counted": counted, "predicted": expected,
+                **vars(case), "mesh": str(case.mesh), "counted": counted, "predicted": expected,
                 "ratio": sum(counted.values()) / sum(expected.values()) if expected else None,
                 "slower": round(ranks[0]["seconds"] / measured[0][0]["seconds"], 2),
             }), flush=True)  # fmt: skip

@@ -17,6 +17,7 @@ from spin_ray.config.sections import (
     MAY_CHANGE,
     EngineConfig,
     GenerationConfig,
+    Mesh,
     Section,
     Settings,
     sources_of,
@@ -136,6 +137,7 @@ def _impossible(config: SpinConfig) -> Iterator[str]:
     yield from _list_problems(config)
     yield from _length_problems(config)
     yield from _resource_problems(config)
+    yield from _mesh_problems(config)
     yield from _secret_problems(config)
     if config.evaluation.answer_extractor != "none" and config.data.heldout is None:
         yield "evaluation.answer_extractor: needs data.heldout"
@@ -210,6 +212,20 @@ def _resource_problems(config: SpinConfig) -> Iterator[str]:
             "train.min_workers: a checkpoint of DeepSpeed needs the number of workers that wrote it; "
             "leave min_workers out or use train.backend: fsdp2"
         )
+
+
+def _mesh_problems(config: SpinConfig) -> Iterator[str]:
+    train = config.train
+    if not isinstance(train.mesh, Mesh):
+        return
+    if train.backend == "deepspeed":
+        yield "train.mesh: is for train.backend: fsdp2; DeepSpeed shards over all workers; leave it out"
+    if train.mesh.ranks != train.workers:
+        yield f"train.mesh: {train.mesh} has {train.mesh.ranks} ranks for train.workers {train.workers}"
+    if train.min_workers is not None and train.min_workers != train.workers:
+        yield "train.mesh: has fixed sizes, and an elastic group may be smaller; use auto or leave min_workers out"
+    if train.mesh.tensor > 1 and train.lora is not None:
+        yield "train.mesh.tensor: layers with adapters (train.lora) cannot be split; use shard in its place"
 
 
 def _secret_problems(config: SpinConfig) -> Iterator[str]:

@@ -32,14 +32,17 @@ class StepSums:
             self._sums[SUMMED.index(name)] += value
         self._added |= values.keys()
 
-    def reduce(self) -> dict[str, float]:
-        """Returns the sums over all ranks; a collective.
+    def reduce(self, tensor: int = 1) -> dict[str, float]:
+        """Returns the sums over all packs; a collective.
+
+        Args:
+            tensor: ranks that computed each pack together, and so hold the same values.
 
         Raises:
             FloatingPointError: a sum is not finite; raised on every rank.
         """
         dist.all_reduce(self._sums)
-        values = self._sums.tolist()  # one wait for the device
+        values = (self._sums / tensor).tolist()  # one wait for the device
         if not all(map(math.isfinite, values)):
             raise FloatingPointError("the loss or a log-probability is not finite; lower the learning rate or beta")
         sums = zip(SUMMED, values, strict=True)

@@ -55,6 +55,19 @@ class PackShape:
     pack_length: int
     global_batch_pairs: int
     pad_id: int
+    tensor: int = 1
+    """Neighbouring ranks that compute each pack together (``Mesh.tensor``)."""
+
+    def place(self) -> tuple[int, int]:
+        """Returns this rank's number and the number of ranks among which packs are distributed.
+
+        The ranks of a tensor group have the same number.
+        """
+        return dist.get_rank() // self.tensor, dist.get_world_size() // self.tensor
+
+    def writes(self) -> bool:
+        """Tells whether this rank is the one of its tensor group that writes."""
+        return dist.get_rank() % self.tensor == 0
 
     def build(self, pack: Pack, table: pa.Table) -> PackedBatch:
         """Returns the tensors of a pack, no longer than need be."""
@@ -117,7 +130,7 @@ def score_rows(
 
     Training uses the same packs and kernels, so the first step's margins are exactly 0.
     """
-    packs = [pack for step in steps for pack in step.for_rank(dist.get_rank(), dist.get_world_size())]
+    packs = [pack for step in steps for pack in step.for_rank(*shape.place())]
     if not packs:
         return [], [], []
     batches = (batch for _, batch in feed(packs, table, shape, backend.device))
@@ -141,14 +154,14 @@ def train_step(
     Raises:
         FloatingPointError: a loss or gradient is not finite; raised on every rank, weights untouched.
     """
-    packs = step.for_rank(dist.get_rank(), dist.get_world_size())
+    packs = step.for_rank(*shape.place())
     sums = StepSums(backend.device)
     for number, (tokens, batch) in enumerate(feed(packs, table, shape, backend.device)):
         loss, pack_sums = _pack_loss(backend, batch, step, objective, reference)
         backend.backward(loss, last_microbatch=number == len(packs) - 1)
         sums.add(pack_sums | {"tokens": tokens})
     try:
-        totals = sums.reduce()
+        totals = sums.reduce(shape.tensor)
         stats = backend.step()
     except FloatingPointError as error:
         ids = table["pair_id"].take([row for pack in step.packs for tree in pack for row in tree]).to_pylist()

@@ -11,9 +11,11 @@ from spin_ray.inputs.findings import template_facts
 from spin_ray.inputs.model_folder import unopened_files
 from spin_ray.inputs.rendering import open_renderer
 from spin_ray.loop.algorithms.table import check_algorithm
+from spin_ray.planning.mesh import check_mesh
 from spin_ray.report import doctor as shown
 from spin_ray.run_dir.run_dir import open_run
 from spin_ray.runtime.connect import connect
+from spin_ray.runtime.gpu_memory import smallest_card
 from spin_ray.runtime.placement import check_fits, demands
 
 
@@ -41,6 +43,7 @@ def examine(config: SpinConfig, out: str | None, console: Console, *, every_row:
     start = check_recipe(config, inputs)
     console.print("[green]ok[/] model", end=" ")
     console.print(f"{start.model.path} (end of turn: token {start.end_of_turn_id})", markup=False)
+    check_mesh(config, start.model.path, smallest_card(config))
     facts = template_facts(renderer.template)
     shown.print_template(facts, console)
     unopened = unopened_files(start.model.path)

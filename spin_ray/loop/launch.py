@@ -10,6 +10,7 @@ from spin_ray.config.sections import sources_of
 from spin_ray.inputs.check import Inputs, check_recipe, find_inputs
 from spin_ray.inputs.mixture import shares_of
 from spin_ray.inputs.sources import find_files
+from spin_ray.planning.mesh import check_mesh
 from spin_ray.planning.plan import count_rows
 from spin_ray.report.history import evidence_to_stop, read_evaluations
 from spin_ray.run_dir.artefact import Artefact
@@ -18,6 +19,7 @@ from spin_ray.run_dir.names import iterate_name, iterate_number
 from spin_ray.run_dir.object_storage import open_storage
 from spin_ray.run_dir.run_dir import RunDir
 from spin_ray.runtime.engine import StartEngine, VllmEngine
+from spin_ray.runtime.gpu_memory import smallest_card
 from spin_ray.runtime.precision import with_precision
 
 logger = logging.getLogger(__name__)
@@ -60,6 +62,7 @@ def run_spin(config: SpinConfig, out: str | Path, start_engine: StartEngine = Vl
 
             check_algorithm(config)
             start = check_recipe(config, inputs, run.date())
+            check_mesh(config, start.model.path, smallest_card(config))
             for finding in start.findings:
                 if finding.severity == "warning":
                     logger.warning("%s", finding.sentence)

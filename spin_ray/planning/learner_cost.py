@@ -153,13 +153,6 @@ def settle_checkpointing(
     return _with_checkpointing(config, on=bool(config.train.resources.gpus) and needed > FILLED * room)
 
 
-def full_memory(config: SpinConfig, shape: ModelShape, optimizer: OptimizerConfig, ranks: Ranks) -> float:
-    """Returns the bytes of a rank that trains full packs, with activations computed again if that is left open."""
-    if config.train.gradient_checkpointing == "auto":
-        config = _with_checkpointing(config, on=True)
-    return _full_bytes(config, shape, optimizer, ranks)
-
-
 def _full_bytes(config: SpinConfig, shape: ModelShape, optimizer: OptimizerConfig, ranks: Ranks | None) -> float:
     length = config.train.pack_length
     full = Packs(
@@ -194,7 +187,7 @@ def learner_memory(
     trained = 0.0 if on_host else weights.trained / mesh.shard
     moments = MOMENTS.get(optimizer.name, max(MOMENTS.values())) if optimizer else 0
     memory = {
-        "weights": 4 * trained + (0.0 if on_host else weights.frozen / mesh.shard), "optimizer": 4 * moments * trained,
+        "weights": 4 * trained + (0.0 if on_host else weights.frozen / mesh.shard) + weights.whole, "optimizer": 4 * moments * trained,
     }  # fmt: skip
     if backward:
         memory |= {"gradients": 4 * trained}

@@ -1,5 +1,266 @@
-"""The mesh of the train workers: who holds which part of the model."""
+"""The mesh of the train workers: who holds which part of the model, and why.
 
-from spin_ray.config.sections import Mesh
+train.mesh, model's shape, workers by node, memory of a device ──> Choice(mesh, reason)
+"""
 
-__all__ = ["Mesh"]
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+from itertools import groupby
+from math import ceil
+from pathlib import Path
+from typing import Self
+
+from spin_ray.config.recipe import SpinConfig
+from spin_ray.config.sections import Mesh, OptimizerConfig
+from spin_ray.errors import ConfigError, ModelError, ResourceError
+from spin_ray.inputs.model_folder import read_config
+from spin_ray.learner.tensor_plan import why_not_split
+from spin_ray.planning.cluster import Cluster, devices_of
+from spin_ray.planning.hardware import CPU, GB
+from spin_ray.planning.learner_cost import FILLED, learner_memory, settle_checkpointing
+from spin_ray.planning.model_shape import ModelShape
+from spin_ray.planning.work import Packs
+
+TENSOR_SIZES = (2, 4, 8)
+"""Sizes of tensor groups that ``auto`` tries: their links are those within a node."""
+SHARDED = ("weights", "optimizer", "gradients", "whole gradients")
+"""Purposes of memory that more workers, or ``reduce_every_pack``, make smaller."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Placing:
+    """The places of the train workers, in order of their ranks."""
+
+    node_of_rank: tuple[int, ...]
+    room: float
+    """Bytes of the smallest device."""
+
+    @classmethod
+    def even(cls, workers: int, nodes: int, room: float) -> Self:
+        """Returns the places on ``nodes`` nodes that are filled one after another."""
+        each = ceil(workers / nodes)
+        return cls(node_of_rank=tuple(rank // each for rank in range(workers)), room=room)
+
+    @property
+    def workers(self) -> int:
+        return len(self.node_of_rank)
+
+    @property
+    def per_node(self) -> tuple[int, ...]:
+        """Workers of each node, as neighbours in rank; a node whose workers are scattered comes more than once."""
+        return tuple(len(list(run)) for _, run in groupby(self.node_of_rank))
+
+    @property
+    def neighbours(self) -> bool:
+        """True: the workers of each node have consecutive ranks, as Ray Train sorts them (its worker_group.py)."""
+        return len(self.per_node) == len(set(self.node_of_rank))
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Choice:
+    mesh: Mesh
+    reason: str
+    """One sentence, without a full stop."""
+
+    def __str__(self) -> str:
+        return f"train.mesh: {self.mesh}: {self.reason}"
+
+
+WhyNotSplit = Callable[[int], str | None]
+"""Returns why layers cannot be split over so many ranks, or None."""
+
+
+def mesh_of(config: SpinConfig, folder: Path, node_of_rank: tuple[int, ...], room: float | None) -> Choice:
+    """Returns the mesh for the model in ``folder``; ``choose_mesh`` has the errors.
+
+    Args:
+        room: bytes of the smallest GPU; None: a CPU worker's share of memory.
+    """
+    placing = Placing(node_of_rank=node_of_rank, room=room or CPU.share(config.train.resources).memory)
+    if placing.workers == 1 and config.train.mesh == "auto":
+        return Choice(mesh=Mesh(), reason="there is one worker")
+    described = read_config(folder)
+    try:
+        shape = ModelShape.from_config(described, str(folder))
+    except ModelError:
+        shape = None
+    return choose_mesh(config, shape, placing, partial(why_not_split, described))
+
+
+def choose_mesh(
+    config: SpinConfig, shape: ModelShape | None, placing: Placing, why_not: WhyNotSplit | None = None
+) -> Choice:
+    """Returns the recipe's mesh, or the one that ``auto`` stands for.
+
+    Args:
+        shape: None for a model whose sizes are not known.
+        why_not: transformers' answer; by default the shape's alone.
+
+    Raises:
+        ConfigError: the recipe's mesh has another number of ranks.
+        ModelError: the model cannot be split so.
+        ResourceError: workers of one node are scattered over the ranks.
+    """
+    why_not = why_not or (partial(_undivided, shape) if shape else lambda _: "its shape is not known")
+    if isinstance(config.train.mesh, Mesh):
+        return _given(config.train.mesh, placing, why_not)
+    workers, each = placing.workers, placing.per_node
+    flat = Mesh(shard=workers)
+    if config.train.backend != "fsdp2":
+        return Choice(mesh=flat, reason=f"train.backend {config.train.backend} shards over all workers")
+    if shape is None and len(each) > 1:
+        return Choice(mesh=flat, reason="the plan does not know the sizes of this model, so one copy is over all")
+    if not placing.neighbours or len(set(each)) > 1:
+        return Choice(mesh=flat, reason=f"the nodes have unequal numbers of workers {each}, so one copy is over all")
+    tensor, because = _tensor(config, shape, placing, why_not) if shape else (1, "")
+    if len(each) == 1:
+        reason = because or f"the {workers} workers are on one node and share one copy of the weights"
+        return Choice(mesh=Mesh(shard=workers // tensor, tensor=tensor), reason=reason)
+    assert shape is not None
+    within = Mesh(replicate=len(each), shard=each[0] // tensor, tensor=tensor)
+    needed = memory_of(config, shape, within, placing.room)
+    there_are = f"{needed / GB:.0f} GB a device of {placing.room / GB:.0f}"
+    if needed <= FILLED * placing.room:
+        reason = f"a copy over the {each[0]} workers of a node fits ({there_are}), so only gradients cross the network"
+        return Choice(mesh=within, reason="; ".join(filter(None, (because, reason))))
+    reason = f"a copy over the {each[0]} workers of a node would not surely fit ({there_are}), so one is over all"
+    mesh = Mesh(shard=workers // tensor, tensor=tensor)
+    return Choice(mesh=mesh, reason="; ".join(filter(None, (because, reason))))
+
+
+def planned_mesh(config: SpinConfig, shape: ModelShape, cluster: Cluster) -> Choice:
+    """Returns the mesh on a cluster of ``spin-ray plan``; ``choose_mesh`` has the errors."""
+    workers = config.train.workers
+    nodes = ceil(workers / cluster.gpus_per_node) if config.train.resources.gpus else min(cluster.nodes, workers)
+    room = devices_of(config, cluster).train.memory
+    return choose_mesh(config, shape, Placing.even(workers, nodes, room))
+
+
+def _given(mesh: Mesh, placing: Placing, why_not: WhyNotSplit) -> Choice:
+    if mesh.ranks != placing.workers:
+        raise ConfigError(
+            f"train.mesh: {mesh} is for {mesh.ranks} workers and there are {placing.workers}; "
+            "change its sizes or use train.mesh: auto"
+        )
+    if mesh.tensor > 1 and (reason := why_not(mesh.tensor)):
+        raise ModelError(f"train.mesh.tensor: {reason}; give another size, or 1")
+    if (mesh.replicate > 1 or mesh.tensor > 1) and not placing.neighbours:
+        raise ResourceError(
+            f"train.mesh: {mesh} needs the workers of a node to be neighbours, but the ranks are on nodes "
+            f"{list(placing.node_of_rank)}; use train.mesh: {{shard: {placing.workers}}}"
+        )
+    return Choice(mesh=mesh, reason="the recipe says so")
+
+
+def _tensor(config: SpinConfig, shape: ModelShape, placing: Placing, why_not: WhyNotSplit) -> tuple[int, str]:
+    """Returns the size of tensor groups, and why it is more than 1."""
+    train, workers = config.train, placing.workers
+    if not train.resources.gpus or train.lora is not None:
+        return 1, ""
+    sizes = [size for size in TENSOR_SIZES if placing.per_node[0] % size == 0 and not why_not(size)]
+    needed = memory_of(config, shape, Mesh(shard=workers), placing.room)
+    if needed > placing.room:
+        for size in sizes:
+            if memory_of(config, shape, Mesh(shard=workers // size, tensor=size), placing.room) <= placing.room:
+                lacks = f"a pack and a layer take {needed / GB:.0f} GB on a device of {placing.room / GB:.0f}"
+                return size, f"{lacks}, so {size} workers split each layer"
+    if sizes and train.global_batch_pairs < workers:
+        size = next((size for size in sizes if workers // size <= train.global_batch_pairs), sizes[-1])
+        lacks = f"a step's {train.global_batch_pairs} pairs are too few for {workers} workers"
+        return size, f"{lacks}, so {size} workers split each layer"
+    return 1, ""
+
+
+def _undivided(shape: ModelShape, tensor: int) -> str | None:
+    for count, what in ((shape.kv_heads, "key and value heads"), (shape.intermediate, "columns")):
+        if count % tensor:
+            return f"{tensor} does not divide the model's {count} {what}"
+    return None
+
+
+# Memory
+
+
+def split_shape(shape: ModelShape, tensor: int) -> ModelShape:
+    """Returns the shape that one rank of a tensor group computes; embeddings and head are whole there."""
+    return shape.split(tensor)
+
+
+def on_a_copy(config: SpinConfig, mesh: Mesh) -> SpinConfig:
+    """Returns the recipe with the workers that share one copy, for the arithmetic of memory."""
+    return config.model_copy(update={"train": config.train.model_copy(update={"workers": mesh.shard})})
+
+
+def memory_of(config: SpinConfig, shape: ModelShape, mesh: Mesh, room: float) -> float:
+    """Returns the bytes of a rank that trains full packs, with activations computed again if that is left open."""
+    optimizer = config.train.optimizer
+    one, split = on_a_copy(config, mesh), split_shape(shape, mesh.tensor)
+    return sum(_of_full_packs(settle_checkpointing(one, split, room, optimizer), split, optimizer).values())
+
+
+def _of_full_packs(config: SpinConfig, shape: ModelShape, optimizer: OptimizerConfig) -> dict[str, float]:
+    length = config.train.pack_length
+    packs = Packs(
+        steps=1, per_step=2, per_rank=2, length=length, targets=length, per_rank_at_most=2, tokens=2 * length
+    )  # fmt: skip
+    return learner_memory(config, shape, packs, optimizer=optimizer, backward=True)
+
+
+# What no mesh here can hold
+
+
+def check_mesh(config: SpinConfig, folder: Path, room: float | None) -> None:
+    """Checks what is known of the mesh before anything runs.
+
+    Args:
+        room: bytes of a GPU, if this machine has one.
+
+    Raises:
+        ModelError: the model cannot be split as the recipe says.
+        ResourceError: prompts are too long for every mesh.
+    """
+    described = read_config(folder)
+    mesh = config.train.mesh
+    if isinstance(mesh, Mesh) and mesh.tensor > 1 and (reason := why_not_split(described, mesh.tensor)):
+        raise ModelError(f"train.mesh.tensor: {reason}; give another size, or 1")
+    if room is None or not config.train.resources.gpus:
+        return
+    try:
+        shape = ModelShape.from_config(described, str(folder))
+    except ModelError:
+        return
+    if reason := too_long(config, shape, room, partial(why_not_split, described)):
+        raise ResourceError(reason)
+
+
+def too_long(config: SpinConfig, shape: ModelShape, room: float, why_not: WhyNotSplit | None = None) -> str | None:
+    """Returns a sentence if the longest pair alone fills a GPU, however many share the weights; else None."""
+    answer = config.generation.sampling.max_tokens
+    longest = config.model.max_length + answer
+    why_not = why_not or partial(_undivided, shape)
+    sizes = [size for size in TENSOR_SIZES if config.train.lora is None and not why_not(size)]
+    split = split_shape(shape, max([1, *sizes]))
+
+    def needed(length: int) -> float:
+        changes = {"workers": 2, "pack_length": length, "gradient_checkpointing": True, "sharding": "full"}
+        alone = config.model_copy(update={"train": config.train.model_copy(update=changes)})
+        memory = _of_full_packs(alone, split, config.train.optimizer)
+        return sum(size for purpose, size in memory.items() if purpose not in SHARDED)
+
+    if needed(longest) <= room:
+        return None
+    fits, fails = 0, longest
+    while fails - fits > 1:
+        middle = (fits + fails) // 2
+        fits, fails = (middle, fails) if needed(middle) <= room else (fits, middle)
+    if not fits:  # two layers alone are too large
+        return None
+    cure = f"model.max_length to {fits - answer} or less"
+    if fits <= 2 * answer:
+        cure = f"model.max_length and generation.sampling.max_tokens to {fits} or less together"
+    return (
+        f"model.max_length: one pair of {config.model.max_length} + {answer} tokens takes {needed(longest) / GB:.0f} "
+        f"GB beside the weights on a device of {room / GB:.0f} GB; from {fails} tokens on a context-parallel mesh "
+        f"would be needed, which spin_ray does not have; lower {cure}"
+    )

@@ -20,6 +20,7 @@ from spin_ray.inputs.embedded import resolve
 from spin_ray.inputs.model_folder import read_config
 from spin_ray.planning.cluster import Cluster, Devices, devices_of
 from spin_ray.planning.hardware import GB
+from spin_ray.planning.mesh import Choice, too_long
 from spin_ray.planning.model_shape import KNOWN_SHAPES, ModelShape
 from spin_ray.planning.paper import PAPER_DIFFERENCE, is_the_papers, paper_table
 from spin_ray.planning.remedies import remedies
@@ -170,7 +171,10 @@ def check_memory(config: SpinConfig, shape: ModelShape, cluster: Cluster, work: 
     Raises:
         ResourceError: a stage does not fit in memory; the message names settings that would.
     """
-    phases = plan_run(config, shape, devices_of(config, cluster), work)
+    devices = devices_of(config, cluster)
+    if config.train.resources.gpus and (reason := too_long(config, shape, devices.train.memory)):
+        raise ResourceError(reason)
+    phases = plan_run(config, shape, devices, work)
     failing = next((stage for phase in phases for stage in phase.stages if not stage.fits), None)
     if failing is None:
         return phases
@@ -202,9 +206,12 @@ class Plan:
         return sum(phase.seconds for phase in self.phases)
 
     @property
+    def mesh(self) -> Choice:
+        return mesh_of(self.config, self.shape, self.devices)
+
+    @property
     def notes(self) -> list[str]:
-        ranks, why = mesh_of(self.config, self.shape, self.devices)
-        found = [f"Mesh of the train workers: {ranks.mesh}: {why}."]
+        found = [f"{self.mesh}."]
         if self.cluster.nodes > 1:
             found.append(network_note(self.cluster, self.devices))
         found += self.scaling.sentences() if self.scaling else []
@@ -237,13 +244,12 @@ def as_json(config: SpinConfig, cluster: Cluster, given: Given) -> dict[str, Any
         UserError: an option is missing, or a stage does not fit.
     """
     plan = predict(config, cluster, given)
-    ranks, why = mesh_of(plan.config, plan.shape, plan.devices)
     return {
         "seconds": plan.seconds,
         "phases": [asdict(phase) | {"seconds": phase.seconds} for phase in plan.phases],
         "parameters": plan.shape.parameters,
         "work": asdict(plan.work),
-        "mesh": {**ranks.mesh.model_dump(), "why": why},
+        "mesh": {**plan.mesh.mesh.model_dump(), "why": plan.mesh.reason},
         "scaling": plan.scaling.as_json() if plan.scaling else None,
         "notes": plan.notes,
     }

@@ -4,12 +4,11 @@ from dataclasses import dataclass, replace
 from math import ceil
 
 from spin_ray.config.recipe import SpinConfig
-from spin_ray.config.sections import Mesh, OptimizerConfig
 from spin_ray.planning.cluster import Devices
 from spin_ray.planning.generation_cost import generation_cost
-from spin_ray.planning.groups import Ranks, flat
-from spin_ray.planning.hardware import GB
-from spin_ray.planning.learner_cost import FILLED, evaluation_cost, full_memory, scoring_cost, training_cost
+from spin_ray.planning.groups import Ranks
+from spin_ray.planning.learner_cost import evaluation_cost, scoring_cost, training_cost
+from spin_ray.planning.mesh import Choice, Placing, choose_mesh
 from spin_ray.planning.model_shape import ModelShape
 from spin_ray.planning.stage_cost import StageCost
 from spin_ray.planning.work import Work, pair_packs, played_rows, sft_packs
@@ -39,7 +38,7 @@ def plan_run(config: SpinConfig, shape: ModelShape, devices: Devices, work: Work
     phases: list[Phase] = []
     if config.sft:
         whole = config.model_copy(update={"train": config.train.model_copy(update={"lora": None})})
-        ranks, _ = mesh_of(whole, shape, devices, config.sft.optimizer)
+        ranks = ranks_of(whole, shape, devices)
         packs = sft_packs(config, work, ranks.mesh.data_ranks)
         warm_up = training_cost(whole, shape, devices.train, packs, config.sft.epochs, config.sft.optimizer, ranks)
         phases.append(Phase(first="sft", last="sft", count=1, stages=(warm_up,)))
@@ -53,31 +52,21 @@ def plan_run(config: SpinConfig, shape: ModelShape, devices: Devices, work: Work
     return phases
 
 
-def mesh_of(
-    config: SpinConfig, shape: ModelShape, devices: Devices, optimizer: OptimizerConfig | None = None
-) -> tuple[Ranks, str]:
+def mesh_of(config: SpinConfig, shape: ModelShape, devices: Devices) -> Choice:
     """Returns the mesh of the train workers, and why it is that one."""
-    workers, each = config.train.workers, devices.per_node
-    if isinstance(config.train.mesh, Mesh):
-        return Ranks(mesh=config.train.mesh, per_node=each), "the recipe says so"
-    over_all = flat(workers, each)
-    if workers <= each:
-        return over_all, "all are on one node" if workers > 1 else "there is one worker"
-    if workers % each:
-        return over_all, f"{workers} workers do not fill nodes of {each}"
-    hybrid = Ranks(mesh=Mesh(replicate=workers // each, shard=each), per_node=each)
-    needed = full_memory(config, shape, optimizer or config.train.optimizer, hybrid)
-    there_are = f"{needed / GB:.0f} GB a device of {devices.train.memory / GB:.0f}"
-    if needed <= FILLED * devices.train.memory:
-        return hybrid, f"a copy on each node fits ({there_are}), so only gradients cross the network, once a step"
-    return over_all, f"a copy on each node would not surely fit ({there_are}), so one is over all workers"
+    nodes = tuple(rank // devices.per_node for rank in range(config.train.workers))
+    return choose_mesh(config, shape, Placing(node_of_rank=nodes, room=devices.train.memory))
+
+
+def ranks_of(config: SpinConfig, shape: ModelShape, devices: Devices) -> Ranks:
+    return Ranks(mesh=mesh_of(config, shape, devices).mesh, per_node=devices.per_node)
 
 
 def iteration_costs(
     config: SpinConfig, shape: ModelShape, devices: Devices, work: Work, iteration: int
 ) -> tuple[StageCost, ...]:
     """Returns the stages of one iteration; the last iterate is only evaluated."""
-    ranks, _ = mesh_of(config, shape, devices)
+    ranks = ranks_of(config, shape, devices)
     trained = iteration < config.iterations
     played = played_rows(config, work) if trained else 0
     heldout = ceil(work.heldout_rows * config.heldout_samples / config.generation.samples_per_prompt)

@@ -126,8 +126,7 @@ def _size(config: SpinConfig, shape: ModelShape, cluster: Cluster, work: Work, b
     phases = plan_run(changed, shape, devices, work)
     if not all(stage.fits for phase in phases for stage in phase.stages):
         return None
-    ranks, _ = mesh_of(changed, shape, devices)
     return Size(
         nodes=cluster.nodes, workers=changed.train.workers, replicas=changed.generation.replicas, batch=batch,
-        mesh=str(ranks.mesh), hours=sum(phase.seconds for phase in phases) / 3600,
+        mesh=str(mesh_of(changed, shape, devices).mesh), hours=sum(phase.seconds for phase in phases) / 3600,
     )  # fmt: skip

@@ -6,8 +6,8 @@ from spin_ray.config.recipe import SpinConfig
 from spin_ray.config.sections import LoraConfig
 from spin_ray.planning.model_shape import ModelShape
 
-BASE_BYTES = {"bf16": 2.0, "int8": 1.0 + 2 / 4096, "nf4": 0.5 + 1 / 64 + 4 / 64 / 256}
-"""Bytes per frozen weight of a linear layer.
+BASE_BYTES = {"bf16": 0.0, "int8": 1.0 + 2 / 4096, "nf4": 0.5 + 1 / 64 + 4 / 64 / 256}
+"""Bytes per quantised weight of a linear layer; ``bf16`` has none.
 
 int8: and one fp16 scale per row, of 4096 (arXiv 2208.07339). nf4: and an 8-bit scale per 64 weights, with an fp32 scale
 per 256 of those (arXiv 2305.14314, double quantisation).
@@ -21,7 +21,9 @@ class Unit:
     trained: float
     """Parameters with fp32 states."""
     frozen: float
-    """Bytes as they are stored."""
+    """Bytes that are sharded, as they are stored."""
+    whole: float = 0.0
+    """Bytes of quantised weights, which every rank holds: they cannot be sharded."""
     gathered: float
     """Bytes of the whole unit as it is gathered."""
     computed: float
@@ -41,6 +43,10 @@ class Weights:
     @property
     def frozen(self) -> float:
         return self.layers * self.layer.frozen + self.root.frozen
+
+    @property
+    def whole(self) -> float:
+        return self.layers * self.layer.whole
 
 
 def weights_of(config: SpinConfig, shape: ModelShape, *, trains: bool = True) -> Weights:
@@ -65,13 +71,13 @@ def _all(count: float, size: int, *, trained: bool) -> Unit:
 
 def _with_adapters(lora: LoraConfig, shape: ModelShape, size: int) -> Unit:
     adapters = lora.rank * adapted_widths(lora, shape)
-    linear = shape.layer_matmuls
-    frozen = linear * BASE_BYTES[lora.base] + 2 * (shape.layer - linear)
-    quantised = lora.base != "bf16"
+    quantised = 0 if lora.base == "bf16" else shape.layer_matmuls
+    sharded = shape.layer - quantised
     return Unit(
         trained=adapters,
-        frozen=frozen,
-        gathered=size * adapters + (frozen if quantised else size * shape.layer),
+        frozen=size * sharded,
+        whole=quantised * BASE_BYTES[lora.base],
+        gathered=size * (adapters + sharded),
         computed=size * (adapters + shape.layer),
     )
 

@@ -9,6 +9,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from spin_ray.config.recipe import SpinConfig
 from spin_ray.errors import StageError
 
 WAIT_S = 120.0
@@ -47,6 +48,13 @@ def wait_for_memory(
         if time.monotonic() >= deadline:
             raise StageError(f"after {wait_s:.0f} s, {'; '.join(_missing(card, fraction, setting) for card in short)}")
         time.sleep(0.5)
+
+
+def smallest_card(config: SpinConfig) -> int | None:
+    """Returns the bytes of this machine's smallest card; None without one, or if training uses none."""
+    if not config.train.resources.gpus:
+        return None
+    return min((card.total for card in visible_cards()), default=None)
 
 
 def visible_cards(count: int | None = None) -> list[Card]:

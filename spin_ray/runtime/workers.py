@@ -161,5 +161,21 @@ def _in_worker(loop: dict[str, Any]) -> Any:
         return error
 
 
+def nodes_and_room() -> tuple[tuple[int, ...], int | None]:
+    """Returns the node of every rank, and the bytes of the smallest GPU of several workers; a collective."""
+    import torch
+    import torch.distributed as dist
+
+    if dist.get_world_size() == 1:
+        return (0,), None
+    on = device()
+    room = torch.cuda.get_device_properties(on).total_memory if on.type == "cuda" else 0
+    mine = torch.tensor([ray.train.get_context().get_node_rank(), room], device=on)
+    everybody = [torch.zeros_like(mine) for _ in range(dist.get_world_size())]
+    dist.all_gather(everybody, mine)
+    nodes, rooms = zip(*(each.tolist() for each in everybody), strict=True)
+    return nodes, min(rooms) or None
+
+
 def device() -> Any:
     return ray.train.torch.get_device()

@@ -11,7 +11,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from spin_ray.config.recipe import SpinConfig
-from spin_ray.config.sections import LoraConfig, OptimizerConfig
+from spin_ray.config.sections import LoraConfig, Mesh, OptimizerConfig
 from spin_ray.learner.batch import PackedBatch
 
 
@@ -28,6 +28,8 @@ class BackendSettings:
     gradient_checkpointing: bool = False
     sharding: Literal["full", "shard_grad_op"] = "full"
     """``full`` gathers weights for each pass, ``shard_grad_op`` once per optimizer step."""
+    mesh: Mesh | None = None
+    """Grid of the ranks; None: one copy of the weights over all."""
     compile: bool | Literal["auto"] = False
     """``auto``: on GPUs."""
     deterministic: bool = False

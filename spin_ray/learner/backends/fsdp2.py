@@ -1,4 +1,4 @@
-"""FSDP2: weights, gradients and optimizer state are sharded over all ranks.
+"""FSDP2: weights, gradients and optimizer state are sharded over all ranks, or as ``train.mesh`` says.
 
 fp32 shard ──gather, cast──> bf16 layer ──forward, backward──> bf16 gradient ──sum over ranks──> fp32 gradient
     ^                                                                                                |
@@ -16,13 +16,14 @@ import torch.distributed.checkpoint as dcp
 from jaxtyping import Float
 from torch import Tensor, nn
 from torch.distributed.checkpoint import FileSystemReader, FileSystemWriter
-from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import CPUOffloadPolicy, FSDPModule, MixedPrecisionPolicy, OffloadPolicy, fully_shard
 from torch.distributed.tensor import DTensor
 
 from spin_ray.config.sections import OptimizerConfig
 from spin_ray.learner.adapters import add_adapters, is_adapter, set_first_values, stored_name
 from spin_ray.learner.backends.base import BackendSettings, StepStats, set_learning_rate
+from spin_ray.learner.backends.meshes import clip, data_mesh, group_by_mesh, make_mesh, split_layers, total_norm
 from spin_ray.learner.backends.modules import (
     compile_layers,
     compiles,
@@ -74,7 +75,9 @@ class Fsdp2Backend:
                 for parameter in self._model.parameters()
                 if settings.optimizer is None or not parameter.requires_grad
             )
-        self._scorer = _shard(choice.scorer(self._model), settings, device)
+        mesh = make_mesh(settings.mesh, device)
+        split_layers(self._model, mesh)
+        self._scorer = _shard(choice.scorer(self._model), settings, data_mesh(mesh), device)
         if empty is not None:
             self._fill(source)
         # Taken while sharded: during and after a forward, modules may carry gathered copies.
@@ -82,6 +85,7 @@ class Fsdp2Backend:
         self._optimizer: torch.optim.Optimizer | None = None
         if settings.optimizer is not None:
             optimizer = make_optimizer(trainable(self._model), settings.optimizer, settings.learning_rate)
+            group_by_mesh(optimizer)
             allocate_state(optimizer, settings.optimizer.name)
             self._optimizer = optimizer
             self._set_learning_rate()
@@ -108,6 +112,7 @@ class Fsdp2Backend:
     def backward(self, loss: Float[Tensor, ""], *, last_microbatch: bool) -> None:
         # Without sync, gradients add up whole (4 bytes per parameter) on every rank, and are reduced once per step.
         self._scorer.set_requires_gradient_sync(last_microbatch or self._settings.reduce_every_pack)
+        self._scorer.set_requires_all_reduce(last_microbatch)  # copies of the weights meet once per step
         self._scorer.set_reshard_after_backward(self._settings.sharding == "full" or last_microbatch)
         loss.backward()
 
@@ -115,13 +120,13 @@ class Fsdp2Backend:
         optimizer, settings = self._training()
         self._reshard()
         gradients = [shard.grad for shard in self._shards.values() if shard.grad is not None]
-        norm = torch.nn.utils.get_total_norm(gradients, foreach=True)
-        grad_norm = float(norm.full_tensor() if isinstance(norm, DTensor) else norm)
+        norm = total_norm(gradients)
+        grad_norm = float(norm)
         if not math.isfinite(grad_norm):
             raise FloatingPointError(
                 f"gradient norm is {grad_norm} at optimizer step {self.steps_done}; lower the learning rate or beta"
             )
-        torch.nn.utils.clip_grads_with_norm_(self._shards.values(), settings.max_grad_norm, norm, foreach=True)
+        clip(self._shards.values(), settings.max_grad_norm, norm)
         stats = StepStats(grad_norm=grad_norm, learning_rate=optimizer.param_groups[0]["lr"])
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
@@ -199,8 +204,7 @@ def _is_tight(settings: BackendSettings, device: torch.device) -> bool:
     return settings.lora is not None or (settings.optimizer is None and device.type == "cuda")
 
 
-def _shard(scorer: ResponseScorer, settings: BackendSettings, device: torch.device) -> Any:
-    mesh = init_device_mesh(device.type, (dist.get_world_size(),))
+def _shard(scorer: ResponseScorer, settings: BackendSettings, mesh: DeviceMesh, device: torch.device) -> Any:
     policy = MixedPrecisionPolicy(
         param_dtype=torch.bfloat16 if settings.precision == "bf16" else None, reduce_dtype=torch.float32
     )
@@ -211,7 +215,7 @@ def _shard(scorer: ResponseScorer, settings: BackendSettings, device: torch.devi
     if settings.gradient_checkpointing:
         recompute_activations(scorer.model)
     for layer in decoder_layers(scorer.model):
-        reshard = settings.sharding == "full" and (mesh.size() > 1 or _is_tight(settings, device))
+        reshard = settings.sharding == "full" and (mesh["shard"].size() > 1 or _is_tight(settings, device))
         fully_shard(layer, mesh=mesh, mp_policy=policy, offload_policy=offload, reshard_after_forward=reshard)
     fully_shard(scorer, mesh=mesh, mp_policy=policy, offload_policy=offload)
     for module in scorer.modules():

@@ -5,7 +5,7 @@
 Iteration 0 has none: its opponent is θ_0.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import pyarrow as pa
 import torch.distributed as dist
@@ -15,11 +15,12 @@ from spin_ray.inputs.model_folder import ModelFolder
 from spin_ray.learner.backends.base import BackendSettings
 from spin_ray.learner.backends.fsdp2 import Fsdp2Backend
 from spin_ray.learner.step import PackShape, pair_lengths, plan, score_rows
+from spin_ray.planning.mesh import mesh_of
 from spin_ray.run_dir.names import part_name, prompt_of
 from spin_ray.run_dir.run_dir import RunDir
 from spin_ray.run_dir.schemas import PAIR_SCHEMA, REFERENCE_SCHEMA
 from spin_ray.run_dir.storage import ATTEMPTS, Storage, table_from_bytes, table_to_bytes
-from spin_ray.runtime.workers import device, run_workers
+from spin_ray.runtime.workers import device, nodes_and_room, run_workers
 
 _SCORED = pa.schema([pa.field("response", pa.string()), pa.field("logp", pa.float32())])
 Scores = dict[str, float]
@@ -28,6 +29,7 @@ Scores = dict[str, float]
 
 @dataclass(frozen=True, kw_only=True)
 class BaseScoreJob:
+    recipe: SpinConfig
     rows: pa.Table
     """PAIR_SCHEMA rows without y′: ``pair_id`` is the key, ``real_ids`` the response."""
     model: ModelFolder
@@ -35,7 +37,7 @@ class BaseScoreJob:
     backend: BackendSettings
     storage: Storage
     target: str
-    """Folder of one part per rank."""
+    """Folder of the parts, one for each rank or tensor group."""
 
 
 def run(run_dir: RunDir, config: SpinConfig, iteration: int, base: ModelFolder) -> None:
@@ -88,6 +90,7 @@ def unknown_responses(pairs: pa.Table, known: Scores) -> pa.Table:
 def _score(run_dir: RunDir, config: SpinConfig, base: ModelFolder, rows: pa.Table, name: str) -> Scores:
     storage = run_dir.storage
     job = BaseScoreJob(
+        recipe=config,
         rows=rows,
         model=base,
         shape=PackShape(pack_length=config.train.pack_length, global_batch_pairs=rows.num_rows, pad_id=base.pad_id),
@@ -105,13 +108,17 @@ def _score(run_dir: RunDir, config: SpinConfig, base: ModelFolder, rows: pa.Tabl
 
 
 def _worker(job: BaseScoreJob) -> int:
-    """Scores this rank's rows; returns the number of ranks."""
-    steps = plan(pair_lengths([job.rows]), job.shape, epochs=1, seed=0, ranks=dist.get_world_size())[0]
-    backend = Fsdp2Backend(job.model.here(), job.backend, device())
-    rows, logps, _ = score_rows(backend, steps, job.rows, job.shape)
+    """Scores this rank's rows; returns the number of parts."""
+    mesh = mesh_of(job.recipe, job.model.here(), *nodes_and_room()).mesh
+    shape = replace(job.shape, tensor=mesh.tensor)
+    rank, ranks = shape.place()
+    steps = plan(pair_lengths([job.rows]), shape, epochs=1, seed=0, ranks=ranks)[0]
+    backend = Fsdp2Backend(job.model.here(), replace(job.backend, mesh=mesh), device())
+    rows, logps, _ = score_rows(backend, steps, job.rows, shape)
     backend.close()
     keys = job.rows["pair_id"].take(pa.array(rows, pa.int64()))
     part = pa.table([keys, logps], schema=_SCORED)
-    job.storage.replace(f"{job.target}/{part_name(dist.get_rank())}", table_to_bytes(part))
+    if shape.writes():
+        job.storage.replace(f"{job.target}/{part_name(rank)}", table_to_bytes(part))
     dist.barrier()
-    return dist.get_world_size()
+    return ranks

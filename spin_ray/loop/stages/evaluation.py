@@ -12,7 +12,7 @@ The mean of log p_θt(y′) − log p_θ0(y′) over θ_t's samples estimates KL
 import json
 import logging
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -29,6 +29,7 @@ from spin_ray.learner.backends.base import BackendSettings
 from spin_ray.learner.backends.fsdp2 import Fsdp2Backend
 from spin_ray.learner.losses import pair_logps, response_logps
 from spin_ray.learner.step import PackShape, feed, pair_lengths, plan
+from spin_ray.planning.mesh import mesh_of
 from spin_ray.report.grading import grade_all
 from spin_ray.report.margins import SCORE_SCHEMA, margin_measures
 from spin_ray.report.measures import distinct_ngrams, duplicate_share, standard_error
@@ -37,13 +38,14 @@ from spin_ray.run_dir.artefact import Artefact
 from spin_ray.run_dir.names import heldout_pair_id, part_name
 from spin_ray.run_dir.run_dir import RunDir
 from spin_ray.run_dir.schemas import PAIR_SCHEMA
-from spin_ray.runtime.workers import device, run_workers
+from spin_ray.runtime.workers import device, nodes_and_room, run_workers
 
 logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, kw_only=True)
 class ScoreJob:
+    recipe: SpinConfig
     tables: tuple[tuple[ModelFolder, pa.Table], ...]
     """Each model with its PAIR_SCHEMA rows; ``pair_id`` ends with ``/self`` or ``/opponent``."""
     shape: PackShape
@@ -199,6 +201,7 @@ def _score(
         both = pa.concat_tables(list(rows.values()))
         of_initial = [] if initial.name == previous.name else [(initial, rows["self"])]
         job = ScoreJob(
+            recipe=config,
             tables=((model, both), (previous, both), *of_initial),
             shape=PackShape(
                 pack_length=config.train.pack_length, global_batch_pairs=both.num_rows, pad_id=model.pad_id
@@ -224,22 +227,26 @@ def _worker(job: ScoreJob) -> dict[str, float]:
     """Scores under one model after another: only one is in memory."""
     tables = []
     tokens, work_s = 0, 0.0
+    mesh = mesh_of(job.recipe, job.tables[0][0].here(), *nodes_and_room()).mesh
+    settings, shape = replace(job.backend, mesh=mesh), replace(job.shape, tensor=mesh.tensor)
     for model, rows in job.tables:
-        backend = Fsdp2Backend(model.here(), job.backend, device())
+        backend = Fsdp2Backend(model.here(), settings, device())
         started = time.monotonic()
-        tables.append(_score_rows(backend, rows, job.shape, model.name))
+        tables.append(_score_rows(backend, rows, shape, model.name))
         work_s += time.monotonic() - started
         tokens += sum(pc.sum(pc.list_value_length(rows[f"{name}_ids"])).as_py() for name in ("real", "generated"))
         backend.close()
-    job.target.replace_part(part_name(dist.get_rank()), pa.concat_tables(tables))
+    rank, ranks = shape.place()
+    if shape.writes():
+        job.target.replace_part(part_name(rank), pa.concat_tables(tables))
     dist.barrier()
-    return {"tokens": tokens, "work_s": work_s, "ranks": dist.get_world_size()}
+    return {"tokens": tokens, "work_s": work_s, "ranks": ranks}
 
 
 def _score_rows(backend: Fsdp2Backend, table: pa.Table, shape: PackShape, model: str) -> pa.Table:
     rows: list[int] = []
     columns: dict[str, list[Any]] = {name: [] for name in SCORE_SCHEMA.names[2:]}
-    rank, ranks = dist.get_rank(), dist.get_world_size()
+    rank, ranks = shape.place()
     steps = plan(pair_lengths([table]), shape, epochs=1, seed=0, ranks=ranks)[0]
     packs = [pack for step in steps for pack in step.for_rank(rank, ranks)]
     for _, batch in feed(packs, table, shape, backend.device):

@@ -13,7 +13,7 @@ MAY_CHANGE = (
     "train.sharding", "train.reduce_every_pack", "train.offload", "train.start_timeout_s", "train.stall_timeout_s",
     "train.compile", "train.deterministic", "train.optimizer.betas", "train.optimizer.eps",
     "sft.optimizer.betas", "sft.optimizer.eps", "reviser.optimizer.betas", "reviser.optimizer.eps",
-    "train.min_workers", "train.resize_interval_s", "train.resources.custom", "train.resources.labels",
+    "train.mesh", "train.min_workers", "train.resize_interval_s", "train.resources.custom", "train.resources.labels",
     "generation.replicas", "generation.min_replicas", "generation.max_failures", "generation.start_timeout_s",
     "generation.shard_timeout_s", "generation.resources.custom", "generation.resources.labels",
     "generation.engine.gpu_memory_utilization", "generation.engine.cpu_kv_cache_gib",
@@ -33,6 +33,7 @@ EVERY_SECTION: dict[str, Any] = {
     "serving": {"engine": {}, "resources": EVERYWHERE},
 }
 LATER = (
+    "train.lora.base",
     "model.chat_template_kwargs",
     "data.form",
     "data.columns",

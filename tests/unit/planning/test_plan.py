@@ -107,6 +107,8 @@ def test_an_engine_over_nodes_needs_whole_tensor_groups_on_them():
         assert nodes_of(config_of(generation=generation), 8)["generation"] == nodes
 
 
+UNSPLIT = "--train.mesh={shard: 8}"
+"""Mesh without tensor groups, which ``auto`` makes where a layer and a pack do not fit."""
 WHOLE = "--train.reduce_every_pack=false"
 """Option by which each worker keeps whole gradients."""
 
@@ -121,13 +123,20 @@ def test_a_plan_computes_activations_again_only_where_they_would_not_fit(call):
 @pytest.mark.parametrize(
     ("words", "stage"),
     [
-        (["--gpu", "A100-40G", WHOLE], "training"),
+        (["--gpu", "A100-40G", WHOLE, UNSPLIT], "training"),
         (["--gpu", "L4", WHOLE], "training"),
-        (["--gpu", "L4", "--train.sharding=shard_grad_op", "--train.pack_length=8192"], "scoring"),
+        (["--gpu", "L4", "--train.sharding=shard_grad_op", "--train.pack_length=8192", UNSPLIT], "scoring"),
         (["--gpu", "L4", "--generation.engine.dtype=float32"], "generation"),
-        (["--gpu", "A100-40G", "--train.gradient_checkpointing=false"], "training"),
+        (["--gpu", "A100-40G", "--train.gradient_checkpointing=false", UNSPLIT], "training"),
         (
-            ["--gpu", "A100-40G", "--train.gradient_checkpointing=false", "--train.sharding=shard_grad_op", WHOLE],
+            [
+                "--gpu",
+                "A100-40G",
+                "--train.gradient_checkpointing=false",
+                "--train.sharding=shard_grad_op",
+                WHOLE,
+                UNSPLIT,
+            ],
             "training",
         ),
     ],

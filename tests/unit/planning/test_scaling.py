@@ -57,7 +57,7 @@ def test_the_command_says_mesh_reason_and_nodes(call, monkeypatch):
     ]  # fmt: skip
     code, out, error = call(*words)
     assert (code, error) == (0, "")
-    assert "Mesh of the train workers: {replicate: 2, shard: 8, tensor: 1}: a copy on each node fits" in out
+    assert "train.mesh: {replicate: 2, shard: 8, tensor: 1}: a copy over the 8 workers of a node fits" in out
     assert "Network: 400 Gb/s of a node, all adapters together, one direction (given)" in out
     found = json.loads(call(*words, "--json")[1])
     assert found["mesh"] == {"replicate": 2, "shard": 8, "tensor": 1, "why": found["mesh"]["why"]}

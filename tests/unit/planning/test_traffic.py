@@ -27,7 +27,7 @@ def sent(mesh: Mesh, packs: float = 1, tokens: float = 3, **train: object) -> di
 @pytest.mark.timeout(300)
 def test_ranks_send_the_bytes_of_the_plan(tmp_path):
     """Counted at torch's collectives, to the byte, in training and in scoring."""
-    cases = [Case(2, every_pack=True, checkpointing=True), Case(2, sharding="shard_grad_op")]
+    cases = [Case(Mesh(shard=2), sharding="shard_grad_op"), Case(Mesh(replicate=2, shard=2), every_pack=True)]
     model = save_model("tiny", tmp_path / "model")
     for case, ranks in zip(cases, measure(cases, model, tmp_path), strict=True):
         for counted in ranks:

@@ -7,17 +7,20 @@ import torch
 import torch.distributed as dist
 
 from spin_ray.config.recipe import SpinConfig
-from spin_ray.config.sections import OptimizerConfig
+from spin_ray.config.sections import Mesh, OptimizerConfig
 from spin_ray.errors import ModelError
 from spin_ray.inputs.model_folder import read_config
 from spin_ray.planning.hardware import GB
 from spin_ray.planning.learner_cost import settle_checkpointing
+from spin_ray.planning.mesh import split_shape
 from spin_ray.planning.model_shape import ModelShape
 
 logger = logging.getLogger(__name__)
 
 
-def recomputes(config: SpinConfig, optimizer: OptimizerConfig, model: Path, device: torch.device) -> bool:
+def recomputes(
+    config: SpinConfig, optimizer: OptimizerConfig, model: Path, device: torch.device, mesh: Mesh | None = None
+) -> bool:
     """Returns the choice, the same on every rank; a collective on GPUs.
 
     The workers decide, as the driver may have no card. Elastic groups of fewer workers hold more on each.
@@ -26,14 +29,21 @@ def recomputes(config: SpinConfig, optimizer: OptimizerConfig, model: Path, devi
         return config.train.gradient_checkpointing is True
     memory = torch.tensor(torch.cuda.get_device_properties(device).total_memory, device=device)
     dist.all_reduce(memory, dist.ReduceOp.MIN)
-    return decide(config, optimizer, model, memory.item(), dist.get_world_size())
+    mesh = mesh or Mesh(shard=dist.get_world_size())
+    return decide(config, optimizer, model, memory.item(), mesh.shard, mesh.tensor)
 
 
-def decide(config: SpinConfig, optimizer: OptimizerConfig, model: Path, room: float, workers: int) -> bool:
-    """Returns the choice for ``workers`` cards of ``room`` bytes; True for models that the plan does not know."""
+def decide(
+    config: SpinConfig, optimizer: OptimizerConfig, model: Path, room: float, workers: int, tensor: int = 1
+) -> bool:
+    """Returns the choice for cards of ``room`` bytes; True for models that the plan does not know.
+
+    Args:
+        workers: cards, or tensor groups of them, that share one copy of the weights.
+    """
     here = config.model_copy(update={"train": config.train.model_copy(update={"workers": workers})})
     try:
-        shape = ModelShape.from_config(read_config(model), str(model))
+        shape = split_shape(ModelShape.from_config(read_config(model), str(model)), tensor)
     except ModelError as error:
         logger.warning("train.gradient_checkpointing: on, as its cost without is not known (%s)", error)
         return True

@@ -3,16 +3,19 @@
 load θ_t -> reference scores, stored -> steps and checkpoints -> Hugging Face folder with its manifest
 """
 
+import logging
 import time
 from collections.abc import Iterable, Iterator
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pyarrow as pa
 import pyarrow.compute as pc
 import torch
 import torch.distributed as dist
 
+from spin_ray.config.sections import Mesh
 from spin_ray.errors import RunDirError
 from spin_ray.learner.backends import make_backend
 from spin_ray.learner.backends.base import TrainBackend
@@ -23,18 +26,22 @@ from spin_ray.loop.stages.training import checkpoint
 from spin_ray.loop.stages.training.job import TrainJob
 from spin_ray.loop.stages.training.log import TrainLog
 from spin_ray.loop.stages.training.recomputation import recomputes
+from spin_ray.planning.mesh import mesh_of
 from spin_ray.run_dir.artefact import Artefact, Manifest, folder_entries
 from spin_ray.run_dir.names import part_name
 from spin_ray.run_dir.schemas import PAIR_SCHEMA, REFERENCE_SCHEMA
 from spin_ray.run_dir.storage import MANIFEST
-from spin_ray.runtime.workers import device
+from spin_ray.runtime.workers import device, nodes_and_room
+
+logger = logging.getLogger(__name__)
 
 _TOKENS = ("prompt_ids", "real_ids", "generated_ids")
 
 
-def work(job: TrainJob) -> dict[str, float]:
+def work(job: TrainJob) -> dict[str, Any]:
     """Does the job on every rank; returns counts of this attempt."""
-    rank, ranks = dist.get_rank(), dist.get_world_size()
+    job, mesh = _on_a_mesh(job)
+    rank, ranks = job.shape.place()
     epochs = plan(pair_lengths(_pairs(job.rows)), job.shape, epochs=job.epochs, seed=job.seed, ranks=ranks)
     table = _share(_pairs(job.rows), rows_of_rank(epochs, rank, ranks))
     steps = [step for epoch in epochs for step in epoch]
@@ -55,13 +62,23 @@ def work(job: TrainJob) -> dict[str, float]:
         if (number + 1) % job.checkpoint_every_steps == 0 and number + 1 < len(steps):
             checkpoint.save(job, backend, number + 1)
     _export(job, backend)
-    return {"steps": len(steps) - first, "tokens": tokens, "work_s": work_s}
+    counts = {"steps": len(steps) - first, "tokens": tokens, "work_s": work_s}
+    return counts | ({"mesh": str(mesh)} if mesh.ranks > 1 else {})
+
+
+def _on_a_mesh(job: TrainJob) -> tuple[TrainJob, Mesh]:
+    """Returns the job for the mesh of these workers, whose number may differ from attempt to attempt."""
+    choice = mesh_of(job.recipe, job.start.here(), *nodes_and_room())
+    if dist.get_rank() == 0:
+        logger.info("%s", choice)
+    backend, shape = replace(job.backend, mesh=choice.mesh), replace(job.shape, tensor=choice.mesh.tensor)
+    return replace(job, backend=backend, shape=shape), choice.mesh
 
 
 def _backend(job: TrainJob, *, total_steps: int) -> TrainBackend:
     settings, folder = replace(job.backend, total_steps=total_steps, seed=job.seed), job.start.here()
     assert settings.optimizer is not None
-    recomputed = recomputes(job.recipe, settings.optimizer, folder, device())
+    recomputed = recomputes(job.recipe, settings.optimizer, folder, device(), job.backend.mesh)
     return make_backend(folder, replace(settings, gradient_checkpointing=recomputed), device())
 
 
@@ -117,10 +134,12 @@ def _score_reference(job: TrainJob, backend: TrainBackend, steps: list[Step], ta
         return
     rows, real, generated = score_rows(backend, steps, table, job.shape)
     part = pa.table([table["pair_id"].take(pa.array(rows, pa.int64())), real, generated], schema=REFERENCE_SCHEMA)
-    target.replace_part(part_name(dist.get_rank()), part)
+    rank, ranks = job.shape.place()
+    if job.shape.writes():
+        target.replace_part(part_name(rank), part)
     dist.barrier()
     if dist.get_rank() == 0:
-        names = [part_name(rank) for rank in range(dist.get_world_size())]
+        names = [part_name(rank) for rank in range(ranks)]
         target.commit({name: target.part_entry(name) for name in names}, inputs, settings)
     dist.barrier()
 

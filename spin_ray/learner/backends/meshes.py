@@ -1,0 +1,111 @@
+"""The mesh of the ranks, for FSDP2 and tensor parallelism.
+
+    replicate × shard   fully_shard: weights are gathered within ``shard``, gradients summed over both
+    tensor              parallelize_module: heads and columns of every layer, by transformers' plan
+
+Embeddings, head and plain norms are whole on every rank of a tensor group. These ranks compute them from the same bits,
+so they stay equal.
+"""
+
+from collections.abc import Callable, Iterable
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+from torch.distributed.tensor import DTensor, Replicate
+from torch.distributed.tensor.parallel import (
+    ColwiseParallel,
+    ParallelStyle,
+    RowwiseParallel,
+    SequenceParallel,
+    parallelize_module,
+)
+from torch.optim import Optimizer
+
+from spin_ray.config.sections import Mesh
+from spin_ray.errors import ConfigError, ModelError
+from spin_ray.learner.tensor_plan import layer_plan, why_not_split
+
+
+def _norm_of_local_heads() -> ParallelStyle:
+    """Makes a norm over each head's width run on local heads, and its gradient the sum over all heads.
+
+    That is sequence parallelism over the dimension of heads; which dimension it is called makes no difference.
+    """
+    return SequenceParallel(sequence_dim=2, use_local_output=True)
+
+
+STYLES: dict[str, Callable[[], ParallelStyle]] = {
+    "colwise": ColwiseParallel,
+    "rowwise": RowwiseParallel,
+    "colwise_rep": lambda: ColwiseParallel(output_layouts=Replicate()),
+    "colwise_gather_output": lambda: ColwiseParallel(output_layouts=Replicate()),
+    "rowwise_rep": lambda: RowwiseParallel(input_layouts=Replicate()),
+    "rowwise_split_input": lambda: RowwiseParallel(input_layouts=Replicate()),
+    "replicated_with_grad_allreduce": _norm_of_local_heads,
+}
+"""torch's styles by transformers' names."""
+
+
+def make_mesh(wanted: Mesh | None, device: torch.device) -> DeviceMesh:
+    """Returns the mesh of all ranks, with the dimensions that are larger than 1, and always ``shard``.
+
+    Raises:
+        ConfigError: it has another number of ranks.
+    """
+    world = dist.get_world_size()
+    wanted = wanted or Mesh(shard=world)
+    if wanted.ranks != world:
+        raise ConfigError(f"train.mesh: {wanted} has {wanted.ranks} ranks for {world} workers; use train.mesh: auto")
+    sizes = {name: size for name, size in wanted.model_dump().items() if size > 1 or name == "shard"}
+    return init_device_mesh(device.type, tuple(sizes.values()), mesh_dim_names=tuple(sizes))
+
+
+def data_mesh(mesh: DeviceMesh) -> DeviceMesh:
+    """Returns the dimensions over which packs are distributed."""
+    names = tuple(name for name in mesh.mesh_dim_names or () if name != "tensor")
+    return mesh[names]
+
+
+def split_layers(model: Any, mesh: DeviceMesh) -> None:
+    """Splits each layer over the mesh's ``tensor`` dimension, if it has one.
+
+    Raises:
+        ModelError: the model cannot be split so.
+    """
+    if "tensor" not in (mesh.mesh_dim_names or ()):
+        return
+    text, group = model.config.get_text_config(), mesh["tensor"]
+    if reason := why_not_split(text.to_dict(), group.size()):
+        raise ModelError(f"train.mesh.tensor: {reason}")
+    styles = {name: STYLES[style]() for name, style in layer_plan(text).items()}
+    parallelize_module(model.get_decoder(), group, styles, src_data_rank=None)
+
+
+def by_mesh(tensors: Iterable[Tensor]) -> list[list[Tensor]]:
+    """Returns the tensors grouped by their mesh, as torch's operations on lists take tensors of one mesh only."""
+    groups: dict[Any, list[Tensor]] = {}
+    for tensor in tensors:
+        groups.setdefault(tensor.device_mesh if isinstance(tensor, DTensor) else None, []).append(tensor)
+    return list(groups.values())
+
+
+def group_by_mesh(optimizer: Optimizer) -> None:
+    """Splits the optimizer's groups so that each has parameters of one mesh."""
+    optimizer.param_groups = [
+        group | {"params": parameters} for group in optimizer.param_groups for parameters in by_mesh(group["params"])
+    ]
+
+
+def total_norm(gradients: Iterable[Tensor]) -> Tensor:
+    """Returns the norm of all gradients, the same on every rank; a collective."""
+    norms = [torch.nn.utils.get_total_norm(group, foreach=True) for group in by_mesh(gradients)]
+    whole = [norm.full_tensor() if isinstance(norm, DTensor) else norm for norm in norms]
+    return whole[0] if len(whole) == 1 else torch.linalg.vector_norm(torch.stack(whole))
+
+
+def clip(parameters: Iterable[nn.Parameter], most: float, norm: Tensor) -> None:
+    for group in by_mesh(parameters):
+        torch.nn.utils.clip_grads_with_norm_(group, most, norm, foreach=True)

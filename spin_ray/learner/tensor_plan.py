@@ -1,0 +1,49 @@
+"""Which models can be split over a tensor group: transformers' plan, as far as torch's own styles carry it out."""
+
+from collections.abc import Mapping
+from typing import Any
+
+STYLES = frozenset(
+    {
+        "colwise",
+        "rowwise",
+        "colwise_rep",
+        "colwise_gather_output",
+        "rowwise_rep",
+        "rowwise_split_input",
+        "replicated_with_grad_allreduce",
+    }
+)
+"""Styles that ``backends.meshes`` hands to torch. Plans of mixtures of experts and of latent attention have others."""
+_DIVIDED = {
+    "num_attention_heads": "attention heads",
+    "num_key_value_heads": "key and value heads",
+    "intermediate_size": "columns of the feed-forward network",
+}
+
+
+def why_not_split(config: Mapping[str, Any], tensor: int) -> str | None:
+    """Returns why a model of this config.json cannot be split over ``tensor`` ranks, or None."""
+    from transformers import AutoConfig  # slow
+
+    kind = config.get("model_type", "")
+    try:
+        text = AutoConfig.for_model(**config).get_text_config()
+    except (TypeError, ValueError):
+        return f"transformers knows no model of type {kind!r}, and so no plan to split it"
+    plan = layer_plan(text)
+    if not plan:
+        return f"transformers has no tensor plan for a model of type {text.model_type}"
+    if unknown := sorted(set(plan.values()) - STYLES):
+        return f"transformers' tensor plan for a model of type {text.model_type} uses {', '.join(unknown)}"
+    for name, what in _DIVIDED.items():
+        count = getattr(text, name, None)
+        if count and count % tensor:
+            return f"{tensor} does not divide the model's {count} {what}"
+    return None
+
+
+def layer_plan(text_config: Any) -> dict[str, str]:
+    """Returns the styles of the layers' modules. Embeddings and head stay whole on every rank of a tensor group."""
+    plan = getattr(text_config, "base_model_tp_plan", None) or {}
+    return {name: style for name, style in plan.items() if name.startswith("layers.")}

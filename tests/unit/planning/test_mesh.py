@@ -1,0 +1,157 @@
+"""Which mesh ``train.mesh: auto`` stands for, why, and what is refused before anything runs."""
+
+import json
+from dataclasses import replace
+
+import pytest
+
+from spin_ray.config.sections import LoraConfig, Mesh
+from spin_ray.errors import ConfigError, ModelError, ResourceError
+from spin_ray.learner.tensor_plan import why_not_split
+from spin_ray.planning.cluster import Cluster
+from spin_ray.planning.hardware import GB
+from spin_ray.planning.mesh import (
+    Choice,
+    Placing,
+    check_mesh,
+    choose_mesh,
+    memory_of,
+    mesh_of,
+    planned_mesh,
+    split_shape,
+    too_long,
+)
+from spin_ray.planning.model_shape import MISTRAL_7B, ModelShape
+from tests.support.fakes import config_of
+from tests.support.planning_cases import ZEPHYR, changed
+
+LLAMA_70B = ModelShape(layers=80, hidden=8192, intermediate=28672, heads=64, kv_heads=8, head_dim=128, vocab=128256)
+MISTRAL = {
+    "model_type": "mistral", "vocab_size": 32000, "hidden_size": 4096, "intermediate_size": 14336,
+    "num_hidden_layers": 32, "num_attention_heads": 32, "num_key_value_heads": 8,
+}  # fmt: skip
+
+
+def choice(nodes: int, shape: ModelShape | None = MISTRAL_7B, each: int = 8, room: float = 80, **train) -> Choice:
+    config = changed(ZEPHYR, workers=nodes * each, **train)
+    return choose_mesh(config, shape, Placing.even(nodes * each, nodes, room * GB))
+
+
+def test_one_node_shares_one_copy():
+    found = choice(1)
+    assert found.mesh == Mesh(shard=8)
+    assert str(found) == (
+        "train.mesh: {replicate: 1, shard: 8, tensor: 1}: the 8 workers are on one node and share one copy of the "
+        "weights"
+    )
+
+
+def test_several_nodes_hold_a_copy_each_where_it_fits():
+    """7B takes 4 weights + 4 gradients + 4 squares = 12 bytes a parameter: 87 GB, so 11 GB on each of eight.
+
+    70B takes 847 GB, so 106 GB on each of eight, and 40 more beside; cards of 220 may be filled up to 165.
+    """
+    small, large = choice(2), choice(4, LLAMA_70B)
+    assert (small.mesh, large.mesh) == (Mesh(replicate=2, shard=8), Mesh(shard=32))
+    assert "fits" in small.reason and "only gradients cross the network" in small.reason
+    assert "would not surely fit" in large.reason and "a device of 80" in large.reason
+    assert choice(4, LLAMA_70B, room=220).mesh == Mesh(replicate=4, shard=8)
+
+
+@pytest.mark.parametrize(
+    ("nodes", "reason"),
+    [((0,) * 8 + (1,) * 4, "unequal numbers of workers (8, 4)"), ((0, 1) * 4, "(1, 1, 1, 1, 1, 1, 1, 1)")],
+)
+def test_uneven_or_scattered_workers_share_one_copy(nodes, reason):
+    placing = Placing(node_of_rank=nodes, room=80 * GB)
+    found = choose_mesh(changed(ZEPHYR, workers=len(nodes)), MISTRAL_7B, placing)
+    assert found.mesh == Mesh(shard=len(nodes)) and reason in found.reason
+
+
+def test_layers_are_split_only_where_pairs_or_memory_are_short():
+    """64 pairs are enough for 64 workers and too few for 128; 2 pairs and 8 workers need groups of four."""
+    assert choice(8).mesh.tensor == 1
+    assert choice(16).mesh == Mesh(replicate=16, shard=4, tensor=2)
+    few = choice(1, global_batch_pairs=2)
+    assert few.mesh == Mesh(shard=2, tensor=4)
+    assert few.reason == "a step's 2 pairs are too few for 8 workers, so 4 workers split each layer"
+    long = choice(1, room=31.5, pack_length=30_000)
+    assert long.mesh.tensor > 1 and "so 2 workers split each layer" in long.reason
+    split = replace(MISTRAL_7B, heads=16, kv_heads=4, intermediate=7168)
+    assert split_shape(MISTRAL_7B, 2) == split and split.layer_matmuls == MISTRAL_7B.layer_matmuls / 2
+    packs = changed(ZEPHYR, workers=8, pack_length=30_000)
+    whole, halved = (memory_of(packs, MISTRAL_7B, mesh, 31.5 * GB) for mesh in (Mesh(shard=8), Mesh(shard=4, tensor=2)))
+    assert halved <= 31.5 * GB < whole
+    assert choice(1, replace(MISTRAL_7B, kv_heads=1), global_batch_pairs=2).mesh.tensor == 1
+    assert choice(1, global_batch_pairs=2, lora=LoraConfig()).mesh.tensor == 1
+    cpus = ZEPHYR.train.resources.model_copy(update={"gpus": 0})
+    assert choice(1, global_batch_pairs=2, resources=cpus).mesh.tensor == 1
+
+
+def test_what_is_not_known_or_not_ours_stays_flat():
+    assert choice(2, None).mesh == Mesh(shard=16)
+    assert choice(2, backend="deepspeed").mesh == Mesh(shard=16)
+
+
+def test_the_plan_names_the_mesh_of_its_cluster():
+    config = changed(ZEPHYR, workers=16)
+    assert planned_mesh(config, MISTRAL_7B, Cluster(nodes=2, gpu="H100-80G")).mesh == Mesh(replicate=2, shard=8)
+
+
+def test_an_explicit_mesh_is_taken_or_refused_by_name(tmp_path):
+    (tmp_path / "config.json").write_text(json.dumps(MISTRAL))
+    two, four = (0, 0), (0, 0, 1, 1)
+    given = changed(ZEPHYR, mesh=Mesh(replicate=2, tensor=2))
+    assert mesh_of(given, tmp_path, four, 80 * GB).mesh == Mesh(replicate=2, tensor=2)
+    with pytest.raises(ConfigError, match=r"tensor: 2} is for 4 workers and there are 2; change its sizes or use"):
+        mesh_of(given, tmp_path, two, 80 * GB)
+    with pytest.raises(ResourceError, match=r"neighbours, but the ranks are on nodes \[0, 1, 0, 1\]"):
+        mesh_of(given, tmp_path, (0, 1, 0, 1), 80 * GB)
+    with pytest.raises(ModelError, match="16 does not divide the model's 8 key and value heads; give another size"):
+        check_mesh(changed(ZEPHYR, mesh=Mesh(tensor=16)), tmp_path, None)
+    check_mesh(given, tmp_path, 80 * GB)
+
+
+@pytest.mark.parametrize(
+    ("config", "reason"),
+    [
+        (MISTRAL, None),
+        (MISTRAL | {"num_attention_heads": 33}, "2 does not divide the model's 33 attention heads"),
+        (MISTRAL | {"intermediate_size": 99}, "2 does not divide the model's 99 columns of the feed-forward network"),
+        ({"model_type": "gpt2"}, "transformers has no tensor plan for a model of type gpt2"),
+        ({"model_type": "mixtral"}, "tensor plan for a model of type mixtral uses moe_tp_experts, packed_colwise"),
+        ({"model_type": "mine"}, "transformers knows no model of type 'mine'"),
+    ],
+)
+def test_models_that_cannot_be_split_are_named_with_the_reason(config, reason):
+    found = why_not_split(config, 2)
+    assert found is None if reason is None else reason in str(found)
+
+
+def test_prompts_too_long_for_any_mesh_are_refused_with_the_length_that_would_fit():
+    """Weights and states do not count: more workers would make them small."""
+    config = ZEPHYR.model_copy(update={"model": ZEPHYR.model.model_copy(update={"max_length": 400_000})})
+    assert too_long(ZEPHYR, MISTRAL_7B, 80 * GB) is None
+    found = too_long(config, MISTRAL_7B, 80 * GB)
+    assert found is not None and "a context-parallel mesh would be needed, which spin_ray does not have" in found
+    fits = int(found.rpartition("lower model.max_length to ")[2].split()[0])
+    for length, refused in ((fits, False), (fits + 1, True)):
+        model = config.model.model_copy(update={"max_length": length})
+        assert bool(too_long(config.model_copy(update={"model": model}), MISTRAL_7B, 80 * GB)) is refused
+
+
+@pytest.mark.parametrize(
+    ("train", "problem"),
+    [
+        ({"mesh": {"shard": 2}}, r"train\.mesh: {replicate: 1, shard: 2, tensor: 1} has 2 ranks for train\.workers 4"),
+        ({"mesh": {"shard": 4}, "backend": "deepspeed"}, r"train\.mesh: is for train\.backend: fsdp2"),
+        ({"mesh": {"shard": 4}, "min_workers": 2}, r"train\.mesh: has fixed sizes"),
+        ({"mesh": {"shard": 2, "tensor": 2}, "lora": {}}, r"train\.mesh\.tensor: layers with adapters"),
+    ],
+)
+def test_impossible_meshes_are_refused_in_the_recipe(train, problem):
+    assert config_of(train={"workers": 4, "mesh": {"replicate": 2, "shard": 2}}).train.mesh == Mesh(
+        replicate=2, shard=2
+    )
+    with pytest.raises(ValueError, match=problem):
+        config_of(train={"workers": 4, **train})
