@@ -1,7 +1,7 @@
 """Tables of the documentation: results beside their targets, and sizes that ``spin-ray plan`` predicts.
 
     python benchmarks/tables.py results            # prints results/bench.json
-    python benchmarks/tables.py sizes [--write]    # the table of docs/cluster.md; nothing is run
+    python benchmarks/tables.py sizes [--write]    # the tables of sizes in docs/cluster.md; nothing is run
     python benchmarks/tables.py rates              # planning/rates.json, from results/gpu.json
 
 ``put`` writes a table into a page, between ``<!-- NAME: by `COMMAND` -->`` and ``<!-- end of NAME -->``.
@@ -19,9 +19,10 @@ from rich.console import Console
 from rich.table import Table
 
 from spin_ray.config.load import load_config
+from spin_ray.config.sections import Mesh
 from spin_ray.planning.cluster import Cluster
 from spin_ray.planning.hardware import DEVICE_NAMES, GB
-from spin_ray.planning.plan import Given, check_memory, read_shape, read_work
+from spin_ray.planning.plan import Given, predict
 
 ROOT = Path(__file__).resolve().parents[1]
 CLUSTER_PAGE = ROOT / "docs" / "cluster.md"
@@ -40,10 +41,10 @@ def main() -> None:
         (ROOT / "spin_ray/planning/rates.json").write_text(json.dumps({"rates": rates}, indent=1) + "\n")
         print(f"spin_ray/planning/rates.json: {len(rates)} rates")
         return
-    table = sizes()
-    print(table)
-    if options.write:
-        put("sizes", table)
+    for name, table in {"sizes": sizes(), "nodes": scaling(), "nodes at 400 Gb/s": scaling(400)}.items():
+        print(f"{table}\n")
+        if options.write:
+            put(name, table)
 
 
 def put(name: str, text: str, page: Path = CLUSTER_PAGE) -> None:
@@ -95,33 +96,67 @@ LLAMA_70B = {
 }  # fmt: skip
 
 
+LENGTHS = Given(rows=50000, prompt_tokens=130, response_tokens=256)
+ONE_CARD = {
+    "train.workers": "1", "generation.replicas": "1", "train.pack_length": "2304",
+    "train.gradient_checkpointing": "true", "generation.engine.max_num_seqs": "64",
+}  # fmt: skip
+"""One GPU trains adapters, as in zephyr_7b_24gb.yaml."""
+
+
 def sizes() -> str:
     """Returns hours and memory for the paper's data; a model that is too large for its nodes raises."""
-    lines = ["| model | nodes | settings | hours | fullest GPU, GB | in which stage |", "|---|---|---|---|---|---|"]
+    lines = [
+        "| model | nodes | settings | mesh | hours | fullest GPU, GB | in which stage |",
+        "|---|---|---|---|---|---|---|",
+    ]  # fmt: skip
     with tempfile.TemporaryDirectory() as folder:
         (Path(folder) / "config.json").write_text(json.dumps(LLAMA_70B))
-        for model, nodes, gpu, changes in [
-            ("7B", 1, "A100-80G", {}),
-            ("7B", 1, "H100-80G", {}),
-            ("7B", 2, "H100-80G", {"train.workers": "16", "generation.replicas": "16"}),
-            ("70B", 4, "H100-80G", _for_70b(32)),
-            ("70B", 8, "H100-80G", _for_70b(64)),
+        for model, nodes, gpus, gpu, changes in [
+            ("7B", 1, 8, "A100-80G", {}),
+            ("7B", 1, 8, "H100-80G", {}),
+            ("7B", 2, 8, "H100-80G", _for_7b(16)),
+            ("7B", 2, 8, "H100-80G", _for_7b(16) | {"train.global_batch_pairs": "128"}),
+            ("7B", 8, 8, "H100-80G", _for_7b(64) | {"train.global_batch_pairs": "512"}),
+            ("70B", 4, 8, "H100-80G", _for_70b(32)),
+            ("70B", 8, 8, "H100-80G", _for_70b(64)),
+            ("70B", 8, 8, "H100-80G", _for_70b(64) | {"train.global_batch_pairs": "512"}),
+            ("7B", 1, 1, "RTX-4090", ONE_CARD | {"train.lora": "{rank: 16}"}),
+            ("7B", 1, 1, "RTX-4090", ONE_CARD | {"train.lora": "{rank: 16, base: nf4}"}),
         ]:
             config = load_config(
                 ROOT / "jobs" / "recipes" / "zephyr_7b.yaml",
                 changes | ({"model.path": folder} if model == "70B" else {}),
             )
-            cluster = Cluster(nodes=nodes, gpu=gpu, gpus_per_node=8)
-            work = read_work(config, Given(rows=50000, prompt_tokens=130, response_tokens=256))
-            phases = check_memory(config, read_shape(config), cluster, work)
-            hours = sum(phase.seconds for phase in phases) / 3600
-            fullest = max((stage for phase in phases for stage in phase.stages), key=lambda stage: stage.needed)
+            plan = predict(config, Cluster(nodes=nodes, gpu=gpu, gpus_per_node=gpus), LENGTHS)
+            fullest = max((stage for phase in plan.phases for stage in phase.stages), key=lambda stage: stage.needed)
             settings = " ".join(f"`--{key}={value}`" for key, value in changes.items()) or "as it is"
             lines.append(
-                f"| {model} | {nodes} × 8 {gpu} | {settings} | {hours:.1f} | {fullest.needed / GB:.0f} "
-                f"| {fullest.name} |"
+                f"| {model} | {nodes} × {gpus} {gpu} | {settings} | {_short(plan.mesh.mesh)} "
+                f"| {plan.seconds / 3600:.1f} | {fullest.needed / GB:.0f} | {fullest.name} |"
             )
     return "\n".join(lines)
+
+
+def scaling(network: float | None = None) -> str:
+    """Returns hours of zephyr_7b.yaml by nodes of 8 H100, with the paper's batch and with the one that is named."""
+    config = load_config(ROOT / "jobs" / "recipes" / "zephyr_7b.yaml")
+    found = predict(config, Cluster(nodes=8, gpu="H100", network=network), LENGTHS).scaling
+    assert found is not None
+    batches = f"{found.with_own_batch[0].batch} pairs | {found.batch} pairs"
+    lines = [f"| nodes | mesh | {batches} |", "|---|---|---|---|"]
+    for own, enough in zip(found.with_own_batch, found.with_enough, strict=True):
+        lines.append(f"| {own.nodes} | {own.mesh} | {own.hours:.2f} h | {enough.hours:.2f} h |")
+    return "\n".join(lines)
+
+
+def _short(mesh: Mesh) -> str:
+    return " × ".join(f"{size} {name}" for name, size in mesh.model_dump().items() if size > 1) or "1"
+
+
+def _for_7b(gpus: int) -> dict[str, str]:
+    """An engine and a train worker on each GPU."""
+    return {"train.workers": str(gpus), "generation.replicas": str(gpus)}
 
 
 def _for_70b(gpus: int) -> dict[str, str]:

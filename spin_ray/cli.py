@@ -182,6 +182,12 @@ def export_(run_folder: str, iterate: str, target: str, what: str, form: Any) ->
 @click.option("--nodes", type=click.IntRange(min=1), default=1, show_default=True, help="Number of machines.")
 @click.option("--gpu", default=None, help="Type of the GPUs, e.g. A100-80G. Not given: no GPUs.")
 @click.option("--gpus-per-node", type=click.IntRange(min=1), default=8, show_default=True, help="GPUs of each machine.")
+@click.option(
+    "--network",
+    type=click.FloatRange(min=0, min_open=True),
+    default=None,
+    help="Gb/s between machines: all of a machine's adapters, one direction. Not given: the board's.",
+)
 @click.option("--rows", type=click.IntRange(min=1), default=None, help="Training rows. Not given: those of the data.")
 @click.option("--prompt-tokens", type=click.FloatRange(min=1), default=None, help="Mean length. Not given: measured.")
 @click.option("--response-tokens", type=click.FloatRange(min=1), default=None, help="Mean length. Not given: measured.")
@@ -192,6 +198,7 @@ def plan(
     nodes: int,
     gpu: str | None,
     gpus_per_node: int,
+    network: float | None,
     rows: int | None,
     prompt_tokens: float | None,
     response_tokens: float | None,
@@ -206,7 +213,7 @@ def plan(
     from spin_ray.planning.plan import Cluster, Given, print_plan
     from spin_ray.planning.plan import as_json as plan_as_json
 
-    cluster = Cluster(nodes=nodes, gpu=gpu, gpus_per_node=gpus_per_node)
+    cluster = Cluster(nodes=nodes, gpu=gpu, gpus_per_node=gpus_per_node, network=network)
     given = Given(rows=rows, prompt_tokens=prompt_tokens, response_tokens=response_tokens)
     if as_json:
         click.echo(json.dumps(plan_as_json(config, cluster, given), indent=1))

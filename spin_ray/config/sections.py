@@ -333,6 +333,9 @@ class LoraConfig(Section):
     weights."""
     target_modules: Literal["all-linear"] | tuple[str, ...] = "all-linear"
     """Layers that get an adapter, e.g. ``[q_proj, v_proj]``. ``all-linear``: every linear layer but the head."""
+    base: Later[Literal["bf16", "nf4", "int8"]] = "bf16"
+    """Number format of the frozen weights: 2 bytes a parameter, or about 0.5 (``nf4``) or 1 (``int8``), both by
+    bitsandbytes (extra ``quantised``). ``bf16`` is fp32 where ``train.precision`` is fp32."""
 
 
 class Mesh(Section):

@@ -1,11 +1,11 @@
 """The cluster of a plan."""
 
 from dataclasses import dataclass, replace
-from math import ceil
+from math import ceil, floor
 
 from spin_ray.config.recipe import SpinConfig
 from spin_ray.errors import ConfigError, ResourceError
-from spin_ray.planning.hardware import CPU, GPUS, NETWORK, Hardware
+from spin_ray.planning.hardware import CPU, GB, GPUS, Hardware
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -14,12 +14,19 @@ class Cluster:
     gpu: str | None = None
     """Name in ``hardware.GPUS``; None: no GPU."""
     gpus_per_node: int = 8
+    network: float | None = None
+    """Gb/s of all of a node's adapters together, one direction. None: the board's (``hardware.GPUS``)."""
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "gpu", name_of_gpu(self.gpu) if self.gpu else None)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Devices:
     generation: Hardware
     train: Hardware
+    per_node: int = 8
+    """Train workers of a node."""
 
 
 def devices_of(config: SpinConfig, cluster: Cluster) -> Devices:
@@ -34,8 +41,19 @@ def devices_of(config: SpinConfig, cluster: Cluster) -> Devices:
     gpu = GPUS[cluster.gpu] if cluster.gpu else CPU
     generation = (gpu if engine.gpus else CPU).share(engine)
     train = (gpu if worker.gpus else CPU).share(worker)
-    spread = config.train.workers > cluster.gpus_per_node if worker.gpus else cluster.nodes > 1
-    return Devices(generation=generation, train=replace(train, link=min(train.link, NETWORK)) if spread else train)
+    per_node = cluster.gpus_per_node if worker.gpus else ceil(config.train.workers / cluster.nodes)
+    if cluster.network is not None:
+        train = replace(train, network=cluster.network / 8 * GB / per_node)
+    return Devices(generation=generation, train=train, per_node=per_node)
+
+
+def name_of_gpu(given: str) -> str:
+    """Returns the name in ``GPUS``, which may be given without hyphens, in small letters or without its memory."""
+    wanted = given.replace("-", "").casefold()
+    plain = {name: name.replace("-", "").casefold() for name in GPUS}
+    exact = [name for name, short in plain.items() if short == wanted]
+    found = exact or [name for name, short in plain.items() if short.startswith(wanted) and wanted[-1:].isdigit()]
+    return found[0] if len(found) == 1 else given
 
 
 def _check_gpus(config: SpinConfig, cluster: Cluster) -> None:
@@ -50,18 +68,34 @@ def _check_gpus(config: SpinConfig, cluster: Cluster) -> None:
             f"--gpu {cluster.gpu}: the recipe asks for no GPU; "
             "also give --generation.resources.gpus=1 --train.resources.gpus=1"
         )
-    if engine.gpus > cluster.gpus_per_node:
+    group = config.generation.engine.tensor_parallel_size if engine.gpus > 1 else engine.gpus
+    if group > cluster.gpus_per_node:
         raise ResourceError(
             f"generation.resources.gpus: one engine asks for {engine.gpus:g} GPUs, a node has {cluster.gpus_per_node}; "
-            "an engine runs on one node, so lower generation.engine.tensor_parallel_size, too"
+            "the GPUs that share a layer are on one node, so lower generation.engine.tensor_parallel_size (and raise "
+            "pipeline_parallel_size where the model needs them all)"
         )
-    for stage, count in gpus_of(config).items():
-        if count > cluster.nodes * cluster.gpus_per_node:
+    for stage, nodes in nodes_of(config, cluster.gpus_per_node).items():
+        if nodes > cluster.nodes:
             raise ResourceError(
-                f"{stage} asks for {count:g} GPUs, the cluster has {cluster.nodes} × {cluster.gpus_per_node}; "
-                f"give --nodes={ceil(count / cluster.gpus_per_node)} or lower "
+                f"{stage} asks for {gpus_of(config)[stage]:g} GPUs, the cluster has {cluster.nodes} × "
+                f"{cluster.gpus_per_node}; give --nodes={nodes} or lower "
                 f"{'generation.replicas' if stage == 'generation' else 'train.workers'}"
             )
+
+
+def nodes_of(config: SpinConfig, gpus_per_node: int) -> dict[str, int]:
+    """Returns the nodes that each stage needs; the GPUs that share a layer are on one."""
+    engine, gpus = config.generation.engine, config.generation.resources.gpus
+    group, groups = (gpus, 1) if gpus <= 1 else (engine.tensor_parallel_size, engine.pipeline_parallel_size)
+    wanted = {
+        "generation": (group, config.generation.replicas * groups),
+        "training": (config.train.resources.gpus, config.train.workers),
+    }
+    return {
+        stage: ceil(count / max(1, floor(gpus_per_node / size + 1e-9))) if size else 1
+        for stage, (size, count) in wanted.items()
+    }
 
 
 def gpus_of(config: SpinConfig) -> dict[str, float]:

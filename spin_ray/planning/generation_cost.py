@@ -4,9 +4,11 @@ from dataclasses import dataclass
 from math import ceil
 
 from spin_ray.config.recipe import SpinConfig
+from spin_ray.planning.groups import Group
 from spin_ray.planning.hardware import GIB, Hardware
 from spin_ray.planning.model_shape import ModelShape
 from spin_ray.planning.stage_cost import RUNTIME, StageCost
+from spin_ray.planning.traffic import Collective
 from spin_ray.planning.work import Work
 
 ENGINE_START_S = {"eager": 25.0, "compiled": 90.0}
@@ -16,9 +18,10 @@ ENGINE_START_S = {"eager": 25.0, "compiled": 90.0}
 def generation_cost(
     config: SpinConfig, shape: ModelShape, device: Hardware, work: Work, jobs: tuple[int, ...]
 ) -> StageCost:
-    """Returns the cost of answering ``jobs`` prompts each, without tensor-parallel traffic.
+    """Returns the cost of answering ``jobs`` prompts each.
 
-    A decode step reads the weights and all keys and values once. A shard ends with its longest response alone.
+    A decode step reads the weights and all keys and values once, and a tensor group sums twice a layer. A shard ends
+    with its longest response alone.
     """
     settings, engine = config.generation, config.resolve_dtype(config.generation.engine)
     per_shard = max(1, settings.shard_rows // settings.samples_per_prompt) * settings.samples_per_prompt
@@ -31,15 +34,19 @@ def generation_cost(
     prefill = shape.trunk_flops(work.prompt, work.prompt**2 / 2) + shape.head_flops(1)
     token = shape.trunk_flops(1, context) + shape.head_flops(1)
     parallel = engine.tensor_parallel_size
-    read_s = device.reading(seats.weights + seats.together * context * seats.kv)
+    weights = seats.weights * shape.read(seats.together) / shape.parameters
+    read_s = device.reading(weights + seats.together * context * seats.kv)
     compute_s = device.seconds(seats.together * token / parallel, engine.dtype)
     longest = min(settings.sampling.max_tokens, config.model.max_length - work.prompt)
     decoding = "decoding: memory bandwidth" if read_s > compute_s else "decoding: compute"
+    steps = rounds * size * work.generated / seats.together
     spent = {
         "engine start": ENGINE_START_S["eager" if engine.enforce_eager else "compiled"],
         "prefill: compute": rounds * size * device.seconds(prefill / parallel, engine.dtype),
-        decoding: rounds * size * work.generated / seats.together * max(read_s, compute_s),
+        decoding: steps * max(read_s, compute_s),
         "longest responses": rounds * max(0.0, longest - work.generated) * device.reading(seats.weights),
+        "sums of tensor groups": _sums_s(config, shape, device, rounds * size * work.prompt, 0)
+        + _sums_s(config, shape, device, rounds * size * work.generated, steps),
     }
     return StageCost(
         name="generation",
@@ -50,6 +57,18 @@ def generation_cost(
         memory=seats.memory,
         room=seats.room,
     )
+
+
+def _sums_s(config: SpinConfig, shape: ModelShape, device: Hardware, tokens: float, passes: float) -> float:
+    """Returns the seconds of a tensor group's sums of ``tokens`` tokens in ``passes`` forward passes."""
+    size = config.generation.engine.tensor_parallel_size
+    width = shape.hidden * (4 if config.resolve_dtype(config.generation.engine).dtype == "float32" else 2)
+    sums = Collective(
+        name="activations", phase="forward", group=Group(size=size, together=size), turns=2,
+        sent=2 * shape.layers * 2 * (size - 1) / size * tokens * width,
+        calls=2 * shape.layers * passes if size > 1 else 0,
+    )  # fmt: skip
+    return sums.seconds(device)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -11,8 +11,8 @@ COMPUTE_EFFICIENCY = 0.40
 """An assumption: Megatron-LM's fused kernels reach 0.42-0.56 on A100 (arXiv 2205.05198, table 5)."""
 BANDWIDTH_EFFICIENCY = 0.60
 """An assumption for memory and links."""
-NETWORK = 25 * GB
-"""Bytes/s between nodes: 200 Gb/s per GPU, as in a DGX A100."""
+ETHERNET = 1.25 * GB
+"""Bytes/s of a GPU's share of the network where no board names a faster one: 10 Gb/s, an assumption."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -29,7 +29,11 @@ class Hardware:
     bandwidth: float
     """Bytes/s."""
     link: float
-    """Bytes/s within a node, one direction."""
+    """Bytes/s of one device within a node, one direction."""
+    network: float = ETHERNET
+    """Bytes/s between nodes, one direction: the device's share of its node's adapters."""
+    host: float = 32 * GB
+    """Bytes/s to and from the node's memory, one direction: PCIe 4.0 x16, unless the board has 5.0."""
     efficiency: float = COMPUTE_EFFICIENCY
     """Share of the peak that programs reach: an assumption, unless ``rates`` has a measurement."""
 
@@ -39,9 +43,6 @@ class Hardware:
 
     def reading(self, count: float) -> float:
         return count / (self.bandwidth * BANDWIDTH_EFFICIENCY)
-
-    def sending(self, count: float) -> float:
-        return count / (self.link * BANDWIDTH_EFFICIENCY)
 
     def share(self, resources: ResourcesConfig) -> Self:
         """Returns a worker's part: a GPU or its time, or CPU cores with memory."""
@@ -59,25 +60,32 @@ CPU = Hardware(name="cpu", bf16=143e9, fp32=143e9, memory=12 * GIB, bandwidth=10
 """One core of the machine in docs/measured.md (``benchmarks/plan_check.py``). bf16 is no faster there. Bandwidth and
 link are assumptions."""
 
+_BOARDS = (
+    # name, bf16 and fp32 in TFLOP/s, memory in GB, GB/s of memory, links, network and host
+    ("A100-80G", 312, 19.5, 80, 2039, 300, 25, 32),
+    ("A100-40G", 312, 19.5, 40, 1555, 300, 25, 32),
+    ("H100-80G", 989, 67, 80, 3350, 450, 50, 64),
+    ("H200", 989, 67, 141, 4800, 450, 50, 64),
+    ("B200", 2250, 75, 180, 8000, 900, 50, 64),
+    ("L4", 121, 30.3, 24, 300, 32, 100 / 8 / 8, 32),
+    ("L40S", 362, 91.6, 48, 864, 32, 400 / 8 / 8, 32),
+    ("RTX-4090", 165.2, 82.6, 24, 1008, 32, ETHERNET / GB, 32),
+    ("RTX-5090", 209.5, 104.8, 32, 1792, 64, ETHERNET / GB, 64),
+)
 GPUS = {
-    gpu.name: gpu
-    for gpu in (
-        Hardware(name="A100-80G", bf16=312e12, fp32=19.5e12, memory=80 * GB, bandwidth=2039 * GB, link=300 * GB),
-        Hardware(name="A100-40G", bf16=312e12, fp32=19.5e12, memory=40 * GB, bandwidth=1555 * GB, link=300 * GB),
-        Hardware(name="H100-80G", bf16=989e12, fp32=67e12, memory=80 * GB, bandwidth=3350 * GB, link=450 * GB),
-        Hardware(name="H200", bf16=989e12, fp32=67e12, memory=141 * GB, bandwidth=4800 * GB, link=450 * GB),
-        Hardware(name="B200", bf16=2250e12, fp32=75e12, memory=180 * GB, bandwidth=8000 * GB, link=900 * GB),
-        Hardware(name="L4", bf16=121e12, fp32=30.3e12, memory=24 * GB, bandwidth=300 * GB, link=32 * GB),
-        Hardware(name="L40S", bf16=362e12, fp32=91.6e12, memory=48 * GB, bandwidth=864 * GB, link=32 * GB),
-        Hardware(name="RTX-4090", bf16=165.2e12, fp32=82.6e12, memory=24 * GB, bandwidth=1008 * GB, link=32 * GB),
-        Hardware(name="RTX-5090", bf16=209.5e12, fp32=104.8e12, memory=32 * GB, bandwidth=1792 * GB, link=64 * GB),
+    name: Hardware(
+        name=name, bf16=bf16 * 1e12, fp32=fp32 * 1e12, memory=memory * GB, bandwidth=bandwidth * GB, link=link * GB,
+        network=network * GB, host=host * GB,
     )
-}
+    for name, bf16, fp32, memory, bandwidth, link, network, host in _BOARDS
+}  # fmt: skip
 """Dense rates of NVIDIA's data sheets; RTX cards with sums in fp32. None is measured here.
 
 A100, H100, H200: data sheets of the SXM boards (2021, 2022, 2024). B200: a GPU of DGX B200 (data sheet, 2024).
 L4, L40S: data sheets (2023), PCIe 4.0 x16. RTX 4090: white paper of Ada (2022).
 RTX 5090: white paper of RTX Blackwell (2025), PCIe 5.0 x16.
+Network: DGX A100 has 8 adapters of 200 Gb/s for 8 GPUs; DGX H100, H200 and B200 have 8 of 400 Gb/s (their data sheets).
+L4 and L40S: 100 and 400 Gb/s for 8 GPUs (AWS g6.48xlarge, g6e.48xlarge). RTX cards: ``ETHERNET``.
 """
 
 DEVICE_NAMES = {

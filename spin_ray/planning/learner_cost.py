@@ -6,11 +6,14 @@
 from dataclasses import replace
 
 from spin_ray.config.recipe import SpinConfig
-from spin_ray.config.sections import OptimizerConfig
-from spin_ray.planning.hardware import Hardware
+from spin_ray.config.sections import Mesh, OptimizerConfig
+from spin_ray.planning.groups import Ranks, flat
+from spin_ray.planning.hardware import BANDWIDTH_EFFICIENCY, CPU, Hardware
 from spin_ray.planning.model_shape import ModelShape
 from spin_ray.planning.rates import at_measured_rate
 from spin_ray.planning.stage_cost import RUNTIME, StageCost
+from spin_ray.planning.traffic import step_collectives, step_time
+from spin_ray.planning.weights import dtype_bytes, weights_of
 from spin_ray.planning.work import Packs, Work, heldout_packs
 
 WORKERS_START_S = 20.0
@@ -20,29 +23,42 @@ CHUNK_TARGETS = {"cpu": 256, "cuda": 4096}
 FILLED = 0.75
 """Part of a device that training may fill without checkpointing: packs were measured to take up to 1.3 times what is
 predicted (``benchmarks/plan_check.py``)."""
-MOMENTS = {"rmsprop": 1, "adamw": 2}
-"""fp32 numbers that an optimizer keeps per parameter."""
+MOMENTS = {"rmsprop": 1.0, "adamw": 2.0, "adamw_8bit": 0.5, "muon": 1.0}
+"""Fp32 numbers that an optimizer keeps per parameter; those of 8 bits count a quarter."""
 
 
 # Stages
 
 
-def scoring_cost(config: SpinConfig, shape: ModelShape, device: Hardware, packs: Packs) -> StageCost:
+def scoring_cost(
+    config: SpinConfig, shape: ModelShape, device: Hardware, packs: Packs, ranks: Ranks | None = None
+) -> StageCost:
     """Returns the cost of the reference, a forward pass over an epoch."""
-    return _learner_cost("scoring", config, shape, device, packs, passes=1, optimizer=config.train.optimizer)
+    return _learner_cost("scoring", config, shape, device, packs, ranks, passes=1, optimizer=config.train.optimizer)
 
 
-def evaluation_cost(config: SpinConfig, shape: ModelShape, device: Hardware, work: Work) -> StageCost:
-    packs = heldout_packs(config, work)
-    cost = _learner_cost("evaluation", config, shape, device, packs, passes=2, optimizer=None)
+def evaluation_cost(
+    config: SpinConfig, shape: ModelShape, device: Hardware, work: Work, ranks: Ranks | None = None
+) -> StageCost:
+    packs = heldout_packs(config, work, ranks.mesh.data_ranks if ranks else None)
+    whole = config.model_copy(update={"train": config.train.model_copy(update={"lora": None})})  # iterates are merged
+    cost = _learner_cost("evaluation", whole, shape, device, packs, ranks, passes=2, optimizer=None)
     return _with_start(cost)
 
 
 def training_cost(
-    config: SpinConfig, shape: ModelShape, device: Hardware, packs: Packs, epochs: int, optimizer: OptimizerConfig
+    config: SpinConfig,
+    shape: ModelShape,
+    device: Hardware,
+    packs: Packs,
+    epochs: int,
+    optimizer: OptimizerConfig,
+    ranks: Ranks | None = None,
 ) -> StageCost:
-    config = settle_checkpointing(config, shape, device.memory, optimizer)
-    cost = _learner_cost("training", config, shape, device, packs, passes=epochs, optimizer=optimizer, backward=True)
+    config = settle_checkpointing(config, shape, device.memory, optimizer, ranks)
+    cost = _learner_cost(
+        "training", config, shape, device, packs, ranks, passes=epochs, optimizer=optimizer, backward=True
+    )
     return _with_start(cost)
 
 
@@ -57,24 +73,43 @@ def _learner_cost(
     shape: ModelShape,
     device: Hardware,
     packs: Packs,
+    ranks: Ranks | None,
     *,
     passes: int,
     optimizer: OptimizerConfig | None,
     backward: bool = False,
 ) -> StageCost:
-    flops = pack_flops(config, shape, packs.length, packs.targets, backward=backward)
+    ranks = ranks or flat(config.train.workers)
     device = at_measured_rate(device, "training" if backward else "scoring", shape.parameters, config.train.precision)
-    compute = device.seconds(packs.per_rank * flops, config.train.precision)
-    traffic = device.sending(step_traffic(config, shape, packs.per_rank, backward=backward))
+    mine = shape.split(ranks.mesh.tensor)
+    each, forward = (pack_flops(config, mine, packs.length, packs.targets, backward=both) for both in (backward, False))
+
+    def computing(flops: float) -> float:
+        return device.seconds(packs.per_rank * packs.slowest * flops, config.train.precision)
+
+    collectives = step_collectives(config, shape, ranks, packs.per_rank, packs.length, backward=backward)
+    step = step_time(collectives, device, {"forward": computing(forward), "backward": computing(each - forward)})
+    host = _host_step_s(config, mine, ranks, optimizer) if backward and optimizer else 0.0
+    useful = pack_flops(config, shape, packs.length, packs.targets, backward=backward)
     return StageCost(
         name=name,
         tokens=passes * packs.tokens,
-        flops=passes * packs.steps * packs.per_step * flops,
-        seconds=passes * packs.steps * max(compute, traffic),
-        bound="gathering weights" if traffic > compute else "compute",
-        memory=learner_memory(config, shape, packs, optimizer=optimizer, backward=backward),
+        flops=passes * packs.steps * packs.per_step * useful,
+        seconds=passes * packs.steps * (step.seconds + host),
+        bound="optimizer on CPUs" if host > step.seconds else step.bound,
+        memory=learner_memory(config, shape, packs, optimizer=optimizer, backward=backward, ranks=ranks),
         room=device.memory,
+        sent={kind: passes * packs.steps * sent for kind, sent in step.sent.items()},
     )
+
+
+def _host_step_s(config: SpinConfig, shape: ModelShape, ranks: Ranks, optimizer: OptimizerConfig) -> float:
+    """Returns the seconds of an offloaded optimizer: weights, gradients and moments read, all but gradients written."""
+    if not (config.train.offload and config.train.resources.gpus):
+        return 0.0
+    numbers = 3 + 2 * MOMENTS.get(optimizer.name, max(MOMENTS.values()))
+    moved = 4 * numbers * weights_of(config, shape).trained / ranks.mesh.shard
+    return moved / (CPU.bandwidth * config.train.resources.threads * BANDWIDTH_EFFICIENCY)
 
 
 # FLOPs and traffic
@@ -83,41 +118,47 @@ def _learner_cost(
 def pack_flops(config: SpinConfig, shape: ModelShape, length: float, targets: float, *, backward: bool) -> float:
     """Returns the FLOPs of a pack of ``length`` tokens with ``targets`` response tokens.
 
-    The dense mask computes all length² pairs. With backward a pass costs 3 times as much, or 4 where activations are
-    computed again.
+    The dense mask computes all length² pairs. Backward costs 2 forward passes, and 1 without gradients of frozen
+    weights; activations that are computed again cost 1 more. The head is always computed again.
     """
     trunk, head = shape.trunk_flops(length, length**2), shape.head_flops(targets)
     if not backward:
         return trunk + head
-    return (4 if config.train.gradient_checkpointing is True else 3) * trunk + 4 * head
+    passes = 2 if config.train.lora else 3
+    return (passes + (config.train.gradient_checkpointing is True)) * trunk + (passes + 1) * head
 
 
-def step_traffic(config: SpinConfig, shape: ModelShape, packs: float, *, backward: bool) -> float:
-    """Returns the bytes that a rank receives in a step: weights in the computation's type, fp32 gradients."""
-    train = config.train
-    passes = packs * (2 if backward else 1) if train.sharding == "full" else 1
-    reduced = (packs if train.reduces_every_pack else 1) if backward else 0
-    gathered = passes * _dtype_bytes(config) + 4 * reduced
-    return shape.parameters * gathered * (train.workers - 1) / train.workers
+def step_traffic(
+    config: SpinConfig, shape: ModelShape, packs: float, *, backward: bool, ranks: Ranks | None = None
+) -> float:
+    """Returns the bytes of weights and gradients that a rank sends in a step, and as many it receives."""
+    ranks = ranks or flat(config.train.workers)
+    return sum(it.sent for it in step_collectives(config, shape, ranks, packs, 0.0, backward=backward))
 
 
 # Memory
 
 
-def settle_checkpointing(config: SpinConfig, shape: ModelShape, room: float, optimizer: OptimizerConfig) -> SpinConfig:
+def settle_checkpointing(
+    config: SpinConfig, shape: ModelShape, room: float, optimizer: OptimizerConfig, ranks: Ranks | None = None
+) -> SpinConfig:
     """Returns the recipe with ``gradient_checkpointing: auto`` decided for devices of ``room`` bytes.
 
     Full packs are counted, whatever the data: the decision is the plan's and the workers' alike.
     """
     if config.train.gradient_checkpointing != "auto":
         return config
+    plain = _with_checkpointing(config, on=False)
+    needed = _full_bytes(plain, shape, optimizer, ranks)
+    return _with_checkpointing(config, on=bool(config.train.resources.gpus) and needed > FILLED * room)
+
+
+def _full_bytes(config: SpinConfig, shape: ModelShape, optimizer: OptimizerConfig, ranks: Ranks | None) -> float:
     length = config.train.pack_length
     full = Packs(
         steps=1, per_step=2, per_rank=2, length=length, targets=length, per_rank_at_most=2, tokens=2 * length
     )  # fmt: skip
-    plain = _with_checkpointing(config, on=False)
-    needed = sum(learner_memory(plain, shape, full, optimizer=optimizer, backward=True).values())
-    return _with_checkpointing(config, on=bool(config.train.resources.gpus) and needed > FILLED * room)
+    return sum(learner_memory(config, shape, full, optimizer=optimizer, backward=True, ranks=ranks).values())
 
 
 def _with_checkpointing(config: SpinConfig, *, on: bool) -> SpinConfig:
@@ -125,48 +166,65 @@ def _with_checkpointing(config: SpinConfig, *, on: bool) -> SpinConfig:
 
 
 def learner_memory(
-    config: SpinConfig, shape: ModelShape, packs: Packs, *, optimizer: OptimizerConfig | None, backward: bool
+    config: SpinConfig,
+    shape: ModelShape,
+    packs: Packs,
+    *,
+    optimizer: OptimizerConfig | None,
+    backward: bool,
+    ranks: Ranks | None = None,
 ) -> dict[str, float]:
     """Returns the bytes of one rank by purpose.
 
-    States are fp32 and sharded. Per parameter: 4 for the weight, 4 for its gradient, 4 (RMSProp) or 8 (AdamW) for the
-    optimizer. A rank with several packs a step also keeps whole gradients, unless they are reduced with every pack.
+    States are fp32 and sharded. Per trained parameter: 4 for the weight, 4 for its gradient, and the optimizer's. What
+    is frozen has neither. A rank with several packs a step also keeps whole gradients, unless they are reduced with
+    every pack.
     """
+    mesh = (ranks or flat(config.train.workers)).mesh
+    shape = shape.split(mesh.tensor)
+    weights = weights_of(config, shape, trains=optimizer is not None)
     on_host = config.train.offload and config.train.resources.gpus
-    sharded = 0 if on_host else shape.parameters / config.train.workers
+    trained = 0.0 if on_host else weights.trained / mesh.shard
     moments = MOMENTS.get(optimizer.name, max(MOMENTS.values())) if optimizer else 0
-    memory = {"weights": 4 * sharded, "optimizer": 4 * moments * sharded}
+    memory = {
+        "weights": 4 * trained + (0.0 if on_host else weights.frozen / mesh.shard) + weights.whole, "optimizer": 4 * moments * trained,
+    }  # fmt: skip
     if backward:
-        memory |= {"gradients": 4 * sharded}
+        memory |= {"gradients": 4 * trained}
         accumulates = packs.per_rank_at_most > 1 and not config.train.reduces_every_pack
-        memory |= {"whole gradients": 4.0 * shape.parameters if accumulates else 0.0}
+        memory |= {"whole gradients": 4.0 * weights.trained if accumulates else 0.0}
     memory |= {
-        "gathered weights": _gathered_bytes(config, shape, backward=backward),
+        "gathered weights": _gathered_bytes(config, shape, mesh, trains=optimizer is not None, backward=backward),
         "activations": _activation_bytes(config, shape, packs, backward=backward),
         "runtime": RUNTIME,
     }
     return {purpose: count for purpose, count in memory.items() if count}
 
 
-def _gathered_bytes(config: SpinConfig, shape: ModelShape, *, backward: bool) -> float:
+def _gathered_bytes(config: SpinConfig, shape: ModelShape, mesh: Mesh, *, trains: bool, backward: bool) -> float:
     """Returns the bytes of gathered weights and of two fp32 buffers for gradients.
 
-    Resharded layers: two of them and the root are there; otherwise all.
+    Resharded layers: two of them and the root are there; otherwise all. Even one worker copies its weights to compute,
+    and what is frozen a layer at a time.
     """
-    resharded = config.train.sharding == "full" and config.train.workers > 1
-    weights = shape.root + 2 * shape.layer if resharded else shape.parameters
-    buffers = 2 * 4 * max(shape.root, shape.layer) if backward and config.train.workers > 1 else 0
-    return _dtype_bytes(config) * weights + buffers
+    weights = weights_of(config, shape, trains=trains)
+    frozen = config.train.lora is not None if trains else bool(config.train.resources.gpus)
+    resharded = config.train.sharding == "full" and (mesh.shard > 1 or frozen)
+    layers = 2 if resharded else weights.layers
+    gathered = weights.root.computed + layers * weights.layer.computed
+    summed = 2 * 4 * max(weights.root.trained, weights.layer.trained) if backward and mesh.ranks > 1 else 0.0
+    return gathered + summed
 
 
 def _activation_bytes(config: SpinConfig, shape: ModelShape, packs: Packs, *, backward: bool) -> float:
     """Returns the bytes that one pack keeps.
 
     A layer keeps per token, at b bytes a number: 2h(4 + 2b) for two norms, 4qb for attention, 4ib for the feed-forward
-    network. Counted as in arXiv 2205.05198.
+    network. Counted as in arXiv 2205.05198. Of experts a token keeps the active ones'.
     """
-    length, b = config.train.pack_length, _dtype_bytes(config)
-    layer = length * (2 * shape.hidden * (4 + 2 * b) + 4 * shape.q * b + 4 * shape.intermediate * b)
+    length, b = config.train.pack_length, dtype_bytes(config)
+    wide = shape.active * shape.intermediate + shape.shared if shape.experts else shape.intermediate
+    layer = length * (2 * shape.hidden * (4 + 2 * b) + 4 * shape.q * b + 4 * wide * b)
     inputs = length * shape.hidden * b
     if not backward:
         kept = float(layer)
@@ -179,7 +237,3 @@ def _activation_bytes(config: SpinConfig, shape: ModelShape, packs: Packs, *, ba
     rows = min(CHUNK_TARGETS["cuda"], length) if on_gpu else CHUNK_TARGETS["cpu"]
     logits = rows * shape.vocab * (3 * 4 if backward else 4)  # fp32; with gradient and softmax
     return kept + packs.targets * shape.hidden * b + mask + logits
-
-
-def _dtype_bytes(config: SpinConfig) -> int:
-    return 2 if config.train.precision == "bf16" else 4

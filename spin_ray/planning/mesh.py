@@ -4,7 +4,7 @@ train.mesh, model's shape, workers by node, memory of a device ──> Choice(me
 """
 
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import partial
 from itertools import groupby
 from math import ceil
@@ -184,9 +184,7 @@ def _undivided(shape: ModelShape, tensor: int) -> str | None:
 
 def split_shape(shape: ModelShape, tensor: int) -> ModelShape:
     """Returns the shape that one rank of a tensor group computes; embeddings and head are whole there."""
-    return replace(
-        shape, heads=shape.heads // tensor, kv_heads=shape.kv_heads // tensor, intermediate=shape.intermediate // tensor
-    )
+    return shape.split(tensor)
 
 
 def on_a_copy(config: SpinConfig, mesh: Mesh) -> SpinConfig:

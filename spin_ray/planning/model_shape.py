@@ -1,7 +1,7 @@
 """The shape of a decoder. ``h`` is the hidden width; a multiply-add is 2 FLOPs."""
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Self
 
 from spin_ray.errors import ModelError
@@ -9,37 +9,50 @@ from spin_ray.errors import ModelError
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ModelShape:
-    """A decoder with grouped-query attention and a gated feed-forward network."""
+    """A decoder with grouped-query attention and gated feed-forward networks, one a layer or a mixture of them."""
 
     layers: int
     hidden: int
     intermediate: int
+    """Width of the feed-forward network, or of one expert."""
     heads: int
     kv_heads: int
     head_dim: int
     vocab: int
     tied: bool = False
     """True: the head is the embedding's matrix."""
+    experts: int = 0
+    """Experts of a layer; 0: one dense network."""
+    active: int = 0
+    """Experts that one token takes."""
+    shared: int = 0
+    """Width of what every token takes beside them."""
 
     @classmethod
     def from_config(cls, config: Mapping[str, Any], source: str) -> Self:
         """Reads a Hugging Face config.json.
 
         Raises:
-            ModelError: a size is missing, or layers are mixtures of experts.
+            ModelError: a size is missing, or layers are of a kind that the formulas do not describe.
         """
         config = config.get("text_config", config)
         names = ("num_hidden_layers", "hidden_size", "intermediate_size", "num_attention_heads", "vocab_size")
         if missing := [name for name in names if not isinstance(config.get(name), int)]:
             raise ModelError(f"{source}: has no {', '.join(missing)}; plan knows only decoders like Llama")
-        if config.get("num_local_experts") or config.get("num_experts"):
-            raise ModelError(f"{source}: is a mixture of experts; plan knows only dense models")
+        for name, kind in _UNKNOWN.items():
+            if config.get(name):
+                raise ModelError(f"{source}: has {kind} ({name}), whose cost plan does not know")
         layers, hidden, intermediate, heads, vocab = (config[name] for name in names)
+        experts = config.get("num_local_experts") or config.get("num_experts") or 0
         return cls(
-            layers=layers, hidden=hidden, intermediate=intermediate, heads=heads, vocab=vocab,
+            layers=layers, hidden=hidden, heads=heads, vocab=vocab,
+            intermediate=(config.get("moe_intermediate_size") if experts else None) or intermediate,
             kv_heads=config.get("num_key_value_heads") or heads,
             head_dim=config.get("head_dim") or hidden // heads,
             tied=bool(config.get("tie_word_embeddings", False)),
+            experts=experts,
+            active=_active_experts(config, source) if experts else 0,
+            shared=config.get("shared_expert_intermediate_size") or 0,
         )  # fmt: skip
 
     @property
@@ -49,8 +62,24 @@ class ModelShape:
 
     @property
     def layer_matmuls(self) -> int:
-        """Weights in a layer's products: 2hq + 2h·kv + 3h·i."""
-        return self.hidden * (2 * self.q + 2 * self.kv_heads * self.head_dim + 3 * self.intermediate)
+        """Weights in a layer's products: 2hq + 2h·kv + 3h·i; experts have 3h·i each, and h for their router."""
+        return self._matmuls(self.experts)
+
+    @property
+    def active_matmuls(self) -> int:
+        """Weights that a token is multiplied with in a layer."""
+        return self._matmuls(self.active)
+
+    def _matmuls(self, experts: int) -> int:
+        widths = 2 * self.q + 2 * self.kv_heads * self.head_dim + 3 * self.shared
+        return self.hidden * (widths + self.experts + 3 * self.intermediate * (experts if self.experts else 1))
+
+    def split(self, tensor: int) -> Self:
+        """Returns what one rank of a tensor group holds; embeddings, head and norms are whole there."""
+        return replace(
+            self, heads=self.heads // tensor, kv_heads=max(1, self.kv_heads // tensor),
+            intermediate=self.intermediate // tensor, shared=self.shared // tensor,
+        )  # fmt: skip
 
     @property
     def layer(self) -> int:
@@ -69,16 +98,39 @@ class ModelShape:
     def trunk_flops(self, tokens: float, attended: float) -> float:
         """Returns the FLOPs of a forward pass below the head (arXiv 2001.08361, table 1).
 
-        They are 2 per weight and token, and 4q per layer and ``attended`` pair.
+        They are 2 per weight and token, and 4q per layer and ``attended`` pair. Of experts only the active count.
         """
-        return self.layers * (2 * self.layer_matmuls * tokens + 4 * self.q * attended)
+        return self.layers * (2 * self.active_matmuls * tokens + 4 * self.q * attended)
 
     def head_flops(self, tokens: float) -> float:
         return 2.0 * self.hidden * self.vocab * tokens
 
+    def read(self, tokens: float) -> float:
+        """Returns the parameters that a forward pass of ``tokens`` tokens reads; routers are taken to be balanced."""
+        if not self.experts:
+            return self.parameters
+        idle = (1 - self.active / self.experts) ** tokens
+        return self.parameters - self.layers * idle * 3 * self.hidden * self.intermediate * self.experts
+
     def kv_bytes(self, dtype_bytes: int) -> int:
         """Returns one token's bytes of keys and values."""
         return 2 * self.layers * self.kv_heads * self.head_dim * dtype_bytes
+
+
+_UNKNOWN = {
+    "kv_lora_rank": "latent attention", "n_routed_experts": "grouped experts", "moe_layer_freq": "layers of two kinds",
+    "first_k_dense_replace": "layers of two kinds", "mlp_only_layers": "layers of two kinds",
+}  # fmt: skip
+"""Settings of config.json whose models the formulas do not describe."""
+
+
+def _active_experts(config: Mapping[str, Any], source: str) -> int:
+    active = config.get("num_experts_per_tok") or config.get("experts_per_token")
+    if not isinstance(active, int):
+        raise ModelError(f"{source}: is a mixture of experts without num_experts_per_tok; plan cannot count its FLOPs")
+    if config.get("decoder_sparse_step", 1) != 1:
+        raise ModelError(f"{source}: has layers of two kinds (decoder_sparse_step), whose cost plan does not know")
+    return active
 
 
 MISTRAL_7B = ModelShape(

@@ -18,14 +18,15 @@ from spin_ray.config.sections import name_of, sources_of
 from spin_ray.errors import ConfigError, DataError, ModelError, ResourceError
 from spin_ray.inputs.embedded import resolve
 from spin_ray.inputs.model_folder import read_config
-from spin_ray.planning.cluster import Cluster, devices_of
+from spin_ray.planning.cluster import Cluster, Devices, devices_of
 from spin_ray.planning.hardware import GB
-from spin_ray.planning.mesh import too_long
+from spin_ray.planning.mesh import Choice, too_long
 from spin_ray.planning.model_shape import KNOWN_SHAPES, ModelShape
 from spin_ray.planning.paper import PAPER_DIFFERENCE, is_the_papers, paper_table
 from spin_ray.planning.remedies import remedies
-from spin_ray.planning.run_cost import Phase, plan_run
-from spin_ray.planning.tables import memory_table, notes, purposes, time_table
+from spin_ray.planning.run_cost import Phase, mesh_of, plan_run
+from spin_ray.planning.scaling import Scaling, scaling_of
+from spin_ray.planning.tables import memory_table, network_note, notes, purposes, scaling_table, time_table
 from spin_ray.planning.work import Work
 from spin_ray.run_dir.events import exact_duration
 from spin_ray.runtime.precision import with_precision
@@ -189,22 +190,50 @@ def check_memory(config: SpinConfig, shape: ModelShape, cluster: Cluster, work: 
 # Output
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Plan:
+    config: SpinConfig
+    """The recipe with what it leaves open filled in."""
+    cluster: Cluster
+    devices: Devices
+    shape: ModelShape
+    work: Work
+    phases: list[Phase]
+    scaling: Scaling | None
+
+    @property
+    def seconds(self) -> float:
+        return sum(phase.seconds for phase in self.phases)
+
+    @property
+    def mesh(self) -> Choice:
+        return mesh_of(self.config, self.shape, self.devices)
+
+    @property
+    def notes(self) -> list[str]:
+        found = [f"{self.mesh}."]
+        if self.cluster.nodes > 1:
+            found.append(network_note(self.cluster, self.devices))
+        found += self.scaling.sentences() if self.scaling else []
+        return [*found, *notes(self.config, self.shape, self.cluster, self.work)]
+
+
 def print_plan(config: SpinConfig, cluster: Cluster, given: Given, console: Console) -> None:
     """Prints time, memory, notes, and the paper's times where they apply.
 
     Raises:
         UserError: an option is missing, or a stage does not fit. Nothing is printed.
     """
-    config, shape, work, phases = _predict(config, cluster, given)
-    console.print(time_table(phases))
-    total = sum(phase.seconds for phase in phases)
-    console.print(f"Total: {exact_duration(total)}, without reading data, checkpoints and export.")
-    console.print(memory_table(phases))
-    for note in notes(config, shape, cluster, work):
+    plan = predict(config, cluster, given)
+    console.print(time_table(plan.phases))
+    console.print(f"Total: {exact_duration(plan.seconds)}, without reading data, checkpoints and export.")
+    console.print(memory_table(plan.phases))
+    if plan.scaling:
+        console.print(scaling_table(plan.scaling))
+    for note in plan.notes:
         console.print(note, highlight=False, markup=False)
-    devices = devices_of(config, cluster)
-    if is_the_papers(config, shape, work, devices.train):
-        console.print(paper_table(config, shape, devices, work))
+    if is_the_papers(plan.config, plan.shape, plan.work, plan.devices.train):
+        console.print(paper_table(plan.config, plan.shape, plan.devices, plan.work))
         console.print(PAPER_DIFFERENCE, highlight=False)
 
 
@@ -214,23 +243,33 @@ def as_json(config: SpinConfig, cluster: Cluster, given: Given) -> dict[str, Any
     Raises:
         UserError: an option is missing, or a stage does not fit.
     """
-    config, shape, work, phases = _predict(config, cluster, given)
+    plan = predict(config, cluster, given)
     return {
-        "seconds": sum(phase.seconds for phase in phases),
-        "phases": [asdict(phase) | {"seconds": phase.seconds} for phase in phases],
-        "parameters": shape.parameters,
-        "work": asdict(work),
-        "notes": list(notes(config, shape, cluster, work)),
+        "seconds": plan.seconds,
+        "phases": [asdict(phase) | {"seconds": phase.seconds} for phase in plan.phases],
+        "parameters": plan.shape.parameters,
+        "work": asdict(plan.work),
+        "mesh": {**plan.mesh.mesh.model_dump(), "why": plan.mesh.reason},
+        "scaling": plan.scaling.as_json() if plan.scaling else None,
+        "notes": plan.notes,
     }
 
 
-def _predict(config: SpinConfig, cluster: Cluster, given: Given) -> tuple[SpinConfig, ModelShape, Work, list[Phase]]:
-    """Returns the recipe with what it leaves open filled in, and what it costs."""
+def predict(config: SpinConfig, cluster: Cluster, given: Given) -> Plan:
+    """Returns what the recipe costs.
+
+    Raises:
+        UserError: an option is missing, or a stage does not fit.
+    """
     if config.algorithm != "spin":
         raise ConfigError(f"algorithm: plan knows the costs of spin, not of {config.algorithm}")
     devices_of(config, cluster)  # refuses before anything is read
     config = with_precision(config)
     shape = read_shape(config)
     work = read_work(config, given)
-    config = config.settle_sizes(rows=work.rows)
-    return config, shape, work, check_memory(config, shape, cluster, work)
+    settled = config.settle_sizes(rows=work.rows)
+    phases = check_memory(settled, shape, cluster, work)
+    return Plan(
+        config=settled, cluster=cluster, devices=devices_of(settled, cluster), shape=shape, work=work, phases=phases,
+        scaling=scaling_of(config, shape, cluster, work),
+    )  # fmt: skip

@@ -8,7 +8,7 @@ from typing import Any
 from spin_ray.config.load import parse_config
 from spin_ray.config.recipe import SpinConfig
 from spin_ray.errors import UserError
-from spin_ray.planning.cluster import Cluster, devices_of, gpus_of
+from spin_ray.planning.cluster import Cluster, devices_of, nodes_of
 from spin_ray.planning.hardware import GIB
 from spin_ray.planning.model_shape import ModelShape
 from spin_ray.planning.run_cost import plan_run
@@ -45,7 +45,7 @@ def _if_it_fits(
     """Returns the changes as options if the stage fits, on as many nodes as needed."""
     try:
         tried = _changed(config, changes)
-        nodes = max(cluster.nodes, ceil(max(gpus_of(tried).values()) / cluster.gpus_per_node))
+        nodes = max(cluster.nodes, *nodes_of(tried, cluster.gpus_per_node).values())
         devices = devices_of(tried, replace(cluster, nodes=nodes))
     except UserError:  # a combination that no run can have
         return None

@@ -6,7 +6,9 @@ from math import ceil
 from spin_ray.config.recipe import SpinConfig
 from spin_ray.planning.cluster import Devices
 from spin_ray.planning.generation_cost import generation_cost
+from spin_ray.planning.groups import Ranks
 from spin_ray.planning.learner_cost import evaluation_cost, scoring_cost, training_cost
+from spin_ray.planning.mesh import Choice, Placing, choose_mesh
 from spin_ray.planning.model_shape import ModelShape
 from spin_ray.planning.stage_cost import StageCost
 from spin_ray.planning.work import Work, pair_packs, played_rows, sft_packs
@@ -35,9 +37,10 @@ def plan_run(config: SpinConfig, shape: ModelShape, devices: Devices, work: Work
     """Returns the driver's stages, iterations of equal cost together."""
     phases: list[Phase] = []
     if config.sft:
-        warm_up = training_cost(
-            config, shape, devices.train, sft_packs(config, work), config.sft.epochs, config.sft.optimizer
-        )
+        whole = config.model_copy(update={"train": config.train.model_copy(update={"lora": None})})
+        ranks = ranks_of(whole, shape, devices)
+        packs = sft_packs(config, work, ranks.mesh.data_ranks)
+        warm_up = training_cost(whole, shape, devices.train, packs, config.sft.epochs, config.sft.optimizer, ranks)
         phases.append(Phase(first="sft", last="sft", count=1, stages=(warm_up,)))
     for iteration in range(config.iterations + 1):
         stages = iteration_costs(config, shape, devices, work, iteration)
@@ -49,10 +52,21 @@ def plan_run(config: SpinConfig, shape: ModelShape, devices: Devices, work: Work
     return phases
 
 
+def mesh_of(config: SpinConfig, shape: ModelShape, devices: Devices) -> Choice:
+    """Returns the mesh of the train workers, and why it is that one."""
+    nodes = tuple(rank // devices.per_node for rank in range(config.train.workers))
+    return choose_mesh(config, shape, Placing(node_of_rank=nodes, room=devices.train.memory))
+
+
+def ranks_of(config: SpinConfig, shape: ModelShape, devices: Devices) -> Ranks:
+    return Ranks(mesh=mesh_of(config, shape, devices).mesh, per_node=devices.per_node)
+
+
 def iteration_costs(
     config: SpinConfig, shape: ModelShape, devices: Devices, work: Work, iteration: int
 ) -> tuple[StageCost, ...]:
     """Returns the stages of one iteration; the last iterate is only evaluated."""
+    ranks = ranks_of(config, shape, devices)
     trained = iteration < config.iterations
     played = played_rows(config, work) if trained else 0
     heldout = ceil(work.heldout_rows * config.heldout_samples / config.generation.samples_per_prompt)
@@ -61,9 +75,9 @@ def iteration_costs(
     if jobs:
         stages.append(generation_cost(config, shape, devices.generation, work, jobs))
     if work.heldout_rows and iteration:
-        stages.append(evaluation_cost(config, shape, devices.train, work))
+        stages.append(evaluation_cost(config, shape, devices.train, work, ranks))
     if trained:
-        packs, epochs = pair_packs(config, work, iteration), config.at(iteration).epochs
-        stages.append(scoring_cost(config, shape, devices.train, packs))
-        stages.append(training_cost(config, shape, devices.train, packs, epochs, config.train.optimizer))
+        packs, epochs = pair_packs(config, work, iteration, ranks.mesh.data_ranks), config.at(iteration).epochs
+        stages.append(scoring_cost(config, shape, devices.train, packs, ranks))
+        stages.append(training_cost(config, shape, devices.train, packs, epochs, config.train.optimizer, ranks))
     return tuple(stages)

@@ -1,4 +1,4 @@
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from spin_ray.planning.hardware import GB
 
@@ -10,7 +10,7 @@ RUNTIME = 2 * GB
 class StageCost:
     """The cost of one stage.
 
-    The time is a roofline: the longer of computing and moving bytes.
+    The time is a roofline: the longer of computing and moving bytes that the computation hides.
     """
 
     name: str
@@ -24,6 +24,8 @@ class StageCost:
     memory: dict[str, float]
     """Bytes by purpose on the fullest device."""
     room: float
+    sent: dict[str, float] = field(default_factory=dict)
+    """Bytes that one train worker sends to others and to its host, by kind of collective."""
 
     @property
     def needed(self) -> float:

@@ -5,12 +5,12 @@ from collections.abc import Iterator
 from rich.table import Table
 
 from spin_ray.config.recipe import SpinConfig
-from spin_ray.planning.cluster import Cluster
-from spin_ray.planning.hardware import COMPUTE_EFFICIENCY, GB
-from spin_ray.planning.mesh import planned_mesh
+from spin_ray.planning.cluster import Cluster, Devices
+from spin_ray.planning.hardware import BANDWIDTH_EFFICIENCY, COMPUTE_EFFICIENCY, GB
 from spin_ray.planning.model_shape import ModelShape
 from spin_ray.planning.rates import rate_of
 from spin_ray.planning.run_cost import Phase
+from spin_ray.planning.scaling import Scaling
 from spin_ray.planning.stage_cost import StageCost
 from spin_ray.planning.work import Work
 from spin_ray.run_dir.events import exact_duration
@@ -47,6 +47,28 @@ def memory_table(phases: list[Phase]) -> Table:
     return table
 
 
+def scaling_table(scaling: Scaling) -> Table:
+    """Returns hours by nodes, with the recipe's batch and with the one that keeps all nodes busy."""
+    table = Table(title="Hours on all GPUs of so many nodes, by pairs of a step")
+    batches = [scaling.with_own_batch[0].batch, *([] if scaling.scales else [scaling.batch])]
+    for name in ("nodes", "mesh", *(f"{batch} pairs" for batch in batches)):
+        table.add_column(name, justify="left" if name == "mesh" else "right")
+    enough = {size.nodes: size for size in scaling.with_enough}
+    for size in scaling.with_own_batch:
+        shown = [size] if scaling.scales else [size, enough[size.nodes]]
+        table.add_row(str(size.nodes), size.mesh, *(f"{each.hours:.2f}" for each in shown))
+    return table
+
+
+def network_note(cluster: Cluster, devices: Devices) -> str:
+    rate = devices.train.network * devices.per_node * 8 / GB
+    source = "given" if cluster.network else "of the board in planning/hardware.py; --network gives another"
+    return (
+        f"Network: {rate:.0f} Gb/s of a node, all adapters together, one direction ({source}), of which "
+        f"{BANDWIDTH_EFFICIENCY:.0%} are reached: an assumption."
+    )
+
+
 def notes(config: SpinConfig, shape: ModelShape, cluster: Cluster, work: Work) -> Iterator[str]:
     """Yields assumptions, and what the tables leave out."""
     yield (
@@ -54,8 +76,6 @@ def notes(config: SpinConfig, shape: ModelShape, cluster: Cluster, work: Work) -
         f"{work.real:.0f} tokens; y′ of {work.generated:.0f} (as long as y, cut at max_tokens); "
         f"{work.heldout_rows} held-out rows."
     )
-    if config.train.workers > 1:
-        yield f"{planned_mesh(config, shape, cluster)}."
     if cluster.gpu:
         yield from _rates(config, shape, cluster.gpu)
     if config.train.backend == "deepspeed":
@@ -66,6 +86,8 @@ def notes(config: SpinConfig, shape: ModelShape, cluster: Cluster, work: Work) -
         )
     exported = {"bf16": 2, "fp32": 4}[config.train.precision] * shape.parameters
     yield f"Host memory: the first train worker gathers the model to write it, {exported / GB:.1f} GB."
+    if config.train.lora and config.train.lora.base != "bf16":
+        yield f"train.lora.base: {config.train.lora.base}: the hours shown do not count the time of dequantising."
     if config.model.attention == "padded":
         yield "model.attention: padded makes scoring, training and evaluation take 2-4 times the hours shown."
     if config.data.heldout and not work.heldout_rows:

@@ -2,6 +2,7 @@
 
 from dataclasses import dataclass
 from math import ceil
+from statistics import NormalDist
 
 from spin_ray.config.recipe import SpinConfig
 
@@ -42,12 +43,17 @@ class Packs:
     """Packs of one rank in a step three standard deviations longer; memory must hold them."""
     tokens: float
     """Tokens of the epoch, without padding."""
+    slowest: float = 1.0
+    """Length of a step's longest pack over the mean: all ranks wait for it."""
 
 
 def packs_of(
     trees: float, tree_tokens: float, targets: float, *, steps: float, pack_length: int, workers: int
 ) -> Packs:
-    """Returns the packs of ``trees``; ``tree_tokens`` and ``targets`` are means."""
+    """Returns the packs of ``trees``; ``tree_tokens`` and ``targets`` are means.
+
+    A tree is never cut: a step has no more packs than trees, and other ranks wait.
+    """
     steps = max(1, ceil(steps))
     per_step = trees / steps
     deviation = LENGTH_SPREAD / per_step**0.5
@@ -58,27 +64,39 @@ def packs_of(
         return ceil(fewest / workers) * workers
 
     counts = [packs(deviations) for deviations in QUINTILES]
-    mean = sum(counts) / len(counts)
+    rounds = sum(counts) / len(counts) / workers
+    mean = sum(min(count, max(1.0, per_step)) for count in counts) / len(counts)
     padding = pack_length / LENGTHS_OF_A_PACK / 2
+    length = min(per_step * tree_tokens / mean + padding, pack_length)
+    longest_tree = min(pack_length, tree_tokens * (1 + LENGTH_SPREAD * _expected_largest(per_step)))
     return Packs(
         steps=steps,
         per_step=mean,
-        per_rank=mean / workers,
-        length=min(per_step * tree_tokens / mean + padding, pack_length),
+        per_rank=rounds,
+        length=length,
         targets=per_step * targets / mean,
         per_rank_at_most=packs(3) // workers,
         tokens=trees * tree_tokens,
+        slowest=max(1.0, longest_tree / length) if workers > 1 else 1.0,
     )
+
+
+def _expected_largest(count: float) -> float:
+    """Returns the largest of ``count`` normal deviates, in standard deviations (Blom's approximation)."""
+    return NormalDist().inv_cdf((count - 0.375) / (count + 0.25)) if count > 1 else 0.0
 
 
 def played_rows(config: SpinConfig, work: Work) -> int:
     return min(config.data.prompts_per_iteration or work.rows, work.rows)
 
 
-def pair_packs(config: SpinConfig, work: Work, iteration: int) -> Packs:
+def pair_packs(config: SpinConfig, work: Work, iteration: int, readers: int | None = None) -> Packs:
     """Returns the packs of an epoch of SPIN.
 
     A tree is a prompt with y once and every y′ to it.
+
+    Args:
+        readers: groups of ranks that have packs of their own. Not given: every worker.
     """
     window = iteration + 1 - max(config.objective.oldest_iteration(iteration), 0)
     played = played_rows(config, work)
@@ -91,23 +109,23 @@ def pair_packs(config: SpinConfig, work: Work, iteration: int) -> Packs:
         work.real + branches * work.generated,
         steps=trees * branches / config.train.global_batch_pairs,
         pack_length=config.train.pack_length,
-        workers=config.train.workers,
+        workers=readers or config.train.workers,
     )
 
 
-def sft_packs(config: SpinConfig, work: Work) -> Packs:
+def sft_packs(config: SpinConfig, work: Work, readers: int | None = None) -> Packs:
     """Returns the warm-up's packs: x and y alone."""
     batch = config.sft.global_batch_rows if config.sft else work.rows
     return packs_of(
         work.rows, work.prompt + work.real, work.real,
-        steps=work.rows / batch, pack_length=config.train.pack_length, workers=config.train.workers,
+        steps=work.rows / batch, pack_length=config.train.pack_length, workers=readers or config.train.workers,
     )  # fmt: skip
 
 
-def heldout_packs(config: SpinConfig, work: Work) -> Packs:
+def heldout_packs(config: SpinConfig, work: Work, readers: int | None = None) -> Packs:
     """Returns an evaluation's packs: y with two iterates' samples, in one step."""
     responses = work.real + 2 * work.generated
     return packs_of(
         work.heldout_rows, work.prompt + responses, responses,
-        steps=1, pack_length=config.train.pack_length, workers=config.train.workers,
+        steps=1, pack_length=config.train.pack_length, workers=readers or config.train.workers,
     )  # fmt: skip

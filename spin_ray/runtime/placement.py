@@ -42,31 +42,60 @@ def check_fits(config: SpinConfig) -> None:
     deadline = time.monotonic() + config.cluster.wait_for_nodes_s
     labels = {"generation": config.generation, "train": config.train, "scorer": config.scorer}
     wanted = {stage: section.resources.labels for stage, section in labels.items() if section}
-    while problems := [
-        f"{stage} asks for {len(bundles)} × {shown(bundles[0])} "
-        f"({stage}.{'workers' if stage == 'train' else 'replicas'}, {stage}.resources)"
-        + (f" on nodes labelled {wanted[stage]}" if wanted[stage] else "")
+    while lacks := {
+        stage: lack
         for stage, bundles in demands(config).items()
-        if not placeable(bundles, _node_resources(wanted[stage]))
-    ]:
+        if (lack := missing(bundles, _node_resources(wanted[stage])))
+    }:
         if time.monotonic() >= deadline:
-            nodes = "; ".join(shown(node) for node in _node_resources()) or "no nodes"
             raise ResourceError(
-                f"{' and '.join(problems)}, but the cluster has: {nodes}; lower the request or add nodes"
+                f"{' and '.join(_asked(stage, demands(config)[stage], wanted[stage]) for stage in lacks)}, but the "
+                f"cluster has: {'; '.join(shown(node) for node in _node_resources()) or 'no nodes'}; "
+                f"{'; '.join(f'{stage}: {lack}' for stage, lack in lacks.items())}; lower the request or add nodes"
             )
         _ask_autoscaler(config)
         time.sleep(2)
 
 
+def _asked(stage: str, bundles: Bundles, labels: Mapping[str, str]) -> str:
+    settings = f"{stage}.{'workers' if stage == 'train' else 'replicas'}, {stage}.resources"
+    on = f" on nodes labelled {labels}" if labels else ""
+    return f"{stage} asks for {len(bundles)} × {shown(bundles[0])} ({settings}){on}"
+
+
 def placeable(bundles: Bundles, nodes: list[dict[str, float]]) -> bool:
+    return not _unplaced(bundles, nodes)
+
+
+def missing(bundles: Bundles, nodes: list[dict[str, float]]) -> str | None:
+    """Returns what the nodes lack to place the bundles, each within a node; None if they lack nothing."""
+    left = _unplaced(bundles, nodes)
+    if not left:
+        return None
+    for name, amount in left[0].items():
+        most = max((node.get(name, 0) for node in nodes), default=0)
+        if not covers({name: most}, {name: amount}):
+            return f"no node has {amount:g} {name}, the most is {most:g}"
+    if not any(covers(node, left[0]) for node in nodes):
+        return f"no node has {shown(left[0])} together"
+    lack: dict[str, float] = {}
+    for name, amount in (item for bundle in left for item in bundle.items()):
+        lack[name] = lack.get(name, 0) + amount
+    return f"there is room for {len(bundles) - len(left)}, {shown(lack)} is missing"
+
+
+def _unplaced(bundles: Bundles, nodes: list[dict[str, float]]) -> Bundles:
+    """Returns the bundles that find no node, the largest being placed first."""
     room = [dict(node) for node in nodes]
+    left = []
     for bundle in sorted(bundles, key=lambda bundle: sum(bundle.values()), reverse=True):
         node = next((node for node in room if covers(node, bundle)), None)
         if node is None:
-            return False
+            left.append(bundle)
+            continue
         for name, amount in bundle.items():
             node[name] -= amount
-    return True
+    return left
 
 
 def covers(free: Mapping[str, float], needed: Mapping[str, float]) -> bool:

@@ -196,6 +196,14 @@ def _whole(tensor: Tensor) -> Tensor:
     return (tensor.full_tensor() if isinstance(tensor, DTensor) else tensor).detach()
 
 
+def _is_tight(settings: BackendSettings, device: torch.device) -> bool:
+    """Tells whether the copy that even one rank computes with is kept for one layer at a time.
+
+    A frozen model of 7B fits a card of 24 GB once and not twice.
+    """
+    return settings.lora is not None or (settings.optimizer is None and device.type == "cuda")
+
+
 def _shard(scorer: ResponseScorer, settings: BackendSettings, mesh: DeviceMesh, device: torch.device) -> Any:
     policy = MixedPrecisionPolicy(
         param_dtype=torch.bfloat16 if settings.precision == "bf16" else None, reduce_dtype=torch.float32
@@ -207,7 +215,7 @@ def _shard(scorer: ResponseScorer, settings: BackendSettings, mesh: DeviceMesh, 
     if settings.gradient_checkpointing:
         recompute_activations(scorer.model)
     for layer in decoder_layers(scorer.model):
-        reshard = settings.sharding == "full" and mesh["shard"].size() > 1
+        reshard = settings.sharding == "full" and (mesh["shard"].size() > 1 or _is_tight(settings, device))
         fully_shard(layer, mesh=mesh, mp_policy=policy, offload_policy=offload, reshard_after_forward=reshard)
     fully_shard(scorer, mesh=mesh, mp_policy=policy, offload_policy=offload)
     for module in scorer.modules():

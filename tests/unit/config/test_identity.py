@@ -33,6 +33,7 @@ EVERY_SECTION: dict[str, Any] = {
     "serving": {"engine": {}, "resources": EVERYWHERE},
 }
 LATER = (
+    "train.lora.base",
     "model.chat_template_kwargs",
     "data.form",
     "data.columns",

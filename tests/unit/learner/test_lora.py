@@ -14,6 +14,7 @@ from spin_ray.config.sections import LoraConfig, OptimizerConfig
 from spin_ray.errors import ModelError
 from spin_ray.learner.backends.base import BackendSettings
 from spin_ray.learner.backends.fsdp2 import Fsdp2Backend
+from spin_ray.learner.backends.modules import decoder_layers
 from spin_ray.learner.losses import margins, pair_logps, spin_loss
 from spin_ray.learner.scoring import ResponseScorer
 from tests.support.learner_cases import batches_of, one_rank, one_step, random_rows, save_model, tiny_llama, train
@@ -159,6 +160,17 @@ def test_the_first_values_follow_from_the_seed_and_touch_no_other_randomness(mak
     assert torch.equal(first_values(1), first_values(1))
     assert not torch.equal(first_values(1), first_values(2))
     assert torch.equal(torch.rand(3), expected)
+
+
+def test_one_rank_computes_with_a_copy_of_one_frozen_layer_at_a_time(make: MakeBackend) -> None:
+    """A frozen model of 7B fits a card of 24 GB once and not twice. Training all weights keeps the copy."""
+    for lora, copied in ((LORA, False), (None, True)):
+        backend = make(lora=lora)
+        backend.score(batches_of(ROWS)[0])
+        layer: Any = decoder_layers(backend._model)[0]
+        shards = layer._get_fsdp_state()._fsdp_param_group.fsdp_params
+        kept = [output for shard in shards for output in shard.all_gather_outputs]
+        assert kept and all((output.untyped_storage().size() > 0) is copied for output in kept)
 
 
 def test_a_name_that_no_layer_has_is_an_error(make: MakeBackend) -> None:

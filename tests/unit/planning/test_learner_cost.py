@@ -57,11 +57,16 @@ def test_a_large_model_costs_about_6_flops_per_parameter_and_token():
 
 
 def test_traffic_of_a_step_by_hand():
-    """1352 parameters, half of them elsewhere. In full: 2 packs · 2 passes · 2 bytes; else once; gradients 4 bytes."""
+    """Two ranks, 2 packs, 2 layers of 592 parameters and 168 in the root, half of them elsewhere; weights take 2 bytes.
+
+    In full each pack gathers the layers twice and the root once; else everything once. Gradients take 4 bytes. Scoring
+    keeps the root.
+    """
     full, once = tiny_config(workers=2), tiny_config(workers=2, sharding="shard_grad_op")
-    assert step_traffic(full, TINY, 2, backward=True) == 1352 / 2 * (2 * 2 * 2 + 4)
-    assert step_traffic(once, TINY, 2, backward=True) == 1352 / 2 * (2 + 4)
-    assert step_traffic(full, TINY, 2, backward=False) == 1352 / 2 * 2 * 2
+    layers, whole = 2 * 592, 1352
+    assert step_traffic(full, TINY, 2, backward=True) == (2 * 2 * (2 * layers + 168) + 4 * whole) / 2
+    assert step_traffic(once, TINY, 2, backward=True) == whole / 2 * (2 + 4)
+    assert step_traffic(full, TINY, 2, backward=False) == layers / 2 * 2 * 2
     assert step_traffic(tiny_config(), TINY, 2, backward=True) == 0
 
 

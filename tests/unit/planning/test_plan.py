@@ -6,7 +6,9 @@ import pytest
 
 from spin_ray.config.load import load_config
 from spin_ray.errors import DataError
+from spin_ray.planning.cluster import name_of_gpu, nodes_of
 from spin_ray.planning.plan import Given, read_shape, read_work
+from tests.support.fakes import config_of
 from tests.support.paths import RECIPES
 from tests.support.planning_cases import ZEPHYR
 
@@ -72,6 +74,41 @@ def test_a_recipe_for_this_machine_needs_no_options(call):
     assert "sft" in out and "last iterate" in out
 
 
+ONE_CARD = (
+    "--gpus-per-node=1", "--train.workers=1", "--generation.replicas=1", "--train.pack_length=2304",
+    "--train.gradient_checkpointing=true", "--generation.engine.max_num_seqs=64",
+)  # fmt: skip
+
+
+@pytest.mark.parametrize(("base", "weights"), [("bf16", 14.7), ("int8", 7.7), ("nf4", 4.3)])
+def test_7b_with_adapters_fits_a_card_of_24_gb(call, base, weights):
+    """Frozen: 7.24B at 2 bytes; or 6.98B in linear layers at 1 or 0.516 and the rest at 2. Adapters: 42M at 4."""
+    code, out, error = call("--gpu", "RTX4090", *ONE_CARD, f"--train.lora={{rank: 16, base: {base}}}", "--json")
+    assert (code, error) == (0, "")
+    training = json.loads(out)["phases"][0]["stages"][-1]
+    assert training["memory"]["weights"] / 1e9 == pytest.approx(weights, abs=0.05)
+    assert sum(training["memory"].values()) < 0.9 * 24e9
+
+
+def test_7b_without_adapters_does_not_fit_a_card_of_24_gb(call):
+    assert "does not fit on RTX-4090: needs" in refused(call("--gpu", "RTX4090", *ONE_CARD))
+
+
+@pytest.mark.parametrize(("given", "found"), [("H100", "H100-80G"), ("rtx-5090", "RTX-5090"), ("A100", "A100")])
+def test_a_card_is_named_as_people_write_it_unless_that_is_two(given, found):
+    assert name_of_gpu(given) == found
+
+
+def test_an_engine_over_nodes_needs_whole_tensor_groups_on_them():
+    """Nodes of 8: an engine of 2 · 8 has two; of 2 · 4 one; three engines of 5 have three, as no two share a node."""
+    for tensor, pipeline, replicas, nodes in [(8, 2, 1, 2), (4, 2, 1, 1), (5, 1, 3, 3)]:
+        engine = {"tensor_parallel_size": tensor, "pipeline_parallel_size": pipeline}
+        generation = {"engine": engine, "resources": {"gpus": tensor * pipeline}, "replicas": replicas}
+        assert nodes_of(config_of(generation=generation), 8)["generation"] == nodes
+
+
+UNSPLIT = "--train.mesh={shard: 8}"
+"""Mesh without tensor groups, which ``auto`` makes where a layer and a pack do not fit."""
 WHOLE = "--train.reduce_every_pack=false"
 """Option by which each worker keeps whole gradients."""
 
@@ -86,13 +123,20 @@ def test_a_plan_computes_activations_again_only_where_they_would_not_fit(call):
 @pytest.mark.parametrize(
     ("words", "stage"),
     [
-        (["--gpu", "A100-40G", WHOLE], "training"),
+        (["--gpu", "A100-40G", WHOLE, UNSPLIT], "training"),
         (["--gpu", "L4", WHOLE], "training"),
-        (["--gpu", "L4", "--train.sharding=shard_grad_op", "--train.pack_length=8192"], "scoring"),
+        (["--gpu", "L4", "--train.sharding=shard_grad_op", "--train.pack_length=8192", UNSPLIT], "scoring"),
         (["--gpu", "L4", "--generation.engine.dtype=float32"], "generation"),
-        (["--gpu", "A100-40G", "--train.gradient_checkpointing=false"], "training"),
+        (["--gpu", "A100-40G", "--train.gradient_checkpointing=false", UNSPLIT], "training"),
         (
-            ["--gpu", "A100-40G", "--train.gradient_checkpointing=false", "--train.sharding=shard_grad_op", WHOLE],
+            [
+                "--gpu",
+                "A100-40G",
+                "--train.gradient_checkpointing=false",
+                "--train.sharding=shard_grad_op",
+                WHOLE,
+                UNSPLIT,
+            ],
             "training",
         ),
     ],

@@ -9,7 +9,7 @@ from spin_ray.planning.model_shape import MISTRAL_7B
 from spin_ray.planning.rates import MeasuredRate, rate_of
 from spin_ray.planning.work import pair_packs
 from tests.support.paths import RECIPES
-from tests.support.planning_cases import A100, PAPER_WORK, RMSPROP, ZEPHYR, devices
+from tests.support.planning_cases import A100, PAPER_WORK, RMSPROP, ZEPHYR, changed, devices
 
 MEASURED = MeasuredRate(
     card="A100-80G", stage="training", parameters=7e9, mfu=0.5, measured="2026-01-02", commit="abc1234"
@@ -23,11 +23,12 @@ def one_measurement(monkeypatch):
 
 def test_the_stage_that_was_measured_takes_its_rate_and_no_other_does(one_measurement):
     """0.5 of the peak in place of 0.4 makes the steps, but not the start of the workers, 0.8 of the time."""
-    packs = pair_packs(ZEPHYR, PAPER_WORK, 0)
+    alone = changed(ZEPHYR, workers=1)  # nothing is sent
+    packs = pair_packs(alone, PAPER_WORK, 0)
     device = devices(A100).train
-    training = training_cost(ZEPHYR, MISTRAL_7B, device, packs, 1, RMSPROP)
-    scoring = scoring_cost(ZEPHYR, MISTRAL_7B, device, packs)
-    per_flop = 1 / (device.bf16 * ZEPHYR.train.workers)
+    training = training_cost(alone, MISTRAL_7B, device, packs, 1, RMSPROP)
+    scoring = scoring_cost(alone, MISTRAL_7B, device, packs)
+    per_flop = 1 / device.bf16
     assert training.seconds - 20 == pytest.approx(training.flops * per_flop / 0.5)
     assert scoring.seconds == pytest.approx(scoring.flops * per_flop / COMPUTE_EFFICIENCY)
 

@@ -70,6 +70,21 @@ def test_an_engine_over_nodes_asks_for_each_group_of_its_pipeline_within_a_node(
             check_fits(config)
 
 
+@pytest.mark.parametrize(
+    ("bundles", "nodes", "lack"),
+    [
+        ([{"GPU": 8}] * 2, [{"GPU": 8}] * 2, None),
+        ([{"GPU": 8}], [{"GPU": 4}] * 4, "no node has 8 GPU, the most is 4"),
+        ([{"GPU": 4}], [], "no node has 4 GPU, the most is 0"),
+        ([{"CPU": 4, "GPU": 1}], [{"CPU": 8}, {"CPU": 2, "GPU": 8}], "no node has 4 CPU, 1 GPU together"),
+        ([{"CPU": 2, "GPU": 8}] * 5, [{"CPU": 64, "GPU": 8}] * 3, "there is room for 3, 4 CPU, 16 GPU is missing"),
+        ([{"GPU": 5}] * 4, [{"GPU": 8}] * 3, "there is room for 3, 5 GPU is missing"),  # 24 ≥ 20, and yet
+    ],
+)
+def test_what_is_missing_is_named(bundles, nodes, lack):
+    assert placement.missing(bundles, nodes) == lack
+
+
 def test_a_judge_is_asked_for_too():
     config = config_of(algorithm="sppo", scorer={"path": "judge", "replicas": 2}, generation={"samples_per_prompt": 2})
     assert demands(config)["scorer"] == [{"CPU": 1}] * 2
@@ -81,7 +96,7 @@ def test_a_stage_that_could_never_be_placed_is_an_error_with_request_remedy_and_
         check_fits(config_of(train={"workers": 4}))
     assert str(caught.value) == (
         "train asks for 4 × 1 CPU (train.workers, train.resources), but the cluster has: 2 CPU; 1 CPU; "
-        "lower the request or add nodes"
+        "train: there is room for 3, 1 CPU is missing; lower the request or add nodes"
     )
     assert cluster["asked"] == []
 

@@ -1,0 +1,212 @@
+"""Are the bytes that ``spin-ray plan`` lets train workers send those that they send?
+
+Ranks of the real backend (gloo, no Ray) take a step of two packs each. A dispatch mode counts the bytes of every
+collective, whose sum is compared with ``planning.traffic``; scalars (norms, metrics) are not counted.
+
+    python benchmarks/traffic_check.py [--ranks 2 4] [--model 45m]     # one JSON line for each case
+
+    ratio     counted / predicted bytes of a rank in a step
+    slower    seconds of a step beside one rank with the same packs each; cores that are shared make it larger
+"""
+
+import argparse
+import json
+import statistics
+import tempfile
+import time
+from collections import Counter
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import torch
+import torch.distributed as dist
+import torch.multiprocessing
+from torch.utils._python_dispatch import TorchDispatchMode
+from transformers import LlamaConfig, LlamaForCausalLM
+
+from spin_ray.config.recipe import SpinConfig
+from spin_ray.config.sections import Mesh
+from spin_ray.inputs.model_folder import read_config
+from spin_ray.learner.backends.base import BackendSettings
+from spin_ray.learner.backends.fsdp2 import Fsdp2Backend
+from spin_ray.learner.packing import build_pack
+from spin_ray.planning.groups import Ranks
+from spin_ray.planning.model_shape import ModelShape
+from spin_ray.planning.traffic import step_collectives
+from spin_ray.run_dir.schemas import TOKEN_IDS
+
+MODELS: dict[str, dict[str, int]] = {
+    "tiny": {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 3, "num_attention_heads": 4,
+             "num_key_value_heads": 2, "vocab_size": 64},
+    "45m": {"hidden_size": 512, "intermediate_size": 1408, "num_hidden_layers": 8, "num_attention_heads": 8,
+            "num_key_value_heads": 4, "vocab_size": 49152},
+}  # fmt: skip
+"""Every dimension is a multiple of 4, so that FSDP2 pads nothing on 4 ranks."""
+PACKS, TREE = 2, (16, 24, 24)
+"""Packs of a rank in a step; tokens of prompt, y and y' of their one tree."""
+SCALARS = 64
+"""Largest collective, in bytes, that is no part of the model."""
+
+
+@dataclass(frozen=True)
+class Case:
+    mesh: Mesh
+    sharding: str = "full"
+    every_pack: bool = False
+    checkpointing: bool = False
+    rank_of_lora: int = 0
+    precision: str = "fp32"
+
+    @property
+    def ranks(self) -> int:
+        return self.mesh.ranks
+
+    def config(self, model: str) -> SpinConfig:
+        return SpinConfig.model_validate(
+            {
+                "model": {"path": model, "max_length": sum(TREE[:2])},
+                "data": {"train": "-"},
+                "generation": {"sampling": {"max_tokens": TREE[2]}},
+                "train": {
+                    "workers": self.ranks, "mesh": self.mesh.model_dump(), "pack_length": sum(TREE), "sharding": self.sharding,
+                    "precision": self.precision, "reduce_every_pack": self.every_pack,
+                    "gradient_checkpointing": self.checkpointing,
+                    "lora": {"rank": self.rank_of_lora} if self.rank_of_lora else None,
+                },
+            }
+        )  # fmt: skip
+
+
+CASES = (
+    Case(Mesh(shard=2)), Case(Mesh(shard=2), every_pack=True), Case(Mesh(shard=2), sharding="shard_grad_op"),
+    Case(Mesh(shard=2), checkpointing=True), Case(Mesh(shard=2), rank_of_lora=4),
+    Case(Mesh(shard=2), precision="bf16", every_pack=True), Case(Mesh(replicate=2)),
+    Case(Mesh(shard=4), every_pack=True), Case(Mesh(replicate=2, shard=2), every_pack=True),
+    Case(Mesh(replicate=2, shard=2)), Case(Mesh(shard=2, tensor=2), every_pack=True),
+)  # fmt: skip
+
+
+class SentBytes(TorchDispatchMode):
+    """A counter of the bytes that this rank sends; a ring's, which is the least that any algorithm can send."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.sent: Counter[str] = Counter()
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        name = func._schema.name
+        if name == "c10d::_allgather_base_":
+            self._add("weights", _bytes(args[0]) - _bytes(args[1]))
+        elif name == "c10d::_reduce_scatter_base_":
+            self._add("gradients", _bytes(args[1]) - _bytes(args[0]))
+        elif name == "c10d::allreduce_":
+            whole, size = sum(map(_bytes, args[0])), dist.ProcessGroup.unbox(args[1]).size()
+            self._add("replicas", 2 * whole * (size - 1) // size)
+        elif name.startswith(("c10d::", "_c10d_functional::")) and "wait" not in name:
+            self._add(name, sum(_bytes(value) for value in args if isinstance(value, torch.Tensor)))
+        return func(*args, **(kwargs or {}))
+
+    def _add(self, name: str, count: int) -> None:
+        if count > SCALARS:
+            self.sent[name] += count
+
+
+def _bytes(tensor: torch.Tensor) -> int:
+    return tensor.numel() * tensor.element_size()
+
+
+def predicted(case: Case, model: Path, *, backward: bool = True) -> dict[str, float]:
+    """Returns the plan's bytes of one rank in a step, by kind of collective."""
+    shape = ModelShape.from_config(read_config(model), str(model))
+    config = case.config(str(model))
+    found: Counter[str] = Counter()
+    for it in step_collectives(
+        config, shape, Ranks(mesh=case.mesh, per_node=case.ranks), PACKS, sum(TREE), backward=backward
+    ):
+        found[it.name] += it.sent
+    return dict(found)
+
+
+def save_model(name: str, folder: Path) -> Path:
+    torch.manual_seed(0)
+    LlamaForCausalLM(LlamaConfig(**MODELS[name], tie_word_embeddings=False)).save_pretrained(folder)
+    return folder
+
+
+def measure(cases: list[Case], model: Path, folder: Path, steps: int = 1) -> list[list[dict[str, Any]]]:
+    """Returns, for each case and rank, the counted bytes of a training and of a scoring step and median seconds."""
+    for ranks in sorted({case.ranks for case in cases}):
+        mine = [(number, case) for number, case in enumerate(cases) if case.ranks == ranks]
+        torch.multiprocessing.spawn(_rank, args=(mine, ranks, model, folder, steps), nprocs=ranks)
+    return [
+        [json.loads((folder / f"{number}-{rank}.json").read_text()) for rank in range(case.ranks)]
+        for number, case in enumerate(cases)
+    ]
+
+
+def _rank(rank: int, cases: list[tuple[int, Case]], ranks: int, model: Path, folder: Path, steps: int) -> None:
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo", init_method=f"file://{folder}/meet-{ranks}", rank=rank, world_size=ranks)
+    for number, case in cases:
+        (folder / f"{number}-{rank}.json").write_text(json.dumps(_count(case, model, steps)))
+    dist.destroy_process_group()
+
+
+def _count(case: Case, model: Path, steps: int) -> dict[str, Any]:
+    config = case.config(str(model))
+    settings = BackendSettings(
+        max_length=config.model.max_length, precision=config.train.precision, lora=config.train.lora,
+        mesh=case.mesh, gradient_checkpointing=case.checkpointing, sharding=config.train.sharding, reduce_every_pack=case.every_pack,
+        optimizer=config.train.optimizer, learning_rate=1e-6, total_steps=steps + 1,
+    )  # fmt: skip
+    backend = Fsdp2Backend(model, settings, torch.device("cpu"))
+    rng = np.random.default_rng(0)
+    columns = zip(("prompt_ids", "real_ids", "generated_ids"), TREE, strict=True)
+    table = pa.table({name: pa.array([rng.integers(3, 60, size).tolist()], TOKEN_IDS) for name, size in columns})
+    batch = build_pack(((0,),), table, pack_length=sum(TREE), pad_id=0)
+
+    def train() -> None:
+        for number in range(PACKS):
+            backend.backward(-backend.logps(batch).sum(), last_microbatch=number == PACKS - 1)
+        backend.step()
+
+    train()
+    seconds = []
+    for _ in range(steps):
+        started = time.perf_counter()
+        train()
+        seconds.append(time.perf_counter() - started)
+    with SentBytes() as training:
+        train()
+    backend.score(batch)
+    with SentBytes() as scoring:
+        for _ in range(PACKS):
+            backend.score(batch)
+    return {"training": training.sent, "scoring": scoring.sent, "seconds": statistics.median(seconds)}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--ranks", type=int, nargs="+", default=[2, 4])
+    parser.add_argument("--model", choices=list(MODELS), default="tiny")
+    parser.add_argument("--steps", type=int, default=3)
+    options = parser.parse_args()
+    cases = [Case(Mesh()), *(case for case in CASES if case.ranks in options.ranks)]
+    with tempfile.TemporaryDirectory() as folder:
+        model = save_model(options.model, Path(folder) / "model")
+        measured = measure(cases, model, Path(folder), options.steps)
+        for case, ranks in zip(cases, measured, strict=True):
+            expected = predicted(case, model)
+            counted = ranks[0]["training"]
+            print(json.dumps({
+                **vars(case), "mesh": str(case.mesh), "counted": counted, "predicted": expected,
+                "ratio": sum(counted.values()) / sum(expected.values()) if expected else None,
+                "slower": round(ranks[0]["seconds"] / measured[0][0]["seconds"], 2),
+            }), flush=True)  # fmt: skip
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,51 @@
+"""The groups of ranks that a mesh makes, and where they lie.
+
+    rank = (replica · shard + place in the shard) · tensor + place in the tensor group
+
+So a tensor group lies on neighbouring GPUs, and a shard's ranks within a node as far as they fit.
+"""
+
+from dataclasses import dataclass
+
+from spin_ray.config.sections import Mesh
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Group:
+    """Ranks that a collective joins, equally many on each node."""
+
+    size: int
+    together: int
+    """Ranks of the group on one node."""
+
+    @property
+    def nodes(self) -> int:
+        return -(-self.size // self.together)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Ranks:
+    """A mesh on nodes that hold ``per_node`` ranks each."""
+
+    mesh: Mesh
+    per_node: int
+
+    @property
+    def tensor(self) -> Group:
+        return self._group(self.mesh.tensor, 1)
+
+    @property
+    def shard(self) -> Group:
+        return self._group(self.mesh.shard, self.mesh.tensor)
+
+    @property
+    def replicate(self) -> Group:
+        return self._group(self.mesh.replicate, self.mesh.shard * self.mesh.tensor)
+
+    def _group(self, size: int, stride: int) -> Group:
+        return Group(size=size, together=min(size, max(1, self.per_node // stride)))
+
+
+def flat(workers: int, per_node: int | None = None) -> Ranks:
+    """Returns the mesh that shards over all workers."""
+    return Ranks(mesh=Mesh(shard=workers), per_node=per_node or workers)

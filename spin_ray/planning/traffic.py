@@ -1,0 +1,183 @@
+"""Bytes that a rank sends in an optimizer step, and their time beside the computation.
+
+    pack:  gather layers ──> forward ──> gather layers ──> backward ──> scatter gradients over the shard
+    step:                                                               └──> sum them over the replicas
+
+Every collective is a ring: of S bytes over n ranks each rank sends S·(n−1)/n, and twice that to sum on every rank.
+"""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Literal
+
+from spin_ray.config.recipe import SpinConfig
+from spin_ray.planning.groups import Group, Ranks
+from spin_ray.planning.hardware import BANDWIDTH_EFFICIENCY, Hardware
+from spin_ray.planning.model_shape import ModelShape
+from spin_ray.planning.weights import dtype_bytes, weights_of
+
+CALL_S, HOP_S, NETWORK_HOP_S = 8.4e-6, 3.4e-6, 14.0e-6
+"""Seconds of a call, of a hop on NVLink and of one between nodes: NCCL's own for rings (src/graph/tuning.cc, 2.19)."""
+
+Phase = Literal["forward", "backward"]
+BOUNDS = {
+    "weights": "gathering weights", "gradients": "gathering weights", "replicas": "summing gradients over replicas",
+    "activations": "activations of tensor groups", "host": "copies to host memory",
+}  # fmt: skip
+"""Names of what takes the time; weights are gathered and their gradients scattered by the same ranks."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Collective:
+    """Equal collectives of one optimizer step."""
+
+    name: str
+    """A key of ``BOUNDS``."""
+    phase: Phase
+    group: Group
+    sent: float
+    """Bytes that a rank sends."""
+    calls: float
+    exposed: float = 0.0
+    """Share of the time that no computation hides."""
+    turns: int = 1
+    """Times that the data goes round the ring."""
+
+    def seconds(self, device: Hardware) -> float:
+        if self.name == "host":
+            return self.sent / (device.host * BANDWIDTH_EFFICIENCY)
+        rate, hops = device.link, self.group.size - 1
+        between = self.group.nodes - 1
+        if between:  # a ring enters each node once, by the adapters of all its members there
+            rate = min(device.link, device.network * self.group.together)
+        waiting = 0.0 if device.name == "cpu" else CALL_S + self.turns * (
+            (hops - between) * HOP_S + between * NETWORK_HOP_S
+        )  # fmt: skip
+        return self.sent / (rate * BANDWIDTH_EFFICIENCY) + self.calls * waiting
+
+    @property
+    def link(self) -> str:
+        return "host" if self.name == "host" else "between nodes" if self.group.nodes > 1 else "within a node"
+
+
+def step_collectives(
+    config: SpinConfig, shape: ModelShape, ranks: Ranks, packs: float, tokens: float, *, backward: bool
+) -> list[Collective]:
+    """Returns what one rank sends in a step of ``packs`` packs of ``tokens`` tokens.
+
+    Gradients of what a tensor group holds whole are equal on its ranks, and are not summed there.
+    """
+    mine = shape.split(ranks.mesh.tensor)
+    found = [
+        *_gathers(config, mine, ranks, packs, backward=backward),
+        *_activations(config, shape, ranks, packs * tokens, backward=backward),
+    ]
+    if backward:
+        found += _sums(config, mine, ranks, packs)
+    if config.train.offload and config.train.resources.gpus:
+        found += _copies(config, mine, ranks, packs, backward=backward)
+    return [collective for collective in found if collective.sent]
+
+
+def _gathers(
+    config: SpinConfig, shape: ModelShape, ranks: Ranks, packs: float, *, backward: bool
+) -> Iterator[Collective]:
+    """Yields the gathers of weights: each layer's for each pass, the root's for each pack in training.
+
+    Scoring keeps the root. The root's and the first layer's are waited for.
+    """
+    weights, group = weights_of(config, shape), ranks.shard
+    share = (group.size - 1) / group.size
+    full = config.train.sharding == "full"
+    layers, layer = weights.layers * weights.layer.gathered * share, weights.layer.gathered * share
+    root = weights.root.gathered * share if backward else 0.0
+    times = packs if full else 1.0
+    waited = (root + layer) / (root + layers) if layers else 0.0
+    calls = times * (weights.layers + bool(root))
+    yield Collective(
+        name="weights", phase="forward", group=group, sent=times * (root + layers), calls=calls, exposed=waited
+    )
+    if backward and full:
+        yield Collective(
+            name="weights", phase="backward", group=group, sent=times * layers, calls=times * weights.layers,
+            exposed=1 / weights.layers,
+        )  # fmt: skip
+
+
+def _sums(config: SpinConfig, shape: ModelShape, ranks: Ranks, packs: float) -> Iterator[Collective]:
+    """Yields the sums of fp32 gradients, over the shard's ranks and then over replicas; the root's come last."""
+    weights, mesh = weights_of(config, shape), ranks.mesh
+    whole = 4 * weights.trained
+    waited = weights.root.trained / weights.trained or 1 / weights.layers
+    calls = weights.layers + bool(weights.root.trained)
+    times = packs if config.train.reduces_every_pack else 1.0
+    yield Collective(
+        name="gradients", phase="backward", group=ranks.shard, sent=times * whole * (mesh.shard - 1) / mesh.shard,
+        calls=times * calls, exposed=waited,
+    )  # fmt: skip
+    share = whole / mesh.shard
+    yield Collective(
+        name="replicas", phase="backward", group=ranks.replicate,
+        sent=2 * share * (mesh.replicate - 1) / mesh.replicate, calls=calls, exposed=waited, turns=2,
+    )  # fmt: skip
+
+
+def _activations(
+    config: SpinConfig, shape: ModelShape, ranks: Ranks, tokens: float, *, backward: bool
+) -> Iterator[Collective]:
+    """Yields the sums within tensor groups: after attention and feed-forward network, each way; all waited for."""
+    group = ranks.tensor
+    once = 2 * shape.layers * 2 * (group.size - 1) / group.size * tokens * shape.hidden * dtype_bytes(config)
+    yield Collective(
+        name="activations", phase="forward", group=group, sent=once, calls=2 * shape.layers, exposed=1.0, turns=2
+    )
+    if backward:
+        again = 2 if config.train.gradient_checkpointing is True else 1
+        yield Collective(
+            name="activations", phase="backward", group=group, sent=again * once, calls=again * 2 * shape.layers,
+            exposed=1.0, turns=2,
+        )  # fmt: skip
+
+
+def _copies(
+    config: SpinConfig, shape: ModelShape, ranks: Ranks, packs: float, *, backward: bool
+) -> Iterator[Collective]:
+    """Yields the copies of offloaded shards: as they are stored for each gather, and fp32 gradients back."""
+    weights, alone = weights_of(config, shape), Group(size=1, together=1)
+    share = (4 * weights.trained + weights.frozen) / ranks.mesh.shard
+    times = packs if config.train.sharding == "full" else 1.0
+    yield Collective(name="host", phase="forward", group=alone, sent=times * share, calls=0)
+    if backward:
+        again = times * share if config.train.sharding == "full" else 0.0
+        summed = (packs if config.train.reduces_every_pack else 1.0) * 4 * weights.trained / ranks.mesh.shard
+        yield Collective(name="host", phase="backward", group=alone, sent=again + summed, calls=0)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class StepTime:
+    seconds: float
+    bound: str
+    sent: dict[str, float]
+    """Bytes that a rank sends, by ``Collective.name``."""
+
+
+def step_time(collectives: list[Collective], device: Hardware, compute: dict[Phase, float]) -> StepTime:
+    """Returns the time of a step whose phases compute for ``compute`` seconds.
+
+    Links work side by side, and beside the computation; on CPUs everything waits for everything.
+    """
+    spent: dict[str, float] = {"compute": sum(compute.values())}
+    sent: dict[str, float] = {}
+    total = 0.0
+    for phase, computing in compute.items():
+        busy: dict[str, float] = {}
+        waited = 0.0
+        for it in (collective for collective in collectives if collective.phase == phase):
+            seconds = it.seconds(device)
+            exposed = 1.0 if device.name == "cpu" else it.exposed
+            busy[it.link] = busy.get(it.link, 0.0) + (1 - exposed) * seconds
+            waited += exposed * seconds
+            spent[BOUNDS[it.name]] = spent.get(BOUNDS[it.name], 0.0) + seconds
+            sent[it.name] = sent.get(it.name, 0.0) + it.sent
+        total += max([computing, *busy.values()]) + waited
+    return StepTime(seconds=total, bound=max(spent, key=lambda name: spent[name]), sent=sent)

@@ -1,0 +1,76 @@
+"""More nodes: what they save, and from which batch on."""
+
+import json
+from dataclasses import replace
+
+import pytest
+
+from spin_ray.planning.cluster import Cluster
+from spin_ray.planning.model_shape import MISTRAL_7B
+from spin_ray.planning.scaling import scaling_of
+from tests.support.paths import RECIPES
+from tests.support.planning_cases import PAPER_WORK, ZEPHYR, changed
+
+CONFIG = changed(ZEPHYR, precision="bf16")
+
+
+@pytest.fixture(scope="module")
+def scaling():
+    return scaling_of(CONFIG, MISTRAL_7B, Cluster(nodes=8, gpu="H100"), PAPER_WORK)
+
+
+def test_more_nodes_never_take_longer_with_the_batch_that_the_plan_names(scaling):
+    hours = [size.hours for size in scaling.with_enough]
+    assert hours == sorted(hours, reverse=True) and [size.nodes for size in scaling.with_enough] == [1, 2, 4, 8]
+
+
+def test_a_batch_that_is_too_small_for_the_nodes_is_said(scaling):
+    """64 pairs of two opponents are 32 trees: 64 GPUs have packs for half of them."""
+    assert not scaling.scales and scaling.advised.nodes < 8
+    assert scaling.advised.hours <= min(size.hours for size in scaling.with_own_batch) * 1.05
+    said = " ".join(scaling.sentences())
+    assert "a batch of 64 pairs is too small for 8" in said
+    assert f"--train.global_batch_pairs={scaling.batch}" in said
+
+
+def test_two_nodes_with_the_batch_that_is_named_take_0_6_of_one_and_with_the_papers_no_longer(scaling):
+    """As issue 20 asks; on nodes of 8 adapters of 400 Gb/s."""
+    two = scaling_of(CONFIG, MISTRAL_7B, Cluster(nodes=2, gpu="H100"), PAPER_WORK)
+    one = two.with_own_batch[0].hours
+    assert two.with_enough[-1].hours <= 0.6 * one and two.with_own_batch[-1].hours <= one
+
+
+def test_a_slow_network_keeps_replicas_apart_and_costs_less_than_one_flat_mesh():
+    """100 Gb/s a node: a flat mesh gathers every layer over it, replicas sum gradients once a step."""
+    slow = Cluster(nodes=2, gpu="H100", network=100)
+    hybrid = scaling_of(CONFIG, MISTRAL_7B, slow, PAPER_WORK).with_own_batch[-1]
+    assert hybrid.mesh == "{replicate: 2, shard: 8, tensor: 1}"
+    fast = scaling_of(CONFIG, MISTRAL_7B, replace(slow, network=3200), PAPER_WORK).with_own_batch[-1]
+    assert hybrid.hours > fast.hours
+
+
+def test_the_command_says_mesh_reason_and_nodes(call, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "400")
+    words = [
+        "plan", RECIPES / "zephyr_7b.yaml", "--gpu", "H100", "--nodes", "2", "--prompt-tokens", "130",
+        "--response-tokens", "256", "--network", "400", "--train.workers=16", "--generation.replicas=16",
+    ]  # fmt: skip
+    code, out, error = call(*words)
+    assert (code, error) == (0, "")
+    assert "train.mesh: {replicate: 2, shard: 8, tensor: 1}: a copy over the 8 workers of a node fits" in out
+    assert "Network: 400 Gb/s of a node, all adapters together, one direction (given)" in out
+    found = json.loads(call(*words, "--json")[1])
+    assert found["mesh"] == {"replicate": 2, "shard": 8, "tensor": 1, "why": found["mesh"]["why"]}
+    assert found["scaling"]["advised"]["nodes"] in (1, 2)
+    assert any(stage["sent"].get("replicas") for phase in found["phases"] for stage in phase["stages"])
+
+
+def test_a_recipes_own_mesh_is_planned_as_it_is(call):
+    words = ["plan", RECIPES / "zephyr_7b.yaml", "--gpu", "H100", "--nodes", "2", "--prompt-tokens", "130",
+             "--response-tokens", "256", "--train.workers=16", "--generation.replicas=16"]  # fmt: skip
+    seconds = [
+        json.loads(call(*words, "--network=50", f"--train.mesh={mesh}", "--json")[1])["seconds"]
+        for mesh in ("{replicate: 2, shard: 8}", "{shard: 16}", "{shard: 2, tensor: 8}")
+    ]
+    assert seconds[0] < seconds[1], "over 50 Gb/s a flat mesh takes longer"
+    assert all(seconds)
