@@ -26,8 +26,10 @@ def layers_of_every_kind(model: Any) -> int:
 
     A kind is named by the config (``layer_types``) or seen in the layer: its modules, their switches and windows.
     """
-    layers = decoder_layers(model)
-    named = getattr(model.config.get_text_config(), "layer_types", None) or []
+    layers, config = decoder_layers(model), model.config.get_text_config()
+    if not layers:  # they are elsewhere, and stay
+        return config.num_hidden_layers
+    named = getattr(config, "layer_types", None) or []
     kinds = [(_seen(layer), *named[number : number + 1]) for number, layer in enumerate(layers)]
     return min(len(layers), max(2, *(1 + kinds.index(kind) for kind in kinds), 2))
 

@@ -10,7 +10,7 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor
-from transformers import AutoModelForCausalLM, GenerationConfig
+from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, AutoConfig, AutoModelForCausalLM, GenerationConfig
 
 NOT_COPIED = {"config.json", "model.safetensors.index.json", "pytorch_model.bin.index.json", "trainer_state.json"}
 COPIED_SUFFIXES = {".json", ".jinja", ".model", ".txt", ".tiktoken"}
@@ -25,14 +25,25 @@ def load_model(source: str | Path, *, trust_remote_code: bool, config: Any = Non
     Args:
         config: replaces the folder's own; surplus weights are left out.
     """
+    config = config or AutoConfig.from_pretrained(str(source), trust_remote_code=trust_remote_code)
     return AutoModelForCausalLM.from_pretrained(
         str(source),
         config=config,
         dtype=torch.float32,
-        attn_implementation="sdpa",
+        attn_implementation=first_attention(config),
         trust_remote_code=trust_remote_code,
         use_safetensors=None if trust_remote_code else True,
     )
+
+
+def first_attention(config: Any) -> str:
+    """Returns SDPA, or eager attention for families that lack SDPA or, with ALiBi, round positions to bf16 in it.
+
+    The choice of the layout replaces it, except in Falcon, whose layers cannot change.
+    """
+    family = MODEL_FOR_CAUSAL_LM_MAPPING.get(type(config), None)
+    lacks = family is not None and not family._supports_sdpa
+    return "eager" if lacks or getattr(config, "alibi", False) else "sdpa"
 
 
 def stored_shapes(source: Path) -> dict[str, tuple[int, ...]]:

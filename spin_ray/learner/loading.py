@@ -14,7 +14,7 @@ from torch.distributed.checkpoint import HuggingFaceStorageReader
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from spin_ray.learner.decoder import layer_stack, layers_of_every_kind
-from spin_ray.learner.hf_folder import load_model, stored_shapes
+from spin_ray.learner.hf_folder import first_attention, load_model, stored_shapes
 
 
 def empty_model(source: Path) -> Any | None:
@@ -31,8 +31,11 @@ def empty_model(source: Path) -> Any | None:
 
 
 def _without_weights(config: Any) -> Any:
+    attention = first_attention(config)
     with _parameters_on_meta():
-        return AutoModelForCausalLM.from_config(copy.deepcopy(config), dtype=torch.float32, attn_implementation="sdpa")
+        return AutoModelForCausalLM.from_config(
+            copy.deepcopy(config), dtype=torch.float32, attn_implementation=attention
+        )
 
 
 def read_shares(parameters: dict[str, nn.Parameter], source: Path) -> None:
@@ -60,6 +63,18 @@ def first_layers(model: Any) -> Any:
     _keep_layers(copied.config, wanted)
     del layer_stack(copied)[wanted:]
     return copied
+
+
+def as_eager(model: Any) -> Any:
+    """Returns a model made for eager attention around the weights of ``model``.
+
+    Some families choose the classes of their layers when they are made, so that a later switch changes nothing.
+    """
+    config = copy.deepcopy(model.config)
+    with _parameters_on_meta():
+        made = type(model)._from_config(config, attn_implementation="eager")
+    made.load_state_dict(model.state_dict(), assign=True)
+    return made.eval()
 
 
 def _keep_layers(config: Any, wanted: int) -> None:

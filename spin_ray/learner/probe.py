@@ -10,12 +10,12 @@ import torch
 from jaxtyping import Float, Int64
 from torch import Tensor
 
-from spin_ray.errors import ModelError
+from spin_ray.errors import ModelError, first_line
 from spin_ray.learner.attention import ATTENTIONS, AttentionPlan
 from spin_ray.learner.attention.base import Window
 from spin_ray.learner.batch import PackedBatch
 from spin_ray.learner.decoder import decoder_of
-from spin_ray.learner.loading import first_layers
+from spin_ray.learner.loading import as_eager, first_layers
 from spin_ray.learner.packing import build_pack
 from spin_ray.learner.scoring import Layout, ResponseScorer, attention_windows, padded_rows
 
@@ -51,12 +51,13 @@ class Probe:
         if self._reach > 9 * stretch:
             self._tries.append((_long_pack(vocabulary, self._reach), dtypes[0]))
         try:
+            self._own = {kind: as_eager(tried) for kind, tried in self._models.items()}
             self._expected = [
                 {kind: self._logps_one_by_one(batch, kind) for kind in {torch.float32, tried}}
                 for batch, tried in self._tries
             ]
         except Exception as error:
-            what = f"its own forward pass fails ({type(error).__name__}: {error})"
+            what = f"its own forward pass fails ({type(error).__name__}: {first_line(error)})"
             raise ModelError(f"{type(model).__name__}: {what}") from error
 
     @torch.no_grad()
@@ -64,8 +65,7 @@ class Probe:
         """Returns a sentence if the first tokens' hidden states depend on the tokens that follow, else None."""
         if (limit := rope_limit(self._config.to_dict())) and limit < self._max_length:
             return switching(limit)
-        model = self._models[torch.float32]
-        model.set_attn_implementation("eager")
+        model = self._own[torch.float32]
         rows, lengths = padded_rows(self._tries[-1][0])
         row = rows[0, : int(lengths[0])].to(self._device)
         first = 4
@@ -105,7 +105,7 @@ class Probe:
             found = scorer(batch.to(self._device)).cpu()
         except Exception as error:
             what = "does not take a 4-D mask" if layout == "packed" else "does not score rows"
-            return f"it {what} ({type(error).__name__}: {error})"
+            return f"it {what} ({type(error).__name__}: {first_line(error)})"
         expected = own[torch.float32]
         allowed = 1e-4 + 1e-5 * expected.abs()
         if dtype != torch.float32:
@@ -121,8 +121,7 @@ class Probe:
     @torch.no_grad()
     def _logps_one_by_one(self, batch: PackedBatch, dtype: torch.dtype) -> Float[Tensor, "segments"]:
         """Returns the model's own scores: transformers' forward, eager attention, no mask, no padding."""
-        model, rows, sums = self._models[dtype], padded_rows(batch), []
-        model.set_attn_implementation("eager")
+        model, rows, sums = self._own[dtype], padded_rows(batch), []
         takes_last = "logits_to_keep" in inspect.signature(model.forward).parameters
         for segment, (row, length) in enumerate(zip(rows[0], rows[1].tolist(), strict=True)):
             responded = int((batch.segment == segment).sum())
@@ -180,7 +179,9 @@ def rope_limit(config: dict[str, Any]) -> int | None:
 
 
 def switching(limit: int) -> str:
-    return f"its rotary embedding changes for sequences longer than {limit} tokens; set model.max_length to at most that"
+    return (
+        f"its rotary embedding changes for sequences longer than {limit} tokens; set model.max_length to at most that"
+    )
 
 
 def _unpackable(config: Any, max_length: int) -> str | None:
