@@ -12,6 +12,8 @@ from safetensors.torch import save_file
 from torch import Tensor
 from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, AutoConfig, AutoModelForCausalLM, GenerationConfig
 
+from spin_ray.errors import ModelError
+
 NOT_COPIED = {"config.json", "model.safetensors.index.json", "pytorch_model.bin.index.json", "trainer_state.json"}
 COPIED_SUFFIXES = {".json", ".jinja", ".model", ".txt", ".tiktoken"}
 """Suffixes of tokenizers, chat templates, generation config and licence."""
@@ -24,16 +26,25 @@ def load_model(source: str | Path, *, trust_remote_code: bool, config: Any = Non
 
     Args:
         config: replaces the folder's own; surplus weights are left out.
+
+    Raises:
+        ModelError: the folder lacks weights, which transformers would make up.
     """
     config = config or AutoConfig.from_pretrained(str(source), trust_remote_code=trust_remote_code)
-    return AutoModelForCausalLM.from_pretrained(
+    model, found = AutoModelForCausalLM.from_pretrained(
         str(source),
+        output_loading_info=True,
         config=config,
         dtype=torch.float32,
         attn_implementation=first_attention(config),
         trust_remote_code=trust_remote_code,
         use_safetensors=None if trust_remote_code else True,
     )
+    if missing := sorted(found["missing_keys"]):
+        raise ModelError(
+            f"{source}: lacks {len(missing)} of the model's weights, first {missing[0]}; save the whole model"
+        )
+    return model
 
 
 def first_attention(config: Any) -> str:

@@ -17,6 +17,7 @@ from spin_ray.learner.batch import PackedBatch
 from spin_ray.learner.decoder import decoder_of
 from spin_ray.learner.loading import as_eager, first_layers
 from spin_ray.learner.packing import build_pack
+from spin_ray.learner.rope import rope_limit, switching
 from spin_ray.learner.scoring import Layout, ResponseScorer, attention_windows, padded_rows
 
 _SHAPES = [(4, 3, 2), (4, 3, 5), (2, 2, 3)]
@@ -160,28 +161,6 @@ class _Watched:
         if any(softcap != cap for _, softcap in self.calls) or (cap and not self.calls):
             return "its layers do not tell their attention of attn_logit_softcapping"
         return None
-
-
-def rope_limit(config: dict[str, Any]) -> int | None:
-    """Returns the length beyond which the rotary embedding of all tokens changes; None for most models."""
-    text = config.get("text_config") or config
-    ropes = [text.get("rope_parameters") or text.get("rope_scaling") or {}]
-    ropes += [part for part in ropes[0].values() if isinstance(part, dict)]  # one for each kind of layer
-    whole = text.get("max_position_embeddings")
-    limits = []
-    for rope in ropes:
-        kind = rope.get("rope_type") or rope.get("type")
-        if kind in ("longrope", "su"):
-            limits += [scope.get("original_max_position_embeddings") for scope in (rope, text)] + [whole]
-        elif kind == "dynamic":
-            limits.append(whole)
-    return next((limit for limit in limits if limit), None)
-
-
-def switching(limit: int) -> str:
-    return (
-        f"its rotary embedding changes for sequences longer than {limit} tokens; set model.max_length to at most that"
-    )
 
 
 def _unpackable(config: Any, max_length: int) -> str | None:
