@@ -13,6 +13,7 @@ from typing import Any, NamedTuple
 from spin_ray.config.recipe import SpinConfig
 from spin_ray.config.sections import DataConfig, Train, name_of, sources_of
 from spin_ray.errors import DataError, ModelError
+from spin_ray.inputs.architecture import refuse_architecture
 from spin_ray.inputs.chat_template import Tools
 from spin_ray.inputs.conversations import Conversation, Unusable, conversations_of, tools_of
 from spin_ray.inputs.embedded import resolve
@@ -95,6 +96,8 @@ def find_inputs(config: SpinConfig) -> Inputs:
     questions_files = find_files(questions) if questions else None
     path = find_model(config.model.model_copy(update={"path": resolve(config.model.path)}))
     refuse_untrainable(path)
+    if not config.model.trust_remote_code:
+        refuse_architecture(path, config.model.max_length)
     model = open_model(path, "sft" if not config.sft else "start", trust_remote_code=config.model.trust_remote_code)
     return Inputs(
         model=model,

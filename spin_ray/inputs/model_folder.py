@@ -164,16 +164,21 @@ _QUANTISED = (".qweight", ".weight_packed", ".weight_scale", ".weight_scale_inv"
 
 
 def tensor_names(folder: Path) -> list[str]:
-    """Returns the names in the headers of a folder's safetensors; none of a damaged file, which its reader names."""
-    names: list[str] = []
+    return list(tensor_shapes(folder))
+
+
+def tensor_shapes(folder: Path) -> dict[str, list[int]]:
+    """Returns the shapes in the headers of a folder's safetensors; none of a damaged file, which its reader names."""
+    shapes: dict[str, list[int]] = {}
     for path in sorted(folder.glob("*.safetensors")):
         with path.open("rb") as file:
             size = int.from_bytes(file.read(8), "little")
             try:
-                names += json.loads(file.read(size)) if 0 < size <= _LONGEST_HEADER else []
+                header = json.loads(file.read(size)) if 0 < size <= _LONGEST_HEADER else {}
             except ValueError:
                 continue
-    return names
+            shapes |= {name: entry.get("shape", []) for name, entry in header.items() if name != "__metadata__"}
+    return shapes
 
 
 _LONGEST_HEADER = 100_000_000

@@ -10,7 +10,9 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor
-from transformers import AutoModelForCausalLM, GenerationConfig
+from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, AutoConfig, AutoModelForCausalLM, GenerationConfig
+
+from spin_ray.errors import ModelError
 
 NOT_COPIED = {"config.json", "model.safetensors.index.json", "pytorch_model.bin.index.json", "trainer_state.json"}
 COPIED_SUFFIXES = {".json", ".jinja", ".model", ".txt", ".tiktoken"}
@@ -24,15 +26,35 @@ def load_model(source: str | Path, *, trust_remote_code: bool, config: Any = Non
 
     Args:
         config: replaces the folder's own; surplus weights are left out.
+
+    Raises:
+        ModelError: the folder lacks weights, which transformers would make up.
     """
-    return AutoModelForCausalLM.from_pretrained(
+    config = config or AutoConfig.from_pretrained(str(source), trust_remote_code=trust_remote_code)
+    model, found = AutoModelForCausalLM.from_pretrained(
         str(source),
+        output_loading_info=True,
         config=config,
         dtype=torch.float32,
-        attn_implementation="sdpa",
+        attn_implementation=first_attention(config),
         trust_remote_code=trust_remote_code,
         use_safetensors=None if trust_remote_code else True,
     )
+    if missing := sorted(found["missing_keys"]):
+        raise ModelError(
+            f"{source}: lacks {len(missing)} of the model's weights, first {missing[0]}; save the whole model"
+        )
+    return model
+
+
+def first_attention(config: Any) -> str:
+    """Returns SDPA, or eager attention for families that lack SDPA or, with ALiBi, round positions to bf16 in it.
+
+    The choice of the layout replaces it, except in Falcon, whose layers cannot change.
+    """
+    family = MODEL_FOR_CAUSAL_LM_MAPPING.get(type(config), None)
+    lacks = family is not None and not family._supports_sdpa
+    return "eager" if lacks or getattr(config, "alibi", False) else "sdpa"
 
 
 def stored_shapes(source: Path) -> dict[str, tuple[int, ...]]:

@@ -13,7 +13,8 @@ from torch import Tensor, nn
 from torch.distributed.checkpoint import HuggingFaceStorageReader
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from spin_ray.learner.hf_folder import load_model, stored_shapes
+from spin_ray.learner.decoder import layer_stack, layers_of_every_kind
+from spin_ray.learner.hf_folder import first_attention, load_model, stored_shapes
 
 
 def empty_model(source: Path) -> Any | None:
@@ -21,14 +22,20 @@ def empty_model(source: Path) -> Any | None:
 
     Returns None if the model must be loaded whole: weights are renamed, or buffers are stored.
     """
-    config = AutoConfig.from_pretrained(source)
-    with _parameters_on_meta():
-        model = AutoModelForCausalLM.from_config(config, dtype=torch.float32, attn_implementation="sdpa")
+    model = _without_weights(AutoConfig.from_pretrained(source))
     shapes = {name: tuple(parameter.shape) for name, parameter in model.named_parameters()}
     buffers = {name for name, _ in model.named_buffers()} & model.state_dict().keys()
     if buffers or not shapes.items() <= stored_shapes(source).items():
         return None
     return model.eval()
+
+
+def _without_weights(config: Any) -> Any:
+    attention = first_attention(config)
+    with _parameters_on_meta():
+        return AutoModelForCausalLM.from_config(
+            copy.deepcopy(config), dtype=torch.float32, attn_implementation=attention
+        )
 
 
 def read_shares(parameters: dict[str, nn.Parameter], source: Path) -> None:
@@ -38,12 +45,9 @@ def read_shares(parameters: dict[str, nn.Parameter], source: Path) -> None:
 
 
 def load_first_layers(source: Path) -> Any:
-    """Loads as much of the model as shows how it treats masks.
-
-    It has at least two layers, and one of every kind.
-    """
+    """Loads as much of the model as shows how it treats masks: at least two layers, and one of every kind."""
     config = AutoConfig.from_pretrained(source)
-    _keep_layers(config, _layers_of_every_kind(config))
+    _keep_layers(config, layers_of_every_kind(_without_weights(config)))
     verbosity = transformers.logging.get_verbosity()
     transformers.logging.set_verbosity_error()  # it would report every layer that is left out
     try:
@@ -54,22 +58,23 @@ def load_first_layers(source: Path) -> Any:
 
 def first_layers(model: Any) -> Any:
     """Returns a copy of the embeddings, head and first layers, at least two layers and one of every kind."""
-    wanted = _layers_of_every_kind(model.config)
-    copied = copy.deepcopy(model, {id(layer): nn.Identity() for layer in _layers(model)[wanted:]})
+    wanted = layers_of_every_kind(model)
+    copied = copy.deepcopy(model, {id(layer): nn.Identity() for layer in layer_stack(model)[wanted:]})
     _keep_layers(copied.config, wanted)
-    del _layers(copied)[wanted:]
+    del layer_stack(copied)[wanted:]
     return copied
 
 
-def _layers(model: Any) -> nn.ModuleList:
-    stacks = (child for child in model.get_decoder().children() if isinstance(child, nn.ModuleList))
-    return max(stacks, key=len, default=nn.ModuleList())
+def as_eager(model: Any) -> Any:
+    """Returns a model made for eager attention around the weights of ``model``.
 
-
-def _layers_of_every_kind(config: Any) -> int:
-    text = config.get_text_config()
-    kinds = getattr(text, "layer_types", None) or []
-    return min(text.num_hidden_layers, max(2, *(1 + kinds.index(kind) for kind in kinds), 2))
+    Some families choose the classes of their layers when they are made, so that a later switch changes nothing.
+    """
+    config = copy.deepcopy(model.config)
+    with _parameters_on_meta():
+        made = type(model)._from_config(config, attn_implementation="eager")
+    made.load_state_dict(model.state_dict(), assign=True)
+    return made.eval()
 
 
 def _keep_layers(config: Any, wanted: int) -> None:

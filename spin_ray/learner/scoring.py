@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from spin_ray.learner.attention import ATTENTIONS, IMPLEMENTATION, Attention
 from spin_ray.learner.attention.base import Window
 from spin_ray.learner.batch import PackedBatch
+from spin_ray.learner.decoder import decoder_of
 from spin_ray.learner.head import Head, LogitTransform, target_logps
 from spin_ray.learner.losses import response_logps
 
@@ -74,7 +75,7 @@ class ResponseScorer(nn.Module):
         plan = self._attention.prepare(batch, self._windows, device, embeddings.dtype)
         # Any 4-D mask goes to the layers as it is; without one, transformers makes a dense mask from the positions.
         mask = torch.empty(1, 1, 0, 0, device=device) if plan.mask is None else plan.mask
-        output = self.model.get_decoder()(
+        output = decoder_of(self.model)(
             input_ids=batch.input_ids[None],
             position_ids=batch.position_ids[None],
             attention_mask=mask,
@@ -93,7 +94,7 @@ class ResponseScorer(nn.Module):
         if self._model_logits:
             logits = self.model(**rows).logits.flatten(0, 1)
             return target_logps(nn.Identity(), logits, at, batch.target_ids, LogitTransform())
-        hidden = self.model.get_decoder()(**rows).last_hidden_state.flatten(0, 1)
+        hidden = decoder_of(self.model)(**rows).last_hidden_state.flatten(0, 1)
         return target_logps(self.head(), hidden, at, batch.target_ids, self._transform)
 
 
@@ -110,7 +111,7 @@ def _attend_by_plan(model: Any) -> bool:
         model.set_attn_implementation(IMPLEMENTATION)
     takes_more = any(
         parameter.kind is inspect.Parameter.VAR_KEYWORD
-        for parameter in inspect.signature(model.get_decoder().forward).parameters.values()
+        for parameter in inspect.signature(decoder_of(model).forward).parameters.values()
     )
     return takes_more and model.config._attn_implementation == IMPLEMENTATION
 

@@ -27,7 +27,6 @@ from spin_ray.learner.backends.meshes import clip, data_mesh, group_by_mesh, mak
 from spin_ray.learner.backends.modules import (
     compile_layers,
     compiles,
-    decoder_layers,
     export,
     make_deterministic,
     persistent,
@@ -36,6 +35,7 @@ from spin_ray.learner.backends.modules import (
     trainable,
 )
 from spin_ray.learner.batch import PackedBatch
+from spin_ray.learner.decoder import decoder_layers
 from spin_ray.learner.hf_folder import load_model
 from spin_ray.learner.layout import choose_layout
 from spin_ray.learner.loading import empty_model, load_first_layers, materialise, read_shares

@@ -19,17 +19,13 @@ from spin_ray.errors import ModelError
 from spin_ray.learner.adapters import is_adapter, merge_adapters, stored_name
 from spin_ray.learner.attention.hook import allow_many_graphs, keep_out_of_graphs
 from spin_ray.learner.backends.base import BackendSettings
+from spin_ray.learner.decoder import decoder_layers
 from spin_ray.learner.hf_folder import write_model
 
 logger = logging.getLogger(__name__)
 
 COMPILER = "inductor"
 """Backend of torch.compile."""
-
-
-def decoder_layers(model: Any) -> list[nn.Module]:
-    stacks = [child for child in model.get_decoder().children() if isinstance(child, nn.ModuleList)]
-    return list(max(stacks, key=len, default=[]))
 
 
 def recompute_activations(model: Any) -> None:
