@@ -46,7 +46,7 @@ FormName = Literal[
 ]  # fmt: skip
 GradeName = Literal["number", "exact", "regex", "multiple_choice", "json"]
 LossName = Literal["logistic", "hinge", "exponential", "correlation"]
-OptimizerName = Literal["rmsprop", "adamw"]
+OptimizerName = Literal["rmsprop", "adamw", "adamw_8bit", "muon"]
 BackendName = Literal["fsdp2", "deepspeed"]
 
 
@@ -320,10 +320,7 @@ class OptimizerConfig(Section):
 
 
 class LoraConfig(Section):
-    """Low-rank adapters in place of all weights; a departure from the paper.
-
-    Iterates are exported merged, so the next opponent is a plain model.
-    """
+    """Low-rank adapters in place of all weights; a departure from the paper."""
 
     rank: Count = 16
     """Rank of an iteration's change to a weight matrix. A higher one learns more and needs more memory."""
@@ -332,6 +329,12 @@ class LoraConfig(Section):
     weights."""
     target_modules: Literal["all-linear"] | tuple[str, ...] = "all-linear"
     """Layers that get an adapter, e.g. ``[q_proj, v_proj]``. ``all-linear``: every linear layer but the head."""
+    base: Later[Literal["bf16", "nf4", "int8"]] = "bf16"
+    """Number format of the frozen weights: 2 bytes a parameter, about 0.5 (``nf4``) or 1 (``int8``, both by bitsandbytes,
+    extra ``quantised``, on GPUs). ``bf16`` is fp32 where ``train.precision`` is fp32."""
+    merge: Later[bool] = True
+    """Commit of each iterate as a whole model, with fresh adapters for the next. Off: an iteration commits its adapter
+    alone (``iter_NNN/adapter``, PEFT's layout, tens of MB), which the next trains further on the same frozen base."""
 
 
 class TrainConfig(Section):

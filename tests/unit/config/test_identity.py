@@ -33,6 +33,8 @@ EVERY_SECTION: dict[str, Any] = {
     "serving": {"engine": {}, "resources": EVERYWHERE},
 }
 LATER = (
+    "train.lora.base",
+    "train.lora.merge",
     "model.chat_template_kwargs",
     "data.form",
     "data.columns",
