@@ -7,7 +7,7 @@ import json
 import re
 from collections.abc import Iterator
 from math import ceil
-from typing import Any, Self, TypeVar
+from typing import Any, Self, TypeVar, get_args
 
 from pydantic import model_validator
 
@@ -15,6 +15,7 @@ from spin_ray.config.sections import (
     IDENTITY,
     LATER,
     MAY_CHANGE,
+    BackendName,
     EngineConfig,
     GenerationConfig,
     Section,
@@ -137,6 +138,7 @@ def _impossible(config: SpinConfig) -> Iterator[str]:
     yield from _length_problems(config)
     yield from _resource_problems(config)
     yield from _secret_problems(config)
+    yield from _adapter_problems(config)
     if config.evaluation.answer_extractor != "none" and config.data.heldout is None:
         yield "evaluation.answer_extractor: needs data.heldout"
     if config.evaluation.grade != "number":
@@ -210,6 +212,26 @@ def _resource_problems(config: SpinConfig) -> Iterator[str]:
             "train.min_workers: a checkpoint of DeepSpeed needs the number of workers that wrote it; "
             "leave min_workers out or use train.backend: fsdp2"
         )
+
+
+def _adapter_problems(config: SpinConfig) -> Iterator[str]:
+    lora, backend = config.train.lora, config.train.backend
+    if lora is None:
+        return
+    if lora.base != "bf16" and lora.merge:
+        yield (
+            f"train.lora.base: {lora.base} needs train.lora.merge: false; a merged model would not be the one trained"
+        )
+    if lora.base != "bf16" and backend != "fsdp2":
+        yield f"train.lora.base: {lora.base} needs train.backend: fsdp2"
+    if not lora.merge and backend not in get_args(BackendName):
+        yield f"train.lora.merge: false needs train.backend: {' or '.join(get_args(BackendName))}"
+    if not lora.merge and lora.rank > LARGEST_RANK:
+        yield f"train.lora.rank: {lora.rank} is more than the {LARGEST_RANK} that vLLM serves; lower it, or merge: true"
+
+
+LARGEST_RANK = 512
+"""Largest rank of an adapter that vLLM loads."""
 
 
 def _secret_problems(config: SpinConfig) -> Iterator[str]:

@@ -35,10 +35,16 @@ class ModelFolder:
     """Digests of the files, unless the model is an artefact of the run."""
     source: Source | None = None
     """Origin for a machine without ``path``."""
+    base: "ModelFolder | None" = None
+    """Frozen model below, if this folder holds an adapter."""
 
     def here(self, *, weights: bool = True) -> Path:
         """Returns the folder on this machine, fetched if need be; without ``weights`` only what a tokenizer needs."""
         return self.source.local_folder(weights=weights) if self.source else self.path
+
+    def parts_here(self) -> tuple[Path, Path | None]:
+        """Returns the folders of the whole model and of the adapter on top of it, on this machine."""
+        return (self.base.here(), self.here()) if self.base else (self.here(), None)
 
 
 def open_model(path: str | Path, name: str, *, trust_remote_code: bool = False) -> ModelFolder:

@@ -1,5 +1,6 @@
 """Engines: token ids in, sampled token ids out."""
 
+import json
 import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -42,6 +43,8 @@ class EngineSpec:
     threads: int
     config: EngineConfig
     trust_remote_code: bool = False
+    adapter: Path | None = None
+    """Adapter of all answers, on top of ``model``."""
 
 
 StartEngine = Callable[[EngineSpec], GenerationEngine]
@@ -62,6 +65,7 @@ class VllmEngine:
         prepare_process(spec.config, spec.threads)
 
         from vllm import LLM
+        from vllm.lora.request import LoRARequest
         from vllm.platforms import current_platform
 
         self._spec = spec
@@ -79,6 +83,7 @@ class VllmEngine:
             "skip_tokenizer_init": True,
             "load_format": "safetensors",
             "seed": 0,
+            **(lora_arguments([spec.adapter]) if spec.adapter else {}),
             **_executor(spec.config),
             **(whole_prefill(spec.max_length) if current_platform.is_cpu() else {}),
             **spec.config.extra,
@@ -87,6 +92,7 @@ class VllmEngine:
             wait_for_memory(arguments["gpu_memory_utilization"], _MEMORY_SETTING, spec.config.devices)
         self._llm: Any = LLM(**arguments)
         self._has_cache: bool = arguments["enable_prefix_caching"]
+        self._lora = LoRARequest("adapter", 1, str(spec.adapter)) if spec.adapter else None
 
     def generate(
         self, prompt_ids: Sequence[Sequence[int]], sampling: SamplingConfig, seeds: Sequence[int]
@@ -108,7 +114,7 @@ class VllmEngine:
         if self._has_cache and not self._llm.reset_prefix_cache():
             raise RuntimeError("vLLM could not empty its prefix cache: requests of an earlier call are still running")
         prompts = [TokensPrompt(prompt_token_ids=list(prompt)) for prompt in prompt_ids]
-        outputs = self._llm.generate(prompts, params, use_tqdm=False)
+        outputs = self._llm.generate(prompts, params, use_tqdm=False, lora_request=self._lora)
         return [_completion(output.outputs[0]) for output in outputs]
 
     def close(self) -> None:
@@ -140,6 +146,19 @@ def _executor(config: EngineConfig) -> dict[str, Any]:
     if config.pipeline_parallel_size > 1:
         return {"pipeline_parallel_size": config.pipeline_parallel_size, "distributed_executor_backend": "ray"}
     return {"distributed_executor_backend": "mp"} if config.tensor_parallel_size > 1 else {}
+
+
+def lora_arguments(adapters: Sequence[Path], *, most: int = 1) -> dict[str, Any]:
+    """Returns arguments that let requests name one of ``most`` adapters.
+
+    ``adapters`` say the rank; vLLM takes only some ranks, larger ones than needed waste memory.
+    """
+    rank = max(json.loads((folder / "adapter_config.json").read_text())["r"] for folder in adapters)
+    return {"enable_lora": True, "max_loras": most, "max_lora_rank": next(size for size in _LORA_RANKS if size >= rank)}
+
+
+_LORA_RANKS = (8, 16, 32, 64, 128, 256, 320, 512)
+"""vLLM's own, in rising order."""
 
 
 def whole_prefill(max_length: int) -> dict[str, Any]:

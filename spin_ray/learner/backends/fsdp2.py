@@ -21,6 +21,7 @@ from torch.distributed.fsdp import CPUOffloadPolicy, FSDPModule, MixedPrecisionP
 from torch.distributed.tensor import DTensor
 
 from spin_ray.config.sections import OptimizerConfig
+from spin_ray.learner.adapter_folder import read_lora
 from spin_ray.learner.adapters import add_adapters, is_adapter, set_first_values, stored_name
 from spin_ray.learner.backends.base import BackendSettings, StepStats, set_learning_rate
 from spin_ray.learner.backends.modules import (
@@ -66,8 +67,9 @@ class Fsdp2Backend:
         )
         del probe
         self.layout = choice.layout
-        if settings.lora is not None:
-            add_adapters(self._model, settings.lora, seed=settings.seed)
+        lora = settings.lora or (read_lora(settings.adapter) if settings.adapter else None)
+        if lora is not None:
+            add_adapters(self._model, lora, seed=settings.seed, values=settings.adapter)
         if settings.precision == "bf16":
             store_in_bf16(
                 parameter
@@ -91,7 +93,7 @@ class Fsdp2Backend:
         self._model.tie_weights()  # each module has been given a parameter of its own
         parameters = dict(self._model.named_parameters())
         read_shares({stored_name(name): share for name, share in parameters.items() if not is_adapter(name)}, source)
-        set_first_values(parameters, seed=self._settings.seed)
+        set_first_values(parameters, seed=self._settings.seed, values=self._settings.adapter)
 
     def logps(self, batch: PackedBatch) -> Float[Tensor, "segments"]:
         return self._scorer(batch.to(self.device))

@@ -5,7 +5,7 @@
 Iteration 0 has none: its opponent is θ_0.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import pyarrow as pa
 import torch.distributed as dist
@@ -107,7 +107,8 @@ def _score(run_dir: RunDir, config: SpinConfig, base: ModelFolder, rows: pa.Tabl
 def _worker(job: BaseScoreJob) -> int:
     """Scores this rank's rows; returns the number of ranks."""
     steps = plan(pair_lengths([job.rows]), job.shape, epochs=1, seed=0, ranks=dist.get_world_size())[0]
-    backend = Fsdp2Backend(job.model.here(), job.backend, device())
+    folder, adapter = job.model.parts_here()
+    backend = Fsdp2Backend(folder, replace(job.backend, adapter=adapter), device())
     rows, logps, _ = score_rows(backend, steps, job.rows, job.shape)
     backend.close()
     keys = job.rows["pair_id"].take(pa.array(rows, pa.int64()))

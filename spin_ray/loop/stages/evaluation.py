@@ -12,7 +12,7 @@ The mean of log p_θt(y′) − log p_θ0(y′) over θ_t's samples estimates KL
 import json
 import logging
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -225,7 +225,8 @@ def _worker(job: ScoreJob) -> dict[str, float]:
     tables = []
     tokens, work_s = 0, 0.0
     for model, rows in job.tables:
-        backend = Fsdp2Backend(model.here(), job.backend, device())
+        folder, adapter = model.parts_here()
+        backend = Fsdp2Backend(folder, replace(job.backend, adapter=adapter), device())
         started = time.monotonic()
         tables.append(_score_rows(backend, rows, job.shape, model.name))
         work_s += time.monotonic() - started

@@ -59,7 +59,8 @@ def work(job: TrainJob) -> dict[str, float]:
 
 
 def _backend(job: TrainJob, *, total_steps: int) -> TrainBackend:
-    settings, folder = replace(job.backend, total_steps=total_steps, seed=job.seed), job.start.here()
+    folder, adapter = job.start.parts_here()
+    settings = replace(job.backend, total_steps=total_steps, seed=job.seed, adapter=adapter)
     assert settings.optimizer is not None
     recomputed = recomputes(job.recipe, settings.optimizer, folder, device())
     return make_backend(folder, replace(settings, gradient_checkpointing=recomputed), device())
