@@ -80,6 +80,11 @@ class SpinConfig(Settings):
         samples = self.evaluation.samples
         return samples if samples > 1 else self.generation.samples_per_prompt
 
+    @property
+    def commits_adapters(self) -> bool:
+        """True: an iteration commits its adapter alone."""
+        return self.train.lora is not None and not self.train.lora.merge
+
     def at(self, iteration: int) -> IterationSettings:
         return IterationSettings(
             beta=_pick(self.objective.beta, iteration),

@@ -65,7 +65,6 @@ class VllmEngine:
         prepare_process(spec.config, spec.threads)
 
         from vllm import LLM
-        from vllm.lora.request import LoRARequest
         from vllm.platforms import current_platform
 
         self._spec = spec
@@ -83,7 +82,7 @@ class VllmEngine:
             "skip_tokenizer_init": True,
             "load_format": "safetensors",
             "seed": 0,
-            **(lora_arguments([spec.adapter]) if spec.adapter else {}),
+            **(lora_arguments(_rank(spec.adapter)) if spec.adapter else {}),
             **_executor(spec.config),
             **(whole_prefill(spec.max_length) if current_platform.is_cpu() else {}),
             **spec.config.extra,
@@ -92,7 +91,11 @@ class VllmEngine:
             wait_for_memory(arguments["gpu_memory_utilization"], _MEMORY_SETTING, spec.config.devices)
         self._llm: Any = LLM(**arguments)
         self._has_cache: bool = arguments["enable_prefix_caching"]
-        self._lora = LoRARequest("adapter", 1, str(spec.adapter)) if spec.adapter else None
+        self._of_each_call: dict[str, Any] = {"use_tqdm": False}
+        if spec.adapter:
+            from vllm.lora.request import LoRARequest
+
+            self._of_each_call["lora_request"] = LoRARequest("adapter", 1, str(spec.adapter))
 
     def generate(
         self, prompt_ids: Sequence[Sequence[int]], sampling: SamplingConfig, seeds: Sequence[int]
@@ -114,7 +117,7 @@ class VllmEngine:
         if self._has_cache and not self._llm.reset_prefix_cache():
             raise RuntimeError("vLLM could not empty its prefix cache: requests of an earlier call are still running")
         prompts = [TokensPrompt(prompt_token_ids=list(prompt)) for prompt in prompt_ids]
-        outputs = self._llm.generate(prompts, params, use_tqdm=False, lora_request=self._lora)
+        outputs = self._llm.generate(prompts, params, **self._of_each_call)
         return [_completion(output.outputs[0]) for output in outputs]
 
     def close(self) -> None:
@@ -148,17 +151,17 @@ def _executor(config: EngineConfig) -> dict[str, Any]:
     return {"distributed_executor_backend": "mp"} if config.tensor_parallel_size > 1 else {}
 
 
-def lora_arguments(adapters: Sequence[Path], *, most: int = 1) -> dict[str, Any]:
-    """Returns arguments that let requests name one of ``most`` adapters.
-
-    ``adapters`` say the rank; vLLM takes only some ranks, larger ones than needed waste memory.
-    """
-    rank = max(json.loads((folder / "adapter_config.json").read_text())["r"] for folder in adapters)
+def lora_arguments(rank: int, *, most: int = 1) -> dict[str, Any]:
+    """Returns arguments that let each request name an adapter, ``most`` of them in one batch."""
     return {"enable_lora": True, "max_loras": most, "max_lora_rank": next(size for size in _LORA_RANKS if size >= rank)}
 
 
 _LORA_RANKS = (8, 16, 32, 64, 128, 256, 320, 512)
-"""vLLM's own, in rising order."""
+"""Ranks that vLLM makes room for, in rising order."""
+
+
+def _rank(adapter: Path) -> int:
+    return json.loads((adapter / "adapter_config.json").read_text(encoding="utf-8"))["r"]
 
 
 def whole_prefill(max_length: int) -> dict[str, Any]:

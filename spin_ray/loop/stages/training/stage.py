@@ -32,8 +32,7 @@ def run(run_dir: RunDir, config: SpinConfig, iteration: int, opponent: ModelFold
     values = config.at(iteration)
     base, wins = run_dir.base_scores(iteration), run_dir.wins(iteration)
     lora, loss = config.train.lora, resolve_loss(objective.loss)
-    alone = lora is not None and not lora.merge
-    target = run_dir.adapter(iteration + 1) if alone else run_dir.whole_model(iteration + 1)
+    target = run_dir.adapter(iteration + 1) if config.commits_adapters else run_dir.whole_model(iteration + 1)
     job = TrainJob(
         name=target.path.partition("/")[0],
         storage=run_dir.storage,
