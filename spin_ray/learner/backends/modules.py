@@ -106,6 +106,8 @@ def make_deterministic() -> None:
 def store_in_bf16(parameters: Iterable[nn.Parameter]) -> None:
     """Halves the memory of weights that are computed in bf16 and never change; the computation's bits are the same."""
     for parameter in parameters:
+        if not parameter.is_floating_point():  # quantised already
+            continue
         parameter.data = parameter.data.to(torch.bfloat16)
 
 
