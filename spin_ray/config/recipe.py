@@ -144,6 +144,7 @@ def _impossible(config: SpinConfig) -> Iterator[str]:
     yield from _resource_problems(config)
     yield from _secret_problems(config)
     yield from _adapter_problems(config)
+    yield from _optimizer_problems(config)
     if config.evaluation.answer_extractor != "none" and config.data.heldout is None:
         yield "evaluation.answer_extractor: needs data.heldout"
     if config.evaluation.grade != "number":
@@ -217,6 +218,19 @@ def _resource_problems(config: SpinConfig) -> Iterator[str]:
             "train.min_workers: a checkpoint of DeepSpeed needs the number of workers that wrote it; "
             "leave min_workers out or use train.backend: fsdp2"
         )
+
+
+def _optimizer_problems(config: SpinConfig) -> Iterator[str]:
+    sections = {"train": config.train, "sft": config.sft, "reviser": config.reviser}
+    for place, section in sections.items():
+        name = section.optimizer.name if section else None
+        if name == "muon" and not (place == "train" and config.train.lora):
+            yield f"{place}.optimizer.name: muon trains matrices only; use it with train.lora, or take adamw"
+        if name == "adamw_8bit" and (config.train.workers > 1 or config.train.backend != "fsdp2"):
+            yield (
+                f"{place}.optimizer.name: adamw_8bit needs train.workers: 1 and train.backend: fsdp2; take adamw, whose "
+                "state is sharded"
+            )
 
 
 def _adapter_problems(config: SpinConfig) -> Iterator[str]:

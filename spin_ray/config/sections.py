@@ -304,7 +304,8 @@ class OptimizerConfig(Section):
     """The optimizer and the course of its learning rate."""
 
     name: NameOrPath[OptimizerName] = "rmsprop"
-    """Optimizer, or the import path of a class, ``my_package.mine:Optimizer``. Paper: RMSProp."""
+    """Optimizer, or the import path of a class, ``my_package.mine:Optimizer``. Paper: RMSProp. ``adamw_8bit`` keeps
+    moments in a byte each (extra ``quantised``, one worker); ``muon`` is for adapters."""
     weight_decay: NonNegative = 0.0
     """Weight decay of torch's optimizer. Paper: 0."""
     betas: MayChange[tuple[Fraction, Fraction] | None] = None

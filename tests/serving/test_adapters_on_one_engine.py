@@ -22,6 +22,8 @@ from tests.support.tiny_runs import make_adapter_run
 
 peft = pytest.importorskip("peft", reason="the extra `lora` is not installed")
 pytestmark = [pytest.mark.e2e, pytest.mark.slow, pytest.mark.alone]
+HALF = "\N{REPLACEMENT CHARACTER}"
+"""A last character of which a token is missing; vLLM leaves it out."""
 PROMPTS, TOKENS = ([5, 6, 7, 8], [9, 10, 11]), 16
 
 
@@ -55,13 +57,14 @@ def expected(run: RunDir, iterate: int) -> list[str]:
         model.generate(input_ids=torch.tensor([prompt]), max_new_tokens=TOKENS, do_sample=False)[0, len(prompt) :]
         for prompt in PROMPTS
     ]
-    return load_tokenizer(start).batch_decode(answers, skip_special_tokens=True)
+    texts = load_tokenizer(start).batch_decode(answers, skip_special_tokens=True)
+    return [text.rstrip(HALF) for text in texts]
 
 
 def answer(client: openai.OpenAI, name: str, prompt: list[int]) -> str:
     made = client.completions.create(model=name, prompt=prompt, max_tokens=TOKENS, temperature=0)
     assert made.model == name
-    return made.choices[0].text
+    return made.choices[0].text.rstrip(HALF)
 
 
 def test_three_iterates_answer_together_from_one_engine_as_peft_would(served: Served) -> None:

@@ -2,11 +2,13 @@
 
 import copy
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from torch.distributed.tensor import distribute_tensor
 
 from spin_ray.config.sections import LoraConfig, OptimizerConfig
 from spin_ray.errors import ModelError
@@ -26,7 +28,7 @@ ROWS = random_rows(0, trees=6)
 def model_dir(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
     folder = tmp_path_factory.mktemp("quantised")
     with one_rank(folder):
-        yield save_model(folder / "model", tiny_llama())
+        yield save_model(folder / "model", tiny_llama(hidden=64))
 
 
 def backend_of(model_dir: Path, base: Any, **changes: Any) -> Fsdp2Backend:
@@ -65,6 +67,35 @@ def test_adapters_train_on_quantised_weights_and_the_next_iteration_scores_the_s
     backend.export_hf(tmp_path)
     again = backend_of(model_dir, base, optimizer=None, lora=None, adapter=tmp_path)
     torch.testing.assert_close(again.score(batch), backend.score(batch), rtol=1e-5, atol=1e-4)
+
+
+def test_adamw_of_8_bits_steps_as_in_a_plain_loop_and_resumes_bit_for_bit(model_dir: Path, tmp_path: Path) -> None:
+    library = pytest.importorskip("bitsandbytes", reason="the extra `quantised` is not installed")
+    optimizer = OptimizerConfig(name="adamw_8bit", schedule="constant", warmup_fraction=0, max_grad_norm=1e9)
+    make = partial(backend_of, model_dir, "bf16", optimizer=optimizer, lora=None)
+    backend, plain = make(), tiny_llama(hidden=64)
+    parameters = dict(plain.named_parameters())
+    theirs = library.optim.AdamW8bit(parameters.values(), lr=0.01, weight_decay=0)
+    for _ in range(3):
+        for name, weight in parameters.items():
+            weight.grad = torch.sin(weight.detach() * 7)
+            backend._shards[name].grad = distribute_tensor(weight.grad, *placed(backend._shards[name]))
+        backend.step()
+        theirs.step()
+    moments = [state["state1"].dtype for state in theirs.state.values()]
+    assert torch.uint8 in moments, "the largest weights have moments of a byte"
+    for name, weight in parameters.items():
+        assert torch.equal(backend._shards[name].full_tensor(), weight), name
+
+    train(backend, ROWS, 1)
+    backend.save(tmp_path / "checkpoint")
+    resumed = make()
+    resumed.load(tmp_path / "checkpoint")
+    assert train(resumed, ROWS, 2) == train(backend, ROWS, 2)
+
+
+def placed(shard: Any) -> tuple[Any, Any]:
+    return shard.device_mesh, shard.placements
 
 
 def test_a_missing_library_is_told_with_its_cure_before_anything_starts(monkeypatch: pytest.MonkeyPatch) -> None:
