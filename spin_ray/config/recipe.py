@@ -228,8 +228,8 @@ def _optimizer_problems(config: SpinConfig) -> Iterator[str]:
             yield f"{place}.optimizer.name: muon trains matrices only; use it with train.lora, or take adamw"
         if name == "adamw_8bit" and (config.train.workers > 1 or config.train.backend != "fsdp2"):
             yield (
-                f"{place}.optimizer.name: adamw_8bit needs train.workers: 1 and train.backend: fsdp2; take adamw, whose "
-                "state is sharded"
+                f"{place}.optimizer.name: adamw_8bit needs train.workers: 1 and train.backend: fsdp2; take adamw, "
+                "whose state is sharded"
             )
 
 

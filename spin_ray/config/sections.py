@@ -60,7 +60,10 @@ class ModelConfig(Section):
     """The start model, which the run trains first."""
 
     path: str
-    """Model folder (safetensors), ``embedded:NAME``, or ``owner/name`` or ``owner/name@revision`` of a hub."""
+    """Model folder (safetensors), ``embedded:NAME``, or ``owner/name`` or ``owner/name@revision`` of a hub. An adapter
+    (PEFT) is merged with its model once, in the cache; the run starts from that."""
+    base: Later[str | None] = None
+    """Model below the adapter that ``path`` names. Not set: the one that the adapter itself names."""
     max_length: Count = 2048
     """Longest prompt + response in tokens. Longer rows go to quarantine. Memory grows with it. Paper: 2048."""
     chat_template: str | None = None

@@ -3,7 +3,7 @@
 import json
 from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from safetensors.torch import load_file, save_file
@@ -78,15 +78,20 @@ def write_adapter(
     copy_other_files(Path(source), target, with_code=False)  # no config.json: transformers would look for a whole model
 
 
-def merge(base: Path, adapter: Path, target: Path, *, dtype: torch.dtype, trust_remote_code: bool) -> None:
+def merge(
+    base: Path, adapter: Path, target: Path, *, dtype: torch.dtype | Literal["auto"], trust_remote_code: bool
+) -> None:
     """Writes the whole model, W + (alpha/rank)·B A for plain LoRA; PEFT itself merges, so other kinds are merged too.
+
+    Args:
+        dtype: number format of the whole model; ``auto`` is that of ``base``.
 
     Raises:
         ModelError: PEFT is missing, or it refuses.
     """
     from transformers import AutoModelForCausalLM
 
-    peft = import_peft()
+    peft = import_peft(f"the adapter {adapter}")
     model: Any = AutoModelForCausalLM.from_pretrained(
         str(base), dtype=dtype, trust_remote_code=trust_remote_code, use_safetensors=None if trust_remote_code else True
     )
@@ -99,10 +104,10 @@ def merge(base: Path, adapter: Path, target: Path, *, dtype: torch.dtype, trust_
     copy_other_files(adapter, target, with_code=trust_remote_code)  # its tokenizer may have more tokens
 
 
-def import_peft() -> Any:
-    """Imports PEFT; raises ModelError if it is missing."""
+def import_peft(setting: str = "train.lora") -> Any:
+    """Imports PEFT for what ``setting`` asks; raises ModelError if it is missing."""
     try:
         import peft
     except ImportError as error:
-        raise ModelError(f"train.lora cannot be used ({error}); pip install 'spin-ray[lora]'") from error
+        raise ModelError(f"{setting} cannot be used ({error}); pip install 'spin-ray[lora]'") from error
     return peft

@@ -33,6 +33,7 @@ EVERY_SECTION: dict[str, Any] = {
     "serving": {"engine": {}, "resources": EVERYWHERE},
 }
 LATER = (
+    "model.base",
     "train.lora.base",
     "train.lora.merge",
     "model.chat_template_kwargs",

@@ -11,6 +11,7 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from spin_ray.config.recipe import SpinConfig
+from spin_ray.inputs.check import find_inputs
 from spin_ray.loop.stages.training import worker
 from spin_ray.report.export import export
 from spin_ray.run_dir.events import read_json_lines
@@ -93,6 +94,16 @@ def test_an_adapter_is_exported_merged_as_peft_merges_it(finished, tmp_path: Pat
     assert not (tmp_path / "out" / "adapter_config.json").exists()
     torch.testing.assert_close(exported(IDS).logits, adapted(run, config, 1)(IDS).logits, rtol=1e-5, atol=1e-5)
     assert AutoTokenizer.from_pretrained(tmp_path / "out").chat_template
+
+
+def test_a_committed_adapter_is_a_start_model_of_another_run(finished, monkeypatch, tmp_path: Path) -> None:
+    config, run = finished
+    monkeypatch.setenv("SPIN_RAY_CACHE", str(tmp_path))
+    path = str(run.storage.path("iter_001/adapter"))
+    found = find_inputs(config.model_copy(update={"model": config.model.model_copy(update={"path": path})}))
+    start = AutoModelForCausalLM.from_pretrained(found.model.path)
+    torch.testing.assert_close(start(IDS).logits, adapted(run, config, 1)(IDS).logits, rtol=1e-5, atol=1e-5)
+    assert AutoTokenizer.from_pretrained(found.model.path).chat_template
 
 
 def test_a_killed_training_goes_on_at_its_checkpoint_to_the_same_adapter(finished, monkeypatch, tmp_path: Path) -> None:
