@@ -41,7 +41,7 @@ class AdamW8bit(Optimizer):
 
     def __init__(self, parameters: Iterable[nn.Parameter], lr: float, **settings: Any) -> None:
         check_installed("optimizer.name: adamw_8bit")
-        from bitsandbytes.optim import AdamW8bit as Local
+        from bitsandbytes.optim import AdamW8bit as Local  # type: ignore[import-not-found]
 
         shards = list(parameters)
         super().__init__(shards, {"lr": lr})
@@ -50,7 +50,7 @@ class AdamW8bit(Optimizer):
         self._shards, self.param_groups = shards, self._inner.param_groups
 
     @torch.no_grad()
-    def step(self, closure: Any = None) -> None:
+    def step(self, closure: Any = None) -> None:  # type: ignore[override]
         """Updates the shards in place."""
         for shard, local in zip(self._shards, self._local, strict=True):
             if shard.grad is not None:
