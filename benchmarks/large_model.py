@@ -140,7 +140,7 @@ def main() -> None:
     parser.add_argument("--layers", type=int, default=20, help="20 make 1.0 billion parameters")
     parser.add_argument("--peak-gib", type=float, default=24, help="fail when both ranks together take more")
     parser.add_argument("--write", action="store_true", help="put the table into docs/cluster.md")
-    parser.add_argument("--only", choices=[*CASES], help="measure one case, without --write")
+    parser.add_argument("--only", choices=[*CASES], help="measure one case, and write its own table")
     options = parser.parse_args()
     lines = [
         "| trained | parameters | rank | loading | step | by arithmetic | export |",
@@ -160,8 +160,8 @@ def main() -> None:
     lines += ["", f"Both ranks at their peaks together, libraries included: {told}."]
     print("\n".join(lines))
     assert max(peaks.values()) < options.peak_gib
-    if options.write and not options.only:
-        put("memory of a large model", "\n".join(lines))
+    if options.write:
+        put(f"memory of a large model{f': {options.only}' if options.only else ''}", "\n".join(lines))
 
 
 def line(rank: int, found: dict[str, Any], case: str) -> str:
