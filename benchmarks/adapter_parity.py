@@ -115,7 +115,13 @@ def by_vllm(folder: Path, adapter: Path | None, dtype: str) -> list[list[int]]:
     config = EngineConfig(dtype=dtype, enforce_eager=True, cpu_kv_cache_gib=1, max_num_seqs=PROMPTS)
     engine = VllmEngine(
         EngineSpec(
-            model=folder, max_length=LENGTH + TOKENS, stop_token_id=-1, threads=1, config=config, adapter=adapter
+            model=folder,
+            max_length=LENGTH + TOKENS,
+            stop_token_id=-1,
+            threads=1,
+            config=config,
+            adapter=adapter,
+            adapter_rank=4 if adapter else None,
         )
     )
     asked = prompts(folder)

@@ -1,6 +1,5 @@
 """Start models that come as an adapter (PEFT), merged with the model below them once."""
 
-import json
 import shutil
 import tempfile
 from collections.abc import Iterator
@@ -70,7 +69,6 @@ def _merge(base: Path, adapter: Path, target: Path, *, trust_remote_code: bool) 
     attempt = Path(tempfile.mkdtemp(prefix="attempt-", dir=target.parent))
     try:
         merge(base, adapter, attempt, dtype="auto", trust_remote_code=trust_remote_code)
-        (attempt / "merged_from.json").write_text(json.dumps({"base": str(base), "adapter": str(adapter)}))
         attempt.rename(target)
     except BaseException:
         shutil.rmtree(attempt, ignore_errors=True)

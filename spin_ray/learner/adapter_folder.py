@@ -69,7 +69,9 @@ def write_adapter(
     """
     peft = import_peft()
     held = {name: weight.contiguous() for name, weight in weights}
-    layers = {name.rpartition(".lora_")[0].rpartition(".")[2] for name in held}
+    layers = config.target_modules
+    if isinstance(layers, str):  # PEFT would ask each model anew what "all-linear" means
+        layers = {name.rpartition(".lora_")[0].rpartition(".")[2] for name in held}
     peft.LoraConfig(
         r=config.rank, lora_alpha=config.alpha, target_modules=sorted(layers), base_model_name_or_path=base,
         task_type="CAUSAL_LM", inference_mode=True,

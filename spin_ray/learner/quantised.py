@@ -16,11 +16,11 @@ from spin_ray.errors import ModelError
 Format = Literal["nf4", "int8"]
 
 
-def check_installed(setting: str) -> None:
-    """Raises ModelError if a library of quantised weights and optimizers is missing."""
-    for package in ("bitsandbytes", "accelerate"):
+def check_installed(setting: str, extra: Literal["lora", "quantised"] = "quantised") -> None:
+    """Raises ModelError if a library of an extra is missing."""
+    for package in {"lora": ["peft"], "quantised": ["bitsandbytes", "accelerate"]}[extra]:
         if find_spec(package) is None:
-            raise ModelError(f"{setting}: needs the package {package}; pip install 'spin-ray[quantised]'")
+            raise ModelError(f"{setting}: needs the package {package}; pip install 'spin-ray[{extra}]'")
 
 
 def load_quantised(

@@ -152,4 +152,5 @@ def _engine_spec(config: SpinConfig, start: Start, opponent: ModelFolder) -> Eng
         threads=config.generation.resources.threads,
         config=config.resolve_dtype(config.generation.engine),
         trust_remote_code=config.model.trust_remote_code,
+        adapter_rank=config.train.lora.rank if config.train.lora and config.commits_adapters else None,
     )

@@ -1,6 +1,5 @@
 """Engines: token ids in, sampled token ids out."""
 
-import json
 import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -45,6 +44,9 @@ class EngineSpec:
     trust_remote_code: bool = False
     adapter: Path | None = None
     """Adapter of all answers, on top of ``model``."""
+    adapter_rank: int | None = None
+    """Rank of the adapters that the engine has room for. Set also for θ_0, so that a model whose adapters vLLM cannot
+    load fails before anything is trained."""
 
 
 StartEngine = Callable[[EngineSpec], GenerationEngine]
@@ -82,7 +84,7 @@ class VllmEngine:
             "skip_tokenizer_init": True,
             "load_format": "safetensors",
             "seed": 0,
-            **(lora_arguments(_rank(spec.adapter)) if spec.adapter else {}),
+            **(lora_arguments(spec.adapter_rank) if spec.adapter_rank else {}),
             **_executor(spec.config),
             **(whole_prefill(spec.max_length) if current_platform.is_cpu() else {}),
             **spec.config.extra,
@@ -158,10 +160,6 @@ def lora_arguments(rank: int, *, most: int = 1) -> dict[str, Any]:
 
 _LORA_RANKS = (8, 16, 32, 64, 128, 256, 320, 512)
 """Ranks that vLLM makes room for, in rising order."""
-
-
-def _rank(adapter: Path) -> int:
-    return json.loads((adapter / "adapter_config.json").read_text(encoding="utf-8"))["r"]
 
 
 def whole_prefill(max_length: int) -> dict[str, Any]:

@@ -52,13 +52,17 @@ def check_algorithm(config: SpinConfig) -> None:
     if problems:
         raise ConfigError("; ".join(problems))
     find_backend(config.train.backend)
-    if config.train.lora and config.train.lora.base != "bf16":
-        check_installed(f"train.lora.base: {config.train.lora.base}")
+    if config.train.lora:
+        check_installed("train.lora", "lora")
+        if config.train.lora.base != "bf16":
+            check_installed(f"train.lora.base: {config.train.lora.base}")
     if config.evaluation.grade != "number":
         find_grader(config.evaluation.grade)
     for section in (config.train, config.sft, config.reviser):
         if section is not None:
             find_optimizer(section.optimizer)
+            if section.optimizer.name == "adamw_8bit":
+                check_installed("optimizer.name: adamw_8bit")
 
 
 def _problems(config: SpinConfig, algorithm: Algorithm) -> Iterator[str]:

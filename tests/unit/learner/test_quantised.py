@@ -101,7 +101,9 @@ def placed(shard: Any) -> tuple[Any, Any]:
 def test_a_missing_library_is_told_with_its_cure_before_anything_starts(monkeypatch: pytest.MonkeyPatch) -> None:
     from spin_ray.loop.algorithms.table import check_algorithm
 
-    monkeypatch.setattr(quantised, "find_spec", lambda name: None)
+    monkeypatch.setattr(quantised, "find_spec", lambda name: None if name == "bitsandbytes" else name)
     config = config_of(train={"lora": {"base": "nf4", "merge": False}})
     with pytest.raises(ModelError, match=r"train\.lora\.base: nf4: needs .* pip install 'spin-ray\[quantised\]'"):
         check_algorithm(config)
+    with pytest.raises(ModelError, match=r"optimizer\.name: adamw_8bit: needs the package bitsandbytes"):
+        check_algorithm(config_of(train={"optimizer": {"name": "adamw_8bit"}}))

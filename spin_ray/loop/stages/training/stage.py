@@ -70,7 +70,8 @@ def _base_name(run_dir: RunDir, config: SpinConfig, opponent: ModelFolder) -> st
     if config.sft:
         return run_dir.storage.where(run_dir.whole_model(0).path)
     path = str((opponent.base or opponent).path)
-    return config.model.path.partition("@")[0] if "snapshots" in path and "/" in config.model.path else path
+    from_hub = "snapshots" in path and not Path(config.model.path).expanduser().exists()
+    return config.model.path.partition("@")[0] if from_hub else path
 
 
 def run_sft(run_dir: RunDir, config: SpinConfig, start: ModelFolder) -> None:
