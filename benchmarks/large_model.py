@@ -1,9 +1,10 @@
 """What does a model of a billion parameters take on two workers: bytes of each rank while it loads, steps and exports?
 
-Random weights (only their number matters), two gloo processes, one optimizer step of one short pack per rank, with all
-weights and with adapters. Memory is private memory (what files have mapped is the kernel's to drop), sampled:
+Random weights (only their number matters), two gloo processes, one optimizer step of one short pack per rank: with
+all weights, with adapters that are merged, and with adapters alone on frozen weights in bf16. Memory is private memory
+(what files have mapped is the kernel's to drop), sampled:
 
-    python benchmarks/large_model.py [--layers 20] [--peak-gib 24] [--write]
+    python benchmarks/large_model.py [--layers 20] [--peak-gib 24] [--only "adapters, bf16"] [--write]
 """
 
 import argparse
@@ -27,6 +28,10 @@ from spin_ray.runtime import cpu
 
 PACK = 128
 PHASES = ("load", "step", "export")
+CASES: dict[str, tuple[str, bool | None]] = {
+    "adapters": ("fp32", True), "adapters, bf16": ("bf16", False), "all weights": ("fp32", None),
+}  # fmt: skip
+"""Precision, and whether adapters are merged; None: there are none."""
 SHAPE = {
     "vocab_size": 32000, "hidden_size": 2048, "intermediate_size": 5632, "num_attention_heads": 16,
     "num_key_value_heads": 4, "tie_word_embeddings": False,
@@ -68,7 +73,7 @@ def make_model(folder: str, layers: int) -> None:
     model.save_pretrained(folder, max_shard_size="500MB")
 
 
-def one_rank(rank: int, folder: str, with_lora: bool) -> None:
+def one_rank(rank: int, folder: str, case: str) -> None:
     import numpy as np
     import pyarrow as pa
 
@@ -78,11 +83,13 @@ def one_rank(rank: int, folder: str, with_lora: bool) -> None:
     from spin_ray.learner.packing import build_pack
 
     torch.set_num_threads(1)
-    store = dist.FileStore(f"{folder}/store-{with_lora}", 2)
+    precision, merges = CASES[case]
+    lora = None if merges is None else LoraConfig(merge=merges)
+    store = dist.FileStore(f"{folder}/store-{case}", 2)
     dist.init_process_group("gloo", store=store, rank=rank, world_size=2)
     settings = BackendSettings(
-        max_length=PACK, precision="fp32", attention="packed", gradient_checkpointing=True,
-        optimizer=OptimizerConfig(), learning_rate=1e-6, total_steps=1, lora=LoraConfig() if with_lora else None,
+        max_length=PACK, precision=precision, attention="packed", gradient_checkpointing=True,
+        optimizer=OptimizerConfig(), learning_rate=1e-6, total_steps=1, lora=lora,
     )  # fmt: skip
     found: dict[str, float] = {"before": round(private_bytes() / 2**30, 2)}
     with peak_of(found, "load"):
@@ -97,22 +104,23 @@ def one_rank(rank: int, folder: str, with_lora: bool) -> None:
         backend.step()
     found["seconds of the step"] = round(time.monotonic() - started, 1)
     with peak_of(found, "export"):
-        backend.export_hf(Path(f"{folder}/export-{with_lora}"))
+        backend.export_hf(Path(f"{folder}/export-{case}"))
     found["parameters"] = sum(shard.numel() for shard in backend._shards.values())
     found["trained"] = sum(shard.numel() for shard in backend._shards.values() if shard.requires_grad)
     largest = backend._model.get_input_embeddings().weight.numel()
+    found["frozen bytes"] = 2 if precision == "bf16" else 4
     found["largest"] = 2 * largest  # embeddings and head are one unit, gathered together
-    Path(f"{folder}/{with_lora}-{rank}.json").write_text(json.dumps(found))
+    Path(f"{folder}/{case}-{rank}.json").write_text(json.dumps(found))
     dist.destroy_process_group()
 
 
 def arithmetic(found: dict[str, Any]) -> float:
-    """GiB of a rank in a step: fp32 weights, gradients and squares in halves, and the largest unit gathered, with its
-    gradient where it is trained.
+    """GiB of a rank in a step: frozen weights, and fp32 trained ones with gradients and squares, in halves; and the
+    largest unit gathered, with its gradient where it is trained.
     """
-    trains_all = found["trained"] == found["parameters"]
-    shares = found["parameters"] + 2 * found["trained"]
-    return (4 * shares / 2 + 4 * found["largest"] * (2 if trains_all else 1)) / 2**30
+    trains_all, each = found["trained"] == found["parameters"], found["frozen bytes"]
+    shares = each * (found["parameters"] - found["trained"]) + 3 * 4 * found["trained"]
+    return (shares / 2 + each * found["largest"] * (2 if trains_all else 1)) / 2**30
 
 
 def run(function: Any, *arguments: Any, processes: int) -> None:
@@ -132,31 +140,32 @@ def main() -> None:
     parser.add_argument("--layers", type=int, default=20, help="20 make 1.0 billion parameters")
     parser.add_argument("--peak-gib", type=float, default=24, help="fail when both ranks together take more")
     parser.add_argument("--write", action="store_true", help="put the table into docs/cluster.md")
+    parser.add_argument("--only", choices=[*CASES], help="measure one case, and write its own table")
     options = parser.parse_args()
     lines = [
         "| trained | parameters | rank | loading | step | by arithmetic | export |",
         "|---|---|---|---|---|---|---|",
     ]
-    peaks = []
+    peaks: dict[str, float] = {}
     with tempfile.TemporaryDirectory() as folder:
         run(_make, folder, options.layers, processes=1)
-        for with_lora in (True, False):
-            run(one_rank, folder, with_lora, processes=2)
-            ranks = [json.loads(Path(f"{folder}/{with_lora}-{rank}.json").read_text()) for rank in (0, 1)]
-            shutil.rmtree(f"{folder}/export-{with_lora}")
-            lines += [line(rank, found, with_lora) for rank, found in enumerate(ranks)]
-            peaks.append(sum(max(found[phase] for phase in PHASES) for found in ranks))
+        for case in [options.only] if options.only else CASES:
+            run(one_rank, folder, case, processes=2)
+            ranks = [json.loads(Path(f"{folder}/{case}-{rank}.json").read_text()) for rank in (0, 1)]
+            shutil.rmtree(f"{folder}/export-{case}")
+            lines += [line(rank, found, case) for rank, found in enumerate(ranks)]
+            peaks[case] = sum(max(found[phase] for phase in PHASES) for found in ranks)
             print(lines[-2], lines[-1], f"step: {ranks[0]['seconds of the step']} s", sep="\n", flush=True)
-    lines += ["", f"Both ranks at their peaks together, libraries included: {peaks[0]:.1f} GiB with adapters, "
-              f"{peaks[1]:.1f} GiB with all weights."]  # fmt: skip
+    told = ", ".join(f"{peak:.1f} GiB ({case})" for case, peak in peaks.items())
+    lines += ["", f"Both ranks at their peaks together, libraries included: {told}."]
     print("\n".join(lines))
-    assert max(peaks) < options.peak_gib
+    assert max(peaks.values()) < options.peak_gib
     if options.write:
-        put("memory of a large model", "\n".join(lines))
+        put(f"memory of a large model{f': {options.only}' if options.only else ''}", "\n".join(lines))
 
 
-def line(rank: int, found: dict[str, Any], with_lora: bool) -> str:
-    what = f"adapters, {found['trained'] / 1e6:.0f}M" if with_lora else "all weights"
+def line(rank: int, found: dict[str, Any], case: str) -> str:
+    what = case if CASES[case][1] is None else f"{case}, {found['trained'] / 1e6:.0f}M"
     load, step, export = (f"{found[phase] - found['before']:.1f}" for phase in PHASES)  # libraries were there before
     return (
         f"| {what} | {found['parameters'] / 1e9:.2f}B | {rank} | {load} | {step} | {arithmetic(found):.1f} | {export} |"

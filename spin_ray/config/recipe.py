@@ -7,7 +7,7 @@ import json
 import re
 from collections.abc import Iterator
 from math import ceil
-from typing import Any, Self, TypeVar
+from typing import Any, Self, TypeVar, get_args
 
 from pydantic import model_validator
 
@@ -15,6 +15,7 @@ from spin_ray.config.sections import (
     IDENTITY,
     LATER,
     MAY_CHANGE,
+    BackendName,
     EngineConfig,
     GenerationConfig,
     Mesh,
@@ -80,6 +81,11 @@ class SpinConfig(Settings):
         samples = self.evaluation.samples
         return samples if samples > 1 else self.generation.samples_per_prompt
 
+    @property
+    def commits_adapters(self) -> bool:
+        """True: an iteration commits its adapter alone."""
+        return self.train.lora is not None and not self.train.lora.merge
+
     def at(self, iteration: int) -> IterationSettings:
         return IterationSettings(
             beta=_pick(self.objective.beta, iteration),
@@ -139,6 +145,8 @@ def _impossible(config: SpinConfig) -> Iterator[str]:
     yield from _resource_problems(config)
     yield from _mesh_problems(config)
     yield from _secret_problems(config)
+    yield from _adapter_problems(config)
+    yield from _optimizer_problems(config)
     if config.evaluation.answer_extractor != "none" and config.data.heldout is None:
         yield "evaluation.answer_extractor: needs data.heldout"
     if config.evaluation.grade != "number":
@@ -226,6 +234,39 @@ def _mesh_problems(config: SpinConfig) -> Iterator[str]:
         yield "train.mesh: has fixed sizes, and an elastic group may be smaller; use auto or leave min_workers out"
     if train.mesh.tensor > 1 and train.lora is not None:
         yield "train.mesh.tensor: layers with adapters (train.lora) cannot be split; use shard in its place"
+
+
+def _optimizer_problems(config: SpinConfig) -> Iterator[str]:
+    sections = {"train": config.train, "sft": config.sft, "reviser": config.reviser}
+    for place, section in sections.items():
+        name = section.optimizer.name if section else None
+        if name == "muon" and not (place == "train" and config.train.lora):
+            yield f"{place}.optimizer.name: muon trains matrices only; use it with train.lora, or take adamw"
+        if name == "adamw_8bit" and (config.train.workers > 1 or config.train.backend != "fsdp2"):
+            yield (
+                f"{place}.optimizer.name: adamw_8bit needs train.workers: 1 and train.backend: fsdp2; take adamw, "
+                "whose state is sharded"
+            )
+
+
+def _adapter_problems(config: SpinConfig) -> Iterator[str]:
+    lora, backend = config.train.lora, config.train.backend
+    if lora is None:
+        return
+    if lora.base != "bf16" and lora.merge:
+        yield (
+            f"train.lora.base: {lora.base} needs train.lora.merge: false; a merged model would not be the one trained"
+        )
+    if lora.base != "bf16" and backend != "fsdp2":
+        yield f"train.lora.base: {lora.base} needs train.backend: fsdp2"
+    if not lora.merge and backend not in get_args(BackendName):
+        yield f"train.lora.merge: false needs train.backend: {' or '.join(get_args(BackendName))}"
+    if not lora.merge and lora.rank > LARGEST_RANK:
+        yield f"train.lora.rank: {lora.rank} is more than the {LARGEST_RANK} that vLLM serves; lower it, or merge: true"
+
+
+LARGEST_RANK = 512
+"""Largest rank of an adapter that vLLM loads."""
 
 
 def _secret_problems(config: SpinConfig) -> Iterator[str]:

@@ -47,7 +47,7 @@ FormName = Literal[
 ]  # fmt: skip
 GradeName = Literal["number", "exact", "regex", "multiple_choice", "json"]
 LossName = Literal["logistic", "hinge", "exponential", "correlation"]
-OptimizerName = Literal["rmsprop", "adamw"]
+OptimizerName = Literal["rmsprop", "adamw", "adamw_8bit", "muon"]
 BackendName = Literal["fsdp2", "deepspeed"]
 
 
@@ -61,7 +61,10 @@ class ModelConfig(Section):
     """The start model, which the run trains first."""
 
     path: str
-    """Model folder (safetensors), ``embedded:NAME``, or ``owner/name`` or ``owner/name@revision`` of a hub."""
+    """Model folder (safetensors), ``embedded:NAME``, or ``owner/name`` or ``owner/name@revision`` of a hub. An adapter
+    (PEFT) is merged with its model once, in the cache; the run starts from that."""
+    base: Later[str | None] = None
+    """Model below the adapter that ``path`` names. Not set: the one that the adapter itself names."""
     max_length: Count = 2048
     """Longest prompt + response in tokens. Longer rows go to quarantine. Memory grows with it. Paper: 2048."""
     chat_template: str | None = None
@@ -305,7 +308,8 @@ class OptimizerConfig(Section):
     """The optimizer and the course of its learning rate."""
 
     name: NameOrPath[OptimizerName] = "rmsprop"
-    """Optimizer, or the import path of a class, ``my_package.mine:Optimizer``. Paper: RMSProp."""
+    """Optimizer, or the import path of a class, ``my_package.mine:Optimizer``. Paper: RMSProp. ``adamw_8bit`` keeps
+    moments in a byte each (extra ``quantised``, one worker); ``muon`` is for adapters."""
     weight_decay: NonNegative = 0.0
     """Weight decay of torch's optimizer. Paper: 0."""
     betas: MayChange[tuple[Fraction, Fraction] | None] = None
@@ -321,10 +325,7 @@ class OptimizerConfig(Section):
 
 
 class LoraConfig(Section):
-    """Low-rank adapters in place of all weights; a departure from the paper.
-
-    Iterates are exported merged, so the next opponent is a plain model.
-    """
+    """Low-rank adapters in place of all weights; a departure from the paper."""
 
     rank: Count = 16
     """Rank of an iteration's change to a weight matrix. A higher one learns more and needs more memory."""
@@ -336,6 +337,9 @@ class LoraConfig(Section):
     base: Later[Literal["bf16", "nf4", "int8"]] = "bf16"
     """Number format of the frozen weights: 2 bytes a parameter, or about 0.5 (``nf4``) or 1 (``int8``), both by
     bitsandbytes (extra ``quantised``). ``bf16`` is fp32 where ``train.precision`` is fp32."""
+    merge: Later[bool] = True
+    """Commit of each iterate as a whole model, with fresh adapters for the next. Off: an iteration commits its adapter
+    alone (``iter_NNN/adapter``, PEFT's layout, tens of MB), which the next trains further on the same frozen base."""
 
 
 class Mesh(Section):

@@ -20,7 +20,15 @@ from spin_ray.inputs.embedded import resolve
 from spin_ray.inputs.ends import other_ends
 from spin_ray.inputs.findings import Finding, find_in_rows, find_in_template
 from spin_ray.inputs.forms import find_form, refuse_unknown_columns
-from spin_ray.inputs.model_folder import ModelFolder, find_model, open_model, refuse_untrainable
+from spin_ray.inputs.merged_start import without_adapter
+from spin_ray.inputs.model_folder import (
+    ModelFolder,
+    check_folder,
+    find_folder,
+    find_model,
+    open_model,
+    refuse_untrainable,
+)
 from spin_ray.inputs.rendering import ChatRenderer, Rendered, RenderError, open_renderer
 from spin_ray.inputs.sources import SourceRow, files_digest, find_files, read_slice, split
 from spin_ray.inputs.vocabulary import refuse, vocabulary_of, warn_of, without_embedding
@@ -94,7 +102,7 @@ def find_inputs(config: SpinConfig) -> Inputs:
     heldout_files = find_files(heldout) if heldout else None
     questions = resolve(config.data.questions) if config.data.questions else None
     questions_files = find_files(questions) if questions else None
-    path = find_model(config.model.model_copy(update={"path": resolve(config.model.path)}))
+    path = check_folder(without_adapter(find_folder(resolve(config.model.path)), config.model), config.model)
     refuse_untrainable(path)
     if not config.model.trust_remote_code:
         refuse_architecture(path, config.model.max_length)

@@ -35,10 +35,16 @@ class ModelFolder:
     """Digests of the files, unless the model is an artefact of the run."""
     source: Source | None = None
     """Origin for a machine without ``path``."""
+    base: "ModelFolder | None" = None
+    """Frozen model below, if this folder holds an adapter."""
 
     def here(self, *, weights: bool = True) -> Path:
         """Returns the folder on this machine, fetched if need be; without ``weights`` only what a tokenizer needs."""
         return self.source.local_folder(weights=weights) if self.source else self.path
+
+    def parts_here(self) -> tuple[Path, Path | None]:
+        """Returns the folders of the whole model and of the adapter on top of it, on this machine."""
+        return (self.base.here(), self.here()) if self.base else (self.here(), None)
 
 
 def open_model(path: str | Path, name: str, *, trust_remote_code: bool = False) -> ModelFolder:
@@ -74,11 +80,25 @@ def find_model(config: ModelConfig) -> Path:
         ModelError: there is no such model.
         ConfigError: it has fewer positions than ``model.max_length``.
     """
-    folder = Path(config.path).expanduser().absolute()  # Ray workers run in other folders
-    if not folder.exists():
-        if config.path.count("/") != 1 or config.path.startswith((".", "/", "~")):
-            raise ModelError(f"model.path {config.path}: no such folder")
-        folder = _download(config.path)
+    return check_folder(find_folder(config.path), config)
+
+
+def find_folder(path: str, setting: str = "model.path") -> Path:
+    """Returns a folder of this machine, fetched if ``path`` names one of the hub.
+
+    Raises:
+        ModelError: there is no such folder.
+    """
+    folder = Path(path).expanduser().absolute()  # Ray workers run in other folders
+    if folder.exists():
+        return folder
+    if path.count("/") != 1 or path.startswith((".", "/", "~")):
+        raise ModelError(f"{setting} {path}: no such folder")
+    return _download(path, setting)
+
+
+def check_folder(folder: Path, config: ModelConfig) -> Path:
+    """Returns the folder of a model that is long enough; ``find_model`` has the errors."""
     refuse_no_model(folder)
     limit = _positions_of(read_config(folder))
     if limit is not None and config.max_length > limit:
@@ -113,11 +133,22 @@ _OF_A_TRAINER = re.compile(
 _FOLDER_OF_A_TRAINER = re.compile(r"(checkpoint-|global_step)\d+|pytorch_model_fsdp_\d+|optimizer_\d+|runs")
 
 
+def is_adapter(folder: Path) -> bool:
+    return (folder / _ADAPTER_CONFIG).is_file()
+
+
+def read_adapter(folder: Path) -> dict[str, Any]:
+    """Reads PEFT's settings of an adapter; raises ModelError if they are no JSON object."""
+    return _read_json(folder / _ADAPTER_CONFIG)
+
+
+_ADAPTER_CONFIG = "adapter_config.json"
+
+
 def refuse_no_model(folder: Path) -> None:
     """Raises ModelError if the folder holds an adapter, checkpoints alone, or no config.json."""
-    adapter = folder / "adapter_config.json"
-    if adapter.is_file():
-        base = _read_json(adapter).get("base_model_name_or_path")
+    if is_adapter(folder):
+        base = read_adapter(folder).get("base_model_name_or_path")
         raise ModelError(_ADAPTER.format(folder=folder, of=f" of {base}" if base else ""))
     if (folder / "config.json").is_file():
         return
@@ -233,7 +264,7 @@ def _has_key(tree: Any, key: str) -> bool:
     return isinstance(tree, list) and any(_has_key(value, key) for value in tree)
 
 
-def _download(name: str) -> Path:
+def _download(name: str, setting: str) -> Path:
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError, OfflineModeIsEnabled
 
@@ -243,5 +274,5 @@ def _download(name: str) -> Path:
         return Path(snapshot_download(owner_and_name, revision=revision or None, allow_patterns=wanted))
     except (HfHubHTTPError, LocalEntryNotFoundError, OfflineModeIsEnabled, OSError, ValueError) as error:
         raise ModelError(
-            f"model.path {name}: no such folder, and the hub did not give it ({first_line(error)})"
+            f"{setting} {name}: no such folder, and the hub did not give it ({first_line(error)})"
         ) from error

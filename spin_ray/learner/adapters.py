@@ -1,8 +1,9 @@
-"""LoRA by PEFT: adapters are added before training and merged at export."""
+"""LoRA by PEFT: adapters are added before training, and merged or written by themselves at export."""
 
 import math
 import zlib
 from collections.abc import Iterable, Iterator
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -11,20 +12,21 @@ from torch.distributed.tensor import DTensor, distribute_tensor
 
 from spin_ray.config.sections import LoraConfig
 from spin_ray.errors import ModelError
+from spin_ray.learner.adapter_folder import import_peft, read_values
 
 _BASE, _DOWN, _UP = ".base_layer.", ".lora_A.default.", ".lora_B.default."
 
 
-def add_adapters(model: Any, config: LoraConfig, *, seed: int) -> None:
+def add_adapters(model: Any, config: LoraConfig, *, seed: int, values: Path | None = None) -> None:
     """Replaces linear layers by x ↦ W x + (alpha/rank)·B A x; only A and B are trained.
 
+    Args:
+        values: adapter folder of the first A and B. None: A is random and B 0.
+
     Raises:
-        ModelError: PEFT is missing, or no layer has these names.
+        ModelError: PEFT is missing, no layer has these names, or ``values`` are of other layers.
     """
-    try:
-        import peft
-    except ImportError as error:
-        raise ModelError(f"train.lora cannot be used ({error}); pip install 'spin-ray[lora]'") from error
+    peft = import_peft()
     targets = config.target_modules if isinstance(config.target_modules, str) else list(config.target_modules)
     adapters = peft.LoraConfig(r=config.rank, lora_alpha=config.alpha, target_modules=targets)
     with torch.random.fork_rng(devices=[]):
@@ -33,19 +35,29 @@ def add_adapters(model: Any, config: LoraConfig, *, seed: int) -> None:
         except ValueError as error:
             raise ModelError(f"train.lora.target_modules: {error}") from error
     model.eval()
-    set_first_values(dict(model.named_parameters()), seed=seed)
+    set_first_values(dict(model.named_parameters()), seed=seed, values=values)
 
 
 @torch.no_grad()
-def set_first_values(parameters: dict[str, nn.Parameter], *, seed: int) -> None:
-    """Makes A random, equal on all ranks, and B 0: the model's answers do not change."""
-    for name, parameter in parameters.items():
-        if parameter.is_meta or not is_adapter(name):
+def set_first_values(parameters: dict[str, nn.Parameter], *, seed: int, values: Path | None = None) -> None:
+    """Takes A and B from ``values``; without them A is random, equal on all ranks, and B 0, which changes no answer.
+
+    Raises:
+        ModelError: ``values`` are of other layers or shapes.
+    """
+    adapters = {name: parameter for name, parameter in parameters.items() if is_adapter(name)}
+    shapes = {file_name(name): tuple(parameter.shape) for name, parameter in adapters.items()}
+    stored = read_values(values, shapes) if values is not None else None
+    for name, parameter in adapters.items():
+        if parameter.is_meta:
             continue
-        value = torch.zeros(parameter.shape)
-        if _DOWN in name:
-            random = torch.Generator().manual_seed(zlib.crc32(f"{seed}/{name}".encode()))
-            torch.nn.init.kaiming_uniform_(value, a=math.sqrt(5), generator=random)
+        if stored is not None:
+            value = stored[file_name(name)].float()
+        else:
+            value = torch.zeros(parameter.shape)
+            if _DOWN in name:
+                random = torch.Generator().manual_seed(zlib.crc32(f"{seed}/{name}".encode()))
+                torch.nn.init.kaiming_uniform_(value, a=math.sqrt(5), generator=random)
         if isinstance(parameter, DTensor):
             whole = distribute_tensor(value, parameter.device_mesh, parameter.placements, src_data_rank=None)
             parameter.copy_(whole)
@@ -55,6 +67,11 @@ def set_first_values(parameters: dict[str, nn.Parameter], *, seed: int) -> None:
 
 def is_adapter(name: str) -> bool:
     return _DOWN in name or _UP in name
+
+
+def file_name(name: str) -> str:
+    """Returns an adapter's name in PEFT's files."""
+    return f"base_model.model.{name.replace('.default.', '.')}"
 
 
 def stored_name(name: str) -> str:

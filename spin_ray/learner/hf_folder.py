@@ -14,7 +14,13 @@ from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, AutoConfig, AutoModelForCa
 
 from spin_ray.errors import ModelError
 
-NOT_COPIED = {"config.json", "model.safetensors.index.json", "pytorch_model.bin.index.json", "trainer_state.json"}
+NOT_COPIED = {
+    "config.json",
+    "adapter_config.json",
+    "model.safetensors.index.json",
+    "pytorch_model.bin.index.json",
+    "trainer_state.json",
+}
 COPIED_SUFFIXES = {".json", ".jinja", ".model", ".txt", ".tiktoken"}
 """Suffixes of tokenizers, chat templates, generation config and licence."""
 FILE_BYTES = 2**30
@@ -94,7 +100,12 @@ def write_model(
     config = json.loads(config_file.read_text())  # says fp32, as the live parameters are
     config["dtype"] = str(dtype).removeprefix("torch.")
     config_file.write_text(json.dumps(config, indent=2, sort_keys=True) + "\n")
-    for file in sorted(Path(source).iterdir()) if Path(source).is_dir() else ():
+    copy_other_files(Path(source), target, with_code=with_code)
+
+
+def copy_other_files(source: Path, target: Path, *, with_code: bool) -> None:
+    """Copies tokenizer, chat templates, generation config and licence, if ``source`` is a folder."""
+    for file in sorted(source.iterdir()) if source.is_dir() else ():
         if file.is_file() and _belongs(file, with_code):
             shutil.copyfile(file, target / file.name)
         elif file.is_dir() and file.name == "additional_chat_templates":

@@ -1,18 +1,20 @@
 """Optimizers by name or import path."""
 
 import inspect
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 from torch.optim import Optimizer
 
 from spin_ray.config.sections import OptimizerConfig
 from spin_ray.errors import ConfigError
 from spin_ray.learner.import_path import import_object
+from spin_ray.learner.quantised import check_installed
 
 MakeOptimizer = Callable[..., Optimizer]
 """Factory, called as ``make(parameters, lr=…)``, with ``weight_decay=…`` if it takes one."""
@@ -27,18 +29,60 @@ class KnownOptimizer:
     """State tensors of the parameter's shape."""
     can_fuse: bool = False
     """True: one CUDA kernel updates all parameters."""
+    can_batch: bool = True
+    """True: it takes ``foreach``, which updates all parameters of a group together."""
+
+
+class AdamW8bit(Optimizer):
+    """bitsandbytes' AdamW, whose moments take a byte each (arXiv 2110.02861), on the local part of sharded weights.
+
+    The moments' scales belong to one worker's part, so a checkpoint is that of one worker.
+    """
+
+    def __init__(self, parameters: Iterable[nn.Parameter], lr: float, **settings: Any) -> None:
+        check_installed("optimizer.name: adamw_8bit")
+        from bitsandbytes.optim import AdamW8bit as Local  # type: ignore[import-not-found]
+
+        shards = list(parameters)
+        super().__init__(shards, {"lr": lr})
+        self._local = [nn.Parameter(_local(shard.data), requires_grad=True) for shard in shards]
+        self._inner = Local(self._local, lr=lr, **settings)
+        self._shards, self.param_groups = shards, self._inner.param_groups
+
+    @torch.no_grad()
+    def step(self, closure: Any = None) -> None:  # type: ignore[override]
+        """Updates the shards in place."""
+        for shard, local in zip(self._shards, self._local, strict=True):
+            if shard.grad is not None:
+                local.grad = _local(shard.grad)
+        self._inner.step(closure)
+        for shard, local in zip(self._shards, self._local, strict=True):
+            shard.grad = local.grad = None
+            self.state[shard] = self._inner.state[local]
+
+
+def _local(tensor: Tensor) -> Tensor:
+    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
 
 
 OPTIMIZERS = {
     "rmsprop": KnownOptimizer(torch.optim.RMSprop, ("square_avg",)),
     "adamw": KnownOptimizer(torch.optim.AdamW, ("exp_avg", "exp_avg_sq"), can_fuse=True),
+    # Its steps are as long as AdamW's, so that AdamW's learning rates hold.
+    "muon": KnownOptimizer(
+        partial(torch.optim.Muon, adjust_lr_fn="match_rms_adamw"), ("momentum_buffer",), can_batch=False
+    ),
 }
+BY_PATH = {"adamw_8bit": "spin_ray.learner.optimizers:AdamW8bit"}
+"""Optimizers whose state their first step allocates."""
 
 
 def make_optimizer(parameters: list[nn.Parameter], config: OptimizerConfig, learning_rate: float) -> Optimizer:
     """Builds the optimizer without state; ``find_optimizer`` has the errors."""
     make, known = find_optimizer(config), OPTIMIZERS.get(config.name)
     if known is None:
+        return make(parameters, lr=learning_rate)
+    if not known.can_batch:
         return make(parameters, lr=learning_rate)
     fused = known.can_fuse and all(parameter.device.type == "cuda" for parameter in parameters)
     return make(parameters, lr=learning_rate, **{"fused" if fused else "foreach": True})
@@ -52,7 +96,7 @@ def find_optimizer(config: OptimizerConfig) -> MakeOptimizer:
     """
     name: str = config.name
     known = OPTIMIZERS.get(name)
-    make = known.make if known else import_object(name, "optimizer.name", OPTIMIZERS)
+    make = known.make if known else import_object(BY_PATH.get(name, name), "optimizer.name", [*OPTIMIZERS, *BY_PATH])
     if not callable(make):
         raise ConfigError(f"optimizer.name: {name} is nothing that can be called")
     given = {"betas": config.betas, "eps": config.eps, "weight_decay": config.weight_decay or None}

@@ -59,11 +59,11 @@ def _spin(run: RunDir, config: SpinConfig, start: Start, play: Play) -> None:
     if config.sft:
         training.run_sft(run, config, start.model)
 
-    opponent = initial = _open_iterate(run, 0, start.model.pad_id) if config.sft else start.model
+    opponent = initial = _open_iterate(run, 0, start.model) if config.sft else start.model
     previous, evaluations = None, []
     for iteration in range(config.iterations + 1):
         if iteration > 0:
-            opponent = _open_iterate(run, iteration, start.model.pad_id)
+            opponent = _open_iterate(run, iteration, initial)
         turn = Turn(
             run=run, config=config, start=start, iteration=iteration, opponent=opponent, initial=initial, play=play
         )
@@ -143,11 +143,12 @@ def _examples(turn: Turn) -> Iterator[Job]:
         )
 
 
-def _open_iterate(run: RunDir, iterate: int, pad_id: int) -> ModelFolder:
-    """Opens θ_iterate and checks its digests."""
+def _open_iterate(run: RunDir, iterate: int, initial: ModelFolder) -> ModelFolder:
+    """Opens θ_iterate, an adapter on ``initial`` or a whole model, and checks its digests."""
     artefact = run.model(iterate)
-    files = artefact.verify().files
-    return ModelFolder(artefact.local_folder(), folder_digest(files), iterate_name(iterate), pad_id, source=artefact)
+    digest, folder = folder_digest(artefact.verify().files), artefact.local_folder()
+    base = initial if artefact == run.adapter(iterate) else None
+    return ModelFolder(folder, digest, iterate_name(iterate), initial.pad_id, source=artefact, base=base)
 
 
 @dataclass(frozen=True)
@@ -158,16 +159,18 @@ class _Fetching:
     start_engine: StartEngine
 
     def __call__(self, spec: EngineSpec) -> GenerationEngine:
-        return self.start_engine(replace(spec, model=self.model.here()))
+        folder, adapter = self.model.parts_here()
+        return self.start_engine(replace(spec, model=folder, adapter=adapter))
 
 
 def _engine_spec(config: SpinConfig, start: Start, opponent: ModelFolder) -> EngineSpec:
     return EngineSpec(
-        model=opponent.path,
+        model=(opponent.base or opponent).path,
         max_length=config.model.max_length,
         stop_token_id=start.end_of_turn_id,
         other_stop_ids=start.other_ends,
         threads=config.generation.resources.threads,
         config=config.resolve_dtype(config.generation.engine),
         trust_remote_code=config.model.trust_remote_code,
+        adapter_rank=config.train.lora.rank if config.train.lora and config.commits_adapters else None,
     )

@@ -5,6 +5,7 @@ Results go to ``benchmarks`` in ``eval.json``; a later result of a task replaces
 
 import json
 import math
+import tempfile
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -20,7 +21,7 @@ from spin_ray.report.endpoint import unreachable
 from spin_ray.report.harness import Backend, Benchmark, Request, measure
 from spin_ray.report.model_card import write_card
 from spin_ray.report.redaction import hide_in_text
-from spin_ray.run_dir.artefact import Artefact
+from spin_ray.report.whole_model import is_adapter, write_whole_model
 from spin_ray.run_dir.names import api_name, iterate_name
 from spin_ray.run_dir.run_dir import RunDir
 from spin_ray.runtime.actors import task_options
@@ -85,7 +86,7 @@ def run(run_dir: RunDir, config: SpinConfig, iterate: int, request: Request) -> 
         if request.endpoint:
             found = _measure_at_endpoint(request)
         else:
-            found = _measure_on_ray(run_dir.model(iterate), request, config)
+            found = _measure_on_ray(run_dir, iterate, request, config)
         counted["tasks"] = len(found)
     storage, path = run_dir.storage, run_dir.eval_path(iterate)
     evaluation = run_dir.evaluation(iterate) or {"iterate": iterate_name(iterate)}
@@ -133,7 +134,7 @@ def _measure_at_endpoint(request: Request) -> dict[str, Any]:
         raise StageError(f"{hide_in_text(endpoint)}: lm-eval failed on {request.name}: {said}") from error
 
 
-def _measure_on_ray(model: Artefact, request: Request, config: SpinConfig) -> dict[str, Any]:
+def _measure_on_ray(run_dir: RunDir, iterate: int, request: Request, config: SpinConfig) -> dict[str, Any]:
     import ray
     import ray.exceptions
 
@@ -143,7 +144,7 @@ def _measure_on_ray(model: Artefact, request: Request, config: SpinConfig) -> di
     task = ray.remote(max_calls=1)(_measure_there).options(**task_options(resources, retries=0))
     parts = split(request, config.generation.replicas if request.backend == "vllm" else config.train.workers)
     try:
-        found = ray.get([task.remote(model, part) for part in parts])
+        found = ray.get([task.remote(run_dir, iterate, part) for part in parts])
         return {name: result for each in found for name, result in each.items()}
     except ray.exceptions.RayTaskError as error:
         if isinstance(error.cause, UserError):
@@ -151,10 +152,16 @@ def _measure_on_ray(model: Artefact, request: Request, config: SpinConfig) -> di
         raise StageError(f"lm-eval failed on {request.name}: {last_line(error)}") from error
 
 
-def _measure_there(model: Artefact, request: Request) -> dict[str, Any]:
-    """Measures on the task's machine, which fetches a model of a store for itself."""
-    folder = str(model.local_folder()) if model.is_committed else request.model
-    return measure(replace(request, model=folder))
+def _measure_there(run_dir: RunDir, iterate: int, request: Request) -> dict[str, Any]:
+    """Measures on the task's machine, which fetches a model of a store for itself, and merges an adapter."""
+    model = run_dir.model(iterate)
+    if not model.is_committed:
+        return measure(request)
+    if not is_adapter(run_dir, iterate):
+        return measure(replace(request, model=str(model.local_folder())))
+    with tempfile.TemporaryDirectory() as merged:
+        write_whole_model(run_dir, iterate, Path(merged))
+        return measure(replace(request, model=merged))
 
 
 def split(request: Request, workers: int) -> list[Request]:

@@ -1,12 +1,14 @@
 """Export of an iterate's model with its card."""
 
 import shutil
+import tempfile
 from pathlib import Path
 
 from spin_ray.errors import ConfigError, RunDirError, first_line
 from spin_ray.report.history import find_iterate
 from spin_ray.report.model_card import model_card
 from spin_ray.report.redaction import hide_in_text
+from spin_ray.report.whole_model import is_adapter, write_whole_model
 from spin_ray.run_dir.artefact import CARD
 from spin_ray.run_dir.names import iterate_name
 from spin_ray.run_dir.run_dir import RunDir
@@ -16,7 +18,7 @@ HUB = "hub:"
 
 
 def export(run: RunDir, iterate: str, target: str) -> str:
-    """Copies an iterate's checked files to a folder or to ``hub:OWNER/NAME``; returns the target.
+    """Copies an iterate's checked files to a folder or to ``hub:OWNER/NAME``, an adapter merged; returns the target.
 
     Raises:
         UserError: no such iterate, a damaged file, a folder that is not empty, or the hub refuses.
@@ -25,17 +27,24 @@ def export(run: RunDir, iterate: str, target: str) -> str:
     artefact = run.model(number)
     if number == 0 and not artefact.is_committed:
         raise RunDirError(f"{run.storage.root}: θ_0 is the start model itself; the run has nothing to export for it")
-    checked = artefact.checked_folder()
+    if target.startswith(HUB) and is_adapter(run, number):
+        with tempfile.TemporaryDirectory() as merged:
+            write_whole_model(run, number, Path(merged))
+            return _upload(run, number, Path(merged), target.removeprefix(HUB))
     if target.startswith(HUB):
-        return _upload(run, number, checked, target.removeprefix(HUB))
+        return _upload(run, number, artefact.checked_folder(), target.removeprefix(HUB))
     if "://" in target:
         raise ConfigError(f"--to {target}: is no folder of this machine; export to one, and copy that to the store")
     folder = Path(target)
     if folder.exists() and any(folder.iterdir()):
         raise ConfigError(f"{folder}: is not empty; give another folder by --to")
-    for name in artefact.manifest().files:
-        (folder / name).parent.mkdir(parents=True, exist_ok=True)
-        shutil.copyfile(checked / name, folder / name)
+    if is_adapter(run, number):
+        write_whole_model(run, number, folder)
+    else:
+        checked = artefact.checked_folder()
+        for name in artefact.manifest().files:
+            (folder / name).parent.mkdir(parents=True, exist_ok=True)
+            shutil.copyfile(checked / name, folder / name)
     (folder / CARD).write_text(model_card(run, number), encoding="utf-8")
     return str(folder)
 

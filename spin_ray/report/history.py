@@ -55,6 +55,9 @@ def find_iterate(run: RunDir, iterate: str) -> int:
 
 
 def model_path(run: RunDir, iterate: int) -> Path:
-    """Returns θ_iterate's folder, from a store without weights; for θ_0 without a warm-up, the start model."""
-    model = run.model(iterate)
+    """Returns the folder of a whole model with θ_iterate's tokenizer, from a store without weights.
+
+    It is θ_iterate itself, or the frozen model below its adapter; for θ_0 without a warm-up, the start model.
+    """
+    model = run.model(iterate) if run.model(iterate) != run.adapter(iterate) else run.whole_model(0)
     return model.local_folder(weights=False) if model.is_committed else Path(run.description()["start_model"])

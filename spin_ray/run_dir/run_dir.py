@@ -24,6 +24,9 @@ from spin_ray.run_dir.storage import ATTEMPTS, Storage
 
 logger = logging.getLogger(__name__)
 
+ADAPTER = "adapter"
+"""Name of an adapter's folder."""
+
 
 def open_run(folder: str) -> "RunDir":
     """Returns the run in a folder or at a store's URI, to be read; a driver takes its lease first."""
@@ -72,8 +75,16 @@ class RunDir:
         return self.artefact(f"{iteration_name(iteration)}/wins")
 
     def model(self, iterate: int) -> Artefact:
-        """Model folder of θ_iterate; θ_0 has one only after a warm-up."""
+        """Model folder of θ_iterate, or that of its adapter; θ_0 has one only after a warm-up."""
+        adapter = self.adapter(iterate)
+        return adapter if iterate > 0 and adapter.is_committed else self.whole_model(iterate)
+
+    def whole_model(self, iterate: int) -> Artefact:
         return self.artefact(f"{iterate_name(iterate)}/model")
+
+    def adapter(self, iterate: int) -> Artefact:
+        """Adapter of θ_iterate on the frozen θ_0, of runs with ``train.lora.merge: false``."""
+        return self.artefact(f"{iterate_name(iterate)}/{ADAPTER}")
 
     def heldout_samples(self, iterate: int) -> Artefact:
         return self.artefact(f"{iterate_name(iterate)}/heldout_samples")

@@ -42,6 +42,11 @@ class EngineSpec:
     threads: int
     config: EngineConfig
     trust_remote_code: bool = False
+    adapter: Path | None = None
+    """Adapter of all answers, on top of ``model``."""
+    adapter_rank: int | None = None
+    """Rank of the adapters that the engine has room for. Set also for θ_0, so that a model whose adapters vLLM cannot
+    load fails before anything is trained."""
 
 
 StartEngine = Callable[[EngineSpec], GenerationEngine]
@@ -79,6 +84,7 @@ class VllmEngine:
             "skip_tokenizer_init": True,
             "load_format": "safetensors",
             "seed": 0,
+            **(lora_arguments(spec.adapter_rank) if spec.adapter_rank else {}),
             **_executor(spec.config),
             **(whole_prefill(spec.max_length) if current_platform.is_cpu() else {}),
             **spec.config.extra,
@@ -87,6 +93,11 @@ class VllmEngine:
             wait_for_memory(arguments["gpu_memory_utilization"], _MEMORY_SETTING, spec.config.devices)
         self._llm: Any = LLM(**arguments)
         self._has_cache: bool = arguments["enable_prefix_caching"]
+        self._of_each_call: dict[str, Any] = {"use_tqdm": False}
+        if spec.adapter:
+            from vllm.lora.request import LoRARequest
+
+            self._of_each_call["lora_request"] = LoRARequest("adapter", 1, str(spec.adapter))
 
     def generate(
         self, prompt_ids: Sequence[Sequence[int]], sampling: SamplingConfig, seeds: Sequence[int]
@@ -108,7 +119,7 @@ class VllmEngine:
         if self._has_cache and not self._llm.reset_prefix_cache():
             raise RuntimeError("vLLM could not empty its prefix cache: requests of an earlier call are still running")
         prompts = [TokensPrompt(prompt_token_ids=list(prompt)) for prompt in prompt_ids]
-        outputs = self._llm.generate(prompts, params, use_tqdm=False)
+        outputs = self._llm.generate(prompts, params, **self._of_each_call)
         return [_completion(output.outputs[0]) for output in outputs]
 
     def close(self) -> None:
@@ -140,6 +151,15 @@ def _executor(config: EngineConfig) -> dict[str, Any]:
     if config.pipeline_parallel_size > 1:
         return {"pipeline_parallel_size": config.pipeline_parallel_size, "distributed_executor_backend": "ray"}
     return {"distributed_executor_backend": "mp"} if config.tensor_parallel_size > 1 else {}
+
+
+def lora_arguments(rank: int, *, most: int = 1) -> dict[str, Any]:
+    """Returns arguments that let each request name an adapter, ``most`` of them in one batch."""
+    return {"enable_lora": True, "max_loras": most, "max_lora_rank": next(size for size in _LORA_RANKS if size >= rank)}
+
+
+_LORA_RANKS = (8, 16, 32, 64, 128, 256, 320, 512)
+"""Ranks that vLLM makes room for, in rising order."""
 
 
 def whole_prefill(max_length: int) -> dict[str, Any]:

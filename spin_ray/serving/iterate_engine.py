@@ -1,4 +1,4 @@
-"""One iterate behind one vLLM engine.
+"""One iterate behind one vLLM engine, or a frozen model and the adapters of all iterates.
 
 It adds to ``ray.serve.llm`` that files are checked first, and conversations are rendered as in training.
 """
@@ -13,6 +13,7 @@ import ray
 from pydantic import ValidationError
 from ray import serve
 from ray.llm._internal.common.callbacks.base import CallbackBase
+from ray.llm._internal.serve.core.configs.llm_config import DiskMultiplexConfig
 from ray.serve.llm import LLMConfig, LLMServer, build_llm_deployment
 from ray.serve.llm.openai_api_models import ChatCompletionRequest, CompletionRequest
 
@@ -22,13 +23,16 @@ from spin_ray.errors import RunDirError
 from spin_ray.inputs.ends import other_ends
 from spin_ray.inputs.model_folder import open_model
 from spin_ray.inputs.rendering import RenderError, open_renderer
+from spin_ray.run_dir.run_dir import open_run
 from spin_ray.runtime import cpu
-from spin_ray.runtime.engine import whole_prefill
+from spin_ray.runtime.engine import lora_arguments, whole_prefill
 from spin_ray.serving.bursts import in_bursts
 from spin_ray.serving.engines import CHAT, DOWN_RETRY_S, ENGINE_DIED, TOKENS, Item
 from spin_ray.serving.held_back import without_held_back
-from spin_ray.serving.iterates import Iterate
+from spin_ray.serving.iterates import Iterate, open_iterate
 
+MOST_ADAPTERS = 8
+"""Most adapters in one batch; vLLM keeps room on the device for each."""
 _WATCH_S = 0.2
 _LAST_WORDS_S = 0.3
 """Seconds from the death of vLLM's engine to the end of its replica, in which running requests hear of it."""
@@ -42,8 +46,9 @@ class LocalFolder(CallbackBase):
 
 
 class IterateEngine(LLMServer):
-    async def __init__(self, llm_config: LLMConfig, iterate: Iterate, config: SpinConfig) -> None:
+    async def __init__(self, llm_config: LLMConfig, iterate: Iterate, config: SpinConfig, run_folder: str) -> None:
         self._iterate, self._config = await asyncio.to_thread(iterate.here), config
+        self._run_folder, self._loading = run_folder, asyncio.Lock()
         await super().__init__(llm_config, engine_cls=None if config.serving.resources.gpus else _cpu_engine())
 
     async def start(self) -> None:
@@ -95,6 +100,7 @@ class IterateEngine(LLMServer):
     async def _answer(self, operation: str, fields: dict[str, Any]) -> AsyncGenerator[Item, None]:
         held_back = ""
         try:
+            await self._load_adapter(fields.get("model", self._iterate.name))
             if operation == CHAT:
                 if fields["messages"][-1]["role"] != "assistant":
                     held_back = self._renderer.held_back_text(self._with_system(fields["messages"]))
@@ -116,6 +122,27 @@ class IterateEngine(LLMServer):
         async with aclosing(in_bursts(pieces, self._config.serving.stream_interval_s)) as bursts:
             async for burst in bursts:
                 yield burst
+
+    async def _load_adapter(self, name: str) -> None:
+        """Loads the adapter of an iterate that is asked for the first time, in each replica and after each restart.
+
+        Raises:
+            RunDirError: a file is missing or has changed, or the adapter is of another model.
+        """
+        engine: Any = self.engine
+        if name == self._iterate.name:
+            return
+        async with self._loading:
+            if name in engine._oai_models.lora_requests:
+                return
+            found = await asyncio.to_thread(lambda: open_iterate(open_run(self._run_folder), name))
+            if found.base is None or found.base.digest != self._iterate.digest:
+                raise RunDirError(f"{found.folder}: is no adapter of the model that this engine holds")
+            await engine.resolve_lora(
+                DiskMultiplexConfig(
+                    model_id=name, local_path=str(found.folder), max_total_tokens=None, lora_assigned_int_id=1
+                )
+            )
 
     async def _render_chat(self, request: Any) -> Any:
         """Renders as in training; lowers ``max_completion_tokens`` to what fits."""
@@ -203,8 +230,12 @@ async def _pieces(stream: Any) -> AsyncGenerator[Item, None]:
             yield item if isinstance(item, str) else item.model_dump(exclude_none=True)
 
 
-def build_engine(iterate: Iterate, config: SpinConfig) -> serve.Application:
-    """Builds the application of one iterate, without a route."""
+def build_engine(iterate: Iterate, config: SpinConfig, run_folder: str = "") -> serve.Application:
+    """Builds the application of one iterate, or of all that are adapters on it, without a route.
+
+    Args:
+        run_folder: run whose adapters the engine loads.
+    """
     serving = config.serving
     engine = config.resolve_dtype(serving.engine or config.generation.engine)
     llm_config = LLMConfig(
@@ -221,6 +252,7 @@ def build_engine(iterate: Iterate, config: SpinConfig) -> serve.Application:
             "load_format": "safetensors",
             "enable_log_requests": False,
             **({} if serving.resources.gpus else _on_cpu(config.model.max_length)),
+            **_for_adapters(config),
             **engine.extra,
         },
         placement_group_config={"bundle_per_worker": _per_worker(serving, engine.tensor_parallel_size)},
@@ -232,8 +264,18 @@ def build_engine(iterate: Iterate, config: SpinConfig) -> serve.Application:
         deployment_config=_deployment(serving),
     )
     return build_llm_deployment(
-        llm_config, name_prefix="", deployment_cls=IterateEngine, bind_kwargs={"iterate": iterate, "config": config}
+        llm_config,
+        name_prefix="",
+        deployment_cls=IterateEngine,
+        bind_kwargs={"iterate": iterate, "config": config, "run_folder": run_folder},
     )
+
+
+def _for_adapters(config: SpinConfig) -> dict[str, Any]:
+    """Returns arguments that let one batch hold answers of several iterates."""
+    if not config.commits_adapters or config.train.lora is None:
+        return {}
+    return lora_arguments(config.train.lora.rank, most=min(config.iterations, MOST_ADAPTERS))
 
 
 def _cpu_engine() -> Any:

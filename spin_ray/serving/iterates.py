@@ -7,16 +7,17 @@ from typing import Self
 
 from spin_ray.errors import RunDirError
 from spin_ray.inputs.model_folder import open_model
-from spin_ray.run_dir.artefact import Artefact
+from spin_ray.run_dir.artefact import Artefact, folder_entries
 from spin_ray.run_dir.names import LATEST, age, api_name, iterate_number, read_iterate
 from spin_ray.run_dir.run_dir import RunDir
+from spin_ray.run_dir.storage import folder_digest
 
 ALL = "all"
 
 
 @dataclass(frozen=True, slots=True)
 class Iterate:
-    """A checked model folder."""
+    """A checked folder of a model, or of an adapter."""
 
     name: str
     folder: Path
@@ -26,6 +27,13 @@ class Iterate:
     """The run's date, which the chat template may write."""
     source: Artefact | None = None
     """The model in the run. None: the start model."""
+    base: "Iterate | None" = None
+    """Frozen model below an adapter."""
+
+    @property
+    def engine(self) -> "Iterate":
+        """The model whose engine answers: all adapters share that of the model below them."""
+        return self.base or self
 
     def here(self) -> Self:
         """Returns the iterate in a folder of this machine, which fetches it from a store if it lacks it."""
@@ -57,6 +65,10 @@ def open_iterate(run: RunDir, name: str) -> Iterate:
     number = age(name)
     trusted = run.config().model.trust_remote_code
     artefact = run.model(number)
+    if number > 0 and artefact == run.adapter(number):
+        folder = artefact.checked_folder()
+        digest = folder_digest(folder_entries(folder))
+        return Iterate(name, folder, digest, run.date(), artefact, open_iterate(run, api_name(0)))
     if number > 0 or artefact.is_committed:
         folder = open_model(artefact.checked_folder(), name, trust_remote_code=trusted)
         return Iterate(name, folder.path, folder.digest, run.date(), artefact)

@@ -9,6 +9,7 @@ The old engine stays if any step fails. Application names hold digests, so a res
 import asyncio
 import logging
 import time
+from collections import defaultdict
 from collections.abc import Callable
 from contextlib import suppress
 from typing import Any
@@ -47,6 +48,7 @@ class Keeper:
 
     async def __init__(self, run_folder: str, config: SpinConfig, engines: str = ENGINE_PREFIX) -> None:
         self._run, self._config, self._prefix = open_run(run_folder), config, engines
+        self._run_folder = run_folder
         self._version = 0
         self._newest: str | None = None
         self._engines: dict[str, dict[str, str]] = {}
@@ -54,6 +56,7 @@ class Keeper:
         self._changed = asyncio.Condition()
         self._retry_at: dict[str, float] = {}
         self._serve_lock = asyncio.Lock()
+        self._deploying: defaultdict[str, asyncio.Lock] = defaultdict(asyncio.Lock)
         self._starting: dict[str, asyncio.Task[None]] = {}
         self._looked_for_strays = False
         self._draining: set[asyncio.Task[None]] = set()
@@ -136,7 +139,7 @@ class Keeper:
     async def _try_start(self, name: str) -> None:
         try:
             iterate = await asyncio.to_thread(open_iterate, self._run, name)
-            app = f"{self._prefix}{name}.{iterate.digest[:16]}"
+            app = f"{self._prefix}{iterate.engine.name}.{iterate.engine.digest[:16]}"
             await self._start(app, iterate)
         except Exception as error:  # must not stop those that serve
             self._retry_at[name] = time.monotonic() + self._config.serving.retry_failed_s
@@ -149,24 +152,32 @@ class Keeper:
         await self._announce()
 
     async def _start(self, app: str, iterate: Iterate) -> None:
-        """Starts an engine and probes it; deletes one that fails."""
+        """Starts an engine and probes it; deletes one that fails, unless others may serve adapters on it."""
         deadline = time.monotonic() + self._config.serving.start_timeout_s
-        if await self._status(app) != ApplicationStatus.RUNNING:
-            await self._ask_serve(_deploy, app, iterate, self._config)
         try:
-            while (status := await self._status(app)) != ApplicationStatus.RUNNING:
-                if status in _ENDED:
-                    raise EngineFailed(f"its engine did not start ({await self._message(app)})")
-                if time.monotonic() > deadline:
-                    raise EngineFailed(
-                        f"its engine was not ready after serving.start_timeout_s ({status.value}); are "
-                        f"{self._config.serving.resources.bundle} free in the cluster?"
-                    )
-                await asyncio.sleep(0.2)
+            async with self._deploying[app]:
+                await self._bring_up(app, iterate, deadline)
             await self._probe(app, iterate.name, deadline)
         except EngineFailed:
-            await self._ask_serve(serve.delete, app, _blocking=False)
+            if iterate.base is None and app not in self._used():
+                await self._ask_serve(serve.delete, app, _blocking=False)
             raise
+
+    async def _bring_up(self, app: str, iterate: Iterate, deadline: float) -> None:
+        if await self._status(app) != ApplicationStatus.RUNNING:
+            await self._ask_serve(_deploy, app, iterate.engine, self._config, self._run_folder)
+        while (status := await self._status(app)) != ApplicationStatus.RUNNING:
+            if status in _ENDED:
+                raise EngineFailed(f"its engine did not start ({await self._message(app)})")
+            if time.monotonic() > deadline:
+                raise EngineFailed(
+                    f"its engine was not ready after serving.start_timeout_s ({status.value}); are "
+                    f"{self._config.serving.resources.bundle} free in the cluster?"
+                )
+            await asyncio.sleep(0.2)
+
+    def _used(self) -> set[str]:
+        return {engine["app"] for engine in self._engines.values()}
 
     async def _probe(self, app: str, name: str, deadline: float) -> None:
         """Asks for real answers: a model that loads may not run, and vLLM compiles sampling at first use."""
@@ -183,18 +194,18 @@ class Keeper:
                 raise EngineFailed(f"its engine refused a first request ({items[0]})")
 
     async def _retire(self, names: list[str]) -> None:
-        """Takes engines out of the table; each finishes its answers first."""
+        """Takes iterates out of the table; an engine that serves no other finishes its answers and goes."""
         if not names:
             return
-        gone = [self._engines.pop(name)["app"] for name in names]
+        gone = {self._engines.pop(name)["app"] for name in names} - self._used()
         await self._announce()
-        task = asyncio.get_running_loop().create_task(self._drain(gone))
+        task = asyncio.get_running_loop().create_task(self._drain(sorted(gone)))
         self._draining.add(task)
         task.add_done_callback(self._draining.discard)
 
     async def _drain(self, apps: list[str]) -> None:
         await asyncio.sleep(self._config.serving.drain_grace_s)  # until every ingress replica has the new table
-        for app in apps:
+        for app in set(apps) - self._used():
             await self._ask_serve(serve.delete, app, _blocking=False)
 
     async def _remove_strays(self) -> None:
@@ -202,7 +213,7 @@ class Keeper:
         if self._looked_for_strays or self._starting:
             return
         self._looked_for_strays = True
-        ours = {engine["app"] for engine in self._engines.values()}
+        ours = self._used()
         for app in (await self._ask_serve(serve.status)).applications:
             if app.startswith(self._prefix) and app not in ours:
                 await self._ask_serve(serve.delete, app, _blocking=False)
@@ -230,6 +241,6 @@ class Keeper:
         return lines[-1][:500] if lines else "no reason given"
 
 
-def _deploy(app: str, iterate: Iterate, config: SpinConfig) -> None:
-    target = serve.RunTarget(build_engine(iterate, config), name=app, route_prefix=None)
+def _deploy(app: str, iterate: Iterate, config: SpinConfig, run_folder: str) -> None:
+    target = serve.RunTarget(build_engine(iterate, config, run_folder), name=app, route_prefix=None)
     serve.run_many([target], wait_for_applications_running=False)

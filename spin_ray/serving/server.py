@@ -113,7 +113,7 @@ def connect_for(run: RunDir, config: SpinConfig) -> None:
     # By default Ray Serve kills a proxy that takes longer than 15 s to start.
     os.environ.setdefault("RAY_SERVE_PROXY_READY_CHECK_TIMEOUT_S", "50")
     guard_ray_token(embedded=not (config.cluster.address or os.environ.get("RAY_ADDRESS")))
-    connect(with_room(config, len(wanted(run, config.serving.models)[0])))
+    connect(with_room(config, 1 if config.commits_adapters else len(wanted(run, config.serving.models)[0])))
     needed = config.serving.resources.bundle
     if not any(all(node["Resources"].get(name, 0) >= n for name, n in needed.items()) for node in ray.nodes()):
         raise ResourceError(f"serving.resources: no node of the cluster has {needed}; lower it or add nodes")

@@ -353,7 +353,7 @@ def test_benchmarks_of_a_run_on_a_store_fetch_weights_only_where_they_are_loaded
     run = RunDir(ObjectStorage(stored))
     assert json.loads(out) == {"iter_000": run.evaluation(1)["benchmarks"]}
     request = benchmarks.request_for(run.config(), 1, "nowhere", benchmarks=())
-    benchmarks._measure_there(run.model(1), request)
+    benchmarks._measure_there(run, 1, request)
     assert "tokenizer.json" in seen[0] and "model.safetensors" not in seen[0]
     assert seen[1] == seen[0] | {"model.safetensors"}
 

@@ -73,11 +73,11 @@ def batches_of(rows: list[Row], *, pack_length: int = PACK_LENGTH) -> list[Packe
     return [build_pack(pack, table, pack_length=pack_length, pad_id=0) for pack in packs]
 
 
-def tiny_llama(*, tied: bool = True, seed: int = 0, layers: int = 2) -> LlamaForCausalLM:
+def tiny_llama(*, tied: bool = True, seed: int = 0, layers: int = 2, hidden: int = 32) -> LlamaForCausalLM:
     """Returns a random Llama whose log-probabilities depend strongly on every token (weights 10 times the usual)."""
     torch.manual_seed(seed)
     config = LlamaConfig(
-        vocab_size=VOCAB, hidden_size=32, intermediate_size=48, num_hidden_layers=layers, num_attention_heads=4,
+        vocab_size=VOCAB, hidden_size=hidden, intermediate_size=48, num_hidden_layers=layers, num_attention_heads=4,
         num_key_value_heads=2, tie_word_embeddings=tied, initializer_range=0.2, attention_dropout=0.5,
     )  # fmt: skip
     return LlamaForCausalLM(config).eval()

@@ -4,8 +4,10 @@ import shutil
 from pathlib import Path
 from typing import Any
 
+import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from transformers import AutoModelForCausalLM
 
 from spin_ray.config.recipe import SpinConfig
 from spin_ray.inputs.check import check_recipe
@@ -14,12 +16,12 @@ from spin_ray.run_dir.run_dir import RunDir
 from spin_ray.run_dir.storage import MANIFEST, Storage
 
 
-def tiny_config(**serving: Any) -> SpinConfig:
+def tiny_config(train: dict[str, Any] | None = None, **serving: Any) -> SpinConfig:
     return SpinConfig.model_validate(
         {
             "model": {"path": "embedded:tiny-llama", "max_length": 256},
             "data": {"train": "embedded:arithmetic-train", "max_rows": 8},
-            "train": {"global_batch_pairs": 8},
+            "train": train or {"global_batch_pairs": 8},
             "iterations": 4,
             "generation": {
                 "sampling": {"max_tokens": 24},
@@ -40,6 +42,26 @@ def make_run(folder: Path, iterates: int, **serving: Any) -> RunDir:
     run.publish(0)
     for iterate in range(1, iterates + 1):
         add_iterate(run, iterate)
+        run.publish(iterate)
+    return run
+
+
+def make_adapter_run(folder: Path, iterates: int) -> RunDir:
+    """Makes a run of adapters of rank 4, whose noise changes every answer."""
+    peft = pytest.importorskip("peft", reason="the extra `lora` is not installed")
+    run = make_run(folder, 0, train={"global_batch_pairs": 8, "lora": {"rank": 4, "alpha": 8, "merge": False}})
+    for iterate in range(1, iterates + 1):
+        start = AutoModelForCausalLM.from_pretrained(run.description()["start_model"])
+        lora = peft.LoraConfig(r=4, lora_alpha=8, target_modules="all-linear", task_type="CAUSAL_LM")
+        model, noise = peft.get_peft_model(start, lora), torch.Generator().manual_seed(iterate)
+        for name, weight in model.named_parameters():
+            if ".lora_" in name:
+                torch.nn.init.normal_(weight, std=0.2, generator=noise)
+        attempt = run.storage.new_attempt_folder()
+        model.save_pretrained(attempt)
+        (attempt / "README.md").unlink()
+        (attempt / MANIFEST).write_bytes(Manifest.of(folder_entries(attempt), {}, {}).to_bytes())
+        run.storage.create_folder(run.adapter(iterate).path, attempt)
         run.publish(iterate)
     return run
 

@@ -39,7 +39,13 @@ class BackendSettings:
     offload: bool = False
     """True: weights, gradients and optimizer state stay in CPU memory."""
     lora: LoraConfig | None = None
-    """Adapters to train; exports are merged."""
+    """Adapters to train; exports are merged unless ``lora.merge`` is off."""
+    adapter: Path | None = None
+    """Folder of the adapter on top of the model, with which training begins and which scoring applies."""
+    base: Literal["bf16", "nf4", "int8"] = "bf16"
+    """Number format of frozen weights; ``bf16`` is that of ``precision``."""
+    base_name: str = ""
+    """Name of the model below, for exported adapters."""
     seed: int = 0
     """Seed of the adapters."""
     optimizer: OptimizerConfig | None = None
@@ -57,6 +63,7 @@ class BackendSettings:
             precision=config.train.precision,
             attention=config.model.attention,
             trust_remote_code=config.model.trust_remote_code,
+            base=config.train.lora.base if config.train.lora else "bf16",
             compile=config.train.compile,
             deterministic=config.train.deterministic,
         )

@@ -54,7 +54,7 @@ class DeepSpeedBackend:
         )
         self.layout = choice.layout
         if settings.lora is not None:
-            add_adapters(self._model, settings.lora, seed=settings.seed)
+            add_adapters(self._model, settings.lora, seed=settings.seed, values=settings.adapter)
         if settings.gradient_checkpointing:
             recompute_activations(self._model)
         scorer = choice.scorer(self._model, _Scorer)

@@ -21,6 +21,7 @@ from torch.distributed.fsdp import CPUOffloadPolicy, FSDPModule, MixedPrecisionP
 from torch.distributed.tensor import DTensor
 
 from spin_ray.config.sections import OptimizerConfig
+from spin_ray.learner.adapter_folder import read_lora
 from spin_ray.learner.adapters import add_adapters, is_adapter, set_first_values, stored_name
 from spin_ray.learner.backends.base import BackendSettings, StepStats, set_learning_rate
 from spin_ray.learner.backends.meshes import clip, data_mesh, group_by_mesh, make_mesh, split_layers, total_norm
@@ -40,6 +41,7 @@ from spin_ray.learner.hf_folder import load_model
 from spin_ray.learner.layout import choose_layout
 from spin_ray.learner.loading import empty_model, load_first_layers, materialise, read_shares
 from spin_ray.learner.optimizers import allocate_by_a_step, allocate_state, make_optimizer
+from spin_ray.learner.quantised import load_quantised, quantised_weights
 from spin_ray.learner.scoring import ResponseScorer
 
 
@@ -54,11 +56,20 @@ class Fsdp2Backend:
         self._model_dir = model_dir
         self._settings = settings
         source = Path(model_dir)
-        # One rank holds everything anyway; code of a model's own may do anything as it loads.
-        in_shares = dist.get_world_size() > 1 and source.is_dir() and not settings.trust_remote_code
-        empty = empty_model(source) if in_shares else None
         precision = torch.bfloat16 if settings.precision == "bf16" else torch.float32
-        if empty is not None:
+        lora = settings.lora or (read_lora(settings.adapter) if settings.adapter else None)
+        # One rank holds all weights anyway, but frozen ones only in bf16; code of a model's own may do anything.
+        spares = dist.get_world_size() > 1 or (lora is not None and precision == torch.bfloat16)
+        in_shares = spares and source.is_dir() and not settings.trust_remote_code and settings.base == "bf16"
+        empty = empty_model(source) if in_shares else None
+        if settings.base != "bf16":
+            probe, self._model = (
+                load_first_layers(source),
+                load_quantised(
+                    source, settings.base, dtype=precision, device=device, trust_remote_code=settings.trust_remote_code
+                ),
+            )
+        elif empty is not None:
             probe, self._model = load_first_layers(source), empty
         else:
             probe = self._model = load_model(model_dir, trust_remote_code=settings.trust_remote_code)
@@ -67,8 +78,8 @@ class Fsdp2Backend:
         )
         del probe
         self.layout = choice.layout
-        if settings.lora is not None:
-            add_adapters(self._model, settings.lora, seed=settings.seed)
+        if lora is not None:
+            add_adapters(self._model, lora, seed=settings.seed, values=settings.adapter)
         if settings.precision == "bf16":
             store_in_bf16(
                 parameter
@@ -95,7 +106,7 @@ class Fsdp2Backend:
         self._model.tie_weights()  # each module has been given a parameter of its own
         parameters = dict(self._model.named_parameters())
         read_shares({stored_name(name): share for name, share in parameters.items() if not is_adapter(name)}, source)
-        set_first_values(parameters, seed=self._settings.seed)
+        set_first_values(parameters, seed=self._settings.seed, values=self._settings.adapter)
 
     def logps(self, batch: PackedBatch) -> Float[Tensor, "segments"]:
         return self._scorer(batch.to(self.device))
@@ -214,10 +225,14 @@ def _shard(scorer: ResponseScorer, settings: BackendSettings, mesh: DeviceMesh, 
         compile_layers(scorer.model)
     if settings.gradient_checkpointing:
         recompute_activations(scorer.model)
+    quantised = quantised_weights(scorer)
     for layer in decoder_layers(scorer.model):
         reshard = settings.sharding == "full" and (mesh["shard"].size() > 1 or _is_tight(settings, device))
-        fully_shard(layer, mesh=mesh, mp_policy=policy, offload_policy=offload, reshard_after_forward=reshard)
-    fully_shard(scorer, mesh=mesh, mp_policy=policy, offload_policy=offload)
+        fully_shard(
+            layer, mesh=mesh, mp_policy=policy, offload_policy=offload, reshard_after_forward=reshard,
+            ignored_params=quantised,
+        )  # fmt: skip
+    fully_shard(scorer, mesh=mesh, mp_policy=policy, offload_policy=offload, ignored_params=quantised)
     for module in scorer.modules():
         if isinstance(module, FSDPModule) and mesh.size() > 1:  # one rank would divide by 1, a pass over all gradients
             # Sum over ranks, not mean: losses are divided by counts of the whole step. Gloo knows only the plain sum.

@@ -16,7 +16,8 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from spin_ray.errors import ModelError
-from spin_ray.learner.adapters import is_adapter, merge_adapters, stored_name
+from spin_ray.learner.adapter_folder import write_adapter
+from spin_ray.learner.adapters import file_name, is_adapter, merge_adapters, stored_name
 from spin_ray.learner.attention.hook import allow_many_graphs, keep_out_of_graphs
 from spin_ray.learner.backends.base import BackendSettings
 from spin_ray.learner.decoder import decoder_layers
@@ -101,6 +102,8 @@ def make_deterministic() -> None:
 def store_in_bf16(parameters: Iterable[nn.Parameter]) -> None:
     """Halves the memory of weights that are computed in bf16 and never change; the computation's bits are the same."""
     for parameter in parameters:
+        if not parameter.is_floating_point():  # quantised already
+            continue
         parameter.data = parameter.data.to(torch.bfloat16)
 
 
@@ -122,19 +125,24 @@ def export(
     source: str | Path,
     settings: BackendSettings,
 ) -> None:
-    """Writes a plain Hugging Face folder on rank 0; a collective.
+    """Writes a Hugging Face folder on rank 0, of the adapter alone if ``settings.lora`` says so; a collective.
 
     Args:
         gather: returns a whole tensor on every rank.
     """
-    whole = ((name, gather(tensor)) for name, tensor in tensors)
+    lora, adapter_alone = settings.lora, settings.lora is not None and not settings.lora.merge
+    whole = ((name, gather(tensor)) for name, tensor in tensors if is_adapter(name) or not adapter_alone)
     if dist.get_rank() != 0:
         for _ in whole:
             pass
         return
     dtype = torch.bfloat16 if settings.precision == "bf16" else torch.float32
     names = {stored_name(name) for name, _ in tensors if not is_adapter(name)}
-    if settings.lora is not None:
-        whole = merge_adapters(whole, settings.lora)  # before anything is rounded
+    if lora is not None and not adapter_alone:
+        whole = merge_adapters(whole, lora)  # before anything is rounded
     weights = ((name, weight.to("cpu", dtype if weight.is_floating_point() else None)) for name, weight in whole)
+    if lora is not None and adapter_alone:
+        named = ((file_name(name), weight) for name, weight in weights)
+        write_adapter(directory, named, lora, base=settings.base_name or str(source), source=source)
+        return
     write_model(directory, model, names, weights, dtype=dtype, source=source, with_code=settings.trust_remote_code)

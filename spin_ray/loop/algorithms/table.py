@@ -10,6 +10,7 @@ from spin_ray.learner.backends import find_backend
 from spin_ray.learner.import_path import import_object
 from spin_ray.learner.losses import resolve_loss
 from spin_ray.learner.optimizers import find_optimizer
+from spin_ray.learner.quantised import check_installed
 from spin_ray.loop.algorithms.base import Algorithm
 from spin_ray.loop.algorithms.continued_sft import ContinuedSft
 from spin_ray.loop.algorithms.dpo import Dpo
@@ -52,11 +53,17 @@ def check_algorithm(config: SpinConfig) -> None:
     if problems:
         raise ConfigError("; ".join(problems))
     find_backend(config.train.backend, config.train.mesh if isinstance(config.train.mesh, Mesh) else None)
+    if config.train.lora:
+        check_installed("train.lora", "lora")
+        if config.train.lora.base != "bf16":
+            check_installed(f"train.lora.base: {config.train.lora.base}")
     if config.evaluation.grade != "number":
         find_grader(config.evaluation.grade)
     for section in (config.train, config.sft, config.reviser):
         if section is not None:
             find_optimizer(section.optimizer)
+            if section.optimizer.name == "adamw_8bit":
+                check_installed("optimizer.name: adamw_8bit")
 
 
 def _problems(config: SpinConfig, algorithm: Algorithm) -> Iterator[str]:

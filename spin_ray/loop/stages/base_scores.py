@@ -109,11 +109,12 @@ def _score(run_dir: RunDir, config: SpinConfig, base: ModelFolder, rows: pa.Tabl
 
 def _worker(job: BaseScoreJob) -> int:
     """Scores this rank's rows; returns the number of parts."""
-    mesh = mesh_of(job.recipe, job.model.here(), *nodes_and_room()).mesh
+    folder, adapter = job.model.parts_here()
+    mesh = mesh_of(job.recipe, folder, *nodes_and_room()).mesh
     shape = replace(job.shape, tensor=mesh.tensor)
     rank, ranks = shape.place()
     steps = plan(pair_lengths([job.rows]), shape, epochs=1, seed=0, ranks=ranks)[0]
-    backend = Fsdp2Backend(job.model.here(), replace(job.backend, mesh=mesh), device())
+    backend = Fsdp2Backend(folder, replace(job.backend, mesh=mesh, adapter=adapter), device())
     rows, logps, _ = score_rows(backend, steps, job.rows, shape)
     backend.close()
     keys = job.rows["pair_id"].take(pa.array(rows, pa.int64()))

@@ -227,10 +227,11 @@ def _worker(job: ScoreJob) -> dict[str, float]:
     """Scores under one model after another: only one is in memory."""
     tables = []
     tokens, work_s = 0, 0.0
-    mesh = mesh_of(job.recipe, job.tables[0][0].here(), *nodes_and_room()).mesh
+    mesh = mesh_of(job.recipe, job.tables[0][0].parts_here()[0], *nodes_and_room()).mesh
     settings, shape = replace(job.backend, mesh=mesh), replace(job.shape, tensor=mesh.tensor)
     for model, rows in job.tables:
-        backend = Fsdp2Backend(model.here(), settings, device())
+        folder, adapter = model.parts_here()
+        backend = Fsdp2Backend(folder, replace(settings, adapter=adapter), device())
         started = time.monotonic()
         tables.append(_score_rows(backend, rows, shape, model.name))
         work_s += time.monotonic() - started

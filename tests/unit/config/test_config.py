@@ -114,6 +114,25 @@ def test_long_values_are_cut_in_the_error():
     [
         ({"train": {"learning_rate": [1e-6] * 3}}, "train.learning_rate: has 3 values for 4 iterations"),
         ({"train": {"epochs": [1, 1]}}, "train.epochs: has 2 values for 4 iterations"),
+        ({"train": {"lora": {"base": "nf4"}}}, "train.lora.base: nf4 needs train.lora.merge: false"),
+        (
+            {"train": {"lora": {"base": "int8", "merge": False}, "backend": "deepspeed"}},
+            "train.lora.base: int8 needs train.backend: fsdp2",
+        ),
+        (
+            {"train": {"lora": {"merge": False}, "backend": "mine:Backend"}},
+            "train.lora.merge: false needs train.backend: fsdp2 or deepspeed",
+        ),
+        ({"train": {"lora": {"merge": False, "rank": 600}}}, "train.lora.rank: 600 is more than the 512 that vLLM"),
+        ({"train": {"optimizer": {"name": "muon"}}}, "train.optimizer.name: muon trains matrices only"),
+        (
+            {"train": {"lora": {}}, "sft": {"optimizer": {"name": "muon"}}},
+            "sft.optimizer.name: muon trains matrices only",
+        ),
+        (
+            {"train": {"optimizer": {"name": "adamw_8bit"}, "workers": 2}},
+            "train.optimizer.name: adamw_8bit needs train.workers: 1",
+        ),
         ({"generation": {"sampling": {"max_tokens": 2048}}}, "generation.sampling.max_tokens: 2048 leaves no room"),
         # 2048 + 1024 = 3072
         ({"train": {"pack_length": 3071}}, "train.pack_length: 3071 cannot hold a prompt with both responses"),

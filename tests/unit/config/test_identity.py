@@ -33,7 +33,11 @@ EVERY_SECTION: dict[str, Any] = {
     "serving": {"engine": {}, "resources": EVERYWHERE},
 }
 LATER = (
+    "model.base",
     "train.lora.base",
+    "train.lora.merge",
+    "evaluation.examples",
+    "evaluation.examples_temperature",
     "model.chat_template_kwargs",
     "data.form",
     "data.columns",

@@ -120,7 +120,7 @@ NAMED = [
     ("algorithm", "'spin', 'continued_sft', 'dpo', 'sppo', 'self_reinforcement' or 'seft'"),
     ("objective.loss", "'logistic', 'hinge', 'exponential' or 'correlation'"),
     ("train.backend", "'fsdp2' or 'deepspeed'"),
-    ("train.optimizer.name", "'rmsprop' or 'adamw'"),
+    ("train.optimizer.name", "'rmsprop', 'adamw', 'adamw_8bit' or 'muon'"),
 ]
 
 

@@ -38,9 +38,9 @@ def model_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def backend_of(model_dir: Path, lora: LoraConfig | None = LORA, **changes: Any) -> Fsdp2Backend:
-    common: dict[str, Any] = {"max_length": 48, "precision": "fp32", "learning_rate": 0.01, "total_steps": 8}
     optimizer = OptimizerConfig(name="adamw", schedule="constant", warmup_fraction=0, max_grad_norm=1e9)
-    settings = BackendSettings(optimizer=optimizer, lora=lora, **(common | changes))
+    common: dict[str, Any] = {"max_length": 48, "precision": "fp32", "learning_rate": 0.01, "total_steps": 8}
+    settings = BackendSettings(lora=lora, **(common | {"optimizer": optimizer} | changes))
     return Fsdp2Backend(model_dir, settings, torch.device("cpu"))
 
 
@@ -133,6 +133,22 @@ def test_a_checkpoint_holds_the_adapters_only_and_resumes_bit_for_bit(make: Make
         assert torch.equal(resumed.score(batch), backend.score(batch))
 
 
+def test_muon_moves_adapters_as_torch_does(make: MakeBackend) -> None:
+    backend = make(optimizer=OptimizerConfig(name="muon", schedule="constant", warmup_fraction=0, max_grad_norm=1e9))
+    shards = {name: shard for name, shard in backend._shards.items() if shard.requires_grad}
+    plain = {name: torch.nn.Parameter(shard.full_tensor().detach().clone()) for name, shard in shards.items()}
+    theirs = torch.optim.Muon(plain.values(), lr=0.01, weight_decay=0, adjust_lr_fn="match_rms_adamw")
+    for _ in range(2):
+        for batch in batches_of(ROWS):
+            backend.backward(backend.logps(batch).sum(), last_microbatch=True)
+        for name, weight in plain.items():
+            weight.grad = shards[name].grad.full_tensor().clone()
+        backend.step()
+        theirs.step()
+    for name, weight in plain.items():
+        torch.testing.assert_close(shards[name].full_tensor(), weight, rtol=1e-5, atol=1e-6)
+
+
 def test_a_full_rank_adapter_takes_the_step_that_the_weight_would(make: MakeBackend) -> None:
     """dL/dB = scaling · dL/dW Aᵀ at B = 0: with A = 1 (rank = width) and scaling 1 B's gradient is W's own."""
     lora = LoraConfig(rank=32, alpha=32, target_modules=("q_proj",))
@@ -176,3 +192,13 @@ def test_one_rank_computes_with_a_copy_of_one_frozen_layer_at_a_time(make: MakeB
 def test_a_name_that_no_layer_has_is_an_error(make: MakeBackend) -> None:
     with pytest.raises(ModelError, match=r"train\.lora\.target_modules: .*qkv"):
         make(LoraConfig(target_modules=("qkv",)))
+
+
+def test_frozen_weights_are_held_once_in_bf16(make: MakeBackend) -> None:
+    """2 bytes a frozen parameter, 4 a trained one, and no module keeps a copy beside its parameters."""
+    backend = make(precision="bf16")
+    held = {name: shard.to_local() for name, shard in backend._shards.items()}
+    frozen = [part for name, part in held.items() if "lora_" not in name]
+    parameters = sum(part.numel() for part in frozen)
+    assert sum(part.untyped_storage().nbytes() for part in frozen) <= 2 * parameters * 1.05
+    assert {part.dtype for name, part in held.items() if "lora_" in name} == {torch.float32}

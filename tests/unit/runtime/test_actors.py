@@ -68,7 +68,7 @@ def by_preferences(config: SpinConfig) -> None:
 
 def by_lm_eval(config: SpinConfig) -> None:
     unused: Any = None
-    benchmarks._measure_on_ray(unused, benchmarks.Request(model="m", name="sft", benchmarks=()), config)
+    benchmarks._measure_on_ray(unused, 1, benchmarks.Request(model="m", name="sft", benchmarks=()), config)
 
 
 @pytest.mark.parametrize(("ask", "limit"), [

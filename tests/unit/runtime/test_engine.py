@@ -2,6 +2,7 @@
 
 import os
 import sys
+from dataclasses import replace
 from pathlib import Path
 from types import ModuleType, SimpleNamespace
 from typing import Any
@@ -112,6 +113,20 @@ def test_vllm_is_started_with_these_arguments_and_no_others(vllm):
         "load_format": "safetensors", "seed": 0,
         "enable_chunked_prefill": False, "max_num_batched_tokens": 2048,
     }  # fmt: skip
+
+
+def test_every_answer_of_an_adapters_engine_is_of_the_adapter(vllm, monkeypatch):
+    """vLLM makes room for ranks of 8, 16, 32, …; θ_0 has no adapter, but an engine that would load one."""
+    request = ModuleType("vllm.lora.request")
+    request.__dict__.update(LoRARequest=lambda *given: given)
+    monkeypatch.setitem(sys.modules, "vllm.lora.request", request)
+    engine = VllmEngine(replace(spec_of(), adapter=Path("/run/iter_000/adapter"), adapter_rank=12))
+    assert vllm["arguments"] | {"enable_lora": True, "max_loras": 1, "max_lora_rank": 16} == vllm["arguments"]
+    engine.generate([[5]], SamplingConfig(), [1])
+    ((_, _, options),) = vllm["generate"]
+    assert options["lora_request"] == ("adapter", 1, "/run/iter_000/adapter")
+    VllmEngine(replace(spec_of(), adapter_rank=12)).generate([[5]], SamplingConfig(), [1])
+    assert vllm["arguments"]["enable_lora"] and "lora_request" not in vllm["generate"][-1][2]
 
 
 def test_on_cpu_a_prompt_of_any_length_is_prefilled_whole(vllm):

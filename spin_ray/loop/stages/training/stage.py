@@ -18,7 +18,11 @@ from spin_ray.runtime.workers import run_workers
 
 
 def run(run_dir: RunDir, config: SpinConfig, iteration: int, opponent: ModelFolder, objective: Objective) -> None:
-    """Trains θ_{t+1} from θ_t and commits ``iter_NNN/model``.
+    """Trains θ_{t+1} from θ_t and commits ``iter_NNN/model``, or ``iter_NNN/adapter`` with ``train.lora.merge: false``.
+
+    With an adapter alone, iteration t trains the adapter of θ_t further, on the same frozen θ_0. So the reference is
+    that adapter on those weights: its scores are stored before the first step, margins start at 0 to the bit, and
+    every iterate has the same rank, size and engine. Merged, each iteration has a fresh adapter and its own base.
 
     Raises:
         ConfigError: the loss, optimizer or backend does not exist.
@@ -27,7 +31,8 @@ def run(run_dir: RunDir, config: SpinConfig, iteration: int, opponent: ModelFold
     """
     values = config.at(iteration)
     base, wins = run_dir.base_scores(iteration), run_dir.wins(iteration)
-    loss, target = resolve_loss(objective.loss), run_dir.model(iteration + 1)
+    lora, loss = config.train.lora, resolve_loss(objective.loss)
+    target = run_dir.adapter(iteration + 1) if config.commits_adapters else run_dir.whole_model(iteration + 1)
     job = TrainJob(
         name=target.path.partition("/")[0],
         storage=run_dir.storage,
@@ -45,7 +50,9 @@ def run(run_dir: RunDir, config: SpinConfig, iteration: int, opponent: ModelFold
             pad_id=opponent.pad_id,
         ),
         backend=replace(
-            _backend_settings(config, config.train.optimizer, values.learning_rate), lora=config.train.lora
+            _backend_settings(config, config.train.optimizer, values.learning_rate),
+            lora=lora,
+            base_name=_base_name(run_dir, config, opponent),
         ),
         recipe=config,
         epochs=values.epochs,
@@ -56,6 +63,15 @@ def run(run_dir: RunDir, config: SpinConfig, iteration: int, opponent: ModelFold
         chat_template=_chat_template(config),
     )
     _train(run_dir, config, job)
+
+
+def _base_name(run_dir: RunDir, config: SpinConfig, opponent: ModelFolder) -> str:
+    """Returns the name by which PEFT finds the frozen model: a hub's, or a folder."""
+    if config.sft:
+        return run_dir.storage.where(run_dir.whole_model(0).path)
+    path = str((opponent.base or opponent).path)
+    from_hub = "snapshots" in path and not Path(config.model.path).expanduser().exists()
+    return config.model.path.partition("@")[0] if from_hub else path
 
 
 def run_sft(run_dir: RunDir, config: SpinConfig, start: ModelFolder) -> None:
@@ -87,7 +103,7 @@ def fine_tune(
         shape=PackShape(
             pack_length=config.train.pack_length, global_batch_pairs=how.global_batch_rows, pad_id=start.pad_id
         ),
-        backend=_backend_settings(config, how.optimizer, how.learning_rate),
+        backend=replace(_backend_settings(config, how.optimizer, how.learning_rate), base="bf16"),
         recipe=config,
         epochs=how.epochs,
         seed=config.seed,

@@ -68,7 +68,7 @@ def work(job: TrainJob) -> dict[str, Any]:
 
 def _on_a_mesh(job: TrainJob) -> tuple[TrainJob, Mesh]:
     """Returns the job for the mesh of these workers, whose number may differ from attempt to attempt."""
-    choice = mesh_of(job.recipe, job.start.here(), *nodes_and_room())
+    choice = mesh_of(job.recipe, job.start.parts_here()[0], *nodes_and_room())
     if dist.get_rank() == 0:
         logger.info("%s", choice)
     backend, shape = replace(job.backend, mesh=choice.mesh), replace(job.shape, tensor=choice.mesh.tensor)
@@ -76,7 +76,8 @@ def _on_a_mesh(job: TrainJob) -> tuple[TrainJob, Mesh]:
 
 
 def _backend(job: TrainJob, *, total_steps: int) -> TrainBackend:
-    settings, folder = replace(job.backend, total_steps=total_steps, seed=job.seed), job.start.here()
+    folder, adapter = job.start.parts_here()
+    settings = replace(job.backend, total_steps=total_steps, seed=job.seed, adapter=adapter)
     assert settings.optimizer is not None
     recomputed = recomputes(job.recipe, settings.optimizer, folder, device(), job.backend.mesh)
     return make_backend(folder, replace(settings, gradient_checkpointing=recomputed), device())

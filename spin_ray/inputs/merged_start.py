@@ -1,0 +1,75 @@
+"""Start models that come as an adapter (PEFT), merged with the model below them once."""
+
+import shutil
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+
+from spin_ray.config.recipe import digest
+from spin_ray.config.sections import ModelConfig
+from spin_ray.errors import ModelError
+from spin_ray.inputs.embedded import resolve
+from spin_ray.inputs.model_folder import find_folder, is_adapter, open_model, read_adapter
+from spin_ray.run_dir.artefact import folder_entries
+from spin_ray.run_dir.cache import cache_root, locked
+
+WEIGHTS = "adapter_model.safetensors"
+
+
+def without_adapter(folder: Path, config: ModelConfig) -> Path:
+    """Returns the folder of a whole model: ``folder`` itself, or in the cache the adapter merged with its model.
+
+    Raises:
+        ModelError: the model below is not named or not there, or the adapter cannot be merged.
+    """
+    if not is_adapter(folder):
+        if config.base is not None:
+            raise ModelError(f"model.base: {folder} is no adapter; leave model.base out")
+        return folder
+    _check(folder)
+    base = _base_of(folder, config)
+    root = cache_root() / "merged"
+    target = root / digest([*_state(base), *((name, it.sha256) for name, it in folder_entries(folder).items())])
+    if target.is_dir():
+        return target
+    root.mkdir(parents=True, exist_ok=True)
+    with locked(root, target.name):
+        if not target.is_dir():
+            _merge(base, folder, target, trust_remote_code=config.trust_remote_code)
+    return target
+
+
+def _check(folder: Path) -> None:
+    kind = read_adapter(folder).get("peft_type", "LORA")
+    if kind not in ("LORA", "ADALORA", "LOHA", "LOKR", "OFT", "BOFT", "IA3", "VERA"):
+        raise ModelError(f"{folder}: is a {kind} adapter, which no model can be merged with; take a LoRA adapter")
+    if not (folder / WEIGHTS).is_file():
+        raise ModelError(f"{folder}: is an adapter without {WEIGHTS}; save it as safetensors")
+
+
+def _base_of(folder: Path, config: ModelConfig) -> Path:
+    name = config.base or read_adapter(folder).get("base_model_name_or_path")
+    if not name:
+        raise ModelError(f"{folder}: is an adapter that names no model; set model.base")
+    base = find_folder(resolve(name), "model.base")
+    open_model(base, "base", trust_remote_code=config.trust_remote_code)  # refuses adapters, pickles and code
+    return base
+
+
+def _state(folder: Path) -> Iterator[tuple[str, int, int]]:
+    """Yields path, size and time of each file: reading all weights at each start would take a minute."""
+    for path in sorted(folder.rglob("*")):
+        stat = path.stat()
+        yield str(path), stat.st_size, stat.st_mtime_ns
+
+
+def _merge(base: Path, adapter: Path, target: Path, *, trust_remote_code: bool) -> None:
+    from spin_ray.learner.adapter_folder import merge  # slow: torch
+
+    attempt = Path(tempfile.mkdtemp(prefix="attempt-", dir=target.parent))
+    try:
+        merge(base, adapter, attempt, dtype="auto", trust_remote_code=trust_remote_code)
+        attempt.rename(target)
+    except BaseException:
+        shutil.rmtree(attempt, ignore_errors=True)
+        raise

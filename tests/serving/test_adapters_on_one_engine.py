@@ -1,0 +1,94 @@
+"""All iterates of a run of adapters on one engine: real Ray Serve and vLLM; PEFT says what each would write."""
+
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any
+
+import openai
+import pytest
+import torch
+from transformers import AutoModelForCausalLM
+
+from spin_ray.inputs.rendering import load_tokenizer
+from spin_ray.run_dir.run_dir import RunDir
+from tests.support.paths import ROOT
+from tests.support.program import environment
+from tests.support.ray_head import free_port
+from tests.support.served import START_S, Served
+from tests.support.tiny_runs import make_adapter_run
+
+peft = pytest.importorskip("peft", reason="the extra `lora` is not installed")
+pytestmark = [pytest.mark.e2e, pytest.mark.slow, pytest.mark.alone]
+HALF = "\N{REPLACEMENT CHARACTER}"
+"""A last character of which a token is missing; vLLM leaves it out."""
+PROMPTS, TOKENS = ([5, 6, 7, 8], [9, 10, 11]), 16
+
+
+@pytest.fixture(scope="module")
+def served(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Served]:
+    folder = tmp_path_factory.mktemp("adapters")
+    run, port = make_adapter_run(folder / "run", iterates=2), free_port()
+    command = [sys.executable, "-m", "spin_ray.cli", "serve", str(run.storage.root), "--models", "all"]
+    with (folder / "log").open("wb") as log:
+        server = subprocess.Popen([*command, "--port", str(port)], cwd=ROOT, env=environment(), stdout=log, stderr=log)
+    try:
+        found = Served(run, f"http://127.0.0.1:{port}", server)
+        for name in ("sft", "iter-0", "iter-1"):
+            found.wait_until_serves(name, name)
+        yield found
+    except BaseException:
+        print((folder / "log").read_text())
+        raise
+    finally:
+        server.terminate()
+        assert server.wait(timeout=90) == 0
+
+
+def expected(run: RunDir, iterate: int) -> list[str]:
+    """Greedy answers of transformers, with PEFT's adapter on top."""
+    start = run.description()["start_model"]
+    model: Any = AutoModelForCausalLM.from_pretrained(start, dtype=torch.float32)
+    if iterate:
+        model = peft.PeftModel.from_pretrained(model, run.adapter(iterate).local_folder())
+    answers = [
+        model.generate(input_ids=torch.tensor([prompt]), max_new_tokens=TOKENS, do_sample=False)[0, len(prompt) :]
+        for prompt in PROMPTS
+    ]
+    texts = load_tokenizer(start).batch_decode(answers, skip_special_tokens=True)
+    return [text.rstrip(HALF) for text in texts]
+
+
+def answer(client: openai.OpenAI, name: str, prompt: list[int]) -> str:
+    made = client.completions.create(model=name, prompt=prompt, max_tokens=TOKENS, temperature=0)
+    assert made.model == name
+    return made.choices[0].text.rstrip(HALF)
+
+
+def test_three_iterates_answer_together_from_one_engine_as_peft_would(served: Served) -> None:
+    client = served.client()
+    asked = [(name, prompt) for name in ("sft", "iter-0", "iter-1") for prompt in PROMPTS]
+    with ThreadPoolExecutor(len(asked)) as pool:
+        found = list(pool.map(lambda question: answer(client, *question), asked))
+    references = [text for iterate in range(3) for text in expected(served.run, iterate)]
+    assert found == references
+    assert len(set(references)) == len(references), "each iterate answers in its own way"
+    assert len(served.replicas("engine.")) == 1
+
+
+def test_an_engine_that_died_loads_the_adapters_again(served: Served) -> None:
+    client = served.client()
+    before = answer(client, "iter-1", PROMPTS[0])
+    (engine,) = served.replicas("engine.")
+    engine.kill()
+    engine.wait(30)
+    deadline = time.monotonic() + START_S
+    while time.monotonic() < deadline:
+        try:
+            assert answer(client, "iter-1", PROMPTS[0]) == before
+            return
+        except openai.APIStatusError:
+            time.sleep(0.5)
+    raise AssertionError(f"iter-1 was not back within {START_S} s")
