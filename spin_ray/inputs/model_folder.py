@@ -78,7 +78,7 @@ def find_model(config: ModelConfig) -> Path:
     if not folder.exists():
         if config.path.count("/") != 1 or config.path.startswith((".", "/", "~")):
             raise ModelError(f"model.path {config.path}: no such folder")
-        folder = _download(config.path)
+        folder = _download(f"{config.path}@{config.revision}" if config.revision else config.path)
     refuse_no_model(folder)
     limit = _positions_of(read_config(folder))
     if limit is not None and config.max_length > limit:
