@@ -59,7 +59,7 @@ class ReadDivergence:
             checkpoint(_of_chunk, head, hidden, *chunk, transform, use_reentrant=False, preserve_rng_state=False)
             for chunk in zip(*(part.split(rows) for part in (at, *teacher)), strict=True)
         ]
-        return torch.cat(found)[:targets]
+        return torch.cat(found)[:targets].clone()  # of a view FSDP2 would warn
 
 
 def divergence(logits: Float[Tensor, "rows vocab"], teacher: TopTokens) -> Float[Tensor, "rows"]:
