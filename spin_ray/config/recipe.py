@@ -91,6 +91,7 @@ class SpinConfig(Settings):
             beta=_pick(self.objective.beta, iteration),
             learning_rate=_pick(self.train.learning_rate, iteration),
             epochs=_pick(self.train.epochs, iteration),
+            schedule_epochs=_pick(self.train.schedule_epochs, iteration),
         )
 
     def identity(self) -> dict[str, Any]:
@@ -130,6 +131,7 @@ class IterationSettings(Section):
     beta: float
     learning_rate: float
     epochs: int
+    schedule_epochs: int | None = None
 
 
 _CREDENTIALS = re.compile(r"://[^/]*:[^/]*@|[?&][^=]*(secret|token|password|access_key)[^=]*=", re.IGNORECASE)
@@ -140,7 +142,9 @@ def _pick(value: T | tuple[T, ...], iteration: int) -> T:
 
 
 def _impossible(config: SpinConfig) -> Iterator[str]:
-    yield from _list_problems(config)
+    yield from (lists := list(_list_problems(config)))
+    if not lists:
+        yield from _objective_problems(config)
     yield from _length_problems(config)
     yield from _resource_problems(config)
     yield from _mesh_problems(config)
@@ -178,9 +182,21 @@ def _list_problems(config: SpinConfig) -> Iterator[str]:
         ("objective.beta", config.objective.beta),
         ("train.learning_rate", config.train.learning_rate),
         ("train.epochs", config.train.epochs),
+        ("train.schedule_epochs", config.train.schedule_epochs),
     ]:
         if isinstance(value, tuple) and len(value) != config.iterations:
             yield f"{name}: has {len(value)} values for {config.iterations} iterations; give one value or one for each"
+
+
+def _objective_problems(config: SpinConfig) -> Iterator[str]:
+    objective, train = config.objective, config.train
+    every = range(config.iterations)
+    if objective.loss == "space" and any(_pick(objective.beta, iteration) != 1 for iteration in every):
+        yield "objective.beta: the loss space takes log-ratios as they are; give 1"
+    for epochs, planned in ((_pick(train.epochs, it), _pick(train.schedule_epochs, it)) for it in every):
+        if planned is not None and planned < epochs:
+            yield f"train.schedule_epochs: {planned} is less than the {epochs} of train.epochs"
+            break
 
 
 def _length_problems(config: SpinConfig) -> Iterator[str]:

@@ -40,13 +40,13 @@ Identity = Annotated[T, IDENTITY]
 Later = Annotated[T, LATER]
 """A setting that older versions lack. It belongs to the identity only where it differs from its default."""
 
-AlgorithmName = Literal["spin", "continued_sft", "dpo", "sppo", "self_reinforcement", "seft"]
+AlgorithmName = Literal["spin", "continued_sft", "dpo", "sppo", "self_reinforcement", "seft", "tspin", "sdft"]
 FormName = Literal[
     "chosen_rejected", "prompt_chosen_rejected", "messages", "sharegpt", "real_generated", "prompt_completion",
     "prompt_response", "alpaca", "orca", "question_answer", "sharegpt_preferred",
 ]  # fmt: skip
 GradeName = Literal["number", "exact", "regex", "multiple_choice", "json"]
-LossName = Literal["logistic", "hinge", "exponential", "correlation"]
+LossName = Literal["logistic", "hinge", "exponential", "correlation", "space"]
 OptimizerName = Literal["rmsprop", "adamw", "adamw_8bit", "muon"]
 BackendName = Literal["fsdp2", "deepspeed"]
 
@@ -63,6 +63,8 @@ class ModelConfig(Section):
     path: str
     """Model folder (safetensors), ``embedded:NAME``, or ``owner/name`` or ``owner/name@revision`` of a hub. An adapter
     (PEFT) is merged with its model once, in the cache; the run starts from that."""
+    revision: Later[str | None] = None
+    """Branch, tag or commit of a hub's model. Not set: that of ``path``, else the newest."""
     base: Later[str | None] = None
     """Model below the adapter that ``path`` names. Not set: the one that the adapter itself names."""
     max_length: Count = 2048
@@ -254,7 +256,7 @@ class ObjectiveConfig(Section):
 
     loss: NameOrPath[LossName] = "logistic"
     """Loss ℓ of the margin in equation 4.7, or the import path of a function, ``my_package.mine:loss``. Paper:
-    logistic, log(1 + e^-m)."""
+    logistic, log(1 + e^-m). ``space`` (SPACE, arXiv 2512.07175) takes both log-ratios apart, with ``beta`` 1."""
     beta: MayChange[PerIteration] = 0.1
     """Factor of each log-ratio in the margin, the paper's λ. A larger β keeps θ_{t+1} closer to θ_t. A list gives each
     iteration its own (paper: 0.1, 0.1, 0.1, 5.0)."""
@@ -270,9 +272,22 @@ class ObjectiveConfig(Section):
     sft_weight: NonNegative = 0.0
     """Weight of an added -log p(y), the mean over a step's response tokens. It anchors small models and large steps.
     Paper: 0."""
+    positive_weight: Later[NonNegative] = 0.0
+    """λ of DPO-Positive (arXiv 2402.13228), which takes β·λ·max(0, -r(y)) from the margin, r(y) = log p_θ(y)/p_ref(y).
+    It holds log p(y) where it was, where ``sft_weight`` raises it. Paper: no such term. DPO-Positive: 50."""
+    mu: Later[Positive] = 1.0
+    """μ of ``loss: space``: weight of the generated responses. 1: as much as the human ones."""
+    history_weight: Later[NonNegative] = 0.1
+    """Weight of T-SPIN's second term, y′ over θ_0's response. T-SPIN's paper: 0.1, its β."""
     keep_identical: bool = False
     """Use of pairs with y = y′. Their margin is 0, so only ``sft_weight`` learns from them. Without them,
     ``sft_weight`` acts mostly on prompts that the model gets wrong."""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _space_has_no_beta(cls, given: Any) -> Any:
+        """Gives ``space`` the values that its theory needs, where the recipe has none."""
+        return {"beta": 1.0, "window": 1} | given if isinstance(given, dict) and given.get("loss") == "space" else given
 
     def oldest_iteration(self, iteration: int) -> int:
         """Returns the first iteration in the window of ``iteration``; it may be negative."""
@@ -389,6 +404,9 @@ class TrainConfig(Section):
     """Highest learning rate, after the warm-up. A list gives each iteration its own (paper: 5e-7, 5e-7, 1e-7, 1e-7)."""
     epochs: MayChange[PerIterationCount] = 2
     """Passes over an iteration's pairs. A list gives each iteration its own. Paper: 2."""
+    schedule_epochs: MayChange[PerIterationCount | None] = None
+    """Passes that the learning rate's schedule is planned for, of which ``epochs`` are trained. A list gives each
+    iteration its own. Not set: ``epochs``."""
     optimizer: OptimizerConfig = OptimizerConfig()
     """Optimizer, fresh for every iteration."""
     lora: LoraConfig | None = None
@@ -460,6 +478,23 @@ class ReviserConfig(SftConfig):
     minor_from: Fraction = 0.5
     """Smallest similarity (0 to 1, by tokens) of answer and human response for a minor revision. In the paper a reward
     model decides."""
+
+
+class SdftConfig(Section):
+    """Self-distillation: the teacher is θ_t with the human response in its prompt."""
+
+    demonstration: str = "{prompt}\n\nHere is a good response:\n{response}\n\nNow give a response of your own."
+    """Last message of the user as the teacher reads it; ``{prompt}`` is the message, ``{response}`` the human
+    response."""
+    top_k: Count = 20
+    """Tokens of the teacher's distribution that are stored at each place; all others count as one."""
+
+    @field_validator("demonstration")
+    @classmethod
+    def _shows_the_response(cls, template: str) -> str:
+        if lacking := [name for name in ("{prompt}", "{response}") if name not in template]:
+            raise ValueError(f"sdft.demonstration: lacks {' and '.join(lacking)}")
+        return template
 
 
 class HealthConfig(Section):
@@ -640,6 +675,8 @@ class Settings(Section):
     """Filter of the model's own answers in ``self_reinforcement``. Not set: all are learnt from."""
     reviser: ReviserConfig | None = None
     """Reviser; ``seft`` needs it."""
+    sdft: Later[SdftConfig | None] = None
+    """Teacher of ``sdft``. Not set: its defaults."""
     generation: GenerationConfig = GenerationConfig()
     """Generation of responses by the opponent."""
     objective: ObjectiveConfig = ObjectiveConfig()

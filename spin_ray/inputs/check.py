@@ -102,7 +102,10 @@ def find_inputs(config: SpinConfig) -> Inputs:
     heldout_files = find_files(heldout) if heldout else None
     questions = resolve(config.data.questions) if config.data.questions else None
     questions_files = find_files(questions) if questions else None
-    path = check_folder(without_adapter(find_folder(resolve(config.model.path)), config.model), config.model)
+    path = check_folder(
+        without_adapter(find_folder(resolve(config.model.path), revision=config.model.revision), config.model),
+        config.model,
+    )
     refuse_untrainable(path)
     if not config.model.trust_remote_code:
         refuse_architecture(path, config.model.max_length)

@@ -80,10 +80,10 @@ def find_model(config: ModelConfig) -> Path:
         ModelError: there is no such model.
         ConfigError: it has fewer positions than ``model.max_length``.
     """
-    return check_folder(find_folder(config.path), config)
+    return check_folder(find_folder(config.path, revision=config.revision), config)
 
 
-def find_folder(path: str, setting: str = "model.path") -> Path:
+def find_folder(path: str, setting: str = "model.path", revision: str | None = None) -> Path:
     """Returns a folder of this machine, fetched if ``path`` names one of the hub.
 
     Raises:
@@ -94,7 +94,7 @@ def find_folder(path: str, setting: str = "model.path") -> Path:
         return folder
     if path.count("/") != 1 or path.startswith((".", "/", "~")):
         raise ModelError(f"{setting} {path}: no such folder")
-    return _download(path, setting)
+    return _download(f"{path}@{revision}" if revision else path, setting)
 
 
 def check_folder(folder: Path, config: ModelConfig) -> Path:

@@ -64,7 +64,7 @@ class PromptTask:
             labelled=labelled,
             chat_template_kwargs=config.model.chat_template_kwargs,
             date=date,
-            takes_tools=config.algorithm != "seft",
+            takes_tools=config.algorithm not in ("seft", "sdft"),
         )
 
     @cached_property
@@ -127,7 +127,7 @@ def _conversations_of(source: SourceRow, task: PromptTask) -> _Found | Unusable:
     try:
         tools = tools_of(source.content, task.data)
         if tools and not task.takes_tools:
-            raise Unusable("tools", "seft writes its prompt again, which would have no tools")
+            raise Unusable("tools", "seft and sdft write prompts again, which would have no tools")
         if not task.labelled:
             return _Found([question_of(source.content, task.data)], None, tools)
         return _Found(conversations_of(source.content, task.data), rejected_of(source.content, task.data), tools)

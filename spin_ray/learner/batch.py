@@ -60,6 +60,8 @@ class PackedBatch:
     """Row in the table."""
     runs: tuple[Run, ...]
     """The pack's tokens once more, as the host knows them; a tree's prompt precedes its responses."""
+    initial_segment: Int64[Tensor, "pairs"] | None = None
+    """θ_0's response, for rows with ``initial_ids`` (T-SPIN)."""
 
     @property
     def num_pairs(self) -> int:

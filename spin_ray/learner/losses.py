@@ -4,6 +4,7 @@ Every loss is a SUM over pairs; the caller divides by counts of the whole step.
 A mean per pack would weigh pairs by how full their pack is.
 """
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Literal, NamedTuple, Protocol, runtime_checkable
@@ -125,6 +126,22 @@ def square_loss(
     return (of_real.square() + of_generated.square()).sum() / 2
 
 
+def space_loss(
+    real_ratio: Float[Tensor, "pairs"], generated_ratio: Float[Tensor, "pairs"], mu: float
+) -> Float[Tensor, ""]:
+    """Returns SPACE's loss (arXiv 2512.07175), noise contrastive estimation of p_data with noise p_ref.
+
+    Σ [ −log σ_μ(r) − μ log(1 − σ_μ(r′)) ], σ_μ(x) = 1/(1 + μ e^−x)
+
+    Args:
+        real_ratio: r = log p_θ(y|x)/p_ref(y|x), in nats.
+        generated_ratio: r′, the same of y′ ~ p_ref.
+        mu: weight of the generated responses.
+    """
+    log_mu = math.log(mu)
+    return (functional.softplus(log_mu - real_ratio) + mu * functional.softplus(generated_ratio - log_mu)).sum()
+
+
 def sft_loss(real_logp: Float[Tensor, "pairs"]) -> Float[Tensor, ""]:
     """Returns −Σ log p(y|x), before division by the step's real tokens.
 
@@ -165,9 +182,34 @@ class Loss(Protocol):
 
 @dataclass(frozen=True, slots=True)
 class MarginLoss:
-    """ℓ(margin), equation 4.7."""
+    """ℓ(margin), equation 4.7, or with a ``positive_weight`` DPO-Positive's (arXiv 2402.13228)."""
 
     function: MarginFunction
+    needs_reference: bool = True
+    needs_wins: bool = False
+    per: Literal["pair", "token"] = "pair"
+    positive_weight: float = 0.0
+    """λ of ℓ(margin − β λ max(0, −r)), r = log p_θ(y|x)/p_ref(y|x); the margin that is logged lacks the term."""
+
+    def __call__(
+        self, policy: PairValues, reference: PairValues | None, wins: PairValues | None, beta: float
+    ) -> Float[Tensor, ""]:
+        margin = self.margin(policy, reference, beta)
+        if self.positive_weight:
+            assert reference is not None
+            margin = margin - beta * self.positive_weight * functional.relu(reference.real - policy.real)
+        return spin_loss(margin, self.function)
+
+    def margin(self, policy: PairValues, reference: PairValues | None, beta: float) -> Float[Tensor, "pairs"]:
+        assert reference is not None
+        return margins(*policy, *reference, beta)
+
+
+@dataclass(frozen=True, slots=True)
+class SpaceLoss:
+    """SPACE's ``space_loss``. Rewards are absolute: beta scales only the margin, which is watched."""
+
+    mu: float = 1.0
     needs_reference: bool = True
     needs_wins: bool = False
     per: Literal["pair", "token"] = "pair"
@@ -175,11 +217,31 @@ class MarginLoss:
     def __call__(
         self, policy: PairValues, reference: PairValues | None, wins: PairValues | None, beta: float
     ) -> Float[Tensor, ""]:
-        return spin_loss(self.margin(policy, reference, beta), self.function)
+        assert reference is not None
+        return space_loss(policy.real - reference.real, policy.generated - reference.generated, self.mu)
 
     def margin(self, policy: PairValues, reference: PairValues | None, beta: float) -> Float[Tensor, "pairs"]:
         assert reference is not None
         return margins(*policy, *reference, beta)
+
+
+@dataclass(frozen=True, slots=True)
+class ReferenceFreeLoss:
+    """ℓ(β [log p_θ(y|x) − log p_θ(y′|x)]), the first term of T-SPIN (arXiv 2601.08198, equation 7; β is α there)."""
+
+    function: MarginFunction
+    needs_reference: bool = False
+    needs_wins: bool = False
+    per: Literal["pair", "token"] = "pair"
+
+    def __call__(
+        self, policy: PairValues, reference: PairValues | None, wins: PairValues | None, beta: float
+    ) -> Float[Tensor, ""]:
+        return spin_loss(beta * (policy.real - policy.generated), self.function)
+
+    def margin(self, policy: PairValues, reference: PairValues | None, beta: float) -> None:
+        """Returns None: without a reference it does not start at 0, and health's limit would not fit it."""
+        return None
 
 
 @dataclass(frozen=True, slots=True)
@@ -220,7 +282,9 @@ class SftLoss:
 
 LOSSES: dict[str | None, Loss] = {
     **{name: MarginLoss(function) for name, function in MARGIN_FUNCTIONS.items()},
+    "space": SpaceLoss(),
     "square": SquareLoss(),
+    "reference_free": ReferenceFreeLoss(logistic),
     None: SftLoss(),
 }
 """Losses by name; None is SFT."""
@@ -236,7 +300,7 @@ def resolve_loss(name: str | None) -> Loss:
     """
     if name in LOSSES:
         return LOSSES[name]
-    found = import_object(str(name), "objective.loss", LOSSES)
+    found = import_object(str(name), "objective.loss", [*MARGIN_FUNCTIONS, "space"])
     if isinstance(found, type):
         raise ConfigError(f"objective.loss: {name} is a class; name an object of it, or a function of the margin")
     if isinstance(found, Loss):

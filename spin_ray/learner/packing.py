@@ -30,7 +30,7 @@ class PairLengths:
     prompt: np.ndarray
     real: np.ndarray
     generated: np.ndarray
-    """0 without y' (SFT)."""
+    """0 without y' (SFT); with that of θ_0's response, if the row has one."""
     tree_key: np.ndarray
     """Integer, equal for rows with identical prompt and real tokens."""
 
@@ -184,12 +184,13 @@ def _best_fit_decreasing(trees: list[Tree], sizes: list[int], pack_length: int) 
 def build_pack(
     pack: Pack, table: pa.Table, *, pack_length: int, pad_id: int, pad_multiple: int | None = None
 ) -> PackedBatch:
-    """Returns the tensors of one pack of PAIR_SCHEMA rows, targets and segments in pack order.
+    """Returns the tensors of one pack of PAIR_SCHEMA or TRIPLET_SCHEMA rows, targets and segments in pack order.
 
     Padding fills up to ``pack_length``, or to the next multiple of ``pad_multiple`` if that is less.
     Do not combine the table's chunks: one list array cannot hold 2^31 tokens.
     """
     columns = [table.column(name) for name in ("prompt_ids", "real_ids", "generated_ids")]
+    initial = table.column("initial_ids") if "initial_ids" in table.column_names else None
     builder = _PackBuilder()
     for number, tree in enumerate(pack):
         prompt, real = (_tokens(column, tree[0]) for column in columns[:2])
@@ -203,9 +204,13 @@ def build_pack(
                 branch += 1
                 generated_segment = builder.add_response(generated, number, branch, last_of_prompt, start=len(prompt))
             builder.pairs.append((real_segment, generated_segment, row))
+            if initial is not None:
+                branch += 1
+                tokens = _tokens(initial, row)
+                builder.initial.append(builder.add_response(tokens, number, branch, last_of_prompt, start=len(prompt)))
     multiple = pad_multiple or pack_length
     length = max(-(-builder.length // multiple), 1) * multiple
-    return builder.finish(min(length, pack_length), pad_id)
+    return builder.finish(min(length, pack_length), pad_id, with_initial=initial is not None)
 
 
 def _tokens(column: pa.ChunkedArray, row: int) -> np.ndarray:
@@ -218,6 +223,7 @@ class _PackBuilder:
         self.spans: list[tuple[np.ndarray, int, int, int]] = []  # tokens, first position, tree, branch
         self.targets: list[tuple[np.ndarray, np.ndarray]] = []  # predict_at, target_ids; one entry a segment
         self.pairs: list[tuple[int, int, int]] = []
+        self.initial: list[int] = []  # segments
 
     def add_prompt(self, tokens: np.ndarray, tree: int) -> int:
         self.spans.append((tokens, 0, tree, 0))
@@ -232,7 +238,7 @@ class _PackBuilder:
         self.length += len(tokens)
         return len(self.targets) - 1
 
-    def finish(self, pack_length: int, pad_id: int) -> PackedBatch:
+    def finish(self, pack_length: int, pad_id: int, *, with_initial: bool) -> PackedBatch:
         if self.length > pack_length:
             raise ValueError(f"pack holds {self.length} tokens, more than pack_length {pack_length}")
         sizes = [len(tokens) for tokens, *_ in self.spans]
@@ -257,6 +263,7 @@ class _PackBuilder:
             generated_segment=_int64([generated]),
             pair_row=_int64([rows]),
             runs=self._runs(pack_length),
+            initial_segment=_int64([np.array(self.initial, np.int64)]) if with_initial else None,
         )
 
     def _runs(self, pack_length: int) -> tuple[Run, ...]:

@@ -5,10 +5,11 @@ Padded layout, for models that cannot attend so: every response is a row.
 """
 
 import inspect
+from collections.abc import Callable
 from typing import Any, Literal
 
 import torch
-from jaxtyping import Float, Int64
+from jaxtyping import Int64
 from torch import Tensor, nn
 
 from spin_ray.learner.attention import ATTENTIONS, IMPLEMENTATION, Attention
@@ -19,6 +20,8 @@ from spin_ray.learner.head import Head, LogitTransform, target_logps
 from spin_ray.learner.losses import response_logps
 
 Layout = Literal["packed", "padded"]
+HeadReader = Callable[[Head, Tensor, Tensor, Tensor, LogitTransform], Any]
+"""Function of head, hidden states, the targets' places in them, the targets' ids and the change of logits."""
 
 PADDED_LENGTH_MULTIPLE = 64
 """Multiple that rows are padded to: every new shape costs oneDNN new kernels."""
@@ -58,18 +61,19 @@ class ResponseScorer(nn.Module):
         elif attention is not None:
             model.set_attn_implementation(attention)
 
-    def forward(self, batch: PackedBatch, *, by_token: bool = False) -> Float[Tensor, "segments_or_targets"]:
-        """Returns log p of every response, or of every response token, in nats."""
-        logps = self._packed(batch) if self.layout == "packed" else self._padded(batch)
-        if by_token:
-            return logps
-        return response_logps(logps, batch.segment, batch.num_segments)
+    def forward(self, batch: PackedBatch, *, by_token: bool = False, read: HeadReader | None = None) -> Any:
+        """Returns log p of every response, or of every response token, in nats; or what ``read`` returns."""
+        score = self._packed if self.layout == "packed" else self._padded
+        found = score(batch, read or target_logps)
+        if by_token or read:
+            return found
+        return response_logps(found, batch.segment, batch.num_segments)
 
     def head(self) -> Head:
         """Returns the function from hidden states to logits."""
         return self.model.get_output_embeddings()
 
-    def _packed(self, batch: PackedBatch) -> Float[Tensor, "targets"]:
+    def _packed(self, batch: PackedBatch, read: HeadReader) -> Any:
         embeddings = self.model.get_input_embeddings().weight
         device = batch.input_ids.device
         plan = self._attention.prepare(batch, self._windows, device, embeddings.dtype)
@@ -83,9 +87,9 @@ class ResponseScorer(nn.Module):
             **({"attention_plan": plan} if self._takes_plan else {}),
         )
         hidden = output.last_hidden_state[0]
-        return target_logps(self.head(), hidden, batch.predict_at, batch.target_ids, self._transform)
+        return read(self.head(), hidden, batch.predict_at, batch.target_ids, self._transform)
 
-    def _padded(self, batch: PackedBatch) -> Float[Tensor, "targets"]:
+    def _padded(self, batch: PackedBatch, read: HeadReader) -> Any:
         """Calls the model once: FSDP2's ranks must make equally many calls."""
         input_ids, lengths = padded_rows(batch)
         attention_mask = torch.arange(input_ids.shape[1], device=lengths.device) < lengths[:, None]
@@ -93,9 +97,9 @@ class ResponseScorer(nn.Module):
         rows = {"input_ids": input_ids, "attention_mask": attention_mask.long(), "use_cache": False}
         if self._model_logits:
             logits = self.model(**rows).logits.flatten(0, 1)
-            return target_logps(nn.Identity(), logits, at, batch.target_ids, LogitTransform())
+            return read(nn.Identity(), logits, at, batch.target_ids, LogitTransform())
         hidden = decoder_of(self.model)(**rows).last_hidden_state.flatten(0, 1)
-        return target_logps(self.head(), hidden, at, batch.target_ids, self._transform)
+        return read(self.head(), hidden, at, batch.target_ids, self._transform)
 
 
 def attention_windows(config: Any) -> tuple[Window, ...]:

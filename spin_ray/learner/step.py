@@ -6,7 +6,7 @@ plan of all epochs -> score the first epoch's packs (reference) -> steps: forwar
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from typing import Any
 
 import numpy as np
@@ -19,9 +19,12 @@ from torch import Tensor
 
 from spin_ray.learner.backends.base import TrainBackend
 from spin_ray.learner.batch import PackedBatch
+from spin_ray.learner.distillation import ReadDivergence
 from spin_ray.learner.losses import (
     Loss,
+    MarginLoss,
     PairValues,
+    SpaceLoss,
     geometric_reference,
     pair_logps,
     resolve_loss,
@@ -30,6 +33,7 @@ from spin_ray.learner.losses import (
 )
 from spin_ray.learner.metrics import StepSums, step_metrics
 from spin_ray.learner.packing import Pack, PairLengths, Step, build_pack, plan_epoch
+from spin_ray.learner.teacher import Teacher
 
 LENGTHS_OF_A_PACK = 16
 """Number of pack lengths: new shapes cost oneDNN kernels, padding costs compute."""
@@ -48,6 +52,27 @@ class Objective:
     sft_weight: float = 0.0
     length_normalised: bool = False
     """True: a loss per pair takes log-probabilities per token, unlike the paper."""
+    mu: float = 1.0
+    """SPACE's μ."""
+    positive_weight: float = 0.0
+    """DPO-Positive's λ, for losses of the margin."""
+    history_weight: float = 0.0
+    """Weight of the loss of (y′, y_0) beside that of (y, y′), where rows have a y_0 (T-SPIN)."""
+    top_k: int = 0
+    """Tokens of the teacher's distributions that replace the loss (SDFT). 0: no teacher."""
+
+    def resolve(self) -> Loss:
+        """Returns the loss with this objective's parameters."""
+        loss = resolve_loss(self.loss)
+        if isinstance(loss, MarginLoss) and self.positive_weight:
+            return replace(loss, positive_weight=self.positive_weight)
+        return replace(loss, mu=self.mu) if isinstance(loss, SpaceLoss) else loss
+
+    def parameters(self) -> dict[str, float]:
+        """Returns the parameters that older versions lack, where they differ from their defaults."""
+        names = ("mu", "positive_weight", "history_weight", "top_k")
+        defaults = Objective(loss=self.loss)
+        return {name: value for name in names if (value := getattr(self, name)) != getattr(defaults, name)}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -108,12 +133,16 @@ def plan(lengths: PairLengths, shape: PackShape, *, epochs: int, seed: int, rank
 
 
 def pair_lengths(parts: Iterable[pa.Table]) -> PairLengths:
-    """Counts the tokens of PAIR_SCHEMA rows; those of one prompt_id share a tree."""
+    """Counts the tokens of PAIR_SCHEMA or TRIPLET_SCHEMA rows; those of one prompt_id share a tree."""
     names = ("prompt", "real", "generated")
-    lengths = pa.concat_tables(
-        pa.table({name: pc.list_value_length(part[f"{name}_ids"]) for name in names} | {"tree": part["prompt_id"]})
-        for part in parts
-    )
+
+    def counted(part: pa.Table) -> pa.Table:
+        columns = {name: pc.list_value_length(part[f"{name}_ids"]) for name in names}
+        if "initial_ids" in part.column_names:
+            columns["generated"] = pc.add(columns["generated"], pc.list_value_length(part["initial_ids"]))
+        return pa.table(columns | {"tree": part["prompt_id"]})
+
+    lengths = pa.concat_tables(counted(part) for part in parts)
     keys = lengths["tree"].combine_chunks().dictionary_encode().indices
     return PairLengths(**{name: np.asarray(lengths[name]) for name in names}, tree_key=np.asarray(keys))
 
@@ -146,6 +175,7 @@ def train_step(
     shape: PackShape,
     objective: Objective,
     reference: ReferenceScores | None,
+    teacher: Teacher | None = None,
 ) -> dict[str, float]:
     """Takes one optimizer step; returns its metrics, equal on all ranks.
 
@@ -157,7 +187,10 @@ def train_step(
     packs = step.for_rank(*shape.place())
     sums = StepSums(backend.device)
     for number, (tokens, batch) in enumerate(feed(packs, table, shape, backend.device)):
-        loss, pack_sums = _pack_loss(backend, batch, step, objective, reference)
+        if teacher is not None:
+            loss, pack_sums = _distilled(backend, batch, step, teacher)
+        else:
+            loss, pack_sums = _pack_loss(backend, batch, step, objective, reference)
         backend.backward(loss, last_microbatch=number == len(packs) - 1)
         sums.add(pack_sums | {"tokens": tokens})
     try:
@@ -166,7 +199,7 @@ def train_step(
     except FloatingPointError as error:
         ids = table["pair_id"].take([row for pack in step.packs for tree in pack for row in tree]).to_pylist()
         raise FloatingPointError(f"{error}; the pairs of this step: {', '.join(ids)}") from error
-    return step_metrics(totals, step, resolve_loss(objective.loss), stats)
+    return step_metrics(totals, step, objective.resolve(), stats)
 
 
 def feed(
@@ -209,13 +242,16 @@ def _pack_loss(
     reference: ReferenceScores | None,
 ) -> tuple[Float[Tensor, ""], dict[str, Tensor | int]]:
     """Returns the pack's share of the step's loss and of its sums."""
-    loss = resolve_loss(objective.loss)
-    logps = pair_logps(backend.logps(batch), batch)
+    loss = objective.resolve()
+    of_segments = backend.logps(batch)
+    logps = pair_logps(of_segments, batch)
     scores, wins = _of_pack(objective, loss, batch, reference)
     policy, against = logps, scores
     if objective.length_normalised and loss.per == "pair":
         policy, against = _per_token(logps, batch), _per_token(scores, batch) if scores else None
     total = loss(policy, against, wins, objective.beta)
+    if objective.history_weight and batch.initial_segment is not None:
+        total = total + objective.history_weight * _history(objective, loss, of_segments, batch)
     share = total / (step.num_pairs if loss.per == "pair" else step.num_real_tokens)
     if objective.sft_weight and loss.per == "pair":
         share = share + objective.sft_weight * sft_loss(logps.real) / step.num_real_tokens
@@ -228,6 +264,23 @@ def _pack_loss(
         if (margin := loss.margin(policy, against, objective.beta)) is not None:
             sums |= {"margin": margin.sum(), "correct": (margin > 0).sum()}
     return share, sums
+
+
+def _history(
+    objective: Objective, loss: Loss, logps: Float[Tensor, "segments"], batch: PackedBatch
+) -> Float[Tensor, ""]:
+    """Returns the loss of y′ over y_0, T-SPIN's second term (arXiv 2601.08198, equation 7)."""
+    assert batch.initial_segment is not None
+    values = logps / segment_lengths(batch) if objective.length_normalised else logps
+    return loss(PairValues(values[batch.generated_segment], values[batch.initial_segment]), None, None, objective.beta)
+
+
+def _distilled(
+    backend: TrainBackend, batch: PackedBatch, step: Step, teacher: Teacher
+) -> tuple[Float[Tensor, ""], dict[str, Tensor | int]]:
+    """Returns the pack's share of SDFT's loss, the mean over tokens of y′ of KL(policy ‖ teacher), and its sum."""
+    total = backend.read(batch, ReadDivergence(teacher.of_pack(batch))).sum()
+    return total / step.num_real_tokens, {"loss": total.detach()}
 
 
 def _of_pack(

@@ -69,7 +69,8 @@ def _spin(run: RunDir, config: SpinConfig, start: Start, play: Play) -> None:
         )
         play(opponent, _jobs(turn, algorithm))
         if start.heldout:
-            evaluations.append(evaluation.run(run, config, iteration, opponent, previous, initial))
+            trained = algorithm.objective(config, iteration - 1) if iteration else None
+            evaluations.append(evaluation.run(run, config, iteration, opponent, previous, initial, trained))
         run.publish(iteration)
         write_card(run, iteration)
         track(run, config, iteration)

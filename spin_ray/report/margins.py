@@ -4,6 +4,7 @@ Its pair_id is PROMPT/self for the iterate's y′, PROMPT/opponent for its oppon
 """
 
 import math
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -23,7 +24,10 @@ LARGEST_SHARE = 0.1
 
 
 def row_margins(scores: pa.Table, model: str, opponent: str, beta: float) -> Any:
-    """Returns a frame by pair_id: ``real`` and ``generated`` (log p minus the opponent's, in nats), ``margin``."""
+    """Returns a frame by pair_id: ``real`` and ``generated`` (log p minus the opponent's, in nats), ``margin``.
+
+    ``real_logp`` and ``generated_logp`` are the model's.
+    """
     columns = ["pair_id", "model", "real_logp", "generated_logp"]
     logps = ["real_logp", "generated_logp"]
     frame = scores.select(columns).to_pandas().pivot(index="pair_id", columns="model", values=logps)
@@ -31,12 +35,25 @@ def row_margins(scores: pa.Table, model: str, opponent: str, beta: float) -> Any
     drift = {name: frame[f"{name}_logp"][model] - frame[f"{name}_logp"][opponent] for name in ("real", "generated")}
     result = drift["real"].to_frame("real")
     result["generated"] = drift["generated"]
+    result[logps] = np.stack([frame[name][model] for name in logps], axis=1)
     result["margin"] = beta * (result["real"] - result["generated"])
     return result
 
 
-def margin_measures(scores: pa.Table, model: str, opponent: str, initial: str, beta: float) -> dict[str, Any]:
-    """Returns the measures of ``eval.json`` from margins and drifts; ``initial`` is θ_0's name."""
+def margin_measures(
+    scores: pa.Table,
+    model: str,
+    opponent: str,
+    initial: str,
+    beta: float,
+    objective: Callable[[Any], np.ndarray] | None = None,
+) -> dict[str, Any]:
+    """Returns the measures of ``eval.json`` from margins and drifts.
+
+    Args:
+        initial: θ_0's name.
+        objective: returns the loss that was trained, for each row of a frame of ``row_margins``.
+    """
     frame = row_margins(scores, model, opponent, beta)
     concentrations = margin_concentrations(scores, model, opponent)
     measures: dict[str, Any] = {"beta": beta, "real_logp_drift": float(frame["real"].mean())}
@@ -50,6 +67,8 @@ def margin_measures(scores: pa.Table, model: str, opponent: str, initial: str, b
             "accuracy": (margin > 0).astype(np.float64),
             "generated_logp_drift": rows["generated"].to_numpy(),
         }
+        if objective is not None and whose == "opponent":
+            by_row["objective"] = objective(rows)
         shares = [share for pair_id, share in concentrations.items() if is_sample_of(pair_id, whose)]
         if shares:
             by_row["margin_concentration"] = np.asarray(shares)

@@ -53,6 +53,11 @@ MEASURES = (
         "At or above ln 2 = 0.693: it learned nothing that carries over. Near 0: different, not yet better.", 4,
     ),
     Measure(
+        "against_opponent.objective", "held-out objective",
+        "the trained loss on the same rows, where it is another function of both log-ratios than the logistic loss",
+        "At or above its value at step 0: it learned nothing that carries over.", 4,
+    ),
+    Measure(
         "against_opponent.margin", "margin",
         "mean margin on the same rows, in nats times beta",
         "Many nats after few steps: the policy is running away from its opponent.",

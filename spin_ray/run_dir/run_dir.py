@@ -74,6 +74,14 @@ class RunDir:
         """Win probabilities of both responses of each SPPO pair."""
         return self.artefact(f"{iteration_name(iteration)}/wins")
 
+    def teacher_rows(self, iteration: int) -> Artefact:
+        """SDFT's y′ behind prompts with a demonstration."""
+        return self.artefact(f"{iteration_name(iteration)}/teacher_rows")
+
+    def teacher(self, iteration: int) -> Artefact:
+        """Distributions of SDFT's teacher at the tokens of ``teacher_rows``."""
+        return self.artefact(f"{iteration_name(iteration)}/teacher")
+
     def model(self, iterate: int) -> Artefact:
         """Model folder of θ_iterate, or that of its adapter; θ_0 has one only after a warm-up."""
         adapter = self.adapter(iterate)

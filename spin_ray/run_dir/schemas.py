@@ -48,6 +48,23 @@ PAIR_SCHEMA = pa.schema(
 ``pair_id`` ends with the sample number. An SFT row has an empty ``generated_ids``.
 """
 
+TRIPLET_SCHEMA = PAIR_SCHEMA.append(pa.field("initial_ids", TOKEN_IDS, nullable=False))
+"""A pair with y_0, θ_0's response to the same prompt (T-SPIN)."""
+
+TEACHER_SCHEMA = pa.schema(
+    [
+        pa.field("pair_id", pa.string(), nullable=False),
+        pa.field("top_ids", TOKEN_IDS, nullable=False),
+        pa.field("top_logps", pa.list_(pa.float32()), nullable=False),
+        pa.field("rest_logps", pa.list_(pa.float32()), nullable=False),
+    ]
+)
+"""The teacher's distribution at each token of a response, in nats (SDFT).
+
+``top_ids`` and ``top_logps`` have the k likeliest tokens of each place, likeliest first, place after place.
+``rest_logps`` has one entry a place: log of the probability of all other tokens.
+"""
+
 REFERENCE_SCHEMA = pa.schema(
     [
         pa.field("pair_id", pa.string(), nullable=False),

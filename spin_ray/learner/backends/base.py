@@ -13,6 +13,7 @@ from torch import Tensor
 from spin_ray.config.recipe import SpinConfig
 from spin_ray.config.sections import LoraConfig, Mesh, OptimizerConfig
 from spin_ray.learner.batch import PackedBatch
+from spin_ray.learner.scoring import HeadReader
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -97,6 +98,10 @@ class TrainBackend(Protocol):
 
     def score(self, batch: PackedBatch) -> Float[Tensor, "segments"]:
         """Returns the same bits as ``logps``, without a graph."""
+        ...
+
+    def read(self, batch: PackedBatch, reader: HeadReader) -> Any:
+        """Returns what ``reader`` makes of the head and the hidden states, differentiable; only sdft calls it."""
         ...
 
     def backward(self, loss: Float[Tensor, ""], *, last_microbatch: bool) -> None:

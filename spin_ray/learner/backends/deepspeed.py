@@ -23,7 +23,7 @@ from spin_ray.learner.batch import PackedBatch
 from spin_ray.learner.hf_folder import load_model
 from spin_ray.learner.layout import choose_layout
 from spin_ray.learner.optimizers import make_optimizer
-from spin_ray.learner.scoring import ResponseScorer
+from spin_ray.learner.scoring import HeadReader, ResponseScorer
 
 CHECKPOINT = "zero"
 """DeepSpeed's folder inside a checkpoint."""
@@ -78,6 +78,9 @@ class DeepSpeedBackend:
     @torch.no_grad()
     def score(self, batch: PackedBatch) -> Float[Tensor, "segments"]:
         return self.logps(batch)
+
+    def read(self, batch: PackedBatch, reader: HeadReader) -> Any:
+        return self._engine(batch.to(self.device), read=reader)
 
     def backward(self, loss: Float[Tensor, ""], *, last_microbatch: bool) -> None:
         self._engine.set_gradient_accumulation_boundary(last_microbatch)

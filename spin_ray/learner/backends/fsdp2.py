@@ -42,7 +42,7 @@ from spin_ray.learner.layout import choose_layout
 from spin_ray.learner.loading import empty_model, load_first_layers, materialise, read_shares
 from spin_ray.learner.optimizers import allocate_by_a_step, allocate_state, make_optimizer
 from spin_ray.learner.quantised import load_quantised, quantised_weights
-from spin_ray.learner.scoring import ResponseScorer
+from spin_ray.learner.scoring import HeadReader, ResponseScorer
 
 
 class Fsdp2Backend:
@@ -119,6 +119,9 @@ class Fsdp2Backend:
     def score_tokens(self, batch: PackedBatch) -> Float[Tensor, "targets"]:
         """Returns log p of every response token, in pack order, fp32; a collective."""
         return self._scorer(batch.to(self.device), by_token=True).float()
+
+    def read(self, batch: PackedBatch, reader: HeadReader) -> Any:
+        return self._scorer(batch.to(self.device), read=reader)
 
     def backward(self, loss: Float[Tensor, ""], *, last_microbatch: bool) -> None:
         # Without sync, gradients add up whole (4 bytes per parameter) on every rank, and are reduced once per step.

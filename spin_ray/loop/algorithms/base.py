@@ -48,6 +48,8 @@ class Algorithm(ABC):
     """Optional sections and fields that it may give."""
     makes_wins: ClassVar[bool] = False
     """True if ``make_pairs`` commits ``iter_NNN/wins``, for losses that need win probabilities."""
+    own_loss: ClassVar[bool] = False
+    """True if ``objective`` does not read ``objective.loss``, and a recipe may not give one."""
 
     def problems(self, config: SpinConfig) -> Iterator[str]:
         """Yields a sentence for each unusable setting."""
@@ -77,6 +79,8 @@ def margin_objective(config: SpinConfig, iteration: int) -> Objective:
         beta=config.at(iteration).beta,
         sft_weight=config.objective.sft_weight,
         length_normalised=config.objective.length_normalised,
+        mu=config.objective.mu,
+        positive_weight=config.objective.positive_weight,
     )
 
 

@@ -3,21 +3,23 @@
 from collections.abc import Iterator
 
 from spin_ray.config.recipe import SpinConfig
-from spin_ray.config.sections import Mesh
+from spin_ray.config.sections import Mesh, ObjectiveConfig
 from spin_ray.errors import ConfigError
 from spin_ray.inputs.graders import find_grader
 from spin_ray.learner.backends import find_backend
 from spin_ray.learner.import_path import import_object
-from spin_ray.learner.losses import resolve_loss
+from spin_ray.learner.losses import Loss, MarginLoss, SpaceLoss, resolve_loss
 from spin_ray.learner.optimizers import find_optimizer
 from spin_ray.learner.quantised import check_installed
 from spin_ray.loop.algorithms.base import Algorithm
 from spin_ray.loop.algorithms.continued_sft import ContinuedSft
 from spin_ray.loop.algorithms.dpo import Dpo
+from spin_ray.loop.algorithms.sdft import Sdft
 from spin_ray.loop.algorithms.seft.algorithm import Seft
 from spin_ray.loop.algorithms.self_reinforcement import SelfReinforcement
 from spin_ray.loop.algorithms.spin import Spin
 from spin_ray.loop.algorithms.sppo.algorithm import Sppo
+from spin_ray.loop.algorithms.tspin import Tspin
 
 ALGORITHMS: dict[str, Algorithm] = {
     "spin": Spin(),
@@ -26,6 +28,8 @@ ALGORITHMS: dict[str, Algorithm] = {
     "sppo": Sppo(),
     "self_reinforcement": SelfReinforcement(),
     "seft": Seft(),
+    "tspin": Tspin(),
+    "sdft": Sdft(),
 }
 
 
@@ -84,7 +88,23 @@ def _problems(config: SpinConfig, algorithm: Algorithm) -> Iterator[str]:
         yield f"objective.loss: {config.objective.loss} needs win probabilities, which algorithm {name} does not make"
     if not loss.needs_reference and config.objective.reference_alpha < 1:
         yield f"objective.reference_alpha: the loss {config.objective.loss} has no reference; leave it out"
+    yield from _loss_problems(config, algorithm, loss)
     yield from algorithm.problems(config)
+
+
+def _loss_problems(config: SpinConfig, algorithm: Algorithm, loss: Loss) -> Iterator[str]:
+    given, default, name = config.objective, ObjectiveConfig(), config.algorithm
+    if given.history_weight != default.history_weight and name in ALGORITHMS and name != "tspin":
+        yield f"objective.history_weight: is for algorithm tspin, not for {name}; leave it out"
+    if algorithm.own_loss:
+        for field in ("loss", "mu", "positive_weight"):
+            if getattr(given, field) != getattr(default, field):
+                yield f"objective.{field}: {name} has a loss of its own; leave it out"
+        return
+    if given.mu != default.mu and not isinstance(loss, SpaceLoss):
+        yield f"objective.mu: is for the loss space, not for {given.loss}; leave it out"
+    if given.positive_weight and not isinstance(loss, MarginLoss):
+        yield f"objective.positive_weight: the loss {given.loss} is no function of the margin; leave it out"
 
 
 def _is_given(config: SpinConfig, name: str) -> bool:

@@ -12,6 +12,7 @@ The mean of log p_θt(y′) − log p_θ0(y′) over θ_t's samples estimates KL
 import json
 import logging
 import time
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -19,6 +20,7 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
+import torch
 import torch.distributed as dist
 
 from spin_ray.config.recipe import SpinConfig
@@ -27,8 +29,8 @@ from spin_ray.inputs.model_folder import ModelFolder
 from spin_ray.inputs.rendering import load_tokenizer
 from spin_ray.learner.backends.base import BackendSettings
 from spin_ray.learner.backends.fsdp2 import Fsdp2Backend
-from spin_ray.learner.losses import pair_logps, response_logps
-from spin_ray.learner.step import PackShape, feed, pair_lengths, plan
+from spin_ray.learner.losses import LOSSES, PairValues, pair_logps, response_logps
+from spin_ray.learner.step import Objective, PackShape, feed, pair_lengths, plan
 from spin_ray.planning.mesh import mesh_of
 from spin_ray.report.grading import grade_all
 from spin_ray.report.margins import SCORE_SCHEMA, margin_measures
@@ -60,10 +62,12 @@ def run(
     model: ModelFolder,
     previous: ModelFolder | None,
     initial: ModelFolder,
+    objective: Objective | None = None,
 ) -> dict[str, Any]:
     """Writes and returns ``eval.json``.
 
     Args:
+        objective: what made θ_iterate.
         model: θ_iterate.
         previous: θ_{iterate-1}; None for θ_0.
         initial: θ_0.
@@ -88,7 +92,8 @@ def run(
             samples_of = {"self": samples, "opponent": run_dir.heldout_samples(iterate - 1)}
             scores, work = _score(run_dir, config, samples_of, (model, previous, initial))
             counted |= work
-            margins = margin_measures(scores, model.name, previous.name, initial.name, config.at(iterate - 1).beta)
+            names, beta = (model.name, previous.name, initial.name), config.at(iterate - 1).beta
+            margins = margin_measures(scores, *names, beta, _row_losses(config, objective))
             margins["standard_errors"] |= result["standard_errors"]
             result |= {"opponent": previous.name} | margins
         counted |= {"rows": heldout.num_rows}
@@ -98,6 +103,26 @@ def run(
         logger.warning("%s: %s", model.name, text)
         run_dir.event("warning", model.name, text=text)
     return result
+
+
+def _row_losses(config: SpinConfig, objective: Objective | None) -> Callable[[Any], np.ndarray] | None:
+    """Returns the function from rows of ``row_margins`` to the trained loss of each.
+
+    None: it is the logistic loss, which is measured anyway, or needs more than log p under θ_t and its opponent.
+    """
+    if objective is None or objective.length_normalised or config.objective.reference_alpha < 1:
+        return None
+    loss = objective.resolve()
+    if loss == LOSSES["logistic"] or not loss.needs_reference or loss.needs_wins:
+        return None
+
+    def of_rows(rows: Any) -> np.ndarray:
+        policy = torch.tensor(rows[["real_logp", "generated_logp"]].to_numpy())
+        reference = policy - torch.tensor(rows[["real", "generated"]].to_numpy())
+        pairs = zip(policy.split(1), reference.split(1), strict=True)  # a loss is a sum over pairs
+        return np.array([loss(PairValues(*p.T), PairValues(*r.T), None, objective.beta).item() for p, r in pairs])
+
+    return of_rows
 
 
 def _read(heldout: Artefact, samples: Artefact, most: int = 1) -> tuple[pa.Table, pa.Table]:

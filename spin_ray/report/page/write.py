@@ -8,6 +8,7 @@ from typing import Any
 
 import jinja2
 
+from spin_ray.report.first_loss import first_loss, spelt
 from spin_ray.report.measures import BY_KEY, CONFIDENCE, MEASURES, Measure
 from spin_ray.report.page.charts import Bar, Series, gantt, line_chart
 from spin_ray.report.page.view import RunView, compare, read_view
@@ -79,6 +80,7 @@ def report_page(runs: Sequence[RunDir]) -> str:
         benchmarks=_benchmarks(views),
         eval_charts=list(_eval_charts(views, names)),
         train_charts=list(_train_charts(views, names)),
+        first_level=_first_level(views),
         gantts=[gantt(_bars(view)) for view in views],
         stages=_STAGES,
         examples=_examples(views, names),
@@ -174,7 +176,14 @@ def _train_charts(views: Sequence[RunView], names: Sequence[str]) -> Iterator[Ch
             for colour, (label, _, log) in enumerate(logs)
             for n, key in enumerate(keys)
         ]
-        yield from _chart(title, lines, (math.log(2), "ln 2") if keys == ("loss",) else None)
+        yield from _chart(title, lines, _first_level(views) if keys == ("loss",) else None)
+
+
+def _first_level(views: Sequence[RunView]) -> tuple[float, str] | None:
+    """Returns the loss of step 0 with its spelling, if it is one for all runs."""
+    levels = {first_loss(view.config) for view in views}
+    level = levels.pop() if len(levels) == 1 else None
+    return None if level is None else (level, spelt(level))
 
 
 def _chart(title: str, lines: list[Series], level: tuple[float, str] | None = None) -> Iterator[Chart]:

@@ -9,7 +9,8 @@ from tests.support.fakes import config_of
 
 MAY_CHANGE = (
     "iterations", "stop_when", "tracking.", "cluster.", "storage.", "health.", "serving.",
-    "objective.beta", "train.learning_rate", "train.epochs", "train.max_failures", "train.checkpoint_every_steps",
+    "objective.beta", "train.learning_rate", "train.epochs", "train.schedule_epochs", "train.max_failures",
+    "train.checkpoint_every_steps",
     "train.sharding", "train.reduce_every_pack", "train.offload", "train.start_timeout_s", "train.stall_timeout_s",
     "train.compile", "train.deterministic", "train.optimizer.betas", "train.optimizer.eps",
     "sft.optimizer.betas", "sft.optimizer.eps", "reviser.optimizer.betas", "reviser.optimizer.eps",
@@ -39,6 +40,11 @@ LATER = (
     "evaluation.examples",
     "evaluation.examples_temperature",
     "model.chat_template_kwargs",
+    "model.revision",
+    "objective.mu",
+    "objective.positive_weight",
+    "objective.history_weight",
+    "sdft",
     "data.form",
     "data.columns",
     "data.keep_leaks",

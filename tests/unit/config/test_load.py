@@ -117,8 +117,8 @@ def test_a_bad_override_is_named(recipe, key, text, reason):
 # Names and import paths
 
 NAMED = [
-    ("algorithm", "'spin', 'continued_sft', 'dpo', 'sppo', 'self_reinforcement' or 'seft'"),
-    ("objective.loss", "'logistic', 'hinge', 'exponential' or 'correlation'"),
+    ("algorithm", "'spin', 'continued_sft', 'dpo', 'sppo', 'self_reinforcement', 'seft', 'tspin' or 'sdft'"),
+    ("objective.loss", "'logistic', 'hinge', 'exponential', 'correlation' or 'space'"),
     ("train.backend", "'fsdp2' or 'deepspeed'"),
     ("train.optimizer.name", "'rmsprop', 'adamw', 'adamw_8bit' or 'muon'"),
 ]

@@ -11,7 +11,9 @@ RECIPES = sorted(FOLDER.glob("*.yaml"))
 PAPER = {
     "model.path": "alignment-handbook/zephyr-7b-sft-full",
     "model.max_length": 2048,
-    "data.train": "hf://datasets/HuggingFaceH4/ultrachat_200k/data/train_sft-*.parquet",
+    "model.revision": "ac6e600eefcce74f5e8bae1035d4f66019e93190",
+    "data.train": "hf://datasets/HuggingFaceH4/ultrachat_200k@8049631c405ae6576f93f445c6b8166f76f5505a/data/"
+    "train_sft-*.parquet",
     "data.max_rows": 50_000,
     "data.turns": "first",
     "data.prompts_per_iteration": None,
@@ -27,6 +29,7 @@ PAPER = {
     "objective.sft_weight": 0.0,
     "train.learning_rate": [5e-7, 5e-7, 1e-7, 1e-7],
     "train.epochs": 2,
+    "train.schedule_epochs": 6,
     "train.optimizer.name": "rmsprop",
     "train.optimizer.weight_decay": 0.0,
     "train.optimizer.schedule": "linear",
@@ -34,7 +37,7 @@ PAPER = {
     "train.global_batch_pairs": 64,
     "train.precision": "bf16",
 }
-"""Section 6.1 and appendix B of arXiv 2401.01335 (the sampling: the method, and the authors' code)."""
+"""Section 6.1 and appendix B of arXiv 2401.01335 (sampling, revision of the model, schedule: the authors' code)."""
 
 
 def test_there_are_recipes():

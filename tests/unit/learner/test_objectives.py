@@ -131,17 +131,21 @@ def test_margins_of_policy_equal_to_reference_are_0() -> None:
 
 @pytest.mark.parametrize("loss", LOSSES)
 def test_what_is_logged_of_a_step(loss: str | None) -> None:
-    """Of SFT the loss and log p(y); of all others also log p(y'), the margin and the drift from the reference."""
+    """Of SFT the loss and log p(y); of others also log p(y'), and of a reference the margin and the drift from it."""
     (step,) = plan_epoch(lengths_of(ROWS), pack_length=24, global_batch_pairs=3, seed=0, epoch=0)
-    _, sums = pack_loss(Objective(loss=loss), LOGPS, None if loss is None else REFERENCE)
+    refers = LOSSES[loss].needs_reference
+    _, sums = pack_loss(Objective(loss=loss), LOGPS, REFERENCE if refers else None)
     logged = step_metrics(sums, step, LOSSES[loss], StepStats(grad_norm=2.0, learning_rate=0.5))
-    of_pairs = ["margin", "accuracy", "generated_logp", "real_logp_drift"] if loss else []
+    of_pairs = ["generated_logp"] if loss else []
+    if refers:
+        of_pairs = ["margin", "accuracy", *of_pairs, "real_logp_drift"]
     assert list(logged) == ["loss", *of_pairs, "real_logp", "grad_norm", "lr", "tokens"]
     assert (logged["grad_norm"], logged["lr"], logged["tokens"]) == (2.0, 0.5, 15)
     assert logged["real_logp"] == pytest.approx((-1.3 - 1.3 - 3.2) / 3)
     if loss is None:
         assert logged["loss"] == pytest.approx(5.8 / 8)
-    else:  # margins (−0.2 − 0.2), (−0.2 + 0.1), (−0.3 + 0.1); drift −0.2, −0.2, −0.3
-        assert (logged["margin"], logged["accuracy"]) == (pytest.approx(-0.7 / 3), 0.0)
+    if loss is not None:
         assert logged["generated_logp"] == pytest.approx((-2.1 - 0.4 - 1.7) / 3)
+    if refers:  # margins (−0.2 − 0.2), (−0.2 + 0.1), (−0.3 + 0.1); drift −0.2, −0.2, −0.3
+        assert (logged["margin"], logged["accuracy"]) == (pytest.approx(-0.7 / 3), 0.0)
         assert logged["real_logp_drift"] == pytest.approx(-0.7 / 3)

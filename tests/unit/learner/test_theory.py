@@ -4,7 +4,6 @@ A pair (i, j) has weight p_data(i)·p_opponent(j); all K² of them are one batch
 """
 
 import math
-from collections.abc import Callable
 from itertools import pairwise
 
 import pytest
@@ -12,16 +11,10 @@ import torch
 from torch import Tensor
 
 from spin_ray.learner.losses import MARGIN_FUNCTIONS, geometric_reference, margins, sft_loss, square_loss
+from tests.support.tabular import K, distribution, jsd, kl, minimise, size
 
 torch.set_num_threads(1)
-K = 6
 LOSS_NAMES = list(MARGIN_FUNCTIONS)
-
-
-def distribution(seed: int, spread: float = 1.0) -> Tensor:
-    """log p of a random distribution over K outcomes."""
-    generator = torch.Generator().manual_seed(seed)
-    return (spread * torch.randn(K, generator=generator, dtype=torch.float64)).log_softmax(0)
 
 
 def objective(
@@ -41,41 +34,8 @@ def objective(
     return ((data[real] + opponent[generated]).exp() * MARGIN_FUNCTIONS[loss](margin)).sum()
 
 
-def minimise(function: Callable[[Tensor], Tensor], start: Tensor) -> Tensor:
-    """log p at the minimum. The logistic objective is convex in the logits, as margins are linear in them."""
-    logits = start.clone().requires_grad_()
-    lbfgs = torch.optim.LBFGS(
-        [logits], max_iter=2000, tolerance_grad=1e-12, tolerance_change=1e-16, line_search_fn="strong_wolfe"
-    )
-
-    def closure() -> Tensor:
-        lbfgs.zero_grad()
-        value = function(logits)
-        value.backward()
-        return value
-
-    lbfgs.step(closure)
-    assert logits.grad is not None
-    assert logits.grad.abs().max() < 1e-7, "not converged"
-    return logits.detach().log_softmax(0)
-
-
 def spin_iteration(data: Tensor, opponent: Tensor, beta: float) -> Tensor:
     return minimise(lambda logits: objective(logits, data, opponent, beta=beta), opponent)
-
-
-def kl(p: Tensor, q: Tensor) -> float:
-    return (p.exp() * (p - q)).sum().item()
-
-
-def jsd(p: Tensor, q: Tensor) -> float:
-    middle = torch.logaddexp(p, q) - math.log(2)
-    return (kl(p, middle) + kl(q, middle)) / 2
-
-
-def size(log_ratio: Tensor) -> float:
-    """Of a log-ratio up to its additive constant, which normalisation fixes."""
-    return (log_ratio - log_ratio.mean()).norm().item()
 
 
 @pytest.mark.parametrize("beta", [0.5, 1.0, 5.0])

@@ -152,7 +152,7 @@ def test_names_come_from_the_table() -> None:
 @pytest.mark.parametrize(
     ("name", "message"),
     [
-        ("square_hinge", "'square_hinge' is unknown; use logistic, hinge, exponential, correlation, square, or an imp"),
+        ("square_hinge", "'square_hinge' is unknown; use logistic, hinge, exponential, correlation, space, or an imp"),
         ("my_pkg.yours:loss", "my_pkg.yours:loss cannot be imported .*install the module on every machine"),
         ("my_pkg.mine:loss", "module my_pkg.mine has no loss"),
         ("my_pkg.mine:ReferenceFree", "is a class; name an object of it"),

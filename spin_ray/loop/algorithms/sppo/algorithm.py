@@ -7,7 +7,6 @@ from typing import Any
 import pyarrow as pa
 
 from spin_ray.config.recipe import SpinConfig
-from spin_ray.config.sections import ObjectiveConfig
 from spin_ray.learner.step import Objective
 from spin_ray.loop.algorithms.base import Algorithm, Turn
 from spin_ray.loop.algorithms.sppo import preferences
@@ -26,11 +25,10 @@ class Sppo(Algorithm):
 
     needs = ("scorer",)
     makes_wins = True
+    own_loss = True
 
     def problems(self, config: SpinConfig) -> Iterator[str]:
         yield from super().problems(config)
-        if config.objective.loss != ObjectiveConfig().loss:
-            yield "objective.loss: sppo has a loss of its own; leave it out"
         if config.generation.samples_per_prompt < 2:
             yield "generation.samples_per_prompt: sppo compares samples of a prompt; give 2 or more (paper: 5)"
 

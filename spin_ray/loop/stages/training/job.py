@@ -25,6 +25,10 @@ class TrainJob:
     base: Artefact | None
     """log p under θ_0, for a geometric reference."""
     wins: Artefact | None
+    teacher_rows: Artefact | None
+    """y′ behind prompts with a demonstration, if the objective has a teacher."""
+    teacher: Artefact | None
+    """Place of the teacher's distributions of ``teacher_rows``."""
     reference_alpha: float
     """Weight of ``start`` in the geometric reference."""
     target: Artefact
@@ -34,6 +38,8 @@ class TrainJob:
     recipe: SpinConfig
     """Recipe by which a worker settles ``gradient_checkpointing: auto``."""
     epochs: int
+    schedule_epochs: int | None
+    """Epochs that the learning rate's schedule is planned for; None: ``epochs``."""
     seed: int
     checkpoint_every_steps: int
     health: HealthConfig
@@ -44,7 +50,7 @@ class TrainJob:
 
     def inputs(self) -> dict[str, str]:
         inputs = {"rows": self.rows.manifest().digest, "start_model": self.start.digest}
-        more = {"base_scores": self.base, "wins": self.wins}
+        more = {"base_scores": self.base, "wins": self.wins, "teacher_rows": self.teacher_rows}
         return inputs | {name: artefact.manifest().digest for name, artefact in more.items() if artefact}
 
     def settings(self) -> dict[str, Any]:
@@ -56,7 +62,8 @@ class TrainJob:
             "pack_length": self.shape.pack_length, "global_batch_pairs": self.shape.global_batch_pairs,
             "precision": self.backend.precision, "attention": self.backend.attention,
             "optimizer": optimizer.model_dump(mode="json", exclude_none=True) if optimizer else None,
-        }  # fmt: skip
+            **self.objective.parameters(),
+        } | ({"schedule_epochs": self.schedule_epochs} if self.schedule_epochs else {})  # fmt: skip
 
     def identity(self) -> dict[str, Any]:
         return {**self.inputs(), **self.settings()}

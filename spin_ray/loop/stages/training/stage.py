@@ -7,7 +7,6 @@ from spin_ray.config.recipe import SpinConfig, digest
 from spin_ray.config.sections import OptimizerConfig, SftConfig
 from spin_ray.inputs.model_folder import ModelFolder
 from spin_ray.learner.backends.base import BackendSettings
-from spin_ray.learner.losses import resolve_loss
 from spin_ray.learner.step import Objective, PackShape
 from spin_ray.loop.stages.training.job import TrainJob
 from spin_ray.loop.stages.training.log import Watcher
@@ -31,7 +30,7 @@ def run(run_dir: RunDir, config: SpinConfig, iteration: int, opponent: ModelFold
     """
     values = config.at(iteration)
     base, wins = run_dir.base_scores(iteration), run_dir.wins(iteration)
-    lora, loss = config.train.lora, resolve_loss(objective.loss)
+    lora, loss = config.train.lora, objective.resolve()
     target = run_dir.adapter(iteration + 1) if config.commits_adapters else run_dir.whole_model(iteration + 1)
     job = TrainJob(
         name=target.path.partition("/")[0],
@@ -41,6 +40,8 @@ def run(run_dir: RunDir, config: SpinConfig, iteration: int, opponent: ModelFold
         reference=run_dir.reference(iteration) if loss.needs_reference or loss.needs_wins else None,
         base=base if loss.needs_reference and base.is_committed else None,
         wins=wins if loss.needs_wins else None,
+        teacher_rows=run_dir.teacher_rows(iteration) if objective.top_k else None,
+        teacher=run_dir.teacher(iteration) if objective.top_k else None,
         reference_alpha=config.objective.reference_alpha,
         target=target,
         objective=objective,
@@ -56,6 +57,7 @@ def run(run_dir: RunDir, config: SpinConfig, iteration: int, opponent: ModelFold
         ),
         recipe=config,
         epochs=values.epochs,
+        schedule_epochs=values.schedule_epochs,
         seed=config.seed + iteration,
         checkpoint_every_steps=config.train.checkpoint_every_steps,
         health=config.health,
@@ -97,6 +99,8 @@ def fine_tune(
         reference=None,
         base=None,
         wins=None,
+        teacher_rows=None,
+        teacher=None,
         reference_alpha=1.0,
         target=target,
         objective=Objective(loss=None),
@@ -106,6 +110,7 @@ def fine_tune(
         backend=replace(_backend_settings(config, how.optimizer, how.learning_rate), base="bf16"),
         recipe=config,
         epochs=how.epochs,
+        schedule_epochs=None,
         seed=config.seed,
         checkpoint_every_steps=config.train.checkpoint_every_steps,
         health=config.health,

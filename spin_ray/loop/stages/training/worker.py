@@ -1,6 +1,7 @@
 """The work of each rank.
 
-load θ_t -> reference scores, stored -> steps and checkpoints -> Hugging Face folder with its manifest
+load θ_t -> reference scores or a teacher's distributions, stored -> steps and checkpoints
+         -> Hugging Face folder with its manifest
 """
 
 import logging
@@ -26,6 +27,7 @@ from spin_ray.loop.stages.training import checkpoint
 from spin_ray.loop.stages.training.job import TrainJob
 from spin_ray.loop.stages.training.log import TrainLog
 from spin_ray.loop.stages.training.recomputation import recomputes
+from spin_ray.loop.stages.training.teacher import load_teacher
 from spin_ray.planning.mesh import mesh_of
 from spin_ray.run_dir.artefact import Artefact, Manifest, folder_entries
 from spin_ray.run_dir.names import part_name
@@ -35,26 +37,31 @@ from spin_ray.runtime.workers import device, nodes_and_room
 
 logger = logging.getLogger(__name__)
 
-_TOKENS = ("prompt_ids", "real_ids", "generated_ids")
+_TOKENS = ("prompt_ids", "real_ids", "generated_ids", "initial_ids")
 
 
 def work(job: TrainJob) -> dict[str, Any]:
     """Does the job on every rank; returns counts of this attempt."""
     job, mesh = _on_a_mesh(job)
     rank, ranks = job.shape.place()
-    epochs = plan(pair_lengths(_pairs(job.rows)), job.shape, epochs=job.epochs, seed=job.seed, ranks=ranks)
-    table = _share(_pairs(job.rows), rows_of_rank(epochs, rank, ranks))
+    planned = plan(
+        pair_lengths(_pairs(job.rows)), job.shape, epochs=job.schedule_epochs or job.epochs, seed=job.seed, ranks=ranks
+    )
+    epochs = planned[: job.epochs]
+    own = rows_of_rank(epochs, rank, ranks)
+    table = _share(_pairs(job.rows), own)
     steps = [step for epoch in epochs for step in epoch]
-    backend = _backend(job, total_steps=len(steps))
+    backend = _backend(job, total_steps=sum(map(len, planned)))
     started = time.monotonic()
     reference = _reference(job, backend, epochs[0], table)
+    teacher = load_teacher(job, backend, table["pair_id"], own)
     work_s = time.monotonic() - started
     first = checkpoint.restore(job, backend)
     log, health = TrainLog(job, first), HealthMonitor(job.health)
     tokens = 0.0
     for number in range(first, len(steps)):
         started = time.monotonic()
-        metrics = train_step(backend, steps[number], table, job.shape, job.objective, reference)
+        metrics = train_step(backend, steps[number], table, job.shape, job.objective, reference, teacher)
         seconds = time.monotonic() - started
         log.write({"step": number, **metrics, "seconds": round(seconds, 3), "of": len(steps)})
         health.check(number, metrics)
@@ -107,7 +114,8 @@ def _share(parts: Iterable[pa.Table], own: set[int]) -> pa.Table:
     first = 0
     for part in parts:
         rows = pa.array([row if first + row in own else None for row in range(part.num_rows)], pa.int64())
-        kept.append(pa.table({"pair_id": part["pair_id"]} | {name: part[name].take(rows) for name in _TOKENS}))
+        names = [name for name in _TOKENS if name in part.column_names]
+        kept.append(pa.table({"pair_id": part["pair_id"]} | {name: part[name].take(rows) for name in names}))
         first += part.num_rows
     return pa.concat_tables(kept)
 

@@ -1,0 +1,100 @@
+"""A teacher's likeliest tokens, and a policy's divergence from them; [targets, vocab] never whole (SDFT)."""
+
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
+from jaxtyping import Float, Int64
+from torch import Tensor
+from torch.nn import functional
+from torch.utils.checkpoint import checkpoint
+
+from spin_ray.learner.head import ROWS_PER_CHUNK, TARGETS_MULTIPLE, Head, LogitTransform
+
+COPIES = 4
+"""Tensors of [rows, vocab] that a chunk holds at once: a chunk has that many fewer rows than the head's own."""
+
+
+class TopTokens(NamedTuple):
+    """Distributions over k tokens and the rest of the vocabulary, in nats."""
+
+    ids: Int64[Tensor, "targets k"]
+    logps: Float[Tensor, "targets k"]
+    rest: Float[Tensor, "targets"]
+    """log of the probability of all other tokens; -inf where k is the whole vocabulary."""
+
+
+@dataclass(frozen=True, slots=True)
+class ReadTop:
+    """A reader of the k likeliest tokens at each target."""
+
+    k: int
+
+    def __call__(
+        self, head: Head, hidden: Tensor, at: Tensor, target_ids: Tensor, transform: LogitTransform
+    ) -> TopTokens:
+        at, targets = _padded(at)
+        found = [_top(_logits(head, hidden, part, transform), self.k) for part in at.split(_rows(hidden))]
+        return TopTokens(*(torch.cat(parts)[:targets] for parts in zip(*found, strict=True)))
+
+
+@dataclass(frozen=True, slots=True)
+class ReadDivergence:
+    """A reader of KL(policy ‖ teacher) at each target, with all but the teacher's k tokens as one outcome.
+
+    The coarser outcomes make it a lower bound of the KL over the whole vocabulary, which it is for k = vocab.
+    """
+
+    teacher: TopTokens
+
+    def __call__(
+        self, head: Head, hidden: Tensor, at: Tensor, target_ids: Tensor, transform: LogitTransform
+    ) -> Float[Tensor, "targets"]:
+        """Returns the divergences in fp32 (fp64 for fp64), in nats."""
+        at, targets = _padded(at)
+        fill = len(at) - targets
+        teacher = (functional.pad(part, (0, 0) * (part.dim() - 1) + (0, fill)) for part in self.teacher)
+        rows = _rows(hidden)
+        found = [
+            checkpoint(_of_chunk, head, hidden, *chunk, transform, use_reentrant=False, preserve_rng_state=False)
+            for chunk in zip(*(part.split(rows) for part in (at, *teacher)), strict=True)
+        ]
+        return torch.cat(found)[:targets].clone()  # of a view FSDP2 would warn
+
+
+def divergence(logits: Float[Tensor, "rows vocab"], teacher: TopTokens) -> Float[Tensor, "rows"]:
+    """Returns Σ p log(p/q) over the k tokens of the teacher q, and the rest as one outcome."""
+    total = logits.logsumexp(dim=-1)
+    top = logits.gather(-1, teacher.ids) - total[:, None]
+    found = (top.exp() * (top - teacher.logps)).sum(dim=-1)
+    if teacher.ids.shape[1] < logits.shape[1]:
+        rest = logits.scatter(-1, teacher.ids, -torch.inf).logsumexp(dim=-1) - total
+        found = found + rest.exp() * (rest - teacher.rest)
+    return found
+
+
+def _of_chunk(
+    head: Head, hidden: Tensor, at: Tensor, ids: Tensor, logps: Tensor, rest: Tensor, transform: LogitTransform
+) -> Tensor:
+    return divergence(_logits(head, hidden, at, transform), TopTokens(ids, logps, rest))
+
+
+def _top(logits: Tensor, k: int) -> TopTokens:
+    total = logits.logsumexp(dim=-1)
+    top, ids = logits.topk(min(k, logits.shape[-1]), dim=-1)
+    rest = logits.scatter(-1, ids, -torch.inf).logsumexp(dim=-1)
+    return TopTokens(ids, top - total[:, None], rest - total)
+
+
+def _logits(head: Head, hidden: Tensor, at: Tensor, transform: LogitTransform) -> Tensor:
+    logits = head(hidden[at])
+    return transform(logits.to(torch.promote_types(logits.dtype, torch.float32)))
+
+
+def _padded(at: Tensor) -> tuple[Tensor, int]:
+    """Returns whole chunks of targets, and their true number; without targets, padding still reaches the head."""
+    return functional.pad(at, (0, -len(at) % TARGETS_MULTIPLE or (0 if len(at) else TARGETS_MULTIPLE))), len(at)
+
+
+def _rows(hidden: Tensor) -> int:
+    return ROWS_PER_CHUNK.get(hidden.device.type, ROWS_PER_CHUNK["cuda"]) // COPIES

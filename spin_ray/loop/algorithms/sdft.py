@@ -1,0 +1,141 @@
+"""Self-distillation fine-tuning, SDFT (arXiv 2601.19897)."""
+
+import json
+import re
+from collections import Counter
+from collections.abc import Iterator
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.compute as pc
+
+from spin_ray.config.recipe import SpinConfig
+from spin_ray.config.sections import SdftConfig
+from spin_ray.inputs.conversations import Conversation
+from spin_ray.inputs.rendering import ChatRenderer, RenderError, open_renderer
+from spin_ray.learner.step import Objective
+from spin_ray.loop.algorithms.base import Algorithm, Turn
+from spin_ray.loop.stages import pairs
+from spin_ray.run_dir.artefact import Artefact
+from spin_ray.run_dir.names import part_name
+from spin_ray.run_dir.run_dir import RunDir
+from spin_ray.run_dir.schemas import PAIR_SCHEMA
+
+
+class Sdft(Algorithm):
+    """KL(policy ‖ teacher) at each token of y′ ~ θ_t; the teacher is θ_t with the human response in its prompt."""
+
+    reads = ("sdft",)
+    own_loss = True
+
+    def problems(self, config: SpinConfig) -> Iterator[str]:
+        yield from super().problems(config)
+        if config.objective.sft_weight:
+            yield "objective.sft_weight: sdft learns from its own responses alone; leave it out"
+
+    def plays(self, run: RunDir) -> Artefact:
+        return run.prompts
+
+    def make_pairs(self, turn: Turn) -> None:
+        """Commits ``teacher_rows``, and as rows to learn from the same responses behind their own prompts."""
+        run, iteration = turn.run, turn.iteration
+        demonstrated = run.teacher_rows(iteration)
+        _make_teacher_rows(turn, demonstrated)
+        sources = {"prompts": run.prompts, "generations": run.generations(iteration), "teacher_rows": demonstrated}
+        inputs = {name: artefact.manifest().digest for name, artefact in sources.items()}
+        pairs.make(run, turn.config, iteration, pairs.Fresh(_own_rows(turn, demonstrated), inputs, {}, paired=False))
+
+    def objective(self, config: SpinConfig, iteration: int) -> Objective:
+        return Objective(loss=None, top_k=_settings(config).top_k)
+
+
+def demonstrated(conversation: Conversation, response: str, template: str) -> Conversation | None:
+    """Returns the prompt with ``response`` shown in the user's last message; None without such a message."""
+    asked = [number for number, message in enumerate(conversation[:-1]) if message["role"] == "user"]
+    if not asked:
+        return None
+    values = {"{prompt}": conversation[asked[-1]]["content"] or "", "{response}": response}
+    shown = re.sub(r"\{prompt\}|\{response\}", lambda found: values[found[0]], template)  # what is filled in stays
+    message = conversation[asked[-1]] | {"content": shown}
+    return [*conversation[: asked[-1]], message, *conversation[asked[-1] + 1 : -1]]
+
+
+def _settings(config: SpinConfig) -> SdftConfig:
+    return config.sdft or SdftConfig()
+
+
+def _make_teacher_rows(turn: Turn, target: Artefact) -> None:
+    run, config, iteration = turn.run, turn.config, turn.iteration
+    generations, template = run.generations(iteration), _settings(config).demonstration
+    inputs = {artefact.path: artefact.manifest().digest for artefact in (run.prompts, generations)}
+    settings: dict[str, Any] = {"demonstration": template, "max_length": config.model.max_length}
+    if target.already_made(inputs, settings):
+        return
+    renderer = open_renderer(str(turn.start.model.path), config.model, run.date())
+    with run.stage(target.path) as counted:
+        prompts = _prompts_of_teacher(run, renderer, template)
+        dropped, entries = Counter[str](), {}
+        target.discard_parts()
+        for table in pairs.joined(run.prompts, generations, iteration):
+            rows = _behind(prompts, _learnt(table), config.model.max_length, dropped)
+            name = part_name(len(entries))
+            entries[name] = target.write_part(name, rows)
+        counts = {f"dropped_{reason}": float(count) for reason, count in dropped.items()}
+        manifest = target.commit(entries, inputs, settings, counts=counts)
+        counted |= {"rows": manifest.rows, **{name: int(count) for name, count in counts.items()}}
+
+
+def _prompts_of_teacher(run: RunDir, renderer: ChatRenderer, template: str) -> dict[str, list[int] | str]:
+    """Returns by prompt id the teacher's prompt, or why there is none."""
+    found: dict[str, list[int] | str] = {}
+    for table in run.prompts.tables():
+        responses = renderer.tokenizer.batch_decode(table["real_ids"].to_pylist(), skip_special_tokens=True)
+        shown = [
+            demonstrated(json.loads(messages), response.strip(), template)
+            for messages, response in zip(table["messages"].to_pylist(), responses, strict=True)
+        ]
+        rendered = iter(renderer.render_prompts([prompt for prompt in shown if prompt is not None]))
+        for prompt_id, prompt in zip(table["prompt_id"].to_pylist(), shown, strict=True):
+            ids = "no_question" if prompt is None else next(rendered)
+            found[prompt_id] = "template" if isinstance(ids, RenderError) else ids
+    return found
+
+
+def _learnt(played: pa.Table) -> pa.Table:
+    """Returns y′ as the response to learn from, each with a prompt id of its own: no tree takes two of them for y."""
+    ids = [f"{prompt_id}/{pair_id.rpartition('/')[2]}" for prompt_id, pair_id in _ids(played)]
+    played = played.set_column(1, PAIR_SCHEMA.field("prompt_id"), pa.array(ids, pa.string()))
+    empty = pa.array([[]] * played.num_rows, PAIR_SCHEMA.field("generated_ids").type)
+    played = played.set_column(4, PAIR_SCHEMA.field("real_ids"), played["generated_ids"])
+    return played.set_column(5, PAIR_SCHEMA.field("generated_ids"), empty)
+
+
+def _ids(table: pa.Table) -> Iterator[tuple[str, str]]:
+    return zip(table["prompt_id"].to_pylist(), table["pair_id"].to_pylist(), strict=True)
+
+
+def _behind(prompts: dict[str, list[int] | str], learnt: pa.Table, longest: int, dropped: Counter[str]) -> pa.Table:
+    """Returns the rows behind the teacher's prompts, and counts those that have none or are too long."""
+    kept, shown = [], []
+    for row, (prompt_id, response) in enumerate(
+        zip(learnt["prompt_id"].to_pylist(), learnt["real_ids"].to_pylist(), strict=True)
+    ):
+        prompt = prompts[prompt_id.rpartition("/")[0]]
+        if isinstance(prompt, str):
+            dropped[prompt] += 1
+        elif not response:
+            dropped["empty"] += 1
+        elif len(prompt) + len(response) > longest:
+            dropped["too_long"] += 1
+        else:
+            kept.append(row)
+            shown.append(prompt)
+    field = PAIR_SCHEMA.field("prompt_ids")
+    return learnt.take(pa.array(kept, pa.int64())).set_column(3, field, pa.array(shown, field.type))
+
+
+def _own_rows(turn: Turn, demonstrated: Artefact) -> Iterator[pa.Table]:
+    """Yields the rows of ``demonstrated`` behind the prompts that θ_t answered."""
+    played = pairs.joined(turn.run.prompts, turn.run.generations(turn.iteration), turn.iteration)
+    for table, shown in zip(played, demonstrated.tables(), strict=True):
+        yield _learnt(table.filter(pc.is_in(table["pair_id"], value_set=shown["pair_id"].combine_chunks())))

@@ -1,0 +1,70 @@
+"""T-SPIN (arXiv 2601.08198): triplets of the human response, one of θ_t and one of θ_0, without a reference."""
+
+from collections.abc import Iterator
+
+import pyarrow as pa
+
+from spin_ray.config.recipe import SpinConfig
+from spin_ray.errors import RunDirError
+from spin_ray.learner.step import Objective
+from spin_ray.loop.algorithms.base import Algorithm, Turn
+from spin_ray.loop.stages import pairs
+from spin_ray.run_dir.artefact import Artefact
+from spin_ray.run_dir.run_dir import RunDir
+from spin_ray.run_dir.schemas import TRIPLET_SCHEMA
+
+
+class Tspin(Algorithm):
+    """ℓ(β [log p(y) − log p(y′)]) + w ℓ(β [log p(y′) − log p(y_0)]), equation 7; β and w are α and β there.
+
+    Iteration 0 has the first term alone, as in the paper: y_0 is y′.
+    """
+
+    own_loss = True
+
+    def problems(self, config: SpinConfig) -> Iterator[str]:
+        yield from super().problems(config)
+        if config.data.prompts_per_iteration is not None:
+            yield "data.prompts_per_iteration: tspin needs θ_0's response to each prompt; leave it out"
+        sizes = config.model.max_length + 2 * config.generation.sampling.max_tokens
+        if config.iterations > 1 and config.train.pack_length < sizes:
+            yield (
+                f"train.pack_length: {config.train.pack_length} cannot hold a prompt with three responses; raise it to "
+                f"{sizes} (model.max_length + 2 × generation.sampling.max_tokens) or lower those"
+            )
+
+    def plays(self, run: RunDir) -> Artefact:
+        return run.prompts
+
+    def make_pairs(self, turn: Turn) -> None:
+        """Commits the pairs, from iteration 1 on with θ_0's responses.
+
+        Raises:
+            RunDirError: θ_0 answered other prompts.
+        """
+        run, iteration = turn.run, turn.iteration
+        sources = {"prompts": run.prompts, "generations": run.generations(iteration)}
+        if iteration:
+            sources["initial_generations"] = run.generations(0)
+        played = pairs.joined(run.prompts, run.generations(iteration), iteration)
+        tables = _with_initial(played, run.generations(0)) if iteration else played
+        inputs = {name: artefact.manifest().digest for name, artefact in sources.items()}
+        pairs.make(run, turn.config, iteration, pairs.Fresh(tables, inputs, {"triplets": iteration > 0}))
+
+    def objective(self, config: SpinConfig, iteration: int) -> Objective:
+        return Objective(
+            loss="reference_free",
+            beta=config.at(iteration).beta,
+            sft_weight=config.objective.sft_weight,
+            length_normalised=config.objective.length_normalised,
+            history_weight=config.objective.history_weight if iteration else 0.0,
+        )
+
+
+def _with_initial(played: Iterator[pa.Table], initial: Artefact) -> Iterator[pa.Table]:
+    """Yields TRIPLET_SCHEMA rows: θ_0 answered the same prompts in the same order, shard by shard."""
+    for table, answers in zip(played, initial.tables(), strict=True):
+        samples = [pair_id.rpartition("/")[2] for pair_id in table["pair_id"].to_pylist()]
+        if table["prompt_id"] != answers["prompt_id"] or samples != [str(it) for it in answers["sample"].to_pylist()]:
+            raise RunDirError(f"{initial.path}: has not the prompts of {table['pair_id'][0]}; choose another --out")
+        yield table.append_column(TRIPLET_SCHEMA.field("initial_ids"), answers["token_ids"])

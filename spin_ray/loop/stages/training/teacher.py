@@ -1,0 +1,64 @@
+"""The teacher of SDFT: θ_t with a demonstration in its prompt, scored before the first step.
+
+teacher_rows -> packs -> the k likeliest tokens at each token of y′ -> one committed part a rank -> this rank's rows
+"""
+
+import pyarrow as pa
+import torch
+import torch.distributed as dist
+
+from spin_ray.errors import RunDirError
+from spin_ray.learner.backends.base import TrainBackend
+from spin_ray.learner.distillation import ReadTop
+from spin_ray.learner.step import feed, pair_lengths, plan
+from spin_ray.learner.teacher import Teacher, teacher_columns
+from spin_ray.loop.stages.training.job import TrainJob
+from spin_ray.run_dir.names import part_name
+from spin_ray.run_dir.schemas import TEACHER_SCHEMA
+
+
+def load_teacher(job: TrainJob, backend: TrainBackend, pair_ids: pa.ChunkedArray, own: set[int]) -> Teacher | None:
+    """Returns the distributions of this rank's rows, scored first if need be; None without a teacher.
+
+    Args:
+        backend: still with the weights of θ_t, unless the distributions are committed.
+        pair_ids: of all rows of the table.
+        own: numbers of this rank's rows.
+
+    Raises:
+        RunDirError: a pair has no distributions.
+    """
+    if job.teacher is None or job.teacher_rows is None:
+        return None
+    _score(job, backend)
+    names = pair_ids.to_pylist()
+    try:
+        return Teacher.of(job.teacher.tables(), {names[row]: row for row in own})
+    except ValueError as error:
+        raise RunDirError(f"{job.teacher.path}: {error}; remove the folder") from error
+
+
+def _score(job: TrainJob, backend: TrainBackend) -> None:
+    target, source = job.teacher, job.teacher_rows
+    assert target is not None and source is not None
+    inputs = {"teacher_rows": source.manifest().digest, "start_model": job.start.digest}
+    settings = {
+        "top_k": job.objective.top_k, "pack_length": job.shape.pack_length, "precision": job.backend.precision,
+    }  # fmt: skip
+    if target.already_made(inputs, settings):
+        return
+    rows = pa.concat_tables(source.tables())
+    rank, ranks = job.shape.place()
+    steps = plan(pair_lengths([rows]), job.shape, epochs=1, seed=job.seed, ranks=ranks)[0]
+    packs = [pack for step in steps for pack in step.for_rank(rank, ranks)]
+    pair_ids, reader, parts = rows["pair_id"].to_pylist(), ReadTop(job.objective.top_k), [TEACHER_SCHEMA.empty_table()]
+    with torch.no_grad():
+        for _, batch in feed(packs, rows, job.shape, backend.device):
+            parts.append(teacher_columns(pair_ids, backend.read(batch, reader), batch).cast(TEACHER_SCHEMA))
+    if job.shape.writes():
+        target.replace_part(part_name(rank), pa.concat_tables(parts))
+    dist.barrier()
+    if dist.get_rank() == 0:
+        names = [part_name(number) for number in range(ranks)]
+        target.commit({name: target.part_entry(name) for name in names}, inputs, settings)
+    dist.barrier()

@@ -1,0 +1,29 @@
+"""The loss of a training's first step."""
+
+import math
+
+from spin_ray.config.recipe import SpinConfig
+
+_AT_MARGIN_0 = {"logistic": math.log(2), "hinge": 1.0, "exponential": 1.0, "correlation": 1.0}
+_OF_PAIRS = ("spin", "dpo", "self_reinforcement")
+"""Algorithms whose loss is ``objective.loss`` of pairs."""
+
+
+def first_loss(config: SpinConfig) -> float | None:
+    """Returns the loss where the policy equals its reference, as at every iteration's step 0.
+
+    SPACE's is (1 + μ) ln(1 + μ) − μ ln μ. None: the algorithm or the reference has no such step, or its loss is not
+    known here.
+    """
+    objective = config.objective
+    if config.algorithm not in _OF_PAIRS or objective.reference_alpha < 1:
+        return None
+    if objective.loss == "space":
+        mu = objective.mu
+        return (1 + mu) * math.log1p(mu) - mu * math.log(mu)
+    return _AT_MARGIN_0.get(objective.loss)
+
+
+def spelt(loss: float) -> str:
+    """Returns a first loss as text: ``ln 2``, or four digits."""
+    return "ln 2" if loss == _AT_MARGIN_0["logistic"] else f"{loss:.4g}"
