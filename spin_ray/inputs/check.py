@@ -14,7 +14,7 @@ from spin_ray.config.recipe import SpinConfig
 from spin_ray.config.sections import DataConfig, Train, name_of, sources_of
 from spin_ray.errors import DataError, ModelError
 from spin_ray.inputs.chat_template import Tools
-from spin_ray.inputs.conversations import Conversation, Unusable, conversations_of, tools_of
+from spin_ray.inputs.conversations import Conversation, Unusable, conversations_of, read_row
 from spin_ray.inputs.embedded import resolve
 from spin_ray.inputs.ends import other_ends
 from spin_ray.inputs.findings import Finding, find_in_rows, find_in_template
@@ -168,8 +168,8 @@ def _first_conversations(source: str, data: DataConfig) -> list[FirstConversatio
     found = []
     for row in heads[0]:
         try:
-            tools = tools_of(row.content, data)
-            found += [FirstConversation(row.origin, each, tools) for each in conversations_of(row.content, data)]
+            read = read_row(row.content, data)
+            found += [FirstConversation(row.origin, each, read.tools) for each in read.ending_with_real]
         except Unusable:
             continue
     return found

@@ -241,10 +241,13 @@ def form_of(row: Columns, data: DataConfig) -> Form | None:
     if data.form is not None:
         form = BY_NAME[data.form]
         return form if all(column in row for column in form.needs) else None
-    for form in FORMS:
-        if form.matches(row):
-            return form
-    return next((form for form in FORMS if len(form.needs) > 1 and all(name in row for name in form.needs)), None)
+    near = _with_columns(tuple(row))
+    return next((form for form in near if form.matches(row)), None) or next((f for f in near if len(f.needs) > 1), None)
+
+
+@lru_cache(maxsize=1024)
+def _with_columns(columns: tuple[str, ...]) -> tuple[Form, ...]:
+    return tuple(form for form in FORMS if set(form.needs) <= set(columns))
 
 
 def no_form(row: Iterable[str], data: DataConfig) -> str:

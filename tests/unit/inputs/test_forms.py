@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 
 from spin_ray.config.sections import DataConfig, FormName
 from spin_ray.errors import DataError
-from spin_ray.inputs.conversations import Unusable, conversations_of, question_of, tools_of
+from spin_ray.inputs.conversations import Unusable, conversations_of, question_of, read_row
 from spin_ray.inputs.forms import BY_NAME, FORMS, find_form, form_of, ignored_in
 from spin_ray.inputs.messages import parse_messages
 from spin_ray.inputs.sources import SourceRow
@@ -94,7 +94,7 @@ def test_columns_are_mapped_and_a_form_can_be_named():
     "row", [{"instruction": "why?"}, {"question": "why?"}, {"prompt": chat("why?")}, {"prompt": "why?", "chosen": "so"}]
 )
 def test_a_question_may_be_in_any_form(row):
-    assert question_of(row, DATA) == chat("why?", "")
+    assert question_of(row, DATA).ending_with_real == [chat("why?", "")]
 
 
 def test_columns_beside_every_form_are_mapped_too():
@@ -102,7 +102,7 @@ def test_columns_beside_every_form_are_mapped_too():
     row = {"prompt": "x", "response": "y", "gold": "7", "functions": weather}
     (made,) = rows_of({**row, "functions": None}, task_of(columns={"answer": "gold", "tools": "functions"}))
     assert (made["answer"], made["answer_text"]) == (7.0, "7")
-    assert tools_of(row, DataConfig(train="d", columns={"tools": "functions"})) == weather
+    assert read_row(row, DataConfig(train="d", columns={"tools": "functions"})).tools == weather
 
 
 def test_rows_with_tools_are_refused_where_they_would_be_written_again_without():
@@ -181,9 +181,8 @@ def test_tool_calls_thoughts_and_tools_are_kept_under_one_name():
         {"role": "assistant", "content": "", "tool_calls": [call]},
         {"role": "tool", "content": "20", "tool_call_id": "c1"},
     ]
-    data = DataConfig(train="d")
-    assert tools_of({"tools": json.dumps([call])}, data) == tools_of({"tools": [call]}, data) == [call]
-    assert tools_of({"tools": "[]"}, data) is None
+    for tools, expected in ((json.dumps([call]), [call]), ([call], [call]), ("[]", None)):
+        assert read_row({"messages": chat("a", "b"), "tools": tools}, DATA).tools == expected
 
 
 @pytest.mark.parametrize(
