@@ -43,6 +43,7 @@ AlgorithmName = Literal["spin", "continued_sft", "dpo", "sppo", "self_reinforcem
 FormName = Literal[
     "chosen_rejected", "prompt_chosen_rejected", "messages", "sharegpt", "real_generated", "prompt_completion",
     "prompt_response", "alpaca", "orca", "question_answer", "sharegpt_preferred",
+    "alpaca_preferred",
 ]  # fmt: skip
 GradeName = Literal["number", "exact", "regex", "multiple_choice", "json"]
 LossName = Literal["logistic", "hinge", "exponential", "correlation"]

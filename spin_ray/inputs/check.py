@@ -2,7 +2,7 @@
 
 import platform
 import shutil
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import datetime
 from importlib.metadata import PackageNotFoundError, version
@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 
 from spin_ray.config.recipe import SpinConfig
 from spin_ray.config.sections import DataConfig, Train, name_of, sources_of
-from spin_ray.errors import DataError, ModelError
+from spin_ray.errors import ConfigError, DataError, ModelError
 from spin_ray.inputs.chat_template import Tools
 from spin_ray.inputs.conversations import Conversation, Unusable, conversations_of, read_row
 from spin_ray.inputs.embedded import resolve
@@ -123,7 +123,10 @@ def _labelled(inputs: Inputs) -> list[str]:
 def check_recipe(config: SpinConfig, inputs: Inputs | None = None, date: datetime | None = None) -> Start:
     """Checks that model and data can be used; raises UserError otherwise."""
     inputs = inputs or find_inputs(config)
-    rows = {source: _first_conversations(source, config.data) for source in _labelled(inputs)}
+    heads = {source: _first_rows(source, config.data) for source in _labelled(inputs)}
+    questions = _first_rows(inputs.questions, config.data) if inputs.questions else []
+    _refuse_absent_columns(chain(*chain(*heads.values()), *questions), config.data)
+    rows = {source: _first_conversations(each, config.data) for source, each in heads.items()}
     renderer = open_renderer(str(inputs.model.path), config.model, date)
     vocabulary = vocabulary_of(inputs.model.path)
     check_template_tokens(renderer.tokenizer, renderer, vocabulary)
@@ -160,9 +163,22 @@ def _find_all(
     return found
 
 
-def _first_conversations(source: str, data: DataConfig) -> list[FirstConversation]:
-    """Returns those of the first file; raises DataError if one of the first files is of no form, or of two."""
-    heads = [list(islice(_rows(file, data), _CHECKED_ROWS)) for file in find_files(source)[:_CHECKED_FILES]]
+def _first_rows(source: str, data: DataConfig) -> list[list[SourceRow]]:
+    """Returns those of the first files."""
+    return [list(islice(_rows(file, data), _CHECKED_ROWS)) for file in find_files(source)[:_CHECKED_FILES]]
+
+
+def _refuse_absent_columns(rows: Iterable[SourceRow], data: DataConfig) -> None:
+    """Raises ConfigError if ``data.columns`` names a column that no row has."""
+    absent = dict(data.columns)
+    for row in rows if absent else ():
+        absent = {ours: theirs for ours, theirs in absent.items() if theirs not in (row.content or ())}
+    for ours, theirs in absent.items():
+        raise ConfigError(f"data.columns.{ours}: none of the first rows has a column {theirs!r}")
+
+
+def _first_conversations(heads: Sequence[list[SourceRow]], data: DataConfig) -> list[FirstConversation]:
+    """Returns those of the first file; raises DataError if a file is of no form, or of two."""
     for head in heads:
         find_form(head, data)
     found = []

@@ -109,6 +109,8 @@ def _exchange_of(
         raise Unusable("malformed", "chosen is text, and there is no prompt that it answers")
     if form is None:
         raise Unusable("malformed", no_form(row, data))
+    if row.get("label") is False:
+        raise Unusable("rejected", "label is false: people did not want this response")
     messages, rejected = form.read(row)
     tools = _tools_in(row)
     return _checked(messages, data), _checked(rejected, data) if rejected is not None else None, tools
@@ -120,6 +122,9 @@ def _ending_with_response(messages: list[Message], data: DataConfig) -> list[Con
     for end in wanted:
         if not messages[end]["content"].strip() and not messages[end].get("tool_calls"):
             raise Unusable("empty", f"message {end} (assistant) has no text")
+        for index, message in enumerate(messages[:end]):
+            if message["role"] == "user" and not message["content"].strip():
+                raise Unusable("empty", f"message {index} (user) has no text")
     return [messages[: end + 1] for end in wanted]
 
 

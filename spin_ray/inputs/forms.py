@@ -12,7 +12,17 @@ from typing import Any, NamedTuple, Protocol
 
 from spin_ray.config.sections import DataConfig
 from spin_ray.errors import ConfigError, DataError
-from spin_ray.inputs.messages import READ, Message, Unusable, listed, parse_messages
+from spin_ray.inputs.messages import (
+    READ,
+    ROLES,
+    Message,
+    Unusable,
+    decoded,
+    is_message,
+    listed,
+    parse_messages,
+    unpacked,
+)
 
 Columns = dict[str, Any]
 """A row: values by column."""
@@ -50,13 +60,18 @@ class Form:
 
 def _conversation(prompt: Any, response: Any, system: Any = None) -> list[Message]:
     """Returns the messages of a prompt and a response, each a text or a list of messages."""
-    before = listed(prompt, "prompt") if isinstance(prompt, list | dict) else [{"role": "user", "content": prompt}]
-    after = (
-        listed(response, "response")
-        if isinstance(response, list | dict)
-        else [{"role": "assistant", "content": response}]
-    )
+    before, after = _spoken(prompt, "prompt", "user"), _spoken(response, "response", "assistant")
     return _with_system(parse_messages([*before, *after]), system)
+
+
+def _spoken(value: Any, column: str, role: str) -> list[Any]:
+    """Returns the messages of a column that holds a text, a message, a list of messages, or JSON text of these."""
+    value = unpacked(value)
+    if is_message(value):
+        return [value]
+    if isinstance(value, list) and value and all(isinstance(each, str) for each in value):
+        raise Unusable("malformed", f"{column}: expected a text or messages, found a list of {len(value)} texts")
+    return listed(value, column) if isinstance(value, list | dict) else [{"role": role, "content": value}]
 
 
 def _with_system(messages: list[Message], system: Any) -> list[Message]:
@@ -79,18 +94,30 @@ def _sharegpt(row: Columns) -> Exchange:
 
 def _alpaca(row: Columns) -> Exchange:
     """Joins instruction and input by an empty line; ``history`` holds earlier pairs of instruction and output."""
-    extra = row.get("input")
-    asked = row["instruction"]
-    if extra is not None and extra != "":
-        if not isinstance(extra, str) or not isinstance(asked, str):
-            raise Unusable("malformed", "instruction and input must be text")
-        asked = f"{asked}\n\n{extra}"
+    return Exchange(_conversation(_instructed(row), row["output"], row.get("system")))
+
+
+def _alpaca_preferred(row: Columns) -> Exchange:
+    asked, system, rejected = _instructed(row), row.get("system"), row.get("rejected")
+    return Exchange(
+        _conversation(asked, row["chosen"], system),
+        None if rejected is None else _conversation(asked, rejected, system),
+    )
+
+
+def _instructed(row: Columns) -> list[Message]:
+    asked, extra = row["instruction"], row.get("input")
+    if not isinstance(asked, str) or not isinstance(extra, str | None):
+        raise Unusable("malformed", "instruction and input must be text")
+    if extra and extra.strip():
+        asked = f"{asked}\n\n{extra}" if asked.strip() else extra
     before = []
-    for turn in row.get("history") or []:
+    history = decoded(row.get("history")) or []
+    for turn in history if isinstance(history, list) else [history]:
         if not isinstance(turn, list) or len(turn) != 2:
             raise Unusable("malformed", "history must hold pairs of instruction and output")
         before += [{"role": "user", "content": turn[0]}, {"role": "assistant", "content": turn[1]}]
-    return Exchange(_conversation([*before, {"role": "user", "content": asked}], row["output"], row.get("system")))
+    return [*before, {"role": "user", "content": asked}]
 
 
 def _answered(asks: str, response: str) -> Callable[[Columns], Exchange]:
@@ -110,7 +137,8 @@ def _preferred(asks: str) -> Callable[[Columns], Exchange]:
 
 def _sharegpt_preferred(row: Columns) -> Exchange:
     """Reads LLaMA-Factory's preference rows: ``chosen`` and ``rejected`` are a message each."""
-    asked, system, rejected = listed(row["conversations"], "conversations"), row.get("system"), row.get("rejected")
+    asked, system = listed(row["conversations"], "conversations"), row.get("system")
+    rejected = unpacked(row.get("rejected"))
     return Exchange(
         _conversation(asked, [row["chosen"]], system),
         None if rejected is None else _conversation(asked, [rejected], system),
@@ -130,11 +158,13 @@ def _both(better: str, worse: str) -> Callable[[Columns], Exchange]:
 
 def _is_conversation(value: Any) -> bool:
     """Tells whether a value is a list of messages that begins before the response."""
-    if not isinstance(value, list | dict):
+    if isinstance(value, dict):
+        value = listed(value, "") if value and all(isinstance(each, list) for each in value.values()) else [value]
+    if not isinstance(value, list):
         return False
-    values = listed(value, "") if isinstance(value, list) or all(isinstance(v, list) for v in value.values()) else []
-    first = values[0] if values else None
-    return not (isinstance(first, dict) and (first.get("role") or first.get("from")) in ("assistant", "gpt"))
+    first = value[0] if value else None
+    said = isinstance(first, dict) and (first.get("role") or first.get("from"))
+    return not (isinstance(said, str) and ROLES.get(said.lower()) == "assistant")
 
 
 _HI = [{"role": "user", "content": "2 + 2?"}, {"role": "assistant", "content": "4"}]
@@ -197,6 +227,12 @@ FORMS: tuple[Form, ...] = (
         example={"instruction": "Add.", "input": "2, 2", "output": "4"},
     ),
     Form(
+        name="alpaca_preferred", needs=("instruction", "chosen"), may=("rejected", "input", "system", "history"),
+        read=_alpaca_preferred, asks="instruction", response="chosen",
+        known_from="LLaMA-Factory's preference data in Alpaca's columns",
+        example={"instruction": "Add.", "input": "2, 2", "chosen": "4", "rejected": "5"},
+    ),
+    Form(
         name="orca", needs=("question", "chosen"), may=("rejected", "system"), read=_preferred("question"),
         asks="question", response="chosen",
         known_from="Orca DPO pairs",
@@ -212,8 +248,15 @@ FORMS: tuple[Form, ...] = (
 """The forms in the order in which they are looked for."""
 
 BY_NAME = {form.name: form for form in FORMS}
-BESIDE = ("answer", "tools")
-"""Columns that every form may have: a number for grading, and the tools that the prompt offers."""
+BESIDE = ("answer", "tools", "label")
+"""Columns that every form may have: an answer for grading, the tools that the prompt offers, and KTO's label."""
+OTHER_NAMES = {"system_prompt": "system", "conversation": "conversations"}
+"""Columns that are read under another name, in rows without that one."""
+_HINTS = {
+    "prompt": ("query", "question", "problem", "instruction", "input", "inputs", "user", "request"),
+    "response": ("answer", "answers", "output", "outputs", "solution", "completion", "target", "targets", "assistant"),
+}
+"""Columns that other data calls prompt and response, for hints alone."""
 COLUMNS = tuple(dict.fromkeys([*(name for form in FORMS for name in (*form.needs, *form.may)), *BESIDE]))
 """Every column that some form reads."""
 
@@ -228,12 +271,16 @@ def refuse_unknown_columns(data: DataConfig) -> None:
 
 
 def mapped(content: Columns, data: DataConfig) -> Columns:
-    """Returns the row with the names of ``data.columns``."""
-    if not data.columns:
-        return content
-    taken = set(data.columns.values())
-    rest = {name: value for name, value in content.items() if name not in taken}
-    return rest | {ours: content[theirs] for ours, theirs in data.columns.items() if theirs in content}
+    """Returns the row with the names of ``data.columns`` and of the forms."""
+    if data.columns:
+        taken = set(data.columns.values())
+        rest = {name: value for name, value in content.items() if name not in taken}
+        content = rest | {ours: content[theirs] for ours, theirs in data.columns.items() if theirs in content}
+    for other, name in OTHER_NAMES.items():
+        if other in content and content.get(name) is None:
+            content = {(name if key == other else key): value for key, value in content.items() if key != name}
+    chosen = unpacked(content.get("chosen"))
+    return content if chosen is content.get("chosen") else content | {"chosen": chosen}
 
 
 def form_of(row: Columns, data: DataConfig) -> Form | None:
@@ -263,10 +310,29 @@ def no_form(row: Iterable[str], data: DataConfig) -> str:
     nearest = max(FORMS, key=nearness)
     known = has & {*nearest.needs, *nearest.may}
     needed = "needs messages, or prompt and response, or the columns of another form (docs/data.md)"
+    if hint := _hint(has):
+        maps = ", ".join(f"{ours}: {json.dumps(theirs, ensure_ascii=False)}" for ours, theirs in hint.items())
+        return f"{needed}; try data.columns: {{{maps}}}"
     if not known:
         return f"{needed}; data.columns maps names"
     lacks = [name for name in nearest.needs if name not in has] or nearest.needs
     return f"{needed}; nearest is {nearest.name}, which lacks {_and(lacks)}"
+
+
+def _hint(has: set[str]) -> dict[str, str]:
+    """Returns a ``data.columns`` with which such a row would be of a form: other spellings, else other words."""
+    spelt = {name.strip().strip("'\"").lower(): name for name in sorted(has)}
+    for form in FORMS:
+        if all(name in spelt for name in form.needs):
+            return {name: spelt[name] for name in (*form.needs, *form.may) if spelt.get(name, name) != name}
+    if {"instruction", "context", "response"} <= spelt.keys():  # Dolly
+        return {"input": spelt["context"], "output": spelt["response"]}
+    words = {
+        ours: spelt[found]
+        for ours, theirs in _HINTS.items()
+        if (found := next((name for name in (ours, *theirs) if name in spelt), None))
+    }
+    return {ours: theirs for ours, theirs in words.items() if ours != theirs} if len(words) == len(_HINTS) else {}
 
 
 def _and(names: Iterable[str]) -> str:
@@ -325,6 +391,8 @@ def shown(content: Any, width: int = 120) -> str:
 def ignored_in(row: Columns, form: Form) -> list[str]:
     """Returns the columns of a mapped row that its form does not read, and unread keys of its messages."""
     names = list(_unread(form.name, tuple(row)))
+    if not isinstance(row.get("label"), bool | None):
+        names.append("label")
     for column in form.needs:
         values = row.get(column)
         for message in values if isinstance(values, list) else ():

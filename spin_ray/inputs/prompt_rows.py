@@ -111,6 +111,8 @@ def rows_of(sources: Sequence[SourceRow], task: PromptTask) -> Iterator[list[Row
 
 
 def _found_in(source: SourceRow, task: PromptTask) -> Found | Unusable:
+    if source.content is None:
+        return Unusable("malformed", source.fault)
     try:
         found = (read_row if task.labelled else question_of)(source.content, task.data)
         if found.tools and not task.takes_tools:
