@@ -91,7 +91,7 @@ _OWN_TEMPLATE_VARIABLES = {
 
 
 class Source(Section):
-    """One of several sources of training data. Without ``weight`` and ``rows`` it gives all its rows."""
+    """One of several sources of rows. Without ``weight`` and ``rows`` it gives all its rows."""
 
     path: str
     """A file, folder, glob or URI."""
@@ -103,39 +103,41 @@ class Source(Section):
     @model_validator(mode="after")
     def _has_one_measure(self) -> Source:
         if self.weight is not None and self.rows is not None:
-            raise ValueError(f"data.train: {self.path} has both weight and rows; give one of them")
+            raise ValueError(f"{self.path} has both weight and rows; give one of them")
         return self
 
 
 _Sources = Annotated[tuple[Source, ...], Field(min_length=1)]
+OneOrSources = Annotated[Annotated[str, Tag(ONE)] | Annotated[_Sources, Tag(LIST)], _one_or_list]
 Train = str | tuple[Source, ...]
 
 
-def sources_of(train: Train) -> tuple[Source, ...]:
-    """Returns the sources of ``data.train``, a single path as one that gives all its rows."""
-    return (Source(path=train),) if isinstance(train, str) else train
+def sources_of(train: Train | None) -> tuple[Source, ...]:
+    """Returns the sources of a setting such as ``data.train``, a single path as one that gives all its rows."""
+    return (Source(path=train),) if isinstance(train, str) else train or ()
 
 
-def name_of(train: Train) -> str:
-    """Returns the paths of ``data.train`` in one line."""
+def name_of(train: Train | None) -> str:
+    """Returns the paths of a setting such as ``data.train`` in one line."""
     return ", ".join(source.path for source in sources_of(train))
 
 
 class DataConfig(Section):
     """The conversations that the run learns from and is measured on."""
 
-    train: Annotated[Annotated[str, Tag(ONE)] | Annotated[_Sources, Tag(LIST)], _one_or_list]
+    train: OneOrSources
     """Training data: a file, folder, glob or URI, or a list of several, ``[{path: a.jsonl, weight: 3}, …]``.
     docs/data.md has the kinds of files and the forms of rows."""
     form: Later[FormName | None] = None
     """Form of the rows (docs/data.md). Not set: recognised from the columns."""
     columns: Later[dict[str, str]] = {}
     """Names of the form's columns in the files, e.g. ``{prompt: question}``."""
-    questions: str | None = None
+    questions: OneOrSources | None = None
     """Unlabelled questions for ``self_reinforcement`` and ``seft``, as ``prompt`` or ``messages``. A last turn of the
-    assistant is not read."""
-    heldout: str | None = None
-    """Rows like those of ``train`` that are never trained on. Not set: no evaluation."""
+    assistant is not read. One source, or a list of several, as for ``train``."""
+    heldout: OneOrSources | None = None
+    """Rows like those of ``train`` that are never trained on: one source, or a list of several. Not set: no
+    evaluation."""
     prompts_per_iteration: Count | None = None
     """Number of prompts per iteration, in a seeded order that wraps round. Not set: all. Fewer keep y′ fresh while the
     policy moves."""
@@ -454,7 +456,7 @@ class EvaluationConfig(Section):
     ``exact`` whole texts; ``multiple_choice`` letters; ``json`` values. ``regex`` takes ``answer`` as a pattern. Or the
     import path of a function of response and answer, both texts, ``my_package.mine:grade``, which returns 0 to 1."""
     max_rows: Count | None = None
-    """Number of held-out rows, from the first. Not set: all."""
+    """Number of held-out rows, from the first. Not set: all. Not for several sources, which have ``rows``."""
     samples: Later[Count] = 1
     """Responses to each held-out row. All are graded (``answer_accuracy`` is their pass@1); other measures read the
     first one."""

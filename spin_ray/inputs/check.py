@@ -40,8 +40,8 @@ class Inputs:
 
     model: ModelFolder
     train: Train
-    heldout: str | None
-    questions: str | None
+    heldout: Train | None
+    questions: Train | None
     scorer: ModelFolder | None
     """SPPO's preference model."""
     data_digest: str
@@ -88,11 +88,12 @@ def find_inputs(config: SpinConfig) -> Inputs:
     """
     refuse_unknown_columns(config.data)
     train = _resolved(config.data.train)
-    heldout = resolve(config.data.heldout) if config.data.heldout else None
-    train_files = [file for source in sources_of(train) for file in find_files(source.path)]
-    heldout_files = find_files(heldout) if heldout else None
-    questions = resolve(config.data.questions) if config.data.questions else None
-    questions_files = find_files(questions) if questions else None
+    heldout = _resolved(config.data.heldout) if config.data.heldout else None
+    questions = _resolved(config.data.questions) if config.data.questions else None
+    train_files, heldout_files, questions_files = (
+        [file for source in sources_of(each) for file in find_files(source.path)]
+        for each in (train, heldout, questions)
+    )
     path = find_model(config.model.model_copy(update={"path": resolve(config.model.path)}))
     refuse_untrainable(path)
     model = open_model(path, "sft" if not config.sft else "start", trust_remote_code=config.model.trust_remote_code)
@@ -114,17 +115,15 @@ def _resolved(train: Train) -> Train:
     return tuple(source.model_copy(update={"path": resolve(source.path)}) for source in train)
 
 
-def _labelled(inputs: Inputs) -> list[str]:
-    """Returns the sources of rows with responses."""
-    paths = [source.path for source in sources_of(inputs.train)]
-    return [*paths, inputs.heldout] if inputs.heldout else paths
+def _paths(*given: Train | None) -> list[str]:
+    return [source.path for each in given for source in sources_of(each)]
 
 
 def check_recipe(config: SpinConfig, inputs: Inputs | None = None, date: datetime | None = None) -> Start:
     """Checks that model and data can be used; raises UserError otherwise."""
     inputs = inputs or find_inputs(config)
-    heads = {source: _first_rows(source, config.data) for source in _labelled(inputs)}
-    questions = _first_rows(inputs.questions, config.data) if inputs.questions else []
+    heads = {source: _first_rows(source, config.data) for source in _paths(inputs.train, inputs.heldout)}
+    questions = [head for source in _paths(inputs.questions) for head in _first_rows(source, config.data)]
     _refuse_absent_columns(chain(*chain(*heads.values()), *questions), config.data)
     rows = {source: _first_conversations(each, config.data) for source, each in heads.items()}
     renderer = open_renderer(str(inputs.model.path), config.model, date)

@@ -8,31 +8,24 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from difflib import get_close_matches
 from functools import lru_cache
-from typing import Any, NamedTuple, Protocol
+from typing import Any, Protocol
 
 from spin_ray.config.sections import DataConfig
 from spin_ray.errors import ConfigError, DataError
-from spin_ray.inputs.messages import (
-    READ,
-    ROLES,
-    Message,
-    Unusable,
-    decoded,
-    is_message,
-    listed,
-    parse_messages,
-    unpacked,
-)
-
-Columns = dict[str, Any]
-"""A row: values by column."""
-
-
-class Exchange(NamedTuple):
-    messages: list[Message]
-    """The conversation; its responses are the human ones."""
-    rejected: list[Message] | None = None
-    """The conversation with the worse response."""
+from spin_ray.inputs.exchanges import (
+    Columns,
+    Exchange,
+    answered,
+    both,
+    is_conversation,
+    preferred,
+    read_alpaca,
+    read_alpaca_preferred,
+    read_messages,
+    read_sharegpt,
+    read_sharegpt_preferred,
+)  # fmt: skip
+from spin_ray.inputs.messages import READ, unpacked
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -58,130 +51,21 @@ class Form:
         return all(row.get(column) is not None for column in self.needs) and self.fits(row)
 
 
-def _conversation(prompt: Any, response: Any, system: Any = None) -> list[Message]:
-    """Returns the messages of a prompt and a response, each a text or a list of messages."""
-    before, after = _spoken(prompt, "prompt", "user"), _spoken(response, "response", "assistant")
-    return _with_system(parse_messages([*before, *after]), system)
-
-
-def _spoken(value: Any, column: str, role: str) -> list[Any]:
-    """Returns the messages of a column that holds a text, a message, a list of messages, or JSON text of these."""
-    value = unpacked(value)
-    if is_message(value):
-        return [value]
-    if isinstance(value, list) and value and all(isinstance(each, str) for each in value):
-        raise Unusable("malformed", f"{column}: expected a text or messages, found a list of {len(value)} texts")
-    return listed(value, column) if isinstance(value, list | dict) else [{"role": role, "content": value}]
-
-
-def _with_system(messages: list[Message], system: Any) -> list[Message]:
-    if system is None or system == "":
-        return messages
-    if messages and messages[0]["role"] in ("system", "developer"):
-        if messages[0]["content"] == system:
-            return messages
-        raise Unusable("malformed", "has a column system and another system message")
-    return parse_messages([{"role": "system", "content": system}, *messages])
-
-
-def _messages(row: Columns) -> Exchange:
-    return Exchange(parse_messages(listed(row["messages"], "messages")))
-
-
-def _sharegpt(row: Columns) -> Exchange:
-    return Exchange(_with_system(parse_messages(listed(row["conversations"], "conversations")), row.get("system")))
-
-
-def _alpaca(row: Columns) -> Exchange:
-    """Joins instruction and input by an empty line; ``history`` holds earlier pairs of instruction and output."""
-    return Exchange(_conversation(_instructed(row), row["output"], row.get("system")))
-
-
-def _alpaca_preferred(row: Columns) -> Exchange:
-    asked, system, rejected = _instructed(row), row.get("system"), row.get("rejected")
-    return Exchange(
-        _conversation(asked, row["chosen"], system),
-        None if rejected is None else _conversation(asked, rejected, system),
-    )
-
-
-def _instructed(row: Columns) -> list[Message]:
-    asked, extra = row["instruction"], row.get("input")
-    if not isinstance(asked, str) or not isinstance(extra, str | None):
-        raise Unusable("malformed", "instruction and input must be text")
-    if extra and extra.strip():
-        asked = f"{asked}\n\n{extra}" if asked.strip() else extra
-    before = []
-    history = decoded(row.get("history")) or []
-    for turn in history if isinstance(history, list) else [history]:
-        if not isinstance(turn, list) or len(turn) != 2:
-            raise Unusable("malformed", "history must hold pairs of instruction and output")
-        before += [{"role": "user", "content": turn[0]}, {"role": "assistant", "content": turn[1]}]
-    return [*before, {"role": "user", "content": asked}]
-
-
-def _answered(asks: str, response: str) -> Callable[[Columns], Exchange]:
-    return lambda row: Exchange(_conversation(row[asks], row[response], row.get("system")))
-
-
-def _preferred(asks: str) -> Callable[[Columns], Exchange]:
-    def read(row: Columns) -> Exchange:
-        rejected, system = row.get("rejected"), row.get("system")
-        return Exchange(
-            _conversation(row[asks], row["chosen"], system),
-            None if rejected is None else _conversation(row[asks], rejected, system),
-        )
-
-    return read
-
-
-def _sharegpt_preferred(row: Columns) -> Exchange:
-    """Reads LLaMA-Factory's preference rows: ``chosen`` and ``rejected`` are a message each."""
-    asked, system = listed(row["conversations"], "conversations"), row.get("system")
-    rejected = unpacked(row.get("rejected"))
-    return Exchange(
-        _conversation(asked, [row["chosen"]], system),
-        None if rejected is None else _conversation(asked, [rejected], system),
-    )
-
-
-def _both(better: str, worse: str) -> Callable[[Columns], Exchange]:
-    def read(row: Columns) -> Exchange:
-        rejected = row.get(worse)
-        return Exchange(
-            parse_messages(listed(row[better], better)),
-            None if rejected is None else parse_messages(listed(rejected, worse)),
-        )
-
-    return read
-
-
-def _is_conversation(value: Any) -> bool:
-    """Tells whether a value is a list of messages that begins before the response."""
-    if isinstance(value, dict):
-        value = listed(value, "") if value and all(isinstance(each, list) for each in value.values()) else [value]
-    if not isinstance(value, list):
-        return False
-    first = value[0] if value else None
-    said = isinstance(first, dict) and (first.get("role") or first.get("from"))
-    return not (isinstance(said, str) and ROLES.get(said.lower()) == "assistant")
-
-
 _HI = [{"role": "user", "content": "2 + 2?"}, {"role": "assistant", "content": "4"}]
 _BAD = [{"role": "user", "content": "2 + 2?"}, {"role": "assistant", "content": "5"}]
 
 FORMS: tuple[Form, ...] = (
     Form(
         name="sharegpt_preferred", needs=("conversations", "chosen"), may=("rejected", "system"),
-        read=_sharegpt_preferred, fits=lambda row: isinstance(row["chosen"], dict)
+        read=read_sharegpt_preferred, fits=lambda row: isinstance(row["chosen"], dict)
         and isinstance(row["chosen"].get("value", row["chosen"].get("content")), str),
         known_from="LLaMA-Factory's preference data (ranking: true)",
         example={"conversations": [{"from": "human", "value": "2 + 2?"}], "chosen": {"from": "gpt", "value": "4"},
                  "rejected": {"from": "gpt", "value": "5"}},
     ),
     Form(
-        name="chosen_rejected", needs=("chosen",), may=("rejected",), read=_both("chosen", "rejected"),
-        fits=lambda row: _is_conversation(row["chosen"]) or (
+        name="chosen_rejected", needs=("chosen",), may=("rejected",), read=both("chosen", "rejected"),
+        fits=lambda row: is_conversation(row["chosen"]) or (
             isinstance(row["chosen"], list | dict) and row.get("prompt") is None
         ),
         known_from="TRL with implicit prompts, UltraFeedback (its prompt and messages are not read)",
@@ -189,58 +73,58 @@ FORMS: tuple[Form, ...] = (
     ),
     Form(
         name="prompt_chosen_rejected", needs=("prompt", "chosen"), may=("rejected", "system"),
-        read=_preferred("prompt"), asks="prompt", response="chosen",
+        read=preferred("prompt"), asks="prompt", response="chosen",
         known_from="TRL with explicit prompts (texts or messages), most preference data",
         example={"prompt": "2 + 2?", "chosen": "4", "rejected": "5"},
     ),
     Form(
-        name="messages", needs=("messages",), read=_messages,
+        name="messages", needs=("messages",), read=read_messages,
         known_from="OpenAI, TRL, UltraChat; also JSON text and a struct of lists",
         example={"messages": _HI},
     ),
     Form(
-        name="sharegpt", needs=("conversations",), may=("system",), read=_sharegpt,
+        name="sharegpt", needs=("conversations",), may=("system",), read=read_sharegpt,
         known_from="ShareGPT, OpenHermes, SlimOrca (from and value, or role and content)",
         example={"conversations": [{"from": "human", "value": "2 + 2?"}, {"from": "gpt", "value": "4"}]},
     ),
     Form(
-        name="real_generated", needs=("real",), may=("generated",), read=_both("real", "generated"),
+        name="real_generated", needs=("real",), may=("generated",), read=both("real", "generated"),
         known_from="the pairs that SPIN's authors released; generated counts as rejected",
         example={"real": _HI, "generated": _BAD},
     ),
     Form(
         name="prompt_completion", needs=("prompt", "completion"), may=("system",),
-        read=_answered("prompt", "completion"), asks="prompt", response="completion",
+        read=answered("prompt", "completion"), asks="prompt", response="completion",
         known_from="TRL (texts or messages)",
         example={"prompt": "2 + 2?", "completion": "4"},
     ),
     Form(
         name="prompt_response", needs=("prompt", "response"), may=("system",),
-        read=_answered("prompt", "response"), asks="prompt", response="response",
+        read=answered("prompt", "response"), asks="prompt", response="response",
         known_from="OpenRLHF and many others",
         example={"prompt": "2 + 2?", "response": "4"},
     ),
     Form(
-        name="alpaca", needs=("instruction", "output"), may=("input", "system", "history"), read=_alpaca,
+        name="alpaca", needs=("instruction", "output"), may=("input", "system", "history"), read=read_alpaca,
         asks="instruction", response="output",
         known_from="Alpaca, LLaMA-Factory; an input follows the instruction after an empty line",
         example={"instruction": "Add.", "input": "2, 2", "output": "4"},
     ),
     Form(
         name="alpaca_preferred", needs=("instruction", "chosen"), may=("rejected", "input", "system", "history"),
-        read=_alpaca_preferred, asks="instruction", response="chosen",
+        read=read_alpaca_preferred, asks="instruction", response="chosen",
         known_from="LLaMA-Factory's preference data in Alpaca's columns",
         example={"instruction": "Add.", "input": "2, 2", "chosen": "4", "rejected": "5"},
     ),
     Form(
-        name="orca", needs=("question", "chosen"), may=("rejected", "system"), read=_preferred("question"),
+        name="orca", needs=("question", "chosen"), may=("rejected", "system"), read=preferred("question"),
         asks="question", response="chosen",
         known_from="Orca DPO pairs",
         example={"system": "Be brief.", "question": "2 + 2?", "chosen": "4", "rejected": "5"},
     ),
     Form(
         name="question_answer", needs=("question", "answer"), may=("system",),
-        read=_answered("question", "answer"), asks="question", response="answer",
+        read=answered("question", "answer"), asks="question", response="answer",
         known_from="GSM8K and other question sets; answer is the response",
         example={"question": "2 + 2?", "answer": "2 + 2 = 4\n#### 4"},
     ),
