@@ -282,10 +282,11 @@ class ScorerConfig(Section):
     """The preference model of SPPO, which estimates P(one response beats the other)."""
 
     path: str
-    """Model folder (safetensors), or a hub name."""
-    kind: Literal["reward", "pairrm"] = "reward"
+    """Model folder (safetensors), or a hub name. For ``grade`` a grader, as ``evaluation.grade``."""
+    kind: Literal["reward", "pairrm", "grade"] = "reward"
     """Kind of model. ``reward``: a sequence classifier with one output; P = σ(difference of rewards). ``pairrm``: one
-    like llm-blender/PairRM-hf (the paper's), which reads both responses together."""
+    like llm-blender/PairRM-hf (the paper's), which reads both responses together. ``grade``: no model but a grader of
+    responses by their row's ``answer``; P = (1 + difference of grades) / 2."""
     max_length: Count = 2048
     """Longest input in tokens. Longer texts lose their end."""
     replicas: Count = 1
@@ -301,6 +302,11 @@ class SelfFilterConfig(Section):
     """Smallest fraction of a question's samples that agree on its commonest answer; other questions are dropped.
     ``evaluation.answer_extractor`` reads the answer, else whole responses are compared. In the paper the model judges
     in words."""
+    grade: Later[NameOrPath[GradeName] | None] = None
+    """Grader, as ``evaluation.grade``, of the samples of questions with an ``answer``: the best one is learnt from, in
+    place of the commonest. Questions without an answer are dropped."""
+    min_grade: Later[Fraction] = 0.5
+    """Smallest grade that is learnt from; questions without such a sample are dropped."""
 
 
 class OptimizerConfig(Section):

@@ -155,7 +155,7 @@ def _find_all(
         found.append(Finding(lacking, "warning"))
     for source, first in rows.items():
         found += find_in_rows(renderer, [(each.messages, each.tools) for each in first], source)
-        if config.algorithm == "sppo" and any(each.tools for each in first):
+        if inputs.scorer is not None and any(each.tools for each in first):
             found.append(Finding(f"{source}: the preference model reads rows without their tools", "warning"))
     if few := _too_few(config, inputs.train):
         found.append(Finding(few, "error"))
@@ -273,7 +273,7 @@ def _other_ids(renderer: ChatRenderer, conversation: Conversation, tools: Tools,
 
 
 def _open_scorer(config: SpinConfig) -> ModelFolder | None:
-    if config.scorer is None:
+    if config.scorer is None or config.scorer.kind == "grade":
         return None
     # max_length 1 passes any model: unlike the policy, a preference model cuts what is too long for it.
     where = config.model.model_copy(update={"path": resolve(config.scorer.path), "max_length": 1})

@@ -68,8 +68,8 @@ def notes(config: SpinConfig, shape: ModelShape, cluster: Cluster, work: Work) -
         yield "model.attention: padded makes scoring, training and evaluation take 2-4 times the hours shown."
     if config.data.heldout and not work.heldout_rows:
         yield (
-            f"Held-out rows are not counted: {name_of(config.data.heldout)} is not on this machine and evaluation.max_rows is "
-            "not set."
+            f"Held-out rows are not counted: {name_of(config.data.heldout)} is not on this machine and "
+            "evaluation.max_rows is not set."
         )
 
 

@@ -106,13 +106,8 @@ def run(
             leaked = None
         firsts = _first_of_each([each.ids for each in slices], max_rows, leaked)
         if not isinstance(train, str):
-            counted["sources"] = _draw(
-                firsts,
-                train,
-                [len(each) for each in pieces_of],
-                config.seed,
-                _SETTINGS.get(artefact.path, artefact.path),
-            )
+            counts, setting = [len(each) for each in pieces_of], _SETTINGS.get(artefact.path, artefact.path)
+            counted["sources"] = _draw(firsts, train, counts, config.seed, setting)
         entries, quarantined = _finish(run_dir.storage, slices, artefact, firsts, settings["part_rows"])
         counted |= {"rows": sum(entry.rows or 0 for entry in entries.values()), "quarantined": quarantined.total()}
         _check_quarantine(run_dir, config, artefact, source, counted["rows"], quarantined)
