@@ -108,9 +108,13 @@ def _by_grade(turn: Turn, chosen: SelfFilterConfig) -> Choose:
             for place, row in enumerate(samples)
             if row["prompt_id"] in answers and row["generated_ids"][-1:] and row["generated_ids"][-1] in ends
         ]
-        texts = tokenizer.batch_decode([row["generated_ids"] for _, _, row in asked], skip_special_tokens=True)
         rows = [
-            (text, answers[row["prompt_id"]], row["prompt_id"]) for text, (_, _, row) in zip(texts, asked, strict=True)
+            (
+                tokenizer.decode(row["generated_ids"], skip_special_tokens=True),
+                answers[row["prompt_id"]],
+                row["prompt_id"],
+            )
+            for _, _, row in asked
         ]
         best: dict[int, tuple[float, int]] = {}
         for (number, place, _), each in zip(asked, grade_all(grade, rows, "self_filter.grade"), strict=True):
