@@ -99,7 +99,7 @@ def _by_grade(turn: Turn, chosen: SelfFilterConfig) -> Choose:
     """Returns a choice of the first sample with the best grade."""
     answers, ends = answers_of(turn.run.questions), _ends(turn)
     tokenizer = load_tokenizer(str(turn.opponent.path), trust_remote_code=turn.config.model.trust_remote_code)
-    grade = str(chosen.grade)
+    grade, decode = str(chosen.grade), tokenizer.decode
 
     def choose(groups: list[list[Row]]) -> Iterator[int | str]:
         asked = [
@@ -109,11 +109,7 @@ def _by_grade(turn: Turn, chosen: SelfFilterConfig) -> Choose:
             if row["prompt_id"] in answers and row["generated_ids"][-1:] and row["generated_ids"][-1] in ends
         ]
         rows = [
-            (
-                tokenizer.decode(row["generated_ids"], skip_special_tokens=True),
-                answers[row["prompt_id"]],
-                row["prompt_id"],
-            )
+            (decode(row["generated_ids"], skip_special_tokens=True), answers[row["prompt_id"]], row["prompt_id"])
             for _, _, row in asked
         ]
         best: dict[int, tuple[float, int]] = {}
