@@ -3,7 +3,7 @@
 The prompts stage on an embedded Ray: files read, rows checked, rendered and tokenised, parts committed. The same
 conversation, with a number of its own in each row, is written in every form.
 
-    python benchmarks/forms.py [--rows 100000] [--forms messages,sharegpt] [--kind parquet]
+    python benchmarks/forms.py [--rows 100000] [--forms messages,sharegpt] [--kind parquet] [--tasks-only]
 
 For each form, a line of JSON:
 
@@ -20,6 +20,7 @@ import resource
 import tempfile
 import time
 from collections.abc import Callable
+from dataclasses import asdict
 from pathlib import Path
 
 import pyarrow as pa
@@ -32,6 +33,7 @@ from spin_ray.inputs.embedded import resolve
 from spin_ray.inputs.forms import BY_NAME
 from spin_ray.inputs.prompt_rows import PromptTask
 from spin_ray.inputs.rendering import load_tokenizer
+from spin_ray.inputs.sources import split
 from spin_ray.loop.stages import prompts
 from spin_ray.run_dir.run_dir import RunDir
 from spin_ray.run_dir.storage import Storage
@@ -45,25 +47,30 @@ def main() -> None:
     parser.add_argument("--rows", type=int, default=100_000)
     parser.add_argument("--forms", default=",".join(BY_NAME))
     parser.add_argument("--kind", choices=["jsonl", "parquet"], default="jsonl")
+    parser.add_argument("--tasks-only", action="store_true", help="measure CPU alone, without Ray: for busy machines")
     options = parser.parse_args()
     config = SpinConfig.model_validate(
         {"model": {"path": resolve("embedded:tiny-llama")}, "data": {"train": "one of each form"}}
     )
     task = PromptTask.of(config, config.model.path).prepared()
-    connect(config)
     with tempfile.TemporaryDirectory() as folder:
         root = Path(folder)
-        prepare(config, write_rows(root / "warm.jsonl", "messages", 1000), root / "warm")
+        if not options.tasks_only:
+            connect(config)
+            prepare(config, write_rows(root / "warm.jsonl", "messages", 1000), root / "warm")
         for form in options.forms.split(","):
-            few = write_rows(root / f"{form}-few.{options.kind}", form, options.rows // 10)
-            many = write_rows(root / f"{form}.{options.kind}", form, options.rows)
-            prepare(config, few, root / f"{form}-few")
-            before = peak_mib()
-            seconds = prepare(config, many, root / form)
-            line = {"form": form, "rows_s": round(options.rows / seconds), "driver_mib": round(peak_mib() - before)}
-            line["cpu_us"] = round(task_cpu_us(task, write_rows(root / "t.jsonl", form, TASK_ROWS), root / "t"), 1)
-            line["plain_cpu_us"] = round(plain_cpu_us(config, write_rows(root / "p.jsonl", form, PLAIN_ROWS)), 1)
-            print(json.dumps(line | {"times": round(line["plain_cpu_us"] / line["cpu_us"], 1)}), flush=True)
+            line: dict[str, float | str] = {"form": form}
+            if not options.tasks_only:
+                few = write_rows(root / f"{form}-few.{options.kind}", form, options.rows // 10)
+                many = write_rows(root / f"{form}.{options.kind}", form, options.rows)
+                prepare(config, few, root / f"{form}-few")
+                before = peak_mib()
+                line["rows_s"] = round(options.rows / prepare(config, many, root / form))
+                line["driver_mib"] = round(peak_mib() - before)
+            ours = task_cpu_us(task, write_rows(root / f"task.{options.kind}", form, TASK_ROWS), root / "task")
+            plain = plain_cpu_us(config, write_rows(root / "plain.jsonl", form, PLAIN_ROWS))
+            line |= {"cpu_us": round(ours, 1), "plain_cpu_us": round(plain, 1), "times": round(plain / ours, 1)}
+            print(json.dumps(line), flush=True)
 
 
 def write_rows(path: Path, form: str, rows: int) -> Path:
@@ -87,8 +94,8 @@ def prepare(config: SpinConfig, source: Path, folder: Path) -> float:
 
 def task_cpu_us(task: PromptTask, source: Path, folder: Path) -> float:
     render = prompts._RenderSlice(Storage(folder), "prompts", task)
-    item = {"uri": str(source), "start": 0, "stop": source.stat().st_size, "name": "slice"}
-    return min(_cpu_s(lambda: render(item)) for _ in range(3)) / TASK_ROWS * 1e6
+    pieces = [asdict(piece) | {"name": f"{number}"} for number, piece in enumerate(split([str(source)]))]
+    return min(_cpu_s(lambda: list(map(render, pieces))) for _ in range(3)) / TASK_ROWS * 1e6
 
 
 def plain_cpu_us(config: SpinConfig, source: Path) -> float:
