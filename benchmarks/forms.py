@@ -1,56 +1,87 @@
 """How many rows of each form become prompts in a second, and does the driver's memory stay flat?
 
 The prompts stage on an embedded Ray: files read, rows checked, rendered and tokenised, parts committed. The same
-conversations are written in every form.
+conversation, with a number of its own in each row, is written in every form.
 
-    python benchmarks/forms.py [--rows 100000] [--forms messages,sharegpt]
+    python benchmarks/forms.py [--rows 100000] [--forms messages,sharegpt] [--kind parquet] [--tasks-only]
+
+For each form, a line of JSON:
+
+- ``rows_s``: rows in a second of wall time, on two cores, all of the stage;
+- ``cpu_us``: microseconds of CPU a row in a task of the stage (best of three slices of 20,000 rows, one process);
+- ``plain_cpu_us``: the same of a plain loop over ``json.loads`` and ``apply_chat_template(tokenize=True)``, once for
+  the prompt and once for each whole conversation, as trainers do it, on 2,000 of the rows in the same process;
+- ``driver_mib``: peak memory of the driver that all rows need beyond a tenth of them.
 """
 
 import argparse
 import json
+import resource
 import tempfile
 import time
+from collections.abc import Callable
+from dataclasses import asdict
 from pathlib import Path
 
-import psutil
+import pyarrow as pa
+import pyarrow.parquet as pq
 
 from spin_ray.config.recipe import SpinConfig
+from spin_ray.config.sections import DataConfig
+from spin_ray.inputs.conversations import read_row
 from spin_ray.inputs.embedded import resolve
 from spin_ray.inputs.forms import BY_NAME
+from spin_ray.inputs.prompt_rows import PromptTask
+from spin_ray.inputs.rendering import load_tokenizer
+from spin_ray.inputs.sources import split
 from spin_ray.loop.stages import prompts
 from spin_ray.run_dir.run_dir import RunDir
 from spin_ray.run_dir.storage import Storage
 from spin_ray.runtime.connect import connect
+
+PLAIN_ROWS, TASK_ROWS = 2_000, 20_000
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rows", type=int, default=100_000)
     parser.add_argument("--forms", default=",".join(BY_NAME))
+    parser.add_argument("--kind", choices=["jsonl", "parquet"], default="jsonl")
+    parser.add_argument("--tasks-only", action="store_true", help="measure CPU alone, without Ray: for busy machines")
     options = parser.parse_args()
     config = SpinConfig.model_validate(
         {"model": {"path": resolve("embedded:tiny-llama")}, "data": {"train": "one of each form"}}
     )
-    connect(config)
+    task = PromptTask.of(config, config.model.path).prepared()
     with tempfile.TemporaryDirectory() as folder:
-        warm = write_rows(Path(folder) / "warm.jsonl", "messages", 1000)
-        prepare(config, warm, Path(folder) / "warm")
+        root = Path(folder)
+        if not options.tasks_only:
+            connect(config)
+            prepare(config, write_rows(root / "warm.jsonl", "messages", 1000), root / "warm")
         for form in options.forms.split(","):
-            source = write_rows(Path(folder) / f"{form}.jsonl", form, options.rows)
-            before = psutil.Process().memory_info().rss
-            seconds = prepare(config, source, Path(folder) / form)
-            grown = psutil.Process().memory_info().rss - before
-            print(
-                json.dumps({"form": form, "rows_s": round(options.rows / seconds), "grown_mib": grown >> 20}),
-                flush=True,
-            )
+            line: dict[str, float | str] = {"form": form}
+            if not options.tasks_only:
+                few = write_rows(root / f"{form}-few.{options.kind}", form, options.rows // 10)
+                many = write_rows(root / f"{form}.{options.kind}", form, options.rows)
+                prepare(config, few, root / f"{form}-few")
+                before = peak_mib()
+                line["rows_s"] = round(options.rows / prepare(config, many, root / form))
+                line["driver_mib"] = round(peak_mib() - before)
+            ours = task_cpu_us(task, write_rows(root / f"task.{options.kind}", form, TASK_ROWS), root / "task")
+            plain = plain_cpu_us(config, write_rows(root / "plain.jsonl", form, PLAIN_ROWS))
+            line |= {"cpu_us": round(ours, 1), "plain_cpu_us": round(plain, 1), "times": round(plain / ours, 1)}
+            print(json.dumps(line), flush=True)
 
 
 def write_rows(path: Path, form: str, rows: int) -> Path:
     """Writes the form's example with a number of its own in each row."""
     example = json.dumps(BY_NAME[form].example)
-    with path.open("w") as file:
-        file.writelines(example.replace("2", str(number)) + "\n" for number in range(rows))
+    lines = (example.replace("2", str(number)) for number in range(rows))
+    if path.suffix == ".parquet":
+        pq.write_table(pa.Table.from_pylist(list(map(json.loads, lines))), path, row_group_size=10_000)
+    else:
+        with path.open("w") as file:
+            file.writelines(line + "\n" for line in lines)
     return path
 
 
@@ -59,6 +90,38 @@ def prepare(config: SpinConfig, source: Path, folder: Path) -> float:
     started = time.perf_counter()
     prompts.run(run, config, run.prompts, str(source), config.model.path, None)
     return time.perf_counter() - started
+
+
+def task_cpu_us(task: PromptTask, source: Path, folder: Path) -> float:
+    render = prompts._RenderSlice(Storage(folder), "prompts", task)
+    pieces = [asdict(piece) | {"name": f"{number}"} for number, piece in enumerate(split([str(source)]))]
+    return min(_cpu_s(lambda: list(map(render, pieces))) for _ in range(3)) / TASK_ROWS * 1e6
+
+
+def plain_cpu_us(config: SpinConfig, source: Path) -> float:
+    """Finds the messages beforehand: every trainer has its own way to them."""
+    tokenizer, data = load_tokenizer(config.model.path), DataConfig(train=str(source))
+    rows = [read_row(json.loads(line), data).all for line in source.open()]
+    lines = [json.dumps(each) for each in rows]
+
+    def work() -> None:
+        for line in lines:
+            conversations = json.loads(line)
+            tokenizer.apply_chat_template(conversations[0][:-1], add_generation_prompt=True, tokenize=True)
+            for messages in conversations:
+                tokenizer.apply_chat_template(messages, tokenize=True)
+
+    return _cpu_s(work) / PLAIN_ROWS * 1e6
+
+
+def _cpu_s(work: Callable[[], object]) -> float:
+    started = time.process_time()
+    work()
+    return time.process_time() - started
+
+
+def peak_mib() -> float:
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
 
 
 if __name__ == "__main__":

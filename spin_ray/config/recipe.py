@@ -158,8 +158,13 @@ def _impossible(config: SpinConfig) -> Iterator[str]:
             yield "evaluation.grade: needs data.heldout"
         if config.evaluation.answer_extractor != "none" and config.algorithm != "self_reinforcement":
             yield "evaluation.answer_extractor: reads numbers, which evaluation.grade does not grade; leave it out"
-    if config.data.max_rows is not None and not isinstance(config.data.train, str):
-        yield "data.max_rows: with several sources give data.train's own rows, or weights"
+    for limit, name, sources in (
+        ("data.max_rows", "train", config.data.train), ("data.max_rows", "questions", config.data.questions),
+        ("evaluation.max_rows", "heldout", config.data.heldout),
+    ):  # fmt: skip
+        given = config.evaluation.max_rows if name == "heldout" else config.data.max_rows
+        if given is not None and isinstance(sources, tuple):
+            yield f"{limit}: with several sources give data.{name} rows of their own, or weights"
     if config.evaluation.samples > 1 and config.data.heldout is None:
         yield "evaluation.samples: needs data.heldout"
     if config.stop_when is not None and config.data.heldout is None:
@@ -287,8 +292,10 @@ LARGEST_RANK = 512
 
 def _secret_problems(config: SpinConfig) -> Iterator[str]:
     for name, uri in [
-        ("model.path", config.model.path), ("data.heldout", config.data.heldout),
+        ("model.path", config.model.path),
         *(("data.train", source.path) for source in sources_of(config.data.train)),
+        *(("data.heldout", source.path) for source in sources_of(config.data.heldout)),
+        *(("data.questions", source.path) for source in sources_of(config.data.questions)),
     ]:  # fmt: skip
         if uri and _CREDENTIALS.search(uri):
             yield f"{name}: holds credentials, which would be written to run.json; give them by environment variables"

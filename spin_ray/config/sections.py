@@ -44,6 +44,7 @@ AlgorithmName = Literal["spin", "continued_sft", "dpo", "sppo", "self_reinforcem
 FormName = Literal[
     "chosen_rejected", "prompt_chosen_rejected", "messages", "sharegpt", "real_generated", "prompt_completion",
     "prompt_response", "alpaca", "orca", "question_answer", "sharegpt_preferred",
+    "alpaca_preferred",
 ]  # fmt: skip
 GradeName = Literal["number", "exact", "regex", "multiple_choice", "json"]
 LossName = Literal["logistic", "hinge", "exponential", "correlation", "space"]
@@ -96,7 +97,7 @@ _OWN_TEMPLATE_VARIABLES = {
 
 
 class Source(Section):
-    """One of several sources of training data. Without ``weight`` and ``rows`` it gives all its rows."""
+    """One of several sources of rows. Without ``weight`` and ``rows`` it gives all its rows."""
 
     path: str
     """A file, folder, glob or URI."""
@@ -108,39 +109,41 @@ class Source(Section):
     @model_validator(mode="after")
     def _has_one_measure(self) -> Source:
         if self.weight is not None and self.rows is not None:
-            raise ValueError(f"data.train: {self.path} has both weight and rows; give one of them")
+            raise ValueError(f"{self.path} has both weight and rows; give one of them")
         return self
 
 
 _Sources = Annotated[tuple[Source, ...], Field(min_length=1)]
+OneOrSources = Annotated[Annotated[str, Tag(ONE)] | Annotated[_Sources, Tag(LIST)], _one_or_list]
 Train = str | tuple[Source, ...]
 
 
-def sources_of(train: Train) -> tuple[Source, ...]:
-    """Returns the sources of ``data.train``, a single path as one that gives all its rows."""
-    return (Source(path=train),) if isinstance(train, str) else train
+def sources_of(train: Train | None) -> tuple[Source, ...]:
+    """Returns the sources of a setting such as ``data.train``, a single path as one that gives all its rows."""
+    return (Source(path=train),) if isinstance(train, str) else train or ()
 
 
-def name_of(train: Train) -> str:
-    """Returns the paths of ``data.train`` in one line."""
+def name_of(train: Train | None) -> str:
+    """Returns the paths of a setting such as ``data.train`` in one line."""
     return ", ".join(source.path for source in sources_of(train))
 
 
 class DataConfig(Section):
     """The conversations that the run learns from and is measured on."""
 
-    train: Annotated[Annotated[str, Tag(ONE)] | Annotated[_Sources, Tag(LIST)], _one_or_list]
+    train: OneOrSources
     """Training data: a file, folder, glob or URI, or a list of several, ``[{path: a.jsonl, weight: 3}, …]``.
     docs/data.md has the kinds of files and the forms of rows."""
     form: Later[FormName | None] = None
     """Form of the rows (docs/data.md). Not set: recognised from the columns."""
     columns: Later[dict[str, str]] = {}
     """Names of the form's columns in the files, e.g. ``{prompt: question}``."""
-    questions: str | None = None
+    questions: OneOrSources | None = None
     """Unlabelled questions for ``self_reinforcement`` and ``seft``, as ``prompt`` or ``messages``. A last turn of the
-    assistant is not read."""
-    heldout: str | None = None
-    """Rows like those of ``train`` that are never trained on. Not set: no evaluation."""
+    assistant is not read. One source, or a list of several, as for ``train``."""
+    heldout: OneOrSources | None = None
+    """Rows like those of ``train`` that are never trained on: one source, or a list of several. Not set: no
+    evaluation."""
     prompts_per_iteration: Count | None = None
     """Number of prompts per iteration, in a seeded order that wraps round. Not set: all. Fewer keep y′ fresh while the
     policy moves."""
@@ -298,10 +301,11 @@ class ScorerConfig(Section):
     """The preference model of SPPO, which estimates P(one response beats the other)."""
 
     path: str
-    """Model folder (safetensors), or a hub name."""
-    kind: Literal["reward", "pairrm"] = "reward"
+    """Model folder (safetensors), or a hub name. For ``grade`` a grader, as ``evaluation.grade``."""
+    kind: Literal["reward", "pairrm", "grade"] = "reward"
     """Kind of model. ``reward``: a sequence classifier with one output; P = σ(difference of rewards). ``pairrm``: one
-    like llm-blender/PairRM-hf (the paper's), which reads both responses together."""
+    like llm-blender/PairRM-hf (the paper's), which reads both responses together. ``grade``: no model but a grader of
+    responses by their row's ``answer``; P = (1 + difference of grades) / 2."""
     max_length: Count = 2048
     """Longest input in tokens. Longer texts lose their end."""
     replicas: Count = 1
@@ -317,6 +321,11 @@ class SelfFilterConfig(Section):
     """Smallest fraction of a question's samples that agree on its commonest answer; other questions are dropped.
     ``evaluation.answer_extractor`` reads the answer, else whole responses are compared. In the paper the model judges
     in words."""
+    grade: Later[NameOrPath[GradeName] | None] = None
+    """Grader, as ``evaluation.grade``, of the samples of questions with an ``answer``: the best one is learnt from, in
+    place of the commonest. Questions without an answer are dropped."""
+    min_grade: Later[Fraction] = 0.5
+    """Smallest grade that is learnt from; questions without such a sample are dropped."""
 
 
 class OptimizerConfig(Section):
@@ -527,7 +536,7 @@ class EvaluationConfig(Section):
     ``exact`` whole texts; ``multiple_choice`` letters; ``json`` values. ``regex`` takes ``answer`` as a pattern. Or the
     import path of a function of response and answer, both texts, ``my_package.mine:grade``, which returns 0 to 1."""
     max_rows: Count | None = None
-    """Number of held-out rows, from the first. Not set: all."""
+    """Number of held-out rows, from the first. Not set: all. Not for several sources, which have ``rows``."""
     samples: Later[Count] = 1
     """Responses to each held-out row. All are graded (``answer_accuracy`` is their pass@1); other measures read the
     first one."""

@@ -2,7 +2,7 @@
 
 import platform
 import shutil
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import datetime
 from importlib.metadata import PackageNotFoundError, version
@@ -12,10 +12,10 @@ from typing import Any, NamedTuple
 
 from spin_ray.config.recipe import SpinConfig
 from spin_ray.config.sections import DataConfig, Train, name_of, sources_of
-from spin_ray.errors import DataError, ModelError
+from spin_ray.errors import ConfigError, DataError, ModelError
 from spin_ray.inputs.architecture import refuse_architecture
 from spin_ray.inputs.chat_template import Tools
-from spin_ray.inputs.conversations import Conversation, Unusable, conversations_of, tools_of
+from spin_ray.inputs.conversations import Conversation, Unusable, conversations_of, read_row
 from spin_ray.inputs.embedded import resolve
 from spin_ray.inputs.ends import other_ends
 from spin_ray.inputs.findings import Finding, find_in_rows, find_in_template
@@ -49,8 +49,8 @@ class Inputs:
 
     model: ModelFolder
     train: Train
-    heldout: str | None
-    questions: str | None
+    heldout: Train | None
+    questions: Train | None
     scorer: ModelFolder | None
     """SPPO's preference model."""
     data_digest: str
@@ -97,15 +97,14 @@ def find_inputs(config: SpinConfig) -> Inputs:
     """
     refuse_unknown_columns(config.data)
     train = _resolved(config.data.train)
-    heldout = resolve(config.data.heldout) if config.data.heldout else None
-    train_files = [file for source in sources_of(train) for file in find_files(source.path)]
-    heldout_files = find_files(heldout) if heldout else None
-    questions = resolve(config.data.questions) if config.data.questions else None
-    questions_files = find_files(questions) if questions else None
-    path = check_folder(
-        without_adapter(find_folder(resolve(config.model.path), revision=config.model.revision), config.model),
-        config.model,
+    heldout = _resolved(config.data.heldout) if config.data.heldout else None
+    questions = _resolved(config.data.questions) if config.data.questions else None
+    train_files, heldout_files, questions_files = (
+        [file for source in sources_of(each) for file in find_files(source.path)]
+        for each in (train, heldout, questions)
     )
+    named = find_folder(resolve(config.model.path), revision=config.model.revision)
+    path = check_folder(without_adapter(named, config.model), config.model)
     refuse_untrainable(path)
     if not config.model.trust_remote_code:
         refuse_architecture(path, config.model.max_length)
@@ -128,16 +127,17 @@ def _resolved(train: Train) -> Train:
     return tuple(source.model_copy(update={"path": resolve(source.path)}) for source in train)
 
 
-def _labelled(inputs: Inputs) -> list[str]:
-    """Returns the sources of rows with responses."""
-    paths = [source.path for source in sources_of(inputs.train)]
-    return [*paths, inputs.heldout] if inputs.heldout else paths
+def _paths(*given: Train | None) -> list[str]:
+    return [source.path for each in given for source in sources_of(each)]
 
 
 def check_recipe(config: SpinConfig, inputs: Inputs | None = None, date: datetime | None = None) -> Start:
     """Checks that model and data can be used; raises UserError otherwise."""
     inputs = inputs or find_inputs(config)
-    rows = {source: _first_conversations(source, config.data) for source in _labelled(inputs)}
+    heads = {source: _first_rows(source, config.data) for source in _paths(inputs.train, inputs.heldout)}
+    questions = [head for source in _paths(inputs.questions) for head in _first_rows(source, config.data)]
+    _refuse_absent_columns(chain(*chain(*heads.values()), *questions), config.data)
+    rows = {source: _first_conversations(each, config.data) for source, each in heads.items()}
     renderer = open_renderer(str(inputs.model.path), config.model, date)
     vocabulary = vocabulary_of(inputs.model.path)
     check_template_tokens(renderer.tokenizer, renderer, vocabulary)
@@ -167,23 +167,36 @@ def _find_all(
         found.append(Finding(lacking, "warning"))
     for source, first in rows.items():
         found += find_in_rows(renderer, [(each.messages, each.tools) for each in first], source)
-        if config.algorithm == "sppo" and any(each.tools for each in first):
+        if inputs.scorer is not None and any(each.tools for each in first):
             found.append(Finding(f"{source}: the preference model reads rows without their tools", "warning"))
     if few := _too_few(config, inputs.train):
         found.append(Finding(few, "error"))
     return found
 
 
-def _first_conversations(source: str, data: DataConfig) -> list[FirstConversation]:
-    """Returns those of the first file; raises DataError if one of the first files is of no form, or of two."""
-    heads = [list(islice(_rows(file, data), _CHECKED_ROWS)) for file in find_files(source)[:_CHECKED_FILES]]
+def _first_rows(source: str, data: DataConfig) -> list[list[SourceRow]]:
+    """Returns those of the first files."""
+    return [list(islice(_rows(file, data), _CHECKED_ROWS)) for file in find_files(source)[:_CHECKED_FILES]]
+
+
+def _refuse_absent_columns(rows: Iterable[SourceRow], data: DataConfig) -> None:
+    """Raises ConfigError if ``data.columns`` names a column that no row has."""
+    absent = dict(data.columns)
+    for row in rows if absent else ():
+        absent = {ours: theirs for ours, theirs in absent.items() if theirs not in (row.content or ())}
+    for ours, theirs in absent.items():
+        raise ConfigError(f"data.columns.{ours}: none of the first rows has a column {theirs!r}")
+
+
+def _first_conversations(heads: Sequence[list[SourceRow]], data: DataConfig) -> list[FirstConversation]:
+    """Returns those of the first file; raises DataError if a file is of no form, or of two."""
     for head in heads:
         find_form(head, data)
     found = []
     for row in heads[0]:
         try:
-            tools = tools_of(row.content, data)
-            found += [FirstConversation(row.origin, each, tools) for each in conversations_of(row.content, data)]
+            read = read_row(row.content, data)
+            found += [FirstConversation(row.origin, each, read.tools) for each in read.ending_with_real]
         except Unusable:
             continue
     return found
@@ -272,7 +285,7 @@ def _other_ids(renderer: ChatRenderer, conversation: Conversation, tools: Tools,
 
 
 def _open_scorer(config: SpinConfig) -> ModelFolder | None:
-    if config.scorer is None:
+    if config.scorer is None or config.scorer.kind == "grade":
         return None
     # max_length 1 passes any model: unlike the policy, a preference model cuts what is too long for it.
     where = config.model.model_copy(update={"path": resolve(config.scorer.path), "max_length": 1})

@@ -2,44 +2,53 @@
 
 import math
 import re
-from typing import Any
+from typing import Any, NamedTuple
 
 from spin_ray.config.sections import DataConfig
-from spin_ray.inputs.forms import FORMS, Exchange, form_of, mapped, no_form
+from spin_ray.inputs.forms import FORMS, form_of, mapped, no_form
 from spin_ray.inputs.messages import Conversation, Message, Unusable, decoded, refuse_surrogates
 
-__all__ = ["Conversation", "Message", "Unusable", "answer_of", "conversations_of", "question_of", "rejected_of"]
+__all__ = ["Conversation", "Message", "Unusable", "answer_of", "conversations_of", "question_of", "read_row"]
+
+
+class Found(NamedTuple):
+    """Content of a usable row."""
+
+    ending_with_real: list[Conversation]
+    """Conversations that end with a human response, by ``data.turns``."""
+    rejected: Conversation | None = None
+    """The last conversation, with the rejected response."""
+    tools: list[Any] | None = None
+    """Tools that the prompt offers."""
+
+    @property
+    def all(self) -> list[Conversation]:
+        return [*self.ending_with_real, *([self.rejected] if self.rejected else [])]
+
+
+def read_row(content: dict[str, Any] | None, data: DataConfig) -> Found:
+    """Returns all that a row with responses has.
+
+    Raises:
+        Unusable: there is no response, or the rejected one answers another prompt than the human one.
+    """
+    messages, worse, tools = _exchange_of(content, data)
+    real = _ending_with_response(messages, data)
+    if worse is None:
+        return Found(real, None, tools)
+    rejected = _ending_with_response(worse, data)[-1]
+    if rejected[:-1] != real[-1][:-1]:
+        raise Unusable("malformed", "chosen and rejected do not answer the same prompt")
+    return Found(real, rejected, tools)
 
 
 def conversations_of(content: dict[str, Any] | None, data: DataConfig) -> list[Conversation]:
-    """Returns the conversations that end with a response, by ``data.turns``.
-
-    Raises:
-        Unusable: there are none.
-    """
-    return _ending_with_response(_exchange_of(content, data).messages, data)
+    """Returns the conversations that end with a response, by ``data.turns``; raises Unusable if there are none."""
+    return read_row(content, data).ending_with_real
 
 
-def rejected_of(content: dict[str, Any] | None, data: DataConfig) -> Conversation | None:
-    """Returns the conversation that ends with the worse response; None without one.
-
-    Raises:
-        Unusable: the worse response is malformed, or answers another prompt than the better one.
-    """
-    row = mapped(content or {}, data)
-    if row.get("rejected") is None and row.get("generated") is None:  # most rows; spares reading them twice
-        return None
-    exchange = _exchange_of(content, data)
-    if exchange.rejected is None:
-        return None
-    rejected = _ending_with_response(exchange.rejected, data)
-    if rejected[-1][:-1] != _ending_with_response(exchange.messages, data)[-1][:-1]:
-        raise Unusable("malformed", "chosen and rejected do not answer the same prompt")
-    return rejected[-1]
-
-
-def question_of(content: dict[str, Any] | None, data: DataConfig) -> Conversation:
-    """Returns a question with an empty response; raises Unusable if the row has none."""
+def question_of(content: dict[str, Any] | None, data: DataConfig) -> Found:
+    """Returns a question with an empty response and its tools; raises Unusable if the row has none."""
     if content is None:
         raise Unusable("malformed", "not a JSON object")
     row = mapped(content, data)
@@ -55,19 +64,11 @@ def question_of(content: dict[str, Any] | None, data: DataConfig) -> Conversatio
             break
     else:
         raise Unusable("malformed", "needs messages, or prompt")
-    return _checked([*messages, {"role": "assistant", "content": ""}], row, data)
-
-
-def tools_of(content: dict[str, Any] | None, data: DataConfig) -> list[Any] | None:
-    """Returns the tools that the prompt offers; None without any.
-
-    Raises:
-        Unusable: ``tools`` is neither a list nor JSON text of one, or is not valid Unicode.
-    """
-    return _tools_in(mapped(content or {}, data))
+    return Found([_checked([*messages, {"role": "assistant", "content": ""}], data)], None, _tools_in(row))
 
 
 def _tools_in(row: dict[str, Any]) -> list[Any] | None:
+    """Returns ``tools``, a list or JSON text of one; raises Unusable for anything else."""
     tools = decoded(row.get("tools"))
     if tools in (None, "", []):
         return None
@@ -94,7 +95,10 @@ def answer_of(value: Any) -> float | None:
     return number if math.isfinite(number) else None
 
 
-def _exchange_of(content: dict[str, Any] | None, data: DataConfig) -> Exchange:
+def _exchange_of(
+    content: dict[str, Any] | None, data: DataConfig
+) -> tuple[list[Message], list[Message] | None, list[Any] | None]:
+    """Returns the conversation, that with the worse response, and the tools."""
     if content is None:
         raise Unusable("malformed", "not a JSON object")
     row = mapped(content, data)
@@ -105,8 +109,11 @@ def _exchange_of(content: dict[str, Any] | None, data: DataConfig) -> Exchange:
         raise Unusable("malformed", "chosen is text, and there is no prompt that it answers")
     if form is None:
         raise Unusable("malformed", no_form(row, data))
+    if row.get("label") is False:
+        raise Unusable("rejected", "label is false: people did not want this response")
     messages, rejected = form.read(row)
-    return Exchange(_checked(messages, row, data), _checked(rejected, row, data) if rejected is not None else None)
+    tools = _tools_in(row)
+    return _checked(messages, data), _checked(rejected, data) if rejected is not None else None, tools
 
 
 def _ending_with_response(messages: list[Message], data: DataConfig) -> list[Conversation]:
@@ -115,12 +122,14 @@ def _ending_with_response(messages: list[Message], data: DataConfig) -> list[Con
     for end in wanted:
         if not messages[end]["content"].strip() and not messages[end].get("tool_calls"):
             raise Unusable("empty", f"message {end} (assistant) has no text")
+        for index, message in enumerate(messages[:end]):
+            if message["role"] == "user" and not message["content"].strip():
+                raise Unusable("empty", f"message {index} (user) has no text")
     return [messages[: end + 1] for end in wanted]
 
 
-def _checked(messages: list[Message], row: dict[str, Any], data: DataConfig) -> list[Message]:
+def _checked(messages: list[Message], data: DataConfig) -> list[Message]:
     """Returns the messages with the recipe's system message; raises Unusable without a prompt and a response."""
-    _tools_in(row)  # raises Unusable for what is no list
     first = next((index for index, message in enumerate(messages) if message["role"] == "assistant"), None)
     if first is None:
         raise Unusable("empty", "no assistant message")

@@ -37,16 +37,18 @@ class SourceRow(NamedTuple):
     """The row's bytes (for tables: JSON)."""
     unread: tuple[str, ...] = ()
     """Columns of the file that were left unread."""
+    fault: str = "not a JSON object"
+    """Reason why there is no content."""
 
 
 def kind_of(uri: str) -> str:
     """Returns the end of the name that says the kind, without the one that says the compression."""
-    name = uri.removesuffix(codec) if (codec := codec_of(uri)) else uri
-    return next((kind for kind in KINDS if name.endswith(kind)), "")
+    name = uri[: -len(codec)] if (codec := codec_of(uri)) else uri
+    return next((kind for kind in KINDS if name.lower().endswith(kind)), "")
 
 
 def codec_of(uri: str) -> str | None:
-    return next((suffix for suffix in CODECS if uri.endswith(suffix)), None)
+    return next((suffix for suffix in CODECS if uri.lower().endswith(suffix)), None)
 
 
 def filesystem(uri: str) -> tuple[pyarrow.fs.FileSystem, str]:
@@ -74,21 +76,48 @@ def open_text(uri: str) -> io.BufferedReader:
     return io.BufferedReader(cast(Any, stream), buffer_size=CHUNK)
 
 
-def head_of(uri: str) -> bytes:
+def head_of(uri: str, size: int = 256) -> bytes:
     """Returns the first bytes of a text, without the byte order mark and blanks.
 
     Raises:
-        DataError: the text is UTF-16, or not compressed as its name says.
+        DataError: the text is not UTF-8, or of another kind or compression than its name says.
     """
     try:
         with open_text(uri) as file:
-            head = cast(BinaryIO, file).read(256)
+            head = cast(BinaryIO, file).read(size)
     except (pa.ArrowException, OSError) as error:
         raise DataError(f"{uri}: cannot be read ({' '.join(str(error).split())})") from error
-    if (
-        head[:2] in (b"\xff\xfe", b"\xfe\xff")
-        or (head[:1] == b"\x00" and head[1:2] in b'{["')
-        or head[1:4:2] == b"\0\0"
-    ):
-        raise DataError(f"{uri}: is UTF-16; write it as UTF-8: iconv -f UTF-16 -t UTF-8 FILE > NEW")
+    if found := other_kind(head):
+        raise DataError(f"{uri}: {found}")
+    if wide := _wide(head):
+        raise DataError(f"{uri}: is {wide}; write it as UTF-8: iconv -f {wide} -t UTF-8 FILE > NEW")
     return head.removeprefix(b"\xef\xbb\xbf").lstrip()
+
+
+def _wide(head: bytes) -> str | None:
+    """Returns the encoding of text with more than one byte a character."""
+    if head[:4] in (b"\xff\xfe\0\0", b"\0\0\xfe\xff") or head[1:4] == b"\0\0\0" or head[:3] == b"\0\0\0":
+        return "UTF-32"
+    if head[:2] in (b"\xff\xfe", b"\xfe\xff") or (head[:1] == b"\0" and head[1:2] in b'{["') or head[1:4:2] == b"\0\0":
+        return "UTF-16"
+    return None
+
+
+_BEGINNINGS = {
+    b"\x1f\x8b": "is gzip; its name must end with .gz",
+    b"\x28\xb5\x2f\xfd": "is zstd; its name must end with .zst",
+    b"PAR1": "is Parquet; its name must end with .parquet",
+    b"ARROW1": "is Arrow; its name must end with .arrow",
+    b"PK\x03\x04": "is a zip archive; unpack it",
+    b"BZh": "is bzip2; unpack it",
+    b"\xfd7zXZ": "is xz; unpack it",
+    b"version https://git-lfs": "is a pointer of Git LFS and not the data; fetch it by git lfs pull",
+    b"<!DOCTYPE": "is a web page; download the file itself",
+    b"<html": "is a web page; download the file itself",
+}
+"""Kinds of data that a file may hold against its name, by their first bytes."""
+
+
+def other_kind(head: bytes) -> str | None:
+    """Returns what data that begins so is, and the cure; None for text."""
+    return next((said for beginning, said in _BEGINNINGS.items() if head.startswith(beginning)), None)

@@ -8,21 +8,24 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from difflib import get_close_matches
 from functools import lru_cache
-from typing import Any, NamedTuple, Protocol
+from typing import Any, Protocol
 
 from spin_ray.config.sections import DataConfig
 from spin_ray.errors import ConfigError, DataError
-from spin_ray.inputs.messages import READ, Message, Unusable, listed, parse_messages
-
-Columns = dict[str, Any]
-"""A row: values by column."""
-
-
-class Exchange(NamedTuple):
-    messages: list[Message]
-    """The conversation; its responses are the human ones."""
-    rejected: list[Message] | None = None
-    """The conversation with the worse response."""
+from spin_ray.inputs.exchanges import (
+    Columns,
+    Exchange,
+    answered,
+    both,
+    is_conversation,
+    preferred,
+    read_alpaca,
+    read_alpaca_preferred,
+    read_messages,
+    read_sharegpt,
+    read_sharegpt_preferred,
+)  # fmt: skip
+from spin_ray.inputs.messages import READ, unpacked
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -48,110 +51,21 @@ class Form:
         return all(row.get(column) is not None for column in self.needs) and self.fits(row)
 
 
-def _conversation(prompt: Any, response: Any, system: Any = None) -> list[Message]:
-    """Returns the messages of a prompt and a response, each a text or a list of messages."""
-    before = listed(prompt, "prompt") if isinstance(prompt, list | dict) else [{"role": "user", "content": prompt}]
-    after = (
-        listed(response, "response")
-        if isinstance(response, list | dict)
-        else [{"role": "assistant", "content": response}]
-    )
-    return _with_system(parse_messages([*before, *after]), system)
-
-
-def _with_system(messages: list[Message], system: Any) -> list[Message]:
-    if system is None or system == "":
-        return messages
-    if messages and messages[0]["role"] in ("system", "developer"):
-        if messages[0]["content"] == system:
-            return messages
-        raise Unusable("malformed", "has a column system and another system message")
-    return parse_messages([{"role": "system", "content": system}, *messages])
-
-
-def _messages(row: Columns) -> Exchange:
-    return Exchange(parse_messages(listed(row["messages"], "messages")))
-
-
-def _sharegpt(row: Columns) -> Exchange:
-    return Exchange(_with_system(parse_messages(listed(row["conversations"], "conversations")), row.get("system")))
-
-
-def _alpaca(row: Columns) -> Exchange:
-    """Joins instruction and input by an empty line; ``history`` holds earlier pairs of instruction and output."""
-    extra = row.get("input")
-    asked = row["instruction"]
-    if extra is not None and extra != "":
-        if not isinstance(extra, str) or not isinstance(asked, str):
-            raise Unusable("malformed", "instruction and input must be text")
-        asked = f"{asked}\n\n{extra}"
-    before = []
-    for turn in row.get("history") or []:
-        if not isinstance(turn, list) or len(turn) != 2:
-            raise Unusable("malformed", "history must hold pairs of instruction and output")
-        before += [{"role": "user", "content": turn[0]}, {"role": "assistant", "content": turn[1]}]
-    return Exchange(_conversation([*before, {"role": "user", "content": asked}], row["output"], row.get("system")))
-
-
-def _answered(asks: str, response: str) -> Callable[[Columns], Exchange]:
-    return lambda row: Exchange(_conversation(row[asks], row[response], row.get("system")))
-
-
-def _preferred(asks: str) -> Callable[[Columns], Exchange]:
-    def read(row: Columns) -> Exchange:
-        rejected, system = row.get("rejected"), row.get("system")
-        return Exchange(
-            _conversation(row[asks], row["chosen"], system),
-            None if rejected is None else _conversation(row[asks], rejected, system),
-        )
-
-    return read
-
-
-def _sharegpt_preferred(row: Columns) -> Exchange:
-    """Reads LLaMA-Factory's preference rows: ``chosen`` and ``rejected`` are a message each."""
-    asked, system, rejected = listed(row["conversations"], "conversations"), row.get("system"), row.get("rejected")
-    return Exchange(
-        _conversation(asked, [row["chosen"]], system),
-        None if rejected is None else _conversation(asked, [rejected], system),
-    )
-
-
-def _both(better: str, worse: str) -> Callable[[Columns], Exchange]:
-    def read(row: Columns) -> Exchange:
-        rejected = row.get(worse)
-        return Exchange(
-            parse_messages(listed(row[better], better)),
-            None if rejected is None else parse_messages(listed(rejected, worse)),
-        )
-
-    return read
-
-
-def _is_conversation(value: Any) -> bool:
-    """Tells whether a value is a list of messages that begins before the response."""
-    if not isinstance(value, list | dict):
-        return False
-    values = listed(value, "") if isinstance(value, list) or all(isinstance(v, list) for v in value.values()) else []
-    first = values[0] if values else None
-    return not (isinstance(first, dict) and (first.get("role") or first.get("from")) in ("assistant", "gpt"))
-
-
 _HI = [{"role": "user", "content": "2 + 2?"}, {"role": "assistant", "content": "4"}]
 _BAD = [{"role": "user", "content": "2 + 2?"}, {"role": "assistant", "content": "5"}]
 
 FORMS: tuple[Form, ...] = (
     Form(
         name="sharegpt_preferred", needs=("conversations", "chosen"), may=("rejected", "system"),
-        read=_sharegpt_preferred, fits=lambda row: isinstance(row["chosen"], dict)
+        read=read_sharegpt_preferred, fits=lambda row: isinstance(row["chosen"], dict)
         and isinstance(row["chosen"].get("value", row["chosen"].get("content")), str),
         known_from="LLaMA-Factory's preference data (ranking: true)",
         example={"conversations": [{"from": "human", "value": "2 + 2?"}], "chosen": {"from": "gpt", "value": "4"},
                  "rejected": {"from": "gpt", "value": "5"}},
     ),
     Form(
-        name="chosen_rejected", needs=("chosen",), may=("rejected",), read=_both("chosen", "rejected"),
-        fits=lambda row: _is_conversation(row["chosen"]) or (
+        name="chosen_rejected", needs=("chosen",), may=("rejected",), read=both("chosen", "rejected"),
+        fits=lambda row: is_conversation(row["chosen"]) or (
             isinstance(row["chosen"], list | dict) and row.get("prompt") is None
         ),
         known_from="TRL with implicit prompts, UltraFeedback (its prompt and messages are not read)",
@@ -159,52 +73,58 @@ FORMS: tuple[Form, ...] = (
     ),
     Form(
         name="prompt_chosen_rejected", needs=("prompt", "chosen"), may=("rejected", "system"),
-        read=_preferred("prompt"), asks="prompt", response="chosen",
+        read=preferred("prompt"), asks="prompt", response="chosen",
         known_from="TRL with explicit prompts (texts or messages), most preference data",
         example={"prompt": "2 + 2?", "chosen": "4", "rejected": "5"},
     ),
     Form(
-        name="messages", needs=("messages",), read=_messages,
+        name="messages", needs=("messages",), read=read_messages,
         known_from="OpenAI, TRL, UltraChat; also JSON text and a struct of lists",
         example={"messages": _HI},
     ),
     Form(
-        name="sharegpt", needs=("conversations",), may=("system",), read=_sharegpt,
+        name="sharegpt", needs=("conversations",), may=("system",), read=read_sharegpt,
         known_from="ShareGPT, OpenHermes, SlimOrca (from and value, or role and content)",
         example={"conversations": [{"from": "human", "value": "2 + 2?"}, {"from": "gpt", "value": "4"}]},
     ),
     Form(
-        name="real_generated", needs=("real",), may=("generated",), read=_both("real", "generated"),
+        name="real_generated", needs=("real",), may=("generated",), read=both("real", "generated"),
         known_from="the pairs that SPIN's authors released; generated counts as rejected",
         example={"real": _HI, "generated": _BAD},
     ),
     Form(
         name="prompt_completion", needs=("prompt", "completion"), may=("system",),
-        read=_answered("prompt", "completion"), asks="prompt", response="completion",
+        read=answered("prompt", "completion"), asks="prompt", response="completion",
         known_from="TRL (texts or messages)",
         example={"prompt": "2 + 2?", "completion": "4"},
     ),
     Form(
         name="prompt_response", needs=("prompt", "response"), may=("system",),
-        read=_answered("prompt", "response"), asks="prompt", response="response",
+        read=answered("prompt", "response"), asks="prompt", response="response",
         known_from="OpenRLHF and many others",
         example={"prompt": "2 + 2?", "response": "4"},
     ),
     Form(
-        name="alpaca", needs=("instruction", "output"), may=("input", "system", "history"), read=_alpaca,
+        name="alpaca", needs=("instruction", "output"), may=("input", "system", "history"), read=read_alpaca,
         asks="instruction", response="output",
         known_from="Alpaca, LLaMA-Factory; an input follows the instruction after an empty line",
         example={"instruction": "Add.", "input": "2, 2", "output": "4"},
     ),
     Form(
-        name="orca", needs=("question", "chosen"), may=("rejected", "system"), read=_preferred("question"),
+        name="alpaca_preferred", needs=("instruction", "chosen"), may=("rejected", "input", "system", "history"),
+        read=read_alpaca_preferred, asks="instruction", response="chosen",
+        known_from="LLaMA-Factory's preference data in Alpaca's columns",
+        example={"instruction": "Add.", "input": "2, 2", "chosen": "4", "rejected": "5"},
+    ),
+    Form(
+        name="orca", needs=("question", "chosen"), may=("rejected", "system"), read=preferred("question"),
         asks="question", response="chosen",
         known_from="Orca DPO pairs",
         example={"system": "Be brief.", "question": "2 + 2?", "chosen": "4", "rejected": "5"},
     ),
     Form(
         name="question_answer", needs=("question", "answer"), may=("system",),
-        read=_answered("question", "answer"), asks="question", response="answer",
+        read=answered("question", "answer"), asks="question", response="answer",
         known_from="GSM8K and other question sets; answer is the response",
         example={"question": "2 + 2?", "answer": "2 + 2 = 4\n#### 4"},
     ),
@@ -212,8 +132,15 @@ FORMS: tuple[Form, ...] = (
 """The forms in the order in which they are looked for."""
 
 BY_NAME = {form.name: form for form in FORMS}
-BESIDE = ("answer", "tools")
-"""Columns that every form may have: a number for grading, and the tools that the prompt offers."""
+BESIDE = ("answer", "tools", "label")
+"""Columns that every form may have: an answer for grading, the tools that the prompt offers, and KTO's label."""
+OTHER_NAMES = {"system_prompt": "system", "conversation": "conversations"}
+"""Columns that are read under another name, in rows without that one."""
+_HINTS = {
+    "prompt": ("query", "question", "problem", "instruction", "input", "inputs", "user", "request"),
+    "response": ("answer", "answers", "output", "outputs", "solution", "completion", "target", "targets", "assistant"),
+}
+"""Columns that other data calls prompt and response, for hints alone."""
 COLUMNS = tuple(dict.fromkeys([*(name for form in FORMS for name in (*form.needs, *form.may)), *BESIDE]))
 """Every column that some form reads."""
 
@@ -228,12 +155,16 @@ def refuse_unknown_columns(data: DataConfig) -> None:
 
 
 def mapped(content: Columns, data: DataConfig) -> Columns:
-    """Returns the row with the names of ``data.columns``."""
-    if not data.columns:
-        return content
-    taken = set(data.columns.values())
-    rest = {name: value for name, value in content.items() if name not in taken}
-    return rest | {ours: content[theirs] for ours, theirs in data.columns.items() if theirs in content}
+    """Returns the row with the names of ``data.columns`` and of the forms."""
+    if data.columns:
+        taken = set(data.columns.values())
+        rest = {name: value for name, value in content.items() if name not in taken}
+        content = rest | {ours: content[theirs] for ours, theirs in data.columns.items() if theirs in content}
+    for other, name in OTHER_NAMES.items():
+        if other in content and content.get(name) is None:
+            content = {(name if key == other else key): value for key, value in content.items() if key != name}
+    chosen = unpacked(content.get("chosen"))
+    return content if chosen is content.get("chosen") else content | {"chosen": chosen}
 
 
 def form_of(row: Columns, data: DataConfig) -> Form | None:
@@ -241,10 +172,13 @@ def form_of(row: Columns, data: DataConfig) -> Form | None:
     if data.form is not None:
         form = BY_NAME[data.form]
         return form if all(column in row for column in form.needs) else None
-    for form in FORMS:
-        if form.matches(row):
-            return form
-    return next((form for form in FORMS if len(form.needs) > 1 and all(name in row for name in form.needs)), None)
+    near = _with_columns(tuple(row))
+    return next((form for form in near if form.matches(row)), None) or next((f for f in near if len(f.needs) > 1), None)
+
+
+@lru_cache(maxsize=1024)
+def _with_columns(columns: tuple[str, ...]) -> tuple[Form, ...]:
+    return tuple(form for form in FORMS if set(form.needs) <= set(columns))
 
 
 def no_form(row: Iterable[str], data: DataConfig) -> str:
@@ -260,10 +194,29 @@ def no_form(row: Iterable[str], data: DataConfig) -> str:
     nearest = max(FORMS, key=nearness)
     known = has & {*nearest.needs, *nearest.may}
     needed = "needs messages, or prompt and response, or the columns of another form (docs/data.md)"
+    if hint := _hint(has):
+        maps = ", ".join(f"{ours}: {json.dumps(theirs, ensure_ascii=False)}" for ours, theirs in hint.items())
+        return f"{needed}; try data.columns: {{{maps}}}"
     if not known:
         return f"{needed}; data.columns maps names"
     lacks = [name for name in nearest.needs if name not in has] or nearest.needs
     return f"{needed}; nearest is {nearest.name}, which lacks {_and(lacks)}"
+
+
+def _hint(has: set[str]) -> dict[str, str]:
+    """Returns a ``data.columns`` with which such a row would be of a form: other spellings, else other words."""
+    spelt = {name.strip().strip("'\"").lower(): name for name in sorted(has)}
+    for form in FORMS:
+        if all(name in spelt for name in form.needs):
+            return {name: spelt[name] for name in (*form.needs, *form.may) if spelt.get(name, name) != name}
+    if {"instruction", "context", "response"} <= spelt.keys():  # Dolly
+        return {"input": spelt["context"], "output": spelt["response"]}
+    words = {
+        ours: spelt[found]
+        for ours, theirs in _HINTS.items()
+        if (found := next((name for name in (ours, *theirs) if name in spelt), None))
+    }
+    return {ours: theirs for ours, theirs in words.items() if ours != theirs} if len(words) == len(_HINTS) else {}
 
 
 def _and(names: Iterable[str]) -> str:
@@ -322,6 +275,8 @@ def shown(content: Any, width: int = 120) -> str:
 def ignored_in(row: Columns, form: Form) -> list[str]:
     """Returns the columns of a mapped row that its form does not read, and unread keys of its messages."""
     names = list(_unread(form.name, tuple(row)))
+    if not isinstance(row.get("label"), bool | None):
+        names.append("label")
     for column in form.needs:
         values = row.get(column)
         for message in values if isinstance(values, list) else ():

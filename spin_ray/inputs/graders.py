@@ -5,7 +5,10 @@ import re
 from collections.abc import Callable
 from typing import Any
 
+from spin_ray.config.recipe import SpinConfig
 from spin_ray.errors import ConfigError, DataError, first_line
+from spin_ray.inputs.answers import extract_number, is_correct
+from spin_ray.inputs.conversations import answer_of
 from spin_ray.learner.import_path import import_object
 
 Grader = Callable[[str, str], float | None]
@@ -58,13 +61,30 @@ def _canonical(value: Any) -> str:
     return json.dumps(value, sort_keys=True)
 
 
+def number(response: str, answer: str) -> float | None:
+    """Compares the number after the last ``####``, else after the last ``=``, with the answer's."""
+    wanted = answer_of(answer)
+    found = next((how for how in ("hashes", "equals") if extract_number(response, how) is not None), None)
+    return None if wanted is None else float(found is not None and is_correct(response, wanted, found))
+
+
 GRADERS: dict[str, Grader] = {
-    "exact": exact, "regex": regex, "multiple_choice": multiple_choice, "json": json_value,
+    "number": number, "exact": exact, "regex": regex, "multiple_choice": multiple_choice, "json": json_value,
 }  # fmt: skip
-"""Graders by the names of ``evaluation.grade``; ``number`` is ``answers.is_correct``."""
+"""Graders by name. For ``number``, ``evaluation.grade`` has the recipe's ``answer_extractor`` in their place."""
 
 
-def find_grader(grade: str) -> Grader:
+def graders_of(config: SpinConfig) -> dict[str, str]:
+    """Returns the graders that the recipe names, by setting."""
+    named = {"evaluation.grade": config.evaluation.grade if config.evaluation.grade != "number" else None}
+    if config.self_filter is not None:
+        named["self_filter.grade"] = config.self_filter.grade
+    if config.scorer is not None and config.scorer.kind == "grade":
+        named["scorer.path"] = config.scorer.path
+    return {setting: grade for setting, grade in named.items() if grade is not None}
+
+
+def find_grader(grade: str, setting: str = "evaluation.grade") -> Grader:
     """Returns the grader of a name or import path ``my_pkg.mine:function``.
 
     Raises:
@@ -72,29 +92,28 @@ def find_grader(grade: str) -> Grader:
     """
     if grade in GRADERS:
         return GRADERS[grade]
-    found = import_object(grade, "evaluation.grade", ["number", *GRADERS])
+    found = import_object(grade, setting, GRADERS)
     if not callable(found):
-        raise ConfigError(f"evaluation.grade: {grade} is no function of a response and an answer")
+        raise ConfigError(f"{setting}: {grade} is no function of a response and an answer")
     return found
 
 
-def graded(grade: str, response: str, answer: str, row: str) -> float | None:
+def graded(grade: str, response: str, answer: str, row: str, setting: str = "evaluation.grade") -> float | None:
     """Returns the grade of one response.
 
     Raises:
         DataError: the grader fails on the row, or gives no number from 0 to 1.
     """
-    grader = find_grader(grade)
+    grader = find_grader(grade, setting)
+    where = f"held-out row {row}" if setting == "evaluation.grade" else f"row {row}"
     try:
         found = grader(response, answer)
         number = None if found is None else float(found)
     except Exception as error:  # a user's function may raise anything
         said = f"{type(error).__name__}: {first_line(error)}"
-        raise DataError(f"evaluation.grade {grade}: failed on the held-out row {row} ({said})") from error
+        raise DataError(f"{setting} {grade}: failed on the {where} ({said})") from error
     if number is not None and not 0 <= number <= 1:
-        raise DataError(
-            f"evaluation.grade {grade}: gave {found!r} for the held-out row {row}; expected 0 to 1, or None"
-        )
+        raise DataError(f"{setting} {grade}: gave {found!r} for the {where}; expected 0 to 1, or None")
     return number
 
 

@@ -81,8 +81,9 @@ class Guard:
 
         The template writes its own beginning-of-text token.
         """
-        plain = iter(self._encode_plain([text.text for text in texts if not text.set_aside]))
-        return [self._encode_forged(text) if text.set_aside else next(plain) for text in texts]
+        plain = list(dict.fromkeys([text.text for text in texts if not text.set_aside]))  # pairs share their prompts
+        ids = dict(zip(plain, self._encode_plain(plain), strict=True))
+        return [self._encode_forged(text) if text.set_aside else ids[text.text] for text in texts]
 
     def _encode_plain(self, texts: list[str]) -> list[list[int]]:
         if not self._tokenizer.is_fast:

@@ -19,6 +19,7 @@ ROLES = {name: role for role, names in _NAMES.items() for name in names}
 """Role of each name that files use."""
 CALL = "function_call"
 """ShareGPT's name for an assistant's message that is a tool call, as JSON."""
+_ROLES = ", ".join(_NAMES)
 REASONING = ("reasoning_content", "reasoning", "thinking")
 """Names of a thought; the first is the templates'."""
 KEPT = ("tool_calls", "tool_call_id", "name", "reasoning_content")
@@ -45,8 +46,24 @@ def listed(value: Any, column: str) -> list[Any]:
         value = decoded(value)
     if isinstance(value, dict):
         value = _zipped(value)
+    if isinstance(value, str):
+        raise Unusable("malformed", f"{column}: expected a list, found str that is no JSON ({value[:20]!r})")
     if not isinstance(value, list):
         raise Unusable("malformed", f"{column}: expected a list, found {type(value).__name__}")
+    return value
+
+
+def is_message(value: Any) -> bool:
+    """Tells whether a value is a message, well formed or not."""
+    return isinstance(value, dict) and isinstance(value.get("role") or value.get("from"), str)
+
+
+def unpacked(value: Any) -> Any:
+    """Returns messages that stand as JSON text in a column of texts, and any other value as it is."""
+    if isinstance(value, str) and value.lstrip()[:1] in ("[", "{") and len(value) > 2:
+        found = decoded(value)
+        if is_message(found) or (isinstance(found, list) and found and all(map(is_message, found))):
+            return found
     return value
 
 
@@ -81,15 +98,18 @@ def _parse(index: int, value: Any) -> Message:
         if role in _PLAIN and isinstance(text, str):
             _check_unicode(index, text)
             return {"role": role, "content": text}
-    given = value.get("role") or value.get("from") if isinstance(value, dict) else None
+    if not isinstance(value, dict):
+        raise Unusable("malformed", f"message {index}: needs a role of {_ROLES}, found {type(value).__name__}")
+    given = _either(index, value, "role", "from")
     role = ROLES.get(given.lower()) if isinstance(given, str) else None
     if role is None:
-        raise Unusable("malformed", f"message {index}: needs a role of {', '.join(_NAMES)}")
+        found = f", found {given!r}" if given else ""
+        raise Unusable("malformed", f"message {index}: needs a role of {_ROLES}{found}")
     message = {key: value[key] for key in KEPT if value.get(key) is not None}
-    for name in REASONING:
-        if isinstance(value.get(name), str) and value[name]:
-            message["reasoning_content"] = value[name]
-    content = value.get("content") if value.get("content") is not None else value.get("value")
+    thought = _either(index, value, *REASONING)
+    if isinstance(thought, str) and thought:
+        message["reasoning_content"] = thought
+    content = _either(index, value, "content", "value")
     if given == CALL or value.get(CALL):
         message["tool_calls"] = [_call(index, content if given == CALL else value[CALL])]
         content = "" if given == CALL else content
@@ -105,6 +125,15 @@ def _parse(index: int, value: Any) -> Message:
     _check_unicode(index, text)
     refuse_surrogates(message, f"message {index}")
     return {"role": role, "content": text} | message
+
+
+def _either(index: int, value: dict[str, Any], *names: str) -> Any:
+    """Returns what stands under one of the names; raises Unusable if two of them say different things."""
+    found = {name: value[name] for name in names if value.get(name) not in (None, "")}
+    first, *others = found.values() or [next((value[name] for name in names if value.get(name) is not None), None)]
+    if any(other != first for other in others):
+        raise Unusable("malformed", f"message {index}: has {' and '.join(found)}, which differ")
+    return first
 
 
 def _call(index: int, value: Any) -> dict[str, Any]:

@@ -1,4 +1,4 @@
-"""Draws of rows from several sources of training data."""
+"""Draws of rows from several sources."""
 
 from collections.abc import Sequence
 
@@ -8,7 +8,7 @@ from spin_ray.config.sections import Source
 from spin_ray.errors import DataError
 
 
-def shares_of(sources: Sequence[Source], usable: Sequence[int]) -> list[int]:
+def shares_of(sources: Sequence[Source], usable: Sequence[int], setting: str = "data.train") -> list[int]:
     """Returns how many of its ``usable`` rows each source gives.
 
     Sources with a weight give rows in proportion, as many as the scarcest of them allows without repeating a row.
@@ -19,7 +19,7 @@ def shares_of(sources: Sequence[Source], usable: Sequence[int]) -> list[int]:
     for source, count in zip(sources, usable, strict=True):
         if count < (source.rows or 1):
             raise DataError(
-                f"{source.path}: has {count} usable rows, data.train asks for {source.rows or 'some'}; "
+                f"{source.path}: has {count} usable rows, {setting} asks for {source.rows or 'some'}; "
                 "spin-ray doctor shows them"
             )
     scale = min((count / each.weight for each, count in zip(sources, usable, strict=True) if each.weight), default=0.0)
@@ -29,12 +29,19 @@ def shares_of(sources: Sequence[Source], usable: Sequence[int]) -> list[int]:
     ]
 
 
-def draw(usable: Sequence[np.ndarray], sources: Sequence[Source], source_of: Sequence[int], seed: int) -> list[int]:
+def draw(
+    usable: Sequence[np.ndarray],
+    sources: Sequence[Source],
+    source_of: Sequence[int],
+    seed: int,
+    setting: str = "data.train",
+) -> list[int]:
     """Draws rows without repetition, and sets the masks ``usable`` to them; returns the rows of each source.
 
     Args:
         usable: a mask of rows a slice.
         source_of: the number of each slice's source.
+        setting: the name of the sources in an error.
 
     Raises:
         DataError: a source has too few rows.
@@ -42,7 +49,7 @@ def draw(usable: Sequence[np.ndarray], sources: Sequence[Source], source_of: Seq
     every = np.concatenate(usable)
     where = np.repeat(np.asarray(source_of), [len(mask) for mask in usable])
     places = [np.flatnonzero(every & (where == number)) for number in range(len(sources))]
-    shares = shares_of(sources, [len(each) for each in places])
+    shares = shares_of(sources, [len(each) for each in places], setting)
     taken = np.zeros(len(every), bool)
     for number, (each, share) in enumerate(zip(places, shares, strict=True)):
         taken[np.random.default_rng([seed, number]).choice(each, share, replace=False)] = True

@@ -16,12 +16,11 @@ from spin_ray.config.sections import DataConfig
 from spin_ray.inputs.chat_template import Tools
 from spin_ray.inputs.conversations import (
     Conversation,
+    Found,
     Unusable,
     answer_of,
-    conversations_of,
     question_of,
-    rejected_of,
-    tools_of,
+    read_row,
 )
 from spin_ray.inputs.forms import mapped
 from spin_ray.inputs.graders import answer_text
@@ -92,7 +91,7 @@ class PromptTask:
 
 def rows_of(sources: Sequence[SourceRow], task: PromptTask) -> Iterator[list[Row] | Unusable]:
     """Yields each source row's prompt rows, or the reason why it cannot be used."""
-    found = [_conversations_of(source, task) for source in sources]
+    found = [_found_in(source, task) for source in sources]
     usable = [conversation for each in found if not isinstance(each, Unusable) for conversation in each.all]
     tools = [each.tools for each in found if not isinstance(each, Unusable) for _ in each.all]
     rendered = iter(task.render(usable, tools))
@@ -111,26 +110,14 @@ def rows_of(sources: Sequence[SourceRow], task: PromptTask) -> Iterator[list[Row
             yield unusable
 
 
-@dataclass(frozen=True, slots=True)
-class _Found:
-    ending_with_real: list[Conversation]
-    rejected: Conversation | None
-    """The last conversation, with the rejected response."""
-    tools: Tools = None
-
-    @property
-    def all(self) -> list[Conversation]:
-        return [*self.ending_with_real, *([self.rejected] if self.rejected else [])]
-
-
-def _conversations_of(source: SourceRow, task: PromptTask) -> _Found | Unusable:
+def _found_in(source: SourceRow, task: PromptTask) -> Found | Unusable:
+    if source.content is None:
+        return Unusable("malformed", source.fault)
     try:
-        tools = tools_of(source.content, task.data)
-        if tools and not task.takes_tools:
+        found = (read_row if task.labelled else question_of)(source.content, task.data)
+        if found.tools and not task.takes_tools:
             raise Unusable("tools", "seft and sdft write prompts again, which would have no tools")
-        if not task.labelled:
-            return _Found([question_of(source.content, task.data)], None, tools)
-        return _Found(conversations_of(source.content, task.data), rejected_of(source.content, task.data), tools)
+        return found
     except Unusable as unusable:
         return unusable
 

@@ -35,7 +35,7 @@ def find_files(source: str) -> list[str]:
     if not infos:
         raise DataError(f"{source}: no such data (a .jsonl or .parquet file, a folder of them, a glob or a URI)")
     for info in infos:
-        if not info.path.endswith(SUFFIXES):
+        if not info.path.lower().endswith(SUFFIXES):
             raise DataError(f"{info.path}: unknown kind of data file; expected one of {', '.join(SUFFIXES)}")
         if info.size == 0:
             raise DataError(f"{info.path}: is empty")
@@ -44,8 +44,9 @@ def find_files(source: str) -> list[str]:
 
 
 def _listed(filesystem: pyarrow.fs.FileSystem, path: str) -> list[pyarrow.fs.FileInfo]:
-    if "*" in path:
-        base = path[: path[: path.index("*")].rfind("/") + 1]
+    wild = _WILD.search(path)
+    if wild and ("*" in path or filesystem.get_file_info(path).type == pyarrow.fs.FileType.NotFound):
+        base = path[: path[: wild.start()].rfind("/") + 1]
         below = "/" in path[len(base) :]
         infos = filesystem.get_file_info(pyarrow.fs.FileSelector(base, recursive=below, allow_not_found=True))
         return [info for info in infos if _matches(info.path, path)]
@@ -55,17 +56,23 @@ def _listed(filesystem: pyarrow.fs.FileSystem, path: str) -> list[pyarrow.fs.Fil
     infos = _inside(filesystem, path)
     if saved := _saved_files(filesystem, path, infos):
         return saved
-    return [info for info in infos if _is_data(info.path)]
+    return [info for info in infos if _is_data(info.path, path)]
 
 
 def _inside(filesystem: pyarrow.fs.FileSystem, path: str) -> list[pyarrow.fs.FileInfo]:
     return filesystem.get_file_info(pyarrow.fs.FileSelector(path, recursive=True))
 
 
-def _is_data(path: str) -> bool:
+def _is_data(path: str, folder: str) -> bool:
+    """Tells data from what programs leave beside it, such as ``.ipynb_checkpoints/`` and ``_delta_log/``."""
     name = path.rpartition("/")[2]
     # ``datasets`` keeps the results of map() beside the data, as cache-*.arrow
-    return path.endswith(SUFFIXES) and name not in _BESIDE_DATA and not name.startswith("cache-")
+    made = name in _BESIDE_DATA or name.startswith("cache-")
+    return path.lower().endswith(SUFFIXES) and not made and not _BESIDE.search(_below(path, folder))
+
+
+def _below(path: str, folder: str) -> str:
+    return "/" + path.removeprefix(folder).lstrip("/")
 
 
 def _saved_files(
@@ -99,19 +106,28 @@ def _saved_files(
 def skipped_files(source: str) -> list[str]:
     """Returns the files of a folder that are not read as data, but for hidden ones."""
     filesystem, path = _filesystem(source)
-    if "*" in path or filesystem.get_file_info(path).type != pyarrow.fs.FileType.Directory:
+    if filesystem.get_file_info(path).type != pyarrow.fs.FileType.Directory:
         return []
     infos = _inside(filesystem, path)
     if any(info.path.endswith("/state.json") for info in infos):
         return []
-    files = [info.path for info in infos if info.type == pyarrow.fs.FileType.File and not _is_data(info.path)]
-    return sorted(file for file in files if not file.rpartition("/")[2].startswith((".", "_", *_BESIDE_DATA)))
+    files = [info.path for info in infos if info.type == pyarrow.fs.FileType.File and not _is_data(info.path, path)]
+    names = {file: file.rpartition("/")[2] for file in files if "/." not in _below(file, path)}
+    return sorted(file for file, name in names.items() if name not in ("_SUCCESS", *_BESIDE_DATA))
 
 
 def _matches(path: str, glob: str) -> bool:
-    """Matches a glob, in which ``**/`` is any number of folders."""
-    any_folders, any_name = re.escape("**/"), re.escape("*")
-    return re.fullmatch(re.escape(glob).replace(any_folders, "(?:.+/)?").replace(any_name, "[^/]*"), path) is not None
+    """Matches a glob as a shell does: ``**/`` is any number of folders, and no star stands for a leading dot."""
+    parts = _WILD.split(glob)
+    marks = [_MEANING.get(mark, mark.replace("[!", "[^")) for mark in _WILD.findall(glob)]
+    pattern = "".join(re.escape(part) + mark for part, mark in zip(parts, [*marks, ""], strict=True))
+    return re.fullmatch(pattern, path) is not None
+
+
+_WILD = re.compile(r"\*\*/|\*|\?|\[[^/\]]+\]")
+_MEANING = {"**/": r"(?:(?!\.)[^/]+/)*", "*": r"(?:(?<!/)|(?!\.))[^/]*", "?": r"(?:(?<!/)|(?!\.))[^/]"}
+_BESIDE = re.compile(r"/[._]")
+"""The beginning of a name that is hidden, or that a program keeps for itself."""
 
 
 def files_digest(files: list[str]) -> str:

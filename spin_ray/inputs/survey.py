@@ -128,7 +128,9 @@ def _count(found: Survey, source: SourceRow, result: list[Row] | Unusable, task:
     found.ignored.update(ignored_in(content, form) if form else ())
     found.forms[form.name if form else "unknown"] += 1
     if isinstance(result, Unusable):
-        _refuse(found, source, result.reason, result.detail)
+        has = ", ".join([*(source.content or ()), *source.unread]) or "no column"
+        shown = "" if form or source.content is None else f" (it has {has})"
+        _refuse(found, source, result.reason, result.detail + shown)
         return
     lengths = [_length(row) for row in result]
     found.lengths += lengths

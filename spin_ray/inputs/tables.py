@@ -9,8 +9,8 @@ import pyarrow.fs
 import pyarrow.parquet as pq
 
 from spin_ray.errors import DataError, first_line
-from spin_ray.inputs.files import Slice, SourceRow, filesystem, kind_of
-from spin_ray.inputs.forms import COLUMNS
+from spin_ray.inputs.files import Slice, SourceRow, filesystem, kind_of, other_kind
+from spin_ray.inputs.forms import COLUMNS, OTHER_NAMES
 
 _ALL = 2**31
 _DAMAGED = (pa.ArrowException, OSError, UnicodeDecodeError)
@@ -44,7 +44,7 @@ def read_table(piece: Slice, columns: Iterable[str] = ()) -> Iterator[SourceRow]
     if kind_of(piece.uri) == ".parquet":
         file = _parquet(piece.uri)
         names = file.schema_arrow.names
-        wanted = _wanted(names, columns)
+        wanted = _wanted(names, columns, piece.uri)
         first = sum(file.metadata.row_group(group).num_rows for group in range(piece.start))
         batches = file.iter_batches(row_groups=list(range(piece.start, piece.stop)), columns=wanted)
         yield from _rows(piece.uri, batches, names, wanted, first)
@@ -55,13 +55,16 @@ def read_table(piece: Slice, columns: Iterable[str] = ()) -> Iterator[SourceRow]
             return
         if number >= piece.start:
             names = batch.schema.names
-            wanted = _wanted(names, columns)
+            wanted = _wanted(names, columns, piece.uri)
             yield from _rows(piece.uri, iter([batch.select(wanted)]), names, wanted, first)
         first += batch.num_rows
 
 
-def _wanted(names: list[str], columns: Iterable[str]) -> list[str]:
-    known = {*COLUMNS, *columns}
+def _wanted(names: list[str], columns: Iterable[str], uri: str) -> list[str]:
+    """Raises DataError if one of the columns stands twice."""
+    if twice := next((name for name in names if names.count(name) > 1), None):
+        raise DataError(f"{uri}: has the column {twice} twice")
+    known = {*COLUMNS, *OTHER_NAMES, *columns}
     return [name for name in names if name in known] or names
 
 
@@ -72,7 +75,7 @@ def _rows(
     while True:
         try:
             batch = next(batches)
-            rows = batch.to_pylist()
+            rows = batch.to_pylist(maps_as_pydicts="strict")
         except StopIteration:
             return
         except _DAMAGED as error:
@@ -80,7 +83,8 @@ def _rows(
         # Arrow gives all dicts of a column the same keys; a template would write those that a row lacks.
         nested = {field.name for field in batch.schema if field.name == "tools" or "tool_calls" in str(field.type)}
         for offset, row in enumerate(rows):
-            content = {name: value for name, value in row.items() if value is not None}
+            # NaN, which differs from itself, is what pandas writes for a missing number
+            content = {name: value for name, value in row.items() if value is not None and value == value}
             for name in nested & content.keys():
                 content[name] = _without_nulls(content[name])
             raw = json.dumps(content, default=str).encode()
@@ -99,7 +103,13 @@ def _parquet(uri: str) -> pq.ParquetFile:
     try:
         return pq.ParquetFile(store.open_input_file(path))
     except (pa.ArrowException, OSError) as error:
-        raise DataError(f"{uri}: is not a Parquet file ({first_line(error)})") from error
+        raise DataError(f"{uri}: is not a Parquet file ({_other_kind(uri) or first_line(error)})") from error
+
+
+def _other_kind(uri: str) -> str | None:
+    store, path = filesystem(uri)
+    with store.open_input_file(path) as file:
+        return other_kind(file.read(64))
 
 
 def _batches(uri: str) -> Iterator[pa.RecordBatch]:
@@ -115,4 +125,4 @@ def _batches(uri: str) -> Iterator[pa.RecordBatch]:
                 source.seek(0)
                 yield from pa.ipc.open_stream(source)
     except _DAMAGED as error:
-        raise DataError(f"{uri}: is not an Arrow file ({first_line(error)})") from error
+        raise DataError(f"{uri}: is not an Arrow file ({_other_kind(uri) or first_line(error)})") from error

@@ -4,6 +4,7 @@ import csv
 import io
 import json
 import re
+from collections import Counter
 from collections.abc import Iterator
 from typing import Any, BinaryIO
 
@@ -12,7 +13,6 @@ import pyarrow as pa
 from spin_ray.errors import DataError, first_line
 from spin_ray.inputs.files import CHUNK, Slice, SourceRow, codec_of, filesystem, head_of, kind_of, open_text
 
-_DECODE = json.JSONDecoder().decode
 _TOKEN = re.compile(rb'"[^"\\]*(?:\\.[^"\\]*)*"|[\[\]{}"]', re.DOTALL)
 """A whole string, a bracket, or the beginning of a string that goes on behind what was read."""
 
@@ -27,6 +27,8 @@ def split_text(uri: str, size: int, width: int) -> list[Slice]:
     if codec_of(uri) or kind_of(uri) in (".csv", ".tsv"):
         return [Slice(uri, 0, size)]
     if not _is_array(uri, head):
+        if re.match(rb'\{\s*\n\s*"', head):
+            raise DataError(f"{uri}: has an object over several lines; write an object a line, or an array of objects")
         return [Slice(uri, start, min(start + width, size)) for start in range(0, size, width)]
     starts: list[int] = []
     with open_text(uri) as file:
@@ -51,7 +53,12 @@ def read_text(piece: Slice) -> Iterator[SourceRow]:
 
 
 def _is_array(uri: str, head: bytes | None) -> bool:
-    return kind_of(uri) == ".json" and (head_of(uri) if head is None else head).startswith(b"[")
+    """Tells a JSON array, whatever the file is called, from lines of which the first is an array."""
+    head = head_of(uri) if head is None else head
+    if not head.startswith(b"[") or not (kind_of(uri) == ".json" or re.match(rb"\[\s*\{", head)):
+        return False
+    first, newline, rest = head_of(uri, CHUNK).partition(b"\n")
+    return not (newline and rest.strip() and isinstance(_parsed(first)[0], list))
 
 
 def _read_lines(piece: Slice) -> Iterator[SourceRow]:
@@ -76,16 +83,42 @@ def _read_lines(piece: Slice) -> Iterator[SourceRow]:
                     if not piece.start
                     else f"{path}: line {line_number} after byte {piece.start}"
                 )
-                yield SourceRow(origin, _parse(line), line.rstrip(b"\r\n"))
+                yield _row(origin, line.rstrip(b"\r\n"))
 
 
-def _parse(line: bytes) -> dict[str, Any] | None:
+def _row(origin: str, raw: bytes) -> SourceRow:
+    content, fault = _parsed(raw)
+    if isinstance(content, dict):
+        return SourceRow(origin, content, raw)
+    return SourceRow(origin, None, raw, fault=fault or f"not a JSON object but of type {type(content).__name__}")
+
+
+def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    found = dict(pairs)
+    if len(found) < len(pairs):
+        twice = Counter(key for key, _ in pairs).most_common(1)[0][0]
+        raise ValueError(f"has the key {twice!r} twice")
+    return found
+
+
+_DECODE = json.JSONDecoder(
+    object_pairs_hook=_unique, parse_constant=lambda name: None if name == "NaN" else float(name)
+).decode
+"""Reads JSON; NaN, which pandas writes for what is missing, is null."""
+
+
+def _parsed(raw: bytes) -> tuple[Any, str]:
+    """Returns the JSON value, or None and what is wrong."""
     try:
-        # Such a line is UTF-8; ``json.loads`` would spend as long on detecting that as on parsing.
-        content = _DECODE(str(line, "utf-8", "surrogatepass")) if line.startswith(b'{"') else json.loads(line)
-    except (ValueError, RecursionError):
-        return None
-    return content if isinstance(content, dict) else None
+        return _DECODE(str(raw.removeprefix(b"\xef\xbb\xbf"), "utf-8", "surrogatepass").strip()), ""
+    except UnicodeDecodeError as error:
+        return None, f"not UTF-8 (byte 0x{raw[error.start]:02x}); write the file as UTF-8: iconv -f ENCODING -t UTF-8"
+    except json.JSONDecodeError as error:
+        return None, f"not a JSON object ({error.msg} at character {error.pos + 1})"
+    except RecursionError:
+        return None, "not a JSON object (too deep)"
+    except ValueError as error:
+        return None, f"not a JSON object ({first_line(error)})"
 
 
 def _read_array(piece: Slice) -> Iterator[SourceRow]:
@@ -98,7 +131,7 @@ def _read_array(piece: Slice) -> Iterator[SourceRow]:
             part = io.BytesIO(file.read(piece.stop - piece.start))
             found = _elements(part, piece.uri, 1)
         for start, raw in found:
-            yield SourceRow(f"{path}: byte {piece.start + start}", _parse(raw), raw)
+            yield _row(f"{path}: byte {piece.start + start}", raw)
 
 
 def _elements(file: BinaryIO | io.BufferedReader, uri: str, depth: int) -> Iterator[tuple[int, bytes]]:
@@ -107,7 +140,7 @@ def _elements(file: BinaryIO | io.BufferedReader, uri: str, depth: int) -> Itera
     ``depth`` is 0 before the array's bracket, 1 behind it: a part of an array need not have an end.
 
     Raises:
-        DataError: the array has no end.
+        DataError: the array has no end, or something follows it.
     """
     part = depth == 1
     buffer, base, at, done = b"", 0, 0, 0  # ``base``: place of the buffer; ``done``: end of the last element in it
@@ -133,6 +166,8 @@ def _elements(file: BinaryIO | io.BufferedReader, uri: str, depth: int) -> Itera
                 elif depth == 0:
                     if loose := buffer[done : token.start()].strip(b", \t\r\n"):
                         yield base + done, loose
+                    if (buffer[token.end() :] + file.read(CHUNK)).strip():
+                        raise DataError(f"{uri}: goes on behind its array; write an object a line, or one array")
                     return
         buffer, base, at, done = buffer[done:], base + done, resume - done, 0
     if not part:
@@ -144,15 +179,35 @@ def _read_csv(uri: str) -> Iterator[SourceRow]:
     path = filesystem(uri)[1]
     csv.field_size_limit(2**31 - 1)
     with io.TextIOWrapper(open_text(uri), encoding="utf-8-sig", newline="") as text:
-        rows = csv.reader(text, delimiter="\t" if kind_of(uri) == ".tsv" else ",")
+        # Strict: otherwise '"Hi" he said' would lose its quotes without a word.
+        rows = csv.reader(text, delimiter="\t" if kind_of(uri) == ".tsv" else ",", strict=True)
         try:
             header = next(rows, [])
+            _check_header(header, path)
             for number, cells in enumerate(rows):
-                if not cells:
-                    continue
-                content = {name: cell for name, cell in zip(header, cells, strict=False) if cell != ""}
-                fits = len(cells) == len(header)
-                raw = json.dumps(content if fits else cells, ensure_ascii=False).encode()
-                yield SourceRow(f"{path}: row {number}", content if fits else None, raw)
+                if cells:
+                    yield _row_of_cells(f"{path}: row {number}", cells, header)
         except (UnicodeDecodeError, csv.Error) as error:
-            raise DataError(f"{path}: cannot be read near line {rows.line_num} ({first_line(error)})") from error
+            raise DataError(
+                f"{path}: cannot be read near line {rows.line_num + 1} ({first_line(error)}); it must be UTF-8, with "
+                'quotes in a quoted cell as ""'
+            ) from error
+
+
+def _check_header(header: list[str], path: str) -> None:
+    """Raises DataError if the columns have no names of their own."""
+    if len(header) == 1 and (other := next((mark for mark in ",;\t|" if mark in header[0]), None)):
+        raise DataError(f"{path}: its columns are parted by {other!r}; a .csv has commas, a .tsv has tabs")
+    twice = [name for name, count in Counter(header).items() if count > 1 and name]
+    if twice:
+        raise DataError(f"{path}: has the column {twice[0]} twice")
+
+
+def _row_of_cells(origin: str, cells: list[str], header: list[str]) -> SourceRow:
+    raw = json.dumps(cells, ensure_ascii=False).encode()
+    if len(cells) != len(header):
+        return SourceRow(origin, None, raw, fault=f"has {len(cells)} cells, the header {len(header)}")
+    if all(len(cell) > 1 and cell[0] == cell[-1] == "'" for cell in cells):
+        return SourceRow(origin, None, raw, fault="its cells are in single quotes; CSV has double ones")
+    content = {name: cell for name, cell in zip(header, cells, strict=True) if cell != ""}
+    return SourceRow(origin, content, json.dumps(content, ensure_ascii=False).encode())

@@ -8,11 +8,13 @@ from rich.console import Console
 from spin_ray.config.recipe import SpinConfig
 from spin_ray.inputs.check import check_recipe, disk_free_gib, find_inputs, versions
 from spin_ray.inputs.findings import template_facts
+from spin_ray.inputs.graders import graders_of
 from spin_ray.inputs.model_folder import unopened_files
 from spin_ray.inputs.rendering import open_renderer
 from spin_ray.loop.algorithms.table import check_algorithm
 from spin_ray.planning.mesh import check_mesh
 from spin_ray.report import doctor as shown
+from spin_ray.report.grading import check_on_workers
 from spin_ray.run_dir.run_dir import open_run
 from spin_ray.runtime.connect import connect
 from spin_ray.runtime.gpu_memory import smallest_card
@@ -56,6 +58,7 @@ def examine(config: SpinConfig, out: str | None, console: Console, *, every_row:
     console.print(str(folder or out), markup=False)
     connect(config)
     check_fits(config)
+    check_on_workers(graders_of(config))
     wanted = demands(config)
     for stage, bundles in wanted.items():
         console.print(f"[green]ok[/] {stage}: {len(bundles)} × {bundles[0]}")

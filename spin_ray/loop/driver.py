@@ -16,6 +16,7 @@ import numpy as np
 
 from spin_ray.config.recipe import SpinConfig
 from spin_ray.inputs.check import Start
+from spin_ray.inputs.graders import graders_of
 from spin_ray.inputs.model_folder import ModelFolder
 from spin_ray.loop.algorithms.base import Algorithm, Turn
 from spin_ray.loop.algorithms.table import find_algorithm
@@ -23,6 +24,7 @@ from spin_ray.loop.stages import evaluation, prompts
 from spin_ray.loop.stages.generation import stage as generation
 from spin_ray.loop.stages.generation.shards import Job
 from spin_ray.loop.stages.training import stage as training
+from spin_ray.report.grading import check_on_workers
 from spin_ray.report.history import evidence_to_stop
 from spin_ray.report.measures import Evaluation
 from spin_ray.report.model_card import write_card
@@ -49,6 +51,7 @@ def spin(run: RunDir, config: SpinConfig, start: Start, start_engine: StartEngin
 
     connect(config)
     check_fits(config)
+    check_on_workers(graders_of(config))
     with RunProgress(run, config):
         _spin(run, config, _for_every_machine(start), play)
 

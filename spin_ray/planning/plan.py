@@ -135,12 +135,14 @@ def _heldout_rows(config: SpinConfig) -> int:
     """Counts the rows, up to ``evaluation.max_rows``; remote data counts as that many."""
     if config.data.heldout is None:
         return 0
-    source, limit = resolve(config.data.heldout), config.evaluation.max_rows
-    if "://" in source:
-        return limit or 0
+    sources, limit = sources_of(config.data.heldout), config.evaluation.max_rows
+    paths = [resolve(source.path) for source in sources]
+    if any("://" in path for path in paths):
+        return limit or sum(source.rows or 0 for source in sources)
+    from spin_ray.inputs.mixture import shares_of
     from spin_ray.inputs.sources import find_files
 
-    counted = count_rows(find_files(source))
+    counted = sum(shares_of(sources, [count_rows(find_files(path)) for path in paths], "data.heldout"))
     return min(limit or counted, counted)
 
 

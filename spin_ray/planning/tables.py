@@ -5,6 +5,7 @@ from collections.abc import Iterator
 from rich.table import Table
 
 from spin_ray.config.recipe import SpinConfig
+from spin_ray.config.sections import name_of
 from spin_ray.planning.cluster import Cluster, Devices
 from spin_ray.planning.hardware import BANDWIDTH_EFFICIENCY, COMPUTE_EFFICIENCY, GB
 from spin_ray.planning.model_shape import ModelShape
@@ -92,8 +93,8 @@ def notes(config: SpinConfig, shape: ModelShape, cluster: Cluster, work: Work) -
         yield "model.attention: padded makes scoring, training and evaluation take 2-4 times the hours shown."
     if config.data.heldout and not work.heldout_rows:
         yield (
-            f"Held-out rows are not counted: {config.data.heldout} is not on this machine and evaluation.max_rows is "
-            "not set."
+            f"Held-out rows are not counted: {name_of(config.data.heldout)} is not on this machine and "
+            "evaluation.max_rows is not set."
         )
 
 

@@ -9,7 +9,7 @@ from rich.console import Console
 from rich.text import Text
 
 from spin_ray.config.recipe import SpinConfig
-from spin_ray.config.sections import sources_of
+from spin_ray.config.sections import Train, sources_of
 from spin_ray.inputs.check import Inputs
 from spin_ray.inputs.findings import Finding, TemplateFacts
 from spin_ray.inputs.prompt_rows import PromptTask
@@ -30,24 +30,18 @@ def look_at_data(config: SpinConfig, inputs: Inputs, *, every_row: bool) -> list
     Raises:
         DataError: a file cannot be read.
     """
-    found, tasks = [], {}
-    trained = ((source.path, True) for source in sources_of(inputs.train))
-    for source, labelled in (*trained, (inputs.heldout, True), (inputs.questions, False)):
-        if source is None:
-            continue
-        if labelled not in tasks:
-            task = PromptTask.of(config, str(inputs.model.path), labelled=labelled)
-            tasks[labelled] = replace(task, max_length=UNLIMITED)
-        found.append(survey(source, tasks[labelled], config.model.max_length, every_row=every_row))
-    if inputs.heldout is not None and not config.data.keep_leaks:
-        _count_leaks(found, inputs)
-    return found
+    task = replace(PromptTask.of(config, str(inputs.model.path)), max_length=UNLIMITED)
 
+    def look(given: Train | None, each: PromptTask) -> list[Survey]:
+        paths = [source.path for source in sources_of(given)]
+        return [survey(path, each, config.model.max_length, every_row=every_row) for path in paths]
 
-def _count_leaks(surveys: list[Survey], inputs: Inputs) -> None:
-    *trained, heldout = surveys[:-1] if inputs.questions is not None else surveys
-    for each in trained:
-        each.leaked = len(each.ids & heldout.ids)
+    trained, heldout = look(inputs.train, task), look(inputs.heldout, task)
+    if not config.data.keep_leaks:
+        held_out = {row for each in heldout for row in each.ids}
+        for each in trained:
+            each.leaked = len(each.ids & held_out)
+    return [*trained, *heldout, *(look(inputs.questions, replace(task, labelled=False)) if inputs.questions else [])]
 
 
 def print_survey(found: Survey, console: Console) -> None:

@@ -1,19 +1,20 @@
 """Grades of many responses, by a user's function on the workers."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import ray
 import ray.exceptions
 
-from spin_ray.errors import StageError, UserError, last_line
-from spin_ray.inputs.graders import graded
+from spin_ray.errors import ConfigError, StageError, UserError, last_line
+from spin_ray.inputs.graders import find_grader, graded
+from spin_ray.run_dir.artefact import Artefact
 
 ROWS_A_TASK = 256
 Graded = tuple[str, str, str]
 """Response, answer, and the id of the row."""
 
 
-def grade_all(grade: str, rows: Sequence[Graded]) -> list[float | None]:
+def grade_all(grade: str, rows: Sequence[Graded], setting: str = "evaluation.grade") -> list[float | None]:
     """Returns the grades in the order of ``rows``; Ray tasks call an imported function.
 
     Raises:
@@ -22,17 +23,46 @@ def grade_all(grade: str, rows: Sequence[Graded]) -> list[float | None]:
     """
     pieces = [rows[start : start + ROWS_A_TASK] for start in range(0, len(rows), ROWS_A_TASK)]
     if ":" not in grade or not ray.is_initialized():
-        return [each for piece in pieces for each in _grade(grade, piece)]
+        return [each for piece in pieces for each in _grade(grade, piece, setting)]
     task = ray.remote(_grade).options(num_cpus=0.5)
     try:
-        return [each for found in ray.get([task.remote(grade, piece) for piece in pieces]) for each in found]
+        return [each for found in ray.get([task.remote(grade, piece, setting) for piece in pieces]) for each in found]
     except ray.exceptions.RayTaskError as error:
         if isinstance(error.cause, UserError):
             raise error.cause from error
-        raise StageError(f"evaluation.grade {grade}: {last_line(error)}") from error
+        raise StageError(f"{setting} {grade}: {last_line(error)}") from error
     except ray.exceptions.RayError as error:
-        raise StageError(f"evaluation.grade {grade}: {last_line(error)}; run the command again") from error
+        raise StageError(f"{setting} {grade}: {last_line(error)}; run the command again") from error
 
 
-def _grade(grade: str, rows: Sequence[Graded]) -> list[float | None]:
-    return [graded(grade, response, answer, row) for response, answer, row in rows]
+def _grade(grade: str, rows: Sequence[Graded], setting: str) -> list[float | None]:
+    return [graded(grade, response, answer, row, setting) for response, answer, row in rows]
+
+
+def answers_of(prompts: Artefact) -> dict[str, str]:
+    """Returns the answers, as text, of the prompts that have one."""
+    columns = ["prompt_id", "answer_text"]
+    tables = (table.select(columns) for table in prompts.tables() if columns[1] in table.column_names)
+    rows = (row for table in tables for row in table.to_pylist())
+    return {row["prompt_id"]: row["answer_text"] for row in rows if row["answer_text"] is not None}
+
+
+def check_on_workers(graders: Mapping[str, str]) -> None:
+    """Imports the graders, by setting, where they will run.
+
+    Raises:
+        ConfigError: a worker cannot import one.
+    """
+    task = ray.remote(_import_grader).options(num_cpus=0)
+    for setting, grade in graders.items():
+        try:
+            ray.get(task.remote(grade, setting))
+        except ray.exceptions.RayTaskError as error:
+            raise ConfigError(
+                f"{setting}: {grade} cannot be imported on the workers ({last_line(error)}); put its folder into "
+                "--working-dir of ray job submit, and what it needs into pip of the runtime environment"
+            ) from error
+
+
+def _import_grader(grade: str, setting: str) -> None:
+    find_grader(grade, setting)

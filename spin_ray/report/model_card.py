@@ -43,7 +43,7 @@ def model_card(run: RunDir, iterate: int) -> str:
     }
     if hub := [source.path for source in sources_of(config.data.train) if source.path.startswith(HUB_DATA)]:
         metadata["datasets"] = ["/".join(path.removeprefix(HUB_DATA).split("/")[:2]) for path in hub]
-    heldout = hide_in_text(config.data.heldout or "")
+    heldout = hide_in_text(name_of(config.data.heldout))
     ours = [(measure.key, measure.title, value) for measure, value in results]
     groups = [_result(heldout, "held-out rows", ours)] if ours else []
     for task, found in benchmarks.items():

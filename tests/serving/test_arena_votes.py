@@ -11,7 +11,7 @@ import pytest
 
 from spin_ray.config.sections import DataConfig
 from spin_ray.errors import UserError
-from spin_ray.inputs.conversations import conversations_of, rejected_of
+from spin_ray.inputs.conversations import conversations_of, read_row
 from spin_ray.inputs.sources import read_slice, split
 from spin_ray.run_dir.run_dir import RunDir
 from spin_ray.run_dir.storage import Storage
@@ -178,7 +178,7 @@ def test_exported_pairs_are_data_for_this_package(votes, tmp_path):
     (row,) = [row for piece in split([str(file)]) for row in read_slice(piece)]
     data = DataConfig(train=str(file))
     assert conversations_of(row.content, data) == [[*QUESTION, {"role": "assistant", "content": "iter-0 says"}]]
-    assert rejected_of(row.content, data) == [*QUESTION, {"role": "assistant", "content": "sft says"}]
+    assert read_row(row.content, data).rejected == [*QUESTION, {"role": "assistant", "content": "sft says"}]
 
 
 def test_text_that_no_database_column_takes_survives(votes):

@@ -1,22 +1,28 @@
 """Self-reinforcement (Tong et al. 2024, arXiv 2405.04086): preferences from questions alone."""
 
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from itertools import groupby
 from typing import Any
 
 import pyarrow as pa
 
 from spin_ray.config.recipe import SpinConfig
+from spin_ray.config.sections import SelfFilterConfig
 from spin_ray.inputs.answers import extract_number
 from spin_ray.inputs.rendering import load_tokenizer
 from spin_ray.learner.step import Objective
 from spin_ray.loop.algorithms.base import Algorithm, Turn, margin_objective
 from spin_ray.loop.stages import pairs
 from spin_ray.loop.stages.generation.shards import Job
+from spin_ray.report.grading import answers_of, grade_all
 from spin_ray.run_dir.artefact import Artefact
 from spin_ray.run_dir.run_dir import RunDir
 from spin_ray.run_dir.schemas import PAIR_SCHEMA
+
+Row = dict[str, Any]
+Choose = Callable[[list[list[Row]]], Iterable[int | str]]
+"""Function that returns the chosen sample of each question, or the reason why there is none."""
 
 
 class SelfReinforcement(Algorithm):
@@ -24,6 +30,12 @@ class SelfReinforcement(Algorithm):
 
     needs = ("sft", "data.questions")
     reads = ("self_filter",)
+
+    def problems(self, config: SpinConfig) -> Iterator[str]:
+        yield from super().problems(config)
+        chosen = config.self_filter
+        if chosen and chosen.grade and "min_agreement" in chosen.model_fields_set:
+            yield "self_filter.min_agreement: self_filter.grade chooses in its place; leave it out"
 
     def plays(self, run: RunDir) -> Artefact:
         return run.questions
@@ -35,10 +47,12 @@ class SelfReinforcement(Algorithm):
         generations = run.generations(turn.iteration)
         inputs = {name.path: name.manifest().digest for name in (run.questions, generations, base_answers)}
         chosen = config.self_filter
-        settings = {
+        settings: dict[str, Any] = {
             "min_agreement": chosen.min_agreement if chosen else 0,
             "extractor": config.evaluation.answer_extractor,
         }
+        if chosen and chosen.grade:
+            settings = {"grade": chosen.grade, "min_grade": chosen.min_grade}
         dropped = Counter[str]()
         tables = _tables(turn, base_answers, dropped)
         pairs.make(run, config, turn.iteration, pairs.Fresh(tables, inputs, settings, dropped=dropped))
@@ -54,19 +68,59 @@ def _tables(turn: Turn, base_answers: Artefact, dropped: Counter[str]) -> Iterat
         for row in table.to_pylist()
         if row["sample"] == 0
     }
-    read = _reader(turn)
     chosen = turn.config.self_filter
+    choose = _by_grade(turn, chosen) if chosen and chosen.grade else _by_agreement(turn)
     for played in pairs.joined(turn.run.questions, turn.run.generations(turn.iteration), turn.iteration):
         rows = []
-        for prompt_id, group in groupby(played.to_pylist(), key=lambda row: row["prompt_id"]):
-            samples = list(group)
-            agreed, share = commonest([read(row["generated_ids"]) for row in samples])
-            if share == 0 or share < (chosen.min_agreement if chosen else 0):
-                dropped["disagreed" if share else "no_answer"] += 1
+        groups = [list(group) for _, group in groupby(played.to_pylist(), key=lambda row: row["prompt_id"])]
+        for samples, found in zip(groups, choose(groups), strict=True):
+            if isinstance(found, str):
+                dropped[found] += 1
                 continue
-            row = samples[agreed]
-            rows.append(row | {"real_ids": row["generated_ids"], "generated_ids": against[prompt_id]})
+            row = samples[found]
+            rows.append(row | {"real_ids": row["generated_ids"], "generated_ids": against[row["prompt_id"]]})
         yield pa.Table.from_pylist(rows, PAIR_SCHEMA)
+
+
+def _by_agreement(turn: Turn) -> Choose:
+    """Returns a choice of the first sample with the commonest answer."""
+    read, chosen = _reader(turn), turn.config.self_filter
+    needed = chosen.min_agreement if chosen else 0
+
+    def choose(groups: list[list[Row]]) -> Iterator[int | str]:
+        for samples in groups:
+            agreed, share = commonest([read(row["generated_ids"]) for row in samples])
+            yield agreed if share and share >= needed else "disagreed" if share else "no_answer"
+
+    return choose
+
+
+def _by_grade(turn: Turn, chosen: SelfFilterConfig) -> Choose:
+    """Returns a choice of the first sample with the best grade."""
+    answers, ends = answers_of(turn.run.questions), _ends(turn)
+    tokenizer = load_tokenizer(str(turn.opponent.path), trust_remote_code=turn.config.model.trust_remote_code)
+    grade, decode = str(chosen.grade), tokenizer.decode
+
+    def choose(groups: list[list[Row]]) -> Iterator[int | str]:
+        asked = [
+            (number, place, row)
+            for number, samples in enumerate(groups)
+            for place, row in enumerate(samples)
+            if row["prompt_id"] in answers and row["generated_ids"][-1:] and row["generated_ids"][-1] in ends
+        ]
+        rows = [
+            (decode(row["generated_ids"], skip_special_tokens=True), answers[row["prompt_id"]], row["prompt_id"])
+            for _, _, row in asked
+        ]
+        best: dict[int, tuple[float, int]] = {}
+        for (number, place, _), each in zip(asked, grade_all(grade, rows, "self_filter.grade"), strict=True):
+            if each is not None:
+                best[number] = max(best.get(number, (each, -place)), (each, -place))
+        for number in range(len(groups)):
+            found = best.get(number)
+            yield "no_answer" if found is None else -found[1] if found[0] >= chosen.min_grade else "below_grade"
+
+    return choose
 
 
 def commonest(answers: list[Any]) -> tuple[int, float]:
@@ -83,7 +137,7 @@ def _reader(turn: Turn) -> Callable[[list[int]], Any]:
 
     Cut responses have none, so that nobody learns to stop there.
     """
-    extractor, ends = turn.config.evaluation.answer_extractor, {turn.start.end_of_turn_id, *turn.start.other_ends}
+    extractor, ends = turn.config.evaluation.answer_extractor, _ends(turn)
     tokenizer = load_tokenizer(str(turn.opponent.path), trust_remote_code=turn.config.model.trust_remote_code)
 
     def read(token_ids: list[int]) -> Any:
@@ -94,3 +148,7 @@ def _reader(turn: Turn) -> Callable[[list[int]], Any]:
         return extract_number(tokenizer.decode(token_ids, skip_special_tokens=True), extractor)
 
     return read
+
+
+def _ends(turn: Turn) -> set[int]:
+    return {turn.start.end_of_turn_id, *turn.start.other_ends}

@@ -5,7 +5,7 @@ from collections.abc import Iterator
 from spin_ray.config.recipe import SpinConfig
 from spin_ray.config.sections import Mesh, ObjectiveConfig
 from spin_ray.errors import ConfigError
-from spin_ray.inputs.graders import find_grader
+from spin_ray.inputs.graders import find_grader, graders_of
 from spin_ray.learner.backends import find_backend
 from spin_ray.learner.import_path import import_object
 from spin_ray.learner.losses import Loss, MarginLoss, SpaceLoss, resolve_loss
@@ -61,8 +61,8 @@ def check_algorithm(config: SpinConfig) -> None:
         check_installed("train.lora", "lora")
         if config.train.lora.base != "bf16":
             check_installed(f"train.lora.base: {config.train.lora.base}")
-    if config.evaluation.grade != "number":
-        find_grader(config.evaluation.grade)
+    for setting, grade in graders_of(config).items():
+        find_grader(grade, setting)
     for section in (config.train, config.sft, config.reviser):
         if section is not None:
             find_optimizer(section.optimizer)

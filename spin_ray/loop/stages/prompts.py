@@ -46,6 +46,8 @@ QUARANTINE_SCHEMA = pa.schema(
 )
 _SLICE_SCHEMA = PROMPT_SCHEMA.append(pa.field("origin", pa.string())).append(pa.field("raw", pa.binary()))
 """Rows with duplicates; ``origin`` and ``raw`` are for the quarantine."""
+_SETTINGS = {"prompts": "data.train", "heldout": "data.heldout", "questions": "data.questions"}
+"""Setting that names the sources, by artefact."""
 LEAK = "leak"
 """Reason of a training row that is held out, too. Such rows do not count as unusable."""
 ROWS_AT_A_TIME = 1024
@@ -104,7 +106,8 @@ def run(
             leaked = None
         firsts = _first_of_each([each.ids for each in slices], max_rows, leaked)
         if not isinstance(train, str):
-            counted["sources"] = _draw(firsts, train, [len(each) for each in pieces_of], config.seed)
+            counts, setting = [len(each) for each in pieces_of], _SETTINGS.get(artefact.path, artefact.path)
+            counted["sources"] = _draw(firsts, train, counts, config.seed, setting)
         entries, quarantined = _finish(run_dir.storage, slices, artefact, firsts, settings["part_rows"])
         counted |= {"rows": sum(entry.rows or 0 for entry in entries.values()), "quarantined": quarantined.total()}
         _check_quarantine(run_dir, config, artefact, source, counted["rows"], quarantined)
@@ -150,10 +153,12 @@ def _count_kept_leaks(slices: list["_Slice"], leaked: np.ndarray, source: str) -
     return count
 
 
-def _draw(firsts: list[_Masks], sources: tuple[Source, ...], pieces: list[int], seed: int) -> dict[str, int]:
+def _draw(
+    firsts: list[_Masks], sources: tuple[Source, ...], pieces: list[int], seed: int, setting: str
+) -> dict[str, int]:
     """Draws each source's rows from those to keep; returns their number by path."""
     source_of = [number for number, count in enumerate(pieces) for _ in range(count)]
-    shares = draw([keep for keep, _, _ in firsts], sources, source_of, seed)
+    shares = draw([keep for keep, _, _ in firsts], sources, source_of, seed, setting)
     drawn = {source.path: share for source, share in zip(sources, shares, strict=True)}
     logger.info("rows drawn: %s", ", ".join(f"{share:,} of {path}" for path, share in drawn.items()))
     return drawn

@@ -50,6 +50,8 @@ LATER = (
     "data.keep_leaks",
     "evaluation.grade",
     "evaluation.samples",
+    "self_filter.grade",
+    "self_filter.min_grade",
 )
 """Settings that older versions lack; at their defaults they are no part of the identity."""
 OF_ALGORITHMS: dict[str, dict[str, Any]] = {

@@ -14,6 +14,7 @@ from spin_ray.config.sections import DataConfig
 from spin_ray.errors import ConfigError, DataError, ModelError
 from spin_ray.inputs.check import (
     _first_conversations,
+    _first_rows,
     check_recipe,
     check_template_tokens,
     check_token_ids,
@@ -157,7 +158,8 @@ def test_token_ids_of_a_runs_own_rows_are_compared_with_transformers(kind, tmp_p
     rows = [{"prompt": f"Is it {number}?", "response": "Yes, it is."} for number in range(3)]
     forged = {"prompt": "</s>", "response": "Yes."}
     Path(source).write_text("".join(json.dumps(row) + "\n" for row in [*rows, forged, {"prompt": "no response"}]))
-    first = _first_conversations(source, DataConfig(train=source))
+    data = DataConfig(train=source)
+    first = _first_conversations(_first_rows(source, data), data)
     assert check_token_ids(renderer, first) == 3
 
     def as_two_texts(conversations, tools):

@@ -1,18 +1,22 @@
 """Forms of rows: a conversation written in any of them has the same tokens, and nothing is dropped unsaid."""
 
+import csv
 import json
 from dataclasses import replace
 
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from spin_ray.config.sections import DataConfig, FormName
 from spin_ray.errors import DataError
-from spin_ray.inputs.conversations import Unusable, conversations_of, question_of, tools_of
+from spin_ray.inputs import prompt_rows
+from spin_ray.inputs.conversations import Unusable, conversations_of, question_of, read_row
 from spin_ray.inputs.forms import BY_NAME, FORMS, find_form, form_of, ignored_in
 from spin_ray.inputs.messages import parse_messages
-from spin_ray.inputs.sources import SourceRow
+from spin_ray.inputs.sources import SourceRow, read_slice, split
 from tests.unit.inputs.test_prompt_rows import TOKENIZER, chat, rows_of, task_of
 
 DATA = DataConfig(train="d")
@@ -64,6 +68,43 @@ def test_a_conversation_written_in_every_form_has_the_same_token_ids(asked, said
         assert found["rejected_ids"] == (pair["rejected_ids"] if {"rejected", "generated"} & row.keys() else None)
 
 
+def as_file(path, row):
+    """Writes a row as a file of the kind that the name says; in CSV and TSV lists are JSON text."""
+    row = {name: value for name, value in row.items() if value is not None}
+    if path.suffix in (".csv", ".tsv"):
+        with path.open("w", newline="") as file:
+            writer = csv.writer(file, delimiter="," if path.suffix == ".csv" else "\t")
+            cells = [value if isinstance(value, str) else json.dumps(value) for value in row.values()]
+            writer.writerows([row, cells])
+    elif path.suffix == ".parquet":
+        pq.write_table(pa.Table.from_pylist([row]), path)
+    elif path.suffix == ".arrow":
+        table = pa.Table.from_pylist([row])
+        with pa.ipc.new_stream(path, table.schema) as stream:
+            stream.write_table(table)
+    else:
+        text = json.dumps(row if path.suffix == ".jsonl" else [row], ensure_ascii=path.suffix == ".json")
+        path.write_bytes(b"\xef\xbb\xbf" + text.encode() + b"\r\n")
+    return path
+
+
+@pytest.mark.parametrize("kind", ["jsonl", "json", "csv", "tsv", "parquet", "arrow"])
+@settings(max_examples=3, deadline=None)
+@given(asked=words, said=words, worse=words, system=st.none() | words)
+def test_every_form_has_the_same_token_ids_in_every_kind_of_file(tmp_path_factory, kind, asked, said, worse, system):
+    ways = written(asked, said, worse, system)
+    (expected,) = rows_of(ways["messages"], task_of(max_length=512))
+    rows = [
+        next(read_slice(split([str(as_file(tmp_path_factory.getbasetemp() / f"a.{kind}", way))])[0]))
+        for way in ways.values()
+    ]
+    for name, found in zip(ways, prompt_rows.rows_of(rows, task_of(max_length=512)), strict=True):
+        assert not isinstance(found, Unusable), (name, found.detail)
+        assert [found[0][column] for column in ("prompt_ids", "real_ids")] == [
+            expected[column] for column in ("prompt_ids", "real_ids")
+        ], name
+
+
 def test_every_form_reads_its_own_example_and_no_other_form_takes_it():
     assert set(BY_NAME) == set(FormName.__args__)
     for form in FORMS:
@@ -94,7 +135,7 @@ def test_columns_are_mapped_and_a_form_can_be_named():
     "row", [{"instruction": "why?"}, {"question": "why?"}, {"prompt": chat("why?")}, {"prompt": "why?", "chosen": "so"}]
 )
 def test_a_question_may_be_in_any_form(row):
-    assert question_of(row, DATA) == chat("why?", "")
+    assert question_of(row, DATA).ending_with_real == [chat("why?", "")]
 
 
 def test_columns_beside_every_form_are_mapped_too():
@@ -102,7 +143,7 @@ def test_columns_beside_every_form_are_mapped_too():
     row = {"prompt": "x", "response": "y", "gold": "7", "functions": weather}
     (made,) = rows_of({**row, "functions": None}, task_of(columns={"answer": "gold", "tools": "functions"}))
     assert (made["answer"], made["answer_text"]) == (7.0, "7")
-    assert tools_of(row, DataConfig(train="d", columns={"tools": "functions"})) == weather
+    assert read_row(row, DataConfig(train="d", columns={"tools": "functions"})).tools == weather
 
 
 def test_rows_with_tools_are_refused_where_they_would_be_written_again_without():
@@ -181,9 +222,8 @@ def test_tool_calls_thoughts_and_tools_are_kept_under_one_name():
         {"role": "assistant", "content": "", "tool_calls": [call]},
         {"role": "tool", "content": "20", "tool_call_id": "c1"},
     ]
-    data = DataConfig(train="d")
-    assert tools_of({"tools": json.dumps([call])}, data) == tools_of({"tools": [call]}, data) == [call]
-    assert tools_of({"tools": "[]"}, data) is None
+    for tools, expected in ((json.dumps([call]), [call]), ([call], [call]), ("[]", None)):
+        assert read_row({"messages": chat("a", "b"), "tools": tools}, DATA).tools == expected
 
 
 @pytest.mark.parametrize(

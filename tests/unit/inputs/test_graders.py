@@ -21,6 +21,8 @@ def half_right(response: str, answer: str) -> float | None:
         ("multiple_choice", r"So \boxed{D}", "D", 1), ("multiple_choice", "A dog runs", "A", 0),
         ("multiple_choice", "B", "Paris", None), ("multiple_choice", "The answer is a hard one\nB", "B", 1),
         ("json", 'Here:\n```json\n{"b": 1, "a": [true]}\n```', '{"a": [true], "b": 1}', 1),
+        ("number", "2 = 3, so #### 4", "4", 1), ("number", "It is = 1,234", "1234", 1), ("number", "4", "4", 0),
+        ("number", "= 4", "four", None),
         ("json", "1", "true", 0), ("json", "no JSON", "1", 0), ("json", "1", "{", None),
         (f"{__name__}:half_right", "x", "ok", 0.5), (f"{__name__}:half_right", "x", "skip", None),
     ],

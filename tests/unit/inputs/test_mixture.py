@@ -9,6 +9,8 @@ from spin_ray.config.sections import DataConfig, Source, name_of, sources_of
 from spin_ray.errors import ConfigError, DataError
 from spin_ray.inputs.check import check_recipe
 from spin_ray.inputs.mixture import draw, shares_of
+from spin_ray.planning.plan import _heldout_rows
+from spin_ray.report.doctor import look_at_data
 from tests.support.fakes import config_of
 from tests.unit.inputs.test_check import config_for
 
@@ -69,6 +71,8 @@ def test_a_path_is_one_source_and_its_identity_is_the_text():
         ({"train": [{"path": "d"}], "max_rows": 5}, "data.max_rows: with several sources"),
         ({"train": [{"path": "d"}, {"path": "s3://id:key@b/d"}]}, "data.train: holds credentials"),
         ({"train": []}, "at least 1 item"),
+        ({"train": "d", "questions": [{"path": "s3://id:key@b/d"}]}, "data.questions: holds credentials"),
+        ({"train": "d", "questions": [{"path": "q"}], "max_rows": 5}, "give data.questions rows"),
     ],
 )
 def test_sources_that_make_no_sense_are_refused(data, message):
@@ -87,6 +91,28 @@ def test_every_source_is_checked_before_anything_runs(tmp_path):
     two = [{"path": str(tmp_path / "a.jsonl")}, {"path": str(tmp_path / "b.jsonl")}]
     with pytest.raises(DataError, match=r"a\.jsonl, .*b\.jsonl: an iteration has at most 2 pairs"):
         check_recipe(config_for(data={"train": two}, train={"global_batch_pairs": 4}))
+
+
+def test_held_out_rows_may_come_from_several_sources_too(tmp_path):
+    for name in "abc":
+        row = {"prompt": "q", "response": name}
+        (tmp_path / f"{name}.jsonl").write_text(json.dumps(row) + "\n" + json.dumps(row | {"prompt": "p"}))
+    a, b, c = ({"path": str(tmp_path / f"{name}.jsonl")} for name in "abc")
+    config = config_for(data={"train": [a, c], "heldout": [a | {"rows": 1}, b], "questions": [c]})
+    start = check_recipe(config)
+    one = check_recipe(config_for(data={"train": [a, c], "heldout": b["path"], "questions": c["path"]}))
+    assert start.questions_digest == one.questions_digest and start.heldout_digest != one.heldout_digest
+    assert [found.leaked for found in look_at_data(config, start, every_row=True)] == [2, 0, 0, 0, 0]
+    assert _heldout_rows(config) == 3
+    with pytest.raises(DataError, match=r"none\.jsonl: no such data"):
+        check_recipe(config_for(data={"train": [a], "heldout": [b, {"path": str(tmp_path / "none.jsonl")}]}))
+    with pytest.raises(ValueError, match=r"evaluation\.max_rows: .*give data\.heldout rows"):
+        config_of(data={"train": "d", "heldout": [b]}, evaluation={"max_rows": 3})
+
+
+def test_a_column_that_no_row_has_is_named_at_the_start():
+    with pytest.raises(ConfigError, match=r"data\.columns\.system: none of the first rows has a column 'preamble'"):
+        check_recipe(config_for(data={"columns": {"system": "preamble"}}))
 
 
 def test_a_misspelt_column_is_named_at_the_start():

@@ -12,7 +12,7 @@ import torch
 
 from spin_ray.config.recipe import SpinConfig
 from spin_ray.config.sections import AlgorithmName
-from spin_ray.errors import DataError
+from spin_ray.errors import ConfigError, DataError
 from spin_ray.inputs.embedded import resolve
 from spin_ray.inputs.model_folder import ModelFolder
 from spin_ray.inputs.rendering import ChatRenderer, load_tokenizer
@@ -23,7 +23,7 @@ from spin_ray.loop.algorithms.seft import revision
 from spin_ray.loop.algorithms.self_reinforcement import commonest
 from spin_ray.loop.algorithms.sppo import algorithm as sppo
 from spin_ray.loop.algorithms.sppo.preferences import PREFERENCE_SCHEMA, win_table
-from spin_ray.loop.algorithms.table import ALGORITHMS
+from spin_ray.loop.algorithms.table import ALGORITHMS, check_algorithm
 from spin_ray.loop.stages.generation.shards import Job
 from spin_ray.run_dir.artefact import Artefact
 from spin_ray.run_dir.run_dir import RunDir
@@ -170,12 +170,31 @@ def test_a_response_wins_by_its_mean_over_all_samples_of_the_prompt_itself_inclu
     assert table["win"].to_pylist() == pytest.approx([1 / 6, 5 / 6, 1 / 2])
 
 
+def test_sppo_may_grade_its_samples_by_the_answers_of_their_rows(run):
+    """Grades 0, 1, 0 of p0 win with (1 + 1 − 1/3) / 2 = 5/6 at best; p1's samples are all wrong, p2 has no answer."""
+    answers = [TOKENIZER.decode([50]), "none", None]
+    rows = [{"prompt_id": f"p{i}", "prompt_ids": [1], "real_ids": [2], "messages": "[]", "answer_text": answers[i]}
+            for i in range(3)]  # fmt: skip
+    write_rows(run.prompts, PROMPT_SCHEMA, rows, part_rows=3)
+    write_answers(run.generations(0), [(f"p{i}", j, [49 + j, 2]) for i in range(3) for j in range(3)], 3)
+    config = config_for("sppo", scorer={"kind": "grade", "path": "exact"}, generation={"samples_per_prompt": 3})
+    opponent = replace(THETA, path=Path(resolve("embedded:tiny-llama")))
+    (row,) = make_pairs(run, config, start=SimpleNamespace(scorer=None), opponent=opponent)
+    assert (row["pair_id"], row["real_ids"], row["generated_ids"]) == ("p0/000/1", [50, 2], [49, 2])
+    (wins,) = rows_of(run.wins(0))
+    assert (wins["real_win"], wins["generated_win"]) == pytest.approx((5 / 6, 1 / 3))
+    assert run.pairs(0).manifest().counts["dropped_identical"] == 2
+
+
 # Self-reinforcement
 
 
 def write_questions(run: RunDir, count: int) -> None:
+    """The answer to q0 is token 6, q1 has none, and nobody gives that to q2."""
+    answers = {0: TOKENIZER.decode([6]), 2: "none"}
     rows = [
         {"prompt_id": f"q{i}", "prompt_ids": [1, i], "real_ids": [], "messages": question(f"q {i}")}
+        | {"answer_text": answers.get(i)}
         for i in range(count)
     ]
     write_rows(run.questions, PROMPT_SCHEMA, rows, part_rows=2)
@@ -185,11 +204,13 @@ def question(text: str) -> str:
     return json.dumps([{"role": "user", "content": text}, {"role": "assistant", "content": ""}])
 
 
-def reinforce(run: RunDir, min_agreement: float | None, other_ends: tuple[int, ...] = ()) -> list[dict[str, Any]]:
+def reinforce(
+    run: RunDir, min_agreement: float | None, other_ends: tuple[int, ...] = (), **chosen: Any
+) -> list[dict[str, Any]]:
     """θ_t answers q0 with 5, 6, 6 and q1 with 7, 8, 9, and is cut short at q2; the model before fine-tuning says 3."""
     config = config_for(
         "self_reinforcement", sft={}, data={"train": "d", "questions": "q"}, generation={"samples_per_prompt": 3},
-        self_filter=None if min_agreement is None else {"min_agreement": min_agreement},
+        self_filter=chosen or (None if min_agreement is None else {"min_agreement": min_agreement}),
     )  # fmt: skip
     write_questions(run, 3)
     answers = [("q0", i, [token, 2]) for i, token in enumerate((5, 6, 6))]
@@ -212,6 +233,16 @@ def test_self_reinforcement_sets_the_agreed_answer_against_the_unfinetuned_model
     assert (row["prompt_id"], row["real_ids"], row["generated_ids"]) == ("q0", [6, 2], [3, 2])
     counts = run.pairs(0).manifest().counts
     assert (counts["dropped_disagreed"], counts["dropped_no_answer"]) == (1, 1)
+
+
+def test_self_reinforcement_may_learn_from_the_sample_with_the_best_grade(run):
+    rows = reinforce(run, None, grade="exact", other_ends=(4,))
+    assert [(row["prompt_id"], row["real_ids"]) for row in rows] == [("q0", [6, 2])]
+    counts = run.pairs(0).manifest().counts
+    assert (counts["dropped_no_answer"], counts["dropped_below_grade"]) == (1, 1)
+    with pytest.raises(ConfigError, match=r"self_filter.min_agreement: self_filter.grade chooses in its place"):
+        check_algorithm(config_for("self_reinforcement", sft={}, data={"train": "d", "questions": "q"},
+                                   self_filter={"grade": "exact", "min_agreement": 0.5}))  # fmt: skip
 
 
 def test_without_a_filter_every_question_is_learnt_from(run):

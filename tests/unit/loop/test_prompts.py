@@ -163,7 +163,8 @@ def test_too_many_bad_rows_are_an_error_that_says_which_and_why(tmp_path):
         check(made, 0.39)
     assert str(caught.value) == (
         "d.jsonl: 4 of 10 rows cannot be used (2 malformed, 1 empty, 1 duplicate), more than "
-        f"data.max_quarantine_fraction 0.39; first: {tmp_path}/data.jsonl:7: malformed: not a JSON object; "
+        f"data.max_quarantine_fraction 0.39; first: {tmp_path}/data.jsonl:7: malformed: not a JSON object "
+        "(Expecting property name enclosed in double quotes at character 2); "
         f"all are in {made.run.storage.root}/quarantine/prompts.parquet"
     )
 

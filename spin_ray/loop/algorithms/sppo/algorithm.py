@@ -9,7 +9,7 @@ import pyarrow as pa
 from spin_ray.config.recipe import SpinConfig
 from spin_ray.learner.step import Objective
 from spin_ray.loop.algorithms.base import Algorithm, Turn
-from spin_ray.loop.algorithms.sppo import preferences
+from spin_ray.loop.algorithms.sppo import grades, preferences
 from spin_ray.loop.stages import pairs
 from spin_ray.run_dir.artefact import Artefact
 from spin_ray.run_dir.names import part_name
@@ -36,9 +36,11 @@ class Sppo(Algorithm):
         return run.prompts
 
     def make_pairs(self, turn: Turn) -> None:
-        run, config, preference_model = turn.run, turn.config, turn.start.scorer
-        assert preference_model is not None
-        preferences.run(run, config, turn.iteration, preference_model, turn.opponent)
+        run, config = turn.run, turn.config
+        if turn.start.scorer is None:
+            grades.run(run, config, turn.iteration, turn.opponent)
+        else:
+            preferences.run(run, config, turn.iteration, turn.start.scorer, turn.opponent)
         inputs = {
             artefact.path: artefact.manifest().digest
             for artefact in (run.prompts, run.generations(turn.iteration), run.preferences(turn.iteration))

@@ -1,0 +1,145 @@
+"""Files as people have them: read right, refused in one line with the cure, or in quarantine with the reason."""
+
+import gzip
+import json
+from pathlib import Path
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+
+from spin_ray.errors import UserError
+from spin_ray.inputs import messages, prompt_rows
+from spin_ray.inputs.conversations import Unusable
+from spin_ray.inputs.sources import find_files, read_slice, skipped_files, split
+from tests.unit.inputs.test_prompt_rows import chat, task_of
+
+ROW, OTHER = '{"prompt": "q", "response": "a"}', '{"prompt": "r", "response": "b"}'
+GOOD = ["a", "b"]
+
+
+def read(source: Path, **data) -> list[str]:
+    """Returns the response of each row, or why it is refused."""
+    rows = [row for piece in split(find_files(str(source))) for row in read_slice(piece, data.get("columns", ()))]
+    found = prompt_rows.rows_of(rows, task_of(**data))
+    return [
+        f"{each.reason}: {each.detail}"
+        if isinstance(each, Unusable)
+        else json.loads(each[-1]["messages"])[-1]["content"]
+        for each in found
+    ]
+
+
+FILES = {
+    "an array called .jsonl": ("a.jsonl", f"[{ROW}, {OTHER}]", GOOD),
+    "an array over lines, with a comma at its end": ("a.jsonl", f"[\n {ROW},\n {OTHER},\n]\n", GOOD),
+    "a suffix in capitals": ("A.JSONL.GZ", gzip.compress(f"{ROW}\n{OTHER}".encode()), GOOD),
+    "gzip in two parts": ("a.jsonl.gz", gzip.compress(f"{ROW}\n".encode()) + gzip.compress(OTHER.encode()), GOOD),
+    "two files with byte order marks, joined": ("a.jsonl", f"\ufeff{ROW}\n\ufeff{OTHER}\n", GOOD),
+    "blank lines": ("a.jsonl", f"\n\n{ROW}\r\n   \n{OTHER}\n\n", GOOD),
+    "lines of arrays": ("a.json", f"[{ROW}]\n[{OTHER}]\n", ["malformed: not a JSON object but of type list"] * 2),
+    "two arrays": ("a.json", f"[\n{ROW}]\n[{OTHER}]\n", "goes on behind its array; write an object a line"),
+    "an object over lines": ("a.json", '{\n  "prompt": "q",\n  "response": "a"\n}', "has an object over several lines"),
+    "commas behind the lines": ("a.jsonl", f"{ROW},\n", ["malformed: not a JSON object (Extra data at character 33)"]),
+    "a key twice": ("a.jsonl", '{"prompt": "q", "prompt": "r", "response": "a"}',
+                    ["malformed: not a JSON object (has the key 'prompt' twice)"]),
+    "latin-1": ("a.jsonl", '{"prompt": "é", "response": "a"}'.encode("latin-1"),
+                ["malformed: not UTF-8 (byte 0xe9); write the file as UTF-8: iconv -f ENCODING -t UTF-8"]),
+    "UTF-32": ("a.jsonl", ROW.encode("utf-32"), "is UTF-32; write it as UTF-8: iconv -f UTF-32"),
+    "gzip without the suffix": ("a.jsonl", gzip.compress(ROW.encode()), "is gzip; its name must end with .gz"),
+    "gzip twice": ("a.jsonl.gz", gzip.compress(gzip.compress(ROW.encode())), "is gzip; its name must end"),
+    "Parquet called .jsonl": ("a.jsonl", b"PAR1\0\0", "is Parquet; its name must end with .parquet"),
+    "a pointer of Git LFS": ("a.parquet", b"version https://git-lfs.github.com/spec/v1\n", "fetch it by git lfs pull"),
+    "a web page": ("a.jsonl", "<!DOCTYPE html>\n<html>", "is a web page; download the file itself"),
+    "CSV with semicolons": ("a.csv", "prompt;response\nq;a\n", "its columns are parted by ';'"),
+    "TSV with commas": ("a.tsv", "prompt,response\nq,a\n", "its columns are parted by ','"),
+    "CSV with a column twice": ("a.csv", "prompt,prompt,response\nq,r,a\n", "has the column prompt twice"),
+    "CSV in single quotes": ("a.csv", "prompt,response\n'q','a'\n",
+                             ["malformed: its cells are in single quotes; CSV has double ones"]),
+    "tabs in a text": ("a.tsv", "prompt\tresponse\nq\ta\tx\nr\tb\n", ["malformed: has 3 cells, the header 2", "b"]),
+    "quotes in a text": ("a.tsv", 'prompt\tresponse\n"Hi" he said\ta\n', "cannot be read near line 3"),
+    "a quote without an end": ("a.csv", 'prompt,response\n"q,a\nr,b\n', "unexpected end of data"),
+    "messages as JSON text": ("a.csv", 'prompt,chosen\n"[{""role"": ""user"", ""content"": ""q""}]",'
+                              '"[{""from"": ""gpt"", ""value"": ""a""}]"\n', ["a"]),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", FILES)
+def test_a_file_is_read_or_refused_with_the_cure(tmp_path, name):
+    file, content, expected = FILES[name]
+    (tmp_path / file).write_bytes(content if isinstance(content, bytes) else content.encode())
+    if isinstance(expected, list):
+        assert read(tmp_path / file) == expected
+        return
+    with pytest.raises(UserError) as caught:
+        read(tmp_path / file)
+    assert expected in str(caught.value) and file in str(caught.value) and "\n" not in str(caught.value)
+
+
+TURNS = [("role", "user"), ("content", "q")], [("role", "assistant"), ("content", "a")]
+COLUMNS = {
+    "messages of maps": ({"messages": pa.array([list(TURNS)], pa.list_(pa.map_(pa.string(), pa.string())))}, ["a"]),
+    "NaN beside texts": ({"instruction": ["q"], "output": ["a"], "answer": [float("nan")]}, ["a"]),
+    "a struct that is null": ({"conversations": [[{"from": "human", "value": "q"}, None]]},
+                              [f"malformed: message 1: needs a role of {messages._ROLES}, found NoneType"]),
+    "bytes": ({"prompt": [b"q"], "response": [b"a"]}, ["malformed: message 0: content must be text, found bytes"]),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", COLUMNS)
+def test_columns_of_parquet_are_read_or_refused_by_name(tmp_path, name):
+    columns, expected = COLUMNS[name]
+    pq.write_table(pa.table(columns), tmp_path / "a.parquet")
+    assert read(tmp_path / "a.parquet") == expected
+
+
+def test_a_parquet_file_with_a_column_twice_is_refused(tmp_path):
+    texts = [pa.array(["x"])] * 3
+    pq.write_table(pa.Table.from_arrays(texts, ["prompt", "prompt", "response"]), tmp_path / "a.parquet")
+    with pytest.raises(UserError, match="has the column prompt twice"):
+        read(tmp_path / "a.parquet")
+
+
+def test_what_programs_leave_in_a_folder_is_no_data_and_globs_are_those_of_a_shell(tmp_path):
+    for name in ("a.jsonl", "sub/b.jsonl", ".ipynb_checkpoints/a.jsonl", "._a.jsonl", "_delta_log/0.json", "_SUCCESS"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_text(ROW)
+    data = [str(tmp_path / "a.jsonl"), str(tmp_path / "sub/b.jsonl")]
+    assert find_files(str(tmp_path)) == find_files(f"{tmp_path}/**/*.jsonl") == data
+    assert skipped_files(str(tmp_path)) == [str(tmp_path / "_delta_log/0.json")]
+    assert find_files(f"{tmp_path}/?.json[!x]") == find_files(f"{tmp_path}/[a-b].*") == data[:1]
+    (tmp_path / "[a].jsonl").write_text(ROW)
+    assert find_files(f"{tmp_path}/[a].jsonl") == [str(tmp_path / "[a].jsonl")]
+
+
+# Rows
+
+ROWS = {
+    "LMSYS": ({"conversation": chat("q", "a"), "conversation_id": "x"}, "a"),
+    "OpenOrca, mapped": ({"system_prompt": "s", "prompt": "q", "response": "a"}, "a"),
+    "LLaMA-Factory": ({"instruction": "", "input": "q", "chosen": "a", "rejected": "b"}, "a"),
+    "one message chosen": ({"prompt": "q", "chosen": {"role": "assistant", "content": "a"}}, "a"),
+    "JSON text of messages": ({"prompt": json.dumps(chat("q")), "completion": "a"}, "a"),
+    "a history as JSON text": ({"instruction": "q", "output": "a", "history": '[["x", "y"]]'}, "a"),
+    "text that looks like JSON": ({"prompt": '["q"]', "response": '{"role": 7}'}, '{"role": 7}'),
+    "two answers": ({"instruction": "q", "output": ["a", "b"]}, "found a list of 2 texts"),
+    "an unwanted response": ({"prompt": "q", "completion": "a", "label": False}, "rejected: label is false"),
+    "a label of something else": ({"prompt": "q", "completion": "a", "label": 0}, "a"),
+    "an unknown role": ({"messages": [{"role": "claude", "content": "x"}]}, "assistant, tool, found 'claude'"),
+    "two roles": ({"messages": [{"role": "user", "from": "gpt", "content": "x"}]}, "has role and from, which differ"),
+    "two contents": ({"messages": [{"role": "user", "content": "x", "value": "y"}]}, "content and value, which differ"),
+    "a user without a word": ({"conversations": [*chat(" "), {"from": "gpt", "value": "a"}]}, "(user) has no text"),
+    "a Python list as text": ({"messages": str(chat("q", "a"))}, "found str that is no JSON"),
+    "capitals": ({"Prompt": "q", "Response": "a"}, 'try data.columns: {prompt: "Prompt", response: "Response"}'),
+    "blanks": ({" prompt": "q", "response": "a"}, 'try data.columns: {prompt: " prompt"}'),
+    "other words": ({"query": "q", "answer": "a"}, 'try data.columns: {prompt: "query", response: "answer"}'),
+    "Dolly": ({"instruction": "q", "context": "c", "response": "a"}, '{input: "context", output: "response"}'),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", ROWS)
+def test_a_row_is_read_or_refused_by_what_is_wrong(tmp_path, name):
+    row, expected = ROWS[name]
+    (tmp_path / "a.jsonl").write_text(json.dumps(row))
+    (found,) = read(tmp_path / "a.jsonl")
+    assert expected in found if ": " in found else expected == found
