@@ -29,7 +29,7 @@ def run(run_dir: RunDir, config: SpinConfig, iteration: int, opponent: ModelFold
     base, wins = run_dir.base_scores(iteration), run_dir.wins(iteration)
     loss, target = resolve_loss(objective.loss), run_dir.model(iteration + 1)
     job = TrainJob(
-        name=target.path.partition("/")[0],
+        name=target.path.rpartition("/")[0],
         storage=run_dir.storage,
         start=opponent,
         rows=run_dir.pairs(iteration),
@@ -74,7 +74,7 @@ def fine_tune(
 ) -> None:
     """Fine-tunes ``start`` on prompts, or on pairs without y', and commits ``target``."""
     job = TrainJob(
-        name=target.path.partition("/")[0],
+        name=target.path.rpartition("/")[0],
         storage=run_dir.storage,
         start=start,
         rows=rows,
