@@ -239,6 +239,31 @@ def doctor(recipe: str, out: str | None, every_row: bool, as_json: bool, overrid
 
 
 @cli.command(context_settings=_OVERRIDES)
+@click.argument("recipe")
+@click.option("--out", required=True, help="Run folder, new or of this recipe; `run` goes on in it.")
+@click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")
+@click.argument("overrides", nargs=-1, type=click.UNPROCESSED)
+def probe(recipe: str, out: str, as_json: bool, overrides: tuple[str, ...]) -> None:
+    """Find out whether θ_0's responses leave anything to learn, by two short trainings. Takes minutes.
+
+    OVERRIDES change single values of the recipe: --probe.prompts=512
+    """
+    config = load_config(recipe, _parse_overrides(overrides))
+    from spin_ray.loop.launch import probe_spin
+    from spin_ray.report.probe import print_probe
+
+    try:
+        found = probe_spin(config, out)
+    except (KeyboardInterrupt, SystemExit):
+        click.echo(_kept(out), err=True)
+        raise
+    if as_json:
+        click.echo(json.dumps(found, indent=1))
+    else:
+        print_probe(found, Console())
+
+
+@cli.command(context_settings=_OVERRIDES)
 @click.argument("run_folder", metavar="RUN")
 @click.option("--models", default=None, help="Iterates with an engine: sft,iter-0,latest or all. Default: sft,latest.")
 @click.option("--port", type=click.IntRange(0, 65535), default=None, help="TCP port on this machine. Default: 8000.")

@@ -601,6 +601,23 @@ class ServingConfig(Section):
     machine."""
 
 
+class ProbeConfig(Section):
+    """The look before iteration 0 at what is left to learn from θ_0 (docs/probe.md)."""
+
+    prompts: Annotated[int, Field(ge=2)] = 256
+    """Prompts that θ_0 answers. Half are trained on. The others, of ``data.heldout`` if there is one, are measured."""
+    epochs: Count = 2
+    """Passes over the trained half, by SPIN and by SFT."""
+    global_batch_pairs: Count = 16
+    """Pairs per step, at most those of ``train``: a few hundred rows must make steps enough."""
+    learning_rate: Positive | None = None
+    """Highest learning rate of both trainings. Not set: iteration 0's."""
+    sft: bool = True
+    """SFT on the same rows, which tells whether it still helps."""
+    stop: bool = False
+    """End of the run where the verdict is to stop. Off: the verdict is printed and kept, and the run goes on."""
+
+
 class StopConfig(Section):
     """The rule that ends a run early: the opponent's held-out distance from the data no longer falls.
 
@@ -696,6 +713,8 @@ class Settings(Section):
     """Limits at which a run stops by itself."""
     evaluation: EvaluationConfig = EvaluationConfig()
     """Measurement on the held-out rows."""
+    probe: MayChange[ProbeConfig | None] = None
+    """Probe before iteration 0: is anything left to learn? ``{}`` takes its defaults. Not set: none."""
     stop_when: MayChange[StopConfig | None] = None
     """Rule that ends the run early. ``{}`` takes its defaults. Not set: all ``iterations`` are done."""
     tracking: MayChange[TrackingConfig] = TrackingConfig()

@@ -9,7 +9,7 @@ from typing import Any, Protocol
 
 from spin_ray.config.sections import ModelConfig
 from spin_ray.errors import ConfigError, ModelError, first_line
-from spin_ray.run_dir.artefact import folder_entries
+from spin_ray.run_dir.artefact import Artefact, folder_entries
 from spin_ray.run_dir.storage import Digest, folder_digest
 
 _POSITIONS = ("max_position_embeddings", "n_positions", "max_seq_len", "max_sequence_length")
@@ -71,6 +71,13 @@ def open_model(path: str | Path, name: str, *, trust_remote_code: bool = False) 
         pad if isinstance(pad, int) and pad >= 0 else 0,
         {file: Digest(entry.sha256, entry.bytes) for file, entry in entries.items()},
     )
+
+
+def open_artefact(artefact: Artefact, name: str, initial: ModelFolder) -> ModelFolder:
+    """Opens what a run has trained, a whole model or an adapter on ``initial``, and checks its digests."""
+    digest, folder = folder_digest(artefact.verify().files), artefact.local_folder()
+    base = initial if is_adapter(folder) else None
+    return ModelFolder(folder, digest, name, initial.pad_id, source=artefact, base=base)
 
 
 def find_model(config: ModelConfig) -> Path:

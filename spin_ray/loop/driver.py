@@ -10,14 +10,18 @@ prompts ─> [sft] ─> θ_0 ─┐
 
 import logging
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from functools import partial
+from typing import Any
 
 import numpy as np
 
 from spin_ray.config.recipe import SpinConfig
 from spin_ray.inputs.check import Start
 from spin_ray.inputs.graders import graders_of
-from spin_ray.inputs.model_folder import ModelFolder
+from spin_ray.inputs.model_folder import ModelFolder, open_artefact
+from spin_ray.loop import probe
 from spin_ray.loop.algorithms.base import Algorithm, Turn
 from spin_ray.loop.algorithms.table import find_algorithm
 from spin_ray.loop.stages import evaluation, prompts
@@ -28,11 +32,11 @@ from spin_ray.report.grading import check_on_workers
 from spin_ray.report.history import evidence_to_stop
 from spin_ray.report.measures import Evaluation
 from spin_ray.report.model_card import write_card
+from spin_ray.report.probe import should_stop
 from spin_ray.report.progress import RunProgress
 from spin_ray.report.tracking import track
 from spin_ray.run_dir.names import iterate_name
 from spin_ray.run_dir.run_dir import RunDir
-from spin_ray.run_dir.storage import folder_digest
 from spin_ray.runtime.connect import connect
 from spin_ray.runtime.engine import EngineSpec, GenerationEngine, StartEngine
 from spin_ray.runtime.model_sharing import share
@@ -45,28 +49,53 @@ Play = Callable[[ModelFolder, list[Job]], None]
 
 def spin(run: RunDir, config: SpinConfig, start: Start, start_engine: StartEngine) -> None:
     """Runs Algorithm 1 of arXiv 2401.01335, or another of the family."""
+    with _working(run, config):
+        start = _for_every_machine(start)
+        initial = _prepare(run, config, start)
+        play = _player(run, start, start_engine)
+        if config.probe and should_stop(config, probe.run(run, config, initial, play)):
+            return
+        _spin(run, config, start, initial, partial(play, config))
 
-    def play(model: ModelFolder, jobs: list[Job]) -> None:
-        generation.run(run, config, _engine_spec(config, start, model), jobs, _Fetching(model, start_engine))
 
+def look(run: RunDir, config: SpinConfig, start: Start, start_engine: StartEngine) -> dict[str, Any]:
+    """Does all that comes before iteration 0, and returns what a probe finds."""
+    with _working(run, config):
+        start = _for_every_machine(start)
+        return probe.run(run, config, _prepare(run, config, start), _player(run, start, start_engine))
+
+
+@contextmanager
+def _working(run: RunDir, config: SpinConfig) -> Iterator[None]:
     connect(config)
     check_fits(config)
     check_on_workers(graders_of(config))
     with RunProgress(run, config):
-        _spin(run, config, _for_every_machine(start), play)
+        yield
 
 
-def _spin(run: RunDir, config: SpinConfig, start: Start, play: Play) -> None:
-    algorithm = find_algorithm(config.algorithm)
+def _player(run: RunDir, start: Start, start_engine: StartEngine) -> probe.Play:
+    def play(config: SpinConfig, model: ModelFolder, jobs: list[Job]) -> None:
+        generation.run(run, config, _engine_spec(config, start, model), jobs, _Fetching(model, start_engine))
+
+    return play
+
+
+def _prepare(run: RunDir, config: SpinConfig, start: Start) -> ModelFolder:
+    """Makes the prompts, and returns θ_0, warmed up if the recipe says so."""
     _prepare_prompts(run, config, start)
-    if config.sft:
-        training.run_sft(run, config, start.model)
+    if not config.sft:
+        return start.model
+    training.run_sft(run, config, start.model)
+    return open_artefact(run.model(0), iterate_name(0), start.model)
 
-    opponent = initial = _open_iterate(run, 0, start.model) if config.sft else start.model
-    previous, evaluations = None, []
+
+def _spin(run: RunDir, config: SpinConfig, start: Start, initial: ModelFolder, play: Play) -> None:
+    algorithm = find_algorithm(config.algorithm)
+    opponent, previous, evaluations = initial, None, []
     for iteration in range(config.iterations + 1):
         if iteration > 0:
-            opponent = _open_iterate(run, iteration, initial)
+            opponent = open_artefact(run.model(iteration), iterate_name(iteration), initial)
         turn = Turn(
             run=run, config=config, start=start, iteration=iteration, opponent=opponent, initial=initial, play=play
         )
@@ -145,14 +174,6 @@ def _examples(turn: Turn) -> Iterator[Job]:
             samples=1,
             sampling=sampling.model_copy(update={"temperature": evaluation.examples_temperature}),
         )
-
-
-def _open_iterate(run: RunDir, iterate: int, initial: ModelFolder) -> ModelFolder:
-    """Opens θ_iterate, an adapter on ``initial`` or a whole model, and checks its digests."""
-    artefact = run.model(iterate)
-    digest, folder = folder_digest(artefact.verify().files), artefact.local_folder()
-    base = initial if artefact == run.adapter(iterate) else None
-    return ModelFolder(folder, digest, iterate_name(iterate), initial.pad_id, source=artefact, base=base)
 
 
 @dataclass(frozen=True)

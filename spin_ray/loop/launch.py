@@ -1,18 +1,21 @@
 """Start of a run. A finished one needs neither torch nor Ray."""
 
 import logging
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Self
 
 from spin_ray.config.recipe import SpinConfig
 from spin_ray.config.sections import sources_of
-from spin_ray.inputs.check import Inputs, check_recipe, find_inputs
+from spin_ray.inputs.check import Inputs, Start, check_recipe, find_inputs
 from spin_ray.inputs.mixture import shares_of
 from spin_ray.inputs.sources import find_files
 from spin_ray.planning.mesh import check_mesh
 from spin_ray.planning.plan import count_rows
 from spin_ray.report.history import evidence_to_stop, read_evaluations
+from spin_ray.report.probe import read_probe, should_stop
 from spin_ray.run_dir.artefact import Artefact
 from spin_ray.run_dir.lease import Lease
 from spin_ray.run_dir.names import iterate_name, iterate_number
@@ -46,29 +49,55 @@ def run_spin(config: SpinConfig, out: str | Path, start_engine: StartEngine = Vl
         UserError: the recipe, data, model, cluster or folder cannot be used.
         StageError: a stage failed; the same call goes on from what is committed.
     """
-    storage = open_storage(out)
-    with Lease(storage, config.storage.lease_timeout_s) as lease:
-        inputs = find_inputs(config)
-        run = RunDir(lease.storage)
-        config = _settle_sizes(with_precision(config, run), run, inputs)
+    with _opened(config, out) as (run, config, inputs):
         if is_finished(run, config):
             run.begin(config, inputs.facts())
             for model in _models(run, config):
                 model.verify()  # names damage also in a finished run
-            logger.info("%s: nothing left to do", storage.root)
+            logger.info("%s: nothing left to do", run.storage.root)
         else:
-            from spin_ray.loop.algorithms.table import check_algorithm  # slow: torch and Ray
-            from spin_ray.loop.driver import spin
+            from spin_ray.loop.driver import spin  # slow: torch and Ray
 
-            check_algorithm(config)
-            start = check_recipe(config, inputs, run.date())
-            check_mesh(config, start.model.path, smallest_card(config))
-            for finding in start.findings:
-                if finding.severity == "warning":
-                    logger.warning("%s", finding.sentence)
-            run.begin(config, start.facts())
-            spin(run, config, start, start_engine)
+            spin(run, config, _begin(run, config, inputs), start_engine)
         return RunResult.of(run, config, inputs)
+
+
+def probe_spin(config: SpinConfig, out: str | Path, start_engine: StartEngine = VllmEngine) -> dict[str, Any]:
+    """Probes what is left to learn from θ_0, in the folder of a run that ``run_spin`` goes on with.
+
+    Returns the content of ``probe.json``.
+
+    Raises:
+        UserError, StageError: as ``run_spin`` does.
+    """
+    with _opened(config, out) as (run, config, inputs):
+        from spin_ray.loop.driver import look
+
+        return look(run, config, _begin(run, config, inputs), start_engine)
+
+
+@contextmanager
+def _opened(config: SpinConfig, out: str | Path) -> Iterator[tuple[RunDir, SpinConfig, Inputs]]:
+    """Holds the run's lease; yields the run, its settled recipe, and its inputs."""
+    storage = open_storage(out)
+    with Lease(storage, config.storage.lease_timeout_s) as lease:
+        inputs = find_inputs(config)
+        run = RunDir(lease.storage)
+        yield run, _settle_sizes(with_precision(config, run), run, inputs), inputs
+
+
+def _begin(run: RunDir, config: SpinConfig, inputs: Inputs) -> Start:
+    """Checks the recipe as a whole, and writes run.json."""
+    from spin_ray.loop.algorithms.table import check_algorithm
+
+    check_algorithm(config)
+    start = check_recipe(config, inputs, run.date())
+    check_mesh(config, start.model.path, smallest_card(config))
+    for finding in start.findings:
+        if finding.severity == "warning":
+            logger.warning("%s", finding.sentence)
+    run.begin(config, start.facts())
+    return start
 
 
 def _settle_sizes(config: SpinConfig, run: RunDir, inputs: Inputs) -> SpinConfig:
@@ -85,6 +114,8 @@ def _settle_sizes(config: SpinConfig, run: RunDir, inputs: Inputs) -> SpinConfig
 
 def is_finished(run: RunDir, config: SpinConfig) -> bool:
     latest = run.latest()
+    if latest is None and should_stop(config, read_probe(run)):
+        return all(model.is_committed for model in _models(run, config))
     if (
         latest is None
         or iterate_number(latest) > config.iterations

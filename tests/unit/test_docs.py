@@ -4,7 +4,7 @@ import re
 from pathlib import Path
 
 from spin_ray.inputs import forms
-from spin_ray.report import signs
+from spin_ray.report import probe, signs
 from spin_ray.report.measures import as_markdown
 from tests.support.paths import DOCS, ROOT
 
@@ -15,6 +15,12 @@ def test_the_table_of_measures_is_the_one_in_the_code():
     assert table == as_markdown()
     rules = text.partition('signs.as_markdown())" -->\n')[2].partition("<!-- end of warnings -->")[0]
     assert rules == signs.as_markdown()
+
+
+def test_the_table_of_the_probe_is_the_one_in_the_code():
+    text = (DOCS / "probe.md").read_text(encoding="utf-8")
+    table = text.partition('probe.as_markdown())" -->\n')[2].partition("<!-- end of probe -->")[0]
+    assert table == probe.as_markdown()
 
 
 def test_the_table_of_forms_is_the_one_in_the_code():

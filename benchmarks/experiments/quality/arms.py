@@ -60,6 +60,10 @@ class Setting:
     """Cuts an arm's ``seeds``."""
     cooler: tuple[float, ...] = (0.67, 0.5)
     """Temperatures at which ``COOLER_ITERATES`` are sampled, too: log-probabilities times 1.5 and 2."""
+    temperatures: tuple[float, ...] = ()
+    """Temperatures at which replies are sampled and compared with people's. Empty: answers are graded."""
+    own_arms: tuple["Arm", ...] = ()
+    """Arms of this setting alone. Empty: ``ARMS``."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -182,7 +186,7 @@ COOLER_ITERATES = {WARM_UP: None, SFT: 4, "spin_flat_1.5_long_anchor_5": 1}
 same tokens.
 """
 
-_CPU: Recipe = {
+CPU: Recipe = {
     # An arm that destroys the model is a finding: it is measured, not stopped.
     "health": {"max_margin": None, "max_real_logp_drop": None, "max_length_change": None},
     "generation": {
@@ -202,7 +206,7 @@ _CPU: Recipe = {
 
 
 def _smollm2(max_length: int, max_tokens: int) -> Recipe:
-    recipe = copy.deepcopy(_CPU)
+    recipe = copy.deepcopy(CPU)
     recipe["model"] = {"path": "embedded:smollm2-135m-instruct", "max_length": max_length}
     recipe["data"] = {"system": ""}
     recipe["generation"] |= {"sampling": {"max_tokens": max_tokens}, "shard_rows": 264}
@@ -210,7 +214,7 @@ def _smollm2(max_length: int, max_tokens: int) -> Recipe:
 
 
 def _smoke() -> Recipe:
-    recipe = copy.deepcopy(_CPU)
+    recipe = copy.deepcopy(CPU)
     recipe["model"] = {"path": "embedded:tiny-llama", "max_length": 96}
     recipe["data"] = {"system": ""}
     recipe["generation"] |= {"sampling": {"max_tokens": 16}, "shard_rows": 64}
@@ -243,7 +247,7 @@ def arms_of(setting: Setting) -> list[Arm]:
     """The arms of a setting in the order in which they are run, with its number of seeds."""
     return [
         replace(arm, seeds=min(arm.seeds, setting.most_seeds or arm.seeds))
-        for arm in ARMS
+        for arm in setting.own_arms or ARMS
         if setting.arms is None or arm.name in setting.arms
     ]
 
@@ -273,7 +277,9 @@ def recipe_of(setting: Setting, arm: Arm, data: dict[str, str], start: str | Non
     recipe["iterations"] = iterations_of(setting, arm)
     recipe["seed"] = seed
     recipe["evaluation"]["answer_extractor"] = setting.extractor
-    recipe["data"] |= {"train": data["train"], "heldout": data["dev"]}
+    recipe["data"] |= {"train": data["train"]}
+    if not (setting.temperatures and recipe["algorithm"] == SFT):  # replies to dev rows are measured apart
+        recipe["data"]["heldout"] = data["dev"]
     if start is not None:
         recipe["model"]["path"] = start
     if arm.name == SELF_REINFORCEMENT:
@@ -315,7 +321,8 @@ def split_files(setting: Setting, train: Path, test: Path, folder: Path) -> dict
     """Files by role. No arm trains on the last rows of train (``dev``); nothing is chosen on ``test``."""
     rows, measured = train.read_text().splitlines(), test.read_text().splitlines()[: setting.test_rows]
     rows, dev = rows[: -setting.dev_rows], rows[-setting.dev_rows :]
-    rows = rows[: setting.train_rows]
+    chosen_by = {json.loads(row).get("conversation") for row in dev} - {None}
+    rows = [row for row in rows if json.loads(row).get("conversation") not in chosen_by][: setting.train_rows]
     parts = {
         "train": rows, "dev": dev, "test": measured, "seed": rows[: setting.seed_rows],
         "questions": rows[setting.seed_rows :][: setting.question_rows],

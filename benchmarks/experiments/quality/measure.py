@@ -91,10 +91,13 @@ def measure(
 
 @torch.inference_mode()
 def answer_batch(
-    model: Any, rows: list[Rendered], uniform: Tensor, stop: int, temperature: float = 1.0
+    model: Any, rows: list[Rendered], uniform: Tensor, stop: int, temperature: float = 1.0, greedy: bool = True
 ) -> tuple[list[list[list[int]]], list[float]]:
-    """For each row the greedy answer and a sample for each row of ``uniform`` [rows, samples, longest]; log p(y)."""
+    """For each row the greedy answer, if wanted, and a sample for each row of ``uniform`` [rows, samples, longest];
+    log p(y).
+    """
     count, samples, longest = uniform.shape
+    each = samples + greedy
     widest = max(len(row.prompt_ids) for row in rows)
     prompts = torch.tensor([[stop] * (widest - len(row.prompt_ids)) + row.prompt_ids for row in rows])
     mask = torch.tensor([[0] * (widest - len(row.prompt_ids)) + [1] * len(row.prompt_ids) for row in rows])
@@ -109,11 +112,11 @@ def answer_batch(
         return [[] for _ in rows], real
     cache.crop(-max(len(row.real_ids) for row in rows))
 
-    draws = torch.cat([torch.full((count, 1, longest), -1.0), uniform], dim=1).flatten(0, 1)
-    answers: list[list[int]] = [[] for _ in range(count * (1 + samples))]
+    draws = torch.cat([torch.full((count, int(greedy), longest), -1.0), uniform], dim=1).flatten(0, 1)
+    answers: list[list[int]] = [[] for _ in range(count * each)]
     running = torch.arange(len(answers))
     # Answers of a row that have been the same so far are one sequence: most of them, for most of their length.
-    logits, position, sequence = first, lengths, running // (1 + samples)
+    logits, position, sequence = first, lengths, running // each
     for step in range(longest):
         tokens = draw(logits[sequence] / temperature, draws[running, step])
         for place, token in zip(running.tolist(), tokens.tolist(), strict=True):
@@ -131,7 +134,7 @@ def answer_batch(
             input_ids=tokens[:, None], attention_mask=mask, position_ids=position[:, None], past_key_values=cache
         )
         logits, position = out.logits[:, -1], position + 1
-    return [answers[i : i + 1 + samples] for i in range(0, len(answers), 1 + samples)], real
+    return [answers[i : i + each] for i in range(0, len(answers), each)], real
 
 
 def _real_logps(

@@ -3,6 +3,7 @@
     python benchmarks/experiments/quality/run.py --data data               # all arms, in the order of arms.py
     python benchmarks/experiments/quality/analyse.py                       # tables, plots and intervals so far
     python benchmarks/experiments/quality/run.py --setting gsm8k           # the second setting, smaller
+    python benchmarks/experiments/quality/run.py --setting replies         # the third: small talk; no right answers
     python benchmarks/experiments/quality/run.py --setting smoke           # do the parts work together? minutes
 
 One JSON for each arm and seed in benchmarks/results/quality/SETTING, written anew after every iterate. A finished one
@@ -26,7 +27,6 @@ from arms import (
     ARMS,
     BUDGETS,
     COOLER_ITERATES,
-    SETTINGS,
     SFT,
     WARM_UP,
     Arm,
@@ -41,6 +41,8 @@ from arms import (
     recipe_of,
     split_files,
 )
+from replies import ARMS as ARMS_OF_REPLIES
+from replies import SETTINGS
 
 from spin_ray.inputs.check import versions
 from spin_ray.inputs.embedded import resolve
@@ -67,8 +69,9 @@ WHERE_TO_GET = (
 class Experiment:
     """One setting: where its runs and results are."""
 
-    def __init__(self, setting: Setting, data: Path, runs: Path, results: Path) -> None:
+    def __init__(self, setting: Setting, data: Path, runs: Path, results: Path, device: str = "cpu") -> None:
         self.setting, self.runs, self.results = setting, runs / setting.name, results / setting.name
+        self.device = device
         train, test = (Path(resolve(name)) for name in (setting.train, setting.test))
         train, test = (path if path.is_absolute() else data / path for path in (train, test))
         missing = [str(path) for path in (train, test) if not path.is_file()]
@@ -112,9 +115,9 @@ class Experiment:
         folder = self.folder(arm, seed)
         folder.parent.mkdir(parents=True, exist_ok=True)
         rates = recipe["train"]["learning_rate"]
-        shorter = recipe | {"iterations": iterations}
+        shorter = (_on_gpu(recipe) if self.device == "cuda" else recipe) | {"iterations": iterations}
         if isinstance(rates, list):
-            shorter["train"] = recipe["train"] | {"learning_rate": rates[:iterations]}
+            shorter["train"] = shorter["train"] | {"learning_rate": rates[:iterations]}
         recipe_file = folder.with_name(f"{folder.name}.yaml")
         recipe_file.write_text(yaml.safe_dump(shorter))
         _call("-m", "spin_ray.cli", "run", str(recipe_file), "--out", str(folder))
@@ -126,7 +129,7 @@ class Experiment:
             NotYet: it has not been made.
         """
         name, of_seed = (SFT, seed) if arm.after_sft else (WARM_UP, 0)
-        source = next(each for each in ARMS if each.name == name)
+        source = next(each for each in arms_of(self.setting) if each.name == name)
         result = self.result(source, of_seed)
         content = json.loads(result.read_text()) if result.exists() else {"iterates": [], "complete": False}
         if arm.after_sft:
@@ -188,6 +191,18 @@ class Experiment:
                 iterate[_key(split, temperature)] = measured[split]
                 _write(result, content)
 
+    def measure_start(self, arm: Arm) -> None:
+        """Adds what the warm-up does not wait for: the replies of θ_0."""
+        result = self.result(arm, 0)
+        content = json.loads(result.read_text())
+        iterate = numbered(content, plateau(content))
+        assert iterate is not None
+        if "test" not in iterate:
+            run, recipe = self.run_with(arm, 0, iterate["iterate"]), content["recipe"]
+            for split in ("dev", "test"):
+                iterate |= self._measure(run, iterate["iterate"], recipe, split, only_logp=False)
+            _write(result, content)
+
     def folder(self, arm: Arm, seed: int) -> Path:
         return self.runs / f"seed-{seed}" / arm.name
 
@@ -201,7 +216,7 @@ class Experiment:
         if not only_logp:
             measures |= self._measure(run, number, recipe, "test", only_logp)
         logs = [read_json_lines(run.storage, f"{iterate_name(i)}/train_log.jsonl") for i in range(1, number + 1)]
-        evaluation = json.loads(run.storage.read(run.eval_path(number)))
+        evaluation = run.evaluation(number) or {}
         return {
             "iterate": number, "steps": sum(map(len, logs)), **_cost(run, number, logs),
             "log": [_rounded(line) for line in (logs[-1] if logs else [])],
@@ -220,11 +235,17 @@ class Experiment:
             target.parent.mkdir(parents=True, exist_ok=True)
             attempt = target.with_suffix(".tmp")
             longest = 0 if only_logp else recipe["generation"]["sampling"]["max_tokens"]
+            replies = bool(self.setting.temperatures and longest)
+            how = (
+                ["--device", self.device, "--temperatures", *map(str, self.setting.temperatures)]
+                if replies
+                else ["--extractor", self.setting.extractor, "--temperature", str(temperature)]
+            )
             _call(
-                str(Path(__file__).with_name("measure.py")), "--model", str(_model(run, number)),
-                "--rows", f"{split}={self.files[split]}", "--extractor", self.setting.extractor,
-                "--longest", str(longest), "--temperature", str(temperature),
-                "--threads", str(recipe["train"]["resources"]["cpus"]), "--out", str(attempt),
+                str(Path(__file__).with_name("measure_replies.py" if replies else "measure.py")),
+                "--model", str(_model(run, number)), "--rows", f"{split}={self.files[split]}",
+                "--longest", str(longest), "--threads", str(recipe["train"]["resources"]["cpus"]), *how,
+                "--out", str(attempt),
             )  # fmt: skip
             attempt.rename(target)
         return json.loads(target.read_text())
@@ -240,6 +261,17 @@ class Experiment:
             "recipe": json.loads(text), "versions": versions(),
             "written": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()), "iterates": iterates,
         }  # fmt: skip
+
+
+def _on_gpu(recipe: Recipe) -> Recipe:
+    """The recipe on one card, which generation and training take in turn."""
+    one = {"cpus": 1, "gpus": 1}
+    generation, train = recipe["generation"], recipe["train"]
+    engine = {name: value for name, value in generation["engine"].items() if name != "cpu_kv_cache_gib"}
+    return recipe | {
+        "generation": generation | {"resources": one, "engine": engine},
+        "train": train | {"resources": one, "precision": "bf16"},
+    }
 
 
 def _key(split: str, temperature: float) -> str:
@@ -310,8 +342,12 @@ def _say(text: str) -> None:
 
 
 def _call(*arguments: str) -> None:
-    environment = os.environ | {"PYTHONPATH": str(ROOT)}
+    paths = [str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])]
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join(paths)}
     subprocess.run([sys.executable, *arguments], check=True, cwd=ROOT, env=environment)
+
+
+_NAMES = list(dict.fromkeys(arm.name for arm in (*ARMS, *ARMS_OF_REPLIES)))
 
 
 def main() -> None:
@@ -319,14 +355,17 @@ def main() -> None:
     parser.add_argument("--setting", choices=sorted(SETTINGS), default="word_problems")
     parser.add_argument("--data", type=Path, default=ROOT / "data", help="folder of the data files")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
-    parser.add_argument("--arms", nargs="+", choices=[arm.name for arm in ARMS], help="only these, in this order")
+    parser.add_argument("--arms", nargs="+", choices=_NAMES, help="only these, in this order")
     parser.add_argument("--furthest", type=int, metavar="N", help="go no further than iterate N of each arm")
+    parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu", help="cuda: one card")
     parser.add_argument("--runs", type=Path, default=ROOT / "runs" / "quality")
     parser.add_argument("--results", type=Path, default=RESULTS)
     options = parser.parse_args()
     setting = SETTINGS[options.setting]
-    experiment = Experiment(setting, options.data, options.runs.absolute(), options.results)
-    by_name = {arm.name: arm for arm in ARMS}
+    experiment = Experiment(setting, options.data, options.runs.absolute(), options.results, options.device)
+    by_name = {arm.name: arm for arm in arms_of(setting)}
+    if unknown := set(options.arms or ()) - by_name.keys():
+        sys.exit(f"--arms: {', '.join(sorted(unknown))}: not of the setting {setting.name}")
     failed: list[str] = []
     for place, seed in enumerate(options.seeds):
         for arm in [by_name[name] for name in options.arms] if options.arms else arms_of(setting):
@@ -335,9 +374,12 @@ def main() -> None:
             # One that fails is named at the end: the others are worth their hours all the same.
             try:
                 experiment.finish(arm, seed, options.furthest)
+                if arm.name == WARM_UP and setting.temperatures:
+                    experiment.measure_start(arm)
             except (subprocess.CalledProcessError, NotYet) as error:
                 failed.append(f"{arm.name}, seed {seed} ({error})")
-    experiment.measure_cooler()
+    if not setting.temperatures:
+        experiment.measure_cooler()
     if failed:
         sys.exit(f"not finished: {'; '.join(failed)}; the same command goes on with them")
 

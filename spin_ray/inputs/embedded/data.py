@@ -58,6 +58,25 @@ def chitchat_rows(split: Split) -> list[Row]:
     return _all_chitchat_rows()[start : start + CHITCHAT_ROWS[split]]
 
 
+def reply_rows(split: Split) -> list[Row]:
+    """Returns all small talk between people that is fit to be learnt from: 4,067 replies, 80 % to train on.
+
+    A row is as in ``chitchat_rows``, with the ``conversation`` that it is of. Conversations occur as often as they have
+    such replies, stand together, and are in one split.
+
+    Raises:
+        ConfigError: chitchat-dataset is not installed.
+    """
+    conversations = chitchat_conversations()
+    exchanges = sorted(_exchanges(conversations, people=5, shortest=3), key=lambda it: _rank(it.conversation))
+    wanted = split == "heldout"
+    return [
+        {"messages": _turns(*it.texts), "conversation": it.conversation}
+        for it in exchanges
+        if (int(_rank(it.conversation)[:8], 16) >= 0.8 * 16**8) == wanted
+    ]
+
+
 def chitchat_conversations() -> dict[str, Any]:
     """Returns the package's conversations: id -> ``{"messages": [turn, ...]}``.
 
@@ -95,8 +114,9 @@ class _Exchange(NamedTuple):
     texts: list[str]
 
 
-def _exchanges(conversations: dict[str, Any]) -> Iterator[_Exchange]:
-    common = _words_of_many_people(conversations, people=20)
+def _exchanges(conversations: dict[str, Any], people: int = 20, shortest: int = 5) -> Iterator[_Exchange]:
+    """Yields the exchanges of words that so many people use, with replies of at least ``shortest`` words."""
+    common = _words_of_many_people(conversations, people)
     for conversation, content in conversations.items():
         turns = content["messages"]
         for reply in range(1, len(turns)):
@@ -109,8 +129,8 @@ def _exchanges(conversations: dict[str, Any]) -> Iterator[_Exchange]:
             texts = [" ".join(turn[0]["text"].split()) for turn in stretch]
             lengths = [len(text.split()) for text in texts]
             if (
-                5 <= lengths[-1] <= 30
-                and lengths[-2] >= 4
+                shortest <= lengths[-1] <= 30
+                and lengths[-2] >= shortest - 1
                 and all(2 <= length <= 60 for length in lengths)
                 and all(_presentable(text, common) for text in texts)
             ):

@@ -80,11 +80,11 @@ def run(
         return done
     benchmarks = {key: done[key] for key in done if key == "benchmarks"}  # lm-eval may have been quicker
     with run_dir.stage(f"{model.name}/evaluation") as counted:
-        every = _read(run_dir.heldout, samples, config.evaluation.samples)
+        every = read_answers(run_dir.heldout, samples, config.evaluation.samples)
         first = pc.equal(every[1]["sample"], 0)
         heldout, answers = (table.filter(first) for table in every)
         result: dict[str, Any] = {"iterate": model.name, "made_from": made_from, "rows": heldout.num_rows}
-        texts = _text_measures(heldout, answers)
+        texts = text_measures(heldout, answers)
         accuracy = _accuracy(*every, config, model.path)
         texts["standard_errors"] |= accuracy.pop("standard_errors", {})
         result |= texts | accuracy
@@ -125,7 +125,7 @@ def _row_losses(config: SpinConfig, objective: Objective | None) -> Callable[[An
     return of_rows
 
 
-def _read(heldout: Artefact, samples: Artefact, most: int = 1) -> tuple[pa.Table, pa.Table]:
+def read_answers(heldout: Artefact, samples: Artefact, most: int = 1) -> tuple[pa.Table, pa.Table]:
     """Returns held-out rows and their first ``most`` samples, in the same order; a row comes once for each."""
     answers = pa.concat_tables(list(samples.tables()))
     answers = answers.filter(pc.less(answers["sample"], most))
@@ -133,7 +133,8 @@ def _read(heldout: Artefact, samples: Artefact, most: int = 1) -> tuple[pa.Table
     return rows.take(pc.index_in(answers["prompt_id"], value_set=rows["prompt_id"])), answers
 
 
-def _text_measures(heldout: pa.Table, answers: pa.Table) -> dict[str, Any]:
+def text_measures(heldout: pa.Table, answers: pa.Table) -> dict[str, Any]:
+    """Returns lengths, cuts and repetitions of answers beside the human responses, row by row."""
     real, generated = heldout["real_ids"].to_pylist(), answers["token_ids"].to_pylist()
     real_lengths, generated_lengths = [len(ids) for ids in real], [len(ids) for ids in generated]
     by_row: dict[str, list[Any]] = {
@@ -212,9 +213,26 @@ def _score(
     Returns SCORE_SCHEMA rows and the work done now.
     """
     model, previous, initial = models
-    target = run_dir.artefact(f"{model.name}/heldout_scores")
+    rows = {whose: pair_rows(*read_answers(run_dir.heldout, samples), whose) for whose, samples in samples_of.items()}
+    both = pa.concat_tables(list(rows.values()))
+    of_initial = [] if initial.name == previous.name else [(initial, rows["self"])]
     inputs = {f"samples_of_{whose}": samples.manifest().digest for whose, samples in samples_of.items()}
     inputs |= {"model": model.digest, "opponent": previous.digest, "base": initial.digest}
+    target = run_dir.artefact(f"{model.name}/heldout_scores")
+    return score(run_dir, config, target, ((model, both), (previous, both), *of_initial), inputs)
+
+
+def score(
+    run_dir: RunDir,
+    config: SpinConfig,
+    target: Artefact,
+    tables: tuple[tuple[ModelFolder, pa.Table], ...],
+    inputs: dict[str, str],
+) -> tuple[pa.Table, dict[str, float]]:
+    """Scores PAIR_SCHEMA rows, each table under its model, and commits ``target``.
+
+    Returns SCORE_SCHEMA rows and the work done now.
+    """
     settings = {
         "precision": config.train.precision,
         "pack_length": config.train.pack_length,
@@ -222,19 +240,17 @@ def _score(
     }
     work: dict[str, float] = {}
     if not target.already_made(inputs, settings):
-        rows = {whose: _pair_rows(*_read(run_dir.heldout, samples), whose) for whose, samples in samples_of.items()}
-        both = pa.concat_tables(list(rows.values()))
-        of_initial = [] if initial.name == previous.name else [(initial, rows["self"])]
+        model, rows = tables[0]
         job = ScoreJob(
             recipe=config,
-            tables=((model, both), (previous, both), *of_initial),
+            tables=tables,
             shape=PackShape(
-                pack_length=config.train.pack_length, global_batch_pairs=both.num_rows, pad_id=model.pad_id
+                pack_length=config.train.pack_length, global_batch_pairs=rows.num_rows, pad_id=model.pad_id
             ),
             backend=BackendSettings.for_scoring(config),
             target=target,
         )
-        folder = f"{model.name}/scoring"
+        folder = f"{target.path.rpartition('/')[0]}/scoring"
         work = run_workers(_worker, job, config, f"evaluation-{model.digest[:16]}", run_dir.storage.where(folder))
         run_dir.storage.delete(folder)
         names = [part_name(rank) for rank in range(int(work.pop("ranks")))]
@@ -242,7 +258,8 @@ def _score(
     return pa.concat_tables(list(target.tables())), work
 
 
-def _pair_rows(heldout: pa.Table, answers: pa.Table, whose: str) -> pa.Table:
+def pair_rows(heldout: pa.Table, answers: pa.Table, whose: str) -> pa.Table:
+    """Returns PAIR_SCHEMA rows of held-out prompts with their answers."""
     pair_ids = pa.array([heldout_pair_id(prompt_id, whose) for prompt_id in heldout["prompt_id"].to_pylist()])
     columns = [pair_ids, heldout["prompt_id"], pa.array([0] * len(pair_ids), pa.int32())]
     return pa.table([*columns, heldout["prompt_ids"], heldout["real_ids"], answers["token_ids"]], schema=PAIR_SCHEMA)

@@ -8,7 +8,7 @@ from spin_ray.config.recipe import SpinConfig, digest, flatten
 from tests.support.fakes import config_of
 
 MAY_CHANGE = (
-    "iterations", "stop_when", "tracking.", "cluster.", "storage.", "health.", "serving.",
+    "iterations", "probe", "stop_when", "tracking.", "cluster.", "storage.", "health.", "serving.",
     "objective.beta", "train.learning_rate", "train.epochs", "train.schedule_epochs", "train.max_failures",
     "train.checkpoint_every_steps",
     "train.sharding", "train.reduce_every_pack", "train.offload", "train.start_timeout_s", "train.stall_timeout_s",
@@ -29,6 +29,7 @@ EVERY_SECTION: dict[str, Any] = {
     "sft": {},
     "generation": {"samples_per_prompt": 2, "resources": EVERYWHERE, "engine": {"extra": {"kv_cache_dtype": "auto"}}},
     "train": {"lora": {}, "resources": EVERYWHERE},
+    "probe": {},
     "stop_when": {},
     "tracking": {"mlflow": {}, "wandb": {}},
     "serving": {"engine": {}, "resources": EVERYWHERE},

@@ -75,7 +75,7 @@ def text_measures(
     )
     config = config_of(data={"train": "d", "heldout": "h"}, evaluation={"answer_extractor": extractor})
     generated = pa.Table.from_pylist(generation_rows(answers), GENERATION_SCHEMA)
-    return evaluation._text_measures(heldout, generated) | evaluation._accuracy(heldout, generated, config, TINY)
+    return evaluation.text_measures(heldout, generated) | evaluation._accuracy(heldout, generated, config, TINY)
 
 
 def test_lengths_truncation_and_identity_are_shares_of_the_rows():
@@ -123,7 +123,7 @@ def test_pass_at_1_is_the_mean_over_all_samples_with_an_interval_over_rows(run):
     answers = [(prompt, sample, ids) for prompt, three in said.items() for sample, ids in enumerate(three)]
     write_answers(run.heldout_samples(0), answers, 4)
     config = config_of(data={"train": "d", "heldout": "h"}, evaluation={"grade": "exact", "samples": 2})
-    heldout, samples = evaluation._read(run.heldout, run.heldout_samples(0), config.evaluation.samples)
+    heldout, samples = evaluation.read_answers(run.heldout, run.heldout_samples(0), config.evaluation.samples)
     heldout = heldout.drop_columns("answer_text").append_column("answer_text", pa.array(["yes"] * heldout.num_rows))
     assert evaluation._accuracy(heldout, samples, config, TINY) == {
         "answer_accuracy": 0.5, "answers_graded": 3, "samples_graded": 6,
@@ -141,14 +141,14 @@ def test_without_any_answer_in_the_data_there_is_no_accuracy():
 def test_the_first_sample_of_each_held_out_row_is_judged_beside_its_own_row(run):
     answers = [(f"p{i:03d}", sample, [50 + i, sample, 2]) for i in (0, 1, 3) for sample in (0, 1)]
     write_answers(run.heldout_samples(0), answers, 4)
-    heldout, first = evaluation._read(run.heldout, run.heldout_samples(0))
+    heldout, first = evaluation.read_answers(run.heldout, run.heldout_samples(0))
     assert heldout["prompt_id"].to_pylist() == first["prompt_id"].to_pylist() == ["p000", "p001", "p003"]
     assert first["token_ids"].to_pylist() == [[50, 0, 2], [51, 0, 2], [53, 0, 2]]
 
 
 def test_pairs_to_score_are_named_by_row_and_by_whose_sample_it_is(run):
     write_answers(run.heldout_samples(0), [("p000", 0, [7, 2])], 1)
-    rows = evaluation._pair_rows(*evaluation._read(run.heldout, run.heldout_samples(0)), "self").to_pylist()
+    rows = evaluation.pair_rows(*evaluation.read_answers(run.heldout, run.heldout_samples(0)), "self").to_pylist()
     assert rows == [
         {"pair_id": "p000/self", "prompt_id": "p000", "iteration": 0,
          "prompt_ids": [1, 0], "real_ids": [10, 2], "generated_ids": [7, 2]},

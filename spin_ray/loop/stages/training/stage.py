@@ -33,7 +33,7 @@ def run(run_dir: RunDir, config: SpinConfig, iteration: int, opponent: ModelFold
     lora, loss = config.train.lora, objective.resolve()
     target = run_dir.adapter(iteration + 1) if config.commits_adapters else run_dir.whole_model(iteration + 1)
     job = TrainJob(
-        name=target.path.partition("/")[0],
+        name=target.path.rpartition("/")[0],
         storage=run_dir.storage,
         start=opponent,
         rows=run_dir.pairs(iteration),
@@ -92,7 +92,7 @@ def fine_tune(
 ) -> None:
     """Fine-tunes ``start`` on prompts, or on pairs without y', and commits ``target``."""
     job = TrainJob(
-        name=target.path.partition("/")[0],
+        name=target.path.rpartition("/")[0],
         storage=run_dir.storage,
         start=start,
         rows=rows,

@@ -1,0 +1,90 @@
+"""The third setting: small talk between people, where there is no right answer and SPIN's theory promises a gain.
+
+The measures were fixed before the first run (likeness.py). An arm is sampled at each of ``TEMPERATURES``: a cooler
+sample is the cheapest competitor. Iterate and temperature are chosen on dev conversations by the mean accuracy of the
+discriminators, lower is better; what is reported is measured on test conversations. Continued SFT is compared at
+equal training tokens, and at its own best temperature.
+"""
+
+import copy
+from dataclasses import replace
+from typing import Any
+
+from arms import CPU, SFT, WARM_UP, Arm, Recipe, Setting
+from arms import SETTINGS as OF_ANSWERS
+
+TEMPERATURES = (0.7, 0.85, 1.0)
+PROMPTS, BATCH = 160, 16
+"""Prompts of an iteration, and rows or pairs of a step: 10 steps."""
+
+
+def _spin(name: str, why: str, *, algorithm: str = "spin", samples: int = 1, **objective: Any) -> Arm:
+    changes: Recipe = {
+        "algorithm": algorithm, "iterations": 3,
+        "objective": {"beta": 1.0, "window": 1, "sft_weight": 0.3, "keep_identical": True} | objective,
+        "data": {"prompts_per_iteration": PROMPTS},
+        "generation": {"samples_per_prompt": samples},
+        "train": {"learning_rate": 2e-6, "global_batch_pairs": BATCH * samples},
+    }  # fmt: skip
+    return Arm(name=name, why=why, changes=changes, is_spin=True, seeds=3)
+
+
+def _sft(name: str, why: str, **changes: Any) -> Arm:
+    return Arm(name=name, why=why, changes={"algorithm": SFT} | changes)
+
+
+ARMS = (
+    replace(
+        _sft(
+            WARM_UP, "θ_0: SFT, an epoch an iterate, to the plateau of held-out log p(y)",
+            data={"prompts_per_iteration": None}, train={"global_batch_pairs": BATCH},
+        ),
+        from_base=True,
+    ),
+    replace(
+        _sft(
+            SFT, "the baseline, at each temperature", iterations=8, data={"prompts_per_iteration": PROMPTS},
+            train={"learning_rate": 2e-5, "global_batch_pairs": BATCH},
+        ),
+        seeds=3,
+    ),
+    _spin("spin_anchored", "the demonstration's objective: β 1, an anchor on log p(y)"),
+    _spin("spin", "the paper's objective: β 0.1, y′ of two iterations, no anchor", beta=0.1, window=2, sft_weight=0.0),
+    _spin("space", "SPACE: absolute rewards", loss="space", sft_weight=0.0),
+    _spin("spin_4_samples", "four y′ for each y", samples=4),
+    _spin("alpha_spin", "α-SPIN: geometric reference", reference_alpha=0.9),
+    _spin("fictitious_play", "every iterate so far is an opponent", window="all"),
+    _spin("tspin", "T-SPIN: y′ of θ_t against that of θ_0, no reference", algorithm="tspin", sft_weight=0.0),
+    replace(
+        _sft(
+            "sdft", "self-distillation: the teacher is θ_t with y in its prompt", algorithm="sdft", iterations=3,
+            data={"prompts_per_iteration": PROMPTS}, train={"learning_rate": 2e-6, "global_batch_pairs": BATCH},
+        ),
+        is_spin=True, seeds=3,
+    ),
+)  # fmt: skip
+"""In the order in which they are run."""
+
+
+def _settings() -> dict[str, Setting]:
+    """The whole setting, and a first pass with which one slow thread gets somewhere."""
+    recipe = copy.deepcopy(CPU)
+    recipe["model"] = {"path": "embedded:smollm2-135m-instruct", "max_length": 192}
+    recipe["data"] = {"system": ""}
+    recipe["generation"] |= {"sampling": {"max_tokens": 48}, "shard_rows": 264}
+    recipe["train"] |= {"pack_length": 1024, "precision": "auto"}
+    whole = Setting(
+        name="replies", train="embedded:replies-train", test="embedded:replies-heldout", recipe=recipe,
+        warm_up_rates=(1e-4, 1e-4, 5e-5, 5e-5, 2e-5), dev_rows=600, own_arms=ARMS, extractor="none", cooler=(),
+        temperatures=TEMPERATURES,
+    )  # fmt: skip
+    first = replace(
+        whole, name="replies_first_pass", train_rows=320, dev_rows=100, test_rows=160, most_iterations=2, most_seeds=1,
+        warm_up_rates=(1e-4, 5e-5),
+    )  # fmt: skip
+    return {setting.name: setting for setting in (whole, first)}
+
+
+FIRST_PASS_OF = {"replies": "replies_first_pass"}
+"""Setting whose results are shown while the whole one has none."""
+SETTINGS = OF_ANSWERS | _settings()

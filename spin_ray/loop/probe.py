@@ -1,0 +1,223 @@
+"""The probe before iteration 0: is there anything left to learn from θ_0's responses?
+
+prompts ─> θ_0 answers ─> pairs ─> a short iteration of SPIN ─┐
+              │                 └> SFT on the same rows ──────┤
+              └─> lengths, duplicates, n-grams                └─> scores of held-out rows ─> RUN/probe.json
+
+Everything is kept in RUN/probe until the verdict is there; then the two trained models go.
+"""
+
+import json
+import logging
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+
+from spin_ray.config.recipe import SpinConfig, digest
+from spin_ray.config.sections import HealthConfig, ObjectiveConfig, ProbeConfig
+from spin_ray.inputs.model_folder import ModelFolder, open_artefact
+from spin_ray.inputs.rendering import load_tokenizer
+from spin_ray.learner.step import Objective
+from spin_ray.loop.algorithms.base import margin_objective, pair_table
+from spin_ray.loop.stages import evaluation, pairs
+from spin_ray.loop.stages.generation.shards import Job, prompt_slice
+from spin_ray.loop.stages.training import stage as training
+from spin_ray.report.discriminator import ngram_features, two_sample
+from spin_ray.report.margins import row_margins
+from spin_ray.report.measures import standard_error
+from spin_ray.report.probe import PROBE, Evidence, decide, margin_evidence, read_probe
+from spin_ray.run_dir.artefact import Artefact
+from spin_ray.run_dir.names import OPPONENT, part_name
+from spin_ray.run_dir.run_dir import RunDir
+
+logger = logging.getLogger(__name__)
+
+FOLDER = "probe"
+SPIN, SFT = "probe_spin", "probe_sft"
+"""Names of the two trained models in scores."""
+MADE_FROM = f"{FOLDER}/made_from.json"
+Play = Callable[[SpinConfig, ModelFolder, list[Job]], None]
+"""Function that lets a model answer prompts, under a recipe."""
+
+
+class _ProbeDir(RunDir):
+    """The folder of a probe within its run: the same storage and lease, other artefacts."""
+
+    def __init__(self, run: RunDir, folder: str) -> None:
+        super().__init__(run.storage)
+        self._folder = folder
+
+    def artefact(self, path: str) -> Artefact:
+        return super().artefact(f"{self._folder}/{path}")
+
+
+@dataclass(frozen=True)
+class _Probe:
+    spin: _ProbeDir
+    sft: _ProbeDir
+    """Place of the SFT that SPIN is compared with."""
+    config: SpinConfig
+    initial: ModelFolder
+
+    @property
+    def answers(self) -> Artefact:
+        return self.spin.generations(0)
+
+    @property
+    def heldout_answers(self) -> Artefact:
+        return self.spin.heldout_samples(0)
+
+
+def run(run_dir: RunDir, config: SpinConfig, initial: ModelFolder, play: Play) -> dict[str, Any]:
+    """Writes and returns probe.json; one made from the same inputs and settings is kept.
+
+    Args:
+        initial: θ_0.
+    """
+    settings = config.probe or ProbeConfig()
+    recipe = _recipe(config, settings)
+    made_from = _made_from(run_dir, recipe, settings, initial)
+    found = read_probe(run_dir)
+    if found and found["made_from"] == made_from:
+        return found
+    if run_dir.storage.find(MADE_FROM) != made_from.encode():
+        run_dir.storage.delete(FOLDER)
+        run_dir.storage.replace(MADE_FROM, made_from.encode())
+    probe = _Probe(_ProbeDir(run_dir, FOLDER), _ProbeDir(run_dir, f"{FOLDER}/more_sft"), recipe, initial)
+    _take_rows(run_dir, probe.spin, settings, config.seed)
+    jobs = [(probe.spin.heldout, probe.heldout_answers), (probe.spin.prompts, probe.answers)]
+    play(recipe, initial, [Job(rows, to, initial.name, initial.digest) for rows, to in jobs])
+    evidence = _from_texts(probe) | _from_training(probe, settings)
+    evidence["heldout_is_train"] = not run_dir.heldout.is_committed
+    found = {**decide(evidence), "evidence": evidence, "made_from": made_from}
+    run_dir.storage.replace(PROBE, json.dumps(found, indent=1).encode())
+    for where in (probe.spin, probe.sft):
+        run_dir.storage.delete(where.model(1).path)
+    for sentence in (*found["sentences"], *found["cautions"]):
+        logger.warning("probe: %s", sentence)
+    return found
+
+
+def _recipe(config: SpinConfig, settings: ProbeConfig) -> SpinConfig:
+    """Returns the recipe of the probe's trainings: small steps' worth of pairs, the logistic loss, no anchor.
+
+    Health limits are off: a probe that overshoots is a finding.
+    """
+    first = config.at(0)
+    train = {
+        "epochs": settings.epochs,
+        "learning_rate": settings.learning_rate or first.learning_rate,
+        "global_batch_pairs": min(settings.global_batch_pairs, config.train.global_batch_pairs),
+    }
+    health = HealthConfig(max_margin=None, max_real_logp_drop=None, max_length_change=None)
+    return config.model_copy(
+        update={
+            "train": config.train.model_copy(update=train),
+            "objective": ObjectiveConfig(
+                beta=first.beta, window=1, length_normalised=config.objective.length_normalised
+            ),
+            "generation": config.generation.model_copy(update={"samples_per_prompt": 1}),
+            "health": health,
+        }
+    )
+
+
+def _made_from(run_dir: RunDir, recipe: SpinConfig, settings: ProbeConfig, initial: ModelFolder) -> str:
+    heldout = run_dir.heldout.manifest().digest if run_dir.heldout.is_committed else None
+    train = [recipe.at(0).learning_rate, recipe.at(0).epochs, recipe.at(0).beta]
+    asked = settings.model_dump(mode="json", exclude={"stop"})
+    return digest([initial.digest, run_dir.prompts.manifest().digest, heldout, recipe.identity(), train, asked])
+
+
+def _take_rows(run_dir: RunDir, probe: RunDir, settings: ProbeConfig, seed: int) -> None:
+    """Commits rows to train on, and rows to measure on: held-out ones, or other training rows if there are none."""
+    train = _rows(run_dir.prompts, settings.prompts, seed)
+    half = train.num_rows // 2
+    if run_dir.heldout.is_committed:
+        measured = _rows(run_dir.heldout, settings.prompts - half, seed)
+    else:
+        measured = train.slice(half)
+    for target, rows in ((probe.prompts, train.slice(0, half)), (probe.heldout, measured)):
+        if not target.is_committed:
+            target.discard_parts()
+            entry = target.write_part(part_name(0), rows.combine_chunks())
+            target.commit({part_name(0): entry}, {}, {})
+
+
+def _rows(prompts: Artefact, wanted: int, seed: int) -> pa.Table:
+    """Returns so many rows in a seeded order: those that iteration 0 would play, where it plays as many."""
+    rows = prompt_slice(prompts.manifest().rows, wanted, 0, seed)
+    tables = list(prompts.tables())
+    table = pa.concat_tables(tables)
+    table = table if rows is None else table.take(pa.array(rows))
+    return table.take(pa.array(np.random.default_rng([seed, 0x50]).permutation(table.num_rows)))
+
+
+def _from_texts(probe: _Probe) -> Evidence:
+    """Returns lengths, repetitions and the accuracy of n-grams, of all rows."""
+    both = [
+        evaluation.read_answers(probe.spin.prompts, probe.answers),
+        evaluation.read_answers(probe.spin.heldout, probe.heldout_answers),
+    ]
+    rows, answers = (pa.concat_tables(tables) for tables in zip(*both, strict=True))
+    tokenizer = load_tokenizer(
+        str(probe.initial.here(weights=False)), trust_remote_code=probe.config.model.trust_remote_code
+    )
+    texts = [
+        tokenizer.batch_decode(column.to_pylist(), skip_special_tokens=True)
+        for column in (rows["real_ids"], answers["token_ids"])
+    ]
+    real, generated = (ngram_features(each) for each in texts)
+    found = two_sample(real, generated, rows["prompt_id"].to_pylist())
+    measures = evaluation.text_measures(rows, answers)
+    return measures | {"rows": rows.num_rows, "ngrams": found.as_json() if found else None}
+
+
+def _from_training(probe: _Probe, settings: ProbeConfig) -> Evidence:
+    """Returns what the short trainings change on held-out rows; None where too few pairs are left for a step."""
+    evidence: Evidence = dict.fromkeys(("loss", "margin", "accuracy", "real_logp_drift", "jsd_lower_bound", "sft_gain"))
+    trained = {}
+    if _pairs_left(probe) >= probe.config.train.global_batch_pairs:
+        pairs.run(probe.spin, probe.config, 0)
+        trained[SPIN] = _train(probe, probe.spin, margin_objective(probe.config, 0))
+    if settings.sft:
+        prompts = probe.spin.prompts
+        tables = (pair_table(table, 0, None) for table in prompts.tables())
+        fresh = pairs.Fresh(tables, {"prompts": prompts.manifest().digest}, {}, paired=False)
+        pairs.make(probe.sft, probe.config, 0, fresh)
+        trained[SFT] = _train(probe, probe.sft, Objective(loss=None))
+    if not trained:
+        return evidence | {"standard_errors": {}}
+    scores = _scores(probe, [*trained.values(), probe.initial])
+    beta, errors = probe.config.at(0).beta, {}
+    if SPIN in trained:
+        frame = row_margins(scores, SPIN, probe.initial.name, beta)
+        evidence |= margin_evidence(frame["margin"].to_numpy(), frame["real"].to_numpy())
+        errors |= evidence["standard_errors"]
+    if SFT in trained:
+        gain = row_margins(scores, SFT, probe.initial.name, beta)["real"].to_numpy()
+        evidence["sft_gain"], errors["sft_gain"] = float(gain.mean()), standard_error(gain)
+    return evidence | {"standard_errors": errors}
+
+
+def _pairs_left(probe: _Probe) -> int:
+    rows, answers = evaluation.read_answers(probe.spin.prompts, probe.answers)
+    both = zip(rows["real_ids"].to_pylist(), answers["token_ids"].to_pylist(), strict=True)
+    return sum(bool(generated) and generated != real for real, generated in both)
+
+
+def _train(probe: _Probe, where: _ProbeDir, objective: Objective) -> ModelFolder:
+    training.run(where, probe.config, 0, probe.initial, objective)
+    return open_artefact(where.model(1), SFT if where is probe.sft else SPIN, probe.initial)
+
+
+def _scores(probe: _Probe, models: list[ModelFolder]) -> pa.Table:
+    """Returns SCORE_SCHEMA rows of the held-out rows under each model."""
+    rows = evaluation.pair_rows(*evaluation.read_answers(probe.spin.heldout, probe.heldout_answers), OPPONENT)
+    inputs = {f"model_{number}": model.digest for number, model in enumerate(models)}
+    inputs["samples"] = probe.heldout_answers.manifest().digest
+    tables = tuple((model, rows) for model in models)
+    return evaluation.score(probe.spin, probe.config, probe.spin.artefact("heldout_scores"), tables, inputs)[0]
