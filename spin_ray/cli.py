@@ -33,6 +33,48 @@ def cli() -> None:
     """Self-play fine-tuning (SPIN) on Ray."""
 
 
+@cli.command()
+@click.argument("recipe", type=click.Path(path_type=Path), default="recipe.yaml")
+@click.option("--model", default=None, help="Model folder, or owner/name of a hub.")
+@click.option("--data", default=None, help="Training rows: a file, folder, glob or URI.")
+@click.option("--heldout", default=None, help="Rows that are never trained on. Not given: those beside the data.")
+@click.option("--gpu", default=None, help="Type of the GPUs, e.g. A100-80G, or none. Not given: this machine's.")
+@click.option("--gpus-per-node", type=click.IntRange(min=1), default=None, help="GPUs of each machine.")
+@click.option("--nodes", type=click.IntRange(min=1), default=1, show_default=True, help="Number of machines.")
+@click.option("--sft/--no-sft", default=None, help="Warm-up before SPIN, for a base model.")
+@click.option(
+    "--from", "source", type=click.Path(path_type=Path), default=None,
+    help="SFT or DPO config of TRL, axolotl or LLaMA-Factory to start from.",
+)  # fmt: skip
+@click.option("--yes", is_flag=True, help="Ask nothing: take what is given or found. So without a terminal.")
+def init(yes: bool, **options: Any) -> None:
+    """Look at model, data and hardware, write RECIPE to fit them, and say what to run next."""
+    from spin_ray.loop.init.command import Options
+    from spin_ray.loop.init.command import init as write_recipe
+
+    ask = None if yes or not sys.stdin.isatty() else lambda question, default: click.prompt(question, default=default)
+    write_recipe(Options(**options), ask, Console(soft_wrap=True))
+
+
+@cli.command()
+def schema() -> None:
+    """Print the JSON schema of recipes, for editors."""
+    from spin_ray.config.schema import schema_text
+
+    click.echo(schema_text())
+
+
+@cli.command()
+@click.argument("shell", type=click.Choice(["bash", "zsh", "fish"]))
+def completion(shell: str) -> None:
+    """Print the completion of SHELL: eval "$(spin-ray completion bash)" in its start file."""
+    from click.shell_completion import get_completion_class
+
+    made = get_completion_class(shell)
+    assert made is not None  # click has these three
+    click.echo(made(cli, {}, "spin-ray", "_SPIN_RAY_COMPLETE").source())
+
+
 @cli.command(context_settings=_OVERRIDES)
 @click.argument("recipe")
 @click.option("--out", required=True, help="Run folder: made if it is new, resumed if it holds this run.")
