@@ -14,7 +14,7 @@ from typing import IO, TYPE_CHECKING, Any
 import click
 from rich.console import Console
 
-from spin_ray.config.load import load_config, override
+from spin_ray.config.load import load_config, override, parse_overrides
 from spin_ray.errors import StageError, UserError
 
 if TYPE_CHECKING:
@@ -84,7 +84,7 @@ def run(recipe: str, out: str, overrides: tuple[str, ...]) -> None:
 
     OVERRIDES change single values of the recipe: --train.learning_rate=1e-6
     """
-    config = load_config(recipe, _parse_overrides(overrides))
+    config = load_config(recipe, parse_overrides(overrides))
     from spin_ray.loop.launch import run_spin
     from spin_ray.report.status import print_summary
 
@@ -244,7 +244,7 @@ def plan(
 
     OVERRIDES change single values of the recipe: --train.workers=16
     """
-    config = load_config(recipe, _parse_overrides(overrides))
+    config = load_config(recipe, parse_overrides(overrides))
     from spin_ray.planning.plan import Cluster, Given, print_plan
     from spin_ray.planning.plan import as_json as plan_as_json
 
@@ -266,7 +266,7 @@ def doctor(recipe: str, out: str | None, every_row: bool, as_json: bool, overrid
     """Check RECIPE before it runs: values, data, model, chat template, storage, versions, resources."""
     from spin_ray.loop.doctor import examine
 
-    config = load_config(recipe, _parse_overrides(overrides))
+    config = load_config(recipe, parse_overrides(overrides))
     # A long line of a path or reason stays one line; --json prints nothing before its object.
     found = examine(config, out, Console(quiet=as_json, soft_wrap=True), every_row=every_row)
     if as_json:
@@ -286,7 +286,7 @@ def serve(run_folder: str, models: str | None, port: int | None, overrides: tupl
     from spin_ray.run_dir.run_dir import open_run
 
     run = open_run(run_folder)
-    settings = _parse_overrides(overrides)
+    settings = parse_overrides(overrides)
     settings |= {} if models is None else {"serving.models": json.dumps(models.split(","))}
     settings |= {} if port is None else {"serving.port": str(port)}
     config = override(run.config(), settings)
@@ -316,7 +316,7 @@ def compare(
 
     run = open_run(run_folder)
     names = [api_spelling(model.strip()) for model in models.split(",")]
-    config = override(run.config(), _parse_overrides(overrides) | {"serving.models": json.dumps(names)})
+    config = override(run.config(), parse_overrides(overrides) | {"serving.models": json.dumps(names)})
     from spin_ray.serving.batch import compare_file
 
     options = sampling | {"models": names}
@@ -357,16 +357,6 @@ def _kept(out: str) -> str:
         f"\n{out} keeps {iterates}every finished stage, shard of generation and training checkpoint; "
         f"go on with: {shlex.join(['spin-ray', *sys.argv[1:]])}"
     )
-
-
-def _parse_overrides(words: tuple[str, ...]) -> dict[str, str]:
-    overrides = {}
-    for word in words:
-        key, equals, value = word.removeprefix("--").partition("=")
-        if not word.startswith("--") or not equals or not key:
-            raise UserError(f"{word}: unknown argument; values of the recipe are changed by --section.field=value")
-        overrides[key] = value
-    return overrides
 
 
 def main() -> None:

@@ -29,6 +29,7 @@ def check(found: Foreign) -> None:
     tree = tree_of(found.settings)
     tree.setdefault("data", {}).setdefault("train", "rows.jsonl")
     tree.setdefault("generation", {})["sampling"] = {"max_tokens": 64}
+    tree.setdefault("train", {})["pack_length"] = 8192
     check_algorithm(parse_config(tree, source=str(found.file)))
 
 
@@ -76,10 +77,12 @@ def test_an_sft_config_of_axolotl(tmp_path):
     rows = tmp_path / "rows.jsonl"
     rows.write_text("{}\n")
     config = {
-        "base_model": "org/base", "datasets": [{"path": str(rows), "type": "chat_template", "split": "train[:10%]"}],
+        "base_model": "org/base",
+        "datasets": [{"path": str(rows), "type": "chat_template", "split": "train[:10%]"}],
         "test_datasets": [{"path": "json", "data_files": "held.jsonl"}], "sequence_len": 4096, "micro_batch_size": 2,
         "gradient_accumulation_steps": 8, "num_epochs": 2.5, "optimizer": "paged_adamw_8bit",
-        "lr_scheduler": "constant", "learning_rate": 0.0002, "adapter": "qlora", "lora_r": 32, "lora_alpha": 16, "lora_target_linear": True,
+        "lr_scheduler": "constant", "learning_rate": 0.0002,
+        "adapter": "qlora", "lora_r": 32, "lora_alpha": 16, "lora_target_linear": True,
         "warmup_steps": 10, "val_set_size": 0.05, "sample_packing": True, "bf16": "auto", "max_grad_norm": 0,
         "special_tokens": None,
     }  # fmt: skip
