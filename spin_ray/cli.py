@@ -15,7 +15,7 @@ import click
 from rich.console import Console
 
 from spin_ray.config.load import load_config, override, parse_overrides
-from spin_ray.errors import StageError, UserError
+from spin_ray.errors import OtherRunError, StageError, UserError
 
 if TYPE_CHECKING:
     from spin_ray.run_dir.run_dir import RunDir
@@ -367,8 +367,13 @@ def main() -> None:
     # Ray, once started, does the same. Unwinding releases the lease, so that another machine can go on at once.
     signal.signal(signal.SIGTERM, lambda number, _: sys.exit(number))
     try:
-        cli(standalone_mode=False)
+        cli(prog_name="spin-ray", standalone_mode=False)
     except UserError as error:
+        if isinstance(error, OtherRunError) and sys.stderr.isatty():
+            from spin_ray.report.status import print_difference
+
+            print_difference(error, Console(stderr=True))
+            sys.exit(EXIT_BAD_INPUT)
         _stop(error, EXIT_BAD_INPUT)
     except click.ClickException as error:
         error.show()

@@ -25,6 +25,19 @@ class RunDirError(UserError):
     """A run folder that is another run's, in use, or damaged."""
 
 
+class OtherRunError(RunDirError):
+    """A run folder that was begun with other settings or inputs."""
+
+    def __init__(self, root: object, was: dict[str, object], now: dict[str, object]) -> None:
+        self.root = root
+        self.was = {key: value for key, value in was.items() if key not in now or now[key] != value}
+        self.now = {key: value for key, value in now.items() if key not in was or was[key] != value}
+        differing = [
+            f"{key} (was {was.get(key)!r}, now {now.get(key)!r})" for key in sorted(self.was.keys() | self.now.keys())
+        ]
+        super().__init__(f"{root}: holds another run: {'; '.join(differing)}; restore these or choose another --out")
+
+
 class HealthError(UserError):
     """Training that is destroying the model."""
 

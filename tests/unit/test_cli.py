@@ -162,6 +162,16 @@ def test_another_run_is_left_as_it_was(call, tmp_path, recipe):
 # Good input
 
 
+def test_completion_of_a_shell_asks_the_program(call, monkeypatch):
+    code, out, _ = call("completion", "zsh")
+    assert code == 0 and "_SPIN_RAY_COMPLETE=zsh_complete spin-ray" in out
+    monkeypatch.setenv("_SPIN_RAY_COMPLETE", "zsh_complete")
+    monkeypatch.setenv("COMP_WORDS", "spin-ray doc")
+    monkeypatch.setenv("COMP_CWORD", "1")
+    code, out, _ = call()
+    assert code == 0 and out.splitlines()[:2] == ["plain", "doctor"]
+
+
 @pytest.fixture
 def started(monkeypatch):
     """Calls of run_spin, recorded in place of runs."""
