@@ -52,7 +52,7 @@ def assert_one_line(found: tuple[int, str, str], message: str) -> None:
 
 def test_a_typo_in_a_recipe_is_one_line_and_exit_code_2_in_a_real_process(tmp_path, recipe):
     recipe.write_text(yaml.safe_dump(RECIPE | {"train": {"learning_rat": 1e-6}, "iterations": 0}))
-    command = [sys.executable, "-m", "spin_ray.cli", "run", str(recipe), "--out", str(tmp_path / "run")]
+    command = [sys.executable, "-m", "spin_ray", "run", str(recipe), "--out", str(tmp_path / "run")]
     found = subprocess.run(command, capture_output=True, text=True, timeout=120, check=False)
     assert_one_line(
         (found.returncode, found.stdout, found.stderr),
