@@ -14,8 +14,8 @@ from tests.support.paths import DOCS, ROOT
 
 PAGES = sorted([ROOT / "README.md", ROOT / "CONTRIBUTING.md", *DOCS.glob("*.md"), ROOT / "benchmarks" / "README.md"])
 OTHERS = {
-    "cd", "chmod", "chown", "curl", "docker", "export", "git", "helm", "kubectl", "lock.sh", "pip", "pre-commit", "pytest",
-    "python", "ray", "sbatch", "sky", "tensorboard",
+    "cd", "chmod", "chown", "curl", "docker", "export", "git", "helm", "kubectl", "lock.sh", "pip", "pre-commit",
+    "pytest", "python", "ray", "sbatch", "sky", "tensorboard",
 }  # fmt: skip
 """Programs of others, whose options are theirs."""
 TARGETS = set(re.findall(r"^([\w-]+):", (ROOT / "Makefile").read_text(), re.MULTILINE))
