@@ -87,7 +87,9 @@ def run(recipe: str, out: str, overrides: tuple[str, ...]) -> None:
     config = load_config(recipe, parse_overrides(overrides))
     from spin_ray.loop.launch import run_spin
     from spin_ray.report.status import print_summary
+    from spin_ray.runtime.stderr_sorter import sort_stderr
 
+    sort_stderr()
     try:
         result = run_spin(config, out)
     except (KeyboardInterrupt, SystemExit):
