@@ -146,6 +146,15 @@ def test_a_head_that_does_not_start_is_tried_again_without_a_driver(tmp_path, jo
     assert "spin-ray" not in calls(tmp_path) and "scontrol requeue 12345" in calls(tmp_path)
 
 
+def test_a_head_that_dies_is_no_bad_input(tmp_path, job):
+    """The driver finds no cluster and ends with 2; the job is tried again."""
+    dies = '#!/bin/bash\nif [ "$1" = start ]; then touch "$CALLS.up"; exit 1; fi; test -e "$CALLS.up"\n'
+    (tmp_path / "venv" / "bin" / "ray").write_text(dies)
+    process = job(SLURM_JOB_NUM_NODES="1", ENDS_WITH="2")
+    process.communicate(timeout=30)
+    assert process.returncode == 1 and "scontrol requeue 12345" in calls(tmp_path)
+
+
 # SkyPilot
 
 _TASK = {"name", "workdir", "num_nodes", "resources", "envs", "secrets", "setup", "run"}

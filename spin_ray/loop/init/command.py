@@ -1,4 +1,4 @@
-"""``spin-ray init``: answers and looks become a recipe, which is read back before it counts."""
+"""``spin-ray init``: answers and looks become a recipe, which is checked before it is written."""
 
 import shlex
 from collections.abc import Callable
@@ -7,13 +7,13 @@ from pathlib import Path
 
 from rich.console import Console
 
-from spin_ray.config.load import load_config
+from spin_ray.config.load import parse_config
 from spin_ray.errors import ConfigError
 from spin_ray.loop.algorithms.table import check_algorithm
 from spin_ray.loop.init.fit import fit
 from spin_ray.loop.init.foreign import Foreign, read_foreign
 from spin_ray.loop.init.look import Look, Machines, find_machines, heldout_beside, look
-from spin_ray.loop.init.settings import Setting, Settings
+from spin_ray.loop.init.settings import Setting, Settings, tree_of
 from spin_ray.loop.init.text import recipe_text
 from spin_ray.planning.run_cost import Phase
 from spin_ray.report.doctor import histogram
@@ -55,8 +55,8 @@ def init(options: Options, ask: Ask | None, console: Console) -> None:
     settings = _answers(options, foreign, ask)
     seen = look(settings)
     fitted, phases, misfit = fit(settings, seen, machines)
+    check_algorithm(parse_config(tree_of(fitted), source=str(options.recipe)))
     options.recipe.write_text(recipe_text(fitted, _head(foreign, machines)), encoding="utf-8")
-    check_algorithm(load_config(options.recipe))
     _print(options, seen, machines, foreign, console)
     if misfit:
         console.print(f"[yellow]warning[/] no settings tried fit: {misfit}", highlight=False)
@@ -71,8 +71,14 @@ def _hardware(options: Options, ask: Ask | None) -> tuple[str | None, int | None
         if gpu == found.cluster.gpu and each is None:
             each = found.cluster.gpus_per_node
         elif gpu != "none" and each is None:
-            each = int(ask("GPUs of each machine", "8"))
+            each = _count(ask("GPUs of each machine", "8"))
     return gpu, each, options.nodes
+
+
+def _count(answer: str) -> int:
+    if not answer.strip().isdecimal() or int(answer) < 1:
+        raise ConfigError(f"GPUs of each machine: {answer} is no number")
+    return int(answer)
 
 
 def _answers(options: Options, foreign: Foreign | None, ask: Ask | None) -> Settings:

@@ -25,6 +25,7 @@ PACK = {"cpu": 1024, "gpu": 4096}
 HELDOUT_ROWS = 500
 LONGEST_UNSEEN, UNSEEN_TOKENS = 2048, 256
 """The paper's lengths, for data that is not on this machine."""
+_ADAPTER_RATE = Setting(10 * PAPER_RATE, "ten times the paper's, as adapters want 10 to 100 times")
 _ROUND = 64
 _ROUND_RESPONSE = 32
 
@@ -36,7 +37,7 @@ def fit(given: Settings, seen: Look, machines: Machines) -> tuple[Settings, list
     smaller packs, then adapters, then weights in the CPU's memory, each with the fewest GPUs for an engine.
     """
     lengths = given | _lengths(given, seen)
-    base = _machines(lengths, machines) | _batch(given, seen) | _evaluation(given) | lengths
+    base = _machines(lengths, machines) | _batch(given, seen) | _evaluation(given) | _rate(given) | lengths
     if seen.shape is None:
         return base, [], ""
     misfit = ""
@@ -79,6 +80,10 @@ def _evaluation(given: Settings) -> Settings:
     if "data.heldout" not in given:
         return {}
     return {"evaluation.max_rows": Setting(HELDOUT_ROWS, "the first rows; leave it out to measure on all")}
+
+
+def _rate(given: Settings) -> Settings:
+    return {"train.learning_rate": _ADAPTER_RATE} if "train.lora.rank" in given else {}
 
 
 def _share(lengths: Sequence[int], limit: int) -> str:
@@ -149,7 +154,7 @@ def _ladder(base: Settings, machines: Machines) -> Iterator[Settings]:
         return
     adapters = {
         "train.lora.rank": Setting(16, "adapters: all weights do not fit in training"),
-        "train.learning_rate": Setting(10 * PAPER_RATE, "ten times the paper's, as adapters want 10 to 100 times"),
+        "train.learning_rate": _ADAPTER_RATE,
     }
     if "train.lora.rank" in base:
         adapters = {}
@@ -168,7 +173,7 @@ def _shared_by(parallel: int, machines: Machines) -> Settings:
     return {
         "generation.engine.tensor_parallel_size": Setting(parallel, why),
         "generation.resources.gpus": Setting(parallel),
-        "generation.replicas": Setting(machines.gpus // parallel),
+        "generation.replicas": Setting(machines.cluster.nodes * (machines.cluster.gpus_per_node // parallel)),
     }
 
 

@@ -61,14 +61,19 @@ class Foreign:
         value = self.fact(name)
         if value is None:
             return
-        try:
-            found = read(value)
-        except (TypeError, ValueError) as error:
-            raise ConfigError(f"{self.file}: {self.given[name][0]} is {value!r}, which is no such value") from error
+        found = self.read(name, read)
         if found is None:
             self.leave(name, "has no equal here")
         else:
             self.settings[place] = Setting(found, self.why(name))
+
+    def read(self, name: str, read: Callable[[Any], Any]) -> Any:
+        """Returns a fact that is there, through ``read``; raises ConfigError for a value that it cannot read."""
+        value = self.fact(name)
+        try:
+            return read(value)
+        except (TypeError, ValueError) as error:
+            raise ConfigError(f"{self.file}: {self.given[name][0]} is {value!r}, which is no such value") from error
 
     def leave(self, name: str, reason: str) -> None:
         if name in self.given:
@@ -179,7 +184,7 @@ def _targets(value: Any) -> Any:
 def _put_training(found: Foreign) -> None:
     """Carries batch, learning rate and optimizer over to the warm-up, or to training for DPO."""
     stage = "sft" if found.method == "sft" else "train"
-    batch = int(found.fact("micro_batch")) * int(found.fact("accumulation")) * max(1, found.gpus)
+    batch = found.read("micro_batch", int) * found.read("accumulation", int) * max(1, found.gpus)
     why = f"{found.why('micro_batch', 'accumulation')} × {max(1, found.gpus)} devices"
     found.settings[f"{stage}.global_batch_{'rows' if stage == 'sft' else 'pairs'}"] = Setting(batch, why)
     if stage == "sft" and "train.lora.rank" in found.settings:
@@ -187,7 +192,7 @@ def _put_training(found: Foreign) -> None:
     else:
         found.put(f"{stage}.learning_rate", "learning_rate", float)
     found.put(f"{stage}.epochs", "epochs", lambda count: max(1, round(float(count))))
-    if (epochs := found.fact("epochs")) is not None and float(epochs) != found.settings[f"{stage}.epochs"].value:
+    if found.read("epochs", float) != found.settings[f"{stage}.epochs"].value:
         found.leave("epochs", f"whole passes only: {found.settings[f'{stage}.epochs'].value}")
     _put_optimizer(found, f"{stage}.optimizer")
     _put_precision(found)
@@ -203,11 +208,14 @@ def _put_optimizer(found: Foreign, place: str) -> None:
     found.put(f"{place}.weight_decay", "weight_decay", float)
     found.put(f"{place}.max_grad_norm", "max_grad_norm", lambda norm: float(norm) or _NO_LIMIT)
     if "beta1" in found.given or "beta2" in found.given:
-        pair = [float(found.fact("beta1") or 0.9), float(found.fact("beta2") or 0.999)]
+        pair = [
+            found.read("beta1", lambda beta: float(beta or 0.9)),
+            found.read("beta2", lambda beta: float(beta or 0.999)),
+        ]
         found.settings[f"{place}.betas"] = Setting(pair, found.why("beta1", "beta2"))
     found.put(f"{place}.eps", "eps", float)
     found.put(f"{place}.schedule", "schedule", lambda name: _SCHEDULES.get(str(name)))
-    steps = float(found.fact("warmup_steps") or 0)
+    steps = found.read("warmup_steps", lambda count: float(count or 0))
     if found.fact("schedule") == "constant":
         found.settings[f"{place}.warmup_fraction"] = Setting(0.0, "a constant learning rate has no warm-up there")
         found.leave("warmup_steps", "is not read there with a constant learning rate")

@@ -110,13 +110,11 @@ def look(settings: Settings) -> Look:
     refuse_no_model(folder)
     refuse_untrainable(folder)
     model = read_config(folder)
+    found = replace(_with_data(config, folder), positions=positions_of(model))
     try:
-        shape = ModelShape.from_config(model, str(folder / "config.json"))
+        return replace(found, shape=ModelShape.from_config(model, str(folder / "config.json")))
     except ModelError as error:
-        return replace(
-            _with_data(config, folder), positions=positions_of(model), notes=(f"memory is not known: {error}",)
-        )
-    return replace(_with_data(config, folder), shape=shape, positions=positions_of(model))
+        return replace(found, notes=(*found.notes, f"memory is not known: {error}"))
 
 
 def _with_data(config: SpinConfig, folder: Path) -> Look:
@@ -126,6 +124,8 @@ def _with_data(config: SpinConfig, folder: Path) -> Look:
     paths = [resolve(source.path) for source in sources_of(config.data.train)]
     rows = sum(count_rows(find_files(path)) for path in paths)
     found = tuple(survey(path, task, UNLIMITED) for path in paths)
-    for each in found:
+    heldout = config.data.heldout
+    beside = [] if heldout is None or "://" in heldout else [survey(resolve(heldout), task, UNLIMITED)]
+    for each in (*found, *beside):
         each.check(config.data)
     return Look(train=found, rows=min(rows, config.data.max_rows or rows))

@@ -145,6 +145,7 @@ def test_a_data_set_that_is_in_no_registry_stays_open(tmp_path):
         ({"base_model": "m", "rl": "grpo"}, "rl is grpo"),
         ({"learning_rate": 1}, "no SFT or DPO config"),
         ({"base_model": "m", "micro_batch_size": 1, "learning_rate": "fast"}, "learning_rate is 'fast'"),
+        ({"base_model": "m", "micro_batch_size": "auto"}, "micro_batch_size is 'auto'"),
     ],
 )
 def test_other_methods_and_other_files_are_refused(tmp_path, config, words):

@@ -1,6 +1,7 @@
 """``spin-ray init``: a look at model, data and hardware becomes a recipe that loads and fits."""
 
 from collections import Counter
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -103,6 +104,19 @@ def test_seven_billion_weights_are_trained_whole_on_eight_large_cards_and_by_ada
     assert small["train.learning_rate"] == pytest.approx(5e-6)
     rate = {"train.learning_rate": Setting(2e-6, "mine")}
     assert fitted(GIVEN | rate, look, "RTX-4090")[0]["train.learning_rate"] == pytest.approx(2e-5)
+
+
+def test_an_engine_over_several_cards_stays_on_one_node():
+    """Six cards a node hold one engine of four, so two nodes hold two."""
+    wide = replace(MISTRAL_7B, layers=500)
+    settings, _, _ = fit(GIVEN, seen(50_000, 400, 250, shape=wide), find_machines("A100-80G", 6, 2))
+    assert settings["generation.engine.tensor_parallel_size"].value == 4
+    assert settings["generation.replicas"].value == 2
+
+
+def test_adapters_of_a_foreign_sft_get_a_learning_rate_of_adapters():
+    given = GIVEN | {"train.lora.rank": Setting(8)}
+    assert fitted(given, seen(900, 100, 30), "none")[0]["train.learning_rate"] == pytest.approx(5e-6)
 
 
 def test_lengths_hold_the_rows_within_the_model_s_positions():
