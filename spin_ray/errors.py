@@ -28,14 +28,11 @@ class RunDirError(UserError):
 class OtherRunError(RunDirError):
     """A run folder that was begun with other settings or inputs."""
 
-    def __init__(self, root: object, was: dict[str, object], now: dict[str, object]) -> None:
-        self.root = root
-        self.was = {key: value for key, value in was.items() if key not in now or now[key] != value}
-        self.now = {key: value for key, value in now.items() if key not in was or was[key] != value}
-        differing = [
-            f"{key} (was {was.get(key)!r}, now {now.get(key)!r})" for key in sorted(self.was.keys() | self.now.keys())
-        ]
-        super().__init__(f"{root}: holds another run: {'; '.join(differing)}; restore these or choose another --out")
+    def __init__(self, root: object, differing: dict[str, tuple[object, object]]) -> None:
+        """``differing`` has what was and what is now, by setting or input; None is not set."""
+        self.root, self.differing = root, differing
+        each = "; ".join(f"{key} (was {was!r}, now {now!r})" for key, (was, now) in differing.items())
+        super().__init__(f"{root}: holds another run: {each}; restore these or choose another --out")
 
 
 class HealthError(UserError):

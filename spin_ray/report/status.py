@@ -45,10 +45,10 @@ def print_difference(error: OtherRunError, console: Console) -> None:
     """Prints what a run was begun with and what the recipe says now, a line each, in colours where there are any."""
     console.print(f"error: {error.root}: holds another run; restore what it was begun with (-)", markup=False)
     console.print("       or choose another --out for what the recipe says now (+)", markup=False)
-    for key in sorted(error.was.keys() | error.now.keys()):
-        for sign, style, values in (("-", "red", error.was), ("+", "green", error.now)):
-            if key in values:
-                line = f"{sign} {key}: {json.dumps(values[key], default=str)}"
+    for key, pair in error.differing.items():
+        for sign, style, value in zip("-+", ("red", "green"), pair, strict=True):
+            if value is not None:
+                line = f"{sign} {key}: {json.dumps(value, default=str)}"
                 console.print(line, style=style, markup=False, highlight=False, soft_wrap=True)
 
 

@@ -113,8 +113,9 @@ class RunDir:
         stored = self.description()
         then = self.config().take_precision_of(config).identity() | stored["inputs"]
         now = config.identity() | facts["inputs"]
-        if then != now:
-            raise OtherRunError(self.storage.root, then, now)
+        each = {key: (then.get(key), now.get(key)) for key in sorted(then.keys() | now.keys())}
+        if differing := {key: pair for key, pair in each.items() if pair[0] != pair[1]}:
+            raise OtherRunError(self.storage.root, differing)
 
     def config(self) -> SpinConfig:
         """Returns the config in run.json.
