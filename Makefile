@@ -8,7 +8,7 @@ RUN := runs
 
 .DEFAULT_GOAL := help
 .NOTPARALLEL:
-.PHONY: help setup demo demo-report serve-demo arena-picture smoke test chaos audit check lint bench gpu-bench peers quality format lock clean
+.PHONY: help setup docs-site demo demo-report serve-demo arena-picture smoke test chaos audit check lint bench gpu-bench peers quality format lock clean
 
 help: ## List the targets
 	@awk -F ':.*## ' '/^[a-z0-9-]+:.*## / { printf "make %-10s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -98,6 +98,15 @@ peers: .peers/.ready ## An environment with TRL, to compare with
 .peers/.ready: requirements/peers.txt $(READY)
 	@$(BIN)/python -m venv .peers
 	@.peers/bin/pip install -q '$(TORCH)+cpu' -r requirements/peers.txt 2>/dev/null || .peers/bin/pip install -q '$(TORCH)' -r requirements/peers.txt
+	@touch $@
+
+docs-site: .docs/.ready ## The documentation as a site with search and API reference, in build/site
+	$(BIN)/python docs/pages.py
+	.docs/bin/zensical build --strict
+
+.docs/.ready: requirements/docs.txt $(READY)
+	@$(BIN)/python -m venv .docs
+	@.docs/bin/pip install -q -r requirements/docs.txt
 	@touch $@
 
 format: $(READY) ## Apply the formatter and the safe lint fixes

@@ -14,8 +14,8 @@ from typing import IO, TYPE_CHECKING, Any
 import click
 from rich.console import Console
 
-from spin_ray.config.load import load_config, override
-from spin_ray.errors import StageError, UserError
+from spin_ray.config.load import load_config, override, parse_overrides
+from spin_ray.errors import OtherRunError, StageError, UserError
 
 if TYPE_CHECKING:
     from spin_ray.run_dir.run_dir import RunDir
@@ -33,6 +33,48 @@ def cli() -> None:
     """Self-play fine-tuning (SPIN) on Ray."""
 
 
+@cli.command()
+@click.argument("recipe", type=click.Path(path_type=Path), default="recipe.yaml")
+@click.option("--model", default=None, help="Model folder, or owner/name of a hub.")
+@click.option("--data", default=None, help="Training rows: a file, folder, glob or URI.")
+@click.option("--heldout", default=None, help="Rows that are never trained on. Not given: those beside the data.")
+@click.option("--gpu", default=None, help="Type of the GPUs, e.g. A100-80G, or none. Not given: this machine's.")
+@click.option("--gpus-per-node", type=click.IntRange(min=1), default=None, help="GPUs of each machine.")
+@click.option("--nodes", type=click.IntRange(min=1), default=1, show_default=True, help="Number of machines.")
+@click.option("--sft/--no-sft", default=None, help="Warm-up before SPIN, for a base model.")
+@click.option(
+    "--from", "source", type=click.Path(path_type=Path), default=None,
+    help="SFT or DPO config of TRL, axolotl or LLaMA-Factory to start from.",
+)  # fmt: skip
+@click.option("--yes", is_flag=True, help="Ask nothing: take what is given or found. So without a terminal.")
+def init(yes: bool, **options: Any) -> None:
+    """Look at model, data and hardware, write RECIPE to fit them, and say what to run next."""
+    from spin_ray.loop.init.command import Options
+    from spin_ray.loop.init.command import init as write_recipe
+
+    ask = None if yes or not sys.stdin.isatty() else lambda question, default: click.prompt(question, default=default)
+    write_recipe(Options(**options), ask, Console(soft_wrap=True))
+
+
+@cli.command()
+def schema() -> None:
+    """Print the JSON schema of recipes, for editors."""
+    from spin_ray.config.schema import schema_text
+
+    click.echo(schema_text())
+
+
+@cli.command()
+@click.argument("shell", type=click.Choice(["bash", "zsh", "fish"]))
+def completion(shell: str) -> None:
+    """Print the completion of SHELL: eval "$(spin-ray completion bash)" in its start file."""
+    from click.shell_completion import get_completion_class
+
+    made = get_completion_class(shell)
+    assert made is not None  # click has these three
+    click.echo(made(cli, {}, "spin-ray", "_SPIN_RAY_COMPLETE").source())
+
+
 @cli.command(context_settings=_OVERRIDES)
 @click.argument("recipe")
 @click.option("--out", required=True, help="Run folder: made if it is new, resumed if it holds this run.")
@@ -42,10 +84,12 @@ def run(recipe: str, out: str, overrides: tuple[str, ...]) -> None:
 
     OVERRIDES change single values of the recipe: --train.learning_rate=1e-6
     """
-    config = load_config(recipe, _parse_overrides(overrides))
+    config = load_config(recipe, parse_overrides(overrides))
     from spin_ray.loop.launch import run_spin
     from spin_ray.report.status import print_summary
+    from spin_ray.runtime.stderr_sorter import sort_stderr
 
+    sort_stderr()
     try:
         result = run_spin(config, out)
     except (KeyboardInterrupt, SystemExit):
@@ -209,7 +253,7 @@ def plan(
 
     OVERRIDES change single values of the recipe: --train.workers=16
     """
-    config = load_config(recipe, _parse_overrides(overrides))
+    config = load_config(recipe, parse_overrides(overrides))
     from spin_ray.planning.plan import Cluster, Given, print_plan
     from spin_ray.planning.plan import as_json as plan_as_json
 
@@ -231,7 +275,7 @@ def doctor(recipe: str, out: str | None, every_row: bool, as_json: bool, overrid
     """Check RECIPE before it runs: values, data, model, chat template, storage, versions, resources."""
     from spin_ray.loop.doctor import examine
 
-    config = load_config(recipe, _parse_overrides(overrides))
+    config = load_config(recipe, parse_overrides(overrides))
     # A long line of a path or reason stays one line; --json prints nothing before its object.
     found = examine(config, out, Console(quiet=as_json, soft_wrap=True), every_row=every_row)
     if as_json:
@@ -276,7 +320,7 @@ def serve(run_folder: str, models: str | None, port: int | None, overrides: tupl
     from spin_ray.run_dir.run_dir import open_run
 
     run = open_run(run_folder)
-    settings = _parse_overrides(overrides)
+    settings = parse_overrides(overrides)
     settings |= {} if models is None else {"serving.models": json.dumps(models.split(","))}
     settings |= {} if port is None else {"serving.port": str(port)}
     config = override(run.config(), settings)
@@ -306,7 +350,7 @@ def compare(
 
     run = open_run(run_folder)
     names = [api_spelling(model.strip()) for model in models.split(",")]
-    config = override(run.config(), _parse_overrides(overrides) | {"serving.models": json.dumps(names)})
+    config = override(run.config(), parse_overrides(overrides) | {"serving.models": json.dumps(names)})
     from spin_ray.serving.batch import compare_file
 
     options = sampling | {"models": names}
@@ -349,16 +393,6 @@ def _kept(out: str) -> str:
     )
 
 
-def _parse_overrides(words: tuple[str, ...]) -> dict[str, str]:
-    overrides = {}
-    for word in words:
-        key, equals, value = word.removeprefix("--").partition("=")
-        if not word.startswith("--") or not equals or not key:
-            raise UserError(f"{word}: unknown argument; values of the recipe are changed by --section.field=value")
-        overrides[key] = value
-    return overrides
-
-
 def main() -> None:
     """Runs the command. Exit code 0: done. 2: bad input, one line names it. 1: the run failed."""
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s", datefmt="%H:%M:%S", stream=sys.stderr)
@@ -367,8 +401,13 @@ def main() -> None:
     # Ray, once started, does the same. Unwinding releases the lease, so that another machine can go on at once.
     signal.signal(signal.SIGTERM, lambda number, _: sys.exit(number))
     try:
-        cli(standalone_mode=False)
+        cli(prog_name="spin-ray", standalone_mode=False)
     except UserError as error:
+        if isinstance(error, OtherRunError) and sys.stderr.isatty():
+            from spin_ray.report.status import print_difference
+
+            print_difference(error, Console(stderr=True))
+            sys.exit(EXIT_BAD_INPUT)
         _stop(error, EXIT_BAD_INPUT)
     except click.ClickException as error:
         error.show()

@@ -25,6 +25,16 @@ class RunDirError(UserError):
     """A run folder that is another run's, in use, or damaged."""
 
 
+class OtherRunError(RunDirError):
+    """A run folder that was begun with other settings or inputs."""
+
+    def __init__(self, root: object, differing: dict[str, tuple[object, object]]) -> None:
+        """``differing`` has what was and what is now, by setting or input; None is not set."""
+        self.root, self.differing = root, differing
+        each = "; ".join(f"{key} (was {was!r}, now {now!r})" for key, (was, now) in differing.items())
+        super().__init__(f"{root}: holds another run: {each}; restore these or choose another --out")
+
+
 class HealthError(UserError):
     """Training that is destroying the model."""
 

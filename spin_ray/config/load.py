@@ -66,6 +66,21 @@ def parse_config(content: dict[str, Any], source: str) -> SpinConfig:
         raise ConfigError(f"{source}: " + "; ".join(problems)) from error
 
 
+def parse_overrides(words: tuple[str, ...]) -> dict[str, str]:
+    """Returns ``{"section.field": "YAML value"}`` of words like ``--section.field=value``.
+
+    Raises:
+        ConfigError: a word has another form.
+    """
+    overrides = {}
+    for word in words:
+        key, equals, value = word.removeprefix("--").partition("=")
+        if not word.startswith("--") or not equals or not key:
+            raise ConfigError(f"{word}: unknown argument; values of the recipe are changed by --section.field=value")
+        overrides[key] = value
+    return overrides
+
+
 _REASONS = {
     "model_type": "must be a section with fields of its own",
     "string_pattern_mismatch": "must be an import path module:Name, e.g. my_package.mine:Name",

@@ -107,7 +107,7 @@ def find_folder(path: str, setting: str = "model.path", revision: str | None = N
 def check_folder(folder: Path, config: ModelConfig) -> Path:
     """Returns the folder of a model that is long enough; ``find_model`` has the errors."""
     refuse_no_model(folder)
-    limit = _positions_of(read_config(folder))
+    limit = positions_of(read_config(folder))
     if limit is not None and config.max_length > limit:
         raise ConfigError(
             f"model.max_length: {config.max_length} is more than the {limit} positions of {config.path}; lower it"
@@ -115,7 +115,7 @@ def check_folder(folder: Path, config: ModelConfig) -> Path:
     return folder
 
 
-def _positions_of(config: dict[str, Any]) -> int | None:
+def positions_of(config: dict[str, Any]) -> int | None:
     """Returns the most tokens that the model takes, by the names of all families; None if it does not say."""
     scopes = [scope for scope in (config, config.get("text_config")) if isinstance(scope, dict)]
     found = [scope.get(name) for scope in scopes for name in _POSITIONS]

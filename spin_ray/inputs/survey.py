@@ -49,6 +49,8 @@ class Survey:
     """First refused row by reason."""
     lengths: list[int] = field(default_factory=list)
     """Tokens of prompt + response of each row that can be rendered, also of those that do not fit."""
+    responses: list[int] = field(default_factory=list)
+    """Tokens of the human response of each such row."""
     ids: set[str] = field(default_factory=set)
     """Ids of the usable rows."""
     leaked: int = 0
@@ -134,6 +136,7 @@ def _count(found: Survey, source: SourceRow, result: list[Row] | Unusable, task:
         return
     lengths = [_length(row) for row in result]
     found.lengths += lengths
+    found.responses += [len(row["real_ids"]) for row in result]
     if max(lengths) > found.max_length:
         detail = f"{max(lengths)} tokens, model.max_length is {found.max_length}"
         _refuse(found, source, "too_long", detail)

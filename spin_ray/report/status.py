@@ -8,6 +8,7 @@ from rich.console import Console
 from rich.table import Table
 
 from spin_ray.config.recipe import SpinConfig
+from spin_ray.errors import OtherRunError
 from spin_ray.report.examples import read_examples
 from spin_ray.report.history import read_evaluations
 from spin_ray.report.measures import MEASURES, Evaluation
@@ -40,6 +41,17 @@ def print_summary(run: RunDir, console: Console) -> None:
     for command in ("status", "report", "serve", "eval"):
         console.print(f"{words}spin-ray {command} {run.storage.root}", markup=False, soft_wrap=True)
         words = " " * len(words)
+
+
+def print_difference(error: OtherRunError, console: Console) -> None:
+    """Prints what a run was begun with and what the recipe says now, a line each, in colours where there are any."""
+    console.print(f"error: {error.root}: holds another run; restore what it was begun with (-)", markup=False)
+    console.print("       or choose another --out for what the recipe says now (+)", markup=False)
+    for key, pair in error.differing.items():
+        for sign, style, value in zip("-+", ("red", "green"), pair, strict=True):
+            if value is not None:
+                line = f"{sign} {key}: {json.dumps(value, default=str)}"
+                console.print(line, style=style, markup=False, highlight=False, soft_wrap=True)
 
 
 def status_as_json(run: RunDir) -> dict[str, Any]:

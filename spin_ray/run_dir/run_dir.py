@@ -15,7 +15,7 @@ from typing import Any
 
 from spin_ray.config.load import parse_config
 from spin_ray.config.recipe import SpinConfig
-from spin_ray.errors import RunDirError
+from spin_ray.errors import OtherRunError, RunDirError
 from spin_ray.run_dir.artefact import Artefact
 from spin_ray.run_dir.events import Event, read_events, stage, was_cut_off, write_event
 from spin_ray.run_dir.names import is_iterate_name, iterate_name, iterate_number, iteration_name
@@ -118,7 +118,8 @@ class RunDir:
         ``train.precision: auto`` means the precision that the run began with.
 
         Raises:
-            RunDirError: the folder holds another run or other files.
+            OtherRunError: the folder holds another run.
+            RunDirError: it holds other files.
         """
         if self.storage.exists("run.json"):
             config = config.take_precision_of(self.config())
@@ -135,15 +136,9 @@ class RunDir:
         stored = self.description()
         then = self.config().take_precision_of(config).identity() | stored["inputs"]
         now = config.identity() | facts["inputs"]
-        differing = [
-            f"{key} (was {then.get(key)!r}, now {now.get(key)!r})"
-            for key in sorted(then.keys() | now.keys())
-            if then.get(key) != now.get(key)
-        ]
-        if differing:
-            raise RunDirError(
-                f"{self.storage.root}: holds another run: {'; '.join(differing)}; restore these or choose another --out"
-            )
+        each = {key: (then.get(key), now.get(key)) for key in sorted(then.keys() | now.keys())}
+        if differing := {key: pair for key, pair in each.items() if pair[0] != pair[1]}:
+            raise OtherRunError(self.storage.root, differing)
 
     def config(self) -> SpinConfig:
         """Returns the config in run.json.

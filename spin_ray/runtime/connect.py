@@ -37,6 +37,8 @@ def connect(config: SpinConfig) -> None:
             os.environ.setdefault("RAY_API_SERVER_ADDRESS", "http://127.0.0.1:9")
             # Nobody announces the end of this machine; the watcher would be one more process for each worker group.
             os.environ.setdefault("RAY_TRAIN_ENABLE_PREEMPTION_WATCHER", "0")
+            # Ray warns that its token authentication is on, as it should be (SECURITY.md).
+            logging.getLogger("ray._private.authentication.authentication_token_setup").setLevel(logging.ERROR)
         else:
             # How often Ray tries, 41 s each time; 20 times by default.
             os.environ.setdefault("RAY_gcs_server_port_wait_time_s", "1")

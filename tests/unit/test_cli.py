@@ -52,7 +52,7 @@ def assert_one_line(found: tuple[int, str, str], message: str) -> None:
 
 def test_a_typo_in_a_recipe_is_one_line_and_exit_code_2_in_a_real_process(tmp_path, recipe):
     recipe.write_text(yaml.safe_dump(RECIPE | {"train": {"learning_rat": 1e-6}, "iterations": 0}))
-    command = [sys.executable, "-m", "spin_ray.cli", "run", str(recipe), "--out", str(tmp_path / "run")]
+    command = [sys.executable, "-m", "spin_ray", "run", str(recipe), "--out", str(tmp_path / "run")]
     found = subprocess.run(command, capture_output=True, text=True, timeout=120, check=False)
     assert_one_line(
         (found.returncode, found.stdout, found.stderr),
@@ -160,6 +160,16 @@ def test_another_run_is_left_as_it_was(call, tmp_path, recipe):
 
 
 # Good input
+
+
+def test_completion_of_a_shell_asks_the_program(call, monkeypatch):
+    code, out, _ = call("completion", "zsh")
+    assert code == 0 and "_SPIN_RAY_COMPLETE=zsh_complete spin-ray" in out
+    monkeypatch.setenv("_SPIN_RAY_COMPLETE", "zsh_complete")
+    monkeypatch.setenv("COMP_WORDS", "spin-ray doc")
+    monkeypatch.setenv("COMP_CWORD", "1")
+    code, out, _ = call()
+    assert code == 0 and out.splitlines()[:2] == ["plain", "doctor"]
 
 
 @pytest.fixture

@@ -26,7 +26,7 @@ def test_wheel_and_sdist_hold_the_package_with_its_recipes_and_pages_and_no_more
         subprocess.run([sys.executable, "-c", build], cwd=source, capture_output=True, check=True)
     (wheel,), (sdist,) = dist.glob("*.whl"), dist.glob("*.tar.gz")
     modules = {name for name in tracked if name.startswith("spin_ray/") and name != "spin_ray/config/recipes"}
-    recipes = {f"spin_ray/config/recipes/{path.name}" for path in (ROOT / "jobs" / "recipes").glob("*.yaml")}
+    recipes = {f"spin_ray/config/recipes/{path.name}" for path in (ROOT / "jobs" / "recipes").iterdir()}
     assert {name for name in zipfile.ZipFile(wheel).namelist() if ".dist-info/" not in name} == modules | recipes
     with tarfile.open(sdist) as archive:
         found = {name.partition("/")[2] for name in archive.getnames()}

@@ -2,7 +2,9 @@
 
 import re
 from pathlib import Path
+from pkgutil import resolve_name
 
+from docs.pages import gather
 from spin_ray.inputs import forms
 from spin_ray.report import probe, signs
 from spin_ray.report.measures import as_markdown
@@ -41,6 +43,17 @@ def test_the_first_page_is_short_and_every_link_leads_somewhere():
             if not found.exists() or (heading and f"#{heading}" not in headings_of(found)):
                 dead.append(f"{page.relative_to(ROOT)}: {target}#{heading}")
     assert not dead
+
+
+def test_the_site_has_every_page_and_no_link_of_it_is_dead(tmp_path: Path):
+    """Links to folders became text; the reference names what exists."""
+    pages = [tmp_path / page.relative_to(ROOT) for page in gather(tmp_path)]
+    links = [(page, target) for page in pages for target in re.findall(r"\]\(([^)\s#]+)", page.read_text())]
+    assert not [(page, target) for page, target in links if ":" not in target and not (page.parent / target).is_file()]
+    shown = re.findall(r"^ +- (\S+\.md)$", (ROOT / "mkdocs.yml").read_text(), re.MULTILINE)
+    assert {tmp_path / name for name in shown} <= set(pages) and len(shown) > 15
+    for name in re.findall(r"^::: (\S+)$", (DOCS / "reference.md").read_text(), re.MULTILINE):
+        assert resolve_name(name) is not None
 
 
 def headings_of(page: Path) -> set[str]:

@@ -8,11 +8,11 @@ import pytest
 from rich.console import Console
 
 from spin_ray import cli
-from spin_ray.errors import RunDirError
+from spin_ray.errors import OtherRunError, RunDirError
 from spin_ray.inputs.embedded import resolve
 from spin_ray.inputs.rendering import ChatRenderer, load_tokenizer
 from spin_ray.report.history import read_evaluations
-from spin_ray.report.status import print_status, print_summary, status_as_json
+from spin_ray.report.status import print_difference, print_status, print_summary, status_as_json
 from spin_ray.run_dir.events import stage_seconds
 from spin_ray.run_dir.names import iterate_name
 from spin_ray.run_dir.run_dir import RunDir
@@ -230,3 +230,18 @@ def test_answers_for_people_are_shown_with_their_temperature_cut_where_they_are_
 
 def test_without_held_out_rows_the_summary_has_no_examples(run):
     assert "human" not in printed(print_summary, run)
+
+
+def test_on_a_terminal_a_changed_recipe_is_shown_line_by_line_in_colours(monkeypatch):
+    """Removed settings red, new ones green; what stayed is not shown; NO_COLOR leaves the signs."""
+    error = OtherRunError(
+        "/runs/[a]", {"seed": 0, "data": "x", "iterations": 2}, {"seed": 1, "heldout": "h", "iterations": 2}
+    )
+    for no_color in ("", "1"):
+        monkeypatch.setenv("NO_COLOR", no_color)
+        out = io.StringIO()
+        print_difference(error, Console(file=out, force_terminal=True, width=60))
+        lines = out.getvalue().splitlines()
+        assert ("\x1b[31m- seed: 0\x1b[0m" in lines) == (not no_color)
+        plain = [line.replace("\x1b[31m", "").replace("\x1b[32m", "").replace("\x1b[0m", "") for line in lines]
+        assert plain[-4:] == ['- data: "x"', '+ heldout: "h"', "- seed: 0", "+ seed: 1"]

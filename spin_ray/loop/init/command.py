@@ -1,0 +1,188 @@
+"""``spin-ray init``: answers and looks become a recipe, which is checked before it is written."""
+
+import shlex
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+from rich.console import Console
+
+from spin_ray.config.load import parse_config
+from spin_ray.errors import ConfigError
+from spin_ray.loop.algorithms.table import check_algorithm
+from spin_ray.loop.init.fit import fit
+from spin_ray.loop.init.foreign import Foreign, read_foreign
+from spin_ray.loop.init.look import Look, Machines, find_machines, heldout_beside, look
+from spin_ray.loop.init.settings import Setting, Settings, tree_of
+from spin_ray.loop.init.text import recipe_text
+from spin_ray.planning.run_cost import Phase
+from spin_ray.report.doctor import histogram
+from spin_ray.run_dir.events import exact_duration
+
+Ask = Callable[[str, str | None], str]
+"""Asks a person: a question and the answer that Enter takes."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Options:
+    """What was typed; None is asked for, or found."""
+
+    recipe: Path
+    model: str | None = None
+    data: str | None = None
+    heldout: str | None = None
+    gpu: str | None = None
+    gpus_per_node: int | None = None
+    nodes: int = 1
+    sft: bool | None = None
+    source: Path | None = None
+    """Config of another trainer."""
+
+
+def init(options: Options, ask: Ask | None, console: Console) -> None:
+    """Writes a recipe and prints what to run next.
+
+    Args:
+        ask: None where nobody can be asked.
+
+    Raises:
+        UserError: an answer is missing, or model, data or foreign config cannot be used.
+    """
+    if options.recipe.exists():
+        raise ConfigError(f"{options.recipe}: exists; move it away or name another file: spin-ray init NEW.yaml")
+    machines = find_machines(*_hardware(options, ask))
+    foreign = read_foreign(options.source, machines.gpus) if options.source else None
+    settings = _answers(options, foreign, ask)
+    seen = look(settings)
+    fitted, phases, misfit = fit(settings, seen, machines)
+    check_algorithm(parse_config(tree_of(fitted), source=str(options.recipe)))
+    options.recipe.write_text(recipe_text(fitted, _head(foreign, machines)), encoding="utf-8")
+    _print(options, seen, machines, foreign, console)
+    if misfit:
+        console.print(f"[yellow]warning[/] no settings tried fit: {misfit}", highlight=False)
+    _print_next(options, fitted, seen, phases, machines, foreign, console)
+
+
+def _hardware(options: Options, ask: Ask | None) -> tuple[str | None, int | None, int]:
+    gpu, each = options.gpu, options.gpus_per_node
+    if gpu is None and ask:
+        found = find_machines(None, each, 1)
+        gpu = ask("GPU (none, or a type such as A100-80G)", found.cluster.gpu or "none")
+        if gpu == found.cluster.gpu and each is None:
+            each = found.cluster.gpus_per_node
+        elif gpu != "none" and each is None:
+            each = _count(ask("GPUs of each machine", "8"))
+    return gpu, each, options.nodes
+
+
+def _count(answer: str) -> int:
+    if not answer.strip().isdecimal() or int(answer) < 1:
+        raise ConfigError(f"GPUs of each machine: {answer} is no number")
+    return int(answer)
+
+
+def _answers(options: Options, foreign: Foreign | None, ask: Ask | None) -> Settings:
+    settings = dict(foreign.settings) if foreign else {}
+    settings |= {"iterations": settings.get("iterations", Setting(2, "a finished run goes on if this is raised"))}
+    if foreign and foreign.method == "sft" and options.model is None:
+        settings = _after_sft(settings, foreign)
+    for place, given, question in (
+        ("model.path", options.model, "Model (folder, or owner/name of a hub)"),
+        ("data.train", options.data, "Training rows (file, folder, glob or URI)"),
+    ):
+        if given is not None:
+            settings[place] = Setting(given)
+        elif place not in settings:
+            settings[place] = Setting(_asked(place, question, ask))
+    train = settings["data.train"].value
+    heldout = options.heldout or (heldout_beside(train) if isinstance(train, str) else None)
+    if options.heldout is None and "data.heldout" not in settings and ask:
+        heldout = ask("Held-out rows, never trained on (empty: nothing is measured)", heldout or "") or None
+    if heldout and (options.heldout or "data.heldout" not in settings):
+        settings["data.heldout"] = Setting(heldout, "" if options.heldout else "found beside the training rows")
+    return _with_warm_up(settings, options, foreign, ask)
+
+
+def _after_sft(settings: Settings, foreign: Foreign) -> Settings:
+    """Starts from what the foreign training made, if it is here: then there is no warm-up."""
+    made = foreign.output
+    if made is None or not (Path(made) / "config.json").is_file():
+        return settings
+    foreign.left["learning rate, epochs and batch"] = f"belong to the training that made {made}"
+    kept = {place: setting for place, setting in settings.items() if not place.startswith("sft.")}
+    return kept | {"model.path": Setting(made, f"what {foreign.file.name} made, so there is no warm-up")}
+
+
+def _with_warm_up(settings: Settings, options: Options, foreign: Foreign | None, ask: Ask | None) -> Settings:
+    if foreign is None:
+        sft = options.sft
+        if sft is None and ask:
+            sft = ask("Is the model fine-tuned on these rows already (yes, no)", "yes").lower().startswith("n")
+        if sft:
+            settings["sft.epochs"] = Setting(1, "a warm-up on the same rows makes θ_0 from a base model")
+    elif options.sft is False:
+        return {place: setting for place, setting in settings.items() if not place.startswith("sft.")}
+    return settings
+
+
+def _asked(place: str, question: str, ask: Ask | None) -> str:
+    if ask is None:
+        raise ConfigError(f"{place}: is not given; add --{'model' if place == 'model.path' else 'data'}")
+    return ask(question, None)
+
+
+def _head(foreign: Foreign | None, machines: Machines) -> list[str]:
+    cluster = machines.cluster
+    where = (
+        f"{cluster.nodes} × {cluster.gpus_per_node} {cluster.gpu}" if machines.gpus else f"{machines.cpus} CPU cores"
+    )
+    lines = [f"Written by `spin-ray init` for {where}. Every other setting has its default: `spin-ray schema`."]
+    if foreign:
+        article = "an" if foreign.method == "sft" else "a"
+        lines.append(
+            f"From {foreign.file}, {article} {foreign.method.upper()} config of {foreign.tool.name}. Not carried over:"
+        )
+        lines += [f"  {key}: {' '.join(reason.split())}" for key, reason in foreign.left.items()] or ["  nothing"]
+    return lines
+
+
+def _print(options: Options, seen: Look, machines: Machines, foreign: Foreign | None, console: Console) -> None:
+    for found in seen.train:
+        form = ", ".join(found.forms)
+        console.print(f"[green]ok[/] data {found.source}: form {form}, {found.usable:,} of {found.read:,} rows usable")
+        for line in histogram(found.lengths):
+            console.print(f"   {line}", markup=False, highlight=False)
+    for note in (*seen.notes, machines.note):
+        if note:
+            console.print(f"[yellow]note[/] {note}", highlight=False)
+    if foreign and foreign.left:
+        names = ", ".join(foreign.left)
+        console.print(f"[yellow]note[/] {foreign.file}: not carried over (reasons in {options.recipe}): {names}")
+    console.print(f"[green]ok[/] {options.recipe}", highlight=False)
+
+
+def _print_next(
+    options: Options,
+    settings: Settings,
+    seen: Look,
+    phases: list[Phase],
+    machines: Machines,
+    foreign: Foreign | None,
+    console: Console,
+) -> None:
+    cluster, recipe = machines.cluster, shlex.quote(str(options.recipe))
+    out = f"{foreign.output.rstrip('/')}-spin" if foreign and foreign.output else f"runs/{options.recipe.stem}"
+    planned = settings.get("algorithm", Setting("spin")).value == "spin"
+    hardware = f" --nodes {cluster.nodes} --gpu {cluster.gpu} --gpus-per-node {cluster.gpus_per_node}"
+    if phases and seen.rows is not None and planned:
+        total = sum(phase.seconds for phase in phases)
+        console.print(f"By arithmetic it takes {exact_duration(total)}; `spin-ray plan` says where they go.")
+    if "data.heldout" not in settings:
+        console.print("[yellow]note[/] without data.heldout nothing is measured", highlight=False)
+    plan = f"spin-ray plan {recipe}{hardware if machines.gpus else ''}"
+    for words, command in (
+        ("Check:", f"spin-ray doctor {recipe}"),
+        *([("Hours:", plan)] if planned else []),
+        ("Run:", f"spin-ray run {recipe} --out {shlex.quote(out)}"),
+    ):
+        console.print(f"{words:<7}{command}", markup=False, highlight=False, soft_wrap=True)

@@ -1,0 +1,192 @@
+"""Settings that fit the model's positions, the rows' lengths and the machines' memory."""
+
+import sys
+from collections.abc import Iterator, Sequence
+from itertools import product
+from math import ceil
+
+from spin_ray.config.load import parse_config
+from spin_ray.config.recipe import SpinConfig
+from spin_ray.errors import ResourceError
+from spin_ray.loop.init.look import MOST_CPUS, Look, Machines
+from spin_ray.loop.init.settings import Setting, Settings, tree_of
+from spin_ray.planning.plan import check_memory
+from spin_ray.planning.run_cost import Phase
+from spin_ray.planning.work import Work
+from spin_ray.runtime.precision import with_precision
+
+LONGEST_PROMPT_AND_RESPONSE, LONGEST_RESPONSE = 0.99, 0.95
+"""Fractions of the rows that must fit ``model.max_length`` and ``max_tokens``."""
+LEAST_STEPS = 10
+"""Optimizer steps that an iteration should have; a batch of the paper's 64 is made smaller for few rows."""
+PAPER_BATCH, PAPER_RATE = 64, 5e-7
+PACK = {"cpu": 1024, "gpu": 4096}
+"""Tokens per pack where rows are shorter: a pack of one CPU step takes seconds."""
+HELDOUT_ROWS = 500
+LONGEST_UNSEEN, UNSEEN_TOKENS = 2048, 256
+"""The paper's lengths, for data that is not on this machine."""
+_ADAPTER_RATE = Setting(10 * PAPER_RATE, "ten times the paper's, as adapters want 10 to 100 times")
+_ROUND = 64
+_ROUND_RESPONSE = 32
+
+
+def fit(given: Settings, seen: Look, machines: Machines) -> tuple[Settings, list[Phase], str]:
+    """Returns settings for everything that ``given`` leaves open, the run's phases, and why it would not fit.
+
+    Both are empty where the model's shape is unknown. The first settings that fit in memory win: all weights, then
+    smaller packs, then adapters, then weights in the CPU's memory, each with the fewest GPUs for an engine.
+    """
+    lengths = given | _lengths(given, seen)
+    base = _machines(lengths, machines) | _batch(given, seen) | _evaluation(given) | _rate(given) | lengths
+    if seen.shape is None:
+        return base, [], ""
+    misfit = ""
+    for changes in _ladder(base, machines):
+        settings = base | changes
+        try:
+            config = with_precision(parse_config(tree_of(settings), source="the settings given"))
+            work = _work(seen, config)
+            phases = check_memory(config.settle_sizes(rows=work.rows), seen.shape, machines.cluster, work)
+        except ResourceError as error:
+            misfit = misfit or str(error)
+        else:
+            return settings, phases, ""
+    return base, [], misfit
+
+
+def _lengths(given: Settings, seen: Look) -> Settings:
+    """Returns lengths that hold most rows, within the model's positions."""
+    whole = [length for each in seen.train for length in each.lengths]
+    responses = [length for each in seen.train for length in each.responses]
+    place, most = "model.max_length", seen.positions or sys.maxsize
+    wanted = given.get(place)
+    if wanted is None:
+        longest = _rounded(quantile(whole, LONGEST_PROMPT_AND_RESPONSE), _ROUND) if whole else LONGEST_UNSEEN
+        wanted = Setting(longest)
+    if wanted.value > most:
+        wanted = Setting(most, f"{wanted.why}, lowered to the model's positions".removeprefix(", "))
+    if whole:
+        why = f"holds {_share(whole, wanted.value)} of the rows, median {quantile(whole, 0.5)} tokens"
+        wanted = Setting(wanted.value, f"{wanted.why}; {why}" if wanted.why else why)
+    tokens = Setting(max(1, min(UNSEEN_TOKENS, wanted.value // 2)))
+    if responses:
+        most = min(_rounded(quantile(responses, LONGEST_RESPONSE), _ROUND_RESPONSE), wanted.value - 1)
+        held = f"holds {_share(responses, most)} of the human responses, median {quantile(responses, 0.5)} tokens"
+        tokens = Setting(most, held)
+    return {place: wanted, "generation.sampling.max_tokens": tokens}
+
+
+def _evaluation(given: Settings) -> Settings:
+    if "data.heldout" not in given:
+        return {}
+    return {"evaluation.max_rows": Setting(HELDOUT_ROWS, "the first rows; leave it out to measure on all")}
+
+
+def _rate(given: Settings) -> Settings:
+    return {"train.learning_rate": _ADAPTER_RATE} if "train.lora.rank" in given else {}
+
+
+def _share(lengths: Sequence[int], limit: int) -> str:
+    return f"{sum(length <= limit for length in lengths) / len(lengths):.1%}"
+
+
+def quantile(lengths: Sequence[int], part: float) -> int:
+    """Returns the smallest length that ``part`` of the rows do not exceed."""
+    ordered = sorted(lengths)
+    return ordered[max(0, ceil(part * len(ordered)) - 1)]
+
+
+def _rounded(length: int, step: int) -> int:
+    return ceil(length / step) * step
+
+
+def _machines(lengths: Settings, machines: Machines) -> Settings:
+    """Returns engines, workers and packs for the machines."""
+    tree = SpinConfig.model_validate(tree_of(lengths | _NO_CHECK))
+    least = tree.model.max_length + tree.generation.sampling.max_tokens
+    if not machines.gpus:
+        return {
+            "generation.resources.cpus": Setting(machines.cpus, "every core of this machine"),
+            "generation.engine.enforce_eager": Setting(True, "saves a minute of start-up"),
+            "train.resources.cpus": Setting(machines.cpus),
+            "train.pack_length": Setting(max(least, PACK["cpu"]), "tokens of one micro-batch"),
+        }
+    cpus = max(1, min(MOST_CPUS, machines.cpus // machines.cluster.gpus_per_node))
+    return {
+        "generation.replicas": Setting(machines.gpus, "one engine for each GPU"),
+        "generation.resources.cpus": Setting(cpus),
+        "generation.resources.gpus": Setting(1),
+        "train.workers": Setting(machines.gpus, "one worker for each GPU"),
+        "train.resources.cpus": Setting(cpus),
+        "train.resources.gpus": Setting(1),
+        "train.pack_length": Setting(max(least, PACK["gpu"]), "tokens of one micro-batch"),
+    }
+
+
+_NO_CHECK: Settings = {"train.pack_length": Setting(2**30)}
+"""Passes the check of lengths, before there is a length of packs."""
+
+
+def _batch(given: Settings, seen: Look) -> Settings:
+    """Returns smaller batches where few rows would make few steps."""
+    if seen.rows is None:
+        return {}
+    fitting = 1
+    while 2 * fitting <= min(PAPER_BATCH, seen.rows / LEAST_STEPS):
+        fitting *= 2
+    if fitting == PAPER_BATCH:
+        return {}
+    why = f"{seen.rows:,} rows make {seen.rows // fitting} steps; the paper's is {PAPER_BATCH}"
+    batches = {"train.global_batch_pairs": Setting(fitting, why)}
+    if any(place.startswith("sft.") for place in given):
+        batches["sft.global_batch_rows"] = Setting(fitting)
+    return batches
+
+
+def _ladder(base: Settings, machines: Machines) -> Iterator[Settings]:
+    """Yields changes, the least harmful first."""
+    config = parse_config(tree_of(base), source="the settings given")
+    least = config.model.max_length + config.generation.sampling.max_tokens
+    small = {"train.pack_length": Setting(least, "the least that holds a prompt with both responses")}
+    if not machines.gpus:
+        for cache, packs in product((2, 4, 8, 16), ({}, small)):
+            yield packs | ({"generation.engine.cpu_kv_cache_gib": Setting(cache)} if cache > 2 else {})
+        return
+    adapters = {
+        "train.lora.rank": Setting(16, "adapters: all weights do not fit in training"),
+        "train.learning_rate": _ADAPTER_RATE,
+    }
+    if "train.lora.rank" in base:
+        adapters = {}
+    elif "train.learning_rate" in base:
+        rate, why = base["train.learning_rate"]
+        adapters["train.learning_rate"] = Setting(10 * rate, f"ten times {why}, as adapters want 10 to 100 times")
+    offload = {"train.offload": Setting(True, "weights stay in the CPU's memory: they do not fit the card")}
+    rungs: list[Settings] = [{}, small, small | adapters, small | adapters | offload, small | offload]
+    for parallel, rung in product((1, 2, 4, 8), rungs):
+        if parallel <= machines.cluster.gpus_per_node:
+            yield rung | (_shared_by(parallel, machines) if parallel > 1 else {})
+
+
+def _shared_by(parallel: int, machines: Machines) -> Settings:
+    why = "the model does not fit one card with its cache"
+    return {
+        "generation.engine.tensor_parallel_size": Setting(parallel, why),
+        "generation.resources.gpus": Setting(parallel),
+        "generation.replicas": Setting(machines.cluster.nodes * (machines.cluster.gpus_per_node // parallel)),
+    }
+
+
+def _work(seen: Look, config: SpinConfig) -> Work:
+    """Returns the rows that were seen, else rows of half the longest length."""
+    tokens = config.generation.sampling.max_tokens
+    heldout = HELDOUT_ROWS if config.data.heldout else 0
+    if not seen.train or seen.rows is None:
+        half = config.model.max_length / 2
+        return Work(rows=50_000, prompt=half / 2, real=half / 2, generated=min(half / 2, tokens), heldout_rows=heldout)
+    responses = [length for each in seen.train for length in each.responses]
+    whole = [length for each in seen.train for length in each.lengths]
+    real = sum(responses) / len(responses)
+    prompt = max(1.0, sum(whole) / len(whole) - real)
+    generated = sum(min(length, tokens) for length in responses) / len(responses)
+    return Work(rows=seen.rows, prompt=prompt, real=real, generated=generated, heldout_rows=heldout)

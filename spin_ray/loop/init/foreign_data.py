@@ -1,0 +1,108 @@
+"""Data sets that foreign configs name, as paths and URIs of ``data.train`` and ``data.heldout``."""
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from spin_ray.inputs.files import SUFFIXES
+from spin_ray.loop.init.settings import Setting
+
+if TYPE_CHECKING:
+    from spin_ray.loop.init.foreign import Foreign
+
+_LOADERS = ("json", "csv", "parquet", "arrow")
+"""Names that stand for ``data_files`` in place of a data set."""
+_READ = ("path", "name", "split", "data_files", "file_name", "hf_hub_url", "subset")
+"""Keys of one data set that are read; the others are listed."""
+
+
+def put_data(found: "Foreign") -> None:
+    """Carries the data sets over; what is not found stays unset, so that it is asked for."""
+    train = _paths(found, "train")
+    if len(train) == 1:
+        found.settings["data.train"] = Setting(train[0], found.why("train"))
+    elif train:
+        found.settings["data.train"] = Setting([{"path": path} for path in train], found.why("train"))
+    heldout = _paths(found, "heldout") or _heldout_split(found)
+    if len(heldout) == 1:
+        found.settings["data.heldout"] = Setting(heldout[0], found.why("heldout", "heldout_split", "splits"))
+    elif heldout:
+        found.leave("heldout", "names several data sets; join them in one")
+    if len(train) == 1 and found.settings["data.train"].value:
+        found.put("data.max_rows", "max_rows", int)
+    else:
+        found.leave("max_rows", "holds for each data set there; give data.train's own rows")
+
+
+def _heldout_split(found: "Foreign") -> list[str]:
+    """Returns the test split of TRL's one data set, if the config names one."""
+    split = found.fact("heldout_split") or next((each for each in found.fact("splits") or [] if "test" in each), None)
+    train = found.fact("train")
+    names = [train] if isinstance(train, str) else list(train or ())
+    if split is None or len(names) != 1 or not isinstance(names[0], str):
+        return []
+    return [_path({"path": names[0], "name": found.fact("subset"), "split": split})]
+
+
+def _paths(found: "Foreign", name: str) -> list[str]:
+    value = found.fact(name)
+    if value is None:
+        return []
+    if isinstance(value, str) and "folder" not in found.tool.keys.values():
+        value = [{"path": value, "name": found.fact("subset"), "split": found.fact("split") or "train"}]
+    elif isinstance(value, str):
+        value = _registered(found, name, [part.strip() for part in value.split(",")])
+    elif isinstance(value, Mapping):
+        split = next((each for each in found.fact("splits") or [] if "train" in each), "train")
+        value = [{"path": path, "split": split, "fraction": part} for path, part in value.items()]
+    key = found.given[name][0]
+    paths = []
+    for number, entry in enumerate(value):
+        entry = {"path": entry} if isinstance(entry, str) else entry
+        for other, content in entry.items():
+            if other not in _READ and content is not None and (other, content) != ("fraction", 1.0):
+                found.left[f"{key}.{number}.{other}"] = f"{content!r} is not read"
+        if "[" in str(entry.get("split")):
+            found.left[f"{key}.{number}.split"] = f"{entry['split']!r}: the whole split is taken"
+        paths += _files(entry)
+    return paths
+
+
+def _registered(found: "Foreign", name: str, wanted: list[str]) -> list[dict[str, Any]]:
+    """Returns the entries of LLaMA-Factory's dataset_info.json, which lies in ``dataset_dir``."""
+    given = Path(found.fact("folder")).expanduser()
+    folder = given if (given / "dataset_info.json").is_file() else found.file.parent / given
+    try:
+        known = json.loads((folder / "dataset_info.json").read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        known = {}
+    if missing := [each for each in wanted if each not in known]:
+        found.leave(name, f"{missing[0]} is not in {given / 'dataset_info.json'}; give the file itself")
+        return []
+    return [
+        known[each] | ({"path": str(folder / known[each]["file_name"])} if "file_name" in known[each] else {})
+        for each in wanted
+    ]
+
+
+def _files(entry: Mapping[str, Any]) -> list[str]:
+    files = entry.get("data_files")
+    if isinstance(files, Mapping):
+        files = files.get("train", [])
+    return [_path(entry, file) for file in files] if isinstance(files, list) else [_path(entry, files)]
+
+
+def _path(entry: Mapping[str, Any], files: str | None = None) -> str:
+    path = str(entry.get("path") or entry.get("hf_hub_url"))
+    if isinstance(files, str) and path in _LOADERS:
+        return files
+    local = "://" in path or path.startswith((".", "/", "~")) or path.endswith(SUFFIXES) or Path(path).exists()
+    if isinstance(files, str):
+        return f"{path}/{files}" if local else f"hf://datasets/{path}/{files}"
+    if local:
+        return path
+    # The hub keeps a copy of most data sets in Parquet, under this revision.
+    split = str(entry.get("split") or "train").partition("[")[0]
+    subset = entry.get("name") or entry.get("subset") or "default"
+    return f"hf://datasets/{path}@refs/convert/parquet/{subset}/{split}/*.parquet"

@@ -1,0 +1,97 @@
+"""Keys of other trainers' configs, and the values that they take where a config is silent.
+
+Defaults: TRL 1.16, transformers 5.19, axolotl 0.19, LLaMA-Factory 0.9.5.
+"""
+
+from collections.abc import Mapping
+from typing import Any, NamedTuple
+
+
+class Tool(NamedTuple):
+    name: str
+    keys: Mapping[str, str]
+    """Facts by the tool's own keys; ``foreign.py`` turns facts into settings."""
+    defaults: Mapping[str, Any]
+    """Facts of a config that is silent."""
+    sft: Mapping[str, Any] = {}
+    """Facts of a silent config for SFT, on top of ``defaults``."""
+    dpo: Mapping[str, Any] = {}
+    """Facts of a silent config for DPO, on top of ``defaults``."""
+
+
+_TRAINER = {
+    "trust_remote_code": "trusted", "output_dir": "output", "seed": "seed", "bf16": "bf16", "fp16": "fp16",
+    "learning_rate": "learning_rate", "weight_decay": "weight_decay", "max_grad_norm": "max_grad_norm",
+    "adam_beta1": "beta1", "adam_beta2": "beta2", "adam_epsilon": "eps", "warmup_ratio": "warmup_fraction",
+    "warmup_steps": "warmup_steps", "gradient_accumulation_steps": "accumulation",
+}  # fmt: skip
+"""Keys that transformers' Trainer has given to all three."""
+_HUGGING_FACE = _TRAINER | {
+    "model_name_or_path": "model", "model_revision": "revision", "num_train_epochs": "epochs",
+    "per_device_train_batch_size": "micro_batch", "lr_scheduler_type": "schedule", "optim": "optimizer",
+}  # fmt: skip
+_TRAINER_DEFAULTS = {
+    "micro_batch": 8, "accumulation": 1, "epochs": 3, "optimizer": "adamw", "schedule": "linear", "weight_decay": 0.0,
+    "warmup_fraction": 0.0, "max_grad_norm": 1.0, "seed": 42,
+}  # fmt: skip
+
+TRL = Tool(
+    "TRL",
+    _HUGGING_FACE
+    | {
+        "dataset_name": "train", "datasets": "train", "dataset_mixer": "train", "dataset_config": "subset",
+        "dataset_train_split": "split", "dataset_test_split": "heldout_split",
+        "dataset_splits": "splits", "max_length": "max_length",
+        "max_seq_length": "max_length", "beta": "beta", "loss_type": "loss", "use_peft": "lora", "lora_r": "rank",
+        "lora_alpha": "alpha", "lora_target_modules": "targets",
+    },
+    _TRAINER_DEFAULTS | {"max_length": 1024, "rank": 16, "alpha": 32},
+    sft={"learning_rate": 2e-5},
+    dpo={"learning_rate": 1e-6, "beta": 0.1},
+)  # fmt: skip
+AXOLOTL = Tool(
+    "axolotl",
+    _TRAINER
+    | {
+        "base_model": "model", "revision_of_model": "revision", "datasets": "train", "test_datasets": "heldout",
+        "sequence_len": "max_length", "micro_batch_size": "micro_batch", "num_epochs": "epochs",
+        "optimizer": "optimizer", "lr_scheduler": "schedule", "rl": "method", "rl_beta": "beta",
+        "dpo_loss_type": "loss", "adapter": "lora", "lora_r": "rank", "lora_alpha": "alpha",
+        "lora_target_modules": "targets", "lora_target_linear": "all_linear",
+        "chat_template_kwargs": "template_variables",
+    },
+    _TRAINER_DEFAULTS
+    | {"micro_batch": 1, "epochs": 1, "schedule": "cosine", "max_length": 512, "warmup_fraction": 0.03},
+    dpo={"beta": 0.1},
+)  # fmt: skip
+LLAMA_FACTORY = Tool(
+    "LLaMA-Factory",
+    _HUGGING_FACE
+    | {
+        "dataset": "train", "dataset_dir": "folder", "eval_dataset": "heldout", "max_samples": "max_rows",
+        "cutoff_len": "max_length", "stage": "method", "pref_beta": "beta", "pref_loss": "loss",
+        "finetuning_type": "lora", "lora_rank": "rank", "lora_alpha": "alpha", "lora_target": "targets",
+    },
+    _TRAINER_DEFAULTS
+    | {"learning_rate": 5e-5, "max_length": 2048, "lora": "lora", "rank": 8, "targets": "all", "folder": "data"},
+    dpo={"beta": 0.1},
+)  # fmt: skip
+
+_MARKS = {
+    "base_model": AXOLOTL,
+    **dict.fromkeys(("stage", "finetuning_type", "cutoff_len", "dataset_dir", "template"), LLAMA_FACTORY),
+    "model_name_or_path": TRL,
+    "dataset_name": TRL,
+}
+"""Keys that only one tool has; the first one found decides."""
+_DPO_OF_TRL = ("beta", "max_prompt_length", "max_completion_length", "precompute_ref_log_probs", "ref_model",
+               "sync_ref_model", "rpo_alpha")  # fmt: skip
+
+
+def tool_of(config: Mapping[str, Any]) -> Tool | None:
+    return next((tool for key, tool in _MARKS.items() if key in config), None)
+
+
+def is_dpo_of_trl(config: Mapping[str, Any], file_name: str) -> bool:
+    """Tells TRL's two kinds of configs apart, which say nowhere what they are for."""
+    return any(key in config for key in _DPO_OF_TRL) or "dpo" in file_name.lower()

@@ -1,0 +1,131 @@
+"""A look at model, data and hardware, as far as they are on this machine."""
+
+import os
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+from spin_ray.config.load import parse_config
+from spin_ray.config.recipe import SpinConfig
+from spin_ray.config.sections import name_of, sources_of
+from spin_ray.errors import ConfigError, ModelError
+from spin_ray.inputs.embedded import resolve
+from spin_ray.inputs.files import SUFFIXES
+from spin_ray.inputs.model_folder import positions_of, read_config, refuse_no_model, refuse_untrainable
+from spin_ray.inputs.prompt_rows import PromptTask
+from spin_ray.inputs.sources import find_files
+from spin_ray.inputs.survey import UNLIMITED, Survey, survey
+from spin_ray.loop.init.settings import Settings, tree_of
+from spin_ray.planning.cluster import Cluster
+from spin_ray.planning.hardware import DEVICE_NAMES, GPUS
+from spin_ray.planning.model_shape import KNOWN_SHAPES, ModelShape
+from spin_ray.planning.plan import count_rows
+
+MOST_CPUS = 4
+"""CPUs of an engine or worker beside a GPU, as in the recipes for eight GPUs."""
+_HELDOUT = ("heldout", "held_out", "test", "validation", "valid", "val", "eval", "dev")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Machines:
+    cluster: Cluster
+    cpus: int
+    """Of one machine."""
+    gpus: int
+    """Of all machines."""
+    note: str = ""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Look:
+    """What is known of model and data; None where they are not on this machine."""
+
+    shape: ModelShape | None = None
+    positions: int | None = None
+    """Most tokens that the model takes."""
+    train: tuple[Survey, ...] = ()
+    """A survey of each source."""
+    rows: int | None = None
+    """Training rows of all sources."""
+    notes: tuple[str, ...] = ()
+    """Sentences about what could not be looked at."""
+
+
+def find_machines(gpu: str | None, gpus: int | None, nodes: int) -> Machines:
+    """Returns the hardware of the options, else this machine's.
+
+    Raises:
+        ConfigError: the GPU's name is unknown.
+    """
+    cpus, note, here = os.cpu_count() or 1, "", gpu is None
+    if gpu is None:
+        gpu, gpus, note = _found_gpu(gpus)
+    if gpu == "none":
+        return Machines(cluster=Cluster(nodes=nodes, gpu=None), cpus=cpus, gpus=0, note=note)
+    if gpu not in GPUS:
+        raise ConfigError(f"--gpu {gpu}: unknown; give one of {', '.join(GPUS)}, or none")
+    each = gpus or 1
+    cpus = cpus if here else MOST_CPUS * each
+    return Machines(cluster=Cluster(nodes=nodes, gpu=gpu, gpus_per_node=each), cpus=cpus, gpus=nodes * each, note=note)
+
+
+def _found_gpu(gpus: int | None) -> tuple[str, int | None, str]:
+    """Returns this machine's GPU by the plan's name, or the known one next below in memory; and how many."""
+    import torch
+
+    if not torch.cuda.is_available():
+        return "none", gpus, ""
+    name, memory = torch.cuda.get_device_name(), torch.cuda.get_device_properties(0).total_memory
+    gpus = gpus or torch.cuda.device_count()
+    if name in DEVICE_NAMES:
+        return DEVICE_NAMES[name], gpus, ""
+    smaller = [card for card in GPUS.values() if card.memory <= 1.05 * memory]
+    like = max(smaller, key=lambda card: card.memory) if smaller else min(GPUS.values(), key=lambda card: card.memory)
+    return like.name, gpus, f"{name} is not among the plan's cards; settings are for {like.name}, so watch its memory"
+
+
+def heldout_beside(train: str) -> str | None:
+    """Returns a file beside ``train`` whose name has ``test`` or the like in place of ``train``."""
+    file = Path(train)
+    if "://" in train or "*" in train or "train" not in file.name:
+        return None
+    names = (file.with_name(file.name.replace("train", word)) for word in _HELDOUT)
+    return next((str(name) for name in names if name.exists() and name.name.endswith(SUFFIXES)), None)
+
+
+def look(settings: Settings) -> Look:
+    """Reads the model's config and the first rows of the data; downloads nothing.
+
+    Raises:
+        UserError: model or data cannot be used.
+    """
+    open_length = {place: setting for place, setting in settings.items() if place != "model.max_length"}
+    config = parse_config(tree_of(open_length), source="the settings given")
+    path = config.model.path
+    folder = Path(resolve(path)).expanduser()
+    if not folder.is_dir():
+        if path.count("/") != 1 or path.startswith((".", "/", "~")):
+            raise ModelError(f"model.path {path}: no such folder")
+        note = f"{path} is not on this machine; lengths and batches are not fitted to it"
+        return Look(shape=KNOWN_SHAPES.get(path), notes=(note,))
+    refuse_no_model(folder)
+    refuse_untrainable(folder)
+    model = read_config(folder)
+    found = replace(_with_data(config, folder), positions=positions_of(model))
+    try:
+        return replace(found, shape=ModelShape.from_config(model, str(folder / "config.json")))
+    except ModelError as error:
+        return replace(found, notes=(*found.notes, f"memory is not known: {error}"))
+
+
+def _with_data(config: SpinConfig, folder: Path) -> Look:
+    if "://" in (train := name_of(config.data.train)):
+        return Look(notes=(f"{train} is not on this machine; lengths and batches are not fitted to it",))
+    task = replace(PromptTask.of(config, str(folder)), max_length=UNLIMITED)
+    paths = [resolve(source.path) for source in sources_of(config.data.train)]
+    rows = sum(count_rows(find_files(path)) for path in paths)
+    found = tuple(survey(path, task, UNLIMITED) for path in paths)
+    heldout = config.data.heldout
+    beside = [] if heldout is None or "://" in heldout else [survey(resolve(heldout), task, UNLIMITED)]
+    for each in (*found, *beside):
+        each.check(config.data)
+    return Look(train=found, rows=min(rows, config.data.max_rows or rows))

@@ -1,0 +1,68 @@
+"""Keeps Ray's C++ log lines off the terminal.
+
+Ray's core writes warnings and errors of its own to file descriptor 2 of the driver, whatever its settings say
+(ray-project/ray#12893). A small process of its own reads what the driver writes there, so that nothing is lost if the
+driver dies: Ray's lines go to a log file, which is named once, and all others to the terminal.
+"""
+
+import os
+import re
+import signal
+import subprocess
+import sys
+import tempfile
+
+RAY_LINE = re.compile(rb"\[\d{4}-\d\d-\d\d [\d:,]+ [EW] \d+ \d+\] (\(\S+\) )?\S+\.cc:\d+: ")
+"""Begin of a warning or error of Ray's core. Fatal ones (C) end the process and stay on the terminal."""
+
+
+def sort_stderr() -> None:
+    """Puts the sorter behind file descriptor 2 for the rest of this process, unless something else stands there."""
+    try:
+        if sys.stderr.fileno() != 2:
+            return
+    except (AttributeError, OSError, ValueError):  # a notebook's, or a test's
+        return
+    log = os.path.join(tempfile.gettempdir(), f"spin-ray-{os.getpid()}.log")
+    reader, writer = os.pipe()
+    # A session of its own: Ctrl-C and the signals of a batch system are the driver's.
+    subprocess.Popen([sys.executable, "-I", "-S", __file__, log], stdin=reader, start_new_session=True)
+    sys.stderr.flush()
+    os.dup2(writer, 2)
+    os.close(writer)
+    os.close(reader)
+
+
+def sort(log: str) -> None:
+    """Reads file descriptor 0 to its end; a line that cannot be Ray's is shown before it is complete."""
+    pending, begun = b"", False
+    while chunk := os.read(0, 2**16):
+        *lines, pending = (pending + chunk).split(b"\n")
+        for line in lines:
+            if begun or not RAY_LINE.match(line):
+                _write(line + b"\n")
+            else:
+                _keep(line, log)
+            begun = False
+        if pending and (begun or not pending.startswith(b"[")):
+            _write(pending)
+            pending, begun = b"", True
+    _write(pending)
+
+
+def _write(text: bytes) -> None:
+    while text:
+        text = text[os.write(2, text) :]
+
+
+def _keep(line: bytes, log: str) -> None:
+    is_first = not os.path.exists(log)
+    with open(log, "ab") as file:
+        file.write(line + b"\n")
+    if is_first:
+        _write(f"messages of Ray's core are in {log}\n".encode())
+
+
+if __name__ == "__main__":
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    sort(sys.argv[1])

@@ -1,0 +1,153 @@
+"""``spin-ray init --from``: configs of TRL, axolotl and LLaMA-Factory become settings; nothing is lost."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from spin_ray.config.load import parse_config
+from spin_ray.errors import ConfigError
+from spin_ray.loop.algorithms.table import check_algorithm
+from spin_ray.loop.init.foreign import Foreign, read_foreign
+from spin_ray.loop.init.settings import tree_of
+
+
+def read(folder: Path, config: dict[str, Any], name: str = "config.yaml", devices: int = 1) -> Foreign:
+    file = folder / name
+    file.write_text(json.dumps(config) if name.endswith(".json") else yaml.safe_dump(config))
+    return read_foreign(file, devices)
+
+
+def values(found: Foreign) -> dict[str, Any]:
+    return {place: setting.value for place, setting in found.settings.items()}
+
+
+def check(found: Foreign) -> None:
+    """The settings alone make a recipe that a run would take, with room for packs and responses."""
+    tree = tree_of(found.settings)
+    tree.setdefault("data", {}).setdefault("train", "rows.jsonl")
+    tree.setdefault("generation", {})["sampling"] = {"max_tokens": 64}
+    tree.setdefault("train", {})["pack_length"] = 8192
+    check_algorithm(parse_config(tree, source=str(found.file)))
+
+
+TRL_DPO = {
+    "model_name_or_path": "org/base", "model_revision": "v2", "dataset_name": "org/prefs", "dataset_config": "clean",
+    "dataset_train_split": "train_prefs", "dataset_test_split": "test_prefs", "beta": 0.05, "loss_type": "hinge",
+    "per_device_train_batch_size": 2, "gradient_accumulation_steps": 4, "learning_rate": "5e-7", "max_length": 1536,
+    "num_train_epochs": 1, "lr_scheduler_type": "cosine", "warmup_ratio": 0.1, "optim": "adamw_torch", "bf16": True,
+    "use_peft": True, "lora_r": 64, "lora_alpha": 128, "lora_target_modules": ["q_proj", "v_proj"],
+    "weight_decay": 0.01, "adam_beta2": 0.95, "seed": 7, "output_dir": "out/dpo", "lora_dropout": 0.05,
+    "report_to": "wandb",
+}  # fmt: skip
+
+
+def test_a_dpo_config_of_trl(tmp_path):
+    """8 devices of 2 × 4 pairs are a batch of 64."""
+    found = read(tmp_path, TRL_DPO, devices=8)
+    hub = "hf://datasets/org/prefs@refs/convert/parquet/clean"
+    assert values(found) == {
+        "algorithm": "dpo", "iterations": 1, "model.path": "org/base@v2", "model.max_length": 1536, "seed": 7,
+        "data.train": f"{hub}/train_prefs/*.parquet", "data.heldout": f"{hub}/test_prefs/*.parquet",
+        "train.lora.rank": 64, "train.lora.alpha": 128, "train.lora.target_modules": ["q_proj", "v_proj"],
+        "train.global_batch_pairs": 64, "train.learning_rate": 5e-7, "train.epochs": 1,
+        "train.optimizer.name": "adamw", "train.optimizer.weight_decay": 0.01, "train.optimizer.max_grad_norm": 1.0,
+        "train.optimizer.betas": [0.9, 0.95], "train.optimizer.schedule": "cosine",
+        "train.optimizer.warmup_fraction": 0.1, "train.precision": "bf16", "objective.beta": 0.05,
+        "objective.loss": "hinge",
+    }  # fmt: skip
+    assert set(found.left) == {"lora_dropout", "report_to"} and found.output == "out/dpo"
+    check(found)
+
+
+def test_what_a_config_is_silent_about_is_the_tool_s_default_and_not_ours(tmp_path):
+    """TRL's DPO without a word: 1e-6, 3 epochs, batches of 8, no warm-up, 1024 tokens; a recipe's defaults differ."""
+    found = read(tmp_path, {"model_name_or_path": "org/base", "beta": 0.1})
+    assert values(found) | {
+        "train.learning_rate": 1e-6, "train.epochs": 3, "train.global_batch_pairs": 8, "model.max_length": 1024,
+        "train.optimizer.name": "adamw", "train.optimizer.warmup_fraction": 0.0, "seed": 42,
+    } == values(found)  # fmt: skip
+    assert found.settings["train.learning_rate"].why == "TRL's default"
+
+
+def test_an_sft_config_of_axolotl(tmp_path):
+    """Its training is the warm-up; the learning rate of adapters is not one of all weights."""
+    rows = tmp_path / "rows.jsonl"
+    rows.write_text("{}\n")
+    config = {
+        "base_model": "org/base",
+        "datasets": [{"path": str(rows), "type": "chat_template", "split": "train[:10%]"}],
+        "test_datasets": [{"path": "json", "data_files": "held.jsonl"}], "sequence_len": 4096, "micro_batch_size": 2,
+        "gradient_accumulation_steps": 8, "num_epochs": 2.5, "optimizer": "paged_adamw_8bit",
+        "lr_scheduler": "constant", "learning_rate": 0.0002,
+        "adapter": "qlora", "lora_r": 32, "lora_alpha": 16, "lora_target_linear": True,
+        "warmup_steps": 10, "val_set_size": 0.05, "sample_packing": True, "bf16": "auto", "max_grad_norm": 0,
+        "special_tokens": None,
+    }  # fmt: skip
+    found = read(tmp_path, config)
+    assert values(found) == {
+        "model.path": "org/base", "model.max_length": 4096, "seed": 42, "data.train": str(rows),
+        "data.heldout": "held.jsonl", "train.lora.rank": 32, "train.lora.alpha": 16,
+        "train.lora.target_modules": "all-linear", "sft.global_batch_rows": 16, "sft.epochs": 2,
+        "sft.optimizer.name": "adamw", "sft.optimizer.weight_decay": 0.0, "sft.optimizer.max_grad_norm": 1e6,
+        "sft.optimizer.schedule": "constant", "sft.optimizer.warmup_fraction": 0.0,
+    }  # fmt: skip
+    assert set(found.left) == {
+        "adapter", "optimizer", "learning_rate", "num_epochs", "val_set_size", "sample_packing", "datasets.0.type",
+        "datasets.0.split", "warmup_steps",
+    }  # fmt: skip
+    check(found)
+
+
+def test_configs_of_llama_factory_name_rows_in_its_registry(tmp_path):
+    """JSON; adapters are its default; two data sets are two sources."""
+    (tmp_path / "data").mkdir()
+    registry = {
+        "chats": {"file_name": "chats.json", "formatting": "sharegpt"},
+        "hub": {"hf_hub_url": "org/rows"},
+    }
+    (tmp_path / "data" / "dataset_info.json").write_text(json.dumps(registry))
+    config = {
+        "model_name_or_path": "org/base", "stage": "dpo", "dataset": "chats, hub", "template": "llama3",
+        "cutoff_len": 1024, "pref_beta": 0.2, "pref_loss": "ipo", "lora_rank": 8, "lora_target": "q_proj,v_proj",
+        "per_device_train_batch_size": 1, "gradient_accumulation_steps": 8, "warmup_steps": 0.2, "max_samples": 500,
+        "fp16": True, "lr_scheduler_type": "cosine_with_restarts",
+    }  # fmt: skip
+    found = read(tmp_path, config, "config.json")
+    got = values(found)
+    assert got["data.train"] == [
+        {"path": str(tmp_path / "data" / "chats.json")},
+        {"path": "hf://datasets/org/rows@refs/convert/parquet/default/train/*.parquet"},
+    ]
+    assert (got["train.lora.rank"], got["train.lora.alpha"]) == (8, 16)
+    assert got["train.lora.target_modules"] == ["q_proj", "v_proj"]
+    assert (got["objective.beta"], got["train.global_batch_pairs"], got["train.learning_rate"]) == (0.2, 8, 5e-5)
+    assert got["train.optimizer.warmup_fraction"] == 0.2
+    assert set(found.left) == {
+        "template", "pref_loss", "max_samples", "fp16", "lr_scheduler_type", "dataset.0.formatting",
+    }  # fmt: skip
+    assert found.left["pref_loss"] == "has no equal here" and "objective.loss" not in got
+    check(found)
+
+
+def test_a_data_set_that_is_in_no_registry_stays_open(tmp_path):
+    found = read(tmp_path, {"model_name_or_path": "m/m", "stage": "sft", "finetuning_type": "full", "dataset": "mine"})
+    assert "data.train" not in found.settings and "mine is not in" in found.left["dataset"]
+    assert not any(place.startswith("train.lora") for place in found.settings)
+
+
+@pytest.mark.parametrize(
+    ("config", "words"),
+    [
+        ({"model_name_or_path": "m", "stage": "ppo"}, "stage is ppo"),
+        ({"base_model": "m", "rl": "grpo"}, "rl is grpo"),
+        ({"learning_rate": 1}, "no SFT or DPO config"),
+        ({"base_model": "m", "micro_batch_size": 1, "learning_rate": "fast"}, "learning_rate is 'fast'"),
+        ({"base_model": "m", "micro_batch_size": "auto"}, "micro_batch_size is 'auto'"),
+    ],
+)
+def test_other_methods_and_other_files_are_refused(tmp_path, config, words):
+    with pytest.raises(ConfigError, match=words):
+        read(tmp_path, config)

@@ -1,0 +1,147 @@
+"""``spin-ray init``: a look at model, data and hardware becomes a recipe that loads and fits."""
+
+from collections import Counter
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import yaml
+from click.testing import CliRunner, Result
+
+from spin_ray.cli import cli
+from spin_ray.config.load import load_config, parse_config
+from spin_ray.errors import ConfigError
+from spin_ray.inputs.survey import Survey
+from spin_ray.loop.algorithms.table import check_algorithm
+from spin_ray.loop.init.fit import fit
+from spin_ray.loop.init.look import Look, find_machines, heldout_beside
+from spin_ray.loop.init.settings import Setting, Settings, tree_of
+from spin_ray.loop.init.text import recipe_text
+from spin_ray.planning.model_shape import MISTRAL_7B
+
+HERE = ("--model", "embedded:tiny-llama", "--data", "embedded:arithmetic-train", "--yes")
+GIVEN = {"model.path": Setting("m"), "data.train": Setting("rows.jsonl")}
+
+
+def init(*arguments: str | Path) -> Result:
+    return CliRunner().invoke(cli, ["init", *map(str, arguments)])
+
+
+def seen(rows: int, whole: int, response: int, **known: object) -> Look:
+    found = Survey("rows.jsonl", 2048, ["rows.jsonl"], [], True, rows, rows, Counter(messages=rows))
+    found.lengths, found.responses = [whole] * rows, [response] * rows
+    return Look(train=(found,), rows=rows, **known)  # type: ignore[arg-type]
+
+
+def fitted(given: Settings, look: Look, gpu: str, gpus: int = 1) -> tuple[dict[str, object], str]:
+    settings, _, misfit = fit(given, look, find_machines(gpu, gpus, 1))
+    check_algorithm(parse_config(tree_of(settings), source="init"))
+    return {place: setting.value for place, setting in settings.items()}, misfit
+
+
+def test_a_recipe_of_this_machine_s_model_and_data_is_written_and_read(tmp_path):
+    recipe = tmp_path / "mine.yaml"
+    result = init(recipe, *HERE, "--heldout", "embedded:arithmetic-heldout", "--gpu", "none", "--sft")
+    assert result.exit_code == 0, result.output
+    config = load_config(recipe)
+    check_algorithm(config)
+    assert config.model.max_length == 64 and config.generation.sampling.max_tokens == 32  # the rows have 26 to 32, 12
+    assert config.train.global_batch_pairs == 32 and config.sft is not None  # 512 rows, at least 10 steps
+    assert config.data.heldout == "embedded:arithmetic-heldout"
+    assert "form messages, 512 of 512 rows usable" in result.output
+    assert f"spin-ray run {recipe} --out runs/mine" in result.output
+    assert "exists" in str(init(recipe, *HERE).exception), "a recipe is never written over"
+
+
+def test_a_foreign_config_becomes_a_recipe_and_says_once_what_is_not_carried_over(tmp_path):
+    source, recipe = tmp_path / "sft.yaml", tmp_path / "mine.yaml"
+    said = {"model_name_or_path": "embedded:tiny-llama", "dataset_name": "x/y", "max_length": 128, "logging_steps": 5}
+    source.write_text(yaml.safe_dump(said | {"output_dir": str(tmp_path / "out")}))
+    result = init(recipe, "--from", source, "--data", "embedded:arithmetic-train", "--gpu", "none", "--yes")
+    assert result.exit_code == 0, result.output
+    config = load_config(recipe)
+    assert config.model.max_length == 128 and config.sft is not None and config.sft.learning_rate == 2e-5
+    assert result.output.count("logging_steps") == 1 and "#   logging_steps: has no equal here" in recipe.read_text()
+    assert f"--out {tmp_path / 'out'}-spin" in result.output
+
+
+def test_spin_starts_from_what_a_foreign_sft_has_made(tmp_path):
+    """output_dir is a model: no second warm-up."""
+    from spin_ray.inputs.embedded import resolve
+
+    source, recipe = tmp_path / "sft.yaml", tmp_path / "mine.yaml"
+    made = resolve("embedded:tiny-llama")
+    source.write_text(yaml.safe_dump({"base_model": "org/base", "learning_rate": 1e-5, "output_dir": made}))
+    result = init(recipe, "--from", source, "--data", "embedded:arithmetic-train", "--gpu", "none", "--yes")
+    assert result.exit_code == 0, result.output
+    config = load_config(recipe)
+    assert config.model.path == made and config.sft is None
+
+
+@pytest.mark.parametrize(("missing", "words"), [("--model", "model.path"), ("--data", "data.train")])
+def test_without_a_terminal_what_is_missing_is_named(tmp_path, missing, words):
+    at = HERE.index(missing)
+    result = init(tmp_path / "mine.yaml", *HERE[:at], *HERE[at + 2 :], "--gpu", "none")
+    assert (
+        isinstance(result.exception, ConfigError) and str(result.exception) == f"{words}: is not given; add {missing}"
+    )
+
+
+def test_a_model_that_is_not_here_is_said_to_be_unseen(tmp_path):
+    recipe = tmp_path / "mine.yaml"
+    result = init(recipe, "--model", "org/model", "--data", "rows.jsonl", "--gpu", "A100-80G", "--yes")
+    assert "org/model is not on this machine" in result.output and load_config(recipe).generation.resources.gpus == 1
+    assert "By arithmetic" not in result.output, "hours of rows that nobody has seen would be made up"
+
+
+def test_seven_billion_weights_are_trained_whole_on_eight_large_cards_and_by_adapters_on_a_small_one():
+    look = seen(50_000, 400, 250, shape=MISTRAL_7B, positions=32768)
+    large, misfit = fitted(GIVEN, look, "A100-80G", 8)
+    assert not misfit and (large["train.workers"], large["generation.replicas"]) == (8, 8)
+    assert "train.lora.rank" not in large and "train.offload" not in large
+    small, misfit = fitted(GIVEN, look, "RTX-4090")
+    assert not misfit and small["train.lora.rank"] == 16
+    assert small["train.learning_rate"] == pytest.approx(5e-6)
+    rate = {"train.learning_rate": Setting(2e-6, "mine")}
+    assert fitted(GIVEN | rate, look, "RTX-4090")[0]["train.learning_rate"] == pytest.approx(2e-5)
+
+
+def test_an_engine_over_several_cards_stays_on_one_node():
+    """Six cards a node hold one engine of four, so two nodes hold two."""
+    wide = replace(MISTRAL_7B, layers=500)
+    settings, _, _ = fit(GIVEN, seen(50_000, 400, 250, shape=wide), find_machines("A100-80G", 6, 2))
+    assert settings["generation.engine.tensor_parallel_size"].value == 4
+    assert settings["generation.replicas"].value == 2
+
+
+def test_adapters_of_a_foreign_sft_get_a_learning_rate_of_adapters():
+    given = GIVEN | {"train.lora.rank": Setting(8)}
+    assert fitted(given, seen(900, 100, 30), "none")[0]["train.learning_rate"] == pytest.approx(5e-6)
+
+
+def test_lengths_hold_the_rows_within_the_model_s_positions():
+    """The 99th percentile of 1000 tokens, rounded up, but never more than the model takes."""
+    assert fitted(GIVEN, seen(900, 1000, 300), "none")[0]["model.max_length"] == 1024
+    bounded = fitted(GIVEN, seen(900, 1000, 300, positions=512), "none")[0]
+    assert (bounded["model.max_length"], bounded["generation.sampling.max_tokens"]) == (512, 320)
+    given = GIVEN | {"model.max_length": Setting(2048, "of theirs")}
+    assert fitted(given, seen(900, 1000, 300, positions=512), "none")[0]["model.max_length"] == 512
+
+
+def test_what_fits_nowhere_is_said():
+    _, misfit = fitted(GIVEN, seen(900, 1000, 300, shape=MISTRAL_7B), "none")
+    assert "does not fit" in misfit
+
+
+def test_rows_beside_the_training_rows_are_held_out(tmp_path):
+    (tmp_path / "my_test.jsonl").touch()
+    assert heldout_beside(str(tmp_path / "my_train.jsonl")) == str(tmp_path / "my_test.jsonl")
+    assert heldout_beside(str(tmp_path / "rows.jsonl")) is None
+
+
+def test_values_that_yaml_could_misread_come_back(tmp_path):
+    settings = {
+        "model.path": Setting("/a: b #c"), "data.train": Setting([{"path": "yes"}, {"path": "1e3"}]),
+        "train.learning_rate": Setting(5e-7, "why"), "seed": Setting(3),
+    }  # fmt: skip
+    assert yaml.safe_load(recipe_text(settings, ["a head"])) == tree_of(settings)
