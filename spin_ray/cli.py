@@ -292,7 +292,7 @@ def probe(recipe: str, out: str, as_json: bool, overrides: tuple[str, ...]) -> N
 
     OVERRIDES change single values of the recipe: --probe.prompts=512
     """
-    config = load_config(recipe, _parse_overrides(overrides))
+    config = load_config(recipe, parse_overrides(overrides))
     from spin_ray.loop.launch import probe_spin
     from spin_ray.report.probe import print_probe
 

@@ -125,7 +125,8 @@ def _with_data(config: SpinConfig, folder: Path) -> Look:
     rows = sum(count_rows(find_files(path)) for path in paths)
     found = tuple(survey(path, task, UNLIMITED) for path in paths)
     heldout = config.data.heldout
-    beside = [] if heldout is None or "://" in heldout else [survey(resolve(heldout), task, UNLIMITED)]
+    sources = sources_of(heldout) if heldout else ()
+    beside = [survey(resolve(it.path), task, UNLIMITED) for it in sources if "://" not in it.path]
     for each in (*found, *beside):
         each.check(config.data)
     return Look(train=found, rows=min(rows, config.data.max_rows or rows))
