@@ -113,13 +113,17 @@ def check_split(model: Any, mesh: DeviceMesh, device: torch.device) -> None:
     """
     if "tensor" not in (mesh.mesh_dim_names or ()):
         return
-    whole, split = (first_layers(model).to(device).eval() for _ in range(2))
-    split_layers(split, mesh)
     vocabulary = model.config.get_text_config().vocab_size
     ids = torch.tensor([[(7 * i + 3) % vocabulary for i in range(24)]], device=device)
-    expected = whole(input_ids=ids, use_cache=False).logits.float().log_softmax(-1)
+
+    def logps(copied: Any) -> Tensor:
+        return copied.to(device).eval()(input_ids=ids, use_cache=False).logits.float().log_softmax(-1)
+
+    expected = logps(first_layers(model))
+    split = first_layers(model)
+    split_layers(split, mesh)
     try:
-        found = split(input_ids=ids, use_cache=False).logits.float().log_softmax(-1)
+        found = logps(split)
     except RuntimeError as error:
         raise ModelError(
             f"train.mesh.tensor: {type(model).__name__} cannot be split ({error}); {_whole_layers()}"
