@@ -71,7 +71,8 @@ class Case:
                 "data": {"train": "-"},
                 "generation": {"sampling": {"max_tokens": TREE[2]}},
                 "train": {
-                    "workers": self.ranks, "mesh": self.mesh.model_dump(), "pack_length": sum(TREE), "sharding": self.sharding,
+                    "workers": self.ranks, "mesh": self.mesh.model_dump(), "pack_length": sum(TREE),
+                    "sharding": self.sharding,
                     "precision": self.precision, "reduce_every_pack": self.every_pack,
                     "gradient_checkpointing": self.checkpointing,
                     "lora": {"rank": self.rank_of_lora} if self.rank_of_lora else None,
@@ -105,8 +106,9 @@ class SentBytes(TorchDispatchMode):
         elif name == "c10d::allreduce_":
             whole, size = sum(map(_bytes, args[0])), dist.ProcessGroup.unbox(args[1]).size()
             self._add("replicas", 2 * whole * (size - 1) // size)
-        elif name.startswith(("c10d::", "_c10d_functional::")) and "wait" not in name:
-            self._add(name, sum(_bytes(value) for value in args if isinstance(value, torch.Tensor)))
+        elif name == "_c10d_functional::all_reduce":
+            size = dist.distributed_c10d._resolve_process_group(args[2]).size()
+            self._add("activations", 2 * _bytes(args[0]) * (size - 1) // size)
         return func(*args, **(kwargs or {}))
 
     def _add(self, name: str, count: int) -> None:
@@ -159,7 +161,8 @@ def _count(case: Case, model: Path, steps: int) -> dict[str, Any]:
     config = case.config(str(model))
     settings = BackendSettings(
         max_length=config.model.max_length, precision=config.train.precision, lora=config.train.lora,
-        mesh=case.mesh, gradient_checkpointing=case.checkpointing, sharding=config.train.sharding, reduce_every_pack=case.every_pack,
+        mesh=case.mesh, gradient_checkpointing=case.checkpointing, sharding=config.train.sharding,
+        reduce_every_pack=case.every_pack,
         optimizer=config.train.optimizer, learning_rate=1e-6, total_steps=steps + 1,
     )  # fmt: skip
     backend = Fsdp2Backend(model, settings, torch.device("cpu"))
