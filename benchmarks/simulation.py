@@ -2,7 +2,7 @@
 
 A discrete-event simulation of the driver's rules. Its times are those of ``spin-ray plan``; nothing is measured.
 
-    python benchmarks/simulation.py [--runs 20] [--write]     # results/simulation.{json,md}, and into docs/scale.md with --write
+    python benchmarks/simulation.py [--runs 20] [--write]     # --write: results/simulation.{json,md}, docs/scale.md
 
     generation   engines take shards from one queue; a lost node loses the shards that its engines work on
     training     all nodes take each step together; a lost node loses the steps since the last checkpoint
