@@ -84,14 +84,14 @@ def _gathers(
 ) -> Iterator[Collective]:
     """Yields the gathers of weights: each layer's for each pass, the root's for each pack in training.
 
-    Scoring keeps the root. The root's and the first layer's are waited for.
+    Scoring keeps the root, and all that ``shard_grad_op`` gathers. The root's and the first layer's are waited for.
     """
     weights, group = weights_of(config, shape), ranks.shard
     share = (group.size - 1) / group.size
     full = config.train.sharding == "full"
     layers, layer = weights.layers * weights.layer.gathered * share, weights.layer.gathered * share
     root = weights.root.gathered * share if backward else 0.0
-    times = packs if full else 1.0
+    times = packs if full else float(backward)
     waited = (root + layer) / (root + layers) if layers else 0.0
     calls = times * (weights.layers + bool(root))
     yield Collective(

@@ -32,8 +32,7 @@ def test_ranks_send_the_bytes_of_the_plan(tmp_path):
     for case, ranks in zip(cases, measure(cases, model, tmp_path), strict=True):
         for counted in ranks:
             assert counted["training"] == predicted(case, model)
-            if case.sharding == "full":
-                assert counted["scoring"] == predicted(case, model, backward=False)
+            assert counted["scoring"] == predicted(case, model, backward=False)
 
 
 def test_replicas_exchange_gradients_alone_and_once_a_step():
