@@ -6,11 +6,12 @@ collective, whose sum is compared with ``planning.traffic``; scalars (norms, met
     python benchmarks/traffic_check.py [--ranks 2 4] [--model 45m]     # one JSON line for each case
 
     ratio     counted / predicted bytes of a rank in a step
-    slower    seconds of a step beside one rank with the same packs each; cores that are shared make it larger
+    slower    seconds of a step beside one rank with as many packs; ranks need a core each, or it means nothing
 """
 
 import argparse
 import json
+import multiprocessing
 import statistics
 import tempfile
 import time
@@ -34,8 +35,10 @@ from spin_ray.learner.backends.base import BackendSettings
 from spin_ray.learner.backends.fsdp2 import Fsdp2Backend
 from spin_ray.learner.packing import build_pack
 from spin_ray.planning.groups import Ranks
+from spin_ray.planning.hardware import CPU
+from spin_ray.planning.learner_cost import pack_flops
 from spin_ray.planning.model_shape import ModelShape
-from spin_ray.planning.traffic import step_collectives
+from spin_ray.planning.traffic import step_collectives, step_time
 from spin_ray.run_dir.schemas import TOKEN_IDS
 
 MODELS: dict[str, dict[str, int]] = {
@@ -71,7 +74,8 @@ class Case:
                 "data": {"train": "-"},
                 "generation": {"sampling": {"max_tokens": TREE[2]}},
                 "train": {
-                    "workers": self.ranks, "mesh": self.mesh.model_dump(), "pack_length": sum(TREE), "sharding": self.sharding,
+                    "workers": self.ranks, "mesh": self.mesh.model_dump(), "pack_length": sum(TREE),
+                    "sharding": self.sharding,
                     "precision": self.precision, "reduce_every_pack": self.every_pack,
                     "gradient_checkpointing": self.checkpointing,
                     "lora": {"rank": self.rank_of_lora} if self.rank_of_lora else None,
@@ -105,8 +109,9 @@ class SentBytes(TorchDispatchMode):
         elif name == "c10d::allreduce_":
             whole, size = sum(map(_bytes, args[0])), dist.ProcessGroup.unbox(args[1]).size()
             self._add("replicas", 2 * whole * (size - 1) // size)
-        elif name.startswith(("c10d::", "_c10d_functional::")) and "wait" not in name:
-            self._add(name, sum(_bytes(value) for value in args if isinstance(value, torch.Tensor)))
+        elif name == "_c10d_functional::all_reduce":
+            size = dist.distributed_c10d._resolve_process_group(args[2]).size()
+            self._add("activations", 2 * _bytes(args[0]) * (size - 1) // size)
         return func(*args, **(kwargs or {}))
 
     def _add(self, name: str, count: int) -> None:
@@ -130,6 +135,19 @@ def predicted(case: Case, model: Path, *, backward: bool = True) -> dict[str, fl
     return dict(found)
 
 
+def predicted_seconds(case: Case, model: Path) -> float:
+    """Returns the plan's time of a step on CPUs of one core each."""
+    shape = ModelShape.from_config(read_config(model), str(model))
+    config, split = case.config(str(model)), shape.split(case.mesh.tensor)
+    ranks = Ranks(mesh=case.mesh, per_node=case.ranks)
+    forward, whole = (
+        PACKS * pack_flops(config, split, sum(TREE), sum(TREE[1:]), backward=both) / CPU.fp32 / CPU.efficiency
+        for both in (False, True)
+    )
+    sent = step_collectives(config, shape, ranks, PACKS, sum(TREE), backward=True)
+    return step_time(sent, CPU, {"forward": forward, "backward": whole - forward}).seconds
+
+
 def save_model(name: str, folder: Path) -> Path:
     torch.manual_seed(0)
     LlamaForCausalLM(LlamaConfig(**MODELS[name], tie_word_embeddings=False)).save_pretrained(folder)
@@ -140,7 +158,11 @@ def measure(cases: list[Case], model: Path, folder: Path, steps: int = 1) -> lis
     """Returns, for each case and rank, the counted bytes of a training and of a scoring step and median seconds."""
     for ranks in sorted({case.ranks for case in cases}):
         mine = [(number, case) for number, case in enumerate(cases) if case.ranks == ranks]
-        torch.multiprocessing.spawn(_rank, args=(mine, ranks, model, folder, steps), nprocs=ranks)
+        # The server imports once what every rank needs.
+        multiprocessing.set_forkserver_preload(["spin_ray.learner.backends.fsdp2"])
+        torch.multiprocessing.start_processes(
+            _rank, args=(mine, ranks, model, folder, steps), nprocs=ranks, start_method="forkserver"
+        )
     return [
         [json.loads((folder / f"{number}-{rank}.json").read_text()) for rank in range(case.ranks)]
         for number, case in enumerate(cases)
@@ -159,7 +181,8 @@ def _count(case: Case, model: Path, steps: int) -> dict[str, Any]:
     config = case.config(str(model))
     settings = BackendSettings(
         max_length=config.model.max_length, precision=config.train.precision, lora=config.train.lora,
-        mesh=case.mesh, gradient_checkpointing=case.checkpointing, sharding=config.train.sharding, reduce_every_pack=case.every_pack,
+        mesh=case.mesh, gradient_checkpointing=case.checkpointing, sharding=config.train.sharding,
+        reduce_every_pack=case.every_pack,
         optimizer=config.train.optimizer, learning_rate=1e-6, total_steps=steps + 1,
     )  # fmt: skip
     backend = Fsdp2Backend(model, settings, torch.device("cpu"))
@@ -205,6 +228,7 @@ def main() -> None:
                 **vars(case), "mesh": str(case.mesh), "counted": counted, "predicted": expected,
                 "ratio": sum(counted.values()) / sum(expected.values()) if expected else None,
                 "slower": round(ranks[0]["seconds"] / measured[0][0]["seconds"], 2),
+                "slower_predicted": round(predicted_seconds(case, model) / predicted_seconds(cases[0], model), 2),
             }), flush=True)  # fmt: skip
 
 

@@ -1,7 +1,8 @@
 """Predicted cost of a recipe on a cluster: time, memory, and what would make it fit.
 
-    plan ──> tables, paper, remedies ──> run_cost ──> learner_cost, generation_cost ──> work, stage_cost
-                                     └─> cluster                                    └─> hardware, rates, model_shape
+    plan ──> tables, paper, remedies, scaling ──> run_cost ──> learner_cost, generation_cost ──> work, stage_cost
+                                              └─> cluster  └─> mesh                          ├─> traffic ──> groups
+                                                                                             └─> weights, hardware, …
 
 Arithmetic only: no Ray, no torch.
 """

@@ -186,9 +186,8 @@ def learner_memory(
     on_host = config.train.offload and config.train.resources.gpus
     trained = 0.0 if on_host else weights.trained / mesh.shard
     moments = MOMENTS.get(optimizer.name, max(MOMENTS.values())) if optimizer else 0
-    memory = {
-        "weights": 4 * trained + (0.0 if on_host else weights.frozen / mesh.shard) + weights.whole, "optimizer": 4 * moments * trained,
-    }  # fmt: skip
+    frozen = weights.whole + (0.0 if on_host else weights.frozen / mesh.shard)
+    memory = {"weights": 4 * trained + frozen, "optimizer": 4 * moments * trained}
     if backward:
         memory |= {"gradients": 4 * trained}
         accumulates = packs.per_rank_at_most > 1 and not config.train.reduces_every_pack

@@ -84,14 +84,14 @@ def _gathers(
 ) -> Iterator[Collective]:
     """Yields the gathers of weights: each layer's for each pass, the root's for each pack in training.
 
-    Scoring keeps the root. The root's and the first layer's are waited for.
+    Scoring keeps the root, and all that ``shard_grad_op`` gathers. The root's and the first layer's are waited for.
     """
     weights, group = weights_of(config, shape), ranks.shard
     share = (group.size - 1) / group.size
     full = config.train.sharding == "full"
     layers, layer = weights.layers * weights.layer.gathered * share, weights.layer.gathered * share
     root = weights.root.gathered * share if backward else 0.0
-    times = packs if full else 1.0
+    times = packs if full else float(backward)
     waited = (root + layer) / (root + layers) if layers else 0.0
     calls = times * (weights.layers + bool(root))
     yield Collective(
@@ -125,18 +125,21 @@ def _sums(config: SpinConfig, shape: ModelShape, ranks: Ranks, packs: float) -> 
 def _activations(
     config: SpinConfig, shape: ModelShape, ranks: Ranks, tokens: float, *, backward: bool
 ) -> Iterator[Collective]:
-    """Yields the sums within tensor groups: after attention and feed-forward network, each way; all waited for."""
+    """Yields the sums within tensor groups, all waited for.
+
+    They come after attention and feed-forward network, and backward for the inputs of q, k, v, gate and up.
+    """
     group = ranks.tensor
-    once = 2 * shape.layers * 2 * (group.size - 1) / group.size * tokens * shape.hidden * dtype_bytes(config)
-    yield Collective(
-        name="activations", phase="forward", group=group, sent=once, calls=2 * shape.layers, exposed=1.0, turns=2
-    )
-    if backward:
-        again = 2 if config.train.gradient_checkpointing is True else 1
+    sums: dict[Phase, int] = {
+        "forward": 2,
+        "backward": (5 + 2 * (config.train.gradient_checkpointing is True)) * backward,
+    }
+    one = 2 * (group.size - 1) / group.size * tokens * shape.hidden * dtype_bytes(config)
+    for phase, count in sums.items():
+        calls = shape.layers * count
         yield Collective(
-            name="activations", phase="backward", group=group, sent=again * once, calls=again * 2 * shape.layers,
-            exposed=1.0, turns=2,
-        )  # fmt: skip
+            name="activations", phase=phase, group=group, sent=calls * one, calls=calls, exposed=1.0, turns=2
+        )
 
 
 def _copies(
