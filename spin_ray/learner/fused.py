@@ -30,7 +30,7 @@ def stored_parts(model: Any, stored: dict[str, tuple[int, ...]]) -> dict[str, Pa
         stored: names and shapes of the folder's tensors.
     """
     parameters = {name: tuple(parameter.shape) for name, parameter in model.named_parameters()}
-    rules = get_model_conversion_mapping(model)
+    rules: list[Any] = get_model_conversion_mapping(model)
     joins = [rule for rule in rules if isinstance(rule, WeightConverter)]
     renames = [rule for rule in rules if not isinstance(rule, WeightConverter)]
     found: dict[str, dict[str | None, list[str]]] = defaultdict(lambda: defaultdict(list))
