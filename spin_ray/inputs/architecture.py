@@ -6,6 +6,7 @@ from typing import Any
 
 from spin_ray.errors import ConfigError, ModelError, first_line
 from spin_ray.inputs.model_folder import read_config, tensor_shapes
+from spin_ray.inputs.vocabulary import vocabulary_of
 from spin_ray.learner.rope import rope_limit, switching
 
 _HEADS = {"lm_head", "embed_out", "output", "head"}
@@ -25,7 +26,7 @@ def refuse_architecture(folder: Path, max_length: int) -> None:
         raise ModelError(f"{folder}: is an encoder-decoder ({_name(config)}); SPIN needs a causal language model")
     if kind := config.get("model_type"):
         _refuse_unknown(folder, config, kind)
-        config = _complete(folder)
+        config = _complete(folder) | {"vocab_size": vocabulary_of(folder)}
     if (limit := rope_limit(config)) and limit < max_length:
         raise ConfigError(f"model.max_length: {max_length} is too long for {folder}: {switching(limit)}")
     for reason in _of_weights(config, tensor_shapes(folder)):
@@ -72,7 +73,7 @@ def _of_weights(config: dict[str, Any], shapes: dict[str, list[int]]) -> Iterato
     embeds, has_head = (any(module in kinds for module in modules.values()) for kinds in (_EMBEDDINGS, _HEADS))
     if embeds and not has_head and text.get("tie_word_embeddings", config.get("tie_word_embeddings")) is False:
         yield "has no head (lm_head), and its embeddings are not tied: it would be random; save the whole model"
-    vocabulary = text.get("vocab_size") or config.get("vocab_size")
+    vocabulary = config.get("vocab_size")
     for name, module in modules.items():
         if module in _EMBEDDINGS and vocabulary and len(shapes[name]) == 2 and shapes[name][0] != vocabulary:
             yield (

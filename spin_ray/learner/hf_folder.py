@@ -58,7 +58,7 @@ def first_attention(config: Any) -> str:
 
     The choice of the layout replaces it, except in Falcon, whose layers cannot change.
     """
-    family = MODEL_FOR_CAUSAL_LM_MAPPING.get(type(config), None)
+    family: Any = MODEL_FOR_CAUSAL_LM_MAPPING.get(type(config), None)
     lacks = family is not None and not family._supports_sdpa
     return "eager" if lacks or getattr(config, "alibi", False) else "sdpa"
 

@@ -14,18 +14,21 @@ from torch.distributed.checkpoint import HuggingFaceStorageReader
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from spin_ray.learner.decoder import layer_stack, layers_of_every_kind
+from spin_ray.learner.fused import read_parts, stored_parts
 from spin_ray.learner.hf_folder import first_attention, load_model, stored_shapes
 
 
 def empty_model(source: Path) -> Any | None:
     """Makes the causal LM with parameters on the meta device.
 
-    Returns None if the model must be loaded whole: weights are renamed, or buffers are stored.
+    Returns None if the model must be loaded whole, as transformers computes weights from others.
     """
     model = _without_weights(AutoConfig.from_pretrained(source))
+    stored = stored_shapes(source)
     shapes = {name: tuple(parameter.shape) for name, parameter in model.named_parameters()}
-    buffers = {name for name, _ in model.named_buffers()} & model.state_dict().keys()
-    if buffers or not shapes.items() <= stored_shapes(source).items():
+    shapes |= {name: tuple(buffer.shape) for name, buffer in _stored_buffers(model).items()}
+    as_stored = {name for name, shape in shapes.items() if stored.get(name) == shape}
+    if not shapes.keys() <= as_stored | stored_parts(model, stored).keys():
         return None
     return model.eval()
 
@@ -38,9 +41,16 @@ def _without_weights(config: Any) -> Any:
         )
 
 
-def read_shares(parameters: dict[str, nn.Parameter], source: Path) -> None:
-    """Fills sharded parameters from ``source``; a collective."""
-    tensors = {name: parameter.detach() for name, parameter in parameters.items()}
+def _stored_buffers(model: Any) -> dict[str, Tensor]:
+    kept = model.state_dict().keys()
+    return {name: buffer for name, buffer in model.named_buffers() if name in kept}
+
+
+def read_shares(parameters: dict[str, nn.Parameter], source: Path, model: Any) -> None:
+    """Fills sharded parameters of ``model``, and its stored buffers, from ``source``; a collective."""
+    parts = stored_parts(model, stored_shapes(source))
+    tensors = {name: parameter.detach() for name, parameter in parameters.items()} | _stored_buffers(model)
+    read_parts({name: tensors.pop(name) for name in parts.keys() & tensors.keys()}, parts, source)
     dcp.load(tensors, storage_reader=HuggingFaceStorageReader(str(source)))
 
 

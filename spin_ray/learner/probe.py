@@ -18,7 +18,7 @@ from spin_ray.learner.decoder import decoder_of
 from spin_ray.learner.loading import as_eager, first_layers
 from spin_ray.learner.packing import build_pack
 from spin_ray.learner.rope import rope_limit, switching
-from spin_ray.learner.scoring import Layout, ResponseScorer, attention_windows, padded_rows
+from spin_ray.learner.scoring import Layout, attention_windows, padded_rows
 
 _SHAPES = [(4, 3, 2), (4, 3, 5), (2, 2, 3)]
 """Tokens of prompt, human and generated response of the short pack; its first two rows share a tree."""
@@ -92,7 +92,7 @@ class Probe:
     @torch.no_grad()
     def _differs(
         self,
-        scorer_of: Callable[[Any], ResponseScorer],
+        scorer_of: Callable[[Any], Any],
         layout: Layout,
         batch: PackedBatch,
         dtype: torch.dtype,

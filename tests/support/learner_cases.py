@@ -83,7 +83,7 @@ def tiny_llama(*, tied: bool = True, seed: int = 0, layers: int = 2, hidden: int
     return LlamaForCausalLM(config).eval()
 
 
-def save_model(directory: Path, model: LlamaForCausalLM) -> Path:
+def save_model(directory: Path, model: Any) -> Path:
     model.save_pretrained(directory)
     return directory
 

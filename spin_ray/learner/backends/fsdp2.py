@@ -114,7 +114,8 @@ class Fsdp2Backend:
         materialise(self._scorer, self.device, torch.device("cpu") if self._settings.offload else self.device)
         self._model.tie_weights()  # each module has been given a parameter of its own
         parameters = dict(self._model.named_parameters())
-        read_shares({stored_name(name): share for name, share in parameters.items() if not is_adapter(name)}, source)
+        shares = {stored_name(name): share for name, share in parameters.items() if not is_adapter(name)}
+        read_shares(shares, source, self._model)
         set_first_values(parameters, seed=self._settings.seed, values=self._settings.adapter)
 
     def logps(self, batch: PackedBatch) -> Float[Tensor, "segments"]:

@@ -30,13 +30,15 @@ from tests.support.learner_cases import (
     tiny_llama,
     train,
 )
+from tests.support.model_kinds import KINDS
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(300)]
 ROWS = random_rows(0, trees=8)
 CASES = ("packed full", "padded full", "packed shard_grad_op", "packed full every-pack", "packed full offload")
 """Layout, sharding, and when gradients are reduced or where shares are kept."""
-STARTS = ("model", "untied", "bf16")
-"""Model folders: tied embeddings, untied ones, and stored in bf16."""
+FUSED = {"experts": "Qwen3-MoE", "w1": "Mixtral", "buffers": "DeepSeek-V3"}
+STARTS = ("model", "untied", "bf16", *FUSED)
+"""Model folders: tied embeddings, untied ones, stored in bf16, expert by expert, under other names, with buffers."""
 
 
 def make_backend(directory: Path, case: str, start: str = "model") -> Fsdp2Backend:
@@ -124,6 +126,8 @@ def directory(tmp_path_factory: pytest.TempPathFactory) -> Path:
     save_model(directory / "model", tiny_llama())
     save_model(directory / "untied", tiny_llama(tied=False))
     save_model(directory / "bf16", tiny_llama().bfloat16())
+    for name, family in FUSED.items():
+        save_model(directory / name, KINDS[family].make())
     context = torch.multiprocessing.spawn(one_of_two_ranks, args=(directory,), nprocs=2, join=False)
     assert context is not None
     while not context.join(timeout=100):
