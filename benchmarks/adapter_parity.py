@@ -117,7 +117,7 @@ def by_vllm(folder: Path, adapter: Path | None, dtype: str) -> list[list[int]]:
         EngineSpec(
             model=folder,
             max_length=LENGTH + TOKENS,
-            stop_token_id=-1,
+            stop_token_id=0,
             threads=1,
             config=config,
             adapter=adapter,
