@@ -55,7 +55,9 @@ def check_algorithm(config: SpinConfig) -> None:
     problems = list(_problems(config, find_algorithm(config.algorithm)))
     if problems:
         raise ConfigError("; ".join(problems))
-    find_backend(config.train.backend)
+    backend = find_backend(config.train.backend)
+    if config.algorithm == "sdft" and not hasattr(backend, "read"):
+        raise ConfigError(f"train.backend: {config.train.backend} has no method read, which algorithm sdft needs")
     if config.evaluation.grade != "number":
         find_grader(config.evaluation.grade)
     for section in (config.train, config.sft, config.reviser):
