@@ -54,7 +54,7 @@ MEASURES = (
     ),
     Measure(
         "against_opponent.objective", "held-out objective",
-        "the trained loss on the same rows, where it is another function of both log-ratios than the logistic loss",
+        "the trained loss on the same rows, where it is not the logistic one and takes log-ratios alone",
         "At or above its value at step 0: it learned nothing that carries over.", 4,
     ),
     Measure(

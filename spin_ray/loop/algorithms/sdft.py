@@ -73,7 +73,8 @@ def _make_teacher_rows(turn: Turn, target: Artefact) -> None:
         return
     renderer = open_renderer(str(turn.start.model.path), config.model, run.date())
     with run.stage(target.path) as counted:
-        prompts = _prompts_of_teacher(run, renderer, template)
+        played = pa.concat_tables(table.select(["prompt_id"]) for table in generations.tables())["prompt_id"].unique()
+        prompts = _prompts_of_teacher(run, renderer, template, played)
         dropped, entries = Counter[str](), {}
         target.discard_parts()
         for table in pairs.joined(run.prompts, generations, iteration):
@@ -85,10 +86,13 @@ def _make_teacher_rows(turn: Turn, target: Artefact) -> None:
         counted |= {"rows": manifest.rows, **{name: int(count) for name, count in counts.items()}}
 
 
-def _prompts_of_teacher(run: RunDir, renderer: ChatRenderer, template: str) -> dict[str, list[int] | str]:
-    """Returns by prompt id the teacher's prompt, or why there is none."""
+def _prompts_of_teacher(
+    run: RunDir, renderer: ChatRenderer, template: str, played: pa.Array
+) -> dict[str, list[int] | str]:
+    """Returns by prompt id the teacher's prompt to each of ``played``, or why there is none."""
     found: dict[str, list[int] | str] = {}
     for table in run.prompts.tables():
+        table = table.filter(pc.is_in(table["prompt_id"], value_set=played))
         responses = renderer.tokenizer.batch_decode(table["real_ids"].to_pylist(), skip_special_tokens=True)
         shown = [
             demonstrated(json.loads(messages), response.strip(), template)

@@ -56,7 +56,9 @@ def check_algorithm(config: SpinConfig) -> None:
     problems = list(_problems(config, find_algorithm(config.algorithm)))
     if problems:
         raise ConfigError("; ".join(problems))
-    find_backend(config.train.backend, config.train.mesh if isinstance(config.train.mesh, Mesh) else None)
+    backend = find_backend(config.train.backend, config.train.mesh if isinstance(config.train.mesh, Mesh) else None)
+    if config.algorithm == "sdft" and not hasattr(backend, "read"):
+        raise ConfigError(f"train.backend: {config.train.backend} has no method read, which algorithm sdft needs")
     if config.train.lora:
         check_installed("train.lora", "lora")
         if config.train.lora.base != "bf16":

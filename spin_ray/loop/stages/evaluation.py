@@ -119,8 +119,11 @@ def _row_losses(config: SpinConfig, objective: Objective | None) -> Callable[[An
     def of_rows(rows: Any) -> np.ndarray:
         policy = torch.tensor(rows[["real_logp", "generated_logp"]].to_numpy())
         reference = policy - torch.tensor(rows[["real", "generated"]].to_numpy())
-        pairs = zip(policy.split(1), reference.split(1), strict=True)  # a loss is a sum over pairs
-        return np.array([loss(PairValues(*p.T), PairValues(*r.T), None, beta).item() for p, r in pairs])
+        each = (
+            loss(PairValues(*now.unbind(1)), PairValues(*then.unbind(1)), None, beta).item()
+            for now, then in zip(policy.split(1), reference.split(1), strict=True)  # a loss is a sum over pairs
+        )
+        return np.array(list(each))
 
     return of_rows
 

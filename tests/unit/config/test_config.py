@@ -228,6 +228,28 @@ def test_each_iteration_has_its_own_values_where_lists_give_them():
     assert config.at(1) == IterationSettings(beta=5.0, learning_rate=1e-7, epochs=3)
 
 
+def test_space_takes_log_ratios_as_they_are_and_fresh_samples():
+    """Its theory needs β 1 and y' of the reference; a recipe that says otherwise about β is refused."""
+    objective = parse(objective={"loss": "space"}).objective
+    assert (objective.beta, objective.window) == (1.0, 1)
+    assert parse(objective={"loss": "space", "window": 2}).objective.window == 2
+    with pytest.raises(ConfigError, match=r"objective.beta: the loss space takes log-ratios as they are; give 1"):
+        parse(objective={"loss": "space", "beta": [1.0, 0.1]}, iterations=2)
+
+
+def test_a_schedule_is_planned_for_no_fewer_epochs_than_are_trained():
+    planned = parse(iterations=2, train={"epochs": 2, "schedule_epochs": [6, 2]})
+    assert [planned.at(iteration).schedule_epochs for iteration in range(2)] == [6, 2]
+    with pytest.raises(ConfigError, match=r"train.schedule_epochs: 1 is less than the 2 of train.epochs"):
+        parse(iterations=2, train={"epochs": 2, "schedule_epochs": [6, 1]})
+
+
+@pytest.mark.parametrize("lacking", ["prompt", "response"])
+def test_a_demonstration_without_a_place_is_refused(lacking):
+    with pytest.raises(ConfigError, match=rf"sdft.demonstration: lacks \{{{lacking}\}}"):
+        parse(algorithm="sdft", sdft={"demonstration": "{prompt}{response}".replace(f"{{{lacking}}}", "")})
+
+
 @pytest.mark.parametrize(("cpus", "threads"), [(0.5, 1), (1, 1), (2.9, 2), (16, 16)])
 def test_threads_are_the_whole_cpus_and_at_least_one(cpus, threads):
     assert parse(train={"resources": {"cpus": cpus}}).train.resources.threads == threads

@@ -1,6 +1,7 @@
 """DeepSpeed against FSDP2 on two gloo processes whose packs are unequal: losses, norms, weights, resume, export."""
 
 import json
+import math
 import os
 import shutil
 import sys
@@ -17,9 +18,19 @@ from spin_ray.config.sections import LoraConfig, OptimizerConfig
 from spin_ray.errors import ModelError
 from spin_ray.learner.backends import make_backend
 from spin_ray.learner.backends.base import BackendSettings, TrainBackend
+from spin_ray.learner.distillation import ReadDivergence, ReadTop, TopTokens
 from spin_ray.learner.losses import margins, pair_logps
 from spin_ray.learner.packing import build_pack
-from tests.support.learner_cases import PACK_LENGTH, one_step, random_rows, save_model, table_of, tiny_llama, train
+from tests.support.learner_cases import (
+    PACK_LENGTH,
+    VOCAB,
+    one_step,
+    random_rows,
+    save_model,
+    table_of,
+    tiny_llama,
+    train,
+)
 
 pytest.importorskip("deepspeed", reason="the extra `deepspeed` is not installed")
 pytest.importorskip("peft", reason="the extra `lora` is not installed")
@@ -34,6 +45,9 @@ CASES = (
     "shard_grad_op fp32 tied adamw lora",
 )
 """Sharding (ZeRO-3, ZeRO-2), precision, embeddings, optimizer, and adapters instead of all weights."""
+
+
+REST = math.log((VOCAB - 5) / VOCAB)
 
 
 def backend_of(directory: Path, kind: str, case: str, **settings: Any) -> TrainBackend:
@@ -67,11 +81,36 @@ def one_of_two_ranks(rank: int, directory: Path) -> None:
             backend = backend_of(directory, kind, case)
             found: dict[str, Any] = {"history": train(backend, ROWS, 3)}
             backend.export_hf(directory / f"{case} {kind}")
+            if case == CASES[0]:
+                found["distilled"] = distilled(backend_of(directory, kind, case))
             if kind == "deepspeed":
                 found |= resumed(backend, directory, case)
             (directory / f"{case} {kind} {rank}.json").write_text(json.dumps(found))
     (directory / f"failure-{rank}.json").write_text(json.dumps(failures(directory)))
     dist.destroy_process_group()
+
+
+def distilled(backend: TrainBackend) -> list[list[float]]:
+    """Two steps towards a teacher that finds all tokens alike; returns [loss over all ranks, gradient norm] of each.
+
+    One rank has a pack without targets.
+    """
+    rows = [(prompt, real, []) for prompt, real, _ in ROWS]
+    step, history = one_step(rows), []
+    packs = step.for_rank(dist.get_rank(), 2)
+    for _ in range(2):
+        total = torch.zeros(())
+        for number, pack in enumerate(packs):
+            batch = build_pack(pack, table_of(rows), pack_length=PACK_LENGTH, pad_id=0)
+            with torch.no_grad():
+                top = backend.read(batch, ReadTop(5))
+            alike = TopTokens(top.ids, torch.full_like(top.logps, -math.log(VOCAB)), torch.full_like(top.rest, REST))
+            loss = backend.read(batch, ReadDivergence(alike)).sum() / step.num_real_tokens
+            backend.backward(loss, last_microbatch=number == len(packs) - 1)
+            total += loss.detach()
+        dist.all_reduce(total)
+        history.append([total.item(), backend.step().grad_norm])
+    return history
 
 
 def resumed(backend: TrainBackend, directory: Path, case: str) -> dict[str, Any]:
@@ -146,6 +185,14 @@ def test_deepspeed_trains_as_fsdp2_does(directory: Path, case: str) -> None:
         torch.testing.assert_close(weights[name], weight, rtol=0, atol=absolute)
         moved = (weights[name].float() - start[name]).abs().max()
         assert moved > 0.01 if "lora" not in case or name.endswith("_proj.weight") else moved == 0, name
+
+
+def test_deepspeed_distils_as_fsdp2_does(directory: Path) -> None:
+    expected = result(directory, f"{CASES[0]} fsdp2 0")["distilled"]
+    assert 0 < expected[1][0] < expected[0][0]
+    for rank in (0, 1):
+        found = result(directory, f"{CASES[0]} deepspeed {rank}")["distilled"]
+        assert found == [pytest.approx(step, rel=1e-4) for step in expected]
 
 
 @pytest.mark.parametrize("case", CASES)

@@ -40,6 +40,28 @@ def problems(**sections: Any) -> str:
         ({"data": {"train": "d", "questions": "q"}}, "data.questions: is for algorithm self_reinforcement and seft"),
         ({"algorithm": "dpo", "objective": {"window": "all"}}, "objective.window: is for algorithm spin"),
         ({"algorithm": "dpo", "objective": {"reference_alpha": 0.5}}, "objective.reference_alpha: is for algorithm"),
+        ({"sdft": {}}, "sdft: is for algorithm sdft, not for spin"),
+        ({"algorithm": "sdft", "objective": {"loss": "hinge"}}, "objective.loss: sdft has a loss of its own"),
+        ({"algorithm": "sdft", "objective": {"sft_weight": 1}}, "objective.sft_weight: sdft learns from its own"),
+        (
+            {"algorithm": "sdft", "train": {"backend": "builtins:dict"}},
+            "train.backend: builtins:dict has no method read",
+        ),
+        ({"algorithm": "tspin", "objective": {"positive_weight": 1}}, "objective.positive_weight: tspin has a loss"),
+        (
+            {"algorithm": "tspin", "data": {"train": "d", "prompts_per_iteration": 3}},
+            "data.prompts_per_iteration: tspin needs θ_0's response to each prompt",
+        ),
+        (
+            {"algorithm": "tspin", "train": {"pack_length": 4095}},
+            "train.pack_length: 4095 cannot hold a prompt with three responses; raise it to 4096",
+        ),
+        ({"objective": {"history_weight": 1}}, "objective.history_weight: is for algorithm tspin, not for spin"),
+        ({"objective": {"mu": 2}}, "objective.mu: is for the loss space, not for logistic"),
+        (
+            {"objective": {"loss": "space", "positive_weight": 1}},
+            "objective.positive_weight: the loss space is no func",
+        ),
     ],
 )
 def test_settings_that_an_algorithm_lacks_or_does_not_read_are_refused(sections, problem):
