@@ -118,6 +118,7 @@ _BEGINNINGS = {
 """Kinds of data that a file may hold against its name, by their first bytes."""
 
 
-def other_kind(head: bytes) -> str | None:
-    """Returns what data that begins so is, and the cure; None for text."""
-    return next((said for beginning, said in _BEGINNINGS.items() if head.startswith(beginning)), None)
+def other_kind(head: bytes, kind: str = "") -> str | None:
+    """Returns what data that begins so is, and the cure; None for text, and for the ``kind`` itself."""
+    own = {".parquet": b"PAR1", ".arrow": b"ARROW1"}.get(kind)
+    return next((said for begins, said in _BEGINNINGS.items() if head.startswith(begins) and begins != own), None)

@@ -47,7 +47,10 @@ def listed(value: Any, column: str) -> list[Any]:
     if isinstance(value, dict):
         value = _zipped(value)
     if isinstance(value, str):
-        raise Unusable("malformed", f"{column}: expected a list, found str that is no JSON ({value[:20]!r})")
+        raise Unusable(
+            "malformed",
+            f"{column}: expected a list, found str that is no JSON ({value[:20]!r}); write the data as JSON lines",
+        )
     if not isinstance(value, list):
         raise Unusable("malformed", f"{column}: expected a list, found {type(value).__name__}")
     return value

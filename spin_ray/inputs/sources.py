@@ -56,7 +56,19 @@ def _listed(filesystem: pyarrow.fs.FileSystem, path: str) -> list[pyarrow.fs.Fil
     infos = _inside(filesystem, path)
     if saved := _saved_files(filesystem, path, infos):
         return saved
-    return [info for info in infos if _is_data(info.path, path)]
+    found = [info for info in infos if info.type == pyarrow.fs.FileType.File and _is_data(info.path, path)]
+    _refuse_several_splits([info.path for info in found], path)
+    return found
+
+
+def _refuse_several_splits(files: list[str], folder: str) -> None:
+    """Raises DataError if the names of a folder's files say that some are to train on and some to test on."""
+    splits = {_SPLITS[found[-1]] for file in files if (found := _SPLIT.findall(_below(file, folder).lower()))}
+    if len(splits) > 1:
+        raise DataError(
+            f"{folder}: holds files of several splits ({', '.join(sorted(splits))}); name one, e.g. "
+            f"{folder.rstrip('/')}/**/{min(splits & {'train'} or splits)}*, or all by **/*"
+        )
 
 
 def _inside(filesystem: pyarrow.fs.FileSystem, path: str) -> list[pyarrow.fs.FileInfo]:
@@ -126,6 +138,9 @@ def _matches(path: str, glob: str) -> bool:
 
 _WILD = re.compile(r"\*\*/|\*|\?|\[[^/\]]+\]")
 _MEANING = {"**/": r"(?:(?!\.)[^/]+/)*", "*": r"(?:(?<!/)|(?!\.))[^/]*", "?": r"(?:(?<!/)|(?!\.))[^/]"}
+_SPLITS = {"train": "train", "training": "train", "test": "test", "validation": "validation", "valid": "validation",
+           "val": "validation", "dev": "validation", "eval": "test"}  # fmt: skip
+_SPLIT = re.compile(rf"(?<=[/_.-])({'|'.join(_SPLITS)})(?=[/_.-])")
 _BESIDE = re.compile(r"/[._]")
 """The beginning of a name that is hidden, or that a program keeps for itself."""
 

@@ -109,7 +109,7 @@ def _parquet(uri: str) -> pq.ParquetFile:
 def _other_kind(uri: str) -> str | None:
     store, path = filesystem(uri)
     with store.open_input_file(path) as file:
-        return other_kind(file.read(64))
+        return other_kind(file.read(64), kind_of(uri))
 
 
 def _batches(uri: str) -> Iterator[pa.RecordBatch]:

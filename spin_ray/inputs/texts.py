@@ -35,7 +35,7 @@ def split_text(uri: str, size: int, width: int) -> list[Slice]:
         for start, _ in _elements(file, uri, 0):
             if not starts or start >= starts[-1] + width:
                 starts.append(start)
-    return [Slice(uri, start, stop) for start, stop in zip(starts, [*starts[1:], size], strict=True)]
+    return [Slice(uri, start, stop) for start, stop in zip(starts, [*starts[1:], size][: len(starts)], strict=True)]
 
 
 def read_text(piece: Slice) -> Iterator[SourceRow]:
@@ -182,7 +182,7 @@ def _read_csv(uri: str) -> Iterator[SourceRow]:
         # Strict: otherwise '"Hi" he said' would lose its quotes without a word.
         rows = csv.reader(text, delimiter="\t" if kind_of(uri) == ".tsv" else ",", strict=True)
         try:
-            header = next(rows, [])
+            header = next((cells for cells in rows if cells), [])
             _check_header(header, path)
             for number, cells in enumerate(rows):
                 if cells:

@@ -38,6 +38,7 @@ FILES = {
     "two files with byte order marks, joined": ("a.jsonl", f"\ufeff{ROW}\n\ufeff{OTHER}\n", GOOD),
     "blank lines": ("a.jsonl", f"\n\n{ROW}\r\n   \n{OTHER}\n\n", GOOD),
     "lines of arrays": ("a.json", f"[{ROW}]\n[{OTHER}]\n", ["malformed: not a JSON object but of type list"] * 2),
+    "an empty array": ("a.json", "[]", "holds no rows"),
     "two arrays": ("a.json", f"[\n{ROW}]\n[{OTHER}]\n", "goes on behind its array; write an object a line"),
     "an object over lines": ("a.json", '{\n  "prompt": "q",\n  "response": "a"\n}', "has an object over several lines"),
     "commas behind the lines": ("a.jsonl", f"{ROW},\n", ["malformed: not a JSON object (Extra data at character 33)"]),
@@ -51,6 +52,8 @@ FILES = {
     "Parquet called .jsonl": ("a.jsonl", b"PAR1\0\0", "is Parquet; its name must end with .parquet"),
     "a pointer of Git LFS": ("a.parquet", b"version https://git-lfs.github.com/spec/v1\n", "fetch it by git lfs pull"),
     "a web page": ("a.jsonl", "<!DOCTYPE html>\n<html>", "is a web page; download the file itself"),
+    "a Parquet file cut off": ("a.parquet", b"PAR1\0\0\0\0\0\0\0\0", "is not a Parquet file (Parquet magic bytes"),
+    "CSV with blank lines": ("a.csv", "\n\nprompt,response\n\nq,a\n", ["a"]),
     "CSV with semicolons": ("a.csv", "prompt;response\nq;a\n", "its columns are parted by ';'"),
     "TSV with commas": ("a.tsv", "prompt,response\nq,a\n", "its columns are parted by ','"),
     "CSV with a column twice": ("a.csv", "prompt,prompt,response\nq,r,a\n", "has the column prompt twice"),
@@ -110,6 +113,19 @@ def test_what_programs_leave_in_a_folder_is_no_data_and_globs_are_those_of_a_she
     assert find_files(f"{tmp_path}/?.json[!x]") == find_files(f"{tmp_path}/[a-b].*") == data[:1]
     (tmp_path / "[a].jsonl").write_text(ROW)
     assert find_files(f"{tmp_path}/[a].jsonl") == [str(tmp_path / "[a].jsonl")]
+
+
+def test_a_folder_of_several_splits_is_refused_and_one_of_them_taken(tmp_path):
+    for name in ("data/train-00000-of-00001.jsonl", "data/test-00000-of-00001.jsonl", "data/train_2.jsonl"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_text(ROW)
+    with pytest.raises(UserError, match=r"several splits \(test, train\); name one, e\.g\. .*/\*\*/train\*, or all"):
+        find_files(str(tmp_path))
+    assert [Path(file).name for file in find_files(f"{tmp_path}/**/train*")] == [
+        "train-00000-of-00001.jsonl",
+        "train_2.jsonl",
+    ]
+    assert len(find_files(f"{tmp_path}/**/*")) == 3
 
 
 # Rows

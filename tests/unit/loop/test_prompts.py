@@ -8,7 +8,7 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
-from hypothesis import example, given, settings
+from hypothesis import assume, example, given, settings
 from hypothesis import strategies as st
 from transformers.utils import chat_template_utils
 
@@ -213,6 +213,7 @@ any_row = (
 @example([{"messages": chat(*["q", "r"] * 2000)}], "last", None)
 @example([{"messages": [[[[]]]]}, {"messages": chat("a" * 10**5, "b")}, {"messages": chat("a", "\x00")}], "all", "")
 def test_any_row_is_used_or_in_quarantine_and_none_is_lost(tmp_path_factory, rows, turns, system):
+    assume(len(rows) > 1 or not isinstance(rows[0], list))  # a file of one array is an array, and its places are bytes
     try:
         (system or "").encode()
     except UnicodeEncodeError:
