@@ -20,8 +20,8 @@ def markdown(found: dict[str, Any]) -> str:
         "(`benchmarks/experiments/quality/likeness.py`): the accuracy of two discriminators that know nothing of the",
         "model, trained and asked on different conversations (0.5 is perfect); a MAUVE-like area on embeddings (1 is",
         "perfect); log p of people's replies per token; lengths, cuts, distinct-2 and self-BLEU. Iterate and",
-        "temperature are chosen on dev conversations. Continued SFT is compared at equal training tokens and at its own",
-        "best temperature. Intervals are 95 %, by paired bootstrap over test conversations, and over seeds where there",
+        "temperature are chosen on dev conversations. Continued SFT is compared at equal training tokens, at its best",
+        "temperature. Intervals are 95 %, by paired bootstrap over test conversations, and over seeds where there",
         "are several.", "",
     ]  # fmt: skip
     if found["whole_setting_still_to_run"]:
