@@ -7,15 +7,19 @@ from typing import get_args
 import numpy as np
 import page_replies
 import pytest
+import torch
 from analyse_replies import against_sft, analyse
 from arms import SFT, WARM_UP, recipe_of
 from likeness import mauve, self_bleu, tokens
+from measure_replies import replies
 from replies import ARMS, SETTINGS
 from run import Experiment
+from transformers import AutoModelForCausalLM
 
 from spin_ray.config.recipe import SpinConfig
 from spin_ray.config.sections import AlgorithmName, LossName
 from spin_ray.inputs.embedded import resolve
+from spin_ray.inputs.rendering import Rendered
 from tests.unit.benchmarks.test_quality_analysis import DATA
 
 
@@ -59,6 +63,17 @@ def test_self_bleu_is_1_where_all_say_the_same_and_counts_a_text_once():
 def test_lengths_and_cuts_by_hand():
     found = tokens([[1, 2, 9], [1, 9]], [[1, 2, 3, 4], [1, 9]], stop=9)
     assert (found["generated_length"], found["length_distance"], found["cut"]) == (3, 0.5, 0.5)
+
+
+def test_replies_at_several_temperatures_are_those_at_one_at_a_time():
+    torch.set_num_threads(1)
+    model = AutoModelForCausalLM.from_pretrained(resolve("embedded:tiny-llama"), attn_implementation="in_groups")
+    rows = [Rendered([1, 50, 60], [70, 80, 2]), Rendered([1, 40, 41, 42, 43], [9, 2])]
+    both, logps = replies(model, rows, 6, 2, [0.5, 1.0])
+    for temperature, answers in zip((0.5, 1.0), both, strict=True):
+        [alone], same = replies(model, rows, 6, 2, [temperature])
+        assert alone == answers and same == pytest.approx(logps)
+    assert both[0] != both[1]
 
 
 def iterate(number: int, tokens: int, dev: dict[str, float], test: dict[str, float]) -> dict:
