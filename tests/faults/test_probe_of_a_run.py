@@ -6,7 +6,9 @@ import pytest
 
 from spin_ray.config.recipe import SpinConfig
 from spin_ray.loop import launch, probe
+from spin_ray.report.page import report_page
 from spin_ray.report.probe import read_probe
+from spin_ray.report.status import status_as_json
 from spin_ray.run_dir.run_dir import RunDir
 from spin_ray.run_dir.storage import Storage
 from spin_ray.runtime.engine import Completion
@@ -37,6 +39,7 @@ def test_a_probe_is_kept_and_a_run_goes_on_from_it(config, tmp_path):
     assert probed(config, out, engine) == found and engine.calls == []
     small_run.run(config, out)
     assert run.latest() == "iter_000" and read_probe(run) == found
+    assert status_as_json(run)["latest"] == "iter_000" and report_page([run])
 
 
 def test_other_settings_probe_again(config, tmp_path):

@@ -15,12 +15,15 @@ from collections import defaultdict
 from pathlib import Path
 from typing import Any
 
+import analyse_replies
 import numpy as np
+import page_replies
 from arms import ARMS, BUDGETS, SETTINGS, SFT, WARM_UP, Run, Setting, arms_of, is_finished, numbered, plateau
 from page import MAIN_SETTING, file_stem, interval, known_distribution, markdown, plot
 
 RESULTS = Path(__file__).resolve().parents[2] / "results"
 RESAMPLES = 10_000
+REPLIES = "replies"
 Iterate = dict[str, Any]
 
 
@@ -205,12 +208,27 @@ def _interval_of(values: np.ndarray | None) -> dict[str, float] | None:
     return None if values is None else bootstrap(values)
 
 
+def write_replies(results: Path, out: Path) -> None:
+    """Writes page, JSON and plot of the experiment on replies."""
+    found = analyse_replies.analyse(results, REPLIES)
+    out.mkdir(parents=True, exist_ok=True)
+    page = out / f"{file_stem(REPLIES)}.md"
+    page.with_suffix(".json").write_text(json.dumps(found, indent=1) + "\n")
+    page.write_text(page_replies.markdown(found))
+    if found["rows"]:
+        page.with_suffix(".svg").write_text(page_replies.plot(found))
+    print(f"{page}: {len(found['rows'])} rows; best minus SFT: {interval(found['best_minus_sft'])}")
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--setting", choices=sorted(SETTINGS), default=MAIN_SETTING)
+    parser.add_argument("--setting", choices=[*sorted(SETTINGS), REPLIES], default=MAIN_SETTING)
     parser.add_argument("--results", type=Path, default=RESULTS / "quality", help="where run.py left its JSONs")
     parser.add_argument("--out", type=Path, default=RESULTS)
     options = parser.parse_args()
+    if options.setting == REPLIES:
+        write_replies(options.results, options.out)
+        return
     found = analyse(options.results, options.setting)
     options.out.mkdir(parents=True, exist_ok=True)
     page = options.out / f"{file_stem(options.setting)}.md"

@@ -91,10 +91,15 @@ def measure(
 
 @torch.inference_mode()
 def answer_batch(
-    model: Any, rows: list[Rendered], uniform: Tensor, stop: int, temperature: float = 1.0, greedy: bool = True
+    model: Any,
+    rows: list[Rendered],
+    uniform: Tensor,
+    stop: int,
+    temperature: float | Tensor = 1.0,
+    greedy: bool = True,
 ) -> tuple[list[list[list[int]]], list[float]]:
     """For each row the greedy answer, if wanted, and a sample for each row of ``uniform`` [rows, samples, longest];
-    log p(y).
+    log p(y). ``temperature`` may be one for each answer of a row.
     """
     count, samples, longest = uniform.shape
     each = samples + greedy
@@ -113,12 +118,13 @@ def answer_batch(
     cache.crop(-max(len(row.real_ids) for row in rows))
 
     draws = torch.cat([torch.full((count, int(greedy), longest), -1.0), uniform], dim=1).flatten(0, 1)
+    heat = torch.as_tensor(temperature).expand(each).repeat(count)
     answers: list[list[int]] = [[] for _ in range(count * each)]
     running = torch.arange(len(answers))
     # Answers of a row that have been the same so far are one sequence: most of them, for most of their length.
     logits, position, sequence = first, lengths, running // each
     for step in range(longest):
-        tokens = draw(logits[sequence] / temperature, draws[running, step])
+        tokens = draw(logits[sequence] / heat[running, None], draws[running, step])
         for place, token in zip(running.tolist(), tokens.tolist(), strict=True):
             answers[place].append(token)
         going = tokens != stop

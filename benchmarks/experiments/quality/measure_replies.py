@@ -45,31 +45,35 @@ def measure(
         "self_bleu": likeness.self_bleu(people),
         "at": {},
     }
-    for temperature in temperatures:
-        answers, logps = replies(model, usable, longest, renderer.end_of_turn_id, temperature)
+    of_temperatures, logps = replies(model, usable, longest, renderer.end_of_turn_id, temperatures)
+    found |= {"real_logp": [round(logp, 3) for logp in logps], "real_tokens": [len(ids) for ids in real]}
+    for temperature, answers in zip(temperatures, of_temperatures, strict=True):
         texts = _texts(tokenizer, answers)
         found["at"][f"{temperature:g}"] = {
             **likeness.likeness(people, texts, conversations),
             **likeness.tokens(real, answers, renderer.end_of_turn_id),
             "examples": texts[:EXAMPLES],
         }
-        found |= {"real_logp": [round(logp, 3) for logp in logps], "real_tokens": [len(ids) for ids in real]}
     return found
 
 
 def replies(
-    model: Any, rows: list[Rendered], longest: int, stop: int, temperature: float
-) -> tuple[list[list[int]], list[float]]:
-    """A sample for each row, and log p(y)."""
+    model: Any, rows: list[Rendered], longest: int, stop: int, temperatures: list[float]
+) -> tuple[list[list[list[int]]], list[float]]:
+    """A sample for each temperature and row, and log p(y). Temperatures share prompt, y and uniform numbers."""
     uniform = torch.rand(len(rows), 1, longest, generator=torch.Generator("cpu").manual_seed(SEED), device="cpu")
-    answers: list[list[int]] = [[] for _ in rows]
+    uniform = uniform.expand(-1, len(temperatures), -1)
+    answers: list[list[list[int]]] = [[[] for _ in rows] for _ in temperatures]
     logps = [0.0] * len(rows)
     for chosen in _batches(rows):
         found, real = answer_batch(
-            model, [rows[i] for i in chosen], uniform[chosen].to(model.device), stop, temperature, greedy=False
-        )
-        for row, answer, logp in zip(chosen, found, real, strict=True):
-            answers[row], logps[row] = answer[0], logp
+            model, [rows[i] for i in chosen], uniform[chosen].to(model.device), stop, torch.tensor(temperatures),
+            greedy=False,
+        )  # fmt: skip
+        for row, of_row, logp in zip(chosen, found, real, strict=True):
+            logps[row] = logp
+            for number, answer in enumerate(of_row):
+                answers[number][row] = answer
     return answers, logps
 
 

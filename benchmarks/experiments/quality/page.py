@@ -66,12 +66,12 @@ def markdown(found: dict[str, Any]) -> str:
         lines += [f"Still to run: {'; '.join(found['still_to_run'])}.", ""]
     heads = ["arm", "θ", "seeds", *(head for head, _ in MEASURES.values()), "k tokens", "k computed", "minutes"]
     heads += [f"Δ sampled, equal {name}" for name in BUDGETS.values()] + ["Δ greedy, equal training tokens"]
-    lines += ["## On test rows", "", _row(heads), _row(["---"] * len(heads))]
+    lines += ["## On test rows", "", table_line(heads), table_line(["---"] * len(heads))]
     for row in found["arms"]:
         cells = [row["arm"], str(row["iterate"]), str(len(row["seeds"])), *_measures(row)]
         cells += [f"{row['train_tokens'] / 1000:.0f}", f"{row['compute'] / 1000:.0f}", f"{row['seconds'] / 60:.0f}"]
         cells += [interval(row.get(f"sampled_minus_sft_at_equal_{budget}")) for budget in BUDGETS]
-        lines.append(_row([*cells, interval(row.get("greedy_minus_sft_at_equal_train_tokens"))]))
+        lines.append(table_line([*cells, interval(row.get("greedy_minus_sft_at_equal_train_tokens"))]))
     lines += ["", "## On dev rows", "", "Rows of train that no arm was trained on: what everything was chosen by.", ""]
     lines += [
         "Δ is the change from the iterate before, in nats per response, on at most 100 of these rows: y′ is the",
@@ -80,10 +80,10 @@ def markdown(found: dict[str, Any]) -> str:
     ]  # fmt: skip
     measures = MEASURES | MOVED
     heads = ["arm", "θ", "seeds", *(head for head, _ in measures.values())]
-    lines += [_row(heads), _row(["---"] * len(heads))]
+    lines += [table_line(heads), table_line(["---"] * len(heads))]
     for row in found["search_on_dev_rows"]:
         cells = [row["arm"], str(row["iterate"]), str(len(row["seeds"])), *_measures(row, measures)]
-        lines.append(_row(cells))
+        lines.append(table_line(cells))
     lines += _temperatures(found["by_temperature"])
     picture = ["", f"![accuracy over training tokens]({file_stem(setting)}.svg)"] if found["arms"] else []
     return "\n".join([*lines, *picture, ""])
@@ -101,10 +101,10 @@ def _temperatures(rows: list[dict[str, Any]]) -> list[str]:
     heads = ["arm", "θ", "seed", *(f"at {name}" for name in temperatures), "greedy"]
     lines = ["", "## By temperature", ""]
     lines += ["Sampled accuracy on test rows at lower temperatures: what sharpening gives without any training.", ""]
-    lines += [_row(heads), _row(["---"] * len(heads))]
+    lines += [table_line(heads), table_line(["---"] * len(heads))]
     for row in rows:
         cells = [f"{row['sampled_at'][name]:.3f}" if name in row["sampled_at"] else "–" for name in temperatures]
-        lines.append(_row([row["arm"], str(row["iterate"]), str(row["seed"]), *cells, f"{row['greedy']:.3f}"]))
+        lines.append(table_line([row["arm"], str(row["iterate"]), str(row["seed"]), *cells, f"{row['greedy']:.3f}"]))
     return lines
 
 
@@ -119,7 +119,7 @@ def known_distribution(file: Path) -> str:
         "", "## A known distribution", "",
         f"KL(p_data‖p_θ) in millinats, exact, after each iteration; mean of {len(runs)} seeds. In brackets: iterations",
         f"that are solved exactly (Theorem 5.4). Made by `{content['command']}`.", "",
-        _row(["arm", *(f"θ_{i}" for i in range(iterations))]), _row(["---"] * (iterations + 1)),
+        table_line(["arm", *(f"θ_{i}" for i in range(iterations))]), table_line(["---"] * (iterations + 1)),
     ]  # fmt: skip
 
     def mean(arm: str, kind: str, iteration: int) -> float:
@@ -129,7 +129,7 @@ def known_distribution(file: Path) -> str:
         cells = [f"{mean(arm, 'kl', i):.1f}" for i in range(iterations)]
         if "exact_kl" in values:
             cells = [f"{cell} ({mean(arm, 'exact_kl', i):.3g})" for i, cell in enumerate(cells)]
-        lines.append(_row([arm, *cells]))
+        lines.append(table_line([arm, *cells]))
     return "\n".join([*lines, ""])
 
 
@@ -159,21 +159,21 @@ def plot(found: dict[str, Any], file: Path) -> None:
             across = [left + (right - left) * row["train_tokens"] / most for row in mine]
             down = [bottom - (bottom - 22) * (row[measure] - low) / span for row in mine]
             points = " ".join(f"{x:.1f},{y:.1f}" for x, y in zip(across, down, strict=True))
-            parts.append(f'<polyline points="{points}" fill="none" stroke="{_color(number)}" stroke-width="2"/>')
+            parts.append(f'<polyline points="{points}" fill="none" stroke="{color(number)}" stroke-width="2"/>')
             parts += [
-                f'<circle cx="{x:.1f}" cy="{y:.1f}" r="3" fill="{_color(number)}"/>'
+                f'<circle cx="{x:.1f}" cy="{y:.1f}" r="3" fill="{color(number)}"/>'
                 for x, y in zip(across, down, strict=True)
             ]
     for number, name in enumerate(names):
-        parts.append(f'<text x="{margin}" y="{height + 20 * number}" fill="{_color(number)}">{name}</text>')
+        parts.append(f'<text x="{margin}" y="{height + 20 * number}" fill="{color(number)}">{name}</text>')
     file.write_text("\n".join([*parts, "</svg>", ""]))
 
 
-def _color(number: int) -> str:
+def color(number: int) -> str:
     return f"hsl({number * 67 % 360},70%,40%)"
 
 
-def _row(cells: list[str]) -> str:
+def table_line(cells: list[str]) -> str:
     return "| " + " | ".join(cells) + " |"
 
 

@@ -1,0 +1,148 @@
+"""What the experiment on replies has found so far: chosen on dev conversations, reported on test conversations.
+
+Compared is the accuracy with which discriminators tell replies from people's, the mean of both (0.5: not at all). An
+arm plays at the iterate and temperature that are best on dev rows. Continued SFT plays at its best temperature, at its
+first iterate with at least as many training tokens. Intervals are 95 % by paired bootstrap over
+test conversations, and over seeds where there are several.
+"""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from arms import SFT, WARM_UP, Run, arms_of, is_finished, numbered, plateau
+from likeness import DISCRIMINATORS
+from replies import FIRST_PASS_OF, SETTINGS
+
+MEASURE = "accuracy of discriminators"
+RESAMPLES = 10_000
+TARGET = -0.02
+Runs = dict[str, dict[int, Run]]
+Choice = tuple[int, str]
+"""Iterate and temperature."""
+
+
+def told(iterate: dict[str, Any], split: str, temperature: str) -> np.ndarray:
+    """Fraction told right of each conversation, mean of the discriminators that there are."""
+    found = iterate[split]["at"][temperature]["told"]
+    return np.mean([found[name] for name in DISCRIMINATORS if found.get(name)], axis=0)
+
+
+def choices(runs: dict[int, Run], least_tokens: dict[int, float] | None = None) -> list[Choice]:
+    """Iterates and temperatures that all seeds have; with ``least_tokens`` by seed, the first iterate with as many."""
+    found: list[set[Choice]] = []
+    for seed, run in runs.items():
+        measured = [each for each in run["iterates"] if "test" in each]
+        if least_tokens is not None:
+            measured = [each for each in measured if each["train_tokens"] >= least_tokens[seed]][:1]
+        found.append({(each["iterate"], name) for each in measured for name in each["dev"]["at"]})
+    return sorted(set.intersection(*found)) if found else []
+
+
+def on(runs: dict[int, Run], choice: Choice, split: str) -> np.ndarray:
+    """Fractions told right, [seeds, conversations]."""
+    number, temperature = choice
+    return np.stack([told(numbered(run, number) or {}, split, temperature) for run in runs.values()])
+
+
+def best(runs: dict[int, Run], among: list[Choice]) -> Choice | None:
+    return min(among, key=lambda choice: float(on(runs, choice, "dev").mean()), default=None)
+
+
+def against_sft(arm: dict[int, Run], sft: dict[int, Run]) -> dict[str, Any] | None:
+    """The arm at its best minus continued SFT at its best, with the same seeds; None while either is missing."""
+    seeds = sorted(arm.keys() & sft.keys())
+    mine, theirs = ({seed: runs[seed] for seed in seeds} for runs in (arm, sft))
+    chosen = best(mine, choices(mine))
+    if chosen is None:
+        return None
+    spent = {seed: (numbered(run, chosen[0]) or {})["train_tokens"] for seed, run in mine.items()}
+    other = best(theirs, choices(theirs, spent))
+    if other is None:
+        return None
+    values = on(mine, chosen, "test") - on(theirs, other, "test")
+    return {
+        **bootstrap(values), "seeds": seeds, "iterate": chosen[0], "temperature": chosen[1],
+        "sft_iterate": other[0], "sft_temperature": other[1],
+        "on_dev": float(on(mine, chosen, "dev").mean()),
+    }  # fmt: skip
+
+
+def bootstrap(values: np.ndarray, seed: int = 0) -> dict[str, float]:
+    """Mean of [seeds, conversations] with its interval; a conversation is drawn in all seeds together."""
+    random = np.random.default_rng(seed)
+    seeds, count = values.shape
+    means = np.empty(RESAMPLES)
+    for number in range(RESAMPLES):
+        by_conversation = values[random.integers(seeds, size=seeds)].mean(axis=0)
+        means[number] = by_conversation[random.integers(count, size=count)].mean()
+    low, high = np.quantile(means, [0.025, 0.975])
+    return {"value": float(values.mean()), "low": float(low), "high": float(high)}
+
+
+def table_row(run: Run, iterate: dict[str, Any], temperature: str, split: str = "test") -> dict[str, Any]:
+    measured = iterate[split]
+    at = measured["at"][temperature]
+    row = {"arm": run["arm"], "seed": run["seed"], "iterate": iterate["iterate"], "temperature": temperature}
+    row |= {name: float(np.mean(at["told"][name])) if at["told"].get(name) else None for name in DISCRIMINATORS}
+    row |= {name: at.get(name) for name in ("mauve", *_OF_TOKENS, "self_bleu")}
+    row["people_self_bleu"] = measured["self_bleu"]
+    row["logp"] = sum(measured["real_logp"]) / sum(measured["real_tokens"])
+    return row | {"train_tokens": iterate["train_tokens"]}
+
+
+_OF_TOKENS = (
+    "generated_length", "real_length", "length_distance", "cut", "distinct_1", "distinct_2", "real_distinct_2",
+)  # fmt: skip
+
+
+def load(folder: Path) -> Runs:
+    runs: Runs = {}
+    for file in sorted(folder.glob("*.json")):
+        run = json.loads(file.read_text())
+        runs.setdefault(run["arm"], {})[run["seed"]] = run
+    return runs
+
+
+def analyse(results: Path, setting: str) -> dict[str, Any]:
+    """Everything that quality_replies.json holds; of the first pass while the whole setting has no run."""
+    shown = setting
+    if not load(results / setting) and setting in FIRST_PASS_OF:
+        shown = FIRST_PASS_OF[setting]
+    runs, size = load(results / shown), SETTINGS[shown]
+    arms = [arm for arm in arms_of(size) if arm.name in runs]
+    compared = {}
+    for arm in arms:
+        if arm.is_spin and (found := against_sft(runs[arm.name], runs.get(SFT, {}))):
+            compared[arm.name] = found
+    enough = {name: found for name, found in compared.items() if len(found["seeds"]) >= 3}
+    chosen = min(enough or compared, key=lambda name: compared[name]["on_dev"], default=None)
+    warm_up = runs.get(WARM_UP, {}).get(0)
+    best_minus_sft = None
+    if chosen:
+        best_minus_sft = {"measure": f"{MEASURE}, lower is closer to people", "arm": chosen, **compared[chosen]}
+    return {
+        "setting": setting, "pass": shown, "best_minus_sft": best_minus_sft, "against_sft": compared,
+        "target_met": bool(best_minus_sft and best_minus_sft["value"] <= TARGET and best_minus_sft["high"] < 0),
+        "theta_0": {"warm_up_iterate": plateau(warm_up), "complete": warm_up["complete"]} if warm_up else None,
+        "warm_up_logp": [
+            sum(each["dev"]["real_logp"]) / sum(each["dev"]["real_tokens"]) for each in warm_up["iterates"]
+        ] if warm_up else [],
+        "rows": [
+            table_row(run, iterate, temperature)
+            for arm in arms for run in runs[arm.name].values() for iterate in run["iterates"] if "test" in iterate
+            for temperature in iterate["test"]["at"]
+        ],
+        "conversations": next(
+            (each["test"]["conversations"] for of in runs.values() for run in of.values()
+             for each in run["iterates"] if "test" in each), None,
+        ),
+        "why": {arm.name: arm.why for arm in arms_of(size)},
+        "still_to_run": [
+            f"{arm.name}, seed {seed}"
+            for arm in arms_of(size) for seed in range(arm.seeds)
+            if not is_finished(size, arm, runs.get(arm.name, {}).get(seed))
+        ],
+        "whole_setting_still_to_run": shown != setting, "train_rows": size.train_rows,
+    }  # fmt: skip
