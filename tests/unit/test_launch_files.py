@@ -44,10 +44,9 @@ STAND_INS = {
     "squeue": 'echo "$STATE"',
     "hostname": 'echo "fe80::1 10.0.0.7"',
     "ray": """echo "ray $* $RAY_AUTH_MODE ${#RAY_AUTH_TOKEN}" >> "$CALLS"
-        case $1 in
-          start) touch "$CALLS.up"; exec sleep 60;;
-          health-check) test -e "$CALLS.up";;
-        esac""",
+        touch "$CALLS.up"
+        exec sleep 60""",
+    "python": 'test -e "$CALLS.up"',
     "spin-ray": """echo "spin-ray $*" >> "$CALLS"
         trap 'echo "stopped in peace" >> "$CALLS"; exit 143' TERM
         if [ "$ENDS_WITH" = never ]; then for _ in $(seq 200); do sleep 0.05; done; fi
@@ -148,8 +147,7 @@ def test_a_head_that_does_not_start_is_tried_again_without_a_driver(tmp_path, jo
 
 def test_a_head_that_dies_is_no_bad_input(tmp_path, job):
     """The driver finds no cluster and ends with 2; the job is tried again."""
-    dies = '#!/bin/bash\nif [ "$1" = start ]; then touch "$CALLS.up"; exit 1; fi; test -e "$CALLS.up"\n'
-    (tmp_path / "venv" / "bin" / "ray").write_text(dies)
+    (tmp_path / "venv" / "bin" / "ray").write_text('#!/bin/bash\ntouch "$CALLS.up"; exit 1\n')
     process = job(SLURM_JOB_NUM_NODES="1", ENDS_WITH="2")
     process.communicate(timeout=30)
     assert process.returncode == 1 and "scontrol requeue 12345" in calls(tmp_path)

@@ -95,9 +95,9 @@ def read_foreign(file: Path, gpus: int) -> Foreign:
         )
     found = Foreign(file, tool, "sft", gpus)
     for key, value in config.items():
-        if value is None:
-            continue
         name = tool.keys.get(key)
+        if value is None and name != "max_length":  # an empty key says nothing, but no longest input is a choice
+            continue
         if name is None or name in found.given:
             found.left[key] = "has no equal here" if name is None else "says the same as an earlier key"
         else:
@@ -198,7 +198,12 @@ def _put_training(found: Foreign) -> None:
     _put_precision(found)
     if stage == "train":
         found.put("objective.beta", "beta", float)
-        found.put("objective.loss", "loss", lambda loss: _LOSSES.get(loss[0] if isinstance(loss, list) else loss))
+        found.put("objective.loss", "loss", _loss)
+
+
+def _loss(value: Any) -> str | None:
+    names = value if isinstance(value, list) else [value]
+    return _LOSSES.get(names[0]) if len(names) == 1 else None
 
 
 def _put_optimizer(found: Foreign, place: str) -> None:

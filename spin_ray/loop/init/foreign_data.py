@@ -65,6 +65,8 @@ def _paths(found: "Foreign", name: str) -> list[str]:
                 found.left[f"{key}.{number}.{other}"] = f"{content!r} is not read"
         if "[" in str(entry.get("split")):
             found.left[f"{key}.{number}.split"] = f"{entry['split']!r}: the whole split is taken"
+        elif entry.get("split") not in (None, "train") and _is_local(str(entry.get("path"))):
+            found.left[f"{key}.{number}.split"] = f"{entry['split']!r}: every file of a folder is read"
         paths += _files(entry)
     return paths
 
@@ -97,7 +99,7 @@ def _path(entry: Mapping[str, Any], files: str | None = None) -> str:
     path = str(entry.get("path") or entry.get("hf_hub_url"))
     if isinstance(files, str) and path in _LOADERS:
         return files
-    local = "://" in path or path.startswith((".", "/", "~")) or path.endswith(SUFFIXES) or Path(path).exists()
+    local = _is_local(path)
     if isinstance(files, str):
         return f"{path}/{files}" if local else f"hf://datasets/{path}/{files}"
     if local:
@@ -106,3 +108,8 @@ def _path(entry: Mapping[str, Any], files: str | None = None) -> str:
     split = str(entry.get("split") or "train").partition("[")[0]
     subset = entry.get("name") or entry.get("subset") or "default"
     return f"hf://datasets/{path}@refs/convert/parquet/{subset}/{split}/*.parquet"
+
+
+def _is_local(path: str) -> bool:
+    """Tells files and URIs from names on the hub."""
+    return "://" in path or path.startswith((".", "/", "~")) or path.endswith(SUFFIXES) or Path(path).exists()

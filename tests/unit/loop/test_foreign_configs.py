@@ -132,6 +132,21 @@ def test_configs_of_llama_factory_name_rows_in_its_registry(tmp_path):
     check(found)
 
 
+def test_what_is_half_carried_over_is_listed(tmp_path):
+    """Two losses, a split of local files, and a longest input that is set to none."""
+    data = {"path": "./rows", "split": "validation"}
+    said = {
+        "model_name_or_path": "m",
+        "datasets": [data],
+        "beta": 0.1,
+        "loss_type": ["sigmoid", "sft"],
+        "max_length": None,
+    }
+    found = read(tmp_path, said)
+    assert set(found.left) == {"loss_type", "datasets.0.split"}
+    assert "objective.loss" not in found.settings and "model.max_length" not in found.settings
+
+
 def test_a_data_set_that_is_in_no_registry_stays_open(tmp_path):
     found = read(tmp_path, {"model_name_or_path": "m/m", "stage": "sft", "finetuning_type": "full", "dataset": "mine"})
     assert "data.train" not in found.settings and "mine is not in" in found.left["dataset"]

@@ -233,10 +233,8 @@ def test_without_held_out_rows_the_summary_has_no_examples(run):
 
 
 def test_on_a_terminal_a_changed_recipe_is_shown_line_by_line_in_colours(monkeypatch):
-    """Removed settings red, new ones green; what stayed is not shown; NO_COLOR leaves the signs."""
-    error = OtherRunError(
-        "/runs/[a]", {"seed": 0, "data": "x", "iterations": 2}, {"seed": 1, "heldout": "h", "iterations": 2}
-    )
+    """What was is red, what is now green, what is not set has no line; NO_COLOR leaves the signs."""
+    error = OtherRunError("/runs/[a]", {"data": ("x", None), "heldout": (None, "h"), "seed": (0, 1)})
     for no_color in ("", "1"):
         monkeypatch.setenv("NO_COLOR", no_color)
         out = io.StringIO()
