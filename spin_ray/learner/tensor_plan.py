@@ -15,6 +15,11 @@ STYLES = frozenset(
     }
 )
 """Styles that ``backends.meshes`` hands to torch. Plans of mixtures of experts and of latent attention have others."""
+MODULES = frozenset(
+    {f"self_attn.{name}" for name in ("q_proj", "k_proj", "v_proj", "qkv_proj", "o_proj", "dense", "q_norm", "k_norm")}
+    | {f"mlp.{name}" for name in ("gate_proj", "up_proj", "gate_up_proj", "down_proj", "fc1", "fc2", "c_fc", "c_proj")}
+)
+"""Modules of a layer that are known to compute the same on local heads and columns."""
 _DIVIDED = {
     "num_attention_heads": "attention heads",
     "num_key_value_heads": "key and value heads",
@@ -36,6 +41,8 @@ def why_not_split(config: Mapping[str, Any], tensor: int) -> str | None:
         return f"transformers has no tensor plan for a model of type {text.model_type}"
     if unknown := sorted(set(plan.values()) - STYLES):
         return f"transformers' tensor plan for a model of type {text.model_type} uses {', '.join(unknown)}"
+    if unknown := sorted({name.removeprefix("layers.*.") for name in plan} - MODULES):
+        return f"transformers' tensor plan for a model of type {text.model_type} splits {', '.join(unknown)}"
     for name, what in _DIVIDED.items():
         count = getattr(text, name, None)
         if count and count % tensor:
@@ -46,4 +53,4 @@ def why_not_split(config: Mapping[str, Any], tensor: int) -> str | None:
 def layer_plan(text_config: Any) -> dict[str, str]:
     """Returns the styles of the layers' modules. Embeddings and head stay whole on every rank of a tensor group."""
     plan = getattr(text_config, "base_model_tp_plan", None) or {}
-    return {name: style for name, style in plan.items() if name.startswith("layers.")}
+    return {name: style for name, style in plan.items() if not name.startswith(("embed_tokens", "norm"))}

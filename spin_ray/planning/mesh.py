@@ -111,7 +111,9 @@ def choose_mesh(
         return Choice(mesh=flat, reason=f"train.backend {config.train.backend} shards over all workers")
     if shape is None and len(each) > 1:
         return Choice(mesh=flat, reason="the plan does not know the sizes of this model, so one copy is over all")
-    if not placing.neighbours or len(set(each)) > 1:
+    if not placing.neighbours:
+        return Choice(mesh=flat, reason="the workers of a node are no neighbours in rank, so one copy is over all")
+    if len(set(each)) > 1:
         return Choice(mesh=flat, reason=f"the nodes have unequal numbers of workers {each}, so one copy is over all")
     tensor, because = _tensor(config, shape, placing, why_not) if shape else (1, "")
     if len(each) == 1:

@@ -1,21 +1,34 @@
-"""Whole runs that train with DeepSpeed, or adapters only: real stages and workers; answers are tokens by seed."""
+"""Whole runs with DeepSpeed, on a tensor mesh, or of adapters: real stages and workers; answers are tokens by seed."""
 
 import json
 import math
+import os
+import signal
+import sys
+from collections.abc import Callable
+from functools import cache, partial
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
 import pytest
+import ray.cloudpickle
 import torch
+import torch.distributed as dist
 from safetensors.torch import load_file
 
 from spin_ray.config.recipe import SpinConfig
 from spin_ray.inputs.embedded import resolve
+from spin_ray.learner import step as loop
 from spin_ray.loop.launch import run_spin
+from spin_ray.loop.stages.training import stage as training
+from spin_ray.loop.stages.training import worker
+from spin_ray.loop.stages.training.job import TrainJob
 from spin_ray.run_dir.run_dir import RunDir
 from tests.support.fakes import seed_engine
+from tests.support.heard_of import wait_until_heard_of
 
+ray.cloudpickle.register_pickle_by_value(sys.modules[__name__])  # workers cannot import a test module
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(300)]
 START = Path(resolve("embedded:tiny-llama"))
 
@@ -48,20 +61,59 @@ def weights_of(folder: Path) -> dict[str, torch.Tensor]:
     return load_file(folder / "model.safetensors")
 
 
-def test_a_run_with_deepspeed_has_the_losses_and_weights_of_fsdp2(tmp_path: Path) -> None:
-    """Step 0 has margin 0, as its reference was scored by the same workers; ZeRO-3, checkpoint after step 1."""
-    pytest.importorskip("deepspeed", reason="the extra `deepspeed` is not installed")
-    runs = {kind: run_with(tmp_path / kind, backend=kind) for kind in ("fsdp2", "deepspeed")}
-    ours, theirs = (log_of(runs[kind], 0) for kind in ("deepspeed", "fsdp2"))
+@pytest.fixture(scope="module")
+def plain(tmp_path_factory: pytest.TempPathFactory) -> Callable[[], RunDir]:
+    """Makes a run of FSDP2 without a mesh, once; not before the test has a Ray."""
+    return cache(lambda: run_with(tmp_path_factory.mktemp("plain") / "run"))
+
+
+def assert_same_training(run: RunDir, plain: RunDir) -> None:
+    """Step 0 has margin 0, as its reference was scored by the same workers."""
+    ours, theirs = (log_of(each, 0) for each in (run, plain))
     assert ours[0]["margin"] == 0.0 and ours[0]["loss"] == pytest.approx(math.log(2), abs=1e-6)
     for name in ("loss", "grad_norm", "real_logp"):
         assert [line[name] for line in ours] == pytest.approx([line[name] for line in theirs], rel=1e-3), name
     start = weights_of(START)
-    found, expected = (weights_of(runs[kind].storage.path("iter_000/model")) for kind in ("deepspeed", "fsdp2"))
+    found, expected = (weights_of(each.storage.path("iter_000/model")) for each in (run, plain))
     assert found.keys() == expected.keys()
     for name, weight in expected.items():
         moved = (weight - start[name].float()).abs().max()
         assert moved > 0 and (found[name] - weight).abs().max() < 0.05 * moved, name
+
+
+def test_a_run_with_deepspeed_has_the_losses_and_weights_of_fsdp2(tmp_path: Path, plain: Callable[[], RunDir]) -> None:
+    """ZeRO-3, checkpoint after step 1."""
+    pytest.importorskip("deepspeed", reason="the extra `deepspeed` is not installed")
+    assert_same_training(run_with(tmp_path / "run", backend="deepspeed"), plain())
+
+
+def _killed_once(attempts: Path, job: TrainJob) -> Any:
+    """The real work, but for rank 1, which dies before its third step when it first comes there."""
+    right_step, mark = loop.train_step, attempts / "killed"
+
+    def step(backend: Any, *rest: Any) -> dict[str, float]:
+        if dist.get_rank() == 1 and backend.steps_done == 2 and not mark.exists():
+            wait_until_heard_of(Path(job.storage.where(f"{job.name}/checkpoints")), 2)
+            mark.touch()
+            os.kill(os.getpid(), signal.SIGKILL)
+        return right_step(backend, *rest)
+
+    worker.train_step = step
+    return worker.work(job)
+
+
+def test_a_tensor_group_that_loses_a_rank_goes_on_and_ends_as_plain_workers_do(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, plain: Callable[[], RunDir]
+) -> None:
+    """Both ranks compute each pack; the reference has one part, and not one a rank."""
+    monkeypatch.setattr(training, "work", partial(_killed_once, tmp_path))
+    run = run_with(tmp_path / "run", mesh={"tensor": 2}, max_failures=1)
+    assert (tmp_path / "killed").exists()
+    assert_same_training(run, plain())
+    (commit,) = (event for event in run.events() if event["event"] == "commit" and event["kind"] == "training")
+    assert commit["steps"] == 1, "those before are in the checkpoint"
+    assert commit["mesh"] == "{replicate: 1, shard: 1, tensor: 2}: the recipe says so"
+    assert len(run.reference(0).manifest().files) == 1
 
 
 def test_a_run_with_adapters_hands_on_plain_models(tmp_path: Path) -> None:

@@ -18,8 +18,11 @@ from transformers import (
 )
 
 from spin_ray.config.sections import Mesh, OptimizerConfig
+from spin_ray.errors import ModelError
 from spin_ray.learner.backends.base import BackendSettings
 from spin_ray.learner.backends.fsdp2 import Fsdp2Backend
+from spin_ray.learner.backends.meshes import check_split, make_mesh
+from spin_ray.learner.hf_folder import load_model
 from spin_ray.learner.step import Objective, PackShape, ReferenceScores, score_rows, train_step
 from tests.support.learner_cases import PACK_LENGTH, VOCAB, one_step, random_rows, table_of, tiny_llama
 
@@ -36,7 +39,9 @@ CASES = (
     *(("llama", mesh, "") for mesh in MESHES),
     ("llama", "2 × 2 hybrid", "every pack, adamw"),
     ("llama", "2 × 2 FSDP × tensor", "adamw"),
-    *((model, "2 × 2 FSDP × tensor", "") for model in ("qwen2", "gemma3", "phi3")),
+    ("qwen2", "2 × 2 FSDP × tensor", "padded"),
+    ("gemma3", "2 × 2 FSDP × tensor", "recomputed"),
+    ("phi3", "2 × 2 FSDP × tensor", "offload, shard_grad_op"),
 )
 """Model, mesh, and what else is not as usual."""
 RESUMED = (("2 × 2 FSDP × tensor", "2 × 2 hybrid"), ("2 × 2 hybrid", "2 × 2 FSDP × tensor"))
@@ -66,6 +71,10 @@ def make_backend(directory: Path, model: str, mesh: Mesh | None, more: str = "")
     settings = BackendSettings(
         max_length=PACK_LENGTH,
         precision="fp32",
+        attention="padded" if "padded" in more else "packed",
+        gradient_checkpointing="recomputed" in more,
+        sharding="shard_grad_op" if "shard_grad_op" in more else "full",
+        offload="offload" in more,
         reduce_every_pack="every pack" in more,
         mesh=mesh,
         optimizer=OptimizerConfig(name="adamw" if "adamw" in more else "rmsprop", eps=1e-4),
@@ -110,6 +119,13 @@ def _one_of_four(rank: int, directory: Path) -> None:
         backend.load(Path(f"{file_of(directory, 'llama', before, '')} checkpoint"))
         history = train(backend, MESHES[after], 1)
         Path(f"{file_of(directory, before, after)} {rank}.json").write_text(json.dumps(history))
+    broken = load_model(directory / "llama", trust_remote_code=False)
+    styles = {"q_proj": "colwise", "k_proj": "colwise_rep", "v_proj": "colwise_rep", "o_proj": "rowwise"}
+    broken.config.base_model_tp_plan = {f"layers.*.self_attn.{name}": style for name, style in styles.items()}
+    try:
+        check_split(broken, make_mesh(Mesh(shard=2, tensor=2), torch.device("cpu")), torch.device("cpu"))
+    except ModelError as error:
+        (directory / f"refused {rank}").write_text(str(error))
     dist.destroy_process_group()
 
 

@@ -5,6 +5,7 @@ from pathlib import Path
 
 import torch
 
+from spin_ray.config.sections import Mesh
 from spin_ray.errors import ConfigError
 from spin_ray.learner.backends.base import BackendSettings, TrainBackend
 from spin_ray.learner.import_path import import_object
@@ -20,13 +21,20 @@ def make_backend(model_dir: str | Path, settings: BackendSettings, device: torch
     return find_backend(settings.kind)(model_dir, settings, device)
 
 
-def find_backend(kind: str) -> Callable[[str | Path, BackendSettings, torch.device], TrainBackend]:
+def find_backend(
+    kind: str, mesh: Mesh | None = None
+) -> Callable[[str | Path, BackendSettings, torch.device], TrainBackend]:
     """Returns the class for a name or import path.
 
     Raises:
-        ConfigError: there is no such backend, or it cannot be called.
+        ConfigError: there is no such backend, it cannot be called, or it knows nothing of a mesh.
     """
     build = import_object(BACKENDS.get(kind, kind), "train.backend", BACKENDS)
     if not callable(build):
         raise ConfigError(f"train.backend: {kind} is no class")
+    if mesh is not None:
+        from spin_ray.learner.backends.fsdp2 import Fsdp2Backend
+
+        if not (isinstance(build, type) and issubclass(build, Fsdp2Backend)):
+            raise ConfigError(f"train.mesh: {kind} is no subclass of Fsdp2Backend, which builds it; leave it out")
     return build

@@ -23,7 +23,15 @@ from torch.distributed.tensor import DTensor
 from spin_ray.config.sections import OptimizerConfig
 from spin_ray.learner.adapters import add_adapters, is_adapter, set_first_values, stored_name
 from spin_ray.learner.backends.base import BackendSettings, StepStats, set_learning_rate
-from spin_ray.learner.backends.meshes import clip, data_mesh, group_by_mesh, make_mesh, split_layers, total_norm
+from spin_ray.learner.backends.meshes import (
+    check_split,
+    clip,
+    data_mesh,
+    group_by_mesh,
+    make_mesh,
+    split_layers,
+    total_norm,
+)
 from spin_ray.learner.backends.modules import (
     compile_layers,
     compiles,
@@ -65,6 +73,8 @@ class Fsdp2Backend:
         choice = choose_layout(
             probe, settings.attention, max_length=settings.max_length, device=device, dtype=precision
         )
+        mesh = make_mesh(settings.mesh, device)
+        check_split(probe, mesh, device)
         del probe
         self.layout = choice.layout
         if settings.lora is not None:
@@ -75,7 +85,6 @@ class Fsdp2Backend:
                 for parameter in self._model.parameters()
                 if settings.optimizer is None or not parameter.requires_grad
             )
-        mesh = make_mesh(settings.mesh, device)
         split_layers(self._model, mesh)
         self._scorer = _shard(choice.scorer(self._model), settings, data_mesh(mesh), device)
         if empty is not None:

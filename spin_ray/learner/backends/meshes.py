@@ -7,6 +7,7 @@ Embeddings, head and plain norms are whole on every rank of a tensor group. Thes
 so they stay equal.
 """
 
+import re
 from collections.abc import Callable, Iterable
 from typing import Any
 
@@ -26,6 +27,7 @@ from torch.optim import Optimizer
 
 from spin_ray.config.sections import Mesh
 from spin_ray.errors import ConfigError, ModelError
+from spin_ray.learner.loading import first_layers
 from spin_ray.learner.tensor_plan import layer_plan, why_not_split
 
 
@@ -79,9 +81,59 @@ def split_layers(model: Any, mesh: DeviceMesh) -> None:
         return
     text, group = model.config.get_text_config(), mesh["tensor"]
     if reason := why_not_split(text.to_dict(), group.size()):
-        raise ModelError(f"train.mesh.tensor: {reason}")
+        raise ModelError(f"train.mesh.tensor: {reason}; {_whole_layers()}")
+    if partial := sorted(parameters_beside_the_plan(model)):
+        raise ModelError(
+            f"train.mesh.tensor: transformers' tensor plan for a model of type {text.model_type} leaves out "
+            f"{', '.join(partial)}, whose gradients would be those of one rank's heads; {_whole_layers()}"
+        )
     styles = {name: STYLES[style]() for name, style in layer_plan(text).items()}
     parallelize_module(model.get_decoder(), group, styles, src_data_rank=None)
+
+
+def _whole_layers() -> str:
+    return f"use train.mesh: {{shard: {dist.get_world_size()}}}"
+
+
+def parameters_beside_the_plan(model: Any) -> set[str]:
+    """Returns parameters that work on local heads or columns, and that the plan does not name."""
+    plan = layer_plan(model.config.get_text_config())
+    split = {name.rpartition(".")[0] for name, style in plan.items() if style == "colwise"}
+    names = {re.sub(r"\.\d+\.", ".*.", name) for name, _ in model.get_decoder().named_parameters()}
+    within = {name for name in names if any(name.startswith(f"{parent}.") for parent in split)}
+    return {name for name in within if name.rpartition(".")[0] not in plan}
+
+
+@torch.no_grad()
+def check_split(model: Any, mesh: DeviceMesh, device: torch.device) -> None:
+    """Compares the first layers' log-probabilities, split over the tensor group and whole; a collective.
+
+    Raises:
+        ModelError: they differ, or the model cannot be split.
+    """
+    if "tensor" not in (mesh.mesh_dim_names or ()):
+        return
+    vocabulary = model.config.get_text_config().vocab_size
+    ids = torch.tensor([[(7 * i + 3) % vocabulary for i in range(24)]], device=device)
+
+    def logps(copied: Any) -> Tensor:
+        return copied.to(device).eval()(input_ids=ids, use_cache=False).logits.float().log_softmax(-1)
+
+    expected = logps(first_layers(model))
+    split = first_layers(model)
+    split_layers(split, mesh)
+    try:
+        found = logps(split)
+    except RuntimeError as error:
+        raise ModelError(
+            f"train.mesh.tensor: {type(model).__name__} cannot be split ({error}); {_whole_layers()}"
+        ) from error
+    if not torch.allclose(found, expected, rtol=1e-4, atol=1e-3):
+        apart = (found - expected).abs().max()
+        raise ModelError(
+            f"train.mesh.tensor: {type(model).__name__} gives log-probabilities that are {apart:.2g} nats off when its "
+            f"layers are split; {_whole_layers()}"
+        )
 
 
 def by_mesh(tensors: Iterable[Tensor]) -> list[list[Tensor]]:

@@ -3,6 +3,7 @@
 from collections.abc import Iterator
 
 from spin_ray.config.recipe import SpinConfig
+from spin_ray.config.sections import Mesh
 from spin_ray.errors import ConfigError
 from spin_ray.inputs.graders import find_grader
 from spin_ray.learner.backends import find_backend
@@ -50,7 +51,7 @@ def check_algorithm(config: SpinConfig) -> None:
     problems = list(_problems(config, find_algorithm(config.algorithm)))
     if problems:
         raise ConfigError("; ".join(problems))
-    find_backend(config.train.backend)
+    find_backend(config.train.backend, config.train.mesh if isinstance(config.train.mesh, Mesh) else None)
     if config.evaluation.grade != "number":
         find_grader(config.evaluation.grade)
     for section in (config.train, config.sft, config.reviser):

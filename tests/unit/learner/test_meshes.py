@@ -104,6 +104,14 @@ def test_a_checkpoint_loads_under_another_mesh(directory: Path, before: str, aft
         assert step == pytest.approx(expected, rel=1e-4, abs=1e-5)
 
 
+def test_a_plan_that_does_not_give_the_models_own_numbers_is_refused_on_every_rank(directory: Path) -> None:
+    """Queries of half the heads, keys of all: one product no longer fits."""
+    for rank in range(RANKS):
+        message = (directory / f"refused {rank}").read_text()
+        assert message.startswith("train.mesh.tensor: LlamaForCausalLM ")
+        assert message.endswith("; use train.mesh: {shard: 4}")
+
+
 def test_the_meshes_are_the_ones_that_are_named() -> None:
     assert [mesh.ranks for mesh in MESHES.values()] == [RANKS] * len(MESHES)
     assert [mesh.data_ranks for mesh in MESHES.values()] == [4, 4, 2, 2]

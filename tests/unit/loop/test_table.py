@@ -53,6 +53,12 @@ def test_sppo_has_a_loss_of_its_own():
     assert found == "objective.loss: sppo has a loss of its own; leave it out"
 
 
+def test_a_mesh_is_for_backends_that_build_it():
+    """Another would give each rank of a tensor group the whole gradient of its packs, which then counts twice."""
+    found = problems(train={"backend": "collections:Counter", "mesh": {"shard": 1}})
+    assert found == "train.mesh: collections:Counter is no subclass of Fsdp2Backend, which builds it; leave it out"
+
+
 @pytest.mark.parametrize("recipe", sorted(RECIPES.glob("*.yaml")), ids=lambda path: path.stem)
 def test_every_recipe_here_has_what_its_algorithm_needs(recipe):
     from spin_ray.config.load import load_config

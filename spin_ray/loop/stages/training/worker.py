@@ -15,7 +15,6 @@ import pyarrow.compute as pc
 import torch
 import torch.distributed as dist
 
-from spin_ray.config.sections import Mesh
 from spin_ray.errors import RunDirError
 from spin_ray.learner.backends import make_backend
 from spin_ray.learner.backends.base import TrainBackend
@@ -26,7 +25,7 @@ from spin_ray.loop.stages.training import checkpoint
 from spin_ray.loop.stages.training.job import TrainJob
 from spin_ray.loop.stages.training.log import TrainLog
 from spin_ray.loop.stages.training.recomputation import recomputes
-from spin_ray.planning.mesh import mesh_of
+from spin_ray.planning.mesh import Choice, mesh_of
 from spin_ray.run_dir.artefact import Artefact, Manifest, folder_entries
 from spin_ray.run_dir.names import part_name
 from spin_ray.run_dir.schemas import PAIR_SCHEMA, REFERENCE_SCHEMA
@@ -40,7 +39,7 @@ _TOKENS = ("prompt_ids", "real_ids", "generated_ids")
 
 def work(job: TrainJob) -> dict[str, Any]:
     """Does the job on every rank; returns counts of this attempt."""
-    job, mesh = _on_a_mesh(job)
+    job, choice = _on_a_mesh(job)
     rank, ranks = job.shape.place()
     epochs = plan(pair_lengths(_pairs(job.rows)), job.shape, epochs=job.epochs, seed=job.seed, ranks=ranks)
     table = _share(_pairs(job.rows), rows_of_rank(epochs, rank, ranks))
@@ -63,16 +62,16 @@ def work(job: TrainJob) -> dict[str, Any]:
             checkpoint.save(job, backend, number + 1)
     _export(job, backend)
     counts = {"steps": len(steps) - first, "tokens": tokens, "work_s": work_s}
-    return counts | ({"mesh": str(mesh)} if mesh.ranks > 1 else {})
+    return counts | ({"mesh": f"{choice.mesh}: {choice.reason}"} if choice.mesh.ranks > 1 else {})
 
 
-def _on_a_mesh(job: TrainJob) -> tuple[TrainJob, Mesh]:
+def _on_a_mesh(job: TrainJob) -> tuple[TrainJob, Choice]:
     """Returns the job for the mesh of these workers, whose number may differ from attempt to attempt."""
     choice = mesh_of(job.recipe, job.start.here(), *nodes_and_room())
     if dist.get_rank() == 0:
         logger.info("%s", choice)
     backend, shape = replace(job.backend, mesh=choice.mesh), replace(job.shape, tensor=choice.mesh.tensor)
-    return replace(job, backend=backend, shape=shape), choice.mesh
+    return replace(job, backend=backend, shape=shape), choice
 
 
 def _backend(job: TrainJob, *, total_steps: int) -> TrainBackend:
