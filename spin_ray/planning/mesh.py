@@ -16,7 +16,6 @@ from spin_ray.config.sections import Mesh, OptimizerConfig
 from spin_ray.errors import ConfigError, ModelError, ResourceError
 from spin_ray.inputs.model_folder import read_config
 from spin_ray.learner.tensor_plan import why_not_split
-from spin_ray.planning.cluster import Cluster, devices_of
 from spin_ray.planning.hardware import CPU, GB
 from spin_ray.planning.learner_cost import FILLED, learner_memory, settle_checkpointing
 from spin_ray.planning.model_shape import ModelShape
@@ -129,14 +128,6 @@ def choose_mesh(
     reason = f"a copy over the {each[0]} workers of a node would not surely fit ({there_are}), so one is over all"
     mesh = Mesh(shard=workers // tensor, tensor=tensor)
     return Choice(mesh=mesh, reason="; ".join(filter(None, (because, reason))))
-
-
-def planned_mesh(config: SpinConfig, shape: ModelShape, cluster: Cluster) -> Choice:
-    """Returns the mesh on a cluster of ``spin-ray plan``; ``choose_mesh`` has the errors."""
-    workers = config.train.workers
-    nodes = ceil(workers / cluster.gpus_per_node) if config.train.resources.gpus else min(cluster.nodes, workers)
-    room = devices_of(config, cluster).train.memory
-    return choose_mesh(config, shape, Placing.even(workers, nodes, room))
 
 
 def _given(mesh: Mesh, placing: Placing, why_not: WhyNotSplit) -> Choice:

@@ -7,7 +7,8 @@ import pytest
 
 from spin_ray.config.sections import LoraConfig, Mesh
 from spin_ray.errors import ConfigError, ModelError, ResourceError
-from spin_ray.planning.cluster import Cluster
+from spin_ray.planning import run_cost
+from spin_ray.planning.cluster import Cluster, devices_of
 from spin_ray.planning.hardware import GB
 from spin_ray.planning.mesh import (
     Choice,
@@ -16,7 +17,6 @@ from spin_ray.planning.mesh import (
     choose_mesh,
     memory_of,
     mesh_of,
-    planned_mesh,
     split_shape,
     too_long,
 )
@@ -94,7 +94,8 @@ def test_what_is_not_known_or_not_ours_stays_flat():
 
 def test_the_plan_names_the_mesh_of_its_cluster():
     config = changed(ZEPHYR, workers=16)
-    assert planned_mesh(config, MISTRAL_7B, Cluster(nodes=2, gpu="H100-80G")).mesh == Mesh(replicate=2, shard=8)
+    devices = devices_of(config, Cluster(nodes=2, gpu="H100-80G"))
+    assert run_cost.mesh_of(config, MISTRAL_7B, devices).mesh == Mesh(replicate=2, shard=8)
 
 
 def test_an_explicit_mesh_is_taken_or_refused_by_name(tmp_path):

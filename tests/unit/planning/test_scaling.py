@@ -6,7 +6,7 @@ from dataclasses import replace
 import pytest
 
 from spin_ray.planning.cluster import Cluster
-from spin_ray.planning.model_shape import MISTRAL_7B
+from spin_ray.planning.model_shape import MISTRAL_7B, ModelShape
 from spin_ray.planning.scaling import scaling_of
 from tests.support.paths import RECIPES
 from tests.support.planning_cases import PAPER_WORK, ZEPHYR, changed
@@ -34,10 +34,22 @@ def test_a_batch_that_is_too_small_for_the_nodes_is_said(scaling):
 
 
 def test_two_nodes_with_the_batch_that_is_named_take_0_6_of_one_and_with_the_papers_no_longer(scaling):
-    """As issue 20 asks; on nodes of 8 adapters of 400 Gb/s."""
+    """On nodes of 8 adapters of 400 Gb/s."""
     two = scaling_of(CONFIG, MISTRAL_7B, Cluster(nodes=2, gpu="H100"), PAPER_WORK)
     one = two.with_own_batch[0].hours
     assert two.with_enough[-1].hours <= 0.6 * one and two.with_own_batch[-1].hours <= one
+
+
+def test_70b_takes_at_most_30_hours_on_four_nodes_and_no_longer_on_eight():
+    """No node of 8 H100 holds 12 bytes for each of 70.6B parameters: one copy is over all."""
+    shape = ModelShape(layers=80, hidden=8192, intermediate=28672, heads=64, kv_heads=8, head_dim=128, vocab=128256)
+    engine = CONFIG.generation.engine.model_copy(update={"tensor_parallel_size": 4})
+    resources = CONFIG.generation.resources.model_copy(update={"gpus": 4})
+    generation = CONFIG.generation.model_copy(update={"engine": engine, "resources": resources})
+    config = CONFIG.model_copy(update={"generation": generation})
+    four, eight = scaling_of(config, shape, Cluster(nodes=8, gpu="H100"), PAPER_WORK).with_own_batch
+    assert (four.nodes, four.mesh) == (4, "{replicate: 1, shard: 32, tensor: 1}")
+    assert eight.hours <= four.hours <= 30
 
 
 def test_a_slow_network_keeps_replicas_apart_and_costs_less_than_one_flat_mesh():
