@@ -38,14 +38,14 @@ class ReadTop:
         return TopTokens(*(torch.cat(parts)[:targets] for parts in zip(*found, strict=True)))
 
 
-@dataclass(frozen=True, slots=True)
 class ReadDivergence:
     """A reader of KL(policy ‖ teacher) at each target, with all but the teacher's k tokens as one outcome.
 
     The coarser outcomes make it a lower bound of the KL over the whole vocabulary, which it is for k = vocab.
     """
 
-    teacher: TopTokens
+    def __init__(self, teacher: TopTokens) -> None:
+        self.teacher = teacher  # no dataclass: of one FSDP2 would cast the tensors to bf16
 
     def __call__(
         self, head: Head, hidden: Tensor, at: Tensor, target_ids: Tensor, transform: LogitTransform

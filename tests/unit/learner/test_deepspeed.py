@@ -81,7 +81,7 @@ def one_of_two_ranks(rank: int, directory: Path) -> None:
             backend = backend_of(directory, kind, case)
             found: dict[str, Any] = {"history": train(backend, ROWS, 3)}
             backend.export_hf(directory / f"{case} {kind}")
-            if case == CASES[0]:
+            if case in (CASES[0], CASES[2]):
                 found["distilled"] = distilled(backend_of(directory, kind, case))
             if kind == "deepspeed":
                 found |= resumed(backend, directory, case)
@@ -187,12 +187,14 @@ def test_deepspeed_trains_as_fsdp2_does(directory: Path, case: str) -> None:
         assert moved > 0.01 if "lora" not in case or name.endswith("_proj.weight") else moved == 0, name
 
 
-def test_deepspeed_distils_as_fsdp2_does(directory: Path) -> None:
-    expected = result(directory, f"{CASES[0]} fsdp2 0")["distilled"]
+@pytest.mark.parametrize("case", [CASES[0], CASES[2]])
+def test_deepspeed_distils_as_fsdp2_does(directory: Path, case: str) -> None:
+    """The teacher's log-probabilities stay fp32 in bf16 training: rounded, the first loss would be 1 % off."""
+    expected = result(directory, f"{case} fsdp2 0")["distilled"]
     assert 0 < expected[1][0] < expected[0][0]
     for rank in (0, 1):
-        found = result(directory, f"{CASES[0]} deepspeed {rank}")["distilled"]
-        assert found == [pytest.approx(step, rel=1e-4) for step in expected]
+        found = result(directory, f"{case} deepspeed {rank}")["distilled"]
+        assert found == [pytest.approx(step, rel=1e-3 if "bf16" in case else 1e-4) for step in expected]
 
 
 @pytest.mark.parametrize("case", CASES)
