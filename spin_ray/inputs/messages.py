@@ -26,6 +26,8 @@ KEPT = ("tool_calls", "tool_call_id", "name", "reasoning_content")
 """Keys that a template may write beside role and content."""
 READ = {"role", "from", "content", "value", *KEPT, *REASONING, CALL}
 """Keys of a message that are read; others are ignored and counted."""
+_SAID = {"content", "value", "tool_calls"}
+_SHARED = {"human": "user", "gpt": "assistant", "system": "system"}
 _PLAIN = ("user", "assistant", "system")
 
 
@@ -63,9 +65,9 @@ def is_message(value: Any) -> bool:
 
 def unpacked(value: Any) -> Any:
     """Returns messages that stand as JSON text in a column of texts, and any other value as it is."""
-    if isinstance(value, str) and value.lstrip()[:1] in ("[", "{") and len(value) > 2:
+    if isinstance(value, str) and value.lstrip()[:1] == "[":
         found = decoded(value)
-        if is_message(found) or (isinstance(found, list) and found and all(map(is_message, found))):
+        if isinstance(found, list) and found and all(is_message(each) and each.keys() & _SAID for each in found):
             return found
     return value
 
@@ -101,10 +103,16 @@ def _parse(index: int, value: Any) -> Message:
         if role in _PLAIN and isinstance(text, str):
             _check_unicode(index, text)
             return {"role": role, "content": text}
+        role, text = value.get("from"), value.get("value")
+        if isinstance(role, str) and role in _SHARED and isinstance(text, str):
+            _check_unicode(index, text)
+            return {"role": _SHARED[role], "content": text}
     if not isinstance(value, dict):
         raise Unusable("malformed", f"message {index}: needs a role of {_ROLES}, found {type(value).__name__}")
-    given = _either(index, value, "role", "from")
-    role = ROLES.get(given.lower()) if isinstance(given, str) else None
+    given = value.get("role") or value.get("from")
+    role, other = (ROLES.get(each.lower()) if isinstance(each, str) else None for each in (given, value.get("from")))
+    if value.get("from") and role != other:
+        raise Unusable("malformed", f"message {index}: has role and from, which differ")
     if role is None:
         found = f", found {given!r}" if given else ""
         raise Unusable("malformed", f"message {index}: needs a role of {_ROLES}{found}")

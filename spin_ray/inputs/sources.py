@@ -66,8 +66,8 @@ def _refuse_several_splits(files: list[str], folder: str) -> None:
     splits = {_SPLITS[found[-1]] for file in files if (found := _SPLIT.findall(_below(file, folder).lower()))}
     if len(splits) > 1:
         raise DataError(
-            f"{folder}: holds files of several splits ({', '.join(sorted(splits))}); name one, e.g. "
-            f"{folder.rstrip('/')}/**/{min(splits & {'train'} or splits)}*, or all by **/*"
+            f"{folder}: holds files of several splits ({', '.join(sorted(splits))}); name one by its folder, or by a "
+            f"glob such as {folder.rstrip('/')}/**/*{min(splits & {'train'} or splits)}*"
         )
 
 

@@ -57,11 +57,12 @@ def check_on_workers(graders: Mapping[str, str]) -> None:
     for setting, grade in graders.items():
         try:
             ray.get(task.remote(grade, setting))
-        except ray.exceptions.RayTaskError as error:
-            raise ConfigError(
-                f"{setting}: {grade} cannot be imported on the workers ({last_line(error)}); put its folder into "
-                "--working-dir of ray job submit, and what it needs into pip of the runtime environment"
-            ) from error
+        except ray.exceptions.RayError as error:
+            cause = getattr(error, "cause", None)
+            if isinstance(cause, ConfigError):
+                cure = "or give it to the job by --working-dir and --runtime-env-json (docs/data.md)"
+                raise ConfigError(f"on the workers, {cause}, {cure}") from error
+            raise StageError(f"{setting} {grade}: {last_line(error)}; run the command again") from error
 
 
 def _import_grader(grade: str, setting: str) -> None:

@@ -4,6 +4,7 @@ import json
 import sys
 import time
 from pathlib import Path
+from types import ModuleType
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -11,10 +12,11 @@ import pytest
 import ray.cloudpickle
 
 from spin_ray.config.recipe import SpinConfig
-from spin_ray.errors import DataError, ResourceError, StageError
+from spin_ray.errors import ConfigError, DataError, ResourceError, StageError
 from spin_ray.inputs.embedded import resolve
 from spin_ray.loop.stages import pairs, prompts
 from spin_ray.loop.stages.generation import stage as generation
+from spin_ray.report.grading import check_on_workers
 from spin_ray.run_dir.run_dir import RunDir
 from spin_ray.run_dir.storage import Storage
 from spin_ray.runtime.engine import EngineSpec, StartEngine
@@ -147,6 +149,15 @@ def test_a_damaged_parquet_file_is_one_line_though_a_task_found_it(tmp_path: Pat
     with pytest.raises(DataError, match=r"rows.parquet: is damaged near row 0") as raised:
         make_prompts(run, config)
     assert "\n" not in str(raised.value)
+
+
+def test_a_grader_that_workers_cannot_import_is_said_at_the_start(monkeypatch: pytest.MonkeyPatch) -> None:
+    here = ModuleType("only_on_the_driver")
+    here.grade = float  # type: ignore[attr-defined]
+    monkeypatch.setitem(sys.modules, here.__name__, here)
+    check_on_workers({"evaluation.grade": "exact", "scorer.path": "statistics:mean"})
+    with pytest.raises(ConfigError, match=r"on the workers, self_filter\.grade: only_on_the_driver:grade cannot"):
+        check_on_workers({"self_filter.grade": "only_on_the_driver:grade"})
 
 
 def test_a_stage_that_cannot_be_placed_is_refused_at_once() -> None:

@@ -7,7 +7,6 @@ from typing import Any, NamedTuple
 
 import pytest
 
-from spin_ray.errors import ModelError
 from spin_ray.inputs.check import _other_ids
 from spin_ray.inputs.findings import find_in_rows, find_in_template
 from spin_ray.inputs.rendering import ChatRenderer, Rendered
@@ -166,8 +165,3 @@ def test_data_without_thoughts_for_a_prompt_that_opens_one_is_an_error_with_its_
     (finding,) = find_in_rows(renderer_of("prompt opens a thought (R1)"), [(ROWS["plain"], None)], "d.jsonl")
     assert finding.severity == "error"
     assert "add the thoughts to the data, or set model.chat_template to a file without <think>" in finding.sentence
-
-
-def test_a_switch_that_no_template_reads_is_an_error_for_a_template_of_the_field():
-    with pytest.raises(ModelError, match="does not read it"):
-        renderer_of("chatml", enable_thinking=False)

@@ -119,7 +119,7 @@ def test_a_folder_of_several_splits_is_refused_and_one_of_them_taken(tmp_path):
     for name in ("data/train-00000-of-00001.jsonl", "data/test-00000-of-00001.jsonl", "data/train_2.jsonl"):
         (tmp_path / name).parent.mkdir(exist_ok=True)
         (tmp_path / name).write_text(ROW)
-    with pytest.raises(UserError, match=r"several splits \(test, train\); name one, e\.g\. .*/\*\*/train\*, or all"):
+    with pytest.raises(UserError, match=r"several splits \(test, train\); name one .*/\*\*/\*train\*$"):
         find_files(str(tmp_path))
     assert [Path(file).name for file in find_files(f"{tmp_path}/**/train*")] == [
         "train-00000-of-00001.jsonl",
@@ -137,7 +137,8 @@ ROWS = {
     "one message chosen": ({"prompt": "q", "chosen": {"role": "assistant", "content": "a"}}, "a"),
     "JSON text of messages": ({"prompt": json.dumps(chat("q")), "completion": "a"}, "a"),
     "a history as JSON text": ({"instruction": "q", "output": "a", "history": '[["x", "y"]]'}, "a"),
-    "text that looks like JSON": ({"prompt": '["q"]', "response": '{"role": 7}'}, '{"role": 7}'),
+    "text that looks like JSON": ({"prompt": '[{"role": "admin"}]', "response": '["a"]'}, '["a"]'),
+    "one role by two names": ({"messages": [chat("q")[0] | {"from": "human"}, *chat("q", "a")[1:]]}, "a"),
     "two answers": ({"instruction": "q", "output": ["a", "b"]}, "found a list of 2 texts"),
     "an unwanted response": ({"prompt": "q", "completion": "a", "label": False}, "rejected: label is false"),
     "a label of something else": ({"prompt": "q", "completion": "a", "label": 0}, "a"),
