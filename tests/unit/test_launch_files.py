@@ -193,6 +193,8 @@ def test_a_service_builds_what_exists_and_calls_a_command_that_parses(name):
     recipe = RECIPES / (f"{what}.yaml" if command == "run" else "smoke.yaml")
     config = load_config(recipe, overrides)
     assert bool(config.train.resources.gpus) == ("deploy" in service)
+    copied = re.findall(r"^COPY (\S+) ", (ROOT / build["dockerfile"]).read_text(), re.MULTILINE)
+    assert "jobs/recipes/" in copied, "the package's recipes are a link to this folder"
 
 
 def test_what_serves_beyond_its_container_asks_for_keys_and_a_token():

@@ -176,7 +176,7 @@ def _print_next(
     hardware = f" --nodes {cluster.nodes} --gpu {cluster.gpu} --gpus-per-node {cluster.gpus_per_node}"
     if phases and seen.rows is not None and planned:
         total = sum(phase.seconds for phase in phases)
-        console.print(f"By arithmetic it takes {exact_duration(total)}; `spin-ray plan` says where they go.")
+        console.print(f"By arithmetic it takes {exact_duration(total)}; `spin-ray plan` says where the time goes.")
     if "data.heldout" not in settings:
         console.print("[yellow]note[/] without data.heldout nothing is measured", highlight=False)
     plan = f"spin-ray plan {recipe}{hardware if machines.gpus else ''}"

@@ -1,5 +1,6 @@
 """A setting of a recipe with its reason, as ``init`` collects them."""
 
+from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 
@@ -15,11 +16,16 @@ Settings = dict[str, Setting]
 
 def tree_of(settings: Settings) -> dict[str, Any]:
     """Returns the values as a recipe has them, ``{"train": {"lora": {"rank": 16}}}``."""
+    return nested({place: setting.value for place, setting in settings.items()})
+
+
+def nested(flat: Mapping[str, Any]) -> dict[str, Any]:
+    """Returns ``{"a": {"b": 1}}`` for ``{"a.b": 1}``."""
     tree: dict[str, Any] = {}
-    for place, setting in settings.items():
+    for place, value in flat.items():
         *sections, field = place.split(".")
         branch = tree
         for section in sections:
             branch = branch.setdefault(section, {})
-        branch[field] = setting.value
+        branch[field] = value
     return tree

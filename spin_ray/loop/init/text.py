@@ -6,7 +6,7 @@ import yaml
 
 from spin_ray.config import sections
 from spin_ray.config.schema import SCHEMA_FILE, editor_line
-from spin_ray.loop.init.settings import Setting, Settings
+from spin_ray.loop.init.settings import Setting, Settings, nested
 
 _COLUMN = 44
 """Column at which reasons begin, where values are shorter."""
@@ -15,22 +15,11 @@ _COLUMN = 44
 def recipe_text(settings: Settings, head: list[str]) -> str:
     """Returns the text of a recipe; ``head`` are its first comments."""
     lines = [editor_line(str(SCHEMA_FILE)), *(f"# {line}".rstrip() for line in head)]
-    branches = _branches(settings)
+    branches = nested(settings)
     for section in sections.Settings.model_fields:
         if section in branches:
             lines += _lines(section, branches[section], "")
     return "\n".join(lines) + "\n"
-
-
-def _branches(settings: Settings) -> dict[str, Any]:
-    tree: dict[str, Any] = {}
-    for place, setting in settings.items():
-        *parents, name = place.split(".")
-        branch = tree
-        for parent in parents:
-            branch = branch.setdefault(parent, {})
-        branch[name] = setting
-    return tree
 
 
 def _lines(name: str, branch: Any, indent: str) -> list[str]:

@@ -7,12 +7,15 @@ from pathlib import Path
 import pytest
 import yaml
 from click.testing import CliRunner, Result
+from rich.console import Console
 
 from spin_ray.cli import cli
 from spin_ray.config.load import load_config, parse_config
 from spin_ray.errors import ConfigError
 from spin_ray.inputs.survey import Survey
 from spin_ray.loop.algorithms.table import check_algorithm
+from spin_ray.loop.init.command import Options
+from spin_ray.loop.init.command import init as write_recipe
 from spin_ray.loop.init.fit import fit
 from spin_ray.loop.init.look import Look, find_machines, heldout_beside
 from spin_ray.loop.init.settings import Setting, Settings, tree_of
@@ -85,6 +88,24 @@ def test_without_a_terminal_what_is_missing_is_named(tmp_path, missing, words):
     assert (
         isinstance(result.exception, ConfigError) and str(result.exception) == f"{words}: is not given; add {missing}"
     )
+
+
+def test_a_person_is_asked_for_what_is_not_given_and_enter_takes_what_was_found(tmp_path):
+    """Hardware, model, rows, held-out rows, warm-up; what was typed as an option is not asked for."""
+    asked: list[tuple[str, str | None]] = []
+
+    def ask(question: str, default: str | None) -> str:
+        asked.append((question.partition(" ")[0], default))
+        answers = {"GPU": "L4", "GPUs": "2", "Training": "embedded:arithmetic-train", "Is": "no"}
+        return answers.get(asked[-1][0], default or "")
+
+    recipe = tmp_path / "mine.yaml"
+    write_recipe(Options(recipe=recipe, model="embedded:tiny-llama"), ask, Console(quiet=True))
+    config = load_config(recipe)
+    assert [question for question, _ in asked] == ["GPU", "GPUs", "Training", "Held-out", "Is"]
+    assert config.train.workers == 2 and config.sft is not None and config.data.heldout is None
+    with pytest.raises(ConfigError, match="many is no number"):
+        write_recipe(Options(recipe=tmp_path / "no.yaml"), lambda *_: "many", Console(quiet=True))
 
 
 def test_a_model_that_is_not_here_is_said_to_be_unseen(tmp_path):
