@@ -9,7 +9,7 @@ from typing import Any, Protocol
 
 from spin_ray.config.sections import ModelConfig
 from spin_ray.errors import ConfigError, ModelError, first_line
-from spin_ray.run_dir.artefact import Artefact, folder_entries
+from spin_ray.run_dir.artefact import folder_entries
 from spin_ray.run_dir.storage import Digest, folder_digest
 
 _POSITIONS = ("max_position_embeddings", "n_positions", "max_seq_len", "max_sequence_length")
@@ -65,12 +65,6 @@ def open_model(path: str | Path, name: str, *, trust_remote_code: bool = False) 
         pad if isinstance(pad, int) and pad >= 0 else 0,
         {file: Digest(entry.sha256, entry.bytes) for file, entry in entries.items()},
     )
-
-
-def open_artefact(artefact: Artefact, name: str, pad_id: int) -> ModelFolder:
-    """Opens a model that a run has trained, and checks its digests."""
-    files = artefact.verify().files
-    return ModelFolder(artefact.local_folder(), folder_digest(files), name, pad_id, source=artefact)
 
 
 def find_model(config: ModelConfig) -> Path:

@@ -17,7 +17,7 @@ from typing import Any
 
 from spin_ray.config.recipe import SpinConfig
 from spin_ray.inputs.check import Start
-from spin_ray.inputs.model_folder import ModelFolder, open_artefact
+from spin_ray.inputs.model_folder import ModelFolder
 from spin_ray.loop import probe
 from spin_ray.loop.algorithms.base import Algorithm, Turn
 from spin_ray.loop.algorithms.table import find_algorithm
@@ -33,6 +33,7 @@ from spin_ray.report.progress import RunProgress
 from spin_ray.report.tracking import track
 from spin_ray.run_dir.names import iterate_name
 from spin_ray.run_dir.run_dir import RunDir
+from spin_ray.run_dir.storage import folder_digest
 from spin_ray.runtime.connect import connect
 from spin_ray.runtime.engine import EngineSpec, GenerationEngine, StartEngine
 from spin_ray.runtime.model_sharing import share
@@ -50,7 +51,7 @@ def spin(run: RunDir, config: SpinConfig, start: Start, start_engine: StartEngin
         initial = _prepare(run, config, start)
         play = _player(run, start, start_engine)
         if config.probe:
-            found = probe.run(run, config, initial, play)
+            found = _probe(run, config, initial, play)
             for sentence in (*found["sentences"], *found["cautions"]):
                 logger.warning("probe: %s", sentence)
             if run.latest() is None and should_stop(config, found):
@@ -63,7 +64,11 @@ def look(run: RunDir, config: SpinConfig, start: Start, start_engine: StartEngin
     """Does all that comes before iteration 0, and returns what a probe finds."""
     with _working(run, config):
         start = _for_every_machine(start)
-        return probe.run(run, config, _prepare(run, config, start), _player(run, start, start_engine))
+        return _probe(run, config, _prepare(run, config, start), _player(run, start, start_engine))
+
+
+def _probe(run: RunDir, config: SpinConfig, initial: ModelFolder, play: probe.Play) -> dict[str, Any]:
+    return probe.run(run, config, initial, play, lambda of, iterate: _open_iterate(of, iterate, initial.pad_id))
 
 
 @contextmanager
@@ -87,7 +92,7 @@ def _prepare(run: RunDir, config: SpinConfig, start: Start) -> ModelFolder:
     if not config.sft:
         return start.model
     training.run_sft(run, config, start.model)
-    return open_artefact(run.model(0), iterate_name(0), start.model.pad_id)
+    return _open_iterate(run, 0, start.model.pad_id)
 
 
 def _spin(run: RunDir, config: SpinConfig, start: Start, initial: ModelFolder, play: Play) -> None:
@@ -95,7 +100,7 @@ def _spin(run: RunDir, config: SpinConfig, start: Start, initial: ModelFolder, p
     opponent, previous, evaluations = initial, None, []
     for iteration in range(config.iterations + 1):
         if iteration > 0:
-            opponent = open_artefact(run.model(iteration), iterate_name(iteration), start.model.pad_id)
+            opponent = _open_iterate(run, iteration, start.model.pad_id)
         turn = Turn(
             run=run, config=config, start=start, iteration=iteration, opponent=opponent, initial=initial, play=play
         )
@@ -155,6 +160,13 @@ def _jobs(turn: Turn, algorithm: Algorithm) -> list[Job]:
         target, rows = run.generations(turn.iteration), turn.rows_of(played)
         jobs.append(Job(played, target, opponent.name, opponent.digest, rows))
     return jobs
+
+
+def _open_iterate(run: RunDir, iterate: int, pad_id: int) -> ModelFolder:
+    """Opens θ_iterate and checks its digests."""
+    artefact = run.model(iterate)
+    files = artefact.verify().files
+    return ModelFolder(artefact.local_folder(), folder_digest(files), iterate_name(iterate), pad_id, source=artefact)
 
 
 @dataclass(frozen=True)

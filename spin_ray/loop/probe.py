@@ -9,7 +9,7 @@ Everything is kept in RUN/probe until the verdict is there; then the two trained
 
 import json
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -17,7 +17,7 @@ import pyarrow as pa
 
 from spin_ray.config.recipe import SpinConfig, digest
 from spin_ray.config.sections import HealthConfig, ObjectiveConfig, ProbeConfig
-from spin_ray.inputs.model_folder import ModelFolder, open_artefact
+from spin_ray.inputs.model_folder import ModelFolder
 from spin_ray.inputs.rendering import load_tokenizer
 from spin_ray.learner.step import Objective
 from spin_ray.loop.algorithms.base import margin_objective, pair_table
@@ -38,6 +38,7 @@ SPIN, SFT = "probe_spin", "probe_sft"
 MADE_FROM = f"{FOLDER}/made_from.json"
 Play = Callable[[SpinConfig, ModelFolder, list[Job]], None]
 """Function that lets a model answer prompts, under a recipe."""
+OpenIterate = Callable[[RunDir, int], ModelFolder]
 
 
 class _ProbeDir(RunDir):
@@ -58,6 +59,7 @@ class _Probe:
     """Place of the SFT that SPIN is compared with."""
     config: SpinConfig
     initial: ModelFolder
+    open_iterate: OpenIterate
 
     @property
     def answers(self) -> Artefact:
@@ -68,7 +70,9 @@ class _Probe:
         return self.spin.heldout_samples(0)
 
 
-def run(run_dir: RunDir, config: SpinConfig, initial: ModelFolder, play: Play) -> dict[str, Any]:
+def run(
+    run_dir: RunDir, config: SpinConfig, initial: ModelFolder, play: Play, open_iterate: OpenIterate
+) -> dict[str, Any]:
     """Writes and returns probe.json; one made from the same inputs and settings is kept.
 
     Args:
@@ -83,7 +87,7 @@ def run(run_dir: RunDir, config: SpinConfig, initial: ModelFolder, play: Play) -
     if run_dir.storage.find(MADE_FROM) != made_from.encode():
         run_dir.storage.delete(FOLDER)
         run_dir.storage.replace(MADE_FROM, made_from.encode())
-    probe = _Probe(_ProbeDir(run_dir, FOLDER), _ProbeDir(run_dir, f"{FOLDER}/more_sft"), recipe, initial)
+    probe = _Probe(_ProbeDir(run_dir, FOLDER), _ProbeDir(run_dir, f"{FOLDER}/more_sft"), recipe, initial, open_iterate)
     _take_rows(run_dir, probe.spin, settings, config.seed)
     jobs = [(probe.spin.heldout, probe.heldout_answers), (probe.spin.prompts, probe.answers)]
     play(recipe, initial, [Job(rows, to, initial.name, initial.digest) for rows, to in jobs])
@@ -209,7 +213,7 @@ def _pairs_left(probe: _Probe) -> int:
 
 def _train(probe: _Probe, where: _ProbeDir, objective: Objective) -> ModelFolder:
     training.run(where, probe.config, 0, probe.initial, objective)
-    return open_artefact(where.model(1), SFT if where is probe.sft else SPIN, probe.initial.pad_id)
+    return replace(probe.open_iterate(where, 1), name=SFT if where is probe.sft else SPIN)
 
 
 def _scores(probe: _Probe, models: list[ModelFolder]) -> pa.Table:
