@@ -59,23 +59,29 @@ def markdown(found: dict[str, Any]) -> str:
             cells = [name, len(one["seeds"]), one["iterate"], one["temperature"], one["sft_iterate"]]
             lines.append(table_line([*map(str, cells), one["sft_temperature"], interval(one)]))
         lines.append("")
-    if found["rows"]:
-        one = found["rows"][0]
-        lines += [
-            "## On test rows", "",
-            f"{found['conversations']} conversations. People's replies: {one['real_length']:.1f} tokens, distinct-2 "
-            f"{one['real_distinct_2']:.3f}, self-BLEU {one['people_self_bleu']:.3f}.", "",
-        ]  # fmt: skip
-        heads = ["arm", "seed", "θ", "temperature", *(head for head, _ in MEASURES.values()), "k tokens"]
-        lines += [table_line(heads), table_line(["---"] * len(heads))]
-        for row in found["rows"]:
-            cells = [row["arm"], str(row["seed"]), str(row["iterate"]), row["temperature"]]
-            cells += ["–" if row[key] is None else f"{row[key]:.{digits}f}" for key, (_, digits) in MEASURES.items()]
-            lines.append(table_line([*cells, f"{row['train_tokens'] / 1000:.0f}"]))
-        lines += ["", f"![accuracy of the discriminators over temperature](quality_{found['setting']}.svg)"]
+    lines += _rows(found)
     lines += ["", "## Arms", ""]
     lines += [f"- `{name}`: {why}" for name, why in found["why"].items()]
     return "\n".join([*lines, ""])
+
+
+def _rows(found: dict[str, Any]) -> list[str]:
+    """The table of everything measured on test rows; empty without."""
+    if not found["rows"]:
+        return []
+    one = found["rows"][0]
+    lines = [
+        "## On test rows", "",
+        f"{found['conversations']} conversations. People's replies: {one['real_length']:.1f} tokens, distinct-2 "
+        f"{one['real_distinct_2']:.3f}, self-BLEU {one['people_self_bleu']:.3f}.", "",
+    ]  # fmt: skip
+    heads = ["arm", "seed", "θ", "temperature", *(head for head, _ in MEASURES.values()), "k tokens"]
+    lines += [table_line(heads), table_line(["---"] * len(heads))]
+    for row in found["rows"]:
+        cells = [row["arm"], str(row["seed"]), str(row["iterate"]), row["temperature"]]
+        cells += ["–" if row[key] is None else f"{row[key]:.{digits}f}" for key, (_, digits) in MEASURES.items()]
+        lines.append(table_line([*cells, f"{row['train_tokens'] / 1000:.0f}"]))
+    return [*lines, "", f"![accuracy of the discriminators over temperature](quality_{found['setting']}.svg)"]
 
 
 def plot(found: dict[str, Any]) -> str:
