@@ -8,8 +8,8 @@ import torch.distributed as dist
 
 from spin_ray.config.recipe import SpinConfig
 from spin_ray.inputs.check import check_recipe
-from spin_ray.loop import launch
-from spin_ray.loop.driver import _engine_spec, _player, _probe
+from spin_ray.loop import launch, probe
+from spin_ray.loop.driver import _engine_spec, _player
 from spin_ray.loop.stages.generation.stage import row_seed
 from spin_ray.run_dir.run_dir import RunDir
 from spin_ray.run_dir.schemas import PROMPT_SCHEMA
@@ -60,6 +60,6 @@ def test_small_talk_has_something_to_teach_and_the_models_own_samples_have_not(t
     taught = [row | {"real_ids": completion.token_ids} for row, completion in zip(rows, said, strict=True)]
     write_rows(run.prompts, PROMPT_SCHEMA, taught, 96)
     start = check_recipe(CONFIG)
-    found = _probe(run, CONFIG, start.model, _player(run, start, lambda spec: engine))
+    found = probe.run(run, CONFIG, start.model, _player(run, start, lambda spec: engine))
     assert not found["something_to_learn"], found["sentences"]
     assert Path(run.storage.root, "probe.json").exists()
