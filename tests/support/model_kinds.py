@@ -47,7 +47,6 @@ class ModelKind:
     trait: str = ""
     """Trait that a scorer can get wrong."""
     layout: str = "packed"
-    experts: bool = False
 
     def make(self, **more: Any) -> Any:
         """Returns the model, each parameter random; log-probabilities depend strongly on every token."""
@@ -73,14 +72,14 @@ KINDS: dict[str, ModelKind] = {
             "llama_4_scaling_beta": 0.5, "beta_fast": 32.0, "beta_slow": 1.0, "mscale": 1.0, "mscale_all_dim": 1.0}},
         "temperature by position",
     ),
-    "Mixtral": ModelKind("mixtral", {"num_local_experts": 4, "sliding_window": None}, "experts", experts=True),
+    "Mixtral": ModelKind("mixtral", {"num_local_experts": 4, "sliding_window": None}, "experts"),
     "Qwen2.5": ModelKind(
         "qwen2",
         {"use_sliding_window": True, "sliding_window": WINDOW, "layer_types": ["full_attention", "sliding_attention"]},
         "biases, a window in later layers",
     ),
     "Qwen3": ModelKind("qwen3", {"head_dim": 8}, "normed queries and keys"),
-    "Qwen3-MoE": ModelKind("qwen3_moe", {"head_dim": 8, "num_experts": 4, **_EXPERTS}, "experts", experts=True),
+    "Qwen3-MoE": ModelKind("qwen3_moe", {"head_dim": 8, "num_experts": 4, **_EXPERTS}, "experts"),
     "Gemma 2": ModelKind(
         "gemma2",
         {"head_dim": 8, "query_pre_attn_scalar": 8, "attn_logit_softcapping": 2.0, "final_logit_softcapping": 3.0,
@@ -106,13 +105,13 @@ KINDS: dict[str, ModelKind] = {
     "Cohere 2": ModelKind(
         "cohere2", {"logit_scale": 0.3, "sliding_window": WINDOW, "layer_types": _TWO_KINDS}, "scaled logits, windows"
     ),
-    "DeepSeek-V2": ModelKind("deepseek_v2", _LATENT, "latent attention, experts after a dense layer", experts=True),
-    "DeepSeek-V3": ModelKind("deepseek_v3", _LATENT, "latent attention, grouped experts", experts=True),
+    "DeepSeek-V2": ModelKind("deepseek_v2", _LATENT, "latent attention, experts after a dense layer"),
+    "DeepSeek-V3": ModelKind("deepseek_v3", _LATENT, "latent attention, grouped experts"),
     "gpt-oss": ModelKind(
         "gpt_oss",
         {"head_dim": 8, "num_local_experts": 4, "num_experts_per_tok": 2, "sliding_window": WINDOW,
          "layer_types": _TWO_KINDS},
-        "attention sinks, windows, fused experts", experts=True,
+        "attention sinks, windows, fused experts"
     ),
     "Falcon": ModelKind("falcon", {"new_decoder_architecture": True, "num_kv_heads": 2}, "parallel attention"),
     "Falcon (ALiBi)": ModelKind("falcon", {"alibi": True}, "positions in the mask", layout="padded"),
@@ -121,7 +120,7 @@ KINDS: dict[str, ModelKind] = {
         "llama4_text",
         {"attention_chunk_size": WINDOW, "head_dim": 8, "num_local_experts": 2, "intermediate_size_mlp": 48,
          "layer_types": ["chunked_attention", "full_attention"], "no_rope_layers": [1, 0], "moe_layers": [1]},
-        "chunks, temperature by position", layout="padded", experts=True,
+        "chunks, temperature by position", layout="padded"
     ),
     "Mamba 2": ModelKind(
         "mamba2", {"num_heads": 8, "head_dim": 8, "state_size": 8, "n_groups": 1, "chunk_size": 16}, "state space",
@@ -133,7 +132,7 @@ KINDS: dict[str, ModelKind] = {
         "jamba",
         {"attn_layer_period": 2, "attn_layer_offset": 1, "expert_layer_period": 2, "expert_layer_offset": 1,
          "num_experts": 2, "mamba_d_state": 8, "mamba_dt_rank": 4, "use_mamba_kernels": False},
-        "state space and attention", layout="padded", experts=True,
+        "state space and attention", layout="padded"
     ),
     "Falcon-H1": ModelKind("falcon_h1", {"mamba_d_ssm": 64, **_STATE}, "state space beside attention", layout="padded"),
     "Granite 4 (hybrid)": ModelKind(
@@ -144,6 +143,6 @@ KINDS: dict[str, ModelKind] = {
     ),
     "Qwen3-Next": ModelKind(
         "qwen3_next", {"layer_types": ["full_attention", "linear_attention"], **_LINEAR}, "linear attention, experts",
-        layout="padded", experts=True,
+        layout="padded"
     ),
 }  # fmt: skip

@@ -94,6 +94,26 @@ def test_sparse_attention_is_packed_only_if_every_token_is_taken() -> None:
     assert choose(every).layout == "packed"
 
 
+@pytest.mark.parametrize(
+    ("settings", "reason"),
+    [
+        ({"attention_chunk_size": 12, "attn_temperature_tuning": False}, "attends within chunks of 12 tokens"),
+        ({"attention_chunk_size": 64, "floor_scale": 8192}, "temperature counts places in the pack, not positions"),
+        ({"attention_chunk_size": 64, "attn_temperature_tuning": False}, None),
+    ],
+)
+def test_what_depends_on_places_is_packed_only_where_no_pack_shows_it(
+    settings: dict[str, Any], reason: str | None
+) -> None:
+    """Packs may be longer than all that is tried: the temperature changes at place 8192."""
+    model = KINDS["Llama 4 (text)"].make(**settings)
+    if reason is None:
+        assert choose(model).layout == "packed"
+    else:
+        with pytest.raises(ModelError, match=reason):
+            choose(model, "packed")
+
+
 def test_a_layer_of_its_own_kind_is_tried_however_late_it_comes() -> None:
     """The third of four layers is the first convolution, and no setting names it."""
     kinds = ["full_attention", "full_attention", "conv", "full_attention"]
