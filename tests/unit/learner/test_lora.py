@@ -132,6 +132,27 @@ def test_a_checkpoint_holds_the_adapters_only_and_resumes_bit_for_bit(make: Make
         assert torch.equal(resumed.score(batch), backend.score(batch))
 
 
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_the_next_iteration_begins_with_the_bits_of_the_committed_adapter(
+    make: MakeBackend, precision: str, tmp_path: Path
+) -> None:
+    """To train and to score alike; in bf16 the frozen weights are read in shares, and the adapter is filled in last."""
+    alone = LoraConfig(rank=4, alpha=6, merge=False)
+    backend = make(alone, precision=precision)
+    train(backend, ROWS, 2)
+    backend.export_hf(tmp_path)
+    assert not (tmp_path / "model.safetensors").exists()
+    trains, scores = (
+        make(alone, precision=precision, adapter=tmp_path),
+        make(None, precision=precision, adapter=tmp_path, optimizer=None),
+    )
+    for batch in batches_of(ROWS):
+        assert torch.equal(trains.score(batch), backend.score(batch))
+        assert torch.equal(scores.score(batch), backend.score(batch))
+    with pytest.raises(ModelError, match=r"has shape .*set train\.lora\.rank"):
+        make(LoraConfig(rank=2, merge=False), adapter=tmp_path)
+
+
 def test_muon_moves_adapters_as_torch_does(make: MakeBackend) -> None:
     backend = make(optimizer=OptimizerConfig(name="muon", schedule="constant", warmup_fraction=0, max_grad_norm=1e9))
     shards = {name: shard for name, shard in backend._shards.items() if shard.requires_grad}
