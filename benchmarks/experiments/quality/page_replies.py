@@ -42,9 +42,10 @@ def markdown(found: dict[str, Any]) -> str:
     if theta_0:
         course = ", ".join(f"{value:.3f}" for value in found["warm_up_logp"])
         so_far = "" if theta_0["complete"] else " so far"
+        last = theta_0["warm_up_iterate"] == len(found["warm_up_logp"])
         lines += [
             f"θ_0 is iterate {theta_0['warm_up_iterate']} of the warm-up{so_far}; log p(y) of dev rows per token after",
-            f"each epoch: {course}.", "",
+            f"each epoch: {course}.{' It still rose at the end: the plateau was not reached.' if last else ''}", "",
         ]  # fmt: skip
     if found["still_to_run"]:
         lines += [f"Still to run: {'; '.join(found['still_to_run'])}.", ""]
