@@ -3,7 +3,6 @@
 import json
 import logging
 import os
-import shlex
 import signal
 import sys
 import time
@@ -22,7 +21,6 @@ if TYPE_CHECKING:
 
 EXIT_FAILED, EXIT_BAD_INPUT = 1, 2
 FOLLOW_EVERY_S = 5
-REPORT = "report.html"
 
 _OVERRIDES = {"ignore_unknown_options": True, "allow_extra_args": False}
 
@@ -70,8 +68,7 @@ def completion(shell: str) -> None:
     """Print the completion of SHELL: eval "$(spin-ray completion bash)" in its start file."""
     from click.shell_completion import get_completion_class
 
-    made = get_completion_class(shell)
-    assert made is not None  # click has these three
+    made: Any = get_completion_class(shell)
     click.echo(made(cli, {}, "spin-ray", "_SPIN_RAY_COMPLETE").source())
 
 
@@ -86,14 +83,14 @@ def run(recipe: str, out: str, overrides: tuple[str, ...]) -> None:
     """
     config = load_config(recipe, parse_overrides(overrides))
     from spin_ray.loop.launch import run_spin
-    from spin_ray.report.status import print_summary
+    from spin_ray.report.status import print_summary, what_is_kept
     from spin_ray.runtime.stderr_sorter import sort_stderr
 
     sort_stderr()
     try:
         result = run_spin(config, out)
     except (KeyboardInterrupt, SystemExit):
-        click.echo(_kept(out), err=True)
+        click.echo(what_is_kept(out), err=True)
         raise
     print_summary(result.run, Console())
 
@@ -182,8 +179,8 @@ def report(run_folders: tuple[str, ...], out: str | None) -> None:
 
     runs = [open_run(folder) for folder in run_folders]
     if out is None:
-        runs[0].storage.replace(REPORT, report_page(runs).encode())
-        click.echo(runs[0].storage.where(REPORT))
+        runs[0].storage.replace("report.html", report_page(runs).encode())
+        click.echo(runs[0].storage.where("report.html"))
     elif "://" in out:
         raise UserError(f"--out {out}: is no file of this machine; without --out the page goes to the first run")
     else:
@@ -214,7 +211,7 @@ def export_(run_folder: str, iterate: str, target: str, what: str, form: Any) ->
     if what == "pairs":
         found = rows.pairs_of(run, iterate, counts)
     else:
-        from spin_ray.serving.arena.exported import exported_votes
+        from spin_ray.serving.arena.exported import exported_votes  # slow: vLLM
 
         found = rows.preferred_of_votes(exported_votes(run))
     click.echo(rows.write_rows(found, form, target, counts))
@@ -237,18 +234,7 @@ def export_(run_folder: str, iterate: str, target: str, what: str, form: Any) ->
 @click.option("--response-tokens", type=click.FloatRange(min=1), default=None, help="Mean length. Not given: measured.")
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")
 @click.argument("overrides", nargs=-1, type=click.UNPROCESSED)
-def plan(
-    recipe: str,
-    nodes: int,
-    gpu: str | None,
-    gpus_per_node: int,
-    network: float | None,
-    rows: int | None,
-    prompt_tokens: float | None,
-    response_tokens: float | None,
-    as_json: bool,
-    overrides: tuple[str, ...],
-) -> None:
+def plan(recipe: str, as_json: bool, overrides: tuple[str, ...], **options: Any) -> None:
     """Predict hours and memory of RECIPE, and refuse what cannot fit. Runs nothing.
 
     OVERRIDES change single values of the recipe: --train.workers=16
@@ -257,8 +243,8 @@ def plan(
     from spin_ray.planning.plan import Cluster, Given, print_plan
     from spin_ray.planning.plan import as_json as plan_as_json
 
-    cluster = Cluster(nodes=nodes, gpu=gpu, gpus_per_node=gpus_per_node, network=network)
-    given = Given(rows=rows, prompt_tokens=prompt_tokens, response_tokens=response_tokens)
+    given = Given(**{name: options.pop(name) for name in ("rows", "prompt_tokens", "response_tokens")})
+    cluster = Cluster(**options)
     if as_json:
         click.echo(json.dumps(plan_as_json(config, cluster, given), indent=1))
     else:
@@ -295,11 +281,12 @@ def probe(recipe: str, out: str, as_json: bool, overrides: tuple[str, ...]) -> N
     config = load_config(recipe, parse_overrides(overrides))
     from spin_ray.loop.launch import probe_spin
     from spin_ray.report.probe import print_probe
+    from spin_ray.report.status import what_is_kept
 
     try:
         found = probe_spin(config, out)
     except (KeyboardInterrupt, SystemExit):
-        click.echo(_kept(out), err=True)
+        click.echo(what_is_kept(out), err=True)
         raise
     if as_json:
         click.echo(json.dumps(found, indent=1))
@@ -378,21 +365,6 @@ def _show_status(run: "RunDir", console: Console, as_json: bool) -> None:
         print_status(run, console)
 
 
-def _kept(out: str) -> str:
-    """Returns what a stopped run keeps, and the command that goes on."""
-    from spin_ray.run_dir.run_dir import open_run
-
-    try:
-        newest = open_run(out).latest()
-    except Exception:  # the place may be what stopped the run
-        newest = None
-    iterates = f"the iterates up to {newest}, and " if newest else ""
-    return (
-        f"\n{out} keeps {iterates}every finished stage, shard of generation and training checkpoint; "
-        f"go on with: {shlex.join(['spin-ray', *sys.argv[1:]])}"
-    )
-
-
 def main() -> None:
     """Runs the command. Exit code 0: done. 2: bad input, one line names it. 1: the run failed."""
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s", datefmt="%H:%M:%S", stream=sys.stderr)
@@ -403,11 +375,6 @@ def main() -> None:
     try:
         cli(prog_name="spin-ray", standalone_mode=False)
     except UserError as error:
-        if isinstance(error, OtherRunError) and sys.stderr.isatty():
-            from spin_ray.report.status import print_difference
-
-            print_difference(error, Console(stderr=True))
-            sys.exit(EXIT_BAD_INPUT)
         _stop(error, EXIT_BAD_INPUT)
     except click.ClickException as error:
         error.show()
@@ -422,7 +389,12 @@ def main() -> None:
 
 
 def _stop(error: Exception, code: int) -> None:
-    click.echo(f"error: {error}", err=True)
+    if isinstance(error, OtherRunError) and sys.stderr.isatty():
+        from spin_ray.report.status import print_difference
+
+        print_difference(error, Console(stderr=True))
+    else:
+        click.echo(f"error: {error}", err=True)
     sys.exit(code)
 
 

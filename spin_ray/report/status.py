@@ -1,6 +1,8 @@
 """A run in tables: the summary at its end, and ``spin-ray status``."""
 
 import json
+import shlex
+import sys
 import time
 from typing import Any
 
@@ -16,7 +18,7 @@ from spin_ray.report.progress import PROGRESS
 from spin_ray.report.signs import warnings
 from spin_ray.run_dir.events import Event, counted_in, duration, lost_work, read_json_lines, spans, stage_seconds
 from spin_ray.run_dir.names import iterate_number
-from spin_ray.run_dir.run_dir import RunDir
+from spin_ray.run_dir.run_dir import RunDir, open_run
 
 EXAMPLES = 3
 LONGEST_EXAMPLE = 400
@@ -94,6 +96,19 @@ def print_status(run: RunDir, console: Console) -> None:
         line = f"Last event: {event['event']} {event['stage']} {json.dumps(detail) if detail else ''}"
         console.print(line, markup=False)
     console.print(f"LATEST: {run.latest() or 'nothing published yet'}; iterations wanted: {config.iterations}")
+
+
+def what_is_kept(out: str) -> str:
+    """Returns what the folder of a stopped run keeps, and the command that goes on."""
+    try:
+        newest = open_run(out).latest()
+    except Exception:  # the place may be what stopped the run
+        newest = None
+    iterates = f"the iterates up to {newest}, and " if newest else ""
+    return (
+        f"\n{out} keeps {iterates}every finished stage, shard of generation and training checkpoint; "
+        f"go on with: {shlex.join(['spin-ray', *sys.argv[1:]])}"
+    )
 
 
 def is_running(run: RunDir) -> bool:
