@@ -90,7 +90,7 @@ def run(recipe: str, out: str, overrides: tuple[str, ...]) -> None:
     try:
         result = run_spin(config, out)
     except (KeyboardInterrupt, SystemExit):
-        click.echo(what_is_kept(out), err=True)
+        click.echo(what_is_kept(out), err=True, nl=False)
         raise
     print_summary(result.run, Console())
 
@@ -286,7 +286,7 @@ def probe(recipe: str, out: str, as_json: bool, overrides: tuple[str, ...]) -> N
     try:
         found = probe_spin(config, out)
     except (KeyboardInterrupt, SystemExit):
-        click.echo(what_is_kept(out), err=True)
+        click.echo(what_is_kept(out), err=True, nl=False)
         raise
     if as_json:
         click.echo(json.dumps(found, indent=1))

@@ -261,6 +261,8 @@ def _optimizer_problems(config: SpinConfig) -> Iterator[str]:
     sections = {"train": config.train, "sft": config.sft, "reviser": config.reviser}
     for place, section in sections.items():
         name = section.optimizer.name if section else None
+        if name == "muon" and config.train.backend == "deepspeed":
+            yield f"{place}.optimizer.name: muon needs train.backend: fsdp2; DeepSpeed flattens the matrices"
         if name == "muon" and not (place == "train" and config.train.lora):
             yield f"{place}.optimizer.name: muon trains matrices only; use it with train.lora, or take adamw"
         if name == "adamw_8bit" and (config.train.workers > 1 or config.train.backend != "fsdp2"):

@@ -9,7 +9,7 @@ from spin_ray.config.recipe import digest
 from spin_ray.config.sections import ModelConfig
 from spin_ray.errors import ModelError
 from spin_ray.inputs.embedded import resolve
-from spin_ray.inputs.model_folder import find_folder, is_adapter, open_model, read_adapter
+from spin_ray.inputs.model_folder import find_folder, is_adapter, read_adapter, refuse_unsafe
 from spin_ray.run_dir.artefact import folder_entries
 from spin_ray.run_dir.cache import cache_root, locked
 
@@ -52,7 +52,7 @@ def _base_of(folder: Path, config: ModelConfig) -> Path:
     if not name:
         raise ModelError(f"{folder}: is an adapter that names no model; set model.base")
     base = find_folder(resolve(name), "model.base")
-    open_model(base, "base", trust_remote_code=config.trust_remote_code)  # refuses adapters, pickles and code
+    refuse_unsafe(base, trust_remote_code=config.trust_remote_code)
     return base
 
 

@@ -54,13 +54,7 @@ def open_model(path: str | Path, name: str, *, trust_remote_code: bool = False) 
         ModelError: it is no model, or holds pickled weights or code.
     """
     folder = Path(path)
-    if not folder.is_dir():
-        raise ModelError(f"{path}: no such model folder")
-    refuse_no_model(folder)
-    unopened = [] if trust_remote_code else unopened_files(folder)
-    if not trust_remote_code:
-        _refuse_untrusted(folder, unopened)
-    _check_weights(folder)
+    unopened = refuse_unsafe(folder, trust_remote_code=trust_remote_code)
     config = read_config(folder)
     pad = config.get("pad_token_id")
     entries = folder_entries(folder, set(unopened))
@@ -71,6 +65,22 @@ def open_model(path: str | Path, name: str, *, trust_remote_code: bool = False) 
         pad if isinstance(pad, int) and pad >= 0 else 0,
         {file: Digest(entry.sha256, entry.bytes) for file, entry in entries.items()},
     )
+
+
+def refuse_unsafe(folder: Path, *, trust_remote_code: bool = False) -> list[Path]:
+    """Checks a model folder without reading its weights; returns the files that nothing opens.
+
+    Raises:
+        ModelError: it is no model, or holds pickled weights or code.
+    """
+    if not folder.is_dir():
+        raise ModelError(f"{folder}: no such model folder")
+    refuse_no_model(folder)
+    unopened = [] if trust_remote_code else unopened_files(folder)
+    if not trust_remote_code:
+        _refuse_untrusted(folder, unopened)
+    _check_weights(folder)
+    return unopened
 
 
 def open_artefact(artefact: Artefact, name: str, initial: ModelFolder) -> ModelFolder:

@@ -53,11 +53,11 @@ def spin(run: RunDir, config: SpinConfig, start: Start, start_engine: StartEngin
         start = _for_every_machine(start)
         initial = _prepare(run, config, start)
         play = _player(run, start, start_engine)
-        if config.probe:
+        if config.probe and run.latest() is None:
             found = probe.run(run, config, initial, play)
             for sentence in (*found["sentences"], *found["cautions"]):
                 logger.warning("probe: %s", sentence)
-            if run.latest() is None and should_stop(config, found):
+            if should_stop(config, found):
                 logger.warning("stopping before iteration 0, as probe.stop says")
                 return
         _spin(run, config, start, initial, partial(play, config))

@@ -22,7 +22,7 @@ from spin_ray.run_dir.names import iterate_name, iterate_number
 from spin_ray.run_dir.object_storage import open_storage
 from spin_ray.run_dir.run_dir import RunDir
 from spin_ray.runtime.engine import StartEngine, VllmEngine
-from spin_ray.runtime.gpu_memory import smallest_card
+from spin_ray.runtime.gpu_memory import largest_card
 from spin_ray.runtime.precision import with_precision
 
 logger = logging.getLogger(__name__)
@@ -92,7 +92,7 @@ def _begin(run: RunDir, config: SpinConfig, inputs: Inputs) -> Start:
 
     check_algorithm(config)
     start = check_recipe(config, inputs, run.date())
-    check_mesh(config, start.model.path, smallest_card(config))
+    check_mesh(config, start.model.path, largest_card(config))
     for finding in start.findings:
         if finding.severity == "warning":
             logger.warning("%s", finding.sentence)

@@ -27,7 +27,7 @@ from spin_ray.loop.stages.training import stage as training
 from spin_ray.report.discriminator import ngram_features, two_sample
 from spin_ray.report.margins import row_margins
 from spin_ray.report.measures import standard_error
-from spin_ray.report.probe import PROBE, Evidence, decide, margin_evidence, read_probe
+from spin_ray.report.probe import PROBE, Evidence, asked_of, decide, margin_evidence, read_probe
 from spin_ray.run_dir.artefact import Artefact
 from spin_ray.run_dir.names import OPPONENT, part_name
 from spin_ray.run_dir.run_dir import RunDir
@@ -89,10 +89,10 @@ def run(run_dir: RunDir, config: SpinConfig, initial: ModelFolder, play: Play) -
     play(recipe, initial, [Job(rows, to, initial.name, initial.digest) for rows, to in jobs])
     evidence = _from_texts(probe) | _from_training(probe, settings)
     evidence["heldout_is_train"] = not run_dir.heldout.is_committed
-    found = {**decide(evidence), "evidence": evidence, "made_from": made_from}
-    run_dir.storage.replace(PROBE, json.dumps(found, indent=1).encode())
+    found = {**decide(evidence), "evidence": evidence, "settings": asked_of(settings), "made_from": made_from}
     for where in (probe.spin, probe.sft):
         run_dir.storage.delete(where.model(1).path)
+    run_dir.storage.replace(PROBE, json.dumps(found, indent=1).encode())
     return found
 
 
@@ -104,6 +104,7 @@ def _recipe(config: SpinConfig, settings: ProbeConfig) -> SpinConfig:
     first = config.at(0)
     train = {
         "epochs": settings.epochs,
+        "schedule_epochs": None,
         "learning_rate": settings.learning_rate or first.learning_rate,
         "global_batch_pairs": min(settings.global_batch_pairs, config.train.global_batch_pairs),
     }
@@ -123,7 +124,7 @@ def _recipe(config: SpinConfig, settings: ProbeConfig) -> SpinConfig:
 def _made_from(run_dir: RunDir, recipe: SpinConfig, settings: ProbeConfig, initial: ModelFolder) -> str:
     heldout = run_dir.heldout.manifest().digest if run_dir.heldout.is_committed else None
     train = [recipe.at(0).learning_rate, recipe.at(0).epochs, recipe.at(0).beta]
-    asked = settings.model_dump(mode="json", exclude={"stop"})
+    asked = asked_of(settings)
     return digest([initial.digest, run_dir.prompts.manifest().digest, heldout, recipe.identity(), train, asked])
 
 
@@ -181,8 +182,8 @@ def _from_training(probe: _Probe, settings: ProbeConfig) -> Evidence:
     if _pairs_left(probe) >= probe.config.train.global_batch_pairs:
         pairs.run(probe.spin, probe.config, 0)
         trained[SPIN] = _train(probe, probe.spin, margin_objective(probe.config, 0))
-    if settings.sft:
-        prompts = probe.spin.prompts
+    prompts = probe.spin.prompts
+    if settings.sft and prompts.manifest().rows >= probe.config.train.global_batch_pairs:
         tables = (pair_table(table, 0, None) for table in prompts.tables())
         fresh = pairs.Fresh(tables, {"prompts": prompts.manifest().digest}, {}, paired=False)
         pairs.make(probe.sft, probe.config, 0, fresh)

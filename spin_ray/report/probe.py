@@ -14,6 +14,7 @@ from rich.console import Console
 from rich.table import Table
 
 from spin_ray.config.recipe import SpinConfig
+from spin_ray.config.sections import ProbeConfig
 from spin_ray.report.measures import BY_KEY, CONFIDENCE, standard_error
 from spin_ray.run_dir.run_dir import RunDir
 
@@ -212,8 +213,15 @@ def read_probe(run: RunDir) -> dict[str, Any] | None:
 
 
 def should_stop(config: SpinConfig, found: dict[str, Any] | None) -> bool:
-    """Tells whether the recipe lets a verdict end the run."""
-    return bool(found and config.probe and config.probe.stop and found["verdict"] == STOP)
+    """Tells whether the recipe lets a verdict, of a probe with its settings, end the run."""
+    if not (found and config.probe and config.probe.stop):
+        return False
+    return found["verdict"] == STOP and found.get("settings") == asked_of(config.probe)
+
+
+def asked_of(settings: ProbeConfig) -> dict[str, Any]:
+    """Returns the settings that a probe's numbers depend on."""
+    return settings.model_dump(mode="json", exclude={"stop"})
 
 
 def print_probe(found: dict[str, Any], console: Console) -> None:

@@ -99,15 +99,18 @@ def print_status(run: RunDir, console: Console) -> None:
 
 
 def what_is_kept(out: str) -> str:
-    """Returns what the folder of a stopped run keeps, and the command that goes on."""
+    """Returns what the folder of a stopped run keeps, and the command that goes on; empty if it has not begun."""
     try:
-        newest = open_run(out).latest()
+        run = open_run(out)
+        if not run.storage.exists("run.json"):
+            return ""
+        newest = run.latest()
     except Exception:  # the place may be what stopped the run
-        newest = None
+        return ""
     iterates = f"the iterates up to {newest}, and " if newest else ""
     return (
         f"\n{out} keeps {iterates}every finished stage, shard of generation and training checkpoint; "
-        f"go on with: {shlex.join(['spin-ray', *sys.argv[1:]])}"
+        f"go on with: {shlex.join(['spin-ray', *sys.argv[1:]])}\n"
     )
 
 

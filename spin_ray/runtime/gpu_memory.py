@@ -50,11 +50,11 @@ def wait_for_memory(
         time.sleep(0.5)
 
 
-def smallest_card(config: SpinConfig) -> int | None:
-    """Returns the bytes of this machine's smallest card; None without one, or if training uses none."""
-    if not config.train.resources.gpus:
+def largest_card(config: SpinConfig) -> int | None:
+    """Returns the bytes of this machine's largest card; None without one, on a cluster, or if training uses none."""
+    if not config.train.resources.gpus or config.cluster.address or os.environ.get("RAY_ADDRESS"):
         return None
-    return min((card.total for card in visible_cards()), default=None)
+    return max((card.total for card in visible_cards()), default=None)
 
 
 def visible_cards(count: int | None = None) -> list[Card]:

@@ -2,15 +2,18 @@
 
 Ray's core writes warnings and errors of its own to file descriptor 2 of the driver, whatever its settings say
 (ray-project/ray#12893). A small process of its own reads what the driver writes there, so that nothing is lost if the
-driver dies: Ray's lines go to a log file, which is named once, and all others to the terminal.
+driver dies: Ray's lines go to a log file, which is named once, and all others to the terminal. ``sys.stderr`` stays
+the terminal.
 """
 
+import logging
 import os
 import re
 import signal
 import subprocess
 import sys
 import tempfile
+from contextlib import suppress
 
 RAY_LINE = re.compile(rb"\[\d{4}-\d\d-\d\d [\d:,]+ [EW] \d+ \d+\] (\(\S+\) )?\S+\.cc:\d+: ")
 """Begin of a warning or error of Ray's core. Fatal ones (C) end the process and stay on the terminal."""
@@ -23,14 +26,25 @@ def sort_stderr() -> None:
             return
     except (AttributeError, OSError, ValueError):  # a notebook's, or a test's
         return
-    log = os.path.join(tempfile.gettempdir(), f"spin-ray-{os.getpid()}.log")
+    file, log = tempfile.mkstemp(prefix="spin-ray-", suffix=".log")
+    os.close(file)
     reader, writer = os.pipe()
     # A session of its own: Ctrl-C and the signals of a batch system are the driver's.
     subprocess.Popen([sys.executable, "-I", "-S", __file__, log], stdin=reader, start_new_session=True)
-    sys.stderr.flush()
+    _keep_python_s_own()
     os.dup2(writer, 2)
     os.close(writer)
     os.close(reader)
+
+
+def _keep_python_s_own() -> None:
+    """Gives ``sys.stderr``, and handlers of logs that write to it, a copy of the terminal's file descriptor."""
+    before = sys.stderr
+    before.flush()
+    sys.stderr = os.fdopen(os.dup(2), "w", buffering=1, errors="backslashreplace")
+    for handler in logging.getLogger().handlers:
+        if isinstance(handler, logging.StreamHandler) and handler.stream is before:
+            handler.setStream(sys.stderr)
 
 
 def sort(log: str) -> None:
@@ -48,6 +62,9 @@ def sort(log: str) -> None:
             _write(pending)
             pending, begun = b"", True
     _write(pending)
+    with suppress(OSError):
+        if os.path.getsize(log) == 0:
+            os.unlink(log)
 
 
 def _write(text: bytes) -> None:
@@ -56,9 +73,13 @@ def _write(text: bytes) -> None:
 
 
 def _keep(line: bytes, log: str) -> None:
-    is_first = not os.path.exists(log)
-    with open(log, "ab") as file:
-        file.write(line + b"\n")
+    try:
+        with open(log, "ab") as file:
+            is_first = file.tell() == 0
+            file.write(line + b"\n")
+    except OSError:  # a full disk
+        _write(line + b"\n")
+        return
     if is_first:
         _write(f"messages of Ray's core are in {log}\n".encode())
 

@@ -15,13 +15,15 @@ from ray._private.worker import global_worker
 
 from spin_ray.config.recipe import SpinConfig
 from spin_ray.config.sections import ServingConfig
-from spin_ray.errors import ConfigError
+from spin_ray.errors import ConfigError, StageError
 from spin_ray.serving.app import STOP_MARGIN_S, endpoint
 from spin_ray.serving.limits import access_log
 
 LOG = "ingress_front.log"
 """File in the folder ``logs/serve`` of Ray's session."""
 _BACKLOG = 2048
+_KEEP_ALIVE_S = 90
+"""Seconds that an idle connection stays open, as at Ray Serve's proxies; proxies in front keep theirs for 60 s."""
 _LOG_BYTES = 100 * 2**20
 
 
@@ -53,11 +55,23 @@ class Front:
                 log_level=logging.WARNING,
                 access_log=False,  # ``Observe`` writes a better one
                 server_header=False,
+                timeout_keep_alive=_KEEP_ALIVE_S,
                 timeout_graceful_shutdown=int(self._stop_s),
             )
         )
         self._thread = threading.Thread(target=self._server.run, args=([port],), name="front", daemon=True)
         self._thread.start()
+
+    @property
+    def answers(self) -> bool:
+        """Tells whether requests are taken.
+
+        Raises:
+            StageError: the server has ended.
+        """
+        if not self._thread.is_alive():
+            raise StageError("the HTTP server has ended; the lines above, or its log, say why")
+        return self._server.started
 
     def stop(self) -> None:
         """Takes no more requests and waits for the answers that have begun, each within its own time limit."""

@@ -129,8 +129,10 @@ class IterateEngine(LLMServer):
         Raises:
             RunDirError: a file is missing or has changed, or the adapter is of another model.
         """
-        engine: Any = self.engine
         if name == self._iterate.name:
+            return
+        engine: Any = self.engine
+        if name in engine._oai_models.lora_requests:
             return
         async with self._loading:
             if name in engine._oai_models.lora_requests:

@@ -19,7 +19,7 @@ from spin_ray.serving.metrics import Metrics
 
 access_log = logging.getLogger("ray.serve.spin_ray.access")
 
-ANSWERED = ("/v1/chat/completions", "/v1/completions", "/v1/compare")
+ANSWERED = ("/v1/chat/completions", "/v1/completions", "/v1/compare", "/v1/battles")
 """Routes that need a place."""
 _HEADERS = [
     (b"x-content-type-options", b"nosniff"),

@@ -11,6 +11,7 @@ from ray import serve
 from spin_ray.config.sections import ServingConfig
 from spin_ray.errors import StageError
 from spin_ray.serving.app import APP
+from spin_ray.serving.front import Front
 from spin_ray.serving.keeper import ENGINE_PREFIX
 
 _LOOK_S = 1.0
@@ -19,15 +20,15 @@ _LOOK_S = 1.0
 class Progress:
     """The last state of each engine that the user was told."""
 
-    def __init__(self, serving: ServingConfig) -> None:
-        self._url = f"http://{serving.host}:{serving.port}"
+    def __init__(self, serving: ServingConfig, front: Front | None = None) -> None:
+        self._url, self._front = f"http://{serving.host}:{serving.port}", front
         self._began, self._told, self._ready = time.monotonic(), dict[str, str](), False
 
     def follow(self, stop: "queue.SimpleQueue[int]") -> None:
         """Tells what changes until a signal comes.
 
         Raises:
-            StageError: the server was deleted.
+            StageError: the server was deleted, or has ended.
         """
         table: dict[str, Any] = {"engines": {}, "problems": {}, "down": []}
         while True:
@@ -47,11 +48,13 @@ class Progress:
         now = {name: f"does not serve: {reason}" for name, reason in table["problems"].items()}
         for app, found in applications.items():
             if app.startswith(ENGINE_PREFIX):
-                name = app.removeprefix(ENGINE_PREFIX).partition(".")[0]
-                now.setdefault(name, _state(name, found, table))
+                inside = [name for name, engine in table["engines"].items() if engine.get("app") == app]
+                for name in inside or [app.removeprefix(ENGINE_PREFIX).partition(".")[0]]:
+                    now.setdefault(name, _state(name, found, table))
         new = [f"{name}: {state}" for name, state in now.items() if self._told.get(name) != state]
         self._told = now
-        if not self._ready and any(state == "ready" for state in now.values()):
+        answers = self._front is None or self._front.answers
+        if not self._ready and answers and any(state == "ready" for state in now.values()):
             self._ready = True
             new.append(f"{self._url} answers; Ctrl-C stops it")
         return new

@@ -4,6 +4,7 @@ import logging
 import os
 import queue
 import signal
+from contextlib import ExitStack
 
 import ray
 from ray import serve
@@ -39,7 +40,7 @@ def serve_run(run: RunDir, config: SpinConfig) -> None:
     for number in (signal.SIGINT, signal.SIGTERM):  # not earlier: Ray sets its own at its start
         take_signal(number, lambda number, _: stop.put(number))
     try:
-        Progress(config.serving).follow(stop)
+        Progress(config.serving, front).follow(stop)
     finally:
         longest_s = config.serving.request_timeout_s + STOP_MARGIN_S
         stop_serving(APP, ENGINE_PREFIX, longest_s, stop, first=front.stop if front else None)
@@ -81,12 +82,14 @@ def start(run: RunDir, config: SpinConfig) -> Front | None:
     """
     serving, folder = config.serving, str(run.storage.root)
     if not (config.cluster.address or os.environ.get("RAY_ADDRESS")):
-        port = listen(serving)
-        if serving.ingress_replicas == 1:
-            connect_for(run, config)
-            serve.start(proxy_location="Disabled")
-            return Front(folder, config, serve.run(keeper(folder, config), name=APP, route_prefix=None), port)
-        port.close()
+        with ExitStack() as held:
+            port = held.enter_context(listen(serving))
+            if serving.ingress_replicas == 1:
+                connect_for(run, config)
+                serve.start(proxy_location="Disabled")
+                front = Front(folder, config, serve.run(keeper(folder, config), name=APP, route_prefix=None), port)
+                held.pop_all()
+                return front
     connect_for(run, config)
     if serve.status().proxies and not serving.keys:
         raise ConfigError("Ray Serve runs on this cluster already, at an address of its own; set serving.keys first")

@@ -164,6 +164,7 @@ class Speaking(IterateEngine):
     def __init__(self, renderer: ChatRenderer, text: str) -> None:
         self._renderer, self._config, self._text = renderer, tiny_config(), text
         self._stops, self._client, self._vocabulary = [renderer.end_of_turn_id], SimpleNamespace(errored=False), 2**20
+        self._iterate = SimpleNamespace(name="sft")
 
     async def chat(self, request: Any, raw_request_info: Any = None) -> Any:
         async def events() -> AsyncGenerator[str, None]:

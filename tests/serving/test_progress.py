@@ -27,3 +27,12 @@ def test_each_step_of_an_engine_is_told_once_and_ready_means_that_something_answ
     ]
     table["down"] = ["sft"]
     assert progress.lines(running, table) == ["sft: its engine has ended and starts again"]
+
+
+def test_iterates_that_share_an_engine_are_told_by_their_names() -> None:
+    """All adapters of a run are answered by the engine of the model below them."""
+    progress = Progress(ServingConfig(port=9000))
+    engines = {name: {"app": "engine.sft.00"} for name in ("iter-0", "iter-1")}
+    running = {"engine.sft.00": application("RUNNING", RUNNING=1)}
+    told = progress.lines(running, {"engines": engines, "problems": {}, "down": []})
+    assert told == ["iter-0: ready", "iter-1: ready", "http://127.0.0.1:9000 answers; Ctrl-C stops it"]

@@ -145,10 +145,13 @@ def by_mesh(tensors: Iterable[Tensor]) -> list[list[Tensor]]:
 
 
 def group_by_mesh(optimizer: Optimizer) -> None:
-    """Splits the optimizer's groups so that each has parameters of one mesh."""
-    optimizer.param_groups = [
-        group | {"params": parameters} for group in optimizer.param_groups for parameters in by_mesh(group["params"])
-    ]
+    """Splits the optimizer's groups so that each has parameters of one mesh.
+
+    The list and its groups stay the same objects: an optimizer may hold on to them.
+    """
+    for group in list(optimizer.param_groups):
+        group["params"], *others = by_mesh(group["params"])
+        optimizer.param_groups += [group | {"params": parameters} for parameters in others]
 
 
 def total_norm(gradients: Iterable[Tensor]) -> Tensor:

@@ -3,6 +3,7 @@
 from collections.abc import Iterator
 
 import pyarrow as pa
+import pyarrow.compute as pc
 
 from spin_ray.config.recipe import SpinConfig
 from spin_ray.errors import RunDirError
@@ -67,4 +68,5 @@ def _with_initial(played: Iterator[pa.Table], initial: Artefact) -> Iterator[pa.
         samples = [pair_id.rpartition("/")[2] for pair_id in table["pair_id"].to_pylist()]
         if table["prompt_id"] != answers["prompt_id"] or samples != [str(it) for it in answers["sample"].to_pylist()]:
             raise RunDirError(f"{initial.path}: has not the prompts of {table['pair_id'][0]}; choose another --out")
-        yield table.append_column(TRIPLET_SCHEMA.field("initial_ids"), answers["token_ids"])
+        joined = table.append_column(TRIPLET_SCHEMA.field("initial_ids"), answers["token_ids"])
+        yield joined.filter(pc.greater(pc.list_value_length(joined["initial_ids"]), 0))

@@ -50,6 +50,8 @@ def init(options: Options, ask: Ask | None, console: Console) -> None:
     """
     if options.recipe.exists():
         raise ConfigError(f"{options.recipe}: exists; move it away or name another file: spin-ray init NEW.yaml")
+    if not options.recipe.absolute().parent.is_dir():
+        raise ConfigError(f"{options.recipe}: its folder does not exist; make it, or name another file")
     machines = find_machines(*_hardware(options, ask))
     foreign = read_foreign(options.source, machines.gpus) if options.source else None
     settings = _answers(options, foreign, ask)
@@ -68,8 +70,8 @@ def _hardware(options: Options, ask: Ask | None) -> tuple[str | None, int | None
     if gpu is None and ask:
         found = find_machines(None, each, 1)
         gpu = ask("GPU (none, or a type such as A100-80G)", found.cluster.gpu or "none")
-        if gpu == found.cluster.gpu and each is None:
-            each = found.cluster.gpus_per_node
+        if gpu == (found.cluster.gpu or "none"):
+            gpu = None  # what is found here, with its number and a note
         elif gpu != "none" and each is None:
             each = _count(ask("GPUs of each machine", "8"))
     return gpu, each, options.nodes
@@ -97,7 +99,8 @@ def _answers(options: Options, foreign: Foreign | None, ask: Ask | None) -> Sett
     train = settings["data.train"].value
     heldout = options.heldout or (heldout_beside(train) if isinstance(train, str) else None)
     if options.heldout is None and "data.heldout" not in settings and ask:
-        heldout = ask("Held-out rows, never trained on (empty: nothing is measured)", heldout or "") or None
+        said = ask("Held-out rows, never trained on (none: nothing is measured)", heldout or "none")
+        heldout = None if said == "none" else said
     if heldout and (options.heldout or "data.heldout" not in settings):
         settings["data.heldout"] = Setting(heldout, "" if options.heldout else "found beside the training rows")
     return _with_warm_up(settings, options, foreign, ask)

@@ -10,7 +10,7 @@ from spin_ray.config.sections import name_of, sources_of
 from spin_ray.errors import ConfigError, ModelError
 from spin_ray.inputs.embedded import resolve
 from spin_ray.inputs.files import SUFFIXES
-from spin_ray.inputs.model_folder import positions_of, read_config, refuse_no_model, refuse_untrainable
+from spin_ray.inputs.model_folder import is_adapter, positions_of, read_config, refuse_no_model, refuse_untrainable
 from spin_ray.inputs.prompt_rows import PromptTask
 from spin_ray.inputs.sources import find_files
 from spin_ray.inputs.survey import UNLIMITED, Survey, survey
@@ -107,6 +107,8 @@ def look(settings: Settings) -> Look:
             raise ModelError(f"model.path {path}: no such folder")
         note = f"{path} is not on this machine; lengths and batches are not fitted to it"
         return Look(shape=KNOWN_SHAPES.get(path), notes=(note,))
+    if is_adapter(folder):
+        return Look(notes=(f"{path} is an adapter; lengths and batches are not fitted to it and the model below it",))
     refuse_no_model(folder)
     refuse_untrainable(folder)
     model = read_config(folder)

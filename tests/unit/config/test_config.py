@@ -126,6 +126,10 @@ def test_long_values_are_cut_in_the_error():
         ({"train": {"lora": {"merge": False, "rank": 600}}}, "train.lora.rank: 600 is more than the 512 that vLLM"),
         ({"train": {"optimizer": {"name": "muon"}}}, "train.optimizer.name: muon trains matrices only"),
         (
+            {"train": {"lora": {}, "backend": "deepspeed", "optimizer": {"name": "muon"}}},
+            "train.optimizer.name: muon needs train.backend: fsdp2",
+        ),
+        (
             {"train": {"lora": {}}, "sft": {"optimizer": {"name": "muon"}}},
             "sft.optimizer.name: muon trains matrices only",
         ),

@@ -12,7 +12,7 @@ from spin_ray.errors import OtherRunError, RunDirError
 from spin_ray.inputs.embedded import resolve
 from spin_ray.inputs.rendering import ChatRenderer, load_tokenizer
 from spin_ray.report.history import read_evaluations
-from spin_ray.report.status import print_difference, print_status, print_summary, status_as_json
+from spin_ray.report.status import print_difference, print_status, print_summary, status_as_json, what_is_kept
 from spin_ray.run_dir.events import stage_seconds
 from spin_ray.run_dir.names import iterate_name
 from spin_ray.run_dir.run_dir import RunDir
@@ -182,6 +182,16 @@ def test_the_summary_shows_examples_the_model_and_how_to_go_on(run):
     assert f"Go on:  spin-ray status {run.storage.root}" in text
     for command in ("report", "serve", "eval"):
         assert f"\n        spin-ray {command} {run.storage.root}\n" in text
+
+
+def test_what_a_stopped_run_keeps_is_said_once_it_has_begun(run, tmp_path, monkeypatch):
+    monkeypatch.setattr("sys.argv", ["spin-ray", "run", "my recipe.yaml"])
+    run.publish(1)
+    assert what_is_kept(str(run.storage.root)) == (
+        f"\n{run.storage.root} keeps the iterates up to iter_000, and every finished stage, shard of generation and "
+        "training checkpoint; go on with: spin-ray run 'my recipe.yaml'\n"
+    )
+    assert what_is_kept(str(tmp_path / "not begun")) == ""
 
 
 def test_a_status_as_json_has_what_is_printed(run):

@@ -40,6 +40,20 @@ def test_only_ray_s_lines_go_to_the_file(tmp_path, end):
     ]
 
 
+def test_python_s_own_stderr_stays_the_terminal():
+    """A live view and colours are for terminals; handlers of logs go along."""
+    said = (
+        "import logging, sys; logging.basicConfig(stream=sys.stderr, level=20, format='%(message)s')\n"
+        "from spin_ray.runtime.stderr_sorter import sort_stderr\n"
+        "before = sys.stderr.isatty(); sort_stderr(); logging.info(f'log {before} {sys.stderr.isatty()}')"
+    )
+    main, terminal = os.openpty()
+    subprocess.run([sys.executable, "-c", said], stderr=terminal, timeout=60, check=True)
+    os.close(terminal)
+    assert os.read(main, 1000).splitlines() == [b"log True True"]
+    os.close(main)
+
+
 def test_a_notebook_s_stderr_is_left_alone(monkeypatch, capsys):
     """capsys stands for it: it has no file descriptor 2."""
     monkeypatch.setattr(subprocess, "Popen", lambda *_, **__: pytest.fail("a process was started"))

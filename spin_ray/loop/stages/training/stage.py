@@ -72,8 +72,9 @@ def _base_name(run_dir: RunDir, config: SpinConfig, opponent: ModelFolder) -> st
     if config.sft:
         return run_dir.storage.where(run_dir.whole_model(0).path)
     path = str((opponent.base or opponent).path)
+    is_pinned = config.model.revision is not None or "@" in config.model.path  # a name would mean the newest
     from_hub = "snapshots" in path and not Path(config.model.path).expanduser().exists()
-    return config.model.path.partition("@")[0] if from_hub else path
+    return config.model.path if from_hub and not is_pinned else path
 
 
 def run_sft(run_dir: RunDir, config: SpinConfig, start: ModelFolder) -> None:
@@ -108,7 +109,7 @@ def fine_tune(
             pack_length=config.train.pack_length, global_batch_pairs=how.global_batch_rows, pad_id=start.pad_id
         ),
         backend=replace(_backend_settings(config, how.optimizer, how.learning_rate), base="bf16"),
-        recipe=config,
+        recipe=config.model_copy(update={"train": config.train.model_copy(update={"lora": None})}),  # all weights
         epochs=how.epochs,
         schedule_epochs=None,
         seed=config.seed,
