@@ -9,6 +9,7 @@ Then ten times as many clients as ours has places ask it for `--overload-s` seco
 Timed are refusals, and, by a process of its own, `/healthz`.
 
     python benchmarks/serving_overhead.py [--clients 8] [--requests 32] [--max-tokens 32] [--rounds 6] [--overload-s 30]
+    python benchmarks/serving_overhead.py --only-overload
 """
 
 import argparse
@@ -57,8 +58,13 @@ def main() -> None:
     parser.add_argument("--max-tokens", type=int, default=32)
     parser.add_argument("--rounds", type=int, default=6)
     parser.add_argument("--overload-s", type=float, default=30)
+    parser.add_argument("--only-overload", action="store_true")
     options = parser.parse_args()
     prepare()
+    if options.only_overload:
+        with tempfile.TemporaryDirectory() as folder, ours(Path(folder)) as url:
+            record(overload(url, options.overload_s))
+        return
     ratios: list[float] = []
     alone: list[Firsts] = []
     loaded: list[Firsts] = []
@@ -154,21 +160,31 @@ def overload(url: str, seconds: float) -> list[Row]:
 
 
 async def insist(url: str, seconds: float) -> dict[int, list[float]]:
-    """Seconds of each request, by status."""
-    found: dict[int, list[float]] = defaultdict(list)
-    end = time.monotonic() + seconds
-    body = {"model": "sft", "messages": PROMPT, "max_tokens": 16}
+    """Seconds of each request, by status. Clients come one after another in the first second.
 
-    async def one(client: httpx.AsyncClient) -> None:
+    Plain sockets: with hundreds of connections an HTTP library is slower than the server.
+    """
+    host, port = url.removeprefix("http://").split(":")
+    body = json.dumps({"model": "sft", "messages": PROMPT, "max_tokens": 16}).encode()
+    head = f"POST /v1/chat/completions HTTP/1.1\r\nHost: {host}\r\nContent-Type: application/json\r\n"
+    request = f"{head}Content-Length: {len(body)}\r\n\r\n".encode() + body
+    found: dict[int, list[float]] = defaultdict(list)
+    end, clients = time.monotonic() + seconds, 10 * PLACES
+
+    async def one(number: int) -> None:
+        await asyncio.sleep(number / clients)
+        reader, writer = await asyncio.open_connection(host, int(port))
         while time.monotonic() < end:
             started = time.perf_counter()
-            status = (await client.post(f"{url}/v1/chat/completions", json=body)).status_code
+            writer.write(request)
+            answer = (await reader.readuntil(b"\r\n\r\n")).lower()
+            await reader.readexactly(int(answer.split(b"content-length:")[1].split(b"\r\n")[0]))
+            status = int(answer[9:12])
             found[status].append(time.perf_counter() - started)
             await asyncio.sleep(status == 503)
+        writer.close()
 
-    clients = 10 * PLACES
-    async with httpx.AsyncClient(timeout=300, limits=httpx.Limits(max_connections=clients)) as client:
-        await asyncio.gather(*(one(client) for _ in range(clients)))
+    await asyncio.gather(*(one(number) for number in range(clients)))
     return found
 
 
