@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import ray
 import ray.data
 import ray.train
 import torch
@@ -74,6 +75,7 @@ def make_inputs(folder: Path) -> SpinConfig:
 
 def in_this_process(monkeypatch: pytest.MonkeyPatch) -> None:
     """Puts loops in the place of Ray Data and Ray Train."""
+    ray.shutdown()  # one that another test left in this process; nothing happens without
     gc.freeze()  # closing a backend collects garbage: not among all that was imported
     monkeypatch.setattr(ray.data, "from_items", _Items)
     monkeypatch.setattr(driver, "share", lambda folder, files: None)
