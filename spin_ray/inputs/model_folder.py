@@ -42,6 +42,11 @@ class ModelFolder:
         """Returns the folder on this machine, fetched if need be; without ``weights`` only what a tokenizer needs."""
         return self.source.local_folder(weights=weights) if self.source else self.path
 
+    @property
+    def whole(self) -> "ModelFolder":
+        """The whole model: this one, or the frozen one below this adapter."""
+        return self.base or self
+
     def parts_here(self) -> tuple[Path, Path | None]:
         """Returns the folders of the whole model and of the adapter on top of it, on this machine."""
         return (self.base.here(), self.here()) if self.base else (self.here(), None)

@@ -195,7 +195,7 @@ class _Fetching:
 
 def _engine_spec(config: SpinConfig, start: Start, opponent: ModelFolder) -> EngineSpec:
     return EngineSpec(
-        model=(opponent.base or opponent).path,
+        model=opponent.whole.path,
         max_length=config.model.max_length,
         stop_token_id=start.end_of_turn_id,
         other_stop_ids=start.other_ends,

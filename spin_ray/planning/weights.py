@@ -16,7 +16,7 @@ per 256 of those (arXiv 2305.14314, double quantisation).
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Unit:
-    """What FSDP2 gathers together: a layer, or what is outside the layers."""
+    """Weights that FSDP2 gathers together: a layer, or all that is outside the layers."""
 
     trained: float
     """Parameters with fp32 states."""

@@ -21,7 +21,7 @@ from spin_ray.report.endpoint import unreachable
 from spin_ray.report.harness import Backend, Benchmark, Request, measure
 from spin_ray.report.model_card import write_card
 from spin_ray.report.redaction import hide_in_text
-from spin_ray.report.whole_model import is_adapter, write_whole_model
+from spin_ray.report.whole_model import write_whole_model
 from spin_ray.run_dir.names import api_name, iterate_name
 from spin_ray.run_dir.run_dir import RunDir
 from spin_ray.runtime.actors import task_options
@@ -157,7 +157,7 @@ def _measure_there(run_dir: RunDir, iterate: int, request: Request) -> dict[str,
     model = run_dir.model(iterate)
     if not model.is_committed:
         return measure(request)
-    if not is_adapter(run_dir, iterate):
+    if not run_dir.is_adapter(iterate):
         return measure(replace(request, model=str(model.local_folder())))
     with tempfile.TemporaryDirectory() as merged:
         write_whole_model(run_dir, iterate, Path(merged))

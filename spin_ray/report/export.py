@@ -8,7 +8,7 @@ from spin_ray.errors import ConfigError, RunDirError, first_line
 from spin_ray.report.history import find_iterate
 from spin_ray.report.model_card import model_card
 from spin_ray.report.redaction import hide_in_text
-from spin_ray.report.whole_model import is_adapter, write_whole_model
+from spin_ray.report.whole_model import write_whole_model
 from spin_ray.run_dir.artefact import CARD
 from spin_ray.run_dir.names import iterate_name
 from spin_ray.run_dir.run_dir import RunDir
@@ -27,7 +27,7 @@ def export(run: RunDir, iterate: str, target: str) -> str:
     artefact = run.model(number)
     if number == 0 and not artefact.is_committed:
         raise RunDirError(f"{run.storage.root}: θ_0 is the start model itself; the run has nothing to export for it")
-    if target.startswith(HUB) and is_adapter(run, number):
+    if target.startswith(HUB) and run.is_adapter(number):
         with tempfile.TemporaryDirectory() as merged:
             write_whole_model(run, number, Path(merged))
             return _upload(run, number, Path(merged), target.removeprefix(HUB))
@@ -38,7 +38,7 @@ def export(run: RunDir, iterate: str, target: str) -> str:
     folder = Path(target)
     if folder.exists() and any(folder.iterdir()):
         raise ConfigError(f"{folder}: is not empty; give another folder by --to")
-    if is_adapter(run, number):
+    if run.is_adapter(number):
         write_whole_model(run, number, folder)
     else:
         checked = artefact.checked_folder()

@@ -59,5 +59,5 @@ def model_path(run: RunDir, iterate: int) -> Path:
 
     It is θ_iterate itself, or the frozen model below its adapter; for θ_0 without a warm-up, the start model.
     """
-    model = run.model(iterate) if run.model(iterate) != run.adapter(iterate) else run.whole_model(0)
+    model = run.whole_model(0 if run.is_adapter(iterate) else iterate)
     return model.local_folder(weights=False) if model.is_committed else Path(run.description()["start_model"])

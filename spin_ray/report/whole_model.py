@@ -8,10 +8,6 @@ from spin_ray.run_dir.names import iterate_name
 from spin_ray.run_dir.run_dir import RunDir
 
 
-def is_adapter(run: RunDir, iterate: int) -> bool:
-    return run.model(iterate) == run.adapter(iterate)
-
-
 def frozen_model(run: RunDir) -> Path:
     """Returns θ_0's folder on this machine, after checking its digests.
 

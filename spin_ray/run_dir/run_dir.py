@@ -84,8 +84,11 @@ class RunDir:
 
     def model(self, iterate: int) -> Artefact:
         """Model folder of θ_iterate, or that of its adapter; θ_0 has one only after a warm-up."""
-        adapter = self.adapter(iterate)
-        return adapter if iterate > 0 and adapter.is_committed else self.whole_model(iterate)
+        return self.adapter(iterate) if self.is_adapter(iterate) else self.whole_model(iterate)
+
+    def is_adapter(self, iterate: int) -> bool:
+        """Tells whether θ_iterate is an adapter on the frozen θ_0."""
+        return iterate > 0 and self.adapter(iterate).is_committed
 
     def whole_model(self, iterate: int) -> Artefact:
         return self.artefact(f"{iterate_name(iterate)}/model")

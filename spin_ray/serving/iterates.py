@@ -65,7 +65,7 @@ def open_iterate(run: RunDir, name: str) -> Iterate:
     number = age(name)
     trusted = run.config().model.trust_remote_code
     artefact = run.model(number)
-    if number > 0 and artefact == run.adapter(number):
+    if run.is_adapter(number):
         folder = artefact.checked_folder()
         digest = folder_digest(folder_entries(folder))
         return Iterate(name, folder, digest, run.date(), artefact, open_iterate(run, api_name(0)))

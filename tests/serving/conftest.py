@@ -9,9 +9,9 @@ from pathlib import Path
 import pytest
 
 from spin_ray.serving.arena.votes import VoteStore
-from tests.support.program import ROOT, environment
+from tests.support.program import ROOT
 from tests.support.ray_head import free_port
-from tests.support.served import Served
+from tests.support.served import Served, serving
 from tests.support.tiny_runs import make_run
 
 
@@ -43,16 +43,6 @@ def served(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Served]:
     assert program.endswith("/spin-ray")
     command = [sys.executable, "-m", "spin_ray.cli", *arguments]
     options = ["--serving.max_concurrent=8", "--serving.max_tokens=200", "--serving.body_timeout_s=5"]
-    with (folder / "log").open("wb") as log:
-        server = subprocess.Popen([*command, *options], cwd=ROOT, env=environment(), stdout=log, stderr=log)
-    try:
-        served = Served(run, f"http://127.0.0.1:{port}", server)
-        served.wait_until_serves("latest", "iter-0")
-        served.wait_until_serves("sft", "sft")
+    serves = {"latest": "iter-0", "sft": "sft"}
+    with serving(run, port, [*command, *options], folder / "log", serves) as served:
         yield served
-    except BaseException:
-        print((folder / "log").read_text())
-        raise
-    finally:
-        server.terminate()
-        assert server.wait(timeout=90) == 0

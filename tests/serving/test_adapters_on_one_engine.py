@@ -1,6 +1,5 @@
 """All iterates of a run of adapters on one engine: real Ray Serve and vLLM; PEFT says what each would write."""
 
-import subprocess
 import sys
 import time
 from collections.abc import Iterator
@@ -14,10 +13,8 @@ from transformers import AutoModelForCausalLM
 
 from spin_ray.inputs.rendering import load_tokenizer
 from spin_ray.run_dir.run_dir import RunDir
-from tests.support.paths import ROOT
-from tests.support.program import environment
 from tests.support.ray_head import free_port
-from tests.support.served import START_S, Served
+from tests.support.served import START_S, Served, serving
 from tests.support.tiny_runs import make_adapter_run
 
 peft = pytest.importorskip("peft", reason="the extra `lora` is not installed")
@@ -32,19 +29,9 @@ def served(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Served]:
     folder = tmp_path_factory.mktemp("adapters")
     run, port = make_adapter_run(folder / "run", iterates=2), free_port()
     command = [sys.executable, "-m", "spin_ray.cli", "serve", str(run.storage.root), "--models", "all"]
-    with (folder / "log").open("wb") as log:
-        server = subprocess.Popen([*command, "--port", str(port)], cwd=ROOT, env=environment(), stdout=log, stderr=log)
-    try:
-        found = Served(run, f"http://127.0.0.1:{port}", server)
-        for name in ("sft", "iter-0", "iter-1"):
-            found.wait_until_serves(name, name)
+    names = ("sft", "iter-0", "iter-1")
+    with serving(run, port, [*command, "--port", str(port)], folder / "log", {name: name for name in names}) as found:
         yield found
-    except BaseException:
-        print((folder / "log").read_text())
-        raise
-    finally:
-        server.terminate()
-        assert server.wait(timeout=90) == 0
 
 
 def expected(run: RunDir, iterate: int) -> list[str]:

@@ -6,14 +6,34 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from pathlib import Path
 
 import httpx
 import openai
 import psutil
 
 from spin_ray.run_dir.run_dir import RunDir
+from tests.support.program import ROOT, environment
 
 START_S = 420
+
+
+@contextmanager
+def serving(run: RunDir, port: int, command: list[str], log_file: Path, serves: dict[str, str]) -> "Iterator[Served]":
+    """Starts a server, waits until each name of ``serves`` is its iterate, and ends it; a failure shows the log."""
+    with log_file.open("wb") as log:
+        server = subprocess.Popen(command, cwd=ROOT, env=environment(), stdout=log, stderr=log)
+    try:
+        served = Served(run, f"http://127.0.0.1:{port}", server)
+        for name, iterate in serves.items():
+            served.wait_until_serves(name, iterate)
+        yield served
+    except BaseException:
+        print(log_file.read_text())
+        raise
+    finally:
+        server.terminate()
+        assert server.wait(timeout=90) == 0
 
 
 @dataclass(frozen=True)

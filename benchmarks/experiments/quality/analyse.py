@@ -19,10 +19,10 @@ import analyse_replies
 import numpy as np
 import page_replies
 from arms import ARMS, BUDGETS, SETTINGS, SFT, WARM_UP, Run, Setting, arms_of, is_finished, numbered, plateau
+from intervals import bootstrap
 from page import MAIN_SETTING, file_stem, interval, known_distribution, markdown, plot
 
 RESULTS = Path(__file__).resolve().parents[2] / "results"
-RESAMPLES = 10_000
 REPLIES = "replies"
 Iterate = dict[str, Any]
 
@@ -82,18 +82,6 @@ def between(arm: dict[int, Run], later: int, earlier: int, measure: str) -> dict
     pairs = [(numbered(run, later), numbered(run, earlier)) for run in arm.values()]
     rows = [per_row(one, measure) - per_row(other, measure) for one, other in pairs if one and other]
     return bootstrap(np.stack(rows)) if rows else None
-
-
-def bootstrap(values: np.ndarray, seed: int = 0) -> dict[str, float]:
-    """Mean of [seeds, rows] and its 95 % interval: seeds and rows are drawn again, a row in all seeds together."""
-    rng = np.random.default_rng(seed)
-    seeds, rows = values.shape
-    means = np.empty(RESAMPLES)
-    for i in range(RESAMPLES):
-        by_row = values[rng.integers(seeds, size=seeds)].mean(axis=0)
-        means[i] = by_row[rng.integers(rows, size=rows)].mean()
-    low, high = np.quantile(means, [0.025, 0.975])
-    return {"value": float(values.mean()), "low": float(low), "high": float(high)}
 
 
 def best_on_dev(runs: dict[str, dict[int, Run]], arms: list[str]) -> tuple[str, int] | None:

@@ -12,11 +12,11 @@ from typing import Any
 
 import numpy as np
 from arms import SFT, WARM_UP, Run, arms_of, is_finished, numbered, plateau
+from intervals import bootstrap
 from likeness import DISCRIMINATORS
 from replies import FIRST_PASS_OF, SETTINGS
 
 MEASURE = "accuracy of discriminators"
-RESAMPLES = 10_000
 TARGET = -0.02
 Runs = dict[str, dict[int, Run]]
 Choice = tuple[int, str]
@@ -67,18 +67,6 @@ def against_sft(arm: dict[int, Run], sft: dict[int, Run]) -> dict[str, Any] | No
         "sft_iterate": other[0], "sft_temperature": other[1],
         "on_dev": float(on(mine, chosen, "dev").mean()),
     }  # fmt: skip
-
-
-def bootstrap(values: np.ndarray, seed: int = 0) -> dict[str, float]:
-    """Mean of [seeds, conversations] with its interval; a conversation is drawn in all seeds together."""
-    random = np.random.default_rng(seed)
-    seeds, count = values.shape
-    means = np.empty(RESAMPLES)
-    for number in range(RESAMPLES):
-        by_conversation = values[random.integers(seeds, size=seeds)].mean(axis=0)
-        means[number] = by_conversation[random.integers(count, size=count)].mean()
-    low, high = np.quantile(means, [0.025, 0.975])
-    return {"value": float(values.mean()), "low": float(low), "high": float(high)}
 
 
 def table_row(run: Run, iterate: dict[str, Any], temperature: str, split: str = "test") -> dict[str, Any]:

@@ -98,9 +98,7 @@ def _by_agreement(turn: Turn) -> Choose:
 def _by_grade(turn: Turn, chosen: SelfFilterConfig) -> Choose:
     """Returns a choice of the first sample with the best grade."""
     answers, ends = answers_of(turn.run.questions), _ends(turn)
-    tokenizer = load_tokenizer(
-        str((turn.opponent.base or turn.opponent).path), trust_remote_code=turn.config.model.trust_remote_code
-    )
+    tokenizer = load_tokenizer(str(turn.opponent.whole.path), trust_remote_code=turn.config.model.trust_remote_code)
     grade, decode = str(chosen.grade), tokenizer.decode
 
     def choose(groups: list[list[Row]]) -> Iterator[int | str]:
@@ -140,9 +138,7 @@ def _reader(turn: Turn) -> Callable[[list[int]], Any]:
     Cut responses have none, so that nobody learns to stop there.
     """
     extractor, ends = turn.config.evaluation.answer_extractor, _ends(turn)
-    tokenizer = load_tokenizer(
-        str((turn.opponent.base or turn.opponent).path), trust_remote_code=turn.config.model.trust_remote_code
-    )
+    tokenizer = load_tokenizer(str(turn.opponent.whole.path), trust_remote_code=turn.config.model.trust_remote_code)
 
     def read(token_ids: list[int]) -> Any:
         if not token_ids or token_ids[-1] not in ends:

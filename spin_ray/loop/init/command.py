@@ -25,7 +25,7 @@ Ask = Callable[[str, str | None], str]
 
 @dataclass(frozen=True, kw_only=True)
 class Options:
-    """What was typed; None is asked for, or found."""
+    """The command's options; None is asked for, or found."""
 
     recipe: Path
     model: str | None = None

@@ -37,7 +37,7 @@ class Machines:
 
 @dataclass(frozen=True, kw_only=True)
 class Look:
-    """What is known of model and data; None where they are not on this machine."""
+    """Facts of model and data; None where they are not on this machine."""
 
     shape: ModelShape | None = None
     positions: int | None = None

@@ -85,7 +85,7 @@ def run(
         heldout, answers = (table.filter(first) for table in every)
         result: dict[str, Any] = {"iterate": model.name, "made_from": made_from, "rows": heldout.num_rows}
         texts = text_measures(heldout, answers)
-        accuracy = _accuracy(*every, config, (model.base or model).path)
+        accuracy = _accuracy(*every, config, model.whole.path)
         texts["standard_errors"] |= accuracy.pop("standard_errors", {})
         result |= texts | accuracy
         if previous is not None:

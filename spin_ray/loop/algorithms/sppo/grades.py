@@ -26,7 +26,7 @@ def run(run_dir: RunDir, config: SpinConfig, iteration: int, policy: ModelFolder
     if target.already_made(inputs, settings):
         return
     with run_dir.stage(target.path) as counted:
-        tokenizer = load_tokenizer(str((policy.base or policy).path), trust_remote_code=config.model.trust_remote_code)
+        tokenizer = load_tokenizer(str(policy.whole.path), trust_remote_code=config.model.trust_remote_code)
         answers, entries = answers_of(run_dir.prompts), {}
         target.discard_parts()
         for name, entry in sorted(generations.manifest().files.items()):

@@ -71,7 +71,7 @@ def _base_name(run_dir: RunDir, config: SpinConfig, opponent: ModelFolder) -> st
     """Returns the name by which PEFT finds the frozen model: a hub's, or a folder."""
     if config.sft:
         return run_dir.storage.where(run_dir.whole_model(0).path)
-    path = str((opponent.base or opponent).path)
+    path = str(opponent.whole.path)
     is_pinned = config.model.revision is not None or "@" in config.model.path  # a name would mean the newest
     from_hub = "snapshots" in path and not Path(config.model.path).expanduser().exists()
     return config.model.path if from_hub and not is_pinned else path
