@@ -11,7 +11,8 @@ from spin_ray.config.load import parse_config
 from spin_ray.errors import ConfigError
 from spin_ray.loop.algorithms.table import check_algorithm
 from spin_ray.loop.init.fit import fit
-from spin_ray.loop.init.foreign import Foreign, read_foreign
+from spin_ray.loop.init.foreign import Foreign
+from spin_ray.loop.init.foreign_config import read_foreign
 from spin_ray.loop.init.look import Look, Machines, find_machines, heldout_beside, look
 from spin_ray.loop.init.settings import Setting, Settings, tree_of
 from spin_ray.loop.init.text import recipe_text

@@ -3,13 +3,11 @@
 import json
 from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from spin_ray.inputs.files import SUFFIXES
+from spin_ray.loop.init.foreign import Foreign
 from spin_ray.loop.init.settings import Setting
-
-if TYPE_CHECKING:
-    from spin_ray.loop.init.foreign import Foreign
 
 _LOADERS = ("json", "csv", "parquet", "arrow")
 """Names that stand for ``data_files`` in place of a data set."""
@@ -17,7 +15,7 @@ _READ = ("path", "name", "split", "data_files", "file_name", "hf_hub_url", "subs
 """Keys of one data set that are read; the others are listed."""
 
 
-def put_data(found: "Foreign") -> None:
+def put_data(found: Foreign) -> None:
     """Carries the data sets over; what is not found stays unset, so that it is asked for."""
     train = _paths(found, "train")
     if len(train) == 1:
@@ -35,7 +33,7 @@ def put_data(found: "Foreign") -> None:
         found.leave("max_rows", "holds for each data set there; give data.train's own rows")
 
 
-def _heldout_split(found: "Foreign") -> list[str]:
+def _heldout_split(found: Foreign) -> list[str]:
     """Returns the test split of TRL's one data set, if the config names one."""
     split = found.fact("heldout_split") or next((each for each in found.fact("splits") or [] if "test" in each), None)
     train = found.fact("train")
@@ -45,7 +43,7 @@ def _heldout_split(found: "Foreign") -> list[str]:
     return [_path({"path": names[0], "name": found.fact("subset"), "split": split})]
 
 
-def _paths(found: "Foreign", name: str) -> list[str]:
+def _paths(found: Foreign, name: str) -> list[str]:
     value = found.fact(name)
     if value is None:
         return []
@@ -71,7 +69,7 @@ def _paths(found: "Foreign", name: str) -> list[str]:
     return paths
 
 
-def _registered(found: "Foreign", name: str, wanted: list[str]) -> list[dict[str, Any]]:
+def _registered(found: Foreign, name: str, wanted: list[str]) -> list[dict[str, Any]]:
     """Returns the entries of LLaMA-Factory's dataset_info.json, which lies in ``dataset_dir``."""
     given = Path(found.fact("folder")).expanduser()
     folder = given if (given / "dataset_info.json").is_file() else found.file.parent / given

@@ -1,0 +1,191 @@
+"""Reads an SFT or DPO config of TRL, axolotl or LLaMA-Factory as settings of a recipe.
+
+A key without an equal here is kept in ``Foreign.left``: nothing is dropped without a word.
+"""
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from spin_ray.errors import ConfigError
+from spin_ray.loop.init.foreign import Foreign
+from spin_ray.loop.init.foreign_data import put_data
+from spin_ray.loop.init.foreign_tools import TRL, is_dpo_of_trl, tool_of
+from spin_ray.loop.init.settings import Setting
+
+_SCHEDULES = {"linear": "linear", "cosine": "cosine", "constant": "constant", "constant_with_warmup": "constant"}
+_LOSSES = {"sigmoid": "logistic", "hinge": "hinge"}
+_WHOLE_MODEL = (False, None, "full", "")
+_NO_LIMIT = 1e6
+
+
+def read_foreign(file: Path, gpus: int) -> Foreign:
+    """Reads a config of another trainer.
+
+    Raises:
+        ConfigError: the file cannot be read, or is no SFT or DPO config of one of the three.
+    """
+    config = _load(file)
+    tool = tool_of(config)
+    if tool is None:
+        raise ConfigError(
+            f"{file}: is no SFT or DPO config of TRL (has model_name_or_path), axolotl (base_model) or "
+            "LLaMA-Factory (stage)"
+        )
+    found = Foreign(file, tool, "sft", gpus)
+    for key, value in config.items():
+        name = tool.keys.get(key)
+        if value is None and name != "max_length":  # an empty key says nothing, but no longest input is a choice
+            continue
+        if name is None or name in found.given:
+            found.left[key] = "has no equal here" if name is None else "says the same as an earlier key"
+        else:
+            found.given[name] = (key, value)
+    found.method = _method(found, config)
+    if found.method == "dpo":
+        found.settings["algorithm"] = Setting("dpo", f"as in {file.name}; without this line: SPIN, on the chosen rows")
+        found.settings["iterations"] = Setting(1, "one pass over the preferences; no opponent plays")
+    _put_model(found)
+    put_data(found)
+    _put_lora(found)
+    _put_training(found)
+    for name, (key, _) in found.given.items():
+        if name not in found.asked and name != "output":
+            found.left.setdefault(key, "is not needed here")
+    return found
+
+
+def _load(file: Path) -> dict[str, Any]:
+    try:
+        text = file.read_text(encoding="utf-8")
+        config = json.loads(text) if file.suffix == ".json" else yaml.safe_load(text)
+    except (OSError, ValueError, yaml.YAMLError) as error:
+        raise ConfigError(f"{file}: cannot be read ({' '.join(str(error).split())})") from error
+    if not isinstance(config, Mapping):
+        raise ConfigError(f"{file}: holds no settings, found {type(config).__name__}")
+    return dict(config)
+
+
+def _method(found: Foreign, config: Mapping[str, Any]) -> str:
+    if found.tool is TRL:
+        return "dpo" if is_dpo_of_trl(config, found.file.name) else "sft"
+    method = found.fact("method") or "sft"
+    if method == "ipo":  # axolotl's word for DPO with another loss
+        found.leave("method", "the loss ipo has no equal here; logistic is taken")
+        return "dpo"
+    if method not in ("sft", "dpo"):
+        raise ConfigError(f"{found.file}: {found.given['method'][0]} is {method}; only sft and dpo can be read")
+    return method
+
+
+def _put_model(found: Foreign) -> None:
+    revision = found.fact("revision")
+    at = f"@{revision}" if revision not in (None, "main") else ""
+    found.put("model.path", "model", lambda name: f"{name}{at}")
+    found.put("model.max_length", "max_length", int)
+    if found.fact("trusted"):
+        found.put("model.trust_remote_code", "trusted", bool)
+    found.put("model.chat_template_kwargs", "template_variables", dict)
+    found.put("seed", "seed", int)
+
+
+def _put_lora(found: Foreign) -> None:
+    kind = found.fact("lora")
+    if kind in _WHOLE_MODEL:
+        return
+    if kind not in (True, "lora", "qlora"):
+        found.leave("lora", "has no equal here; all weights are trained")
+        return
+    if kind == "qlora":
+        found.leave("lora", "adapters without quantised weights are taken (train.lora)")
+    found.put("train.lora.rank", "rank", int)
+    rank = found.settings["train.lora.rank"].value if "train.lora.rank" in found.settings else 16
+    if found.fact("alpha") is None:
+        found.settings["train.lora.alpha"] = Setting(2 * rank, "twice the rank")
+    found.put("train.lora.alpha", "alpha", int)
+    if found.fact("all_linear"):
+        found.settings["train.lora.target_modules"] = Setting("all-linear", found.why("all_linear"))
+        found.leave("targets", "all linear layers have adapters")
+    elif found.fact("targets") is not None:
+        found.put("train.lora.target_modules", "targets", _targets)
+    else:
+        found.settings["train.lora.target_modules"] = Setting(
+            "all-linear", f"{found.tool.name} without a word: PEFT's choice, on most models [q_proj, v_proj]"
+        )
+
+
+def _targets(value: Any) -> Any:
+    if value in ("all", "all-linear", ["all-linear"]):
+        return "all-linear"
+    return value.split(",") if isinstance(value, str) else [str(name) for name in value]
+
+
+def _put_training(found: Foreign) -> None:
+    """Carries batch, learning rate and optimizer over to the warm-up, or to training for DPO."""
+    stage = "sft" if found.method == "sft" else "train"
+    batch = found.read("micro_batch", int) * found.read("accumulation", int) * max(1, found.gpus)
+    why = f"{found.why('micro_batch', 'accumulation')} × {max(1, found.gpus)} devices"
+    found.settings[f"{stage}.global_batch_{'rows' if stage == 'sft' else 'pairs'}"] = Setting(batch, why)
+    if stage == "sft" and "train.lora.rank" in found.settings:
+        found.leave("learning_rate", "is for adapters; the warm-up trains all weights (sft.learning_rate)")
+    else:
+        found.put(f"{stage}.learning_rate", "learning_rate", float)
+    found.put(f"{stage}.epochs", "epochs", lambda count: max(1, round(float(count))))
+    if found.read("epochs", float) != found.settings[f"{stage}.epochs"].value:
+        found.leave("epochs", f"whole passes only: {found.settings[f'{stage}.epochs'].value}")
+    _put_optimizer(found, f"{stage}.optimizer")
+    _put_precision(found)
+    if stage == "train":
+        found.put("objective.beta", "beta", float)
+        found.put("objective.loss", "loss", _loss)
+
+
+def _loss(value: Any) -> str | None:
+    names = value if isinstance(value, list) else [value]
+    return _LOSSES.get(names[0]) if len(names) == 1 else None
+
+
+def _put_optimizer(found: Foreign, place: str) -> None:
+    found.put(f"{place}.name", "optimizer", _optimizer)
+    if "8bit" in str(found.fact("optimizer")) or "paged" in str(found.fact("optimizer")):
+        found.leave("optimizer", "the optimizer's state has 32 bits here and is not paged")
+    found.put(f"{place}.weight_decay", "weight_decay", float)
+    found.put(f"{place}.max_grad_norm", "max_grad_norm", lambda norm: float(norm) or _NO_LIMIT)
+    if "beta1" in found.given or "beta2" in found.given:
+        pair = [
+            found.read("beta1", lambda beta: float(beta or 0.9)),
+            found.read("beta2", lambda beta: float(beta or 0.999)),
+        ]
+        found.settings[f"{place}.betas"] = Setting(pair, found.why("beta1", "beta2"))
+    found.put(f"{place}.eps", "eps", float)
+    found.put(f"{place}.schedule", "schedule", lambda name: _SCHEDULES.get(str(name)))
+    steps = found.read("warmup_steps", lambda count: float(count or 0))
+    if found.fact("schedule") == "constant":
+        found.settings[f"{place}.warmup_fraction"] = Setting(0.0, "a constant learning rate has no warm-up there")
+        found.leave("warmup_steps", "is not read there with a constant learning rate")
+    elif steps < 1 and "warmup_steps" in found.given:
+        found.put(f"{place}.warmup_fraction", "warmup_steps", float)
+    elif steps >= 1:
+        found.leave("warmup_steps", f"{place}.warmup_fraction is {steps:g} / all steps of one training")
+    else:
+        found.put(f"{place}.warmup_fraction", "warmup_fraction", float)
+
+
+def _optimizer(name: Any) -> str | None:
+    text = str(name).lower()
+    return "adamw" if "adamw" in text else "rmsprop" if "rmsprop" in text else None
+
+
+def _put_precision(found: Foreign) -> None:
+    bf16, fp16 = found.fact("bf16"), found.fact("fp16")
+    if fp16:
+        found.leave("fp16", "is not computed here; train.precision: auto takes bf16 where it is fast")
+    elif bf16 is True and not found.gpus:
+        found.leave("bf16", "is for GPUs; train.precision: auto takes what is faster on this CPU")
+    elif bf16 is True:
+        found.settings["train.precision"] = Setting("bf16", found.why("bf16"))
+    elif bf16 is False:
+        found.settings["train.precision"] = Setting("fp32", found.why("bf16"))
