@@ -69,6 +69,7 @@ ITEMS = {"raises": raises, "dies": dies, "good": good, "hangs": hangs, "late": g
 """
 
 
+@pytest.mark.slow
 def test_a_step_that_breaks_leaves_a_reason_and_the_next_item_runs(benchmark, tmp_path, monkeypatch):
     from gpu_steps import child
     from gpu_steps.rows import Results

@@ -187,6 +187,7 @@ def write(folder: Path, run: dict) -> None:
     path.write_text(json.dumps(run))
 
 
+@pytest.mark.slow
 def test_the_arm_is_chosen_on_dev_rows_and_its_difference_taken_on_test_rows(tmp_path):
     """``good_on_dev`` is right on dev and, on test, on one row of two; SFT on none. ``good_on_test`` must not win."""
     for arm, dev, test in [("good_on_dev", RIGHT, [RIGHT, WRONG]), ("good_on_test", WRONG, [RIGHT, RIGHT])]:
@@ -204,6 +205,7 @@ def test_the_arm_is_chosen_on_dev_rows_and_its_difference_taken_on_test_rows(tmp
     assert (tmp_path / "plot.svg").read_text().count("<polyline") == 6
 
 
+@pytest.mark.slow
 def test_sft_gets_its_rate_from_the_dev_rows_too(tmp_path):
     """The low rate is better on dev rows, so it is what SPIN must beat on test rows, where it is level: 0, not +1."""
     low = f"{SFT}_rate_5e-6"
@@ -213,6 +215,7 @@ def test_sft_gets_its_rate_from_the_dev_rows_too(tmp_path):
     assert (found["continued_sft_arm"], found["spin_minus_sft"]["value"]) == (low, 0.0)
 
 
+@pytest.mark.slow
 def test_an_iteration_is_compared_with_the_one_before_in_the_same_seed(tmp_path):
     write(tmp_path, run_of("spin", [iterate(1, 100, [WRONG, RIGHT]), iterate(2, 200, [RIGHT, RIGHT])]))
     write(tmp_path, run_of(SFT, [iterate(1, 100, [WRONG] * 2), iterate(2, 200, [WRONG] * 2)]))

@@ -25,6 +25,7 @@ def process_group(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
         yield
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", KINDS)
 def test_scores_gradients_and_export_are_transformers_own(name: str, tmp_path: Path) -> None:
     """The gradient is that of SPIN's loss by autograd through eager attention, one response at a time, in fp32."""

@@ -10,7 +10,8 @@ import yaml
 from spin_ray.config.load import parse_config
 from spin_ray.errors import ConfigError
 from spin_ray.loop.algorithms.table import check_algorithm
-from spin_ray.loop.init.foreign import Foreign, read_foreign
+from spin_ray.loop.init.foreign import Foreign
+from spin_ray.loop.init.foreign_config import read_foreign
 from spin_ray.loop.init.settings import tree_of
 
 

@@ -86,6 +86,7 @@ def test_a_dead_endpoint_is_named_before_lm_eval_starts(tmp_path):
     assert "SECRET" not in str(caught.value)
 
 
+@pytest.mark.slow
 def test_the_presets_are_tasks_that_lm_eval_has():
     tasks = pytest.importorskip("lm_eval.tasks").TaskManager().all_tasks
     assert {benchmark.task for preset in PRESETS.values() for benchmark in preset} <= set(tasks)
