@@ -18,14 +18,14 @@ from tests.support.served import START_S, Served, serving
 from tests.support.tiny_runs import make_adapter_run
 
 peft = pytest.importorskip("peft", reason="the extra `lora` is not installed")
-pytestmark = [pytest.mark.e2e, pytest.mark.slow, pytest.mark.alone]
+pytestmark = [pytest.mark.e2e, pytest.mark.slow]
 HALF = "\N{REPLACEMENT CHARACTER}"
 """A last character of which a token is missing; vLLM leaves it out."""
 PROMPTS, TOKENS = ([5, 6, 7, 8], [9, 10, 11]), 16
 
 
 @pytest.fixture(scope="module")
-def served(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Served]:
+def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Served]:
     folder = tmp_path_factory.mktemp("adapters")
     run, port = make_adapter_run(folder / "run", iterates=2), free_port()
     command = [sys.executable, "-m", "spin_ray.cli", "serve", str(run.storage.root), "--models", "all"]
@@ -54,21 +54,21 @@ def answer(client: openai.OpenAI, name: str, prompt: list[int]) -> str:
     return made.choices[0].text.rstrip(HALF)
 
 
-def test_three_iterates_answer_together_from_one_engine_as_peft_would(served: Served) -> None:
-    client = served.client()
+def test_three_iterates_answer_together_from_one_engine_as_peft_would(server: Served) -> None:
+    client = server.client()
     asked = [(name, prompt) for name in ("sft", "iter-0", "iter-1") for prompt in PROMPTS]
     with ThreadPoolExecutor(len(asked)) as pool:
         found = list(pool.map(lambda question: answer(client, *question), asked))
-    references = [text for iterate in range(3) for text in expected(served.run, iterate)]
+    references = [text for iterate in range(3) for text in expected(server.run, iterate)]
     assert found == references
     assert len(set(references)) == len(references), "each iterate answers in its own way"
-    assert len(served.replicas("engine.")) == 1
+    assert len(server.replicas("engine.")) == 1
 
 
-def test_an_engine_that_died_loads_the_adapters_again(served: Served) -> None:
-    client = served.client()
+def test_an_engine_that_died_loads_the_adapters_again(server: Served) -> None:
+    client = server.client()
     before = answer(client, "iter-1", PROMPTS[0])
-    (engine,) = served.replicas("engine.")
+    (engine,) = server.replicas("engine.")
     engine.kill()
     engine.wait(30)
     deadline = time.monotonic() + START_S
