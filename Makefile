@@ -8,7 +8,7 @@ RUN := runs
 
 .DEFAULT_GOAL := help
 .NOTPARALLEL:
-.PHONY: help setup docs-site demo demo-report serve-demo arena-picture smoke test chaos audit check lint bench gpu-bench peers quality format lock clean
+.PHONY: help setup docs-site demo demo-report readme serve-demo arena-picture smoke test chaos audit check lint bench gpu-bench peers quality format lock clean
 
 help: ## List the targets
 	@awk -F ':.*## ' '/^[a-z0-9-]+:.*## / { printf "make %-10s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -28,6 +28,9 @@ smoke: $(READY) ## The same with a tiny random model: minutes, no sense in the n
 demo-report: $(READY) ## The page of `make demo` for the documentation, looked at in Chromium, with its picture
 	$(BIN)/spin-ray report $(RUN)/demo --out docs/demo-report.html
 	REPORT_SCREENSHOT=docs/images/report.png REPORT_OF=$(RUN)/demo $(BIN)/pytest -q tests/unit/report/test_report_in_browser.py
+
+readme: $(READY) ## The end of `make demo`, as it was printed, into README.md
+	$(BIN)/python docs/demo_output.py $(RUN)/demo
 
 PORT ?= 8000
 serve-demo: $(READY) ## Serve the iterates of `make demo` at http://127.0.0.1:8000 (OpenAI's API, and the arena)

@@ -30,7 +30,7 @@ RECENT_STEPS = 10
 def print_summary(run: RunDir, console: Console) -> None:
     config = run.config()
     evaluations = read_evaluations(run, config)
-    console.print(_iterates(evaluations))
+    console.print(iterates_table(evaluations))
     console.print(_seconds(stage_seconds(run.events())))
     if evaluations:
         _print_examples(run, config, console)
@@ -156,7 +156,7 @@ def _training(folder: str, log: list[dict[str, Any]]) -> Table:
     return table
 
 
-def _iterates(evaluations: list[dict[str, Any]]) -> Table:
+def iterates_table(evaluations: list[dict[str, Any]]) -> Table:
     """Returns the most important measures, a row per iterate."""
     table = Table(title="Held-out rows, fresh samples of each iterate")
     for name in ("iterate", "loss", "margin", "margin acc.", "answer acc.", "length y", "length y′", "cut", "y=y′"):

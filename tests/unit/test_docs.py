@@ -4,10 +4,14 @@ import re
 from pathlib import Path
 from pkgutil import resolve_name
 
+import pytest
+
+from docs.demo_output import README, copy, written
 from docs.pages import gather
 from spin_ray.inputs import forms
 from spin_ray.report import probe, signs
 from spin_ray.report.measures import as_markdown
+from tests.support.made_up_run import made_up_run
 from tests.support.paths import DOCS, ROOT
 
 
@@ -43,6 +47,23 @@ def test_the_first_page_is_short_and_every_link_leads_somewhere():
             if not found.exists() or (heading and f"#{heading}" not in headings_of(found)):
                 dead.append(f"{page.relative_to(ROOT)}: {target}#{heading}")
     assert not dead
+
+
+def test_the_end_of_the_demonstration_is_copied_from_a_run_that_nothing_interrupted(tmp_path: Path):
+    run, text = made_up_run(tmp_path / "run"), README.read_text("utf-8")
+    lines = written(run, "2 cores of X")
+    assert "On 2 cores of X `make demo` took " in lines and max(map(len, lines.splitlines())) <= 140
+    assert [line.split()[1] for line in lines.splitlines() if line.startswith("    │ ")] == [
+        "sft",
+        "iter_000",
+        "iter_001",
+    ]
+    copied = copy(text, lines)
+    assert lines in copied and "iter_001 │ 0.6353" not in copied
+    assert copy(copied, "x\n") == copy(text, "x\n"), "what stands around the marks stays"
+    run.event("start", "iter_001/training")
+    with pytest.raises(SystemExit, match="a stage started twice"):
+        written(run, "X")
 
 
 def test_the_site_has_every_page_and_no_link_of_it_is_dead(tmp_path: Path):
