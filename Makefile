@@ -4,11 +4,12 @@ TORCH_INDEX ?=
 BIN := .venv/bin
 READY := .venv/.ready
 TORCH := $(shell sed -n '/^torch==/p' requirements/torch.txt)
+GPU_READY := .venv-gpu/.ready
 RUN := runs
 
 .DEFAULT_GOAL := help
 .NOTPARALLEL:
-.PHONY: help setup docs-site demo demo-report readme serve-demo arena-picture smoke test chaos audit check lint bench gpu-bench peers quality format lock clean
+.PHONY: help setup gpu-setup docs-site demo gpu-demo demo-report readme serve-demo arena-picture smoke test chaos audit check lint bench gpu-bench peers quality format lock clean
 
 help: ## List the targets
 	@awk -F ':.*## ' '/^[a-z0-9-]+:.*## / { printf "make %-10s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -19,8 +20,17 @@ $(READY): requirements/setup.sh requirements/cpu.lock requirements/torch.txt pyp
 	@PYTHON='$(PYTHON)' TORCH_INDEX='$(TORCH_INDEX)' requirements/setup.sh
 	@touch $@
 
+gpu-setup: $(GPU_READY) ## Make .venv-gpu for a machine with NVIDIA GPUs: upstream's vLLM, CUDA's torch (10 GB)
+
+$(GPU_READY): requirements/setup.sh requirements/gpu.lock pyproject.toml
+	@PYTHON='$(PYTHON)' requirements/setup.sh gpu
+	@touch $@
+
 demo: $(READY) ## SmolLM2-135M learns chit-chat from people, two iterations on two CPU cores
 	$(BIN)/spin-ray run jobs/recipes/demo.yaml --out $(RUN)/demo
+
+gpu-demo: $(GPU_READY) ## The same on one NVIDIA card of 8 GB or more
+	.venv-gpu/bin/spin-ray run jobs/recipes/gpu_demo.yaml --out $(RUN)/gpu-demo
 
 smoke: $(READY) ## The same with a tiny random model: minutes, no sense in the numbers
 	$(BIN)/spin-ray run jobs/recipes/smoke.yaml --out $(RUN)/smoke
@@ -33,7 +43,13 @@ readme: $(READY) ## The end of `make demo`, as it was printed, into README.md
 	$(BIN)/python docs/demo_output.py $(RUN)/demo
 
 PORT ?= 8000
-serve-demo: $(READY) ## Serve the iterates of `make demo` at http://127.0.0.1:8000 (OpenAI's API, and the arena)
+serve-gpu-setup: $(GPU_READY) ## Make .venv-gpu for a machine with NVIDIA GPUs: upstream's vLLM, CUDA's torch (10 GB)
+
+$(GPU_READY): requirements/setup.sh requirements/gpu.lock pyproject.toml
+	@PYTHON='$(PYTHON)' requirements/setup.sh gpu
+	@touch $@
+
+demo: $(READY) ## Serve the iterates of `make demo` at http://127.0.0.1:8000 (OpenAI's API, and the arena)
 	$(BIN)/spin-ray serve $(RUN)/demo --models sft,latest --port $(PORT)
 
 arena-picture: $(READY) ## The picture of the arena for the documentation: iterates of `make demo` answer, in Chromium

@@ -1,5 +1,7 @@
 """Errors that the user can mend (one line, exit code 2), and failures of a run (exit code 1)."""
 
+import re
+
 
 class UserError(Exception):
     """Bad input; the message names thing, reason and remedy in one line."""
@@ -60,6 +62,13 @@ def last_line(error: BaseException) -> str:
     lines = [line for line in text.splitlines() if line.strip() and not line.startswith("Refer to the doc")]
     last = lines[-1] if lines else type(error).__name__
     return last if len(last) <= LONGEST_LINE else f"{last[:LONGEST_LINE]} …"
+
+
+def user_error_in(error: BaseException) -> UserError | None:
+    """Returns the UserError that another process raised, of which Ray Data passes on the text alone."""
+    named = re.fullmatch(rf"{__name__}\.(\w+): (.*)", last_line(error))
+    kind = globals().get(named[1]) if named else None
+    return UserError(named[2]) if named and isinstance(kind, type) and issubclass(kind, UserError) else None
 
 
 def memory_advice(error: BaseException, remedies: str) -> str:

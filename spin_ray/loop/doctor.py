@@ -17,6 +17,7 @@ from spin_ray.report import doctor as shown
 from spin_ray.report.grading import check_on_workers
 from spin_ray.run_dir.run_dir import open_run
 from spin_ray.runtime.connect import connect
+from spin_ray.runtime.gpu import check_builds
 from spin_ray.runtime.gpu_memory import largest_card
 from spin_ray.runtime.placement import check_fits, demands
 
@@ -56,6 +57,7 @@ def examine(config: SpinConfig, out: str | None, console: Console, *, every_row:
     free = disk_free_gib(folder) if folder else None
     console.print("[green]ok[/] a store answers:" if free is None else f"[green]ok[/] {free:.0f} GiB free for", end=" ")
     console.print(str(folder or out), markup=False)
+    check_builds(config)
     connect(config)
     check_fits(config)
     check_on_workers(graders_of(config))

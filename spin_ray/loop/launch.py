@@ -22,6 +22,7 @@ from spin_ray.run_dir.names import iterate_name, iterate_number
 from spin_ray.run_dir.object_storage import open_storage
 from spin_ray.run_dir.run_dir import RunDir
 from spin_ray.runtime.engine import StartEngine, VllmEngine
+from spin_ray.runtime.gpu import check_builds
 from spin_ray.runtime.gpu_memory import largest_card
 from spin_ray.runtime.precision import with_precision
 
@@ -91,6 +92,7 @@ def _begin(run: RunDir, config: SpinConfig, inputs: Inputs) -> Start:
     from spin_ray.loop.algorithms.table import check_algorithm
 
     check_algorithm(config)
+    check_builds(config)
     start = check_recipe(config, inputs, run.date())
     check_mesh(config, start.model.path, largest_card(config))
     for finding in start.findings:

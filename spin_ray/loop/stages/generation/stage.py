@@ -20,7 +20,7 @@ import ray
 import ray.exceptions
 
 from spin_ray.config.recipe import SpinConfig
-from spin_ray.errors import StageError, UserError, last_line, memory_advice
+from spin_ray.errors import StageError, UserError, last_line, memory_advice, user_error_in
 from spin_ray.loop.stages.generation.shards import (
     Job,
     Shard,
@@ -124,6 +124,8 @@ def _finished(played: ray.data.Dataset, config: SpinConfig) -> Iterator[dict[str
         for row in with_deadline(played.iter_rows(), first_s, config.generation.shard_timeout_s, "a generation shard"):
             yield row["finished"]
     except ray.exceptions.RayError as error:
+        if found := user_error_in(error):
+            raise found from error
         raise StageError(
             f"generation failed: {last_line(error)}{memory_advice(error, _USE_LESS)}; "
             "committed shards are kept, run the command again"
