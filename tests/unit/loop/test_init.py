@@ -14,6 +14,7 @@ from spin_ray.config.load import load_config, parse_config
 from spin_ray.errors import ConfigError
 from spin_ray.inputs.survey import Survey
 from spin_ray.loop.algorithms.table import check_algorithm
+from spin_ray.loop.init import look
 from spin_ray.loop.init.command import Options
 from spin_ray.loop.init.command import init as write_recipe
 from spin_ray.loop.init.fit import fit
@@ -21,6 +22,7 @@ from spin_ray.loop.init.look import Look, find_machines, heldout_beside
 from spin_ray.loop.init.settings import Setting, Settings, tree_of
 from spin_ray.loop.init.text import recipe_text
 from spin_ray.planning.model_shape import MISTRAL_7B
+from spin_ray.runtime.gpu_memory import Card
 
 HERE = ("--model", "embedded:tiny-llama", "--data", "embedded:arithmetic-train", "--yes")
 GIVEN = {"model.path": Setting("m"), "data.train": Setting("rows.jsonl")}
@@ -36,8 +38,8 @@ def seen(rows: int, whole: int, response: int, **known: object) -> Look:
     return Look(train=(found,), rows=rows, **known)  # type: ignore[arg-type]
 
 
-def fitted(given: Settings, look: Look, gpu: str, gpus: int = 1) -> tuple[dict[str, object], str]:
-    settings, _, misfit = fit(given, look, find_machines(gpu, gpus, 1))
+def fitted(given: Settings, found: Look, gpu: str, gpus: int = 1) -> tuple[dict[str, object], str]:
+    settings, _, misfit = fit(given, found, find_machines(gpu, gpus, 1))
     check_algorithm(parse_config(tree_of(settings), source="init"))
     return {place: setting.value for place, setting in settings.items()}, misfit
 
@@ -133,6 +135,22 @@ def test_an_engine_over_several_cards_stays_on_one_node():
     settings, _, _ = fit(GIVEN, seen(50_000, 400, 250, shape=wide), find_machines("A100-80G", 6, 2))
     assert settings["generation.engine.tensor_parallel_size"].value == 4
     assert settings["generation.replicas"].value == 2
+
+
+@pytest.mark.parametrize(
+    ("kind", "plan", "unknown"),
+    [("NVIDIA GeForce RTX 4090", "RTX-4090", False), ("NVIDIA GeForce RTX 3090", "L4", True)],
+)
+def test_the_cards_of_this_machine_are_seen_though_its_torch_knows_none(monkeypatch, kind, plan, unknown):
+    card = Card(name=f"GPU 0 ({kind})", kind=kind, total=24 * 2**30, free=0)
+    monkeypatch.setattr(look, "visible_cards", lambda: [card, card])
+    monkeypatch.setattr(look, "cpu_builds", lambda: {"train": "torch 2.13.0+cpu"})
+    machines = find_machines(None, None, 1)
+    assert (machines.cluster.gpu, machines.gpus) == (plan, 2)
+    assert machines.note.endswith("this environment computes on CPUs alone; run the recipe in that of `make gpu-setup`")
+    assert (f"{kind} is not among the plan's cards; settings are for" in machines.note) == unknown
+    monkeypatch.setattr(look, "visible_cards", list)
+    assert find_machines(None, None, 1).gpus == 0
 
 
 def test_adapters_of_a_foreign_sft_get_a_learning_rate_of_adapters():

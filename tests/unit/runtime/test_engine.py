@@ -37,10 +37,13 @@ def vllm(monkeypatch):
             answer = SimpleNamespace(token_ids=(11, 2), finish_reason="stop")
             return [SimpleNamespace(outputs=[answer]) for _ in prompts]
 
-    platform = SimpleNamespace(is_cpu=lambda: told["is_cpu"])
+    class Platform:
+        is_cpu = staticmethod(lambda: told["is_cpu"])
+        device_type = property(lambda _: "cpu" if told["is_cpu"] else "cuda")
+
     module, platforms = ModuleType("vllm"), ModuleType("vllm.platforms")
     module.__dict__.update(LLM=LLM, SamplingParams=lambda **values: values, TokensPrompt=lambda **values: values)
-    platforms.__dict__.update(current_platform=platform)
+    platforms.__dict__.update(current_platform=Platform())
     monkeypatch.setitem(sys.modules, "vllm", module)
     monkeypatch.setitem(sys.modules, "vllm.platforms", platforms)
     monkeypatch.setattr(cpu, "allow_amx_kernels", lambda: None)

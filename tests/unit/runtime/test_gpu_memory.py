@@ -12,8 +12,8 @@ from spin_ray.runtime import gpu_memory
 from spin_ray.runtime.gpu_memory import Card, visible_cards, wait_for_memory
 
 GIB = 2**30
-FULL = Card(name="GPU 0 (H100)", total=80 * GIB, free=10 * GIB, processes=("process 4711 (69.0 GiB)",))
-EMPTY = Card(name="GPU 0 (H100)", total=80 * GIB, free=79 * GIB)
+FULL = Card(name="GPU 0 (H100)", kind="H100", total=80 * GIB, free=10 * GIB, processes=("process 4711 (69.0 GiB)",))
+EMPTY = Card(name="GPU 0 (H100)", kind="H100", total=80 * GIB, free=79 * GIB)
 
 
 def test_waiting_ends_when_the_last_process_let_go(monkeypatch):
@@ -75,7 +75,7 @@ def test_the_cards_are_those_that_this_process_may_use(nvml, monkeypatch, visibl
 def test_a_card_tells_its_memory_also_where_it_may_not_name_processes(nvml, monkeypatch):
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "0")
     nvml["processes"] = pynvml.NVMLError(pynvml.NVML_ERROR_NO_PERMISSION)
-    assert visible_cards() == [Card(name="GPU 0 (H100)", total=80 * GIB, free=10 * GIB)]
+    assert visible_cards() == [Card(name="GPU 0 (H100)", kind="H100", total=80 * GIB, free=10 * GIB)]
 
 
 def test_without_a_driver_nothing_is_waited_for():
