@@ -67,8 +67,8 @@ test: $(READY) ## Every test: whole runs (real vLLM), Ray, serving, faults, unit
 
 .PHONY: avx2
 # oneDNN and torch are held at AVX2, where bf16 is slow.
-avx2: $(READY) ## As on a processor with AVX2 alone: the learner, and one whole run
-	ONEDNN_MAX_CPU_ISA=AVX2 ATEN_CPU_CAPABILITY=avx2 OMP_NUM_THREADS=1 $(BIN)/pytest -n 2 --dist loadfile --durations=5 --durations-min=5 \
+avx2: $(READY) ## As on a processor with AVX2 alone: the learner's quick tests, and one whole run
+	ONEDNN_MAX_CPU_ISA=AVX2 ATEN_CPU_CAPABILITY=avx2 OMP_NUM_THREADS=1 $(BIN)/pytest -n 2 --dist loadfile --durations=5 --durations-min=5 -m "not slow" \
 		tests/e2e/test_killed_driver.py::test_an_undisturbed_run_publishes_its_iterate \
 		tests/unit/learner --ignore tests/unit/learner/test_deepspeed.py --no-loadscope-reorder
 
