@@ -158,7 +158,10 @@ class ChatTemplate:
 
     def in_its_form(self, messages: Conversation) -> Conversation:
         """Returns the messages without empty keys, and arguments of tool calls as the template takes them."""
-        if all(len(message) == 2 for message in messages):
+        for message in messages:
+            if len(message) != 2:
+                break
+        else:  # most conversations; all() would be slower
             return messages
         shown: Conversation = [
             {key: value for key, value in message.items() if value or key in ("role", "content")}

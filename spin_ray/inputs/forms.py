@@ -48,7 +48,10 @@ class Form:
     example: Columns
 
     def matches(self, row: Columns) -> bool:
-        return all(row.get(column) is not None for column in self.needs) and self.fits(row)
+        for column in self.needs:
+            if row.get(column) is None:
+                return False
+        return self.fits(row)
 
 
 _HI = [{"role": "user", "content": "2 + 2?"}, {"role": "assistant", "content": "4"}]

@@ -92,9 +92,20 @@ def _zipped(value: dict[str, Any]) -> Any:
     return [dict(zip(lists, each, strict=True)) for each in zip(*lists.values(), strict=True)]
 
 
-def parse_messages(values: list[Any]) -> list[Message]:
-    """Checks messages and gives them the templates' names; raises Unusable for one that cannot be read."""
-    return [_parse(index, value) for index, value in enumerate(values)]
+def parse_messages(values: list[Any], start: int = 0) -> list[Message]:
+    """Checks messages and gives them the templates' names; raises Unusable for one that cannot be read.
+
+    Args:
+        start: place of the first one in its conversation.
+    """
+    return [_parse(index, value) for index, value in enumerate(values, start)]
+
+
+def spoken(role: str, text: Any, index: int) -> Message:
+    """Returns the message of a text; raises Unusable for anything else."""
+    text = _text(index, text)
+    _check_unicode(index, text)
+    return {"role": role, "content": text}
 
 
 def _parse(index: int, value: Any) -> Message:
@@ -169,6 +180,8 @@ def _text(index: int, content: Any) -> str:
 
 def refuse_surrogates(value: Any, what: str) -> None:
     """Raises Unusable if a JSON value holds text that no file and no tokenizer can hold."""
+    if value is None or (isinstance(value, str) and value.isascii()):
+        return
     try:
         json.dumps(value, ensure_ascii=False).encode()
     except UnicodeEncodeError:

@@ -2,7 +2,7 @@
 
 import hashlib
 import json
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import datetime
 from functools import cached_property
@@ -22,7 +22,6 @@ from spin_ray.inputs.conversations import (
     question_of,
     read_row,
 )
-from spin_ray.inputs.forms import mapped
 from spin_ray.inputs.graders import answer_text
 from spin_ray.inputs.messages import refuse_surrogates
 from spin_ray.inputs.rendering import ChatRenderer, Rendered, RenderError, load_tokenizer
@@ -31,6 +30,8 @@ from spin_ray.inputs.vocabulary import vocabulary_of, without_embedding
 
 Row = dict[str, Any]
 """Columns of ``PROMPT_SCHEMA``."""
+Note = Callable[[SourceRow, Found], None]
+"""Called with each usable row."""
 
 
 @dataclass(frozen=True)
@@ -89,7 +90,7 @@ class PromptTask:
         return [ids if isinstance(ids, RenderError) else Rendered(ids, []) for ids in prompts]
 
 
-def rows_of(sources: Sequence[SourceRow], task: PromptTask) -> Iterator[list[Row] | Unusable]:
+def rows_of(sources: Sequence[SourceRow], task: PromptTask, note: Note | None = None) -> Iterator[list[Row] | Unusable]:
     """Yields each source row's prompt rows, or the reason why it cannot be used."""
     found = [_found_in(source, task) for source in sources]
     usable = [conversation for each in found if not isinstance(each, Unusable) for conversation in each.all]
@@ -102,12 +103,16 @@ def rows_of(sources: Sequence[SourceRow], task: PromptTask) -> Iterator[list[Row
         results = list(islice(rendered, len(each.all)))
         rejected = results.pop() if each.rejected else None
         try:
-            yield [
-                _row(source, conversation, result, rejected, task)
+            rows = [
+                _row(each, conversation, result, rejected, task)
                 for conversation, result in zip(each.ending_with_real, results, strict=True)
             ]
         except Unusable as unusable:  # one bad turn spoils the whole row
             yield unusable
+            continue
+        if note:
+            note(source, each)
+        yield rows
 
 
 def _found_in(source: SourceRow, task: PromptTask) -> Found | Unusable:
@@ -123,7 +128,7 @@ def _found_in(source: SourceRow, task: PromptTask) -> Found | Unusable:
 
 
 def _row(
-    source: SourceRow,
+    found: Found,
     conversation: Conversation,
     rendered: Rendered | RenderError,
     rejected: Rendered | RenderError | None,
@@ -142,7 +147,7 @@ def _row(
                     name = task.without_embedding[token_id]
                     raise Unusable("vocabulary", f"the model has no embedding for {name} (id {token_id})")
     assert isinstance(rendered, Rendered) and not isinstance(rejected, RenderError)
-    answer = mapped(source.content or {}, task.data).get("answer")
+    answer = found.row.get("answer")
     refuse_surrogates(text := answer_text(answer), "answer")
     identity = [rendered.prompt_ids, rendered.real_ids, *([rejected.real_ids] if rejected else [])]
     return {
