@@ -2,11 +2,13 @@
 
 import math
 import re
+from collections.abc import Mapping
+from types import MappingProxyType
 from typing import Any, NamedTuple
 
 from spin_ray.config.sections import DataConfig
 from spin_ray.inputs.forms import FORMS, Form, form_of, mapped, no_form
-from spin_ray.inputs.messages import Conversation, Message, Unusable, decoded, refuse_surrogates
+from spin_ray.inputs.messages import Conversation, Message, Unlearnt, Unusable, decoded, refuse_surrogates
 
 __all__ = ["Conversation", "Message", "Unusable", "answer_of", "conversations_of", "question_of", "read_row"]
 
@@ -20,7 +22,7 @@ class Found(NamedTuple):
     """The last conversation, with the rejected response."""
     tools: list[Any] | None = None
     """Tools that the prompt offers."""
-    row: dict[str, Any] = {}
+    row: Mapping[str, Any] = MappingProxyType({})
     """Columns by the names of the forms."""
     form: Form | None = None
     """The row's form; None for a question."""
@@ -112,20 +114,30 @@ def _form_of(content: dict[str, Any] | None, data: DataConfig) -> tuple[dict[str
         raise Unusable("malformed", "chosen is text, and there is no prompt that it answers")
     if form is None:
         raise Unusable("malformed", no_form(row, data))
-    if row.get("label") is False:
-        raise Unusable("rejected", "label is false: people did not want this response")
+    if _is_false(label := row.get("label")):
+        raise Unusable("rejected", f"label is {str(label).lower()}: people did not want this response")
     return row, form
 
 
 def _ending_with_response(messages: list[Message], data: DataConfig) -> list[Conversation]:
     ends = [index for index, message in enumerate(messages) if message["role"] == "assistant"]
+    if data.turns == "all" and any(isinstance(message, Unlearnt) for message in messages):
+        ends = [end for end in ends if not isinstance(messages[end], Unlearnt)] or ends
     wanted = ends[-1:] if data.turns == "last" else ends[:1] if data.turns == "first" else ends
     for index, message in enumerate(messages[: wanted[-1] + 1]):
         if message["content"].strip():
             continue
         if message["role"] == "user" or (index in wanted and not message.get("tool_calls")):
             raise Unusable("empty", f"message {index} ({message['role']}) has no text")
+    for end in wanted:
+        if isinstance(messages[end], Unlearnt):
+            raise Unusable("rejected", f"message {end} (assistant) is not to be learnt: its weight is 0")
     return [messages[: end + 1] for end in wanted]
+
+
+def _is_false(label: Any) -> bool:
+    """Reads KTO's label, which tables may hold as a number or a text."""
+    return label in (0, False) or (isinstance(label, str) and label.strip().lower() in ("false", "0"))
 
 
 def _checked(messages: list[Message], data: DataConfig) -> list[Message]:

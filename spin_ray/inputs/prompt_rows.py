@@ -22,6 +22,7 @@ from spin_ray.inputs.conversations import (
     question_of,
     read_row,
 )
+from spin_ray.inputs.forms import ignored_in
 from spin_ray.inputs.graders import answer_text
 from spin_ray.inputs.messages import refuse_surrogates
 from spin_ray.inputs.rendering import ChatRenderer, Rendered, RenderError, load_tokenizer
@@ -30,8 +31,11 @@ from spin_ray.inputs.vocabulary import vocabulary_of, without_embedding
 
 Row = dict[str, Any]
 """Columns of ``PROMPT_SCHEMA``."""
-Note = Callable[[SourceRow, Found], None]
-"""Called with each usable row."""
+Note = Callable[[SourceRow, Found, list[str]], None]
+"""Called with each usable row and what of it is not read."""
+_MEDIA = {"image", "images", "video", "videos", "audio", "audios"}
+_PLACEHOLDERS = ("<image>", "<video>", "<audio>", "<|image|>", "<image_placeholder>")
+"""Marks in a text where a model would see what a column of ``_MEDIA`` holds."""
 
 
 @dataclass(frozen=True)
@@ -111,7 +115,7 @@ def rows_of(sources: Sequence[SourceRow], task: PromptTask, note: Note | None = 
             yield unusable
             continue
         if note:
-            note(source, each)
+            note(source, each, _unread(source, each, task))
         yield rows
 
 
@@ -122,9 +126,33 @@ def _found_in(source: SourceRow, task: PromptTask) -> Found | Unusable:
         found = (read_row if task.labelled else question_of)(source.content, task.data)
         if found.tools and not task.takes_tools:
             raise Unusable("tools", "seft and sdft write prompts again, which would have no tools")
+        _refuse_media(source, found)
         return found
     except Unusable as unusable:
         return unusable
+
+
+def _refuse_media(source: SourceRow, found: Found) -> None:
+    """Raises Unusable if a text refers to an image that the row has and the model cannot see."""
+    has = [name for name in (*(source.content or ()), *source.unread) if name in _MEDIA]
+    if not has or not any((source.content or {}).get(name, True) for name in has):
+        return
+    for message in (message for conversation in found.all for message in conversation):
+        if mark := next((mark for mark in _PLACEHOLDERS if mark in message["content"]), None):
+            raise Unusable("media", f"its text has {mark}, and the model reads text alone (column {has[0]})")
+
+
+def _unread(source: SourceRow, found: Found, task: PromptTask) -> list[str]:
+    """Returns the columns, and the keys of messages, that no token of the row comes from."""
+    if found.form is None:  # a question
+        return []
+    names = [*ignored_in(dict(found.row), found.form), *source.unread]
+    messages = found.ending_with_real[-1]
+    for message in messages:
+        if len(message) > 2:
+            left = task.renderer.template.leaves_out(messages)
+            return list(dict.fromkeys([*names, *(f"{found.form.needs[0]}.{key}" for key in left)]))
+    return names
 
 
 def _row(

@@ -28,7 +28,7 @@ from spin_ray.config.recipe import SpinConfig, digest
 from spin_ray.config.sections import Source, Train, name_of, sources_of
 from spin_ray.errors import DataError, StageError, UserError, last_line
 from spin_ray.inputs.conversations import Found, Unusable
-from spin_ray.inputs.forms import ignored_in, refuse_two_forms, shown
+from spin_ray.inputs.forms import refuse_two_forms, shown
 from spin_ray.inputs.mixture import draw
 from spin_ray.inputs.prompt_rows import PromptTask, Row, rows_of
 from spin_ray.inputs.rendering import ChatRenderer
@@ -255,7 +255,7 @@ class _RenderSlice:
 @lru_cache(maxsize=1)
 def _unpickled(task: bytes) -> PromptTask:
     """Opens a process's tokenizer once and not for each slice: large vocabularies take a third of a second."""
-    return pickle.loads(task)
+    return pickle.loads(task)  # noqa: S301 - the driver's own bytes
 
 
 class _Read:
@@ -265,13 +265,13 @@ class _Read:
         self.forms: dict[str, tuple[str, str]] = {}
         self.ignored: Counter[str] = Counter()
 
-    def note(self, source: SourceRow, found: Found) -> None:
+    def note(self, source: SourceRow, found: Found, unread: list[str]) -> None:
         if found.form is None:  # a question
             return
         if found.form.name not in self.forms:
             self.forms[found.form.name] = source.origin, shown(source.content)
-        if ignored := [*ignored_in(found.row, found.form), *source.unread]:
-            self.ignored.update(ignored)
+        if unread:
+            self.ignored.update(unread)
 
 
 @contextmanager
