@@ -34,7 +34,7 @@ DATA = DataConfig(train="d")
 def run(tmp_path):
     """Two pairs of the first iteration, the second cut."""
     run = RunDir(Storage(tmp_path / "run"))
-    run.begin(config_of(model={"path": TINY}, iterations=1), {"inputs": {}, "start_model": TINY})
+    run.begin(config_of(model={"path": TINY}, iterations=1), {"inputs": {}, "start_model": TINY, "versions": {}})
     rendered = ChatRenderer(TOKENIZER).render([*ASKED, {"role": "assistant", "content": " 4"}])
     row = {"prompt_id": "p0", "prompt_ids": rendered.prompt_ids, "real_ids": rendered.real_ids}
     stored = json.dumps([*ASKED, {"role": "assistant", "content": " 4"}])
@@ -81,7 +81,7 @@ def test_trls_form_has_the_columns_of_its_conversational_preference_rows(run, tm
 
 
 def test_trl_opens_an_exported_folder_and_reads_its_pairs_with_the_ids_of_the_run(run, tmp_path):
-    """TRL's own preparation of preference rows, and a step of its trainer; behind the end of turn it adds a line break."""
+    """TRL prepares the rows itself and makes a step; the template writes a line break behind the end of turn."""
     trl = pytest.importorskip("trl", reason="TRL is not installed: make peers has it")
     datasets = pytest.importorskip("datasets")
     folder = export(run, "0", str(tmp_path / "model"))
