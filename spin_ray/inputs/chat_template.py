@@ -20,6 +20,7 @@ Tools = list[dict[str, Any]] | None
 """JSON schemas of the functions that a conversation may call."""
 
 _PROBE = "spin-ray-probe"
+_CALL = {"name": "f", "arguments": {"x": "y"}}
 _OPENINGS = (
     *ascii_letters, *digits, *punctuation, *"éñßЖяαعא中の한ก😀“«–•",
     "The", "I'm", "In", "Yes,", "No", "To", "Hello!", "Sure", "As an", "Here", "It is", "1.", "10", "2024", "**", "##",
@@ -57,6 +58,7 @@ class ChatTemplate:
             raise ModelError(f"{self._name}: {error}") from error
         self._refuse_unread_kwargs()
         self._written_roles = {"user": True, "assistant": True}
+        self._written_keys: dict[tuple[str, str], bool] = {}
         self._takes_parsed_arguments: bool | None = None
         added = tokenizer.added_tokens_decoder.items()
         self.added_ids = {str(token): token_id for token_id, token in added if str(token).strip()}
@@ -158,7 +160,10 @@ class ChatTemplate:
 
     def in_its_form(self, messages: Conversation) -> Conversation:
         """Returns the messages without empty keys, and arguments of tool calls as the template takes them."""
-        if all(len(message) == 2 for message in messages):
+        for message in messages:
+            if len(message) != 2:
+                break
+        else:  # most conversations; all() would be slower
             return messages
         shown: Conversation = [
             {key: value for key, value in message.items() if value or key in ("role", "content")}
@@ -206,6 +211,25 @@ class ChatTemplate:
             if not self._writes_role(message["role"]):
                 return RenderError(f"its chat template leaves out messages of role {message['role']}")
         return None
+
+    def leaves_out(self, messages: Conversation) -> list[str]:
+        """Returns the keys that say who speaks and that the template does not write."""
+        return [
+            key
+            for key in ("name", "tool_call_id")
+            if any(message.get(key) and not self._writes_key(message["role"], key) for message in messages)
+        ]
+
+    def _writes_key(self, role: str, key: str) -> bool:
+        if (role, key) not in self._written_keys:
+            user, called = {"role": "user", "content": "?"}, {"type": "function", "function": _CALL}
+            before = {
+                "assistant": [user],
+                "tool": [user, {"role": "assistant", "content": "", "tool_calls": [called]}],
+            }
+            text = self.ask([*before.get(role, []), {"role": role, "content": "!", key: _PROBE}], False)
+            self._written_keys[role, key] = text is None or _PROBE in text
+        return self._written_keys[role, key]
 
     def names(self, word: str) -> bool:
         """Tells whether a template of the tokenizer has the word."""

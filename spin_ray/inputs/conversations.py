@@ -2,11 +2,13 @@
 
 import math
 import re
+from collections.abc import Mapping
+from types import MappingProxyType
 from typing import Any, NamedTuple
 
 from spin_ray.config.sections import DataConfig
-from spin_ray.inputs.forms import FORMS, form_of, mapped, no_form
-from spin_ray.inputs.messages import Conversation, Message, Unusable, decoded, refuse_surrogates
+from spin_ray.inputs.forms import FORMS, Form, form_of, mapped, no_form
+from spin_ray.inputs.messages import Conversation, Message, Unlearnt, Unusable, decoded, refuse_surrogates
 
 __all__ = ["Conversation", "Message", "Unusable", "answer_of", "conversations_of", "question_of", "read_row"]
 
@@ -20,6 +22,10 @@ class Found(NamedTuple):
     """The last conversation, with the rejected response."""
     tools: list[Any] | None = None
     """Tools that the prompt offers."""
+    row: Mapping[str, Any] = MappingProxyType({})
+    """Columns by the names of the forms."""
+    form: Form | None = None
+    """The row's form; None for a question."""
 
     @property
     def all(self) -> list[Conversation]:
@@ -32,14 +38,15 @@ def read_row(content: dict[str, Any] | None, data: DataConfig) -> Found:
     Raises:
         Unusable: there is no response, or the rejected one answers another prompt than the human one.
     """
-    messages, worse, tools = _exchange_of(content, data)
-    real = _ending_with_response(messages, data)
-    if worse is None:
-        return Found(real, None, tools)
-    rejected = _ending_with_response(worse, data)[-1]
-    if rejected[:-1] != real[-1][:-1]:
-        raise Unusable("malformed", "chosen and rejected do not answer the same prompt")
-    return Found(real, rejected, tools)
+    row, form = _form_of(content, data)
+    messages, worse = form.read(row)
+    real = _ending_with_response(_checked(messages, data), data)
+    rejected = None
+    if worse is not None:
+        rejected = _ending_with_response(_checked(worse, data), data)[-1]
+        if rejected[:-1] != real[-1][:-1]:
+            raise Unusable("malformed", "chosen and rejected do not answer the same prompt")
+    return Found(real, rejected, _tools_in(row), row, form)
 
 
 def conversations_of(content: dict[str, Any] | None, data: DataConfig) -> list[Conversation]:
@@ -64,7 +71,7 @@ def question_of(content: dict[str, Any] | None, data: DataConfig) -> Found:
             break
     else:
         raise Unusable("malformed", "needs messages, or prompt")
-    return Found([_checked([*messages, {"role": "assistant", "content": ""}], data)], None, _tools_in(row))
+    return Found([_checked([*messages, {"role": "assistant", "content": ""}], data)], None, _tools_in(row), row)
 
 
 def _tools_in(row: dict[str, Any]) -> list[Any] | None:
@@ -95,10 +102,8 @@ def answer_of(value: Any) -> float | None:
     return number if math.isfinite(number) else None
 
 
-def _exchange_of(
-    content: dict[str, Any] | None, data: DataConfig
-) -> tuple[list[Message], list[Message] | None, list[Any] | None]:
-    """Returns the conversation, that with the worse response, and the tools."""
+def _form_of(content: dict[str, Any] | None, data: DataConfig) -> tuple[dict[str, Any], Form]:
+    """Returns the mapped row and its form; raises Unusable for a row of none, or of a response that is unwanted."""
     if content is None:
         raise Unusable("malformed", "not a JSON object")
     row = mapped(content, data)
@@ -109,33 +114,44 @@ def _exchange_of(
         raise Unusable("malformed", "chosen is text, and there is no prompt that it answers")
     if form is None:
         raise Unusable("malformed", no_form(row, data))
-    if row.get("label") is False:
-        raise Unusable("rejected", "label is false: people did not want this response")
-    messages, rejected = form.read(row)
-    tools = _tools_in(row)
-    return _checked(messages, data), _checked(rejected, data) if rejected is not None else None, tools
+    if _is_false(label := row.get("label")):
+        raise Unusable("rejected", f"label is {str(label).lower()}: people did not want this response")
+    return row, form
 
 
 def _ending_with_response(messages: list[Message], data: DataConfig) -> list[Conversation]:
     ends = [index for index, message in enumerate(messages) if message["role"] == "assistant"]
-    wanted = {"first": ends[:1], "last": ends[-1:], "all": ends}[data.turns]
+    if data.turns == "all" and any(isinstance(message, Unlearnt) for message in messages):
+        ends = [end for end in ends if not isinstance(messages[end], Unlearnt)] or ends
+    wanted = ends[-1:] if data.turns == "last" else ends[:1] if data.turns == "first" else ends
+    for index, message in enumerate(messages[: wanted[-1] + 1]):
+        if message["content"].strip():
+            continue
+        if message["role"] == "user" or (index in wanted and not message.get("tool_calls")):
+            raise Unusable("empty", f"message {index} ({message['role']}) has no text")
     for end in wanted:
-        if not messages[end]["content"].strip() and not messages[end].get("tool_calls"):
-            raise Unusable("empty", f"message {end} (assistant) has no text")
-        for index, message in enumerate(messages[:end]):
-            if message["role"] == "user" and not message["content"].strip():
-                raise Unusable("empty", f"message {index} (user) has no text")
+        if isinstance(messages[end], Unlearnt):
+            raise Unusable("rejected", f"message {end} (assistant) is not to be learnt: its weight is 0")
     return [messages[: end + 1] for end in wanted]
+
+
+def _is_false(label: Any) -> bool:
+    """Reads KTO's label, which tables may hold as a number or a text."""
+    return label in (0, False) or (isinstance(label, str) and label.strip().lower() in ("false", "0"))
 
 
 def _checked(messages: list[Message], data: DataConfig) -> list[Message]:
     """Returns the messages with the recipe's system message; raises Unusable without a prompt and a response."""
-    first = next((index for index, message in enumerate(messages) if message["role"] == "assistant"), None)
-    if first is None:
+    asked = False
+    for first, message in enumerate(messages):  # noqa: B007
+        if message["role"] == "assistant":
+            break
+        asked = asked or message["role"] not in ("system", "developer")
+    else:
         raise Unusable("empty", "no assistant message")
     if first == 0:
         raise Unusable("empty", "starts with the assistant: there is no prompt")
-    if all(message["role"] in ("system", "developer") for message in messages[:first]):
+    if not asked:
         raise Unusable("empty", f"message {first} (assistant) follows no message of a user")
     if data.system is not None and messages[0]["role"] not in ("system", "developer"):
         messages = [{"role": "system", "content": data.system}, *messages]

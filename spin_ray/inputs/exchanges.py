@@ -3,7 +3,17 @@
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
-from spin_ray.inputs.messages import ROLES, Message, Unusable, decoded, is_message, listed, parse_messages, unpacked
+from spin_ray.inputs.messages import (
+    ROLES,
+    Message,
+    Unusable,
+    decoded,
+    is_message,
+    listed,
+    parse_messages,
+    spoken,
+    unpacked,
+)  # fmt: skip
 
 Columns = dict[str, Any]
 """A row: values by column."""
@@ -16,20 +26,31 @@ class Exchange(NamedTuple):
     """The conversation with the worse response."""
 
 
-def _conversation(prompt: Any, response: Any, system: Any = None) -> list[Message]:
-    """Returns the messages of a prompt and a response, each a text or a list of messages."""
-    before, after = _spoken(prompt, "prompt", "user"), _spoken(response, "response", "assistant")
-    return _with_system(parse_messages([*before, *after]), system)
+def _exchange(prompt: Any, response: Any, worse: Any = None, system: Any = None) -> Exchange:
+    """Returns the messages of a prompt and of one or two responses, each a text or a list of messages."""
+    before = _spoken(prompt, "prompt", "user", 0)
+    after = _spoken(response, "response", "assistant", len(before))
+    rejected = None if worse is None else _spoken(worse, "response", "assistant", len(before))
+    if before or system is None:  # both conversations have the same messages before the response
+        before, system = _with_system(before, system), None
+    return Exchange(
+        _with_system([*before, *after], system),
+        None if rejected is None else _with_system([*before, *rejected], system),
+    )
 
 
-def _spoken(value: Any, column: str, role: str) -> list[Any]:
+def _spoken(value: Any, column: str, role: str, start: int) -> list[Message]:
     """Returns the messages of a column that holds a text, a message, a list of messages, or JSON text of these."""
     value = unpacked(value)
+    if isinstance(value, str):
+        return [spoken(role, value, start)]
     if is_message(value):
-        return [value]
+        return parse_messages([value], start)
     if isinstance(value, list) and value and all(isinstance(each, str) for each in value):
         raise Unusable("malformed", f"{column}: expected a text or messages, found a list of {len(value)} texts")
-    return listed(value, column) if isinstance(value, list | dict) else [{"role": role, "content": value}]
+    return (
+        parse_messages(listed(value, column), start) if isinstance(value, list | dict) else [spoken(role, value, start)]
+    )
 
 
 def _with_system(messages: list[Message], system: Any) -> list[Message]:
@@ -39,7 +60,7 @@ def _with_system(messages: list[Message], system: Any) -> list[Message]:
         if messages[0]["content"] == system:
             return messages
         raise Unusable("malformed", "has a column system and another system message")
-    return parse_messages([{"role": "system", "content": system}, *messages])
+    return [spoken("system", system, 0), *messages]
 
 
 def read_messages(row: Columns) -> Exchange:
@@ -52,15 +73,11 @@ def read_sharegpt(row: Columns) -> Exchange:
 
 def read_alpaca(row: Columns) -> Exchange:
     """Joins instruction and input by an empty line; ``history`` holds earlier pairs of instruction and output."""
-    return Exchange(_conversation(_instructed(row), row["output"], row.get("system")))
+    return _exchange(_instructed(row), row["output"], None, row.get("system"))
 
 
 def read_alpaca_preferred(row: Columns) -> Exchange:
-    asked, system, rejected = _instructed(row), row.get("system"), row.get("rejected")
-    return Exchange(
-        _conversation(asked, row["chosen"], system),
-        None if rejected is None else _conversation(asked, rejected, system),
-    )
+    return _exchange(_instructed(row), row["chosen"], row.get("rejected"), row.get("system"))
 
 
 def _instructed(row: Columns) -> list[Message]:
@@ -79,37 +96,30 @@ def _instructed(row: Columns) -> list[Message]:
 
 
 def answered(asks: str, response: str) -> Callable[[Columns], Exchange]:
-    return lambda row: Exchange(_conversation(row[asks], row[response], row.get("system")))
+    return lambda row: _exchange(row[asks], row[response], None, row.get("system"))
 
 
 def preferred(asks: str) -> Callable[[Columns], Exchange]:
-    def read(row: Columns) -> Exchange:
-        rejected, system = row.get("rejected"), row.get("system")
-        return Exchange(
-            _conversation(row[asks], row["chosen"], system),
-            None if rejected is None else _conversation(row[asks], rejected, system),
-        )
-
-    return read
+    return lambda row: _exchange(row[asks], row["chosen"], row.get("rejected"), row.get("system"))
 
 
 def read_sharegpt_preferred(row: Columns) -> Exchange:
     """Reads LLaMA-Factory's preference rows: ``chosen`` and ``rejected`` are a message each."""
-    asked, system = listed(row["conversations"], "conversations"), row.get("system")
-    rejected = unpacked(row.get("rejected"))
-    return Exchange(
-        _conversation(asked, [row["chosen"]], system),
-        None if rejected is None else _conversation(asked, [rejected], system),
-    )
+    asked, rejected = listed(row["conversations"], "conversations"), unpacked(row.get("rejected"))
+    return _exchange(asked, [row["chosen"]], None if rejected is None else [rejected], row.get("system"))
 
 
 def both(better: str, worse: str) -> Callable[[Columns], Exchange]:
     def read(row: Columns) -> Exchange:
-        rejected = row.get(worse)
-        return Exchange(
-            parse_messages(listed(row[better], better)),
-            None if rejected is None else parse_messages(listed(rejected, worse)),
-        )
+        chosen, messages = listed(row[better], better), row.get(worse)
+        if messages is None:
+            return Exchange(parse_messages(chosen))
+        rejected, shared = listed(messages, worse), len(chosen) - 1
+        alike = len(rejected) == len(chosen) and rejected[:-1] == chosen[:-1]
+        parsed = parse_messages(chosen)
+        if alike:
+            return Exchange(parsed, [*parsed[:-1], *parse_messages(rejected[-1:], shared)])
+        return Exchange(parsed, parse_messages(rejected))
 
     return read
 

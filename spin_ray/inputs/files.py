@@ -64,7 +64,8 @@ def filesystem(uri: str) -> tuple[pyarrow.fs.FileSystem, str]:
     try:
         return pyarrow.fs.FileSystem.from_uri(uri)
     except (pa.ArrowInvalid, OSError) as error:
-        raise DataError(f"{uri}: cannot be opened ({error})") from error
+        cure = "; download the file, and name that" if uri.startswith(("https://", "http://")) else ""
+        raise DataError(f"{uri}: cannot be opened ({error}){cure}") from error
 
 
 def open_text(uri: str) -> io.BufferedReader:

@@ -25,7 +25,7 @@ from spin_ray.inputs.exchanges import (
     read_sharegpt,
     read_sharegpt_preferred,
 )  # fmt: skip
-from spin_ray.inputs.messages import READ, unpacked
+from spin_ray.inputs.messages import READ, keys_of, unpacked
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -48,7 +48,10 @@ class Form:
     example: Columns
 
     def matches(self, row: Columns) -> bool:
-        return all(row.get(column) is not None for column in self.needs) and self.fits(row)
+        for column in self.needs:
+            if row.get(column) is None:
+                return False
+        return self.fits(row)
 
 
 _HI = [{"role": "user", "content": "2 + 2?"}, {"role": "assistant", "content": "4"}]
@@ -184,6 +187,8 @@ def _with_columns(columns: tuple[str, ...]) -> tuple[Form, ...]:
 def no_form(row: Iterable[str], data: DataConfig) -> str:
     """Returns why a row of these columns is of no form: the nearest form and the columns that it lacks."""
     has = set(row)
+    if isinstance(row, dict) and (path := _rows_within(row)):
+        return f"its rows are inside it; write them alone, one a line: jq -c '{path}' FILE > NEW.jsonl"
     if data.form is not None:
         lacks = [name for name in BY_NAME[data.form].needs if name not in has]
         return f"data.form {data.form} needs {_and(BY_NAME[data.form].needs)}; there is no {_and(lacks)}"
@@ -201,6 +206,19 @@ def no_form(row: Iterable[str], data: DataConfig) -> str:
         return f"{needed}; data.columns maps names"
     lacks = [name for name in nearest.needs if name not in has] or nearest.needs
     return f"{needed}; nearest is {nearest.name}, which lacks {_and(lacks)}"
+
+
+def _rows_within(row: Columns) -> str | None:
+    """Returns jq's path to the rows that stand under a key, as the hub's server and many programs write them."""
+    for key, value in row.items():
+        inner = value[0] if isinstance(value, list) and value else value
+        if isinstance(inner, dict) and key not in COLUMNS:
+            path = f".{key}[]" if isinstance(value, list) else f".{key}"
+            if isinstance(inner.get("row"), dict):  # the hub's server
+                return f"{path}.row"
+            if any(form.matches(inner) for form in _with_columns(tuple(inner))):
+                return path
+    return None
 
 
 def _hint(has: set[str]) -> dict[str, str]:
@@ -277,12 +295,11 @@ def ignored_in(row: Columns, form: Form) -> list[str]:
     names = list(_unread(form.name, tuple(row)))
     if not isinstance(row.get("label"), bool | None):
         names.append("label")
-    for column in form.needs:
-        values = row.get(column)
-        for message in values if isinstance(values, list) else ():
-            if isinstance(message, dict) and len(message) > 2:
-                names += [f"{column}.{key}" for key in message.keys() - READ if message[key] is not None]
-    return list(dict.fromkeys(names))
+    for column in (*form.needs, *form.may):
+        value = row.get(column)
+        if value is not None and (not isinstance(value, str) or value[:1] in ("[", "{")):
+            names += [f"{column}.{key}" for key in sorted(keys_of(value) - READ)]
+    return names
 
 
 @lru_cache(maxsize=1024)

@@ -45,12 +45,24 @@ class Guard:
 
     def set_aside(self, messages: Conversation, tools: Tree) -> tuple[Conversation, Tree, list[str]]:
         """Replaces names by markers; returns the messages, the tools and the names."""
+        if not tools and self._are_plain(messages):  # most conversations
+            return messages, tools, []
         names: list[str] = []
         marked: Conversation = [
             message | {key: self._mark_all(value, names) for key, value in message.items() if key != "role"}
             for message in messages
         ]
         return marked, self._mark_all(tools, names), names
+
+    def _are_plain(self, messages: Conversation) -> bool:
+        """Tells whether messages have a text alone, in which no name begins."""
+        for message in messages:
+            if len(message) != 2:
+                return False
+            for beginning in self._beginnings:
+                if beginning in message["content"]:
+                    return False
+        return True
 
     def _mark_all(self, tree: Any, names: list[str]) -> Any:
         """Marks every text in parsed JSON."""

@@ -20,8 +20,10 @@ ROLES = {name: role for role, names in _NAMES.items() for name in names}
 CALL = "function_call"
 """ShareGPT's name for an assistant's message that is a tool call, as JSON."""
 _ROLES = ", ".join(_NAMES)
-REASONING = ("reasoning_content", "reasoning", "thinking")
+REASONING = ("reasoning_content", "reasoning", "thinking", "thought")
 """Names of a thought; the first is the templates'."""
+_LEARNT = ("weight", "train", "loss", "trainable")
+"""Keys with which a message says by 0 or false that it is not to be learnt."""
 KEPT = ("tool_calls", "tool_call_id", "name", "reasoning_content")
 """Keys that a template may write beside role and content."""
 READ = {"role", "from", "content", "value", *KEPT, *REASONING, CALL}
@@ -29,6 +31,10 @@ READ = {"role", "from", "content", "value", *KEPT, *REASONING, CALL}
 _SAID = {"content", "value", "tool_calls"}
 _SHARED = {"human": "user", "gpt": "assistant", "system": "system"}
 _PLAIN = ("user", "assistant", "system")
+
+
+class Unlearnt(dict[str, Any]):
+    """A message that is not to be learnt, but may stand before another."""
 
 
 class Unusable(Exception):
@@ -92,9 +98,20 @@ def _zipped(value: dict[str, Any]) -> Any:
     return [dict(zip(lists, each, strict=True)) for each in zip(*lists.values(), strict=True)]
 
 
-def parse_messages(values: list[Any]) -> list[Message]:
-    """Checks messages and gives them the templates' names; raises Unusable for one that cannot be read."""
-    return [_parse(index, value) for index, value in enumerate(values)]
+def parse_messages(values: list[Any], start: int = 0) -> list[Message]:
+    """Checks messages and gives them the templates' names; raises Unusable for one that cannot be read.
+
+    Args:
+        start: place of the first one in its conversation.
+    """
+    return [_parse(index, value) for index, value in enumerate(values, start)]
+
+
+def spoken(role: str, text: Any, index: int) -> Message:
+    """Returns the message of a text; raises Unusable for anything else."""
+    text = _text(index, text)
+    _check_unicode(index, text)
+    return {"role": role, "content": text}
 
 
 def _parse(index: int, value: Any) -> Message:
@@ -117,10 +134,9 @@ def _parse(index: int, value: Any) -> Message:
         found = f", found {given!r}" if given else ""
         raise Unusable("malformed", f"message {index}: needs a role of {_ROLES}{found}")
     message = {key: value[key] for key in KEPT if value.get(key) is not None}
-    thought = _either(index, value, *REASONING)
-    if isinstance(thought, str) and thought:
+    thought, content = _thought_and_content(index, value)
+    if thought:
         message["reasoning_content"] = thought
-    content = _either(index, value, "content", "value")
     if given == CALL or value.get(CALL):
         message["tool_calls"] = [_call(index, content if given == CALL else value[CALL])]
         content = "" if given == CALL else content
@@ -135,7 +151,45 @@ def _parse(index: int, value: Any) -> Message:
     text = _text(index, content)
     _check_unicode(index, text)
     refuse_surrogates(message, f"message {index}")
-    return {"role": role, "content": text} | message
+    parsed = {"role": role, "content": text} | message
+    return Unlearnt(parsed) if any(value.get(key) in (0, False) for key in _LEARNT if key in value) else parsed
+
+
+def _thought_and_content(index: int, value: dict[str, Any]) -> tuple[str, Any]:
+    """Returns the thought, which may be parts of the content, and the other content.
+
+    Raises:
+        Unusable: the thought is no text, or there are two.
+    """
+    thought, content = _either(index, value, *REASONING), _either(index, value, "content", "value")
+    if isinstance(content, list):
+        parts = [part for part in content if isinstance(part, dict) and part.get("type") in REASONING]
+        found = "".join(str(part.get(part["type"]) or part.get("text") or "") for part in parts)
+        content = [part for part in content if part not in parts]
+        thought = _either(index, {REASONING[0]: thought, "a part": found}, REASONING[0], "a part")
+    thought = thought or value.get("reasoning_details") or ""
+    if not isinstance(thought, str):
+        raise Unusable(
+            "malformed",
+            f"message {index}: its thought must be text, found {type(thought).__name__}; write it as reasoning_content",
+        )
+    return thought, content
+
+
+def keys_of(value: Any) -> set[str]:
+    """Returns the keys with a value that the messages of a column have, however the column holds them."""
+    if isinstance(value, str):
+        value = decoded(value) if value[:1] in ("[", "{") else None
+    if isinstance(value, dict):
+        value = _zipped(value)
+    messages = value if isinstance(value, list) else [value]
+    return {
+        key
+        for message in messages
+        if isinstance(message, dict) and len(message) > 2
+        for key, each in message.items()
+        if each is not None
+    }
 
 
 def _either(index: int, value: dict[str, Any], *names: str) -> Any:
@@ -169,6 +223,8 @@ def _text(index: int, content: Any) -> str:
 
 def refuse_surrogates(value: Any, what: str) -> None:
     """Raises Unusable if a JSON value holds text that no file and no tokenizer can hold."""
+    if value is None or (isinstance(value, str) and value.isascii()):
+        return
     try:
         json.dumps(value, ensure_ascii=False).encode()
     except UnicodeEncodeError:

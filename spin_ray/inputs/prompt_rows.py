@@ -2,7 +2,7 @@
 
 import hashlib
 import json
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import datetime
 from functools import cached_property
@@ -22,7 +22,7 @@ from spin_ray.inputs.conversations import (
     question_of,
     read_row,
 )
-from spin_ray.inputs.forms import mapped
+from spin_ray.inputs.forms import ignored_in
 from spin_ray.inputs.graders import answer_text
 from spin_ray.inputs.messages import refuse_surrogates
 from spin_ray.inputs.rendering import ChatRenderer, Rendered, RenderError, load_tokenizer
@@ -31,6 +31,11 @@ from spin_ray.inputs.vocabulary import vocabulary_of, without_embedding
 
 Row = dict[str, Any]
 """Columns of ``PROMPT_SCHEMA``."""
+Note = Callable[[SourceRow, Found, list[str]], None]
+"""Called with each usable row and what of it is not read."""
+_MEDIA = {"image", "images", "video", "videos", "audio", "audios"}
+_PLACEHOLDERS = ("<image>", "<video>", "<audio>", "<|image|>", "<image_placeholder>")
+"""Marks in a text where a model would see what a column of ``_MEDIA`` holds."""
 
 
 @dataclass(frozen=True)
@@ -89,7 +94,7 @@ class PromptTask:
         return [ids if isinstance(ids, RenderError) else Rendered(ids, []) for ids in prompts]
 
 
-def rows_of(sources: Sequence[SourceRow], task: PromptTask) -> Iterator[list[Row] | Unusable]:
+def rows_of(sources: Sequence[SourceRow], task: PromptTask, note: Note | None = None) -> Iterator[list[Row] | Unusable]:
     """Yields each source row's prompt rows, or the reason why it cannot be used."""
     found = [_found_in(source, task) for source in sources]
     usable = [conversation for each in found if not isinstance(each, Unusable) for conversation in each.all]
@@ -102,12 +107,16 @@ def rows_of(sources: Sequence[SourceRow], task: PromptTask) -> Iterator[list[Row
         results = list(islice(rendered, len(each.all)))
         rejected = results.pop() if each.rejected else None
         try:
-            yield [
-                _row(source, conversation, result, rejected, task)
+            rows = [
+                _row(each, conversation, result, rejected, task)
                 for conversation, result in zip(each.ending_with_real, results, strict=True)
             ]
         except Unusable as unusable:  # one bad turn spoils the whole row
             yield unusable
+            continue
+        if note:
+            note(source, each, _unread(source, each, task))
+        yield rows
 
 
 def _found_in(source: SourceRow, task: PromptTask) -> Found | Unusable:
@@ -117,13 +126,37 @@ def _found_in(source: SourceRow, task: PromptTask) -> Found | Unusable:
         found = (read_row if task.labelled else question_of)(source.content, task.data)
         if found.tools and not task.takes_tools:
             raise Unusable("tools", "seft and sdft write prompts again, which would have no tools")
+        _refuse_media(source, found)
         return found
     except Unusable as unusable:
         return unusable
 
 
+def _refuse_media(source: SourceRow, found: Found) -> None:
+    """Raises Unusable if a text refers to an image that the row has and the model cannot see."""
+    has = [name for name in (*(source.content or ()), *source.unread) if name in _MEDIA]
+    if not has or not any((source.content or {}).get(name, True) for name in has):
+        return
+    for message in (message for conversation in found.all for message in conversation):
+        if mark := next((mark for mark in _PLACEHOLDERS if mark in message["content"]), None):
+            raise Unusable("media", f"its text has {mark}, and the model reads text alone (column {has[0]})")
+
+
+def _unread(source: SourceRow, found: Found, task: PromptTask) -> list[str]:
+    """Returns the columns, and the keys of messages, that no token of the row comes from."""
+    if found.form is None:  # a question
+        return []
+    names = [*ignored_in(dict(found.row), found.form), *source.unread]
+    messages = found.ending_with_real[-1]
+    for message in messages:
+        if len(message) > 2:
+            left = task.renderer.template.leaves_out(messages)
+            return list(dict.fromkeys([*names, *(f"{found.form.needs[0]}.{key}" for key in left)]))
+    return names
+
+
 def _row(
-    source: SourceRow,
+    found: Found,
     conversation: Conversation,
     rendered: Rendered | RenderError,
     rejected: Rendered | RenderError | None,
@@ -142,7 +175,7 @@ def _row(
                     name = task.without_embedding[token_id]
                     raise Unusable("vocabulary", f"the model has no embedding for {name} (id {token_id})")
     assert isinstance(rendered, Rendered) and not isinstance(rejected, RenderError)
-    answer = mapped(source.content or {}, task.data).get("answer")
+    answer = found.row.get("answer")
     refuse_surrogates(text := answer_text(answer), "answer")
     identity = [rendered.prompt_ids, rendered.real_ids, *([rejected.real_ids] if rejected else [])]
     return {

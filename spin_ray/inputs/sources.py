@@ -33,7 +33,8 @@ def find_files(source: str) -> list[str]:
     except OSError as error:
         raise DataError(f"{source}: cannot be read ({' '.join(str(error).split())})") from error
     if not infos:
-        raise DataError(f"{source}: no such data (a .jsonl or .parquet file, a folder of them, a glob or a URI)")
+        hint = f"; of the hub it is hf://datasets/{source}/FILE" if _HUB_NAME.fullmatch(source) else ""
+        raise DataError(f"{source}: no such data (a .jsonl or .parquet file, a folder of them, a glob or a URI){hint}")
     for info in infos:
         if not info.path.lower().endswith(SUFFIXES):
             raise DataError(f"{info.path}: unknown kind of data file; expected one of {', '.join(SUFFIXES)}")
@@ -136,6 +137,7 @@ def _matches(path: str, glob: str) -> bool:
     return re.fullmatch(pattern, path) is not None
 
 
+_HUB_NAME = re.compile(r"[\w-]+/[\w-]+")
 _WILD = re.compile(r"\*\*/|\*|\?|\[[^/\]]+\]")
 _MEANING = {"**/": r"(?:(?!\.)[^/]+/)*", "*": r"(?:(?<!/)|(?!\.))[^/]*", "?": r"(?:(?<!/)|(?!\.))[^/]"}
 _SPLITS = {"train": "train", "training": "train", "test": "test", "validation": "validation", "valid": "validation",

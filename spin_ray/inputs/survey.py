@@ -9,8 +9,8 @@ from itertools import islice
 
 from spin_ray.config.sections import DataConfig
 from spin_ray.errors import DataError
-from spin_ray.inputs.conversations import Unusable
-from spin_ray.inputs.forms import form_of, ignored_in, mapped
+from spin_ray.inputs.conversations import Found, Unusable
+from spin_ray.inputs.forms import form_of, mapped
 from spin_ray.inputs.prompt_rows import PromptTask, Row, rows_of
 from spin_ray.inputs.sources import Slice, SourceRow, find_files, read_slice, skipped_files, split
 
@@ -99,8 +99,12 @@ def survey(source: str, task: PromptTask, max_length: int, *, every_row: bool = 
     found = Survey(source, max_length, files, skipped_files(source), whole=True)
     quota = None if every_row else math.ceil(SAMPLE_ROWS / len(files))
     rows = _rows(pieces, quota, found, task.data)
+
+    def note(source: SourceRow, row: Found, unread: list[str]) -> None:
+        found.ignored.update(unread)
+
     while sources := list(islice(rows, _ROWS_AT_A_TIME)):
-        for row, result in zip(sources, rows_of(sources, task), strict=True):
+        for row, result in zip(sources, rows_of(sources, task, note), strict=True):
             _count(found, row, result, task)
         if not every_row and found.read >= SAMPLE_ROWS:
             found.whole = found.whole and next(rows, None) is None
@@ -127,7 +131,6 @@ def _count(found: Survey, source: SourceRow, result: list[Row] | Unusable, task:
     found.read += 1
     content = mapped(source.content, task.data) if source.content is not None else {}
     form = form_of(content, task.data)
-    found.ignored.update(ignored_in(content, form) if form else ())
     found.forms[form.name if form else "unknown"] += 1
     if isinstance(result, Unusable):
         has = ", ".join([*(source.content or ()), *source.unread]) or "no column"

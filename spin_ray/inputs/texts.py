@@ -12,6 +12,7 @@ import pyarrow as pa
 
 from spin_ray.errors import DataError, first_line
 from spin_ray.inputs.files import CHUNK, Slice, SourceRow, codec_of, filesystem, head_of, kind_of, open_text
+from spin_ray.inputs.forms import COLUMNS
 
 _TOKEN = re.compile(rb'"[^"\\]*(?:\\.[^"\\]*)*"|[\[\]{}"]', re.DOTALL)
 """A whole string, a bracket, or the beginning of a string that goes on behind what was read."""
@@ -27,8 +28,7 @@ def split_text(uri: str, size: int, width: int) -> list[Slice]:
     if codec_of(uri) or kind_of(uri) in (".csv", ".tsv"):
         return [Slice(uri, 0, size)]
     if not _is_array(uri, head):
-        if re.match(rb'\{\s*\n\s*"', head):
-            raise DataError(f"{uri}: has an object over several lines; write an object a line, or an array of objects")
+        _refuse_other_layouts(uri)
         return [Slice(uri, start, min(start + width, size)) for start in range(0, size, width)]
     starts: list[int] = []
     with open_text(uri) as file:
@@ -36,6 +36,33 @@ def split_text(uri: str, size: int, width: int) -> list[Slice]:
             if not starts or start >= starts[-1] + width:
                 starts.append(start)
     return [Slice(uri, start, stop) for start, stop in zip(starts, [*starts[1:], size][: len(starts)], strict=True)]
+
+
+def _refuse_other_layouts(uri: str) -> None:
+    """Raises DataError if the first object is not alone on one line."""
+    text = head_of(uri, CHUNK).decode(errors="replace")
+    try:
+        end = json.JSONDecoder().raw_decode(text)[1]
+    except (ValueError, RecursionError):  # a row for quarantine, or an object that is longer than a chunk
+        end = CHUNK if re.match(r'\{\s*\n\s*"', text) else 0
+    if "\n" in text[:end].strip():
+        found = _INSIDE.search(text[:end])
+        path = f".{found[1]}[]" if found and found[1] not in COLUMNS else "."
+        raise DataError(
+            f"{uri}: has an object over several lines; write an object a line (jq -c '{path}' FILE > NEW.jsonl), or an "
+            "array of objects"
+        )
+    rest, _, others = text[end:].partition("\n")
+    if end and rest.startswith("\r") and rest.strip():
+        raise DataError(f"{uri}: its lines end with a carriage return alone: tr '\\r' '\\n' < FILE > NEW.jsonl")
+    if end and rest.lstrip()[:1] == "{":
+        raise DataError(f"{uri}: has several objects on a line; write an object a line: jq -c . FILE > NEW.jsonl")
+    if end and others.strip() and rest.strip() == ",":
+        raise DataError(f"{uri}: has a comma behind its objects; take it away: sed 's/,\\r*$//' FILE > NEW.jsonl")
+
+
+_INSIDE = re.compile(r'^\s*\{.*?"(\w+)":\s*\[\s*\{', re.DOTALL)
+"""The first key that holds a list of objects."""
 
 
 def read_text(piece: Slice) -> Iterator[SourceRow]:

@@ -41,6 +41,15 @@ FILES = {
     "an empty array": ("a.json", "[]", "holds no rows"),
     "two arrays": ("a.json", f"[\n{ROW}]\n[{OTHER}]\n", "goes on behind its array; write an object a line"),
     "an object over lines": ("a.json", '{\n  "prompt": "q",\n  "response": "a"\n}', "has an object over several lines"),
+    "an object that goes on": ("a.jsonl", '{"prompt": "q",\n "response": "a"}\n', "jq -c '.' FILE > NEW.jsonl"),
+    "rows under a key": ("a.json", f'{{"data": [{ROW}]}}', ["malformed: its rows are inside it; write them alone, one "
+                         "a line: jq -c '.data[]' FILE > NEW.jsonl"]),
+    "rows of the hub's server": ("a.json", f'{{"rows": [{{"row_idx": 0, "row": {ROW}}}]}}', ["malformed: its rows are "
+                                 "inside it; write them alone, one a line: jq -c '.rows[].row' FILE > NEW.jsonl"]),
+    "rows under a key, over lines": ("a.json", f'{{\n "version": 1,\n "data": [\n {ROW}]}}', "jq -c '.data[]' FILE"),
+    "objects without line ends": ("a.jsonl", ROW + OTHER, "has several objects on a line"),
+    "lines of old Macs": ("a.jsonl", f"{ROW}\r{OTHER}", "end with a carriage return alone"),
+    "commas behind several lines": ("a.jsonl", f"{ROW},\n{OTHER}\n", "has a comma behind its objects"),
     "commas behind the lines": ("a.jsonl", f"{ROW},\n", ["malformed: not a JSON object (Extra data at character 33)"]),
     "a key twice": ("a.jsonl", '{"prompt": "q", "prompt": "r", "response": "a"}',
                     ["malformed: not a JSON object (has the key 'prompt' twice)"]),

@@ -1,5 +1,6 @@
 """Forms of rows: a conversation written in any of them has the same tokens, and nothing is dropped unsaid."""
 
+import copy
 import csv
 import json
 from dataclasses import replace
@@ -16,6 +17,7 @@ from spin_ray.inputs import prompt_rows
 from spin_ray.inputs.conversations import Unusable, conversations_of, question_of, read_row
 from spin_ray.inputs.forms import BY_NAME, FORMS, find_form, form_of, ignored_in
 from spin_ray.inputs.messages import parse_messages
+from spin_ray.inputs.rendering import ChatRenderer
 from spin_ray.inputs.sources import SourceRow, read_slice, split
 from tests.unit.inputs.test_prompt_rows import TOKENIZER, chat, rows_of, task_of
 
@@ -175,6 +177,54 @@ def test_a_lone_surrogate_is_refused_wherever_it_stands(row):
 def test_what_is_ignored_has_a_name():
     row = {"messages": [*chat("a"), {"role": "assistant", "content": "b", "weight": 0}], "images": [], "answer": 1}
     assert ignored_in(row, BY_NAME["messages"]) == ["images", "messages.weight"]
+    assert ignored_in(row | {"messages": json.dumps(row["messages"])}, BY_NAME["messages"])[1:] == ["messages.weight"]
+    worse = {"chosen": chat("a", "b"), "rejected": [*chat("a"), {"role": "assistant", "content": "c", "score": 1}]}
+    assert ignored_in(worse, BY_NAME["chosen_rejected"]) == ["rejected.score"]
+    struct = {"role": ["user", "assistant"], "content": ["a", "b"], "score": [None, 2]}
+    assert ignored_in({"messages": struct}, BY_NAME["messages"]) == ["messages.score"]
+
+
+def test_who_speaks_is_counted_where_the_template_does_not_write_it():
+    """ChatML has no place for a name; the second template writes a user's, but no assistant's."""
+    row = {
+        "messages": [{"role": "user", "content": "a", "name": "Bo"}, {"role": "assistant", "content": "b", "name": "C"}]
+    }
+    source, noted = SourceRow("f:1", row, b"", unread=("id",)), []
+    named = "{% for m in messages %}{{ m.name if m.role == 'user' }}: {{ m.content }}<|im_end|>{% endfor %}"
+    for template in (TOKENIZER.chat_template, named + "{{ ': ' if add_generation_prompt }}"):
+        tokenizer = copy.deepcopy(TOKENIZER)
+        tokenizer.chat_template = template
+        task = task_of(renderer=ChatRenderer(tokenizer))
+        list(prompt_rows.rows_of([source], task, lambda *each: noted.append(each[2])))
+    assert noted == [["id", "messages.name"]] * 2
+    without = SourceRow("f:2", {"messages": [row["messages"][0], *chat("a", "b")[1:]]}, b"")
+    list(prompt_rows.rows_of([without], task, lambda *each: noted.append(each[2])))
+    assert noted[2] == []
+
+
+@pytest.mark.parametrize(
+    ("row", "reason"),
+    [
+        ({"messages": [*chat("a"), {"role": "assistant", "content": "b", "train": False}]}, "rejected"),
+        ({"messages": [*chat("a"), {"role": "assistant", "content": "b", "weight": 0}]}, "rejected"),
+        ({"prompt": "a", "completion": "b", "label": 0}, "rejected"),
+        ({"prompt": "a", "completion": "b", "label": "False"}, "rejected"),
+        ({"prompt": "<image> what?", "response": "b", "image": "a.png"}, "media"),
+        ({"messages": [*chat("a"), {"role": "assistant", "content": "b", "reasoning_details": [{}]}]}, "malformed"),
+    ],
+)
+def test_a_row_that_means_something_else_without_what_is_not_read_is_refused(row, reason):
+    with pytest.raises(Unusable) as caught:
+        rows_of(row)
+    assert caught.value.reason == reason
+
+
+def test_messages_that_are_not_to_be_learnt_are_no_responses():
+    unlearnt = {"role": "assistant", "content": "b", "weight": 0}
+    row = {"messages": [*chat("a"), unlearnt, *chat("c", "d")]}
+    assert [each[-1]["content"] for each in conversations_of(row, DataConfig(train="d", turns="all"))] == ["d"]
+    assert len(rows_of({"prompt": "<image>", "response": "b", "image": None})) == 1
+    assert len(rows_of({"prompt": "<image>", "response": "b"})) == 1
 
 
 def at(number, **content):
@@ -216,11 +266,13 @@ def test_tool_calls_thoughts_and_tools_are_kept_under_one_name():
         {"role": "assistant", "content": None, "tool_calls": [call], "thinking": "hm"},
         {"from": "function_call", "value": json.dumps(call["function"])},
         {"from": "observation", "value": "20", "tool_call_id": "c1"},
+        {"role": "assistant", "content": [{"type": "thinking", "thinking": "hm"}, {"type": "text", "text": "x"}]},
     ]
     assert parse_messages(values) == [
         {"role": "assistant", "content": "", "tool_calls": [call], "reasoning_content": "hm"},
         {"role": "assistant", "content": "", "tool_calls": [call]},
         {"role": "tool", "content": "20", "tool_call_id": "c1"},
+        {"role": "assistant", "content": "x", "reasoning_content": "hm"},
     ]
     for tools, expected in ((json.dumps([call]), [call]), ([call], [call]), ("[]", None)):
         assert read_row({"messages": chat("a", "b"), "tools": tools}, DATA).tools == expected

@@ -8,6 +8,7 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
+import ray.cloudpickle
 from hypothesis import assume, example, given, settings
 from hypothesis import strategies as st
 from transformers.utils import chat_template_utils
@@ -72,6 +73,12 @@ def test_duplicates_go_to_quarantine_and_the_first_stays(tmp_path):
     assert [json.loads(row["messages"])[1]["content"] for row in made.rows] == ["b", "c"]
     assert made.reasons == {"duplicate": 1}
     assert made.quarantine[0]["origin"] == f"{tmp_path}/data.jsonl:2"
+
+
+def test_a_process_opens_the_tokenizer_once_for_all_slices(tmp_path):
+    sent = ray.cloudpickle.dumps(prompts._RenderSlice(Storage(tmp_path), "prompts", task_of()))
+    one, other = ray.cloudpickle.loads(sent), ray.cloudpickle.loads(sent)
+    assert one._task.renderer is other._task.renderer
 
 
 def test_duplicates_are_found_over_slices(tmp_path, monkeypatch):

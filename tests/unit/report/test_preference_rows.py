@@ -1,6 +1,7 @@
 """Pairs and votes in the forms of other trainers."""
 
 import json
+import math
 import shutil
 from collections import Counter
 from pathlib import Path
@@ -13,6 +14,7 @@ from spin_ray.inputs.conversations import conversations_of, read_row
 from spin_ray.inputs.forms import form_of
 from spin_ray.inputs.model_folder import folder_entries
 from spin_ray.inputs.rendering import ChatRenderer
+from spin_ray.report.export import export
 from spin_ray.report.preference_rows import pairs_of, preferred_of_votes, write_rows
 from spin_ray.run_dir.artefact import Manifest
 from spin_ray.run_dir.run_dir import RunDir
@@ -32,7 +34,7 @@ DATA = DataConfig(train="d")
 def run(tmp_path):
     """Two pairs of the first iteration, the second cut."""
     run = RunDir(Storage(tmp_path / "run"))
-    run.begin(config_of(model={"path": TINY}, iterations=1), {"inputs": {}, "start_model": TINY})
+    run.begin(config_of(model={"path": TINY}, iterations=1), {"inputs": {}, "start_model": TINY, "versions": {}})
     rendered = ChatRenderer(TOKENIZER).render([*ASKED, {"role": "assistant", "content": " 4"}])
     row = {"prompt_id": "p0", "prompt_ids": rendered.prompt_ids, "real_ids": rendered.real_ids}
     stored = json.dumps([*ASKED, {"role": "assistant", "content": " 4"}])
@@ -76,6 +78,24 @@ def test_trls_form_has_the_columns_of_its_conversational_preference_rows(run, tm
         "chosen": [{"role": "assistant", "content": " 4"}],
         "rejected": [{"role": "assistant", "content": "It is 5.\n"}],
     }
+
+
+def test_trl_opens_an_exported_folder_and_reads_its_pairs_with_the_ids_of_the_run(run, tmp_path):
+    """TRL prepares the rows itself and makes a step; the template writes a line break behind the end of turn."""
+    trl = pytest.importorskip("trl", reason="TRL is not installed: make peers has it")
+    datasets = pytest.importorskip("datasets")
+    folder = export(run, "0", str(tmp_path / "model"))
+    path = write_rows(pairs_of(run, "0", Counter()), "trl", str(tmp_path / "pairs.jsonl"), Counter())
+    rows = datasets.load_dataset("json", data_files=path, split="train", cache_dir=str(tmp_path / "cache"))
+    settings = {"output_dir": str(tmp_path / "out"), "use_cpu": True, "bf16": False, "max_length": None, "max_steps": 1}
+    trainer = trl.DPOTrainer(model=folder, args=trl.DPOConfig(**settings, report_to=[]), train_dataset=rows)
+    (pair, *_) = next(iter(run.pairs(0).tables())).to_pylist()
+    for row in trainer.train_dataset:
+        assert row["prompt_ids"] == pair["prompt_ids"]
+        for theirs, ours in (("chosen_ids", "real_ids"), ("rejected_ids", "generated_ids")):
+            ids = pair[ours]
+            assert row[theirs][: len(ids)] == ids and TOKENIZER.decode(row[theirs][len(ids) :]).strip() == ""
+    assert trainer.train().training_loss == pytest.approx(math.log(2), rel=1e-3)  # the policy is its own reference
 
 
 def test_votes_become_the_same_rows(tmp_path):
