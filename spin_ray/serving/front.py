@@ -47,6 +47,8 @@ class Front:
 
     def __init__(self, run_folder: str, config: SpinConfig, keeper: Any, port: socket.socket) -> None:
         _log_beside_ray_serve()
+        self.port = port.getsockname()[1]
+        """The port that listens, also where ``serving.port`` is 0."""
         self._stop_s = config.serving.request_timeout_s + STOP_MARGIN_S
         self._server = uvicorn.Server(
             uvicorn.Config(

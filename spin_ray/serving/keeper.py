@@ -9,6 +9,7 @@ The old engine stays if any step fails. Application names hold digests, so a res
 import asyncio
 import logging
 import math
+import os
 import time
 from collections import defaultdict
 from collections.abc import Callable
@@ -44,7 +45,9 @@ class Keeper:
 
     ``{"version": 3, "newest": "iter-1", "engines": {"iter-1": {"app": "engine.iter-1.5f0c…", "digest": "5f0c…"}},
     "problems": {"iter-2": "…/model.safetensors: differs from its digest"}, "down": [],
-    "starting": {"iter-3": "placed, loads"}}``
+    "starting": {"iter-3": "placed, loads"}, "running": ["engine.iter-1.5f0c…"], "settled": False}``
+
+    ``running`` has engines of an earlier keeper, too. ``settled``: nothing starts any more.
     """
 
     async def __init__(self, run_folder: str, config: SpinConfig, engines: str = ENGINE_PREFIX) -> None:
@@ -63,6 +66,8 @@ class Keeper:
         self._applications: dict[str, Any] = {}
         self._asked_at = -math.inf
         self._settled: set[str] = set()
+        self._seen_running: set[str] = set()
+        self._has_looked = False
         self._looked_for_strays = False
         self._draining: set[asyncio.Task[None]] = set()
         self._down: list[str] = []
@@ -81,6 +86,8 @@ class Keeper:
             "problems": dict(self._problems),
             "down": list(self._down),
             "starting": dict(self._steps),
+            "running": sorted(self._seen_running),
+            "settled": self._has_looked and not self._steps,
         }
 
     def check_health(self) -> None:
@@ -93,14 +100,15 @@ class Keeper:
         while True:
             await asyncio.sleep(_LOOK_S)
             try:
-                running = await self._running() if self._engines else set()
+                running = await self._running()
             except Exception:
                 logger.exception("cannot see the engines; trying again")
                 continue
             down = [name for name, engine in self._engines.items() if engine["app"] not in running]
             if down != self._down:
                 logger.warning("engines that are down: %s", ", ".join(down) or "none any more")
-                self._down = down
+            if down != self._down or running != self._seen_running:
+                self._down, self._seen_running = down, running
                 await self._announce()
 
     async def _running(self) -> set[str]:
@@ -112,8 +120,8 @@ class Keeper:
         actors = await asyncio.to_thread(ray.util.list_named_actors, all_namespaces=True)
         replicas = {actor["name"] for actor in actors if actor["name"].startswith(REPLICA)}
         alive = {replica.removeprefix(REPLICA).partition("#")[0] for replica in replicas}
-        if replicas == self._settled and self._used() <= alive:
-            return alive
+        if replicas == self._settled and self._used() <= self._seen_running:
+            return self._seen_running
         running = alive & {
             name
             for name, app in (await self._ask_applications()).items()
@@ -135,6 +143,7 @@ class Keeper:
         for name in names:
             waits = time.monotonic() < self._retry_at.get(name, 0)
             if name not in self._engines and name not in self._starting and not waits:
+                self._steps[name] = "its files are checked"
                 self._starting[name] = asyncio.get_running_loop().create_task(self._try_start(name))
                 self._starting[name].add_done_callback(lambda _, name=name: self._starting.pop(name))
         if past := self._problems.keys() - set(names):
@@ -143,13 +152,15 @@ class Keeper:
         if latest in self._engines and self._newest != latest:
             self._newest = latest
             await self._announce()
+        if not self._has_looked:
+            self._has_looked = True
+            await self._announce()
         if latest is None or latest in self._engines:
             await self._retire([name for name in self._engines if name not in names])
             await self._remove_strays()
 
     async def _try_start(self, name: str) -> None:
         try:
-            await self._tell(name, "its files are checked")
             iterate = await asyncio.to_thread(open_iterate, self._run, name)
             app = f"{self._prefix}{iterate.engine.name}.{iterate.engine.digest[:16]}"
             await self._start(app, iterate)
@@ -280,7 +291,9 @@ def _step(application: Any) -> str:
 
 
 def _deploy(app: str, iterate: Iterate, config: SpinConfig, run_folder: str) -> None:
-    from spin_ray.serving.iterate_engine import build_engine  # vLLM: seconds that the page must not wait for
+    # vLLM's import takes seconds, which the page must not wait for, and would close Ray Serve's log.
+    os.environ["VLLM_CONFIGURE_LOGGING"] = "0"
+    from spin_ray.serving.iterate_engine import build_engine
 
     target = serve.RunTarget(build_engine(iterate, config, run_folder), name=app, route_prefix=None)
     serve.run_many([target], wait_for_applications_running=False)

@@ -20,8 +20,9 @@ class Progress:
     """The last state of each engine that the user was told."""
 
     def __init__(self, serving: ServingConfig, front: Front | None = None) -> None:
-        self._url, self._front = f"http://{serving.host}:{serving.port}", front
-        self._began, self._told, self._ready = time.monotonic(), dict[str, str](), False
+        host = f"[{serving.host}]" if ":" in serving.host else serving.host
+        self._url, self._front = f"http://{host}:{front.port if front else serving.port}", front
+        self._began, self._told, self._is_up, self._ready = time.monotonic(), dict[str, str](), False, False
 
     def follow(self, stop: "queue.SimpleQueue[int]") -> None:
         """Tells what changes until a signal comes.
@@ -50,9 +51,10 @@ class Progress:
         now |= dict.fromkeys(table["down"], "its engine has ended and starts again")
         new = [f"{name}: {state}" for name, state in now.items() if self._told.get(name) != state]
         self._told = now
-        answers = self._front is None or self._front.answers
-        if not self._ready and answers and any(state == "ready" for state in now.values()):
+        if not self._is_up and (self._front is None or self._front.answers):
+            self._is_up = True
+            new.insert(0, f"{self._url} has the page; models start")
+        if not self._ready and self._is_up and any(state == "ready" for state in now.values()):
             self._ready = True
             new.append(f"{self._url} answers; Ctrl-C stops it")
         return new
-
