@@ -555,7 +555,7 @@ class ServingConfig(Section):
     host: str = "127.0.0.1"
     """Address to listen at. Others than this machine's need ``keys`` and Ray's token authentication."""
     port: Annotated[int, Field(ge=0, le=65535)] = 8000
-    """TCP port."""
+    """TCP port. 0: a free one, which is printed."""
     keys: str | None = None
     """File of hashed API keys, one line of ``spin-ray serve-key`` each. Not set: whoever reaches the port may ask."""
     requests_per_minute: Count | None = None

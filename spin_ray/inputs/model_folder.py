@@ -2,14 +2,17 @@
 
 import json
 import re
+import threading
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Protocol
 
 from spin_ray.config.sections import ModelConfig
-from spin_ray.errors import ConfigError, ModelError, first_line
+from spin_ray.errors import ConfigError, ModelError, RunDirError, first_line
 from spin_ray.run_dir.artefact import Artefact, folder_entries
+from spin_ray.run_dir.names import iterate_name
+from spin_ray.run_dir.run_dir import RunDir
 from spin_ray.run_dir.storage import Digest, folder_digest
 
 _POSITIONS = ("max_position_embeddings", "n_positions", "max_seq_len", "max_sequence_length")
@@ -86,6 +89,53 @@ def refuse_unsafe(folder: Path, *, trust_remote_code: bool = False) -> list[Path
         _refuse_untrusted(folder, unopened)
     _check_weights(folder)
     return unopened
+
+
+def open_unchanged(path: str | Path, name: str, *, trust_remote_code: bool = False) -> ModelFolder:
+    """Opens a model folder as ``open_model`` does, but reads files again only if some have changed since.
+
+    A change shows in size, times or inode. What was read is known to this process alone.
+    """
+    folder = Path(path)
+    with _opening:
+        now = sorted((str(file), _stamp(file)) for file in folder.rglob("*") if file.is_file())
+        then, found = _opened.get((folder, trust_remote_code), (None, None))
+        if found is None or then != now:
+            found = open_model(folder, name, trust_remote_code=trust_remote_code)
+            _opened[folder, trust_remote_code] = now, found
+        return replace(found, name=name)
+
+
+_opening = threading.Lock()
+_opened: dict[tuple[Path, bool], tuple[list[tuple[str, tuple[int, ...]]], ModelFolder]] = {}
+
+
+def _stamp(file: Path) -> tuple[int, ...]:
+    found = file.stat()
+    return found.st_size, found.st_mtime_ns, found.st_ctime_ns, found.st_ino, found.st_dev
+
+
+def open_initial(run: RunDir) -> ModelFolder:
+    """Opens θ_0, the frozen model below a run's adapters, in a folder of this machine; ``open_unchanged`` reads it.
+
+    Raises:
+        RunDirError: a file is missing or has changed.
+        ModelError: the folder must not be loaded.
+    """
+    artefact, trusted = run.whole_model(0), run.config().model.trust_remote_code
+    if not artefact.is_committed:
+        description = run.description()
+        folder = open_unchanged(description["start_model"], iterate_name(0), trust_remote_code=trusted)
+        if folder.digest != description["inputs"]["model"]:
+            raise RunDirError(f"{folder.path}: is not the model that this run started from; restore it")
+        return folder
+    files, path = artefact.manifest().files, artefact.local_folder()
+    whole = all((path / file).is_file() for file in files)
+    folder = open_unchanged(path, iterate_name(0), trust_remote_code=trusted) if whole else None
+    if folder is None or any(folder.files.get(file) != (entry.sha256, entry.bytes) for file, entry in files.items()):
+        artefact.checked_folder()  # names the file
+        raise RunDirError(f"{path}: changed while it was read; restore it")
+    return replace(folder, source=artefact)
 
 
 def open_artefact(artefact: Artefact, name: str, initial: ModelFolder) -> ModelFolder:

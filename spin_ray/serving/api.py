@@ -37,7 +37,9 @@ _REFUSALS: dict[int | str, dict[str, Any]] = {
 }
 
 
-def make_app(engines: Engines, config: SpinConfig, keys: list[Key], votes: VoteStore) -> FastAPI:
+def make_app(
+    engines: Engines, config: SpinConfig, keys: list[Key], votes: VoteStore, *, proxied: bool = False
+) -> FastAPI:
     app = FastAPI(title="spin_ray", version="1", docs_url=None, redoc_url=None, responses={422: _ERROR})
     metrics = Metrics()
     desk = _Desk(engines, config, metrics)
@@ -46,7 +48,7 @@ def make_app(engines: Engines, config: SpinConfig, keys: list[Key], votes: VoteS
     _answer_errors(app)
     app.add_middleware(WholeBody, config=config.serving, slots=desk.slots)
     app.add_middleware(Access, config=config.serving, keys=keys)
-    app.add_middleware(Observe, metrics=metrics)
+    app.add_middleware(Observe, metrics=metrics, proxied=proxied)
     return app
 
 

@@ -37,14 +37,14 @@ class Ingress:
         self._arguments = (run_folder, config, keeper)
 
     def __serve_build_asgi_app__(self) -> Any:
-        return endpoint(*self._arguments)
+        return endpoint(*self._arguments, proxied=True)
 
 
-def endpoint(run_folder: str, config: SpinConfig, keeper: Any) -> FastAPI:
+def endpoint(run_folder: str, config: SpinConfig, keeper: Any, *, proxied: bool = False) -> FastAPI:
     """Builds the HTTP interface to a keeper's engines. It needs a running event loop."""
     engines = ServeEngines(keeper)
     keys = read_keys(config.serving.keys) if config.serving.keys else []
-    app = make_app(engines, config, keys, VoteStore(votes_url(run_folder, config)))
+    app = make_app(engines, config, keys, VoteStore(votes_url(run_folder, config)), proxied=proxied)
     app.state.following = asyncio.get_running_loop().create_task(engines.follow())
     return app
 

@@ -66,6 +66,8 @@ class ServeEngines:
         self._keeper = keeper
         self._engines: dict[str, Any] = {}
         self._handles: dict[str, Any] = {}
+        self._kept: dict[str, Any] = {}
+        self._newest: str | None = None
         self._reported: set[str] = set()
         self._suspected: dict[str, float] = {}
         self._poison = PoisonList()
@@ -79,26 +81,36 @@ class ServeEngines:
         return (self._reported | {name for name, until in self._suspected.items() if until > now}) & set(self._engines)
 
     async def follow(self) -> None:
-        """Follows the keeper's table for ever; keeps the last one while the keeper is away."""
+        """Follows the keeper's table for ever; keeps the last one while the keeper is away.
+
+        The models of the last one stay known until a restarted keeper has looked after each.
+        """
         version = -1
         while True:
             try:
                 table = await self._keeper.table.remote(version, _HEAR_S)
+                if table["version"] < version:  # a restarted keeper counts versions anew
+                    self._kept = self._engines
                 if table["version"] != version:
                     self._take(table)
                     version = table["version"]
-            except Exception as error:  # a restarted keeper counts versions anew
+            except Exception as error:
                 logger.warning("the keeper does not answer: %s", error)
-                version = -1
+                version, self._kept = -1, self._engines
                 await asyncio.sleep(1)
 
     def _take(self, table: dict[str, Any]) -> None:
         """Takes a table over, handles first: every name must have one."""
-        apps = {engine["app"] for engine in table["engines"].values()}
+        if table["settled"]:
+            self._kept = {}
+        engines = self._kept | table["engines"]
+        apps = {engine["app"] for engine in engines.values()}
         known = {app: self._handles.get(app) or serve.get_app_handle(app).options(stream=True) for app in apps}
-        self._handles, self._engines = known, table["engines"]
-        self.problems, self._reported = table["problems"], set(table["down"])
-        self.names.serve_now(table["engines"], table["newest"])
+        self._handles, self._engines, self.problems = known, engines, table["problems"]
+        self._newest = table["newest"] or (self._newest if self._kept else None)
+        gone = {name for name, engine in self._kept.items() if engine["app"] not in table["running"]}
+        self._reported = set(table["down"]) | gone - table["engines"].keys()
+        self.names.serve_now(engines, self._newest)
 
     def digest(self, iterate: str) -> str:
         return self._engines[iterate]["digest"]

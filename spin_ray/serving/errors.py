@@ -11,6 +11,18 @@ _TYPES = {
 }  # fmt: skip
 
 
+_WORDS = {
+    "missing": "is missing", "json_invalid": "is not JSON ({error})", "finite_number": "must be a finite number",
+    "greater_than": "must be more than {gt}", "greater_than_equal": "must be at least {ge}",
+    "less_than_equal": "must be at most {le}", "literal_error": "must be {expected}",
+    "too_short": "has {actual_length}; at least {min_length} must be given",
+    "too_long": "has {actual_length}; at most {max_length} are allowed",
+    "string_too_long": "has more than {max_length} characters", "empty": "must not be empty",
+    "string_type": "must be a text", "bool_type": "must be true or false", "list_type": "must be a list",
+    "int_type": "must be a whole number", "int_from_float": "must be a whole number", "float_type": "must be a number",
+    "dict_type": "must be an object", "model_type": "must be an object", "model_attributes_type": "must be an object",
+}  # fmt: skip
+"""Words for pydantic's types of errors, in place of its own, which speak of Python's types."""
 _NAMED = ("stream_options", "top_logprobs", "max_tokens")
 """Types of errors about several fields; their messages begin with the field's name."""
 
@@ -65,14 +77,32 @@ def from_validation(errors: Any) -> Refusal:
     field = errors[0]["loc"][:2]
     # Of a value that may have several forms, an error about its limits tells more than one about another form.
     first = min((it for it in errors if it["loc"][:2] == field), key=lambda it: it["type"].endswith("_type"))
-    *parents, last = first["loc"] or ("body",)
-    parts = [*parents, last] if first["type"] == "extra_forbidden" else [it for it in first["loc"] if _is_field(it)]
-    where = ".".join(str(part) for part in parts if part != "body")
+    where = _where(first)
     if first["type"] == "extra_forbidden":
         return Refusal(400, f"{where}: is not supported here", code="unsupported_parameter", param=where)
     if not where and first["type"] in _NAMED:
         return Refusal(400, first["msg"], param=first["type"])
-    return Refusal(400, f"{where or 'body'}: {first['msg']}", param=where or None)
+    told = [_in_words(first)]
+    if first["type"].endswith("_type"):
+        told += [_in_words(it).removeprefix("must be ") for it in errors if it is not first and _where(it) == where]
+        told = list(dict.fromkeys(told))
+        if where and any(_where(it).startswith(f"{where}.") for it in errors):
+            told.append("a list whose items are alike")
+    return Refusal(400, f"{where or 'body'}: {' or '.join(told)}", param=where or None)
+
+
+def _where(error: Any) -> str:
+    """Returns the field of an error as in the body; none of the body itself."""
+    if error["type"] == "json_invalid":  # it has the place in the text
+        return ""
+    is_known = error["type"] != "extra_forbidden"
+    return ".".join(str(part) for part in error["loc"] if part != "body" and (_is_field(part) or not is_known))
+
+
+def _in_words(error: Any) -> str:
+    context = error.get("ctx", {})
+    kind = "empty" if context.get("actual_length") == 0 else error["type"]
+    return _WORDS[kind].format(**context) if kind in _WORDS else error["msg"]
 
 
 def _is_field(part: str | int) -> bool:

@@ -3,6 +3,7 @@
 client ─> uvicorn here (keys, limits, names, OpenAI errors) ─> engine of an iterate (vLLM)
 """
 
+import gc
 import logging
 import socket
 import threading
@@ -11,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import uvicorn
+from fastapi import FastAPI
 from ray._private.worker import global_worker
 
 from spin_ray.config.recipe import SpinConfig
@@ -45,16 +47,19 @@ class Front:
 
     def __init__(self, run_folder: str, config: SpinConfig, keeper: Any, port: socket.socket) -> None:
         _log_beside_ray_serve()
+        self.port = port.getsockname()[1]
+        """The port that listens, also where ``serving.port`` is 0."""
         self._stop_s = config.serving.request_timeout_s + STOP_MARGIN_S
         self._server = uvicorn.Server(
             uvicorn.Config(
-                lambda: endpoint(run_folder, config, keeper),  # called in the server's event loop
+                lambda: _app(run_folder, config, keeper),  # called in the server's event loop
                 factory=True,
                 lifespan="off",
                 log_config=None,
                 log_level=logging.WARNING,
                 access_log=False,  # ``Observe`` writes a better one
                 server_header=False,
+                proxy_headers=False,  # nothing here asks who is behind a proxy
                 timeout_keep_alive=_KEEP_ALIVE_S,
                 timeout_graceful_shutdown=int(self._stop_s),
             )
@@ -77,6 +82,17 @@ class Front:
         """Takes no more requests and waits for the answers that have begun, each within its own time limit."""
         self._server.should_exit = True
         self._thread.join(self._stop_s + STOP_MARGIN_S)
+
+
+def _app(run_folder: str, config: SpinConfig, keeper: Any) -> FastAPI:
+    """Builds the application and takes all that was imported out of garbage collection.
+
+    Ray collects garbage from time to time, and a walk through Ray's and vLLM's modules stops all answers for a second.
+    """
+    app = endpoint(run_folder, config, keeper)
+    gc.collect()
+    gc.freeze()
+    return app
 
 
 def _log_beside_ray_serve() -> None:

@@ -21,7 +21,7 @@ from spin_ray.config.recipe import SpinConfig
 from spin_ray.config.sections import ServingConfig
 from spin_ray.errors import RunDirError
 from spin_ray.inputs.ends import other_ends
-from spin_ray.inputs.model_folder import open_model
+from spin_ray.inputs.model_folder import open_unchanged
 from spin_ray.inputs.rendering import RenderError, open_renderer
 from spin_ray.run_dir.run_dir import open_run
 from spin_ray.runtime import cpu
@@ -59,9 +59,8 @@ class IterateEngine(LLMServer):
         """
         cpu.prepare(self._config.serving.resources.threads)
         folder, model = self._iterate.folder, self._config.model
-        if open_model(folder, self._iterate.name, trust_remote_code=model.trust_remote_code).digest != (
-            self._iterate.digest
-        ):
+        found = open_unchanged(folder, self._iterate.name, trust_remote_code=model.trust_remote_code)
+        if found.digest != self._iterate.digest:
             raise RunDirError(f"{folder}: changed after it was checked; restore it")
         self._renderer = open_renderer(str(folder), model, self._iterate.date)
         self._stops = [self._renderer.end_of_turn_id, *other_ends(folder, self._renderer)]

@@ -5,8 +5,7 @@ from datetime import datetime
 from pathlib import Path
 from typing import Self
 
-from spin_ray.errors import RunDirError
-from spin_ray.inputs.model_folder import open_model
+from spin_ray.inputs.model_folder import open_initial, open_model
 from spin_ray.run_dir.artefact import Artefact, folder_entries
 from spin_ray.run_dir.names import LATEST, age, api_name, iterate_number, read_iterate
 from spin_ray.run_dir.run_dir import RunDir
@@ -63,17 +62,13 @@ def open_iterate(run: RunDir, name: str) -> Iterate:
         ModelError: the folder must not be loaded.
     """
     number = age(name)
-    trusted = run.config().model.trust_remote_code
+    if number == 0:
+        model = open_initial(run)
+        return Iterate(name, model.path, model.digest, run.date(), run.model(0) if model.source else None)
     artefact = run.model(number)
+    folder = artefact.checked_folder()
     if run.is_adapter(number):
-        folder = artefact.checked_folder()
         digest = folder_digest(folder_entries(folder))
         return Iterate(name, folder, digest, run.date(), artefact, open_iterate(run, api_name(0)))
-    if number > 0 or artefact.is_committed:
-        folder = open_model(artefact.checked_folder(), name, trust_remote_code=trusted)
-        return Iterate(name, folder.path, folder.digest, run.date(), artefact)
-    description = run.description()
-    folder = open_model(description["start_model"], name, trust_remote_code=trusted)
-    if folder.digest != description["inputs"]["model"]:
-        raise RunDirError(f"{folder.path}: is not the model that this run started from; restore it")
-    return Iterate(name, folder.path, folder.digest, run.date())
+    model = open_model(folder, name, trust_remote_code=run.config().model.trust_remote_code)
+    return Iterate(name, folder, model.digest, run.date(), artefact)

@@ -8,6 +8,8 @@ The old engine stays if any step fails. Application names hold digests, so a res
 
 import asyncio
 import logging
+import math
+import os
 import time
 from collections import defaultdict
 from collections.abc import Callable
@@ -22,7 +24,6 @@ from spin_ray.config.recipe import SpinConfig
 from spin_ray.errors import first_line
 from spin_ray.run_dir.run_dir import open_run
 from spin_ray.serving.engines import CHAT, COMPLETION
-from spin_ray.serving.iterate_engine import build_engine
 from spin_ray.serving.iterates import Iterate, open_iterate, wanted
 from spin_ray.serving.stopping import REPLICA
 
@@ -43,7 +44,10 @@ class Keeper:
     """The one actor that starts and retires a server's engines. Ingress replicas serve from its table.
 
     ``{"version": 3, "newest": "iter-1", "engines": {"iter-1": {"app": "engine.iter-1.5f0c…", "digest": "5f0c…"}},
-    "problems": {"iter-2": "…/model.safetensors: differs from its digest"}, "down": []}``
+    "problems": {"iter-2": "…/model.safetensors: differs from its digest"}, "down": [],
+    "starting": {"iter-3": "placed, loads"}, "running": ["engine.iter-1.5f0c…"], "settled": False}``
+
+    ``running`` has engines of an earlier keeper, too. ``settled``: nothing starts any more.
     """
 
     async def __init__(self, run_folder: str, config: SpinConfig, engines: str = ENGINE_PREFIX) -> None:
@@ -58,6 +62,12 @@ class Keeper:
         self._serve_lock = asyncio.Lock()
         self._deploying: defaultdict[str, asyncio.Lock] = defaultdict(asyncio.Lock)
         self._starting: dict[str, asyncio.Task[None]] = {}
+        self._steps: dict[str, str] = {}
+        self._applications: dict[str, Any] = {}
+        self._asked_at = -math.inf
+        self._settled: set[str] = set()
+        self._seen_running: set[str] = set()
+        self._has_looked = False
         self._looked_for_strays = False
         self._draining: set[asyncio.Task[None]] = set()
         self._down: list[str] = []
@@ -75,6 +85,9 @@ class Keeper:
             "engines": dict(self._engines),
             "problems": dict(self._problems),
             "down": list(self._down),
+            "starting": dict(self._steps),
+            "running": sorted(self._seen_running),
+            "settled": self._has_looked and not self._steps,
         }
 
     def check_health(self) -> None:
@@ -87,29 +100,35 @@ class Keeper:
         while True:
             await asyncio.sleep(_LOOK_S)
             try:
-                running = await self._running() if self._engines else set()
+                running = await self._running()
             except Exception:
                 logger.exception("cannot see the engines; trying again")
                 continue
             down = [name for name, engine in self._engines.items() if engine["app"] not in running]
             if down != self._down:
                 logger.warning("engines that are down: %s", ", ".join(down) or "none any more")
-                self._down = down
+            if down != self._down or running != self._seen_running:
+                self._down, self._seen_running = down, running
                 await self._announce()
 
     async def _running(self) -> set[str]:
         """Returns the applications of which some replica runs.
 
-        Ray Serve takes up to 10 s to notice that a replica has died; Ray forgets its actor's name at once.
+        Ray Serve takes up to 10 s to notice that a replica has died; Ray forgets its actor's name at once. While the
+        names are those of the last time when all engines ran, Ray Serve is not asked.
         """
-        applications = (await self._ask_serve(serve.status)).applications
         actors = await asyncio.to_thread(ray.util.list_named_actors, all_namespaces=True)
-        alive = {actor["name"].removeprefix(REPLICA).partition("#")[0] for actor in actors}
-        return alive & {
+        replicas = {actor["name"] for actor in actors if actor["name"].startswith(REPLICA)}
+        alive = {replica.removeprefix(REPLICA).partition("#")[0] for replica in replicas}
+        if replicas == self._settled and self._used() <= self._seen_running:
+            return self._seen_running
+        running = alive & {
             name
-            for name, app in applications.items()
+            for name, app in (await self._ask_applications()).items()
             if all(deployment.replica_states.get(ReplicaState.RUNNING) for deployment in app.deployments.values())
         }
+        self._settled = replicas if self._used() <= running else set()
+        return running
 
     async def _keep(self) -> None:
         while True:
@@ -124,6 +143,7 @@ class Keeper:
         for name in names:
             waits = time.monotonic() < self._retry_at.get(name, 0)
             if name not in self._engines and name not in self._starting and not waits:
+                self._steps[name] = "its files are checked"
                 self._starting[name] = asyncio.get_running_loop().create_task(self._try_start(name))
                 self._starting[name].add_done_callback(lambda _, name=name: self._starting.pop(name))
         if past := self._problems.keys() - set(names):
@@ -131,6 +151,9 @@ class Keeper:
             await self._announce()
         if latest in self._engines and self._newest != latest:
             self._newest = latest
+            await self._announce()
+        if not self._has_looked:
+            self._has_looked = True
             await self._announce()
         if latest is None or latest in self._engines:
             await self._retire([name for name in self._engines if name not in names])
@@ -149,7 +172,14 @@ class Keeper:
             self._problems.pop(name, None)
             self._engines[name] = {"app": app, "digest": iterate.digest}
             logger.info("%s serves (%s)", name, iterate.digest)
+        self._steps.pop(name, None)
         await self._announce()
+
+    async def _tell(self, name: str, step: str) -> None:
+        """Puts into the table how far an engine has come."""
+        if self._steps.get(name) != step:
+            self._steps[name] = step
+            await self._announce()
 
     async def _start(self, app: str, iterate: Iterate) -> None:
         """Starts an engine and probes it; deletes one that fails, unless others may serve adapters on it."""
@@ -157,6 +187,7 @@ class Keeper:
         try:
             async with self._deploying[app]:
                 await self._bring_up(app, iterate, deadline)
+            await self._tell(iterate.name, "loaded, answers probes")
             await self._probe(app, iterate.name, deadline)
         except EngineFailed:
             if iterate.base is None and app not in self._used():
@@ -174,6 +205,7 @@ class Keeper:
                     f"its engine was not ready after serving.start_timeout_s ({status.value}); are "
                     f"{self._config.serving.resources.bundle} free in the cluster?"
                 )
+            await self._tell(iterate.name, _step(self._applications.get(app)))
             await asyncio.sleep(0.2)
 
     def _used(self) -> set[str]:
@@ -214,7 +246,7 @@ class Keeper:
             return
         self._looked_for_strays = True
         ours = self._used()
-        for app in (await self._ask_serve(serve.status)).applications:
+        for app in await self._ask_applications():
             if app.startswith(self._prefix) and app not in ours:
                 await self._ask_serve(serve.delete, app, _blocking=False)
 
@@ -229,18 +261,39 @@ class Keeper:
         Two at once fail (ray 2.60: "not registered for pickle by value").
         """
         async with self._serve_lock:
+            self._asked_at = -math.inf
             return await asyncio.to_thread(function, *arguments, **options)
 
+    async def _ask_applications(self) -> dict[str, Any]:
+        """Returns Ray Serve's applications, not older than ``_LOOK_S`` nor than the last change.
+
+        The answer costs tens of milliseconds of CPU, here and in Ray Serve's controller.
+        """
+        async with self._serve_lock:
+            if time.monotonic() - self._asked_at > _LOOK_S:
+                self._applications = (await asyncio.to_thread(serve.status)).applications
+                self._asked_at = time.monotonic()
+            return self._applications
+
     async def _status(self, app: str) -> ApplicationStatus:
-        found = (await self._ask_serve(serve.status)).applications.get(app)
+        found = (await self._ask_applications()).get(app)
         return found.status if found else ApplicationStatus.NOT_STARTED
 
     async def _message(self, app: str) -> str:
-        found = (await self._ask_serve(serve.status)).applications.get(app)
+        found = (await self._ask_applications()).get(app)
         lines = [line.strip() for line in (found.message if found else "").splitlines() if "Error" in line]
         return lines[-1][:500] if lines else "no reason given"
 
 
+def _step(application: Any) -> str:
+    placed = application and any(deployment.replica_states for deployment in application.deployments.values())
+    return "placed, loads" if placed else "waits for a place"
+
+
 def _deploy(app: str, iterate: Iterate, config: SpinConfig, run_folder: str) -> None:
+    # vLLM's import takes seconds, which the page must not wait for, and would close Ray Serve's log.
+    os.environ["VLLM_CONFIGURE_LOGGING"] = "0"
+    from spin_ray.serving.iterate_engine import build_engine
+
     target = serve.RunTarget(build_engine(iterate, config, run_folder), name=app, route_prefix=None)
     serve.run_many([target], wait_for_applications_running=False)

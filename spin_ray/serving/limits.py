@@ -6,6 +6,7 @@ import logging
 import math
 import re
 import time
+import uuid
 from collections.abc import Iterator, MutableMapping
 from contextlib import contextmanager
 from typing import Any
@@ -30,21 +31,28 @@ _HEADERS = [
 ]
 
 
-class Observe:
-    """The outermost layer: security headers, one log line per request, a body for a 500, HEAD as GET without a body.
+_REQUEST_ID = re.compile(r"[\w.:@/+=-]{1,128}", re.ASCII)
+"""Form of an ``X-Request-ID`` that is taken over; in place of another one the request gets a fresh one."""
 
-    Routes add to the line through ``scope["state"]["log"]``.
+
+class Observe:
+    """The outermost layer: security headers, request id, one log line per request, a body for a 500, HEAD as GET.
+
+    Routes add to the line through ``scope["state"]["log"]``. Ray Serve's proxies (``proxied``) return the request's id
+    themselves.
     """
 
-    def __init__(self, app: ASGIApp, metrics: Metrics) -> None:
-        self._app, self._metrics = app, metrics
+    def __init__(self, app: ASGIApp, metrics: Metrics, proxied: bool = False) -> None:
+        self._app, self._metrics, self._proxied = app, metrics, proxied
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
             await self._app(scope, receive, send)
             return
         started = time.monotonic()
-        line: dict[str, Any] = {"method": scope["method"], "path": scope["path"]}
+        request_id = _request_id(scope)
+        line: dict[str, Any] = {"method": scope["method"], "path": scope["path"], "request_id": request_id}
+        headers = _HEADERS if self._proxied else [*_HEADERS, (b"x-request-id", request_id.encode())]
         scope.setdefault("state", {})["log"] = line
         is_head = scope["method"] == "HEAD"
         if is_head:
@@ -53,7 +61,7 @@ class Observe:
         async def send_with_headers(message: Message) -> None:
             if message["type"] == "http.response.start":
                 line["status"] = message["status"]
-                message["headers"] = [*message.get("headers", ()), *_HEADERS]
+                message["headers"] = [*message.get("headers", ()), *headers]
             elif is_head and "body" in message:
                 message["body"] = b""
             await send(message)
@@ -71,6 +79,11 @@ class Observe:
             if scope["path"] not in ("/healthz", "/readyz"):
                 access_log.info(json.dumps(line))
             self._metrics.answered(str(line.get("model", "")), line["status"], line["seconds"])
+
+
+def _request_id(scope: Scope) -> str:
+    given = next((value for name, value in scope["headers"] if name == b"x-request-id"), b"").decode("latin-1")
+    return given if _REQUEST_ID.fullmatch(given) else uuid.uuid4().hex
 
 
 class Access:

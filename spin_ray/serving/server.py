@@ -90,6 +90,8 @@ def start(run: RunDir, config: SpinConfig) -> Front | None:
                 front = Front(folder, config, serve.run(keeper(folder, config), name=APP, route_prefix=None), port)
                 held.pop_all()
                 return front
+    if serving.port == 0:
+        raise ConfigError("serving.port: 0 is for one ingress on this machine; give Ray Serve's proxies a port")
     connect_for(run, config)
     if serve.status().proxies and not serving.keys:
         raise ConfigError("Ray Serve runs on this cluster already, at an address of its own; set serving.keys first")

@@ -9,6 +9,7 @@ from contextlib import suppress
 
 import ray
 from ray import serve
+from ray._private import worker
 from ray.exceptions import RayError
 from ray.serve.exceptions import RayServeException
 
@@ -51,6 +52,7 @@ def _stop(app: str, engines: str, longest_s: float, first: Callable[[], None] | 
         names = list(serve.status().applications)
         _delete([name for name in names if name.startswith(engines)], longest_s)
         if not [name for name in names if not name.startswith(engines)]:
+            worker._worker_logs_enabled = False  # Ray prints that calls of the controller end with it
             serve.shutdown()
     except (RayError, RayServeException, ConnectionError) as error:  # Ray is gone, and all replicas with it
         logger.warning("Ray Serve has ended before its applications: %s", error)

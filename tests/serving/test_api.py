@@ -11,6 +11,7 @@ import pytest
 from spin_ray.serving.access import Key, new_key
 from spin_ray.serving.api import DIGEST_HEADER, make_app
 from spin_ray.serving.arena.routes import FILES
+from spin_ray.serving.limits import access_log
 from tests.support.fake_engines import FakeEngines, empty_votes
 from tests.support.tiny_runs import tiny_config
 
@@ -52,6 +53,32 @@ def test_an_answer_says_which_checkpoint_gave_it_and_latest_which_iterate() -> N
         response = await server.post(CHAT, HELLO | {"model": "latest"})
         assert response.json()["model"] == "iter-0"
         assert response.headers[DIGEST_HEADER] == "d1"
+
+    run(check())
+
+
+@pytest.mark.parametrize(
+    ("given", "is_kept"),
+    [("job-7:a@b", True), ('a"}{"status": 200', False), ("é", False), ("a" * 129, False), ("", False)],
+)
+def test_a_harmless_request_id_comes_back_and_stands_in_the_log(
+    given: str, is_kept: bool, caplog: pytest.LogCaptureFixture
+) -> None:
+    async def check() -> None:
+        with caplog.at_level("INFO", access_log.name):
+            response = await Server().client.get("/v1/models", headers={"X-Request-ID": given.encode()})  # type: ignore[dict-item]
+        (logged,) = [json.loads(record.getMessage()) for record in caplog.records if record.name == access_log.name]
+        (told,) = response.headers.get_list("x-request-id")
+        assert logged["request_id"] == told and (told == given) == is_kept and told
+
+    run(check())
+
+
+def test_ray_serves_proxies_return_the_request_id_themselves() -> None:
+    async def check() -> None:
+        app = make_app(FakeEngines(), tiny_config(), [], empty_votes(), proxied=True)
+        async with httpx.AsyncClient(transport=httpx.ASGITransport(app), base_url="http://localhost") as client:
+            assert "x-request-id" not in (await client.get("/v1/models")).headers
 
     run(check())
 
@@ -160,7 +187,18 @@ def test_what_clients_of_openai_and_vllm_send_is_understood(change: dict[str, An
         (CHAT, {"stop": list("abcde")}, "stop: has 5 texts; at most 4 are allowed"),
         (CHAT, {"top_logprobs": 3}, "top_logprobs: needs logprobs to be true"),
         (CHAT, {"stream_options": {"include_usage": True}}, "stream_options: is for streams only"),
-        (COMPLETIONS, {"prompt": [1, -5]}, "prompt.1: Input should be greater than or equal to 0"),
+        (COMPLETIONS, {"prompt": [1, -5]}, "prompt.1: must be at least 0"),
+        (COMPLETIONS, {"prompt": ""}, "prompt: must not be empty"),
+        (CHAT, {"messages": []}, "messages: must not be empty"),
+        (CHAT, {"messages": HELLO["messages"] * 257}, "messages: has 257; at most 256 are allowed"),
+        (CHAT, {"temperature": "1"}, "temperature: must be a number"),
+        (CHAT, {"n": 17}, "n: must be at most 16"),
+        (CHAT, {"messages": [{"role": "tool", "content": "x"}]}, "messages.0.role: must be 'system', 'developer'"),
+        (CHAT, {"stop": 5}, "stop: must be a text or a list"),
+        (COMPLETIONS, {"prompt": [1, "a"]}, "prompt: must be a text or a list whose items are alike"),
+        (COMPARE, {"models": ["sft"]}, "models: has 1; at least 2 must be given"),
+        (CHAT, {"messages": "hello"}, "messages: must be a list"),
+        (CHAT, {"messages": ["hello"]}, "messages.0: must be an object"),
         (COMPLETIONS, {"prompt": "x", "max_tokens": 0}, "max_tokens: 0 is allowed only with echo"),
     ],
 )

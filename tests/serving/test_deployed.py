@@ -136,7 +136,7 @@ def test_the_access_log_has_who_and_what_but_not_what_was_said(deployed: Deploye
     asked: Any = [{"role": "user", "content": SECRET}]
     deployed.client().chat.completions.create(model="sft", messages=asked, max_tokens=4)
     lines = until(lambda: access_lines(deployed.head.folder), 20)
-    assert {"method", "path", "status", "seconds", "key", "model", "stream"} == set(lines[-1])
+    assert {"method", "path", "status", "seconds", "key", "model", "stream", "request_id"} == set(lines[-1])
     assert (lines[-1]["key"], lines[-1]["model"], lines[-1]["status"]) == ("alice", "sft", 200)
     logs = "".join(log.read_text(errors="replace") for log in deployed.head.folder.glob("session_*/logs/serve/*"))
     assert SECRET not in logs and deployed.key not in logs

@@ -2,6 +2,7 @@
 
 import asyncio
 from collections.abc import AsyncIterator
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -38,14 +39,58 @@ class Handle:
         return items()
 
 
+TABLE: dict[str, Any] = {
+    "version": 7, "newest": "iter-0", "problems": {}, "down": [], "running": ["app"], "settled": True,
+    "engines": {name: {"app": "app", "digest": "d"} for name in ("sft", "iter-0")},
+}  # fmt: skip
+
+
 def engines(handle: Any) -> ServeEngines:
     made = ServeEngines(None)
     made._handles = {"app": handle}
-    made._take({
-        "engines": {name: {"app": "app", "digest": "d"} for name in ("sft", "iter-0")}, "newest": None, "problems": {},
-        "down": [],
-    })  # fmt: skip
+    made._take(TABLE)
     return made
+
+
+class Tables:
+    """A keeper that gives one table after another, then no more."""
+
+    def __init__(self, *tables: dict[str, Any] | Exception) -> None:
+        self.table, self._tables = self, list(tables)
+
+    async def remote(self, version: int, wait_s: float) -> dict[str, Any]:
+        if not self._tables:
+            await asyncio.sleep(60)
+        table = self._tables.pop(0)
+        if isinstance(table, Exception):
+            raise table
+        return table
+
+
+@pytest.mark.parametrize("died", [[], [RayActorError()]])
+def test_a_restarted_keeper_makes_no_known_model_unknown(died: list[Exception]) -> None:
+    """Until it has looked after each; one whose engine does not run is down, one that is not wanted any more goes."""
+    empty = TABLE | {"version": 1, "newest": None, "engines": {}, "settled": False}
+    sft = {"sft": TABLE["engines"]["sft"]}
+
+    async def after(*tables: dict[str, Any] | Exception) -> ServeEngines:
+        made = engines(Handle(False))
+        made._keeper = Tables(TABLE, *tables)
+        with suppress(TimeoutError):
+            await asyncio.wait_for(made.follow(), 1.2 if died else 0.1)
+        return made
+
+    async def check() -> None:
+        made = await after(*died, empty)
+        assert made.names.resolve("latest") == "iter-0" and made.names.iterates == ("sft", "iter-0")
+        assert not made.down
+        assert (await after(*died, empty | {"running": []})).down == {"sft", "iter-0"}
+        adopted = await after(*died, empty, empty | {"version": 2, "running": [], "engines": sft})
+        assert adopted.names.iterates == ("sft", "iter-0") and adopted.down == {"iter-0"}
+        settled = await after(*died, empty, empty | {"version": 3, "engines": sft, "settled": True})
+        assert settled.names.iterates == ("sft",)
+
+    asyncio.run(check())
 
 
 @pytest.mark.parametrize("without_words", [False, True])

@@ -74,9 +74,10 @@ def test_a_slow_engine_keeps_no_other_waiting_and_two_that_end_together_are_both
         keeper.let("iter-0")
         table = await keeper.until(lambda table: table["newest"] == "iter-0")
         assert list(table["engines"]) == ["iter-0"]
+        assert table["starting"] == {"sft": "its files are checked"} and not table["settled"]
         keeper.let("sft")
-        table = await keeper.until(lambda table: len(table["engines"]) == 2)
-        assert table["newest"] == "iter-0" and not table["problems"]
+        table = await keeper.until(lambda table: table["settled"])
+        assert len(table["engines"]) == 2 and table["newest"] == "iter-0" and not table["problems"]
 
     follow(run, check)
 
