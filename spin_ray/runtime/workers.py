@@ -15,6 +15,8 @@ import ray.train.torch
 from spin_ray.config.recipe import SpinConfig
 from spin_ray.errors import HealthError, StageError, UserError, last_line, memory_advice
 from spin_ray.runtime import cpu, gpu
+from spin_ray.runtime.controllers import Trainer
+from spin_ray.runtime.garbage import collect_as_usual
 from spin_ray.runtime.placement import demands, in_the_cluster
 from spin_ray.runtime.waiting import wait_until_free, while_it_moves
 
@@ -82,9 +84,9 @@ def run_workers(
 
 def _make_trainer(
     function: Callable[[Any], Any], job: Any, config: SpinConfig, name: str, folder: str | Path
-) -> "_Trainer":
+) -> Trainer:
     train, resources = config.train, config.train.resources
-    return _Trainer(
+    return Trainer(
         _in_worker,
         # As bytes: Ray Train's controller unpickles this too, and would import all that the job knows.
         train_loop_config={
@@ -139,14 +141,6 @@ def _fit(trainer: ray.train.torch.TorchTrainer, max_failures: int) -> Any:
             logger.warning("the controller of the train workers died (%s); a new one is started", last_line(error))
 
 
-class _Trainer(ray.train.torch.TorchTrainer):
-    """A trainer without the actor for Ray Datasets, one process less to wait for."""
-
-    def _create_default_callbacks(self) -> list[Any]:
-        callbacks = super()._create_default_callbacks()
-        return [callback for callback in callbacks if type(callback).__name__ != "DatasetsCallback"]
-
-
 def _in_worker(loop: dict[str, Any]) -> Any:
     cpu.prepare(loop["threads"])
     import torch
@@ -155,6 +149,7 @@ def _in_worker(loop: dict[str, Any]) -> Any:
         torch.set_num_threads(loop["threads"])
     gpu.check(device(), loop["precision"])
     function, job = pickle.loads(loop["call"])  # noqa: S301 (from this run's driver, through Ray)
+    collect_as_usual()
     try:
         return function(job)
     except HealthError as error:  # the same on all workers; as an exception it would be tried again

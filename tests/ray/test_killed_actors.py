@@ -3,9 +3,11 @@
 import os
 import signal
 import sys
+import time
 from collections.abc import Callable
 from pathlib import Path
 
+import psutil
 import pytest
 import ray.cloudpickle
 import ray.train
@@ -87,7 +89,7 @@ def test_an_engine_that_cannot_be_loaded_is_an_error_at_once(
 
 
 def _counts_to_four(folder: Path) -> None:
-    """Four steps with a checkpoint after each; rank 1 is killed at its third, once, with two checkpoints made."""
+    """Four steps with a checkpoint after each. With two made, rank 1 dies at its third; with three, the controller."""
     checkpoint, first = ray.train.get_checkpoint(), 0
     if checkpoint is not None:
         with checkpoint.as_directory() as saved:
@@ -97,6 +99,10 @@ def _counts_to_four(folder: Path) -> None:
             wait_until_heard_of(folder / "checkpoints", step)
             (folder / "killed").touch()
             os.kill(os.getpid(), signal.SIGKILL)
+        if step == 3 and dist.get_rank() == 1 and not (folder / "controller_killed").exists():
+            wait_until_heard_of(folder / "checkpoints", step)
+            (folder / "controller_killed").touch()
+            _kill_the_controller()
         dist.all_reduce(torch.ones(1))
         with (folder / f"steps-{dist.get_rank()}").open("a") as log:
             log.write(f"{step}\n")
@@ -106,15 +112,23 @@ def _counts_to_four(folder: Path) -> None:
         ray.train.report({"step": step + 1}, checkpoint=ray.train.Checkpoint.from_directory(saved))
 
 
-def test_a_train_worker_that_is_killed_goes_on_from_the_last_checkpoint_with_all_others(tmp_path: Path) -> None:
+def _kill_the_controller() -> None:
+    """Kills the controller, with which its workers end."""
+    of_this_node = psutil.Process().parent().children()
+    (controller,) = [one for one in of_this_node if "TrainControllers" in " ".join(one.cmdline())]
+    controller.kill()
+    time.sleep(60)
+
+
+def test_train_workers_and_their_controller_that_are_killed_go_on_from_the_last_checkpoint(tmp_path: Path) -> None:
     config = SpinConfig.model_validate(
         {
             "model": {"path": "-"},
             "data": {"train": "-"},
-            "train": {"workers": 2, "max_failures": 1, "resources": {"cpus": 0.5}},
+            "train": {"workers": 2, "max_failures": 1, "resources": {"cpus": 1}},
         }
     )
     run_workers(_counts_to_four, tmp_path, config, "count", tmp_path / "checkpoints")
-    assert (tmp_path / "killed").exists(), "the worker was killed"
+    assert (tmp_path / "killed").exists() and (tmp_path / "controller_killed").exists()
     for rank in (0, 1):
         assert (tmp_path / f"steps-{rank}").read_text().split() == ["0", "1", "2", "3"]

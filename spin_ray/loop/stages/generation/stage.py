@@ -35,6 +35,7 @@ from spin_ray.run_dir.schemas import GENERATION_SCHEMA
 from spin_ray.runtime.actors import map_by_actors
 from spin_ray.runtime.engine import EngineSpec, GenerationEngine, StartEngine, VllmEngine
 from spin_ray.runtime.engine_groups import EngineGroups
+from spin_ray.runtime.garbage import collect_as_usual
 from spin_ray.runtime.placement import demands
 from spin_ray.runtime.waiting import wait_until_free, with_deadline
 
@@ -140,6 +141,7 @@ class _Player:
             self._engine = start_engine(spec)
         except Exception as error:  # raised here, it would pass for a death and be tried again
             self._unusable = error
+        collect_as_usual()
         # The process in the place of a killed one reports it.
         self._lost = int(ray.is_initialized() and ray.get_runtime_context().was_current_actor_reconstructed)
 

@@ -1,0 +1,84 @@
+"""Ray Train's controllers, one after another in one process.
+
+Ray Train starts three processes for each worker group beside its workers. The controller imports torch, and a cleaner
+frees the placement group of a dead controller. Here the driver frees it, also where no dashboard tells of the death.
+"""
+
+import asyncio
+import os
+from contextlib import suppress
+from typing import Any
+
+import ray
+import ray.cloudpickle
+import ray.exceptions
+import ray.train
+import ray.train.torch
+from ray.experimental.internal_kv import _internal_kv_del, _internal_kv_get, _internal_kv_put
+from ray.train.v2._internal.constants import get_env_vars_to_propagate
+from ray.train.v2._internal.execution.callback import WorkerGroupCallback
+from ray.train.v2._internal.execution.controller import TrainController
+from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
+
+_UNUSED = ("DatasetsCallback", "PlacementGroupCleanerCallback")
+_idle: dict[str, Any] = {}
+"""Actor without work by Ray's id of this machine. It ends with this process."""
+
+
+class Trainer(ray.train.torch.TorchTrainer):
+    """A trainer that keeps the process of its controller for the next trainer."""
+
+    def _create_default_callbacks(self) -> list[Any]:
+        callbacks = super()._create_default_callbacks()
+        return [each for each in callbacks if type(each).__name__ not in _UNUSED] + [_NoteGroup()]
+
+    def _initialize_and_run_controller(self, **arguments: Any) -> ray.train.Result:
+        node = ray.get_runtime_context().get_node_id()
+        actor = _take(node)
+        try:
+            result = ray.get(actor.run.remote(get_env_vars_to_propagate(), arguments))
+        except BaseException:
+            ray.kill(actor)
+            _free_group(actor._actor_id.hex())
+            raise
+        _idle[node] = actor
+        return result
+
+
+class TrainControllers:
+    """An actor that runs one controller after another."""
+
+    def run(self, environment: dict[str, str], arguments: dict[str, Any]) -> ray.train.Result:
+        os.environ.update(environment)
+        controller = TrainController(**arguments)
+        asyncio.run(controller.run())
+        return controller.get_result()
+
+
+def _take(node: str) -> Any:
+    """Returns an actor on this machine, a new one if none is idle or it has died meanwhile."""
+    if idle := _idle.pop(node, None):
+        with suppress(ray.exceptions.RayActorError):
+            ray.get(idle.__ray_ready__.remote())
+            return idle
+    here = NodeAffinitySchedulingStrategy(node, soft=False)
+    return ray.remote(TrainControllers).options(num_cpus=0, scheduling_strategy=here).remote()
+
+
+class _NoteGroup(WorkerGroupCallback):
+    """Notes the placement group of a controller's workers, which outlives a controller that dies."""
+
+    def after_worker_group_start(self, worker_group: Any) -> None:
+        group = worker_group.get_worker_group_state().placement_group_handle.placement_group
+        _internal_kv_put(_key(ray.get_runtime_context().get_actor_id()), ray.cloudpickle.dumps(group))
+
+
+def _free_group(actor: str) -> None:
+    noted = _internal_kv_get(_key(actor))
+    if noted:
+        ray.util.remove_placement_group(ray.cloudpickle.loads(noted))
+        _internal_kv_del(_key(actor))
+
+
+def _key(actor: str | None) -> bytes:
+    return f"spin-ray-train-group-{actor}".encode()
