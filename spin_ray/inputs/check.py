@@ -30,6 +30,7 @@ from spin_ray.inputs.model_folder import (
     refuse_untrainable,
 )
 from spin_ray.inputs.rendering import ChatRenderer, Rendered, RenderError, open_renderer
+from spin_ray.inputs.scorers import refuse_no_scorer
 from spin_ray.inputs.sources import SourceRow, files_digest, find_files, read_slice, split
 from spin_ray.inputs.vocabulary import refuse, vocabulary_of, warn_of, without_embedding
 
@@ -134,6 +135,7 @@ def _paths(*given: Train | None) -> list[str]:
 def check_recipe(config: SpinConfig, inputs: Inputs | None = None, date: datetime | None = None) -> Start:
     """Checks that model and data can be used; raises UserError otherwise."""
     inputs = inputs or find_inputs(config)
+    _refuse_unusable_models(config, inputs)
     heads = {source: _first_rows(source, config.data) for source in _paths(inputs.train, inputs.heldout)}
     questions = [head for source in _paths(inputs.questions) for head in _first_rows(source, config.data)]
     _refuse_absent_columns(chain(*chain(*heads.values()), *questions), config.data)
@@ -290,6 +292,16 @@ def _open_scorer(config: SpinConfig) -> ModelFolder | None:
     # max_length 1 passes any model: unlike the policy, a preference model cuts what is too long for it.
     where = config.model.model_copy(update={"path": resolve(config.scorer.path), "max_length": 1})
     return open_model(find_model(where), "scorer")
+
+
+def _refuse_unusable_models(config: SpinConfig, inputs: Inputs) -> None:
+    """Raises ModelError for what would show only when the models are loaded, after hours of sampling."""
+    from spin_ray.learner.miniature import refuse_unscorable  # slow: torch
+
+    if not config.model.trust_remote_code:
+        refuse_unscorable(inputs.model.path, config.model.attention, config.model.max_length)
+    if config.scorer is not None and config.scorer.kind != "grade" and inputs.scorer is not None:
+        refuse_no_scorer(inputs.scorer.path, config.scorer.kind)
 
 
 def versions() -> dict[str, str]:

@@ -6,6 +6,7 @@ experts.0.up_proj.weight    experts.1.up_proj.weight    …  ─┴─>  experts
 
 import re
 from collections import defaultdict
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -30,9 +31,7 @@ def stored_parts(model: Any, stored: dict[str, tuple[int, ...]]) -> dict[str, Pa
         stored: names and shapes of the folder's tensors.
     """
     parameters = {name: tuple(parameter.shape) for name, parameter in model.named_parameters()}
-    rules: list[Any] = get_model_conversion_mapping(model)
-    joins = [rule for rule in rules if isinstance(rule, WeightConverter)]
-    renames = [rule for rule in rules if not isinstance(rule, WeightConverter)]
+    renames, joins = _rules(model)
     found: dict[str, dict[str | None, list[str]]] = defaultdict(lambda: defaultdict(list))
     for name in sorted(stored, key=_by_number):
         target, pattern = rename_source_key(name, renames, joins, model.base_model_prefix, parameters)
@@ -40,6 +39,24 @@ def stored_parts(model: Any, stored: dict[str, tuple[int, ...]]) -> dict[str, Pa
             found[target][pattern].append(name)
     parts = {name: _parts(by_pattern, joins) for name, by_pattern in found.items() if name in parameters}
     return {name: part for name, part in parts.items() if part and _shape(part, stored) == parameters[name]}
+
+
+def stored_targets(model: Any, stored: Iterable[str]) -> set[str] | None:
+    """Returns the names that the stored tensors have in the model; None if transformers splits one of them."""
+    parameters = {name: tuple(it.shape) for name, it in model.named_parameters(remove_duplicate=False)}
+    renames, joins = _rules(model)
+    several = {pattern for rule in joins if len(rule.target_patterns) > 1 for pattern in rule.source_patterns}
+    found = [rename_source_key(name, renames, joins, model.base_model_prefix, parameters) for name in stored]
+    return None if any(pattern in several for _, pattern in found) else {name for name, _ in found}
+
+
+def _rules(model: Any) -> tuple[list[Any], list[Any]]:
+    """Returns transformers' rules that rename stored tensors, and those that convert them."""
+    rules: list[Any] = get_model_conversion_mapping(model)
+    return (
+        [rule for rule in rules if not isinstance(rule, WeightConverter)],
+        [rule for rule in rules if isinstance(rule, WeightConverter)],
+    )
 
 
 def _by_number(name: str) -> list[Any]:

@@ -47,10 +47,13 @@ def load_model(source: str | Path, *, trust_remote_code: bool, config: Any = Non
         use_safetensors=None if trust_remote_code else True,
     )
     if missing := sorted(found["missing_keys"]):
-        raise ModelError(
-            f"{source}: lacks {len(missing)} of the model's weights, first {missing[0]}; save the whole model"
-        )
+        raise ModelError(lacking(source, missing))
     return model
+
+
+def lacking(source: str | Path, missing: list[str]) -> str:
+    """Returns the sentence about weights that transformers would make up."""
+    return f"{source}: lacks {len(missing)} of the model's weights, first {missing[0]}; save the whole model"
 
 
 def first_attention(config: Any) -> str:

@@ -58,22 +58,31 @@ def choose_layout(
     """
     if dtype == torch.bfloat16 and (reason := too_old(device, "train.precision: bf16")):
         raise ModelError(f"{reason}; set train.precision: fp32")
-    probe = Probe(model, max_length, device, dtype)
+    choice, reasons = try_layouts(model, wanted, Probe(model, max_length, device, dtype))
+    if choice.layout == "padded" and wanted == "auto":
+        logger.warning(
+            "%s: %s; scoring responses in the padded layout, which costs 2-4 times as much",
+            type(model).__name__,
+            "; ".join(reasons),
+        )
+    elif reasons:
+        logger.warning("%s: %s; scoring %s", type(model).__name__, "; ".join(reasons), choice)
+    return choice
+
+
+def try_layouts(model: Any, wanted: Literal["auto", "packed", "padded"], probe: Probe) -> tuple[Choice, list[str]]:
+    """Returns the first way that passes the probe, and what is wrong with those before it.
+
+    Raises:
+        ModelError: no way passes, or tokens see what follows them.
+    """
     if reason := probe.looks_ahead():
         raise ModelError(f"{type(model).__name__}: {reason}")
     reasons: list[str] = []
-    for choice in _choices(wanted, device):
+    for choice in _choices(wanted, probe.device):
         reason = probe.why_not(choice.layout, choice.attention, choice.scorer)
         if reason is None:
-            if choice.layout == "padded" and wanted == "auto":
-                logger.warning(
-                    "%s: %s; scoring responses in the padded layout, which costs 2-4 times as much",
-                    type(model).__name__,
-                    "; ".join(reasons),
-                )
-            elif reasons:
-                logger.warning("%s: %s; scoring %s", type(model).__name__, "; ".join(reasons), choice)
-            return choice
+            return choice, reasons
         reasons.append(f"{choice}: {reason}")
     cure = "; use auto or padded" if wanted == "packed" else ""
     raise ModelError(f"model.attention: {wanted} does not work for {type(model).__name__}: {'; '.join(reasons)}{cure}")

@@ -1,6 +1,7 @@
 """Loading in shares: no rank holds the whole model in fp32 (280 GB for 70B parameters)."""
 
 import copy
+import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -14,7 +15,7 @@ from torch.distributed.checkpoint import HuggingFaceStorageReader
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from spin_ray.learner.decoder import layer_stack, layers_of_every_kind
-from spin_ray.learner.fused import read_parts, stored_parts
+from spin_ray.learner.fused import read_parts, stored_parts, stored_targets
 from spin_ray.learner.hf_folder import first_attention, load_model, stored_shapes
 
 
@@ -23,7 +24,7 @@ def empty_model(source: Path) -> Any | None:
 
     Returns None if the model must be loaded whole, as transformers computes weights from others.
     """
-    model = _without_weights(AutoConfig.from_pretrained(source))
+    model = without_weights(AutoConfig.from_pretrained(source))
     stored = stored_shapes(source)
     shapes = {name: tuple(parameter.shape) for name, parameter in model.named_parameters()}
     shapes |= {name: tuple(buffer.shape) for name, buffer in _stored_buffers(model).items()}
@@ -33,17 +34,39 @@ def empty_model(source: Path) -> Any | None:
     return model.eval()
 
 
-def _without_weights(config: Any) -> Any:
+def without_weights(config: Any, kind: Any = AutoModelForCausalLM) -> Any:
+    """Returns the model of the config with parameters on the meta device."""
     attention = first_attention(config)
     with _parameters_on_meta():
-        return AutoModelForCausalLM.from_config(
-            copy.deepcopy(config), dtype=torch.float32, attn_implementation=attention
-        )
+        return kind.from_config(copy.deepcopy(config), dtype=torch.float32, attn_implementation=attention)
 
 
 def _stored_buffers(model: Any) -> dict[str, Tensor]:
     kept = model.state_dict().keys()
     return {name: buffer for name, buffer in model.named_buffers() if name in kept}
+
+
+def missing_weights(source: Path, kind: Any = AutoModelForCausalLM) -> list[str]:
+    """Returns the weights that transformers would make up; none where it splits stored ones, or has no such model.
+
+    Args:
+        kind: the Auto class that loads the folder.
+    """
+    try:
+        model = without_weights(AutoConfig.from_pretrained(source), kind)
+    except Exception:  # whatever transformers says of such a folder, loading it says
+        return []
+    found = stored_targets(model, stored_shapes(source))
+    if found is None:
+        return []
+    names: dict[int, list[str]] = {}
+    for name, parameter in model.named_parameters(remove_duplicate=False):
+        names.setdefault(id(parameter), []).append(name)  # tied ones are stored once, under any of their names
+    ignored = [re.compile(pattern) for pattern in getattr(model, "_keys_to_ignore_on_load_missing", None) or []]
+    return sorted(
+        tied[0] for tied in names.values()
+        if found.isdisjoint(tied) and not any(pattern.search(name) for pattern in ignored for name in tied)
+    )  # fmt: skip
 
 
 def read_shares(parameters: dict[str, nn.Parameter], source: Path, model: Any) -> None:
@@ -57,7 +80,7 @@ def read_shares(parameters: dict[str, nn.Parameter], source: Path, model: Any) -
 def load_first_layers(source: Path) -> Any:
     """Loads as much of the model as shows how it treats masks: at least two layers, and one of every kind."""
     config = AutoConfig.from_pretrained(source)
-    _keep_layers(config, layers_of_every_kind(_without_weights(config)))
+    keep_layers(config, layers_of_every_kind(without_weights(config)))
     verbosity = transformers.logging.get_verbosity()
     transformers.logging.set_verbosity_error()  # it would report every layer that is left out
     try:
@@ -67,10 +90,15 @@ def load_first_layers(source: Path) -> Any:
 
 
 def first_layers(model: Any) -> Any:
-    """Returns a copy of the embeddings, head and first layers, at least two layers and one of every kind."""
+    """Returns the embeddings, head and first layers, at least two layers and one of every kind.
+
+    Modules and buffers are copies, which may be changed. Parameters have the memory of those of ``model``.
+    """
     wanted = layers_of_every_kind(model)
-    copied = copy.deepcopy(model, {id(layer): nn.Identity() for layer in layer_stack(model)[wanted:]})
-    _keep_layers(copied.config, wanted)
+    others = {id(it): nn.Parameter(it.detach(), requires_grad=it.requires_grad) for it in model.parameters()}
+    others |= {id(layer): nn.Identity() for layer in layer_stack(model)[wanted:]}
+    copied = copy.deepcopy(model, others)
+    keep_layers(copied.config, wanted)
     del layer_stack(copied)[wanted:]
     return copied
 
@@ -87,7 +115,8 @@ def as_eager(model: Any) -> Any:
     return made.eval()
 
 
-def _keep_layers(config: Any, wanted: int) -> None:
+def keep_layers(config: Any, wanted: int) -> None:
+    """Cuts the config to its first layers."""
     text = config.get_text_config()
     for name, value in text.to_dict().items():
         if isinstance(value, list) and len(value) == text.num_hidden_layers:  # layer_types and its like

