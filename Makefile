@@ -43,13 +43,7 @@ readme: $(READY) ## The end of `make demo`, as it was printed, into README.md
 	$(BIN)/python docs/demo_output.py $(RUN)/demo
 
 PORT ?= 8000
-serve-gpu-setup: $(GPU_READY) ## Make .venv-gpu for a machine with NVIDIA GPUs: upstream's vLLM, CUDA's torch (10 GB)
-
-$(GPU_READY): requirements/setup.sh requirements/gpu.lock pyproject.toml
-	@PYTHON='$(PYTHON)' requirements/setup.sh gpu
-	@touch $@
-
-demo: $(READY) ## Serve the iterates of `make demo` at http://127.0.0.1:8000 (OpenAI's API, and the arena)
+serve-demo: $(READY) ## Serve the iterates of `make demo` at http://127.0.0.1:8000 (OpenAI's API, and the arena)
 	$(BIN)/spin-ray serve $(RUN)/demo --models sft,latest --port $(PORT)
 
 arena-picture: $(READY) ## The picture of the arena for the documentation: iterates of `make demo` answer, in Chromium
