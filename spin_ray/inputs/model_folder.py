@@ -10,6 +10,7 @@ from typing import Any, Protocol
 
 from spin_ray.config.sections import ModelConfig
 from spin_ray.errors import ConfigError, ModelError, RunDirError, first_line
+from spin_ray.inputs.weights import find_packed, tensor_shapes
 from spin_ray.run_dir.artefact import Artefact, folder_entries
 from spin_ray.run_dir.names import iterate_name
 from spin_ray.run_dir.run_dir import RunDir
@@ -246,12 +247,15 @@ def refuse_untrainable(folder: Path) -> None:
     """Raises ModelError if the weights are quantised, or those of an adapter."""
     config = read_config(folder)
     scopes = [scope for scope in (config, config.get("text_config")) if isinstance(scope, dict)]
-    found = next((scope["quantization_config"] for scope in scopes if scope.get("quantization_config")), None)
+    found = next((scope[key] for scope in scopes for key in _QUANTISATION if scope.get(key)), None)
     if found is None and (folder / "quantize_config.json").is_file():  # AutoGPTQ's and AutoAWQ's older folders
         found = {"quant_method": "gptq"} | _read_json(folder / "quantize_config.json")
+    if found is None and (folder / "hf_quant_config.json").is_file():  # NVIDIA's ModelOpt
+        found = {"quant_method": "modelopt"}
     kind = found.get("quant_method", "kind unknown") if isinstance(found, dict) else found
-    names = tensor_names(folder)
-    if kind is None and (packed := next((name for name in names if name.endswith(_QUANTISED)), None)):
+    names = list(tensor_shapes(folder))
+    packed = next((name for name in names if name.endswith(_QUANTISED)), None) or find_packed(folder)
+    if kind is None and packed:
         kind = f"tensor {packed}"
     if kind is not None:
         raise ModelError(
@@ -262,30 +266,10 @@ def refuse_untrainable(folder: Path) -> None:
         raise ModelError(_ADAPTER.format(folder=folder, of=""))
 
 
+_QUANTISATION = ("quantization_config", "compression_config", "quantization")
+"""Names of the settings; the last is MLX's."""
 _QUANTISED = (".qweight", ".weight_packed", ".weight_scale", ".weight_scale_inv", ".quant_state.bitsandbytes__nf4",
               ".absmax", ".SCB")  # fmt: skip
-
-
-def tensor_names(folder: Path) -> list[str]:
-    return list(tensor_shapes(folder))
-
-
-def tensor_shapes(folder: Path) -> dict[str, list[int]]:
-    """Returns the shapes in the headers of a folder's safetensors; none of a damaged file, which its reader names."""
-    shapes: dict[str, list[int]] = {}
-    for path in sorted(folder.glob("*.safetensors")):
-        with path.open("rb") as file:
-            size = int.from_bytes(file.read(8), "little")
-            try:
-                header = json.loads(file.read(size)) if 0 < size <= _LONGEST_HEADER else {}
-            except ValueError:
-                continue
-            shapes |= {name: entry.get("shape", []) for name, entry in header.items() if name != "__metadata__"}
-    return shapes
-
-
-_LONGEST_HEADER = 100_000_000
-"""The format's own limit, in bytes."""
 
 
 def _check_weights(folder: Path) -> None:

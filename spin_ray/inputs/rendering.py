@@ -240,6 +240,10 @@ def open_renderer(folder: str, model: ModelConfig, date: datetime | None = None)
     return ChatRenderer(tokenizer, model.chat_template_kwargs, date)
 
 
+_TOKENIZERS = ("tokenizer.json", "*.model", "vocab.*", "*.tiktoken", "tokenization_*.py", "tekken.json")
+"""Files of which a tokenizer has one."""
+
+
 def load_tokenizer(path: str, chat_template: str | None = None, trust_remote_code: bool = False) -> Any:
     """Loads the model's tokenizer; ``chat_template`` is a file.
 
@@ -251,6 +255,11 @@ def load_tokenizer(path: str, chat_template: str | None = None, trust_remote_cod
     try:
         tokenizer: Any = AutoTokenizer.from_pretrained(path, trust_remote_code=trust_remote_code)
     except Exception as error:  # the tokenizers library raises no narrower type
+        folder = Path(path)
+        if folder.is_dir() and not any(any(folder.glob(name)) for name in _TOKENIZERS):
+            raise ModelError(
+                f"{path}: has no tokenizer (tokenizer.json); copy it from the model that this one was made from"
+            ) from error
         raise ModelError(f"{path}: its tokenizer cannot be loaded ({first_line(error)})") from error
     if chat_template:
         try:

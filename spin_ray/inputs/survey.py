@@ -10,7 +10,7 @@ from itertools import islice
 from spin_ray.config.sections import DataConfig
 from spin_ray.errors import DataError
 from spin_ray.inputs.conversations import Found, Unusable
-from spin_ray.inputs.forms import form_of, mapped
+from spin_ray.inputs.forms import form_of, mapped, refuse_two_forms, shown
 from spin_ray.inputs.prompt_rows import PromptTask, Row, rows_of
 from spin_ray.inputs.sources import Slice, SourceRow, find_files, read_slice, skipped_files, split
 
@@ -41,6 +41,8 @@ class Survey:
     usable: int = 0
     forms: Counter[str] = field(default_factory=Counter)
     """Rows by the name of their form."""
+    first_of_form: dict[str, dict[str, tuple[str, str]]] = field(default_factory=dict)
+    """Place and text of the first usable row of each form, by file."""
     ignored: Counter[str] = field(default_factory=Counter)
     """Rows by the column, or key of a message, that is not read."""
     refused: Counter[str] = field(default_factory=Counter)
@@ -69,6 +71,10 @@ class Survey:
 
     def check(self, data: DataConfig) -> None:
         """Raises DataError for rows that a run would refuse."""
+        for forms in self.first_of_form.values():
+            refuse_two_forms(forms)
+        if self.whole and self.ids and self.leaked == len(self.ids):
+            raise DataError(f"{self.source}: all rows are held out, too")
         bad = self.refused.total()
         if self.usable and bad <= data.max_quarantine_fraction * self.read:
             return
@@ -103,17 +109,20 @@ def survey(source: str, task: PromptTask, max_length: int, *, every_row: bool = 
     def note(source: SourceRow, row: Found, unread: list[str]) -> None:
         found.ignored.update(unread)
 
-    while sources := list(islice(rows, _ROWS_AT_A_TIME)):
-        for row, result in zip(sources, rows_of(sources, task, note), strict=True):
-            _count(found, row, result, task)
+    while placed := list(islice(rows, _ROWS_AT_A_TIME)):
+        results = rows_of([row for _, row in placed], task, note)
+        for (uri, row), result in zip(placed, results, strict=True):
+            _count(found, uri, row, result, task)
         if not every_row and found.read >= SAMPLE_ROWS:
             found.whole = found.whole and next(rows, None) is None
             break
     return found
 
 
-def _rows(pieces: Sequence[Slice], quota: int | None, found: Survey, data: DataConfig) -> Iterator[SourceRow]:
-    """Yields up to ``quota`` rows of each file; notes in ``found`` if rows are left."""
+def _rows(
+    pieces: Sequence[Slice], quota: int | None, found: Survey, data: DataConfig
+) -> Iterator[tuple[str, SourceRow]]:
+    """Yields up to ``quota`` rows of each file, with its name; notes in ``found`` if rows are left."""
     taken = Counter[str]()
     for piece in pieces:
         if quota is not None and taken[piece.uri] >= quota:
@@ -124,19 +133,21 @@ def _rows(pieces: Sequence[Slice], quota: int | None, found: Survey, data: DataC
                 found.whole = False
                 break
             taken[piece.uri] += 1
-            yield row
+            yield piece.uri, row
 
 
-def _count(found: Survey, source: SourceRow, result: list[Row] | Unusable, task: PromptTask) -> None:
+def _count(found: Survey, uri: str, source: SourceRow, result: list[Row] | Unusable, task: PromptTask) -> None:
     found.read += 1
     content = mapped(source.content, task.data) if source.content is not None else {}
     form = form_of(content, task.data)
     found.forms[form.name if form else "unknown"] += 1
     if isinstance(result, Unusable):
         has = ", ".join([*(source.content or ()), *source.unread]) or "no column"
-        shown = "" if form or source.content is None else f" (it has {has})"
-        _refuse(found, source, result.reason, result.detail + shown)
+        of = "" if form or source.content is None else f" (it has {has})"
+        _refuse(found, source, result.reason, result.detail + of)
         return
+    if form and task.labelled:
+        found.first_of_form.setdefault(uri, {}).setdefault(form.name, (source.origin, shown(source.content)))
     lengths = [_length(row) for row in result]
     found.lengths += lengths
     found.responses += [len(row["real_ids"]) for row in result]

@@ -25,10 +25,13 @@ def split_text(uri: str, size: int, width: int) -> list[Slice]:
         DataError: the file is UTF-16, or an array without an end.
     """
     head = head_of(uri)
-    if codec_of(uri) or kind_of(uri) in (".csv", ".tsv"):
-        return [Slice(uri, 0, size)]
-    if not _is_array(uri, head):
+    table = kind_of(uri) in (".csv", ".tsv")
+    array = not table and _is_array(uri, head)
+    if not table and not array:
         _refuse_other_layouts(uri)
+    if table or codec_of(uri):
+        return [Slice(uri, 0, size)]
+    if not array:
         return [Slice(uri, start, min(start + width, size)) for start in range(0, size, width)]
     starts: list[int] = []
     with open_text(uri) as file:

@@ -40,8 +40,7 @@ def examine(config: SpinConfig, out: str | None, console: Console, *, every_row:
     surveys = shown.look_at_data(config, inputs, every_row=every_row)
     for found in surveys:
         shown.print_survey(found, console)
-    for found in surveys:
-        found.check(config.data)
+    shown.check_surveys(config, inputs, surveys)
     shown.print_example(surveys[0], tokenizer, console)
     start = check_recipe(config, inputs)
     console.print("[green]ok[/] model", end=" ")

@@ -12,6 +12,7 @@ from spin_ray.config.recipe import SpinConfig
 from spin_ray.config.sections import Train, sources_of
 from spin_ray.inputs.check import Inputs
 from spin_ray.inputs.findings import Finding, TemplateFacts
+from spin_ray.inputs.mixture import shares_of
 from spin_ray.inputs.prompt_rows import PromptTask
 from spin_ray.inputs.survey import UNLIMITED, Survey, survey
 from spin_ray.runtime.precision import faster_precision
@@ -42,6 +43,25 @@ def look_at_data(config: SpinConfig, inputs: Inputs, *, every_row: bool) -> list
         for each in trained:
             each.leaked = len(each.ids & held_out)
     return [*trained, *heldout, *(look(inputs.questions, replace(task, labelled=False)) if inputs.questions else [])]
+
+
+def check_surveys(config: SpinConfig, inputs: Inputs, surveys: Sequence[Survey]) -> None:
+    """Raises DataError for rows that a run would refuse, or for a source with fewer than it shall give."""
+    for found in surveys:
+        found.check(config.data)
+    sources = sources_of(inputs.train)
+    trained = surveys[: len(sources)]
+    if isinstance(inputs.train, str) or not all(found.whole for found in trained):
+        return
+    taken: set[str] = set()
+    if inputs.heldout and not config.data.keep_leaks:
+        count = len(sources_of(inputs.heldout))
+        taken = {row for found in surveys[len(sources) : len(sources) + count] for row in found.ids}
+    usable = []
+    for found in trained:
+        usable.append(len(found.ids - taken))
+        taken |= found.ids
+    shares_of(sources, usable)
 
 
 def print_survey(found: Survey, console: Console) -> None:

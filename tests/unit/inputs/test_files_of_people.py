@@ -42,6 +42,7 @@ FILES = {
     "two arrays": ("a.json", f"[\n{ROW}]\n[{OTHER}]\n", "goes on behind its array; write an object a line"),
     "an object over lines": ("a.json", '{\n  "prompt": "q",\n  "response": "a"\n}', "has an object over several lines"),
     "an object that goes on": ("a.jsonl", '{"prompt": "q",\n "response": "a"}\n', "jq -c '.' FILE > NEW.jsonl"),
+    "an object over lines, compressed": ("a.json.gz", gzip.compress(f'{{\n{ROW[1:]}'.encode()), "over several lines"),
     "rows under a key": ("a.json", f'{{"data": [{ROW}]}}', ["malformed: its rows are inside it; write them alone, one "
                          "a line: jq -c '.data[]' FILE > NEW.jsonl"]),
     "rows of the hub's server": ("a.json", f'{{"rows": [{{"row_idx": 0, "row": {ROW}}}]}}', ["malformed: its rows are "

@@ -8,6 +8,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
+from safetensors.torch import save_file
 
 from spin_ray.config.sections import ModelConfig
 from spin_ray.errors import ConfigError, ModelError, RunDirError
@@ -20,6 +22,8 @@ from spin_ray.inputs.model_folder import (
     refuse_untrainable,
     unopened_files,
 )
+from spin_ray.inputs.rendering import load_tokenizer
+from spin_ray.inputs.weights import refuse_damaged
 from spin_ray.run_dir import artefact, storage
 from spin_ray.run_dir.storage import MANIFEST
 from tests.support.tiny_runs import add_iterate, make_run
@@ -270,7 +274,10 @@ def test_an_adapter_is_told_from_a_model(folder):
         *[("config.json", {"quantization_config": {"quant_method": kind}}, kind)
           for kind in ("gptq", "awq", "bitsandbytes", "fp8", "compressed-tensors")],
         ("config.json", {"text_config": {"quantization_config": {"quant_method": "mxfp4"}}}, "mxfp4"),
+        ("config.json", {"compression_config": {"quant_method": "fp8"}}, "fp8"),
+        ("config.json", {"quantization": {"bits": 4}}, "kind unknown"),
         ("quantize_config.json", {"bits": 4}, "gptq"),
+        ("hf_quant_config.json", {"quantization": {}}, "modelopt"),
         ("model.safetensors", None, "tensor model.q_proj.qweight"),
     ],
 )  # fmt: skip
@@ -299,6 +306,27 @@ def test_a_missing_shard_is_named(folder):
     (folder / "model.safetensors.index.json").write_text(json.dumps({"weight_map": places}))
     with pytest.raises(ModelError, match=r"lacks model-00002-of-00002\.safetensors, which model\.safetensors\.index"):
         open_model(folder, "sft")
+
+
+def test_a_folder_that_transformers_could_not_open_is_refused_before_anything_runs(folder):
+    weights = folder / "model.safetensors"
+    save_file({"a.weight": torch.zeros(4, 4, dtype=torch.float8_e4m3fn)}, weights)
+    refuse_damaged(folder)
+    with pytest.raises(ModelError, match=r"quantised \(tensor a\.weight is F8_E4M3\)"):
+        refuse_untrainable(folder)
+    weights.write_bytes(weights.read_bytes()[:-1])
+    with pytest.raises(ModelError, match=r"model\.safetensors: is damaged or cut off"):
+        refuse_damaged(folder)
+    weights.write_bytes(b"version https://git-lfs.github.com/spec/v1\noid sha256:0\n")
+    with pytest.raises(ModelError, match="is a pointer of Git LFS and not the file"):
+        refuse_damaged(folder)
+    weights.unlink()
+    save_file({"a": torch.zeros(1)}, folder / "model-00001-of-00001.safetensors")
+    with pytest.raises(ModelError, match=r"has neither model\.safetensors nor model\.safetensors\.index\.json"):
+        refuse_damaged(folder)
+    (folder / "tokenizer.json").unlink(missing_ok=True)
+    with pytest.raises(ModelError, match=r"has no tokenizer \(tokenizer\.json\); copy it"):
+        load_tokenizer(str(folder))
 
 
 def test_a_revision_of_the_hub_is_fetched(folder, monkeypatch):

@@ -81,6 +81,25 @@ def test_no_usable_row_is_an_error_whatever_fraction_is_allowed(tmp_path):
         found.check(config.data)
 
 
+def test_doctor_refuses_what_a_run_would_refuse_after_reading_every_row(tmp_path):
+    """Two forms behind the first rows; all rows held out; fewer rows left than a source shall give."""
+    found, config = look(tmp_path, [*(row(number) for number in range(70)), '{"instruction": "a", "output": "b"}'])
+    with pytest.raises(DataError, match=r"of the form prompt_response .* but .*:71 is of the form alpaca"):
+        found.check(config.data)
+    found, config = look(tmp_path, [row(0)])
+    found.leaked = 1
+    with pytest.raises(DataError, match="all rows are held out, too"):
+        found.check(config.data)
+    path, heldout = str(tmp_path / "rows.jsonl"), tmp_path / "heldout.jsonl"
+    heldout.write_text(row(0) + "\n")
+    (tmp_path / "rows.jsonl").write_text(row(0) + "\n" + row(1) + "\n")
+    sources = config_of(data={"train": [{"path": path, "rows": 2}]}).data.train
+    inputs = SimpleNamespace(model=SimpleNamespace(path=TINY), train=sources, heldout=str(heldout), questions=None)
+    surveys = doctor.look_at_data(config, inputs, every_row=False)
+    with pytest.raises(DataError, match=r"rows\.jsonl: has 1 usable rows, data\.train asks for 2"):
+        doctor.check_surveys(config, inputs, surveys)
+
+
 def test_a_sample_says_that_it_is_one_and_all_reads_every_row(tmp_path):
     lines = [row(number) for number in range(SAMPLE_ROWS + 1)]
     found, _ = look(tmp_path, lines)

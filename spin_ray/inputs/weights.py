@@ -1,0 +1,65 @@
+"""Headers of a model folder's safetensors: names, shapes and formats of the weights; damaged files are refused."""
+
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from spin_ray.errors import ModelError
+
+_LONGEST_HEADER = 100_000_000
+"""The format's own limit, in bytes."""
+_PACKED = {"I8", "U8", "I4", "U4", "F4", "F8_E4M3", "F8_E5M2", "F8_E8M0", "F8_E4M3FNUZ", "F8_E5M2FNUZ"}
+"""Formats of quantised weights."""
+_LFS = b"version https://git-lfs"
+
+
+def tensor_shapes(folder: Path) -> dict[str, list[int]]:
+    """Returns the shapes of all tensors; none of a damaged file (``refuse_damaged``)."""
+    return {name: entry.get("shape", []) for name, entry in _tensors(folder)}
+
+
+def find_packed(folder: Path) -> str | None:
+    """Returns a matrix of weights in a format that only quantised models have, and the format."""
+    for name, entry in _tensors(folder):
+        if name.endswith((".weight", "_blocks")) and entry.get("dtype") in _PACKED and len(entry.get("shape", [])) > 1:
+            return f"{name} is {entry['dtype']}"
+    return None
+
+
+def refuse_damaged(folder: Path) -> None:
+    """Raises ModelError if a file of the folder is cut off, a pointer of Git LFS, or a shard without an index."""
+    for path in sorted(folder.glob("*")):
+        if path.is_file() and path.stat().st_size < 1024 and path.read_bytes().startswith(_LFS):
+            raise ModelError(f"{path}: is a pointer of Git LFS and not the file; fetch it by git lfs pull")
+    for path in sorted(folder.glob("*.safetensors")):
+        size, header = path.stat().st_size, _header(path)
+        ends = [entry["data_offsets"][1] for entry in (header or {}).values() if "data_offsets" in entry]
+        if header is None or size < _start(path) + max(ends, default=0):
+            raise ModelError(f"{path}: is damaged or cut off ({size} bytes); copy it again")
+    if not (folder / "model.safetensors").is_file() and not (folder / "model.safetensors.index.json").is_file():
+        raise ModelError(
+            f"{folder}: has neither model.safetensors nor model.safetensors.index.json, by which transformers finds "
+            "weights; copy it with the shards, or save the model again"
+        )
+
+
+def _tensors(folder: Path) -> Iterator[tuple[str, dict[str, Any]]]:
+    for path in sorted(folder.glob("*.safetensors")):
+        yield from ((name, entry) for name, entry in (_header(path) or {}).items() if name != "__metadata__")
+
+
+def _start(path: Path) -> int:
+    with path.open("rb") as file:
+        return 8 + int.from_bytes(file.read(8), "little")
+
+
+def _header(path: Path) -> dict[str, Any] | None:
+    """Returns None for a file that is no safetensors."""
+    with path.open("rb") as file:
+        size = int.from_bytes(file.read(8), "little")
+        try:
+            header = json.loads(file.read(size)) if 0 < size <= _LONGEST_HEADER else None
+        except ValueError:
+            return None
+    return header if isinstance(header, dict) else None
