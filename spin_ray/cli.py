@@ -311,6 +311,9 @@ def serve(run_folder: str, models: str | None, port: int | None, overrides: tupl
     settings |= {} if models is None else {"serving.models": json.dumps(models.split(","))}
     settings |= {} if port is None else {"serving.port": str(port)}
     config = override(run.config(), settings)
+    from spin_ray.serving.iterates import check_models
+
+    check_models(run, config.serving.models)  # before the imports of the server, which take seconds
     from spin_ray.serving.server import serve_run
 
     serve_run(run, config)

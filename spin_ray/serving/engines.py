@@ -108,7 +108,8 @@ class ServeEngines:
         known = {app: self._handles.get(app) or serve.get_app_handle(app).options(stream=True) for app in apps}
         self._handles, self._engines, self.problems = known, engines, table["problems"]
         self._newest = table["newest"] or (self._newest if self._kept else None)
-        gone = {name for name, engine in self._kept.items() if engine["app"] not in table["running"]}
+        running = apps if table["running"] is None else table["running"]
+        gone = {name for name, engine in self._kept.items() if engine["app"] not in running}
         self._reported = set(table["down"]) | gone - table["engines"].keys()
         self.names.serve_now(engines, self._newest)
 

@@ -82,13 +82,13 @@ def from_validation(errors: Any) -> Refusal:
         return Refusal(400, f"{where}: is not supported here", code="unsupported_parameter", param=where)
     if not where and first["type"] in _NAMED:
         return Refusal(400, first["msg"], param=first["type"])
-    told = [_in_words(first)]
+    told = _in_words(first)
     if first["type"].endswith("_type"):
-        told += [_in_words(it).removeprefix("must be ") for it in errors if it is not first and _where(it) == where]
-        told = list(dict.fromkeys(told))
+        forms = dict.fromkeys(_in_words(it).removeprefix("must be ") for it in errors if _where(it) == where)
         if where and any(_where(it).startswith(f"{where}.") for it in errors):
-            told.append("a list whose items are alike")
-    return Refusal(400, f"{where or 'body'}: {' or '.join(told)}", param=where or None)
+            forms["a list whose items are alike"] = None
+        told = f"must be {' or '.join(forms)}"
+    return Refusal(400, f"{where or 'body'}: {told}", param=where or None)
 
 
 def _where(error: Any) -> str:

@@ -87,7 +87,7 @@ class Front:
 def _app(run_folder: str, config: SpinConfig, keeper: Any) -> FastAPI:
     """Builds the application and takes all that was imported out of garbage collection.
 
-    Ray collects garbage from time to time, and a walk through Ray's and vLLM's modules stops all answers for a second.
+    Ray and Python collect garbage from time to time, and a walk through all of it stops every answer meanwhile.
     """
     app = endpoint(run_folder, config, keeper)
     gc.collect()

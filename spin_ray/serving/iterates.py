@@ -5,6 +5,7 @@ from datetime import datetime
 from pathlib import Path
 from typing import Self
 
+from spin_ray.errors import ConfigError
 from spin_ray.inputs.model_folder import open_initial, open_model
 from spin_ray.run_dir.artefact import Artefact, folder_entries
 from spin_ray.run_dir.names import LATEST, age, api_name, iterate_number, read_iterate
@@ -52,6 +53,15 @@ def wanted(run: RunDir, models: tuple[str, ...]) -> tuple[list[str], str | None]
         names |= {api_name(number) for number in range(newest + 1)}
     latest = api_name(newest) if LATEST in models or ALL in models else None
     return sorted(names | ({latest} if latest else set()), key=age), latest
+
+
+def check_models(run: RunDir, models: tuple[str, ...]) -> None:
+    """Raises ConfigError if a name is no iterate's, or the run has published none of them."""
+    for name in models:
+        if read_iterate(name) is None and name not in (LATEST, ALL):
+            raise ConfigError(f"serving.models: {name!r} is none of sft, iter-0, iter-1, …, {LATEST}, {ALL}")
+    if not wanted(run, models)[0]:
+        raise ConfigError(f"serving.models: {run.storage.root} has published none of {', '.join(models)} yet")
 
 
 def open_iterate(run: RunDir, name: str) -> Iterate:

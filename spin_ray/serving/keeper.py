@@ -47,7 +47,7 @@ class Keeper:
     "problems": {"iter-2": "…/model.safetensors: differs from its digest"}, "down": [],
     "starting": {"iter-3": "placed, loads"}, "running": ["engine.iter-1.5f0c…"], "settled": False}``
 
-    ``running`` has engines of an earlier keeper, too. ``settled``: nothing starts any more.
+    ``running`` has engines of an earlier keeper, too (None: not seen yet). ``settled``: nothing starts any more.
     """
 
     async def __init__(self, run_folder: str, config: SpinConfig, engines: str = ENGINE_PREFIX) -> None:
@@ -67,7 +67,8 @@ class Keeper:
         self._asked_at = -math.inf
         self._settled: set[str] = set()
         self._seen_running: set[str] = set()
-        self._has_looked = False
+        self._has_seen = self._has_looked = False
+        self._latest: str | None = None
         self._looked_for_strays = False
         self._draining: set[asyncio.Task[None]] = set()
         self._down: list[str] = []
@@ -86,8 +87,8 @@ class Keeper:
             "problems": dict(self._problems),
             "down": list(self._down),
             "starting": dict(self._steps),
-            "running": sorted(self._seen_running),
-            "settled": self._has_looked and not self._steps,
+            "running": sorted(self._seen_running) if self._has_seen else None,
+            "settled": self._has_looked and not self._steps and self._latest in (self._newest, None),
         }
 
     def check_health(self) -> None:
@@ -107,8 +108,8 @@ class Keeper:
             down = [name for name, engine in self._engines.items() if engine["app"] not in running]
             if down != self._down:
                 logger.warning("engines that are down: %s", ", ".join(down) or "none any more")
-            if down != self._down or running != self._seen_running:
-                self._down, self._seen_running = down, running
+            if down != self._down or running != self._seen_running or not self._has_seen:
+                self._down, self._seen_running, self._has_seen = down, running, True
                 await self._announce()
 
     async def _running(self) -> set[str]:
@@ -122,6 +123,8 @@ class Keeper:
         alive = {replica.removeprefix(REPLICA).partition("#")[0] for replica in replicas}
         if replicas == self._settled and self._used() <= self._seen_running:
             return self._seen_running
+        if self._seen_running - alive:  # told at once: Ray Serve may take seconds to answer after a death
+            return self._seen_running & alive
         running = alive & {
             name
             for name, app in (await self._ask_applications()).items()
@@ -140,6 +143,7 @@ class Keeper:
 
     async def _once(self) -> None:
         names, latest = await asyncio.to_thread(wanted, self._run, self._config.serving.models)
+        self._latest = latest
         for name in names:
             waits = time.monotonic() < self._retry_at.get(name, 0)
             if name not in self._engines and name not in self._starting and not waits:

@@ -12,14 +12,13 @@ from ray.exceptions import RayError
 
 from spin_ray.config.recipe import SpinConfig
 from spin_ray.errors import ConfigError, ResourceError, StageError, first_line
-from spin_ray.run_dir.names import LATEST, read_iterate
 from spin_ray.run_dir.run_dir import RunDir
 from spin_ray.runtime.connect import connect, take_signal
 from spin_ray.serving.access import LOOPBACK, guard_ray_token, read_keys
 from spin_ray.serving.app import APP, STOP_MARGIN_S, application, keeper, votes_url
 from spin_ray.serving.arena.votes import VoteStore
 from spin_ray.serving.front import Front, listen
-from spin_ray.serving.iterates import ALL, wanted
+from spin_ray.serving.iterates import check_models, wanted
 from spin_ray.serving.keeper import ENGINE_PREFIX
 from spin_ray.serving.progress import Progress
 from spin_ray.serving.stopping import stop_serving
@@ -53,11 +52,7 @@ def check_settings(run: RunDir, config: SpinConfig) -> None:
         UserError: an unknown model name, unusable keys or votes, or a reachable port without keys.
     """
     serving = config.serving
-    for name in serving.models:
-        if read_iterate(name) is None and name not in (LATEST, ALL):
-            raise ConfigError(f"serving.models: {name!r} is none of sft, iter-0, iter-1, …, {LATEST}, {ALL}")
-    if not wanted(run, serving.models)[0]:
-        raise ConfigError(f"serving.models: {run.storage.root} has published none of {', '.join(serving.models)} yet")
+    check_models(run, serving.models)
     if serving.keys:
         read_keys(serving.keys)
     VoteStore(votes_url(str(run.storage.root), config)).close()

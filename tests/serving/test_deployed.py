@@ -139,6 +139,7 @@ def test_the_access_log_has_who_and_what_but_not_what_was_said(deployed: Deploye
     assert {"method", "path", "status", "seconds", "key", "model", "stream", "request_id"} == set(lines[-1])
     assert (lines[-1]["key"], lines[-1]["model"], lines[-1]["status"]) == ("alice", "sft", 200)
     logs = "".join(log.read_text(errors="replace") for log in deployed.head.folder.glob("session_*/logs/serve/*"))
+    assert "sft serves" in logs, "the keeper's log is written after vLLM was imported, too"
     assert SECRET not in logs and deployed.key not in logs
 
 

@@ -84,6 +84,7 @@ def test_a_restarted_keeper_makes_no_known_model_unknown(died: list[Exception]) 
         made = await after(*died, empty)
         assert made.names.resolve("latest") == "iter-0" and made.names.iterates == ("sft", "iter-0")
         assert not made.down
+        assert not (await after(*died, empty | {"running": None})).down
         assert (await after(*died, empty | {"running": []})).down == {"sft", "iter-0"}
         adopted = await after(*died, empty, empty | {"version": 2, "running": [], "engines": sft})
         assert adopted.names.iterates == ("sft", "iter-0") and adopted.down == {"iter-0"}
