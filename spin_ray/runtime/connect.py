@@ -33,9 +33,8 @@ def connect(config: SpinConfig) -> None:
         }  # fmt: skip
         keep_to_loopback(not address)
         if not address:
-            # Ray Train's placement group cleaner looks for the dashboard. Without a dashboard the cleaner delays the
-            # end of every stage by 12 s, unless the address is known and refuses. Raylet and workers inherit it.
-            os.environ.setdefault("RAY_API_SERVER_ADDRESS", "http://127.0.0.1:9")
+            # Ray would start a process for each CPU, without the hook below, so that none of them is ever used.
+            os.environ.setdefault("RAY_prestart_worker_first_driver", "0")
             # Nobody announces the end of this machine; the watcher would be one more process for each worker group.
             os.environ.setdefault("RAY_TRAIN_ENABLE_PREEMPTION_WATCHER", "0")
             # Ray warns that its token authentication is on, as it should be (SECURITY.md).
