@@ -9,10 +9,11 @@ from collections.abc import Callable
 from typing import Any
 
 import ray
+import ray.cloudpickle
 from ray._private import ray_constants
 
 from spin_ray.config.recipe import SpinConfig
-from spin_ray.runtime.garbage import collect_rarely
+from spin_ray.runtime import garbage
 from spin_ray.runtime.start_errors import check_answers, join_error, start_error
 
 
@@ -44,7 +45,9 @@ def connect(config: SpinConfig) -> None:
             os.environ.setdefault("RAY_gcs_server_port_wait_time_s", "1")
             check_answers(address, place)
         try:
-            hook = {"worker_process_setup_hook": f"{collect_rarely.__module__}.{collect_rarely.__qualname__}"}
+            # By value: Ray calls it before a new process finds the driver's modules.
+            ray.cloudpickle.register_pickle_by_value(garbage)
+            hook = {"worker_process_setup_hook": garbage.collect_rarely}
             ray.init(log_to_driver=False, logging_level=logging.WARNING, runtime_env=hook, **options)
         except Exception as error:  # Ray raises many kinds, plain ones too
             raise (join_error(error, place) if address else start_error(error)) from error
