@@ -16,9 +16,10 @@ import sys
 import tempfile
 import time
 from collections import defaultdict
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from pathlib import Path
 
+import psutil
 from harness import (
     HERE,
     Side,
@@ -182,7 +183,8 @@ def fixed_overhead(options: argparse.Namespace) -> None:
     """What does an iteration cost that computes next to nothing?
 
     Smoke runs (a tiny random model, 128 prompts) in turn: of this checkout and, if given, of another one, whose virtual
-    environment may be this one's. The seconds of one iteration's stages are starts, exports and commits.
+    environment may be this one's. The seconds of one iteration's stages are starts, exports and commits. CPU seconds of
+    all processes are printed by kind, as other work on the machine changes them less.
     """
     checkouts = [HERE.parent, *([options.before] if options.before else [])]
     measured: list[list[dict[str, float]]] = [[] for _ in checkouts]
@@ -201,11 +203,14 @@ def fixed_overhead(options: argparse.Namespace) -> None:
 def seconds_of_stages(checkout: Path) -> dict[str, float]:
     """Seconds of each stage of the first iteration of a smoke run."""
     with tempfile.TemporaryDirectory() as folder:
-        subprocess.run(
+        run = psutil.Popen(
             [sys.executable, "-m", "spin_ray.cli", "run", "jobs/recipes/smoke.yaml", "--out", folder, "--iterations=1"],
-            cwd=checkout, env=os.environ | {"PYTHONPATH": str(checkout)}, check=True,
+            cwd=checkout, env=os.environ | {"PYTHONPATH": str(checkout)},
             stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
         )  # fmt: skip
+        print(json.dumps({"checkout": str(checkout), "CPU seconds": cpu_seconds(run)}), flush=True)
+        if run.wait():
+            raise RuntimeError(f"the run of {checkout} failed; run it by hand")
         seconds: dict[str, float] = defaultdict(float)
         for line in (Path(folder) / "events.jsonl").read_text().splitlines():
             event = json.loads(line)
@@ -213,6 +218,24 @@ def seconds_of_stages(checkout: Path) -> dict[str, float]:
             if event["event"] == "commit" and iterate == ITERATE:
                 seconds[{"heldout_samples": "generation"}.get(stage, stage)] += round(event["seconds"], 1)
         return dict(seconds)
+
+
+def cpu_seconds(run: psutil.Popen) -> dict[str, float]:
+    """Waits for a command; returns the CPU seconds of its processes by kind: ``all``, and those that Ray has named."""
+    last: dict[tuple[int, float], tuple[str, float]] = {}
+    while run.poll() is None:
+        with suppress(psutil.Error):
+            for process in [run, *run.children(recursive=True)]:
+                with suppress(psutil.Error):
+                    title = " ".join(process.cmdline()).partition("ray::")[2].partition(".")[0]
+                    key, spent = (process.pid, process.create_time()), sum(process.cpu_times()[:2])
+                    first = last.get(key, ("", 0.0))[0]  # later titles are those of what an actor calls
+                    last[key] = first or title.replace("IDLE", ""), spent
+        time.sleep(0.1)
+    kinds: dict[str, float] = defaultdict(float)
+    for name, spent in last.values():
+        kinds[name or "others"] += spent
+    return {"all": round(sum(kinds.values()), 1)} | {name: round(spent, 1) for name, spent in sorted(kinds.items())}
 
 
 def _of_useful_tokens(parser: argparse.ArgumentParser) -> None:

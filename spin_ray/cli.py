@@ -15,6 +15,7 @@ from rich.console import Console
 
 from spin_ray.config.load import load_config, override, parse_overrides
 from spin_ray.errors import OtherRunError, StageError, UserError
+from spin_ray.runtime.garbage import collect_rarely
 
 if TYPE_CHECKING:
     from spin_ray.run_dir.run_dir import RunDir
@@ -372,6 +373,7 @@ def main() -> None:
     """Runs the command. Exit code 0: done. 2: bad input, one line names it. 1: the run failed."""
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s", datefmt="%H:%M:%S", stream=sys.stderr)
     os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+    collect_rarely()
     logging.getLogger("httpx").setLevel(logging.WARNING)
     # Ray, once started, does the same. Unwinding releases the lease, so that another machine can go on at once.
     signal.signal(signal.SIGTERM, lambda number, _: sys.exit(number))

@@ -9,10 +9,11 @@ from collections.abc import Callable
 from typing import Any
 
 import ray
+import ray.cloudpickle
 from ray._private import ray_constants
 
 from spin_ray.config.recipe import SpinConfig
-from spin_ray.runtime.garbage import collect_rarely
+from spin_ray.runtime import garbage
 from spin_ray.runtime.start_errors import check_answers, join_error, start_error
 
 
@@ -33,9 +34,8 @@ def connect(config: SpinConfig) -> None:
         }  # fmt: skip
         keep_to_loopback(not address)
         if not address:
-            # Ray Train's placement group cleaner looks for the dashboard. Without a dashboard the cleaner delays the
-            # end of every stage by 12 s, unless the address is known and refuses. Raylet and workers inherit it.
-            os.environ.setdefault("RAY_API_SERVER_ADDRESS", "http://127.0.0.1:9")
+            # Ray would start a process for each CPU, without the hook below, so that none of them is ever used.
+            os.environ.setdefault("RAY_prestart_worker_first_driver", "0")
             # Nobody announces the end of this machine; the watcher would be one more process for each worker group.
             os.environ.setdefault("RAY_TRAIN_ENABLE_PREEMPTION_WATCHER", "0")
             # Ray warns that its token authentication is on, as it should be (SECURITY.md).
@@ -45,7 +45,9 @@ def connect(config: SpinConfig) -> None:
             os.environ.setdefault("RAY_gcs_server_port_wait_time_s", "1")
             check_answers(address, place)
         try:
-            hook = {"worker_process_setup_hook": f"{collect_rarely.__module__}.{collect_rarely.__qualname__}"}
+            # By value: Ray calls it before a new process finds the driver's modules.
+            ray.cloudpickle.register_pickle_by_value(garbage)
+            hook = {"worker_process_setup_hook": garbage.collect_rarely}
             ray.init(log_to_driver=False, logging_level=logging.WARNING, runtime_env=hook, **options)
         except Exception as error:  # Ray raises many kinds, plain ones too
             raise (join_error(error, place) if address else start_error(error)) from error

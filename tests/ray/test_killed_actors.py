@@ -114,8 +114,9 @@ def _counts_to_four(folder: Path) -> None:
 
 def _kill_the_controller() -> None:
     """Kills the controller, with which its workers end."""
-    of_this_node = psutil.Process().parent().children()
-    (controller,) = [one for one in of_this_node if "TrainControllers" in " ".join(one.cmdline())]
+    every = psutil.process_iter(["ppid", "cmdline"])
+    of_this_node = [one for one in every if one.info["ppid"] == os.getppid() and one.info["cmdline"]]
+    (controller,) = [one for one in of_this_node if "TrainControllers" in " ".join(one.info["cmdline"])]
     controller.kill()
     time.sleep(60)
 

@@ -1,9 +1,11 @@
 """A group of train workers on a real local Ray: results come back, and so do errors."""
 
+import gc
 import sys
 from pathlib import Path
 
 import pytest
+import ray
 import ray.cloudpickle
 import torch
 import torch.distributed as dist
@@ -11,6 +13,7 @@ import torch.distributed as dist
 from spin_ray.config.recipe import SpinConfig
 from spin_ray.errors import HealthError, RunDirError
 from spin_ray.runtime.workers import run_workers
+from tests.support.killable_cluster import KillableCluster
 
 ray.cloudpickle.register_pickle_by_value(sys.modules[__name__])  # workers cannot import a test module
 
@@ -26,17 +29,17 @@ CONFIG = SpinConfig.model_validate(
 def _sum_of_ranks(folder: Path) -> None:
     total = torch.tensor(dist.get_rank() + 1)
     dist.all_reduce(total)
-    (folder / f"rank-{dist.get_rank()}").write_text(f"{total.item()} {torch.get_num_threads()}")
+    (folder / f"rank-{dist.get_rank()}").write_text(f"{total.item()} {torch.get_num_threads()} {gc.get_threshold()}")
     dist.barrier()
     if dist.get_rank() == 1:
         raise RunDirError("checkpoint: was written by 3 workers; restore train.workers")
 
 
 def test_workers_share_a_process_group_and_a_user_error_comes_back_as_itself(tmp_path: Path) -> None:
-    """Ranks 0 and 1 add 1 + 2 = 3, each with one thread; then rank 1 names something to mend."""
+    """Ranks 0 and 1 add 1 + 2 = 3, each with one thread, garbage as usual; then rank 1 names something to mend."""
     with pytest.raises(RunDirError, match="was written by 3 workers"):
         run_workers(_sum_of_ranks, tmp_path, CONFIG, "sum", tmp_path / "checkpoints")
-    assert [(tmp_path / f"rank-{rank}").read_text() for rank in (0, 1)] == ["3 1", "3 1"]
+    assert [(tmp_path / f"rank-{rank}").read_text() for rank in (0, 1)] == ["3 1 (700, 10, 10)"] * 2
 
 
 def _runs_away(folder: Path) -> None:
@@ -50,3 +53,13 @@ def test_a_run_that_runs_away_is_not_tried_again(tmp_path: Path) -> None:
     with pytest.raises(HealthError, match="the margin is 99"):
         run_workers(_runs_away, tmp_path, config, "away", tmp_path / "checkpoints")
     assert [(tmp_path / f"calls-{rank}").read_text() for rank in (0, 1)] == ["called\n", "called\n"]
+    assert len(KillableCluster.processes("controller")) == 1, "the process of controllers is kept"
+
+
+@ray.remote(num_cpus=0)
+def _threshold() -> tuple[int, int, int]:
+    return gc.get_threshold()
+
+
+def test_a_new_process_searches_for_cycles_rarely() -> None:
+    assert ray.get(_threshold.remote()) == (100_000, 50, 10)

@@ -46,7 +46,8 @@ class KillableCluster:
         if self._usual_folder:
             os.environ["RAY_TMPDIR"] = self._usual_folder
 
-    def processes(self, kind: str) -> list[psutil.Process]:
+    @staticmethod
+    def processes(kind: str) -> list[psutil.Process]:
         """Returns living processes of a kind of ``TITLES``, or ``engine`` processes of generation actors."""
         title = TITLES.get(kind, "_Player")
         found = {one.pid: one for one in psutil.Process().children(recursive=True) if title in _command(one)}
