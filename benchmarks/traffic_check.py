@@ -4,7 +4,7 @@ Ranks of the real backend (gloo, no Ray) take a step of two packs each. A dispat
 collective, whose sum is compared with ``planning.traffic``; scalars (norms, metrics) are not counted.
 
     python benchmarks/traffic_check.py [--ranks 2 4] [--model 45m]     # one JSON line for each case
-    python benchmarks/traffic_check.py --times --model 45m             # five meshes, in turn, five times
+    python benchmarks/traffic_check.py --times --model 45m             # five meshes, in turn, --rounds 5
 
     ratio             counted / predicted bytes of a rank in a step
     slower            seconds of a step beside one rank with as many packs, in the same round: median, least and most
@@ -231,8 +231,9 @@ def main() -> None:
     parser.add_argument("--model", choices=list(MODELS), default="tiny")
     parser.add_argument("--steps", type=int, default=3)
     parser.add_argument("--times", action="store_true", help="meshes without other settings, in rounds")
+    parser.add_argument("--rounds", type=int, default=5)
     options = parser.parse_args()
-    listed, rounds = (TIMED, 5) if options.times else (CASES, 1)
+    listed, rounds = (TIMED, options.rounds) if options.times else (CASES, 1)
     cases = [Case(Mesh()), *(case for case in listed if case.ranks in options.ranks)]
     with tempfile.TemporaryDirectory() as folder:
         model = save_model(options.model, Path(folder) / "model")
