@@ -168,7 +168,9 @@ def main() -> None:
     print("\n".join(lines))
     assert max(peaks.values()) < options.peak_gib
     if options.write:
-        put(f"memory of a large model{f': {options.only}' if options.only else ''}", "\n".join(lines))
+        which = [f": {options.only}"] if options.only else []
+        which += [", system's allocator"] if options.system_malloc else []
+        put("".join(["memory of a large model", *which]), "\n".join(lines))
 
 
 def line(rank: int, found: dict[str, Any], case: str) -> str:

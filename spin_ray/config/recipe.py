@@ -255,6 +255,8 @@ def _mesh_problems(config: SpinConfig) -> Iterator[str]:
         yield "train.mesh: has fixed sizes, and an elastic group may be smaller; use auto or leave min_workers out"
     if train.mesh.tensor > 1 and train.lora is not None:
         yield "train.mesh.tensor: layers with adapters (train.lora) cannot be split; use shard in its place"
+    if train.mesh.tensor > 1 and train.compile is True:
+        yield "train.compile: layers that are split (train.mesh.tensor) cannot be compiled; leave it out"
 
 
 def _optimizer_problems(config: SpinConfig) -> Iterator[str]:

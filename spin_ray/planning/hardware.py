@@ -86,6 +86,10 @@ L4, L40S: data sheets (2023), PCIe 4.0 x16. RTX 4090: white paper of Ada (2022).
 RTX 5090: white paper of RTX Blackwell (2025), PCIe 5.0 x16.
 Network: DGX A100 has 8 adapters of 200 Gb/s for 8 GPUs; DGX H100, H200 and B200 have 8 of 400 Gb/s (their data sheets).
 L4 and L40S: 100 and 400 Gb/s for 8 GPUs (AWS g6.48xlarge, g6e.48xlarge). RTX cards: ``ETHERNET``.
+
+Compared in November 2026 with copies of the data sheets and MLPerf's descriptions of systems: H200, L40S, RTX 4090 and
+5090 agree, as do B200's bf16, memory, links and network (MLPerf inference 6.0). B200's fp32 is 80 TFLOP/s in NVIDIA's
+technical brief. Written from memory, and not compared: L4, the adapters of DGX A100, and AWS's rates.
 """
 
 DEVICE_NAMES = {

@@ -149,7 +149,7 @@ def _given(mesh: Mesh, placing: Placing, why_not: WhyNotSplit) -> Choice:
 def _tensor(config: SpinConfig, shape: ModelShape, placing: Placing, why_not: WhyNotSplit) -> tuple[int, str]:
     """Returns the size of tensor groups, and why it is more than 1."""
     train, workers = config.train, placing.workers
-    if not train.resources.gpus or train.lora is not None:
+    if not train.resources.gpus or train.lora is not None or train.compile is True:
         return 1, ""
     sizes = [size for size in TENSOR_SIZES if placing.per_node[0] % size == 0 and not why_not(size)]
     needed = memory_of(config, shape, Mesh(shard=workers), placing.room)

@@ -17,7 +17,7 @@ from transformers import (
     Qwen2ForCausalLM,
 )
 
-from spin_ray.config.sections import Mesh, OptimizerConfig
+from spin_ray.config.sections import LoraConfig, Mesh, OptimizerConfig
 from spin_ray.errors import ModelError
 from spin_ray.learner.backends.base import BackendSettings
 from spin_ray.learner.backends.fsdp2 import Fsdp2Backend
@@ -42,10 +42,15 @@ CASES = (
     ("qwen2", "2 × 2 FSDP × tensor", "padded"),
     ("gemma3", "2 × 2 FSDP × tensor", "recomputed"),
     ("phi3", "2 × 2 FSDP × tensor", "offload, shard_grad_op"),
+    ("llama", "2 × 2 hybrid", "adapters, adamw"),
 )
 """Model, mesh, and what else is not as usual."""
-RESUMED = (("2 × 2 FSDP × tensor", "2 × 2 hybrid"), ("2 × 2 hybrid", "2 × 2 FSDP × tensor"))
-"""Meshes that wrote a checkpoint, and those that go on from it."""
+RESUMED = (
+    ("2 × 2 FSDP × tensor", "2 × 2 hybrid", ""),
+    ("2 × 2 hybrid", "2 × 2 FSDP × tensor", ""),
+    ("2 × 2 hybrid", "4 × FSDP", "adapters, adamw"),
+)
+"""Meshes that wrote a checkpoint, those that go on from it, and what else is not as usual."""
 
 
 def save_models(directory: Path) -> None:
@@ -77,6 +82,7 @@ def make_backend(directory: Path, model: str, mesh: Mesh | None, more: str = "")
         offload="offload" in more,
         reduce_every_pack="every pack" in more,
         mesh=mesh,
+        lora=LoraConfig(rank=4) if "adapters" in more else None,
         optimizer=OptimizerConfig(name="adamw" if "adamw" in more else "rmsprop", eps=1e-4),
         learning_rate=0.01,
         total_steps=STEPS + 1,
@@ -114,11 +120,11 @@ def _one_of_four(rank: int, directory: Path) -> None:
         told = {"history": history, "scored": scored, "writes": shape_on(mesh).writes()}
         told |= {"plain": [part.flatten().tolist() for part in whole]}
         Path(f"{place} {rank}.json").write_text(json.dumps(told))
-    for before, after in RESUMED:
-        backend = make_backend(directory, "llama", MESHES[after])
-        backend.load(Path(f"{file_of(directory, 'llama', before, '')} checkpoint"))
+    for before, after, more in RESUMED:
+        backend = make_backend(directory, "llama", MESHES[after], more)
+        backend.load(Path(f"{file_of(directory, 'llama', before, more)} checkpoint"))
         history = train(backend, MESHES[after], 1)
-        Path(f"{file_of(directory, before, after)} {rank}.json").write_text(json.dumps(history))
+        Path(f"{file_of(directory, before, after, more)} {rank}.json").write_text(json.dumps(history))
     broken = load_model(directory / "llama", trust_remote_code=False)
     styles = {"q_proj": "colwise", "k_proj": "colwise_rep", "v_proj": "colwise_rep", "o_proj": "rowwise"}
     broken.config.base_model_tp_plan = {f"layers.*.self_attn.{name}": style for name, style in styles.items()}

@@ -234,7 +234,7 @@ def _shard(scorer: ResponseScorer, settings: BackendSettings, mesh: DeviceMesh, 
     )
     # Pinned, so that copies to and from the GPU go on beside the computation.
     offload = CPUOffloadPolicy(pin_memory=device.type == "cuda") if settings.offload else OffloadPolicy()
-    if compiles(settings.compile, device):
+    if compiles(settings.compile, device, split=settings.mesh is not None and settings.mesh.tensor > 1):
         compile_layers(scorer.model)
     if settings.gradient_checkpointing:
         recompute_activations(scorer.model)

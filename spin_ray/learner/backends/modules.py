@@ -38,13 +38,18 @@ def recompute_activations(model: Any) -> None:
         layer.forward = partial(checkpoint, layer.forward, use_reentrant=False, preserve_rng_state=False)
 
 
-def compiles(wanted: bool | Literal["auto"], device: torch.device) -> bool:
+def compiles(wanted: bool | Literal["auto"], device: torch.device, *, split: bool = False) -> bool:
     """Returns the choice behind ``train.compile``.
 
+    Args:
+        split: each layer is split over a tensor group; torch 2.13's compiler fails on such (RecursionError).
+
     Raises:
-        ModelError: compiled layers are wanted, and what builds them is missing.
+        ModelError: compiled layers are wanted, and what builds them is missing, or they are split.
     """
-    if not wanted or (wanted == "auto" and device.type == "cpu"):
+    if split and wanted is True:
+        raise ModelError("train.compile: layers that are split (train.mesh.tensor) cannot be compiled; leave it out")
+    if not wanted or split or (wanted == "auto" and device.type == "cpu"):
         return False
     missing = None
     if device.type == "cuda" and find_spec("triton") is None:

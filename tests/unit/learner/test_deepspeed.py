@@ -5,6 +5,7 @@ import math
 import os
 import shutil
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, cast
 
@@ -55,7 +56,7 @@ def backend_of(directory: Path, kind: str, case: str, **settings: Any) -> TrainB
     chosen = BackendSettings(
         kind=cast(Any, kind), max_length=PACK_LENGTH, precision=cast(Any, precision), sharding=cast(Any, sharding),
         optimizer=OptimizerConfig(name=cast(Any, optimizer), weight_decay=0.01, max_grad_norm=0.7),
-        learning_rate=0.01, total_steps=8, lora=LoraConfig(rank=4) if lora else None, **settings,
+        learning_rate=0.01, total_steps=8, **({"lora": LoraConfig(rank=4) if lora else None} | settings),
     )  # fmt: skip
     return make_backend(directory / embeddings, chosen, torch.device("cpu"))
 
@@ -84,6 +85,8 @@ def one_of_two_ranks(rank: int, directory: Path) -> None:
             if case in (CASES[0], CASES[2]):
                 found["distilled"] = distilled(backend_of(directory, kind, case))
             if kind == "deepspeed":
+                if "fp32" in case and "lora" in case:
+                    found["continued"] = continued(backend, directory, case)
                 found |= resumed(backend, directory, case)
             (directory / f"{case} {kind} {rank}.json").write_text(json.dumps(found))
     (directory / f"failure-{rank}.json").write_text(json.dumps(failures(directory)))
@@ -137,6 +140,19 @@ def resumed(backend: TrainBackend, directory: Path, case: str) -> dict[str, Any]
     return found
 
 
+def continued(backend: Any, directory: Path, case: str) -> dict[str, Any]:
+    """Scores of what was trained, and of the adapter that it writes alone, by both backends."""
+    alone, place = LoraConfig(rank=4, merge=False), directory / f"{case} adapter"
+    backend._settings = replace(backend._settings, lora=alone)
+    backend.export_hf(place)
+    dist.barrier()
+    batch = build_pack(one_step(ROWS).packs[0], table_of(ROWS), pack_length=PACK_LENGTH, pad_id=0)
+    nexts = {kind: backend_of(directory, kind, case, lora=alone, adapter=place) for kind in ("deepspeed", "fsdp2")}
+    return {kind: it.score(batch).tolist() for kind, it in {"trained": backend, **nexts}.items()} | {
+        "files": sorted(file.name for file in place.iterdir())
+    }
+
+
 def failures(directory: Path) -> dict[str, Any]:
     """A gradient that is infinite on one rank."""
     backend = backend_of(directory, "deepspeed", CASES[0])
@@ -185,6 +201,15 @@ def test_deepspeed_trains_as_fsdp2_does(directory: Path, case: str) -> None:
         torch.testing.assert_close(weights[name], weight, rtol=0, atol=absolute)
         moved = (weights[name].float() - start[name]).abs().max()
         assert moved > 0.01 if "lora" not in case or name.endswith("_proj.weight") else moved == 0, name
+
+
+def test_the_next_iteration_begins_with_the_adapter_that_deepspeed_wrote(directory: Path) -> None:
+    """With ``train.lora.merge: false``: DeepSpeed trains it further, FSDP2 scores the reference with it."""
+    found = result(directory, f"{CASES[5]} deepspeed 0")["continued"]
+    assert {"adapter_config.json", "adapter_model.safetensors"} <= {*found["files"]}
+    assert "model.safetensors" not in found["files"]
+    for kind in ("deepspeed", "fsdp2"):
+        assert found[kind] == pytest.approx(found["trained"], abs=1e-4)
 
 
 @pytest.mark.parametrize("case", [CASES[0], CASES[2]])

@@ -246,6 +246,15 @@ def test_layers_are_compiled_on_gpus_that_have_the_tools_for_it(monkeypatch: pyt
         modules.compiles(True, cpu)
 
 
+def test_layers_that_are_split_stay_uncompiled(monkeypatch: pytest.MonkeyPatch) -> None:
+    """torch 2.13's compiler ends in a RecursionError on them."""
+    monkeypatch.setattr(modules, "find_spec", lambda name: name)
+    card = torch.device("cuda")
+    assert not modules.compiles("auto", card, split=True)
+    with pytest.raises(ModelError, match=r"^train\.compile: layers that are split .* cannot be compiled; leave it out"):
+        modules.compiles(True, card, split=True)
+
+
 @pytest.mark.parametrize("name", ["rmsprop", "adamw"])
 @pytest.mark.parametrize("steps_before", [0, 2])
 def test_resumed_training_is_bitwise_the_uninterrupted_one(

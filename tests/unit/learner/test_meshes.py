@@ -94,13 +94,13 @@ def test_a_tensor_group_has_one_set_of_packs_and_equal_weights_where_they_are_wh
     assert found[0]["scored"][0] != found[2]["scored"][0]
 
 
-@pytest.mark.parametrize(("before", "after"), RESUMED)
-def test_a_checkpoint_loads_under_another_mesh(directory: Path, before: str, after: str) -> None:
+@pytest.mark.parametrize(("before", "after", "more"), RESUMED)
+def test_a_checkpoint_loads_under_another_mesh(directory: Path, before: str, after: str, more: str) -> None:
     """The step after it, and not only the weights: the optimizer's state travels, too."""
-    backend = make_backend(directory, "llama", None)
+    backend = make_backend(directory, "llama", None, more)
     train(backend, None, STEPS)
     (expected,) = train(backend, None, 1)
-    for (step,) in told(directory, before, after):
+    for (step,) in told(directory, before, after, more):
         assert step == pytest.approx(expected, rel=1e-4, abs=1e-5)
 
 

@@ -1,6 +1,7 @@
 """Adapters on frozen weights of 4 and 8 bits, against transformers and PEFT in a plain loop."""
 
 import copy
+import json
 from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
@@ -8,6 +9,8 @@ from typing import Any
 
 import pytest
 import torch
+import torch.distributed as dist
+import torch.multiprocessing
 from torch.distributed.tensor import distribute_tensor
 
 from spin_ray.config.sections import LoraConfig, OptimizerConfig
@@ -67,6 +70,26 @@ def test_adapters_train_on_quantised_weights_and_the_next_iteration_scores_the_s
     backend.export_hf(tmp_path)
     again = backend_of(model_dir, base, optimizer=None, lora=None, adapter=tmp_path)
     torch.testing.assert_close(again.score(batch), backend.score(batch), rtol=1e-5, atol=1e-4)
+
+
+def _one_of_two_ranks(rank: int, folder: Path) -> None:
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo", store=dist.FileStore(str(folder / "two"), 2), rank=rank, world_size=2)
+    found = {base: train(backend_of(folder / "model", base), ROWS, 2) for base in ("nf4", "int8")}
+    (folder / f"{rank}.json").write_text(json.dumps(found))
+    dist.destroy_process_group()
+
+
+@pytest.mark.slow
+def test_two_ranks_train_adapters_on_quantised_weights_as_one_does(model_dir: Path) -> None:
+    """Each rank holds all frozen integers, and its shard of the rest."""
+    pytest.importorskip("bitsandbytes", reason="the extra `quantised` is not installed")
+    torch.multiprocessing.spawn(_one_of_two_ranks, args=(model_dir.parent,), nprocs=2)
+    expected = {base: train(backend_of(model_dir, base), ROWS, 2) for base in ("nf4", "int8")}
+    for rank in (0, 1):
+        found = json.loads((model_dir.parent / f"{rank}.json").read_text())
+        for base, history in expected.items():
+            assert found[base] == [pytest.approx(step, rel=1e-5) for step in history]
 
 
 def test_adamw_of_8_bits_steps_as_in_a_plain_loop_and_resumes_bit_for_bit(model_dir: Path, tmp_path: Path) -> None:

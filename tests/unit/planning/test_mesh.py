@@ -83,6 +83,7 @@ def test_layers_are_split_only_where_pairs_or_memory_are_short():
     assert halved <= 31.5 * GB < whole
     assert choice(1, replace(MISTRAL_7B, kv_heads=1), global_batch_pairs=2).mesh.tensor == 1
     assert choice(1, global_batch_pairs=2, lora=LoraConfig()).mesh.tensor == 1
+    assert choice(1, global_batch_pairs=2, compile=True).mesh.tensor == 1
     cpus = ZEPHYR.train.resources.model_copy(update={"gpus": 0})
     assert choice(1, global_batch_pairs=2, resources=cpus).mesh.tensor == 1
 
@@ -127,6 +128,10 @@ def test_prompts_too_long_for_any_mesh_are_refused_with_the_length_that_would_fi
 @pytest.mark.parametrize(
     ("train", "problem"),
     [
+        (
+            {"mesh": {"shard": 2, "tensor": 2}, "compile": True},
+            r"train\.compile: layers that are split .* leave it out",
+        ),
         ({"mesh": {"shard": 2}}, r"train\.mesh: {replicate: 1, shard: 2, tensor: 1} has 2 ranks for train\.workers 4"),
         ({"mesh": {"shard": 4}, "backend": "deepspeed"}, r"train\.mesh: is for train\.backend: fsdp2"),
         ({"mesh": {"shard": 4}, "min_workers": 2}, r"train\.mesh: has fixed sizes"),
