@@ -149,7 +149,7 @@ def one_by_one(batch: Any, states: list[Tensor], upstream: Tensor) -> tuple[Tens
     return output, list(torch.autograd.grad(loss, (query, key, value)))
 
 
-WAYS = ("loop", "dense", "flex", "varlen")
+WAYS = ("flex", "varlen", "loop", "dense")
 ITEMS: dict[str, Item] = {
     f"{name}, {model} heads": partial(way, name, model) for model in ("1.5B", "7B") for name in WAYS
 }

@@ -36,8 +36,8 @@ class Variant:
     """A way of ``learner.attention`` or ``loop``; None: the learner's own choice."""
     small_head: bool = False
     """True: the head in chunks of 256 rows."""
-    compile: bool | Literal["auto"] | None = None
-    """None: the learner's own choice."""
+    compile: bool | Literal["auto"] = "auto"
+    """``auto`` is a recipe's default."""
     prefetch: bool = True
 
 
@@ -47,7 +47,7 @@ def variants() -> tuple[Variant, ...]:
         Variant(name="as is", attention="loop", small_head=True, compile=False, prefetch=False),
         Variant(name="+ attention", small_head=True, compile=False, prefetch=False),
         Variant(name="+ head", compile=False, prefetch=False),
-        Variant(name="+ compile", compile="auto", prefetch=False),
+        Variant(name="+ compile", prefetch=False),
         Variant(name="+ prefetch"),
     )
 
@@ -85,7 +85,7 @@ def as_variant(variant: Variant) -> Iterator[None]:
         yield
 
 
-def head_in_small_chunks(head: Any, *arguments: Any) -> torch.Tensor:
+def head_in_small_chunks(head: Any, *arguments: Any, fused: bool) -> torch.Tensor:
     """Computes the head as before: checkpointed chunks of 256 rows, each with a gradient of the whole head."""
     from spin_ray.learner.head import target_logps
 
@@ -122,7 +122,7 @@ class Learner:
         self.device = device or device_of(context)
         sizes = sizes_of(context)
         known = {field.name for field in fields(BackendSettings)}
-        given = more if variant.compile is None else more | {"compile": variant.compile}
+        given = {"compile": variant.compile} | more
         if "compile" not in known and given.get("compile") is False:  # nothing compiles anyway
             del given["compile"]
         if unknown := given.keys() - known:

@@ -11,7 +11,7 @@ import torch.distributed as dist
 from gpu_steps.child import Context, Item
 from gpu_steps.learner import BEST, Learner, as_variant, group_of, one_rank
 from gpu_steps.rows import Measure
-from gpu_steps.sizes import CHAT, device_of, model_folder, pairs_of
+from gpu_steps.sizes import CHAT, SHORT, device_of, model_folder, pairs_of
 
 MODEL = "0.1B"
 RATE = 1e-4
@@ -51,7 +51,7 @@ def steps_beside_cpu(context: Context) -> Iterator[Measure]:
     histories = []
     for device in (device_of(context), torch.device("cpu")):
         with one_rank("gloo" if device.type == "cpu" else group_of(context)):
-            learner = make(context, "fp32", device=device, count=4)
+            learner = make(context, "fp32", device=device, count=4, lengths=SHORT)
             learner.score()
             histories.append([learner.step(beta=1.0)["loss"] for _ in range(times)])
     largest = max(abs(mine - theirs) for mine, theirs in zip(*histories, strict=True))
@@ -110,8 +110,11 @@ def collectives(context: Context) -> Iterator[Measure]:
     yield Measure(id=f"{dist.get_backend()}, a sum over one rank", value=float(ones.sum()), unit="", target=">= 4")
 
 
-def make(context: Context, precision: str, *, count: int = 8, **more: Any) -> Learner:
-    rows = pairs_of(context, CHAT, count=count, model=MODEL)
+def make(context: Context, precision: str, *, count: int = 8, lengths: str = CHAT, **more: Any) -> Learner:
+    """Makes the learner as it comes in bf16; in fp32, where errors are small enough to be seen, uncompiled."""
+    rows = pairs_of(context, lengths, count=count, model=MODEL)
+    if precision == "fp32":
+        more["compile"] = False
     return Learner(
         context, model_folder(context, MODEL), rows, per_step=count, precision=precision, learning_rate=RATE, **more
     )

@@ -143,8 +143,13 @@ def _varlen() -> str:
         from torch.nn.attention.varlen import varlen_attn
     except ImportError:
         return "sdpa"
+    import inspect
+
     from transformers import AttentionInterface, AttentionMaskInterface
     from transformers.masking_utils import flash_attention_mask
+
+    # torch 2.11 takes grouped heads without being told.
+    grouped: dict[str, Any] = {"enable_gqa": True} if "enable_gqa" in inspect.signature(varlen_attn).parameters else {}
 
     def attend(
         module: Any, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None, **settings: Any
@@ -153,7 +158,7 @@ def _varlen() -> str:
         places, stops, longest = _unpadded(attention_mask, batch, length, query.device)
         flat = [x.transpose(1, 2).flatten(0, 1)[places].bfloat16() for x in (query, key, value)]
         found = varlen_attn(
-            *flat, stops, stops, longest, longest, scale=settings.get("scaling"), window_size=(-1, 0), enable_gqa=True
+            *flat, stops, stops, longest, longest, scale=settings.get("scaling"), window_size=(-1, 0), **grouped
         )
         whole = found.new_zeros(batch * length, *found.shape[1:]).index_put((places,), found)
         return whole.view(batch, length, *found.shape[1:]).to(query.dtype), None

@@ -1,5 +1,6 @@
 """The LM head: hidden states in, log-probabilities of the targets out, [targets, vocab] never whole."""
 
+import functools
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, Self, cast
@@ -12,6 +13,8 @@ from torch.utils.checkpoint import checkpoint
 
 Head = Callable[[Tensor], Tensor]
 
+COMPILER = "inductor"
+"""Backend of torch.compile."""
 ROWS_PER_CHUNK = {"cpu": 256, "cuda": 4096}
 """Targets at a time: on a CPU what its cache holds, on a GPU enough for full matrix products."""
 TARGETS_MULTIPLE = 64
@@ -52,9 +55,11 @@ def target_logps(
     transform: LogitTransform,
     *,
     rows: int | None = None,
+    fused: bool = False,
 ) -> Float[Tensor, "targets"]:
     """Returns log softmax(transform(head(hidden[at])))[target_ids] in fp32 (fp64 for fp64).
 
+    ``fused`` compiles what is done to a plain head's logits: no pass over them is in fp32 then.
     Without targets, a chunk of padding still reaches every parameter: FSDP2's ranks would wait otherwise.
     """
     targets = len(at)
@@ -62,7 +67,7 @@ def target_logps(
     at, target_ids = functional.pad(at, (0, fill)), functional.pad(target_ids, (0, fill))
     rows = rows or ROWS_PER_CHUNK.get(hidden.device.type, ROWS_PER_CHUNK["cuda"])
     if type(head) is nn.Linear:
-        logps = _TargetLogps.apply(hidden[at], head.weight, head.bias, target_ids, transform, rows)
+        logps = _TargetLogps.apply(hidden[at], head.weight, head.bias, target_ids, transform, rows, fused)
         return cast(Tensor, logps)[:targets]
     chunks = zip(at.split(rows), target_ids.split(rows), strict=True)
     logps = [
@@ -73,17 +78,52 @@ def target_logps(
 
 
 def _of_chunk(head: Head, hidden: Tensor, at: Tensor, target_ids: Tensor, transform: LogitTransform) -> Tensor:
-    return _pick(transform(_upcast(head(hidden[at]))), target_ids)[0]
+    return _pick(head(hidden[at]), target_ids, transform)[0]
 
 
 def _upcast(logits: Tensor) -> Tensor:
     return logits.to(torch.promote_types(logits.dtype, torch.float32))
 
 
-def _pick(logits: Tensor, target_ids: Tensor) -> tuple[Tensor, Tensor]:
+def _pick(logits: Tensor, target_ids: Tensor, transform: LogitTransform) -> tuple[Tensor, Tensor]:
     """Returns log-probabilities of the targets, and the log-sum-exp of each row."""
+    logits = transform(_upcast(logits))
     total = logits.logsumexp(dim=-1)
     return logits.gather(-1, target_ids[:, None]).squeeze(-1) - total, total
+
+
+def _change(logits: Tensor, target_ids: Tensor, total: Tensor, gradient: Tensor, transform: LogitTransform) -> Tensor:
+    """Returns d logits (see ``_TargetLogps``)."""
+    transformed = transform(_upcast(logits))
+    slope = transform.slope(transformed)
+    change = transformed.sub_(total[:, None]).exp_().mul_(-gradient[:, None])
+    change.scatter_add_(1, target_ids[:, None], gradient[:, None])
+    return change.mul_(slope).to(logits.dtype)
+
+
+def _change_in_one_pass(
+    logits: Tensor, target_ids: Tensor, total: Tensor, gradient: Tensor, transform: LogitTransform
+) -> Tensor:
+    """Returns the same as ``_change``, in a form that compiles to one kernel."""
+    transformed = transform(_upcast(logits))
+    change = (transformed - total[:, None]).exp() * -gradient[:, None]
+    is_target = torch.arange(logits.shape[1], device=logits.device) == target_ids[:, None]
+    change = torch.where(is_target, change + gradient[:, None], change)
+    return (change * transform.slope(transformed)).to(logits.dtype)
+
+
+@functools.cache
+def _compiled(function: Callable[..., Any]) -> Callable[..., Any]:
+    """Compiles ``function`` once for every number of rows: scoring and training then run one kernel."""
+    compiled = torch.compile(function, fullgraph=True, backend=COMPILER)
+
+    def call(*arguments: Any) -> Any:
+        for argument in arguments:
+            if isinstance(argument, Tensor):
+                torch._dynamo.maybe_mark_dynamic(argument, 0)
+        return compiled(*arguments)
+
+    return call
 
 
 class _TargetLogps(torch.autograd.Function):
@@ -103,14 +143,16 @@ class _TargetLogps(torch.autograd.Function):
         target_ids: Tensor,
         transform: LogitTransform,
         rows: int,
+        fused: bool,
     ) -> Tensor:
+        pick = _compiled(_pick) if fused else _pick
         parts = [
-            _pick(transform(_upcast(functional.linear(part, weight, bias))), ids)
+            pick(functional.linear(part, weight, bias), ids, transform)
             for part, ids in zip(hidden.split(rows), target_ids.split(rows), strict=True)
         ]
         logps, totals = (torch.cat(values) for values in zip(*parts, strict=True))
         ctx.save_for_backward(hidden, weight, bias, target_ids, totals)
-        ctx.transform, ctx.rows = transform, rows
+        ctx.transform, ctx.rows, ctx.fused = transform, rows, fused
         return logps
 
     @staticmethod
@@ -121,13 +163,10 @@ class _TargetLogps(torch.autograd.Function):
         of_hidden = torch.empty_like(hidden) if wants_hidden else None
         of_weight = torch.zeros_like(weight, dtype=exact) if wants_weight else None
         of_bias = torch.zeros_like(bias, dtype=exact) if bias is not None and wants_bias else None
+        change_of = _compiled(_change_in_one_pass) if ctx.fused else _change
         pieces = (x.split(ctx.rows) for x in (hidden, target_ids, totals, gradients[0]))
         for number, (part, ids, total, gradient) in enumerate(zip(*pieces, strict=True)):
-            logits = ctx.transform(_upcast(functional.linear(part, weight, bias)))
-            slope = ctx.transform.slope(logits)
-            change = logits.sub_(total[:, None]).exp_().mul_(-gradient[:, None])
-            change.scatter_add_(1, ids[:, None], gradient[:, None])
-            change = change.mul_(slope).to(part.dtype)
+            change = change_of(functional.linear(part, weight, bias), ids, total, gradient, ctx.transform)
             if of_hidden is not None:
                 first = number * ctx.rows
                 torch.mm(change, weight, out=of_hidden[first : first + len(part)])
@@ -141,5 +180,5 @@ class _TargetLogps(torch.autograd.Function):
             of_hidden,
             None if of_weight is None else of_weight.to(weight.dtype),
             None if of_bias is None else of_bias.to(bias.dtype),
-            None, None, None,
+            None, None, None, None,
         )  # fmt: skip

@@ -6,6 +6,7 @@ Padded layout, for models that cannot attend so: every response is a row.
 
 import inspect
 from collections.abc import Callable
+from functools import partial
 from typing import Any, Literal
 
 import torch
@@ -51,6 +52,7 @@ class ResponseScorer(nn.Module):
         super().__init__()
         self.model = model.eval()  # no dropout, ever
         self.layout = layout
+        self.fused_head = False
         self._model_logits = model_logits
         self._transform = LogitTransform.of(model.config.get_text_config())
         self._windows = attention_windows(model.config.get_text_config())
@@ -64,7 +66,7 @@ class ResponseScorer(nn.Module):
     def forward(self, batch: PackedBatch, *, by_token: bool = False, read: HeadReader | None = None) -> Any:
         """Returns log p of every response, or of every response token, in nats; or what ``read`` returns."""
         score = self._packed if self.layout == "packed" else self._padded
-        found = score(batch, read or target_logps)
+        found = score(batch, read or partial(target_logps, fused=self.fused_head))
         if by_token or read:
             return found
         return response_logps(found, batch.segment, batch.num_segments)

@@ -10,12 +10,13 @@ from spin_ray.errors import ConfigError, ResourceError
 _ALLOCATOR = ("PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF")
 
 
-def environment() -> dict[str, str]:
+def environment(*, deterministic: bool = False) -> dict[str, str]:
     """Returns the environment for a process that trains on a GPU, less what the user set.
 
     Packs of many lengths leave holes in fixed segments of memory; segments that grow have none.
     """
-    return {} if any(name in os.environ for name in _ALLOCATOR) else {_ALLOCATOR[0]: "expandable_segments:True"}
+    values = {} if any(name in os.environ for name in _ALLOCATOR) else {_ALLOCATOR[0]: "expandable_segments:True"}
+    return values | ({"TORCHINDUCTOR_DETERMINISTIC": "1"} if deterministic else {})
 
 
 def check_builds(config: SpinConfig) -> None:

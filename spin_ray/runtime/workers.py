@@ -109,7 +109,11 @@ def _make_trainer(
                 max_failures=train.max_failures, controller_failure_limit=max(3, train.max_failures)
             ),
             checkpoint_config=ray.train.CheckpointConfig(num_to_keep=1),
-            worker_runtime_env={"env_vars": gpu.environment() if resources.gpus else cpu.keep_freed_memory()},
+            worker_runtime_env={
+                "env_vars": gpu.environment(deterministic=train.deterministic)
+                if resources.gpus
+                else cpu.keep_freed_memory()
+            },
         ),
     )
 

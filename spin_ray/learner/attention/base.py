@@ -71,5 +71,12 @@ def effective_windows(batch: PackedBatch, windows: Sequence[Window]) -> dict[Win
     return {window: window if window is not None and window < longest else None for window in {None, *windows}}
 
 
+def to_device(tensor: Tensor, device: torch.device) -> Tensor:
+    """Copies a tensor of the host; nobody waits for a copy to a card."""
+    if device.type != "cuda":
+        return tensor.to(device)
+    return tensor.pin_memory().to(device, non_blocking=True)
+
+
 def unsupported(way: str, feature: str) -> NotImplementedError:
     return NotImplementedError(f"attention {way} cannot compute {feature}")

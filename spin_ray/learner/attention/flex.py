@@ -7,7 +7,7 @@ import functools
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from importlib.util import find_spec
-from typing import Any, cast
+from typing import Any
 
 import numpy as np
 import torch
@@ -15,7 +15,7 @@ from jaxtyping import Float
 from torch import Tensor
 from torch.nn.attention.flex_attention import AuxRequest, BlockMask, flex_attention
 
-from spin_ray.learner.attention.base import Window, effective_windows
+from spin_ray.learner.attention.base import Window, effective_windows, to_device
 from spin_ray.learner.attention.capability import too_old
 from spin_ray.learner.attention.hook import allow_many_graphs
 from spin_ray.learner.attention.rule import Token, key_ranges, sees
@@ -23,6 +23,10 @@ from spin_ray.learner.batch import PackedBatch
 
 BLOCK = 128
 """Tokens of a block, FlexAttention's default."""
+_OF_BLOCKS = tuple(
+    f"{full}{side}_{what}" for full in ("", "full_") for side in ("kv", "q") for what in ("num_blocks", "indices")
+)
+"""Tensors of a ``BlockMask``; its own ``to`` would wait for the device at each of them."""
 
 
 class Flex:
@@ -61,10 +65,11 @@ class FlexPlan:
         sinks: Float[Tensor, "heads"] | None,
     ) -> Float[Tensor, "1 tokens heads width"]:
         settings: dict[str, Any] = {
-            "score_mod": None if softcap is None else _capping(softcap),
+            "score_mod": None if softcap is None else _capping(softcap, query.device),
             "block_mask": self.block_masks[window],
             "scale": scaling,
             "enable_gqa": query.shape[1] != key.shape[1],
+            "kernel_options": {"FORCE_USE_FLEX_ATTENTION": True},  # short packs would have a kernel of their own
         }
         kernel = _kernel(query.device.type)
         if sinks is None:
@@ -75,9 +80,13 @@ class FlexPlan:
         return (attended * shares).to(query.dtype).transpose(1, 2).contiguous()
 
 
-def _capping(softcap: float) -> Callable[..., Tensor]:
+@functools.cache
+def _capping(softcap: float, device: torch.device) -> Callable[..., Tensor]:
+    """Returns the change of scores; compiled for any number, a float would become a tensor on the CPU."""
+    limit = torch.full((), softcap, device=device)
+
     def cap(score: Tensor, batch: Tensor, head: Tensor, query: Tensor, key: Tensor) -> Tensor:
-        return softcap * torch.tanh(score / softcap)
+        return limit * torch.tanh(score / limit)
 
     return cap
 
@@ -114,7 +123,8 @@ def block_mask(batch: PackedBatch, window: Window, device: torch.device) -> Bloc
         mask_mod=mask_mod(batch.to(device), window),
         seq_lengths=(tokens, tokens),
     )
-    return cast(BlockMask, blocks.to(device))
+    tensors: dict[str, Any] = {name: to_device(getattr(blocks, name), device) for name in _OF_BLOCKS}
+    return BlockMask(seq_lengths=blocks.seq_lengths, BLOCK_SIZE=blocks.BLOCK_SIZE, mask_mod=blocks.mask_mod, **tensors)
 
 
 def mask_mod(batch: PackedBatch, window: Window) -> Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]:

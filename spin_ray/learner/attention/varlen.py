@@ -16,7 +16,7 @@ import torch
 from jaxtyping import Float, Int32, Int64
 from torch import Tensor
 
-from spin_ray.learner.attention.base import Window, effective_windows, unsupported
+from spin_ray.learner.attention.base import Window, effective_windows, to_device, unsupported
 from spin_ray.learner.attention.capability import too_old
 from spin_ray.learner.batch import PackedBatch
 
@@ -48,9 +48,9 @@ class Varlen:
         keys, query_stops, key_stops = gathered(batch)
         return VarlenPlan(
             kernel=self._kernel or _kernel(),
-            keys=torch.from_numpy(keys).to(device, non_blocking=True),
-            query_stops=torch.from_numpy(query_stops).to(device, non_blocking=True),
-            key_stops=torch.from_numpy(key_stops).to(device, non_blocking=True),
+            keys=to_device(torch.from_numpy(keys), device),
+            query_stops=to_device(torch.from_numpy(query_stops), device),
+            key_stops=to_device(torch.from_numpy(key_stops), device),
             longest_query=_rounded_longest(query_stops),
             longest_key=_rounded_longest(key_stops),
             windows=effective_windows(batch, windows),

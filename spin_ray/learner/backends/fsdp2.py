@@ -97,6 +97,7 @@ class Fsdp2Backend:
                 if settings.optimizer is None or not parameter.requires_grad
             )
         split_layers(self._model, mesh)
+        self._frees_weights = _frees_weights(settings, data_mesh(mesh), device)
         self._scorer = _shard(choice.scorer(self._model), settings, data_mesh(mesh), device)
         if empty is not None:
             self._fill(source)
@@ -137,7 +138,7 @@ class Fsdp2Backend:
         # Without sync, gradients add up whole (4 bytes per parameter) on every rank, and are reduced once per step.
         self._scorer.set_requires_gradient_sync(last_microbatch or self._settings.reduce_every_pack)
         self._scorer.set_requires_all_reduce(last_microbatch)  # copies of the weights meet once per step
-        self._scorer.set_reshard_after_backward(self._settings.sharding == "full" or last_microbatch)
+        self._scorer.set_reshard_after_backward(self._frees_weights or last_microbatch)
         loss.backward()
 
     def step(self) -> StepStats:
@@ -220,6 +221,11 @@ def _whole(tensor: Tensor) -> Tensor:
     return (tensor.full_tensor() if isinstance(tensor, DTensor) else tensor).detach()
 
 
+def _frees_weights(settings: BackendSettings, mesh: DeviceMesh, device: torch.device) -> bool:
+    """Tells whether gathered weights are dropped after each pass; one rank has room for them, and no one to ask."""
+    return settings.sharding == "full" and (mesh["shard"].size() > 1 or _is_tight(settings, device))
+
+
 def _is_tight(settings: BackendSettings, device: torch.device) -> bool:
     """Tells whether the copy that even one rank computes with is kept for one layer at a time.
 
@@ -236,14 +242,14 @@ def _shard(scorer: ResponseScorer, settings: BackendSettings, mesh: DeviceMesh, 
     offload = CPUOffloadPolicy(pin_memory=device.type == "cuda") if settings.offload else OffloadPolicy()
     if compiles(settings.compile, device, split=settings.mesh is not None and settings.mesh.tensor > 1):
         compile_layers(scorer.model)
+        scorer.fused_head = True
     if settings.gradient_checkpointing:
         recompute_activations(scorer.model)
     quantised = quantised_weights(scorer)
     for layer in decoder_layers(scorer.model):
-        reshard = settings.sharding == "full" and (mesh["shard"].size() > 1 or _is_tight(settings, device))
         fully_shard(
-            layer, mesh=mesh, mp_policy=policy, offload_policy=offload, reshard_after_forward=reshard,
-            ignored_params=quantised,
+            layer, mesh=mesh, mp_policy=policy, offload_policy=offload,
+            reshard_after_forward=_frees_weights(settings, mesh, device), ignored_params=quantised,
         )  # fmt: skip
     fully_shard(scorer, mesh=mesh, mp_policy=policy, offload_policy=offload, ignored_params=quantised)
     for module in scorer.modules():

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 import torch
 from torch import Tensor
+from torch._dynamo.testing import CompileCounterWithBackend
 from torch.nn.attention.flex_attention import BlockMask, create_block_mask
 
 from spin_ray.errors import ModelError
@@ -133,6 +134,25 @@ def test_flex_and_trees_attend_by_the_rule(long_pack: PackedBatch, window: int |
     for name in ("flex", "trees"):
         found = attend(ATTENTIONS[name], long_pack, states, window, softcap=softcap)
         torch.testing.assert_close(found, expected, rtol=0, atol=1e-5)
+
+
+def test_flex_has_a_graph_for_each_kind_of_layer_and_takes_no_number_as_a_tensor(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Compiled for any number, dynamo makes a float of a layer a tensor on the CPU, which kernels of a card refuse."""
+    torch._dynamo.reset()
+    counter = CompileCounterWithBackend("eager")
+    compiled = torch.compile(flex.flex_attention, dynamic=True, fullgraph=True, backend=counter)
+    monkeypatch.setattr(flex, "_kernel", lambda _: compiled)
+    for length in (640, 760, 1000):
+        for batch in batches_of(random_rows(0, trees=5, samples=3), pack_length=length):
+            states = [state.float() for state in states_of(batch)]
+            for softcap in (None, 1.5):
+                attend(ATTENTIONS["flex"], batch, states, 9, softcap=softcap)
+    assert counter.frame_count == 2
+    kernels = [node for graph in counter.graphs for node in graph.graph.nodes if node.name.startswith("flex_attention")]
+    captured = [tensor for kernel in kernels for tensor in kernel.args[-2]]
+    assert [tensor.meta["example_value"].dtype for tensor in captured] == [torch.float32]
 
 
 def test_varlen_refuses_what_its_kernel_would_ignore(long_pack: PackedBatch) -> None:

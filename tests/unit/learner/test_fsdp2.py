@@ -16,7 +16,7 @@ from transformers import AutoModelForCausalLM
 
 from spin_ray.config.sections import OptimizerConfig
 from spin_ray.errors import ModelError
-from spin_ray.learner import hf_folder
+from spin_ray.learner import head, hf_folder
 from spin_ray.learner.attention import hook
 from spin_ray.learner.backends import modules
 from spin_ray.learner.backends.base import BackendSettings, TrainBackend, learning_rate_at
@@ -206,9 +206,12 @@ def graphs(monkeypatch: pytest.MonkeyPatch) -> Iterator[CompileCounterWithBacken
     """Counts compiled graphs; aot_eager traces forward and backward as for GPUs, but starts no C++ compiler."""
     counter = CompileCounterWithBackend("aot_eager")
     monkeypatch.setattr(modules, "COMPILER", counter)
+    monkeypatch.setattr(head, "COMPILER", counter)
+    head._compiled.cache_clear()
     monkeypatch.setattr(hook.AttentionInterface, "_global_mapping", dict(hook.AttentionInterface._global_mapping))
     torch._dynamo.reset()
     yield counter
+    head._compiled.cache_clear()
     torch._dynamo.reset()
 
 

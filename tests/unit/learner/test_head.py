@@ -5,7 +5,9 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
+from torch._dynamo.testing import CompileCounterWithBackend
 
+from spin_ray.learner import head as head_module
 from spin_ray.learner.head import LogitTransform, target_logps
 
 TRANSFORMS = [
@@ -63,3 +65,25 @@ def test_a_frozen_head_costs_no_gradient() -> None:
     target_logps(head, hidden, at, ids, LogitTransform()).sum().backward()
     assert head.weight.grad is None
     assert hidden.grad is not None and hidden.grad.any()
+
+
+@pytest.mark.parametrize("transform", [TRANSFORMS[0], TRANSFORMS[-1]])
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
+def test_the_fused_head_has_the_same_bits_in_one_graph_for_every_number_of_rows(
+    transform: LogitTransform, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """One graph, so that a chunk is scored and trained by one kernel."""
+    counter = CompileCounterWithBackend("aot_eager")
+    monkeypatch.setattr(head_module, "COMPILER", counter)
+    head_module._compiled.cache_clear()
+    torch._dynamo.reset()
+    found = []
+    for fused in (False, True):
+        head, hidden, _, _ = case(dtype, bias=True)
+        at, ids = torch.arange(320) % 5, torch.arange(320) % 11
+        logps = [target_logps(head, hidden, at[:n], ids[:n], transform, rows=128, fused=fused) for n in (320, 200)]
+        (logps[0] * torch.arange(320)).sum().backward()
+        found.append([*logps, hidden.grad, head.weight.grad, head.bias.grad])
+    head_module._compiled.cache_clear()
+    assert all(torch.equal(*pair) for pair in zip(*found, strict=True))
+    assert counter.frame_count == 2  # forward and backward
