@@ -4,7 +4,8 @@ from pathlib import Path
 from typing import Literal
 
 from spin_ray.errors import ModelError, first_line
-from spin_ray.inputs.model_folder import read_config, refuse_untrainable, tensor_names
+from spin_ray.inputs.model_folder import read_config, refuse_untrainable
+from spin_ray.inputs.weights import tensor_shapes
 
 _OF_PAIRRM = ("source_prefix_id", "cand1_prefix_id", "cand2_prefix_id", "n_tasks")
 _HEAD_OF_PAIRRM = ("head_layer.1.weight", "head_layer.4.weight")
@@ -45,7 +46,7 @@ def _why_no_reward(folder: Path) -> str | None:
 
 
 def _why_no_pairrm(folder: Path) -> str | None:
-    described, stored = read_config(folder), set(tensor_names(folder))
+    described, stored = read_config(folder), tensor_shapes(folder).keys()
     lacking = [name for name in _OF_PAIRRM if name not in described]
     if lacking:
         return f"config.json has no {lacking[0]}"

@@ -150,4 +150,5 @@ def test_only_what_ray_carries_between_processes_is_let_through() -> None:
         for reason in re.findall(r"# noqa: (?:S301|S302|TID251) ?(.*)", path.read_text())
     }
     why = "(from this run's driver, through Ray)"
-    assert let_through == {("spin_ray/loop/stages/generation/stage.py", why), ("spin_ray/runtime/workers.py", why)}
+    files = ("loop/stages/generation/stage.py", "loop/stages/prompts.py", "runtime/workers.py")
+    assert let_through == {(f"spin_ray/{file}", why) for file in files}

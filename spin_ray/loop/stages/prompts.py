@@ -255,7 +255,7 @@ class _RenderSlice:
 @lru_cache(maxsize=1)
 def _unpickled(task: bytes) -> PromptTask:
     """Opens a process's tokenizer once and not for each slice: large vocabularies take a third of a second."""
-    return pickle.loads(task)  # noqa: S301 - the driver's own bytes
+    return pickle.loads(task)  # noqa: S301 (from this run's driver, through Ray)
 
 
 class _Read:
