@@ -4,7 +4,7 @@
 """
 
 import json
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from difflib import get_close_matches
 from functools import lru_cache
@@ -290,7 +290,7 @@ def shown(content: Any, width: int = 120) -> str:
     return text if len(text) <= width else f"{text[: width - 1]}…"
 
 
-def ignored_in(row: Columns, form: Form) -> list[str]:
+def ignored_in(row: Mapping[str, Any], form: Form) -> list[str]:
     """Returns the columns of a mapped row that its form does not read, and unread keys of its messages."""
     names = list(_unread(form.name, tuple(row)))
     if not isinstance(row.get("label"), bool | None):

@@ -146,7 +146,7 @@ def _unread(source: SourceRow, found: Found, task: PromptTask) -> list[str]:
     """Returns the columns, and the keys of messages, that no token of the row comes from."""
     if found.form is None:  # a question
         return []
-    names = [*ignored_in(dict(found.row), found.form), *source.unread]
+    names = [*ignored_in(found.row, found.form), *source.unread]
     messages = found.ending_with_real[-1]
     for message in messages:
         if len(message) > 2:
