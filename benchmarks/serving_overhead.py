@@ -200,7 +200,7 @@ class Crowd:
                 when, number, client = heapq.heappop(due)
                 if when < begun + seconds:
                     self._ask(client or self._connect(number))
-            for key, _ in self._poll.select(max(0.0, due[0][0] - time.time()) if due else None):
+            for key, _ in self._poll.select(max(0.0, due[0][0] - time.time()) if due else 0.1):
                 client: Any = key.fileobj
                 if reply := self._read(client):
                     status, *times = reply
