@@ -38,8 +38,9 @@ class Trainer(ray.train.torch.TorchTrainer):
         try:
             result = ray.get(actor.run.remote(get_env_vars_to_propagate(), arguments))
         except BaseException:
-            ray.kill(actor)
-            _free_group(actor._actor_id.hex())
+            with suppress(Exception):  # where Ray itself is gone
+                ray.kill(actor)
+                _free_group(actor._actor_id.hex())
             raise
         _idle[node] = actor
         return result
