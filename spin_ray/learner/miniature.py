@@ -26,9 +26,9 @@ HEADS = 4
 REACH = 768
 """Longest sequence; BigBird's attention is sparse from 704 tokens on."""
 TAKEN = 32
-"""Tokens that sparse attention takes, in place of any number below ``model.max_length``: it shows in short sequences."""
+"""Tokens that sparse attention takes, in place of any number below ``model.max_length``: so short sequences show it."""
 MOST_BYTES = 2**31
-"""Largest miniature; a model whose widths are not known is not cut below its own, and may be larger."""
+"""Largest miniature. Where widths do not fit together when they are cut, a model keeps its own, and may be larger."""
 GAIN = 1.1
 """Times 1/√width, the standard deviation of weights: log-probabilities depend strongly on every token."""
 _EXPERTS = ("num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts")
