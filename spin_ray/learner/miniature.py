@@ -23,10 +23,12 @@ from spin_ray.learner.probe import Probe
 
 VOCABULARY = 64
 HEADS = 4
-REACH = 1024
-"""Longest sequence, unless sparse attention begins later; BigBird's begins at 704 tokens."""
+REACH = 768
+"""Longest sequence; BigBird's attention is sparse from 704 tokens on."""
+TAKEN = 32
+"""Tokens that sparse attention takes, in place of any number below ``model.max_length``: so short sequences show it."""
 MOST_BYTES = 2**31
-"""Largest miniature; a model whose widths are not known is not cut below its own, and may be larger."""
+"""Largest miniature. Where widths do not fit together when they are cut, a model keeps its own, and may be larger."""
 GAIN = 1.1
 """Times 1/√width, the standard deviation of weights: log-probabilities depend strongly on every token."""
 _EXPERTS = ("num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts")
@@ -64,10 +66,10 @@ def why_not(described: str, wanted: Literal["auto", "packed", "padded"], max_len
 
 
 def _why_not(config: Any, wanted: Any, max_length: int, seed: int) -> str | None:
-    for small in _cuts(config):
+    for small in _cuts(config, max_length):
         try:
             model = _made(small, seed)
-            probe = Probe(model, max_length, CPU, torch.float32, reach=_reach(small)) if model else None
+            probe = Probe(model, max_length, CPU, torch.float32, reach=REACH) if model else None
         except Exception:  # widths that do not fit together, or too little memory: the next cut, or training, sees it
             continue
         if model is None or probe is None:
@@ -80,7 +82,7 @@ def _why_not(config: Any, wanted: Any, max_length: int, seed: int) -> str | None
     return None
 
 
-def _cuts(config: Any) -> Iterator[Any]:
+def _cuts(config: Any, max_length: int) -> Iterator[Any]:
     """Yields the config with few layers and tokens, first with fewer heads and experts, too."""
     for cut in (_narrow, _few_experts, lambda text: None):
         try:
@@ -88,6 +90,8 @@ def _cuts(config: Any) -> Iterator[Any]:
             text = smaller.get_text_config()
             cut(text)
             _few_tokens(smaller, text)
+            if (getattr(text, "index_topk", None) or max_length) < max_length:
+                text.index_topk = min(text.index_topk, TAKEN)
             keep_layers(smaller, layers_of_every_kind(without_weights(smaller)))
         except Exception:
             continue
@@ -108,12 +112,6 @@ def _narrow(text: Any) -> None:
         text.index_n_heads = min(text.index_n_heads, HEADS)
     if isinstance(getattr(text, "intermediate_size", None), int):
         text.intermediate_size = max(16, text.intermediate_size * HEADS // heads // 16 * 16)
-
-
-def _reach(config: Any) -> int:
-    """Returns a length beyond which sparse attention shows."""
-    taken = getattr(config.get_text_config(), "index_topk", None)
-    return max(REACH, taken + 64) if isinstance(taken, int) else REACH
 
 
 def _few_experts(text: Any) -> None:

@@ -78,6 +78,18 @@ def test_a_folder_that_lacks_a_weight_is_refused_though_its_config_is_whole(tmp_
         refuse_unscorable(tmp_path, "auto", 64)
 
 
+def test_attention_that_is_sparse_beyond_thousands_of_tokens_shows_in_short_sequences(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """DeepSeek-V3.2 takes 2,048 tokens of those before: all of them, unless prompt and response may be longer."""
+    monkeypatch.setattr(miniature, "REACH", 64)
+    settings = _SPARSE | {"max_position_embeddings": 4096}
+    described = json.dumps(ModelKind("deepseek_v32", settings).make().config.to_dict())
+    assert json.loads(described)["index_topk"] == 2048
+    assert "DeepseekV32ForCausalLM" in (why_not(described, "auto", 2049) or "")
+    assert why_not(described, "auto", 2048) is None
+
+
 def test_what_cannot_be_made_small_is_left_to_training() -> None:
     for described in ({"model_type": "mamba2", "hidden_size": 30, "head_dim": 7, "num_heads": 3}, {"vocab_size": 7}):
         assert why_not(json.dumps(described), "auto", 64) is None
