@@ -16,10 +16,10 @@ ROWS = random_rows(seed=0, trees=4)
 HEADS, KV_HEADS, WIDTH = 4, 2, 64
 
 
-def backend(folder, device, precision="fp32"):
+def backend(folder, device, precision="fp32", **more):
     settings = BackendSettings(
         max_length=48, precision=precision, learning_rate=1e-3, total_steps=100,
-        optimizer=OptimizerConfig(schedule="constant", warmup_fraction=0),
+        optimizer=OptimizerConfig(schedule="constant", warmup_fraction=0), **more,
     )  # fmt: skip
     return Fsdp2Backend(folder, settings, device)
 
@@ -29,8 +29,8 @@ def model(tmp_path):
     return save_model(tmp_path / "model", tiny_llama())
 
 
-@pytest.mark.parametrize("name", ["flex", "varlen"])
-def test_attention_and_its_gradients_are_those_of_the_rule_in_fp64(card, name):
+@pytest.mark.parametrize(("name", "softcap"), [("flex", None), ("flex", 2.0), ("varlen", None)])
+def test_attention_and_its_gradients_are_those_of_the_rule_in_fp64(card, name, softcap):
     batch = batches_of(ROWS, pack_length=256)[0]
     useful = batch.num_useful_tokens
     torch.manual_seed(0)
@@ -40,10 +40,14 @@ def test_attention_and_its_gradients_are_those_of_the_rule_in_fp64(card, name):
     found = [x.bfloat16().requires_grad_() for x in states]
     exact = [x.detach().double().requires_grad_() for x in found]
     plan = ATTENTIONS[name].prepare(batch, [None], card, torch.bfloat16)
-    output = plan.attend(*found, scaling=WIDTH**-0.5, window=None, softcap=None, sinks=None)
+    settings = {"scaling": WIDTH**-0.5, "window": None, "softcap": softcap, "sinks": None}
+    output = plan.attend(*found, **settings)
     output.backward(upstream.bfloat16())
-    mask = visible(batch).to(card)
-    truth = torch.nn.functional.scaled_dot_product_attention(*exact, attn_mask=mask, enable_gqa=True).transpose(1, 2)
+    query, keys, values = exact
+    keys, values = (x.repeat_interleave(HEADS // KV_HEADS, dim=1) for x in (keys, values))
+    scores = query @ keys.transpose(-1, -2) * WIDTH**-0.5
+    scores = scores if softcap is None else softcap * torch.tanh(scores / softcap)
+    truth = (scores.masked_fill(~visible(batch).to(card), -torch.inf).softmax(-1) @ values).transpose(1, 2)
     truth.backward(upstream.double())
     for mine, wanted in [
         (output[:, :useful], truth[:, :useful]),
@@ -52,13 +56,14 @@ def test_attention_and_its_gradients_are_those_of_the_rule_in_fp64(card, name):
         assert (mine.double() - wanted).norm() < 0.02 * wanted.norm()
 
 
-def test_the_head_and_its_gradients_are_those_of_log_softmax(card):
+@pytest.mark.parametrize("fused", [False, True])
+def test_the_head_and_its_gradients_are_those_of_log_softmax(card, fused):
     torch.manual_seed(0)
     head = torch.nn.Linear(32, 101, bias=False, device=card)
     hidden = torch.randn(80, 32, device=card, requires_grad=True)
     at, targets = torch.arange(70, device=card), torch.arange(70, device=card)
     weight = torch.randn(70, device=card)
-    found = target_logps(head, hidden, at, targets, LogitTransform())
+    found = target_logps(head, hidden, at, targets, LogitTransform(), fused=fused)
     expected = head(hidden[at]).log_softmax(-1).gather(-1, targets[:, None]).squeeze(-1)
     torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5)
     inputs = (hidden, head.weight)
@@ -82,8 +87,9 @@ def test_scores_are_transformers_own_one_response_at_a_time(alone, model):
     torch.testing.assert_close(torch.stack(mine), torch.stack(expected), rtol=0, atol=1e-4)
 
 
-def test_scores_and_the_first_step_have_the_same_bits(alone, model):
-    learner = backend(model, alone, "bf16")
+@pytest.mark.parametrize("compiled", [False, True])
+def test_scores_and_the_first_step_have_the_same_bits(alone, model, compiled):
+    learner = backend(model, alone, "bf16", compile=compiled, gradient_checkpointing=compiled)
     for batch in batches_of(ROWS):
         torch.testing.assert_close(learner.score(batch), learner.logps(batch).detach(), rtol=0, atol=0)
 

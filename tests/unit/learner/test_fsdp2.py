@@ -21,6 +21,7 @@ from spin_ray.learner.attention import hook
 from spin_ray.learner.backends import modules
 from spin_ray.learner.backends.base import BackendSettings, TrainBackend, learning_rate_at
 from spin_ray.learner.backends.fsdp2 import Fsdp2Backend
+from spin_ray.learner.decoder import decoder_layers
 from spin_ray.learner.losses import margins, pair_logps, response_logps, sft_loss, spin_loss
 from spin_ray.learner.scoring import ResponseScorer
 from tests.support.learner_cases import batches_of, logp_alone, one_rank, one_step, random_rows, save_model, tiny_llama
@@ -162,6 +163,14 @@ def test_recomputing_activations_changes_no_bit(make: MakeBackend) -> None:
     assert_same_bits(*found)
 
 
+def test_one_rank_casts_its_weights_once_a_step(make: MakeBackend) -> None:
+    backend, batch = make(), batches_of(ROWS)[0]
+    layers = [module._get_fsdp_state()._fsdp_param_group for module in decoder_layers(backend._model)]
+    for last in (False, True):
+        backend.backward(backend.logps(batch).sum(), last_microbatch=last)
+        assert {layer.is_unsharded for layer in layers} == {not last}
+
+
 def test_a_scorer_in_bf16_gives_the_bits_of_training_with_half_the_memory(make: MakeBackend) -> None:
     trains, only_scores = make(precision="bf16"), make(precision="bf16", optimizer=None)
     assert {shard.dtype for shard in only_scores._shards.values()} == {torch.bfloat16}
@@ -190,11 +199,13 @@ def test_the_deterministic_switch_forbids_kernels_of_no_fixed_order(
     make: MakeBackend, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.delenv("CUBLAS_WORKSPACE_CONFIG", raising=False)
+    monkeypatch.setattr(torch._inductor.config, "deterministic", False)
     expected = scores(make())
     try:
         backend = make(deterministic=True)
         assert torch.are_deterministic_algorithms_enabled()
         assert os.environ["CUBLAS_WORKSPACE_CONFIG"] == ":4096:8"
+        assert torch._inductor.config.deterministic
         assert_same_bits(scores(backend), expected)
         train(backend, 1)
     finally:

@@ -15,6 +15,7 @@ def test_memory_segments_grow_unless_the_user_chose_an_allocator(monkeypatch: py
     assert gpu.environment() == {"PYTORCH_ALLOC_CONF": "expandable_segments:True"}
     monkeypatch.setenv("PYTORCH_CUDA_ALLOC_CONF", "max_split_size_mb:64")
     assert gpu.environment() == {}
+    assert gpu.environment(deterministic=True) == {"TORCHINDUCTOR_DETERMINISTIC": "1"}
 
 
 def test_bf16_on_a_card_without_it_is_one_line_with_the_cure(monkeypatch: pytest.MonkeyPatch) -> None:
