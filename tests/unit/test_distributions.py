@@ -1,9 +1,11 @@
 """What `pip install` of a wheel or an sdist brings."""
 
+import re
 import shutil
 import subprocess
 import sys
 import tarfile
+import tomllib
 import zipfile
 from pathlib import Path
 
@@ -31,3 +33,21 @@ def test_wheel_and_sdist_hold_the_package_with_its_recipes_and_pages_and_no_more
     with tarfile.open(sdist) as archive:
         found = {name.partition("/")[2] for name in archive.getnames()}
     assert modules | recipes <= found
+
+
+@pytest.mark.parametrize(
+    ("lock", "extras"),
+    [
+        ("cpu.lock", ("cpu", "deepspeed", "lora", "embedded", "eval", "dev")),
+        ("gpu.lock", ("gpu", "deepspeed", "lora", "quantised", "embedded", "eval")),
+    ],
+)
+def test_a_lock_has_what_set_up_the_recipes_and_the_tests_of_its_machine_need(
+    lock: str, extras: tuple[str, ...]
+) -> None:
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    locked = set(re.findall(r"^([a-z0-9._-]+)==", (ROOT / "requirements" / lock).read_text(), re.MULTILINE))
+    asked = project["dependencies"] + [each for extra in extras for each in project["optional-dependencies"][extra]]
+    names = {re.split(r"[\[<>=!~; ]", each)[0].lower().replace("_", "-") for each in asked}
+    assert names - locked <= {"torch"}, "torch comes first and apart (requirements/torch.txt)"
+    assert {"pytest", "pytest-timeout"} <= locked
