@@ -29,7 +29,7 @@ _BF16 = ("amx_bf16", "avx512_bf16", "avx2")
 
 
 def machine() -> str:
-    """Returns this machine's cores, processor and instructions, e.g. ``2 cores of an AMD EPYC (avx512_bf16)``."""
+    """Returns this machine's cores, processor and instructions, e.g. ``2 cores of AMD EPYC (avx512_bf16)``."""
     told = Path("/proc/cpuinfo").read_text()
     name, flags = (re.search(rf"^{key}\s*: (.*)$", told, re.MULTILINE) for key in ("model name", "flags"))
     assert name and flags, "/proc/cpuinfo names no processor"
@@ -57,7 +57,13 @@ def written(run: RunDir, where: str) -> str:
 
 
 def copy(text: str, lines: str) -> str:
-    """Returns the README with ``lines`` between its marks."""
+    """Returns the README with ``lines`` between its marks.
+
+    Raises:
+        SystemExit: a mark is missing, or stands twice.
+    """
+    if text.count(BEGIN) != 1 or text.count(END) != 1:
+        raise SystemExit(f"{README}: needs the lines {BEGIN.strip()} and {END.strip()}, once each")
     before, _, rest = text.partition(BEGIN)
     _, _, after = rest.partition(END)
     return before + BEGIN + lines + END + after

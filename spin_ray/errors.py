@@ -55,20 +55,27 @@ def first_line(error: BaseException) -> str:
 
 
 def last_line(error: BaseException) -> str:
-    """Returns the last informative line of an error; skips Ray's advice and Ray Data's trailer."""
+    """Returns the last informative line of an error, cut where it is long."""
+    last = _last_line(error)
+    return last if len(last) <= LONGEST_LINE else f"{last[:LONGEST_LINE]} …"
+
+
+def _last_line(error: BaseException) -> str:
+    """Skips Ray's advice and Ray Data's trailer."""
     text = str(error)
     if "UserCodeException" in text:
         text = text.partition("The above exception was the direct cause")[0]
     lines = [line for line in text.splitlines() if line.strip() and not line.startswith("Refer to the doc")]
-    last = lines[-1] if lines else type(error).__name__
-    return last if len(last) <= LONGEST_LINE else f"{last[:LONGEST_LINE]} …"
+    return lines[-1] if lines else type(error).__name__
 
 
 def user_error_in(error: BaseException) -> UserError | None:
     """Returns the UserError that another process raised, of which Ray Data passes on the text alone."""
-    named = re.fullmatch(rf"{__name__}\.(\w+): (.*)", last_line(error))
+    named = re.fullmatch(rf"{__name__}\.(\w+): (.*)", _last_line(error))
     kind = globals().get(named[1]) if named else None
-    return UserError(named[2]) if named and isinstance(kind, type) and issubclass(kind, UserError) else None
+    if named is None or not isinstance(kind, type) or not issubclass(kind, UserError):
+        return None
+    return (UserError if kind is OtherRunError else kind)(named[2])
 
 
 def memory_advice(error: BaseException, remedies: str) -> str:

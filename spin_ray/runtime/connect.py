@@ -34,7 +34,10 @@ def connect(config: SpinConfig) -> None:
         }  # fmt: skip
         keep_to_loopback(not address)
         if not address:
-            # Ray would start a process for each CPU, without the hook below, so that none of them is ever used.
+            # By value: Ray calls it before a new process finds the driver's modules. A cluster's jobs have their own.
+            ray.cloudpickle.register_pickle_by_value(garbage)
+            options["runtime_env"] = {"worker_process_setup_hook": garbage.collect_rarely}
+            # Ray would start a process for each CPU, without the hook, so that none of them is ever used.
             os.environ.setdefault("RAY_prestart_worker_first_driver", "0")
             # Nobody announces the end of this machine; the watcher would be one more process for each worker group.
             os.environ.setdefault("RAY_TRAIN_ENABLE_PREEMPTION_WATCHER", "0")
@@ -45,10 +48,7 @@ def connect(config: SpinConfig) -> None:
             os.environ.setdefault("RAY_gcs_server_port_wait_time_s", "1")
             check_answers(address, place)
         try:
-            # By value: Ray calls it before a new process finds the driver's modules.
-            ray.cloudpickle.register_pickle_by_value(garbage)
-            hook = {"worker_process_setup_hook": garbage.collect_rarely}
-            ray.init(log_to_driver=False, logging_level=logging.WARNING, runtime_env=hook, **options)
+            ray.init(log_to_driver=False, logging_level=logging.WARNING, **options)
         except Exception as error:  # Ray raises many kinds, plain ones too
             raise (join_error(error, place) if address else start_error(error)) from error
         if threading.current_thread() is threading.main_thread():

@@ -1,7 +1,8 @@
 """Ray Train's controllers, one after another in one process.
 
 Ray Train starts three processes for each worker group beside its workers. The controller imports torch, and a cleaner
-frees the placement group of a dead controller. Here the driver frees it, also where no dashboard tells of the death.
+frees the placement group of a dead controller. Here the driver frees it, also where no dashboard tells of the death;
+a group that still waits for its place is not known yet.
 """
 
 import asyncio
@@ -21,8 +22,8 @@ from ray.train.v2._internal.execution.controller import TrainController
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 _UNUSED = ("DatasetsCallback", "PlacementGroupCleanerCallback")
-_idle: dict[str, Any] = {}
-"""Actor without work by Ray's id of this machine. It ends with this process."""
+_idle: dict[tuple[str, str], Any] = {}
+"""Actor without work, by Ray's ids of this machine and of this process's job, with which the actor ends."""
 
 
 class Trainer(ray.train.torch.TorchTrainer):
@@ -30,11 +31,12 @@ class Trainer(ray.train.torch.TorchTrainer):
 
     def _create_default_callbacks(self) -> list[Any]:
         callbacks = super()._create_default_callbacks()
-        return [each for each in callbacks if type(each).__name__ not in _UNUSED] + [_NoteGroup()]
+        # First of all, as the others take long: to connect the workers, a minute.
+        return [_NoteGroup(), *(each for each in callbacks if type(each).__name__ not in _UNUSED)]
 
     def _initialize_and_run_controller(self, **arguments: Any) -> ray.train.Result:
-        node = ray.get_runtime_context().get_node_id()
-        actor = _take(node)
+        here = ray.get_runtime_context().get_node_id(), ray.get_runtime_context().get_job_id()
+        actor = _take(*here)
         try:
             result = ray.get(actor.run.remote(get_env_vars_to_propagate(), arguments))
         except BaseException:
@@ -42,7 +44,8 @@ class Trainer(ray.train.torch.TorchTrainer):
                 ray.kill(actor)
                 _free_group(actor._actor_id.hex())
             raise
-        _idle[node] = actor
+        _internal_kv_del(_key(actor._actor_id.hex()))
+        _idle[here] = actor
         return result
 
 
@@ -56,9 +59,9 @@ class TrainControllers:
         return controller.get_result()
 
 
-def _take(node: str) -> Any:
+def _take(node: str, job: str) -> Any:
     """Returns an actor on this machine, a new one if none is idle or it has died meanwhile."""
-    if idle := _idle.pop(node, None):
+    if idle := _idle.pop((node, job), None):
         with suppress(ray.exceptions.RayActorError):
             ray.get(idle.__ray_ready__.remote())
             return idle

@@ -67,7 +67,7 @@ class VllmEngine:
     def __init__(self, spec: EngineSpec) -> None:
         prepare_process(spec.config, spec.threads)
 
-        check_platform(platform(), _given_gpus())
+        check_platform(platform(), spec.config.devices if spec.config.pipeline_parallel_size > 1 else _given_gpus())
         from vllm import LLM
         from vllm.platforms import current_platform
 
@@ -157,8 +157,10 @@ def check_platform(platform: str, gpus: int) -> None:
     place = "generation.resources.gpus"
     if platform == "cpu" and gpus:
         raise ConfigError(f"{place}: vLLM in this environment computes on CPUs alone; install upstream's, or set 0")
+    if not platform and gpus:
+        raise ConfigError(f"{place}: Ray gave {gpus}, but no driver of NVIDIA answers this process (nvidia-smi -L)")
     if not platform:
-        raise ConfigError(f"{place}: vLLM in this environment computes on GPUs, and found none here; ask for 1 or more")
+        raise ConfigError(f"{place}: vLLM in this environment computes on GPUs, and was given none; ask for 1 or more")
 
 
 def _given_gpus() -> int:

@@ -1,20 +1,25 @@
-"""Keeps Python's search for cycles out of the start of processes.
+"""Keeps Python's search for cycles away from imports.
 
 Imports of torch, transformers and vLLM make half a million objects that stay. Python's default searches them again and
-again meanwhile.
+again meanwhile. Processes that train or generate search as usual afterwards; the others make few cycles, and search
+rarely for ever.
 """
 
 import gc
+import sys
 
 _RARELY = (100_000, 50, 10)
+_AS_USUAL = (2000, 10, 10) if sys.version_info >= (3, 13) else (700, 10, 10)
+"""Python's own thresholds. They cannot be read: the hook of Ray comes first."""
 
 
 def collect_rarely() -> None:
-    """Searches once in 100,000 new objects; Ray calls it when a process starts."""
+    """Searches once in 100,000 new objects; an embedded Ray calls it when a process starts."""
     gc.set_threshold(*_RARELY)
 
 
 def collect_as_usual() -> None:
     """Searches as Python does by default, and never again among the objects of now; call it after the imports."""
+    gc.collect()
     gc.freeze()
-    gc.set_threshold(700, 10, 10)
+    gc.set_threshold(*_AS_USUAL)

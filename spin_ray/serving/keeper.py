@@ -65,7 +65,7 @@ class Keeper:
         self._steps: dict[str, str] = {}
         self._applications: dict[str, Any] = {}
         self._asked_at = -math.inf
-        self._settled: set[str] = set()
+        self._calm_replicas: set[str] = set()
         self._seen_running: set[str] = set()
         self._has_seen = self._has_looked = False
         self._latest: str | None = None
@@ -121,7 +121,7 @@ class Keeper:
         actors = await asyncio.to_thread(ray.util.list_named_actors, all_namespaces=True)
         replicas = {actor["name"] for actor in actors if actor["name"].startswith(REPLICA)}
         alive = {replica.removeprefix(REPLICA).partition("#")[0] for replica in replicas}
-        if replicas == self._settled and self._used() <= self._seen_running:
+        if replicas == self._calm_replicas and self._used() <= self._seen_running:
             return self._seen_running
         if self._seen_running - alive:  # told at once: Ray Serve may take seconds to answer after a death
             return self._seen_running & alive
@@ -130,7 +130,8 @@ class Keeper:
             for name, app in (await self._ask_applications()).items()
             if all(deployment.replica_states.get(ReplicaState.RUNNING) for deployment in app.deployments.values())
         }
-        self._settled = replicas if self._used() <= running else set()
+        ours = {app for app in alive if app.startswith(self._prefix)}
+        self._calm_replicas = replicas if ours | self._used() <= running else set()
         return running
 
     async def _keep(self) -> None:

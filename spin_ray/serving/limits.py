@@ -31,7 +31,8 @@ _HEADERS = [
 ]
 
 
-_REQUEST_ID = re.compile(r"[\w.:@/+=-]{1,128}", re.ASCII)
+_LONGEST_ID = 128
+_REQUEST_ID = re.compile(rf"[\w.:@/+=-]{{1,{_LONGEST_ID}}}", re.ASCII)
 """Form of an ``X-Request-ID`` that is taken over; in place of another one the request gets a fresh one."""
 
 
@@ -50,7 +51,7 @@ class Observe:
             await self._app(scope, receive, send)
             return
         started = time.monotonic()
-        request_id = _request_id(scope)
+        request_id = _request_id(scope, proxied=self._proxied)
         line: dict[str, Any] = {"method": scope["method"], "path": scope["path"], "request_id": request_id}
         headers = _HEADERS if self._proxied else [*_HEADERS, (b"x-request-id", request_id.encode())]
         scope.setdefault("state", {})["log"] = line
@@ -81,9 +82,10 @@ class Observe:
             self._metrics.answered(str(line.get("model", "")), line["status"], line["seconds"])
 
 
-def _request_id(scope: Scope) -> str:
+def _request_id(scope: Scope, *, proxied: bool) -> str:
+    """Returns the client's id if it is harmless, or if a proxy returns it in any case; else a fresh one."""
     given = next((value for name, value in scope["headers"] if name == b"x-request-id"), b"").decode("latin-1")
-    return given if _REQUEST_ID.fullmatch(given) else uuid.uuid4().hex
+    return given[:_LONGEST_ID] if _REQUEST_ID.fullmatch(given) or (proxied and given) else uuid.uuid4().hex
 
 
 class Access:

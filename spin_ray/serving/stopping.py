@@ -52,8 +52,12 @@ def _stop(app: str, engines: str, longest_s: float, first: Callable[[], None] | 
         names = list(serve.status().applications)
         _delete([name for name in names if name.startswith(engines)], longest_s)
         if not [name for name in names if not name.startswith(engines)]:
+            printed = worker._worker_logs_enabled
             worker._worker_logs_enabled = False  # Ray prints that calls of the controller end with it
-            serve.shutdown()
+            try:
+                serve.shutdown()
+            finally:
+                worker._worker_logs_enabled = printed
     except (RayError, RayServeException, ConnectionError) as error:  # Ray is gone, and all replicas with it
         logger.warning("Ray Serve has ended before its applications: %s", error)
 

@@ -59,5 +59,7 @@ def test_an_engine_computes_on_what_its_process_was_given() -> None:
     check_platform("cuda", 2)
     with pytest.raises(ConfigError, match=r"gpus: .* computes on CPUs alone; install upstream's, or set 0"):
         check_platform("cpu", 1)
-    with pytest.raises(ConfigError, match=r"gpus: .* computes on GPUs, and found none here; ask for 1 or more"):
+    with pytest.raises(ConfigError, match=r"gpus: .* computes on GPUs, and was given none; ask for 1 or more"):
         check_platform("", 0)
+    with pytest.raises(ConfigError, match=r"gpus: Ray gave 4, but no driver of NVIDIA answers this process"):
+        check_platform("", 4)

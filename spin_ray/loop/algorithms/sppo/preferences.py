@@ -15,7 +15,7 @@ import torch
 
 from spin_ray.config.recipe import SpinConfig, digest
 from spin_ray.config.sections import ResourcesConfig, ScorerConfig
-from spin_ray.errors import StageError, last_line
+from spin_ray.errors import StageError, last_line, user_error_in
 from spin_ray.inputs.model_folder import ModelFolder
 from spin_ray.inputs.rendering import load_tokenizer
 from spin_ray.loop.algorithms.sppo.preference_models import PreferenceScorer, load_scorer
@@ -106,6 +106,8 @@ def _compare(job: PreferenceJob, parts: list[str], config: SpinConfig) -> Any:
     try:
         yield from with_deadline(compared.iter_rows(), first_s, limits.shard_timeout_s, "a part of the preferences")
     except ray.exceptions.RayError as error:
+        if found := user_error_in(error):
+            raise found from error
         raise StageError(
             f"the preference model failed: {last_line(error)}; committed parts are kept, run the command again"
         ) from error
