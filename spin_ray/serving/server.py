@@ -14,6 +14,7 @@ from spin_ray.config.recipe import SpinConfig
 from spin_ray.errors import ConfigError, ResourceError, StageError, first_line
 from spin_ray.run_dir.run_dir import RunDir
 from spin_ray.runtime.connect import connect, take_signal
+from spin_ray.runtime.gpu import check_serving_build
 from spin_ray.serving.access import LOOPBACK, guard_ray_token, read_keys
 from spin_ray.serving.app import APP, STOP_MARGIN_S, application, keeper, votes_url
 from spin_ray.serving.arena.votes import VoteStore
@@ -49,10 +50,12 @@ def check_settings(run: RunDir, config: SpinConfig) -> None:
     """Checks the settings before anything starts.
 
     Raises:
-        UserError: an unknown model name, unusable keys or votes, or a reachable port without keys.
+        UserError: an unknown model name, unusable keys or votes, a reachable port without keys, or GPUs that vLLM here
+            would leave alone.
     """
     serving = config.serving
     check_models(run, serving.models)
+    check_serving_build(config)
     if serving.keys:
         read_keys(serving.keys)
     VoteStore(votes_url(str(run.storage.root), config)).close()

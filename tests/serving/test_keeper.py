@@ -7,9 +7,12 @@ one is a wait for a signal.
 import asyncio
 from collections.abc import Awaitable, Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
+import ray
+from ray.serve.schema import ReplicaState
 
 from spin_ray.run_dir.run_dir import RunDir
 from spin_ray.serving.iterates import Iterate
@@ -52,6 +55,19 @@ class SlowKeeper(Keeper):
             if holds(table):
                 return table
             version = table["version"]
+
+
+class Beholder(Keeper):
+    """A keeper that looks at replicas and does nothing else; ``states`` is what Ray Serve tells."""
+
+    def __init__(self) -> None:
+        self._prefix, self._engines = "engine.", {}
+        self._calm_replicas, self._seen_running = set(), set()
+        self.states: dict[str, ReplicaState] = {}
+
+    async def _ask_applications(self) -> dict[str, Any]:
+        deployment = {app: SimpleNamespace(replica_states={state: 1}) for app, state in self.states.items()}
+        return {app: SimpleNamespace(deployments={"engine": each}) for app, each in deployment.items()}
 
 
 def follow(run: RunDir, check: Callable[[SlowKeeper], Awaitable[None]]) -> None:
@@ -131,3 +147,22 @@ def test_an_engine_that_died_is_told_within_two_seconds_and_again_once_it_is_bac
         await asyncio.wait_for(keeper.until(lambda table: not table["down"]), 2)
 
     follow(run, check)
+
+
+def test_an_engine_of_an_earlier_keeper_that_starts_again_is_seen_to_run(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its new replica keeps its name from its start to the moment when it runs."""
+    seen, replicas, keeper = [], list[str](), Beholder()
+    monkeypatch.setattr(
+        ray.util, "list_named_actors", lambda all_namespaces: [{"name": f"SERVE_REPLICA::{it}"} for it in replicas]
+    )
+    for names, state in (
+        (["engine.a#E#1"], ReplicaState.RUNNING),
+        ([], ReplicaState.RUNNING),
+        (["engine.a#E#2"], ReplicaState.STARTING),
+        (["engine.a#E#2"], ReplicaState.RUNNING),
+    ):
+        replicas[:] = names
+        keeper.states = {"engine.a": state}
+        keeper._seen_running = asyncio.run(keeper._running())
+        seen.append(sorted(keeper._seen_running))
+    assert seen == [["engine.a"], [], [], ["engine.a"]]

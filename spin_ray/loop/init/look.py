@@ -24,7 +24,8 @@ from spin_ray.runtime.gpu_memory import visible_cards
 
 MOST_CPUS = 4
 """CPUs of an engine or worker beside a GPU, as in the recipes for eight GPUs."""
-_ENVIRONMENT = "this environment computes on CPUs alone; run the recipe in that of `make gpu-setup`"
+_ENVIRONMENT = "torch or vLLM in this environment computes on CPUs alone; run the recipe in that of `make gpu-setup`"
+_DRIVER = "torch sees a GPU, but its driver does not tell which (NVML); name it by --gpu and --gpus-per-node"
 _HELDOUT = ("heldout", "held_out", "test", "validation", "valid", "val", "eval", "dev")
 
 
@@ -75,7 +76,7 @@ def _found_gpu(gpus: int | None) -> tuple[str, int | None, str]:
     """Returns this machine's GPU by the plan's name, or the known one next below in memory; and how many."""
     cards = visible_cards()
     if not cards:
-        return "none", gpus, ""
+        return "none", gpus, _DRIVER if _torch_sees_a_card() else ""
     name, memory = cards[0].kind, cards[0].total
     gpus, note = gpus or len(cards), _ENVIRONMENT if cpu_builds() else ""
     if name in DEVICE_NAMES:
@@ -84,6 +85,14 @@ def _found_gpu(gpus: int | None) -> tuple[str, int | None, str]:
     like = max(smaller, key=lambda card: card.memory) if smaller else min(GPUS.values(), key=lambda card: card.memory)
     unknown = f"{name} is not among the plan's cards; settings are for {like.name}, so watch its memory"
     return like.name, gpus, f"{unknown}; {note}" if note else unknown
+
+
+def _torch_sees_a_card() -> bool:
+    if "torch" in cpu_builds():
+        return False
+    import torch  # slow
+
+    return torch.cuda.is_available()
 
 
 def heldout_beside(train: str) -> str | None:

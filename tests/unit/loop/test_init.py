@@ -144,13 +144,15 @@ def test_an_engine_over_several_cards_stays_on_one_node():
 def test_the_cards_of_this_machine_are_seen_though_its_torch_knows_none(monkeypatch, kind, plan, unknown):
     card = Card(name=f"GPU 0 ({kind})", kind=kind, total=24 * 2**30, free=0)
     monkeypatch.setattr(look, "visible_cards", lambda: [card, card])
-    monkeypatch.setattr(look, "cpu_builds", lambda: {"train": "torch 2.13.0+cpu"})
+    monkeypatch.setattr(look, "cpu_builds", lambda: {"torch": "torch 2.13.0+cpu"})
     machines = find_machines(None, None, 1)
     assert (machines.cluster.gpu, machines.gpus) == (plan, 2)
-    assert machines.note.endswith("this environment computes on CPUs alone; run the recipe in that of `make gpu-setup`")
+    assert machines.note.endswith("computes on CPUs alone; run the recipe in that of `make gpu-setup`")
     assert (f"{kind} is not among the plan's cards; settings are for" in machines.note) == unknown
     monkeypatch.setattr(look, "visible_cards", list)
-    assert find_machines(None, None, 1).gpus == 0
+    assert find_machines(None, None, 1).gpus == 0 and not find_machines(None, None, 1).note
+    monkeypatch.setattr(look, "_torch_sees_a_card", lambda: True)
+    assert "its driver does not tell which" in find_machines(None, None, 1).note
 
 
 def test_adapters_of_a_foreign_sft_get_a_learning_rate_of_adapters():
