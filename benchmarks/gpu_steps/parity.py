@@ -61,7 +61,7 @@ def steps_beside_cpu(context: Context) -> Iterator[Measure]:
 
 
 def resume(deterministic: bool, context: Context) -> Iterator[Measure]:
-    """Yields how far a step after loading is from the same step without."""
+    """Yields how far a step after loading is from the same step without; one process does both (docs/gpu.md)."""
     more = {"deterministic": True} if deterministic else {}
     learner = make(context, "bf16", **more)
     learner.score()

@@ -59,7 +59,7 @@ def target_logps(
 ) -> Float[Tensor, "targets"]:
     """Returns log softmax(transform(head(hidden[at])))[target_ids] in fp32 (fp64 for fp64).
 
-    ``fused`` compiles what is done to a plain head's logits: no pass over them is in fp32 then.
+    ``fused`` compiles the softmax of a plain head and its gradient.
     Without targets, a chunk of padding still reaches every parameter: FSDP2's ranks would wait otherwise.
     """
     targets = len(at)

@@ -98,7 +98,9 @@ class Fsdp2Backend:
             )
         split_layers(self._model, mesh)
         self._frees_weights = _frees_weights(settings, data_mesh(mesh), device)
-        self._scorer = _shard(choice.scorer(self._model), settings, data_mesh(mesh), device)
+        self._scorer = _shard(
+            choice.scorer(self._model), settings, data_mesh(mesh), device, frees_weights=self._frees_weights
+        )
         if empty is not None:
             self._fill(source)
         # Taken while sharded: during and after a forward, modules may carry gathered copies.
@@ -222,7 +224,7 @@ def _whole(tensor: Tensor) -> Tensor:
 
 
 def _frees_weights(settings: BackendSettings, mesh: DeviceMesh, device: torch.device) -> bool:
-    """Tells whether gathered weights are dropped after each pass; one rank has room for them, and no one to ask."""
+    """Tells whether each layer's gathered weights are dropped after use; one rank keeps them where it has room."""
     return settings.sharding == "full" and (mesh["shard"].size() > 1 or _is_tight(settings, device))
 
 
@@ -234,7 +236,9 @@ def _is_tight(settings: BackendSettings, device: torch.device) -> bool:
     return settings.lora is not None or (settings.optimizer is None and device.type == "cuda")
 
 
-def _shard(scorer: ResponseScorer, settings: BackendSettings, mesh: DeviceMesh, device: torch.device) -> Any:
+def _shard(
+    scorer: ResponseScorer, settings: BackendSettings, mesh: DeviceMesh, device: torch.device, *, frees_weights: bool
+) -> Any:
     policy = MixedPrecisionPolicy(
         param_dtype=torch.bfloat16 if settings.precision == "bf16" else None, reduce_dtype=torch.float32
     )
@@ -249,7 +253,7 @@ def _shard(scorer: ResponseScorer, settings: BackendSettings, mesh: DeviceMesh, 
     for layer in decoder_layers(scorer.model):
         fully_shard(
             layer, mesh=mesh, mp_policy=policy, offload_policy=offload,
-            reshard_after_forward=_frees_weights(settings, mesh, device), ignored_params=quantised,
+            reshard_after_forward=frees_weights, ignored_params=quantised,
         )  # fmt: skip
     fully_shard(scorer, mesh=mesh, mp_policy=policy, offload_policy=offload, ignored_params=quantised)
     for module in scorer.modules():

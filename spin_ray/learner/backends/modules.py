@@ -102,7 +102,8 @@ def make_deterministic() -> None:
     """Makes torch choose kernels without atomic sums; call it before the first matrix product on a card."""
     os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
     torch.use_deterministic_algorithms(True)
-    # Compiled sums would be arranged as this process measures to be fastest; its other threads read the environment.
+    # Compiled sums would be arranged as this process measures to be fastest. Torch keeps the setting for this thread
+    # alone; autograd's thread reads TORCHINDUCTOR_DETERMINISTIC, which train workers are started with.
     torch._inductor.config.deterministic = True
 
 
