@@ -85,13 +85,14 @@ class ServeEngines:
 
         The models of the last one stay known until a restarted keeper has looked after each.
         """
-        version = -1
+        version, keeper = -1, None
         while True:
             try:
                 table = await self._keeper.table.remote(version, _HEAR_S)
-                if table["version"] < version:  # a restarted keeper counts versions anew
-                    self._kept = self._engines
-                if table["version"] != version:
+                restarted = table["keeper"] != keeper
+                if restarted:
+                    self._kept, keeper = self._engines, table["keeper"]
+                if restarted or table["version"] != version:
                     self._take(table)
                     version = table["version"]
             except Exception as error:

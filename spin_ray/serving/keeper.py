@@ -11,6 +11,7 @@ import logging
 import math
 import os
 import time
+import uuid
 from collections import defaultdict
 from collections.abc import Callable
 from contextlib import suppress
@@ -43,7 +44,8 @@ class EngineFailed(RuntimeError):
 class Keeper:
     """The one actor that starts and retires a server's engines. Ingress replicas serve from its table.
 
-    ``{"version": 3, "newest": "iter-1", "engines": {"iter-1": {"app": "engine.iter-1.5f0c…", "digest": "5f0c…"}},
+    ``{"keeper": "0c9f…", "version": 3, "newest": "iter-1",
+    "engines": {"iter-1": {"app": "engine.iter-1.5f0c…", "digest": "5f0c…"}},
     "problems": {"iter-2": "…/model.safetensors: differs from its digest"}, "down": [],
     "starting": {"iter-3": "placed, loads"}, "running": ["engine.iter-1.5f0c…"], "settled": False}``
 
@@ -53,7 +55,7 @@ class Keeper:
     async def __init__(self, run_folder: str, config: SpinConfig, engines: str = ENGINE_PREFIX) -> None:
         self._run, self._config, self._prefix = open_run(run_folder), config, engines
         self._run_folder = run_folder
-        self._version = 0
+        self._id, self._version = uuid.uuid4().hex, 0
         self._newest: str | None = None
         self._engines: dict[str, dict[str, str]] = {}
         self._problems: dict[str, str] = {}
@@ -81,6 +83,7 @@ class Keeper:
             with suppress(TimeoutError):
                 await asyncio.wait_for(self._changed.wait_for(lambda: self._version != known), wait_s)
         return {
+            "keeper": self._id,
             "version": self._version,
             "newest": self._newest,
             "engines": dict(self._engines),

@@ -40,8 +40,8 @@ class Handle:
 
 
 TABLE: dict[str, Any] = {
-    "version": 7, "newest": "iter-0", "problems": {}, "down": [], "running": ["app"], "settled": True,
-    "engines": {name: {"app": "app", "digest": "d"} for name in ("sft", "iter-0")},
+    "keeper": "first", "version": 7, "newest": "iter-0", "problems": {}, "down": [], "running": ["app"],
+    "settled": True, "engines": {name: {"app": "app", "digest": "d"} for name in ("sft", "iter-0")},
 }  # fmt: skip
 
 
@@ -70,7 +70,7 @@ class Tables:
 @pytest.mark.parametrize("died", [[], [RayActorError()]])
 def test_a_restarted_keeper_makes_no_known_model_unknown(died: list[Exception]) -> None:
     """Until it has looked after each; one whose engine does not run is down, one that is not wanted any more goes."""
-    empty = TABLE | {"version": 1, "newest": None, "engines": {}, "settled": False}
+    empty = TABLE | {"keeper": "second", "newest": None, "engines": {}, "settled": False}
     sft = {"sft": TABLE["engines"]["sft"]}
 
     async def after(*tables: dict[str, Any] | Exception) -> ServeEngines:

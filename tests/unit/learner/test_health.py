@@ -3,7 +3,7 @@
 import pytest
 
 from spin_ray.config.sections import HealthConfig
-from spin_ray.errors import HealthError, last_line, memory_advice
+from spin_ray.errors import HealthError, ModelError, UserError, last_line, memory_advice, user_error_in
 from spin_ray.learner.health import HealthMonitor
 from spin_ray.loop.stages import pairs
 from spin_ray.run_dir.run_dir import RunDir
@@ -93,3 +93,12 @@ def test_a_loss_without_a_margin_is_still_held_to_its_largest_loss():
     monitor.check(0, {"loss": 1.0, "generated_logp": -3.0, "real_logp": -2.0})
     with pytest.raises(HealthError, match="the loss is 3 "):
         monitor.check(1, {"loss": 3.0, "generated_logp": -3.0, "real_logp": -2.0})
+
+
+def test_what_a_user_can_mend_comes_out_of_another_process_as_itself_and_whole():
+    text = "ray::_Map.run()\n  File a.py\nspin_ray.errors.ModelError: scorer.path m: is no reward model " + "x" * 500
+    found = user_error_in(RuntimeError(text))
+    assert type(found) is ModelError and str(found).endswith("x" * 500)
+    assert type(user_error_in(RuntimeError("spin_ray.errors.OtherRunError: r: holds another run"))) is UserError
+    assert user_error_in(RuntimeError("spin_ray.errors.StageError: it failed")) is None
+    assert user_error_in(RuntimeError("ValueError: 1")) is None
