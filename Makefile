@@ -50,8 +50,8 @@ arena-picture: $(READY) ## The picture of the arena for the documentation: itera
 	$(BIN)/python -m docs.images.take_arena $(RUN)/demo
 
 # Unit and fault tests compute in one thread each, so two processes share them; the others start Ray and vLLM, which take both
-# cores only now and then: two processes share them, too, a file at a time in the order given, so that no long one is left at the
-# end. What measures times comes last.
+# cores only now and then: two processes share them, too, a file at a time, the longest first (tests/conftest.py), so that none is
+# left at the end. What measures times comes last.
 TEST_PROCESSES ?= 2
 SIDE_BY_SIDE := -n $(TEST_PROCESSES) --dist loadfile --no-loadscope-reorder --durations=5 --durations-min=5
 test: $(READY) ## Every test: whole runs (real vLLM), Ray, serving, faults, unit

@@ -17,6 +17,12 @@ cpu.prepare(threads=1)
 
 SLOWEST = 8
 """Tests of each suite that are named."""
+LONGEST = ("tests/ray/test_many_nodes.py", "tests/unit/benchmarks/test_gpu_benchmark.py")
+"""Files of minutes. They begin first: one of several processes would be left with them at the end."""
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    items.sort(key=lambda item: not item.nodeid.startswith(LONGEST))
 
 
 @pytest.fixture
