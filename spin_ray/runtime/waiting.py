@@ -1,5 +1,6 @@
 """Waits for Ray, with a limit."""
 
+import gc
 import queue
 import threading
 import time
@@ -25,6 +26,8 @@ def wait_until_free(bundles: Bundles, timeout_s: float, stage: str) -> None:
     for bundle in bundles:
         for name, amount in bundle.items():
             needed[name] = needed.get(name, 0) + amount
+    if not covers(ray.available_resources(), needed):
+        gc.collect()  # the error of a data set holds its actors, in a cycle
     while not covers(ray.available_resources(), needed):
         if time.monotonic() > deadline:
             raise StageError(f"{stage}: waited {timeout_s:.0f} s for {shown(needed)} to be free; {in_the_cluster()}")
