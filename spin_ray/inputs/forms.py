@@ -144,6 +144,8 @@ _HINTS = {
     "response": ("answer", "answers", "output", "outputs", "solution", "completion", "target", "targets", "assistant"),
 }
 """Columns that other data calls prompt and response, for hints alone."""
+MEDIA = ("image", "images", "video", "videos", "audio", "audios")
+"""Columns of what a model of texts cannot see."""
 COLUMNS = tuple(dict.fromkeys([*(name for form in FORMS for name in (*form.needs, *form.may)), *BESIDE]))
 """Every column that some form reads."""
 
