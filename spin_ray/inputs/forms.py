@@ -165,11 +165,23 @@ def mapped(content: Columns, data: DataConfig) -> Columns:
         taken = set(data.columns.values())
         rest = {name: value for name, value in content.items() if name not in taken}
         content = rest | {ours: content[theirs] for ours, theirs in data.columns.items() if theirs in content}
+    if "label" in data.columns and (said := str(content.get("label")).strip()) in _NUMBERS:
+        content = content | {"label": _NUMBERS[said]}
     for other, name in OTHER_NAMES.items():
         if other in content and content.get(name) is None:
             content = {(name if key == other else key): value for key, value in content.items() if key != name}
     chosen = unpacked(content.get("chosen"))
     return content if chosen is content.get("chosen") else content | {"chosen": chosen}
+
+
+_NUMBERS = {"0": False, "0.0": False, "1": True, "1.0": True}
+"""KTO's labels as numbers; those of other data name classes, so that ``data.columns`` must say that they are KTO's."""
+
+
+def is_wanted(label: Any) -> bool | None:
+    """Reads KTO's label, a boolean or the text of one; None for anything else."""
+    said = str(label).strip().lower()
+    return said == "true" if isinstance(label, bool | str) and said in ("true", "false") else None
 
 
 def form_of(row: Columns, data: DataConfig) -> Form | None:
@@ -295,7 +307,7 @@ def shown(content: Any, width: int = 120) -> str:
 def ignored_in(row: Mapping[str, Any], form: Form) -> list[str]:
     """Returns the columns of a mapped row that its form does not read, and unread keys of its messages."""
     names = list(_unread(form.name, tuple(row)))
-    if not isinstance(row.get("label"), bool | None):
+    if row.get("label") is not None and is_wanted(row["label"]) is None:
         names.append("label")
     for column in (*form.needs, *form.may):
         value = row.get(column)

@@ -207,7 +207,6 @@ def test_who_speaks_is_counted_where_the_template_does_not_write_it():
     [
         ({"messages": [*chat("a"), {"role": "assistant", "content": "b", "train": False}]}, "rejected"),
         ({"messages": [*chat("a"), {"role": "assistant", "content": "b", "weight": 0}]}, "rejected"),
-        ({"prompt": "a", "completion": "b", "label": 0}, "rejected"),
         ({"prompt": "a", "completion": "b", "label": "False"}, "rejected"),
         ({"prompt": "<image> what?", "response": "b", "image": "a.png"}, "media"),
         ({"messages": [*chat("a"), {"role": "assistant", "content": "b", "reasoning_details": [{}]}]}, "malformed"),
@@ -217,6 +216,21 @@ def test_a_row_that_means_something_else_without_what_is_not_read_is_refused(row
     with pytest.raises(Unusable) as caught:
         rows_of(row)
     assert caught.value.reason == reason
+
+
+@pytest.mark.parametrize(
+    ("label", "unread", "mapped"),
+    [(0, True, "rejected"), (1.0, True, []), ("0", True, "rejected"), (2, True, ["label"]), ("cat", True, ["label"]),
+     (True, False, []), (" TRUE ", False, [])],
+)  # fmt: skip
+def test_a_number_is_ktos_label_only_where_the_recipe_says_so(label, unread, mapped):
+    """In most data it names a class, one of which would be lost without a word."""
+    row, noted = {"prompt": "a", "completion": "b", "label": label}, []
+    for data in ({}, {"columns": {"label": "label"}}):
+        (found,) = prompt_rows.rows_of([SourceRow("f:1", row, b"")], task_of(**data), lambda *each: noted.append(each))
+        if isinstance(found, Unusable):
+            noted.append((None, None, found.reason))
+    assert [each[2] for each in noted] == [["label"] if unread else [], mapped]
 
 
 def test_messages_that_are_not_to_be_learnt_are_no_responses():
