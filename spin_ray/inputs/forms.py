@@ -25,7 +25,7 @@ from spin_ray.inputs.exchanges import (
     read_sharegpt,
     read_sharegpt_preferred,
 )  # fmt: skip
-from spin_ray.inputs.messages import READ, keys_of, unpacked
+from spin_ray.inputs.messages import READ, decoded, keys_of, unpacked
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -311,7 +311,9 @@ def ignored_in(row: Mapping[str, Any], form: Form) -> list[str]:
         names.append("label")
     for column in (*form.needs, *form.may):
         value = row.get(column)
-        if value is not None and (not isinstance(value, str) or value[:1] in ("[", "{")):
+        if isinstance(value, str):
+            value = decoded(value) if form.asks is None and column != "system" else unpacked(value)
+        if isinstance(value, list | dict):
             names += [f"{column}.{key}" for key in sorted(keys_of(value) - READ)]
     return names
 

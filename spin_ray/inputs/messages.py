@@ -176,13 +176,10 @@ def _thought_and_content(index: int, value: dict[str, Any]) -> tuple[str, Any]:
     return thought, content
 
 
-def keys_of(value: Any) -> set[str]:
-    """Returns the keys with a value that the messages of a column have, however the column holds them."""
-    if isinstance(value, str):
-        value = decoded(value) if value[:1] in ("[", "{") else None
-    if isinstance(value, dict):
-        value = _zipped(value)
-    messages = value if isinstance(value, list) else [value]
+def keys_of(value: list[Any] | dict[str, Any]) -> set[str]:
+    """Returns the keys with a value that the messages of a column have: a list, a message or a struct of lists."""
+    found = _zipped(value) if isinstance(value, dict) else value
+    messages = found if isinstance(found, list) else [found]
     return {
         key
         for message in messages

@@ -181,7 +181,18 @@ def test_what_is_ignored_has_a_name():
     worse = {"chosen": chat("a", "b"), "rejected": [*chat("a"), {"role": "assistant", "content": "c", "score": 1}]}
     assert ignored_in(worse, BY_NAME["chosen_rejected"]) == ["rejected.score"]
     struct = {"role": ["user", "assistant"], "content": ["a", "b"], "score": [None, 2]}
-    assert ignored_in({"messages": struct}, BY_NAME["messages"]) == ["messages.score"]
+    for value in (struct, json.dumps(struct)):
+        assert ignored_in({"messages": value}, BY_NAME["messages"]) == ["messages.score"]
+    asked = json.dumps([{"role": "user", "content": "a", "score": 1}])
+    assert ignored_in({"prompt": asked, "completion": "b"}, BY_NAME["prompt_completion"]) == ["prompt.score"]
+
+
+@pytest.mark.parametrize("answer", [{"name": "Bo", "age": 7, "role": "x"}, [{"name": "Bo", "age": 7, "of": 1}]])
+def test_an_answer_that_is_json_is_learnt_whole_and_no_part_of_it_is_called_unread(answer):
+    for form, columns in (("alpaca", ("instruction", "output")), ("prompt_chosen_rejected", ("prompt", "chosen"))):
+        row = dict.fromkeys(columns, json.dumps(answer))
+        assert conversations_of(row, DATA)[0][-1]["content"] == row[columns[1]]
+        assert ignored_in(row, BY_NAME[form]) == []
 
 
 def test_who_speaks_is_counted_where_the_template_does_not_write_it():
