@@ -25,7 +25,7 @@ from spin_ray.inputs.exchanges import (
     read_sharegpt,
     read_sharegpt_preferred,
 )  # fmt: skip
-from spin_ray.inputs.messages import READ, decoded, keys_of, unpacked
+from spin_ray.inputs.messages import decoded, unpacked, unread_keys
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -314,7 +314,7 @@ def ignored_in(row: Mapping[str, Any], form: Form) -> list[str]:
         if isinstance(value, str):
             value = decoded(value) if form.asks is None and column != "system" else unpacked(value)
         if isinstance(value, list | dict):
-            names += [f"{column}.{key}" for key in sorted(keys_of(value) - READ)]
+            names += [f"{column}.{key}" for key in sorted(unread_keys(value))]
     return names
 
 

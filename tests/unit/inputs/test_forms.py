@@ -175,7 +175,7 @@ def test_a_lone_surrogate_is_refused_wherever_it_stands(row):
 
 
 def test_what_is_ignored_has_a_name():
-    row = {"messages": [*chat("a"), {"role": "assistant", "content": "b", "weight": 0}], "images": [], "answer": 1}
+    row = {"messages": [*chat("a"), {"role": "assistant", "content": "b", "weight": 0.5}], "images": [], "answer": 1}
     assert ignored_in(row, BY_NAME["messages"]) == ["images", "messages.weight"]
     assert ignored_in(row | {"messages": json.dumps(row["messages"])}, BY_NAME["messages"])[1:] == ["messages.weight"]
     worse = {"chosen": chat("a", "b"), "rejected": [*chat("a"), {"role": "assistant", "content": "c", "score": 1}]}
@@ -242,6 +242,34 @@ def test_a_number_is_ktos_label_only_where_the_recipe_says_so(label, unread, map
         if isinstance(found, Unusable):
             noted.append((None, None, found.reason))
     assert [each[2] for each in noted] == [["label"] if unread else [], mapped]
+
+
+def answer(**keys):
+    return {"messages": [*chat("a"), {"role": "assistant", "content": "b"} | keys]}
+
+
+@pytest.mark.parametrize(
+    ("keys", "unread"),
+    [
+        ({"weight": 1}, []), ({"train": True}, []), ({"weight": 0.5}, ["weight"]), ({"loss": 0.0}, ["loss"]),
+        ({"trainable": 0}, ["trainable"]), ({"thinking": True}, ["thinking"]), ({"thought": False}, ["thought"]),
+        ({"reasoning_content": False}, ["reasoning_content"]),
+    ],
+)  # fmt: skip
+def test_a_key_of_a_message_is_read_or_counted_and_never_both(keys, unread):
+    """A loss is a number of an earlier training, a flag beside a thought says how it was made."""
+    row = answer(**keys)
+    assert rows_of(row)[0]["real_ids"] == rows_of(answer())[0]["real_ids"]
+    assert ignored_in(row, BY_NAME["messages"]) == [f"messages.{key}" for key in unread]
+
+
+def test_a_flag_beside_a_thought_does_not_differ_from_it():
+    (message,) = parse_messages(answer(thinking=False, reasoning="hm")["messages"][1:])
+    assert message == {"role": "assistant", "content": "b", "reasoning_content": "hm"}
+    for read in ({"weight": 0}, {"weight": 0.0}, {"loss": False}):
+        assert ignored_in(answer(**read), BY_NAME["messages"]) == []
+    with pytest.raises(Unusable, match="its thought must be text, found list"):
+        parse_messages(answer(thinking=["hm"])["messages"])
 
 
 def test_messages_that_are_not_to_be_learnt_are_no_responses():
