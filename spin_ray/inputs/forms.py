@@ -4,6 +4,7 @@
 """
 
 import json
+import re
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from difflib import get_close_matches
@@ -223,16 +224,23 @@ def no_form(row: Iterable[str], data: DataConfig) -> str:
 
 
 def _rows_within(row: Columns) -> str | None:
-    """Returns jq's path to the rows that stand under a key, as the hub's server and many programs write them."""
+    """Returns jq's path to a list of rows under a key, as the hub's server and many programs write them."""
     for key, value in row.items():
-        inner = value[0] if isinstance(value, list) and value else value
+        inner = value[0] if isinstance(value, list) and value else None
         if isinstance(inner, dict) and key not in COLUMNS:
-            path = f".{key}[]" if isinstance(value, list) else f".{key}"
+            path = f"{jq_key(key)}[]"
             if isinstance(inner.get("row"), dict):  # the hub's server
                 return f"{path}.row"
             if any(form.matches(inner) for form in _with_columns(tuple(inner))):
                 return path
     return None
+
+
+def jq_key(key: str) -> str:
+    """Returns jq's path to a key, for a command in single quotes."""
+    if re.fullmatch("[A-Za-z_][A-Za-z0-9_]*", key):
+        return f".{key}"
+    return "." + json.dumps(key, ensure_ascii=False).replace("'", "\\u0027")
 
 
 def _hint(has: set[str]) -> dict[str, str]:
