@@ -170,7 +170,7 @@ ROWS = {
     "capitals": ({"Prompt": "q", "Response": "a"}, 'try data.columns: {prompt: "Prompt", response: "Response"}'),
     "blanks": ({" prompt": "q", "response": "a"}, 'try data.columns: {prompt: " prompt"}'),
     "other words": ({"query": "q", "answer": "a"}, 'try data.columns: {prompt: "query", response: "answer"}'),
-    "a form in a column": ({"text": "x", "meta": {"prompt": "q", "response": "a"}}, "another form (docs/data.md); data."),
+    "a form in a column": ({"text": "x", "meta": {"prompt": "q", "response": "a"}}, "form (docs/data.md); data.col"),
     "Dolly": ({"instruction": "q", "context": "c", "response": "a"}, '{input: "context", output: "response"}'),
 }  # fmt: skip
 

@@ -7,8 +7,10 @@ import pytest
 from rich.console import Console
 
 from spin_ray.errors import DataError
+from spin_ray.inputs import survey
 from spin_ray.inputs.embedded import resolve
 from spin_ray.inputs.findings import Finding, template_facts
+from spin_ray.inputs.forms import form_of
 from spin_ray.inputs.rendering import ChatRenderer, load_tokenizer
 from spin_ray.inputs.survey import SAMPLE_ROWS
 from spin_ray.report import doctor
@@ -58,6 +60,13 @@ def test_columns_that_are_not_read_are_counted(tmp_path):
     found, _ = look(tmp_path, [row(0), json.dumps(json.loads(row(1)) | {"weight": 2})])
     assert found.ignored == {"weight": 1}
     assert "not read: weight (1 rows)" in printed(doctor.print_survey, found)
+
+
+def test_the_form_of_a_usable_row_is_looked_for_once(tmp_path, monkeypatch):
+    looked = []
+    monkeypatch.setattr(survey, "form_of", lambda content, data: looked.append(content) or form_of(content, data))
+    found, _ = look(tmp_path, [row(0), '{"text": "x"}', "{"])
+    assert found.forms == {"prompt_response": 1, "unknown": 2} and looked == [{"text": "x"}]
 
 
 def test_training_rows_that_are_held_out_are_counted_and_findings_shown(tmp_path):
