@@ -1,6 +1,7 @@
 """What doctor finds in data and template, before anything runs."""
 
 import json
+from contextlib import nullcontext
 from types import SimpleNamespace
 
 import pytest
@@ -107,6 +108,16 @@ def test_doctor_refuses_what_a_run_would_refuse_after_reading_every_row(tmp_path
     surveys = doctor.look_at_data(config, inputs, every_row=False)
     with pytest.raises(DataError, match=r"rows\.jsonl: has 1 usable rows, data\.train asks for 2"):
         doctor.check_surveys(config, inputs, surveys)
+
+
+@pytest.mark.parametrize(("limit", "fits"), [(None, True), (19, True), (18, False)])
+def test_doctor_counts_bad_rows_beside_those_that_a_run_takes(tmp_path, limit, fits):
+    """One bad row of 41 is few, one of 19 is more than one in twenty."""
+    found, config = look(tmp_path, [*map(row, range(40)), "{"], max_rows=limit)
+    inputs = SimpleNamespace(train=found.source, heldout=None)
+    error = r"1 of 41 rows .* beside the 18 that a run takes \(max_rows\), more than .*fraction 0\.05; first: .*:41"
+    with nullcontext() if fits else pytest.raises(DataError, match=error):
+        doctor.check_surveys(config, inputs, [found])
 
 
 def test_a_sample_says_that_it_is_one_and_all_reads_every_row(tmp_path):
