@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 
 from spin_ray.inputs import prompt_rows
 from spin_ray.inputs.conversations import Unusable
-from spin_ray.inputs.sources import read_slice, split
+from spin_ray.inputs.sources import Slice, read_slice, split
 from tests.unit.inputs.test_prompt_rows import chat, task_of, text_of
 
 Row = dict[str, Any]
@@ -152,3 +152,9 @@ def test_a_text_with_a_mark_is_refused_only_where_its_row_holds_what_stands_ther
         refused, *used = found_in(path)
         assert refused == ("media", f"its text has <video>, and the model reads text alone (column {name})")
         assert [len(each) for each in used] == [1, 1] and used[0][0]["real_ids"], path.suffix
+
+
+def test_a_column_of_large_images_is_not_read_and_counts_as_filled(tmp_path):
+    table = {"prompt": ["<image>?", "q"], "response": ["a", "b"], "image": [b"\x89PNG" * 9000, None]}
+    pq.write_table(pa.table(table), tmp_path / "a.parquet", use_dictionary=False, compression="none")
+    assert [row.unread for row in read_slice(Slice(str(tmp_path / "a.parquet"), 0, 1))] == [("image",)] * 2
