@@ -7,7 +7,7 @@ from types import MappingProxyType
 from typing import Any, NamedTuple
 
 from spin_ray.config.sections import DataConfig
-from spin_ray.inputs.forms import FORMS, Form, form_of, mapped, no_form
+from spin_ray.inputs.forms import FORMS, Form, form_of, is_wanted, mapped, no_form
 from spin_ray.inputs.messages import Conversation, Message, Unlearnt, Unusable, decoded, refuse_surrogates
 
 __all__ = ["Conversation", "Message", "Unusable", "answer_of", "conversations_of", "question_of", "read_row"]
@@ -114,8 +114,8 @@ def _form_of(content: dict[str, Any] | None, data: DataConfig) -> tuple[dict[str
         raise Unusable("malformed", "chosen is text, and there is no prompt that it answers")
     if form is None:
         raise Unusable("malformed", no_form(row, data))
-    if _is_false(label := row.get("label")):
-        raise Unusable("rejected", f"label is {str(label).lower()}: people did not want this response")
+    if is_wanted(row.get("label")) is False:
+        raise Unusable("rejected", "label is false: people did not want this response")
     return row, form
 
 
@@ -133,11 +133,6 @@ def _ending_with_response(messages: list[Message], data: DataConfig) -> list[Con
         if isinstance(messages[end], Unlearnt):
             raise Unusable("rejected", f"message {end} (assistant) is not to be learnt: its weight is 0")
     return [messages[: end + 1] for end in wanted]
-
-
-def _is_false(label: Any) -> bool:
-    """Reads KTO's label, which tables may hold as a number or a text."""
-    return label in (0, False) or (isinstance(label, str) and label.strip().lower() in ("false", "0"))
 
 
 def _checked(messages: list[Message], data: DataConfig) -> list[Message]:

@@ -36,7 +36,7 @@ class SourceRow(NamedTuple):
     raw: bytes
     """The row's bytes (for tables: JSON)."""
     unread: tuple[str, ...] = ()
-    """Columns of the file that were left unread."""
+    """Columns of the file that were left unread; those of ``MEDIA`` only where the row may hold something there."""
     fault: str = "not a JSON object"
     """Reason why there is no content."""
 

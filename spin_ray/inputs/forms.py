@@ -4,6 +4,7 @@
 """
 
 import json
+import re
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from difflib import get_close_matches
@@ -25,7 +26,7 @@ from spin_ray.inputs.exchanges import (
     read_sharegpt,
     read_sharegpt_preferred,
 )  # fmt: skip
-from spin_ray.inputs.messages import READ, keys_of, unpacked
+from spin_ray.inputs.messages import decoded, unpacked, unread_keys
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -144,6 +145,8 @@ _HINTS = {
     "response": ("answer", "answers", "output", "outputs", "solution", "completion", "target", "targets", "assistant"),
 }
 """Columns that other data calls prompt and response, for hints alone."""
+MEDIA = ("image", "images", "video", "videos", "audio", "audios")
+"""Columns of what a model of texts cannot see."""
 COLUMNS = tuple(dict.fromkeys([*(name for form in FORMS for name in (*form.needs, *form.may)), *BESIDE]))
 """Every column that some form reads."""
 
@@ -163,11 +166,23 @@ def mapped(content: Columns, data: DataConfig) -> Columns:
         taken = set(data.columns.values())
         rest = {name: value for name, value in content.items() if name not in taken}
         content = rest | {ours: content[theirs] for ours, theirs in data.columns.items() if theirs in content}
+    if "label" in data.columns and (said := str(content.get("label")).strip()) in _NUMBERS:
+        content = content | {"label": _NUMBERS[said]}
     for other, name in OTHER_NAMES.items():
         if other in content and content.get(name) is None:
             content = {(name if key == other else key): value for key, value in content.items() if key != name}
     chosen = unpacked(content.get("chosen"))
     return content if chosen is content.get("chosen") else content | {"chosen": chosen}
+
+
+_NUMBERS = {"0": False, "0.0": False, "1": True, "1.0": True}
+"""KTO's labels as numbers; those of other data name classes, so that ``data.columns`` must say that they are KTO's."""
+
+
+def is_wanted(label: Any) -> bool | None:
+    """Reads KTO's label, a boolean or the text of one; None for anything else."""
+    said = str(label).strip().lower()
+    return said == "true" if isinstance(label, bool | str) and said in ("true", "false") else None
 
 
 def form_of(row: Columns, data: DataConfig) -> Form | None:
@@ -209,16 +224,23 @@ def no_form(row: Iterable[str], data: DataConfig) -> str:
 
 
 def _rows_within(row: Columns) -> str | None:
-    """Returns jq's path to the rows that stand under a key, as the hub's server and many programs write them."""
+    """Returns jq's path to a list of rows under a key, as the hub's server and many programs write them."""
     for key, value in row.items():
-        inner = value[0] if isinstance(value, list) and value else value
+        inner = value[0] if isinstance(value, list) and value else None
         if isinstance(inner, dict) and key not in COLUMNS:
-            path = f".{key}[]" if isinstance(value, list) else f".{key}"
+            path = f"{jq_key(key)}[]"
             if isinstance(inner.get("row"), dict):  # the hub's server
                 return f"{path}.row"
             if any(form.matches(inner) for form in _with_columns(tuple(inner))):
                 return path
     return None
+
+
+def jq_key(key: str) -> str:
+    """Returns jq's path to a key, for a command in single quotes."""
+    if re.fullmatch("[A-Za-z_][A-Za-z0-9_]*", key):
+        return f".{key}"
+    return "." + json.dumps(key, ensure_ascii=False).replace("'", "\\u0027")
 
 
 def _hint(has: set[str]) -> dict[str, str]:
@@ -293,12 +315,14 @@ def shown(content: Any, width: int = 120) -> str:
 def ignored_in(row: Mapping[str, Any], form: Form) -> list[str]:
     """Returns the columns of a mapped row that its form does not read, and unread keys of its messages."""
     names = list(_unread(form.name, tuple(row)))
-    if not isinstance(row.get("label"), bool | None):
+    if row.get("label") is not None and is_wanted(row["label"]) is None:
         names.append("label")
     for column in (*form.needs, *form.may):
         value = row.get(column)
-        if value is not None and (not isinstance(value, str) or value[:1] in ("[", "{")):
-            names += [f"{column}.{key}" for key in sorted(keys_of(value) - READ)]
+        if isinstance(value, str):
+            value = decoded(value) if form.asks is None and column != "system" else unpacked(value)
+        if isinstance(value, list | dict):
+            names += [f"{column}.{key}" for key in sorted(unread_keys(value))]
     return names
 
 

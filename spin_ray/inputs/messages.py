@@ -23,11 +23,10 @@ _ROLES = ", ".join(_NAMES)
 REASONING = ("reasoning_content", "reasoning", "thinking", "thought")
 """Names of a thought; the first is the templates'."""
 _LEARNT = ("weight", "train", "loss", "trainable")
-"""Keys with which a message says by 0 or false that it is not to be learnt."""
+"""Keys with which a message says by false, and ``weight`` by 0, that it is not to be learnt."""
 KEPT = ("tool_calls", "tool_call_id", "name", "reasoning_content")
 """Keys that a template may write beside role and content."""
-READ = {"role", "from", "content", "value", *KEPT, *REASONING, CALL}
-"""Keys of a message that are read; others are ignored and counted."""
+_READ = {"role", "from", "content", "value", *KEPT, *REASONING, CALL}
 _SAID = {"content", "value", "tool_calls"}
 _SHARED = {"human": "user", "gpt": "assistant", "system": "system"}
 _PLAIN = ("user", "assistant", "system")
@@ -133,7 +132,7 @@ def _parse(index: int, value: Any) -> Message:
     if role is None:
         found = f", found {given!r}" if given else ""
         raise Unusable("malformed", f"message {index}: needs a role of {_ROLES}{found}")
-    message = {key: value[key] for key in KEPT if value.get(key) is not None}
+    message = {key: value[key] for key in KEPT if value.get(key) is not None and _is_read(key, value[key])}
     thought, content = _thought_and_content(index, value)
     if thought:
         message["reasoning_content"] = thought
@@ -152,7 +151,9 @@ def _parse(index: int, value: Any) -> Message:
     _check_unicode(index, text)
     refuse_surrogates(message, f"message {index}")
     parsed = {"role": role, "content": text} | message
-    return Unlearnt(parsed) if any(value.get(key) in (0, False) for key in _LEARNT if key in value) else parsed
+    if any(not value.get(key, True) and _is_read(key, value[key]) for key in _LEARNT):
+        return Unlearnt(parsed)
+    return parsed
 
 
 def _thought_and_content(index: int, value: dict[str, Any]) -> tuple[str, Any]:
@@ -161,7 +162,8 @@ def _thought_and_content(index: int, value: dict[str, Any]) -> tuple[str, Any]:
     Raises:
         Unusable: the thought is no text, or there are two.
     """
-    thought, content = _either(index, value, *REASONING), _either(index, value, "content", "value")
+    thoughts = {key: value[key] for key in REASONING if key in value and _is_read(key, value[key])}
+    thought, content = _either(index, thoughts, *REASONING), _either(index, value, "content", "value")
     if isinstance(content, list):
         parts = [part for part in content if isinstance(part, dict) and part.get("type") in REASONING]
         found = "".join(str(part.get(part["type"]) or part.get("text") or "") for part in parts)
@@ -176,20 +178,26 @@ def _thought_and_content(index: int, value: dict[str, Any]) -> tuple[str, Any]:
     return thought, content
 
 
-def keys_of(value: Any) -> set[str]:
-    """Returns the keys with a value that the messages of a column have, however the column holds them."""
-    if isinstance(value, str):
-        value = decoded(value) if value[:1] in ("[", "{") else None
-    if isinstance(value, dict):
-        value = _zipped(value)
-    messages = value if isinstance(value, list) else [value]
+def unread_keys(value: list[Any] | dict[str, Any]) -> set[str]:
+    """Returns the keys that are not read of a column's messages: a list, a message or a struct of lists."""
+    found = _zipped(value) if isinstance(value, dict) else value
+    messages = found if isinstance(found, list) else [found]
     return {
         key
         for message in messages
         if isinstance(message, dict) and len(message) > 2
         for key, each in message.items()
-        if each is not None
+        if each is not None and not _is_read(key, each)
     }
+
+
+def _is_read(key: str, value: Any) -> bool:
+    """Tells whether a message's key is read: a flag is no thought, and a number no flag, but for weights of 0 and 1."""
+    if key in REASONING:
+        return not isinstance(value, bool)
+    if key in _LEARNT:
+        return isinstance(value, bool) or (key == "weight" and value in (0, 1))
+    return key in _READ
 
 
 def _either(index: int, value: dict[str, Any], *names: str) -> Any:

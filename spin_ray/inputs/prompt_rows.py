@@ -22,7 +22,7 @@ from spin_ray.inputs.conversations import (
     question_of,
     read_row,
 )
-from spin_ray.inputs.forms import ignored_in
+from spin_ray.inputs.forms import MEDIA, ignored_in
 from spin_ray.inputs.graders import answer_text
 from spin_ray.inputs.messages import refuse_surrogates
 from spin_ray.inputs.rendering import ChatRenderer, Rendered, RenderError, load_tokenizer
@@ -33,9 +33,8 @@ Row = dict[str, Any]
 """Columns of ``PROMPT_SCHEMA``."""
 Note = Callable[[SourceRow, Found, list[str]], None]
 """Called with each usable row and what of it is not read."""
-_MEDIA = {"image", "images", "video", "videos", "audio", "audios"}
 _PLACEHOLDERS = ("<image>", "<video>", "<audio>", "<|image|>", "<image_placeholder>")
-"""Marks in a text where a model would see what a column of ``_MEDIA`` holds."""
+"""Marks in a text where a model would see what a column of ``MEDIA`` holds."""
 
 
 @dataclass(frozen=True)
@@ -134,8 +133,9 @@ def _found_in(source: SourceRow, task: PromptTask) -> Found | Unusable:
 
 def _refuse_media(source: SourceRow, found: Found) -> None:
     """Raises Unusable if a text refers to an image that the row has and the model cannot see."""
-    has = [name for name in (*(source.content or ()), *source.unread) if name in _MEDIA]
-    if not has or not any((source.content or {}).get(name, True) for name in has):
+    filled = (name for name, value in (source.content or {}).items() if value)
+    has = [name for name in (*filled, *source.unread) if name in MEDIA]
+    if not has:
         return
     for message in (message for conversation in found.all for message in conversation):
         if mark := next((mark for mark in _PLACEHOLDERS if mark in message["content"]), None):

@@ -10,7 +10,7 @@ from itertools import islice
 from spin_ray.config.sections import DataConfig
 from spin_ray.errors import DataError
 from spin_ray.inputs.conversations import Found, Unusable
-from spin_ray.inputs.forms import form_of, mapped, refuse_two_forms, shown
+from spin_ray.inputs.forms import Form, form_of, mapped, refuse_two_forms, shown
 from spin_ray.inputs.prompt_rows import PromptTask, Row, rows_of
 from spin_ray.inputs.sources import Slice, SourceRow, find_files, read_slice, skipped_files, split
 
@@ -69,21 +69,25 @@ class Survey:
         """The refused rows, e.g. ``3 malformed, 1 too_long``."""
         return ", ".join(f"{count} {reason}" for reason, count in self.refused.most_common())
 
-    def check(self, data: DataConfig) -> None:
-        """Raises DataError for rows that a run would refuse."""
+    def check(self, data: DataConfig, max_rows: int | None = None) -> None:
+        """Raises DataError for rows that a run of ``max_rows`` of the usable ones would refuse."""
         for forms in self.first_of_form.values():
             refuse_two_forms(forms)
         if self.whole and self.ids and self.leaked == len(self.ids):
             raise DataError(f"{self.source}: all rows are held out, too")
         bad = self.refused.total()
-        if self.usable and bad <= data.max_quarantine_fraction * self.read:
+        damaged = bad - self.refused["duplicate"]  # a run counts duplicates of the rows that it takes alone
+        taken = self.read if max_rows is None else min(self.read, max_rows + damaged)
+        share = data.max_quarantine_fraction
+        if self.usable and bad <= share * self.read and damaged <= share * taken:
             return
         if not bad:
             raise DataError(f"{self.source}: holds no rows")
         reason = self.refused.most_common(1)[0][0]
         first = self.first[reason]
         of = "" if self.whole else " that were read (--all reads every row)"
-        limit = f", more than data.max_quarantine_fraction {data.max_quarantine_fraction:g}" if self.usable else ""
+        beside = "" if bad > share * self.read else f" beside the {max_rows} that a run takes (max_rows)"
+        limit = f"{beside}, more than data.max_quarantine_fraction {share:g}" if self.usable else ""
         raise DataError(
             f"{self.source}: {bad} of {self.read} rows{of} cannot be used ({self.counts}){limit}; "
             f"first: {first.origin}: {reason}: {first.detail}"
@@ -106,13 +110,17 @@ def survey(source: str, task: PromptTask, max_length: int, *, every_row: bool = 
     quota = None if every_row else math.ceil(SAMPLE_ROWS / len(files))
     rows = _rows(pieces, quota, found, task.data)
 
+    forms: dict[str, Form | None] = {}
+
     def note(source: SourceRow, row: Found, unread: list[str]) -> None:
         found.ignored.update(unread)
+        forms[source.origin] = row.form
 
     while placed := list(islice(rows, _ROWS_AT_A_TIME)):
         results = rows_of([row for _, row in placed], task, note)
         for (uri, row), result in zip(placed, results, strict=True):
-            _count(found, uri, row, result, task)
+            form = forms.pop(row.origin, None) or _form_of(row, task.data)
+            _count(found, uri, row, form, result, task)
         if not every_row and found.read >= SAMPLE_ROWS:
             found.whole = found.whole and next(rows, None) is None
             break
@@ -136,10 +144,14 @@ def _rows(
             yield piece.uri, row
 
 
-def _count(found: Survey, uri: str, source: SourceRow, result: list[Row] | Unusable, task: PromptTask) -> None:
+def _form_of(source: SourceRow, data: DataConfig) -> Form | None:
+    return form_of(mapped(source.content, data), data) if source.content is not None else None
+
+
+def _count(
+    found: Survey, uri: str, source: SourceRow, form: Form | None, result: list[Row] | Unusable, task: PromptTask
+) -> None:
     found.read += 1
-    content = mapped(source.content, task.data) if source.content is not None else {}
-    form = form_of(content, task.data)
     found.forms[form.name if form else "unknown"] += 1
     if isinstance(result, Unusable):
         has = ", ".join([*(source.content or ()), *source.unread]) or "no column"

@@ -5,14 +5,17 @@ from collections.abc import Iterable, Iterator
 from typing import Any
 
 import pyarrow as pa
+import pyarrow.compute as pc
 import pyarrow.fs
 import pyarrow.parquet as pq
 
 from spin_ray.errors import DataError, first_line
 from spin_ray.inputs.files import Slice, SourceRow, filesystem, kind_of, other_kind
-from spin_ray.inputs.forms import COLUMNS, OTHER_NAMES
+from spin_ray.inputs.forms import COLUMNS, MEDIA, OTHER_NAMES
 
 _ALL = 2**31
+_SMALL = 4096
+"""Most bytes a row of a column of ``MEDIA`` that is read to know which rows hold something."""
 _DAMAGED = (pa.ArrowException, OSError, UnicodeDecodeError)
 
 
@@ -46,7 +49,9 @@ def read_table(piece: Slice, columns: Iterable[str] = ()) -> Iterator[SourceRow]
         names = file.schema_arrow.names
         wanted = _wanted(names, columns, piece.uri)
         first = sum(file.metadata.row_group(group).num_rows for group in range(piece.start))
-        batches = file.iter_batches(row_groups=list(range(piece.start, piece.stop)), columns=wanted)
+        groups = list(range(piece.start, piece.stop))
+        leaves = _media_leaves(file.metadata, groups, {*names} - {*wanted})
+        batches = file.iter_batches(row_groups=groups, columns=[*wanted, *leaves])
         yield from _rows(piece.uri, batches, names, wanted, first)
         return
     first = 0
@@ -56,7 +61,8 @@ def read_table(piece: Slice, columns: Iterable[str] = ()) -> Iterator[SourceRow]
         if number >= piece.start:
             names = batch.schema.names
             wanted = _wanted(names, columns, piece.uri)
-            yield from _rows(piece.uri, iter([batch.select(wanted)]), names, wanted, first)
+            media = [name for name in names if name in MEDIA and name not in wanted]
+            yield from _rows(piece.uri, iter([batch.select([*wanted, *media])]), names, wanted, first)
         first += batch.num_rows
 
 
@@ -68,6 +74,34 @@ def _wanted(names: list[str], columns: Iterable[str], uri: str) -> list[str]:
     return [name for name in names if name in known] or names
 
 
+def _media_leaves(metadata: pq.FileMetaData, groups: list[int], unread: set[str]) -> list[str]:
+    """Returns the smallest part of each unread column of ``MEDIA``, e.g. the paths of images, unless it is large."""
+    sizes: dict[str, dict[str, int]] = {}
+    for group in map(metadata.row_group, groups):
+        for leaf in map(group.column, range(group.num_columns)):
+            name = leaf.path_in_schema.partition(".")[0]
+            if name in MEDIA and name in unread:
+                of = sizes.setdefault(name, {})
+                of[leaf.path_in_schema] = of.get(leaf.path_in_schema, 0) + leaf.total_uncompressed_size
+    most = _SMALL * sum(metadata.row_group(group).num_rows for group in groups)
+    smallest = [min(of.items(), key=lambda leaf: leaf[1]) for of in sizes.values()]
+    return [path for path, size in smallest if size <= most]
+
+
+def _filled(column: pa.Array) -> list[bool]:
+    """Tells of each row whether it holds something, without reading what that is."""
+    kind = column.type
+    if pa.types.is_primitive(kind):
+        return [bool(value) and value == value for value in column.to_pylist()]
+    if pa.types.is_list(kind) or pa.types.is_large_list(kind) or pa.types.is_fixed_size_list(kind):
+        column = pc.list_value_length(column)
+    elif kind in (pa.string(), pa.large_string(), pa.binary(), pa.large_binary()):
+        column = pc.binary_length(column)
+    else:
+        return column.is_valid().to_pylist()
+    return [bool(size) for size in column.to_pylist()]
+
+
 def _rows(
     uri: str, batches: Iterator[pa.RecordBatch], names: list[str], wanted: list[str], first: int
 ) -> Iterator[SourceRow]:
@@ -75,7 +109,8 @@ def _rows(
     while True:
         try:
             batch = next(batches)
-            rows = batch.to_pylist(maps_as_pydicts="strict")
+            rows = batch.select(wanted).to_pylist(maps_as_pydicts="strict")
+            media = {name: _filled(batch[name]) for name in batch.schema.names if name not in wanted}
         except StopIteration:
             return
         except _DAMAGED as error:
@@ -88,7 +123,8 @@ def _rows(
             for name in nested & content.keys():
                 content[name] = _without_nulls(content[name])
             raw = json.dumps(content, default=str).encode()
-            yield SourceRow(f"{uri}: row {first + offset}", content, raw, unread)
+            left = tuple(name for name in unread if name not in media or media[name][offset]) if media else unread
+            yield SourceRow(f"{uri}: row {first + offset}", content, raw, left)
         first += len(rows)
 
 

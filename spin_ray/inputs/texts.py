@@ -12,7 +12,7 @@ import pyarrow as pa
 
 from spin_ray.errors import DataError, first_line
 from spin_ray.inputs.files import CHUNK, Slice, SourceRow, codec_of, filesystem, head_of, kind_of, open_text
-from spin_ray.inputs.forms import COLUMNS
+from spin_ray.inputs.forms import COLUMNS, jq_key
 
 _TOKEN = re.compile(rb'"[^"\\]*(?:\\.[^"\\]*)*"|[\[\]{}"]', re.DOTALL)
 """A whole string, a bracket, or the beginning of a string that goes on behind what was read."""
@@ -42,29 +42,36 @@ def split_text(uri: str, size: int, width: int) -> list[Slice]:
 
 
 def _refuse_other_layouts(uri: str) -> None:
-    """Raises DataError if the first object is not alone on one line."""
+    """Raises DataError if the first object is not alone on one line; a first line that is damaged is a row."""
     text = head_of(uri, CHUNK).decode(errors="replace")
-    try:
-        end = json.JSONDecoder().raw_decode(text)[1]
-    except (ValueError, RecursionError):  # a row for quarantine, or an object that is longer than a chunk
-        end = CHUNK if re.match(r'\{\s*\n\s*"', text) else 0
+    end = _end_of_object(text) or (CHUNK if re.match(r'\{\s*\n\s*"', text) else 0)  # it may be longer than a chunk
     if "\n" in text[:end].strip():
         found = _INSIDE.search(text[:end])
-        path = f".{found[1]}[]" if found and found[1] not in COLUMNS else "."
+        path = f"{jq_key(found[1])}[]" if found and found[1] not in COLUMNS else "."
         raise DataError(
             f"{uri}: has an object over several lines; write an object a line (jq -c '{path}' FILE > NEW.jsonl), or an "
             "array of objects"
         )
     rest, _, others = text[end:].partition("\n")
-    if end and rest.startswith("\r") and rest.strip():
+    several = end and _end_of_object(rest.lstrip())
+    if several and rest.startswith("\r"):
         raise DataError(f"{uri}: its lines end with a carriage return alone: tr '\\r' '\\n' < FILE > NEW.jsonl")
-    if end and rest.lstrip()[:1] == "{":
+    if several:
         raise DataError(f"{uri}: has several objects on a line; write an object a line: jq -c . FILE > NEW.jsonl")
     if end and others.strip() and rest.strip() == ",":
         raise DataError(f"{uri}: has a comma behind its objects; take it away: sed 's/,\\r*$//' FILE > NEW.jsonl")
 
 
-_INSIDE = re.compile(r'^\s*\{.*?"(\w+)":\s*\[\s*\{', re.DOTALL)
+def _end_of_object(text: str) -> int:
+    """Returns the end of the JSON object with which a text begins; 0 if it begins with none."""
+    try:
+        value, end = json.JSONDecoder().raw_decode(text)
+    except (ValueError, RecursionError):
+        return 0
+    return end if isinstance(value, dict) else 0
+
+
+_INSIDE = re.compile(r'^\s*\{.*?"([^"\\\n]+)":\s*\[\s*\{', re.DOTALL)
 """The first key that holds a list of objects."""
 
 

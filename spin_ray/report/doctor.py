@@ -47,16 +47,16 @@ def look_at_data(config: SpinConfig, inputs: Inputs, *, every_row: bool) -> list
 
 def check_surveys(config: SpinConfig, inputs: Inputs, surveys: Sequence[Survey]) -> None:
     """Raises DataError for rows that a run would refuse, or for a source with fewer than it shall give."""
-    for found in surveys:
-        found.check(config.data)
-    sources = sources_of(inputs.train)
+    sources, held_out = sources_of(inputs.train), len(sources_of(inputs.heldout))
+    for number, found in enumerate(surveys):
+        of_heldout = 0 <= number - len(sources) < held_out
+        found.check(config.data, config.evaluation.max_rows if of_heldout else config.data.max_rows)
     trained = surveys[: len(sources)]
     if isinstance(inputs.train, str) or not all(found.whole for found in trained):
         return
     taken: set[str] = set()
     if inputs.heldout and not config.data.keep_leaks:
-        count = len(sources_of(inputs.heldout))
-        taken = {row for found in surveys[len(sources) : len(sources) + count] for row in found.ids}
+        taken = {row for found in surveys[len(sources) : len(sources) + held_out] for row in found.ids}
     usable = []
     for found in trained:
         usable.append(len(found.ids - taken))

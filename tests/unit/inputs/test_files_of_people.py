@@ -48,6 +48,16 @@ FILES = {
     "rows of the hub's server": ("a.json", f'{{"rows": [{{"row_idx": 0, "row": {ROW}}}]}}', ["malformed: its rows are "
                                  "inside it; write them alone, one a line: jq -c '.rows[].row' FILE > NEW.jsonl"]),
     "rows under a key, over lines": ("a.json", f'{{\n "version": 1,\n "data": [\n {ROW}]}}', "jq -c '.data[]' FILE"),
+    "rows under a key that is no word": ("a.json", f'{{"train-data": [{ROW}]}}', ["malformed: its rows are inside it; "
+                                         "write them alone, one a line: jq -c '.\"train-data\"[]' FILE > NEW.jsonl"]),
+    "rows under a key with a quote, over lines": ("a.json", f'{{\n"it\'s": [\n {ROW}]}}', "'.\"it\\u0027s\"[]' FILE"),
+    "a damaged first line": ("a.jsonl", f'{ROW} {{x\n{OTHER}\n',
+                             ["malformed: not a JSON object (Extra data at character 34)", "b"]),
+    "a carriage return in the first line": ("a.jsonl", f'{ROW}\r{{x\n{OTHER}\n',
+                                            ["malformed: not a JSON object (Extra data at character 34)", "b"]),
+    "a first line that is cut off": ("a.jsonl", f'[1,\n2]\n{ROW}\n', [
+        "malformed: not a JSON object (Expecting value at character 4)",
+        "malformed: not a JSON object (Extra data at character 2)", "a"]),
     "objects without line ends": ("a.jsonl", ROW + OTHER, "has several objects on a line"),
     "lines of old Macs": ("a.jsonl", f"{ROW}\r{OTHER}", "end with a carriage return alone"),
     "commas behind several lines": ("a.jsonl", f"{ROW},\n{OTHER}\n", "has a comma behind its objects"),
@@ -160,6 +170,7 @@ ROWS = {
     "capitals": ({"Prompt": "q", "Response": "a"}, 'try data.columns: {prompt: "Prompt", response: "Response"}'),
     "blanks": ({" prompt": "q", "response": "a"}, 'try data.columns: {prompt: " prompt"}'),
     "other words": ({"query": "q", "answer": "a"}, 'try data.columns: {prompt: "query", response: "answer"}'),
+    "a form in a column": ({"text": "x", "meta": {"prompt": "q", "response": "a"}}, "form (docs/data.md); data.col"),
     "Dolly": ({"instruction": "q", "context": "c", "response": "a"}, '{input: "context", output: "response"}'),
 }  # fmt: skip
 
@@ -169,4 +180,4 @@ def test_a_row_is_read_or_refused_by_what_is_wrong(tmp_path, name):
     row, expected = ROWS[name]
     (tmp_path / "a.jsonl").write_text(json.dumps(row))
     (found,) = read(tmp_path / "a.jsonl")
-    assert expected in found if ": " in found else expected == found
+    assert expected in found if " " in expected else expected == found

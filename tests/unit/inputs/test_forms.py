@@ -175,13 +175,24 @@ def test_a_lone_surrogate_is_refused_wherever_it_stands(row):
 
 
 def test_what_is_ignored_has_a_name():
-    row = {"messages": [*chat("a"), {"role": "assistant", "content": "b", "weight": 0}], "images": [], "answer": 1}
+    row = {"messages": [*chat("a"), {"role": "assistant", "content": "b", "weight": 0.5}], "images": [], "answer": 1}
     assert ignored_in(row, BY_NAME["messages"]) == ["images", "messages.weight"]
     assert ignored_in(row | {"messages": json.dumps(row["messages"])}, BY_NAME["messages"])[1:] == ["messages.weight"]
     worse = {"chosen": chat("a", "b"), "rejected": [*chat("a"), {"role": "assistant", "content": "c", "score": 1}]}
     assert ignored_in(worse, BY_NAME["chosen_rejected"]) == ["rejected.score"]
     struct = {"role": ["user", "assistant"], "content": ["a", "b"], "score": [None, 2]}
-    assert ignored_in({"messages": struct}, BY_NAME["messages"]) == ["messages.score"]
+    for value in (struct, json.dumps(struct)):
+        assert ignored_in({"messages": value}, BY_NAME["messages"]) == ["messages.score"]
+    asked = json.dumps([{"role": "user", "content": "a", "score": 1}])
+    assert ignored_in({"prompt": asked, "completion": "b"}, BY_NAME["prompt_completion"]) == ["prompt.score"]
+
+
+@pytest.mark.parametrize("answer", [{"name": "Bo", "age": 7, "role": "x"}, [{"name": "Bo", "age": 7, "of": 1}]])
+def test_an_answer_that_is_json_is_learnt_whole_and_no_part_of_it_is_called_unread(answer):
+    for form, columns in (("alpaca", ("instruction", "output")), ("prompt_chosen_rejected", ("prompt", "chosen"))):
+        row = dict.fromkeys(columns, json.dumps(answer))
+        assert conversations_of(row, DATA)[0][-1]["content"] == row[columns[1]]
+        assert ignored_in(row, BY_NAME[form]) == []
 
 
 def test_who_speaks_is_counted_where_the_template_does_not_write_it():
@@ -207,7 +218,6 @@ def test_who_speaks_is_counted_where_the_template_does_not_write_it():
     [
         ({"messages": [*chat("a"), {"role": "assistant", "content": "b", "train": False}]}, "rejected"),
         ({"messages": [*chat("a"), {"role": "assistant", "content": "b", "weight": 0}]}, "rejected"),
-        ({"prompt": "a", "completion": "b", "label": 0}, "rejected"),
         ({"prompt": "a", "completion": "b", "label": "False"}, "rejected"),
         ({"prompt": "<image> what?", "response": "b", "image": "a.png"}, "media"),
         ({"messages": [*chat("a"), {"role": "assistant", "content": "b", "reasoning_details": [{}]}]}, "malformed"),
@@ -217,6 +227,49 @@ def test_a_row_that_means_something_else_without_what_is_not_read_is_refused(row
     with pytest.raises(Unusable) as caught:
         rows_of(row)
     assert caught.value.reason == reason
+
+
+@pytest.mark.parametrize(
+    ("label", "unread", "mapped"),
+    [(0, True, "rejected"), (1.0, True, []), ("0", True, "rejected"), (2, True, ["label"]), ("cat", True, ["label"]),
+     (True, False, []), (" TRUE ", False, [])],
+)  # fmt: skip
+def test_a_number_is_ktos_label_only_where_the_recipe_says_so(label, unread, mapped):
+    """In most data it names a class, one of which would be lost without a word."""
+    row, noted = {"prompt": "a", "completion": "b", "label": label}, []
+    for data in ({}, {"columns": {"label": "label"}}):
+        (found,) = prompt_rows.rows_of([SourceRow("f:1", row, b"")], task_of(**data), lambda *each: noted.append(each))
+        if isinstance(found, Unusable):
+            noted.append((None, None, found.reason))
+    assert [each[2] for each in noted] == [["label"] if unread else [], mapped]
+
+
+def answer(**keys):
+    return {"messages": [*chat("a"), {"role": "assistant", "content": "b"} | keys]}
+
+
+@pytest.mark.parametrize(
+    ("keys", "unread"),
+    [
+        ({"weight": 1}, []), ({"train": True}, []), ({"weight": 0.5}, ["weight"]), ({"loss": 0.0}, ["loss"]),
+        ({"trainable": 0}, ["trainable"]), ({"thinking": True}, ["thinking"]), ({"thought": False}, ["thought"]),
+        ({"reasoning_content": False}, ["reasoning_content"]),
+    ],
+)  # fmt: skip
+def test_a_key_of_a_message_is_read_or_counted_and_never_both(keys, unread):
+    """A loss is a number of an earlier training, a flag beside a thought says how it was made."""
+    row = answer(**keys)
+    assert rows_of(row)[0]["real_ids"] == rows_of(answer())[0]["real_ids"]
+    assert ignored_in(row, BY_NAME["messages"]) == [f"messages.{key}" for key in unread]
+
+
+def test_a_flag_beside_a_thought_does_not_differ_from_it():
+    (message,) = parse_messages(answer(thinking=False, reasoning="hm")["messages"][1:])
+    assert message == {"role": "assistant", "content": "b", "reasoning_content": "hm"}
+    for read in ({"weight": 0}, {"weight": 0.0}, {"loss": False}):
+        assert ignored_in(answer(**read), BY_NAME["messages"]) == []
+    with pytest.raises(Unusable, match="its thought must be text, found list"):
+        parse_messages(answer(thinking=["hm"])["messages"])
 
 
 def test_messages_that_are_not_to_be_learnt_are_no_responses():

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 
 from spin_ray.inputs import prompt_rows
 from spin_ray.inputs.conversations import Unusable
-from spin_ray.inputs.sources import read_slice, split
+from spin_ray.inputs.sources import Slice, read_slice, split
 from tests.unit.inputs.test_prompt_rows import chat, task_of, text_of
 
 Row = dict[str, Any]
@@ -124,3 +124,37 @@ def test_questions_need_a_prompt_only(tmp_path):
     ((reason, detail),) = found_in(path)
     assert reason == "malformed"
     assert detail.startswith("needs messages, or prompt and response")
+
+
+IMAGE = pa.struct([("bytes", pa.binary()), ("path", pa.string())])
+IMAGES = {
+    "images": (pa.list_(IMAGE), [{"bytes": b"\x89PNG" * 9000, "path": None}], []),
+    "image": (IMAGE, {"bytes": b"\x89PNG" * 9000, "path": "a.png"}, None),
+    "videos": (pa.list_(pa.string()), ["a.mp4"], []),
+    "audio": (pa.large_string(), "a.wav", ""),
+    "video": (pa.bool_(), True, False),
+}
+
+
+@pytest.mark.parametrize("name", IMAGES)
+def test_a_text_with_a_mark_is_refused_only_where_its_row_holds_what_stands_there(tmp_path, name):
+    """Mixed sets have rows of text alone, in which the columns of images are null or empty."""
+    kind, filled, empty = IMAGES[name]
+    asked = [f"How do I embed a clip with <video>? {number}" for number in range(3)]
+    table = pa.table(
+        {"prompt": asked, "response": ["a"] * 3, name: pa.array([filled, empty, None], kind)},
+    )
+    pq.write_table(table, tmp_path / "a.parquet")
+    with pa.ipc.new_stream(tmp_path / "a.arrow", table.schema) as stream:
+        stream.write_table(table)
+    rows = [json.loads(json.dumps(row, default=str)) for row in table.to_pylist()]
+    for path in (write_jsonl(tmp_path / "a.jsonl", rows), tmp_path / "a.parquet", tmp_path / "a.arrow"):
+        refused, *used = found_in(path)
+        assert refused == ("media", f"its text has <video>, and the model reads text alone (column {name})")
+        assert [len(each) for each in used] == [1, 1] and used[0][0]["real_ids"], path.suffix
+
+
+def test_a_column_of_large_images_is_not_read_and_counts_as_filled(tmp_path):
+    table = {"prompt": ["<image>?", "q"], "response": ["a", "b"], "image": [b"\x89PNG" * 9000, None]}
+    pq.write_table(pa.table(table), tmp_path / "a.parquet", use_dictionary=False, compression="none")
+    assert [row.unread for row in read_slice(Slice(str(tmp_path / "a.parquet"), 0, 1))] == [("image",)] * 2

@@ -1,14 +1,17 @@
 """What doctor finds in data and template, before anything runs."""
 
 import json
+from contextlib import nullcontext
 from types import SimpleNamespace
 
 import pytest
 from rich.console import Console
 
 from spin_ray.errors import DataError
+from spin_ray.inputs import survey
 from spin_ray.inputs.embedded import resolve
 from spin_ray.inputs.findings import Finding, template_facts
+from spin_ray.inputs.forms import form_of
 from spin_ray.inputs.rendering import ChatRenderer, load_tokenizer
 from spin_ray.inputs.survey import SAMPLE_ROWS
 from spin_ray.report import doctor
@@ -60,6 +63,13 @@ def test_columns_that_are_not_read_are_counted(tmp_path):
     assert "not read: weight (1 rows)" in printed(doctor.print_survey, found)
 
 
+def test_the_form_of_a_usable_row_is_looked_for_once(tmp_path, monkeypatch):
+    looked = []
+    monkeypatch.setattr(survey, "form_of", lambda content, data: looked.append(content) or form_of(content, data))
+    found, _ = look(tmp_path, [row(0), '{"text": "x"}', "{"])
+    assert found.forms == {"prompt_response": 1, "unknown": 2} and looked == [{"text": "x"}]
+
+
 def test_training_rows_that_are_held_out_are_counted_and_findings_shown(tmp_path):
     train, heldout = tmp_path / "train.jsonl", tmp_path / "heldout.jsonl"
     train.write_text("\n".join([row(0), row(1), row(2)]))
@@ -98,6 +108,16 @@ def test_doctor_refuses_what_a_run_would_refuse_after_reading_every_row(tmp_path
     surveys = doctor.look_at_data(config, inputs, every_row=False)
     with pytest.raises(DataError, match=r"rows\.jsonl: has 1 usable rows, data\.train asks for 2"):
         doctor.check_surveys(config, inputs, surveys)
+
+
+@pytest.mark.parametrize(("limit", "fits"), [(None, True), (19, True), (18, False)])
+def test_doctor_counts_bad_rows_beside_those_that_a_run_takes(tmp_path, limit, fits):
+    """One bad row of 41 is few, one of 19 is more than one in twenty."""
+    found, config = look(tmp_path, [*map(row, range(40)), "{"], max_rows=limit)
+    inputs = SimpleNamespace(train=found.source, heldout=None)
+    error = r"1 of 41 rows .* beside the 18 that a run takes \(max_rows\), more than .*fraction 0\.05; first: .*:41"
+    with nullcontext() if fits else pytest.raises(DataError, match=error):
+        doctor.check_surveys(config, inputs, [found])
 
 
 def test_a_sample_says_that_it_is_one_and_all_reads_every_row(tmp_path):
