@@ -10,7 +10,7 @@ from typing import Any, Protocol
 
 from spin_ray.config.sections import ModelConfig
 from spin_ray.errors import ConfigError, ModelError, RunDirError, first_line
-from spin_ray.inputs.weights import find_packed, tensor_shapes
+from spin_ray.learner.weights import find_packed, tensor_shapes
 from spin_ray.run_dir.artefact import Artefact, folder_entries
 from spin_ray.run_dir.names import iterate_name
 from spin_ray.run_dir.run_dir import RunDir

@@ -5,7 +5,7 @@ from typing import Literal
 
 from spin_ray.errors import ModelError, first_line
 from spin_ray.inputs.model_folder import read_config, refuse_untrainable
-from spin_ray.inputs.weights import tensor_shapes
+from spin_ray.learner.weights import tensor_shapes
 
 _OF_PAIRRM = ("source_prefix_id", "cand1_prefix_id", "cand2_prefix_id", "n_tasks")
 _HEAD_OF_PAIRRM = ("head_layer.1.weight", "head_layer.4.weight")
