@@ -253,8 +253,7 @@ def refuse_untrainable(folder: Path) -> None:
     if found is None and (folder / "hf_quant_config.json").is_file():  # NVIDIA's ModelOpt
         found = {"quant_method": "modelopt"}
     kind = found.get("quant_method", "kind unknown") if isinstance(found, dict) else found
-    names = list(tensor_shapes(folder))
-    packed = next((name for name in names if name.endswith(_QUANTISED)), None) or find_packed(folder)
+    packed = next((name for name in tensor_shapes(folder) if name.endswith(_QUANTISED)), None) or find_packed(folder)
     if kind is None and packed:
         kind = f"tensor {packed}"
     if kind is not None:
@@ -262,7 +261,12 @@ def refuse_untrainable(folder: Path) -> None:
             f"{folder}: its weights are quantised ({kind}) and cannot be trained; take the model that it was made "
             "from, or one saved after dequantising"
         )
-    if any(".lora_" in name for name in names):
+    refuse_adapter(folder)
+
+
+def refuse_adapter(folder: Path) -> None:
+    """Raises ModelError if the weights are those of an adapter."""
+    if any(".lora_" in name for name in tensor_shapes(folder)):
         raise ModelError(_ADAPTER.format(folder=folder, of=""))
 
 

@@ -37,9 +37,9 @@ def empty_model(source: Path) -> Any | None:
     return model.eval()
 
 
-def without_weights(config: Any, kind: Any = AutoModelForCausalLM) -> Any:
+def without_weights(config: Any, kind: Any = AutoModelForCausalLM, attention: str | None = None) -> Any:
     """Returns the model of the config with parameters on the meta device."""
-    attention = first_attention(config)
+    attention = attention or first_attention(config)
     with _parameters_on_meta():
         return kind.from_config(copy.deepcopy(config), dtype=torch.float32, attn_implementation=attention)
 
@@ -56,7 +56,7 @@ def missing_weights(source: Path, kind: Any = AutoModelForCausalLM) -> list[str]
         kind: the Auto class that loads the folder.
     """
     try:
-        model = without_weights(AutoConfig.from_pretrained(source), kind)
+        model = without_weights(AutoConfig.from_pretrained(source), kind, "eager")  # some classifiers have no other
     except Exception:  # whatever transformers says of such a folder, loading it says
         return []
     found = stored_targets(model, tensor_shapes(source))
