@@ -35,6 +35,7 @@ GAIN = 1.1
 """Times 1/√width, the standard deviation of weights: log-probabilities depend strongly on every token."""
 _EXPERTS = ("num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts")
 _EXPERTS_PER_TOKEN = ("num_experts_per_tok", "experts_per_token", "moe_topk", "moe_k", "top_k_experts")
+_STATES = {"mamba_d_state": 16, "state_size": 16, "mamba_chunk_size": 32, "chunk_size": 32}
 _INNER_WIDTHS = ("intermediate_size", "intermediate_size_mlp", "moe_intermediate_size", "ffn_hidden_size", "ffn_dim")
 
 
@@ -107,10 +108,12 @@ def _cuts(config: Any, max_length: int) -> Iterator[Any]:
 def _narrow(text: Any) -> None:
     """Cuts heads and widths; each head stays as wide."""
     _few_experts(text)
-    heads, width = text.num_attention_heads, text.hidden_size
+    width, heads = text.hidden_size, getattr(text, "num_attention_heads", None) or 1
     few = min(heads, HEADS)
-    text.num_attention_heads = few
     text.hidden_size = min(width, WIDTH) if text.to_dict().get("head_dim") else width // heads * few
+    if hasattr(text, "num_attention_heads"):
+        text.num_attention_heads = few
+    _few_states(text)
     for name in ("num_key_value_heads", "num_kv_heads"):
         if hasattr(text, name):
             setattr(text, name, max(1, few * (getattr(text, name) or heads) // heads))
@@ -119,6 +122,20 @@ def _narrow(text: Any) -> None:
     for name in _INNER_WIDTHS:
         if isinstance(there := getattr(text, name, None), int):
             setattr(text, name, max(16, there * text.hidden_size // width // 16 * 16))
+
+
+def _few_states(text: Any) -> None:
+    """Cuts state-space and linear-attention layers, which are slow without kernels; expansions stay as they are."""
+    for number, each, times in (("mamba_n_heads", "mamba_d_head", "mamba_expand"), ("num_heads", "head_dim", "expand")):
+        if hasattr(text, number) and hasattr(text, times):
+            setattr(text, number, getattr(text, times) * text.hidden_size // getattr(text, each))
+    if getattr(text, "mamba_d_ssm", None):
+        text.mamba_d_ssm = text.mamba_n_heads * text.mamba_d_head
+    if pairs := getattr(text, "linear_num_key_heads", None):
+        text.linear_num_key_heads, text.linear_num_value_heads = 1, text.linear_num_value_heads // pairs
+    for name, most in _STATES.items():
+        if isinstance(there := getattr(text, name, None), int):
+            setattr(text, name, min(there, most))
 
 
 def _few_experts(text: Any) -> None:

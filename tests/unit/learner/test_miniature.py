@@ -60,6 +60,8 @@ _LARGE = {
     "Gemma 3 1B, 4 heads": ("gemma3_text", {"hidden_size": 1152, "intermediate_size": 6912, "num_attention_heads": 4,
                                             "num_key_value_heads": 1}, 256),
     "Gemma 3 with images": ("gemma3", {}, 256),
+    "Mamba 2 2.7B": ("mamba2", {}, 64),
+    "Qwen3-Next 80B": ("qwen3_next", {}, 256),
 }  # fmt: skip
 
 
