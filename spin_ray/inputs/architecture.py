@@ -7,8 +7,8 @@ from typing import Any
 from spin_ray.errors import ConfigError, ModelError, first_line
 from spin_ray.inputs.model_folder import read_config
 from spin_ray.inputs.vocabulary import vocabulary_of
-from spin_ray.inputs.weights import tensor_shapes
 from spin_ray.learner.rope import rope_limit, switching
+from spin_ray.learner.weights import tensor_shapes
 
 _HEADS = {"lm_head", "embed_out", "output", "head"}
 _EMBEDDINGS = {"embed_tokens", "wte", "word_embeddings", "embed_in", "lm_head"}
@@ -67,7 +67,7 @@ def _name(config: dict[str, Any]) -> str:
     return str(named[0])
 
 
-def _of_weights(config: dict[str, Any], shapes: dict[str, list[int]]) -> Iterator[str]:
+def _of_weights(config: dict[str, Any], shapes: dict[str, tuple[int, ...]]) -> Iterator[str]:
     """Yields why the weights are not those of the config."""
     text = config.get("text_config") or config
     modules = {name: name.removesuffix(".weight").rpartition(".")[2] for name in shapes if name.endswith(".weight")}

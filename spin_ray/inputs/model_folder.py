@@ -10,7 +10,7 @@ from typing import Any, Protocol
 
 from spin_ray.config.sections import ModelConfig
 from spin_ray.errors import ConfigError, ModelError, RunDirError, first_line
-from spin_ray.inputs.weights import find_packed, tensor_shapes
+from spin_ray.learner.weights import find_packed, tensor_shapes
 from spin_ray.run_dir.artefact import Artefact, folder_entries
 from spin_ray.run_dir.names import iterate_name
 from spin_ray.run_dir.run_dir import RunDir
@@ -253,8 +253,7 @@ def refuse_untrainable(folder: Path) -> None:
     if found is None and (folder / "hf_quant_config.json").is_file():  # NVIDIA's ModelOpt
         found = {"quant_method": "modelopt"}
     kind = found.get("quant_method", "kind unknown") if isinstance(found, dict) else found
-    names = list(tensor_shapes(folder))
-    packed = next((name for name in names if name.endswith(_QUANTISED)), None) or find_packed(folder)
+    packed = next((name for name in tensor_shapes(folder) if name.endswith(_QUANTISED)), None) or find_packed(folder)
     if kind is None and packed:
         kind = f"tensor {packed}"
     if kind is not None:
@@ -262,7 +261,12 @@ def refuse_untrainable(folder: Path) -> None:
             f"{folder}: its weights are quantised ({kind}) and cannot be trained; take the model that it was made "
             "from, or one saved after dequantising"
         )
-    if any(".lora_" in name for name in names):
+    refuse_adapter(folder)
+
+
+def refuse_adapter(folder: Path) -> None:
+    """Raises ModelError if the weights are those of an adapter."""
+    if any(".lora_" in name for name in tensor_shapes(folder)):
         raise ModelError(_ADAPTER.format(folder=folder, of=""))
 
 

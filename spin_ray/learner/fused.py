@@ -18,6 +18,8 @@ from torch.distributed.tensor._utils import compute_local_shape_and_global_offse
 from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.core_model_loading import Concatenate, MergeModulelist, WeightConverter, rename_source_key
 
+from spin_ray.learner.weights import weight_files
+
 Parts = tuple[tuple[str, ...], ...]
 """Stored tensors of one parameter: for each part that is joined along the rows, one name an expert."""
 
@@ -89,7 +91,7 @@ def _shape(parts: Parts, stored: dict[str, tuple[int, ...]]) -> tuple[int, ...] 
 def read_parts(parameters: dict[str, Tensor], parts: dict[str, Parts], source: Path) -> None:
     """Fills this rank's share of each parameter; reads only the experts that are in it."""
     files = {}
-    for path in source.glob("*.safetensors"):
+    for path in weight_files(source):
         opened = safe_open(path, "pt")
         files |= dict.fromkeys(opened.keys(), opened)
     for name, parameter in parameters.items():

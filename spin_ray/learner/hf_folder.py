@@ -7,12 +7,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, AutoConfig, AutoModelForCausalLM, GenerationConfig
 
 from spin_ray.errors import ModelError
+from spin_ray.learner.weights import COPIED_SUFFIXES, tensor_shapes
 
 NOT_COPIED = {
     "config.json",
@@ -21,8 +21,6 @@ NOT_COPIED = {
     "pytorch_model.bin.index.json",
     "trainer_state.json",
 }
-COPIED_SUFFIXES = {".json", ".jinja", ".model", ".txt", ".tiktoken"}
-"""Suffixes of tokenizers, chat templates, generation config and licence."""
 FILE_BYTES = 2**30
 """Largest file of weights, unless one tensor is larger; the writer holds twice as much."""
 
@@ -66,14 +64,6 @@ def first_attention(config: Any) -> str:
     return "eager" if lacks or getattr(config, "alibi", False) else "sdpa"
 
 
-def stored_shapes(source: Path) -> dict[str, tuple[int, ...]]:
-    shapes: dict[str, tuple[int, ...]] = {}
-    for file in source.glob("*.safetensors"):
-        with safe_open(file, "pt") as stored:
-            shapes |= {name: tuple(stored.get_slice(name).get_shape()) for name in stored.keys()}  # noqa: SIM118
-    return shapes
-
-
 def write_model(
     target: Path,
     model: Any,
@@ -92,7 +82,7 @@ def write_model(
     """
     # transformers refuses to save many published generation configs; the original file is copied over this one below.
     model.generation_config = GenerationConfig.from_model_config(model.config)
-    if Path(source).is_dir() and names <= stored_shapes(Path(source)).keys():
+    if Path(source).is_dir() and names <= tensor_shapes(Path(source)).keys():
         model.config.architectures = [type(model).__name__]
         model.config.save_pretrained(target)
         model.generation_config.save_pretrained(target)

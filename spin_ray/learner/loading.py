@@ -1,6 +1,7 @@
 """Loading in shares: no rank holds the whole model in fp32 (280 GB for 70B parameters)."""
 
 import copy
+import os
 import re
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -12,11 +13,13 @@ import torch.distributed.checkpoint as dcp
 import transformers
 from torch import Tensor, nn
 from torch.distributed.checkpoint import HuggingFaceStorageReader
+from torch.distributed.checkpoint.filesystem import FileSystem
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from spin_ray.learner.decoder import layer_stack, layers_of_every_kind
 from spin_ray.learner.fused import read_parts, stored_parts, stored_targets
-from spin_ray.learner.hf_folder import first_attention, load_model, stored_shapes
+from spin_ray.learner.hf_folder import first_attention, load_model
+from spin_ray.learner.weights import tensor_shapes, weight_files
 
 
 def empty_model(source: Path) -> Any | None:
@@ -25,7 +28,7 @@ def empty_model(source: Path) -> Any | None:
     Returns None if the model must be loaded whole, as transformers computes weights from others.
     """
     model = without_weights(AutoConfig.from_pretrained(source))
-    stored = stored_shapes(source)
+    stored = tensor_shapes(source)
     shapes = {name: tuple(parameter.shape) for name, parameter in model.named_parameters()}
     shapes |= {name: tuple(buffer.shape) for name, buffer in _stored_buffers(model).items()}
     as_stored = {name for name, shape in shapes.items() if stored.get(name) == shape}
@@ -34,9 +37,9 @@ def empty_model(source: Path) -> Any | None:
     return model.eval()
 
 
-def without_weights(config: Any, kind: Any = AutoModelForCausalLM) -> Any:
+def without_weights(config: Any, kind: Any = AutoModelForCausalLM, attention: str | None = None) -> Any:
     """Returns the model of the config with parameters on the meta device."""
-    attention = first_attention(config)
+    attention = attention or first_attention(config)
     with _parameters_on_meta():
         return kind.from_config(copy.deepcopy(config), dtype=torch.float32, attn_implementation=attention)
 
@@ -53,10 +56,10 @@ def missing_weights(source: Path, kind: Any = AutoModelForCausalLM) -> list[str]
         kind: the Auto class that loads the folder.
     """
     try:
-        model = without_weights(AutoConfig.from_pretrained(source), kind)
+        model = without_weights(AutoConfig.from_pretrained(source), kind, "eager")  # some classifiers have no other
     except Exception:  # whatever transformers says of such a folder, loading it says
         return []
-    found = stored_targets(model, stored_shapes(source))
+    found = stored_targets(model, tensor_shapes(source))
     if found is None:
         return []
     names: dict[int, list[str]] = {}
@@ -71,10 +74,19 @@ def missing_weights(source: Path, kind: Any = AutoModelForCausalLM) -> list[str]
 
 def read_shares(parameters: dict[str, nn.Parameter], source: Path, model: Any) -> None:
     """Fills sharded parameters of ``model``, and its stored buffers, from ``source``; a collective."""
-    parts = stored_parts(model, stored_shapes(source))
+    parts = stored_parts(model, tensor_shapes(source))
     tensors = {name: parameter.detach() for name, parameter in parameters.items()} | _stored_buffers(model)
     read_parts({name: tensors.pop(name) for name in parts.keys() & tensors.keys()}, parts, source)
-    dcp.load(tensors, storage_reader=HuggingFaceStorageReader(str(source)))
+    reader = HuggingFaceStorageReader(str(source))
+    reader.fs = _WeightFiles()
+    dcp.load(tensors, storage_reader=reader)
+
+
+class _WeightFiles(FileSystem):
+    """A folder as transformers sees it: without weights of another layout (``consolidated.safetensors``)."""
+
+    def ls(self, path: str | os.PathLike[str]) -> list[str]:
+        return [str(file) for file in weight_files(Path(path))]
 
 
 def load_first_layers(source: Path) -> Any:

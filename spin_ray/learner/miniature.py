@@ -23,16 +23,20 @@ from spin_ray.learner.probe import Probe
 
 VOCABULARY = 64
 HEADS = 4
+WIDTH = 256
+"""Width of the model, where the width of its heads is a setting of its own."""
 REACH = 768
 """Longest sequence; BigBird's attention is sparse from 704 tokens on."""
-TAKEN = 32
+SPARSE_TOKENS = 32
 """Tokens that sparse attention takes, in place of any number below ``model.max_length``: so short sequences show it."""
-MOST_BYTES = 2**31
+MOST_BYTES = 2**28
 """Largest miniature. Where widths do not fit together when they are cut, a model keeps its own, and may be larger."""
 GAIN = 1.1
 """Times 1/√width, the standard deviation of weights: log-probabilities depend strongly on every token."""
 _EXPERTS = ("num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts")
-_TAKEN = ("num_experts_per_tok", "experts_per_token", "moe_topk", "moe_k", "top_k_experts")
+_EXPERTS_PER_TOKEN = ("num_experts_per_tok", "experts_per_token", "moe_topk", "moe_k", "top_k_experts")
+_STATES = {"mamba_d_state": 16, "state_size": 16, "mamba_chunk_size": 32, "chunk_size": 32}
+_INNER_WIDTHS = ("intermediate_size", "intermediate_size_mlp", "moe_intermediate_size", "ffn_hidden_size", "ffn_dim")
 
 
 def refuse_unscorable(folder: Path, wanted: Literal["auto", "packed", "padded"], max_length: int) -> None:
@@ -90,8 +94,11 @@ def _cuts(config: Any, max_length: int) -> Iterator[Any]:
             text = smaller.get_text_config()
             cut(text)
             _few_tokens(smaller, text)
+            for part in smaller.sub_configs:  # the tower of images
+                if part != "text_config" and hasattr(getattr(smaller, part), "num_hidden_layers"):
+                    getattr(smaller, part).num_hidden_layers = 1
             if (getattr(text, "index_topk", None) or max_length) < max_length:
-                text.index_topk = min(text.index_topk, TAKEN)
+                text.index_topk = min(text.index_topk, SPARSE_TOKENS)
             keep_layers(smaller, layers_of_every_kind(without_weights(smaller)))
         except Exception:
             continue
@@ -99,23 +106,40 @@ def _cuts(config: Any, max_length: int) -> Iterator[Any]:
 
 
 def _narrow(text: Any) -> None:
-    """Cuts heads, and the width with them, so that each head stays as wide."""
+    """Cuts heads and widths; each head stays as wide."""
     _few_experts(text)
-    heads, width = text.num_attention_heads, text.hidden_size
-    pairs = getattr(text, "num_key_value_heads", None) or heads
-    if heads <= HEADS or heads % HEADS or width % heads:
-        return
-    text.hidden_size, text.num_attention_heads = width // heads * HEADS, HEADS
-    if hasattr(text, "num_key_value_heads"):
-        text.num_key_value_heads = max(1, HEADS * pairs // heads)
+    width, heads = text.hidden_size, getattr(text, "num_attention_heads", None) or 1
+    few = min(heads, HEADS)
+    text.hidden_size = min(width, WIDTH) if text.to_dict().get("head_dim") else width // heads * few
+    if hasattr(text, "num_attention_heads"):
+        text.num_attention_heads = few
+    _few_states(text)
+    for name in ("num_key_value_heads", "num_kv_heads"):
+        if hasattr(text, name):
+            setattr(text, name, max(1, few * (getattr(text, name) or heads) // heads))
     if hasattr(text, "index_n_heads"):
         text.index_n_heads = min(text.index_n_heads, HEADS)
-    if isinstance(getattr(text, "intermediate_size", None), int):
-        text.intermediate_size = max(16, text.intermediate_size * HEADS // heads // 16 * 16)
+    for name in _INNER_WIDTHS:
+        if isinstance(there := getattr(text, name, None), int):
+            setattr(text, name, max(16, there * text.hidden_size // width // 16 * 16))
+
+
+def _few_states(text: Any) -> None:
+    """Cuts state-space and linear-attention layers, which are slow without kernels; expansions stay as they are."""
+    for number, each, times in (("mamba_n_heads", "mamba_d_head", "mamba_expand"), ("num_heads", "head_dim", "expand")):
+        if hasattr(text, number) and hasattr(text, times):
+            setattr(text, number, getattr(text, times) * text.hidden_size // getattr(text, each))
+    if getattr(text, "mamba_d_ssm", None):
+        text.mamba_d_ssm = text.mamba_n_heads * text.mamba_d_head
+    if pairs := getattr(text, "linear_num_key_heads", None):
+        text.linear_num_key_heads, text.linear_num_value_heads = 1, text.linear_num_value_heads // pairs
+    for name, most in _STATES.items():
+        if isinstance(there := getattr(text, name, None), int):
+            setattr(text, name, min(there, most))
 
 
 def _few_experts(text: Any) -> None:
-    taken = max((getattr(text, name, None) or 1 for name in _TAKEN), default=1)
+    taken = max((getattr(text, name, None) or 1 for name in _EXPERTS_PER_TOKEN), default=1)
     groups = getattr(text, "n_group", None) or 1
     within = getattr(text, "topk_group", None) or 1
     needed = groups * max(2, ceil(taken / within))

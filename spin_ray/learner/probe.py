@@ -200,8 +200,9 @@ def _affordable(config: Any, device: torch.device) -> int:
 
 
 def _first_layers_in(model: Any, device: torch.device, dtype: torch.dtype) -> Any:
-    """Returns them with parameters of another memory where device or precision differ; buffers keep their precision,
-    as under FSDP2.
+    """Copies the first layers to the device and precision.
+
+    Parameters share memory where neither differs. Buffers keep their precision, as under FSDP2.
     """
     copy = first_layers(model).to(device)
     for parameter in copy.parameters():

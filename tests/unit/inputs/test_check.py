@@ -8,6 +8,7 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+from safetensors.torch import load_file, save_file
 
 from spin_ray.config.recipe import SpinConfig
 from spin_ray.config.sections import DataConfig
@@ -254,6 +255,46 @@ def test_a_quantised_model_is_refused_before_anything_is_generated(tmp_path):
     config = json.loads((folder / "config.json").read_text()) | {"quantization_config": {"quant_method": "gptq"}}
     (folder / "config.json").write_text(json.dumps(config))
     with pytest.raises(ModelError, match=r"its weights are quantised \(gptq\)"):
+        check_recipe(config_for(model={"path": str(folder)}))
+
+
+def test_pointers_of_git_lfs_hurt_only_where_they_are_opened(tmp_path):
+    """`git lfs pull -I 'model*.safetensors,*.json'` leaves the others."""
+    folder = tmp_path / "model"
+    shutil.copytree(TINY, folder)
+    config, pointer = config_for(model={"path": str(folder)}), "version https://git-lfs.github.com/spec/v1\n"
+    for name in ("tf_model.h5", "flax_model.msgpack", "a.gguf", "consolidated.safetensors", "plot.png"):
+        (folder / name).write_text(pointer)
+    check_recipe(config)
+    for name in ("tokenizer.json", "model.safetensors"):
+        (folder / name).write_text(pointer)
+        with pytest.raises(ModelError, match=f"{name}: is a pointer of Git LFS and not the file"):
+            check_recipe(config)
+
+
+def test_a_folder_without_safetensors_is_told_the_cure(tmp_path):
+    folder = tmp_path / "model"
+    shutil.copytree(TINY, folder)
+    (folder / "model.safetensors").rename(folder / "pytorch_model.bin")
+    config = config_for(model={"path": str(folder)})
+    with pytest.raises(ModelError, match=r"pytorch_model\.bin: pickled weights"):
+        check_recipe(config)
+    (folder / "pytorch_model.bin").unlink()
+    with pytest.raises(ModelError, match=r"has no \.safetensors weights; convert them"):
+        check_recipe(config)
+
+
+def test_what_is_slow_to_check_comes_last(tmp_path):
+    folder = tmp_path / "model"
+    shutil.copytree(TINY, folder)
+    weights = load_file(folder / "model.safetensors")
+    del weights["model.norm.weight"]
+    save_file(weights, folder / "model.safetensors")
+    with pytest.raises(ConfigError, match=r"data\.columns\.prompt: none of the first rows has a column 'ask'"):
+        check_recipe(config_for(model={"path": str(folder)}, data={"columns": {"prompt": "ask"}}))
+    with pytest.raises(DataError, match="fewer than train"):
+        check_recipe(config_for(model={"path": str(folder)}, data={"max_rows": 1}, train={"global_batch_pairs": 2}))
+    with pytest.raises(ModelError, match=r"lacks 1 of the model's weights, first model\.norm\.weight"):
         check_recipe(config_for(model={"path": str(folder)}))
 
 

@@ -23,7 +23,7 @@ from spin_ray.inputs.model_folder import (
     unopened_files,
 )
 from spin_ray.inputs.rendering import load_tokenizer
-from spin_ray.inputs.weights import refuse_damaged
+from spin_ray.learner.weights import refuse_damaged
 from spin_ray.run_dir import artefact, storage
 from spin_ray.run_dir.storage import MANIFEST
 from tests.support.tiny_runs import add_iterate, make_run

@@ -6,7 +6,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from safetensors.torch import load_file, save_file
+from transformers import DebertaV2Config, DebertaV2ForSequenceClassification
 
 from spin_ray.errors import ModelError
 from spin_ray.inputs.check import check_recipe
@@ -52,6 +54,58 @@ def test_what_gives_no_reward_is_named(damage: Callable[[Path], Any], reason: st
     with pytest.raises(ModelError, match=f"scorer.path .*: is no reward model .*{reason}") as caught:
         refuse_no_scorer(tmp_path, "reward")
     assert "\n" not in str(caught.value)
+
+
+def test_a_quantised_classifier_may_judge(tmp_path: Path) -> None:
+    """It is not trained. Only config.json tells transformers of it."""
+    save_reward_model(tmp_path)
+    weights, name = load_file(tmp_path / "model.safetensors"), "model.layers.0.mlp.up_proj."
+    shape = weights.pop(f"{name}weight").shape
+    save_file(weights | {f"{name}qweight": torch.zeros(shape, dtype=torch.int32)}, tmp_path / "model.safetensors")
+    with pytest.raises(ModelError, match=r"it lacks 1 weights, first model\.layers\.0\.mlp\.up_proj\.weight"):
+        refuse_no_scorer(tmp_path, "reward")
+    changed(tmp_path, quantization_config={"quant_method": "gptq", "bits": 4})
+    refuse_no_scorer(tmp_path, "reward")
+    without(tmp_path, "score.weight")
+    with pytest.raises(ModelError, match=r"it lacks 1 weights, first score\.weight"):
+        refuse_no_scorer(tmp_path, "reward")
+
+
+@pytest.mark.parametrize(("save", "kind"), [(save_reward_model, "reward"), (save_pairrm, "pairrm")])
+def test_eight_bits_without_their_scale_are_named(save: Callable[[Path], Path], kind: Any, tmp_path: Path) -> None:
+    save(tmp_path)
+    weights = load_file(tmp_path / "model.safetensors")
+    name = next(name for name in weights if name.endswith("embeddings.weight") or "embed_tokens" in name)
+    weights[name] = weights[name].to(torch.float8_e4m3fn)
+    save_file(weights, tmp_path / "model.safetensors")
+    with pytest.raises(ModelError, match=f"is no {kind} model .*{name} is F8_E4M3, "):
+        refuse_no_scorer(tmp_path, kind)
+
+
+def test_a_classifier_saved_from_within_fsdp_passes(tmp_path: Path) -> None:
+    """transformers writes the name of the wrapped class."""
+    changed(save_reward_model(tmp_path), architectures=["FSDPLlamaForSequenceClassification"])
+    refuse_no_scorer(tmp_path, "reward")
+
+
+def test_a_deberta_without_its_head_is_named(tmp_path: Path) -> None:
+    """DeBERTa, of which OpenAssistant's reward models are, has eager attention alone."""
+    save_reward_model(tmp_path)
+    DebertaV2ForSequenceClassification(
+        DebertaV2Config(vocab_size=64, hidden_size=16, intermediate_size=16, num_hidden_layers=1,
+                        num_attention_heads=2, num_labels=1)
+    ).save_pretrained(tmp_path)  # fmt: skip
+    refuse_no_scorer(tmp_path, "reward")
+    without(tmp_path, "classifier.weight")
+    with pytest.raises(ModelError, match=r"it lacks 1 weights, first classifier\.weight"):
+        refuse_no_scorer(tmp_path, "reward")
+
+
+def test_a_scorer_cut_off_is_named(tmp_path: Path) -> None:
+    weights = save_reward_model(tmp_path) / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:-1])
+    with pytest.raises(ModelError, match=r"model\.safetensors: is damaged or cut off"):
+        refuse_no_scorer(tmp_path, "reward")
 
 
 def test_what_compares_no_pairs_is_named(tmp_path: Path) -> None:

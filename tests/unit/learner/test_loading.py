@@ -7,7 +7,7 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, Qwen2Config
 
 from spin_ray.learner.layout import Choice, choose_layout
-from spin_ray.learner.loading import empty_model, load_first_layers
+from spin_ray.learner.loading import empty_model, load_first_layers, materialise, read_shares
 from tests.support.learner_cases import VOCAB, save_model, tiny_llama
 
 
@@ -30,6 +30,20 @@ def test_files_with_other_names_are_loaded_whole(tmp_path: Path) -> None:
     weights["model.old_norm.weight"] = weights.pop("model.norm.weight")
     save_file(weights, file, metadata={"format": "pt"})
     assert empty_model(tmp_path) is None
+
+
+def test_weights_of_another_layout_beside_the_models_own_are_not_opened(tmp_path: Path) -> None:
+    """Mistral's folders have ``consolidated.safetensors``, which may be a pointer of Git LFS."""
+    save_model(tmp_path, tiny_llama())
+    (tmp_path / "consolidated.safetensors").write_text("version https://git-lfs.github.com/spec/v1\n")
+    model = empty_model(tmp_path)
+    assert model is not None
+    materialise(model, torch.device("cpu"), torch.device("cpu"))
+    model.tie_weights()
+    shares = dict(model.named_parameters())
+    read_shares(shares, tmp_path, model)
+    stored = load_file(tmp_path / "model.safetensors")
+    assert all(torch.equal(shares[name], weight) for name, weight in stored.items())
 
 
 def test_the_first_layers_have_every_kind_and_the_true_weights(tmp_path: Path) -> None:

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from spin_ray.config.sections import ScorerConfig
 from spin_ray.errors import ModelError, first_line
 from spin_ray.inputs.conversations import Conversation
+from spin_ray.learner.weights import weight_files
 
 Row = TypeVar("Row")
 ROWS_AT_A_TIME = 8
@@ -120,7 +121,7 @@ class PairRmScorer:
         head = {"1": nn.Linear(2 * hidden, hidden), "2": nn.Tanh(), "4": nn.Linear(hidden, raw["n_tasks"])}
         self._model = nn.ModuleDict({"pretrained_model": DebertaV2Model(config), "head_layer": nn.ModuleDict(head)})
         weights = {}
-        for file in sorted(folder.glob("*.safetensors")):
+        for file in weight_files(folder):
             weights |= load_file(file)
         self._model.load_state_dict({name: weight.float() for name, weight in weights.items()})
         self._model.eval()

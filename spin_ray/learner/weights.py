@@ -7,6 +7,8 @@ from typing import Any
 
 from spin_ray.errors import ModelError
 
+COPIED_SUFFIXES = {".json", ".jinja", ".model", ".txt", ".tiktoken"}
+"""Suffixes of tokenizers, chat templates, generation config and licence."""
 _LONGEST_HEADER = 100_000_000
 """The format's own limit, in bytes."""
 _PACKED = {"I8", "U8", "I4", "U4", "F4", "F8_E4M3", "F8_E5M2", "F8_E8M0", "F8_E4M3FNUZ", "F8_E5M2FNUZ"}
@@ -14,9 +16,20 @@ _PACKED = {"I8", "U8", "I4", "U4", "F4", "F8_E4M3", "F8_E5M2", "F8_E8M0", "F8_E4
 _LFS = b"version https://git-lfs"
 
 
-def tensor_shapes(folder: Path) -> dict[str, list[int]]:
+def weight_files(folder: Path) -> list[Path]:
+    """Returns the files that transformers loads; all safetensors of a folder without ``model.safetensors`` or index."""
+    if (whole := folder / "model.safetensors").is_file():
+        return [whole]
+    try:
+        places = json.loads((folder / "model.safetensors.index.json").read_text(encoding="utf-8"))["weight_map"]
+        return [folder / name for name in sorted({*places.values()}) if (folder / name).is_file()]
+    except (OSError, ValueError, TypeError, KeyError, AttributeError):
+        return sorted(folder.glob("*.safetensors"))
+
+
+def tensor_shapes(folder: Path) -> dict[str, tuple[int, ...]]:
     """Returns the shapes of all tensors; none of a damaged file (``refuse_damaged``)."""
-    return {name: entry.get("shape", []) for name, entry in _tensors(folder)}
+    return {name: tuple(entry.get("shape", ())) for name, entry in _tensors(folder)}
 
 
 def find_packed(folder: Path) -> str | None:
@@ -28,11 +41,12 @@ def find_packed(folder: Path) -> str | None:
 
 
 def refuse_damaged(folder: Path) -> None:
-    """Raises ModelError if a file of the folder is cut off, a pointer of Git LFS, or a shard without an index."""
-    for path in sorted(folder.glob("*")):
-        if path.is_file() and path.stat().st_size < 1024 and path.read_bytes().startswith(_LFS):
+    """Raises ModelError if a file that is loaded is cut off, a pointer of Git LFS, or a shard without an index."""
+    beside = [path for path in sorted(folder.glob("*")) if path.suffix in COPIED_SUFFIXES and path.is_file()]
+    for path in weight_files(folder) + beside:
+        if path.stat().st_size < 1024 and path.read_bytes().startswith(_LFS):
             raise ModelError(f"{path}: is a pointer of Git LFS and not the file; fetch it by git lfs pull")
-    for path in sorted(folder.glob("*.safetensors")):
+    for path in weight_files(folder):
         size, header = path.stat().st_size, _header(path)
         ends = [entry["data_offsets"][1] for entry in (header or {}).values() if "data_offsets" in entry]
         if header is None or size < _start(path) + max(ends, default=0):
@@ -45,7 +59,7 @@ def refuse_damaged(folder: Path) -> None:
 
 
 def _tensors(folder: Path) -> Iterator[tuple[str, dict[str, Any]]]:
-    for path in sorted(folder.glob("*.safetensors")):
+    for path in weight_files(folder):
         yield from ((name, entry) for name, entry in (_header(path) or {}).items() if name != "__metadata__")
 
 
