@@ -138,7 +138,7 @@ def _parquet(uri: str) -> pq.ParquetFile:
     store, path = filesystem(uri)
     try:
         return pq.ParquetFile(store.open_input_file(path))
-    except (pa.ArrowException, OSError) as error:
+    except _DAMAGED as error:
         raise DataError(f"{uri}: is not a Parquet file ({_other_kind(uri) or first_line(error)})") from error
 
 
