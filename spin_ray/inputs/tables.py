@@ -14,8 +14,8 @@ from spin_ray.inputs.files import Slice, SourceRow, filesystem, kind_of, other_k
 from spin_ray.inputs.forms import COLUMNS, MEDIA, OTHER_NAMES
 
 _ALL = 2**31
-_SMALL = 4096
-"""Most bytes a row of a column of ``MEDIA`` that is read to know which rows hold something."""
+_ROWS, _ROWS_OF_MEDIA = 2**16, 128
+"""Rows of Parquet that are read at a time; fewer where a text may hold an image."""
 _DAMAGED = (pa.ArrowException, OSError, UnicodeDecodeError)
 
 
@@ -50,8 +50,8 @@ def read_table(piece: Slice, columns: Iterable[str] = ()) -> Iterator[SourceRow]
         wanted = _wanted(names, columns, piece.uri)
         first = sum(file.metadata.row_group(group).num_rows for group in range(piece.start))
         groups = list(range(piece.start, piece.stop))
-        leaves = _media_leaves(file.metadata, groups, {*names} - {*wanted})
-        batches = file.iter_batches(row_groups=groups, columns=[*wanted, *leaves])
+        leaves = _media_leaves(file.schema, {*names} - {*wanted})
+        batches = file.iter_batches(_ROWS_OF_MEDIA if leaves else _ROWS, groups, [*wanted, *leaves])
         yield from _rows(piece.uri, batches, names, wanted, first)
         return
     first = 0
@@ -74,18 +74,18 @@ def _wanted(names: list[str], columns: Iterable[str], uri: str) -> list[str]:
     return [name for name in names if name in known] or names
 
 
-def _media_leaves(metadata: pq.FileMetaData, groups: list[int], unread: set[str]) -> list[str]:
-    """Returns the smallest part of each unread column of ``MEDIA``, e.g. the paths of images, unless it is large."""
-    sizes: dict[str, dict[str, int]] = {}
-    for group in map(metadata.row_group, groups):
-        for leaf in map(group.column, range(group.num_columns)):
-            name = leaf.path_in_schema.partition(".")[0]
-            if name in MEDIA and name in unread:
-                of = sizes.setdefault(name, {})
-                of[leaf.path_in_schema] = of.get(leaf.path_in_schema, 0) + leaf.total_uncompressed_size
-    most = _SMALL * sum(metadata.row_group(group).num_rows for group in groups)
-    smallest = [min(of.items(), key=lambda leaf: leaf[1]) for of in sizes.values()]
-    return [path for path, size in smallest if size <= most]
+def _media_leaves(schema: pq.ParquetSchema, unread: set[str]) -> list[str]:
+    """Returns a part of each unread column of ``MEDIA`` that tells which rows hold something, e.g. the paths of images.
+
+    Bytes are not read, and sizes not asked for: pyarrow aborts the process where damaged metadata should tell them.
+    """
+    found: dict[str, str] = {}
+    leaves = [schema.column(number) for number in range(len(schema))]
+    for leaf in sorted(leaves, key=lambda leaf: leaf.physical_type == "BYTE_ARRAY"):  # texts last
+        name, is_bytes = leaf.path.partition(".")[0], leaf.physical_type.endswith("BYTE_ARRAY")
+        if name in MEDIA and name in unread and not (is_bytes and leaf.logical_type.type == "NONE"):
+            found.setdefault(name, leaf.path)
+    return list(found.values())
 
 
 def _filled(column: pa.Array) -> list[bool]:
@@ -138,7 +138,7 @@ def _parquet(uri: str) -> pq.ParquetFile:
     store, path = filesystem(uri)
     try:
         return pq.ParquetFile(store.open_input_file(path))
-    except (pa.ArrowException, OSError) as error:
+    except _DAMAGED as error:
         raise DataError(f"{uri}: is not a Parquet file ({_other_kind(uri) or first_line(error)})") from error
 
 

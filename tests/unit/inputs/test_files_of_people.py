@@ -116,6 +116,13 @@ def test_columns_of_parquet_are_read_or_refused_by_name(tmp_path, name):
     assert read(tmp_path / "a.parquet") == expected
 
 
+def test_a_parquet_file_with_a_damaged_name_of_a_column_is_refused(tmp_path):
+    pq.write_table(pa.table({"prompt": ["q"], "response": ["a"]}), tmp_path / "a.parquet", store_schema=False)
+    (tmp_path / "a.parquet").write_bytes((tmp_path / "a.parquet").read_bytes().replace(b"response", b"respons\xa1"))
+    with pytest.raises(UserError, match=r"is not a Parquet file \('utf-8' codec"):
+        read(tmp_path / "a.parquet")
+
+
 def test_a_parquet_file_with_a_column_twice_is_refused(tmp_path):
     texts = [pa.array(["x"])] * 3
     pq.write_table(pa.Table.from_arrays(texts, ["prompt", "prompt", "response"]), tmp_path / "a.parquet")

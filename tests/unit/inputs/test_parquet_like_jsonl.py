@@ -154,7 +154,7 @@ def test_a_text_with_a_mark_is_refused_only_where_its_row_holds_what_stands_ther
         assert [len(each) for each in used] == [1, 1] and used[0][0]["real_ids"], path.suffix
 
 
-def test_a_column_of_large_images_is_not_read_and_counts_as_filled(tmp_path):
-    table = {"prompt": ["<image>?", "q"], "response": ["a", "b"], "image": [b"\x89PNG" * 9000, None]}
-    pq.write_table(pa.table(table), tmp_path / "a.parquet", use_dictionary=False, compression="none")
+def test_a_column_of_bytes_is_not_read_and_counts_as_filled(tmp_path):
+    table = {"prompt": ["<image>?", "q"], "response": ["a", "b"], "image": [b"\x89PNG", None]}
+    pq.write_table(pa.table(table), tmp_path / "a.parquet")
     assert [row.unread for row in read_slice(Slice(str(tmp_path / "a.parquet"), 0, 1))] == [("image",)] * 2
