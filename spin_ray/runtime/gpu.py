@@ -1,4 +1,4 @@
-"""What a stage on a GPU needs: a build of torch and vLLM for it, its environment, a card that is able to."""
+"""Requirements of a stage on a GPU: builds of torch and vLLM for it, its environment, a card that is able to."""
 
 import os
 from importlib.metadata import PackageNotFoundError, version
