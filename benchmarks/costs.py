@@ -227,7 +227,7 @@ def cpu_seconds(run: psutil.Popen) -> dict[str, float]:
         with suppress(psutil.Error):
             for process in [run, *run.children(recursive=True)]:
                 with suppress(psutil.Error):
-                    title = " ".join(process.cmdline()).partition("ray::")[2].partition(".")[0]
+                    title = " ".join(process.cmdline()).partition("ray::")[2].partition(".")[0].strip()
                     key, spent = (process.pid, process.create_time()), sum(process.cpu_times()[:2])
                     first = last.get(key, ("", 0.0))[0]  # later titles are those of what an actor calls
                     last[key] = first or title.replace("IDLE", ""), spent

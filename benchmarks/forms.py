@@ -57,7 +57,7 @@ def main() -> None:
         root = Path(folder)
         if not options.tasks_only:
             connect(config)
-            prepare(config, write_rows(root / "warm.jsonl", "messages", 1000), root / "warm")
+            prepare(config, write_rows(root / "warm.jsonl", "messages", options.rows), root / "warm")
         for form in options.forms.split(","):
             line: dict[str, float | str] = {"form": form}
             if not options.tasks_only:
