@@ -5,7 +5,7 @@ from math import sqrt
 
 import pytest
 
-from benchmarks.simulation import Fleet, Generation, Rules, Training, simulate
+from benchmarks.fleet import Fleet, Generation, Rules, Training, simulate
 from spin_ray.planning.learner_cost import WORKERS_START_S
 
 RULES = Rules(
