@@ -177,7 +177,7 @@ def _impossible(config: SpinConfig) -> Iterator[str]:
 
 _OWN_ENGINE_ARGUMENTS = {
     "model", "tokenizer", "dtype", "seed", "max_model_len", "generation_config", "skip_tokenizer_init",
-    "trust_remote_code", "load_format", "enable_prefix_caching",
+    "trust_remote_code", "load_format", "config_format", "enable_prefix_caching",
 }  # fmt: skip
 """Arguments of vLLM on which exactness or trust depends."""
 

@@ -10,7 +10,7 @@ from typing import Any, Protocol
 
 from spin_ray.config.sections import ModelConfig
 from spin_ray.errors import ConfigError, ModelError, RunDirError, first_line
-from spin_ray.learner.weights import find_packed, tensor_shapes
+from spin_ray.learner.weights import find_packed, tensor_shapes, weight_files
 from spin_ray.run_dir.artefact import Artefact, folder_entries
 from spin_ray.run_dir.names import iterate_name
 from spin_ray.run_dir.run_dir import RunDir
@@ -189,13 +189,15 @@ def positions_of(config: dict[str, Any]) -> int | None:
 
 
 def unopened_files(folder: Path) -> list[Path]:
-    """Returns what trainers leave beside a model and nothing opens: optimizer state, arguments, checkpoints."""
+    """Returns what nothing opens: what trainers leave beside a model, and weights in its makers' own layout."""
     return [path for path in sorted(folder.rglob("*")) if path.is_file() and _is_unopened(path.relative_to(folder))]
 
 
 def _is_unopened(path: Path) -> bool:
     return bool(
-        _OF_A_TRAINER.fullmatch(path.name) or any(_FOLDER_OF_A_TRAINER.fullmatch(part) for part in path.parts[:-1])
+        _OF_A_TRAINER.fullmatch(path.name)
+        or any(_FOLDER_OF_A_TRAINER.fullmatch(part) for part in path.parts[:-1])
+        or (path.parts[0] == _METAS_LAYOUT and path.suffix in _CODE_OR_PICKLE)
     )
 
 
@@ -203,6 +205,7 @@ _OF_A_TRAINER = re.compile(
     r"(training_args|optimizer\w*|scheduler|scaler|rng_state\w*|random_states_\d+|trainer_state|"
     r"pytorch_model_fsdp\w*)\.(bin|pt|pth|pkl|json)|zero_to_fp32\.py"
 )
+_METAS_LAYOUT = "original"
 _FOLDER_OF_A_TRAINER = re.compile(r"(checkpoint-|global_step)\d+|pytorch_model_fsdp_\d+|optimizer_\d+|runs")
 
 
@@ -277,13 +280,16 @@ _QUANTISED = (".qweight", ".weight_packed", ".weight_scale", ".weight_scale_inv"
 
 
 def _check_weights(folder: Path) -> None:
-    if not list(folder.glob("*.safetensors")):
-        raise ModelError(f"{folder}: has no .safetensors weights; convert them (save_pretrained writes safetensors)")
     index = folder / "model.safetensors.index.json"
     places = _read_json(index).get("weight_map") if index.is_file() else None
     missing = [name for name in sorted(set((places or {}).values())) if not (folder / name).is_file()]
     if missing and not (folder / "model.safetensors").is_file():
         raise ModelError(f"{folder}: lacks {missing[0]}, which {index.name} names; copy all shards")
+    if not weight_files(folder):
+        own = " but those of Mistral's own layout" if list(folder.glob("consolidated*.safetensors")) else ""
+        raise ModelError(
+            f"{folder}: has no .safetensors weights{own}; convert them (save_pretrained writes safetensors)"
+        )
 
 
 def read_config(folder: Path) -> dict[str, Any]:
@@ -324,6 +330,10 @@ def _has_key(tree: Any, key: str) -> bool:
     return isinstance(tree, list) and any(_has_key(value, key) for value in tree)
 
 
+_NOT_FETCHED = ["consolidated*", f"{_METAS_LAYOUT}/*"]
+"""The weights once more, in their makers' own layout."""
+
+
 def _download(name: str, setting: str) -> Path:
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError, OfflineModeIsEnabled
@@ -331,7 +341,11 @@ def _download(name: str, setting: str) -> Path:
     owner_and_name, _, revision = name.partition("@")
     wanted = ["*.safetensors", "*.json", "*.jinja", "tokenizer.model", "*.txt"]
     try:
-        return Path(snapshot_download(owner_and_name, revision=revision or None, allow_patterns=wanted))
+        return Path(
+            snapshot_download(
+                owner_and_name, revision=revision or None, allow_patterns=wanted, ignore_patterns=_NOT_FETCHED
+            )
+        )
     except (HfHubHTTPError, LocalEntryNotFoundError, OfflineModeIsEnabled, OSError, ValueError) as error:
         raise ModelError(
             f"{setting} {name}: no such folder, and the hub did not give it ({first_line(error)})"

@@ -240,20 +240,28 @@ def open_renderer(folder: str, model: ModelConfig, date: datetime | None = None)
     return ChatRenderer(tokenizer, model.chat_template_kwargs, date)
 
 
-_TOKENIZERS = ("tokenizer.json", "*.model", "vocab.*", "*.tiktoken", "tokenization_*.py", "tekken.json")
+_TOKENIZERS = ("tokenizer.json", "*.model", "vocab.*", "*.tiktoken", "tokenization_*.py")
 """Files of which a tokenizer has one."""
+_OF_HUGGING_FACE = ("tokenizer.json", "tokenizer.model")
+_TEKKEN_ALONE = (
+    "{folder}: has a tokenizer in Mistral's own format alone (tekken.json); convert it once: python -c \"from "
+    "transformers.integrations.mistral import convert_tekken_tokenizer as convert; "
+    "convert('{folder}/tekken.json').save_pretrained('{folder}')\""
+)
 
 
 def load_tokenizer(path: str, chat_template: str | None = None, trust_remote_code: bool = False) -> Any:
     """Loads the model's tokenizer; ``chat_template`` is a file.
 
     Raises:
-        ModelError: tokenizer or file cannot be read.
+        ModelError: tokenizer or file cannot be read, or the tokenizer is in Mistral's own format alone.
     """
     from transformers import AutoTokenizer
 
+    if (Path(path) / "tekken.json").is_file() and not any((Path(path) / name).is_file() for name in _OF_HUGGING_FACE):
+        raise ModelError(_TEKKEN_ALONE.format(folder=path))
     try:
-        tokenizer: Any = AutoTokenizer.from_pretrained(path, trust_remote_code=trust_remote_code)
+        tokenizer: Any = AutoTokenizer.from_pretrained(path, trust_remote_code=trust_remote_code, mistral_format=False)
     except Exception as error:  # the tokenizers library raises no narrower type
         folder = Path(path)
         if folder.is_dir() and not any(any(folder.glob(name)) for name in _TOKENIZERS):

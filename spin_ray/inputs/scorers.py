@@ -62,7 +62,7 @@ def _why_no_tokenizer(folder: Path) -> str | None:
     from transformers import AutoTokenizer  # slow
 
     try:
-        AutoTokenizer.from_pretrained(folder)
+        AutoTokenizer.from_pretrained(folder, mistral_format=False)
     except Exception as error:
         return f"its tokenizer does not load: {first_line(error)}"
     return None

@@ -12,7 +12,7 @@ from torch import Tensor
 from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, AutoConfig, AutoModelForCausalLM, GenerationConfig
 
 from spin_ray.errors import ModelError
-from spin_ray.learner.weights import COPIED_SUFFIXES, tensor_shapes
+from spin_ray.learner.weights import COPIED_SUFFIXES, OTHER_LAYOUT, tensor_shapes
 
 NOT_COPIED = {
     "config.json",
@@ -134,6 +134,6 @@ def _write_files(target: Path, weights: Iterable[tuple[str, Tensor]]) -> None:
 
 
 def _belongs(file: Path, with_code: bool) -> bool:
-    if file.name.startswith(("_", ".")) or file.name in NOT_COPIED:
+    if file.name.startswith(("_", ".")) or file.name in NOT_COPIED or OTHER_LAYOUT.fullmatch(file.name):
         return False
     return file.suffix in COPIED_SUFFIXES or (with_code and file.suffix == ".py") or file.stem in ("LICENSE", "NOTICE")

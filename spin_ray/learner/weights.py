@@ -1,6 +1,7 @@
 """Headers of a model folder's safetensors: names, shapes and formats of the weights; damaged files are refused."""
 
 import json
+import re
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -9,6 +10,8 @@ from spin_ray.errors import ModelError
 
 COPIED_SUFFIXES = {".json", ".jinja", ".model", ".txt", ".tiktoken"}
 """Suffixes of tokenizers, chat templates, generation config and licence."""
+OTHER_LAYOUT = re.compile(r"consolidated.*|params\.json|tekken\.json|tokenizer\.model\.v\d.*")
+"""Files of Mistral's own layout, which stand beside those of Hugging Face and repeat them."""
 _LONGEST_HEADER = 100_000_000
 """The format's own limit, in bytes."""
 _PACKED = {"I8", "U8", "I4", "U4", "F4", "F8_E4M3", "F8_E5M2", "F8_E8M0", "F8_E4M3FNUZ", "F8_E5M2FNUZ"}
@@ -24,7 +27,7 @@ def weight_files(folder: Path) -> list[Path]:
         places = json.loads((folder / "model.safetensors.index.json").read_text(encoding="utf-8"))["weight_map"]
         return [folder / name for name in sorted({*places.values()}) if (folder / name).is_file()]
     except (OSError, ValueError, TypeError, KeyError, AttributeError):
-        return sorted(folder.glob("*.safetensors"))
+        return sorted(path for path in folder.glob("*.safetensors") if not OTHER_LAYOUT.fullmatch(path.name))
 
 
 def tensor_shapes(folder: Path) -> dict[str, tuple[int, ...]]:

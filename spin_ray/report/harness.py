@@ -150,7 +150,7 @@ def _model(request: Request) -> tuple[str, dict[str, Any]]:
     return "vllm", common | length | {
         "tensor_parallel_size": engine.tensor_parallel_size, "max_num_seqs": engine.max_num_seqs,
         "gpu_memory_utilization": engine.gpu_memory_utilization, "enforce_eager": engine.enforce_eager,
-        "generation_config": "vllm", "load_format": "safetensors", **engine.extra,
+        "generation_config": "vllm", "load_format": "safetensors", "config_format": "hf", **engine.extra,
     }  # fmt: skip
 
 

@@ -85,6 +85,7 @@ class VllmEngine:
             "enable_prefix_caching": not current_platform.is_cpu(),
             "skip_tokenizer_init": True,
             "load_format": "safetensors",
+            "config_format": "hf",
             "seed": 0,
             **(lora_arguments(spec.adapter_rank) if spec.adapter_rank else {}),
             **_executor(spec.config),

@@ -251,6 +251,7 @@ def build_engine(iterate: Iterate, config: SpinConfig, run_folder: str = "") -> 
             "trust_remote_code": config.model.trust_remote_code,
             "generation_config": "vllm",  # not the model folder's sampling
             "load_format": "safetensors",
+            "config_format": "hf",
             "enable_log_requests": False,
             **({} if serving.resources.gpus else _on_cpu(config.model.max_length)),
             **_for_adapters(config),

@@ -36,7 +36,7 @@ def load_scorer(
     from transformers import AutoTokenizer
 
     try:
-        tokenizer = AutoTokenizer.from_pretrained(folder)
+        tokenizer = AutoTokenizer.from_pretrained(folder, mistral_format=False)
         scorer = (
             RewardScorer(folder, tokenizer, config.max_length, variables or {})
             if config.kind == "reward"
