@@ -17,7 +17,7 @@ from rich.table import Table
 from spin_ray.config.recipe import SpinConfig
 from spin_ray.config.sections import ResourcesConfig
 from spin_ray.errors import ConfigError, StageError, UserError, first_line, last_line
-from spin_ray.report.endpoint import unreachable
+from spin_ray.report.endpoint import Unanswered, unreachable
 from spin_ray.report.harness import Backend, Benchmark, Request, measure
 from spin_ray.report.model_card import write_card
 from spin_ray.report.redaction import hide_in_text
@@ -130,8 +130,8 @@ def _measure_at_endpoint(request: Request) -> dict[str, Any]:
     except UserError:
         raise
     except Exception as error:  # errors of lm-eval, of its HTTP clients, and from unexpected answers
-        said = hide_in_text(f"{type(error).__name__}: {first_line(error)}")
-        raise StageError(f"{hide_in_text(endpoint)}: lm-eval failed on {request.name}: {said}") from error
+        said = str(error) if isinstance(error, Unanswered) else f"{type(error).__name__}: {first_line(error)}"
+        raise StageError(f"{hide_in_text(endpoint)}: lm-eval failed on {request.name}: {hide_in_text(said)}") from error
 
 
 def _measure_on_ray(run_dir: RunDir, iterate: int, request: Request, config: SpinConfig) -> dict[str, Any]:
