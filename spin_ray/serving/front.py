@@ -19,6 +19,7 @@ from spin_ray.config.recipe import SpinConfig
 from spin_ray.config.sections import ServingConfig
 from spin_ray.errors import ConfigError, StageError
 from spin_ray.serving.app import STOP_MARGIN_S, endpoint
+from spin_ray.serving.heads import LimitedHeads
 from spin_ray.serving.limits import access_log
 
 LOG = "ingress_front.log"
@@ -54,6 +55,8 @@ class Front:
             uvicorn.Config(
                 lambda: _app(run_folder, config, keeper),  # called in the server's event loop
                 factory=True,
+                http=LimitedHeads,
+                ws="none",
                 lifespan="off",
                 log_config=None,
                 log_level=logging.WARNING,

@@ -18,7 +18,7 @@ class LimitedHeads(HttpToolsProtocol):
 
     def __init__(self, *arguments: Any, **options: Any) -> None:
         super().__init__(*arguments, **options)
-        self._is_in_head, self._received = True, 0
+        self._is_in_head, self._length, self._piece = False, 0, 0
         self._timer: asyncio.TimerHandle | None = None
 
     def connection_made(self, transport: Any) -> None:
@@ -30,14 +30,16 @@ class LimitedHeads(HttpToolsProtocol):
         super().connection_lost(exc)
 
     def data_received(self, data: bytes) -> None:
-        self._received += len(data)
+        self._piece = len(data)
         super().data_received(data)
-        if not self._is_in_head or self.transport.is_closing():
-            return
-        if self._received > LONGEST_HEAD:
+        self._length += len(data)
+        if self._is_in_head and self._length > LONGEST_HEAD:
             self._give_up(431)
-        elif self._received and self._timer is None:
-            self._timer = self.loop.call_later(HEAD_S, self._give_up, 408)
+
+    def on_message_begin(self) -> None:
+        super().on_message_begin()
+        self._is_in_head = True
+        self._timer = self._timer or self.loop.call_later(HEAD_S, self._give_up, 408)
 
     def on_headers_complete(self) -> None:
         self._is_in_head = False
@@ -45,7 +47,7 @@ class LimitedHeads(HttpToolsProtocol):
         super().on_headers_complete()
 
     def on_message_complete(self) -> None:
-        self._is_in_head, self._received = True, 0
+        self._length = -self._piece  # what this piece has of the next head is not counted
         super().on_message_complete()
 
     def _stop_timer(self) -> None:
