@@ -59,7 +59,7 @@ class Front:
                 ws="none",
                 lifespan="off",
                 log_config=None,
-                log_level=logging.WARNING,
+                log_level=logging.ERROR,  # its warnings are about clients that speak no HTTP
                 access_log=False,  # ``Observe`` writes a better one
                 server_header=False,
                 proxy_headers=False,  # nothing here asks who is behind a proxy

@@ -56,8 +56,8 @@ class Observe:
         headers = _HEADERS if self._proxied else [*_HEADERS, (b"x-request-id", request_id.encode())]
         scope.setdefault("state", {})["log"] = line
         is_head = scope["method"] == "HEAD"
-        if is_head:
-            scope["method"] = "GET"
+        if is_head:  # of a copy: the server itself must know that it sends no body
+            scope = {**scope, "method": "GET"}
 
         async def send_with_headers(message: Message) -> None:
             if message["type"] == "http.response.start":

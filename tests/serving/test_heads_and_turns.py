@@ -88,3 +88,14 @@ def test_a_batch_of_requests_lets_a_health_check_pass() -> None:
         assert statuses == [200] * 30 + [503]
 
     asyncio.run(asyncio.wait_for(check(), 20))
+
+
+def test_a_connection_outlives_head_requests(port: int) -> None:
+    """One asks for a page, one for a route without HEAD; neither gets a body, and both go on."""
+    with httpx.Client(base_url=f"http://127.0.0.1:{port}") as client:
+        addresses = set()
+        for path, status in (("/healthz", 200), (CHAT, 405), ("/v1/models", 200)):
+            response = client.head(path)
+            assert (response.status_code, response.content) == (status, b"")
+            addresses.add(response.extensions["network_stream"].get_extra_info("client_addr"))
+        assert len(addresses) == 1
