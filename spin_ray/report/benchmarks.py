@@ -6,7 +6,7 @@ Results go to ``benchmarks`` in ``eval.json``; a later result of a task replaces
 import json
 import math
 import tempfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -85,13 +85,16 @@ def run(run_dir: RunDir, config: SpinConfig, iterate: int, request: Request) -> 
     results: dict[str, Any] = {}
     with run_dir.stage(f"{iterate_name(iterate)}/benchmarks") as counted:
         counted["tasks"] = 0
-        parts = (
-            _measure_at_endpoint(request) if request.endpoint else _measure_on_ray(run_dir, iterate, request, config)
-        )
-        for found in parts:
+        for found in _measure(run_dir, iterate, request, config):
             results = _keep(run_dir, iterate, found)
             counted["tasks"] += len(found)
     return results
+
+
+def _measure(run_dir: RunDir, iterate: int, request: Request, config: SpinConfig) -> Iterable[dict[str, Any]]:
+    if request.endpoint:
+        return [_measure_at_endpoint(request)]
+    return _measure_on_ray(run_dir, iterate, request, config)
 
 
 def _keep(run_dir: RunDir, iterate: int, found: dict[str, Any]) -> dict[str, Any]:
