@@ -66,7 +66,7 @@ def ask(endpoint: str, route: str, body: Mapping[str, Any], timeout_s: float) ->
             raise _refused(refusal, endpoint) from refusal
     except TimeoutError as error:
         raise Unanswered(f"no answer within {timeout_s:g} s; is the model loaded?", 0, is_silence=True) from error
-    except (OSError, http.client.HTTPException) as error:
+    except (OSError, ValueError, http.client.HTTPException) as error:
         raise Unanswered(f"the connection failed: {_said(error)}", 0) from error
     try:
         return json.loads(text)
@@ -94,7 +94,8 @@ def _words(refusal: urllib.error.HTTPError) -> str:
     try:
         found = json.loads(text)
         error = found.get("error", found.get("detail", found))
-        return str(error.get("message", error) if isinstance(error, dict) else error)[:_MOST_SAID]
+        said = str(error.get("message", error) if isinstance(error, dict) else error)
+        return " ".join(said[:_MOST_SAID].split())
     except (ValueError, AttributeError):
         return f"{refusal.reason} {_start(text)}"
 
@@ -126,7 +127,7 @@ def _retry_after(header: str | None) -> float:
 
 
 def _request(url: str, body: bytes | None = None) -> urllib.request.Request:
-    key = os.environ.get("OPENAI_API_KEY", "none")
+    key = os.environ.get("OPENAI_API_KEY", "none").strip()
     headers = {"Content-Type": "application/json", "Authorization": f"Bearer {key}"}
     return urllib.request.Request(url, body, headers)
 

@@ -75,7 +75,7 @@ def judged(folder: Path, url: str, **options: Any) -> dict[str, Any]:
     ("answer", "told"),
     [
         (refusal(401, "Incorrect API key"), "HTTP 401: Incorrect API key; set OPENAI_API_KEY to a key"),
-        (refusal(404, "no model j"), "HTTP 404: no model j; the server has big, small; is that"),
+        (refusal(404, "no\nmodel j"), "HTTP 404: no model j; the server has big, small; is that"),
         ((404, {"Content-Type": "text/html"}, b"<html>\n<b>"), "HTTP 404: Not Found '<html> <b>'; the server has"),
         ((200, {"Content-Type": "text/html"}, b"<html>Sign in"), "not JSON ('<html>Sign in'); a base URL usually"),
         ((200, JSON, b"{}"), r"an answer without choices[0].message.content"),
