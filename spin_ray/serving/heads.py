@@ -14,7 +14,10 @@ HEAD_S = 30.0
 
 
 class LimitedHeads(HttpToolsProtocol):
-    """A connection that is closed with 431 after too long a head, and with 408 after too slow a one."""
+    """A connection that is closed with 431 after too long a head, and with 408 after too slow a one.
+
+    One on which nothing has come is closed without words: browsers open some in advance and show what they find there.
+    """
 
     def __init__(self, *arguments: Any, **options: Any) -> None:
         super().__init__(*arguments, **options)
@@ -59,7 +62,8 @@ class LimitedHeads(HttpToolsProtocol):
         self._stop_timer()
         if self.transport.is_closing():
             return
-        if self.cycle is None or self.cycle.response_complete:  # else an answer is under way, which this would garble
+        is_answering = self.cycle is not None and not self.cycle.response_complete  # words would garble the answer
+        if self._is_in_head and not is_answering:
             limit = f"{LONGEST_HEAD} bytes" if status == 431 else f"{HEAD_S:g} s"
             response = Refusal(status, f"The request's line and headers took more than {limit}").response()
             head = [STATUS_LINE[status], b"connection: close\r\n"]
