@@ -157,7 +157,8 @@ def evaluate(run_folder: str, tasks: str, iterate: str, include: str | None, as_
 @click.option("--endpoint", required=True, help="OpenAI-compatible server of the judge; $OPENAI_API_KEY is its key.")
 @click.option("--model", required=True, help="Name of the judge on the server.")
 @click.option("--limit", type=click.IntRange(min=1), default=200, show_default=True, help="Number of held-out prompts.")
-def judge_(run_folder: str, iterates: tuple[str, str], endpoint: str, model: str, limit: int) -> None:
+@click.option("--parallel", type=click.IntRange(min=1), default=8, show_default=True, help="Questions asked at once.")
+def judge_(run_folder: str, iterates: tuple[str, str], limit: int, **judging: Any) -> None:
     """Let a model judge between the held-out answers of two iterates, in both orders."""
     from spin_ray.report import judge
     from spin_ray.report.history import find_iterate
@@ -166,7 +167,7 @@ def judge_(run_folder: str, iterates: tuple[str, str], endpoint: str, model: str
 
     run = open_run(run_folder)
     one, other = (iterate_name(find_iterate(run, iterate)) for iterate in iterates)
-    found = judge.run(run, run.config(), one, other, judge.Judge(endpoint=endpoint, model=model), limit)
+    found = judge.run(run, run.config(), one, other, judge.Judge(**judging), limit)
     click.echo(json.dumps(found, indent=1))
 
 

@@ -6,7 +6,7 @@ Results go to ``benchmarks`` in ``eval.json``; a later result of a task replaces
 import json
 import math
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -17,7 +17,7 @@ from rich.table import Table
 from spin_ray.config.recipe import SpinConfig
 from spin_ray.config.sections import ResourcesConfig
 from spin_ray.errors import ConfigError, StageError, UserError, first_line, last_line
-from spin_ray.report.endpoint import unreachable
+from spin_ray.report.endpoint import Unanswered, unreachable
 from spin_ray.report.harness import Backend, Benchmark, Request, measure
 from spin_ray.report.model_card import write_card
 from spin_ray.report.redaction import hide_in_text
@@ -74,25 +74,36 @@ def request_for(config: SpinConfig, iterate: int, model: str, **asked: Any) -> R
 
 
 def run(run_dir: RunDir, config: SpinConfig, iterate: int, request: Request) -> dict[str, Any]:
-    """Adds results for θ_iterate to its ``eval.json``; returns all results there.
+    """Adds results for θ_iterate to its ``eval.json`` as they come; returns all results there.
 
     Raises:
         UserError: lm-eval is missing, or does not know a task.
-        StageError: the evaluation failed.
+        StageError: the evaluation failed; results that were there are kept.
     """
     variables = {**config.model.chat_template_kwargs, "strftime_now": run_dir.date().strftime}
     request = replace(request, variables=variables)
+    results: dict[str, Any] = {}
     with run_dir.stage(f"{iterate_name(iterate)}/benchmarks") as counted:
-        if request.endpoint:
-            found = _measure_at_endpoint(request)
-        else:
-            found = _measure_on_ray(run_dir, iterate, request, config)
-        counted["tasks"] = len(found)
-    storage, path = run_dir.storage, run_dir.eval_path(iterate)
+        counted["tasks"] = 0
+        for found in _measure(run_dir, iterate, request, config):
+            results = _keep(run_dir, iterate, found)
+            counted["tasks"] += len(found)
+    return results
+
+
+def _measure(run_dir: RunDir, iterate: int, request: Request, config: SpinConfig) -> Iterable[dict[str, Any]]:
+    if request.endpoint:
+        return [_measure_at_endpoint(request)]
+    return _measure_on_ray(run_dir, iterate, request, config)
+
+
+def _keep(run_dir: RunDir, iterate: int, found: dict[str, Any]) -> dict[str, Any]:
+    """Adds results to ``eval.json`` and the model card; returns all results there."""
     evaluation = run_dir.evaluation(iterate) or {"iterate": iterate_name(iterate)}
     results = evaluation.get("benchmarks", {}) | found
     results |= averages(results)
-    storage.replace(path, json.dumps(evaluation | {"benchmarks": results}, indent=1).encode())
+    content = json.dumps(evaluation | {"benchmarks": results}, indent=1)
+    run_dir.storage.replace(run_dir.eval_path(iterate), content.encode())
     write_card(run_dir, iterate)
     return results
 
@@ -130,11 +141,12 @@ def _measure_at_endpoint(request: Request) -> dict[str, Any]:
     except UserError:
         raise
     except Exception as error:  # errors of lm-eval, of its HTTP clients, and from unexpected answers
-        said = hide_in_text(f"{type(error).__name__}: {first_line(error)}")
-        raise StageError(f"{hide_in_text(endpoint)}: lm-eval failed on {request.name}: {said}") from error
+        said = str(error) if isinstance(error, Unanswered) else f"{type(error).__name__}: {first_line(error)}"
+        raise StageError(f"{hide_in_text(endpoint)}: lm-eval failed on {request.name}: {hide_in_text(said)}") from error
 
 
-def _measure_on_ray(run_dir: RunDir, iterate: int, request: Request, config: SpinConfig) -> dict[str, Any]:
+def _measure_on_ray(run_dir: RunDir, iterate: int, request: Request, config: SpinConfig) -> Iterator[dict[str, Any]]:
+    """Yields the results of each Ray task; a failed one is told after the others."""
     import ray
     import ray.exceptions
 
@@ -143,13 +155,23 @@ def _measure_on_ray(run_dir: RunDir, iterate: int, request: Request, config: Spi
     # In a process of its own that ends afterwards: vLLM and torch give no memory back.
     task = ray.remote(max_calls=1)(_measure_there).options(**task_options(resources, retries=0))
     parts = split(request, config.generation.replicas if request.backend == "vllm" else config.train.workers)
-    try:
-        found = ray.get([task.remote(run_dir, iterate, part) for part in parts])
-        return {name: result for each in found for name, result in each.items()}
-    except ray.exceptions.RayTaskError as error:
-        if isinstance(error.cause, UserError):
-            raise error.cause from error
-        raise StageError(f"lm-eval failed on {request.name}: {last_line(error)}") from error
+    running = {task.remote(run_dir, iterate, part): part for part in parts}
+    failed: StageError | None = None
+    while running:
+        [ended], _ = ray.wait(list(running))
+        part = running.pop(ended)
+        try:
+            found = ray.get(ended)
+        except ray.exceptions.RayError as error:
+            cause = getattr(error, "cause", None)
+            if isinstance(cause, UserError):
+                raise cause from error
+            tasks = ",".join(benchmark.task for benchmark in part.benchmarks)
+            failed = StageError(f"lm-eval failed on {request.name}, --tasks {tasks}: {last_line(error)}")
+        else:
+            yield found
+    if failed:
+        raise failed
 
 
 def _measure_there(run_dir: RunDir, iterate: int, request: Request) -> dict[str, Any]:

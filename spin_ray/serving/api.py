@@ -13,7 +13,7 @@ from starlette.exceptions import HTTPException
 from starlette.responses import JSONResponse, Response
 
 from spin_ray.config.recipe import SpinConfig
-from spin_ray.run_dir.names import LATEST
+from spin_ray.run_dir.names import LATEST, api_spelling
 from spin_ray.serving.access import Key
 from spin_ray.serving.arena.routes import arena_router
 from spin_ray.serving.arena.votes import VoteStore
@@ -32,6 +32,8 @@ _ERROR = {
     "description": "An error in OpenAI's form",
     "content": {"application/json": {"schema": {"type": "object", "required": ["error"]}}},
 }
+_UNREADABLE = "body: is not JSON that can be read: is it UTF-8, not compressed, and not nested thousands deep?"
+"""Words for the one error 400 that is FastAPI's own."""
 _REFUSALS: dict[int | str, dict[str, Any]] = {
     status: _ERROR for status in (400, 401, 403, 404, 408, 413, 429, 503, 504)
 }
@@ -86,6 +88,7 @@ def _routes(engines: Engines, config: SpinConfig, desk: "_Desk") -> APIRouter:
     @router.get("/v1/models/{name}")
     async def model(name: str) -> dict[str, Any]:
         """Describes one model: its iterate now, and the digest of its checkpoint."""
+        name = api_spelling(name)
         if name not in _served(engines):
             raise Refusal(404, f"The model {name!r} does not exist or does not serve", code="model_not_found")
         return _card(engines, name)
@@ -209,11 +212,13 @@ def _answer_errors(app: FastAPI) -> None:
         return Refusal(404, str(error), code="model_not_found", param="model").response()
 
     @app.exception_handler(RequestValidationError)
-    async def invalid(_: HttpRequest, error: RequestValidationError) -> Response:
+    async def invalid(request: HttpRequest, error: RequestValidationError) -> Response:
+        if "json" not in (given := request.headers.get("content-type", "")) and request.method == "POST":
+            return Refusal(400, f"Content-Type: must be application/json, not {given or 'missing'}").response()
         return from_validation(error.errors()).response()
 
     @app.exception_handler(HTTPException)
     async def http(_: HttpRequest, error: HTTPException) -> Response:
-        response = Refusal(error.status_code, str(error.detail)).response()
+        response = Refusal(error.status_code, _UNREADABLE if error.status_code == 400 else str(error.detail)).response()
         response.headers.update(error.headers or {})
         return response

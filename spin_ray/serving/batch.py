@@ -12,13 +12,15 @@ from pydantic import ValidationError
 from ray import serve
 
 from spin_ray.config.recipe import SpinConfig
-from spin_ray.errors import DataError, StageError
+from spin_ray.errors import ConfigError, DataError, StageError
+from spin_ray.run_dir.names import LATEST
 from spin_ray.run_dir.run_dir import RunDir
 from spin_ray.serving.app import keeper
 from spin_ray.serving.bodies import CompareBody
 from spin_ray.serving.compare import compare
 from spin_ray.serving.engines import Engines, ServeEngines
 from spin_ray.serving.errors import Refusal, from_validation
+from spin_ray.serving.iterates import ALL, wanted
 from spin_ray.serving.keeper import ENGINE_PREFIX
 from spin_ray.serving.names import UnknownModel
 from spin_ray.serving.server import check_settings, connect_for
@@ -31,10 +33,11 @@ def compare_file(run: RunDir, config: SpinConfig, prompts: Path, options: dict[s
     ``options`` are fields of ``CompareBody``; row i gets seed ``options["seed"]`` + i.
 
     Raises:
-        UserError: a row or a setting cannot be used.
+        UserError: a row or a setting cannot be used, or a model is not published.
         StageError: an engine did not start.
     """
     check_settings(run, config)
+    check_published(run, options["models"])
     bodies = list(read_rows(prompts, options))
     if not bodies:
         raise DataError(f"{prompts}: has no rows")
@@ -48,6 +51,15 @@ def compare_file(run: RunDir, config: SpinConfig, prompts: Path, options: dict[s
     finally:
         stop_serving(app, engines, config.serving.request_timeout_s)
     return len(bodies)
+
+
+def check_published(run: RunDir, models: list[str]) -> None:
+    """Raises ConfigError if one of the models is none that the run has published; a server would wait for it."""
+    there = [*wanted(run, (ALL,))[0], LATEST]
+    if missing := [name for name in models if name not in there]:
+        raise ConfigError(
+            f"--models: {run.storage.root} has not published {', '.join(missing)}; it has {', '.join(there)}"
+        )
 
 
 def read_rows(file: Path, options: dict[str, Any]) -> Iterator[CompareBody]:

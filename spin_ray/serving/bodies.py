@@ -11,6 +11,11 @@ from pydantic_core import PydanticCustomError
 MAX_CHOICES = 16
 """Most prompts in a request, and most answers (``n``) to each."""
 MAX_STOPS = 4
+_NOTHING: dict[str, Any] = {
+    "tool_choice": "none", "modalities": ["text"], "best_of": 1, "suffix": "", "repetition_penalty": 1, "min_tokens": 0,
+    "ignore_eos": False, "skip_special_tokens": True, "include_obfuscation": False,
+}  # fmt: skip
+"""Values by which fields that are not offered ask for nothing, besides null and what is empty."""
 _LABELS = ("user", "metadata", "store", "service_tier", "safety_identifier", "prompt_cache_key")
 
 
@@ -47,10 +52,14 @@ class Body(BaseModel):
     @model_validator(mode="before")
     @classmethod
     def _without_empty_fields(cls, given: Any) -> Any:
-        """Drops fields that are not offered and ask for nothing: null, or an empty list or object."""
+        """Drops fields that are not offered and ask for nothing."""
         if not isinstance(given, dict):
             return given
-        return {key: value for key, value in given.items() if key in cls.model_fields or value not in (None, [], {})}
+        return {
+            key: value
+            for key, value in given.items()
+            if key in cls.model_fields or value not in (None, [], {}, _NOTHING.get(key))
+        }
 
 
 class Sampling(Body):

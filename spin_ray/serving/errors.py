@@ -18,6 +18,7 @@ _WORDS = {
     "too_short": "has {actual_length}; at least {min_length} must be given",
     "too_long": "has {actual_length}; at most {max_length} are allowed",
     "string_too_long": "has more than {max_length} characters", "empty": "must not be empty",
+    "string_unicode": "is not valid Unicode (a lone surrogate)",
     "string_type": "must be a text", "bool_type": "must be true or false", "list_type": "must be a list",
     "int_type": "must be a whole number", "int_from_float": "must be a whole number", "float_type": "must be a number",
     "dict_type": "must be an object", "model_type": "must be an object", "model_attributes_type": "must be an object",

@@ -19,6 +19,7 @@ from spin_ray.config.recipe import SpinConfig
 from spin_ray.config.sections import ServingConfig
 from spin_ray.errors import ConfigError, StageError
 from spin_ray.serving.app import STOP_MARGIN_S, endpoint
+from spin_ray.serving.heads import LimitedHeads
 from spin_ray.serving.limits import access_log
 
 LOG = "ingress_front.log"
@@ -54,9 +55,11 @@ class Front:
             uvicorn.Config(
                 lambda: _app(run_folder, config, keeper),  # called in the server's event loop
                 factory=True,
+                http=LimitedHeads,
+                ws="none",
                 lifespan="off",
                 log_config=None,
-                log_level=logging.WARNING,
+                log_level=logging.ERROR,  # its warnings are about clients that speak no HTTP
                 access_log=False,  # ``Observe`` writes a better one
                 server_header=False,
                 proxy_headers=False,  # nothing here asks who is behind a proxy

@@ -56,8 +56,8 @@ class Observe:
         headers = _HEADERS if self._proxied else [*_HEADERS, (b"x-request-id", request_id.encode())]
         scope.setdefault("state", {})["log"] = line
         is_head = scope["method"] == "HEAD"
-        if is_head:
-            scope["method"] = "GET"
+        if is_head:  # of a copy: the server itself must know that it sends no body
+            scope = {**scope, "method": "GET"}
 
         async def send_with_headers(message: Message) -> None:
             if message["type"] == "http.response.start":
@@ -147,6 +147,8 @@ class WholeBody:
                 self._slots.check(1)
             async with asyncio.timeout(self._config.body_timeout_s):
                 body = await self._read(scope, receive)
+            if scope["path"] in ANSWERED and isinstance(body, bytes):
+                await self._slots.turn()
         except Refusal as refusal:
             body = refusal
         except TimeoutError:
@@ -189,6 +191,24 @@ class Slots:
 
     def __init__(self, room: int) -> None:
         self._room, self.taken = room, 0
+        self._turn, self._waiting = asyncio.Lock(), 0
+
+    async def turn(self) -> None:
+        """Lets one request pass, then the event loop look after its sockets before the next one passes.
+
+        A batch of answers ends at once, and as many requests come in: to hand all of them to engines in one go keeps
+        refusals and health checks waiting.
+
+        Raises:
+            Refusal: requests that wait for their turn will take all places (503).
+        """
+        self.check(1 + self._waiting)
+        self._waiting += 1
+        try:
+            async with self._turn:
+                await asyncio.sleep(0)
+        finally:
+            self._waiting -= 1
 
     def check(self, answers: int) -> None:
         """Raises a Refusal (503) if too few places are free."""

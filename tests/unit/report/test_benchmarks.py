@@ -78,6 +78,21 @@ def test_benchmarks_are_dealt_out_to_the_runs_workers():
     assert split(request, 1) == [request] and len(split(request, 99)) == 6
 
 
+def test_results_are_kept_though_another_task_fails(tmp_path, monkeypatch):
+    run = made_up_run(tmp_path / "run")
+    result = {"metrics": {"acc": {"value": 0.5, "standard_error": None}}, "shots": 0, "limit": None}
+
+    def parts(*_):
+        yield {"one": result}
+        raise StageError("lm-eval failed on sft, --tasks two: out of memory")
+
+    monkeypatch.setattr(benchmarks, "_measure_on_ray", parts)
+    request = request_for(run.config(), 0, "/m", benchmarks=parse_benchmarks(["one", "two"]))
+    with pytest.raises(StageError, match="--tasks two: out of memory"):
+        benchmarks.run(run, run.config(), 0, request)
+    assert run.evaluation(0)["benchmarks"]["one"] == result
+
+
 def test_a_dead_endpoint_is_named_before_lm_eval_starts(tmp_path):
     run = made_up_run(tmp_path / "run")
     request = request_for(run.config(), 0, "/m", benchmarks=(), endpoint="http://me:SECRET@127.0.0.1:9/v1")

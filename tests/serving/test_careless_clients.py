@@ -1,0 +1,70 @@
+"""Requests of careless clients: what asks for nothing is let through, and what is wrong is named in words."""
+
+import asyncio
+import json
+from pathlib import Path
+from typing import Any
+
+import httpx
+import pytest
+
+from spin_ray.errors import ConfigError
+from spin_ray.serving.api import make_app
+from spin_ray.serving.batch import check_published
+from tests.support.fake_engines import FakeEngines, empty_votes
+from tests.support.made_up_run import made_up_run
+from tests.support.tiny_runs import tiny_config
+
+CHAT, COMPLETIONS = "/v1/chat/completions", "/v1/completions"
+HELLO = {"model": "sft", "messages": [{"role": "user", "content": "hello"}]}
+
+
+def answer(method: str, path: str, **asked: Any) -> httpx.Response:
+    async def ask() -> httpx.Response:
+        app = make_app(FakeEngines(), tiny_config(), [], empty_votes())
+        async with httpx.AsyncClient(transport=httpx.ASGITransport(app), base_url="http://localhost") as client:
+            return await client.request(method, path, **asked)
+
+    return asyncio.run(asyncio.wait_for(ask(), 20))
+
+
+def test_fields_that_ask_for_nothing_are_let_through_and_others_are_named() -> None:
+    nothing = {"tool_choice": "none", "modalities": ["text"], "repetition_penalty": 1.0, "min_tokens": 0, "tools": []}
+    assert answer("POST", CHAT, json=HELLO | nothing).status_code == 200
+    streamed = {"stream": True, "stream_options": {"include_obfuscation": False, "include_usage": True}}
+    assert answer("POST", CHAT, json=HELLO | streamed).status_code == 200
+    assert answer("POST", COMPLETIONS, json={"model": "sft", "prompt": "a", "best_of": 1}).status_code == 200
+    for field, value in (("tool_choice", "auto"), ("best_of", 2), ("repetition_penalty", 1.1), ("ignore_eos", True)):
+        response = answer("POST", CHAT, json=HELLO | {field: value})
+        assert response.status_code == 400
+        assert response.json()["error"]["message"] == f"{field}: is not supported here"
+
+
+@pytest.mark.parametrize(
+    ("content", "kind", "told"),
+    [
+        (json.dumps(HELLO).encode(), "text/plain", "Content-Type: must be application/json, not text/plain"),
+        (b"model=sft", "", "Content-Type: must be application/json, not missing"),
+        (b"[" * 100_000, "application/json", "body: is not JSON that can be read"),
+        (b'{"model": "\xe9"}', "application/json", "body: is not JSON that can be read"),
+        (b'{"model": "\\ud800"}', "application/json", "model: is not valid Unicode (a lone surrogate)"),
+        (b'{"model": "sft", "\\ud800": 1}', "application/json", "body: is not valid Unicode (a lone surrogate)"),
+        (b'{"model" "sft"}', "application/json", "body: is not JSON (Expecting ':' delimiter)"),
+    ],
+)
+def test_a_body_that_cannot_be_read_is_refused_in_words(content: bytes, kind: str, told: str) -> None:
+    response = answer("POST", CHAT, content=content, headers={"Content-Type": kind} if kind else {})
+    assert response.status_code == 400
+    assert response.json()["error"]["message"].startswith(told)
+
+
+@pytest.mark.parametrize("spelling", ["iter-0", "iter_000", "0"])
+def test_a_model_is_described_in_any_spelling_of_its_name(spelling: str) -> None:
+    assert answer("GET", f"/v1/models/{spelling}").json()["id"] == "iter-0"
+
+
+def test_a_file_is_not_compared_with_an_iterate_that_is_not_there(tmp_path: Path) -> None:
+    run = made_up_run(tmp_path / "run", iterations=4, done=2)
+    check_published(run, ["sft", "iter-1", "latest"])
+    with pytest.raises(ConfigError, match=r"has not published iter-2, all; it has sft, iter-0, iter-1, latest"):
+        check_published(run, ["sft", "iter-2", "all"])

@@ -1,0 +1,153 @@
+"""Servers of a judge that do not judge: each is named with its cure, and what was judged is kept."""
+
+import json
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from spin_ray.errors import ConfigError, StageError
+from spin_ray.report import judge
+from spin_ray.report.endpoint import Unanswered, _retry_after
+from spin_ray.report.harness import Benchmark, Request, measure
+from spin_ray.report.judge import Judge
+from spin_ray.run_dir.run_dir import RunDir
+from spin_ray.run_dir.storage import Storage
+from tests.support.made_up_run import made_up_run
+
+Answer = tuple[int, dict[str, str], bytes | threading.Event]
+"""Status, headers and body; with an event none, until it is set or a second has passed."""
+JSON = {"Content-Type": "application/json"}
+FIRST = (200, JSON, json.dumps({"choices": [{"message": {"content": "[[A]]"}}]}).encode())
+
+
+def refusal(status: int, message: str, **headers: str) -> Answer:
+    return status, JSON | headers, json.dumps({"error": {"message": message}}).encode()
+
+
+@contextmanager
+def server(*answers: Answer, models: tuple[str, ...] = ()) -> Iterator[tuple[str, list[dict[str, Any]]]]:
+    """Gives the answers one after another, the last one for ever; yields its URL and what it is asked."""
+    asked: list[dict[str, Any]] = []
+
+    class Handler(BaseHTTPRequestHandler):
+        def do_GET(self) -> None:
+            self.tell(200, JSON, json.dumps({"data": [{"id": name} for name in models]}).encode())
+
+        def do_POST(self) -> None:
+            asked.append(json.loads(self.rfile.read(int(self.headers["Content-Length"]))))
+            status, headers, body = answers[min(len(asked), len(answers)) - 1]
+            if isinstance(body, threading.Event):
+                body.wait(1)
+            else:
+                self.tell(status, headers, body)
+
+        def tell(self, status: int, headers: dict[str, str], body: bytes) -> None:
+            self.send_response(status)
+            for name, value in headers.items():
+                self.send_header(name, value)
+            self.send_header("Content-Length", str(len(body)))
+            self.end_headers()
+            self.wfile.write(body)
+
+        def log_message(self, *_: Any) -> None:
+            pass
+
+    http = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+    threading.Thread(target=http.serve_forever, kwargs={"poll_interval": 0.01}, daemon=True).start()
+    yield f"http://127.0.0.1:{http.server_port}/v1", asked
+    http.shutdown()
+    http.server_close()
+
+
+def judged(folder: Path, url: str, **options: Any) -> dict[str, Any]:
+    run = made_up_run(folder)
+    asked = Judge(**{"endpoint": url, "model": "j", "parallel": 1, "wait_s": 0.01, "timeout_s": 5} | options)
+    return judge.run(run, run.config(), "iter_001", "sft", asked, limit=9)
+
+
+@pytest.mark.parametrize(
+    ("answer", "told"),
+    [
+        (refusal(401, "Incorrect API key"), "HTTP 401: Incorrect API key; set OPENAI_API_KEY to a key"),
+        (refusal(404, "no\nmodel j"), "HTTP 404: no model j; the server has big, small; is that"),
+        ((404, {"Content-Type": "text/html"}, b"<html>\n<b>"), "HTTP 404: Not Found '<html> <b>'; the server has"),
+        ((200, {"Content-Type": "text/html"}, b"<html>Sign in"), "not JSON ('<html>Sign in'); a base URL usually"),
+        ((200, JSON, b"{}"), r"an answer without choices[0].message.content"),
+        ((200, JSON, b'{"choices": [{"message": {"content": ["a"]}}]}'), "without choices[0].message.content"),
+        (refusal(429, "slow down", **{"Retry-After": "300"}), "HTTP 429: slow down; it asks to wait 300 s; run the"),
+    ],
+)  # fmt: skip
+def test_a_server_that_refuses_is_named_at_once_with_its_cure(tmp_path: Path, answer: Answer, told: str) -> None:
+    with server(answer, models=("big", "small")) as (url, asked), pytest.raises(StageError) as caught:
+        judged(tmp_path, url)
+    assert told in str(caught.value) and str(caught.value).startswith(f"{url}: gave no judgement (")
+    assert "\n" not in str(caught.value) and len(asked) == 1
+
+
+def test_a_wait_that_the_server_asks_for_is_kept(tmp_path: Path) -> None:
+    started = time.monotonic()
+    with server(refusal(429, "busy", **{"Retry-After": "1"}), FIRST) as (url, asked):
+        assert judged(tmp_path, url)["contradicting"] == 3
+    assert len(asked) == 7 and time.monotonic() - started > 1
+    assert _retry_after("Thu, 01 Jan 1970 00:00:00 GMT") == _retry_after("soon") == _retry_after(None) == 0
+
+
+def test_what_was_judged_before_a_failure_is_kept(tmp_path: Path) -> None:
+    with server(FIRST, FIRST, FIRST, refusal(500, "out of memory")) as (url, asked):
+        with pytest.raises(StageError, match=r"HTTP 500: out of memory.*; what was judged is kept"):
+            judged(tmp_path / "run", url, tries=2)
+        assert len(asked) == 5
+    with server(FIRST) as (url, asked):
+        run = RunDir(Storage(tmp_path / "run"))
+        again = judge.run(run, run.config(), "iter_001", "sft", Judge(endpoint=url, model="j"), limit=9)
+    assert again["contradicting"] == 3 and len(asked) == 3
+
+
+def test_a_server_that_lists_models_and_is_silent_when_asked_is_asked_once(tmp_path: Path) -> None:
+    """One that has answered before is asked again."""
+    held = threading.Event()
+    slow: Answer = (200, JSON, held)
+    with server(slow) as (url, asked), pytest.raises(StageError, match=r"no answer within 0.2 s; is the model loaded"):
+        judged(tmp_path / "run", url, timeout_s=0.2)
+    assert len(asked) == 1
+    with server(FIRST, slow, FIRST) as (url, asked):
+        assert judged(tmp_path / "other", url, timeout_s=0.2)["contradicting"] == 3
+    assert len(asked) == 7
+    held.set()
+
+
+def test_equal_replies_are_judged_in_both_orders_also_after_a_failure(tmp_path: Path) -> None:
+    """A judge that prefers the first place contradicts itself; one answer for both orders would be a win."""
+    run = made_up_run(tmp_path)
+    kept = judge.Kept(run.storage, "judgements/x.jsonl")
+    orders = [judge.Question("p", *order, "the same task") for order in (("one", "other"), ("other", "one"))]
+    for order in orders:
+        kept.add(judge.Judgement("p", order.first, order.second, "first", "", "j", order.digest))
+    kept.save()
+    again = judge.Kept(run.storage, "judgements/x.jsonl")
+    found = judge.summarise([it for order in orders if (it := again.find("j", order))], "one", "other")
+    assert (found["wins"], found["contradicting"], found["ties"]) == (0, 1, 1)
+
+
+def test_a_model_with_a_temperature_of_its_own_is_asked_without_one(tmp_path: Path) -> None:
+    with server(refusal(400, "Unsupported value: 'temperature'"), FIRST) as (url, asked):
+        assert judged(tmp_path, url)["contradicting"] == 3
+    assert ["temperature" in body for body in asked[:2]] == [True, False]
+
+
+def test_an_iterate_is_not_judged_against_itself(tmp_path: Path) -> None:
+    run = made_up_run(tmp_path)
+    with pytest.raises(ConfigError, match="both names are of sft"):
+        judge.run(run, run.config(), "sft", "sft", Judge(endpoint="http://x", model="j"), limit=1)
+
+
+def test_an_endpoint_without_the_iterate_is_named_before_lm_eval_starts() -> None:
+    with server(refusal(404, "no iter-7"), models=("sft",)) as (url, asked), pytest.raises(Unanswered) as caught:
+        measure(Request(model="m", name="iter-7", endpoint=url, benchmarks=(Benchmark("gsm8k", 0),)))
+    assert "HTTP 404: no iter-7; the server has sft" in str(caught.value) and len(asked) == 1
