@@ -49,22 +49,18 @@ serve-demo: $(READY) ## Serve the iterates of `make demo` at http://127.0.0.1:80
 arena-picture: $(READY) ## The picture of the arena for the documentation: iterates of `make demo` answer, in Chromium
 	$(BIN)/python -m docs.images.take_arena $(RUN)/demo
 
-# Unit and fault tests compute in one thread each, so two processes share them; the others start Ray and vLLM, which take both
-# cores only now and then: two processes share them, too, a file at a time, the longest first (tests/conftest.py), so that none is
-# left at the end. What measures times comes last.
+# Two processes share all tests, a file at a time (tests/conftest.py). Files of minutes come first; unit tests come last, and keep
+# both processes busy to the end.
 TEST_PROCESSES ?= 2
 SIDE_BY_SIDE := -n $(TEST_PROCESSES) --dist loadfile --no-loadscope-reorder --durations=5 --durations-min=5
 test: $(READY) ## Every test: whole runs (real vLLM), Ray, serving, faults, unit
-	$(BIN)/pytest tests/e2e tests/ray tests/serving $(SIDE_BY_SIDE) -m "not alone"
-	OMP_NUM_THREADS=1 $(BIN)/pytest tests/faults tests/unit $(SIDE_BY_SIDE)
-	$(BIN)/pytest tests/serving -m alone --durations=5 --durations-min=5
+	$(BIN)/pytest tests/e2e tests/ray tests/serving tests/faults tests/unit $(SIDE_BY_SIDE)
 
 .PHONY: avx2
-# oneDNN and torch are held at AVX2, where bf16 is slow.
-avx2: $(READY) ## As on a processor with AVX2 alone: the learner's quick tests, and one whole run
-	ONEDNN_MAX_CPU_ISA=AVX2 ATEN_CPU_CAPABILITY=avx2 OMP_NUM_THREADS=1 $(BIN)/pytest -n 2 --dist loadfile --durations=5 --durations-min=5 -m "not slow" \
-		tests/e2e/test_killed_driver.py::test_an_undisturbed_run_publishes_its_iterate \
-		tests/unit/learner --ignore tests/unit/learner/test_deepspeed.py --no-loadscope-reorder
+# oneDNN and torch are held at AVX2, where bf16 is slow. `make test` has a whole run with it (tests/e2e/test_job_submit.py).
+avx2: $(READY) ## The learner's quick tests as on a processor with AVX2 alone
+	ONEDNN_MAX_CPU_ISA=AVX2 ATEN_CPU_CAPABILITY=avx2 $(BIN)/pytest tests/unit/learner --ignore tests/unit/learner/test_deepspeed.py -m "not slow" \
+		$(SIDE_BY_SIDE)
 
 CHAOS_S ?= 1800
 chaos: $(READY) ## Random faults for half of CHAOS_S seconds, then random kills; CHAOS_SEED repeats what it printed

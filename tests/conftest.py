@@ -4,6 +4,7 @@ import os
 import sys
 from collections import defaultdict
 from collections.abc import Callable
+from typing import Any
 
 import pytest
 
@@ -21,8 +22,32 @@ LONGEST = ("tests/ray/test_many_nodes.py", "tests/unit/benchmarks/test_gpu_bench
 """Files of minutes. They begin first: one of several processes would be left with them at the end."""
 
 
+ONE_SERVER = frozenset(
+    f"tests/serving/test_{name}.py"
+    for name in (
+        "arena_page", "bad_requests", "compare_command", "fuzz", "lm_eval_at_endpoint", "real_server", "server_stops",
+    )
+)  # fmt: skip
+"""Files whose tests ask one real server: a process that is given one of them is given all, and starts it once."""
+
+
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     items.sort(key=lambda item: not item.nodeid.startswith(LONGEST))
+
+
+@pytest.hookimpl(optionalhook=True)  # without pytest-xdist there is no such hook
+def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
+    """Returns what gives each process whole files, and those of ``ONE_SERVER`` together."""
+    if config.getoption("dist") != "loadfile":
+        return None
+    from xdist.scheduler import LoadFileScheduling
+
+    class WholeFiles(LoadFileScheduling):
+        def _split_scope(self, nodeid: str) -> str:
+            file = super()._split_scope(nodeid)
+            return "one server" if file in ONE_SERVER else file
+
+    return WholeFiles(config, log)
 
 
 @pytest.fixture

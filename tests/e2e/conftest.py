@@ -16,7 +16,7 @@ def smollm2_run(tmp_path_factory: pytest.TempPathFactory) -> Path:
     recipe["data"] |= {"max_rows": 16, "prompts_per_iteration": 8}
     recipe["evaluation"] = {"max_rows": 8}
     recipe["generation"] |= {"shard_rows": 8, "sampling": {"max_tokens": 24}}
-    recipe["train"] |= {"precision": "auto", "global_batch_pairs": 4}
+    recipe["train"] |= {"precision": "auto", "global_batch_pairs": 4, "pack_length": 256}
     del recipe["sft"]
     out = folder / "run"
     finished = spin_ray("run", write_recipe(folder, recipe), "--out", out, timeout_s=900)

@@ -57,7 +57,7 @@ def steps_of(run: Path) -> list[int]:
 
 
 def test_an_undisturbed_run_publishes_its_iterate(calm: Path) -> None:
-    """The smallest whole run; `make avx2` does it with the instructions of an older processor."""
+    """The smallest whole run."""
     assert (calm / "LATEST").read_text() == "iter_000\n"
     assert steps_of(calm) == list(range(STEPS))
     assert digests(calm, "iter_000/model/*.safetensors")

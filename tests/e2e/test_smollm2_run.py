@@ -6,6 +6,7 @@ import math
 import random
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import pyarrow as pa
@@ -128,7 +129,9 @@ def test_the_same_command_again_only_says_so(smollm2_run: Path) -> None:
     assert {path: path.stat().st_mtime_ns for path in smollm2_run.rglob("part-*")} == before
 
 
-def test_another_recipe_in_the_same_folder_is_refused(smollm2_run: Path) -> None:
-    refused = spin_ray("run", smollm2_run.parent / "recipe.yaml", "--out", smollm2_run, "--seed=1", timeout_s=120)
-    assert refused.returncode == 2
-    assert "seed (was 0, now 1)" in refused.stderr
+def test_another_recipe_in_the_same_folder_is_refused(
+    smollm2_run: Path, call: Callable[..., tuple[int, str, str]]
+) -> None:
+    code, _, refused = call("run", smollm2_run.parent / "recipe.yaml", "--out", smollm2_run, "--seed=1")
+    assert code == 2
+    assert "seed (was 0, now 1)" in refused

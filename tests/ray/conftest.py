@@ -9,13 +9,13 @@ from spin_ray.config.recipe import SpinConfig
 from spin_ray.runtime.connect import connect
 
 
-@pytest.fixture(scope="session")
-def ray_ends_with_the_session() -> Iterator[None]:
+@pytest.fixture(scope="package")
+def ray_ends_with_the_folder() -> Iterator[None]:
     yield
     ray.shutdown()
 
 
 @pytest.fixture(autouse=True)
-def local_ray(ray_ends_with_the_session: None) -> None:
+def local_ray(ray_ends_with_the_folder: None) -> None:
     """Starts Ray once, and once more after a module that had a cluster of its own."""
     connect(SpinConfig(model={"path": "-"}, data={"train": "-"}, cluster={"local_cpus": 2}))

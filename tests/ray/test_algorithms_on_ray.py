@@ -7,8 +7,10 @@ transformers, which starts in a second; the answers are the model's own all the 
 
 import json
 import math
+import shutil
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -61,10 +63,8 @@ class TransformersEngine:
         return Completion(ids, "length")
 
 
-def run_of(
-    tmp_path: Path, algorithm: str, engine: Any = TransformersEngine, **sections: Any
-) -> tuple[RunDir, list[dict[str, Any]]]:
-    """A run of one iteration on 12 rows, done twice (the second time nothing may happen), and its training log."""
+def config_of(algorithm: str, **sections: Any) -> SpinConfig:
+    """One iteration on 12 rows."""
     recipe: dict[str, Any] = {
         "model": {"path": EMBEDDED, "max_length": 160},
         "data": {"train": "embedded:arithmetic-train", "max_rows": 12, "system": ""},
@@ -81,7 +81,11 @@ def run_of(
     }  # fmt: skip
     for name, section in sections.items():
         recipe[name] = recipe.get(name, {}) | section
-    config = SpinConfig.model_validate(recipe)
+    return SpinConfig.model_validate(recipe)
+
+
+def run_of(tmp_path: Path, config: SpinConfig, engine: Any = TransformersEngine) -> tuple[RunDir, list[dict[str, Any]]]:
+    """Does a run twice (the second time nothing may happen); returns it and its training log."""
     run = run_spin(config, tmp_path / "run", engine).run
     events = len(run.events())
     assert run_spin(config, tmp_path / "run", engine).model == run.storage.path("iter_000/model")
@@ -99,11 +103,11 @@ def test_sppo_judges_samples_and_learns_from_the_best_and_the_worst(tmp_path: Pa
     """While the policy stands still the log-ratios are 0, and the loss is the mean of ½[(P_w − ½)² + (P_l − ½)²]/β². At
     a learning rate of 1e-12 it does; steps have 4 pairs, the last what is left.
     """
-    run, log = run_of(
-        tmp_path, "sppo", VllmEngine, generation={"samples_per_prompt": 3},
+    config = config_of(
+        "sppo", generation={"samples_per_prompt": 3}, objective={"beta": 0.5}, train={"learning_rate": 1e-12},
         scorer={"path": str(save_reward_model(tmp_path / "judge")), "resources": {"cpus": 0.5}},
-        objective={"beta": 0.5}, train={"learning_rate": 1e-12},
     )  # fmt: skip
+    run, log = run_of(tmp_path, config, VllmEngine)
     assert len(rows_of(run, "iter_000/preferences")) == 36
     wins = rows_of(run, "iter_000/wins")
     assert len(wins) == len(rows_of(run, "iter_000/pairs")) >= 8
@@ -115,15 +119,24 @@ def test_sppo_judges_samples_and_learns_from_the_best_and_the_worst(tmp_path: Pa
     assert sum(losses) == pytest.approx(sum(halves), rel=1e-3)
 
 
-def test_self_reinforcement_learns_from_questions_by_what_the_warm_up_changed(tmp_path: Path) -> None:
-    """12 labelled rows for the warm-up; 12 questions, answered by θ_0 and by the model before it. A pair is one answer
-    of each.
-    """
-    run, log = run_of(
-        tmp_path, "self_reinforcement", data={"questions": "embedded:arithmetic-heldout"},
+@pytest.fixture(scope="module")
+def taught_itself(tmp_path_factory: pytest.TempPathFactory) -> Callable[[], tuple[RunDir, list[dict[str, Any]]]]:
+    """Makes a run of self-reinforcement, once; not before the test has a Ray."""
+    config = config_of(
+        "self_reinforcement", data={"questions": "embedded:arithmetic-heldout"},
         sft=WARM_UP, generation={"samples_per_prompt": 3}, evaluation={},
         self_filter={"min_agreement": 0.3}, train={"global_batch_pairs": 2},
     )  # fmt: skip
+    return cache(lambda: run_of(tmp_path_factory.mktemp("self"), config))
+
+
+def test_self_reinforcement_learns_from_questions_by_what_the_warm_up_changed(
+    taught_itself: Callable[[], tuple[RunDir, list[dict[str, Any]]]],
+) -> None:
+    """12 labelled rows for the warm-up; 12 questions, answered by θ_0 and by the model before it. A pair is one answer
+    of each.
+    """
+    run, log = taught_itself()
     questions = {row["prompt_id"] for row in rows_of(run, "questions")}
     pairs = rows_of(run, "iter_000/pairs")
     answers = {(row["prompt_id"], tuple(row["token_ids"])) for row in rows_of(run, "iter_000/generations")}
@@ -136,15 +149,23 @@ def test_self_reinforcement_learns_from_questions_by_what_the_warm_up_changed(tm
     assert log[0]["loss"] == pytest.approx(math.log(2), abs=1e-6)
 
 
-def test_seft_trains_a_reviser_and_fine_tunes_on_what_it_revised(tmp_path: Path) -> None:
+def test_seft_trains_a_reviser_and_fine_tunes_on_what_it_revised(
+    tmp_path: Path, taught_itself: Callable[[], tuple[RunDir, list[dict[str, Any]]]]
+) -> None:
     """What the reviser kept or revised is learnt from, what it did not label or finish is counted.
 
-    Only answers that end are revised.
+    Only answers that end are revised. The warm-up is the other run's.
     """
-    run, log = run_of(
-        tmp_path, "seft", data={"questions": "embedded:arithmetic-heldout"},
+    config = config_of(
+        "seft", data={"questions": "embedded:arithmetic-heldout"},
         sft=WARM_UP, reviser=WARM_UP | {"epochs": 60}, train={"global_batch_pairs": 1},
     )  # fmt: skip
+    warmed = taught_itself()[0]
+    for name in ("prompts", "questions", "sft"):
+        shutil.copytree(warmed.storage.path(name), tmp_path / "run" / name)
+    told = warmed.description() | {"config": config.model_dump(mode="json")}
+    (tmp_path / "run" / "run.json").write_text(json.dumps(told))
+    run, log = run_of(tmp_path, config)
     tokenizer = AutoTokenizer.from_pretrained(resolve(EMBEDDED))
     assert run.artefact("reviser/model").verify().files
     assert len(rows_of(run, "reviser/rows")) == 12

@@ -3,6 +3,7 @@
 import json
 import math
 import os
+import shutil
 import signal
 import sys
 from collections.abc import Callable
@@ -35,7 +36,11 @@ START = Path(resolve("embedded:tiny-llama"))
 
 def run_with(folder: Path, iterations: int = 1, **train: Any) -> RunDir:
     """12 rows, 3 steps an iteration, two workers."""
-    config = SpinConfig.model_validate(
+    return run_spin(config_of(iterations, **train), folder, seed_engine).run
+
+
+def config_of(iterations: int = 1, **train: Any) -> SpinConfig:
+    return SpinConfig.model_validate(
         {
             "model": {"path": str(START), "max_length": 160, "attention": "packed"},
             "data": {"train": "embedded:arithmetic-train", "max_rows": 12},
@@ -49,7 +54,15 @@ def run_with(folder: Path, iterations: int = 1, **train: Any) -> RunDir:
             "tracking": {"tensorboard": False},
         }
     )  # fmt: skip
-    return run_spin(config, folder, seed_engine).run
+
+
+def train_on_pairs_of(begun: RunDir, folder: Path, iterations: int = 1, **train: Any) -> RunDir:
+    """Does a run whose recipe differs from that of ``begun`` in training alone, from the pairs of ``begun`` on."""
+    for name in ("prompts", "iter_000/generations", "iter_000/pairs"):
+        shutil.copytree(begun.storage.path(name), folder / name)
+    told = begun.description() | {"config": config_of(iterations, **train).settle_sizes().model_dump(mode="json")}
+    (folder / "run.json").write_text(json.dumps(told))
+    return run_with(folder, iterations, **train)
 
 
 def log_of(run: RunDir, iteration: int) -> list[dict[str, float]]:
@@ -84,7 +97,7 @@ def assert_same_training(run: RunDir, plain: RunDir) -> None:
 def test_a_run_with_deepspeed_has_the_losses_and_weights_of_fsdp2(tmp_path: Path, plain: Callable[[], RunDir]) -> None:
     """ZeRO-3, checkpoint after step 1."""
     pytest.importorskip("deepspeed", reason="the extra `deepspeed` is not installed")
-    assert_same_training(run_with(tmp_path / "run", backend="deepspeed"), plain())
+    assert_same_training(train_on_pairs_of(plain(), tmp_path / "run", backend="deepspeed"), plain())
 
 
 def _killed_once(attempts: Path, job: TrainJob) -> Any:
@@ -106,8 +119,9 @@ def test_a_tensor_group_that_loses_a_rank_goes_on_and_ends_as_plain_workers_do(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, plain: Callable[[], RunDir]
 ) -> None:
     """Both ranks compute each pack; the reference has one part, and not one a rank."""
+    plain()
     monkeypatch.setattr(training, "work", partial(_killed_once, tmp_path))
-    run = run_with(tmp_path / "run", mesh={"tensor": 2}, max_failures=1)
+    run = train_on_pairs_of(plain(), tmp_path / "run", mesh={"tensor": 2}, max_failures=1)
     assert (tmp_path / "killed").exists()
     assert_same_training(run, plain())
     (commit,) = (event for event in run.events() if event["event"] == "commit" and event["kind"] == "training")
@@ -116,12 +130,12 @@ def test_a_tensor_group_that_loses_a_rank_goes_on_and_ends_as_plain_workers_do(
     assert len(run.reference(0).manifest().files) == 1
 
 
-def test_a_run_with_adapters_hands_on_plain_models(tmp_path: Path) -> None:
+def test_a_run_with_adapters_hands_on_plain_models(tmp_path: Path, plain: Callable[[], RunDir]) -> None:
     """Iteration 1 starts from the merged weights of iteration 0 with fresh adapters, so its margins start at 0 again;
     only linear layers ever move.
     """
     pytest.importorskip("peft", reason="the extra `lora` is not installed")
-    run = run_with(tmp_path / "run", iterations=2, lora={"rank": 4})
+    run = train_on_pairs_of(plain(), tmp_path / "run", iterations=2, lora={"rank": 4})
     for iteration in (0, 1):
         assert log_of(run, iteration)[0]["margin"] == 0.0
     models = [weights_of(folder) for folder in (START, *(run.storage.path(f"iter_00{i}/model") for i in (0, 1)))]

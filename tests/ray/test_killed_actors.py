@@ -5,6 +5,7 @@ import signal
 import sys
 import time
 from collections.abc import Callable
+from functools import cache
 from pathlib import Path
 
 import psutil
@@ -16,9 +17,10 @@ import torch.distributed as dist
 
 from spin_ray.config.recipe import SpinConfig
 from spin_ray.errors import ConfigError, StageError, UserError
+from spin_ray.run_dir.artefact import FileEntry
 from spin_ray.run_dir.run_dir import RunDir
 from spin_ray.run_dir.storage import Storage
-from spin_ray.runtime.engine import EngineSpec
+from spin_ray.runtime.engine import EngineSpec, StartEngine
 from spin_ray.runtime.workers import run_workers
 from tests.ray.test_stages_on_ray import make_config, make_prompts, play
 from tests.support.fakes import FakeEngine, seed_engine
@@ -48,19 +50,27 @@ def _die(once: Path) -> None:
         os.kill(os.getpid(), signal.SIGKILL)
 
 
+def _shards(folder: Path, engine: StartEngine) -> dict[str, FileEntry]:
+    run, config = RunDir(Storage(folder)), make_config()
+    make_prompts(run, config)
+    play(run, config, engine)
+    return run.generations(0).manifest().files
+
+
+@pytest.fixture(scope="module")
+def calm(tmp_path_factory: pytest.TempPathFactory) -> Callable[[], dict[str, FileEntry]]:
+    """Makes shards that nothing disturbs, once; not before the test has a Ray."""
+    return cache(lambda: _shards(tmp_path_factory.mktemp("calm"), seed_engine))
+
+
 @pytest.mark.parametrize("dying", [_dies_at_its_second_shard, _dies_while_it_loads])
 def test_a_generation_actor_that_is_killed_is_started_again_and_gives_the_same_shards(
-    tmp_path: Path, dying: Callable[[EngineSpec, Path], FakeEngine]
+    tmp_path: Path, dying: Callable[[EngineSpec, Path], FakeEngine], calm: Callable[[], dict[str, FileEntry]]
 ) -> None:
     once = tmp_path / "killed"
-    shards = {}
-    for name, engine in (("calm", seed_engine), ("rough", lambda spec: dying(spec, once))):
-        run, config = RunDir(Storage(tmp_path / name)), make_config()
-        make_prompts(run, config)
-        play(run, config, engine)
-        shards[name] = run.generations(0).manifest().files
+    rough = _shards(tmp_path / "rough", lambda spec: dying(spec, once))
     assert once.exists(), "the engine was killed"
-    assert shards["rough"] == shards["calm"]
+    assert rough == calm()
 
 
 @pytest.mark.parametrize(

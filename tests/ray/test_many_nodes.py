@@ -46,11 +46,11 @@ SHARDS, STEPS = 12, 24
 
 
 def noting_engine(spec: EngineSpec, notes: Path, of: int) -> FakeEngine:
-    """Starts an engine that notes where it plays; within the second shard it waits until it is one of ``of``."""
+    """Starts an engine that notes where it plays; within the second shard it waits until ``of`` have begun to."""
     node = notes / ray.get_runtime_context().get_node_id()
-    node.touch()
 
     def note(call: int) -> None:
+        node.touch()
         deadline = time.monotonic() + 90
         while call == 2 and len(list(notes.iterdir())) < of and time.monotonic() < deadline:
             time.sleep(0.05)
@@ -278,7 +278,7 @@ def _stays_until_there_are_two(folder: Path) -> int:
 def test_an_elastic_group_grows_from_its_last_checkpoint_when_a_node_joins(
     nodes: SmallCluster, model: Path, tmp_path: Path
 ) -> None:
-    """One seat at first, so one worker; Ray looks for new nodes every 20 s."""
+    """One seat at first, so one worker."""
     for name in [name for name in nodes.names() if name != "b"][1:]:
         nodes.kill(name)
     config = config_of(
@@ -287,7 +287,12 @@ def test_an_elastic_group_grows_from_its_last_checkpoint_when_a_node_joins(
     )  # fmt: skip
     work, done = tmp_path / "work", threading.Event()
     work.mkdir()
-    joining = when((work / "alone").exists, lambda: nodes.add("f", "any"), unless=done)
+
+    def join() -> None:
+        nodes.add("f", "any")
+        nodes.tell_trainers()
+
+    joining = when((work / "alone").exists, join, unless=done)
     try:
         first = run_workers(_stays_until_there_are_two, work, config, "grow", tmp_path / "checkpoints")
     finally:

@@ -1,8 +1,11 @@
 """Prompts, generation and pairs through real Ray Data, with a fake engine: what is written, resumed and refused."""
 
 import json
+import shutil
 import sys
 import time
+from collections.abc import Callable
+from functools import cache
 from pathlib import Path
 from types import ModuleType
 
@@ -55,11 +58,23 @@ def play(run: RunDir, config: SpinConfig, start_engine: StartEngine = seed_engin
     generation.run(run, config, spec, [job], start_engine)
 
 
-def test_every_prompt_is_answered_once_and_paired_once(tmp_path: Path) -> None:
+@pytest.fixture(scope="module")
+def played(tmp_path_factory: pytest.TempPathFactory) -> Callable[[Path], RunDir]:
+    """Copies a run with prompts and answers into a folder; it is made once, not before the test has a Ray."""
+
+    def make() -> Path:
+        folder, config = tmp_path_factory.mktemp("played"), make_config()
+        make_prompts(RunDir(Storage(folder)), config)
+        play(RunDir(Storage(folder)), config)
+        return folder
+
+    made = cache(make)
+    return lambda folder: RunDir(Storage(shutil.copytree(made(), folder, dirs_exist_ok=True)))
+
+
+def test_every_prompt_is_answered_once_and_paired_once(tmp_path: Path, played: Callable[[Path], RunDir]) -> None:
     """50 prompts in shards of 16 make 4 shards, 50 answers and 50 pairs, in the order of the prompts."""
-    run, config = RunDir(Storage(tmp_path)), make_config()
-    make_prompts(run, config)
-    play(run, config)
+    run, config = played(tmp_path), make_config()
     pairs.run(run, config, 0)
     ids = [prompt_id for table in run.prompts.tables() for prompt_id in table["prompt_id"].to_pylist()]
     answered = [prompt_id for table in run.generations(0).tables() for prompt_id in table["prompt_id"].to_pylist()]
@@ -70,11 +85,9 @@ def test_every_prompt_is_answered_once_and_paired_once(tmp_path: Path) -> None:
     assert len(run.generations(0).part_names()) == 4
 
 
-def test_a_second_run_makes_only_what_is_missing(tmp_path: Path) -> None:
+def test_a_second_run_makes_only_what_is_missing(tmp_path: Path, played: Callable[[Path], RunDir]) -> None:
     """With one of four shards gone and no manifest, that one is made again and the others keep their bytes."""
-    run, config = RunDir(Storage(tmp_path)), make_config()
-    make_prompts(run, config)
-    play(run, config)
+    run, config = played(tmp_path), make_config()
     folder = tmp_path / "iter_000" / "generations"
     before = {path.name: (path.read_bytes(), path.stat().st_ino) for path in folder.glob("part-*")}
     (folder / "_MANIFEST.json").unlink()
@@ -86,10 +99,8 @@ def test_a_second_run_makes_only_what_is_missing(tmp_path: Path) -> None:
     assert run.events()[-1]["shards_found"] == 3
 
 
-def test_a_finished_stage_starts_no_engine(tmp_path: Path) -> None:
-    run, config = RunDir(Storage(tmp_path)), make_config()
-    make_prompts(run, config)
-    play(run, config)
+def test_a_finished_stage_starts_no_engine(tmp_path: Path, played: Callable[[Path], RunDir]) -> None:
+    run, config = played(tmp_path), make_config()
     events = len(run.events())
     play(run, config, silent_engine)
     make_prompts(run, config)

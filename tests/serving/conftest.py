@@ -15,13 +15,6 @@ from tests.support.served import Served, serving
 from tests.support.tiny_runs import make_run
 
 
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Lets tests of the real server run alone, as they load it and measure times."""
-    for item in items:
-        if "served" in getattr(item, "fixturenames", ()):
-            item.add_marker("alone")
-
-
 @pytest.fixture
 def votes(tmp_path: Path) -> Iterator[VoteStore]:
     store = VoteStore(f"sqlite:///{tmp_path}/votes.sqlite")

@@ -300,7 +300,7 @@ def test_a_blind_comparison_and_a_vote_on_the_real_server(served, open_page):
     said = page.locator(".side").all_inner_texts()
     assert not [name for name in ("sft", "iter-") for text in said if name in text]
     ballot(page, "a").click()
-    expect(page.get_by_role("status")).to_contain_text("Your vote: A is better.")
+    expect(page.get_by_role("status")).to_contain_text("Your vote: A is better.", timeout=60_000)
     winner, loser = (side(page, one, "name").inner_text() for one in "ab")
     assert {winner, loser} == {"sft", "iter-0"}
     board = httpx.get(f"{served.url}/v1/leaderboard", timeout=60).json()

@@ -6,7 +6,6 @@ import time
 from typing import Any
 
 import httpx
-import psutil
 import pytest
 
 from tests.support.served import Served
@@ -52,20 +51,8 @@ def request(dice: random.Random) -> dict[str, Any]:
     return {"model": dice.choice(["sft", "latest"]), "prompt": prompt, "max_tokens": 3} | fields
 
 
-def engines(served: Served) -> set[tuple[int, float]]:
-    """Returns vLLM's engine processes."""
-    found = set()
-    for process in served.family():
-        try:
-            if "EngineCore" in " ".join(process.cmdline()):
-                found.add((process.pid, process.create_time()))
-        except psutil.Error:  # it has just ended
-            continue
-    return found
-
-
 def test_no_request_ends_an_engine_and_every_answer_is_json(served: Served) -> None:
-    before = engines(served)
+    before = set(served.engines())
     assert len(before) == 2
     dice, statuses = random.Random(22), set()
     end = time.monotonic() + FUZZ_S
@@ -85,4 +72,4 @@ def test_no_request_ends_an_engine_and_every_answer_is_json(served: Served) -> N
                 assert ("choices" in told) == (response.status_code == 200), (told, content[:1000])
         assert client.get(f"{served.url}/readyz").json().get("down") is None
     assert {200, 400} <= statuses
-    assert engines(served) == before
+    assert set(served.engines()) == before, "a process is known by its number and its start"

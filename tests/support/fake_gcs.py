@@ -35,6 +35,7 @@ class FakeGcs(ThreadingHTTPServer):
 class _Handler(BaseHTTPRequestHandler):
     server: FakeGcs
     protocol_version = "HTTP/1.1"
+    disable_nagle_algorithm = True  # a body would wait 40 ms for the client to acknowledge the head
 
     def do_HEAD(self) -> None:
         self._get(with_body=False)

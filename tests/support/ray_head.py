@@ -1,6 +1,5 @@
-"""A head node as `ray start` makes it, with dashboard, metrics and a token; stopped by its process group."""
+"""A head node as `ray start` makes it, with dashboard, metrics and a token."""
 
-import os
 import shutil
 import socket
 import subprocess
@@ -8,9 +7,11 @@ import sys
 import tempfile
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
+
+import psutil
 
 RAY = [sys.executable, "-m", "ray.scripts.scripts"]
 TOKEN = "0123456789abcdef" * 4
@@ -33,7 +34,7 @@ class Head:
 
 @contextmanager
 def ray_head(environment: dict[str, str], cpus: int) -> Iterator[Head]:
-    """Yields a head whose dashboard listens, and stops it.
+    """Yields a head whose dashboard listens, and kills it: told to stop, its processes would take half a minute.
 
     Sockets have short paths only, hence a folder of its own.
     """
@@ -56,7 +57,7 @@ def ray_head(environment: dict[str, str], cpus: int) -> Iterator[Head]:
         _wait_for(head.dashboard_port)
         yield head
     finally:
-        os.killpg(process.pid, 15)
+        _kill(process.pid)
         process.wait(timeout=60)
         shutil.rmtree(folder, ignore_errors=True)
 
@@ -65,6 +66,16 @@ def free_port() -> int:
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         return probe.getsockname()[1]
+
+
+def _kill(pid: int) -> None:
+    """Kills a process and all below it, from the top, so that none starts another one."""
+    head = psutil.Process(pid)
+    family = [head, *head.children(recursive=True)]
+    for process in family:
+        with suppress(psutil.NoSuchProcess):
+            process.kill()
+    assert not psutil.wait_procs(family[1:], timeout=60)[1], "waited 60 s for a killed head's processes"
 
 
 def _wait_for(port: int) -> None:

@@ -79,6 +79,17 @@ class Served:
                 found.append(process)
         return found
 
+    def engines(self) -> list[psutil.Process]:
+        """Returns vLLM's engine processes."""
+        found = []
+        for process in self.family():
+            try:
+                if "EngineCore" in " ".join(process.cmdline()):
+                    found.append(process)
+            except psutil.Error:  # it has just ended
+                continue
+        return found
+
     def memory(self) -> int:
         """Returns the bytes that all its processes hold; shared ones are counted once."""
         total = 0

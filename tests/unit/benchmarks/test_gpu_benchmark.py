@@ -86,8 +86,9 @@ def test_a_step_that_breaks_leaves_a_reason_and_the_next_item_runs(benchmark, tm
         f"gpu_steps.__path__.append({str(folder)!r}); import gpu; gpu.main()"
     )
     monkeypatch.setattr(child, "PROGRAM", runner)
+    monkeypatch.setattr(child, "KILL_AFTER_S", 1)
     results = Results(tmp_path / "out", {"card": "c", "versions": {}, "commit": "d"})
-    benchmark.run_step("broken", child.Context(tiny=True, work=tmp_path), results, budget_s=25)
+    benchmark.run_step("broken", child.Context(tiny=True, work=tmp_path), results, budget_s=12)
     rows = {row["id"]: row for row in results.rows}
     assert (rows["before"]["met"], rows["good"]["met"]) == (False, True)
     assert rows["raises"]["note"] == "ValueError: no kernel"
