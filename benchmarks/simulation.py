@@ -2,7 +2,7 @@
 
 A discrete-event simulation of the driver's rules. Its times are those of ``spin-ray plan``; nothing is measured.
 
-    python benchmarks/simulation.py [--runs 20] [--write]     # --write: results/simulation.{json,md}, docs/scale.md
+    python benchmarks/simulation.py [--runs 20] [--write]     # --write: results/simulation.{json,md}
 
     generation   engines take shards from one queue; a lost node loses the shards that its engines work on
     training     all nodes take each step together; a lost node loses the steps since the last checkpoint
@@ -367,7 +367,6 @@ LLAMA_70B = ModelShape(
 )
 RECIPE = Path(__file__).resolve().parents[1] / "jobs" / "recipes" / "zephyr_7b.yaml"
 RESULTS = Path(__file__).resolve().parent / "results"
-SCALE_PAGE = Path(__file__).resolve().parents[1] / "docs" / "scale.md"
 
 
 def settings() -> Iterator[Setting]:
@@ -454,12 +453,9 @@ def main() -> None:
     rows = [run(setting, options.runs) for setting in settings()]
     print(tables(rows))
     if options.write:
-        from tables import put
-
         (RESULTS / "simulation.json").write_text(json.dumps({"runs": options.runs, "rows": rows}, indent=1) + "\n")
         head = f"By `python benchmarks/simulation.py --runs {options.runs} --write`: simulated, not measured."
         (RESULTS / "simulation.md").write_text(f"# Simulated runs\n\n{head}\n\n{tables(rows)}\n")
-        put("simulated runs", tables(rows), SCALE_PAGE)
 
 
 if __name__ == "__main__":

@@ -26,6 +26,7 @@ from spin_ray.planning.plan import Given, predict
 
 ROOT = Path(__file__).resolve().parents[1]
 CLUSTER_PAGE = ROOT / "docs" / "cluster.md"
+MEASURED_PAGE = ROOT / "docs" / "measured.md"
 
 
 def main() -> None:

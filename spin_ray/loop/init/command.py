@@ -6,13 +6,15 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from rich.console import Console
+from rich.markup import escape
 
 from spin_ray.config.load import parse_config
-from spin_ray.errors import ConfigError
-from spin_ray.loop.algorithms.table import check_algorithm
+from spin_ray.errors import ConfigError, ModelError
+from spin_ray.loop.algorithms.table import check_packages, check_settings
 from spin_ray.loop.init.fit import fit
 from spin_ray.loop.init.foreign import Foreign
 from spin_ray.loop.init.foreign_config import read_foreign
+from spin_ray.loop.init.foreign_steps import by_rows
 from spin_ray.loop.init.look import Look, Machines, find_machines, heldout_beside, look
 from spin_ray.loop.init.settings import Setting, Settings, tree_of
 from spin_ray.loop.init.text import recipe_text
@@ -57,13 +59,29 @@ def init(options: Options, ask: Ask | None, console: Console) -> None:
     foreign = read_foreign(options.source, machines.gpus) if options.source else None
     settings = _answers(options, foreign, ask)
     seen = look(settings)
+    settings = by_rows(foreign, settings, seen) if foreign else settings
     fitted, phases, misfit = fit(settings, seen, machines)
-    check_algorithm(parse_config(tree_of(fitted), source=str(options.recipe)))
+    config = parse_config(tree_of(fitted), source=str(options.recipe))
+    check_settings(config)
     options.recipe.write_text(recipe_text(fitted, _head(foreign, machines)), encoding="utf-8")
     _print(options, seen, machines, foreign, console)
+    try:
+        check_packages(config)
+    except ModelError as error:
+        console.print(
+            f"[yellow]note[/] the recipe's machine needs what is missing here: {escape(str(error))}", highlight=False
+        )
+    if "train.offload" in fitted and "train.lora.rank" in fitted and config.sft is not None:
+        console.print(_LARGE_WARM_UP, highlight=False)
     if misfit:
-        console.print(f"[yellow]warning[/] no settings tried fit: {misfit}", highlight=False)
+        console.print(f"[yellow]warning[/] no settings tried fit: {escape(misfit)}", highlight=False)
     _print_next(options, fitted, seen, phases, machines, foreign, console)
+
+
+_LARGE_WARM_UP = (
+    "[yellow]warning[/] the warm-up (sft) trains all weights, which do not fit the card: train.offload puts them into the "
+    "machine's memory. Fine-tune with adapters elsewhere first and start from the result (--model), with --no-sft"
+)
 
 
 def _hardware(options: Options, ask: Ask | None) -> tuple[str | None, int | None, int]:
@@ -110,7 +128,7 @@ def _answers(options: Options, foreign: Foreign | None, ask: Ask | None) -> Sett
 def _after_sft(settings: Settings, foreign: Foreign) -> Settings:
     """Starts from what the foreign training made, if it is here: then there is no warm-up."""
     made = foreign.output
-    if made is None or not (Path(made) / "config.json").is_file():
+    if made is None or not any((Path(made) / name).is_file() for name in ("config.json", "adapter_config.json")):
         return settings
     foreign.left["learning rate, epochs and batch"] = f"belong to the training that made {made}"
     kept = {place: setting for place, setting in settings.items() if not place.startswith("sft.")}
