@@ -9,6 +9,7 @@ from rich.console import Console
 from rich.markup import escape
 
 from spin_ray.config.load import parse_config
+from spin_ray.config.recipe import SpinConfig
 from spin_ray.errors import ConfigError, ModelError
 from spin_ray.loop.algorithms.table import check_packages, check_settings
 from spin_ray.loop.init.fit import fit
@@ -65,23 +66,26 @@ def init(options: Options, ask: Ask | None, console: Console) -> None:
     check_settings(config)
     options.recipe.write_text(recipe_text(fitted, _head(foreign, machines)), encoding="utf-8")
     _print(options, seen, machines, foreign, console)
-    try:
-        check_packages(config)
-    except ModelError as error:
-        console.print(
-            f"[yellow]note[/] the recipe's machine needs what is missing here: {escape(str(error))}", highlight=False
-        )
-    if "train.offload" in fitted and "train.lora.rank" in fitted and config.sft is not None:
-        console.print(_LARGE_WARM_UP, highlight=False)
-    if misfit:
-        console.print(f"[yellow]warning[/] no settings tried fit: {escape(misfit)}", highlight=False)
+    _warn(config, fitted, misfit, console)
     _print_next(options, fitted, seen, phases, machines, foreign, console)
 
 
 _LARGE_WARM_UP = (
-    "[yellow]warning[/] the warm-up (sft) trains all weights, which do not fit the card: train.offload puts them into the "
-    "machine's memory. Fine-tune with adapters elsewhere first and start from the result (--model), with --no-sft"
+    "[yellow]warning[/] the warm-up (sft) trains all weights, which do not fit the card: train.offload puts them into "
+    "the machine's memory. Or train an adapter with another tool, and start from that: --model FOLDER --no-sft"
 )
+
+
+def _warn(config: SpinConfig, fitted: Settings, misfit: str, console: Console) -> None:
+    try:
+        check_packages(config)
+    except ModelError as error:
+        said = escape(str(error))
+        console.print(f"[yellow]note[/] the recipe's machine needs what is missing here: {said}", highlight=False)
+    if "train.offload" in fitted and "train.lora.rank" in fitted and config.sft is not None:
+        console.print(_LARGE_WARM_UP, highlight=False)
+    if misfit:
+        console.print(f"[yellow]warning[/] no settings tried fit: {escape(misfit)}", highlight=False)
 
 
 def _hardware(options: Options, ask: Ask | None) -> tuple[str | None, int | None, int]:
