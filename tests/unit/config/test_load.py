@@ -33,7 +33,7 @@ def recipe(tmp_path):
     [
         ("model: [", "is not YAML"),
         ("- a\n- b\n", "must hold sections (model, data, …), found list"),
-        ("", "must hold sections (model, data, …), found NoneType"),
+        ("", "must hold sections (model, data, …), found nothing"),
         ("seed: 2024-13-45", "is not YAML: month must be in 1..12"),
         ("[" * 350, "is not YAML"),
         ("a: !!bool maybe", "is not YAML"),
