@@ -102,7 +102,6 @@ def _rounded(length: int, step: int) -> int:
 
 
 def _machines(lengths: Settings, machines: Machines) -> Settings:
-    """Returns engines, workers and packs for the machines."""
     tree = SpinConfig.model_validate(tree_of(lengths | _NO_CHECK))
     least = tree.model.max_length + tree.generation.sampling.max_tokens
     if not machines.gpus:

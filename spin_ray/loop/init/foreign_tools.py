@@ -136,5 +136,4 @@ def other_method_of(config: Mapping[str, Any], file_name: str) -> str | None:
 
 
 def reason_of(key: str) -> str:
-    """Returns why a key is not carried over."""
     return _ADVICE.get(key, "has no equal here")

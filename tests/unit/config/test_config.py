@@ -79,6 +79,27 @@ def test_a_combination_with_a_section_that_has_an_unknown_key_is_not_complained_
     )
 
 
+@pytest.mark.parametrize(
+    ("wrong", "problem"),
+    [
+        ({"train": {"workers": True}}, "train.workers: input should be a number (got True)"),
+        (
+            {"learning_rate": 1e-6},
+            "learning_rate: unknown key (did you mean train.learning_rate or sft.learning_rate?)",
+        ),
+        ({"data.train": "x"}, "data.train: unknown key (write it as data: {train: …})"),
+        ({"train": None}, "train: is empty; give it fields, or leave it out"),
+        (
+            {"data": {"train": "$HOME/rows.jsonl"}},
+            "data.train: $HOME/rows.jsonl: recipes read no variables; write the path, or give --data.train=… on the "
+            "command line",
+        ),
+    ],
+)
+def test_a_mistake_is_named_with_its_cure(wrong, problem):
+    assert problems(**wrong) == problem
+
+
 def test_missing_sections_do_not_hide_other_problems():
     with pytest.raises(ConfigError) as caught:
         parse_config({"iterations": 2, "objective": {"beta": [1.0]}}, source="r.yaml")
