@@ -96,6 +96,7 @@ _DPO_LOSSES = ("sigmoid", "sigmoid_norm", "hinge", "ipo", "exo_pair", "nca_pair"
 _OTHER_METHODS = ("num_generations", "reward_funcs", "reward_model_path", "desirable_weight", "undesirable_weight",
                   "num_ppo_epochs", "simpo_gamma", "cpo_alpha", "lmbda")  # fmt: skip
 """Keys of TRL's other trainers, some of which have ``beta`` or ``loss_type`` as well."""
+_OTHER_TRAINERS = ("kto", "orpo", "grpo", "ppo", "cpo", "simpo", "gkd")
 _ADVICE = {
     **dict.fromkeys(("val_set_size", "val_size"), "give rows of their own as data.heldout"),
     **dict.fromkeys(
@@ -129,10 +130,10 @@ def is_dpo_of_trl(config: Mapping[str, Any], file_name: str) -> bool:
 
 
 def other_method_of(config: Mapping[str, Any], file_name: str) -> str | None:
-    """Returns the key or the file's name that tells of a trainer other than those of SFT and DPO."""
+    """Returns what tells of a trainer of TRL other than those of SFT and DPO: a key, or a word of the file's name."""
     words = re.split(r"[^a-z]+", file_name.lower())
-    named = next((word for word in words if word in ("kto", "orpo", "grpo", "ppo", "cpo", "simpo", "gkd")), None)
-    return next((key for key in _OTHER_METHODS if config.get(key) is not None), named)
+    named = [] if {"sft", "dpo"} & set(words) else [word for word in words if word in _OTHER_TRAINERS]
+    return next((key for key in _OTHER_METHODS if config.get(key) is not None), named[0] if named else None)
 
 
 def reason_of(key: str) -> str:
