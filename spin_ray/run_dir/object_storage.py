@@ -219,6 +219,7 @@ class ObjectStorage(Storage):
                 self._has_answered = True
                 return found
             except (FileNotFoundError, AlreadyExistsError, PreconditionError):
+                self._has_answered = True
                 raise
             except BaseError as error:
                 if not self._has_answered:
