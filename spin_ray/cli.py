@@ -362,7 +362,8 @@ def main() -> None:
     except (click.Abort, KeyboardInterrupt, SystemExit) as stopped:
         if isinstance(stopped, SystemExit) and stopped.code != signal.SIGTERM:
             raise
-        click.echo("stopped; the same command goes on from what is committed", err=True)
+        goes_on = sys.argv[1:2] in (["run"], ["probe"])
+        click.echo(f"stopped{'; the same command goes on from what is committed' * goes_on}", err=True)
         sys.exit(EXIT_FAILED)
 
 
