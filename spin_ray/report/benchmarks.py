@@ -113,7 +113,8 @@ def run_all(
     for number in numbers:
         request = request_for(config, number, str(model_path(run_dir, number)), **asked)
         found[iterate_name(number)] = run(run_dir, config, number, request)
-        print_results(iterate_name(number), found[iterate_name(number)], console)
+        if not console.quiet:
+            print_results(iterate_name(number), found[iterate_name(number)], console)
     return found
 
 
