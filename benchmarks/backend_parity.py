@@ -20,7 +20,7 @@ from spin_ray.runtime import cpu
 
 sys.path.append(str(Path(__file__).parents[1]))
 
-from tables import put
+from tables import MEASURED_PAGE, put
 
 from tests.support.learner_cases import one_rank, save_model, tiny_llama, train
 from tests.unit.learner.test_deepspeed import CASES, one_of_two_ranks
@@ -30,7 +30,7 @@ from tests.unit.learner.test_lora import ROWS, backend_of, train_with_peft
 def main() -> None:
     cpu.prepare(threads=1)  # for the processes that are started here
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--write", action="store_true", help="put the tables into docs/cluster.md")
+    parser.add_argument("--write", action="store_true", help="put the tables into docs/measured.md")
     parser.add_argument("--adapters-only", action="store_true", help="leave DeepSpeed out")
     options = parser.parse_args()
     tables = {}
@@ -45,7 +45,7 @@ def main() -> None:
     for name, lines in tables.items():
         print(lines, end="\n\n")
         if options.write:
-            put(name, lines)
+            put(name, lines, MEASURED_PAGE)
 
 
 def table(rows: dict[str, tuple[float, ...]]) -> str:

@@ -23,7 +23,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 import torch.multiprocessing
-from tables import put
+from tables import MEASURED_PAGE, put
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from spin_ray.runtime import cpu
@@ -143,7 +143,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--layers", type=int, default=20, help="20 make 1.0 billion parameters")
     parser.add_argument("--peak-gib", type=float, default=24, help="fail when both ranks together take more")
-    parser.add_argument("--write", action="store_true", help="put the table into docs/cluster.md")
+    parser.add_argument("--write", action="store_true", help="put the table into docs/measured.md")
     parser.add_argument("--only", choices=[*CASES], help="measure one case, and write its own table")
     parser.add_argument("--system-malloc", action="store_true", help="in place of the train workers' allocator")
     options = parser.parse_args()
@@ -170,7 +170,7 @@ def main() -> None:
     if options.write:
         which = [f": {options.only}"] if options.only else []
         which += [", system's allocator"] if options.system_malloc else []
-        put("".join(["memory of a large model", *which]), "\n".join(lines))
+        put("".join(["memory of a large model", *which]), "\n".join(lines), MEASURED_PAGE)
 
 
 def line(rank: int, found: dict[str, Any], case: str) -> str:

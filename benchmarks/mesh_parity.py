@@ -21,7 +21,7 @@ from spin_ray.runtime import cpu
 sys.path.append(str(Path(__file__).parents[1]))
 
 from harness import RESULTS
-from tables import put
+from tables import MEASURED_PAGE, put
 
 from tests.support.learner_cases import one_rank
 from tests.support.mesh_cases import CASES, STEPS, file_of, make_backend, run_four, train
@@ -30,7 +30,7 @@ from tests.support.mesh_cases import CASES, STEPS, file_of, make_backend, run_fo
 def main() -> None:
     cpu.prepare(threads=1)  # for the processes that are started here
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--write", action="store_true", help="put the table into docs/cluster.md and results/")
+    parser.add_argument("--write", action="store_true", help="put the table into docs/measured.md and results/")
     options = parser.parse_args()
     with tempfile.TemporaryDirectory() as name:
         directory = Path(name)
@@ -40,7 +40,7 @@ def main() -> None:
     lines = table(rows)
     print(lines)
     if options.write:
-        put("parity of the meshes", lines)
+        put("parity of the meshes", lines, MEASURED_PAGE)
         found = {"steps": STEPS, "torch": torch.__version__, "rows": rows}
         (RESULTS / "mesh_parity.json").write_text(json.dumps(found, indent=1, ensure_ascii=False) + "\n")
 

@@ -2,7 +2,7 @@
 
 Simulated by the driver's rules (fleet.py). Its times are those of ``spin-ray plan``; nothing is measured.
 
-    python benchmarks/simulation.py [--runs 20] [--write]     # --write: results/simulation.{json,md}, docs/scale.md
+    python benchmarks/simulation.py [--runs 20] [--write]     # --write: results/simulation.{json,md}
 
     goodput      time of the plan, without failures and checkpoints, over the simulated time
     lost         node-hours of work that was done again
@@ -19,7 +19,6 @@ from pathlib import Path
 from typing import Any
 
 from fleet import GPU_MTBF_S, HOUR, Fleet, Generation, Rules, Stage, Told, Training, simulate
-from tables import put
 
 from spin_ray.config.load import load_config
 from spin_ray.config.recipe import SpinConfig
@@ -38,7 +37,6 @@ LLAMA_70B = ModelShape(
 )
 RECIPE = Path(__file__).resolve().parents[1] / "jobs" / "recipes" / "zephyr_7b.yaml"
 RESULTS = Path(__file__).resolve().parent / "results"
-SCALE_PAGE = Path(__file__).resolve().parents[1] / "docs" / "scale.md"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -169,7 +167,6 @@ def main() -> None:
         (RESULTS / "simulation.json").write_text(json.dumps({"runs": options.runs, "rows": rows}, indent=1) + "\n")
         head = f"By `python benchmarks/simulation.py --runs {options.runs} --write`: simulated, not measured."
         (RESULTS / "simulation.md").write_text(f"# Simulated runs\n\n{head}\n\n{tables(rows)}\n")
-        put("simulated runs", tables(rows), SCALE_PAGE)
 
 
 if __name__ == "__main__":

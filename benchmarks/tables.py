@@ -26,6 +26,7 @@ from spin_ray.planning.plan import Given, predict
 
 ROOT = Path(__file__).resolve().parents[1]
 CLUSTER_PAGE = ROOT / "docs" / "cluster.md"
+MEASURED_PAGE = ROOT / "docs" / "measured.md"
 
 
 def main() -> None:
@@ -122,7 +123,7 @@ def sizes() -> str:
             ("70B", 8, 8, "H100-80G", _for_70b(64)),
             ("70B", 8, 8, "H100-80G", _for_70b(64) | {"train.global_batch_pairs": "512"}),
             ("7B", 1, 1, "RTX-4090", ONE_CARD | {"train.lora": "{rank: 16}"}),
-            ("7B", 1, 1, "RTX-4090", ONE_CARD | {"train.lora": "{rank: 16, base: nf4}"}),
+            ("7B", 1, 1, "RTX-4090", ONE_CARD | {"train.lora": "{rank: 16, base: nf4, merge: false}"}),
         ]:
             config = load_config(
                 ROOT / "jobs" / "recipes" / "zephyr_7b.yaml",

@@ -8,7 +8,7 @@ import sys
 import time
 from collections import Counter
 from pathlib import Path
-from typing import IO, TYPE_CHECKING, Any
+from typing import IO, Any
 
 import click
 from rich.console import Console
@@ -16,9 +16,6 @@ from rich.console import Console
 from spin_ray.config.load import load_config, override, parse_overrides
 from spin_ray.errors import OtherRunError, StageError, UserError
 from spin_ray.runtime.garbage import collect_rarely
-
-if TYPE_CHECKING:
-    from spin_ray.run_dir.run_dir import RunDir
 
 EXIT_FAILED, EXIT_BAD_INPUT = 1, 2
 FOLLOW_EVERY_S = 5
@@ -102,16 +99,16 @@ def run(recipe: str, out: str, overrides: tuple[str, ...]) -> None:
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object, with --follow one a look.")
 def status(run_folder: str, follow: bool, as_json: bool) -> None:
     """Show the progress of a run: measures, rates, time left."""
-    from spin_ray.report.status import is_running
+    from spin_ray.report.status import is_running, show_status
     from spin_ray.run_dir.run_dir import open_run
 
     run, console = open_run(run_folder), Console()
-    _show_status(run, console, as_json)
+    show_status(run, console, as_json)
     while follow and is_running(run):
         time.sleep(FOLLOW_EVERY_S)
         if not as_json:
             console.clear()
-        _show_status(run, console, as_json)
+        show_status(run, console, as_json)
 
 
 @cli.command("eval")
@@ -127,26 +124,11 @@ def status(run_folder: str, follow: bool, as_json: bool) -> None:
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object: results by iterate and task.")
 def evaluate(run_folder: str, tasks: str, iterate: str, include: str | None, as_json: bool, **options: Any) -> None:
     """Run lm-eval benchmarks on iterates of RUN and write the results to RUN/<iterate>/eval.json."""
-    from spin_ray.report import benchmarks
-    from spin_ray.report.history import find_iterate, model_path
-    from spin_ray.run_dir.names import iterate_name
+    from spin_ray.report.benchmarks import run_all
     from spin_ray.run_dir.run_dir import open_run
 
-    run = open_run(run_folder)
-    config, found = run.config(), {}
-    for wanted in iterate.split(","):
-        number = find_iterate(run, wanted)
-        request = benchmarks.request_for(
-            config,
-            number,
-            str(model_path(run, number)),
-            benchmarks=benchmarks.parse_benchmarks(tasks.split(",")),
-            include=benchmarks.task_folder(include),
-            **options,
-        )
-        found[iterate_name(number)] = benchmarks.run(run, config, number, request)
-        if not as_json:
-            benchmarks.print_results(iterate_name(number), found[iterate_name(number)], Console())
+    console = Console(quiet=as_json)
+    found = run_all(open_run(run_folder), iterate.split(","), tasks.split(","), include, console, **options)
     if as_json:
         click.echo(json.dumps(found, indent=1))
 
@@ -361,15 +343,6 @@ def serve_key(name: str, per_minute: int | None) -> None:
     click.echo(f"key of {name}, shown only now: {key}", err=True)
 
 
-def _show_status(run: "RunDir", console: Console, as_json: bool) -> None:
-    from spin_ray.report.status import print_status, status_as_json
-
-    if as_json:
-        click.echo(json.dumps(status_as_json(run)))
-    else:
-        print_status(run, console)
-
-
 def main() -> None:
     """Runs the command. Exit code 0: done. 2: bad input, one line names it. 1: the run failed."""
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s", datefmt="%H:%M:%S", stream=sys.stderr)
@@ -390,7 +363,8 @@ def main() -> None:
     except (click.Abort, KeyboardInterrupt, SystemExit) as stopped:
         if isinstance(stopped, SystemExit) and stopped.code != signal.SIGTERM:
             raise
-        click.echo("stopped; the same command goes on from what is committed", err=True)
+        goes_on = sys.argv[1:2] in (["run"], ["probe"])
+        click.echo(f"stopped{'; the same command goes on from what is committed' * goes_on}", err=True)
         sys.exit(EXIT_FAILED)
 
 

@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Iterator
+from difflib import get_close_matches
+from functools import cache
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import yaml
 from pydantic import ValidationError
 
 from spin_ray.config.recipe import SpinConfig
-from spin_ray.config.sections import TAGS
+from spin_ray.config.sections import TAGS, Section
 from spin_ray.errors import ConfigError
 
 RECIPES = Path(__file__).parent / "recipes"
@@ -38,7 +41,8 @@ def load_config(recipe: str | Path, overrides: dict[str, str] | None = None) -> 
         raise ConfigError(f"{recipe}: cannot be read ({error})") from error
     content = _parse_yaml(text, source=str(recipe))
     if not isinstance(content, dict):
-        raise ConfigError(f"{recipe}: must hold sections (model, data, …), found {type(content).__name__}")
+        found = "nothing" if content is None else type(content).__name__
+        raise ConfigError(f"{recipe}: must hold sections (model, data, …), found {found}")
     for key, text in (overrides or {}).items():
         _set(content, key, text)
     return parse_config(content, source=str(recipe))
@@ -91,13 +95,45 @@ _REASONS = {
 def _explain(detail: Any) -> list[str]:
     where = _where(detail)
     if detail["type"] == "extra_forbidden":
-        return [f"{where}: unknown key"]
+        return [f"{where}: unknown key{_meant(where)}"]
     if detail["type"] == "value_error":
         return str(detail["ctx"]["error"]).split("\n")
     shown = repr(detail["input"])
     given = "" if detail["type"] == "missing" else f" (got {shown if len(shown) <= 80 else shown[:77] + '…'})"
     reason = _REASONS.get(detail["type"], detail["msg"].lower())
+    if detail["type"] == "model_type" and detail["input"] is None:
+        return [f"{where}: is empty; give it fields, or leave it out"]
     return [f"{where}: {reason}{given}"]
+
+
+def _meant(where: str) -> str:
+    """Returns a clause with the settings that an unknown key may stand for: so called elsewhere, or spelt alike."""
+    section, _, key = where.replace("-", "_").rpartition(".")
+    places = _places()
+    if where in places:
+        return f" (write it as {section.replace('.', ': {')}: {{{key}: …}})"
+    found = sorted(
+        (place for place in places if place.rpartition(".")[2] == key), key=lambda it: not it.startswith("train.")
+    )
+    if not found:
+        beside = [place.rpartition(".")[2] for place in places if place.rpartition(".")[0] == section]
+        found = get_close_matches(key, beside, n=1, cutoff=0.7)
+    return f" (did you mean {' or '.join(found[:2])}?)" if found else ""
+
+
+@cache
+def _places() -> tuple[str, ...]:
+    """Returns the place of every setting, e.g. ``train.lora.rank``."""
+
+    def within(annotation: Any, prefix: str) -> Iterator[str]:
+        if isinstance(annotation, type) and issubclass(annotation, Section):
+            for name, field in annotation.model_fields.items():
+                yield prefix + name
+                yield from within(field.annotation, f"{prefix}{name}.")
+        for inner in get_args(annotation):
+            yield from within(inner, prefix)
+
+    return tuple(within(SpinConfig, ""))
 
 
 def _where(detail: Any) -> str:
@@ -150,9 +186,30 @@ def _set(content: dict[str, Any], key: str, text: str) -> None:
     content[field] = _parse_yaml(text, source=f"--{key}={text}")
 
 
+class _Loader(yaml.SafeLoader):
+    """YAML in which a key may not stand twice, where PyYAML would silently take the last value."""
+
+    def compose_mapping_node(self, anchor: Any) -> Any:
+        node = super().compose_mapping_node(anchor)
+        keys = set[str]()
+        for key, _ in node.value:
+            if isinstance(key, yaml.ScalarNode) and key.value in keys:
+                raise yaml.MarkedYAMLError(problem=f"the key {key.value} stands twice", problem_mark=key.start_mark)
+            keys |= {key.value} if isinstance(key, yaml.ScalarNode) else set()
+        return node
+
+
 def _parse_yaml(text: str, source: str) -> Any:
     try:
-        return yaml.safe_load(text)
+        return _Loader(text).get_single_data()
     except (yaml.YAMLError, ValueError, LookupError, AttributeError, RecursionError) as error:
         # PyYAML passes on its converters' errors, e.g. ValueError for the date 2024-13-45.
-        raise ConfigError(f"{source}: is not YAML: {' '.join(str(error).split())}") from error
+        raise ConfigError(f"{source}: is not YAML: {_what_is_wrong(error)}") from error
+
+
+def _what_is_wrong(error: Exception) -> str:
+    if not isinstance(error, yaml.MarkedYAMLError) or error.problem_mark is None:
+        return " ".join(str(error).split())
+    place = f"line {error.problem_mark.line + 1}, column {error.problem_mark.column + 1}"
+    advice = "; indent by blanks, as YAML knows no tabs" if "\\t" in str(error.problem) else ""
+    return f"{error.problem} ({place}){advice}"

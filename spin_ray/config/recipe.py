@@ -135,6 +135,7 @@ class IterationSettings(Section):
 
 
 _CREDENTIALS = re.compile(r"://[^/]*:[^/]*@|[?&][^=]*(secret|token|password|access_key)[^=]*=", re.IGNORECASE)
+_VARIABLE = re.compile(r"\$(\{\w+\}|[A-Z_]+\b)")
 
 
 def _pick(value: T | tuple[T, ...], iteration: int) -> T:
@@ -148,7 +149,7 @@ def _impossible(config: SpinConfig) -> Iterator[str]:
     yield from _length_problems(config)
     yield from _resource_problems(config)
     yield from _mesh_problems(config)
-    yield from _secret_problems(config)
+    yield from _address_problems(config)
     yield from _adapter_problems(config)
     yield from _optimizer_problems(config)
     if config.evaluation.answer_extractor != "none" and config.data.heldout is None:
@@ -294,7 +295,7 @@ LARGEST_RANK = 512
 """Largest rank of an adapter that vLLM loads."""
 
 
-def _secret_problems(config: SpinConfig) -> Iterator[str]:
+def _address_problems(config: SpinConfig) -> Iterator[str]:
     for name, uri in [
         ("model.path", config.model.path),
         *(("data.train", source.path) for source in sources_of(config.data.train)),
@@ -303,6 +304,8 @@ def _secret_problems(config: SpinConfig) -> Iterator[str]:
     ]:  # fmt: skip
         if uri and _CREDENTIALS.search(uri):
             yield f"{name}: holds credentials, which would be written to run.json; give them by environment variables"
+        elif uri and _VARIABLE.search(uri):
+            yield f"{name}: {uri}: recipes read no variables; write the path, or give --{name}=… on the command line"
     if "hf_token" in config.generation.engine.extra:
         yield "generation.engine.extra.hf_token: would be written to run.json; give it by $HF_TOKEN"
 

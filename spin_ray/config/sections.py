@@ -8,14 +8,24 @@ from __future__ import annotations
 
 from typing import Annotated, Any, Literal, TypeVar
 
-from pydantic import BaseModel, ConfigDict, Discriminator, Field, Tag, field_validator, model_validator
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Discriminator, Field, Tag, field_validator, model_validator
+from pydantic_core import PydanticCustomError
 
 T = TypeVar("T")
 
-Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]
-NonNegative = Annotated[float, Field(ge=0, allow_inf_nan=False)]
-Fraction = Annotated[float, Field(ge=0, le=1)]
-Count = Annotated[int, Field(ge=1)]
+
+def _no_flag(value: Any) -> Any:
+    """Refuses what YAML reads as true or false, which pydantic takes for 1 or 0."""
+    if isinstance(value, bool):
+        raise PydanticCustomError("number_type", "input should be a number")
+    return value
+
+
+_number = BeforeValidator(_no_flag)
+Positive = Annotated[float, Field(gt=0, allow_inf_nan=False), _number]
+NonNegative = Annotated[float, Field(ge=0, allow_inf_nan=False), _number]
+Fraction = Annotated[float, Field(ge=0, le=1), _number]
+Count = Annotated[int, Field(ge=1), _number]
 
 ONE, LIST, WORD, NAME, PATH = TAGS = "<one>", "<list>", "<word>", "<name>", "<path>"
 """Tags of the kinds of value of one setting; pydantic writes them into an error's place."""

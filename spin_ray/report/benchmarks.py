@@ -19,6 +19,7 @@ from spin_ray.config.sections import ResourcesConfig
 from spin_ray.errors import ConfigError, StageError, UserError, first_line, last_line
 from spin_ray.report.endpoint import Unanswered, unreachable
 from spin_ray.report.harness import Backend, Benchmark, Request, measure
+from spin_ray.report.history import find_iterate, model_path
 from spin_ray.report.model_card import write_card
 from spin_ray.report.redaction import hide_in_text
 from spin_ray.report.whole_model import write_whole_model
@@ -106,6 +107,26 @@ def _keep(run_dir: RunDir, iterate: int, found: dict[str, Any]) -> dict[str, Any
     run_dir.storage.replace(run_dir.eval_path(iterate), content.encode())
     write_card(run_dir, iterate)
     return results
+
+
+def run_all(
+    run_dir: RunDir, iterates: Sequence[str], tasks: Sequence[str], include: str | None, console: Console, **asked: Any
+) -> dict[str, dict[str, Any]]:
+    """Measures each iterate and prints its results; returns them by iterate.
+
+    Raises:
+        UserError: an iterate or task is unknown; nothing was measured.
+        StageError: an evaluation failed.
+    """
+    config, found = run_dir.config(), {}
+    asked |= {"benchmarks": parse_benchmarks(tasks), "include": task_folder(include)}
+    numbers = [find_iterate(run_dir, wanted) for wanted in iterates]
+    for number in numbers:
+        request = request_for(config, number, str(model_path(run_dir, number)), **asked)
+        found[iterate_name(number)] = run(run_dir, config, number, request)
+        if not console.quiet:
+            print_results(iterate_name(number), found[iterate_name(number)], console)
+    return found
 
 
 def averages(results: dict[str, Any]) -> dict[str, Any]:

@@ -176,7 +176,6 @@ def precision_and_reason(config: SpinConfig, before: SpinConfig | None) -> tuple
 
 
 def as_json(surveys: Sequence[Survey], facts: TemplateFacts, tokenizer: Any) -> dict[str, Any]:
-    """Returns surveys and template facts for ``--json``."""
     data = []
     for found in surveys:
         one: dict[str, Any] = {

@@ -133,7 +133,6 @@ def _shots(benchmark: Benchmark) -> int:
 
 
 def _model(request: Request) -> tuple[str, dict[str, Any]]:
-    """Returns lm-eval's backend name and arguments."""
     length = {} if request.max_length is None else {"max_length": request.max_length}
     if request.endpoint:
         url = request.endpoint.rstrip("/")

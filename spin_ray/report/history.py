@@ -18,7 +18,6 @@ def read_evaluations(run: RunDir, config: SpinConfig) -> list[Evaluation]:
 
 
 def read_benchmarks(run: RunDir, config: SpinConfig) -> dict[str, dict[str, Any]]:
-    """Returns lm-eval's results by iterate and task."""
     return {name: found["benchmarks"] for name, found in _eval_files(run, config) if "benchmarks" in found}
 
 
@@ -35,7 +34,6 @@ def evidence_to_stop(config: SpinConfig, evaluations: list[Evaluation]) -> dict[
 
 
 def read_train_logs(run: RunDir, config: SpinConfig) -> dict[str, list[dict[str, Any]]]:
-    """Returns training logs by folder."""
     names = [iterate_name(iterate) for iterate in range(config.iterations + 1)]
     logs = {name: read_json_lines(run.storage, f"{name}/train_log.jsonl") for name in names}
     return {name: log for name, log in logs.items() if log}

@@ -66,7 +66,6 @@ def model_card(run: RunDir, iterate: int) -> str:
 
 
 def _result(dataset: str, kind: str, metrics: list[tuple[str, str, float]]) -> dict[str, Any]:
-    """Returns an entry of the hub's model index."""
     return {
         "task": {"type": "text-generation"},
         "dataset": {"name": dataset, "type": kind},

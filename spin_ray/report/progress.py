@@ -126,7 +126,6 @@ class RunProgress:
         self._forecast = forecast(self._config, events, time.time(), left_s)
 
     def state(self) -> dict[str, Any]:
-        """Returns the content of ``progress.json``."""
         stage, found = StageProgress.current, self._forecast
         state: dict[str, Any] = {"time": round(time.time(), 3), "line": self.line()}
         if stage:

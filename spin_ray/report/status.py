@@ -98,6 +98,14 @@ def print_status(run: RunDir, console: Console) -> None:
     console.print(f"LATEST: {run.latest() or 'nothing published yet'}; iterations wanted: {config.iterations}")
 
 
+def show_status(run: RunDir, console: Console, as_json: bool) -> None:
+    """Prints the tables, or one JSON object in a line."""
+    if as_json:
+        print(json.dumps(status_as_json(run)), flush=True)
+    else:
+        print_status(run, console)
+
+
 def what_is_kept(out: str) -> str:
     """Returns what the folder of a stopped run keeps, and the command that goes on; empty if it has not begun."""
     try:

@@ -19,7 +19,13 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 import obstore
-from obstore.exceptions import AlreadyExistsError, BaseError, PreconditionError
+from obstore.exceptions import (
+    AlreadyExistsError,
+    BaseError,
+    PermissionDeniedError,
+    PreconditionError,
+    UnauthenticatedError,
+)
 from obstore.store import ObjectStore, from_url
 
 from spin_ray.errors import ConfigError, StageError
@@ -33,6 +39,15 @@ T = TypeVar("T")
 
 DEADLINE_S = 180.0
 """Longest time for which a store may fail."""
+FIRST_DEADLINE_S = 5.0
+"""Longest time in which a store that has not answered yet may find no credentials."""
+_SCHEMES = ("s3", "s3a", "gs", "az", "azure", "abfs", "abfss")
+_METADATA = ("169.254.169.254", "169.254.170.2", "metadata.google.internal")
+"""Servers that give a machine's role its credentials, asked where the environment names none."""
+_CREDENTIALS = (
+    "give AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY (AWS_REGION, AWS_ENDPOINT_URL) or GOOGLE_SERVICE_ACCOUNT in the "
+    "environment of driver and nodes, or a role to the machines (profiles of ~/.aws are not read)"
+)
 
 
 class ObjectStorage(Storage):
@@ -41,6 +56,7 @@ class ObjectStorage(Storage):
     def __init__(self, root: str, token: str | None = None) -> None:
         self.root = self._uri = root.rstrip("/")
         self._token = token
+        self._has_answered = False
 
     def __reduce__(self) -> tuple[Any, ...]:
         return ObjectStorage, (self._uri, self._token)  # each process opens its own connections
@@ -151,6 +167,8 @@ class ObjectStorage(Storage):
         try:
             mode: Any = found[1] if found else "create"
             self._insist(name, lambda: obstore.put(self._store, name, new, mode=mode))
+        except FileNotFoundError as error:
+            raise ConfigError(f"{self._uri}: the store has no such bucket; make it, or choose another --out") from error
         except (AlreadyExistsError, PreconditionError):
             return self.read(name) == new
         return True
@@ -192,14 +210,20 @@ class ObjectStorage(Storage):
 
         Raises:
             StageError: still failing after ``DEADLINE_S``.
+            ConfigError: the store has never answered, and has no credentials or refuses them.
         """
         deadline, pause_s = time.monotonic() + DEADLINE_S, 0.1
         while True:
             try:
-                return call()
+                found = call()
+                self._has_answered = True
+                return found
             except (FileNotFoundError, AlreadyExistsError, PreconditionError):
+                self._has_answered = True
                 raise
             except BaseError as error:
+                if not self._has_answered:
+                    self._refuse_without_access(error, DEADLINE_S - (deadline - time.monotonic()))
                 if time.monotonic() + pause_s > deadline:
                     first = str(error).splitlines()[0]
                     raise StageError(
@@ -209,6 +233,13 @@ class ObjectStorage(Storage):
                 logger.info("%s: tried again in %.1f s (%s)", self.where(name), pause_s, type(error).__name__)
                 time.sleep(pause_s * random.uniform(0.5, 1.5))
                 pause_s = min(2 * pause_s, 10.0)
+
+    def _refuse_without_access(self, error: BaseError, waited_s: float) -> None:
+        refused = isinstance(error, UnauthenticatedError | PermissionDeniedError)
+        without = any(server in str(error) for server in _METADATA) and waited_s >= FIRST_DEADLINE_S
+        if refused or without:
+            said = "refuses the credentials" if refused else "no credentials were found"
+            raise ConfigError(f"{self._uri}: {said}; {_CREDENTIALS}") from error
 
 
 def _endpoint() -> str:
@@ -223,5 +254,15 @@ def _endpoint() -> str:
 
 
 def open_storage(out: str | Path) -> Storage:
+    """Returns the storage of a folder or store.
+
+    Raises:
+        ConfigError: the scheme is of no store.
+    """
     text = str(out)
-    return ObjectStorage(text) if "://" in text and not text.startswith("file://") else Storage(text)
+    scheme, colon, _ = text.partition("://")
+    if not colon or scheme == "file":
+        return Storage(text)
+    if scheme not in _SCHEMES:
+        raise ConfigError(f"{text}: {scheme}:// is no store that can hold a run; give s3://, gs:// or a folder")
+    return ObjectStorage(text)

@@ -42,7 +42,7 @@ STAND_INS = {
         exec "$@\"""",
     "scontrol": 'echo "scontrol $*" >> "$CALLS"; [ "$1" != show ] || printf "first\\nsecond\\n"',
     "squeue": 'echo "$STATE"',
-    "hostname": 'echo "fe80::1 10.0.0.7"',
+    "hostname": 'echo "127.0.1.1 fe80::1 10.0.0.7"',
     "ray": """echo "ray $* $RAY_AUTH_MODE ${#RAY_AUTH_TOKEN}" >> "$CALLS"
         touch "$CALLS.up"
         exec sleep 60""",
@@ -143,6 +143,13 @@ def test_a_head_that_does_not_start_is_tried_again_without_a_driver(tmp_path, jo
     output, _ = process.communicate(timeout=30)
     assert process.returncode == 1 and "head did not start on first" in output
     assert "spin-ray" not in calls(tmp_path) and "scontrol requeue 12345" in calls(tmp_path)
+
+
+def test_an_environment_without_the_program_is_bad_input(tmp_path, job):
+    """It would be tried again and again otherwise."""
+    process = job(SPIN_RAY_VENV=str(tmp_path))
+    output, _ = process.communicate(timeout=30)
+    assert process.returncode == 2 and "has no spin-ray; run `make gpu-setup`" in output and not calls(tmp_path)
 
 
 def test_a_head_that_dies_is_no_bad_input(tmp_path, job):

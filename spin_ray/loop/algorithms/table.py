@@ -48,28 +48,40 @@ def find_algorithm(name: str) -> Algorithm:
 
 
 def check_algorithm(config: SpinConfig) -> None:
-    """Checks the recipe against its algorithm, and follows its import paths.
+    """Checks the recipe against its algorithm and this environment, and follows its import paths.
 
     Raises:
         ConfigError: a setting is missing or has no reader, or a path leads nowhere.
+        ModelError: a package of an extra is missing.
     """
+    check_settings(config)
+    check_packages(config)
+
+
+def check_packages(config: SpinConfig) -> None:
+    """Raises ModelError if a package of an extra that the recipe needs is missing."""
+    if config.train.lora:
+        check_installed("train.lora", "lora")
+        if config.train.lora.base != "bf16":
+            check_installed(f"train.lora.base: {config.train.lora.base}")
+    for section in (config.train, config.sft, config.reviser):
+        if section is not None and section.optimizer.name == "adamw_8bit":
+            check_installed("optimizer.name: adamw_8bit")
+
+
+def check_settings(config: SpinConfig) -> None:
+    """Does the part of ``check_algorithm`` that holds on every machine."""
     problems = list(_problems(config, find_algorithm(config.algorithm)))
     if problems:
         raise ConfigError("; ".join(problems))
     backend = find_backend(config.train.backend, config.train.mesh if isinstance(config.train.mesh, Mesh) else None)
     if config.algorithm == "sdft" and not hasattr(backend, "read"):
         raise ConfigError(f"train.backend: {config.train.backend} has no method read, which algorithm sdft needs")
-    if config.train.lora:
-        check_installed("train.lora", "lora")
-        if config.train.lora.base != "bf16":
-            check_installed(f"train.lora.base: {config.train.lora.base}")
     for setting, grade in graders_of(config).items():
         find_grader(grade, setting)
     for section in (config.train, config.sft, config.reviser):
         if section is not None:
             find_optimizer(section.optimizer)
-            if section.optimizer.name == "adamw_8bit":
-                check_installed("optimizer.name: adamw_8bit")
 
 
 def _problems(config: SpinConfig, algorithm: Algorithm) -> Iterator[str]:

@@ -6,13 +6,16 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from rich.console import Console
+from rich.markup import escape
 
 from spin_ray.config.load import parse_config
-from spin_ray.errors import ConfigError
-from spin_ray.loop.algorithms.table import check_algorithm
+from spin_ray.config.recipe import SpinConfig
+from spin_ray.errors import ConfigError, ModelError
+from spin_ray.loop.algorithms.table import check_packages, check_settings
 from spin_ray.loop.init.fit import fit
 from spin_ray.loop.init.foreign import Foreign
 from spin_ray.loop.init.foreign_config import read_foreign
+from spin_ray.loop.init.foreign_steps import by_rows
 from spin_ray.loop.init.look import Look, Machines, find_machines, heldout_beside, look
 from spin_ray.loop.init.settings import Setting, Settings, tree_of
 from spin_ray.loop.init.text import recipe_text
@@ -57,13 +60,32 @@ def init(options: Options, ask: Ask | None, console: Console) -> None:
     foreign = read_foreign(options.source, machines.gpus) if options.source else None
     settings = _answers(options, foreign, ask)
     seen = look(settings)
+    settings = by_rows(foreign, settings, seen) if foreign else settings
     fitted, phases, misfit = fit(settings, seen, machines)
-    check_algorithm(parse_config(tree_of(fitted), source=str(options.recipe)))
+    config = parse_config(tree_of(fitted), source=str(options.recipe))
+    check_settings(config)
     options.recipe.write_text(recipe_text(fitted, _head(foreign, machines)), encoding="utf-8")
     _print(options, seen, machines, foreign, console)
-    if misfit:
-        console.print(f"[yellow]warning[/] no settings tried fit: {misfit}", highlight=False)
+    _warn(config, fitted, misfit, console)
     _print_next(options, fitted, seen, phases, machines, foreign, console)
+
+
+_LARGE_WARM_UP = (
+    "[yellow]warning[/] the warm-up (sft) trains all weights, which do not fit the card: train.offload puts them into "
+    "the machine's memory. Or train an adapter with another tool, and start from that: --model FOLDER --no-sft"
+)
+
+
+def _warn(config: SpinConfig, fitted: Settings, misfit: str, console: Console) -> None:
+    try:
+        check_packages(config)
+    except ModelError as error:
+        said = escape(str(error))
+        console.print(f"[yellow]note[/] the recipe's machine needs what is missing here: {said}", highlight=False)
+    if "train.offload" in fitted and "train.lora.rank" in fitted and config.sft is not None:
+        console.print(_LARGE_WARM_UP, highlight=False)
+    if misfit:
+        console.print(f"[yellow]warning[/] no settings tried fit: {escape(misfit)}", highlight=False)
 
 
 def _hardware(options: Options, ask: Ask | None) -> tuple[str | None, int | None, int]:
@@ -110,7 +132,7 @@ def _answers(options: Options, foreign: Foreign | None, ask: Ask | None) -> Sett
 def _after_sft(settings: Settings, foreign: Foreign) -> Settings:
     """Starts from what the foreign training made, if it is here: then there is no warm-up."""
     made = foreign.output
-    if made is None or not (Path(made) / "config.json").is_file():
+    if made is None or not any((Path(made) / name).is_file() for name in ("config.json", "adapter_config.json")):
         return settings
     foreign.left["learning rate, epochs and batch"] = f"belong to the training that made {made}"
     kept = {place: setting for place, setting in settings.items() if not place.startswith("sft.")}

@@ -19,13 +19,13 @@ LONGEST_PROMPT_AND_RESPONSE, LONGEST_RESPONSE = 0.99, 0.95
 """Fractions of the rows that must fit ``model.max_length`` and ``max_tokens``."""
 LEAST_STEPS = 10
 """Optimizer steps that an iteration should have; a batch of the paper's 64 is made smaller for few rows."""
-PAPER_BATCH, PAPER_RATE = 64, 5e-7
+PAPER_BATCH = 64
 PACK = {"cpu": 1024, "gpu": 4096}
 """Tokens per pack where rows are shorter: a pack of one CPU step takes seconds."""
 HELDOUT_ROWS = 500
 LONGEST_UNSEEN, UNSEEN_TOKENS = 2048, 256
 """The paper's lengths, for data that is not on this machine."""
-_ADAPTER_RATE = Setting(10 * PAPER_RATE, "ten times the paper's, as adapters want 10 to 100 times")
+_ADAPTER_RATE = Setting(5e-6, "ten times the paper's, as adapters want 10 to 100 times")
 _ROUND = 64
 _ROUND_RESPONSE = 32
 
@@ -34,7 +34,8 @@ def fit(given: Settings, seen: Look, machines: Machines) -> tuple[Settings, list
     """Returns settings for everything that ``given`` leaves open, the run's phases, and why it would not fit.
 
     Both are empty where the model's shape is unknown. The first settings that fit in memory win: all weights, then
-    smaller packs, then adapters, then weights in the CPU's memory, each with the fewest GPUs for an engine.
+    smaller packs, adapters, adapters on 4 bits, then weights in the CPU's memory, each with the fewest GPUs for an
+    engine.
     """
     lengths = given | _lengths(given, seen)
     base = _machines(lengths, machines) | _batch(given, seen) | _evaluation(given) | _rate(given) | lengths
@@ -101,7 +102,6 @@ def _rounded(length: int, step: int) -> int:
 
 
 def _machines(lengths: Settings, machines: Machines) -> Settings:
-    """Returns engines, workers and packs for the machines."""
     tree = SpinConfig.model_validate(tree_of(lengths | _NO_CHECK))
     least = tree.model.max_length + tree.generation.sampling.max_tokens
     if not machines.gpus:
@@ -160,9 +160,18 @@ def _ladder(base: Settings, machines: Machines) -> Iterator[Settings]:
         adapters = {}
     elif "train.learning_rate" in base:
         rate, why = base["train.learning_rate"]
-        adapters["train.learning_rate"] = Setting(10 * rate, f"ten times {why}, as adapters want 10 to 100 times")
+        adapters["train.learning_rate"] = Setting(
+            float(f"{10 * rate:.3g}"), f"ten times {why}, as adapters want 10 to 100 times"
+        )
+    quantised = {
+        "train.lora.base": Setting("nf4", "frozen weights of 4 bits (extra `quantised`): those of 16 do not fit"),
+        "train.lora.merge": Setting(False, "a run commits adapters on quantised weights as they are"),
+    }
+    if "train.lora.base" in base:
+        quantised = {}
     offload = {"train.offload": Setting(True, "weights stay in the CPU's memory: they do not fit the card")}
-    rungs: list[Settings] = [{}, small, small | adapters, small | adapters | offload, small | offload]
+    lean = small | adapters
+    rungs: list[Settings] = [{}, small, adapters, lean, lean | quantised, lean | offload, small | offload]
     for parallel, rung in product((1, 2, 4, 8), rungs):
         if parallel <= machines.cluster.gpus_per_node:
             yield rung | (_shared_by(parallel, machines) if parallel > 1 else {})

@@ -32,6 +32,30 @@ class Foreign:
     def output(self) -> str | None:
         return self.given["output"][1] if "output" in self.given else None
 
+    @property
+    def stage(self) -> str:
+        """The section that its training fills: the warm-up, or the training of DPO."""
+        return "sft" if self.method == "sft" else "train"
+
+    @property
+    def batch_place(self) -> str:
+        return "sft.global_batch_rows" if self.method == "sft" else "train.global_batch_pairs"
+
+    @property
+    def packs(self) -> bool:
+        """True: a row of its batches is a pack of several rows."""
+        return self.method == "sft" and bool(self.fact("packing") or self.fact("neat_packing"))
+
+    @property
+    def max_steps(self) -> int:
+        """Steps after which its training ends; 0: after its epochs."""
+        return max(0, self.read("max_steps", lambda count: int(count or 0)))
+
+    @property
+    def warmup_steps(self) -> float:
+        """Steps of its warm-up; below 1 a fraction of all steps."""
+        return self.read("warmup_steps", lambda count: float(count or 0))
+
     def fact(self, name: str) -> Any:
         """Returns what the config says, else what the tool takes without a word, else None."""
         self.asked.add(name)

@@ -4,7 +4,9 @@ A key without an equal here is kept in ``Foreign.left``: nothing is dropped with
 """
 
 import json
+import re
 from collections.abc import Mapping
+from math import sqrt
 from pathlib import Path
 from typing import Any
 
@@ -13,11 +15,13 @@ import yaml
 from spin_ray.errors import ConfigError
 from spin_ray.loop.init.foreign import Foreign
 from spin_ray.loop.init.foreign_data import put_data
-from spin_ray.loop.init.foreign_tools import TRL, is_dpo_of_trl, tool_of
+from spin_ray.loop.init.foreign_tools import TRL, is_dpo_of_trl, other_method_of, reason_of, tool_of
 from spin_ray.loop.init.settings import Setting
 
 _SCHEDULES = {"linear": "linear", "cosine": "cosine", "constant": "constant", "constant_with_warmup": "constant"}
 _LOSSES = {"sigmoid": "logistic", "hinge": "hinge"}
+_WITHOUT_REFERENCE = ("orpo", "simpo", "kto_pair")
+"""Losses of LLaMA-Factory whose β is no factor of a log-ratio of DPO."""
 _WHOLE_MODEL = (False, None, "full", "")
 _NO_LIMIT = 1e6
 
@@ -36,12 +40,14 @@ def read_foreign(file: Path, gpus: int) -> Foreign:
             "LLaMA-Factory (stage)"
         )
     found = Foreign(file, tool, "sft", gpus)
+    if tool is TRL and (other := other_method_of(config, file.name)):
+        raise ConfigError(f"{file}: {other} is of another method; only sft and dpo can be read")
     for key, value in config.items():
         name = tool.keys.get(key)
         if value is None and name != "max_length":  # an empty key says nothing, but no longest input is a choice
             continue
         if name is None or name in found.given:
-            found.left[key] = "has no equal here" if name is None else "says the same as an earlier key"
+            found.left[key] = reason_of(key) if name is None else "says the same as an earlier key"
         else:
             found.given[name] = (key, value)
     found.method = _method(found, config)
@@ -99,36 +105,59 @@ def _put_lora(found: Foreign) -> None:
     if kind not in (True, "lora", "qlora"):
         found.leave("lora", "has no equal here; all weights are trained")
         return
-    if kind == "qlora":
-        found.leave("lora", "adapters without quantised weights are taken (train.lora)")
+    _put_base(found, kind)
     found.put("train.lora.rank", "rank", int)
     rank = found.settings["train.lora.rank"].value if "train.lora.rank" in found.settings else 16
     if found.fact("alpha") is None:
         found.settings["train.lora.alpha"] = Setting(2 * rank, "twice the rank")
     found.put("train.lora.alpha", "alpha", int)
+    if found.fact("rslora"):  # its change has the scale alpha / √rank
+        alpha = round(found.settings["train.lora.alpha"].value * sqrt(rank))
+        found.settings["train.lora.alpha"] = Setting(alpha, f"times √{rank}: {found.why('rslora')}")
     if found.fact("all_linear"):
         found.settings["train.lora.target_modules"] = Setting("all-linear", found.why("all_linear"))
         found.leave("targets", "all linear layers have adapters")
     elif found.fact("targets") is not None:
         found.put("train.lora.target_modules", "targets", _targets)
+        if "train.lora.target_modules" not in found.settings:
+            found.leave("targets", "is a pattern of PEFT; every linear layer gets an adapter")
     else:
         found.settings["train.lora.target_modules"] = Setting(
             "all-linear", f"{found.tool.name} without a word: PEFT's choice, on most models [q_proj, v_proj]"
         )
 
 
+def _put_base(found: Foreign, kind: Any) -> None:
+    """Carries the bits of frozen weights over."""
+    key = next((key for key in ("four_bits", "eight_bits") if found.fact(key)), "bits")
+    base = {"four_bits": "nf4", "eight_bits": "int8"}.get(key) or {4: "nf4", 8: "int8"}.get(found.fact("bits"))
+    if base:
+        found.settings["train.lora.base"] = Setting(base, found.why(key))
+        found.settings["train.lora.merge"] = Setting(False, "a run commits adapters on quantised weights as they are")
+    elif kind == "qlora":
+        found.leave("lora", "names no bits; the frozen weights are in bf16 (train.lora.base: nf4 or int8)")
+    else:
+        found.leave("bits", "has no equal here; the frozen weights are in bf16")
+
+
 def _targets(value: Any) -> Any:
     if value in ("all", "all-linear", ["all-linear"]):
         return "all-linear"
-    return value.split(",") if isinstance(value, str) else [str(name) for name in value]
+    if isinstance(value, str) and not re.fullmatch(r"[\w., ]+", value):  # a pattern of PEFT
+        return None
+    return [name.strip() for name in value.split(",")] if isinstance(value, str) else [str(name) for name in value]
 
 
 def _put_training(found: Foreign) -> None:
     """Carries batch, learning rate and optimizer over to the warm-up, or to training for DPO."""
-    stage = "sft" if found.method == "sft" else "train"
-    batch = found.read("micro_batch", int) * found.read("accumulation", int) * max(1, found.gpus)
-    why = f"{found.why('micro_batch', 'accumulation')} × {max(1, found.gpus)} devices"
-    found.settings[f"{stage}.global_batch_{'rows' if stage == 'sft' else 'pairs'}"] = Setting(batch, why)
+    stage = found.stage
+    devices = max(1, found.gpus)
+    batch = found.read("micro_batch", int) * found.read("accumulation", int) * devices
+    why = f"{found.why('micro_batch', 'accumulation')} × {devices} device{'s' * (devices > 1)}"
+    if found.packs:
+        found.leave("packing", f"a step there is {batch} packs of several rows each ({found.batch_place} counts rows)")
+        found.leave("neat_packing", f"as packing: {found.batch_place} counts rows")
+    found.settings[found.batch_place] = Setting(batch, why)
     if stage == "sft" and "train.lora.rank" in found.settings:
         found.leave("learning_rate", "is for adapters; the warm-up trains all weights (sft.learning_rate)")
     else:
@@ -136,11 +165,22 @@ def _put_training(found: Foreign) -> None:
     found.put(f"{stage}.epochs", "epochs", lambda count: max(1, round(float(count))))
     if found.read("epochs", float) != found.settings[f"{stage}.epochs"].value:
         found.leave("epochs", f"whole passes only: {found.settings[f'{stage}.epochs'].value}")
+    if found.max_steps:
+        found.leave("max_steps", f"ends the training there; here {stage}.epochs does")
     _put_optimizer(found, f"{stage}.optimizer")
     _put_precision(found)
     if stage == "train":
+        _put_objective(found)
+
+
+def _put_objective(found: Foreign) -> None:
+    found.put("objective.loss", "loss", _loss)
+    if found.fact("loss") in _WITHOUT_REFERENCE:
+        found.leave("beta", f"belongs to the loss {found.fact('loss')}")
+    else:
         found.put("objective.beta", "beta", float)
-        found.put("objective.loss", "loss", _loss)
+    if found.fact("sft_weight"):
+        found.put("objective.sft_weight", "sft_weight", float)
 
 
 def _loss(value: Any) -> str | None:
@@ -151,7 +191,7 @@ def _loss(value: Any) -> str | None:
 def _put_optimizer(found: Foreign, place: str) -> None:
     found.put(f"{place}.name", "optimizer", _optimizer)
     if "8bit" in str(found.fact("optimizer")) or "paged" in str(found.fact("optimizer")):
-        found.leave("optimizer", "the optimizer's state has 32 bits here and is not paged")
+        found.leave("optimizer", "the state has 32 bits here and is not paged; adamw_8bit is there for one worker")
     found.put(f"{place}.weight_decay", "weight_decay", float)
     found.put(f"{place}.max_grad_norm", "max_grad_norm", lambda norm: float(norm) or _NO_LIMIT)
     if "beta1" in found.given or "beta2" in found.given:
@@ -162,11 +202,11 @@ def _put_optimizer(found: Foreign, place: str) -> None:
         found.settings[f"{place}.betas"] = Setting(pair, found.why("beta1", "beta2"))
     found.put(f"{place}.eps", "eps", float)
     found.put(f"{place}.schedule", "schedule", lambda name: _SCHEDULES.get(str(name)))
-    steps = found.read("warmup_steps", lambda count: float(count or 0))
+    steps = found.warmup_steps
     if found.fact("schedule") == "constant":
         found.settings[f"{place}.warmup_fraction"] = Setting(0.0, "a constant learning rate has no warm-up there")
         found.leave("warmup_steps", "is not read there with a constant learning rate")
-    elif steps < 1 and "warmup_steps" in found.given:
+    elif steps < 1 and "warmup_steps" in found.given and not (steps == 0 and "warmup_fraction" in found.given):
         found.put(f"{place}.warmup_fraction", "warmup_steps", float)
     elif steps >= 1:
         found.leave("warmup_steps", f"{place}.warmup_fraction is {steps:g} / all steps of one training")
@@ -174,9 +214,17 @@ def _put_optimizer(found: Foreign, place: str) -> None:
         found.put(f"{place}.warmup_fraction", "warmup_fraction", float)
 
 
+_ADAMW = re.compile(
+    r"adamw(_torch|_hf|_apex|_anyprecision)?(_fused|_xla|_npu_fused)?(_4bit|_8bit)?"
+    r"|(paged_)?adamw(_bnb)?_(8|32)bit"
+)
+_RMSPROP = re.compile(r"rmsprop(_bnb)?(_8bit|_32bit)?")
+
+
 def _optimizer(name: Any) -> str | None:
+    """Returns the optimizer with the same update; kin such as ``galore_adamw`` have none."""
     text = str(name).lower()
-    return "adamw" if "adamw" in text else "rmsprop" if "rmsprop" in text else None
+    return "adamw" if _ADAMW.fullmatch(text) else "rmsprop" if _RMSPROP.fullmatch(text) else None
 
 
 def _put_precision(found: Foreign) -> None:

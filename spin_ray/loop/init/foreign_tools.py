@@ -3,6 +3,7 @@
 Defaults: TRL 1.16, transformers 5.19, axolotl 0.19, LLaMA-Factory 0.9.5.
 """
 
+import re
 from collections.abc import Mapping
 from typing import Any, NamedTuple
 
@@ -23,7 +24,7 @@ _TRAINER = {
     "trust_remote_code": "trusted", "output_dir": "output", "seed": "seed", "bf16": "bf16", "fp16": "fp16",
     "learning_rate": "learning_rate", "weight_decay": "weight_decay", "max_grad_norm": "max_grad_norm",
     "adam_beta1": "beta1", "adam_beta2": "beta2", "adam_epsilon": "eps", "warmup_ratio": "warmup_fraction",
-    "warmup_steps": "warmup_steps", "gradient_accumulation_steps": "accumulation",
+    "warmup_steps": "warmup_steps", "gradient_accumulation_steps": "accumulation", "max_steps": "max_steps",
 }  # fmt: skip
 """Keys that transformers' Trainer has given to all three."""
 _HUGGING_FACE = _TRAINER | {
@@ -43,7 +44,8 @@ TRL = Tool(
         "dataset_train_split": "split", "dataset_test_split": "heldout_split",
         "dataset_splits": "splits", "max_length": "max_length",
         "max_seq_length": "max_length", "beta": "beta", "loss_type": "loss", "use_peft": "lora", "lora_r": "rank",
-        "lora_alpha": "alpha", "lora_target_modules": "targets",
+        "lora_alpha": "alpha", "lora_target_modules": "targets", "use_rslora": "rslora", "load_in_4bit": "four_bits",
+        "load_in_8bit": "eight_bits", "packing": "packing", "rpo_alpha": "sft_weight",
     },
     _TRAINER_DEFAULTS | {"max_length": 1024, "rank": 16, "alpha": 32},
     sft={"learning_rate": 2e-5},
@@ -58,7 +60,8 @@ AXOLOTL = Tool(
         "optimizer": "optimizer", "lr_scheduler": "schedule", "rl": "method", "rl_beta": "beta",
         "dpo_loss_type": "loss", "adapter": "lora", "lora_r": "rank", "lora_alpha": "alpha",
         "lora_target_modules": "targets", "lora_target_linear": "all_linear",
-        "chat_template_kwargs": "template_variables",
+        "chat_template_kwargs": "template_variables", "peft_use_rslora": "rslora", "load_in_4bit": "four_bits",
+        "load_in_8bit": "eight_bits", "sample_packing": "packing", "rpo_alpha": "sft_weight",
     },
     _TRAINER_DEFAULTS
     | {"micro_batch": 1, "epochs": 1, "schedule": "cosine", "max_length": 512, "warmup_fraction": 0.03},
@@ -71,6 +74,8 @@ LLAMA_FACTORY = Tool(
         "dataset": "train", "dataset_dir": "folder", "eval_dataset": "heldout", "max_samples": "max_rows",
         "cutoff_len": "max_length", "stage": "method", "pref_beta": "beta", "pref_loss": "loss",
         "finetuning_type": "lora", "lora_rank": "rank", "lora_alpha": "alpha", "lora_target": "targets",
+        "use_rslora": "rslora", "quantization_bit": "bits", "packing": "packing", "neat_packing": "neat_packing",
+        "pref_ftx": "sft_weight",
     },
     _TRAINER_DEFAULTS
     | {"learning_rate": 5e-5, "max_length": 2048, "lora": "lora", "rank": 8, "targets": "all", "folder": "data"},
@@ -86,6 +91,29 @@ _MARKS = {
 """Keys that only one tool has; the first one found decides."""
 _DPO_OF_TRL = ("beta", "max_prompt_length", "max_completion_length", "precompute_ref_log_probs", "ref_model",
                "sync_ref_model", "rpo_alpha")  # fmt: skip
+_DPO_LOSSES = ("sigmoid", "sigmoid_norm", "hinge", "ipo", "exo_pair", "nca_pair", "robust", "bco_pair", "sppo_hard",
+               "aot", "aot_unpaired", "aot_pair", "discopop", "apo_zero", "apo_down")  # fmt: skip
+_OTHER_METHODS = ("num_generations", "reward_funcs", "reward_model_path", "desirable_weight", "undesirable_weight",
+                  "num_ppo_epochs", "simpo_gamma", "cpo_alpha", "lmbda")  # fmt: skip
+"""Keys of TRL's other trainers, some of which have ``beta`` or ``loss_type`` as well."""
+_OTHER_TRAINERS = ("kto", "orpo", "grpo", "ppo", "cpo", "simpo", "gkd")
+_ADVICE = {
+    **dict.fromkeys(("val_set_size", "val_size"), "give rows of their own as data.heldout"),
+    **dict.fromkeys(
+        ("template", "chat_template", "chat_template_jinja", "chat_template_path"),
+        "the model's own chat template is taken; model.chat_template names a file with another",
+    ),
+    **dict.fromkeys(
+        ("max_prompt_length", "max_completion_length"),
+        "no row is cut here; rows longer than model.max_length are left out",
+    ),
+    **dict.fromkeys(("deepspeed", "fsdp", "fsdp_config"), "weights are sharded over train.workers (train.sharding)"),
+    "gradient_checkpointing": "train.gradient_checkpointing: auto decides by the card's memory",
+    **dict.fromkeys(("train_on_inputs", "train_on_prompt"), "the human response alone is trained on"),
+    **dict.fromkeys(("assistant_only_loss", "completion_only_loss", "roles_to_train", "mask_history"),
+                    "the response that data.turns names is trained on, and nothing before it"),
+}  # fmt: skip
+"""Reasons by key, where more can be said than that there is no equal."""
 
 
 def tool_of(config: Mapping[str, Any]) -> Tool | None:
@@ -94,4 +122,19 @@ def tool_of(config: Mapping[str, Any]) -> Tool | None:
 
 def is_dpo_of_trl(config: Mapping[str, Any], file_name: str) -> bool:
     """Tells TRL's two kinds of configs apart, which say nowhere what they are for."""
-    return any(key in config for key in _DPO_OF_TRL) or "dpo" in file_name.lower()
+    return (
+        any(key in config for key in _DPO_OF_TRL)
+        or str(config.get("loss_type")) in _DPO_LOSSES
+        or "dpo" in file_name.lower()
+    )
+
+
+def other_method_of(config: Mapping[str, Any], file_name: str) -> str | None:
+    """Returns what tells of a trainer of TRL other than those of SFT and DPO: a key, or a word of the file's name."""
+    words = re.split(r"[^a-z]+", file_name.lower())
+    named = [] if {"sft", "dpo"} & set(words) else [word for word in words if word in _OTHER_TRAINERS]
+    return next((key for key in _OTHER_METHODS if config.get(key) is not None), named[0] if named else None)
+
+
+def reason_of(key: str) -> str:
+    return _ADVICE.get(key, "has no equal here")

@@ -15,7 +15,7 @@ from spin_ray.inputs.prompt_rows import PromptTask
 from spin_ray.inputs.sources import find_files
 from spin_ray.inputs.survey import UNLIMITED, Survey, survey
 from spin_ray.loop.init.settings import Settings, tree_of
-from spin_ray.planning.cluster import Cluster
+from spin_ray.planning.cluster import Cluster, name_of_gpu
 from spin_ray.planning.hardware import DEVICE_NAMES, GPUS
 from spin_ray.planning.model_shape import KNOWN_SHAPES, ModelShape
 from spin_ray.planning.plan import count_rows
@@ -65,6 +65,7 @@ def find_machines(gpu: str | None, gpus: int | None, nodes: int) -> Machines:
         gpu, gpus, note = _found_gpu(gpus)
     if gpu == "none":
         return Machines(cluster=Cluster(nodes=nodes, gpu=None), cpus=cpus, gpus=0, note=note)
+    gpu = name_of_gpu(gpu.replace(" ", "-"))
     if gpu not in GPUS:
         raise ConfigError(f"--gpu {gpu}: unknown; give one of {', '.join(GPUS)}, or none")
     each = gpus or 1

@@ -221,7 +221,6 @@ def _span_title(span: Span) -> str:
 
 
 def _examples(views: Sequence[RunView], names: Sequence[str]) -> list[dict[str, Any]]:
-    """Returns examples, the largest margin first."""
     others = [{example.prompt_id: example for example in view.examples} for view in views[1:]]
     found = []
     for number, example in enumerate(views[0].examples):
@@ -244,7 +243,6 @@ def _examples(views: Sequence[RunView], names: Sequence[str]) -> list[dict[str, 
 
 
 def _differing(views: Sequence[RunView]) -> list[tuple[str, list[Any]]]:
-    """Returns settings and facts that differ between runs."""
     facts = []
     for view in views:
         inputs = {f"digest of {name}": (value or "none")[:16] for name, value in view.description["inputs"].items()}

@@ -56,7 +56,8 @@ def test_values_and_keys_and_combinations_that_are_wrong_are_all_in_one_error():
     assert found == (
         "sft.epochs: input should be greater than or equal to 1 (got 0); "
         "generation.sampling.temperature: input should be greater than or equal to 0 (got -1); "
-        "evaluation.answer_extractr: unknown key; cluster.adress: unknown key; "
+        "evaluation.answer_extractr: unknown key (did you mean answer_extractor?); "
+        "cluster.adress: unknown key (did you mean address?); "
         "objective.beta: has 3 values for 4 iterations; give one value or one for each; "
         "train.pack_length: 1000 cannot hold a prompt with both responses; raise it to 3072 "
         "(model.max_length + generation.sampling.max_tokens) or lower those"
@@ -73,7 +74,30 @@ def test_a_combination_with_a_wrong_value_is_not_complained_of():
 def test_a_combination_with_a_section_that_has_an_unknown_key_is_not_complained_of():
     """``pack_lenght`` was meant to be the pack length."""
     big = {"path": "m", "max_length": 8000}
-    assert problems(model=big, train={"pack_lenght": 10_000}) == "train.pack_lenght: unknown key"
+    assert problems(model=big, train={"pack_lenght": 10_000}) == (
+        "train.pack_lenght: unknown key (did you mean pack_length?)"
+    )
+
+
+@pytest.mark.parametrize(
+    ("wrong", "problem"),
+    [
+        ({"train": {"workers": True}}, "train.workers: input should be a number (got True)"),
+        (
+            {"learning_rate": 1e-6},
+            "learning_rate: unknown key (did you mean train.learning_rate or sft.learning_rate?)",
+        ),
+        ({"data.train": "x"}, "data.train: unknown key (write it as data: {train: …})"),
+        ({"train": None}, "train: is empty; give it fields, or leave it out"),
+        (
+            {"data": {"train": "$HOME/rows.jsonl"}},
+            "data.train: $HOME/rows.jsonl: recipes read no variables; write the path, or give --data.train=… on the "
+            "command line",
+        ),
+    ],
+)
+def test_a_mistake_is_named_with_its_cure(wrong, problem):
+    assert problems(**wrong) == problem
 
 
 def test_missing_sections_do_not_hide_other_problems():

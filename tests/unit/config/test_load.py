@@ -33,9 +33,14 @@ def recipe(tmp_path):
     [
         ("model: [", "is not YAML"),
         ("- a\n- b\n", "must hold sections (model, data, …), found list"),
-        ("", "must hold sections (model, data, …), found NoneType"),
+        ("", "must hold sections (model, data, …), found nothing"),
         ("seed: 2024-13-45", "is not YAML: month must be in 1..12"),
         ("[" * 350, "is not YAML"),
+        ("train:\n  epochs: 1\n  epochs: 3\n", "is not YAML: the key epochs stands twice (line 3, column 3)"),
+        (
+            "train:\n\tepochs: 1\n",
+            "is not YAML: found character '\\t' that cannot start any token (line 2, column 1); indent",
+        ),
         ("a: !!bool maybe", "is not YAML"),
         ("a: !!python/object/apply:os.system [true]", "is not YAML"),
     ],

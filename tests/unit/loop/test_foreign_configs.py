@@ -1,6 +1,7 @@
 """``spin-ray init --from``: configs of TRL, axolotl and LLaMA-Factory become settings; nothing is lost."""
 
 import json
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
@@ -9,9 +10,12 @@ import yaml
 
 from spin_ray.config.load import parse_config
 from spin_ray.errors import ConfigError
-from spin_ray.loop.algorithms.table import check_algorithm
+from spin_ray.inputs.survey import Survey
+from spin_ray.loop.algorithms.table import check_settings
 from spin_ray.loop.init.foreign import Foreign
 from spin_ray.loop.init.foreign_config import read_foreign
+from spin_ray.loop.init.foreign_steps import by_rows
+from spin_ray.loop.init.look import Look
 from spin_ray.loop.init.settings import tree_of
 
 
@@ -31,7 +35,7 @@ def check(found: Foreign) -> None:
     tree.setdefault("data", {}).setdefault("train", "rows.jsonl")
     tree.setdefault("generation", {})["sampling"] = {"max_tokens": 64}
     tree.setdefault("train", {})["pack_length"] = 8192
-    check_algorithm(parse_config(tree, source=str(found.file)))
+    check_settings(parse_config(tree, source=str(found.file)))
 
 
 TRL_DPO = {
@@ -154,11 +158,57 @@ def test_a_data_set_that_is_in_no_registry_stays_open(tmp_path):
     assert not any(place.startswith("train.lora") for place in found.settings)
 
 
+def rows_of(count: int, length: int) -> Look:
+    found = Survey("rows.jsonl", 2048, ["rows.jsonl"], [], True, count, count, Counter(messages=count))
+    found.lengths = [length] * count
+    return Look(train=(found,), rows=count)
+
+
+def test_packs_and_steps_become_rows_passes_and_fractions(tmp_path):
+    """2 × 4 packs of 2048 tokens hold 8 rows of 256 each: 64 rows a step, 10 steps a pass; 25 steps are 2 passes."""
+    said = {"base_model": "m", "sequence_len": 2048, "micro_batch_size": 2, "gradient_accumulation_steps": 4}
+    said |= {"sample_packing": True, "warmup_steps": 5, "num_epochs": 3}
+    found = read(tmp_path, said)
+    settled = {place: it.value for place, it in by_rows(found, found.settings, rows_of(640, 256)).items()}
+    assert settled["sft.global_batch_rows"] == 64 and settled["sft.optimizer.warmup_fraction"] == round(5 / 30, 4)
+    assert "warmup_steps" not in found.left and "8 packs" in found.left["sample_packing"]
+    found = read(tmp_path, said | {"max_steps": 25})
+    settled = {place: it.value for place, it in by_rows(found, found.settings, rows_of(640, 256)).items()}
+    assert settled["sft.epochs"] == 2 and settled["sft.optimizer.warmup_fraction"] == 0.25
+    assert found.left["max_steps"] == "is 2.5 passes over the rows; whole ones only: 2"
+    unseen = read(tmp_path, said)
+    assert by_rows(unseen, unseen.settings, Look()) == unseen.settings and "warmup_steps" in unseen.left
+
+
+def test_bits_and_scales_of_adapters(tmp_path):
+    """QLoRA; rsLoRA's scale α/√16 is 4 times α/16; a pattern of PEFT is no list of names."""
+    said = {"model_name_or_path": "m", "use_peft": True, "lora_r": 16, "lora_alpha": 8, "beta": 0.1}
+    more = {"load_in_4bit": True, "use_rslora": True, "lora_target_modules": r".*\.(q|v)_proj"}
+    found = read(tmp_path, said | more)
+    lora = {place.removeprefix("train.lora."): value for place, value in values(found).items() if "lora" in place}
+    assert lora == {"base": "nf4", "merge": False, "rank": 16, "alpha": 32}
+    assert set(found.left) == {"lora_target_modules"}
+    check(found)
+    eight = read(tmp_path, {"model_name_or_path": "m", "stage": "sft", "quantization_bit": 8})
+    assert values(eight)["train.lora.base"] == "int8"
+
+
+def test_numbers_that_mean_something_else_here_are_not_taken_over(tmp_path):
+    """No steps of warm-up beside a ratio, kin of AdamW, SimPO's β; an added SFT loss is the same there and here."""
+    said = {"model_name_or_path": "m", "stage": "dpo", "pref_loss": "simpo", "pref_beta": 2.5, "pref_ftx": 0.5}
+    found = read(tmp_path, said | {"optim": "galore_adamw", "warmup_steps": 0, "warmup_ratio": 0.1})
+    got = values(found)
+    assert "objective.beta" not in got and "objective.loss" not in got and "train.optimizer.name" not in got
+    assert got["train.optimizer.warmup_fraction"] == 0.1 and got["objective.sft_weight"] == 0.5
+    assert set(found.left) == {"pref_loss", "pref_beta", "optim"}
+
+
 @pytest.mark.parametrize(
     ("config", "words"),
     [
         ({"model_name_or_path": "m", "stage": "ppo"}, "stage is ppo"),
         ({"base_model": "m", "rl": "grpo"}, "rl is grpo"),
+        ({"model_name_or_path": "m", "beta": 0.04, "num_generations": 8}, "num_generations is of another method"),
         ({"learning_rate": 1}, "no SFT or DPO config"),
         ({"base_model": "m", "micro_batch_size": 1, "learning_rate": "fast"}, "learning_rate is 'fast'"),
         ({"base_model": "m", "micro_batch_size": "auto"}, "micro_batch_size is 'auto'"),

@@ -13,7 +13,7 @@ from spin_ray.cli import cli
 from spin_ray.config.load import load_config, parse_config
 from spin_ray.errors import ConfigError
 from spin_ray.inputs.survey import Survey
-from spin_ray.loop.algorithms.table import check_algorithm
+from spin_ray.loop.algorithms.table import check_algorithm, check_settings
 from spin_ray.loop.init import look
 from spin_ray.loop.init.command import Options
 from spin_ray.loop.init.command import init as write_recipe
@@ -40,7 +40,7 @@ def seen(rows: int, whole: int, response: int, **known: object) -> Look:
 
 def fitted(given: Settings, found: Look, gpu: str, gpus: int = 1) -> tuple[dict[str, object], str]:
     settings, _, misfit = fit(given, found, find_machines(gpu, gpus, 1))
-    check_algorithm(parse_config(tree_of(settings), source="init"))
+    check_settings(parse_config(tree_of(settings), source="init"))
     return {place: setting.value for place, setting in settings.items()}, misfit
 
 
@@ -127,6 +127,14 @@ def test_seven_billion_weights_are_trained_whole_on_eight_large_cards_and_by_ada
     assert small["train.learning_rate"] == pytest.approx(5e-6)
     rate = {"train.learning_rate": Setting(2e-6, "mine")}
     assert fitted(GIVEN | rate, look, "RTX-4090")[0]["train.learning_rate"] == pytest.approx(2e-5)
+
+
+def test_weights_of_four_bits_come_before_weights_in_the_cpu_s_memory():
+    """Llama 3 8B: 16 GB in bf16 and a step of 1,536 tokens are too much for 24 GB."""
+    large = seen(50_000, 1000, 500, shape=replace(MISTRAL_7B, vocab=128256), positions=8192)
+    settings, misfit = fitted(GIVEN, large, "RTX 4090")
+    assert not misfit and "train.offload" not in settings
+    assert (settings["train.lora.base"], settings["train.lora.merge"]) == ("nf4", False)
 
 
 def test_an_engine_over_several_cards_stays_on_one_node():

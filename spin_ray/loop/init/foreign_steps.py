@@ -1,0 +1,42 @@
+"""Numbers of a foreign config that mean something else with other rows: batches of packs, steps of a training."""
+
+from math import ceil
+
+from spin_ray.loop.init.foreign import Foreign
+from spin_ray.loop.init.look import Look
+from spin_ray.loop.init.settings import Setting, Settings
+
+
+def by_rows(found: Foreign, settings: Settings, seen: Look) -> Settings:
+    """Returns the settings with packs counted in rows, and steps in passes and fractions, if the rows were seen."""
+    place = found.batch_place
+    lengths = [length for each in seen.train for length in each.lengths]
+    if place not in settings or not seen.rows or not lengths:
+        return settings
+    settings = dict(settings)
+    longest = settings["model.max_length"].value if "model.max_length" in settings else None
+    if found.packs and longest is not None:
+        each = max(1.0, longest * len(lengths) / sum(min(length, longest) for length in lengths))
+        batch, why = settings[place]
+        settings[place] = Setting(
+            round(batch * each), f"{batch} packs of {longest} tokens ({why}), {each:.1f} rows each"
+        )
+    return settings | _steps(found, settings, ceil(seen.rows / settings[place].value))
+
+
+def _steps(found: Foreign, settings: Settings, in_a_pass: int) -> Settings:
+    """Returns passes of ``max_steps`` and the fraction of ``warmup_steps``, and lists what they are rounded to."""
+    epochs, changed = f"{found.stage}.epochs", Settings()
+    if steps := found.max_steps:
+        passes = steps / in_a_pass
+        changed[epochs] = Setting(
+            max(1, round(passes)), f"{steps} steps of {in_a_pass} a pass: {found.why('max_steps')}"
+        )
+        found.leave("max_steps", f"is {passes:.2g} passes over the rows; whole ones only: {changed[epochs].value}")
+    warm_up = found.warmup_steps
+    if warm_up >= 1 and found.fact("schedule") != "constant":
+        steps = in_a_pass * (settings | changed)[epochs].value
+        why = f"{warm_up:g} of {steps:,} steps: {found.why('warmup_steps')}"
+        changed[f"{found.stage}.optimizer.warmup_fraction"] = Setting(round(min(1.0, warm_up / steps), 4), why)
+        found.left.pop(found.given["warmup_steps"][0], None)
+    return changed
