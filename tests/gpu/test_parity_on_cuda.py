@@ -26,7 +26,8 @@ def backend(folder, device, precision="fp32", **more):
 
 @pytest.fixture
 def model(tmp_path):
-    return save_model(tmp_path / "model", tiny_llama())
+    """Heads of 16, the narrowest that FlexAttention's kernels take."""
+    return save_model(tmp_path / "model", tiny_llama(hidden=64))
 
 
 @pytest.mark.parametrize(("name", "softcap"), [("flex", None), ("flex", 2.0), ("varlen", None)])
@@ -77,6 +78,7 @@ def test_scores_are_transformers_own_one_response_at_a_time(alone, model):
     alone_model = AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32)
     expected = [logp_alone(alone_model, prompt, response) for prompt, *both in ROWS for response in both]
     learner, found = backend(model, alone), {}
+    assert (learner.layout, learner._scorer._attention.name) == ("packed", "flex")
     for batch in batches_of(ROWS):
         logps = learner.score(batch.to(alone)).cpu()
         for row, real, generated in zip(
