@@ -4,7 +4,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
-from spin_ray.config.sections import OptimizerConfig
+from spin_ray.config.sections import LoraConfig, OptimizerConfig
 from spin_ray.learner.attention import ATTENTIONS
 from spin_ray.learner.attention.rule import visible
 from spin_ray.learner.backends.base import BackendSettings
@@ -119,3 +119,16 @@ def test_an_exported_model_says_what_was_trained(alone, model, tmp_path):
     batch = batches_of(ROWS)[0]
     exported = backend(tmp_path / "out", alone)
     torch.testing.assert_close(exported.score(batch), learner.score(batch), rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize("base", ["nf4", "int8"])
+def test_adapters_train_on_frozen_integers_and_step_0_has_the_scores_bits(alone, model, base):
+    pytest.importorskip("bitsandbytes", reason="the extra `quantised` is not installed")
+    learner = backend(model, alone, "bf16", base=base, lora=LoraConfig(rank=4, base=base, merge=False))
+    frozen = [weight for weight in learner._model.parameters() if not weight.is_floating_point()]
+    before = [weight.clone() for weight in frozen]
+    for batch in batches_of(ROWS):
+        torch.testing.assert_close(learner.score(batch), learner.logps(batch).detach(), rtol=0, atol=0)
+    losses = [loss for loss, _ in train(learner, ROWS, steps=3)]
+    assert losses[-1] < losses[0]
+    assert frozen and all(torch.equal(weight, kept) for weight, kept in zip(frozen, before, strict=True))
