@@ -61,7 +61,7 @@ class TrainControllers:
             return controller.get_result()
         finally:
             for name, value in own.items():
-                del os.environ[name]
+                os.environ.pop(name, None)
                 if value is not None:
                     os.environ[name] = value
 
