@@ -5,14 +5,14 @@
     python benchmarks/gpu.py --tiny --out FOLDER   # every branch on a CPU with toy sizes: a rehearsal, no measurement
 
     step        budget  question
-    machine      20 s   is the card fit for it, and what do its matrix products reach?
-    probe        25 s   which kernels of SDPA take a sliced mask, and does the layout probe pass?
-    attention    45 s   how fast and exact is each way to attend?
-    parity       65 s   packs against one by one, step 0, training beside a CPU, resume, export, NCCL
-    step        130 s   what does each change give to a step of 1.5B parameters, and where does its time go?
-    trl          75 s   the same pairs through TRL, at its best and at its defaults
-    adapters     50 s   7B with adapters on one card
-    job          65 s   a whole run with Ray, transformers in vLLM's place, a killed worker
+    machine      15 s   is the card fit for it, and what do its matrix products reach?
+    probe        30 s   which kernels of SDPA take a sliced mask, and does the layout probe pass?
+    attention    40 s   how fast and exact is each way to attend?
+    parity       80 s   packs against one by one, step 0, training beside a CPU, a killed process, export, NCCL
+    step        115 s   what does each change give to a step of 1.5B parameters, and where does its time go?
+    trl          60 s   the same pairs through TRL, at its best and at its defaults
+    adapters     55 s   7B with adapters on one card
+    job          85 s   a whole run with Ray, transformers in vLLM's place, a killed worker
 
 Rows go to results/gpu.json and the page results/gpu.md after each measure. A step that cannot run says why in a row.
 Times are budgets: what does not fit is cut, and says so; what a step leaves goes to the next.
@@ -20,6 +20,7 @@ Times are budgets: what does not fit is cut, and says so; what a step leaves goe
 
 import argparse
 import json
+import shutil
 import subprocess
 import sys
 import tempfile
@@ -30,9 +31,15 @@ from gpu_steps.child import ROOT, Child, Context, module_of, run_items
 from gpu_steps.rows import Measure, Results, line
 
 BUDGET_S = {
-    "machine": 20, "probe": 25, "attention": 45, "parity": 65, "step": 130, "trl": 75, "adapters": 50, "job": 65,
+    "machine": 15, "probe": 30, "attention": 40, "parity": 80, "step": 115, "trl": 60, "adapters": 55, "job": 85,
 }  # fmt: skip
 """Seconds of each step, start of its processes included. Their sum is under eight minutes."""
+
+
+LOG = ".gpu.log"
+"""File of what the steps' processes print."""
+WORK_BYTES = 32e9
+"""Room for models, checkpoints and exports of all steps."""
 
 
 def main() -> None:
@@ -44,9 +51,10 @@ def main() -> None:
     if not options.tiny and (why := why_no_card()):
         print(f"error: {why}", file=sys.stderr)
         raise SystemExit(2)
-    with tempfile.TemporaryDirectory(prefix="gpu-bench-", dir=options.work) as folder:
+    with tempfile.TemporaryDirectory(prefix="gpu-bench-", dir=options.work or in_memory()) as folder:
         context = Context(tiny=options.tiny, work=Path(folder))
-        results = Results(options.out, facts())
+        results = Results(options.out, facts() | ({"commit": options.commit} if options.commit else {}))
+        (results.folder / LOG).unlink(missing_ok=True)
         (context.work / "results").write_text(str(options.out.resolve()))
         left = 0.0
         for step in options.only or BUDGET_S:
@@ -62,7 +70,8 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--tiny", action="store_true", help="toy sizes on the CPU; needs --out")
     parser.add_argument("--only", action="append", choices=list(BUDGET_S), help="a step; may be given again")
     parser.add_argument("--out", type=Path, help="folder of gpu.json and gpu.md; results/ if not given")
-    parser.add_argument("--work", type=Path, help="folder for models that are made (20 GB)")
+    parser.add_argument("--work", type=Path, help="folder for models that are made (20 GB); in memory if there is room")
+    parser.add_argument("--commit", help="the rows' commit, where git does not tell it")
     parser.add_argument("--budget-factor", type=float, default=1.0, help="for slower cards: times every budget")
     for hidden in ("--child", "--items"):
         parser.add_argument(hidden, help=argparse.SUPPRESS)
@@ -78,8 +87,7 @@ def run_step(step: str, context: Context, results: Results, budget_s: float) -> 
     """Runs all items of a step, in as many processes as it takes, and adds their rows."""
     deadline = time.monotonic() + budget_s
     waiting = list(module_of(step).ITEMS)
-    log = results.folder / f".gpu-{step}.log"
-    log.unlink(missing_ok=True)
+    log = results.folder / LOG
     while waiting:
         if time.monotonic() >= deadline:
             results.forget(step, waiting)
@@ -124,6 +132,12 @@ def why_no_card() -> str | None:
         name = torch.cuda.get_device_name()
         return f"{name} has compute capability {major}.{minor}; bf16 and the attention kernels need 8.0 (A100) or newer"
     return None
+
+
+def in_memory() -> Path | None:
+    """Returns a file system in memory, if it has room: models of 18 GB are written and read again."""
+    shared = Path("/dev/shm")
+    return shared if shared.is_dir() and shutil.disk_usage(shared).free > WORK_BYTES else None
 
 
 def facts() -> dict[str, object]:

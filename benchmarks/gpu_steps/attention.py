@@ -151,5 +151,5 @@ def one_by_one(batch: Any, states: list[Tensor], upstream: Tensor) -> tuple[Tens
 
 WAYS = ("flex", "varlen", "loop", "dense")
 ITEMS: dict[str, Item] = {
-    f"{name}, {model} heads": partial(way, name, model) for model in ("1.5B", "7B") for name in WAYS
+    f"{name}, {model} heads": partial(way, name, model) for name in WAYS for model in ("1.5B", "7B")
 }

@@ -139,7 +139,7 @@ class Child:
                     return
         finally:
             late = time.monotonic() >= deadline
-            _end(process)
+            _end(process, wait_s=0 if late else KILL_AFTER_S)
         if not over:
             why = "its time was up" if late else f"the process ended with {process.returncode}; {last_line(self.log)}"
             yield item, {"failed": why}
@@ -159,11 +159,11 @@ def lines_until(reader: int, deadline: float) -> Iterator[str]:
             yield from (text.decode() for text in whole)
 
 
-def _end(process: "subprocess.Popen[bytes]") -> None:
+def _end(process: "subprocess.Popen[bytes]", *, wait_s: float) -> None:
     """Waits a little, then kills the process and everything that it started."""
     try:
         with contextlib.suppress(subprocess.TimeoutExpired):
-            process.wait(timeout=KILL_AFTER_S)
+            process.wait(timeout=wait_s)
     finally:
         with contextlib.suppress(ProcessLookupError):
             os.killpg(process.pid, signal.SIGKILL)

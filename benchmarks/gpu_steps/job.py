@@ -1,10 +1,12 @@
 """Step 8: a whole run with Ray; transformers generates in vLLM's place, and a train worker is killed once."""
 
+import json
 import os
 import signal
 import threading
 import time
 from collections.abc import Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor, wait
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +15,10 @@ from gpu_steps.rows import Measure
 
 WORKER_TITLE = "RayTrainWorker"
 """Part of the title of a train worker's process."""
+
+
+CHECKPOINT_STEPS = 20
+"""Steps between checkpoints. Four such times remain after the first: a card takes some milliseconds a step."""
 
 
 class TransformersEngine:
@@ -61,10 +67,11 @@ def run(context: Context) -> Iterator[Measure]:
     killer = _Killer(out)
     started = time.monotonic()
     killer.start()
-    try:
-        result = run_spin(recipe(context), out, start_engine=TransformersEngine)
-    finally:
-        killer.done.set()
+    with ThreadPoolExecutor(1) as runner:
+        running = runner.submit(run_spin, recipe(context), out, start_engine=TransformersEngine)
+        running.add_done_callback(lambda _: killer.done.set())
+        yield from stages_of(out, running)
+        result = running.result()
     yield Measure(id="a run of one iteration", value=time.monotonic() - started, unit="s")
     yield Measure(id="train workers killed", value=killer.killed, unit="", target=">= 1")
     yield Measure(id="iterates evaluated", value=len(result.evaluations), unit="", target=">= 2")
@@ -73,6 +80,27 @@ def run(context: Context) -> Iterator[Measure]:
 
         free, total = torch.cuda.mem_get_info()
         yield Measure(id="memory after the run", value=(total - free) / 1e9, unit="GB in use", target="<= 2")
+
+
+def stages_of(out: Path, running: Future[Any]) -> Iterator[Measure]:
+    """Yields the seconds of each stage once it has ended: a run that is cut short shows how far it came."""
+    from spin_ray.run_dir.events import read_events
+    from spin_ray.run_dir.storage import Storage
+
+    told, over = 0, False
+    while not over:
+        over = bool(wait([running], timeout=1).done)
+        events = read_events(Storage(out))
+        for event in events[told:]:
+            if "resumed_at" in event:
+                target = f">= {CHECKPOINT_STEPS}"
+                yield Measure(
+                    id="step that a killed worker went on from", value=event["resumed_at"], unit="", target=target
+                )
+            if "seconds" in event:
+                ended = f"stage {event['stage']}, {event['event']}"
+                yield Measure(id=ended, value=event["seconds"], unit="s", note=event.get("error", "")[:200])
+        told = len(events)
 
 
 def recipe(context: Context) -> Any:
@@ -91,9 +119,9 @@ def recipe(context: Context) -> Any:
             },
             "objective": {"beta": 0.5},
             "train": {
-                "workers": 1, "resources": {"cpus": 1, "gpus": gpus}, "learning_rate": 1e-4, "epochs": 2,
+                "workers": 1, "resources": {"cpus": 1, "gpus": gpus}, "learning_rate": 1e-6, "epochs": 25,
                 "global_batch_pairs": 8, "pack_length": 256, "precision": "bf16" if gpus else "fp32",
-                "checkpoint_every_steps": 2,
+                "checkpoint_every_steps": CHECKPOINT_STEPS,
             },
             "evaluation": {"max_rows": 8},
         }
@@ -101,7 +129,7 @@ def recipe(context: Context) -> Any:
 
 
 class _Killer(threading.Thread):
-    """Kills a train worker once, as soon as the run has a checkpoint."""
+    """Kills a train worker once, as soon as the controller knows a checkpoint to go on from."""
 
     def __init__(self, run: Path) -> None:
         super().__init__(daemon=True)
@@ -111,7 +139,7 @@ class _Killer(threading.Thread):
         import psutil
 
         while not self.killed and not self.done.wait(0.05):
-            if not any(self._run.glob("**/.metadata")):
+            if not any(map(_has_checkpoint, self._run.glob("**/checkpoint_manager_snapshot.json"))):
                 continue
             for process in psutil.Process().children(recursive=True):
                 try:
@@ -121,6 +149,13 @@ class _Killer(threading.Thread):
                         break
                 except psutil.Error:
                     continue
+
+
+def _has_checkpoint(snapshot: Path) -> bool:
+    try:
+        return bool(json.loads(snapshot.read_text())["latest_checkpoint_result"])
+    except ValueError:  # it is being written
+        return False
 
 
 ITEMS: dict[str, Item] = {"job": run}

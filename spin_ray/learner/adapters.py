@@ -9,11 +9,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor, distribute_tensor
+from transformers.pytorch_utils import Conv1D
 
 from spin_ray.config.sections import LoraConfig
 from spin_ray.errors import ModelError
 from spin_ray.learner.adapter_folder import import_peft, read_values
 
+_LINEAR = (nn.Linear, Conv1D)
 _BASE, _DOWN, _UP = ".base_layer.", ".lora_A.default.", ".lora_B.default."
 
 
@@ -24,18 +26,37 @@ def add_adapters(model: Any, config: LoraConfig, *, seed: int, values: Path | No
         values: adapter folder of the first A and B. None: A is random and B 0.
 
     Raises:
-        ModelError: PEFT is missing, no layer has these names, or ``values`` are of other layers.
+        ModelError: PEFT is missing, no layer has these names, one that has is not linear, or ``values`` are of other
+            layers.
     """
     peft = import_peft()
-    targets = config.target_modules if isinstance(config.target_modules, str) else list(config.target_modules)
+    targets = linear_layers(model, config.target_modules)
     adapters = peft.LoraConfig(r=config.rank, lora_alpha=config.alpha, target_modules=targets)
     with torch.random.fork_rng(devices=[]):
         try:
             peft.inject_adapter_in_model(adapters, model)
         except ValueError as error:
             raise ModelError(f"train.lora.target_modules: {error}") from error
+    for name, module in model.named_modules():
+        if hasattr(module, "lora_A") and not isinstance(module.get_base_layer(), _LINEAR):
+            kind = type(module.get_base_layer()).__name__
+            raise ModelError(f"train.lora.target_modules: {name} is no linear layer but a {kind}; name others")
     model.eval()
     set_first_values(dict(model.named_parameters()), seed=seed, values=values)
+
+
+def linear_layers(model: Any, wanted: str | tuple[str, ...]) -> list[str]:
+    """Returns the names of linear layers, of all but the head for ``all-linear``, else of those that end as ``wanted``.
+
+    PEFT alone would also adapt experts that a model holds as one tensor, which cannot be merged layer by layer. An end
+    that no linear layer has is left to PEFT.
+    """
+    head = model.get_output_embeddings()
+    linear = [(name, module) for name, module in model.named_modules() if isinstance(module, _LINEAR)]
+    if isinstance(wanted, str):
+        return [name for name, module in linear if module is not head]
+    ending = {end: [name for name, _ in linear if f".{name}".endswith(f".{end}")] for end in wanted}
+    return list(wanted) if not all(ending.values()) else sorted({name for names in ending.values() for name in names})
 
 
 @torch.no_grad()

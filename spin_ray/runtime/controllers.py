@@ -50,13 +50,20 @@ class Trainer(ray.train.torch.TorchTrainer):
 
 
 class TrainControllers:
-    """An actor that runs one controller after another."""
+    """An actor that runs one controller after another, each in its own environment."""
 
     def run(self, environment: dict[str, str], arguments: dict[str, Any]) -> ray.train.Result:
+        own = {name: os.environ.pop(name, None) for name in environment}
         os.environ.update(environment)
-        controller = TrainController(**arguments)
-        asyncio.run(controller.run())
-        return controller.get_result()
+        try:
+            controller = TrainController(**arguments)
+            asyncio.run(controller.run())
+            return controller.get_result()
+        finally:
+            for name, value in own.items():
+                os.environ.pop(name, None)
+                if value is not None:
+                    os.environ[name] = value
 
 
 def _take(node: str, job: str) -> Any:

@@ -9,6 +9,7 @@ from typing import Any, Literal, Protocol
 from spin_ray.config.sections import EngineConfig, SamplingConfig
 from spin_ray.errors import ConfigError
 from spin_ray.runtime import cpu
+from spin_ray.runtime.garbage import skip_imports
 from spin_ray.runtime.gpu_memory import wait_for_memory
 
 _MEMORY_SETTING = "generation.engine.gpu_memory_utilization"
@@ -71,6 +72,7 @@ class VllmEngine:
         from vllm import LLM
         from vllm.platforms import current_platform
 
+        skip_imports()
         self._spec = spec
         arguments: dict[str, Any] = {
             "model": str(spec.model),

@@ -1,5 +1,6 @@
 """Runs a function on Ray Train workers that share a torch process group."""
 
+import gc
 import logging
 import os
 import pickle
@@ -16,7 +17,7 @@ from spin_ray.config.recipe import SpinConfig
 from spin_ray.errors import HealthError, StageError, UserError, last_line, memory_advice
 from spin_ray.runtime import cpu, gpu
 from spin_ray.runtime.controllers import Trainer
-from spin_ray.runtime.garbage import collect_as_usual
+from spin_ray.runtime.garbage import collect_as_usual, skip_imports
 from spin_ray.runtime.placement import demands, in_the_cluster
 from spin_ray.runtime.waiting import wait_until_free, while_it_moves
 
@@ -146,6 +147,7 @@ def _fit(trainer: ray.train.torch.TorchTrainer, max_failures: int) -> Any:
 
 
 def _in_worker(loop: dict[str, Any]) -> Any:
+    gc.disable()  # until the imports are done
     cpu.prepare(loop["threads"])
     import torch
 
@@ -153,6 +155,7 @@ def _in_worker(loop: dict[str, Any]) -> Any:
         torch.set_num_threads(loop["threads"])
     gpu.check(device(), loop["precision"])
     function, job = pickle.loads(loop["call"])  # noqa: S301 (from this run's driver, through Ray)
+    skip_imports()
     collect_as_usual()
     try:
         return function(job)

@@ -22,6 +22,6 @@ def card() -> torch.device:
 
 @pytest.fixture
 def alone(card, tmp_path):
-    """A process group of this process; FSDP2 needs one."""
-    with one_rank(tmp_path):
+    """A process group of this process, for both devices; FSDP2 needs one."""
+    with one_rank(tmp_path, "cpu:gloo,cuda:nccl"):
         yield card

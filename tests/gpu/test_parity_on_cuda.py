@@ -4,7 +4,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
-from spin_ray.config.sections import OptimizerConfig
+from spin_ray.config.sections import LoraConfig, OptimizerConfig
 from spin_ray.learner.attention import ATTENTIONS
 from spin_ray.learner.attention.rule import visible
 from spin_ray.learner.backends.base import BackendSettings
@@ -26,7 +26,8 @@ def backend(folder, device, precision="fp32", **more):
 
 @pytest.fixture
 def model(tmp_path):
-    return save_model(tmp_path / "model", tiny_llama())
+    """Heads of 16, the narrowest that FlexAttention's kernels take."""
+    return save_model(tmp_path / "model", tiny_llama(hidden=64))
 
 
 @pytest.mark.parametrize(("name", "softcap"), [("flex", None), ("flex", 2.0), ("varlen", None)])
@@ -77,6 +78,7 @@ def test_scores_are_transformers_own_one_response_at_a_time(alone, model):
     alone_model = AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32)
     expected = [logp_alone(alone_model, prompt, response) for prompt, *both in ROWS for response in both]
     learner, found = backend(model, alone), {}
+    assert (learner.layout, learner._scorer._attention.name) == ("packed", "flex")
     for batch in batches_of(ROWS):
         logps = learner.score(batch.to(alone)).cpu()
         for row, real, generated in zip(
@@ -117,3 +119,16 @@ def test_an_exported_model_says_what_was_trained(alone, model, tmp_path):
     batch = batches_of(ROWS)[0]
     exported = backend(tmp_path / "out", alone)
     torch.testing.assert_close(exported.score(batch), learner.score(batch), rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize("base", ["nf4", "int8"])
+def test_adapters_train_on_frozen_integers_and_step_0_has_the_scores_bits(alone, model, base):
+    pytest.importorskip("bitsandbytes", reason="the extra `quantised` is not installed")
+    learner = backend(model, alone, "bf16", base=base, lora=LoraConfig(rank=4, base=base, merge=False))
+    frozen = [weight for weight in learner._model.parameters() if not weight.is_floating_point()]
+    before = [weight.clone() for weight in frozen]
+    for batch in batches_of(ROWS):
+        torch.testing.assert_close(learner.score(batch), learner.logps(batch).detach(), rtol=0, atol=0)
+    losses = [loss for loss, _ in train(learner, ROWS, steps=3)]
+    assert losses[-1] < losses[0]
+    assert frozen and all(torch.equal(weight, kept) for weight, kept in zip(frozen, before, strict=True))

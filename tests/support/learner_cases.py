@@ -24,10 +24,10 @@ Row = tuple[list[int], list[int], list[int]]
 
 
 @contextmanager
-def one_rank(folder: Path) -> Iterator[None]:
-    """Opens a gloo process group of this process alone, as a single train worker has; ``folder`` is for its store."""
+def one_rank(folder: Path, backend: str = "gloo") -> Iterator[None]:
+    """Opens a process group of this process alone, as a single train worker has; ``folder`` is for its store."""
     torch.set_num_threads(1)
-    dist.init_process_group("gloo", store=dist.FileStore(str(folder / "store"), 1), rank=0, world_size=1)
+    dist.init_process_group(backend, store=dist.FileStore(str(folder / "store"), 1), rank=0, world_size=1)
     yield
     dist.destroy_process_group()
 
@@ -103,12 +103,12 @@ def train(backend: TrainBackend, rows: list[Row], steps: int) -> list[list[float
     for _ in range(steps):
         total = torch.zeros(())
         for i, pack in enumerate(packs):
-            batch = build_pack(pack, table, pack_length=PACK_LENGTH, pad_id=0)
+            batch = build_pack(pack, table, pack_length=PACK_LENGTH, pad_id=0).to(backend.device)
             real, generated = pair_logps(backend.logps(batch), batch)
             zero = torch.zeros_like(real)
             loss = spin_loss(margins(real, generated, zero, zero, 0.5)) / step.num_pairs
             backend.backward(loss, last_microbatch=i == len(packs) - 1)
-            total += loss.detach()
+            total += loss.detach().cpu()
         dist.all_reduce(total)
         history.append([total.item(), backend.step().grad_norm])
     return history

@@ -65,7 +65,8 @@ class BackendSettings:
             attention=config.model.attention,
             trust_remote_code=config.model.trust_remote_code,
             base=config.train.lora.base if config.train.lora else "bf16",
-            compile=config.train.compile,
+            # DeepSpeed trains uncompiled, and compiled scores of the same weights round otherwise.
+            compile=False if config.train.backend == "deepspeed" else config.train.compile,
             deterministic=config.train.deterministic,
         )
 

@@ -39,6 +39,8 @@ class DeepSpeedBackend:
     def __init__(self, model_dir: str | Path, settings: BackendSettings, device: torch.device) -> None:
         if settings.optimizer is None:
             raise ValueError("DeepSpeed is used for training only; FSDP2 scores")
+        if settings.compile is True:
+            raise ValueError("DeepSpeed trains uncompiled, so its reference must not be scored compiled")
         if settings.deterministic:
             make_deterministic()
         deepspeed = _import_deepspeed(device)

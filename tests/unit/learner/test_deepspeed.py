@@ -255,3 +255,8 @@ def test_without_deepspeed_the_error_names_the_extra(monkeypatch: pytest.MonkeyP
     monkeypatch.setitem(sys.modules, "deepspeed", None)
     with pytest.raises(ModelError, match=r"spin-ray\[deepspeed\]"):
         backend_of(tmp_path, "deepspeed", CASES[0])
+
+
+def test_deepspeed_refuses_what_would_be_scored_compiled_and_trained_uncompiled(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="DeepSpeed trains uncompiled"):
+        backend_of(tmp_path, "deepspeed", CASES[0], compile=True)

@@ -18,6 +18,7 @@ from spin_ray.learner.backends.modules import decoder_layers
 from spin_ray.learner.losses import margins, pair_logps, spin_loss
 from spin_ray.learner.scoring import ResponseScorer
 from tests.support.learner_cases import batches_of, one_rank, one_step, random_rows, save_model, tiny_llama, train
+from tests.support.model_kinds import KINDS
 
 peft = pytest.importorskip("peft", reason="the extra `lora` is not installed")
 torch.set_num_threads(1)
@@ -223,3 +224,27 @@ def test_frozen_weights_are_held_once_in_bf16(make: MakeBackend) -> None:
     parameters = sum(part.numel() for part in frozen)
     assert sum(part.untyped_storage().nbytes() for part in frozen) <= 2 * parameters * 1.05
     assert {part.dtype for name, part in held.items() if "lora_" in name} == {torch.float32}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("merge", [True, False])
+def test_experts_held_as_one_tensor_stay_as_they_are_and_the_rest_is_exported(tmp_path: Path, merge: bool) -> None:
+    """PEFT's "all-linear" adapts them, too; the export failed on them after the training."""
+    start = save_model(tmp_path / "start", KINDS["Qwen3-MoE"].make())
+    backend = backend_of(start, LoraConfig(rank=2, merge=merge))
+    adapted = {name.split(".")[3] for name in backend._shards if "lora_A" in name}
+    assert adapted == {"self_attn"}
+    train(backend, ROWS, 1)
+    (tmp_path / "out").mkdir()
+    backend.export_hf(tmp_path / "out")
+    source, more = (tmp_path / "out", {}) if merge else (start, {"adapter": tmp_path / "out"})
+    again, batch = backend_of(source, None, optimizer=None, **more), batches_of(ROWS)[0]
+    torch.testing.assert_close(again.score(batch), backend.score(batch), rtol=1e-5, atol=1e-4)
+
+
+def test_layers_that_are_not_linear_are_refused_before_training(tmp_path: Path) -> None:
+    start = save_model(tmp_path / "start", KINDS["Qwen3-MoE"].make())
+    with pytest.raises(ModelError, match=r"target_modules: .*experts.* is no linear layer but a Qwen3MoeExperts; name"):
+        backend_of(start, LoraConfig(rank=2, target_modules=("gate_proj", "up_proj", "down_proj")))
+    with pytest.raises(ModelError, match=r"target_modules: model\.embed_tokens is no linear layer but a Embedding"):
+        backend_of(start, LoraConfig(rank=2, target_modules=("q_proj", "embed_tokens")))

@@ -10,6 +10,7 @@ from spin_ray.config.recipe import SpinConfig
 from spin_ray.errors import RunDirError
 from spin_ray.inputs.model_folder import ModelFolder
 from spin_ray.learner import step as loop
+from spin_ray.learner.backends.base import BackendSettings
 from spin_ray.loop.algorithms.base import margin_objective
 from spin_ray.loop.stages.training import stage as training
 from spin_ray.loop.stages.training import worker
@@ -57,6 +58,15 @@ def start_model(run: RunDir, pad_id: int = 7) -> ModelFolder:
 
 def train(run: RunDir, config: SpinConfig, iteration: int) -> None:
     training.run(run, config, iteration, start_model(run), margin_objective(config, iteration))
+
+
+@pytest.mark.parametrize("lora", [None, {"rank": 4}, {"rank": 4, "merge": False}])
+@pytest.mark.parametrize(("backend", "compiled"), [("fsdp2", "auto"), ("deepspeed", False)])
+def test_training_is_compiled_if_the_scores_of_its_references_are(run, jobs, backend, compiled, lora):
+    """DeepSpeed compiles nothing; θ_0 and held-out rows are scored by FSDP2 all the same."""
+    config = config_of(train={"backend": backend, "lora": lora})
+    train(run, config, 0)
+    assert jobs[0].backend.compile == BackendSettings.for_scoring(config).compile == compiled
 
 
 def write_reference(run: RunDir, rows: list[tuple[str, float, float]]) -> None:
