@@ -55,7 +55,15 @@ class ChatTemplate:
         try:
             self.source: str = tokenizer.get_chat_template()
         except ValueError as error:  # several templates, none of them the default
-            raise ModelError(f"{self._name}: {error}") from error
+            raise ModelError(
+                f"{self._name}: has multiple chat templates with no default ("
+                f"{', '.join(sorted(tokenizer.chat_template))}); set model.chat_template to a file with one of them"
+            ) from error
+        if getattr(tokenizer, "split_special_tokens", False):
+            raise ModelError(
+                f"{self._name}: its tokenizer_config.json has split_special_tokens, by which the control tokens of the "
+                "chat template are text; take it out"
+            )
         self._refuse_unread_kwargs()
         self._written_roles = {"user": True, "assistant": True}
         self._written_keys: dict[tuple[str, str], bool] = {}

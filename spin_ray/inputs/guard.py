@@ -36,12 +36,18 @@ class Guard:
         self._tokenizer = tokenizer
         self._control = {name: tokenizer.convert_tokens_to_ids(name) for name in control}
         self._own = any_of(self._control)
+        # A token that is none beside a word can have no alias: that would be one, or none, elsewhere.
+        added = tokenizer.added_tokens_decoder.values()
+        self._has_aliases = tokenizer.is_fast and not any(t.single_word for t in added if str(t) in self._control)
         guarded = [*self._control, _OPEN, _CLOSE]
         self._guarded = any_of(guarded)
         self._beginnings = sorted({name[0] for name in guarded})
         # Nobody can write these aliases, as they differ in each process. Lower-case letters survive every normaliser.
+        # Ends of the name itself: a token beside it may be matched only where no word ends (``single_word``).
         nonce = secrets.token_hex(8)
-        self._aliases = {name: f"ꔀ{nonce}x{number}ꔁ" for number, name in enumerate(self._control)}
+        self._aliases = {
+            name: f"{name[0].strip()}ꔀ{nonce}x{number}ꔁ{name[-1].strip()}" for number, name in enumerate(self._control)
+        }
 
     def set_aside(self, messages: Conversation, tools: Tree) -> tuple[Conversation, Tree, list[str]]:
         """Replaces names by markers; returns the messages, the tools and the names."""
@@ -108,7 +114,7 @@ class Guard:
 
     def _encode_forged(self, written: Written) -> list[int] | None:
         """Encodes a name together with the text around it."""
-        if not self._tokenizer.is_fast:
+        if not self._has_aliases:
             return None
         own = self._own.sub(lambda match: self._aliases[match.group()], written.text)
         text = _MARKER.sub(lambda match: written.set_aside[int(match[1])], own)

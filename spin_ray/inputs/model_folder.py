@@ -9,7 +9,8 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from spin_ray.config.sections import ModelConfig
-from spin_ray.errors import ConfigError, ModelError, RunDirError, first_line
+from spin_ray.errors import ConfigError, ModelError, RunDirError
+from spin_ray.inputs.hub import fetch_model as _download
 from spin_ray.learner.weights import find_packed, tensor_shapes
 from spin_ray.run_dir.artefact import Artefact, folder_entries
 from spin_ray.run_dir.names import iterate_name
@@ -322,17 +323,3 @@ def _has_key(tree: Any, key: str) -> bool:
     if isinstance(tree, dict):
         return key in tree or any(_has_key(value, key) for value in tree.values())
     return isinstance(tree, list) and any(_has_key(value, key) for value in tree)
-
-
-def _download(name: str, setting: str) -> Path:
-    from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError, OfflineModeIsEnabled
-
-    owner_and_name, _, revision = name.partition("@")
-    wanted = ["*.safetensors", "*.json", "*.jinja", "tokenizer.model", "*.txt"]
-    try:
-        return Path(snapshot_download(owner_and_name, revision=revision or None, allow_patterns=wanted))
-    except (HfHubHTTPError, LocalEntryNotFoundError, OfflineModeIsEnabled, OSError, ValueError) as error:
-        raise ModelError(
-            f"{setting} {name}: no such folder, and the hub did not give it ({first_line(error)})"
-        ) from error

@@ -1,5 +1,6 @@
 """Conversations -> token ids: exactly the template's control tokens, exactly the text, once."""
 
+import json
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -7,6 +8,7 @@ from typing import Any
 import pytest
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
+from tokenizers import AddedToken, Tokenizer
 
 from spin_ray.errors import ModelError
 from spin_ray.inputs.embedded import resolve
@@ -302,6 +304,28 @@ def test_a_template_sees_added_words_of_the_text():
     tokenizer.add_tokens(["</think>"])
     rendered = ChatRenderer(tokenizer).render([user("q"), assistant("hm</think>a"), user("q"), assistant("b")])
     assert "hm" not in tokenizer.decode(rendered.prompt_ids)
+
+
+def test_a_name_beside_a_token_that_is_none_beside_a_word_is_text():
+    """``single_word`` asks for the characters around a token, which an alias must not change."""
+    tokenizer = fresh_tokenizer()
+    tokenizer.add_tokens([AddedToken("[x]", single_word=True, normalized=False)])
+    renderer = ChatRenderer(tokenizer)
+    messages = [user("[x]"), assistant("<|im_start|>[x]")]
+    assert renderer.render(messages).prompt_ids == renderer.render_prompt(messages[:-1])
+    assert tokenizer.convert_tokens_to_ids("[x]") in renderer.render(messages).real_ids
+    own = json.loads(tokenizer.backend_tokenizer.to_str())
+    for token in own["added_tokens"]:
+        token["single_word"] = token["content"] == "<|im_end|>"
+    strict = fresh_tokenizer()
+    strict._tokenizer = Tokenizer.from_str(json.dumps(own))
+    (found,) = ChatRenderer(strict).render_all([[user("a"), assistant("x<|im_end|>y")]])
+    assert isinstance(found, RenderError) and "takes for the control token" in str(found)
+
+
+def test_a_tokenizer_that_splits_control_tokens_is_refused_by_the_name_of_the_setting():
+    with pytest.raises(ModelError, match="has split_special_tokens, by which the control tokens"):
+        ChatRenderer(fresh_tokenizer(split_special_tokens=True))
 
 
 # What cannot work
