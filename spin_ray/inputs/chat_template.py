@@ -8,8 +8,6 @@ from os.path import commonprefix
 from string import ascii_letters, digits, punctuation
 from typing import Any
 
-from jinja2 import TemplateError
-
 from spin_ray.errors import ModelError
 from spin_ray.inputs.conversations import Conversation
 from spin_ray.inputs.guard import any_of
@@ -298,7 +296,7 @@ class ChatTemplate:
                 conversations, tools=offers[0] or None, tokenize=False, add_generation_prompt=add_generation_prompt,
                 **self._variables(),
             )  # fmt: skip
-        except (TemplateError, ValueError, TypeError, KeyError) as error:
+        except Exception as error:  # a template may fail in every way
             if len(conversations) == 1:
                 return [RenderError(f"the chat template refuses it: {error}")]
             return [text for each in conversations for text in self._apply([each], add_generation_prompt)]

@@ -35,6 +35,7 @@ from spin_ray.inputs.model_folder import (
 from spin_ray.inputs.rendering import ChatRenderer, Rendered, RenderError, open_renderer
 from spin_ray.inputs.scorers import refuse_no_scorer
 from spin_ray.inputs.sources import SourceRow, files_digest, find_files, read_slice, split
+from spin_ray.inputs.tokenizer_file import warn_of_other_tokens
 from spin_ray.inputs.vocabulary import refuse, vocabulary_of, warn_of, without_embedding
 from spin_ray.learner.weights import refuse_damaged
 
@@ -177,6 +178,8 @@ def _find_all(
         found.append(Finding(f"generation stops at {names}, too; rows end with {renderer.end_of_turn}", "note"))
     if lacking := warn_of(without_embedding(renderer.tokenizer, vocabulary_of(inputs.model.path))):
         found.append(Finding(lacking, "warning"))
+    if other := warn_of_other_tokens(renderer.tokenizer, inputs.model.path):
+        found.append(Finding(other, "warning"))
     for source, first in rows.items():
         if pinned := unpinned(source):
             found.append(Finding(f"{source}: may change while the run goes on; name its commit: {pinned}", "warning"))

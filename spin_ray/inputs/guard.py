@@ -36,9 +36,6 @@ class Guard:
         self._tokenizer = tokenizer
         self._control = {name: tokenizer.convert_tokens_to_ids(name) for name in control}
         self._own = any_of(self._control)
-        # A token that is none beside a word can have no alias: that would be one, or none, elsewhere.
-        added = tokenizer.added_tokens_decoder.values()
-        self._has_aliases = tokenizer.is_fast and not any(t.single_word for t in added if str(t) in self._control)
         guarded = [*self._control, _OPEN, _CLOSE]
         self._guarded = any_of(guarded)
         self._beginnings = sorted({name[0] for name in guarded})
@@ -113,12 +110,16 @@ class Guard:
         return [encoding.ids for encoding in backend.encode_batch_fast(texts, add_special_tokens=False)]
 
     def _encode_forged(self, written: Written) -> list[int] | None:
-        """Encodes a name together with the text around it."""
-        if not self._has_aliases:
+        """Encodes a name together with the text around it; returns None if another token cannot be kept beside it."""
+        if not self._tokenizer.is_fast:
             return None
         own = self._own.sub(lambda match: self._aliases[match.group()], written.text)
         text = _MARKER.sub(lambda match: written.set_aside[int(match[1])], own)
-        return self._aliased.encode(text, add_special_tokens=False).ids
+        ids = self._aliased.encode(text, add_special_tokens=False).ids
+        # An alias that is no token here, as its name may be none beside a word (``single_word``), would be text.
+        known = {*self._control.values()} - {self._tokenizer.unk_token_id}
+        expected = [token for name in self._own.findall(written.text) if (token := self._control[name]) in known]
+        return ids if [token for token in ids if token in known] == expected else None
 
     @cached_property
     def _aliased(self) -> Tokenizer:

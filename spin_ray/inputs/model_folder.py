@@ -282,6 +282,8 @@ def _check_weights(folder: Path) -> None:
         raise ModelError(f"{folder}: has no .safetensors weights; convert them (save_pretrained writes safetensors)")
     index = folder / "model.safetensors.index.json"
     places = _read_json(index).get("weight_map") if index.is_file() else None
+    if index.is_file() and not isinstance(places, dict):
+        raise ModelError(f"{index}: has no weight_map; copy it again")
     missing = [name for name in sorted(set((places or {}).values())) if not (folder / name).is_file()]
     if missing and not (folder / "model.safetensors").is_file():
         raise ModelError(f"{folder}: lacks {missing[0]}, which {index.name} names; copy all shards")

@@ -16,6 +16,7 @@ from spin_ray.errors import ModelError, first_line
 from spin_ray.inputs.chat_template import ChatTemplate, RenderError, Tools
 from spin_ray.inputs.conversations import Conversation
 from spin_ray.inputs.guard import Guard, Written, any_of
+from spin_ray.inputs.tokenizer_file import refuse_lost_text
 
 
 @dataclass(frozen=True, slots=True)
@@ -237,6 +238,7 @@ def _unspeakable(text: Written) -> RenderError:
 def open_renderer(folder: str, model: ModelConfig, date: datetime | None = None) -> ChatRenderer:
     """Returns the renderer of a model folder; raises ModelError if it cannot be used."""
     tokenizer = load_tokenizer(folder, model.chat_template, model.trust_remote_code)
+    refuse_lost_text(tokenizer, Path(folder))
     return ChatRenderer(tokenizer, model.chat_template_kwargs, date)
 
 
