@@ -18,7 +18,7 @@ _BLANKS = {
     "line breaks at its end": f"{_PROBE}\n\n",
 }
 _TRANSCRIPT = re.compile(
-    r"(?:Assistant|### (?:Response|Assistant)|<\|assistant\|>|<\|im_start\|>assistant|\[/INST\])\s*:?\s*$"
+    r"(?:\nAssistant:|### (?:Response|Assistant):?|<\|assistant\|>|<\|im_start\|>assistant|\[/INST\])\s*$"
 )
 """The end of a prompt that asks for an answer by itself."""
 _THOUGHT = f"<think>\n{_PROBE}\n</think>"

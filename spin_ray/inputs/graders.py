@@ -63,7 +63,7 @@ def _at_most(seconds: float) -> Iterator[None]:
         yield
     finally:
         signal.setitimer(signal.ITIMER_REAL, 0)
-        signal.signal(signal.SIGALRM, before)
+        signal.signal(signal.SIGALRM, before or signal.SIG_DFL)
 
 
 def refuse_no_pattern(config: SpinConfig, rows: Iterable[tuple[str, Any]]) -> None:

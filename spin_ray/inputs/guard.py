@@ -110,7 +110,7 @@ class Guard:
         return [encoding.ids for encoding in backend.encode_batch_fast(texts, add_special_tokens=False)]
 
     def _encode_forged(self, written: Written) -> list[int] | None:
-        """Encodes a name together with the text around it; returns None if another token cannot be kept beside it."""
+        """Encodes a name together with the text around it; returns None if that cannot be done."""
         if not self._tokenizer.is_fast:
             return None
         own = self._own.sub(lambda match: self._aliases[match.group()], written.text)
