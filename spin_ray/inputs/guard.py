@@ -12,7 +12,7 @@ from typing import Any, NamedTuple, TypeVar
 
 from tokenizers import Tokenizer
 
-from spin_ray.errors import ModelError
+from spin_ray.errors import ModelError, first_line
 from spin_ray.inputs.conversations import Conversation
 
 Tree = TypeVar("Tree")
@@ -107,7 +107,13 @@ class Guard:
         backend.no_truncation()  # these three settings are as the last call or tokenizer.json left them
         backend.no_padding()
         backend.encode_special_tokens = False
-        return [encoding.ids for encoding in backend.encode_batch_fast(texts, add_special_tokens=False)]
+        try:
+            return [encoding.ids for encoding in backend.encode_batch_fast(texts, add_special_tokens=False)]
+        except BaseException as error:  # the library's own errors have no narrower type, its panics not even Exception
+            if isinstance(error, Exception) or type(error).__name__ == "PanicException":
+                name = self._tokenizer.name_or_path
+                raise ModelError(f"{name}: its tokenizer fails on a text ({first_line(error)})") from error
+            raise
 
     def _encode_forged(self, written: Written) -> list[int] | None:
         """Encodes a name together with the text around it; returns None if that cannot be done."""

@@ -402,6 +402,12 @@ def test_a_class_that_loses_what_tokenizer_json_keeps_is_refused_with_the_cure(t
     assert warn_of_other_tokens(renderer.tokenizer, cured) is None
 
 
+def test_a_tokenizer_that_fails_on_a_text_is_named(tmp_path):
+    folder = folder_of_class(tmp_path / "model", "GemmaTokenizer")  # its unknown token is not in the vocabulary
+    with pytest.raises(ModelError, match="model: its tokenizer fails on a text"):
+        ChatRenderer(load_tokenizer(str(folder)))
+
+
 def test_a_class_that_makes_other_tokens_is_told(tmp_path):
     folder = folder_of_class(tmp_path / "model", "LlamaTokenizerFast")
     assert "makes other tokens" in str(warn_of_other_tokens(load_tokenizer(str(folder)), folder))
