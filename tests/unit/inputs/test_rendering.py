@@ -326,6 +326,21 @@ def test_a_name_beside_a_token_that_is_none_beside_a_word_is_text():
     assert isinstance(found, RenderError) and "takes for the control token" in str(found)
 
 
+def test_a_mark_that_is_no_token_beside_a_word_parts_no_texts():
+    own = json.loads(fresh_tokenizer().backend_tokenizer.to_str())
+    for token in own["added_tokens"]:
+        token["single_word"] = token["content"] == "<|im_end|>"
+    tokenizer = fresh_tokenizer("{% for m in messages %}{{ m.role + ' ' + m.content }}<|im_end|>{% endfor %}"
+                                "{% if add_generation_prompt %}assistant {% endif %}")  # fmt: skip
+    tokenizer._tokenizer = Tokenizer.from_str(json.dumps(own))
+    renderer = ChatRenderer(tokenizer)
+    assert renderer._ending is None, "what stands before the mark may change the tokens behind it"
+    for asked in ("?", "</think>", "a<", "..."):
+        (rendered,) = renderer.render_all([[user(asked), assistant("Yes.")]])
+        ours = rendered.prompt_ids + rendered.real_ids
+        assert ours == template_ids(tokenizer, [user(asked), assistant("Yes.")])[: len(ours)]
+
+
 def test_a_tokenizer_that_splits_control_tokens_is_refused_by_the_name_of_the_setting():
     with pytest.raises(ModelError, match="has split_special_tokens, by which the control tokens"):
         ChatRenderer(fresh_tokenizer(split_special_tokens=True))
