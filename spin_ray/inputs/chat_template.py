@@ -8,8 +8,6 @@ from os.path import commonprefix
 from string import ascii_letters, digits, punctuation
 from typing import Any
 
-from jinja2 import TemplateError
-
 from spin_ray.errors import ModelError
 from spin_ray.inputs.conversations import Conversation
 from spin_ray.inputs.guard import any_of
@@ -55,7 +53,15 @@ class ChatTemplate:
         try:
             self.source: str = tokenizer.get_chat_template()
         except ValueError as error:  # several templates, none of them the default
-            raise ModelError(f"{self._name}: {error}") from error
+            raise ModelError(
+                f"{self._name}: has multiple chat templates with no default ("
+                f"{', '.join(sorted(tokenizer.chat_template))}); set model.chat_template to a file with one of them"
+            ) from error
+        if getattr(tokenizer, "split_special_tokens", False):
+            raise ModelError(
+                f"{self._name}: its tokenizer_config.json has split_special_tokens, by which the control tokens of the "
+                "chat template are text; take it out"
+            )
         self._refuse_unread_kwargs()
         self._written_roles = {"user": True, "assistant": True}
         self._written_keys: dict[tuple[str, str], bool] = {}
@@ -290,7 +296,7 @@ class ChatTemplate:
                 conversations, tools=offers[0] or None, tokenize=False, add_generation_prompt=add_generation_prompt,
                 **self._variables(),
             )  # fmt: skip
-        except (TemplateError, ValueError, TypeError, KeyError) as error:
+        except Exception as error:  # a template may fail in every way
             if len(conversations) == 1:
                 return [RenderError(f"the chat template refuses it: {error}")]
             return [text for each in conversations for text in self._apply([each], add_generation_prompt)]

@@ -19,7 +19,9 @@ from spin_ray.inputs.conversations import Conversation, Unusable, conversations_
 from spin_ray.inputs.embedded import resolve
 from spin_ray.inputs.ends import other_ends
 from spin_ray.inputs.findings import Finding, find_in_rows, find_in_template
-from spin_ray.inputs.forms import find_form, refuse_unknown_columns
+from spin_ray.inputs.forms import find_form, mapped, refuse_unknown_columns
+from spin_ray.inputs.graders import refuse_no_pattern
+from spin_ray.inputs.hub import unpinned
 from spin_ray.inputs.merged_start import without_adapter
 from spin_ray.inputs.model_folder import (
     ModelFolder,
@@ -33,6 +35,7 @@ from spin_ray.inputs.model_folder import (
 from spin_ray.inputs.rendering import ChatRenderer, Rendered, RenderError, open_renderer
 from spin_ray.inputs.scorers import refuse_no_scorer
 from spin_ray.inputs.sources import SourceRow, files_digest, find_files, read_slice, split
+from spin_ray.inputs.tokenizer_file import warn_of_other_tokens
 from spin_ray.inputs.vocabulary import refuse, vocabulary_of, warn_of, without_embedding
 from spin_ray.learner.weights import refuse_damaged
 
@@ -142,6 +145,10 @@ def check_recipe(config: SpinConfig, inputs: Inputs | None = None, date: datetim
     heads = {source: _first_rows(source, config.data) for source in _paths(inputs.train, inputs.heldout)}
     questions = [head for source in _paths(inputs.questions) for head in _first_rows(source, config.data)]
     _refuse_absent_columns(chain(*chain(*heads.values()), *questions), config.data)
+    heldout = chain(*(chain(*heads[source]) for source in _paths(inputs.heldout)))
+    refuse_no_pattern(
+        config, [(row.origin, mapped(row.content, config.data).get("answer")) for row in heldout if row.content]
+    )
     rows = {source: _first_conversations(each, config.data) for source, each in heads.items()}
     renderer = open_renderer(str(inputs.model.path), config.model, date)
     vocabulary = vocabulary_of(inputs.model.path)
@@ -171,7 +178,11 @@ def _find_all(
         found.append(Finding(f"generation stops at {names}, too; rows end with {renderer.end_of_turn}", "note"))
     if lacking := warn_of(without_embedding(renderer.tokenizer, vocabulary_of(inputs.model.path))):
         found.append(Finding(lacking, "warning"))
+    if other := warn_of_other_tokens(renderer.tokenizer, inputs.model.path):
+        found.append(Finding(other, "warning"))
     for source, first in rows.items():
+        if pinned := unpinned(source):
+            found.append(Finding(f"{source}: may change while the run goes on; name its commit: {pinned}", "warning"))
         found += find_in_rows(renderer, [(each.messages, each.tools) for each in first], source)
         if inputs.scorer is not None and any(each.tools for each in first):
             found.append(Finding(f"{source}: the preference model reads rows without their tools", "warning"))

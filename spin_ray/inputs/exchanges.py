@@ -64,7 +64,7 @@ def _with_system(messages: list[Message], system: Any) -> list[Message]:
 
 
 def read_messages(row: Columns) -> Exchange:
-    return Exchange(parse_messages(listed(row["messages"], "messages")))
+    return Exchange(_with_system(parse_messages(listed(row["messages"], "messages")), row.get("system")))
 
 
 def read_sharegpt(row: Columns) -> Exchange:
@@ -111,15 +111,14 @@ def read_sharegpt_preferred(row: Columns) -> Exchange:
 
 def both(better: str, worse: str) -> Callable[[Columns], Exchange]:
     def read(row: Columns) -> Exchange:
-        chosen, messages = listed(row[better], better), row.get(worse)
+        chosen, messages, system = listed(row[better], better), row.get(worse), row.get("system")
         if messages is None:
-            return Exchange(parse_messages(chosen))
+            return Exchange(_with_system(parse_messages(chosen), system))
         rejected, shared = listed(messages, worse), len(chosen) - 1
         alike = len(rejected) == len(chosen) and rejected[:-1] == chosen[:-1]
         parsed = parse_messages(chosen)
-        if alike:
-            return Exchange(parsed, [*parsed[:-1], *parse_messages(rejected[-1:], shared)])
-        return Exchange(parsed, parse_messages(rejected))
+        other = [*parsed[:-1], *parse_messages(rejected[-1:], shared)] if alike else parse_messages(rejected)
+        return Exchange(_with_system(parsed, system), _with_system(other, system))
 
     return read
 

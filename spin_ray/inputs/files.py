@@ -1,14 +1,18 @@
 """A data file: its kind, its bytes, and parts of it."""
 
 import io
+import os
+import re
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple, cast
+from urllib.parse import unquote
 
 import pyarrow as pa
 import pyarrow.fs
 
-from spin_ray.errors import DataError
+from spin_ray.errors import DataError, first_line
+from spin_ray.inputs.hub import PREFIX, hub_filesystem
 
 KINDS = (".jsonl", ".ndjson", ".json", ".parquet", ".csv", ".tsv", ".arrow")
 TEXTS = (".jsonl", ".ndjson", ".json", ".csv", ".tsv")
@@ -53,19 +57,38 @@ def codec_of(uri: str) -> str | None:
 
 def filesystem(uri: str) -> tuple[pyarrow.fs.FileSystem, str]:
     """Returns the file system of a path or URI, and the path in it; raises DataError if there is none."""
-    if uri.startswith("hf://"):
-        from huggingface_hub import HfFileSystem
-
-        return pyarrow.fs.PyFileSystem(pyarrow.fs.FSSpecHandler(HfFileSystem())), uri.removeprefix("hf://")
+    if uri.startswith(PREFIX):
+        return hub_filesystem(path := uri.removeprefix(PREFIX)), path
+    if uri.startswith("file://"):
+        return pyarrow.fs.LocalFileSystem(), _local_path(uri.removeprefix("file://"))
     if "://" not in uri:
-        if not uri:
-            raise DataError("data: the path is empty")
-        return pyarrow.fs.LocalFileSystem(), str(Path(uri).expanduser().absolute())  # Ray workers run in other folders
+        if not uri or "\0" in uri:
+            raise DataError(f"data: the path is {'no path (it has a NUL)' if uri else 'empty'}")
+        return pyarrow.fs.LocalFileSystem(), str(Path(os.path.expanduser(uri)).absolute())  # Ray workers run elsewhere
     try:
         return pyarrow.fs.FileSystem.from_uri(uri)
-    except (pa.ArrowInvalid, OSError) as error:
-        cure = "; download the file, and name that" if uri.startswith(("https://", "http://")) else ""
-        raise DataError(f"{uri}: cannot be opened ({error}){cure}") from error
+    except (pa.ArrowException, OSError) as error:
+        raise DataError(f"{uri}: cannot be opened ({first_line(error)}){_cure_of(uri)}") from error
+
+
+def _local_path(path: str) -> str:
+    """Returns the path of a ``file://`` URI, whether its blanks and letters are written as ``%20`` or as they are."""
+    path = "/" + path.removeprefix("localhost").lstrip("/")
+    return path if os.path.exists(path) else unquote(path)
+
+
+def _cure_of(uri: str) -> str:
+    if not uri.startswith(("https://", "http://")):
+        return ""
+    if found := _PAGE.match(uri):
+        name, revision, file = found.groups()
+        return f"; of the hub it is hf://datasets/{name}{f'@{revision}' if revision else ''}/{file or 'FILE'}"
+    return "; download the file, and name that"
+
+
+_PAGE = re.compile(
+    r"https?://huggingface\.co/datasets/([\w.-]+/[\w.-]+)(?:/(?:resolve|blob|tree|raw)/([^/]+))?(?:/(.+))?"
+)
 
 
 def open_text(uri: str) -> io.BufferedReader:
@@ -77,7 +100,7 @@ def open_text(uri: str) -> io.BufferedReader:
     return io.BufferedReader(cast(Any, stream), buffer_size=CHUNK)
 
 
-def head_of(uri: str, size: int = 256) -> bytes:
+def head_of(uri: str, size: int = 512) -> bytes:
     """Returns the first bytes of a text, without the byte order mark and blanks.
 
     Raises:
@@ -114,7 +137,7 @@ _BEGINNINGS = {
     b"\xfd7zXZ": "is xz; unpack it",
     b"version https://git-lfs": "is a pointer of Git LFS and not the data; fetch it by git lfs pull",
     b"<!DOCTYPE": "is a web page; download the file itself",
-    b"<html": "is a web page; download the file itself",
+    b"<HTML": "is a web page; download the file itself",
 }
 """Kinds of data that a file may hold against its name, by their first bytes."""
 
@@ -122,4 +145,7 @@ _BEGINNINGS = {
 def other_kind(head: bytes, kind: str = "") -> str | None:
     """Returns what data that begins so is, and the cure; None for text, and for the ``kind`` itself."""
     own = {".parquet": b"PAR1", ".arrow": b"ARROW1"}.get(kind)
+    if head[257:262] == b"ustar":
+        return "is a tar archive; unpack it"
+    head = head[:9].upper() + head[9:] if head[:1] == b"<" else head
     return next((said for begins, said in _BEGINNINGS.items() if head.startswith(begins) and begins != own), None)

@@ -1,5 +1,6 @@
 """Traits of a chat template, and findings about it and the rows that it renders, one sentence each."""
 
+import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Literal, NamedTuple
@@ -16,6 +17,10 @@ _BLANKS = {
     "blanks after it": f"{_PROBE}  ",
     "line breaks at its end": f"{_PROBE}\n\n",
 }
+_TRANSCRIPT = re.compile(
+    r"(?:\nAssistant:|### (?:Response|Assistant):?|<\|assistant\|>|<\|im_start\|>assistant|\[/INST\])\s*$"
+)
+"""The end of a prompt that asks for an answer by itself."""
 _THOUGHT = f"<think>\n{_PROBE}\n</think>"
 
 
@@ -118,8 +123,28 @@ def find_in_rows(renderer: ChatRenderer, rows: Sequence[tuple[Conversation, Tool
     if rows and len(refused) == len(rows):
         sentence = f"{source}: the chat template can write none of the first {len(rows)} rows: {refused[0]}"
         return [Finding(sentence + _switch_for(renderer, rows), "error")]
-    finding = _find_thoughts(renderer, [text for text in written if not isinstance(text, RenderError)], source)
-    return [finding] if finding else []
+    findings = [
+        _find_thoughts(renderer, [text for text in written if not isinstance(text, RenderError)], source),
+        _find_transcripts(renderer, [messages[:-1] for messages, _ in rows], source),
+    ]
+    return [finding for finding in findings if finding]
+
+
+def _find_transcripts(renderer: ChatRenderer, prompts: Sequence[Conversation], source: str) -> Finding | None:
+    """Returns a warning if prompts are rendered already: the template would write its marks around those."""
+    rendered = [
+        said[-1]["content"]
+        for said in prompts
+        if _TRANSCRIPT.search(said[-1]["content"]) or renderer.names_control_tokens(said[-1:])
+    ]
+    if len(rendered) * 2 < max(len(prompts), 1):
+        return None
+    return Finding(
+        f"{source}: {len(rendered)} of the first {len(prompts)} prompts look written for a model already (first: "
+        f"{rendered[0][:40]!r}…), and the chat template writes its own marks around them; give the bare text, or "
+        "messages",
+        "warning",
+    )
 
 
 def _find_thoughts(renderer: ChatRenderer, written: list[tuple[str, str]], source: str) -> Finding | None:

@@ -26,7 +26,7 @@ from spin_ray.inputs.exchanges import (
     read_sharegpt,
     read_sharegpt_preferred,
 )  # fmt: skip
-from spin_ray.inputs.messages import decoded, unpacked, unread_keys
+from spin_ray.inputs.messages import decoded, is_message, unpacked, unread_keys
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -68,7 +68,7 @@ FORMS: tuple[Form, ...] = (
                  "rejected": {"from": "gpt", "value": "5"}},
     ),
     Form(
-        name="chosen_rejected", needs=("chosen",), may=("rejected",), read=both("chosen", "rejected"),
+        name="chosen_rejected", needs=("chosen",), may=("rejected", "system"), read=both("chosen", "rejected"),
         fits=lambda row: is_conversation(row["chosen"]) or (
             isinstance(row["chosen"], list | dict) and row.get("prompt") is None
         ),
@@ -82,7 +82,7 @@ FORMS: tuple[Form, ...] = (
         example={"prompt": "2 + 2?", "chosen": "4", "rejected": "5"},
     ),
     Form(
-        name="messages", needs=("messages",), read=read_messages,
+        name="messages", needs=("messages",), may=("system",), read=read_messages,
         known_from="OpenAI, TRL, UltraChat; also JSON text and a struct of lists",
         example={"messages": _HI},
     ),
@@ -92,7 +92,7 @@ FORMS: tuple[Form, ...] = (
         example={"conversations": [{"from": "human", "value": "2 + 2?"}, {"from": "gpt", "value": "4"}]},
     ),
     Form(
-        name="real_generated", needs=("real",), may=("generated",), read=both("real", "generated"),
+        name="real_generated", needs=("real",), may=("generated", "system"), read=both("real", "generated"),
         known_from="the pairs that SPIN's authors released; generated counts as rejected",
         example={"real": _HI, "generated": _BAD},
     ),
@@ -142,7 +142,7 @@ OTHER_NAMES = {"system_prompt": "system", "conversation": "conversations"}
 """Columns that are read under another name, in rows without that one."""
 _HINTS = {
     "prompt": ("query", "question", "problem", "instruction", "input", "inputs", "user", "request"),
-    "response": ("answer", "answers", "output", "outputs", "solution", "completion", "target", "targets", "assistant"),
+    "response": ("output", "outputs", "solution", "completion", "target", "targets", "assistant", "answer", "answers"),
 }
 """Columns that other data calls prompt and response, for hints alone."""
 MEDIA = ("image", "images", "video", "videos", "audio", "audios")
@@ -224,16 +224,31 @@ def no_form(row: Iterable[str], data: DataConfig) -> str:
 
 
 def _rows_within(row: Columns) -> str | None:
-    """Returns jq's path to a list of rows under a key, as the hub's server and many programs write them."""
+    """Returns jq's path to rows below some keys, as the hub's server and many programs write them."""
+    values = list(row.values())
+    if len(values) > 1 and all(isinstance(each, dict) and _is_row(each) for each in values):
+        return ".[]"
     for key, value in row.items():
-        inner = value[0] if isinstance(value, list) and value else None
-        if isinstance(inner, dict) and key not in COLUMNS:
-            path = f"{jq_key(key)}[]"
-            if isinstance(inner.get("row"), dict):  # the hub's server
-                return f"{path}.row"
-            if any(form.matches(inner) for form in _with_columns(tuple(inner))):
-                return path
+        listed = isinstance(value, list) and bool(value)
+        inner, path = (value[0], f"{jq_key(key)}[]") if listed else (value, jq_key(key))
+        # A dict beside other columns may be one of them, if its name does not say more.
+        if not isinstance(inner, dict) or key in COLUMNS or is_message(inner):
+            continue
+        if not listed and len(row) > 1 and key not in _OF_ONE_ROW:
+            continue
+        if _is_row(inner) or (listed and not set(row) & set(COLUMNS) and _hint(set(inner))):
+            return path
+        if below := _rows_within(inner):
+            return path + below
     return None
+
+
+_OF_ONE_ROW = ("row", "body")
+"""Keys with which the hub's server and OpenAI's batches hold a row beside its number."""
+
+
+def _is_row(value: Columns) -> bool:
+    return any(form.matches(value) for form in _with_columns(tuple(value)))
 
 
 def jq_key(key: str) -> str:

@@ -2,7 +2,10 @@
 
 import json
 import re
-from collections.abc import Callable
+import signal
+import threading
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 from spin_ray.config.recipe import SpinConfig
@@ -26,11 +29,56 @@ def exact(response: str, answer: str) -> float | None:
 
 
 def regex(response: str, answer: str) -> float | None:
-    """Searches the response for the pattern ``answer``; raises ValueError if ``answer`` is no pattern."""
+    """Searches the response for the pattern ``answer``, which cannot be graded where that takes too long.
+
+    Raises:
+        ValueError: ``answer`` is no pattern.
+    """
     try:
-        return float(re.search(answer, response) is not None)
-    except re.error as error:
+        with _at_most(REGEX_S):
+            return float(re.search(answer, response) is not None)
+    except TimeoutError:
+        return None
+    except (re.error, RecursionError, OverflowError) as error:
         raise ValueError(f"{answer!r} is no pattern ({error})") from error
+
+
+REGEX_S = 2.0
+"""Longest search of one response; a pattern such as ``(a+)+$`` takes hours on some texts."""
+
+
+@contextmanager
+def _at_most(seconds: float) -> Iterator[None]:
+    """Raises TimeoutError after ``seconds``. In another thread than the main one there is no limit."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+
+    def stop(*_: Any) -> None:
+        raise TimeoutError
+
+    before = signal.signal(signal.SIGALRM, stop)
+    signal.setitimer(signal.ITIMER_REAL, seconds)
+    try:
+        yield
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        signal.signal(signal.SIGALRM, before or signal.SIG_DFL)
+
+
+def refuse_no_pattern(config: SpinConfig, rows: Iterable[tuple[str, Any]]) -> None:
+    """Raises DataError if a row's answer is no pattern, and the recipe grades held-out rows by ``regex``.
+
+    Args:
+        rows: place and ``answer`` of held-out rows.
+    """
+    if config.evaluation.grade != "regex":
+        return
+    for origin, answer in rows:
+        try:
+            regex("", answer_text(answer) or "")
+        except ValueError as error:
+            raise DataError(f"{origin}: answer {error}, and evaluation.grade is regex; mend the pattern") from None
 
 
 def multiple_choice(response: str, answer: str) -> float | None:

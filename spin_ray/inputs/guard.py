@@ -12,7 +12,7 @@ from typing import Any, NamedTuple, TypeVar
 
 from tokenizers import Tokenizer
 
-from spin_ray.errors import ModelError
+from spin_ray.errors import ModelError, first_line
 from spin_ray.inputs.conversations import Conversation
 
 Tree = TypeVar("Tree")
@@ -40,8 +40,11 @@ class Guard:
         self._guarded = any_of(guarded)
         self._beginnings = sorted({name[0] for name in guarded})
         # Nobody can write these aliases, as they differ in each process. Lower-case letters survive every normaliser.
+        # Ends of the name itself: a token beside it may be matched only where no word ends (``single_word``).
         nonce = secrets.token_hex(8)
-        self._aliases = {name: f"ꔀ{nonce}x{number}ꔁ" for number, name in enumerate(self._control)}
+        self._aliases = {
+            name: f"{name[0].strip()}ꔀ{nonce}x{number}ꔁ{name[-1].strip()}" for number, name in enumerate(self._control)
+        }
 
     def set_aside(self, messages: Conversation, tools: Tree) -> tuple[Conversation, Tree, list[str]]:
         """Replaces names by markers; returns the messages, the tools and the names."""
@@ -104,15 +107,25 @@ class Guard:
         backend.no_truncation()  # these three settings are as the last call or tokenizer.json left them
         backend.no_padding()
         backend.encode_special_tokens = False
-        return [encoding.ids for encoding in backend.encode_batch_fast(texts, add_special_tokens=False)]
+        try:
+            return [encoding.ids for encoding in backend.encode_batch_fast(texts, add_special_tokens=False)]
+        except BaseException as error:  # the library's own errors have no narrower type, its panics not even Exception
+            if isinstance(error, Exception) or type(error).__name__ == "PanicException":
+                name = self._tokenizer.name_or_path
+                raise ModelError(f"{name}: its tokenizer fails on a text ({first_line(error)})") from error
+            raise
 
     def _encode_forged(self, written: Written) -> list[int] | None:
-        """Encodes a name together with the text around it."""
+        """Encodes a name together with the text around it; returns None if that cannot be done."""
         if not self._tokenizer.is_fast:
             return None
         own = self._own.sub(lambda match: self._aliases[match.group()], written.text)
         text = _MARKER.sub(lambda match: written.set_aside[int(match[1])], own)
-        return self._aliased.encode(text, add_special_tokens=False).ids
+        ids = self._aliased.encode(text, add_special_tokens=False).ids
+        # An alias that is no token here, as its name may be none beside a word (``single_word``), would be text.
+        known = {*self._control.values()} - {self._tokenizer.unk_token_id}
+        expected = [token for name in self._own.findall(written.text) if (token := self._control[name]) in known]
+        return ids if [token for token in ids if token in known] == expected else None
 
     @cached_property
     def _aliased(self) -> Tokenizer:

@@ -126,11 +126,13 @@ def _parse(index: int, value: Any) -> Message:
     if not isinstance(value, dict):
         raise Unusable("malformed", f"message {index}: needs a role of {_ROLES}, found {type(value).__name__}")
     given = value.get("role") or value.get("from")
-    role, other = (ROLES.get(each.lower()) if isinstance(each, str) else None for each in (given, value.get("from")))
+    role, other = (
+        ROLES.get(each.strip().lower()) if isinstance(each, str) else None for each in (given, value.get("from"))
+    )
     if value.get("from") and role != other:
         raise Unusable("malformed", f"message {index}: has role and from, which differ")
     if role is None:
-        found = f", found {given!r}" if given else ""
+        found = f", found {given!r}" if given else f"; its keys are {', '.join(map(str, value)) or 'none'}"
         raise Unusable("malformed", f"message {index}: needs a role of {_ROLES}{found}")
     message = {key: value[key] for key in KEPT if value.get(key) is not None and _is_read(key, value[key])}
     thought, content = _thought_and_content(index, value)
@@ -147,6 +149,10 @@ def _parse(index: int, value: Any) -> Message:
             del message["tool_calls"]
     if content is None and message.get("tool_calls"):
         content = ""
+    if content is None and not value.keys() & {"content", "value"}:
+        raise Unusable(
+            "malformed", f"message {index}: content must be text, found NoneType; its keys are {', '.join(value)}"
+        )
     text = _text(index, content)
     _check_unicode(index, text)
     refuse_surrogates(message, f"message {index}")

@@ -9,7 +9,8 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from spin_ray.config.sections import ModelConfig
-from spin_ray.errors import ConfigError, ModelError, RunDirError, first_line
+from spin_ray.errors import ConfigError, ModelError, RunDirError
+from spin_ray.inputs.hub import fetch_model as _download
 from spin_ray.learner.weights import find_packed, tensor_shapes, weight_files
 from spin_ray.run_dir.artefact import Artefact, folder_entries
 from spin_ray.run_dir.names import iterate_name
@@ -282,6 +283,8 @@ _QUANTISED = (".qweight", ".weight_packed", ".weight_scale", ".weight_scale_inv"
 def _check_weights(folder: Path) -> None:
     index = folder / "model.safetensors.index.json"
     places = _read_json(index).get("weight_map") if index.is_file() else None
+    if index.is_file() and not isinstance(places, dict):
+        raise ModelError(f"{index}: has no weight_map; copy it again")
     missing = [name for name in sorted(set((places or {}).values())) if not (folder / name).is_file()]
     if missing and not (folder / "model.safetensors").is_file():
         raise ModelError(f"{folder}: lacks {missing[0]}, which {index.name} names; copy all shards")
@@ -328,25 +331,3 @@ def _has_key(tree: Any, key: str) -> bool:
     if isinstance(tree, dict):
         return key in tree or any(_has_key(value, key) for value in tree.values())
     return isinstance(tree, list) and any(_has_key(value, key) for value in tree)
-
-
-_NOT_FETCHED = ["consolidated*", f"{_METAS_LAYOUT}/*"]
-"""The weights once more, in their makers' own layout."""
-
-
-def _download(name: str, setting: str) -> Path:
-    from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError, OfflineModeIsEnabled
-
-    owner_and_name, _, revision = name.partition("@")
-    wanted = ["*.safetensors", "*.json", "*.jinja", "tokenizer.model", "*.txt"]
-    try:
-        return Path(
-            snapshot_download(
-                owner_and_name, revision=revision or None, allow_patterns=wanted, ignore_patterns=_NOT_FETCHED
-            )
-        )
-    except (HfHubHTTPError, LocalEntryNotFoundError, OfflineModeIsEnabled, OSError, ValueError) as error:
-        raise ModelError(
-            f"{setting} {name}: no such folder, and the hub did not give it ({first_line(error)})"
-        ) from error

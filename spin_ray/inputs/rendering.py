@@ -16,6 +16,7 @@ from spin_ray.errors import ModelError, first_line
 from spin_ray.inputs.chat_template import ChatTemplate, RenderError, Tools
 from spin_ray.inputs.conversations import Conversation
 from spin_ray.inputs.guard import Guard, Written, any_of
+from spin_ray.inputs.tokenizer_file import refuse_lost_text
 
 
 @dataclass(frozen=True, slots=True)
@@ -218,7 +219,8 @@ class ChatRenderer:
     def _find_ending(self) -> _Ending | None:
         """Returns the end of every prompt, if responses are tokenised alike behind it."""
         prompt, responses = self._template.prompt, self._template.responses
-        starts = [match.start() for match in any_of(self._template.added_ids).finditer(prompt)]
+        found = list(any_of(self._template.added_ids).finditer(prompt))
+        starts, ends = [match.start() for match in found], [match.end() for match in found]
         if not starts:
             return None
         text = prompt[starts[-1] :]
@@ -227,7 +229,10 @@ class ChatRenderer:
         whole, short = (self._guard.encode([Written(each) for each in texts]) for texts in (beginnings, behind))
         before = len(whole[0] or []) - len(short[0] or [])
         alike = all(long and long[before:] == part for long, part in zip(whole, short, strict=True))
-        return _Ending(text, short[0] or []) if alike and self._held_back < len(short[0] or []) else None
+        ending = short[0] or []
+        # A token that is none beside a word (``single_word``) parts nothing.
+        parts = ending[:1] == [self._template.added_ids[prompt[starts[-1] : ends[-1]]]]
+        return _Ending(text, ending) if parts and alike and self._held_back < len(ending) else None
 
 
 def _unspeakable(text: Written) -> RenderError:
@@ -237,6 +242,7 @@ def _unspeakable(text: Written) -> RenderError:
 def open_renderer(folder: str, model: ModelConfig, date: datetime | None = None) -> ChatRenderer:
     """Returns the renderer of a model folder; raises ModelError if it cannot be used."""
     tokenizer = load_tokenizer(folder, model.chat_template, model.trust_remote_code)
+    refuse_lost_text(tokenizer, Path(folder))
     return ChatRenderer(tokenizer, model.chat_template_kwargs, date)
 
 

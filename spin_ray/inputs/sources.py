@@ -5,6 +5,7 @@ import json
 import re
 from collections.abc import Iterable, Iterator
 
+import pyarrow as pa
 import pyarrow.fs
 
 from spin_ray.errors import DataError
@@ -29,12 +30,12 @@ def find_files(source: str) -> list[str]:
     """
     filesystem, path = _filesystem(source)
     try:
-        infos = [info for info in _listed(filesystem, path) if info.type == pyarrow.fs.FileType.File]
-    except OSError as error:
+        infos = [info for info in _listed(filesystem, path, source) if info.type == pyarrow.fs.FileType.File]
+    except (OSError, pa.ArrowException) as error:
         raise DataError(f"{source}: cannot be read ({' '.join(str(error).split())})") from error
     if not infos:
-        hint = f"; of the hub it is hf://datasets/{source}/FILE" if _HUB_NAME.fullmatch(source) else ""
-        raise DataError(f"{source}: no such data (a .jsonl or .parquet file, a folder of them, a glob or a URI){hint}")
+        shown, hint = " ".join(source.split()), _hint(source)
+        raise DataError(f"{shown}: no such data (a .jsonl or .parquet file, a folder of them, a glob or a URI){hint}")
     for info in infos:
         if not info.path.lower().endswith(SUFFIXES):
             raise DataError(f"{info.path}: unknown kind of data file; expected one of {', '.join(SUFFIXES)}")
@@ -44,7 +45,18 @@ def find_files(source: str) -> list[str]:
     return sorted(prefix + info.path for info in infos)
 
 
-def _listed(filesystem: pyarrow.fs.FileSystem, path: str) -> list[pyarrow.fs.FileInfo]:
+def _hint(source: str) -> str:
+    """Returns a clause for a path that people write and that is no path here."""
+    if _HUB_NAME.fullmatch(source):
+        return f"; of the hub it is hf://datasets/{source}/FILE"
+    if "$" in source:
+        return "; variables of the shell are not read: write the path out"
+    if re.search(r"\{.*,.*\}|,", source):
+        return "; several sources are a list: [{path: a.jsonl}, {path: b.jsonl}]"
+    return ""
+
+
+def _listed(filesystem: pyarrow.fs.FileSystem, path: str, source: str) -> list[pyarrow.fs.FileInfo]:
     wild = _WILD.search(path)
     if wild and ("*" in path or filesystem.get_file_info(path).type == pyarrow.fs.FileType.NotFound):
         base = path[: path[: wild.start()].rfind("/") + 1]
@@ -58,17 +70,17 @@ def _listed(filesystem: pyarrow.fs.FileSystem, path: str) -> list[pyarrow.fs.Fil
     if saved := _saved_files(filesystem, path, infos):
         return saved
     found = [info for info in infos if info.type == pyarrow.fs.FileType.File and _is_data(info.path, path)]
-    _refuse_several_splits([info.path for info in found], path)
+    _refuse_several_splits([info.path for info in found], path, source)
     return found
 
 
-def _refuse_several_splits(files: list[str], folder: str) -> None:
+def _refuse_several_splits(files: list[str], folder: str, source: str) -> None:
     """Raises DataError if the names of a folder's files say that some are to train on and some to test on."""
     splits = {_SPLITS[found[-1]] for file in files if (found := _SPLIT.findall(_below(file, folder).lower()))}
     if len(splits) > 1:
         raise DataError(
-            f"{folder}: holds files of several splits ({', '.join(sorted(splits))}); name one by its folder, or by a "
-            f"glob such as {folder.rstrip('/')}/**/*{min(splits & {'train'} or splits)}*"
+            f"{source}: holds files of several splits ({', '.join(sorted(splits))}); name one by its folder, or by a "
+            f"glob such as {source.rstrip('/')}/**/*{min(splits & {'train'} or splits)}*"
         )
 
 
@@ -137,12 +149,12 @@ def _matches(path: str, glob: str) -> bool:
     return re.fullmatch(pattern, path) is not None
 
 
-_HUB_NAME = re.compile(r"[\w-]+/[\w-]+")
+_HUB_NAME = re.compile(r"[\w-]+/[\w.-]+(@[\w./-]+)?")
 _WILD = re.compile(r"\*\*/|\*|\?|\[[^/\]]+\]")
 _MEANING = {"**/": r"(?:(?!\.)[^/]+/)*", "*": r"(?:(?<!/)|(?!\.))[^/]*", "?": r"(?:(?<!/)|(?!\.))[^/]"}
 _SPLITS = {"train": "train", "training": "train", "test": "test", "validation": "validation", "valid": "validation",
-           "val": "validation", "dev": "validation", "eval": "test"}  # fmt: skip
-_SPLIT = re.compile(rf"(?<=[/_.-])({'|'.join(_SPLITS)})(?=[/_.-])")
+           "val": "validation", "dev": "validation", "eval": "test", "heldout": "test", "holdout": "test"}  # fmt: skip
+_SPLIT = re.compile(rf"(?<=[/_.=-])({'|'.join(_SPLITS)})(?=[/_.-])")
 _BESIDE = re.compile(r"/[._]")
 """The beginning of a name that is hidden, or that a program keeps for itself."""
 

@@ -17,6 +17,8 @@ _ALL = 2**31
 _ROWS, _ROWS_OF_MEDIA = 2**16, 128
 """Rows of Parquet that are read at a time; fewer where a text may hold an image."""
 _DAMAGED = (pa.ArrowException, OSError, UnicodeDecodeError)
+_STRANGE = (KeyError, ValueError, OverflowError)
+"""Errors of pyarrow for values that Python has none for: the year 200000, a struct with a field twice."""
 
 
 def split_table(uri: str, width: int) -> list[Slice]:
@@ -115,6 +117,8 @@ def _rows(
             return
         except _DAMAGED as error:
             raise DataError(f"{uri}: is damaged near row {first} ({first_line(error)})") from error
+        except _STRANGE as error:
+            raise DataError(f"{uri}: holds what cannot be read near row {first} ({first_line(error)})") from error
         # Arrow gives all dicts of a column the same keys; a template would write those that a row lacks.
         nested = {field.name for field in batch.schema if field.name == "tools" or "tool_calls" in str(field.type)}
         for offset, row in enumerate(rows):

@@ -214,6 +214,7 @@ def _elements(file: BinaryIO | io.BufferedReader, uri: str, depth: int) -> Itera
 def _read_csv(uri: str) -> Iterator[SourceRow]:
     """Yields the rows under the header; an empty cell is a column that the row lacks."""
     path = filesystem(uri)[1]
+    _check_marks(head_of(uri, CHUNK).decode(errors="replace"), path, "\t" if kind_of(uri) == ".tsv" else ",")
     csv.field_size_limit(2**31 - 1)
     with io.TextIOWrapper(open_text(uri), encoding="utf-8-sig", newline="") as text:
         # Strict: otherwise '"Hi" he said' would lose its quotes without a word.
@@ -222,7 +223,10 @@ def _read_csv(uri: str) -> Iterator[SourceRow]:
             header = next((cells for cells in rows if cells), [])
             _check_header(header, path)
             for number, cells in enumerate(rows):
-                if cells:
+                if cells == header:
+                    raw = json.dumps(cells, ensure_ascii=False).encode()
+                    yield SourceRow(f"{path}: row {number}", None, raw, fault="is the header again")
+                elif cells:
                     yield _row_of_cells(f"{path}: row {number}", cells, header)
         except (UnicodeDecodeError, csv.Error) as error:
             raise DataError(
@@ -231,10 +235,18 @@ def _read_csv(uri: str) -> Iterator[SourceRow]:
             ) from error
 
 
+def _check_marks(text: str, path: str, mark: str) -> None:
+    """Raises DataError if the first line is JSON, or has another mark more often than ``mark``."""
+    if re.match(r'\{\s*"|\[\s*\{', text):
+        raise DataError(f"{path}: is JSON; its name must end with {'.json' if text[0] == '[' else '.jsonl'}")
+    header = re.sub(r'"(?:[^"]|"")*"', "", text).lstrip().partition("\n")[0]
+    other = max(",;\t|", key=header.count)
+    if header.count(other) > header.count(mark):
+        raise DataError(f"{path}: its columns are parted by {other!r}; a .csv has commas, a .tsv has tabs")
+
+
 def _check_header(header: list[str], path: str) -> None:
     """Raises DataError if the columns have no names of their own."""
-    if len(header) == 1 and (other := next((mark for mark in ",;\t|" if mark in header[0]), None)):
-        raise DataError(f"{path}: its columns are parted by {other!r}; a .csv has commas, a .tsv has tabs")
     twice = [name for name, count in Counter(header).items() if count > 1 and name]
     if twice:
         raise DataError(f"{path}: has the column {twice[0]} twice")

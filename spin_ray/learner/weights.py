@@ -12,6 +12,7 @@ COPIED_SUFFIXES = {".json", ".jinja", ".model", ".txt", ".tiktoken"}
 """Suffixes of tokenizers, chat templates, generation config and licence."""
 OTHER_LAYOUT = re.compile(r"consolidated.*|params\.json|tekken\.json|tokenizer\.model\.v\d.*")
 """Files of Mistral's own layout, which stand beside those of Hugging Face and repeat them."""
+_IN_A_LAYER = re.compile(r"\.\d+\..*?(\w+)\.weight$")
 _LONGEST_HEADER = 100_000_000
 """The format's own limit, in bytes."""
 _PACKED = {"I8", "U8", "I4", "U4", "F4", "F8_E4M3", "F8_E5M2", "F8_E8M0", "F8_E4M3FNUZ", "F8_E5M2FNUZ"}
@@ -33,6 +34,12 @@ def weight_files(folder: Path) -> list[Path]:
 def tensor_shapes(folder: Path) -> dict[str, tuple[int, ...]]:
     """Returns the shapes of all tensors; none of a damaged file (``refuse_damaged``)."""
     return {name: tuple(entry.get("shape", ())) for name, entry in _tensors(folder)}
+
+
+def layer_names(folder: Path) -> list[str]:
+    """Returns the names of matrices within the numbered layers, as ``q_proj``; neither embeddings nor head."""
+    shapes = tensor_shapes(folder).items()
+    return sorted({found[1] for name, shape in shapes if len(shape) == 2 and (found := _IN_A_LAYER.search(name))})
 
 
 def find_packed(folder: Path) -> str | None:

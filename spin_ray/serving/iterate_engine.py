@@ -7,6 +7,7 @@ import asyncio
 import os
 from collections.abc import AsyncGenerator
 from contextlib import aclosing, suppress
+from pathlib import Path
 from typing import Any
 
 import ray
@@ -23,6 +24,7 @@ from spin_ray.errors import RunDirError
 from spin_ray.inputs.ends import other_ends
 from spin_ray.inputs.model_folder import open_unchanged
 from spin_ray.inputs.rendering import RenderError, open_renderer
+from spin_ray.learner.weights import layer_names
 from spin_ray.run_dir.run_dir import open_run
 from spin_ray.runtime import cpu
 from spin_ray.runtime.engine import lora_arguments, whole_prefill
@@ -254,7 +256,7 @@ def build_engine(iterate: Iterate, config: SpinConfig, run_folder: str = "") -> 
             "config_format": "hf",
             "enable_log_requests": False,
             **({} if serving.resources.gpus else _on_cpu(config.model.max_length)),
-            **_for_adapters(config),
+            **_for_adapters(config, iterate.folder),
             **engine.extra,
         },
         placement_group_config={"bundle_per_worker": _per_worker(serving, engine.tensor_parallel_size)},
@@ -273,11 +275,18 @@ def build_engine(iterate: Iterate, config: SpinConfig, run_folder: str = "") -> 
     )
 
 
-def _for_adapters(config: SpinConfig) -> dict[str, Any]:
-    """Returns arguments that let one batch hold answers of several iterates."""
-    if not config.commits_adapters or config.train.lora is None:
+def _for_adapters(config: SpinConfig, folder: Path) -> dict[str, Any]:
+    """Returns arguments that let one batch hold answers of several iterates on the model in ``folder``.
+
+    Without names of layers vLLM also wraps the head. On CPU it then dies of log-probs of a prompt beside another request,
+    as the head has a row for each token and an adapter for each request.
+    """
+    lora = config.train.lora
+    if not config.commits_adapters or lora is None:
         return {}
-    return lora_arguments(config.train.lora.rank, most=min(config.iterations, MOST_ADAPTERS))
+    names = layer_names(folder) if isinstance(lora.target_modules, str) else sorted(lora.target_modules)
+    most = min(config.iterations, MOST_ADAPTERS)
+    return lora_arguments(lora.rank, most=most) | {"lora_target_modules": names}
 
 
 def _cpu_engine() -> Any:

@@ -6,6 +6,7 @@ from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
+import numpy as np
 import openai
 import pytest
 import torch
@@ -63,6 +64,27 @@ def test_three_iterates_answer_together_from_one_engine_as_peft_would(server: Se
     assert found == references
     assert len(set(references)) == len(references), "each iterate answers in its own way"
     assert len(server.replicas("engine.")) == 1
+
+
+def test_scores_of_prompts_in_one_batch_are_each_iterates_own(server: Served) -> None:
+    """vLLM on CPU died of the second request: its head took one adapter for each request, and a row for each token."""
+    (engine,) = server.replicas("engine.")
+    asked = [(name, prompt) for name in ("sft", "iter-0", "iter-1") for prompt in PROMPTS] * 2
+
+    def score(name: str, prompt: list[int]) -> list[float]:
+        made = server.client().completions.create(
+            model=name, prompt=prompt, max_tokens=0, echo=True, logprobs=0, temperature=0
+        )
+        return made.choices[0].logprobs.token_logprobs[1:]
+
+    alone = {name: score(name, PROMPTS[0]) for name in ("sft", "iter-0", "iter-1")}
+    with ThreadPoolExecutor(len(asked)) as pool:
+        together = list(pool.map(lambda question: score(*question), asked))
+    assert server.replicas("engine.") == [engine]
+    assert [together[asked.index((name, PROMPTS[0]))] for name in alone] == [
+        pytest.approx(each, abs=1e-4) for each in alone.values()
+    ]
+    assert len({tuple(np.round(each, 3)) for each in alone.values()}) == 3, "each iterate scores in its own way"
 
 
 def test_an_engine_that_died_loads_the_adapters_again(server: Served) -> None:

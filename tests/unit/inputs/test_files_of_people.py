@@ -1,8 +1,11 @@
 """Files as people have them: read right, refused in one line with the cure, or in quarantine with the reason."""
 
 import gzip
+import io
 import json
+import tarfile
 from pathlib import Path
+from urllib.parse import quote
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -28,6 +31,16 @@ def read(source: Path, **data) -> list[str]:
         else json.loads(each[-1]["messages"])[-1]["content"]
         for each in found
     ]
+
+
+def tar(text: str) -> bytes:
+    """Returns an archive with one file."""
+    packed = io.BytesIO()
+    with tarfile.open(fileobj=packed, mode="w") as archive:
+        entry = tarfile.TarInfo("a.jsonl")
+        entry.size = len(text.encode())
+        archive.addfile(entry, io.BytesIO(text.encode()))
+    return packed.getvalue()
 
 
 FILES = {
@@ -82,6 +95,23 @@ FILES = {
     "tabs in a text": ("a.tsv", "prompt\tresponse\nq\ta\tx\nr\tb\n", ["malformed: has 3 cells, the header 2", "b"]),
     "quotes in a text": ("a.tsv", 'prompt\tresponse\n"Hi" he said\ta\n', "cannot be read near line 3"),
     "a quote without an end": ("a.csv", 'prompt,response\n"q,a\nr,b\n', "unexpected end of data"),
+    "CSV with quoted semicolons": ("a.csv", '"prompt";"response"\n"q, r";"a"\n', "its columns are parted by ';'"),
+    "a comma in a header of semicolons": ("a.csv", "id;prompt;x, y\n1;q;a\n", "its columns are parted by ';'"),
+    "CSV with its header again": ("a.csv", "prompt,response\nq,a\nprompt,response\nr,b\n",
+                                  ["a", "malformed: is the header again", "b"]),
+    "JSON lines called .csv": ("a.csv", f"{ROW}\n", "is JSON; its name must end with .jsonl"),
+    "an array called .csv": ("a.csv", f"[{ROW}]", "is JSON; its name must end with .json"),
+    "a tar archive": ("a.jsonl", tar(f"{ROW}\n"), "is a tar archive; unpack it"),
+    "a tar archive, compressed": ("a.jsonl.gz", gzip.compress(tar(f"{ROW}\n")), "is a tar archive; unpack it"),
+    "a web page in small letters": ("a.jsonl", "<!doctype html>\n<html>", "is a web page; download the file itself"),
+    "rows of LMFlow": ("a.json", '{"type": "text2text", "instances": [{"input": "q", "output": "a"}]}', [
+        "malformed: its rows are inside it; write them alone, one a line: jq -c '.instances[]' FILE > NEW.jsonl"]),
+    "rows under two keys": ("a.json", f'{{"data": {{"rows": [{ROW}]}}}}', [
+        "malformed: its rows are inside it; write them alone, one a line: jq -c '.data.rows[]' FILE > NEW.jsonl"]),
+    "rows by number": ("a.json", f'{{"0": {ROW}, "1": {OTHER}}}', [
+        "malformed: its rows are inside it; write them alone, one a line: jq -c '.[]' FILE > NEW.jsonl"]),
+    "OpenAI's batches": ("a.jsonl", '{"custom_id": "1", "body": {"messages": [{"role": "user", "content": "q"}]}}', [
+        "malformed: its rows are inside it; write them alone, one a line: jq -c '.body' FILE > NEW.jsonl"]),
     "messages as JSON text": ("a.csv", 'prompt,chosen\n"[{""role"": ""user"", ""content"": ""q""}]",'
                               '"[{""from"": ""gpt"", ""value"": ""a""}]"\n', ["a"]),
 }  # fmt: skip
@@ -107,6 +137,49 @@ COLUMNS = {
                               [f"malformed: message 1: needs a role of {messages._ROLES}, found NoneType"]),
     "bytes": ({"prompt": [b"q"], "response": [b"a"]}, ["malformed: message 0: content must be text, found bytes"]),
 }  # fmt: skip
+
+
+MESSAGE = [("role", pa.string()), ("content", pa.string()), ("created", pa.timestamp("ms"))]
+SAID = [{"role": "user", "content": "q", "created": 2**60}, {"role": "assistant", "content": "a", "created": 0}]
+STRANGE = {
+    "a time past any": pa.table({"messages": pa.array([SAID], pa.list_(pa.struct(MESSAGE)))}),
+    "a day before any": pa.table({"ask": ["q"], "day": pa.array([-(10**7)], pa.date32())}),
+    "a map with a key twice": pa.table(
+        {"messages": pa.array([[[("role", "user"), ("role", "x")]]], pa.list_(pa.map_(pa.string(), pa.string())))}
+    ),
+}
+
+
+@pytest.mark.parametrize("name", STRANGE)
+def test_values_that_python_has_none_for_are_one_line(tmp_path, name):
+    pq.write_table(STRANGE[name], tmp_path / "a.parquet")
+    with pytest.raises(UserError, match=r"a\.parquet: holds what cannot be read near row 0") as caught:
+        read(tmp_path / "a.parquet")
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("source", "hint"),
+    [
+        ("~nosuchuser/a.jsonl", "no such data"), ("a\0b.jsonl", "it has a NUL"),
+        ("a\nb.jsonl", "a b.jsonl: no such data"),
+        ("$DATA/a.jsonl", "variables of the shell are not read"), ("{a,b}.jsonl", "several sources are a list"),
+        ("a.jsonl,b.jsonl", "several sources are a list"), ("o/n.v2@main", "hf://datasets/o/n.v2@main/FILE"),
+        ("https://huggingface.co/datasets/o/n/resolve/v1/d/a.jsonl", "it is hf://datasets/o/n@v1/d/a.jsonl"),
+        ("https://huggingface.co/datasets/o/n", "it is hf://datasets/o/n/FILE"),
+    ],
+)  # fmt: skip
+def test_a_path_that_is_none_is_one_line_with_a_hint(source, hint):
+    with pytest.raises(UserError) as caught:
+        find_files(source)
+    assert hint in str(caught.value) and "\n" not in str(caught.value)
+
+
+def test_a_file_uri_may_hold_blanks_and_letters_as_they_are_or_written_as_bytes(tmp_path):
+    path = tmp_path / "a b é.jsonl"
+    path.write_text(ROW)
+    for uri in (f"file://{path}", f"file://localhost{quote(str(path))}"):
+        assert read(uri) == ["a"]
 
 
 @pytest.mark.parametrize("name", COLUMNS)
@@ -155,6 +228,15 @@ def test_a_folder_of_several_splits_is_refused_and_one_of_them_taken(tmp_path):
     assert len(find_files(f"{tmp_path}/**/*")) == 3
 
 
+@pytest.mark.parametrize("names", [("split=train/0.jsonl", "split=test/0.jsonl"), ("train.jsonl", "heldout.jsonl")])
+def test_splits_of_partitions_and_of_our_own_names_are_told(tmp_path, names):
+    for name in names:
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_text(ROW)
+    with pytest.raises(UserError, match=r"several splits \(test, train\)"):
+        find_files(str(tmp_path))
+
+
 # Rows
 
 ROWS = {
@@ -177,6 +259,10 @@ ROWS = {
     "capitals": ({"Prompt": "q", "Response": "a"}, 'try data.columns: {prompt: "Prompt", response: "Response"}'),
     "blanks": ({" prompt": "q", "response": "a"}, 'try data.columns: {prompt: " prompt"}'),
     "other words": ({"query": "q", "answer": "a"}, 'try data.columns: {prompt: "query", response: "answer"}'),
+    "a solution beside its answer": ({"problem": "q", "solution": "a", "answer": "4"}, 'response: "solution"}'),
+    "a role in blanks": ({"messages": [{"role": " User ", "content": "q"}, *chat("q", "a")[1:]]}, "a"),
+    "keys of another name": ({"messages": [{"speaker": "user", "text": "q"}]}, "its keys are speaker, text"),
+    "a text of another name": ({"messages": [{"role": "user", "text": "q"}]}, "NoneType; its keys are role, text"),
     "a form in a column": ({"text": "x", "meta": {"prompt": "q", "response": "a"}}, "form (docs/data.md); data.col"),
     "Dolly": ({"instruction": "q", "context": "c", "response": "a"}, '{input: "context", output: "response"}'),
 }  # fmt: skip

@@ -80,6 +80,17 @@ def test_every_render_of_a_run_writes_the_runs_date():
     assert tokenizer.decode(renderer.render(said("x")).prompt_ids).startswith("26 Jul 2024 23:59")
 
 
+@pytest.mark.parametrize(
+    "asked", ["\n\nHuman: Why?\n\nAssistant:", "### Instruction:\nWhy?\n\n### Response:\n", "<|im_start|>user\nWhy?",
+              "[INST] Why? [/INST]"]
+)  # fmt: skip
+def test_prompts_that_are_rendered_already_are_told(asked):
+    rows = [([{"role": "user", "content": asked}, *said("So.")[1:]], None)] * 3
+    (finding,) = find_in_rows(renderer_of(PLAIN), rows, "d.jsonl")
+    assert finding.severity == "warning" and "3 of the first 3 prompts look written for a model already" in finding[0]
+    assert not find_in_rows(renderer_of(PLAIN), [rows[0], *[(said("So."), None)] * 2], "d.jsonl")
+
+
 # Thoughts
 
 

@@ -34,6 +34,7 @@ def written(asked, said, worse, system):
     return {
         "messages": {"messages": before + after, "prompt": "not read"},
         "JSON text": {"messages": json.dumps(before + after)},
+        "messages, system beside": {"messages": [m for m in before + after if m["role"] != "system"], **beside},
         "struct of lists": {"messages": {key: [m[key] for m in before + after] for key in ("role", "content")}},
         "parts": {"messages": [m | {"content": [{"type": "text", "text": m["content"]}]} for m in before + after]},
         "nulls": {"messages": [m | {"tool_calls": None, "name": None} for m in before + after]},
@@ -50,6 +51,7 @@ def written(asked, said, worse, system):
         "texts": {"prompt": asked, "chosen": said, "rejected": worse, **beside},
         "orca": {"question": asked, "chosen": said, "rejected": worse, **beside},
         "SPIN's authors": {"real": before + after, "generated": before + bad},
+        "TRL implicit, system beside": {"chosen": before[-1:] + after, "rejected": before[-1:] + bad, **beside},
     }
 
 

@@ -2,7 +2,9 @@
 
 import pytest
 
+from spin_ray.config.recipe import SpinConfig
 from spin_ray.errors import ConfigError, DataError
+from spin_ray.inputs import graders
 from spin_ray.inputs.graders import answer_text, find_grader, graded
 
 
@@ -38,6 +40,22 @@ def test_a_failing_function_is_one_line_with_its_name_and_the_row():
         graded(f"{__name__}:half_right", "x", "much", "r1")
     with pytest.raises(DataError, match=r"regex: failed on the held-out row r1 .*'\(' is no pattern"):
         graded("regex", "x", "(", "r1")
+
+
+def test_a_pattern_that_would_be_searched_for_hours_cannot_be_graded(monkeypatch):
+    monkeypatch.setattr(graders, "REGEX_S", 0.05)
+    assert graded("regex", "a" * 40 + "b", "(a+)+$", "r1") is None
+    assert graded("regex", "aa", "(a+)+$", "r1") == 1
+
+
+def test_an_answer_that_is_no_pattern_is_told_at_the_start():
+    data = {"train": "d", "heldout": "h"}
+    config = SpinConfig.model_validate({"model": {"path": "m"}, "data": data, "evaluation": {"grade": "regex"}})
+    graders.refuse_no_pattern(config, [("h:1", "a+"), ("h:2", None), ("h:3", 12)])
+    with pytest.raises(DataError, match=r"h:4: answer 'f\(' is no pattern .*evaluation\.grade is regex"):
+        graders.refuse_no_pattern(config, [("h:4", "f(")])
+    exact = config.model_copy(update={"evaluation": config.evaluation.model_copy(update={"grade": "exact"})})
+    graders.refuse_no_pattern(exact, [("h:4", "f(")])
 
 
 def test_a_grader_that_is_not_there_is_named_before_anything_runs():

@@ -308,6 +308,13 @@ def test_a_missing_shard_is_named(folder):
         open_model(folder, "sft")
 
 
+@pytest.mark.parametrize("content", ["{}", '{"weight_map": ["a"]}', '{"weight_map": null}'])
+def test_an_index_without_a_map_of_weights_is_named(folder, content):
+    (folder / "model.safetensors.index.json").write_text(content)
+    with pytest.raises(ModelError, match=r"index\.json: has no weight_map; copy it again"):
+        open_model(folder, "sft")
+
+
 def test_a_folder_that_transformers_could_not_open_is_refused_before_anything_runs(folder):
     weights = folder / "model.safetensors"
     save_file({"a.weight": torch.zeros(4, 4, dtype=torch.float8_e4m3fn)}, weights)

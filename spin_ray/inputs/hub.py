@@ -1,0 +1,232 @@
+"""The Hugging Face hub: models are fetched into its client's cache, data is read where it lies.
+
+Offline (``HF_HUB_OFFLINE``) data comes from that cache, too. What the hub refuses is one line with the cure.
+"""
+
+import re
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import pyarrow as pa
+import pyarrow.fs
+
+from spin_ray.errors import DataError, ModelError, first_line
+
+PREFIX = "hf://"
+_KINDS = {"datasets": "dataset", "spaces": "space", "models": "model"}
+_KIND = f"(?:{'|'.join(_KINDS)})/"
+_NAMED = re.compile(
+    rf"({_KIND})?(?!{_KIND})([\w.-]+/[\w.-]+)(?:@(refs/(?:convert|pr)/[^/]+|[^/]+))?(?:/(.*))?", re.DOTALL
+)
+_FETCHED = ["*.safetensors", "*.json", "*.jinja", "tokenizer.model", "*.txt", "*.tiktoken"]
+_LEFT = ["consolidated*", "original/*", "*/*.safetensors"]
+"""What nothing opens: the model in Mistral's and Meta's own layouts, and weights of checkpoints."""
+
+
+class _Repository(NamedTuple):
+    kind: str
+    name: str
+    revision: str | None
+    inside: str
+    """Path in the repository."""
+
+    @property
+    def command(self) -> str:
+        """The command that fetches the repository into the cache."""
+        kind = "" if self.kind == "model" else f" --repo-type {self.kind}"
+        return f"hf download {self.name}{kind}{f' --revision {self.revision}' if self.revision else ''}"
+
+
+def _repository(path: str) -> _Repository:
+    """Reads a path without ``hf://``; raises DataError if it names no repository."""
+    found = _NAMED.fullmatch(path)
+    if not found:
+        raise DataError(f"{PREFIX}{path}: names no data of the hub; expected hf://datasets/OWNER/NAME@REVISION/FILE")
+    kind, name, revision, inside = found.groups()
+    return _Repository(_KINDS[(kind or "models/")[:-1]], name, revision, inside or "")
+
+
+def fetch_model(name: str, setting: str) -> Path:
+    """Returns the cached folder of ``OWNER/NAME`` or ``OWNER/NAME@REVISION``; raises ModelError if there is none."""
+    from huggingface_hub import snapshot_download
+
+    owner_and_name, _, revision = name.partition("@")
+    try:
+        return Path(
+            snapshot_download(owner_and_name, revision=revision or None, allow_patterns=_FETCHED, ignore_patterns=_LEFT)
+        )
+    except Exception as error:  # the client raises its own, its HTTP library's and the system's errors
+        reason = _why(error, _Repository("model", owner_and_name, revision or None, ""))
+        raise ModelError(f"{setting} {name}: no such folder, and the hub did not give it ({reason})") from error
+
+
+def hub_filesystem(path: str) -> pyarrow.fs.FileSystem:
+    """Returns the file system of data on the hub; raises DataError if ``path`` (without ``hf://``) names none."""
+    repository = _repository(path)
+    return pyarrow.fs.PyFileSystem(_Cached(repository, path) if _is_offline() else _Online(repository))
+
+
+def unpinned(uri: str) -> str | None:
+    """Returns the URI with the commit that the hub has now; None if it names one, or is not of the hub."""
+    if not uri.startswith(PREFIX):
+        return None
+    repository = _repository(uri.removeprefix(PREFIX))
+    if re.fullmatch("[0-9a-f]{40}", repository.revision or "") or _is_offline():
+        return None
+    from huggingface_hub import HfApi
+
+    try:
+        found = HfApi().repo_info(repository.name, revision=repository.revision, repo_type=repository.kind)
+    except Exception:  # reading it says why
+        return None
+    root = uri.removesuffix(repository.inside).rstrip("/").removesuffix(f"@{repository.revision}")
+    return f"{root}@{found.sha}/{repository.inside}"
+
+
+def _is_offline() -> bool:
+    from huggingface_hub.constants import is_offline_mode
+
+    return is_offline_mode()
+
+
+def _why(error: BaseException, repository: _Repository) -> str:
+    """Returns why the hub gave nothing, with the cure."""
+    from huggingface_hub import constants
+    from huggingface_hub.errors import (  # type: ignore
+        GatedRepoError,
+        HTTPError,
+        LocalEntryNotFoundError,
+        OfflineModeIsEnabled,
+        RepositoryNotFoundError,
+        RevisionNotFoundError,
+    )
+
+    causes = [error]
+    while cause := causes[-1].__cause__ or causes[-1].__context__:
+        causes.append(cause)
+    name, page = repository.name, constants.ENDPOINT
+    page = f"{page}/{name}" if repository.kind == "model" else f"{page}/{repository.kind}s/{name}"
+    status = next((code for each in causes if (code := getattr(getattr(each, "response", None), "status_code", 0))), 0)
+
+    def is_a(*kinds: type) -> bool:
+        return any(isinstance(each, kinds) for each in causes)
+
+    if is_a(RevisionNotFoundError):
+        return f"{name} has no revision {repository.revision}"
+    if is_a(GatedRepoError):
+        return f"{name} is gated: accept its terms at {page}, and set HF_TOKEN to a token of yours"
+    if is_a(RepositoryNotFoundError) or status in (401, 403, 404):
+        hint = "" if repository.kind != "model" else "; data is hf://datasets/OWNER/NAME/FILE"
+        return f"{page} does not exist, or HF_TOKEN may not read it{hint if repository.inside else ''}"
+    if is_a(OfflineModeIsEnabled) or (_is_offline() and is_a(LocalEntryNotFoundError)):
+        return f"HF_HUB_OFFLINE is set, and its cache lacks this; where there is a network: {repository.command}"
+    if status or is_a(HTTPError):
+        said = f"status {status}" if status else _last_words(causes)
+        return f"{constants.ENDPOINT} does not answer ({said}); try again, or where it does: {repository.command}"
+    return first_line(error)
+
+
+def _last_words(causes: list[BaseException]) -> str:
+    """Returns the innermost error that says something."""
+    return next((first_line(each) for each in reversed(causes) if str(each).strip()), type(causes[0]).__name__)
+
+
+class _Online(pyarrow.fs.FSSpecHandler):
+    """Files of a repository, read from the hub. Every error is an OSError of one line."""
+
+    def __init__(self, repository: _Repository) -> None:
+        from huggingface_hub import HfFileSystem
+
+        super().__init__(HfFileSystem())
+        self._repository = repository
+
+    def get_file_info(self, paths: list[str]) -> list[pyarrow.fs.FileInfo]:
+        found = []
+        for path in paths:
+            with self._told():
+                try:
+                    found.append(self._create_file_info(path, self.fs.info(path)))
+                except FileNotFoundError as error:
+                    if error.__cause__ is not None:  # not the file but the repository or its revision
+                        raise
+                    found.append(pyarrow.fs.FileInfo(path, pyarrow.fs.FileType.NotFound))
+        return found
+
+    def get_file_info_selector(self, selector: Any) -> list[pyarrow.fs.FileInfo]:
+        with self._told():
+            return super().get_file_info_selector(selector)
+
+    def open_input_file(self, path: str) -> Any:
+        with self._told():
+            if not self.fs.isfile(path):
+                raise FileNotFoundError(path)
+            return pa.PythonFile(_Told(self.fs.open(path, mode="rb"), self._told), mode="r")
+
+    def open_input_stream(self, path: str) -> Any:
+        return self.open_input_file(path)
+
+    @contextmanager
+    def _told(self) -> Iterator[None]:
+        try:
+            yield
+        except Exception as error:  # see fetch_model
+            raise OSError(_why(error, self._repository)) from error
+
+
+class _Told:
+    """A file of the hub that may fail at each reading."""
+
+    def __init__(self, file: Any, told: Callable[[], AbstractContextManager[None]]) -> None:
+        self._file, self._told = file, told
+
+    def read(self, *size: int) -> bytes:
+        with self._told():
+            return self._file.read(*size)
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._file, name)
+
+
+class _Cached(pyarrow.fs.FSSpecHandler):
+    """Files of a repository in the client's cache."""
+
+    def __init__(self, repository: _Repository, path: str) -> None:
+        from fsspec.implementations.local import LocalFileSystem
+        from huggingface_hub import snapshot_download
+
+        super().__init__(LocalFileSystem())
+        root = path.removesuffix(repository.inside).rstrip("/")
+        begins = re.split(r"[*?\[]", repository.inside)[0]
+        try:
+            folder = snapshot_download(
+                repository.name, repo_type=repository.kind, revision=repository.revision,
+                allow_patterns=[f"{begins}*"], local_files_only=True,
+            )  # fmt: skip
+        except Exception as error:  # see fetch_model
+            raise DataError(f"{PREFIX}{path}: cannot be read ({_why(error, repository)})") from error
+        self._root, self._folder = root, folder
+
+    def _there(self, path: str) -> str:
+        return self._folder + path.removeprefix(self._root)
+
+    def get_file_info(self, paths: list[str]) -> list[pyarrow.fs.FileInfo]:
+        found = pyarrow.fs.LocalFileSystem().get_file_info([self._there(path) for path in paths])
+        return [_without_time(path, info) for path, info in zip(paths, found, strict=True)]
+
+    def get_file_info_selector(self, selector: Any) -> list[pyarrow.fs.FileInfo]:
+        there = pyarrow.fs.FileSelector(self._there(selector.base_dir), selector.allow_not_found, selector.recursive)
+        found = pyarrow.fs.LocalFileSystem().get_file_info(there)
+        return [_without_time(self._root + info.path.removeprefix(self._folder), info) for info in found]
+
+    def open_input_file(self, path: str) -> Any:
+        return super().open_input_file(self._there(path))
+
+    def open_input_stream(self, path: str) -> Any:
+        return super().open_input_stream(self._there(path))
+
+
+def _without_time(path: str, info: pyarrow.fs.FileInfo) -> pyarrow.fs.FileInfo:
+    """Returns what the hub tells of a file, so that a run is the same run offline."""
+    return pyarrow.fs.FileInfo(path, info.type, size=info.size)
