@@ -278,8 +278,8 @@ def build_engine(iterate: Iterate, config: SpinConfig, run_folder: str = "") -> 
 def _for_adapters(config: SpinConfig, folder: Path) -> dict[str, Any]:
     """Returns arguments that let one batch hold answers of several iterates on the model in ``folder``.
 
-    Without names of layers vLLM also wraps the head. On CPU it then dies of log-probs of a prompt beside another request,
-    as the head has a row for each token and an adapter for each request.
+    Without names of layers vLLM also wraps the head. On CPU it then dies of log-probs of a prompt beside another
+    request, as the head has a row for each token and an adapter for each request.
     """
     lora = config.train.lora
     if not config.commits_adapters or lora is None:
