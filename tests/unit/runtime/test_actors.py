@@ -34,11 +34,12 @@ def asked(monkeypatch) -> dict[str, Any]:
 
     def keep(*_: Any, **options: Any) -> SimpleNamespace:
         told.update(options)
-        return SimpleNamespace(iter_rows=list, remote=lambda *request: request)
+        return SimpleNamespace(iter_rows=list, remote=lambda *_: object())
 
     monkeypatch.setattr(ray.data, "from_items", lambda items, **_: SimpleNamespace(map=keep))
     monkeypatch.setattr(ray, "remote", lambda **options: lambda function: SimpleNamespace(options=keep))
     monkeypatch.setattr(ray, "get", lambda found: {})
+    monkeypatch.setattr(ray, "wait", lambda running: (running[:1], running[1:]))
     monkeypatch.setattr(benchmarks, "connect", lambda config: None)
     for module in (generation, preferences):
         monkeypatch.setattr(module, "wait_until_free", lambda *_: None)
@@ -68,7 +69,7 @@ def by_preferences(config: SpinConfig) -> None:
 
 def by_lm_eval(config: SpinConfig) -> None:
     unused: Any = None
-    benchmarks._measure_on_ray(unused, 1, benchmarks.Request(model="m", name="sft", benchmarks=()), config)
+    list(benchmarks._measure_on_ray(unused, 1, benchmarks.Request(model="m", name="sft", benchmarks=()), config))
 
 
 @pytest.mark.parametrize(("ask", "limit"), [

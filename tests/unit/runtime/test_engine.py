@@ -113,7 +113,7 @@ def test_vllm_is_started_with_these_arguments_and_no_others(vllm):
         "model": "/models/sft", "max_model_len": 512, "dtype": "bfloat16", "tensor_parallel_size": 1,
         "max_num_seqs": 64, "gpu_memory_utilization": 0.9, "enforce_eager": True, "trust_remote_code": False,
         "generation_config": "vllm", "enable_prefix_caching": False, "skip_tokenizer_init": True,
-        "load_format": "safetensors", "seed": 0,
+        "load_format": "safetensors", "config_format": "hf", "seed": 0,
         "enable_chunked_prefill": False, "max_num_batched_tokens": 2048,
     }  # fmt: skip
 
