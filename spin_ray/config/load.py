@@ -111,7 +111,8 @@ def _meant(where: str) -> str:
     section, _, key = where.replace("-", "_").rpartition(".")
     places = _places()
     if where in places:
-        return f" (write it as {section.replace('.', ': {')}: {{{key}: …}})"
+        ends = "}" * (section.count(".") + 1)
+        return f" (write it as {section.replace('.', ': {')}: {{{key}: …{ends})"
     found = sorted(
         (place for place in places if place.rpartition(".")[2] == key), key=lambda it: not it.startswith("train.")
     )
@@ -186,6 +187,9 @@ def _set(content: dict[str, Any], key: str, text: str) -> None:
     content[field] = _parse_yaml(text, source=f"--{key}={text}")
 
 
+_MERGE = "tag:yaml.org,2002:merge"
+
+
 class _Loader(yaml.SafeLoader):
     """YAML in which a key may not stand twice, where PyYAML would silently take the last value."""
 
@@ -193,9 +197,11 @@ class _Loader(yaml.SafeLoader):
         node = super().compose_mapping_node(anchor)
         keys = set[str]()
         for key, _ in node.value:
-            if isinstance(key, yaml.ScalarNode) and key.value in keys:
+            if not isinstance(key, yaml.ScalarNode) or key.tag == _MERGE:
+                continue
+            if key.value in keys:
                 raise yaml.MarkedYAMLError(problem=f"the key {key.value} stands twice", problem_mark=key.start_mark)
-            keys |= {key.value} if isinstance(key, yaml.ScalarNode) else set()
+            keys.add(key.value)
         return node
 
 
@@ -212,4 +218,5 @@ def _what_is_wrong(error: Exception) -> str:
         return " ".join(str(error).split())
     place = f"line {error.problem_mark.line + 1}, column {error.problem_mark.column + 1}"
     advice = "; indent by blanks, as YAML knows no tabs" if "\\t" in str(error.problem) else ""
-    return f"{error.problem} ({place}){advice}"
+    found = f"{error.context} {error.problem}" if str(error.problem).startswith("but") else error.problem
+    return f"{found} ({place}){advice}"

@@ -135,7 +135,7 @@ class IterationSettings(Section):
 
 
 _CREDENTIALS = re.compile(r"://[^/]*:[^/]*@|[?&][^=]*(secret|token|password|access_key)[^=]*=", re.IGNORECASE)
-_VARIABLE = re.compile(r"\$(\{\w+\}|[A-Z_]+\b)")
+_VARIABLE = re.compile(r"(^|/)\$(\{\w+\}|[A-Za-z_]\w*)(/|$)")
 
 
 def _pick(value: T | tuple[T, ...], iteration: int) -> T:

@@ -19,8 +19,9 @@ def collect_rarely() -> None:
 
 
 def skip_imports() -> None:
-    """Takes all objects of now out of every search; call it after the imports, before a tensor exists."""
-    gc.freeze()
+    """Takes what was imported out of every search; does nothing a second time, as it would hide garbage."""
+    if not gc.get_freeze_count():
+        gc.freeze()
 
 
 def collect_as_usual() -> None:

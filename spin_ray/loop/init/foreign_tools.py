@@ -96,6 +96,8 @@ _DPO_LOSSES = ("sigmoid", "sigmoid_norm", "hinge", "ipo", "exo_pair", "nca_pair"
 _OTHER_METHODS = ("num_generations", "reward_funcs", "reward_model_path", "desirable_weight", "undesirable_weight",
                   "num_ppo_epochs", "simpo_gamma", "cpo_alpha", "lmbda")  # fmt: skip
 """Keys of TRL's other trainers, some of which have ``beta`` or ``loss_type`` as well."""
+_OTHER_LOSSES = ("kto", "apo_zero_unpaired", "simpo", "grpo", "dr_grpo", "dapo", "bnpo")
+"""Losses that TRL's trainers of SFT and DPO do not have."""
 _OTHER_TRAINERS = ("kto", "orpo", "grpo", "ppo", "cpo", "simpo", "gkd")
 _ADVICE = {
     **dict.fromkeys(("val_set_size", "val_size"), "give rows of their own as data.heldout"),
@@ -124,16 +126,24 @@ def is_dpo_of_trl(config: Mapping[str, Any], file_name: str) -> bool:
     """Tells TRL's two kinds of configs apart, which say nowhere what they are for."""
     return (
         any(key in config for key in _DPO_OF_TRL)
-        or str(config.get("loss_type")) in _DPO_LOSSES
+        or bool({*_losses_of(config)} & {*_DPO_LOSSES})
         or "dpo" in file_name.lower()
     )
+
+
+def _losses_of(config: Mapping[str, Any]) -> list[str]:
+    """Returns TRL's ``loss_type``, one or a list."""
+    given = config.get("loss_type")
+    return [str(loss) for loss in (given if isinstance(given, list) else [given])]
 
 
 def other_method_of(config: Mapping[str, Any], file_name: str) -> str | None:
     """Returns what tells of a trainer of TRL other than those of SFT and DPO: a key, or a word of the file's name."""
     words = re.split(r"[^a-z]+", file_name.lower())
     named = [] if {"sft", "dpo"} & set(words) else [word for word in words if word in _OTHER_TRAINERS]
-    return next((key for key in _OTHER_METHODS if config.get(key) is not None), named[0] if named else None)
+    losses = [f"loss_type {loss}" for loss in _losses_of(config) if loss in _OTHER_LOSSES]
+    keys = [key for key in _OTHER_METHODS if config.get(key) is not None]
+    return next(iter(keys + losses + named), None)
 
 
 def reason_of(key: str) -> str:

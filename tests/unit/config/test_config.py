@@ -88,6 +88,8 @@ def test_a_combination_with_a_section_that_has_an_unknown_key_is_not_complained_
             "learning_rate: unknown key (did you mean train.learning_rate or sft.learning_rate?)",
         ),
         ({"data.train": "x"}, "data.train: unknown key (write it as data: {train: …})"),
+        ({"train.lora.rank": 8}, "train.lora.rank: unknown key (write it as train: {lora: {rank: …}})"),
+        ({"seed": True}, "seed: input should be a number (got True)"),
         ({"train": None}, "train: is empty; give it fields, or leave it out"),
         (
             {"data": {"train": "$HOME/rows.jsonl"}},

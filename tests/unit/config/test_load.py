@@ -38,6 +38,10 @@ def recipe(tmp_path):
         ("[" * 350, "is not YAML"),
         ("train:\n  epochs: 1\n  epochs: 3\n", "is not YAML: the key epochs stands twice (line 3, column 3)"),
         (
+            "a: 1\n---\nb: 2\n",
+            "is not YAML: expected a single document in the stream but found another document (line 2",
+        ),
+        (
             "train:\n\tepochs: 1\n",
             "is not YAML: found character '\\t' that cannot start any token (line 2, column 1); indent",
         ),
@@ -210,3 +214,16 @@ def test_any_override_is_a_config_or_a_config_error(tmp_path_factory, text):
             load_config(path, {key: text})
         except ConfigError:
             continue
+
+
+def test_a_name_with_a_dollar_and_two_merged_anchors_are_what_they_say(tmp_path):
+    """Only a whole part of a path can be meant as a variable, and `<<` may stand twice, as in PyYAML."""
+    path = tmp_path / "r.yaml"
+    path.write_text(
+        "model: {path: /d/cash$A/x}\ndata: {train: a.jsonl}\ntrain:\n  <<: {workers: 2}\n  <<: {seed_x: 1}\n"
+    )
+    with pytest.raises(ConfigError, match=r"train\.seed_x: unknown key"):
+        load_config(path)
+    path.write_text("model: {path: /d/$data/x}\ndata: {train: a.jsonl}\n")
+    with pytest.raises(ConfigError, match=r"model\.path: /d/\$data/x: recipes read no variables"):
+        load_config(path)

@@ -209,6 +209,7 @@ def test_numbers_that_mean_something_else_here_are_not_taken_over(tmp_path):
         ({"model_name_or_path": "m", "stage": "ppo"}, "stage is ppo"),
         ({"base_model": "m", "rl": "grpo"}, "rl is grpo"),
         ({"model_name_or_path": "m", "beta": 0.04, "num_generations": 8}, "num_generations is of another method"),
+        ({"model_name_or_path": "m", "beta": 0.1, "loss_type": ["kto"]}, "loss_type kto is of another method"),
         ({"learning_rate": 1}, "no SFT or DPO config"),
         ({"base_model": "m", "micro_batch_size": 1, "learning_rate": "fast"}, "learning_rate is 'fast'"),
         ({"base_model": "m", "micro_batch_size": "auto"}, "micro_batch_size is 'auto'"),
