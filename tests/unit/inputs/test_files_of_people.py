@@ -99,7 +99,7 @@ FILES = {
     "a comma in a header of semicolons": ("a.csv", "id;prompt;x, y\n1;q;a\n", "its columns are parted by ';'"),
     "semicolons in a name of CSV": ("a.csv", "prompt,response,notes (a; b; c; d)\nq,a,n\n", ["a"]),
     "commas in a name of TSV": ("a.tsv", "prompt\tresponse, short, or, long\tresponse\nq\tx\ta\n", ["a"]),
-    "bars in a name of CSV": ("a.csv", "prompt,a|b|c,response\nq,x,a\n", ["a"]),
+    "bars in a name of CSV": ("a.csv", "prompt,a|b|c|d,response\nq,x,a\n", ["a"]),
     "CSV with its header again": ("a.csv", "prompt,response\nq,a\nprompt,response\nr,b\n",
                                   ["a", "malformed: is the header again", "b"]),
     "JSON lines called .csv": ("a.csv", f"{ROW}\n", "is JSON; its name must end with .jsonl"),
@@ -180,6 +180,7 @@ def test_a_path_that_is_none_is_one_line_with_a_hint(source, hint):
     with pytest.raises(UserError) as caught:
         find_files(source)
     assert hint in str(caught.value) and "\n" not in str(caught.value)
+    assert "?" not in str(caught.value).rpartition("hf://")[2], "what follows in a link is no part of the name"
 
 
 def test_a_file_that_is_missing_is_no_name_of_the_hub():

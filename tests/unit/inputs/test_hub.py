@@ -7,8 +7,10 @@ from pathlib import Path
 import pytest
 from huggingface_hub import HfFileSystem, constants
 
+from spin_ray.config.recipe import SpinConfig
 from spin_ray.config.sections import ModelConfig
 from spin_ray.errors import DataError, ModelError, UserError
+from spin_ray.inputs.check import check_recipe
 from spin_ray.inputs.hub import unlisted, unpinned
 from spin_ray.inputs.model_folder import find_folder, find_model
 from spin_ray.inputs.sources import files_digest, find_files, read_slice, split
@@ -81,6 +83,10 @@ def test_offline_data_that_may_be_a_part_is_told_with_the_command(hub, monkeypat
     hf_hub_download("o/rows", "data/a.jsonl", repo_type="dataset", revision=commit)
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
     assert unlisted(f"{DATA}@{commit}/data") == f"hf download o/rows --repo-type dataset --revision {commit}"
+    model, sampling = {"path": "embedded:tiny-llama", "max_length": 128}, {"max_tokens": 24}
+    recipe = {"model": model, "data": {"train": f"{DATA}@{commit}/data"}, "generation": {"sampling": sampling}}
+    found = check_recipe(SpinConfig.model_validate(recipe | {"train": {"global_batch_pairs": 1}})).findings
+    assert any("files may be missing in the cache" in finding.sentence for finding in found)
     assert unlisted(f"{DATA}@{commit}/data/*.jsonl") and not unlisted(f"{DATA}@{commit}/data/a.jsonl")
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
     assert unlisted(f"{DATA}@{commit}/data") is None
