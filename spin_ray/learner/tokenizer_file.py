@@ -63,17 +63,15 @@ def warn_of_other_tokens(tokenizer: Any, folder: Path) -> str | None:
     """Returns a sentence if tokenizer.json makes other tokens of a text than the loaded class."""
     if (own := _own(tokenizer, folder)) is None:
         return None
-    loaded, marks = tokenizer.backend_tokenizer, [
-        str(token) for token in own.get_added_tokens_decoder().values() if token.special
-    ]  # fmt: skip
+    marks = [str(token) for token in own.get_added_tokens_decoder().values() if token.special]
     for text in (_PROBE, *(mark + _PROBE for mark in marks[:1])):
-        theirs, ours = (each.encode(text, add_special_tokens=False).tokens for each in (own, loaded))
-        if _ids(own, text) != _ids(loaded, text):
-            start = max(len(commonprefix([theirs, ours])) - 1, 0)
+        theirs, ours = (each.encode(text, add_special_tokens=False) for each in (own, tokenizer.backend_tokenizer))
+        if theirs.ids != ours.ids:
+            start = max(len(commonprefix([theirs.ids, ours.ids])) - 1, 0)
             return (
                 f"transformers loads the tokenizer as a {type(tokenizer).__name__}, which makes other tokens of some "
-                f"texts than tokenizer.json: of {text!r} {ours[start:][:5]} in place of {theirs[start:][:5]}; if the "
-                f"model learnt the latter, {_CURE}"
+                f"texts than tokenizer.json: of {text!r} {ours.tokens[start:][:5]} in place of "
+                f"{theirs.tokens[start:][:5]}; if the model learnt the latter, {_CURE}"
             )
     return None
 
