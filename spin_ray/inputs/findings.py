@@ -18,9 +18,11 @@ _BLANKS = {
     "line breaks at its end": f"{_PROBE}\n\n",
 }
 _TRANSCRIPT = re.compile(
-    r"(?:\nAssistant:|### (?:Response|Assistant):?|<\|assistant\|>|<\|im_start\|>assistant|\[/INST\])\s*$"
+    r"(?:^\s*Human:.*\nAssistant:|### (?:Response|Assistant):?|<\|assistant\|>|<\|im_start\|>assistant|\[/INST\])\s*$",
+    re.DOTALL,
 )
-"""The end of a prompt that asks for an answer by itself."""
+"""A prompt that asks for an answer by itself. Few-shot prompts may end with ``Assistant:``, too."""
+_FEWEST_TRANSCRIPTS = 3
 _THOUGHT = f"<think>\n{_PROBE}\n</think>"
 
 
@@ -132,12 +134,10 @@ def find_in_rows(renderer: ChatRenderer, rows: Sequence[tuple[Conversation, Tool
 
 def _find_transcripts(renderer: ChatRenderer, prompts: Sequence[Conversation], source: str) -> Finding | None:
     """Returns a warning if prompts are rendered already: the template would write its marks around those."""
-    rendered = [
-        said[-1]["content"]
-        for said in prompts
-        if _TRANSCRIPT.search(said[-1]["content"]) or renderer.names_control_tokens(said[-1:])
-    ]
-    if len(rendered) * 2 < max(len(prompts), 1):
+    marks = renderer.template.marks_between_turns()
+    texts = [said[-1]["content"] for said in prompts]
+    rendered = [text for text in texts if _TRANSCRIPT.search(text) or any(mark in text for mark in marks)]
+    if len(rendered) < max(_FEWEST_TRANSCRIPTS, len(prompts) / 2):
         return None
     return Finding(
         f"{source}: {len(rendered)} of the first {len(prompts)} prompts look written for a model already (first: "

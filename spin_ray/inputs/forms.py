@@ -231,7 +231,7 @@ def _rows_within(row: Columns) -> str | None:
     for key, value in row.items():
         listed = isinstance(value, list) and bool(value)
         inner, path = (value[0], f"{jq_key(key)}[]") if listed else (value, jq_key(key))
-        # A dict beside other columns may be one of them, if its name does not say more.
+        # Beside other columns a dict counts as a row only under one of the names below.
         if not isinstance(inner, dict) or key in COLUMNS or is_message(inner):
             continue
         if not listed and len(row) > 1 and key not in _OF_ONE_ROW:

@@ -29,7 +29,7 @@ def exact(response: str, answer: str) -> float | None:
 
 
 def regex(response: str, answer: str) -> float | None:
-    """Searches the response for the pattern ``answer``, which cannot be graded where that takes too long.
+    """Searches the response for the pattern ``answer``; 0 where that takes too long.
 
     Raises:
         ValueError: ``answer`` is no pattern.
@@ -38,18 +38,18 @@ def regex(response: str, answer: str) -> float | None:
         with _at_most(REGEX_S):
             return float(re.search(answer, response) is not None)
     except TimeoutError:
-        return None
+        return 0.0  # None would take the response out of the accuracy
     except (re.error, RecursionError, OverflowError) as error:
         raise ValueError(f"{answer!r} is no pattern ({error})") from error
 
 
 REGEX_S = 2.0
-"""Longest search of one response; a pattern such as ``(a+)+$`` takes hours on some texts."""
+"""Most CPU seconds for one response; a pattern such as ``(a+)+$`` takes hours on some texts."""
 
 
 @contextmanager
 def _at_most(seconds: float) -> Iterator[None]:
-    """Raises TimeoutError after ``seconds``. In another thread than the main one there is no limit."""
+    """Raises TimeoutError after ``seconds`` of CPU. In another thread than the main one there is no limit."""
     if threading.current_thread() is not threading.main_thread():
         yield
         return
@@ -57,13 +57,14 @@ def _at_most(seconds: float) -> Iterator[None]:
     def stop(*_: Any) -> None:
         raise TimeoutError
 
-    before = signal.signal(signal.SIGALRM, stop)
-    signal.setitimer(signal.ITIMER_REAL, seconds)
+    handler = signal.signal(signal.SIGVTALRM, stop)
+    timer = signal.setitimer(signal.ITIMER_VIRTUAL, seconds)
     try:
         yield
     finally:
-        signal.setitimer(signal.ITIMER_REAL, 0)
-        signal.signal(signal.SIGALRM, before or signal.SIG_DFL)
+        signal.setitimer(signal.ITIMER_VIRTUAL, 0)
+        signal.signal(signal.SIGVTALRM, handler or signal.SIG_DFL)
+        signal.setitimer(signal.ITIMER_VIRTUAL, *timer)
 
 
 def refuse_no_pattern(config: SpinConfig, rows: Iterable[tuple[str, Any]]) -> None:

@@ -40,7 +40,7 @@ class Guard:
         self._guarded = any_of(guarded)
         self._beginnings = sorted({name[0] for name in guarded})
         # Nobody can write these aliases, as they differ in each process. Lower-case letters survive every normaliser.
-        # Ends of the name itself: a token beside it may be matched only where no word ends (``single_word``).
+        # An alias begins and ends like its name: a ``single_word`` token beside it is matched by these characters.
         nonce = secrets.token_hex(8)
         self._aliases = {
             name: f"{name[0].strip()}ꔀ{nonce}x{number}ꔁ{name[-1].strip()}" for number, name in enumerate(self._control)

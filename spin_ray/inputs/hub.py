@@ -42,7 +42,7 @@ class _Repository(NamedTuple):
 def _repository(path: str) -> _Repository:
     """Reads a path without ``hf://``; raises DataError if it names no repository."""
     found = _NAMED.fullmatch(path)
-    if not found:
+    if not found or path.startswith("buckets/"):
         raise DataError(f"{PREFIX}{path}: names no data of the hub; expected hf://datasets/OWNER/NAME@REVISION/FILE")
     kind, name, revision, inside = found.groups()
     return _Repository(_KINDS[(kind or "models/")[:-1]], name, revision, inside or "")
@@ -85,6 +85,25 @@ def unpinned(uri: str) -> str | None:
     return f"{root}@{found.sha}/{repository.inside}"
 
 
+def unlisted(uri: str) -> str | None:
+    """Returns the command that completes data in the cache; None where the data is known to be complete.
+
+    Offline, nothing tells which files of a folder or glob are missing, unless the cache has the hub's list of them.
+    """
+    if not uri.startswith(PREFIX) or not _is_offline():
+        return None
+    repository, path = _repository(uri.removeprefix(PREFIX)), uri.removeprefix(PREFIX)
+    if _Cached(repository, path).get_file_info([path])[0].type == pyarrow.fs.FileType.File:
+        return None
+    try:
+        from huggingface_hub import get_cached_repo_tree
+
+        get_cached_repo_tree(repository.name, repo_type=repository.kind, revision=repository.revision)
+    except Exception:  # see fetch_model; older clients keep no list
+        return repository.command
+    return None
+
+
 def _is_offline() -> bool:
     from huggingface_hub.constants import is_offline_mode
 
@@ -118,8 +137,12 @@ def _why(error: BaseException, repository: _Repository) -> str:
     if is_a(GatedRepoError):
         return f"{name} is gated: accept its terms at {page}, and set HF_TOKEN to a token of yours"
     if is_a(RepositoryNotFoundError) or status in (401, 403, 404):
-        hint = "" if repository.kind != "model" else "; data is hf://datasets/OWNER/NAME/FILE"
-        return f"{page} does not exist, or HF_TOKEN may not read it{hint if repository.inside else ''}"
+        hints = {
+            "model": "; data is hf://datasets/OWNER/NAME/FILE",
+            "dataset": f"; OWNER is needed, too: {name.partition('/')[0]} is read as the owner",
+        }
+        hint = hints.get(repository.kind, "") if repository.inside else ""
+        return f"{page} does not exist, or HF_TOKEN may not read it{hint}"
     if is_a(OfflineModeIsEnabled) or (_is_offline() and is_a(LocalEntryNotFoundError)):
         return f"HF_HUB_OFFLINE is set, and its cache lacks this; where there is a network: {repository.command}"
     if status or is_a(HTTPError):

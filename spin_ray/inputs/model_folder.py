@@ -10,7 +10,7 @@ from typing import Any, Protocol
 
 from spin_ray.config.sections import ModelConfig
 from spin_ray.errors import ConfigError, ModelError, RunDirError
-from spin_ray.inputs.hub import fetch_model as _download
+from spin_ray.inputs.hub import fetch_model
 from spin_ray.learner.weights import find_packed, tensor_shapes, weight_files
 from spin_ray.run_dir.artefact import Artefact, folder_entries
 from spin_ray.run_dir.names import iterate_name
@@ -168,7 +168,7 @@ def find_folder(path: str, setting: str = "model.path", revision: str | None = N
         return folder
     if path.count("/") != 1 or path.startswith((".", "/", "~")):
         raise ModelError(f"{setting} {path}: no such folder")
-    return _download(f"{path}@{revision}" if revision else path, setting)
+    return fetch_model(f"{path}@{revision}" if revision else path, setting)
 
 
 def check_folder(folder: Path, config: ModelConfig) -> Path:

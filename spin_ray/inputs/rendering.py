@@ -16,7 +16,7 @@ from spin_ray.errors import ModelError, first_line
 from spin_ray.inputs.chat_template import ChatTemplate, RenderError, Tools
 from spin_ray.inputs.conversations import Conversation
 from spin_ray.inputs.guard import Guard, Written, any_of
-from spin_ray.inputs.tokenizer_file import refuse_lost_text
+from spin_ray.learner.tokenizer_file import as_written
 
 
 @dataclass(frozen=True, slots=True)
@@ -230,7 +230,7 @@ class ChatRenderer:
         before = len(whole[0] or []) - len(short[0] or [])
         alike = all(long and long[before:] == part for long, part in zip(whole, short, strict=True))
         ending = short[0] or []
-        # A token that is none beside a word (``single_word``) parts nothing.
+        # The mark must be a token here: a ``single_word`` one is text beside a letter, and joins what is around it.
         parts = ending[:1] == [self._template.added_ids[prompt[starts[-1] : ends[-1]]]]
         return _Ending(text, ending) if parts and alike and self._held_back < len(ending) else None
 
@@ -242,7 +242,6 @@ def _unspeakable(text: Written) -> RenderError:
 def open_renderer(folder: str, model: ModelConfig, date: datetime | None = None) -> ChatRenderer:
     """Returns the renderer of a model folder; raises ModelError if it cannot be used."""
     tokenizer = load_tokenizer(folder, model.chat_template, model.trust_remote_code)
-    refuse_lost_text(tokenizer, Path(folder))
     return ChatRenderer(tokenizer, model.chat_template_kwargs, date)
 
 
@@ -260,7 +259,7 @@ def load_tokenizer(path: str, chat_template: str | None = None, trust_remote_cod
     """Loads the model's tokenizer; ``chat_template`` is a file.
 
     Raises:
-        ModelError: tokenizer or file cannot be read, or the tokenizer is in Mistral's own format alone.
+        ModelError: tokenizer or file cannot be read, or the tokenizer loses text, or is in Mistral's own format alone.
     """
     from transformers import AutoTokenizer
 
@@ -275,6 +274,7 @@ def load_tokenizer(path: str, chat_template: str | None = None, trust_remote_cod
                 f"{path}: has no tokenizer (tokenizer.json); copy it from the model that this one was made from"
             ) from error
         raise ModelError(f"{path}: its tokenizer cannot be loaded ({first_line(error)})") from error
+    tokenizer = as_written(tokenizer, Path(path))
     if chat_template:
         try:
             tokenizer.chat_template = Path(chat_template).read_text(encoding="utf-8")

@@ -47,7 +47,7 @@ def find_files(source: str) -> list[str]:
 
 def _hint(source: str) -> str:
     """Returns a clause for a path that people write and that is no path here."""
-    if _HUB_NAME.fullmatch(source):
+    if _HUB_NAME.fullmatch(source) and not source.lower().endswith(SUFFIXES):
         return f"; of the hub it is hf://datasets/{source}/FILE"
     if "$" in source:
         return "; variables of the shell are not read: write the path out"

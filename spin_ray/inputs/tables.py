@@ -18,7 +18,7 @@ _ROWS, _ROWS_OF_MEDIA = 2**16, 128
 """Rows of Parquet that are read at a time; fewer where a text may hold an image."""
 _DAMAGED = (pa.ArrowException, OSError, UnicodeDecodeError)
 _STRANGE = (KeyError, ValueError, OverflowError)
-"""Errors of pyarrow for values that Python has none for: the year 200000, a struct with a field twice."""
+"""Errors of pyarrow for values that Python cannot hold: the year 200000, a struct with a field twice."""
 
 
 def split_table(uri: str, width: int) -> list[Slice]:

@@ -236,12 +236,14 @@ def _read_csv(uri: str) -> Iterator[SourceRow]:
 
 
 def _check_marks(text: str, path: str, mark: str) -> None:
-    """Raises DataError if the first line is JSON, or has another mark more often than ``mark``."""
+    """Raises DataError if the first line is JSON, or is parted by another mark than ``mark``."""
     if re.match(r'\{\s*"|\[\s*\{', text):
         raise DataError(f"{path}: is JSON; its name must end with {'.json' if text[0] == '[' else '.jsonl'}")
     header = re.sub(r'"(?:[^"]|"")*"', "", text).lstrip().partition("\n")[0]
-    other = max(",;\t|", key=header.count)
-    if header.count(other) > header.count(mark):
+    cells = {each: {cell.strip() for cell in header.split(each)} for each in ",;\t|"}
+    other = max(cells.keys() - {mark}, key=lambda each: (header.count(each), each))
+    known = {each: not cells[each].isdisjoint(COLUMNS) for each in cells}
+    if other in header and (mark not in header or (known[other] and not known[mark])):
         raise DataError(f"{path}: its columns are parted by {other!r}; a .csv has commas, a .tsv has tabs")
 
 

@@ -12,6 +12,7 @@ from torch import Tensor
 from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, AutoConfig, AutoModelForCausalLM, GenerationConfig
 
 from spin_ray.errors import ModelError
+from spin_ray.learner.tokenizer_file import name_plain_class
 from spin_ray.learner.weights import COPIED_SUFFIXES, OTHER_LAYOUT, tensor_shapes
 
 NOT_COPIED = {
@@ -97,12 +98,16 @@ def write_model(
 
 
 def copy_other_files(source: Path, target: Path, *, with_code: bool) -> None:
-    """Copies tokenizer, chat templates, generation config and licence, if ``source`` is a folder."""
+    """Copies tokenizer, chat templates, generation config and licence, if ``source`` is a folder.
+
+    The copied tokenizer loads everywhere as the run loaded it.
+    """
     for file in sorted(source.iterdir()) if source.is_dir() else ():
         if file.is_file() and _belongs(file, with_code):
             shutil.copyfile(file, target / file.name)
         elif file.is_dir() and file.name == "additional_chat_templates":
             shutil.copytree(file, target / file.name, dirs_exist_ok=True)
+    name_plain_class(target)
 
 
 def _write_files(target: Path, weights: Iterable[tuple[str, Tensor]]) -> None:

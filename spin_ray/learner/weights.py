@@ -11,7 +11,10 @@ from spin_ray.errors import ModelError
 COPIED_SUFFIXES = {".json", ".jinja", ".model", ".txt", ".tiktoken"}
 """Suffixes of tokenizers, chat templates, generation config and licence."""
 OTHER_LAYOUT = re.compile(r"consolidated.*|params\.json|tekken\.json|tokenizer\.model\.v\d.*")
-"""Files of Mistral's own layout, which stand beside those of Hugging Face and repeat them."""
+"""Files of Mistral's own layout, which stand beside those of Hugging Face and repeat them.
+
+vLLM loads all safetensors of a folder without an index, ``model.safetensors`` last, so its weights win.
+"""
 _IN_A_LAYER = re.compile(r"\.\d+\..*?(\w+)\.weight$")
 _LONGEST_HEADER = 100_000_000
 """The format's own limit, in bytes."""

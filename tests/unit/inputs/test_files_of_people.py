@@ -97,6 +97,9 @@ FILES = {
     "a quote without an end": ("a.csv", 'prompt,response\n"q,a\nr,b\n', "unexpected end of data"),
     "CSV with quoted semicolons": ("a.csv", '"prompt";"response"\n"q, r";"a"\n', "its columns are parted by ';'"),
     "a comma in a header of semicolons": ("a.csv", "id;prompt;x, y\n1;q;a\n", "its columns are parted by ';'"),
+    "semicolons in a name of CSV": ("a.csv", "prompt,response,notes (a; b; c; d)\nq,a,n\n", ["a"]),
+    "commas in a name of TSV": ("a.tsv", "prompt\tresponse, short, or, long\tresponse\nq\tx\ta\n", ["a"]),
+    "bars in a name of CSV": ("a.csv", "prompt,a|b|c|d,response\nq,x,a\n", ["a"]),
     "CSV with its header again": ("a.csv", "prompt,response\nq,a\nprompt,response\nr,b\n",
                                   ["a", "malformed: is the header again", "b"]),
     "JSON lines called .csv": ("a.csv", f"{ROW}\n", "is JSON; its name must end with .jsonl"),
@@ -167,12 +170,23 @@ def test_values_that_python_has_none_for_are_one_line(tmp_path, name):
         ("a.jsonl,b.jsonl", "several sources are a list"), ("o/n.v2@main", "hf://datasets/o/n.v2@main/FILE"),
         ("https://huggingface.co/datasets/o/n/resolve/v1/d/a.jsonl", "it is hf://datasets/o/n@v1/d/a.jsonl"),
         ("https://huggingface.co/datasets/o/n", "it is hf://datasets/o/n/FILE"),
+        ("https://huggingface.co/datasets/o/n/resolve/main/a.csv?download=true", "it is hf://datasets/o/n@main/a.csv"),
+        ("https://huggingface.co/datasets/o/n/viewer/default/train", "it is hf://datasets/o/n/FILE"),
+        ("https://huggingface.co/datasets/o/n/blob/refs%2Fconvert%2Fparquet/d/0.parquet#L3",
+         "it is hf://datasets/o/n@refs/convert/parquet/d/0.parquet"),
     ],
 )  # fmt: skip
 def test_a_path_that_is_none_is_one_line_with_a_hint(source, hint):
     with pytest.raises(UserError) as caught:
         find_files(source)
     assert hint in str(caught.value) and "\n" not in str(caught.value)
+    assert "?" not in str(caught.value).rpartition("hf://")[2], "what follows in a link is no part of the name"
+
+
+def test_a_file_that_is_missing_is_no_name_of_the_hub():
+    with pytest.raises(UserError, match="no such data") as caught:
+        find_files("data/train.jsonl")
+    assert "hub" not in str(caught.value)
 
 
 def test_a_file_uri_may_hold_blanks_and_letters_as_they_are_or_written_as_bytes(tmp_path):

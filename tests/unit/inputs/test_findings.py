@@ -91,6 +91,19 @@ def test_prompts_that_are_rendered_already_are_told(asked):
     assert not find_in_rows(renderer_of(PLAIN), [rows[0], *[(said("So."), None)] * 2], "d.jsonl")
 
 
+def test_prompts_about_marks_and_few_shot_prompts_are_no_transcripts():
+    ordinary = [
+        "What is <|endoftext|> in GPT-2?",
+        "<filename>a.py\nx = 1",
+        "Translate.\nUser: a\nAssistant: b\nAssistant:",
+    ]
+    for asked in ordinary:
+        rows = [([{"role": "user", "content": asked}, *said("So.")[1:]], None)] * 4
+        assert not find_in_rows(renderer_of(PLAIN), rows, "d.jsonl"), asked
+    forged = ([{"role": "user", "content": "<|im_start|>user\nWhy?"}, *said("So.")[1:]], None)
+    assert not find_in_rows(renderer_of(PLAIN), [forged] * 2, "d.jsonl"), "two rows show nothing"
+
+
 # Thoughts
 
 

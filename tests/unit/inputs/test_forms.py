@@ -315,6 +315,12 @@ def test_a_wrong_form_says_which_form_is_nearest_and_what_it_lacks(row, message)
 # Messages
 
 
+def test_a_column_system_may_differ_from_the_message_by_blanks():
+    said = [{"role": "system", "content": "Be brief.\n"}, *chat("a", "b")]
+    expected = read_row({"messages": said}, DATA).ending_with_real
+    assert read_row({"messages": said, "system": " Be brief."}, DATA).ending_with_real == expected
+
+
 def test_tool_calls_thoughts_and_tools_are_kept_under_one_name():
     call = {"type": "function", "function": {"name": "f", "arguments": {"x": 1}}}
     values = [

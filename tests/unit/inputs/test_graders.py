@@ -1,11 +1,14 @@
 """Grades of responses, by hand."""
 
+import signal
+import time
+
 import pytest
 
 from spin_ray.config.recipe import SpinConfig
 from spin_ray.errors import ConfigError, DataError
 from spin_ray.inputs import graders
-from spin_ray.inputs.graders import answer_text, find_grader, graded
+from spin_ray.inputs.graders import answer_text, find_grader, graded, regex
 
 
 def half_right(response: str, answer: str) -> float | None:
@@ -42,10 +45,25 @@ def test_a_failing_function_is_one_line_with_its_name_and_the_row():
         graded("regex", "x", "(", "r1")
 
 
-def test_a_pattern_that_would_be_searched_for_hours_cannot_be_graded(monkeypatch):
+def test_a_response_that_would_be_searched_for_hours_is_wrong(monkeypatch):
+    """None would leave the accuracy's denominator, which degenerate responses would raise so."""
     monkeypatch.setattr(graders, "REGEX_S", 0.05)
-    assert graded("regex", "a" * 40 + "b", "(a+)+$", "r1") is None
+    assert graded("regex", "a" * 40 + "b", "(a+)+$", "r1") == 0
     assert graded("regex", "aa", "(a+)+$", "r1") == 1
+
+
+def test_the_limit_is_cpu_time_and_leaves_other_timers_alone():
+    with graders._at_most(0.02):
+        time.sleep(0.1)  # another program has the machine
+    before = signal.signal(signal.SIGVTALRM, signal.SIG_IGN)
+    signal.setitimer(signal.ITIMER_VIRTUAL, 1000, 7)
+    try:
+        regex("aa", "a+")
+        assert signal.getsignal(signal.SIGVTALRM) == signal.SIG_IGN
+        assert signal.getitimer(signal.ITIMER_VIRTUAL) == pytest.approx((1000, 7), rel=0.01)
+    finally:
+        signal.setitimer(signal.ITIMER_VIRTUAL, 0)
+        signal.signal(signal.SIGVTALRM, before)
 
 
 def test_an_answer_that_is_no_pattern_is_told_at_the_start():

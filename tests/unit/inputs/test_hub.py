@@ -7,9 +7,11 @@ from pathlib import Path
 import pytest
 from huggingface_hub import HfFileSystem, constants
 
+from spin_ray.config.recipe import SpinConfig
 from spin_ray.config.sections import ModelConfig
 from spin_ray.errors import DataError, ModelError, UserError
-from spin_ray.inputs.hub import unpinned
+from spin_ray.inputs.check import check_recipe
+from spin_ray.inputs.hub import unlisted, unpinned
 from spin_ray.inputs.model_folder import find_folder, find_model
 from spin_ray.inputs.sources import files_digest, find_files, read_slice, split
 from tests.support.hub import Hub, hub_here
@@ -74,6 +76,25 @@ def test_data_of_a_commit_is_the_same_online_and_offline(hub, monkeypatch, insid
     assert len(hub.asked) == asked
 
 
+def test_offline_data_that_may_be_a_part_is_told_with_the_command(hub, monkeypatch):
+    from huggingface_hub import hf_hub_download, snapshot_download
+
+    commit = hub.add("datasets/o/rows", {"data/a.jsonl": TRAIN, "data/b.jsonl": TRAIN})
+    hf_hub_download("o/rows", "data/a.jsonl", repo_type="dataset", revision=commit)
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
+    assert unlisted(f"{DATA}@{commit}/data") == f"hf download o/rows --repo-type dataset --revision {commit}"
+    model, sampling = {"path": "embedded:tiny-llama", "max_length": 128}, {"max_tokens": 24}
+    recipe = {"model": model, "data": {"train": f"{DATA}@{commit}/data"}, "generation": {"sampling": sampling}}
+    found = check_recipe(SpinConfig.model_validate(recipe | {"train": {"global_batch_pairs": 1}})).findings
+    assert any("files may be missing in the cache" in finding.sentence for finding in found)
+    assert unlisted(f"{DATA}@{commit}/data/*.jsonl") and not unlisted(f"{DATA}@{commit}/data/a.jsonl")
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
+    assert unlisted(f"{DATA}@{commit}/data") is None
+    snapshot_download("o/rows", repo_type="dataset", revision=commit)
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
+    assert unlisted(f"{DATA}@{commit}/data") is None
+
+
 def test_data_that_names_no_commit_is_told_with_the_commit(hub):
     commit = hub.add("datasets/o/rows", {"a.jsonl": TRAIN})
     assert rows_of(f"{DATA}/a.jsonl") == ROWS
@@ -96,6 +117,8 @@ def test_a_branch_with_a_slash_is_read(hub):
         ("hf://o/rows/a.jsonl", "data is hf://datasets/OWNER/NAME/FILE"),
         ("hf://datasets/o/gated/a.jsonl", "is gated: accept its terms at http"),
         ("hf://", "expected hf://datasets/OWNER/NAME@REVISION/FILE"),
+        ("hf://datasets/gsm8k/main/train.parquet", "OWNER is needed, too: gsm8k is read as the owner"),
+        ("hf://buckets/o/n/a.jsonl", "expected hf://datasets/OWNER/NAME@REVISION/FILE"),
         ("hf://datasets/squad", "expected hf://datasets/OWNER/NAME@REVISION/FILE"),
         ("hf://datasets/o/splits", "name one by its folder, or by a glob such as hf://datasets/o/splits/**/*train*"),
     ],

@@ -192,7 +192,9 @@ def test_a_model_that_does_not_say_how_many_positions_it_has_is_accepted(folder)
 @pytest.mark.parametrize("path", ["none", "./a/b", "/none/model", "~/none", "a/b/c"])
 def test_a_path_that_cannot_be_a_name_on_the_hub_is_looked_for_on_disk_only(tmp_path, monkeypatch, path):
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr("spin_ray.inputs.model_folder._download", lambda name: pytest.fail(f"asked the hub for {name}"))
+    monkeypatch.setattr(
+        "spin_ray.inputs.model_folder.fetch_model", lambda name: pytest.fail(f"asked the hub for {name}")
+    )
     with pytest.raises(ModelError, match=f"model.path {path}: no such folder"):
         find_model(ModelConfig(path=path))
 

@@ -1,7 +1,5 @@
 """Conversations -> token ids: exactly the template's control tokens, exactly the text, once."""
 
-import json
-import shutil
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -9,13 +7,10 @@ from typing import Any
 import pytest
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
-from tokenizers import AddedToken, Tokenizer
 
-from spin_ray.config.sections import ModelConfig
 from spin_ray.errors import ModelError
 from spin_ray.inputs.embedded import resolve
-from spin_ray.inputs.rendering import ChatRenderer, Rendered, RenderError, load_tokenizer, open_renderer
-from spin_ray.inputs.tokenizer_file import warn_of_other_tokens
+from spin_ray.inputs.rendering import ChatRenderer, Rendered, RenderError, load_tokenizer
 from spin_ray.run_dir.cache import cache_root
 
 TINY, SMOLLM2 = "tiny-llama", "smollm2-135m-instruct"
@@ -309,38 +304,6 @@ def test_a_template_sees_added_words_of_the_text():
     assert "hm" not in tokenizer.decode(rendered.prompt_ids)
 
 
-def test_a_name_beside_a_token_that_is_none_beside_a_word_is_text():
-    """``single_word`` asks for the characters around a token, which an alias must not change."""
-    tokenizer = fresh_tokenizer()
-    tokenizer.add_tokens([AddedToken("[x]", single_word=True, normalized=False)])
-    renderer = ChatRenderer(tokenizer)
-    messages = [user("[x]"), assistant("<|im_start|>[x]")]
-    assert renderer.render(messages).prompt_ids == renderer.render_prompt(messages[:-1])
-    assert tokenizer.convert_tokens_to_ids("[x]") in renderer.render(messages).real_ids
-    own = json.loads(tokenizer.backend_tokenizer.to_str())
-    for token in own["added_tokens"]:
-        token["single_word"] = token["content"] == "<|im_end|>"
-    strict = fresh_tokenizer()
-    strict._tokenizer = Tokenizer.from_str(json.dumps(own))
-    (found,) = ChatRenderer(strict).render_all([[user("a"), assistant("x<|im_end|>y")]])
-    assert isinstance(found, RenderError) and "takes for the control token" in str(found)
-
-
-def test_a_mark_that_is_no_token_beside_a_word_parts_no_texts():
-    own = json.loads(fresh_tokenizer().backend_tokenizer.to_str())
-    for token in own["added_tokens"]:
-        token["single_word"] = token["content"] == "<|im_end|>"
-    tokenizer = fresh_tokenizer("{% for m in messages %}{{ m.role + ' ' + m.content }}<|im_end|>{% endfor %}"
-                                "{% if add_generation_prompt %}assistant {% endif %}")  # fmt: skip
-    tokenizer._tokenizer = Tokenizer.from_str(json.dumps(own))
-    renderer = ChatRenderer(tokenizer)
-    assert renderer._ending is None, "what stands before the mark may change the tokens behind it"
-    for asked in ("?", "</think>", "a<", "..."):
-        (rendered,) = renderer.render_all([[user(asked), assistant("Yes.")]])
-        ours = rendered.prompt_ids + rendered.real_ids
-        assert ours == template_ids(tokenizer, [user(asked), assistant("Yes.")])[: len(ours)]
-
-
 def test_a_tokenizer_that_splits_control_tokens_is_refused_by_the_name_of_the_setting():
     with pytest.raises(ModelError, match="has split_special_tokens, by which the control tokens"):
         ChatRenderer(fresh_tokenizer(split_special_tokens=True))
@@ -355,6 +318,14 @@ def test_a_template_may_refuse_a_conversation():
     renderer = ChatRenderer(fresh_tokenizer(template))
     with pytest.raises(RenderError, match="not this one"):
         renderer.render([user("no"), assistant("x")])
+
+
+def test_an_error_within_a_template_is_told_by_its_kind():
+    template = "{% if 1 // (messages[0].content | length - 3) %}{% endif %}"
+    template += "{% for m in messages %}{{ m.content }}<|im_end|>{% endfor %}"
+    renderer = ChatRenderer(fresh_tokenizer(template))
+    with pytest.raises(RenderError, match="refuses it: ZeroDivisionError: "):
+        renderer.render([user("why"), assistant("x")])
 
 
 def test_a_tokenizer_without_a_template_is_an_error_with_the_remedy():
@@ -393,39 +364,6 @@ def test_a_template_file_that_cannot_be_read_is_named(tmp_path, content):
         path.write_bytes(content)
     with pytest.raises(ModelError, match=r"chat\.jinja: cannot be read"):
         load_tokenizer(resolve(f"embedded:{TINY}"), chat_template=str(path))
-
-
-def folder_of_class(folder: Path, name: str) -> Path:
-    shutil.copytree(resolve(f"embedded:{TINY}"), folder)
-    config = json.loads((folder / "tokenizer_config.json").read_text()) | {"tokenizer_class": name}
-    (folder / "tokenizer_config.json").write_text(json.dumps(config))
-    return folder
-
-
-@pytest.mark.parametrize(
-    ("name", "said"), [("LlamaTokenizerFast", "loses text that tokenizer.json keeps"), ("GemmaTokenizer", "fails as a")]
-)
-def test_a_class_that_loses_what_tokenizer_json_keeps_is_refused_with_the_cure(tmp_path, name, said):
-    """DeepSeek R1's distillates name LlamaTokenizerFast beside a byte-level tokenizer.json."""
-    folder = folder_of_class(tmp_path / "model", name)
-    with pytest.raises(ModelError, match=said) as caught:
-        open_renderer(str(folder), ModelConfig(path=str(folder)))
-    assert "set tokenizer_class to PreTrainedTokenizerFast in tokenizer_config.json" in str(caught.value)
-    cured = folder_of_class(tmp_path / "cured", "PreTrainedTokenizerFast")
-    renderer = open_renderer(str(cured), ModelConfig(path=str(cured)))
-    assert renderer.render([user("a\n b"), assistant("c")]) == renderer_of(TINY).render([user("a\n b"), assistant("c")])
-    assert warn_of_other_tokens(renderer.tokenizer, cured) is None
-
-
-def test_a_tokenizer_that_fails_on_a_text_is_named(tmp_path):
-    folder = folder_of_class(tmp_path / "model", "GemmaTokenizer")  # its unknown token is not in the vocabulary
-    with pytest.raises(ModelError, match="model: its tokenizer fails on a text"):
-        ChatRenderer(load_tokenizer(str(folder)))
-
-
-def test_a_class_that_makes_other_tokens_is_told(tmp_path):
-    folder = folder_of_class(tmp_path / "model", "LlamaTokenizerFast")
-    assert "makes other tokens" in str(warn_of_other_tokens(load_tokenizer(str(folder)), folder))
 
 
 @pytest.mark.parametrize("damage", ["{", "{}", ""])
