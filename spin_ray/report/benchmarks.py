@@ -162,12 +162,12 @@ def _measure_at_endpoint(request: Request) -> dict[str, Any]:
     except UserError:
         raise
     except Exception as error:  # errors of lm-eval, of its HTTP clients, and from unexpected answers
+        kind = error.kind if isinstance(error, Unanswered) else StageError
         said = str(error) if isinstance(error, Unanswered) else f"{type(error).__name__}: {first_line(error)}"
-        raise StageError(f"{hide_in_text(endpoint)}: lm-eval failed on {request.name}: {hide_in_text(said)}") from error
+        raise kind(f"{hide_in_text(endpoint)}: lm-eval failed on {request.name}: {hide_in_text(said)}") from error
 
 
 def _measure_on_ray(run_dir: RunDir, iterate: int, request: Request, config: SpinConfig) -> Iterator[dict[str, Any]]:
-    """Yields the results of each Ray task; a failed one is told after the others."""
     import ray
     import ray.exceptions
 
@@ -177,22 +177,39 @@ def _measure_on_ray(run_dir: RunDir, iterate: int, request: Request, config: Spi
     task = ray.remote(max_calls=1)(_measure_there).options(**task_options(resources, retries=0))
     parts = split(request, config.generation.replicas if request.backend == "vllm" else config.train.workers)
     running = {task.remote(run_dir, iterate, part): part for part in parts}
-    failed: StageError | None = None
-    while running:
-        [ended], _ = ray.wait(list(running))
-        part = running.pop(ended)
-        try:
-            found = ray.get(ended)
-        except ray.exceptions.RayError as error:
-            cause = getattr(error, "cause", None)
-            if isinstance(cause, UserError):
-                raise cause from error
-            tasks = ",".join(benchmark.task for benchmark in part.benchmarks)
-            failed = StageError(f"lm-eval failed on {request.name}, --tasks {tasks}: {last_line(error)}")
-        else:
+
+    def ended() -> Iterator[tuple[Request, dict[str, Any] | Exception]]:
+        while running:
+            [first], _ = ray.wait(list(running))
+            part = running.pop(first)
+            try:
+                yield part, ray.get(first)
+            except ray.exceptions.RayError as error:
+                cause = getattr(error, "cause", None)
+                yield part, cause if isinstance(cause, UserError) else error
+
+    yield from results_of(ended())
+
+
+def results_of(parts: Iterable[tuple[Request, dict[str, Any] | Exception]]) -> Iterator[dict[str, Any]]:
+    """Yields the results of each part; failures are told together after the last part.
+
+    Raises:
+        UserError: the user must mend at least one of the failed parts.
+        StageError: parts failed for other reasons.
+    """
+    failures: dict[str, type[UserError | StageError]] = {}
+    for part, found in parts:
+        if isinstance(found, dict):
             yield found
-    if failed:
-        raise failed
+        elif isinstance(found, UserError):
+            failures[str(found)] = UserError
+        else:
+            tasks = ",".join(benchmark.task for benchmark in part.benchmarks)
+            failures[f"lm-eval failed on {part.name}, --tasks {tasks}: {last_line(found)}"] = StageError
+    if failures:
+        kind = UserError if UserError in failures.values() else StageError
+        raise kind("; ".join(failures))
 
 
 def _measure_there(run_dir: RunDir, iterate: int, request: Request) -> dict[str, Any]:

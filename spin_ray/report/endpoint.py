@@ -10,7 +10,7 @@ from email.utils import parsedate_to_datetime
 from time import time
 from typing import Any
 
-from spin_ray.errors import first_line
+from spin_ray.errors import ConfigError, StageError, first_line
 from spin_ray.report.redaction import hide_in_text
 
 LOOK_S = 5.0
@@ -33,11 +33,13 @@ class Unanswered(Exception):
     Attributes:
         retry_s: seconds after which the server may answer; None: the same request will fail again.
         is_silence: the server said nothing in the time that it had.
+        kind: error of a command that ends so; the user's where the same request will fail again.
     """
 
     def __init__(self, reason: str, retry_s: float | None = None, *, is_silence: bool = False) -> None:
         super().__init__(hide_in_text(reason))
         self.retry_s, self.is_silence = retry_s, is_silence
+        self.kind: type[ConfigError | StageError] = ConfigError if retry_s is None else StageError
 
 
 def unreachable(endpoint: str, timeout_s: float = LOOK_S) -> str | None:

@@ -10,7 +10,7 @@ from typing import Any, Literal
 
 from spin_ray.config.sections import EngineConfig
 from spin_ray.errors import ConfigError
-from spin_ray.report.endpoint import ask
+from spin_ray.report.endpoint import Unanswered, ask
 from spin_ray.report.redaction import hide_in_text
 from spin_ray.runtime import cpu
 from spin_ray.runtime.engine import platform, prepare_process
@@ -68,12 +68,16 @@ def measure(request: Request) -> dict[str, Any]:
 
     Raises:
         ConfigError: lm-eval is missing, or does not know a task.
-        Unanswered: the endpoint does not answer this model's name.
+        Unanswered: the endpoint refuses this model's name, or is silent.
     """
     if request.endpoint:  # before the imports, which take seconds, and lm-eval's own tries, which take minutes
         question = {"messages": [{"role": "user", "content": "1"}]} if request.chat else {"prompt": "1"}
         asked = {"model": request.name, "max_tokens": 1} | question
-        ask(request.endpoint, _route(request), asked, _FIRST_ANSWER_S)
+        try:
+            ask(request.endpoint, _route(request), asked, _FIRST_ANSWER_S)
+        except Unanswered as error:
+            if error.retry_s is None or error.is_silence:
+                raise  # a server that is busy for a moment is asked again by lm-eval
     _prepare_process(request)
     try:
         from lm_eval import simple_evaluate

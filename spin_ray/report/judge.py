@@ -128,7 +128,7 @@ def run(run_dir: RunDir, config: SpinConfig, one: str, other: str, judge: Judge,
     summary). Skips questions that this judge has answered.
 
     Raises:
-        ConfigError: both are one iterate, or no prompt has samples of both.
+        ConfigError: both are one iterate, no prompt has samples of both, or the endpoint refuses key or model.
         StageError: the endpoint does not answer.
     """
     if one == other:
@@ -154,6 +154,7 @@ def _ask_all(judge: Judge, questions: Sequence[Question], kept: Kept) -> None:
     """Adds the judgements of all questions to ``kept``; after a failure, of those that were being asked.
 
     Raises:
+        ConfigError: the server refused a question, and would again.
         StageError: the server gave no judgement.
     """
     asking = _Asking(judge)
@@ -170,7 +171,7 @@ def _ask_all(judge: Judge, questions: Sequence[Question], kept: Kept) -> None:
                     logger.info("%d of %d questions judged", done, len(found))
         except Unanswered as error:
             said = "; what was judged is kept: the same command asks only what is left" if done else ""
-            raise StageError(f"{hide_in_text(judge.endpoint)}: gave no judgement ({error}){said}") from error
+            raise error.kind(f"{hide_in_text(judge.endpoint)}: gave no judgement ({error}){said}") from error
         finally:
             asking.gone.set()  # nobody waits for another try
             for future in found:
@@ -240,6 +241,7 @@ class _Asking:
         self.gone = threading.Event()
         """Set when nobody waits for answers any more."""
         self._failure: Unanswered | None = None
+        self._sampling: dict[str, Any] = {"temperature": 0}
 
     def judge(self, question: Question) -> Judgement:
         """Raises Unanswered if the server gives no answer, or gave none to an earlier question."""
@@ -260,19 +262,28 @@ class _Asking:
     def _answer(self, task: str) -> str:
         """Asks a busy server again; one that is silent, only if it has answered before."""
         judge = self._judge
-        body: dict[str, Any] = {"model": judge.model, "messages": [{"role": "user", "content": task}], "temperature": 0}
         for attempt in range(judge.tries):
             try:
-                return _content(ask(judge.endpoint, "chat/completions", body, judge.timeout_s))
+                return _content(self._ask(task))
             except Unanswered as error:
-                if error.retry_s is None and "temperature" in str(error) and body.pop("temperature", None) is not None:
-                    continue  # reasoning models allow only their own
                 last = attempt + 1 == judge.tries or (error.is_silence and not self._heard.is_set())
                 if error.retry_s is None or last or error.retry_s > judge.longest_wait_s:
                     raise
                 if self.gone.wait(max(error.retry_s, judge.wait_s * 2**attempt)):
                     raise
         raise Unanswered(f"no answer in {judge.tries} tries")
+
+    def _ask(self, task: str) -> Any:
+        """Asks once; again, and all further questions, without a temperature if the model allows only its own."""
+        judge, messages = self._judge, [{"role": "user", "content": task}]
+        body = {"model": judge.model, "messages": messages, **self._sampling}
+        try:
+            return ask(judge.endpoint, "chat/completions", body, judge.timeout_s)
+        except Unanswered as error:
+            if error.retry_s is not None or "temperature" not in body or "temperature" not in str(error):
+                raise
+        self._sampling = {}
+        return self._ask(task)
 
 
 def _content(answer: Any) -> str:

@@ -11,9 +11,12 @@ from pydantic_core import PydanticCustomError
 MAX_CHOICES = 16
 """Most prompts in a request, and most answers (``n``) to each."""
 MAX_STOPS = 4
-_NOTHING: dict[str, Any] = {
-    "tool_choice": "none", "modalities": ["text"], "best_of": 1, "suffix": "", "repetition_penalty": 1, "min_tokens": 0,
-    "ignore_eos": False, "skip_special_tokens": True, "include_obfuscation": False,
+_NOTHING: dict[str, tuple[Any, ...]] = {
+    "tool_choice": ("none", "auto"), "function_call": ("none", "auto"), "parallel_tool_calls": (True, False),
+    "modalities": (["text"],), "best_of": (1,), "suffix": ("",), "echo": (False,), "min_tokens": (0,),
+    "repetition_penalty": (1,), "length_penalty": (1,), "use_beam_search": (False,), "ignore_eos": (False,),
+    "skip_special_tokens": (True,), "spaces_between_special_tokens": (True,), "include_stop_str_in_output": (False,),
+    "include_obfuscation": (False,),
 }  # fmt: skip
 """Values by which fields that are not offered ask for nothing, besides null and what is empty."""
 _LABELS = ("user", "metadata", "store", "service_tier", "safety_identifier", "prompt_cache_key")
@@ -58,7 +61,7 @@ class Body(BaseModel):
         return {
             key: value
             for key, value in given.items()
-            if key in cls.model_fields or value not in (None, [], {}, _NOTHING.get(key))
+            if key in cls.model_fields or value not in (None, [], {}, *_NOTHING.get(key, ()))
         }
 
 
@@ -158,7 +161,7 @@ class ChatBody(Request):
 
     @model_validator(mode="after")
     def _top_of_logprobs(self) -> Self:
-        if self.top_logprobs is not None and not self.logprobs:
+        if self.top_logprobs and not self.logprobs:
             raise PydanticCustomError("top_logprobs", "top_logprobs: needs logprobs to be true")
         return self
 

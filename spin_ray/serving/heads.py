@@ -1,6 +1,7 @@
-"""Limits of a request's head, its line and headers, before any key is read: uvicorn sets none."""
+"""Limits of a request's head, its URL and headers, before any key is read: uvicorn sets none."""
 
 import asyncio
+import sys
 from typing import Any
 
 from uvicorn.protocols.http.httptools_impl import STATUS_LINE, HttpToolsProtocol
@@ -8,7 +9,7 @@ from uvicorn.protocols.http.httptools_impl import STATUS_LINE, HttpToolsProtocol
 from spin_ray.serving.errors import Refusal
 
 LONGEST_HEAD = 2**16
-"""Most bytes of a head, as far as it came without its end."""
+"""Most bytes of URL and headers, of trailers, and of what comes without ending a head or adding to a body."""
 HEAD_S = 30.0
 """Longest time from a head's first byte, or from the connection, to its end, in seconds."""
 
@@ -17,41 +18,88 @@ class LimitedHeads(HttpToolsProtocol):
     """A connection that is closed with 431 after too long a head, and with 408 after too slow a one.
 
     One on which nothing has come is closed without words: browsers open some in advance and show what they find there.
+    Trailers, which follow a body in chunks, are dropped. Offers of another protocol are ignored.
     """
 
     def __init__(self, *arguments: Any, **options: Any) -> None:
         super().__init__(*arguments, **options)
-        self._is_in_head, self._length, self._piece = False, 0, 0
+        self._is_in_head, self._is_offer, self._has_moved = False, False, False
+        self._fields, self._waiting = 0, 0
         self._timer: asyncio.TimerHandle | None = None
+        self._piece, self._rest = b"", b""
 
     def connection_made(self, transport: Any) -> None:
         super().connection_made(transport)
-        self._timer = self.loop.call_later(HEAD_S, self._give_up, 408)
+        self._start_timer()
 
     def connection_lost(self, exc: Exception | None) -> None:
         self._stop_timer()
         super().connection_lost(exc)
 
     def data_received(self, data: bytes) -> None:
-        self._piece = len(data)
-        super().data_received(data)
-        self._length += len(data)
-        if self._is_in_head and self._length > LONGEST_HEAD:
+        self._has_moved, self._rest = False, data
+        while self._rest:
+            self._piece, self._rest = self._rest, b""
+            super().data_received(self._piece)
+        self._waiting = 0 if self._has_moved else self._waiting + len(data)
+        if self._waiting > LONGEST_HEAD:
             self._give_up(431)
+
+    def send_400_response(self, msg: str) -> None:
+        if not self.transport.is_closing():
+            super().send_400_response(msg)
 
     def on_message_begin(self) -> None:
         super().on_message_begin()
-        self._is_in_head = True
-        self._timer = self._timer or self.loop.call_later(HEAD_S, self._give_up, 408)
+        self._is_in_head, self._fields = True, 0
+        self._start_timer()
+
+    def on_url(self, url: bytes) -> None:
+        super().on_url(url)
+        self._count(len(url))
+
+    def on_header(self, name: bytes, value: bytes) -> None:
+        self._count(len(name) + len(value) + len(": \r\n"))
+        if self._is_in_head:
+            super().on_header(name, value)
 
     def on_headers_complete(self) -> None:
-        self._is_in_head = False
-        self._stop_timer()
-        super().on_headers_complete()
+        self._is_offer = self.parser.should_upgrade() and self.parser.get_method() != b"CONNECT"
+        if not self._is_offer:
+            self._is_in_head, self._has_moved, self._fields = False, True, 0
+            self._stop_timer()
+            super().on_headers_complete()
+
+    def on_body(self, body: bytes) -> None:
+        self._has_moved = True
+        super().on_body(body)
 
     def on_message_complete(self) -> None:
-        self._length = -self._piece  # what this piece has of the next head is not counted
-        super().on_message_complete()
+        if not self._is_offer:
+            self._has_moved = True
+            super().on_message_complete()
+
+    def _unsupported_upgrade_warning(self) -> None:
+        """Reads a request that offers ``h2c``, as Java's client does, again without the offer (RFC 9110, 7.8).
+
+        The parser takes what follows the head for the other protocol; its error says where that begins.
+        """
+        error = sys.exc_info()[1]
+        if not self._is_offer or error is None:
+            return
+        head = [self.parser.get_method(), b" ", self.url, f" HTTP/{self.parser.get_http_version()}\r\n".encode()]
+        head += [name + b": " + value + b"\r\n" for name, value in self.headers if name != b"upgrade"]
+        self._rest = b"".join([*head, b"\r\n", self._piece[error.args[0] :]])
+
+    def _count(self, length: int) -> None:
+        """Counts a part of a head, or of trailers; stops the parser by an error after too many."""
+        self._fields += length
+        if self._fields > LONGEST_HEAD:
+            self._give_up(431)
+            raise ValueError("a head that is too long")
+
+    def _start_timer(self) -> None:
+        self._timer = self._timer or self.loop.call_later(HEAD_S, self._give_up, 408)
 
     def _stop_timer(self) -> None:
         if self._timer is not None:
@@ -63,9 +111,12 @@ class LimitedHeads(HttpToolsProtocol):
         if self.transport.is_closing():
             return
         is_answering = self.cycle is not None and not self.cycle.response_complete  # words would garble the answer
+        if status == 408 and is_answering:  # which may keep the head's end in the socket
+            self._start_timer()
+            return
         if self._is_in_head and not is_answering:
             limit = f"{LONGEST_HEAD} bytes" if status == 431 else f"{HEAD_S:g} s"
-            response = Refusal(status, f"The request's line and headers took more than {limit}").response()
+            response = Refusal(status, f"The request's URL and headers took more than {limit}").response()
             head = [STATUS_LINE[status], b"connection: close\r\n"]
             head += [name + b": " + value + b"\r\n" for name, value in response.raw_headers]
             self.transport.write(b"".join([*head, b"\r\n", bytes(response.body)]))

@@ -284,9 +284,10 @@ def _for_adapters(config: SpinConfig, folder: Path) -> dict[str, Any]:
     lora = config.train.lora
     if not config.commits_adapters or lora is None:
         return {}
-    names = layer_names(folder) if isinstance(lora.target_modules, str) else sorted(lora.target_modules)
+    names = layer_names(folder) if isinstance(lora.target_modules, str) else lora.target_modules
+    last = {name.rpartition(".")[2] for name in names}  # vLLM finds no layer by a part of its name in the model
     most = min(config.iterations, MOST_ADAPTERS)
-    return lora_arguments(lora.rank, most=most) | {"lora_target_modules": names}
+    return lora_arguments(lora.rank, most=most) | {"lora_target_modules": sorted(last)}
 
 
 def _cpu_engine() -> Any:

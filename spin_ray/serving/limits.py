@@ -197,7 +197,8 @@ class Slots:
         """Lets one request pass, then the event loop look after its sockets before the next one passes.
 
         A batch of answers ends at once, and as many requests come in: to hand all of them to engines in one go keeps
-        refusals and health checks waiting.
+        refusals and health checks waiting. A request that waits for its turn counts as one place, also if it asks for
+        more: ``take`` may still refuse a comparison after its turn.
 
         Raises:
             Refusal: requests that wait for their turn will take all places (503).

@@ -31,10 +31,15 @@ def answer(method: str, path: str, **asked: Any) -> httpx.Response:
 def test_fields_that_ask_for_nothing_are_let_through_and_others_are_named() -> None:
     nothing = {"tool_choice": "none", "modalities": ["text"], "repetition_penalty": 1.0, "min_tokens": 0, "tools": []}
     assert answer("POST", CHAT, json=HELLO | nothing).status_code == 200
+    nothing |= {"tool_choice": "auto", "function_call": "none", "parallel_tool_calls": True, "use_beam_search": False}
+    nothing |= {"length_penalty": 1.0, "include_stop_str_in_output": False, "spaces_between_special_tokens": True}
+    nothing |= {"logprobs": False, "top_logprobs": 0, "echo": False}
+    assert answer("POST", CHAT, json=HELLO | nothing | {"parallel_tool_calls": False}).status_code == 200
     streamed = {"stream": True, "stream_options": {"include_obfuscation": False, "include_usage": True}}
     assert answer("POST", CHAT, json=HELLO | streamed).status_code == 200
     assert answer("POST", COMPLETIONS, json={"model": "sft", "prompt": "a", "best_of": 1}).status_code == 200
-    for field, value in (("tool_choice", "auto"), ("best_of", 2), ("repetition_penalty", 1.1), ("ignore_eos", True)):
+    steering = {"tool_choice": "required", "best_of": 2, "repetition_penalty": 1.1, "ignore_eos": True, "echo": True}
+    for field, value in steering.items():
         response = answer("POST", CHAT, json=HELLO | {field: value})
         assert response.status_code == 400
         assert response.json()["error"]["message"] == f"{field}: is not supported here"

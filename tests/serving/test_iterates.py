@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from vllm.lora.utils import is_in_target_modules
 
 from spin_ray.config.load import override
 from spin_ray.errors import ConfigError, DataError, RunDirError
@@ -18,7 +19,7 @@ from spin_ray.run_dir.run_dir import RunDir
 from spin_ray.run_dir.storage import folder_digest
 from spin_ray.serving.app import build
 from spin_ray.serving.batch import compare_rows, read_rows
-from spin_ray.serving.iterate_engine import build_engine
+from spin_ray.serving.iterate_engine import _for_adapters, build_engine
 from spin_ray.serving.iterates import open_iterate, wanted
 from spin_ray.serving.server import check_settings, start, with_room
 from tests.support.fake_engines import FakeEngines
@@ -143,6 +144,24 @@ def test_replicas_and_autoscaling_of_an_engine_are_the_configs(run: RunDir, monk
     scaling = options(max_replicas="4", target_ongoing_requests="5")._deployment_config.autoscaling_config
     assert (scaling.min_replicas, scaling.max_replicas, scaling.target_ongoing_requests) == (1, 4, 5)
     assert sum(bundle["CPU"] for bundle in fixed._replica_config.placement_group_bundles) == 3
+
+
+@pytest.mark.parametrize(
+    ("targets", "names"),
+    [
+        ("all-linear", ["down_proj", "gate_proj", "k_proj", "o_proj", "q_proj", "up_proj", "v_proj"]),
+        (["self_attn.q_proj", "model.layers.1.self_attn.q_proj", "down_proj"], ["down_proj", "q_proj"]),
+    ],
+)
+def test_an_engine_of_adapters_names_layers_as_vllm_does(run: RunDir, targets: Any, names: list[str]) -> None:
+    """vLLM's own function finds the layers."""
+    lora = {"rank": 4, "merge": False, "target_modules": targets}
+    config = tiny_config(train={"global_batch_pairs": 8, "lora": lora})
+    found = _for_adapters(config, open_iterate(run, "sft").folder)["lora_target_modules"]
+    assert found == names
+    packed = {"qkv_proj": ["q_proj", "k_proj", "v_proj"]}
+    assert is_in_target_modules("model.layers.0.self_attn.qkv_proj", found, packed)
+    assert not is_in_target_modules("lm_head", found, packed)
 
 
 def test_an_embedded_ray_has_room_for_the_engine_that_replaces_another(run: RunDir) -> None:

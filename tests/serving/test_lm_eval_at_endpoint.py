@@ -9,7 +9,7 @@ from tests.support.served import Served
 
 pytest.importorskip("lm_eval")
 pytest.importorskip("tenacity")
-from spin_ray.errors import StageError
+from spin_ray.errors import ConfigError
 from spin_ray.report import benchmarks
 from spin_ray.report.benchmarks import parse_benchmarks
 from spin_ray.report.harness import Request
@@ -74,6 +74,6 @@ def test_a_model_that_does_not_serve_is_an_error_in_one_line(served: Served, tmp
         model=served.run.description()["start_model"], name="iter-7", endpoint=f"{served.url}/v1", max_length=256,
         include=str(tmp_path), benchmarks=parse_benchmarks(["spin_ray_echoes:0"]),
     )  # fmt: skip
-    with pytest.raises(StageError, match="lm-eval failed on iter-7") as raised:
+    with pytest.raises(ConfigError, match="lm-eval failed on iter-7") as raised:
         benchmarks.run(served.run, served.run.config(), 0, request)
     assert "\n" not in str(raised.value)

@@ -5,9 +5,9 @@ from datetime import datetime
 
 import pytest
 
-from spin_ray.errors import ConfigError, StageError
+from spin_ray.errors import ConfigError, StageError, UserError
 from spin_ray.report import benchmarks
-from spin_ray.report.benchmarks import PRESETS, averages, parse_benchmarks, request_for, split
+from spin_ray.report.benchmarks import PRESETS, averages, parse_benchmarks, request_for, results_of, split
 from spin_ray.report.harness import Benchmark, Request, _model, measure
 from tests.support.fakes import config_of
 from tests.support.made_up_run import made_up_run
@@ -91,6 +91,26 @@ def test_results_are_kept_though_another_task_fails(tmp_path, monkeypatch):
     with pytest.raises(StageError, match="--tasks two: out of memory"):
         benchmarks.run(run, run.config(), 0, request)
     assert run.evaluation(0)["benchmarks"]["one"] == result
+
+
+def test_failed_parts_are_told_together_after_the_others():
+    """What the user must mend decides the kind of error."""
+    request = request_for(config_of(), 0, "/m", benchmarks=parse_benchmarks(["one", "two", "three"]))
+    one, two, three = split(request, 3)
+    found = []
+
+    def ended(*parts):
+        found.clear()
+        for each in results_of(parts):
+            found.append(each)
+
+    with pytest.raises(StageError, match=r"sft, --tasks one: no memory; .*sft, --tasks three: no disk"):
+        ended((one, RuntimeError("no memory")), (two, {"two": 1}), (three, RuntimeError("no disk")))
+    assert found == [{"two": 1}]
+    unknown = ConfigError("--tasks: lm-eval knows no one")
+    with pytest.raises(UserError, match=r"knows no one; lm-eval failed on sft, --tasks three: no disk"):
+        ended((one, unknown), (three, RuntimeError("no disk")), (two, {"two": 1}))
+    assert found == [{"two": 1}]
 
 
 def test_a_dead_endpoint_is_named_before_lm_eval_starts(tmp_path):

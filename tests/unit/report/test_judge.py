@@ -145,7 +145,7 @@ def test_what_was_said_before_a_failure_is_kept_and_not_asked_again(tmp_path, en
     busy[4] = 400
     run = made_up_run(tmp_path / "run")
     judged = Judge(endpoint=url, model="j", parallel=1, wait_s=0.01)
-    with pytest.raises(StageError, match="gave no judgement"):
+    with pytest.raises(ConfigError, match="gave no judgement"):
         judge.run(run, run.config(), "iter_001", "sft", judged, limit=9)
     kept = run.storage.read("judgements/iter_001-sft.jsonl").decode().splitlines()
     before = len(asked)

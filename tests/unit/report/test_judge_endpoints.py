@@ -1,10 +1,12 @@
 """Servers of a judge that do not judge: each is named with its cure, and what was judged is kept."""
 
 import json
+import sys
 import threading
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
@@ -12,7 +14,7 @@ from typing import Any
 import pytest
 
 from spin_ray.errors import ConfigError, StageError
-from spin_ray.report import judge
+from spin_ray.report import benchmarks, harness, judge
 from spin_ray.report.endpoint import Unanswered, _retry_after
 from spin_ray.report.harness import Benchmark, Request, measure
 from spin_ray.report.judge import Judge
@@ -84,7 +86,9 @@ def judged(folder: Path, url: str, **options: Any) -> dict[str, Any]:
     ],
 )  # fmt: skip
 def test_a_server_that_refuses_is_named_at_once_with_its_cure(tmp_path: Path, answer: Answer, told: str) -> None:
-    with server(answer, models=("big", "small")) as (url, asked), pytest.raises(StageError) as caught:
+    """What would be refused again is the user's error; a busy server may answer later."""
+    kind = StageError if answer[0] == 429 else ConfigError
+    with server(answer, models=("big", "small")) as (url, asked), pytest.raises(kind) as caught:
         judged(tmp_path, url)
     assert told in str(caught.value) and str(caught.value).startswith(f"{url}: gave no judgement (")
     assert "\n" not in str(caught.value) and len(asked) == 1
@@ -137,8 +141,8 @@ def test_equal_replies_are_judged_in_both_orders_also_after_a_failure(tmp_path: 
 
 def test_a_model_with_a_temperature_of_its_own_is_asked_without_one(tmp_path: Path) -> None:
     with server(refusal(400, "Unsupported value: 'temperature'"), FIRST) as (url, asked):
-        assert judged(tmp_path, url)["contradicting"] == 3
-    assert ["temperature" in body for body in asked[:2]] == [True, False]
+        assert judged(tmp_path, url, tries=1)["contradicting"] == 3
+    assert ["temperature" in body for body in asked] == [True] + [False] * 6
 
 
 def test_an_iterate_is_not_judged_against_itself(tmp_path: Path) -> None:
@@ -151,3 +155,25 @@ def test_an_endpoint_without_the_iterate_is_named_before_lm_eval_starts() -> Non
     with server(refusal(404, "no iter-7"), models=("sft",)) as (url, asked), pytest.raises(Unanswered) as caught:
         measure(Request(model="m", name="iter-7", endpoint=url, benchmarks=(Benchmark("gsm8k", 0),)))
     assert "HTTP 404: no iter-7; the server has sft" in str(caught.value) and len(asked) == 1
+
+
+def test_lm_eval_starts_though_the_endpoint_is_busy_for_a_moment(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A silent endpoint is an error: lm-eval would wait for it far longer."""
+    monkeypatch.setitem(sys.modules, "lm_eval", None)  # its import takes seconds
+    request = Request(model="m", name="sft", endpoint="", benchmarks=(Benchmark("gsm8k", 0),))
+    for status in (429, 503):
+        busy = refusal(status, "busy", **{"Retry-After": "1"})
+        with server(busy) as (url, asked), pytest.raises(ConfigError, match="lm-eval is not installed"):
+            measure(replace(request, endpoint=url))
+        assert len(asked) == 1
+    monkeypatch.setattr(harness, "_FIRST_ANSWER_S", 0.2)
+    held = threading.Event()
+    with server((200, JSON, held)) as (url, _), pytest.raises(Unanswered, match=r"no answer within 0.2 s"):
+        measure(replace(request, endpoint=url))
+    held.set()
+
+
+def test_an_endpoint_that_refuses_the_key_is_the_users_error_for_eval(tmp_path: Path) -> None:
+    run = made_up_run(tmp_path)
+    with server(refusal(401, "Incorrect API key")) as (url, _), pytest.raises(ConfigError, match="set OPENAI_API_KEY"):
+        benchmarks.run(run, run.config(), 0, benchmarks.request_for(run.config(), 0, "/m", benchmarks=(), endpoint=url))
