@@ -13,6 +13,8 @@ from spin_ray.runtime import cpu
 
 # One process starts several clusters; token mode has a test of its own.
 os.environ.setdefault("RAY_AUTH_MODE", "disabled")
+# Threads that outlive a Ray of the tests would start another one, and die with it: Ray ends the process then.
+os.environ.setdefault("RAY_ENABLE_AUTO_CONNECT", "0")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 cpu.prepare(threads=1)
 
