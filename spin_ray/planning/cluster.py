@@ -1,5 +1,6 @@
 """The cluster of a plan."""
 
+import re
 from dataclasses import dataclass, replace
 from math import ceil, floor
 
@@ -48,8 +49,8 @@ def devices_of(config: SpinConfig, cluster: Cluster) -> Devices:
 
 
 def name_of_gpu(given: str) -> str:
-    """Returns the name in ``GPUS``, which may be given without hyphens, in small letters or without its memory."""
-    wanted = given.replace("-", "").casefold()
+    """Returns the name in ``GPUS``, given with or without hyphens, in any letters, perhaps without its memory."""
+    wanted = re.sub("[- ]", "", given).casefold()
     plain = {name: name.replace("-", "").casefold() for name in GPUS}
     exact = [name for name, short in plain.items() if short == wanted]
     found = exact or [name for name, short in plain.items() if short.startswith(wanted) and wanted[-1:].isdigit()]

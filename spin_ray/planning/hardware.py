@@ -69,6 +69,9 @@ _BOARDS = (
     ("B200", 2250, 75, 180, 8000, 900, 50, 64),
     ("L4", 121, 30.3, 24, 300, 32, 100 / 8 / 8, 32),
     ("L40S", 362, 91.6, 48, 864, 32, 400 / 8 / 8, 32),
+    ("A10", 125, 31.2, 24, 600, 32, ETHERNET / GB, 32),
+    ("RTX-A6000", 154.8, 38.7, 48, 768, 32, ETHERNET / GB, 32),
+    ("RTX-3090", 71, 35.6, 24, 936, 32, ETHERNET / GB, 32),
     ("RTX-4090", 165.2, 82.6, 24, 1008, 32, ETHERNET / GB, 32),
     ("RTX-5090", 209.5, 104.8, 32, 1792, 64, ETHERNET / GB, 64),
 )
@@ -82,14 +85,16 @@ GPUS = {
 """Dense rates of NVIDIA's data sheets; RTX cards with sums in fp32. None is measured here.
 
 A100, H100, H200: data sheets of the SXM boards (2021, 2022, 2024). B200: a GPU of DGX B200 (data sheet, 2024).
-L4, L40S: data sheets (2023), PCIe 4.0 x16. RTX 4090: white paper of Ada (2022).
+L4, L40S: data sheets (2023), PCIe 4.0 x16. A10 (2021), RTX A6000 (2020): data sheets. RTX 3090: white paper of
+Ampere GA102 (2020). RTX 4090: white paper of Ada (2022).
 RTX 5090: white paper of RTX Blackwell (2025), PCIe 5.0 x16.
 Network: DGX A100 has 8 adapters of 200 Gb/s for 8 GPUs; DGX H100, H200 and B200 have 8 of 400 Gb/s (their data sheets).
 L4 and L40S: 100 and 400 Gb/s for 8 GPUs (AWS g6.48xlarge, g6e.48xlarge). RTX cards: ``ETHERNET``.
 
 Compared in November 2026 with copies of the data sheets and MLPerf's descriptions of systems: H200, L40S, RTX 4090 and
 5090 agree, as do B200's bf16, memory, links and network (MLPerf inference 6.0). B200's fp32 is 80 TFLOP/s in NVIDIA's
-technical brief. Written from memory, and not compared: L4, the adapters of DGX A100, and AWS's rates.
+technical brief. Written from memory, and not compared: L4, A10, RTX A6000, RTX 3090, the adapters of DGX A100, and
+AWS's rates.
 """
 
 DEVICE_NAMES = {
@@ -100,6 +105,9 @@ DEVICE_NAMES = {
     "NVIDIA B200": "B200",
     "NVIDIA L4": "L4",
     "NVIDIA L40S": "L40S",
+    "NVIDIA A10": "A10",
+    "NVIDIA RTX A6000": "RTX-A6000",
+    "NVIDIA GeForce RTX 3090": "RTX-3090",
     "NVIDIA GeForce RTX 4090": "RTX-4090",
     "NVIDIA GeForce RTX 5090": "RTX-5090",
 }

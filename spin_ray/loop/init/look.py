@@ -65,7 +65,7 @@ def find_machines(gpu: str | None, gpus: int | None, nodes: int) -> Machines:
         gpu, gpus, note = _found_gpu(gpus)
     if gpu == "none":
         return Machines(cluster=Cluster(nodes=nodes, gpu=None), cpus=cpus, gpus=0, note=note)
-    gpu = name_of_gpu(gpu.replace(" ", "-"))
+    gpu = name_of_gpu(gpu)
     if gpu not in GPUS:
         raise ConfigError(f"--gpu {gpu}: unknown; give one of {', '.join(GPUS)}, or none")
     each = gpus or 1

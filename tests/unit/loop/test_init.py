@@ -147,7 +147,11 @@ def test_an_engine_over_several_cards_stays_on_one_node():
 
 @pytest.mark.parametrize(
     ("kind", "plan", "unknown"),
-    [("NVIDIA GeForce RTX 4090", "RTX-4090", False), ("NVIDIA GeForce RTX 3090", "L4", True)],
+    [
+        ("NVIDIA GeForce RTX 4090", "RTX-4090", False),
+        ("NVIDIA RTX A5000", "L4", True),
+        ("NVIDIA GeForce RTX 3090", "RTX-3090", False),
+    ],
 )
 def test_the_cards_of_this_machine_are_seen_though_its_torch_knows_none(monkeypatch, kind, plan, unknown):
     card = Card(name=f"GPU 0 ({kind})", kind=kind, total=24 * 2**30, free=0)

@@ -96,7 +96,10 @@ def test_7b_without_adapters_does_not_fit_a_card_of_24_gb(call):
     assert "does not fit on RTX-4090: needs" in refused(call("--gpu", "RTX4090", *ONE_CARD))
 
 
-@pytest.mark.parametrize(("given", "found"), [("H100", "H100-80G"), ("rtx-5090", "RTX-5090"), ("A100", "A100")])
+@pytest.mark.parametrize(
+    ("given", "found"),
+    [("H100", "H100-80G"), ("rtx-5090", "RTX-5090"), ("A100", "A100"), ("A10", "A10"), ("RTX 3090", "RTX-3090")],
+)
 def test_a_card_is_named_as_people_write_it_unless_that_is_two(given, found):
     assert name_of_gpu(given) == found
 
