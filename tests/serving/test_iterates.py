@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import ray
 from vllm.lora.utils import is_in_target_modules
 
 from spin_ray.config.load import override
@@ -132,8 +133,10 @@ def test_a_service_on_a_cluster_needs_keys(run: RunDir) -> None:
         build({"run": str(run.storage.root), "serving.models": ["sft"]})
 
 
-def test_replicas_and_autoscaling_of_an_engine_are_the_configs(run: RunDir, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("RAY_ADDRESS", "local")  # ray.serve.llm starts Ray: its own, not the one that another test left
+def test_replicas_and_autoscaling_of_an_engine_are_the_configs(run: RunDir, request: pytest.FixtureRequest) -> None:
+    if not ray.is_initialized():  # ray.serve.llm asks it
+        ray.init(address="local", num_cpus=1, include_dashboard=False)
+        request.addfinalizer(ray.shutdown)
 
     def options(**settings: str) -> Any:
         config = override(run.config(), {f"serving.{name}": value for name, value in settings.items()})
