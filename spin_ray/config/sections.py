@@ -26,7 +26,7 @@ Positive = Annotated[float, Field(gt=0, allow_inf_nan=False), _number]
 NonNegative = Annotated[float, Field(ge=0, allow_inf_nan=False), _number]
 Fraction = Annotated[float, Field(ge=0, le=1), _number]
 Count = Annotated[int, Field(ge=1), _number]
-CountOrNone = Annotated[int, Field(ge=0), _number]
+CountOrZero = Annotated[int, Field(ge=0), _number]
 
 ONE, LIST, WORD, NAME, PATH = TAGS = "<one>", "<list>", "<word>", "<name>", "<path>"
 """Tags of the kinds of value of one setting; pydantic writes them into an error's place."""
@@ -202,7 +202,7 @@ class SamplingConfig(Section):
     """Temperature: 1 samples from the model, 0 takes the likeliest token. All but 1 depart from the method."""
     top_p: Annotated[float, Field(gt=0, le=1)] = 1.0
     """Probability that the sampled tokens have together; less likely ones are never drawn. 1: no limit."""
-    top_k: CountOrNone = 0
+    top_k: CountOrZero = 0
     """Number of likeliest tokens that are sampled from. 0: no limit."""
     max_tokens: Count = 1024
     """Longest response in tokens. A longer one is cut and has no end-of-turn token."""
@@ -261,7 +261,7 @@ class GenerationConfig(Section):
     """Longest wait for an engine to be ready, in seconds. Large models take minutes."""
     shard_timeout_s: MayChange[Positive] = 7200
     """Longest time without a finished shard, in seconds, before the stage fails."""
-    max_failures: MayChange[CountOrNone] = 3
+    max_failures: MayChange[CountOrZero] = 3
     """Restarts of a dead engine, and repeated attempts at one shard, before the stage fails."""
 
 
@@ -462,7 +462,7 @@ class TrainConfig(Section):
     """Storage of weights, gradients and optimizer state in CPU memory. Slower; for models that do not fit otherwise."""
     checkpoint_every_steps: MayChange[Count] = 200
     """Optimizer steps between checkpoints: the most that a killed worker can lose."""
-    max_failures: MayChange[CountOrNone] = 3
+    max_failures: MayChange[CountOrZero] = 3
     """Restarts of the workers in one iteration before the run fails."""
     start_timeout_s: MayChange[Positive] = 600
     """Longest wait for the workers to be placed and to meet, in seconds."""
@@ -551,7 +551,7 @@ class EvaluationConfig(Section):
     samples: Later[Count] = 1
     """Responses to each held-out row. All are graded (``answer_accuracy`` is their pass@1); other measures read the
     first one."""
-    examples: Later[CountOrNone] = 0
+    examples: Later[CountOrZero] = 0
     """Held-out rows, from the first, that each iterate answers once more for people to read. 0: the first samples are
     shown."""
     examples_temperature: Later[NonNegative] = 0.7
@@ -702,7 +702,7 @@ class Settings(Section):
     """Number of iterations, T of Algorithm 1. A finished run goes on if raised. Paper: 4."""
     algorithm: NameOrPath[AlgorithmName] = "spin"
     """Algorithm (docs/algorithms.md), or the import path of a class, ``my_package.mine:Algorithm``."""
-    seed: CountOrNone = 0
+    seed: CountOrZero = 0
     """Seed of every random choice."""
     sft: SftConfig | None = None
     """Warm-up before iteration 0. ``{}`` takes its defaults. Not set: the start model is θ_0."""

@@ -16,7 +16,7 @@ from spin_ray.errors import ModelError, first_line
 from spin_ray.inputs.chat_template import ChatTemplate, RenderError, Tools
 from spin_ray.inputs.conversations import Conversation
 from spin_ray.inputs.guard import Guard, Written, any_of
-from spin_ray.learner.tokenizer_file import as_written
+from spin_ray.learner.tokenizer_file import as_written, open_tokenizer
 
 
 @dataclass(frozen=True, slots=True)
@@ -261,12 +261,10 @@ def load_tokenizer(path: str, chat_template: str | None = None, trust_remote_cod
     Raises:
         ModelError: tokenizer or file cannot be read, or the tokenizer loses text, or is in Mistral's own format alone.
     """
-    from transformers import AutoTokenizer
-
     if (Path(path) / "tekken.json").is_file() and not any((Path(path) / name).is_file() for name in _OF_HUGGING_FACE):
         raise ModelError(_TEKKEN_ALONE.format(folder=path))
     try:
-        tokenizer: Any = AutoTokenizer.from_pretrained(path, trust_remote_code=trust_remote_code, mistral_format=False)
+        tokenizer = open_tokenizer(path, trust_remote_code=trust_remote_code)
     except Exception as error:  # the tokenizers library raises no narrower type
         folder = Path(path)
         if folder.is_dir() and not any(any(folder.glob(name)) for name in _TOKENIZERS):

@@ -5,6 +5,7 @@ from typing import Literal
 
 from spin_ray.errors import ModelError, first_line
 from spin_ray.inputs.model_folder import read_config, refuse_adapter
+from spin_ray.learner.tokenizer_file import open_tokenizer
 from spin_ray.learner.weights import find_packed, refuse_damaged, tensor_shapes
 
 _OF_PAIRRM = ("source_prefix_id", "cand1_prefix_id", "cand2_prefix_id", "n_tasks")
@@ -59,10 +60,8 @@ def _why_no_pairrm(folder: Path) -> str | None:
 
 
 def _why_no_tokenizer(folder: Path) -> str | None:
-    from transformers import AutoTokenizer  # slow
-
     try:
-        AutoTokenizer.from_pretrained(folder, mistral_format=False)
+        open_tokenizer(folder)
     except Exception as error:
         return f"its tokenizer does not load: {first_line(error)}"
     return None

@@ -22,6 +22,16 @@ _CURE = (
 )
 
 
+def open_tokenizer(folder: str | Path, *, trust_remote_code: bool = False) -> Any:
+    """Returns what transformers loads from Hugging Face's files.
+
+    Where mistral_common is installed it would take ``tekken.json`` first, which has no chat template.
+    """
+    from transformers import AutoTokenizer
+
+    return AutoTokenizer.from_pretrained(str(folder), trust_remote_code=trust_remote_code, mistral_format=False)
+
+
 def as_written(tokenizer: Any, folder: Path) -> Any:
     """Returns the loaded tokenizer, or tokenizer.json's own where the class that the folder names loses text.
 
@@ -47,10 +57,8 @@ def name_plain_class(folder: Path) -> None:
     """Names the plain class in tokenizer_config.json where ``as_written`` takes it, for every other program."""
     if not (folder / "tokenizer.json").is_file() or not (named := _named(folder)) or _is_plain(named):
         return
-    from transformers import AutoTokenizer
-
     try:
-        tokenizer: Any = AutoTokenizer.from_pretrained(str(folder), mistral_format=False)
+        tokenizer = open_tokenizer(folder)
         lost = as_written(tokenizer, folder) is not tokenizer
     except Exception:  # code of the model's own, or a tokenizer that a start has refused
         return

@@ -101,7 +101,7 @@ def print_status(run: RunDir, console: Console) -> None:
 def show_status(run: RunDir, console: Console, as_json: bool) -> None:
     """Prints the tables, or one JSON object in a line."""
     if as_json:
-        print(json.dumps(status_as_json(run)), flush=True)
+        console.out(json.dumps(status_as_json(run)), highlight=False)
     else:
         print_status(run, console)
 

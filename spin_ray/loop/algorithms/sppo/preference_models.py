@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from spin_ray.config.sections import ScorerConfig
 from spin_ray.errors import ModelError, first_line
 from spin_ray.inputs.conversations import Conversation
+from spin_ray.learner.tokenizer_file import open_tokenizer
 from spin_ray.learner.weights import weight_files
 
 Row = TypeVar("Row")
@@ -33,10 +34,8 @@ def load_scorer(
     Raises:
         ModelError: the folder holds no model of the configured kind.
     """
-    from transformers import AutoTokenizer
-
     try:
-        tokenizer = AutoTokenizer.from_pretrained(folder, mistral_format=False)
+        tokenizer = open_tokenizer(folder)
         scorer = (
             RewardScorer(folder, tokenizer, config.max_length, variables or {})
             if config.kind == "reward"
