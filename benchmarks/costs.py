@@ -170,7 +170,7 @@ def seconds_of_run(recipe: Path, out: Path) -> float:
     """Seconds of ``spin-ray run``."""
     started = time.perf_counter()
     subprocess.run(
-        [sys.executable, "-m", "spin_ray.cli", "run", str(recipe), "--out", str(out)],
+        [sys.executable, "-m", "spin_ray", "run", str(recipe), "--out", str(out)],
         check=True, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
     )  # fmt: skip
     return time.perf_counter() - started
@@ -204,7 +204,7 @@ def seconds_of_stages(checkout: Path) -> dict[str, float]:
     """Seconds of each stage of the first iteration of a smoke run."""
     with tempfile.TemporaryDirectory() as folder:
         run = psutil.Popen(
-            [sys.executable, "-m", "spin_ray.cli", "run", "jobs/recipes/smoke.yaml", "--out", folder, "--iterations=1"],
+            [sys.executable, "jobs/run_spin.py", "jobs/recipes/smoke.yaml", "--out", folder, "--iterations=1"],
             cwd=checkout, env=os.environ | {"PYTHONPATH": str(checkout)},
             stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
         )  # fmt: skip

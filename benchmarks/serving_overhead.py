@@ -280,7 +280,7 @@ def ours(folder: Path) -> Iterator[str]:
     run.begin(config, check_recipe(config).facts())
     run.publish(0)
     port = free_port()
-    command = [sys.executable, "-m", "spin_ray.cli", "serve", str(run.storage.root), "--port", str(port)]
+    command = [sys.executable, "-m", "spin_ray", "serve", str(run.storage.root), "--port", str(port)]
     with process("serving_ours", [*command, "--models", "sft"], {"RAY_AUTH_MODE": "token"}) as server:
         wait_until_ready(server, f"http://127.0.0.1:{port}/readyz", "sft")
         yield f"http://127.0.0.1:{port}"

@@ -8,7 +8,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from spin_ray.cli import main
+from spin_ray.__main__ import main
 
 if __name__ == "__main__":
     sys.argv.insert(1, "run")

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from spin_ray import cli
+from spin_ray import __main__ as cli
 from spin_ray.runtime import cpu
 
 # One process starts several clusters; token mode has a test of its own.

@@ -69,7 +69,7 @@ def server(run: Path, folder: Path) -> Iterator[tuple[str, Callable[[], None]]]:
     """Runs ``spin-ray serve``; yields its URL and a check that raises Failed once the server has ended."""
     port, log = free_port(), folder / "server.log"
     command = [
-        sys.executable, "-m", "spin_ray.cli", "serve", str(run), "--models", MODELS, "--port", str(port),
+        sys.executable, "-m", "spin_ray", "serve", str(run), "--models", MODELS, "--port", str(port),
         f"--serving.votes=sqlite:///{folder}/votes.sqlite",
     ]  # fmt: skip
     environment = {name: value for name, value in os.environ.items() if not name.startswith("RAY_")}

@@ -12,7 +12,7 @@ import yaml
 from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 
-from spin_ray import cli
+from spin_ray import __main__ as cli
 from spin_ray.config.recipe import SpinConfig
 from spin_ray.errors import DataError
 from spin_ray.loop.stages import prompts

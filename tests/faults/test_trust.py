@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 import torch
 
-from spin_ray import cli
+from spin_ray import __main__ as cli
 from tests.support.paths import ROOT
 
 

@@ -34,7 +34,7 @@ def served(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Served]:
     recipe = subprocess.run(make, cwd=ROOT, env=without_make, capture_output=True, text=True, check=True).stdout
     program, *arguments = recipe.split()
     assert program.endswith("/spin-ray")
-    command = [sys.executable, "-m", "spin_ray.cli", *arguments]
+    command = [sys.executable, "-m", "spin_ray", *arguments]
     options = ["--serving.max_concurrent=8", "--serving.max_tokens=200", "--serving.body_timeout_s=5"]
     serves = {"latest": "iter-0", "sft": "sft"}
     with serving(run, port, [*command, *options], folder / "log", serves) as served:

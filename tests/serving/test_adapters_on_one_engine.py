@@ -29,7 +29,7 @@ PROMPTS, TOKENS = ([5, 6, 7, 8], [9, 10, 11]), 16
 def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Served]:
     folder = tmp_path_factory.mktemp("adapters")
     run, port = make_adapter_run(folder / "run", iterates=2), free_port()
-    command = [sys.executable, "-m", "spin_ray.cli", "serve", str(run.storage.root), "--models", "all"]
+    command = [sys.executable, "-m", "spin_ray", "serve", str(run.storage.root), "--models", "all"]
     names = ("sft", "iter-0", "iter-1")
     with serving(run, port, [*command, "--port", str(port)], folder / "log", {name: name for name in names}) as found:
         yield found

@@ -24,7 +24,7 @@ def test_a_file_is_compared_as_a_server_compares_it(served: Served, tmp_path: Pa
     (tmp_path / "f.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     environment = {name: value for name, value in os.environ.items() if not name.startswith("RAY_")}
     command = [
-        sys.executable, "-m", "spin_ray.cli", "compare", str(served.run.storage.root), "--prompts", "f.jsonl",
+        sys.executable, "-m", "spin_ray", "compare", str(served.run.storage.root), "--prompts", "f.jsonl",
         "--models", "sft,latest", "--out", "out.jsonl", "--max-tokens", "6", "--temperature", "0", "--logprobs",
     ]  # fmt: skip
     done = subprocess.run(

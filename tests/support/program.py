@@ -10,7 +10,7 @@ import yaml
 
 from tests.support.paths import ROOT
 
-SPIN_RAY = [sys.executable, "-m", "spin_ray.cli"]
+SPIN_RAY = [sys.executable, "-m", "spin_ray"]
 
 
 def micro_recipe() -> dict[str, Any]:

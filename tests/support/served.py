@@ -67,27 +67,30 @@ class Served:
         root = psutil.Process(self.process.pid)
         return [root, *root.children(recursive=True)]
 
-    def replicas(self, name: str) -> list[psutil.Process]:
-        """Returns processes of Ray Serve's replicas whose application or deployment has ``name`` in its name."""
+    def replicas(self, name: str, least: int = 1) -> list[psutil.Process]:
+        """Returns processes of Ray Serve's replicas whose application or deployment has ``name`` in its name.
+
+        While a replica answers, its title is that of the call: waits until ``least`` have theirs.
+        """
+        deadline = time.monotonic() + 30
+        while len(found := self._titled("ServeReplica", name)) < least:
+            assert time.monotonic() < deadline, f"{len(found)} of {least} replicas of {name!r} were found within 30 s"
+            time.sleep(0.1)
+        return found
+
+    def engines(self) -> list[psutil.Process]:
+        """Returns vLLM's engine processes."""
+        return self._titled("EngineCore")
+
+    def _titled(self, *parts: str) -> list[psutil.Process]:
         found = []
         for process in self.family():
             try:
                 title = " ".join(process.cmdline())
             except psutil.Error:  # it has just ended
                 continue
-            if "ServeReplica" in title and name in title:
+            if all(part in title for part in parts):
                 found.append(process)
-        return found
-
-    def engines(self) -> list[psutil.Process]:
-        """Returns vLLM's engine processes."""
-        found = []
-        for process in self.family():
-            try:
-                if "EngineCore" in " ".join(process.cmdline()):
-                    found.append(process)
-            except psutil.Error:  # it has just ended
-                continue
         return found
 
     def memory(self) -> int:

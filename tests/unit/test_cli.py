@@ -65,7 +65,7 @@ def test_a_typo_in_a_recipe_is_told_without_loading_torch_or_ray(recipe):
     recipe.write_text(yaml.safe_dump(RECIPE | {"iterations": 0}))
     code = (
         "import sys\n"
-        "from spin_ray.cli import main\n"
+        "from spin_ray.__main__ import main\n"
         "try: main()\n"
         "except SystemExit: print(sorted({'torch', 'ray', 'transformers', 'vllm'} & sys.modules.keys()))"
     )

@@ -7,7 +7,7 @@ from pathlib import Path
 import click
 import pytest
 
-from spin_ray.cli import cli
+from spin_ray.__main__ import cli
 from spin_ray.config.recipe import SpinConfig
 from spin_ray.config.sections import Section
 from tests.support.paths import DOCS, ROOT

@@ -14,7 +14,7 @@ import pytest
 import yaml
 from click.testing import CliRunner
 
-from spin_ray.cli import cli
+from spin_ray.__main__ import cli
 from spin_ray.config.load import RECIPES, load_config
 from tests.support.paths import ROOT
 

@@ -120,7 +120,7 @@ class Experiment:
             shorter["train"] = shorter["train"] | {"learning_rate": rates[:iterations]}
         recipe_file = folder.with_name(f"{folder.name}.yaml")
         recipe_file.write_text(yaml.safe_dump(shorter))
-        _call("-m", "spin_ray.cli", "run", str(recipe_file), "--out", str(folder))
+        _call("-m", "spin_ray", "run", str(recipe_file), "--out", str(folder))
 
     def earlier(self, arm: Arm, seed: int) -> tuple[Arm, int, dict[str, Any]]:
         """Arm, seed and measures of the iterate that ``arm`` starts from: θ_0, or one of continued SFT.

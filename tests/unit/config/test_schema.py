@@ -8,7 +8,7 @@ import pytest
 import yaml
 from click.testing import CliRunner
 
-from spin_ray.cli import cli
+from spin_ray.__main__ import cli
 from spin_ray.config.schema import SCHEMA_FILE, editor_line, recipe_schema
 from tests.support.paths import RECIPES
 

@@ -9,7 +9,7 @@ import yaml
 from click.testing import CliRunner, Result
 from rich.console import Console
 
-from spin_ray.cli import cli
+from spin_ray.__main__ import cli
 from spin_ray.config.load import load_config, parse_config
 from spin_ray.errors import ConfigError
 from spin_ray.inputs.survey import Survey

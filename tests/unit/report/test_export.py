@@ -174,7 +174,7 @@ def test_an_export_to_a_hub_makes_a_private_repository_with_model_and_card(run):
     threading.Thread(target=server.serve_forever, daemon=True).start()
     url = f"http://127.0.0.1:{server.server_port}"
     environment = os.environ | {"HF_ENDPOINT": url, "HF_HUB_OFFLINE": "0", "HF_TOKEN": "hf_of_nobody"}
-    command = [sys.executable, "-m", "spin_ray.cli", "export", str(run.storage.root), "--iterate", "1"]
+    command = [sys.executable, "-m", "spin_ray", "export", str(run.storage.root), "--iterate", "1"]
     done = subprocess.run(
         [*command, "--to", "hub:me/mine"], env=environment, capture_output=True, text=True, timeout=120, check=False
     )

@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 from rich.console import Console
 
-from spin_ray import cli
+from spin_ray import __main__ as cli
 from spin_ray.errors import OtherRunError, RunDirError
 from spin_ray.inputs.embedded import resolve
 from spin_ray.inputs.rendering import ChatRenderer, load_tokenizer
