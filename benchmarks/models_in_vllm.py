@@ -1,8 +1,8 @@
 """Does vLLM load what spin_ray exports of each family, and say the same?
 
 Each tiny random model of tests/support/model_kinds.py, its heads as wide as vLLM's kernels for CPUs take, is trained a
-step and exported. vLLM loads the export in fp32, in a process of its own, and continues prompts greedily; transformers
-scores what it said. A table:
+step and exported. vLLM loads the export in fp32, in a process of its own, with the corrections that every engine of
+spin_ray gets, and continues prompts greedily; transformers scores what it said. A table:
 
     python benchmarks/models_in_vllm.py [--write] [NAME ...]
 
@@ -103,6 +103,12 @@ def wide(kind: ModelKind) -> ModelKind:
     for name in ("head_dim", "query_pre_attn_scalar", "qk_rope_head_dim", "qk_nope_head_dim", "v_head_dim"):
         if name in settings:
             settings[name] = HEAD
+    if "mamba_d_head" in settings:  # as many channels as twice the width
+        settings["mamba_d_head"] = 2 * settings["hidden_size"] // settings["mamba_n_heads"]
+        settings["mamba_d_state"] = HEAD
+        settings |= {"mamba_d_ssm": 2 * settings["hidden_size"]} if "mamba_d_ssm" in settings else {}
+    if "kv_lora_rank" in settings:  # the only latent width that vLLM's kernels for CPUs take, and its part of positions
+        settings |= {"kv_lora_rank": 512, "qk_rope_head_dim": 64}
     rope = settings.get("rope_parameters")
     if rope and "short_factor" in rope:
         more = {name: [1.0 + place / 8 for place in range(HEAD // 2)] for name in ("short_factor", "long_factor")}
@@ -114,9 +120,11 @@ def said_by_vllm(folder: str) -> list[dict[str, Any]]:
     """Returns the tokens of each answer and their log-probabilities."""
     from vllm import LLM, SamplingParams
 
+    from spin_ray.runtime.corrections import corrections
+
     engine = LLM(
         model=folder, skip_tokenizer_init=True, enforce_eager=True, dtype="float32", max_model_len=64,
-        generation_config="vllm", seed=0, enable_prefix_caching=False,
+        generation_config="vllm", seed=0, enable_prefix_caching=False, **corrections(Path(folder), {}, on_cpu=True),
     )  # fmt: skip
     how = SamplingParams(temperature=0, max_tokens=LENGTH, logprobs=0, detokenize=False, ignore_eos=True)
     answers = [it.outputs[0] for it in engine.generate([{"prompt_token_ids": ids} for ids in PROMPTS], how)]

@@ -41,7 +41,7 @@ class NullEngine:
         pass
 
     def generate(
-        self, prompt_ids: Sequence[Sequence[int]], sampling: SamplingConfig, seeds: Sequence[int]
+        self, prompt_ids: Sequence[Sequence[int]], sampling: SamplingConfig, seeds: Sequence[int], *, audited: int = 0
     ) -> list[Completion]:
         return [Completion([3 + seed % 97] * 16 + [2], "stop") for seed in seeds]
 

@@ -31,7 +31,9 @@ class TransformersEngine:
         self._spec, self._device = spec, "cuda" if torch.cuda.is_available() else "cpu"
         self._model: Any = AutoModelForCausalLM.from_pretrained(spec.model, dtype=torch.float32).to(self._device)
 
-    def generate(self, prompt_ids: Sequence[Sequence[int]], sampling: Any, seeds: Sequence[int]) -> list[Any]:
+    def generate(
+        self, prompt_ids: Sequence[Sequence[int]], sampling: Any, seeds: Sequence[int], *, audited: int = 0
+    ) -> list[Any]:
         import torch
 
         from spin_ray.runtime.engine import Completion

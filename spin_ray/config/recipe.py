@@ -178,7 +178,7 @@ def _impossible(config: SpinConfig) -> Iterator[str]:
 
 _OWN_ENGINE_ARGUMENTS = {
     "model", "tokenizer", "dtype", "seed", "max_model_len", "generation_config", "skip_tokenizer_init",
-    "trust_remote_code", "load_format", "config_format", "enable_prefix_caching",
+    "trust_remote_code", "load_format", "config_format", "enable_prefix_caching", "logprobs_mode",
 }  # fmt: skip
 """Arguments of vLLM on which exactness or trust depends."""
 

@@ -160,7 +160,8 @@ def _jobs(turn: Turn, algorithm: Algorithm) -> list[Job]:
     played = algorithm.plays(run) if turn.iteration < turn.config.iterations else None
     if played:
         target, rows = run.generations(turn.iteration), turn.rows_of(played)
-        jobs.append(Job(played, target, opponent.name, opponent.digest, rows))
+        audit = run.audit_path(turn.iteration)
+        jobs.append(Job(played, target, opponent.name, opponent.digest, rows, audit=audit))
     return jobs
 
 

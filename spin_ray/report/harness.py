@@ -6,6 +6,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from importlib import metadata
 from itertools import groupby
+from pathlib import Path
 from typing import Any, Literal
 
 from spin_ray.config.sections import EngineConfig
@@ -158,11 +159,16 @@ def _model(request: Request) -> tuple[str, dict[str, Any]]:
 
         on_gpu = torch.cuda.is_available()
         return "hf", common | length | {"device": "cuda" if on_gpu else "cpu", "batch_size": "auto" if on_gpu else 1}
+    from spin_ray.runtime.corrections import corrections
+
     engine = request.engine
     return "vllm", common | length | {
         "tensor_parallel_size": engine.tensor_parallel_size, "max_num_seqs": engine.max_num_seqs,
         "gpu_memory_utilization": engine.gpu_memory_utilization, "enforce_eager": engine.enforce_eager,
         "generation_config": "vllm", "load_format": "safetensors", "config_format": "hf", **engine.extra,
+        **corrections(
+            Path(request.model), engine.extra, on_cpu=platform() == "cpu", trust_remote_code=request.trust_remote_code
+        ),
     }  # fmt: skip
 
 

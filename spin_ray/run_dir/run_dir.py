@@ -56,6 +56,10 @@ class RunDir:
     def generations(self, iteration: int) -> Artefact:
         return self.artefact(f"{iteration_name(iteration)}/generations")
 
+    def audit_path(self, iteration: int) -> str:
+        """Returns the place of a few responses with the engine's own log p, AUDIT_SCHEMA rows."""
+        return f"{iteration_name(iteration)}/engine_audit.parquet"
+
     def pairs(self, iteration: int) -> Artefact:
         return self.artefact(f"{iteration_name(iteration)}/pairs")
 

@@ -33,6 +33,15 @@ GENERATION_SCHEMA = pa.schema(
 )
 """One response y′ of the opponent; it lacks the end-of-turn token if ``finish_reason`` is ``length``."""
 
+AUDIT_SCHEMA = pa.schema(
+    [
+        pa.field("prompt_ids", TOKEN_IDS, nullable=False),
+        pa.field("token_ids", TOKEN_IDS, nullable=False),
+        pa.field("engine_logp", pa.float64(), nullable=False),
+    ]
+)
+"""One response of the opponent, and its log p in nats by the engine that wrote it."""
+
 PAIR_SCHEMA = pa.schema(
     [
         pa.field("pair_id", pa.string(), nullable=False),

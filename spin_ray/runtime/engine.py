@@ -21,13 +21,20 @@ class Completion:
 
     token_ids: list[int]
     finish_reason: Literal["stop", "length"]
+    logp: float | None = None
+    """log p of the tokens in nats, at temperature 1 and over the whole vocabulary, if asked for. It audits the engine
+    and is never a reference."""
 
 
 class GenerationEngine(Protocol):
     def generate(
-        self, prompt_ids: Sequence[Sequence[int]], sampling: SamplingConfig, seeds: Sequence[int]
+        self, prompt_ids: Sequence[Sequence[int]], sampling: SamplingConfig, seeds: Sequence[int], *, audited: int = 0
     ) -> list[Completion]:
-        """Returns one response per prompt, in order; equal arguments give equal responses."""
+        """Returns one response per prompt, in order; equal arguments give equal responses.
+
+        Args:
+            audited: number of first prompts whose responses have their ``logp``, if the engine knows it.
+        """
         ...
 
     def close(self) -> None: ...
@@ -72,6 +79,8 @@ class VllmEngine:
         from vllm import LLM
         from vllm.platforms import current_platform
 
+        from spin_ray.runtime.corrections import corrections
+
         skip_imports()
         self._spec = spec
         arguments: dict[str, Any] = {
@@ -92,7 +101,14 @@ class VllmEngine:
             **(lora_arguments(spec.adapter_rank) if spec.adapter_rank else {}),
             **_executor(spec.config),
             **(whole_prefill(spec.max_length) if current_platform.is_cpu() else {}),
+            "logprobs_mode": "raw_logprobs",  # before temperature, top_p and top_k
             **spec.config.extra,
+            **corrections(
+                spec.model,
+                spec.config.extra,
+                on_cpu=current_platform.is_cpu(),
+                trust_remote_code=spec.trust_remote_code,
+            ),
         }
         if not current_platform.is_cpu():
             wait_for_memory(arguments["gpu_memory_utilization"], _MEMORY_SETTING, spec.config.devices)
@@ -105,7 +121,7 @@ class VllmEngine:
             self._of_each_call["lora_request"] = LoRARequest("adapter", 1, str(spec.adapter))
 
     def generate(
-        self, prompt_ids: Sequence[Sequence[int]], sampling: SamplingConfig, seeds: Sequence[int]
+        self, prompt_ids: Sequence[Sequence[int]], sampling: SamplingConfig, seeds: Sequence[int], *, audited: int = 0
     ) -> list[Completion]:
         from vllm import SamplingParams, TokensPrompt
 
@@ -118,8 +134,9 @@ class VllmEngine:
                 seed=seed,
                 stop_token_ids=[self._spec.stop_token_id, *self._spec.other_stop_ids],
                 detokenize=False,
+                **({"logprobs": 0} if number < audited else {}),
             )
-            for prompt, seed in zip(prompt_ids, seeds, strict=True)
+            for number, (prompt, seed) in enumerate(zip(prompt_ids, seeds, strict=True))
         ]
         if self._has_cache and not self._llm.reset_prefix_cache():
             raise RuntimeError("vLLM could not empty its prefix cache: requests of an earlier call are still running")
@@ -198,4 +215,4 @@ def _completion(output: Any) -> Completion:
         raise RuntimeError(
             f"vLLM ended a response with finish_reason {output.finish_reason!r}; expected stop or length"
         )
-    return Completion(token_ids=list(output.token_ids), finish_reason=output.finish_reason)
+    return Completion(list(output.token_ids), output.finish_reason, output.cumulative_logprob)

@@ -27,6 +27,7 @@ from spin_ray.inputs.rendering import RenderError, open_renderer
 from spin_ray.learner.weights import layer_names
 from spin_ray.run_dir.run_dir import open_run
 from spin_ray.runtime import cpu
+from spin_ray.runtime.corrections import corrections
 from spin_ray.runtime.engine import lora_arguments, whole_prefill
 from spin_ray.serving.bursts import in_bursts
 from spin_ray.serving.engines import CHAT, DOWN_RETRY_S, ENGINE_DIED, TOKENS, Item
@@ -258,6 +259,12 @@ def build_engine(iterate: Iterate, config: SpinConfig, run_folder: str = "") -> 
             **({} if serving.resources.gpus else _on_cpu(config.model.max_length)),
             **_for_adapters(config, iterate.folder),
             **engine.extra,
+            **corrections(
+                iterate.folder,
+                engine.extra,
+                on_cpu=not serving.resources.gpus,
+                trust_remote_code=config.model.trust_remote_code,
+            ),
         },
         placement_group_config={"bundle_per_worker": _per_worker(serving, engine.tensor_parallel_size)},
         callback_config={"callback_class": LocalFolder},

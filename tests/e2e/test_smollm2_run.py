@@ -15,7 +15,7 @@ import torch
 
 from spin_ray.run_dir.run_dir import RunDir
 from spin_ray.run_dir.schemas import GENERATION_SCHEMA, PAIR_SCHEMA, PROMPT_SCHEMA, REFERENCE_SCHEMA
-from spin_ray.run_dir.storage import Storage
+from spin_ray.run_dir.storage import Storage, table_from_bytes
 from tests.support.paths import ROOT
 from tests.support.program import spin_ray
 
@@ -118,6 +118,17 @@ def test_every_iterate_loads_in_vllm_and_scores_like_the_trainer(smollm2_run: Pa
         capture_output=True, text=True, timeout=600, check=False,
     )  # fmt: skip
     assert checked.returncode == 0, checked.stdout[-3000:] + checked.stderr[-3000:]
+
+
+def test_the_engine_is_audited_before_each_training(smollm2_run: Path) -> None:
+    """Its own log p of 16 responses, or of all if there are fewer, beside the trainer's."""
+    run = RunDir(Storage(smollm2_run))
+    trained = [event for event in read_log(smollm2_run / "events.jsonl") if "engine_difference" in event]
+    assert [event["folder"] for event in trained] == ["iter_000", "iter_001"]
+    assert all(event["engine_difference"] <= BF16_NATS_PER_TOKEN for event in trained)
+    for iteration in (0, 1):
+        audited = table_from_bytes(run.storage.read(run.audit_path(iteration)))
+        assert audited.num_rows == min(16, run.generations(iteration).manifest().rows)
 
 
 def test_the_same_command_again_only_says_so(smollm2_run: Path) -> None:

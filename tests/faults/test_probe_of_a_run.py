@@ -66,7 +66,7 @@ class Parrot(FakeEngine):
         super().__init__()
         self._answers = answers
 
-    def generate(self, prompt_ids, sampling, seeds):
+    def generate(self, prompt_ids, sampling, seeds, *, audited=0):
         self.calls.append([])
         return [Completion(self._answers[tuple(prompt)], "stop") for prompt in prompt_ids]
 

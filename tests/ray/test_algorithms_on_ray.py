@@ -42,7 +42,7 @@ class TransformersEngine:
         self._model = AutoModelForCausalLM.from_pretrained(spec.model, dtype=torch.float32)
 
     def generate(
-        self, prompt_ids: Sequence[Sequence[int]], sampling: SamplingConfig, seeds: Sequence[int]
+        self, prompt_ids: Sequence[Sequence[int]], sampling: SamplingConfig, seeds: Sequence[int], *, audited: int = 0
     ) -> list[Completion]:
         torch.manual_seed(seeds[0])
         longest = max(map(len, prompt_ids))

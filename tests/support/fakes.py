@@ -38,7 +38,7 @@ class FakeEngine:
         """Prompts of each call."""
 
     def generate(
-        self, prompt_ids: Sequence[Sequence[int]], sampling: SamplingConfig, seeds: Sequence[int]
+        self, prompt_ids: Sequence[Sequence[int]], sampling: SamplingConfig, seeds: Sequence[int], *, audited: int = 0
     ) -> list[Completion]:
         self.calls.append([list(prompt) for prompt in prompt_ids])
         self._before(len(self.calls))

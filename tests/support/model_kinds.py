@@ -106,7 +106,13 @@ KINDS: dict[str, ModelKind] = {
         "cohere2", {"logit_scale": 0.3, "sliding_window": WINDOW, "layer_types": _TWO_KINDS}, "scaled logits, windows"
     ),
     "DeepSeek-V2": ModelKind("deepseek_v2", _LATENT, "latent attention, experts after a dense layer"),
-    "DeepSeek-V3": ModelKind("deepseek_v3", _LATENT, "latent attention, grouped experts"),
+    "DeepSeek-V3": ModelKind(
+        "deepseek_v3",
+        {**_LATENT, "rope_parameters": {
+            "rope_type": "yarn", "rope_theta": 10000.0, "factor": 4.0, "original_max_position_embeddings": 16,
+            "beta_fast": 32.0, "beta_slow": 1.0, "mscale": 1.0, "mscale_all_dim": 1.0}},
+        "latent attention, grouped experts, YaRN"
+    ),
     "gpt-oss": ModelKind(
         "gpt_oss",
         {"head_dim": 8, "num_local_experts": 4, "num_experts_per_tok": 2, "sliding_window": WINDOW,
@@ -119,15 +125,18 @@ KINDS: dict[str, ModelKind] = {
     "Llama 4 (text)": ModelKind(
         "llama4_text",
         {"attention_chunk_size": WINDOW, "head_dim": 8, "num_local_experts": 2, "intermediate_size_mlp": 48,
-         "layer_types": ["chunked_attention", "full_attention"], "no_rope_layers": [1, 0], "moe_layers": [1]},
+         "layer_types": ["chunked_attention", "full_attention"], "no_rope_layers": [1, 0],
+         "interleave_moe_layer_step": 2},
         "chunks, temperature by position", layout="padded"
     ),
     "Mamba 2": ModelKind(
         "mamba2", {"num_heads": 8, "head_dim": 8, "state_size": 8, "n_groups": 1, "chunk_size": 16}, "state space",
         layout="padded",
     ),
-    "LFM2": ModelKind("lfm2", {"num_hidden_layers": 3, "layer_types": ["full_attention"] * 2 + ["conv"]},
-                      "a convolution in a late layer", layout="padded"),
+    "LFM2": ModelKind(
+        "lfm2", {"num_hidden_layers": 3, "layer_types": ["full_attention"] * 2 + ["conv"]},
+        "a convolution in a late layer", layout="padded"
+    ),
     "Jamba": ModelKind(
         "jamba",
         {"attn_layer_period": 2, "attn_layer_offset": 1, "expert_layer_period": 2, "expert_layer_offset": 1,

@@ -64,7 +64,12 @@ def test_answers_to_read_have_a_distribution_of_their_own(run):
     config, engine = config_for(), FakeEngine()
     reading = config.generation.sampling.model_copy(update={"temperature": 0.5})
     asked = []
-    engine.generate = lambda ids, sampling, seeds: asked.append(sampling) or FakeEngine().generate(ids, sampling, seeds)
+
+    def generate(ids: Any, sampling: Any, seeds: Any, **more: Any) -> list[Completion]:
+        asked.append(sampling)
+        return FakeEngine().generate(ids, sampling, seeds, **more)
+
+    engine.generate = generate
     job = replace(job_of(run), target=run.examples(0), rows=np.arange(2), samples=1, sampling=reading)
     assert len(play(job, config, engine)) == 2
     assert asked == [reading]
@@ -292,7 +297,7 @@ class DyingEngine(FakeEngine):
         DyingEngine.started += 1
         self._dies = DyingEngine.started <= deaths
 
-    def generate(self, *arguments: Any) -> list[Completion]:
+    def generate(self, *arguments: Any, audited: int = 0) -> list[Completion]:
         if self._dies:
             raise RuntimeError("Executor failed.")
         return super().generate(*arguments)

@@ -28,7 +28,7 @@ from spin_ray.loop.stages import evaluation, pairs
 from spin_ray.loop.stages.generation import stage as generation
 from spin_ray.loop.stages.generation.shards import cut_into_shards
 from spin_ray.run_dir.run_dir import RunDir
-from spin_ray.run_dir.schemas import GENERATION_SCHEMA, PROMPT_SCHEMA
+from spin_ray.run_dir.schemas import GENERATION_SCHEMA, PAIR_SCHEMA, PROMPT_SCHEMA, TRIPLET_SCHEMA
 from spin_ray.run_dir.storage import Storage
 from spin_ray.runtime.engine import Completion
 from tests.support.fakes import END_OF_TURN, FakeEngine, config_of, write_answers, write_rows
@@ -189,12 +189,14 @@ def test_7_special_tokens_in_data():
 
 
 def test_8_generator_log_probs_used_as_reference():
-    """Nothing that comes from the engine can hold a log-probability; e2e: vLLM's are audited against the trainer's."""
-    assert {field.name for field in dataclasses.fields(Completion)} == {"token_ids", "finish_reason"}
-    assert not [name for name in GENERATION_SCHEMA.names if "log" in name]
+    """No row that becomes a pair can hold the engine's log p; a few go into a file of their own, which audits it."""
+    assert {field.name for field in dataclasses.fields(Completion)} == {"token_ids", "finish_reason", "logp"}
+    for schema in (GENERATION_SCHEMA, PAIR_SCHEMA, TRIPLET_SCHEMA):
+        assert not [name for name in schema.names if "log" in name]
+    check_tested_in("unit/loop/test_audit.py", "test_an_engine_of_another_model_stops_training_before_it_begins")
     check_tested_in(
         "unit/runtime/test_engine.py", "test_sampling_is_exactly_what_the_config_says"
-    )  # log-probs are not asked for
+    )  # log-probs are asked for the audited rows alone
     check_tested_in("unit/learner/test_fsdp2.py", "test_margins_are_exactly_0_at_step_0")
     check_tested_in("e2e/test_smollm2_run.py", "test_every_iterate_loads_in_vllm_and_scores_like_the_trainer")
 

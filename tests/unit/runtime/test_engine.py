@@ -10,10 +10,13 @@ from typing import Any
 import pytest
 
 from spin_ray.config.sections import EngineConfig, SamplingConfig
+from spin_ray.inputs.embedded import resolve
 from spin_ray.runtime import cpu
 from spin_ray.runtime import engine as engine_module
-from spin_ray.runtime.engine import EngineSpec, VllmEngine, _completion
+from spin_ray.runtime.engine import Completion, EngineSpec, VllmEngine, _completion
 from tests.support.fakes import config_of
+
+MODEL = resolve("embedded:tiny-llama")
 
 
 @pytest.fixture
@@ -34,8 +37,11 @@ def vllm(monkeypatch):
 
         def generate(self, prompts: Any, params: Any, **options: Any) -> list[Any]:
             told["generate"].append((prompts, params, options))
-            answer = SimpleNamespace(token_ids=(11, 2), finish_reason="stop")
-            return [SimpleNamespace(outputs=[answer]) for _ in prompts]
+            logps = [-1.5 if "logprobs" in asked else None for asked in params]
+            answers = [
+                SimpleNamespace(token_ids=(11, 2), finish_reason="stop", cumulative_logprob=logp) for logp in logps
+            ]
+            return [SimpleNamespace(outputs=[answer]) for answer in answers]
 
     class Platform:
         is_cpu = staticmethod(lambda: told["is_cpu"])
@@ -53,7 +59,7 @@ def vllm(monkeypatch):
 
 def spec_of(max_length: int = 512, trust_remote_code: bool = False, **engine: Any) -> EngineSpec:
     return EngineSpec(
-        model=Path("/models/sft"),
+        model=MODEL,
         max_length=max_length,
         stop_token_id=2,
         threads=3,
@@ -110,10 +116,10 @@ def test_vllm_is_started_with_these_arguments_and_no_others(vllm):
     """Sampling never comes from the model folder, nothing is cached between calls, and only safetensors are read."""
     VllmEngine(spec_of(dtype="bfloat16", max_num_seqs=64, enforce_eager=True))
     assert vllm["arguments"] == {
-        "model": "/models/sft", "max_model_len": 512, "dtype": "bfloat16", "tensor_parallel_size": 1,
+        "model": str(MODEL), "max_model_len": 512, "dtype": "bfloat16", "tensor_parallel_size": 1,
         "max_num_seqs": 64, "gpu_memory_utilization": 0.9, "enforce_eager": True, "trust_remote_code": False,
         "generation_config": "vllm", "enable_prefix_caching": False, "skip_tokenizer_init": True,
-        "load_format": "safetensors", "config_format": "hf", "seed": 0,
+        "load_format": "safetensors", "config_format": "hf", "seed": 0, "logprobs_mode": "raw_logprobs",
         "enable_chunked_prefill": False, "max_num_batched_tokens": 2048,
     }  # fmt: skip
 
@@ -201,6 +207,13 @@ def test_all_rows_of_a_call_are_queued_at_once_each_with_its_own_seed(vllm):
     assert [completion.token_ids for completion in found] == [[11, 2]] * 3
 
 
+def test_log_p_is_asked_for_the_audited_rows_alone(vllm):
+    found = VllmEngine(spec_of()).generate([[5], [6], [7]], SamplingConfig(), [1, 2, 3], audited=2)
+    ((_, params, _),) = vllm["generate"]
+    assert [values.get("logprobs") for values in params] == [0, 0, None]
+    assert [completion.logp for completion in found] == [-1.5, -1.5, None]
+
+
 def test_a_seed_for_each_prompt_is_needed(vllm):
     with pytest.raises(ValueError, match="shorter"):
         VllmEngine(spec_of()).generate([[5], [6]], SamplingConfig(), [1])
@@ -216,8 +229,8 @@ def test_closing_shuts_the_engine_down(vllm):
 
 @pytest.mark.parametrize(("tokens", "reason"), [([11, 12, 2], "stop"), ([11, 12], "length"), ([], "length")])
 def test_tokens_and_reason_are_kept_as_the_engine_gave_them(tokens, reason):
-    found = _completion(SimpleNamespace(token_ids=tuple(tokens), finish_reason=reason))
-    assert (found.token_ids, found.finish_reason) == (tokens, reason)
+    output = SimpleNamespace(token_ids=tuple(tokens), finish_reason=reason, cumulative_logprob=None)
+    assert _completion(output) == Completion(tokens, reason)
 
 
 @pytest.mark.parametrize("reason", ["abort", "error", None, "repetition"])

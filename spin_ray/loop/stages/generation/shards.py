@@ -25,6 +25,8 @@ class Job:
     """Responses to each prompt; None: ``generation.samples_per_prompt``."""
     sampling: SamplingConfig | None = None
     """Distribution of the responses; None: ``generation.sampling``."""
+    audit: str | None = None
+    """File for the log p that the engine gives to some of its responses."""
 
     def inputs(self) -> dict[str, str]:
         return {"prompts": self.prompts.manifest().digest, "opponent": self.model_digest}
@@ -64,6 +66,8 @@ class Shard:
     sampling: SamplingConfig
     pieces: tuple[tuple[str, FileEntry, tuple[int, ...]], ...]
     """(part of the prompts, its entry, row numbers within it)."""
+    audit: str | None = None
+    """The job's file; the first shard alone has it."""
 
     def read_prompts(self) -> pa.Table:
         tables = [
@@ -105,6 +109,7 @@ def cut_into_shards(job: Job, config: SpinConfig) -> list[Shard]:
                 samples=samples,
                 sampling=job.sampled(config),
                 pieces=pieces,
+                audit=None if number else job.audit,
             )
         )
     return shards

@@ -31,9 +31,10 @@ from spin_ray.loop.stages.generation.shards import (
 from spin_ray.report.progress import StageProgress
 from spin_ray.run_dir.artefact import FileEntry, seal
 from spin_ray.run_dir.run_dir import RunDir
-from spin_ray.run_dir.schemas import GENERATION_SCHEMA
+from spin_ray.run_dir.schemas import AUDIT_SCHEMA, GENERATION_SCHEMA
+from spin_ray.run_dir.storage import Storage, table_to_bytes
 from spin_ray.runtime.actors import map_by_actors
-from spin_ray.runtime.engine import EngineSpec, GenerationEngine, StartEngine, VllmEngine
+from spin_ray.runtime.engine import Completion, EngineSpec, GenerationEngine, StartEngine, VllmEngine
 from spin_ray.runtime.engine_groups import EngineGroups
 from spin_ray.runtime.garbage import collect_as_usual
 from spin_ray.runtime.placement import demands
@@ -41,6 +42,8 @@ from spin_ray.runtime.waiting import wait_until_free, with_deadline
 
 logger = logging.getLogger(__name__)
 
+_AUDITED = 16
+"""Responses whose log p the engine tells."""
 _USE_LESS = (
     "lower generation.engine.cpu_kv_cache_gib or gpu_memory_utilization, generation.engine.max_num_seqs, or "
     "generation.replicas"
@@ -198,6 +201,15 @@ def _end_process() -> None:
     os._exit(1)
 
 
+def _write_audit(storage: Storage, path: str, prompts: list[list[int]], completions: list[Completion]) -> None:
+    rows = [
+        {"prompt_ids": prompt, "token_ids": completion.token_ids, "engine_logp": completion.logp}
+        for prompt, completion in zip(prompts, completions, strict=True)
+        if completion.logp is not None and completion.token_ids
+    ]
+    storage.replace(path, table_to_bytes(pa.Table.from_pylist(rows, AUDIT_SCHEMA)))
+
+
 def answer(shard: Shard, config: SpinConfig, engine: GenerationEngine) -> pa.Table:
     """Returns GENERATION_SCHEMA rows, in the order of the prompts."""
     prompts = shard.read_prompts()
@@ -207,7 +219,9 @@ def answer(shard: Shard, config: SpinConfig, engine: GenerationEngine) -> pa.Tab
     opponent = shard.opponent
     seeds = [row_seed(config.seed, opponent, prompt_id, number) for prompt_id, number in zip(ids, numbers, strict=True)]
     token_ids = [row for row in prompts["prompt_ids"].to_pylist() for _ in range(samples)]
-    completions = engine.generate(token_ids, shard.sampling, seeds)
+    completions = engine.generate(token_ids, shard.sampling, seeds, audited=_AUDITED if shard.audit else 0)
+    if shard.audit:
+        _write_audit(shard.target.storage, shard.audit, token_ids, completions)
     table = pa.table(
         [
             ids,

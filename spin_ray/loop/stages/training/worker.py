@@ -23,6 +23,7 @@ from spin_ray.learner.health import HealthMonitor
 from spin_ray.learner.packing import Step
 from spin_ray.learner.step import ReferenceScores, pair_lengths, plan, rows_of_rank, score_rows, train_step
 from spin_ray.loop.stages.training import checkpoint
+from spin_ray.loop.stages.training.audit import audit_engine
 from spin_ray.loop.stages.training.job import TrainJob
 from spin_ray.loop.stages.training.log import TrainLog
 from spin_ray.loop.stages.training.recomputation import recomputes
@@ -52,6 +53,7 @@ def work(job: TrainJob) -> dict[str, Any]:
     steps = [step for epoch in epochs for step in epoch]
     backend = _backend(job, total_steps=sum(map(len, planned)))
     started = time.monotonic()
+    audited = audit_engine(job, backend)
     reference = _reference(job, backend, epochs[0], table)
     teacher = load_teacher(job, backend, table["pair_id"], own)
     work_s = time.monotonic() - started
@@ -68,7 +70,7 @@ def work(job: TrainJob) -> dict[str, Any]:
         if (number + 1) % job.checkpoint_every_steps == 0 and number + 1 < len(steps):
             checkpoint.save(job, backend, number + 1)
     _export(job, backend)
-    counts = {"steps": len(steps) - first, "tokens": tokens, "work_s": work_s}
+    counts = {"steps": len(steps) - first, "tokens": tokens, "work_s": work_s} | audited
     return counts | ({"mesh": f"{choice.mesh}: {choice.reason}"} if choice.mesh.ranks > 1 else {})
 
 

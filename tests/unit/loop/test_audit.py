@@ -1,0 +1,95 @@
+"""The engine's own log p of the opponent's responses beside that of the model that is trained."""
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pytest
+import torch
+from transformers import AutoModelForCausalLM
+
+from spin_ray.config.sections import HealthConfig
+from spin_ray.errors import HealthError
+from spin_ray.inputs.embedded import resolve
+from spin_ray.learner.backends.base import BackendSettings
+from spin_ray.learner.backends.fsdp2 import Fsdp2Backend
+from spin_ray.learner.step import PackShape
+from spin_ray.loop.stages.training.audit import audit_engine
+from spin_ray.run_dir.schemas import AUDIT_SCHEMA
+from spin_ray.run_dir.storage import Storage, table_to_bytes
+from tests.support.learner_cases import one_rank
+
+TINY = resolve("embedded:tiny-llama")
+RESPONSES = [([3, 4, 5], [6, 7, 2]), ([3, 4, 5], [8, 2]), ([9], [10, 11, 12, 13])]
+TOKENS = 9
+
+
+@dataclass
+class Job:
+    """What the audit reads of a TrainJob."""
+
+    storage: Storage
+    audit: str | None = "iter_000/engine_audit.parquet"
+    health: HealthConfig = HealthConfig()
+    shape: PackShape = PackShape(pack_length=64, global_batch_pairs=2, pad_id=0)
+
+
+@pytest.fixture(scope="module")
+def backend(tmp_path_factory):
+    with one_rank(tmp_path_factory.mktemp("rank")):
+        settings = BackendSettings(precision="fp32", attention="auto", max_length=64)
+        yield Fsdp2Backend(TINY, settings, torch.device("cpu"))
+
+
+@pytest.fixture(scope="module")
+def logps() -> list[float]:
+    """log p of each response, by transformers."""
+    model = AutoModelForCausalLM.from_pretrained(TINY, dtype=torch.float32).eval()
+    found = []
+    for prompt, response in RESPONSES:
+        with torch.no_grad():
+            each = model(torch.tensor([prompt + response])).logits[0, len(prompt) - 1 : -1].log_softmax(-1)
+        found.append(float(each.gather(-1, torch.tensor(response)[:, None]).sum()))
+    return found
+
+
+def told(folder: Path, logps: list[float], **more: Any) -> Job:
+    """Returns a job whose engine gave its responses these log p."""
+    job = Job(Storage(folder), **more)
+    rows = [
+        {"prompt_ids": prompt, "token_ids": response, "engine_logp": logp}
+        for (prompt, response), logp in zip(RESPONSES, logps, strict=True)
+    ]
+    assert job.audit
+    job.storage.replace(job.audit, table_to_bytes(pa.Table.from_pylist(rows, AUDIT_SCHEMA)))
+    return job
+
+
+def test_an_engine_of_the_same_model_agrees(backend, tmp_path, logps):
+    found = audit_engine(told(tmp_path, logps), backend)
+    assert found["engine_difference"] == pytest.approx(0, abs=1e-5)
+
+
+def test_differences_do_not_cancel_and_are_per_token(backend, tmp_path, logps):
+    apart = [logps[0] + 0.3, logps[1] - 0.3, logps[2]]
+    assert audit_engine(told(tmp_path, apart), backend)["engine_difference"] == pytest.approx(0.6 / TOKENS, abs=1e-5)
+
+
+@pytest.mark.parametrize("wrong", [1.0, -1.0, float("nan")])
+def test_an_engine_of_another_model_stops_training_before_it_begins(backend, tmp_path, logps, wrong):
+    apart = [logp + wrong * len(tokens) for logp, (_, tokens) in zip(logps, RESPONSES, strict=True)]
+    with pytest.raises(HealthError, match=r"differ by (1|nan) nats a token \(3 responses\).*max_engine_difference 0.1"):
+        audit_engine(told(tmp_path, apart), backend)
+    without = HealthConfig(max_engine_difference=None)
+    assert "engine_difference" in audit_engine(told(tmp_path, apart, health=without), backend)
+
+
+def test_nothing_is_said_where_the_engine_told_nothing(backend, tmp_path):
+    """An algorithm without an opponent, a run of an older version, an engine that knows no log p."""
+    assert audit_engine(Job(Storage(tmp_path), audit=None), backend) == {}
+    assert audit_engine(Job(Storage(tmp_path)), backend) == {}
+    job = Job(Storage(tmp_path))
+    assert job.audit
+    job.storage.replace(job.audit, table_to_bytes(AUDIT_SCHEMA.empty_table()))
+    assert audit_engine(job, backend) == {}
