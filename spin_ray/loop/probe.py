@@ -85,8 +85,12 @@ def run(run_dir: RunDir, config: SpinConfig, initial: ModelFolder, play: Play) -
         run_dir.storage.replace(MADE_FROM, made_from.encode())
     probe = _Probe(_ProbeDir(run_dir, FOLDER), _ProbeDir(run_dir, f"{FOLDER}/more_sft"), recipe, initial)
     _take_rows(run_dir, probe.spin, settings, config.seed)
-    jobs = [(probe.spin.heldout, probe.heldout_answers), (probe.spin.prompts, probe.answers)]
-    play(recipe, initial, [Job(rows, to, initial.name, initial.digest) for rows, to in jobs])
+    who = initial.name, initial.digest
+    jobs = [
+        Job(probe.spin.heldout, probe.heldout_answers, *who),
+        Job(probe.spin.prompts, probe.answers, *who, audit=probe.spin.audit_path(0)),
+    ]
+    play(recipe, initial, jobs)
     evidence = _from_texts(probe) | _from_training(probe, settings)
     evidence["heldout_is_train"] = not run_dir.heldout.is_committed
     found = {**decide(evidence), "evidence": evidence, "settings": asked_of(settings), "made_from": made_from}

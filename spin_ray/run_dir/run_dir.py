@@ -58,7 +58,7 @@ class RunDir:
 
     def audit_path(self, iteration: int) -> str:
         """Returns the place of a few responses with the engine's own log p, AUDIT_SCHEMA rows."""
-        return f"{iteration_name(iteration)}/engine_audit.parquet"
+        return self.artefact(f"{iteration_name(iteration)}/engine_audit.parquet").path
 
     def pairs(self, iteration: int) -> Artefact:
         return self.artefact(f"{iteration_name(iteration)}/pairs")

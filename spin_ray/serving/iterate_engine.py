@@ -242,6 +242,8 @@ def build_engine(iterate: Iterate, config: SpinConfig, run_folder: str = "") -> 
     """
     serving = config.serving
     engine = config.resolve_dtype(serving.engine or config.generation.engine)
+    trusts, on_cpu = config.model.trust_remote_code, not serving.resources.gpus
+    corrected = corrections(iterate.folder, engine.extra, on_cpu=on_cpu, trust_remote_code=trusts)
     llm_config = LLMConfig(
         model_loading_config={"model_id": iterate.name, "model_source": str(iterate.folder)},
         engine_kwargs={
@@ -251,20 +253,15 @@ def build_engine(iterate: Iterate, config: SpinConfig, run_folder: str = "") -> 
             "max_num_seqs": engine.max_num_seqs,
             "gpu_memory_utilization": engine.gpu_memory_utilization,
             "enforce_eager": engine.enforce_eager,
-            "trust_remote_code": config.model.trust_remote_code,
+            "trust_remote_code": trusts,
             "generation_config": "vllm",  # not the model folder's sampling
             "load_format": "safetensors",
             "config_format": "hf",
             "enable_log_requests": False,
-            **({} if serving.resources.gpus else _on_cpu(config.model.max_length)),
+            **(_on_cpu(config.model.max_length) if on_cpu else {}),
             **_for_adapters(config, iterate.folder),
             **engine.extra,
-            **corrections(
-                iterate.folder,
-                engine.extra,
-                on_cpu=not serving.resources.gpus,
-                trust_remote_code=config.model.trust_remote_code,
-            ),
+            **corrected,
         },
         placement_group_config={"bundle_per_worker": _per_worker(serving, engine.tensor_parallel_size)},
         callback_config={"callback_class": LocalFolder},
