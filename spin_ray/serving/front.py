@@ -3,7 +3,6 @@
 client ─> uvicorn here (keys, limits, names, OpenAI errors) ─> engine of an iterate (vLLM)
 """
 
-import gc
 import logging
 import socket
 import threading
@@ -18,6 +17,7 @@ from ray._private.worker import global_worker
 from spin_ray.config.recipe import SpinConfig
 from spin_ray.config.sections import ServingConfig
 from spin_ray.errors import ConfigError, StageError
+from spin_ray.runtime.garbage import collect_as_usual
 from spin_ray.serving.app import STOP_MARGIN_S, endpoint
 from spin_ray.serving.heads import LimitedHeads
 from spin_ray.serving.limits import access_log
@@ -88,13 +88,9 @@ class Front:
 
 
 def _app(run_folder: str, config: SpinConfig, keeper: Any) -> FastAPI:
-    """Builds the application and takes all that was imported out of garbage collection.
-
-    Ray and Python collect garbage from time to time, and a walk through all of it stops every answer meanwhile.
-    """
+    """Builds the application; garbage is collected as Python does, in many short pauses, which stop every answer."""
     app = endpoint(run_folder, config, keeper)
-    gc.collect()
-    gc.freeze()
+    collect_as_usual()
     return app
 
 

@@ -29,6 +29,7 @@ from spin_ray.run_dir.run_dir import open_run
 from spin_ray.runtime import cpu
 from spin_ray.runtime.corrections import corrections
 from spin_ray.runtime.engine import lora_arguments, whole_prefill
+from spin_ray.runtime.garbage import collect_as_usual
 from spin_ray.serving.bursts import in_bursts
 from spin_ray.serving.engines import CHAT, DOWN_RETRY_S, ENGINE_DIED, TOKENS, Item
 from spin_ray.serving.held_back import without_held_back
@@ -73,6 +74,7 @@ class IterateEngine(LLMServer):
         self._vocabulary = self._client.model_config.get_vocab_size()
         self._watching = asyncio.get_running_loop().create_task(self._end_with_the_engine())
         engine._oai_serving_chat.online_renderer.render_chat = self._render_chat
+        collect_as_usual()
 
     async def _end_with_the_engine(self) -> None:
         """Ends this process soon after vLLM's engine has died, so that Ray Serve starts another one at once."""

@@ -24,6 +24,7 @@ from ray.serve.schema import ApplicationStatus, ReplicaState
 from spin_ray.config.recipe import SpinConfig
 from spin_ray.errors import first_line
 from spin_ray.run_dir.run_dir import open_run
+from spin_ray.runtime.garbage import collect_as_usual
 from spin_ray.serving.engines import CHAT, COMPLETION
 from spin_ray.serving.iterates import Iterate, open_iterate, wanted
 from spin_ray.serving.stopping import REPLICA
@@ -74,6 +75,7 @@ class Keeper:
         self._looked_for_strays = False
         self._draining: set[asyncio.Task[None]] = set()
         self._down: list[str] = []
+        collect_as_usual()
         self._looking = asyncio.get_running_loop().create_task(self._look())
         self._loop = asyncio.get_running_loop().create_task(self._keep())
 

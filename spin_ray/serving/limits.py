@@ -149,8 +149,9 @@ class WholeBody:
                 body = await self._read(scope, receive)
             if scope["path"] in ANSWERED and isinstance(body, bytes):
                 await self._slots.turn()
-        except Refusal as refusal:
-            body = refusal
+        except Refusal as refusal:  # kept in a name of its own, it would be a cycle with this frame
+            await refusal.response()(scope, receive, send)
+            return
         except TimeoutError:
             body = Refusal(408, f"The body took longer than {self._config.body_timeout_s:g} s")
         if isinstance(body, Refusal):
