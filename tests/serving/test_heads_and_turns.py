@@ -1,6 +1,7 @@
 """What a crowd and a slow client cost the others: heads without end, and a batch of requests at once."""
 
 import asyncio
+import gc
 import json
 import socket
 import threading
@@ -8,13 +9,17 @@ import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
+from typing import Any
 
 import httpx
 import pytest
 import uvicorn
+from fastapi import FastAPI
 
-from spin_ray.serving import heads
+from spin_ray.runtime import garbage
+from spin_ray.serving import front, heads
 from spin_ray.serving.api import make_app
+from spin_ray.serving.limits import Slots, WholeBody
 from tests.support.fake_engines import FakeEngines, empty_votes
 from tests.support.tiny_runs import tiny_config
 
@@ -156,3 +161,42 @@ def test_a_connection_outlives_head_requests(port: int) -> None:
             assert (response.status_code, response.content) == (status, b"")
             addresses.add(response.extensions["network_stream"].get_extra_info("client_addr"))
         assert len(addresses) == 1
+
+
+def test_a_refusal_leaves_no_cycle_behind() -> None:
+    """Hundreds of refusals a second would fill the collector's young objects, whose search stops every answer."""
+
+    async def app(scope: Any, receive: Any, send: Any) -> None:
+        raise AssertionError("no place is free")
+
+    async def sent(_: Any) -> None:
+        pass
+
+    async def refuse(times: int) -> None:
+        layer = WholeBody(app, tiny_config().serving, Slots(0))
+        scope = {"type": "http", "method": "POST", "path": CHAT, "headers": []}
+        for _ in range(times):
+            await layer(scope, app, sent)
+
+    asyncio.run(refuse(1))
+    gc.collect()
+    gc.disable()
+    try:
+        asyncio.run(refuse(200))
+        assert gc.collect() < 200
+    finally:
+        gc.enable()
+
+
+def test_a_server_looks_for_cycles_as_often_as_python_does(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What ``spin-ray`` sets for a run's driver would stop every answer for 0.2 s at a time."""
+    as_it_was, frozen = gc.get_threshold(), gc.get_freeze_count()
+    monkeypatch.setattr(front, "endpoint", lambda *given: FastAPI())
+    try:
+        garbage.collect_rarely()
+        front._app("run", tiny_config(), None)
+        assert gc.get_threshold() == garbage._AS_USUAL
+    finally:
+        gc.set_threshold(*as_it_was)
+        if not frozen:
+            gc.unfreeze()

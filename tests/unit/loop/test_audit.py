@@ -1,6 +1,6 @@
 """The engine's own log p of the opponent's responses beside that of the model that is trained."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -31,8 +31,8 @@ class Job:
 
     storage: Storage
     audit: str | None = "iter_000/engine_audit.parquet"
-    health: HealthConfig = HealthConfig()
-    shape: PackShape = PackShape(pack_length=64, global_batch_pairs=2, pad_id=0)
+    health: HealthConfig = field(default_factory=HealthConfig)
+    shape: PackShape = field(default_factory=lambda: PackShape(pack_length=64, global_batch_pairs=2, pad_id=0))
 
 
 @pytest.fixture(scope="module")

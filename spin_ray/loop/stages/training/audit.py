@@ -44,8 +44,8 @@ def audit_engine(job: TrainJob, backend: TrainBackend) -> dict[str, float]:
     limit = job.health.max_engine_difference
     if limit is not None and not difference <= limit:
         raise HealthError(
-            "stopped before step 0: the engine that wrote y′ and the model that is trained give them log p that differ by "
-            f"{difference:.2g} nats a token ({found.num_rows} responses), more than health.max_engine_difference "
+            "stopped before step 0: the engine that wrote y′ and the model that is trained give them log p that differ "
+            f"by {difference:.2g} nats a token ({found.num_rows} responses), more than health.max_engine_difference "
             f"{limit:g}: the opponent is another model. See docs/models.md for the family; generation.engine.extra "
             "(hf_overrides, quantization) changes what vLLM computes, null switches the limit off"
         )
