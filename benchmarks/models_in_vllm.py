@@ -43,7 +43,58 @@ HEAD = 32
 LENGTH, PROMPTS = 24, [[3 + (7 * place + row) % (VOCABULARY - 3) for place in range(5 + 4 * row)] for row in range(4)]
 """Tokens of an answer, and prompts of 5 to 17 tokens: some are longer than the windows, of 12."""
 DEADLINE_S = 600
-FAMILIES = KINDS | {"Qwen2.5 (as published)": ModelKind("qwen2", trait="no windows")}
+_EXPERTS = {"num_experts_per_tok": 2, "moe_intermediate_size": 16}
+_ROUTED = _EXPERTS | {
+    "head_dim": 8, "n_routed_experts": 4, "n_shared_experts": 1, "n_group": 1, "topk_group": 1,
+    "first_k_dense_replace": 1,
+}  # fmt: skip
+_WINDOWS = {"sliding_window": 12, "layer_types": ["sliding_attention", "full_attention"]}
+_YARN = {"rope_type": "yarn", "rope_theta": 10000.0, "factor": 4.0, "original_max_position_embeddings": 16}
+_LLAMA_3 = {
+    "rope_type": "llama3", "rope_theta": 10000.0, "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
+    "original_max_position_embeddings": 32,
+}  # fmt: skip
+_HEADS = {"n_head": 4, "n_layer": 2}
+MORE = {
+    "Qwen2.5 (as published)": ModelKind("qwen2"),
+    "Qwen2.5, YaRN": ModelKind("qwen2", {"rope_parameters": _YARN}),
+    "Qwen3, YaRN of another factor": ModelKind(
+        "qwen3", {"head_dim": 8, "rope_parameters": _YARN | {"attention_factor": 1.5}}
+    ),
+    "Llama 3.1": ModelKind("llama", {"rope_parameters": _LLAMA_3}),
+    "Llama, linear": ModelKind("llama", {"rope_parameters": {"rope_type": "linear", "rope_theta": 1e4, "factor": 4.0}}),
+    "Apertus": ModelKind("apertus"),
+    "Arcee": ModelKind("arcee"),
+    "BLOOM": ModelKind("bloom", _HEADS),
+    "Command R": ModelKind("cohere", {"logit_scale": 0.3}),
+    "dots.llm1": ModelKind("dots1", _ROUTED),
+    "ERNIE 4.5": ModelKind("ernie4_5", {"head_dim": 8}),
+    "EXAONE 4": ModelKind("exaone4", {"head_dim": 8, **_WINDOWS}),
+    "Gemma": ModelKind("gemma", {"head_dim": 8}),
+    "GLM-4": ModelKind("glm4", {"head_dim": 8}),
+    "GLM-4.5": ModelKind("glm4_moe", _ROUTED),
+    "GPT-J": ModelKind("gptj", _HEADS | {"rotary_dim": 8}),
+    "GPT-NeoX": ModelKind("gpt_neox"),
+    "Granite-MoE": ModelKind(
+        "granitemoe", {"num_local_experts": 4, "logits_scaling": 3.0, "attention_multiplier": 0.3}
+    ),
+    "Helium": ModelKind("helium", {"head_dim": 8}),
+    "Hunyuan": ModelKind("hunyuan_v1_dense", {"head_dim": 8}),
+    "Ministral": ModelKind("ministral", {"head_dim": 8, **_WINDOWS}),
+    "Nemotron": ModelKind("nemotron"),
+    "OLMo": ModelKind("olmo"),
+    "OLMo 3": ModelKind("olmo3", _WINDOWS),
+    "OLMoE": ModelKind("olmoe", {"num_experts": 4, "num_experts_per_tok": 2}),
+    "OPT": ModelKind("opt", {"ffn_dim": 48, "word_embed_proj_dim": None}),
+    "Persimmon": ModelKind("persimmon"),
+    "Qwen2-MoE": ModelKind("qwen2_moe", {"num_experts": 4, "shared_expert_intermediate_size": 16, **_EXPERTS}),
+    "Seed-OSS": ModelKind("seed_oss", {"head_dim": 8}),
+    "StableLM 2": ModelKind("stablelm"),
+    "StarCoder 2": ModelKind("starcoder2", {"sliding_window": None}),
+    "VaultGemma": ModelKind("vaultgemma", {"head_dim": 8, "query_pre_attn_scalar": 8, **_WINDOWS}),
+}
+"""Families that the tests do not train."""
+FAMILIES = KINDS | MORE
 PAGE = ROOT / "docs" / "models.md"
 COLUMNS = ("family", "class", "same tokens", "log p", "loads")
 

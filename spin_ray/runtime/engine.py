@@ -134,7 +134,7 @@ class VllmEngine:
                 seed=seed,
                 stop_token_ids=[self._spec.stop_token_id, *self._spec.other_stop_ids],
                 detokenize=False,
-                **({"logprobs": 0} if number < audited else {}),
+                logprobs=0 if number < audited else None,
             )
             for number, (prompt, seed) in enumerate(zip(prompt_ids, seeds, strict=True))
         ]

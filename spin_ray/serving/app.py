@@ -20,6 +20,7 @@ from spin_ray.config.recipe import SpinConfig, digest
 from spin_ray.errors import ConfigError
 from spin_ray.run_dir.cache import cache_root
 from spin_ray.run_dir.run_dir import open_run
+from spin_ray.runtime.garbage import collect_as_usual
 from spin_ray.serving.access import read_keys
 from spin_ray.serving.api import make_app
 from spin_ray.serving.arena.votes import VoteStore
@@ -41,11 +42,15 @@ class Ingress:
 
 
 def endpoint(run_folder: str, config: SpinConfig, keeper: Any, *, proxied: bool = False) -> FastAPI:
-    """Builds the HTTP interface to a keeper's engines. It needs a running event loop."""
+    """Builds the HTTP interface to a keeper's engines. It needs a running event loop.
+
+    Its process collects garbage as Python does from then on, in many short pauses, as each stops every answer.
+    """
     engines = ServeEngines(keeper)
     keys = read_keys(config.serving.keys) if config.serving.keys else []
     app = make_app(engines, config, keys, VoteStore(votes_url(run_folder, config)), proxied=proxied)
     app.state.following = asyncio.get_running_loop().create_task(engines.follow())
+    collect_as_usual()
     return app
 
 

@@ -11,13 +11,11 @@ from pathlib import Path
 from typing import Any
 
 import uvicorn
-from fastapi import FastAPI
 from ray._private.worker import global_worker
 
 from spin_ray.config.recipe import SpinConfig
 from spin_ray.config.sections import ServingConfig
 from spin_ray.errors import ConfigError, StageError
-from spin_ray.runtime.garbage import collect_as_usual
 from spin_ray.serving.app import STOP_MARGIN_S, endpoint
 from spin_ray.serving.heads import LimitedHeads
 from spin_ray.serving.limits import access_log
@@ -53,7 +51,7 @@ class Front:
         self._stop_s = config.serving.request_timeout_s + STOP_MARGIN_S
         self._server = uvicorn.Server(
             uvicorn.Config(
-                lambda: _app(run_folder, config, keeper),  # called in the server's event loop
+                lambda: endpoint(run_folder, config, keeper),  # called in the server's event loop
                 factory=True,
                 http=LimitedHeads,
                 ws="none",
@@ -85,13 +83,6 @@ class Front:
         """Takes no more requests and waits for the answers that have begun, each within its own time limit."""
         self._server.should_exit = True
         self._thread.join(self._stop_s + STOP_MARGIN_S)
-
-
-def _app(run_folder: str, config: SpinConfig, keeper: Any) -> FastAPI:
-    """Builds the application; garbage is collected as Python does, in many short pauses, which stop every answer."""
-    app = endpoint(run_folder, config, keeper)
-    collect_as_usual()
-    return app
 
 
 def _log_beside_ray_serve() -> None:

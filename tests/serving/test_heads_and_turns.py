@@ -9,6 +9,8 @@ import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
+from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import httpx
@@ -17,7 +19,7 @@ import uvicorn
 from fastapi import FastAPI
 
 from spin_ray.runtime import garbage
-from spin_ray.serving import front, heads
+from spin_ray.serving import app, heads
 from spin_ray.serving.api import make_app
 from spin_ray.serving.limits import Slots, WholeBody
 from tests.support.fake_engines import FakeEngines, empty_votes
@@ -166,17 +168,17 @@ def test_a_connection_outlives_head_requests(port: int) -> None:
 def test_a_refusal_leaves_no_cycle_behind() -> None:
     """Hundreds of refusals a second would fill the collector's young objects, whose search stops every answer."""
 
-    async def app(scope: Any, receive: Any, send: Any) -> None:
+    async def inner(scope: Any, receive: Any, send: Any) -> None:
         raise AssertionError("no place is free")
 
     async def sent(_: Any) -> None:
         pass
 
     async def refuse(times: int) -> None:
-        layer = WholeBody(app, tiny_config().serving, Slots(0))
+        layer = WholeBody(inner, tiny_config().serving, Slots(0))
         scope = {"type": "http", "method": "POST", "path": CHAT, "headers": []}
         for _ in range(times):
-            await layer(scope, app, sent)
+            await layer(scope, inner, sent)
 
     asyncio.run(refuse(1))
     gc.collect()
@@ -188,13 +190,18 @@ def test_a_refusal_leaves_no_cycle_behind() -> None:
         gc.enable()
 
 
-def test_a_server_looks_for_cycles_as_often_as_python_does(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_server_looks_for_cycles_as_often_as_python_does(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     """What ``spin-ray`` sets for a run's driver would stop every answer for 0.2 s at a time."""
     as_it_was, frozen = gc.get_threshold(), gc.get_freeze_count()
-    monkeypatch.setattr(front, "endpoint", lambda *given: FastAPI())
+    monkeypatch.setattr(app, "ServeEngines", lambda keeper: SimpleNamespace(follow=lambda: asyncio.sleep(0)))
+    monkeypatch.setattr(app, "make_app", lambda *given, proxied: FastAPI())
+
+    async def build() -> None:
+        app.endpoint(str(tmp_path), tiny_config(), None)
+
     try:
         garbage.collect_rarely()
-        front._app("run", tiny_config(), None)
+        asyncio.run(build())
         assert gc.get_threshold() == garbage._AS_USUAL
     finally:
         gc.set_threshold(*as_it_was)

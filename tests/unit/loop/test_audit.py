@@ -10,7 +10,7 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from spin_ray.config.sections import HealthConfig
-from spin_ray.errors import HealthError
+from spin_ray.errors import HealthError, RunDirError
 from spin_ray.inputs.embedded import resolve
 from spin_ray.learner.backends.base import BackendSettings
 from spin_ray.learner.backends.fsdp2 import Fsdp2Backend
@@ -83,6 +83,14 @@ def test_an_engine_of_another_model_stops_training_before_it_begins(backend, tmp
         audit_engine(told(tmp_path, apart), backend)
     without = HealthConfig(max_engine_difference=None)
     assert "engine_difference" in audit_engine(told(tmp_path, apart, health=without), backend)
+
+
+def test_a_damaged_file_is_named(backend, tmp_path, logps):
+    job = told(tmp_path, logps)
+    assert job.audit
+    job.storage.replace(job.audit, job.storage.read(job.audit)[:-9])
+    with pytest.raises(RunDirError, match=r"engine_audit.parquet: is damaged .*; remove it"):
+        audit_engine(job, backend)
 
 
 def test_nothing_is_said_where_the_engine_told_nothing(backend, tmp_path):

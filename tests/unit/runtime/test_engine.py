@@ -37,7 +37,7 @@ def vllm(monkeypatch):
 
         def generate(self, prompts: Any, params: Any, **options: Any) -> list[Any]:
             told["generate"].append((prompts, params, options))
-            logps = [-1.5 if "logprobs" in asked else None for asked in params]
+            logps = [None if asked["logprobs"] is None else -1.5 for asked in params]
             answers = [
                 SimpleNamespace(token_ids=(11, 2), finish_reason="stop", cumulative_logprob=logp) for logp in logps
             ]
@@ -179,7 +179,7 @@ def test_sampling_is_exactly_what_the_config_says(vllm):
     assert prompts == [{"prompt_token_ids": [5, 6]}]
     assert params == {
         "temperature": 0.7, "top_p": 0.9, "top_k": 40, "max_tokens": 100, "seed": 123, "stop_token_ids": [2],
-        "detokenize": False,
+        "detokenize": False, "logprobs": None,
     }  # fmt: skip
 
 
@@ -210,7 +210,7 @@ def test_all_rows_of_a_call_are_queued_at_once_each_with_its_own_seed(vllm):
 def test_log_p_is_asked_for_the_audited_rows_alone(vllm):
     found = VllmEngine(spec_of()).generate([[5], [6], [7]], SamplingConfig(), [1, 2, 3], audited=2)
     ((_, params, _),) = vllm["generate"]
-    assert [values.get("logprobs") for values in params] == [0, 0, None]
+    assert [values["logprobs"] for values in params] == [0, 0, None]
     assert [completion.logp for completion in found] == [-1.5, -1.5, None]
 
 

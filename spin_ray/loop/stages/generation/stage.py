@@ -43,7 +43,7 @@ from spin_ray.runtime.waiting import wait_until_free, with_deadline
 logger = logging.getLogger(__name__)
 
 _AUDITED = 16
-"""Responses whose log p the engine tells."""
+"""Responses of a job whose log p the engine tells."""
 _USE_LESS = (
     "lower generation.engine.cpu_kv_cache_gib or gpu_memory_utilization, generation.engine.max_num_seqs, or "
     "generation.replicas"

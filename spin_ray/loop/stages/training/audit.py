@@ -11,7 +11,7 @@ import pyarrow.compute as pc
 import torch
 import torch.distributed as dist
 
-from spin_ray.errors import HealthError
+from spin_ray.errors import HealthError, RunDirError, first_line
 from spin_ray.learner.backends.base import TrainBackend
 from spin_ray.learner.step import pair_lengths, plan, score_rows
 from spin_ray.loop.stages.training.job import TrainJob
@@ -26,11 +26,9 @@ def audit_engine(job: TrainJob, backend: TrainBackend) -> dict[str, float]:
 
     Raises:
         HealthError: it is above ``health.max_engine_difference``; raised on every rank.
+        RunDirError: the file of the responses is damaged.
     """
-    try:
-        found = table_from_bytes(job.storage.read(job.audit)) if job.audit else None
-    except FileNotFoundError:  # an engine that tells no log p, or an older run
-        return {}
+    found = _read(job)
     if found is None or not found.num_rows:
         return {}
     rows, shape = _as_pairs(found), replace(job.shape, global_batch_pairs=found.num_rows)
@@ -50,6 +48,18 @@ def audit_engine(job: TrainJob, backend: TrainBackend) -> dict[str, float]:
             "(hf_overrides, quantization) changes what vLLM computes, null switches the limit off"
         )
     return {"engine_difference": round(difference, 5)}
+
+
+def _read(job: TrainJob) -> pa.Table | None:
+    if job.audit is None:
+        return None
+    try:
+        return table_from_bytes(job.storage.read(job.audit))
+    except FileNotFoundError:  # an older run
+        return None
+    except pa.ArrowInvalid as error:
+        where = job.storage.where(job.audit)
+        raise RunDirError(f"{where}: is damaged ({first_line(error)}); remove it to go on without the audit") from error
 
 
 def _as_pairs(audited: pa.Table) -> pa.Table:
