@@ -62,11 +62,25 @@ MORE = {
         "qwen3", {"head_dim": 8, "rope_parameters": _YARN | {"attention_factor": 1.5}}
     ),
     "Llama 3.1": ModelKind("llama", {"rope_parameters": _LLAMA_3}),
+    "Llama with a window in its config": ModelKind("llama", {"sliding_window": 12}),
+    "Gemma 3 (text), YaRN of another factor": ModelKind(
+        "gemma3_text",
+        KINDS["Gemma 3 (text)"].settings
+        | {
+            "rope_parameters": {
+                "full_attention": _YARN | {"attention_factor": 1.5},
+                "sliding_attention": {"rope_type": "default", "rope_theta": 10000.0},
+            }
+        },
+    ),
     "Llama, linear": ModelKind("llama", {"rope_parameters": {"rope_type": "linear", "rope_theta": 1e4, "factor": 4.0}}),
     "Apertus": ModelKind("apertus"),
     "Arcee": ModelKind("arcee"),
     "BLOOM": ModelKind("bloom", _HEADS),
     "Command R": ModelKind("cohere", {"logit_scale": 0.3}),
+    "DeepSeek-V2, greedy": ModelKind(
+        "deepseek_v2", KINDS["DeepSeek-V2"].settings | {"n_group": 2, "topk_group": 1, "norm_topk_prob": True}
+    ),
     "dots.llm1": ModelKind("dots1", _ROUTED),
     "ERNIE 4.5": ModelKind("ernie4_5", {"head_dim": 8}),
     "EXAONE 4": ModelKind("exaone4", {"head_dim": 8, **_WINDOWS}),
@@ -86,7 +100,7 @@ MORE = {
     "OLMo 3": ModelKind("olmo3", _WINDOWS),
     "OLMoE": ModelKind("olmoe", {"num_experts": 4, "num_experts_per_tok": 2}),
     "OPT": ModelKind("opt", {"ffn_dim": 48, "word_embed_proj_dim": None}),
-    "Persimmon": ModelKind("persimmon"),
+    "Persimmon": ModelKind("persimmon", {"num_key_value_heads": 4}),
     "Qwen2-MoE": ModelKind("qwen2_moe", {"num_experts": 4, "shared_expert_intermediate_size": 16, **_EXPERTS}),
     "Seed-OSS": ModelKind("seed_oss", {"head_dim": 8}),
     "StableLM 2": ModelKind("stablelm"),
@@ -144,7 +158,7 @@ def row(family: str, folder: Path) -> str:
         return f"| {family} | `{name}` |  |  | not within {DEADLINE_S} s |"
     if ended.returncode:
         return f"| {family} | `{name}` |  |  | no: {why(ended.stderr + ended.stdout)} |"
-    same, apart, count = compared(folder / "export", json.loads(ended.stdout.splitlines()[-1]))
+    same, apart, count = compared(folder / "export", json.loads(ended.stdout.splitlines()[-1]), kind.truth)
     return f"| {family} | `{name}` | {same} of {count} | {apart:.0e} | yes |"
 
 
@@ -189,9 +203,9 @@ def said_by_vllm(folder: str) -> list[dict[str, Any]]:
 
 
 @torch.no_grad()
-def compared(folder: Path, said: list[dict[str, Any]]) -> tuple[int, float, int]:
+def compared(folder: Path, said: list[dict[str, Any]], truth: str) -> tuple[int, float, int]:
     """Returns how many tokens are transformers' most probable ones, the largest difference, and how many there are."""
-    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, attn_implementation="eager").eval()
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, attn_implementation=truth).eval()
     same = count = 0
     apart = 0.0
     for prompt, answer in zip(PROMPTS, said, strict=True):

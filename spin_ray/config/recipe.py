@@ -170,10 +170,12 @@ def _impossible(config: SpinConfig) -> Iterator[str]:
         yield "evaluation.samples: needs data.heldout"
     if config.stop_when is not None and config.data.heldout is None:
         yield "stop_when: patience and min_fall need data.heldout"
-    for key in sorted(
-        (_OWN_ENGINE_ARGUMENTS | EngineConfig.model_fields.keys()) & config.generation.engine.extra.keys()
+    for place, engine, own in (
+        ("generation", config.generation.engine, _OWN_ENGINE_ARGUMENTS),
+        ("serving", config.serving.engine, _OWN_ENGINE_ARGUMENTS - {"enable_prefix_caching", "seed"}),
     ):
-        yield f"generation.engine.extra.{key}: is set by spin_ray; use the field of its own"
+        for key in sorted((own | EngineConfig.model_fields.keys()) & engine.extra.keys() if engine else ()):
+            yield f"{place}.engine.extra.{key}: is set by spin_ray; use the field of its own"
 
 
 _OWN_ENGINE_ARGUMENTS = {

@@ -535,8 +535,8 @@ class HealthConfig(Section):
     max_length_change: Annotated[float, Field(gt=1)] | None = 4.0
     """Largest factor by which the mean length of y′ may grow or shrink against θ_0's."""
     max_engine_difference: Positive | None = 0.1
-    """Largest difference, in nats a token, between log p of y′ by the engine and by the model that is trained, over 16
-    responses of each iteration. Rounding to bf16 makes about 0.01."""
+    """Largest difference, in nats a token, between log p of y′ by the engine and by the model that is trained, over a
+    few responses of each iteration. Not for a quantised base of adapters."""
 
 
 class EvaluationConfig(Section):

@@ -4,14 +4,18 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from spin_ray.config.sections import LoraConfig
 from spin_ray.errors import ConfigError, ModelError, first_line
 from spin_ray.inputs.model_folder import read_config
 from spin_ray.inputs.vocabulary import vocabulary_of
 from spin_ray.learner.rope import rope_limit, switching
-from spin_ray.learner.weights import tensor_shapes
+from spin_ray.learner.weights import layer_names, tensor_shapes
 
 _HEADS = {"lm_head", "embed_out", "output", "head"}
 _EMBEDDINGS = {"embed_tokens", "wte", "word_embeddings", "embed_in", "lm_head"}
+_UNAPPLIED = {"kv_b_proj", "shared_expert_gate"}
+"""Linear layers whose weights vLLM 0.29 copies or renames before it loads adapters (layers/attention/mla_attention.py,
+models/qwen2_moe.py)."""
 _LANGUAGE_MODELS = ("forcausallm", "lmheadmodel", "lmheadmodelwithloss")
 
 
@@ -32,6 +36,17 @@ def refuse_architecture(folder: Path, max_length: int) -> None:
         raise ConfigError(f"model.max_length: {max_length} is too long for {folder}: {switching(limit)}")
     for reason in _of_weights(config, tensor_shapes(folder)):
         raise ModelError(f"{folder}: {reason}")
+
+
+def refuse_unapplied(folder: Path, lora: LoraConfig) -> None:
+    """Raises a ConfigError for adapters that the trained model would have, and vLLM's answers would not."""
+    named = layer_names(folder) if isinstance(lora.target_modules, str) else lora.target_modules
+    names = {name.rpartition(".")[2] for name in named}
+    if found := sorted(names & _UNAPPLIED):
+        raise ConfigError(
+            f"train.lora: vLLM does not apply adapters of {', '.join(found)}, so with merge: false the opponent would "
+            "lack them; name other layers in target_modules, or set merge: true"
+        )
 
 
 def _complete(folder: Path) -> dict[str, Any]:

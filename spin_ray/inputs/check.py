@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 from spin_ray.config.recipe import SpinConfig
 from spin_ray.config.sections import DataConfig, Train, name_of, sources_of
 from spin_ray.errors import ConfigError, DataError, ModelError
-from spin_ray.inputs.architecture import refuse_architecture
+from spin_ray.inputs.architecture import refuse_architecture, refuse_unapplied
 from spin_ray.inputs.chat_template import Tools
 from spin_ray.inputs.conversations import Conversation, Unusable, conversations_of, read_row
 from spin_ray.inputs.embedded import resolve
@@ -116,6 +116,8 @@ def find_inputs(config: SpinConfig) -> Inputs:
     refuse_damaged(path)
     if not config.model.trust_remote_code:
         refuse_architecture(path, config.model.max_length)
+    if config.train.lora is not None and not config.train.lora.merge:
+        refuse_unapplied(path, config.train.lora)
     model = open_model(path, "sft" if not config.sft else "start", trust_remote_code=config.model.trust_remote_code)
     return Inputs(
         model=model,

@@ -56,13 +56,13 @@ def lacking(source: str | Path, missing: list[str]) -> str:
 
 
 def first_attention(config: Any) -> str:
-    """Returns SDPA, or eager attention for families that lack SDPA or, with ALiBi, round positions to bf16 in it.
+    """Returns SDPA, or eager attention for families that lack SDPA.
 
     The choice of the layout replaces it, except in Falcon, whose layers cannot change.
     """
     family: Any = MODEL_FOR_CAUSAL_LM_MAPPING.get(type(config), None)
     lacks = family is not None and not family._supports_sdpa
-    return "eager" if lacks or getattr(config, "alibi", False) else "sdpa"
+    return "eager" if lacks else "sdpa"
 
 
 def write_model(

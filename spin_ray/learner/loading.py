@@ -116,13 +116,15 @@ def first_layers(model: Any) -> Any:
 
 
 def as_eager(model: Any) -> Any:
-    """Returns a model made for eager attention around the weights of ``model``.
+    """Returns a model made for eager attention around the weights of ``model``; SDPA for ALiBi, which Falcon's eager
+    attention adds twice (transformers 5.19).
 
     Some families choose the classes of their layers when they are made, so that a later switch changes nothing.
     """
     config = copy.deepcopy(model.config)
+    attention = "sdpa" if getattr(config, "alibi", False) else "eager"
     with _parameters_on_meta():
-        made = type(model)._from_config(config, attn_implementation="eager")
+        made = type(model)._from_config(config, attn_implementation=attention)
     made.load_state_dict(model.state_dict(), assign=True)
     return made.eval()
 

@@ -1,8 +1,10 @@
 """Corrections of what vLLM reads in a model's config.json, so that it computes what transformers computes.
 
 Training is transformers' arithmetic. Read otherwise, the same folder is another model, and the opponent is not θ_t.
+Each correction names what vLLM 0.29 does; docs/models.md lists them for users.
 """
 
+import math
 from pathlib import Path
 from typing import Any
 
@@ -27,14 +29,11 @@ def corrections(
         config = AutoConfig.from_pretrained(folder, trust_remote_code=trust_remote_code)
     except (OSError, ValueError) as error:
         raise ModelError(f"{folder}: config.json cannot be read ({first_line(error)})") from error
-    given = extra.get("hf_overrides") or {}
-    if not isinstance(given, dict):  # a function, which only the Python API can give
-        return {}
     found = _window(config) | _router(config) | _rope(config)
-    arguments: dict[str, Any] = {"hf_overrides": found | given} if found else {}
-    if on_cpu and _has_latent_attention(config) and "compilation_config" not in extra:
-        # vLLM 0.29's kernel for CPUs turns every token's query but the first one's by another token's position.
-        arguments["compilation_config"] = {"custom_ops": ["-rotary_embedding"]}
+    arguments: dict[str, Any] = {"hf_overrides": found | extra.get("hf_overrides", {})} if found else {}
+    if on_cpu and _has_latent_attention(config):
+        # The kernel for CPUs turns queries of several heads by positions of other tokens.
+        arguments["compilation_config"] = {"custom_ops": ["-rotary_embedding"]} | extra.get("compilation_config", {})
     return arguments
 
 
@@ -43,29 +42,72 @@ def _has_latent_attention(config: Any) -> bool:
 
 
 def _window(config: Any) -> dict[str, Any]:
-    """Shortens Cohere 2's windows, which vLLM 0.29 makes a token longer than transformers (models/commandr.py)."""
+    """Corrects windows: Cohere 2's are made a token longer (models/commandr.py), and any family has one if it is named.
+
+    transformers reads a window only in families whose config has one.
+    """
     window = getattr(config, "sliding_window", None)
-    return {"sliding_window": window - 1} if config.model_type == "cohere2" and window else {}
+    if not window:
+        return {}
+    if config.model_type in ("cohere2", "cohere2_moe"):
+        return {"sliding_window": window - 1}
+    return {} if _reads_windows(config) else {"sliding_window": None}
+
+
+def _reads_windows(config: Any) -> bool:
+    try:
+        return hasattr(type(config)(), "sliding_window")
+    except Exception:  # a config of the folder's own code
+        return True
 
 
 def _router(config: Any) -> dict[str, Any]:
-    """Names DeepSeek-V3's way to choose experts, which transformers knows without a setting."""
-    named = {"scoring_func": "sigmoid", "topk_method": "noaux_tc"} if config.model_type == "deepseek_v3" else {}
-    return {name: value for name, value in named.items() if not hasattr(config, name)}
+    """Names DeepSeek's way to choose experts, of which transformers reads other settings than vLLM.
+
+    V3's has no setting in transformers. V2's weights are not normed there, and groups count for one method alone.
+    """
+    if config.model_type == "deepseek_v3":
+        wanted = {"scoring_func": "sigmoid", "topk_method": "noaux_tc"}
+        return {name: value for name, value in wanted.items() if not hasattr(config, name)}
+    if config.model_type != "deepseek_v2":
+        return {}
+    wanted = {"norm_topk_prob": False}
+    if getattr(config, "topk_method", "greedy") != "group_limited_greedy":
+        wanted |= {"n_group": 1, "topk_group": 1}
+    return {name: value for name, value in wanted.items() if getattr(config, name, value) != value}
 
 
 def _rope(config: Any) -> dict[str, Any]:
     """Tells vLLM YaRN's factor of attention, and Ministral 3's temperature by position (vllm-project/vllm#48621).
 
-    vLLM 0.29 knows neither ``attention_factor`` nor ``mscale`` of YaRN, except for latent attention, and looks for the
-    temperature outside ``rope_parameters``.
+    vLLM knows no ``attention_factor``, and ``mscale`` only for latent attention. It looks for the temperature outside
+    ``rope_parameters``.
     """
     rope = getattr(config, "rope_parameters", None) or {}
-    if rope.get("rope_type") != "yarn" or _has_latent_attention(config) or "mrope_section" in rope:
-        return {}
-    _, factor = ROPE_INIT_FUNCTIONS["yarn"](config, "cpu")
-    found: dict[str, Any] = {"rope_parameters": rope | {"apply_yarn_scaling": False, "attn_factor": factor}}
+    if any(isinstance(each, dict) for each in rope.values()):  # of each kind of layer
+        each = {kind: _yarn(config, own, kind) for kind, own in rope.items()}
+        return {"rope_parameters": each} if each != rope else {}
+    corrected = _yarn(config, rope)
+    found: dict[str, Any] = {"rope_parameters": corrected} if corrected != rope else {}
     if beta := rope.get("llama_4_scaling_beta"):
         original = rope["original_max_position_embeddings"]
         found["llama_4_scaling"] = {"original_max_position_embeddings": original, "beta": beta}
     return found
+
+
+def _yarn(config: Any, rope: Any, kind: str | None = None) -> Any:
+    """Returns ``rope`` with the factor by which vLLM multiplies cosines and sines, if it is YaRN's.
+
+    With latent attention the factor multiplies that of vLLM's own ratio of ``mscale``.
+    """
+    if not isinstance(rope, dict) or rope.get("rope_type") != "yarn" or "mrope_section" in rope:
+        return rope
+    _, wanted = ROPE_INIT_FUNCTIONS["yarn"](config, "cpu", layer_type=kind)
+    if not _has_latent_attention(config):
+        return rope | {"apply_yarn_scaling": False, "attn_factor": wanted}
+    own = _mscale(rope["factor"], rope.get("mscale", 1.0)) / _mscale(rope["factor"], rope.get("mscale_all_dim", 0.0))
+    return rope if math.isclose(own, wanted) else rope | {"attn_factor": wanted / own}
+
+
+def _mscale(factor: float, weight: float) -> float:
+    return 0.1 * weight * math.log(factor) + 1.0 if factor > 1 else 1.0

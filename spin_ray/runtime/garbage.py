@@ -2,7 +2,7 @@
 
 Imports of torch, transformers and vLLM make half a million objects that stay. Python's default searches them again and
 again meanwhile. Processes that train, generate or serve search as usual afterwards: a search among 100,000 new objects
-stops every answer for 0.2 s. The others make few cycles, and search rarely for ever.
+stops every answer for 0.2 s. Other processes make few cycles, and search rarely for ever.
 """
 
 import gc

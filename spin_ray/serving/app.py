@@ -44,7 +44,7 @@ class Ingress:
 def endpoint(run_folder: str, config: SpinConfig, keeper: Any, *, proxied: bool = False) -> FastAPI:
     """Builds the HTTP interface to a keeper's engines. It needs a running event loop.
 
-    Its process collects garbage as Python does from then on, in many short pauses, as each stops every answer.
+    Its process then collects garbage as Python does by default: each collection stops every answer, so they are short.
     """
     engines = ServeEngines(keeper)
     keys = read_keys(config.serving.keys) if config.serving.keys else []

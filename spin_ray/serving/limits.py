@@ -149,7 +149,7 @@ class WholeBody:
                 body = await self._read(scope, receive)
             if scope["path"] in ANSWERED and isinstance(body, bytes):
                 await self._slots.turn()
-        except Refusal as refusal:  # kept in a name of its own, it would be a cycle with this frame
+        except Refusal as refusal:  # a second name for it would make a cycle with this frame
             await refusal.response()(scope, receive, send)
             return
         except TimeoutError:

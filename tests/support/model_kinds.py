@@ -47,6 +47,8 @@ class ModelKind:
     trait: str = ""
     """Trait that a scorer can get wrong."""
     layout: str = "packed"
+    truth: str = "eager"
+    """Attention of transformers that scores are compared with."""
 
     def make(self, **more: Any) -> Any:
         """Returns the model, each parameter random; log-probabilities depend strongly on every token."""
@@ -120,7 +122,7 @@ KINDS: dict[str, ModelKind] = {
         "attention sinks, windows, fused experts"
     ),
     "Falcon": ModelKind("falcon", {"new_decoder_architecture": True, "num_kv_heads": 2}, "parallel attention"),
-    "Falcon (ALiBi)": ModelKind("falcon", {"alibi": True}, "positions in the mask", layout="padded"),
+    "Falcon (ALiBi)": ModelKind("falcon", {"alibi": True}, "positions in the mask", "padded", "sdpa"),
     "GPT-2": ModelKind("gpt2", {"resid_pdrop": 0.5, "n_inner": 48}, "learned positions"),
     "Llama 4 (text)": ModelKind(
         "llama4_text",

@@ -47,7 +47,7 @@ def examine(kind: ModelKind, folder: Path) -> Outcome:
     """Trains one step in a process group that is there; ``folder`` gets the model and its export."""
     start, target = folder / "start", folder / "export"
     kind.make().save_pretrained(start)
-    plain = AutoModelForCausalLM.from_pretrained(start, dtype=torch.float32, attn_implementation="eager").eval()
+    plain = AutoModelForCausalLM.from_pretrained(start, dtype=torch.float32, attn_implementation=kind.truth).eval()
     backend = _backend(start)
     with torch.no_grad():
         found, expected = _scores(backend), _alone(plain)
@@ -68,7 +68,7 @@ def examine(kind: ModelKind, folder: Path) -> Outcome:
     backend.step()
     moved = max(float((_whole(share) - before[name]).abs().max()) for name, share in backend._shards.items())
     backend.export_hf(target)
-    after = AutoModelForCausalLM.from_pretrained(target, dtype="auto", attn_implementation="eager").eval()
+    after = AutoModelForCausalLM.from_pretrained(target, dtype="auto", attn_implementation=kind.truth).eval()
     with torch.no_grad():
         export = (_scores(backend) - _alone(after)).abs().max()
     return Outcome(

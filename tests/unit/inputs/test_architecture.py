@@ -9,8 +9,9 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import AutoConfig
 
+from spin_ray.config.sections import LoraConfig
 from spin_ray.errors import ConfigError, ModelError
-from spin_ray.inputs.architecture import refuse_architecture
+from spin_ray.inputs.architecture import refuse_architecture, refuse_unapplied
 from tests.support.model_kinds import KINDS, LONGROPE, ModelKind
 
 
@@ -100,3 +101,23 @@ def test_embeddings_of_another_size_than_the_config_says_are_refused(tmp_path: P
         ModelError, match=r"wte\.weight has 64 rows, and config\.json a vocab_size of 61; save the model"
     ):
         refuse_architecture(tmp_path, 64)
+
+
+@pytest.mark.parametrize(
+    ("kind", "layer"),
+    [
+        (KINDS["DeepSeek-V2"], "kv_b_proj"),
+        (ModelKind("qwen2_moe", {"num_experts": 4, "shared_expert_intermediate_size": 16}), "shared_expert_gate"),
+    ],
+)
+def test_adapters_that_vllm_would_drop_are_refused(tmp_path: Path, kind: ModelKind, layer: str) -> None:
+    kind.make().save_pretrained(tmp_path)
+    for targets in ("all-linear", (layer,), ("q_proj", f"self_attn.{layer}")):
+        with pytest.raises(ConfigError, match=f"vLLM does not apply adapters of {layer}, .*merge: true"):
+            refuse_unapplied(tmp_path, LoraConfig(target_modules=targets))
+    refuse_unapplied(tmp_path, LoraConfig(target_modules=("o_proj", "down_proj")))
+
+
+def test_adapters_of_most_families_are_applied(tmp_path: Path) -> None:
+    KINDS["Qwen3-MoE"].make().save_pretrained(tmp_path)
+    refuse_unapplied(tmp_path, LoraConfig())

@@ -1,6 +1,7 @@
 """The engine's own log p of the opponent's responses beside that of the model that is trained."""
 
-from dataclasses import dataclass, field
+import math
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -9,7 +10,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
-from spin_ray.config.sections import HealthConfig
+from spin_ray.config.sections import HealthConfig, LoraConfig
 from spin_ray.errors import HealthError, RunDirError
 from spin_ray.inputs.embedded import resolve
 from spin_ray.learner.backends.base import BackendSettings
@@ -23,6 +24,7 @@ from tests.support.learner_cases import one_rank
 TINY = resolve("embedded:tiny-llama")
 RESPONSES = [([3, 4, 5], [6, 7, 2]), ([3, 4, 5], [8, 2]), ([9], [10, 11, 12, 13])]
 TOKENS = 9
+SETTINGS = BackendSettings(precision="fp32", attention="auto", max_length=64)
 
 
 @dataclass
@@ -30,6 +32,8 @@ class Job:
     """What the audit reads of a TrainJob."""
 
     storage: Storage
+    name: str = "iter_000"
+    backend: BackendSettings = SETTINGS
     audit: str | None = "iter_000/engine_audit.parquet"
     health: HealthConfig = field(default_factory=HealthConfig)
     shape: PackShape = field(default_factory=lambda: PackShape(pack_length=64, global_batch_pairs=2, pad_id=0))
@@ -38,8 +42,7 @@ class Job:
 @pytest.fixture(scope="module")
 def backend(tmp_path_factory):
     with one_rank(tmp_path_factory.mktemp("rank")):
-        settings = BackendSettings(precision="fp32", attention="auto", max_length=64)
-        yield Fsdp2Backend(TINY, settings, torch.device("cpu"))
+        yield Fsdp2Backend(TINY, SETTINGS, torch.device("cpu"))
 
 
 @pytest.fixture(scope="module")
@@ -82,19 +85,25 @@ def test_an_engine_of_another_model_stops_training_before_it_begins(backend, tmp
     with pytest.raises(HealthError, match=r"differ by (1|nan) nats a token \(3 responses\).*max_engine_difference 0.1"):
         audit_engine(told(tmp_path, apart), backend)
     without = HealthConfig(max_engine_difference=None)
-    assert "engine_difference" in audit_engine(told(tmp_path, apart, health=without), backend)
+    noted = audit_engine(told(tmp_path, apart, health=without), backend)
+    assert noted == ({} if math.isnan(wrong) else {"engine_difference": pytest.approx(1, abs=1e-5)})
+    rounded = replace(SETTINGS, lora=LoraConfig(rank=4, base="nf4"))
+    assert audit_engine(told(tmp_path, apart, backend=rounded), backend) == noted, (
+        "the engine's weights are not rounded"
+    )
 
 
 def test_a_damaged_file_is_named(backend, tmp_path, logps):
     job = told(tmp_path, logps)
     assert job.audit
-    job.storage.replace(job.audit, job.storage.read(job.audit)[:-9])
+    whole = job.storage.read(job.audit)
+    job.storage.replace(job.audit, whole[:-9])
     with pytest.raises(RunDirError, match=r"engine_audit.parquet: is damaged .*; remove it"):
         audit_engine(job, backend)
 
 
 def test_nothing_is_said_where_the_engine_told_nothing(backend, tmp_path):
-    """An algorithm without an opponent, a run of an older version, an engine that knows no log p."""
+    """An algorithm without an opponent, a run of an older version (it is warned of), an engine that knows no log p."""
     assert audit_engine(Job(Storage(tmp_path), audit=None), backend) == {}
     assert audit_engine(Job(Storage(tmp_path)), backend) == {}
     job = Job(Storage(tmp_path))

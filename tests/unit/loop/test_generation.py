@@ -18,7 +18,7 @@ from spin_ray.loop.stages.generation import stage as generation
 from spin_ray.loop.stages.generation.shards import Job, cut_into_shards, find_parts, prompt_slice, row_count
 from spin_ray.loop.stages.generation.stage import row_seed
 from spin_ray.run_dir.run_dir import RunDir
-from spin_ray.run_dir.storage import Storage, table_to_bytes
+from spin_ray.run_dir.storage import Storage, table_from_bytes, table_to_bytes
 from spin_ray.runtime.engine import Completion
 from tests.support.fakes import END_OF_TURN, FakeEngine, config_of, write_prompts
 
@@ -227,6 +227,57 @@ def test_all_prompts_are_played_when_nothing_else_is_wanted():
 
 def test_another_seed_plays_in_another_order():
     assert prompt_slice(100, 10, 0, seed=0).tolist() != prompt_slice(100, 10, 0, seed=1).tolist()
+
+
+# The audit
+
+
+class TellingEngine(FakeEngine):
+    """Tells log p of what it is asked for; every fourth answer is empty."""
+
+    def generate(self, prompt_ids: Any, sampling: Any, seeds: Any, *, audited: int = 0) -> list[Completion]:
+        answers = super().generate(prompt_ids, sampling, seeds)
+        return [
+            replace(
+                answer, token_ids=answer.token_ids if number % 4 else [], logp=-number if number < audited else None
+            )
+            for number, answer in enumerate(answers)
+        ]
+
+
+def audited(run: RunDir) -> list[dict[str, Any]]:
+    return table_from_bytes(run.storage.read(run.audit_path(0))).to_pylist()
+
+
+def test_the_first_shards_first_answers_are_audited_with_their_prompts(run):
+    """Four samples each of ten prompts, in shards of 24: of the first 16 answers, every fourth is empty."""
+    config, job = config_for(24, samples=4), replace(job_of(run), audit=run.audit_path(0))
+    answers = play(job, config, TellingEngine())
+    prompts = {row["prompt_id"]: row["prompt_ids"] for table in run.prompts.tables() for row in table.to_pylist()}
+    expected = [
+        {"prompt_ids": prompts[row["prompt_id"]], "token_ids": row["token_ids"], "engine_logp": -number}
+        for number, row in enumerate(answers[:16])
+        if number % 4
+    ]
+    assert audited(run) == expected
+    assert len(expected) == 12
+
+
+def test_the_audit_is_of_the_answers_that_are_there(run):
+    """It is written before the shard, and again with it; an engine that tells nothing leaves none."""
+    config, job = config_for(), replace(job_of(run), audit=run.audit_path(0))
+    first, second, _ = cut_into_shards(job, config)
+    assert (first.audit, second.audit) == (run.audit_path(0), None)
+    generation.answer(second, config, TellingEngine())
+    assert run.storage.find(run.audit_path(0)) is None
+    generation.answer(first, config, TellingEngine())
+    assert len(audited(run)) == 3
+    generation.answer(first, config, FakeEngine())
+    assert audited(run) == []
+
+
+def test_held_out_answers_and_examples_are_not_audited(run):
+    assert all(shard.audit is None for shard in cut_into_shards(job_of(run), config_for()))
 
 
 # Resuming

@@ -12,6 +12,7 @@ from spin_ray.runtime.corrections import corrections
 
 YARN = {"rope_type": "yarn", "rope_theta": 1e6, "factor": 16.0, "original_max_position_embeddings": 16384}
 RATIO = {"mscale": 1.0, "mscale_all_dim": 1.0}
+ONE_GROUP = {"n_group": 1, "topk_group": 1}
 
 
 def corrected(folder: Path, model_type: str, extra: dict[str, Any] | None = None, **settings: Any) -> dict[str, Any]:
@@ -26,7 +27,7 @@ def corrected(folder: Path, model_type: str, extra: dict[str, Any] | None = None
         ("mistral", {"sliding_window": 4096}),
         ("qwen3", {}),
         ("llama", {"rope_parameters": {"rope_type": "linear", "rope_theta": 1e4, "factor": 2.0}}),
-        ("deepseek_v2", {"rope_parameters": YARN | RATIO}),  # vLLM's latent attention knows both
+        ("deepseek_v2", ONE_GROUP | {"rope_parameters": YARN | RATIO}),  # vLLM's latent attention knows both
         ("deepseek_v3", {"rope_parameters": YARN | RATIO, "scoring_func": "sigmoid", "topk_method": "noaux_tc"}),
     ],
 )
@@ -56,9 +57,33 @@ def test_ministral_3_keeps_its_temperature_by_position(tmp_path):
     assert found["hf_overrides"]["rope_parameters"]["attn_factor"] == 1.0
 
 
-def test_cohere_2_has_transformers_window(tmp_path):
-    """vLLM adds one to what config.json says."""
-    assert corrected(tmp_path, "cohere2", sliding_window=4096) == {"hf_overrides": {"sliding_window": 4095}}
+def test_yarn_of_one_kind_of_layers_keeps_the_other(tmp_path):
+    plain = {"rope_type": "default", "rope_theta": 1e4}
+    rope = {"full_attention": YARN | {"attention_factor": 1.3}, "sliding_attention": plain}
+    found = corrected(tmp_path, "gemma3_text", rope_parameters=rope)["hf_overrides"]["rope_parameters"]
+    assert found["sliding_attention"] == plain
+    assert (found["full_attention"]["attn_factor"], found["full_attention"]["apply_yarn_scaling"]) == (1.3, False)
+
+
+def test_with_latent_attention_the_factor_is_beside_vllms_own(tmp_path):
+    """vLLM multiplies by the ratio of both mscale, of which it takes the second for 0 where it is not given."""
+    rope = YARN | RATIO | {"attention_factor": 1.3}
+    found = corrected(tmp_path, "deepseek_v2", rope_parameters=rope, **ONE_GROUP)["hf_overrides"]["rope_parameters"]
+    assert found["attn_factor"] == pytest.approx(1.3)
+    assert "apply_yarn_scaling" not in found, "it would be another kind of rope"
+
+
+@pytest.mark.parametrize(("model_type", "wanted"), [("cohere2", 4095), ("cohere2_moe", 4095), ("llama", None)])
+def test_windows_are_transformers(tmp_path, model_type, wanted):
+    """vLLM adds one to Cohere 2's, and gives Llama one if its config names it, as that of a converted Mistral may."""
+    assert corrected(tmp_path, model_type, sliding_window=4096) == {"hf_overrides": {"sliding_window": wanted}}
+
+
+def test_deepseek_v2_weighs_and_groups_experts_as_transformers_does(tmp_path):
+    settings = {"topk_method": "greedy", "n_group": 2, "topk_group": 1, "norm_topk_prob": True}
+    assert corrected(tmp_path, "deepseek_v2", **settings) == {"hf_overrides": {"norm_topk_prob": False, "n_group": 1}}
+    grouped = settings | {"topk_method": "group_limited_greedy", "norm_topk_prob": False}
+    assert corrected(tmp_path, "deepseek_v2", **grouped) == {}
 
 
 def test_deepseek_v3_chooses_experts_as_transformers_does(tmp_path):
@@ -68,10 +93,13 @@ def test_deepseek_v3_chooses_experts_as_transformers_does(tmp_path):
 
 
 def test_on_cpus_latent_attention_leaves_vllms_rotary_kernel_alone(tmp_path):
-    corrected(tmp_path, "deepseek_v2")
+    corrected(tmp_path, "deepseek_v2", **ONE_GROUP)
     slower = {"compilation_config": {"custom_ops": ["-rotary_embedding"]}}
     assert corrections(tmp_path, {}, on_cpu=True) == slower
-    assert corrections(tmp_path, {"compilation_config": {"mode": 0}}, on_cpu=True) == {}
+    merged = corrections(tmp_path, {"compilation_config": {"mode": 0}}, on_cpu=True)
+    assert merged == {"compilation_config": slower["compilation_config"] | {"mode": 0}}
+    mine = {"compilation_config": {"custom_ops": ["all"]}}
+    assert corrections(tmp_path, mine, on_cpu=True) == mine
     corrected(tmp_path, "llama")
     assert corrections(tmp_path, {}, on_cpu=True) == {}
 

@@ -211,7 +211,7 @@ def _write_audit(storage: Storage, path: str, prompts: list[list[int]], completi
 
 
 def answer(shard: Shard, config: SpinConfig, engine: GenerationEngine) -> pa.Table:
-    """Returns GENERATION_SCHEMA rows, in the order of the prompts."""
+    """Writes the shard's audit, if it has one, and returns GENERATION_SCHEMA rows in the order of the prompts."""
     prompts = shard.read_prompts()
     samples = shard.samples
     ids = [prompt_id for prompt_id in prompts["prompt_id"].to_pylist() for _ in range(samples)]

@@ -4,6 +4,8 @@ Engines compute some families in another way than transformers, from the same fo
 model's, and no measure of the training shows it: log p under the reference is the trained model's own.
 """
 
+import logging
+import math
 from dataclasses import replace
 
 import pyarrow as pa
@@ -15,50 +17,65 @@ from spin_ray.errors import HealthError, RunDirError, first_line
 from spin_ray.learner.backends.base import TrainBackend
 from spin_ray.learner.step import pair_lengths, plan, score_rows
 from spin_ray.loop.stages.training.job import TrainJob
-from spin_ray.run_dir.schemas import PAIR_SCHEMA, TOKEN_IDS
+from spin_ray.run_dir.schemas import AUDIT_SCHEMA, PAIR_SCHEMA, TOKEN_IDS
 from spin_ray.run_dir.storage import table_from_bytes
+
+logger = logging.getLogger(__name__)
 
 
 def audit_engine(job: TrainJob, backend: TrainBackend) -> dict[str, float]:
     """Compares log p of a few responses, by the engine that wrote them and by the backend, which must still hold θ_t.
 
-    Returns ``engine_difference``, the sum of |difference| over responses a token, in nats. Empty: nothing was audited.
+    Returns ``engine_difference``: |difference| of log p, summed over responses, in nats a token. Empty: nothing was
+    audited.
 
     Raises:
-        HealthError: it is above ``health.max_engine_difference``; raised on every rank.
+        HealthError: it is above ``health.max_engine_difference``, and no quantised base explains it; raised on every
+            rank.
         RunDirError: the file of the responses is damaged.
     """
     found = _read(job)
-    if found is None or not found.num_rows:
+    known = torch.tensor(found.num_rows, device=backend.device)
+    dist.all_reduce(known, dist.ReduceOp.MIN)  # a file that one rank does not see yet is no rank's
+    if not known:
         return {}
     rows, shape = _as_pairs(found), replace(job.shape, global_batch_pairs=found.num_rows)
     steps = plan(pair_lengths([rows]), shape, epochs=1, seed=0, ranks=shape.place()[1])[0]
     own, logps, _ = score_rows(backend, steps, rows, shape)
-    lengths, told = pc.list_value_length(found["token_ids"]).to_numpy(), found["engine_logp"].to_numpy()
+    lengths, told = pc.list_value_length(found["token_ids"]).to_pylist(), found["engine_logp"].to_pylist()
     apart = sum(abs(logp - told[row]) for row, logp in zip(own, logps, strict=True))
-    sums = torch.tensor([apart, float(lengths[own].sum())], dtype=torch.float64).to(backend.device, torch.float32)
+    sums = torch.tensor([apart, float(sum(lengths[row] for row in own))], device=backend.device)
     dist.all_reduce(sums)
     difference = float(sums[0] / sums[1])
-    limit = job.health.max_engine_difference
-    if limit is not None and not difference <= limit:
-        raise HealthError(
-            "stopped before step 0: the engine that wrote y′ and the model that is trained give them log p that differ "
-            f"by {difference:.2g} nats a token ({found.num_rows} responses), more than health.max_engine_difference "
-            f"{limit:g}: the opponent is another model. See docs/models.md for the family; generation.engine.extra "
-            "(hf_overrides, quantization) changes what vLLM computes, null switches the limit off"
-        )
-    return {"engine_difference": round(difference, 5)}
+    _check(job, difference, found.num_rows)
+    return {"engine_difference": round(difference, 5)} if math.isfinite(difference) else {}
 
 
-def _read(job: TrainJob) -> pa.Table | None:
+def _check(job: TrainJob, difference: float, responses: int) -> None:
+    lora, limit = job.backend.lora, job.health.max_engine_difference
+    is_rounded = lora is not None and lora.base in ("nf4", "int8")  # the engine's weights are not
+    if limit is None or is_rounded or difference <= limit:
+        return
+    raise HealthError(
+        f"{job.name}: the engine that wrote y′ and the model that is trained give them log p that differ by "
+        f"{difference:.2g} nats a token ({responses} responses), more than health.max_engine_difference {limit:g}: the "
+        "opponent is another model than θ_t. docs/models.md names families that vLLM reads otherwise; change what it "
+        "computes by generation.engine.extra (hf_overrides, quantization) in a new run folder, or set the limit to null"
+    )
+
+
+def _read(job: TrainJob) -> pa.Table:
+    """Returns AUDIT_SCHEMA rows; none where nothing was generated, or an engine told no log p."""
     if job.audit is None:
-        return None
+        return AUDIT_SCHEMA.empty_table()
+    where = job.storage.where(job.audit)
     try:
         return table_from_bytes(job.storage.read(job.audit))
-    except FileNotFoundError:  # an older run
-        return None
-    except pa.ArrowInvalid as error:
-        where = job.storage.where(job.audit)
+    except FileNotFoundError:
+        if dist.get_rank() == 0:
+            logger.warning("%s: is missing, as in runs of older versions; the engine is not audited", where)
+        return AUDIT_SCHEMA.empty_table()
+    except (pa.ArrowException, OSError) as error:
         raise RunDirError(f"{where}: is damaged ({first_line(error)}); remove it to go on without the audit") from error
 
 

@@ -26,7 +26,7 @@ class TrainJob:
     """log p under θ_0, for a geometric reference."""
     wins: Artefact | None
     audit: str | None
-    """File of responses of ``start`` with the engine's log p; it may be missing."""
+    """File of responses of ``start`` with the engine's log p. None: nothing was generated."""
     teacher_rows: Artefact | None
     """y′ behind prompts with a demonstration, if the objective has a teacher."""
     teacher: Artefact | None

@@ -40,7 +40,7 @@ def run(run_dir: RunDir, config: SpinConfig, iteration: int, opponent: ModelFold
         reference=run_dir.reference(iteration) if loss.needs_reference or loss.needs_wins else None,
         base=base if loss.needs_reference and base.is_committed else None,
         wins=wins if loss.needs_wins else None,
-        audit=run_dir.audit_path(iteration),
+        audit=run_dir.audit_path(iteration) if run_dir.generations(iteration).is_committed else None,
         teacher_rows=run_dir.teacher_rows(iteration) if objective.top_k else None,
         teacher=run_dir.teacher(iteration) if objective.top_k else None,
         reference_alpha=config.objective.reference_alpha,
