@@ -1,5 +1,6 @@
 """Export of an iterate's model with its card."""
 
+import json
 import shutil
 import tempfile
 from pathlib import Path
@@ -45,8 +46,20 @@ def export(run: RunDir, iterate: str, target: str) -> str:
         for name in artefact.manifest().files:
             (folder / name).parent.mkdir(parents=True, exist_ok=True)
             shutil.copyfile(checked / name, folder / name)
-    (folder / CARD).write_text(model_card(run, number), encoding="utf-8")
+    (folder / CARD).write_text(_card(run, number, folder), encoding="utf-8")
     return str(folder)
+
+
+def _card(run: RunDir, iterate: int, folder: Path) -> str:
+    """Returns the iterate's card, with the options without which vLLM would make another model of the folder."""
+    from spin_ray.runtime.corrections import corrections  # slow: transformers
+
+    card, trusts = model_card(run, iterate), run.config().model.trust_remote_code
+    overrides = corrections(folder, {}, on_cpu=False, trust_remote_code=trusts).get("hf_overrides")
+    if not overrides:
+        return card
+    command = f"vllm serve FOLDER --hf-overrides '{json.dumps(overrides)}'"
+    return f"{card}\n## In vLLM\n\nIt reads this config.json otherwise than transformers, unless told:\n\n    {command}\n"
 
 
 def _upload(run: RunDir, iterate: int, folder: Path, repository: str) -> str:
@@ -62,7 +75,7 @@ def _upload(run: RunDir, iterate: int, folder: Path, repository: str) -> str:
             ignore_patterns=[MANIFEST, CARD],
             commit_message=f"{run.storage.name}, {iterate_name(iterate)}",
         )
-        card = model_card(run, iterate).encode()
+        card = _card(run, iterate, folder).encode()
         api.upload_file(path_or_fileobj=card, path_in_repo=CARD, repo_id=repository)
     except Exception as error:  # the client raises its own, its HTTP library's and the system's errors
         raise ConfigError(f"{HUB}{repository}: cannot be written ({hide_in_text(first_line(error))})") from error

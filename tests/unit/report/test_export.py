@@ -55,6 +55,15 @@ def test_transformers_loads_an_export_and_generates_what_the_iterates_own_folder
     assert len(said[0]) > asked["input_ids"].shape[1]
 
 
+def test_the_card_says_how_vllm_reads_the_folder_as_transformers_does(run, tmp_path):
+    folder = run.storage.path(run.model(2).path)
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(config | {"sliding_window": 64}))
+    (folder / MANIFEST).write_bytes(Manifest.of(folder_entries(folder), {}, {}).to_bytes())
+    card = Path(export(run, "1", str(tmp_path / "out")), "README.md").read_text()
+    assert """vllm serve FOLDER --hf-overrides '{"sliding_window": null}'""" in card
+
+
 def test_the_card_names_base_data_and_results_in_the_hubs_form(run):
     text = model_card(run, 2)
     metadata = yaml.safe_load(text.split("---")[1])
