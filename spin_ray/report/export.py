@@ -58,8 +58,8 @@ def _card(run: RunDir, iterate: int, folder: Path) -> str:
     overrides = corrections(folder, {}, on_cpu=False, trust_remote_code=trusts).get("hf_overrides")
     if not overrides:
         return card
-    command = f"vllm serve FOLDER --hf-overrides '{json.dumps(overrides)}'"
-    return f"{card}\n## In vLLM\n\nIt reads this config.json otherwise than transformers, unless told:\n\n    {command}\n"
+    command = f"    vllm serve FOLDER --hf-overrides '{json.dumps(overrides)}'"
+    return f"{card}\n## In vLLM\n\nvLLM reads config.json otherwise than transformers, unless told:\n\n{command}\n"
 
 
 def _upload(run: RunDir, iterate: int, folder: Path, repository: str) -> str:
