@@ -171,18 +171,23 @@ def _impossible(config: SpinConfig) -> Iterator[str]:
     if config.stop_when is not None and config.data.heldout is None:
         yield "stop_when: patience and min_fall need data.heldout"
     for place, engine, own in (
-        ("generation", config.generation.engine, _OWN_ENGINE_ARGUMENTS),
-        ("serving", config.serving.engine, _OWN_ENGINE_ARGUMENTS - {"enable_prefix_caching", "seed"}),
+        ("generation", config.generation.engine, _OWN_ARGUMENTS | _OF_GENERATION),
+        ("serving", config.serving.engine, _OWN_ARGUMENTS),
     ):
-        for key in sorted((own | EngineConfig.model_fields.keys()) & engine.extra.keys() if engine else ()):
-            yield f"{place}.engine.extra.{key}: is set by spin_ray; use the field of its own"
+        for key in sorted(own & engine.extra.keys() if engine else ()):
+            cure = "use the field of its own" if key in EngineConfig.model_fields else "leave it out"
+            yield f"{place}.engine.extra.{key}: is set by spin_ray; {cure}"
 
 
-_OWN_ENGINE_ARGUMENTS = {
-    "model", "tokenizer", "dtype", "seed", "max_model_len", "generation_config", "skip_tokenizer_init",
-    "trust_remote_code", "load_format", "config_format", "enable_prefix_caching", "logprobs_mode",
+_OWN_ARGUMENTS = {
+    "model", "dtype", "max_model_len", "generation_config", "trust_remote_code", "load_format", "config_format",
+    "tensor_parallel_size", "max_num_seqs", "gpu_memory_utilization", "enforce_eager",
 }  # fmt: skip
-"""Arguments of vLLM on which exactness or trust depends."""
+"""Arguments of vLLM that every engine is given."""
+_OF_GENERATION = {
+    "tokenizer", "seed", "skip_tokenizer_init", "enable_prefix_caching", "logprobs_mode", *EngineConfig.model_fields
+}  # fmt: skip
+"""Those on which the exactness of samples depends, too."""
 
 
 def _list_problems(config: SpinConfig) -> Iterator[str]:

@@ -1,6 +1,7 @@
 """Export of an iterate's model with its card."""
 
 import json
+import shlex
 import shutil
 import tempfile
 from pathlib import Path
@@ -41,12 +42,14 @@ def export(run: RunDir, iterate: str, target: str) -> str:
         raise ConfigError(f"{folder}: is not empty; give another folder by --to")
     if run.is_adapter(number):
         write_whole_model(run, number, folder)
+        card = _card(run, number, folder)
     else:
         checked = artefact.checked_folder()
+        card = _card(run, number, checked)
         for name in artefact.manifest().files:
             (folder / name).parent.mkdir(parents=True, exist_ok=True)
             shutil.copyfile(checked / name, folder / name)
-    (folder / CARD).write_text(_card(run, number, folder), encoding="utf-8")
+    (folder / CARD).write_text(card, encoding="utf-8")
     return str(folder)
 
 
@@ -54,12 +57,13 @@ def _card(run: RunDir, iterate: int, folder: Path) -> str:
     """Returns the iterate's card, with the options without which vLLM would make another model of the folder."""
     from spin_ray.runtime.corrections import corrections  # slow: transformers
 
-    card, trusts = model_card(run, iterate), run.config().model.trust_remote_code
-    overrides = corrections(folder, {}, on_cpu=False, trust_remote_code=trusts).get("hf_overrides")
+    card, config = model_card(run, iterate), run.config()
+    extra, trusts = config.generation.engine.extra, config.model.trust_remote_code
+    overrides = corrections(folder, extra, on_cpu=False, trust_remote_code=trusts).get("hf_overrides")
     if not overrides:
         return card
-    command = f"    vllm serve FOLDER --hf-overrides '{json.dumps(overrides)}'"
-    return f"{card}\n## In vLLM\n\nvLLM reads config.json otherwise than transformers, unless told:\n\n{command}\n"
+    command = f"    vllm serve FOLDER --hf-overrides {shlex.quote(json.dumps(overrides))}"
+    return f"{card}\n## In vLLM\n\nvLLM reads config.json as transformers does if it is started so:\n\n{command}\n"
 
 
 def _upload(run: RunDir, iterate: int, folder: Path, repository: str) -> str:

@@ -1,7 +1,7 @@
 """Corrections of what vLLM reads in a model's config.json, so that it computes what transformers computes.
 
 Training is transformers' arithmetic. Read otherwise, the same folder is another model, and the opponent is not θ_t.
-Each correction names what vLLM 0.29 does; docs/models.md lists them for users.
+docs/models.md lists what vLLM 0.29 does.
 """
 
 import math
@@ -30,21 +30,30 @@ def corrections(
     except (OSError, ValueError) as error:
         raise ModelError(f"{folder}: config.json cannot be read ({first_line(error)})") from error
     found = _window(config) | _router(config) | _rope(config)
-    arguments: dict[str, Any] = {"hf_overrides": found | extra.get("hf_overrides", {})} if found else {}
+    arguments: dict[str, Any] = {"hf_overrides": found | (extra.get("hf_overrides") or {})} if found else {}
     if on_cpu and _has_latent_attention(config):
-        # The kernel for CPUs turns queries of several heads by positions of other tokens.
-        arguments["compilation_config"] = {"custom_ops": ["-rotary_embedding"]} | extra.get("compilation_config", {})
+        arguments["compilation_config"] = _without_kernel(extra.get("compilation_config") or {})
     return arguments
 
 
 def _has_latent_attention(config: Any) -> bool:
-    return getattr(config, "kv_lora_rank", None) is not None
+    """Tells whether vLLM computes with the latent; it expands MiniCPM 3's."""
+    return getattr(config, "kv_lora_rank", None) is not None and config.model_type != "minicpm3"
+
+
+def _without_kernel(given: dict[str, Any] | int) -> dict[str, Any]:
+    """Leaves out the rotary kernel for CPUs, which turns queries of several heads by positions of other tokens."""
+    settings: dict[str, Any] = {"mode": given} if isinstance(given, int) else given
+    named: list[str] = settings.get("custom_ops", [])
+    decided = any(name in ("all", "none") or name.endswith("rotary_embedding") for name in named)
+    return settings | {"custom_ops": named if decided else [*named, "-rotary_embedding"]}
 
 
 def _window(config: Any) -> dict[str, Any]:
-    """Corrects windows: Cohere 2's are made a token longer (models/commandr.py), and any family has one if it is named.
+    """Shortens Cohere 2's windows, which vLLM makes a token longer (models/commandr.py), and removes stray ones.
 
-    transformers reads a window only in families whose config has one.
+    A ``sliding_window`` in config.json windows all layers of any family in vLLM; transformers reads it only where the
+    family's config has it.
     """
     window = getattr(config, "sliding_window", None)
     if not window:
@@ -62,19 +71,18 @@ def _reads_windows(config: Any) -> bool:
 
 
 def _router(config: Any) -> dict[str, Any]:
-    """Names DeepSeek's way to choose experts, of which transformers reads other settings than vLLM.
+    """Names DeepSeek's way to choose experts, for which transformers reads fewer settings than vLLM.
 
     V3's has no setting in transformers. V2's weights are not normed there, and groups count for one method alone.
     """
-    if config.model_type == "deepseek_v3":
+    wanted: dict[str, Any] = {}
+    if config.model_type in ("deepseek_v3", "deepseek_v32", "glm_moe_dsa"):
         wanted = {"scoring_func": "sigmoid", "topk_method": "noaux_tc"}
-        return {name: value for name, value in wanted.items() if not hasattr(config, name)}
-    if config.model_type != "deepseek_v2":
-        return {}
-    wanted = {"norm_topk_prob": False}
-    if getattr(config, "topk_method", "greedy") != "group_limited_greedy":
-        wanted |= {"n_group": 1, "topk_group": 1}
-    return {name: value for name, value in wanted.items() if getattr(config, name, value) != value}
+    elif config.model_type == "deepseek_v2":
+        wanted = {"norm_topk_prob": False}
+        if getattr(config, "topk_method", "greedy") != "group_limited_greedy":
+            wanted |= {"n_group": 1, "topk_group": 1}
+    return {name: value for name, value in wanted.items() if getattr(config, name, None) != value}
 
 
 def _rope(config: Any) -> dict[str, Any]:
@@ -100,7 +108,12 @@ def _yarn(config: Any, rope: Any, kind: str | None = None) -> Any:
 
     With latent attention the factor multiplies that of vLLM's own ratio of ``mscale``.
     """
-    if not isinstance(rope, dict) or rope.get("rope_type") != "yarn" or "mrope_section" in rope:
+    if (
+        not isinstance(rope, dict)
+        or rope.get("rope_type") != "yarn"
+        or not rope.get("factor")
+        or "mrope_section" in rope
+    ):
         return rope
     _, wanted = ROPE_INIT_FUNCTIONS["yarn"](config, "cpu", layer_type=kind)
     if not _has_latent_attention(config):

@@ -210,7 +210,16 @@ def test_engines_may_share_a_gpu():
 )
 def test_engine_arguments_that_exactness_or_trust_depend_on_cannot_be_slipped_in(key):
     found = problems(generation={"engine": {"extra": {key: "auto", "kv_cache_dtype": "auto"}}})
-    assert found == f"generation.engine.extra.{key}: is set by spin_ray; use the field of its own"
+    cure = "use the field of its own" if key == "dtype" else "leave it out"
+    assert found == f"generation.engine.extra.{key}: is set by spin_ray; {cure}"
+
+
+def test_serving_keeps_what_it_does_not_set_itself():
+    """Its cache and its pipeline are the user's."""
+    free = {"enable_prefix_caching": True, "pipeline_parallel_size": 2}
+    assert parse(serving={"engine": {"extra": free}}).serving.engine
+    found = problems(serving={"engine": {"extra": free | {"load_format": "pt"}}})
+    assert found == "serving.engine.extra.load_format: is set by spin_ray; leave it out"
 
 
 @pytest.mark.parametrize(

@@ -86,6 +86,11 @@ def test_deepseek_v2_weighs_and_groups_experts_as_transformers_does(tmp_path):
     assert corrected(tmp_path, "deepseek_v2", **grouped) == {}
 
 
+def test_null_in_the_recipe_overrides_nothing(tmp_path):
+    found = corrected(tmp_path, "cohere2", {"hf_overrides": None}, sliding_window=4096)
+    assert found == {"hf_overrides": {"sliding_window": 4095}}
+
+
 def test_deepseek_v3_chooses_experts_as_transformers_does(tmp_path):
     """A folder that transformers made names no way; one from the hub does."""
     found = corrected(tmp_path, "deepseek_v3", topk_method="noaux_tc")
@@ -96,10 +101,14 @@ def test_on_cpus_latent_attention_leaves_vllms_rotary_kernel_alone(tmp_path):
     corrected(tmp_path, "deepseek_v2", **ONE_GROUP)
     slower = {"compilation_config": {"custom_ops": ["-rotary_embedding"]}}
     assert corrections(tmp_path, {}, on_cpu=True) == slower
-    merged = corrections(tmp_path, {"compilation_config": {"mode": 0}}, on_cpu=True)
-    assert merged == {"compilation_config": slower["compilation_config"] | {"mode": 0}}
-    mine = {"compilation_config": {"custom_ops": ["all"]}}
-    assert corrections(tmp_path, mine, on_cpu=True) == mine
+    for given, made in [
+        ({"mode": 0}, {"mode": 0, "custom_ops": ["-rotary_embedding"]}),
+        (3, {"mode": 3, "custom_ops": ["-rotary_embedding"]}),
+        (None, {"custom_ops": ["-rotary_embedding"]}),
+        ({"custom_ops": ["+rms_norm"]}, {"custom_ops": ["+rms_norm", "-rotary_embedding"]}),
+        ({"custom_ops": ["all"]}, {"custom_ops": ["all"]}),
+    ]:
+        assert corrections(tmp_path, {"compilation_config": given}, on_cpu=True) == {"compilation_config": made}
     corrected(tmp_path, "llama")
     assert corrections(tmp_path, {}, on_cpu=True) == {}
 

@@ -13,7 +13,7 @@ import pyarrow.compute as pc
 import torch
 import torch.distributed as dist
 
-from spin_ray.errors import HealthError, RunDirError, first_line
+from spin_ray.errors import HealthError, RunDirError
 from spin_ray.learner.backends.base import TrainBackend
 from spin_ray.learner.step import pair_lengths, plan, score_rows
 from spin_ray.loop.stages.training.job import TrainJob
@@ -21,6 +21,8 @@ from spin_ray.run_dir.schemas import AUDIT_SCHEMA, PAIR_SCHEMA, TOKEN_IDS
 from spin_ray.run_dir.storage import table_from_bytes
 
 logger = logging.getLogger(__name__)
+
+_DAMAGED = -1
 
 
 def audit_engine(job: TrainJob, backend: TrainBackend) -> dict[str, float]:
@@ -32,12 +34,14 @@ def audit_engine(job: TrainJob, backend: TrainBackend) -> dict[str, float]:
     Raises:
         HealthError: it is above ``health.max_engine_difference``, and no quantised base explains it; raised on every
             rank.
-        RunDirError: the file of the responses is damaged.
+        RunDirError: the file of the responses is damaged; raised on every rank.
     """
     found = _read(job)
-    known = torch.tensor(found.num_rows, device=backend.device)
-    dist.all_reduce(known, dist.ReduceOp.MIN)  # a file that one rank does not see yet is no rank's
-    if not known:
+    least = torch.tensor(_DAMAGED if found is None else found.num_rows, device=backend.device)
+    dist.all_reduce(least, dist.ReduceOp.MIN)  # what one rank cannot read, no rank scores
+    if least == _DAMAGED:
+        raise RunDirError(f"{job.storage.where(job.audit or '')}: is damaged; remove it to go on without the audit")
+    if found is None or not least:
         return {}
     rows, shape = _as_pairs(found), replace(job.shape, global_batch_pairs=found.num_rows)
     steps = plan(pair_lengths([rows]), shape, epochs=1, seed=0, ranks=shape.place()[1])[0]
@@ -48,13 +52,13 @@ def audit_engine(job: TrainJob, backend: TrainBackend) -> dict[str, float]:
     dist.all_reduce(sums)
     difference = float(sums[0] / sums[1])
     _check(job, difference, found.num_rows)
-    return {"engine_difference": round(difference, 5)} if math.isfinite(difference) else {}
+    return {"engine_difference": round(difference, 5)} if math.isfinite(difference) else {}  # JSON has no NaN
 
 
 def _check(job: TrainJob, difference: float, responses: int) -> None:
     lora, limit = job.backend.lora, job.health.max_engine_difference
     is_rounded = lora is not None and lora.base in ("nf4", "int8")  # the engine's weights are not
-    if limit is None or is_rounded or difference <= limit:
+    if limit is None or difference <= limit or (is_rounded and math.isfinite(difference)):
         return
     raise HealthError(
         f"{job.name}: the engine that wrote y′ and the model that is trained give them log p that differ by "
@@ -64,19 +68,18 @@ def _check(job: TrainJob, difference: float, responses: int) -> None:
     )
 
 
-def _read(job: TrainJob) -> pa.Table:
-    """Returns AUDIT_SCHEMA rows; none where nothing was generated, or an engine told no log p."""
-    if job.audit is None:
-        return AUDIT_SCHEMA.empty_table()
-    where = job.storage.where(job.audit)
-    try:
-        return table_from_bytes(job.storage.read(job.audit))
-    except FileNotFoundError:
-        if dist.get_rank() == 0:
+def _read(job: TrainJob) -> pa.Table | None:
+    """Returns AUDIT_SCHEMA rows, none where nothing was generated or an engine told no log p; None: a damaged file."""
+    data = job.storage.find(job.audit) if job.audit else None
+    if data is None:
+        if job.audit and dist.get_rank() == 0:
+            where = job.storage.where(job.audit)
             logger.warning("%s: is missing, as in runs of older versions; the engine is not audited", where)
         return AUDIT_SCHEMA.empty_table()
-    except (pa.ArrowException, OSError) as error:
-        raise RunDirError(f"{where}: is damaged ({first_line(error)}); remove it to go on without the audit") from error
+    try:
+        return table_from_bytes(data)
+    except (pa.ArrowException, OSError):
+        return None
 
 
 def _as_pairs(audited: pa.Table) -> pa.Table:
