@@ -8,9 +8,12 @@ and recomputes activations (gradient checkpointing). Written for this comparison
 import json
 import sys
 from pathlib import Path
+from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+import torch
 from harness import MODEL, THREADS, replies, side_options, timed
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from spin_ray.inputs.embedded import resolve
 
@@ -25,91 +28,90 @@ def main() -> None:
     parser.add_argument("--epochs", type=int, required=True)
     parser.add_argument("--max-tokens", type=int, required=True)
     options = parser.parse_args()
-
-    import torch
-    from transformers import AutoModelForCausalLM, AutoTokenizer
-
     torch.set_num_threads(THREADS)
-    folder = resolve(MODEL)
-    tokenizer = AutoTokenizer.from_pretrained(folder)
-    policy = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
-    frozen = torch.bfloat16 if options.precision == "bf16" else torch.float32
-    opponent = AutoModelForCausalLM.from_pretrained(folder, dtype=frozen)
-    policy.train()  # SmolLM2 has no dropout; checkpointing works in training mode only
-    policy.gradient_checkpointing_enable({"use_reentrant": False})
-    optimizer = torch.optim.RMSprop(policy.parameters(), lr=options.learning_rate, foreach=True)
-    rows = json.loads(options.pairs.read_text())
-    pad = tokenizer.pad_token_id
+    rows, authors = json.loads(options.pairs.read_text()), Authors(options)
+    answer, turns = replies(options.reply)
+    with torch.no_grad():
+        scores = [
+            authors.logps(authors.opponent, rows[start : start + TRAIN_PAIRS])
+            for start in range(0, len(rows), TRAIN_PAIRS)
+        ]
+    pairs = [zip(real.tolist(), generated.tolist(), strict=True) for real, generated in scores]
+    answer(reference=[list(pair) for each in pairs for pair in each])
+    for number in turns:
+        part = rows[number * options.batch : (number + 1) * options.batch]
+        with timed() as generating:
+            tokens = authors.generate(part)
+        with timed() as training:
+            losses = authors.train(part)
+        answer(generate_s=generating["seconds"], train_s=training["seconds"], losses=losses, tokens=tokens)
 
-    def computing():
-        return torch.autocast("cpu", torch.bfloat16, enabled=options.precision == "bf16")
 
-    def logps(model, pairs):
+class Authors:
+    """Policy and opponent, both in memory."""
+
+    def __init__(self, options: Any) -> None:
+        self._options, folder = options, resolve(MODEL)
+        tokenizer = AutoTokenizer.from_pretrained(folder)
+        self._end, self._pad = tokenizer.eos_token_id, tokenizer.pad_token_id
+        self._bf16 = options.precision == "bf16"
+        frozen = torch.bfloat16 if self._bf16 else torch.float32
+        self.policy: Any = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+        self.opponent: Any = AutoModelForCausalLM.from_pretrained(folder, dtype=frozen)
+        self.policy.train()  # SmolLM2 has no dropout; checkpointing works in training mode only
+        self.policy.gradient_checkpointing_enable({"use_reentrant": False})
+        self._optimizer = torch.optim.RMSprop(self.policy.parameters(), lr=options.learning_rate, foreach=True)
+
+    def logps(self, model: Any, pairs: list[dict[str, Any]]) -> Any:
         """log p of every real response, then of every generated one."""
         texts = [(row["prompt_ids"], row[name]) for name in ("real_ids", "generated_ids") for row in pairs]
-        longest = max(len(prompt) + len(response) for prompt, response in texts)
-        ids = torch.full((len(texts), longest), pad)
+        lengths = torch.tensor([len(prompt) + len(response) for prompt, response in texts])
+        longest = int(lengths.max())
+        ids = torch.full((len(texts), longest), self._pad)
         scored = torch.zeros(len(texts), longest, dtype=torch.bool)
         for number, (prompt, response) in enumerate(texts):
             end = len(prompt) + len(response)
             ids[number, :end] = torch.tensor(prompt + response)
             scored[number, len(prompt) : end] = True
-        seen = (
-            torch.arange(longest) < torch.tensor([len(prompt) + len(response) for prompt, response in texts])[:, None]
-        )
-        with computing():
+        seen = torch.arange(longest) < lengths[:, None]
+        with torch.autocast("cpu", torch.bfloat16, enabled=self._bf16):
             logits = model(input_ids=ids, attention_mask=seen.long(), use_cache=False).logits[:, :-1]
         chosen = logits.float().log_softmax(-1).gather(-1, ids[:, 1:, None]).squeeze(-1)
         return (chosen * scored[:, 1:]).sum(-1).chunk(2)
 
-    def train(part) -> list[float]:
-        losses = []
-        for _ in range(options.epochs):
-            total = 0.0
-            for start in range(0, len(part), TRAIN_PAIRS):
-                pairs = part[start : start + TRAIN_PAIRS]
-                with torch.no_grad():
-                    real_ref, generated_ref = logps(opponent, pairs)
-                real, generated = logps(policy, pairs)
-                margin = BETA * ((real - real_ref) - (generated - generated_ref))
-                loss = torch.nn.functional.softplus(-margin).sum() / len(part)
-                loss.backward()
-                total += loss.item()
-            torch.nn.utils.clip_grad_norm_(policy.parameters(), 1.0, foreach=True)
-            optimizer.step()
-            optimizer.zero_grad(set_to_none=True)
-            losses.append(total)
-        return losses
+    def train(self, part: list[dict[str, Any]]) -> list[float]:
+        return [self._step(part) for _ in range(self._options.epochs)]
 
-    def generate(part) -> int:
+    def _step(self, part: list[dict[str, Any]]) -> float:
+        total = 0.0
+        for start in range(0, len(part), TRAIN_PAIRS):
+            pairs = part[start : start + TRAIN_PAIRS]
+            with torch.no_grad():
+                real_ref, generated_ref = self.logps(self.opponent, pairs)
+            real, generated = self.logps(self.policy, pairs)
+            margin = BETA * ((real - real_ref) - (generated - generated_ref))
+            loss = torch.nn.functional.softplus(-margin).sum() / len(part)
+            loss.backward()
+            total += loss.item()
+        torch.nn.utils.clip_grad_norm_(self.policy.parameters(), 1.0, foreach=True)
+        self._optimizer.step()
+        self._optimizer.zero_grad(set_to_none=True)
+        return total
+
+    def generate(self, part: list[dict[str, Any]]) -> int:
+        """Returns the number of tokens made."""
         tokens = 0
         for start in range(0, len(part), GENERATE_ROWS):
             prompts = [row["prompt_ids"] for row in part[start : start + GENERATE_ROWS]]
             longest = max(map(len, prompts))
-            ids = torch.tensor([[pad] * (longest - len(prompt)) + prompt for prompt in prompts])
+            ids = torch.tensor([[self._pad] * (longest - len(prompt)) + prompt for prompt in prompts])
             seen = torch.tensor([[0] * (longest - len(prompt)) + [1] * len(prompt) for prompt in prompts])
-            made = opponent.generate(
+            made = self.opponent.generate(
                 input_ids=ids, attention_mask=seen, do_sample=True, temperature=1.0, top_k=0, top_p=1.0,
-                max_new_tokens=options.max_tokens, eos_token_id=tokenizer.eos_token_id, pad_token_id=pad,
+                max_new_tokens=self._options.max_tokens, eos_token_id=self._end, pad_token_id=self._pad,
             )[:, longest:]  # fmt: skip
-            tokens += sum(1 + int((row != pad).sum()) if pad in row else len(row) for row in made)
+            tokens += sum(1 + int((row != self._pad).sum()) if self._pad in row else len(row) for row in made)
         return tokens
-
-    answer, turns = replies(options.reply)
-    with torch.no_grad():
-        scores = [logps(opponent, rows[start : start + TRAIN_PAIRS]) for start in range(0, len(rows), TRAIN_PAIRS)]
-    answer(
-        reference=[
-            list(pair) for real, generated in scores for pair in zip(real.tolist(), generated.tolist(), strict=True)
-        ]
-    )
-    for number in turns:
-        part = rows[number * options.batch : (number + 1) * options.batch]
-        with timed() as generating:
-            tokens = generate(part)
-        with timed() as training:
-            losses = train(part)
-        answer(generate_s=generating["seconds"], train_s=training["seconds"], losses=losses, tokens=tokens)
 
 
 if __name__ == "__main__":
