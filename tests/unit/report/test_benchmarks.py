@@ -10,7 +10,9 @@ from spin_ray.report import benchmarks
 from spin_ray.report.benchmarks import PRESETS, averages, parse_benchmarks, request_for, results_of, split
 from spin_ray.report.harness import Benchmark, Request, _model, measure
 from tests.support.fakes import config_of
-from tests.support.made_up_run import made_up_run
+from tests.support.made_up_run import TINY, made_up_run
+
+MODEL = str(TINY)
 
 
 def test_tasks_are_names_presets_and_numbers_of_examples():
@@ -53,7 +55,7 @@ def test_an_endpoint_is_asked_for_the_iterate_by_its_name_there(chat, kind):
 def test_an_engine_of_the_tasks_is_one_of_the_run(monkeypatch):
     engine = {"enforce_eager": True, "tensor_parallel_size": 2, "extra": {"block_size": 32}}
     config = config_of(generation={"engine": engine, "resources": {"cpus": 3, "gpus": 2}}, train={"precision": "fp32"})
-    request = request_for(config, 1, "/m", benchmarks=(), backend="vllm")
+    request = request_for(config, 1, MODEL, benchmarks=(), backend="vllm")
     kind, arguments = _model(request)
     assert (kind, request.name, request.threads, arguments["dtype"]) == ("vllm", "iter_000", 3, "float32")
     expected = {"enforce_eager": True, "tensor_parallel_size": 2, "block_size": 32, "generation_config": "vllm"}
@@ -65,8 +67,8 @@ def test_an_engine_of_the_tasks_is_one_of_the_run(monkeypatch):
 def test_the_chat_template_has_the_runs_variables(backend):
     variables = {"enable_thinking": False, "strftime_now": datetime(2024, 7, 26).strftime}
     asked = {"benchmarks": (), "backend": backend, "variables": variables}
-    assert _model(request_for(config_of(), 1, "/m", chat=True, **asked))[1]["chat_template_args"] == variables
-    assert "chat_template_args" not in _model(request_for(config_of(), 1, "/m", **asked))[1]
+    assert _model(request_for(config_of(), 1, MODEL, chat=True, **asked))[1]["chat_template_args"] == variables
+    assert "chat_template_args" not in _model(request_for(config_of(), 1, MODEL, **asked))[1]
 
 
 @pytest.mark.slow
