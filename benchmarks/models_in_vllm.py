@@ -32,8 +32,10 @@ from tables import ROOT, put
 from transformers import AutoModelForCausalLM
 from transformers.utils.logging import disable_progress_bar
 
+from spin_ray.config.sections import EngineConfig
 from spin_ray.errors import first_line
 from spin_ray.inputs.check import versions
+from spin_ray.runtime.engine import prepare_process
 from tests.support.learner_cases import one_rank
 from tests.support.model_kinds import KINDS, VOCABULARY, ModelKind
 from tests.support.model_matrix import examine
@@ -183,6 +185,7 @@ def wide(kind: ModelKind) -> ModelKind:
 
 def said_by_vllm(folder: str) -> list[dict[str, Any]]:
     """Returns the tokens of each answer and their log-probabilities."""
+    prepare_process(EngineConfig(cpu_kv_cache_gib=1), threads=1)
     from vllm import LLM, SamplingParams
 
     from spin_ray.runtime.corrections import corrections
@@ -236,5 +239,4 @@ def why(output: str) -> str:
 
 if __name__ == "__main__":
     os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
-    os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", "1")
     main()
