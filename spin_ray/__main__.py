@@ -1,4 +1,4 @@
-"""What you type, ``spin-ray COMMAND`` or ``python -m spin_ray COMMAND``: one function for each command."""
+"""Command line, ``spin-ray COMMAND`` or ``python -m spin_ray COMMAND``: one function for each command."""
 
 import json
 import logging

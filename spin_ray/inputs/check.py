@@ -116,7 +116,7 @@ def find_inputs(config: SpinConfig) -> Inputs:
     refuse_damaged(path)
     if not config.model.trust_remote_code:
         refuse_architecture(path, config.model.max_length)
-    if config.train.lora is not None and not config.train.lora.merge:
+    if config.commits_adapters and config.train.lora:
         refuse_unapplied(path, config.train.lora)
     model = open_model(path, "sft" if not config.sft else "start", trust_remote_code=config.model.trust_remote_code)
     return Inputs(

@@ -19,7 +19,7 @@ from spin_ray.learner.step import PackShape
 from spin_ray.loop.stages.training.audit import audit_engine
 from spin_ray.run_dir.schemas import AUDIT_SCHEMA
 from spin_ray.run_dir.storage import Storage, table_to_bytes
-from tests.support.learner_cases import one_rank
+from tests.support.learner_cases import logp_alone, one_rank
 
 TINY = resolve("embedded:tiny-llama")
 RESPONSES = [([3, 4, 5], [6, 7, 2]), ([3, 4, 5], [8, 2]), ([9], [10, 11, 12, 13])]
@@ -49,12 +49,8 @@ def backend(tmp_path_factory):
 def logps() -> list[float]:
     """log p of each response, by transformers."""
     model = AutoModelForCausalLM.from_pretrained(TINY, dtype=torch.float32).eval()
-    found = []
-    for prompt, response in RESPONSES:
-        with torch.no_grad():
-            each = model(torch.tensor([prompt + response])).logits[0, len(prompt) - 1 : -1].log_softmax(-1)
-        found.append(float(each.gather(-1, torch.tensor(response)[:, None]).sum()))
-    return found
+    with torch.no_grad():
+        return [float(logp_alone(model, prompt, response)) for prompt, response in RESPONSES]
 
 
 def told(folder: Path, logps: list[float], **more: Any) -> Job:
