@@ -1,13 +1,11 @@
 """Checks of recipe, model, template and data before anything starts."""
 
 import platform
-import shutil
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import datetime
 from importlib.metadata import PackageNotFoundError, version
 from itertools import chain, islice
-from pathlib import Path
 from typing import Any, NamedTuple
 
 from spin_ray.config.recipe import SpinConfig
@@ -332,10 +330,3 @@ def versions() -> dict[str, str]:
         except PackageNotFoundError:
             continue
     return found
-
-
-def disk_free_gib(folder: Path) -> float:
-    """Returns the GiB free on the disk of ``folder``, which need not exist."""
-    while not folder.exists():
-        folder = folder.parent
-    return shutil.disk_usage(folder).free / 2**30

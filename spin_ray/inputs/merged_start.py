@@ -1,7 +1,5 @@
 """Start models that come as an adapter (PEFT), merged with the model below them once."""
 
-import shutil
-import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -11,7 +9,7 @@ from spin_ray.errors import ModelError
 from spin_ray.inputs.embedded import resolve
 from spin_ray.inputs.model_folder import find_folder, is_adapter, read_adapter, refuse_unsafe
 from spin_ray.run_dir.artefact import folder_entries
-from spin_ray.run_dir.cache import cache_root, locked
+from spin_ray.run_dir.cache import cache_root, filling
 
 WEIGHTS = "adapter_model.safetensors"
 
@@ -32,10 +30,11 @@ def without_adapter(folder: Path, config: ModelConfig) -> Path:
     target = root / digest([*_state(base), *((name, it.sha256) for name, it in folder_entries(folder).items())])
     if target.is_dir():
         return target
-    root.mkdir(parents=True, exist_ok=True)
-    with locked(root, target.name):
-        if not target.is_dir():
-            _merge(base, folder, target, trust_remote_code=config.trust_remote_code)
+    with filling(target) as attempt:
+        if attempt:
+            from spin_ray.learner.adapter_folder import merge  # slow: torch
+
+            merge(base, folder, attempt, dtype="auto", trust_remote_code=config.trust_remote_code)
     return target
 
 
@@ -61,15 +60,3 @@ def _state(folder: Path) -> Iterator[tuple[str, int, int]]:
     for path in sorted(folder.rglob("*")):
         stat = path.stat()
         yield str(path), stat.st_size, stat.st_mtime_ns
-
-
-def _merge(base: Path, adapter: Path, target: Path, *, trust_remote_code: bool) -> None:
-    from spin_ray.learner.adapter_folder import merge  # slow: torch
-
-    attempt = Path(tempfile.mkdtemp(prefix="attempt-", dir=target.parent))
-    try:
-        merge(base, adapter, attempt, dtype="auto", trust_remote_code=trust_remote_code)
-        attempt.rename(target)
-    except BaseException:
-        shutil.rmtree(attempt, ignore_errors=True)
-        raise

@@ -6,12 +6,14 @@ from typing import Any
 from rich.console import Console
 
 from spin_ray.config.recipe import SpinConfig
-from spin_ray.inputs.check import check_recipe, disk_free_gib, find_inputs, versions
+from spin_ray.inputs.check import check_recipe, find_inputs, versions
 from spin_ray.inputs.findings import template_facts
 from spin_ray.inputs.graders import graders_of
 from spin_ray.inputs.model_folder import unopened_files
 from spin_ray.inputs.rendering import open_renderer
 from spin_ray.loop.algorithms.table import check_algorithm
+from spin_ray.planning.disk import check_room, disk_use, free_bytes, parameters_of
+from spin_ray.planning.hardware import GIB
 from spin_ray.planning.mesh import check_mesh
 from spin_ray.report import doctor as shown
 from spin_ray.report.grading import check_on_workers
@@ -52,10 +54,7 @@ def examine(config: SpinConfig, out: str | None, console: Console, *, every_row:
     shown.print_findings(start.findings, unopened, console)
     precision, reason = shown.precision_and_reason(config, _recipe_of(out))
     console.print(f"[green]ok[/] precision {precision}: {reason}")
-    folder = None if out and "://" in out else Path(out or ".").absolute()
-    free = disk_free_gib(folder) if folder else None
-    console.print("[green]ok[/] a store answers:" if free is None else f"[green]ok[/] {free:.0f} GiB free for", end=" ")
-    console.print(str(folder or out), markup=False)
+    room = _print_room(config, precision, start.model.path, out, console)
     check_builds(config)
     connect(config)
     check_fits(config)
@@ -68,9 +67,31 @@ def examine(config: SpinConfig, out: str | None, console: Console, *, every_row:
     return shown.as_json(surveys, facts, tokenizer) | {
         "findings": [finding._asdict() for finding in start.findings], "unopened_files": [str(p) for p in unopened],
         "model": str(start.model.path), "end_of_turn_id": start.end_of_turn_id,
-        "precision": {"chosen": precision, "reason": reason}, "free_gib": free and round(free, 1),
+        "precision": {"chosen": precision, "reason": reason}, **room,
         "resources": resources, "versions": versions(),
     }  # fmt: skip
+
+
+def _print_room(
+    config: SpinConfig, precision: str, model: Path, out: str | None, console: Console
+) -> dict[str, float | None]:
+    settled = config.model_copy(update={"train": config.train.model_copy(update={"precision": precision})})
+    use = disk_use(settled, parameters_of(model))
+    needed = {"needed_gib": round(use.most / GIB, 1)}
+    if out and "://" in out:
+        console.print("[green]ok[/] a store answers:", end=" ")
+        console.print(out, markup=False)
+        return {"free_gib": None, **needed}
+    folder = Path(out or ".").absolute()
+    free = free_bytes(folder)
+    console.print(
+        "[green]ok[/] " + (f"{free / GIB:.0f} GiB free for" if free else "a disk that does not tell its room:"), end=" "
+    )
+    console.print(str(folder), markup=False)
+    if warning := check_room(use, folder):
+        console.print("[yellow]warning[/]", end=" ")
+        console.print(warning, markup=False)
+    return {"free_gib": free and round(free / GIB, 1), **needed}
 
 
 def _recipe_of(out: str | None) -> SpinConfig | None:

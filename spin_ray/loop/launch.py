@@ -12,6 +12,7 @@ from spin_ray.config.sections import sources_of
 from spin_ray.inputs.check import Inputs, Start, check_recipe, find_inputs
 from spin_ray.inputs.mixture import shares_of
 from spin_ray.inputs.sources import find_files
+from spin_ray.planning.disk import check_room, disk_use, parameters_of
 from spin_ray.planning.mesh import check_mesh
 from spin_ray.planning.plan import count_rows
 from spin_ray.report.history import evidence_to_stop, read_evaluations
@@ -95,11 +96,24 @@ def _begin(run: RunDir, config: SpinConfig, inputs: Inputs) -> Start:
     check_builds(config)
     start = check_recipe(config, inputs, run.date())
     check_mesh(config, start.model.path, largest_card(config))
+    _check_room(run, config, start.model.path)
     for finding in start.findings:
         if finding.severity == "warning":
             logger.warning("%s", finding.sentence)
     run.begin(config, start.facts())
     return start
+
+
+def _check_room(run: RunDir, config: SpinConfig, model: Path) -> None:
+    """Warns if the disk of the run may become full; a store has room.
+
+    Raises:
+        ResourceError: not even the next iterate fits.
+    """
+    if isinstance(run.storage.root, Path):
+        use = disk_use(config, parameters_of(model), done=iterate_number(run.latest() or "sft"))
+        if warning := check_room(use, run.storage.root):
+            logger.warning("%s", warning)
 
 
 def _settle_sizes(config: SpinConfig, run: RunDir, inputs: Inputs) -> SpinConfig:

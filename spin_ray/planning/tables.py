@@ -7,6 +7,7 @@ from rich.table import Table
 from spin_ray.config.recipe import SpinConfig
 from spin_ray.config.sections import name_of
 from spin_ray.planning.cluster import Cluster, Devices
+from spin_ray.planning.disk import disk_use
 from spin_ray.planning.hardware import BANDWIDTH_EFFICIENCY, COMPUTE_EFFICIENCY, GB
 from spin_ray.planning.model_shape import ModelShape
 from spin_ray.planning.rates import rate_of
@@ -85,8 +86,9 @@ def notes(config: SpinConfig, shape: ModelShape, cluster: Cluster, work: Work) -
             f"Host memory: each DeepSpeed worker first loads the whole model in fp32, "
             f"{4 * shape.parameters / GB:.1f} GB, so {loading / GB:.0f} GB per node."
         )
-    exported = {"bf16": 2, "fp32": 4}[config.train.precision] * shape.parameters
-    yield f"Host memory: the first train worker gathers the model to write it, {exported / GB:.1f} GB."
+    use = disk_use(config, shape.parameters)
+    yield f"Host memory: the first train worker gathers the model to write it, {use.iterate / GB:.1f} GB."
+    yield f"Disk of the run: {use}."
     if config.train.lora and config.train.lora.base != "bf16":
         yield f"train.lora.base: {config.train.lora.base}: the hours shown do not count the time of dequantising."
     if config.model.attention == "padded":

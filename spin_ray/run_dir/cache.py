@@ -4,7 +4,7 @@ import os
 import shutil
 import tempfile
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 
 from spin_ray.errors import RunDirError, StageError
@@ -13,6 +13,8 @@ from spin_ray.run_dir.storage import Digest, file_digest, folder_digest
 
 FILL_TIMEOUT_S = 7200.0
 """Longest wait for another process's filling."""
+_own = ExitStack()
+"""Locks of this process's attempts, which the kernel drops with the process."""
 
 
 def cache_root() -> Path:
@@ -34,20 +36,47 @@ def folder_with(root: Path, files: Mapping[str, Digest], fetch: Callable[[str, P
     target = root / folder_digest(files)
     if target.is_dir():
         return target
-    with locked(root, target.name):
-        if not target.is_dir():
-            attempt = Path(tempfile.mkdtemp(prefix="attempt-", dir=root))
-            try:
-                for name, expected in files.items():
-                    (attempt / name).parent.mkdir(parents=True, exist_ok=True)
-                    fetch(name, attempt / name)
-                    if file_digest(attempt / name) != expected:
-                        raise RunDirError(f"{where}/{name}: differs from its digest; restore it or remove {where}")
-                attempt.rename(target)
-            except BaseException:
-                shutil.rmtree(attempt, ignore_errors=True)
-                raise
+    with filling(target) as attempt:
+        for name, expected in files.items() if attempt else ():
+            (attempt / name).parent.mkdir(parents=True, exist_ok=True)
+            fetch(name, attempt / name)
+            if file_digest(attempt / name) != expected:
+                raise RunDirError(f"{where}/{name}: differs from its digest; restore it or remove {where}")
     return target
+
+
+@contextmanager
+def filling(target: Path) -> Iterator[Path | None]:
+    """Yields a folder that becomes ``target`` if nothing is raised; None where ``target`` is there by now.
+
+    Raises:
+        StageError: another process took longer than ``FILL_TIMEOUT_S``.
+    """
+    with locked(target.parent, target.name):
+        if target.is_dir():
+            yield None
+            return
+        attempt = target.with_name(f"attempt-{target.name}")
+        shutil.rmtree(attempt, ignore_errors=True)  # of a process that was killed
+        attempt.mkdir()
+        try:
+            yield attempt
+            attempt.rename(target)
+        except BaseException:
+            shutil.rmtree(attempt, ignore_errors=True)
+            raise
+
+
+def new_attempt(root: Path) -> Path:
+    """Makes a folder to fill, and removes those of processes that have ended."""
+    with locked(root, "attempts"):
+        for lock in root.glob("attempt-*.lock"):
+            with suppress(TimeoutError), file_lock(lock, alone=True, timeout_s=0):
+                shutil.rmtree(lock.with_suffix(""), ignore_errors=True)
+                lock.unlink()
+        attempt = Path(tempfile.mkdtemp(prefix="attempt-", dir=root))
+        _own.enter_context(file_lock(attempt.with_suffix(".lock"), alone=True, timeout_s=0))
+    return attempt
 
 
 @contextmanager

@@ -9,7 +9,6 @@ import logging
 import os
 import random
 import shutil
-import tempfile
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
@@ -29,7 +28,7 @@ from obstore.exceptions import (
 from obstore.store import ObjectStore, from_url
 
 from spin_ray.errors import ConfigError, StageError
-from spin_ray.run_dir.cache import cache_root, folder_with
+from spin_ray.run_dir.cache import cache_root, folder_with, new_attempt
 from spin_ray.run_dir.fence import LEASE, check_token
 from spin_ray.run_dir.storage import MANIFEST, Digest, Storage
 
@@ -113,8 +112,7 @@ class ObjectStorage(Storage):
         self.replace(name, old + text.encode())
 
     def new_attempt_folder(self) -> Path:
-        CACHE.mkdir(parents=True, exist_ok=True)
-        return Path(tempfile.mkdtemp(prefix="attempt-", dir=CACHE))
+        return new_attempt(CACHE)
 
     def create_folder(self, name: str, attempt: Path) -> None:
         """Uploads the files, then the manifest, as readers trust only the manifest.

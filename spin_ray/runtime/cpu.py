@@ -7,6 +7,7 @@ oneDNN is held at AVX-512.
 import importlib.util
 import logging
 import os
+import tempfile
 from pathlib import Path
 
 from spin_ray.runtime.probes import in_own_process, once_per_boot
@@ -17,6 +18,7 @@ _PROBE = "import torch; a = torch.ones(64, 64, dtype=torch.bfloat16); assert (a 
 _KEEP = "narenas:1,thp:always,oversize_threshold:0,dirty_decay_ms:300000,muzzy_decay_ms:-1"
 _WITHOUT_AMX = "AVX512_CORE_FP16"
 _ISA = "ONEDNN_MAX_CPU_ISA"
+_COMPILED = "TORCHINDUCTOR_CACHE_DIR"
 
 
 def keep_freed_memory() -> dict[str, str]:
@@ -60,6 +62,10 @@ def environment(threads: int) -> dict[str, str]:
     found = {"OMP_NUM_THREADS": str(threads)}
     if _ISA not in os.environ and _amx_is_advertised() and not _amx_works():
         found[_ISA] = _WITHOUT_AMX
+    if (limit := os.environ.get("ATEN_CPU_CAPABILITY")) and _COMPILED not in os.environ:
+        # torch 2.13 compiles for the limit, but takes kernels compiled without it from the cache, and the other way
+        # round: these compute something else, or write beyond their memory.
+        found[_COMPILED] = f"{tempfile.gettempdir()}/torchinductor_{os.getuid()}_{limit}"
     return found
 
 

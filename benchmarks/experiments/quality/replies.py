@@ -67,7 +67,7 @@ ARMS = (
 
 
 def _settings() -> dict[str, Setting]:
-    """The whole setting, and a first pass with which one slow thread gets somewhere."""
+    """The whole setting, and a first pass that two slow cores finish in hours."""
     recipe = copy.deepcopy(CPU)
     recipe["model"] = {"path": "embedded:smollm2-135m-instruct", "max_length": 192}
     recipe["data"] = {"system": ""}
@@ -79,8 +79,7 @@ def _settings() -> dict[str, Setting]:
         temperatures=TEMPERATURES,
     )  # fmt: skip
     first = replace(
-        whole, name="replies_first_pass", train_rows=320, dev_rows=100, test_rows=160, most_iterations=2, most_seeds=1,
-        warm_up_rates=(1e-4, 5e-5),
+        whole, name="replies_first_pass", train_rows=960, dev_rows=240, most_iterations=4, warm_up_rates=(1e-4, 5e-5),
     )  # fmt: skip
     return {setting.name: setting for setting in (whole, first)}
 

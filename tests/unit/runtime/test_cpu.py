@@ -100,3 +100,15 @@ def test_without_ray_s_allocator_glibc_keeps_what_is_freed(monkeypatch):
     monkeypatch.setattr(cpu.importlib.util, "find_spec", lambda _: None)
     assert "LD_PRELOAD" not in cpu.keep_freed_memory()
     assert cpu.keep_freed_memory()["MALLOC_TRIM_THRESHOLD_"] == str(2**40)
+
+
+def test_kernels_compiled_for_a_limit_are_kept_apart(machine, tmp_path):
+    """As torch 2.13 mixes them up; a folder that the user names is the user's."""
+    cpu.prepare(1)
+    assert "TORCHINDUCTOR_CACHE_DIR" not in os.environ
+    os.environ["ATEN_CPU_CAPABILITY"] = "avx2"
+    cpu.prepare(1)
+    assert os.environ["TORCHINDUCTOR_CACHE_DIR"] == f"{tmp_path}/torchinductor_{os.getuid()}_avx2"
+    os.environ["TORCHINDUCTOR_CACHE_DIR"] = "/mine"
+    cpu.prepare(1)
+    assert os.environ["TORCHINDUCTOR_CACHE_DIR"] == "/mine"

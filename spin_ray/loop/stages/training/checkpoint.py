@@ -4,12 +4,13 @@ Digests are checked first: torch's own reader unpickles what it finds.
 """
 
 import json
-import tempfile
+import shutil
 from pathlib import Path
 from typing import Any
 
 import ray.train
 import torch.distributed as dist
+from pyarrow.fs import LocalFileSystem
 
 from spin_ray.errors import RunDirError
 from spin_ray.learner.backends.base import TrainBackend
@@ -20,10 +21,32 @@ WORKERS = "train.workers"
 
 
 def save(job: TrainJob, backend: TrainBackend, step: int) -> None:
-    with tempfile.TemporaryDirectory(prefix="spin-ray-checkpoint-") as folder:
-        backend.save(Path(folder))
-        seal(Path(folder), step, job.identity())
-        ray.train.report({"step": step}, checkpoint=ray.train.Checkpoint.from_directory(folder))
+    """Writes a checkpoint beside the others of the run, and has Ray Train keep it in place of the last one."""
+    folder = job.storage.new_attempt_folder()
+    try:
+        backend.save(folder)
+        seal(folder, step, job.identity())
+        ray.train.report(
+            {"step": step}, checkpoint=ray.train.Checkpoint.from_directory(folder), checkpoint_upload_fn=_into_place
+        )
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+def _into_place(checkpoint: ray.train.Checkpoint, name: str) -> ray.train.Checkpoint:
+    """Moves this rank's files into the checkpoint's folder; to an object store, uploads them.
+
+    Ray Train would copy them on a file system, too, from a disk of the node that has room for all of them.
+    """
+    storage = ray.train.get_context().get_storage()
+    if not isinstance(storage.storage_filesystem, LocalFileSystem):
+        return storage.persist_current_checkpoint(checkpoint, name)
+    source, target = Path(checkpoint.path), Path(storage.build_checkpoint_path_from_name(name))
+    for file in [path for path in source.rglob("*") if path.is_file()]:
+        place = target / file.relative_to(source)
+        place.parent.mkdir(parents=True, exist_ok=True)
+        file.rename(place)
+    return ray.train.Checkpoint(str(target), storage.storage_filesystem)
 
 
 def restore(job: TrainJob, backend: TrainBackend) -> int:

@@ -1,0 +1,92 @@
+"""Room on disks: predicted bytes against those that a backend writes, and what a start says of too little."""
+
+import logging
+import shutil
+from collections import namedtuple
+from pathlib import Path
+
+import pytest
+import torch
+
+from spin_ray.config.recipe import SpinConfig
+from spin_ray.errors import ResourceError
+from spin_ray.inputs.embedded import resolve
+from spin_ray.learner.backends.base import BackendSettings
+from spin_ray.learner.backends.fsdp2 import Fsdp2Backend
+from spin_ray.loop import launch
+from spin_ray.planning.disk import check_room, disk_use, parameters_of
+from spin_ray.run_dir.run_dir import RunDir
+from spin_ray.run_dir.storage import Storage
+from tests.support.fakes import config_of
+from tests.support.learner_cases import one_rank
+
+START = Path(resolve("embedded:tiny-llama"))
+Room = namedtuple("Room", "total used free")
+
+
+def config(precision: str = "fp32", iterations: int = 3, **train: object) -> SpinConfig:
+    return config_of(iterations=iterations, train={"precision": precision, **train})
+
+
+def bytes_of(folder: Path, pattern: str = "*") -> int:
+    return sum(path.stat().st_size for path in folder.rglob(pattern) if path.is_file())
+
+
+@pytest.mark.parametrize(("precision", "optimizer"), [("fp32", "adamw"), ("bf16", "rmsprop")])
+def test_what_a_backend_writes_was_predicted(tmp_path: Path, precision: str, optimizer: str) -> None:
+    recipe = config(precision, optimizer={"name": optimizer})
+    use = disk_use(recipe, parameters_of(START))
+    settings = BackendSettings(
+        max_length=32, precision=precision, optimizer=recipe.train.optimizer, learning_rate=1e-3, total_steps=1
+    )
+    with one_rank(tmp_path):
+        backend = Fsdp2Backend(START, settings, torch.device("cpu"))
+        backend.save(tmp_path / "checkpoint")
+        backend.export_hf(tmp_path / "model")
+    assert bytes_of(tmp_path / "checkpoint") == pytest.approx(use.checkpoint, rel=0.1)
+    assert bytes_of(tmp_path / "model", "*.safetensors") == pytest.approx(use.iterate, rel=0.02)
+
+
+def test_a_run_counts_what_is_still_to_be_made() -> None:
+    whole = disk_use(config("bf16"), 1e9)
+    assert (whole.iterates, whole.iterate, whole.checkpoints) == (3, 2e9, 2)
+    assert disk_use(config("bf16"), 1e9, done=2).iterates == 1
+    kept = config_of(iterations=3, train={"precision": "bf16"}, storage={"keep_checkpoints": True})
+    assert disk_use(kept, 1e9).checkpoints == 4
+    adapters = disk_use(config("bf16", lora={"rank": 8, "merge": False}), 1e9)
+    assert (adapters.most, str(adapters)) == (0, "adapters alone")
+    merged = disk_use(config("bf16", lora={"rank": 8}), 1e9)
+    assert (merged.iterates, merged.checkpoint) == (3, 0)
+
+
+@pytest.fixture
+def free(monkeypatch: pytest.MonkeyPatch):
+    def have(free: float, total: float = 1e13) -> None:
+        monkeypatch.setattr(shutil, "disk_usage", lambda folder: Room(total, total - free, free))
+
+    return have
+
+
+def test_a_disk_without_room_for_one_iterate_is_refused_and_one_that_may_become_full_is_told(tmp_path, free) -> None:
+    use, out = disk_use(config("bf16", optimizer={"name": "rmsprop"}), 7e9), tmp_path / "run"
+    free(13e9)
+    with pytest.raises(ResourceError, match=r"13.0 GB are free there, and an iterate takes 14.0 GB; free some"):
+        check_room(use, out)
+    free(150e9)
+    told = check_room(use, out)
+    assert told and told.startswith(f"{out}: 150.0 GB are free there, and the run may need 154.0 GB (3 × 14.0 GB")
+    free(160e9)
+    assert check_room(use, out) is None
+    free(0, total=0)
+    assert check_room(use, out) is None
+
+
+def test_a_start_says_so(tmp_path: Path, free, caplog: pytest.LogCaptureFixture) -> None:
+    parameters = parameters_of(START)
+    free(4 * parameters + 1)
+    with caplog.at_level(logging.WARNING):
+        launch._check_room(RunDir(Storage(tmp_path)), config(), START)
+    assert "the run may need" in caplog.text
+    free(4 * parameters - 1)
+    with pytest.raises(ResourceError, match="an iterate takes"):
+        launch._check_room(RunDir(Storage(tmp_path)), config(), START)
