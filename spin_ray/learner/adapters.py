@@ -1,4 +1,4 @@
-"""LoRA by PEFT: adapters are added before training, and merged or written by themselves at export."""
+"""LoRA by PEFT: adapters are added before training, and merged or written alone at export."""
 
 import math
 import zlib
@@ -23,11 +23,10 @@ def add_adapters(model: Any, config: LoraConfig, *, seed: int, values: Path | No
     """Replaces linear layers by x ↦ W x + (alpha/rank)·B A x; only A and B are trained.
 
     Args:
-        values: adapter folder of the first A and B. None: A is random and B 0.
+        values: adapter folder with the first A and B. None: A is random and B 0.
 
     Raises:
-        ModelError: PEFT is missing, no layer has these names, one that has is not linear, or ``values`` are of other
-            layers.
+        ModelError: PEFT is missing, named layers do not exist or are not linear, or ``values`` do not fit.
     """
     peft = import_peft()
     targets = linear_layers(model, config.target_modules)
@@ -46,10 +45,10 @@ def add_adapters(model: Any, config: LoraConfig, *, seed: int, values: Path | No
 
 
 def linear_layers(model: Any, wanted: str | tuple[str, ...]) -> list[str]:
-    """Returns the names of linear layers, of all but the head for ``all-linear``, else of those that end as ``wanted``.
+    """Returns the linear layers to adapt: all but the head (``all-linear``), or those whose names end in ``wanted``.
 
-    PEFT alone would also adapt experts that a model holds as one tensor, which cannot be merged layer by layer. An end
-    that no linear layer has is left to PEFT.
+    PEFT would also adapt experts in one tensor, which cannot be merged layer by layer. If an end matches no linear layer,
+    PEFT gets ``wanted`` unchanged.
     """
     head = model.get_output_embeddings()
     linear = [(name, module) for name, module in model.named_modules() if isinstance(module, _LINEAR)]
@@ -61,7 +60,7 @@ def linear_layers(model: Any, wanted: str | tuple[str, ...]) -> list[str]:
 
 @torch.no_grad()
 def set_first_values(parameters: dict[str, nn.Parameter], *, seed: int, values: Path | None = None) -> None:
-    """Takes A and B from ``values``; without them A is random, equal on all ranks, and B 0, which changes no answer.
+    """Sets A and B from ``values``, or A at random, equal on all ranks, and B to 0.
 
     Raises:
         ModelError: ``values`` are of other layers or shapes.
@@ -101,7 +100,7 @@ def stored_name(name: str) -> str:
 
 
 def merge_adapters(weights: Iterable[tuple[str, Tensor]], config: LoraConfig) -> Iterator[tuple[str, Tensor]]:
-    """Yields a plain model's weights, W + (alpha/rank)·B A in fp32."""
+    """Yields a plain model's weights: W + (alpha/rank)·B A in fp32."""
     waiting: dict[str, dict[str, Tensor]] = {}
     for name, weight in weights:
         part = next((part for part in (_BASE, _DOWN, _UP) if f"{part}weight" in name), None)

@@ -11,8 +11,8 @@ def import_object(path: str, setting: str, names: Iterable[str | None]) -> Any:
     """Returns the object that ``path`` names.
 
     Args:
-        setting: setting that holds ``path``.
-        names: what ``setting`` accepts besides paths.
+        setting: setting that holds ``path``, for errors.
+        names: other values of ``setting``, for errors.
 
     Raises:
         ConfigError: ``path`` is malformed, or cannot be imported.

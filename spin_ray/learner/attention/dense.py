@@ -14,7 +14,7 @@ from spin_ray.learner.batch import PackedBatch
 
 
 class Dense:
-    """The whole pack against a dense mask; exact in any precision, and for small packs only."""
+    """Attention over the whole pack with a dense mask, exact in any precision, for small packs."""
 
     name = "dense"
 
