@@ -47,14 +47,14 @@ def add_adapters(model: Any, config: LoraConfig, *, seed: int, values: Path | No
 def linear_layers(model: Any, wanted: str | tuple[str, ...]) -> list[str]:
     """Returns the linear layers to adapt: all but the head (``all-linear``), or those whose names end in ``wanted``.
 
-    PEFT would also adapt experts in one tensor, which cannot be merged layer by layer. If an end matches no linear layer,
-    PEFT gets ``wanted`` unchanged.
+    PEFT alone would also adapt experts in one tensor, which cannot be merged layer by layer.
     """
     head = model.get_output_embeddings()
     linear = [(name, module) for name, module in model.named_modules() if isinstance(module, _LINEAR)]
     if isinstance(wanted, str):
         return [name for name, module in linear if module is not head]
     ending = {end: [name for name, _ in linear if f".{name}".endswith(f".{end}")] for end in wanted}
+    # PEFT decides about an end that no linear layer has.
     return list(wanted) if not all(ending.values()) else sorted({name for names in ending.values() for name in names})
 
 

@@ -39,7 +39,7 @@ def _seen(layer: nn.Module) -> tuple[Any, ...]:
 
 
 def _switches(module: nn.Module) -> list[tuple[str, object]]:
-    """Returns a module's flags and windows, without its layer number."""
+    # flags and windows, but not the layer's number
     return [
         (name, value)
         for name, value in sorted(vars(module).items())

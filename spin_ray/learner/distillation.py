@@ -12,7 +12,7 @@ from torch.utils.checkpoint import checkpoint
 from spin_ray.learner.head import ROWS_PER_CHUNK, TARGETS_MULTIPLE, Head, LogitTransform
 
 COPIES = 4
-"""Tensors [rows, vocab] that a chunk holds at once; chunks are so many times smaller than the head's."""
+"""Tensors [rows, vocab] that a chunk holds at once; a chunk has so many times fewer rows than the head's."""
 
 
 class TopTokens(NamedTuple):
@@ -92,7 +92,7 @@ def _logits(head: Head, hidden: Tensor, at: Tensor, transform: LogitTransform) -
 
 
 def _padded(at: Tensor) -> tuple[Tensor, int]:
-    """Pads targets to whole chunks, at least one, so that every rank uses the head; returns also their number."""
+    """Pads targets to whole chunks, at least one, so that every rank uses the head."""
     return functional.pad(at, (0, -len(at) % TARGETS_MULTIPLE or (0 if len(at) else TARGETS_MULTIPLE))), len(at)
 
 

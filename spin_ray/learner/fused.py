@@ -28,9 +28,6 @@ def stored_parts(model: Any, stored: dict[str, tuple[int, ...]]) -> dict[str, Pa
     """Returns the stored tensors of parameters that transformers' rules rename or join from experts.
 
     Parameters with other rules or shapes are left out.
-
-    Args:
-        stored: shapes of the folder's tensors.
     """
     parameters = {name: tuple(parameter.shape) for name, parameter in model.named_parameters()}
     renames, joins = _rules(model)
@@ -53,7 +50,6 @@ def stored_targets(model: Any, stored: Iterable[str]) -> set[str] | None:
 
 
 def _rules(model: Any) -> tuple[list[Any], list[Any]]:
-    """Returns transformers' rules for renaming and for converting stored tensors."""
     rules: list[Any] = get_model_conversion_mapping(model)
     return (
         [rule for rule in rules if not isinstance(rule, WeightConverter)],

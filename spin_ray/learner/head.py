@@ -85,7 +85,6 @@ def _upcast(logits: Tensor) -> Tensor:
 
 
 def _pick(logits: Tensor, target_ids: Tensor, transform: LogitTransform) -> tuple[Tensor, Tensor]:
-    """Returns the targets' log-probabilities and each row's log-sum-exp."""
     logits = transform(_upcast(logits))
     total = logits.logsumexp(dim=-1)
     return logits.gather(-1, target_ids[:, None]).squeeze(-1) - total, total

@@ -17,7 +17,7 @@ class HealthMonitor:
         self._recent: deque[dict[str, Any]] = deque(maxlen=limits.steps)
 
     def check(self, step: int, metrics: dict[str, Any]) -> None:
-        """Checks the last steps' means, except in SFT and SDFT.
+        """Checks the last steps' means, except in SFT and SDFT; losses without a margin have no ``max_margin``.
 
         Raises:
             HealthError: a limit is passed.

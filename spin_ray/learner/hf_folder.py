@@ -79,7 +79,6 @@ def write_model(
 
     Args:
         names: names of all ``weights``; if ``source`` has them all, one file of weights is in memory at a time.
-        with_code: copy Python files too.
     """
     # transformers refuses to save many published generation configs; the original file is copied over this one below.
     model.generation_config = GenerationConfig.from_model_config(model.config)

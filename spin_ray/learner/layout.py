@@ -20,6 +20,7 @@ CPU = torch.device("cpu")
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Choice:
+    """One way to score a model."""
 
     layout: Layout
     attention: str
@@ -46,8 +47,7 @@ def choose_layout(
 
     Args:
         model: an unsharded model in fp32; it stays as it is.
-        device: where training computes.
-        dtype: precision of training.
+        device: device of training.
 
     Raises:
         ModelError: no choice gives right numbers, tokens see what follows them, or the GPU has no bf16.

@@ -25,7 +25,7 @@ from spin_ray.learner.weights import tensor_shapes, weight_files
 def empty_model(source: Path) -> Any | None:
     """Builds the causal LM with parameters on the meta device.
 
-    Returns None if transformers computes weights from several stored ones: the model must then be loaded whole.
+    Returns None if the model must be loaded whole, as transformers computes weights from several stored ones.
     """
     model = without_weights(AutoConfig.from_pretrained(source))
     stored = tensor_shapes(source)
@@ -53,9 +53,6 @@ def missing_weights(source: Path, kind: Any = AutoModelForCausalLM) -> list[str]
     """Returns the weights that the folder lacks and transformers would initialise randomly.
 
     Returns none if transformers splits stored weights or does not know the model.
-
-    Args:
-        kind: the Auto class that loads the folder.
     """
     try:
         model = without_weights(AutoConfig.from_pretrained(source), kind, "eager")  # some classifiers have no other

@@ -149,6 +149,7 @@ def sft_loss(real_logp: Float[Tensor, "pairs"]) -> Float[Tensor, ""]:
 
 @runtime_checkable
 class Loss(Protocol):
+    """The protocol behind ``objective.loss``."""
 
     @property
     def needs_reference(self) -> bool:
@@ -261,7 +262,6 @@ class SquareLoss:
 
 @dataclass(frozen=True, slots=True)
 class SftLoss:
-
     needs_reference: bool = False
     needs_wins: bool = False
     per: Literal["pair", "token"] = "token"

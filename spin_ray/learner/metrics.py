@@ -50,7 +50,7 @@ class StepSums:
 
 
 def step_metrics(sums: dict[str, float], step: Step, loss: Loss, stats: StepStats) -> dict[str, float]:
-    """Returns means over pairs; the loss may be a mean over human response tokens."""
+    """Returns means over pairs; a loss may be a mean over response tokens."""
     return {
         "loss": sums["loss"] / (step.num_pairs if loss.per == "pair" else step.num_real_tokens),
         **{metric: sums[name] / step.num_pairs for name, metric in MEANS.items() if name in sums},

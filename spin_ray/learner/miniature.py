@@ -1,7 +1,4 @@
-"""A small model of the same architecture with random weights, to check before a run that training can score it.
-
-config.json ──> few narrow layers, one of every kind ──> the probe of layout.py
-"""
+"""A small model of the same architecture with random weights, to check before a run that training can score it."""
 
 import copy
 import json
@@ -28,7 +25,7 @@ WIDTH = 256
 REACH = 768
 """Longest sequence; BigBird's attention is sparse from 704 tokens on."""
 SPARSE_TOKENS = 32
-"""Tokens that sparse attention selects, fewer than in any model, so that short sequences show it."""
+"""Tokens that sparse attention selects, few enough for short sequences to show it."""
 MOST_BYTES = 2**28
 """Largest size of the weights, in bytes; larger models are left to training's own probe."""
 GAIN = 1.1
@@ -106,7 +103,7 @@ def _cuts(config: Any, max_length: int) -> Iterator[Any]:
 
 
 def _narrow(text: Any) -> None:
-    """Reduces heads and widths; each head keeps its width."""
+    """Reduces heads and widths, but not the width of a head."""
     _few_experts(text)
     width, heads = text.hidden_size, getattr(text, "num_attention_heads", None) or 1
     few = min(heads, HEADS)
@@ -125,7 +122,7 @@ def _narrow(text: Any) -> None:
 
 
 def _few_states(text: Any) -> None:
-    """Reduces state-space and linear-attention layers, which are slow without kernels."""
+    # State-space and linear-attention layers are slow without kernels.
     for number, each, times in (("mamba_n_heads", "mamba_d_head", "mamba_expand"), ("num_heads", "head_dim", "expand")):
         if hasattr(text, number) and hasattr(text, times):
             setattr(text, number, getattr(text, times) * text.hidden_size // getattr(text, each))
@@ -157,7 +154,6 @@ def _few_tokens(config: Any, text: Any) -> None:
 
 
 def _made(config: Any, seed: int) -> Any | None:
-    """Builds the model with random weights; returns None if it is too large."""
     if sum(it.numel() for it in without_weights(config).parameters()) * 4 > MOST_BYTES:
         return None
     with torch.random.fork_rng(devices=[]), torch.no_grad():

@@ -20,12 +20,11 @@ from spin_ray.learner.batch import PackedBatch, Run
 Tree = tuple[int, ...]
 """Rows with the same prompt and y, packed as prompt, y and every y'."""
 Pack = tuple[Tree, ...]
-"""Trees; an empty pack ``()`` gives every rank equally many."""
+"""Trees of one pack; empty packs ``()`` give all ranks equally many packs."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class PairLengths:
-
     prompt: np.ndarray
     real: np.ndarray
     generated: np.ndarray
@@ -39,7 +38,6 @@ class PairLengths:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Step:
-
     packs: tuple[Pack, ...]
     num_pairs: int
     num_real_tokens: int
@@ -96,7 +94,6 @@ def _check(lengths: PairLengths, pack_length: int) -> None:
 
 
 def _trees(lengths: PairLengths, pack_length: int) -> tuple[list[Tree], list[int]]:
-    """Returns trees and their sizes in tokens; rows that exceed a pack become several trees."""
     order = np.argsort(lengths.tree_key, kind="stable")
     key = lengths.tree_key[order]
     starts = np.flatnonzero(np.r_[True, key[1:] != key[:-1]])[: len(order)]
@@ -115,7 +112,7 @@ def _trees(lengths: PairLengths, pack_length: int) -> tuple[list[Tree], list[int
     for start, stop in pairwise(bounds):
         size, first = stems[start], start
         for i in range(start, stop):
-            if size + branches[i] > pack_length:
+            if size + branches[i] > pack_length:  # the rows of one key become several trees
                 trees.append(tuple(rows[first:i]))
                 sizes.append(size)
                 size, first = stems[start], i
@@ -164,7 +161,6 @@ def _spread_evenly(trees: list[Tree], sizes: list[int], count: int, pack_length:
 
 
 def _best_fit_decreasing(trees: list[Tree], sizes: list[int], pack_length: int) -> tuple[Pack, ...]:
-    """Puts each tree, largest first, into the fullest pack with room."""
     packs: list[list[Tree]] = []
     room: list[tuple[int, int]] = []  # (free tokens, pack), sorted
     for i in sorted(range(len(trees)), key=lambda i: -sizes[i]):

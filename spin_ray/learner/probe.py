@@ -1,4 +1,4 @@
-"""Comparison of ways to score a model with its own scores, on its first layers and made-up packs."""
+"""Comparison of ways to score a model with the model's own scores, on first layers and made-up packs."""
 
 import inspect
 import math
@@ -21,7 +21,7 @@ from spin_ray.learner.rope import rope_limit, switching
 from spin_ray.learner.scoring import Layout, attention_windows, padded_rows
 
 _SHAPES = [(4, 3, 2), (4, 3, 5), (2, 2, 3)]
-"""Lengths of prompt, human and generated response; the first two rows share a tree."""
+"""Tokens of prompt, human and generated response in the short pack; the first two rows share a tree."""
 _SCORE_BYTES = {"cpu": 2**31, "cuda": 2**32}
 """Memory of one layer's eager attention, in bytes; limits the long pack."""
 _HEADS = ("num_attention_heads", "n_head", "n_heads", "num_heads")
@@ -159,10 +159,7 @@ class _Watched:
         return self._plan.attend(query, key, value, **settings)
 
     def mismatch(self, config: Any, max_length: int) -> str | None:
-        """Returns how recorded windows and soft-caps differ from the config, or None.
-
-        Made-up packs may be too short to show it.
-        """
+        """Returns how recorded windows and soft-caps differ from the config, which short packs may not show."""
         told, wanted = (
             [window if window and window < max_length else None for window in windows]
             for windows in ((window for window, _ in self.calls), attention_windows(config))
@@ -196,7 +193,7 @@ def _hidden(model: Any, ids: Int64[Tensor, "1 tokens"]) -> Float[Tensor, "1 toke
 
 
 def _affordable(config: Any, device: torch.device) -> int:
-    """Returns the longest sequence whose eager attention (scores, softmax, mask in fp32) fits in memory."""
+    # Scores, softmax and mask of the longest sequence, in fp32.
     heads = next((heads for name in _HEADS if isinstance(heads := getattr(config, name, None), int)), 32)
     return math.isqrt(_SCORE_BYTES.get(device.type, _SCORE_BYTES["cuda"]) // (12 * heads))
 
@@ -215,14 +212,12 @@ def _response_lengths(batch: PackedBatch) -> Float[Tensor, "segments"]:
 
 
 def _long_pack(vocab_size: int, reach: int) -> PackedBatch:
-    """Builds a tree whose longest sequence has ``reach`` tokens, and a short tree."""
     real = min(16, reach // 2)
     prompt = reach - real
     return _made_up_pack(vocab_size, [(prompt, real, real // 2 + 1), (prompt, real, 2), (2, 2, 3)])
 
 
 def _made_up_pack(vocab_size: int, shapes: Sequence[tuple[int, ...]]) -> PackedBatch:
-    """Builds a pack of three rows, of which the first two share a tree."""
     ids = ((7 * i + 3) % vocab_size for i in range(sum(map(sum, shapes))))
     first, second, third = ([[next(ids) for _ in range(length)] for length in shape] for shape in shapes)
     second[:2] = first[:2]

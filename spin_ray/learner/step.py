@@ -33,26 +33,21 @@ from spin_ray.learner.packing import Pack, PairLengths, Step, build_pack, plan_e
 from spin_ray.learner.teacher import Teacher
 
 LENGTHS_OF_A_PACK = 16
-"""Number of different pack lengths: more make oneDNN compile more kernels, fewer need more padding."""
+"""Number of different pack lengths: more need more oneDNN kernels, fewer need more padding."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Objective:
-    """The loss that a step minimises."""
+    """The loss that a step minimises. Fields without a docstring are those of ``ObjectiveConfig``."""
 
     loss: str | None
     """None is SFT."""
     beta: float = 1.0
     sft_weight: float = 0.0
-    """Weight of the mean −log p(y) per human response token."""
     length_normalised: bool = False
-    """True: log-probabilities per token, unlike the paper."""
     mu: float = 1.0
-    """SPACE's μ."""
     positive_weight: float = 0.0
-    """DPO-Positive's λ, for margin losses."""
     history_weight: float = 0.0
-    """Weight of the loss of (y′, y_0) (T-SPIN)."""
     top_k: int = 0
     """Tokens per teacher distribution (SDFT); 0: no teacher."""
 
@@ -64,7 +59,7 @@ class Objective:
         return replace(loss, mu=self.mu) if isinstance(loss, SpaceLoss) else loss
 
     def parameters(self) -> dict[str, float]:
-        """Returns the later added parameters that are not at their defaults.
+        """Returns the parameters that later versions added, unless they have their defaults.
 
         Settings stored by older versions still match.
         """
@@ -82,7 +77,7 @@ class PackShape:
     """Number of neighbouring ranks that compute each pack together."""
 
     def place(self) -> tuple[int, int]:
-        """Returns (rank, ranks) for the distribution of packs; a tensor group counts as one rank."""
+        """Returns (rank, ranks), with each tensor group as one rank."""
         return dist.get_rank() // self.tensor, dist.get_world_size() // self.tensor
 
     def writes(self) -> bool:
@@ -90,7 +85,7 @@ class PackShape:
         return dist.get_rank() % self.tensor == 0
 
     def build(self, pack: Pack, table: pa.Table) -> PackedBatch:
-        """Builds a pack, padded to the next of ``LENGTHS_OF_A_PACK`` lengths."""
+        """Builds a pack of one of ``LENGTHS_OF_A_PACK`` lengths."""
         multiple = -(-self.pack_length // LENGTHS_OF_A_PACK)
         return build_pack(pack, table, pack_length=self.pack_length, pad_id=self.pad_id, pad_multiple=multiple)
 
@@ -106,7 +101,7 @@ class ReferenceScores:
     generated_win: Float32[Tensor, "rows"] | None = None
 
     def mixed_with(self, base: "ReferenceScores", alpha: float) -> "ReferenceScores":
-        """Returns α-SPIN's reference, 1 − α being the weight of ``base``."""
+        """Returns α-SPIN's reference; ``base`` has weight 1 − α."""
         return ReferenceScores(
             real=geometric_reference(self.real, base.real, alpha),
             generated=geometric_reference(self.generated, base.generated, alpha),
@@ -128,7 +123,7 @@ def plan(lengths: PairLengths, shape: PackShape, *, epochs: int, seed: int, rank
 
 
 def pair_lengths(parts: Iterable[pa.Table]) -> PairLengths:
-    """Counts the tokens of PAIR_SCHEMA or TRIPLET_SCHEMA rows; a ``prompt_id`` is a tree."""
+    """Counts the tokens of PAIR_SCHEMA or TRIPLET_SCHEMA rows; rows of one ``prompt_id`` share a tree."""
     names = ("prompt", "real", "generated")
 
     def counted(part: pa.Table) -> pa.Table:
@@ -202,7 +197,7 @@ def feed(
 ) -> Iterator[tuple[int, PackedBatch]]:
     """Yields each pack's number of useful tokens and its tensors.
 
-    A thread builds the next pack meanwhile; copies to a GPU are asynchronous.
+    A thread builds the next pack meanwhile. Copies to a GPU are asynchronous.
     """
 
     def build(pack: Pack) -> tuple[int, PackedBatch]:

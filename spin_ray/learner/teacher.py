@@ -18,7 +18,6 @@ class Teacher:
     """The distributions of one rank's rows, in CPU memory."""
 
     places: Mapping[int, range]
-    """Each row's tokens in ``top``."""
     top: TopTokens
 
     @classmethod
@@ -65,8 +64,7 @@ def teacher_columns(pair_ids: Sequence[str], top: TopTokens, batch: PackedBatch)
     """Returns a pack's rows (without y′) as TEACHER_SCHEMA columns.
 
     Args:
-        pair_ids: of every row of the table.
-        top: distributions of the pack's targets.
+        pair_ids: of all rows of the table.
     """
     *distributions, segment = (part.cpu() for part in (*top, batch.segment))
     members = [segment == number for number in batch.real_segment.tolist()]

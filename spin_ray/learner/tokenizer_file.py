@@ -99,7 +99,6 @@ def _is_plain(name: str) -> bool:
 
 
 def _why_lost(tokenizer: Any, own: Tokenizer) -> str | None:
-    """Returns how the class loses text that tokenizer.json keeps, or None."""
     name = type(tokenizer).__name__
     try:
         lost = _keeps(own) and not _keeps(tokenizer.backend_tokenizer)

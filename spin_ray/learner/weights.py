@@ -82,7 +82,6 @@ def _start(path: Path) -> int:
 
 
 def _header(path: Path) -> dict[str, Any] | None:
-    """Returns None if the file is not safetensors."""
     with path.open("rb") as file:
         size = int.from_bytes(file.read(8), "little")
         try:

@@ -1,10 +1,10 @@
 """Attention within packs: one visibility rule and four implementations.
 
 name     device  precision    computes
-trees    CPU     any          each tree, on a diagonal block of the mask
-flex     CUDA    any          FlexAttention with a block mask; soft-capping, windows, sinks
-varlen   CUDA    bf16, fp16   variable-length Flash Attention with gathered keys; windows
-dense    any     any          the whole pack with a dense mask: the reference of the tests
+trees    CPU     any          each tree by itself
+flex     CUDA    any          FlexAttention; soft-capping, windows, sinks
+varlen   CUDA    bf16, fp16   variable-length Flash Attention; windows
+dense    any     any          the whole pack with a dense mask, for tests
 """
 
 import torch

@@ -43,6 +43,7 @@ class AttentionPlan(Protocol):
 
 
 class Attention(Protocol):
+    """One implementation of attention within packs."""
 
     name: str
 

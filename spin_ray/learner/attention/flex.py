@@ -155,6 +155,5 @@ def seen_pairs(batch: PackedBatch, window: Window) -> np.ndarray:
 
 
 def _ordered(chosen: np.ndarray) -> tuple[Tensor, Tensor]:
-    """Returns each row's number of chosen key blocks, and all key blocks, the chosen first."""
-    order = np.argsort(~chosen, axis=1, kind="stable")
+    order = np.argsort(~chosen, axis=1, kind="stable")  # chosen key blocks first
     return tuple(torch.from_numpy(x.astype(np.int32))[None, None] for x in (chosen.sum(axis=1), order))  # type: ignore[return-value]

@@ -1,4 +1,4 @@
-"""The rule which tokens of a pack see each other."""
+"""The rule that says which tokens of a pack see which others."""
 
 from typing import NamedTuple
 

@@ -18,31 +18,26 @@ from spin_ray.learner.scoring import HeadReader
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class BackendSettings:
+    """Settings of a backend. Fields without a docstring are those of ``TrainConfig`` and ``ModelConfig``."""
+
     kind: str = "fsdp2"
-    """Name or import path."""
     max_length: int
     """Longest prompt + response in tokens."""
     precision: Literal["bf16", "fp32"] = "bf16"
-    """Data type of computation and exports; master weights and optimizer state are fp32."""
+    """Precision of computation and exports; master weights and optimizer state are fp32."""
     attention: Literal["auto", "packed", "padded"] = "auto"
     trust_remote_code: bool = False
     gradient_checkpointing: bool = False
     sharding: Literal["full", "shard_grad_op"] = "full"
-    """``full`` gathers weights for each pass, ``shard_grad_op`` once per optimizer step."""
     mesh: Mesh | None = None
     """None: all ranks shard one copy of the weights."""
     compile: bool | Literal["auto"] = False
-    """``auto``: on GPUs."""
     deterministic: bool = False
-    """True: only kernels with reproducible bits."""
     reduce_every_pack: bool = False
-    """True: gradients are summed over ranks in every ``backward``."""
     offload: bool = False
-    """True: weights, gradients and optimizer state stay in CPU memory."""
     lora: LoraConfig | None = None
-    """Adapters to train; exports are merged unless ``lora.merge`` is off."""
     adapter: Path | None = None
-    """Folder of an adapter from which training starts and with which the model is scored."""
+    """Folder of an adapter, from which training starts and with which the model is scored."""
     base: Literal["bf16", "nf4", "int8"] = "bf16"
     """Format of frozen weights; ``bf16`` means ``precision``."""
     base_name: str = ""
@@ -52,7 +47,6 @@ class BackendSettings:
     optimizer: OptimizerConfig | None = None
     """None: the backend only scores."""
     learning_rate: float = 0.0
-    """Peak of the schedule."""
     total_steps: int = 0
 
     @classmethod

@@ -1,7 +1,4 @@
-"""DeepSpeed: ZeRO-2 or ZeRO-3 as a ``TrainBackend``.
-
-bf16 (or fp32) weights ──forward, backward──> gradient ──mean over ranks──> fp32 share ──> optimizer on fp32 weights
-"""
+"""DeepSpeed: ZeRO-2 or ZeRO-3 as a ``TrainBackend``."""
 
 import os
 from functools import partial

@@ -1,9 +1,4 @@
-"""FSDP2: weights, gradients and optimizer state are sharded over all ranks, or by ``train.mesh``.
-
-fp32 shard ──gather, cast──> bf16 layer ──forward, backward──> bf16 gradient ──sum over ranks──> fp32 gradient
-    ^                                                                                                |
-    └──────────────────────────────────── optimizer <────────────────────────────────────────────────┘
-"""
+"""FSDP2: weights, gradients and optimizer state are sharded over all ranks, or by ``train.mesh``."""
 
 import gc
 import math
@@ -182,7 +177,7 @@ class Fsdp2Backend:
     def close(self) -> None:
         """Frees model and optimizer state; nothing else may be called afterwards.
 
-        FSDP2's hooks and modules form reference cycles, which only the garbage collector frees.
+        FSDP2's hooks and modules form reference cycles, so dropping the last reference frees nothing.
         """
         del self._model, self._scorer, self._shards, self._optimizer
         gc.collect()
@@ -210,7 +205,7 @@ class Fsdp2Backend:
         }
 
     def _reshard(self) -> None:
-        """Drops gathered weights, which would be stale after a change of the shards.
+        """Drops gathered weights before the shards change.
 
         FSDP2 keeps the root's for a backward, even after ``score``.
         """
@@ -224,12 +219,12 @@ def _whole(tensor: Tensor) -> Tensor:
 
 
 def _frees_weights(settings: BackendSettings, mesh: DeviceMesh, device: torch.device) -> bool:
-    """Returns True if layers drop gathered weights after use; one rank does so only if memory is tight."""
+    """Returns True if layers drop gathered weights after use."""
     return settings.sharding == "full" and (mesh["shard"].size() > 1 or _is_tight(settings, device))
 
 
 def _is_tight(settings: BackendSettings, device: torch.device) -> bool:
-    """Returns True if one rank may lack memory for shards and gathered weights together.
+    """Returns True if even one rank lacks memory for shards and gathered weights together.
 
     A GPU of 24 GB holds a frozen 7B model once, not twice.
     """

@@ -31,10 +31,8 @@ from spin_ray.learner.tensor_plan import layer_plan, why_not_split
 
 
 def _norm_of_local_heads() -> ParallelStyle:
-    """Returns a style for norms of each head: they run on local heads, and gradients are summed over ranks.
-
-    Torch's sequence parallelism does so; the dimension's number makes no difference.
-    """
+    """Returns the style of norms that run on local heads, with gradients summed over all heads."""
+    # Sequence parallelism over the heads does so; the number of the dimension makes no difference.
     return SequenceParallel(sequence_dim=2, use_local_output=True)
 
 

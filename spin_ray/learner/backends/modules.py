@@ -83,12 +83,9 @@ def compile_layers(model: Any) -> None:
 def _forward_as_in_training(
     compiled: Callable[..., Any], differentiable: bool, hidden: Tensor, *others: Any, **named: Any
 ) -> Any:
-    """Calls a compiled layer, without gradients too by the graph of training.
+    """Calls a compiled layer by the graph of training, even without gradients.
 
-    A graph for inference may fuse, and so round, differently.
-
-    Args:
-        differentiable: in training, ``hidden`` requires a gradient.
+    A graph for inference may fuse, and so round, differently. ``differentiable``: training's ``hidden`` has a gradient.
     """
     if torch.is_grad_enabled():
         return compiled(hidden, *others, **named)
@@ -107,7 +104,7 @@ def make_deterministic() -> None:
 
 
 def store_in_bf16(parameters: Iterable[nn.Parameter]) -> None:
-    """Stores frozen weights in bf16; a computation in bf16 keeps its bits."""
+    """Stores frozen weights in bf16, which changes no bit of a bf16 computation."""
     for parameter in parameters:
         if not parameter.is_floating_point():  # quantised already
             continue
