@@ -60,12 +60,11 @@ def read_values(folder: Path, shapes: Mapping[str, tuple[int, ...]]) -> dict[str
 def write_adapter(
     target: Path, weights: Iterable[tuple[str, Tensor]], config: LoraConfig, *, base: str, source: str | Path
 ) -> None:
-    """Writes an adapter that PEFT, transformers and vLLM load, with the base model's tokenizer.
+    """Writes an adapter that PEFT, transformers and vLLM load, with the tokenizer of ``source``.
 
     Args:
         weights: A and B by their names in PEFT's files.
         base: name or folder by which PEFT finds the base model.
-        source: folder of the base model.
     """
     peft = import_peft()
     held = {name: weight.contiguous() for name, weight in weights}
@@ -84,9 +83,6 @@ def merge(
     base: Path, adapter: Path, target: Path, *, dtype: torch.dtype | Literal["auto"], trust_remote_code: bool
 ) -> None:
     """Merges any kind of adapter that PEFT can merge, and writes the whole model.
-
-    Args:
-        dtype: format of the whole model; ``auto``: that of ``base``.
 
     Raises:
         ModelError: PEFT is missing or refuses.

@@ -6,7 +6,7 @@ from torch import nn
 
 
 def decoder_of(model: Any) -> Any:
-    """Returns the module that makes hidden states; some ``get_decoder`` return the whole model."""
+    """Returns the module that makes hidden states; some families' ``get_decoder`` returns the whole model."""
     decoder = model.get_decoder()
     return model.model if decoder is model and hasattr(model, "model") else decoder
 

@@ -12,7 +12,7 @@ from torch.utils.checkpoint import checkpoint
 from spin_ray.learner.head import ROWS_PER_CHUNK, TARGETS_MULTIPLE, Head, LogitTransform
 
 COPIES = 4
-"""Tensors [rows, vocab] that a chunk holds at once; a chunk has so many times fewer rows than the head's."""
+"""Tensors [rows, vocab] that a chunk holds at once; a chunk has ``ROWS_PER_CHUNK // COPIES`` rows."""
 
 
 class TopTokens(NamedTuple):
@@ -41,7 +41,7 @@ class ReadTop:
 class ReadDivergence:
     """A reader of KL(policy ‖ teacher) at each target; all but the teacher's k tokens count as one outcome.
 
-    It is a lower bound of the KL over the whole vocabulary, and equal for k = vocab.
+    The value is a lower bound of the KL over the whole vocabulary, and equal to it for k = vocab.
     """
 
     def __init__(self, teacher: TopTokens) -> None:

@@ -47,7 +47,6 @@ def choose_layout(
 
     Args:
         model: an unsharded model in fp32; it stays as it is.
-        device: device of training.
 
     Raises:
         ModelError: no choice gives right numbers, tokens see what follows them, or the GPU has no bf16.

@@ -25,7 +25,7 @@ from spin_ray.learner.weights import tensor_shapes, weight_files
 def empty_model(source: Path) -> Any | None:
     """Builds the causal LM with parameters on the meta device.
 
-    Returns None if the model must be loaded whole, as transformers computes weights from several stored ones.
+    Returns None if the model must be loaded whole, because transformers converts weights by rules that ``fused`` lacks.
     """
     model = without_weights(AutoConfig.from_pretrained(source))
     stored = tensor_shapes(source)

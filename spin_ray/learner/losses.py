@@ -1,6 +1,6 @@
-"""Losses and sequence log-probabilities (fp32, nats).
+"""Losses, and sequence log-probabilities (fp32, nats).
 
-Losses are SUMS over pairs; the caller divides by the whole step's counts, because packs hold unequal numbers of pairs.
+A loss is a SUM; the caller divides by the whole step's counts, because packs hold unequal numbers of pairs.
 """
 
 import math
@@ -68,9 +68,9 @@ def margins(
     reference_generated: Float[Tensor, "pairs"],
     beta: float,
 ) -> Float[Tensor, "pairs"]:
-    """Returns the argument of ℓ in equation 4.7, in nats times beta (λ in the paper).
+    """Returns m, the argument of ℓ in equation 4.7, where beta is λ.
 
-    m = β [ log p_θ(y|x)/p_ref(y|x) − log p_θ(y'|x)/p_ref(y'|x) ]
+    m = β [ log p_θ(y|x)/p_ref(y|x) − log p_θ(y'|x)/p_ref(y'|x) ], in nats times beta
     """
     return beta * ((real_logp - reference_real) - (generated_logp - reference_generated))
 
@@ -136,7 +136,7 @@ def space_loss(
 
     Args:
         real_ratio: r = log p_θ(y|x)/p_ref(y|x), in nats.
-        generated_ratio: r′, the same ratio for y′.
+        generated_ratio: r′, the same of y′.
     """
     log_mu = math.log(mu)
     return (functional.softplus(log_mu - real_ratio) + mu * functional.softplus(generated_ratio - log_mu)).sum()
@@ -204,7 +204,7 @@ class MarginLoss:
 
 @dataclass(frozen=True, slots=True)
 class SpaceLoss:
-    """``space_loss``; beta scales only the logged margin."""
+    """``space_loss``; beta scales only the margin, which is logged and limited."""
 
     mu: float = 1.0
     needs_reference: bool = True
@@ -243,7 +243,7 @@ class ReferenceFreeLoss:
 
 @dataclass(frozen=True, slots=True)
 class SquareLoss:
-    """``square_loss``; the margin is only logged."""
+    """``square_loss``; the margin is only logged and limited."""
 
     needs_reference: bool = True
     needs_wins: bool = True

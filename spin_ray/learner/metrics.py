@@ -17,7 +17,7 @@ MEANS = {
     "real_logp_drift": "real_logp_drift",
     "real_logp": "real_logp",
 }
-"""Metrics by the sum whose mean over pairs they are."""
+"""Names of sums, with the metrics that are their means over pairs."""
 SUMMED = ("loss", *MEANS, "tokens")
 
 

@@ -159,7 +159,10 @@ class _Watched:
         return self._plan.attend(query, key, value, **settings)
 
     def mismatch(self, config: Any, max_length: int) -> str | None:
-        """Returns how recorded windows and soft-caps differ from the config, which short packs may not show."""
+        """Returns how recorded windows and soft-caps differ from the config, or None.
+
+        Scores of short packs may not show the difference.
+        """
         told, wanted = (
             [window if window and window < max_length else None for window in windows]
             for windows in ((window for window, _ in self.calls), attention_windows(config))

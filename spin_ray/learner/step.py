@@ -85,7 +85,7 @@ class PackShape:
         return dist.get_rank() % self.tensor == 0
 
     def build(self, pack: Pack, table: pa.Table) -> PackedBatch:
-        """Builds a pack of one of ``LENGTHS_OF_A_PACK`` lengths."""
+        """Builds a pack, padded to one of ``LENGTHS_OF_A_PACK`` lengths."""
         multiple = -(-self.pack_length // LENGTHS_OF_A_PACK)
         return build_pack(pack, table, pack_length=self.pack_length, pad_id=self.pad_id, pad_multiple=multiple)
 

@@ -35,8 +35,6 @@ def open_tokenizer(folder: str | Path, *, trust_remote_code: bool = False) -> An
 def as_written(tokenizer: Any, folder: Path) -> Any:
     """Returns ``tokenizer``, or tokenizer.json's own if the class of ``tokenizer`` loses text.
 
-    transformers itself does so for some models, by their hub names.
-
     Raises:
         ModelError: the class loses text and cannot be replaced.
     """

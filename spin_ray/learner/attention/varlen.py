@@ -61,7 +61,6 @@ class Varlen:
 class VarlenPlan:
     kernel: Callable[..., Tensor]
     keys: Int64[Tensor, "gathered"]
-    """Index of every gathered key."""
     query_stops: Int32[Tensor, "sequences+1"]
     key_stops: Int32[Tensor, "sequences+1"]
     longest_query: int

@@ -21,6 +21,7 @@ class BackendSettings:
     """Settings of a backend. Fields without a docstring are those of ``TrainConfig`` and ``ModelConfig``."""
 
     kind: str = "fsdp2"
+    """Name or import path."""
     max_length: int
     """Longest prompt + response in tokens."""
     precision: Literal["bf16", "fp32"] = "bf16"
@@ -48,6 +49,7 @@ class BackendSettings:
     """None: the backend only scores."""
     learning_rate: float = 0.0
     total_steps: int = 0
+    """Optimizer steps of the schedule."""
 
     @classmethod
     def for_scoring(cls, config: SpinConfig) -> Self:

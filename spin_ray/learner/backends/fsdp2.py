@@ -224,7 +224,7 @@ def _frees_weights(settings: BackendSettings, mesh: DeviceMesh, device: torch.de
 
 
 def _is_tight(settings: BackendSettings, device: torch.device) -> bool:
-    """Returns True if even one rank lacks memory for shards and gathered weights together.
+    """Returns True if even one rank may lack memory for shards and gathered weights together.
 
     A GPU of 24 GB holds a frozen 7B model once, not twice.
     """

@@ -3,7 +3,7 @@
     replicate × shard   fully_shard: weights are gathered within ``shard``, gradients summed over both
     tensor              parallelize_module: heads and columns of every layer, by transformers' plan
 
-Every rank of a tensor group computes embeddings, head and plain norms whole, from equal bits, so they stay equal.
+Embeddings, head and plain norms stay whole; the ranks of a tensor group compute them from equal bits.
 """
 
 import re
@@ -143,7 +143,7 @@ def by_mesh(tensors: Iterable[Tensor]) -> list[list[Tensor]]:
 def group_by_mesh(optimizer: Optimizer) -> None:
     """Splits the optimizer's groups so that each has parameters of one mesh.
 
-    The list and its groups change in place, because an optimizer may keep references to them.
+    Changes the list and its groups in place, because an optimizer may keep references to them.
     """
     for group in list(optimizer.param_groups):
         group["params"], *others = by_mesh(group["params"])
