@@ -19,11 +19,11 @@ _BESIDES_LORA = {
     "modules_to_save": None, "fan_in_fan_out": False, "trainable_token_indices": None, "layers_to_transform": None,
     "target_parameters": None, "alora_invocation_tokens": None, "lora_bias": False,
 }  # fmt: skip
-"""PEFT settings that change what an adapter computes, with their values in plain LoRA."""
+"""PEFT settings, with their values in plain LoRA."""
 
 
 def read_lora(folder: Path) -> LoraConfig:
-    """Returns the settings of an adapter.
+    """Returns an adapter's settings.
 
     Raises:
         ModelError: the adapter computes more than W + (alpha/rank)·B A.
@@ -41,7 +41,7 @@ def read_lora(folder: Path) -> LoraConfig:
 
 
 def read_values(folder: Path, shapes: Mapping[str, tuple[int, ...]]) -> dict[str, Tensor]:
-    """Reads A and B of every layer by their names in PEFT's files.
+    """Reads A and B by their names in PEFT's files.
 
     Raises:
         ModelError: the file holds other layers or shapes than ``shapes``.
@@ -60,7 +60,7 @@ def read_values(folder: Path, shapes: Mapping[str, tuple[int, ...]]) -> dict[str
 def write_adapter(
     target: Path, weights: Iterable[tuple[str, Tensor]], config: LoraConfig, *, base: str, source: str | Path
 ) -> None:
-    """Writes an adapter that PEFT, transformers and vLLM load, with the tokenizer of ``source``.
+    """Writes an adapter that PEFT, transformers and vLLM load.
 
     Args:
         weights: A and B by their names in PEFT's files.

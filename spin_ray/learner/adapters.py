@@ -1,4 +1,4 @@
-"""LoRA by PEFT: adapters are added before training, and merged or written alone at export."""
+"""LoRA by PEFT."""
 
 import math
 import zlib
@@ -23,7 +23,7 @@ def add_adapters(model: Any, config: LoraConfig, *, seed: int, values: Path | No
     """Replaces linear layers by x ↦ W x + (alpha/rank)·B A x; only A and B are trained.
 
     Args:
-        values: adapter folder with the first A and B. None: A is random and B 0.
+        values: adapter folder with the first A and B.
 
     Raises:
         ModelError: PEFT is missing, named layers do not exist or are not linear, or ``values`` do not fit.
@@ -60,7 +60,7 @@ def linear_layers(model: Any, wanted: str | tuple[str, ...]) -> list[str]:
 
 @torch.no_grad()
 def set_first_values(parameters: dict[str, nn.Parameter], *, seed: int, values: Path | None = None) -> None:
-    """Sets A and B from ``values``, or A at random, equal on all ranks, and B to 0.
+    """Reads A and B from ``values``; without it, A is random, equal on all ranks, and B is 0.
 
     Raises:
         ModelError: ``values`` are of other layers or shapes.

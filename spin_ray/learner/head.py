@@ -22,7 +22,7 @@ TARGETS_MULTIPLE = 64
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class LogitTransform:
-    """softcap · tanh(scale · logits / softcap), applied to the head's logits."""
+    """softcap · tanh(scale · logits / softcap)."""
 
     scale: float = 1.0
     softcap: float | None = None

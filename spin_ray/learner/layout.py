@@ -26,7 +26,7 @@ class Choice:
     attention: str
     """Name in ``ATTENTIONS`` for packs, in transformers for rows."""
     model_logits: bool = False
-    """True: the model computes the logits of all positions, as its head is unknown."""
+    """True: the model computes the logits, as its head is unknown."""
 
     def scorer(self, model: Any, kind: type[ResponseScorer] = ResponseScorer) -> Any:
         return kind(model, self.layout, self.attention, model_logits=self.model_logits)

@@ -27,7 +27,7 @@ REACH = 768
 SPARSE_TOKENS = 32
 """Tokens that sparse attention selects, few enough for short sequences to show it."""
 MOST_BYTES = 2**28
-"""Largest size of the weights, in bytes; larger models are left to training's own probe."""
+"""Largest size of the weights, in bytes."""
 GAIN = 1.1
 """Standard deviation of weights, times √width: log-probabilities then depend strongly on every token."""
 _EXPERTS = ("num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts")
@@ -84,7 +84,7 @@ def _why_not(config: Any, wanted: Any, max_length: int, seed: int) -> str | None
 
 
 def _cuts(config: Any, max_length: int) -> Iterator[Any]:
-    """Yields smaller configs, the smallest first; all have few layers and a small vocabulary."""
+    """Yields smaller configs, the smallest first."""
     for cut in (_narrow, _few_experts, lambda text: None):
         try:
             smaller = copy.deepcopy(config)
@@ -103,8 +103,8 @@ def _cuts(config: Any, max_length: int) -> Iterator[Any]:
 
 
 def _narrow(text: Any) -> None:
-    """Reduces heads and widths, but not the width of a head."""
     _few_experts(text)
+    # Each head keeps its width.
     width, heads = text.hidden_size, getattr(text, "num_attention_heads", None) or 1
     few = min(heads, HEADS)
     text.hidden_size = min(width, WIDTH) if text.to_dict().get("head_dim") else width // heads * few

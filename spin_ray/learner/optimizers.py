@@ -16,8 +16,7 @@ from spin_ray.errors import ConfigError
 from spin_ray.learner.import_path import import_object
 from spin_ray.learner.quantised import check_installed
 
-MakeOptimizer = Callable[..., Optimizer]
-"""Factory, called as ``make(parameters, lr=…)``."""
+MakeOptimizer = Callable[..., Optimizer]  # called as make(parameters, lr=…)
 
 
 @dataclass(frozen=True, slots=True)
@@ -74,7 +73,6 @@ OPTIMIZERS = {
     ),
 }
 BY_PATH = {"adamw_8bit": "spin_ray.learner.optimizers:AdamW8bit"}
-"""Optimizers that allocate their state in the first step."""
 
 
 def make_optimizer(parameters: list[nn.Parameter], config: OptimizerConfig, learning_rate: float) -> Optimizer:

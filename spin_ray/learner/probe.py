@@ -143,7 +143,7 @@ class Probe:
 
 
 class _Watched:
-    """An attention that records the window and soft-cap of each call."""
+    """An attention that records window and soft-cap of each call, as short packs may not show a wrong one."""
 
     def __init__(self, attention: Any) -> None:
         self._attention = attention
@@ -159,10 +159,7 @@ class _Watched:
         return self._plan.attend(query, key, value, **settings)
 
     def mismatch(self, config: Any, max_length: int) -> str | None:
-        """Returns how recorded windows and soft-caps differ from the config, or None.
-
-        Scores of short packs may not show the difference.
-        """
+        """Returns how recorded windows and soft-caps differ from the config, or None."""
         told, wanted = (
             [window if window and window < max_length else None for window in windows]
             for windows in ((window for window, _ in self.calls), attention_windows(config))

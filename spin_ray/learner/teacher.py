@@ -18,6 +18,7 @@ class Teacher:
     """The distributions of one rank's rows, in CPU memory."""
 
     places: Mapping[int, range]
+    """Each row's tokens in ``top``, for this rank's rows."""
     top: TopTokens
 
     @classmethod
@@ -61,11 +62,7 @@ def _flat(rows: pa.Table, name: str) -> np.ndarray:
 
 
 def teacher_columns(pair_ids: Sequence[str], top: TopTokens, batch: PackedBatch) -> pa.Table:
-    """Returns a pack's rows (without y′) as TEACHER_SCHEMA columns.
-
-    Args:
-        pair_ids: of all rows of the table.
-    """
+    """Returns a pack's rows (without y′) as TEACHER_SCHEMA columns; ``pair_ids`` are those of all rows of the table."""
     *distributions, segment = (part.cpu() for part in (*top, batch.segment))
     members = [segment == number for number in batch.real_segment.tolist()]
     columns = [[part[mine].flatten().numpy() for mine in members] for part in distributions]

@@ -10,7 +10,7 @@ from torch import Tensor
 from spin_ray.learner.batch import PackedBatch
 
 Window = int | None
-"""Number of positions that a query sees, its own included; None means all."""
+"""Positions that a query sees, its own included; None: all."""
 
 
 class AttentionPlan(Protocol):
@@ -54,7 +54,7 @@ class Attention(Protocol):
     def prepare(
         self, batch: PackedBatch, windows: Sequence[Window], device: torch.device, dtype: torch.dtype
     ) -> AttentionPlan:
-        """Prepares a pack for all windows of the model, without waiting for the device."""
+        """Prepares a pack for all windows of the model; waits for no device."""
         ...
 
 
@@ -72,7 +72,7 @@ def effective_windows(batch: PackedBatch, windows: Sequence[Window]) -> dict[Win
 
 
 def to_device(tensor: Tensor, device: torch.device) -> Tensor:
-    """Copies a CPU tensor, to a GPU asynchronously."""
+    """Copies a CPU tensor; does not wait for a copy to a GPU."""
     if device.type != "cuda":
         return tensor.to(device)
     return tensor.pin_memory().to(device, non_blocking=True)

@@ -11,7 +11,6 @@ from transformers.masking_utils import sdpa_mask
 from spin_ray.learner.attention.base import AttentionPlan
 
 IMPLEMENTATION = "spin_ray_packs"
-"""Name of ``attend`` in transformers."""
 MOST_GRAPHS = 64
 """Graphs per function: each kind of layer, precision and gradient mode makes its own."""
 

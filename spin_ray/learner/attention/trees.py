@@ -21,8 +21,6 @@ EXACT_TREES = 128
 
 
 class Trees:
-    """Attention in one tree after another; elsewhere the mask is -inf."""
-
     name = "trees"
 
     def why_not(self, device: torch.device, dtype: torch.dtype) -> str | None:

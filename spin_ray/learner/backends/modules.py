@@ -129,11 +129,7 @@ def export(
     source: str | Path,
     settings: BackendSettings,
 ) -> None:
-    """Writes a Hugging Face folder, or the adapter alone without ``lora.merge``, on rank 0; a collective.
-
-    Args:
-        gather: returns the whole tensor on every rank.
-    """
+    """Writes a Hugging Face folder, or the adapter alone without ``lora.merge``, on rank 0; a collective."""
     lora, adapter_alone = settings.lora, settings.lora is not None and not settings.lora.merge
     whole = ((name, gather(tensor)) for name, tensor in tensors if is_adapter(name) or not adapter_alone)
     if dist.get_rank() != 0:
