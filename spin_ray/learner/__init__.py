@@ -1,1 +1,1 @@
-"""The learner, in plain torch."""
+"""Training and scoring, in plain torch."""

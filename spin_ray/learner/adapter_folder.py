@@ -19,11 +19,11 @@ _BESIDES_LORA = {
     "modules_to_save": None, "fan_in_fan_out": False, "trainable_token_indices": None, "layers_to_transform": None,
     "target_parameters": None, "alora_invocation_tokens": None, "lora_bias": False,
 }  # fmt: skip
-"""Settings of PEFT that change what an adapter computes, and their values in W + (alpha/rank)·B A."""
+"""PEFT settings, with their values in plain LoRA."""
 
 
 def read_lora(folder: Path) -> LoraConfig:
-    """Returns the settings of an adapter.
+    """Returns an adapter's settings.
 
     Raises:
         ModelError: the adapter computes more than W + (alpha/rank)·B A.
@@ -41,7 +41,7 @@ def read_lora(folder: Path) -> LoraConfig:
 
 
 def read_values(folder: Path, shapes: Mapping[str, tuple[int, ...]]) -> dict[str, Tensor]:
-    """Reads A and B of every layer by their names in PEFT's files.
+    """Reads A and B by their names in PEFT's files.
 
     Raises:
         ModelError: the file holds other layers or shapes than ``shapes``.
@@ -60,12 +60,11 @@ def read_values(folder: Path, shapes: Mapping[str, tuple[int, ...]]) -> dict[str
 def write_adapter(
     target: Path, weights: Iterable[tuple[str, Tensor]], config: LoraConfig, *, base: str, source: str | Path
 ) -> None:
-    """Writes an adapter that PEFT, transformers and vLLM load, with the tokenizer of the model below it.
+    """Writes an adapter that PEFT, transformers and vLLM load.
 
     Args:
-        weights: A and B of each layer by their names in PEFT's files.
-        base: name or folder of the model below, as PEFT should find it.
-        source: folder of the model below.
+        weights: A and B by their names in PEFT's files.
+        base: name or folder by which PEFT finds the base model.
     """
     peft = import_peft()
     held = {name: weight.contiguous() for name, weight in weights}
@@ -83,13 +82,10 @@ def write_adapter(
 def merge(
     base: Path, adapter: Path, target: Path, *, dtype: torch.dtype | Literal["auto"], trust_remote_code: bool
 ) -> None:
-    """Writes the whole model, W + (alpha/rank)·B A for plain LoRA; PEFT itself merges, so other kinds are merged too.
-
-    Args:
-        dtype: number format of the whole model; ``auto`` is that of ``base``.
+    """Merges any kind of adapter that PEFT can merge, and writes the whole model.
 
     Raises:
-        ModelError: PEFT is missing, or it refuses.
+        ModelError: PEFT is missing or refuses.
     """
     from transformers import AutoModelForCausalLM
 
@@ -107,7 +103,7 @@ def merge(
 
 
 def import_peft(setting: str = "train.lora") -> Any:
-    """Imports PEFT for what ``setting`` asks; raises ModelError if it is missing."""
+    """Imports PEFT; raises ModelError, naming ``setting``, if it is missing."""
     try:
         import peft
     except ImportError as error:

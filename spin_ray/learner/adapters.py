@@ -1,4 +1,4 @@
-"""LoRA by PEFT: adapters are added before training, and merged or written by themselves at export."""
+"""LoRA by PEFT."""
 
 import math
 import zlib
@@ -23,11 +23,10 @@ def add_adapters(model: Any, config: LoraConfig, *, seed: int, values: Path | No
     """Replaces linear layers by x ↦ W x + (alpha/rank)·B A x; only A and B are trained.
 
     Args:
-        values: adapter folder of the first A and B. None: A is random and B 0.
+        values: adapter folder with the first A and B.
 
     Raises:
-        ModelError: PEFT is missing, no layer has these names, one that has is not linear, or ``values`` are of other
-            layers.
+        ModelError: PEFT is missing, named layers do not exist or are not linear, or ``values`` do not fit.
     """
     peft = import_peft()
     targets = linear_layers(model, config.target_modules)
@@ -46,22 +45,22 @@ def add_adapters(model: Any, config: LoraConfig, *, seed: int, values: Path | No
 
 
 def linear_layers(model: Any, wanted: str | tuple[str, ...]) -> list[str]:
-    """Returns the names of linear layers, of all but the head for ``all-linear``, else of those that end as ``wanted``.
+    """Returns the linear layers to adapt: all but the head (``all-linear``), or those whose names end in ``wanted``.
 
-    PEFT alone would also adapt experts that a model holds as one tensor, which cannot be merged layer by layer. An end
-    that no linear layer has is left to PEFT.
+    PEFT alone would also adapt experts in one tensor, which cannot be merged layer by layer.
     """
     head = model.get_output_embeddings()
     linear = [(name, module) for name, module in model.named_modules() if isinstance(module, _LINEAR)]
     if isinstance(wanted, str):
         return [name for name, module in linear if module is not head]
     ending = {end: [name for name, _ in linear if f".{name}".endswith(f".{end}")] for end in wanted}
+    # PEFT decides about an end that no linear layer has.
     return list(wanted) if not all(ending.values()) else sorted({name for names in ending.values() for name in names})
 
 
 @torch.no_grad()
 def set_first_values(parameters: dict[str, nn.Parameter], *, seed: int, values: Path | None = None) -> None:
-    """Takes A and B from ``values``; without them A is random, equal on all ranks, and B 0, which changes no answer.
+    """Reads A and B from ``values``; without it, A is random, equal on all ranks, and B is 0.
 
     Raises:
         ModelError: ``values`` are of other layers or shapes.
@@ -101,7 +100,7 @@ def stored_name(name: str) -> str:
 
 
 def merge_adapters(weights: Iterable[tuple[str, Tensor]], config: LoraConfig) -> Iterator[tuple[str, Tensor]]:
-    """Yields a plain model's weights, W + (alpha/rank)·B A in fp32."""
+    """Yields a plain model's weights: W + (alpha/rank)·B A in fp32."""
     waiting: dict[str, dict[str, Tensor]] = {}
     for name, weight in weights:
         part = next((part for part in (_BASE, _DOWN, _UP) if f"{part}weight" in name), None)

@@ -59,7 +59,7 @@ class PackedBatch:
     pair_row: Int64[Tensor, "pairs"]
     """Row in the table."""
     runs: tuple[Run, ...]
-    """The pack's tokens once more, as the host knows them; a tree's prompt precedes its responses."""
+    """The same layout for the CPU; a tree's prompt precedes its responses."""
     initial_segment: Int64[Tensor, "pairs"] | None = None
     """θ_0's response, for rows with ``initial_ids`` (T-SPIN)."""
 
@@ -69,7 +69,7 @@ class PackedBatch:
 
     @property
     def num_useful_tokens(self) -> int:
-        """Number of tokens without padding."""
+        """Returns the number of tokens without padding."""
         return sum(run.stop - run.start for run in self.runs if run.tree >= 0)
 
     def to(self, device: torch.device) -> "PackedBatch":

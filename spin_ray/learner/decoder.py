@@ -1,4 +1,4 @@
-"""The decoder within a causal LM: its layers, and how many of them show every kind."""
+"""A causal LM's decoder and its layers."""
 
 from typing import Any
 
@@ -16,18 +16,18 @@ def decoder_layers(model: Any) -> list[nn.Module]:
 
 
 def layer_stack(model: Any) -> nn.ModuleList:
-    """Returns the longest list of modules in the decoder; an empty one if it has none."""
+    """Returns the decoder's longest ``ModuleList``, or an empty one."""
     stacks = (child for child in decoder_of(model).children() if isinstance(child, nn.ModuleList))
     return max(stacks, key=len, default=nn.ModuleList())
 
 
 def layers_of_every_kind(model: Any) -> int:
-    """Returns how many first layers have every kind, at least two.
+    """Returns how many first layers include every kind of layer, at least two.
 
-    A kind is named by the config (``layer_types``) or seen in the layer: its modules, their switches and windows.
+    A layer's kind is its ``layer_types`` entry, its modules, and their flags and windows.
     """
     layers, config = decoder_layers(model), model.config.get_text_config()
-    if not layers:  # they are elsewhere, and stay
+    if not layers:  # the layers are in no ModuleList: keep all
         return config.num_hidden_layers
     named = getattr(config, "layer_types", None) or []
     kinds = [(_seen(layer), *named[number : number + 1]) for number, layer in enumerate(layers)]
@@ -39,7 +39,7 @@ def _seen(layer: nn.Module) -> tuple[Any, ...]:
 
 
 def _switches(module: nn.Module) -> list[tuple[str, object]]:
-    """Returns what a module is told of itself, but its number."""
+    # flags and windows, but not the layer's number
     return [
         (name, value)
         for name, value in sorted(vars(module).items())

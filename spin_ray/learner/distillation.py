@@ -1,4 +1,4 @@
-"""A teacher's likeliest tokens, and a policy's divergence from them; [targets, vocab] never whole (SDFT)."""
+"""SDFT: a teacher's most likely tokens, and the policy's divergence, without all [targets, vocab] logits."""
 
 from dataclasses import dataclass
 from typing import NamedTuple
@@ -12,7 +12,7 @@ from torch.utils.checkpoint import checkpoint
 from spin_ray.learner.head import ROWS_PER_CHUNK, TARGETS_MULTIPLE, Head, LogitTransform
 
 COPIES = 4
-"""Tensors of [rows, vocab] that a chunk holds at once: a chunk has that many fewer rows than the head's own."""
+"""Tensors [rows, vocab] that a chunk holds at once; a chunk has ``ROWS_PER_CHUNK // COPIES`` rows."""
 
 
 class TopTokens(NamedTuple):
@@ -21,12 +21,12 @@ class TopTokens(NamedTuple):
     ids: Int64[Tensor, "targets k"]
     logps: Float[Tensor, "targets k"]
     rest: Float[Tensor, "targets"]
-    """log of the probability of all other tokens; -inf where k is the whole vocabulary."""
+    """log p of all other tokens together; -inf if k is the whole vocabulary."""
 
 
 @dataclass(frozen=True, slots=True)
 class ReadTop:
-    """A reader of the k likeliest tokens at each target."""
+    """A reader of the k most likely tokens at each target."""
 
     k: int
 
@@ -39,9 +39,9 @@ class ReadTop:
 
 
 class ReadDivergence:
-    """A reader of KL(policy ‖ teacher) at each target, with all but the teacher's k tokens as one outcome.
+    """A reader of KL(policy ‖ teacher) at each target; all but the teacher's k tokens count as one outcome.
 
-    The coarser outcomes make it a lower bound of the KL over the whole vocabulary, which it is for k = vocab.
+    The value is a lower bound of the KL over the whole vocabulary, and equal to it for k = vocab.
     """
 
     def __init__(self, teacher: TopTokens) -> None:
@@ -63,7 +63,7 @@ class ReadDivergence:
 
 
 def divergence(logits: Float[Tensor, "rows vocab"], teacher: TopTokens) -> Float[Tensor, "rows"]:
-    """Returns Σ p log(p/q) over the k tokens of the teacher q, and the rest as one outcome."""
+    """Returns Σ p log(p/q) over the teacher q's k tokens and the rest as one outcome."""
     total = logits.logsumexp(dim=-1)
     top = logits.gather(-1, teacher.ids) - total[:, None]
     found = (top.exp() * (top - teacher.logps)).sum(dim=-1)
@@ -92,7 +92,7 @@ def _logits(head: Head, hidden: Tensor, at: Tensor, transform: LogitTransform) -
 
 
 def _padded(at: Tensor) -> tuple[Tensor, int]:
-    """Returns whole chunks of targets, and their true number; without targets, padding still reaches the head."""
+    """Pads targets to whole chunks, at least one, so that every rank uses the head."""
     return functional.pad(at, (0, -len(at) % TARGETS_MULTIPLE or (0 if len(at) else TARGETS_MULTIPLE))), len(at)
 
 

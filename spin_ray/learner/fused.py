@@ -1,4 +1,4 @@
-"""Weights that a folder stores under other names, or expert by expert, and the model holds as one.
+"""Weights stored under other names or expert by expert, which the model holds as one tensor.
 
 experts.0.gate_proj.weight  experts.1.gate_proj.weight  …  ─┐
 experts.0.up_proj.weight    experts.1.up_proj.weight    …  ─┴─>  experts.gate_up_proj  [experts, 2·width, hidden]
@@ -21,16 +21,13 @@ from transformers.core_model_loading import Concatenate, MergeModulelist, Weight
 from spin_ray.learner.weights import weight_files
 
 Parts = tuple[tuple[str, ...], ...]
-"""Stored tensors of one parameter: for each part that is joined along the rows, one name an expert."""
+"""Stored tensors of one parameter: parts to join along the rows, each with one name per expert."""
 
 
 def stored_parts(model: Any, stored: dict[str, tuple[int, ...]]) -> dict[str, Parts]:
-    """Returns the parameters that are stored otherwise than the model holds them, by transformers' own rules.
+    """Returns the stored tensors of parameters that transformers' rules rename or join from experts.
 
-    Parameters whose rule is another one than joining experts or renaming are left out, as are those of other shapes.
-
-    Args:
-        stored: names and shapes of the folder's tensors.
+    Parameters with other rules or shapes are left out.
     """
     parameters = {name: tuple(parameter.shape) for name, parameter in model.named_parameters()}
     renames, joins = _rules(model)
@@ -44,7 +41,7 @@ def stored_parts(model: Any, stored: dict[str, tuple[int, ...]]) -> dict[str, Pa
 
 
 def stored_targets(model: Any, stored: Iterable[str]) -> set[str] | None:
-    """Returns the names that the stored tensors have in the model; None if transformers splits one of them."""
+    """Returns the stored tensors' names in the model; None if transformers splits one of them."""
     parameters = {name: tuple(it.shape) for name, it in model.named_parameters(remove_duplicate=False)}
     renames, joins = _rules(model)
     several = {pattern for rule in joins if len(rule.target_patterns) > 1 for pattern in rule.source_patterns}
@@ -53,7 +50,6 @@ def stored_targets(model: Any, stored: Iterable[str]) -> set[str] | None:
 
 
 def _rules(model: Any) -> tuple[list[Any], list[Any]]:
-    """Returns transformers' rules that rename stored tensors, and those that convert them."""
     rules: list[Any] = get_model_conversion_mapping(model)
     return (
         [rule for rule in rules if not isinstance(rule, WeightConverter)],
@@ -89,7 +85,7 @@ def _shape(parts: Parts, stored: dict[str, tuple[int, ...]]) -> tuple[int, ...] 
 
 @torch.no_grad()
 def read_parts(parameters: dict[str, Tensor], parts: dict[str, Parts], source: Path) -> None:
-    """Fills this rank's share of each parameter; reads only the experts that are in it."""
+    """Fills this rank's shard of each parameter; reads only the shard's experts."""
     files = {}
     for path in weight_files(source):
         opened = safe_open(path, "pt")

@@ -1,4 +1,4 @@
-"""The LM head: hidden states in, log-probabilities of the targets out, [targets, vocab] never whole."""
+"""Log-probabilities of targets from hidden states, without ever holding all [targets, vocab] logits."""
 
 import functools
 from collections.abc import Callable
@@ -14,23 +14,22 @@ from torch.utils.checkpoint import checkpoint
 Head = Callable[[Tensor], Tensor]
 
 COMPILER = "inductor"
-"""Backend of torch.compile."""
 ROWS_PER_CHUNK = {"cpu": 256, "cuda": 4096}
-"""Targets at a time: on a CPU what its cache holds, on a GPU enough for full matrix products."""
+"""Targets per chunk: few enough for a CPU's cache, enough to keep a GPU busy."""
 TARGETS_MULTIPLE = 64
-"""Multiple that targets are padded to: every new shape costs oneDNN new kernels."""
+"""Multiple to which targets are padded: oneDNN compiles kernels for each new shape."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class LogitTransform:
-    """The change of logits after the head: softcap · tanh(scale · logits / softcap)."""
+    """softcap · tanh(scale · logits / softcap)."""
 
     scale: float = 1.0
     softcap: float | None = None
 
     @classmethod
     def of(cls, config: Any) -> Self:
-        """Reads the names of Gemma, Cohere, Falcon H1 and Granite; the layout probe finds others."""
+        """Reads the settings of Gemma, Cohere, Falcon H1 and Granite; the layout probe detects other transforms."""
         scale = (getattr(config, "logit_scale", None) or 1.0) * (getattr(config, "lm_head_multiplier", None) or 1.0)
         return cls(
             scale=scale / (getattr(config, "logits_scaling", None) or 1.0),
@@ -60,7 +59,7 @@ def target_logps(
     """Returns log softmax(transform(head(hidden[at])))[target_ids] in fp32 (fp64 for fp64).
 
     ``fused`` compiles the softmax of a plain head and its gradient.
-    Without targets, a chunk of padding still reaches every parameter: FSDP2's ranks would wait otherwise.
+    Without targets, padding still reaches every parameter, else FSDP2's other ranks would wait.
     """
     targets = len(at)
     fill = -targets % TARGETS_MULTIPLE or (TARGETS_MULTIPLE if not targets else 0)
@@ -86,14 +85,12 @@ def _upcast(logits: Tensor) -> Tensor:
 
 
 def _pick(logits: Tensor, target_ids: Tensor, transform: LogitTransform) -> tuple[Tensor, Tensor]:
-    """Returns log-probabilities of the targets, and the log-sum-exp of each row."""
     logits = transform(_upcast(logits))
     total = logits.logsumexp(dim=-1)
     return logits.gather(-1, target_ids[:, None]).squeeze(-1) - total, total
 
 
 def _change(logits: Tensor, target_ids: Tensor, total: Tensor, gradient: Tensor, transform: LogitTransform) -> Tensor:
-    """Returns d logits (see ``_TargetLogps``)."""
     transformed = transform(_upcast(logits))
     slope = transform.slope(transformed)
     change = transformed.sub_(total[:, None]).exp_().mul_(-gradient[:, None])
@@ -104,7 +101,7 @@ def _change(logits: Tensor, target_ids: Tensor, total: Tensor, gradient: Tensor,
 def _change_in_one_pass(
     logits: Tensor, target_ids: Tensor, total: Tensor, gradient: Tensor, transform: LogitTransform
 ) -> Tensor:
-    """Returns the same as ``_change``, in a form that compiles to one kernel."""
+    """Computes ``_change`` in a form that compiles to one kernel."""
     transformed = transform(_upcast(logits))
     change = (transformed - total[:, None]).exp() * -gradient[:, None]
     is_target = torch.arange(logits.shape[1], device=logits.device) == target_ids[:, None]
@@ -114,7 +111,7 @@ def _change_in_one_pass(
 
 @functools.cache
 def _compiled(function: Callable[..., Any]) -> Callable[..., Any]:
-    """Compiles ``function`` once for every number of rows: scoring and training then run one kernel."""
+    """Compiles once for all row counts, so that scoring and training run one kernel."""
     compiled = torch.compile(function, fullgraph=True, backend=COMPILER)
 
     def call(*arguments: Any) -> Any:
@@ -127,11 +124,11 @@ def _compiled(function: Callable[..., Any]) -> Callable[..., Any]:
 
 
 class _TargetLogps(torch.autograd.Function):
-    """``target_logps`` of a plain head; backward makes each chunk of logits again.
+    """``target_logps`` of a plain head; backward computes each chunk's logits again.
 
     With dp the gradient of a target's log p, and s the slope of the transform:
     d logits = dp (onehot(target) − softmax) s, d hidden = d logits · W, dW = Σ d logitsᵀ · hidden.
-    The sum over chunks is kept in fp32, also for weights in bf16.
+    dW is summed in fp32, also for bf16 weights.
     """
 
     @staticmethod

@@ -1,4 +1,4 @@
-"""Limits at which training stops by itself; a falling loss alone proves nothing."""
+"""Limits at which training stops by itself."""
 
 from collections import deque
 from typing import Any
@@ -10,14 +10,14 @@ from spin_ray.errors import HealthError
 
 
 class HealthMonitor:
-    """Watcher of means over the last steps, equal on all ranks."""
+    """A monitor of means over the last steps, equal on all ranks."""
 
     def __init__(self, limits: HealthConfig) -> None:
         self._limits = limits
         self._recent: deque[dict[str, Any]] = deque(maxlen=limits.steps)
 
     def check(self, step: int, metrics: dict[str, Any]) -> None:
-        """Checks a step's metrics, unless it is of SFT. A loss without a margin has no ``max_margin``.
+        """Checks the last steps' means, except in SFT and SDFT; losses without a margin have no ``max_margin``.
 
         Raises:
             HealthError: a limit is passed.

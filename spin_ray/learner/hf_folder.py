@@ -23,17 +23,17 @@ NOT_COPIED = {
     "trainer_state.json",
 }
 FILE_BYTES = 2**30
-"""Largest file of weights, unless one tensor is larger; the writer holds twice as much."""
+"""Largest file of weights in bytes, unless one tensor is larger; writing takes twice the memory."""
 
 
 def load_model(source: str | Path, *, trust_remote_code: bool, config: Any = None) -> Any:
-    """Loads the causal LM in fp32 on the CPU; reads pickled weights only from trusted folders.
+    """Loads the causal LM in fp32 on the CPU, pickled weights only with ``trust_remote_code``.
 
     Args:
         config: replaces the folder's own; surplus weights are left out.
 
     Raises:
-        ModelError: the folder lacks weights, which transformers would make up.
+        ModelError: the folder lacks weights of the model.
     """
     config = config or AutoConfig.from_pretrained(str(source), trust_remote_code=trust_remote_code)
     model, found = AutoModelForCausalLM.from_pretrained(
@@ -51,14 +51,14 @@ def load_model(source: str | Path, *, trust_remote_code: bool, config: Any = Non
 
 
 def lacking(source: str | Path, missing: list[str]) -> str:
-    """Returns the sentence about weights that transformers would make up."""
+    """Returns the error text about missing weights."""
     return f"{source}: lacks {len(missing)} of the model's weights, first {missing[0]}; save the whole model"
 
 
 def first_attention(config: Any) -> str:
     """Returns SDPA, or eager attention for families that lack SDPA.
 
-    The choice of the layout replaces it, except in Falcon, whose layers cannot change.
+    ``choose_layout`` may change it later, except in Falcon's layers.
     """
     family: Any = MODEL_FOR_CAUSAL_LM_MAPPING.get(type(config), None)
     lacks = family is not None and not family._supports_sdpa
@@ -78,8 +78,7 @@ def write_model(
     """Writes ``weights`` (tied ones once), ``model``'s config and ``source``'s tokenizer.
 
     Args:
-        names: names of all ``weights``, which are held one file at a time unless transformers renames them.
-        with_code: copy Python files too.
+        names: names of all ``weights``; if ``source`` has them all, one file of weights is in memory at a time.
     """
     # transformers refuses to save many published generation configs; the original file is copied over this one below.
     model.generation_config = GenerationConfig.from_model_config(model.config)
@@ -100,7 +99,7 @@ def write_model(
 def copy_other_files(source: Path, target: Path, *, with_code: bool) -> None:
     """Copies tokenizer, chat templates, generation config and licence, if ``source`` is a folder.
 
-    The copied tokenizer loads everywhere as the run loaded it.
+    Other programs then load the tokenizer as the run did.
     """
     for file in sorted(source.iterdir()) if source.is_dir() else ():
         if file.is_file() and _belongs(file, with_code):

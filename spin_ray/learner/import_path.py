@@ -8,11 +8,7 @@ from spin_ray.errors import ConfigError
 
 
 def import_object(path: str, setting: str, names: Iterable[str | None]) -> Any:
-    """Returns the object that ``path`` names.
-
-    Args:
-        setting: setting that holds ``path``.
-        names: what ``setting`` accepts besides paths.
+    """Returns the object that ``path`` names; errors mention ``setting`` and its ``names``.
 
     Raises:
         ConfigError: ``path`` is malformed, or cannot be imported.

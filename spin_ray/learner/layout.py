@@ -1,4 +1,4 @@
-"""The choice of layout and attention for scoring, by comparing with the model's own reference attention."""
+"""The choice of layout and attention for scoring, by comparison with the model's own scores."""
 
 import logging
 from collections.abc import Iterator
@@ -20,13 +20,13 @@ CPU = torch.device("cpu")
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Choice:
-    """How a model is scored."""
+    """One way to score a model."""
 
     layout: Layout
     attention: str
     """Name in ``ATTENTIONS`` for packs, in transformers for rows."""
     model_logits: bool = False
-    """True: the model makes the logits of all positions, as its head is not known."""
+    """True: the model computes the logits, as its head is unknown."""
 
     def scorer(self, model: Any, kind: type[ResponseScorer] = ResponseScorer) -> Any:
         return kind(model, self.layout, self.attention, model_logits=self.model_logits)
@@ -43,18 +43,13 @@ def choose_layout(
     device: torch.device = CPU,
     dtype: torch.dtype = torch.float32,
 ) -> Choice:
-    """Returns the first way whose scores are the model's own, tried on its first layers with made-up packs.
-
-    The yardstick is transformers' eager attention, one response at a time.
+    """Returns the first choice whose scores equal the model's own (``Probe``).
 
     Args:
         model: an unsharded model in fp32; it stays as it is.
-        device: where training computes.
-        dtype: precision of training's computation.
 
     Raises:
-        ModelError: no way of the wanted layout gives right numbers, tokens see what follows them, or the card has no
-            bf16.
+        ModelError: no choice gives right numbers, tokens see what follows them, or the GPU has no bf16.
     """
     if dtype == torch.bfloat16 and (reason := too_old(device, "train.precision: bf16")):
         raise ModelError(f"{reason}; set train.precision: fp32")
@@ -71,10 +66,10 @@ def choose_layout(
 
 
 def try_layouts(model: Any, wanted: Literal["auto", "packed", "padded"], probe: Probe) -> tuple[Choice, list[str]]:
-    """Returns the first way that passes the probe, and what is wrong with those before it.
+    """Returns the first choice that passes the probe, and what is wrong with those before it.
 
     Raises:
-        ModelError: no way passes, or tokens see what follows them.
+        ModelError: no choice passes, or tokens see what follows them.
     """
     if reason := probe.looks_ahead():
         raise ModelError(f"{type(model).__name__}: {reason}")

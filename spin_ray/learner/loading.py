@@ -1,4 +1,4 @@
-"""Loading in shares: no rank holds the whole model in fp32 (280 GB for 70B parameters)."""
+"""Loading in shards: no rank holds the whole model in fp32 (280 GB for 70B parameters)."""
 
 import copy
 import os
@@ -23,9 +23,9 @@ from spin_ray.learner.weights import tensor_shapes, weight_files
 
 
 def empty_model(source: Path) -> Any | None:
-    """Makes the causal LM with parameters on the meta device.
+    """Builds the causal LM with parameters on the meta device.
 
-    Returns None if the model must be loaded whole, as transformers computes weights from others.
+    Returns None if the model must be loaded whole, because transformers converts weights by rules that ``fused`` lacks.
     """
     model = without_weights(AutoConfig.from_pretrained(source))
     stored = tensor_shapes(source)
@@ -38,7 +38,7 @@ def empty_model(source: Path) -> Any | None:
 
 
 def without_weights(config: Any, kind: Any = AutoModelForCausalLM, attention: str | None = None) -> Any:
-    """Returns the model of the config with parameters on the meta device."""
+    """Builds the model with parameters on the meta device."""
     attention = attention or first_attention(config)
     with _parameters_on_meta():
         return kind.from_config(copy.deepcopy(config), dtype=torch.float32, attn_implementation=attention)
@@ -50,21 +50,20 @@ def _stored_buffers(model: Any) -> dict[str, Tensor]:
 
 
 def missing_weights(source: Path, kind: Any = AutoModelForCausalLM) -> list[str]:
-    """Returns the weights that transformers would make up; none where it splits stored ones, or has no such model.
+    """Returns the weights that the folder lacks and transformers would initialise randomly.
 
-    Args:
-        kind: the Auto class that loads the folder.
+    Returns none if transformers splits stored weights or does not know the model.
     """
     try:
         model = without_weights(AutoConfig.from_pretrained(source), kind, "eager")  # some classifiers have no other
-    except Exception:  # whatever transformers says of such a folder, loading it says
+    except Exception:  # loading the folder raises the same error later
         return []
     found = stored_targets(model, tensor_shapes(source))
     if found is None:
         return []
     names: dict[int, list[str]] = {}
     for name, parameter in model.named_parameters(remove_duplicate=False):
-        names.setdefault(id(parameter), []).append(name)  # tied ones are stored once, under any of their names
+        names.setdefault(id(parameter), []).append(name)  # tied parameters are stored once, under any of their names
     ignored = [re.compile(pattern) for pattern in getattr(model, "_keys_to_ignore_on_load_missing", None) or []]
     return sorted(
         tied[0] for tied in names.values()
@@ -73,7 +72,7 @@ def missing_weights(source: Path, kind: Any = AutoModelForCausalLM) -> list[str]
 
 
 def read_shares(parameters: dict[str, nn.Parameter], source: Path, model: Any) -> None:
-    """Fills sharded parameters of ``model``, and its stored buffers, from ``source``; a collective."""
+    """Fills ``model``'s sharded parameters and stored buffers; a collective."""
     parts = stored_parts(model, tensor_shapes(source))
     tensors = {name: parameter.detach() for name, parameter in parameters.items()} | _stored_buffers(model)
     read_parts({name: tensors.pop(name) for name in parts.keys() & tensors.keys()}, parts, source)
@@ -83,14 +82,14 @@ def read_shares(parameters: dict[str, nn.Parameter], source: Path, model: Any) -
 
 
 class _WeightFiles(FileSystem):
-    """A folder as transformers sees it: without weights of another layout (``consolidated.safetensors``)."""
+    """The files that transformers loads from a folder, e.g. not ``consolidated.safetensors``."""
 
     def ls(self, path: str | os.PathLike[str]) -> list[str]:
         return [str(file) for file in weight_files(Path(path))]
 
 
 def load_first_layers(source: Path) -> Any:
-    """Loads as much of the model as shows how it treats masks: at least two layers, and one of every kind."""
+    """Loads the first layers, at least two and one of every kind, for the probe."""
     config = AutoConfig.from_pretrained(source)
     keep_layers(config, layers_of_every_kind(without_weights(config)))
     verbosity = transformers.logging.get_verbosity()
@@ -102,9 +101,9 @@ def load_first_layers(source: Path) -> Any:
 
 
 def first_layers(model: Any) -> Any:
-    """Returns the embeddings, head and first layers, at least two layers and one of every kind.
+    """Returns a copy of the model with its first layers, at least two and one of every kind.
 
-    Modules and buffers are copies, which may be changed. Parameters have the memory of those of ``model``.
+    Modules and buffers may be changed. Parameters share memory with ``model``.
     """
     wanted = layers_of_every_kind(model)
     others = {id(it): nn.Parameter(it.detach(), requires_grad=it.requires_grad) for it in model.parameters()}
@@ -116,10 +115,10 @@ def first_layers(model: Any) -> Any:
 
 
 def as_eager(model: Any) -> Any:
-    """Returns a model made for eager attention around the weights of ``model``; SDPA for ALiBi, which Falcon's eager
-    attention adds twice (transformers 5.19).
+    """Builds a model with eager attention around ``model``'s weights.
 
-    Some families choose the classes of their layers when they are made, so that a later switch changes nothing.
+    Some families choose layer classes at construction, so that a later switch changes nothing.
+    ALiBi models get SDPA: Falcon's eager attention adds ALiBi twice (transformers 5.19).
     """
     config = copy.deepcopy(model.config)
     attention = "sdpa" if getattr(config, "alibi", False) else "eager"
@@ -130,7 +129,7 @@ def as_eager(model: Any) -> Any:
 
 
 def keep_layers(config: Any, wanted: int) -> None:
-    """Cuts the config to its first layers."""
+    """Cuts the config to ``wanted`` layers."""
     text = config.get_text_config()
     for name, value in text.to_dict().items():
         if isinstance(value, list) and len(value) == text.num_hidden_layers:  # layer_types and its like
@@ -139,7 +138,7 @@ def keep_layers(config: Any, wanted: int) -> None:
 
 
 def materialise(module: nn.Module, device: torch.device, parameters_on: torch.device) -> None:
-    """Allocates meta tensors; buffers keep their values, unlike with ``to_empty``."""
+    """Allocates meta parameters; buffers keep their values, unlike with ``to_empty``."""
     buffers = {name: buffer.clone() for name, buffer in module.named_buffers()}
     module.to_empty(device=parameters_on)
     for name, value in buffers.items():
@@ -149,9 +148,9 @@ def materialise(module: nn.Module, device: torch.device, parameters_on: torch.de
 
 @contextmanager
 def _parameters_on_meta() -> Iterator[None]:
-    """Puts new parameters on the meta device.
+    """Puts new parameters on the meta device, in all threads.
 
-    ``torch.device("meta")`` would take buffers too, which no file holds.
+    ``torch.device("meta")`` would also take buffers, which no file holds.
     """
     register = nn.Module.register_parameter
 

@@ -1,7 +1,6 @@
-"""Sequence log-probabilities (fp32, in nats) and losses.
+"""Losses, and sequence log-probabilities (fp32, nats).
 
-Every loss is a SUM over pairs; the caller divides by counts of the whole step.
-A mean per pack would weigh pairs by how full their pack is.
+A loss is a SUM; the caller divides by the whole step's counts, because packs hold unequal numbers of pairs.
 """
 
 import math
@@ -20,7 +19,7 @@ from spin_ray.learner.import_path import import_object
 
 
 class PairValues(NamedTuple):
-    """Values of y and y' per pair: log-probabilities in nats, or win probabilities."""
+    """Log-probabilities (nats) or win probabilities of y and y' per pair."""
 
     real: Float[Tensor, "pairs"]
     generated: Float[Tensor, "pairs"]
@@ -41,13 +40,13 @@ def response_logps(
 
 
 def pair_logps(logps: Float[Tensor, "segments"], batch: PackedBatch) -> PairValues:
-    """Returns log p(y|x) and log p(y'|x); the latter is nan without y' (SFT)."""
+    """Returns log p(y|x) and log p(y'|x), which is nan without y' (SFT)."""
     generated = logps[batch.generated_segment.clamp(min=0)] if batch.num_segments else logps.new_empty(0)
     return PairValues(logps[batch.real_segment], torch.where(batch.generated_segment >= 0, generated, torch.nan))
 
 
 def segment_lengths(batch: PackedBatch) -> Int64[Tensor, "segments"]:
-    """Counts tokens; ``bincount`` would wait for a card."""
+    """Counts tokens; ``bincount`` would wait for the GPU."""
     member = batch.segment == torch.arange(batch.num_segments, device=batch.segment.device)[:, None]
     return member.sum(dim=1)
 
@@ -55,9 +54,9 @@ def segment_lengths(batch: PackedBatch) -> Int64[Tensor, "segments"]:
 def geometric_reference(
     last: Float[Tensor, "pairs"], base: Float[Tensor, "pairs"], alpha: float
 ) -> Float[Tensor, "pairs"]:
-    """Returns log p_t^α p_0^(1−α), the reference of α-SPIN (arXiv 2404.04291), in nats.
+    """Returns log(p_t^α p_0^(1−α)), the reference of α-SPIN (arXiv 2404.04291).
 
-    It is not normalised: log Z(x) cancels in the margin.
+    The normaliser log Z(x) cancels in the margin.
     """
     return alpha * last + (1 - alpha) * base
 
@@ -69,9 +68,9 @@ def margins(
     reference_generated: Float[Tensor, "pairs"],
     beta: float,
 ) -> Float[Tensor, "pairs"]:
-    """Returns the argument of ℓ in equation 4.7, in nats times beta (λ in the paper).
+    """Returns m, the argument of ℓ in equation 4.7, where beta is λ.
 
-    m = β [ log p_θ(y|x)/p_ref(y|x) − log p_θ(y'|x)/p_ref(y'|x) ]
+    m = β [ log p_θ(y|x)/p_ref(y|x) − log p_θ(y'|x)/p_ref(y'|x) ], in nats times beta
     """
     return beta * ((real_logp - reference_real) - (generated_logp - reference_generated))
 
@@ -90,7 +89,7 @@ def exponential(margin: Float[Tensor, "pairs"]) -> Float[Tensor, "pairs"]:
 
 
 def correlation(margin: Float[Tensor, "pairs"]) -> Float[Tensor, "pairs"]:
-    """Returns ℓ(m) = 1 − m; unbounded below, so only early stopping ends it."""
+    """Returns ℓ(m) = 1 − m, unbounded below: only early stopping ends it."""
     return 1 - margin
 
 
@@ -104,7 +103,7 @@ MARGIN_FUNCTIONS: dict[str, MarginFunction] = {
 
 
 def spin_loss(margin: Float[Tensor, "pairs"], function: MarginFunction = logistic) -> Float[Tensor, ""]:
-    """Returns Σ ℓ(m), equation 4.7 before division."""
+    """Returns Σ ℓ(m), the sum in equation 4.7."""
     return function(margin).sum()
 
 
@@ -115,13 +114,13 @@ def square_loss(
     generated_win: Float[Tensor, "pairs"],
     beta: float,
 ) -> Float[Tensor, ""]:
-    """Returns SPPO's loss (arXiv 2405.00675, equation 4.4 with a batch's best and worst response).
+    """Returns SPPO's loss (arXiv 2405.00675, equation 4.4).
 
     ½ Σ [ (r_w − (P_w − ½)/β)² + (r_l − (P_l − ½)/β)² ]
 
     Args:
         real_ratio: log p_θ/p_ref of the better response, in nats.
-        real_win: estimate of P(better response beats one of p_t).
+        real_win: estimate of P(better response beats a response of p_t).
     """
     of_real = real_ratio - (real_win - 0.5) / beta
     of_generated = generated_ratio - (generated_win - 0.5) / beta
@@ -131,44 +130,40 @@ def square_loss(
 def space_loss(
     real_ratio: Float[Tensor, "pairs"], generated_ratio: Float[Tensor, "pairs"], mu: float
 ) -> Float[Tensor, ""]:
-    """Returns SPACE's loss (arXiv 2512.07175), noise contrastive estimation of p_data with noise p_ref.
+    """Returns SPACE's loss (arXiv 2512.07175): noise contrastive estimation with noise p_ref.
 
     Σ [ −log σ_μ(r) − μ log(1 − σ_μ(r′)) ], σ_μ(x) = 1/(1 + μ e^−x)
 
     Args:
         real_ratio: r = log p_θ(y|x)/p_ref(y|x), in nats.
-        generated_ratio: r′, the same of y′ ~ p_ref.
-        mu: weight of the generated responses.
+        generated_ratio: r′, the same of y′.
     """
     log_mu = math.log(mu)
     return (functional.softplus(log_mu - real_ratio) + mu * functional.softplus(generated_ratio - log_mu)).sum()
 
 
 def sft_loss(real_logp: Float[Tensor, "pairs"]) -> Float[Tensor, ""]:
-    """Returns −Σ log p(y|x), before division by the step's real tokens.
-
-    A y that several pairs share counts once for each.
-    """
+    """Returns −Σ log p(y|x) over pairs; a shared y counts once per pair."""
     return -real_logp.sum()
 
 
 @runtime_checkable
 class Loss(Protocol):
-    """The loss of an objective."""
+    """The protocol behind ``objective.loss``."""
 
     @property
     def needs_reference(self) -> bool:
-        """False: ``reference`` is None."""
+        """Returns False if ``reference`` may be None."""
         ...
 
     @property
     def needs_wins(self) -> bool:
-        """False: ``wins`` is None."""
+        """Returns False if ``wins`` may be None."""
         ...
 
     @property
     def per(self) -> Literal["pair", "token"]:
-        """The divisor: the step's pairs, or human response tokens."""
+        """Returns what the caller divides by: pairs, or human response tokens."""
         ...
 
     def __call__(
@@ -178,20 +173,20 @@ class Loss(Protocol):
         ...
 
     def margin(self, policy: PairValues, reference: PairValues | None, beta: float) -> Float[Tensor, "pairs"] | None:
-        """Returns the margin for log and health limits, if any."""
+        """Returns the margin to log and to limit, or None."""
         ...
 
 
 @dataclass(frozen=True, slots=True)
 class MarginLoss:
-    """ℓ(margin), equation 4.7, or with a ``positive_weight`` DPO-Positive's (arXiv 2402.13228)."""
+    """ℓ(margin) of equation 4.7; with a ``positive_weight``, DPO-Positive (arXiv 2402.13228)."""
 
     function: MarginFunction
     needs_reference: bool = True
     needs_wins: bool = False
     per: Literal["pair", "token"] = "pair"
     positive_weight: float = 0.0
-    """λ of ℓ(margin − β λ max(0, −r)), r = log p_θ(y|x)/p_ref(y|x); the margin that is logged lacks the term."""
+    """λ in ℓ(margin − β λ max(0, −r)), r = log p_θ(y|x)/p_ref(y|x). The logged margin omits this term."""
 
     def __call__(
         self, policy: PairValues, reference: PairValues | None, wins: PairValues | None, beta: float
@@ -209,7 +204,7 @@ class MarginLoss:
 
 @dataclass(frozen=True, slots=True)
 class SpaceLoss:
-    """SPACE's ``space_loss``. Rewards are absolute: beta scales only the margin, which is watched."""
+    """``space_loss``; beta scales only the margin, which is logged and limited."""
 
     mu: float = 1.0
     needs_reference: bool = True
@@ -229,7 +224,7 @@ class SpaceLoss:
 
 @dataclass(frozen=True, slots=True)
 class ReferenceFreeLoss:
-    """ℓ(β [log p_θ(y|x) − log p_θ(y′|x)]), the first term of T-SPIN (arXiv 2601.08198, equation 7; β is α there)."""
+    """ℓ(β [log p_θ(y|x) − log p_θ(y′|x)]), the first term of T-SPIN (arXiv 2601.08198, equation 7, β for its α)."""
 
     function: MarginFunction
     needs_reference: bool = False
@@ -242,13 +237,13 @@ class ReferenceFreeLoss:
         return spin_loss(beta * (policy.real - policy.generated), self.function)
 
     def margin(self, policy: PairValues, reference: PairValues | None, beta: float) -> None:
-        """Returns None: without a reference it does not start at 0, and health's limit would not fit it."""
+        """Returns None: without a reference, margins do not start at 0, which the health limit assumes."""
         return None
 
 
 @dataclass(frozen=True, slots=True)
 class SquareLoss:
-    """SPPO's ``square_loss``; its margin is only watched."""
+    """``square_loss``; the margin is only logged and limited."""
 
     needs_reference: bool = True
     needs_wins: bool = True
@@ -267,8 +262,6 @@ class SquareLoss:
 
 @dataclass(frozen=True, slots=True)
 class SftLoss:
-    """Supervised fine-tuning."""
-
     needs_reference: bool = False
     needs_wins: bool = False
     per: Literal["pair", "token"] = "token"
@@ -289,13 +282,10 @@ LOSSES: dict[str | None, Loss] = {
     "reference_free": ReferenceFreeLoss(logistic),
     None: SftLoss(),
 }
-"""Losses by name; None is SFT."""
 
 
 def resolve_loss(name: str | None) -> Loss:
-    """Returns the loss of a name or import path.
-
-    The path leads to a ``Loss``, or to a function ℓ of margins.
+    """Returns the loss for a name, or for the import path of a ``Loss`` or a function ℓ(margin).
 
     Raises:
         ConfigError: there is no such loss.

@@ -17,7 +17,7 @@ MEANS = {
     "real_logp_drift": "real_logp_drift",
     "real_logp": "real_logp",
 }
-"""Sums, and the metrics that are their means over pairs."""
+"""Names of sums, with the metrics that are their means over pairs."""
 SUMMED = ("loss", *MEANS, "tokens")
 
 
@@ -36,7 +36,7 @@ class StepSums:
         """Returns the sums over all packs; a collective.
 
         Args:
-            tensor: ranks that computed each pack together, and so hold the same values.
+            tensor: number of ranks that computed each pack together.
 
         Raises:
             FloatingPointError: a sum is not finite; raised on every rank.
@@ -50,7 +50,7 @@ class StepSums:
 
 
 def step_metrics(sums: dict[str, float], step: Step, loss: Loss, stats: StepStats) -> dict[str, float]:
-    """Returns means over pairs; the loss may be per human response token."""
+    """Returns means over pairs; a loss may be a mean over response tokens."""
     return {
         "loss": sums["loss"] / (step.num_pairs if loss.per == "pair" else step.num_real_tokens),
         **{metric: sums[name] / step.num_pairs for name, metric in MEANS.items() if name in sums},

@@ -1,7 +1,4 @@
-"""A model's architecture in small, with random weights, to see before anything runs whether training can score it.
-
-config.json ──> few narrow layers, one of every kind ──> the probe of layout.py, two draws of weights
-"""
+"""A small model of the same architecture with random weights, to check before a run that training can score it."""
 
 import copy
 import json
@@ -24,15 +21,15 @@ from spin_ray.learner.probe import Probe
 VOCABULARY = 64
 HEADS = 4
 WIDTH = 256
-"""Width of the model, where the width of its heads is a setting of its own."""
+"""Width of the model, if the config sets the width of heads separately."""
 REACH = 768
 """Longest sequence; BigBird's attention is sparse from 704 tokens on."""
 SPARSE_TOKENS = 32
-"""Tokens that sparse attention takes, in place of any number below ``model.max_length``: so short sequences show it."""
+"""Tokens that sparse attention selects, few enough for short sequences to show it."""
 MOST_BYTES = 2**28
-"""Largest miniature. Where widths do not fit together when they are cut, a model keeps its own, and may be larger."""
+"""Largest size of the weights, in bytes."""
 GAIN = 1.1
-"""Times 1/√width, the standard deviation of weights: log-probabilities depend strongly on every token."""
+"""Standard deviation of weights, times √width: log-probabilities then depend strongly on every token."""
 _EXPERTS = ("num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts")
 _EXPERTS_PER_TOKEN = ("num_experts_per_tok", "experts_per_token", "moe_topk", "moe_k", "top_k_experts")
 _STATES = {"mamba_d_state": 16, "state_size": 16, "mamba_chunk_size": 32, "chunk_size": 32}
@@ -40,9 +37,9 @@ _INNER_WIDTHS = ("intermediate_size", "intermediate_size_mlp", "moe_intermediate
 
 
 def refuse_unscorable(folder: Path, wanted: Literal["auto", "packed", "padded"], max_length: int) -> None:
-    """Raises what loading and the probe of training would raise for reasons of the architecture, hours earlier.
+    """Checks before a run that training can load and score the architecture.
 
-    What cannot be made small passes; training's own probe sees it.
+    A model that cannot be made small passes; training's own probe checks it later.
 
     Raises:
         ModelError: weights are missing, tokens see what follows them, or no way of scoring gives the model's own
@@ -59,12 +56,12 @@ def refuse_unscorable(folder: Path, wanted: Literal["auto", "packed", "padded"],
 def why_not(described: str, wanted: Literal["auto", "packed", "padded"], max_length: int) -> str | None:
     """Returns why the architecture of a config.json cannot be scored, or None.
 
-    Two draws of weights must agree: in one, a router's choice between equals may differ by chance.
+    Two random seeds must agree: with one, a router may break a tie differently by chance.
     """
     settings = json.loads(described)
     try:
         config = AutoConfig.for_model(settings.pop("model_type"), **settings)
-    except Exception:  # inputs/architecture.py names it
+    except Exception:  # inputs/architecture.py reports it
         return None
     return _why_not(config, wanted, max_length, seed=0) and _why_not(config, wanted, max_length, seed=1)
 
@@ -74,7 +71,7 @@ def _why_not(config: Any, wanted: Any, max_length: int, seed: int) -> str | None
         try:
             model = _made(small, seed)
             probe = Probe(model, max_length, CPU, torch.float32, reach=REACH) if model else None
-        except Exception:  # widths that do not fit together, or too little memory: the next cut, or training, sees it
+        except Exception:  # mismatched widths or too little memory: the next cut, or training's probe, decides
             continue
         if model is None or probe is None:
             continue
@@ -87,14 +84,14 @@ def _why_not(config: Any, wanted: Any, max_length: int, seed: int) -> str | None
 
 
 def _cuts(config: Any, max_length: int) -> Iterator[Any]:
-    """Yields the config with few layers and tokens, first with fewer heads and experts, too."""
+    """Yields smaller configs, the smallest first."""
     for cut in (_narrow, _few_experts, lambda text: None):
         try:
             smaller = copy.deepcopy(config)
             text = smaller.get_text_config()
             cut(text)
             _few_tokens(smaller, text)
-            for part in smaller.sub_configs:  # the tower of images
+            for part in smaller.sub_configs:  # e.g. the vision tower
                 if part != "text_config" and hasattr(getattr(smaller, part), "num_hidden_layers"):
                     getattr(smaller, part).num_hidden_layers = 1
             if (getattr(text, "index_topk", None) or max_length) < max_length:
@@ -106,8 +103,8 @@ def _cuts(config: Any, max_length: int) -> Iterator[Any]:
 
 
 def _narrow(text: Any) -> None:
-    """Cuts heads and widths; each head stays as wide."""
     _few_experts(text)
+    # Each head keeps its width.
     width, heads = text.hidden_size, getattr(text, "num_attention_heads", None) or 1
     few = min(heads, HEADS)
     text.hidden_size = min(width, WIDTH) if text.to_dict().get("head_dim") else width // heads * few
@@ -125,7 +122,7 @@ def _narrow(text: Any) -> None:
 
 
 def _few_states(text: Any) -> None:
-    """Cuts state-space and linear-attention layers, which are slow without kernels; expansions stay as they are."""
+    # State-space and linear-attention layers are slow without kernels.
     for number, each, times in (("mamba_n_heads", "mamba_d_head", "mamba_expand"), ("num_heads", "head_dim", "expand")):
         if hasattr(text, number) and hasattr(text, times):
             setattr(text, number, getattr(text, times) * text.hidden_size // getattr(text, each))
@@ -157,7 +154,6 @@ def _few_tokens(config: Any, text: Any) -> None:
 
 
 def _made(config: Any, seed: int) -> Any | None:
-    """Returns the model with random weights; None if it is too large."""
     if sum(it.numel() for it in without_weights(config).parameters()) * 4 > MOST_BYTES:
         return None
     with torch.random.fork_rng(devices=[]), torch.no_grad():
@@ -166,7 +162,7 @@ def _made(config: Any, seed: int) -> Any | None:
             copy.deepcopy(config), dtype=torch.float32, attn_implementation=first_attention(config)
         ).eval()
         for parameter in model.parameters():
-            if parameter.ndim == 1:  # norms, biases, sinks: as made, they would change nothing
+            if parameter.ndim == 1:  # norms, biases, sinks: their initial values would have no effect
                 parameter.add_(0.2 * torch.randn_like(parameter))
             else:
                 parameter.mul_(GAIN / parameter.shape[-1] ** 0.5 / parameter.std().clamp_min(1e-6))

@@ -16,8 +16,7 @@ from spin_ray.errors import ConfigError
 from spin_ray.learner.import_path import import_object
 from spin_ray.learner.quantised import check_installed
 
-MakeOptimizer = Callable[..., Optimizer]
-"""Factory, called as ``make(parameters, lr=…)``, with ``weight_decay=…`` if it takes one."""
+MakeOptimizer = Callable[..., Optimizer]  # called as make(parameters, lr=…)
 
 
 @dataclass(frozen=True, slots=True)
@@ -28,15 +27,15 @@ class KnownOptimizer:
     moments: tuple[str, ...]
     """State tensors of the parameter's shape."""
     can_fuse: bool = False
-    """True: one CUDA kernel updates all parameters."""
+    """True: ``fused`` is supported on GPUs."""
     can_batch: bool = True
-    """True: it takes ``foreach``, which updates all parameters of a group together."""
+    """True: ``foreach`` is supported."""
 
 
 class AdamW8bit(Optimizer):
-    """bitsandbytes' AdamW, whose moments take a byte each (arXiv 2110.02861), on the local part of sharded weights.
+    """bitsandbytes' 8-bit AdamW (arXiv 2110.02861) on the local part of sharded weights.
 
-    The moments' scales belong to one worker's part, so a checkpoint is that of one worker.
+    The moments' scales belong to that part, so a checkpoint fits one worker only.
     """
 
     def __init__(self, parameters: Iterable[nn.Parameter], lr: float, **settings: Any) -> None:
@@ -74,11 +73,10 @@ OPTIMIZERS = {
     ),
 }
 BY_PATH = {"adamw_8bit": "spin_ray.learner.optimizers:AdamW8bit"}
-"""Optimizers whose state their first step allocates."""
 
 
 def make_optimizer(parameters: list[nn.Parameter], config: OptimizerConfig, learning_rate: float) -> Optimizer:
-    """Builds the optimizer without state; ``find_optimizer`` has the errors."""
+    """Builds the optimizer without state; raises the errors of ``find_optimizer``."""
     make, known = find_optimizer(config), OPTIMIZERS.get(config.name)
     if known is None:
         return make(parameters, lr=learning_rate)
@@ -89,10 +87,10 @@ def make_optimizer(parameters: list[nn.Parameter], config: OptimizerConfig, lear
 
 
 def find_optimizer(config: OptimizerConfig) -> MakeOptimizer:
-    """Returns the factory for the name or import path of ``config``, with its other settings.
+    """Returns the factory that ``config`` names, with the settings of ``config``.
 
     Raises:
-        ConfigError: there is no such optimizer, or it does not take a setting that ``config`` has.
+        ConfigError: the optimizer does not exist, or does not take a setting.
     """
     name: str = config.name
     known = OPTIMIZERS.get(name)
@@ -105,17 +103,17 @@ def find_optimizer(config: OptimizerConfig) -> MakeOptimizer:
             raise ConfigError(f"optimizer.{argument}: {name} takes no argument {argument}; leave it out")
     chosen: dict[str, Any] = {argument: value for argument, value in given.items() if value is not None}
     if _takes(make, "weight_decay"):
-        chosen["weight_decay"] = config.weight_decay  # 0 too: an optimizer's own default may be another
+        chosen["weight_decay"] = config.weight_decay  # also 0, as the optimizer's own default may differ
     return partial(make, **chosen)
 
 
 def allocate_state(optimizer: Optimizer, name: str) -> None:
-    """Allocates a known optimizer's state: lack of memory shows at once, and checkpoints are alike."""
+    """Allocates a known optimizer's state, so that lack of memory shows at once and all checkpoints have it."""
     if name not in OPTIMIZERS:
         return
     for group in optimizer.param_groups:
         for parameter in group["params"]:
-            # As torch does: fused kernels count on the card, others on the host.
+            # As torch does: fused kernels count steps on the GPU, others on the CPU.
             counted_on = parameter.device if group.get("fused") else "cpu"
             optimizer.state[parameter] = {"step": torch.zeros((), device=counted_on)} | {
                 moment: torch.zeros_like(parameter, requires_grad=False) for moment in OPTIMIZERS[name].moments
@@ -125,7 +123,7 @@ def allocate_state(optimizer: Optimizer, name: str) -> None:
 def allocate_by_a_step(optimizer: Optimizer) -> None:
     """Allocates any optimizer's state by a step of learning rate 0.
 
-    Load weights and state afterwards: the step may count.
+    Load weights and state afterwards: the step may change both.
     """
     for group in optimizer.param_groups:
         group["lr"] = 0.0

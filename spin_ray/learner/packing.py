@@ -1,8 +1,8 @@
-"""Pair rows -> shared-prompt trees -> packs -> optimizer steps; pure.
+"""The training plan: the pairs of each optimizer step and pack.
 
-    rows ──same prompt and y──> trees ──shuffled, cut by pairs──> steps ──best fit──> packs ──tokens──> PackedBatch
+    rows ──same prompt and y──> trees ──shuffled──> steps ──best fit──> packs ──tokens──> PackedBatch
 
-Every rank computes the same plan, and a restarted job continues at an exact step.
+The plan depends on its arguments alone, so all ranks and restarted jobs agree.
 """
 
 from bisect import bisect_left, insort
@@ -18,21 +18,19 @@ import torch
 from spin_ray.learner.batch import PackedBatch, Run
 
 Tree = tuple[int, ...]
-"""Rows of one prompt and real response, packed as prompt, y, and every y'."""
+"""Rows with the same prompt and y, packed as prompt, y and every y'."""
 Pack = tuple[Tree, ...]
-"""Trees of one pack; ``()`` is padding that keeps ranks in step."""
+"""Trees of one pack; empty packs ``()`` give all ranks equally many packs."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class PairLengths:
-    """Token counts of pair rows."""
-
     prompt: np.ndarray
     real: np.ndarray
     generated: np.ndarray
-    """0 without y' (SFT); with that of θ_0's response, if the row has one."""
+    """0 without y' (SFT); includes the tokens of y_0 (T-SPIN)."""
     tree_key: np.ndarray
-    """Integer, equal for rows with identical prompt and real tokens."""
+    """Integer, equal for rows with identical prompt and y."""
 
     def __len__(self) -> int:
         return len(self.prompt)
@@ -40,12 +38,10 @@ class PairLengths:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Step:
-    """The packs of one optimizer step."""
-
     packs: tuple[Pack, ...]
     num_pairs: int
     num_real_tokens: int
-    """Tokens of y, where a shared y counts once per pair."""
+    """Tokens of y; a shared y counts once per pair."""
 
     def for_rank(self, rank: int, world_size: int) -> tuple[Pack, ...]:
         """Returns this rank's packs; all ranks get equally many."""
@@ -57,12 +53,12 @@ class Step:
 def plan_epoch(
     lengths: PairLengths, *, pack_length: int, global_batch_pairs: int, seed: int, epoch: int, ranks: int = 1
 ) -> list[Step]:
-    """Cuts all rows into optimizer steps, and these into packs.
+    """Divides all rows into optimizer steps and packs.
 
     A step has at most ``global_batch_pairs`` pairs, unless one tree has more.
 
     Raises:
-        ValueError: a row lacks prompt or real response, or fits no pack.
+        ValueError: a row lacks a prompt or y, fits no pack, or differs in length from its tree.
     """
     _check(lengths, pack_length)
     trees, sizes = _trees(lengths, pack_length)
@@ -98,7 +94,6 @@ def _check(lengths: PairLengths, pack_length: int) -> None:
 
 
 def _trees(lengths: PairLengths, pack_length: int) -> tuple[list[Tree], list[int]]:
-    """Returns trees and their sizes in tokens; a key too large for one pack makes several."""
     order = np.argsort(lengths.tree_key, kind="stable")
     key = lengths.tree_key[order]
     starts = np.flatnonzero(np.r_[True, key[1:] != key[:-1]])[: len(order)]
@@ -117,7 +112,7 @@ def _trees(lengths: PairLengths, pack_length: int) -> tuple[list[Tree], list[int
     for start, stop in pairwise(bounds):
         size, first = stems[start], start
         for i in range(start, stop):
-            if size + branches[i] > pack_length:
+            if size + branches[i] > pack_length:  # the rows of one key become several trees
                 trees.append(tuple(rows[first:i]))
                 sizes.append(size)
                 size, first = stems[start], i
@@ -141,7 +136,7 @@ def _cut(order: list[int], trees: list[Tree], global_batch_pairs: int) -> Iterat
 
 
 def _packs(trees: list[Tree], sizes: list[int], pack_length: int, ranks: int) -> tuple[Pack, ...]:
-    """Makes the fewest packs for one rank, evenly long ones (if they fit) for several."""
+    """Makes few packs for one rank, packs of similar length (if they fit) for several."""
     few = _best_fit_decreasing(trees, sizes, pack_length)
     if ranks == 1:
         return few
@@ -150,9 +145,9 @@ def _packs(trees: list[Tree], sizes: list[int], pack_length: int, ranks: int) ->
 
 
 def _spread_evenly(trees: list[Tree], sizes: list[int], count: int, pack_length: int) -> tuple[Pack, ...] | None:
-    """Puts each tree, largest first, into the emptiest of ``count`` packs; returns None if one overflows.
+    """Puts each tree, largest first, into the emptiest pack; returns None if one does not fit.
 
-    Longest packs come first, so that packs of similar length run together.
+    Longest packs come first, so that ranks compute packs of similar length together.
     """
     packs: list[list[Tree]] = [[] for _ in range(count)]
     used = [(0, number) for number in range(count)]  # a heap
@@ -166,7 +161,6 @@ def _spread_evenly(trees: list[Tree], sizes: list[int], count: int, pack_length:
 
 
 def _best_fit_decreasing(trees: list[Tree], sizes: list[int], pack_length: int) -> tuple[Pack, ...]:
-    """Puts each tree, largest first, into the fullest pack with room."""
     packs: list[list[Tree]] = []
     room: list[tuple[int, int]] = []  # (free tokens, pack), sorted
     for i in sorted(range(len(trees)), key=lambda i: -sizes[i]):
@@ -184,9 +178,9 @@ def _best_fit_decreasing(trees: list[Tree], sizes: list[int], pack_length: int) 
 def build_pack(
     pack: Pack, table: pa.Table, *, pack_length: int, pad_id: int, pad_multiple: int | None = None
 ) -> PackedBatch:
-    """Returns the tensors of one pack of PAIR_SCHEMA or TRIPLET_SCHEMA rows, targets and segments in pack order.
+    """Builds one pack of PAIR_SCHEMA or TRIPLET_SCHEMA rows, targets and segments in pack order.
 
-    Padding fills up to ``pack_length``, or to the next multiple of ``pad_multiple`` if that is less.
+    Padding fills up to ``pack_length``, or to a multiple of ``pad_multiple`` if that is less.
     Do not combine the table's chunks: one list array cannot hold 2^31 tokens.
     """
     columns = [table.column(name) for name in ("prompt_ids", "real_ids", "generated_ids")]

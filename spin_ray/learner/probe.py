@@ -1,4 +1,4 @@
-"""A model's first layers and their own scores of made-up packs, to compare ways of scoring with."""
+"""Comparison of ways to score a model with the model's own scores, on first layers and made-up packs."""
 
 import inspect
 import math
@@ -21,29 +21,28 @@ from spin_ray.learner.rope import rope_limit, switching
 from spin_ray.learner.scoring import Layout, attention_windows, padded_rows
 
 _SHAPES = [(4, 3, 2), (4, 3, 5), (2, 2, 3)]
-"""Tokens of prompt, human and generated response of the short pack; its first two rows share a tree."""
+"""Tokens of prompt, human and generated response in the short pack; the first two rows share a tree."""
 _SCORE_BYTES = {"cpu": 2**31, "cuda": 2**32}
-"""Most memory of one layer's eager attention, which bounds the long pack."""
+"""Memory of one layer's eager attention, in bytes; limits the long pack."""
 _HEADS = ("num_attention_heads", "n_head", "n_heads", "num_heads")
 _LOOSE = 1e-3
-"""Largest relative change of hidden states that is rounding."""
+"""Largest relative change of hidden states taken for rounding."""
 
 
 class Probe:
-    """The model's first layers and their own scores of a short pack and a long one.
+    """The model's first layers and their own scores of a short and a long pack.
 
-    The long pack has sequences of max_length, or of the length that eager attention has memory for: windows, chunks,
-    sparse attention and rotary scaling show beyond a length of their own.
-    On CPUs fp32 is compared too: it shows what the rounding of bf16 hides.
+    Windows, chunks, sparse attention and rotary scaling show only in long sequences.
+    On CPUs, fp32 is compared too, as bf16 rounding may hide errors.
     """
 
     def __init__(
         self, model: Any, max_length: int, device: torch.device, dtype: torch.dtype, reach: int | None = None
     ) -> None:
-        """Scores the packs by the model itself.
+        """Scores the packs with the model's own forward pass.
 
         Args:
-            reach: tokens of the long pack's sequences, at most, and what eager attention has memory for.
+            reach: longest sequence, if ``max_length`` and memory allow it.
 
         Raises:
             ModelError: the model's own forward pass fails.
@@ -55,7 +54,7 @@ class Probe:
         stretch = 1 if device.type == "cpu" else min(40, max(1, max_length // 9))  # more than one block of a kernel
         vocabulary = self._config.vocab_size
         short = _made_up_pack(vocabulary, [tuple(length * stretch for length in shape) for shape in _SHAPES])
-        # The model's own fp32 weights, and a copy: rounding to bf16 cannot be undone.
+        # fp32 comes from the model's own weights, not from bf16: rounding cannot be undone.
         self._models = {kind: _first_layers_in(model, device, kind) for kind in {torch.float32, *dtypes}}
         self._reach = min(max_length, _affordable(self._config, device), reach or max_length)
         self._tries = [(short, kind) for kind in dtypes]
@@ -73,7 +72,7 @@ class Probe:
 
     @torch.no_grad()
     def looks_ahead(self) -> str | None:
-        """Returns a sentence if the first tokens' hidden states depend on the tokens that follow, else None."""
+        """Returns why hidden states depend on later tokens, or None."""
         if (limit := rope_limit(self._config.to_dict())) and limit < self._max_length:
             return switching(limit)
         model = self._own[torch.float32]
@@ -86,7 +85,7 @@ class Probe:
         return "its tokens see what follows them; SPIN needs a causal language model"
 
     def why_not(self, layout: Layout, attention: str, scorer_of: Callable[[Any], Any]) -> str | None:
-        """Returns why the model cannot be scored so, or None."""
+        """Returns why the model cannot be scored in this way, or None."""
         if layout == "packed":
             if reason := _unpackable(self._config, self._max_length):
                 return reason
@@ -131,20 +130,20 @@ class Probe:
 
     @torch.no_grad()
     def _logps_one_by_one(self, batch: PackedBatch, dtype: torch.dtype) -> Float[Tensor, "segments"]:
-        """Returns the model's own scores: transformers' forward, eager attention, no mask, no padding."""
+        """Scores each response alone: eager attention, no mask, no padding."""
         model, rows, sums = self._own[dtype], padded_rows(batch), []
         takes_last = "logits_to_keep" in inspect.signature(model.forward).parameters
         for segment, (row, length) in enumerate(zip(rows[0], rows[1].tolist(), strict=True)):
             responded = int((batch.segment == segment).sum())
             row = row[:length].to(self.device)
-            last = {"logits_to_keep": responded + 1} if takes_last else {}  # the head is most of a small model
+            last = {"logits_to_keep": responded + 1} if takes_last else {}  # the head costs most in a small model
             logps = model(input_ids=row[None], use_cache=False, **last).logits[0].float().log_softmax(-1)
             sums.append(logps[-responded - 1 : -1].gather(-1, row[-responded:, None]).sum())
         return torch.stack(sums).cpu()
 
 
 class _Watched:
-    """An attention that notes window and soft-capping of each layer's call."""
+    """An attention that records window and soft-cap of each call, as short packs may not show a wrong one."""
 
     def __init__(self, attention: Any) -> None:
         self._attention = attention
@@ -160,7 +159,7 @@ class _Watched:
         return self._plan.attend(query, key, value, **settings)
 
     def mismatch(self, config: Any, max_length: int) -> str | None:
-        """Returns what the layers do not tell their attention; the made-up packs may be too short to show it."""
+        """Returns how recorded windows and soft-caps differ from the config, or None."""
         told, wanted = (
             [window if window and window < max_length else None for window in windows]
             for windows in ((window for window, _ in self.calls), attention_windows(config))
@@ -174,7 +173,7 @@ class _Watched:
 
 
 def _unpackable(config: Any, max_length: int) -> str | None:
-    """Returns a trait that packs would get wrong, or None; packs are longer than what is tried."""
+    """Returns a setting that breaks packs longer than the probe's, or None."""
     if "chunked_attention" in (getattr(config, "layer_types", None) or ["chunked_attention"]):
         chunk = getattr(config, "attention_chunk_size", None)
         if chunk and chunk < max_length:
@@ -194,16 +193,13 @@ def _hidden(model: Any, ids: Int64[Tensor, "1 tokens"]) -> Float[Tensor, "1 toke
 
 
 def _affordable(config: Any, device: torch.device) -> int:
-    """Returns the longest sequence whose eager attention (scores, softmax and mask in fp32) has memory."""
+    # Scores, softmax and mask of the longest sequence, in fp32.
     heads = next((heads for name in _HEADS if isinstance(heads := getattr(config, name, None), int)), 32)
     return math.isqrt(_SCORE_BYTES.get(device.type, _SCORE_BYTES["cuda"]) // (12 * heads))
 
 
 def _first_layers_in(model: Any, device: torch.device, dtype: torch.dtype) -> Any:
-    """Copies the first layers to the device and precision.
-
-    Parameters share memory where neither differs. Buffers keep their precision, as under FSDP2.
-    """
+    """Copies the first layers; parameters share memory if unchanged, buffers keep their precision as under FSDP2."""
     copy = first_layers(model).to(device)
     for parameter in copy.parameters():
         if parameter.is_floating_point():
@@ -216,14 +212,12 @@ def _response_lengths(batch: PackedBatch) -> Float[Tensor, "segments"]:
 
 
 def _long_pack(vocab_size: int, reach: int) -> PackedBatch:
-    """Returns a tree of ``reach`` tokens with a short branch, and a short tree behind it."""
     real = min(16, reach // 2)
     prompt = reach - real
     return _made_up_pack(vocab_size, [(prompt, real, real // 2 + 1), (prompt, real, 2), (2, 2, 3)])
 
 
 def _made_up_pack(vocab_size: int, shapes: Sequence[tuple[int, ...]]) -> PackedBatch:
-    """Returns three rows, of which the first two share prompt and human response."""
     ids = ((7 * i + 3) % vocab_size for i in range(sum(map(sum, shapes))))
     first, second, third = ([[next(ids) for _ in range(length)] for length in shape] for shape in shapes)
     second[:2] = first[:2]

@@ -1,7 +1,6 @@
-"""Frozen weights of 4 or 8 bits, by bitsandbytes through transformers.
+"""Frozen 4- or 8-bit weights by bitsandbytes, on which adapters train (QLoRA, arXiv 2305.14314).
 
-Adapters train on them (QLoRA, arXiv 2305.14314): nf4 with double quantisation, or LLM.int8(). Embeddings, norms and
-head keep the format of the computation.
+nf4 has double quantisation, int8 is LLM.int8(). Embeddings, norms and head keep the computation's precision.
 """
 
 from importlib.util import find_spec
@@ -26,7 +25,7 @@ def check_installed(setting: str, extra: Literal["lora", "quantised"] = "quantis
 def load_quantised(
     source: str | Path, base: Format, *, dtype: torch.dtype, device: torch.device, trust_remote_code: bool
 ) -> Any:
-    """Loads the causal LM with linear layers of 4 or 8 bits onto the device; no unquantised copy is ever whole.
+    """Loads the causal LM with quantised linear layers onto the device; no unquantised copy is ever whole.
 
     Raises:
         ModelError: bitsandbytes or accelerate is missing.
@@ -50,5 +49,5 @@ def load_quantised(
 
 
 def quantised_weights(model: nn.Module) -> set[nn.Parameter]:
-    """Returns the weights of integers, which cannot be sharded: each worker holds all of them."""
+    """Returns the integer weights, which cannot be sharded: each worker holds all of them."""
     return {parameter for parameter in model.parameters() if not parameter.is_floating_point()}

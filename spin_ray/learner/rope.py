@@ -4,7 +4,7 @@ from typing import Any
 
 
 def rope_limit(config: dict[str, Any]) -> int | None:
-    """Returns the length beyond which the rotary embedding of all tokens changes; None for most models."""
+    """Returns the length beyond which all tokens' rotary embedding changes; None for most models."""
     text = config.get("text_config") or config
     ropes = [text.get("rope_parameters") or text.get("rope_scaling") or {}]
     ropes += [part for part in ropes[0].values() if isinstance(part, dict)]  # one for each kind of layer
@@ -20,7 +20,7 @@ def rope_limit(config: dict[str, Any]) -> int | None:
 
 
 def switching(limit: int) -> str:
-    """Returns the end of a sentence about a model whose limit is shorter than ``model.max_length``."""
+    """Returns the error text for a ``rope_limit`` below ``model.max_length``."""
     return (
         f"its rotary embedding changes for sequences longer than {limit} tokens; set model.max_length to at most that"
     )

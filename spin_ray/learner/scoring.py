@@ -1,7 +1,7 @@
 """A Hugging Face causal LM as a scorer: pack in, log p(response | prompt) out.
 
 Packed layout: one sequence, whose branches ``learner.attention`` keeps apart.
-Padded layout, for models that cannot attend so: every response is a row.
+Padded layout, for models without such attention: each response with its prompt is a row.
 """
 
 import inspect
@@ -22,10 +22,10 @@ from spin_ray.learner.losses import response_logps
 
 Layout = Literal["packed", "padded"]
 HeadReader = Callable[[Head, Tensor, Tensor, Tensor, LogitTransform], Any]
-"""Function of head, hidden states, the targets' places in them, the targets' ids and the change of logits."""
+"""Function of head, hidden states, targets' places in them, targets' ids and logit transform."""
 
 PADDED_LENGTH_MULTIPLE = 64
-"""Multiple that rows are padded to: every new shape costs oneDNN new kernels."""
+"""Multiple to which rows are padded: oneDNN compiles kernels for each new shape."""
 
 
 class ResponseScorer(nn.Module):
@@ -42,12 +42,12 @@ class ResponseScorer(nn.Module):
         *,
         model_logits: bool = False,
     ) -> None:
-        """Makes the model attend as asked.
+        """Sets the model's attention.
 
         Args:
-            attention: a way of ``ATTENTIONS`` for packs ("trees" by default), for rows one of transformers' own
-                (the model's by default).
-            model_logits: let the model make the logits of every position of rows, for heads that are not known.
+            attention: for packs one of ``ATTENTIONS`` (default: trees), for rows a name in transformers (default: the
+                model's).
+            model_logits: in rows, the model computes the logits of all positions, for unknown heads.
         """
         super().__init__()
         self.model = model.eval()  # no dropout, ever
@@ -92,7 +92,7 @@ class ResponseScorer(nn.Module):
         return read(self.head(), hidden, batch.predict_at, batch.target_ids, self._transform)
 
     def _padded(self, batch: PackedBatch, read: HeadReader) -> Any:
-        """Calls the model once: FSDP2's ranks must make equally many calls."""
+        """Calls the model once, as FSDP2's ranks must make equally many calls."""
         input_ids, lengths = padded_rows(batch)
         attention_mask = torch.arange(input_ids.shape[1], device=lengths.device) < lengths[:, None]
         at = batch.segment * input_ids.shape[1] + batch.position_ids[batch.predict_at]
@@ -112,7 +112,7 @@ def attention_windows(config: Any) -> tuple[Window, ...]:
 
 
 def _attend_by_plan(model: Any) -> bool:
-    """Makes the model attend by plans; returns True if its decoder hands them on."""
+    """Makes the model attend by plans; returns True if its decoder passes them on."""
     if model.config._attn_implementation != IMPLEMENTATION:
         model.set_attn_implementation(IMPLEMENTATION)
     takes_more = any(
@@ -123,8 +123,8 @@ def _attend_by_plan(model: Any) -> bool:
 
 
 def padded_rows(batch: PackedBatch) -> tuple[Int64[Tensor, "rows length"], Int64[Tensor, "rows"]]:
-    """Returns responses with their prompts as right-padded rows, and the true lengths."""
-    token = (batch.branch > 0).nonzero().squeeze(1)  # one for each target: both are in pack order
+    """Returns each prompt + response as a right-padded row, and the true lengths."""
+    token = (batch.branch > 0).nonzero().squeeze(1)  # response tokens, one per target, both in pack order
     tree, branch = (
         x.new_zeros(batch.num_segments).index_put((batch.segment,), x[token]) for x in (batch.tree, batch.branch)
     )

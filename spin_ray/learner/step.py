@@ -1,7 +1,4 @@
-"""The work of one train worker; knows torch.distributed, not Ray.
-
-plan of all epochs -> score the first epoch's packs (reference) -> steps: forward, loss, backward, optimizer
-"""
+"""The work of one train worker, in torch.distributed without Ray."""
 
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -36,40 +33,36 @@ from spin_ray.learner.packing import Pack, PairLengths, Step, build_pack, plan_e
 from spin_ray.learner.teacher import Teacher
 
 LENGTHS_OF_A_PACK = 16
-"""Number of pack lengths: new shapes cost oneDNN kernels, padding costs compute."""
+"""Number of different pack lengths: more need more oneDNN kernels, fewer need more padding."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Objective:
-    """The quantity that a step minimises.
-
-    A loss per pair adds ``sft_weight`` times the mean of −log p(y) over human response tokens.
-    """
+    """The loss that a step minimises. Fields without a docstring are those of ``ObjectiveConfig``."""
 
     loss: str | None
-    """Name or import path; None is SFT."""
+    """None is SFT."""
     beta: float = 1.0
     sft_weight: float = 0.0
     length_normalised: bool = False
-    """True: a loss per pair takes log-probabilities per token, unlike the paper."""
     mu: float = 1.0
-    """SPACE's μ."""
     positive_weight: float = 0.0
-    """DPO-Positive's λ, for losses of the margin."""
     history_weight: float = 0.0
-    """Weight of the loss of (y′, y_0) beside that of (y, y′), where rows have a y_0 (T-SPIN)."""
     top_k: int = 0
-    """Tokens of the teacher's distributions that replace the loss (SDFT). 0: no teacher."""
+    """Tokens per teacher distribution (SDFT); 0: no teacher."""
 
     def resolve(self) -> Loss:
-        """Returns the loss with this objective's parameters."""
+        """Returns the loss with these parameters."""
         loss = resolve_loss(self.loss)
         if isinstance(loss, MarginLoss) and self.positive_weight:
             return replace(loss, positive_weight=self.positive_weight)
         return replace(loss, mu=self.mu) if isinstance(loss, SpaceLoss) else loss
 
     def parameters(self) -> dict[str, float]:
-        """Returns the parameters that older versions lack, where they differ from their defaults."""
+        """Returns the parameters that later versions added, unless they have their defaults.
+
+        Settings stored by older versions still match.
+        """
         names = ("mu", "positive_weight", "history_weight", "top_k")
         defaults = Objective(loss=self.loss)
         return {name: value for name in names if (value := getattr(self, name)) != getattr(defaults, name)}
@@ -81,21 +74,18 @@ class PackShape:
     global_batch_pairs: int
     pad_id: int
     tensor: int = 1
-    """Neighbouring ranks that compute each pack together (``Mesh.tensor``)."""
+    """Number of neighbouring ranks that compute each pack together."""
 
     def place(self) -> tuple[int, int]:
-        """Returns this rank's number and the number of ranks among which packs are distributed.
-
-        The ranks of a tensor group have the same number.
-        """
+        """Returns (rank, ranks), with each tensor group as one rank."""
         return dist.get_rank() // self.tensor, dist.get_world_size() // self.tensor
 
     def writes(self) -> bool:
-        """Tells whether this rank is the one of its tensor group that writes."""
+        """Returns True on the rank of each tensor group that writes files."""
         return dist.get_rank() % self.tensor == 0
 
     def build(self, pack: Pack, table: pa.Table) -> PackedBatch:
-        """Returns the tensors of a pack, no longer than need be."""
+        """Builds a pack, padded to one of ``LENGTHS_OF_A_PACK`` lengths."""
         multiple = -(-self.pack_length // LENGTHS_OF_A_PACK)
         return build_pack(pack, table, pack_length=self.pack_length, pad_id=self.pad_id, pad_multiple=multiple)
 
@@ -107,11 +97,11 @@ class ReferenceScores:
     real: Float32[Tensor, "rows"]
     generated: Float32[Tensor, "rows"]
     real_win: Float32[Tensor, "rows"] | None = None
-    """Estimate of P(the response beats one of the reference)."""
+    """Estimate of P(y beats a response of the reference)."""
     generated_win: Float32[Tensor, "rows"] | None = None
 
     def mixed_with(self, base: "ReferenceScores", alpha: float) -> "ReferenceScores":
-        """Returns α-SPIN's reference, with 1 − α for ``base``."""
+        """Returns α-SPIN's reference; ``base`` has weight 1 − α."""
         return ReferenceScores(
             real=geometric_reference(self.real, base.real, alpha),
             generated=geometric_reference(self.generated, base.generated, alpha),
@@ -133,7 +123,7 @@ def plan(lengths: PairLengths, shape: PackShape, *, epochs: int, seed: int, rank
 
 
 def pair_lengths(parts: Iterable[pa.Table]) -> PairLengths:
-    """Counts the tokens of PAIR_SCHEMA or TRIPLET_SCHEMA rows; those of one prompt_id share a tree."""
+    """Counts the tokens of PAIR_SCHEMA or TRIPLET_SCHEMA rows; rows of one ``prompt_id`` share a tree."""
     names = ("prompt", "real", "generated")
 
     def counted(part: pa.Table) -> pa.Table:
@@ -179,7 +169,7 @@ def train_step(
 ) -> dict[str, float]:
     """Takes one optimizer step; returns its metrics, equal on all ranks.
 
-    Losses are divided by the whole step's counts, as gradients are summed over ranks.
+    Losses are divided by the whole step's counts, because gradients are summed over ranks.
 
     Raises:
         FloatingPointError: a loss or gradient is not finite; raised on every rank, weights untouched.
@@ -205,9 +195,9 @@ def train_step(
 def feed(
     packs: Sequence[Pack], table: pa.Table, shape: PackShape, device: torch.device
 ) -> Iterator[tuple[int, PackedBatch]]:
-    """Yields the useful tokens and the tensors of every pack; builds a pack while the one before is computed.
+    """Yields each pack's number of useful tokens and its tensors.
 
-    A card fetches it from pinned memory by itself, so nothing waits for the copy.
+    A thread builds the next pack meanwhile. Copies to a GPU are asynchronous.
     """
 
     def build(pack: Pack) -> tuple[int, PackedBatch]:
@@ -241,7 +231,6 @@ def _pack_loss(
     objective: Objective,
     reference: ReferenceScores | None,
 ) -> tuple[Float[Tensor, ""], dict[str, Tensor | int]]:
-    """Returns the pack's share of the step's loss and of its sums."""
     loss = objective.resolve()
     of_segments = backend.logps(batch)
     logps = pair_logps(of_segments, batch)
@@ -269,7 +258,7 @@ def _pack_loss(
 def _history(
     objective: Objective, loss: Loss, logps: Float[Tensor, "segments"], batch: PackedBatch
 ) -> Float[Tensor, ""]:
-    """Returns the loss of y′ over y_0, T-SPIN's second term (arXiv 2601.08198, equation 7)."""
+    """Returns the loss of (y′, y_0), T-SPIN's second term (arXiv 2601.08198, equation 7)."""
     assert batch.initial_segment is not None
     values = logps / segment_lengths(batch) if objective.length_normalised else logps
     return loss(PairValues(values[batch.generated_segment], values[batch.initial_segment]), None, None, objective.beta)
@@ -278,7 +267,7 @@ def _history(
 def _distilled(
     backend: TrainBackend, batch: PackedBatch, step: Step, teacher: Teacher
 ) -> tuple[Float[Tensor, ""], dict[str, Tensor | int]]:
-    """Returns the pack's share of SDFT's loss, the mean over tokens of y′ of KL(policy ‖ teacher), and its sum."""
+    """Returns the pack's share of the mean KL(policy ‖ teacher) per token of y′, and the sum."""
     total = backend.read(batch, ReadDivergence(teacher.of_pack(batch))).sum()
     return total / step.num_real_tokens, {"loss": total.detach()}
 
@@ -286,11 +275,6 @@ def _distilled(
 def _of_pack(
     objective: Objective, loss: Loss, batch: PackedBatch, reference: ReferenceScores | None
 ) -> tuple[PairValues | None, PairValues | None]:
-    """Returns the pack's reference scores and win probabilities, None where not needed.
-
-    Raises:
-        ValueError: the loss needs what is missing.
-    """
     scores = wins = None
     if loss.needs_reference:
         if reference is None:

@@ -1,4 +1,4 @@
-"""A teacher's distributions of the rows of a table, stored and found again (SDFT)."""
+"""A teacher's distributions for the rows of a table (SDFT)."""
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -15,10 +15,10 @@ from spin_ray.learner.distillation import TopTokens
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Teacher:
-    """The distributions of one rank's rows, in the CPU's memory."""
+    """The distributions of one rank's rows, in CPU memory."""
 
     places: Mapping[int, range]
-    """Places of each row's tokens in ``top``; rows of other ranks have none."""
+    """Each row's tokens in ``top``, for this rank's rows."""
     top: TopTokens
 
     @classmethod
@@ -26,7 +26,7 @@ class Teacher:
         """Reads TEACHER_SCHEMA rows.
 
         Args:
-            rows: number of each wanted pair's row in the table of pairs; other pairs are skipped.
+            rows: row in the pair table by ``pair_id``; other pairs are skipped.
 
         Raises:
             ValueError: a pair has no distributions, or more than one.
@@ -62,12 +62,7 @@ def _flat(rows: pa.Table, name: str) -> np.ndarray:
 
 
 def teacher_columns(pair_ids: Sequence[str], top: TopTokens, batch: PackedBatch) -> pa.Table:
-    """Returns the columns of TEACHER_SCHEMA of a pack's rows without y′.
-
-    Args:
-        pair_ids: of every row of the table.
-        top: distributions of the pack's targets.
-    """
+    """Returns a pack's rows (without y′) as TEACHER_SCHEMA columns; ``pair_ids`` are those of all rows of the table."""
     *distributions, segment = (part.cpu() for part in (*top, batch.segment))
     members = [segment == number for number in batch.real_segment.tolist()]
     columns = [[part[mine].flatten().numpy() for mine in members] for part in distributions]

@@ -1,4 +1,4 @@
-"""Which models can be split over a tensor group: transformers' plan, as far as torch's own styles carry it out."""
+"""A check whether transformers' tensor plan and torch's parallel styles can split a model."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -14,12 +14,12 @@ STYLES = frozenset(
         "replicated_with_grad_allreduce",
     }
 )
-"""Styles that ``backends.meshes`` hands to torch. Plans of mixtures of experts and of latent attention have others."""
+"""Styles that ``backends.meshes`` hands to torch; mixtures of experts and latent attention need others."""
 MODULES = frozenset(
     {f"self_attn.{name}" for name in ("q_proj", "k_proj", "v_proj", "qkv_proj", "o_proj", "dense", "q_norm", "k_norm")}
     | {f"mlp.{name}" for name in ("gate_proj", "up_proj", "gate_up_proj", "down_proj", "fc1", "fc2", "c_fc", "c_proj")}
 )
-"""Modules of a layer that are known to compute the same on local heads and columns."""
+"""Layer modules known to compute the same on one rank's heads and columns."""
 _DIVIDED = {
     "num_attention_heads": "attention heads",
     "num_key_value_heads": "key and value heads",
@@ -51,6 +51,6 @@ def why_not_split(config: Mapping[str, Any], tensor: int) -> str | None:
 
 
 def layer_plan(text_config: Any) -> dict[str, str]:
-    """Returns the styles of the layers' modules. Embeddings and head stay whole on every rank of a tensor group."""
+    """Returns the styles of the layers' modules. Embeddings and head stay whole on every rank."""
     plan = getattr(text_config, "base_model_tp_plan", None) or {}
     return {name: style for name, style in plan.items() if not name.startswith(("embed_tokens", "norm"))}

@@ -1,7 +1,7 @@
-"""The tokens of a folder's tokenizer.json beside those of the class that transformers loads.
+"""The tokenizer of a folder's tokenizer.json, compared with the class that transformers loads.
 
-A class such as ``LlamaTokenizer`` is built anew from the vocabulary. Where tokenizer.json is of another kind, such as
-the byte-level ones of DeepSeek R1's distillates, the class loses line breaks without a word.
+A class such as ``LlamaTokenizer`` is rebuilt from the vocabulary alone. If tokenizer.json is of another kind, e.g.
+byte-level in DeepSeek R1's distillates, the class silently loses line breaks.
 """
 
 import json
@@ -14,7 +14,7 @@ from tokenizers import Tokenizer
 from spin_ray.errors import ModelError, first_line
 
 PLAIN_CLASS = "PreTrainedTokenizerFast"
-"""The class that takes tokenizer.json as it is."""
+"""Class that takes tokenizer.json as it is."""
 _PROBE = "Hello, what is 12 + 3?\n\n  - é 中文 😀\tend."
 _CURE = (
     "copy the folder (of the hub: hf download NAME --local-dir FOLDER), set tokenizer_class to "
@@ -23,9 +23,9 @@ _CURE = (
 
 
 def open_tokenizer(folder: str | Path, *, trust_remote_code: bool = False) -> Any:
-    """Returns what transformers loads from Hugging Face's files.
+    """Loads the tokenizer from Hugging Face's files.
 
-    Where mistral_common is installed it would take ``tekken.json`` first, which has no chat template.
+    With mistral_common, transformers would prefer ``tekken.json``, which has no chat template.
     """
     from transformers import AutoTokenizer
 
@@ -33,12 +33,10 @@ def open_tokenizer(folder: str | Path, *, trust_remote_code: bool = False) -> An
 
 
 def as_written(tokenizer: Any, folder: Path) -> Any:
-    """Returns the loaded tokenizer, or tokenizer.json's own where the class that the folder names loses text.
-
-    transformers itself does so for some models, by their names on the hub.
+    """Returns ``tokenizer``, or tokenizer.json's own if the class of ``tokenizer`` loses text.
 
     Raises:
-        ModelError: the class loses text, and is not the one that the folder names.
+        ModelError: the class loses text and cannot be replaced.
     """
     if _is_plain(type(tokenizer).__name__) or (own := _own(tokenizer, folder)) is None:
         return tokenizer
@@ -54,13 +52,13 @@ def as_written(tokenizer: Any, folder: Path) -> Any:
 
 
 def name_plain_class(folder: Path) -> None:
-    """Names the plain class in tokenizer_config.json where ``as_written`` takes it, for every other program."""
+    """Writes the plain class into tokenizer_config.json if ``as_written`` takes it, for other programs."""
     if not (folder / "tokenizer.json").is_file() or not (named := _named(folder)) or _is_plain(named):
         return
     try:
         tokenizer = open_tokenizer(folder)
         lost = as_written(tokenizer, folder) is not tokenizer
-    except Exception:  # code of the model's own, or a tokenizer that a start has refused
+    except Exception:  # the tokenizer needs its own code, or was refused at the start
         return
     if lost:
         settings = json.loads((folder / _SETTINGS).read_text(encoding="utf-8")) | {"tokenizer_class": PLAIN_CLASS}
@@ -68,7 +66,7 @@ def name_plain_class(folder: Path) -> None:
 
 
 def warn_of_other_tokens(tokenizer: Any, folder: Path) -> str | None:
-    """Returns a sentence if tokenizer.json makes other tokens of a text than the loaded class."""
+    """Returns a warning if tokenizer.json and the loaded class make different tokens, else None."""
     if (own := _own(tokenizer, folder)) is None:
         return None
     marks = [str(token) for token in own.get_added_tokens_decoder().values() if token.special]
@@ -88,7 +86,6 @@ _SETTINGS = "tokenizer_config.json"
 
 
 def _named(folder: Path) -> str:
-    """Returns the class that the folder names; empty if it names none."""
     try:
         return str(json.loads((folder / _SETTINGS).read_text(encoding="utf-8")).get("tokenizer_class") or "")
     except (OSError, ValueError, AttributeError):
@@ -100,7 +97,6 @@ def _is_plain(name: str) -> bool:
 
 
 def _why_lost(tokenizer: Any, own: Tokenizer) -> str | None:
-    """Returns why the loaded class is no use for texts that tokenizer.json keeps."""
     name = type(tokenizer).__name__
     try:
         lost = _keeps(own) and not _keeps(tokenizer.backend_tokenizer)
@@ -110,12 +106,11 @@ def _why_lost(tokenizer: Any, own: Tokenizer) -> str | None:
 
 
 def _own(tokenizer: Any, folder: Path) -> Tokenizer | None:
-    """Returns the tokenizer of tokenizer.json; None without one."""
     if not tokenizer.is_fast or not (folder / "tokenizer.json").is_file():
         return None
     try:
         own = Tokenizer.from_file(str(folder / "tokenizer.json"))
-    except Exception:  # transformers reads what this version of the library does not
+    except Exception:  # transformers may read formats that this library cannot
         return None
     own.no_truncation()
     own.no_padding()

@@ -1,4 +1,4 @@
-"""Headers of a model folder's safetensors: names, shapes and formats of the weights; damaged files are refused."""
+"""Names, shapes and formats of a model folder's weights, by its safetensors headers."""
 
 import json
 import re
@@ -11,9 +11,9 @@ from spin_ray.errors import ModelError
 COPIED_SUFFIXES = {".json", ".jinja", ".model", ".txt", ".tiktoken"}
 """Suffixes of tokenizers, chat templates, generation config and licence."""
 OTHER_LAYOUT = re.compile(r"consolidated.*|params\.json|tekken\.json|tokenizer\.model\.v\d.*")
-"""Files of Mistral's own layout, which stand beside those of Hugging Face and repeat them.
+"""Files of Mistral's own layout, which repeat those of Hugging Face beside them.
 
-vLLM loads all safetensors of a folder without an index, ``model.safetensors`` last, so its weights win.
+vLLM loads all safetensors of a folder without an index; ``model.safetensors`` comes last and wins.
 """
 _IN_A_LAYER = re.compile(r"\.\d+\..*?(\w+)\.weight$")
 _LONGEST_HEADER = 100_000_000
@@ -24,7 +24,7 @@ _LFS = b"version https://git-lfs"
 
 
 def weight_files(folder: Path) -> list[Path]:
-    """Returns the files that transformers loads; all safetensors of a folder without ``model.safetensors`` or index."""
+    """Returns the files that transformers loads; without ``model.safetensors`` and index, all safetensors."""
     if (whole := folder / "model.safetensors").is_file():
         return [whole]
     try:
@@ -35,18 +35,18 @@ def weight_files(folder: Path) -> list[Path]:
 
 
 def tensor_shapes(folder: Path) -> dict[str, tuple[int, ...]]:
-    """Returns the shapes of all tensors; none of a damaged file (``refuse_damaged``)."""
+    """Returns the shapes of all tensors; a damaged file has none."""
     return {name: tuple(entry.get("shape", ())) for name, entry in _tensors(folder)}
 
 
 def layer_names(folder: Path) -> list[str]:
-    """Returns the names of matrices within the numbered layers, as ``q_proj``; neither embeddings nor head."""
+    """Returns the names of matrices in the numbered layers, e.g. ``q_proj``."""
     shapes = tensor_shapes(folder).items()
     return sorted({found[1] for name, shape in shapes if len(shape) == 2 and (found := _IN_A_LAYER.search(name))})
 
 
 def find_packed(folder: Path) -> str | None:
-    """Returns a matrix of weights in a format that only quantised models have, and the format."""
+    """Returns a weight matrix in a quantised format, and the format, or None."""
     for name, entry in _tensors(folder):
         if name.endswith((".weight", "_blocks")) and entry.get("dtype") in _PACKED and len(entry.get("shape", [])) > 1:
             return f"{name} is {entry['dtype']}"
@@ -54,7 +54,7 @@ def find_packed(folder: Path) -> str | None:
 
 
 def refuse_damaged(folder: Path) -> None:
-    """Raises ModelError if a file that is loaded is cut off, a pointer of Git LFS, or a shard without an index."""
+    """Raises ModelError if a needed file is cut off, a Git LFS pointer, or a shard without an index."""
     beside = [path for path in sorted(folder.glob("*")) if path.suffix in COPIED_SUFFIXES and path.is_file()]
     for path in weight_files(folder) + beside:
         if path.stat().st_size < 1024 and path.read_bytes().startswith(_LFS):
@@ -82,7 +82,6 @@ def _start(path: Path) -> int:
 
 
 def _header(path: Path) -> dict[str, Any] | None:
-    """Returns None for a file that is no safetensors."""
     with path.open("rb") as file:
         size = int.from_bytes(file.read(8), "little")
         try:

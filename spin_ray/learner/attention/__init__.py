@@ -1,10 +1,10 @@
-"""Attention within packs: one rule of who sees whom, four ways to compute it.
+"""Attention within packs: one visibility rule and four implementations.
 
 name     device  precision    computes
-trees    CPU     any          tree by tree, on the diagonal blocks of the mask
-flex     CUDA    any          FlexAttention, with a block mask made on the host; soft-capping, windows, sinks
-varlen   CUDA    bf16, fp16   variable-length Flash Attention with gathered keys; windows
-dense    any     any          the whole pack against a dense mask: the yardstick of the tests
+trees    CPU     any          each tree by itself
+flex     CUDA    any          FlexAttention; soft-capping, windows, sinks
+varlen   CUDA    bf16, fp16   variable-length Flash Attention; windows
+dense    any     any          the whole pack with a dense mask, for tests
 """
 
 import torch
@@ -22,5 +22,5 @@ __all__ = ["ATTENTIONS", "IMPLEMENTATION", "Attention", "AttentionPlan", "candid
 
 
 def candidates(device: torch.device) -> tuple[str, ...]:
-    """Returns the names of the ways to attend on ``device``, the preferred one first."""
+    """Returns the implementations for ``device``, the preferred one first."""
     return ("trees",) if device.type == "cpu" else ("flex", "varlen")

@@ -10,7 +10,7 @@ from torch import Tensor
 from spin_ray.learner.batch import PackedBatch
 
 Window = int | None
-"""Number of positions that a query sees, its own included; None means all."""
+"""Positions that a query sees, its own included; None: all."""
 
 
 class AttentionPlan(Protocol):
@@ -18,7 +18,7 @@ class AttentionPlan(Protocol):
 
     @property
     def mask(self) -> Float[Tensor, "1 1 tokens tokens"] | None:
-        """Returns the mask for layers that do not hand the plan on; None where it would be too large."""
+        """Returns the mask for layers that do not pass the plan on; None if it would be too large."""
         ...
 
     def attend(
@@ -37,29 +37,29 @@ class AttentionPlan(Protocol):
         A sink is a further logit of the softmax, without a value.
 
         Raises:
-            NotImplementedError: this way cannot compute it.
+            NotImplementedError: the implementation lacks a feature.
         """
         ...
 
 
 class Attention(Protocol):
-    """One way to attend within packs."""
+    """One implementation of attention within packs."""
 
     name: str
 
     def why_not(self, device: torch.device, dtype: torch.dtype) -> str | None:
-        """Returns why this way cannot run, as the end of a sentence, or None."""
+        """Returns why the implementation cannot run, or None."""
         ...
 
     def prepare(
         self, batch: PackedBatch, windows: Sequence[Window], device: torch.device, dtype: torch.dtype
     ) -> AttentionPlan:
-        """Returns the plan of a pack for every window of the model; waits for no device."""
+        """Prepares a pack for all windows of the model; waits for no device."""
         ...
 
 
 def effective_windows(batch: PackedBatch, windows: Sequence[Window]) -> dict[Window, Window]:
-    """Returns each window, None if no sequence of the pack is longer."""
+    """Maps each window to itself, or to None if no sequence of the pack is longer."""
     responses: dict[int, int] = {}
     longest = 1
     for run in batch.runs:
@@ -72,7 +72,7 @@ def effective_windows(batch: PackedBatch, windows: Sequence[Window]) -> dict[Win
 
 
 def to_device(tensor: Tensor, device: torch.device) -> Tensor:
-    """Copies a tensor of the host; nobody waits for a copy to a card."""
+    """Copies a CPU tensor; does not wait for a copy to a GPU."""
     if device.type != "cuda":
         return tensor.to(device)
     return tensor.pin_memory().to(device, non_blocking=True)

@@ -1,9 +1,9 @@
-"""Limits of a card's generation."""
+"""Limits of old GPUs."""
 
 import torch
 
 KERNELS_NEED = (8, 0)
-"""Compute capability that the kernels and bf16 need (Ampere)."""
+"""Lowest compute capability for the kernels and bf16 (Ampere)."""
 
 
 def too_old(device: torch.device, what: str) -> str | None:

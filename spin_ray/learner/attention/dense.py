@@ -14,7 +14,7 @@ from spin_ray.learner.batch import PackedBatch
 
 
 class Dense:
-    """The whole pack against a dense mask; exact in any precision, and for small packs only."""
+    """The whole pack with a dense mask: exact in any precision, for small packs."""
 
     name = "dense"
 
@@ -67,11 +67,7 @@ def attend_by_products(
     sinks: Float[Tensor, "heads"] | None = None,
     dtype: torch.dtype | None = None,
 ) -> Float[Tensor, "1 tokens heads value_width"]:
-    """Returns softmax(cap(QKᵀ · scaling) + mask)V, one product per key head.
-
-    Args:
-        dtype: precision of the products; by default the query's.
-    """
+    """Returns softmax(cap(QKᵀ · scaling) + mask)V, one product per key head, in ``dtype`` (default: the query's)."""
     heads, tokens, width = query.shape[1:]
     kv_heads, dtype = key.shape[1], dtype or query.dtype
     queries, keys, values = query.reshape(kv_heads, -1, width).to(dtype), key[0].to(dtype), value[0].to(dtype)

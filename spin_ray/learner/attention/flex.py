@@ -1,6 +1,6 @@
-"""FlexAttention: one compiled kernel for the whole pack, which skips blocks that nobody sees.
+"""FlexAttention: one compiled kernel for the whole pack, which skips fully masked blocks.
 
-The backward pass uses no atomic additions, so gradients are reproducible.
+Its backward pass has no atomic additions, so gradients are reproducible.
 """
 
 import functools
@@ -22,11 +22,11 @@ from spin_ray.learner.attention.rule import Token, key_ranges, sees
 from spin_ray.learner.batch import PackedBatch
 
 BLOCK = 128
-"""Tokens of a block, FlexAttention's default."""
+"""Tokens per block, FlexAttention's default."""
 _OF_BLOCKS = tuple(
     f"{full}{side}_{what}" for full in ("", "full_") for side in ("kv", "q") for what in ("num_blocks", "indices")
 )
-"""Tensors of a ``BlockMask``; its own ``to`` would wait for the device at each of them."""
+"""Tensors of a ``BlockMask``; ``BlockMask.to`` would wait for the device at each."""
 
 
 class Flex:
@@ -69,7 +69,7 @@ class FlexPlan:
             "block_mask": self.block_masks[window],
             "scale": scaling,
             "enable_gqa": query.shape[1] != key.shape[1],
-            "kernel_options": {"FORCE_USE_FLEX_ATTENTION": True},  # short packs would have a kernel of their own
+            "kernel_options": {"FORCE_USE_FLEX_ATTENTION": True},  # else short packs use another kernel
         }
         kernel = _kernel(query.device.type)
         if sinks is None:
@@ -82,7 +82,7 @@ class FlexPlan:
 
 @functools.cache
 def _capping(softcap: float, device: torch.device) -> Callable[..., Tensor]:
-    """Returns the change of scores; compiled for any number, a float would become a tensor on the CPU."""
+    """Returns the ``score_mod`` of soft-capping; a compiled float would become a CPU tensor."""
     limit = torch.full((), softcap, device=device)
 
     def cap(score: Tensor, batch: Tensor, head: Tensor, query: Tensor, key: Tensor) -> Tensor:
@@ -92,7 +92,6 @@ def _capping(softcap: float, device: torch.device) -> Callable[..., Tensor]:
 
 
 def _kernel(device_type: str) -> Callable[..., Any]:
-    """Returns FlexAttention, compiled on GPUs; within compiled code, and on CPUs, as it is."""
     if device_type == "cpu" or torch.compiler.is_compiling():
         return flex_attention
     return _compiled()
@@ -109,7 +108,7 @@ def _compiled() -> Callable[..., Any]:
 
 
 def block_mask(batch: PackedBatch, window: Window, device: torch.device) -> BlockMask:
-    """Returns the rule as FlexAttention's block mask, counted on the host from the runs of the pack.
+    """Builds the block mask on the CPU from the pack's runs.
 
     ``create_block_mask`` would evaluate the rule for all pairs of tokens.
     """
@@ -141,7 +140,7 @@ def mask_mod(batch: PackedBatch, window: Window) -> Callable[[Tensor, Tensor, Te
 
 
 def seen_pairs(batch: PackedBatch, window: Window) -> np.ndarray:
-    """Returns the number of pairs that see each other in each block, [query blocks, key blocks]."""
+    """Counts the visible pairs in each block, [query blocks, key blocks]."""
     starts, stops = key_ranges(batch, window)
     rows = -(-starts.shape[1] // BLOCK)
     query_block = np.arange(starts.shape[1]) // BLOCK
@@ -156,6 +155,5 @@ def seen_pairs(batch: PackedBatch, window: Window) -> np.ndarray:
 
 
 def _ordered(chosen: np.ndarray) -> tuple[Tensor, Tensor]:
-    """Returns the number of chosen key blocks of each row, and their places first, then the others'."""
-    order = np.argsort(~chosen, axis=1, kind="stable")
+    order = np.argsort(~chosen, axis=1, kind="stable")  # chosen key blocks first
     return tuple(torch.from_numpy(x.astype(np.int32))[None, None] for x in (chosen.sum(axis=1), order))  # type: ignore[return-value]

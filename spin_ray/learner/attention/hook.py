@@ -11,9 +11,8 @@ from transformers.masking_utils import sdpa_mask
 from spin_ray.learner.attention.base import AttentionPlan
 
 IMPLEMENTATION = "spin_ray_packs"
-"""Name of ``attend`` among transformers' attention implementations."""
 MOST_GRAPHS = 64
-"""Graphs of one function: kinds of layers, precisions and gradient modes each make their own."""
+"""Graphs per function: each kind of layer, precision and gradient mode makes its own."""
 
 
 def attend(
@@ -31,12 +30,10 @@ def attend(
     position_bias: Tensor | None = None,
     **settings: Any,
 ) -> tuple[Tensor, None]:
-    """Attends by the pack's plan.
-
-    Without one, which some models lose and rows do not need, SDPA attends by the mask.
+    """Attends by the pack's plan, or by SDPA with the mask where the model does not pass the plan on.
 
     Raises:
-        NotImplementedError: the scores are changed in a way that the kernel would ignore.
+        NotImplementedError: the kernel would ignore a change of the scores.
     """
     if position_bias is not None:
         raise NotImplementedError("attention within packs cannot add position_bias")
@@ -55,7 +52,7 @@ AttentionMaskInterface.register(IMPLEMENTATION, sdpa_mask)
 
 
 def allow_many_graphs() -> None:
-    """Raises dynamo's limit of graphs of one function, beyond which it would quietly run the function uncompiled."""
+    """Raises dynamo's limit of graphs per function, above which functions silently run uncompiled."""
     dynamo = torch._dynamo.config
     dynamo.recompile_limit = max(dynamo.recompile_limit, MOST_GRAPHS)
 
@@ -63,6 +60,6 @@ def allow_many_graphs() -> None:
 def keep_out_of_graphs() -> None:
     """Makes compiled layers call ``attend`` between their graphs.
 
-    Plans differ from pack to pack, and attention's kernels stay those of uncompiled layers.
+    Plans differ from pack to pack, and attention keeps the kernels of uncompiled layers.
     """
     AttentionInterface.register(IMPLEMENTATION, torch.compiler.disable(attend))

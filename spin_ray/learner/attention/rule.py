@@ -1,4 +1,4 @@
-"""The rule: who sees whom in a pack."""
+"""The rule that says which tokens of a pack see which others."""
 
 from typing import NamedTuple
 
@@ -12,7 +12,7 @@ from spin_ray.learner.batch import PackedBatch
 
 
 class Token(NamedTuple):
-    """Tokens as the rule sees them; the four broadcast."""
+    """Tokens, as four tensors that broadcast."""
 
     place: Tensor
     tree: Tensor
@@ -34,16 +34,16 @@ def sees(query: Token, key: Token, window: Window = None) -> Bool[Tensor, "..."]
 
 
 def visible(batch: PackedBatch, window: Window = None) -> Bool[Tensor, "tokens tokens"]:
-    """Returns who sees whom, [query, key]."""
+    """Returns ``sees`` for all pairs, [query, key]."""
     place = torch.arange(len(batch.tree), device=batch.tree.device)
     tokens = (place, batch.tree, batch.branch, batch.position_ids)
     return sees(Token(*(x[:, None] for x in tokens)), Token(*(x[None, :] for x in tokens)), window)
 
 
 def key_ranges(batch: PackedBatch, window: Window = None) -> tuple[np.ndarray, np.ndarray]:
-    """Returns the rule as two ranges of keys for each query, [2, tokens] starts and stops, made on the host.
+    """Returns two ranges of visible keys for each query, as starts and stops [2, tokens] on the CPU.
 
-    The first range is within the prompt of a response's tree (else empty), the second within the query's own run.
+    The first range is within the prompt of a response (else empty), the second within the query's own run.
     """
     tokens = batch.runs[-1].stop if batch.runs else 0
     place = np.arange(tokens)
@@ -57,7 +57,7 @@ def key_ranges(batch: PackedBatch, window: Window = None) -> tuple[np.ndarray, n
             continue
         if run.branch == 0:
             prompt = (run.start, run.stop)
-        reach = np.arange(run.stop - run.start)  # tokens of the own run before the query
+        reach = np.arange(run.stop - run.start)  # number of earlier tokens in the query's own run
         start[1, own] = run.start if window is None else run.start + np.maximum(reach - window + 1, 0)
         if run.branch:
             start[0, own], stop[0, own] = prompt

@@ -15,14 +15,12 @@ from spin_ray.learner.attention.dense import additive_masks, attend_by_products
 from spin_ray.learner.batch import PackedBatch
 
 DENSE_TREES = {torch.bfloat16: 512, torch.float32: 128}
-"""Longest tree, in tokens, attended by plain matrix products on a CPU (times: benchmarks/README.md)."""
+"""Longest tree, in tokens, with plain matrix products (times: benchmarks/README.md)."""
 EXACT_TREES = 128
-"""Longest tree whose plain products are always fp32."""
+"""Longest tree whose plain products are at least fp32."""
 
 
 class Trees:
-    """Each diagonal block of the mask by itself, as all else is -inf."""
-
     name = "trees"
 
     def why_not(self, device: torch.device, dtype: torch.dtype) -> str | None:

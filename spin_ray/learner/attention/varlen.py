@@ -21,14 +21,14 @@ from spin_ray.learner.attention.capability import too_old
 from spin_ray.learner.batch import PackedBatch
 
 LENGTHS_MULTIPLE = 256
-"""Multiple that the longest lengths are rounded up to: compiled code is specialised on these numbers."""
+"""Multiple to which longest lengths are rounded up, as compiled code is specialised on them."""
 
 
 class Varlen:
     name = "varlen"
 
     def __init__(self, kernel: Callable[..., Tensor] | None = None) -> None:
-        """Takes another ``kernel`` with the arguments of torch's ``varlen_attn``."""
+        """Uses ``kernel`` in place of torch's ``varlen_attn``."""
         self._kernel = kernel
 
     def why_not(self, device: torch.device, dtype: torch.dtype) -> str | None:
@@ -61,7 +61,6 @@ class Varlen:
 class VarlenPlan:
     kernel: Callable[..., Tensor]
     keys: Int64[Tensor, "gathered"]
-    """Place of every gathered key."""
     query_stops: Int32[Tensor, "sequences+1"]
     key_stops: Int32[Tensor, "sequences+1"]
     longest_query: int
@@ -103,9 +102,9 @@ class VarlenPlan:
 
 
 def gathered(batch: PackedBatch) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Returns places of keys, int64, and where sequences of queries and keys stop, int32, each with a first 0.
+    """Returns the keys' indices (int64), and the cumulative lengths of queries and keys (int32, from 0).
 
-    Padding is one causal sequence: its numbers are never read.
+    Padding is one causal sequence, whose output is never read.
     """
     keys: list[np.ndarray] = []
     prompt = np.arange(0)

@@ -14,7 +14,7 @@ BACKENDS = {
     "fsdp2": "spin_ray.learner.backends.fsdp2:Fsdp2Backend",
     "deepspeed": "spin_ray.learner.backends.deepspeed:DeepSpeedBackend",
 }
-"""Import paths: only the chosen backend is imported."""
+"""Import paths, so that only the chosen backend is imported."""
 
 
 def make_backend(model_dir: str | Path, settings: BackendSettings, device: torch.device) -> TrainBackend:
@@ -27,7 +27,7 @@ def find_backend(
     """Returns the class for a name or import path.
 
     Raises:
-        ConfigError: there is no such backend, it cannot be called, or it knows nothing of a mesh.
+        ConfigError: the backend does not exist, is not callable, or does not support ``mesh``.
     """
     build = import_object(BACKENDS.get(kind, kind), "train.backend", BACKENDS)
     if not callable(build):

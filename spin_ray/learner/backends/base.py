@@ -1,4 +1,4 @@
-"""The training backend, owner of model, optimizer and schedule."""
+"""The training backend, which owns model, optimizer and schedule."""
 
 import math
 from collections.abc import Iterable
@@ -18,42 +18,38 @@ from spin_ray.learner.scoring import HeadReader
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class BackendSettings:
+    """Settings of a backend. Fields without a docstring are those of ``TrainConfig`` and ``ModelConfig``."""
+
     kind: str = "fsdp2"
-    """Name or import path of the backend."""
+    """Name or import path."""
     max_length: int
     """Longest prompt + response in tokens."""
     precision: Literal["bf16", "fp32"] = "bf16"
-    """Data type of computation and exports; master weights and optimizer state are fp32."""
+    """Precision of computation and exports; master weights and optimizer state are fp32."""
     attention: Literal["auto", "packed", "padded"] = "auto"
     trust_remote_code: bool = False
     gradient_checkpointing: bool = False
     sharding: Literal["full", "shard_grad_op"] = "full"
-    """``full`` gathers weights for each pass, ``shard_grad_op`` once per optimizer step."""
     mesh: Mesh | None = None
-    """Grid of the ranks; None: one copy of the weights over all."""
+    """None: all ranks shard one copy of the weights."""
     compile: bool | Literal["auto"] = False
-    """``auto``: on GPUs."""
     deterministic: bool = False
-    """True: only kernels that give the same bits each time."""
     reduce_every_pack: bool = False
-    """True: every ``backward`` sums gradients over ranks."""
     offload: bool = False
-    """True: weights, gradients and optimizer state stay in CPU memory."""
     lora: LoraConfig | None = None
-    """Adapters to train; exports are merged unless ``lora.merge`` is off."""
     adapter: Path | None = None
-    """Folder of the adapter on top of the model, with which training begins and which scoring applies."""
+    """Folder of an adapter, from which training starts and with which the model is scored."""
     base: Literal["bf16", "nf4", "int8"] = "bf16"
-    """Number format of frozen weights; ``bf16`` is that of ``precision``."""
+    """Format of frozen weights; ``bf16`` means ``precision``."""
     base_name: str = ""
-    """Name of the model below, for exported adapters."""
+    """Name of the base model in exported adapters."""
     seed: int = 0
-    """Seed of the adapters."""
+    """Seed of the adapters' first values."""
     optimizer: OptimizerConfig | None = None
     """None: the backend only scores."""
     learning_rate: float = 0.0
-    """Peak learning rate."""
     total_steps: int = 0
+    """Optimizer steps of the schedule."""
 
     @classmethod
     def for_scoring(cls, config: SpinConfig) -> Self:
@@ -81,12 +77,12 @@ class StepStats:
 class TrainBackend(Protocol):
     """A sharded model in training, built from ``(model_dir, settings, device)``.
 
-    Every method is a collective, except ``backward`` before the last microbatch.
+    Every method is a collective; ``backward`` may be local before the last microbatch.
     Dropout is always off, for a reproducible reference.
     """
 
     layout: Literal["packed", "padded"]
-    """Layout after ``auto`` was decided."""
+    """Layout that ``auto`` chose."""
     steps_done: int
     """Optimizer steps so far; ``load`` restores it."""
 
@@ -102,13 +98,13 @@ class TrainBackend(Protocol):
         ...
 
     def read(self, batch: PackedBatch, reader: HeadReader) -> Any:
-        """Returns what ``reader`` makes of the head and the hidden states, differentiable; only sdft calls it."""
+        """Returns what ``reader`` makes of head and hidden states, differentiable; only SDFT calls it."""
         ...
 
     def backward(self, loss: Float[Tensor, ""], *, last_microbatch: bool) -> None:
         """Adds the gradient of ``loss``, SUMMED over microbatches and ranks.
 
-        So ``loss`` must be divided by counts of the whole step.
+        The caller divides ``loss`` by counts of the whole step.
         """
         ...
 
@@ -125,11 +121,11 @@ class TrainBackend(Protocol):
         ...
 
     def load(self, directory: Path) -> None:
-        """Continues bit for bit; ``directory`` holds the files of all ranks."""
+        """Restores a checkpoint bit for bit; ``directory`` holds the files of all ranks."""
         ...
 
     def export_hf(self, directory: Path) -> None:
-        """Writes a Hugging Face folder on rank 0; others return earlier."""
+        """Writes a Hugging Face folder on rank 0; other ranks return earlier."""
         ...
 
 
@@ -153,9 +149,9 @@ def learning_rate_at(
     warmup_fraction: float,
     schedule: Literal["linear", "cosine", "constant"],
 ) -> float:
-    """Returns the learning rate of step 0 ≤ ``step`` < ``total_steps``.
+    """Returns the learning rate of step 0 ≤ ``step`` < ``total_steps``, never 0.
 
-    The first w = round(warmup_fraction·total_steps) steps have peak·(step+1)/(w+1): none is at 0.
+    The first w = round(warmup_fraction·total_steps) steps have peak·(step+1)/(w+1).
     Then, with t = (step−w)/(total_steps−w), the factor is 1−t (linear), (1+cos πt)/2 (cosine) or 1.
     """
     warmup = round(warmup_fraction * total_steps)

@@ -1,7 +1,4 @@
-"""DeepSpeed: ZeRO-2 or ZeRO-3 behind FSDP2's interface.
-
-bf16 (or fp32) weights ──forward, backward──> gradient ──mean over ranks──> fp32 share ──> optimizer on the fp32 master
-"""
+"""DeepSpeed: ZeRO-2 or ZeRO-3 as a ``TrainBackend``."""
 
 import os
 from functools import partial
@@ -26,7 +23,6 @@ from spin_ray.learner.optimizers import make_optimizer
 from spin_ray.learner.scoring import HeadReader, ResponseScorer
 
 CHECKPOINT = "zero"
-"""DeepSpeed's folder inside a checkpoint."""
 
 
 class DeepSpeedBackend:
@@ -60,7 +56,7 @@ class DeepSpeedBackend:
         if settings.gradient_checkpointing:
             recompute_activations(self._model)
         scorer = choice.scorer(self._model, _Scorer)
-        # DeepSpeed casts buffers with the weights; in bf16 the rotary frequencies would put tokens in wrong places.
+        # DeepSpeed casts buffers with the weights, but rotary frequencies in bf16 would give wrong positions.
         buffers = {name: buffer.clone() for name, buffer in self._model.named_buffers()}
         self._engine, self._optimizer, *_ = deepspeed.initialize(
             model=scorer,
@@ -86,13 +82,13 @@ class DeepSpeedBackend:
 
     def backward(self, loss: Float[Tensor, ""], *, last_microbatch: bool) -> None:
         self._engine.set_gradient_accumulation_boundary(last_microbatch)
-        # DeepSpeed takes means over ranks, but losses are shares of the whole step.
+        # DeepSpeed averages over ranks, but losses must be summed: each is a share of the whole step.
         self._engine.backward(loss * dist.get_world_size())
 
     def step(self) -> StepStats:
         learning_rate = self._optimizer.param_groups[0]["lr"]
         self._engine.step()
-        if self._optimizer.overflow:  # the weights are then untouched, silently
+        if self._optimizer.overflow:  # DeepSpeed then skips the step silently
             raise FloatingPointError(
                 f"gradient norm is not finite at optimizer step {self.steps_done}; lower the learning rate or beta"
             )
@@ -130,9 +126,9 @@ class DeepSpeedBackend:
 
 
 class _Scorer(ResponseScorer):
-    """A scorer that holds the head's weight for the whole pass.
+    """A scorer that keeps the head's weight gathered for the whole pass.
 
-    ZeRO-3 gathers weights at each call, and ranks call the head unequally often.
+    ZeRO-3 gathers weights at each call, but ranks call the head unequally often.
     """
 
     def __init__(self, *arguments: Any, **settings: Any) -> None:
@@ -168,9 +164,8 @@ def _import_deepspeed(device: torch.device) -> Any:
 
 
 def _engine_config(settings: BackendSettings, optimizer: OptimizerConfig) -> dict[str, Any]:
-    """Returns DeepSpeed's JSON; the packing plan decides batch sizes."""
     return {
-        "train_micro_batch_size_per_gpu": 1,
+        "train_micro_batch_size_per_gpu": 1,  # the packing plan decides batch sizes
         "gradient_accumulation_steps": 1,
         "zero_allow_untested_optimizer": True,
         "steps_per_print": 2**31,
@@ -179,14 +174,14 @@ def _engine_config(settings: BackendSettings, optimizer: OptimizerConfig) -> dic
         "data_types": {"grad_accum_dtype": "fp32"},
         "checkpoint": {"use_node_local_storage": True},  # each rank may be given a directory of its own
         "zero_optimization": _zero(settings),
-        "zero_force_ds_cpu_optimizer": False,  # torch's own, as without offloading
+        "zero_force_ds_cpu_optimizer": False,  # torch's own optimizer, as without offloading
         "gradient_clipping": optimizer.max_grad_norm,
     }
 
 
 def _zero(settings: BackendSettings) -> dict[str, Any]:
-    """Returns ZeRO's section; only ZeRO-3 can offload weights."""
     stage = 3 if settings.sharding == "full" else 2
     to_cpu = {"device": "cpu", "pin_memory": torch.cuda.is_available()}
+    # Only ZeRO-3 can offload weights.
     offloaded = ["offload_optimizer", *(["offload_param"] if stage == 3 else [])] if settings.offload else []
     return {"stage": stage, **dict.fromkeys(offloaded, to_cpu)}

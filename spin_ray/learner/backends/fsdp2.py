@@ -1,9 +1,4 @@
-"""FSDP2: weights, gradients and optimizer state are sharded over all ranks, or as ``train.mesh`` says.
-
-fp32 shard ──gather, cast──> bf16 layer ──forward, backward──> bf16 gradient ──sum over ranks──> fp32 gradient
-    ^                                                                                                |
-    └──────────────────────────────────── optimizer <────────────────────────────────────────────────┘
-"""
+"""FSDP2: weights, gradients and optimizer state are sharded over all ranks, or by ``train.mesh``."""
 
 import gc
 import math
@@ -66,7 +61,7 @@ class Fsdp2Backend:
         source = Path(model_dir)
         precision = torch.bfloat16 if settings.precision == "bf16" else torch.float32
         lora = settings.lora or (read_lora(settings.adapter) if settings.adapter else None)
-        # One rank holds all weights anyway, but frozen ones only in bf16; code of a model's own may do anything.
+        # One rank holds all weights anyway, but frozen ones only in bf16. A model's own code may need a whole model.
         spares = dist.get_world_size() > 1 or (lora is not None and precision == torch.bfloat16)
         in_shares = spares and source.is_dir() and not settings.trust_remote_code and settings.base == "bf16"
         empty = empty_model(source) if in_shares else None
@@ -103,7 +98,7 @@ class Fsdp2Backend:
         )
         if empty is not None:
             self._fill(source)
-        # Taken while sharded: during and after a forward, modules may carry gathered copies.
+        # Listed while sharded: during and after a forward pass, modules may hold gathered copies instead.
         self._shards: dict[str, nn.Parameter] = dict(self._model.named_parameters())
         self._optimizer: torch.optim.Optimizer | None = None
         if settings.optimizer is not None:
@@ -115,7 +110,7 @@ class Fsdp2Backend:
 
     def _fill(self, source: Path) -> None:
         materialise(self._scorer, self.device, torch.device("cpu") if self._settings.offload else self.device)
-        self._model.tie_weights()  # each module has been given a parameter of its own
+        self._model.tie_weights()  # to_empty gave each module its own parameter
         parameters = dict(self._model.named_parameters())
         shares = {stored_name(name): share for name, share in parameters.items() if not is_adapter(name)}
         read_shares(shares, source, self._model)
@@ -130,16 +125,16 @@ class Fsdp2Backend:
 
     @torch.no_grad()
     def score_tokens(self, batch: PackedBatch) -> Float[Tensor, "targets"]:
-        """Returns log p of every response token, in pack order, fp32; a collective."""
+        """Returns log p of every response token in pack order, fp32; a collective."""
         return self._scorer(batch.to(self.device), by_token=True).float()
 
     def read(self, batch: PackedBatch, reader: HeadReader) -> Any:
         return self._scorer(batch.to(self.device), read=reader)
 
     def backward(self, loss: Float[Tensor, ""], *, last_microbatch: bool) -> None:
-        # Without sync, gradients add up whole (4 bytes per parameter) on every rank, and are reduced once per step.
+        # Without sync, every rank adds up whole gradients (4 bytes per parameter), which are reduced once per step.
         self._scorer.set_requires_gradient_sync(last_microbatch or self._settings.reduce_every_pack)
-        self._scorer.set_requires_all_reduce(last_microbatch)  # copies of the weights meet once per step
+        self._scorer.set_requires_all_reduce(last_microbatch)  # over mesh dimension replicate: once per step
         self._scorer.set_reshard_after_backward(self._frees_weights or last_microbatch)
         loss.backward()
 
@@ -180,9 +175,9 @@ class Fsdp2Backend:
         )  # fmt: skip
 
     def close(self) -> None:
-        """Frees the model and the optimizer's state; nothing else may be called afterwards.
+        """Frees model and optimizer state; nothing else may be called afterwards.
 
-        FSDP2's hooks and modules refer to each other, so that the last reference alone frees nothing.
+        FSDP2's hooks and modules form reference cycles, so dropping the last reference frees nothing.
         """
         del self._model, self._scorer, self._shards, self._optimizer
         gc.collect()
@@ -210,7 +205,7 @@ class Fsdp2Backend:
         }
 
     def _reshard(self) -> None:
-        """Drops gathered weights, which would outlive a change of the shards.
+        """Drops gathered weights before the shards change.
 
         FSDP2 keeps the root's for a backward, even after ``score``.
         """
@@ -224,14 +219,14 @@ def _whole(tensor: Tensor) -> Tensor:
 
 
 def _frees_weights(settings: BackendSettings, mesh: DeviceMesh, device: torch.device) -> bool:
-    """Tells whether each layer's gathered weights are dropped after use; one rank keeps them where it has room."""
+    """Returns True if layers drop gathered weights after use."""
     return settings.sharding == "full" and (mesh["shard"].size() > 1 or _is_tight(settings, device))
 
 
 def _is_tight(settings: BackendSettings, device: torch.device) -> bool:
-    """Tells whether the copy that even one rank computes with is kept for one layer at a time.
+    """Returns True if even one rank may lack memory for shards and gathered weights together.
 
-    A frozen model of 7B fits a card of 24 GB once and not twice.
+    A GPU of 24 GB holds a frozen 7B model once, not twice.
     """
     return settings.lora is not None or (settings.optimizer is None and device.type == "cuda")
 
@@ -242,7 +237,7 @@ def _shard(
     policy = MixedPrecisionPolicy(
         param_dtype=torch.bfloat16 if settings.precision == "bf16" else None, reduce_dtype=torch.float32
     )
-    # Pinned, so that copies to and from the GPU go on beside the computation.
+    # Pinned, so that copies to and from the GPU overlap with computation.
     offload = CPUOffloadPolicy(pin_memory=device.type == "cuda") if settings.offload else OffloadPolicy()
     if compiles(settings.compile, device, split=settings.mesh is not None and settings.mesh.tensor > 1):
         compile_layers(scorer.model)

@@ -3,8 +3,7 @@
     replicate × shard   fully_shard: weights are gathered within ``shard``, gradients summed over both
     tensor              parallelize_module: heads and columns of every layer, by transformers' plan
 
-Embeddings, head and plain norms are whole on every rank of a tensor group. These ranks compute them from the same bits,
-so they stay equal.
+Embeddings, head and plain norms stay whole; the ranks of a tensor group compute them from equal bits.
 """
 
 import re
@@ -32,10 +31,8 @@ from spin_ray.learner.tensor_plan import layer_plan, why_not_split
 
 
 def _norm_of_local_heads() -> ParallelStyle:
-    """Makes a norm over each head's width run on local heads, and its gradient the sum over all heads.
-
-    That is sequence parallelism over the dimension of heads; which dimension it is called makes no difference.
-    """
+    """Returns the style of norms that run on local heads, with gradients summed over all heads."""
+    # Sequence parallelism over the heads does so; the number of the dimension makes no difference.
     return SequenceParallel(sequence_dim=2, use_local_output=True)
 
 
@@ -48,14 +45,13 @@ STYLES: dict[str, Callable[[], ParallelStyle]] = {
     "rowwise_split_input": lambda: RowwiseParallel(input_layouts=Replicate()),
     "replicated_with_grad_allreduce": _norm_of_local_heads,
 }
-"""torch's styles by transformers' names."""
 
 
 def make_mesh(wanted: Mesh | None, device: torch.device) -> DeviceMesh:
-    """Returns the mesh of all ranks, with the dimensions that are larger than 1, and always ``shard``.
+    """Returns the mesh of all ranks: ``shard``, and other dimensions larger than 1.
 
     Raises:
-        ConfigError: it has another number of ranks.
+        ConfigError: the mesh has another number of ranks.
     """
     world = dist.get_world_size()
     wanted = wanted or Mesh(shard=world)
@@ -72,10 +68,10 @@ def data_mesh(mesh: DeviceMesh) -> DeviceMesh:
 
 
 def split_layers(model: Any, mesh: DeviceMesh) -> None:
-    """Splits each layer over the mesh's ``tensor`` dimension, if it has one.
+    """Splits each layer over the ``tensor`` dimension, if there is one.
 
     Raises:
-        ModelError: the model cannot be split so.
+        ModelError: the model cannot be split.
     """
     if "tensor" not in (mesh.mesh_dim_names or ()):
         return
@@ -96,7 +92,7 @@ def _whole_layers() -> str:
 
 
 def parameters_beside_the_plan(model: Any) -> set[str]:
-    """Returns parameters that work on local heads or columns, and that the plan does not name."""
+    """Returns parameters in split blocks (attention, MLP) that the plan does not name."""
     plan = layer_plan(model.config.get_text_config())
     split = {name.rpartition(".")[0] for name, style in plan.items() if style == "colwise"}
     names = {re.sub(r"\.\d+\.", ".*.", name) for name, _ in model.get_decoder().named_parameters()}
@@ -106,7 +102,7 @@ def parameters_beside_the_plan(model: Any) -> set[str]:
 
 @torch.no_grad()
 def check_split(model: Any, mesh: DeviceMesh, device: torch.device) -> None:
-    """Compares the first layers' log-probabilities, split over the tensor group and whole; a collective.
+    """Compares the first layers' log-probabilities, split and whole; a collective.
 
     Raises:
         ModelError: they differ, or the model cannot be split.
@@ -137,7 +133,7 @@ def check_split(model: Any, mesh: DeviceMesh, device: torch.device) -> None:
 
 
 def by_mesh(tensors: Iterable[Tensor]) -> list[list[Tensor]]:
-    """Returns the tensors grouped by their mesh, as torch's operations on lists take tensors of one mesh only."""
+    """Groups tensors by mesh, as torch's operations on lists take one mesh only."""
     groups: dict[Any, list[Tensor]] = {}
     for tensor in tensors:
         groups.setdefault(tensor.device_mesh if isinstance(tensor, DTensor) else None, []).append(tensor)
@@ -147,7 +143,7 @@ def by_mesh(tensors: Iterable[Tensor]) -> list[list[Tensor]]:
 def group_by_mesh(optimizer: Optimizer) -> None:
     """Splits the optimizer's groups so that each has parameters of one mesh.
 
-    The list and its groups stay the same objects: an optimizer may hold on to them.
+    Changes the list and its groups in place, because an optimizer may keep references to them.
     """
     for group in list(optimizer.param_groups):
         group["params"], *others = by_mesh(group["params"])

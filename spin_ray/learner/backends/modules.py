@@ -26,7 +26,6 @@ from spin_ray.learner.hf_folder import write_model
 logger = logging.getLogger(__name__)
 
 COMPILER = "inductor"
-"""Backend of torch.compile."""
 
 
 def recompute_activations(model: Any) -> None:
@@ -39,13 +38,13 @@ def recompute_activations(model: Any) -> None:
 
 
 def compiles(wanted: bool | Literal["auto"], device: torch.device, *, split: bool = False) -> bool:
-    """Returns the choice behind ``train.compile``.
+    """Returns True if layers are to be compiled.
 
     Args:
-        split: each layer is split over a tensor group; torch 2.13's compiler fails on such (RecursionError).
+        split: layers are split over a tensor group, on which torch 2.13's compiler fails (RecursionError).
 
     Raises:
-        ModelError: compiled layers are wanted, and what builds them is missing, or they are split.
+        ModelError: ``wanted`` is True, but a compiler is missing or layers are split.
     """
     if split and wanted is True:
         raise ModelError("train.compile: layers that are split (train.mesh.tensor) cannot be compiled; leave it out")
@@ -64,9 +63,9 @@ def compiles(wanted: bool | Literal["auto"], device: torch.device, *, split: boo
 
 
 def compile_layers(model: Any) -> None:
-    """Compiles each decoder layer, alike ones once, for any number of tokens.
+    """Compiles each decoder layer for any number of tokens; equal layers share a graph.
 
-    The method is compiled and not the module, so that FSDP2's hooks stay outside. Recomputation comes afterwards: no
+    Only ``forward`` is compiled, so that FSDP2's hooks stay outside. Recomputation must be added afterwards, as no
     graph may break within it.
     """
     keep_out_of_graphs()
@@ -84,12 +83,9 @@ def compile_layers(model: Any) -> None:
 def _forward_as_in_training(
     compiled: Callable[..., Any], differentiable: bool, hidden: Tensor, *others: Any, **named: Any
 ) -> Any:
-    """Calls a compiled layer; without gradients it still runs the graph of training.
+    """Calls a compiled layer by the graph of training, even without gradients.
 
-    A graph made for inference may fuse, and so round, otherwise.
-
-    Args:
-        differentiable: training's ``hidden`` requires a gradient.
+    A graph for inference may fuse, and so round, differently. ``differentiable``: training's ``hidden`` has a gradient.
     """
     if torch.is_grad_enabled():
         return compiled(hidden, *others, **named)
@@ -99,16 +95,16 @@ def _forward_as_in_training(
 
 
 def make_deterministic() -> None:
-    """Makes torch choose kernels without atomic sums; call it before the first matrix product on a card."""
+    """Makes torch use deterministic kernels; call it before the first matrix product on a GPU."""
     os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
     torch.use_deterministic_algorithms(True)
-    # Compiled sums would be arranged as this process measures to be fastest. Torch keeps the setting for this thread
-    # alone; autograd's thread reads TORCHINDUCTOR_DETERMINISTIC, which train workers are started with.
+    # Else inductor would order sums by its own timings, in each process anew. The setting is thread-local; autograd's
+    # thread reads TORCHINDUCTOR_DETERMINISTIC, with which train workers are started.
     torch._inductor.config.deterministic = True
 
 
 def store_in_bf16(parameters: Iterable[nn.Parameter]) -> None:
-    """Halves the memory of weights that are computed in bf16 and never change; the computation's bits are the same."""
+    """Stores frozen weights in bf16, which changes no bit of a bf16 computation."""
     for parameter in parameters:
         if not parameter.is_floating_point():  # quantised already
             continue
@@ -133,11 +129,7 @@ def export(
     source: str | Path,
     settings: BackendSettings,
 ) -> None:
-    """Writes a Hugging Face folder on rank 0, of the adapter alone if ``settings.lora`` says so; a collective.
-
-    Args:
-        gather: returns a whole tensor on every rank.
-    """
+    """Writes a Hugging Face folder, or the adapter alone without ``lora.merge``, on rank 0; a collective."""
     lora, adapter_alone = settings.lora, settings.lora is not None and not settings.lora.merge
     whole = ((name, gather(tensor)) for name, tensor in tensors if is_adapter(name) or not adapter_alone)
     if dist.get_rank() != 0:
