@@ -16,6 +16,6 @@ def extract_number(text: str, extractor: str) -> float | None:
 
 
 def is_correct(text: str, answer: float, extractor: str) -> bool:
-    """Compares the extracted number with ``answer``, to 1e-6 relative."""
+    """Compares the extracted number with ``answer``, to 1e-6 (relative above 1)."""
     number = extract_number(text, extractor)
     return number is not None and abs(number - answer) <= 1e-6 * max(1.0, abs(answer))

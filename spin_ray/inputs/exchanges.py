@@ -21,17 +21,17 @@ Columns = dict[str, Any]
 
 class Exchange(NamedTuple):
     messages: list[Message]
-    """The conversation; its responses are the human ones."""
+    """Conversation with the human response."""
     rejected: list[Message] | None = None
-    """The conversation with the worse response."""
+    """Conversation with the worse response."""
 
 
 def _exchange(prompt: Any, response: Any, worse: Any = None, system: Any = None) -> Exchange:
-    """Returns the messages of a prompt and of one or two responses, each a text or a list of messages."""
+    """Joins a prompt and one or two responses; each is a text or a list of messages."""
     before = _spoken(prompt, "prompt", "user", 0)
     after = _spoken(response, "response", "assistant", len(before))
     rejected = None if worse is None else _spoken(worse, "response", "assistant", len(before))
-    if before or system is None:  # both conversations have the same messages before the response
+    if before or system is None:  # both conversations share the messages before the response
         before, system = _with_system(before, system), None
     return Exchange(
         _with_system([*before, *after], system),
@@ -40,7 +40,7 @@ def _exchange(prompt: Any, response: Any, worse: Any = None, system: Any = None)
 
 
 def _spoken(value: Any, column: str, role: str, start: int) -> list[Message]:
-    """Returns the messages of a column that holds a text, a message, a list of messages, or JSON text of these."""
+    """Reads a text, a message, a list of messages, or JSON text of these."""
     value = unpacked(value)
     if isinstance(value, str):
         return [spoken(role, value, start)]
@@ -104,7 +104,7 @@ def preferred(asks: str) -> Callable[[Columns], Exchange]:
 
 
 def read_sharegpt_preferred(row: Columns) -> Exchange:
-    """Reads LLaMA-Factory's preference rows: ``chosen`` and ``rejected`` are a message each."""
+    """Reads LLaMA-Factory's rows, whose ``chosen`` and ``rejected`` are one message each."""
     asked, rejected = listed(row["conversations"], "conversations"), unpacked(row.get("rejected"))
     return _exchange(asked, [row["chosen"]], None if rejected is None else [rejected], row.get("system"))
 
@@ -124,7 +124,7 @@ def both(better: str, worse: str) -> Callable[[Columns], Exchange]:
 
 
 def is_conversation(value: Any) -> bool:
-    """Tells whether a value is a list of messages that begins before the response."""
+    """Returns True for messages that begin before the response."""
     if isinstance(value, dict):
         value = listed(value, "") if value and all(isinstance(each, list) for each in value.values()) else [value]
     if not isinstance(value, list):

@@ -1,6 +1,6 @@
-"""The Hugging Face hub: models are fetched into its client's cache, data is read where it lies.
+"""The Hugging Face hub: models are downloaded, data is read remotely.
 
-Offline (``HF_HUB_OFFLINE``) data comes from that cache, too. What the hub refuses is one line with the cure.
+Offline (``HF_HUB_OFFLINE``), data comes from the client's cache. Every error is one line with its cure.
 """
 
 import re
@@ -22,7 +22,7 @@ _NAMED = re.compile(
 )
 _FETCHED = ["*.safetensors", "*.json", "*.jinja", "tokenizer.model", "*.txt", "*.tiktoken"]
 _LEFT = ["consolidated*", "original/*", "*/*.safetensors"]
-"""What nothing opens: the model in Mistral's and Meta's own layouts, and weights of checkpoints."""
+"""Files that no library opens: Mistral's and Meta's own layouts, and weights of checkpoints."""
 
 
 class _Repository(NamedTuple):
@@ -34,13 +34,13 @@ class _Repository(NamedTuple):
 
     @property
     def command(self) -> str:
-        """The command that fetches the repository into the cache."""
+        """Command that fetches the repository into the cache."""
         kind = "" if self.kind == "model" else f" --repo-type {self.kind}"
         return f"hf download {self.name}{kind}{f' --revision {self.revision}' if self.revision else ''}"
 
 
 def _repository(path: str) -> _Repository:
-    """Reads a path without ``hf://``; raises DataError if it names no repository."""
+    """Parses a path without ``hf://``; raises DataError if it names no repository."""
     found = _NAMED.fullmatch(path)
     if not found or path.startswith("buckets/"):
         raise DataError(f"{PREFIX}{path}: names no data of the hub; expected hf://datasets/OWNER/NAME@REVISION/FILE")
@@ -63,13 +63,13 @@ def fetch_model(name: str, setting: str) -> Path:
 
 
 def hub_filesystem(path: str) -> pyarrow.fs.FileSystem:
-    """Returns the file system of data on the hub; raises DataError if ``path`` (without ``hf://``) names none."""
+    """Returns the file system of ``path`` (without ``hf://``); raises DataError if it names no data of the hub."""
     repository = _repository(path)
     return pyarrow.fs.PyFileSystem(_Cached(repository, path) if _is_offline() else _Online(repository))
 
 
 def unpinned(uri: str) -> str | None:
-    """Returns the URI with the commit that the hub has now; None if it names one, or is not of the hub."""
+    """Returns the URI with the hub's present commit; None if the URI names a commit or the commit is unknown."""
     if not uri.startswith(PREFIX):
         return None
     repository = _repository(uri.removeprefix(PREFIX))
@@ -86,9 +86,9 @@ def unpinned(uri: str) -> str | None:
 
 
 def unlisted(uri: str) -> str | None:
-    """Returns the command that completes data in the cache; None where the data is known to be complete.
+    """Returns the command that completes data in the cache; None if no file can be missing.
 
-    Offline, nothing tells which files of a folder or glob are missing, unless the cache has the hub's list of them.
+    Offline, missing files of a folder or glob show only if the cache has the hub's list of files.
     """
     if not uri.startswith(PREFIX) or not _is_offline():
         return None
@@ -111,7 +111,7 @@ def _is_offline() -> bool:
 
 
 def _why(error: BaseException, repository: _Repository) -> str:
-    """Returns why the hub gave nothing, with the cure."""
+    """Returns the reason of a failure, with the cure."""
     from huggingface_hub import constants
     from huggingface_hub.errors import (  # type: ignore
         GatedRepoError,
@@ -152,7 +152,6 @@ def _why(error: BaseException, repository: _Repository) -> str:
 
 
 def _last_words(causes: list[BaseException]) -> str:
-    """Returns the innermost error that says something."""
     return next((first_line(each) for each in reversed(causes) if str(each).strip()), type(causes[0]).__name__)
 
 
@@ -199,7 +198,7 @@ class _Online(pyarrow.fs.FSSpecHandler):
 
 
 class _Told:
-    """A file of the hub that may fail at each reading."""
+    """File of the hub whose errors in reading become OSErrors of one line."""
 
     def __init__(self, file: Any, told: Callable[[], AbstractContextManager[None]]) -> None:
         self._file, self._told = file, told
@@ -251,5 +250,5 @@ class _Cached(pyarrow.fs.FSSpecHandler):
 
 
 def _without_time(path: str, info: pyarrow.fs.FileInfo) -> pyarrow.fs.FileInfo:
-    """Returns what the hub tells of a file, so that a run is the same run offline."""
+    """Drops the time, which the hub does not tell: a run must have the same digests offline."""
     return pyarrow.fs.FileInfo(path, info.type, size=info.size)

@@ -1,7 +1,7 @@
-"""Two small data sets: generated sums, and conversations between people.
+"""Small data sets: generated sums, and conversations between people.
 
-A row is ``{"messages": [..., {"role": "assistant", ...}]}``, for sums also with ``"answer"``. A digest decides which
-rows are taken, so everyone gets the same.
+A row is ``{"messages": [..., {"role": "assistant", ...}]}``; sums also have ``"answer"``. Hashes choose the rows, so
+everyone gets the same.
 """
 
 import hashlib
@@ -59,10 +59,10 @@ def chitchat_rows(split: Split) -> list[Row]:
 
 
 def reply_rows(split: Split) -> list[Row]:
-    """Returns all small talk between people that is fit to be learnt from: 4,067 replies, 80 % to train on.
+    """Returns all suitable replies: 4,067, of which 80 % of the conversations are to train on.
 
-    A row is as in ``chitchat_rows``, with the ``conversation`` that it is of. Conversations occur as often as they have
-    such replies, stand together, and are in one split.
+    Rows are as in ``chitchat_rows``, with the id of their ``conversation``. All rows of a conversation stand together
+    in one split.
 
     Raises:
         ConfigError: chitchat-dataset is not installed.
@@ -96,7 +96,7 @@ def chitchat_conversations() -> dict[str, Any]:
 
 @cache
 def _all_chitchat_rows() -> list[Row]:
-    """Returns all rows, training rows first. Takes four seconds."""
+    """Returns all rows, training rows first."""
     candidates = sorted(_exchanges(chitchat_conversations()), key=lambda exchange: _rank("\n".join(exchange.texts)))
     taken: set[str] = set()
     rows: list[Row] = []
@@ -115,7 +115,7 @@ class _Exchange(NamedTuple):
 
 
 def _exchanges(conversations: dict[str, Any], people: int = 20, shortest: int = 5) -> Iterator[_Exchange]:
-    """Yields the exchanges of words that so many people use, with replies of at least ``shortest`` words."""
+    """Yields exchanges of words that at least ``people`` people use, with replies of at least ``shortest`` words."""
     common = _words_of_many_people(conversations, people)
     for conversation, content in conversations.items():
         turns = content["messages"]
@@ -171,7 +171,6 @@ _CRUDE = re.compile(
     r"|anxiety|cancer)\b",
     re.IGNORECASE,
 )
-"""Sex, slurs, violence and troubles."""
 _PLATFORM = re.compile(
     r"\b(prompts?|questions?|ipads?|laptop|challenge|competition|bots?|win|winning|points|leaderboard|conversations?"
     r"|chat\w*|app)\b",

@@ -1,4 +1,4 @@
-"""Skeletons: a template's words around the texts, for conversations with the same roles and empty texts."""
+"""Skeletons: the words that a template writes around texts, for one sequence of roles."""
 
 import re
 from collections.abc import Callable, Sequence
@@ -9,10 +9,10 @@ from spin_ray.inputs.conversations import Conversation
 from spin_ray.inputs.templates.copying import copies_texts
 
 Ask = Callable[[Conversation, bool], str | None]
-"""``ask(messages, add_generation_prompt)`` returns the template's text; None for a refusal."""
+"""``ask(messages, add_generation_prompt)``: the rendered text, or None for a refusal."""
 
 _BLANK, _OPEN, _CLOSE = "\u2003", "\ue002", "\ue003"
-"""Marks of a text's place; a template that strips takes the blanks away."""
+"""Marks of a text's place; a template that strips removes the blanks."""
 _PLACE = re.compile(f"({_BLANK}?){_OPEN}([0-9]+){_CLOSE}({_BLANK}?)")
 _MOST = 4096
 """Most sequences of roles that are remembered."""
@@ -21,9 +21,9 @@ _MOST = 4096
 @dataclass(frozen=True, slots=True)
 class _Skeleton:
     words: str
-    """A format for ``%`` with one ``%s`` a place."""
+    """Format for ``%`` with one ``%s`` per place."""
     places: tuple[tuple[int, bool], ...]
-    """For each place the message's index, and True if its text is stripped."""
+    """For each place, the message's index and True if its text is stripped."""
 
     def around(self, messages: Conversation) -> str:
         texts = [messages[index]["content"] for index, _ in self.places]
@@ -33,10 +33,10 @@ class _Skeleton:
 
 
 class Skeletons:
-    """Skeletons of one template, learnt as sequences of roles come."""
+    """Skeletons of one template, made as sequences of roles come."""
 
     def __init__(self, ask: Ask | None) -> None:
-        """Takes None for a template that must be run."""
+        """Takes ``ask``, or None for a template that must be run."""
         self._ask = ask
         self._known: dict[tuple[tuple[str, bool, int], ...], tuple[_Skeleton, _Skeleton] | None] = {}
 
@@ -46,7 +46,7 @@ class Skeletons:
         return cls(ask if isinstance(template, str) and copies_texts(template) else None)
 
     def write(self, messages: Conversation) -> tuple[str, str] | None:
-        """Returns the prompt and the text behind it. None: the template must be run."""
+        """Returns the prompt and the text behind it; None if the template must be run."""
         if self._ask is None:
             return None
         roles = tuple([(message["role"], not message["content"], len(message)) for message in messages])
