@@ -10,7 +10,7 @@ _EXTRACTORS = {
 
 
 def extract_number(text: str, extractor: str) -> float | None:
-    """Returns the number after the last ``=`` (``equals``) or ``####`` (``hashes``) that has one; None without any."""
+    """Returns the last number behind ``=`` (``equals``) or ``####`` (``hashes``), or None."""
     found = _EXTRACTORS[extractor].match(text)
     return float(found.group(1).replace(",", "")) if found else None
 

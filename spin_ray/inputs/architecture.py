@@ -20,7 +20,7 @@ _LANGUAGE_MODELS = ("forcausallm", "lmheadmodel", "lmheadmodelwithloss")
 
 
 def refuse_architecture(folder: Path, max_length: int) -> None:
-    """Refuses models before training fails on them, or trains something else.
+    """Refuses models that would break training hours later, or train wrongly.
 
     Raises:
         ModelError: transformers has no such causal language model, or the weights are another model's.
@@ -52,7 +52,6 @@ def refuse_unapplied(folder: Path, lora: LoraConfig) -> None:
 
 
 def _complete(folder: Path) -> dict[str, Any]:
-    """Returns the config with transformers' defaults."""
     from transformers import AutoConfig
 
     try:
@@ -85,7 +84,6 @@ def _name(config: dict[str, Any]) -> str:
 
 
 def _of_weights(config: dict[str, Any], shapes: dict[str, tuple[int, ...]]) -> Iterator[str]:
-    """Yields reasons why the weights do not fit the config."""
     text = config.get("text_config") or config
     modules = {name: name.removesuffix(".weight").rpartition(".")[2] for name in shapes if name.endswith(".weight")}
     embeds, has_head = (any(module in kinds for module in modules.values()) for kinds in (_EMBEDDINGS, _HEADS))

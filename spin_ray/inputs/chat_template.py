@@ -30,14 +30,14 @@ _OPENINGS = (
 
 
 class RenderError(ValueError):
-    """The template refuses a conversation, or prompt and response cannot be separated."""
+    """Failure to render a conversation."""
 
 
 class ChatTemplate:
     """A tokenizer's chat template, explored by rendering short conversations."""
 
     def __init__(self, tokenizer: Any, kwargs: Mapping[str, Any], date: datetime) -> None:
-        """Renders the short conversations.
+        """Explores the template.
 
         Args:
             kwargs: variables of the template.
@@ -71,9 +71,9 @@ class ChatTemplate:
         added = tokenizer.added_tokens_decoder.items()
         self.added_ids = {str(token): token_id for token_id, token in added if str(token).strip()}
         self.opening: Opening | None = None
-        """Thought that the prompt opens and a whole conversation leaves out, as in DeepSeek R1's template."""
+        """Thought that the prompt opens, but a whole conversation lacks, as in DeepSeek R1's template."""
         self.prompt, self.responses = self._probe()
-        """A short prompt, and texts that follow it for many responses."""
+        """A short prompt, and texts that may follow it."""
         tail = self.responses[0].rpartition(_PROBE)[2]
         self.end_of_turn_id, self.end_of_turn, self.writes_end_of_turn = self._find_end_of_turn(tail)
         # Data may use the other added tokens as words: those neither special nor written by the template, e.g. <think>.
@@ -87,7 +87,7 @@ class ChatTemplate:
         self._skeletons = Skeletons.of(self.source, self.ask)
 
     def write_prompts(self, conversations: Sequence[Conversation], tools: Sequence[Tools]) -> list[str | RenderError]:
-        """Writes conversations without a response, up to where the assistant speaks."""
+        """Writes conversations up to where the assistant speaks."""
         written = self._apply(list(conversations), True, tools)
         lacks = map(self._find_unwritten, conversations, tools)
         return [lack or text for lack, text in zip(lacks, written, strict=True)]
@@ -95,7 +95,7 @@ class ChatTemplate:
     def write_all(
         self, conversations: Sequence[Conversation], tools: Sequence[Tools]
     ) -> list[tuple[str, str] | RenderError]:
-        """Writes prompt and response of each conversation; runs the template only where no skeleton is known."""
+        """Writes prompt and response of each conversation, without running the template where a skeleton is known."""
         given = list(zip(conversations, tools, strict=True))
         if self.opening:
             return self._write_opened(self.opening, given)
@@ -117,10 +117,7 @@ class ChatTemplate:
     def _write_opened(
         self, opening: Opening, given: list[tuple[Conversation, Tools]]
     ) -> list[tuple[str, str] | RenderError]:
-        """Writes responses that continue the thought opened by the prompt.
-
-        The template would cut the thought out, so it renders a placeholder for the response.
-        """
+        """Writes a placeholder, then the response in its place: the template would cut the response's thought out."""
         marked = [
             [*messages[:-1], {key: value for key, value in messages[-1].items() if key != "reasoning_content"}]
             for messages, _ in given
@@ -165,7 +162,7 @@ class ChatTemplate:
         return list(self._tokenizer(text, add_special_tokens=False)["input_ids"])
 
     def in_its_form(self, messages: Conversation) -> Conversation:
-        """Drops empty keys; gives tool-call arguments as parsed JSON or as text, whichever the template takes."""
+        """Drops empty keys and gives tool-call arguments as the template takes them: parsed, or as JSON text."""
         for message in messages:
             if len(message) != 2:
                 break
@@ -289,7 +286,6 @@ class ChatTemplate:
     def _apply(
         self, conversations: list[Conversation], add_generation_prompt: bool, tools: Sequence[Tools] = ()
     ) -> list[str | RenderError]:
-        """Renders all conversations in one call; one by one if any has tools or is refused."""
         if not conversations:
             return []
         offers = list(tools) or [None] * len(conversations)
@@ -356,7 +352,6 @@ class ChatTemplate:
         return not isinstance(texts, RenderError)
 
     def _find_end_of_turn(self, tail: str) -> tuple[int, str, bool]:
-        """Returns the first added token behind a message and True; else the end of text and False."""
         found = any_of(self.added_ids).search(tail)
         if found:
             return self.added_ids[found.group()], found.group(), True

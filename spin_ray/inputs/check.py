@@ -49,7 +49,7 @@ _COUNTED_ROWS = 4096
 
 @dataclass(frozen=True)
 class Inputs:
-    """Model and data of a run, with their digests."""
+    """Model and data of a run, with digests."""
 
     model: ModelFolder
     train: Train
@@ -92,11 +92,7 @@ class FirstConversation(NamedTuple):
 
 
 def find_inputs(config: SpinConfig) -> Inputs:
-    """Finds model and data.
-
-    Raises:
-        UserError: an input is missing or refused.
-    """
+    """Finds model and data; raises UserError if one is missing or refused."""
     refuse_unknown_columns(config.data)
     train = _resolved(config.data.train)
     heldout = _resolved(config.data.heldout) if config.data.heldout else None
@@ -203,7 +199,6 @@ def _refuse_absent_columns(rows: Iterable[SourceRow], data: DataConfig) -> None:
 
 
 def _first_conversations(heads: Sequence[list[SourceRow]], data: DataConfig) -> list[FirstConversation]:
-    """Checks that each file has one form; returns the conversations of the first file."""
     for head in heads:
         find_form(head, data)
     found = []
@@ -217,7 +212,7 @@ def _first_conversations(heads: Sequence[list[SourceRow]], data: DataConfig) -> 
 
 
 def _too_few(config: SpinConfig, train: Train) -> str | None:
-    """Returns an error message if an iteration has too few pairs for one optimizer step."""
+    """Returns an error message if an iteration has fewer pairs than one optimizer step."""
     needed = config.train.global_batch_pairs
     each = config.generation.samples_per_prompt
     if config.algorithm not in ("spin", "dpo", "sppo"):
@@ -262,10 +257,10 @@ def check_template_tokens(tokenizer: Any, renderer: ChatRenderer, vocabulary: in
 
 
 def check_token_ids(renderer: ChatRenderer, first: Sequence[FirstConversation], vocabulary: int | None = None) -> int:
-    """Compares token ids of the first rows with those of transformers; returns the number of conversations compared.
+    """Compares token ids of the first rows with transformers'; returns the number of conversations compared.
 
     Raises:
-        ModelError: token ids differ, or a token has no embedding.
+        ModelError: ids differ, or a token has no embedding.
     """
     compared, tokenizer = 0, renderer.tokenizer
     missing = without_embedding(tokenizer, vocabulary)
@@ -306,7 +301,7 @@ def _open_scorer(config: SpinConfig) -> ModelFolder | None:
 
 
 def _refuse_unusable_models(config: SpinConfig, inputs: Inputs) -> None:
-    """Raises ModelError for faults that would otherwise show only after hours of sampling."""
+    """Raises ModelError for faults that would otherwise show after hours of sampling."""
     from spin_ray.learner.miniature import refuse_unscorable  # slow: torch
 
     if not config.model.trust_remote_code:

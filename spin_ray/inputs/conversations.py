@@ -54,7 +54,7 @@ def conversations_of(content: dict[str, Any] | None, data: DataConfig) -> list[C
 
 
 def question_of(content: dict[str, Any] | None, data: DataConfig) -> Found:
-    """Reads a question, with an empty response and tools; raises Unusable if the row has none."""
+    """Reads a question and adds an empty response; raises Unusable if there is no question."""
     if content is None:
         raise Unusable("malformed", "not a JSON object")
     row = mapped(content, data)
@@ -87,7 +87,7 @@ _NUMBER = re.compile(r"\s*[-+]?\d{1,3}(,\d{3})+(\.\d*)?\s*")
 
 
 def answer_of(value: Any) -> float | None:
-    """Returns ``value`` as a finite number, or None; reads texts such as ``1,234`` and ``… #### 12``."""
+    """Returns ``value`` as a finite number, or None; texts may be ``1,234`` or end with ``#### 12``."""
     if value is None or isinstance(value, bool):
         return None
     if isinstance(value, str):
@@ -133,7 +133,6 @@ def _ending_with_response(messages: list[Message], data: DataConfig) -> list[Con
 
 
 def _checked(messages: list[Message], data: DataConfig) -> list[Message]:
-    """Adds the recipe's system message; raises Unusable without a prompt and a response."""
     asked = False
     for first, message in enumerate(messages):  # noqa: B007
         if message["role"] == "assistant":

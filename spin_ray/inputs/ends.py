@@ -7,9 +7,9 @@ from spin_ray.inputs.rendering import ChatRenderer
 
 
 def other_ends(folder: Path, renderer: ChatRenderer) -> tuple[int, ...]:
-    """Returns the ends that model folder and tokenizer name, ascending, without the template's.
+    """Returns the ids that model folder and tokenizer name, ascending, without the template's.
 
-    Ids in the folder's files that are no added tokens are mistakes and do not count.
+    An id in the folder's files that is no added token is ignored as a mistake.
     """
     tokenizer = renderer.tokenizer
     named = {tokenizer.eos_token_id}

@@ -27,7 +27,7 @@ class Exchange(NamedTuple):
 
 
 def _exchange(prompt: Any, response: Any, worse: Any = None, system: Any = None) -> Exchange:
-    """Joins a prompt and one or two responses; each is a text or a list of messages."""
+    """Joins a prompt with one or two responses, all given as text or messages."""
     before = _spoken(prompt, "prompt", "user", 0)
     after = _spoken(response, "response", "assistant", len(before))
     rejected = None if worse is None else _spoken(worse, "response", "assistant", len(before))
@@ -40,7 +40,6 @@ def _exchange(prompt: Any, response: Any, worse: Any = None, system: Any = None)
 
 
 def _spoken(value: Any, column: str, role: str, start: int) -> list[Message]:
-    """Reads a text, a message, a list of messages, or JSON text of these."""
     value = unpacked(value)
     if isinstance(value, str):
         return [spoken(role, value, start)]
@@ -72,7 +71,7 @@ def read_sharegpt(row: Columns) -> Exchange:
 
 
 def read_alpaca(row: Columns) -> Exchange:
-    """Joins instruction and input by an empty line; ``history`` holds earlier pairs of instruction and output."""
+    """Joins instruction and input by an empty line; ``history`` holds earlier turns."""
     return _exchange(_instructed(row), row["output"], None, row.get("system"))
 
 
@@ -124,7 +123,7 @@ def both(better: str, worse: str) -> Callable[[Columns], Exchange]:
 
 
 def is_conversation(value: Any) -> bool:
-    """Returns True for messages that begin before the response."""
+    """Returns True for messages of which the first is not the assistant's."""
     if isinstance(value, dict):
         value = listed(value, "") if value and all(isinstance(each, list) for each in value.values()) else [value]
     if not isinstance(value, list):

@@ -17,10 +17,8 @@ from spin_ray.inputs.hub import PREFIX, hub_filesystem
 KINDS = (".jsonl", ".ndjson", ".json", ".parquet", ".csv", ".tsv", ".arrow")
 TEXTS = (".jsonl", ".ndjson", ".json", ".csv", ".tsv")
 CODECS = {".gz": "gzip", ".zst": "zstd"}
-"""Compression of text files by suffix."""
 SUFFIXES = (*KINDS, *(text + codec for text in TEXTS for codec in CODECS))
 CHUNK = 2**20
-"""Bytes read at a time."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -36,13 +34,13 @@ class SourceRow(NamedTuple):
     origin: str
     """File and place."""
     content: dict[str, Any] | None
-    """None: the row is no JSON object."""
+    """None if the row is no JSON object."""
     raw: bytes
     """Bytes of the row (for tables: JSON)."""
     unread: tuple[str, ...] = ()
     """Columns that were not read; those of ``MEDIA`` only if the row may hold something there."""
     fault: str = "not a JSON object"
-    """Reason why content is None."""
+    """Reason why ``content`` is None."""
 
 
 def kind_of(uri: str) -> str:
@@ -56,7 +54,7 @@ def codec_of(uri: str) -> str | None:
 
 
 def filesystem(uri: str) -> tuple[pyarrow.fs.FileSystem, str]:
-    """Returns the file system of a path or URI, and the path in it; raises DataError if there is none."""
+    """Returns the file system of a path or URI, and the path in it; raises DataError for an unknown one."""
     if uri.startswith(PREFIX):
         return hub_filesystem(path := uri.removeprefix(PREFIX)), path
     if uri.startswith("file://"):
@@ -72,7 +70,6 @@ def filesystem(uri: str) -> tuple[pyarrow.fs.FileSystem, str]:
 
 
 def _local_path(path: str) -> str:
-    """Returns the path of a ``file://`` URI, with or without percent encoding."""
     path = "/" + path.removeprefix("localhost").lstrip("/")
     return path if os.path.exists(path) else unquote(path)
 
@@ -92,7 +89,7 @@ _PAGE = re.compile(
 
 
 def open_text(uri: str) -> io.BufferedReader:
-    """Opens a file's decompressed bytes; only an uncompressed file can seek."""
+    """Opens a file's decompressed bytes; only uncompressed files can seek."""
     store, path = filesystem(uri)
     codec = codec_of(uri)
     opened = store.open_input_file(path)
@@ -101,10 +98,10 @@ def open_text(uri: str) -> io.BufferedReader:
 
 
 def head_of(uri: str, size: int = 512) -> bytes:
-    """Returns the first bytes of a text, without byte order mark and leading blanks.
+    """Returns a text's first bytes, without byte order mark and leading blanks.
 
     Raises:
-        DataError: the file cannot be read, is not UTF-8, or is of another kind or compression than its name says.
+        DataError: the file cannot be read, is not UTF-8, or is not what its name says.
     """
     try:
         with open_text(uri) as file:
@@ -138,11 +135,11 @@ _BEGINNINGS = {
     b"<!DOCTYPE": "is a web page; download the file itself",
     b"<HTML": "is a web page; download the file itself",
 }
-"""Errors for files of another kind than their names say, by first bytes."""
+"""Errors by first bytes."""
 
 
 def other_kind(head: bytes, kind: str = "") -> str | None:
-    """Returns the kind and the cure of a file that begins with ``head``; None for text and for ``kind`` itself."""
+    """Returns the kind and cure of data that begins with ``head``; None for text, and for ``kind`` itself."""
     own = {".parquet": b"PAR1", ".arrow": b"ARROW1"}.get(kind)
     if head[257:262] == b"ustar":
         return "is a tar archive; unpack it"

@@ -21,7 +21,7 @@ _TRANSCRIPT = re.compile(
     r"(?:^\s*Human:.*\nAssistant:|### (?:Response|Assistant):?|<\|assistant\|>|<\|im_start\|>assistant|\[/INST\])\s*$",
     re.DOTALL,
 )
-"""A prompt that is rendered already. A bare ``Assistant:`` does not count: few-shot prompts end with it, too."""
+"""A prompt that is rendered already. ``Assistant:`` alone proves nothing: few-shot prompts end with it, too."""
 _FEWEST_TRANSCRIPTS = 3
 _THOUGHT = f"<think>\n{_PROBE}\n</think>"
 
@@ -29,7 +29,7 @@ _THOUGHT = f"<think>\n{_PROBE}\n</think>"
 class Finding(NamedTuple):
     sentence: str
     severity: Literal["note", "warning", "error"]
-    """Level of the finding; an ``error`` stops a run before generation."""
+    """Level; an ``error`` stops a run before generation."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -37,19 +37,19 @@ class TemplateFacts:
     """Traits of a chat template that change what a row says."""
 
     before: str
-    """Text before a first user message."""
+    """Text before the first user message."""
     after: str
     """Text between user message and answer."""
     system: Literal["written", "refused", "left out"]
     default_system: str
     """System prompt for rows without one; may be empty."""
     alternates: bool
-    """True: user and assistant must alternate."""
+    """True if user and assistant must alternate."""
     writes_date: bool
     strips: tuple[str, ...]
-    """Parts of a response that are lost."""
+    """Lost parts of a response."""
     cuts_thoughts: bool
-    """True: thoughts of earlier turns are lost."""
+    """True if thoughts of earlier turns are lost."""
 
 
 def template_facts(template: ChatTemplate) -> TemplateFacts:
@@ -79,7 +79,6 @@ def template_facts(template: ChatTemplate) -> TemplateFacts:
 
 
 def _default_system(before: str, given: str) -> str:
-    """Returns the text that a row's own system message replaces."""
     head, mark, rest = given.partition(_PROBE)[0].partition("SYSTEM")
     replaced = before.removeprefix(head)
     if not mark or not rest or not before.startswith(head) or not replaced.endswith(rest):
@@ -118,7 +117,7 @@ def _sentences(facts: TemplateFacts, template: ChatTemplate) -> Iterator[Finding
 
 
 def find_in_rows(renderer: ChatRenderer, rows: Sequence[tuple[Conversation, Tools]], source: str) -> list[Finding]:
-    """Returns faults of the rows as a whole, e.g. a template that writes none of them."""
+    """Returns faults that most of the rows share."""
     written = [renderer.texts(messages, tools) for messages, tools in rows]
     refused = [text for text in written if isinstance(text, RenderError)]
     if rows and len(refused) == len(rows):
@@ -132,7 +131,6 @@ def find_in_rows(renderer: ChatRenderer, rows: Sequence[tuple[Conversation, Tool
 
 
 def _find_transcripts(renderer: ChatRenderer, prompts: Sequence[Conversation], source: str) -> Finding | None:
-    """Returns a warning if half of the prompts are rendered already."""
     marks = renderer.template.marks_between_turns()
     texts = [said[-1]["content"] for said in prompts]
     rendered = [text for text in texts if _TRANSCRIPT.search(text) or any(mark in text for mark in marks)]
@@ -147,7 +145,7 @@ def _find_transcripts(renderer: ChatRenderer, prompts: Sequence[Conversation], s
 
 
 def _find_thoughts(renderer: ChatRenderer, written: list[tuple[str, str]], source: str) -> Finding | None:
-    """Returns an error if the prompt asks for thoughts and no row has one: SPIN would only unlearn thinking."""
+    """Returns an error if the prompt asks for thoughts and no row has one: SPIN would unlearn thinking."""
     thoughts = [thought_of(prompt, response) for prompt, response in written]
     opened = any(opened_by(prompt) for prompt, _ in written)
     if not written or any(thoughts) or (not opened and None in thoughts):
@@ -168,7 +166,6 @@ def _cure_of_thoughts(template: ChatTemplate) -> str:
 
 
 def _switch_for(renderer: ChatRenderer, rows: Sequence[tuple[Conversation, Tools]]) -> str:
-    """Returns advice on a switch of thoughts with which the template can write the first row."""
     template, (messages, tools) = renderer.template, rows[0]
     for name in SWITCHES:
         for value in (False, True) if template.opening else (True, False):

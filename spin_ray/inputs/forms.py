@@ -39,9 +39,9 @@ class Form:
     read: Callable[[Columns], Exchange]
     """Function from a row to messages; raises Unusable."""
     fits: Callable[[Columns], bool] = lambda row: True
-    """Test that tells forms with the same columns apart."""
+    """Test that tells forms with equal columns apart."""
     asks: str | None = None
-    """Column of the question. A row without a response can be a question."""
+    """Column of the question; without a response, the row is a question."""
     response: str = ""
     """Column of the response."""
     known_from: str
@@ -137,14 +137,14 @@ FORMS: tuple[Form, ...] = (
 
 BY_NAME = {form.name: form for form in FORMS}
 BESIDE = ("answer", "tools", "label")
-"""Columns that every form may have: an answer for grading, tools, and KTO's label."""
+"""Columns that every form may have: answer for grading, tools, KTO's label."""
 OTHER_NAMES = {"system_prompt": "system", "conversation": "conversations"}
 """Other names of columns, read where a row has no value under the usual name."""
 _HINTS = {
     "prompt": ("query", "question", "problem", "instruction", "input", "inputs", "user", "request"),
     "response": ("output", "outputs", "solution", "completion", "target", "targets", "assistant", "answer", "answers"),
 }
-"""Other names of prompt and response, for hints in errors only."""
+"""Other names of prompt and response, for hints only."""
 MEDIA = ("image", "images", "video", "videos", "audio", "audios")
 """Columns that a text model cannot read."""
 COLUMNS = tuple(dict.fromkeys([*(name for form in FORMS for name in (*form.needs, *form.may)), *BESIDE]))
@@ -176,7 +176,7 @@ def mapped(content: Columns, data: DataConfig) -> Columns:
 
 
 _NUMBERS = {"0": False, "0.0": False, "1": True, "1.0": True}
-"""KTO's labels as numbers. Numbers in other data name classes, so ``data.columns`` must map ``label``."""
+"""KTO's labels as numbers, read only if ``data.columns`` maps ``label``: elsewhere numbers name classes."""
 
 
 def is_wanted(label: Any) -> bool | None:
@@ -186,7 +186,7 @@ def is_wanted(label: Any) -> bool | None:
 
 
 def form_of(row: Columns, data: DataConfig) -> Form | None:
-    """Returns the form of a mapped row (or ``data.form``); None if the row has no form."""
+    """Returns the form of a mapped row, or None; ``data.form`` takes precedence."""
     if data.form is not None:
         form = BY_NAME[data.form]
         return form if all(column in row for column in form.needs) else None
@@ -200,7 +200,7 @@ def _with_columns(columns: tuple[str, ...]) -> tuple[Form, ...]:
 
 
 def no_form(row: Iterable[str], data: DataConfig) -> str:
-    """Returns the reason why a row has no form: the nearest form and its missing columns."""
+    """Returns why a row has no form: the nearest form and its missing columns."""
     has = set(row)
     if isinstance(row, dict) and (path := _rows_within(row)):
         return f"its rows are inside it; write them alone, one a line: jq -c '{path}' FILE > NEW.jsonl"
@@ -224,7 +224,7 @@ def no_form(row: Iterable[str], data: DataConfig) -> str:
 
 
 def _rows_within(row: Columns) -> str | None:
-    """Returns jq's path to rows nested below other keys, as the hub's server writes them."""
+    """Returns jq's path to rows nested below other keys."""
     values = list(row.values())
     if len(values) > 1 and all(isinstance(each, dict) and _is_row(each) for each in values):
         return ".[]"
@@ -244,7 +244,7 @@ def _rows_within(row: Columns) -> str | None:
 
 
 _OF_ONE_ROW = ("row", "body")
-"""Keys of a row beside its number, in answers of the hub's server and OpenAI's batches."""
+"""Keys of a row in answers of the hub's server and in OpenAI's batches."""
 
 
 def _is_row(value: Columns) -> bool:
@@ -259,7 +259,7 @@ def jq_key(key: str) -> str:
 
 
 def _hint(has: set[str]) -> dict[str, str]:
-    """Returns ``data.columns`` for a known form, guessed from other spellings, else from synonyms."""
+    """Guesses ``data.columns`` from other spellings, else from synonyms."""
     spelt = {name.strip().strip("'\"").lower(): name for name in sorted(has)}
     for form in FORMS:
         if all(name in spelt for name in form.needs):
@@ -286,7 +286,7 @@ class Placed(Protocol):
 
 
 def find_form(rows: Iterable[Placed], data: DataConfig) -> Form | None:
-    """Returns the one form of a file's first rows; None if no row is a JSON object.
+    """Returns the form of a file's first rows; None if no row is a JSON object.
 
     Raises:
         DataError: no row has a known form, or two rows have different forms.
@@ -309,7 +309,7 @@ def find_form(rows: Iterable[Placed], data: DataConfig) -> Form | None:
 
 
 def refuse_two_forms(found: dict[str, tuple[str, str]]) -> None:
-    """Raises DataError if ``{form: (origin, row)}`` of one file has two forms."""
+    """Raises DataError if one file's ``{form: (origin, row)}`` has two forms."""
     if len(found) < 2:
         return
     (one, (origin, first)), (other, (where, second)) = list(found.items())[:2]
@@ -326,7 +326,7 @@ def shown(content: Any, width: int = 120) -> str:
 
 
 def ignored_in(row: Mapping[str, Any], form: Form) -> list[str]:
-    """Returns the columns, and keys of messages, that the row's form does not read."""
+    """Returns the columns and message keys that the row's form does not read."""
     names = list(_unread(form.name, tuple(row)))
     if row.get("label") is not None and is_wanted(row["label"]) is None:
         names.append("label")

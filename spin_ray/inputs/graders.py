@@ -15,7 +15,7 @@ from spin_ray.inputs.conversations import answer_of
 from spin_ray.learner.import_path import import_object
 
 Grader = Callable[[str, str], float | None]
-"""Function from a response and its row's answer to a grade from 0 to 1; None if the answer cannot be graded."""
+"""Function from a response and its row's answer to a grade from 0 to 1, or None for an unusable answer."""
 
 _SAID = re.compile(r"(?i:answer\s*(?:is|:)?)[\s:*]*\(?([A-Z]\b(?!')|[a-z](?=\W*$))", re.MULTILINE)
 _BOXED = re.compile(r"\\boxed\{\s*(?:\\text\{)?\(?([A-Z])\)?")
@@ -44,12 +44,12 @@ def regex(response: str, answer: str) -> float | None:
 
 
 REGEX_S = 2.0
-"""Most CPU seconds for one response; a pattern such as ``(a+)+$`` takes hours on some texts."""
+"""Most CPU seconds for one response; patterns such as ``(a+)+$`` may take hours."""
 
 
 @contextmanager
 def _at_most(seconds: float) -> Iterator[None]:
-    """Raises TimeoutError after ``seconds`` of CPU; has no effect outside the main thread."""
+    """Raises TimeoutError after ``seconds`` of CPU time; without effect outside the main thread."""
     if threading.current_thread() is not threading.main_thread():
         yield
         return
@@ -92,7 +92,7 @@ def multiple_choice(response: str, answer: str) -> float | None:
 
 
 def json_value(response: str, answer: str) -> float | None:
-    """Compares JSON values; the response may fence its value."""
+    """Compares JSON values; the response may fence its own."""
     try:
         wanted = json.loads(answer)
     except ValueError:
@@ -106,7 +106,6 @@ def json_value(response: str, answer: str) -> float | None:
 
 
 def _canonical(value: Any) -> str:
-    """Keeps ``true`` apart from 1; ignores the order of keys."""
     return json.dumps(value, sort_keys=True)
 
 

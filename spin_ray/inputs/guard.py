@@ -23,7 +23,7 @@ _MARKER = re.compile(f"{_OPEN}(\\d+){_CLOSE}")
 
 
 class Written(NamedTuple):
-    """Text with a numbered marker for each name that was set aside."""
+    """Text with a numbered marker for each name set aside."""
 
     text: str
     set_aside: Sequence[str] = ()
@@ -38,7 +38,7 @@ class Guard:
         self._guarded = any_of(guarded)
         self._beginnings = sorted({name[0] for name in guarded})
         # Nobody can write the aliases, as each process has its own. Lower-case letters survive every normaliser.
-        # An alias begins and ends like its name, because this decides whether a ``single_word`` token matches beside it.
+        # An alias begins and ends like its name: this decides whether a ``single_word`` token matches beside it.
         nonce = secrets.token_hex(8)
         self._aliases = {
             name: f"{name[0].strip()}ꔀ{nonce}x{number}ꔁ{name[-1].strip()}" for number, name in enumerate(self._control)
@@ -56,7 +56,6 @@ class Guard:
         return marked, self._mark_all(tools, names), names
 
     def _are_plain(self, messages: Conversation) -> bool:
-        """Tells whether messages hold only texts in which no name begins."""
         for message in messages:
             if len(message) != 2:
                 return False
@@ -113,7 +112,7 @@ class Guard:
             raise
 
     def _encode_forged(self, written: Written) -> list[int] | None:
-        """Encodes names as text within their surroundings; returns None if that fails."""
+        """Encodes names as plain text within their surroundings; returns None if that fails."""
         if not self._tokenizer.is_fast:
             return None
         own = self._own.sub(lambda match: self._aliases[match.group()], written.text)
@@ -126,7 +125,7 @@ class Guard:
 
     @cached_property
     def _aliased(self) -> Tokenizer:
-        """Tokenizer with the same ids, but other names for the control tokens."""
+        """Tokenizer with the same ids, but secret names for the control tokens."""
         spec = json.loads(self._tokenizer.backend_tokenizer.to_str())
         spec |= {"truncation": None, "padding": None, "post_processor": None}
         for token in spec["added_tokens"]:

@@ -22,7 +22,7 @@ _NAMED = re.compile(
 )
 _FETCHED = ["*.safetensors", "*.json", "*.jinja", "tokenizer.model", "*.txt", "*.tiktoken"]
 _LEFT = ["consolidated*", "original/*", "*/*.safetensors"]
-"""Files that no library opens: Mistral's and Meta's own layouts, and weights of checkpoints."""
+"""Files that no library opens: Mistral's and Meta's layouts, and weights of checkpoints."""
 
 
 class _Repository(NamedTuple):
@@ -30,7 +30,6 @@ class _Repository(NamedTuple):
     name: str
     revision: str | None
     inside: str
-    """Path in the repository."""
 
     @property
     def command(self) -> str:
@@ -40,7 +39,6 @@ class _Repository(NamedTuple):
 
 
 def _repository(path: str) -> _Repository:
-    """Parses a path without ``hf://``; raises DataError if it names no repository."""
     found = _NAMED.fullmatch(path)
     if not found or path.startswith("buckets/"):
         raise DataError(f"{PREFIX}{path}: names no data of the hub; expected hf://datasets/OWNER/NAME@REVISION/FILE")
@@ -49,7 +47,7 @@ def _repository(path: str) -> _Repository:
 
 
 def fetch_model(name: str, setting: str) -> Path:
-    """Returns the cached folder of ``OWNER/NAME`` or ``OWNER/NAME@REVISION``; raises ModelError if there is none."""
+    """Returns the cached folder of ``OWNER/NAME`` or ``OWNER/NAME@REVISION``; raises ModelError without one."""
     from huggingface_hub import snapshot_download
 
     owner_and_name, _, revision = name.partition("@")
@@ -63,13 +61,13 @@ def fetch_model(name: str, setting: str) -> Path:
 
 
 def hub_filesystem(path: str) -> pyarrow.fs.FileSystem:
-    """Returns the file system of ``path`` (without ``hf://``); raises DataError if it names no data of the hub."""
+    """Returns the file system of ``path`` (without ``hf://``); raises DataError if it is not on the hub."""
     repository = _repository(path)
     return pyarrow.fs.PyFileSystem(_Cached(repository, path) if _is_offline() else _Online(repository))
 
 
 def unpinned(uri: str) -> str | None:
-    """Returns the URI with the hub's present commit; None if the URI names a commit or the commit is unknown."""
+    """Returns the URI with the hub's present commit; None if it names a commit or the commit is unknown."""
     if not uri.startswith(PREFIX):
         return None
     repository = _repository(uri.removeprefix(PREFIX))
@@ -86,9 +84,9 @@ def unpinned(uri: str) -> str | None:
 
 
 def unlisted(uri: str) -> str | None:
-    """Returns the command that completes data in the cache; None if no file can be missing.
+    """Returns the command that completes cached data; None if no file can be missing.
 
-    Offline, missing files of a folder or glob show only if the cache has the hub's list of files.
+    Offline, only the hub's cached list of files shows that a folder or glob is complete.
     """
     if not uri.startswith(PREFIX) or not _is_offline():
         return None
@@ -111,7 +109,6 @@ def _is_offline() -> bool:
 
 
 def _why(error: BaseException, repository: _Repository) -> str:
-    """Returns the reason of a failure, with the cure."""
     from huggingface_hub import constants
     from huggingface_hub.errors import (  # type: ignore
         GatedRepoError,
@@ -198,7 +195,7 @@ class _Online(pyarrow.fs.FSSpecHandler):
 
 
 class _Told:
-    """File of the hub whose errors in reading become OSErrors of one line."""
+    """File of the hub whose read errors become OSErrors of one line."""
 
     def __init__(self, file: Any, told: Callable[[], AbstractContextManager[None]]) -> None:
         self._file, self._told = file, told
@@ -212,8 +209,6 @@ class _Told:
 
 
 class _Cached(pyarrow.fs.FSSpecHandler):
-    """Files of a repository in the client's cache."""
-
     def __init__(self, repository: _Repository, path: str) -> None:
         from fsspec.implementations.local import LocalFileSystem
         from huggingface_hub import snapshot_download

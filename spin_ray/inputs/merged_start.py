@@ -20,7 +20,7 @@ def without_adapter(folder: Path, config: ModelConfig) -> Path:
     """Returns ``folder``, or for an adapter the cached folder of its merged model.
 
     Raises:
-        ModelError: the base is not named, not there or not wanted, or the adapter cannot be merged.
+        ModelError: the base model is missing or superfluous, or the adapter cannot be merged.
     """
     if not is_adapter(folder):
         if config.base is not None:
@@ -57,7 +57,7 @@ def _base_of(folder: Path, config: ModelConfig) -> Path:
 
 
 def _state(folder: Path) -> Iterator[tuple[str, int, int]]:
-    """Yields path, size and time of files: digesting all weights at each start would be slow."""
+    """Yields path, size and time of each file; digesting weights at each start would be slow."""
     for path in sorted(folder.rglob("*")):
         stat = path.stat()
         yield str(path), stat.st_size, stat.st_mtime_ns

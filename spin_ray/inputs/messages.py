@@ -16,7 +16,7 @@ _NAMES = {
     "tool": ("tool", "observation", "function", "function_response", "tool_response", "ipython"),
 }
 ROLES = {name: role for role, names in _NAMES.items() for name in names}
-"""Role for each name that data files use."""
+"""Role for each name in data files."""
 CALL = "function_call"
 """ShareGPT's role name, and OpenAI's older key, of a tool call."""
 _ROLES = ", ".join(_NAMES)
@@ -33,11 +33,11 @@ _PLAIN = ("user", "assistant", "system")
 
 
 class Unlearnt(dict[str, Any]):
-    """A message that is not to be learnt, but may stand before another."""
+    """Message that is not to be learnt, but may stand before another."""
 
 
 class Unusable(Exception):
-    """A row for quarantine: ``reason`` is counted, ``detail`` is for the user."""
+    """Row for quarantine: ``reason`` is counted, ``detail`` is for the user."""
 
     def __init__(self, reason: str, detail: str) -> None:
         self.reason, self.detail = reason, detail
@@ -64,7 +64,7 @@ def listed(value: Any, column: str) -> list[Any]:
 
 
 def is_message(value: Any) -> bool:
-    """Recognises a message, even a malformed one."""
+    """Tells a message, even a malformed one, from other values."""
     return isinstance(value, dict) and isinstance(value.get("role") or value.get("from"), str)
 
 
@@ -98,10 +98,10 @@ def _zipped(value: dict[str, Any]) -> Any:
 
 
 def parse_messages(values: list[Any], start: int = 0) -> list[Message]:
-    """Checks messages and gives them the templates' names; raises Unusable for a malformed message.
+    """Gives messages the templates' roles and keys; raises Unusable for a malformed message.
 
     Args:
-        start: index of the first message in its conversation.
+        start: index of the first message.
     """
     return [_parse(index, value) for index, value in enumerate(values, start)]
 
@@ -163,7 +163,6 @@ def _parse(index: int, value: Any) -> Message:
 
 
 def _thought_and_content(index: int, value: dict[str, Any]) -> tuple[str, Any]:
-    """Separates the thought, which may be a part of the content, from the content."""
     thoughts = {key: value[key] for key in REASONING if key in value and _is_read(key, value[key])}
     thought, content = _either(index, thoughts, *REASONING), _either(index, value, "content", "value")
     if isinstance(content, list):
@@ -194,7 +193,7 @@ def unread_keys(value: list[Any] | dict[str, Any]) -> set[str]:
 
 
 def _is_read(key: str, value: Any) -> bool:
-    """Takes booleans, and a ``weight`` of 0 or 1, for flags; never for thoughts."""
+    """Tells whether a key is read. A thought is no boolean; a flag is one (``weight``: also 0 or 1)."""
     if key in REASONING:
         return not isinstance(value, bool)
     if key in _LEARNT:
@@ -203,7 +202,6 @@ def _is_read(key: str, value: Any) -> bool:
 
 
 def _either(index: int, value: dict[str, Any], *names: str) -> Any:
-    """Returns the value under one of the names; raises Unusable if two differ."""
     found = {name: value[name] for name in names if value.get(name) not in (None, "")}
     first, *others = found.values() or [next((value[name] for name in names if value.get(name) is not None), None)]
     if any(other != first for other in others):

@@ -31,13 +31,12 @@ class Source(Protocol):
 class ModelFolder:
     path: Path
     digest: str
-    """Digest of all files."""
     name: str
     """Name of the iterate: ``start``, ``sft``, ``iter_000``, …"""
     pad_id: int
     """Any legal token, because lengths mark padding."""
     files: Mapping[str, Digest] = field(default_factory=dict)
-    """Digests of the files, unless the model is an artefact of the run."""
+    """Digests of files; empty for artefacts of the run."""
     source: Source | None = None
     """Origin for a machine without ``path``."""
     base: "ModelFolder | None" = None
@@ -53,7 +52,7 @@ class ModelFolder:
         return self.base or self
 
     def parts_here(self) -> tuple[Path, Path | None]:
-        """Returns the local folders of whole model and adapter."""
+        """Returns the local folders of the whole model and of the adapter."""
         return (self.base.here(), self.here()) if self.base else (self.here(), None)
 
 
@@ -94,7 +93,7 @@ def refuse_unsafe(folder: Path, *, trust_remote_code: bool = False) -> list[Path
 
 
 def open_unchanged(path: str | Path, name: str, *, trust_remote_code: bool = False) -> ModelFolder:
-    """Opens a model folder, but reads it again only after a change of size, times or inode.
+    """Opens a model folder, but rereads it only after a change of size, times or inode.
 
     Each process remembers its own readings only.
     """
@@ -158,11 +157,7 @@ def find_model(config: ModelConfig) -> Path:
 
 
 def find_folder(path: str, setting: str = "model.path", revision: str | None = None) -> Path:
-    """Returns a local folder, fetched if ``path`` names a model of the hub.
-
-    Raises:
-        ModelError: there is no such folder.
-    """
+    """Returns a local folder, fetched if ``path`` is on the hub; raises ModelError if there is none."""
     folder = Path(path).expanduser().absolute()  # Ray workers run in other folders
     if folder.exists():
         return folder
@@ -172,7 +167,7 @@ def find_folder(path: str, setting: str = "model.path", revision: str | None = N
 
 
 def check_folder(folder: Path, config: ModelConfig) -> Path:
-    """Returns ``folder`` if its model is long enough; raises as ``find_model`` does."""
+    """Returns ``folder`` if its model is long enough; raises like ``find_model``."""
     refuse_no_model(folder)
     limit = positions_of(read_config(folder))
     if limit is not None and config.max_length > limit:
@@ -183,7 +178,7 @@ def check_folder(folder: Path, config: ModelConfig) -> Path:
 
 
 def positions_of(config: dict[str, Any]) -> int | None:
-    """Returns the most tokens that the model takes; None if unknown."""
+    """Returns the most tokens that the model takes, or None."""
     scopes = [scope for scope in (config, config.get("text_config")) if isinstance(scope, dict)]
     found = [scope.get(name) for scope in scopes for name in _POSITIONS]
     return min((limit for limit in found if isinstance(limit, int) and limit > 0), default=None)
@@ -215,7 +210,7 @@ def is_adapter(folder: Path) -> bool:
 
 
 def read_adapter(folder: Path) -> dict[str, Any]:
-    """Reads adapter_config.json; raises ModelError if it is missing or no JSON object."""
+    """Reads adapter_config.json; raises ModelError if missing or no JSON object."""
     return _read_json(folder / _ADAPTER_CONFIG)
 
 
@@ -296,7 +291,7 @@ def _check_weights(folder: Path) -> None:
 
 
 def read_config(folder: Path) -> dict[str, Any]:
-    """Reads config.json; raises ModelError if it is missing or no JSON object."""
+    """Reads config.json; raises ModelError if missing or no JSON object."""
     return _read_json(folder / "config.json")
 
 
@@ -327,7 +322,7 @@ def _refuse_untrusted(folder: Path, unopened: list[Path]) -> None:
 
 
 def _has_key(tree: Any, key: str) -> bool:
-    """Searches parsed JSON, because the text may escape the key."""
+    """Searches parsed JSON, as the text may escape the key."""
     if isinstance(tree, dict):
         return key in tree or any(_has_key(value, key) for value in tree.values())
     return isinstance(tree, list) and any(_has_key(value, key) for value in tree)

@@ -48,12 +48,12 @@ class PromptTask:
     max_length: int
     data: DataConfig
     labelled: bool = True
-    """False: rows are questions; responses are not read."""
+    """False if rows are questions, whose responses are not read."""
     chat_template_kwargs: Mapping[str, Any] = field(default_factory=dict)
     date: datetime | None = None
     """The run's date, which the template may write."""
     takes_tools: bool = True
-    """False: rows with tools are refused."""
+    """False if rows with tools are refused."""
 
     @classmethod
     def of(cls, config: SpinConfig, tokenizer: str, *, labelled: bool = True, date: datetime | None = None) -> Self:
@@ -81,12 +81,12 @@ class PromptTask:
         return without_embedding(self.renderer.tokenizer, vocabulary_of(Path(self.tokenizer)))
 
     def prepared(self) -> Self:
-        """Loads the tokenizer now, so that copies for other processes contain it."""
+        """Loads the tokenizer now, so that copies in other processes need not."""
         _ = self.renderer, self.without_embedding
         return self
 
     def render(self, conversations: list[Conversation], tools: list[Tools]) -> list[Rendered | RenderError]:
-        """Renders conversations; of questions, only the prompts."""
+        """Renders conversations; of questions, the prompts."""
         if self.labelled:
             return self.renderer.render_all(conversations, tools)
         prompts = self.renderer.render_prompts([messages[:-1] for messages in conversations], tools)
@@ -94,7 +94,7 @@ class PromptTask:
 
 
 def rows_of(sources: Sequence[SourceRow], task: PromptTask, note: Note | None = None) -> Iterator[list[Row] | Unusable]:
-    """Yields each source row's prompt rows, or the reason why the row is unusable."""
+    """Yields each source row's prompt rows, or why the row is unusable."""
     found = [_found_in(source, task) for source in sources]
     usable = [conversation for each in found if not isinstance(each, Unusable) for conversation in each.all]
     tools = [each.tools for each in found if not isinstance(each, Unusable) for _ in each.all]
@@ -132,7 +132,6 @@ def _found_in(source: SourceRow, task: PromptTask) -> Found | Unusable:
 
 
 def _refuse_media(source: SourceRow, found: Found) -> None:
-    """Raises Unusable if a text refers to media that the row has and the model cannot see."""
     filled = (name for name, value in (source.content or {}).items() if value)
     has = [name for name in (*filled, *source.unread) if name in MEDIA]
     if not has:
@@ -143,7 +142,7 @@ def _refuse_media(source: SourceRow, found: Found) -> None:
 
 
 def _unread(source: SourceRow, found: Found, task: PromptTask) -> list[str]:
-    """Returns the columns and message keys that no token of the row comes from."""
+    """Returns the columns and message keys that no token comes from."""
     if found.form is None:  # a question
         return []
     names = [*ignored_in(found.row, found.form), *source.unread]
@@ -162,7 +161,6 @@ def _row(
     rejected: Rendered | RenderError | None,
     task: PromptTask,
 ) -> Row:
-    """Builds a prompt row; raises Unusable if it cannot be trained on."""
     for each in (rendered, rejected):
         if isinstance(each, RenderError):
             raise Unusable("template", str(each))
@@ -190,7 +188,7 @@ def _row(
 
 
 def _as_json(conversation: Conversation) -> str:
-    """Equals ``json.dumps(conversation, ensure_ascii=False)``, mostly in half the time."""
+    """Returns ``json.dumps(conversation, ensure_ascii=False)``, mostly in half the time."""
     if any(len(message) != 2 or not isinstance(message["content"], str) for message in conversation):
         return json.dumps(conversation, ensure_ascii=False)
     written = [

@@ -1,7 +1,7 @@
 """Token ids of conversations, by the model's own chat template.
 
-A tokenizer may join the ends of prompt and response: ``Assistant:␣`` and ``Yes`` share the token ``␣Yes``. The prompt
-keeps only tokens that no response changes.
+A tokenizer may join prompt and response: ``Assistant:␣`` and ``Yes`` share the token ``␣Yes``. The prompt keeps only
+tokens that no response changes.
 """
 
 from collections.abc import Mapping, Sequence
@@ -36,15 +36,13 @@ class _Parts(NamedTuple):
 
 
 class _Guarded(NamedTuple):
-    """Conversation with markers in place of control tokens' names."""
-
     messages: Conversation
     tools: Tools
     names: list[str]
 
 
 class _Ending(NamedTuple):
-    """End of a prompt, tokenised alike whatever text precedes it."""
+    """End of a prompt whose tokens no text before it changes."""
 
     text: str
     ids: list[int]
@@ -58,7 +56,7 @@ class ChatRenderer:
 
         Args:
             kwargs: variables of the template.
-            date: time that the template may write. Default: now, fixed from then on.
+            date: time that the template may write; default: now, then fixed.
 
         Raises:
             ModelError: the template is missing or unfit for training.
@@ -68,28 +66,29 @@ class ChatRenderer:
         self.end_of_turn_id = self._template.end_of_turn_id
         self.end_of_turn = self._template.end_of_turn
         self.writes_end_of_turn = self._template.writes_end_of_turn
-        """False: the tokenizer's end of text ends a turn."""
+        """False if the tokenizer's end of text ends a turn."""
         self._guard = Guard(tokenizer, self._template.control_tokens)
         self._held_back = self._count_held_back(Written(self._template.prompt))
         self._ending = self._find_ending()
 
     def render(self, messages: Conversation, tools: Tools = None) -> Rendered:
-        """Renders a conversation that ends with a response; may raise RenderError."""
+        """Renders a conversation that ends with a response; raises RenderError."""
         (rendered,) = self.render_all([messages], [tools])
         if isinstance(rendered, RenderError):
             raise rendered
         return rendered
 
     def render_prompt(self, messages: Conversation, tools: Tools = None) -> list[int]:
-        """Renders a conversation without its response; may raise RenderError."""
+        """Renders a conversation without its response; raises RenderError."""
         (ids,) = self.render_prompts([messages], [tools])
         if isinstance(ids, RenderError):
             raise ids
         return ids
 
     def held_back_text(self, messages: Conversation) -> str:
-        """Returns the prompt's last text that belongs to the response's tokens, mostly none. Sampled text begins with
-        it.
+        """Returns the prompt's last text that is left to the response, mostly none.
+
+        Sampled text begins with it.
 
         Raises:
             RenderError: the conversation cannot be rendered.
@@ -182,7 +181,6 @@ class ChatRenderer:
         return _unspeakable(prompt) if ids is None else ids[: len(ids) - self._held_back_of(prompt)]
 
     def _cut(self, parts: _Parts, prompt: list[int] | None, after: list[int] | None) -> Rendered | RenderError:
-        """Separates prompt and response; ``after`` holds the ids of the prompt's end and the response."""
         if prompt is None or after is None:
             return _unspeakable(parts.prompt)
         end = prompt
@@ -214,7 +212,7 @@ class ChatRenderer:
         return len(alone) - min(len(commonprefix([alone, ids])) for ids in followed if ids is not None)
 
     def _find_ending(self) -> _Ending | None:
-        """Returns the end of every prompt, if responses are tokenised alike behind it."""
+        """Returns the end of every prompt, if responses have the same tokens behind the end alone."""
         prompt, responses = self._template.prompt, self._template.responses
         found = list(any_of(self._template.added_ids).finditer(prompt))
         starts, ends = [match.start() for match in found], [match.end() for match in found]
@@ -237,13 +235,12 @@ def _unspeakable(text: Written) -> RenderError:
 
 
 def open_renderer(folder: str, model: ModelConfig, date: datetime | None = None) -> ChatRenderer:
-    """Opens the renderer of a model folder; raises ModelError if it cannot be used."""
+    """Returns the renderer of a model folder; raises ModelError if it cannot be used."""
     tokenizer = load_tokenizer(folder, model.chat_template, model.trust_remote_code)
     return ChatRenderer(tokenizer, model.chat_template_kwargs, date)
 
 
 _TOKENIZERS = ("tokenizer.json", "*.model", "vocab.*", "*.tiktoken", "tokenization_*.py")
-"""Files of which a tokenizer has one."""
 _OF_HUGGING_FACE = ("tokenizer.json", "tokenizer.model")
 _TEKKEN_ALONE = (
     "{folder}: has a tokenizer in Mistral's own format alone (tekken.json); convert it once: python -c \"from "
@@ -253,7 +250,7 @@ _TEKKEN_ALONE = (
 
 
 def load_tokenizer(path: str, chat_template: str | None = None, trust_remote_code: bool = False) -> Any:
-    """Loads the model's tokenizer; the file ``chat_template`` replaces its template.
+    """Loads the model's tokenizer, with the template of the file ``chat_template`` if given.
 
     Raises:
         ModelError: a file cannot be read, or the tokenizer loses text or is in Mistral's own format alone.

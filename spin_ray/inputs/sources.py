@@ -46,7 +46,6 @@ def find_files(source: str) -> list[str]:
 
 
 def _hint(source: str) -> str:
-    """Returns advice about a common mistake in a path."""
     if _HUB_NAME.fullmatch(source) and not source.lower().endswith(SUFFIXES):
         return f"; of the hub it is hf://datasets/{source}/FILE"
     if "$" in source:
@@ -102,11 +101,7 @@ def _below(path: str, folder: str) -> str:
 def _saved_files(
     filesystem: pyarrow.fs.FileSystem, path: str, infos: list[pyarrow.fs.FileInfo]
 ) -> list[pyarrow.fs.FileInfo] | None:
-    """Returns the files of a folder that ``datasets.save_to_disk`` wrote; None for other folders.
-
-    Raises:
-        DataError: the folder holds several splits, rows selected by an index, or too few files.
-    """
+    """Returns the files of a folder that ``datasets.save_to_disk`` wrote; None for other folders."""
     inside = {info.path.removeprefix(path.rstrip("/") + "/"): info for info in infos}
     if "dataset_dict.json" in inside:
         with filesystem.open_input_stream(inside["dataset_dict.json"].path) as file:
@@ -128,7 +123,7 @@ def _saved_files(
 
 
 def skipped_files(source: str) -> list[str]:
-    """Returns the files of a folder that are not read, without hidden files and known metadata."""
+    """Returns a folder's files that are not read, without hidden files and known metadata."""
     filesystem, path = _filesystem(source)
     if filesystem.get_file_info(path).type != pyarrow.fs.FileType.Directory:
         return []
@@ -141,7 +136,7 @@ def skipped_files(source: str) -> list[str]:
 
 
 def _matches(path: str, glob: str) -> bool:
-    """Matches a glob as a shell does: ``**/`` is any number of folders; wildcards match no leading dot."""
+    """Matches a glob like a shell: ``**/`` is any number of folders; wildcards match no leading dot."""
     parts = _WILD.split(glob)
     marks = [_MEANING.get(mark, mark.replace("[!", "[^")) for mark in _WILD.findall(glob)]
     pattern = "".join(re.escape(part) + mark for part, mark in zip(parts, [*marks, ""], strict=True))
@@ -155,7 +150,7 @@ _SPLITS = {"train": "train", "training": "train", "test": "test", "validation": 
            "val": "validation", "dev": "validation", "eval": "test", "heldout": "test", "holdout": "test"}  # fmt: skip
 _SPLIT = re.compile(rf"(?<=[/_.=-])({'|'.join(_SPLITS)})(?=[/_.-])")
 _BESIDE = re.compile(r"/[._]")
-"""Beginning of a hidden name, or of a program's own name."""
+"""Beginning of hidden names and of programs' own names."""
 
 
 def files_digest(files: list[str]) -> str:

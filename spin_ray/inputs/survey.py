@@ -1,4 +1,4 @@
-"""Survey of one data set: forms, usable and refused rows, lengths, one row as the model sees it."""
+"""Survey of a data set: forms, usable and refused rows, lengths, and a row as the model sees it."""
 
 import math
 import sys
@@ -22,8 +22,6 @@ _ROWS_AT_A_TIME = 256
 
 @dataclass(frozen=True, slots=True)
 class Refusal:
-    """First row refused for a reason."""
-
     origin: str
     detail: str
 
@@ -36,28 +34,27 @@ class Survey:
     skipped: list[str]
     """Files of the folder that are no data."""
     whole: bool
-    """True: every row was read."""
+    """True if every row was read."""
     read: int = 0
     usable: int = 0
     forms: Counter[str] = field(default_factory=Counter)
     """Rows by form."""
     first_of_form: dict[str, dict[str, tuple[str, str]]] = field(default_factory=dict)
-    """Place and text of the first readable row of each form, by file."""
+    """Place and text of each form's first readable row, by file."""
     ignored: Counter[str] = field(default_factory=Counter)
     """Rows by unread column or message key."""
     refused: Counter[str] = field(default_factory=Counter)
-    """Rows by reason of refusal. ``too_long`` exceeds ``max_length``; ``duplicate`` repeats an earlier row."""
+    """Rows by reason of refusal."""
     first: dict[str, Refusal] = field(default_factory=dict)
     """First refused row by reason."""
     lengths: list[int] = field(default_factory=list)
-    """Tokens of prompt and longest response, also of rows that are too long."""
+    """Tokens of prompt and longest response, also of too long rows."""
     responses: list[int] = field(default_factory=list)
-    """Tokens of the human response of each such row."""
+    """Tokens of the human response of these rows."""
     ids: set[str] = field(default_factory=set)
     leaked: int = 0
     """Usable rows that are also held out."""
     example: Row | None = None
-    """First usable row."""
 
     @property
     def share_too_long(self) -> float:
@@ -129,7 +126,6 @@ def survey(source: str, task: PromptTask, max_length: int, *, every_row: bool = 
 def _rows(
     pieces: Sequence[Slice], quota: int | None, found: Survey, data: DataConfig
 ) -> Iterator[tuple[str, SourceRow]]:
-    """Yields file and row for up to ``quota`` rows of each file; notes in ``found`` if rows are left."""
     taken = Counter[str]()
     for piece in pieces:
         if quota is not None and taken[piece.uri] >= quota:
@@ -176,7 +172,6 @@ def _count(
 
 
 def _length(row: Row) -> int:
-    """Counts prompt and longest response; a response has at least one token."""
     return len(row["prompt_ids"]) + max(1, len(row["real_ids"]), len(row["rejected_ids"] or []))
 
 

@@ -15,7 +15,7 @@ from spin_ray.inputs.forms import COLUMNS, MEDIA, OTHER_NAMES
 
 _ALL = 2**31
 _ROWS, _ROWS_OF_MEDIA = 2**16, 128
-"""Parquet rows read at a time; fewer with columns of ``MEDIA``, whose texts may hold images."""
+"""Parquet rows read at a time; fewer where texts may hold images."""
 _DAMAGED = (pa.ArrowException, OSError, UnicodeDecodeError)
 _STRANGE = (KeyError, ValueError, OverflowError)
 """Errors of pyarrow for values that Python cannot hold, e.g. the year 200000."""
@@ -41,7 +41,7 @@ def split_table(uri: str, width: int) -> list[Slice]:
 
 
 def read_table(piece: Slice, columns: Iterable[str] = ()) -> Iterator[SourceRow]:
-    """Yields rows in which a null is a missing key. Reads only the columns of forms, and ``columns``.
+    """Yields rows in which a null is a missing key; reads only ``columns`` and those of forms.
 
     Raises:
         DataError: the file is damaged.
@@ -76,7 +76,7 @@ def _wanted(names: list[str], columns: Iterable[str], uri: str) -> list[str]:
 
 
 def _media_leaves(schema: pq.ParquetSchema, unread: set[str]) -> list[str]:
-    """Returns for each unread column of ``MEDIA`` one part that shows which rows are filled, e.g. image paths.
+    """Returns one part of each unread column of ``MEDIA`` that shows which rows are filled, e.g. image paths.
 
     Bytes and sizes are not read: pyarrow aborts the process if the metadata of sizes is damaged.
     """
@@ -90,7 +90,6 @@ def _media_leaves(schema: pq.ParquetSchema, unread: set[str]) -> list[str]:
 
 
 def _filled(column: pa.Array) -> list[bool]:
-    """Tells for each row whether it holds a value, without reading the value."""
     kind = column.type
     if pa.types.is_primitive(kind):
         return [bool(value) and value == value for value in column.to_pylist()]

@@ -42,7 +42,7 @@ def split_text(uri: str, size: int, width: int) -> list[Slice]:
 
 
 def _refuse_other_layouts(uri: str) -> None:
-    """Raises DataError unless the first object has its own line. A damaged first line is only a bad row."""
+    """Refuses objects that are not alone on one line. A damaged first line is only a bad row."""
     text = head_of(uri, CHUNK).decode(errors="replace")
     end = _end_of_object(text) or (CHUNK if re.match(r'\{\s*\n\s*"', text) else 0)  # it may be longer than a chunk
     if "\n" in text[:end].strip():
@@ -71,11 +71,10 @@ def _end_of_object(text: str) -> int:
 
 
 _INSIDE = re.compile(r'^\s*\{.*?"([^"\\\n]+)":\s*\[\s*\{', re.DOTALL)
-"""The first key that holds a list of objects."""
 
 
 def read_text(piece: Slice) -> Iterator[SourceRow]:
-    """Yields the rows of a slice; raises DataError for a file that cannot be read."""
+    """Yields the rows of a slice; raises DataError if it cannot be read."""
     if kind_of(piece.uri) in (".csv", ".tsv"):
         rows = _read_csv(piece.uri)
     elif _is_array(piece.uri, None):
@@ -144,7 +143,6 @@ _DECODE = json.JSONDecoder(
 
 
 def _parsed(raw: bytes) -> tuple[Any, str]:
-    """Returns the JSON value, or None and the fault."""
     try:
         return _DECODE(str(raw.removeprefix(b"\xef\xbb\xbf"), "utf-8", "surrogatepass").strip()), ""
     except UnicodeDecodeError as error:
@@ -171,7 +169,7 @@ def _read_array(piece: Slice) -> Iterator[SourceRow]:
 
 
 def _elements(file: BinaryIO | io.BufferedReader, uri: str, depth: int) -> Iterator[tuple[int, bytes]]:
-    """Yields place and bytes of each element of a JSON array, reading a chunk at a time.
+    """Yields place and bytes of each element of a JSON array, a chunk at a time.
 
     ``depth`` is 0 before the array's bracket. It is 1 for a part behind the bracket, which need not have an end.
 
@@ -211,7 +209,6 @@ def _elements(file: BinaryIO | io.BufferedReader, uri: str, depth: int) -> Itera
 
 
 def _read_csv(uri: str) -> Iterator[SourceRow]:
-    """Yields the rows below the header; an empty cell is a missing column."""
     path = filesystem(uri)[1]
     _check_marks(head_of(uri, CHUNK).decode(errors="replace"), path, "\t" if kind_of(uri) == ".tsv" else ",")
     csv.field_size_limit(2**31 - 1)

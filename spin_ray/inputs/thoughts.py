@@ -42,7 +42,7 @@ def opening_of(prompt: str) -> Opening | None:
 
 
 def opened_by(prompt: str) -> tuple[str, str] | None:
-    """Returns the marks of that thought."""
+    """Returns the marks of the thought that ``prompt`` opens at its end."""
     for mark, end in _MARKS:
         if prompt.rstrip().endswith(mark):
             return mark, end
@@ -50,7 +50,7 @@ def opened_by(prompt: str) -> tuple[str, str] | None:
 
 
 def thought_of(prompt: str, response: str) -> str | None:
-    """Returns the stripped thought at the beginning of a response; None without a complete one."""
+    """Returns the stripped thought at the beginning of a response, or None."""
     opened = opened_by(prompt)
     for mark, end in [opened] if opened else _MARKS:
         rest = response.lstrip()
@@ -61,5 +61,5 @@ def thought_of(prompt: str, response: str) -> str | None:
 
 
 def ends_a_thought(text: str) -> str | None:
-    """Returns the mark of a thought's end that ``text`` has."""
+    """Returns the mark that ends a thought in ``text``."""
     return next((end for _, end in _MARKS if end in text), None)

@@ -12,7 +12,6 @@ from spin_ray.errors import ModelError
 from spin_ray.inputs.model_folder import read_config
 
 _NAMED = 5
-"""Tokens that an error names."""
 
 
 def vocabulary_of(folder: Path) -> int | None:
@@ -25,7 +24,7 @@ def vocabulary_of(folder: Path) -> int | None:
 
 
 def without_embedding(tokenizer: Any, vocabulary: int | None) -> dict[int, str]:
-    """Returns the tokens (id -> name, ascending) whose id is ``vocabulary`` or larger."""
+    """Returns the tokens (id -> name, ascending) from id ``vocabulary`` on."""
     if vocabulary is None:
         return {}
     return dict(sorted((token_id, name) for name, token_id in tokenizer.get_vocab().items() if token_id >= vocabulary))

@@ -59,10 +59,9 @@ def chitchat_rows(split: Split) -> list[Row]:
 
 
 def reply_rows(split: Split) -> list[Row]:
-    """Returns all suitable replies: 4,067, of which 80 % of the conversations are to train on.
+    """Returns all 4,067 suitable replies; 80 % of the conversations are to train on.
 
-    Rows are as in ``chitchat_rows``, with the id of their ``conversation``. All rows of a conversation stand together
-    in one split.
+    A row also names its ``conversation``, whose rows stand together in one split.
 
     Raises:
         ConfigError: chitchat-dataset is not installed.
@@ -96,7 +95,6 @@ def chitchat_conversations() -> dict[str, Any]:
 
 @cache
 def _all_chitchat_rows() -> list[Row]:
-    """Returns all rows, training rows first."""
     candidates = sorted(_exchanges(chitchat_conversations()), key=lambda exchange: _rank("\n".join(exchange.texts)))
     taken: set[str] = set()
     rows: list[Row] = []
@@ -115,7 +113,6 @@ class _Exchange(NamedTuple):
 
 
 def _exchanges(conversations: dict[str, Any], people: int = 20, shortest: int = 5) -> Iterator[_Exchange]:
-    """Yields exchanges of words that at least ``people`` people use, with replies of at least ``shortest`` words."""
     common = _words_of_many_people(conversations, people)
     for conversation, content in conversations.items():
         turns = content["messages"]
@@ -176,9 +173,7 @@ _PLATFORM = re.compile(
     r"|chat\w*|app)\b",
     re.IGNORECASE,
 )
-"""Talk about the contest itself."""
 _NOISE = re.compile(r"(.)\1{3}|\b(\w+)( \2\b){2}|[<>{}\[\]\\|*_^~`=]", re.IGNORECASE)
-"""Repetitions, and signs that no sentence has."""
 
 
 def _turns(*contents: str) -> list[dict[str, str]]:
@@ -186,5 +181,4 @@ def _turns(*contents: str) -> list[dict[str, str]]:
 
 
 def _rank(key: str) -> str:
-    """Returns a sort key for a fixed pseudo-random order."""
     return hashlib.sha256(key.encode()).hexdigest()

@@ -1,4 +1,4 @@
-"""Two model folders: a real 135M chat model, and a random one for unit tests.
+"""Model folders: a real 135M chat model, and a random one for unit tests.
 
 Only the makers import torch, so that reading a recipe stays fast.
 """
@@ -92,7 +92,6 @@ def make_tiny_llama(folder: Path) -> None:
 
 
 def _tiny_tokenizer() -> "PreTrainedTokenizerFast":
-    """Trains a byte-level BPE of 384 tokens; any text round-trips."""
     from tokenizers import Tokenizer, decoders
     from tokenizers.models import BPE
     from tokenizers.pre_tokenizers import ByteLevel

@@ -1,7 +1,7 @@
-"""Fast path for chat templates that only copy texts: Jinja need not run for each row.
+"""Fast rendering of chat templates that only copy texts: Jinja need not run for each row.
 
-``Skeletons.of(template, ask)`` is the only entry. For other templates ``write`` returns None, and the template is run.
-Time saved: benchmarks/README.md, row 8.
+``Skeletons.of(template, ask)`` is the only entry. ``write`` returns None where the template must be run. Time saved:
+benchmarks/README.md, row 8.
 
     copying.py     proves that a template only copies texts
     skeletons.py   renders it once for each sequence of roles

@@ -1,6 +1,6 @@
 """Proof from a chat template's syntax tree that it only copies the texts of messages.
 
-A text may be stripped, and a decision may depend on its being empty. Unknown syntax disproves.
+A text may be stripped, and a decision may depend on its being empty. Any unknown syntax counts as a no.
 """
 
 from enum import Enum
@@ -11,8 +11,6 @@ from jinja2.sandbox import ImmutableSandboxedEnvironment
 
 
 class _Kind(Enum):
-    """Part of the conversation that an expression may hold."""
-
     CLEAN = "nothing"
     MESSAGES = "the conversation, or a part of it"
     MESSAGE = "one message"
@@ -85,7 +83,6 @@ class _Reader:
         self._among(test, _CLEAN, _MESSAGES, _MESSAGE, _TEXT)
 
     def _among(self, expression: Any, *kinds: _Kind) -> _Kind:
-        """Returns an expression's kind; raises _Looks if it is none of ``kinds``."""
         found = self._kind(expression)
         if found not in kinds:
             raise _Looks(found)

@@ -1,4 +1,4 @@
-"""Skeletons: the words that a template writes around texts, for one sequence of roles."""
+"""Skeletons: a template's words around texts, for one sequence of roles."""
 
 import re
 from collections.abc import Callable, Sequence
@@ -9,13 +9,12 @@ from spin_ray.inputs.conversations import Conversation
 from spin_ray.inputs.templates.copying import copies_texts
 
 Ask = Callable[[Conversation, bool], str | None]
-"""``ask(messages, add_generation_prompt)``: the rendered text, or None for a refusal."""
+"""Function that returns the rendered text, or None for a refusal."""
 
 _BLANK, _OPEN, _CLOSE = "\u2003", "\ue002", "\ue003"
 """Marks of a text's place; a template that strips removes the blanks."""
 _PLACE = re.compile(f"({_BLANK}?){_OPEN}([0-9]+){_CLOSE}({_BLANK}?)")
 _MOST = 4096
-"""Most sequences of roles that are remembered."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -23,7 +22,7 @@ class _Skeleton:
     words: str
     """Format for ``%`` with one ``%s`` per place."""
     places: tuple[tuple[int, bool], ...]
-    """For each place, the message's index and True if its text is stripped."""
+    """For each place, the message's index and whether its text is stripped."""
 
     def around(self, messages: Conversation) -> str:
         texts = [messages[index]["content"] for index, _ in self.places]
@@ -36,7 +35,7 @@ class Skeletons:
     """Skeletons of one template, made as sequences of roles come."""
 
     def __init__(self, ask: Ask | None) -> None:
-        """Takes ``ask``, or None for a template that must be run."""
+        """Takes None for a template that must be run."""
         self._ask = ask
         self._known: dict[tuple[tuple[str, bool, int], ...], tuple[_Skeleton, _Skeleton] | None] = {}
 
@@ -59,7 +58,6 @@ class Skeletons:
 
 
 def _learn(messages: Conversation, ask: Ask) -> tuple[_Skeleton, _Skeleton] | None:
-    """Returns skeletons of prompt and rest; None if texts are not only copied."""
     marked = [
         message | {"content": f"{_BLANK}{_OPEN}{number}{_CLOSE}{_BLANK}" if message["content"] else ""}
         for number, message in enumerate(messages)
@@ -72,7 +70,7 @@ def _learn(messages: Conversation, ask: Ask) -> tuple[_Skeleton, _Skeleton] | No
 
 
 def _skeleton(text: str) -> _Skeleton | None:
-    """Finds the marks; None if one was neither copied nor stripped."""
+    """Finds the marks; returns None if one was neither copied nor stripped."""
     split = _PLACE.split(text)
     words: Sequence[str] = split[::4]
     befores, numbers, afters = split[1::4], split[2::4], split[3::4]
