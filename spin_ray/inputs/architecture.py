@@ -20,11 +20,11 @@ _LANGUAGE_MODELS = ("forcausallm", "lmheadmodel", "lmheadmodelwithloss")
 
 
 def refuse_architecture(folder: Path, max_length: int) -> None:
-    """Refuses models that would break training hours later, or train wrongly.
+    """Refuses models on which training would fail hours later, or be silently wrong.
 
     Raises:
         ModelError: transformers has no such causal language model, or the weights are another model's.
-        ConfigError: the rotary embedding changes below ``model.max_length``.
+        ConfigError: the rotary embedding changes within ``model.max_length``.
     """
     config = read_config(folder)
     if config.get("is_encoder_decoder"):

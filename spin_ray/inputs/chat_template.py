@@ -71,7 +71,7 @@ class ChatTemplate:
         added = tokenizer.added_tokens_decoder.items()
         self.added_ids = {str(token): token_id for token_id, token in added if str(token).strip()}
         self.opening: Opening | None = None
-        """Thought that the prompt opens, but a whole conversation lacks, as in DeepSeek R1's template."""
+        """Thought that the prompt opens but a whole conversation lacks, as in DeepSeek R1's template."""
         self.prompt, self.responses = self._probe()
         """A short prompt, and texts that may follow it."""
         tail = self.responses[0].rpartition(_PROBE)[2]
@@ -95,7 +95,7 @@ class ChatTemplate:
     def write_all(
         self, conversations: Sequence[Conversation], tools: Sequence[Tools]
     ) -> list[tuple[str, str] | RenderError]:
-        """Writes prompt and response of each conversation, without running the template where a skeleton is known."""
+        """Writes prompt and response of each conversation; runs the template only without a known skeleton."""
         given = list(zip(conversations, tools, strict=True))
         if self.opening:
             return self._write_opened(self.opening, given)
@@ -117,7 +117,7 @@ class ChatTemplate:
     def _write_opened(
         self, opening: Opening, given: list[tuple[Conversation, Tools]]
     ) -> list[tuple[str, str] | RenderError]:
-        """Writes a placeholder, then the response in its place: the template would cut the response's thought out."""
+        """Renders a placeholder, then puts the response there: the template would cut out its thought."""
         marked = [
             [*messages[:-1], {key: value for key, value in messages[-1].items() if key != "reasoning_content"}]
             for messages, _ in given
@@ -162,7 +162,7 @@ class ChatTemplate:
         return list(self._tokenizer(text, add_special_tokens=False)["input_ids"])
 
     def in_its_form(self, messages: Conversation) -> Conversation:
-        """Drops empty keys and gives tool-call arguments as the template takes them: parsed, or as JSON text."""
+        """Drops empty keys; writes tool-call arguments as the template takes them, parsed or as JSON text."""
         for message in messages:
             if len(message) != 2:
                 break

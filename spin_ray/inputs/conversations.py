@@ -24,7 +24,7 @@ class Found(NamedTuple):
     row: Mapping[str, Any] = MappingProxyType({})
     """Columns by the forms' names."""
     form: Form | None = None
-    """None for a question."""
+    """Form of the row; None for a question."""
 
     @property
     def all(self) -> list[Conversation]:

@@ -34,11 +34,11 @@ class SourceRow(NamedTuple):
     origin: str
     """File and place."""
     content: dict[str, Any] | None
-    """None if the row is no JSON object."""
+    """Columns; None if the row is no JSON object."""
     raw: bytes
     """Bytes of the row (for tables: JSON)."""
     unread: tuple[str, ...] = ()
-    """Columns that were not read; those of ``MEDIA`` only if the row may hold something there."""
+    """Columns that were not read; those of ``MEDIA`` only if the row may fill them."""
     fault: str = "not a JSON object"
     """Reason why ``content`` is None."""
 
@@ -54,7 +54,7 @@ def codec_of(uri: str) -> str | None:
 
 
 def filesystem(uri: str) -> tuple[pyarrow.fs.FileSystem, str]:
-    """Returns the file system of a path or URI, and the path in it; raises DataError for an unknown one."""
+    """Returns the file system of a path or URI, and the path in it; raises DataError if there is none."""
     if uri.startswith(PREFIX):
         return hub_filesystem(path := uri.removeprefix(PREFIX)), path
     if uri.startswith("file://"):
@@ -135,7 +135,7 @@ _BEGINNINGS = {
     b"<!DOCTYPE": "is a web page; download the file itself",
     b"<HTML": "is a web page; download the file itself",
 }
-"""Errors by first bytes."""
+"""Error messages by a file's first bytes."""
 
 
 def other_kind(head: bytes, kind: str = "") -> str | None:

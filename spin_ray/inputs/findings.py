@@ -117,7 +117,7 @@ def _sentences(facts: TemplateFacts, template: ChatTemplate) -> Iterator[Finding
 
 
 def find_in_rows(renderer: ChatRenderer, rows: Sequence[tuple[Conversation, Tools]], source: str) -> list[Finding]:
-    """Returns faults that most of the rows share."""
+    """Returns faults that at least half of the rows share."""
     written = [renderer.texts(messages, tools) for messages, tools in rows]
     refused = [text for text in written if isinstance(text, RenderError)]
     if rows and len(refused) == len(rows):

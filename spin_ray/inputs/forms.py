@@ -1,4 +1,4 @@
-"""Forms of rows: which columns hold prompt and response, and how a row becomes messages.
+"""Forms of rows: which columns hold prompt and response.
 
 A new form is a function and an entry of ``FORMS``, the table of docs/data.md.
 """
@@ -43,9 +43,7 @@ class Form:
     asks: str | None = None
     """Column of the question; without a response, the row is a question."""
     response: str = ""
-    """Column of the response."""
     known_from: str
-    """Origin of such files."""
     example: Columns
 
     def matches(self, row: Columns) -> bool:
@@ -224,7 +222,6 @@ def no_form(row: Iterable[str], data: DataConfig) -> str:
 
 
 def _rows_within(row: Columns) -> str | None:
-    """Returns jq's path to rows nested below other keys."""
     values = list(row.values())
     if len(values) > 1 and all(isinstance(each, dict) and _is_row(each) for each in values):
         return ".[]"
@@ -259,7 +256,6 @@ def jq_key(key: str) -> str:
 
 
 def _hint(has: set[str]) -> dict[str, str]:
-    """Guesses ``data.columns`` from other spellings, else from synonyms."""
     spelt = {name.strip().strip("'\"").lower(): name for name in sorted(has)}
     for form in FORMS:
         if all(name in spelt for name in form.needs):

@@ -15,7 +15,7 @@ from spin_ray.inputs.conversations import answer_of
 from spin_ray.learner.import_path import import_object
 
 Grader = Callable[[str, str], float | None]
-"""Function from a response and its row's answer to a grade from 0 to 1, or None for an unusable answer."""
+"""Function from a response and its row's answer to a grade from 0 to 1; None if the answer cannot be graded."""
 
 _SAID = re.compile(r"(?i:answer\s*(?:is|:)?)[\s:*]*\(?([A-Z]\b(?!')|[a-z](?=\W*$))", re.MULTILINE)
 _BOXED = re.compile(r"\\boxed\{\s*(?:\\text\{)?\(?([A-Z])\)?")
@@ -92,7 +92,7 @@ def multiple_choice(response: str, answer: str) -> float | None:
 
 
 def json_value(response: str, answer: str) -> float | None:
-    """Compares JSON values; the response may fence its own."""
+    """Compares JSON values; a code fence may hold the response's."""
     try:
         wanted = json.loads(answer)
     except ValueError:

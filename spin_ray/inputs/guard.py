@@ -90,7 +90,7 @@ class Guard:
     def encode(self, texts: Sequence[Written]) -> list[list[int] | None]:
         """Returns each text's ids, without special tokens: the template writes its own.
 
-        None replaces ids if names cannot be encoded as text, e.g. by a slow tokenizer.
+        Ids are None if names cannot be encoded as text, e.g. by a slow tokenizer.
         """
         plain = list(dict.fromkeys([text.text for text in texts if not text.set_aside]))  # pairs share their prompts
         ids = dict(zip(plain, self._encode_plain(plain), strict=True))

@@ -61,7 +61,7 @@ def fetch_model(name: str, setting: str) -> Path:
 
 
 def hub_filesystem(path: str) -> pyarrow.fs.FileSystem:
-    """Returns the file system of ``path`` (without ``hf://``); raises DataError if it is not on the hub."""
+    """Returns the file system of data on the hub; raises DataError if ``path`` (without ``hf://``) names none."""
     repository = _repository(path)
     return pyarrow.fs.PyFileSystem(_Cached(repository, path) if _is_offline() else _Online(repository))
 
@@ -195,8 +195,6 @@ class _Online(pyarrow.fs.FSSpecHandler):
 
 
 class _Told:
-    """File of the hub whose read errors become OSErrors of one line."""
-
     def __init__(self, file: Any, told: Callable[[], AbstractContextManager[None]]) -> None:
         self._file, self._told = file, told
 
@@ -245,5 +243,5 @@ class _Cached(pyarrow.fs.FSSpecHandler):
 
 
 def _without_time(path: str, info: pyarrow.fs.FileInfo) -> pyarrow.fs.FileInfo:
-    """Drops the time, which the hub does not tell: a run must have the same digests offline."""
+    """Drops the time, which the hub does not tell, so that digests are the same offline."""
     return pyarrow.fs.FileInfo(path, info.type, size=info.size)

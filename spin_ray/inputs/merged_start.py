@@ -20,7 +20,7 @@ def without_adapter(folder: Path, config: ModelConfig) -> Path:
     """Returns ``folder``, or for an adapter the cached folder of its merged model.
 
     Raises:
-        ModelError: the base model is missing or superfluous, or the adapter cannot be merged.
+        ModelError: a base model is missing, or named for a whole model, or the adapter cannot be merged.
     """
     if not is_adapter(folder):
         if config.base is not None:

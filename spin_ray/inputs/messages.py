@@ -193,7 +193,7 @@ def unread_keys(value: list[Any] | dict[str, Any]) -> set[str]:
 
 
 def _is_read(key: str, value: Any) -> bool:
-    """Tells whether a key is read. A thought is no boolean; a flag is one (``weight``: also 0 or 1)."""
+    """Tells whether a key is read: a thought unless boolean, a flag only if boolean (``weight``: also 0 or 1)."""
     if key in REASONING:
         return not isinstance(value, bool)
     if key in _LEARNT:

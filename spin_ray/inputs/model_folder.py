@@ -34,9 +34,9 @@ class ModelFolder:
     name: str
     """Name of the iterate: ``start``, ``sft``, ``iter_000``, …"""
     pad_id: int
-    """Any legal token, because lengths mark padding."""
+    """Id of padding: any legal token, because lengths mark padding."""
     files: Mapping[str, Digest] = field(default_factory=dict)
-    """Digests of files; empty for artefacts of the run."""
+    """Digests of files; empty from ``open_artefact``."""
     source: Source | None = None
     """Origin for a machine without ``path``."""
     base: "ModelFolder | None" = None
@@ -57,11 +57,7 @@ class ModelFolder:
 
 
 def open_model(path: str | Path, name: str, *, trust_remote_code: bool = False) -> ModelFolder:
-    """Checks and digests a model folder before any library opens it.
-
-    Raises:
-        ModelError: it holds no model, or pickled weights or code.
-    """
+    """Checks and digests a model folder before any library opens it; raises like ``refuse_unsafe``."""
     folder = Path(path)
     unopened = refuse_unsafe(folder, trust_remote_code=trust_remote_code)
     config = read_config(folder)
@@ -80,7 +76,7 @@ def refuse_unsafe(folder: Path, *, trust_remote_code: bool = False) -> list[Path
     """Checks a model folder without reading weights; returns the files that no library opens.
 
     Raises:
-        ModelError: it holds no model, or pickled weights or code.
+        ModelError: the folder holds no model, or pickled weights or code.
     """
     if not folder.is_dir():
         raise ModelError(f"{folder}: no such model folder")

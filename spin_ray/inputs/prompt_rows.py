@@ -34,7 +34,6 @@ Row = dict[str, Any]
 Note = Callable[[SourceRow, Found, list[str]], None]
 """Callback for a usable row and its unread columns."""
 _PLACEHOLDERS = ("<image>", "<video>", "<audio>", "<|image|>", "<image_placeholder>")
-"""Marks that stand for media in a text."""
 
 
 @dataclass(frozen=True)

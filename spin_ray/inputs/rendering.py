@@ -66,7 +66,7 @@ class ChatRenderer:
         self.end_of_turn_id = self._template.end_of_turn_id
         self.end_of_turn = self._template.end_of_turn
         self.writes_end_of_turn = self._template.writes_end_of_turn
-        """False if the tokenizer's end of text ends a turn."""
+        """False if only the tokenizer's end of text ends a turn."""
         self._guard = Guard(tokenizer, self._template.control_tokens)
         self._held_back = self._count_held_back(Written(self._template.prompt))
         self._ending = self._find_ending()
@@ -86,7 +86,7 @@ class ChatRenderer:
         return ids
 
     def held_back_text(self, messages: Conversation) -> str:
-        """Returns the prompt's last text that is left to the response, mostly none.
+        """Returns the end of the prompt's text whose tokens are left to the response, mostly none.
 
         Sampled text begins with it.
 
@@ -212,7 +212,7 @@ class ChatRenderer:
         return len(alone) - min(len(commonprefix([alone, ids])) for ids in followed if ids is not None)
 
     def _find_ending(self) -> _Ending | None:
-        """Returns the end of every prompt, if responses have the same tokens behind the end alone."""
+        """Returns the end of every prompt; None if responses are tokenised otherwise behind that end alone."""
         prompt, responses = self._template.prompt, self._template.responses
         found = list(any_of(self._template.added_ids).finditer(prompt))
         starts, ends = [match.start() for match in found], [match.end() for match in found]

@@ -50,7 +50,7 @@ class Survey:
     lengths: list[int] = field(default_factory=list)
     """Tokens of prompt and longest response, also of too long rows."""
     responses: list[int] = field(default_factory=list)
-    """Tokens of the human response of these rows."""
+    """Tokens of the human response, for the same rows."""
     ids: set[str] = field(default_factory=set)
     leaked: int = 0
     """Usable rows that are also held out."""
@@ -94,7 +94,7 @@ def survey(source: str, task: PromptTask, max_length: int, *, every_row: bool = 
     """Reads the first rows of every file, or all rows, as a run does.
 
     Args:
-        task: of length ``UNLIMITED``, so that too long rows are measured.
+        task: task of length ``UNLIMITED``, so that too long rows are measured.
         max_length: longest row that a run takes.
 
     Raises:

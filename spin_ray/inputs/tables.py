@@ -151,7 +151,6 @@ def _other_kind(uri: str) -> str | None:
 
 
 def _batches(uri: str) -> Iterator[pa.RecordBatch]:
-    """Yields the record batches of a stream (as ``datasets`` writes) or a file."""
     store, path = filesystem(uri)
     local = isinstance(store, pyarrow.fs.LocalFileSystem)
     try:

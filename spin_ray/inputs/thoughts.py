@@ -50,7 +50,7 @@ def opened_by(prompt: str) -> tuple[str, str] | None:
 
 
 def thought_of(prompt: str, response: str) -> str | None:
-    """Returns the stripped thought at the beginning of a response, or None."""
+    """Returns the stripped thought at the beginning of a response; None if it is missing or has no end."""
     opened = opened_by(prompt)
     for mark, end in [opened] if opened else _MARKS:
         rest = response.lstrip()

@@ -24,7 +24,7 @@ def vocabulary_of(folder: Path) -> int | None:
 
 
 def without_embedding(tokenizer: Any, vocabulary: int | None) -> dict[int, str]:
-    """Returns the tokens (id -> name, ascending) from id ``vocabulary`` on."""
+    """Returns the tokens (id -> name, ascending) whose id is ``vocabulary`` or larger."""
     if vocabulary is None:
         return {}
     return dict(sorted((token_id, name) for name, token_id in tokenizer.get_vocab().items() if token_id >= vocabulary))

@@ -160,7 +160,6 @@ _CONTACT = re.compile(
     r"|\b(hey|hi|hello),? (?-i:[A-Z])",
     re.IGNORECASE,
 )
-"""Links, handles, long numbers, social networks and names."""
 _CRUDE = re.compile(
     r"\b(sex|porn|fuck|shit|bitch|damn|crap|dick|boob|nude|slut|whore|nigg|fag|retard|rape|suicid|kill|idiot|jew|nazi"
     r"|racis|murder|depress|divorce|abus)"

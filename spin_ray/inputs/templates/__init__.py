@@ -2,9 +2,6 @@
 
 ``Skeletons.of(template, ask)`` is the only entry. ``write`` returns None where the template must be run. Time saved:
 benchmarks/README.md, row 8.
-
-    copying.py     proves that a template only copies texts
-    skeletons.py   renders it once for each sequence of roles
 """
 
 from spin_ray.inputs.templates.skeletons import Skeletons

@@ -1,4 +1,4 @@
-"""Skeletons: a template's words around texts, for one sequence of roles."""
+"""Skeletons: the text that a template writes around messages, for one sequence of roles."""
 
 import re
 from collections.abc import Callable, Sequence
@@ -9,7 +9,7 @@ from spin_ray.inputs.conversations import Conversation
 from spin_ray.inputs.templates.copying import copies_texts
 
 Ask = Callable[[Conversation, bool], str | None]
-"""Function that returns the rendered text, or None for a refusal."""
+"""Function of messages and ``add_generation_prompt``; returns the rendered text, or None for a refusal."""
 
 _BLANK, _OPEN, _CLOSE = "\u2003", "\ue002", "\ue003"
 """Marks of a text's place; a template that strips removes the blanks."""
@@ -32,16 +32,16 @@ class _Skeleton:
 
 
 class Skeletons:
-    """Skeletons of one template, made as sequences of roles come."""
+    """Skeletons of one template, one per sequence of roles seen so far."""
 
     def __init__(self, ask: Ask | None) -> None:
-        """Takes None for a template that must be run."""
+        """Stores ``ask``, which is None for a template that must be run."""
         self._ask = ask
         self._known: dict[tuple[tuple[str, bool, int], ...], tuple[_Skeleton, _Skeleton] | None] = {}
 
     @classmethod
     def of(cls, template: Any, ask: Ask) -> "Skeletons":
-        """Reads ``template``; a dict of named templates is always run."""
+        """Returns the skeletons of ``template``; a dict of named templates is always run."""
         return cls(ask if isinstance(template, str) and copies_texts(template) else None)
 
     def write(self, messages: Conversation) -> tuple[str, str] | None:
