@@ -95,7 +95,7 @@ class ChatTemplate:
     def write_all(
         self, conversations: Sequence[Conversation], tools: Sequence[Tools]
     ) -> list[tuple[str, str] | RenderError]:
-        """Writes prompt and response of each conversation; runs the template only without a known skeleton."""
+        """Writes prompt and response of each conversation; runs the template only if no skeleton is known."""
         given = list(zip(conversations, tools, strict=True))
         if self.opening:
             return self._write_opened(self.opening, given)

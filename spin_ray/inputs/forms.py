@@ -146,7 +146,6 @@ _HINTS = {
 MEDIA = ("image", "images", "video", "videos", "audio", "audios")
 """Columns that a text model cannot read."""
 COLUMNS = tuple(dict.fromkeys([*(name for form in FORMS for name in (*form.needs, *form.may)), *BESIDE]))
-"""All columns that forms read."""
 
 
 def refuse_unknown_columns(data: DataConfig) -> None:

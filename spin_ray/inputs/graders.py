@@ -68,11 +68,7 @@ def _at_most(seconds: float) -> Iterator[None]:
 
 
 def refuse_no_pattern(config: SpinConfig, rows: Iterable[tuple[str, Any]]) -> None:
-    """Raises DataError if held-out rows are graded by ``regex`` and an answer is no pattern.
-
-    Args:
-        rows: place and ``answer`` of held-out rows.
-    """
+    """Raises DataError if the recipe grades by ``regex`` and an answer in ``rows`` (place, answer) is no pattern."""
     if config.evaluation.grade != "regex":
         return
     for origin, answer in rows:

@@ -153,7 +153,7 @@ def _last_words(causes: list[BaseException]) -> str:
 
 
 class _Online(pyarrow.fs.FSSpecHandler):
-    """Files of a repository, read from the hub. Every error is an OSError of one line."""
+    """File system of a repository on the hub, whose errors are OSErrors of one line."""
 
     def __init__(self, repository: _Repository) -> None:
         from huggingface_hub import HfFileSystem

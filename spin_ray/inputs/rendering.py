@@ -199,7 +199,6 @@ class ChatRenderer:
         return Rendered(prompt[: len(prompt) - held_back], response)
 
     def _held_back_of(self, prompt: Written) -> int:
-        """Counts the prompt's last tokens that a response may change."""
         if self._template.constant and prompt.text.endswith(self._template.constant):
             return self._held_back
         return self._count_held_back(prompt)

@@ -19,7 +19,6 @@ __all__ = ["Slice", "SourceRow", "files_digest", "find_files", "read_slice", "sk
 SLICE_BYTES = 2**20
 MOST_SLICES = 4096
 _BESIDE_DATA = ("state.json", "dataset_info.json", "dataset_infos.json", "dataset_dict.json")
-"""Files that ``datasets`` writes beside its data."""
 
 
 def find_files(source: str) -> list[str]:

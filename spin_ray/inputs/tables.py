@@ -78,7 +78,7 @@ def _wanted(names: list[str], columns: Iterable[str], uri: str) -> list[str]:
 def _media_leaves(schema: pq.ParquetSchema, unread: set[str]) -> list[str]:
     """Returns one part of each unread column of ``MEDIA`` that shows which rows are filled, e.g. image paths.
 
-    Bytes and sizes are not read: pyarrow aborts the process if the metadata of sizes is damaged.
+    Bytes are not read. Sizes are not asked for: pyarrow aborts the process if their metadata is damaged.
     """
     found: dict[str, str] = {}
     leaves = [schema.column(number) for number in range(len(schema))]

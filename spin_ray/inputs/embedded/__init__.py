@@ -25,7 +25,6 @@ class Asset:
     version: int
     """Part of the folder's name. Raise it when ``make`` changes, or old caches serve old bytes."""
     make: Callable[[Path], None]
-    """Function that fills an empty folder."""
     file: str = ""
     """File that ``resolve`` returns; empty for the folder."""
 

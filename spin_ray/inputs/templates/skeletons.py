@@ -35,7 +35,6 @@ class Skeletons:
     """Skeletons of one template, one per sequence of roles seen so far."""
 
     def __init__(self, ask: Ask | None) -> None:
-        """Stores ``ask``, which is None for a template that must be run."""
         self._ask = ask
         self._known: dict[tuple[tuple[str, bool, int], ...], tuple[_Skeleton, _Skeleton] | None] = {}
 
