@@ -151,7 +151,7 @@ class ChatTemplate:
         return found if isinstance(found, RenderError) else RenderError("its chat template writes two prompts")
 
     def ids(self, messages: Conversation, tools: Tools) -> list[int]:
-        """Returns transformers' token ids of a whole conversation, with the thought that the prompt opens."""
+        """Returns transformers' token ids of a whole conversation, including the opened thought."""
         if self.opening:
             (texts,) = self.write_all([messages], [tools])
             return [] if isinstance(texts, RenderError) else self._encode("".join(texts))
@@ -203,7 +203,7 @@ class ChatTemplate:
         return self.ask(asked, False) is not None
 
     def _find_unwritten(self, messages: Conversation, tools: Tools) -> RenderError | None:
-        """Returns an error for content that the template would silently leave out."""
+        """Returns an error for content that the template would drop."""
         if tools and not self.names("tools"):
             return RenderError("it has tools, which its chat template does not write")
         for message in messages:
@@ -215,7 +215,7 @@ class ChatTemplate:
         return None
 
     def leaves_out(self, messages: Conversation) -> list[str]:
-        """Returns those of ``name`` and ``tool_call_id`` that the template does not write."""
+        """Returns which of ``name`` and ``tool_call_id`` the template does not write."""
         return [
             key
             for key in ("name", "tool_call_id")

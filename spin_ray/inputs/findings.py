@@ -1,4 +1,4 @@
-"""Traits of a chat template, and findings about the template and its rows."""
+"""Traits of a chat template, and findings about template and rows."""
 
 import re
 from collections.abc import Iterator, Sequence

@@ -146,8 +146,8 @@ def find_model(config: ModelConfig) -> Path:
     """Returns the folder of ``model.path``, fetched if on the hub.
 
     Raises:
-        ModelError: there is no such model.
-        ConfigError: it has fewer positions than ``model.max_length``.
+        ModelError: there is none.
+        ConfigError: the model has fewer positions than ``model.max_length``.
     """
     return check_folder(find_folder(config.path, revision=config.revision), config)
 
@@ -239,7 +239,7 @@ _ADAPTER = (
 
 
 def refuse_untrainable(folder: Path) -> None:
-    """Raises ModelError if the weights are quantised, or an adapter's."""
+    """Raises ModelError if the weights are quantised or an adapter's."""
     config = read_config(folder)
     scopes = [scope for scope in (config, config.get("text_config")) if isinstance(scope, dict)]
     found = next((scope[key] for scope in scopes for key in _QUANTISATION if scope.get(key)), None)

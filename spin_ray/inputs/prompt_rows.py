@@ -50,7 +50,7 @@ class PromptTask:
     """False if rows are questions, whose responses are not read."""
     chat_template_kwargs: Mapping[str, Any] = field(default_factory=dict)
     date: datetime | None = None
-    """The run's date, which the template may write."""
+    """The run's date, for templates."""
     takes_tools: bool = True
     """False if rows with tools are refused."""
 

@@ -1,4 +1,4 @@
-"""Survey of a data set: forms, usable and refused rows, lengths, and a row as the model sees it."""
+"""Survey of a data set: forms, refusals, lengths, and one row as the model sees it."""
 
 import math
 import sys
@@ -32,7 +32,7 @@ class Survey:
     max_length: int
     files: list[str]
     skipped: list[str]
-    """Files of the folder that are no data."""
+    """Files that are no data."""
     whole: bool
     """True if every row was read."""
     read: int = 0

@@ -171,7 +171,7 @@ def _read_array(piece: Slice) -> Iterator[SourceRow]:
 def _elements(file: BinaryIO | io.BufferedReader, uri: str, depth: int) -> Iterator[tuple[int, bytes]]:
     """Yields place and bytes of each element of a JSON array, a chunk at a time.
 
-    ``depth`` is 0 before the array's bracket. It is 1 for a part behind the bracket, which need not have an end.
+    ``depth`` is 0 before the array's bracket; it is 1 for a part behind the bracket, which may lack an end.
 
     Raises:
         DataError: the array has no end, or something follows it.

@@ -1,7 +1,7 @@
-"""Models and data that need no hub.
+"""Models and data that need no hub, named ``embedded:NAME`` in recipes.
 
-A recipe names such an asset ``embedded:NAME``. It is made once, from an installed package or by computation, in
-``$SPIN_RAY_CACHE/embedded/NAME-vVERSION`` (default cache: ``~/.cache/spin-ray``).
+An asset is made once, from an installed package or by computation, in ``$SPIN_RAY_CACHE/embedded/NAME-vVERSION``
+(default cache: ``~/.cache/spin-ray``).
 """
 
 import os

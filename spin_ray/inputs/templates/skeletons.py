@@ -69,7 +69,6 @@ def _learn(messages: Conversation, ask: Ask) -> tuple[_Skeleton, _Skeleton] | No
 
 
 def _skeleton(text: str) -> _Skeleton | None:
-    """Finds the marks; returns None if one was neither copied nor stripped."""
     split = _PLACE.split(text)
     words: Sequence[str] = split[::4]
     befores, numbers, afters = split[1::4], split[2::4], split[3::4]
