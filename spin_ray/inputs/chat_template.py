@@ -117,7 +117,7 @@ class ChatTemplate:
     def _write_opened(
         self, opening: Opening, given: list[tuple[Conversation, Tools]]
     ) -> list[tuple[str, str] | RenderError]:
-        """Renders a placeholder, then puts the response there: the template would cut out its thought."""
+        """Renders a placeholder for the response, because the template would cut the thought out of the response."""
         marked = [
             [*messages[:-1], {key: value for key, value in messages[-1].items() if key != "reasoning_content"}]
             for messages, _ in given

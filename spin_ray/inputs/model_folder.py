@@ -146,7 +146,7 @@ def find_model(config: ModelConfig) -> Path:
     """Returns the folder of ``model.path``, fetched if on the hub.
 
     Raises:
-        ModelError: there is none.
+        ModelError: there is no such model.
         ConfigError: the model has fewer positions than ``model.max_length``.
     """
     return check_folder(find_folder(config.path, revision=config.revision), config)
