@@ -27,7 +27,6 @@ class Exchange(NamedTuple):
 
 
 def _exchange(prompt: Any, response: Any, worse: Any = None, system: Any = None) -> Exchange:
-    """Joins a prompt with one or two responses, all given as text or messages."""
     before = _spoken(prompt, "prompt", "user", 0)
     after = _spoken(response, "response", "assistant", len(before))
     rejected = None if worse is None else _spoken(worse, "response", "assistant", len(before))

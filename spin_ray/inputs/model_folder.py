@@ -266,7 +266,6 @@ def refuse_adapter(folder: Path) -> None:
 
 
 _QUANTISATION = ("quantization_config", "compression_config", "quantization")
-"""Keys of quantisation settings; the last is MLX's."""
 _QUANTISED = (".qweight", ".weight_packed", ".weight_scale", ".weight_scale_inv", ".quant_state.bitsandbytes__nf4",
               ".absmax", ".SCB")  # fmt: skip
 

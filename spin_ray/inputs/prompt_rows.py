@@ -141,7 +141,6 @@ def _refuse_media(source: SourceRow, found: Found) -> None:
 
 
 def _unread(source: SourceRow, found: Found, task: PromptTask) -> list[str]:
-    """Returns the columns and message keys that no token comes from."""
     if found.form is None:  # a question
         return []
     names = [*ignored_in(found.row, found.form), *source.unread]

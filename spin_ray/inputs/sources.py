@@ -86,7 +86,6 @@ def _inside(filesystem: pyarrow.fs.FileSystem, path: str) -> list[pyarrow.fs.Fil
 
 
 def _is_data(path: str, folder: str) -> bool:
-    """Tells data from other programs' files, e.g. in ``.ipynb_checkpoints/`` and ``_delta_log/``."""
     name = path.rpartition("/")[2]
     # ``datasets`` caches results of map() beside the data, as cache-*.arrow
     made = name in _BESIDE_DATA or name.startswith("cache-")
@@ -100,7 +99,6 @@ def _below(path: str, folder: str) -> str:
 def _saved_files(
     filesystem: pyarrow.fs.FileSystem, path: str, infos: list[pyarrow.fs.FileInfo]
 ) -> list[pyarrow.fs.FileInfo] | None:
-    """Returns the files of a folder that ``datasets.save_to_disk`` wrote; None for other folders."""
     inside = {info.path.removeprefix(path.rstrip("/") + "/"): info for info in infos}
     if "dataset_dict.json" in inside:
         with filesystem.open_input_stream(inside["dataset_dict.json"].path) as file:

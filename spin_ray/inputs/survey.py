@@ -38,15 +38,12 @@ class Survey:
     read: int = 0
     usable: int = 0
     forms: Counter[str] = field(default_factory=Counter)
-    """Rows by form."""
     first_of_form: dict[str, dict[str, tuple[str, str]]] = field(default_factory=dict)
     """Place and text of each form's first readable row, by file."""
     ignored: Counter[str] = field(default_factory=Counter)
     """Rows by unread column or message key."""
     refused: Counter[str] = field(default_factory=Counter)
-    """Rows by reason of refusal."""
     first: dict[str, Refusal] = field(default_factory=dict)
-    """First refused row by reason."""
     lengths: list[int] = field(default_factory=list)
     """Tokens of prompt and longest response, also of too long rows."""
     responses: list[int] = field(default_factory=list)
