@@ -1,4 +1,4 @@
-"""Kinds of models that cannot be trained, told from config.json and the names and shapes of the weights."""
+"""Refusals of models that cannot be trained, by config.json and the weights' names and shapes."""
 
 from collections.abc import Iterator
 from pathlib import Path
@@ -20,11 +20,11 @@ _LANGUAGE_MODELS = ("forcausallm", "lmheadmodel", "lmheadmodelwithloss")
 
 
 def refuse_architecture(folder: Path, max_length: int) -> None:
-    """Raises what training would raise hours later, or worse, would not.
+    """Refuses models on which training would fail hours later, or be silently wrong.
 
     Raises:
-        ModelError: transformers has no such causal language model, or the weights are those of another kind of model.
-        ConfigError: ``model.max_length`` is longer than a rotary embedding stays the same.
+        ModelError: transformers has no such causal language model, or the weights are another model's.
+        ConfigError: the rotary embedding changes within ``model.max_length``.
     """
     config = read_config(folder)
     if config.get("is_encoder_decoder"):
@@ -39,12 +39,12 @@ def refuse_architecture(folder: Path, max_length: int) -> None:
 
 
 def refuse_unapplied(folder: Path, lora: LoraConfig) -> None:
-    """Raises a ConfigError for adapters that the trained model would have, and vLLM's answers would not."""
+    """Raises ConfigError for adapters that training applies and vLLM does not."""
     names = set(layer_names(folder))
     if not isinstance(lora.target_modules, str):
         names &= {name.rpartition(".")[2] for name in lora.target_modules}
     found = sorted(names & _UNAPPLIED)
-    if found and read_config(folder).get("model_type") != "minicpm3":  # its keys are made by the layer itself
+    if found and read_config(folder).get("model_type") != "minicpm3":  # it runs the layer itself
         raise ConfigError(
             f"train.lora: vLLM does not apply adapters of {', '.join(found)}, so with merge: false the opponent would "
             "lack them; name other layers in target_modules, or set merge: true"
@@ -52,7 +52,6 @@ def refuse_unapplied(folder: Path, lora: LoraConfig) -> None:
 
 
 def _complete(folder: Path) -> dict[str, Any]:
-    """Returns the config with transformers' defaults, which config.json leaves out."""
     from transformers import AutoConfig
 
     try:
@@ -85,7 +84,6 @@ def _name(config: dict[str, Any]) -> str:
 
 
 def _of_weights(config: dict[str, Any], shapes: dict[str, tuple[int, ...]]) -> Iterator[str]:
-    """Yields why the weights are not those of the config."""
     text = config.get("text_config") or config
     modules = {name: name.removesuffix(".weight").rpartition(".")[2] for name in shapes if name.endswith(".weight")}
     embeds, has_head = (any(module in kinds for module in modules.values()) for kinds in (_EMBEDDINGS, _HEADS))

@@ -1,4 +1,4 @@
-"""Conversations -> text of prompt and response, by the chat template."""
+"""Texts of prompt and response, by the chat template."""
 
 import json
 import re
@@ -26,25 +26,25 @@ _OPENINGS = (
     "The", "I'm", "In", "Yes,", "No", "To", "Hello!", "Sure", "As an", "Here", "It is", "1.", "10", "2024", "**", "##",
     "```", "- ", "...", "--", "</", "$x$",
 )  # fmt: skip
-"""Beginnings of responses, to find the prompt tokens that no response changes."""
+"""Beginnings of responses, to find the prompt tokens that a response may change."""
 
 
 class RenderError(ValueError):
-    """A conversation that the template refuses or that cannot be cut."""
+    """Failure to render a conversation."""
 
 
 class ChatTemplate:
-    """A tokenizer's chat template, read by a few plain exchanges."""
+    """A tokenizer's chat template, explored by rendering short conversations."""
 
     def __init__(self, tokenizer: Any, kwargs: Mapping[str, Any], date: datetime) -> None:
-        """Reads the template.
+        """Explores the template.
 
         Args:
             kwargs: variables of the template.
-            date: the time that ``strftime_now`` tells.
+            date: time for ``strftime_now``.
 
         Raises:
-            ModelError: it is missing, broken, or cannot be trained on.
+            ModelError: the template is missing, broken or unfit for training.
         """
         self._name = tokenizer.name_or_path
         if not tokenizer.chat_template:
@@ -70,25 +70,24 @@ class ChatTemplate:
         self._takes_parsed_arguments: bool | None = None
         added = tokenizer.added_tokens_decoder.items()
         self.added_ids = {str(token): token_id for token_id, token in added if str(token).strip()}
-        """Ids of the added tokens that are no blanks."""
         self.opening: Opening | None = None
-        """The thought that prompts open and whole conversations leave out, as templates of DeepSeek R1's kind do."""
+        """Thought that the prompt opens but a whole conversation lacks, as in DeepSeek R1's template."""
         self.prompt, self.responses = self._probe()
-        """A plain prompt, and the texts that follow it for many responses."""
+        """A short prompt, and texts that may follow it."""
         tail = self.responses[0].rpartition(_PROBE)[2]
         self.end_of_turn_id, self.end_of_turn, self.writes_end_of_turn = self._find_end_of_turn(tail)
-        # Added tokens that are neither special nor the template's own (say <think>) are words that data may use.
+        # Data may use the other added tokens as words: those neither special nor written by the template, e.g. <think>.
         control = {str(token) for _, token in added if token.special and str(token)} | {self.end_of_turn}
         own = {name for name in self.added_ids if name in self.prompt}
         self.control_tokens = control | (own - {self.opening.mark} if self.opening else own)
-        """Names of the tokens that no message may make."""
+        """Names of tokens that a message must not produce."""
         other = self.ask([{"role": "user", "content": "x 1."}], True) or ""
         self.constant = commonprefix([self.prompt[::-1], other[::-1]])[::-1]
-        """The end that most prompts have."""
+        """Text with which most prompts end."""
         self._skeletons = Skeletons.of(self.source, self.ask)
 
     def write_prompts(self, conversations: Sequence[Conversation], tools: Sequence[Tools]) -> list[str | RenderError]:
-        """Writes each conversation up to where the assistant speaks."""
+        """Writes conversations up to where the assistant speaks."""
         written = self._apply(list(conversations), True, tools)
         lacks = map(self._find_unwritten, conversations, tools)
         return [lack or text for lack, text in zip(lacks, written, strict=True)]
@@ -96,7 +95,7 @@ class ChatTemplate:
     def write_all(
         self, conversations: Sequence[Conversation], tools: Sequence[Tools]
     ) -> list[tuple[str, str] | RenderError]:
-        """Writes prompt and response of each conversation; runs the template only where roles do not suffice."""
+        """Writes prompt and response of each conversation; runs the template only if no skeleton is known."""
         given = list(zip(conversations, tools, strict=True))
         if self.opening:
             return self._write_opened(self.opening, given)
@@ -118,10 +117,7 @@ class ChatTemplate:
     def _write_opened(
         self, opening: Opening, given: list[tuple[Conversation, Tools]]
     ) -> list[tuple[str, str] | RenderError]:
-        """Writes conversations whose responses go on with the thought that the prompt opens.
-
-        The template would cut the thought out, so that it writes the response's place alone.
-        """
+        """Renders a placeholder for the response, because the template would cut the thought out of the response."""
         marked = [
             [*messages[:-1], {key: value for key, value in messages[-1].items() if key != "reasoning_content"}]
             for messages, _ in given
@@ -140,7 +136,6 @@ class ChatTemplate:
     def _go_on(
         self, opening: Opening, prompt: str | RenderError, whole: str | RenderError, said: Mapping[str, Any]
     ) -> tuple[str, str] | RenderError:
-        """Puts what the model writes behind its opened thought in place of the mark in ``whole``."""
         rest = opening.rest_of(said)
         if rest is None:
             return RenderError(
@@ -156,7 +151,7 @@ class ChatTemplate:
         return found if isinstance(found, RenderError) else RenderError("its chat template writes two prompts")
 
     def ids(self, messages: Conversation, tools: Tools) -> list[int]:
-        """Returns transformers' own ids of a whole conversation, with the thought that the prompt opens."""
+        """Returns transformers' token ids of a whole conversation, including the opened thought."""
         if self.opening:
             (texts,) = self.write_all([messages], [tools])
             return [] if isinstance(texts, RenderError) else self._encode("".join(texts))
@@ -167,7 +162,7 @@ class ChatTemplate:
         return list(self._tokenizer(text, add_special_tokens=False)["input_ids"])
 
     def in_its_form(self, messages: Conversation) -> Conversation:
-        """Returns the messages without empty keys, and arguments of tool calls as the template takes them."""
+        """Drops empty keys; writes tool-call arguments as the template takes them, parsed or as JSON text."""
         for message in messages:
             if len(message) != 2:
                 break
@@ -185,7 +180,6 @@ class ChatTemplate:
         return shown
 
     def _call_in_its_form(self, call: Any) -> Any:
-        """Returns the call with parsed arguments, or with JSON if the template fails on those."""
         function = call.get("function", call) if isinstance(call, dict) else None
         if not isinstance(function, dict) or not isinstance(function.get("name"), str):
             raise RenderError("tool_calls: a call needs a function with a name")
@@ -209,7 +203,7 @@ class ChatTemplate:
         return self.ask(asked, False) is not None
 
     def _find_unwritten(self, messages: Conversation, tools: Tools) -> RenderError | None:
-        """Returns an error that names what the template would leave out without a word."""
+        """Returns an error for content that the template would drop."""
         if tools and not self.names("tools"):
             return RenderError("it has tools, which its chat template does not write")
         for message in messages:
@@ -221,7 +215,7 @@ class ChatTemplate:
         return None
 
     def leaves_out(self, messages: Conversation) -> list[str]:
-        """Returns the keys that say who speaks and that the template does not write."""
+        """Returns which of ``name`` and ``tool_call_id`` the template does not write."""
         return [
             key
             for key in ("name", "tool_call_id")
@@ -240,7 +234,7 @@ class ChatTemplate:
         return self._written_keys[role, key]
 
     def names(self, word: str) -> bool:
-        """Tells whether a template of the tokenizer has the word."""
+        """Tells whether a template of the tokenizer contains ``word``."""
         templates = self._tokenizer.chat_template
         sources = templates.values() if isinstance(templates, dict) else [self.source]
         return any(re.search(rf"\b{re.escape(word)}\b", source) for source in sources)
@@ -251,7 +245,7 @@ class ChatTemplate:
             user = {"role": "user", "content": "?"}
             before, after = ([user, {"role": "assistant", "content": "!"}], []) if role == "tool" else ([], [user])
             text = self.ask([*before, said, *after], True)
-            self._written_roles[role] = text is None or _PROBE in text  # a refusal has a sentence of its own
+            self._written_roles[role] = text is None or _PROBE in text  # a refusal is reported when the row is written
         return self._written_roles[role]
 
     def _refuse_unread_kwargs(self) -> None:
@@ -279,12 +273,12 @@ class ChatTemplate:
         return prompt, response + end
 
     def ask(self, messages: Conversation, add_generation_prompt: bool) -> str | None:
-        """Returns what the template writes; None if it refuses."""
+        """Returns the rendered text; None if the template refuses."""
         (text,) = self._apply([messages], add_generation_prompt)
         return None if isinstance(text, RenderError) else text
 
     def marks_between_turns(self) -> set[str]:
-        """Returns the names of added tokens that the template writes between two messages."""
+        """Returns the added tokens that the template writes between messages."""
         said = [{"role": role, "content": _PROBE} for role in ("user", "assistant", "user")]
         between = (self.ask(said, False) or "").split(_PROBE)[1:-1]
         return {name for name in self.added_ids if any(name in text for text in between)}
@@ -292,7 +286,6 @@ class ChatTemplate:
     def _apply(
         self, conversations: list[Conversation], add_generation_prompt: bool, tools: Sequence[Tools] = ()
     ) -> list[str | RenderError]:
-        """Runs the template once, or for each conversation if one has tools or is refused."""
         if not conversations:
             return []
         offers = list(tools) or [None] * len(conversations)
@@ -305,7 +298,7 @@ class ChatTemplate:
                 conversations, tools=offers[0] or None, tokenize=False, add_generation_prompt=add_generation_prompt,
                 **variables,
             )  # fmt: skip
-        except Exception as error:  # a template may fail in every way
+        except Exception as error:  # a template may raise anything
             if len(conversations) == 1:
                 said = str(error) if isinstance(error, TemplateError) else f"{type(error).__name__}: {error}"
                 return [RenderError(f"the chat template refuses it: {said}")]
@@ -337,7 +330,6 @@ class ChatTemplate:
         return prompt, [text.removeprefix(prompt) for text in texts if text.startswith(prompt)]
 
     def _cure(self) -> str:
-        """Returns the cure of a prompt that no conversation has: a switch of the template, else another template."""
         user = {"role": "user", "content": "?"}
         exchange = [user, {"role": "assistant", "content": _PROBE}]
         switches = [(name, value) for name in SWITCHES if self.names(name) for value in (False, True)]
@@ -350,7 +342,7 @@ class ChatTemplate:
         return "Set model.chat_template to a file that writes both alike"
 
     def would_write(self, messages: Conversation, tools: Tools, kwargs: Mapping[str, Any]) -> bool:
-        """Tells whether the conversation could be trained on with other variables of the template."""
+        """Tells whether the conversation could be trained on with other template variables."""
         given = self.kwargs
         self.kwargs = {**given, **kwargs}
         try:
@@ -360,7 +352,6 @@ class ChatTemplate:
         return not isinstance(texts, RenderError)
 
     def _find_end_of_turn(self, tail: str) -> tuple[int, str, bool]:
-        """Returns id and name of the first added token behind a message, and True; else the end of text and False."""
         found = any_of(self.added_ids).search(tail)
         if found:
             return self.added_ids[found.group()], found.group(), True
@@ -370,7 +361,6 @@ class ChatTemplate:
 
 
 def _lost(said: Mapping[str, Any], response: str) -> str | None:
-    """Returns what ``said`` has beside its content and ``response`` lacks."""
     thought = said.get("reasoning_content")
     if isinstance(thought, str) and thought.strip() not in response:
         return "reasoning_content"

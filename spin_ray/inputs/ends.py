@@ -1,4 +1,4 @@
-"""Tokens that end a turn beside the chat template's, e.g. ``<|end_of_text|>`` beside ``<|eot_id|>``."""
+"""Tokens that end a turn besides the chat template's, e.g. ``<|end_of_text|>`` besides ``<|eot_id|>``."""
 
 import json
 from pathlib import Path
@@ -7,9 +7,9 @@ from spin_ray.inputs.rendering import ChatRenderer
 
 
 def other_ends(folder: Path, renderer: ChatRenderer) -> tuple[int, ...]:
-    """Returns the ends that folder and tokenizer name, without the template's, ascending.
+    """Returns the ids that model folder and tokenizer name, ascending, without the template's.
 
-    An id that is no token of the tokenizer's added ones is a mistake of the folder and does not count.
+    An id in the folder's files that is no added token is ignored as a mistake.
     """
     tokenizer = renderer.tokenizer
     named = {tokenizer.eos_token_id}

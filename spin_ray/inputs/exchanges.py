@@ -21,17 +21,16 @@ Columns = dict[str, Any]
 
 class Exchange(NamedTuple):
     messages: list[Message]
-    """The conversation; its responses are the human ones."""
+    """Conversation with the human response."""
     rejected: list[Message] | None = None
-    """The conversation with the worse response."""
+    """Conversation with the worse response."""
 
 
 def _exchange(prompt: Any, response: Any, worse: Any = None, system: Any = None) -> Exchange:
-    """Returns the messages of a prompt and of one or two responses, each a text or a list of messages."""
     before = _spoken(prompt, "prompt", "user", 0)
     after = _spoken(response, "response", "assistant", len(before))
     rejected = None if worse is None else _spoken(worse, "response", "assistant", len(before))
-    if before or system is None:  # both conversations have the same messages before the response
+    if before or system is None:  # both conversations share the messages before the response
         before, system = _with_system(before, system), None
     return Exchange(
         _with_system([*before, *after], system),
@@ -40,7 +39,6 @@ def _exchange(prompt: Any, response: Any, worse: Any = None, system: Any = None)
 
 
 def _spoken(value: Any, column: str, role: str, start: int) -> list[Message]:
-    """Returns the messages of a column that holds a text, a message, a list of messages, or JSON text of these."""
     value = unpacked(value)
     if isinstance(value, str):
         return [spoken(role, value, start)]
@@ -72,7 +70,7 @@ def read_sharegpt(row: Columns) -> Exchange:
 
 
 def read_alpaca(row: Columns) -> Exchange:
-    """Joins instruction and input by an empty line; ``history`` holds earlier pairs of instruction and output."""
+    """Joins instruction and input by an empty line; ``history`` holds earlier turns."""
     return _exchange(_instructed(row), row["output"], None, row.get("system"))
 
 
@@ -104,7 +102,7 @@ def preferred(asks: str) -> Callable[[Columns], Exchange]:
 
 
 def read_sharegpt_preferred(row: Columns) -> Exchange:
-    """Reads LLaMA-Factory's preference rows: ``chosen`` and ``rejected`` are a message each."""
+    """Reads LLaMA-Factory's rows, whose ``chosen`` and ``rejected`` are one message each."""
     asked, rejected = listed(row["conversations"], "conversations"), unpacked(row.get("rejected"))
     return _exchange(asked, [row["chosen"]], None if rejected is None else [rejected], row.get("system"))
 
@@ -124,7 +122,7 @@ def both(better: str, worse: str) -> Callable[[Columns], Exchange]:
 
 
 def is_conversation(value: Any) -> bool:
-    """Tells whether a value is a list of messages that begins before the response."""
+    """Returns True for messages of which the first is not the assistant's."""
     if isinstance(value, dict):
         value = listed(value, "") if value and all(isinstance(each, list) for each in value.values()) else [value]
     if not isinstance(value, list):

@@ -1,4 +1,4 @@
-"""A data file: its kind, its bytes, and parts of it."""
+"""Data files: their kind, bytes and slices."""
 
 import io
 import os
@@ -17,10 +17,8 @@ from spin_ray.inputs.hub import PREFIX, hub_filesystem
 KINDS = (".jsonl", ".ndjson", ".json", ".parquet", ".csv", ".tsv", ".arrow")
 TEXTS = (".jsonl", ".ndjson", ".json", ".csv", ".tsv")
 CODECS = {".gz": "gzip", ".zst": "zstd"}
-"""Compression of text files by the end of their names."""
 SUFFIXES = (*KINDS, *(text + codec for text in TEXTS for codec in CODECS))
 CHUNK = 2**20
-"""Bytes that are read at a time."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -36,17 +34,17 @@ class SourceRow(NamedTuple):
     origin: str
     """File and place."""
     content: dict[str, Any] | None
-    """None: the row is no JSON object."""
+    """Columns; None if the row is no JSON object."""
     raw: bytes
-    """The row's bytes (for tables: JSON)."""
+    """Bytes of the row (for tables: JSON)."""
     unread: tuple[str, ...] = ()
-    """Columns of the file that were left unread; those of ``MEDIA`` only where the row may hold something there."""
+    """Columns that were not read; those of ``MEDIA`` only if the row may fill them."""
     fault: str = "not a JSON object"
-    """Reason why there is no content."""
+    """Reason why ``content`` is None."""
 
 
 def kind_of(uri: str) -> str:
-    """Returns the end of the name that says the kind, without the one that says the compression."""
+    """Returns the suffix of the kind, ignoring that of the compression."""
     name = uri[: -len(codec)] if (codec := codec_of(uri)) else uri
     return next((kind for kind in KINDS if name.lower().endswith(kind)), "")
 
@@ -72,7 +70,6 @@ def filesystem(uri: str) -> tuple[pyarrow.fs.FileSystem, str]:
 
 
 def _local_path(path: str) -> str:
-    """Returns the path of a ``file://`` URI, whether its blanks and letters are written as ``%20`` or as they are."""
     path = "/" + path.removeprefix("localhost").lstrip("/")
     return path if os.path.exists(path) else unquote(path)
 
@@ -92,7 +89,7 @@ _PAGE = re.compile(
 
 
 def open_text(uri: str) -> io.BufferedReader:
-    """Opens a file's bytes, unpacked; only a file that is not compressed can be sought in."""
+    """Opens a file's decompressed bytes; only uncompressed files can seek."""
     store, path = filesystem(uri)
     codec = codec_of(uri)
     opened = store.open_input_file(path)
@@ -101,10 +98,10 @@ def open_text(uri: str) -> io.BufferedReader:
 
 
 def head_of(uri: str, size: int = 512) -> bytes:
-    """Returns the first bytes of a text, without the byte order mark and blanks.
+    """Returns a text's first bytes, without byte order mark and leading blanks.
 
     Raises:
-        DataError: the text is not UTF-8, or of another kind or compression than its name says.
+        DataError: the file cannot be read, is not UTF-8, or is not what its name says.
     """
     try:
         with open_text(uri) as file:
@@ -119,7 +116,6 @@ def head_of(uri: str, size: int = 512) -> bytes:
 
 
 def _wide(head: bytes) -> str | None:
-    """Returns the encoding of text with more than one byte a character."""
     if head[:4] in (b"\xff\xfe\0\0", b"\0\0\xfe\xff") or head[1:4] == b"\0\0\0" or head[:3] == b"\0\0\0":
         return "UTF-32"
     if head[:2] in (b"\xff\xfe", b"\xfe\xff") or (head[:1] == b"\0" and head[1:2] in b'{["') or head[1:4:2] == b"\0\0":
@@ -139,11 +135,11 @@ _BEGINNINGS = {
     b"<!DOCTYPE": "is a web page; download the file itself",
     b"<HTML": "is a web page; download the file itself",
 }
-"""Kinds of data that a file may hold against its name, by their first bytes."""
+"""Error messages by a file's first bytes."""
 
 
 def other_kind(head: bytes, kind: str = "") -> str | None:
-    """Returns what data that begins so is, and the cure; None for text, and for the ``kind`` itself."""
+    """Returns the kind and cure of data that begins with ``head``; None for text, and for ``kind`` itself."""
     own = {".parquet": b"PAR1", ".arrow": b"ARROW1"}.get(kind)
     if head[257:262] == b"ustar":
         return "is a tar archive; unpack it"

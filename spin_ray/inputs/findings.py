@@ -1,4 +1,4 @@
-"""Traits of a chat template, and findings about it and the rows that it renders, one sentence each."""
+"""Traits of a chat template, and findings about template and rows."""
 
 import re
 from collections.abc import Iterator, Sequence
@@ -21,7 +21,7 @@ _TRANSCRIPT = re.compile(
     r"(?:^\s*Human:.*\nAssistant:|### (?:Response|Assistant):?|<\|assistant\|>|<\|im_start\|>assistant|\[/INST\])\s*$",
     re.DOTALL,
 )
-"""A prompt that asks for an answer by itself. Few-shot prompts may end with ``Assistant:``, too."""
+"""A prompt that is rendered already. ``Assistant:`` alone proves nothing: few-shot prompts end with it, too."""
 _FEWEST_TRANSCRIPTS = 3
 _THOUGHT = f"<think>\n{_PROBE}\n</think>"
 
@@ -29,7 +29,7 @@ _THOUGHT = f"<think>\n{_PROBE}\n</think>"
 class Finding(NamedTuple):
     sentence: str
     severity: Literal["note", "warning", "error"]
-    """An ``error`` stops a run before anything is generated."""
+    """Level; an ``error`` stops a run before generation."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -37,24 +37,23 @@ class TemplateFacts:
     """Traits of a chat template that change what a row says."""
 
     before: str
-    """Text before the message of a lone user."""
+    """Text before the first user message."""
     after: str
-    """Text between a user's message and the answer."""
+    """Text between user message and answer."""
     system: Literal["written", "refused", "left out"]
-    """Treatment of system messages."""
     default_system: str
-    """System prompt that rows without one get; empty without any."""
+    """System prompt for rows without one; may be empty."""
     alternates: bool
-    """True: user and assistant must speak in turn."""
+    """True if user and assistant must alternate."""
     writes_date: bool
     strips: tuple[str, ...]
-    """Parts of a response that are lost."""
+    """Lost parts of a response."""
     cuts_thoughts: bool
-    """True: thoughts of earlier turns are lost."""
+    """True if thoughts of earlier turns are lost."""
 
 
 def template_facts(template: ChatTemplate) -> TemplateFacts:
-    """Reads the traits from plain exchanges."""
+    """Finds the traits by rendering short conversations."""
 
     def loses(part: str, messages: Conversation, *, ask: bool = False) -> bool:
         text = template.ask(messages, ask)
@@ -80,7 +79,6 @@ def template_facts(template: ChatTemplate) -> TemplateFacts:
 
 
 def _default_system(before: str, given: str) -> str:
-    """Returns the words before a user's message that a system message of the row's own replaces."""
     head, mark, rest = given.partition(_PROBE)[0].partition("SYSTEM")
     replaced = before.removeprefix(head)
     if not mark or not rest or not before.startswith(head) or not replaced.endswith(rest):
@@ -89,7 +87,7 @@ def _default_system(before: str, given: str) -> str:
 
 
 def find_in_template(template: ChatTemplate) -> list[Finding]:
-    """Returns what the template does to conversations, found by a few plain ones."""
+    """Returns what the template does to conversations."""
     return list(_sentences(template_facts(template), template))
 
 
@@ -119,7 +117,7 @@ def _sentences(facts: TemplateFacts, template: ChatTemplate) -> Iterator[Finding
 
 
 def find_in_rows(renderer: ChatRenderer, rows: Sequence[tuple[Conversation, Tools]], source: str) -> list[Finding]:
-    """Returns what keeps the model from learning from all of ``rows``."""
+    """Returns faults that at least half of the rows share."""
     written = [renderer.texts(messages, tools) for messages, tools in rows]
     refused = [text for text in written if isinstance(text, RenderError)]
     if rows and len(refused) == len(rows):
@@ -133,7 +131,6 @@ def find_in_rows(renderer: ChatRenderer, rows: Sequence[tuple[Conversation, Tool
 
 
 def _find_transcripts(renderer: ChatRenderer, prompts: Sequence[Conversation], source: str) -> Finding | None:
-    """Returns a warning if prompts are rendered already: the template would write its marks around those."""
     marks = renderer.template.marks_between_turns()
     texts = [said[-1]["content"] for said in prompts]
     rendered = [text for text in texts if _TRANSCRIPT.search(text) or any(mark in text for mark in marks)]
@@ -148,7 +145,7 @@ def _find_transcripts(renderer: ChatRenderer, prompts: Sequence[Conversation], s
 
 
 def _find_thoughts(renderer: ChatRenderer, written: list[tuple[str, str]], source: str) -> Finding | None:
-    """Returns an error if the prompt leads to a thought that no row has: SPIN would learn nothing else."""
+    """Returns an error if the prompt asks for thoughts and no row has one: SPIN would unlearn thinking."""
     thoughts = [thought_of(prompt, response) for prompt, response in written]
     opened = any(opened_by(prompt) for prompt, _ in written)
     if not written or any(thoughts) or (not opened and None in thoughts):
@@ -169,7 +166,6 @@ def _cure_of_thoughts(template: ChatTemplate) -> str:
 
 
 def _switch_for(renderer: ChatRenderer, rows: Sequence[tuple[Conversation, Tools]]) -> str:
-    """Returns the switch of thoughts with which the template writes the first row, as a clause."""
     template, (messages, tools) = renderer.template, rows[0]
     for name in SWITCHES:
         for value in (False, True) if template.opening else (True, False):

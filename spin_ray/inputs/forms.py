@@ -1,6 +1,6 @@
-"""Forms of rows: the columns that hold prompt and response, and how they become messages.
+"""Forms of rows: which columns hold prompt and response.
 
-``FORMS`` is the table of docs/data.md. A new form is a function and a line of the table.
+A new form is a function and an entry of ``FORMS``, the table of docs/data.md.
 """
 
 import json
@@ -33,19 +33,17 @@ from spin_ray.inputs.messages import decoded, is_message, unpacked, unread_keys
 class Form:
     name: str
     needs: tuple[str, ...]
-    """Columns without which a row is not of this form."""
+    """Required columns."""
     may: tuple[str, ...] = ()
-    """Columns that are read where a row has them."""
+    """Optional columns."""
     read: Callable[[Columns], Exchange]
-    """Raises Unusable for a row that cannot be read."""
+    """Function from a row to messages; raises Unusable."""
     fits: Callable[[Columns], bool] = lambda row: True
-    """Tells forms of the same columns apart."""
+    """Test that tells forms with equal columns apart."""
     asks: str | None = None
-    """Column of the question; its row without a response is a question."""
+    """Column of the question; without a response, the row is a question."""
     response: str = ""
-    """Column of the response to ``asks``."""
     known_from: str
-    """Where such files come from."""
     example: Columns
 
     def matches(self, row: Columns) -> bool:
@@ -133,26 +131,25 @@ FORMS: tuple[Form, ...] = (
         example={"question": "2 + 2?", "answer": "2 + 2 = 4\n#### 4"},
     ),
 )  # fmt: skip
-"""The forms in the order in which they are looked for."""
+"""All forms; the first that matches a row wins."""
 
 BY_NAME = {form.name: form for form in FORMS}
 BESIDE = ("answer", "tools", "label")
-"""Columns that every form may have: an answer for grading, the tools that the prompt offers, and KTO's label."""
+"""Columns that every form may have: answer for grading, tools, KTO's label."""
 OTHER_NAMES = {"system_prompt": "system", "conversation": "conversations"}
-"""Columns that are read under another name, in rows without that one."""
+"""Other names of columns, read where a row has no value under the usual name."""
 _HINTS = {
     "prompt": ("query", "question", "problem", "instruction", "input", "inputs", "user", "request"),
     "response": ("output", "outputs", "solution", "completion", "target", "targets", "assistant", "answer", "answers"),
 }
-"""Columns that other data calls prompt and response, for hints alone."""
+"""Other names of prompt and response, for hints only."""
 MEDIA = ("image", "images", "video", "videos", "audio", "audios")
-"""Columns of what a model of texts cannot see."""
+"""Columns that a text model cannot read."""
 COLUMNS = tuple(dict.fromkeys([*(name for form in FORMS for name in (*form.needs, *form.may)), *BESIDE]))
-"""Every column that some form reads."""
 
 
 def refuse_unknown_columns(data: DataConfig) -> None:
-    """Raises ConfigError if ``data.columns`` maps a column that no form reads."""
+    """Raises ConfigError if ``data.columns`` names a column that no form reads."""
     for name in data.columns:
         if name not in COLUMNS:
             near = get_close_matches(name, COLUMNS, 1)
@@ -161,7 +158,7 @@ def refuse_unknown_columns(data: DataConfig) -> None:
 
 
 def mapped(content: Columns, data: DataConfig) -> Columns:
-    """Returns the row with the names of ``data.columns`` and of the forms."""
+    """Renames a row's columns to those of the forms."""
     if data.columns:
         taken = set(data.columns.values())
         rest = {name: value for name, value in content.items() if name not in taken}
@@ -176,17 +173,17 @@ def mapped(content: Columns, data: DataConfig) -> Columns:
 
 
 _NUMBERS = {"0": False, "0.0": False, "1": True, "1.0": True}
-"""KTO's labels as numbers; those of other data name classes, so that ``data.columns`` must say that they are KTO's."""
+"""KTO's labels as numbers, read only if ``data.columns`` maps ``label``: elsewhere numbers name classes."""
 
 
 def is_wanted(label: Any) -> bool | None:
-    """Reads KTO's label, a boolean or the text of one; None for anything else."""
+    """Reads KTO's label, a boolean or its text; returns None for other values."""
     said = str(label).strip().lower()
     return said == "true" if isinstance(label, bool | str) and said in ("true", "false") else None
 
 
 def form_of(row: Columns, data: DataConfig) -> Form | None:
-    """Returns the form of a mapped row, or ``data.form``; None if it is of none."""
+    """Returns the form of a mapped row, or None; ``data.form`` takes precedence."""
     if data.form is not None:
         form = BY_NAME[data.form]
         return form if all(column in row for column in form.needs) else None
@@ -200,7 +197,7 @@ def _with_columns(columns: tuple[str, ...]) -> tuple[Form, ...]:
 
 
 def no_form(row: Iterable[str], data: DataConfig) -> str:
-    """Returns why a row of these columns is of no form: the nearest form and the columns that it lacks."""
+    """Returns why a row has no form: the nearest form and its missing columns."""
     has = set(row)
     if isinstance(row, dict) and (path := _rows_within(row)):
         return f"its rows are inside it; write them alone, one a line: jq -c '{path}' FILE > NEW.jsonl"
@@ -224,14 +221,13 @@ def no_form(row: Iterable[str], data: DataConfig) -> str:
 
 
 def _rows_within(row: Columns) -> str | None:
-    """Returns jq's path to rows below some keys, as the hub's server and many programs write them."""
     values = list(row.values())
     if len(values) > 1 and all(isinstance(each, dict) and _is_row(each) for each in values):
         return ".[]"
     for key, value in row.items():
         listed = isinstance(value, list) and bool(value)
         inner, path = (value[0], f"{jq_key(key)}[]") if listed else (value, jq_key(key))
-        # Beside other columns a dict counts as a row only under one of the names below.
+        # Beside other columns, a dict counts as a row only under a key of _OF_ONE_ROW.
         if not isinstance(inner, dict) or key in COLUMNS or is_message(inner):
             continue
         if not listed and len(row) > 1 and key not in _OF_ONE_ROW:
@@ -244,7 +240,7 @@ def _rows_within(row: Columns) -> str | None:
 
 
 _OF_ONE_ROW = ("row", "body")
-"""Keys with which the hub's server and OpenAI's batches hold a row beside its number."""
+"""Keys of a row in answers of the hub's server and in OpenAI's batches."""
 
 
 def _is_row(value: Columns) -> bool:
@@ -259,7 +255,6 @@ def jq_key(key: str) -> str:
 
 
 def _hint(has: set[str]) -> dict[str, str]:
-    """Returns a ``data.columns`` with which such a row would be of a form: other spellings, else other words."""
     spelt = {name.strip().strip("'\"").lower(): name for name in sorted(has)}
     for form in FORMS:
         if all(name in spelt for name in form.needs):
@@ -279,8 +274,6 @@ def _and(names: Iterable[str]) -> str:
 
 
 class Placed(Protocol):
-    """A row with its place, as ``sources.SourceRow``."""
-
     @property
     def origin(self) -> str: ...
     @property
@@ -288,10 +281,10 @@ class Placed(Protocol):
 
 
 def find_form(rows: Iterable[Placed], data: DataConfig) -> Form | None:
-    """Returns the one form of the first rows of a file; None if no row is a JSON object.
+    """Returns the form of a file's first rows; None if no row is a JSON object.
 
     Raises:
-        DataError: no row is of a known form, or two rows are of two forms.
+        DataError: no row has a known form, or two rows have different forms.
     """
     found: dict[str, Placed] = {}
     strange: tuple[str, str] | None = None
@@ -311,7 +304,7 @@ def find_form(rows: Iterable[Placed], data: DataConfig) -> Form | None:
 
 
 def refuse_two_forms(found: dict[str, tuple[str, str]]) -> None:
-    """Raises DataError if ``{form: (origin, row)}`` of one file has two forms."""
+    """Raises DataError if one file's ``{form: (origin, row)}`` has two forms."""
     if len(found) < 2:
         return
     (one, (origin, first)), (other, (where, second)) = list(found.items())[:2]
@@ -322,13 +315,13 @@ def refuse_two_forms(found: dict[str, tuple[str, str]]) -> None:
 
 
 def shown(content: Any, width: int = 120) -> str:
-    """Returns a row in one short line."""
+    """Returns a row as one short line."""
     text = json.dumps(content, ensure_ascii=True, default=str)
     return text if len(text) <= width else f"{text[: width - 1]}…"
 
 
 def ignored_in(row: Mapping[str, Any], form: Form) -> list[str]:
-    """Returns the columns of a mapped row that its form does not read, and unread keys of its messages."""
+    """Returns the columns and message keys that the row's form does not read."""
     names = list(_unread(form.name, tuple(row)))
     if row.get("label") is not None and is_wanted(row["label"]) is None:
         names.append("label")
@@ -348,7 +341,7 @@ def _unread(form: str, columns: tuple[str, ...]) -> tuple[str, ...]:
 
 
 def as_markdown() -> str:
-    """Returns the table of forms of docs/data.md."""
+    """Returns the table of forms for docs/data.md."""
     lines = ["| `data.form` | columns | may have | comes from | a row |", "|---|---|---|---|---|"]
     for form in FORMS:
         needs, may = (", ".join(f"`{name}`" for name in names) for names in (form.needs, form.may))

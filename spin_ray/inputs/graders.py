@@ -1,4 +1,4 @@
-"""Graders: does a response agree with the ``answer`` of its row?"""
+"""Graders, which compare a response with its row's ``answer``."""
 
 import json
 import re
@@ -15,7 +15,7 @@ from spin_ray.inputs.conversations import answer_of
 from spin_ray.learner.import_path import import_object
 
 Grader = Callable[[str, str], float | None]
-"""Function from a response and its row's answer to a grade of 0 to 1; None: the answer cannot be graded."""
+"""Function from a response and its row's answer to a grade from 0 to 1; None if the answer cannot be graded."""
 
 _SAID = re.compile(r"(?i:answer\s*(?:is|:)?)[\s:*]*\(?([A-Z]\b(?!')|[a-z](?=\W*$))", re.MULTILINE)
 _BOXED = re.compile(r"\\boxed\{\s*(?:\\text\{)?\(?([A-Z])\)?")
@@ -24,12 +24,12 @@ _FENCED = re.compile(r"```(?:json)?\s*\n(.*?)```", re.DOTALL)
 
 
 def exact(response: str, answer: str) -> float | None:
-    """Compares both texts without the blanks around them."""
+    """Compares both texts without surrounding blanks."""
     return float(response.strip() == answer.strip())
 
 
 def regex(response: str, answer: str) -> float | None:
-    """Searches the response for the pattern ``answer``; 0 where that takes too long.
+    """Searches the response for the pattern ``answer``; gives up with 0 after ``REGEX_S``.
 
     Raises:
         ValueError: ``answer`` is no pattern.
@@ -44,12 +44,12 @@ def regex(response: str, answer: str) -> float | None:
 
 
 REGEX_S = 2.0
-"""Most CPU seconds for one response; a pattern such as ``(a+)+$`` takes hours on some texts."""
+"""Most CPU seconds for one response; patterns such as ``(a+)+$`` may take hours."""
 
 
 @contextmanager
 def _at_most(seconds: float) -> Iterator[None]:
-    """Raises TimeoutError after ``seconds`` of CPU. In another thread than the main one there is no limit."""
+    """Raises TimeoutError after ``seconds`` of CPU time; without effect outside the main thread."""
     if threading.current_thread() is not threading.main_thread():
         yield
         return
@@ -68,11 +68,7 @@ def _at_most(seconds: float) -> Iterator[None]:
 
 
 def refuse_no_pattern(config: SpinConfig, rows: Iterable[tuple[str, Any]]) -> None:
-    """Raises DataError if a row's answer is no pattern, and the recipe grades held-out rows by ``regex``.
-
-    Args:
-        rows: place and ``answer`` of held-out rows.
-    """
+    """Raises DataError if the recipe grades by ``regex`` and an answer in ``rows`` (place, answer) is no pattern."""
     if config.evaluation.grade != "regex":
         return
     for origin, answer in rows:
@@ -83,7 +79,7 @@ def refuse_no_pattern(config: SpinConfig, rows: Iterable[tuple[str, Any]]) -> No
 
 
 def multiple_choice(response: str, answer: str) -> float | None:
-    """Compares letters: the last ``answer is B``, else the last boxed one, else the last line ``B`` or ``B) …``."""
+    """Compares letters: the last ``answer is B``, else the last boxed letter, else the last line ``B`` or ``B) …``."""
     wanted = re.fullmatch(r"\W*([A-Za-z])\W*", answer)
     if not wanted:
         return None
@@ -92,7 +88,7 @@ def multiple_choice(response: str, answer: str) -> float | None:
 
 
 def json_value(response: str, answer: str) -> float | None:
-    """Compares JSON values; the response may fence its own."""
+    """Compares JSON values; a code fence may hold the response's."""
     try:
         wanted = json.loads(answer)
     except ValueError:
@@ -106,12 +102,11 @@ def json_value(response: str, answer: str) -> float | None:
 
 
 def _canonical(value: Any) -> str:
-    """Writes a value so that ``true`` differs from 1, and the order of keys does not count."""
     return json.dumps(value, sort_keys=True)
 
 
 def number(response: str, answer: str) -> float | None:
-    """Compares the number after the last ``####``, else after the last ``=``, with the answer's."""
+    """Compares the number after the last ``####``, else after the last ``=``."""
     wanted = answer_of(answer)
     found = next((how for how in ("hashes", "equals") if extract_number(response, how) is not None), None)
     return None if wanted is None else float(found is not None and is_correct(response, wanted, found))
@@ -120,11 +115,11 @@ def number(response: str, answer: str) -> float | None:
 GRADERS: dict[str, Grader] = {
     "number": number, "exact": exact, "regex": regex, "multiple_choice": multiple_choice, "json": json_value,
 }  # fmt: skip
-"""Graders by name. For ``number``, ``evaluation.grade`` has the recipe's ``answer_extractor`` in their place."""
+"""Graders by name. ``evaluation.grade: number`` means the recipe's ``answer_extractor`` instead."""
 
 
 def graders_of(config: SpinConfig) -> dict[str, str]:
-    """Returns the graders that the recipe names, by setting."""
+    """Returns the recipe's graders by setting."""
     named = {"evaluation.grade": config.evaluation.grade if config.evaluation.grade != "number" else None}
     if config.self_filter is not None:
         named["self_filter.grade"] = config.self_filter.grade
@@ -167,9 +162,9 @@ def graded(grade: str, response: str, answer: str, row: str, setting: str = "eva
 
 
 def answer_text(value: Any) -> str | None:
-    """Returns an answer as text, other values than text as JSON: ``true``, ``12``, ``{"a": 1}``.
+    """Returns an answer as text; other values become JSON, e.g. ``true``, ``12``, ``{"a": 1}``.
 
-    A table may keep 12 as 12.0, which is written as ``12``, too.
+    Tables may hold 12 as 12.0; both become ``12``.
     """
     if isinstance(value, float) and value.is_integer() and abs(value) < 2**53:
         value = int(value)

@@ -1,6 +1,6 @@
-"""Names of control tokens in messages, such as ``<|im_end|>``, which would end the turn.
+"""Guard against control tokens' names in messages, such as ``<|im_end|>``, which would end the turn.
 
-They are set aside while the template writes, then tokenised as text.
+Markers replace the names while the template renders; then the names are tokenised as text.
 """
 
 import json
@@ -23,15 +23,13 @@ _MARKER = re.compile(f"{_OPEN}(\\d+){_CLOSE}")
 
 
 class Written(NamedTuple):
-    """Text with a numbered marker for each name that was set aside."""
+    """Text with a numbered marker for each name set aside."""
 
     text: str
     set_aside: Sequence[str] = ()
 
 
 class Guard:
-    """Guard against names of control tokens in messages."""
-
     def __init__(self, tokenizer: Any, control: Iterable[str]) -> None:
         self._tokenizer = tokenizer
         self._control = {name: tokenizer.convert_tokens_to_ids(name) for name in control}
@@ -39,15 +37,15 @@ class Guard:
         guarded = [*self._control, _OPEN, _CLOSE]
         self._guarded = any_of(guarded)
         self._beginnings = sorted({name[0] for name in guarded})
-        # Nobody can write these aliases, as they differ in each process. Lower-case letters survive every normaliser.
-        # An alias begins and ends like its name: a ``single_word`` token beside it is matched by these characters.
+        # Nobody can write the aliases, as each process has its own. Lower-case letters survive every normaliser.
+        # An alias begins and ends like its name: this decides whether a ``single_word`` token matches beside it.
         nonce = secrets.token_hex(8)
         self._aliases = {
             name: f"{name[0].strip()}ꔀ{nonce}x{number}ꔁ{name[-1].strip()}" for number, name in enumerate(self._control)
         }
 
     def set_aside(self, messages: Conversation, tools: Tree) -> tuple[Conversation, Tree, list[str]]:
-        """Replaces names by markers; returns the messages, the tools and the names."""
+        """Replaces names by markers; returns messages, tools and names."""
         if not tools and self._are_plain(messages):  # most conversations
             return messages, tools, []
         names: list[str] = []
@@ -58,7 +56,6 @@ class Guard:
         return marked, self._mark_all(tools, names), names
 
     def _are_plain(self, messages: Conversation) -> bool:
-        """Tells whether messages have a text alone, in which no name begins."""
         for message in messages:
             if len(message) != 2:
                 return False
@@ -68,7 +65,6 @@ class Guard:
         return True
 
     def _mark_all(self, tree: Any, names: list[str]) -> Any:
-        """Marks every text in parsed JSON."""
         match tree:
             case str():
                 return self._mark(tree, names)
@@ -92,9 +88,9 @@ class Guard:
         return self._guarded.sub(marker, text)
 
     def encode(self, texts: Sequence[Written]) -> list[list[int] | None]:
-        """Returns each text's ids; None if it has names and the tokenizer is not of the ``tokenizers`` library.
+        """Returns each text's ids, without special tokens: the template writes its own.
 
-        The template writes its own beginning-of-text token.
+        Ids are None if names cannot be encoded as text, e.g. by a slow tokenizer.
         """
         plain = list(dict.fromkeys([text.text for text in texts if not text.set_aside]))  # pairs share their prompts
         ids = dict(zip(plain, self._encode_plain(plain), strict=True))
@@ -103,8 +99,8 @@ class Guard:
     def _encode_plain(self, texts: list[str]) -> list[list[int]]:
         if not self._tokenizer.is_fast:
             return [self._tokenizer.encode(text, add_special_tokens=False) for text in texts]
-        backend = self._tokenizer.backend_tokenizer  # transformers' own wrapping costs as much again
-        backend.no_truncation()  # these three settings are as the last call or tokenizer.json left them
+        backend = self._tokenizer.backend_tokenizer  # transformers' wrapper would take twice the time
+        backend.no_truncation()  # tokenizer.json or an earlier call may have set these three
         backend.no_padding()
         backend.encode_special_tokens = False
         try:
@@ -116,20 +112,20 @@ class Guard:
             raise
 
     def _encode_forged(self, written: Written) -> list[int] | None:
-        """Encodes a name together with the text around it; returns None if that cannot be done."""
+        """Encodes names as plain text within their surroundings; returns None if that fails."""
         if not self._tokenizer.is_fast:
             return None
         own = self._own.sub(lambda match: self._aliases[match.group()], written.text)
         text = _MARKER.sub(lambda match: written.set_aside[int(match[1])], own)
         ids = self._aliased.encode(text, add_special_tokens=False).ids
-        # An alias that is no token here, as its name may be none beside a word (``single_word``), would be text.
+        # Beside a word, a ``single_word`` alias would be text, and its token would be missing.
         known = {*self._control.values()} - {self._tokenizer.unk_token_id}
         expected = [token for name in self._own.findall(written.text) if (token := self._control[name]) in known]
         return ids if [token for token in ids if token in known] == expected else None
 
     @cached_property
     def _aliased(self) -> Tokenizer:
-        """Tokenizer with other names for the control tokens and the same ids."""
+        """Tokenizer with the same ids, but secret names for the control tokens."""
         spec = json.loads(self._tokenizer.backend_tokenizer.to_str())
         spec |= {"truncation": None, "padding": None, "post_processor": None}
         for token in spec["added_tokens"]:
@@ -160,5 +156,5 @@ class Guard:
 
 
 def any_of(names: Iterable[str]) -> re.Pattern[str]:
-    """Returns an expression that matches the longest of ``names``, if any."""
+    """Returns a pattern that matches the longest of ``names``, if any."""
     return re.compile("|".join(map(re.escape, sorted(names, key=len, reverse=True))) or "(?!)")

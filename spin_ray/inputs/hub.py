@@ -1,6 +1,6 @@
-"""The Hugging Face hub: models are fetched into its client's cache, data is read where it lies.
+"""The Hugging Face hub: models are downloaded, data is read remotely.
 
-Offline (``HF_HUB_OFFLINE``) data comes from that cache, too. What the hub refuses is one line with the cure.
+Offline (``HF_HUB_OFFLINE``), data comes from the client's cache. Every error is one line with its cure.
 """
 
 import re
@@ -22,7 +22,7 @@ _NAMED = re.compile(
 )
 _FETCHED = ["*.safetensors", "*.json", "*.jinja", "tokenizer.model", "*.txt", "*.tiktoken"]
 _LEFT = ["consolidated*", "original/*", "*/*.safetensors"]
-"""What nothing opens: the model in Mistral's and Meta's own layouts, and weights of checkpoints."""
+"""Files that no library opens: Mistral's and Meta's layouts, and weights of checkpoints."""
 
 
 class _Repository(NamedTuple):
@@ -30,17 +30,15 @@ class _Repository(NamedTuple):
     name: str
     revision: str | None
     inside: str
-    """Path in the repository."""
 
     @property
     def command(self) -> str:
-        """The command that fetches the repository into the cache."""
+        """Command that fetches the repository into the cache."""
         kind = "" if self.kind == "model" else f" --repo-type {self.kind}"
         return f"hf download {self.name}{kind}{f' --revision {self.revision}' if self.revision else ''}"
 
 
 def _repository(path: str) -> _Repository:
-    """Reads a path without ``hf://``; raises DataError if it names no repository."""
     found = _NAMED.fullmatch(path)
     if not found or path.startswith("buckets/"):
         raise DataError(f"{PREFIX}{path}: names no data of the hub; expected hf://datasets/OWNER/NAME@REVISION/FILE")
@@ -49,7 +47,7 @@ def _repository(path: str) -> _Repository:
 
 
 def fetch_model(name: str, setting: str) -> Path:
-    """Returns the cached folder of ``OWNER/NAME`` or ``OWNER/NAME@REVISION``; raises ModelError if there is none."""
+    """Returns the cached folder of ``OWNER/NAME`` or ``OWNER/NAME@REVISION``; raises ModelError without one."""
     from huggingface_hub import snapshot_download
 
     owner_and_name, _, revision = name.partition("@")
@@ -69,7 +67,7 @@ def hub_filesystem(path: str) -> pyarrow.fs.FileSystem:
 
 
 def unpinned(uri: str) -> str | None:
-    """Returns the URI with the commit that the hub has now; None if it names one, or is not of the hub."""
+    """Returns the URI with the hub's present commit; None if it names a commit or the commit is unknown."""
     if not uri.startswith(PREFIX):
         return None
     repository = _repository(uri.removeprefix(PREFIX))
@@ -86,9 +84,9 @@ def unpinned(uri: str) -> str | None:
 
 
 def unlisted(uri: str) -> str | None:
-    """Returns the command that completes data in the cache; None where the data is known to be complete.
+    """Returns the command that completes cached data; None if no file can be missing.
 
-    Offline, nothing tells which files of a folder or glob are missing, unless the cache has the hub's list of them.
+    Offline, only the hub's cached list of files shows that a folder or glob is complete.
     """
     if not uri.startswith(PREFIX) or not _is_offline():
         return None
@@ -111,7 +109,6 @@ def _is_offline() -> bool:
 
 
 def _why(error: BaseException, repository: _Repository) -> str:
-    """Returns why the hub gave nothing, with the cure."""
     from huggingface_hub import constants
     from huggingface_hub.errors import (  # type: ignore
         GatedRepoError,
@@ -152,12 +149,11 @@ def _why(error: BaseException, repository: _Repository) -> str:
 
 
 def _last_words(causes: list[BaseException]) -> str:
-    """Returns the innermost error that says something."""
     return next((first_line(each) for each in reversed(causes) if str(each).strip()), type(causes[0]).__name__)
 
 
 class _Online(pyarrow.fs.FSSpecHandler):
-    """Files of a repository, read from the hub. Every error is an OSError of one line."""
+    """File system of a repository on the hub, whose errors are OSErrors of one line."""
 
     def __init__(self, repository: _Repository) -> None:
         from huggingface_hub import HfFileSystem
@@ -199,8 +195,6 @@ class _Online(pyarrow.fs.FSSpecHandler):
 
 
 class _Told:
-    """A file of the hub that may fail at each reading."""
-
     def __init__(self, file: Any, told: Callable[[], AbstractContextManager[None]]) -> None:
         self._file, self._told = file, told
 
@@ -213,8 +207,6 @@ class _Told:
 
 
 class _Cached(pyarrow.fs.FSSpecHandler):
-    """Files of a repository in the client's cache."""
-
     def __init__(self, repository: _Repository, path: str) -> None:
         from fsspec.implementations.local import LocalFileSystem
         from huggingface_hub import snapshot_download
@@ -251,5 +243,5 @@ class _Cached(pyarrow.fs.FSSpecHandler):
 
 
 def _without_time(path: str, info: pyarrow.fs.FileInfo) -> pyarrow.fs.FileInfo:
-    """Returns what the hub tells of a file, so that a run is the same run offline."""
+    """Drops the time, which the hub does not tell, so that digests are the same offline."""
     return pyarrow.fs.FileInfo(path, info.type, size=info.size)

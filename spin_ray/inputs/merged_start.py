@@ -1,4 +1,4 @@
-"""Start models that come as an adapter (PEFT), merged with the model below them once."""
+"""Start models that are PEFT adapters, merged with their base model once."""
 
 from collections.abc import Iterator
 from pathlib import Path
@@ -15,10 +15,10 @@ WEIGHTS = "adapter_model.safetensors"
 
 
 def without_adapter(folder: Path, config: ModelConfig) -> Path:
-    """Returns the folder of a whole model: ``folder`` itself, or in the cache the adapter merged with its model.
+    """Returns ``folder``, or for an adapter the cached folder of its merged model.
 
     Raises:
-        ModelError: the model below is not named or not there, or the adapter cannot be merged.
+        ModelError: a base model is missing, or named for a whole model, or the adapter cannot be merged.
     """
     if not is_adapter(folder):
         if config.base is not None:
@@ -56,7 +56,7 @@ def _base_of(folder: Path, config: ModelConfig) -> Path:
 
 
 def _state(folder: Path) -> Iterator[tuple[str, int, int]]:
-    """Yields path, size and time of each file: reading all weights at each start would take a minute."""
+    """Yields path, size and time of each file; digesting weights at each start would be slow."""
     for path in sorted(folder.rglob("*")):
         stat = path.stat()
         yield str(path), stat.st_size, stat.st_mtime_ns

@@ -1,10 +1,10 @@
-"""Lists of messages as files hold them -> messages with the role names and keys of chat templates."""
+"""Messages of data files -> messages with the roles and keys of chat templates."""
 
 import json
 from typing import Any
 
 Message = dict[str, Any]
-"""``role`` and ``content``, and where the data has them ``tool_calls``, ``tool_call_id``, ``name`` and
+"""Dict with ``role`` and ``content``, and optionally ``tool_calls``, ``tool_call_id``, ``name`` and
 ``reasoning_content``."""
 Conversation = list[Message]
 
@@ -16,16 +16,16 @@ _NAMES = {
     "tool": ("tool", "observation", "function", "function_response", "tool_response", "ipython"),
 }
 ROLES = {name: role for role, names in _NAMES.items() for name in names}
-"""Role of each name that files use."""
+"""Role for each name in data files."""
 CALL = "function_call"
-"""ShareGPT's name for an assistant's message that is a tool call, as JSON."""
+"""ShareGPT's role name, and OpenAI's older key, of a tool call."""
 _ROLES = ", ".join(_NAMES)
 REASONING = ("reasoning_content", "reasoning", "thinking", "thought")
-"""Names of a thought; the first is the templates'."""
+"""Keys of a thought; chat templates use the first."""
 _LEARNT = ("weight", "train", "loss", "trainable")
-"""Keys with which a message says by false, and ``weight`` by 0, that it is not to be learnt."""
+"""Keys whose value false (``weight``: also 0) excludes a message from learning."""
 KEPT = ("tool_calls", "tool_call_id", "name", "reasoning_content")
-"""Keys that a template may write beside role and content."""
+"""Keys that a template may write besides role and content."""
 _READ = {"role", "from", "content", "value", *KEPT, *REASONING, CALL}
 _SAID = {"content", "value", "tool_calls"}
 _SHARED = {"human": "user", "gpt": "assistant", "system": "system"}
@@ -33,18 +33,18 @@ _PLAIN = ("user", "assistant", "system")
 
 
 class Unlearnt(dict[str, Any]):
-    """A message that is not to be learnt, but may stand before another."""
+    """Message that is not to be learnt, but may stand before another."""
 
 
 class Unusable(Exception):
-    """A row for quarantine: a ``reason`` to count and a ``detail`` to read."""
+    """Row for quarantine: ``reason`` is counted, ``detail`` is for the user."""
 
     def __init__(self, reason: str, detail: str) -> None:
         self.reason, self.detail = reason, detail
 
 
 def listed(value: Any, column: str) -> list[Any]:
-    """Returns a column's list of messages, which may be JSON text or a struct of lists.
+    """Returns a column's messages, given as a list, JSON text or a struct of lists.
 
     Raises:
         Unusable: the column holds something else.
@@ -64,12 +64,12 @@ def listed(value: Any, column: str) -> list[Any]:
 
 
 def is_message(value: Any) -> bool:
-    """Tells whether a value is a message, well formed or not."""
+    """Tells a message, even a malformed one, from other values."""
     return isinstance(value, dict) and isinstance(value.get("role") or value.get("from"), str)
 
 
 def unpacked(value: Any) -> Any:
-    """Returns messages that stand as JSON text in a column of texts, and any other value as it is."""
+    """Parses messages stored as JSON text; returns other values unchanged."""
     if isinstance(value, str) and value.lstrip()[:1] == "[":
         found = decoded(value)
         if isinstance(found, list) and found and all(is_message(each) and each.keys() & _SAID for each in found):
@@ -78,7 +78,7 @@ def unpacked(value: Any) -> Any:
 
 
 def decoded(value: Any) -> Any:
-    """Returns the content of JSON text, and any other value as it is."""
+    """Parses JSON text; returns other values unchanged."""
     if not isinstance(value, str):
         return value
     try:
@@ -88,7 +88,7 @@ def decoded(value: Any) -> Any:
 
 
 def _zipped(value: dict[str, Any]) -> Any:
-    """Turns ``{"role": [...], "content": [...]}`` into messages; returns other dicts as they are."""
+    """Turns ``{"role": [...], "content": [...]}`` into messages; returns other dicts unchanged."""
     lists = {key: each for key, each in value.items() if each is not None}
     if not lists or not all(isinstance(each, list) for each in lists.values()):
         return value
@@ -98,16 +98,16 @@ def _zipped(value: dict[str, Any]) -> Any:
 
 
 def parse_messages(values: list[Any], start: int = 0) -> list[Message]:
-    """Checks messages and gives them the templates' names; raises Unusable for one that cannot be read.
+    """Gives messages the templates' roles and keys; raises Unusable for a malformed message.
 
     Args:
-        start: place of the first one in its conversation.
+        start: index of the first message.
     """
     return [_parse(index, value) for index, value in enumerate(values, start)]
 
 
 def spoken(role: str, text: Any, index: int) -> Message:
-    """Returns the message of a text; raises Unusable for anything else."""
+    """Returns a message; raises Unusable if ``text`` is neither text nor text parts."""
     text = _text(index, text)
     _check_unicode(index, text)
     return {"role": role, "content": text}
@@ -163,11 +163,6 @@ def _parse(index: int, value: Any) -> Message:
 
 
 def _thought_and_content(index: int, value: dict[str, Any]) -> tuple[str, Any]:
-    """Returns the thought, which may be parts of the content, and the other content.
-
-    Raises:
-        Unusable: the thought is no text, or there are two.
-    """
     thoughts = {key: value[key] for key in REASONING if key in value and _is_read(key, value[key])}
     thought, content = _either(index, thoughts, *REASONING), _either(index, value, "content", "value")
     if isinstance(content, list):
@@ -185,7 +180,7 @@ def _thought_and_content(index: int, value: dict[str, Any]) -> tuple[str, Any]:
 
 
 def unread_keys(value: list[Any] | dict[str, Any]) -> set[str]:
-    """Returns the keys that are not read of a column's messages: a list, a message or a struct of lists."""
+    """Returns the keys of a column's messages that are not read."""
     found = _zipped(value) if isinstance(value, dict) else value
     messages = found if isinstance(found, list) else [found]
     return {
@@ -198,7 +193,7 @@ def unread_keys(value: list[Any] | dict[str, Any]) -> set[str]:
 
 
 def _is_read(key: str, value: Any) -> bool:
-    """Tells whether a message's key is read: a flag is no thought, and a number no flag, but for weights of 0 and 1."""
+    """Tells whether a key is read: a thought unless boolean, a flag only if boolean (``weight``: also 0 or 1)."""
     if key in REASONING:
         return not isinstance(value, bool)
     if key in _LEARNT:
@@ -207,7 +202,6 @@ def _is_read(key: str, value: Any) -> bool:
 
 
 def _either(index: int, value: dict[str, Any], *names: str) -> Any:
-    """Returns what stands under one of the names; raises Unusable if two of them say different things."""
     found = {name: value[name] for name in names if value.get(name) not in (None, "")}
     first, *others = found.values() or [next((value[name] for name in names if value.get(name) is not None), None)]
     if any(other != first for other in others):
@@ -223,7 +217,7 @@ def _call(index: int, value: Any) -> dict[str, Any]:
 
 
 def _text(index: int, content: Any) -> str:
-    """Returns a content's text; the parts of a list are joined without a blank, as templates do."""
+    """Joins text parts without a blank, as chat templates do."""
     if isinstance(content, str):
         return content
     if not isinstance(content, list):
@@ -236,7 +230,7 @@ def _text(index: int, content: Any) -> str:
 
 
 def refuse_surrogates(value: Any, what: str) -> None:
-    """Raises Unusable if a JSON value holds text that no file and no tokenizer can hold."""
+    """Raises Unusable if a JSON value holds a lone surrogate, which UTF-8 cannot encode."""
     if value is None or (isinstance(value, str) and value.isascii()):
         return
     try:

@@ -9,9 +9,9 @@ from spin_ray.errors import DataError
 
 
 def shares_of(sources: Sequence[Source], usable: Sequence[int], setting: str = "data.train") -> list[int]:
-    """Returns how many of its ``usable`` rows each source gives.
+    """Returns the number of rows from each source.
 
-    Sources with a weight give rows in proportion, as many as the scarcest of them allows without repeating a row.
+    Weighted sources give rows in proportion, as many as possible without repeating a row.
 
     Raises:
         DataError: a source has no usable row, or fewer than its ``rows``.
@@ -36,12 +36,12 @@ def draw(
     seed: int,
     setting: str = "data.train",
 ) -> list[int]:
-    """Draws rows without repetition, and sets the masks ``usable`` to them; returns the rows of each source.
+    """Draws rows without repetition; returns their number per source.
 
     Args:
-        usable: a mask of rows a slice.
-        source_of: the number of each slice's source.
-        setting: the name of the sources in an error.
+        usable: a mask of rows per slice; set to the drawn rows.
+        source_of: the source's index per slice.
+        setting: the sources' name in errors.
 
     Raises:
         DataError: a source has too few rows.

@@ -1,4 +1,4 @@
-"""Model folders in Hugging Face layout, found, checked and digested."""
+"""Model folders in Hugging Face layout."""
 
 import json
 import re
@@ -22,7 +22,7 @@ _CODE_OR_PICKLE = (".py", ".bin", ".pt", ".pth", ".pkl", ".pickle", ".ckpt", ".j
 
 
 class Source(Protocol):
-    """Place to get a model from by digest."""
+    """Place to fetch a model from by digest."""
 
     def local_folder(self, *, weights: bool = True) -> Path: ...
 
@@ -31,38 +31,33 @@ class Source(Protocol):
 class ModelFolder:
     path: Path
     digest: str
-    """Digest of all files."""
     name: str
     """Name of the iterate: ``start``, ``sft``, ``iter_000``, …"""
     pad_id: int
-    """Any legal token: lengths mark padding, never this id."""
+    """Id of padding: any legal token, because lengths mark padding."""
     files: Mapping[str, Digest] = field(default_factory=dict)
-    """Digests of the files, unless the model is an artefact of the run."""
+    """Digests of files; empty from ``open_artefact``."""
     source: Source | None = None
     """Origin for a machine without ``path``."""
     base: "ModelFolder | None" = None
-    """Frozen model below, if this folder holds an adapter."""
+    """Frozen base model of an adapter."""
 
     def here(self, *, weights: bool = True) -> Path:
-        """Returns the folder on this machine, fetched if need be; without ``weights`` only what a tokenizer needs."""
+        """Returns the local folder, fetched if needed; without ``weights``, only the tokenizer's files."""
         return self.source.local_folder(weights=weights) if self.source else self.path
 
     @property
     def whole(self) -> "ModelFolder":
-        """The whole model: this one, or the frozen one below this adapter."""
+        """An adapter's base; else this model."""
         return self.base or self
 
     def parts_here(self) -> tuple[Path, Path | None]:
-        """Returns the folders of the whole model and of the adapter on top of it, on this machine."""
+        """Returns the local folders of the whole model and of the adapter."""
         return (self.base.here(), self.here()) if self.base else (self.here(), None)
 
 
 def open_model(path: str | Path, name: str, *, trust_remote_code: bool = False) -> ModelFolder:
-    """Checks a model folder before any library opens it.
-
-    Raises:
-        ModelError: it is no model, or holds pickled weights or code.
-    """
+    """Checks and digests a model folder before any library opens it; raises like ``refuse_unsafe``."""
     folder = Path(path)
     unopened = refuse_unsafe(folder, trust_remote_code=trust_remote_code)
     config = read_config(folder)
@@ -78,10 +73,10 @@ def open_model(path: str | Path, name: str, *, trust_remote_code: bool = False) 
 
 
 def refuse_unsafe(folder: Path, *, trust_remote_code: bool = False) -> list[Path]:
-    """Checks a model folder without reading its weights; returns the files that nothing opens.
+    """Checks a model folder without reading weights; returns the files that no library opens.
 
     Raises:
-        ModelError: it is no model, or holds pickled weights or code.
+        ModelError: the folder holds no model, or pickled weights or code.
     """
     if not folder.is_dir():
         raise ModelError(f"{folder}: no such model folder")
@@ -94,9 +89,9 @@ def refuse_unsafe(folder: Path, *, trust_remote_code: bool = False) -> list[Path
 
 
 def open_unchanged(path: str | Path, name: str, *, trust_remote_code: bool = False) -> ModelFolder:
-    """Opens a model folder as ``open_model`` does, but reads files again only if some have changed since.
+    """Opens a model folder, but rereads it only after a change of size, times or inode.
 
-    A change shows in size, times or inode. What was read is known to this process alone.
+    Each process remembers its own readings only.
     """
     folder = Path(path)
     with _opening:
@@ -118,7 +113,7 @@ def _stamp(file: Path) -> tuple[int, ...]:
 
 
 def open_initial(run: RunDir) -> ModelFolder:
-    """Opens θ_0, the frozen model below a run's adapters, in a folder of this machine; ``open_unchanged`` reads it.
+    """Opens θ_0, the frozen model below a run's adapters, from a local folder.
 
     Raises:
         RunDirError: a file is missing or has changed.
@@ -141,28 +136,24 @@ def open_initial(run: RunDir) -> ModelFolder:
 
 
 def open_artefact(artefact: Artefact, name: str, initial: ModelFolder) -> ModelFolder:
-    """Opens what a run has trained, a whole model or an adapter on ``initial``, and checks its digests."""
+    """Opens a trained model or adapter and checks its digests."""
     digest, folder = folder_digest(artefact.verify().files), artefact.local_folder()
     base = initial if is_adapter(folder) else None
     return ModelFolder(folder, digest, name, initial.pad_id, source=artefact, base=base)
 
 
 def find_model(config: ModelConfig) -> Path:
-    """Returns the folder of ``model.path``, fetched if it names a model of the hub.
+    """Returns the folder of ``model.path``, fetched if on the hub.
 
     Raises:
         ModelError: there is no such model.
-        ConfigError: it has fewer positions than ``model.max_length``.
+        ConfigError: the model has fewer positions than ``model.max_length``.
     """
     return check_folder(find_folder(config.path, revision=config.revision), config)
 
 
 def find_folder(path: str, setting: str = "model.path", revision: str | None = None) -> Path:
-    """Returns a folder of this machine, fetched if ``path`` names one of the hub.
-
-    Raises:
-        ModelError: there is no such folder.
-    """
+    """Returns a local folder, fetched if ``path`` is on the hub; raises ModelError if there is none."""
     folder = Path(path).expanduser().absolute()  # Ray workers run in other folders
     if folder.exists():
         return folder
@@ -172,7 +163,7 @@ def find_folder(path: str, setting: str = "model.path", revision: str | None = N
 
 
 def check_folder(folder: Path, config: ModelConfig) -> Path:
-    """Returns the folder of a model that is long enough; ``find_model`` has the errors."""
+    """Returns ``folder`` if its model is long enough; raises like ``find_model``."""
     refuse_no_model(folder)
     limit = positions_of(read_config(folder))
     if limit is not None and config.max_length > limit:
@@ -183,14 +174,14 @@ def check_folder(folder: Path, config: ModelConfig) -> Path:
 
 
 def positions_of(config: dict[str, Any]) -> int | None:
-    """Returns the most tokens that the model takes, by the names of all families; None if it does not say."""
+    """Returns the most tokens that the model takes, or None."""
     scopes = [scope for scope in (config, config.get("text_config")) if isinstance(scope, dict)]
     found = [scope.get(name) for scope in scopes for name in _POSITIONS]
     return min((limit for limit in found if isinstance(limit, int) and limit > 0), default=None)
 
 
 def unopened_files(folder: Path) -> list[Path]:
-    """Returns what nothing opens: what trainers leave beside a model, and weights in its makers' own layout."""
+    """Returns the files that no library opens: a trainer's, and weights in Meta's layout."""
     return [path for path in sorted(folder.rglob("*")) if path.is_file() and _is_unopened(path.relative_to(folder))]
 
 
@@ -215,7 +206,7 @@ def is_adapter(folder: Path) -> bool:
 
 
 def read_adapter(folder: Path) -> dict[str, Any]:
-    """Reads PEFT's settings of an adapter; raises ModelError if they are no JSON object."""
+    """Reads adapter_config.json; raises ModelError if missing or no JSON object."""
     return _read_json(folder / _ADAPTER_CONFIG)
 
 
@@ -223,7 +214,7 @@ _ADAPTER_CONFIG = "adapter_config.json"
 
 
 def refuse_no_model(folder: Path) -> None:
-    """Raises ModelError if the folder holds an adapter, checkpoints alone, or no config.json."""
+    """Raises ModelError if the folder holds an adapter, only checkpoints, or no config.json."""
     if is_adapter(folder):
         base = read_adapter(folder).get("base_model_name_or_path")
         raise ModelError(_ADAPTER.format(folder=folder, of=f" of {base}" if base else ""))
@@ -248,7 +239,7 @@ _ADAPTER = (
 
 
 def refuse_untrainable(folder: Path) -> None:
-    """Raises ModelError if the weights are quantised, or those of an adapter."""
+    """Raises ModelError if the weights are quantised or an adapter's."""
     config = read_config(folder)
     scopes = [scope for scope in (config, config.get("text_config")) if isinstance(scope, dict)]
     found = next((scope[key] for scope in scopes for key in _QUANTISATION if scope.get(key)), None)
@@ -269,13 +260,12 @@ def refuse_untrainable(folder: Path) -> None:
 
 
 def refuse_adapter(folder: Path) -> None:
-    """Raises ModelError if the weights are those of an adapter."""
+    """Raises ModelError if the weights are an adapter's."""
     if any(".lora_" in name for name in tensor_shapes(folder)):
         raise ModelError(_ADAPTER.format(folder=folder, of=""))
 
 
 _QUANTISATION = ("quantization_config", "compression_config", "quantization")
-"""Names of the settings; the last is MLX's."""
 _QUANTISED = (".qweight", ".weight_packed", ".weight_scale", ".weight_scale_inv", ".quant_state.bitsandbytes__nf4",
               ".absmax", ".SCB")  # fmt: skip
 
@@ -296,7 +286,7 @@ def _check_weights(folder: Path) -> None:
 
 
 def read_config(folder: Path) -> dict[str, Any]:
-    """Reads config.json; raises ModelError if it is missing or no JSON object."""
+    """Reads config.json; raises ModelError if missing or no JSON object."""
     return _read_json(folder / "config.json")
 
 
@@ -327,7 +317,7 @@ def _refuse_untrusted(folder: Path, unopened: list[Path]) -> None:
 
 
 def _has_key(tree: Any, key: str) -> bool:
-    """Searches the parsed JSON, whose text may write the key with escapes."""
+    """Searches parsed JSON, as the text may escape the key."""
     if isinstance(tree, dict):
         return key in tree or any(_has_key(value, key) for value in tree.values())
     return isinstance(tree, list) and any(_has_key(value, key) for value in tree)

@@ -32,9 +32,8 @@ from spin_ray.inputs.vocabulary import vocabulary_of, without_embedding
 Row = dict[str, Any]
 """Columns of ``PROMPT_SCHEMA``."""
 Note = Callable[[SourceRow, Found, list[str]], None]
-"""Called with each usable row and what of it is not read."""
+"""Callback for a usable row and its unread columns."""
 _PLACEHOLDERS = ("<image>", "<video>", "<audio>", "<|image|>", "<image_placeholder>")
-"""Marks in a text where a model would see what a column of ``MEDIA`` holds."""
 
 
 @dataclass(frozen=True)
@@ -48,12 +47,12 @@ class PromptTask:
     max_length: int
     data: DataConfig
     labelled: bool = True
-    """False: rows are questions; their responses are not read."""
+    """False if rows are questions, whose responses are not read."""
     chat_template_kwargs: Mapping[str, Any] = field(default_factory=dict)
     date: datetime | None = None
-    """The run's date, which the template may write."""
+    """The run's date, for templates."""
     takes_tools: bool = True
-    """False: rows with tools are refused."""
+    """False if rows with tools are refused."""
 
     @classmethod
     def of(cls, config: SpinConfig, tokenizer: str, *, labelled: bool = True, date: datetime | None = None) -> Self:
@@ -81,12 +80,12 @@ class PromptTask:
         return without_embedding(self.renderer.tokenizer, vocabulary_of(Path(self.tokenizer)))
 
     def prepared(self) -> Self:
-        """Loads the tokenizer now, so that copies for other processes bring it along."""
+        """Loads the tokenizer now, so that copies in other processes need not."""
         _ = self.renderer, self.without_embedding
         return self
 
     def render(self, conversations: list[Conversation], tools: list[Tools]) -> list[Rendered | RenderError]:
-        """Renders each conversation, a question only up to its answer."""
+        """Renders conversations; of questions, the prompts."""
         if self.labelled:
             return self.renderer.render_all(conversations, tools)
         prompts = self.renderer.render_prompts([messages[:-1] for messages in conversations], tools)
@@ -94,7 +93,7 @@ class PromptTask:
 
 
 def rows_of(sources: Sequence[SourceRow], task: PromptTask, note: Note | None = None) -> Iterator[list[Row] | Unusable]:
-    """Yields each source row's prompt rows, or the reason why it cannot be used."""
+    """Yields each source row's prompt rows, or why the row is unusable."""
     found = [_found_in(source, task) for source in sources]
     usable = [conversation for each in found if not isinstance(each, Unusable) for conversation in each.all]
     tools = [each.tools for each in found if not isinstance(each, Unusable) for _ in each.all]
@@ -110,7 +109,7 @@ def rows_of(sources: Sequence[SourceRow], task: PromptTask, note: Note | None = 
                 _row(each, conversation, result, rejected, task)
                 for conversation, result in zip(each.ending_with_real, results, strict=True)
             ]
-        except Unusable as unusable:  # one bad turn spoils the whole row
+        except Unusable as unusable:  # one unusable turn refuses the whole row
             yield unusable
             continue
         if note:
@@ -132,7 +131,6 @@ def _found_in(source: SourceRow, task: PromptTask) -> Found | Unusable:
 
 
 def _refuse_media(source: SourceRow, found: Found) -> None:
-    """Raises Unusable if a text refers to an image that the row has and the model cannot see."""
     filled = (name for name, value in (source.content or {}).items() if value)
     has = [name for name in (*filled, *source.unread) if name in MEDIA]
     if not has:
@@ -143,7 +141,6 @@ def _refuse_media(source: SourceRow, found: Found) -> None:
 
 
 def _unread(source: SourceRow, found: Found, task: PromptTask) -> list[str]:
-    """Returns the columns, and the keys of messages, that no token of the row comes from."""
     if found.form is None:  # a question
         return []
     names = [*ignored_in(found.row, found.form), *source.unread]
@@ -162,11 +159,10 @@ def _row(
     rejected: Rendered | RenderError | None,
     task: PromptTask,
 ) -> Row:
-    """Builds a prompt row; raises Unusable if it cannot be trained on."""
     for each in (rendered, rejected):
         if isinstance(each, RenderError):
             raise Unusable("template", str(each))
-        length = len(each.prompt_ids) + max(1, len(each.real_ids)) if each else 0  # an answer has a token at least
+        length = len(each.prompt_ids) + max(1, len(each.real_ids)) if each else 0  # a response has at least one token
         if length > task.max_length:
             raise Unusable("too_long", f"{length} tokens, model.max_length is {task.max_length}")
         if each is not None and task.without_embedding:
@@ -190,7 +186,7 @@ def _row(
 
 
 def _as_json(conversation: Conversation) -> str:
-    """Writes what ``json.dumps(conversation, ensure_ascii=False)`` writes, mostly in half the time."""
+    """Returns ``json.dumps(conversation, ensure_ascii=False)``, mostly in half the time."""
     if any(len(message) != 2 or not isinstance(message["content"], str) for message in conversation):
         return json.dumps(conversation, ensure_ascii=False)
     written = [

@@ -1,7 +1,7 @@
-"""Conversations -> token ids, by the model's own chat template.
+"""Token ids of conversations, by the model's own chat template.
 
-A conversation's ids are cut where the assistant begins to speak. A tokenizer may join prompt and response there:
-``Assistant:␣`` and ``Yes`` share the token ``␣Yes``. The prompt then keeps only the tokens that no response changes.
+A tokenizer may join prompt and response: ``Assistant:␣`` and ``Yes`` share the token ``␣Yes``. The prompt keeps only
+tokens that no response changes.
 """
 
 from collections.abc import Mapping, Sequence
@@ -21,7 +21,7 @@ from spin_ray.learner.tokenizer_file import as_written, open_tokenizer
 
 @dataclass(frozen=True, slots=True)
 class Rendered:
-    """Token ids of one row, as ``apply_chat_template`` gives them, up to the end of the turn."""
+    """Token ids of a row, as ``apply_chat_template`` gives them, up to the end of the turn."""
 
     prompt_ids: list[int]
     real_ids: list[int]
@@ -32,13 +32,10 @@ class _Parts(NamedTuple):
     response: str
 
     def after(self, end: str) -> Written:
-        """Returns the response behind the ``end`` of the prompt."""
         return Written(end + self.response, self.prompt.set_aside)
 
 
 class _Guarded(NamedTuple):
-    """A conversation with markers in place of names of control tokens."""
-
     messages: Conversation
     tools: Tools
     names: list[str]
@@ -59,37 +56,37 @@ class ChatRenderer:
 
         Args:
             kwargs: variables of the template.
-            date: the time that the template may write. Not given: now, for as long as the renderer lives.
+            date: time that the template may write; default: now, then fixed.
 
         Raises:
-            ModelError: it is missing or cannot be trained on.
+            ModelError: the template is missing or unfit for training.
         """
         self.tokenizer = tokenizer
         self.template = self._template = ChatTemplate(tokenizer, kwargs or {}, date or datetime.now())
         self.end_of_turn_id = self._template.end_of_turn_id
         self.end_of_turn = self._template.end_of_turn
         self.writes_end_of_turn = self._template.writes_end_of_turn
-        """False: the tokenizer's end of text marks the end of a turn."""
+        """False if only the tokenizer's end of text ends a turn."""
         self._guard = Guard(tokenizer, self._template.control_tokens)
         self._held_back = self._count_held_back(Written(self._template.prompt))
         self._ending = self._find_ending()
 
     def render(self, messages: Conversation, tools: Tools = None) -> Rendered:
-        """Renders a conversation that ends with a response; raises RenderError if that fails."""
+        """Renders a conversation that ends with a response; raises RenderError."""
         (rendered,) = self.render_all([messages], [tools])
         if isinstance(rendered, RenderError):
             raise rendered
         return rendered
 
     def render_prompt(self, messages: Conversation, tools: Tools = None) -> list[int]:
-        """Renders a conversation without its response; raises RenderError if that fails."""
+        """Renders a conversation without its response; raises RenderError."""
         (ids,) = self.render_prompts([messages], [tools])
         if isinstance(ids, RenderError):
             raise ids
         return ids
 
     def held_back_text(self, messages: Conversation) -> str:
-        """Returns the end of the prompt's text that is left to the response, mostly none.
+        """Returns the end of the prompt's text whose tokens are left to the response, mostly none.
 
         Sampled text begins with it.
 
@@ -140,7 +137,6 @@ class ChatRenderer:
         ]  # fmt: skip
 
     def _set_aside(self, conversations: Sequence[Conversation], tools: Sequence[Tools]) -> list[_Guarded | RenderError]:
-        """Brings messages into the template's form and replaces names of control tokens."""
         guarded: list[_Guarded | RenderError] = []
         for messages, offered in zip(conversations, tools or [None] * len(conversations), strict=True):
             try:
@@ -150,7 +146,7 @@ class ChatRenderer:
         return guarded
 
     def texts(self, messages: Conversation, tools: Tools = None) -> tuple[str, str] | RenderError:
-        """Returns the texts of prompt and response; names of control tokens in messages are markers."""
+        """Returns the texts of prompt and response, with markers for control tokens' names."""
         (parts,) = self._write_all([messages], [tools])
         return parts if isinstance(parts, RenderError) else (parts.prompt.text, parts.response)
 
@@ -185,7 +181,6 @@ class ChatRenderer:
         return _unspeakable(prompt) if ids is None else ids[: len(ids) - self._held_back_of(prompt)]
 
     def _cut(self, parts: _Parts, prompt: list[int] | None, after: list[int] | None) -> Rendered | RenderError:
-        """Cuts prompt and response; ``after`` has the ids of the prompt's end and the response."""
         if prompt is None or after is None:
             return _unspeakable(parts.prompt)
         end = prompt
@@ -204,7 +199,6 @@ class ChatRenderer:
         return Rendered(prompt[: len(prompt) - held_back], response)
 
     def _held_back_of(self, prompt: Written) -> int:
-        """Counts the last tokens of ``prompt`` that a response may change."""
         if self._template.constant and prompt.text.endswith(self._template.constant):
             return self._held_back
         return self._count_held_back(prompt)
@@ -217,7 +211,7 @@ class ChatRenderer:
         return len(alone) - min(len(commonprefix([alone, ids])) for ids in followed if ids is not None)
 
     def _find_ending(self) -> _Ending | None:
-        """Returns the end of every prompt, if responses are tokenised alike behind it."""
+        """Returns the end of every prompt; None if responses are tokenised otherwise behind that end alone."""
         prompt, responses = self._template.prompt, self._template.responses
         found = list(any_of(self._template.added_ids).finditer(prompt))
         starts, ends = [match.start() for match in found], [match.end() for match in found]
@@ -230,7 +224,7 @@ class ChatRenderer:
         before = len(whole[0] or []) - len(short[0] or [])
         alike = all(long and long[before:] == part for long, part in zip(whole, short, strict=True))
         ending = short[0] or []
-        # The mark must be a token here: a ``single_word`` one is text beside a letter, and joins what is around it.
+        # The mark must be a token here: beside a letter, a ``single_word`` token is text and joins its neighbours.
         parts = ending[:1] == [self._template.added_ids[prompt[starts[-1] : ends[-1]]]]
         return _Ending(text, ending) if parts and alike and self._held_back < len(ending) else None
 
@@ -246,7 +240,6 @@ def open_renderer(folder: str, model: ModelConfig, date: datetime | None = None)
 
 
 _TOKENIZERS = ("tokenizer.json", "*.model", "vocab.*", "*.tiktoken", "tokenization_*.py")
-"""Files of which a tokenizer has one."""
 _OF_HUGGING_FACE = ("tokenizer.json", "tokenizer.model")
 _TEKKEN_ALONE = (
     "{folder}: has a tokenizer in Mistral's own format alone (tekken.json); convert it once: python -c \"from "
@@ -256,10 +249,10 @@ _TEKKEN_ALONE = (
 
 
 def load_tokenizer(path: str, chat_template: str | None = None, trust_remote_code: bool = False) -> Any:
-    """Loads the model's tokenizer; ``chat_template`` is a file.
+    """Loads the model's tokenizer, with the template of the file ``chat_template`` if given.
 
     Raises:
-        ModelError: tokenizer or file cannot be read, or the tokenizer loses text, or is in Mistral's own format alone.
+        ModelError: a file cannot be read, or the tokenizer loses text or is in Mistral's own format alone.
     """
     if (Path(path) / "tekken.json").is_file() and not any((Path(path) / name).is_file() for name in _OF_HUGGING_FACE):
         raise ModelError(_TEKKEN_ALONE.format(folder=path))

@@ -1,4 +1,4 @@
-"""Preference models of SPPO that cannot judge, told from their folders before anything is sampled."""
+"""Checks of SPPO's preference models before sampling."""
 
 from pathlib import Path
 from typing import Literal
@@ -13,7 +13,7 @@ _HEAD_OF_PAIRRM = ("head_layer.1.weight", "head_layer.4.weight")
 
 
 def refuse_no_scorer(folder: Path, kind: Literal["reward", "pairrm"]) -> None:
-    """Raises ModelError if the scorer's folder cannot judge."""
+    """Raises ModelError if the folder holds no usable preference model."""
     refuse_damaged(folder)
     refuse_adapter(folder)
     reason = _why_no_reward(folder) if kind == "reward" else _why_no_pairrm(folder)

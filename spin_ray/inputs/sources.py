@@ -1,4 +1,4 @@
-"""Data files of a source, slices of them, and rows."""
+"""Data files of a source, their slices and rows."""
 
 import hashlib
 import json
@@ -19,7 +19,6 @@ __all__ = ["Slice", "SourceRow", "files_digest", "find_files", "read_slice", "sk
 SLICE_BYTES = 2**20
 MOST_SLICES = 4096
 _BESIDE_DATA = ("state.json", "dataset_info.json", "dataset_infos.json", "dataset_dict.json")
-"""Files that ``datasets`` writes beside its data."""
 
 
 def find_files(source: str) -> list[str]:
@@ -46,7 +45,6 @@ def find_files(source: str) -> list[str]:
 
 
 def _hint(source: str) -> str:
-    """Returns a clause for a path that people write and that is no path here."""
     if _HUB_NAME.fullmatch(source) and not source.lower().endswith(SUFFIXES):
         return f"; of the hub it is hf://datasets/{source}/FILE"
     if "$" in source:
@@ -75,7 +73,6 @@ def _listed(filesystem: pyarrow.fs.FileSystem, path: str, source: str) -> list[p
 
 
 def _refuse_several_splits(files: list[str], folder: str, source: str) -> None:
-    """Raises DataError if the names of a folder's files say that some are to train on and some to test on."""
     splits = {_SPLITS[found[-1]] for file in files if (found := _SPLIT.findall(_below(file, folder).lower()))}
     if len(splits) > 1:
         raise DataError(
@@ -89,9 +86,8 @@ def _inside(filesystem: pyarrow.fs.FileSystem, path: str) -> list[pyarrow.fs.Fil
 
 
 def _is_data(path: str, folder: str) -> bool:
-    """Tells data from what programs leave beside it, such as ``.ipynb_checkpoints/`` and ``_delta_log/``."""
     name = path.rpartition("/")[2]
-    # ``datasets`` keeps the results of map() beside the data, as cache-*.arrow
+    # ``datasets`` caches results of map() beside the data, as cache-*.arrow
     made = name in _BESIDE_DATA or name.startswith("cache-")
     return path.lower().endswith(SUFFIXES) and not made and not _BESIDE.search(_below(path, folder))
 
@@ -103,11 +99,6 @@ def _below(path: str, folder: str) -> str:
 def _saved_files(
     filesystem: pyarrow.fs.FileSystem, path: str, infos: list[pyarrow.fs.FileInfo]
 ) -> list[pyarrow.fs.FileInfo] | None:
-    """Returns the files of a folder that ``datasets.save_to_disk`` wrote; None for another folder.
-
-    Raises:
-        DataError: the folder holds several splits, or rows that an index selects.
-    """
     inside = {info.path.removeprefix(path.rstrip("/") + "/"): info for info in infos}
     if "dataset_dict.json" in inside:
         with filesystem.open_input_stream(inside["dataset_dict.json"].path) as file:
@@ -129,7 +120,7 @@ def _saved_files(
 
 
 def skipped_files(source: str) -> list[str]:
-    """Returns the files of a folder that are not read as data, but for hidden ones."""
+    """Returns a folder's files that are not read, without hidden files and known metadata."""
     filesystem, path = _filesystem(source)
     if filesystem.get_file_info(path).type != pyarrow.fs.FileType.Directory:
         return []
@@ -142,7 +133,7 @@ def skipped_files(source: str) -> list[str]:
 
 
 def _matches(path: str, glob: str) -> bool:
-    """Matches a glob as a shell does: ``**/`` is any number of folders, and no star stands for a leading dot."""
+    """Matches a glob like a shell: ``**/`` is any number of folders; wildcards match no leading dot."""
     parts = _WILD.split(glob)
     marks = [_MEANING.get(mark, mark.replace("[!", "[^")) for mark in _WILD.findall(glob)]
     pattern = "".join(re.escape(part) + mark for part, mark in zip(parts, [*marks, ""], strict=True))
@@ -156,11 +147,11 @@ _SPLITS = {"train": "train", "training": "train", "test": "test", "validation": 
            "val": "validation", "dev": "validation", "eval": "test", "heldout": "test", "holdout": "test"}  # fmt: skip
 _SPLIT = re.compile(rf"(?<=[/_.=-])({'|'.join(_SPLITS)})(?=[/_.-])")
 _BESIDE = re.compile(r"/[._]")
-"""The beginning of a name that is hidden, or that a program keeps for itself."""
+"""Beginning of hidden names and of programs' own names."""
 
 
 def files_digest(files: list[str]) -> str:
-    """Returns a SHA-256 of local files' content, and of remote files' name, size and time."""
+    """Returns a SHA-256 of local files' content, and of remote files' URI, size and time."""
     total = hashlib.sha256()
     for uri in files:
         filesystem, path = _filesystem(uri)
@@ -174,7 +165,7 @@ def files_digest(files: list[str]) -> str:
 
 
 def split(files: list[str]) -> list[Slice]:
-    """Returns slices of 1 MiB (more for large data) or of row groups; raises DataError if there are none."""
+    """Splits files into slices of 1 MiB (more for large data) or row groups; raises DataError if there are none."""
     sizes = {uri: _size(uri) for uri in files}
     width = max(SLICE_BYTES, sum(sizes.values()) // MOST_SLICES)
     slices = []
@@ -191,5 +182,5 @@ def _size(uri: str) -> int:
 
 
 def read_slice(piece: Slice, columns: Iterable[str] = ()) -> Iterator[SourceRow]:
-    """Yields the rows of a slice. Of tables it reads what a form can use, and ``columns``."""
+    """Yields the rows of a slice; of tables, only the columns of forms, and ``columns``."""
     return read_text(piece) if kind_of(piece.uri) in TEXTS else read_table(piece, columns)

@@ -1,4 +1,4 @@
-"""A bounded look at one data set: form, usable and refused rows, lengths, one row as the model sees it."""
+"""Survey of a data set: forms, refusals, lengths, and one row as the model sees it."""
 
 import math
 import sys
@@ -15,15 +15,13 @@ from spin_ray.inputs.prompt_rows import PromptTask, Row, rows_of
 from spin_ray.inputs.sources import Slice, SourceRow, find_files, read_slice, skipped_files, split
 
 SAMPLE_ROWS = 2000
-"""Most rows that are read without ``--all``."""
+"""Most rows read without ``--all``."""
 UNLIMITED = sys.maxsize
 _ROWS_AT_A_TIME = 256
 
 
 @dataclass(frozen=True, slots=True)
 class Refusal:
-    """The first row that was refused for a reason."""
-
     origin: str
     detail: str
 
@@ -34,31 +32,26 @@ class Survey:
     max_length: int
     files: list[str]
     skipped: list[str]
-    """Files of the folder that are no data."""
+    """Files that are no data."""
     whole: bool
-    """True: every row was read."""
+    """True if every row was read."""
     read: int = 0
     usable: int = 0
     forms: Counter[str] = field(default_factory=Counter)
-    """Rows by the name of their form."""
     first_of_form: dict[str, dict[str, tuple[str, str]]] = field(default_factory=dict)
-    """Place and text of the first usable row of each form, by file."""
+    """Place and text of each form's first readable row, by file."""
     ignored: Counter[str] = field(default_factory=Counter)
-    """Rows by the column, or key of a message, that is not read."""
+    """Rows by unread column or message key."""
     refused: Counter[str] = field(default_factory=Counter)
-    """Rows by the reason of their refusal; ``too_long`` rows do not fit, ``duplicate`` rows repeat an earlier one."""
     first: dict[str, Refusal] = field(default_factory=dict)
-    """First refused row by reason."""
     lengths: list[int] = field(default_factory=list)
-    """Tokens of prompt + response of each row that can be rendered, also of those that do not fit."""
+    """Tokens of prompt and longest response, also of too long rows."""
     responses: list[int] = field(default_factory=list)
-    """Tokens of the human response of each such row."""
+    """Tokens of the human response, for the same rows."""
     ids: set[str] = field(default_factory=set)
-    """Ids of the usable rows."""
     leaked: int = 0
-    """Usable rows that are held out, too."""
+    """Usable rows that are also held out."""
     example: Row | None = None
-    """First usable row."""
 
     @property
     def share_too_long(self) -> float:
@@ -66,17 +59,17 @@ class Survey:
 
     @property
     def counts(self) -> str:
-        """The refused rows, e.g. ``3 malformed, 1 too_long``."""
+        """Refused rows by reason, e.g. ``3 malformed, 1 too_long``."""
         return ", ".join(f"{count} {reason}" for reason, count in self.refused.most_common())
 
     def check(self, data: DataConfig, max_rows: int | None = None) -> None:
-        """Raises DataError for rows that a run of ``max_rows`` of the usable ones would refuse."""
+        """Raises DataError if a run of ``max_rows`` usable rows would refuse the data."""
         for forms in self.first_of_form.values():
             refuse_two_forms(forms)
         if self.whole and self.ids and self.leaked == len(self.ids):
             raise DataError(f"{self.source}: all rows are held out, too")
         bad = self.refused.total()
-        damaged = bad - self.refused["duplicate"]  # a run counts duplicates of the rows that it takes alone
+        damaged = bad - self.refused["duplicate"]  # a run counts only duplicates of the rows that it takes
         taken = self.read if max_rows is None else min(self.read, max_rows + damaged)
         share = data.max_quarantine_fraction
         if self.usable and bad <= share * self.read and damaged <= share * taken:
@@ -95,10 +88,10 @@ class Survey:
 
 
 def survey(source: str, task: PromptTask, max_length: int, *, every_row: bool = False) -> Survey:
-    """Reads the first rows of every file, or every row, as a run does.
+    """Reads the first rows of every file, or all rows, as a run does.
 
     Args:
-        task: ``UNLIMITED`` in length, so that rows which do not fit are measured, too.
+        task: task of length ``UNLIMITED``, so that too long rows are measured.
         max_length: longest row that a run takes.
 
     Raises:
@@ -130,7 +123,6 @@ def survey(source: str, task: PromptTask, max_length: int, *, every_row: bool = 
 def _rows(
     pieces: Sequence[Slice], quota: int | None, found: Survey, data: DataConfig
 ) -> Iterator[tuple[str, SourceRow]]:
-    """Yields up to ``quota`` rows of each file, with its name; notes in ``found`` if rows are left."""
     taken = Counter[str]()
     for piece in pieces:
         if quota is not None and taken[piece.uri] >= quota:
@@ -177,7 +169,6 @@ def _count(
 
 
 def _length(row: Row) -> int:
-    """Returns the tokens of the prompt and its longest response; an answer has one at least."""
     return len(row["prompt_ids"]) + max(1, len(row["real_ids"]), len(row["rejected_ids"] or []))
 
 

@@ -15,14 +15,14 @@ from spin_ray.inputs.forms import COLUMNS, MEDIA, OTHER_NAMES
 
 _ALL = 2**31
 _ROWS, _ROWS_OF_MEDIA = 2**16, 128
-"""Rows of Parquet that are read at a time; fewer where a text may hold an image."""
+"""Parquet rows read at a time; fewer where texts may hold images."""
 _DAMAGED = (pa.ArrowException, OSError, UnicodeDecodeError)
 _STRANGE = (KeyError, ValueError, OverflowError)
-"""Errors of pyarrow for values that Python cannot hold: the year 200000, a struct with a field twice."""
+"""Errors of pyarrow for values that Python cannot hold, e.g. the year 200000."""
 
 
 def split_table(uri: str, width: int) -> list[Slice]:
-    """Returns a slice for each row group of Parquet, or for record batches of ``width`` bytes together.
+    """Returns a slice per row group of Parquet, or per ``width`` bytes of Arrow.
 
     Raises:
         DataError: the file is not of its kind.
@@ -41,7 +41,7 @@ def split_table(uri: str, width: int) -> list[Slice]:
 
 
 def read_table(piece: Slice, columns: Iterable[str] = ()) -> Iterator[SourceRow]:
-    """Yields rows as JSONL has them: a null is a missing key. Reads what a form can use, and ``columns``.
+    """Yields rows in which a null is a missing key; reads only ``columns`` and those of forms.
 
     Raises:
         DataError: the file is damaged.
@@ -69,7 +69,6 @@ def read_table(piece: Slice, columns: Iterable[str] = ()) -> Iterator[SourceRow]
 
 
 def _wanted(names: list[str], columns: Iterable[str], uri: str) -> list[str]:
-    """Raises DataError if one of the columns stands twice."""
     if twice := next((name for name in names if names.count(name) > 1), None):
         raise DataError(f"{uri}: has the column {twice} twice")
     known = {*COLUMNS, *OTHER_NAMES, *columns}
@@ -77,9 +76,9 @@ def _wanted(names: list[str], columns: Iterable[str], uri: str) -> list[str]:
 
 
 def _media_leaves(schema: pq.ParquetSchema, unread: set[str]) -> list[str]:
-    """Returns a part of each unread column of ``MEDIA`` that tells which rows hold something, e.g. the paths of images.
+    """Returns one part of each unread column of ``MEDIA`` that shows which rows are filled, e.g. image paths.
 
-    Bytes are not read, and sizes not asked for: pyarrow aborts the process where damaged metadata should tell them.
+    Bytes are not read. Sizes are not asked for: pyarrow aborts the process if their metadata is damaged.
     """
     found: dict[str, str] = {}
     leaves = [schema.column(number) for number in range(len(schema))]
@@ -91,7 +90,6 @@ def _media_leaves(schema: pq.ParquetSchema, unread: set[str]) -> list[str]:
 
 
 def _filled(column: pa.Array) -> list[bool]:
-    """Tells of each row whether it holds something, without reading what that is."""
     kind = column.type
     if pa.types.is_primitive(kind):
         return [bool(value) and value == value for value in column.to_pylist()]
@@ -119,10 +117,10 @@ def _rows(
             raise DataError(f"{uri}: is damaged near row {first} ({first_line(error)})") from error
         except _STRANGE as error:
             raise DataError(f"{uri}: holds what cannot be read near row {first} ({first_line(error)})") from error
-        # Arrow gives all dicts of a column the same keys; a template would write those that a row lacks.
+        # Arrow gives all dicts of a column the same keys; a template would write the nulls.
         nested = {field.name for field in batch.schema if field.name == "tools" or "tool_calls" in str(field.type)}
         for offset, row in enumerate(rows):
-            # NaN, which differs from itself, is what pandas writes for a missing number
+            # pandas writes NaN, which differs from itself, for a missing number
             content = {name: value for name, value in row.items() if value is not None and value == value}
             for name in nested & content.keys():
                 content[name] = _without_nulls(content[name])
@@ -153,7 +151,6 @@ def _other_kind(uri: str) -> str | None:
 
 
 def _batches(uri: str) -> Iterator[pa.RecordBatch]:
-    """Yields the record batches of a stream (as ``datasets`` writes) or of a file."""
     store, path = filesystem(uri)
     local = isinstance(store, pyarrow.fs.LocalFileSystem)
     try:

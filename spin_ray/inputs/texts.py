@@ -15,14 +15,14 @@ from spin_ray.inputs.files import CHUNK, Slice, SourceRow, codec_of, filesystem,
 from spin_ray.inputs.forms import COLUMNS, jq_key
 
 _TOKEN = re.compile(rb'"[^"\\]*(?:\\.[^"\\]*)*"|[\[\]{}"]', re.DOTALL)
-"""A whole string, a bracket, or the beginning of a string that goes on behind what was read."""
+"""A whole string, a bracket, or the quote of an incomplete string."""
 
 
 def split_text(uri: str, size: int, width: int) -> list[Slice]:
-    """Returns slices of about ``width`` bytes; a compressed file or a CSV file is one.
+    """Returns slices of about ``width`` bytes; a compressed file or CSV file is one slice.
 
     Raises:
-        DataError: the file is UTF-16, or an array without an end.
+        DataError: the file is not UTF-8, an unfinished array, or not one object a line.
     """
     head = head_of(uri)
     table = kind_of(uri) in (".csv", ".tsv")
@@ -42,7 +42,7 @@ def split_text(uri: str, size: int, width: int) -> list[Slice]:
 
 
 def _refuse_other_layouts(uri: str) -> None:
-    """Raises DataError if the first object is not alone on one line; a first line that is damaged is a row."""
+    """Refuses objects that are not alone on one line. A damaged first line is only a bad row."""
     text = head_of(uri, CHUNK).decode(errors="replace")
     end = _end_of_object(text) or (CHUNK if re.match(r'\{\s*\n\s*"', text) else 0)  # it may be longer than a chunk
     if "\n" in text[:end].strip():
@@ -63,7 +63,6 @@ def _refuse_other_layouts(uri: str) -> None:
 
 
 def _end_of_object(text: str) -> int:
-    """Returns the end of the JSON object with which a text begins; 0 if it begins with none."""
     try:
         value, end = json.JSONDecoder().raw_decode(text)
     except (ValueError, RecursionError):
@@ -72,11 +71,10 @@ def _end_of_object(text: str) -> int:
 
 
 _INSIDE = re.compile(r'^\s*\{.*?"([^"\\\n]+)":\s*\[\s*\{', re.DOTALL)
-"""The first key that holds a list of objects."""
 
 
 def read_text(piece: Slice) -> Iterator[SourceRow]:
-    """Yields the rows of a slice; raises DataError for a file that cannot be read."""
+    """Yields the rows of a slice; raises DataError if it cannot be read."""
     if kind_of(piece.uri) in (".csv", ".tsv"):
         rows = _read_csv(piece.uri)
     elif _is_array(piece.uri, None):
@@ -90,7 +88,7 @@ def read_text(piece: Slice) -> Iterator[SourceRow]:
 
 
 def _is_array(uri: str, head: bytes | None) -> bool:
-    """Tells a JSON array, whatever the file is called, from lines of which the first is an array."""
+    """Tells a JSON array, in a file of any name, from lines of which the first is an array."""
     head = head_of(uri) if head is None else head
     if not head.startswith(b"[") or not (kind_of(uri) == ".json" or re.match(rb"\[\s*\{", head)):
         return False
@@ -105,7 +103,7 @@ def _read_lines(piece: Slice) -> Iterator[SourceRow]:
         position, line_number = piece.start, 0
         if piece.start:
             file.seek(piece.start - 1)
-            position += len(file.readline()) - 1  # the line that starts before the slice belongs to the one before
+            position += len(file.readline()) - 1  # a line that starts before the slice belongs to the previous slice
         while whole or position < piece.stop:
             line = file.readline()
             if not line and whole:
@@ -141,11 +139,10 @@ def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
 _DECODE = json.JSONDecoder(
     object_pairs_hook=_unique, parse_constant=lambda name: None if name == "NaN" else float(name)
 ).decode
-"""Reads JSON; NaN, which pandas writes for what is missing, is null."""
+"""Reads JSON without duplicate keys; NaN, pandas' missing value, becomes null."""
 
 
 def _parsed(raw: bytes) -> tuple[Any, str]:
-    """Returns the JSON value, or None and what is wrong."""
     try:
         return _DECODE(str(raw.removeprefix(b"\xef\xbb\xbf"), "utf-8", "surrogatepass").strip()), ""
     except UnicodeDecodeError as error:
@@ -172,15 +169,15 @@ def _read_array(piece: Slice) -> Iterator[SourceRow]:
 
 
 def _elements(file: BinaryIO | io.BufferedReader, uri: str, depth: int) -> Iterator[tuple[int, bytes]]:
-    """Yields place and bytes of each element of a JSON array, reading a chunk at a time.
+    """Yields place and bytes of each element of a JSON array, a chunk at a time.
 
-    ``depth`` is 0 before the array's bracket, 1 behind it: a part of an array need not have an end.
+    ``depth`` is 0 before the array's bracket; it is 1 for a part behind the bracket, which may lack an end.
 
     Raises:
         DataError: the array has no end, or something follows it.
     """
     part = depth == 1
-    buffer, base, at, done = b"", 0, 0, 0  # ``base``: place of the buffer; ``done``: end of the last element in it
+    buffer, base, at, done = b"", 0, 0, 0  # base: offset of the buffer in the file; done: end of its last element
     while chunk := file.read(CHUNK):
         buffer += chunk
         resume = len(buffer)
@@ -212,12 +209,11 @@ def _elements(file: BinaryIO | io.BufferedReader, uri: str, depth: int) -> Itera
 
 
 def _read_csv(uri: str) -> Iterator[SourceRow]:
-    """Yields the rows under the header; an empty cell is a column that the row lacks."""
     path = filesystem(uri)[1]
     _check_marks(head_of(uri, CHUNK).decode(errors="replace"), path, "\t" if kind_of(uri) == ".tsv" else ",")
     csv.field_size_limit(2**31 - 1)
     with io.TextIOWrapper(open_text(uri), encoding="utf-8-sig", newline="") as text:
-        # Strict: otherwise '"Hi" he said' would lose its quotes without a word.
+        # Strict: otherwise '"Hi" he said' would lose its quotes silently.
         rows = csv.reader(text, delimiter="\t" if kind_of(uri) == ".tsv" else ",", strict=True)
         try:
             header = next((cells for cells in rows if cells), [])
@@ -236,7 +232,6 @@ def _read_csv(uri: str) -> Iterator[SourceRow]:
 
 
 def _check_marks(text: str, path: str, mark: str) -> None:
-    """Raises DataError if the first line is JSON, or is parted by another mark than ``mark``."""
     if re.match(r'\{\s*"|\[\s*\{', text):
         raise DataError(f"{path}: is JSON; its name must end with {'.json' if text[0] == '[' else '.jsonl'}")
     header = re.sub(r'"(?:[^"]|"")*"', "", text).lstrip().partition("\n")[0]
@@ -248,7 +243,6 @@ def _check_marks(text: str, path: str, mark: str) -> None:
 
 
 def _check_header(header: list[str], path: str) -> None:
-    """Raises DataError if the columns have no names of their own."""
     twice = [name for name, count in Counter(header).items() if count > 1 and name]
     if twice:
         raise DataError(f"{path}: has the column {twice[0]} twice")

@@ -14,10 +14,10 @@ _MARKS = (
 
 
 class Opening(NamedTuple):
-    """The thought that a template's prompt opens."""
+    """Thought that a template's prompt opens."""
 
     text: str
-    """The end of the prompt, e.g. ``<think>`` and a line break."""
+    """End of the prompt, e.g. ``<think>`` and a line break."""
     mark: str
     end: str
 
@@ -32,17 +32,17 @@ class Opening(NamedTuple):
 
 
 SWITCHES = ("enable_thinking", "thinking", "enable_reasoning", "reasoning", "think")
-"""Variables with which chat templates switch thoughts on and off."""
+"""Template variables that switch thoughts on and off."""
 
 
 def opening_of(prompt: str) -> Opening | None:
-    """Returns the thought that the end of ``prompt`` opens."""
+    """Returns the thought that ``prompt`` opens at its end."""
     marks = opened_by(prompt)
     return Opening(prompt[prompt.rindex(marks[0]) :], *marks) if marks else None
 
 
 def opened_by(prompt: str) -> tuple[str, str] | None:
-    """Returns the marks of the thought that the end of ``prompt`` opens."""
+    """Returns the marks of the thought that ``prompt`` opens at its end."""
     for mark, end in _MARKS:
         if prompt.rstrip().endswith(mark):
             return mark, end
@@ -50,7 +50,7 @@ def opened_by(prompt: str) -> tuple[str, str] | None:
 
 
 def thought_of(prompt: str, response: str) -> str | None:
-    """Returns the thought with which a response begins, stripped; None if it has none or does not end it."""
+    """Returns the stripped thought at the beginning of a response; None if it is missing or has no end."""
     opened = opened_by(prompt)
     for mark, end in [opened] if opened else _MARKS:
         rest = response.lstrip()
@@ -61,5 +61,5 @@ def thought_of(prompt: str, response: str) -> str | None:
 
 
 def ends_a_thought(text: str) -> str | None:
-    """Returns the first end of a thought that ``text`` has."""
+    """Returns the mark that ends a thought in ``text``."""
     return next((end for _, end in _MARKS if end in text), None)

@@ -12,11 +12,10 @@ from spin_ray.errors import ModelError
 from spin_ray.inputs.model_folder import read_config
 
 _NAMED = 5
-"""Tokens that an error names."""
 
 
 def vocabulary_of(folder: Path) -> int | None:
-    """Returns how many tokens the model embeds; None if unknown."""
+    """Returns the number of tokens that the model embeds; None if unknown."""
     config = read_config(folder)
     text = config.get("text_config")
     size = text.get("vocab_size") if isinstance(text, dict) else None
@@ -32,7 +31,7 @@ def without_embedding(tokenizer: Any, vocabulary: int | None) -> dict[int, str]:
 
 
 def warn_of(tokens: dict[int, str]) -> str | None:
-    """Returns a sentence that names ``tokens`` without an embedding; None if there are none."""
+    """Returns a warning about ``tokens``; None if there are none."""
     if not tokens:
         return None
     return (
@@ -47,7 +46,7 @@ def _some(names: Iterable[str]) -> str:
 
 
 def refuse(tokens: dict[int, str], vocabulary: int | None, model: str, user: str) -> None:
-    """Raises ModelError if there are ``tokens``, which ``user`` (a template or a row) has."""
+    """Raises ModelError if there are ``tokens``; ``user`` is the template or row that has them."""
     if not tokens:
         return
     names, ids = _some(tokens.values()), _some(map(str, tokens))

@@ -1,7 +1,7 @@
-"""Models and data that need no hub.
+"""Models and data that need no hub, named ``embedded:NAME`` in recipes.
 
-A recipe names such an asset ``embedded:NAME``. It is made once, from an installed package or from arithmetic, and kept
-in ``$SPIN_RAY_CACHE/embedded/NAME-vVERSION`` (default cache: ``~/.cache/spin-ray``).
+An asset is made once, from an installed package or by computation, in ``$SPIN_RAY_CACHE/embedded/NAME-vVERSION``
+(default cache: ``~/.cache/spin-ray``).
 """
 
 import os
@@ -25,9 +25,8 @@ class Asset:
     version: int
     """Part of the folder's name. Raise it when ``make`` changes, or old caches serve old bytes."""
     make: Callable[[Path], None]
-    """Fills an empty folder."""
     file: str = ""
-    """File that ``resolve`` returns; empty: the folder."""
+    """File that ``resolve`` returns; empty for the folder."""
 
 
 def _jsonl(name: str, version: int, rows: Callable[[], list[data.Row]]) -> Asset:
@@ -48,7 +47,7 @@ ASSETS: dict[str, Asset] = {
 
 
 def resolve(uri: str) -> str:
-    """Returns the local path of ``embedded:NAME``, made if missing (a model: up to a minute); other strings unchanged.
+    """Returns the local path of ``embedded:NAME``, made if missing; other strings unchanged.
 
     Raises:
         ConfigError: the name is unknown, a package is missing, or the cache cannot be written.
@@ -70,7 +69,7 @@ def resolve(uri: str) -> str:
 
 
 def _make_once(folder: Path, make: Callable[[Path], None]) -> None:
-    """Makes ``folder`` appear complete or not at all; the first maker wins."""
+    """Makes ``folder`` appear complete or not at all; the first process wins."""
     if folder.is_dir():
         return
     folder.parent.mkdir(parents=True, exist_ok=True)

@@ -1,7 +1,7 @@
-"""Two small data sets: generated sums, and conversations between people.
+"""Small data sets: generated sums, and conversations between people.
 
-A row is ``{"messages": [..., {"role": "assistant", ...}]}``, for sums also with ``"answer"``. A digest decides which
-rows are taken, so everyone gets the same.
+A row is ``{"messages": [..., {"role": "assistant", ...}]}``; sums also have ``"answer"``. Hashes choose the rows, so
+everyone gets the same.
 """
 
 import hashlib
@@ -59,10 +59,9 @@ def chitchat_rows(split: Split) -> list[Row]:
 
 
 def reply_rows(split: Split) -> list[Row]:
-    """Returns all small talk between people that is fit to be learnt from: 4,067 replies, 80 % to train on.
+    """Returns all 4,067 suitable replies; 80 % of the conversations are to train on.
 
-    A row is as in ``chitchat_rows``, with the ``conversation`` that it is of. Conversations occur as often as they have
-    such replies, stand together, and are in one split.
+    A row also names its ``conversation``, whose rows stand together in one split.
 
     Raises:
         ConfigError: chitchat-dataset is not installed.
@@ -96,7 +95,6 @@ def chitchat_conversations() -> dict[str, Any]:
 
 @cache
 def _all_chitchat_rows() -> list[Row]:
-    """Returns all rows, training rows first. Takes four seconds."""
     candidates = sorted(_exchanges(chitchat_conversations()), key=lambda exchange: _rank("\n".join(exchange.texts)))
     taken: set[str] = set()
     rows: list[Row] = []
@@ -115,7 +113,6 @@ class _Exchange(NamedTuple):
 
 
 def _exchanges(conversations: dict[str, Any], people: int = 20, shortest: int = 5) -> Iterator[_Exchange]:
-    """Yields the exchanges of words that so many people use, with replies of at least ``shortest`` words."""
     common = _words_of_many_people(conversations, people)
     for conversation, content in conversations.items():
         turns = content["messages"]
@@ -163,7 +160,6 @@ _CONTACT = re.compile(
     r"|\b(hey|hi|hello),? (?-i:[A-Z])",
     re.IGNORECASE,
 )
-"""Links, handles, long numbers, social networks and names."""
 _CRUDE = re.compile(
     r"\b(sex|porn|fuck|shit|bitch|damn|crap|dick|boob|nude|slut|whore|nigg|fag|retard|rape|suicid|kill|idiot|jew|nazi"
     r"|racis|murder|depress|divorce|abus)"
@@ -171,15 +167,12 @@ _CRUDE = re.compile(
     r"|anxiety|cancer)\b",
     re.IGNORECASE,
 )
-"""Sex, slurs, violence and troubles."""
 _PLATFORM = re.compile(
     r"\b(prompts?|questions?|ipads?|laptop|challenge|competition|bots?|win|winning|points|leaderboard|conversations?"
     r"|chat\w*|app)\b",
     re.IGNORECASE,
 )
-"""Talk about the contest itself."""
 _NOISE = re.compile(r"(.)\1{3}|\b(\w+)( \2\b){2}|[<>{}\[\]\\|*_^~`=]", re.IGNORECASE)
-"""Repetitions, and signs that no sentence has."""
 
 
 def _turns(*contents: str) -> list[dict[str, str]]:
@@ -187,5 +180,4 @@ def _turns(*contents: str) -> list[dict[str, str]]:
 
 
 def _rank(key: str) -> str:
-    """Returns a sort key for a fixed pseudo-random order."""
     return hashlib.sha256(key.encode()).hexdigest()

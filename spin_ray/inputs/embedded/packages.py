@@ -8,7 +8,7 @@ from spin_ray.errors import ConfigError
 
 
 def package_file(module: str, file: str, *, requirement: str, sha256: str) -> Path:
-    """Returns the path of ``file`` inside the package ``module`` without importing it, which would run code.
+    """Returns the path of ``file`` in the package ``module``, without importing it, which would run code.
 
     Raises:
         ConfigError: the package is not installed or is another release.

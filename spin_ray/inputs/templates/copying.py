@@ -1,6 +1,6 @@
-"""Tells from a chat template's syntax tree whether it only copies the texts of messages.
+"""Proof from a chat template's syntax tree that it only copies the texts of messages.
 
-A text may be stripped, and a decision may depend on its being empty. Whatever the reader does not know is a no.
+A text may be stripped, and a decision may depend on its being empty. Any unknown syntax counts as a no.
 """
 
 from enum import Enum
@@ -11,8 +11,6 @@ from jinja2.sandbox import ImmutableSandboxedEnvironment
 
 
 class _Kind(Enum):
-    """The part of the conversation that an expression may hold."""
-
     CLEAN = "nothing"
     MESSAGES = "the conversation, or a part of it"
     MESSAGE = "one message"
@@ -42,7 +40,7 @@ class _Reader:
         self._names = {"messages": _MESSAGES}
 
     def accepts(self, template: nodes.Template) -> bool:
-        """Reads until nothing changes, as a name may be set further down; raises _Looks for a no."""
+        """Reads until no kind changes, as names may be set further down; raises _Looks for a no."""
         before: dict[str, _Kind] = {}
         while before != self._names:
             before = dict(self._names)
@@ -81,11 +79,10 @@ class _Reader:
                 self._set(each, kind)
 
     def _decide(self, test: Any) -> None:
-        """Raises _Looks if ``test`` depends on more than on a text being empty."""
+        """Raises _Looks if ``test`` depends on more of a text than its being empty."""
         self._among(test, _CLEAN, _MESSAGES, _MESSAGE, _TEXT)
 
     def _among(self, expression: Any, *kinds: _Kind) -> _Kind:
-        """Returns an expression's kind; raises _Looks if it is none of ``kinds``."""
         found = self._kind(expression)
         if found not in kinds:
             raise _Looks(found)

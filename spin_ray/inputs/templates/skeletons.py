@@ -1,4 +1,4 @@
-"""Skeletons: a template's words around the texts, for conversations with the same roles and empty texts."""
+"""Skeletons: the text that a template writes around messages, for one sequence of roles."""
 
 import re
 from collections.abc import Callable, Sequence
@@ -9,21 +9,20 @@ from spin_ray.inputs.conversations import Conversation
 from spin_ray.inputs.templates.copying import copies_texts
 
 Ask = Callable[[Conversation, bool], str | None]
-"""``ask(messages, add_generation_prompt)`` returns the template's text; None for a refusal."""
+"""Function of messages and ``add_generation_prompt``; returns the rendered text, or None for a refusal."""
 
 _BLANK, _OPEN, _CLOSE = "\u2003", "\ue002", "\ue003"
-"""Marks of a text's place; a template that strips takes the blanks away."""
+"""Marks of a text's place; a template that strips removes the blanks."""
 _PLACE = re.compile(f"({_BLANK}?){_OPEN}([0-9]+){_CLOSE}({_BLANK}?)")
 _MOST = 4096
-"""Most sequences of roles that are remembered."""
 
 
 @dataclass(frozen=True, slots=True)
 class _Skeleton:
     words: str
-    """A format for ``%`` with one ``%s`` a place."""
+    """Format for ``%`` with one ``%s`` per place."""
     places: tuple[tuple[int, bool], ...]
-    """For each place the message's index, and True if its text is stripped."""
+    """For each place, the message's index and whether its text is stripped."""
 
     def around(self, messages: Conversation) -> str:
         texts = [messages[index]["content"] for index, _ in self.places]
@@ -33,20 +32,19 @@ class _Skeleton:
 
 
 class Skeletons:
-    """Skeletons of one template, learnt as sequences of roles come."""
+    """Skeletons of one template, one per sequence of roles seen so far."""
 
     def __init__(self, ask: Ask | None) -> None:
-        """Takes None for a template that must be run."""
         self._ask = ask
         self._known: dict[tuple[tuple[str, bool, int], ...], tuple[_Skeleton, _Skeleton] | None] = {}
 
     @classmethod
     def of(cls, template: Any, ask: Ask) -> "Skeletons":
-        """Reads ``template``; a dict of named templates is always run."""
+        """Returns the skeletons of ``template``; a dict of named templates is always run."""
         return cls(ask if isinstance(template, str) and copies_texts(template) else None)
 
     def write(self, messages: Conversation) -> tuple[str, str] | None:
-        """Returns the prompt and the text behind it. None: the template must be run."""
+        """Returns the prompt and the text behind it; None if the template must be run."""
         if self._ask is None:
             return None
         roles = tuple([(message["role"], not message["content"], len(message)) for message in messages])
@@ -59,7 +57,6 @@ class Skeletons:
 
 
 def _learn(messages: Conversation, ask: Ask) -> tuple[_Skeleton, _Skeleton] | None:
-    """Returns skeletons of prompt and rest; None if texts are not only copied."""
     marked = [
         message | {"content": f"{_BLANK}{_OPEN}{number}{_CLOSE}{_BLANK}" if message["content"] else ""}
         for number, message in enumerate(messages)
@@ -72,7 +69,6 @@ def _learn(messages: Conversation, ask: Ask) -> tuple[_Skeleton, _Skeleton] | No
 
 
 def _skeleton(text: str) -> _Skeleton | None:
-    """Finds the marks; None if one was neither copied nor stripped."""
     split = _PLACE.split(text)
     words: Sequence[str] = split[::4]
     befores, numbers, afters = split[1::4], split[2::4], split[3::4]
