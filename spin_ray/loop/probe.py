@@ -1,7 +1,7 @@
 """The probe before iteration 0: is there anything left to learn from θ_0's responses?
 
-θ_0 answers prompts. Two models are trained from θ_0, by a short iteration of SPIN and by SFT on the same rows, and score
-held-out rows. RUN/probe keeps everything; the two models are deleted after the verdict.
+Two models are trained from θ_0 on the same rows, by a short iteration of SPIN and by SFT, and score held-out rows.
+RUN/probe keeps everything; the two models are deleted after the verdict.
 """
 
 import json

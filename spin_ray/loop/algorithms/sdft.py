@@ -23,7 +23,7 @@ from spin_ray.run_dir.schemas import PAIR_SCHEMA
 
 
 class Sdft(Algorithm):
-    """SDFT: KL(policy ‖ teacher) at each token of y′ ~ θ_t. The teacher is θ_t with the human response in its prompt."""
+    """KL(policy ‖ teacher) at each token of y′ ~ θ_t. The teacher is θ_t with the human response in its prompt."""
 
     reads = ("sdft",)
     own_loss = True
@@ -55,7 +55,7 @@ def demonstrated(conversation: Conversation, response: str, template: str) -> Co
     if not asked:
         return None
     values = {"{prompt}": conversation[asked[-1]]["content"] or "", "{response}": response}
-    shown = re.sub(r"\{prompt\}|\{response\}", lambda found: values[found[0]], template)  # in one pass, so a value may hold a placeholder
+    shown = re.sub(r"\{prompt\}|\{response\}", lambda found: values[found[0]], template)  # values may hold placeholders
     message = conversation[asked[-1]] | {"content": shown}
     return [*conversation[: asked[-1]], message, *conversation[asked[-1] + 1 : -1]]
 
