@@ -119,7 +119,6 @@ def _spin(run: RunDir, config: SpinConfig, start: Start, initial: ModelFolder, p
 
 
 def _for_every_machine(start: Start) -> Start:
-    """Makes the models available to machines that lack them."""
 
     def offered(model: ModelFolder) -> ModelFolder:
         return replace(model, source=share(model.path, model.files))
@@ -165,7 +164,6 @@ def _jobs(turn: Turn, algorithm: Algorithm) -> list[Job]:
 
 
 def _examples(turn: Turn) -> Iterator[Job]:
-    """Yields the job of the example answers for readers."""
     run, opponent, evaluation = turn.run, turn.opponent, turn.config.evaluation
     if run.heldout.is_committed and evaluation.examples:
         sampling = turn.config.generation.sampling

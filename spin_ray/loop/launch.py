@@ -79,7 +79,6 @@ def probe_spin(config: SpinConfig, out: str | Path, start_engine: StartEngine = 
 
 @contextmanager
 def _opened(config: SpinConfig, out: str | Path) -> Iterator[tuple[RunDir, SpinConfig, Inputs]]:
-    """Holds the run's lease, and yields run, settled recipe and inputs."""
     storage = open_storage(out)
     with Lease(storage, config.storage.lease_timeout_s) as lease:
         inputs = find_inputs(config)
@@ -129,6 +128,5 @@ def is_finished(run: RunDir, config: SpinConfig) -> bool:
 
 
 def _models(run: RunDir, config: SpinConfig) -> list[Artefact]:
-    """Returns the published iterates, θ_0 only after a warm-up."""
     newest = iterate_number(run.latest() or "sft")
     return [run.model(iterate) for iterate in range(0 if config.sft else 1, newest + 1)]

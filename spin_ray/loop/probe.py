@@ -1,7 +1,6 @@
 """The probe before iteration 0: is there anything left to learn from θ_0's responses?
 
-Two models are trained from θ_0 on the same rows, by a short iteration of SPIN and by SFT, and score held-out rows.
-RUN/probe keeps everything; the two models are deleted after the verdict.
+A short iteration of SPIN and an SFT on the same rows are compared on held-out rows. RUN/probe keeps all but the models.
 """
 
 import json
@@ -153,7 +152,6 @@ def _rows(prompts: Artefact, wanted: int, seed: int) -> pa.Table:
 
 
 def _from_texts(probe: _Probe) -> Evidence:
-    """Returns text measures and the accuracy of an n-gram classifier."""
     both = [
         evaluation.read_answers(probe.spin.prompts, probe.answers),
         evaluation.read_answers(probe.spin.heldout, probe.heldout_answers),
@@ -173,7 +171,7 @@ def _from_texts(probe: _Probe) -> Evidence:
 
 
 def _from_training(probe: _Probe, settings: ProbeConfig) -> Evidence:
-    """Returns changes by the trainings on held-out rows, None where pairs are too few for a step."""
+    """Returns measures of both trainings, None where pairs are too few for a step."""
     evidence: Evidence = dict.fromkeys(("loss", "margin", "accuracy", "real_logp_drift", "jsd_lower_bound", "sft_gain"))
     trained = {}
     if _pairs_left(probe) >= probe.config.train.global_batch_pairs:

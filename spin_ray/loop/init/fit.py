@@ -55,7 +55,6 @@ def fit(given: Settings, seen: Look, machines: Machines) -> tuple[Settings, list
 
 
 def _lengths(given: Settings, seen: Look) -> Settings:
-    """Returns lengths that hold most rows and fit the model's positions."""
     whole = [length for each in seen.train for length in each.lengths]
     responses = [length for each in seen.train for length in each.responses]
     place, most = "model.max_length", seen.positions or sys.maxsize
@@ -127,7 +126,6 @@ _NO_CHECK: Settings = {"train.pack_length": Setting(2**30)}
 
 
 def _batch(given: Settings, seen: Look) -> Settings:
-    """Returns smaller batches where few rows would make few steps."""
     if seen.rows is None:
         return {}
     fitting = 1
@@ -186,7 +184,6 @@ def _shared_by(parallel: int, machines: Machines) -> Settings:
 
 
 def _work(seen: Look, config: SpinConfig) -> Work:
-    """Returns the work for the rows seen, or for rows of half the longest length."""
     tokens = config.generation.sampling.max_tokens
     heldout = HELDOUT_ROWS if config.data.heldout else 0
     if not seen.train or seen.rows is None:

@@ -1,7 +1,4 @@
-"""Settings of a recipe from an SFT or DPO config of TRL, axolotl or LLaMA-Factory.
-
-Keys without an equal here go to ``Foreign.left``, so that nothing is dropped silently.
-"""
+"""Settings of a recipe from an SFT or DPO config of TRL, axolotl or LLaMA-Factory."""
 
 import json
 import re
@@ -148,7 +145,6 @@ def _targets(value: Any) -> Any:
 
 
 def _put_training(found: Foreign) -> None:
-    """Carries batch, learning rate and optimizer over to ``found.stage``."""
     stage = found.stage
     devices = max(1, found.gpus)
     batch = found.read("micro_batch", int) * found.read("accumulation", int) * devices

@@ -34,7 +34,6 @@ def put_data(found: Foreign) -> None:
 
 
 def _heldout_split(found: Foreign) -> list[str]:
-    """Returns the test split, if the config has one data set and names the split."""
     split = found.fact("heldout_split") or next((each for each in found.fact("splits") or [] if "test" in each), None)
     train = found.fact("train")
     names = [train] if isinstance(train, str) else list(train or ())
@@ -109,5 +108,4 @@ def _path(entry: Mapping[str, Any], files: str | None = None) -> str:
 
 
 def _is_local(path: str) -> bool:
-    """Tells files and URIs from names of the hub."""
     return "://" in path or path.startswith((".", "/", "~")) or path.endswith(SUFFIXES) or Path(path).exists()

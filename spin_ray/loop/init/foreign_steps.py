@@ -25,7 +25,6 @@ def by_rows(found: Foreign, settings: Settings, seen: Look) -> Settings:
 
 
 def _steps(found: Foreign, settings: Settings, in_a_pass: int) -> Settings:
-    """Returns ``max_steps`` as epochs and ``warmup_steps`` as a fraction; reports rounding."""
     epochs, changed = f"{found.stage}.epochs", Settings()
     if steps := found.max_steps:
         passes = steps / in_a_pass

@@ -112,7 +112,6 @@ _ADVICE = {
     **dict.fromkeys(("assistant_only_loss", "completion_only_loss", "roles_to_train", "mask_history"),
                     "the response that data.turns names is trained on, and nothing before it"),
 }  # fmt: skip
-"""Reasons why keys are not carried over."""
 
 
 def tool_of(config: Mapping[str, Any]) -> Tool | None:

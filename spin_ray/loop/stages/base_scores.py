@@ -106,7 +106,6 @@ def _score(run_dir: RunDir, config: SpinConfig, base: ModelFolder, rows: pa.Tabl
 
 
 def _worker(job: BaseScoreJob) -> int:
-    """Scores this rank's rows and returns the number of parts."""
     folder, adapter = job.model.parts_here()
     mesh = mesh_of(job.recipe, folder, *nodes_and_room()).mesh
     shape = replace(job.shape, tensor=mesh.tensor)

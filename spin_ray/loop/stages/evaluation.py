@@ -3,8 +3,6 @@
 Two margins of θ_t against θ_{t-1}:
     against_opponent   y′ ~ θ_{t-1}, the iteration's objective. (ln 2 - loss) / 2 is at most JSD(p_data ‖ θ_{t-1}).
     against_self       y′ ~ θ_t, to see whether θ_t tells its own samples from human responses.
-
-The mean of log p_θt(y′) − log p_θ0(y′) over θ_t's samples estimates KL(θ_t ‖ θ_0).
 """
 
 import json
@@ -106,7 +104,7 @@ def run(
 def _row_losses(config: SpinConfig, objective: Objective | None) -> Callable[[Any], np.ndarray] | None:
     """Returns a function that computes the trained loss of each row of ``row_margins``.
 
-    Returns None for the logistic loss, which is always measured, and for losses of more or less than both log-ratios.
+    Returns None for the logistic loss, which is always measured, and for losses that need more than the log-ratios.
     """
     if objective is None or objective.length_normalised or config.objective.reference_alpha < 1:
         return None
@@ -208,7 +206,6 @@ def _score(
     samples_of: dict[str, Artefact],
     models: tuple[ModelFolder, ModelFolder, ModelFolder],
 ) -> tuple[pa.Table, dict[str, float]]:
-    """Scores all pairs under θ_t and θ_{t-1}, and θ_t's samples under θ_0."""
     model, previous, initial = models
     rows = {whose: pair_rows(*read_answers(run_dir.heldout, samples), whose) for whose, samples in samples_of.items()}
     both = pa.concat_tables(list(rows.values()))
@@ -226,9 +223,9 @@ def score(
     tables: tuple[tuple[ModelFolder, pa.Table], ...],
     inputs: dict[str, str],
 ) -> tuple[pa.Table, dict[str, float]]:
-    """Scores PAIR_SCHEMA rows, each table under its model, and commits ``target``.
+    """Scores each table of PAIR_SCHEMA rows under its model, and commits ``target``.
 
-    Returns SCORE_SCHEMA rows, and counts of the work that this call did.
+    Returns SCORE_SCHEMA rows, and counts of the work done by this call.
     """
     settings = {
         "precision": config.train.precision,
@@ -263,7 +260,6 @@ def pair_rows(heldout: pa.Table, answers: pa.Table, whose: str) -> pa.Table:
 
 
 def _worker(job: ScoreJob) -> dict[str, float]:
-    """Scores under one model after another, so that only one is in memory."""
     tables = []
     tokens, work_s = 0, 0.0
     mesh = mesh_of(job.recipe, job.tables[0][0].parts_here()[0], *nodes_and_room()).mesh

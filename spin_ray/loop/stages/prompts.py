@@ -1,8 +1,6 @@
-"""Prompt rows, rendered and tokenised from the data.
+"""Prompt rows, rendered and tokenised from slices of the data, one Ray task per slice.
 
-    files -> slices -> [one task a slice: parse, check, render, tokenise] -> drop duplicates, cut into parts
-
-Unusable rows go to RUN/quarantine with the reason.
+Duplicates and unusable rows go to RUN/quarantine with the reason.
 """
 
 import gc
@@ -49,7 +47,6 @@ QUARANTINE_SCHEMA = pa.schema(
 _SLICE_SCHEMA = PROMPT_SCHEMA.append(pa.field("origin", pa.string())).append(pa.field("raw", pa.binary()))
 """Rows of a slice, with ``origin`` and ``raw`` for the quarantine."""
 _SETTINGS = {"prompts": "data.train", "heldout": "data.heldout", "questions": "data.questions"}
-"""Settings that name the data, by artefact."""
 LEAK = "leak"
 """Reason of a training row that is also held out. Such rows do not count as unusable."""
 ROWS_AT_A_TIME = 1024
@@ -70,7 +67,6 @@ def run(
     """Commits the rows of ``train`` as ``artefact``.
 
     Args:
-        train: a path, or sources to draw rows from.
         labelled: False for questions.
         without: held-out rows. They are left out, or only counted with ``data.keep_leaks``.
 
@@ -293,7 +289,6 @@ def _finish(
     firsts: list[_Masks],
     part_rows: int,
 ) -> tuple[dict[str, FileEntry], Counter[str]]:
-    """Drops duplicates and leaks, and writes parts and quarantine, with one slice in memory."""
     reasons: Counter[str] = Counter()
     quarantine: list[pa.Table] = []
     entries: dict[str, FileEntry] = {}

@@ -1,8 +1,4 @@
-"""Training rows, prompts and results of SEFT's reviser.
-
-question + answer -> "…[keep|minor|major]…" prompt -> (training) label + human response
-                                                   -> (playing)  label + revision -> row for fine-tuning the policy
-"""
+"""Training rows, prompts and revisions of SEFT's reviser."""
 
 import difflib
 import json
@@ -163,7 +159,6 @@ def _answered(prompts: Artefact, answers: Artefact, tokenizer: Any) -> Iterator[
 def _commit(
     target: Artefact, rows: list[Row | str], schema: pa.Schema, inputs: dict[str, str], settings: dict[str, Any]
 ) -> dict[str, int]:
-    """Commits the rows. A string is the reason of a dropped row."""
     kept = [row for row in rows if not isinstance(row, str)]
     dropped = Counter(row for row in rows if isinstance(row, str))
     counts = {f"dropped_{reason}": count for reason, count in dropped.items()}

@@ -142,7 +142,6 @@ class PairRmScorer:
         return (first_wins + 1 - first_wins.T) / 2
 
     def _encode(self, source: str, first: str, second: str) -> MarkedRow:
-        """Cuts the source to 60 % of the length, and each candidate to half of the rest."""
 
         def cut(text: str, length: int) -> list[int]:
             return self._tokenizer.encode(text, truncation=True, max_length=length)

@@ -40,7 +40,6 @@ class PreferenceJob:
     scorer: ScorerConfig
     preference_model: ModelFolder
     variables: Mapping[str, Any]
-    """Variables of the chat template, including the run's date."""
     fingerprint: str
 
 

@@ -62,10 +62,9 @@ class Shard:
     fingerprint: str
     name: str
     samples: int
-    """Responses per prompt."""
     sampling: SamplingConfig
     pieces: tuple[tuple[str, FileEntry, tuple[int, ...]], ...]
-    """(part of the prompts, its entry, row numbers within it)."""
+    """Each is a part of the prompts, its entry, and row numbers within the part."""
     audit: str | None = None
     """The job's ``audit``, in the first shard only."""
 

@@ -1,7 +1,6 @@
 """Audit of the engine: does it compute the same model as the backend?
 
-Engines compute some families otherwise than transformers. y′ is then another model's, and no measure of the training
-shows it, because the backend computes the reference, too.
+Engines compute some families otherwise than transformers, which no measure of the training shows.
 """
 
 import logging
@@ -28,10 +27,11 @@ _DAMAGED = -1
 def audit_engine(job: TrainJob, backend: TrainBackend) -> dict[str, float]:
     """Compares log p of a few responses by the engine and by the backend, which must still hold θ_t.
 
-    Returns ``engine_difference``, the sum of |difference| over responses in nats per token, if any was audited.
+    Returns ``engine_difference``: |difference| of log p, summed over responses, in nats per token. Empty: no audit.
 
     Raises:
-        HealthError: it is above ``health.max_engine_difference`` without a quantised base; raised on every rank.
+        HealthError: it is not finite, or above ``health.max_engine_difference`` without a quantised base; raised on
+            every rank.
         RunDirError: the file of the responses is damaged; raised on every rank.
     """
     found = _read(job)
@@ -81,7 +81,6 @@ def _read(job: TrainJob) -> pa.Table | None:
 
 
 def _as_pairs(audited: pa.Table) -> pa.Table:
-    """Returns PAIR_SCHEMA rows without y′, each with its own prompt id."""
     names = [str(number) for number in range(audited.num_rows)]
     empty = pa.array([[]] * audited.num_rows, TOKEN_IDS)
     columns = [names, names, pa.array([0] * audited.num_rows, pa.int32()), audited["prompt_ids"], audited["token_ids"]]

@@ -18,13 +18,9 @@ from spin_ray.run_dir.schemas import TEACHER_SCHEMA
 
 
 def load_teacher(job: TrainJob, backend: TrainBackend, pair_ids: pa.ChunkedArray, own: set[int]) -> Teacher | None:
-    """Returns the teacher's distributions for this rank's rows; None without a teacher.
+    """Returns the teacher's distributions for the rows ``own``; None without a teacher.
 
-    Unless the distributions are committed, the backend must still hold θ_t.
-
-    Args:
-        pair_ids: ids of all rows.
-        own: numbers of this rank's rows.
+    The backend must still hold θ_t, unless the distributions are committed.
 
     Raises:
         RunDirError: a pair has no distributions.

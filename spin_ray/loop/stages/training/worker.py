@@ -71,7 +71,6 @@ def work(job: TrainJob) -> dict[str, Any]:
 
 
 def _on_a_mesh(job: TrainJob) -> tuple[TrainJob, Choice]:
-    """Returns the job with the mesh of these workers, whose number may differ between attempts."""
     choice = mesh_of(job.recipe, job.start.parts_here()[0], *nodes_and_room())
     if dist.get_rank() == 0:
         logger.info("%s", choice)
@@ -88,7 +87,6 @@ def _backend(job: TrainJob, *, total_steps: int) -> TrainBackend:
 
 
 def _pairs(rows: Artefact) -> Iterator[pa.Table]:
-    """Yields PAIR_SCHEMA rows. Prompts become rows without y′."""
     for part in rows.tables():
         if "pair_id" in part.column_names:
             yield part
