@@ -65,7 +65,7 @@ class _Probe:
 
 
 def run(run_dir: RunDir, config: SpinConfig, initial: ModelFolder, play: Play) -> dict[str, Any]:
-    """Returns probe.json, and writes it unless one has the same inputs and settings. ``initial`` is θ_0."""
+    """Returns probe.json, made anew unless its inputs and settings are the same. ``initial`` is θ_0."""
     settings = config.probe or ProbeConfig()
     recipe = _recipe(config, settings)
     made_from = _made_from(run_dir, recipe, settings, initial)

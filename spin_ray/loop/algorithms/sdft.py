@@ -106,7 +106,7 @@ def _prompts_of_teacher(
 
 
 def _learnt(played: pa.Table) -> pa.Table:
-    """Returns rows with y′ as ``real_ids``. Each has its own prompt id, as a pack shares one y per prompt id."""
+    """Returns rows with y′ as ``real_ids``. Each has its own prompt id, as equal prompt ids share one y in a pack."""
     ids = [f"{prompt_id}/{pair_id.rpartition('/')[2]}" for prompt_id, pair_id in _ids(played)]
     played = played.set_column(1, PAIR_SCHEMA.field("prompt_id"), pa.array(ids, pa.string()))
     empty = pa.array([[]] * played.num_rows, PAIR_SCHEMA.field("generated_ids").type)

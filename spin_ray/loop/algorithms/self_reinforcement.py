@@ -131,7 +131,7 @@ def commonest(answers: list[Any]) -> tuple[int, float]:
 
 
 def _reader(turn: Turn) -> Callable[[list[int]], Any]:
-    """Returns a function that reads a response's answer: a number, or the tokens without an extractor.
+    """Returns a function that reads a response's answer: a number, or all tokens.
 
     A cut response has no answer, so that the model does not learn to stop early.
     """

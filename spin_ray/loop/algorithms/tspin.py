@@ -1,4 +1,4 @@
-"""T-SPIN (arXiv 2601.08198): triplets of responses by human, θ_t and θ_0, without a reference model."""
+"""T-SPIN (arXiv 2601.08198): a human response, one of θ_t and one of θ_0, without a reference."""
 
 from collections.abc import Iterator
 
@@ -16,9 +16,9 @@ from spin_ray.run_dir.schemas import TRIPLET_SCHEMA
 
 
 class Tspin(Algorithm):
-    """Loss ℓ(β [log p(y) − log p(y′)]) + w ℓ(β [log p(y′) − log p(y_0)]), equation 7, with α as β and β as w.
+    """Loss ℓ(β [log p(y) − log p(y′)]) + w ℓ(β [log p(y′) − log p(y_0)]), equation 7 (β is α there, w is β).
 
-    Iteration 0 has the first term alone, as in the paper, because y_0 is y′ there.
+    Iteration 0 has the first term alone, as in the paper, because y_0 is y′.
     """
 
     own_loss = True

@@ -29,7 +29,7 @@ Ask = Callable[[str, str | None], str]
 
 @dataclass(frozen=True, kw_only=True)
 class Options:
-    """The command's options. For None a person is asked, or the value is found."""
+    """The command's options. None is asked of a person, or detected."""
 
     recipe: Path
     model: str | None = None
@@ -130,7 +130,6 @@ def _answers(options: Options, foreign: Foreign | None, ask: Ask | None) -> Sett
 
 
 def _after_sft(settings: Settings, foreign: Foreign) -> Settings:
-    """Starts from the foreign training's model and drops the warm-up, if the model is here."""
     made = foreign.output
     if made is None or not any((Path(made) / name).is_file() for name in ("config.json", "adapter_config.json")):
         return settings

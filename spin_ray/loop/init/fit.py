@@ -33,8 +33,8 @@ _ROUND_RESPONSE = 32
 def fit(given: Settings, seen: Look, machines: Machines) -> tuple[Settings, list[Phase], str]:
     """Returns the given and fitted settings, the run's phases, and the reason if nothing fits in memory.
 
-    Phases and reason are empty if the model's shape is unknown. The first change that fits wins: none, smaller packs,
-    adapters, adapters on 4 bits, then weights in the CPU's memory. All are tried with one GPU per engine before more.
+    Phases and reason are empty if the model's shape is unknown. The first change that fits is taken: none, smaller
+    packs, adapters, adapters on 4 bits, weights in the CPU's memory. All are tried with one GPU per engine, then more.
     """
     lengths = given | _lengths(given, seen)
     base = _machines(lengths, machines) | _batch(given, seen) | _evaluation(given) | _rate(given) | lengths

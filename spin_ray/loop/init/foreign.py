@@ -1,4 +1,4 @@
-"""A config of another trainer, in words that all trainers share."""
+"""A config of another trainer, read as facts."""
 
 from collections.abc import Callable
 from dataclasses import dataclass, field

@@ -69,7 +69,6 @@ def _paths(found: Foreign, name: str) -> list[str]:
 
 
 def _registered(found: Foreign, name: str, wanted: list[str]) -> list[dict[str, Any]]:
-    """Returns the wanted entries of LLaMA-Factory's dataset_info.json in ``dataset_dir``."""
     given = Path(found.fact("folder")).expanduser()
     folder = given if (given / "dataset_info.json").is_file() else found.file.parent / given
     try:

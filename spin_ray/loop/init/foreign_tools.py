@@ -119,7 +119,7 @@ def tool_of(config: Mapping[str, Any]) -> Tool | None:
 
 
 def is_dpo_of_trl(config: Mapping[str, Any], file_name: str) -> bool:
-    """Tells whether a TRL config is for DPO and not SFT, which no key says."""
+    """Tells whether a TRL config is for DPO, not SFT. No key names the method."""
     return (
         any(key in config for key in _DPO_OF_TRL)
         or bool({*_losses_of(config)} & {*_DPO_LOSSES})
@@ -133,7 +133,7 @@ def _losses_of(config: Mapping[str, Any]) -> list[str]:
 
 
 def other_method_of(config: Mapping[str, Any], file_name: str) -> str | None:
-    """Returns the key, loss or word of the file's name that shows another method than SFT and DPO."""
+    """Returns the key, loss or word of the file's name that shows a method other than SFT and DPO."""
     words = re.split(r"[^a-z]+", file_name.lower())
     named = [] if {"sft", "dpo"} & set(words) else [word for word in words if word in _OTHER_TRAINERS]
     losses = [f"loss_type {loss}" for loss in _losses_of(config) if loss in _OTHER_LOSSES]

@@ -74,7 +74,7 @@ def find_machines(gpu: str | None, gpus: int | None, nodes: int) -> Machines:
 
 
 def _found_gpu(gpus: int | None) -> tuple[str, int | None, str]:
-    """Returns name and number of this machine's GPUs. An unknown GPU gets a known name with no more memory."""
+    """Returns name and number of this machine's GPUs. An unknown GPU counts as the known one next below in memory."""
     cards = visible_cards()
     if not cards:
         return "none", gpus, _DRIVER if _torch_sees_a_card() else ""

@@ -80,7 +80,7 @@ def unknown_responses(pairs: pa.Table, known: Scores) -> pa.Table:
     for row in pairs.to_pylist():
         for key, response in ((row["prompt_id"], row["real_ids"]), (row["pair_id"], row["generated_ids"])):
             if key not in known and key not in found:
-                # A prompt id of its own, as a pack shares one y among equal prompt ids.
+                # A prompt id of its own, as equal prompt ids share one y in a pack.
                 found[key] = row | {"pair_id": key, "prompt_id": key, "real_ids": response, "generated_ids": []}
     return pa.Table.from_pylist(list(found.values()), PAIR_SCHEMA)
 

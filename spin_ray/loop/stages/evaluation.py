@@ -104,7 +104,7 @@ def run(
 def _row_losses(config: SpinConfig, objective: Objective | None) -> Callable[[Any], np.ndarray] | None:
     """Returns a function that computes the trained loss of each row of ``row_margins``.
 
-    Returns None for the logistic loss, which is always measured, and for losses that need more than the log-ratios.
+    Returns None for the logistic loss, which is always measured, and for losses that need more than log-ratios.
     """
     if objective is None or objective.length_normalised or config.objective.reference_alpha < 1:
         return None
@@ -125,7 +125,7 @@ def _row_losses(config: SpinConfig, objective: Objective | None) -> Callable[[An
 
 
 def read_answers(heldout: Artefact, samples: Artefact, most: int = 1) -> tuple[pa.Table, pa.Table]:
-    """Returns the first ``most`` samples of each held-out row, and the rows themselves, repeated to match."""
+    """Returns held-out rows and their first ``most`` samples. A row is repeated for each of its samples."""
     answers = pa.concat_tables(list(samples.tables()))
     answers = answers.filter(pc.less(answers["sample"], most))
     rows = pa.concat_tables(list(heldout.tables()))
@@ -133,7 +133,7 @@ def read_answers(heldout: Artefact, samples: Artefact, most: int = 1) -> tuple[p
 
 
 def text_measures(heldout: pa.Table, answers: pa.Table) -> dict[str, Any]:
-    """Compares lengths, cuts and repetitions of answers and human responses in the same order."""
+    """Returns measures of length, truncation and repetition, of ``answers`` in the order of ``heldout``."""
     real, generated = heldout["real_ids"].to_pylist(), answers["token_ids"].to_pylist()
     real_lengths, generated_lengths = [len(ids) for ids in real], [len(ids) for ids in generated]
     by_row: dict[str, list[Any]] = {

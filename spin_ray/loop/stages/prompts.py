@@ -115,7 +115,7 @@ def run(
 
 
 def _render(pieces: Sequence[Slice], folder: str, render: "_RenderSlice", source: str) -> list["_Slice"]:
-    """Renders the slices in order, in tasks of a CPU each, as every further process imports for seconds."""
+    """Renders slices in Ray tasks and keeps their order. A task has a CPU, as each process imports for seconds."""
     items = [asdict(piece) | {"name": f"{folder}/{index:06d}"} for index, piece in enumerate(pieces)]
     rendered = ray.data.from_items(items, override_num_blocks=len(items)).map(render, num_cpus=1)
     try:
@@ -172,7 +172,7 @@ def _some(names: list[str], most: int = 5) -> str:
 
 
 def template_digest(renderer: ChatRenderer) -> str:
-    """Returns a digest of how text becomes tokens, whatever date the template writes."""
+    """Returns a digest of how text becomes tokens, independent of a date in the template."""
     tokenizer = renderer.tokenizer
     if "strftime_now" in str(tokenizer.chat_template):
         return digest([tokenizer.chat_template, len(tokenizer), renderer.end_of_turn_id])
@@ -204,8 +204,6 @@ def _rendered(answer: dict[str, Any]) -> _Slice:
 
 
 class _RenderSlice:
-    """Function that writes a slice's good and unusable rows."""
-
     def __init__(self, storage: Storage, stage: str, task: PromptTask) -> None:
         self._storage, self._stage, self._pickled = storage, stage, ray.cloudpickle.dumps(task)
 
@@ -254,8 +252,6 @@ def _unpickled(task: bytes) -> PromptTask:
 
 
 class _Read:
-    """Forms of a slice's good rows, and the columns that were not read."""
-
     def __init__(self) -> None:
         self.forms: dict[str, tuple[str, str]] = {}
         self.ignored: Counter[str] = Counter()
@@ -271,7 +267,7 @@ class _Read:
 
 @contextmanager
 def _busy_with_rows() -> Iterator[None]:
-    """Switches off the garbage collector, which rows trigger often for nothing, and the tokenizer's threads."""
+    """Switches off the tokenizer's threads, and the garbage collector, which rows trigger without making cycles."""
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     collects = gc.isenabled()
     gc.disable()

@@ -36,7 +36,7 @@ def label_of(answer: list[int], human: list[int], minor_from: float) -> str:
 def parse(text: str) -> tuple[str, str] | None:
     """Splits the reviser's text into label and revision.
 
-    Returns None without a label, or if [minor] or [major] has no revision or one that starts with a label.
+    Returns None without a label, or if no revision follows [minor] or [major]. A revision starts with no label.
     """
     label, _, revision = text.strip().partition("\n")
     label, revision = label.strip(), revision.strip()

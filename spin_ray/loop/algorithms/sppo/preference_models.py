@@ -78,7 +78,10 @@ class RewardScorer:
         return self._tokenizer(_instruction(prompt), response, **cut)
 
     def _rewards(self, rows: list[dict[str, list[int]]]) -> Float[Tensor, "rows"]:
-        """Returns the output at each row's last token, which transformers finds by the padding token's id."""
+        """Returns the output at each row's last token.
+
+        transformers finds that token by the padding id, so a model without one gets an id that no row holds.
+        """
         pad_id = self._pad_id
         if pad_id is None:
             held = {token for row in rows for token in row["input_ids"]}
@@ -95,7 +98,7 @@ class RewardScorer:
 class MarkedRow(NamedTuple):
     ids: list[int]
     marks: list[int]
-    """Positions of the three marks, as texts may hold the same tokens."""
+    """Positions of the three marks; the texts may hold the same tokens."""
 
 
 class PairRmScorer:

@@ -193,7 +193,7 @@ class _Player:
 
 
 def _end_process() -> None:
-    """Ends the process so that Ray restarts the actor, unlike ``ray.actor.exit_actor``."""
+    """Ends the process so that Ray restarts the actor. ``ray.actor.exit_actor`` would end it for good."""
     logging.shutdown()
     os._exit(1)
 

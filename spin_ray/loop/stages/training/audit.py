@@ -1,6 +1,6 @@
 """Audit of the engine: does it compute the same model as the backend?
 
-Engines compute some families otherwise than transformers, which no measure of the training shows.
+Engines compute some model families otherwise than transformers, and no measure of the training shows it.
 """
 
 import logging
@@ -27,7 +27,7 @@ _DAMAGED = -1
 def audit_engine(job: TrainJob, backend: TrainBackend) -> dict[str, float]:
     """Compares log p of a few responses by the engine and by the backend, which must still hold θ_t.
 
-    Returns ``engine_difference``: |difference| of log p, summed over responses, in nats per token. Empty: no audit.
+    Returns ``engine_difference``: |difference| of log p, summed over responses, in nats per token, if any.
 
     Raises:
         HealthError: it is not finite, or above ``health.max_engine_difference`` without a quantised base; raised on

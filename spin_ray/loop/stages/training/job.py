@@ -38,7 +38,7 @@ class TrainJob:
     shape: PackShape
     backend: BackendSettings
     recipe: SpinConfig
-    """Recipe, from which workers settle ``auto`` of mesh and gradient checkpointing."""
+    """Recipe from which workers choose mesh and gradient checkpointing."""
     epochs: int
     schedule_epochs: int | None
     """Epochs of the learning rate's schedule; None: ``epochs``."""

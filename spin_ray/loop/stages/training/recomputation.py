@@ -21,9 +21,9 @@ logger = logging.getLogger(__name__)
 def recomputes(
     config: SpinConfig, optimizer: OptimizerConfig, model: Path, device: torch.device, mesh: Mesh | None = None
 ) -> bool:
-    """Tells whether activations are computed again. On GPUs it is a collective, so that ranks agree.
+    """Tells whether activations are computed again, a collective on GPUs, so that all ranks agree.
 
-    The workers decide, as the driver may have no GPU, and fewer elastic workers hold more each.
+    The workers decide, because the driver may have no GPU and an elastic group may have fewer workers.
     """
     if config.train.gradient_checkpointing != "auto" or device.type == "cpu":
         return config.train.gradient_checkpointing is True

@@ -151,11 +151,6 @@ def _load_reference(reference: Artefact, table: pa.Table) -> ReferenceScores:
 
 
 def _load_by_pair(artefact: Artefact, table: pa.Table, columns: tuple[str, ...]) -> list[torch.Tensor]:
-    """Reads columns in the order of ``table``.
-
-    Raises:
-        RunDirError: a pair has no score, or more than one.
-    """
     scores = pa.concat_tables(list(artefact.tables()))
     found = pc.index_in(table["pair_id"], value_set=scores["pair_id"])
     if found.null_count or scores.num_rows != table.num_rows:
