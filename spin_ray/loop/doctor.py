@@ -26,7 +26,6 @@ def examine(config: SpinConfig, out: str | None, console: Console, *, every_row:
     """Prints each check that passes; returns the findings.
 
     Args:
-        out: folder or store of the run, if known.
         every_row: True reads all rows, not a sample.
 
     Raises:

@@ -181,8 +181,6 @@ def _examples(turn: Turn) -> Iterator[Job]:
 
 @dataclass(frozen=True)
 class _Fetching:
-    """Engine start that first fetches the model to this machine."""
-
     model: ModelFolder
     start_engine: StartEngine
 

@@ -63,7 +63,6 @@ class Tspin(Algorithm):
 
 
 def _with_initial(played: Iterator[pa.Table], initial: Artefact) -> Iterator[pa.Table]:
-    """Yields TRIPLET_SCHEMA rows. Each shard of θ_0 must have the same prompts in the same order."""
     for table, answers in zip(played, initial.tables(), strict=True):
         samples = [pair_id.rpartition("/")[2] for pair_id in table["pair_id"].to_pylist()]
         if table["prompt_id"] != answers["prompt_id"] or samples != [str(it) for it in answers["sample"].to_pylist()]:

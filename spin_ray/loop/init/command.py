@@ -29,7 +29,7 @@ Ask = Callable[[str, str | None], str]
 
 @dataclass(frozen=True, kw_only=True)
 class Options:
-    """The command's options. None is asked of a person, or detected."""
+    """The command's options. None: a person is asked, or the value is detected."""
 
     recipe: Path
     model: str | None = None

@@ -47,7 +47,6 @@ class Look:
     positions: int | None = None
     """Longest input of the model, in tokens."""
     train: tuple[Survey, ...] = ()
-    """A survey of each source."""
     rows: int | None = None
     """Training rows of all sources."""
     notes: tuple[str, ...] = ()

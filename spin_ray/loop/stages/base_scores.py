@@ -35,7 +35,6 @@ class BaseScoreJob:
     backend: BackendSettings
     storage: Storage
     target: str
-    """Folder of the parts, one for each rank or tensor group."""
 
 
 def run(run_dir: RunDir, config: SpinConfig, iteration: int, base: ModelFolder) -> None:

@@ -66,7 +66,7 @@ def run(
         model: θ_iterate.
         previous: θ_{iterate-1}; None for θ_0.
         initial: θ_0.
-        objective: the objective that trained θ_iterate.
+        objective: the one that trained θ_iterate.
     """
     path = run_dir.eval_path(iterate)
     samples = run_dir.heldout_samples(iterate)

@@ -83,7 +83,7 @@ def make(
 def build(
     fresh: Fresh, earlier: Artefact | None, target: Artefact, oldest: int
 ) -> tuple[dict[str, FileEntry], dict[str, int]]:
-    """Writes the parts, with one part of each input in memory; returns entries and counts."""
+    """Writes the parts and returns entries and counts. One part of each input is in memory."""
     counts: Counter[str] = Counter({"dropped_identical": 0, "dropped_empty": 0, "from_earlier": 0, "rows": 0})
     entries: dict[str, FileEntry] = {}
     target.discard_parts()

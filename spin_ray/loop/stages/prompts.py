@@ -50,7 +50,7 @@ _SETTINGS = {"prompts": "data.train", "heldout": "data.heldout", "questions": "d
 LEAK = "leak"
 """Reason of a training row that is also held out. Such rows do not count as unusable."""
 ROWS_AT_A_TIME = 1024
-"""Rows that a task holds as Python objects."""
+"""Rows held as Python objects by a task."""
 
 
 def run(

@@ -104,7 +104,7 @@ class MarkedRow(NamedTuple):
 class PairRmScorer:
     """PairRM (Jiang et al. 2023, arXiv 2306.02561) as in llm-blender/PairRM-hf.
 
-    A DeBERTa-v3 reads ``<|source|>x<|candidate1|>y<|candidate2|>y′``, and a head compares the states at the marks.
+    DeBERTa-v3 reads ``<|source|>x<|candidate1|>y<|candidate2|>y′``, and a head compares the states at the marks.
     The order changes the score s, so both are read: P = ½[σ(s(y, y′)) + σ(−s(y′, y))].
     """
 

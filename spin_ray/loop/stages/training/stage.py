@@ -17,7 +17,7 @@ from spin_ray.runtime.workers import run_workers
 
 
 def run(run_dir: RunDir, config: SpinConfig, iteration: int, opponent: ModelFolder, objective: Objective) -> None:
-    """Trains θ_{t+1} from θ_t and commits ``iter_NNN/model``, or ``iter_NNN/adapter`` with ``train.lora.merge: false``.
+    """Trains θ_{t+1} from θ_t; commits ``iter_NNN/model``, or ``iter_NNN/adapter`` with ``train.lora.merge: false``.
 
     Without merging, each iteration trains θ_t's adapter further on the frozen θ_0. That adapter is also the reference,
     so margins start at exactly 0. With merging, each iteration trains a new adapter on the weights of θ_t.
