@@ -1,7 +1,7 @@
 """The probe before iteration 0: is there anything left to learn from θ_0's responses?
 
-The texts of θ_0's responses are compared with the human ones. Then a short iteration of SPIN and an SFT on the same rows
-are compared on held-out rows. RUN/probe keeps all but the models.
+The texts of θ_0's responses are compared with the human ones. Then a short iteration of SPIN and an SFT on the same
+rows are compared on held-out rows. RUN/probe keeps all but the models.
 """
 
 import json
