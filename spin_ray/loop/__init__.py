@@ -1,1 +1,1 @@
-"""The method: launch, driver, algorithms, stages."""
+"""The training loop."""

@@ -1,4 +1,4 @@
-"""`spin-ray doctor`: all that a run would check, before anything runs."""
+"""``spin-ray doctor``: all checks of a run, before anything runs."""
 
 from pathlib import Path
 from typing import Any
@@ -25,11 +25,10 @@ from spin_ray.runtime.placement import check_fits, demands
 
 
 def examine(config: SpinConfig, out: str | None, console: Console, *, every_row: bool) -> dict[str, Any]:
-    """Prints what is right, then raises what is wrong; returns the findings.
+    """Prints each check that passes; returns the findings.
 
     Args:
-        out: the folder or store of the run, if it is known.
-        every_row: read all rows in place of a sample.
+        every_row: True reads all rows, not a sample.
 
     Raises:
         UserError: a run would be refused.

@@ -1,4 +1,4 @@
-"""The SPIN loop. Run it again and it finishes what is missing.
+"""The SPIN loop. A second call finishes what is missing.
 
 prompts ─> [sft] ─> θ_0 ─┐
                          v
@@ -48,7 +48,7 @@ Play = Callable[[ModelFolder, list[Job]], None]
 
 
 def spin(run: RunDir, config: SpinConfig, start: Start, start_engine: StartEngine) -> None:
-    """Runs Algorithm 1 of arXiv 2401.01335, or another of the family."""
+    """Runs Algorithm 1 of arXiv 2401.01335, or another ``algorithm``."""
     with _working(run, config):
         start = _for_every_machine(start)
         initial = _prepare(run, config, start)
@@ -64,7 +64,7 @@ def spin(run: RunDir, config: SpinConfig, start: Start, start_engine: StartEngin
 
 
 def look(run: RunDir, config: SpinConfig, start: Start, start_engine: StartEngine) -> dict[str, Any]:
-    """Does all that comes before iteration 0, and returns what a probe finds."""
+    """Makes prompts and θ_0, and returns the findings of a probe."""
     with _working(run, config):
         start = _for_every_machine(start)
         return probe.run(run, config, _prepare(run, config, start), _player(run, start, start_engine))
@@ -87,7 +87,6 @@ def _player(run: RunDir, start: Start, start_engine: StartEngine) -> probe.Play:
 
 
 def _prepare(run: RunDir, config: SpinConfig, start: Start) -> ModelFolder:
-    """Makes the prompts, and returns θ_0, warmed up if the recipe says so."""
     _prepare_prompts(run, config, start)
     if not config.sft:
         return start.model
@@ -120,7 +119,6 @@ def _spin(run: RunDir, config: SpinConfig, start: Start, initial: ModelFolder, p
 
 
 def _for_every_machine(start: Start) -> Start:
-    """Offers the models to the machines that lack them."""
 
     def offered(model: ModelFolder) -> ModelFolder:
         return replace(model, source=share(model.path, model.files))
@@ -150,7 +148,7 @@ def _should_stop(run: RunDir, config: SpinConfig, evaluations: list[Evaluation])
 
 
 def _jobs(turn: Turn, algorithm: Algorithm) -> list[Job]:
-    """Returns the held-out and the iteration's jobs for one start of the engines."""
+    """Returns all jobs of the opponent, for one start of its engines."""
     run, opponent = turn.run, turn.opponent
     jobs = []
     if run.heldout.is_committed:
@@ -166,7 +164,6 @@ def _jobs(turn: Turn, algorithm: Algorithm) -> list[Job]:
 
 
 def _examples(turn: Turn) -> Iterator[Job]:
-    """Yields the job of answers that people read."""
     run, opponent, evaluation = turn.run, turn.opponent, turn.config.evaluation
     if run.heldout.is_committed and evaluation.examples:
         sampling = turn.config.generation.sampling
@@ -184,8 +181,6 @@ def _examples(turn: Turn) -> Iterator[Job]:
 
 @dataclass(frozen=True)
 class _Fetching:
-    """Start of an engine that first fetches its model."""
-
     model: ModelFolder
     start_engine: StartEngine
 

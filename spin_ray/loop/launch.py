@@ -1,4 +1,4 @@
-"""Start of a run. A finished one needs neither torch nor Ray."""
+"""Start of a run. A finished run imports neither torch nor Ray."""
 
 import logging
 from collections.abc import Iterator
@@ -45,17 +45,17 @@ class RunResult:
 
 
 def run_spin(config: SpinConfig, out: str | Path, start_engine: StartEngine = VllmEngine) -> RunResult:
-    """Runs SPIN, or another ``algorithm``, in the folder ``out``, or finishes an interrupted run.
+    """Runs SPIN, or another ``algorithm``, in the folder ``out``; continues an interrupted run.
 
     Raises:
         UserError: the recipe, data, model, cluster or folder cannot be used.
-        StageError: a stage failed; the same call goes on from what is committed.
+        StageError: a stage failed; a second call continues from the committed artefacts.
     """
     with _opened(config, out) as (run, config, inputs):
         if is_finished(run, config):
             run.begin(config, inputs.facts())
             for model in _models(run, config):
-                model.verify()  # names damage also in a finished run
+                model.verify()  # a finished run reports damage, too
             logger.info("%s: nothing left to do", run.storage.root)
         else:
             from spin_ray.loop.driver import spin  # slow: torch and Ray
@@ -65,9 +65,9 @@ def run_spin(config: SpinConfig, out: str | Path, start_engine: StartEngine = Vl
 
 
 def probe_spin(config: SpinConfig, out: str | Path, start_engine: StartEngine = VllmEngine) -> dict[str, Any]:
-    """Probes what is left to learn from θ_0, in the folder of a run that ``run_spin`` goes on with.
+    """Probes what is left to learn from θ_0's responses; returns the content of ``probe.json``.
 
-    Returns the content of ``probe.json``.
+    ``run_spin`` can continue in the same folder.
 
     Raises:
         UserError, StageError: as ``run_spin`` does.
@@ -80,7 +80,6 @@ def probe_spin(config: SpinConfig, out: str | Path, start_engine: StartEngine = 
 
 @contextmanager
 def _opened(config: SpinConfig, out: str | Path) -> Iterator[tuple[RunDir, SpinConfig, Inputs]]:
-    """Holds the run's lease; yields the run, its settled recipe, and its inputs."""
     storage = open_storage(out)
     with Lease(storage, config.storage.lease_timeout_s) as lease:
         inputs = find_inputs(config)
@@ -89,7 +88,6 @@ def _opened(config: SpinConfig, out: str | Path) -> Iterator[tuple[RunDir, SpinC
 
 
 def _begin(run: RunDir, config: SpinConfig, inputs: Inputs) -> Start:
-    """Checks the recipe as a whole, and writes run.json."""
     from spin_ray.loop.algorithms.table import check_algorithm
 
     check_algorithm(config)
@@ -117,7 +115,7 @@ def _check_room(run: RunDir, config: SpinConfig, model: Path) -> None:
 
 
 def _settle_sizes(config: SpinConfig, run: RunDir, inputs: Inputs) -> SpinConfig:
-    """Fills in the sizes of batches that the recipe leaves open; a run keeps those that it began with."""
+    """Fills in batch sizes that the recipe leaves open. A continued run keeps its sizes."""
     if run.storage.exists("run.json"):
         begun = run.config()
         return config.take_checkpointing_of(begun).settle_sizes(begun)
@@ -144,6 +142,5 @@ def is_finished(run: RunDir, config: SpinConfig) -> bool:
 
 
 def _models(run: RunDir, config: SpinConfig) -> list[Artefact]:
-    """Returns the weights of the published iterates; θ_0's only after a warm-up."""
     newest = iterate_number(run.latest() or "sft")
     return [run.model(iterate) for iterate in range(0 if config.sft else 1, newest + 1)]

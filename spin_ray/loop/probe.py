@@ -1,10 +1,7 @@
 """The probe before iteration 0: is there anything left to learn from θ_0's responses?
 
-prompts ─> θ_0 answers ─> pairs ─> a short iteration of SPIN ─┐
-              │                 └> SFT on the same rows ──────┤
-              └─> lengths, duplicates, n-grams                └─> scores of held-out rows ─> RUN/probe.json
-
-Everything is kept in RUN/probe until the verdict is there; then the two trained models go.
+The texts of θ_0's responses are compared with the human ones. Then a short iteration of SPIN and an SFT on the same
+rows are compared on held-out rows. RUN/probe keeps all but the models.
 """
 
 import json
@@ -37,11 +34,11 @@ SPIN, SFT = "probe_spin", "probe_sft"
 """Names of the two trained models in scores."""
 MADE_FROM = f"{FOLDER}/made_from.json"
 Play = Callable[[SpinConfig, ModelFolder, list[Job]], None]
-"""Function that lets a model answer prompts, under a recipe."""
+"""Function that lets a model answer jobs, with the settings of a recipe."""
 
 
 class _ProbeDir(RunDir):
-    """The folder of a probe within its run: the same storage and lease, other artefacts."""
+    """The probe's folder within the run, with the run's storage and lease."""
 
     def __init__(self, run: RunDir, folder: str) -> None:
         super().__init__(run.storage)
@@ -55,7 +52,7 @@ class _ProbeDir(RunDir):
 class _Probe:
     spin: _ProbeDir
     sft: _ProbeDir
-    """Place of the SFT that SPIN is compared with."""
+    """Folder of the SFT that SPIN is compared with."""
     config: SpinConfig
     initial: ModelFolder
 
@@ -69,11 +66,7 @@ class _Probe:
 
 
 def run(run_dir: RunDir, config: SpinConfig, initial: ModelFolder, play: Play) -> dict[str, Any]:
-    """Writes and returns probe.json; one made from the same inputs and settings is kept.
-
-    Args:
-        initial: θ_0.
-    """
+    """Returns probe.json, made anew unless its inputs and settings are the same. ``initial`` is θ_0."""
     settings = config.probe or ProbeConfig()
     recipe = _recipe(config, settings)
     made_from = _made_from(run_dir, recipe, settings, initial)
@@ -101,9 +94,9 @@ def run(run_dir: RunDir, config: SpinConfig, initial: ModelFolder, play: Play) -
 
 
 def _recipe(config: SpinConfig, settings: ProbeConfig) -> SpinConfig:
-    """Returns the recipe of the probe's trainings: small steps' worth of pairs, the logistic loss, no anchor.
+    """Returns the recipe of the trainings: small batches, the logistic loss alone.
 
-    Health limits are off: a probe that overshoots is a finding.
+    Health limits are off, because a probe that overshoots is a finding.
     """
     first = config.at(0)
     train = {
@@ -133,7 +126,7 @@ def _made_from(run_dir: RunDir, recipe: SpinConfig, settings: ProbeConfig, initi
 
 
 def _take_rows(run_dir: RunDir, probe: RunDir, settings: ProbeConfig, seed: int) -> None:
-    """Commits rows to train on, and rows to measure on: held-out ones, or other training rows if there are none."""
+    """Commits rows to train on and rows to measure on. Without held-out data both are training rows."""
     train = _rows(run_dir.prompts, settings.prompts, seed)
     half = train.num_rows // 2
     if run_dir.heldout.is_committed:
@@ -148,7 +141,7 @@ def _take_rows(run_dir: RunDir, probe: RunDir, settings: ProbeConfig, seed: int)
 
 
 def _rows(prompts: Artefact, wanted: int, seed: int) -> pa.Table:
-    """Returns so many rows in a seeded order: those that iteration 0 would play, where it plays as many."""
+    """Returns ``wanted`` rows in a seeded order. They are iteration 0's rows if it plays as many."""
     rows, start, taken = prompt_slice(prompts.manifest().rows, wanted, 0, seed), 0, []
     for table in prompts.tables():
         numbers = np.arange(start, start + table.num_rows)
@@ -160,7 +153,6 @@ def _rows(prompts: Artefact, wanted: int, seed: int) -> pa.Table:
 
 
 def _from_texts(probe: _Probe) -> Evidence:
-    """Returns lengths, repetitions and the accuracy of n-grams, of all rows."""
     both = [
         evaluation.read_answers(probe.spin.prompts, probe.answers),
         evaluation.read_answers(probe.spin.heldout, probe.heldout_answers),
@@ -180,7 +172,7 @@ def _from_texts(probe: _Probe) -> Evidence:
 
 
 def _from_training(probe: _Probe, settings: ProbeConfig) -> Evidence:
-    """Returns what the short trainings change on held-out rows; None where too few pairs are left for a step."""
+    """Returns measures of both trainings, None where pairs are too few for a step."""
     evidence: Evidence = dict.fromkeys(("loss", "margin", "accuracy", "real_logp_drift", "jsd_lower_bound", "sft_gain"))
     trained = {}
     if _pairs_left(probe) >= probe.config.train.global_batch_pairs:
@@ -218,7 +210,6 @@ def _train(probe: _Probe, where: _ProbeDir, objective: Objective) -> ModelFolder
 
 
 def _scores(probe: _Probe, models: list[ModelFolder]) -> pa.Table:
-    """Returns SCORE_SCHEMA rows of the held-out rows under each model."""
     rows = evaluation.pair_rows(*evaluation.read_answers(probe.spin.heldout, probe.heldout_answers), OPPONENT)
     inputs = {f"model_{number}": model.digest for number, model in enumerate(models)}
     inputs["samples"] = probe.heldout_answers.manifest().digest

@@ -1,1 +1,1 @@
-"""The family of algorithms, one a file."""
+"""The algorithms, one per file."""

@@ -1,4 +1,4 @@
-"""An algorithm, as the driver sees it."""
+"""The interface of an algorithm."""
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator
@@ -27,29 +27,29 @@ class Turn:
     start: Start
     iteration: int
     opponent: ModelFolder
-    """θ_t. Training starts from it."""
+    """θ_t, the model that training starts from."""
     initial: ModelFolder
     """θ_0."""
     play: Callable[[ModelFolder, list[Job]], None]
-    """Function that lets a model answer prompts; committed jobs are skipped."""
+    """Function that lets a model answer the jobs that are not committed."""
 
     def rows_of(self, prompts: Artefact) -> np.ndarray | None:
-        """Returns the numbers of the rows to play; None: all."""
+        """Returns the row numbers of this iteration, or None for all rows."""
         wanted = self.config.data.prompts_per_iteration
         return prompt_slice(prompts.manifest().rows, wanted, self.iteration, self.config.seed)
 
 
 class Algorithm(ABC):
-    """One algorithm. It keeps all state in the run folder."""
+    """Base class of the algorithms. All state is in the run folder."""
 
     needs: ClassVar[tuple[str, ...]] = ()
-    """Optional sections and fields that the recipe must give, e.g. ``scorer``."""
+    """Sections and fields that the recipe must give, e.g. ``scorer``."""
     reads: ClassVar[tuple[str, ...]] = ()
-    """Optional sections and fields that it may give."""
+    """Sections and fields that the recipe may give."""
     makes_wins: ClassVar[bool] = False
-    """True if ``make_pairs`` commits ``iter_NNN/wins``, for losses that need win probabilities."""
+    """True if ``make_pairs`` commits win probabilities (``iter_NNN/wins``)."""
     own_loss: ClassVar[bool] = False
-    """True if ``objective`` does not read ``objective.loss``, and a recipe may not give one."""
+    """True if the loss is fixed. The recipe must then leave ``objective.loss`` out."""
 
     def problems(self, config: SpinConfig) -> Iterator[str]:
         """Yields a sentence for each unusable setting."""
@@ -66,11 +66,11 @@ class Algorithm(ABC):
 
     @abstractmethod
     def make_pairs(self, turn: Turn) -> None:
-        """Commits ``iter_NNN/pairs`` and what they need."""
+        """Commits ``iter_NNN/pairs`` and the algorithm's other artefacts."""
 
     @abstractmethod
     def objective(self, config: SpinConfig, iteration: int) -> Objective:
-        """Returns what training on the pairs minimises."""
+        """Returns the objective for training on the pairs."""
 
 
 def margin_objective(config: SpinConfig, iteration: int) -> Objective:
@@ -86,7 +86,7 @@ def margin_objective(config: SpinConfig, iteration: int) -> Objective:
 
 @dataclass(frozen=True)
 class PlayedPrompts:
-    """The prompts of an iteration that generates nothing."""
+    """The prompts of an iteration without generation."""
 
     turn: Turn
 
@@ -112,7 +112,7 @@ class PlayedPrompts:
 
 
 def pair_table(prompts: pa.Table, iteration: int, generated: pa.ChunkedArray | None) -> pa.Table:
-    """Returns PAIR_SCHEMA rows: y against ``generated``; None: SFT rows, without y′."""
+    """Returns PAIR_SCHEMA rows with ``generated`` as y′; None makes SFT rows, without y′."""
     ids = prompts["prompt_id"].to_pylist()
     return pa.table(
         [

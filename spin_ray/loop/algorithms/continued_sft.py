@@ -7,7 +7,7 @@ from spin_ray.loop.stages import pairs
 
 
 class ContinuedSft(Algorithm):
-    """−log p(y) on the prompts that SPIN would play."""
+    """SFT on the prompts that SPIN would play."""
 
     def make_pairs(self, turn: Turn) -> None:
         played = PlayedPrompts(turn)

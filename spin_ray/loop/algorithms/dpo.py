@@ -14,7 +14,7 @@ from spin_ray.loop.stages import pairs
 
 
 class Dpo(Algorithm):
-    """``chosen`` against ``rejected``; the reference is θ_t."""
+    """DPO of ``chosen`` against ``rejected``, with θ_t as reference."""
 
     def make_pairs(self, turn: Turn) -> None:
         """Commits the pairs.

@@ -23,7 +23,7 @@ from spin_ray.run_dir.schemas import PAIR_SCHEMA
 
 
 class Sdft(Algorithm):
-    """KL(policy ‖ teacher) at each token of y′ ~ θ_t; the teacher is θ_t with the human response in its prompt."""
+    """KL(policy ‖ teacher) at each token of y′ ~ θ_t. The teacher is θ_t with the human response in its prompt."""
 
     reads = ("sdft",)
     own_loss = True
@@ -37,7 +37,7 @@ class Sdft(Algorithm):
         return run.prompts
 
     def make_pairs(self, turn: Turn) -> None:
-        """Commits ``teacher_rows``, and as rows to learn from the same responses behind their own prompts."""
+        """Commits ``teacher_rows`` (y′ after the teacher's prompts) and pairs (the same y′ after θ_t's prompts)."""
         run, iteration = turn.run, turn.iteration
         demonstrated = run.teacher_rows(iteration)
         _make_teacher_rows(turn, demonstrated)
@@ -50,12 +50,12 @@ class Sdft(Algorithm):
 
 
 def demonstrated(conversation: Conversation, response: str, template: str) -> Conversation | None:
-    """Returns the prompt with ``response`` shown in the user's last message; None without such a message."""
+    """Returns the prompt with ``response`` in the last user message, or None without a user message."""
     asked = [number for number, message in enumerate(conversation[:-1]) if message["role"] == "user"]
     if not asked:
         return None
     values = {"{prompt}": conversation[asked[-1]]["content"] or "", "{response}": response}
-    shown = re.sub(r"\{prompt\}|\{response\}", lambda found: values[found[0]], template)  # what is filled in stays
+    shown = re.sub(r"\{prompt\}|\{response\}", lambda found: values[found[0]], template)  # values may hold placeholders
     message = conversation[asked[-1]] | {"content": shown}
     return [*conversation[: asked[-1]], message, *conversation[asked[-1] + 1 : -1]]
 
@@ -89,7 +89,7 @@ def _make_teacher_rows(turn: Turn, target: Artefact) -> None:
 def _prompts_of_teacher(
     run: RunDir, renderer: ChatRenderer, template: str, played: pa.Array
 ) -> dict[str, list[int] | str]:
-    """Returns by prompt id the teacher's prompt to each of ``played``, or why there is none."""
+    """Returns the teacher's prompt by prompt id, or the reason why there is none."""
     found: dict[str, list[int] | str] = {}
     for table in run.prompts.tables():
         table = table.filter(pc.is_in(table["prompt_id"], value_set=played))
@@ -106,7 +106,7 @@ def _prompts_of_teacher(
 
 
 def _learnt(played: pa.Table) -> pa.Table:
-    """Returns y′ as the response to learn from, each with a prompt id of its own: no tree takes two of them for y."""
+    """Returns rows with y′ as ``real_ids``. Each has its own prompt id, as equal prompt ids share one y in a pack."""
     ids = [f"{prompt_id}/{pair_id.rpartition('/')[2]}" for prompt_id, pair_id in _ids(played)]
     played = played.set_column(1, PAIR_SCHEMA.field("prompt_id"), pa.array(ids, pa.string()))
     empty = pa.array([[]] * played.num_rows, PAIR_SCHEMA.field("generated_ids").type)
@@ -119,7 +119,6 @@ def _ids(table: pa.Table) -> Iterator[tuple[str, str]]:
 
 
 def _behind(prompts: dict[str, list[int] | str], learnt: pa.Table, longest: int, dropped: Counter[str]) -> pa.Table:
-    """Returns the rows behind the teacher's prompts, and counts those that have none or are too long."""
     kept, shown = [], []
     for row, (prompt_id, response) in enumerate(
         zip(learnt["prompt_id"].to_pylist(), learnt["real_ids"].to_pylist(), strict=True)
@@ -139,7 +138,6 @@ def _behind(prompts: dict[str, list[int] | str], learnt: pa.Table, longest: int,
 
 
 def _own_rows(turn: Turn, demonstrated: Artefact) -> Iterator[pa.Table]:
-    """Yields the rows of ``demonstrated`` behind the prompts that θ_t answered."""
     played = pairs.joined(turn.run.prompts, turn.run.generations(turn.iteration), turn.iteration)
     for table, shown in zip(played, demonstrated.tables(), strict=True):
         yield _learnt(table.filter(pc.is_in(table["pair_id"], value_set=shown["pair_id"].combine_chunks())))

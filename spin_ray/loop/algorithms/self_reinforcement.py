@@ -22,11 +22,11 @@ from spin_ray.run_dir.schemas import PAIR_SCHEMA
 
 Row = dict[str, Any]
 Choose = Callable[[list[list[Row]]], Iterable[int | str]]
-"""Function that returns the chosen sample of each question, or the reason why there is none."""
+"""Function that returns the number of each question's chosen sample, or the reason why there is none."""
 
 
 class SelfReinforcement(Algorithm):
-    """θ_t's answer against the start model's, where enough samples of θ_t agree. The loss is DPO's."""
+    """DPO of an answer by θ_t, chosen by agreement or grade, against an answer by the start model."""
 
     needs = ("sft", "data.questions")
     reads = ("self_filter",)
@@ -83,7 +83,6 @@ def _tables(turn: Turn, base_answers: Artefact, dropped: Counter[str]) -> Iterat
 
 
 def _by_agreement(turn: Turn) -> Choose:
-    """Returns a choice of the first sample with the commonest answer."""
     read, chosen = _reader(turn), turn.config.self_filter
     needed = chosen.min_agreement if chosen else 0
 
@@ -96,7 +95,6 @@ def _by_agreement(turn: Turn) -> Choose:
 
 
 def _by_grade(turn: Turn, chosen: SelfFilterConfig) -> Choose:
-    """Returns a choice of the first sample with the best grade."""
     answers, ends = answers_of(turn.run.questions), _ends(turn)
     tokenizer = load_tokenizer(str(turn.opponent.whole.path), trust_remote_code=turn.config.model.trust_remote_code)
     grade, decode = str(chosen.grade), tokenizer.decode
@@ -124,7 +122,7 @@ def _by_grade(turn: Turn, chosen: SelfFilterConfig) -> Choose:
 
 
 def commonest(answers: list[Any]) -> tuple[int, float]:
-    """Returns the first sample with the commonest answer, and the share that agrees."""
+    """Returns the number of the first sample with the commonest answer, and the share of samples with it."""
     counts = Counter(answer for answer in answers if answer is not None)
     if not counts:
         return 0, 0.0
@@ -133,9 +131,9 @@ def commonest(answers: list[Any]) -> tuple[int, float]:
 
 
 def _reader(turn: Turn) -> Callable[[list[int]], Any]:
-    """Returns a function from a response to its answer: a number, or without extractor its tokens.
+    """Returns a function that reads a response's answer: a number, or all tokens.
 
-    Cut responses have none, so that nobody learns to stop there.
+    A cut response has no answer, so that the model does not learn to stop early.
     """
     extractor, ends = turn.config.evaluation.answer_extractor, _ends(turn)
     tokenizer = load_tokenizer(str(turn.opponent.whole.path), trust_remote_code=turn.config.model.trust_remote_code)

@@ -11,13 +11,13 @@ from spin_ray.run_dir.run_dir import RunDir
 
 
 class Spin(Algorithm):
-    """The human response against one of θ_t, equation 4.7.
+    """The human response against a response of θ_t, equation 4.7.
 
     ``objective.window: all`` is fictitious play; ``objective.reference_alpha`` below 1 is α-SPIN.
     """
 
     def problems(self, config: SpinConfig) -> Iterator[str]:
-        yield from ()  # window and reference_alpha are SPIN's
+        yield from ()  # SPIN has both window and reference_alpha
 
     def plays(self, run: RunDir) -> Artefact:
         return run.prompts

@@ -1,4 +1,4 @@
-"""The algorithms by name, and the check of a recipe."""
+"""The algorithms by name, and the checks of a recipe."""
 
 from collections.abc import Iterator
 
@@ -34,7 +34,7 @@ ALGORITHMS: dict[str, Algorithm] = {
 
 
 def find_algorithm(name: str) -> Algorithm:
-    """Returns the algorithm of a name or import path ``my_pkg.mine:Mine``.
+    """Returns the algorithm with a name or import path, e.g. ``my_pkg.mine:Mine``.
 
     Raises:
         ConfigError: there is none.
@@ -48,18 +48,18 @@ def find_algorithm(name: str) -> Algorithm:
 
 
 def check_algorithm(config: SpinConfig) -> None:
-    """Checks the recipe against its algorithm and this environment, and follows its import paths.
+    """Checks the recipe's settings, its import paths and the installed packages.
 
     Raises:
-        ConfigError: a setting is missing or has no reader, or a path leads nowhere.
-        ModelError: a package of an extra is missing.
+        ConfigError: a setting is missing or unused, or an import path is wrong.
+        ModelError: a package is missing.
     """
     check_settings(config)
     check_packages(config)
 
 
 def check_packages(config: SpinConfig) -> None:
-    """Raises ModelError if a package of an extra that the recipe needs is missing."""
+    """Raises ModelError if a package that the recipe needs is not installed."""
     if config.train.lora:
         check_installed("train.lora", "lora")
         if config.train.lora.base != "bf16":
@@ -70,7 +70,7 @@ def check_packages(config: SpinConfig) -> None:
 
 
 def check_settings(config: SpinConfig) -> None:
-    """Does the part of ``check_algorithm`` that holds on every machine."""
+    """Raises ConfigError as ``check_algorithm`` does, without looking at installed packages."""
     problems = list(_problems(config, find_algorithm(config.algorithm)))
     if problems:
         raise ConfigError("; ".join(problems))

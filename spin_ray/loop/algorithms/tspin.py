@@ -1,4 +1,4 @@
-"""T-SPIN (arXiv 2601.08198): triplets of the human response, one of θ_t and one of θ_0, without a reference."""
+"""T-SPIN (arXiv 2601.08198): a human response, one of θ_t and one of θ_0, without a reference."""
 
 from collections.abc import Iterator
 
@@ -16,9 +16,9 @@ from spin_ray.run_dir.schemas import TRIPLET_SCHEMA
 
 
 class Tspin(Algorithm):
-    """ℓ(β [log p(y) − log p(y′)]) + w ℓ(β [log p(y′) − log p(y_0)]), equation 7; β and w are α and β there.
+    """Loss ℓ(β [log p(y) − log p(y′)]) + w ℓ(β [log p(y′) − log p(y_0)]), equation 7 (β is α there, w is β).
 
-    Iteration 0 has the first term alone, as in the paper: y_0 is y′.
+    Iteration 0 has the first term alone, as in the paper, because y_0 is y′.
     """
 
     own_loss = True
@@ -38,7 +38,7 @@ class Tspin(Algorithm):
         return run.prompts
 
     def make_pairs(self, turn: Turn) -> None:
-        """Commits the pairs, from iteration 1 on with θ_0's responses.
+        """Commits the pairs, with θ_0's responses from iteration 1 on.
 
         Raises:
             RunDirError: θ_0 answered other prompts.
@@ -63,7 +63,6 @@ class Tspin(Algorithm):
 
 
 def _with_initial(played: Iterator[pa.Table], initial: Artefact) -> Iterator[pa.Table]:
-    """Yields TRIPLET_SCHEMA rows: θ_0 answered the same prompts in the same order, shard by shard."""
     for table, answers in zip(played, initial.tables(), strict=True):
         samples = [pair_id.rpartition("/")[2] for pair_id in table["pair_id"].to_pylist()]
         if table["prompt_id"] != answers["prompt_id"] or samples != [str(it) for it in answers["sample"].to_pylist()]:

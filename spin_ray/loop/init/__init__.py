@@ -1,1 +1,1 @@
-"""``spin-ray init``: looks at model, data and hardware, and writes a recipe that fits them."""
+"""``spin-ray init``: a recipe that fits model, data and hardware."""

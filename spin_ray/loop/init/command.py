@@ -1,4 +1,4 @@
-"""``spin-ray init``: answers and looks become a recipe, which is checked before it is written."""
+"""The command ``spin-ray init``."""
 
 import shlex
 from collections.abc import Callable
@@ -24,12 +24,12 @@ from spin_ray.report.doctor import histogram
 from spin_ray.run_dir.events import exact_duration
 
 Ask = Callable[[str, str | None], str]
-"""Asks a person: a question and the answer that Enter takes."""
+"""Function that asks a person, given a question and a default answer."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Options:
-    """The command's options; None is asked for, or found."""
+    """The command's options. None: a person is asked, or the value is detected."""
 
     recipe: Path
     model: str | None = None
@@ -44,10 +44,10 @@ class Options:
 
 
 def init(options: Options, ask: Ask | None, console: Console) -> None:
-    """Writes a recipe and prints what to run next.
+    """Writes a checked recipe and prints the next commands.
 
     Args:
-        ask: None where nobody can be asked.
+        ask: None if nobody can be asked.
 
     Raises:
         UserError: an answer is missing, or model, data or foreign config cannot be used.
@@ -94,7 +94,7 @@ def _hardware(options: Options, ask: Ask | None) -> tuple[str | None, int | None
         found = find_machines(None, each, 1)
         gpu = ask("GPU (none, or a type such as A100-80G)", found.cluster.gpu or "none")
         if gpu == (found.cluster.gpu or "none"):
-            gpu = None  # what is found here, with its number and a note
+            gpu = None  # the GPU found here, with its number and a note
         elif gpu != "none" and each is None:
             each = _count(ask("GPUs of each machine", "8"))
     return gpu, each, options.nodes
@@ -130,7 +130,6 @@ def _answers(options: Options, foreign: Foreign | None, ask: Ask | None) -> Sett
 
 
 def _after_sft(settings: Settings, foreign: Foreign) -> Settings:
-    """Starts from what the foreign training made, if it is here: then there is no warm-up."""
     made = foreign.output
     if made is None or not any((Path(made) / name).is_file() for name in ("config.json", "adapter_config.json")):
         return settings

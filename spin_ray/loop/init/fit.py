@@ -16,26 +16,25 @@ from spin_ray.planning.work import Work
 from spin_ray.runtime.precision import with_precision
 
 LONGEST_PROMPT_AND_RESPONSE, LONGEST_RESPONSE = 0.99, 0.95
-"""Fractions of the rows that must fit ``model.max_length`` and ``max_tokens``."""
+"""Fractions of the rows that fit ``model.max_length`` and ``max_tokens``."""
 LEAST_STEPS = 10
-"""Optimizer steps that an iteration should have; a batch of the paper's 64 is made smaller for few rows."""
+"""Fewest optimizer steps of an iteration. Few rows get a smaller batch than the paper's."""
 PAPER_BATCH = 64
 PACK = {"cpu": 1024, "gpu": 4096}
-"""Tokens per pack where rows are shorter: a pack of one CPU step takes seconds."""
+"""Tokens per pack, unless rows are longer. On CPU a pack takes seconds."""
 HELDOUT_ROWS = 500
 LONGEST_UNSEEN, UNSEEN_TOKENS = 2048, 256
-"""The paper's lengths, for data that is not on this machine."""
+"""Lengths of the paper, for data that is not on this machine."""
 _ADAPTER_RATE = Setting(5e-6, "ten times the paper's, as adapters want 10 to 100 times")
 _ROUND = 64
 _ROUND_RESPONSE = 32
 
 
 def fit(given: Settings, seen: Look, machines: Machines) -> tuple[Settings, list[Phase], str]:
-    """Returns settings for everything that ``given`` leaves open, the run's phases, and why it would not fit.
+    """Returns the given and fitted settings, the run's phases, and the reason if nothing fits in memory.
 
-    Both are empty where the model's shape is unknown. The first settings that fit in memory win: all weights, then
-    smaller packs, adapters, adapters on 4 bits, then weights in the CPU's memory, each with the fewest GPUs for an
-    engine.
+    Phases and reason are empty if the model's shape is unknown. The first change that fits is taken: none, smaller
+    packs, adapters, adapters on 4 bits, weights in the CPU's memory. All are tried with one GPU per engine, then more.
     """
     lengths = given | _lengths(given, seen)
     base = _machines(lengths, machines) | _batch(given, seen) | _evaluation(given) | _rate(given) | lengths
@@ -56,7 +55,6 @@ def fit(given: Settings, seen: Look, machines: Machines) -> tuple[Settings, list
 
 
 def _lengths(given: Settings, seen: Look) -> Settings:
-    """Returns lengths that hold most rows, within the model's positions."""
     whole = [length for each in seen.train for length in each.lengths]
     responses = [length for each in seen.train for length in each.responses]
     place, most = "model.max_length", seen.positions or sys.maxsize
@@ -92,7 +90,7 @@ def _share(lengths: Sequence[int], limit: int) -> str:
 
 
 def quantile(lengths: Sequence[int], part: float) -> int:
-    """Returns the smallest length that ``part`` of the rows do not exceed."""
+    """Returns the smallest length that holds the fraction ``part`` of the rows."""
     ordered = sorted(lengths)
     return ordered[max(0, ceil(part * len(ordered)) - 1)]
 
@@ -124,11 +122,10 @@ def _machines(lengths: Settings, machines: Machines) -> Settings:
 
 
 _NO_CHECK: Settings = {"train.pack_length": Setting(2**30)}
-"""Passes the check of lengths, before there is a length of packs."""
+"""A pack length that passes every check, until the real one is known."""
 
 
 def _batch(given: Settings, seen: Look) -> Settings:
-    """Returns smaller batches where few rows would make few steps."""
     if seen.rows is None:
         return {}
     fitting = 1
@@ -144,7 +141,7 @@ def _batch(given: Settings, seen: Look) -> Settings:
 
 
 def _ladder(base: Settings, machines: Machines) -> Iterator[Settings]:
-    """Yields changes, the least harmful first."""
+    """Yields changes of settings, the least harmful first."""
     config = parse_config(tree_of(base), source="the settings given")
     least = config.model.max_length + config.generation.sampling.max_tokens
     small = {"train.pack_length": Setting(least, "the least that holds a prompt with both responses")}
@@ -187,7 +184,6 @@ def _shared_by(parallel: int, machines: Machines) -> Settings:
 
 
 def _work(seen: Look, config: SpinConfig) -> Work:
-    """Returns the rows that were seen, else rows of half the longest length."""
     tokens = config.generation.sampling.max_tokens
     heldout = HELDOUT_ROWS if config.data.heldout else 0
     if not seen.train or seen.rows is None:

@@ -1,4 +1,4 @@
-"""A config of another trainer, as ``init`` reads it: facts in this recipe's words, and what has no equal here."""
+"""A config of another trainer, read as facts."""
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -12,21 +12,21 @@ from spin_ray.loop.init.settings import Setting, Settings
 
 @dataclass
 class Foreign:
-    """A foreign config: what it says in this recipe's words, and what it says beside that."""
+    """A foreign config. A fact is one of its values, under a name that is the same for all tools."""
 
     file: Path
     tool: Tool
     method: str
     """``sft`` or ``dpo``."""
     gpus: int
-    """GPUs of its run, which a global batch depends on and no config names."""
+    """GPUs of the foreign run. The global batch depends on them, but no config names them."""
     given: dict[str, tuple[str, Any]] = field(default_factory=dict)
-    """Its key and value by the fact that they tell."""
+    """Key and value in the config, by fact."""
     settings: Settings = field(default_factory=dict)
     left: dict[str, str] = field(default_factory=dict)
-    """Reason by key, for keys that are not carried over."""
+    """Keys that are not carried over, with the reason."""
     asked: set[str] = field(default_factory=set)
-    """Facts that were asked for."""
+    """Facts that ``fact`` has looked up."""
 
     @property
     def output(self) -> str | None:
@@ -34,7 +34,7 @@ class Foreign:
 
     @property
     def stage(self) -> str:
-        """The section that its training fills: the warm-up, or the training of DPO."""
+        """Section of the recipe for the foreign training."""
         return "sft" if self.method == "sft" else "train"
 
     @property
@@ -43,21 +43,21 @@ class Foreign:
 
     @property
     def packs(self) -> bool:
-        """True: a row of its batches is a pack of several rows."""
+        """True if a row of the foreign batch is a pack of several rows."""
         return self.method == "sft" and bool(self.fact("packing") or self.fact("neat_packing"))
 
     @property
     def max_steps(self) -> int:
-        """Steps after which its training ends; 0: after its epochs."""
+        """Limit to the training's steps; 0: none."""
         return max(0, self.read("max_steps", lambda count: int(count or 0)))
 
     @property
     def warmup_steps(self) -> float:
-        """Steps of its warm-up; below 1 a fraction of all steps."""
+        """Steps of the learning rate's warm-up; below 1 a fraction of all steps."""
         return self.read("warmup_steps", lambda count: float(count or 0))
 
     def fact(self, name: str) -> Any:
-        """Returns what the config says, else what the tool takes without a word, else None."""
+        """Returns the config's value, else the tool's default, else None."""
         self.asked.add(name)
         if name in self.given:
             return self.given[name][1]
@@ -69,7 +69,7 @@ class Foreign:
         return f"{' × '.join(keys)} of {self.file.name}" if keys else f"{self.tool.name}'s default"
 
     def put(self, place: str, name: str, read: Callable[[Any], Any] = lambda value: value) -> None:
-        """Carries a fact over, if there is one; ``read`` returns None for a value without an equal."""
+        """Carries a fact over, if there is one. ``read`` returns None for a value without an equal here."""
         value = self.fact(name)
         if value is None:
             return
@@ -80,7 +80,7 @@ class Foreign:
             self.settings[place] = Setting(found, self.why(name))
 
     def read(self, name: str, read: Callable[[Any], Any]) -> Any:
-        """Returns a fact that is there, through ``read``; raises ConfigError for a value that it cannot read."""
+        """Returns ``read`` of a fact; raises ConfigError if ``read`` fails."""
         value = self.fact(name)
         try:
             return read(value)

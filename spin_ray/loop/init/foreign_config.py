@@ -1,7 +1,4 @@
-"""Reads an SFT or DPO config of TRL, axolotl or LLaMA-Factory as settings of a recipe.
-
-A key without an equal here is kept in ``Foreign.left``: nothing is dropped without a word.
-"""
+"""Settings of a recipe from an SFT or DPO config of TRL, axolotl or LLaMA-Factory."""
 
 import json
 import re
@@ -21,13 +18,13 @@ from spin_ray.loop.init.settings import Setting
 _SCHEDULES = {"linear": "linear", "cosine": "cosine", "constant": "constant", "constant_with_warmup": "constant"}
 _LOSSES = {"sigmoid": "logistic", "hinge": "hinge"}
 _WITHOUT_REFERENCE = ("orpo", "simpo", "kto_pair")
-"""Losses of LLaMA-Factory whose β is no factor of a log-ratio of DPO."""
+"""Losses of LLaMA-Factory whose β does not scale DPO's log-ratio."""
 _WHOLE_MODEL = (False, None, "full", "")
 _NO_LIMIT = 1e6
 
 
 def read_foreign(file: Path, gpus: int) -> Foreign:
-    """Reads a config of another trainer.
+    """Reads a foreign config.
 
     Raises:
         ConfigError: the file cannot be read, or is no SFT or DPO config of one of the three.
@@ -44,7 +41,7 @@ def read_foreign(file: Path, gpus: int) -> Foreign:
         raise ConfigError(f"{file}: {other} is of another method; only sft and dpo can be read")
     for key, value in config.items():
         name = tool.keys.get(key)
-        if value is None and name != "max_length":  # an empty key says nothing, but no longest input is a choice
+        if value is None and name != "max_length":  # an empty key is no setting, but an empty max_length means no limit
             continue
         if name is None or name in found.given:
             found.left[key] = reason_of(key) if name is None else "says the same as an earlier key"
@@ -111,7 +108,7 @@ def _put_lora(found: Foreign) -> None:
     if found.fact("alpha") is None:
         found.settings["train.lora.alpha"] = Setting(2 * rank, "twice the rank")
     found.put("train.lora.alpha", "alpha", int)
-    if found.fact("rslora"):  # its change has the scale alpha / √rank
+    if found.fact("rslora"):  # rsLoRA scales the change by alpha / √rank
         alpha = round(found.settings["train.lora.alpha"].value * sqrt(rank))
         found.settings["train.lora.alpha"] = Setting(alpha, f"times √{rank}: {found.why('rslora')}")
     if found.fact("all_linear"):
@@ -128,7 +125,6 @@ def _put_lora(found: Foreign) -> None:
 
 
 def _put_base(found: Foreign, kind: Any) -> None:
-    """Carries the bits of frozen weights over."""
     key = next((key for key in ("four_bits", "eight_bits") if found.fact(key)), "bits")
     base = {"four_bits": "nf4", "eight_bits": "int8"}.get(key) or {4: "nf4", 8: "int8"}.get(found.fact("bits"))
     if base:
@@ -149,7 +145,6 @@ def _targets(value: Any) -> Any:
 
 
 def _put_training(found: Foreign) -> None:
-    """Carries batch, learning rate and optimizer over to the warm-up, or to training for DPO."""
     stage = found.stage
     devices = max(1, found.gpus)
     batch = found.read("micro_batch", int) * found.read("accumulation", int) * devices
@@ -222,7 +217,7 @@ _RMSPROP = re.compile(r"rmsprop(_bnb)?(_8bit|_32bit)?")
 
 
 def _optimizer(name: Any) -> str | None:
-    """Returns the optimizer with the same update; kin such as ``galore_adamw`` have none."""
+    """Returns the optimizer with the same update, or None, as for ``galore_adamw``."""
     text = str(name).lower()
     return "adamw" if _ADAMW.fullmatch(text) else "rmsprop" if _RMSPROP.fullmatch(text) else None
 

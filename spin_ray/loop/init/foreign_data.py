@@ -1,4 +1,4 @@
-"""Data sets that foreign configs name, as paths and URIs of ``data.train`` and ``data.heldout``."""
+"""Data sets of foreign configs, as paths and URIs of ``data.train`` and ``data.heldout``."""
 
 import json
 from collections.abc import Mapping
@@ -10,13 +10,13 @@ from spin_ray.loop.init.foreign import Foreign
 from spin_ray.loop.init.settings import Setting
 
 _LOADERS = ("json", "csv", "parquet", "arrow")
-"""Names that stand for ``data_files`` in place of a data set."""
+"""Names of loaders, whose data is in ``data_files``."""
 _READ = ("path", "name", "split", "data_files", "file_name", "hf_hub_url", "subset")
-"""Keys of one data set that are read; the others are listed."""
+"""Keys of a data set that are read. Other keys are reported."""
 
 
 def put_data(found: Foreign) -> None:
-    """Carries the data sets over; what is not found stays unset, so that it is asked for."""
+    """Carries the data sets over. A data set that is not found stays unset, so that a person is asked."""
     train = _paths(found, "train")
     if len(train) == 1:
         found.settings["data.train"] = Setting(train[0], found.why("train"))
@@ -34,7 +34,6 @@ def put_data(found: Foreign) -> None:
 
 
 def _heldout_split(found: Foreign) -> list[str]:
-    """Returns the test split of TRL's one data set, if the config names one."""
     split = found.fact("heldout_split") or next((each for each in found.fact("splits") or [] if "test" in each), None)
     train = found.fact("train")
     names = [train] if isinstance(train, str) else list(train or ())
@@ -70,7 +69,6 @@ def _paths(found: Foreign, name: str) -> list[str]:
 
 
 def _registered(found: Foreign, name: str, wanted: list[str]) -> list[dict[str, Any]]:
-    """Returns the entries of LLaMA-Factory's dataset_info.json, which lies in ``dataset_dir``."""
     given = Path(found.fact("folder")).expanduser()
     folder = given if (given / "dataset_info.json").is_file() else found.file.parent / given
     try:
@@ -109,5 +107,4 @@ def _path(entry: Mapping[str, Any], files: str | None = None) -> str:
 
 
 def _is_local(path: str) -> bool:
-    """Tells files and URIs from names on the hub."""
     return "://" in path or path.startswith((".", "/", "~")) or path.endswith(SUFFIXES) or Path(path).exists()

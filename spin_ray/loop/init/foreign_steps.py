@@ -1,4 +1,4 @@
-"""Numbers of a foreign config that mean something else with other rows: batches of packs, steps of a training."""
+"""Numbers of a foreign config that depend on the rows: batches of packs, and steps."""
 
 from math import ceil
 
@@ -8,7 +8,7 @@ from spin_ray.loop.init.settings import Setting, Settings
 
 
 def by_rows(found: Foreign, settings: Settings, seen: Look) -> Settings:
-    """Returns the settings with packs counted in rows, and steps in passes and fractions, if the rows were seen."""
+    """Returns the settings with packs counted in rows, and steps in epochs and fractions, if rows were seen."""
     place = found.batch_place
     lengths = [length for each in seen.train for length in each.lengths]
     if place not in settings or not seen.rows or not lengths:
@@ -25,7 +25,6 @@ def by_rows(found: Foreign, settings: Settings, seen: Look) -> Settings:
 
 
 def _steps(found: Foreign, settings: Settings, in_a_pass: int) -> Settings:
-    """Returns passes of ``max_steps`` and the fraction of ``warmup_steps``, and lists what they are rounded to."""
     epochs, changed = f"{found.stage}.epochs", Settings()
     if steps := found.max_steps:
         passes = steps / in_a_pass

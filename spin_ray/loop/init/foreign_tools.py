@@ -1,7 +1,4 @@
-"""Keys of other trainers' configs, and the values that they take where a config is silent.
-
-Defaults: TRL 1.16, transformers 5.19, axolotl 0.19, LLaMA-Factory 0.9.5.
-"""
+"""Keys and defaults of TRL 1.16, transformers 5.19, axolotl 0.19 and LLaMA-Factory 0.9.5."""
 
 import re
 from collections.abc import Mapping
@@ -11,13 +8,13 @@ from typing import Any, NamedTuple
 class Tool(NamedTuple):
     name: str
     keys: Mapping[str, str]
-    """Facts by the tool's own keys; ``foreign.py`` turns facts into settings."""
+    """Facts (see ``Foreign``) by the tool's own keys."""
     defaults: Mapping[str, Any]
-    """Facts of a config that is silent."""
+    """Default values by fact."""
     sft: Mapping[str, Any] = {}
-    """Facts of a silent config for SFT, on top of ``defaults``."""
+    """Further defaults for SFT."""
     dpo: Mapping[str, Any] = {}
-    """Facts of a silent config for DPO, on top of ``defaults``."""
+    """Further defaults for DPO."""
 
 
 _TRAINER = {
@@ -26,7 +23,7 @@ _TRAINER = {
     "adam_beta1": "beta1", "adam_beta2": "beta2", "adam_epsilon": "eps", "warmup_ratio": "warmup_fraction",
     "warmup_steps": "warmup_steps", "gradient_accumulation_steps": "accumulation", "max_steps": "max_steps",
 }  # fmt: skip
-"""Keys that transformers' Trainer has given to all three."""
+"""Keys of transformers' Trainer, which all three tools have."""
 _HUGGING_FACE = _TRAINER | {
     "model_name_or_path": "model", "model_revision": "revision", "num_train_epochs": "epochs",
     "per_device_train_batch_size": "micro_batch", "lr_scheduler_type": "schedule", "optim": "optimizer",
@@ -88,16 +85,16 @@ _MARKS = {
     "model_name_or_path": TRL,
     "dataset_name": TRL,
 }
-"""Keys that only one tool has; the first one found decides."""
+"""Keys that only one tool has. The first key found decides."""
 _DPO_OF_TRL = ("beta", "max_prompt_length", "max_completion_length", "precompute_ref_log_probs", "ref_model",
                "sync_ref_model", "rpo_alpha")  # fmt: skip
 _DPO_LOSSES = ("sigmoid", "sigmoid_norm", "hinge", "ipo", "exo_pair", "nca_pair", "robust", "bco_pair", "sppo_hard",
                "aot", "aot_unpaired", "aot_pair", "discopop", "apo_zero", "apo_down")  # fmt: skip
 _OTHER_METHODS = ("num_generations", "reward_funcs", "reward_model_path", "desirable_weight", "undesirable_weight",
                   "num_ppo_epochs", "simpo_gamma", "cpo_alpha", "lmbda")  # fmt: skip
-"""Keys of TRL's other trainers, some of which have ``beta`` or ``loss_type`` as well."""
+"""Keys of TRL's other trainers, some of which also have ``beta`` or ``loss_type``."""
 _OTHER_LOSSES = ("kto", "apo_zero_unpaired", "simpo", "grpo", "dr_grpo", "dapo", "bnpo")
-"""Losses that TRL's trainers of SFT and DPO do not have."""
+"""Losses of TRL that neither SFT nor DPO has."""
 _OTHER_TRAINERS = ("kto", "orpo", "grpo", "ppo", "cpo", "simpo", "gkd")
 _ADVICE = {
     **dict.fromkeys(("val_set_size", "val_size"), "give rows of their own as data.heldout"),
@@ -115,7 +112,6 @@ _ADVICE = {
     **dict.fromkeys(("assistant_only_loss", "completion_only_loss", "roles_to_train", "mask_history"),
                     "the response that data.turns names is trained on, and nothing before it"),
 }  # fmt: skip
-"""Reasons by key, where more can be said than that there is no equal."""
 
 
 def tool_of(config: Mapping[str, Any]) -> Tool | None:
@@ -123,7 +119,7 @@ def tool_of(config: Mapping[str, Any]) -> Tool | None:
 
 
 def is_dpo_of_trl(config: Mapping[str, Any], file_name: str) -> bool:
-    """Tells TRL's two kinds of configs apart, which say nowhere what they are for."""
+    """Tells whether a TRL config is for DPO, not SFT. No key names the method."""
     return (
         any(key in config for key in _DPO_OF_TRL)
         or bool({*_losses_of(config)} & {*_DPO_LOSSES})
@@ -132,13 +128,12 @@ def is_dpo_of_trl(config: Mapping[str, Any], file_name: str) -> bool:
 
 
 def _losses_of(config: Mapping[str, Any]) -> list[str]:
-    """Returns TRL's ``loss_type``, one or a list."""
     given = config.get("loss_type")
     return [str(loss) for loss in (given if isinstance(given, list) else [given])]
 
 
 def other_method_of(config: Mapping[str, Any], file_name: str) -> str | None:
-    """Returns what tells of a trainer of TRL other than those of SFT and DPO: a key, or a word of the file's name."""
+    """Returns the key, loss or word of the file's name that shows a method other than SFT and DPO."""
     words = re.split(r"[^a-z]+", file_name.lower())
     named = [] if {"sft", "dpo"} & set(words) else [word for word in words if word in _OTHER_TRAINERS]
     losses = [f"loss_type {loss}" for loss in _losses_of(config) if loss in _OTHER_LOSSES]

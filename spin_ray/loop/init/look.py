@@ -1,4 +1,4 @@
-"""A look at model, data and hardware, as far as they are on this machine."""
+"""Facts of model, data and hardware on this machine."""
 
 import os
 from dataclasses import dataclass, replace
@@ -23,7 +23,7 @@ from spin_ray.runtime.gpu import cpu_builds
 from spin_ray.runtime.gpu_memory import visible_cards
 
 MOST_CPUS = 4
-"""CPUs of an engine or worker beside a GPU, as in the recipes for eight GPUs."""
+"""Most CPUs of an engine or worker with a GPU, as in the recipes for eight GPUs."""
 _ENVIRONMENT = "torch or vLLM in this environment computes on CPUs alone; run the recipe in that of `make gpu-setup`"
 _DRIVER = "torch sees a GPU, but its driver does not tell which (NVML); name it by --gpu and --gpus-per-node"
 _HELDOUT = ("heldout", "held_out", "test", "validation", "valid", "val", "eval", "dev")
@@ -33,29 +33,28 @@ _HELDOUT = ("heldout", "held_out", "test", "validation", "valid", "val", "eval",
 class Machines:
     cluster: Cluster
     cpus: int
-    """Of one machine."""
+    """CPUs of one machine."""
     gpus: int
-    """Of all machines."""
+    """GPUs of all machines."""
     note: str = ""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Look:
-    """Facts of model and data; None where they are not on this machine."""
+    """Facts of model and data; None if they are not on this machine."""
 
     shape: ModelShape | None = None
     positions: int | None = None
-    """Most tokens that the model takes."""
+    """Longest input of the model, in tokens."""
     train: tuple[Survey, ...] = ()
-    """A survey of each source."""
     rows: int | None = None
     """Training rows of all sources."""
     notes: tuple[str, ...] = ()
-    """Sentences about what could not be looked at."""
+    """Sentences about facts that could not be found."""
 
 
 def find_machines(gpu: str | None, gpus: int | None, nodes: int) -> Machines:
-    """Returns the hardware of the options, else this machine's.
+    """Returns the hardware that is given, else this machine's.
 
     Raises:
         ConfigError: the GPU's name is unknown.
@@ -74,7 +73,7 @@ def find_machines(gpu: str | None, gpus: int | None, nodes: int) -> Machines:
 
 
 def _found_gpu(gpus: int | None) -> tuple[str, int | None, str]:
-    """Returns this machine's GPU by the plan's name, or the known one next below in memory; and how many."""
+    """Returns name and number of this machine's GPUs. An unknown GPU counts as the known one next below in memory."""
     cards = visible_cards()
     if not cards:
         return "none", gpus, _DRIVER if _torch_sees_a_card() else ""
@@ -97,7 +96,7 @@ def _torch_sees_a_card() -> bool:
 
 
 def heldout_beside(train: str) -> str | None:
-    """Returns a file beside ``train`` whose name has ``test`` or the like in place of ``train``."""
+    """Returns a file beside ``train`` with ``test`` or the like in place of ``train`` in its name."""
     file = Path(train)
     if "://" in train or "*" in train or "train" not in file.name:
         return None

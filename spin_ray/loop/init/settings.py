@@ -1,4 +1,4 @@
-"""A setting of a recipe with its reason, as ``init`` collects them."""
+"""Settings of a recipe with their reasons."""
 
 from collections.abc import Mapping
 from typing import Any, NamedTuple
@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 class Setting(NamedTuple):
     value: Any
     why: str = ""
-    """Its comment in the recipe."""
+    """Comment in the recipe."""
 
 
 Settings = dict[str, Setting]
@@ -15,7 +15,7 @@ Settings = dict[str, Setting]
 
 
 def tree_of(settings: Settings) -> dict[str, Any]:
-    """Returns the values as a recipe has them, ``{"train": {"lora": {"rank": 16}}}``."""
+    """Returns the values as a recipe, e.g. ``{"train": {"lora": {"rank": 16}}}``."""
     return nested({place: setting.value for place, setting in settings.items()})
 
 

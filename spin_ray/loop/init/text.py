@@ -9,11 +9,11 @@ from spin_ray.config.schema import SCHEMA_FILE, editor_line
 from spin_ray.loop.init.settings import Setting, Settings, nested
 
 _COLUMN = 44
-"""Column at which reasons begin, where values are shorter."""
+"""Column at which reasons begin, unless the value is longer."""
 
 
 def recipe_text(settings: Settings, head: list[str]) -> str:
-    """Returns the text of a recipe; ``head`` are its first comments."""
+    """Returns the text of a recipe that begins with ``head`` as comments."""
     lines = [editor_line(str(SCHEMA_FILE)), *(f"# {line}".rstrip() for line in head)]
     branches = nested(settings)
     for section in sections.Settings.model_fields:

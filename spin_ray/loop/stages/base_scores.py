@@ -1,8 +1,6 @@
-"""log p_0 of the pairs, for a geometric reference.
+"""log p_0 of the pairs, for the geometric reference of α-SPIN.
 
-    pairs of t -> responses without a score -> scored by θ_0 on the train workers -> iter_NNN/base_scores
-
-Iteration 0 has none: its opponent is θ_0.
+Iteration 0 needs none, because its opponent is θ_0. Earlier scores are reused.
 """
 
 from dataclasses import dataclass, replace
@@ -24,24 +22,23 @@ from spin_ray.runtime.workers import device, nodes_and_room, run_workers
 
 _SCORED = pa.schema([pa.field("response", pa.string()), pa.field("logp", pa.float32())])
 Scores = dict[str, float]
-"""log p_0 in nats: y by prompt id, y′ by pair id."""
+"""log p_0 in nats, of y by prompt id and of y′ by pair id."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class BaseScoreJob:
     recipe: SpinConfig
     rows: pa.Table
-    """PAIR_SCHEMA rows without y′: ``pair_id`` is the key, ``real_ids`` the response."""
+    """PAIR_SCHEMA rows without y′. ``pair_id`` is the key in ``Scores``, ``real_ids`` the response."""
     model: ModelFolder
     shape: PackShape
     backend: BackendSettings
     storage: Storage
     target: str
-    """Folder of the parts, one for each rank or tensor group."""
 
 
 def run(run_dir: RunDir, config: SpinConfig, iteration: int, base: ModelFolder) -> None:
-    """Makes ``iter_NNN/base_scores`` of ``iteration`` ≥ 1.
+    """Commits ``iter_NNN/base_scores`` of ``iteration`` ≥ 1.
 
     Raises:
         StageError: the workers failed too often.
@@ -77,12 +74,12 @@ def known_scores(scores: pa.Table) -> Scores:
 
 
 def unknown_responses(pairs: pa.Table, known: Scores) -> pa.Table:
-    """Returns the unscored responses, each once, as rows without y′."""
+    """Returns each response without a score once, as a row without y′."""
     found = {}
     for row in pairs.to_pylist():
         for key, response in ((row["prompt_id"], row["real_ids"]), (row["pair_id"], row["generated_ids"])):
             if key not in known and key not in found:
-                # A prompt id of its own: no tree may take two responses for one y.
+                # A prompt id of its own, as equal prompt ids share one y in a pack.
                 found[key] = row | {"pair_id": key, "prompt_id": key, "real_ids": response, "generated_ids": []}
     return pa.Table.from_pylist(list(found.values()), PAIR_SCHEMA)
 
@@ -108,7 +105,6 @@ def _score(run_dir: RunDir, config: SpinConfig, base: ModelFolder, rows: pa.Tabl
 
 
 def _worker(job: BaseScoreJob) -> int:
-    """Scores this rank's rows; returns the number of parts."""
     folder, adapter = job.model.parts_here()
     mesh = mesh_of(job.recipe, folder, *nodes_and_room()).mesh
     shape = replace(job.shape, tensor=mesh.tensor)

@@ -1,12 +1,8 @@
 """Measures of an iterate, from held-out rows and its own fresh samples.
 
-    heldout + samples of θ_t (+ samples of θ_{t-1}) -> scores under both models -> eval.json
-
 Two margins of θ_t against θ_{t-1}:
     against_opponent   y′ ~ θ_{t-1}, the iteration's objective. (ln 2 - loss) / 2 is at most JSD(p_data ‖ θ_{t-1}).
-    against_self       y′ ~ θ_t: does it tell its own samples from human responses?
-
-The mean of log p_θt(y′) − log p_θ0(y′) over θ_t's samples estimates KL(θ_t ‖ θ_0).
+    against_self       y′ ~ θ_t, to see whether θ_t tells its own samples from human responses.
 """
 
 import json
@@ -49,7 +45,7 @@ logger = logging.getLogger(__name__)
 class ScoreJob:
     recipe: SpinConfig
     tables: tuple[tuple[ModelFolder, pa.Table], ...]
-    """Each model with its PAIR_SCHEMA rows; ``pair_id`` ends with ``/self`` or ``/opponent``."""
+    """Models with their PAIR_SCHEMA rows. ``pair_id`` ends with ``/self`` or ``/opponent``."""
     shape: PackShape
     backend: BackendSettings
     target: Artefact
@@ -67,10 +63,10 @@ def run(
     """Writes and returns ``eval.json``.
 
     Args:
-        objective: what made θ_iterate.
         model: θ_iterate.
         previous: θ_{iterate-1}; None for θ_0.
         initial: θ_0.
+        objective: the one that trained θ_iterate.
     """
     path = run_dir.eval_path(iterate)
     samples = run_dir.heldout_samples(iterate)
@@ -78,7 +74,7 @@ def run(
     done = run_dir.evaluation(iterate) or {}
     if done.get("made_from") == made_from:
         return done
-    benchmarks = {key: done[key] for key in done if key == "benchmarks"}  # lm-eval may have been quicker
+    benchmarks = {key: done[key] for key in done if key == "benchmarks"}  # lm-eval may have written them before
     with run_dir.stage(f"{model.name}/evaluation") as counted:
         every = read_answers(run_dir.heldout, samples, config.evaluation.samples)
         first = pc.equal(every[1]["sample"], 0)
@@ -106,9 +102,9 @@ def run(
 
 
 def _row_losses(config: SpinConfig, objective: Objective | None) -> Callable[[Any], np.ndarray] | None:
-    """Returns the function from rows of ``row_margins`` to the trained loss of each.
+    """Returns a function that computes the trained loss of each row of ``row_margins``.
 
-    None: it is the logistic loss, which is measured anyway, or needs more than log p under θ_t and its opponent.
+    Returns None for the logistic loss, which is always measured, and for losses that need more than log-ratios.
     """
     if objective is None or objective.length_normalised or config.objective.reference_alpha < 1:
         return None
@@ -121,7 +117,7 @@ def _row_losses(config: SpinConfig, objective: Objective | None) -> Callable[[An
         reference = policy - torch.tensor(rows[["real", "generated"]].to_numpy())
         each = (
             loss(PairValues(*now.unbind(1)), PairValues(*then.unbind(1)), None, beta).item()
-            for now, then in zip(policy.split(1), reference.split(1), strict=True)  # a loss is a sum over pairs
+            for now, then in zip(policy.split(1), reference.split(1), strict=True)  # a loss sums over pairs
         )
         return np.array(list(each))
 
@@ -129,7 +125,7 @@ def _row_losses(config: SpinConfig, objective: Objective | None) -> Callable[[An
 
 
 def read_answers(heldout: Artefact, samples: Artefact, most: int = 1) -> tuple[pa.Table, pa.Table]:
-    """Returns held-out rows and their first ``most`` samples, in the same order; a row comes once for each."""
+    """Returns held-out rows and their first ``most`` samples. A row is repeated for each of its samples."""
     answers = pa.concat_tables(list(samples.tables()))
     answers = answers.filter(pc.less(answers["sample"], most))
     rows = pa.concat_tables(list(heldout.tables()))
@@ -137,7 +133,7 @@ def read_answers(heldout: Artefact, samples: Artefact, most: int = 1) -> tuple[p
 
 
 def text_measures(heldout: pa.Table, answers: pa.Table) -> dict[str, Any]:
-    """Returns lengths, cuts and repetitions of answers beside the human responses, row by row."""
+    """Returns measures of length, truncation and repetition, of ``answers`` in the order of ``heldout``."""
     real, generated = heldout["real_ids"].to_pylist(), answers["token_ids"].to_pylist()
     real_lengths, generated_lengths = [len(ids) for ids in real], [len(ids) for ids in generated]
     by_row: dict[str, list[Any]] = {
@@ -159,9 +155,9 @@ def text_measures(heldout: pa.Table, answers: pa.Table) -> dict[str, Any]:
 
 
 def _accuracy(heldout: pa.Table, answers: pa.Table, config: SpinConfig, model: Path) -> dict[str, Any]:
-    """Returns pass@1 over all samples; empty without an answer that can be graded.
+    """Returns pass@1, or an empty dict if no answer can be graded.
 
-    Samples of a row are no independent draws, so the standard error is that of the rows' means.
+    Samples of a row are not independent, so the standard error is that of the rows' means.
     """
     grades = _grades(heldout, answers["token_ids"].to_pylist(), config, model)
     if not grades:
@@ -175,7 +171,6 @@ def _accuracy(heldout: pa.Table, answers: pa.Table, config: SpinConfig, model: P
 
 
 def _grades(heldout: pa.Table, generated: list[list[int]], config: SpinConfig, model: Path) -> dict[str, list[float]]:
-    """Returns by prompt id the grades of the responses to rows with an answer that can be graded."""
     extractor, grade = config.evaluation.answer_extractor, config.evaluation.grade
     column = "answer" if grade == "number" else "answer_text"
     if (grade == "number" and extractor == "none") or column not in heldout.column_names:
@@ -200,7 +195,7 @@ def _grades(heldout: pa.Table, generated: list[list[int]], config: SpinConfig, m
 
 def length_auc(real: list[int], generated: list[int]) -> float:
     """Returns the chance that a human response is longer than a generated one; ties count half."""
-    from scipy.stats import mannwhitneyu  # slow; scoring workers skip it
+    from scipy.stats import mannwhitneyu  # slow import, which scoring workers do not need
 
     return float(mannwhitneyu(real, generated).statistic / (len(real) * len(generated)))
 
@@ -211,10 +206,6 @@ def _score(
     samples_of: dict[str, Artefact],
     models: tuple[ModelFolder, ModelFolder, ModelFolder],
 ) -> tuple[pa.Table, dict[str, float]]:
-    """Scores pairs under θ_t and θ_{t-1}, and θ_t's samples under θ_0.
-
-    Returns SCORE_SCHEMA rows and the work done now.
-    """
     model, previous, initial = models
     rows = {whose: pair_rows(*read_answers(run_dir.heldout, samples), whose) for whose, samples in samples_of.items()}
     both = pa.concat_tables(list(rows.values()))
@@ -232,9 +223,9 @@ def score(
     tables: tuple[tuple[ModelFolder, pa.Table], ...],
     inputs: dict[str, str],
 ) -> tuple[pa.Table, dict[str, float]]:
-    """Scores PAIR_SCHEMA rows, each table under its model, and commits ``target``.
+    """Scores each table of PAIR_SCHEMA rows under its model, and commits ``target``.
 
-    Returns SCORE_SCHEMA rows and the work done now.
+    Returns SCORE_SCHEMA rows, and counts of the work done by this call.
     """
     settings = {
         "precision": config.train.precision,
@@ -262,14 +253,13 @@ def score(
 
 
 def pair_rows(heldout: pa.Table, answers: pa.Table, whose: str) -> pa.Table:
-    """Returns PAIR_SCHEMA rows of held-out prompts with their answers."""
+    """Returns held-out rows and their answers as PAIR_SCHEMA rows."""
     pair_ids = pa.array([heldout_pair_id(prompt_id, whose) for prompt_id in heldout["prompt_id"].to_pylist()])
     columns = [pair_ids, heldout["prompt_id"], pa.array([0] * len(pair_ids), pa.int32())]
     return pa.table([*columns, heldout["prompt_ids"], heldout["real_ids"], answers["token_ids"]], schema=PAIR_SCHEMA)
 
 
 def _worker(job: ScoreJob) -> dict[str, float]:
-    """Scores under one model after another: only one is in memory."""
     tables = []
     tokens, work_s = 0, 0.0
     mesh = mesh_of(job.recipe, job.tables[0][0].parts_here()[0], *nodes_and_room()).mesh
@@ -301,7 +291,7 @@ def _score_rows(backend: Fsdp2Backend, table: pa.Table, shape: PackShape, model:
         rows += batch.pair_row.tolist()
         columns["real_logp"] += real.tolist()
         columns["generated_logp"] += generated.tolist()
-        of_tokens, segment = logps.cpu(), batch.segment.cpu()  # once for all responses
+        of_tokens, segment = logps.cpu(), batch.segment.cpu()  # one copy for all responses
         for name, segments in (("real", batch.real_segment), ("generated", batch.generated_segment)):
             columns[f"{name}_token_logps"] += [of_tokens[segment == number].tolist() for number in segments.tolist()]
     pair_ids = table["pair_id"].take(pa.array(rows, pa.int64()))

@@ -1,8 +1,4 @@
-"""Pairs of x, y and y′, with those of earlier iterations in the window.
-
-generations of t + prompts -> pairs of t
-pairs of t-1 whose opponent is still in the window -> copied
-"""
+"""Pairs of x, y and y′, from this iteration and from earlier ones in the window."""
 
 from collections import Counter
 from collections.abc import Iterator
@@ -21,10 +17,10 @@ from spin_ray.run_dir.schemas import PAIR_SCHEMA
 
 
 def run(run_dir: RunDir, config: SpinConfig, iteration: int) -> None:
-    """Makes SPIN's ``iter_NNN/pairs``: y against y′ of the window's opponents.
+    """Commits SPIN's ``iter_NNN/pairs``, y against y′ of each opponent in the window.
 
     Raises:
-        DataError: too few pairs are left.
+        DataError, HealthError: as ``make`` does.
     """
     generations = run_dir.generations(iteration)
     oldest = config.objective.oldest_iteration(iteration)
@@ -49,16 +45,16 @@ class Fresh:
     inputs: dict[str, str]
     settings: dict[str, Any]
     paired: bool = True
-    """False: SFT rows, without y′."""
+    """False for SFT rows, which have no y′."""
     keep_identical: bool = False
     dropped: Counter[str] = field(default_factory=Counter)
-    """Counts of rows left out, by reason; complete once ``tables`` is read."""
+    """Number of rows left out, by reason; complete after ``tables`` is read."""
 
 
 def make(
     run_dir: RunDir, config: SpinConfig, iteration: int, fresh: Fresh, earlier: Artefact | None = None, oldest: int = 0
 ) -> None:
-    """Makes ``iter_NNN/pairs``, with ``earlier`` ones since iteration ``oldest``.
+    """Commits ``iter_NNN/pairs``: fresh pairs, and ``earlier`` ones since iteration ``oldest``.
 
     Raises:
         DataError: fewer rows are left than one step has.
@@ -87,7 +83,7 @@ def make(
 def build(
     fresh: Fresh, earlier: Artefact | None, target: Artefact, oldest: int
 ) -> tuple[dict[str, FileEntry], dict[str, int]]:
-    """Writes the parts, with one of each input in memory; returns entries and counts."""
+    """Writes the parts and returns entries and counts. One part of each input is in memory."""
     counts: Counter[str] = Counter({"dropped_identical": 0, "dropped_empty": 0, "from_earlier": 0, "rows": 0})
     entries: dict[str, FileEntry] = {}
     target.discard_parts()
@@ -140,7 +136,7 @@ def _verdict(real: pa.ListScalar, generated: pa.ListScalar, keep_identical: bool
 def joined(prompts: Artefact, generations: Artefact, iteration: int) -> Iterator[pa.Table]:
     """Yields the pairs of each generation shard.
 
-    Shards keep the order of ``prompts``: both are read once.
+    Both artefacts are read once, as shards keep the order of ``prompts``.
 
     Raises:
         DataError: a prompt is not in ``prompts``.

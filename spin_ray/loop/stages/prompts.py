@@ -1,8 +1,6 @@
-"""Prompt rows, rendered and tokenised from the data.
+"""Prompt rows, rendered and tokenised from slices of the data, one Ray task per slice.
 
-    files -> slices -> [one task a slice: parse, check, render, tokenise] -> drop duplicates, cut into parts
-
-Unusable rows go to RUN/quarantine with the reason.
+Duplicates and unusable rows go to RUN/quarantine with the reason.
 """
 
 import gc
@@ -47,13 +45,12 @@ QUARANTINE_SCHEMA = pa.schema(
     [pa.field(name, pa.string()) for name in ("stage", "origin", "reason", "detail")] + [pa.field("row", pa.binary())]
 )
 _SLICE_SCHEMA = PROMPT_SCHEMA.append(pa.field("origin", pa.string())).append(pa.field("raw", pa.binary()))
-"""Rows with duplicates; ``origin`` and ``raw`` are for the quarantine."""
+"""Rows of a slice, with ``origin`` and ``raw`` for the quarantine."""
 _SETTINGS = {"prompts": "data.train", "heldout": "data.heldout", "questions": "data.questions"}
-"""Setting that names the sources, by artefact."""
 LEAK = "leak"
-"""Reason of a training row that is held out, too. Such rows do not count as unusable."""
+"""Reason of a training row that is also held out. Such rows do not count as unusable."""
 ROWS_AT_A_TIME = 1024
-"""Rows that a task holds as Python objects."""
+"""Rows held as Python objects by a task."""
 
 
 def run(
@@ -67,11 +64,11 @@ def run(
     labelled: bool = True,
     without: Artefact | None = None,
 ) -> None:
-    """Makes ``artefact`` from its sources; questions are not ``labelled``.
+    """Commits the rows of ``train`` as ``artefact``.
 
     Args:
-        train: a path, or the sources that rows are drawn from.
-        without: rows that are held out. They are left out, or counted if ``data.keep_leaks``.
+        labelled: False for questions.
+        without: held-out rows. They are left out, or only counted with ``data.keep_leaks``.
 
     Raises:
         DataError: the data is missing or damaged, a file has two forms, or too many rows are unusable.
@@ -118,7 +115,7 @@ def run(
 
 
 def _render(pieces: Sequence[Slice], folder: str, render: "_RenderSlice", source: str) -> list["_Slice"]:
-    """Renders slices in Ray tasks, one a CPU, as each new process imports for two seconds; returns them in order."""
+    """Renders slices in Ray tasks and keeps their order. A task has a CPU, as each process imports for seconds."""
     items = [asdict(piece) | {"name": f"{folder}/{index:06d}"} for index, piece in enumerate(pieces)]
     rendered = ray.data.from_items(items, override_num_blocks=len(items)).map(render, num_cpus=1)
     try:
@@ -129,7 +126,6 @@ def _render(pieces: Sequence[Slice], folder: str, render: "_RenderSlice", source
 
 
 def _refuse_mixed_files(slices: list["_Slice"], uris: list[str]) -> None:
-    """Raises DataError if a file has usable rows of two forms."""
     forms: dict[str, dict[str, tuple[str, str]]] = {}
     for uri, each in zip(uris, slices, strict=True):
         for form, row in each.forms.items():
@@ -158,7 +154,6 @@ def _count_kept_leaks(slices: list["_Slice"], leaked: np.ndarray, source: str) -
 def _draw(
     firsts: list[_Masks], sources: tuple[Source, ...], pieces: list[int], seed: int, setting: str
 ) -> dict[str, int]:
-    """Draws each source's rows from those to keep; returns their number by path."""
     source_of = [number for number, count in enumerate(pieces) for _ in range(count)]
     shares = draw([keep for keep, _, _ in firsts], sources, source_of, seed, setting)
     drawn = {source.path: share for source, share in zip(sources, shares, strict=True)}
@@ -177,7 +172,7 @@ def _some(names: list[str], most: int = 5) -> str:
 
 
 def template_digest(renderer: ChatRenderer) -> str:
-    """Returns a digest of how text becomes tokens. The date that a template may write takes no part in it."""
+    """Returns a digest of how text becomes tokens, independent of a date in the template."""
     tokenizer = renderer.tokenizer
     if "strftime_now" in str(tokenizer.chat_template):
         return digest([tokenizer.chat_template, len(tokenizer), renderer.end_of_turn_id])
@@ -189,15 +184,15 @@ def template_digest(renderer: ChatRenderer) -> str:
 
 @dataclass(frozen=True, slots=True)
 class _Slice:
-    """A slice: good rows are in ``name``-rows, others in ``name``-bad."""
+    """A rendered slice, with good rows in the file ``name``-rows and unusable rows in ``name``-bad."""
 
     name: str
     ids: np.ndarray
     """64-bit prompt ids of the good rows."""
     forms: dict[str, tuple[str, str]] = field(default_factory=dict)
-    """First good row of each form: its place and the row."""
+    """Place and text of the first good row, by form."""
     ignored: Counter[str] = field(default_factory=Counter)
-    """Good rows in which a column was not read."""
+    """Number of good rows with an unread column, by column."""
 
 
 def _rendered(answer: dict[str, Any]) -> _Slice:
@@ -209,8 +204,6 @@ def _rendered(answer: dict[str, Any]) -> _Slice:
 
 
 class _RenderSlice:
-    """A task that writes a slice's good and unusable rows."""
-
     def __init__(self, storage: Storage, stage: str, task: PromptTask) -> None:
         self._storage, self._stage, self._pickled = storage, stage, ray.cloudpickle.dumps(task)
 
@@ -219,7 +212,7 @@ class _RenderSlice:
         return _unpickled(self._pickled)
 
     def __call__(self, item: dict[str, Any]) -> dict[str, Any]:
-        """Returns a user's error as a value: Ray keeps only an exception's text."""
+        """Returns a UserError as a value, because Ray keeps only an exception's text."""
         answer = {"name": item["name"], "error": "", "ids": b"", "read": ""}
         read = _Read()
         try:
@@ -254,13 +247,11 @@ class _RenderSlice:
 
 @lru_cache(maxsize=1)
 def _unpickled(task: bytes) -> PromptTask:
-    """Opens a process's tokenizer once and not for each slice: large vocabularies take a third of a second."""
+    """Opens the tokenizer once per process, as large vocabularies are slow to load."""
     return pickle.loads(task)  # noqa: S301 (from this run's driver, through Ray)
 
 
 class _Read:
-    """Forms of a slice's good rows, and the columns that were not read."""
-
     def __init__(self) -> None:
         self.forms: dict[str, tuple[str, str]] = {}
         self.ignored: Counter[str] = Counter()
@@ -276,10 +267,7 @@ class _Read:
 
 @contextmanager
 def _busy_with_rows() -> Iterator[None]:
-    """Switches the garbage collector and the tokenizer's threads off.
-
-    Rows make no cycles, but start the collector again and again (benchmarks/README.md, row 8).
-    """
+    """Switches off the tokenizer's threads, and the garbage collector, which rows trigger without making cycles."""
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     collects = gc.isenabled()
     gc.disable()
@@ -297,7 +285,6 @@ def _finish(
     firsts: list[_Masks],
     part_rows: int,
 ) -> tuple[dict[str, FileEntry], Counter[str]]:
-    """Drops duplicates and leaks, cuts parts and writes the quarantine, reading one slice at a time."""
     reasons: Counter[str] = Counter()
     quarantine: list[pa.Table] = []
     entries: dict[str, FileEntry] = {}
@@ -339,9 +326,9 @@ def _columns(part: bytes, names: list[str]) -> pa.Table:
 
 
 def _first_of_each(ids: list[np.ndarray], limit: int | None, leaked: np.ndarray | None = None) -> list[_Masks]:
-    """Returns three masks a slice: rows to keep, those that repeat a kept one, and those that are ``leaked``.
+    """Returns three masks per slice: rows to keep, rows that repeat a kept row, and ``leaked`` rows.
 
-    First rows of an id past the ``limit`` are in none.
+    All other rows are beyond the ``limit``.
     """
     every = np.concatenate(ids)
     held_out = np.zeros(len(every), bool) if leaked is None else np.isin(every, leaked)
@@ -356,7 +343,7 @@ def _first_of_each(ids: list[np.ndarray], limit: int | None, leaked: np.ndarray 
 
 
 def _quarantine_row(stage: str, origin: str, reason: str, detail: str, raw: bytes) -> Row:
-    detail = detail.encode(errors="backslashreplace").decode()  # Arrow holds no lone surrogate
+    detail = detail.encode(errors="backslashreplace").decode()  # Arrow cannot hold lone surrogates
     return {"stage": stage, "origin": origin, "reason": reason, "detail": detail, "row": raw}
 
 

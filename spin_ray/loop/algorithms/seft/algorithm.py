@@ -19,10 +19,7 @@ from spin_ray.run_dir.storage import folder_digest
 
 
 class Seft(Algorithm):
-    """Fine-tuning of θ_t on its own answers, kept or revised.
-
-    The reviser is fine-tuned once, from θ_0. θ_t answers the questions, else the prompts.
-    """
+    """Fine-tuning of θ_t on its own answers, kept or revised by a reviser that is trained once, from θ_0."""
 
     needs = ("reviser",)
     reads = ("data.questions",)

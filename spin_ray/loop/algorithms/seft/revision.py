@@ -1,8 +1,4 @@
-"""SEFT's rows for training the reviser, and prompts that ask it.
-
-question + answer -> "…[keep|minor|major]…" prompt -> (training) label + human response
-                                                   -> (playing)  label + revision -> row for fine-tuning the policy
-"""
+"""Training rows, prompts and revisions of SEFT's reviser."""
 
 import difflib
 import json
@@ -30,7 +26,7 @@ def reviser_prompt(conversation: Conversation, answer: str) -> Conversation:
 
 
 def label_of(answer: list[int], human: list[int], minor_from: float) -> str:
-    """Returns the label of a revision to ``human``, by token similarity."""
+    """Returns the label of a revision from ``answer`` to ``human``, by token similarity."""
     if answer == human:
         return LABELS[0]
     similarity = difflib.SequenceMatcher(a=answer, b=human, autojunk=False).ratio()
@@ -40,7 +36,7 @@ def label_of(answer: list[int], human: list[int], minor_from: float) -> str:
 def parse(text: str) -> tuple[str, str] | None:
     """Splits the reviser's text into label and revision.
 
-    Returns None if the label or a promised revision is missing, or if the revision starts with a label.
+    Returns None without a label, or if no revision follows [minor] or [major]. A revision starts with no label.
     """
     label, _, revision = text.strip().partition("\n")
     label, revision = label.strip(), revision.strip()
@@ -52,7 +48,7 @@ def parse(text: str) -> tuple[str, str] | None:
 def training_rows(
     run_dir: RunDir, config: SpinConfig, renderer: ChatRenderer, tokenizer: Any, answers: Artefact, target: Artefact
 ) -> None:
-    """Commits the reviser's training rows, from θ_0's answers."""
+    """Commits the reviser's training rows, made from θ_0's answers."""
     assert config.reviser is not None
     minor_from = config.reviser.minor_from
     inputs = {artefact.path: artefact.manifest().digest for artefact in (run_dir.prompts, answers)}
@@ -87,7 +83,7 @@ def revision_prompts(
     answers: Artefact,
     target: Artefact,
 ) -> None:
-    """Commits the reviser's prompts; ``real_ids`` are the answers that it may keep."""
+    """Commits the reviser's prompts, with the answers to revise as ``real_ids``."""
     inputs = {artefact.path: artefact.manifest().digest for artefact in (prompts, answers)}
     settings = {"max_length": config.model.max_length}
     if target.already_made(inputs, settings):
@@ -121,11 +117,7 @@ def revised_rows(
     max_length: int,
     dropped: Counter[str],
 ) -> Iterator[pa.Table]:
-    """Yields PAIR_SCHEMA rows without y′.
-
-    Args:
-        dropped: counts unusable revisions by reason.
-    """
+    """Yields PAIR_SCHEMA rows without y′, and counts unusable revisions by reason in ``dropped``."""
 
     def row(prompt: Row, written: Row, text: str) -> Row | str:
         found = parse(text)
@@ -167,7 +159,6 @@ def _answered(prompts: Artefact, answers: Artefact, tokenizer: Any) -> Iterator[
 def _commit(
     target: Artefact, rows: list[Row | str], schema: pa.Schema, inputs: dict[str, str], settings: dict[str, Any]
 ) -> dict[str, int]:
-    """Commits the rows; a string stands for a dropped row and says why."""
     kept = [row for row in rows if not isinstance(row, str)]
     dropped = Counter(row for row in rows if isinstance(row, str))
     counts = {f"dropped_{reason}": count for reason, count in dropped.items()}

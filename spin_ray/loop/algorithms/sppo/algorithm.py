@@ -18,9 +18,9 @@ from spin_ray.run_dir.schemas import PAIR_SCHEMA, WIN_SCHEMA
 
 
 class Sppo(Algorithm):
-    """The best of K samples of θ_t against the worst, by a preference model.
+    """The best of K samples of θ_t against the worst, by a preference model or grader.
 
-    The square loss draws each log-ratio to (P − ½)/β.
+    The square loss moves each log-ratio towards (P − ½)/β.
     """
 
     needs = ("scorer",)
@@ -65,7 +65,6 @@ def _commit_wins(turn: Turn) -> None:
 
 
 def _duels(turn: Turn) -> Iterator[tuple[pa.Table, list[dict[str, Any]]]]:
-    """Yields best against worst, part by part: PAIR_SCHEMA and WIN_SCHEMA rows."""
     run, iteration = turn.run, turn.iteration
     compared = run.preferences(iteration).tables()
     for played, wins in zip(pairs.joined(run.prompts, run.generations(iteration), iteration), compared, strict=True):

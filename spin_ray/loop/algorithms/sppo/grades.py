@@ -1,4 +1,4 @@
-"""SPPO's comparison of θ_t's samples by a grader, in place of a preference model."""
+"""Win probabilities of SPPO from a grader, in place of a preference model."""
 
 from collections import defaultdict
 
@@ -14,7 +14,7 @@ from spin_ray.run_dir.run_dir import RunDir
 
 
 def run(run_dir: RunDir, config: SpinConfig, iteration: int, policy: ModelFolder) -> None:
-    """Makes ``iter_NNN/preferences``.
+    """Commits ``iter_NNN/preferences``.
 
     Raises:
         DataError: the grader fails on a row.
@@ -40,8 +40,8 @@ def run(run_dir: RunDir, config: SpinConfig, iteration: int, policy: ModelFolder
 def win_table(played: pa.Table, texts: list[str], answers: dict[str, str], grade: str) -> pa.Table:
     """Returns PREFERENCE_SCHEMA rows in the order of ``played``.
 
-    A sample of grade r wins with the mean of (1 + r − r′) / 2 over its prompt's samples. Without an answer, or with a
-    sample that cannot be graded, all have 1/2, and no pair is made of them.
+    A sample of grade r wins with the mean of (1 + r − r′) / 2 over its prompt's samples. If the prompt has no
+    answer or a sample has no grade, all its samples have 1/2 and make no pair.
     """
     prompt_ids = played["prompt_id"].to_pylist()
     rows = [row for row, prompt_id in enumerate(prompt_ids) if prompt_id in answers]

@@ -1,4 +1,4 @@
-"""Preference models of SPPO."""
+"""The preference models of SPPO."""
 
 import itertools
 import json
@@ -29,7 +29,7 @@ class PreferenceScorer(Protocol):
 def load_scorer(
     config: ScorerConfig, folder: Path, device: torch.device, variables: Mapping[str, Any] | None = None
 ) -> PreferenceScorer:
-    """Loads the preference model; ``variables`` are for its chat template.
+    """Loads the preference model, with ``variables`` for its chat template.
 
     Raises:
         ModelError: the folder holds no model of the configured kind.
@@ -47,7 +47,7 @@ def load_scorer(
 
 
 class RewardScorer:
-    """A classifier with one output r(x, y): P(y beats y') = σ(r − r')."""
+    """Reward model, a classifier with one output r(x, y): P(y beats y′) = σ(r − r′)."""
 
     def __init__(self, folder: Path, tokenizer: Any, max_length: int, variables: Mapping[str, Any]) -> None:
         from transformers import AutoModelForSequenceClassification
@@ -78,7 +78,10 @@ class RewardScorer:
         return self._tokenizer(_instruction(prompt), response, **cut)
 
     def _rewards(self, rows: list[dict[str, list[int]]]) -> Float[Tensor, "rows"]:
-        """Returns the output at each row's last token; without a padding token it takes one that no row holds."""
+        """Returns the output at each row's last token.
+
+        transformers finds that token by the padding id, so a model without one gets an id that no row holds.
+        """
         pad_id = self._pad_id
         if pad_id is None:
             held = {token for row in rows for token in row["input_ids"]}
@@ -95,14 +98,14 @@ class RewardScorer:
 class MarkedRow(NamedTuple):
     ids: list[int]
     marks: list[int]
-    """Places of the three marks; texts may hold the same tokens."""
+    """Positions of the three marks; the texts may hold the same tokens."""
 
 
 class PairRmScorer:
     """PairRM (Jiang et al. 2023, arXiv 2306.02561) as in llm-blender/PairRM-hf.
 
-    A DeBERTa-v3 reads ``<|source|>x<|candidate1|>y<|candidate2|>y'``, and a head compares the states at the marks.
-    Both orders are read, as the order changes the score: P = ½[σ(s(y, y')) + σ(−s(y', y))].
+    DeBERTa-v3 reads ``<|source|>x<|candidate1|>y<|candidate2|>y′``, and a head compares the states at the marks.
+    The order changes the score s, so both are read: P = ½[σ(s(y, y′)) + σ(−s(y′, y))].
     """
 
     marks = ("<|source|>", "<|candidate1|>", "<|candidate2|>")
@@ -116,7 +119,7 @@ class PairRmScorer:
         self._mark_ids = [raw[f"{name}_prefix_id"] for name in ("source", "cand1", "cand2")]
         config = DebertaV2Config.from_pretrained(folder)
         hidden = config.hidden_size
-        # Numbers 0 and 3 are dropout, without weights.
+        # Layers 0 and 3 are dropout, which has no weights.
         head = {"1": nn.Linear(2 * hidden, hidden), "2": nn.Tanh(), "4": nn.Linear(hidden, raw["n_tasks"])}
         self._model = nn.ModuleDict({"pretrained_model": DebertaV2Model(config), "head_layer": nn.ModuleDict(head)})
         weights = {}
@@ -142,7 +145,6 @@ class PairRmScorer:
         return (first_wins + 1 - first_wins.T) / 2
 
     def _encode(self, source: str, first: str, second: str) -> MarkedRow:
-        """Gives the source up to 60 % of the length, each candidate half of the rest."""
 
         def cut(text: str, length: int) -> list[int]:
             return self._tokenizer.encode(text, truncation=True, max_length=length)

@@ -1,7 +1,4 @@
-"""SPPO's comparison of θ_t's samples by a preference model.
-
-generations of t -> missing parts -> [model actor] x replicas -> one committed part for each
-"""
+"""Win probabilities of SPPO from a preference model, one actor per replica."""
 
 import json
 from collections.abc import Mapping
@@ -30,7 +27,7 @@ from spin_ray.runtime.waiting import wait_until_free, with_deadline
 PREFERENCE_SCHEMA = pa.schema(
     [pa.field("prompt_id", pa.string()), pa.field("sample", pa.int32()), pa.field("win", pa.float32())]
 )
-"""``win``: mean of P(this response beats that one) over the prompt's samples; 1/2 against itself."""
+"""``win`` is the mean of P(response beats sample) over the prompt's samples, with 1/2 for itself."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -43,18 +40,17 @@ class PreferenceJob:
     scorer: ScorerConfig
     preference_model: ModelFolder
     variables: Mapping[str, Any]
-    """Variables of chat templates, the run's date among them."""
     fingerprint: str
 
 
 def run(
     run_dir: RunDir, config: SpinConfig, iteration: int, preference_model: ModelFolder, policy: ModelFolder
 ) -> None:
-    """Makes ``iter_NNN/preferences``.
+    """Commits ``iter_NNN/preferences``.
 
     Raises:
-        RunDirError: parts of other inputs are in the way.
-        StageError: no model came up, or none finished a part, in time.
+        RunDirError: a part was made from other inputs.
+        StageError: no model started, or none finished a part, in time.
     """
     assert config.scorer is not None
     generations, target = run_dir.generations(iteration), run_dir.preferences(iteration)
@@ -116,7 +112,7 @@ def _compare(job: PreferenceJob, parts: list[str], config: SpinConfig) -> Any:
 class _Comparing:
     """Actor with one preference model.
 
-    The first part loads the model: an error in ``__init__`` would pass for a death and be tried again.
+    The first part loads the model, because Ray takes an error in ``__init__`` for a dead actor and tries again.
     """
 
     def __init__(self, job: PreferenceJob) -> None:
@@ -153,7 +149,7 @@ class _Comparing:
 
 
 def device_of(resources: ResourcesConfig) -> torch.device:
-    """Returns the actor's device; Ray shows it no other GPU."""
+    """Returns the actor's device. Ray hides the other GPUs."""
     return torch.device("cuda" if resources.gpus else "cpu")
 
 
@@ -161,8 +157,7 @@ def win_table(answers: pa.Table, texts: list[str], messages: dict[str, str], sco
     """Returns PREFERENCE_SCHEMA rows in the order of ``answers``.
 
     Args:
-        texts: the decoded responses.
-        messages: JSON conversations; their last message is left out.
+        messages: JSON conversations by prompt id; the last message is left out.
     """
     groups: dict[str, list[int]] = {}
     for row, prompt_id in enumerate(answers["prompt_id"].to_pylist()):

@@ -1,4 +1,4 @@
-"""The opponent's work, cut into shards."""
+"""Generation jobs and their shards."""
 
 from dataclasses import dataclass
 from typing import Any
@@ -17,16 +17,16 @@ class Job:
     prompts: Artefact
     target: Artefact
     opponent: str
-    """Iterate that answers, e.g. ``iter_000``."""
+    """Name of the model that answers, e.g. ``iter_000``."""
     model_digest: str
     rows: np.ndarray | None = None
     """Row numbers in ``prompts``, ascending; None: all."""
     samples: int | None = None
-    """Responses to each prompt; None: ``generation.samples_per_prompt``."""
+    """Responses per prompt; None: ``generation.samples_per_prompt``."""
     sampling: SamplingConfig | None = None
-    """Distribution of the responses; None: ``generation.sampling``."""
+    """Settings of sampling; None: ``generation.sampling``."""
     audit: str | None = None
-    """File for the log p that the engine gives to some of its responses."""
+    """File for the engine's log p of some responses."""
 
     def inputs(self) -> dict[str, str]:
         return {"prompts": self.prompts.manifest().digest, "opponent": self.model_digest}
@@ -54,7 +54,7 @@ class Job:
 
 @dataclass(frozen=True)
 class Shard:
-    """Rows of the prompts, and the part for their answers."""
+    """Rows of the prompts, and the part that holds their answers."""
 
     prompts: Artefact
     target: Artefact
@@ -62,12 +62,11 @@ class Shard:
     fingerprint: str
     name: str
     samples: int
-    """Responses to each prompt."""
     sampling: SamplingConfig
     pieces: tuple[tuple[str, FileEntry, tuple[int, ...]], ...]
-    """(part of the prompts, its entry, row numbers within it)."""
+    """Each is a part of the prompts, its entry, and row numbers within the part."""
     audit: str | None = None
-    """The job's file; the first shard alone has it."""
+    """The job's ``audit``, in the first shard only."""
 
     def read_prompts(self) -> pa.Table:
         tables = [
@@ -77,7 +76,7 @@ class Shard:
 
 
 def prompt_slice(total: int, wanted: int | None, iteration: int, seed: int) -> np.ndarray | None:
-    """Returns an iteration's slice of a seeded order, wrapping round; None: all rows."""
+    """Returns the iteration's slice of a seeded order, which wraps round; None: all rows."""
     if wanted is None or wanted >= total:
         return None
     order = np.random.default_rng([seed, 0x51]).permutation(total)
@@ -120,7 +119,7 @@ def _fingerprint(job: Job, config: SpinConfig) -> str:
 
 
 def find_parts(job: Job, config: SpinConfig) -> FoundParts:
-    """Finds committed shards; damaged ones are generated again.
+    """Finds committed shards, and counts damaged ones as missing.
 
     Raises:
         RunDirError: a shard has other inputs or settings.

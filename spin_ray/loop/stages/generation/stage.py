@@ -1,8 +1,6 @@
-"""Generation: the opponent θ_t answers every prompt x, y' ~ p_θt(.|x).
+"""Generation of y′ ~ p_θt(·|x) for every prompt x, by Ray Data actors with an engine each.
 
-    prompts -> missing shards -> Ray Data -> [engine actor] x replicas -> one committed part per shard
-
-A shard is the unit of work, commit and loss. Rows have their own seeds: a retry gives the same tokens.
+Each shard is committed when it is done. Each response has its own seed, so a retry gives the same tokens.
 """
 
 import hashlib
@@ -43,7 +41,7 @@ from spin_ray.runtime.waiting import wait_until_free, with_deadline
 logger = logging.getLogger(__name__)
 
 _AUDITED = 16
-"""Responses of a job whose log p the engine tells."""
+"""Audited responses per job."""
 _USE_LESS = (
     "lower generation.engine.cpu_kv_cache_gib or gpu_memory_utilization, generation.engine.max_num_seqs, or "
     "generation.replicas"
@@ -60,8 +58,8 @@ def run(
     """Answers the prompts of all jobs with one set of engines.
 
     Raises:
-        RunDirError: shards of another opponent or recipe are in the way.
-        StageError: no engine came up, or none finished a shard, in time.
+        RunDirError: a shard was made by another opponent or recipe.
+        StageError: no engine started, or none finished a shard, in time.
     """
     jobs = [job for job in jobs if not job.target.already_made(job.inputs(), job.settings(config))]
     if not jobs:
@@ -96,7 +94,7 @@ def run(
 
 
 def row_seed(seed: int, opponent: str, prompt_id: str, sample: int) -> int:
-    """Returns a response's 63-bit seed, the same in any shard."""
+    """Returns a response's 63-bit seed, independent of its shard."""
     identity = f"{seed}/{opponent}/{prompt_id}/{sample}".encode()
     return int.from_bytes(hashlib.blake2b(identity, digest_size=8).digest(), "big") >> 1
 
@@ -142,10 +140,10 @@ class _Player:
         self._unusable: Exception | None = None
         try:
             self._engine = start_engine(spec)
-        except Exception as error:  # raised here, it would pass for a death and be tried again
+        except Exception as error:  # Ray would take an error here for a dead actor and try again
             self._unusable = error
         collect_as_usual()
-        # The process in the place of a killed one reports it.
+        # A process that replaces a killed one reports the loss.
         self._lost = int(ray.is_initialized() and ray.get_runtime_context().was_current_actor_reconstructed)
 
     def __call__(self, item: dict[str, Any]) -> dict[str, Any]:
@@ -170,10 +168,9 @@ class _Player:
         }
 
     def _answer(self, shard: Shard) -> pa.Table:
-        """Answers a shard; replaces the engine if it dies.
+        """Answers a shard, with a new engine if the engine fails.
 
-        On GPUs the process ends with its engine, as later CUDA calls in it may fail too; Ray starts another one, which
-        is given the shard again.
+        On GPUs the process ends instead, because later CUDA calls may fail too. Ray restarts it with the same shard.
         """
         failures = 0
         while True:
@@ -196,7 +193,7 @@ class _Player:
 
 
 def _end_process() -> None:
-    """Ends an actor so that Ray restarts it; ``ray.actor.exit_actor`` would end it for good."""
+    """Ends the process so that Ray restarts the actor. ``ray.actor.exit_actor`` would end it for good."""
     logging.shutdown()
     os._exit(1)
 
@@ -211,7 +208,7 @@ def _write_audit(storage: Storage, path: str, prompts: list[list[int]], completi
 
 
 def answer(shard: Shard, config: SpinConfig, engine: GenerationEngine) -> pa.Table:
-    """Writes the shard's audit, if it has one, and returns GENERATION_SCHEMA rows in the order of the prompts."""
+    """Returns GENERATION_SCHEMA rows in the order of the prompts, and writes the shard's audit."""
     prompts = shard.read_prompts()
     samples = shard.samples
     ids = [prompt_id for prompt_id in prompts["prompt_id"].to_pylist() for _ in range(samples)]

@@ -1,7 +1,6 @@
-"""Audit of the engine: did the model that is trained write the opponent's responses?
+"""Audit of the engine: does it compute the same model as the backend?
 
-Engines compute some families in another way than transformers, from the same folder. The responses are then another
-model's, and no measure of the training shows it: log p under the reference is the trained model's own.
+Engines compute some model families otherwise than transformers, and no measure of the training shows it.
 """
 
 import logging
@@ -26,19 +25,18 @@ _DAMAGED = -1
 
 
 def audit_engine(job: TrainJob, backend: TrainBackend) -> dict[str, float]:
-    """Compares log p of a few responses, by the engine that wrote them and by the backend, which must still hold θ_t.
+    """Compares log p of a few responses by the engine and by the backend, which must still hold θ_t.
 
-    Returns ``engine_difference``: |difference| of log p, summed over responses, in nats a token. Empty: nothing was
-    audited.
+    Returns ``engine_difference``: |difference| of log p, summed over responses, in nats per token, if any.
 
     Raises:
-        HealthError: it is above ``health.max_engine_difference``, and no quantised base explains it; raised on every
-            rank.
+        HealthError: it is not finite, or above ``health.max_engine_difference`` without a quantised base; raised on
+            every rank.
         RunDirError: the file of the responses is damaged; raised on every rank.
     """
     found = _read(job)
     least = torch.tensor(_DAMAGED if found is None else found.num_rows, device=backend.device)
-    dist.all_reduce(least, dist.ReduceOp.MIN)  # what one rank cannot read, no rank scores
+    dist.all_reduce(least, dist.ReduceOp.MIN)  # if one rank cannot read the file, no rank scores it
     if least == _DAMAGED:
         raise RunDirError(f"{job.storage.where(job.audit or '')}: is damaged; remove it to go on without the audit")
     if found is None or not least:
@@ -57,7 +55,7 @@ def audit_engine(job: TrainJob, backend: TrainBackend) -> dict[str, float]:
 
 def _check(job: TrainJob, difference: float, responses: int) -> None:
     lora, limit = job.backend.lora, job.health.max_engine_difference
-    is_rounded = lora is not None and lora.base in ("nf4", "int8")  # the engine's weights are not
+    is_rounded = lora is not None and lora.base in ("nf4", "int8")  # the engine's weights are not rounded
     if limit is None or difference <= limit or (is_rounded and math.isfinite(difference)):
         return
     raise HealthError(
@@ -69,7 +67,7 @@ def _check(job: TrainJob, difference: float, responses: int) -> None:
 
 
 def _read(job: TrainJob) -> pa.Table | None:
-    """Returns AUDIT_SCHEMA rows, none where nothing was generated or an engine told no log p; None: a damaged file."""
+    """Returns AUDIT_SCHEMA rows, an empty table if nothing was audited, or None for a damaged file."""
     data = job.storage.find(job.audit) if job.audit else None
     if data is None:
         if job.audit and dist.get_rank() == 0:
@@ -83,7 +81,6 @@ def _read(job: TrainJob) -> pa.Table | None:
 
 
 def _as_pairs(audited: pa.Table) -> pa.Table:
-    """Returns PAIR_SCHEMA rows without y′, each of a prompt of its own."""
     names = [str(number) for number in range(audited.num_rows)]
     empty = pa.array([[]] * audited.num_rows, TOKEN_IDS)
     columns = [names, names, pa.array([0] * audited.num_rows, pa.int32()), audited["prompt_ids"], audited["token_ids"]]

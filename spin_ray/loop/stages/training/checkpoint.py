@@ -1,6 +1,6 @@
-"""Training checkpoints, sealed by the ranks that wrote them.
+"""Training checkpoints, each with a seal of digests from every rank.
 
-Digests are checked first: torch's own reader unpickles what it finds.
+The digests are checked before loading, because torch's reader unpickles the files.
 """
 
 import json
@@ -50,7 +50,7 @@ def _into_place(checkpoint: ray.train.Checkpoint, name: str) -> ray.train.Checkp
 
 
 def restore(job: TrainJob, backend: TrainBackend) -> int:
-    """Loads the newest checkpoint, if any; returns the next step.
+    """Loads the newest checkpoint, if any, and returns the next step.
 
     Raises:
         RunDirError: the checkpoint is damaged, or of other work or another number of workers.
@@ -77,10 +77,10 @@ def seal(folder: Path, step: int, identity: dict[str, Any]) -> None:
 
 
 def check(folder: Path, identity: dict[str, Any], else_do: str, *, any_workers: bool = False) -> int:
-    """Checks a checkpoint and returns its step; ``any_workers`` accepts another number of writers.
+    """Checks a checkpoint and returns its step; ``any_workers`` accepts another number of workers.
 
     Raises:
-        RunDirError: a file is damaged, or of other work; ``else_do`` ends the message.
+        RunDirError: a file is damaged, or of other work; the message ends with ``else_do``.
     """
     seals = [_read(_seal_of(folder, 0), else_do)]
     then, now = seals[0]["identity"], {WORKERS: dist.get_world_size(), **json.loads(json.dumps(identity))}

@@ -1,4 +1,4 @@
-"""The work of a training."""
+"""The description of a training."""
 
 from dataclasses import dataclass
 from typing import Any
@@ -21,16 +21,16 @@ class TrainJob:
     rows: Artefact
     """Pairs, or prompts for SFT."""
     reference: Artefact | None
-    """Place of log p under ``start``, if the loss needs it."""
+    """Scores under ``start``, made by the job if the loss needs them."""
     base: Artefact | None
-    """log p under θ_0, for a geometric reference."""
+    """Scores under θ_0, for a geometric reference."""
     wins: Artefact | None
     audit: str | None
-    """File of responses of ``start`` with the engine's log p. None: nothing was generated."""
+    """File of responses with the engine's log p; None: nothing was generated."""
     teacher_rows: Artefact | None
-    """y′ behind prompts with a demonstration, if the objective has a teacher."""
+    """y′ after prompts with a demonstration, if the objective has a teacher."""
     teacher: Artefact | None
-    """Place of the teacher's distributions of ``teacher_rows``."""
+    """The teacher's distributions of ``teacher_rows``, made by the job."""
     reference_alpha: float
     """Weight of ``start`` in the geometric reference."""
     target: Artefact
@@ -38,17 +38,17 @@ class TrainJob:
     shape: PackShape
     backend: BackendSettings
     recipe: SpinConfig
-    """Recipe by which a worker settles ``gradient_checkpointing: auto``."""
+    """Recipe from which workers choose mesh and gradient checkpointing."""
     epochs: int
     schedule_epochs: int | None
-    """Epochs that the learning rate's schedule is planned for; None: ``epochs``."""
+    """Epochs of the learning rate's schedule; None: ``epochs``."""
     seed: int
     checkpoint_every_steps: int
     health: HealthConfig
     elastic: bool
-    """True accepts checkpoints of another number of workers."""
+    """True if checkpoints of another number of workers are accepted."""
     chat_template: str | None
-    """The config's template, exported with the weights."""
+    """Chat template to export with the weights."""
 
     def inputs(self) -> dict[str, str]:
         inputs = {"rows": self.rows.manifest().digest, "start_model": self.start.digest}

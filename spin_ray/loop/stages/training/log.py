@@ -14,7 +14,7 @@ from spin_ray.run_dir.run_dir import RunDir
 
 
 class TrainLog:
-    """Log of rank 0. Steps after the resumed checkpoint are cut off first."""
+    """Log of rank 0. Steps after the restored checkpoint are removed first."""
 
     def __init__(self, job: TrainJob, first: int) -> None:
         self._job = job

@@ -1,4 +1,4 @@
-"""The choice behind ``train.gradient_checkpointing: auto``, by the memory of the cards that train."""
+"""The choice of ``train.gradient_checkpointing: auto`` by the GPUs' memory."""
 
 import logging
 from pathlib import Path
@@ -21,9 +21,9 @@ logger = logging.getLogger(__name__)
 def recomputes(
     config: SpinConfig, optimizer: OptimizerConfig, model: Path, device: torch.device, mesh: Mesh | None = None
 ) -> bool:
-    """Returns the choice, the same on every rank; a collective on GPUs.
+    """Tells whether activations are computed again, a collective on GPUs, so that all ranks agree.
 
-    The workers decide, as the driver may have no card. Elastic groups of fewer workers hold more on each.
+    The workers decide, because the driver may have no GPU and an elastic group may have fewer workers.
     """
     if config.train.gradient_checkpointing != "auto" or device.type == "cpu":
         return config.train.gradient_checkpointing is True
@@ -36,10 +36,10 @@ def recomputes(
 def decide(
     config: SpinConfig, optimizer: OptimizerConfig, model: Path, room: float, workers: int, tensor: int = 1
 ) -> bool:
-    """Returns the choice for cards of ``room`` bytes; True for models that the plan does not know.
+    """Returns the choice for GPUs of ``room`` bytes, True for an unknown model.
 
     Args:
-        workers: cards, or tensor groups of them, that share one copy of the weights.
+        workers: GPUs, or tensor groups, that share one copy of the weights.
     """
     here = config.model_copy(update={"train": config.train.model_copy(update={"workers": workers})})
     try:

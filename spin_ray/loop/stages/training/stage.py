@@ -17,11 +17,10 @@ from spin_ray.runtime.workers import run_workers
 
 
 def run(run_dir: RunDir, config: SpinConfig, iteration: int, opponent: ModelFolder, objective: Objective) -> None:
-    """Trains θ_{t+1} from θ_t and commits ``iter_NNN/model``, or ``iter_NNN/adapter`` with ``train.lora.merge: false``.
+    """Trains θ_{t+1} from θ_t; commits ``iter_NNN/model``, or ``iter_NNN/adapter`` with ``train.lora.merge: false``.
 
-    With an adapter alone, iteration t trains the adapter of θ_t further, on the same frozen θ_0. So the reference is
-    that adapter on those weights: its scores are stored before the first step, margins start at 0 to the bit, and
-    every iterate has the same rank, size and engine. Merged, each iteration has a fresh adapter and its own base.
+    Without merging, each iteration trains θ_t's adapter further on the frozen θ_0. That adapter is also the reference,
+    so margins start at exactly 0. With merging, each iteration trains a new adapter on the weights of θ_t.
 
     Raises:
         ConfigError: the loss, optimizer or backend does not exist.
@@ -69,11 +68,11 @@ def run(run_dir: RunDir, config: SpinConfig, iteration: int, opponent: ModelFold
 
 
 def _base_name(run_dir: RunDir, config: SpinConfig, opponent: ModelFolder) -> str:
-    """Returns the name by which PEFT finds the frozen model: a hub's, or a folder."""
+    """Returns the name by which PEFT finds the frozen model, on the hub or as a folder."""
     if config.sft:
         return run_dir.storage.where(run_dir.whole_model(0).path)
     path = str(opponent.whole.path)
-    is_pinned = config.model.revision is not None or "@" in config.model.path  # a name would mean the newest
+    is_pinned = config.model.revision is not None or "@" in config.model.path  # the bare name would mean the newest
     from_hub = "snapshots" in path and not Path(config.model.path).expanduser().exists()
     return config.model.path if from_hub and not is_pinned else path
 
@@ -92,7 +91,7 @@ def fine_tune(
     rows: Artefact,
     target: Artefact,
 ) -> None:
-    """Fine-tunes ``start`` on prompts, or on pairs without y', and commits ``target``."""
+    """Fine-tunes ``start`` on prompts, or on pairs without y′, and commits ``target``."""
     job = TrainJob(
         name=target.path.rpartition("/")[0],
         storage=run_dir.storage,

@@ -1,6 +1,6 @@
-"""The teacher of SDFT: θ_t with a demonstration in its prompt, scored before the first step.
+"""The teacher of SDFT: θ_t with a demonstration in its prompt.
 
-teacher_rows -> packs -> the k likeliest tokens at each token of y′ -> one committed part a rank -> this rank's rows
+Its k likeliest tokens at each token of y′ are committed before the first step.
 """
 
 import pyarrow as pa
@@ -18,12 +18,9 @@ from spin_ray.run_dir.schemas import TEACHER_SCHEMA
 
 
 def load_teacher(job: TrainJob, backend: TrainBackend, pair_ids: pa.ChunkedArray, own: set[int]) -> Teacher | None:
-    """Returns the distributions of this rank's rows, scored first if need be; None without a teacher.
+    """Returns the teacher's distributions for the rows ``own``; None without a teacher.
 
-    Args:
-        backend: still with the weights of θ_t, unless the distributions are committed.
-        pair_ids: of all rows of the table.
-        own: numbers of this rank's rows.
+    The backend must still hold θ_t, unless the distributions are committed.
 
     Raises:
         RunDirError: a pair has no distributions.

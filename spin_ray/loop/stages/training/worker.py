@@ -1,8 +1,4 @@
-"""The work of each rank.
-
-load θ_t -> reference scores or a teacher's distributions, stored -> steps and checkpoints
-         -> Hugging Face folder with its manifest
-"""
+"""The work of each train worker, from loading θ_t to exporting θ_{t+1} as a Hugging Face folder."""
 
 import logging
 import time
@@ -41,7 +37,7 @@ _TOKENS = ("prompt_ids", "real_ids", "generated_ids", "initial_ids")
 
 
 def work(job: TrainJob) -> dict[str, Any]:
-    """Does the job on every rank; returns counts of this attempt."""
+    """Does this rank's part of the job; returns counts of this attempt."""
     job, choice = _on_a_mesh(job)
     rank, ranks = job.shape.place()
     planned = plan(
@@ -75,7 +71,6 @@ def work(job: TrainJob) -> dict[str, Any]:
 
 
 def _on_a_mesh(job: TrainJob) -> tuple[TrainJob, Choice]:
-    """Returns the job for the mesh of these workers, whose number may differ from attempt to attempt."""
     choice = mesh_of(job.recipe, job.start.parts_here()[0], *nodes_and_room())
     if dist.get_rank() == 0:
         logger.info("%s", choice)
@@ -92,7 +87,6 @@ def _backend(job: TrainJob, *, total_steps: int) -> TrainBackend:
 
 
 def _pairs(rows: Artefact) -> Iterator[pa.Table]:
-    """Yields PAIR_SCHEMA rows; prompts become rows without y'."""
     for part in rows.tables():
         if "pair_id" in part.column_names:
             yield part
@@ -107,10 +101,7 @@ def _pairs(rows: Artefact) -> Iterator[pa.Table]:
 
 
 def _share(parts: Iterable[pa.Table], own: set[int]) -> pa.Table:
-    """Returns ``pair_id`` of all rows, and the tokens of ``own`` rows.
-
-    Every part is read: packs draw from all over the table.
-    """
+    """Returns ``pair_id`` of all rows, and tokens of ``own`` rows only."""
     kept: list[pa.Table] = []
     first = 0
     for part in parts:
@@ -135,7 +126,7 @@ def _reference(job: TrainJob, backend: TrainBackend, steps: list[Step], table: p
 
 
 def _score_reference(job: TrainJob, backend: TrainBackend, steps: list[Step], table: pa.Table) -> None:
-    """Commits log p_θt of every pair; the backend must still hold θ_t."""
+    """Commits log p_θt of every pair. The backend must still hold θ_t."""
     target = job.reference
     assert target is not None
     inputs = job.inputs()
@@ -160,11 +151,6 @@ def _load_reference(reference: Artefact, table: pa.Table) -> ReferenceScores:
 
 
 def _load_by_pair(artefact: Artefact, table: pa.Table, columns: tuple[str, ...]) -> list[torch.Tensor]:
-    """Reads columns in the order of ``table``.
-
-    Raises:
-        RunDirError: a pair has no score, or more than one.
-    """
     scores = pa.concat_tables(list(artefact.tables()))
     found = pc.index_in(table["pair_id"], value_set=scores["pair_id"])
     if found.null_count or scores.num_rows != table.num_rows:
@@ -177,7 +163,7 @@ def _load_by_pair(artefact: Artefact, table: pa.Table, columns: tuple[str, ...])
 
 
 def _export(job: TrainJob, backend: TrainBackend) -> None:
-    """Writes θ_{t+1}; its folder appears together with the manifest."""
+    """Exports θ_{t+1}. Its folder appears at once, with the manifest."""
     attempt = job.storage.new_attempt_folder() if dist.get_rank() == 0 else Path()
     backend.export_hf(attempt)
     if dist.get_rank() == 0:
