@@ -1,7 +1,4 @@
-"""A module that allows AMX kernels.
-
-vLLM imports it in each worker process (``worker_extension_cls``) before anything computes.
-"""
+"""Permission for AMX kernels: as ``worker_extension_cls``, this is imported before a worker computes anything."""
 
 from spin_ray.runtime import cpu
 

@@ -50,8 +50,8 @@ def check_settings(run: RunDir, config: SpinConfig) -> None:
     """Checks the settings before anything starts.
 
     Raises:
-        UserError: an unknown model name, unusable keys or votes, a reachable port without keys, or GPUs that vLLM here
-            would leave alone.
+        UserError: an unknown model name, unusable keys or votes, a reachable port without keys, GPUs with a vLLM for
+            CPUs, or RAY_AUTH_MODE without tokens.
     """
     serving = config.serving
     check_models(run, serving.models)
@@ -71,8 +71,7 @@ def check_settings(run: RunDir, config: SpinConfig) -> None:
 def start(run: RunDir, config: SpinConfig) -> Front | None:
     """Opens the endpoint and returns; engines start in the background.
 
-    On this machine alone, this process is the endpoint. On a cluster, or with several ingress replicas, Ray Serve's
-    proxies and the ingress are, and None is returned.
+    On one machine with one ingress, this process is the endpoint. Else Ray Serve's proxies are, and None is returned.
 
     Raises:
         UserError: no cluster answers, or it could not serve safely.
@@ -123,7 +122,7 @@ def connect_for(run: RunDir, config: SpinConfig) -> None:
 
 
 def with_room(config: SpinConfig, engines: int) -> SpinConfig:
-    """Makes an embedded Ray declare CPUs for all engines and one successor."""
+    """Returns settings with which an embedded Ray declares CPUs for all engines and one successor."""
     if config.cluster.local_cpus:
         return config
     needed = int((engines * config.serving.max_replicas + 1) * config.serving.resources.cpus + 1)
