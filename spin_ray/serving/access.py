@@ -25,7 +25,7 @@ class Key:
 
 
 def read_keys(file: str | Path) -> list[Key]:
-    """Reads a key file; skips blank lines and comments (``#``).
+    """Reads the keys of a file.
 
     Raises:
         ConfigError: the file cannot be read, is open to others, or has a wrong line or no key.

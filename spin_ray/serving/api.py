@@ -33,7 +33,7 @@ _ERROR = {
     "content": {"application/json": {"schema": {"type": "object", "required": ["error"]}}},
 }
 _UNREADABLE = "body: is not JSON that can be read: is it UTF-8, not compressed, and not nested thousands deep?"
-"""Message of FastAPI's own 400."""
+"""Message for the 400 that FastAPI itself raises."""
 _REFUSALS: dict[int | str, dict[str, Any]] = {
     status: _ERROR for status in (400, 401, 403, 404, 408, 413, 429, 503, 504)
 }

@@ -43,7 +43,7 @@ def compare_file(run: RunDir, config: SpinConfig, prompts: Path, options: dict[s
         raise DataError(f"{prompts}: has no rows")
     connect_for(run, config)
     serve.start(proxy_location="Disabled")
-    app = f"spin-ray-compare-{secrets.token_hex(4)}"  # a server may run on this cluster
+    app = f"spin-ray-compare-{secrets.token_hex(4)}"  # not a server's name: one may run on this cluster
     engines = f"{app}.{ENGINE_PREFIX}"
     try:
         handle = serve.run(keeper(str(run.storage.root), config, engines), name=app, route_prefix=None)

@@ -15,7 +15,7 @@ _NOTHING: dict[str, tuple[Any, ...]] = {
     "skip_special_tokens": (True,), "spaces_between_special_tokens": (True,), "include_stop_str_in_output": (False,),
     "include_obfuscation": (False,),
 }  # fmt: skip
-"""Neutral values, besides null and empty ones, with which unsupported fields are dropped, not refused."""
+"""Neutral values of unsupported fields, besides null and empty ones: such a field is dropped, not refused."""
 _LABELS = ("user", "metadata", "store", "service_tier", "safety_identifier", "prompt_cache_key")
 
 

@@ -1,4 +1,4 @@
-"""Permission for AMX kernels: as ``worker_extension_cls``, this is imported before a worker computes anything."""
+"""Permission for AMX kernels. vLLM imports this module (``worker_extension_cls``) before a worker computes."""
 
 from spin_ray.runtime import cpu
 

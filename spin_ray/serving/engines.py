@@ -25,9 +25,9 @@ Item = str | dict[str, Any]
 """Server-sent events as text, or an object: a whole answer or an ``error``."""
 
 _HEAR_S = 10.0
-"""Seconds after which the keeper answers without news."""
+"""Seconds after which the keeper answers even without news."""
 _SUSPECT_S = 12.0
-"""Seconds for which an engine that died counts as down; then the keeper's table knows."""
+"""Seconds for which an engine counts as down after its death was seen here. Then the keeper's table is up to date."""
 DOWN_RETRY_S = 5
 ENGINE_DIED = "the engine ended while it served this request; it starts again"
 
@@ -83,7 +83,7 @@ class ServeEngines:
     async def follow(self) -> None:
         """Follows the keeper's table for ever; the last table holds while the keeper is away.
 
-        Its models stay known until a restarted keeper has dealt with each.
+        Models of that table stay known until a restarted keeper has dealt with each.
         """
         version, keeper = -1, None
         while True:

@@ -76,7 +76,7 @@ def from_engine(error: dict[str, Any]) -> Refusal:
 def from_validation(errors: Any) -> Refusal:
     """Returns pydantic's first problem, with the field's name in the body."""
     field = errors[0]["loc"][:2]
-    # An error about a field's limit says more than one about another type that the field may have.
+    # Prefers an error about a limit to one about a type: a field may have several types.
     first = min((it for it in errors if it["loc"][:2] == field), key=lambda it: it["type"].endswith("_type"))
     where = _where(first)
     if first["type"] == "extra_forbidden":
@@ -106,5 +106,5 @@ def _in_words(error: Any) -> str:
 
 
 def _is_field(part: str | int) -> bool:
-    """Tells a field's name or an index from pydantic's name of a union's member."""
+    """Tells whether ``part`` is a field's name or an index; the names of a union's members are neither."""
     return isinstance(part, int) or (re.fullmatch(r"[a-z_]+", part) is not None and part not in ("str", "int"))

@@ -1,4 +1,4 @@
-"""The endpoint of one machine: this process answers, without Ray Serve's proxy and ingress (see ``app``)."""
+"""The endpoint of one machine: this process answers, without Ray Serve's proxy."""
 
 import logging
 import socket
@@ -21,7 +21,7 @@ LOG = "ingress_front.log"
 """File in ``logs/serve`` of Ray's session."""
 _BACKLOG = 2048
 _KEEP_ALIVE_S = 90
-"""Seconds before an idle connection closes, as at Ray Serve's proxies. A proxy in front (60 s) closes first."""
+"""Seconds before an idle connection closes, as at Ray Serve's proxies; a proxy in front closes after 60 s."""
 _LOG_BYTES = 100 * 2**20
 
 

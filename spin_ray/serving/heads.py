@@ -17,7 +17,7 @@ HEAD_S = 30.0
 class LimitedHeads(HttpToolsProtocol):
     """A connection that is closed with 431 after too long a head, and with 408 after too slow a one.
 
-    A connection without data is closed silently: browsers open some in advance and would show an unasked response.
+    A connection without data is closed without a response: browsers open some in advance and would show it.
     Trailers of a chunked body are dropped. Offers of another protocol (``Upgrade``) are ignored.
     """
 
@@ -82,7 +82,7 @@ class LimitedHeads(HttpToolsProtocol):
     def _unsupported_upgrade_warning(self) -> None:
         """Parses a request that offers ``h2c``, as Java's client does, again without the offer (RFC 9110, 7.8).
 
-        The parser leaves what follows the head to the other protocol; its error says where that begins.
+        The parser stops after the head; its error says where the rest begins.
         """
         error = sys.exc_info()[1]
         if not self._is_offer or error is None:
@@ -110,7 +110,7 @@ class LimitedHeads(HttpToolsProtocol):
         if self.transport.is_closing():
             return
         is_answering = self.cycle is not None and not self.cycle.response_complete  # an error would garble that answer
-        if status == 408 and is_answering:  # reading may pause then, with the head's end in the socket
+        if status == 408 and is_answering:  # reading may be paused, with the head's end in the socket
             self._start_timer()
             return
         if self._is_in_head and not is_answering:

@@ -39,7 +39,7 @@ MOST_ADAPTERS = 8
 """Most adapters in one batch; vLLM reserves device memory for each."""
 _WATCH_S = 0.2
 _LAST_WORDS_S = 0.3
-"""Seconds between the ends of vLLM's engine and of its replica; running requests get their error."""
+"""Seconds that the replica outlives vLLM's engine, so that running requests get their error."""
 
 
 class LocalFolder(CallbackBase):
@@ -164,14 +164,17 @@ class IterateEngine(LLMServer):
         return list(request.messages), [tokens_input(ids)]
 
     def _prompt_ids(self, messages: list[dict[str, str]]) -> list[int]:
-        """Returns the ids to continue; a last message of the assistant stays open."""
+        """Returns the ids to continue; the turn of a last assistant message stays open."""
         if messages[-1]["role"] != "assistant":
             return self._renderer.render_prompt(messages)
         rendered = self._renderer.render(messages)
         return [*rendered.prompt_ids, *rendered.real_ids[:-1]]  # without the end of the turn
 
     def _check_ids(self, ids: list[int], field: str) -> None:
-        """Refuses ids without a row in the embedding; vLLM allows all ids of the tokenizer, and would die."""
+        """Refuses ids without a row in the embedding.
+
+        vLLM allows all ids of the tokenizer, and its engine dies of such an id.
+        """
         wrong = next((token for token in ids if not 0 <= token < self._vocabulary), None)
         if wrong is not None:
             raise RenderError(
@@ -230,7 +233,7 @@ async def _pieces(stream: Any) -> AsyncGenerator[Item, None]:
 
 
 def build_engine(iterate: Iterate, config: SpinConfig, run_folder: str = "") -> serve.Application:
-    """Builds the application of one iterate, or of all adapters on it from ``run_folder``, without a route."""
+    """Builds an application without a route, for one iterate or for all adapters of ``run_folder`` on it."""
     serving = config.serving
     engine = config.resolve_dtype(serving.engine or config.generation.engine)
     trusts, on_cpu = config.model.trust_remote_code, not serving.resources.gpus
@@ -273,14 +276,14 @@ def build_engine(iterate: Iterate, config: SpinConfig, run_folder: str = "") -> 
 def _for_adapters(config: SpinConfig, folder: Path) -> dict[str, Any]:
     """Returns arguments for batches over several adapters of the model in ``folder``.
 
-    Without ``lora_target_modules`` vLLM also wraps the LM head. On CPU a batch of prompt log-probs and another request
-    then kills the engine: the head gets a row per token, but an adapter per request.
+    Without ``lora_target_modules`` vLLM also wraps the LM head. On CPU the engine then dies if prompt log-probs and
+    another request share a batch: the head has a row per token, but an adapter per request.
     """
     lora = config.train.lora
     if not config.commits_adapters or lora is None:
         return {}
     names = layer_names(folder) if isinstance(lora.target_modules, str) else lora.target_modules
-    last = {name.rpartition(".")[2] for name in names}  # vLLM matches a layer's last or full name, no part between
+    last = {name.rpartition(".")[2] for name in names}  # vLLM compares the last part of a layer's name, or all of it
     most = min(config.iterations, MOST_ADAPTERS)
     return lora_arguments(lora.rank, most=most) | {"lora_target_modules": sorted(last)}
 

@@ -32,16 +32,16 @@ class Iterate:
 
     @property
     def engine(self) -> "Iterate":
-        """The model whose engine answers; adapters share their base's."""
+        """The model whose engine answers: of an adapter, its base."""
         return self.base or self
 
     def here(self) -> Self:
-        """Returns the iterate in a folder of this machine; fetches missing files from the store."""
+        """Returns the iterate with a folder on this machine, fetched from the store if it is missing."""
         return replace(self, folder=self.source.local_folder()) if self.source else self
 
 
 def wanted(run: RunDir, models: tuple[str, ...]) -> tuple[list[str], str | None]:
-    """Returns the iterates that should serve, oldest first, and the meaning of ``latest``, if it should.
+    """Returns the iterates that should serve, oldest first, and the one that ``latest`` means.
 
     Iterates newer than RUN/LATEST are left out.
     """

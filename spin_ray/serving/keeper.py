@@ -220,7 +220,7 @@ class Keeper:
         return {engine["app"] for engine in self._engines.values()}
 
     async def _probe(self, app: str, name: str, deadline: float) -> None:
-        """Asks for answers: a model that loads may not run, and vLLM compiles sampling at first use."""
+        """Asks for real answers: a model that loads may not run, and vLLM compiles sampling at first use."""
         handle: Any = serve.get_app_handle(app).options(stream=True)
         chat = {"model": name, "messages": [{"role": "user", "content": "Hello"}], "max_tokens": 2}
         scored = {"model": name, "prompt": [1, 1], "max_tokens": 1, "prompt_logprobs": 0}
@@ -263,13 +263,16 @@ class Keeper:
             self._changed.notify_all()
 
     async def _ask_serve(self, function: Callable[..., Any], *arguments: Any, **options: Any) -> Any:
-        """Calls Ray Serve in a thread; two calls at once fail (ray 2.60: "not registered for pickle by value")."""
+        """Calls Ray Serve in a thread, one call at a time.
+
+        Two at once fail (ray 2.60: "not registered for pickle by value").
+        """
         async with self._serve_lock:
             self._asked_at = -math.inf
             return await asyncio.to_thread(function, *arguments, **options)
 
     async def _ask_applications(self) -> dict[str, Any]:
-        """Returns Ray Serve's applications, cached for ``_LOOK_S`` or until a change: asking costs CPU."""
+        """Returns Ray Serve's applications, cached for ``_LOOK_S`` or until the next change: asking costs CPU."""
         async with self._serve_lock:
             if time.monotonic() - self._asked_at > _LOOK_S:
                 self._applications = (await asyncio.to_thread(serve.status)).applications
@@ -292,7 +295,7 @@ def _step(application: Any) -> str:
 
 
 def _deploy(app: str, iterate: Iterate, config: SpinConfig, run_folder: str) -> None:
-    # vLLM's import takes seconds, for which the page must not wait. By default it would close Ray Serve's log.
+    # vLLM's import takes seconds, for which the page must not wait. vLLM's log settings would close Ray Serve's log.
     os.environ["VLLM_CONFIGURE_LOGGING"] = "0"
     from spin_ray.serving.iterate_engine import build_engine
 

@@ -82,7 +82,7 @@ class Observe:
 
 
 def _request_id(scope: Scope, *, proxied: bool) -> str:
-    """Returns the client's id if it is harmless or a proxy returns it anyway; else a fresh id."""
+    """Returns the client's id if it is harmless, or if a proxy returns it anyway; else a fresh id."""
     given = next((value for name, value in scope["headers"] if name == b"x-request-id"), b"").decode("latin-1")
     return given[:_LONGEST_ID] if _REQUEST_ID.fullmatch(given) or (proxied and given) else uuid.uuid4().hex
 
@@ -90,7 +90,7 @@ def _request_id(scope: Scope, *, proxied: bool) -> str:
 class Access:
     """The layer of keys and rates for ``/v1``: 401 without a known key, 429 above its rate.
 
-    Without keys, 403 if ``Host`` is not this machine.
+    Without keys, a request whose ``Host`` is not this machine gets 403.
     """
 
     def __init__(self, app: ASGIApp, config: ServingConfig, keys: list[Key]) -> None:
@@ -193,9 +193,9 @@ class Slots:
         self._turn, self._waiting = asyncio.Lock(), 0
 
     async def turn(self) -> None:
-        """Lets one request pass in each round of the event loop.
+        """Lets one waiting request pass in each round of the event loop.
 
-        Otherwise many at once would keep refusals and health checks waiting. A waiting request counts as one place,
+        Many at once would delay refusals and health checks. A waiting request counts as one place,
         even if it asks for more: ``take`` may still refuse it.
 
         Raises:

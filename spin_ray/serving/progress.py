@@ -23,7 +23,7 @@ class Progress:
         self._began, self._told, self._is_up, self._ready = time.monotonic(), dict[str, str](), False, False
 
     def follow(self, stop: "queue.SimpleQueue[int]") -> None:
-        """Prints what changes until a signal comes.
+        """Prints the engines' changes until a signal comes.
 
         Raises:
             StageError: the server was deleted, or has ended.

@@ -53,7 +53,7 @@ def _stop(app: str, engines: str, longest_s: float, first: Callable[[], None] | 
         _delete([name for name in names if name.startswith(engines)], longest_s)
         if not [name for name in names if not name.startswith(engines)]:
             printed = worker._worker_logs_enabled
-            worker._worker_logs_enabled = False  # Ray prints that calls of the controller end with it
+            worker._worker_logs_enabled = False  # Ray would print that calls end with the controller
             try:
                 serve.shutdown()
             finally:

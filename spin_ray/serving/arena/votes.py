@@ -208,7 +208,7 @@ def _add_requests(connection: Connection) -> None:
 
 
 def _make_private(file: str | None) -> None:
-    """Makes the file readable by its owner only; SQLite gives its log the same mode."""
+    """Keeps the database to its owner; SQLite gives its log the same mode."""
     if file and file != ":memory:" and not file.startswith("file:"):
         with suppress(OSError):  # the connection says what is wrong
             os.close(os.open(file, os.O_CREAT | os.O_RDWR, 0o600))
