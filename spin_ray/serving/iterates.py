@@ -32,7 +32,7 @@ class Iterate:
 
     @property
     def engine(self) -> "Iterate":
-        """The model whose engine answers: of an adapter, its base."""
+        """The model whose engine answers: for an adapter, its base."""
         return self.base or self
 
     def here(self) -> Self:

@@ -1,7 +1,7 @@
 """Both answers of a comparison, as server-sent events.
 
-The first event is the comparison, the last ``[DONE]``. Each other one has ``side`` and ``text``, or at the
-side's end ``finish_reason`` or ``error``.
+The first event is the comparison, the last ``[DONE]``. Every other event has ``side`` and ``text``, or at
+the side's end ``finish_reason`` or ``error``.
 """
 
 import asyncio
