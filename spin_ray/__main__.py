@@ -1,4 +1,4 @@
-"""Command line, ``spin-ray COMMAND`` or ``python -m spin_ray COMMAND``: one function for each command."""
+"""The command line, ``spin-ray COMMAND`` or ``python -m spin_ray COMMAND``."""
 
 import json
 import logging
@@ -246,7 +246,7 @@ def doctor(recipe: str, out: str | None, every_row: bool, as_json: bool, overrid
     from spin_ray.loop.doctor import examine
 
     config = load_config(recipe, parse_overrides(overrides))
-    # A long line of a path or reason stays one line; --json prints nothing before its object.
+    # soft_wrap keeps a long path or reason in one line; quiet keeps --json's object alone.
     found = examine(config, out, Console(quiet=as_json, soft_wrap=True), every_row=every_row)
     if as_json:
         click.echo(json.dumps(found, indent=1))
@@ -344,12 +344,12 @@ def serve_key(name: str, per_minute: int | None) -> None:
 
 
 def main() -> None:
-    """Runs the command. Exit code 0: done. 2: bad input, one line names it. 1: the run failed."""
+    """Runs the command. Exit codes: 0 done, 1 the run failed, 2 bad input, named in one line."""
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s", datefmt="%H:%M:%S", stream=sys.stderr)
     os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
     collect_rarely()
     logging.getLogger("httpx").setLevel(logging.WARNING)
-    # Ray, once started, does the same. Unwinding releases the lease, so that another machine can go on at once.
+    # Ray, once started, does the same. The exception releases the lease, so that another machine can go on at once.
     signal.signal(signal.SIGTERM, lambda number, _: sys.exit(number))
     try:
         cli(prog_name="spin-ray", standalone_mode=False)

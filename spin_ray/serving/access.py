@@ -1,8 +1,4 @@
-"""API keys and rates.
-
-A line of a key file has a name, the SHA-256 of the key, optionally requests per minute. Keys are random, so a plain
-hash protects them as well as a slow one.
-"""
+"""API keys and rate limits. Keys are random, so a plain hash is as safe as a slow one."""
 
 import hashlib
 import hmac
@@ -17,25 +13,22 @@ from pathlib import Path
 from spin_ray.errors import ConfigError
 
 LOOPBACK = ("127.0.0.1", "::1", "localhost")
-"""Hosts that only this machine reaches."""
 _LINE = re.compile(r"(?P<name>[\w.@-]{1,64})\s+(?P<sha256>[0-9a-f]{64})(?:\s+(?P<rate>[1-9]\d{0,8}))?")
 
 
 @dataclass(frozen=True, slots=True)
 class Key:
-    """One line of a key file."""
-
     name: str
     sha256: str
     per_minute: int | None
-    """Requests a minute; None: ``serving.requests_per_minute``."""
+    """None: ``serving.requests_per_minute`` holds."""
 
 
 def read_keys(file: str | Path) -> list[Key]:
-    """Returns the keys of a file; skips blank lines and comments (``#``).
+    """Reads the keys of a file.
 
     Raises:
-        ConfigError: the file cannot be read, is open to others, has a wrong line, or no key.
+        ConfigError: the file cannot be read, is open to others, or has a wrong line or no key.
     """
     try:
         lines = Path(file).read_text(encoding="utf-8").splitlines()
@@ -60,13 +53,13 @@ def read_keys(file: str | Path) -> list[Key]:
 
 
 def new_key(name: str, per_minute: int | None = None) -> tuple[str, str]:
-    """Returns a fresh key and its line."""
+    """Returns a fresh key and its line for the key file."""
     key = f"sr-{secrets.token_urlsafe(32)}"
     return key, " ".join([name, _sha256(key.encode()), *([str(per_minute)] if per_minute else [])])
 
 
 def find_key(keys: list[Key], authorization: bytes | None) -> Key | None:
-    """Returns the key of an ``Authorization: Bearer KEY`` header, in constant time."""
+    """Finds the key of an ``Authorization: Bearer KEY`` header, in constant time."""
     scheme, _, given = (authorization or b"").partition(b" ")
     digest = _sha256(given.strip()) if scheme.lower() == b"bearer" else ""
     found = None
@@ -77,12 +70,10 @@ def find_key(keys: list[Key], authorization: bytes | None) -> Key | None:
 
 
 def guard_ray_token(embedded: bool) -> None:
-    """Lets only its owner read Ray's own token file, which Ray would make readable by others.
-
-    A missing one is made if Ray is ``embedded``; a cluster has a token already.
+    """Makes Ray's token file readable by its owner only, unlike Ray; creates a missing one if Ray is ``embedded``.
 
     Raises:
-        ConfigError: the file cannot be made or changed.
+        ConfigError: the file cannot be created or changed.
     """
     if os.environ.get("RAY_AUTH_TOKEN") or os.environ.get("RAY_AUTH_TOKEN_PATH"):
         return
@@ -99,14 +90,14 @@ def guard_ray_token(embedded: bool) -> None:
 
 
 class Rates:
-    """Token buckets of ``per_minute`` requests."""
+    """Token buckets, one for each name."""
 
     def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
         self._clock = clock
         self._buckets: dict[str, tuple[float, float]] = {}
 
     def wait_s(self, name: str, per_minute: int) -> float:
-        """Counts the request and returns 0, or returns the seconds until ``name`` may ask."""
+        """Counts a request and returns 0, or returns the seconds until ``name`` may ask again."""
         now = self._clock()
         tokens, then = self._buckets.get(name, (float(per_minute), now))
         tokens = min(float(per_minute), tokens + (now - then) * per_minute / 60)

@@ -33,7 +33,7 @@ _ERROR = {
     "content": {"application/json": {"schema": {"type": "object", "required": ["error"]}}},
 }
 _UNREADABLE = "body: is not JSON that can be read: is it UTF-8, not compressed, and not nested thousands deep?"
-"""Words for the one error 400 that is FastAPI's own."""
+"""Message for the 400 that FastAPI itself raises."""
 _REFUSALS: dict[int | str, dict[str, Any]] = {
     status: _ERROR for status in (400, 401, 403, 404, 408, 413, 429, 503, 504)
 }
@@ -112,8 +112,6 @@ def _routes(engines: Engines, config: SpinConfig, desk: "_Desk") -> APIRouter:
 
 
 class _Desk:
-    """The way of a request through limits and engine."""
-
     def __init__(self, engines: Engines, config: SpinConfig, metrics: Metrics) -> None:
         self._engines, self.config, self.metrics = engines, config.serving, metrics
         self.slots = Slots(config.serving.max_concurrent)
@@ -170,7 +168,6 @@ class _Until:
 
 
 async def _events(first: str, items: _Until) -> AsyncIterator[str]:
-    """Yields the stream; a failed one ends with an error event and ``[DONE]``."""
     item: Item | None = first
     try:
         while item is not None:

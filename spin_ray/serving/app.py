@@ -1,9 +1,9 @@
 """The Ray Serve application.
 
 client ─> Serve proxy ─> Ingress (keys, limits, names, OpenAI errors) ─> engine of an iterate (vLLM)
-                              └── hears from ── Keeper (follows RUN/LATEST, starts, probes and retires engines)
+                            └─ reads the table of ─> Keeper (follows RUN/LATEST; starts, probes and retires engines)
 
-On one machine ``front.Front`` stands in place of proxy and ingress.
+On one machine ``front.Front`` replaces proxy and ingress.
 """
 
 import asyncio
@@ -29,7 +29,7 @@ from spin_ray.serving.keeper import ENGINE_PREFIX, Keeper
 
 APP = "spin-ray"
 STOP_MARGIN_S = 10.0
-"""Seconds beyond ``serving.request_timeout_s`` in which the last streams are told of their end."""
+"""Seconds for the last events of streams, after ``serving.request_timeout_s``."""
 
 
 @serve.ingress()
@@ -42,10 +42,7 @@ class Ingress:
 
 
 def endpoint(run_folder: str, config: SpinConfig, keeper: Any, *, proxied: bool = False) -> FastAPI:
-    """Builds the HTTP interface to a keeper's engines. It needs a running event loop.
-
-    Its process then collects garbage as Python does by default: each collection stops every answer, so they are short.
-    """
+    """Builds the HTTP interface to a keeper's engines; needs a running event loop."""
     engines = ServeEngines(keeper)
     keys = read_keys(config.serving.keys) if config.serving.keys else []
     app = make_app(engines, config, keys, VoteStore(votes_url(run_folder, config)), proxied=proxied)
@@ -79,10 +76,10 @@ def keeper(run_folder: str, config: SpinConfig, engines: str = ENGINE_PREFIX) ->
 def build(args: dict[str, Any]) -> serve.Application:
     """Builds the application for a RayService's ``serveConfigV2``.
 
-    ``args`` has ``run`` (the folder) and settings such as ``serving.models: all``.
+    ``args`` has ``run`` (the run folder) and settings such as ``serving.models: all``.
 
     Raises:
-        UserError: the run or the settings cannot be used, or keys are missing.
+        UserError: the run or the settings cannot be used, or ``serving.keys`` is missing.
     """
     settings = {
         key: value if isinstance(value, str) else json.dumps(value) for key, value in args.items() if key != "run"
@@ -97,7 +94,7 @@ def build(args: dict[str, Any]) -> serve.Application:
 
 
 def votes_url(run_folder: str, config: SpinConfig) -> str | URL:
-    """Returns the database of votes; those of a run on a store are kept in this machine's cache."""
+    """Returns the votes' database; for a run in an object store, a file in this machine's cache."""
     if config.serving.votes:
         return config.serving.votes
     folder = Path(run_folder)

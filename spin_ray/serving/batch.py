@@ -28,7 +28,7 @@ from spin_ray.serving.stopping import stop_serving
 
 
 def compare_file(run: RunDir, config: SpinConfig, prompts: Path, options: dict[str, Any], out: IO[str]) -> int:
-    """Writes one JSON line per row of ``prompts``, in order, and returns how many.
+    """Writes one JSON line per row of ``prompts``, in order; returns the number of rows.
 
     ``options`` are fields of ``CompareBody``; row i gets seed ``options["seed"]`` + i.
 
@@ -43,7 +43,7 @@ def compare_file(run: RunDir, config: SpinConfig, prompts: Path, options: dict[s
         raise DataError(f"{prompts}: has no rows")
     connect_for(run, config)
     serve.start(proxy_location="Disabled")
-    app = f"spin-ray-compare-{secrets.token_hex(4)}"  # unlike those of a server on this cluster
+    app = f"spin-ray-compare-{secrets.token_hex(4)}"  # not a server's name: one may run on this cluster
     engines = f"{app}.{ENGINE_PREFIX}"
     try:
         handle = serve.run(keeper(str(run.storage.root), config, engines), name=app, route_prefix=None)
@@ -54,7 +54,7 @@ def compare_file(run: RunDir, config: SpinConfig, prompts: Path, options: dict[s
 
 
 def check_published(run: RunDir, models: list[str]) -> None:
-    """Raises ConfigError if one of the models is none that the run has published; a server would wait for it."""
+    """Raises ConfigError if a model is not published; a server would wait for it."""
     there = [*wanted(run, (ALL,))[0], LATEST]
     if missing := [name for name in models if name not in there]:
         raise ConfigError(
@@ -63,10 +63,10 @@ def check_published(run: RunDir, models: list[str]) -> None:
 
 
 def read_rows(file: Path, options: dict[str, Any]) -> Iterator[CompareBody]:
-    """Reads rows with ``messages`` or ``prompt``; drops the assistant's last answer.
+    """Reads rows with ``messages`` or ``prompt``; drops a last message of the assistant.
 
     Raises:
-        DataError: the file cannot be read, or a line is no such row.
+        DataError: the file or a row cannot be read.
     """
     try:
         lines = file.read_text(encoding="utf-8").splitlines()
@@ -85,7 +85,7 @@ def read_rows(file: Path, options: dict[str, Any]) -> Iterator[CompareBody]:
 
 
 async def compare_rows(engines: Engines, config: SpinConfig, bodies: list[CompareBody], out: IO[str]) -> None:
-    """Writes one line per body, in order; a refused one becomes a line with an error."""
+    """Writes one line per body, in order; the line of a refused body has an error."""
     room = asyncio.Semaphore(max(1, config.serving.max_concurrent // 2))
 
     async def one(body: CompareBody) -> dict[str, Any]:

@@ -1,7 +1,4 @@
-"""Bodies of requests.
-
-Fields that steer the engine or the prompt (chat templates, tools, …) are not listed, hence refused by name.
-"""
+"""Bodies of requests. Fields that steer engine or prompt (tools, …) are left out, so that pydantic refuses them."""
 
 from typing import Annotated, Any, Literal, Self
 
@@ -9,7 +6,7 @@ from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Fie
 from pydantic_core import PydanticCustomError
 
 MAX_CHOICES = 16
-"""Most prompts in a request, and most answers (``n``) to each."""
+"""Most prompts in a request, and most answers (``n``) to each prompt."""
 MAX_STOPS = 4
 _NOTHING: dict[str, tuple[Any, ...]] = {
     "tool_choice": ("none", "auto"), "function_call": ("none", "auto"), "parallel_tool_calls": (True, False),
@@ -18,7 +15,7 @@ _NOTHING: dict[str, tuple[Any, ...]] = {
     "skip_special_tokens": (True,), "spaces_between_special_tokens": (True,), "include_stop_str_in_output": (False,),
     "include_obfuscation": (False,),
 }  # fmt: skip
-"""Values by which fields that are not offered ask for nothing, besides null and what is empty."""
+"""Neutral values of unsupported fields, besides null and empty ones: such a field is dropped, not refused."""
 _LABELS = ("user", "metadata", "store", "service_tier", "safety_identifier", "prompt_cache_key")
 
 
@@ -55,7 +52,6 @@ class Body(BaseModel):
     @model_validator(mode="before")
     @classmethod
     def _without_empty_fields(cls, given: Any) -> Any:
-        """Drops fields that are not offered and ask for nothing."""
         if not isinstance(given, dict):
             return given
         return {
@@ -66,7 +62,7 @@ class Body(BaseModel):
 
 
 class Sampling(Body):
-    """Settings of sampling; the defaults are vLLM's neutral ones: temperature 1, nothing truncated."""
+    """Sampling settings; the defaults are vLLM's: temperature 1, nothing truncated."""
 
     temperature: Annotated[float, Field(ge=0, le=2)] | None = None
     top_p: Annotated[float, Field(gt=0, le=1)] | None = None
@@ -219,6 +215,6 @@ class CompareBody(Sampling):
 
 
 def plain(messages: list[Message]) -> list[dict[str, str]]:
-    """Returns messages in the roles that chat templates know."""
+    """Returns messages with roles that chat templates know."""
     roles = {"developer": "system"}
     return [{"role": roles.get(message.role, message.role), "content": message.text} for message in messages]

@@ -1,4 +1,4 @@
-"""Fewer, larger pieces of a stream, which cost Ray Serve less CPU."""
+"""Streams in fewer, larger pieces, which cost Ray Serve less CPU."""
 
 import asyncio
 from collections.abc import AsyncGenerator, AsyncIterator
@@ -8,7 +8,7 @@ from spin_ray.serving.engines import Item
 
 
 async def in_bursts(pieces: AsyncIterator[Item], interval_s: float) -> AsyncGenerator[Item, None]:
-    """Yields the first piece at once, then all that have come, at most every ``interval_s`` seconds.
+    """Yields the first piece at once, and the later ones joined, at most every ``interval_s`` seconds.
 
     Closing this generator closes ``pieces``, which aborts the engine's work.
     """

@@ -17,7 +17,7 @@ NOTE = (
 
 
 async def compare(engines: Engines, body: CompareBody, config: SpinConfig) -> dict[str, Any]:
-    """Returns the answers of ``body.models``; with ``logprobs`` also each one's log p under each model.
+    """Returns the answers of ``body.models``; with ``logprobs``, also log p of each answer under each model.
 
     Raises:
         UnknownModel: a model does not serve.
@@ -48,9 +48,10 @@ async def compare(engines: Engines, body: CompareBody, config: SpinConfig) -> di
 
 
 def margins(iterates: list[str], answers: list[dict[str, Any]], config: SpinConfig) -> list[dict[str, Any]]:
-    """Returns the SPIN margin of the newest iterate p against each other iterate q.
+    """Returns the SPIN margins of the newest iterate p against each other iterate q.
 
-    beta · [log p(y)/q(y) − log p(y′)/q(y′)] with y the answer of p, y′ that of q, beta of the iteration that made p.
+    A margin is beta · [log p(y)/q(y) − log p(y′)/q(y′)]: y is the answer of p (not a human response), y′ that of q.
+    beta is that of the iteration that made p.
     """
     policy = max(range(len(iterates)), key=lambda index: age(iterates[index]))
     if iterates[policy] == "sft":

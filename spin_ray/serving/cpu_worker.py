@@ -1,7 +1,4 @@
-"""A module that allows AMX kernels.
-
-vLLM imports it in each worker process (``worker_extension_cls``) before anything computes.
-"""
+"""Permission for AMX kernels. vLLM imports this module (``worker_extension_cls``) before a worker computes."""
 
 from spin_ray.runtime import cpu
 

@@ -19,15 +19,15 @@ from spin_ray.serving.poison import PoisonList, request_digest
 logger = logging.getLogger("ray.serve")
 
 CHAT, COMPLETION, TOKENS = "chat", "completion", "tokens"
-"""Operations of an engine. ``tokens``: a given answer with its token ids, as if sampled."""
+"""Operations of an engine. ``tokens`` returns a given answer with token ids, as if sampled."""
 
 Item = str | dict[str, Any]
-"""Server-sent events as text, or a whole answer as an object."""
+"""Server-sent events as text, or an object: a whole answer or an ``error``."""
 
 _HEAR_S = 10.0
-"""Seconds after which a keeper without news answers."""
+"""Seconds after which the keeper answers even without news."""
 _SUSPECT_S = 12.0
-"""Seconds for which an engine that died here is taken as down; by then the keeper knows better."""
+"""Seconds for which an engine counts as down after its death was seen here. Then the keeper's table is up to date."""
 DOWN_RETRY_S = 5
 ENGINE_DIED = "the engine ended while it served this request; it starts again"
 
@@ -52,13 +52,13 @@ class Engines(Protocol):
         Closing the iterator aborts the engine's work.
 
         Raises:
-            Refusal: the engine is gone, down or fails, or died of the same request before.
+            Refusal: the engine is gone, down or fails, or an engine died of the same request before.
         """
         ...
 
 
 class ServeEngines:
-    """Ray Serve applications of the keeper."""
+    """The engines that the keeper runs as Ray Serve applications."""
 
     def __init__(self, keeper: Any) -> None:
         self.names = Names()
@@ -81,9 +81,9 @@ class ServeEngines:
         return (self._reported | {name for name, until in self._suspected.items() if until > now}) & set(self._engines)
 
     async def follow(self) -> None:
-        """Follows the keeper's table for ever; keeps the last one while the keeper is away.
+        """Follows the keeper's table for ever; the last table holds while the keeper is away.
 
-        The models of the last one stay known until a restarted keeper has looked after each.
+        Models of that table stay known until a restarted keeper has dealt with each.
         """
         version, keeper = -1, None
         while True:
@@ -101,7 +101,7 @@ class ServeEngines:
                 await asyncio.sleep(1)
 
     def _take(self, table: dict[str, Any]) -> None:
-        """Takes a table over, handles first: every name must have one."""
+        """Takes over a table. Handles come first: every name must have one."""
         if table["settled"]:
             self._kept = {}
         engines = self._kept | table["engines"]
@@ -160,11 +160,7 @@ class ServeEngines:
 
 
 async def whole(engines: Engines, iterate: str, operation: str, fields: dict[str, Any]) -> dict[str, Any]:
-    """Returns the answer as one object.
-
-    Raises:
-        Refusal: the engine refuses or fails.
-    """
+    """Returns the answer as one object; raises Refusal if the engine refuses or fails."""
     answer: Any = engines.answer(iterate, operation, fields)
     async with aclosing(answer) as items:
         async for item in items:

@@ -23,9 +23,9 @@ _WORDS = {
     "int_type": "must be a whole number", "int_from_float": "must be a whole number", "float_type": "must be a number",
     "dict_type": "must be an object", "model_type": "must be an object", "model_attributes_type": "must be an object",
 }  # fmt: skip
-"""Words for pydantic's types of errors, in place of its own, which speak of Python's types."""
+"""Messages by pydantic's type of error; pydantic's own speak of Python's types."""
 _NAMED = ("stream_options", "top_logprobs", "max_tokens")
-"""Types of errors about several fields; their messages begin with the field's name."""
+"""Error types about several fields; their messages begin with the field's name."""
 
 
 class Refusal(Exception):
@@ -64,7 +64,7 @@ def _printable(text: str | None) -> str | None:
 
 
 def from_engine(error: dict[str, Any]) -> Refusal:
-    """Returns vLLM's 4xx and a dead engine's 503 as they are, anything else as 500."""
+    """Keeps vLLM's 4xx and the 503 of a dead engine; makes every other error a 500."""
     code = error.get("code")
     if code == 503:
         return Refusal(503, error["message"], code="engine_down", retry_s=error.get("retry_s", 1))
@@ -74,9 +74,9 @@ def from_engine(error: dict[str, Any]) -> Refusal:
 
 
 def from_validation(errors: Any) -> Refusal:
-    """Returns pydantic's first problem, named as in the body."""
+    """Returns pydantic's first problem, with the field's name in the body."""
     field = errors[0]["loc"][:2]
-    # Of a value that may have several forms, an error about its limits tells more than one about another form.
+    # Prefers an error about a limit to one about a type: a field may have several types.
     first = min((it for it in errors if it["loc"][:2] == field), key=lambda it: it["type"].endswith("_type"))
     where = _where(first)
     if first["type"] == "extra_forbidden":
@@ -93,8 +93,7 @@ def from_validation(errors: Any) -> Refusal:
 
 
 def _where(error: Any) -> str:
-    """Returns the field of an error as in the body; none of the body itself."""
-    if error["type"] == "json_invalid":  # it has the place in the text
+    if error["type"] == "json_invalid":  # its ``loc`` is a position in the text
         return ""
     is_known = error["type"] != "extra_forbidden"
     return ".".join(str(part) for part in error["loc"] if part != "body" and (_is_field(part) or not is_known))
@@ -107,5 +106,5 @@ def _in_words(error: Any) -> str:
 
 
 def _is_field(part: str | int) -> bool:
-    """Tells a field's name or an index from pydantic's names of a union's forms."""
+    """Tells whether ``part`` is a field's name or an index; the names of a union's members are neither."""
     return isinstance(part, int) or (re.fullmatch(r"[a-z_]+", part) is not None and part not in ("str", "int"))

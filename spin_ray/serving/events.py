@@ -24,7 +24,6 @@ class HeldStream(StreamingResponse):
 
 
 END = f"data: {DONE}\n\n"
-"""The last event."""
 
 
 def event(told: dict[str, Any]) -> str:
@@ -32,11 +31,11 @@ def event(told: dict[str, Any]) -> str:
 
 
 def objects(events: str) -> list[dict[str, Any] | None]:
-    """Returns the object of each of the whole ``events``, None for the last of a stream."""
+    """Returns the object of each event in whole ``events``; None stands for ``[DONE]``."""
     told = [each.removeprefix("data:").strip() for each in events.split("\n\n") if each.strip()]
     return [None if data == DONE else json.loads(data) for data in told]
 
 
 def rewrite(events: str, change: Callable[[dict[str, Any]], dict[str, Any]]) -> str:
-    """Applies ``change`` to the object of each of the whole ``events``."""
+    """Applies ``change`` to the object of each event in whole ``events``."""
     return "".join(END if told is None else event(change(told)) for told in objects(events))

@@ -1,7 +1,4 @@
-"""The endpoint of one machine: this process answers, without Ray Serve's proxy between clients and engines.
-
-client ─> uvicorn here (keys, limits, names, OpenAI errors) ─> engine of an iterate (vLLM)
-"""
+"""The endpoint of one machine: this process answers, without Ray Serve's proxy."""
 
 import logging
 import socket
@@ -21,10 +18,10 @@ from spin_ray.serving.heads import LimitedHeads
 from spin_ray.serving.limits import access_log
 
 LOG = "ingress_front.log"
-"""File in the folder ``logs/serve`` of Ray's session."""
+"""File in ``logs/serve`` of Ray's session."""
 _BACKLOG = 2048
 _KEEP_ALIVE_S = 90
-"""Seconds that an idle connection stays open, as at Ray Serve's proxies; proxies in front keep theirs for 60 s."""
+"""Seconds before an idle connection closes, as at Ray Serve's proxies; a proxy in front closes after 60 s."""
 _LOG_BYTES = 100 * 2**20
 
 
@@ -42,12 +39,10 @@ def listen(serving: ServingConfig) -> socket.socket:
 
 
 class Front:
-    """An HTTP server in a thread, whose engines are those of a keeper."""
-
     def __init__(self, run_folder: str, config: SpinConfig, keeper: Any, port: socket.socket) -> None:
         _log_beside_ray_serve()
         self.port = port.getsockname()[1]
-        """The port that listens, also where ``serving.port`` is 0."""
+        """The listening port, also if ``serving.port`` is 0."""
         self._stop_s = config.serving.request_timeout_s + STOP_MARGIN_S
         self._server = uvicorn.Server(
             uvicorn.Config(
@@ -70,23 +65,18 @@ class Front:
 
     @property
     def answers(self) -> bool:
-        """Tells whether requests are taken.
-
-        Raises:
-            StageError: the server has ended.
-        """
+        """Tells whether the server accepts requests; raises StageError if it has ended."""
         if not self._thread.is_alive():
             raise StageError("the HTTP server has ended; the lines above, or its log, say why")
         return self._server.started
 
     def stop(self) -> None:
-        """Takes no more requests and waits for the answers that have begun, each within its own time limit."""
+        """Accepts no more requests and waits for running answers, each within its own time limit."""
         self._server.should_exit = True
         self._thread.join(self._stop_s + STOP_MARGIN_S)
 
 
 def _log_beside_ray_serve() -> None:
-    """Sends what Ray Serve and this package's serving log, accesses too, to a file beside those of the replicas."""
     node: Any = global_worker.node
     folder = Path(node.get_logs_dir_path()) / "serve"
     folder.mkdir(exist_ok=True)

@@ -1,4 +1,4 @@
-"""Limits of a request's head, its URL and headers, before any key is read: uvicorn sets none."""
+"""Limits of a request's head (URL and headers) before any key is read. uvicorn sets none."""
 
 import asyncio
 import sys
@@ -9,16 +9,16 @@ from uvicorn.protocols.http.httptools_impl import STATUS_LINE, HttpToolsProtocol
 from spin_ray.serving.errors import Refusal
 
 LONGEST_HEAD = 2**16
-"""Most bytes of URL and headers, of trailers, and of what comes without ending a head or adding to a body."""
+"""Most bytes of a head, of trailers, and of data that neither ends a head nor adds to a body."""
 HEAD_S = 30.0
-"""Longest time from a head's first byte, or from the connection, to its end, in seconds."""
+"""Longest time from the connection, or from a head's first byte, to the head's end, in seconds."""
 
 
 class LimitedHeads(HttpToolsProtocol):
     """A connection that is closed with 431 after too long a head, and with 408 after too slow a one.
 
-    One on which nothing has come is closed without words: browsers open some in advance and show what they find there.
-    Trailers, which follow a body in chunks, are dropped. Offers of another protocol are ignored.
+    A connection without data is closed without a response: browsers open some in advance and would show it.
+    Trailers of a chunked body are dropped. Offers of another protocol (``Upgrade``) are ignored.
     """
 
     def __init__(self, *arguments: Any, **options: Any) -> None:
@@ -80,9 +80,9 @@ class LimitedHeads(HttpToolsProtocol):
             super().on_message_complete()
 
     def _unsupported_upgrade_warning(self) -> None:
-        """Reads a request that offers ``h2c``, as Java's client does, again without the offer (RFC 9110, 7.8).
+        """Parses a request that offers ``h2c``, as Java's client does, again without the offer (RFC 9110, 7.8).
 
-        The parser takes what follows the head for the other protocol; its error says where that begins.
+        The parser stops after the head; its error says where the rest begins.
         """
         error = sys.exc_info()[1]
         if not self._is_offer or error is None:
@@ -92,7 +92,6 @@ class LimitedHeads(HttpToolsProtocol):
         self._rest = b"".join([*head, b"\r\n", self._piece[error.args[0] :]])
 
     def _count(self, length: int) -> None:
-        """Counts a part of a head, or of trailers; stops the parser by an error after too many."""
         self._fields += length
         if self._fields > LONGEST_HEAD:
             self._give_up(431)
@@ -110,8 +109,8 @@ class LimitedHeads(HttpToolsProtocol):
         self._stop_timer()
         if self.transport.is_closing():
             return
-        is_answering = self.cycle is not None and not self.cycle.response_complete  # words would garble the answer
-        if status == 408 and is_answering:  # which may keep the head's end in the socket
+        is_answering = self.cycle is not None and not self.cycle.response_complete  # an error would garble that answer
+        if status == 408 and is_answering:  # reading may be paused, with the head's end in the socket
             self._start_timer()
             return
         if self._is_in_head and not is_answering:

@@ -1,4 +1,4 @@
-"""The end of a prompt that the model says again and the client must not see; see ``inputs/rendering.py``."""
+"""The end of the prompt's text that the model samples itself (``inputs/rendering.py``); clients must not see it."""
 
 from collections import defaultdict
 from collections.abc import AsyncGenerator
@@ -37,13 +37,12 @@ class _Answer:
 
 
 class _Beginning:
-    """The beginning of a text, kept until it equals or differs from ``held_back``."""
+    """The beginning of a text, kept until it equals ``held_back`` or differs."""
 
     def __init__(self, held_back: str) -> None:
         self._held_back, self._kept, self._is_open = held_back, "", True
 
     def pass_on(self, text: str, ended: bool) -> str:
-        """Returns the text that may go out after ``text``."""
         if not self._is_open:
             return text
         self._kept += text

@@ -1,6 +1,6 @@
-"""One iterate behind one vLLM engine, or a frozen model and the adapters of all iterates.
+"""A vLLM engine of one iterate, or of a frozen model and the adapters of all iterates.
 
-It adds to ``ray.serve.llm`` that files are checked first, and conversations are rendered as in training.
+Unlike ``ray.serve.llm``, it checks files first and renders conversations as in training.
 """
 
 import asyncio
@@ -36,14 +36,14 @@ from spin_ray.serving.held_back import without_held_back
 from spin_ray.serving.iterates import Iterate, open_iterate
 
 MOST_ADAPTERS = 8
-"""Most adapters in one batch; vLLM keeps room on the device for each."""
+"""Most adapters in one batch; vLLM reserves device memory for each."""
 _WATCH_S = 0.2
 _LAST_WORDS_S = 0.3
-"""Seconds from the death of vLLM's engine to the end of its replica, in which running requests hear of it."""
+"""Seconds that the replica outlives vLLM's engine, so that running requests get their error."""
 
 
 class LocalFolder(CallbackBase):
-    """A callback that starts no worker to find the model."""
+    """A callback that keeps Ray from starting a worker to find the model."""
 
     async def on_before_node_init(self) -> None:
         self.ctx.run_init_node = False
@@ -56,11 +56,7 @@ class IterateEngine(LLMServer):
         await super().__init__(llm_config, engine_cls=None if config.serving.resources.gpus else _cpu_engine())
 
     async def start(self) -> None:
-        """Checks the folder again and starts the engine.
-
-        Raises:
-            RunDirError: the folder has changed since it was checked.
-        """
+        """Starts the engine; raises RunDirError if the folder has changed since it was checked."""
         cpu.prepare(self._config.serving.resources.threads)
         folder, model = self._iterate.folder, self._config.model
         found = open_unchanged(folder, self._iterate.name, trust_remote_code=model.trust_remote_code)
@@ -77,7 +73,7 @@ class IterateEngine(LLMServer):
         collect_as_usual()
 
     async def _end_with_the_engine(self) -> None:
-        """Ends this process soon after vLLM's engine has died, so that Ray Serve starts another one at once."""
+        """Ends this process after vLLM's engine has died: Ray Serve then starts another at once."""
         while not self._client.errored:
             await asyncio.sleep(_WATCH_S)
         await asyncio.sleep(_LAST_WORDS_S)
@@ -128,7 +124,7 @@ class IterateEngine(LLMServer):
                 yield burst
 
     async def _load_adapter(self, name: str) -> None:
-        """Loads the adapter of an iterate that is asked for the first time, in each replica and after each restart.
+        """Loads an iterate's adapter at the first request for it.
 
         Raises:
             RunDirError: a file is missing or has changed, or the adapter is of another model.
@@ -157,7 +153,7 @@ class IterateEngine(LLMServer):
         messages = [{"role": message["role"], "content": message["content"]} for message in request.messages]
         ids = self._prompt_ids(self._with_system(messages))
         self._check_ids(ids, "messages")
-        # One place stays free: vLLM scores an answer as a prompt, and must write a token after it.
+        # One position stays free: vLLM scores an answer as a prompt, and must sample a token after it.
         room = self._config.model.max_length - 1 - len(ids)
         if room < 1:
             raise RenderError(
@@ -168,7 +164,7 @@ class IterateEngine(LLMServer):
         return list(request.messages), [tokens_input(ids)]
 
     def _prompt_ids(self, messages: list[dict[str, str]]) -> list[int]:
-        """Returns the ids that the model continues: a new answer, or the last message if it is the assistant's."""
+        """Returns the ids to continue; the turn of a last assistant message stays open."""
         if messages[-1]["role"] != "assistant":
             return self._renderer.render_prompt(messages)
         rendered = self._renderer.render(messages)
@@ -177,7 +173,7 @@ class IterateEngine(LLMServer):
     def _check_ids(self, ids: list[int], field: str) -> None:
         """Refuses ids without a row in the embedding.
 
-        vLLM's own check allows all ids of the tokenizer, too, and its engine dies of those without a row.
+        vLLM allows all ids of the tokenizer, and its engine dies of such an id.
         """
         wrong = next((token for token in ids if not 0 <= token < self._vocabulary), None)
         if wrong is not None:
@@ -186,7 +182,7 @@ class IterateEngine(LLMServer):
             )
 
     def _room(self, prompt: Any) -> int:
-        """Returns the tokens that fit after the longest of a completion's prompts.
+        """Returns the number of tokens that fit after the longest prompt.
 
         Raises:
             RenderError: a prompt does not fit, or has an id without a row in the embedding.
@@ -205,7 +201,7 @@ class IterateEngine(LLMServer):
         return most
 
     def _as_sampled(self, messages: list[dict[str, str]], content: str, finish_reason: str) -> dict[str, Any]:
-        """Returns a given answer in the form of one sampled with ``return_token_ids``."""
+        """Returns a given answer as if sampled with ``return_token_ids``."""
         asked = self._with_system(messages)
         rendered = self._renderer.render([*asked, {"role": "assistant", "content": content}])
         response = rendered.real_ids if finish_reason == "stop" else rendered.real_ids[:-1]
@@ -237,11 +233,7 @@ async def _pieces(stream: Any) -> AsyncGenerator[Item, None]:
 
 
 def build_engine(iterate: Iterate, config: SpinConfig, run_folder: str = "") -> serve.Application:
-    """Builds the application of one iterate, or of all that are adapters on it, without a route.
-
-    Args:
-        run_folder: run whose adapters the engine loads.
-    """
+    """Builds an application without a route, for one iterate or for all adapters of ``run_folder`` on it."""
     serving = config.serving
     engine = config.resolve_dtype(serving.engine or config.generation.engine)
     trusts, on_cpu = config.model.trust_remote_code, not serving.resources.gpus
@@ -282,16 +274,16 @@ def build_engine(iterate: Iterate, config: SpinConfig, run_folder: str = "") -> 
 
 
 def _for_adapters(config: SpinConfig, folder: Path) -> dict[str, Any]:
-    """Returns arguments that let one batch hold answers of several iterates on the model in ``folder``.
+    """Returns arguments for batches over several adapters of the model in ``folder``.
 
-    Without names of layers vLLM also wraps the head. On CPU it then dies of log-probs of a prompt beside another
-    request, as the head has a row for each token and an adapter for each request.
+    Without ``lora_target_modules`` vLLM also wraps the LM head. On CPU the engine then dies if prompt log-probs and
+    another request share a batch: the head has a row per token, but an adapter per request.
     """
     lora = config.train.lora
     if not config.commits_adapters or lora is None:
         return {}
     names = layer_names(folder) if isinstance(lora.target_modules, str) else lora.target_modules
-    last = {name.rpartition(".")[2] for name in names}  # vLLM finds no layer by a part of its name in the model
+    last = {name.rpartition(".")[2] for name in names}  # vLLM compares the last part of a layer's name, or all of it
     most = min(config.iterations, MOST_ADAPTERS)
     return lora_arguments(lora.rank, most=most) | {"lora_target_modules": sorted(last)}
 

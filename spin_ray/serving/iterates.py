@@ -17,7 +17,7 @@ ALL = "all"
 
 @dataclass(frozen=True, slots=True)
 class Iterate:
-    """A checked folder of a model, or of an adapter."""
+    """A checked model or adapter folder."""
 
     name: str
     folder: Path
@@ -26,24 +26,24 @@ class Iterate:
     date: datetime | None = None
     """The run's date, which the chat template may write."""
     source: Artefact | None = None
-    """The model in the run. None: the start model."""
+    """The folder in the run. None: the start model."""
     base: "Iterate | None" = None
     """Frozen model below an adapter."""
 
     @property
     def engine(self) -> "Iterate":
-        """The model whose engine answers: all adapters share that of the model below them."""
+        """The model whose engine answers: for an adapter, its base."""
         return self.base or self
 
     def here(self) -> Self:
-        """Returns the iterate in a folder of this machine, which fetches it from a store if it lacks it."""
+        """Returns the iterate with a folder on this machine, fetched from the store if it is missing."""
         return replace(self, folder=self.source.local_folder()) if self.source else self
 
 
 def wanted(run: RunDir, models: tuple[str, ...]) -> tuple[list[str], str | None]:
-    """Returns the iterates that should serve, oldest first, and the one that ``latest`` should mean.
+    """Returns the iterates that should serve, oldest first, and the one that ``latest`` means.
 
-    Iterates newer than RUN/LATEST do not count.
+    Iterates newer than RUN/LATEST are left out.
     """
     published = run.latest()
     newest = iterate_number(published) if published else 0
@@ -56,7 +56,7 @@ def wanted(run: RunDir, models: tuple[str, ...]) -> tuple[list[str], str | None]
 
 
 def check_models(run: RunDir, models: tuple[str, ...]) -> None:
-    """Raises ConfigError if a name is no iterate's, or the run has published none of them."""
+    """Raises ConfigError if a name is no iterate's, or none of the iterates is published."""
     for name in models:
         if read_iterate(name) is None and name not in (LATEST, ALL):
             raise ConfigError(f"serving.models: {name!r} is none of sft, iter-0, iter-1, …, {LATEST}, {ALL}")
@@ -65,7 +65,7 @@ def check_models(run: RunDir, models: tuple[str, ...]) -> None:
 
 
 def open_iterate(run: RunDir, name: str) -> Iterate:
-    """Opens a model folder after checking its digests.
+    """Opens a model or adapter folder and checks its digests.
 
     Raises:
         RunDirError: a file is missing or has changed.

@@ -1,7 +1,7 @@
 """The keeper of the engines, which follows ``RUN/LATEST``.
 
-    LATEST moves ─> open (digests) ─> start beside the old one ─> probe ─> the table changes ─> every ingress hears
-                                                                                └─> the old engine drains, then goes
+    LATEST moves ─> check digests ─> start beside the old engine ─> probe ─> change the table ─> every ingress reads it
+                                                                                  └─> drain and delete the old engine
 
 The old engine stays if any step fails. Application names hold digests, so a restarted keeper finds its engines.
 """
@@ -32,9 +32,8 @@ from spin_ray.serving.stopping import REPLICA
 logger = logging.getLogger("ray.serve")
 
 ENGINE_PREFIX = "engine."
-"""Beginning of the names of engine applications."""
+"""Prefix of the names of engine applications."""
 _LOOK_S = 0.5
-"""Seconds between two looks at the engines."""
 _ENDED = (ApplicationStatus.DEPLOY_FAILED, ApplicationStatus.NOT_STARTED)
 
 
@@ -43,14 +42,14 @@ class EngineFailed(RuntimeError):
 
 
 class Keeper:
-    """The one actor that starts and retires a server's engines. Ingress replicas serve from its table.
+    """The one actor that starts and retires a server's engines. Every ingress follows its table.
 
     ``{"keeper": "0c9f…", "version": 3, "newest": "iter-1",
     "engines": {"iter-1": {"app": "engine.iter-1.5f0c…", "digest": "5f0c…"}},
     "problems": {"iter-2": "…/model.safetensors: differs from its digest"}, "down": [],
     "starting": {"iter-3": "placed, loads"}, "running": ["engine.iter-1.5f0c…"], "settled": False}``
 
-    ``running`` has engines of an earlier keeper, too (None: not seen yet). ``settled``: nothing starts any more.
+    ``running`` includes engines of an earlier keeper (None: not seen yet). ``settled``: nothing starts any more.
     """
 
     async def __init__(self, run_folder: str, config: SpinConfig, engines: str = ENGINE_PREFIX) -> None:
@@ -80,7 +79,7 @@ class Keeper:
         self._loop = asyncio.get_running_loop().create_task(self._keep())
 
     async def table(self, known: int, wait_s: float) -> dict[str, Any]:
-        """Returns the table once its version is not ``known``, or after ``wait_s``."""
+        """Returns the table once its version differs from ``known``, or after ``wait_s``."""
         async with self._changed:
             with suppress(TimeoutError):
                 await asyncio.wait_for(self._changed.wait_for(lambda: self._version != known), wait_s)
@@ -97,12 +96,12 @@ class Keeper:
         }
 
     def check_health(self) -> None:
-        """Raises RuntimeError if the loop has ended; Ray Serve then restarts the keeper."""
+        """Raises RuntimeError if a loop has ended; Ray Serve then restarts the keeper."""
         if self._loop.done() or self._looking.done():
             raise RuntimeError("a loop of the keeper has ended")
 
     async def _look(self) -> None:
-        """Announces engines that have died, and those that are back. Ray Serve starts them again by itself."""
+        """Announces engines that died or came back; Ray Serve restarts them."""
         while True:
             await asyncio.sleep(_LOOK_S)
             try:
@@ -118,10 +117,10 @@ class Keeper:
                 await self._announce()
 
     async def _running(self) -> set[str]:
-        """Returns the applications of which some replica runs.
+        """Returns the applications that have a running replica.
 
-        Ray Serve takes up to 10 s to notice that a replica has died; Ray forgets its actor's name at once. While the
-        names are those of the last time when all engines ran, Ray Serve is not asked.
+        Ray Serve takes up to 10 s to notice a dead replica; Ray forgets its actor's name at once. So Ray Serve is only
+        asked if the names have changed since all engines ran.
         """
         actors = await asyncio.to_thread(ray.util.list_named_actors, all_namespaces=True)
         replicas = {actor["name"] for actor in actors if actor["name"].startswith(REPLICA)}
@@ -186,13 +185,12 @@ class Keeper:
         await self._announce()
 
     async def _tell(self, name: str, step: str) -> None:
-        """Puts into the table how far an engine has come."""
         if self._steps.get(name) != step:
             self._steps[name] = step
             await self._announce()
 
     async def _start(self, app: str, iterate: Iterate) -> None:
-        """Starts an engine and probes it; deletes one that fails, unless others may serve adapters on it."""
+        """Starts and probes an engine; deletes it after a failure, unless other iterates may use it."""
         deadline = time.monotonic() + self._config.serving.start_timeout_s
         try:
             async with self._deploying[app]:
@@ -236,7 +234,6 @@ class Keeper:
                 raise EngineFailed(f"its engine refused a first request ({items[0]})")
 
     async def _retire(self, names: list[str]) -> None:
-        """Takes iterates out of the table; an engine that serves no other finishes its answers and goes."""
         if not names:
             return
         gone = {self._engines.pop(name)["app"] for name in names} - self._used()
@@ -251,7 +248,7 @@ class Keeper:
             await self._ask_serve(serve.delete, app, _blocking=False)
 
     async def _remove_strays(self) -> None:
-        """Removes, once, unused engines of an earlier keeper."""
+        """Deletes unused engines of an earlier keeper, once."""
         if self._looked_for_strays or self._starting:
             return
         self._looked_for_strays = True
@@ -275,10 +272,7 @@ class Keeper:
             return await asyncio.to_thread(function, *arguments, **options)
 
     async def _ask_applications(self) -> dict[str, Any]:
-        """Returns Ray Serve's applications, not older than ``_LOOK_S`` nor than the last change.
-
-        The answer costs tens of milliseconds of CPU, here and in Ray Serve's controller.
-        """
+        """Returns Ray Serve's applications, cached for ``_LOOK_S`` or until the next change: asking costs CPU."""
         async with self._serve_lock:
             if time.monotonic() - self._asked_at > _LOOK_S:
                 self._applications = (await asyncio.to_thread(serve.status)).applications
@@ -301,7 +295,7 @@ def _step(application: Any) -> str:
 
 
 def _deploy(app: str, iterate: Iterate, config: SpinConfig, run_folder: str) -> None:
-    # vLLM's import takes seconds, which the page must not wait for, and would close Ray Serve's log.
+    # vLLM's import takes seconds, for which the page must not wait. vLLM's log settings would close Ray Serve's log.
     os.environ["VLLM_CONFIGURE_LOGGING"] = "0"
     from spin_ray.serving.iterate_engine import build_engine
 

@@ -1,4 +1,4 @@
-"""Layers before the routes, as plain ASGI."""
+"""ASGI layers around the routes."""
 
 import asyncio
 import json
@@ -21,7 +21,7 @@ from spin_ray.serving.metrics import Metrics
 access_log = logging.getLogger("ray.serve.spin_ray.access")
 
 ANSWERED = ("/v1/chat/completions", "/v1/completions", "/v1/compare", "/v1/battles")
-"""Routes that need a place."""
+"""Routes that need a place in ``Slots``."""
 _HEADERS = [
     (b"x-content-type-options", b"nosniff"),
     (b"x-frame-options", b"DENY"),
@@ -33,14 +33,13 @@ _HEADERS = [
 
 _LONGEST_ID = 128
 _REQUEST_ID = re.compile(rf"[\w.:@/+=-]{{1,{_LONGEST_ID}}}", re.ASCII)
-"""Form of an ``X-Request-ID`` that is taken over; in place of another one the request gets a fresh one."""
+"""Form of an accepted ``X-Request-ID``."""
 
 
 class Observe:
     """The outermost layer: security headers, request id, one log line per request, a body for a 500, HEAD as GET.
 
-    Routes add to the line through ``scope["state"]["log"]``. Ray Serve's proxies (``proxied``) return the request's id
-    themselves.
+    Routes add to the line through ``scope["state"]["log"]``. Ray Serve's proxies (``proxied``) return the id.
     """
 
     def __init__(self, app: ASGIApp, metrics: Metrics, proxied: bool = False) -> None:
@@ -56,7 +55,7 @@ class Observe:
         headers = _HEADERS if self._proxied else [*_HEADERS, (b"x-request-id", request_id.encode())]
         scope.setdefault("state", {})["log"] = line
         is_head = scope["method"] == "HEAD"
-        if is_head:  # of a copy: the server itself must know that it sends no body
+        if is_head:  # in a copy: the server must see HEAD, to send no body
             scope = {**scope, "method": "GET"}
 
         async def send_with_headers(message: Message) -> None:
@@ -83,7 +82,7 @@ class Observe:
 
 
 def _request_id(scope: Scope, *, proxied: bool) -> str:
-    """Returns the client's id if it is harmless, or if a proxy returns it in any case; else a fresh one."""
+    """Returns the client's id if it is harmless, or if a proxy returns it anyway; else a fresh id."""
     given = next((value for name, value in scope["headers"] if name == b"x-request-id"), b"").decode("latin-1")
     return given[:_LONGEST_ID] if _REQUEST_ID.fullmatch(given) or (proxied and given) else uuid.uuid4().hex
 
@@ -91,7 +90,7 @@ def _request_id(scope: Scope, *, proxied: bool) -> str:
 class Access:
     """The layer of keys and rates for ``/v1``: 401 without a known key, 429 above its rate.
 
-    Without keys every route needs a ``Host`` of this machine: 403 otherwise.
+    Without keys, a request whose ``Host`` is not this machine gets 403.
     """
 
     def __init__(self, app: ASGIApp, config: ServingConfig, keys: list[Key]) -> None:
@@ -125,7 +124,7 @@ class Access:
 
 
 def _check_host(scope: Scope) -> None:
-    """Refuses a page of another site whose name was made to point at this machine (DNS rebinding)."""
+    """Refuses other sites whose name was made to point at this machine (DNS rebinding)."""
     host = dict(scope["headers"]).get(b"host", b"").decode("latin-1")
     name = host.rpartition(":")[0] if re.search(r":\d*$", host) else host
     if name.strip("[]").lower() not in (*LOOPBACK, ""):
@@ -133,7 +132,7 @@ def _check_host(scope: Scope) -> None:
 
 
 class WholeBody:
-    """The layer that reads a body first: 413 if it is too large, 408 if too slow; 503 unread if no place is free."""
+    """The layer that reads the body: 413 if too large, 408 if too slow, 503 unread if no place is free."""
 
     def __init__(self, app: ASGIApp, config: ServingConfig, slots: "Slots") -> None:
         self._app, self._config, self._slots = app, config, slots
@@ -149,7 +148,7 @@ class WholeBody:
                 body = await self._read(scope, receive)
             if scope["path"] in ANSWERED and isinstance(body, bytes):
                 await self._slots.turn()
-        except Refusal as refusal:  # a second name for it would make a cycle with this frame
+        except Refusal as refusal:  # a second name would make a reference cycle with this frame
             await refusal.response()(scope, receive, send)
             return
         except TimeoutError:
@@ -178,7 +177,6 @@ class WholeBody:
 
 
 def _replay(body: bytes, receive: Receive) -> Receive:
-    """Returns a ``receive`` that gives the body in one message, then what follows."""
     waiting = [{"type": "http.request", "body": body, "more_body": False}]
 
     async def replayed() -> Message:
@@ -188,21 +186,20 @@ def _replay(body: bytes, receive: Receive) -> Receive:
 
 
 class Slots:
-    """Places for answers in this replica, without a queue."""
+    """Places for concurrent answers in this replica, without a queue."""
 
     def __init__(self, room: int) -> None:
         self._room, self.taken = room, 0
         self._turn, self._waiting = asyncio.Lock(), 0
 
     async def turn(self) -> None:
-        """Lets one request pass, then the event loop look after its sockets before the next one passes.
+        """Lets one waiting request pass in each round of the event loop.
 
-        A batch of answers ends at once, and as many requests come in: to hand all of them to engines in one go keeps
-        refusals and health checks waiting. A request that waits for its turn counts as one place, also if it asks for
-        more: ``take`` may still refuse a comparison after its turn.
+        Many at once would delay refusals and health checks. A waiting request counts as one place,
+        even if it asks for more: ``take`` may still refuse it.
 
         Raises:
-            Refusal: requests that wait for their turn will take all places (503).
+            Refusal: the waiting requests will take all places (503).
         """
         self.check(1 + self._waiting)
         self._waiting += 1
@@ -219,10 +216,10 @@ class Slots:
 
     @contextmanager
     def take(self, answers: int) -> Iterator[None]:
-        """Holds that many places.
+        """Holds ``answers`` places.
 
         Raises:
-            Refusal: too few are free (503), or exist at all (400).
+            Refusal: too few are free (503) or exist (400).
         """
         if answers > self._room:
             raise Refusal(400, f"asks for {answers} answers; at most {self._room} fit", code="too_many_answers")

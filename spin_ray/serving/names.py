@@ -1,7 +1,4 @@
-"""Names of models in requests.
-
-Iterates are ``sft`` (θ_0), ``iter-0`` (θ_1), …; ``latest`` is the newest.
-"""
+"""Names of models in requests: ``sft`` (θ_0), ``iter-0`` (θ_1), …, and ``latest``, the newest."""
 
 from collections.abc import Iterable
 
@@ -13,8 +10,6 @@ class UnknownModel(LookupError):
 
 
 class Names:
-    """Names that one ingress replica knows."""
-
     def __init__(self) -> None:
         self._iterates: tuple[str, ...] = ()
         self._newest: str | None = None
@@ -29,21 +24,13 @@ class Names:
         self._newest = newest
 
     def newest(self) -> str:
-        """Returns the iterate that ``latest`` means.
-
-        Raises:
-            UnknownModel: none serves as ``latest``.
-        """
+        """Returns the iterate that ``latest`` means; raises UnknownModel if there is none."""
         if self._newest is None:
             raise UnknownModel(f"no model serves as {LATEST!r}")
         return self._newest
 
     def resolve(self, name: str) -> str:
-        """Returns the iterate that ``name`` means.
-
-        Raises:
-            UnknownModel: it does not exist or does not serve.
-        """
+        """Returns the iterate that ``name`` means; raises UnknownModel if it does not serve."""
         if name == LATEST:
             return self.newest()
         name = api_spelling(name)

@@ -7,12 +7,12 @@ from collections.abc import Callable
 from typing import Any
 
 POISON_S = 300.0
-"""Seconds for which such a request is refused."""
+"""Seconds for which such requests are refused."""
 _NOT_CONTENT = ("model", "stream", "stream_options")
 
 
 class PoisonList:
-    """Digests of requests, kept for ``POISON_S``. The text itself is not kept."""
+    """Digests of such requests, without their text."""
 
     def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
         self._clock = clock
@@ -24,11 +24,11 @@ class PoisonList:
         self._until[digest] = now + POISON_S
 
     def wait_s(self, digest: str) -> float:
-        """Returns the seconds for which the request is still refused; 0 if it is not."""
+        """Returns the seconds for which a request is still refused, or 0."""
         return max(0.0, self._until.get(digest, 0.0) - self._clock())
 
 
 def request_digest(operation: str, fields: dict[str, Any]) -> str:
-    """Returns a digest of a request's content, the same for every model."""
+    """Returns a digest of the content, the same for every model."""
     content = {key: value for key, value in fields.items() if key not in _NOT_CONTENT}
     return hashlib.sha256(json.dumps([operation, content], sort_keys=True).encode()).hexdigest()

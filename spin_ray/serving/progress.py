@@ -1,4 +1,4 @@
-"""Progress of a server, on stderr: which engine is placed, loads, answers, and after how many seconds."""
+"""Progress of a server on stderr: the states of its engines."""
 
 import queue
 import sys
@@ -17,15 +17,13 @@ _LOOK_S = 1.0
 
 
 class Progress:
-    """The last state of each engine that the user was told."""
-
     def __init__(self, serving: ServingConfig, front: Front | None = None) -> None:
         host = f"[{serving.host}]" if ":" in serving.host else serving.host
         self._url, self._front = f"http://{host}:{front.port if front else serving.port}", front
         self._began, self._told, self._is_up, self._ready = time.monotonic(), dict[str, str](), False, False
 
     def follow(self, stop: "queue.SimpleQueue[int]") -> None:
-        """Tells what changes until a signal comes.
+        """Prints the engines' changes until a signal comes.
 
         Raises:
             StageError: the server was deleted, or has ended.
@@ -38,8 +36,8 @@ class Progress:
                 return
             try:
                 table = keeper.table.remote(-1, 0.0).result(timeout_s=5)
-            except Exception as error:  # it restarts, and the last table holds, unless it was deleted
-                if APP not in serve.status().applications:  # costs CPU that answers need: asked only here
+            except Exception as error:  # the keeper restarts, and the last table holds, unless the server was deleted
+                if APP not in serve.status().applications:  # asked only here: it costs CPU that answers need
                     raise StageError("the server was deleted by somebody else") from error
             for line in self.lines(table):
                 print(f"{time.monotonic() - self._began:5.0f} s  {line}", file=sys.stderr, flush=True)

@@ -35,7 +35,7 @@ def serve_run(run: RunDir, config: SpinConfig) -> None:
         StageError: the server did not start, or was deleted.
     """
     check_settings(run, config)
-    stop: queue.SimpleQueue[int] = queue.SimpleQueue()  # two signals at once could lock an Event
+    stop: queue.SimpleQueue[int] = queue.SimpleQueue()  # no Event: two signals at once could lock it
     front = start(run, config)
     for number in (signal.SIGINT, signal.SIGTERM):  # not earlier: Ray sets its own at its start
         take_signal(number, lambda number, _: stop.put(number))
@@ -50,8 +50,8 @@ def check_settings(run: RunDir, config: SpinConfig) -> None:
     """Checks the settings before anything starts.
 
     Raises:
-        UserError: an unknown model name, unusable keys or votes, a reachable port without keys, or GPUs that vLLM here
-            would leave alone.
+        UserError: an unknown model name, unusable keys or votes, a reachable port without keys, GPUs but a vLLM for
+            CPUs, or RAY_AUTH_MODE without tokens.
     """
     serving = config.serving
     check_models(run, serving.models)
@@ -71,8 +71,7 @@ def check_settings(run: RunDir, config: SpinConfig) -> None:
 def start(run: RunDir, config: SpinConfig) -> Front | None:
     """Opens the endpoint and returns; engines start in the background.
 
-    On this machine alone, this process is the endpoint. On a cluster, or with several ingress replicas, Ray Serve's
-    proxies and the ingress are, and None is returned.
+    Returns None if Ray Serve's proxies are the endpoint: on a cluster, or with several ingress replicas.
 
     Raises:
         UserError: no cluster answers, or it could not serve safely.
@@ -123,7 +122,7 @@ def connect_for(run: RunDir, config: SpinConfig) -> None:
 
 
 def with_room(config: SpinConfig, engines: int) -> SpinConfig:
-    """Makes an embedded Ray declare CPUs for all engines and one successor."""
+    """Sets the CPUs of an embedded Ray, for all engines and one successor."""
     if config.cluster.local_cpus:
         return config
     needed = int((engines * config.serving.max_replicas + 1) * config.serving.resources.cpus + 1)

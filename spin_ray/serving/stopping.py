@@ -1,4 +1,4 @@
-"""The end of a server: begun answers end first, unless a second signal comes."""
+"""The end of a server: running answers end first, unless a second signal comes."""
 
 import logging
 import queue
@@ -16,7 +16,7 @@ from ray.serve.exceptions import RayServeException
 logger = logging.getLogger(__name__)
 
 REPLICA = "SERVE_REPLICA::"
-"""Beginning of the names of Ray Serve's actors: ``SERVE_REPLICA::APPLICATION#DEPLOYMENT#ID``."""
+"""Prefix of Ray Serve's actors: ``SERVE_REPLICA::APPLICATION#DEPLOYMENT#ID``."""
 _LOOK_S = 0.2
 _LAST_S = 5.0
 """Seconds for Ray Serve itself to end after its replicas were killed."""
@@ -29,9 +29,9 @@ def stop_serving(
     stop: queue.SimpleQueue[int] | None = None,
     first: Callable[[], None] | None = None,
 ) -> None:
-    """Calls ``first``, deletes ``app``, then its engines; Ray Serve stops if no other application is left.
+    """Calls ``first``, deletes ``app``, then its engines; stops Ray Serve if no other application is left.
 
-    ``app`` has ``longest_s`` to end its answers. A signal in ``stop`` ends the replicas at once.
+    Answers have ``longest_s`` to end. A signal in ``stop`` ends the replicas at once.
     """
     work = threading.Thread(target=_stop, args=(app, engines, longest_s, first), daemon=True)
     work.start()
@@ -53,7 +53,7 @@ def _stop(app: str, engines: str, longest_s: float, first: Callable[[], None] | 
         _delete([name for name in names if name.startswith(engines)], longest_s)
         if not [name for name in names if not name.startswith(engines)]:
             printed = worker._worker_logs_enabled
-            worker._worker_logs_enabled = False  # Ray prints that calls of the controller end with it
+            worker._worker_logs_enabled = False  # Ray would print that calls end with the controller
             try:
                 serve.shutdown()
             finally:

@@ -1,7 +1,7 @@
-"""Both sides of a comparison, asked by the server.
+"""Both answers of a comparison, as server-sent events.
 
-Every event names its side: ``{"side": "a", "text": …}`` for a piece, then ``{"side": "a", "finish_reason": …}`` or
-``{"side": "a", "error": …}``. The first event is the comparison, the last ``[DONE]``.
+The first event is the comparison, the last ``[DONE]``. Every other event has ``side`` and ``text``, or at
+the side's end ``finish_reason`` or ``error``.
 """
 
 import asyncio
@@ -60,7 +60,7 @@ class _Side:
         self._tell = tell
 
     async def answer(self, limit_s: float) -> None:
-        """Tells the answer; keeps a whole one *before* its end is told, so that its reader can vote."""
+        """Streams the answer; stores it *before* announcing its end, so that the reader can vote."""
         try:
             async with asyncio.timeout(limit_s):
                 answer = await self._streamed()
@@ -100,11 +100,9 @@ class _Side:
         return Answer(said, finish_reason, digest)
 
     def _fail(self, refusal: Refusal) -> None:
-        """Tells a failure in words that do not name the iterate."""
         refusal.message = refusal.message.replace(self._model, "this side's iterate")
         self._tell({"side": self._side, **refusal.content()})
 
 
 def _choices(streamed: str) -> list[dict[str, Any]]:
-    """Returns the choices in whole server-sent events."""
     return [choice for told in events.objects(streamed) if told is not None for choice in told.get("choices", [])]

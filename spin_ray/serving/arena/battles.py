@@ -1,4 +1,4 @@
-"""Comparisons and votes as values."""
+"""Dataclasses of comparisons and votes."""
 
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -7,16 +7,13 @@ Side = Literal["a", "b"]
 Verdict = Literal["a", "b", "tie", "both_bad"]
 
 BATTLE_TTL_S = 3600.0
-"""Seconds in which a comparison can be voted on."""
+"""Seconds for which a comparison accepts a vote."""
 
 
 @dataclass(frozen=True, slots=True)
 class Question:
-    """The one request that both sides of a comparison answer."""
-
     messages: list[dict[str, Any]]
     sampling: dict[str, Any]
-    """Sampling fields, the seed among them."""
 
     def for_engine(self, model: str) -> dict[str, Any]:
         return {"messages": self.messages, **self.sampling, "n": 1, "stream": True, "model": model}
@@ -24,8 +21,6 @@ class Question:
 
 @dataclass(frozen=True, slots=True)
 class Battle:
-    """A comparison of two iterates."""
-
     id: str
     model_a: str
     model_b: str
@@ -41,8 +36,6 @@ class Answer:
 
 @dataclass(frozen=True, slots=True)
 class Vote:
-    """A verdict and the checkpoints that it reveals."""
-
     battle: str
     model_a: str
     model_b: str
@@ -53,7 +46,7 @@ class Vote:
 
 @dataclass(frozen=True, slots=True)
 class Tally:
-    """Number of equal verdicts on two checkpoints."""
+    """The number of equal verdicts on two checkpoints."""
 
     a: tuple[str, str]
     """Name and digest."""

@@ -1,4 +1,4 @@
-"""Votes of a run without its server."""
+"""The votes of a run, read without its server."""
 
 from collections.abc import Iterator
 from typing import Any
@@ -10,7 +10,7 @@ from spin_ray.serving.arena.votes import VoteStore
 
 
 def exported_votes(run: RunDir) -> Iterator[dict[str, Any]]:
-    """Yields the votes that prefer a side; raises UserError if there is no database of votes."""
+    """Yields the votes that prefer a side; raises UserError if the run has no database of votes."""
     config, file = run.config(), run.storage.path("votes.sqlite")
     if config.serving.votes is None and not file.is_file():
         raise UserError(f"{file}: there are no votes; spin-ray serve collects them at /")

@@ -1,14 +1,14 @@
 """Bradley-Terry ratings of votes, with bootstrap intervals, on the scale of chess.
 
-P(i preferred to j) = s_i / (s_i + s_j); evalica finds the most likely strengths s (Newman 2023, JMLR 24). Then
+P(i preferred to j) = s_i / (s_i + s_j). evalica finds the most likely strengths s (Newman 2023, JMLR 24). Then
 
     rating = 1000 + 400 · (log10 s − mean of log10 s)
 
-A tie or "both bad" is half a win for each side. Every checkpoint has also drawn once with an imaginary anchor, as one
-that only won would be rated infinite otherwise.
+A tie or "both bad" is half a win for each side. Every checkpoint also gets one draw with an imaginary anchor; without
+it, a checkpoint that always won would be rated infinite.
 
-Intervals are from the Bayesian bootstrap (Rubin 1981, Ann. Statist. 9): each game, draws with the anchor too, gets a
-weight from Exp(1). Resampled, three equal votes would have an interval of width 0.
+Intervals come from the Bayesian bootstrap (Rubin 1981, Ann. Statist. 9): each game and each draw with the anchor gets
+a weight from Exp(1). Resampling would give three equal votes an interval of width 0.
 """
 
 from collections import defaultdict
@@ -96,7 +96,7 @@ def pairings(tallies: Sequence[Tally]) -> list[Pairing]:
 
 
 def _ratings(tallies: Sequence[Tally], players: list[Checkpoint], weights: np.ndarray) -> np.ndarray:
-    """Returns ratings [P]; ``weights`` [T + P] belong to tallies, then to draws with the anchor."""
+    """Returns ratings [P]. ``weights`` [T + P] belong to the tallies, then to the draws with the anchor."""
     number = {player: i for i, player in enumerate(players)}
     anchor = len(players)
     strengths = evalica.bradley_terry(

@@ -1,6 +1,6 @@
 """The routes of the arena.
 
-A voter *can* vote often, or unmask a side by asking a named iterate the same with the same seed.
+A voter *can* vote often, and can unmask a side: a named iterate gives the same answer to the same question and seed.
 """
 
 import json
@@ -35,7 +35,7 @@ STATIC = Path(__file__).parent / "static"
 FILES = ("arena.css", "arena.js", "api.js", "leaderboard.js", "scores.js", "arena.svg")
 """Files beside ``index.html``; they need no key."""
 MAX_TEMPERATURE = 2.0
-"""Highest ``temperature`` that ``Sampling`` takes."""
+"""Highest ``temperature`` that ``Sampling`` accepts."""
 _random = random.SystemRandom()
 
 ModelName = Annotated[str, Field(min_length=1, max_length=64)]
@@ -175,7 +175,7 @@ def _add_voting(routes: APIRouter, votes: VoteStore) -> None:
 
 
 def _draw(models: list[str] | None, engines: Engines) -> tuple[str, str]:
-    """Draws two iterates, by their own names, as ``latest`` may move on."""
+    """Returns two iterates in random order; resolves ``latest``, which may move on."""
     if models is None:
         up = [iterate for iterate in engines.names.iterates if iterate not in engines.down]
         if len(up) < 2:

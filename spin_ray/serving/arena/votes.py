@@ -1,4 +1,4 @@
-"""The database of blind comparisons, one row each."""
+"""The database of blind comparisons, one row for each."""
 
 import os
 import secrets
@@ -63,7 +63,7 @@ _by_vote = Index("battles_by_vote", _battles.c.voted, _battles.c.id)
 
 
 class VoteStore:
-    """Comparisons and votes in a database of SQLAlchemy; only processes of *one machine* may share SQLite.
+    """A database of comparisons and votes; only processes of *one machine* may share SQLite.
 
     Raises:
         UserError: the URL names no usable database.
@@ -93,7 +93,7 @@ class VoteStore:
         self._engine.dispose()
 
     def start(self, model_a: str, model_b: str, question: Question) -> Battle:
-        """Adds a comparison with its request; deletes those not voted on in time."""
+        """Adds a comparison; deletes those that were not voted on in time."""
         battle = Battle(secrets.token_hex(12), model_a, model_b, question)
         now = self._clock()
         with self._transaction() as connection:
@@ -109,7 +109,7 @@ class VoteStore:
         return battle
 
     def record(self, battle: str, side: Side, answer: Answer) -> None:
-        """Keeps the first whole answer of a side, if it comes before the vote."""
+        """Stores a side's first complete answer if there is no vote yet."""
         kept = {"text": answer.text, "finish_reason": answer.finish_reason}
         first = and_(_battles.c.id == battle, _battles.c[f"digest_{side}"].is_(None), _battles.c.verdict.is_(None))
         with self._transaction() as connection:
@@ -118,11 +118,11 @@ class VoteStore:
             )
 
     def vote(self, battle: str, verdict: Verdict) -> Vote:
-        """Records the verdict; the same one again changes nothing.
+        """Records the verdict; the same verdict again changes nothing.
 
         Raises:
-            Refusal: the comparison does not exist (404) or is too old (410); an answer is missing or
-                another verdict exists (409).
+            Refusal: the comparison does not exist (404) or is too old (410), or an answer is missing or another
+                verdict exists (409).
         """
         open_still = and_(_battles.c.id == battle, _battles.c.verdict.is_(None))
         with self._transaction() as connection:
@@ -140,7 +140,7 @@ class VoteStore:
         return Vote(battle, row.model_a, row.model_b, row.digest_a, row.digest_b, verdict)
 
     def _check_votable(self, row: Row) -> None:
-        if row.created < self._clock() - BATTLE_TTL_S or row.request is None:  # an older version began it
+        if row.created < self._clock() - BATTLE_TTL_S or row.request is None:  # None: an older version began it
             raise Refusal(410, "This comparison is too old; start a new one")
         missing = [side for side in get_args(Side) if row._mapping[f"answer_{side}"] is None]
         if missing:
@@ -203,13 +203,12 @@ def _pair(row: Row) -> dict[str, Any]:
 
 
 def _add_requests(connection: Connection) -> None:
-    """Adds the column of requests to a table of an older version."""
     if "request" not in {column["name"] for column in inspect(connection).get_columns(_battles.name)}:
         connection.execute(DDL("ALTER TABLE battles ADD COLUMN request JSON"))
 
 
 def _make_private(file: str | None) -> None:
-    """Keeps a database's file to its owner (SQLite gives its log the same mode)."""
+    """Keeps the database to its owner; SQLite gives its log the same mode."""
     if file and file != ":memory:" and not file.startswith("file:"):
         with suppress(OSError):  # the connection says what is wrong
             os.close(os.open(file, os.O_CREAT | os.O_RDWR, 0o600))
@@ -217,11 +216,9 @@ def _make_private(file: str | None) -> None:
 
 
 def _make_durable(connection: Any, _record: object) -> None:
-    """Makes SQLite flush every commit; readers wait for nobody."""
     for pragma in ("journal_mode=WAL", "synchronous=FULL", "busy_timeout=10000"):
         connection.execute(f"PRAGMA {pragma}").close()
 
 
 def _reason(error: SQLAlchemyError) -> str:
-    """Returns the driver's message without the SQL statement."""
     return str(error.orig if isinstance(error, DBAPIError) else error).splitlines()[0]
