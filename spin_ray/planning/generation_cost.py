@@ -18,10 +18,10 @@ ENGINE_START_S = {"eager": 25.0, "compiled": 90.0}
 def generation_cost(
     config: SpinConfig, shape: ModelShape, device: Hardware, work: Work, jobs: tuple[int, ...]
 ) -> StageCost:
-    """Returns the cost of answering ``jobs`` prompts each.
+    """Returns the cost of answering each number of prompts in ``jobs``.
 
-    A decode step reads the weights and all keys and values once, and a tensor group sums twice a layer. A shard ends
-    with its longest response alone.
+    A decode step reads the weights and all keys and values once. A tensor group sums activations twice a layer. A
+    shard's longest response ends alone.
     """
     settings, engine = config.generation, config.resolve_dtype(config.generation.engine)
     per_shard = max(1, settings.shard_rows // settings.samples_per_prompt) * settings.samples_per_prompt
@@ -60,7 +60,6 @@ def generation_cost(
 
 
 def _sums_s(config: SpinConfig, shape: ModelShape, device: Hardware, tokens: float, passes: float) -> float:
-    """Returns the seconds of a tensor group's sums of ``tokens`` tokens in ``passes`` forward passes."""
     size = config.generation.engine.tensor_parallel_size
     width = shape.hidden * (4 if config.resolve_dtype(config.generation.engine).dtype == "float32" else 2)
     sums = Collective(

@@ -1,9 +1,4 @@
-"""``spin-ray plan``: refuses what cannot fit in memory, prints the cost of the rest.
-
-recipe ──> shape (config.json) ─┐
-       ──> rows, lengths        ├──> run_cost ──> does not fit: one line, with settings that would
-       ──> cluster             ─┘             └──> fits: tables of time and memory
-"""
+"""``spin-ray plan``: predicts time and memory, and refuses what does not fit."""
 
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
@@ -39,7 +34,7 @@ SAMPLE_ROWS = 256
 
 @dataclass(frozen=True, kw_only=True)
 class Given:
-    """Command-line options. None: read from the data."""
+    """Sizes from the command line. None: measured from the data."""
 
     rows: int | None = None
     prompt_tokens: float | None = None
@@ -117,7 +112,7 @@ def _sample(config: SpinConfig, given: Given) -> Work:
 
 
 def _usable_rows(source: str, task: "PromptTask") -> tuple[int, list[dict[str, Any]]]:
-    """Returns the number of a source's usable rows, estimated from its first ones, and those."""
+    """Returns a source's estimated number of usable rows, and a sample of usable rows."""
     from spin_ray.inputs.prompt_rows import rows_of
     from spin_ray.inputs.sources import find_files, read_slice, split
 
@@ -132,7 +127,7 @@ def _usable_rows(source: str, task: "PromptTask") -> tuple[int, list[dict[str, A
 
 
 def _heldout_rows(config: SpinConfig) -> int:
-    """Counts the rows, up to ``evaluation.max_rows``; remote data counts as that many."""
+    """Counts up to ``evaluation.max_rows``. Remote data is assumed to have that many."""
     if config.data.heldout is None:
         return 0
     sources, limit = sources_of(config.data.heldout), config.evaluation.max_rows
@@ -147,7 +142,7 @@ def _heldout_rows(config: SpinConfig) -> int:
 
 
 def count_rows(files: list[str]) -> int:
-    """Counts rows of local files, without blank lines."""
+    """Counts the rows of local files, without blank lines."""
     import pyarrow.parquet as pq
 
     from spin_ray.inputs.sources import read_slice, split
@@ -164,7 +159,7 @@ def count_rows(files: list[str]) -> int:
     return total
 
 
-# What cannot fit
+# Memory
 
 
 def check_memory(config: SpinConfig, shape: ModelShape, cluster: Cluster, work: Work) -> list[Phase]:
@@ -195,7 +190,7 @@ def check_memory(config: SpinConfig, shape: ModelShape, cluster: Cluster, work: 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Plan:
     config: SpinConfig
-    """The recipe with what it leaves open filled in."""
+    """Recipe with its open settings filled in."""
     cluster: Cluster
     devices: Devices
     shape: ModelShape
@@ -221,10 +216,10 @@ class Plan:
 
 
 def print_plan(config: SpinConfig, cluster: Cluster, given: Given, console: Console) -> None:
-    """Prints time, memory, notes, and the paper's times where they apply.
+    """Prints time, memory, notes and, where they apply, the paper's times.
 
     Raises:
-        UserError: an option is missing, or a stage does not fit. Nothing is printed.
+        UserError: an option is missing, or a stage does not fit. Nothing is printed then.
     """
     plan = predict(config, cluster, given)
     console.print(time_table(plan.phases))
@@ -258,7 +253,7 @@ def as_json(config: SpinConfig, cluster: Cluster, given: Given) -> dict[str, Any
 
 
 def predict(config: SpinConfig, cluster: Cluster, given: Given) -> Plan:
-    """Returns what the recipe costs.
+    """Returns the plan of a recipe.
 
     Raises:
         UserError: an option is missing, or a stage does not fit.
