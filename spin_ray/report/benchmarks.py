@@ -60,7 +60,7 @@ def parse_benchmarks(words: Sequence[str]) -> tuple[Benchmark, ...]:
 
 def request_for(config: SpinConfig, iterate: int, model: str, **asked: Any) -> Request:
     """Returns the request; ``asked`` are the command line's options."""
-    if asked.get("endpoint"):  # it refuses longer questions
+    if asked.get("endpoint"):  # an endpoint refuses longer questions
         asked["max_length"] = asked.get("max_length") or config.model.max_length
     engine = config.resolve_dtype(config.generation.engine)
     return Request(
@@ -172,7 +172,7 @@ def _measure_on_ray(run_dir: RunDir, iterate: int, request: Request, config: Spi
 
     connect(config)
     resources = backend_resources(config, request.backend)
-    # In a process of its own that ends afterwards: vLLM and torch give no memory back.
+    # max_calls=1 ends the process afterwards: vLLM and torch give no memory back.
     task = ray.remote(max_calls=1)(_measure_there).options(**task_options(resources, retries=0))
     parts = split(request, config.generation.replicas if request.backend == "vllm" else config.train.workers)
     running = {task.remote(run_dir, iterate, part): part for part in parts}

@@ -1,4 +1,4 @@
-"""Held-out prompts with all responses, read from committed artefacts only."""
+"""Held-out prompts with all responses, from committed artefacts only."""
 
 import json
 from dataclasses import dataclass, field
@@ -39,10 +39,10 @@ def read_examples(
 ) -> list[Example]:
     """Returns held-out rows with each iterate's first sample.
 
-    ``to_read`` takes the answers at ``evaluation.examples_temperature`` in their place, and rows that have one.
-
-    ``spread`` picks rows evenly by the last iterate's margin, largest first; the default is the first rows.
-    ``only`` picks these prompt ids, in their order.
+    Args:
+        spread: picks rows evenly by the last iterate's margin, largest first. Default: the first rows.
+        only: picks these prompt ids, in their order.
+        to_read: takes the answers at ``evaluation.examples_temperature`` instead.
     """
     samples = {
         name: _first_samples(artefact)
@@ -107,9 +107,9 @@ def _pick_rows(prompt_ids: list[str], margins: list[dict[str, float]], limit: in
 
 
 def _tokenizer(run: RunDir, config: SpinConfig) -> Tokenizer:
-    """Returns an iterate's tokenizer, else the start model's, which may have been moved.
+    """Returns an iterate's tokenizer if possible, as the start model may have been moved.
 
-    Avoids transformers if possible, as its import is slow.
+    Avoids transformers, whose import is slow, where tokenizer.json exists.
     """
     models = [run.model(iterate) for iterate in range(config.iterations + 1)]
     trained = [model for model in models if model.is_committed]

@@ -111,7 +111,7 @@ def _prepare_process(request: Request) -> None:
     if request.backend == "vllm":
         prepare_process(request.engine, request.threads)
         if not list(metadata.distributions(name="vllm")):
-            platform()  # before the finder: with metadata of `vllm` it would not choose the CPU
+            platform()  # before the finder: with metadata of `vllm`, vLLM would not choose the CPU
             sys.meta_path.append(_CpuBuild())
         return
     cpu.prepare(request.threads)

@@ -173,7 +173,7 @@ def _ask_all(judge: Judge, questions: Sequence[Question], kept: Kept) -> None:
             said = "; what was judged is kept: the same command asks only what is left" if done else ""
             raise error.kind(f"{hide_in_text(judge.endpoint)}: gave no judgement ({error}){said}") from error
         finally:
-            asking.gone.set()  # nobody waits for another try
+            asking.gone.set()  # ends the waits for another try
             for future in found:
                 future.cancel()
             kept.save()

@@ -54,7 +54,7 @@ def calibrated_losses(margins: np.ndarray) -> np.ndarray:
 
 def _best_scale(margins: np.ndarray) -> float:
     """Returns the scale of least logistic loss. Added margins of 1 and −1 keep it finite."""
-    from scipy.optimize import minimize_scalar  # slow; a finished run does without
+    from scipy.optimize import minimize_scalar  # a slow import, which a finished run does not need
 
     known = np.concatenate([margins, [1.0, -1.0]])
     found = minimize_scalar(

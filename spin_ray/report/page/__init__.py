@@ -1,4 +1,4 @@
-"""Runs as one self-contained HTML page that opens from disk."""
+"""Runs as one self-contained HTML page."""
 
 from spin_ray.report.page.write import report_page, write_report
 

@@ -1,4 +1,4 @@
-"""The page, written from views of runs."""
+"""The HTML page, from views of runs."""
 
 import math
 from collections.abc import Iterator, Sequence
@@ -90,7 +90,6 @@ def report_page(runs: Sequence[RunDir]) -> str:
 
 
 def _distinct_names(views: Sequence[RunView]) -> list[str]:
-    """Returns the folder names, equal ones numbered."""
     names = [view.name for view in views]
     return [f"{name} ({number})" if names.count(name) > 1 else name for number, name in enumerate(names, 1)]
 
@@ -180,7 +179,7 @@ def _train_charts(views: Sequence[RunView], names: Sequence[str]) -> Iterator[Ch
 
 
 def _first_level(views: Sequence[RunView]) -> tuple[float, str] | None:
-    """Returns the loss of step 0 with its spelling, if it is one for all runs."""
+    """Returns the loss of step 0 and its text, if all runs share it."""
     levels = {first_loss(view.config) for view in views}
     level = levels.pop() if len(levels) == 1 else None
     return None if level is None else (level, spelt(level))
