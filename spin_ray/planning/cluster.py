@@ -49,7 +49,7 @@ def devices_of(config: SpinConfig, cluster: Cluster) -> Devices:
 
 
 def name_of_gpu(given: str) -> str:
-    """Returns the name in ``GPUS``. Case and hyphens do not matter, nor a missing memory size if it is clear."""
+    """Returns the name in ``GPUS`` for another spelling: any case, without hyphens, or without the memory size."""
     wanted = re.sub("[- ]", "", given).casefold()
     plain = {name: name.replace("-", "").casefold() for name in GPUS}
     exact = [name for name, short in plain.items() if short == wanted]

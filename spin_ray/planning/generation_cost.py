@@ -12,16 +12,16 @@ from spin_ray.planning.traffic import Collective
 from spin_ray.planning.work import Work
 
 ENGINE_START_S = {"eager": 25.0, "compiled": 90.0}
-"""vLLM 0.29 with a 135M model on two CPU cores, seen once."""
+"""Seconds to start vLLM 0.29 with a 135M model on two CPU cores, seen once."""
 
 
 def generation_cost(
     config: SpinConfig, shape: ModelShape, device: Hardware, work: Work, jobs: tuple[int, ...]
 ) -> StageCost:
-    """Returns the cost of answering each number of prompts in ``jobs``.
+    """Returns the cost of generation; ``jobs`` are numbers of prompts.
 
-    A decode step reads the weights and all keys and values once. A tensor group sums activations twice a layer. A
-    shard's longest response ends alone.
+    A decode step reads the weights and all keys and values once. A shard's longest response is decoded alone at the
+    end.
     """
     settings, engine = config.generation, config.resolve_dtype(config.generation.engine)
     per_shard = max(1, settings.shard_rows // settings.samples_per_prompt) * settings.samples_per_prompt

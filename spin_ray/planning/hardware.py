@@ -12,12 +12,12 @@ COMPUTE_EFFICIENCY = 0.40
 BANDWIDTH_EFFICIENCY = 0.60
 """An assumption for memory and links."""
 ETHERNET = 1.25 * GB
-"""Bytes/s of a GPU without a faster board: 10 Gb/s, an assumption."""
+"""Bytes/s of a GPU's network share where its board names none: 10 Gb/s, an assumption."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Hardware:
-    """Peak rates and memory of a device, or of a worker's share."""
+    """A device, or a worker's share of one."""
 
     name: str
     bf16: float
@@ -31,7 +31,7 @@ class Hardware:
     link: float
     """Bytes/s of one device within a node, one direction."""
     network: float = ETHERNET
-    """Bytes/s between nodes, one direction: the device's share of the adapters."""
+    """Bytes/s between nodes, one direction: the device's share of its node's adapters."""
     host: float = 32 * GB
     """Bytes/s to and from the node's memory, one direction. Default: PCIe 4.0 x16."""
     efficiency: float = COMPUTE_EFFICIENCY

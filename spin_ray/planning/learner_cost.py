@@ -14,14 +14,14 @@ from spin_ray.planning.weights import dtype_bytes, weights_of
 from spin_ray.planning.work import Packs, Work, heldout_packs
 
 WORKERS_START_S = 20.0
-"""Seen on two CPU cores with small models."""
+"""Seconds to start train workers, seen on two CPU cores."""
 CHUNK_TARGETS = {"cpu": 256, "cuda": 4096}
 """Copy of ``learner.head.ROWS_PER_CHUNK``, whose import would load torch."""
 FILLED = 0.75
-"""Share of memory to fill without checkpointing. Packs were measured to take up to 1.3 times the prediction
-(``benchmarks/plan_check.py``)."""
+"""Share of a device that training may fill without checkpointing. Packs were measured to take up to 1.3 times the
+prediction (``benchmarks/plan_check.py``)."""
 MOMENTS = {"rmsprop": 1.0, "adamw": 2.0, "adamw_8bit": 0.5, "muon": 1.0}
-"""Fp32 numbers per parameter. An 8-bit number counts a quarter."""
+"""Fp32 numbers that an optimizer keeps per parameter. An 8-bit number counts a quarter."""
 
 
 # Stages
@@ -176,7 +176,8 @@ def learner_memory(
     """Returns the bytes of one rank by purpose.
 
     States are fp32 and sharded: weight, gradient and moments of each trained parameter. Frozen parameters have no
-    gradient and no moments. A rank with several packs a step also keeps whole gradients, unless each pack reduces them.
+    gradient and no moments. A rank with several packs a step also keeps whole gradients, unless it reduces them with
+    every pack.
     """
     mesh = (ranks or flat(config.train.workers)).mesh
     shape = shape.split(mesh.tensor)
@@ -232,5 +233,5 @@ def _activation_bytes(config: SpinConfig, shape: ModelShape, packs: Packs, *, ba
     on_gpu = bool(config.train.resources.gpus)
     mask = 0 if on_gpu else length**2 * (b + 1)  # the additive mask, and the booleans that make it
     rows = min(CHUNK_TARGETS["cuda"], length) if on_gpu else CHUNK_TARGETS["cpu"]
-    logits = rows * shape.vocab * (3 * 4 if backward else 4)  # fp32; with gradient and softmax
+    logits = rows * shape.vocab * (3 * 4 if backward else 4)  # fp32; backward also holds the gradient and the softmax
     return kept + packs.targets * shape.hidden * b + mask + logits

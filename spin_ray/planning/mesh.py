@@ -19,7 +19,7 @@ from spin_ray.planning.model_shape import ModelShape
 from spin_ray.planning.work import Packs
 
 TENSOR_SIZES = (2, 4, 8)
-"""Sizes of tensor groups that ``auto`` tries, each within a node."""
+"""Sizes that ``auto`` tries, each within a node."""
 SHARDED = ("weights", "optimizer", "gradients", "whole gradients")
 """Purposes of memory that shrink with more workers."""
 
@@ -44,7 +44,7 @@ class Placing:
 
     @property
     def per_node(self) -> tuple[int, ...]:
-        """Workers per run of ranks on one node. A node with scattered ranks appears more than once."""
+        """Workers of each node, in order of ranks. A node with scattered ranks appears more than once."""
         return tuple(len(list(run)) for _, run in groupby(self.node_of_rank))
 
     @property
@@ -64,7 +64,7 @@ class Choice:
 
 
 WhyNotSplit = Callable[[int], str | None]
-"""Function from a number of ranks to the reason against that split, or None."""
+"""Function from a number of ranks to the reason why layers cannot be split over them, or None."""
 
 
 def mesh_of(config: SpinConfig, folder: Path, node_of_rank: tuple[int, ...], room: float | None) -> Choice:
@@ -91,7 +91,7 @@ def choose_mesh(
 
     Args:
         shape: None if the model's sizes are unknown.
-        why_not: answer of transformers' tensor plan. Default: of ``shape`` alone.
+        why_not: answer of transformers' tensor plan. Default: what ``shape`` alone says.
 
     Raises:
         ConfigError: the recipe's mesh has another number of ranks.
@@ -177,7 +177,7 @@ def split_shape(shape: ModelShape, tensor: int) -> ModelShape:
 
 
 def on_a_copy(config: SpinConfig, mesh: Mesh) -> SpinConfig:
-    """Returns the recipe with the workers of one copy only."""
+    """Returns the recipe with only the workers that share one copy of the weights."""
     return config.model_copy(update={"train": config.train.model_copy(update={"workers": mesh.shard})})
 
 

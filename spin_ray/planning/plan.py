@@ -112,7 +112,6 @@ def _sample(config: SpinConfig, given: Given) -> Work:
 
 
 def _usable_rows(source: str, task: "PromptTask") -> tuple[int, list[dict[str, Any]]]:
-    """Returns a source's estimated number of usable rows, and a sample of usable rows."""
     from spin_ray.inputs.prompt_rows import rows_of
     from spin_ray.inputs.sources import find_files, read_slice, split
 
@@ -216,11 +215,7 @@ class Plan:
 
 
 def print_plan(config: SpinConfig, cluster: Cluster, given: Given, console: Console) -> None:
-    """Prints time, memory, notes and, where they apply, the paper's times.
-
-    Raises:
-        UserError: an option is missing, or a stage does not fit. Nothing is printed then.
-    """
+    """Prints the plan, beside the paper's times where they apply; raises as ``predict`` and prints nothing then."""
     plan = predict(config, cluster, given)
     console.print(time_table(plan.phases))
     console.print(f"Total: {exact_duration(plan.seconds)}, without reading data, checkpoints and export.")
@@ -235,11 +230,7 @@ def print_plan(config: SpinConfig, cluster: Cluster, given: Given, console: Cons
 
 
 def as_json(config: SpinConfig, cluster: Cluster, given: Given) -> dict[str, Any]:
-    """Returns the plan in seconds, bytes, tokens and FLOPs.
-
-    Raises:
-        UserError: an option is missing, or a stage does not fit.
-    """
+    """Returns the plan in seconds, bytes, tokens and FLOPs; raises as ``predict``."""
     plan = predict(config, cluster, given)
     return {
         "seconds": plan.seconds,

@@ -17,7 +17,7 @@ from spin_ray.run_dir.names import iteration_name
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Phase:
-    """The stages of one iteration, or of neighbours of equal cost."""
+    """The stages of one iteration, or of consecutive iterations of equal cost."""
 
     first: str
     last: str

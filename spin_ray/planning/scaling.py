@@ -13,7 +13,7 @@ from spin_ray.planning.run_cost import mesh_of, plan_run
 from spin_ray.planning.work import Work
 
 BATCHES = tuple(2**power for power in range(7))
-"""Factors of the recipe's batch that are tried."""
+"""Tried factors of the recipe's batch."""
 NEAR = 1.05
 """Factor within which a time counts as the shortest."""
 
@@ -37,7 +37,7 @@ class Size:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Scaling:
-    """Times on 1, 2, 4, … and all nodes, as far as the model fits there."""
+    """Times on 1, 2, 4, … and all nodes, where the run fits."""
 
     with_own_batch: tuple[Size, ...]
     with_enough: tuple[Size, ...]

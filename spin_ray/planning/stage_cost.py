@@ -8,7 +8,10 @@ RUNTIME = 2 * GB
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class StageCost:
-    """The cost of one stage. Its time is a roofline: the longer of computation and the transfers that it hides."""
+    """The cost of one stage.
+
+    The time is a roofline: the longer of computation and the transfers that computation hides.
+    """
 
     name: str
     tokens: float

@@ -25,7 +25,7 @@ BOUNDS = {
     "weights": "gathering weights", "gradients": "gathering weights", "replicas": "summing gradients over replicas",
     "activations": "activations of tensor groups", "host": "copies to host memory",
 }  # fmt: skip
-"""Shown names. The same ranks gather weights and scatter gradients."""
+"""Names in the table. Weights and gradients share one, because the same ranks gather and scatter."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -42,7 +42,7 @@ class Collective:
     exposed: float = 0.0
     """Share of the time that no computation hides."""
     turns: int = 1
-    """Rounds of the ring."""
+    """Times that the data goes round the ring."""
 
     def seconds(self, device: Hardware) -> float:
         if self.name == "host":
@@ -85,8 +85,8 @@ def _gathers(
 ) -> Iterator[Collective]:
     """Yields the gathers of weights.
 
-    Each pass gathers every layer, and each training pack the root. Scoring keeps the root. ``shard_grad_op`` gathers
-    once per training step, and never again while scoring. Computation hides all but the root and the first layer.
+    Each pass gathers every layer, and each training pack also the root. With ``shard_grad_op`` a training step gathers
+    once, and scoring is taken to keep all weights. Computation hides all but the root and the first layer.
     """
     weights, group = weights_of(config, shape), ranks.shard
     share = (group.size - 1) / group.size
@@ -129,8 +129,8 @@ def _activations(
 ) -> Iterator[Collective]:
     """Yields the sums within tensor groups, which no computation hides.
 
-    Forward sums follow attention and the feed-forward network. Backward sums are of the gradients at the inputs of q,
-    k, v, gate and up.
+    Forward sums follow attention and the feed-forward network. Backward sums add the gradients at the inputs of q, k,
+    v, gate and up.
     """
     group = ranks.tensor
     sums: dict[Phase, int] = {
@@ -170,7 +170,7 @@ class StepTime:
 def step_time(collectives: list[Collective], device: Hardware, compute: dict[Phase, float]) -> StepTime:
     """Returns the time of a step whose phases compute for ``compute`` seconds.
 
-    Links and computation overlap, but not on CPUs.
+    Links and computation work at the same time, except on CPUs.
     """
     spent: dict[str, float] = {"compute": sum(compute.values())}
     sent: dict[str, float] = {}

@@ -146,7 +146,7 @@ def _quoted(benchmark: Benchmark, results: dict[str, Any]) -> tuple[float, float
     result = results.get(benchmark.task)
     if result is None or benchmark.metric not in result["metrics"] or result["limit"] is not None:
         return None
-    if result["shots"] not in (benchmark.shots, None):  # a group (mmlu) has no number of its own
+    if result["shots"] not in (benchmark.shots, None):  # a group (mmlu) may have no number
         return None
     metric = result["metrics"][benchmark.metric]
     return metric["value"], metric["standard_error"] or 0.0
@@ -154,7 +154,7 @@ def _quoted(benchmark: Benchmark, results: dict[str, Any]) -> tuple[float, float
 
 def _measure_at_endpoint(request: Request) -> dict[str, Any]:
     endpoint = request.endpoint or ""
-    if reason := unreachable(endpoint):  # lm-eval reads its data first and then tries for minutes
+    if reason := unreachable(endpoint):  # lm-eval would read its data first and then retry for minutes
         raise StageError(f"{hide_in_text(endpoint)}: {hide_in_text(reason)}")
     try:
         return measure(request)
@@ -212,7 +212,7 @@ def results_of(parts: Iterable[tuple[Request, dict[str, Any] | Exception]]) -> I
 
 
 def _measure_there(run_dir: RunDir, iterate: int, request: Request) -> dict[str, Any]:
-    """Measures on the Ray task's machine. Fetches a stored model there, and merges an adapter."""
+    """Merges an adapter first. The machine of the Ray task fetches a stored model for itself."""
     model = run_dir.model(iterate)
     if not model.is_committed:
         return measure(request)

@@ -54,8 +54,9 @@ def two_sample(real: Features, generated: Features, groups: Sequence[Hashable], 
 def correct_by_group(
     real: Features, generated: Features, groups: Sequence[Hashable], seed: int = 0
 ) -> np.ndarray | None:
-    """Returns the fraction of each group's texts classified correctly, by first appearance. A score of 0 counts
-    half.
+    """Returns the fraction of each group's texts classified correctly, in order of first appearance.
+
+    A score of exactly 0 counts half.
     """
     numbers = {group: number for number, group in enumerate(dict.fromkeys(groups))}
     if len(numbers) < FOLDS:

@@ -19,7 +19,6 @@ from spin_ray.runtime.precision import faster_precision
 
 _BINS, _BAR = 8, 40
 _MOST_CHARACTERS = 1500
-"""Most shown characters of a prompt or response."""
 _MOST_FILES = 5
 _SEVERITY = {"note": "cyan", "warning": "yellow", "error": "red"}
 _PROMPT, _RESPONSE, _SPECIAL = "cyan", "green", "bold magenta"
@@ -99,7 +98,7 @@ def print_survey(found: Survey, console: Console) -> None:
 
 
 def histogram(lengths: Sequence[int]) -> list[str]:
-    """Returns lines of at most 72 characters: a range, a bar, a count."""
+    """Returns lines of at most 72 characters: range, bar, count."""
     low, high = min(lengths), max(lengths)
     width = (high - low) // _BINS + 1
     counts = [0] * ((high - low) // width + 1)
@@ -154,7 +153,7 @@ def print_template(facts: TemplateFacts, console: Console) -> None:
 
 
 def print_findings(findings: Sequence[Finding], unopened: Sequence[Path], console: Console) -> None:
-    """Prints the findings, and the files of the model folder that stay closed."""
+    """Prints the findings, and the files of the model folder that are not opened."""
     for finding in findings:
         console.print(f"   [{_SEVERITY[finding.severity]}]{finding.severity}[/]", end=" ")
         _line(console, finding.sentence)

@@ -14,7 +14,7 @@ from spin_ray.errors import ConfigError, StageError, first_line
 from spin_ray.report.redaction import hide_in_text
 
 LOOK_S = 5.0
-"""Longest wait for a sign of life."""
+"""Longest wait for a sign of life, in seconds."""
 _MOST_SAID = 300
 _MOST_NAMES = 10
 _FORM = "a base URL usually ends in /v1"
@@ -24,7 +24,6 @@ _CURES = {
     404: f"is that the model's name there? {_FORM}",
     405: _FORM,
 }
-"""Cures by HTTP status."""
 
 
 class Unanswered(Exception):
@@ -136,6 +135,5 @@ def _request(url: str, body: bytes | None = None) -> urllib.request.Request:
 
 
 def _said(error: BaseException) -> str:
-    """Returns an error's line. Urllib wraps the reason, and some errors have only a type."""
     reason = error.reason if isinstance(error, urllib.error.URLError) else error
     return first_line(reason) if isinstance(reason, BaseException) else str(reason)

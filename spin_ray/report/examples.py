@@ -42,7 +42,7 @@ def read_examples(
     Args:
         spread: picks rows evenly by the last iterate's margin, largest first. Default: the first rows.
         only: picks these prompt ids, in their order.
-        to_read: takes the answers at ``evaluation.examples_temperature`` instead.
+        to_read: takes the answers at ``evaluation.examples_temperature``, not the measured ones.
     """
     samples = {
         name: _first_samples(artefact)
@@ -87,7 +87,6 @@ def _first_samples(samples: Artefact) -> pa.Table:
 
 
 def _own_margins(run: RunDir, config: SpinConfig, name: str) -> dict[str, float]:
-    """Returns margins by prompt id; empty without scores."""
     scores = run.artefact(f"{name}/heldout_scores")
     evaluation = run.evaluation(iterate_number(name))
     if name == "sft" or not scores.is_committed or evaluation is None:

@@ -67,7 +67,6 @@ def _card(run: RunDir, iterate: int, folder: Path) -> str:
 
 
 def _upload(run: RunDir, iterate: int, folder: Path, repository: str) -> str:
-    """Uploads to a repository, private if new."""
     from huggingface_hub import HfApi
 
     api = HfApi()

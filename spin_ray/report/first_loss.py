@@ -12,7 +12,7 @@ _OF_PAIRS = ("spin", "dpo", "self_reinforcement")
 def first_loss(config: SpinConfig) -> float | None:
     """Returns the loss where the policy equals its reference, as at each iteration's step 0; None if unknown.
 
-    SPACE's is (1 + μ) ln(1 + μ) − μ ln μ. With ``reference_alpha`` below 1 the policy never equals its reference.
+    SPACE's is (1 + μ) ln(1 + μ) − μ ln μ. The policy need not equal a reference with ``reference_alpha`` below 1.
     """
     objective = config.objective
     if config.algorithm not in _OF_PAIRS or objective.reference_alpha < 1:

@@ -20,7 +20,7 @@ class Expected:
     turn: int
     kind: str
     work: float
-    """Relative to other stages of this kind."""
+    """Amount of work, relative to other stages of this kind."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -77,7 +77,6 @@ def turn_of(event: Event) -> int:
 
 
 def _by_turn(event: Event) -> Event:
-    """Replaces the folder by the turn, and the kind by that of ``Expected``."""
     turn, kind = turn_of(event), event["kind"]
     if (event["folder"], kind) == ("sft", "training"):
         kind = "warm-up"

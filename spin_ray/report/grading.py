@@ -48,7 +48,7 @@ def answers_of(prompts: Artefact) -> dict[str, str]:
 
 
 def check_on_workers(graders: Mapping[str, str]) -> None:
-    """Imports the graders, by setting, on workers.
+    """Imports each setting's grader on a worker.
 
     Raises:
         ConfigError: a worker cannot import one.

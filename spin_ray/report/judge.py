@@ -30,7 +30,7 @@ logger = logging.getLogger(__name__)
 Verdict = Literal["first", "second", "tie", "unclear"]
 _VERDICTS: dict[str, Verdict] = {"A": "first", "B": "second", "C": "tie"}
 _SAVE_S = 10.0
-"""Seconds between two saves, each with a line of progress."""
+"""Seconds between two saves of judgements, each with a line of progress."""
 _FORM = re.compile(r"\[\[([ABC])\]\]")
 _TASK = """Compare two replies to the last message of the conversation below.
 Judge how well each answers, whether what it says is right, and whether it fits the conversation.
@@ -53,7 +53,6 @@ Give your reasons in a few sentences, then end with exactly one of:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Judge:
-
     endpoint: str
     """Base URL, e.g. https://HOST/v1. The key is $OPENAI_API_KEY."""
     model: str
@@ -79,12 +78,11 @@ class Judgement:
     text: str
     judge: str = ""
     question: str = ""
-    """Digest of the judge's whole text."""
+    """Digest of the text that the judge gets."""
 
 
 @dataclass(frozen=True, slots=True)
 class Question:
-
     prompt_id: str
     first: str
     second: str
@@ -115,8 +113,8 @@ class Kept:
 
 
 def _key(judge: str, pair: Judgement | Question, digest: str) -> tuple[str, ...]:
-    """Returns a unique key. The digest alone is not unique: two orders of equal replies have one text, as have equal
-    rows.
+    """Returns a unique key. The digest alone is not unique: both orders of equal replies have the same text, and so
+    have two equal rows.
     """
     return judge, digest, pair.prompt_id, pair.first
 
@@ -125,7 +123,7 @@ def run(run_dir: RunDir, config: SpinConfig, one: str, other: str, judge: Judge,
     """Judges ``one`` against ``other`` on up to ``limit`` held-out prompts; returns the summary.
 
     Skips questions that this judge has answered. Writes judgements to ``judgements/ONE-OTHER.jsonl``, also after a
-    failure, and the summary to ``.json``.
+    failure, and the summary to the ``.json`` beside.
 
     Raises:
         ConfigError: both are one iterate, no prompt has samples of both, or the endpoint refuses key or model.
@@ -151,12 +149,7 @@ def run(run_dir: RunDir, config: SpinConfig, one: str, other: str, judge: Judge,
 
 
 def _ask_all(judge: Judge, questions: Sequence[Question], kept: Kept) -> None:
-    """Adds all judgements to ``kept``. After a failure, adds those of the questions in flight.
-
-    Raises:
-        ConfigError: the server refused a question, and would again.
-        StageError: the server gave no judgement.
-    """
+    """Adds all judgements to ``kept``. After a failure, adds those of the questions in flight."""
     asking = _Asking(judge)
     done, saved_at = 0, time.monotonic()
     with ThreadPoolExecutor(judge.parallel) as pool:
@@ -187,8 +180,8 @@ def summarise(judgements: Sequence[Judgement], one: str, other: str) -> dict[str
     """Counts wins, ties and losses of ``one`` over prompts. The win rate counts a tie as half.
 
     A prompt is won if one order says so and the other does not contradict. Rates omit unclear prompts. ``agreement`` is
-    the share of prompts with one verdict in both orders. ``position_bias`` is the first place's share of verdicts for a
-    place, minus 0.5. A judge that ignores places has 0.
+    the share of prompts with the same verdict in both orders. ``position_bias`` is the share of the first place among
+    verdicts that are no tie, minus 0.5. A judge that ignores places has 0.
     """
     by_prompt: dict[str, list[Judgement]] = {}
     for judgement in judgements:
@@ -232,7 +225,7 @@ def _question(example: Example, first: str, second: str) -> Question:
 
 
 class _Asking:
-    """State that the asking threads share."""
+    """State that the threads share while they ask one judge."""
 
     def __init__(self, judge: Judge) -> None:
         self._judge = judge
@@ -253,7 +246,7 @@ class _Asking:
             raise self._failure from error.__cause__
         self._heard.set()
         verdicts = _FORM.findall(text)
-        verdict: Verdict = _VERDICTS[verdicts[-1]] if verdicts else "unclear"  # the last one counts
+        verdict: Verdict = _VERDICTS[verdicts[-1]] if verdicts else "unclear"  # the last verdict counts
         return Judgement(
             question.prompt_id, question.first, question.second, verdict, text, self._judge.model, question.digest
         )

@@ -74,7 +74,7 @@ def margin_measures(
             by_row["margin_concentration"] = np.asarray(shares)
         measures[f"against_{whose}"] = {key: float(values.mean()) for key, values in by_row.items()}
         errors |= {f"against_{whose}.{key}": standard_error(values) for key, values in by_row.items()}
-        errors["real_logp_drift"] = standard_error(rows["real"].to_numpy())  # the same rows of y in both kinds
+        errors["real_logp_drift"] = standard_error(rows["real"].to_numpy())  # both loops have the same rows of y
     measures["jsd_lower_bound"] = (math.log(2) - measures["against_opponent"]["loss"]) / 2
     errors["jsd_lower_bound"] = errors["against_opponent.loss"] / 2
     moved = row_margins(scores, model, initial, beta)["generated"]

@@ -97,7 +97,7 @@ def write_rows(rows: Iterable[Preferred], form: RowForm, target: str, counts: Co
     """Writes JSON lines to a new file; returns its path.
 
     Args:
-        counts: gets ``written``, and ``left out`` for thoughts or several tool calls in ShareGPT's form.
+        counts: gets ``written`` and ``left out``. ShareGPT's form cannot hold thoughts or several tool calls.
 
     Raises:
         ConfigError: the file exists, or cannot be written.

@@ -95,7 +95,7 @@ class Rule:
     threshold: float
     """Smallest number to which the rule applies."""
     verdict: str
-    """Empty for a caution."""
+    """Verdict, empty for a caution."""
     measure: Callable[[Evidence], float]
     because: Callable[[Evidence], str]
     advice: str = ""

@@ -65,7 +65,6 @@ def _below_zero(it: Compared) -> float | None:
 
 
 def _away_from_y(it: Compared) -> float | None:
-    """Returns the factor between the lengths of y′ now and at θ_0, if y′ moved away from y."""
     real, now, before = it.now("real_length"), it.now("generated_length"), it.before("generated_length")
     if not real or not now or not before or it.change("generated_length") is None:
         return None

@@ -24,7 +24,7 @@ EXAMPLES = 3
 LONGEST_EXAMPLE = 400
 """Most shown characters of a text."""
 RECENT_STEPS = 10
-"""Newest training steps to average."""
+"""Number of newest training steps to average."""
 
 
 def print_summary(run: RunDir, console: Console) -> None:
@@ -113,7 +113,7 @@ def what_is_kept(out: str) -> str:
         if not run.storage.exists("run.json"):
             return ""
         newest = run.latest()
-    except Exception:  # the place may be what stopped the run
+    except Exception:  # an unreadable folder may be what stopped the run
         return ""
     iterates = f"the iterates up to {newest}, and " if newest else ""
     return (

@@ -105,7 +105,7 @@ def _log_mlflow(run: RunDir, config: SpinConfig, found: list[Point], state: dict
 
     settings = config.tracking.mlflow
     assert settings is not None
-    if settings.uri is None:  # MLflow wants to be told that a folder is meant: no server, no database
+    if settings.uri is None:  # MLflow refuses a folder as its store without this
         os.environ.setdefault("MLFLOW_ALLOW_FILE_STORE", "true")
     client = MlflowClient(settings.uri or run.storage.path("mlruns").as_uri())
     run_id = state.get("run_id")
@@ -114,7 +114,7 @@ def _log_mlflow(run: RunDir, config: SpinConfig, found: list[Point], state: dict
         experiment = known.experiment_id if known else client.create_experiment(settings.experiment)
         run_id = client.create_run(experiment, run_name=run.storage.name).info.run_id
         params = [Param(key, str(value)[:500]) for key, value in _settings(config).items()]
-        for start in range(0, len(params), 100):  # the most that one call may have
+        for start in range(0, len(params), 100):  # MLflow takes at most 100 params in a call
             client.log_batch(run_id, params=params[start : start + 100])
     now = int(time.time() * 1000)
     metrics = [Metric(point.name, point.value, now, point.step) for point in found]

@@ -160,7 +160,6 @@ def _spread(ys: Sequence[float]) -> float:
 
 
 def _scale(ys: Sequence[float]) -> tuple[float, float, list[float]]:
-    """Returns (low, high, ticks) around all values."""
     low, high = min(ys, default=0.0), max(ys, default=1.0)
     if high - low < 1e-9 * max(abs(high), 1):
         low, high = low - max(abs(low) * 0.1, 0.1), high + max(abs(high) * 0.1, 0.1)

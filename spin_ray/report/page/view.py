@@ -40,7 +40,6 @@ class StageTotal:
 
 @dataclass(frozen=True, slots=True)
 class RunView:
-
     name: str
     config: SpinConfig
     description: dict[str, Any]
@@ -161,7 +160,6 @@ def _examples(run: RunDir, config: SpinConfig, only: list[str] | None) -> tuple[
 
 
 def _state(run: RunDir, config: SpinConfig, events: list[dict[str, Any]]) -> tuple[str, str]:
-    """Returns (state, failure)."""
     last = events[-1] if events else None
     if run.latest() == iterate_name(config.iterations):
         return "finished", ""
@@ -192,7 +190,6 @@ def _pairs(run: RunDir, config: SpinConfig) -> list[tuple[str, dict[str, int]]]:
 
 
 def _worth(evaluations: list[Evaluation]) -> str:
-    """Judges the last iterate by its answers, or else by its held-out loss."""
     first, last = evaluations[0], evaluations[-1]
     name, accuracy = last["iterate"], BY_KEY["answer_accuracy"]
     now, before = accuracy.of(last), accuracy.of(first)

@@ -110,7 +110,6 @@ def _table(views: Sequence[RunView]) -> list[tuple[Measure, list[tuple[str, str]
 
 
 def _benchmarks(views: Sequence[RunView]) -> list[tuple[str, str, list[tuple[str, str]]]]:
-    """Returns rows (title, metric, [(value, half its interval) per iterate])."""
     columns = [view.benchmarks.get(iterate, {}) for view in views for iterate in view.iterates]
     rows = {
         (task, metric): _benchmark_title(task, result)
