@@ -175,9 +175,8 @@ def learner_memory(
 ) -> dict[str, float]:
     """Returns the bytes of one rank by purpose.
 
-    States are fp32 and sharded: weight, gradient and moments of each trained parameter. Frozen parameters have no
-    gradient and no moments. A rank with several packs a step also keeps whole gradients, unless it reduces them with
-    every pack.
+    States are fp32 and sharded: weight, gradient and moments of each trained parameter. A rank with several packs a
+    step also keeps whole gradients, unless it reduces them with every pack.
     """
     mesh = (ranks or flat(config.train.workers)).mesh
     shape = shape.split(mesh.tensor)
@@ -202,8 +201,8 @@ def learner_memory(
 def _gathered_bytes(config: SpinConfig, shape: ModelShape, mesh: Mesh, *, trains: bool, backward: bool) -> float:
     """Returns the bytes of gathered weights and of two fp32 buffers for gradients.
 
-    Resharding leaves the root and two layers in memory; otherwise all layers stay. A single worker also copies weights
-    to compute, and copies frozen ones a layer at a time.
+    With resharding, only the root and two layers are gathered at once. A single worker also copies weights to compute,
+    and copies frozen ones a layer at a time.
     """
     weights = weights_of(config, shape, trains=trains)
     frozen = config.train.lora is not None if trains else bool(config.train.resources.gpus)

@@ -203,7 +203,7 @@ def check_mesh(config: SpinConfig, folder: Path, room: float | None) -> None:
     """Checks the mesh before anything runs.
 
     Args:
-        room: bytes of this machine's GPU. None: it has none.
+        room: bytes of this machine's GPU, if it has one.
 
     Raises:
         ModelError: the model cannot be split as the recipe says.

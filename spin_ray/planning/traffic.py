@@ -1,8 +1,5 @@
 """Bytes that a rank sends in an optimizer step, and their time.
 
-    pack:  gather layers ──> forward ──> gather layers ──> backward ──> scatter gradients over the shard
-    step:                                                               └──> sum them over the replicas
-
 Collectives are rings. To gather or scatter S bytes over n ranks, each sends S·(n−1)/n; to sum on every rank, twice
 that.
 """

@@ -113,9 +113,7 @@ def run_all(
 ) -> dict[str, dict[str, Any]]:
     """Measures each iterate and prints its results; returns them by iterate.
 
-    Raises:
-        UserError: an iterate or task is unknown.
-        StageError: an evaluation failed.
+    Finds all iterates before it measures any. Raises as ``run``.
     """
     config, found = run_dir.config(), {}
     asked |= {"benchmarks": parse_benchmarks(tasks), "include": task_folder(include)}
@@ -212,7 +210,7 @@ def results_of(parts: Iterable[tuple[Request, dict[str, Any] | Exception]]) -> I
 
 
 def _measure_there(run_dir: RunDir, iterate: int, request: Request) -> dict[str, Any]:
-    """Merges an adapter first. The machine of the Ray task fetches a stored model for itself."""
+    """Measures on the Ray task's machine, which fetches a stored model and merges an adapter."""
     model = run_dir.model(iterate)
     if not model.is_committed:
         return measure(request)

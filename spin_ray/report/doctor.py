@@ -45,7 +45,7 @@ def look_at_data(config: SpinConfig, inputs: Inputs, *, every_row: bool) -> list
 
 
 def check_surveys(config: SpinConfig, inputs: Inputs, surveys: Sequence[Survey]) -> None:
-    """Raises DataError for rows that a run would refuse, or for a source with too few."""
+    """Raises DataError for rows that a run would refuse, or for a source with too few usable rows."""
     sources, held_out = sources_of(inputs.train), len(sources_of(inputs.heldout))
     for number, found in enumerate(surveys):
         of_heldout = 0 <= number - len(sources) < held_out

@@ -53,7 +53,7 @@ def find_iterate(run: RunDir, iterate: str) -> int:
 
 
 def model_path(run: RunDir, iterate: int) -> Path:
-    """Returns the folder of a whole model with θ_iterate's tokenizer, from a store without weights.
+    """Returns the folder of a whole model with θ_iterate's tokenizer. From a store it fetches no weights.
 
     The model is θ_iterate or the frozen base of its adapter. For θ_0 without a warm-up it is the start model.
     """

@@ -24,9 +24,9 @@ LARGEST_SHARE = 0.1
 
 
 def row_margins(scores: pa.Table, model: str, opponent: str, beta: float) -> Any:
-    """Returns a frame by pair_id with ``margin``, and ``real`` and ``generated``: log p minus the opponent's, in nats.
+    """Returns a frame by pair_id. ``real`` and ``generated`` are log p minus the opponent's, in nats.
 
-    ``real_logp`` and ``generated_logp`` are the model's.
+    ``real_logp`` and ``generated_logp`` are the model's own.
     """
     columns = ["pair_id", "model", "real_logp", "generated_logp"]
     logps = ["real_logp", "generated_logp"]

@@ -25,7 +25,7 @@ Evidence = dict[str, Any]
 
 
 def margin_evidence(margins: np.ndarray, real_drift: np.ndarray) -> Evidence:
-    """Returns what a short iteration of SPIN learned, from margins and changes of log p(y) on held-out rows."""
+    """Returns the evidence of a short SPIN iteration, from held-out margins and changes of log p(y)."""
     by_row = {
         "loss": calibrated_losses(margins),
         "margin": margins,

@@ -43,11 +43,7 @@ Chart = dict[str, Any]
 
 
 def write_report(runs: Sequence[RunDir], path: Path) -> Path:
-    """Writes one page about one or more runs; returns ``path``.
-
-    Raises:
-        UserError: a folder is no run, or of an unreadable version.
-    """
+    """Writes one page about one or more runs; returns ``path``. Raises as ``report_page``."""
     page = report_page(runs)
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(page, encoding="utf-8")
