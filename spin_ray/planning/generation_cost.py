@@ -72,7 +72,7 @@ def _sums_s(config: SpinConfig, shape: ModelShape, device: Hardware, tokens: flo
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class _Seats:
-    """The responses that an engine decodes together, and bytes per device."""
+    """The number of responses decoded together, and bytes per device."""
 
     together: int
     weights: float

@@ -25,8 +25,6 @@ class Group:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Ranks:
-    """A mesh on nodes of ``per_node`` ranks."""
-
     mesh: Mesh
     per_node: int
 

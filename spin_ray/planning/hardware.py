@@ -8,17 +8,16 @@ from spin_ray.config.sections import ResourcesConfig
 GB, GIB = 1e9, 2.0**30
 
 COMPUTE_EFFICIENCY = 0.40
-"""An assumption. Megatron-LM's fused kernels reach 0.42-0.56 on A100 (arXiv 2205.05198, table 5)."""
+"""Share of peak FLOP/s, an assumption. Megatron-LM's fused kernels reach 0.42-0.56 on A100 (arXiv 2205.05198,
+table 5)."""
 BANDWIDTH_EFFICIENCY = 0.60
-"""An assumption for memory and links."""
+"""Share of the peak of memory and links, an assumption."""
 ETHERNET = 1.25 * GB
 """Bytes/s of a GPU's network share where its board names none: 10 Gb/s, an assumption."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Hardware:
-    """A device, or a worker's share of one."""
-
     name: str
     bf16: float
     """FLOP/s, dense."""
@@ -57,7 +56,8 @@ class Hardware:
 
 
 CPU = Hardware(name="cpu", bf16=143e9, fp32=143e9, memory=12 * GIB, bandwidth=10 * GB, link=1 * GB)
-"""One core of the machine in docs/measured.md (``benchmarks/plan_check.py``). Bandwidth and link are assumptions."""
+"""One core of the machine in docs/measured.md (``benchmarks/plan_check.py``), where bf16 is no faster. Bandwidth and
+link are assumptions."""
 
 _BOARDS = (
     # name, bf16 and fp32 in TFLOP/s, memory in GB, GB/s of memory, links, network and host
@@ -84,13 +84,15 @@ GPUS = {
 """Dense rates of NVIDIA's data sheets, with fp32 accumulation on RTX cards. None is measured here.
 
 A100, H100, H200: SXM (2021, 2022, 2024). B200: DGX B200 (2024). L4, L40S (2023): PCIe 4.0 x16. A10 (2021), RTX A6000
-(2020). White papers: RTX 3090, Ampere GA102 (2020); RTX 4090, Ada (2022); RTX 5090, RTX Blackwell (2025), PCIe 5.0 x16.
-Network: DGX A100 has 8 adapters of 200 Gb/s for 8 GPUs; DGX H100, H200 and B200 have 8 of 400. L4 and L40S: 100 and 400
-Gb/s for 8 GPUs (AWS g6.48xlarge, g6e.48xlarge).
+(2020).
+White papers: RTX 3090, Ampere GA102 (2020); RTX 4090, Ada (2022); RTX 5090, RTX Blackwell (2025), PCIe 5.0 x16.
+Network: DGX A100 has 8 adapters of 200 Gb/s for 8 GPUs; DGX H100, H200 and B200 have 8 of 400 Gb/s. L4 and L40S: 100
+and 400 Gb/s for 8 GPUs (AWS g6.48xlarge, g6e.48xlarge).
 
-Compared in November 2026 with copies of data sheets and MLPerf's system descriptions: H200, L40S, RTX 4090, RTX 5090
-and B200 (MLPerf inference 6.0) agree, but B200's fp32 is 80 TFLOP/s in NVIDIA's technical brief. Not compared: L4, A10,
-RTX A6000, RTX 3090, DGX A100's adapters, AWS's rates."""
+Compared in November 2026 with copies of data sheets and MLPerf's system descriptions: H200, L40S, RTX 4090 and RTX 5090
+agree, as do B200's bf16, memory, links and network (MLPerf inference 6.0). B200's fp32 is 80 TFLOP/s in NVIDIA's
+technical brief. Written from memory and not compared: L4, A10, RTX A6000, RTX 3090, DGX A100's adapters, AWS's
+rates."""
 
 DEVICE_NAMES = {
     "NVIDIA A100-SXM4-80GB": "A100-80G",

@@ -117,8 +117,8 @@ def _host_step_s(config: SpinConfig, shape: ModelShape, ranks: Ranks, optimizer:
 def pack_flops(config: SpinConfig, shape: ModelShape, length: float, targets: float, *, backward: bool) -> float:
     """Returns the FLOPs of a pack of ``length`` tokens with ``targets`` response tokens.
 
-    Attention counts all length² pairs of tokens, as the dense mask does. Backward costs 2 forward passes, or 1 if the
-    weights are frozen. Checkpointing costs 1 more; the head is always recomputed.
+    Attention counts all length² pairs, as the dense mask does. Backward costs 2 forward passes, or 1 if the weights are
+    frozen. Checkpointing costs 1 more; the head is always recomputed.
     """
     trunk, head = shape.trunk_flops(length, length**2), shape.head_flops(targets)
     if not backward:
@@ -201,8 +201,7 @@ def learner_memory(
 def _gathered_bytes(config: SpinConfig, shape: ModelShape, mesh: Mesh, *, trains: bool, backward: bool) -> float:
     """Returns the bytes of gathered weights and of two fp32 buffers for gradients.
 
-    With resharding, only the root and two layers are gathered at once. A single worker also copies weights to compute,
-    and copies frozen ones a layer at a time.
+    Resharding keeps the root and two layers at once. A single worker also copies its weights to compute.
     """
     weights = weights_of(config, shape, trains=trains)
     frozen = config.train.lora is not None if trains else bool(config.train.resources.gpus)
@@ -216,8 +215,8 @@ def _gathered_bytes(config: SpinConfig, shape: ModelShape, mesh: Mesh, *, trains
 def _activation_bytes(config: SpinConfig, shape: ModelShape, packs: Packs, *, backward: bool) -> float:
     """Returns the bytes that one pack keeps, counted as in arXiv 2205.05198.
 
-    A layer keeps per token 2h(4 + 2b) for two norms, 4qb for attention and 4ib for the feed-forward network: b bytes
-    per number, hidden width h, width q of all heads, feed-forward width i. Only active and shared experts count.
+    A layer keeps activations of two norms, attention and the feed-forward network. Only active and shared experts
+    count.
     """
     length, b = config.train.pack_length, dtype_bytes(config)
     wide = shape.active * shape.intermediate + shape.shared if shape.experts else shape.intermediate

@@ -96,9 +96,8 @@ class ModelShape:
         return self.layers * self.layer + self.root
 
     def trunk_flops(self, tokens: float, attended: float) -> float:
-        """Returns the FLOPs of a forward pass below the head (arXiv 2001.08361, table 1).
-
-        Counts 2 per weight and token, and 4q per layer and ``attended`` pair of tokens. Only active experts count.
+        """Returns the FLOPs of a forward pass below the head, with ``attended`` pairs of tokens (arXiv 2001.08361,
+        table 1).
         """
         return self.layers * (2 * self.active_matmuls * tokens + 4 * self.q * attended)
 

@@ -1,7 +1,7 @@
 """Classifier two-sample test (Lopez-Paz & Oquab 2017, arXiv 1610.06545): can responses be told from human ones?
 
-A linear classifier is trained on some prompts and tested on others. Accuracy 0.5 means that it sees no difference. Its
-features are independent of the trained model.
+A linear classifier, independent of the trained model, is trained on some prompts and tested on others. Accuracy 0.5
+means that it sees no difference.
 """
 
 from collections.abc import Hashable, Sequence
@@ -18,7 +18,7 @@ Features = Any
 FOLDS = 5
 RESAMPLES = 2000
 PENALTY = 0.1
-"""Weight of half the squared norm, beside losses summed over texts."""
+"""Weight of half the squared norm of the weights. The losses are summed over texts."""
 NGRAM_SIZES = (1, 2, 3, 4)
 BUCKETS = 1 << 15
 _MIX = np.uint64(0x9E3779B97F4A7C15)
@@ -42,7 +42,7 @@ def two_sample(real: Features, generated: Features, groups: Sequence[Hashable], 
 
     Args:
         generated: responses to the prompts of ``real``, in the same order.
-        groups: prompt or conversation of each row. A group is never split between training and test.
+        groups: prompt or conversation of each row, never split between training and test.
     """
     correct = correct_by_group(real, generated, groups, seed)
     if correct is None:

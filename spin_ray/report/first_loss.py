@@ -10,9 +10,8 @@ _OF_PAIRS = ("spin", "dpo", "self_reinforcement")
 
 
 def first_loss(config: SpinConfig) -> float | None:
-    """Returns the loss where the policy equals its reference, as at each iteration's step 0; None if unknown.
-
-    SPACE's is (1 + μ) ln(1 + μ) − μ ln μ. The policy need not equal a reference with ``reference_alpha`` below 1.
+    """Returns the loss where the policy equals its reference, as at each iteration's step 0. None if unknown, or if
+    ``reference_alpha`` gives another reference.
     """
     objective = config.objective
     if config.algorithm not in _OF_PAIRS or objective.reference_alpha < 1:

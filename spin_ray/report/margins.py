@@ -84,10 +84,7 @@ def margin_measures(
 
 
 def margin_concentrations(scores: pa.Table, model: str, opponent: str) -> dict[str, float]:
-    """Returns by pair_id the share of absolute changes of log p in the tenth of tokens that changed most.
-
-    The tenth is rounded up. Pairs without any change are left out.
-    """
+    """Returns by pair_id the share of absolute changes of log p in the tenth of tokens that changed most."""
     names = ["real_token_logps", "generated_token_logps"]
     tokens = {
         (pair_id, name): np.concatenate([np.asarray(part, dtype=np.float64) for part in parts])

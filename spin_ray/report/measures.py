@@ -1,4 +1,4 @@
-"""The measures of an iterate and their bad values, for status, report, trackers and documentation.
+"""The measures of an iterate, and their bad values.
 
 The key ``against_opponent.loss`` is ``loss`` in the section ``against_opponent`` of ``eval.json``. The section
 ``standard_errors`` uses whole keys.

@@ -29,8 +29,8 @@ def pairs_of(run: RunDir, iterate: str, counts: Counter[str]) -> Iterator[Prefer
     """Yields the pairs that an iterate was trained on.
 
     Args:
-        counts: gets ``other ids``, the responses whose text has other token ids than the pair. A sampled response need
-            not be the tokenizer's own split of its text, and a response cut at ``max_tokens`` gets an end.
+        counts: gets ``other ids``, the responses whose text gives other token ids than the pair has. The tokenizer may
+            split a sampled text otherwise, and a response cut at ``max_tokens`` gets an end.
 
     Raises:
         RunDirError: the iterate was not trained on pairs.

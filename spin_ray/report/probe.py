@@ -1,6 +1,6 @@
 """The verdict of a probe: is anything left to learn from θ_0's responses, and by which objective?
 
-The first rule that applies gives the verdict. All numbers are of rows that the two short trainings did not see.
+All numbers are of rows that the two short trainings did not see.
 """
 
 import json
