@@ -1,4 +1,4 @@
-"""Predicted cost of a recipe on a cluster: time, memory, and what would make it fit.
+"""Predicted time and memory of a recipe on a cluster.
 
     plan ──> tables, paper, remedies, scaling ──> run_cost ──> learner_cost, generation_cost ──> work, stage_cost
                                               └─> cluster  └─> mesh                          ├─> traffic ──> groups

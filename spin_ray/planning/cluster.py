@@ -13,10 +13,10 @@ from spin_ray.planning.hardware import CPU, GB, GPUS, Hardware
 class Cluster:
     nodes: int = 1
     gpu: str | None = None
-    """Name in ``hardware.GPUS``; None: no GPU."""
+    """Name in ``hardware.GPUS``. None: no GPU."""
     gpus_per_node: int = 8
     network: float | None = None
-    """Gb/s of all of a node's adapters together, one direction. None: the board's (``hardware.GPUS``)."""
+    """Gb/s of all adapters of a node, one direction. None: from ``hardware.GPUS``."""
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "gpu", name_of_gpu(self.gpu) if self.gpu else None)
@@ -34,7 +34,7 @@ def devices_of(config: SpinConfig, cluster: Cluster) -> Devices:
     """Returns the hardware of one engine and of one train worker.
 
     Raises:
-        ConfigError: recipe and cluster disagree about GPUs, or their name is unknown.
+        ConfigError: recipe and cluster disagree about GPUs, or the name is unknown.
         ResourceError: a stage asks for more GPUs than there are.
     """
     _check_gpus(config, cluster)
@@ -49,7 +49,7 @@ def devices_of(config: SpinConfig, cluster: Cluster) -> Devices:
 
 
 def name_of_gpu(given: str) -> str:
-    """Returns the name in ``GPUS``, given with or without hyphens, in any letters, perhaps without its memory."""
+    """Returns the name in ``GPUS`` for another spelling: any case, without hyphens, or without the memory size."""
     wanted = re.sub("[- ]", "", given).casefold()
     plain = {name: name.replace("-", "").casefold() for name in GPUS}
     exact = [name for name, short in plain.items() if short == wanted]
@@ -86,7 +86,7 @@ def _check_gpus(config: SpinConfig, cluster: Cluster) -> None:
 
 
 def nodes_of(config: SpinConfig, gpus_per_node: int) -> dict[str, int]:
-    """Returns the nodes that each stage needs; the GPUs that share a layer are on one."""
+    """Returns the nodes that each stage needs. GPUs that share a layer are on one node."""
     engine, gpus = config.generation.engine, config.generation.resources.gpus
     group, groups = (gpus, 1) if gpus <= 1 else (engine.tensor_parallel_size, engine.pipeline_parallel_size)
     wanted = {

@@ -12,16 +12,16 @@ from spin_ray.planning.traffic import Collective
 from spin_ray.planning.work import Work
 
 ENGINE_START_S = {"eager": 25.0, "compiled": 90.0}
-"""vLLM 0.29 with a 135M model on two CPU cores, seen once."""
+"""Seconds to start vLLM 0.29 with a 135M model on two CPU cores, seen once."""
 
 
 def generation_cost(
     config: SpinConfig, shape: ModelShape, device: Hardware, work: Work, jobs: tuple[int, ...]
 ) -> StageCost:
-    """Returns the cost of answering ``jobs`` prompts each.
+    """Returns the cost of generation; ``jobs`` are numbers of prompts.
 
-    A decode step reads the weights and all keys and values once, and a tensor group sums twice a layer. A shard ends
-    with its longest response alone.
+    A decode step reads the weights and all keys and values once. A shard's longest response is decoded alone at the
+    end.
     """
     settings, engine = config.generation, config.resolve_dtype(config.generation.engine)
     per_shard = max(1, settings.shard_rows // settings.samples_per_prompt) * settings.samples_per_prompt
@@ -60,7 +60,6 @@ def generation_cost(
 
 
 def _sums_s(config: SpinConfig, shape: ModelShape, device: Hardware, tokens: float, passes: float) -> float:
-    """Returns the seconds of a tensor group's sums of ``tokens`` tokens in ``passes`` forward passes."""
     size = config.generation.engine.tensor_parallel_size
     width = shape.hidden * (4 if config.resolve_dtype(config.generation.engine).dtype == "float32" else 2)
     sums = Collective(
@@ -73,7 +72,7 @@ def _sums_s(config: SpinConfig, shape: ModelShape, device: Hardware, tokens: flo
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class _Seats:
-    """The responses that an engine decodes together, and bytes per device."""
+    """The number of responses decoded together, and bytes per device."""
 
     together: int
     weights: float

@@ -1,8 +1,8 @@
-"""The groups of ranks that a mesh makes, and where they lie.
+"""The groups of ranks in a mesh.
 
     rank = (replica · shard + place in the shard) · tensor + place in the tensor group
 
-So a tensor group lies on neighbouring GPUs, and a shard's ranks within a node as far as they fit.
+A tensor group is on neighbouring GPUs, and a shard within a node as far as it fits.
 """
 
 from dataclasses import dataclass
@@ -12,11 +12,11 @@ from spin_ray.config.sections import Mesh
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Group:
-    """Ranks that a collective joins, equally many on each node."""
+    """The ranks of a collective, equally many on each node."""
 
     size: int
     together: int
-    """Ranks of the group on one node."""
+    """Ranks on one node."""
 
     @property
     def nodes(self) -> int:
@@ -25,8 +25,6 @@ class Group:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Ranks:
-    """A mesh on nodes that hold ``per_node`` ranks each."""
-
     mesh: Mesh
     per_node: int
 

@@ -1,4 +1,4 @@
-"""Peak rates of devices, and the share that programs reach."""
+"""Peak rates of devices, and the shares that programs reach."""
 
 from dataclasses import dataclass, replace
 from typing import Self
@@ -8,17 +8,16 @@ from spin_ray.config.sections import ResourcesConfig
 GB, GIB = 1e9, 2.0**30
 
 COMPUTE_EFFICIENCY = 0.40
-"""An assumption: Megatron-LM's fused kernels reach 0.42-0.56 on A100 (arXiv 2205.05198, table 5)."""
+"""Share of peak FLOP/s, an assumption. Megatron-LM's fused kernels reach 0.42-0.56 on A100 (arXiv 2205.05198,
+table 5)."""
 BANDWIDTH_EFFICIENCY = 0.60
-"""An assumption for memory and links."""
+"""Share of the peak of memory and links, an assumption."""
 ETHERNET = 1.25 * GB
-"""Bytes/s of a GPU's share of the network where no board names a faster one: 10 Gb/s, an assumption."""
+"""Bytes/s of a GPU's network share where its board names none: 10 Gb/s, an assumption."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Hardware:
-    """Peak rates and memory of a device, or of a worker's share."""
-
     name: str
     bf16: float
     """FLOP/s, dense."""
@@ -33,9 +32,9 @@ class Hardware:
     network: float = ETHERNET
     """Bytes/s between nodes, one direction: the device's share of its node's adapters."""
     host: float = 32 * GB
-    """Bytes/s to and from the node's memory, one direction: PCIe 4.0 x16, unless the board has 5.0."""
+    """Bytes/s to and from the node's memory, one direction. Default: PCIe 4.0 x16."""
     efficiency: float = COMPUTE_EFFICIENCY
-    """Share of the peak that programs reach: an assumption, unless ``rates`` has a measurement."""
+    """Share of the peak that is reached: assumed, or measured (``rates``)."""
 
     def seconds(self, flops: float, precision: str) -> float:
         peak = self.fp32 if precision in ("fp32", "float32") else self.bf16
@@ -45,7 +44,7 @@ class Hardware:
         return count / (self.bandwidth * BANDWIDTH_EFFICIENCY)
 
     def share(self, resources: ResourcesConfig) -> Self:
-        """Returns a worker's part: a GPU or its time, or CPU cores with memory."""
+        """Returns a worker's share: a GPU's time and all its memory, or CPU cores with their memory."""
         if resources.gpus:
             part = min(1.0, resources.gpus)
             return replace(self, bf16=self.bf16 * part, fp32=self.fp32 * part, bandwidth=self.bandwidth * part)
@@ -57,7 +56,7 @@ class Hardware:
 
 
 CPU = Hardware(name="cpu", bf16=143e9, fp32=143e9, memory=12 * GIB, bandwidth=10 * GB, link=1 * GB)
-"""One core of the machine in docs/measured.md (``benchmarks/plan_check.py``). bf16 is no faster there. Bandwidth and
+"""One core of the machine in docs/measured.md (``benchmarks/plan_check.py``), where bf16 is no faster. Bandwidth and
 link are assumptions."""
 
 _BOARDS = (
@@ -82,20 +81,18 @@ GPUS = {
     )
     for name, bf16, fp32, memory, bandwidth, link, network, host in _BOARDS
 }  # fmt: skip
-"""Dense rates of NVIDIA's data sheets; RTX cards with sums in fp32. None is measured here.
+"""Dense rates of NVIDIA's data sheets, with fp32 accumulation on RTX cards. None is measured here.
 
-A100, H100, H200: data sheets of the SXM boards (2021, 2022, 2024). B200: a GPU of DGX B200 (data sheet, 2024).
-L4, L40S: data sheets (2023), PCIe 4.0 x16. A10 (2021), RTX A6000 (2020): data sheets. RTX 3090: white paper of
-Ampere GA102 (2020). RTX 4090: white paper of Ada (2022).
-RTX 5090: white paper of RTX Blackwell (2025), PCIe 5.0 x16.
-Network: DGX A100 has 8 adapters of 200 Gb/s for 8 GPUs; DGX H100, H200 and B200 have 8 of 400 Gb/s (their data sheets).
-L4 and L40S: 100 and 400 Gb/s for 8 GPUs (AWS g6.48xlarge, g6e.48xlarge). RTX cards: ``ETHERNET``.
+A100, H100, H200: SXM (2021, 2022, 2024). B200: DGX B200 (2024). L4, L40S (2023): PCIe 4.0 x16. A10 (2021), RTX A6000
+(2020).
+White papers: RTX 3090, Ampere GA102 (2020); RTX 4090, Ada (2022); RTX 5090, RTX Blackwell (2025), PCIe 5.0 x16.
+Network: DGX A100 has 8 adapters of 200 Gb/s for 8 GPUs; DGX H100, H200 and B200 have 8 of 400 Gb/s. L4 and L40S: 100
+and 400 Gb/s for 8 GPUs (AWS g6.48xlarge, g6e.48xlarge).
 
-Compared in November 2026 with copies of the data sheets and MLPerf's descriptions of systems: H200, L40S, RTX 4090 and
-5090 agree, as do B200's bf16, memory, links and network (MLPerf inference 6.0). B200's fp32 is 80 TFLOP/s in NVIDIA's
-technical brief. Written from memory, and not compared: L4, A10, RTX A6000, RTX 3090, the adapters of DGX A100, and
-AWS's rates.
-"""
+Compared in November 2026 with copies of data sheets and MLPerf's system descriptions: H200, L40S, RTX 4090 and RTX 5090
+agree, as do B200's bf16, memory, links and network (MLPerf inference 6.0). B200's fp32 is 80 TFLOP/s in NVIDIA's
+technical brief. Written from memory and not compared: L4, A10, RTX A6000, RTX 3090, DGX A100's adapters, AWS's
+rates."""
 
 DEVICE_NAMES = {
     "NVIDIA A100-SXM4-80GB": "A100-80G",

@@ -1,7 +1,4 @@
-"""Time and memory of scoring, training and evaluation.
-
-``h`` is the hidden width, ``q`` that of all heads, ``i`` the feed-forward network's.
-"""
+"""Time and memory of scoring, training and evaluation."""
 
 from dataclasses import replace
 
@@ -17,14 +14,14 @@ from spin_ray.planning.weights import dtype_bytes, weights_of
 from spin_ray.planning.work import Packs, Work, heldout_packs
 
 WORKERS_START_S = 20.0
-"""Seen on two CPU cores with small models: 16 to 22 s."""
+"""Seconds to start train workers, seen on two CPU cores."""
 CHUNK_TARGETS = {"cpu": 256, "cuda": 4096}
-"""Copy of ``learner.head.ROWS_PER_CHUNK``: an import would bring torch."""
+"""Copy of ``learner.head.ROWS_PER_CHUNK``, whose import would load torch."""
 FILLED = 0.75
-"""Part of a device that training may fill without checkpointing: packs were measured to take up to 1.3 times what is
-predicted (``benchmarks/plan_check.py``)."""
+"""Share of a device that training may fill without checkpointing. Packs were measured to take up to 1.3 times the
+prediction (``benchmarks/plan_check.py``)."""
 MOMENTS = {"rmsprop": 1.0, "adamw": 2.0, "adamw_8bit": 0.5, "muon": 1.0}
-"""Fp32 numbers that an optimizer keeps per parameter; those of 8 bits count a quarter."""
+"""Fp32 numbers that an optimizer keeps per parameter. An 8-bit number counts a quarter."""
 
 
 # Stages
@@ -33,7 +30,7 @@ MOMENTS = {"rmsprop": 1.0, "adamw": 2.0, "adamw_8bit": 0.5, "muon": 1.0}
 def scoring_cost(
     config: SpinConfig, shape: ModelShape, device: Hardware, packs: Packs, ranks: Ranks | None = None
 ) -> StageCost:
-    """Returns the cost of the reference, a forward pass over an epoch."""
+    """Returns the cost of the reference: one forward pass over an epoch."""
     return _learner_cost("scoring", config, shape, device, packs, ranks, passes=1, optimizer=config.train.optimizer)
 
 
@@ -104,7 +101,9 @@ def _learner_cost(
 
 
 def _host_step_s(config: SpinConfig, shape: ModelShape, ranks: Ranks, optimizer: OptimizerConfig) -> float:
-    """Returns the seconds of an offloaded optimizer: weights, gradients and moments read, all but gradients written."""
+    """Returns the seconds of an offloaded optimizer, which reads weights, gradients and moments and writes all but
+    gradients.
+    """
     if not (config.train.offload and config.train.resources.gpus):
         return 0.0
     numbers = 3 + 2 * MOMENTS.get(optimizer.name, max(MOMENTS.values()))
@@ -118,8 +117,8 @@ def _host_step_s(config: SpinConfig, shape: ModelShape, ranks: Ranks, optimizer:
 def pack_flops(config: SpinConfig, shape: ModelShape, length: float, targets: float, *, backward: bool) -> float:
     """Returns the FLOPs of a pack of ``length`` tokens with ``targets`` response tokens.
 
-    The dense mask computes all length² pairs. Backward costs 2 forward passes, and 1 without gradients of frozen
-    weights; activations that are computed again cost 1 more. The head is always computed again.
+    Attention counts all length² pairs, as the dense mask does. Backward costs 2 forward passes, or 1 if the weights are
+    frozen. Checkpointing costs 1 more; the head is always recomputed.
     """
     trunk, head = shape.trunk_flops(length, length**2), shape.head_flops(targets)
     if not backward:
@@ -131,7 +130,7 @@ def pack_flops(config: SpinConfig, shape: ModelShape, length: float, targets: fl
 def step_traffic(
     config: SpinConfig, shape: ModelShape, packs: float, *, backward: bool, ranks: Ranks | None = None
 ) -> float:
-    """Returns the bytes of weights and gradients that a rank sends in a step, and as many it receives."""
+    """Returns the bytes that a rank sends in a step, without activations. A rank receives as many."""
     ranks = ranks or flat(config.train.workers)
     return sum(it.sent for it in step_collectives(config, shape, ranks, packs, 0.0, backward=backward))
 
@@ -142,9 +141,9 @@ def step_traffic(
 def settle_checkpointing(
     config: SpinConfig, shape: ModelShape, room: float, optimizer: OptimizerConfig, ranks: Ranks | None = None
 ) -> SpinConfig:
-    """Returns the recipe with ``gradient_checkpointing: auto`` decided for devices of ``room`` bytes.
+    """Decides ``gradient_checkpointing: auto`` for devices of ``room`` bytes.
 
-    Full packs are counted, whatever the data: the decision is the plan's and the workers' alike.
+    Counts full packs, so that the plan and the workers decide alike.
     """
     if config.train.gradient_checkpointing != "auto":
         return config
@@ -176,9 +175,8 @@ def learner_memory(
 ) -> dict[str, float]:
     """Returns the bytes of one rank by purpose.
 
-    States are fp32 and sharded. Per trained parameter: 4 for the weight, 4 for its gradient, and the optimizer's. What
-    is frozen has neither. A rank with several packs a step also keeps whole gradients, unless they are reduced with
-    every pack.
+    States are fp32 and sharded: weight, gradient and moments of each trained parameter. A rank with several packs a
+    step also keeps whole gradients, unless it reduces them with every pack.
     """
     mesh = (ranks or flat(config.train.workers)).mesh
     shape = shape.split(mesh.tensor)
@@ -203,8 +201,7 @@ def learner_memory(
 def _gathered_bytes(config: SpinConfig, shape: ModelShape, mesh: Mesh, *, trains: bool, backward: bool) -> float:
     """Returns the bytes of gathered weights and of two fp32 buffers for gradients.
 
-    Resharded layers: two of them and the root are there; otherwise all. Even one worker copies its weights to compute,
-    and what is frozen a layer at a time.
+    Resharding keeps the root and two layers at once. A single worker also copies its weights to compute.
     """
     weights = weights_of(config, shape, trains=trains)
     frozen = config.train.lora is not None if trains else bool(config.train.resources.gpus)
@@ -216,10 +213,10 @@ def _gathered_bytes(config: SpinConfig, shape: ModelShape, mesh: Mesh, *, trains
 
 
 def _activation_bytes(config: SpinConfig, shape: ModelShape, packs: Packs, *, backward: bool) -> float:
-    """Returns the bytes that one pack keeps.
+    """Returns the bytes that one pack keeps, counted as in arXiv 2205.05198.
 
-    A layer keeps per token, at b bytes a number: 2h(4 + 2b) for two norms, 4qb for attention, 4ib for the feed-forward
-    network. Counted as in arXiv 2205.05198. Of experts a token keeps the active ones'.
+    A layer keeps activations of two norms, attention and the feed-forward network. Only active and shared experts
+    count.
     """
     length, b = config.train.pack_length, dtype_bytes(config)
     wide = shape.active * shape.intermediate + shape.shared if shape.experts else shape.intermediate
@@ -232,7 +229,7 @@ def _activation_bytes(config: SpinConfig, shape: ModelShape, packs: Packs, *, ba
     else:
         kept = float(shape.layers * layer)
     on_gpu = bool(config.train.resources.gpus)
-    mask = 0 if on_gpu else length**2 * (b + 1)  # the additive mask, and the booleans it is made from
+    mask = 0 if on_gpu else length**2 * (b + 1)  # the additive mask, and the booleans that make it
     rows = min(CHUNK_TARGETS["cuda"], length) if on_gpu else CHUNK_TARGETS["cpu"]
-    logits = rows * shape.vocab * (3 * 4 if backward else 4)  # fp32; with gradient and softmax
+    logits = rows * shape.vocab * (3 * 4 if backward else 4)  # fp32; backward also holds the gradient and the softmax
     return kept + packs.targets * shape.hidden * b + mask + logits

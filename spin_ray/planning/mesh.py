@@ -1,7 +1,4 @@
-"""The mesh of the train workers: who holds which part of the model, and why.
-
-train.mesh, model's shape, workers by node, memory of a device ──> Choice(mesh, reason)
-"""
+"""The choice of the train workers' mesh."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -22,14 +19,14 @@ from spin_ray.planning.model_shape import ModelShape
 from spin_ray.planning.work import Packs
 
 TENSOR_SIZES = (2, 4, 8)
-"""Sizes of tensor groups that ``auto`` tries: their links are those within a node."""
+"""Sizes that ``auto`` tries, each within a node."""
 SHARDED = ("weights", "optimizer", "gradients", "whole gradients")
-"""Purposes of memory that more workers, or ``reduce_every_pack``, make smaller."""
+"""Purposes of memory that shrink with more workers."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Placing:
-    """The places of the train workers, in order of their ranks."""
+    """The node of each train worker, in order of ranks."""
 
     node_of_rank: tuple[int, ...]
     room: float
@@ -37,7 +34,7 @@ class Placing:
 
     @classmethod
     def even(cls, workers: int, nodes: int, room: float) -> Self:
-        """Returns the places on ``nodes`` nodes that are filled one after another."""
+        """Fills ``nodes`` nodes one after another."""
         each = ceil(workers / nodes)
         return cls(node_of_rank=tuple(rank // each for rank in range(workers)), room=room)
 
@@ -47,12 +44,12 @@ class Placing:
 
     @property
     def per_node(self) -> tuple[int, ...]:
-        """Workers of each node, as neighbours in rank; a node whose workers are scattered comes more than once."""
+        """Workers of each node, in order of ranks. A node with scattered ranks appears more than once."""
         return tuple(len(list(run)) for _, run in groupby(self.node_of_rank))
 
     @property
     def neighbours(self) -> bool:
-        """True: the workers of each node have consecutive ranks, as Ray Train sorts them (its worker_group.py)."""
+        """True if the workers of each node have consecutive ranks, as Ray Train sorts them (worker_group.py)."""
         return len(self.per_node) == len(set(self.node_of_rank))
 
 
@@ -67,14 +64,14 @@ class Choice:
 
 
 WhyNotSplit = Callable[[int], str | None]
-"""Returns why layers cannot be split over so many ranks, or None."""
+"""Function from a number of ranks to the reason why layers cannot be split over them, or None."""
 
 
 def mesh_of(config: SpinConfig, folder: Path, node_of_rank: tuple[int, ...], room: float | None) -> Choice:
-    """Returns the mesh for the model in ``folder``; ``choose_mesh`` has the errors.
+    """Returns the mesh for the model in ``folder``; raises as ``choose_mesh``.
 
     Args:
-        room: bytes of the smallest GPU; None: a CPU worker's share of memory.
+        room: bytes of the smallest GPU. None: a CPU worker's share.
     """
     placing = Placing(node_of_rank=node_of_rank, room=room or CPU.share(config.train.resources).memory)
     if placing.workers == 1 and config.train.mesh == "auto":
@@ -90,16 +87,16 @@ def mesh_of(config: SpinConfig, folder: Path, node_of_rank: tuple[int, ...], roo
 def choose_mesh(
     config: SpinConfig, shape: ModelShape | None, placing: Placing, why_not: WhyNotSplit | None = None
 ) -> Choice:
-    """Returns the recipe's mesh, or the one that ``auto`` stands for.
+    """Returns the recipe's mesh, or chooses one for ``auto``.
 
     Args:
-        shape: None for a model whose sizes are not known.
-        why_not: transformers' answer; by default the shape's alone.
+        shape: None if the model's sizes are unknown.
+        why_not: answer of transformers' tensor plan. Default: what ``shape`` alone says.
 
     Raises:
         ConfigError: the recipe's mesh has another number of ranks.
-        ModelError: the model cannot be split so.
-        ResourceError: workers of one node are scattered over the ranks.
+        ModelError: the model cannot be split as the recipe says.
+        ResourceError: the recipe's mesh needs neighbours, and a node's workers are scattered over the ranks.
     """
     why_not = why_not or (partial(_undivided, shape) if shape else lambda _: "its shape is not known")
     if isinstance(config.train.mesh, Mesh):
@@ -147,7 +144,6 @@ def _given(mesh: Mesh, placing: Placing, why_not: WhyNotSplit) -> Choice:
 
 
 def _tensor(config: SpinConfig, shape: ModelShape, placing: Placing, why_not: WhyNotSplit) -> tuple[int, str]:
-    """Returns the size of tensor groups, and why it is more than 1."""
     train, workers = config.train, placing.workers
     if not train.resources.gpus or train.lora is not None or train.compile is True:
         return 1, ""
@@ -176,17 +172,17 @@ def _undivided(shape: ModelShape, tensor: int) -> str | None:
 
 
 def split_shape(shape: ModelShape, tensor: int) -> ModelShape:
-    """Returns the shape that one rank of a tensor group computes; embeddings and head are whole there."""
+    """Returns the shape that one rank of a tensor group computes."""
     return shape.split(tensor)
 
 
 def on_a_copy(config: SpinConfig, mesh: Mesh) -> SpinConfig:
-    """Returns the recipe with the workers that share one copy, for the arithmetic of memory."""
+    """Returns the recipe with only the workers that share one copy of the weights."""
     return config.model_copy(update={"train": config.train.model_copy(update={"workers": mesh.shard})})
 
 
 def memory_of(config: SpinConfig, shape: ModelShape, mesh: Mesh, room: float) -> float:
-    """Returns the bytes of a rank that trains full packs, with activations computed again if that is left open."""
+    """Returns the bytes of a rank that trains full packs."""
     optimizer = config.train.optimizer
     one, split = on_a_copy(config, mesh), split_shape(shape, mesh.tensor)
     return sum(_of_full_packs(settle_checkpointing(one, split, room, optimizer), split, optimizer).values())
@@ -200,14 +196,14 @@ def _of_full_packs(config: SpinConfig, shape: ModelShape, optimizer: OptimizerCo
     return learner_memory(config, shape, packs, optimizer=optimizer, backward=True)
 
 
-# What no mesh here can hold
+# Limits of every mesh
 
 
 def check_mesh(config: SpinConfig, folder: Path, room: float | None) -> None:
-    """Checks what is known of the mesh before anything runs.
+    """Checks the mesh before anything runs.
 
     Args:
-        room: bytes of a GPU, if this machine has one.
+        room: bytes of this machine's GPU, if it has one.
 
     Raises:
         ModelError: the model cannot be split as the recipe says.
@@ -228,7 +224,7 @@ def check_mesh(config: SpinConfig, folder: Path, room: float | None) -> None:
 
 
 def too_long(config: SpinConfig, shape: ModelShape, room: float, why_not: WhyNotSplit | None = None) -> str | None:
-    """Returns a sentence if the longest pair alone fills a GPU, however many share the weights; else None."""
+    """Returns an error text if the longest pair alone overfills a GPU on every mesh; else None."""
     answer = config.generation.sampling.max_tokens
     longest = config.model.max_length + answer
     why_not = why_not or partial(_undivided, shape)

@@ -9,31 +9,31 @@ from spin_ray.errors import ModelError
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ModelShape:
-    """A decoder with grouped-query attention and gated feed-forward networks, one a layer or a mixture of them."""
+    """A decoder with grouped-query attention and gated feed-forward networks, dense or mixtures of experts."""
 
     layers: int
     hidden: int
     intermediate: int
-    """Width of the feed-forward network, or of one expert."""
+    """Width of a feed-forward network or of one expert."""
     heads: int
     kv_heads: int
     head_dim: int
     vocab: int
     tied: bool = False
-    """True: the head is the embedding's matrix."""
+    """True if the head shares the embedding's matrix."""
     experts: int = 0
-    """Experts of a layer; 0: one dense network."""
+    """Experts of a layer. 0: dense."""
     active: int = 0
-    """Experts that one token takes."""
+    """Experts per token."""
     shared: int = 0
-    """Width of what every token takes beside them."""
+    """Width of the shared expert."""
 
     @classmethod
     def from_config(cls, config: Mapping[str, Any], source: str) -> Self:
         """Reads a Hugging Face config.json.
 
         Raises:
-            ModelError: a size is missing, or layers are of a kind that the formulas do not describe.
+            ModelError: a size is missing, or the formulas do not describe the layers.
         """
         config = config.get("text_config", config)
         names = ("num_hidden_layers", "hidden_size", "intermediate_size", "num_attention_heads", "vocab_size")
@@ -62,12 +62,12 @@ class ModelShape:
 
     @property
     def layer_matmuls(self) -> int:
-        """Weights in a layer's products: 2hq + 2h·kv + 3h·i; experts have 3h·i each, and h for their router."""
+        """Weights of a layer's products: 2hq + 2h·kv + 3h·i. Each expert has 3h·i, and h in the router."""
         return self._matmuls(self.experts)
 
     @property
     def active_matmuls(self) -> int:
-        """Weights that a token is multiplied with in a layer."""
+        """Weights of a layer that a token is multiplied with."""
         return self._matmuls(self.active)
 
     def _matmuls(self, experts: int) -> int:
@@ -75,7 +75,7 @@ class ModelShape:
         return self.hidden * (widths + self.experts + 3 * self.intermediate * (experts if self.experts else 1))
 
     def split(self, tensor: int) -> Self:
-        """Returns what one rank of a tensor group holds; embeddings, head and norms are whole there."""
+        """Returns one rank's shape in a tensor group, with whole embeddings, head and norms."""
         return replace(
             self, heads=self.heads // tensor, kv_heads=max(1, self.kv_heads // tensor),
             intermediate=self.intermediate // tensor, shared=self.shared // tensor,
@@ -96,9 +96,8 @@ class ModelShape:
         return self.layers * self.layer + self.root
 
     def trunk_flops(self, tokens: float, attended: float) -> float:
-        """Returns the FLOPs of a forward pass below the head (arXiv 2001.08361, table 1).
-
-        They are 2 per weight and token, and 4q per layer and ``attended`` pair. Of experts only the active count.
+        """Returns the FLOPs of a forward pass below the head, with ``attended`` pairs of tokens (arXiv 2001.08361,
+        table 1).
         """
         return self.layers * (2 * self.active_matmuls * tokens + 4 * self.q * attended)
 
@@ -106,14 +105,14 @@ class ModelShape:
         return 2.0 * self.hidden * self.vocab * tokens
 
     def read(self, tokens: float) -> float:
-        """Returns the parameters that a forward pass of ``tokens`` tokens reads; routers are taken to be balanced."""
+        """Returns the parameters that a pass over ``tokens`` tokens reads, with balanced routers."""
         if not self.experts:
             return self.parameters
         idle = (1 - self.active / self.experts) ** tokens
         return self.parameters - self.layers * idle * 3 * self.hidden * self.intermediate * self.experts
 
     def kv_bytes(self, dtype_bytes: int) -> int:
-        """Returns one token's bytes of keys and values."""
+        """Returns the bytes of one token's keys and values."""
         return 2 * self.layers * self.kv_heads * self.head_dim * dtype_bytes
 
 
@@ -121,7 +120,7 @@ _UNKNOWN = {
     "kv_lora_rank": "latent attention", "n_routed_experts": "grouped experts", "moe_layer_freq": "layers of two kinds",
     "first_k_dense_replace": "layers of two kinds", "mlp_only_layers": "layers of two kinds",
 }  # fmt: skip
-"""Settings of config.json whose models the formulas do not describe."""
+"""Settings of config.json that the formulas do not describe."""
 
 
 def _active_experts(config: Mapping[str, Any], source: str) -> int:

@@ -15,7 +15,7 @@ PAPER_GPUS, PAPER_EPOCHS, PAPER_PROMPTS = 8, 2, 50_000
 PAPER_GENERATION_BATCH = 16
 """Prompts per GPU and batch (README of uclaml/SPIN, step 1)."""
 PAPER_PADDING = 2.0
-"""Longest row of a batch over the mean row. An assumption: 16 log-normal rows with a sigma of 0.45."""
+"""Longest row of a batch over the mean. Assumed: 16 log-normal rows with a sigma of 0.45."""
 PAPER_DIFFERENCE = (
     "Why: the authors train y and y′ as two padded rows that each repeat the prompt, with a reference model beside the "
     "policy. Here y and y′ share one prompt in packs, and the reference is one forward pass. The authors generate in "
@@ -37,7 +37,7 @@ def is_the_papers(config: SpinConfig, shape: ModelShape, work: Work, device: Har
 
 
 def paper_table(config: SpinConfig, shape: ModelShape, devices: Devices, work: Work) -> Table:
-    """Returns published hours, the authors' way as predicted, and this recipe's."""
+    """Returns published hours, predicted hours of the authors' procedure, and this recipe's."""
     theirs = paper_way_hours(shape, devices.train, work, config.generation.sampling.max_tokens)
     first, second = (
         {stage.name: stage.seconds for stage in iteration_costs(config, shape, devices, work, iteration)}
@@ -53,12 +53,12 @@ def paper_table(config: SpinConfig, shape: ModelShape, devices: Devices, work: W
 
 
 def paper_way_hours(shape: ModelShape, device: Hardware, work: Work, max_tokens: int) -> dict[str, float]:
-    """Predicts the hours of the authors' procedure, for the keys of ``PUBLISHED_H``.
+    """Predicts the hours of the authors' procedure, by the keys of ``PUBLISHED_H``.
 
-    Batches are as long as their longest row. y and y′ are rows of their own; the policy with checkpointing is 4 forward
-    passes, the reference 1.
+    Batches are padded to their longest row, and y and y′ are separate rows. The policy with checkpointing costs 4
+    forward passes, the reference 1.
     """
-    context = work.prompt + max_tokens / 2  # of 16 responses one nearly always goes on to max_tokens
+    context = work.prompt + max_tokens / 2  # one of 16 responses nearly always reaches max_tokens
     step = device.reading(2 * shape.parameters + PAPER_GENERATION_BATCH * context * shape.kv_bytes(2))
     generation = PAPER_PROMPTS / (PAPER_GPUS * PAPER_GENERATION_BATCH) * max_tokens * step
 

@@ -1,9 +1,4 @@
-"""``spin-ray plan``: refuses what cannot fit in memory, prints the cost of the rest.
-
-recipe ──> shape (config.json) ─┐
-       ──> rows, lengths        ├──> run_cost ──> does not fit: one line, with settings that would
-       ──> cluster             ─┘             └──> fits: tables of time and memory
-"""
+"""``spin-ray plan``: predicts time and memory, and refuses what does not fit."""
 
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
@@ -39,7 +34,7 @@ SAMPLE_ROWS = 256
 
 @dataclass(frozen=True, kw_only=True)
 class Given:
-    """Command-line options. None: read from the data."""
+    """Sizes from the command line. None: measured from the data."""
 
     rows: int | None = None
     prompt_tokens: float | None = None
@@ -117,7 +112,6 @@ def _sample(config: SpinConfig, given: Given) -> Work:
 
 
 def _usable_rows(source: str, task: "PromptTask") -> tuple[int, list[dict[str, Any]]]:
-    """Returns the number of a source's usable rows, estimated from its first ones, and those."""
     from spin_ray.inputs.prompt_rows import rows_of
     from spin_ray.inputs.sources import find_files, read_slice, split
 
@@ -132,7 +126,7 @@ def _usable_rows(source: str, task: "PromptTask") -> tuple[int, list[dict[str, A
 
 
 def _heldout_rows(config: SpinConfig) -> int:
-    """Counts the rows, up to ``evaluation.max_rows``; remote data counts as that many."""
+    """Counts up to ``evaluation.max_rows``. Remote data is assumed to have that many."""
     if config.data.heldout is None:
         return 0
     sources, limit = sources_of(config.data.heldout), config.evaluation.max_rows
@@ -147,7 +141,7 @@ def _heldout_rows(config: SpinConfig) -> int:
 
 
 def count_rows(files: list[str]) -> int:
-    """Counts rows of local files, without blank lines."""
+    """Counts the rows of local files, without blank lines."""
     import pyarrow.parquet as pq
 
     from spin_ray.inputs.sources import read_slice, split
@@ -164,7 +158,7 @@ def count_rows(files: list[str]) -> int:
     return total
 
 
-# What cannot fit
+# Memory
 
 
 def check_memory(config: SpinConfig, shape: ModelShape, cluster: Cluster, work: Work) -> list[Phase]:
@@ -195,7 +189,7 @@ def check_memory(config: SpinConfig, shape: ModelShape, cluster: Cluster, work: 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Plan:
     config: SpinConfig
-    """The recipe with what it leaves open filled in."""
+    """Recipe with its open settings filled in."""
     cluster: Cluster
     devices: Devices
     shape: ModelShape
@@ -221,11 +215,7 @@ class Plan:
 
 
 def print_plan(config: SpinConfig, cluster: Cluster, given: Given, console: Console) -> None:
-    """Prints time, memory, notes, and the paper's times where they apply.
-
-    Raises:
-        UserError: an option is missing, or a stage does not fit. Nothing is printed.
-    """
+    """Prints the plan, beside the paper's times where they apply; raises as ``predict`` and prints nothing then."""
     plan = predict(config, cluster, given)
     console.print(time_table(plan.phases))
     console.print(f"Total: {exact_duration(plan.seconds)}, without reading data, checkpoints and export.")
@@ -240,11 +230,7 @@ def print_plan(config: SpinConfig, cluster: Cluster, given: Given, console: Cons
 
 
 def as_json(config: SpinConfig, cluster: Cluster, given: Given) -> dict[str, Any]:
-    """Returns the plan in seconds, bytes, tokens and FLOPs.
-
-    Raises:
-        UserError: an option is missing, or a stage does not fit.
-    """
+    """Returns the plan in seconds, bytes, tokens and FLOPs; raises as ``predict``."""
     plan = predict(config, cluster, given)
     return {
         "seconds": plan.seconds,
@@ -258,7 +244,7 @@ def as_json(config: SpinConfig, cluster: Cluster, given: Given) -> dict[str, Any
 
 
 def predict(config: SpinConfig, cluster: Cluster, given: Given) -> Plan:
-    """Returns what the recipe costs.
+    """Returns the plan of a recipe.
 
     Raises:
         UserError: an option is missing, or a stage does not fit.

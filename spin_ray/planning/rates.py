@@ -1,6 +1,6 @@
-"""Rates of training and scoring that were measured on a card.
+"""Measured rates of training and scoring.
 
-``rates.json`` is written by ``python benchmarks/tables.py rates`` from the results of ``make gpu-bench``.
+``python benchmarks/tables.py rates`` writes ``rates.json`` from the results of ``make gpu-bench``.
 """
 
 import json
@@ -13,7 +13,7 @@ from pathlib import Path
 from spin_ray.planning.hardware import Hardware
 
 SIMILAR_SIZE = 4.0
-"""Largest ratio of two models' parameters at which the rate of one is taken for the other."""
+"""Largest ratio of parameters at which one model's rate is used for another."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -24,9 +24,8 @@ class MeasuredRate:
     """``training`` or ``scoring``, in bf16."""
     parameters: float
     mfu: float
-    """FLOPs that the model needs, over time and the data sheet's dense bf16 rate."""
+    """FLOP/s that the model needs, over the data sheet's dense bf16 rate."""
     measured: str
-    """Date."""
     commit: str
 
     def __str__(self) -> str:
@@ -42,7 +41,7 @@ def known_rates() -> tuple[MeasuredRate, ...]:
 def rate_of(
     card: str, stage: str, parameters: float, rates: Sequence[MeasuredRate] | None = None
 ) -> MeasuredRate | None:
-    """Returns the card's measurement of the stage with the most similar size of model, None if there is none."""
+    """Returns the stage's rate at the nearest model size; None beyond ``SIMILAR_SIZE``."""
 
     def distance(rate: MeasuredRate) -> float:
         return abs(log(rate.parameters / parameters))
@@ -54,6 +53,6 @@ def rate_of(
 
 
 def at_measured_rate(device: Hardware, stage: str, parameters: float, precision: str) -> Hardware:
-    """Returns the device with the measured share of its peak, or unchanged where none was measured."""
+    """Returns the device with its measured rate, if there is one."""
     rate = rate_of(device.name, stage, parameters) if precision == "bf16" else None
     return replace(device, efficiency=rate.mfu) if rate else device

@@ -1,4 +1,4 @@
-"""Settings that make a stage fit in memory, each tried first."""
+"""Settings that make a stage fit in memory, each tried before it is named."""
 
 from collections.abc import Iterator
 from dataclasses import replace
@@ -16,7 +16,7 @@ from spin_ray.planning.work import Work
 
 
 def remedies(config: SpinConfig, shape: ModelShape, cluster: Cluster, work: Work, stage: str) -> list[str]:
-    """Returns every change that is enough alone, else several together."""
+    """Returns each change that suffices alone; else one combination, or nothing."""
 
     def words(changes: dict[str, Any]) -> str | None:
         return _if_it_fits(config, shape, cluster, work, stage, changes)
@@ -42,7 +42,6 @@ def remedies(config: SpinConfig, shape: ModelShape, cluster: Cluster, work: Work
 def _if_it_fits(
     config: SpinConfig, shape: ModelShape, cluster: Cluster, work: Work, stage: str, changes: dict[str, Any]
 ) -> str | None:
-    """Returns the changes as options if the stage fits, on as many nodes as needed."""
     try:
         tried = _changed(config, changes)
         nodes = max(cluster.nodes, *nodes_of(tried, cluster.gpus_per_node).values())
@@ -57,7 +56,7 @@ def _if_it_fits(
 
 
 def _changes(config: SpinConfig, shape: ModelShape, stage: str) -> Iterator[dict[str, Any]]:
-    """Yields changes, the least harmful first; objective, data and batch stay."""
+    """Yields changes, the least harmful first. Objective, data and batch stay."""
     engine, train = config.resolve_dtype(config.generation.engine), config.train
     if stage == "generation":
         if not config.generation.resources.gpus:

@@ -17,7 +17,7 @@ from spin_ray.run_dir.names import iteration_name
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Phase:
-    """Stages of one iteration, or of equal ones."""
+    """The stages of one iteration, or of consecutive iterations of equal cost."""
 
     first: str
     last: str
@@ -34,7 +34,7 @@ class Phase:
 
 
 def plan_run(config: SpinConfig, shape: ModelShape, devices: Devices, work: Work) -> list[Phase]:
-    """Returns the driver's stages, iterations of equal cost together."""
+    """Returns the phases of a run."""
     phases: list[Phase] = []
     if config.sft:
         whole = config.model_copy(update={"train": config.train.model_copy(update={"lora": None})})
@@ -53,7 +53,7 @@ def plan_run(config: SpinConfig, shape: ModelShape, devices: Devices, work: Work
 
 
 def mesh_of(config: SpinConfig, shape: ModelShape, devices: Devices) -> Choice:
-    """Returns the mesh of the train workers, and why it is that one."""
+    """Returns the mesh of the train workers and its reason."""
     nodes = tuple(rank // devices.per_node for rank in range(config.train.workers))
     return choose_mesh(config, shape, Placing(node_of_rank=nodes, room=devices.train.memory))
 
@@ -65,7 +65,7 @@ def ranks_of(config: SpinConfig, shape: ModelShape, devices: Devices) -> Ranks:
 def iteration_costs(
     config: SpinConfig, shape: ModelShape, devices: Devices, work: Work, iteration: int
 ) -> tuple[StageCost, ...]:
-    """Returns the stages of one iteration; the last iterate is only evaluated."""
+    """Returns the stages of one iteration. The last iterate is only evaluated."""
     ranks = ranks_of(config, shape, devices)
     trained = iteration < config.iterations
     played = played_rows(config, work) if trained else 0

@@ -1,4 +1,4 @@
-"""The same recipe on fewer and more nodes, and with larger batches."""
+"""Times of a recipe on fewer nodes and with larger batches."""
 
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, replace
@@ -13,14 +13,14 @@ from spin_ray.planning.run_cost import mesh_of, plan_run
 from spin_ray.planning.work import Work
 
 BATCHES = tuple(2**power for power in range(7))
-"""Factors of the recipe's batch that are tried."""
+"""Tried factors of the recipe's batch."""
 NEAR = 1.05
 """Factor within which a time counts as the shortest."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Size:
-    """A whole run on all GPUs of some nodes."""
+    """A run on all GPUs of some nodes."""
 
     nodes: int
     workers: int
@@ -37,15 +37,15 @@ class Size:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Scaling:
-    """Times on 1, 2, 4, … nodes and on the cluster's; nodes that do not hold the model are left out."""
+    """Times on 1, 2, 4, … and all nodes, where the run fits."""
 
     with_own_batch: tuple[Size, ...]
     with_enough: tuple[Size, ...]
-    """The same nodes with the batch from which on a larger one saves the cluster no more time."""
+    """Times with the smallest batch that is near the shortest time on all nodes."""
 
     @property
     def advised(self) -> Size:
-        """The fewest nodes that take as long as any, with the recipe's batch: more would cost and not save."""
+        """Fewest nodes near the shortest time with the recipe's batch."""
         shortest = min(size.hours for size in self.with_own_batch)
         return next(size for size in self.with_own_batch if size.hours <= NEAR * shortest)
 
@@ -55,11 +55,11 @@ class Scaling:
 
     @property
     def scales(self) -> bool:
-        """True: the recipe's batch keeps the whole cluster busy."""
+        """True if the recipe's batch keeps all nodes busy."""
         return self.batch == self.with_own_batch[-1].batch
 
     def sentences(self) -> Iterator[str]:
-        """Yields the nodes that are advised for the recipe's batch, and the batch for more."""
+        """Yields advice on nodes and batch."""
         most, advised, enough = self.with_own_batch[-1], self.advised, self.with_enough[-1]
         if advised.nodes < most.nodes:
             yield (
@@ -84,7 +84,7 @@ class Scaling:
 
 
 def scaling_of(config: SpinConfig, shape: ModelShape, cluster: Cluster, work: Work) -> Scaling | None:
-    """Returns the times on fewer nodes and with larger batches; None for one node, CPUs, or a mesh of fixed sizes.
+    """Returns times on fewer nodes and with larger batches; None for one node, CPUs or a mesh of fixed sizes.
 
     Args:
         config: the recipe before ``settle_sizes``, so that shards fit each number of engines.
@@ -107,7 +107,7 @@ def scaling_of(config: SpinConfig, shape: ModelShape, cluster: Cluster, work: Wo
 
 
 def on_all_gpus(config: SpinConfig, cluster: Cluster, batch: int) -> SpinConfig:
-    """Returns the recipe with a train worker on each GPU, as many engines as find room, and ``batch`` pairs a step."""
+    """Returns the recipe with a train worker on each GPU and as many engines as fit."""
     gpus, each = cluster.nodes * cluster.gpus_per_node, config.generation.resources.gpus
     train = config.train.model_copy(update={"workers": gpus, "global_batch_pairs": batch})
     generation = config.generation
@@ -117,7 +117,6 @@ def on_all_gpus(config: SpinConfig, cluster: Cluster, batch: int) -> SpinConfig:
 
 
 def _size(config: SpinConfig, shape: ModelShape, cluster: Cluster, work: Work, batch: int) -> Size | None:
-    """Returns the run on all GPUs of the cluster, None where a stage does not fit."""
     changed = on_all_gpus(config, cluster, batch).settle_sizes(rows=work.rows)
     try:
         devices = devices_of(changed, cluster)

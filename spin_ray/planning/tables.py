@@ -37,7 +37,7 @@ def time_table(phases: list[Phase]) -> Table:
 
 
 def memory_table(phases: list[Phase]) -> Table:
-    """Returns the memory of every stage, in its largest phase."""
+    """Returns each stage's memory, in its largest phase."""
     table = Table(title="GB on the fullest device")
     for name in ("stage", "needed", "available", "for"):
         table.add_column(name, justify="right" if name in ("needed", "available") else "left")
@@ -50,7 +50,7 @@ def memory_table(phases: list[Phase]) -> Table:
 
 
 def scaling_table(scaling: Scaling) -> Table:
-    """Returns hours by nodes, with the recipe's batch and with the one that keeps all nodes busy."""
+    """Returns hours by nodes, for the recipe's batch and for one that keeps all nodes busy."""
     table = Table(title="Hours on all GPUs of so many nodes, by pairs of a step")
     batches = [scaling.with_own_batch[0].batch, *([] if scaling.scales else [scaling.batch])]
     for name in ("nodes", "mesh", *(f"{batch} pairs" for batch in batches)):
@@ -72,7 +72,7 @@ def network_note(cluster: Cluster, devices: Devices) -> str:
 
 
 def notes(config: SpinConfig, shape: ModelShape, cluster: Cluster, work: Work) -> Iterator[str]:
-    """Yields assumptions, and what the tables leave out."""
+    """Yields the assumptions, and the costs that the tables leave out."""
     yield (
         f"Model: {shape.parameters / 1e9:.2f}B parameters. Data: {work.rows} rows of {work.prompt:.0f} + "
         f"{work.real:.0f} tokens; y′ of {work.generated:.0f} (as long as y, cut at max_tokens); "
@@ -101,7 +101,6 @@ def notes(config: SpinConfig, shape: ModelShape, cluster: Cluster, work: Work) -
 
 
 def _rates(config: SpinConfig, shape: ModelShape, gpu: str) -> Iterator[str]:
-    """Yields what share of the card's data sheet the times of each stage take, and where it was measured."""
     assumed = []
     for stage in ("training", "scoring"):
         rate = rate_of(gpu, stage, shape.parameters) if config.train.precision == "bf16" else None

@@ -1,9 +1,7 @@
-"""Bytes that a rank sends in an optimizer step, and their time beside the computation.
+"""Bytes that a rank sends in an optimizer step, and their time.
 
-    pack:  gather layers ──> forward ──> gather layers ──> backward ──> scatter gradients over the shard
-    step:                                                               └──> sum them over the replicas
-
-Every collective is a ring: of S bytes over n ranks each rank sends S·(n−1)/n, and twice that to sum on every rank.
+Collectives are rings. To gather or scatter S bytes over n ranks, each sends S·(n−1)/n; to sum on every rank, twice
+that.
 """
 
 from collections.abc import Iterator
@@ -17,26 +15,26 @@ from spin_ray.planning.model_shape import ModelShape
 from spin_ray.planning.weights import dtype_bytes, weights_of
 
 CALL_S, HOP_S, NETWORK_HOP_S = 8.4e-6, 3.4e-6, 14.0e-6
-"""Seconds of a call, of a hop on NVLink and of one between nodes: NCCL's own for rings (src/graph/tuning.cc, 2.19)."""
+"""Seconds of a call, a hop on NVLink and a hop between nodes: NCCL's for rings (src/graph/tuning.cc, 2.19)."""
 
 Phase = Literal["forward", "backward"]
 BOUNDS = {
     "weights": "gathering weights", "gradients": "gathering weights", "replicas": "summing gradients over replicas",
     "activations": "activations of tensor groups", "host": "copies to host memory",
 }  # fmt: skip
-"""Names of what takes the time; weights are gathered and their gradients scattered by the same ranks."""
+"""Names in the table. Weights and gradients share one, because the same ranks gather and scatter."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Collective:
-    """Equal collectives of one optimizer step."""
+    """All collectives of one kind in a step."""
 
     name: str
-    """A key of ``BOUNDS``."""
+    """Key of ``BOUNDS``."""
     phase: Phase
     group: Group
     sent: float
-    """Bytes that a rank sends."""
+    """Bytes per rank."""
     calls: float
     exposed: float = 0.0
     """Share of the time that no computation hides."""
@@ -48,7 +46,7 @@ class Collective:
             return self.sent / (device.host * BANDWIDTH_EFFICIENCY)
         rate, hops = device.link, self.group.size - 1
         between = self.group.nodes - 1
-        if between:  # a ring enters each node once, by the adapters of all its members there
+        if between:  # a ring enters each node once, through the adapters of all its ranks there
             rate = min(device.link, device.network * self.group.together)
         waiting = 0.0 if device.name == "cpu" else CALL_S + self.turns * (
             (hops - between) * HOP_S + between * NETWORK_HOP_S
@@ -63,9 +61,9 @@ class Collective:
 def step_collectives(
     config: SpinConfig, shape: ModelShape, ranks: Ranks, packs: float, tokens: float, *, backward: bool
 ) -> list[Collective]:
-    """Returns what one rank sends in a step of ``packs`` packs of ``tokens`` tokens.
+    """Returns the collectives of one rank in a step of ``packs`` packs of ``tokens`` tokens.
 
-    Gradients of what a tensor group holds whole are equal on its ranks, and are not summed there.
+    Weights that a tensor group holds whole have equal gradients on its ranks and need no sum.
     """
     mine = shape.split(ranks.mesh.tensor)
     found = [
@@ -82,9 +80,10 @@ def step_collectives(
 def _gathers(
     config: SpinConfig, shape: ModelShape, ranks: Ranks, packs: float, *, backward: bool
 ) -> Iterator[Collective]:
-    """Yields the gathers of weights: each layer's for each pass, the root's for each pack in training.
+    """Yields the gathers of weights.
 
-    Scoring keeps the root, and all that ``shard_grad_op`` gathers. The root's and the first layer's are waited for.
+    Each pass gathers every layer, and each training pack also the root. With ``shard_grad_op`` a training step gathers
+    once, and scoring is taken to keep all weights. Computation hides all but the root and the first layer.
     """
     weights, group = weights_of(config, shape), ranks.shard
     share = (group.size - 1) / group.size
@@ -105,7 +104,7 @@ def _gathers(
 
 
 def _sums(config: SpinConfig, shape: ModelShape, ranks: Ranks, packs: float) -> Iterator[Collective]:
-    """Yields the sums of fp32 gradients, over the shard's ranks and then over replicas; the root's come last."""
+    """Yields the sums of fp32 gradients over the shard, then over replicas. The root's comes last."""
     weights, mesh = weights_of(config, shape), ranks.mesh
     whole = 4 * weights.trained
     waited = weights.root.trained / weights.trained or 1 / weights.layers
@@ -125,9 +124,10 @@ def _sums(config: SpinConfig, shape: ModelShape, ranks: Ranks, packs: float) -> 
 def _activations(
     config: SpinConfig, shape: ModelShape, ranks: Ranks, tokens: float, *, backward: bool
 ) -> Iterator[Collective]:
-    """Yields the sums within tensor groups, all waited for.
+    """Yields the sums within tensor groups, which no computation hides.
 
-    They come after attention and feed-forward network, and backward for the inputs of q, k, v, gate and up.
+    Forward sums follow attention and the feed-forward network. Backward sums add the gradients at the inputs of q, k,
+    v, gate and up.
     """
     group = ranks.tensor
     sums: dict[Phase, int] = {
@@ -145,7 +145,7 @@ def _activations(
 def _copies(
     config: SpinConfig, shape: ModelShape, ranks: Ranks, packs: float, *, backward: bool
 ) -> Iterator[Collective]:
-    """Yields the copies of offloaded shards: as they are stored for each gather, and fp32 gradients back."""
+    """Yields the copies of offloaded shards to the device for each gather, and of fp32 gradients back."""
     weights, alone = weights_of(config, shape), Group(size=1, together=1)
     share = (4 * weights.trained + weights.frozen) / ranks.mesh.shard
     times = packs if config.train.sharding == "full" else 1.0
@@ -161,13 +161,13 @@ class StepTime:
     seconds: float
     bound: str
     sent: dict[str, float]
-    """Bytes that a rank sends, by ``Collective.name``."""
+    """Bytes per rank, by ``Collective.name``."""
 
 
 def step_time(collectives: list[Collective], device: Hardware, compute: dict[Phase, float]) -> StepTime:
     """Returns the time of a step whose phases compute for ``compute`` seconds.
 
-    Links work side by side, and beside the computation; on CPUs everything waits for everything.
+    Links and computation work at the same time, except on CPUs.
     """
     spent: dict[str, float] = {"compute": sum(compute.values())}
     sent: dict[str, float] = {}

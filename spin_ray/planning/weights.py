@@ -1,4 +1,4 @@
-"""The weights that training holds, moves and trains: all of them, or adapters beside a frozen base."""
+"""The weights that training holds, sends and updates: all, or adapters on a frozen base."""
 
 from dataclasses import dataclass
 
@@ -7,27 +7,26 @@ from spin_ray.config.sections import LoraConfig
 from spin_ray.planning.model_shape import ModelShape
 
 BASE_BYTES = {"bf16": 0.0, "int8": 1.0 + 2 / 4096, "nf4": 0.5 + 1 / 64 + 4 / 64 / 256}
-"""Bytes per quantised weight of a linear layer; ``bf16`` has none.
+"""Bytes per quantised weight of a linear layer, with scales; ``bf16`` is not quantised.
 
-int8: and one fp16 scale per row, of 4096 (arXiv 2208.07339). nf4: and an 8-bit scale per 64 weights, with an fp32 scale
-per 256 of those (arXiv 2305.14314, double quantisation).
-"""
+int8: one fp16 scale per row, of 4096 (arXiv 2208.07339). nf4: an 8-bit scale per 64 weights and an fp32 scale per 256
+of those (arXiv 2305.14314, double quantisation)."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Unit:
-    """Weights that FSDP2 gathers together: a layer, or all that is outside the layers."""
+    """Weights that FSDP2 gathers together: a layer, or the root (all that is outside the layers)."""
 
     trained: float
     """Parameters with fp32 states."""
     frozen: float
-    """Bytes that are sharded, as they are stored."""
+    """Bytes of sharded frozen weights, as stored."""
     whole: float = 0.0
-    """Bytes of quantised weights, which every rank holds: they cannot be sharded."""
+    """Bytes of quantised weights, which cannot be sharded."""
     gathered: float
-    """Bytes of the whole unit as it is gathered."""
+    """Bytes that a gather moves."""
     computed: float
-    """Bytes of the whole unit as it is multiplied."""
+    """Bytes in the format of the computation."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -50,7 +49,7 @@ class Weights:
 
 
 def weights_of(config: SpinConfig, shape: ModelShape, *, trains: bool = True) -> Weights:
-    """Returns the weights of a stage; one that only scores holds everything frozen, as it is computed."""
+    """Returns the weights of a stage. Without training all are frozen, in the format of the computation."""
     size = dtype_bytes(config)
     if not trains:
         layer, root = (_all(count, size, trained=False) for count in (shape.layer, shape.root))
@@ -62,7 +61,6 @@ def weights_of(config: SpinConfig, shape: ModelShape, *, trains: bool = True) ->
 
 
 def _all(count: float, size: int, *, trained: bool) -> Unit:
-    """Returns a unit of ``count`` parameters that is computed at ``size`` bytes a number."""
     return Unit(
         trained=count if trained else 0, frozen=0 if trained else size * count, gathered=size * count,
         computed=size * count,
@@ -83,7 +81,7 @@ def _with_adapters(lora: LoraConfig, shape: ModelShape, size: int) -> Unit:
 
 
 def adapted_widths(lora: LoraConfig, shape: ModelShape) -> int:
-    """Returns the inputs and outputs of a layer's adapted matrices together; PEFT adapts no fused experts."""
+    """Returns the inputs and outputs of a layer's adapted matrices. PEFT adapts no fused experts."""
     kv, feed_forward = shape.kv_heads * shape.head_dim, 0 if shape.experts else shape.intermediate
     widths = {
         "q_proj": shape.hidden + shape.q, "k_proj": shape.hidden + kv, "v_proj": shape.hidden + kv,

@@ -7,9 +7,10 @@ from statistics import NormalDist
 from spin_ray.config.recipe import SpinConfig
 
 PACKING_LOSS, PART_PACK = 0.03, 0.7
-"""A step with tokens for n packs takes (1 + loss)·n + part of them. Fitted to ``learner.packing.plan_epoch``."""
+"""Tokens that would fill n packs take (1 + PACKING_LOSS)·n + PART_PACK packs. Fitted to
+``learner.packing.plan_epoch``."""
 LENGTHS_OF_A_PACK = 16
-"""Copy of ``learner.step.LENGTHS_OF_A_PACK``: an import would bring torch."""
+"""Copy of ``learner.step.LENGTHS_OF_A_PACK``, whose import would load torch."""
 LENGTH_SPREAD = 2 / 3
 """Standard deviation of row lengths over their mean, an assumption."""
 QUINTILES = (-1.28, -0.52, 0.0, 0.52, 1.28)
@@ -24,7 +25,7 @@ class Work:
     real: float
     """Mean tokens of y."""
     generated: float
-    """Mean tokens of y′: taken to be y's, cut at ``max_tokens``."""
+    """Mean tokens of y′, assumed as long as y, cut at ``max_tokens``."""
     heldout_rows: int = 0
 
 
@@ -32,27 +33,27 @@ class Work:
 class Packs:
     steps: int
     per_step: float
-    """Mean packs of a step."""
     per_rank: float
-    """Mean packs of a step on one rank."""
+    """Mean packs of a rank in a step."""
     length: float
     """Mean tokens of a pack, with padding."""
     targets: float
     """Mean response tokens of a pack."""
     per_rank_at_most: int
-    """Packs of one rank in a step three standard deviations longer; memory must hold them."""
+    """Packs of a rank in a step three standard deviations longer than the mean."""
     tokens: float
     """Tokens of the epoch, without padding."""
     slowest: float = 1.0
-    """Length of a step's longest pack over the mean: all ranks wait for it."""
+    """Longest pack of a step over the mean. All ranks wait for it."""
 
 
 def packs_of(
     trees: float, tree_tokens: float, targets: float, *, steps: float, pack_length: int, workers: int
 ) -> Packs:
-    """Returns the packs of ``trees``; ``tree_tokens`` and ``targets`` are means.
+    """Returns the packs of ``trees`` trees; ``tree_tokens`` and ``targets`` are means.
 
-    A tree is never cut: a step has no more packs than trees, and other ranks wait.
+    A tree, a prompt with its responses, is never cut. So a step has at most as many packs as trees, and ranks without a
+    pack wait.
     """
     steps = max(1, ceil(steps))
     per_step = trees / steps
@@ -82,7 +83,7 @@ def packs_of(
 
 
 def _expected_largest(count: float) -> float:
-    """Returns the largest of ``count`` normal deviates, in standard deviations (Blom's approximation)."""
+    """Returns the expected largest of ``count`` normal deviates (Blom's approximation)."""
     return NormalDist().inv_cdf((count - 0.375) / (count + 0.25)) if count > 1 else 0.0
 
 
@@ -91,12 +92,10 @@ def played_rows(config: SpinConfig, work: Work) -> int:
 
 
 def pair_packs(config: SpinConfig, work: Work, iteration: int, readers: int | None = None) -> Packs:
-    """Returns the packs of an epoch of SPIN.
-
-    A tree is a prompt with y once and every y′ to it.
+    """Returns the packs of an epoch of SPIN. A tree holds y once and every y′.
 
     Args:
-        readers: groups of ranks that have packs of their own. Not given: every worker.
+        readers: groups of ranks that read their own packs. Default: every worker.
     """
     window = iteration + 1 - max(config.objective.oldest_iteration(iteration), 0)
     played = played_rows(config, work)
@@ -123,7 +122,7 @@ def sft_packs(config: SpinConfig, work: Work, readers: int | None = None) -> Pac
 
 
 def heldout_packs(config: SpinConfig, work: Work, readers: int | None = None) -> Packs:
-    """Returns an evaluation's packs: y with two iterates' samples, in one step."""
+    """Returns an evaluation's packs: y and samples of two iterates, in one step."""
     responses = work.real + 2 * work.generated
     return packs_of(
         work.heldout_rows, work.prompt + responses, responses,

@@ -1,1 +1,1 @@
-"""Everything that is said of a run."""
+"""Reports about runs: status, page, model card, trackers, benchmarks, judgements."""

@@ -1,6 +1,6 @@
 """Public benchmarks of an iterate, measured by lm-eval.
 
-Results go to ``benchmarks`` in ``eval.json``; a later result of a task replaces the earlier one.
+Results go to ``benchmarks`` in ``eval.json``. A later result of a task replaces the earlier one.
 """
 
 import json
@@ -60,7 +60,7 @@ def parse_benchmarks(words: Sequence[str]) -> tuple[Benchmark, ...]:
 
 def request_for(config: SpinConfig, iterate: int, model: str, **asked: Any) -> Request:
     """Returns the request; ``asked`` are the command line's options."""
-    if asked.get("endpoint"):  # it refuses longer questions
+    if asked.get("endpoint"):  # an endpoint refuses longer questions
         asked["max_length"] = asked.get("max_length") or config.model.max_length
     engine = config.resolve_dtype(config.generation.engine)
     return Request(
@@ -79,7 +79,7 @@ def run(run_dir: RunDir, config: SpinConfig, iterate: int, request: Request) -> 
 
     Raises:
         UserError: lm-eval is missing, or does not know a task.
-        StageError: the evaluation failed; results that were there are kept.
+        StageError: the evaluation failed. Earlier results are kept.
     """
     variables = {**config.model.chat_template_kwargs, "strftime_now": run_dir.date().strftime}
     request = replace(request, variables=variables)
@@ -99,7 +99,6 @@ def _measure(run_dir: RunDir, iterate: int, request: Request, config: SpinConfig
 
 
 def _keep(run_dir: RunDir, iterate: int, found: dict[str, Any]) -> dict[str, Any]:
-    """Adds results to ``eval.json`` and the model card; returns all results there."""
     evaluation = run_dir.evaluation(iterate) or {"iterate": iterate_name(iterate)}
     results = evaluation.get("benchmarks", {}) | found
     results |= averages(results)
@@ -114,9 +113,7 @@ def run_all(
 ) -> dict[str, dict[str, Any]]:
     """Measures each iterate and prints its results; returns them by iterate.
 
-    Raises:
-        UserError: an iterate or task is unknown; nothing was measured.
-        StageError: an evaluation failed.
+    Finds all iterates before it measures any. Raises as ``run``.
     """
     config, found = run_dir.config(), {}
     asked |= {"benchmarks": parse_benchmarks(tasks), "include": task_folder(include)}
@@ -130,7 +127,7 @@ def run_all(
 
 
 def averages(results: dict[str, Any]) -> dict[str, Any]:
-    """Returns the mean of each complete preset, with errors as of independent tasks."""
+    """Returns the mean of each complete preset. Its error takes the tasks as independent."""
     found = {}
     for preset, benchmarks in PRESETS.items():
         quoted = [metric for benchmark in benchmarks if (metric := _quoted(benchmark, results))]
@@ -143,11 +140,11 @@ def averages(results: dict[str, Any]) -> dict[str, Any]:
 
 
 def _quoted(benchmark: Benchmark, results: dict[str, Any]) -> tuple[float, float] | None:
-    """Returns (value, error); None unless the task was run as the preset says."""
+    """Returns (value, error); None unless the task ran with the preset's examples on all rows."""
     result = results.get(benchmark.task)
     if result is None or benchmark.metric not in result["metrics"] or result["limit"] is not None:
         return None
-    if result["shots"] not in (benchmark.shots, None):  # a group (mmlu) has no number of its own
+    if result["shots"] not in (benchmark.shots, None):  # a group (mmlu) may have no number
         return None
     metric = result["metrics"][benchmark.metric]
     return metric["value"], metric["standard_error"] or 0.0
@@ -155,7 +152,7 @@ def _quoted(benchmark: Benchmark, results: dict[str, Any]) -> tuple[float, float
 
 def _measure_at_endpoint(request: Request) -> dict[str, Any]:
     endpoint = request.endpoint or ""
-    if reason := unreachable(endpoint):  # lm-eval reads its data first and then tries for minutes
+    if reason := unreachable(endpoint):  # lm-eval would read its data first and then retry for minutes
         raise StageError(f"{hide_in_text(endpoint)}: {hide_in_text(reason)}")
     try:
         return measure(request)
@@ -173,7 +170,7 @@ def _measure_on_ray(run_dir: RunDir, iterate: int, request: Request, config: Spi
 
     connect(config)
     resources = backend_resources(config, request.backend)
-    # In a process of its own that ends afterwards: vLLM and torch give no memory back.
+    # max_calls=1 ends the process afterwards: vLLM and torch give no memory back.
     task = ray.remote(max_calls=1)(_measure_there).options(**task_options(resources, retries=0))
     parts = split(request, config.generation.replicas if request.backend == "vllm" else config.train.workers)
     running = {task.remote(run_dir, iterate, part): part for part in parts}
@@ -192,10 +189,10 @@ def _measure_on_ray(run_dir: RunDir, iterate: int, request: Request, config: Spi
 
 
 def results_of(parts: Iterable[tuple[Request, dict[str, Any] | Exception]]) -> Iterator[dict[str, Any]]:
-    """Yields the results of each part; failures are told together after the last part.
+    """Yields the results of each part, then raises all failures together.
 
     Raises:
-        UserError: the user must mend at least one of the failed parts.
+        UserError: the user must mend at least one part.
         StageError: parts failed for other reasons.
     """
     failures: dict[str, type[UserError | StageError]] = {}
@@ -213,7 +210,7 @@ def results_of(parts: Iterable[tuple[Request, dict[str, Any] | Exception]]) -> I
 
 
 def _measure_there(run_dir: RunDir, iterate: int, request: Request) -> dict[str, Any]:
-    """Measures on the task's machine, which fetches a model of a store for itself, and merges an adapter."""
+    """Measures on the Ray task's machine, which fetches a stored model and merges an adapter."""
     model = run_dir.model(iterate)
     if not model.is_committed:
         return measure(request)
@@ -225,7 +222,7 @@ def _measure_there(run_dir: RunDir, iterate: int, request: Request) -> dict[str,
 
 
 def split(request: Request, workers: int) -> list[Request]:
-    """Deals the benchmarks out to at most that many workers, each with the model of its own."""
+    """Splits the benchmarks over at most ``workers`` requests, each of which loads the model."""
     parts = [request.benchmarks[start::workers] for start in range(min(workers, len(request.benchmarks)))]
     return [replace(request, benchmarks=part) for part in parts] or [request]
 

@@ -1,7 +1,7 @@
 """Classifier two-sample test (Lopez-Paz & Oquab 2017, arXiv 1610.06545): can responses be told from human ones?
 
-A linear classifier learns on some prompts and is asked on others. Accuracy 0.5 means that it sees no difference.
-Its features know nothing of the model family that is trained.
+A linear classifier, independent of the trained model, is trained on some prompts and tested on others. Accuracy 0.5
+means that it sees no difference.
 """
 
 from collections.abc import Hashable, Sequence
@@ -13,12 +13,12 @@ from scipy import sparse
 from scipy.optimize import minimize
 
 Features = Any
-"""Features of texts [texts, features], dense or sparse."""
+"""Matrix [texts, features], dense or sparse."""
 
 FOLDS = 5
 RESAMPLES = 2000
 PENALTY = 0.1
-"""Weight of half the squared norm of the classifier, beside a sum of losses over texts."""
+"""Weight of half the squared norm of the weights. The losses are summed over texts."""
 NGRAM_SIZES = (1, 2, 3, 4)
 BUCKETS = 1 << 15
 _MIX = np.uint64(0x9E3779B97F4A7C15)
@@ -26,7 +26,7 @@ _MIX = np.uint64(0x9E3779B97F4A7C15)
 
 @dataclass(frozen=True, slots=True)
 class TwoSample:
-    """Accuracy in telling human from generated responses, with a 95 % interval over groups."""
+    """Accuracy, with a 95 % interval over groups."""
 
     accuracy: float
     low: float
@@ -38,12 +38,11 @@ class TwoSample:
 
 
 def two_sample(real: Features, generated: Features, groups: Sequence[Hashable], seed: int = 0) -> TwoSample | None:
-    """Returns the accuracy on groups that the classifier was not trained on; None for fewer groups than folds.
+    """Returns the accuracy on groups that the classifier did not see; None for fewer groups than folds.
 
     Args:
-        real: features of human responses, a row each.
-        generated: features of the responses to the same prompts, in the same order.
-        groups: prompt or conversation of each row; all texts of a group are asked by one classifier.
+        generated: responses to the prompts of ``real``, in the same order.
+        groups: prompt or conversation of each row, never split between training and test.
     """
     correct = correct_by_group(real, generated, groups, seed)
     if correct is None:
@@ -55,7 +54,7 @@ def two_sample(real: Features, generated: Features, groups: Sequence[Hashable], 
 def correct_by_group(
     real: Features, generated: Features, groups: Sequence[Hashable], seed: int = 0
 ) -> np.ndarray | None:
-    """Returns the fraction of each group's texts that are told right, in the order of first appearance.
+    """Returns the fraction of each group's texts classified correctly, in order of first appearance.
 
     A score of exactly 0 counts half.
     """
@@ -84,7 +83,7 @@ def bootstrap(values: np.ndarray, seed: int = 0) -> tuple[float, float]:
 
 
 def ngram_features(texts: Sequence[str]) -> sparse.csr_matrix:
-    """Returns hashed character n-grams of each text with its two ends marked: square roots of counts, of norm 1."""
+    """Returns hashed character n-grams of each text with marked ends: square roots of counts, of norm 1."""
     columns, counts, starts = [], [], [0]
     for text in texts:
         codes = np.frombuffer(f"\x02{text}\x03".encode("utf-32-le", "surrogatepass"), np.uint32).astype(np.uint64)
@@ -99,7 +98,6 @@ def ngram_features(texts: Sequence[str]) -> sparse.csr_matrix:
 
 
 def _hashes(codes: np.ndarray, size: int) -> np.ndarray:
-    """Returns a bucket for each n-gram of ``size`` characters."""
     windows = max(len(codes) - size + 1, 0)
     value = np.full(windows, size, np.uint64)
     for place in range(size):
@@ -113,7 +111,7 @@ def _score(features: Features, weights: np.ndarray) -> np.ndarray:
 
 
 def _fit(features: Features, labels: np.ndarray) -> np.ndarray:
-    """Returns weights and intercept of logistic regression; labels are 1 and −1."""
+    """Returns weights and intercept of logistic regression. Labels are 1 and −1."""
 
     def loss_and_gradient(weights: np.ndarray) -> tuple[float, np.ndarray]:
         margins = labels * _score(features, weights)

@@ -1,4 +1,4 @@
-"""Output of ``spin-ray doctor`` about a recipe's data, template and precision."""
+"""Output of ``spin-ray doctor`` about data, template and precision."""
 
 from collections.abc import Sequence
 from dataclasses import asdict, replace
@@ -19,14 +19,13 @@ from spin_ray.runtime.precision import faster_precision
 
 _BINS, _BAR = 8, 40
 _MOST_CHARACTERS = 1500
-"""Most characters of a prompt or response that are shown."""
 _MOST_FILES = 5
 _SEVERITY = {"note": "cyan", "warning": "yellow", "error": "red"}
 _PROMPT, _RESPONSE, _SPECIAL = "cyan", "green", "bold magenta"
 
 
 def look_at_data(config: SpinConfig, inputs: Inputs, *, every_row: bool) -> list[Survey]:
-    """Returns a survey each of the training, held-out and question rows that the recipe names.
+    """Surveys each source of training, held-out and question rows.
 
     Raises:
         DataError: a file cannot be read.
@@ -46,7 +45,7 @@ def look_at_data(config: SpinConfig, inputs: Inputs, *, every_row: bool) -> list
 
 
 def check_surveys(config: SpinConfig, inputs: Inputs, surveys: Sequence[Survey]) -> None:
-    """Raises DataError for rows that a run would refuse, or for a source with fewer than it shall give."""
+    """Raises DataError for rows that a run would refuse, or for a source with too few usable rows."""
     sources, held_out = sources_of(inputs.train), len(sources_of(inputs.heldout))
     for number, found in enumerate(surveys):
         of_heldout = 0 <= number - len(sources) < held_out
@@ -65,7 +64,7 @@ def check_surveys(config: SpinConfig, inputs: Inputs, surveys: Sequence[Survey])
 
 
 def print_survey(found: Survey, console: Console) -> None:
-    """Prints counts, reasons and the lengths as a histogram of 80 columns."""
+    """Prints counts, reasons of refusal and a histogram of lengths, in 80 columns."""
     forms = ", ".join(
         f"{name} ({count:,} rows)" if len(found.forms) > 1 else name for name, count in found.forms.items()
     )
@@ -99,7 +98,7 @@ def print_survey(found: Survey, console: Console) -> None:
 
 
 def histogram(lengths: Sequence[int]) -> list[str]:
-    """Returns lines of at most 72 characters: a range of lengths, a bar, and its rows."""
+    """Returns lines of at most 72 characters: range, bar, count."""
     low, high = min(lengths), max(lengths)
     width = (high - low) // _BINS + 1
     counts = [0] * ((high - low) // width + 1)
@@ -114,7 +113,7 @@ def histogram(lengths: Sequence[int]) -> list[str]:
 
 
 def print_example(found: Survey, tokenizer: Any, console: Console) -> None:
-    """Prints one row as the model reads it, with its special tokens."""
+    """Prints one row as the model reads it, special tokens included."""
     if found.example is None:
         return
     for name, colour in (("prompt", _PROMPT), ("response", _RESPONSE)):
@@ -135,14 +134,14 @@ def _as_read(tokenizer: Any, ids: list[int], colour: str) -> Text:
 
 
 def visible(text: str) -> str:
-    """Returns the text with control characters written out, so that data cannot steer a terminal."""
+    """Escapes control characters, so that data cannot steer a terminal."""
     return "".join(
         each if each.isprintable() or each == "\n" else each.encode("unicode_escape").decode() for each in text
     )
 
 
 def print_template(facts: TemplateFacts, console: Console) -> None:
-    """Prints what the chat template writes around a message and takes from a response; findings say the rest."""
+    """Prints what the chat template writes around a message and removes from a response."""
     _line(
         console,
         f"   the template writes {_quoted(facts.before)} before a user's message and {_quoted(facts.after)} after it",
@@ -154,7 +153,7 @@ def print_template(facts: TemplateFacts, console: Console) -> None:
 
 
 def print_findings(findings: Sequence[Finding], unopened: Sequence[Path], console: Console) -> None:
-    """Prints what the checks of model, template and data found, and the files of the model folder that stay closed."""
+    """Prints the findings, and the files of the model folder that are not opened."""
     for finding in findings:
         console.print(f"   [{_SEVERITY[finding.severity]}]{finding.severity}[/]", end=" ")
         _line(console, finding.sentence)
@@ -164,7 +163,7 @@ def print_findings(findings: Sequence[Finding], unopened: Sequence[Path], consol
 
 
 def precision_and_reason(config: SpinConfig, before: SpinConfig | None) -> tuple[str, str]:
-    """Returns the precision of training and its reason; ``before`` is the recipe of a run that is resumed."""
+    """Returns the precision of training and its reason; ``before`` is the recipe of a resumed run."""
     if config.train.precision != "auto":
         return config.train.precision, "the recipe says so (train.precision)"
     if before is not None and before.train.precision != "auto":

@@ -1,4 +1,4 @@
-"""Requests to a model's OpenAI-compatible server; what goes wrong is told with its cure."""
+"""Requests to an OpenAI-compatible server, with a cure for each failure."""
 
 import http.client
 import json
@@ -24,16 +24,15 @@ _CURES = {
     404: f"is that the model's name there? {_FORM}",
     405: _FORM,
 }
-"""What helps against a refusal, by HTTP status."""
 
 
 class Unanswered(Exception):
-    """A request without a usable answer: what happened, and the cure.
+    """A request without a usable answer.
 
     Attributes:
-        retry_s: seconds after which the server may answer; None: the same request will fail again.
-        is_silence: the server said nothing in the time that it had.
-        kind: error of a command that ends so; the user's where the same request will fail again.
+        retry_s: seconds until a new try may succeed. None: the same request will fail again.
+        is_silence: the server said nothing in time.
+        kind: ConfigError if the same request will fail again, else StageError.
     """
 
     def __init__(self, reason: str, retry_s: float | None = None, *, is_silence: bool = False) -> None:
@@ -43,7 +42,9 @@ class Unanswered(Exception):
 
 
 def unreachable(endpoint: str, timeout_s: float = LOOK_S) -> str | None:
-    """Returns why no server answers at a base URL such as ``http://HOST:8000/v1``; None: one does, be it a refusal."""
+    """Returns why no server answers at a base URL such as ``http://HOST:8000/v1``; None if one answers, even by a
+    refusal.
+    """
     try:
         urllib.request.urlopen(_request(f"{endpoint.rstrip('/')}/models"), timeout=timeout_s).close()
     except urllib.error.HTTPError as refusal:
@@ -54,7 +55,7 @@ def unreachable(endpoint: str, timeout_s: float = LOOK_S) -> str | None:
 
 
 def ask(endpoint: str, route: str, body: Mapping[str, Any], timeout_s: float) -> Any:
-    """Returns the object that ``POST endpoint/route`` gives.
+    """Returns the JSON answer of ``POST endpoint/route``.
 
     Raises:
         Unanswered: there is none.
@@ -88,7 +89,7 @@ def _refused(refusal: urllib.error.HTTPError, endpoint: str) -> Unanswered:
 
 
 def _words(refusal: urllib.error.HTTPError) -> str:
-    """Returns the message of OpenAI's form of an error, or how the body begins."""
+    """Returns the message of an OpenAI-style error, or the start of the body."""
     try:
         text = refusal.read()
     except (OSError, http.client.HTTPException):
@@ -107,7 +108,6 @@ def _start(text: bytes) -> str:
 
 
 def _models(endpoint: str) -> list[str]:
-    """Returns names of models that the server lists, a few at most; none if it lists none."""
     try:
         with urllib.request.urlopen(_request(f"{endpoint.rstrip('/')}/models"), timeout=LOOK_S) as answer:
             names = [str(model["id"]) for model in json.load(answer)["data"]]
@@ -117,7 +117,7 @@ def _models(endpoint: str) -> list[str]:
 
 
 def _retry_after(header: str | None) -> float:
-    """Returns the seconds of a ``Retry-After``, a number or a date; 0 without a readable one."""
+    """Returns the seconds of a ``Retry-After``, a number or a date; 0 if unreadable."""
     try:
         return max(0.0, float(header or 0))
     except ValueError:
@@ -135,6 +135,5 @@ def _request(url: str, body: bytes | None = None) -> urllib.request.Request:
 
 
 def _said(error: BaseException) -> str:
-    """Returns an error's line; urllib wraps the reason, and some errors say nothing but their type."""
     reason = error.reason if isinstance(error, urllib.error.URLError) else error
     return first_line(reason) if isinstance(reason, BaseException) else str(reason)

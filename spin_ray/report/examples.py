@@ -1,4 +1,4 @@
-"""Held-out prompts with all responses, read from committed artefacts only."""
+"""Held-out prompts with all responses, from committed artefacts only."""
 
 import json
 from dataclasses import dataclass, field
@@ -39,10 +39,10 @@ def read_examples(
 ) -> list[Example]:
     """Returns held-out rows with each iterate's first sample.
 
-    ``to_read`` takes the answers at ``evaluation.examples_temperature`` in their place, and rows that have one.
-
-    ``spread`` picks rows evenly by the last iterate's margin, largest first; the default is the first rows.
-    ``only`` picks these prompt ids, in their order.
+    Args:
+        spread: picks rows evenly by the last iterate's margin, largest first. Default: the first rows.
+        only: picks these prompt ids, in their order.
+        to_read: takes the answers at ``evaluation.examples_temperature``, not the measured ones.
     """
     samples = {
         name: _first_samples(artefact)
@@ -87,7 +87,6 @@ def _first_samples(samples: Artefact) -> pa.Table:
 
 
 def _own_margins(run: RunDir, config: SpinConfig, name: str) -> dict[str, float]:
-    """Returns margins by prompt id; empty without scores."""
     scores = run.artefact(f"{name}/heldout_scores")
     evaluation = run.evaluation(iterate_number(name))
     if name == "sft" or not scores.is_committed or evaluation is None:
@@ -107,9 +106,9 @@ def _pick_rows(prompt_ids: list[str], margins: list[dict[str, float]], limit: in
 
 
 def _tokenizer(run: RunDir, config: SpinConfig) -> Tokenizer:
-    """Returns an iterate's tokenizer, else the start model's, which may have been moved.
+    """Returns an iterate's tokenizer if possible, as the start model may have been moved.
 
-    Avoids transformers if possible, as its import is slow.
+    Avoids transformers, whose import is slow, where tokenizer.json exists.
     """
     models = [run.model(iterate) for iterate in range(config.iterations + 1)]
     trained = [model for model in models if model.is_committed]

@@ -20,7 +20,7 @@ HUB = "hub:"
 
 
 def export(run: RunDir, iterate: str, target: str) -> str:
-    """Copies an iterate's checked files to a folder or to ``hub:OWNER/NAME``, an adapter merged; returns the target.
+    """Copies an iterate's checked files to a folder or ``hub:OWNER/NAME``, an adapter merged; returns the target.
 
     Raises:
         UserError: no such iterate, a damaged file, a folder that is not empty, or the hub refuses.
@@ -54,7 +54,7 @@ def export(run: RunDir, iterate: str, target: str) -> str:
 
 
 def _card(run: RunDir, iterate: int, folder: Path) -> str:
-    """Returns the iterate's card, with the options without which vLLM would make another model of the folder."""
+    """Returns the card, with the options that vLLM needs to read config.json as transformers does."""
     from spin_ray.runtime.corrections import corrections  # slow: transformers
 
     card, config = model_card(run, iterate), run.config()
@@ -67,7 +67,6 @@ def _card(run: RunDir, iterate: int, folder: Path) -> str:
 
 
 def _upload(run: RunDir, iterate: int, folder: Path, repository: str) -> str:
-    """Uploads to a repository, private if new."""
     from huggingface_hub import HfApi
 
     api = HfApi()

@@ -6,14 +6,12 @@ from spin_ray.config.recipe import SpinConfig
 
 _AT_MARGIN_0 = {"logistic": math.log(2), "hinge": 1.0, "exponential": 1.0, "correlation": 1.0}
 _OF_PAIRS = ("spin", "dpo", "self_reinforcement")
-"""Algorithms whose loss is ``objective.loss`` of pairs."""
+"""Algorithms with ``objective.loss`` of pairs."""
 
 
 def first_loss(config: SpinConfig) -> float | None:
-    """Returns the loss where the policy equals its reference, as at every iteration's step 0.
-
-    SPACE's is (1 + μ) ln(1 + μ) − μ ln μ. None: the algorithm or the reference has no such step, or its loss is not
-    known here.
+    """Returns the loss where the policy equals its reference, as at each iteration's step 0. None if unknown, or if
+    ``reference_alpha`` gives another reference.
     """
     objective = config.objective
     if config.algorithm not in _OF_PAIRS or objective.reference_alpha < 1:

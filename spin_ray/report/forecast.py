@@ -1,7 +1,6 @@
-"""The time left of an iteration and of the run, from earlier stages' times.
+"""The time left of an iteration and of the run, from the times of earlier stages.
 
-In turn t θ_t is evaluated and θ_{t+1} trained; turn −1 prepares.
-A stage's seconds are assumed proportional to its work.
+Turn t evaluates θ_t and trains θ_{t+1}; turn −1 prepares. A stage's time is assumed proportional to its work.
 """
 
 from collections.abc import Iterator, Sequence
@@ -21,14 +20,14 @@ class Expected:
     turn: int
     kind: str
     work: float
-    """Work; only ratios within a kind count."""
+    """Amount of work, relative to other stages of this kind."""
 
 
 @dataclass(frozen=True, slots=True)
 class Left:
     seconds: float
     is_all: bool
-    """False: stages of unknown time come on top."""
+    """False if stages of unknown time come on top."""
 
     def __str__(self) -> str:
         if self.is_all:
@@ -44,10 +43,7 @@ class Forecast:
 
 
 def forecast(config: SpinConfig, events: Sequence[Event], now: float, running_left_s: float | None) -> Forecast | None:
-    """Returns the forecast; None before the first stage.
-
-    ``running_left_s`` is the running stage's own estimate, if it has one.
-    """
+    """Returns the forecast; None before the first stage. ``running_left_s`` is the running stage's own estimate."""
     attempts = spans(_by_turn(event) for event in map(with_fields, events) if event["kind"] not in BESIDE)
     if not attempts:
         return None
@@ -74,14 +70,13 @@ def forecast(config: SpinConfig, events: Sequence[Event], now: float, running_le
 
 
 def turn_of(event: Event) -> int:
-    """Returns the turn: t for answers and evaluation of θ_t, t − 1 for stages that make θ_t."""
+    """Returns t for samples and evaluation of θ_t, t − 1 for stages that make θ_t."""
     if not is_iterate_name(event["folder"]):
         return PREPARATION
     return iterate_number(event["folder"]) - (0 if event["kind"] in ("heldout_samples", "evaluation") else 1)
 
 
 def _by_turn(event: Event) -> Event:
-    """Replaces the folder by the turn, and the kind by that of ``Expected``."""
     turn, kind = turn_of(event), event["kind"]
     if (event["folder"], kind) == ("sft", "training"):
         kind = "warm-up"
@@ -102,7 +97,7 @@ def _sum(guesses: list[float | None]) -> Left:
 def _rates(
     plan: Sequence[Expected], attempts: Sequence[Span], done: set[tuple[int, str]]
 ) -> Iterator[tuple[str, float]]:
-    """Yields seconds per unit of work by kind, newest turn last."""
+    """Yields seconds per unit of work by kind, the newest turn last."""
     for it in sorted(plan, key=lambda it: it.turn):
         if (it.turn, it.kind) in done:
             mine = [span for span in attempts if _place(span) == (it.turn, it.kind)]

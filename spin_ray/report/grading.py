@@ -11,11 +11,11 @@ from spin_ray.run_dir.artefact import Artefact
 
 ROWS_A_TASK = 256
 Graded = tuple[str, str, str]
-"""Response, answer, and the id of the row."""
+"""Response, answer and row id."""
 
 
 def grade_all(grade: str, rows: Sequence[Graded], setting: str = "evaluation.grade") -> list[float | None]:
-    """Returns the grades in the order of ``rows``; Ray tasks call an imported function.
+    """Returns the grades in the order of ``rows``. An imported function runs in Ray tasks.
 
     Raises:
         DataError: the grader fails on a row, or gives no number from 0 to 1.
@@ -48,10 +48,11 @@ def answers_of(prompts: Artefact) -> dict[str, str]:
 
 
 def check_on_workers(graders: Mapping[str, str]) -> None:
-    """Imports the graders, by setting, where they will run.
+    """Imports each setting's grader on a worker.
 
     Raises:
         ConfigError: a worker cannot import one.
+        StageError: a task died.
     """
     task = ray.remote(_import_grader).options(num_cpus=0)
     for setting, grade in graders.items():

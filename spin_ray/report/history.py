@@ -28,7 +28,7 @@ def _eval_files(run: RunDir, config: SpinConfig) -> Iterator[tuple[str, Evaluati
 
 
 def evidence_to_stop(config: SpinConfig, evaluations: list[Evaluation]) -> dict[str, Any] | None:
-    """Returns why ``stop_when`` ends the run now; None: the run goes on."""
+    """Returns why ``stop_when`` ends the run now; None: go on."""
     rule = config.stop_when
     return stop_evidence(evaluations, rule.patience, rule.min_fall) if rule else None
 
@@ -40,7 +40,7 @@ def read_train_logs(run: RunDir, config: SpinConfig) -> dict[str, list[dict[str,
 
 
 def find_iterate(run: RunDir, iterate: str) -> int:
-    """Returns the number of an iterate: ``latest``, or any spelling that ``read_iterate`` reads.
+    """Returns an iterate's number from ``latest`` or a spelling that ``read_iterate`` reads.
 
     Raises:
         RunDirError: the run has no such iterate yet.
@@ -53,9 +53,9 @@ def find_iterate(run: RunDir, iterate: str) -> int:
 
 
 def model_path(run: RunDir, iterate: int) -> Path:
-    """Returns the folder of a whole model with θ_iterate's tokenizer, from a store without weights.
+    """Returns the folder of a whole model with θ_iterate's tokenizer. From a store it fetches no weights.
 
-    It is θ_iterate itself, or the frozen model below its adapter; for θ_0 without a warm-up, the start model.
+    The model is θ_iterate or the frozen base of its adapter. For θ_0 without a warm-up it is the start model.
     """
     model = run.whole_model(0 if run.is_adapter(iterate) else iterate)
     return model.local_folder(weights=False) if model.is_committed else Path(run.description()["start_model"])

@@ -1,6 +1,6 @@
 """A model at an endpoint as judge between two iterates, after MT-Bench (arXiv 2306.05685).
 
-Every pair is judged in both orders, as judges favour a place.
+Each pair is judged in both orders, because judges favour a place.
 """
 
 import hashlib
@@ -30,7 +30,7 @@ logger = logging.getLogger(__name__)
 Verdict = Literal["first", "second", "tie", "unclear"]
 _VERDICTS: dict[str, Verdict] = {"A": "first", "B": "second", "C": "tie"}
 _SAVE_S = 10.0
-"""Seconds between two writes of what was judged, and lines of progress."""
+"""Seconds between two saves of judgements, each with a line of progress."""
 _FORM = re.compile(r"\[\[([ABC])\]\]")
 _TASK = """Compare two replies to the last message of the conversation below.
 Judge how well each answers, whether what it says is right, and whether it fits the conversation.
@@ -53,8 +53,6 @@ Give your reasons in a few sentences, then end with exactly one of:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Judge:
-    """The judging model at its endpoint."""
-
     endpoint: str
     """Base URL, e.g. https://HOST/v1. The key is $OPENAI_API_KEY."""
     model: str
@@ -63,9 +61,9 @@ class Judge:
     tries: int = 4
     """Tries per question while the server is busy or silent."""
     wait_s: float = 2
-    """Seconds before the second try, doubled before each further one; more if the server asks for more."""
+    """Seconds before the second try, doubled for each further one. The server may ask for more."""
     longest_wait_s: float = 60
-    """Longest wait that a server may ask for; one that wants more ends the command."""
+    """Longest wait that the server may ask for. A longer one ends the command."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -74,19 +72,17 @@ class Judgement:
 
     prompt_id: str
     first: str
-    """Iterate whose reply was A."""
+    """Iterate with reply A."""
     second: str
     verdict: Verdict
     text: str
     judge: str = ""
     question: str = ""
-    """Digest of conversation, replies and instruction."""
+    """Digest of the text that the judge gets."""
 
 
 @dataclass(frozen=True, slots=True)
 class Question:
-    """One pair in one order, and what the judge is asked."""
-
     prompt_id: str
     first: str
     second: str
@@ -98,7 +94,7 @@ class Question:
 
 
 class Kept:
-    """All judgements between two iterates, by judge and question, in a file of JSON lines."""
+    """All judgements between two iterates, in a file of JSON lines."""
 
     def __init__(self, storage: Storage, path: str) -> None:
         self._storage, self._path = storage, path
@@ -117,15 +113,17 @@ class Kept:
 
 
 def _key(judge: str, pair: Judgement | Question, digest: str) -> tuple[str, ...]:
-    """Returns what tells questions apart: two orders of equal replies, or two rows of one prompt, are asked alike."""
+    """Returns a unique key. The digest alone is not unique: both orders of equal replies have the same text, and so
+    have two equal rows.
+    """
     return judge, digest, pair.prompt_id, pair.first
 
 
 def run(run_dir: RunDir, config: SpinConfig, one: str, other: str, judge: Judge, limit: int) -> dict[str, Any]:
-    """Judges ``one`` against ``other`` on up to ``limit`` held-out prompts.
+    """Judges ``one`` against ``other`` on up to ``limit`` held-out prompts; returns the summary.
 
-    Writes ``judgements/ONE-OTHER.jsonl`` (raw, from time to time and after a failure) and ``.json`` (the returned
-    summary). Skips questions that this judge has answered.
+    Skips questions that this judge has answered. Writes judgements to ``judgements/ONE-OTHER.jsonl``, also after a
+    failure, and the summary to the ``.json`` beside.
 
     Raises:
         ConfigError: both are one iterate, no prompt has samples of both, or the endpoint refuses key or model.
@@ -151,12 +149,7 @@ def run(run_dir: RunDir, config: SpinConfig, one: str, other: str, judge: Judge,
 
 
 def _ask_all(judge: Judge, questions: Sequence[Question], kept: Kept) -> None:
-    """Adds the judgements of all questions to ``kept``; after a failure, of those that were being asked.
-
-    Raises:
-        ConfigError: the server refused a question, and would again.
-        StageError: the server gave no judgement.
-    """
+    """Adds all judgements to ``kept``. After a failure, adds those of the questions in flight."""
     asking = _Asking(judge)
     done, saved_at = 0, time.monotonic()
     with ThreadPoolExecutor(judge.parallel) as pool:
@@ -173,7 +166,7 @@ def _ask_all(judge: Judge, questions: Sequence[Question], kept: Kept) -> None:
             said = "; what was judged is kept: the same command asks only what is left" if done else ""
             raise error.kind(f"{hide_in_text(judge.endpoint)}: gave no judgement ({error}){said}") from error
         finally:
-            asking.gone.set()  # nobody waits for another try
+            asking.gone.set()  # ends the waits for another try
             for future in found:
                 future.cancel()
             kept.save()
@@ -184,12 +177,11 @@ def _ask_all(judge: Judge, questions: Sequence[Question], kept: Kept) -> None:
 
 
 def summarise(judgements: Sequence[Judgement], one: str, other: str) -> dict[str, Any]:
-    """Counts wins, ties and losses of ``one`` over prompts; the win rate counts ties half.
+    """Counts wins, ties and losses of ``one`` over prompts. The win rate counts a tie as half.
 
-    A prompt is won if one order says so and the other does not contradict. The rates omit unclear prompts.
-    ``agreement`` is the share of prompts on which both orders say the same. ``position_bias`` is the share of verdicts
-    for the first place among those for a place, minus a half: each reply stands in each place once, so a judge that
-    ignores places has 0.
+    A prompt is won if one order says so and the other does not contradict. Rates omit unclear prompts. ``agreement`` is
+    the share of prompts with the same verdict in both orders. ``position_bias`` is the share of the first place among
+    verdicts that are no tie, minus 0.5. A judge that ignores places has 0.
     """
     by_prompt: dict[str, list[Judgement]] = {}
     for judgement in judgements:
@@ -233,7 +225,7 @@ def _question(example: Example, first: str, second: str) -> Question:
 
 
 class _Asking:
-    """The threads that ask one judge: what one hears, the others know."""
+    """State that the threads share while they ask one judge."""
 
     def __init__(self, judge: Judge) -> None:
         self._judge = judge
@@ -244,7 +236,7 @@ class _Asking:
         self._sampling: dict[str, Any] = {"temperature": 0}
 
     def judge(self, question: Question) -> Judgement:
-        """Raises Unanswered if the server gives no answer, or gave none to an earlier question."""
+        """Raises Unanswered if this or an earlier question got no answer."""
         if self._failure is not None:
             raise self._failure
         try:
@@ -254,13 +246,13 @@ class _Asking:
             raise self._failure from error.__cause__
         self._heard.set()
         verdicts = _FORM.findall(text)
-        verdict: Verdict = _VERDICTS[verdicts[-1]] if verdicts else "unclear"  # the last one counts
+        verdict: Verdict = _VERDICTS[verdicts[-1]] if verdicts else "unclear"  # the last verdict counts
         return Judgement(
             question.prompt_id, question.first, question.second, verdict, text, self._judge.model, question.digest
         )
 
     def _answer(self, task: str) -> str:
-        """Asks a busy server again; one that is silent, only if it has answered before."""
+        """Asks a busy server again. Asks a silent server again only if it has answered before."""
         judge = self._judge
         for attempt in range(judge.tries):
             try:
@@ -274,7 +266,7 @@ class _Asking:
         raise Unanswered(f"no answer in {judge.tries} tries")
 
     def _ask(self, task: str) -> Any:
-        """Asks once; again, and all further questions, without a temperature if the model allows only its own."""
+        """Asks once. If the model refuses a temperature, drops it for this and all later questions."""
         judge, messages = self._judge, [{"role": "user", "content": task}]
         body = {"model": judge.model, "messages": messages, **self._sampling}
         try:

@@ -1,6 +1,6 @@
 """Margins of held-out rows, from ``heldout_scores``.
 
-Its pair_id is PROMPT/self for the iterate's y′, PROMPT/opponent for its opponent's.
+A pair_id is PROMPT/self for the iterate's y′, PROMPT/opponent for its opponent's.
 """
 
 import math
@@ -18,15 +18,15 @@ SCORE_SCHEMA = pa.schema(
     + [pa.field(name, pa.float32()) for name in ("real_logp", "generated_logp")]
     + [pa.field(name, pa.list_(pa.float32())) for name in ("real_token_logps", "generated_token_logps")]
 )
-"""Log-probabilities in nats: per response, and per token. θ_0 scores own samples only, unless it is the opponent."""
+"""Log-probabilities in nats, per response and per token. θ_0 scores only own samples, unless it is the opponent."""
 LARGEST_SHARE = 0.1
-"""Fraction of a pair's tokens counted in margin_concentration."""
+"""Fraction of a pair's tokens in margin_concentration."""
 
 
 def row_margins(scores: pa.Table, model: str, opponent: str, beta: float) -> Any:
-    """Returns a frame by pair_id: ``real`` and ``generated`` (log p minus the opponent's, in nats), ``margin``.
+    """Returns a frame by pair_id. ``real`` and ``generated`` are log p minus the opponent's, in nats.
 
-    ``real_logp`` and ``generated_logp`` are the model's.
+    ``real_logp`` and ``generated_logp`` are the model's own.
     """
     columns = ["pair_id", "model", "real_logp", "generated_logp"]
     logps = ["real_logp", "generated_logp"]
@@ -52,7 +52,7 @@ def margin_measures(
 
     Args:
         initial: θ_0's name.
-        objective: returns the loss that was trained, for each row of a frame of ``row_margins``.
+        objective: gives the trained loss for each row of a ``row_margins`` frame.
     """
     frame = row_margins(scores, model, opponent, beta)
     concentrations = margin_concentrations(scores, model, opponent)
@@ -74,7 +74,7 @@ def margin_measures(
             by_row["margin_concentration"] = np.asarray(shares)
         measures[f"against_{whose}"] = {key: float(values.mean()) for key, values in by_row.items()}
         errors |= {f"against_{whose}.{key}": standard_error(values) for key, values in by_row.items()}
-        errors["real_logp_drift"] = standard_error(rows["real"].to_numpy())  # the same rows of y in both kinds
+        errors["real_logp_drift"] = standard_error(rows["real"].to_numpy())  # both loops have the same rows of y
     measures["jsd_lower_bound"] = (math.log(2) - measures["against_opponent"]["loss"]) / 2
     errors["jsd_lower_bound"] = errors["against_opponent.loss"] / 2
     moved = row_margins(scores, model, initial, beta)["generated"]
@@ -84,10 +84,7 @@ def margin_measures(
 
 
 def margin_concentrations(scores: pa.Table, model: str, opponent: str) -> dict[str, float]:
-    """Returns by pair_id the part of all absolute changes of log p in the tenth of tokens that changed most.
-
-    The tenth is rounded up. Pairs without any change are left out.
-    """
+    """Returns by pair_id the share of absolute changes of log p in the tenth of tokens that changed most."""
     names = ["real_token_logps", "generated_token_logps"]
     tokens = {
         (pair_id, name): np.concatenate([np.asarray(part, dtype=np.float64) for part in parts])

@@ -1,7 +1,7 @@
-"""The measures of an iterate and their bad values, for status, report, tracking and documentation.
+"""The measures of an iterate, and their bad values.
 
-The key ``against_opponent.loss`` is ``loss`` in the section ``against_opponent`` of ``eval.json``.
-The section ``standard_errors`` has the whole keys.
+The key ``against_opponent.loss`` is ``loss`` in the section ``against_opponent`` of ``eval.json``. The section
+``standard_errors`` uses whole keys.
 """
 
 import math
@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 
 Evaluation = dict[str, Any]
-"""Content of one ``eval.json``."""
+"""Content of ``eval.json``."""
 
 CONFIDENCE = 1.96
 """Standard errors on each side of a 95 % interval."""
@@ -24,11 +24,10 @@ class Measure:
     title: str
     meaning: str
     bad: str
-    """Bad values and their meaning."""
     digits: int = 3
 
     def of(self, evaluation: Evaluation) -> float | None:
-        """Returns the value; None where it was not measured."""
+        """Returns the value; None if not measured."""
         value: Any = evaluation
         for part in self.key.split("."):
             value = value.get(part) if isinstance(value, dict) else None
@@ -155,18 +154,18 @@ def duplicate_share(responses: list[list[int]]) -> float:
 
 
 def distinct_ngrams(responses: list[list[int]], n: int) -> float:
-    """Returns different n-grams over all n-grams (arXiv 1510.03055). n = 2: abab -> 2/3."""
+    """Returns different n-grams over all (arXiv 1510.03055): abab -> 2/3 for n = 2."""
     grams = [tuple(ids[i : i + n]) for ids in responses for i in range(len(ids) - n + 1)]
     return len(set(grams)) / len(grams) if grams else 0.0
 
 
 def standard_error(values: np.ndarray) -> float:
-    """Returns the mean's standard error; 0 for a single value."""
+    """Returns the mean's standard error; 0 for one value."""
     return float(np.std(values, ddof=1) / math.sqrt(len(values))) if len(values) > 1 else 0.0
 
 
 def stop_evidence(evaluations: list[Evaluation], patience: int, min_fall: float) -> dict[str, Any] | None:
-    """Returns why to stop after the last of ``evaluations`` (of θ_0, θ_1, …); None: go on.
+    """Returns the reason to stop after the last of ``evaluations`` (of θ_0, θ_1, …); None: go on.
 
     θ_t's evaluation bounds the distance of its opponent θ_{t-1} from human responses.
     """

@@ -1,6 +1,6 @@
-"""The model card of an iterate: ``README.md`` beside its weights, in the Hugging Face form.
+"""An iterate's model card: ``README.md`` beside its weights, in the Hugging Face form.
 
-The card has no digest, as evaluations after the commit write it again.
+The card has no digest, because evaluations after the commit rewrite it.
 """
 
 from collections.abc import Iterator

@@ -1,7 +1,4 @@
-"""Preference rows for other trainers: the pairs of a run and the votes of its arena, in TRL's or ShareGPT's form.
-
-iter_NNN/pairs + prompts -> (prompt, chosen, rejected) -> JSON lines
-"""
+"""Pairs of a run and votes of its arena as preference rows for other trainers, in TRL's or ShareGPT's form."""
 
 import json
 from collections import Counter
@@ -32,8 +29,8 @@ def pairs_of(run: RunDir, iterate: str, counts: Counter[str]) -> Iterator[Prefer
     """Yields the pairs that an iterate was trained on.
 
     Args:
-        counts: gets ``other ids`` for each response whose text has other token ids than the pair: a sampled response
-            need not be the tokenizer's own split of its text, and one cut at ``max_tokens`` gets an end.
+        counts: gets ``other ids``, the responses whose text gives other token ids than the pair has. The tokenizer may
+            split a sampled text otherwise, and a response cut at ``max_tokens`` gets an end.
 
     Raises:
         RunDirError: the iterate was not trained on pairs.
@@ -56,7 +53,7 @@ def pairs_of(run: RunDir, iterate: str, counts: Counter[str]) -> Iterator[Prefer
 
 
 def _conversations(run: RunDir) -> dict[str, tuple[str, list[int]]]:
-    """Returns by prompt id the JSON of the conversation, and the ids of its response."""
+    """Returns the conversation as JSON, and its response's ids, by prompt id."""
     return {
         row["prompt_id"]: (row["messages"], row["real_ids"])
         for prompts in (run.prompts, run.questions)
@@ -91,7 +88,7 @@ class _Reader:
 
 
 def preferred_of_votes(votes: Iterable[dict[str, Any]]) -> Iterator[Preferred]:
-    """Yields the rows of the arena's export, whose ``chosen`` and ``rejected`` are whole conversations."""
+    """Yields the arena's votes, whose ``chosen`` and ``rejected`` are whole conversations."""
     for vote in votes:
         yield Preferred(vote["chosen"][:-1], vote["chosen"][-1], vote["rejected"][-1])
 
@@ -100,7 +97,7 @@ def write_rows(rows: Iterable[Preferred], form: RowForm, target: str, counts: Co
     """Writes JSON lines to a new file; returns its path.
 
     Args:
-        counts: gets ``written``, and ``left out`` for what ShareGPT's form cannot hold: thoughts, several tool calls.
+        counts: gets ``written`` and ``left out``. ShareGPT's form cannot hold thoughts or several tool calls.
 
     Raises:
         ConfigError: the file exists, or cannot be written.
@@ -126,7 +123,7 @@ def write_rows(rows: Iterable[Preferred], form: RowForm, target: str, counts: Co
 
 
 def said(counts: Counter[str]) -> str:
-    """Returns what was written and what differs, in one line."""
+    """Returns a line about what was written and what differs."""
     line = f"{counts['written']} rows written"
     if counts["left out"]:
         line += f"; {counts['left out']} left out: ShareGPT's form has no place for thoughts or several tool calls"
@@ -144,7 +141,7 @@ def as_trl(row: Preferred) -> dict[str, Any]:
 
 
 def as_sharegpt(row: Preferred) -> dict[str, Any] | None:
-    """Returns a row as LLaMA-Factory reads it (``ranking: true``); None if the form cannot hold it."""
+    """Returns a row for LLaMA-Factory (``ranking: true``); None if the form cannot hold it."""
     spoken = [_spoken(message) for message in (*row.prompt, row.chosen, row.rejected)]
     turns = [message for message in spoken if message is not None]
     if len(turns) < len(spoken):

@@ -1,6 +1,6 @@
-"""The verdict of a probe: is there anything left to learn from θ_0's responses, and by which objective?
+"""The verdict of a probe: is anything left to learn from θ_0's responses, and by which objective?
 
-The first rule that applies gives the verdict. All numbers are of rows that the two short trainings did not see.
+All numbers are of rows that the two short trainings did not see.
 """
 
 import json
@@ -21,11 +21,11 @@ from spin_ray.run_dir.run_dir import RunDir
 PROBE = "probe.json"
 SPIN, ANOTHER, SFT, STOP = "spin", "another objective", "more sft", "stop"
 Evidence = dict[str, Any]
-"""Numbers by key; ``standard_errors`` has those of the means, ``ngrams`` an interval of its own."""
+"""Numbers by key. ``standard_errors`` are of the means; ``ngrams`` has its own interval."""
 
 
 def margin_evidence(margins: np.ndarray, real_drift: np.ndarray) -> Evidence:
-    """Returns what a short iteration of SPIN learned, from margins and changes of log p(y) of held-out rows."""
+    """Returns the evidence of a short SPIN iteration, from held-out margins and changes of log p(y)."""
     by_row = {
         "loss": calibrated_losses(margins),
         "margin": margins,
@@ -39,9 +39,9 @@ def margin_evidence(margins: np.ndarray, real_drift: np.ndarray) -> Evidence:
 
 
 def calibrated_losses(margins: np.ndarray) -> np.ndarray:
-    """Returns the logistic loss of each margin, at the scale that is best for the other half of the rows.
+    """Returns the logistic loss of each margin, at the best scale for the other half of the rows.
 
-    A short training finds the direction of the margin, and not its size: at a scale of 0 the loss is ln 2.
+    A short training finds the margin's direction but not its size. A scale of 0 gives ln 2.
     """
     size = float(np.abs(margins).mean()) if len(margins) else 0.0
     if size == 0:
@@ -53,8 +53,8 @@ def calibrated_losses(margins: np.ndarray) -> np.ndarray:
 
 
 def _best_scale(margins: np.ndarray) -> float:
-    """Returns the scale of least logistic loss; one more right and one more wrong margin of size 1 keep it finite."""
-    from scipy.optimize import minimize_scalar  # slow; a finished run does without
+    """Returns the scale of least logistic loss. Added margins of 1 and −1 keep it finite."""
+    from scipy.optimize import minimize_scalar  # a slow import, which a finished run does not need
 
     known = np.concatenate([margins, [1.0, -1.0]])
     found = minimize_scalar(
@@ -64,7 +64,7 @@ def _best_scale(margins: np.ndarray) -> float:
 
 
 def _over_chance(evidence: Evidence, key: str, sign: int = 1) -> float:
-    """Returns a mean over half its 95 % interval: above 1 the interval excludes 0."""
+    """Returns a mean over half its 95 % interval. Above 1 the interval excludes 0."""
     value, error = evidence.get(key), evidence["standard_errors"].get(key, 0.0)
     if value is None or value * sign <= 0:
         return 0.0
@@ -80,7 +80,6 @@ def _ngrams_over_chance(evidence: Evidence) -> float:
 
 
 def _learned_by_losing(evidence: Evidence) -> float:
-    """Returns the fall of log p(y) over half its interval where SPIN tells y from y′."""
     return min(_over_chance(evidence, "jsd_lower_bound"), _over_chance(evidence, "real_logp_drift", -1))
 
 
@@ -96,7 +95,7 @@ class Rule:
     threshold: float
     """Smallest number to which the rule applies."""
     verdict: str
-    """Empty: a caution beside the verdict."""
+    """Verdict, empty for a caution."""
     measure: Callable[[Evidence], float]
     because: Callable[[Evidence], str]
     advice: str = ""
@@ -168,7 +167,7 @@ RULES = (
         lambda it: "without data.heldout it is measured on training rows, which θ_0 may know by heart.",
     ),
 )  # fmt: skip
-"""Verdicts in their order, then cautions."""
+"""Verdicts in order of precedence, then cautions."""
 
 
 def _bound(it: Evidence) -> str:
@@ -190,7 +189,7 @@ def _accuracy(it: Evidence) -> str:
 
 
 def decide(evidence: Evidence) -> dict[str, Any]:
-    """Returns the verdict, its two sentences, and cautions."""
+    """Returns the verdict, two sentences and cautions."""
     applying = [rule for rule in RULES if rule.applies(evidence)]
     first = next(rule for rule in applying if rule.verdict)
     cautions = [rule for rule in applying if not rule.verdict and rule.measure is not first.measure]
@@ -204,7 +203,7 @@ def decide(evidence: Evidence) -> dict[str, Any]:
 
 
 def read_probe(run: RunDir) -> dict[str, Any] | None:
-    """Returns the content of probe.json; None if it is missing or damaged."""
+    """Returns probe.json; None if it is missing or damaged."""
     try:
         found = json.loads(run.storage.read(PROBE))
     except (FileNotFoundError, ValueError):
@@ -213,14 +212,14 @@ def read_probe(run: RunDir) -> dict[str, Any] | None:
 
 
 def should_stop(config: SpinConfig, found: dict[str, Any] | None) -> bool:
-    """Tells whether the recipe lets a verdict, of a probe with its settings, end the run."""
+    """Tells whether ``probe.stop`` lets this verdict end the run. A probe with other settings does not count."""
     if not (found and config.probe and config.probe.stop):
         return False
     return found["verdict"] == STOP and found.get("settings") == asked_of(config.probe)
 
 
 def asked_of(settings: ProbeConfig) -> dict[str, Any]:
-    """Returns the settings that a probe's numbers depend on."""
+    """Returns the settings that change a probe's numbers."""
     return settings.model_dump(mode="json", exclude={"stop"})
 
 

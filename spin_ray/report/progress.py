@@ -1,4 +1,4 @@
-"""Progress of a run: a live view on a terminal, a line a minute in a log, ``RUN/progress.json`` for ``status``."""
+"""Progress of a run: a live view on a terminal, a line a minute in a log, and ``RUN/progress.json``."""
 
 import json
 import logging
@@ -31,10 +31,10 @@ STATE_AFTER_S, STATE_EVERY_S = 10, 15
 
 
 class StageProgress:
-    """Progress of one stage, counted in ``unit`` (rows, steps or parts)."""
+    """Progress of one stage, counted in ``unit``."""
 
     current: "StageProgress | None" = None
-    """Stage that this process runs now."""
+    """Stage that this process runs."""
 
     def __init__(self, stage: str, total: int, unit: str, done: int = 0) -> None:
         self.stage, self.total, self.unit, self.done = stage, total, unit, done
@@ -59,7 +59,7 @@ class StageProgress:
 
     @property
     def seconds_left(self) -> float | None:
-        """Seconds left at the mean rate; None until something is done."""
+        """Seconds left at the mean rate; None at first."""
         done = self.done - self._done_before
         return (self.total - self.done) * self._seconds / done if done else None
 
@@ -74,7 +74,7 @@ class StageProgress:
 
 
 class RunProgress:
-    """Progress of the whole run, including earlier drivers' stages."""
+    """Progress of the run, including earlier drivers' stages."""
 
     def __init__(self, run: RunDir, config: SpinConfig, console: Console | None = None) -> None:
         self._run, self._config = run, config
@@ -100,7 +100,7 @@ class RunProgress:
             self._tell_every(STATE_EVERY_S / 3)
 
     def _tell_every(self, seconds: float) -> None:
-        """Tells the progress until the run is over. A failed report never fails the run."""
+        """Reports until the run is over. A failed report never fails the run."""
         started = time.monotonic()
         next_state, next_line, complained = started + STATE_AFTER_S, started + LINE_EVERY_S, False
         while not self._stop.wait(seconds):
@@ -191,7 +191,7 @@ class RunProgress:
 
 @contextmanager
 def _log_above(live: Live) -> Iterator[None]:
-    """Gives the log's handlers the live view's stderr, so that lines scroll by above it."""
+    """Sends the log through the live view's stderr, so that its lines appear above the view."""
     handlers = [
         handler
         for handler in logging.getLogger().handlers

@@ -6,7 +6,7 @@ from typing import Any
 HIDDEN = "[hidden]"
 
 _NAMES = re.compile(r"(?i)(passw|secret|credential|api_?key|access_?key|private_?key|auth|bearer|(^|_)token$)")
-"""Names of settings whose text is hidden: ``hf_token``, not ``max_tokens`` or ``tokenizer``."""
+"""Settings whose text is hidden: ``hf_token``, not ``max_tokens`` or ``tokenizer``."""
 _VALUES = re.compile(
     r"\b(?:hf_[A-Za-z0-9]{16,}|sk-[A-Za-z0-9_-]{16,}|gh[pousr]_[A-Za-z0-9]{20,}|AKIA[0-9A-Z]{16}|xox[abprs]-[\w-]{10,}"
     r"|eyJ[\w-]{8,}\.[\w-]{8,}\.[\w-]+)"
@@ -30,7 +30,7 @@ def hide_in_text(text: str) -> str:
 
 
 def hide(tree: Any, name: str = "") -> Any:
-    """Returns a copy with credentials hidden by their names or looks."""
+    """Returns a copy with credentials hidden by name or look."""
     if isinstance(tree, dict):
         return {key: hide(value, str(key)) for key, value in tree.items()}
     if isinstance(tree, list | tuple):

@@ -1,4 +1,4 @@
-"""The signs of collapse or of misleading measures: one rule each, with its threshold."""
+"""Warnings of collapse or of misleading measures: a rule each, with its threshold."""
 
 import math
 from collections.abc import Callable
@@ -21,7 +21,7 @@ class Compared:
         return BY_KEY[key].of(self.start) if self.start else None
 
     def noise(self, key: str) -> float:
-        """Returns half the 95 % interval of the change since θ_0; 0 without standard errors."""
+        """Returns half the 95 % interval of the change; 0 without standard errors."""
         errors = [it.get("standard_errors", {}).get(key, 0.0) for it in (self.evaluation, self.start or {})]
         return CONFIDENCE * math.hypot(*errors)
 
@@ -39,13 +39,13 @@ class Rule:
     number: str
     """Definition of the compared number."""
     threshold: float
-    """Smallest number that gives a warning."""
+    """Smallest number that warns."""
     measure: Callable[[Compared], float | None]
-    """Function that returns the number; None: cannot be told."""
+    """Function that returns the number, or None if unknown."""
     sentence: Callable[[Compared], str]
 
     def severity(self, compared: Compared) -> float:
-        """Returns the number over its threshold; 1 and more is a warning."""
+        """Returns the number over its threshold. From 1 on the rule warns."""
         number = self.measure(compared)
         return 0.0 if number is None else number / self.threshold
 
@@ -65,7 +65,6 @@ def _below_zero(it: Compared) -> float | None:
 
 
 def _away_from_y(it: Compared) -> float | None:
-    """Returns the factor by which the length of y′ left θ_0's and the length of y."""
     real, now, before = it.now("real_length"), it.now("generated_length"), it.before("generated_length")
     if not real or not now or not before or it.change("generated_length") is None:
         return None
@@ -161,7 +160,7 @@ def _kl_sentence(it: Compared) -> str:
 
 
 def warnings(evaluation: Evaluation, start: Evaluation | None = None) -> list[str]:
-    """Returns the sentence of each rule that applies, the farthest beyond its threshold first.
+    """Returns the sentences of the rules that apply, the worst first.
 
     Args:
         start: θ_0's evaluation; None for θ_0 itself.

@@ -1,4 +1,4 @@
-"""A run in tables: the summary at its end, and ``spin-ray status``."""
+"""A run in tables, for its end and for ``spin-ray status``."""
 
 import json
 import shlex
@@ -22,9 +22,9 @@ from spin_ray.run_dir.run_dir import RunDir, open_run
 
 EXAMPLES = 3
 LONGEST_EXAMPLE = 400
-"""Characters of a text that are shown."""
+"""Most shown characters of a text."""
 RECENT_STEPS = 10
-"""Newest training steps whose mean ``status`` shows."""
+"""Number of newest training steps to average."""
 
 
 def print_summary(run: RunDir, console: Console) -> None:
@@ -46,7 +46,7 @@ def print_summary(run: RunDir, console: Console) -> None:
 
 
 def print_difference(error: OtherRunError, console: Console) -> None:
-    """Prints what a run was begun with and what the recipe says now, a line each, in colours where there are any."""
+    """Prints the settings in which a run (-) and the recipe (+) differ."""
     console.print(f"error: {error.root}: holds another run; restore what it was begun with (-)", markup=False)
     console.print("       or choose another --out for what the recipe says now (+)", markup=False)
     for key, pair in error.differing.items():
@@ -57,7 +57,7 @@ def print_difference(error: OtherRunError, console: Console) -> None:
 
 
 def status_as_json(run: RunDir) -> dict[str, Any]:
-    """Returns what ``print_status`` prints, as JSON values; times are Unix times or seconds."""
+    """Returns the status as JSON values. Times are Unix times or seconds."""
     config, events = run.config(), run.events()
     evaluations = read_evaluations(run, config)
     return {
@@ -99,7 +99,7 @@ def print_status(run: RunDir, console: Console) -> None:
 
 
 def show_status(run: RunDir, console: Console, as_json: bool) -> None:
-    """Prints the tables, or one JSON object in a line."""
+    """Prints tables, or one JSON object in a line."""
     if as_json:
         console.out(json.dumps(status_as_json(run)), highlight=False)
     else:
@@ -107,13 +107,13 @@ def show_status(run: RunDir, console: Console, as_json: bool) -> None:
 
 
 def what_is_kept(out: str) -> str:
-    """Returns what the folder of a stopped run keeps, and the command that goes on; empty if it has not begun."""
+    """Returns what a stopped run keeps and the command that goes on; empty if the run has not begun."""
     try:
         run = open_run(out)
         if not run.storage.exists("run.json"):
             return ""
         newest = run.latest()
-    except Exception:  # the place may be what stopped the run
+    except Exception:  # an unreadable folder may be what stopped the run
         return ""
     iterates = f"the iterates up to {newest}, and " if newest else ""
     return (
@@ -123,7 +123,7 @@ def what_is_kept(out: str) -> str:
 
 
 def is_running(run: RunDir) -> bool:
-    """Says whether the last stage is open; its driver may have died."""
+    """Tells whether the last stage is open. Its driver may have died."""
     return any(span.outcome == "running" for span in spans(run.events())[-1:])
 
 
@@ -143,7 +143,6 @@ def _print_running(run: RunDir, events: list[Event], console: Console) -> None:
 
 
 def _progress(run: RunDir) -> dict[str, Any]:
-    """Returns the content of ``progress.json``; empty if it is missing or damaged."""
     try:
         return json.loads(run.storage.read(PROGRESS))
     except (FileNotFoundError, ValueError):
@@ -165,7 +164,7 @@ def _training(folder: str, log: list[dict[str, Any]]) -> Table:
 
 
 def iterates_table(evaluations: list[dict[str, Any]]) -> Table:
-    """Returns the most important measures, a row per iterate."""
+    """Returns the main measures, a row per iterate."""
     table = Table(title="Held-out rows, fresh samples of each iterate")
     for name in ("iterate", "loss", "margin", "margin acc.", "answer acc.", "length y", "length y′", "cut", "y=y′"):
         table.add_column(name, justify="left" if name == "iterate" else "right", no_wrap=name == "iterate")
@@ -186,7 +185,6 @@ def iterates_table(evaluations: list[dict[str, Any]]) -> Table:
 
 
 def _measures(evaluations: list[Evaluation]) -> Table:
-    """Returns all measures, a column per iterate."""
     table = Table(title="Held-out rows, fresh samples of each iterate")
     table.add_column("measure")
     for evaluation in evaluations:

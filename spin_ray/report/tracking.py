@@ -3,8 +3,8 @@
     train/loss, …                    at the optimizer step, counted through all iterations
     eval/against_opponent.loss, …    at the iterate's number: keys of eval.json
 
-RUN/tracking.json lists what was logged. A tracker that fails never ends a run.
-In Prometheus ``train/loss`` is ``ray_spin_ray_train_loss{run="NAME"}``.
+RUN/tracking.json lists what was logged. A tracker that fails never ends a run. In Prometheus ``train/loss`` is
+``ray_spin_ray_train_loss{run="NAME"}``.
 """
 
 import json
@@ -40,7 +40,7 @@ class Point(NamedTuple):
 
 
 def track(run: RunDir, config: SpinConfig, iterate: int) -> None:
-    """Logs θ_iterate to every configured tracker that does not have it yet."""
+    """Logs θ_iterate to each configured tracker that lacks it."""
     name, state = iterate_name(iterate), _read_state(run)
     for tracker, log in _trackers(config).items():
         mine = state.setdefault(tracker, {"logged": []})
@@ -76,7 +76,7 @@ def _evaluation_points(run: RunDir, iterate: int) -> Iterator[Point]:
 
 
 Log = Callable[[RunDir, SpinConfig, list[Point], dict[str, Any]], dict[str, Any]]
-"""Function that logs points to a tracker. It returns additions to the tracker's state, its last argument."""
+"""Function that logs points to a tracker and returns additions to its state, the last argument."""
 
 
 def _trackers(config: SpinConfig) -> dict[str, Log]:
@@ -105,7 +105,7 @@ def _log_mlflow(run: RunDir, config: SpinConfig, found: list[Point], state: dict
 
     settings = config.tracking.mlflow
     assert settings is not None
-    if settings.uri is None:  # MLflow wants to be told that a folder is meant: no server, no database
+    if settings.uri is None:  # MLflow refuses a folder as its store without this
         os.environ.setdefault("MLFLOW_ALLOW_FILE_STORE", "true")
     client = MlflowClient(settings.uri or run.storage.path("mlruns").as_uri())
     run_id = state.get("run_id")
@@ -114,7 +114,7 @@ def _log_mlflow(run: RunDir, config: SpinConfig, found: list[Point], state: dict
         experiment = known.experiment_id if known else client.create_experiment(settings.experiment)
         run_id = client.create_run(experiment, run_name=run.storage.name).info.run_id
         params = [Param(key, str(value)[:500]) for key, value in _settings(config).items()]
-        for start in range(0, len(params), 100):  # the most that one call may have
+        for start in range(0, len(params), 100):  # MLflow takes at most 100 params in a call
             client.log_batch(run_id, params=params[start : start + 100])
     now = int(time.time() * 1000)
     metrics = [Metric(point.name, point.value, now, point.step) for point in found]
@@ -153,13 +153,13 @@ def metric_name(name: str) -> str:
 
 
 def step_values(line: Mapping[str, Any]) -> dict[str, float]:
-    """Returns the numbers of a train_log.jsonl line by name."""
+    """Returns a train_log.jsonl line's numbers by name."""
     named = {f"train/{key}": float(value) for key, value in line.items() if key not in NOT_LOGGED}
     return named | {"progress/step": float(line["step"]), "progress/steps": float(line["of"])}
 
 
 def set_gauges(run: str, values: Mapping[str, float]) -> None:
-    """Sets gauges of a run; does nothing without Ray, which exports them."""
+    """Sets gauges of a run. Does nothing without Ray, which exports them."""
     import ray
     from ray.util.metrics import Gauge
 

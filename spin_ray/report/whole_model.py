@@ -7,7 +7,7 @@ from spin_ray.run_dir.run_dir import RunDir
 
 
 def write_whole_model(run: RunDir, iterate: int, target: Path) -> None:
-    """Merges θ_iterate's checked adapter into its frozen model, in the format in which a run exports models.
+    """Merges θ_iterate's checked adapter into its frozen model, in the dtype of exported models.
 
     Raises:
         RunDirError: a file is missing or has changed.

@@ -1,4 +1,4 @@
-"""Runs as one self-contained HTML page that opens from disk."""
+"""One self-contained HTML page about one or more runs."""
 
 from spin_ray.report.page.write import report_page, write_report
 

@@ -1,4 +1,4 @@
-"""Charts as inline SVG, built as XML elements, which escapes all texts."""
+"""Charts as inline SVG. XML elements escape all texts."""
 
 import math
 from collections.abc import Callable, Sequence
@@ -14,9 +14,9 @@ LANE = 24
 GANTT_WIDTH, GANTT_LEFT = 960, 170
 MOST_NAMES = 9
 MOST_POINTS = 300
-"""Most points of a line; more are averaged in bins."""
+"""Most points of a line. More are averaged in bins."""
 Place = Callable[[float], float]
-"""Place of a value in view box units."""
+"""Function from a value to view box units."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -41,7 +41,7 @@ class Bar:
     colour: int
     title: str
     broken: bool = False
-    """True: the attempt failed or was lost."""
+    """True if the attempt failed or was lost."""
     useful: float | None = None
     """Fraction of useful work, drawn as a stripe."""
 
@@ -54,7 +54,7 @@ def line_chart(
     x_names: Sequence[str] | None = None,
     baseline: tuple[float, str] | None = None,
 ) -> Markup:
-    """Draws lines; ``x_names`` label x = 0, 1, …, and the ``baseline`` is drawn if near."""
+    """Draws lines. ``x_names`` label x = 0, 1, …; the ``baseline`` is drawn if near."""
     series = [_thinned(line) for line in series]
     xs = [x for line in series for x, _ in line.points]
     ys = [y for line in series for _, y in line.points]
@@ -139,7 +139,6 @@ def _draw(svg: ElementTree.Element, line: Series, x_at: Place, y_at: Place, x_na
 
 
 def _thinned(line: Series) -> Series:
-    """Returns the finite points, averaged in bins if too many."""
     points = [(x, y) for x, y in line.points if math.isfinite(y)]
     if len(points) <= MOST_POINTS:
         return line if len(points) == len(line.points) else Series(line.name, points, line.colour, (), line.dashed)
@@ -161,7 +160,6 @@ def _spread(ys: Sequence[float]) -> float:
 
 
 def _scale(ys: Sequence[float]) -> tuple[float, float, list[float]]:
-    """Returns (low, high, ticks); ticks enclose all values."""
     low, high = min(ys, default=0.0), max(ys, default=1.0)
     if high - low < 1e-9 * max(abs(high), 1):
         low, high = low - max(abs(low) * 0.1, 0.1), high + max(abs(high) * 0.1, 0.1)
@@ -177,7 +175,7 @@ def _ticks(low: float, high: float, *, whole: bool) -> list[float]:
 
 
 def _step(low: float, high: float) -> float:
-    """Returns 1, 2 or 5 times a power of ten; at most five steps span the range."""
+    """Returns 1, 2 or 5 times a power of ten, for at most five steps."""
     rough = max(high - low, 1e-12) / 5
     power = 10 ** math.floor(math.log10(rough))
     return next(factor * power for factor in (1, 2, 5, 10) if rough <= factor * power * 1.0001)

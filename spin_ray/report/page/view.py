@@ -1,4 +1,4 @@
-"""The content of the page about one run, without HTML."""
+"""The content of a run's page, without HTML."""
 
 from collections import Counter
 from dataclasses import dataclass
@@ -35,13 +35,11 @@ class StageTotal:
     rows: int
     tokens: int
     useful: float | None
-    """Fraction of the measured seconds that was useful work."""
+    """Fraction of useful work; None if not measured."""
 
 
 @dataclass(frozen=True, slots=True)
 class RunView:
-    """One run, ready to be shown."""
-
     name: str
     config: SpinConfig
     description: dict[str, Any]
@@ -51,7 +49,7 @@ class RunView:
     spans: list[Span]
     examples: list[Example]
     no_examples: str
-    """Reason for missing examples; else empty."""
+    """Reason for missing examples, or empty."""
     quarantine: list[tuple[str, str, int, str]]
     """(stage, reason, rows, one detail)."""
     pairs: list[tuple[str, dict[str, int]]]
@@ -79,13 +77,13 @@ class RunView:
 
     @property
     def recipe(self) -> str:
-        """Settings that differ from the defaults, as YAML."""
+        """Changed settings as YAML."""
         changed = self.config.model_dump(mode="json", exclude_defaults=True)
         return yaml.safe_dump(hide(changed), sort_keys=False, allow_unicode=True)
 
     @property
     def settings(self) -> dict[str, Any]:
-        """Every setting by dotted name."""
+        """All settings by dotted name."""
         return flatten(hide(self.config.model_dump(mode="json")))
 
     @property
@@ -162,7 +160,6 @@ def _examples(run: RunDir, config: SpinConfig, only: list[str] | None) -> tuple[
 
 
 def _state(run: RunDir, config: SpinConfig, events: list[dict[str, Any]]) -> tuple[str, str]:
-    """Returns (state, failure that the run stands at)."""
     last = events[-1] if events else None
     if run.latest() == iterate_name(config.iterations):
         return "finished", ""
@@ -174,7 +171,6 @@ def _state(run: RunDir, config: SpinConfig, events: list[dict[str, Any]]) -> tup
 
 
 def _quarantine(run: RunDir) -> list[tuple[str, str, int, str]]:
-    """Returns (stage, reason, rows, first row's detail)."""
     found = []
     for name in run.storage.names("quarantine"):
         rows = table_from_bytes(run.storage.read(f"quarantine/{name}")).select(["reason", "detail"]).to_pylist()
@@ -194,7 +190,6 @@ def _pairs(run: RunDir, config: SpinConfig) -> list[tuple[str, dict[str, int]]]:
 
 
 def _worth(evaluations: list[Evaluation]) -> str:
-    """Judges the last iterate by its answers, else by its held-out loss."""
     first, last = evaluations[0], evaluations[-1]
     name, accuracy = last["iterate"], BY_KEY["answer_accuracy"]
     now, before = accuracy.of(last), accuracy.of(first)

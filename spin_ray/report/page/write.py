@@ -1,4 +1,4 @@
-"""The page, written from views of runs."""
+"""The HTML page, from views of runs."""
 
 import math
 from collections.abc import Iterator, Sequence
@@ -43,11 +43,7 @@ Chart = dict[str, Any]
 
 
 def write_report(runs: Sequence[RunDir], path: Path) -> Path:
-    """Writes one page about one or more runs; returns ``path``.
-
-    Raises:
-        UserError: a folder is no run, or of an unreadable version.
-    """
+    """Writes one page about one or more runs; returns ``path``. Raises as ``report_page``."""
     page = report_page(runs)
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(page, encoding="utf-8")
@@ -90,7 +86,6 @@ def report_page(runs: Sequence[RunDir]) -> str:
 
 
 def _distinct_names(views: Sequence[RunView]) -> list[str]:
-    """Returns the folder names, equal ones numbered."""
     names = [view.name for view in views]
     return [f"{name} ({number})" if names.count(name) > 1 else name for number, name in enumerate(names, 1)]
 
@@ -111,7 +106,6 @@ def _table(views: Sequence[RunView]) -> list[tuple[Measure, list[tuple[str, str]
 
 
 def _benchmarks(views: Sequence[RunView]) -> list[tuple[str, str, list[tuple[str, str]]]]:
-    """Returns rows (title, metric, [(value, half its interval) per iterate])."""
     columns = [view.benchmarks.get(iterate, {}) for view in views for iterate in view.iterates]
     rows = {
         (task, metric): _benchmark_title(task, result)
@@ -180,7 +174,7 @@ def _train_charts(views: Sequence[RunView], names: Sequence[str]) -> Iterator[Ch
 
 
 def _first_level(views: Sequence[RunView]) -> tuple[float, str] | None:
-    """Returns the loss of step 0 with its spelling, if it is one for all runs."""
+    """Returns the loss of step 0 and its text, if all runs share it."""
     levels = {first_loss(view.config) for view in views}
     level = levels.pop() if len(levels) == 1 else None
     return None if level is None else (level, spelt(level))
