@@ -19,13 +19,12 @@ WAIT_S = 120.0
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Card:
     name: str
-    """E.g. ``GPU 0 (NVIDIA H100 80GB HBM3)``."""
     kind: str = ""
     total: int
     free: int
     """Bytes, like ``total``."""
     processes: tuple[str, ...] = ()
-    """Holders of memory, e.g. ``process 4711 (70.1 GiB)``. Empty where NVML lists none, as in some containers."""
+    """E.g. ``process 4711 (70.1 GiB)``. Empty where NVML lists none, as in some containers."""
 
 
 Look = Callable[[int | None], Sequence[Card]]

@@ -54,7 +54,7 @@ class SharedFolder:
         return cache.folder_with(CACHE, files, lambda name, to: self._fetch(giver, name, to), str(self.folder))
 
     def _is_in_place(self, files: Mapping[str, Digest]) -> bool:
-        """Tells whether this path has the files here; reads them again only if a size or time changed."""
+        """Tells whether the same path has the files; reads them again only if a size or time changed."""
         try:
             stats = {name: (self.folder / name).stat() for name in sorted(files)}
         except OSError:

@@ -59,12 +59,11 @@ def with_precision(config: SpinConfig, run: RunDir | None = None) -> SpinConfig:
 
 
 def faster_precision(resources: ResourcesConfig) -> Precision:
-    """Returns bf16 for GPUs, unless this machine's GPU lacks it; without GPUs, measures this CPU."""
+    """Returns bf16 for GPUs, unless this machine's GPU lacks it; on CPUs times both, as some only emulate bf16."""
     return _of_card() if resources.gpus else _of_cpu(resources.threads)
 
 
 def _of_cpu(threads: int) -> Precision:
-    """Times both, as some CPUs only emulate bf16 (benchmarks/README.md)."""
     environment = os.environ | cpu.environment(threads)
     kernels = json.dumps([environment.get(name) for name in _KERNELS])
     name = f"cpu-precision-{hashlib.sha256(kernels.encode()).hexdigest()[:12]}"
