@@ -76,7 +76,7 @@ class SpinConfig(Settings):
     def heldout_samples(self) -> int:
         """Number of responses generated to each held-out row.
 
-        With one sample to grade, it is ``generation.samples_per_prompt``, as in older versions.
+        If ``evaluation.samples`` is 1, it is ``generation.samples_per_prompt``, as in older versions.
         """
         samples = self.evaluation.samples
         return samples if samples > 1 else self.generation.samples_per_prompt
