@@ -123,7 +123,6 @@ def _meant(where: str) -> str:
 
 @cache
 def _places() -> tuple[str, ...]:
-    """Returns the full name of every setting, e.g. ``train.lora.rank``."""
 
     def within(annotation: Any, prefix: str) -> Iterator[str]:
         if isinstance(annotation, type) and issubclass(annotation, Section):
@@ -163,7 +162,6 @@ def _impossible_besides(content: dict[str, Any], details: list[Any]) -> list[str
 
 
 def _drop(tree: Any, path: tuple[Any, ...]) -> None:
-    """Removes the deepest key of ``path`` in ``tree``."""
     holder, key = None, None
     for part in path:
         if not isinstance(tree, dict) or part not in tree:

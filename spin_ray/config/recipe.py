@@ -103,7 +103,7 @@ class SpinConfig(Settings):
 
 
 GPU_SEATS, GPU_SHARD_ROWS = 512, 4096
-"""Most responses that a GPU decodes together and that a shard has, if the recipe does not say."""
+"""Default sizes on GPUs: most responses that are decoded together, and in a shard."""
 
 
 def _sized(config: SpinConfig, rows: int | None) -> GenerationConfig:

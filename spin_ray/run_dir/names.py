@@ -29,7 +29,7 @@ def iterate_number(name: str) -> int:
 
 
 def is_iterate_name(name: str) -> bool:
-    """Tells whether ``name`` is an iterate's on disk; leading zeros may be missing."""
+    """Tells whether ``name`` is an iterate's on disk, with or without leading zeros."""
     return re.fullmatch(r"sft|iter_[0-9]+", name) is not None
 
 

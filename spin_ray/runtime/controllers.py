@@ -1,8 +1,8 @@
-"""Ray Train controllers, one after another in one process, because each new controller imports torch.
+"""Ray Train controllers, one after another in one process, because each new process imports torch.
 
-Ray Train's cleaner, another process for each worker group, is not started. In its place the driver frees the placement
-group of a dead controller, also where no dashboard reports the death. A group that still waits for resources is not
-known to the driver.
+Ray Train's cleaner, another process of each worker group, is not started. The driver itself frees the placement group
+of a dead controller, also where no dashboard reports the death. It does not know a group that still waits for
+resources.
 """
 
 import asyncio

@@ -1,7 +1,7 @@
-"""Corrections of a model's config.json for vLLM, so that vLLM computes what transformers computes.
+"""Corrections of a model's config.json, so that vLLM computes what transformers computes.
 
-Training uses transformers. If vLLM read a folder differently, it would not generate from θ_t. docs/models.md lists the
-differences of vLLM 0.29.
+Otherwise vLLM would not generate from θ_t, which transformers trains. docs/models.md lists the differences of vLLM
+0.29.
 """
 
 import math

@@ -1,6 +1,5 @@
-"""Rare garbage collection during imports.
+"""Rare garbage collection during imports: torch, transformers and vLLM make half a million lasting objects.
 
-Imports of torch, transformers and vLLM make half a million lasting objects, which Python would search again and again.
 Processes that train, generate or serve return to Python's default afterwards, because a search of 100,000 new objects
 delays every answer. Other processes make few cycles.
 """

@@ -1,8 +1,7 @@
-"""Keeps Ray's C++ log lines off the terminal.
+"""Keeps Ray's C++ log lines off the terminal, where Ray writes them whatever its settings (ray-project/ray#12893).
 
-Ray's core writes them to file descriptor 2 of the driver, whatever its settings (ray-project/ray#12893). A separate
-process reads this descriptor, so that nothing is lost if the driver dies. It writes Ray's lines to a log file, whose
-name it prints once, and all others to the terminal. ``sys.stderr`` stays the terminal.
+A separate process reads the driver's file descriptor 2, so that nothing is lost if the driver dies. Ray's lines go to a
+log file, whose name is shown once, and all others to the terminal. ``sys.stderr`` stays the terminal.
 """
 
 import logging
