@@ -1,4 +1,4 @@
-"""Errors that the user can mend (one line, exit code 2), and failures of a run (exit code 1)."""
+"""Errors that the user can repair (one line, exit code 2), and failures of a run (exit code 1)."""
 
 import re
 
@@ -31,7 +31,7 @@ class OtherRunError(RunDirError):
     """A run folder that was begun with other settings or inputs."""
 
     def __init__(self, root: object, differing: dict[str, tuple[object, object]]) -> None:
-        """``differing`` has what was and what is now, by setting or input; None is not set."""
+        """Takes old and new value of each differing setting or input; None: not set."""
         self.root, self.differing = root, differing
         each = "; ".join(f"{key} (was {was!r}, now {now!r})" for key, (was, now) in differing.items())
         super().__init__(f"{root}: holds another run: {each}; restore these or choose another --out")
@@ -46,7 +46,6 @@ class StageError(RuntimeError):
 
 
 LONGEST_LINE = 400
-"""Most characters of another library's error that are passed on."""
 
 
 def first_line(error: BaseException) -> str:
@@ -55,7 +54,7 @@ def first_line(error: BaseException) -> str:
 
 
 def last_line(error: BaseException) -> str:
-    """Returns the last informative line of an error, cut where it is long."""
+    """Returns the last informative line, shortened to ``LONGEST_LINE`` characters."""
     last = _last_line(error)
     return last if len(last) <= LONGEST_LINE else f"{last[:LONGEST_LINE]} …"
 
@@ -70,7 +69,7 @@ def _last_line(error: BaseException) -> str:
 
 
 def user_error_in(error: BaseException) -> UserError | None:
-    """Returns the UserError that another process raised, of which Ray Data passes on the text alone."""
+    """Returns the UserError of another process, of which Ray Data passes on only the text."""
     named = re.fullmatch(rf"{__name__}\.(\w+): (.*)", _last_line(error))
     kind = globals().get(named[1]) if named else None
     if named is None or not isinstance(kind, type) or not issubclass(kind, UserError):
@@ -81,7 +80,7 @@ def user_error_in(error: BaseException) -> UserError | None:
 def memory_advice(error: BaseException, remedies: str) -> str:
     """Returns a clause with ``remedies`` if memory ran out, else an empty string.
 
-    Ray's errors name memory; the kernel's SIGKILL says nothing.
+    Ray's errors mention memory; SIGKILL by the kernel does not.
     """
     text = str(error).lower()
     if any(words in text for words in ("out of memory", "outofmemory", "running low on memory", "(oom)")):

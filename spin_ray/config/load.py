@@ -1,4 +1,4 @@
-"""Reads recipes: YAML, overrides, and errors in plain words."""
+"""Reads recipes: YAML, overrides, and clear errors."""
 
 from __future__ import annotations
 
@@ -17,14 +17,14 @@ from spin_ray.config.sections import TAGS, Section
 from spin_ray.errors import ConfigError
 
 RECIPES = Path(__file__).parent / "recipes"
-"""Recipes that come with the package: jobs/recipes."""
+"""Recipes of the package, a link to jobs/recipes."""
 
 
 def load_config(recipe: str | Path, overrides: dict[str, str] | None = None) -> SpinConfig:
-    """Reads a recipe, with ``{"section.field": "YAML value"}`` on top.
+    """Reads a recipe, with overrides ``{"section.field": "YAML value"}``.
 
     Args:
-        recipe: A file, or the name of a recipe that comes with the package: ``smoke``.
+        recipe: a file, or the name of a recipe of the package, e.g. ``smoke``.
 
     Raises:
         ConfigError: the recipe cannot be read or is wrong; the message lists every problem.
@@ -49,7 +49,7 @@ def load_config(recipe: str | Path, overrides: dict[str, str] | None = None) -> 
 
 
 def override(config: SpinConfig, overrides: dict[str, str]) -> SpinConfig:
-    """Returns ``config`` with ``{"section.field": "YAML value"}`` on top.
+    """Returns ``config`` with overrides ``{"section.field": "YAML value"}``.
 
     Raises:
         ConfigError: values are wrong.
@@ -61,7 +61,7 @@ def override(config: SpinConfig, overrides: dict[str, str]) -> SpinConfig:
 
 
 def parse_config(content: dict[str, Any], source: str) -> SpinConfig:
-    """Checks ``content``; raises ConfigError that names ``source`` and lists every problem."""
+    """Checks ``content``; raises ConfigError, which names ``source`` and lists every problem."""
     try:
         return SpinConfig.model_validate(content)
     except ValidationError as error:
@@ -71,7 +71,7 @@ def parse_config(content: dict[str, Any], source: str) -> SpinConfig:
 
 
 def parse_overrides(words: tuple[str, ...]) -> dict[str, str]:
-    """Returns ``{"section.field": "YAML value"}`` of words like ``--section.field=value``.
+    """Parses words like ``--section.field=value`` to ``{"section.field": "YAML value"}``.
 
     Raises:
         ConfigError: a word has another form.
@@ -89,7 +89,6 @@ _REASONS = {
     "model_type": "must be a section with fields of its own",
     "string_pattern_mismatch": "must be an import path module:Name, e.g. my_package.mine:Name",
 }
-"""Sentences for errors where pydantic's own says less."""
 
 
 def _explain(detail: Any) -> list[str]:
@@ -107,7 +106,7 @@ def _explain(detail: Any) -> list[str]:
 
 
 def _meant(where: str) -> str:
-    """Returns a clause with the settings that an unknown key may stand for: so called elsewhere, or spelt alike."""
+    """Returns a hint at settings of the same name in other sections, or of a similar name."""
     section, _, key = where.replace("-", "_").rpartition(".")
     places = _places()
     if where in places:
@@ -124,7 +123,6 @@ def _meant(where: str) -> str:
 
 @cache
 def _places() -> tuple[str, ...]:
-    """Returns the place of every setting, e.g. ``train.lora.rank``."""
 
     def within(annotation: Any, prefix: str) -> Iterator[str]:
         if isinstance(annotation, type) and issubclass(annotation, Section):
@@ -138,20 +136,19 @@ def _places() -> tuple[str, ...]:
 
 
 def _where(detail: Any) -> str:
-    """Returns the place of an error, e.g. ``objective.beta.1``."""
     return ".".join(str(part) for part in detail["loc"] if part not in TAGS)
 
 
 def _impossible_besides(content: dict[str, Any], details: list[Any]) -> list[str]:
-    """Returns impossible combinations of right values.
+    """Returns impossible combinations of the right values.
 
-    Pydantic checks none while a value is wrong, so wrong values are dropped first.
+    Wrong values are dropped first, because pydantic checks no combination while a value is wrong.
     """
     rest = copy.deepcopy(content)
     doubtful = []
     for detail in details:
         _drop(rest, detail["loc"])
-        # An unknown key may be a misspelt field, so its whole section is doubtful.
+        # An unknown key may be a misspelt field, so nothing is said about its section.
         where = _where(detail)
         doubtful.append(where.rpartition(".")[0] if detail["type"] == "extra_forbidden" else where)
     for section, field in (("model", "path"), ("data", "train")):
@@ -165,7 +162,6 @@ def _impossible_besides(content: dict[str, Any], details: list[Any]) -> list[str
 
 
 def _drop(tree: Any, path: tuple[Any, ...]) -> None:
-    """Removes the deepest key of ``path`` that ``tree`` has."""
     holder, key = None, None
     for part in path:
         if not isinstance(tree, dict) or part not in tree:
@@ -191,7 +187,7 @@ _MERGE = "tag:yaml.org,2002:merge"
 
 
 class _Loader(yaml.SafeLoader):
-    """YAML in which a key may not stand twice, where PyYAML would silently take the last value."""
+    """A YAML loader that refuses repeated keys; PyYAML would silently take the last value."""
 
     def compose_mapping_node(self, anchor: Any) -> Any:
         node = super().compose_mapping_node(anchor)
@@ -209,7 +205,7 @@ def _parse_yaml(text: str, source: str) -> Any:
     try:
         return _Loader(text).get_single_data()
     except (yaml.YAMLError, ValueError, LookupError, AttributeError, RecursionError) as error:
-        # PyYAML passes on its converters' errors, e.g. ValueError for the date 2024-13-45.
+        # PyYAML's converters raise their own errors, e.g. ValueError for the date 2024-13-45.
         raise ConfigError(f"{source}: is not YAML: {_what_is_wrong(error)}") from error
 
 

@@ -1,4 +1,4 @@
-"""The recipe of one run: its settings, impossible combinations, and identity."""
+"""The recipe of one run: settings, impossible combinations, and identity."""
 
 from __future__ import annotations
 
@@ -38,23 +38,23 @@ class SpinConfig(Settings):
         return self
 
     def take_precision_of(self, other: SpinConfig) -> Self:
-        """Returns the recipe with ``other``'s precision in place of ``auto``."""
+        """Returns a copy in which ``other``'s precision replaces ``auto``."""
         if self.train.precision != "auto":
             return self
         return self.model_copy(update={"train": self.train.model_copy(update={"precision": other.train.precision})})
 
     def take_checkpointing_of(self, begun: SpinConfig) -> Self:
-        """Returns the recipe with the run's ``gradient_checkpointing`` in place of ``auto``."""
+        """Returns a copy in which the run's ``gradient_checkpointing`` replaces ``auto``."""
         if self.train.gradient_checkpointing != "auto":
             return self
         value = begun.train.gradient_checkpointing
         return self.model_copy(update={"train": self.train.model_copy(update={"gradient_checkpointing": value})})
 
     def settle_sizes(self, begun: SpinConfig | None = None, rows: int | None = None) -> Self:
-        """Returns the recipe with the sizes of batches that it leaves open.
+        """Returns a copy with ``max_num_seqs`` and ``shard_rows`` where the recipe leaves them open.
 
         Args:
-            begun: recipe of the run that goes on, whose sizes stay.
+            begun: recipe of a run that goes on, whose sizes stay.
             rows: number of training rows, if known.
         """
         generation = begun.generation if begun else _sized(self, rows)
@@ -67,23 +67,23 @@ class SpinConfig(Settings):
         return self.model_copy(update={"generation": self.generation.model_copy(update=open_ones)})
 
     def resolve_dtype(self, engine: EngineConfig) -> EngineConfig:
-        """Returns the settings with training's dtype in place of ``auto``."""
+        """Returns a copy in which training's dtype replaces ``auto``."""
         if engine.dtype != "auto":
             return engine
         return engine.model_copy(update={"dtype": "bfloat16" if self.train.precision == "bf16" else "float32"})
 
     @property
     def heldout_samples(self) -> int:
-        """Responses that are generated to each held-out row.
+        """Number of responses generated to each held-out row.
 
-        With one sample to grade it is ``generation.samples_per_prompt``, as in runs of older versions.
+        If ``evaluation.samples`` is 1, it is ``generation.samples_per_prompt``, as in older versions.
         """
         samples = self.evaluation.samples
         return samples if samples > 1 else self.generation.samples_per_prompt
 
     @property
     def commits_adapters(self) -> bool:
-        """True: an iteration commits its adapter alone."""
+        """True if an iteration commits only its adapter."""
         return self.train.lora is not None and not self.train.lora.merge
 
     def at(self, iteration: int) -> IterationSettings:
@@ -95,16 +95,19 @@ class SpinConfig(Settings):
         )
 
     def identity(self) -> dict[str, Any]:
-        """Returns ``{"section.field": value}`` of all settings but those marked ``MayChange``."""
+        """Returns ``{"section.field": value}`` of all settings but those marked ``MayChange``.
+
+        Settings marked ``Later`` are left out at their default.
+        """
         return flatten(_identity(self))
 
 
 GPU_SEATS, GPU_SHARD_ROWS = 512, 4096
-"""Most responses that a GPU decodes together, and that a shard has, where the recipe does not say."""
+"""Default sizes on GPUs: most responses that are decoded together, and in a shard."""
 
 
 def _sized(config: SpinConfig, rows: int | None) -> GenerationConfig:
-    """Returns sizes for the device. Engines get equally many shards, equally long, if the rows are known."""
+    """Returns sizes for the device. If the rows are known, engines get equally many shards of equal length."""
     generation = config.generation
     if not generation.resources.gpus:
         return GenerationConfig()
@@ -183,11 +186,11 @@ _OWN_ARGUMENTS = {
     "model", "dtype", "max_model_len", "generation_config", "trust_remote_code", "load_format", "config_format",
     "tensor_parallel_size", "max_num_seqs", "gpu_memory_utilization", "enforce_eager",
 }  # fmt: skip
-"""Arguments of vLLM that every engine is given."""
+"""Arguments of vLLM that spin_ray sets for every engine."""
 _OF_GENERATION = {
     "tokenizer", "seed", "skip_tokenizer_init", "enable_prefix_caching", "logprobs_mode", *EngineConfig.model_fields
 }  # fmt: skip
-"""Those on which the exactness of samples depends, too."""
+"""Further arguments set for generation, on which exact samples depend."""
 
 
 def _list_problems(config: SpinConfig) -> Iterator[str]:
@@ -299,7 +302,7 @@ def _adapter_problems(config: SpinConfig) -> Iterator[str]:
 
 
 LARGEST_RANK = 512
-"""Largest rank of an adapter that vLLM loads."""
+"""Largest adapter rank that vLLM loads."""
 
 
 def _address_problems(config: SpinConfig) -> Iterator[str]:

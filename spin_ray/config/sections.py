@@ -15,7 +15,7 @@ T = TypeVar("T")
 
 
 def _no_flag(value: Any) -> Any:
-    """Refuses what YAML reads as true or false, which pydantic takes for 1 or 0."""
+    """Refuses YAML's true and false, which pydantic takes for 1 and 0."""
     if isinstance(value, bool):
         raise PydanticCustomError("number_type", "input should be a number")
     return value
@@ -29,7 +29,7 @@ Count = Annotated[int, Field(ge=1), _number]
 CountOrZero = Annotated[int, Field(ge=0), _number]
 
 ONE, LIST, WORD, NAME, PATH = TAGS = "<one>", "<list>", "<word>", "<name>", "<path>"
-"""Tags of the kinds of value of one setting; pydantic writes them into an error's place."""
+"""Tags for the kinds of value of one setting; pydantic writes them into an error's location."""
 _one_or_list = Discriminator(lambda value: LIST if isinstance(value, list | tuple) else ONE)
 _one_or_word = Discriminator(lambda value: WORD if isinstance(value, str) else ONE)
 _name_or_path = Discriminator(lambda value: PATH if isinstance(value, str) and ":" in value else NAME)
@@ -40,16 +40,16 @@ AutoOrOne = Annotated[Annotated[T, Tag(ONE)] | Annotated[Literal["auto"], Tag(WO
 AutoOrFlag = Annotated[Annotated[bool, Tag(ONE)] | Annotated[Literal["auto"], Tag(WORD)], _one_or_word]
 CountOrAll = Annotated[Annotated[Count, Tag(ONE)] | Annotated[Literal["all"], Tag(WORD)], _one_or_word]
 ImportPath = Annotated[str, Field(pattern=r"^[^\W\d]\w*(\.[^\W\d]\w*)*:[^\W\d]\w*$")]
-"""Place of a user's class or function, e.g. ``my_package.mine:Name``. Reading a recipe checks only the form."""
+"""Path to a user's class or function, e.g. ``my_package.mine:Name``. Reading a recipe checks only its form."""
 NameOrPath = Annotated[Annotated[T, Tag(NAME)] | Annotated[ImportPath, Tag(PATH)], _name_or_path]
 
 MAY_CHANGE, IDENTITY, LATER = object(), object(), object()
 MayChange = Annotated[T, MAY_CHANGE]
-"""A setting that may change between two calls of one run. All others are the run's identity."""
+"""A setting that may change between two calls of one run. All other settings are the run's identity."""
 Identity = Annotated[T, IDENTITY]
 """A section that belongs to the run's identity as a whole."""
 Later = Annotated[T, LATER]
-"""A setting that older versions lack. It belongs to the identity only where it differs from its default."""
+"""A setting that older versions lack. It belongs to the identity only if it differs from its default."""
 
 AlgorithmName = Literal["spin", "continued_sft", "dpo", "sppo", "self_reinforcement", "seft", "tspin", "sdft"]
 FormName = Literal[
@@ -70,26 +70,27 @@ class Section(BaseModel):
 
 
 class ModelConfig(Section):
-    """The start model, which the run trains first."""
+    """The model that the run starts from."""
 
     path: str
     """Model folder (safetensors), ``embedded:NAME``, or ``owner/name`` or ``owner/name@revision`` of a hub. An adapter
-    (PEFT) is merged with its model once, in the cache; the run starts from that."""
+    (PEFT) is merged with its base model once, in the cache; the run starts from the merged model."""
     revision: Later[str | None] = None
     """Branch, tag or commit of a hub's model. Not set: that of ``path``, else the newest."""
     base: Later[str | None] = None
-    """Model below the adapter that ``path`` names. Not set: the one that the adapter itself names."""
+    """Base model of the adapter at ``path``. Not set: the base that the adapter names."""
     max_length: Count = 2048
     """Longest prompt + response in tokens. Longer rows go to quarantine. Memory grows with it. Paper: 2048."""
     chat_template: str | None = None
     """File with a Jinja chat template. Not set: the tokenizer's own, which some lack."""
     chat_template_kwargs: Later[dict[str, Any]] = {}
-    """Variables of the chat template, e.g. ``{enable_thinking: false}``, wherever conversations are rendered."""
+    """Variables of the chat template, e.g. ``{enable_thinking: false}``, for every conversation."""
     trust_remote_code: bool = False
     """Permission to run Python code from the model folder. Off: folders with code or pickled weights are refused."""
     attention: Literal["auto", "packed", "padded"] = "auto"
-    """Layout of scoring. ``packed`` needs a model that takes a 4-D mask and position ids. ``padded`` works with any
-    causal language model at 2 to 4 times the cost. ``auto`` takes ``packed`` where it gives the model's own scores."""
+    """Layout of the sequences that are scored. ``packed`` needs a model that takes a 4-D mask and position ids.
+    ``padded`` works with any causal language model at 2 to 4 times the cost. ``auto`` takes ``packed`` where it gives
+    the same scores as the model itself."""
 
     @field_validator("chat_template_kwargs")
     @classmethod
@@ -104,7 +105,7 @@ _OWN_TEMPLATE_VARIABLES = {
     "continue_final_message", "truncation", "max_length", "return_tensors", "return_dict", "tokenizer_kwargs",
     "return_assistant_tokens_mask", "strftime_now", "raise_exception",
 }  # fmt: skip
-"""Arguments of ``apply_chat_template`` and functions of templates."""
+"""Arguments of ``apply_chat_template``, and functions that templates may call."""
 
 
 class Source(Section):
@@ -115,7 +116,7 @@ class Source(Section):
     weight: Positive | None = None
     """Share of rows, relative to other sources with a weight. The scarcest of them gives all its rows."""
     rows: Count | None = None
-    """Number of rows, drawn by the seed."""
+    """Number of rows, drawn at random with the run's seed."""
 
     @model_validator(mode="after")
     def _has_one_measure(self) -> Source:
@@ -130,7 +131,7 @@ Train = str | tuple[Source, ...]
 
 
 def sources_of(train: Train | None) -> tuple[Source, ...]:
-    """Returns the sources of a setting such as ``data.train``, a single path as one that gives all its rows."""
+    """Returns the sources of a setting such as ``data.train``; a single path becomes one whole source."""
     return (Source(path=train),) if isinstance(train, str) else train or ()
 
 
@@ -156,27 +157,27 @@ class DataConfig(Section):
     """Rows like those of ``train`` that are never trained on: one source, or a list of several. Not set: no
     evaluation."""
     prompts_per_iteration: Count | None = None
-    """Number of prompts per iteration, in a seeded order that wraps round. Not set: all. Fewer keep y′ fresh while the
-    policy moves."""
+    """Number of prompts per iteration, in a seeded order that wraps round. Not set: all. Fewer prompts make shorter
+    iterations, so y′ comes from a more recent model."""
     max_rows: Count | None = None
     """Number of training rows, and of questions, from the first. Not set: all. Not for several sources, which have
     ``rows``."""
     turns: Literal["last", "first", "all"] = "last"
-    """Assistant's messages taken as responses: the ``last`` of a conversation, the ``first`` (the paper's), or ``all``,
-    each a row of its own."""
+    """Assistant messages that are taken as responses: the ``last`` of a conversation, the ``first`` (the paper's), or
+    ``all``, each in a row of its own."""
     system: str | None = None
     """System message for conversations without one. Not set: the chat template's default."""
     keep_leaks: Later[bool] = False
-    """Training on rows that are held out, too. Off: they are taken out of training, and counted."""
+    """Training on rows that are also held out. Off: such rows are removed from training, and counted."""
     max_quarantine_fraction: Fraction = 0.05
-    """Fraction of unusable rows above which the run stops, as they hint at a mistake in the data."""
+    """Fraction of unusable rows above which the run stops. Many unusable rows hint at a mistake in the data."""
 
 
 class ResourcesConfig(Section):
     """The request of one actor or worker to the Ray cluster."""
 
     cpus: Positive = 1
-    """Logical CPUs, and compute threads on the CPU (rounded down, at least one)."""
+    """Logical CPUs, and the number of compute threads on the CPU (rounded down, at least one)."""
     gpus: NonNegative = 0
     """Number of GPUs: whole, or a fraction for engines that share one."""
     custom: MayChange[dict[str, Positive]] = {}
@@ -190,7 +191,7 @@ class ResourcesConfig(Section):
 
     @property
     def bundle(self) -> dict[str, float]:
-        """The request in Ray's own names, e.g. ``{"CPU": 2, "GPU": 1}``."""
+        """The request under Ray's own names, e.g. ``{"CPU": 2, "GPU": 1}``."""
         named = {"CPU": self.cpus, "GPU": self.gpus, **self.custom}
         return {name: amount for name, amount in named.items() if amount}
 
@@ -199,9 +200,9 @@ class SamplingConfig(Section):
     """The distribution that responses are drawn from. The defaults sample from p_θt itself, as SPIN needs."""
 
     temperature: NonNegative = 1.0
-    """Temperature: 1 samples from the model, 0 takes the likeliest token. All but 1 depart from the method."""
+    """Temperature: 1 samples from the model, 0 takes the likeliest token. Any but 1 departs from the method."""
     top_p: Annotated[float, Field(gt=0, le=1)] = 1.0
-    """Probability that the sampled tokens have together; less likely ones are never drawn. 1: no limit."""
+    """Total probability of the likeliest tokens. Less likely tokens are never sampled. 1: no limit."""
     top_k: CountOrZero = 0
     """Number of likeliest tokens that are sampled from. 0: no limit."""
     max_tokens: Count = 1024
@@ -212,8 +213,8 @@ class EngineConfig(Section):
     """Arguments of the vLLM engine. Sampling settings of the model folder are not read."""
 
     dtype: Literal["auto", "bfloat16", "float16", "float32"] = "auto"
-    """Number format of weights and computation. ``auto`` is that of ``train.precision``: fewer bits round small updates
-    away."""
+    """Number format of weights and computation. ``auto`` follows ``train.precision``. A format with fewer bits rounds
+    small updates away."""
     tensor_parallel_size: Count = 1
     """GPUs that share each layer, all on one node. Times ``pipeline_parallel_size``, it must equal
     ``generation.resources.gpus``."""
@@ -228,7 +229,7 @@ class EngineConfig(Section):
     cpu_kv_cache_gib: MayChange[Count] = 2
     """Size of the key-value cache on CPU, in GiB."""
     enforce_eager: bool = False
-    """No torch.compile. On CPU this saves a minute of start-up and costs little speed."""
+    """No torch.compile and no CUDA graphs. On CPU this saves a minute of start-up and costs little speed."""
     extra: dict[str, Any] = {}
     """Other vLLM engine arguments, passed on as they are."""
 
@@ -244,15 +245,16 @@ class GenerationConfig(Section):
     sampling: SamplingConfig = SamplingConfig()
     """The distribution of one response."""
     samples_per_prompt: Count = 1
-    """Responses y′ per prompt, each in a pair of its own. Paper: 1."""
+    """Responses y′ per prompt, each for a pair of its own. Paper: 1."""
     shard_rows: Count = 512
-    """Responses per shard: one batch of the engine, and the most that a crash can lose. Small shards leave the engine
-    half empty at their ends. Not set: about 4096 on GPUs, so that all engines get equal work, and 512 on CPUs. A run
-    keeps its number."""
+    """Responses per shard. A shard is one batch of the engine, and the most that an engine loses in a crash. Small
+    shards leave the engine half empty at their ends. Not set: about 4096 on GPUs, so that all engines get equal work,
+    and 512 on CPUs. A run keeps its number."""
     replicas: MayChange[Count] = 1
     """Engines that generate side by side."""
     min_replicas: MayChange[Count | None] = None
-    """Smallest number of engines that generation goes on with; others wait for room. Not set: all ``replicas``."""
+    """Number of engines that must find room before generation starts; the others start when there is room. Not set: all
+    ``replicas``."""
     resources: ResourcesConfig = ResourcesConfig()
     """Resources of one engine."""
     engine: EngineConfig = EngineConfig()
@@ -270,7 +272,7 @@ class ObjectiveConfig(Section):
 
     loss: NameOrPath[LossName] = "logistic"
     """Loss ℓ of the margin in equation 4.7, or the import path of a function, ``my_package.mine:loss``. Paper:
-    logistic, log(1 + e^-m). ``space`` (SPACE, arXiv 2512.07175) takes both log-ratios apart, with ``beta`` 1."""
+    logistic, log(1 + e^-m). ``space`` (SPACE, arXiv 2512.07175) uses the two log-ratios separately, with ``beta`` 1."""
     beta: MayChange[PerIteration] = 0.1
     """Factor of each log-ratio in the margin, the paper's λ. A larger β keeps θ_{t+1} closer to θ_t. A list gives each
     iteration its own (paper: 0.1, 0.1, 0.1, 5.0)."""
@@ -281,18 +283,19 @@ class ObjectiveConfig(Section):
     """α of the reference p_t^α · p_0^(1-α). 1: the opponent θ_t (SPIN). 0: the initial model θ_0. Between: α-SPIN
     (arXiv 2404.04291), whose fixed point is biased towards θ_0."""
     length_normalised: bool = False
-    """Division of each log-ratio by its response's tokens. Off in the paper. A β for sums is too small for means, by
-    about a response's length."""
+    """Division of each log-ratio by the number of tokens of its response. Off in the paper. A β chosen for sums is too
+    small for means, by a factor of about the length of a response."""
     sft_weight: NonNegative = 0.0
-    """Weight of an added -log p(y), the mean over a step's response tokens. It anchors small models and large steps.
-    Paper: 0."""
+    """Weight of an added loss -log p(y), the mean over a step's response tokens. It stabilises small models and large
+    steps. Paper: 0."""
     positive_weight: Later[NonNegative] = 0.0
-    """λ of DPO-Positive (arXiv 2402.13228), which takes β·λ·max(0, -r(y)) from the margin, r(y) = log p_θ(y)/p_ref(y).
-    It holds log p(y) where it was, where ``sft_weight`` raises it. Paper: no such term. DPO-Positive: 50."""
+    """λ of DPO-Positive (arXiv 2402.13228), which subtracts β·λ·max(0, -r(y)) from the margin, where r(y) is log
+    p_θ(y)/p_ref(y). The term keeps log p(y) from falling; ``sft_weight`` raises it. Paper: no such term. DPO-Positive:
+    50."""
     mu: Later[Positive] = 1.0
-    """μ of ``loss: space``: weight of the generated responses. 1: as much as the human ones."""
+    """μ of ``loss: space``: weight of the generated responses. 1: the same as of the human ones."""
     history_weight: Later[NonNegative] = 0.1
-    """Weight of T-SPIN's second term, y′ over θ_0's response. T-SPIN's paper: 0.1, its β."""
+    """Weight of T-SPIN's second term, which prefers y′ to θ_0's response. T-SPIN's paper: 0.1, its β."""
     keep_identical: bool = False
     """Use of pairs with y = y′. Their margin is 0, so only ``sft_weight`` learns from them. Without them,
     ``sft_weight`` acts mostly on prompts that the model gets wrong."""
@@ -300,7 +303,7 @@ class ObjectiveConfig(Section):
     @model_validator(mode="before")
     @classmethod
     def _space_has_no_beta(cls, given: Any) -> Any:
-        """Gives ``space`` the values that its theory needs, where the recipe has none."""
+        """Sets the values that the theory of ``space`` needs, if the recipe has none."""
         return {"beta": 1.0, "window": 1} | given if isinstance(given, dict) and given.get("loss") == "space" else given
 
     def oldest_iteration(self, iteration: int) -> int:
@@ -333,24 +336,24 @@ class SelfFilterConfig(Section):
     ``evaluation.answer_extractor`` reads the answer, else whole responses are compared. In the paper the model judges
     in words."""
     grade: Later[NameOrPath[GradeName] | None] = None
-    """Grader, as ``evaluation.grade``, of the samples of questions with an ``answer``: the best one is learnt from, in
-    place of the commonest. Questions without an answer are dropped."""
+    """Grader, as ``evaluation.grade``, of the samples of questions with an ``answer``. The model learns from the best
+    sample instead of the commonest one. Questions without an answer are dropped."""
     min_grade: Later[Fraction] = 0.5
-    """Smallest grade that is learnt from; questions without such a sample are dropped."""
+    """Smallest grade of a sample that the model learns from; questions without such a sample are dropped."""
 
 
 class OptimizerConfig(Section):
     """The optimizer and the course of its learning rate."""
 
     name: NameOrPath[OptimizerName] = "rmsprop"
-    """Optimizer, or the import path of a class, ``my_package.mine:Optimizer``. Paper: RMSProp. ``adamw_8bit`` keeps
-    moments in a byte each (extra ``quantised``, one worker); ``muon`` is for adapters."""
+    """Optimizer, or the import path of a class, ``my_package.mine:Optimizer``. Paper: RMSProp. ``adamw_8bit`` stores
+    each moment in one byte (extra ``quantised``, one worker); ``muon`` is for adapters."""
     weight_decay: NonNegative = 0.0
-    """Weight decay of torch's optimizer. Paper: 0."""
+    """Weight decay of the optimizer. Paper: 0."""
     betas: MayChange[tuple[Fraction, Fraction] | None] = None
     """AdamW's decay rates of the two moments. Not set: the optimizer's own, 0.9 and 0.999."""
     eps: MayChange[Positive | None] = None
-    """Number that is added to the denominator. Not set: the optimizer's own, 1e-8."""
+    """Number that is added to the denominator. Not set: the optimizer's own, 1e-8 (``muon``: 1e-7)."""
     schedule: Literal["linear", "cosine", "constant"] = "linear"
     """Course of the learning rate after the warm-up. Paper: linear decay to 0."""
     warmup_fraction: Fraction = 0.1
@@ -365,8 +368,8 @@ class LoraConfig(Section):
     rank: Count = 16
     """Rank of an iteration's change to a weight matrix. A higher one learns more and needs more memory."""
     alpha: Count = 32
-    """Scale of the change, which is multiplied by alpha / rank. Adapters want 10 to 100 times the learning rate of all
-    weights."""
+    """Scale of the change, which is multiplied by alpha / rank. Adapters need 10 to 100 times the learning rate of full
+    training."""
     target_modules: Literal["all-linear"] | tuple[str, ...] = "all-linear"
     """Layers that get an adapter, e.g. ``[q_proj, v_proj]``. ``all-linear``: every linear layer but the head."""
     base: Later[Literal["bf16", "nf4", "int8"]] = "bf16"
@@ -380,12 +383,12 @@ class LoraConfig(Section):
 class Mesh(Section):
     """The train workers as a grid, whose innermost dimension is ``tensor``.
 
-    Neighbours in ``tensor`` compute one pack together, neighbours in ``shard`` hold one copy of weights, gradients and
-    optimizer state, and ``replicate`` counts the copies.
+    Workers of one ``tensor`` group compute one pack together. Workers of one ``shard`` group hold together one copy of
+    weights, gradients and optimizer state. ``replicate`` is the number of copies.
     """
 
     replicate: Count = 1
-    """Copies of the weights. Gradients are summed over the copies, and nothing else goes between them."""
+    """Copies of the weights. Only gradients are exchanged between copies, to be summed."""
     shard: Count = 1
     """Workers (or tensor groups) over which a copy is sharded."""
     tensor: Count = 1
@@ -397,7 +400,7 @@ class Mesh(Section):
 
     @property
     def data_ranks(self) -> int:
-        """The number of workers, or groups of them, that get packs of their own."""
+        """The number of workers, or tensor groups, that get packs of their own."""
         return self.replicate * self.shard
 
     def __str__(self) -> str:
@@ -413,9 +416,9 @@ class TrainConfig(Section):
     workers: Count = 1
     """Train workers, over which parameters, gradients and optimizer state are sharded."""
     min_workers: MayChange[Count | None] = None
-    """Smallest number of workers for elastic training (FSDP2 only). After lost nodes, training goes on from the last
-    checkpoint with as few, and grows again when nodes join. Only the order of summing gradients differs. Not set:
-    always ``workers``."""
+    """Smallest number of workers for elastic training (FSDP2 only). After the loss of nodes, training continues from
+    the last checkpoint with the workers that are left, and grows again when nodes join. The results differ only by the
+    order in which gradients are summed. Not set: always ``workers``."""
     resize_interval_s: MayChange[NonNegative] = 300
     """Seconds between attempts of an elastic group to grow. Each growth repeats the steps since the last checkpoint."""
     resources: ResourcesConfig = ResourcesConfig()
@@ -443,41 +446,43 @@ class TrainConfig(Section):
     """torch.compile of each decoder layer, in training and scoring (FSDP2 only). It costs a minute or two at the start
     of each stage that trains or scores. ``auto`` is on for GPUs and off for CPUs."""
     deterministic: MayChange[bool] = False
-    """Only kernels whose sums have one order, so that a resumed training has the same bits on GPUs too. Slower there;
-    on CPUs it is so anyway."""
+    """Use of kernels that sum in a fixed order, so that a resumed training has the same bits on GPUs too. Slower on
+    GPUs; CPUs always do so."""
     gradient_checkpointing: AutoOrFlag = "auto"
-    """Second computation of activations in the backward pass: a third slower, far less memory, the same numbers.
-    ``auto``: on GPUs whose memory cannot hold all activations, by the arithmetic of ``spin-ray plan``."""
+    """Recomputation of activations in the backward pass: a third slower, far less memory, the same numbers. ``auto``:
+    on GPUs whose memory cannot hold all activations, by the arithmetic of ``spin-ray plan``."""
     sharding: MayChange[Literal["full", "shard_grad_op"]] = "full"
     """Sharding of the weights. ``full`` (ZeRO-3) gathers each layer in each forward and backward pass.
     ``shard_grad_op`` (ZeRO-2) gathers once per optimizer step: less traffic, but each worker holds all weights."""
     mesh: MayChange[AutoOrOne[Mesh]] = "auto"
-    """Grid of the workers (FSDP2 only), e.g. ``{replicate: 2, shard: 8}`` for two nodes of eight. ``auto``: one copy
-    over the workers of one node; on several nodes a copy in each, if a copy fits there, else one over all. It splits
-    layers only where a pack or a layer does not fit on a GPU, or a batch has fewer pairs than there are GPUs."""
+    """Grid of the workers (FSDP2 only), e.g. ``{replicate: 2, shard: 8}`` for two nodes of eight. ``auto`` on one node:
+    one copy over all workers. ``auto`` on several nodes: one copy in each node if a copy fits there, else one copy over
+    all. ``auto`` splits layers only if a pack or a layer does not fit on a GPU, or a batch has fewer pairs than there
+    are GPUs."""
     reduce_every_pack: MayChange[AutoOrFlag] = "auto"
-    """Summing of gradients over the workers after each pack, not each step. More traffic, beside the backward pass, but
-    no worker holds whole gradients, 4 bytes per parameter. ``auto`` is on for GPUs and off for CPUs."""
+    """Summing of gradients over the workers after each pack, not only after each step. This needs more traffic, beside
+    the backward pass. But no worker holds whole gradients, which take 4 bytes per parameter. ``auto`` is on for GPUs
+    and off for CPUs."""
     offload: MayChange[bool] = False
     """Storage of weights, gradients and optimizer state in CPU memory. Slower; for models that do not fit otherwise."""
     checkpoint_every_steps: MayChange[Count] = 200
     """Optimizer steps between checkpoints: the most that a killed worker can lose."""
     max_failures: MayChange[CountOrZero] = 3
-    """Restarts of the workers in one iteration before the run fails."""
+    """Restarts of the workers in one training, evaluation or scoring before the run fails."""
     start_timeout_s: MayChange[Positive] = 600
-    """Longest wait for the workers to be placed and to meet, in seconds."""
+    """Longest wait for the workers to be placed and connected, in seconds."""
     stall_timeout_s: MayChange[Positive] = 86_400
     """Longest time without a finished step, in seconds, before workers count as stuck. A whole evaluation is one step,
     so the default is a day."""
 
     @property
     def reduces_every_pack(self) -> bool:
-        """The choice behind ``reduce_every_pack``."""
+        """The value of ``reduce_every_pack``, with ``auto`` resolved."""
         return self.resources.gpus > 0 if self.reduce_every_pack == "auto" else self.reduce_every_pack
 
 
 class SftConfig(Section):
-    """The optional warm-up: supervised fine-tuning on the same rows makes θ_0 from a base model."""
+    """The optional warm-up: supervised fine-tuning of a base model on the same rows, which gives θ_0."""
 
     epochs: Count = 1
     """Passes over the rows. SPIN is meant for a model that another pass would not improve."""
@@ -507,7 +512,7 @@ class SdftConfig(Section):
     """Last message of the user as the teacher reads it; ``{prompt}`` is the message, ``{response}`` the human
     response."""
     top_k: Count = 20
-    """Tokens of the teacher's distribution that are stored at each place; all others count as one."""
+    """Number of likeliest tokens of the teacher that are stored at each position; all other tokens count as one."""
 
     @field_validator("demonstration")
     @classmethod
@@ -531,12 +536,13 @@ class HealthConfig(Section):
     max_margin: Positive | None = 30.0
     """Largest absolute margin. Healthy iterations end with a few nats times beta."""
     max_real_logp_drop: Positive | None = 0.5
-    """Largest fall of log p(y) within an iteration, as a fraction of its size: at 0.5, -100 nats may become -150."""
+    """Largest fall of log p(y) within an iteration, as a fraction of its absolute value: at 0.5, -100 nats may become
+    -150."""
     max_length_change: Annotated[float, Field(gt=1)] | None = 4.0
     """Largest factor by which the mean length of y′ may grow or shrink against θ_0's."""
     max_engine_difference: Positive | None = 0.1
-    """Largest difference, in nats a token, between log p of y′ by the engine and by the model that is trained, over a
-    few responses of each iteration. Not for a quantised base of adapters."""
+    """Largest difference, in nats a token, between log p of y′ by the engine and by the model that is trained. A few
+    responses of each iteration are compared. Not checked for adapters on a quantised base."""
 
 
 class EvaluationConfig(Section):
@@ -552,11 +558,11 @@ class EvaluationConfig(Section):
     max_rows: Count | None = None
     """Number of held-out rows, from the first. Not set: all. Not for several sources, which have ``rows``."""
     samples: Later[Count] = 1
-    """Responses to each held-out row. All are graded (``answer_accuracy`` is their pass@1); other measures read the
-    first one."""
+    """Responses to each held-out row. All are graded (``answer_accuracy`` is their pass@1); other measures use the
+    first response."""
     examples: Later[CountOrZero] = 0
-    """Held-out rows, from the first, that each iterate answers once more for people to read. 0: the first samples are
-    shown."""
+    """Number of held-out rows, from the first, that each iterate answers once more for people to read. 0: the first
+    samples are shown."""
     examples_temperature: Later[NonNegative] = 0.7
     """Temperature of ``examples``. No measure reads them."""
 
@@ -567,18 +573,18 @@ class ServingConfig(Section):
     models: tuple[str, ...] = ("sft", "latest")
     """Iterates that have an engine: ``sft``, ``iter-0``, …, ``latest`` (follows RUN/LATEST), or ``all``."""
     host: str = "127.0.0.1"
-    """Address to listen at. Others than this machine's need ``keys`` and Ray's token authentication."""
+    """Address to listen at. An address that other machines reach needs ``keys`` and Ray's token authentication."""
     port: Annotated[int, Field(ge=0, le=65535)] = 8000
     """TCP port. 0: a free one, which is printed."""
     keys: str | None = None
-    """File of hashed API keys, one line of ``spin-ray serve-key`` each. Not set: whoever reaches the port may ask."""
+    """File of hashed API keys, one line of ``spin-ray serve-key`` each. Not set: all who reach the port may ask."""
     requests_per_minute: Count | None = None
     """Requests a minute per key; a key's own line overrides it. Without ``keys``: of all clients together. Not set: no
     limit."""
     max_concurrent: Count = 64
-    """Answers that one ingress replica makes at once. Further requests get status 503 with Retry-After."""
+    """Requests that one ingress replica answers at the same time. Further requests get status 503 with Retry-After."""
     max_tokens: Count = 1024
-    """Longest answer in tokens, and the length if a request names none."""
+    """Longest answer in tokens, and the limit for a request that names none."""
     max_body_bytes: Count = 2**20
     """Largest body of a request, in bytes."""
     body_timeout_s: Positive = 30
@@ -594,10 +600,10 @@ class ServingConfig(Section):
     target_ongoing_requests: Count = 32
     """Requests per engine that autoscaling aims at."""
     ingress_replicas: Count = 1
-    """Processes that check, route and stream, behind Ray Serve's proxies; with 1 and no cluster, ``spin-ray serve``
-    itself. Rates and ``max_concurrent`` hold in each."""
+    """Processes that check, route and stream requests, behind Ray Serve's proxies. With 1 and no cluster, ``spin-ray
+    serve`` does this itself. Rates and ``max_concurrent`` apply to each process."""
     resources: ResourcesConfig = ResourcesConfig()
-    """Resources of one engine. While ``latest`` moves on, one engine more must fit."""
+    """Resources of one engine. While ``latest`` moves to a new iterate, there must be room for one more engine."""
     engine: EngineConfig | None = None
     """Arguments of the engines. Not set: ``generation.engine``."""
     follow_interval_s: Positive = 2
@@ -607,41 +613,41 @@ class ServingConfig(Section):
     retry_failed_s: Positive = 60
     """Seconds before a new attempt at an iterate that could not be served."""
     drain_grace_s: NonNegative = 5
-    """Seconds from the last new request to an old engine until its shutdown."""
+    """Seconds between the last new request to an old engine and its shutdown."""
     log_prompts: bool = False
-    """Messages and prompts, which may be private, in the access log."""
+    """Writing of messages and prompts, which may be private, to the access log."""
     votes: str | None = None
-    """Database URL (SQLAlchemy's) of the arena's votes. Not set: ``RUN/votes.sqlite``, for ingress replicas on one
-    machine."""
+    """Database URL (SQLAlchemy's) of the arena's votes. Not set: ``RUN/votes.sqlite``, which works only for ingress
+    replicas on one machine."""
 
 
 class ProbeConfig(Section):
-    """The look before iteration 0 at what is left to learn from θ_0 (docs/probe.md)."""
+    """The measurement, before iteration 0, of what is left to learn from θ_0 (docs/probe.md)."""
 
     prompts: Annotated[int, Field(ge=2)] = 256
     """Prompts that θ_0 answers. Half are trained on. The others, of ``data.heldout`` if there is one, are measured."""
     epochs: Count = 2
     """Passes over the trained half, by SPIN and by SFT."""
     global_batch_pairs: Count = 16
-    """Pairs per step, at most those of ``train``: a few hundred rows must make steps enough."""
+    """Pairs per step, at most those of ``train``. Few, so that a few hundred rows give enough steps."""
     learning_rate: Positive | None = None
     """Highest learning rate of both trainings. Not set: iteration 0's."""
     sft: bool = True
     """SFT on the same rows, which tells whether it still helps."""
     stop: bool = False
-    """End of the run where the verdict is to stop. Off: the verdict is printed and kept, and the run goes on."""
+    """End of the run if the verdict is to stop. Off: the verdict is printed and kept, and the run continues."""
 
 
 class StopConfig(Section):
     """The rule that ends a run early: the opponent's held-out distance from the data no longer falls.
 
-    The distance is ``jsd_lower_bound``, the difference that this model could see after one iteration of training.
+    The distance is ``jsd_lower_bound``: the difference that this model can detect after one iteration of training.
     """
 
     patience: Count = 1
-    """Iterations in a row without a new lowest distance."""
+    """Number of iterations in a row without a new lowest distance."""
     min_fall: NonNegative = 0.0
-    """Nats by which a distance must be below the lowest so far."""
+    """Nats by which a new lowest distance must be below the last one."""
 
 
 class MlflowConfig(Section):
@@ -677,10 +683,11 @@ class StorageConfig(Section):
     """The run folder: its lease, and the files that are kept."""
 
     lease_timeout_s: Positive = 60
-    """Seconds without renewal after which another driver may take over. On the same host the lease ends with the
-    driver's process."""
+    """Seconds without renewal after which another driver may take over the run. On the same host, the lease ends with
+    the driver's process."""
     keep_checkpoints: bool = False
-    """Training checkpoints of finished iterations. Off: deleted, as each takes 8 bytes per parameter or more."""
+    """Training checkpoints of finished iterations. Off: they are deleted, because each takes 8 bytes per parameter or
+    more."""
 
 
 class ClusterConfig(Section):
@@ -712,7 +719,7 @@ class Settings(Section):
     scorer: ScorerConfig | None = None
     """Preference model; ``sppo`` needs it."""
     self_filter: SelfFilterConfig | None = None
-    """Filter of the model's own answers in ``self_reinforcement``. Not set: all are learnt from."""
+    """Filter of the model's own answers in ``self_reinforcement``. Not set: the model learns from all answers."""
     reviser: ReviserConfig | None = None
     """Reviser; ``seft`` needs it."""
     sdft: Later[SdftConfig | None] = None
@@ -728,7 +735,7 @@ class Settings(Section):
     evaluation: EvaluationConfig = EvaluationConfig()
     """Measurement on the held-out rows."""
     probe: MayChange[ProbeConfig | None] = None
-    """Probe before iteration 0: is anything left to learn? ``{}`` takes its defaults. Not set: none."""
+    """Probe before iteration 0 of what is left to learn. ``{}`` takes its defaults. Not set: none."""
     stop_when: MayChange[StopConfig | None] = None
     """Rule that ends the run early. ``{}`` takes its defaults. Not set: all ``iterations`` are done."""
     tracking: MayChange[TrackingConfig] = TrackingConfig()

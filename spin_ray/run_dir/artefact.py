@@ -1,4 +1,4 @@
-"""An artefact of a run: atomically created parts, then the manifest that makes them count."""
+"""Artefacts of a run: atomically created parts, then the manifest that commits them."""
 
 import json
 import logging
@@ -24,11 +24,11 @@ from spin_ray.run_dir.storage import (
 )
 
 CARD = "README.md"
-"""Card of a model; not part of the artefact."""
+"""Model card; not part of the artefact."""
 FINGERPRINT = b"spin_ray.fingerprint"
 """Parquet metadata of a sealed part: digest of its inputs and settings."""
 CHECKSUM = b"spin_ray.checksum"
-"""Parquet metadata of a sealed part: digest of rows and fingerprint."""
+"""Parquet metadata of a sealed part: digest of its rows and fingerprint."""
 
 logger = logging.getLogger(__name__)
 
@@ -40,17 +40,16 @@ class FileEntry(BaseModel):
 
 
 class Manifest(BaseModel):
-    """Files of an artefact, and what it was made from."""
+    """Files of an artefact, and their origin."""
 
     files: dict[str, FileEntry]
     inputs: dict[str, str]
-    """Digest of each artefact and model used."""
+    """Digests of the artefacts and models used."""
     config: str
     """Digest of ``settings``."""
     settings: dict[str, Any]
-    """Config values that decide the content."""
+    """Config values that determine the content."""
     counts: dict[str, float] = {}
-    """Numbers that the stage counted."""
 
     @classmethod
     def of(
@@ -68,7 +67,7 @@ class Manifest(BaseModel):
 
     @classmethod
     def from_bytes(cls, data: bytes) -> Self:
-        """Reads a manifest; old ones have no digest.
+        """Reads a manifest; those of older versions have no digest.
 
         Raises:
             ValueError: the bytes are damaged.
@@ -94,7 +93,6 @@ class FoundParts:
     """Sealed parts of an uncommitted artefact."""
 
     whole: dict[str, FileEntry]
-    """Entries of the undamaged parts."""
     missing: list[str]
     """Expected parts still to be made, in order."""
     damaged: int
@@ -102,11 +100,11 @@ class FoundParts:
 
 @dataclass(frozen=True)
 class Artefact:
-    """A folder of the run that counts once its manifest exists."""
+    """A folder of the run, committed once its manifest exists."""
 
     storage: Storage
     path: str
-    """Folder below the run, e.g. ``iter_000/pairs``."""
+    """Folder relative to the run, e.g. ``iter_000/pairs``."""
 
     @property
     def is_committed(self) -> bool:
@@ -116,7 +114,7 @@ class Artefact:
         """Reads the manifest.
 
         Raises:
-            RunDirError: it is missing or damaged.
+            RunDirError: the manifest is missing or damaged.
         """
         try:
             return Manifest.from_bytes(self.storage.read(f"{self.path}/{MANIFEST}"))
@@ -131,7 +129,7 @@ class Artefact:
         """Tells whether the artefact is committed.
 
         Raises:
-            RunDirError: it was committed with other inputs or settings.
+            RunDirError: committed with other inputs or settings.
         """
         if not self.is_committed:
             return False
@@ -150,7 +148,7 @@ class Artefact:
         return True
 
     def write_part(self, name: str, table: pa.Table) -> FileEntry:
-        """Commits one part; the first commit of a name wins."""
+        """Commits one part; if it exists, returns the existing part's entry."""
         data = table_to_bytes(table)
         try:
             self.storage.create(f"{self.path}/{name}", data)
@@ -168,7 +166,7 @@ class Artefact:
             self.storage.delete(f"{self.path}/{name}")
 
     def find_parts(self, expected: Sequence[str], fingerprint: str) -> FoundParts:
-        """Finds an earlier attempt's sealed parts, and removes damaged ones.
+        """Finds an earlier attempt's sealed parts; deletes damaged ones.
 
         Raises:
             RunDirError: an undamaged part has another fingerprint or an unexpected name.
@@ -192,17 +190,17 @@ class Artefact:
         return FoundParts(whole, [name for name in expected if name not in whole], damaged)
 
     def open_sealed(self, name: str) -> tuple[pa.Table, FileEntry] | None:
-        """Returns a sealed part's rows and entry; None if it is damaged."""
+        """Returns a sealed part and its entry; None if damaged."""
         try:
             table, entry = self.open_part(name)
             sealed = table.schema.metadata or {}
             whole = sealed.get(CHECKSUM) == _checksum(table, sealed.get(FINGERPRINT, b""))
-        except (RunDirError, ValueError):  # no Parquet file any more; text that is no text
+        except (RunDirError, ValueError):  # no longer Parquet, or text that is no UTF-8
             return None
         return (table, entry) if whole else None
 
     def open_part(self, name: str) -> tuple[pa.Table, FileEntry]:
-        """Returns an uncommitted part's rows and entry.
+        """Returns an uncommitted part and its entry.
 
         Raises:
             RunDirError: the file is not Parquet.
@@ -228,10 +226,10 @@ class Artefact:
         settings: dict[str, Any],
         counts: dict[str, float] | None = None,
     ) -> Manifest:
-        """Writes the manifest; from then on the artefact never changes.
+        """Writes the manifest, after which the artefact never changes.
 
         Raises:
-            RunDirError: it was committed before with other inputs or settings.
+            RunDirError: already committed with other inputs or settings.
         """
         manifest = Manifest.of(files, inputs, settings, counts)
         try:
@@ -242,7 +240,7 @@ class Artefact:
         return manifest
 
     def read_part(self, name: str, entry: FileEntry) -> pa.Table:
-        """Returns the rows of a part.
+        """Returns a committed part.
 
         Raises:
             RunDirError: the part is missing or differs from its digest.
@@ -277,7 +275,7 @@ class Artefact:
         return manifest
 
     def checked_folder(self) -> Path:
-        """Returns a folder of this machine with every file checked; a store is asked only for what is not here.
+        """Returns a local folder with every file checked. A store's files are downloaded only without a local copy.
 
         Raises:
             RunDirError: a file is missing or differs.
@@ -298,7 +296,7 @@ def _check(storage: Storage, folder: str, manifest: Manifest) -> None:
 
 
 def seal(table: pa.Table, fingerprint: str) -> pa.Table:
-    """Adds FINGERPRINT and CHECKSUM to the metadata, for ``Artefact.find_parts``."""
+    """Adds FINGERPRINT and CHECKSUM for ``Artefact.find_parts``."""
     mark = fingerprint.encode()
     return table.replace_schema_metadata({FINGERPRINT: mark, CHECKSUM: _checksum(table, mark)})
 

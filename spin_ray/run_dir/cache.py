@@ -1,4 +1,4 @@
-"""Models that each machine keeps, in folders named by their digest."""
+"""Models cached on each machine, in folders named by their digest."""
 
 import os
 import shutil
@@ -12,13 +12,12 @@ from spin_ray.run_dir.lock import file_lock
 from spin_ray.run_dir.storage import Digest, file_digest, folder_digest
 
 FILL_TIMEOUT_S = 7200.0
-"""Longest wait for another process's filling."""
 _own = ExitStack()
 """Locks of this process's attempts, which the kernel drops with the process."""
 
 
 def cache_root() -> Path:
-    """Returns an absolute path, as Ray workers have other working directories."""
+    """Returns an absolute path, because Ray workers have other working directories."""
     return Path(os.environ.get("SPIN_RAY_CACHE") or "~/.cache/spin-ray").expanduser().absolute()
 
 
@@ -27,7 +26,7 @@ def without_weights(files: Mapping[str, Digest]) -> dict[str, Digest]:
 
 
 def folder_with(root: Path, files: Mapping[str, Digest], fetch: Callable[[str, Path], None], where: str) -> Path:
-    """Returns the folder with ``files``; if it is missing, calls ``fetch(name, target)`` for each file.
+    """Returns the folder with ``files``; if missing, calls ``fetch(name, target)`` for each file.
 
     Raises:
         RunDirError: a fetched file differs from its digest.

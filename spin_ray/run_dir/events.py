@@ -1,4 +1,4 @@
-"""A run's events.jsonl: written, read, and shown as stages in time.
+"""A run's events.jsonl: writing, reading, and attempts at stages.
 
 A line has ``time``, ``event`` (start, commit, failure, lost, publish, stop, warning), ``stage``, ``folder``, ``kind``
 and counts.
@@ -38,10 +38,10 @@ def read_events(storage: Storage) -> list[Event]:
 
 
 def with_fields(line: Event) -> Event:
-    """Adds ``folder`` and ``kind``, made from ``stage``, to an event that lacks them.
+    """Adds ``folder`` and ``kind``, taken from ``stage``, if missing.
 
-    ``iter_000/training`` gives ``iter_000`` and ``training``. ``prompts`` gives ``run`` and ``prompts``. Only the first
-    of ``A + B`` counts.
+    ``iter_000/training`` gives ``iter_000`` and ``training``; ``prompts`` gives ``run`` and ``prompts``. Of ``A + B``
+    only ``A`` counts.
     """
     if "folder" in line:
         return line
@@ -74,8 +74,8 @@ def read_json_lines(storage: Storage, name: str) -> list[dict[str, Any]]:
 def stage(storage: Storage, name: str) -> Iterator[dict[str, Any]]:
     """Logs a stage's start, then its commit or failure.
 
-    The body puts its counts into the yielded dict. ``work_s``, the seconds of useful work, becomes ``useful``, its
-    fraction of wall time.
+    The body adds counts to the yielded dict. ``work_s``, seconds of useful work, becomes ``useful``, a fraction of wall
+    time.
     """
     counted: dict[str, Any] = {}
     write_event(storage, "start", name)
@@ -83,7 +83,7 @@ def stage(storage: Storage, name: str) -> Iterator[dict[str, Any]]:
     try:
         yield counted
     except BaseException as error:
-        with suppress(StageError, RunDirError):  # a log that cannot be written must not hide the error of the stage
+        with suppress(StageError, RunDirError):  # a failing log must not hide the stage's error
             write_event(
                 storage,
                 "failure",
@@ -115,7 +115,7 @@ class Span:
     """Folder of the iterate, or RUN."""
     stage: str
     start: float
-    """Unix time, seconds."""
+    """Unix time in seconds."""
     end: float
     outcome: str
     """``commit``, ``failure``, ``lost`` (its driver died) or ``running``."""
@@ -127,14 +127,14 @@ class Span:
 
 
 def spans(events: Iterable[Event]) -> list[Span]:
-    """Returns every attempt in order; a start followed by another start was lost."""
+    """Returns every attempt. An attempt of the driver was lost if the driver starts another stage before its end."""
     found: list[Span] = []
     open_stages: dict[tuple[str, str], float] = {}
     latest = 0.0
     for event in map(with_fields, events):
         place, kind = (event["folder"], _shown(event["kind"])), event["event"]
         if kind == "start":
-            if place[1] not in BESIDE:  # the driver runs one at a time: what is still open was lost
+            if place[1] not in BESIDE:  # the driver runs one stage at a time, so an open one was lost
                 for lost in [it for it in open_stages if it[1] not in BESIDE]:
                     started = open_stages.pop(lost)
                     found.append(Span(*lost, started, max(latest, started), "lost", {}))
@@ -152,14 +152,14 @@ def _shown(kind: str) -> str:
 
 
 def duration(seconds: float) -> str:
-    """Formats roughly: ``45 s``, ``12 min`` or ``3.5 h``."""
+    """Formats roughly, e.g. ``45 s``, ``12 min`` or ``3.5 h``."""
     if seconds < 90:
         return f"{seconds:.0f} s"
     return f"{seconds / 60:.0f} min" if seconds < 5400 else f"{seconds / 3600:.1f} h"
 
 
 def exact_duration(seconds: float) -> str:
-    """Formats exactly: ``163 ms``, ``45 s`` or ``9 min 48 s``."""
+    """Formats exactly, e.g. ``163 ms``, ``45 s`` or ``9 min 48 s``."""
     whole = round(seconds)
     if whole < 1:
         return f"{seconds * 1000:.0f} ms"
@@ -169,7 +169,7 @@ def exact_duration(seconds: float) -> str:
 
 
 def lost_work(events: list[Event]) -> dict[str, int]:
-    """Counts lost work; shards are an upper bound if the driver died."""
+    """Sums lost shards and steps; shards are an upper bound if the driver died."""
     lost = [event for event in events if event["event"] == "lost"]
     return {what: sum(event.get(what, 0) for event in lost) for what in ("shards", "steps")}
 

@@ -1,7 +1,7 @@
 """Guard of every change to a run: only the driver whose token is in the lease may make one.
 
-A driver reads the lease and makes the change under a shared lock. The lease changes hands only under the exclusive
-lock, so never between the two.
+The driver reads the lease and makes the change under a shared lock. The lease changes hands only under the exclusive
+lock, so never in between.
 """
 
 import json
@@ -20,7 +20,7 @@ LOCK_TIMEOUT_S = 60.0
 
 @contextmanager
 def locked(root: Path, *, alone: bool) -> Iterator[None]:
-    """Holds the lock of the run.
+    """Holds the run's lock, shared unless ``alone``.
 
     Raises:
         RunDirError: the folder cannot hold a run, or others held the lock for ``LOCK_TIMEOUT_S``.
@@ -39,7 +39,7 @@ def locked(root: Path, *, alone: bool) -> Iterator[None]:
 
 
 def holder_in(lease: bytes | None, where: str) -> dict[str, Any] | None:
-    """Returns the content of the lease; None if nobody holds the run.
+    """Returns the lease's content; None if nobody holds the run.
 
     Raises:
         RunDirError: the lease is damaged.
@@ -53,10 +53,10 @@ def holder_in(lease: bytes | None, where: str) -> dict[str, Any] | None:
 
 
 def check_token(token: str, lease: bytes | None, root: str) -> None:
-    """Checks that the lease has this token.
+    """Checks the lease's token.
 
     Raises:
-        RunDirError: another driver has the lease, or it is missing or damaged.
+        RunDirError: another driver has the lease, or the lease is missing or damaged.
     """
     holder = holder_in(lease, f"{root}/{LEASE}")
     if holder is None or holder["token"] != token:

@@ -1,4 +1,4 @@
-"""The lease on a run: a file that its one driver renews."""
+"""The lease on a run: a file that its only driver renews."""
 
 import json
 import logging
@@ -20,13 +20,13 @@ from spin_ray.run_dir.storage import Storage
 logger = logging.getLogger(__name__)
 
 _held: set[str] = set()
-"""Tokens of the leases that this process holds; a notebook's earlier driver may have left others."""
+"""Tokens of this process's leases; a notebook's earlier driver may have left others."""
 
 
 class Lease:
     """The right of one driver to change a run.
 
-    A lease from this machine is stale once its process is gone, one from elsewhere when not renewed for ``timeout_s``.
+    A lease from this machine is stale once its process is gone; from elsewhere, when not renewed for ``timeout_s``.
 
     Raises:
         RunDirError: on entering, another driver's lease is not stale.
@@ -41,7 +41,7 @@ class Lease:
         self._renewer = threading.Thread(target=self._renew_until_released, name="lease", daemon=True)
 
     def __enter__(self) -> Self:
-        while True:  # again if another driver was faster
+        while True:  # repeated if another driver was faster
             found = self._storage.find(LEASE)
             holder = holder_in(found, f"{self._storage.root}/{LEASE}")
             if holder is not None and not self._is_stale(holder):
@@ -68,7 +68,7 @@ class Lease:
 
     @property
     def storage(self) -> Storage:
-        """Storage that changes the run only while the lease is held."""
+        """Storage that makes changes only while the lease is held."""
         return self._storage.fenced(self._token)
 
     def _is_stale(self, holder: dict[str, Any]) -> bool:
@@ -97,13 +97,13 @@ class Lease:
         while not self._released.wait(self._timeout_s / 4):
             try:
                 if not self._write_over(self._written):
-                    return  # the next change of this driver fails at the fence
-            except (StageError, RunDirError) as error:  # e.g. a file server that is away for a moment
+                    return  # another driver has the lease; this one's next change fails
+            except (StageError, RunDirError) as error:  # e.g. a file server that is briefly unreachable
                 logger.warning("%s: the lease could not be renewed: %s", self._storage.root, error)
 
 
 def _boot_id() -> str:
-    """Identifies this boot and its namespace of process numbers; a container shares only its host's boot."""
+    """Identifies this boot and PID namespace; a container shares only its host's boot."""
     namespace = os.readlink("/proc/self/ns/pid") if os.path.exists("/proc/self/ns/pid") else ""
     try:
         return Path("/proc/sys/kernel/random/boot_id").read_text().strip() + namespace
@@ -112,9 +112,9 @@ def _boot_id() -> str:
 
 
 def _process_started(pid: int) -> float | None:
-    """Returns when a process started; None if it is gone or a zombie.
+    """Returns a process's start time; None if it is gone or a zombie.
 
-    Ticks since boot are preferred, as psutil's times move when the clock is set.
+    Ticks since boot are preferred, because psutil's times move when the clock is set.
     """
     try:
         process = psutil.Process(pid)

@@ -1,4 +1,4 @@
-"""A lock between processes; the kernel drops it with its process."""
+"""A lock between processes; the kernel releases it when its process ends."""
 
 import fcntl
 import time
@@ -14,7 +14,7 @@ def file_lock(path: Path, *, alone: bool, timeout_s: float) -> Iterator[None]:
     """Holds the lock on ``path``, shared unless ``alone``.
 
     Raises:
-        TimeoutError: others held it for ``timeout_s``.
+        TimeoutError: others held the lock for ``timeout_s``.
         OSError: the file cannot be made or locked.
     """
     deadline = time.monotonic() + timeout_s

@@ -1,13 +1,13 @@
 """Names of iterates, iterations, parts and pairs.
 
-θ_0 is ``sft`` everywhere. θ_t with t ≥ 1 is ``iter_{t-1:03d}`` on disk, after the iteration that made it, and
+θ_0 is ``sft`` everywhere. θ_t with t ≥ 1 is named after the iteration that made it: ``iter_{t-1:03d}`` on disk,
 ``iter-{t-1}`` in the API.
 """
 
 import re
 
 LATEST = "latest"
-"""Newest iterate, in the API and the command line."""
+"""Newest iterate, in the API and on the command line."""
 
 
 def part_name(number: int) -> str:
@@ -29,12 +29,12 @@ def iterate_number(name: str) -> int:
 
 
 def is_iterate_name(name: str) -> bool:
-    """Tells whether ``name`` is an iterate's on disk; zeros may be missing."""
+    """Tells whether ``name`` is an iterate's on disk, with or without leading zeros."""
     return re.fullmatch(r"sft|iter_[0-9]+", name) is not None
 
 
 def read_iterate(word: str) -> int | None:
-    """Returns t of θ_t: 0 for ``sft``, 2 for each of ``iter_001``, ``iter-1`` and ``1``, None for other words."""
+    """Returns t of θ_t: 0 for ``sft``; 2 for ``iter_001``, ``iter-1`` or ``1``; None for other words."""
     match = re.fullmatch(r"(?:iter[_-])?([0-9]{1,9})", word)
     if match is None:
         return 0 if word == "sft" else None
@@ -51,7 +51,7 @@ def api_name(iterate: int) -> str:
 
 
 def api_spelling(word: str) -> str:
-    """Returns the API's name of an iterate in any spelling; other words as they are."""
+    """Returns the API's name for any spelling of an iterate; other words unchanged."""
     number = read_iterate(word)
     return word if number is None else api_name(number)
 
@@ -69,7 +69,7 @@ def prompt_of(pair_id: str) -> str:
 
 
 SELF, OPPONENT = "self", "opponent"
-"""Makers of a held-out pair's sample: the iterate, or its opponent."""
+"""Origins of a held-out sample: the iterate or its opponent."""
 
 
 def heldout_pair_id(prompt_id: str, whose: str) -> str:

@@ -1,4 +1,4 @@
-"""A run on an object store (``s3://``, ``gs://``), without renames and locks.
+"""A run on an object store (``s3://``, ``gs://``), which has no renames and no locks.
 
 A commit is one conditional put. Logs and LATEST are plain puts after a check of the lease.
 """
@@ -37,12 +37,11 @@ logger = logging.getLogger(__name__)
 T = TypeVar("T")
 
 DEADLINE_S = 180.0
-"""Longest time for which a store may fail."""
 FIRST_DEADLINE_S = 5.0
-"""Longest time in which a store that has not answered yet may find no credentials."""
+"""Longest search for credentials before the store's first answer."""
 _SCHEMES = ("s3", "s3a", "gs", "az", "azure", "abfs", "abfss")
 _METADATA = ("169.254.169.254", "169.254.170.2", "metadata.google.internal")
-"""Servers that give a machine's role its credentials, asked where the environment names none."""
+"""Servers that give a machine's role its credentials, asked if the environment names none."""
 _CREDENTIALS = (
     "give AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY (AWS_REGION, AWS_ENDPOINT_URL) or GOOGLE_SERVICE_ACCOUNT in the "
     "environment of driver and nodes, or a role to the machines (profiles of ~/.aws are not read)"
@@ -93,7 +92,7 @@ class ObjectStorage(Storage):
                 try:
                     obstore.put(self._store, name, data, mode="create")
                 except AlreadyExistsError:
-                    # The same bytes are ours: they were stored and the reply was lost.
+                    # The same bytes are from this put, whose reply was lost.
                     if self.read(name) != data:
                         raise FileExistsError(f"{self.where(name)} is there already") from None
 
@@ -107,7 +106,7 @@ class ObjectStorage(Storage):
         self._insist(name, put)
 
     def append(self, name: str, text: str) -> None:
-        """Puts the whole log again, which is small and has one writer."""
+        """Puts the whole log again, as it is small; loses lines if two processes append at once."""
         old = self.read(name) if self.exists(name) else b""
         self.replace(name, old + text.encode())
 
@@ -115,10 +114,10 @@ class ObjectStorage(Storage):
         return new_attempt(CACHE)
 
     def create_folder(self, name: str, attempt: Path) -> None:
-        """Uploads the files, then the manifest, as readers trust only the manifest.
+        """Uploads the files, then the manifest, because readers trust only the manifest.
 
         Raises:
-            FileExistsError: the folder is committed already.
+            FileExistsError: the folder is already committed.
         """
         manifest = attempt / MANIFEST
         if self.exists(f"{name}/{manifest.name}"):
@@ -141,7 +140,7 @@ class ObjectStorage(Storage):
                     continue
 
     def digest(self, name: str) -> Digest:
-        """Reads the object in pieces, as weights may be larger than memory."""
+        """Reads the object in pieces, because weights may exceed memory."""
 
         def read() -> Digest:
             found, size = hashlib.sha256(), 0
@@ -172,7 +171,7 @@ class ObjectStorage(Storage):
         return True
 
     def _read_with_version(self, name: str) -> tuple[bytes, dict[str, str]] | None:
-        """Returns bytes and version for a conditional put: S3 compares the tag, GCS the generation."""
+        """Returns bytes and version; a conditional put compares the tag (S3) or generation (GCS)."""
         try:
             found = obstore.get(self._store, name)
         except FileNotFoundError:
@@ -198,7 +197,7 @@ class ObjectStorage(Storage):
 
     @contextmanager
     def _held(self) -> Iterator[None]:
-        """Checks the lease; a change already on its way at a takeover can still arrive."""
+        """Checks the lease; a change already sent during a takeover can still arrive."""
         if self._token is not None:
             check_token(self._token, self.find(LEASE), self._uri)
         yield
@@ -208,7 +207,7 @@ class ObjectStorage(Storage):
 
         Raises:
             StageError: still failing after ``DEADLINE_S``.
-            ConfigError: the store has never answered, and has no credentials or refuses them.
+            ConfigError: the store never answered, and credentials are missing or refused.
         """
         deadline, pause_s = time.monotonic() + DEADLINE_S, 0.1
         while True:
@@ -241,7 +240,6 @@ class ObjectStorage(Storage):
 
 
 def _endpoint() -> str:
-    """Returns the endpoint in the environment or in GCS's service account file."""
     for name in ("AWS_ENDPOINT_URL", "AWS_ENDPOINT"):
         if os.environ.get(name):
             return os.environ[name]
@@ -255,7 +253,7 @@ def open_storage(out: str | Path) -> Storage:
     """Returns the storage of a folder or store.
 
     Raises:
-        ConfigError: the scheme is of no store.
+        ConfigError: unknown URI scheme.
     """
     text = str(out)
     scheme, colon, _ = text.partition("://")

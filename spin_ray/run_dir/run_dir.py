@@ -25,11 +25,10 @@ from spin_ray.run_dir.storage import ATTEMPTS, Storage
 logger = logging.getLogger(__name__)
 
 ADAPTER = "adapter"
-"""Name of an adapter's folder."""
 
 
 def open_run(folder: str) -> "RunDir":
-    """Returns the run in a folder or at a store's URI, to be read; a driver takes its lease first."""
+    """Opens the run in a folder or at a store's URI for reading; a driver takes its lease first."""
     return RunDir(open_storage(folder))
 
 
@@ -57,7 +56,7 @@ class RunDir:
         return self.artefact(f"{iteration_name(iteration)}/generations")
 
     def audit_path(self, iteration: int) -> str:
-        """Returns the place of a few responses with the engine's own log p, AUDIT_SCHEMA rows."""
+        """Returns the path of a few responses with the engine's own log-probabilities, in AUDIT_SCHEMA."""
         return self.artefact(f"{iteration_name(iteration)}/engine_audit.parquet").path
 
     def pairs(self, iteration: int) -> Artefact:
@@ -67,27 +66,27 @@ class RunDir:
         return self.artefact(f"{iteration_name(iteration)}/reference")
 
     def base_scores(self, iteration: int) -> Artefact:
-        """Log-probabilities of the pairs under θ_0; iteration 0 has none."""
+        """Returns the log-probabilities of the pairs under θ_0; iteration 0 has none."""
         return self.artefact(f"{iteration_name(iteration)}/base_scores")
 
     def preferences(self, iteration: int) -> Artefact:
-        """Win probabilities of single responses, by SPPO's preference model."""
+        """Returns win probabilities of single responses, by SPPO's preference model."""
         return self.artefact(f"{iteration_name(iteration)}/preferences")
 
     def wins(self, iteration: int) -> Artefact:
-        """Win probabilities of both responses of each SPPO pair."""
+        """Returns win probabilities of both responses of each SPPO pair."""
         return self.artefact(f"{iteration_name(iteration)}/wins")
 
     def teacher_rows(self, iteration: int) -> Artefact:
-        """SDFT's y′ behind prompts with a demonstration."""
+        """Returns SDFT's y′ after prompts with a demonstration."""
         return self.artefact(f"{iteration_name(iteration)}/teacher_rows")
 
     def teacher(self, iteration: int) -> Artefact:
-        """Distributions of SDFT's teacher at the tokens of ``teacher_rows``."""
+        """Returns distributions of SDFT's teacher at the tokens of ``teacher_rows``."""
         return self.artefact(f"{iteration_name(iteration)}/teacher")
 
     def model(self, iterate: int) -> Artefact:
-        """Model folder of θ_iterate, or that of its adapter; θ_0 has one only after a warm-up."""
+        """Returns θ_iterate's model folder, or its adapter; θ_0 has a folder only after a warm-up."""
         return self.adapter(iterate) if self.is_adapter(iterate) else self.whole_model(iterate)
 
     def is_adapter(self, iterate: int) -> bool:
@@ -98,14 +97,14 @@ class RunDir:
         return self.artefact(f"{iterate_name(iterate)}/model")
 
     def adapter(self, iterate: int) -> Artefact:
-        """Adapter of θ_iterate on the frozen θ_0, of runs with ``train.lora.merge: false``."""
+        """Returns θ_iterate's adapter on the frozen θ_0 (``train.lora.merge: false``)."""
         return self.artefact(f"{iterate_name(iterate)}/{ADAPTER}")
 
     def heldout_samples(self, iterate: int) -> Artefact:
         return self.artefact(f"{iterate_name(iterate)}/heldout_samples")
 
     def examples(self, iterate: int) -> Artefact:
-        """Answers of θ_iterate at ``evaluation.examples_temperature``, for people to read."""
+        """Returns answers of θ_iterate at ``evaluation.examples_temperature``, for people to read."""
         return self.artefact(f"{iterate_name(iterate)}/examples")
 
     def eval_path(self, iterate: int) -> str:
@@ -126,7 +125,7 @@ class RunDir:
 
         Raises:
             OtherRunError: the folder holds another run.
-            RunDirError: it holds other files.
+            RunDirError: the folder holds other files.
         """
         if self.storage.exists("run.json"):
             config = config.take_precision_of(self.config())
@@ -160,7 +159,7 @@ class RunDir:
         """Returns the content of run.json.
 
         Raises:
-            RunDirError: it is missing or damaged.
+            RunDirError: run.json is missing or damaged.
         """
         try:
             return json.loads(self.storage.read("run.json"))
@@ -170,9 +169,9 @@ class RunDir:
             raise RunDirError(f"{self.storage.root}/run.json: is damaged; restore it") from error
 
     def date(self) -> datetime:
-        """Returns when the run began, the one date that chat templates may write; now if run.json has none.
+        """Returns when the run began, the only date for chat templates; now if run.json has none.
 
-        Runs of older versions get one when they go on.
+        Older versions' runs get one when they go on.
         """
         stored = self.description().get("date") if self.storage.exists("run.json") else None
         return datetime.fromisoformat(stored) if stored else datetime.now().replace(microsecond=0)

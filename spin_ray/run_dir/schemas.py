@@ -17,8 +17,8 @@ PROMPT_SCHEMA = pa.schema(
 )
 """One SFT row, tokenised once.
 
-``real_ids`` is the human response with its end-of-turn token, empty for an unlabelled question. ``rejected_ids`` is a
-preference pair's worse response. ``answer`` is a number, ``answer_text`` any answer; older runs lack the latter.
+``real_ids`` is the human response with its end-of-turn token, empty for an unlabelled question. ``rejected_ids`` is the
+worse response of a preference pair. ``answer`` is a number. ``answer_text`` is any answer, missing in older runs.
 """
 
 GENERATION_SCHEMA = pa.schema(
@@ -31,7 +31,7 @@ GENERATION_SCHEMA = pa.schema(
         pa.field("seed", pa.int64(), nullable=False),
     ]
 )
-"""One response y′ of the opponent; it lacks the end-of-turn token if ``finish_reason`` is ``length``."""
+"""One response y′ of the opponent, without end-of-turn token if ``finish_reason`` is ``length``."""
 
 AUDIT_SCHEMA = pa.schema(
     [
@@ -40,7 +40,7 @@ AUDIT_SCHEMA = pa.schema(
         pa.field("engine_logp", pa.float64(), nullable=False),
     ]
 )
-"""One response of the opponent, and its log p in nats by the engine that wrote it."""
+"""One response of the opponent, and its log-probability in nats by the engine that wrote it."""
 
 PAIR_SCHEMA = pa.schema(
     [
@@ -52,9 +52,9 @@ PAIR_SCHEMA = pa.schema(
         pa.field("generated_ids", TOKEN_IDS, nullable=False),
     ]
 )
-"""One training pair: x, y and y′ of the opponent of ``iteration``.
+"""One training pair: x, y, and y′ of the opponent of ``iteration``.
 
-``pair_id`` ends with the sample number. An SFT row has an empty ``generated_ids``.
+``pair_id`` ends with the sample number. SFT rows have an empty ``generated_ids``.
 """
 
 TRIPLET_SCHEMA = PAIR_SCHEMA.append(pa.field("initial_ids", TOKEN_IDS, nullable=False))
@@ -70,8 +70,8 @@ TEACHER_SCHEMA = pa.schema(
 )
 """The teacher's distribution at each token of a response, in nats (SDFT).
 
-``top_ids`` and ``top_logps`` have the k likeliest tokens of each place, likeliest first, place after place.
-``rest_logps`` has one entry a place: log of the probability of all other tokens.
+``top_ids`` and ``top_logps`` hold the k likeliest tokens of each position, likeliest first, position after position.
+``rest_logps`` has one entry per position: the log-probability of all other tokens.
 """
 
 REFERENCE_SCHEMA = pa.schema(

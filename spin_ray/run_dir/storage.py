@@ -1,4 +1,4 @@
-"""Durable bytes below one root.
+"""Durable files below one root.
 
 A file is written and fsynced under a temporary name, then gets its final name in one step. Only logs are written in
 place.
@@ -20,9 +20,9 @@ from spin_ray.errors import ConfigError, StageError
 from spin_ray.run_dir.fence import LEASE, check_token, locked
 
 MANIFEST = "_MANIFEST.json"
-"""File whose appearance commits an artefact."""
+"""File whose existence commits an artefact."""
 ATTEMPTS = ".attempts"
-"""Folder for files being written, removed when a run starts."""
+"""Folder of unfinished files, deleted when a run starts."""
 
 
 class Digest(NamedTuple):
@@ -31,7 +31,7 @@ class Digest(NamedTuple):
 
 
 class Disk:
-    """All calls that change a run folder; tests inject faults by substituting this class."""
+    """All calls that change a run folder; tests substitute a faulty disk."""
 
     def make_folder(self, path: Path) -> None:
         """Makes ``path`` and its parents, safe from a power cut."""
@@ -105,7 +105,7 @@ class Storage:
         return str(self.path(name))
 
     def local_folder(self, name: str, files: Mapping[str, Digest]) -> Path:
-        """Returns a folder of this machine with ``files``."""
+        """Returns a local folder with ``files``."""
         return self.path(name)
 
     def entries(self) -> list[str]:
@@ -118,7 +118,7 @@ class Storage:
             return None
 
     def swap(self, name: str, old: bytes | None, new: bytes | None) -> bool:
-        """Makes ``name`` hold ``new`` if it holds ``old``; None stands for no file."""
+        """Replaces ``name`` by ``new`` if it holds ``old``; None stands for no file."""
         with locked(self._folder, alone=True):
             if self.find(name) != old:
                 return False
@@ -157,11 +157,10 @@ class Storage:
             self._disk.sync(target.parent)
 
     def append(self, name: str, text: str) -> None:
-        """Appends to a log that has one writer."""
+        """Appends to a log, after ending a line that a crash cut short."""
         target = self.path(name)
         with self._changing(target), self._held():
             self._disk.make_folder(target.parent)
-            # A line that a crash cut short is ended first.
             self._disk.append(target, (b"" if _ends_with_newline(target) else b"\n") + text.encode())
 
     def new_attempt_folder(self) -> Path:
@@ -197,7 +196,7 @@ class Storage:
 
     @contextmanager
     def _held(self) -> Iterator[None]:
-        """Checks and keeps the lease during a change; slow writes come before."""
+        """Checks the lease, and keeps it during a change; slow writes come before."""
         if self._token is None:
             yield
             return
@@ -219,7 +218,6 @@ class Storage:
 
     @contextmanager
     def _attempt(self, data: bytes) -> Iterator[Path]:
-        """Writes and syncs ``data`` under a temporary name."""
         attempt = self.path(f"{ATTEMPTS}/{uuid.uuid4().hex}")
         self._disk.make_folder(attempt.parent)
         try:

@@ -1,1 +1,1 @@
-"""The machines of a run: Ray, vLLM, train workers, and the sharing of models."""
+"""Ray, vLLM, train workers, and copies of models on other machines."""

@@ -1,4 +1,4 @@
-"""Ray actors and tasks, with a limit to restarts."""
+"""Ray Data actors and Ray tasks with limited restarts."""
 
 import warnings
 from collections.abc import Callable
@@ -20,25 +20,25 @@ def map_by_actors(
     restarts: int,
     place: Callable[[], dict[str, Any]] = dict,
 ) -> ray.data.Dataset:
-    """Returns a data set that calls ``actor(*arguments)`` on each item, once its rows are read.
+    """Returns a lazy data set; reading it calls ``actor(*arguments)`` on each item.
 
     Args:
-        restarts: further processes for a dead actor, and as many again while it loads.
-        place: returns further options of Ray, called once for each actor.
+        restarts: most restarts of a dead actor. As many actors in a row may also die while they load.
+        place: returns further Ray options, once for each actor.
     """
-    # Counts processes that die while they load; `max_restarts` is for those that have loaded.
+    # Limits actors that die while they load; `max_restarts` counts only for an actor that has loaded.
     ray.data.DataContext.get_current().max_consecutive_actor_init_deaths = restarts
     with warnings.catch_warnings():
-        # ray_remote_args_fn goes in Ray 2.64; no other argument says how often an actor is started again.
+        # Ray 2.64 removes ray_remote_args_fn, but no other argument limits the restarts of an actor.
         warnings.simplefilter("ignore", RayDeprecationWarning)
         return ray.data.from_items(items, override_num_blocks=len(items)).map(
             actor,  # pyrefly: ignore[bad-argument-type] (an actor class; Ray annotates functions only)
             fn_constructor_args=arguments,
             compute=ray.data.ActorPoolStrategy(
                 size=min(replicas, len(items)),
-                max_tasks_in_flight_per_actor=2,  # no node that joins can take what is queued
+                max_tasks_in_flight_per_actor=2,  # a node that joins later cannot take queued items
             ),
-            # Ray Data's own is no limit: an actor that runs out of memory would be started for ever.
+            # Ray Data's default is no limit: an actor that runs out of memory would restart forever.
             ray_remote_args_fn=lambda: {"max_restarts": restarts, **place()},
             **_asked(resources),
         )
@@ -54,6 +54,6 @@ def _asked(resources: ResourcesConfig) -> dict[str, Any]:
         "num_gpus": resources.gpus or None,
         "resources": resources.custom or None,
         "label_selector": resources.labels or None,
-        # Set before the process starts: libraries read it when they are loaded, and the driver's value is its own.
+        # Set before the process starts, as libraries read it when they load. The driver's value may differ.
         "runtime_env": {"env_vars": {"OMP_NUM_THREADS": str(resources.threads)}},
     }

@@ -1,4 +1,4 @@
-"""Starts Ray in this process, or joins a cluster."""
+"""Starts Ray on this machine, or joins a cluster."""
 
 import logging
 import os
@@ -18,11 +18,11 @@ from spin_ray.runtime.start_errors import check_answers, join_error, start_error
 
 
 def connect(config: SpinConfig) -> None:
-    """Joins the cluster of the config or of $RAY_ADDRESS, else starts an embedded Ray.
+    """Joins the cluster at ``cluster.address`` or $RAY_ADDRESS; without either, starts an embedded Ray.
 
     Raises:
         ResourceError: no cluster answers within 10 s, or Ray cannot start here.
-        StageError: Ray did not start, for a reason that nobody foresaw.
+        StageError: Ray did not start, for an unknown reason.
     """
     os.environ.setdefault("RAY_TRAIN_V2_ENABLED", "1")
     if not ray.is_initialized():
@@ -34,22 +34,22 @@ def connect(config: SpinConfig) -> None:
         }  # fmt: skip
         keep_to_loopback(not address)
         if not address:
-            # By value: Ray calls it before a new process finds the driver's modules. A cluster's jobs have their own.
+            # By value, because Ray calls it before a new process can import this package.
             ray.cloudpickle.register_pickle_by_value(garbage)
             options["runtime_env"] = {"worker_process_setup_hook": garbage.collect_rarely}
-            # Ray would start a process for each CPU, without the hook, so that none of them is ever used.
+            # Ray would start one process per CPU in advance, but without the hook, and so never use them.
             os.environ.setdefault("RAY_prestart_worker_first_driver", "0")
-            # Nobody announces the end of this machine; the watcher would be one more process for each worker group.
+            # Nobody announces a preemption of this machine; the watcher costs one process per worker group.
             os.environ.setdefault("RAY_TRAIN_ENABLE_PREEMPTION_WATCHER", "0")
-            # Ray warns that its token authentication is on, as it should be (SECURITY.md).
+            # Hides Ray's warning that token authentication is on, which is intended (SECURITY.md).
             logging.getLogger("ray._private.authentication.authentication_token_setup").setLevel(logging.ERROR)
         else:
-            # How often Ray tries, 41 s each time; 20 times by default.
+            # Number of attempts to connect, 41 s each; Ray's default is 20.
             os.environ.setdefault("RAY_gcs_server_port_wait_time_s", "1")
             check_answers(address, place)
         try:
             ray.init(log_to_driver=False, logging_level=logging.WARNING, **options)
-        except Exception as error:  # Ray raises many kinds, plain ones too
+        except Exception as error:  # Ray raises many types, even plain Exception
             raise (join_error(error, place) if address else start_error(error)) from error
         if threading.current_thread() is threading.main_thread():
             take_signal(signal.SIGTERM, lambda number, _: sys.exit(number))
@@ -60,7 +60,7 @@ def connect(config: SpinConfig) -> None:
 
 
 def take_signal(number: int, handle: Callable[[int, Any], None]) -> None:
-    """Lets ``handle`` take its time: Ray's core (abseil) would abort the process 3 s after SIGTERM."""
+    """Installs a handler without a time limit. Ray's core (abseil) would abort the process 3 s after SIGTERM."""
 
     def handle_in_peace(number: int, frame: Any) -> None:
         signal.alarm(0)
@@ -72,7 +72,7 @@ def take_signal(number: int, handle: Callable[[int, Any], None]) -> None:
 def keep_to_loopback(embedded: bool) -> None:
     """Keeps an embedded Ray on the loopback interface; undoes this for a cluster.
 
-    Ray replaces the loopback address by an outward one, unless it believes that a cluster is impossible.
+    Unless clusters are switched off, Ray replaces the loopback address by an outward one.
     """
     variable = ray_constants.ENABLE_RAY_CLUSTERS_ENV_VAR
     if embedded:

@@ -1,8 +1,8 @@
-"""Ray Train's controllers, one after another in one process.
+"""Ray Train controllers, one after another in one process, because each new process imports torch.
 
-Ray Train starts three processes for each worker group beside its workers. The controller imports torch, and a cleaner
-frees the placement group of a dead controller. Here the driver frees it, also where no dashboard tells of the death;
-a group that still waits for its place is not known yet.
+Ray Train's cleaner, another process of each worker group, is not started. The driver itself frees the placement group
+of a dead controller, also where no dashboard reports the death. It does not know a group that still waits for
+resources.
 """
 
 import asyncio
@@ -23,15 +23,15 @@ from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 _UNUSED = ("DatasetsCallback", "PlacementGroupCleanerCallback")
 _idle: dict[tuple[str, str], Any] = {}
-"""Actor without work, by Ray's ids of this machine and of this process's job, with which the actor ends."""
+"""Idle actor by Ray's ids of its node and job; an actor ends with its job."""
 
 
 class Trainer(ray.train.torch.TorchTrainer):
-    """A trainer that keeps the process of its controller for the next trainer."""
+    """A TorchTrainer whose controller's process serves the next trainer, too."""
 
     def _create_default_callbacks(self) -> list[Any]:
         callbacks = super()._create_default_callbacks()
-        # First of all, as the others take long: to connect the workers, a minute.
+        # First, because the others can take a minute, e.g. to connect the workers.
         return [_NoteGroup(), *(each for each in callbacks if type(each).__name__ not in _UNUSED)]
 
     def _initialize_and_run_controller(self, **arguments: Any) -> ray.train.Result:
@@ -40,7 +40,7 @@ class Trainer(ray.train.torch.TorchTrainer):
         try:
             result = ray.get(actor.run.remote(get_env_vars_to_propagate(), arguments))
         except BaseException:
-            with suppress(Exception):  # where Ray itself is gone
+            with suppress(Exception):  # Ray itself may be gone
                 ray.kill(actor)
                 _free_group(actor._actor_id.hex())
             raise
@@ -67,7 +67,6 @@ class TrainControllers:
 
 
 def _take(node: str, job: str) -> Any:
-    """Returns an actor on this machine, a new one if none is idle or it has died meanwhile."""
     if idle := _idle.pop((node, job), None):
         with suppress(ray.exceptions.RayActorError):
             ray.get(idle.__ray_ready__.remote())
@@ -77,8 +76,6 @@ def _take(node: str, job: str) -> Any:
 
 
 class _NoteGroup(WorkerGroupCallback):
-    """Notes the placement group of a controller's workers, which outlives a controller that dies."""
-
     def after_worker_group_start(self, worker_group: Any) -> None:
         group = worker_group.get_worker_group_state().placement_group_handle.placement_group
         _internal_kv_put(_key(ray.get_runtime_context().get_actor_id()), ray.cloudpickle.dumps(group))

@@ -1,7 +1,7 @@
-"""Corrections of what vLLM reads in a model's config.json, so that it computes what transformers computes.
+"""Corrections of a model's config.json, so that vLLM computes what transformers computes.
 
-Training is transformers' arithmetic. Read otherwise, the same folder is another model, and the opponent is not θ_t.
-docs/models.md lists what vLLM 0.29 does.
+Otherwise vLLM would not generate from θ_t, which transformers trains. docs/models.md lists the differences of vLLM
+0.29.
 """
 
 import math
@@ -17,10 +17,10 @@ from spin_ray.errors import ModelError, first_line
 def corrections(
     folder: Path, extra: dict[str, Any], *, on_cpu: bool, trust_remote_code: bool = False
 ) -> dict[str, Any]:
-    """Returns vLLM's arguments for a model folder, if its family needs any; empty otherwise.
+    """Returns vLLM's arguments for a model folder; empty if its family needs none.
 
     Args:
-        extra: the recipe's arguments for vLLM. What its ``hf_overrides`` names is left as it says.
+        extra: the recipe's arguments for vLLM. Its ``hf_overrides`` take precedence.
 
     Raises:
         ModelError: the folder's config.json cannot be read.
@@ -37,12 +37,12 @@ def corrections(
 
 
 def _has_latent_attention(config: Any) -> bool:
-    """Tells whether vLLM computes with the latent; it expands MiniCPM 3's."""
+    """Tells whether vLLM's attention uses the latent itself; for MiniCPM 3, vLLM expands it."""
     return getattr(config, "kv_lora_rank", None) is not None and config.model_type != "minicpm3"
 
 
 def _without_kernel(given: dict[str, Any] | int) -> dict[str, Any]:
-    """Leaves out the rotary kernel for CPUs, which turns queries of several heads by positions of other tokens."""
+    """Disables the rotary kernel for CPUs, which rotates queries of several heads by wrong positions."""
     settings: dict[str, Any] = {"mode": given} if isinstance(given, int) else given
     named: list[str] = settings.get("custom_ops", [])
     decided = any(name in ("all", "none") or name.endswith("rotary_embedding") for name in named)
@@ -50,10 +50,10 @@ def _without_kernel(given: dict[str, Any] | int) -> dict[str, Any]:
 
 
 def _window(config: Any) -> dict[str, Any]:
-    """Shortens Cohere 2's windows, which vLLM makes a token longer (models/commandr.py), and removes stray ones.
+    """Returns the sliding window that vLLM needs, if config.json has another.
 
-    A ``sliding_window`` in config.json windows all layers of any family in vLLM; transformers reads it only where the
-    family's config has it.
+    vLLM makes Cohere 2's windows a token longer (models/commandr.py). It applies ``sliding_window`` to all layers of
+    any family, but transformers reads it only if the family's config class has it.
     """
     window = getattr(config, "sliding_window", None)
     if not window:
@@ -71,9 +71,10 @@ def _reads_windows(config: Any) -> bool:
 
 
 def _router(config: Any) -> dict[str, Any]:
-    """Names DeepSeek's way to choose experts, for which transformers reads fewer settings than vLLM.
+    """Returns DeepSeek's settings for choosing experts, where transformers ignores what vLLM reads.
 
-    V3's has no setting in transformers. V2's weights are not normed there, and groups count for one method alone.
+    transformers has none of them for V3. For V2 it never normalises weights, and uses groups only with
+    ``group_limited_greedy``.
     """
     wanted: dict[str, Any] = {}
     if config.model_type in ("deepseek_v3", "deepseek_v32", "glm_moe_dsa"):
@@ -86,13 +87,13 @@ def _router(config: Any) -> dict[str, Any]:
 
 
 def _rope(config: Any) -> dict[str, Any]:
-    """Tells vLLM YaRN's factor of attention, and Ministral 3's temperature by position (vllm-project/vllm#48621).
+    """Returns YaRN's attention factor and Ministral 3's temperature by position (vllm-project/vllm#48621).
 
-    vLLM knows no ``attention_factor``, and ``mscale`` only for latent attention. It looks for the temperature outside
+    vLLM ignores ``attention_factor``, reads ``mscale`` only for latent attention, and looks for the temperature outside
     ``rope_parameters``.
     """
     rope = getattr(config, "rope_parameters", None) or {}
-    if any(isinstance(each, dict) for each in rope.values()):  # of each kind of layer
+    if any(isinstance(each, dict) for each in rope.values()):  # one entry for each kind of layer
         each = {kind: _yarn(config, own, kind) for kind, own in rope.items()}
         return {"rope_parameters": each} if each != rope else {}
     corrected = _yarn(config, rope)
@@ -104,9 +105,9 @@ def _rope(config: Any) -> dict[str, Any]:
 
 
 def _yarn(config: Any, rope: Any, kind: str | None = None) -> Any:
-    """Returns ``rope`` with the factor by which vLLM multiplies cosines and sines, if it is YaRN's.
+    """Returns ``rope``; for YaRN, with the factor by which vLLM multiplies cosines and sines.
 
-    With latent attention the factor multiplies that of vLLM's own ratio of ``mscale``.
+    With latent attention, vLLM multiplies this factor by its own ratio of ``mscale``.
     """
     if (
         not isinstance(rope, dict)

@@ -1,7 +1,7 @@
-"""Makes CPU compute safe and quick, before torch's first matrix product.
+"""Settings for safe and fast computation on CPUs, made before torch's first matrix product.
 
 Some virtual machines advertise AMX without the CPUID leaf of its tiles, and oneDNN's bf16 kernels die of SIGILL. There
-oneDNN is held at AVX-512.
+oneDNN is limited to AVX-512.
 """
 
 import importlib.util
@@ -22,20 +22,19 @@ _COMPILED = "TORCHINDUCTOR_CACHE_DIR"
 
 
 def keep_freed_memory() -> dict[str, str]:
-    """Returns the environment for a process that trains on CPUs.
+    """Returns the environment of a process that trains on CPUs.
 
-    glibc gives freed large tensors back to the kernel, and page faults cost a third of a training step. jemalloc keeps
-    freed memory.
+    glibc returns large freed tensors to the kernel, and page faults slow training. jemalloc keeps freed memory.
     """
-    # Memory is kept for 300 s: kept for good, packs of new shapes leave gigabytes of holes; kept for 30 s, steps take
-    # half as long again. One arena: the thread of backward would keep as much in its own. No arena for large blocks: it
-    # returns its blocks at once.
+    # dirty_decay: after 300 s, as with 30 s steps take half as long again, and with no limit packs of new shapes leave
+    # gigabytes of holes. narenas: the backward thread would keep as much memory in an arena of its own.
+    # oversize_threshold: the arena for large blocks would return them at once.
     ray = importlib.util.find_spec("ray")
     library = Path(ray.origin).parent / "core" / "libjemalloc.so" if ray and ray.origin else None
     if library and library.exists():
         return {"LD_PRELOAD": str(library), "MALLOC_CONF": _KEEP}
     return {
-        "MALLOC_MMAP_THRESHOLD_": str(32 * 2**20),  # the largest that glibc takes
+        "MALLOC_MMAP_THRESHOLD_": str(32 * 2**20),  # glibc's maximum
         "MALLOC_TRIM_THRESHOLD_": str(2**40),
         "THP_MEM_ALLOC_ENABLE": "1",  # torch's: huge pages for large tensors
     }
@@ -50,7 +49,7 @@ def prepare(threads: int) -> None:
 
 
 def allow_amx_kernels() -> None:
-    """Asks the kernel for the tile registers, as vLLM's attention kernels do not (vLLM 0.29)."""
+    """Asks the kernel for AMX tile registers, which vLLM 0.29's attention kernels do not."""
     if _amx_is_advertised():
         import torch
 
@@ -58,7 +57,7 @@ def allow_amx_kernels() -> None:
 
 
 def environment(threads: int) -> dict[str, str]:
-    """Returns variables that compute libraries read when loaded."""
+    """Returns environment variables that compute libraries read when they load."""
     found = {"OMP_NUM_THREADS": str(threads)}
     if _ISA not in os.environ and _amx_is_advertised() and not _amx_works():
         found[_ISA] = _WITHOUT_AMX

@@ -17,13 +17,13 @@ _MEMORY_SETTING = "generation.engine.gpu_memory_utilization"
 
 @dataclass(frozen=True, slots=True)
 class Completion:
-    """A sampled response; it ends with the end-of-turn token only if the engine stopped on it."""
+    """A sampled response, with the end-of-turn token only if the engine stopped on it."""
 
     token_ids: list[int]
     finish_reason: Literal["stop", "length"]
     logp: float | None = None
-    """log p of the tokens in nats, at temperature 1 and over the whole vocabulary, if asked for. It audits the engine
-    and is never a reference."""
+    """Log-probability in nats, at temperature 1 and over the whole vocabulary, if asked for. It checks the engine and
+    is never a reference."""
 
 
 class GenerationEngine(Protocol):
@@ -33,7 +33,7 @@ class GenerationEngine(Protocol):
         """Returns one response per prompt, in order; equal arguments give equal responses.
 
         Args:
-            audited: number of first prompts whose responses have their ``logp``, if the engine knows it.
+            audited: number of first prompts whose responses get ``logp``, if the engine knows it.
         """
         ...
 
@@ -45,17 +45,16 @@ class EngineSpec:
     model: Path
     max_length: int
     stop_token_id: int
-    """Token that ends a turn in the chat template."""
+    """End-of-turn token of the chat template."""
     other_stop_ids: tuple[int, ...] = ()
-    """Further ends that the model may write."""
+    """Other tokens that end a response."""
     threads: int
     config: EngineConfig
     trust_remote_code: bool = False
     adapter: Path | None = None
-    """Adapter of all answers, on top of ``model``."""
     adapter_rank: int | None = None
-    """Rank of the adapters that the engine has room for. Set also for θ_0, so that a model whose adapters vLLM cannot
-    load fails before anything is trained."""
+    """Rank of adapters that the engine has room for. Set for θ_0 too, so that a model whose adapters vLLM cannot load
+    fails before training."""
 
 
 StartEngine = Callable[[EngineSpec], GenerationEngine]
@@ -64,12 +63,12 @@ StartEngine = Callable[[EngineSpec], GenerationEngine]
 class VllmEngine:
     """vLLM, started from a model folder.
 
-    - The model folder's generation_config.json is not read.
-    - The scheduler runs in this process, and its prefix cache is emptied before each call: neither timing nor earlier
-      calls change a response. Samples of one prompt share its prefill in the cache. On CPU there is no cache.
-    - On CPU prompts are prefilled whole: vLLM 0.29-0.32 dies on seeded requests otherwise ("CPU Generator does not use
+    - The folder's generation_config.json is not read.
+    - The scheduler runs in this process and the prefix cache is emptied before each call: neither timing nor earlier
+      calls change a response. Samples of one prompt share its prefill. On CPU there is no cache.
+    - On CPU prompts are prefilled whole: vLLM 0.29-0.32 otherwise dies on seeded requests ("CPU Generator does not use
       offset").
-    - Each iterate gets a fresh engine: on CPU ``reload_weights`` leaves the old LM head in place.
+    - Each iterate gets a new engine: on CPU ``reload_weights`` keeps the old LM head.
     """
 
     def __init__(self, spec: EngineSpec) -> None:
@@ -162,7 +161,7 @@ def prepare_process(config: EngineConfig, threads: int) -> None:
 
 
 def platform() -> str:
-    """Returns ``cpu`` or ``cuda``, as vLLM chose; empty if it found nothing that it knows."""
+    """Returns vLLM's platform, ``cpu`` or ``cuda``; empty if it found none."""
     from vllm.platforms import current_platform
 
     return current_platform.device_type
@@ -172,7 +171,7 @@ def check_platform(platform: str, gpus: int) -> None:
     """Checks that vLLM computes on what Ray gave to this process.
 
     Raises:
-        ConfigError: vLLM is a build for CPUs and GPUs were given, or for GPUs and none was.
+        ConfigError: a build for CPUs got GPUs, one for GPUs got none, or no NVIDIA driver answers.
     """
     place = "generation.resources.gpus"
     if platform == "cpu" and gpus:
@@ -190,19 +189,18 @@ def _given_gpus() -> int:
 
 
 def _executor(config: EngineConfig) -> dict[str, Any]:
-    """Returns how the GPUs of one engine are driven: by processes of one node, or by Ray across nodes."""
     if config.pipeline_parallel_size > 1:
         return {"pipeline_parallel_size": config.pipeline_parallel_size, "distributed_executor_backend": "ray"}
     return {"distributed_executor_backend": "mp"} if config.tensor_parallel_size > 1 else {}
 
 
 def lora_arguments(rank: int, *, most: int = 1) -> dict[str, Any]:
-    """Returns arguments that let each request name an adapter, ``most`` of them in one batch."""
+    """Returns arguments that let each request name an adapter, at most ``most`` in a batch."""
     return {"enable_lora": True, "max_loras": most, "max_lora_rank": next(size for size in _LORA_RANKS if size >= rank)}
 
 
 _LORA_RANKS = (8, 16, 32, 64, 128, 256, 320, 512)
-"""Ranks that vLLM makes room for, in rising order."""
+"""Ranks for which vLLM makes room, rising."""
 
 
 def whole_prefill(max_length: int) -> dict[str, Any]:

@@ -1,4 +1,4 @@
-"""Placement groups of engines whose GPUs lie on several nodes."""
+"""Placement groups for engines whose GPUs lie on several nodes."""
 
 from typing import Any, Self
 
@@ -11,10 +11,10 @@ from spin_ray.runtime.placement import Bundles
 
 
 class EngineGroups:
-    """A placement group for each engine, with one bundle per GPU, as vLLM's Ray executor wants it.
+    """One placement group per engine, with one bundle per GPU for vLLM's Ray executor.
 
-    The engine's actor lies in the first bundle beside vLLM's first worker, and asks for no GPU itself. Leaving the
-    context removes the groups.
+    The engine's actor shares the first bundle with vLLM's first worker and requests no GPU. Leaving the context removes
+    the groups.
     """
 
     def __init__(self, resources: ResourcesConfig, gpus: int) -> None:
@@ -31,8 +31,8 @@ class EngineGroups:
             ray.util.remove_placement_group(group)
 
     def place(self) -> dict[str, Any]:
-        """Returns the options of one more actor, which starts when its group is placed."""
-        # PACK takes as few nodes as possible, so that the GPUs of one layer lie on one node.
+        """Returns Ray's options for one more actor, which starts once its group is placed."""
+        # PACK uses as few nodes as possible, so that the GPUs of one layer lie on one node.
         group = ray.util.placement_group(self._bundles, "PACK", bundle_label_selector=self._labels)
         self._made.append(group)
         strategy = PlacementGroupSchedulingStrategy(

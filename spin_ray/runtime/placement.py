@@ -1,4 +1,4 @@
-"""Checks that every stage of a run finds room in the cluster."""
+"""Checks that the cluster has room for every stage."""
 
 import time
 from collections.abc import Mapping
@@ -9,11 +9,11 @@ from spin_ray.config.recipe import SpinConfig
 from spin_ray.errors import ResourceError
 
 Bundles = list[dict[str, float]]
-"""Requests of each actor or worker, e.g. ``[{"CPU": 2, "GPU": 1}] * 4``."""
+"""Requests of actors or workers, e.g. ``[{"CPU": 2, "GPU": 1}] * 4``."""
 
 
 def demands(config: SpinConfig) -> dict[str, Bundles]:
-    """Returns the least that each stage needs at once."""
+    """Returns the smallest request of each stage."""
     generation, train = config.generation, config.train
     stages = {
         "generation": engine_bundles(config) * (generation.min_replicas or generation.replicas),
@@ -25,7 +25,7 @@ def demands(config: SpinConfig) -> dict[str, Bundles]:
 
 
 def engine_bundles(config: SpinConfig) -> Bundles:
-    """Returns the bundles of one engine, each within a node: one for each group of a pipeline."""
+    """Returns one engine's bundles, one per pipeline stage. Each must fit on one node."""
     resources, engine = config.generation.resources, config.generation.engine
     if engine.pipeline_parallel_size == 1:
         return [resources.bundle]
@@ -68,7 +68,7 @@ def placeable(bundles: Bundles, nodes: list[dict[str, float]]) -> bool:
 
 
 def missing(bundles: Bundles, nodes: list[dict[str, float]]) -> str | None:
-    """Returns what the nodes lack to place the bundles, each within a node; None if they lack nothing."""
+    """Returns what the nodes lack to place all bundles, each on one node; None if nothing."""
     left = _unplaced(bundles, nodes)
     if not left:
         return None
@@ -85,9 +85,9 @@ def missing(bundles: Bundles, nodes: list[dict[str, float]]) -> str | None:
 
 
 def _unplaced(bundles: Bundles, nodes: list[dict[str, float]]) -> Bundles:
-    """Returns the bundles that find no node, the largest being placed first."""
     room = [dict(node) for node in nodes]
     left = []
+    # Largest first, as a small bundle may take the only place of a large one.
     for bundle in sorted(bundles, key=lambda bundle: sum(bundle.values()), reverse=True):
         node = next((node for node in room if covers(node, bundle)), None)
         if node is None:
@@ -111,7 +111,7 @@ def in_the_cluster() -> str:
 
 
 def shown(resources: Mapping[str, float]) -> str:
-    """Formats resources as ``2 CPU, 1 GPU``; leaves out Ray's own."""
+    """Formats resources as ``2 CPU, 1 GPU``, without Ray's own."""
     named = [
         f"{amount:g} {name}"
         for name, amount in sorted(resources.items())
@@ -121,7 +121,7 @@ def shown(resources: Mapping[str, float]) -> str:
 
 
 def is_selected(found: Mapping[str, str], selector: Mapping[str, str]) -> bool:
-    """Tells whether labels fit Ray's selector: ``v``, ``!v``, ``in(v, w)`` or ``!in(v, w)``."""
+    """Tells whether labels match Ray's selector: ``v``, ``!v``, ``in(v, w)`` or ``!in(v, w)``."""
     for label, condition in selector.items():
         bare = condition.removeprefix("!")
         values = [value.strip() for value in bare.removeprefix("in(").removesuffix(")").split(",")]

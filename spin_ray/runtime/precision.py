@@ -1,4 +1,4 @@
-"""Settles ``train.precision: auto`` for a whole run."""
+"""Replaces ``train.precision: auto`` for a whole run."""
 
 import hashlib
 import json
@@ -34,7 +34,7 @@ def fastest(dtype):
     return min(seconds)
 print("bf16" if fastest(torch.bfloat16) < fastest(torch.float32) else "fp32")
 """
-"""Program that compares the fastest products, as other programs slow the rest."""
+"""Program that times products. Only the fastest count, as other programs slow down the rest."""
 _CARD = """
 import torch
 old = torch.cuda.is_available() and not torch.cuda.is_bf16_supported(including_emulation=False)
@@ -45,7 +45,7 @@ _NVIDIA = Path("/dev/nvidiactl")
 
 
 def with_precision(config: SpinConfig, run: RunDir | None = None) -> SpinConfig:
-    """Replaces ``train.precision: auto`` by bf16 or fp32; a run keeps what its run.json says.
+    """Replaces ``train.precision: auto`` by bf16 or fp32; a run keeps its precision.
 
     Raises:
         RunDirError: run.json is damaged.
@@ -59,12 +59,11 @@ def with_precision(config: SpinConfig, run: RunDir | None = None) -> SpinConfig:
 
 
 def faster_precision(resources: ResourcesConfig) -> Precision:
-    """Returns bf16 for GPUs, unless this machine's card lacks it; without GPUs, measures this machine's CPU."""
+    """Returns bf16 for GPUs, unless this machine's GPU lacks it; on CPUs times both, as some only emulate bf16."""
     return _of_card() if resources.gpus else _of_cpu(resources.threads)
 
 
 def _of_cpu(threads: int) -> Precision:
-    """Times both; CPUs without bf16 instructions emulate them (benchmarks/README.md)."""
     environment = os.environ | cpu.environment(threads)
     kernels = json.dumps([environment.get(name) for name in _KERNELS])
     name = f"cpu-precision-{hashlib.sha256(kernels.encode()).hexdigest()[:12]}"

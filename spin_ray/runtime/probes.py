@@ -9,14 +9,14 @@ from pathlib import Path
 
 
 def in_own_process(program: str, environment: Mapping[str, str]) -> subprocess.CompletedProcess[str]:
-    """Runs a Python program that may die, and that keeps no memory or GPU."""
+    """Runs a Python program that may die, and that must keep no memory or GPU."""
     return subprocess.run(
         [sys.executable, "-c", program], env=environment, capture_output=True, text=True, timeout=120, check=False
     )
 
 
 def once_per_boot(name: str, find: Callable[[], str]) -> str:
-    """Returns what ``find`` returned first since boot."""
+    """Returns the first result of ``find`` since boot."""
     boot = Path("/proc/sys/kernel/random/boot_id").read_text().strip()
     memo = Path(tempfile.gettempdir()) / f"spin-ray-{os.getuid()}-{name}-{boot}"
     try:

@@ -1,4 +1,4 @@
-"""Reasons why Ray does not start or a cluster cannot be joined, each with its cure, in one line."""
+"""One-line errors, each with a remedy, for a Ray that does not start or cannot be joined."""
 
 import os
 import re
@@ -12,7 +12,7 @@ from ray._private import services
 from spin_ray.errors import ResourceError, StageError, last_line
 
 ANSWER_S = 10.0
-"""Longest wait for a cluster's port to accept a connection. A head that is just starting needs some seconds."""
+"""Longest wait for a connection, in seconds. A head that is starting needs a few."""
 
 _SHARED_MEMORY = (
     "shared memory (/dev/shm) is too small for its object store; give the container more, e.g. docker run "
@@ -56,11 +56,10 @@ _START_CURES: tuple[tuple[str, Callable[[], str]], ...] = (
         ),
     ),
 )
-"""Words in Ray's errors, and what they mean."""
 
 
 def start_error(error: BaseException) -> Exception:
-    """Returns the one line for an embedded Ray that did not start."""
+    """Returns the error of an embedded Ray that did not start."""
     text = _whole_text(error)
     for words, cure in _START_CURES:
         if re.search(words, text):
@@ -72,7 +71,7 @@ def start_error(error: BaseException) -> Exception:
 
 
 def join_error(error: BaseException, place: str) -> Exception:
-    """Returns the one line for a cluster that could not be joined; ``place`` names its address."""
+    """Returns the error of a cluster that could not be joined; ``place`` names its address."""
     text = _whole_text(error)
     if "ersion mismatch" in text:
         return ResourceError(f"{place}: {_mismatch(text)}; use the cluster's versions here, or its image for the job")
@@ -89,10 +88,10 @@ def join_error(error: BaseException, place: str) -> Exception:
 
 
 def check_answers(address: str, place: str) -> None:
-    """Tries the port of ``address``, which Ray itself would try for 41 s.
+    """Tests a connection to ``address``, because Ray itself would try for 41 s.
 
     Raises:
-        ResourceError: no connection within ``ANSWER_S`` seconds, or no such address.
+        ResourceError: no connection within ``ANSWER_S`` seconds, or an invalid address.
     """
     try:
         bootstrap = services.canonicalize_bootstrap_address(address.removeprefix("ray://"))
@@ -123,7 +122,7 @@ def check_answers(address: str, place: str) -> None:
 
 
 def _mismatch(text: str) -> str:
-    """Returns the versions that differ, which Ray lists first of the cluster and then of this process."""
+    """Names the versions that differ. Ray lists the cluster's first."""
     found = {name: re.findall(rf"{name}: ([\w.+-]+)", text)[:2] for name in ("Ray", "Python")}
     told = [f"{name} {pair[0]} there and {pair[1]} here" for name, pair in found.items() if len(set(pair)) == 2]
     return "the cluster has other versions than this process" + (f" ({', '.join(told)})" if told else "")

@@ -1,9 +1,7 @@
-"""Keeps Ray's C++ log lines off the terminal.
+"""Keeps Ray's C++ log lines off the terminal, where Ray writes them whatever its settings (ray-project/ray#12893).
 
-Ray's core writes warnings and errors of its own to file descriptor 2 of the driver, whatever its settings say
-(ray-project/ray#12893). A small process of its own reads what the driver writes there, so that nothing is lost if the
-driver dies: Ray's lines go to a log file, which is named once, and all others to the terminal. ``sys.stderr`` stays
-the terminal.
+A separate process reads the driver's file descriptor 2, so that nothing is lost if the driver dies. Ray's lines go to a
+log file, whose name is shown once, and all others to the terminal. ``sys.stderr`` stays the terminal.
 """
 
 import logging
@@ -16,11 +14,11 @@ import tempfile
 from contextlib import suppress
 
 RAY_LINE = re.compile(rb"\[\d{4}-\d\d-\d\d [\d:,]+ [EW] \d+ \d+\] (\(\S+\) )?\S+\.cc:\d+: ")
-"""Begin of a warning or error of Ray's core. Fatal ones (C) end the process and stay on the terminal."""
+"""Beginning of a warning or error of Ray's core. Fatal ones (C) end the process and stay on the terminal."""
 
 
 def sort_stderr() -> None:
-    """Puts the sorter behind file descriptor 2 for the rest of this process, unless something else stands there."""
+    """Starts the sorter for this process, unless ``sys.stderr`` is not file descriptor 2."""
     try:
         if sys.stderr.fileno() != 2:
             return
@@ -29,7 +27,7 @@ def sort_stderr() -> None:
     file, log = tempfile.mkstemp(prefix="spin-ray-", suffix=".log")
     os.close(file)
     reader, writer = os.pipe()
-    # A session of its own: Ctrl-C and the signals of a batch system are the driver's.
+    # In a session of its own: Ctrl-C and signals of a batch system are meant for the driver.
     subprocess.Popen([sys.executable, "-I", "-S", __file__, log], stdin=reader, start_new_session=True)
     _keep_python_s_own()
     os.dup2(writer, 2)
@@ -38,7 +36,6 @@ def sort_stderr() -> None:
 
 
 def _keep_python_s_own() -> None:
-    """Gives ``sys.stderr``, and handlers of logs that write to it, a copy of the terminal's file descriptor."""
     before = sys.stderr
     before.flush()
     sys.stderr = os.fdopen(os.dup(2), "w", buffering=1, errors="backslashreplace")
@@ -48,7 +45,7 @@ def _keep_python_s_own() -> None:
 
 
 def sort(log: str) -> None:
-    """Reads file descriptor 0 to its end; a line that cannot be Ray's is shown before it is complete."""
+    """Reads file descriptor 0 to its end; shows a line that cannot be Ray's before it is complete."""
     pending, begun = b"", False
     while chunk := os.read(0, 2**16):
         *lines, pending = (pending + chunk).split(b"\n")

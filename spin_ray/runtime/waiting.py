@@ -1,4 +1,4 @@
-"""Waits for Ray, with a limit."""
+"""Waits for Ray, with time limits."""
 
 import gc
 import queue
@@ -27,7 +27,7 @@ def wait_until_free(bundles: Bundles, timeout_s: float, stage: str) -> None:
         for name, amount in bundle.items():
             needed[name] = needed.get(name, 0) + amount
     if not covers(ray.available_resources(), needed):
-        gc.collect()  # the error of a data set holds its actors, in a cycle
+        gc.collect()  # a failed data set's error keeps its actors in a reference cycle
     while not covers(ray.available_resources(), needed):
         if time.monotonic() > deadline:
             raise StageError(f"{stage}: waited {timeout_s:.0f} s for {shown(needed)} to be free; {in_the_cluster()}")
@@ -35,10 +35,10 @@ def wait_until_free(bundles: Bundles, timeout_s: float, stage: str) -> None:
 
 
 def with_deadline(rows: Iterable[Row], first_s: float, next_s: float, what: str) -> Iterator[Row]:
-    """Yields ``rows`` as they come.
+    """Yields ``rows``, read in another thread.
 
     Raises:
-        StageError: no first row within ``first_s`` seconds, or no further one within ``next_s``.
+        StageError: no first row within ``first_s`` seconds, or no further row within ``next_s``.
     """
     done = object()
     arrived: queue.Queue[Any] = queue.Queue()
@@ -67,10 +67,10 @@ def with_deadline(rows: Iterable[Row], first_s: float, next_s: float, what: str)
 
 
 def while_it_moves(call: Callable[[], Row], progress: Callable[[], Any], limit_s: float, what: str) -> Row:
-    """Returns what ``call`` returns.
+    """Returns the result of ``call``, run in another thread.
 
     Raises:
-        StageError: ``progress()`` was the same for ``limit_s`` seconds; the call's thread ends with the driver.
+        StageError: ``progress()`` was the same for ``limit_s`` seconds; the thread ends with the driver.
     """
     ended: queue.Queue[tuple[Any, BaseException | None]] = queue.Queue()
 

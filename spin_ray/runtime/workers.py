@@ -29,9 +29,9 @@ _USE_LESS = (
 )
 
 ELASTIC_PLACING_S = 30.0
-"""Longest wait for an elastic group to find room.
+"""Longest wait for room for an elastic group, in seconds.
 
-Ray notices a lost node within 20 s, but counts nodes again only when its workers find no room.
+Ray notices a lost node within 20 s, but counts nodes again only when workers find no room.
 """
 
 
@@ -43,24 +43,24 @@ def run_workers(
     folder: str | Path,
     progress: Callable[[], Any] = lambda: None,
 ) -> Any:
-    """Calls ``function(job)`` on every train worker and returns what rank 0 returned.
+    """Calls ``function(job)`` on every train worker and returns rank 0's result.
 
-    A dead worker group or controller is started again, up to ``train.max_failures`` times. It may go on from the last
+    A dead worker group or controller restarts, up to ``train.max_failures`` times. It may continue from the last
     checkpoint under ``folder/name``.
 
     Args:
         name: unique to this piece of work.
-        progress: its value changes when the work moves on.
+        progress: returns a value that changes as the work proceeds.
 
     Raises:
-        UserError: a worker raised it; HealthError is not tried again.
+        UserError: a worker raised it. HealthError is not retried.
         StageError: the workers were not placed in time, failed too often or stood still.
     """
     train = config.train
     wait_until_free(demands(config)["train"], train.start_timeout_s, f"the train workers for {folder}")
     placing_s = min(train.start_timeout_s, ELASTIC_PLACING_S) if train.min_workers else train.start_timeout_s
     os.environ["RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S"] = str(placing_s)
-    os.environ.setdefault("RAY_TRAIN_HEALTH_CHECK_INTERVAL_S", "0.5")  # how soon it sees that the workers are done
+    os.environ.setdefault("RAY_TRAIN_HEALTH_CHECK_INTERVAL_S", "0.5")  # how soon Ray sees that workers are done
     trainer = _make_trainer(function, job, config, name, folder)
     try:
         result = while_it_moves(
@@ -89,7 +89,7 @@ def _make_trainer(
     train, resources = config.train, config.train.resources
     return Trainer(
         _in_worker,
-        # As bytes: Ray Train's controller unpickles this too, and would import all that the job knows.
+        # As bytes: Ray Train's controller unpickles this too, and would import the modules of the job.
         train_loop_config={
             "call": ray.cloudpickle.dumps((function, job)),
             "threads": resources.threads,
@@ -122,7 +122,7 @@ def _make_trainer(
 def _process_group(config: SpinConfig) -> str:
     if not config.train.resources.gpus:
         return "gloo"
-    # Tensors in the CPU's memory are also summed there: norms, checkpoints.
+    # Norms and checkpoints of tensors in CPU memory need gloo.
     return "cpu:gloo,cuda:nccl" if config.train.offload else "nccl"
 
 
@@ -134,7 +134,7 @@ def _cluster_now() -> str:
 
 
 def _fit(trainer: ray.train.torch.TorchTrainer, max_failures: int) -> Any:
-    """Replaces a dead controller, as Ray restarts only workers; the new one goes on from the last checkpoint."""
+    """Restarts a dead controller, as Ray restarts only workers."""
     failures = 0
     while True:
         try:
@@ -159,12 +159,15 @@ def _in_worker(loop: dict[str, Any]) -> Any:
     collect_as_usual()
     try:
         return function(job)
-    except HealthError as error:  # the same on all workers; as an exception it would be tried again
+    except HealthError as error:  # all workers raise it; Ray Train would retry an exception
         return error
 
 
 def nodes_and_room() -> tuple[tuple[int, ...], int | None]:
-    """Returns the node of every rank, and the bytes of the smallest GPU of several workers; a collective."""
+    """Returns the node of every rank, and the bytes of the smallest GPU; a collective.
+
+    The bytes are None on CPUs and for one worker.
+    """
     import torch
     import torch.distributed as dist
 
