@@ -1,7 +1,8 @@
-"""Does an engine with an adapter answer as the merged model does? Greedy tokens and log-probabilities, as a table.
+"""Does an engine with an adapter answer as an engine with the merged model does?
 
-vLLM with the adapter and vLLM with PEFT's merge, each in a process of its own, against transformers with PEFT's
-adapter. Random adapters of rank 4, whose changes are large beside a trained one's:
+vLLM with the adapter and vLLM with PEFT's merged model, each in its own process, are compared with transformers and
+PEFT's adapter. Adapters are random, of rank 4, and change the model more than a trained adapter. Prints a table of
+equal greedy tokens, and of log-probabilities in transformers:
 
     python benchmarks/adapter_parity.py [--model embedded:tiny-llama] [--write]
 """
@@ -62,7 +63,7 @@ def main() -> None:
 
 
 def alone(function: Any, *arguments: Any) -> Any:
-    """Calls a function in a process of its own: engines give no memory back."""
+    """Calls a function in its own process, as engines give no memory back."""
     with multiprocessing.get_context("spawn").Pool(1) as pool:
         return pool.apply(function, arguments)
 
@@ -93,7 +94,7 @@ def merge_into(base: Path, adapter: Path, target: Path, dtype: str) -> None:
 
 @torch.no_grad()
 def by_transformers(base: Path, adapter: Path, merged: Path, dtype: str) -> tuple[list[list[int]], float, float]:
-    """Returns PEFT's greedy tokens, and how far the merged model's log-probabilities of them are."""
+    """Returns PEFT's greedy tokens, and how far the merged model's log-probabilities of them differ: largest, mean."""
     import peft
     from transformers import AutoModelForCausalLM
 

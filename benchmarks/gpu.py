@@ -1,8 +1,8 @@
-"""Does it run on a GPU, is it right there, and how fast is it? One command, under eight minutes on a card of 80 GB.
+"""Does it run on a GPU, is it right there, and how fast is it? Takes eight minutes at most on a card of 80 GB.
 
     python benchmarks/gpu.py                       # every step, in order
-    python benchmarks/gpu.py --only step           # one again; its rows replace the earlier ones
-    python benchmarks/gpu.py --tiny --out FOLDER   # every branch on a CPU with toy sizes: a rehearsal, no measurement
+    python benchmarks/gpu.py --only step           # one step again; its rows replace the earlier ones
+    python benchmarks/gpu.py --tiny --out FOLDER   # a rehearsal on a CPU with toy sizes; measures nothing
 
     step        budget  question
     machine      15 s   is the card fit for it, and what do its matrix products reach?
@@ -14,8 +14,8 @@
     adapters     55 s   7B with adapters on one card
     job          85 s   a whole run with Ray, transformers in vLLM's place, a killed worker
 
-Rows go to results/gpu.json and the page results/gpu.md after each measure. A step that cannot run says why in a row.
-Times are budgets: what does not fit is cut, and says so; what a step leaves goes to the next.
+Each measure is written to results/gpu.json and results/gpu.md at once. A step that cannot run says why in a row. Work
+beyond a step's budget is cut, and a row says so; unused time goes to the next step.
 """
 
 import argparse
@@ -33,11 +33,11 @@ from gpu_steps.rows import Measure, Results, line
 BUDGET_S = {
     "machine": 15, "probe": 30, "attention": 40, "parity": 80, "step": 115, "trl": 60, "adapters": 55, "job": 85,
 }  # fmt: skip
-"""Seconds of each step, start of its processes included. Their sum is under eight minutes."""
+"""Seconds of each step, including the start of its processes: eight minutes in all."""
 
 
 LOG = ".gpu.log"
-"""File of what the steps' processes print."""
+"""File with the output of the steps' processes."""
 WORK_BYTES = 32e9
 """Room for models, checkpoints and exports of all steps."""
 
@@ -84,7 +84,7 @@ def parse() -> argparse.Namespace:
 
 
 def run_step(step: str, context: Context, results: Results, budget_s: float) -> None:
-    """Runs all items of a step, in as many processes as it takes, and adds their rows."""
+    """Runs all items of a step and adds their rows; if a process ends early, another runs the remaining items."""
     deadline = time.monotonic() + budget_s
     waiting = list(module_of(step).ITEMS)
     log = results.folder / LOG
@@ -116,7 +116,7 @@ def add(results: Results, step: str, item: str, measure: Measure) -> None:
 
 
 def why_no_card() -> str | None:
-    """Returns why nothing can be measured here, in one line, or None."""
+    """Returns in one line why nothing can be measured here, or None."""
     import torch
 
     if torch.version.cuda is None:
@@ -135,7 +135,7 @@ def why_no_card() -> str | None:
 
 
 def in_memory() -> Path | None:
-    """Returns a file system in memory, if it has room: models of 18 GB are written and read again."""
+    """Returns a folder in memory, if there is room, as models of 18 GB are written and read again."""
     shared = Path("/dev/shm")
     return shared if shared.is_dir() and shutil.disk_usage(shared).free > WORK_BYTES else None
 

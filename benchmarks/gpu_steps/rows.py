@@ -14,15 +14,15 @@ class Measure:
 
     id: str
     value: float | None
-    """None: it could not be measured, and ``note`` says why."""
+    """None: not measured; ``note`` says why."""
     unit: str
     target: str = ""
-    """``>= 1.5`` or ``<= 0.7``; empty: nothing was aimed at."""
+    """``>= 1.5`` or ``<= 0.7``; empty: no target."""
     note: str = ""
 
     @property
     def met(self) -> bool | None:
-        """Returns None where nothing was aimed at."""
+        """Returns whether the target is met; None without a target."""
         if not self.target:
             return None
         sign, limit = self.target.split()
@@ -31,11 +31,11 @@ class Measure:
 
 @dataclass
 class Results:
-    """The file of rows, written after every change: a run that is cut short keeps what it has."""
+    """The file of rows, written after every change, so that a run that is cut short keeps its rows."""
 
     folder: Path
     facts: dict[str, Any] = field(default_factory=dict)
-    """``card``, ``versions`` and ``commit`` of all rows that are added."""
+    """``card``, ``versions`` and ``commit`` of all added rows."""
 
     def __post_init__(self) -> None:
         self.folder.mkdir(parents=True, exist_ok=True)
@@ -43,7 +43,7 @@ class Results:
         self.rows: list[dict[str, Any]] = json.loads(self._file.read_text())["rows"] if self._file.exists() else []
 
     def forget(self, step: str, items: Iterable[str]) -> None:
-        """Drops the earlier rows of items that are measured again."""
+        """Drops the rows of items that are measured again."""
         gone = {(step, item) for item in items}
         self.rows = [row for row in self.rows if (row["step"], row["item"]) not in gone]
 

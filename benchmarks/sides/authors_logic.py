@@ -1,8 +1,8 @@
 """Side of the iteration benchmark: SPIN as its authors ran it, from the published description. A turn is one iteration.
 
-Responses come from transformers' ``generate``, in batches padded on the left. A training step pads every response with
-its own copy of the prompt, takes the logits of all positions, asks a second, frozen model for the reference each time,
-and recomputes activations (gradient checkpointing). Written for this comparison; the loss is the logistic one.
+Written for this comparison, with the logistic loss. transformers' ``generate`` makes responses in batches padded on the
+left. A training step pads every response with its own copy of the prompt, computes the logits of all positions, asks a
+second, frozen model for the reference, and recomputes activations (gradient checkpointing).
 """
 
 import json
@@ -18,7 +18,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from spin_ray.inputs.embedded import resolve
 
 GENERATE_ROWS, TRAIN_PAIRS = 16, 8
-"""Rows of a batch that generates, pairs of a batch that trains."""
+"""Rows of a generation batch, and pairs of a training batch."""
 BETA = 0.1
 
 
@@ -63,7 +63,7 @@ class Authors:
         self._optimizer = torch.optim.RMSprop(self.policy.parameters(), lr=options.learning_rate, foreach=True)
 
     def logps(self, model: Any, pairs: list[dict[str, Any]]) -> Any:
-        """log p of every real response, then of every generated one."""
+        """Returns log p of every human response, and of every generated one."""
         texts = [(row["prompt_ids"], row[name]) for name in ("real_ids", "generated_ids") for row in pairs]
         lengths = torch.tensor([len(prompt) + len(response) for prompt, response in texts])
         longest = int(lengths.max())
@@ -99,7 +99,7 @@ class Authors:
         return total
 
     def generate(self, part: list[dict[str, Any]]) -> int:
-        """Returns the number of tokens made."""
+        """Generates responses; returns the number of their tokens."""
         tokens = 0
         for start in range(0, len(part), GENERATE_ROWS):
             prompts = [row["prompt_ids"] for row in part[start : start + GENERATE_ROWS]]
