@@ -1,8 +1,7 @@
 """Does an engine with an adapter answer as an engine with the merged model does?
 
-vLLM with the adapter and vLLM with PEFT's merged model, each in its own process, are compared with transformers and
-PEFT's adapter. Adapters are random, of rank 4, and change the model more than a trained adapter. Prints a table of
-equal greedy tokens, and of log-probabilities in transformers:
+Both vLLM engines, each in its own process, are compared with transformers and PEFT's unmerged adapter. The random
+adapters of rank 4 change the model more than trained ones.
 
     python benchmarks/adapter_parity.py [--model embedded:tiny-llama] [--write]
 """
@@ -94,7 +93,7 @@ def merge_into(base: Path, adapter: Path, target: Path, dtype: str) -> None:
 
 @torch.no_grad()
 def by_transformers(base: Path, adapter: Path, merged: Path, dtype: str) -> tuple[list[list[int]], float, float]:
-    """Returns PEFT's greedy tokens, and how far the merged model's log-probabilities of them differ: largest, mean."""
+    """Returns PEFT's greedy tokens, and the merged model's differences in log p of them: largest, mean."""
     import peft
     from transformers import AutoModelForCausalLM
 

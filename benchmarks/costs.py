@@ -1,4 +1,4 @@
-"""Measures costs, one question a command; the first three commands need ``--data FILE.jsonl``.
+"""Measures one cost a command.
 
 python benchmarks/costs.py useful-tokens --data FILE.jsonl [--rows 2000] [--batch 24] [--pack-length 512]
 python benchmarks/costs.py pack-length --data FILE.jsonl [--lengths 512 1024 2048] [--batch 24] [--pairs 5]
@@ -50,7 +50,7 @@ def main() -> None:
 def useful_tokens(options: argparse.Namespace) -> None:
     """How many tokens does training compute, relative to every prompt once and every response once?
 
-    The packs of an epoch are built but not trained, so the answer is the same each time.
+    Packs are built but not trained, so the answer is the same each time.
     """
     rows = pairs_of(options.data, options.rows)
     table = table_of(rows)
@@ -64,10 +64,9 @@ def useful_tokens(options: argparse.Namespace) -> None:
 
 
 def pack_length(options: argparse.Namespace) -> None:
-    """How does the pack length change the time of a step and peak memory?
+    """How does the pack length change a step's time and peak memory?
 
-    One rank takes steps on the same pairs in packs of several lengths, in turns. Prints times relative to the first
-    length; records nothing.
+    One rank takes steps on the same pairs in packs of several lengths, in turns. Nothing is recorded.
     """
     prepare()
     with tempfile.TemporaryDirectory() as folder, ExitStack() as stack:
@@ -101,9 +100,9 @@ FSDP_RANGES = ("FSDP::pre_forward", "FSDP::pre_backward", "FSDP::post_backward")
 
 
 def step_profile(options: argparse.Namespace) -> None:
-    """Where does the time of a training step go? Profiles one optimizer step after two steps of warm-up.
+    """Where does the time of a training step go? Profiles one step after two steps of warm-up.
 
-    One thread by default, as the profile of more threads includes waiting. The allocator is that of train workers.
+    The default is one thread, as the profile of more threads includes waiting.
     """
     restart_with_allocator()
     prepare()
@@ -129,7 +128,7 @@ def step_profile(options: argparse.Namespace) -> None:
 
 
 def restart_with_allocator() -> None:
-    """Restarts this script with a train worker's environment, as the loader reads it only when a process starts."""
+    """Restarts this script with a train worker's environment, which the loader reads only when a process starts."""
     environment = keep_freed_memory()
     if not environment.items() <= os.environ.items():
         os.execve(sys.executable, [sys.executable, *sys.argv], os.environ | environment)
@@ -150,8 +149,7 @@ train: {{resources: {{cpus: 1}}, epochs: 1, global_batch_pairs: 16, pack_length:
 def nothing_to_do(options: argparse.Namespace) -> None:
     """How long does the command of a finished run take?
 
-    The run has many prompts; its one iteration uses 64 of them and a tiny random model. A finished run never starts
-    Ray, so the time is that of the whole command, including the start of Python.
+    The run has many prompts; its iteration uses 64 of them. A finished run never starts Ray.
     """
     with tempfile.TemporaryDirectory() as folder:
         rows, recipe = Path(folder) / "rows.jsonl", Path(folder) / "recipe.yaml"
@@ -168,7 +166,7 @@ def nothing_to_do(options: argparse.Namespace) -> None:
 
 
 def seconds_of_run(recipe: Path, out: Path) -> float:
-    """Returns the seconds that ``spin-ray run`` takes."""
+    """Returns the seconds of ``spin-ray run``."""
     started = time.perf_counter()
     subprocess.run(
         [sys.executable, "-m", "spin_ray", "run", str(recipe), "--out", str(out)],
@@ -181,11 +179,10 @@ ITERATE = "iter_000"
 
 
 def fixed_overhead(options: argparse.Namespace) -> None:
-    """What does an iteration cost that computes next to nothing?
+    """What does an iteration cost that computes next to nothing? The stages' seconds are starts, exports and commits.
 
-    Smoke runs (a tiny random model, 128 prompts) of this checkout and of ``--before`` take turns, with the same Python.
-    The stages' seconds are starts, exports and commits. CPU seconds of all processes are printed too, as other work on
-    the machine changes them less.
+    Smoke runs of this checkout and of ``--before`` take turns, with the same Python. Prints CPU seconds too, as other
+    work on the machine changes them less.
     """
     checkouts = [HERE.parent, *([options.before] if options.before else [])]
     measured: list[list[dict[str, float]]] = [[] for _ in checkouts]
@@ -222,7 +219,7 @@ def seconds_of_stages(checkout: Path) -> dict[str, float]:
 
 
 def cpu_seconds(run: psutil.Popen) -> dict[str, float]:
-    """Waits for a command; returns its processes' CPU seconds: ``all``, then by the name that Ray gave a process."""
+    """Waits for a command; returns its processes' CPU seconds: ``all``, and by the name that Ray gave."""
     last: dict[tuple[int, float], tuple[str, float]] = {}
     while run.poll() is None:
         with suppress(psutil.Error):

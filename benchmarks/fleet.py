@@ -1,8 +1,8 @@
 """Simulates nodes that fail and come back under the driver's rules, as discrete events.
 
-generation   engines take shards from one queue; a lost node loses the shards that its engines work on
-training     all nodes take each step together; a lost node loses the steps since the last checkpoint
-driver       its node fails like others; the run is submitted again and continues from what is committed
+generation   a lost node loses the shards that its engines work on
+training     a lost node loses the steps since the last checkpoint
+driver       its node fails like others; the run is submitted again
 """
 
 import heapq
@@ -27,7 +27,7 @@ SLOW_NODES, SLOWDOWN = 0.005, 1.10
 STEP_NOISE = 0.02
 """Standard deviation of a node's step time over its mean: an assumption."""
 NOTICE_S = 20.0
-"""Longest time until Ray notices a lost node; ``runtime.workers.ELASTIC_PLACING_S`` assumes the same."""
+"""Longest time until Ray notices a lost node."""
 STORAGE = 2 * GB
 """Bytes/s at which one node writes or reads a checkpoint: an assumption."""
 
@@ -38,9 +38,9 @@ class Fleet:
 
     nodes: int
     mtbf_s: float = 8 * GPU_MTBF_S
-    """Mean seconds between failures of one node."""
+    """Mean seconds between failures of a node."""
     replaced_s: float = 600.0
-    """Mean seconds from noticing a loss until the node, or an autoscaler's new node, is up."""
+    """Mean seconds from noticing a loss until a node is back."""
     slow: float = SLOW_NODES
     noise: float = STEP_NOISE
 
@@ -55,7 +55,7 @@ class Rules:
     lease_timeout_s: float
     resize_interval_s: float
     least_nodes: int
-    """Fewest nodes that train: those of ``train.min_workers``; all nodes if it is not set."""
+    """Fewest nodes that train (``train.min_workers``)."""
     checkpoint_s: float
     engine_start_s: float
 
@@ -85,12 +85,12 @@ class Generation:
 
 @dataclass(frozen=True, kw_only=True)
 class Training:
-    """Steps of all nodes together. Scoring and evaluation are one step each, as they commit only at their end."""
+    """Steps of all nodes. Scoring and evaluation are one step each, as they commit only at their end."""
 
     steps: int
     step_s: float
     start_s: float = WORKERS_START_S
-    """Seconds until the workers have started; 0 for scoring, which shares the workers of training."""
+    """Seconds until workers run; 0 for scoring, which shares training's workers."""
 
 
 Stage = Generation | Training
@@ -98,7 +98,7 @@ Stage = Generation | Training
 
 @dataclass(kw_only=True)
 class Told:
-    """Result of a simulated run. Times are in seconds; ``lost`` and ``waited`` are sums over nodes."""
+    """Result of a run. Times are in seconds; ``lost`` and ``waited`` are sums over nodes."""
 
     seconds: float = 0.0
     ideal: float = 0.0
@@ -114,7 +114,7 @@ class Told:
 
 
 DRIVER = -1
-"""Number of the driver's node, which has no engine and no worker."""
+"""The driver's node, which has no engine and no worker."""
 
 
 @dataclass
@@ -138,7 +138,7 @@ class World:
         heapq.heappush(self._queue, (self.now + seconds, self._count, what, which))
 
     def next(self) -> tuple[str, Any]:
-        """Returns the next event and moves ``now`` to it; ``up`` already reflects a node's failure or return."""
+        """Moves to the next event and returns it; ``up`` already includes it."""
         self.now, _, what, which = heapq.heappop(self._queue)
         if what == "fail":
             self.up.discard(which)
@@ -172,7 +172,7 @@ def simulate(stages: list[Stage], fleet: Fleet, rules: Rules, seed: int) -> Told
 
 
 def _submitted_again(world: World, rules: Rules, told: Told) -> None:
-    """Waits until the driver runs again: its lease must be stale and its node up."""
+    """Waits until the driver's lease is stale and its node is up."""
     told.submissions += 1
     world.after(rules.lease_timeout_s, "lease")
     stale = False
@@ -182,7 +182,7 @@ def _submitted_again(world: World, rules: Rules, told: Told) -> None:
 
 
 def _generate(world: World, stage: Generation, rules: Rules, told: Told) -> None:
-    """Simulates generation. A start or a loss changes an engine's ``turn``; events of earlier turns are ignored."""
+    """Simulates generation; events of an engine's earlier ``turn`` are ignored."""
     engines = list(range(stage.engines))
     node_of = {engine: engine * world.fleet.nodes // stage.engines for engine in engines}
     left, done, began, worked = stage.shards, 0, world.now, 0.0
@@ -235,7 +235,7 @@ def _generate(world: World, stage: Generation, rules: Rules, told: Told) -> None
 
 
 def _train(world: World, stage: Training, rules: Rules, told: Told) -> None:
-    """Simulates steps in stretches that end with a checkpoint; a lost node undoes the stretch."""
+    """Simulates stretches of steps that end with a checkpoint; a lost node undoes the stretch."""
     done, steps, failures, attempt = 0, 0, 0, 0
     start_s = stage.start_s
     while done < stage.steps:
@@ -290,6 +290,6 @@ def _wait_for_nodes(world: World, rules: Rules, told: Told) -> None:
 
 
 def _slowest(world: World, group: set[int]) -> float:
-    """Returns the slowest node's time over a usual node's, a mean over steps; noise makes it grow with the group."""
+    """Returns the slowest node's time factor, a mean over steps; noise makes it grow with the group."""
     slow = max(world.slowness[node] for node in group)
     return slow * (1 + world.fleet.noise * float(world.rng.normal(0, 1, (64, len(group))).max(axis=1).mean()))

@@ -1,7 +1,6 @@
 """How many rows of each form become prompts in a second, and does the driver's memory stay flat?
 
-Runs the prompts stage on an embedded Ray: reads files, checks, renders and tokenises rows, commits parts. Each form
-holds the same conversation, with a number of its own in each row.
+Runs the prompts stage on a local Ray, on the same conversation in every form.
 
     python benchmarks/forms.py [--rows 100000] [--forms messages,sharegpt] [--kind parquet] [--tasks-only]
 
@@ -9,8 +8,8 @@ Prints a line of JSON for each form:
 
 - ``rows_s``: rows of the whole stage in a second of wall time;
 - ``cpu_us``: CPU microseconds a row in a task of the stage (best of three passes over 20,000 rows, one process);
-- ``plain_cpu_us``: the same for a plain loop over ``json.loads`` and ``apply_chat_template(tokenize=True)``, once for
-  the prompt and once for each whole conversation, as trainers do it, on 2,000 rows;
+- ``plain_cpu_us``: the same for ``json.loads`` and ``apply_chat_template(tokenize=True)``, once for the prompt and once
+  for each whole conversation, on 2,000 rows;
 - ``driver_mib``: peak memory of the driver with all rows, less that with a tenth of them.
 """
 
@@ -74,7 +73,7 @@ def main() -> None:
 
 
 def write_rows(path: Path, form: str, rows: int) -> Path:
-    """Writes the form's example ``rows`` times, with a number of its own in each row."""
+    """Writes the form's example ``rows`` times, each with its own number."""
     example = json.dumps(BY_NAME[form].example)
     lines = (example.replace("2", str(number)) for number in range(rows))
     if path.suffix == ".parquet":
@@ -99,7 +98,7 @@ def task_cpu_us(task: PromptTask, source: Path, folder: Path) -> float:
 
 
 def plain_cpu_us(config: SpinConfig, source: Path) -> float:
-    """Returns CPU microseconds a row. Messages are found beforehand, as every trainer finds them in its own way."""
+    """Returns CPU microseconds a row, without finding the messages: trainers differ there."""
     tokenizer, data = load_tokenizer(config.model.path), DataConfig(train=str(source))
     rows = [read_row(json.loads(line), data).all for line in source.open()]
     lines = [json.dumps(each) for each in rows]

@@ -4,18 +4,18 @@
     python benchmarks/gpu.py --only step           # one step again; its rows replace the earlier ones
     python benchmarks/gpu.py --tiny --out FOLDER   # a rehearsal on a CPU with toy sizes; measures nothing
 
-    step        budget  question
-    machine      15 s   is the card fit for it, and what do its matrix products reach?
-    probe        30 s   which kernels of SDPA take a sliced mask, and does the layout probe pass?
-    attention    40 s   how fast and exact is each way to attend?
-    parity       80 s   packs against one by one, step 0, training beside a CPU, a killed process, export, NCCL
-    step        115 s   what does each change give to a step of 1.5B parameters, and where does its time go?
-    trl          60 s   the same pairs through TRL, at its best and at its defaults
-    adapters     55 s   7B with adapters on one card
-    job          85 s   a whole run with Ray, transformers in vLLM's place, a killed worker
+    step        question
+    machine     is the card fit, and what do its matrix products reach?
+    probe       which SDPA kernels take a sliced mask, and does the layout probe pass?
+    attention   how fast and exact is each way to attend?
+    parity      are packed scores, steps, resume and export right?
+    step        what does each change give to a step of 1.5B parameters?
+    trl         how fast is TRL, at its best and at its defaults?
+    adapters    how fast is 7B with adapters?
+    job         does a whole run with Ray survive a killed worker?
 
-Each measure is written to results/gpu.json and results/gpu.md at once. A step that cannot run says why in a row. Work
-beyond a step's budget is cut, and a row says so; unused time goes to the next step.
+Each measure is written to results/gpu.json and results/gpu.md at once. A row says why a step cannot run or was cut at
+its budget; unused time goes to the next step.
 """
 
 import argparse
@@ -33,13 +33,13 @@ from gpu_steps.rows import Measure, Results, line
 BUDGET_S = {
     "machine": 15, "probe": 30, "attention": 40, "parity": 80, "step": 115, "trl": 60, "adapters": 55, "job": 85,
 }  # fmt: skip
-"""Seconds of each step, including the start of its processes: eight minutes in all."""
+"""Seconds of each step with the start of its processes: eight minutes in all."""
 
 
 LOG = ".gpu.log"
 """File with the output of the steps' processes."""
 WORK_BYTES = 32e9
-"""Room for models, checkpoints and exports of all steps."""
+"""Room for models, checkpoints and exports."""
 
 
 def main() -> None:
@@ -84,7 +84,7 @@ def parse() -> argparse.Namespace:
 
 
 def run_step(step: str, context: Context, results: Results, budget_s: float) -> None:
-    """Runs all items of a step and adds their rows; if a process ends early, another runs the remaining items."""
+    """Runs all items of a step, in as many processes as it takes, and adds their rows."""
     deadline = time.monotonic() + budget_s
     waiting = list(module_of(step).ITEMS)
     log = results.folder / LOG
@@ -135,7 +135,7 @@ def why_no_card() -> str | None:
 
 
 def in_memory() -> Path | None:
-    """Returns a folder in memory, if there is room, as models of 18 GB are written and read again."""
+    """Returns a folder in memory, if there is room: models of 18 GB are written and read again."""
     shared = Path("/dev/shm")
     return shared if shared.is_dir() and shutil.disk_usage(shared).free > WORK_BYTES else None
 

@@ -48,13 +48,13 @@ class Row:
 
 
 def at_least(name: str, values: Sequence[float], target: float, note: str = "") -> Row:
-    """Returns the median of ``values``, which should reach ``target``, as a row."""
+    """Returns the median of ``values``, which should reach ``target``."""
     value = statistics.median(values)
     return Row(name, _short(value), f">= {target:g}", value >= target, len(values), _spread(values), note)
 
 
 def at_most(name: str, values: Sequence[float], target: float, note: str = "") -> Row:
-    """Returns the median of ``values``, which should not exceed ``target``, as a row."""
+    """Returns the median of ``values``, which should not exceed ``target``."""
     value = statistics.median(values)
     return Row(name, _short(value), f"<= {target:g}", value <= target, len(values), _spread(values), note)
 
@@ -122,7 +122,7 @@ def side_options(description: str | None) -> argparse.ArgumentParser:
 
 
 def side_command(name: str, pairs: Path, options: argparse.Namespace, *more: object) -> list[str]:
-    """Returns the command of a side that trains on packs, from its benchmark's ``training_options``."""
+    """Returns the command of a side, from its benchmark's ``training_options``."""
     command = [
         sys.executable, HERE / "sides" / f"{name}.py", "--pairs", pairs, "--batch", options.batch,
         "--pack-length", options.pack_length, "--precision", options.precision, *more,
@@ -137,7 +137,7 @@ def _add_precision(parser: argparse.ArgumentParser) -> None:
 REFERENCE_TOLERANCE = {"fp32": 0.05, "bf16": 4.0}
 """Largest difference, in nats, of a response's reference log-probability between sides that batch differently.
 
-bf16 has 8 bits of mantissa: each token's log-probability carries about 0.03, and responses have some hundred tokens.
+In bf16 (8 bits of mantissa) a token's log-probability carries about 0.03; responses have some hundred tokens.
 """
 LOSS_TOLERANCE = {"fp32": 0.005, "bf16": 0.03}
 
@@ -145,7 +145,7 @@ LOSS_TOLERANCE = {"fp32": 0.005, "bf16": 0.03}
 class Side:
     """A process that works when it is told to, so that two sides take turns on the same cores.
 
-    It reads a number a line from stdin, does that piece of work, and answers with a JSON line on its own pipe.
+    It reads a number a line from stdin and answers each with a JSON line on its own pipe.
     """
 
     def __init__(self, name: str, command: Sequence[str], environment: dict[str, str] | None = None) -> None:
@@ -195,7 +195,6 @@ class Side:
         return self.ready()
 
     def _watch_memory(self) -> None:
-        """Samples the proportional set size of the process and its children."""
         while not self._done.wait(0.5):
             with contextlib.suppress(psutil.Error):
                 root = psutil.Process(self._process.pid)
@@ -217,7 +216,7 @@ def check_references(ours: Sequence[Sequence[float]], theirs: Sequence[Sequence[
 
 
 def prepare() -> None:
-    """Makes CPU settings that all sides inherit: no broken instructions, not too many threads."""
+    """Makes the CPU settings that all sides inherit."""
     RESULTS.mkdir(exist_ok=True)
     cpu.prepare(THREADS)
 

@@ -2,10 +2,9 @@
 
     python benchmarks/iteration_against_authors.py --data FILE.jsonl [--batch 24] [--pairs 5] [--max-tokens 64]
 
-The peer (sides/authors_logic.py) pads, repeats the prompt, computes the reference at each step, recomputes activations,
-and generates with transformers. Row 2 counts all of it. Row 3 gives the peer this project's vLLM, so that only training
-differs. Both sides train on the same y′. They must agree on every reference log-probability and on the first loss,
-within harness.py's tolerances. Neither side counts the engine's start, once an iteration.
+The peer is sides/authors_logic.py; in row 3 it generates with this project's vLLM, so that only training differs. Both
+train on the same y′ and must agree on reference log-probabilities and the first loss, within harness.py's tolerances.
+The engine's start is not counted.
 """
 
 import json

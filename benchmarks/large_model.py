@@ -1,8 +1,7 @@
 """How much memory does each of two workers need to load, train and export a model of a billion parameters?
 
-Two gloo processes take two optimizer steps of one short pack each, with random weights. Cases: all weights, adapters
-that are merged, and adapters on frozen bf16 weights. Only private memory is sampled, as the kernel can drop mapped
-files. Ranks have the train workers' allocator, which keeps freed memory for 300 s, or the system's:
+Two gloo processes take two steps of one short pack each, with random weights. Only private memory is sampled, as the
+kernel can drop mapped files. The train workers' allocator keeps freed memory for 300 s:
 
     python benchmarks/large_model.py [--layers 20] [--peak-gib 24] [--only "adapters, bf16"] [--system-malloc] [--write]
 """
@@ -28,7 +27,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from spin_ray.runtime import cpu
 
 PACK, STEPS = 128, 2
-"""Tokens of a pack; optimizer steps, two because the first leaves holes in memory that only the second shows."""
+"""Tokens of a pack; optimizer steps: only the second shows the holes in memory that the first leaves."""
 PHASES = ("load", "step", "export")
 CASES: dict[str, tuple[str, bool | None]] = {
     "adapters": ("fp32", True), "adapters, bf16": ("bf16", False), "all weights": ("fp32", None),
@@ -120,8 +119,8 @@ def one_rank(rank: int, folder: str, case: str) -> None:
 def arithmetic(found: dict[str, Any]) -> float:
     """Returns the GiB that a rank needs in a step.
 
-    A rank holds half of the frozen weights, and half of the trained fp32 weights with gradients and squares. It also
-    holds the largest unit whole, with its gradient if all weights are trained.
+    A rank holds half of the frozen weights and of the trained fp32 weights with gradients and squares, and the whole
+    largest unit, with its gradient if all weights are trained.
     """
     trains_all, each = found["trained"] == found["parameters"], found["frozen bytes"]
     shares = each * (found["parameters"] - found["trained"]) + 3 * 4 * found["trained"]

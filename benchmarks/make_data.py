@@ -2,8 +2,8 @@
 
     python benchmarks/make_data.py runs/bench/chitchat.jsonl [--rows 2200]
 
-A row is three messages and their reply, not chosen by content, as speed depends on lengths alone. Benchmarks take other
-rows as well: ``--data FILE.jsonl`` with ``messages``.
+Rows are not chosen by content, as speed depends on lengths alone. Benchmarks take other rows as well: ``--data
+FILE.jsonl`` with ``messages``.
 """
 
 import argparse
@@ -17,7 +17,7 @@ from spin_ray.inputs.embedded.data import chitchat_conversations
 
 ROLES = ("user", "assistant", "user", "assistant")
 LONGEST = 60
-"""Most words of a message, so that packs of 512 tokens hold any row."""
+"""Most words of a message: packs of 512 tokens must hold any row."""
 
 
 def main() -> None:
@@ -34,7 +34,7 @@ def main() -> None:
 
 
 def exchanges() -> Iterator[dict[str, Any]]:
-    """Yields the first four turns of each conversation as a row of ``messages``; leaves out empty and long turns."""
+    """Yields the first four turns of each conversation as a row of ``messages``."""
     for conversation in chitchat_conversations().values():
         texts = [" ".join(message["text"] for message in turn) for turn in conversation["messages"][: len(ROLES)]]
         if len(texts) == len(ROLES) and all(0 < len(text.split()) <= LONGEST for text in texts):

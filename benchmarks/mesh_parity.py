@@ -1,7 +1,7 @@
 """How far is training on a mesh of four workers from training on one, with the same pairs?
 
-Four gloo processes train tiny random models in fp32 on one mesh after another, with unequal packs; cases are those of
-tests/unit/learner/test_meshes.py. Prints a table of the largest differences over steps and weights:
+Four gloo processes train the cases of tests/unit/learner/test_meshes.py in fp32. Prints a table of the largest
+differences over steps and weights:
 
     python benchmarks/mesh_parity.py [--write]
 """

@@ -1,8 +1,7 @@
 """Does vLLM load spin_ray's export of each family, and compute the same?
 
 Each tiny random model of tests/support/model_kinds.py, with heads as wide as vLLM's CPU kernels need, is trained a step
-and exported. vLLM loads the export in fp32, in its own process, with the corrections that every engine of spin_ray
-gets, and continues prompts greedily. transformers scores vLLM's tokens. Prints a table:
+and exported. vLLM continues prompts greedily in fp32; transformers scores vLLM's tokens. Prints a table:
 
     python benchmarks/models_in_vllm.py [--write] [NAME ...]
 
@@ -184,7 +183,7 @@ def wide(kind: ModelKind) -> ModelKind:
 
 
 def said_by_vllm(folder: str) -> list[dict[str, Any]]:
-    """Returns the tokens of each answer and their log-probabilities."""
+    """Returns the tokens and log-probabilities of each answer."""
     prepare_process(EngineConfig(cpu_kv_cache_gib=1), threads=1)
     from vllm import LLM, SamplingParams
 

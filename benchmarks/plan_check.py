@@ -1,7 +1,7 @@
 """Does ``spin-ray plan`` predict the time and memory of scoring and training?
 
-Times packs through the learner (one process, gloo, no Ray) and compares with the cost model, for SmolLM2-135M-Instruct
-and random Llamas of 45M and 362M parameters.
+Compares the cost model with packs through the learner (one process, gloo, no Ray), for SmolLM2-135M-Instruct and random
+Llamas.
 
     python benchmarks/plan_check.py [--threads 2] [--packs 5] [--pack-length 512] [--models 45m 135m 362m]
 
@@ -43,9 +43,9 @@ RANDOM_SIZES: dict[str, dict[str, int]] = {
     "362m": {"hidden_size": 960, "intermediate_size": 2560, "num_hidden_layers": 32, "num_attention_heads": 15,
              "num_key_value_heads": 5, "vocab_size": 49152},
 }  # fmt: skip
-"""Sizes of random Llamas; 362m has the shape of SmolLM2-360M."""
+"""Random Llamas; 362m has the shape of SmolLM2-360M."""
 TREE = (96, 64, 64)
-"""Tokens of prompt, y and y' of every tree; two trees leave 64 tokens of a pack of 512."""
+"""Tokens of prompt, y and y' of every tree."""
 
 
 @dataclass(frozen=True)
@@ -54,7 +54,7 @@ class Case:
 
     model: str
     kind: str
-    """``scoring``, ``training`` or ``checkpointed`` (training with gradient checkpointing)."""
+    """``scoring``, ``training`` or ``checkpointed`` (with gradient checkpointing)."""
 
     def config(self, options: argparse.Namespace) -> SpinConfig:
         train = {"pack_length": options.pack_length, "precision": "fp32"}

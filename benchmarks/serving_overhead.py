@@ -1,12 +1,9 @@
 """How much of a bare vLLM OpenAI server's speed does `spin-ray serve` keep, and what does it add to the first token?
 
-Both run at the same time with the same model and engine arguments, each engine computing in one process. They are
-loaded in turn, A B B A A B: first one stream at a time, then `--clients` streams at once. Both loads time the first
-token, the second also tokens a second. Answers have half to one and a half times `--max-tokens`, in the same order for
-both servers: with equal lengths all clients would ask again at the same moment.
-
-Then ten times as many clients as `spin-ray serve` has places ask for `--overload-s` seconds, and again a second after a
-refusal. Refusals are timed by the kernel's time stamp of their arrival, `/healthz` by a process of its own.
+Both serve the same model with the same engine arguments and are loaded in turn, A B B A A B: first with one stream at a
+time, then with `--clients` streams at once. Answer lengths vary around `--max-tokens`: with equal lengths all clients
+would ask again at the same moment. Then ten times as many clients as `spin-ray serve` has places ask for
+`--overload-s` seconds.
 
     python benchmarks/serving_overhead.py [--clients 8] [--requests 32] [--max-tokens 32] [--rounds 6] [--overload-s 30]
     python benchmarks/serving_overhead.py --only-overload
@@ -115,7 +112,7 @@ def added(rounds: list[Firsts], percent: int, target: float, streams: str) -> Ro
 
 
 async def load(url: str, clients: int, requests: int, max_tokens: int) -> tuple[list[float], float]:
-    """Returns seconds to the first token of each request, and tokens per second of all requests."""
+    """Returns seconds to the first token of each request, and tokens per second of all."""
     firsts: list[float] = []
     longest = [max_tokens // 2 + 7 * number % (max_tokens + 1) for number in range(requests)]
     waiting = iter(longest)
@@ -148,7 +145,7 @@ async def load(url: str, clients: int, requests: int, max_tokens: int) -> tuple[
 
 
 def overload(url: str, seconds: float) -> list[Row]:
-    """Returns p99 of refusals and of health checks, in milliseconds, with ten times too many clients."""
+    """Returns p99 of refusals and of `/healthz` in milliseconds; `/healthz` is timed by its own process."""
     with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn")) as pool:
         checked = pool.submit(health_checks, url, seconds)
         answered = Crowd(url, 10 * PLACES).insist(seconds)
@@ -167,15 +164,13 @@ def overload(url: str, seconds: float) -> list[Row]:
 
 
 def _percentile(times: Sequence[tuple[float, ...]], column: int, percent: int) -> float:
-    """Returns a percentile of a column of seconds, in milliseconds."""
     return round(1000 * float(numpy.percentile([time[column] for time in times], percent)), 1)
 
 
 class Crowd:
-    """Clients that repeat one request, on sockets of one thread.
+    """Clients on sockets of one thread: an HTTP library would use more CPU for hundreds of clients than the server.
 
-    An HTTP library would use more CPU for hundreds of clients than the server does. The kernel notes when a reply
-    arrives, as this process may read it later.
+    The kernel notes when a reply arrives, as this process may read it later.
     """
 
     def __init__(self, url: str, clients: int) -> None:
@@ -270,7 +265,7 @@ def bare() -> Iterator[str]:
 
 @contextlib.contextmanager
 def ours(folder: Path) -> Iterator[str]:
-    """Runs `spin-ray serve` on a run that has published its start model; yields its URL."""
+    """Runs `spin-ray serve` on a run with its start model; yields its URL."""
     config = SpinConfig.model_validate(
         {
             "model": {"path": MODEL, "max_length": LENGTH},

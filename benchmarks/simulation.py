@@ -1,6 +1,6 @@
 """What do failures, slow nodes and autoscaling cost a run of days on 1 to 64 nodes?
 
-fleet.py simulates the driver's rules, with the times of ``spin-ray plan``; nothing is measured.
+fleet.py simulates the driver's rules with the times of ``spin-ray plan``; nothing is measured.
 
     python benchmarks/simulation.py [--runs 20] [--write]     # --write: results/simulation.{json,md}
 
@@ -31,7 +31,7 @@ from spin_ray.planning.scaling import on_all_gpus
 from spin_ray.planning.work import Work, pair_packs
 
 MTBF_OF_NODE_S = {"Llama 3": 8 * GPU_MTBF_S, "ten times as often": 0.8 * GPU_MTBF_S, "spot, 24 h": 24 * HOUR}
-"""Mean seconds between failures of a node of 8 GPUs: a mature cluster, a young cluster, spot machines."""
+"""Mean seconds between failures of a node of 8 GPUs: a mature cluster, a young one, spot machines."""
 LLAMA_70B = ModelShape(
     layers=80, hidden=8192, intermediate=28672, heads=64, kv_heads=8, head_dim=128, vocab=128256, tied=False
 )
@@ -97,7 +97,7 @@ def stages_of(config: SpinConfig, shape: ModelShape, cluster: Cluster, work: Wor
 
 
 def run(setting: Setting, runs: int) -> dict[str, Any]:
-    """Returns the results of a setting, as means over seeds."""
+    """Returns means over seeds."""
     config = load_config(RECIPE, {"train.checkpoint_every_steps": str(setting.checkpoint_every_steps)})
     shape = read_shape(config) if setting.model == "7B" else LLAMA_70B
     engine = {} if setting.model == "7B" else {"tensor_parallel_size": 4}

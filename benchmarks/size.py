@@ -5,8 +5,7 @@ Runs prompts, generation with a null engine, and pairs at several sizes, each in
     python benchmarks/size.py [--rows 10000 100000 1000000]
 
 Rates count only the rows that the last size adds to the one before, so that the start of workers does not count. The
-tokenizer alone on all cores bounds the prompts stage. The cost of a further row at the last size is compared with that
-at smaller sizes: 1 is linear.
+tokenizer's own rate bounds the prompts stage.
 """
 
 import argparse

@@ -1,10 +1,8 @@
-"""Tables of the documentation: results beside their targets, and sizes that ``spin-ray plan`` predicts.
+"""Tables of the documentation.
 
-    python benchmarks/tables.py results            # prints results/bench.json
-    python benchmarks/tables.py sizes [--write]    # the tables of sizes in docs/cluster.md; nothing is run
-    python benchmarks/tables.py rates              # planning/rates.json, from results/gpu.json
-
-``put`` writes a table into a page, between ``<!-- NAME: by `COMMAND` -->`` and ``<!-- end of NAME -->``.
+python benchmarks/tables.py results            # prints results/bench.json beside its targets
+python benchmarks/tables.py sizes [--write]    # the tables of sizes in docs/cluster.md; nothing is run
+python benchmarks/tables.py rates              # planning/rates.json, from results/gpu.json
 """
 
 import argparse
@@ -49,7 +47,7 @@ def main() -> None:
 
 
 def put(name: str, text: str, page: Path = CLUSTER_PAGE) -> None:
-    """Replaces the table ``name`` of a page.
+    """Replaces a page's table, between ``<!-- NAME: by `COMMAND` -->`` and ``<!-- end of NAME -->``.
 
     Raises:
         ValueError: the page has no place for it, or more than one.
@@ -79,7 +77,7 @@ BEST_ROW = re.compile(r"1.5B, 130/256, best: (training|scoring), MFU of the data
 
 
 def measured_rates(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """Returns the rates for ``planning.rates``: MFU of the data sheet that the plan's cards have shown."""
+    """Returns MFU of the data sheet that the plan's cards have shown, for ``planning.rates``."""
     return [
         {
             "card": DEVICE_NAMES[row["card"]], "stage": found[1], "parameters": 1.54e9, "mfu": row["value"],
@@ -140,7 +138,7 @@ def sizes() -> str:
 
 
 def scaling(network: float | None = None) -> str:
-    """Returns hours of zephyr_7b.yaml by nodes of 8 H100, with the recipe's batch and with the plan's larger one."""
+    """Returns hours of zephyr_7b.yaml by nodes of 8 H100, with its own batch and with the plan's larger one."""
     config = load_config(ROOT / "jobs" / "recipes" / "zephyr_7b.yaml")
     found = predict(config, Cluster(nodes=8, gpu="H100", network=network), LENGTHS).scaling
     assert found is not None

@@ -1,7 +1,7 @@
 """Do train workers send as many bytes as ``spin-ray plan`` predicts?
 
-Ranks of the real backend (gloo, no Ray) take a step of two packs each. A dispatch mode counts the bytes of every
-collective except scalars (norms, metrics); the sum is compared with ``planning.traffic``.
+Ranks of the real backend (gloo, no Ray) take a step of two packs each. The counted bytes of all collectives except
+scalars (norms, metrics) are compared with ``planning.traffic``.
 
     python benchmarks/traffic_check.py [--ranks 2 4] [--model 45m]     # one JSON line for each case
     python benchmarks/traffic_check.py --times --model 45m             # five meshes, in turn, --rounds 5

@@ -1,7 +1,7 @@
 """What do Ray and bookkeeping cost in training, and how close does it come to this machine's matrix products?
 
-Compares the training stage as a run starts it (Ray Train, one worker with two CPUs, logs, FSDP2) with a bare PyTorch
-loop over the same packs, step by step in turns. Also compares the stage's FLOP rate with products of the same shapes.
+Compares the training stage of a run (Ray Train, one worker, FSDP2) with a bare PyTorch loop over the same packs, in
+turns, and the stage's FLOP rate with bare products of the same shapes.
 
     python benchmarks/training_overhead.py --data FILE.jsonl [--batch 24] [--pairs 5] [--pack-length 1024]
 """

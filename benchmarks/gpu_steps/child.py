@@ -1,7 +1,7 @@
 """A process that runs the items of one step, and the parent's side of it.
 
-The child writes JSON lines: ``begin``, ``row``, ``failed``, ``end``. A CUDA error may make the process unusable, and a
-process may hang or die. The parent then notes the item's reason and continues with the next item in a new process.
+The child writes JSON lines: ``begin``, ``row``, ``failed``, ``end``. After a CUDA error, a crash or a timeout, the
+parent notes the item's reason and continues with the next item in a new process.
 """
 
 import contextlib
@@ -50,7 +50,7 @@ def module_of(step: str) -> ModuleType:
 
 
 def run_items(step: str, items: list[str], context: Context, reply: int) -> None:
-    """Runs ``items``; ends the process early after an error that leaves the device unusable."""
+    """Runs ``items``; ends the process after an error that leaves the device unusable."""
     pipe = os.fdopen(reply, "w", buffering=1)
 
     def say(**values: Any) -> None:
@@ -108,7 +108,7 @@ def _free_memory(context: Context) -> None:
 
 @dataclass(kw_only=True)
 class Child:
-    """One process over some items; ``messages`` yields (item, message) until the process ends or its time is up."""
+    """One process over some items; ``messages`` yields (item, message) until it ends or its time is up."""
 
     step: str
     items: list[str]
@@ -160,7 +160,7 @@ def lines_until(reader: int, deadline: float) -> Iterator[str]:
 
 
 def _end(process: "subprocess.Popen[bytes]", *, wait_s: float) -> None:
-    """Waits ``wait_s``, then kills the process and everything that it started."""
+    """Kills the process after ``wait_s``, with everything that it started."""
     try:
         with contextlib.suppress(subprocess.TimeoutExpired):
             process.wait(timeout=wait_s)
@@ -176,7 +176,7 @@ def last_line(log: Path) -> str:
 
 
 def environment() -> dict[str, str]:
-    """Returns a child's environment: it imports this checkout first and asks no hub."""
+    """Returns a child's environment: this checkout comes first, and no hub is asked."""
     paths = [str(ROOT), str(ROOT / "benchmarks"), os.environ.get("PYTHONPATH", "")]
     return os.environ | {
         "PYTHONPATH": os.pathsep.join(path for path in paths if path),

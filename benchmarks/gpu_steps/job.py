@@ -1,4 +1,4 @@
-"""Step 8: a whole run with Ray. transformers generates in place of vLLM, and a train worker is killed once."""
+"""Step 8: a whole run with Ray. transformers generates in vLLM's place, and a train worker is killed once."""
 
 import json
 import os
@@ -22,7 +22,7 @@ CHECKPOINT_STEPS = 20
 
 
 class TransformersEngine:
-    """A ``GenerationEngine`` that samples with transformers, with a seed for each prompt."""
+    """A ``GenerationEngine`` that samples with transformers."""
 
     def __init__(self, spec: Any) -> None:
         import torch
@@ -85,7 +85,7 @@ def run(context: Context) -> Iterator[Measure]:
 
 
 def stages_of(out: Path, running: Future[Any]) -> Iterator[Measure]:
-    """Yields the seconds of each stage once it has ended, so that a run that is cut short shows how far it came."""
+    """Yields the seconds of each stage once it has ended: a run that is cut short shows how far it came."""
     from spin_ray.run_dir.events import read_events
     from spin_ray.run_dir.storage import Storage
 
@@ -131,7 +131,7 @@ def recipe(context: Context) -> Any:
 
 
 class _Killer(threading.Thread):
-    """A thread that kills a train worker once, as soon as the controller knows a checkpoint to resume from."""
+    """A thread that kills a train worker once there is a checkpoint to resume from."""
 
     def __init__(self, run: Path) -> None:
         super().__init__(daemon=True)

@@ -29,7 +29,7 @@ from spin_ray.learner.step import (
 
 @dataclass(frozen=True, kw_only=True)
 class Variant:
-    """One state of the ablation: ``as is`` is the former learner on GPUs; each following state changes one thing."""
+    """One state of the ablation: ``as is`` is the former learner; each following state changes one thing."""
 
     name: str
     attention: str | None = None
@@ -42,7 +42,7 @@ class Variant:
 
 
 def variants() -> tuple[Variant, ...]:
-    """Returns the states of the ablation; the last state is the present learner."""
+    """Returns the states of the ablation; the last one is the present learner."""
     return (
         Variant(name="as is", attention="loop", small_head=True, compile=False, prefetch=False),
         Variant(name="+ attention", small_head=True, compile=False, prefetch=False),
@@ -86,7 +86,7 @@ def as_variant(variant: Variant) -> Iterator[None]:
 
 
 def head_in_small_chunks(head: Any, *arguments: Any, fused: bool) -> torch.Tensor:
-    """Computes the head as before: in checkpointed chunks of 256 rows, each with a gradient of the whole head."""
+    """Computes the head in checkpointed chunks of 256 rows, each with a gradient of the whole head."""
     from spin_ray.learner.head import target_logps
 
     return target_logps(lambda hidden: head(hidden), *arguments, rows=256)

@@ -47,7 +47,7 @@ def packed(precision: str, context: Context) -> Iterator[Measure]:
 
 
 def step_zero(context: Context) -> Iterator[Measure]:
-    """Yields margin and loss less ln 2 of step 0. Every margin is 0 if scoring and training compute the same bits."""
+    """Yields margin and loss less ln 2 of step 0; margins are 0 if scoring and training compute the same bits."""
     learner = make(context, "bf16")
     learner.score()
     metrics = learner.step()
@@ -70,7 +70,7 @@ def steps_beside_cpu(context: Context) -> Iterator[Measure]:
 
 
 def resume(context: Context) -> Iterator[Measure]:
-    """Yields how far a step after loading a checkpoint is from the same step without loading, both in this process."""
+    """Yields how far a step after loading a checkpoint is from the same step without loading."""
     learner = make(context, "bf16")
     learner.score()
     learner.step()
@@ -88,7 +88,7 @@ def resume(context: Context) -> Iterator[Measure]:
 
 
 def resume_elsewhere(context: Context) -> Iterator[Measure]:
-    """Yields the same for a process that is killed and a new one that continues, with ``train.deterministic``."""
+    """Yields the same for a killed process and a new one, with ``train.deterministic``."""
     killed, continued = (in_own_process(context, part) for part in ("killed", "continued"))
     name, apart = "resume in a new process, deterministic", abs(killed["loss"] - continued["loss"])
     same = float(killed["weights"] == continued["weights"])
@@ -123,7 +123,7 @@ def whole(tensor: Any) -> torch.Tensor:
 
 
 def export(context: Context) -> Iterator[Measure]:
-    """Yields how far transformers' scores of the exported model are from the learner's own."""
+    """Yields how far transformers' scores of the exported model are from the learner's."""
     learner = make(context, "fp32")
     learner.score()
     learner.step()
@@ -144,7 +144,7 @@ def collectives(context: Context) -> Iterator[Measure]:
 
 
 def make(context: Context, precision: str, *, count: int = 8, lengths: str = CHAT, **more: Any) -> Learner:
-    """Returns a learner with default settings, but not compiled in fp32, where errors are small enough to be seen."""
+    """Returns a learner; in fp32, where errors are small enough to be seen, it is not compiled."""
     rows = pairs_of(context, lengths, count=count, model=MODEL)
     if precision == "fp32":
         more["compile"] = False
@@ -177,7 +177,7 @@ def one_by_one(context: Context, folder: Path, rows: list[dict[str, Any]], preci
 
 
 def as_it_comes(item: Item) -> Item:
-    """Returns the item within a process group, with the present learner."""
+    """Returns the item within a process group."""
 
     def run(context: Context) -> Iterator[Measure]:
         with one_rank(group_of(context)), as_variant(BEST):

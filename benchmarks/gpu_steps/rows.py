@@ -22,7 +22,7 @@ class Measure:
 
     @property
     def met(self) -> bool | None:
-        """Returns whether the target is met; None without a target."""
+        """Returns None without a target."""
         if not self.target:
             return None
         sign, limit = self.target.split()
@@ -31,11 +31,11 @@ class Measure:
 
 @dataclass
 class Results:
-    """The file of rows, written after every change, so that a run that is cut short keeps its rows."""
+    """The file of rows, written after every change: a run that is cut short keeps its rows."""
 
     folder: Path
     facts: dict[str, Any] = field(default_factory=dict)
-    """``card``, ``versions`` and ``commit`` of all added rows."""
+    """``card``, ``versions`` and ``commit`` of added rows."""
 
     def __post_init__(self) -> None:
         self.folder.mkdir(parents=True, exist_ok=True)

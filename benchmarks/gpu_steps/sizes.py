@@ -15,7 +15,7 @@ from spin_ray.planning.model_shape import ModelShape
 from spin_ray.run_dir.schemas import PAIR_SCHEMA
 
 SPREAD = 0.45
-"""Sigma of log-normal lengths, as in ``planning.paper``."""
+"""Sigma of log-normal lengths."""
 CHAT, LONG, SHORT = "130/256", "400/300", "30/20"
 """Mean tokens: prompt/each response."""
 SHAPES: dict[str, dict[str, Any]] = {
@@ -32,7 +32,7 @@ SHAPES: dict[str, dict[str, Any]] = {
         "num_attention_heads": 8, "num_key_value_heads": 2, "tie_word_embeddings": True,
     },
 }  # fmt: skip
-"""Llamas with the sizes of Qwen2.5-1.5B and Mistral-7B, and a small one for parity."""
+"""Llamas with the sizes of Qwen2.5-1.5B and Mistral-7B, and a small one."""
 TINY_SHAPE = {
     "vocab_size": 128, "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4,
     "num_key_value_heads": 2, "tie_word_embeddings": True,
@@ -101,7 +101,7 @@ def table_of(rows: list[dict[str, Any]]) -> pa.Table:
 
 
 def needed_flops(shape: ModelShape, rows: list[dict[str, Any]], *, backward: bool) -> float:
-    """Returns the FLOPs that the trees of ``rows`` need: no padding, no pairs of tokens that do not see each other."""
+    """Returns the FLOPs that trees of ``rows`` need, without padding and pairs of tokens that do not see each other."""
     tokens = targets = seen = 0.0
     for row in rows:
         prompt, real, generated = (len(row[name]) for name in ("prompt_ids", "real_ids", "generated_ids"))
@@ -112,7 +112,7 @@ def needed_flops(shape: ModelShape, rows: list[dict[str, Any]], *, backward: boo
 
 
 def model_folder(context: Context, model: str) -> Path:
-    """Returns the folder of a random bf16 model with a small tokenizer, made once for all steps."""
+    """Returns the folder of a random bf16 model, made once for all steps."""
     folder = context.work / f"model-{model}"
     if (folder / "done").exists():
         return folder

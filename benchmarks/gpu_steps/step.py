@@ -1,4 +1,4 @@
-"""Step 5: an optimizer step of 1.5B parameters: speed with one change after another, and where the time goes."""
+"""Step 5: an optimizer step of 1.5B parameters: speed after each change, and where the time goes."""
 
 from collections.abc import Iterator
 from functools import partial

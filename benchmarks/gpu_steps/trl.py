@@ -1,7 +1,7 @@
 """Step 6: the pairs of step 5 through TRL's DPOTrainer, at its best and at its defaults.
 
 At its best: reference scores computed beforehand, rows sorted by length, Liger's kernels, ``varlen_attn`` without
-padding. TRL's fused head already computes in chunks; TRL switches ``padding_free`` off for DPO.
+padding. TRL switches its ``padding_free`` off for DPO.
 """
 
 import json
@@ -141,7 +141,7 @@ def _trainer(context: Context, way: Way, rows: list[dict[str, Any]], clock: _Clo
 
 
 def _micro_batch(way: Way, rows: list[dict[str, Any]]) -> int:
-    """Returns the pairs of a forward pass, fewer than the default where kept activations of long rows would not fit."""
+    """Returns the pairs of a forward pass, fewer where kept activations would not fit."""
     longest = max(len(row["prompt_ids"]) + max(len(row["real_ids"]), len(row["generated_ids"])) for row in rows)
     micro = min(MICRO_BATCH, len(rows))
     while not way.checkpointing and micro > 1 and 2 * micro * longest > KEPT_TOKENS:

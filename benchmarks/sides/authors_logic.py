@@ -1,8 +1,8 @@
 """Side of the iteration benchmark: SPIN as its authors ran it, from the published description. A turn is one iteration.
 
-Written for this comparison, with the logistic loss. transformers' ``generate`` makes responses in batches padded on the
-left. A training step pads every response with its own copy of the prompt, computes the logits of all positions, asks a
-second, frozen model for the reference, and recomputes activations (gradient checkpointing).
+transformers' ``generate`` makes responses in batches padded on the left. A training step pads every response with its
+own copy of the prompt, computes the logits of all positions, asks a second, frozen model for the reference, and
+recomputes activations (gradient checkpointing).
 """
 
 import json

@@ -1,6 +1,6 @@
 """Side of training benchmarks: this project's learner, one worker, without Ray.
 
-A turn is one optimizer step; with ``--epochs`` it is the scoring and all steps of an iteration.
+A turn is one optimizer step; with ``--epochs`` it is an iteration's scoring and steps.
 """
 
 import json

@@ -1,8 +1,7 @@
 """Side of training benchmarks: TRL's DPOTrainer at its best settings for CPUs. A turn is one optimizer step.
 
 Runs in its own environment (requirements/peers.txt), so it imports nothing of this project. The DPO loss with the
-opponent as reference is the logistic SPIN loss. Reference log-probabilities are precomputed, nothing is checkpointed,
-and the pairs of a step are sorted by length, which makes padding least.
+opponent as reference is the logistic SPIN loss. Rows of a step are sorted by length, which makes padding least.
 """
 
 import argparse
@@ -28,7 +27,7 @@ class TokenisedDPOTrainer(DPOTrainer):
 
 
 class Turns(TrainerCallback):
-    """A callback that starts a step when it is told to, and answers with the step's seconds."""
+    """A callback that starts a step when it is told to, and answers with its seconds."""
 
     def __init__(self, reply: int) -> None:
         self.pipe = os.fdopen(reply, "w", buffering=1)

@@ -16,7 +16,7 @@ HELLO = {"model": "sft", "messages": [{"role": "user", "content": "hello"}]}
 
 
 class Server:
-    """An application in this process, and what stands behind it."""
+    """An application in this process, with its engines and a client."""
 
     def __init__(self, keys: list[Key] | None = None, **serving: Any) -> None:
         self.engines = FakeEngines()
@@ -33,7 +33,7 @@ def run(test: Any) -> None:
 
 
 def refused(response: httpx.Response, status: int) -> dict[str, Any]:
-    """Returns the error, after checking that it is in OpenAI's form."""
+    """Returns the error, after checking that it has OpenAI's form."""
     assert response.status_code == status, response.text
     error = response.json()["error"]
     assert set(error) == {"message", "type", "param", "code"} and error["message"]

@@ -1,5 +1,6 @@
-"""Google Cloud Storage's XML API as far as a run needs it, on loopback: objects with generations, conditional puts,
-listings with a delimiter, uploads in parts. Written from https://cloud.google.com/storage/docs/xml-api/reference-methods.
+"""Google Cloud Storage's XML API on loopback: generations, conditional puts, listings, uploads in parts.
+
+Written from https://cloud.google.com/storage/docs/xml-api/reference-methods.
 """
 
 import hashlib

@@ -1,4 +1,4 @@
-"""A Hugging Face hub on this machine, as far as its client asks one for a commit, a listing or a file."""
+"""A Hugging Face hub on this machine that serves commits, listings and files."""
 
 import hashlib
 import json
@@ -30,7 +30,7 @@ class Hub:
     url: str = ""
     down: bool = False
     repositories: dict[str, Repository] = field(default_factory=dict)
-    """By ``models/OWNER/NAME`` and ``datasets/OWNER/NAME``."""
+    """Repositories by ``models/OWNER/NAME`` and ``datasets/OWNER/NAME``."""
     asked: list[str] = field(default_factory=list)
     """Method and path of each request."""
 

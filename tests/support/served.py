@@ -68,9 +68,9 @@ class Served:
         return [root, *root.children(recursive=True)]
 
     def replicas(self, name: str, least: int = 1) -> list[psutil.Process]:
-        """Returns processes of Ray Serve's replicas whose application or deployment has ``name`` in its name.
+        """Waits for ``least`` processes of Ray Serve's replicas with ``name`` in their application or deployment.
 
-        While a replica answers, its title is that of the call: waits until ``least`` have theirs.
+        A replica that answers has another title meanwhile.
         """
         deadline = time.monotonic() + 30
         while len(found := self._titled("ServeReplica", name)) < least:
@@ -94,7 +94,7 @@ class Served:
         return found
 
     def memory(self) -> int:
-        """Returns the bytes that all its processes hold; shared ones are counted once."""
+        """Returns the bytes that all processes hold; shared ones are counted once."""
         total = 0
         for process in self.family():
             try:
@@ -105,7 +105,7 @@ class Served:
 
     @contextmanager
     def connection(self, receive_buffer: int | None = None) -> Iterator[socket.socket]:
-        """Opens a socket, for what no HTTP client would do."""
+        """Opens a raw socket."""
         host, port = self.url.removeprefix("http://").split(":")
         with socket.socket() as raw:
             if receive_buffer:

@@ -1,4 +1,4 @@
-"""Every section and setting of a recipe, for tests of all of them."""
+"""Every section and setting of a recipe."""
 
 from spin_ray.config import recipe, sections
 from spin_ray.config.recipe import SpinConfig

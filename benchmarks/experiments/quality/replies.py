@@ -1,9 +1,7 @@
-"""The third setting: small talk between people, where there is no right answer and SPIN's theory promises a gain.
+"""Setting and arms of the experiment on replies: small talk between people, without right answers.
 
-The measures were fixed before the first run (likeness.py). An arm is sampled at each of ``TEMPERATURES``: a cooler
-sample is the cheapest competitor. Iterate and temperature are chosen on dev conversations by the mean accuracy of the
-discriminators, lower is better; what is reported is measured on test conversations. Continued SFT is compared at
-equal training tokens, and at its own best temperature.
+An arm is sampled at each of ``TEMPERATURES``, as a lower temperature is the cheapest competitor. analyse_replies.py
+says how arms are chosen and compared; the measures (likeness.py) were fixed before the first run.
 """
 
 import copy
@@ -63,11 +61,11 @@ ARMS = (
         is_spin=True, seeds=3,
     ),
 )  # fmt: skip
-"""In the order in which they are run."""
+"""Arms in the order in which they run."""
 
 
 def _settings() -> dict[str, Setting]:
-    """The whole setting, and a first pass with which one slow thread gets somewhere."""
+    """Returns the whole setting, and a smaller first pass."""
     recipe = copy.deepcopy(CPU)
     recipe["model"] = {"path": "embedded:smollm2-135m-instruct", "max_length": 192}
     recipe["data"] = {"system": ""}
