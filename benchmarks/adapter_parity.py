@@ -1,7 +1,6 @@
 """Does an engine with an adapter answer as an engine with the merged model does?
 
-Both vLLM engines, each in its own process, are compared with transformers and PEFT's unmerged adapter. The random
-adapters of rank 4 change the model more than trained ones.
+Compares both with transformers and PEFT's unmerged adapter, which is random, of rank 4.
 
     python benchmarks/adapter_parity.py [--model embedded:tiny-llama] [--write]
 """
@@ -93,7 +92,7 @@ def merge_into(base: Path, adapter: Path, target: Path, dtype: str) -> None:
 
 @torch.no_grad()
 def by_transformers(base: Path, adapter: Path, merged: Path, dtype: str) -> tuple[list[list[int]], float, float]:
-    """Returns PEFT's greedy tokens, and the merged model's differences in log p of them: largest, mean."""
+    """Returns PEFT's greedy tokens, and how far the merged model's log p of them differs: largest, mean."""
     import peft
     from transformers import AutoModelForCausalLM
 

@@ -1,6 +1,6 @@
 """How far is DeepSpeed from FSDP2, and LoRA from PEFT alone, after three steps on the same pairs?
 
-Cases are those of test_deepspeed.py (two gloo workers, unequal packs) and test_lora.py (one worker). Prints tables:
+Cases are those of test_deepspeed.py and test_lora.py.
 
     python benchmarks/backend_parity.py [--write]
 """
@@ -53,7 +53,7 @@ def table(rows: dict[str, tuple[float, ...]]) -> str:
 
 
 def peft(directory: Path) -> tuple[float, ...]:
-    """Returns the same for adapters on FSDP2 beside PEFT in a plain torch loop, fp32, weights merged."""
+    """Returns the same for adapters on FSDP2 beside PEFT in a plain torch loop, in fp32."""
     (directory / "alone").mkdir()
     with one_rank(directory / "alone"):
         backend = backend_of(directory / "tied", seed=3)

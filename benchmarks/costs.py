@@ -50,7 +50,7 @@ def main() -> None:
 def useful_tokens(options: argparse.Namespace) -> None:
     """How many tokens does training compute, relative to every prompt once and every response once?
 
-    Packs are built but not trained, so the answer is the same each time.
+    Packs are built but not trained.
     """
     rows = pairs_of(options.data, options.rows)
     table = table_of(rows)
@@ -64,10 +64,7 @@ def useful_tokens(options: argparse.Namespace) -> None:
 
 
 def pack_length(options: argparse.Namespace) -> None:
-    """How does the pack length change a step's time and peak memory?
-
-    One rank takes steps on the same pairs in packs of several lengths, in turns. Nothing is recorded.
-    """
+    """How does the pack length change a step's time and peak memory? Sides take turns; nothing is recorded."""
     prepare()
     with tempfile.TemporaryDirectory() as folder, ExitStack() as stack:
         pairs = Path(folder) / "pairs.json"
@@ -100,9 +97,9 @@ FSDP_RANGES = ("FSDP::pre_forward", "FSDP::pre_backward", "FSDP::post_backward")
 
 
 def step_profile(options: argparse.Namespace) -> None:
-    """Where does the time of a training step go? Profiles one step after two steps of warm-up.
+    """Where does the time of a training step go?
 
-    The default is one thread, as the profile of more threads includes waiting.
+    One thread by default, as the profile of more threads includes waiting.
     """
     restart_with_allocator()
     prepare()
@@ -147,10 +144,7 @@ train: {{resources: {{cpus: 1}}, epochs: 1, global_batch_pairs: 16, pack_length:
 
 
 def nothing_to_do(options: argparse.Namespace) -> None:
-    """How long does the command of a finished run take?
-
-    The run has many prompts; its iteration uses 64 of them. A finished run never starts Ray.
-    """
+    """How long does the command of a finished run take? Such a run never starts Ray."""
     with tempfile.TemporaryDirectory() as folder:
         rows, recipe = Path(folder) / "rows.jsonl", Path(folder) / "recipe.yaml"
         with rows.open("w") as file:
@@ -166,7 +160,6 @@ def nothing_to_do(options: argparse.Namespace) -> None:
 
 
 def seconds_of_run(recipe: Path, out: Path) -> float:
-    """Returns the seconds of ``spin-ray run``."""
     started = time.perf_counter()
     subprocess.run(
         [sys.executable, "-m", "spin_ray", "run", str(recipe), "--out", str(out)],
@@ -181,8 +174,8 @@ ITERATE = "iter_000"
 def fixed_overhead(options: argparse.Namespace) -> None:
     """What does an iteration cost that computes next to nothing? The stages' seconds are starts, exports and commits.
 
-    Smoke runs of this checkout and of ``--before`` take turns, with the same Python. Prints CPU seconds too, as other
-    work on the machine changes them less.
+    Smoke runs of this checkout and of ``--before`` take turns, with the same Python. Other work on the machine changes
+    the printed CPU seconds less.
     """
     checkouts = [HERE.parent, *([options.before] if options.before else [])]
     measured: list[list[dict[str, float]]] = [[] for _ in checkouts]

@@ -1,7 +1,7 @@
 """What does a fault at any point of a run cost?
 
 Stops the small run of tests/faults at many points, runs it again, and counts repeated work. With --kills-s it also
-kills processes of real runs (Ray, vLLM, FSDP2) for that many seconds:
+kills processes of real runs.
 
     python benchmarks/faults.py --points 36 --kills-s 1200 --docs docs/faults.md
 """
@@ -47,7 +47,7 @@ def counting(patch: pytest.MonkeyPatch, module: Any, name: str) -> list[None]:
 
 
 def measure(config: SpinConfig, folder: Path, points: int) -> list[str]:
-    """Returns a row of the table for each kind of fault."""
+    """Returns a row for each kind of fault."""
     with pytest.MonkeyPatch.context() as patch:
         small_run.in_this_process(patch)
         shards, steps = counting(patch, generation, "answer"), counting(patch, worker, "train_step")
@@ -75,7 +75,7 @@ def measure(config: SpinConfig, folder: Path, points: int) -> list[str]:
 
 
 def measure_kills(folder: Path, seconds: float, seed: int) -> list[str]:
-    """Returns a row of the table for each kind of process.
+    """Returns a row for each kind of process.
 
     Raises:
         AssertionError: a run did not end like the undisturbed one.

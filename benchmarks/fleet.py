@@ -1,9 +1,4 @@
-"""Simulates nodes that fail and come back under the driver's rules, as discrete events.
-
-generation   a lost node loses the shards that its engines work on
-training     a lost node loses the steps since the last checkpoint
-driver       its node fails like others; the run is submitted again
-"""
+"""Simulates nodes that fail and come back under the driver's rules, as discrete events."""
 
 import heapq
 from dataclasses import dataclass, field
@@ -138,7 +133,7 @@ class World:
         heapq.heappush(self._queue, (self.now + seconds, self._count, what, which))
 
     def next(self) -> tuple[str, Any]:
-        """Moves to the next event and returns it; ``up`` already includes it."""
+        """Returns the next event; ``up`` already includes it."""
         self.now, _, what, which = heapq.heappop(self._queue)
         if what == "fail":
             self.up.discard(which)
@@ -172,7 +167,6 @@ def simulate(stages: list[Stage], fleet: Fleet, rules: Rules, seed: int) -> Told
 
 
 def _submitted_again(world: World, rules: Rules, told: Told) -> None:
-    """Waits until the driver's lease is stale and its node is up."""
     told.submissions += 1
     world.after(rules.lease_timeout_s, "lease")
     stale = False
@@ -182,7 +176,7 @@ def _submitted_again(world: World, rules: Rules, told: Told) -> None:
 
 
 def _generate(world: World, stage: Generation, rules: Rules, told: Told) -> None:
-    """Simulates generation; events of an engine's earlier ``turn`` are ignored."""
+    """Simulates generation: a lost node loses its engines' shards. Events of earlier ``turn`` are ignored."""
     engines = list(range(stage.engines))
     node_of = {engine: engine * world.fleet.nodes // stage.engines for engine in engines}
     left, done, began, worked = stage.shards, 0, world.now, 0.0
@@ -235,7 +229,7 @@ def _generate(world: World, stage: Generation, rules: Rules, told: Told) -> None
 
 
 def _train(world: World, stage: Training, rules: Rules, told: Told) -> None:
-    """Simulates stretches of steps that end with a checkpoint; a lost node undoes the stretch."""
+    """Simulates stretches of steps that end with a checkpoint: a lost node undoes the stretch."""
     done, steps, failures, attempt = 0, 0, 0, 0
     start_s = stage.start_s
     while done < stage.steps:

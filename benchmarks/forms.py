@@ -1,15 +1,13 @@
 """How many rows of each form become prompts in a second, and does the driver's memory stay flat?
 
-Runs the prompts stage on a local Ray, on the same conversation in every form.
-
     python benchmarks/forms.py [--rows 100000] [--forms messages,sharegpt] [--kind parquet] [--tasks-only]
 
-Prints a line of JSON for each form:
+Runs the prompts stage and prints a line of JSON for each form:
 
 - ``rows_s``: rows of the whole stage in a second of wall time;
-- ``cpu_us``: CPU microseconds a row in a task of the stage (best of three passes over 20,000 rows, one process);
+- ``cpu_us``: CPU microseconds a row in a task of the stage (best of three passes);
 - ``plain_cpu_us``: the same for ``json.loads`` and ``apply_chat_template(tokenize=True)``, once for the prompt and once
-  for each whole conversation, on 2,000 rows;
+  for each whole conversation;
 - ``driver_mib``: peak memory of the driver with all rows, less that with a tenth of them.
 """
 
@@ -73,7 +71,6 @@ def main() -> None:
 
 
 def write_rows(path: Path, form: str, rows: int) -> Path:
-    """Writes the form's example ``rows`` times, each with its own number."""
     example = json.dumps(BY_NAME[form].example)
     lines = (example.replace("2", str(number)) for number in range(rows))
     if path.suffix == ".parquet":

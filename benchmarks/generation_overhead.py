@@ -1,7 +1,6 @@
 """How much of the bare engine's speed does the generation stage keep?
 
-The stage's actor code (read the shard, generate, write the part) and ``VllmEngine.generate`` alone answer the same
-prompts with the same warm engine, in turns, A B A B.
+Compares the stage's actor code with ``VllmEngine.generate`` alone: same prompts, same warm engine, A B A B.
 
     python benchmarks/generation_overhead.py [--rows 1000] [--max-tokens 32] [--pairs 5]
 """
@@ -67,7 +66,7 @@ def main() -> None:
 
 
 def compare(source: Artefact, target: Artefact, config: SpinConfig, engine: VllmEngine) -> tuple[float, float, int]:
-    """Returns seconds of the bare engine and of the stage with the same seeds, and the number of tokens."""
+    """Returns seconds of the bare engine, seconds of the stage, and the number of tokens."""
     shards = cut_into_shards(generation.Job(source, target, "sft", "-"), config)
     rows = [row for table in source.tables() for row in table.to_pylist()]
     seeds = [generation.row_seed(config.seed, "sft", row["prompt_id"], 0) for row in rows]

@@ -1,18 +1,8 @@
 """Does it run on a GPU, is it right there, and how fast is it? Takes eight minutes at most on a card of 80 GB.
 
-    python benchmarks/gpu.py                       # every step, in order
+    python benchmarks/gpu.py                       # every step of gpu_steps/, in order
     python benchmarks/gpu.py --only step           # one step again; its rows replace the earlier ones
     python benchmarks/gpu.py --tiny --out FOLDER   # a rehearsal on a CPU with toy sizes; measures nothing
-
-    step        question
-    machine     is the card fit, and what do its matrix products reach?
-    probe       which SDPA kernels take a sliced mask, and does the layout probe pass?
-    attention   how fast and exact is each way to attend?
-    parity      are packed scores, steps, resume and export right?
-    step        what does each change give to a step of 1.5B parameters?
-    trl         how fast is TRL, at its best and at its defaults?
-    adapters    how fast is 7B with adapters?
-    job         does a whole run with Ray survive a killed worker?
 
 Each measure is written to results/gpu.json and results/gpu.md at once. A row says why a step cannot run or was cut at
 its budget; unused time goes to the next step.
@@ -37,9 +27,7 @@ BUDGET_S = {
 
 
 LOG = ".gpu.log"
-"""File with the output of the steps' processes."""
 WORK_BYTES = 32e9
-"""Room for models, checkpoints and exports."""
 
 
 def main() -> None:

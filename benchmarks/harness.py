@@ -48,13 +48,13 @@ class Row:
 
 
 def at_least(name: str, values: Sequence[float], target: float, note: str = "") -> Row:
-    """Returns the median of ``values``, which should reach ``target``."""
+    """Returns a row: the median of ``values`` should reach ``target``."""
     value = statistics.median(values)
     return Row(name, _short(value), f">= {target:g}", value >= target, len(values), _spread(values), note)
 
 
 def at_most(name: str, values: Sequence[float], target: float, note: str = "") -> Row:
-    """Returns the median of ``values``, which should not exceed ``target``."""
+    """Returns a row: the median of ``values`` should not exceed ``target``."""
     value = statistics.median(values)
     return Row(name, _short(value), f"<= {target:g}", value <= target, len(values), _spread(values), note)
 
@@ -96,7 +96,7 @@ def table_of(rows: Sequence[dict[str, list[int]]]) -> pa.Table:
 
 
 def training_options(description: str | None) -> argparse.ArgumentParser:
-    """Returns a parser with the options of every training benchmark."""
+    """Returns a parser for a training benchmark."""
     parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
     add_training_options(parser)
     return parser
@@ -111,7 +111,7 @@ def add_training_options(parser: argparse.ArgumentParser) -> None:
 
 
 def side_options(description: str | None) -> argparse.ArgumentParser:
-    """Returns a parser with the options of every side that trains on packs."""
+    """Returns a parser for a side that trains on packs."""
     parser = argparse.ArgumentParser(description=description)
     parser.add_argument("--pairs", type=Path, required=True, help="JSON file")
     parser.add_argument("--batch", type=int, required=True, help="pairs of a step")
@@ -145,7 +145,7 @@ LOSS_TOLERANCE = {"fp32": 0.005, "bf16": 0.03}
 class Side:
     """A process that works when it is told to, so that two sides take turns on the same cores.
 
-    It reads a number a line from stdin and answers each with a JSON line on its own pipe.
+    It reads a number a line from stdin and answers with a JSON line on its own pipe.
     """
 
     def __init__(self, name: str, command: Sequence[str], environment: dict[str, str] | None = None) -> None:

@@ -2,9 +2,8 @@
 
     python benchmarks/iteration_against_authors.py --data FILE.jsonl [--batch 24] [--pairs 5] [--max-tokens 64]
 
-The peer is sides/authors_logic.py; in row 3 it generates with this project's vLLM, so that only training differs. Both
-train on the same y′ and must agree on reference log-probabilities and the first loss, within harness.py's tolerances.
-The engine's start is not counted.
+The peer is sides/authors_logic.py; in row 3 it generates with this project's vLLM. Both train on the same y′ and must
+agree on reference log-probabilities and the first loss. The engine's start is not counted.
 """
 
 import json

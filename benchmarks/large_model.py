@@ -1,9 +1,9 @@
 """How much memory does each of two workers need to load, train and export a model of a billion parameters?
 
-Two gloo processes take two steps of one short pack each, with random weights. Only private memory is sampled, as the
-kernel can drop mapped files. The train workers' allocator keeps freed memory for 300 s:
-
     python benchmarks/large_model.py [--layers 20] [--peak-gib 24] [--only "adapters, bf16"] [--system-malloc] [--write]
+
+Only private memory is sampled, as the kernel can drop mapped files. The train workers' allocator keeps freed memory for
+300 s.
 """
 
 import argparse

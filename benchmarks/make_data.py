@@ -2,8 +2,7 @@
 
     python benchmarks/make_data.py runs/bench/chitchat.jsonl [--rows 2200]
 
-Rows are not chosen by content, as speed depends on lengths alone. Benchmarks take other rows as well: ``--data
-FILE.jsonl`` with ``messages``.
+Benchmarks take other rows as well: ``--data FILE.jsonl`` with ``messages``.
 """
 
 import argparse

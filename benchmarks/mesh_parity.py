@@ -1,7 +1,6 @@
 """How far is training on a mesh of four workers from training on one, with the same pairs?
 
-Four gloo processes train the cases of tests/unit/learner/test_meshes.py in fp32. Prints a table of the largest
-differences over steps and weights:
+Cases are those of tests/unit/learner/test_meshes.py, in fp32.
 
     python benchmarks/mesh_parity.py [--write]
 """

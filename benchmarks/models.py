@@ -1,8 +1,8 @@
 """Which model families are scored in packs, how far are scores and gradients from transformers', which does vLLM list?
 
-Examines tiny random models, as tests/unit/learner/test_models.py does. Prints a table:
-
     python benchmarks/models.py [--write] [NAME ...]
+
+Examines tiny random models, as tests/unit/learner/test_models.py does.
 """
 
 import argparse

@@ -1,7 +1,7 @@
 """Does vLLM load spin_ray's export of each family, and compute the same?
 
 Each tiny random model of tests/support/model_kinds.py, with heads as wide as vLLM's CPU kernels need, is trained a step
-and exported. vLLM continues prompts greedily in fp32; transformers scores vLLM's tokens. Prints a table:
+and exported. vLLM continues prompts greedily in fp32; transformers scores vLLM's tokens.
 
     python benchmarks/models_in_vllm.py [--write] [NAME ...]
 
@@ -108,7 +108,6 @@ MORE = {
     "StarCoder 2": ModelKind("starcoder2", {"sliding_window": None}),
     "VaultGemma": ModelKind("vaultgemma", {"head_dim": 8, "query_pre_attn_scalar": 8, **_WINDOWS}),
 }
-"""Families that the tests do not train."""
 FAMILIES = KINDS | MORE
 PAGE = ROOT / "docs" / "models.md"
 COLUMNS = ("family", "class", "same tokens", "log p", "loads")
@@ -183,7 +182,6 @@ def wide(kind: ModelKind) -> ModelKind:
 
 
 def said_by_vllm(folder: str) -> list[dict[str, Any]]:
-    """Returns the tokens and log-probabilities of each answer."""
     prepare_process(EngineConfig(cpu_kv_cache_gib=1), threads=1)
     from vllm import LLM, SamplingParams
 

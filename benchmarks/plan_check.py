@@ -1,12 +1,9 @@
 """Does ``spin-ray plan`` predict the time and memory of scoring and training?
 
-Compares the cost model with packs through the learner (one process, gloo, no Ray), for SmolLM2-135M-Instruct and random
-Llamas.
-
     python benchmarks/plan_check.py [--threads 2] [--packs 5] [--pack-length 512] [--models 45m 135m 362m]
 
-Prints the rate of a plain fp32 product, with which ``hardware.CPU`` can be corrected for another machine, and one JSON
-line for each model and kind of pack:
+Times packs through the learner of one process. Prints the rate of a plain fp32 product, with which ``hardware.CPU`` can
+be corrected, and one JSON line for each model and kind of pack:
 
     ratio              predicted / measured seconds, with ``hardware.CPU``'s rate of a core: nothing is calibrated
     ratio_calibrated   the same with the measured rate of 135m's training packs, whose own ratio is 1
@@ -50,8 +47,6 @@ TREE = (96, 64, 64)
 
 @dataclass(frozen=True)
 class Case:
-    """One kind of pack of one model, measured in its own process."""
-
     model: str
     kind: str
     """``scoring``, ``training`` or ``checkpointed`` (with gradient checkpointing)."""

@@ -1,12 +1,11 @@
 """How much of a bare vLLM OpenAI server's speed does `spin-ray serve` keep, and what does it add to the first token?
 
-Both serve the same model with the same engine arguments and are loaded in turn, A B B A A B: first with one stream at a
-time, then with `--clients` streams at once. Answer lengths vary around `--max-tokens`: with equal lengths all clients
-would ask again at the same moment. Then ten times as many clients as `spin-ray serve` has places ask for
-`--overload-s` seconds.
-
     python benchmarks/serving_overhead.py [--clients 8] [--requests 32] [--max-tokens 32] [--rounds 6] [--overload-s 30]
     python benchmarks/serving_overhead.py --only-overload
+
+Both serve the same model and are loaded in turn, A B B A A B: first with one stream at a time, then with `--clients`
+streams. Answer lengths vary, as with equal lengths all clients would ask again at the same moment. Then ten times as
+many clients as `spin-ray serve` has places ask for `--overload-s` seconds.
 """
 
 import argparse
@@ -242,7 +241,6 @@ def health_checks(url: str, seconds: float) -> list[float]:
 
 @contextlib.contextmanager
 def bare() -> Iterator[str]:
-    """Runs vLLM's own server; yields its URL."""
     port = free_port()
     arguments = {
         "model": resolve(MODEL), "served-model-name": "sft", "host": "127.0.0.1", "port": port,
@@ -265,7 +263,6 @@ def bare() -> Iterator[str]:
 
 @contextlib.contextmanager
 def ours(folder: Path) -> Iterator[str]:
-    """Runs `spin-ray serve` on a run with its start model; yields its URL."""
     config = SpinConfig.model_validate(
         {
             "model": {"path": MODEL, "max_length": LENGTH},

@@ -97,7 +97,6 @@ def stages_of(config: SpinConfig, shape: ModelShape, cluster: Cluster, work: Wor
 
 
 def run(setting: Setting, runs: int) -> dict[str, Any]:
-    """Returns means over seeds."""
     config = load_config(RECIPE, {"train.checkpoint_every_steps": str(setting.checkpoint_every_steps)})
     shape = read_shape(config) if setting.model == "7B" else LLAMA_70B
     engine = {} if setting.model == "7B" else {"tensor_parallel_size": 4}

@@ -1,7 +1,5 @@
 """What do many prompts cost: rows per second of each stage, and the driver's memory?
 
-Runs prompts, generation with a null engine, and pairs at several sizes, each in its own process:
-
     python benchmarks/size.py [--rows 10000 100000 1000000]
 
 Rates count only the rows that the last size adds to the one before, so that the start of workers does not count. The
@@ -49,7 +47,6 @@ class NullEngine:
 
 
 def measure(rows: int) -> None:
-    """Measures one size and prints a JSON line."""
     with tempfile.TemporaryDirectory() as folder:
         data = Path(folder) / "rows.jsonl"
         with data.open("w") as file:

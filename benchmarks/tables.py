@@ -60,7 +60,6 @@ def put(name: str, text: str, page: Path = CLUSTER_PAGE) -> None:
 
 
 def print_results() -> None:
-    """Prints results beside their targets."""
     table = Table(title="results/bench.json: median of runs, beside its target")
     for name in ("question", "result", "target", "met", "lowest to highest", "runs", "measured", "commit"):
         table.add_column(name, justify="right" if name in ("result", "runs") else "left")

@@ -1,8 +1,5 @@
 """Do train workers send as many bytes as ``spin-ray plan`` predicts?
 
-Ranks of the real backend (gloo, no Ray) take a step of two packs each. The counted bytes of all collectives except
-scalars (norms, metrics) are compared with ``planning.traffic``.
-
     python benchmarks/traffic_check.py [--ranks 2 4] [--model 45m]     # one JSON line for each case
     python benchmarks/traffic_check.py --times --model 45m             # five meshes, in turn, --rounds 5
 
@@ -10,6 +7,8 @@ scalars (norms, metrics) are compared with ``planning.traffic``.
     slower            seconds of a step / one rank's with as many packs in the same round: median, least and most
     slower_predicted  the plan's, where ranks share this machine's cores; the links are assumed
     load              this machine's, which should come from the ranks alone
+
+Scalars (norms, metrics) are not counted.
 """
 
 import argparse

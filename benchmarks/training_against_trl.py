@@ -2,8 +2,7 @@
 
     python benchmarks/training_against_trl.py --data FILE.jsonl [--batch 24] [--pairs 5] [--precision bf16]
 
-Needs an environment with TRL (`make peers`). Both sides must agree on each response's reference log-probability and
-each step's loss, within harness.py's tolerances.
+Needs TRL (`make peers`). Both sides must agree on reference log-probabilities and losses.
 """
 
 import json

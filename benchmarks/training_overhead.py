@@ -1,9 +1,9 @@
 """What do Ray and bookkeeping cost in training, and how close does it come to this machine's matrix products?
 
-Compares the training stage of a run (Ray Train, one worker, FSDP2) with a bare PyTorch loop over the same packs, in
-turns, and the stage's FLOP rate with bare products of the same shapes.
-
     python benchmarks/training_overhead.py --data FILE.jsonl [--batch 24] [--pairs 5] [--pack-length 1024]
+
+Compares a run's training stage with a bare PyTorch loop over the same packs, in turns, and the stage's FLOP rate with
+bare products of the same shapes.
 """
 
 import argparse

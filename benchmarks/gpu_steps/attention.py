@@ -114,7 +114,7 @@ def _measured(
 
 
 def full_pack(context: Context, length: int, lengths: str) -> Any:
-    """Returns a pack of rows of ``lengths``, as full as they allow."""
+    """Returns a pack as full as ``lengths`` allow."""
     rows = pairs_of(context, lengths, count=max(4, 2 * length // 40))
     table = table_of(rows)
     total, kept = 0, 0

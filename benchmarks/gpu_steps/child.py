@@ -1,7 +1,7 @@
 """A process that runs the items of one step, and the parent's side of it.
 
 The child writes JSON lines: ``begin``, ``row``, ``failed``, ``end``. After a CUDA error, a crash or a timeout, the
-parent notes the item's reason and continues with the next item in a new process.
+parent notes the reason and continues with the next item in a new process.
 """
 
 import contextlib
@@ -28,11 +28,9 @@ KILL_AFTER_S = 5
 
 @dataclass(frozen=True, kw_only=True)
 class Context:
-    """Input of an item."""
-
     tiny: bool
     work: Path
-    """Folder that all steps share, for models and for results that later steps read."""
+    """Folder that all steps share."""
 
 
 class Missing(Exception):
@@ -75,7 +73,6 @@ def run_items(step: str, items: list[str], context: Context, reply: int) -> None
 
 
 def reason(error: BaseException) -> str:
-    """Returns the error as one short line."""
     lines = [text.strip() for text in str(error).splitlines() if text.strip()]
     return f"{type(error).__name__}: {lines[0] if lines else ''}"[:300]
 
@@ -160,7 +157,6 @@ def lines_until(reader: int, deadline: float) -> Iterator[str]:
 
 
 def _end(process: "subprocess.Popen[bytes]", *, wait_s: float) -> None:
-    """Kills the process after ``wait_s``, with everything that it started."""
     try:
         with contextlib.suppress(subprocess.TimeoutExpired):
             process.wait(timeout=wait_s)

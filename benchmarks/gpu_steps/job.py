@@ -14,7 +14,6 @@ from gpu_steps.child import Context, Item
 from gpu_steps.rows import Measure
 
 WORKER_TITLE = "RayTrainWorker"
-"""Part of the title of a train worker's process."""
 
 
 CHECKPOINT_STEPS = 20

@@ -154,7 +154,6 @@ class Learner:
 
 @contextmanager
 def one_rank(backend: str = "gloo") -> Iterator[None]:
-    """Opens a process group of this process alone."""
     if dist.is_initialized():
         dist.destroy_process_group()
     dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)

@@ -11,7 +11,6 @@ from gpu_steps.rows import Measure
 from gpu_steps.sizes import device_of, sheet_rate
 
 LARGE = 8192
-"""Rows and columns of the product that gives the rate."""
 
 
 def card(context: Context) -> Iterator[Measure]:

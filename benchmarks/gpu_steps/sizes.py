@@ -44,12 +44,10 @@ class Sizes:
     pack_lengths: tuple[int, ...]
     train_pack: int
     pairs: int
-    """Pairs of a step."""
     steps: int
     """Timed steps, after the warm-up."""
     warm_up: int
     shrink: int
-    """Divisor of all lengths."""
     longest: int
 
 

@@ -24,7 +24,6 @@ from gpu_steps.sizes import (
 
 MODEL = "1.5B"
 ATTENTION_WORDS = ("attention", "flash", "flex", "fmha", "sdpa", "varlen")
-"""Parts of the names of attention kernels."""
 
 
 def speed(variant: Variant, lengths: str, context: Context) -> Iterator[Measure]:

@@ -80,8 +80,6 @@ def _beside_ours(context: Context, way: Way, lengths: str, speed: float, memory:
 
 
 class _Clock:
-    """Seconds of each optimizer step."""
-
     def __init__(self, context: Context) -> None:
         self.context, self.spent = context, []
 
@@ -108,8 +106,6 @@ def _trainer(context: Context, way: Way, rows: list[dict[str, Any]], clock: _Clo
     from trl import DPOConfig, DPOTrainer
 
     class Tokenised(DPOTrainer):
-        """A DPOTrainer over rows of token ids, in their order."""
-
         def _prepare_dataset(self, dataset: Any, *_: Any, **__: Any) -> Any:
             return dataset
 

@@ -1,8 +1,7 @@
 """Side of the iteration benchmark: SPIN as its authors ran it, from the published description. A turn is one iteration.
 
-transformers' ``generate`` makes responses in batches padded on the left. A training step pads every response with its
-own copy of the prompt, computes the logits of all positions, asks a second, frozen model for the reference, and
-recomputes activations (gradient checkpointing).
+transformers' ``generate`` pads batches on the left. A training step pads every response with its own copy of the
+prompt, computes the logits of all positions, asks a second, frozen model for the reference, and recomputes activations.
 """
 
 import json
@@ -18,7 +17,6 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from spin_ray.inputs.embedded import resolve
 
 GENERATE_ROWS, TRAIN_PAIRS = 16, 8
-"""Rows of a generation batch, and pairs of a training batch."""
 BETA = 0.1
 
 
@@ -99,7 +97,7 @@ class Authors:
         return total
 
     def generate(self, part: list[dict[str, Any]]) -> int:
-        """Generates responses; returns the number of their tokens."""
+        """Returns the number of generated tokens."""
         tokens = 0
         for start in range(0, len(part), GENERATE_ROWS):
             prompts = [row["prompt_ids"] for row in part[start : start + GENERATE_ROWS]]

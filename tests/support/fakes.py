@@ -35,7 +35,6 @@ class FakeEngine:
         """Makes an engine; ``before`` gets the number of each call, from 1, before its answers are made."""
         self._vocabulary, self._short, self._before = vocabulary, short, before
         self.calls: list[list[list[int]]] = []
-        """Prompts of each call."""
 
     def generate(
         self, prompt_ids: Sequence[Sequence[int]], sampling: SamplingConfig, seeds: Sequence[int], *, audited: int = 0
@@ -64,7 +63,6 @@ def seed_engine(_: EngineSpec) -> FakeEngine:
 
 
 def write_rows(artefact: Artefact, schema: pa.Schema, rows: list[dict[str, Any]], part_rows: int) -> None:
-    """Commits ``rows`` in parts of ``part_rows``."""
     entries = {}
     for number, start in enumerate(range(0, len(rows), part_rows)):
         table = pa.Table.from_pylist(rows[start : start + part_rows], schema)

@@ -121,7 +121,6 @@ def _tree(files: Files, below: str, *, recursive: bool) -> list[dict[str, Any]]:
 
 @contextmanager
 def hub_here() -> Iterator[Hub]:
-    """Serves an empty hub on loopback."""
     hub = Hub()
     server = ThreadingHTTPServer(("127.0.0.1", 0), type("Handler", (_Handler,), {"hub": hub}))
     hub.url = f"http://127.0.0.1:{server.server_port}"

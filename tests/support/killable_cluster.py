@@ -58,7 +58,7 @@ class KillableCluster:
         return list(found.values())
 
     def kill_a_node(self) -> None:
-        """Kills all processes of a node that is not the head, including the raylet."""
+        """Kills all processes of a node that is not the head."""
         self._cluster.remove_node(self._others.pop(), allow_graceful=False)
 
     def kill_the_head(self) -> None:

@@ -25,7 +25,7 @@ Row = tuple[list[int], list[int], list[int]]
 
 @contextmanager
 def one_rank(folder: Path, backend: str = "gloo") -> Iterator[None]:
-    """Opens a process group of this process alone, as of a single train worker; ``folder`` is for its store."""
+    """Opens a process group of this process alone; ``folder`` is for its store."""
     torch.set_num_threads(1)
     dist.init_process_group(backend, store=dist.FileStore(str(folder / "store"), 1), rank=0, world_size=1)
     yield
@@ -63,7 +63,6 @@ def lengths_of(rows: list[Row]) -> PairLengths:
 
 
 def one_step(rows: list[Row], *, pack_length: int = PACK_LENGTH) -> Step:
-    """Returns one optimizer step over all rows."""
     (step,) = plan_epoch(lengths_of(rows), pack_length=pack_length, global_batch_pairs=len(rows), seed=0, epoch=0)
     return step
 

@@ -30,7 +30,6 @@ CHOICES = [
 
 
 def write_task(folder: Path, name: str, rows: Sequence[dict[str, Any]]) -> None:
-    """Writes the task ``spin_ray_NAME`` and its rows."""
     shutil.copy(TASKS / f"{name}.yaml", folder)
     (folder / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
 
@@ -56,7 +55,6 @@ class Plain:
 
     @torch.no_grad()
     def choice(self, row: dict[str, Any]) -> int:
-        """Returns the index of the likeliest ending."""
         start = len(self.ids(row["prompt"]))
         logps = []
         for ending in row["endings"]:

@@ -28,7 +28,7 @@ from tests.support.learner_cases import PACK_LENGTH, VOCAB, one_step, random_row
 
 RANKS, STEPS = 4, 2
 ROWS = random_rows(0, trees=8)
-"""Three packs: of four data ranks one has only padding, of two each has one or two."""
+"""Three packs: with four data ranks one rank has only padding, with two ranks one has two packs."""
 MESHES = {
     "4 × FSDP": Mesh(shard=4),
     "2 × 2 hybrid": Mesh(replicate=2, shard=2),

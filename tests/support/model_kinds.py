@@ -39,13 +39,9 @@ LONGROPE = {"rope_parameters": _LONGROPE, "original_max_position_embeddings": 10
 
 @dataclass(frozen=True)
 class ModelKind:
-    """A family, and how its responses are scored."""
-
     model_type: str
     settings: dict[str, Any] = field(default_factory=dict)
-    """Settings of the config beside the sizes."""
     trait: str = ""
-    """Trait that a scorer can get wrong."""
     layout: str = "packed"
     truth: str = "eager"
     """transformers' attention that scores are compared with."""

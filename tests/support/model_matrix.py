@@ -36,7 +36,6 @@ class Outcome:
     loss: float
     plain_loss: float
     moved: float
-    """Largest change of a weight in one step."""
     export: float
     """Difference between transformers' log-probabilities of the export and ours, nats a response."""
     same_names: bool
@@ -86,7 +85,6 @@ def _backend(folder: Path) -> Fsdp2Backend:
 
 
 def _scores(backend: Fsdp2Backend) -> Tensor:
-    """Returns log p of every row's two responses, [rows, 2]."""
     scores = torch.zeros(len(ROWS), 2)
     for batch in batches_of(ROWS, pack_length=MAX_LENGTH):
         scores[batch.pair_row] = torch.stack([*pair_logps(backend.score(batch), batch)], dim=1)

@@ -22,7 +22,6 @@ class Head:
     folder: Path
     """Ray's sessions with their logs."""
     variables: dict[str, str]
-    """Environment of a client."""
     dashboard_port: int
     metrics_port: int
     authorization: dict[str, str] = field(default_factory=lambda: {"Authorization": f"Bearer {TOKEN}"})

@@ -52,7 +52,6 @@ class Kill:
 
 
 def plan(kinds: Sequence[str], chance: random.Random) -> list[Kill]:
-    """Returns the kills with their moments, in order."""
     phases = [PHASE.get(kind) or chance.choice((PLAYING, TRAINING)) for kind in kinds]
     kills = []
     for phase, last in ((PLAYING, SHARDS // 2), (TRAINING, STEPS // 2)):
@@ -64,8 +63,6 @@ def plan(kinds: Sequence[str], chance: random.Random) -> list[Kill]:
 
 
 class RoughRun:
-    """One run with its drivers and clusters."""
-
     def __init__(self, recipe_file: Path, out: Path, chance: random.Random) -> None:
         self._recipe, self._out, self._chance = recipe_file, out, chance
         self._driver: subprocess.Popen[bytes] | None = None
@@ -88,7 +85,6 @@ class RoughRun:
                 self._end_driver()
 
     def _tell(self, kill: Kill) -> None:
-        """Notes the cost of ``kill``, once the work after it is done."""
         lost = lost_work(RunDir(Storage(self._out)).events())
         kill.shards, kill.steps = lost["shards"] - self._told["shards"], lost["steps"] - self._told["steps"]
         self._told = lost
@@ -148,7 +144,6 @@ class RoughRun:
 
 
 def committed(out: Path) -> dict[str, str]:
-    """Returns digests of all files that a manifest lists."""
     found = {}
     for manifest in out.rglob(MANIFEST):
         if ".attempts" not in manifest.parts:

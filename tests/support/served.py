@@ -63,7 +63,6 @@ class Served:
         raise AssertionError(f"{name} was not {iterate} within {START_S} s")
 
     def family(self) -> list[psutil.Process]:
-        """Returns the processes of the server, Ray, and every replica and engine."""
         root = psutil.Process(self.process.pid)
         return [root, *root.children(recursive=True)]
 
@@ -79,7 +78,6 @@ class Served:
         return found
 
     def engines(self) -> list[psutil.Process]:
-        """Returns vLLM's engine processes."""
         return self._titled("EngineCore")
 
     def _titled(self, *parts: str) -> list[psutil.Process]:
@@ -105,7 +103,6 @@ class Served:
 
     @contextmanager
     def connection(self, receive_buffer: int | None = None) -> Iterator[socket.socket]:
-        """Opens a raw socket."""
         host, port = self.url.removeprefix("http://").split(":")
         with socket.socket() as raw:
             if receive_buffer:

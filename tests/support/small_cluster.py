@@ -46,7 +46,7 @@ class SmallCluster:
         return self._cluster.address
 
     def add(self, name: str, pool: str) -> str:
-        """Adds a node of two CPUs, labelled with its pool; a node of pool `any` has a seat. Returns Ray's id of it."""
+        """Adds a node of two CPUs, labelled with its pool; returns Ray's id of it. A node of pool `any` has a seat."""
 
         def add() -> None:
             _hide(self._hidden)  # from this thread and the processes that it starts

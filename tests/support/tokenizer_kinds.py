@@ -69,7 +69,6 @@ def _without_added(tokenizer: Tokenizer, names: list[str]) -> Tokenizer:
 
 
 def tokenizer_of_kind(kind: str, template: str) -> Any:
-    """Returns a fresh transformers tokenizer with ``template``."""
     tokenizer = PreTrainedTokenizerFast(
         tokenizer_object=Tokenizer.from_str(_trained(kind).to_str()),
         bos_token="<s>", eos_token="</s>", unk_token="<unk>", additional_special_tokens=["<|im_start|>", "<|im_end|>"],

@@ -2,9 +2,8 @@
 
     python benchmarks/experiments/quality/analyse.py [--setting word_problems]
 
-Writes benchmarks/results/quality.{json,md,svg}, or quality_SETTING.*. An iterate is compared with the first iterate of
-continued SFT that cost at least as much. Arms, rates and iterates are chosen on dev rows and reported on test rows.
-Intervals are 95 % by paired bootstrap over test rows and seeds.
+An iterate is compared with the first iterate of continued SFT that cost at least as much. Arms, rates and iterates are
+chosen on dev rows and reported on test rows.
 """
 
 import argparse
@@ -97,7 +96,6 @@ def best_on_dev(runs: dict[str, dict[int, Run]], arms: list[str]) -> tuple[str, 
 
 
 def analyse(folder: Path, setting: str) -> dict[str, Any]:
-    """Returns the content of quality.json."""
     runs = load(folder / setting)
     sft_arms = [arm for arm in runs if arm.startswith(SFT)]
     spin_arms = [arm for arm, of_seeds in runs.items() if any(run["is_spin"] for run in of_seeds.values())]
@@ -142,7 +140,6 @@ def _start(warm_up: Run) -> dict[str, Any]:
 
 
 def _by_temperature(runs: dict[str, dict[int, Run]]) -> list[dict[str, Any]]:
-    """Returns sampled accuracy on test rows for the iterates that were sampled at several temperatures."""
     rows = []
     measured = (
         (run, iterate) for of_seeds in runs.values() for run in of_seeds.values() for iterate in run["iterates"]
@@ -192,7 +189,6 @@ def _interval_of(values: np.ndarray | None) -> dict[str, float] | None:
 
 
 def write_replies(results: Path, out: Path) -> None:
-    """Writes page, JSON and plot of the experiment on replies."""
     found = analyse_replies.analyse(results, REPLIES)
     out.mkdir(parents=True, exist_ok=True)
     page = out / f"{file_stem(REPLIES)}.md"

@@ -1,8 +1,7 @@
 """Analysis of the experiment on replies: how well do discriminators tell replies from people's (0.5: not at all)?
 
-Accuracy is the mean of both discriminators. An arm's iterate and temperature are chosen on dev conversations and
-reported on test conversations. Continued SFT has its own best temperature, at its first iterate with at least as many
-training tokens. Intervals are 95 % by paired bootstrap over test conversations and seeds.
+Iterate and temperature are chosen on dev conversations and reported on test conversations. Continued SFT has its own
+best temperature, at its first iterate with at least as many training tokens.
 """
 
 import json
@@ -19,7 +18,6 @@ MEASURE = "accuracy of discriminators"
 TARGET = -0.02
 Runs = dict[str, dict[int, Run]]
 Choice = tuple[int, str]
-"""Iterate and temperature."""
 
 
 def told(iterate: dict[str, Any], split: str, temperature: str) -> np.ndarray:

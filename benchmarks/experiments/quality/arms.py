@@ -3,12 +3,10 @@
 The arm ``warm_up`` makes θ_0: SFT until held-out human responses get no likelier (``plateau``). All arms start at θ_0
 except self-reinforcement and those with ``after_sft``; a seed is an order of rows and a stream of samples.
 
-With fresh y′ of θ_t itself, E[∇ log p(y′)] = 0, so the first step of SPIN is a noisy step of SFT. SPIN differs later in
-an iteration, when y′ is stale: hence many short iterations. A flat opponent samples at temperature T > 1 from its
-likeliest tokens and differs at first order. The fixed point of
-log p_{t+1} = log p_t + (log p_data − log p_opponent)/β is then p ∝ p_data^T, a sharper data distribution. It takes more
-than ten steps: hence long iterations, with a heavier weight on log p(y). Lower temperatures show what sharpness alone
-gives.
+With fresh y′ of θ_t itself, E[∇ log p(y′)] = 0: the first step of SPIN is a noisy step of SFT. SPIN differs later in an
+iteration, when y′ is stale. A flat opponent samples at temperature T > 1 from its likeliest tokens and differs at first
+order. The fixed point of log p_{t+1} = log p_t + (log p_data − log p_opponent)/β is then p ∝ p_data^T, a sharper data
+distribution. It takes more than ten steps: hence long iterations, with a heavier weight on log p(y).
 """
 
 import copy
@@ -22,10 +20,9 @@ SFT = "continued_sft"
 """More SFT from θ_0; names of its variants start with it."""
 SELF_REINFORCEMENT = "self_reinforcement"
 BUDGETS = {"train_tokens": "training tokens", "compute": "computed tokens", "seconds": "wall time"}
-"""Costs of an iterate since θ_0 by which arms are compared: names in its JSON, and in words."""
+"""Costs since θ_0 by which arms are compared: names in an iterate's JSON, and in words."""
 Recipe = dict[str, Any]
 Run = dict[str, Any]
-"""JSON of one arm and seed."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -51,11 +48,9 @@ class Setting:
     """Rows whose question it sees: the base model answers each four times."""
     extractor: str = "equals"
     most_iterations: int | None = None
-    """Cuts every arm short."""
     arms: tuple[str, ...] | None = None
     """Arms that run here; None: all."""
     most_seeds: int | None = None
-    """Cuts an arm's ``seeds``."""
     cooler: tuple[float, ...] = (0.67, 0.5)
     """Further temperatures at which ``COOLER_ITERATES`` are sampled."""
     temperatures: tuple[float, ...] = ()
@@ -68,9 +63,7 @@ class Setting:
 class Arm:
     name: str
     why: str
-    """Purpose of the arm, for the report."""
     changes: Recipe = field(default_factory=dict)
-    """Changes of the setting's recipe, section by section."""
     from_base: bool = False
     """True: starts from the model before the warm-up, with its own warm-up."""
     after_sft: int | None = None
@@ -78,7 +71,6 @@ class Arm:
     is_spin: bool = False
     """True: the best of these arms on dev rows is compared with continued SFT."""
     seeds: int = 1
-    """Number of seeds that run it."""
 
 
 def more_sft(name: str, rate: float, why: str, iterations: int = 8, seeds: int = 1) -> Arm:
@@ -242,7 +234,6 @@ SETTINGS = {
 
 
 def arms_of(setting: Setting) -> list[Arm]:
-    """Returns a setting's arms in the order in which they run, with its number of seeds."""
     return [
         replace(arm, seeds=min(arm.seeds, setting.most_seeds or arm.seeds))
         for arm in setting.own_arms or ARMS
@@ -251,13 +242,12 @@ def arms_of(setting: Setting) -> list[Arm]:
 
 
 def iterations_of(setting: Setting, arm: Arm) -> int:
-    """Returns the number of an arm's last iterate."""
     wanted = len(setting.warm_up_rates) if arm.name == WARM_UP else arm.changes["iterations"]
     return min(wanted, setting.most_iterations or wanted)
 
 
 def is_finished(setting: Setting, arm: Arm, run: Run | None) -> bool:
-    """Returns True if a run has all iterates of its arm, which may have become longer since."""
+    """Returns True if a run has all iterates of its arm."""
     return run is not None and run["complete"] and run["recipe"]["iterations"] >= iterations_of(setting, arm)
 
 

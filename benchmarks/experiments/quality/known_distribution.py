@@ -3,8 +3,8 @@
     python benchmarks/experiments/quality/known_distribution.py [--seeds 0 1 2] [--iterations 6]
 
 A random Markov chain gives p_data of the 1,296 sequences of 4 symbols out of 6. A small Llama is fine-tuned on 2,000
-sequences until held-out ones get no likelier (θ_0). Continued SFT and SPIN start there, with the same rows, steps and
-optimizer. KL(p_data‖p_θ) and JSD are sums over all sequences, not estimates.
+sequences until held-out ones get no likelier (θ_0). Continued SFT and SPIN start there. KL(p_data‖p_θ) and JSD are sums
+over all sequences, not estimates.
 
 They are compared with iterations that are solved exactly, p_{t+1} ∝ p_t (p_data/p_t)^{1/β} (Theorem 5.4).
 """
@@ -34,8 +34,6 @@ RESULTS = Path(__file__).resolve().parents[2] / "results" / "known_distribution.
 
 @dataclass(frozen=True)
 class Arm:
-    """Training of an iteration over all rows."""
-
     name: str
     loss: str | None
     """None: continued SFT."""
@@ -54,7 +52,6 @@ ARMS = [
 
 
 def markov_chain(seed: int) -> Tensor:
-    """Returns log p_data of every outcome."""
     generator = torch.Generator().manual_seed(seed)
     first = (1.5 * torch.randn(SYMBOLS, generator=generator)).log_softmax(-1)
     following = (1.5 * torch.randn(SYMBOLS, SYMBOLS, generator=generator)).log_softmax(-1)

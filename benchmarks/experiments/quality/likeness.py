@@ -102,7 +102,6 @@ def self_bleu(texts: Sequence[str]) -> float:
 
 
 def _others(two_best: list[int], own: int) -> int:
-    """Returns most occurrences in another text: the second best if the best is this text's own."""
     if two_best[0] != own:
         return two_best[0]
     return two_best[1] if len(two_best) > 1 else 0

@@ -2,8 +2,8 @@
 
     python benchmarks/experiments/quality/measure.py --model FOLDER --rows dev=FILE test=FILE --out FILE.json
 
-Uses plain transformers in fp32, not the run's engine and trainer. Results are kept by row, for paired intervals.
-Samples of all models use the same uniform numbers (row, sample, token), so that differences come from the models.
+Uses plain transformers in fp32, not the run's engine and trainer. Samples of all models use the same uniform numbers
+(row, sample, token), so that differences come from the models.
 """
 
 import argparse
@@ -28,7 +28,7 @@ from spin_ray.runtime import cpu
 SAMPLES = 4
 SEED = 20240102
 BATCH = 48
-"""Prompts computed together; each has ``1 + SAMPLES`` answers."""
+"""Prompts computed together."""
 LIKELY = 64
 """Tokens that are looked at before all are sorted; nearly always enough."""
 

@@ -1,4 +1,4 @@
-"""Measures an iterate on files of conversations: replies at several temperatures, their likeness to people's, log p(y).
+"""Measures an iterate on conversations: replies at several temperatures, their likeness to people's, log p(y).
 
     python benchmarks/experiments/quality/measure_replies.py --model FOLDER --rows test=FILE --out FILE.json
 
@@ -21,7 +21,6 @@ from spin_ray.inputs.rendering import ChatRenderer, Rendered, load_tokenizer
 from spin_ray.runtime import cpu
 
 EXAMPLES = 5
-"""First rows whose replies are kept for reading."""
 
 
 def measure(

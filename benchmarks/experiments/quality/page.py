@@ -25,12 +25,10 @@ MOVED = {
 
 
 def file_stem(setting: str) -> str:
-    """Returns the name of a setting's page, without its ending."""
     return "quality" if setting == MAIN_SETTING else f"quality_{setting}"
 
 
 def markdown(found: dict[str, Any]) -> str:
-    """Returns a setting's page."""
     setting = found["setting"]
     which = "" if setting == MAIN_SETTING else f" --setting {setting}"
     chosen, compared, greedy = found["chosen_on_dev_rows"], found["spin_minus_sft"], found["spin_minus_sft_greedy"]
@@ -94,7 +92,6 @@ def _measures(row: dict[str, Any], measures: dict[str, tuple[str, int]] = MEASUR
 
 
 def _temperatures(rows: list[dict[str, Any]]) -> list[str]:
-    """Returns a section on accuracy by temperature; empty without rows."""
     if not rows:
         return []
     temperatures = sorted({name for row in rows for name in row["sampled_at"]}, key=float, reverse=True)

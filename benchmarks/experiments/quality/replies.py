@@ -1,7 +1,6 @@
 """Setting and arms of the experiment on replies: small talk between people, without right answers.
 
-An arm is sampled at each of ``TEMPERATURES``, as a lower temperature is the cheapest competitor. analyse_replies.py
-says how arms are chosen and compared; the measures (likeness.py) were fixed before the first run.
+An arm is sampled at each of ``TEMPERATURES``, as a lower temperature is the cheapest competitor.
 """
 
 import copy
@@ -61,11 +60,9 @@ ARMS = (
         is_spin=True, seeds=3,
     ),
 )  # fmt: skip
-"""Arms in the order in which they run."""
 
 
 def _settings() -> dict[str, Setting]:
-    """Returns the whole setting, and a smaller first pass."""
     recipe = copy.deepcopy(CPU)
     recipe["model"] = {"path": "embedded:smollm2-135m-instruct", "max_length": 192}
     recipe["data"] = {"system": ""}

@@ -7,8 +7,7 @@
     python benchmarks/experiments/quality/run.py --setting smoke           # do the parts work together? minutes
 
 Each arm and seed has a JSON in benchmarks/results/quality/SETTING, written after every iterate. A finished arm is
-skipped; an interrupted one continues from its run folder. Everything is chosen on dev rows, part of train but never
-trained on; test rows are for the report.
+skipped; an interrupted one continues from its run folder.
 """
 
 import argparse
@@ -67,8 +66,6 @@ WHERE_TO_GET = (
 
 
 class Experiment:
-    """One setting with its runs and results."""
-
     def __init__(self, setting: Setting, data: Path, runs: Path, results: Path, device: str = "cpu") -> None:
         self.setting, self.runs, self.results = setting, runs / setting.name, results / setting.name
         self.device = device
@@ -111,7 +108,6 @@ class Experiment:
                 return
 
     def train(self, arm: Arm, seed: int, recipe: Recipe, iterations: int) -> None:
-        """Runs the recipe up to an iterate; finished stages are not repeated."""
         folder = self.folder(arm, seed)
         folder.parent.mkdir(parents=True, exist_ok=True)
         rates = recipe["train"]["learning_rate"]
@@ -160,7 +156,6 @@ class Experiment:
         return run
 
     def spent_before(self, arm: Arm, seed: int) -> dict[str, float]:
-        """Returns what the continued SFT that an arm starts from has cost since θ_0."""
         if not arm.after_sft:
             return {}
         _, _, iterate = self.earlier(arm, seed)
@@ -249,7 +244,6 @@ class Experiment:
         return json.loads(target.read_text())
 
     def _content(self, arm: Arm, seed: int, recipe: Recipe, iterates: list[dict[str, Any]]) -> Run:
-        """Returns the JSON without ``complete``; files are named by role, so that no path names a machine."""
         text = json.dumps(recipe)
         for role, path in self.files.items():
             text = text.replace(path, f"{role}.jsonl")
@@ -329,7 +323,6 @@ def _rounded(line: dict[str, Any]) -> dict[str, Any]:
 
 
 def _write(path: Path, content: Run) -> None:
-    """Writes atomically, without spaces."""
     path.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.NamedTemporaryFile("w", dir=path.parent, delete=False) as file:
         file.write(json.dumps(content, separators=(",", ":")) + "\n")
