@@ -48,10 +48,7 @@ def main() -> None:
 
 
 def useful_tokens(options: argparse.Namespace) -> None:
-    """How many tokens does training compute, relative to every prompt once and every response once?
-
-    Packs are built but not trained.
-    """
+    """How many tokens does training compute for each token that it must: every prompt once, every response once?"""
     rows = pairs_of(options.data, options.rows)
     table = table_of(rows)
     shape = PackShape(pack_length=options.pack_length, global_batch_pairs=options.batch, pad_id=2)
@@ -172,10 +169,9 @@ ITERATE = "iter_000"
 
 
 def fixed_overhead(options: argparse.Namespace) -> None:
-    """What does an iteration cost that computes next to nothing? The stages' seconds are starts, exports and commits.
+    """What does an iteration cost that computes next to nothing: starts, exports and commits?
 
-    Smoke runs of this checkout and of ``--before`` take turns, with the same Python. Other work on the machine changes
-    the printed CPU seconds less.
+    Smoke runs of this checkout and of ``--before`` take turns, with the same Python.
     """
     checkouts = [HERE.parent, *([options.before] if options.before else [])]
     measured: list[list[dict[str, float]]] = [[] for _ in checkouts]

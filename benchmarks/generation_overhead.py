@@ -1,8 +1,8 @@
 """How much of the bare engine's speed does the generation stage keep?
 
-Compares the stage's actor code with ``VllmEngine.generate`` alone: same prompts, same warm engine, A B A B.
-
     python benchmarks/generation_overhead.py [--rows 1000] [--max-tokens 32] [--pairs 5]
+
+The stage's actor code and ``VllmEngine.generate`` alone use the same warm engine, in turns.
 """
 
 import argparse

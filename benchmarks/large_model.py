@@ -119,8 +119,8 @@ def one_rank(rank: int, folder: str, case: str) -> None:
 def arithmetic(found: dict[str, Any]) -> float:
     """Returns the GiB that a rank needs in a step.
 
-    A rank holds half of the frozen weights and of the trained fp32 weights with gradients and squares, and the whole
-    largest unit, with its gradient if all weights are trained.
+    A rank holds half of the frozen weights, and half of the trained fp32 weights with gradients and squares. The
+    largest unit is whole, with its gradient if all weights are trained.
     """
     trains_all, each = found["trained"] == found["parameters"], found["frozen bytes"]
     shares = each * (found["parameters"] - found["trained"]) + 3 * 4 * found["trained"]

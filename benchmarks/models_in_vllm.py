@@ -1,12 +1,12 @@
 """Does vLLM load spin_ray's export of each family, and compute the same?
 
-Each tiny random model of tests/support/model_kinds.py, with heads as wide as vLLM's CPU kernels need, is trained a step
-and exported. vLLM continues prompts greedily in fp32; transformers scores vLLM's tokens.
-
     python benchmarks/models_in_vllm.py [--write] [NAME ...]
 
-    same tokens   vLLM's tokens that transformers, too, finds most probable
-    log p         largest difference of a token's log-probability, nats
+Tiny random models, with heads as wide as vLLM's CPU kernels need, are trained a step and exported. vLLM continues
+prompts greedily in fp32, and transformers scores the tokens.
+
+- same tokens: vLLM's tokens that transformers, too, finds most probable
+- log p: largest difference of a token's log-probability, nats
 """
 
 import argparse
@@ -204,7 +204,7 @@ def said_by_vllm(folder: str) -> list[dict[str, Any]]:
 
 @torch.no_grad()
 def compared(folder: Path, said: list[dict[str, Any]], truth: str) -> tuple[int, float, int]:
-    """Returns the tokens that transformers, too, finds most probable, the largest difference, and all tokens."""
+    """Returns how many tokens transformers, too, finds most probable, the largest difference, and the count of all."""
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, attn_implementation=truth).eval()
     same = count = 0
     apart = 0.0

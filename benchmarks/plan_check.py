@@ -2,12 +2,12 @@
 
     python benchmarks/plan_check.py [--threads 2] [--packs 5] [--pack-length 512] [--models 45m 135m 362m]
 
-Times packs through the learner of one process. Prints the rate of a plain fp32 product, with which ``hardware.CPU`` can
-be corrected, and one JSON line for each model and kind of pack:
+Prints the rate of a plain fp32 product, with which ``hardware.CPU`` can be corrected, and one JSON line for each model
+and kind of pack:
 
-    ratio              predicted / measured seconds, with ``hardware.CPU``'s rate of a core: nothing is calibrated
-    ratio_calibrated   the same with the measured rate of 135m's training packs, whose own ratio is 1
-    memory_ratio       predicted / measured peak of resident memory beyond that before loading the model
+- ``ratio``: predicted / measured seconds, with ``hardware.CPU``'s rate of a core: nothing is calibrated;
+- ``ratio_calibrated``: the same with the measured rate of 135m's training packs, whose own ratio is 1;
+- ``memory_ratio``: predicted / measured peak of resident memory beyond that before loading the model.
 """
 
 import argparse

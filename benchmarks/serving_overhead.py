@@ -3,9 +3,9 @@
     python benchmarks/serving_overhead.py [--clients 8] [--requests 32] [--max-tokens 32] [--rounds 6] [--overload-s 30]
     python benchmarks/serving_overhead.py --only-overload
 
-Both serve the same model and are loaded in turn, A B B A A B: first with one stream at a time, then with `--clients`
-streams. Answer lengths vary, as with equal lengths all clients would ask again at the same moment. Then ten times as
-many clients as `spin-ray serve` has places ask for `--overload-s` seconds.
+Both servers are loaded in turn, A B B A A B, with one stream at a time, then with `--clients` streams. Answer lengths
+vary: with equal lengths all clients would ask again at once. Then ten times as many clients as `spin-ray serve` has
+places ask for `--overload-s` seconds.
 """
 
 import argparse

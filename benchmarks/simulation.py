@@ -1,12 +1,12 @@
 """What do failures, slow nodes and autoscaling cost a run of days on 1 to 64 nodes?
 
-fleet.py simulates the driver's rules with the times of ``spin-ray plan``; nothing is measured.
-
     python benchmarks/simulation.py [--runs 20] [--write]     # --write: results/simulation.{json,md}
 
-    goodput      the plan's time, without failures and checkpoints, over the simulated time
-    lost         node-hours of work that was done again
-    waited       node-hours of idle nodes that were up: starts, missing nodes, the longest shard
+fleet.py simulates the driver's rules with the times of ``spin-ray plan``; nothing is measured.
+
+- goodput: the plan's time, without failures and checkpoints, over the simulated time
+- lost: node-hours of work that was done again
+- waited: node-hours of idle nodes that were up
 """
 
 import argparse

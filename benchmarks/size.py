@@ -2,8 +2,8 @@
 
     python benchmarks/size.py [--rows 10000 100000 1000000]
 
-Rates count only the rows that the last size adds to the one before, so that the start of workers does not count. The
-tokenizer's own rate bounds the prompts stage.
+Rates count only the rows that the last size adds to the one before: starting workers does not count. The tokenizer's
+own rate bounds the prompts stage.
 """
 
 import argparse
@@ -88,7 +88,7 @@ def peak_mib() -> float:
 
 
 def tokenizer_rows_per_s() -> float:
-    """Returns the rows, prompts and responses, that the tokenizer alone encodes in a second on all cores."""
+    """Returns the rows that the tokenizer alone encodes in a second on all cores."""
     tokenizer = load_tokenizer(resolve("embedded:tiny-llama"))
     chats = [
         [{"role": "user", "content": f"What is {n} plus {n * 7}?"}, {"role": "assistant", "content": f"{n * 8}"}]

@@ -148,7 +148,7 @@ def predicted(case: Case, model: Path, *, backward: bool = True) -> dict[str, fl
 
 
 def predicted_seconds(case: Case, model: Path) -> float:
-    """Returns the plan's seconds of a step. Each rank has one core, or a share if this machine has fewer cores."""
+    """Returns the plan's seconds of a step, with one core a rank, or a share if this machine has fewer cores."""
     shape = ModelShape.from_config(read_config(model), str(model))
     config, split = case.config(str(model)), shape.split(case.mesh.tensor)
     ranks = Ranks(mesh=case.mesh, per_node=case.ranks)

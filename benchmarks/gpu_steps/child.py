@@ -1,7 +1,7 @@
 """A process that runs the items of one step, and the parent's side of it.
 
 The child writes JSON lines: ``begin``, ``row``, ``failed``, ``end``. After a CUDA error, a crash or a timeout, the
-parent notes the reason and continues with the next item in a new process.
+next item runs in a new process.
 """
 
 import contextlib

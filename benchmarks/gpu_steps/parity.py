@@ -88,7 +88,7 @@ def resume(context: Context) -> Iterator[Measure]:
 
 
 def resume_elsewhere(context: Context) -> Iterator[Measure]:
-    """Yields the same for a killed process and a new one, with ``train.deterministic``."""
+    """Yields the same for a killed process and a new one, with ``train.deterministic``: all must be equal."""
     killed, continued = (in_own_process(context, part) for part in ("killed", "continued"))
     name, apart = "resume in a new process, deterministic", abs(killed["loss"] - continued["loss"])
     same = float(killed["weights"] == continued["weights"])
@@ -177,7 +177,6 @@ def one_by_one(context: Context, folder: Path, rows: list[dict[str, Any]], preci
 
 
 def as_it_comes(item: Item) -> Item:
-    """Returns the item within a process group."""
 
     def run(context: Context) -> Iterator[Measure]:
         with one_rank(group_of(context)), as_variant(BEST):

@@ -15,9 +15,8 @@ from spin_ray.planning.model_shape import ModelShape
 from spin_ray.run_dir.schemas import PAIR_SCHEMA
 
 SPREAD = 0.45
-"""Sigma of log-normal lengths."""
 CHAT, LONG, SHORT = "130/256", "400/300", "30/20"
-"""Mean tokens: prompt/each response."""
+"""Mean tokens of a prompt / of each response."""
 SHAPES: dict[str, dict[str, Any]] = {
     "1.5B": {
         "vocab_size": 151936, "hidden_size": 1536, "intermediate_size": 8960, "num_hidden_layers": 28,

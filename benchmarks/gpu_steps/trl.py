@@ -1,7 +1,7 @@
 """Step 6: the pairs of step 5 through TRL's DPOTrainer, at its best and at its defaults.
 
-At its best: reference scores computed beforehand, rows sorted by length, Liger's kernels, ``varlen_attn`` without
-padding. TRL switches its ``padding_free`` off for DPO.
+TRL's best: precomputed reference scores, rows sorted by length, Liger's kernels, ``varlen_attn`` without padding.
+TRL switches its ``padding_free`` off for DPO.
 """
 
 import json

@@ -1,7 +1,7 @@
 """Side of training benchmarks: TRL's DPOTrainer at its best settings for CPUs. A turn is one optimizer step.
 
 Runs in its own environment (requirements/peers.txt), so it imports nothing of this project. The DPO loss with the
-opponent as reference is the logistic SPIN loss. Sorting a step's rows by length makes padding least.
+opponent as reference is the logistic SPIN loss.
 """
 
 import argparse

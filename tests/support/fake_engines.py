@@ -27,7 +27,6 @@ class FakeEngines:
         self.gate.set()
         self.error: dict[str, Any] | None = None
         self.refuse: str | None = None
-        """Message that is answered with an error."""
 
     def digest(self, iterate: str) -> str:
         return {"sft": "d0", "iter-0": "d1"}[iterate]

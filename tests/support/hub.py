@@ -32,7 +32,6 @@ class Hub:
     repositories: dict[str, Repository] = field(default_factory=dict)
     """Repositories by ``models/OWNER/NAME`` and ``datasets/OWNER/NAME``."""
     asked: list[str] = field(default_factory=list)
-    """Method and path of each request."""
 
     def add(self, name: str, files: Files, *, branch: str = "main", gated: bool = False) -> str:
         """Commits ``files`` to a branch; returns the commit."""

@@ -34,7 +34,6 @@ class KillableCluster:
         self._others = [self._cluster.add_node(**node) for _ in range(2)]
         self.is_alive = True
         self.environment = {"RAY_ADDRESS": self._cluster.address, "RAY_AUTH_MODE": "disabled"}
-        """Variables with which a driver attaches to it."""
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None

@@ -33,7 +33,7 @@ def one_rank(folder: Path, backend: str = "gloo") -> Iterator[None]:
 
 
 def table_of(rows: list[Row]) -> pa.Table:
-    """Returns rows of (prompt, human, generated) token ids as columns."""
+    """Returns (prompt, human, generated) token ids as columns."""
     names = ("prompt_ids", "real_ids", "generated_ids")
     return pa.table({name: pa.array([row[i] for row in rows], TOKEN_IDS) for i, name in enumerate(names)})
 

@@ -95,7 +95,6 @@ def shape_on(mesh: Mesh | None) -> PackShape:
 
 
 def train(backend: Fsdp2Backend, mesh: Mesh | None, steps: int) -> list[dict[str, float]]:
-    """Takes steps as a worker does; returns their metrics."""
     reference = ReferenceScores(real=torch.zeros(len(ROWS)), generated=torch.zeros(len(ROWS)))
     objective = Objective(loss="logistic", beta=0.5, sft_weight=0.1)
     given = (one_step(ROWS), table_of(ROWS), shape_on(mesh), objective, reference)

@@ -1,4 +1,4 @@
-"""Raylets on this machine that act as different machines: own caches, and no model folder."""
+"""Raylets on this machine that act as different machines: each has its own cache, and no model folder."""
 
 import ctypes
 import logging
@@ -17,7 +17,6 @@ from ray.data._internal.cluster_autoscaler.default_autoscaling_coordinator impor
 from spin_ray.runtime.connect import keep_to_loopback
 
 WITHOUT_SERVICES = {"include_dashboard": False, "no_monitor": True, "include_log_monitor": False}
-"""Arguments of a head without the processes that no run needs."""
 
 _NEW_MOUNTS, _PRIVATE, _RECURSIVE = 0x00020000, 1 << 18, 1 << 14
 _libc = ctypes.CDLL(None, use_errno=True)
@@ -112,7 +111,6 @@ def may_hide() -> bool:
 
 
 def when(condition: Callable[[], bool], act: Callable[[], None], *, unless: threading.Event) -> threading.Thread:
-    """Starts a thread that calls ``act`` as soon as ``condition`` holds."""
 
     def watch() -> None:
         while not unless.wait(0.05):

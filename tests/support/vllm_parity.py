@@ -1,7 +1,7 @@
 """Audits vLLM's log-probabilities of iteration 1's opponent; test_smollm2_run runs it as a module.
 
 A response's sum must agree with the trainer's in reference/ within 0.05 nats per token on average and 0.15 at worst, as
-the trainer may have computed in bf16; vLLM computes in fp32. A generation_config.json must not change samples.
+the trainer may have computed in bf16. A generation_config.json must not change samples.
 """
 
 import json

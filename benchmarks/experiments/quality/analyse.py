@@ -41,7 +41,6 @@ def per_row(iterate: Iterate, measure: str, split: str = "test") -> np.ndarray:
 
 
 def summary(iterate: Iterate, split: str) -> dict[str, Any]:
-    """Returns numbers of one iterate; None where it was not measured."""
     measured, evaluation = iterate[split], iterate["evaluation"]
     answered = "greedy" in measured
     return {

@@ -1,4 +1,4 @@
-"""Analysis of the experiment on replies: how well do discriminators tell replies from people's (0.5: not at all)?
+"""How well do discriminators tell replies from people's (0.5: not at all)?
 
 Iterate and temperature are chosen on dev conversations and reported on test conversations. Continued SFT has its own
 best temperature, at its first iterate with at least as many training tokens.
@@ -95,7 +95,7 @@ def load(folder: Path) -> Runs:
 
 
 def analyse(results: Path, setting: str) -> dict[str, Any]:
-    """Returns the content of quality_replies.json; the first pass stands in while the whole setting has no run."""
+    """Returns the content of quality_replies.json, from the first pass while the whole setting has no run."""
     shown = setting
     if not load(results / setting) and setting in FIRST_PASS_OF:
         shown = FIRST_PASS_OF[setting]

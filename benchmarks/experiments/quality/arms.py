@@ -4,9 +4,9 @@ The arm ``warm_up`` makes θ_0: SFT until held-out human responses get no likeli
 except self-reinforcement and those with ``after_sft``; a seed is an order of rows and a stream of samples.
 
 With fresh y′ of θ_t itself, E[∇ log p(y′)] = 0: the first step of SPIN is a noisy step of SFT. SPIN differs later in an
-iteration, when y′ is stale. A flat opponent samples at temperature T > 1 from its likeliest tokens and differs at first
-order. The fixed point of log p_{t+1} = log p_t + (log p_data − log p_opponent)/β is then p ∝ p_data^T, a sharper data
-distribution. It takes more than ten steps: hence long iterations, with a heavier weight on log p(y).
+iteration, when y′ is stale. A flat opponent, which samples at temperature T > 1 from its likeliest tokens, differs at
+once: the fixed point of log p_{t+1} = log p_t + (log p_data − log p_opponent)/β is p ∝ p_data^T. It takes more than ten
+steps: hence long iterations, with a heavier weight on log p(y).
 """
 
 import copy
@@ -45,7 +45,7 @@ class Setting:
     seed_rows: int = 500
     """Labelled rows for self-reinforcement."""
     question_rows: int = 480
-    """Rows whose question it sees: the base model answers each four times."""
+    """Rows whose question self-reinforcement sees: the base model answers each four times."""
     extractor: str = "equals"
     most_iterations: int | None = None
     arms: tuple[str, ...] | None = None
@@ -282,7 +282,7 @@ def recipe_of(setting: Setting, arm: Arm, data: dict[str, str], start: str | Non
 def plateau(warm_up: Run) -> int:
     """Returns the iterate after which human responses to dev rows get no likelier: θ_0.
 
-    Example: log p(y) of −20, −18, −19 for θ_1 to θ_3 of the warm-up gives 2.
+    Example: log p(y) of −20, −18, −19 for θ_1 to θ_3 gives 2.
     """
     iterates = warm_up["iterates"]
     best = iterates[0]

@@ -6,7 +6,7 @@ RESAMPLES = 10_000
 
 
 def bootstrap(values: np.ndarray, seed: int = 0) -> dict[str, float]:
-    """Returns the mean of [seeds, rows] and its 95 % interval; a drawn row is drawn in all seeds together."""
+    """Returns the mean of [seeds, rows] and its 95 % bootstrap interval; rows are drawn for all seeds together."""
     rng = np.random.default_rng(seed)
     seeds, rows = values.shape
     means = np.empty(RESAMPLES)

@@ -2,11 +2,9 @@
 
     python benchmarks/experiments/quality/known_distribution.py [--seeds 0 1 2] [--iterations 6]
 
-A random Markov chain gives p_data of the 1,296 sequences of 4 symbols out of 6. A small Llama is fine-tuned on 2,000
-sequences until held-out ones get no likelier (θ_0). Continued SFT and SPIN start there. KL(p_data‖p_θ) and JSD are sums
-over all sequences, not estimates.
-
-They are compared with iterations that are solved exactly, p_{t+1} ∝ p_t (p_data/p_t)^{1/β} (Theorem 5.4).
+A random Markov chain gives p_data of the 1,296 sequences of 4 symbols out of 6, so KL(p_data‖p_θ) and JSD are sums, not
+estimates. A small Llama is fine-tuned until held-out sequences get no likelier (θ_0); continued SFT and SPIN start
+there. They are compared with iterations that are solved exactly, p_{t+1} ∝ p_t (p_data/p_t)^{1/β} (Theorem 5.4).
 """
 
 import argparse

@@ -83,7 +83,7 @@ def mauve(real: np.ndarray, generated: np.ndarray, seed: int = 0) -> float:
 def self_bleu(texts: Sequence[str]) -> float:
     """Returns the mean precision of each text's 1- to 4-grams with all other texts as references; 1: all the same.
 
-    A short text counts with the lengths that it has; texts of fewer than two words are left out.
+    A shorter text counts with the sizes that it has; texts of fewer than two words are left out.
     """
     words = [text.lower().split() for text in texts]
     scores: list[list[float]] = [[] for _ in words]

@@ -96,7 +96,7 @@ def answer_batch(
     temperature: float | Tensor = 1.0,
     greedy: bool = True,
 ) -> tuple[list[list[list[int]]], list[float]]:
-    """Returns for each row its answers and log p(y): the greedy answer, then one for each sample of ``uniform``.
+    """Returns each row's answers (the greedy one, then one for each sample of ``uniform``), and log p(y).
 
     Args:
         uniform: [rows, samples, longest].
@@ -176,9 +176,9 @@ def draw(logits: Tensor, uniform: Tensor) -> Tensor:
 def attend_in_groups(
     module: torch.nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None, **settings: Any
 ) -> tuple[Tensor, None]:
-    """Attends with SDPA, with the query heads of a key head as its queries where each row has one token (decoding).
+    """Attends with SDPA; when decoding, a key head's query heads are its queries.
 
-    transformers instead copies keys and values for each query head.
+    transformers' own function copies keys and values for each query head.
     """
     rows, heads, tokens, width = query.shape
     if tokens > 1 or attention_mask is None:

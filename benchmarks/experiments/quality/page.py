@@ -21,7 +21,7 @@ MOVED = {
     "generated_drift": ("Δ log p(y′)", 2),
     "loss_on_own": ("loss on its own samples", 2),
 }
-"""Changes by an iteration, from the run's own evaluation on at most 100 dev rows."""
+"""Changes in an iteration, from the run's own evaluation on at most 100 dev rows."""
 
 
 def file_stem(setting: str) -> str:
@@ -131,7 +131,7 @@ def known_distribution(file: Path) -> str:
 
 
 def plot(found: dict[str, Any], file: Path) -> None:
-    """Draws sampled and greedy accuracy on test rows over training tokens, a line for each arm from θ_0."""
+    """Draws sampled and greedy accuracy on test rows over training tokens, a line for each arm."""
     width, height, margin = 460, 260, 46
     rows = [row for row in found["arms"] if row["arm"] != WARM_UP]
     start = found["theta_0"] and found["theta_0"]["warm_up_iterate"]

@@ -1,9 +1,9 @@
 """Does SPIN make a model better than the same compute spent on more SFT? Runs the experiment: hours of CPU.
 
-    python benchmarks/experiments/quality/run.py --data data               # all arms, in the order of arms.py
-    python benchmarks/experiments/quality/analyse.py                       # tables, plots and intervals so far
-    python benchmarks/experiments/quality/run.py --setting gsm8k           # the second setting, smaller
-    python benchmarks/experiments/quality/run.py --setting replies         # the third: small talk; no right answers
+    python benchmarks/experiments/quality/run.py --data data               # all arms
+    python benchmarks/experiments/quality/analyse.py                       # tables so far
+    python benchmarks/experiments/quality/run.py --setting gsm8k           # smaller
+    python benchmarks/experiments/quality/run.py --setting replies         # small talk
     python benchmarks/experiments/quality/run.py --setting smoke           # do the parts work together? minutes
 
 Each arm and seed has a JSON in benchmarks/results/quality/SETTING, written after every iterate. A finished arm is
@@ -148,7 +148,6 @@ class Experiment:
         return str(_model(self.run_with(source, of_seed, number), number))
 
     def run_with(self, arm: Arm, seed: int, number: int) -> RunDir:
-        """Returns an arm's run that has the model of an iterate; trains it if needed."""
         run = RunDir(Storage(self.folder(arm, seed)))
         if not run.model(number).is_committed:
             recipe = recipe_of(self.setting, arm, self.files, self.start_model(arm, seed), seed)
@@ -185,7 +184,6 @@ class Experiment:
                 _write(result, content)
 
     def measure_start(self, arm: Arm) -> None:
-        """Adds the replies of θ_0, which no arm waits for."""
         result = self.result(arm, 0)
         content = json.loads(result.read_text())
         iterate = numbered(content, plateau(content))
@@ -277,10 +275,10 @@ def _model(run: RunDir, number: int) -> Path:
 
 
 def _cost(run: RunDir, number: int, logs: list[list[dict[str, Any]]]) -> dict[str, float]:
-    """Returns costs since θ_0: ``train_tokens``, ``compute`` and ``seconds`` of wall time.
+    """Returns costs since θ_0.
 
     ``train_tokens`` go forward and backward. ``compute`` adds a third of the tokens of generation and reference scores,
-    which go forward only.
+    which go forward only. ``seconds`` is wall time.
     """
     train_tokens = sum(line["tokens"] for log in logs for line in log)
     forward = 0.0
