@@ -188,7 +188,6 @@ def fixed_overhead(options: argparse.Namespace) -> None:
 
 
 def seconds_of_stages(checkout: Path) -> dict[str, float]:
-    """Returns the seconds of each stage of a smoke run's first iteration."""
     with tempfile.TemporaryDirectory() as folder:
         run = psutil.Popen(
             [sys.executable, "jobs/run_spin.py", "jobs/recipes/smoke.yaml", "--out", folder, "--iterations=1"],

@@ -29,8 +29,6 @@ STORAGE = 2 * GB
 
 @dataclass(frozen=True, kw_only=True)
 class Fleet:
-    """Nodes and their failures."""
-
     nodes: int
     mtbf_s: float = 8 * GPU_MTBF_S
     """Mean seconds between failures of a node."""

@@ -49,7 +49,6 @@ def main() -> None:
 
 
 def looked_at(family: str, folder: Path) -> tuple[Outcome, str]:
-    """Returns the outcome, and the layout probe's warning if there was one."""
     said: list[str] = []
     handler = logging.Handler()
     handler.emit = lambda record: said.append(record.getMessage())

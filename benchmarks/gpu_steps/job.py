@@ -21,8 +21,6 @@ CHECKPOINT_STEPS = 20
 
 
 class TransformersEngine:
-    """A ``GenerationEngine`` that samples with transformers."""
-
     def __init__(self, spec: Any) -> None:
         import torch
         from transformers import AutoModelForCausalLM

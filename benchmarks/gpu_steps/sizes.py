@@ -44,7 +44,6 @@ class Sizes:
     train_pack: int
     pairs: int
     steps: int
-    """Timed steps, after the warm-up."""
     warm_up: int
     shrink: int
     longest: int

@@ -16,8 +16,6 @@ HELLO = {"model": "sft", "messages": [{"role": "user", "content": "hello"}]}
 
 
 class Server:
-    """An application in this process, with its engines and a client."""
-
     def __init__(self, keys: list[Key] | None = None, **serving: Any) -> None:
         self.engines = FakeEngines()
         self.app = make_app(self.engines, tiny_config(**serving), keys or [], empty_votes())

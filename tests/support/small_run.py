@@ -107,8 +107,6 @@ _models: dict[bytes, Any] = {}
 
 
 class _Items:
-    """The part of a Ray Dataset that the stages use."""
-
     def __init__(self, items: list[Any], **_: object) -> None:
         self._items: Iterator[Any] = iter(items)
 
@@ -144,7 +142,6 @@ def _run_worker(
 
 
 def run(config: SpinConfig, out: Path | str, disk: Disk | None = None) -> None:
-    """Does the run, or the rest of it."""
     with pytest.MonkeyPatch.context() as patch:
         if disk is not None:
             patch.setattr(launch, "open_storage", lambda root: Storage(root, disk))

@@ -74,7 +74,6 @@ def difference(arm: dict[int, Run], sft: dict[int, Run], number: int, measure: s
 
 
 def between(arm: dict[int, Run], later: int, earlier: int, measure: str) -> dict[str, float] | None:
-    """Returns one iterate of an arm minus another, on test rows."""
     pairs = [(numbered(run, later), numbered(run, earlier)) for run in arm.values()]
     rows = [per_row(one, measure) - per_row(other, measure) for one, other in pairs if one and other]
     return bootstrap(np.stack(rows)) if rows else None

@@ -43,7 +43,6 @@ class Setting:
     test_rows: int | None = None
     """First rows of test that are measured; None: all."""
     seed_rows: int = 500
-    """Labelled rows for self-reinforcement."""
     question_rows: int = 480
     """Rows whose question self-reinforcement sees: the base model answers each four times."""
     extractor: str = "equals"

@@ -106,7 +106,6 @@ def _temperatures(rows: list[dict[str, Any]]) -> list[str]:
 
 
 def known_distribution(file: Path) -> str:
-    """Returns quality.md's section on exact divergences, from known_distribution.py's file; empty without."""
     if not file.exists():
         return ""
     content = json.loads(file.read_text())
