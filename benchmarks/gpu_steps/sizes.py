@@ -15,6 +15,7 @@ from spin_ray.planning.model_shape import ModelShape
 from spin_ray.run_dir.schemas import PAIR_SCHEMA
 
 SPREAD = 0.45
+"""Sigma of log-normal lengths."""
 CHAT, LONG, SHORT = "130/256", "400/300", "30/20"
 """Mean tokens of a prompt / of each response."""
 SHAPES: dict[str, dict[str, Any]] = {
@@ -46,6 +47,7 @@ class Sizes:
     steps: int
     warm_up: int
     shrink: int
+    """Divisor of all lengths."""
     longest: int
 
 
