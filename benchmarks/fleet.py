@@ -48,7 +48,7 @@ class Rules:
     lease_timeout_s: float
     resize_interval_s: float
     least_nodes: int
-    """Fewest nodes that train (``train.min_workers``)."""
+    """Fewest nodes that train (``train.min_workers``; not set: all)."""
     checkpoint_s: float
     engine_start_s: float
 

@@ -20,7 +20,7 @@ class Stored(NamedTuple):
 
 
 class FakeGcs(ThreadingHTTPServer):
-    """One bucket, whatever its name; nothing is signed."""
+    """One bucket under any name; nothing is signed."""
 
     daemon_threads = True
 
@@ -82,7 +82,7 @@ class _Handler(BaseHTTPRequestHandler):
         return {key: values[0] for key, values in query.items()}
 
     def _store(self, data: bytes, result: str = "") -> None:
-        """Puts an object. x-goog-if-generation-match 0 demands that there be none; n, one of this generation."""
+        """Puts an object. x-goog-if-generation-match: 0 demands that none exists, n that generation n exists."""
         wanted = self.headers.get("x-goog-if-generation-match")
         with self.server.lock:
             found = self.server.objects.get(self._name)

@@ -80,7 +80,7 @@ def write_prompts(artefact: Artefact, count: int, part_rows: int) -> None:
 
 
 def generation_rows(answers: list[tuple[str, int, list[int]]], opponent: str = "sft") -> list[dict[str, Any]]:
-    """Returns rows of GENERATION_SCHEMA from (prompt id, sample, tokens); without an end of turn a response was cut."""
+    """Returns rows of GENERATION_SCHEMA from (prompt id, sample, tokens); a response without an end of turn was cut."""
     return [
         {
             "prompt_id": prompt_id,

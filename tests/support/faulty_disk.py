@@ -35,7 +35,7 @@ class FaultyDisk(Disk):
         self._dead = False
 
     def __reduce__(self) -> tuple[Any, ...]:
-        """Returns this very disk to work that was pickled for an actor."""
+        """Makes unpickling return this very disk: work is pickled for an actor."""
         _disks[id(self)] = self
         return _disk_of, (id(self),)
 

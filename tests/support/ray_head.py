@@ -35,7 +35,7 @@ class Head:
 def ray_head(environment: dict[str, str], cpus: int) -> Iterator[Head]:
     """Yields a head whose dashboard listens, then kills it: a stop takes half a minute.
 
-    Its own temporary folder keeps the paths of sockets short.
+    The folder's path is short, as sockets are in it.
     """
     folder = Path(tempfile.mkdtemp(prefix="head-"))
     (folder / "token").write_text(TOKEN)

@@ -48,7 +48,7 @@ class Kill:
     """True: the driver ended and was started again; False: the run went on without help."""
     shards: int = 0
     steps: int = 0
-    """Lost and repeated, by events.jsonl."""
+    """Shards and steps that were lost and repeated, by events.jsonl."""
 
 
 def plan(kinds: Sequence[str], chance: random.Random) -> list[Kill]:
