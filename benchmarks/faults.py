@@ -47,7 +47,6 @@ def counting(patch: pytest.MonkeyPatch, module: Any, name: str) -> list[None]:
 
 
 def measure(config: SpinConfig, folder: Path, points: int) -> list[str]:
-    """Returns a row for each kind of fault."""
     with pytest.MonkeyPatch.context() as patch:
         small_run.in_this_process(patch)
         shards, steps = counting(patch, generation, "answer"), counting(patch, worker, "train_step")

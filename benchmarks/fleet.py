@@ -40,8 +40,6 @@ class Fleet:
 
 @dataclass(frozen=True, kw_only=True)
 class Rules:
-    """Settings of a recipe that decide what a failure costs."""
-
     checkpoint_every_steps: int
     max_failures: int
     generation_failures: int
@@ -151,7 +149,6 @@ class World:
 
 
 def simulate(stages: list[Stage], fleet: Fleet, rules: Rules, seed: int) -> Told:
-    """Simulates the stages one after another."""
     world, told = World(fleet, np.random.default_rng(seed)), Told()
     for stage in stages:
         if isinstance(stage, Generation):

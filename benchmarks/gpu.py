@@ -4,8 +4,7 @@
     python benchmarks/gpu.py --only step           # one step again; its rows replace the earlier ones
     python benchmarks/gpu.py --tiny --out FOLDER   # a rehearsal on a CPU with toy sizes; measures nothing
 
-Each measure is written to results/gpu.json and results/gpu.md at once. A row says why a step cannot run or was cut at
-its budget; unused time goes to the next step.
+Each measure is written to results/gpu.json and results/gpu.md at once. A row says why a step did not run or was cut.
 """
 
 import argparse

@@ -89,14 +89,12 @@ def pairs_of(data: Path, count: int) -> list[dict[str, list[int]]]:
 
 
 def table_of(rows: Sequence[dict[str, list[int]]]) -> pa.Table:
-    """Returns rows of PAIR_SCHEMA, each with its own prompt."""
     names = [f"{number:06d}" for number in range(len(rows))]
     columns = [[row[name] for row in rows] for name in ("prompt_ids", "real_ids", "generated_ids")]
     return pa.table([names, names, [0] * len(rows), *columns], schema=PAIR_SCHEMA)
 
 
 def training_options(description: str | None) -> argparse.ArgumentParser:
-    """Returns a parser for a training benchmark."""
     parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
     add_training_options(parser)
     return parser
@@ -111,7 +109,6 @@ def add_training_options(parser: argparse.ArgumentParser) -> None:
 
 
 def side_options(description: str | None) -> argparse.ArgumentParser:
-    """Returns a parser for a side that trains on packs."""
     parser = argparse.ArgumentParser(description=description)
     parser.add_argument("--pairs", type=Path, required=True, help="JSON file")
     parser.add_argument("--batch", type=int, required=True, help="pairs of a step")

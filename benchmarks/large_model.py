@@ -2,8 +2,7 @@
 
     python benchmarks/large_model.py [--layers 20] [--peak-gib 24] [--only "adapters, bf16"] [--system-malloc] [--write]
 
-Only private memory is sampled, as the kernel can drop mapped files. The train workers' allocator keeps freed memory for
-300 s.
+Only private memory is sampled, as the kernel can drop mapped files.
 """
 
 import argparse

@@ -163,7 +163,6 @@ def row(family: str, folder: Path) -> str:
 
 
 def wide(kind: ModelKind) -> ModelKind:
-    """Returns the family with heads that vLLM's CPU kernels take."""
     settings = kind.settings | {"hidden_size": 4 * HEAD}
     for name in ("head_dim", "query_pre_attn_scalar", "qk_rope_head_dim", "qk_nope_head_dim", "v_head_dim"):
         if name in settings:
@@ -220,7 +219,6 @@ def compared(folder: Path, said: list[dict[str, Any]], truth: str) -> tuple[int,
 
 
 def why(output: str) -> str:
-    """Returns vLLM's last error that names a cause."""
     errors = [
         line.rpartition("] ")[2].strip()
         for line in output.splitlines()

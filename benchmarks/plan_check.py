@@ -187,7 +187,6 @@ def time_packs(
 
 
 def product_rate(threads: int) -> float:
-    """Returns FLOP/s of the fastest of ten fp32 products of 2048 × 2048."""
     import torch
 
     torch.set_num_threads(threads)

@@ -3,9 +3,8 @@
     python benchmarks/serving_overhead.py [--clients 8] [--requests 32] [--max-tokens 32] [--rounds 6] [--overload-s 30]
     python benchmarks/serving_overhead.py --only-overload
 
-Both servers are loaded in turn, A B B A A B, with one stream at a time, then with `--clients` streams. Answer lengths
-vary: with equal lengths all clients would ask again at once. Then ten times as many clients as `spin-ray serve` has
-places ask for `--overload-s` seconds.
+Both are loaded in turn, A B B A A B, with one stream, then with `--clients` streams. Answer lengths vary: with equal
+lengths all clients would ask again at once. Then ten times too many clients ask `spin-ray serve`.
 """
 
 import argparse
@@ -46,7 +45,6 @@ PLACES = ServingConfig().max_concurrent
 TARGETS = ((50, 15), (99, 60))
 """Percentile, and milliseconds that it may grow by."""
 Firsts = dict[str, list[float]]
-"""Seconds to the first token of every request, by server."""
 ENGINE = {"dtype": "bfloat16", "enforce_eager": True, "cpu_kv_cache_gib": 1, "max_num_seqs": 32}
 _SO_TIMESTAMPNS = 35
 """Linux's socket option that is missing in ``socket``: ``recvmsg`` tells when the kernel received the bytes."""

@@ -2,8 +2,7 @@
 
     python benchmarks/size.py [--rows 10000 100000 1000000]
 
-Rates count only the rows that the last size adds to the one before: starting workers does not count. The tokenizer's
-own rate bounds the prompts stage.
+Rates count only the rows that the last size adds to the one before: starting workers does not count.
 """
 
 import argparse

@@ -136,7 +136,6 @@ def _bytes(tensor: torch.Tensor) -> int:
 
 
 def predicted(case: Case, model: Path, *, backward: bool = True) -> dict[str, float]:
-    """Returns the plan's bytes of one rank in a step, by kind of collective."""
     shape = ModelShape.from_config(read_config(model), str(model))
     config = case.config(str(model))
     found: Counter[str] = Counter()

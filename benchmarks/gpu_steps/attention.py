@@ -18,7 +18,6 @@ from spin_ray.learner.step import pair_lengths
 
 
 def attentions() -> dict[str, Any]:
-    """Returns the learner's ways to attend by name, and the former loop over trees."""
     try:
         from spin_ray.learner.attention import ATTENTIONS
     except ModuleNotFoundError as error:

@@ -30,7 +30,6 @@ KILL_AFTER_S = 5
 class Context:
     tiny: bool
     work: Path
-    """Folder that all steps share."""
 
 
 class Missing(Exception):

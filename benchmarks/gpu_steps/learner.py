@@ -42,7 +42,6 @@ class Variant:
 
 
 def variants() -> tuple[Variant, ...]:
-    """Returns the states of the ablation; the last is the present learner."""
     return (
         Variant(name="as is", attention="loop", small_head=True, compile=False, prefetch=False),
         Variant(name="+ attention", small_head=True, compile=False, prefetch=False),

@@ -97,7 +97,6 @@ def resume_elsewhere(context: Context) -> Iterator[Measure]:
 
 
 def in_own_process(context: Context, part: str) -> dict[str, Any]:
-    """Runs ``gpu_steps.resumed`` with a train worker's environment."""
     command = [
         sys.executable,
         "-m",

@@ -20,7 +20,6 @@ needs_chromium = pytest.mark.skipif(CHROMIUM is None, reason="needs Chromium (De
 
 @contextmanager
 def headless() -> Iterator[Browser]:
-    """Yields the system's Chromium with a temporary profile."""
     with sync_playwright() as playwright:
         browser = playwright.chromium.launch(executable_path=CHROMIUM, headless=True, args=FLAGS, timeout=60_000)
         yield browser

@@ -58,7 +58,6 @@ class FakeEngine:
 
 
 def seed_engine(_: EngineSpec) -> FakeEngine:
-    """Returns an engine with short answers."""
     return FakeEngine(short=True)
 
 

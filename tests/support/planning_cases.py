@@ -23,7 +23,6 @@ RMSPROP, ADAMW = OptimizerConfig(), OptimizerConfig(name="adamw")
 
 
 def tiny_config(**train: object) -> SpinConfig:
-    """Returns a config with packs of 3 tokens."""
     return config_of(
         model={"path": "m", "max_length": 2},
         generation={"sampling": {"max_tokens": 1}},

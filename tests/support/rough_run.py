@@ -174,7 +174,7 @@ def run_roughly(folder: Path, calm: dict[str, str], kinds: Sequence[str], chance
 
 
 def run_for(seconds: float, folder: Path, calm: dict[str, str], chance: random.Random) -> list[Kill]:
-    """Does one rough run after another, with three kills each, all kinds in turn."""
+    """Does rough runs of three kills each, with all kinds in turn."""
     deadline, kinds, kills = time.monotonic() + seconds, [], []
     while time.monotonic() < deadline:
         if len(kinds) < 3:

@@ -16,7 +16,6 @@ SECTIONS = sorted(
 
 
 def leaves(section: type[Section] = SpinConfig, prefix: str = "") -> list[str]:
-    """Returns the dotted name of every setting."""
     found = []
     for name, field in section.model_fields.items():
         inner = next(

@@ -34,7 +34,6 @@ def tiny_config(train: dict[str, Any] | None = None, **serving: Any) -> SpinConf
 
 
 def make_run(folder: Path, iterates: int, **serving: Any) -> RunDir:
-    """Makes a run with ``iterates`` published iterates after ``sft``."""
     config = tiny_config(**serving)
     start = check_recipe(config)
     run = RunDir(Storage(folder))

@@ -27,8 +27,6 @@ Run = dict[str, Any]
 
 @dataclass(frozen=True, kw_only=True)
 class Setting:
-    """Model, data and sizes of an experiment."""
-
     name: str
     train: str
     test: str
@@ -246,7 +244,6 @@ def iterations_of(setting: Setting, arm: Arm) -> int:
 
 
 def is_finished(setting: Setting, arm: Arm, run: Run | None) -> bool:
-    """Returns True if a run has all iterates of its arm."""
     return run is not None and run["complete"] and run["recipe"]["iterations"] >= iterations_of(setting, arm)
 
 
