@@ -1,7 +1,6 @@
-"""Does an engine with an adapter answer as the merged model does? Greedy tokens and log-probabilities, as a table.
+"""Does an engine with an adapter answer as an engine with the merged model does?
 
-vLLM with the adapter and vLLM with PEFT's merge, each in a process of its own, against transformers with PEFT's
-adapter. Random adapters of rank 4, whose changes are large beside a trained one's:
+Compares both with transformers and PEFT's unmerged adapter, which is random, of rank 4.
 
     python benchmarks/adapter_parity.py [--model embedded:tiny-llama] [--write]
 """
@@ -62,7 +61,7 @@ def main() -> None:
 
 
 def alone(function: Any, *arguments: Any) -> Any:
-    """Calls a function in a process of its own: engines give no memory back."""
+    """Calls a function in its own process, as engines give no memory back."""
     with multiprocessing.get_context("spawn").Pool(1) as pool:
         return pool.apply(function, arguments)
 
@@ -93,7 +92,7 @@ def merge_into(base: Path, adapter: Path, target: Path, dtype: str) -> None:
 
 @torch.no_grad()
 def by_transformers(base: Path, adapter: Path, merged: Path, dtype: str) -> tuple[list[list[int]], float, float]:
-    """Returns PEFT's greedy tokens, and how far the merged model's log-probabilities of them are."""
+    """Returns PEFT's greedy tokens, and how far the merged model's log p of them differs: largest, mean."""
     import peft
     from transformers import AutoModelForCausalLM
 

@@ -1,7 +1,6 @@
-"""How far is log p from the model's own under rounding, and how far under a model that is read otherwise?
+"""Which ``health.max_engine_difference`` separates rounding from a model that is read wrongly?
 
-The demonstration's model answers prompts; its log p of the answers are compared with those of the same model rounded or
-read otherwise, as ``engine_difference`` is. ``health.max_engine_difference`` must lie between the two kinds. A table:
+Compares log p of sampled answers with that of the model rounded, or loaded with other settings.
 
     python benchmarks/audit_limit.py [--write]
 """
@@ -26,7 +25,6 @@ QUESTIONS = (
     "Write a line about the sea.", "Why do people laugh?", "Name three fruits.", "How do I boil an egg?",
 )  # fmt: skip
 LENGTH = 48
-"""Most tokens of an answer."""
 PAGE = ROOT / "docs" / "faults.md"
 
 
@@ -57,7 +55,7 @@ def load(dtype: torch.dtype = torch.float32, **changes: Any) -> Any:
 
 
 def answered(model: Any) -> Iterator[tuple[Tensor, int]]:
-    """Yields the ids of prompt and answer, sampled at temperature 1, and the place where the answer begins."""
+    """Yields token ids of prompt and answer, and the index where the answer begins."""
     tokenizer = AutoTokenizer.from_pretrained(resolve(MODEL))
     for question in QUESTIONS * 2:
         asked = tokenizer.apply_chat_template(
@@ -77,7 +75,6 @@ def logps(model: Any, answers: list[tuple[Tensor, int]]) -> list[float]:
 
 
 def others() -> Iterator[tuple[str, Any]]:
-    """Yields the model rounded, then read otherwise."""
     yield "rounded to bf16", load(torch.bfloat16)
     yield "weights of 8 bits, a scale for 64", rounded(load(), lambda weight: blocks_of(weight, bits=8))
     yield "weights of fp8 (e4m3), a scale for each matrix", rounded(load(), fp8)
@@ -89,7 +86,7 @@ def others() -> Iterator[tuple[str, Any]]:
 
 
 def rounded(model: Any, rounding: Callable[[Tensor], Tensor]) -> Any:
-    """Rounds all matrices but the embeddings, which are the head, too."""
+    """Rounds every matrix except the embeddings, which are also the head."""
     for name, parameter in model.named_parameters():
         if parameter.ndim == 2 and "embed" not in name:
             parameter.data = rounding(parameter.data)

@@ -1,7 +1,6 @@
-"""How far is DeepSpeed from FSDP2, and LoRA from PEFT alone? Three steps on the same pairs, as tables.
+"""How far is DeepSpeed from FSDP2, and LoRA from PEFT alone, after three steps on the same pairs?
 
-Largest differences over steps and weights, for the cases that test_deepspeed.py (two gloo workers with unequal packs)
-and test_lora.py (one) of tests/unit/learner check:
+Cases are those of test_deepspeed.py and test_lora.py.
 
     python benchmarks/backend_parity.py [--write]
 """
@@ -54,7 +53,7 @@ def table(rows: dict[str, tuple[float, ...]]) -> str:
 
 
 def peft(directory: Path) -> tuple[float, ...]:
-    """The same of adapters on FSDP2 against PEFT's model in a plain torch loop, fp32, and of what each exports."""
+    """Compares adapters on FSDP2 with PEFT in a plain torch loop, in fp32; returns the values of ``differences``."""
     (directory / "alone").mkdir()
     with one_rank(directory / "alone"):
         backend = backend_of(directory / "tied", seed=3)
@@ -70,7 +69,7 @@ def peft(directory: Path) -> tuple[float, ...]:
 
 
 def differences(directory: Path, case: str) -> tuple[float, ...]:
-    """Of the losses, the gradient norms and the weights; and how far the weights moved from the start, at most."""
+    """Returns the largest differences of loss, gradient norm and weights, and the largest change of a weight."""
     ours, theirs = (
         json.loads((directory / f"{case} {kind} 0.json").read_text())["history"] for kind in ("deepspeed", "fsdp2")
     )

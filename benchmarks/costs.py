@@ -1,4 +1,4 @@
-"""Small questions about costs, one a command; most need no data, the others take ``--data FILE.jsonl``.
+"""Measures one cost a command.
 
 python benchmarks/costs.py useful-tokens --data FILE.jsonl [--rows 2000] [--batch 24] [--pack-length 512]
 python benchmarks/costs.py pack-length --data FILE.jsonl [--lengths 512 1024 2048] [--batch 24] [--pairs 5]
@@ -48,10 +48,7 @@ def main() -> None:
 
 
 def useful_tokens(options: argparse.Namespace) -> None:
-    """How many tokens does training compute for each token that it must: every prompt once, every response once?
-
-    The packs of a whole epoch are built and nothing is trained, so that the answer is the same each time.
-    """
+    """How many tokens does training compute for each token that it must: every prompt once, every response once?"""
     rows = pairs_of(options.data, options.rows)
     table = table_of(rows)
     shape = PackShape(pack_length=options.pack_length, global_batch_pairs=options.batch, pad_id=2)
@@ -64,10 +61,7 @@ def useful_tokens(options: argparse.Namespace) -> None:
 
 
 def pack_length(options: argparse.Namespace) -> None:
-    """What does the length of packs cost? Steps of one rank with the same pairs in packs of several lengths, in turns.
-
-    Prints, and does not record, the time of a step beside that at the first length, and peak memory.
-    """
+    """How does the pack length change a step's time and peak memory? Sides take turns; nothing is recorded."""
     prepare()
     with tempfile.TemporaryDirectory() as folder, ExitStack() as stack:
         pairs = Path(folder) / "pairs.json"
@@ -96,13 +90,13 @@ def pack_length(options: argparse.Namespace) -> None:
 
 ROWS_OF_PROFILE = 20
 FSDP_RANGES = ("FSDP::pre_forward", "FSDP::pre_backward", "FSDP::post_backward")
-"""Ranges that FSDP2 marks in a profile, none within another."""
+"""Ranges that FSDP2 marks in a profile; none lies within another."""
 
 
 def step_profile(options: argparse.Namespace) -> None:
-    """Where does the time of a training step go? torch's profiler over one optimizer step after two that warm up.
+    """Where does the time of a training step go?
 
-    One thread by default: with more, the profile shows waiting too. The allocator is that of train workers.
+    One thread by default, as the profile of more threads includes waiting.
     """
     restart_with_allocator()
     prepare()
@@ -128,7 +122,7 @@ def step_profile(options: argparse.Namespace) -> None:
 
 
 def restart_with_allocator() -> None:
-    """Starts this script again with the environment of a train worker, which a loader reads only at the start."""
+    """Restarts this script with a train worker's environment, which the loader reads only when a process starts."""
     environment = keep_freed_memory()
     if not environment.items() <= os.environ.items():
         os.execve(sys.executable, [sys.executable, *sys.argv], os.environ | environment)
@@ -147,11 +141,7 @@ train: {{resources: {{cpus: 1}}, epochs: 1, global_batch_pairs: 16, pack_length:
 
 
 def nothing_to_do(options: argparse.Namespace) -> None:
-    """How long does a run take that has nothing left to do?
-
-    A real run over many prompts, of which an iteration plays 64 (a tiny random model), then the same command again and
-    again. Such a run never starts Ray, so the whole command is timed, the start of Python with it.
-    """
+    """How long does the command of a finished run take? Such a run never starts Ray."""
     with tempfile.TemporaryDirectory() as folder:
         rows, recipe = Path(folder) / "rows.jsonl", Path(folder) / "recipe.yaml"
         with rows.open("w") as file:
@@ -167,7 +157,6 @@ def nothing_to_do(options: argparse.Namespace) -> None:
 
 
 def seconds_of_run(recipe: Path, out: Path) -> float:
-    """Seconds of ``spin-ray run``."""
     started = time.perf_counter()
     subprocess.run(
         [sys.executable, "-m", "spin_ray", "run", str(recipe), "--out", str(out)],
@@ -180,11 +169,9 @@ ITERATE = "iter_000"
 
 
 def fixed_overhead(options: argparse.Namespace) -> None:
-    """What does an iteration cost that computes next to nothing?
+    """What does an iteration cost that computes next to nothing: starts, exports and commits?
 
-    Smoke runs (a tiny random model, 128 prompts) in turn: of this checkout and, if given, of another one, whose virtual
-    environment may be this one's. The seconds of one iteration's stages are starts, exports and commits. CPU seconds of
-    all processes are printed by kind, as other work on the machine changes them less.
+    Smoke runs of this checkout and of ``--before`` take turns, with the same Python.
     """
     checkouts = [HERE.parent, *([options.before] if options.before else [])]
     measured: list[list[dict[str, float]]] = [[] for _ in checkouts]
@@ -201,7 +188,6 @@ def fixed_overhead(options: argparse.Namespace) -> None:
 
 
 def seconds_of_stages(checkout: Path) -> dict[str, float]:
-    """Seconds of each stage of the first iteration of a smoke run."""
     with tempfile.TemporaryDirectory() as folder:
         run = psutil.Popen(
             [sys.executable, "jobs/run_spin.py", "jobs/recipes/smoke.yaml", "--out", folder, "--iterations=1"],
@@ -221,7 +207,7 @@ def seconds_of_stages(checkout: Path) -> dict[str, float]:
 
 
 def cpu_seconds(run: psutil.Popen) -> dict[str, float]:
-    """Waits for a command; returns the CPU seconds of its processes by kind: ``all``, and those that Ray has named."""
+    """Waits for a command; returns its processes' CPU seconds: ``all``, and by the name that Ray gave."""
     last: dict[tuple[int, float], tuple[str, float]] = {}
     while run.poll() is None:
         with suppress(psutil.Error):

@@ -1,7 +1,7 @@
-"""Question: what does a fault at any point of a run cost?
+"""What does a fault at any point of a run cost?
 
-Cuts the small run of tests/faults down at points spread over it, runs it again, and counts what was done twice. With
---kills-s it also kills processes of real runs (Ray, vLLM, FSDP2) for so many seconds:
+Stops the small run of tests/faults at many points, runs it again, and counts repeated work. With --kills-s it also
+kills processes of real runs.
 
     python benchmarks/faults.py --points 36 --kills-s 1200 --docs docs/faults.md
 """
@@ -34,7 +34,7 @@ BEGIN, END = "<!-- table: python benchmarks/faults.py -->\n", "<!-- end of table
 
 
 def counting(patch: pytest.MonkeyPatch, module: Any, name: str) -> list[None]:
-    """One entry for each call of ``module.name`` from now on."""
+    """Returns a list that grows by one entry with each call of ``module.name``."""
     calls: list[None] = []
     real: Callable[..., Any] = getattr(module, name)
 
@@ -47,7 +47,6 @@ def counting(patch: pytest.MonkeyPatch, module: Any, name: str) -> list[None]:
 
 
 def measure(config: SpinConfig, folder: Path, points: int) -> list[str]:
-    """Rows of the table, one for each kind of fault."""
     with pytest.MonkeyPatch.context() as patch:
         small_run.in_this_process(patch)
         shards, steps = counting(patch, generation, "answer"), counting(patch, worker, "train_step")
@@ -75,7 +74,11 @@ def measure(config: SpinConfig, folder: Path, points: int) -> list[str]:
 
 
 def measure_kills(folder: Path, seconds: float, seed: int) -> list[str]:
-    """Rows of the table, one for each kind of process. A run that does not end right ends this, too."""
+    """Returns a row for each kind of process.
+
+    Raises:
+        AssertionError: a run did not end like the undisturbed one.
+    """
     undisturbed, rough = folder / "kills" / "undisturbed", folder / "kills" / "rough"
     for one in (undisturbed, rough):
         one.mkdir(parents=True)

@@ -1,9 +1,4 @@
-"""A fleet of nodes that fail and come back, and what the driver's rules make of it: a discrete-event simulation.
-
-generation   engines take shards from one queue; a lost node loses the shards that its engines work on
-training     all nodes take each step together; a lost node loses the steps since the last checkpoint
-driver       its node fails like others; it is submitted again and goes on from what is committed
-"""
+"""Simulates nodes that fail and come back under the driver's rules, as discrete events."""
 
 import heapq
 from dataclasses import dataclass, field
@@ -23,39 +18,35 @@ HOUR = 3600.0
 GPU_MTBF_S = 54 * 24 * HOUR * 16_384 / 419
 """Seconds between failures of one GPU: 419 in 54 days on 16,384 (Llama 3, arXiv 2407.21783, section 3.3.4)."""
 SLOW_NODES, SLOWDOWN = 0.005, 1.10
-"""Share of slow nodes, and their time over others' (MegaScale, arXiv 2402.15627; cited from memory)."""
+"""Share of slow nodes, and a slow node's time over another's (MegaScale, arXiv 2402.15627; cited from memory)."""
 STEP_NOISE = 0.02
-"""Standard deviation of a node's time of a step over its mean: an assumption."""
+"""Standard deviation of a node's step time over its mean: an assumption."""
 NOTICE_S = 20.0
-"""Longest time until Ray notices a lost node (``runtime.workers.ELASTIC_PLACING_S`` counts on it)."""
+"""Longest time until Ray notices a lost node."""
 STORAGE = 2 * GB
 """Bytes/s at which one node writes or reads a checkpoint: an assumption."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Fleet:
-    """The nodes, and what happens to them."""
-
     nodes: int
     mtbf_s: float = 8 * GPU_MTBF_S
-    """Mean seconds between failures of one node."""
+    """Mean seconds between failures of a node."""
     replaced_s: float = 600.0
-    """Mean seconds until a lost node is back, or an autoscaler's new one is there."""
+    """Mean seconds from noticing a loss until a node is back."""
     slow: float = SLOW_NODES
     noise: float = STEP_NOISE
 
 
 @dataclass(frozen=True, kw_only=True)
 class Rules:
-    """The settings of a recipe that decide what a failure costs."""
-
     checkpoint_every_steps: int
     max_failures: int
     generation_failures: int
     lease_timeout_s: float
     resize_interval_s: float
     least_nodes: int
-    """Nodes of ``train.min_workers``; all without it."""
+    """Fewest nodes that train (``train.min_workers``; not set: all)."""
     checkpoint_s: float
     engine_start_s: float
 
@@ -85,12 +76,12 @@ class Generation:
 
 @dataclass(frozen=True, kw_only=True)
 class Training:
-    """Steps of all nodes together. Scoring and evaluation are one step each, as nothing is committed before its end."""
+    """Steps of all nodes. Scoring and evaluation are one step each, as they commit only at their end."""
 
     steps: int
     step_s: float
     start_s: float = WORKERS_START_S
-    """Start of the workers; scoring goes on with those of training."""
+    """Seconds until workers run; 0 for scoring, which shares training's workers."""
 
 
 Stage = Generation | Training
@@ -98,14 +89,12 @@ Stage = Generation | Training
 
 @dataclass(kw_only=True)
 class Told:
-    """What a simulated run came to, in seconds; of nodes together where it says so."""
+    """Result of a run. Times are in seconds; ``lost`` and ``waited`` are sums over nodes."""
 
     seconds: float = 0.0
     ideal: float = 0.0
     lost: float = 0.0
-    """Of nodes together."""
     waited: float = 0.0
-    """Of nodes together."""
     saving: float = 0.0
     failures: int = 0
     submissions: int = 1
@@ -116,12 +105,12 @@ class Told:
 
 
 DRIVER = -1
-"""Number of the driver's node, which has no engine and no worker."""
+"""The driver's node, which has no engine and no worker."""
 
 
 @dataclass
 class World:
-    """Nodes that fail and come back, and a queue of what happens next."""
+    """Nodes that fail and come back, and the queue of events."""
 
     fleet: Fleet
     rng: np.random.Generator
@@ -140,7 +129,7 @@ class World:
         heapq.heappush(self._queue, (self.now + seconds, self._count, what, which))
 
     def next(self) -> tuple[str, Any]:
-        """Moves on to the next event; nodes that fail or come back are already noted."""
+        """Returns the next event; ``up`` already includes it."""
         self.now, _, what, which = heapq.heappop(self._queue)
         if what == "fail":
             self.up.discard(which)
@@ -160,7 +149,6 @@ class World:
 
 
 def simulate(stages: list[Stage], fleet: Fleet, rules: Rules, seed: int) -> Told:
-    """Runs the stages one after another."""
     world, told = World(fleet, np.random.default_rng(seed)), Told()
     for stage in stages:
         if isinstance(stage, Generation):
@@ -174,7 +162,6 @@ def simulate(stages: list[Stage], fleet: Fleet, rules: Rules, seed: int) -> Told
 
 
 def _submitted_again(world: World, rules: Rules, told: Told) -> None:
-    """Waits until the driver runs again: its lease must be stale, and its node there."""
     told.submissions += 1
     world.after(rules.lease_timeout_s, "lease")
     stale = False
@@ -184,7 +171,7 @@ def _submitted_again(world: World, rules: Rules, told: Told) -> None:
 
 
 def _generate(world: World, stage: Generation, rules: Rules, told: Told) -> None:
-    """Gives shards to engines until all are committed; ``turn`` makes void what a lost engine had planned."""
+    """Simulates generation: a lost node loses its engines' shards. Events of earlier ``turn`` are ignored."""
     engines = list(range(stage.engines))
     node_of = {engine: engine * world.fleet.nodes // stage.engines for engine in engines}
     left, done, began, worked = stage.shards, 0, world.now, 0.0
@@ -237,7 +224,7 @@ def _generate(world: World, stage: Generation, rules: Rules, told: Told) -> None
 
 
 def _train(world: World, stage: Training, rules: Rules, told: Told) -> None:
-    """Takes steps in stretches that end with a checkpoint; a lost node undoes the stretch."""
+    """Simulates stretches of steps that end with a checkpoint: a lost node undoes the stretch."""
     done, steps, failures, attempt = 0, 0, 0, 0
     start_s = stage.start_s
     while done < stage.steps:
@@ -279,7 +266,7 @@ def _train(world: World, stage: Training, rules: Rules, told: Told) -> None:
 
 
 def _wait_for_nodes(world: World, rules: Rules, told: Told) -> None:
-    """Waits for all nodes, or for ``ELASTIC_PLACING_S`` and then for as many as the recipe wants at least."""
+    """Waits for all nodes; after ``ELASTIC_PLACING_S``, ``least_nodes`` are enough."""
     began, enough = world.now, world.fleet.nodes
     if rules.least_nodes < enough:
         world.after(ELASTIC_PLACING_S, "fewer", began)
@@ -292,6 +279,6 @@ def _wait_for_nodes(world: World, rules: Rules, told: Told) -> None:
 
 
 def _slowest(world: World, group: set[int]) -> float:
-    """Returns the mean over steps of the slowest node's time: noise makes it grow with the group."""
+    """Returns the slowest node's time factor, a mean over steps; noise makes it grow with the group."""
     slow = max(world.slowness[node] for node in group)
     return slow * (1 + world.fleet.noise * float(world.rng.normal(0, 1, (64, len(group))).max(axis=1).mean()))

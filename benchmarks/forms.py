@@ -1,17 +1,14 @@
 """How many rows of each form become prompts in a second, and does the driver's memory stay flat?
 
-The prompts stage on an embedded Ray: files read, rows checked, rendered and tokenised, parts committed. The same
-conversation, with a number of its own in each row, is written in every form.
-
     python benchmarks/forms.py [--rows 100000] [--forms messages,sharegpt] [--kind parquet] [--tasks-only]
 
-For each form, a line of JSON:
+Runs the prompts stage and prints a line of JSON for each form:
 
-- ``rows_s``: rows in a second of wall time, on two cores, all of the stage;
-- ``cpu_us``: microseconds of CPU a row in a task of the stage (best of three slices of 20,000 rows, one process);
-- ``plain_cpu_us``: the same of a plain loop over ``json.loads`` and ``apply_chat_template(tokenize=True)``, once for
-  the prompt and once for each whole conversation, as trainers do it, on 2,000 of the rows in the same process;
-- ``driver_mib``: peak memory of the driver that all rows need beyond a tenth of them.
+- ``rows_s``: rows of the whole stage in a second of wall time;
+- ``cpu_us``: CPU microseconds a row in a task of the stage (best of three passes);
+- ``plain_cpu_us``: the same for ``json.loads`` and ``apply_chat_template(tokenize=True)``, once for the prompt and once
+  for each whole conversation;
+- ``driver_mib``: peak memory of the driver with all rows, less that with a tenth of them.
 """
 
 import argparse
@@ -74,7 +71,6 @@ def main() -> None:
 
 
 def write_rows(path: Path, form: str, rows: int) -> Path:
-    """Writes the form's example with a number of its own in each row."""
     example = json.dumps(BY_NAME[form].example)
     lines = (example.replace("2", str(number)) for number in range(rows))
     if path.suffix == ".parquet":
@@ -99,7 +95,7 @@ def task_cpu_us(task: PromptTask, source: Path, folder: Path) -> float:
 
 
 def plain_cpu_us(config: SpinConfig, source: Path) -> float:
-    """Finds the messages beforehand: every trainer has its own way to them."""
+    """Returns CPU microseconds a row, without finding the messages: trainers differ there."""
     tokenizer, data = load_tokenizer(config.model.path), DataConfig(train=str(source))
     rows = [read_row(json.loads(line), data).all for line in source.open()]
     lines = [json.dumps(each) for each in rows]

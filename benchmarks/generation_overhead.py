@@ -1,9 +1,8 @@
-"""How much of bare vLLM's speed does the generation stage keep?
-
-The stage's actor code (read the shard, generate, write and commit the part) against `LLM.generate` alone: the same
-prompts and engine, one process, warm, in turn, A B A B.
+"""How much of the bare engine's speed does the generation stage keep?
 
     python benchmarks/generation_overhead.py [--rows 1000] [--max-tokens 32] [--pairs 5]
+
+The stage's actor code and ``VllmEngine.generate`` alone use the same warm engine, in turns.
 """
 
 import argparse
@@ -67,7 +66,7 @@ def main() -> None:
 
 
 def compare(source: Artefact, target: Artefact, config: SpinConfig, engine: VllmEngine) -> tuple[float, float, int]:
-    """Seconds of bare generation and of the stage's work on the same rows with the same seeds, and the tokens made."""
+    """Returns seconds of the bare engine, seconds of the stage, and the number of tokens."""
     shards = cut_into_shards(generation.Job(source, target, "sft", "-"), config)
     rows = [row for table in source.tables() for row in table.to_pylist()]
     seeds = [generation.row_seed(config.seed, "sft", row["prompt_id"], 0) for row in rows]

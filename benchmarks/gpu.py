@@ -1,21 +1,10 @@
-"""Does it run on a GPU, is it right there, and how fast is it? One command, under eight minutes on a card of 80 GB.
+"""Does it run on a GPU, is it right there, and how fast is it? Takes eight minutes at most on a card of 80 GB.
 
-    python benchmarks/gpu.py                       # every step, in order
-    python benchmarks/gpu.py --only step           # one again; its rows replace the earlier ones
-    python benchmarks/gpu.py --tiny --out FOLDER   # every branch on a CPU with toy sizes: a rehearsal, no measurement
+    python benchmarks/gpu.py                       # every step of gpu_steps/, in order
+    python benchmarks/gpu.py --only step           # one step again; its rows replace the earlier ones
+    python benchmarks/gpu.py --tiny --out FOLDER   # a rehearsal on a CPU with toy sizes; measures nothing
 
-    step        budget  question
-    machine      15 s   is the card fit for it, and what do its matrix products reach?
-    probe        30 s   which kernels of SDPA take a sliced mask, and does the layout probe pass?
-    attention    40 s   how fast and exact is each way to attend?
-    parity       80 s   packs against one by one, step 0, training beside a CPU, a killed process, export, NCCL
-    step        115 s   what does each change give to a step of 1.5B parameters, and where does its time go?
-    trl          60 s   the same pairs through TRL, at its best and at its defaults
-    adapters     55 s   7B with adapters on one card
-    job          85 s   a whole run with Ray, transformers in vLLM's place, a killed worker
-
-Rows go to results/gpu.json and the page results/gpu.md after each measure. A step that cannot run says why in a row.
-Times are budgets: what does not fit is cut, and says so; what a step leaves goes to the next.
+Each measure is written to results/gpu.json and results/gpu.md at once. A row says why a step did not run or was cut.
 """
 
 import argparse
@@ -33,13 +22,11 @@ from gpu_steps.rows import Measure, Results, line
 BUDGET_S = {
     "machine": 15, "probe": 30, "attention": 40, "parity": 80, "step": 115, "trl": 60, "adapters": 55, "job": 85,
 }  # fmt: skip
-"""Seconds of each step, start of its processes included. Their sum is under eight minutes."""
+"""Seconds of each step with the start of its processes: eight minutes in all."""
 
 
 LOG = ".gpu.log"
-"""File of what the steps' processes print."""
 WORK_BYTES = 32e9
-"""Room for models, checkpoints and exports of all steps."""
 
 
 def main() -> None:
@@ -116,7 +103,7 @@ def add(results: Results, step: str, item: str, measure: Measure) -> None:
 
 
 def why_no_card() -> str | None:
-    """Returns why nothing can be measured here, in one line, or None."""
+    """Returns in one line why nothing can be measured here, or None."""
     import torch
 
     if torch.version.cuda is None:
@@ -135,7 +122,7 @@ def why_no_card() -> str | None:
 
 
 def in_memory() -> Path | None:
-    """Returns a file system in memory, if it has room: models of 18 GB are written and read again."""
+    """Returns a folder in memory, if there is room: models of 18 GB are written and read again."""
     shared = Path("/dev/shm")
     return shared if shared.is_dir() and shutil.disk_usage(shared).free > WORK_BYTES else None
 

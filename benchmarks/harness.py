@@ -1,4 +1,4 @@
-"""What all benchmarks share: pairs made of real data, sides that take turns, results on disk."""
+"""Parts that all benchmarks share: pairs of real data, sides that take turns, results on disk."""
 
 import argparse
 import contextlib
@@ -31,7 +31,7 @@ HERE = Path(__file__).resolve().parent
 RESULTS = HERE / "results"
 MODEL = "embedded:smollm2-135m-instruct"
 THREADS = 2
-"""Of each side; they take turns."""
+"""CPU threads of each side; sides take turns."""
 
 
 @dataclass(frozen=True)
@@ -48,19 +48,19 @@ class Row:
 
 
 def at_least(name: str, values: Sequence[float], target: float, note: str = "") -> Row:
-    """The median of ``values``, which should reach ``target``."""
+    """Returns a row: the median of ``values`` should reach ``target``."""
     value = statistics.median(values)
     return Row(name, _short(value), f">= {target:g}", value >= target, len(values), _spread(values), note)
 
 
 def at_most(name: str, values: Sequence[float], target: float, note: str = "") -> Row:
-    """The median of ``values``, which should not pass ``target``."""
+    """Returns a row: the median of ``values`` should not exceed ``target``."""
     value = statistics.median(values)
     return Row(name, _short(value), f"<= {target:g}", value <= target, len(values), _spread(values), note)
 
 
 def record(rows: Sequence[Row]) -> None:
-    """Prints the rows and puts each into results/bench.json in place of an earlier one with its id."""
+    """Prints the rows and writes them to results/bench.json in place of rows with the same ids."""
     RESULTS.mkdir(exist_ok=True)
     file = RESULTS / "bench.json"
     kept = json.loads(file.read_text())["rows"] if file.exists() else []
@@ -74,7 +74,7 @@ def record(rows: Sequence[Row]) -> None:
 
 
 def pairs_of(data: Path, count: int) -> list[dict[str, list[int]]]:
-    """The first ``count`` rows as token ids; y' is the response of the next row, as only lengths matter for speed."""
+    """Returns the first ``count`` rows as token ids. y′ is the next row's response: only lengths matter for speed."""
     renderer = ChatRenderer(load_tokenizer(resolve(MODEL)))
     lines = data.read_text().splitlines()[:count]
     settings = DataConfig(train=str(data), system="")
@@ -89,14 +89,12 @@ def pairs_of(data: Path, count: int) -> list[dict[str, list[int]]]:
 
 
 def table_of(rows: Sequence[dict[str, list[int]]]) -> pa.Table:
-    """PAIR_SCHEMA rows, each of a prompt of its own."""
     names = [f"{number:06d}" for number in range(len(rows))]
     columns = [[row[name] for row in rows] for name in ("prompt_ids", "real_ids", "generated_ids")]
     return pa.table([names, names, [0] * len(rows), *columns], schema=PAIR_SCHEMA)
 
 
 def training_options(description: str | None) -> argparse.ArgumentParser:
-    """A parser with the options of every benchmark of training steps."""
     parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
     add_training_options(parser)
     return parser
@@ -111,7 +109,6 @@ def add_training_options(parser: argparse.ArgumentParser) -> None:
 
 
 def side_options(description: str | None) -> argparse.ArgumentParser:
-    """What every side that trains on packs is told."""
     parser = argparse.ArgumentParser(description=description)
     parser.add_argument("--pairs", type=Path, required=True, help="JSON file")
     parser.add_argument("--batch", type=int, required=True, help="pairs of a step")
@@ -122,7 +119,7 @@ def side_options(description: str | None) -> argparse.ArgumentParser:
 
 
 def side_command(name: str, pairs: Path, options: argparse.Namespace, *more: object) -> list[str]:
-    """Returns the command of a side that trains on packs, from the options of its benchmark (``training_options``)."""
+    """Returns the command of a side, from its benchmark's ``training_options``."""
     command = [
         sys.executable, HERE / "sides" / f"{name}.py", "--pairs", pairs, "--batch", options.batch,
         "--pack-length", options.pack_length, "--precision", options.precision, *more,
@@ -135,15 +132,17 @@ def _add_precision(parser: argparse.ArgumentParser) -> None:
 
 
 REFERENCE_TOLERANCE = {"fp32": 0.05, "bf16": 4.0}
-"""Nats by which a response's reference log-probability may differ between sides that pad and batch differently. bf16
-has 8 bits of mantissa: each token's log-probability carries about 0.03, and responses have some hundred."""
+"""Largest difference, in nats, of a response's reference log-probability between sides that batch differently.
+
+In bf16 (8 bits of mantissa) a token's log-probability carries about 0.03; responses have some hundred tokens.
+"""
 LOSS_TOLERANCE = {"fp32": 0.005, "bf16": 0.03}
 
 
 class Side:
     """A process that works when it is told to, so that two sides take turns on the same cores.
 
-    It gets a number per line on stdin, does that piece of work, and answers with one JSON line on a pipe of its own.
+    It reads a number a line from stdin and answers with a JSON line on its own pipe.
     """
 
     def __init__(self, name: str, command: Sequence[str], environment: dict[str, str] | None = None) -> None:
@@ -176,7 +175,11 @@ class Side:
         self._log.close()
 
     def ready(self) -> dict[str, Any]:
-        """What the side says of itself once it has loaded everything."""
+        """Returns the next answer of the side; the first comes once it has loaded everything.
+
+        Raises:
+            RuntimeError: the side ended.
+        """
         line = self._replies.readline()
         if not line:
             raise RuntimeError(f"{self.name} ended; {self._log.name} has what it said")
@@ -189,7 +192,6 @@ class Side:
         return self.ready()
 
     def _watch_memory(self) -> None:
-        """Proportional set size of the process and its children."""
         while not self._done.wait(0.5):
             with contextlib.suppress(psutil.Error):
                 root = psutil.Process(self._process.pid)
@@ -200,7 +202,7 @@ class Side:
 
 
 def check_references(ours: Sequence[Sequence[float]], theirs: Sequence[Sequence[float]], precision: str) -> None:
-    """Both sides score the same tokens alike, whatever they pad, within ``REFERENCE_TOLERANCE``."""
+    """Checks that both sides' reference log-probabilities agree within ``REFERENCE_TOLERANCE``."""
     differences = [
         abs(mine - yours)
         for pair, other in zip(ours, theirs, strict=True)
@@ -211,13 +213,13 @@ def check_references(ours: Sequence[Sequence[float]], theirs: Sequence[Sequence[
 
 
 def prepare() -> None:
-    """CPU settings that all sides inherit, so that none computes with broken instructions or too many threads."""
+    """Makes the CPU settings that all sides inherit."""
     RESULTS.mkdir(exist_ok=True)
     cpu.prepare(THREADS)
 
 
 def replies(reply: int) -> tuple[Any, Iterator[int]]:
-    """For the script of a side: a function that answers, and the numbers it is told."""
+    """Returns, for a side's script, a function that answers, and the numbers from stdin."""
     pipe = os.fdopen(reply, "w", buffering=1)
 
     def answer(**values: Any) -> None:

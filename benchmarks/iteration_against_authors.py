@@ -2,11 +2,8 @@
 
     python benchmarks/iteration_against_authors.py --data FILE.jsonl [--batch 24] [--pairs 5] [--max-tokens 64]
 
-The peer (sides/authors_logic.py) pads, repeats the prompt, asks a live reference at each step, recomputes activations,
-and generates with transformers. Row 2 counts all of that; row 3 gives it this project's vLLM, so that only training
-differs. Both sides train on the same y', and must agree on every reference log-probability and on the first loss,
-within harness.py's tolerances.
-The start of the engine (about 25 s here, once per iteration of any size) is in neither side.
+The peer is sides/authors_logic.py; in row 3 it generates with this project's vLLM. Both train on the same y′ and must
+agree on reference log-probabilities and the first loss. The engine's start is not counted.
 """
 
 import json

@@ -1,11 +1,8 @@
-"""What does a model of a billion parameters take on two workers: bytes of each rank while it loads, steps and exports?
-
-Random weights (only their number matters), two gloo processes, two optimizer steps of one short pack per rank: with
-all weights, with adapters that are merged, and with adapters alone on frozen weights in bf16. Memory is private memory
-(what files have mapped is the kernel's to drop), sampled. Ranks have the allocator of train workers, which keeps freed
-memory for 300 s, or the system's:
+"""How much memory does each of two workers need to load, train and export a model of a billion parameters?
 
     python benchmarks/large_model.py [--layers 20] [--peak-gib 24] [--only "adapters, bf16"] [--system-malloc] [--write]
+
+Only private memory is sampled, as the kernel can drop mapped files.
 """
 
 import argparse
@@ -29,12 +26,12 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from spin_ray.runtime import cpu
 
 PACK, STEPS = 128, 2
-"""Tokens of a pack; optimizer steps, as the second finds the holes that the first has left."""
+"""Tokens of a pack; optimizer steps: only the second shows the holes in memory that the first leaves."""
 PHASES = ("load", "step", "export")
 CASES: dict[str, tuple[str, bool | None]] = {
     "adapters": ("fp32", True), "adapters, bf16": ("bf16", False), "all weights": ("fp32", None),
 }  # fmt: skip
-"""Precision, and whether adapters are merged; None: there are none."""
+"""Precision, and whether adapters are merged; None: no adapters."""
 SHAPE = {
     "vocab_size": 32000, "hidden_size": 2048, "intermediate_size": 5632, "num_attention_heads": 16,
     "num_key_value_heads": 4, "tie_word_embeddings": False,
@@ -48,7 +45,7 @@ def private_bytes() -> int:
 
 @contextmanager
 def peak_of(found: dict[str, float], phase: str) -> Iterator[None]:
-    """Highest private memory during the phase, GiB."""
+    """Notes the highest private memory during the phase, GiB."""
     done, peak = threading.Event(), [private_bytes()]
 
     def sample() -> None:
@@ -64,7 +61,7 @@ def peak_of(found: dict[str, float], phase: str) -> Iterator[None]:
 
 
 def make_model(folder: str, layers: int) -> None:
-    """In a process of its own, so that its memory is gone."""
+    """Saves a random model; runs in its own process, so that its memory is freed."""
     torch.set_num_threads(2)
     with torch.device("meta"):
         model = LlamaForCausalLM(LlamaConfig(**SHAPE, num_hidden_layers=layers))
@@ -119,8 +116,10 @@ def one_rank(rank: int, folder: str, case: str) -> None:
 
 
 def arithmetic(found: dict[str, Any]) -> float:
-    """GiB of a rank in a step: frozen weights, and fp32 trained ones with gradients and squares, in halves; and the
-    largest unit gathered, with its gradient where it is trained.
+    """Returns the GiB that a rank needs in a step.
+
+    A rank holds half of the frozen weights, and half of the trained fp32 weights with gradients and squares. The
+    largest unit is whole, with its gradient if all weights are trained.
     """
     trains_all, each = found["trained"] == found["parameters"], found["frozen bytes"]
     shares = each * (found["parameters"] - found["trained"]) + 3 * 4 * found["trained"]

@@ -2,8 +2,7 @@
 
     python benchmarks/make_data.py runs/bench/chitchat.jsonl [--rows 2200]
 
-A row is three messages and their reply. Speed depends on lengths alone, so no row is chosen by its content. Other rows
-serve as well: every benchmark takes ``--data FILE.jsonl`` with ``messages``.
+Benchmarks take other rows as well: ``--data FILE.jsonl`` with ``messages``.
 """
 
 import argparse
@@ -17,7 +16,7 @@ from spin_ray.inputs.embedded.data import chitchat_conversations
 
 ROLES = ("user", "assistant", "user", "assistant")
 LONGEST = 60
-"""Words of a message: packs of 512 tokens must hold any row."""
+"""Most words of a message: packs of 512 tokens must hold any row."""
 
 
 def main() -> None:

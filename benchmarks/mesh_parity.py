@@ -1,7 +1,6 @@
-"""How far is training on a mesh of four workers from training on one? Steps on the same pairs, as a table.
+"""How far is training on a mesh of four workers from training on one, with the same pairs?
 
-Four gloo processes train tiny random models in fp32 on one mesh after another, with unequal packs; the cases are those
-of tests/unit/learner/test_meshes.py. The table has the largest differences over steps and weights:
+Cases are those of tests/unit/learner/test_meshes.py, in fp32.
 
     python benchmarks/mesh_parity.py [--write]
 """
@@ -46,7 +45,7 @@ def main() -> None:
 
 
 def differences(directory: Path, case: tuple[str, str, str]) -> dict[str, Any]:
-    """Returns the largest differences of a case from one worker, and the largest change of a weight."""
+    """Returns a case's largest differences from one worker, and the largest change of a weight."""
     model, mesh, more = case
     alone = make_backend(directory, model, None, more)
     start = {name: shard.full_tensor().clone() for name, shard in alone._shards.items()}

@@ -1,8 +1,8 @@
-"""Which families of models are scored in packs, how far are scores and gradients from transformers', who loads exports?
-
-Tiny random models, as tests/unit/learner/test_models.py checks them. A table:
+"""Which model families are scored in packs, how far are scores and gradients from transformers', which does vLLM list?
 
     python benchmarks/models.py [--write] [NAME ...]
+
+Examines tiny random models, as tests/unit/learner/test_models.py does.
 """
 
 import argparse
@@ -49,7 +49,6 @@ def main() -> None:
 
 
 def looked_at(family: str, folder: Path) -> tuple[Outcome, str]:
-    """Returns the outcome, and the warning of the layout probe if there was one."""
     said: list[str] = []
     handler = logging.Handler()
     handler.emit = lambda record: said.append(record.getMessage())
@@ -73,7 +72,7 @@ def row(family: str, outcome: Outcome, warning: str, known: set[str]) -> str:
 
 
 def because(warning: str) -> str:
-    """Returns the reason against packs, without what the probe says of rows."""
+    """Returns the part of the probe's warning that says why packs are not used."""
     reason = warning.partition("packed (trees): ")[2].partition("; ")[0]
     return f": {reason}" if reason else ""
 

@@ -1,13 +1,12 @@
-"""Does vLLM load what spin_ray exports of each family, and say the same?
-
-Each tiny random model of tests/support/model_kinds.py, its heads as wide as vLLM's kernels for CPUs take, is trained a
-step and exported. vLLM loads the export in fp32, in a process of its own, with the corrections that every engine of
-spin_ray gets, and continues prompts greedily; transformers scores what it said. A table:
+"""Does vLLM load spin_ray's export of each family, and compute the same?
 
     python benchmarks/models_in_vllm.py [--write] [NAME ...]
 
-    same tokens   of vLLM's tokens, those that transformers finds most probable after the same ones
-    log p         largest difference of a token's log-probability, nats
+Tiny random models, with heads as wide as vLLM's CPU kernels need, are trained a step and exported. vLLM continues
+prompts greedily in fp32, and transformers scores the tokens.
+
+- same tokens: vLLM's tokens that transformers, too, finds most probable
+- log p: largest difference of a token's log-probability, nats
 """
 
 import argparse
@@ -41,9 +40,9 @@ from tests.support.model_kinds import KINDS, VOCABULARY, ModelKind
 from tests.support.model_matrix import examine
 
 HEAD = 32
-"""Smallest width of a head that vLLM's attention for CPUs takes."""
+"""Smallest head width that vLLM's attention for CPUs takes."""
 LENGTH, PROMPTS = 24, [[3 + (7 * place + row) % (VOCABULARY - 3) for place in range(5 + 4 * row)] for row in range(4)]
-"""Tokens of an answer, and prompts of 5 to 17 tokens: some are longer than the windows, of 12."""
+"""Tokens of an answer, and prompts of 5 to 17 tokens: some are longer than the windows of 12."""
 DEADLINE_S = 600
 _EXPERTS = {"num_experts_per_tok": 2, "moe_intermediate_size": 16}
 _ROUTED = _EXPERTS | {
@@ -109,7 +108,6 @@ MORE = {
     "StarCoder 2": ModelKind("starcoder2", {"sliding_window": None}),
     "VaultGemma": ModelKind("vaultgemma", {"head_dim": 8, "query_pre_attn_scalar": 8, **_WINDOWS}),
 }
-"""Families that the tests do not train."""
 FAMILIES = KINDS | MORE
 PAGE = ROOT / "docs" / "models.md"
 COLUMNS = ("family", "class", "same tokens", "log p", "loads")
@@ -143,7 +141,7 @@ def main() -> None:
 
 
 def with_others(rows: list[str]) -> list[str]:
-    """Returns the page's rows with ``rows`` in place of those of the same families."""
+    """Returns the page's rows, those of the same families replaced by ``rows``."""
     there = PAGE.read_text().partition("<!-- models in vLLM")[2].partition("<!-- end of models in vLLM")[0].splitlines()
     known = {line.split(" | ")[0]: line for line in there if line.startswith("| ") and "`" in line}
     return list((known | {line.split(" | ")[0]: line for line in rows}).values())
@@ -165,7 +163,6 @@ def row(family: str, folder: Path) -> str:
 
 
 def wide(kind: ModelKind) -> ModelKind:
-    """Returns the family with wider heads."""
     settings = kind.settings | {"hidden_size": 4 * HEAD}
     for name in ("head_dim", "query_pre_attn_scalar", "qk_rope_head_dim", "qk_nope_head_dim", "v_head_dim"):
         if name in settings:
@@ -184,7 +181,6 @@ def wide(kind: ModelKind) -> ModelKind:
 
 
 def said_by_vllm(folder: str) -> list[dict[str, Any]]:
-    """Returns the tokens of each answer and their log-probabilities."""
     prepare_process(EngineConfig(cpu_kv_cache_gib=1), threads=1)
     from vllm import LLM, SamplingParams
 
@@ -207,7 +203,7 @@ def said_by_vllm(folder: str) -> list[dict[str, Any]]:
 
 @torch.no_grad()
 def compared(folder: Path, said: list[dict[str, Any]], truth: str) -> tuple[int, float, int]:
-    """Returns how many tokens are transformers' most probable ones, the largest difference, and how many there are."""
+    """Returns how many tokens transformers, too, finds most probable, the largest difference, and the count of all."""
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, attn_implementation=truth).eval()
     same = count = 0
     apart = 0.0
@@ -223,7 +219,6 @@ def compared(folder: Path, said: list[dict[str, Any]], truth: str) -> tuple[int,
 
 
 def why(output: str) -> str:
-    """Returns the last error that vLLM printed which names a cause."""
     errors = [
         line.rpartition("] ")[2].strip()
         for line in output.splitlines()

@@ -1,19 +1,13 @@
-"""Is what ``spin-ray plan`` says about scoring and training true?
-
-Times packs through the learner (one process, gloo, no Ray) and compares with the cost model, for models of several
-sizes: SmolLM2-135M-Instruct, and random Llamas of 45M and 362M parameters that are made on the spot.
+"""Does ``spin-ray plan`` predict the time and memory of scoring and training?
 
     python benchmarks/plan_check.py [--threads 2] [--packs 5] [--pack-length 512] [--models 45m 135m 362m]
 
-One JSON line for each model and kind of pack:
+Prints the rate of a plain fp32 product, with which ``hardware.CPU`` can be corrected, and one JSON line for each model
+and kind of pack:
 
-    ratio              predicted / measured seconds, calibrated on NOTHING here: ``hardware.CPU``'s rate of a core
-    ratio_calibrated   the same with one rate, that of the training packs of 135m (so its own is 1; all other lines,
-                       and every line of 45m and 362m, are predictions)
-    memory_ratio       predicted / measured peak of resident memory above what the process had before it loaded the
-                       model; the measured peak includes loading
-
-The first line is the rate of a plain fp32 product, with which ``hardware.CPU`` can be corrected for another machine.
+- ``ratio``: predicted / measured seconds, with ``hardware.CPU``'s rate of a core: nothing is calibrated;
+- ``ratio_calibrated``: the same with the measured rate of 135m's training packs, whose own ratio is 1;
+- ``memory_ratio``: predicted / measured peak of resident memory beyond that before loading the model.
 """
 
 import argparse
@@ -46,18 +40,16 @@ RANDOM_SIZES: dict[str, dict[str, int]] = {
     "362m": {"hidden_size": 960, "intermediate_size": 2560, "num_hidden_layers": 32, "num_attention_heads": 15,
              "num_key_value_heads": 5, "vocab_size": 49152},
 }  # fmt: skip
-"""The second has the shape of SmolLM2-360M."""
+"""Random Llamas; 362m has the shape of SmolLM2-360M."""
 TREE = (96, 64, 64)
-"""Tokens of prompt, y and y' of every tree; two fill a pack of 512 but for 64 tokens."""
+"""Tokens of prompt, y and y' of every tree."""
 
 
 @dataclass(frozen=True)
 class Case:
-    """One kind of pack of one model, measured in a process of its own."""
-
     model: str
     kind: str
-    """``scoring``, ``training`` or ``checkpointed`` (training with gradient checkpointing)."""
+    """``scoring``, ``training`` or ``checkpointed`` (with gradient checkpointing)."""
 
     def config(self, options: argparse.Namespace) -> SpinConfig:
         train = {"pack_length": options.pack_length, "precision": "fp32"}
@@ -102,7 +94,7 @@ def in_own_process(case: Case) -> dict[str, Any]:
 
 
 def measure(case: Case, options: argparse.Namespace) -> dict[str, Any]:
-    """Median seconds of a pack after one to warm up, and what the cost model says of it."""
+    """Returns the median seconds of a pack after one warm-up, beside the cost model's values."""
     config = case.config(options)
     with tempfile.TemporaryDirectory() as folder:
         model = model_folder(case.model, Path(folder) / "model")
@@ -146,7 +138,7 @@ def model_folder(name: str, folder: Path) -> Path:
 def time_packs(
     model: Path, config: SpinConfig, options: argparse.Namespace, folder: Path, *, backward: bool
 ) -> tuple[float, int]:
-    """Median seconds of a pack, and its response tokens."""
+    """Returns the median seconds of a pack, and its response tokens."""
     import numpy as np
     import pyarrow as pa
     import torch
@@ -195,7 +187,6 @@ def time_packs(
 
 
 def product_rate(threads: int) -> float:
-    """FLOP/s of the best of ten fp32 products of 2048 × 2048."""
     import torch
 
     torch.set_num_threads(threads)

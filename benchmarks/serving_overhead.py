@@ -1,15 +1,10 @@
 """How much of a bare vLLM OpenAI server's speed does `spin-ray serve` keep, and what does it add to the first token?
 
-Both serve the same model with the same engine arguments at the same time, each engine computing in one process, and
-are loaded in turn, A B B A A B: first a stream at a time, then `--clients` streams at once. The first token is timed in
-both, tokens a second in the second. Answers have half to one and a half times `--max-tokens`, in one order for both: of
-one length, all clients would ask again in the same moment, for ever.
-
-Then ten times as many clients as ours has places ask it for `--overload-s` seconds, and again a second after a refusal.
-Timed are refusals, by the kernel's own note of their arrival, and, by a process of its own, `/healthz`.
-
     python benchmarks/serving_overhead.py [--clients 8] [--requests 32] [--max-tokens 32] [--rounds 6] [--overload-s 30]
     python benchmarks/serving_overhead.py --only-overload
+
+Both are loaded in turn, A B B A A B, with one stream, then with `--clients` streams. Answer lengths vary: with equal
+lengths all clients would ask again at once. Then ten times too many clients ask `spin-ray serve`.
 """
 
 import argparse
@@ -50,10 +45,9 @@ PLACES = ServingConfig().max_concurrent
 TARGETS = ((50, 15), (99, 60))
 """Percentile, and milliseconds that it may grow by."""
 Firsts = dict[str, list[float]]
-"""Of each server, seconds to the first token of every request."""
 ENGINE = {"dtype": "bfloat16", "enforce_eager": True, "cpu_kv_cache_gib": 1, "max_num_seqs": 32}
 _SO_TIMESTAMPNS = 35
-"""Linux's option that is missing in ``socket``: ``recvmsg`` tells when the kernel received the bytes."""
+"""Linux's socket option that is missing in ``socket``: ``recvmsg`` tells when the kernel received the bytes."""
 PROMPT = [{"role": "system", "content": ""}, {"role": "user", "content": "Tell a long story about a lighthouse."}]
 
 
@@ -97,7 +91,7 @@ def main() -> None:
 
 
 def added(rounds: list[Firsts], percent: int, target: float, streams: str) -> Row:
-    """Milliseconds that a percentile of the time to first token, over all rounds, grows by; its spread is of rounds."""
+    """Returns the milliseconds that a percentile of the time to first token grows by; the spread is that of rounds."""
 
     def grown(of: list[Firsts]) -> float:
         value = {
@@ -115,7 +109,7 @@ def added(rounds: list[Firsts], percent: int, target: float, streams: str) -> Ro
 
 
 async def load(url: str, clients: int, requests: int, max_tokens: int) -> tuple[list[float], float]:
-    """Seconds to the first token of each request, and tokens per second of all."""
+    """Returns seconds to the first token of each request, and tokens per second of all."""
     firsts: list[float] = []
     longest = [max_tokens // 2 + 7 * number % (max_tokens + 1) for number in range(requests)]
     waiting = iter(longest)
@@ -148,7 +142,7 @@ async def load(url: str, clients: int, requests: int, max_tokens: int) -> tuple[
 
 
 def overload(url: str, seconds: float) -> list[Row]:
-    """Ten times too many clients: the slowest hundredth of refusals and of health checks, in milliseconds."""
+    """Returns p99 of refusals and of `/healthz` in milliseconds; `/healthz` is timed by its own process."""
     with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn")) as pool:
         checked = pool.submit(health_checks, url, seconds)
         answered = Crowd(url, 10 * PLACES).insist(seconds)
@@ -167,13 +161,13 @@ def overload(url: str, seconds: float) -> list[Row]:
 
 
 def _percentile(times: Sequence[tuple[float, ...]], column: int, percent: int) -> float:
-    """Milliseconds of a percentile of a column of seconds."""
     return round(1000 * float(numpy.percentile([time[column] for time in times], percent)), 1)
 
 
 class Crowd:
-    """Clients that ask the same again and again, on sockets of one thread, as hundreds cost an HTTP library more CPU
-    than they cost the server. The kernel notes when a reply reaches the socket: this process may read it later.
+    """Clients on sockets of one thread: an HTTP library would use more CPU for hundreds of clients than the server.
+
+    The kernel notes when a reply arrives, as this process may read it later.
     """
 
     def __init__(self, url: str, clients: int) -> None:
@@ -187,9 +181,9 @@ class Crowd:
         self._asked: dict[socket.socket, float] = {}
 
     def insist(self, seconds: float) -> dict[int, list[tuple[float, float]]]:
-        """Seconds of each request until its reply was there, and until it was read, by status.
+        """Returns by status the seconds of each request until its reply arrived, and until it was read.
 
-        Clients come one after another in the first second; a refused one asks again a second later.
+        Clients start one after another in the first second; a refused client asks again a second later.
         """
         found: dict[int, list[tuple[float, float]]] = defaultdict(list)
         begun = time.time()
@@ -219,7 +213,7 @@ class Crowd:
         client.sendall(self._request)
 
     def _read(self, client: socket.socket) -> tuple[int, float, float] | None:
-        """Status of a reply that is whole, seconds until it was there and until now."""
+        """Returns a reply's status, the seconds until it arrived and until now; None while it is not whole."""
         data, told, _, _ = client.recvmsg(2**16, 64)
         assert data, "the server has closed a connection"
         self._replies[client] += data
@@ -245,7 +239,6 @@ def health_checks(url: str, seconds: float) -> list[float]:
 
 @contextlib.contextmanager
 def bare() -> Iterator[str]:
-    """vLLM's own server."""
     port = free_port()
     arguments = {
         "model": resolve(MODEL), "served-model-name": "sft", "host": "127.0.0.1", "port": port,
@@ -268,7 +261,6 @@ def bare() -> Iterator[str]:
 
 @contextlib.contextmanager
 def ours(folder: Path) -> Iterator[str]:
-    """`spin-ray serve` on a run that has published its start model."""
     config = SpinConfig.model_validate(
         {
             "model": {"path": MODEL, "max_length": LENGTH},

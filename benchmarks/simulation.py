@@ -1,12 +1,12 @@
 """What do failures, slow nodes and autoscaling cost a run of days on 1 to 64 nodes?
 
-Simulated by the driver's rules (fleet.py). Its times are those of ``spin-ray plan``; nothing is measured.
-
     python benchmarks/simulation.py [--runs 20] [--write]     # --write: results/simulation.{json,md}
 
-    goodput      time of the plan, without failures and checkpoints, over the simulated time
-    lost         node-hours of work that was done again
-    waited       node-hours of nodes that were up and had nothing to do: starts, missing nodes, the longest shard
+fleet.py simulates the driver's rules with the times of ``spin-ray plan``; nothing is measured.
+
+- goodput: the plan's time, without failures and checkpoints, over the simulated time
+- lost: node-hours of work that was done again
+- waited: node-hours of idle nodes that were up
 """
 
 import argparse
@@ -31,7 +31,7 @@ from spin_ray.planning.scaling import on_all_gpus
 from spin_ray.planning.work import Work, pair_packs
 
 MTBF_OF_NODE_S = {"Llama 3": 8 * GPU_MTBF_S, "ten times as often": 0.8 * GPU_MTBF_S, "spot, 24 h": 24 * HOUR}
-"""Mean seconds between failures of a node of 8 GPUs. The second is a young cluster, the third one of spot machines."""
+"""Mean seconds between failures of a node of 8 GPUs: a mature cluster, a young one, spot machines."""
 LLAMA_70B = ModelShape(
     layers=80, hidden=8192, intermediate=28672, heads=64, kv_heads=8, head_dim=128, vocab=128256, tied=False
 )
@@ -54,7 +54,7 @@ class Setting:
 
 
 def settings() -> Iterator[Setting]:
-    """Yields the sizes, and around one of them each rule on its own."""
+    """Yields all sizes, then one size with one rule changed at a time."""
     for model, sizes in (("7B", (1, 2, 4, 8, 16, 32, 64)), ("70B", (4, 8, 16, 32, 64))):
         for nodes in sizes:
             for mtbf in MTBF_OF_NODE_S:
@@ -70,7 +70,7 @@ def settings() -> Iterator[Setting]:
 
 
 def stages_of(config: SpinConfig, shape: ModelShape, cluster: Cluster, work: Work) -> list[Stage]:
-    """Returns the plan's stages, with their times cut into shards and steps."""
+    """Returns the plan's stages, their times cut into shards and steps."""
     devices = devices_of(config, cluster)
     ranks = ranks_of(config, shape, devices)
     start_s = Rules.of(config, shape, cluster.nodes).engine_start_s
@@ -97,7 +97,6 @@ def stages_of(config: SpinConfig, shape: ModelShape, cluster: Cluster, work: Wor
 
 
 def run(setting: Setting, runs: int) -> dict[str, Any]:
-    """Returns the means over seeds."""
     config = load_config(RECIPE, {"train.checkpoint_every_steps": str(setting.checkpoint_every_steps)})
     shape = read_shape(config) if setting.model == "7B" else LLAMA_70B
     engine = {} if setting.model == "7B" else {"tensor_parallel_size": 4}

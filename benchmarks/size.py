@@ -1,12 +1,8 @@
 """What do many prompts cost: rows per second of each stage, and the driver's memory?
 
-Prompts, generation with a null engine, and pairs, at several sizes, each in a process of its own:
-
     python benchmarks/size.py [--rows 10000 100000 1000000]
 
-The rates are those of the rows that the last size has more than the one before: starting workers is not the rows' cost.
-Beside them stands what the tokenizer alone does with the same texts on all cores, which bounds the prompts stage; and
-what a further row costs at the last size, times what it cost at the sizes before: 1 is linear.
+Rates count only the rows that the last size adds to the one before: starting workers does not count.
 """
 
 import argparse
@@ -35,7 +31,7 @@ from spin_ray.runtime.engine import Completion, EngineSpec
 
 
 class NullEngine:
-    """Answers at once, with tokens that the seed decides."""
+    """An engine that answers at once, with tokens that follow from the seed."""
 
     def __init__(self, spec: EngineSpec) -> None:
         pass
@@ -50,7 +46,6 @@ class NullEngine:
 
 
 def measure(rows: int) -> None:
-    """One size; prints a JSON line."""
     with tempfile.TemporaryDirectory() as folder:
         data = Path(folder) / "rows.jsonl"
         with data.open("w") as file:
@@ -92,7 +87,7 @@ def peak_mib() -> float:
 
 
 def tokenizer_rows_per_s() -> float:
-    """Rows that the tokenizer encodes in a second on all cores, prompts and responses, nothing else done."""
+    """Returns the rows that the tokenizer alone encodes in a second on all cores."""
     tokenizer = load_tokenizer(resolve("embedded:tiny-llama"))
     chats = [
         [{"role": "user", "content": f"What is {n} plus {n * 7}?"}, {"role": "assistant", "content": f"{n * 8}"}]

@@ -1,10 +1,8 @@
-"""Tables of the documentation: results beside their targets, and sizes that ``spin-ray plan`` predicts.
+"""Tables of the documentation.
 
-    python benchmarks/tables.py results            # prints results/bench.json
-    python benchmarks/tables.py sizes [--write]    # the tables of sizes in docs/cluster.md; nothing is run
-    python benchmarks/tables.py rates              # planning/rates.json, from results/gpu.json
-
-``put`` writes a table into a page, between ``<!-- NAME: by `COMMAND` -->`` and ``<!-- end of NAME -->``.
+python benchmarks/tables.py results            # prints results/bench.json beside its targets
+python benchmarks/tables.py sizes [--write]    # the tables of sizes in docs/cluster.md; nothing is run
+python benchmarks/tables.py rates              # planning/rates.json, from results/gpu.json
 """
 
 import argparse
@@ -49,10 +47,10 @@ def main() -> None:
 
 
 def put(name: str, text: str, page: Path = CLUSTER_PAGE) -> None:
-    """Replaces the table ``name`` of a page.
+    """Replaces a page's table, between ``<!-- NAME: by `COMMAND` -->`` and ``<!-- end of NAME -->``.
 
     Raises:
-        ValueError: the page has no such place, or more than one.
+        ValueError: the page has no place for it, or more than one.
     """
     place = re.compile(rf"(<!-- {re.escape(name)}: by .*? -->\n).*?(<!-- end of {re.escape(name)} -->)", re.DOTALL)
     content, found = place.subn(lambda match: f"{match[1]}\n{text.strip()}\n\n{match[2]}", page.read_text())
@@ -62,7 +60,6 @@ def put(name: str, text: str, page: Path = CLUSTER_PAGE) -> None:
 
 
 def print_results() -> None:
-    """Prints what was measured beside what was aimed at."""
     table = Table(title="results/bench.json: median of runs, beside its target")
     for name in ("question", "result", "target", "met", "lowest to highest", "runs", "measured", "commit"):
         table.add_column(name, justify="right" if name in ("result", "runs") else "left")
@@ -79,7 +76,7 @@ BEST_ROW = re.compile(r"1.5B, 130/256, best: (training|scoring), MFU of the data
 
 
 def measured_rates(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """Returns what ``planning.rates`` reads: the shares of the data sheet that cards of the plan have shown."""
+    """Returns MFU of the data sheet that the plan's cards have shown, for ``planning.rates``."""
     return [
         {
             "card": DEVICE_NAMES[row["card"]], "stage": found[1], "parameters": 1.54e9, "mfu": row["value"],
@@ -102,7 +99,7 @@ ONE_CARD = {
     "train.workers": "1", "generation.replicas": "1", "train.pack_length": "2304",
     "train.gradient_checkpointing": "true", "generation.engine.max_num_seqs": "64",
 }  # fmt: skip
-"""One GPU trains adapters, as in zephyr_7b_24gb.yaml."""
+"""Settings with which one GPU trains adapters, as in zephyr_7b_24gb.yaml."""
 
 
 def sizes() -> str:
@@ -140,7 +137,7 @@ def sizes() -> str:
 
 
 def scaling(network: float | None = None) -> str:
-    """Returns hours of zephyr_7b.yaml by nodes of 8 H100, with the paper's batch and with the one that is named."""
+    """Returns hours of zephyr_7b.yaml by nodes of 8 H100, with its own batch and with the plan's larger one."""
     config = load_config(ROOT / "jobs" / "recipes" / "zephyr_7b.yaml")
     found = predict(config, Cluster(nodes=8, gpu="H100", network=network), LENGTHS).scaling
     assert found is not None
@@ -156,12 +153,10 @@ def _short(mesh: Mesh) -> str:
 
 
 def _for_7b(gpus: int) -> dict[str, str]:
-    """An engine and a train worker on each GPU."""
     return {"train.workers": str(gpus), "generation.replicas": str(gpus)}
 
 
 def _for_70b(gpus: int) -> dict[str, str]:
-    """Engines of four GPUs, one train worker per GPU."""
     return {
         "generation.engine.tensor_parallel_size": "4", "generation.resources.gpus": "4",
         "generation.replicas": str(gpus // 4), "train.workers": str(gpus),

@@ -1,15 +1,14 @@
-"""Are the bytes that ``spin-ray plan`` lets train workers send those that they send?
-
-Ranks of the real backend (gloo, no Ray) take a step of two packs each. A dispatch mode counts the bytes of every
-collective, whose sum is compared with ``planning.traffic``; scalars (norms, metrics) are not counted.
+"""Do train workers send as many bytes as ``spin-ray plan`` predicts?
 
     python benchmarks/traffic_check.py [--ranks 2 4] [--model 45m]     # one JSON line for each case
     python benchmarks/traffic_check.py --times --model 45m             # five meshes, in turn, --rounds 5
 
     ratio             counted / predicted bytes of a rank in a step
-    slower            seconds of a step beside one rank with as many packs, in the same round: median, least and most
-    slower_predicted  the plan's, where ranks share this machine's cores; links are an assumption of the plan
-    load              this machine's, which should be that of the ranks alone
+    slower            seconds of a step / one rank's with as many packs in the same round: median, least and most
+    slower_predicted  the plan's, where ranks share this machine's cores; the links are assumed
+    load              this machine's, which should come from the ranks alone
+
+Scalars (norms, metrics) are not counted.
 """
 
 import argparse
@@ -56,9 +55,9 @@ MODELS: dict[str, dict[str, int]] = {
 }  # fmt: skip
 """Every dimension is a multiple of 4, so that FSDP2 pads nothing on 4 ranks."""
 PACKS, TREE = 2, (16, 24, 24)
-"""Packs of a rank in a step; tokens of prompt, y and y' of their one tree."""
+"""Packs of a rank in a step; tokens of prompt, y and y' of a pack's one tree."""
 SCALARS = 64
-"""Largest collective, in bytes, that is no part of the model."""
+"""Largest collective, in bytes, that does not belong to the model."""
 
 
 @dataclass(frozen=True)
@@ -107,7 +106,7 @@ TIMED = (
 
 
 class SentBytes(TorchDispatchMode):
-    """A counter of the bytes that this rank sends; a ring's, which is the least that any algorithm can send."""
+    """A counter of the bytes that this rank sends in a ring, the least that any algorithm can send."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -137,7 +136,6 @@ def _bytes(tensor: torch.Tensor) -> int:
 
 
 def predicted(case: Case, model: Path, *, backward: bool = True) -> dict[str, float]:
-    """Returns the plan's bytes of one rank in a step, by kind of collective."""
     shape = ModelShape.from_config(read_config(model), str(model))
     config = case.config(str(model))
     found: Counter[str] = Counter()
@@ -149,7 +147,7 @@ def predicted(case: Case, model: Path, *, backward: bool = True) -> dict[str, fl
 
 
 def predicted_seconds(case: Case, model: Path) -> float:
-    """Returns the plan's time of a step on CPUs of one core each, or as much of one as this machine has for each."""
+    """Returns the plan's seconds of a step, with one core a rank, or a share if this machine has fewer cores."""
     shape = ModelShape.from_config(read_config(model), str(model))
     config, split = case.config(str(model)), shape.split(case.mesh.tensor)
     ranks = Ranks(mesh=case.mesh, per_node=case.ranks)
@@ -169,7 +167,7 @@ def save_model(name: str, folder: Path) -> Path:
 
 
 def measure(cases: list[Case], model: Path, folder: Path, steps: int = 1) -> list[list[dict[str, Any]]]:
-    """Returns, for each case and rank, the counted bytes of a training and of a scoring step and median seconds."""
+    """Returns, for each case and rank, the bytes of a training and a scoring step, and a step's median seconds."""
     for ranks in sorted({case.ranks for case in cases}):
         mine = [(number, case) for number, case in enumerate(cases) if case.ranks == ranks]
         # The server imports once what every rank needs.

@@ -2,8 +2,7 @@
 
     python benchmarks/training_against_trl.py --data FILE.jsonl [--batch 24] [--pairs 5] [--precision bf16]
 
-Needs an environment with TRL (`make peers`). Both sides must agree on the reference log-probability of every response
-and on the loss of every step, within the tolerances that harness.py states for the precision.
+Needs TRL (`make peers`). Both sides must agree on reference log-probabilities and losses.
 """
 
 import json

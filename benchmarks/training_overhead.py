@@ -1,9 +1,9 @@
-"""What Ray and bookkeeping cost in training, and how close it comes to this machine's matrix products.
-
-The training stage as a run starts it (Ray Train, one worker with two CPUs, logs, FSDP2) against a bare PyTorch loop
-over the same packs, step by step in turns; then the bare loop's FLOP rate against matrix products of the same shapes.
+"""What do Ray and bookkeeping cost in training, and how close does it come to this machine's matrix products?
 
     python benchmarks/training_overhead.py --data FILE.jsonl [--batch 24] [--pairs 5] [--pack-length 1024]
+
+Compares a run's training stage with a bare PyTorch loop over the same packs, in turns, and the stage's FLOP rate with
+bare products of the same shapes.
 """
 
 import argparse
@@ -77,7 +77,7 @@ def main() -> None:
 
 
 def run_stage(rows: list[dict[str, list[int]]], options: argparse.Namespace, folder: str, turns: Path) -> None:
-    """One SPIN iteration's training, whose steps wait for their turn. Steps take the rows in order."""
+    """Runs one SPIN iteration's training, whose steps take the rows in order and wait for their turn."""
     config = SpinConfig.model_validate(
         {
             "model": {"path": resolve(MODEL), "max_length": 256}, "data": {"train": "-"},
@@ -99,9 +99,9 @@ def run_stage(rows: list[dict[str, list[int]]], options: argparse.Namespace, fol
 
 
 def in_turns(turns: str, batch: int) -> Any:
-    """The stage's worker, whose steps are those of consecutive rows and start when a file says so.
+    """Returns the stage's worker; its steps take consecutive rows, and each starts when a file says so.
 
-    It looks for the worker where it runs: taken from here, it would not see what is put in place of its functions.
+    The worker is imported where it runs, as a pickled one would not see the replaced functions.
     """
 
     def gated(job: Any) -> Any:
@@ -143,7 +143,7 @@ def in_turns(turns: str, batch: int) -> Any:
 
 
 def stage_turn(turns: Path, step: int, stage: threading.Thread) -> dict[str, float]:
-    """Lets the stage take one step and waits for it."""
+    """Lets the stage take one step; returns the step's metrics."""
     (turns / f"go-{step}").touch()
     deadline = time.monotonic() + STEP_TIMEOUT_S
     done = turns / f"done-{step}"

@@ -1,4 +1,4 @@
-"""Step 7: 7B with adapters on one card, activations computed again where they would not fit."""
+"""Step 7: a 7B model with adapters on one card, with gradient checkpointing."""
 
 from collections.abc import Iterator
 

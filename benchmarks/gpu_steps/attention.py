@@ -1,4 +1,4 @@
-"""Step 3: each way to attend within packs, forward and backward of one layer: milliseconds, and errors beside fp64."""
+"""Step 3: milliseconds and errors of each way to attend within packs, forward and backward of one layer."""
 
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -18,7 +18,6 @@ from spin_ray.learner.step import pair_lengths
 
 
 def attentions() -> dict[str, Any]:
-    """Returns the ways to attend by name: those of the learner, and the earlier loop over trees."""
     try:
         from spin_ray.learner.attention import ATTENTIONS
     except ModuleNotFoundError as error:
@@ -27,7 +26,7 @@ def attentions() -> dict[str, Any]:
 
 
 class Loop:
-    """What ran before on every device: SDPA on each tree with its part of a dense mask."""
+    """The former attention: SDPA on each tree with its part of a dense mask."""
 
     name = "loop"
 
@@ -131,7 +130,7 @@ def full_pack(context: Context, length: int, lengths: str) -> Any:
 
 
 def one_by_one(batch: Any, states: list[Tensor], upstream: Tensor) -> tuple[Tensor, list[Tensor]]:
-    """Returns output and gradients in fp64: each prompt, and each response after its prompt, is plain causal SDPA."""
+    """Returns output and gradients in fp64, by causal SDPA on each prompt and each response after its prompt."""
     query, key, value = (state.double().requires_grad_() for state in states)
     tree, branch = batch.tree.to(query.device), batch.branch.to(query.device)
     output = torch.zeros_like(upstream, dtype=torch.float64)

@@ -1,7 +1,7 @@
 """A process that runs the items of one step, and the parent's side of it.
 
-The child writes JSON lines: ``begin``, ``row``, ``failed``, ``end``. An error of CUDA may be sticky, and a process may
-hang or die: the parent then notes the item's reason and goes on with the next one in a new process.
+The child writes JSON lines: ``begin``, ``row``, ``failed``, ``end``. After a CUDA error, a crash or a timeout, the
+next item runs in a new process.
 """
 
 import contextlib
@@ -28,15 +28,12 @@ KILL_AFTER_S = 5
 
 @dataclass(frozen=True, kw_only=True)
 class Context:
-    """What an item is given."""
-
     tiny: bool
     work: Path
-    """Folder that all steps share: models, and what later steps need of earlier ones."""
 
 
 class Missing(Exception):
-    """A part of the learner that this checkout does not have."""
+    """Error: the learner of this checkout lacks a part."""
 
 
 Item = Callable[[Context], Iterator[Measure]]
@@ -50,7 +47,7 @@ def module_of(step: str) -> ModuleType:
 
 
 def run_items(step: str, items: list[str], context: Context, reply: int) -> None:
-    """Runs ``items``; leaves early, with what remains undone, after an error that the device does not get over."""
+    """Runs ``items``; ends the process after an error that leaves the device unusable."""
     pipe = os.fdopen(reply, "w", buffering=1)
 
     def say(**values: Any) -> None:
@@ -75,7 +72,6 @@ def run_items(step: str, items: list[str], context: Context, reply: int) -> None
 
 
 def reason(error: BaseException) -> str:
-    """Returns the error as one short line."""
     lines = [text.strip() for text in str(error).splitlines() if text.strip()]
     return f"{type(error).__name__}: {lines[0] if lines else ''}"[:300]
 
@@ -146,7 +142,7 @@ class Child:
 
 
 def lines_until(reader: int, deadline: float) -> Iterator[str]:
-    """Yields whole lines from a pipe until it ends or the deadline has come."""
+    """Yields whole lines until the pipe ends or the deadline has come."""
     kept = b""
     with os.fdopen(reader, "rb", buffering=0) as pipe:
         while (left := deadline - time.monotonic()) > 0:
@@ -160,7 +156,6 @@ def lines_until(reader: int, deadline: float) -> Iterator[str]:
 
 
 def _end(process: "subprocess.Popen[bytes]", *, wait_s: float) -> None:
-    """Waits a little, then kills the process and everything that it started."""
     try:
         with contextlib.suppress(subprocess.TimeoutExpired):
             process.wait(timeout=wait_s)
@@ -176,7 +171,7 @@ def last_line(log: Path) -> str:
 
 
 def environment() -> dict[str, str]:
-    """Returns the variables of a child: this checkout comes first, and no hub is asked."""
+    """Returns a child's environment: this checkout comes first, and no hub is asked."""
     paths = [str(ROOT), str(ROOT / "benchmarks"), os.environ.get("PYTHONPATH", "")]
     return os.environ | {
         "PYTHONPATH": os.pathsep.join(path for path in paths if path),

@@ -29,5 +29,5 @@ def seconds_of(context: Context, work: Callable[[], Any], *, warm_up: int, times
 
 
 def peak_gb(context: Context) -> float:
-    """Returns the most memory that tensors have taken since the item began, GB; 0 on a CPU."""
+    """Returns the peak memory of tensors since the item began, GB; 0 on a CPU."""
     return 0.0 if context.tiny else torch.cuda.max_memory_allocated() / 1e9

@@ -1,4 +1,4 @@
-"""Step 8: a whole run with Ray; transformers generates in vLLM's place, and a train worker is killed once."""
+"""Step 8: a whole run with Ray. transformers generates in vLLM's place, and a train worker is killed once."""
 
 import json
 import os
@@ -14,16 +14,13 @@ from gpu_steps.child import Context, Item
 from gpu_steps.rows import Measure
 
 WORKER_TITLE = "RayTrainWorker"
-"""Part of the title of a train worker's process."""
 
 
 CHECKPOINT_STEPS = 20
-"""Steps between checkpoints. Four such times remain after the first: a card takes some milliseconds a step."""
+"""Steps between checkpoints. Four intervals remain after the first, time enough for the kill on a fast card."""
 
 
 class TransformersEngine:
-    """A ``GenerationEngine`` that samples with transformers, seeded for each prompt."""
-
     def __init__(self, spec: Any) -> None:
         import torch
         from transformers import AutoModelForCausalLM
@@ -131,7 +128,7 @@ def recipe(context: Context) -> Any:
 
 
 class _Killer(threading.Thread):
-    """Kills a train worker once, as soon as the controller knows a checkpoint to go on from."""
+    """A thread that kills a train worker once there is a checkpoint to resume from."""
 
     def __init__(self, run: Path) -> None:
         super().__init__(daemon=True)

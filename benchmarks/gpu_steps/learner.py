@@ -1,4 +1,4 @@
-"""The learner of one rank on the device, with parts of it as they were before."""
+"""The learner of one rank on the device, or with former versions of its parts."""
 
 import importlib
 from collections.abc import Iterator, Sequence
@@ -29,20 +29,19 @@ from spin_ray.learner.step import (
 
 @dataclass(frozen=True, kw_only=True)
 class Variant:
-    """One state of the step: ``as is`` is what ran on GPUs before, each following one changes one thing."""
+    """One state of the ablation: ``as is`` is the former learner; each following state changes one thing."""
 
     name: str
     attention: str | None = None
-    """A way of ``learner.attention`` or ``loop``; None: the learner's own choice."""
+    """``loop`` or a name of ``learner.attention``; None: the learner chooses."""
     small_head: bool = False
-    """True: the head in chunks of 256 rows."""
+    """True: the head computes chunks of 256 rows."""
     compile: bool | Literal["auto"] = "auto"
     """``auto`` is a recipe's default."""
     prefetch: bool = True
 
 
 def variants() -> tuple[Variant, ...]:
-    """Returns the states of the ablation; the last one is the learner as it comes."""
     return (
         Variant(name="as is", attention="loop", small_head=True, compile=False, prefetch=False),
         Variant(name="+ attention", small_head=True, compile=False, prefetch=False),
@@ -57,7 +56,7 @@ BEST = Variant(name="best")
 
 @contextmanager
 def as_variant(variant: Variant) -> Iterator[None]:
-    """Puts earlier parts in the learner's place.
+    """Puts former parts in the learner's place.
 
     Raises:
         Missing: the learner has no such part.
@@ -86,7 +85,7 @@ def as_variant(variant: Variant) -> Iterator[None]:
 
 
 def head_in_small_chunks(head: Any, *arguments: Any, fused: bool) -> torch.Tensor:
-    """Computes the head as before: checkpointed chunks of 256 rows, each with a gradient of the whole head."""
+    """Computes the head in checkpointed chunks of 256 rows, each with a gradient of the whole head."""
     from spin_ray.learner.head import target_logps
 
     return target_logps(lambda hidden: head(hidden), *arguments, rows=256)
@@ -100,7 +99,7 @@ def feed_in_turn(packs: Sequence[Any], table: Any, shape: PackShape, device: tor
 
 
 class Learner:
-    """A backend, the steps over some rows, and their reference scores."""
+    """A backend, the steps over some rows, and the rows' reference scores."""
 
     def __init__(
         self,
@@ -154,7 +153,6 @@ class Learner:
 
 @contextmanager
 def one_rank(backend: str = "gloo") -> Iterator[None]:
-    """A process group of this process alone."""
     if dist.is_initialized():
         dist.destroy_process_group()
     dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)

@@ -1,4 +1,4 @@
-"""Step 1: the card, its memory, and what products of matrices reach on it."""
+"""Step 1: the card, its memory, and the rate of its matrix products."""
 
 import json
 from collections.abc import Iterator
@@ -11,7 +11,6 @@ from gpu_steps.rows import Measure
 from gpu_steps.sizes import device_of, sheet_rate
 
 LARGE = 8192
-"""Rows and columns of the product that the rate is taken from."""
 
 
 def card(context: Context) -> Iterator[Measure]:

@@ -1,4 +1,4 @@
-"""Step 4: is it right? Packs against transformers one by one, step 0, steps beside a CPU's, resume, export, NCCL."""
+"""Step 4: is it right? Packs against transformers, step 0, steps beside a CPU's, resume, export, NCCL."""
 
 import json
 import signal
@@ -20,11 +20,14 @@ from spin_ray.runtime import gpu
 
 MODEL = "0.1B"
 RATE = 1e-4
-"""Learning rate of trained steps: large enough that a difference would show."""
+"""Learning rate, large enough that a difference would show."""
 
 
 def packed(precision: str, context: Context) -> Iterator[Measure]:
-    """Yields the largest difference; in fp32 of short responses, as a sum of 2,048 nats is kept to 2.4e-4."""
+    """Yields the largest difference between packed scores and transformers' scores.
+
+    In fp32 responses are short: fp32 keeps a sum of 2,048 nats to 2.4e-4.
+    """
     learner = make(context, precision, lengths=SHORT if precision == "fp32" else CHAT)
     scores = learner.score()
     found = torch.stack([scores.real, scores.generated], dim=1).double().cpu()
@@ -44,7 +47,7 @@ def packed(precision: str, context: Context) -> Iterator[Measure]:
 
 
 def step_zero(context: Context) -> Iterator[Measure]:
-    """Yields the loss of step 0 less ln 2; every margin is 0 if scoring and training compute the same bits."""
+    """Yields margin and loss less ln 2 of step 0; margins are 0 if scoring and training compute the same bits."""
     learner = make(context, "bf16")
     learner.score()
     metrics = learner.step()
@@ -67,7 +70,7 @@ def steps_beside_cpu(context: Context) -> Iterator[Measure]:
 
 
 def resume(context: Context) -> Iterator[Measure]:
-    """Yields how far a step after loading is from the same step without, both in this process."""
+    """Yields how far a step after loading a checkpoint is from the same step without loading."""
     learner = make(context, "bf16")
     learner.score()
     learner.step()
@@ -85,7 +88,7 @@ def resume(context: Context) -> Iterator[Measure]:
 
 
 def resume_elsewhere(context: Context) -> Iterator[Measure]:
-    """Yields the same for a process that is killed and a new one that goes on, with ``train.deterministic``."""
+    """Yields the same for a killed process and a new one, with ``train.deterministic``: all must be equal."""
     killed, continued = (in_own_process(context, part) for part in ("killed", "continued"))
     name, apart = "resume in a new process, deterministic", abs(killed["loss"] - continued["loss"])
     same = float(killed["weights"] == continued["weights"])
@@ -94,7 +97,6 @@ def resume_elsewhere(context: Context) -> Iterator[Measure]:
 
 
 def in_own_process(context: Context, part: str) -> dict[str, Any]:
-    """Returns what a process of ``gpu_steps.resumed`` told; it has the environment of a train worker."""
     command = [
         sys.executable,
         "-m",
@@ -120,7 +122,7 @@ def whole(tensor: Any) -> torch.Tensor:
 
 
 def export(context: Context) -> Iterator[Measure]:
-    """Yields how far transformers scores an exported model from what the trained one says."""
+    """Yields how far transformers' scores of the exported model are from the learner's."""
     learner = make(context, "fp32")
     learner.score()
     learner.step()
@@ -141,7 +143,7 @@ def collectives(context: Context) -> Iterator[Measure]:
 
 
 def make(context: Context, precision: str, *, count: int = 8, lengths: str = CHAT, **more: Any) -> Learner:
-    """Makes the learner as it comes in bf16; in fp32, where errors are small enough to be seen, uncompiled."""
+    """Returns a learner; in fp32, where errors are small enough to be seen, it is not compiled."""
     rows = pairs_of(context, lengths, count=count, model=MODEL)
     if precision == "fp32":
         more["compile"] = False
@@ -152,7 +154,10 @@ def make(context: Context, precision: str, *, count: int = 8, lengths: str = CHA
 
 @torch.no_grad()
 def one_by_one(context: Context, folder: Path, rows: list[dict[str, Any]], precision: str) -> torch.Tensor:
-    """Returns log p of both responses of each row by transformers alone, in fp64 on the device."""
+    """Returns log p of both responses of each row by transformers alone, [rows, 2].
+
+    The model computes in fp64 if ``precision`` is fp32, else in bf16.
+    """
     from transformers import AutoModelForCausalLM
 
     dtype = torch.float64 if precision == "fp32" else torch.bfloat16
@@ -171,7 +176,6 @@ def one_by_one(context: Context, folder: Path, rows: list[dict[str, Any]], preci
 
 
 def as_it_comes(item: Item) -> Item:
-    """Returns the item within a process group."""
 
     def run(context: Context) -> Iterator[Measure]:
         with one_rank(group_of(context)), as_variant(BEST):

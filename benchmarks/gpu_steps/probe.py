@@ -1,4 +1,4 @@
-"""Step 2: which of SDPA's kernels take a mask that is a slice at no multiple of 8, and what the layout probe says."""
+"""Step 2: which SDPA kernels take a mask sliced at no multiple of 8, and does the layout probe choose packs?"""
 
 from collections.abc import Iterator
 from functools import partial
@@ -12,11 +12,11 @@ from gpu_steps.rows import Measure
 from gpu_steps.sizes import device_of, model_folder
 
 START, STOP = 3, 90
-"""A tree within a pack, at no multiple of 8."""
+"""Span of a tree within a pack; no end is a multiple of 8."""
 
 
 def kernel(backend: SDPBackend, context: Context) -> Iterator[Measure]:
-    """Yields the kernel's error beside fp64; the item fails where the kernel refuses."""
+    """Yields the kernel's largest error beside fp64; the item fails where the kernel refuses."""
     torch.manual_seed(0)
     device, tokens = device_of(context), STOP - START
     states = [torch.randn(1, 4, tokens, 64, dtype=torch.float64, device=device) for _ in range(3)]

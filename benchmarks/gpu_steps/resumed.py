@@ -1,7 +1,7 @@
 """One of the two processes of parity's item "resume, deterministic".
 
     python -m gpu_steps.resumed killed FOLDER [--tiny]       # a step, a checkpoint, a step; then it kills itself
-    python -m gpu_steps.resumed continued FOLDER [--tiny]    # goes on from that checkpoint with the second step
+    python -m gpu_steps.resumed continued FOLDER [--tiny]    # takes the second step from that checkpoint
 
 Each prints the second step's loss and the digest of the weights after it as a line of JSON.
 """

@@ -10,19 +10,17 @@ from typing import Any
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Measure:
-    """One measured answer."""
-
     id: str
     value: float | None
-    """None: it could not be measured, and ``note`` says why."""
+    """None: not measured; ``note`` says why."""
     unit: str
     target: str = ""
-    """``>= 1.5`` or ``<= 0.7``; empty: nothing was aimed at."""
+    """``>= 1.5`` or ``<= 0.7``; empty: no target."""
     note: str = ""
 
     @property
     def met(self) -> bool | None:
-        """Returns None where nothing was aimed at."""
+        """Returns None without a target."""
         if not self.target:
             return None
         sign, limit = self.target.split()
@@ -31,11 +29,11 @@ class Measure:
 
 @dataclass
 class Results:
-    """The file of rows, written after every change: a run that is cut short keeps what it has."""
+    """The file of rows, written after every change: a run that is cut short keeps its rows."""
 
     folder: Path
     facts: dict[str, Any] = field(default_factory=dict)
-    """``card``, ``versions`` and ``commit`` of all rows that are added."""
+    """``card``, ``versions`` and ``commit`` of added rows."""
 
     def __post_init__(self) -> None:
         self.folder.mkdir(parents=True, exist_ok=True)
@@ -43,7 +41,6 @@ class Results:
         self.rows: list[dict[str, Any]] = json.loads(self._file.read_text())["rows"] if self._file.exists() else []
 
     def forget(self, step: str, items: Iterable[str]) -> None:
-        """Drops the earlier rows of items that are measured again."""
         gone = {(step, item) for item in items}
         self.rows = [row for row in self.rows if (row["step"], row["item"]) not in gone]
 
@@ -58,14 +55,12 @@ class Results:
 
 
 def line(step: str, measure: Measure) -> str:
-    """Returns a row as a line for the terminal."""
     value = "–" if measure.value is None else f"{measure.value:.4g}"
     met = {None: "", True: f"  [{measure.target}: met]", False: f"  [{measure.target}: MISSED]"}[measure.met]
     return f"{step:>9} | {measure.id}: {value} {measure.unit}{met}{f'  ({measure.note})' if measure.note else ''}"
 
 
 def page(rows: list[dict[str, Any]]) -> str:
-    """Returns all rows as Markdown, a table for each step."""
     text = ["# What ran on a GPU", "", "Made by `make gpu-bench`; every row is in gpu.json with its versions.", ""]
     for step in dict.fromkeys(row["step"] for row in rows):
         text += [f"## {step}", "", "| row | value | unit | target | met | card | measured | commit | note |"]

@@ -1,4 +1,4 @@
-"""Models, lengths and pairs of the steps: those of a card, and toy ones for a rehearsal."""
+"""Models, lengths and pairs of the steps: real ones for a card, toy ones for a rehearsal."""
 
 import json
 from dataclasses import dataclass
@@ -15,7 +15,7 @@ from spin_ray.planning.model_shape import ModelShape
 from spin_ray.run_dir.schemas import PAIR_SCHEMA
 
 SPREAD = 0.45
-"""Sigma of log-normal lengths, as in ``planning.paper``."""
+"""Sigma of log-normal lengths."""
 CHAT, LONG, SHORT = "130/256", "400/300", "30/20"
 """Mean tokens of a prompt / of each response."""
 SHAPES: dict[str, dict[str, Any]] = {
@@ -32,7 +32,7 @@ SHAPES: dict[str, dict[str, Any]] = {
         "num_attention_heads": 8, "num_key_value_heads": 2, "tie_word_embeddings": True,
     },
 }  # fmt: skip
-"""Llamas with the sizes of Qwen2.5-1.5B and Mistral-7B, and a small one for parity."""
+"""Llamas with the sizes of Qwen2.5-1.5B and Mistral-7B, and a small one."""
 TINY_SHAPE = {
     "vocab_size": 128, "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4,
     "num_key_value_heads": 2, "tie_word_embeddings": True,
@@ -44,9 +44,7 @@ class Sizes:
     pack_lengths: tuple[int, ...]
     train_pack: int
     pairs: int
-    """Of a step."""
     steps: int
-    """Timed steps, after those that warm up."""
     warm_up: int
     shrink: int
     """Divisor of all lengths."""
@@ -74,13 +72,13 @@ def model_shape(context: Context, model: str) -> ModelShape:
 
 
 def sheet_rate(context: Context) -> float | None:
-    """Returns the card's dense bf16 rate by its data sheet, FLOP/s, None for a card that the plan does not know."""
+    """Returns the card's dense bf16 FLOP/s by its data sheet; None for a card that the plan does not know."""
     known = None if context.tiny else DEVICE_NAMES.get(torch.cuda.get_device_name())
     return GPUS[known].bf16 if known else None
 
 
 def pairs_of(context: Context, lengths: str, *, count: int, model: str = "1.5B", seed: int = 0) -> list[dict[str, Any]]:
-    """Returns random pairs: log-normal lengths with the means of ``lengths``, prompts no longer than half the limit."""
+    """Returns random pairs with log-normal lengths of the means ``lengths``, each from 2 to half of ``longest``."""
     sizes, random = sizes_of(context), np.random.default_rng(seed)
     prompt, response = (int(mean) / sizes.shrink for mean in lengths.split("/"))
     vocabulary = shape_of(context, model)["vocab_size"]
@@ -101,7 +99,7 @@ def table_of(rows: list[dict[str, Any]]) -> pa.Table:
 
 
 def needed_flops(shape: ModelShape, rows: list[dict[str, Any]], *, backward: bool) -> float:
-    """Returns the FLOPs that trees of ``rows`` need: no padding, no pair of tokens that do not see each other."""
+    """Returns the FLOPs that trees of ``rows`` need, without padding and pairs of tokens that do not see each other."""
     tokens = targets = seen = 0.0
     for row in rows:
         prompt, real, generated = (len(row[name]) for name in ("prompt_ids", "real_ids", "generated_ids"))
@@ -112,7 +110,7 @@ def needed_flops(shape: ModelShape, rows: list[dict[str, Any]], *, backward: boo
 
 
 def model_folder(context: Context, model: str) -> Path:
-    """Makes a model of random weights in bf16 with a small tokenizer, once for all steps; returns its folder."""
+    """Returns the folder of a random bf16 model, made once for all steps."""
     folder = context.work / f"model-{model}"
     if (folder / "done").exists():
         return folder

@@ -1,4 +1,4 @@
-"""Step 5: an optimizer step of 1.5B parameters, with one change after another, and where its time goes."""
+"""Step 5: an optimizer step of 1.5B parameters: speed after each change, and where the time goes."""
 
 from collections.abc import Iterator
 from functools import partial
@@ -24,7 +24,6 @@ from gpu_steps.sizes import (
 
 MODEL = "1.5B"
 ATTENTION_WORDS = ("attention", "flash", "flex", "fmha", "sdpa", "varlen")
-"""Parts of the names of kernels that attend."""
 
 
 def speed(variant: Variant, lengths: str, context: Context) -> Iterator[Measure]:
@@ -51,7 +50,7 @@ def speed(variant: Variant, lengths: str, context: Context) -> Iterator[Measure]
 def _shares(
     context: Context, name: str, stage: str, rows: list, spent: float, rate: float, *, is_best: bool
 ) -> Iterator[Measure]:
-    """Yields FLOPs that the model needs over those that the card could have done in that time."""
+    """Yields MFU: FLOPs that the model needs over FLOPs that the card could have done in that time."""
     needed = needed_flops(model_shape(context, MODEL), rows, backward=stage == "training") / spent
     target = ">= 0.5" if is_best else ""
     yield Measure(id=f"{name}: {stage}, MFU of measured products", value=needed / rate, unit="", target=target)

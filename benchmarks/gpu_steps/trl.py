@@ -1,7 +1,7 @@
 """Step 6: the pairs of step 5 through TRL's DPOTrainer, at its best and at its defaults.
 
-Best: reference scores made before, rows sorted by length, Liger's kernels, ``varlen_attn`` without padding. TRL's fused
-head computes in chunks already, and its ``padding_free`` is switched off for DPO.
+TRL's best: precomputed reference scores, rows sorted by length, Liger's kernels, ``varlen_attn`` without padding.
+TRL switches its ``padding_free`` off for DPO.
 """
 
 import json
@@ -58,7 +58,7 @@ def side(way: Way, lengths: str, context: Context) -> Iterator[Measure]:
 
 
 def _beside_ours(context: Context, way: Way, lengths: str, speed: float, memory: float) -> Iterator[Measure]:
-    """Yields ratios to the rows of step 5. TRL's defaults score the reference within the step, so ours is added."""
+    """Yields ratios to the rows of step 5. TRL's defaults score the reference in the step, so our scoring is added."""
     folder = Path((context.work / "results").read_text())
     rows = {row["id"]: row["value"] for row in json.loads((folder / "gpu.json").read_text())["rows"]}
     ours = f"{MODEL}, {lengths}, best"
@@ -80,8 +80,6 @@ def _beside_ours(context: Context, way: Way, lengths: str, speed: float, memory:
 
 
 class _Clock:
-    """Times of optimizer steps."""
-
     def __init__(self, context: Context) -> None:
         self.context, self.spent = context, []
 
@@ -108,8 +106,6 @@ def _trainer(context: Context, way: Way, rows: list[dict[str, Any]], clock: _Clo
     from trl import DPOConfig, DPOTrainer
 
     class Tokenised(DPOTrainer):
-        """Takes rows that are token ids already, in their order."""
-
         def _prepare_dataset(self, dataset: Any, *_: Any, **__: Any) -> Any:
             return dataset
 
@@ -141,7 +137,7 @@ def _trainer(context: Context, way: Way, rows: list[dict[str, Any]], clock: _Clo
 
 
 def _micro_batch(way: Way, rows: list[dict[str, Any]]) -> int:
-    """Returns the pairs of a forward pass, fewer than the default where activations are kept and rows are long."""
+    """Returns the pairs of a forward pass, fewer where kept activations would not fit."""
     longest = max(len(row["prompt_ids"]) + max(len(row["real_ids"]), len(row["generated_ids"])) for row in rows)
     micro = min(MICRO_BATCH, len(rows))
     while not way.checkpointing and micro > 1 and 2 * micro * longest > KEPT_TOKENS:
@@ -150,7 +146,7 @@ def _micro_batch(way: Way, rows: list[dict[str, Any]]) -> int:
 
 
 def _varlen() -> str:
-    """Registers attention on the tokens that are not padding; returns its name, or SDPA's where torch has none."""
+    """Registers attention without padding; returns its name, or ``sdpa`` if torch lacks it."""
     try:
         from torch.nn.attention.varlen import varlen_attn
     except ImportError:
@@ -181,7 +177,7 @@ def _varlen() -> str:
 
 
 def _unpadded(mask: Tensor | None, batch: int, length: int, device: torch.device) -> tuple[Tensor, Tensor, int]:
-    """Returns places of real tokens, cumulated lengths, and the longest; made once for a mask, not for each layer."""
+    """Returns places of real tokens, cumulative lengths, and the longest; computed once a mask, not once a layer."""
     if mask is None:
         mask = torch.ones(batch, length, dtype=torch.bool, device=device)
     if not hasattr(mask, "unpadded"):

@@ -1,8 +1,7 @@
 """Side of the iteration benchmark: SPIN as its authors ran it, from the published description. A turn is one iteration.
 
-Responses come from transformers' ``generate``, in batches padded on the left. A training step pads every response with
-its own copy of the prompt, takes the logits of all positions, asks a second, frozen model for the reference each time,
-and recomputes activations (gradient checkpointing). Written for this comparison; the loss is the logistic one.
+transformers' ``generate`` pads batches on the left. A training step pads each response with its own copy of the prompt,
+computes the logits of all positions, asks a second, frozen model for the reference, and recomputes activations.
 """
 
 import json
@@ -18,7 +17,6 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from spin_ray.inputs.embedded import resolve
 
 GENERATE_ROWS, TRAIN_PAIRS = 16, 8
-"""Rows of a batch that generates, pairs of a batch that trains."""
 BETA = 0.1
 
 
@@ -63,7 +61,7 @@ class Authors:
         self._optimizer = torch.optim.RMSprop(self.policy.parameters(), lr=options.learning_rate, foreach=True)
 
     def logps(self, model: Any, pairs: list[dict[str, Any]]) -> Any:
-        """log p of every real response, then of every generated one."""
+        """Returns log p of the human responses, and of the generated ones."""
         texts = [(row["prompt_ids"], row[name]) for name in ("real_ids", "generated_ids") for row in pairs]
         lengths = torch.tensor([len(prompt) + len(response) for prompt, response in texts])
         longest = int(lengths.max())
@@ -99,7 +97,6 @@ class Authors:
         return total
 
     def generate(self, part: list[dict[str, Any]]) -> int:
-        """Returns the number of tokens made."""
         tokens = 0
         for start in range(0, len(part), GENERATE_ROWS):
             prompts = [row["prompt_ids"] for row in part[start : start + GENERATE_ROWS]]

@@ -62,7 +62,7 @@ def main() -> None:
 
 
 def linear_shapes(model) -> list[tuple[int, int]]:
-    """(in, out) of every matrix in the decoder layers."""
+    """Returns (in, out) of every matrix in the decoder layers."""
     from torch import nn
 
     return [
@@ -73,7 +73,7 @@ def linear_shapes(model) -> list[tuple[int, int]]:
 
 
 def flops(model, batches) -> float:
-    """6 FLOPs for each useful token and weight outside the embedding; the head's only where a token is predicted."""
+    """Returns 6 FLOPs for each useful token and weight outside the embedding; the head counts predicted tokens only."""
     head = model.get_output_embeddings().weight.numel()
     weights = sum(wide * tall for wide, tall in linear_shapes(model))
     tokens = sum(batch.num_useful_tokens for batch in batches)
@@ -82,7 +82,7 @@ def flops(model, batches) -> float:
 
 
 def matmul_rate(model, tokens: int, dtype) -> float:
-    """FLOP/s of the matrix products of one forward and backward over the layers, and nothing else; median of 5."""
+    """Returns FLOP/s of the layers' matrix products alone, forward and backward; median of 5."""
     import statistics
 
     import torch

@@ -1,4 +1,4 @@
-"""Side of the iteration benchmark: this project's vLLM engine, warm. A turn answers the prompts of one batch."""
+"""Side of the iteration benchmark: this project's warm vLLM engine. A turn answers the prompts of one batch."""
 
 import json
 import sys

@@ -1,6 +1,6 @@
 """Side of training benchmarks: this project's learner, one worker, without Ray.
 
-A turn is one optimizer step, or with ``--epochs`` all that an iteration does with its pairs: scores and steps.
+A turn is one optimizer step; with ``--epochs`` it is an iteration's scoring and steps.
 """
 
 import json
@@ -58,7 +58,7 @@ def main() -> None:
 
 
 def learner(precision: str, pack_length: int, learning_rate: float, threads: int = THREADS):
-    """The FSDP2 backend of one rank, as a train worker has it."""
+    """Returns the FSDP2 backend of one rank, as in a train worker."""
     import torch
     import torch.distributed as dist
 

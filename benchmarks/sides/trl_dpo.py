@@ -1,8 +1,7 @@
 """Side of training benchmarks: TRL's DPOTrainer at its best settings for CPUs. A turn is one optimizer step.
 
-Runs in an environment of its own (requirements/peers.txt), so it imports nothing of this project. The DPO loss with
-the opponent as reference is the logistic SPIN loss. Settings: reference log-probabilities precomputed, no
-checkpointing, the pairs of a step sorted by length so that padding is least.
+Runs in its own environment (requirements/peers.txt), so it imports nothing of this project. The DPO loss with the
+opponent as reference is the logistic SPIN loss.
 """
 
 import argparse
@@ -18,7 +17,7 @@ from trl import DPOConfig, DPOTrainer
 
 
 class TokenisedDPOTrainer(DPOTrainer):
-    """Takes rows that are token ids already, in their order."""
+    """A DPOTrainer over rows of token ids, in their order."""
 
     def _prepare_dataset(self, dataset, *_args, **_kwargs):
         return dataset
@@ -28,7 +27,7 @@ class TokenisedDPOTrainer(DPOTrainer):
 
 
 class Turns(TrainerCallback):
-    """Starts a step when it is told to, and says how long it took."""
+    """A callback that starts a step when it is told to, and answers with its seconds."""
 
     def __init__(self, reply: int) -> None:
         self.pipe = os.fdopen(reply, "w", buffering=1)

@@ -22,6 +22,6 @@ def card() -> torch.device:
 
 @pytest.fixture
 def alone(card, tmp_path):
-    """A process group of this process, for both devices; FSDP2 needs one."""
+    """Opens a process group for both devices, which FSDP2 needs."""
     with one_rank(tmp_path, "cpu:gloo,cuda:nccl"):
         yield card

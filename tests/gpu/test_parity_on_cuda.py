@@ -1,4 +1,4 @@
-"""On a card: attention, head, scores, a trained step, resume and export agree with transformers and with the CPU."""
+"""On a card: attention, head, scores, a step, resume and export agree with transformers and with the CPU."""
 
 import pytest
 import torch
@@ -26,7 +26,7 @@ def backend(folder, device, precision="fp32", **more):
 
 @pytest.fixture
 def model(tmp_path):
-    """Heads of 16, the narrowest that FlexAttention's kernels take."""
+    """Saves a model with heads of 16, the narrowest that FlexAttention's kernels take."""
     return save_model(tmp_path / "model", tiny_llama(hidden=64))
 
 

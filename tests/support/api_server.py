@@ -16,8 +16,6 @@ HELLO = {"model": "sft", "messages": [{"role": "user", "content": "hello"}]}
 
 
 class Server:
-    """An application in this process, and what stands behind it."""
-
     def __init__(self, keys: list[Key] | None = None, **serving: Any) -> None:
         self.engines = FakeEngines()
         self.app = make_app(self.engines, tiny_config(**serving), keys or [], empty_votes())
@@ -33,7 +31,7 @@ def run(test: Any) -> None:
 
 
 def refused(response: httpx.Response, status: int) -> dict[str, Any]:
-    """Returns the error, after checking that it is in OpenAI's form."""
+    """Returns the error, after checking that it has OpenAI's form."""
     assert response.status_code == status, response.text
     error = response.json()["error"]
     assert set(error) == {"message", "type", "param", "code"} and error["message"]

@@ -1,6 +1,6 @@
-"""The arena's application over engines that have little to say, streamed word by word.
+"""The arena's application over engines with fixed answers, streamed word by word.
 
-Also a program, for tests that need a server of its own: ``python -m tests.support.arena_app DATABASE_URL PORT``.
+As a program, a server of its own: ``python -m tests.support.arena_app DATABASE_URL PORT``.
 """
 
 import asyncio
@@ -32,7 +32,7 @@ EVIL = "<img src=x onerror=\"document.title='owned'\"> & <script>alert(1)</scrip
 class TalkingEngines:
     """Engines with one answer for each iterate; "evil" in the prompt gives markup, "fail" a failure in the middle.
 
-    An answer is one token, with log p −10 under the iterate that says it and −30 under the others.
+    An answer is one token, with log p −10 under its own iterate and −30 under the others.
     """
 
     def __init__(self, word_s: float = 0.0) -> None:
@@ -67,7 +67,7 @@ def make(votes: VoteStore, *, keys: list[Key] | None = None, word_s: float = 0.0
 
 
 def scored(iterate: str, **fields: Any) -> dict[str, Any]:
-    """Returns a given answer as a token, or the scores of prompt and token."""
+    """Returns the answer as a token, or the scores of prompt and token."""
     if "prompt" in fields:
         own = fields["prompt"][-1] == ITERATES.index(iterate)
         return {

@@ -20,7 +20,6 @@ needs_chromium = pytest.mark.skipif(CHROMIUM is None, reason="needs Chromium (De
 
 @contextmanager
 def headless() -> Iterator[Browser]:
-    """Yields the system's Chromium with a profile of its own that is gone afterwards."""
     with sync_playwright() as playwright:
         browser = playwright.chromium.launch(executable_path=CHROMIUM, headless=True, args=FLAGS, timeout=60_000)
         yield browser
@@ -28,9 +27,6 @@ def headless() -> Iterator[Browser]:
 
 
 def picture(page: Page, name: str) -> None:
-    """Saves the page as ``fake-NAME.png`` in the folder that ``SPIN_RAY_SCREENSHOTS`` names, to be looked at.
-
-    The answers on it are made up. ``make arena-picture`` takes the picture of the documentation.
-    """
+    """Saves the page, with its made-up answers, as ``fake-NAME.png`` in the folder ``SPIN_RAY_SCREENSHOTS``."""
     if folder := os.environ.get("SPIN_RAY_SCREENSHOTS"):
         page.screenshot(path=Path(folder) / f"fake-{name}.png", full_page=True)

@@ -1,4 +1,4 @@
-"""Engines without a model, for tests of the HTTP layer alone."""
+"""Engines without a model, for tests of the HTTP layer."""
 
 import asyncio
 import tempfile
@@ -13,7 +13,7 @@ USAGE = {"prompt_tokens": 1, "completion_tokens": 2, "total_tokens": 3}
 
 
 class FakeEngines:
-    """Engines that answer with their model's name, count the answers they make and keep what was asked."""
+    """Engines that answer with their model's name, count active answers and keep requests."""
 
     def __init__(self) -> None:
         self.names = Names()
@@ -27,7 +27,6 @@ class FakeEngines:
         self.gate.set()
         self.error: dict[str, Any] | None = None
         self.refuse: str | None = None
-        """Text of a message that is answered with an error."""
 
     def digest(self, iterate: str) -> str:
         return {"sft": "d0", "iter-0": "d1"}[iterate]
@@ -57,9 +56,9 @@ def empty_votes() -> VoteStore:
 
 
 def _whole(iterate: str, operation: str, fields: dict[str, Any]) -> dict[str, Any]:
-    """Returns an answer: each iterate says its own token twice.
+    """Returns an answer: each iterate's own token, twice.
 
-    Token 7 has log p −1 under ``sft`` and −2 under ``iter-0``; 8 the other way round.
+    Token 7 has log p −1 under ``sft`` and −2 under ``iter-0``; token 8 the other way round.
     """
     own = {"sft": 7, "iter-0": 8}
     choice: dict[str, Any] = {"index": 0, "finish_reason": "stop"}

@@ -1,5 +1,6 @@
-"""Google Cloud Storage's XML API as far as a run needs it, on loopback: objects with generations, conditional puts,
-listings with a delimiter, uploads in parts. Written from https://cloud.google.com/storage/docs/xml-api/reference-methods.
+"""Google Cloud Storage's XML API on loopback: generations, conditional puts, listings, uploads in parts.
+
+Written from https://cloud.google.com/storage/docs/xml-api/reference-methods.
 """
 
 import hashlib
@@ -19,7 +20,7 @@ class Stored(NamedTuple):
 
 
 class FakeGcs(ThreadingHTTPServer):
-    """One bucket, whatever its name; nothing is signed."""
+    """One bucket under any name; nothing is signed."""
 
     daemon_threads = True
 
@@ -81,7 +82,7 @@ class _Handler(BaseHTTPRequestHandler):
         return {key: values[0] for key, values in query.items()}
 
     def _store(self, data: bytes, result: str = "") -> None:
-        """Puts an object. x-goog-if-generation-match 0 demands that there be none; n, one of this generation."""
+        """Puts an object. x-goog-if-generation-match: 0 demands that none exists, n that generation n exists."""
         wanted = self.headers.get("x-goog-if-generation-match")
         with self.server.lock:
             found = self.server.objects.get(self._name)

@@ -1,4 +1,4 @@
-"""Stands in for vLLM and for earlier stages."""
+"""Fakes for vLLM and for earlier stages."""
 
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -18,7 +18,7 @@ MINIMAL = {"model": {"path": "m"}, "data": {"train": "d.jsonl"}}
 
 
 def config_of(**sections: Any) -> SpinConfig:
-    """A config as stages get it: the precision is settled."""
+    """Returns a config as stages get it, with its precision settled."""
     settled = {"train": {"precision": "bf16"} | sections.pop("train", {})}
     return SpinConfig.model_validate(MINIMAL | settled | sections)
 
@@ -26,16 +26,15 @@ def config_of(**sections: Any) -> SpinConfig:
 class FakeEngine:
     """A ``GenerationEngine`` whose tokens follow from the seed alone.
 
-    Every third response is cut at ``max_tokens``; a ``short`` one always is two tokens and the end of the turn.
+    Every third response is cut at ``max_tokens``; with ``short`` each is two tokens and the end of the turn.
     """
 
     def __init__(
         self, vocabulary: int = 300, *, short: bool = False, before: Callable[[int], None] = lambda call: None
     ) -> None:
-        """``before`` gets the number of each call, from 1, before its answers are made: to wait, to note, to die."""
+        """Makes an engine; ``before`` gets the number of each call, from 1, before its answers are made."""
         self._vocabulary, self._short, self._before = vocabulary, short, before
         self.calls: list[list[list[int]]] = []
-        """Prompts of each call."""
 
     def generate(
         self, prompt_ids: Sequence[Sequence[int]], sampling: SamplingConfig, seeds: Sequence[int], *, audited: int = 0
@@ -59,12 +58,10 @@ class FakeEngine:
 
 
 def seed_engine(_: EngineSpec) -> FakeEngine:
-    """Starts an engine with short answers."""
     return FakeEngine(short=True)
 
 
 def write_rows(artefact: Artefact, schema: pa.Schema, rows: list[dict[str, Any]], part_rows: int) -> None:
-    """Commits ``rows`` in parts of ``part_rows``."""
     entries = {}
     for number, start in enumerate(range(0, len(rows), part_rows)):
         table = pa.Table.from_pylist(rows[start : start + part_rows], schema)
@@ -73,7 +70,7 @@ def write_rows(artefact: Artefact, schema: pa.Schema, rows: list[dict[str, Any]]
 
 
 def write_prompts(artefact: Artefact, count: int, part_rows: int) -> None:
-    """Commits prompts p000, p001, …; the tokens of prompt i are [1, i], and its human response is [10 + i, 2]."""
+    """Commits prompts p000, p001, …; prompt i has the tokens [1, i] and the human response [10 + i, 2]."""
     rows = [
         {"prompt_id": f"p{i:03d}", "prompt_ids": [1, i], "real_ids": [10 + i, END_OF_TURN], "messages": "[]"}
         for i in range(count)
@@ -82,7 +79,7 @@ def write_prompts(artefact: Artefact, count: int, part_rows: int) -> None:
 
 
 def generation_rows(answers: list[tuple[str, int, list[int]]], opponent: str = "sft") -> list[dict[str, Any]]:
-    """Returns rows of GENERATION_SCHEMA from (prompt id, sample, tokens); one that does not end its turn was cut."""
+    """Returns rows of GENERATION_SCHEMA from (prompt id, sample, tokens); a response without an end of turn was cut."""
     return [
         {
             "prompt_id": prompt_id,

@@ -1,4 +1,4 @@
-"""A disk that fails at one point of a run, in one of the ways that disks and machines fail."""
+"""A disk that fails at one point of a run, as disks and machines fail."""
 
 import errno
 import os
@@ -19,23 +19,23 @@ def _disk_of(identity: int) -> "FaultyDisk":
 
 
 class Killed(BaseException):
-    """The end of the process: nothing catches it, and nothing changes any more on the disk that raised it."""
+    """The end of the process: nothing catches it, and its disk changes no more."""
 
 
 class FaultyDisk(Disk):
     """A disk that counts the points of a run, and fails once, at point ``at``.
 
-    An fsync is a point, but is not done: what it guards against, a power cut, cannot be made here.
+    An fsync is a point but is not done, as a power cut cannot be made here.
     """
 
     def __init__(self, at: int | None = None, fault: str = "killed", die: Callable[[], None] = lambda: None) -> None:
         self.points: list[str] = []
-        """Kind of change and path of each point so far."""
+        """Kind of change and path of each point."""
         self._at, self._fault, self._die = at, fault, die
         self._dead = False
 
     def __reduce__(self) -> tuple[Any, ...]:
-        """Brings work that is pickled for an actor back to this very disk."""
+        """Makes unpickling return this very disk: work is pickled for an actor."""
         _disks[id(self)] = self
         return _disk_of, (id(self),)
 

@@ -1,7 +1,4 @@
-"""Waits for the controller of a train worker group to hear of a checkpoint.
-
-If a worker died now, the group would go on from the last one that its controller has heard of.
-"""
+"""Waits until Ray Train's controller knows a checkpoint: a group goes on from the last one that it knows."""
 
 import json
 import sys
@@ -14,7 +11,7 @@ ray.cloudpickle.register_pickle_by_value(sys.modules[__name__])  # workers canno
 
 
 def wait_until_heard_of(checkpoints: Path, step: int) -> None:
-    """Waits until the group below ``checkpoints`` has registered the checkpoint reported with this ``step``."""
+    """Waits until the group below ``checkpoints`` has registered the checkpoint of ``step``."""
     deadline = time.monotonic() + 60
     while True:
         for snapshot in checkpoints.glob("*/checkpoint_manager_snapshot.json"):

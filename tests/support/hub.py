@@ -1,4 +1,4 @@
-"""A Hugging Face hub on this machine, as far as its client asks one for a commit, a listing or a file."""
+"""A Hugging Face hub on this machine that serves commits, listings and files."""
 
 import hashlib
 import json
@@ -30,9 +30,8 @@ class Hub:
     url: str = ""
     down: bool = False
     repositories: dict[str, Repository] = field(default_factory=dict)
-    """By ``models/OWNER/NAME`` and ``datasets/OWNER/NAME``."""
+    """Repositories by ``models/OWNER/NAME`` and ``datasets/OWNER/NAME``."""
     asked: list[str] = field(default_factory=list)
-    """Method and path of each request."""
 
     def add(self, name: str, files: Files, *, branch: str = "main", gated: bool = False) -> str:
         """Commits ``files`` to a branch; returns the commit."""
@@ -121,7 +120,6 @@ def _tree(files: Files, below: str, *, recursive: bool) -> list[dict[str, Any]]:
 
 @contextmanager
 def hub_here() -> Iterator[Hub]:
-    """Serves an empty hub on loopback."""
     hub = Hub()
     server = ThreadingHTTPServer(("127.0.0.1", 0), type("Handler", (_Handler,), {"hub": hub}))
     hub.url = f"http://127.0.0.1:{server.server_port}"

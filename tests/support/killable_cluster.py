@@ -1,4 +1,4 @@
-"""A Ray cluster of three nodes on this machine, and the processes of a run on it that can be killed."""
+"""A Ray cluster of three nodes on this machine, whose nodes and processes can be killed."""
 
 import os
 from tempfile import TemporaryDirectory
@@ -11,7 +11,7 @@ from ray.cluster_utils import Cluster
 from tests.support.small_cluster import WITHOUT_SERVICES
 
 TITLES = {"generation actor": "_Player", "train worker": "RayTrainWorker", "controller": "TrainController"}
-"""Texts that Ray writes into the command line of such a process."""
+"""Texts in the command lines of Ray's processes."""
 
 
 class KillableCluster:
@@ -26,7 +26,7 @@ class KillableCluster:
         return self
 
     def start(self) -> None:
-        """Starts the cluster, or another one after its head was killed."""
+        """Starts the cluster, also again after its head was killed."""
         node = {"num_cpus": 2}
         # Ray notes there the address of a machine's newest cluster; short, as sockets are there too.
         os.environ["RAY_TMPDIR"] = self._folder.name
@@ -34,7 +34,6 @@ class KillableCluster:
         self._others = [self._cluster.add_node(**node) for _ in range(2)]
         self.is_alive = True
         self.environment = {"RAY_ADDRESS": self._cluster.address, "RAY_AUTH_MODE": "disabled"}
-        """Variables that make a driver attach to it."""
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
@@ -58,11 +57,11 @@ class KillableCluster:
         return list(found.values())
 
     def kill_a_node(self) -> None:
-        """Kills all processes of a node that is not the head, the raylet among them."""
+        """Kills all processes of a node that is not the head."""
         self._cluster.remove_node(self._others.pop(), allow_graceful=False)
 
     def kill_the_head(self) -> None:
-        """Kills the head and the other nodes: without it they are of no use."""
+        """Kills the head and the other nodes, which are of no use without it."""
         self._cluster.remove_node(self._cluster.head_node, allow_graceful=False)
         while self._others:
             self.kill_a_node()

@@ -1,4 +1,4 @@
-"""Small models and pair tables that the learner's tests share."""
+"""Small models and pair tables for tests of the learner."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -25,7 +25,7 @@ Row = tuple[list[int], list[int], list[int]]
 
 @contextmanager
 def one_rank(folder: Path, backend: str = "gloo") -> Iterator[None]:
-    """Opens a process group of this process alone, as a single train worker has; ``folder`` is for its store."""
+    """Opens a process group of this process alone; ``folder`` is for its store."""
     torch.set_num_threads(1)
     dist.init_process_group(backend, store=dist.FileStore(str(folder / "store"), 1), rank=0, world_size=1)
     yield
@@ -33,13 +33,13 @@ def one_rank(folder: Path, backend: str = "gloo") -> Iterator[None]:
 
 
 def table_of(rows: list[Row]) -> pa.Table:
-    """Returns rows of (prompt, human, generated) token ids as the columns that packs are built from."""
+    """Returns (prompt, human, generated) token ids as columns."""
     names = ("prompt_ids", "real_ids", "generated_ids")
     return pa.table({name: pa.array([row[i] for row in rows], TOKEN_IDS) for i, name in enumerate(names)})
 
 
 def random_rows(seed: int, trees: int, *, samples: int = 2, longest: int = 8) -> list[Row]:
-    """Returns ``trees`` prompts with one human response and 1 to ``samples`` generated ones each."""
+    """Returns ``trees`` prompts, each with one human response and 1 to ``samples`` generated ones."""
     rng = np.random.default_rng(seed)
 
     def tokens() -> list[int]:
@@ -63,7 +63,6 @@ def lengths_of(rows: list[Row]) -> PairLengths:
 
 
 def one_step(rows: list[Row], *, pack_length: int = PACK_LENGTH) -> Step:
-    """Returns one optimizer step over all rows."""
     (step,) = plan_epoch(lengths_of(rows), pack_length=pack_length, global_batch_pairs=len(rows), seed=0, epoch=0)
     return step
 
@@ -90,7 +89,7 @@ def save_model(directory: Path, model: Any) -> Path:
 
 @torch.no_grad()
 def logp_alone(model: Any, prompt: list[int], response: list[int]) -> Tensor:
-    """Returns log p(response | prompt) by transformers alone: one unpadded sequence, no mask, no positions given."""
+    """Returns log p(response | prompt) by transformers alone: one unpadded sequence, without mask and positions."""
     logits = model(input_ids=torch.tensor([prompt + response])).logits[0]
     logps = logits.float().log_softmax(-1)[len(prompt) - 1 : -1]
     return logps[torch.arange(len(response)), torch.tensor(response)].sum()

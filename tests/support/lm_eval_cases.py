@@ -1,4 +1,4 @@
-"""Local lm-eval tasks with their rows, and their right results without lm-eval."""
+"""Local lm-eval tasks, their rows, and their right results without lm-eval."""
 
 import json
 import shutil
@@ -19,7 +19,7 @@ SUMS = [
     {"prompt": f"2 + 2 = 4\n3 + 5 = 8\n10 + 4 = 14\n{a} + {b}", "answer": a + b}
     for a, b in [(1, 1), (7, 6), (12, 9), (48, 77), (3, 2), (365, 986), (20, 20), (517, 268)]
 ]
-"""SmolLM2-135M goes on with "7 + 6": neither all right nor all wrong."""
+"""SmolLM2-135M gets some of these sums right and some wrong."""
 CHOICES = [
     {"prompt": "The capital of France is", "endings": [" Paris", " Berlin", " Rome"], "right": 0},
     {"prompt": "Grass is", "endings": [" purple", " green", " made of glass"], "right": 1},
@@ -30,7 +30,6 @@ CHOICES = [
 
 
 def write_task(folder: Path, name: str, rows: Sequence[dict[str, Any]]) -> None:
-    """Writes the task ``spin_ray_NAME`` and its rows."""
     shutil.copy(TASKS / f"{name}.yaml", folder)
     (folder / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
 
@@ -56,7 +55,6 @@ class Plain:
 
     @torch.no_grad()
     def choice(self, row: dict[str, Any]) -> int:
-        """Returns the number of the likeliest ending."""
         start = len(self.ids(row["prompt"]))
         logps = []
         for ending in row["endings"]:
@@ -69,7 +67,7 @@ class Plain:
         return sum(self.choice(row) == row["right"] for row in CHOICES) / len(CHOICES)
 
     def sum_accuracy(self, config: SpinConfig) -> float:
-        """Returns the accuracy by our own evaluation stage, on the same rows and greedy answers."""
+        """Returns the accuracy by our evaluation stage, on the same rows and greedy answers."""
         heldout = [
             {"prompt_id": str(number), "prompt_ids": self.ids(row["prompt"]), "real_ids": self.ids(str(row["answer"])),
              "messages": "[]", "answer": float(row["answer"])}

@@ -1,4 +1,4 @@
-"""A run folder with everything that a report shows, written by hand in a second."""
+"""A run folder with everything that a report shows, written without a run."""
 
 import json
 import math
@@ -23,7 +23,7 @@ TOPICS = ["tea", "coffee", "<script>alert(1)</script>"]
 
 
 def made_up_run(folder: Path, *, iterations: int = 2, done: int = 2, **sections: Any) -> RunDir:
-    """Writes ``done`` of ``iterations`` iterations; each answers three held-out prompts."""
+    """Writes ``done`` of ``iterations`` iterations, with answers to three held-out prompts each."""
     config = config_of(
         data={"train": "d.jsonl", "heldout": "h.jsonl"}, iterations=iterations, objective={"beta": 0.5}, **sections
     )
@@ -91,7 +91,7 @@ def _write_iterate(run: RunDir, iterate: int) -> None:
 
 
 def _scores(name: str, opponent: str) -> list[dict[str, Any]]:
-    """Returns scores whose margin at β = ½ is ``MARGINS``: y gained twice that, y′ stayed."""
+    """Returns scores whose margins at β = ½ are ``MARGINS``: y gained twice the margin, y′ stayed."""
     return [
         {"pair_id": f"{prompt}/{whose}", "model": model, "real_logp": gained, "generated_logp": -9.0}
         for prompt, margin in MARGINS.items()

@@ -1,4 +1,4 @@
-"""Four gloo processes that train tiny models on one mesh after another. Forked from one that has imported torch."""
+"""Four gloo processes that train tiny models on one mesh after another."""
 
 import json
 import multiprocessing
@@ -28,7 +28,7 @@ from tests.support.learner_cases import PACK_LENGTH, VOCAB, one_step, random_row
 
 RANKS, STEPS = 4, 2
 ROWS = random_rows(0, trees=8)
-"""Three packs: of four data ranks one has only padding, of two each has one or two."""
+"""Three packs: with four data ranks one rank has only padding, with two ranks one has two packs."""
 MESHES = {
     "4 × FSDP": Mesh(shard=4),
     "2 × 2 hybrid": Mesh(replicate=2, shard=2),
@@ -44,17 +44,17 @@ CASES = (
     ("phi3", "2 × 2 FSDP × tensor", "offload, shard_grad_op"),
     ("llama", "2 × 2 hybrid", "adapters, adamw"),
 )
-"""Model, mesh, and what else is not as usual."""
+"""Model, mesh, and unusual settings."""
 RESUMED = (
     ("2 × 2 FSDP × tensor", "2 × 2 hybrid", ""),
     ("2 × 2 hybrid", "2 × 2 FSDP × tensor", ""),
     ("2 × 2 hybrid", "4 × FSDP", "adapters, adamw"),
 )
-"""Meshes that wrote a checkpoint, those that go on from it, and what else is not as usual."""
+"""Meshes that wrote a checkpoint, meshes that resume from it, and unusual settings."""
 
 
 def save_models(directory: Path) -> None:
-    """Writes models with two key heads to four heads: Llama, biases (Qwen2), norms of heads (Gemma), fused (Phi)."""
+    """Writes models with two key heads for four heads: Llama, Qwen2 (biases), Gemma (norms of heads), Phi (fused)."""
     sizes: dict[str, Any] = {
         "vocab_size": VOCAB, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2,
         "num_attention_heads": 4, "num_key_value_heads": 2, "initializer_range": 0.2, "pad_token_id": 0,
@@ -95,7 +95,6 @@ def shape_on(mesh: Mesh | None) -> PackShape:
 
 
 def train(backend: Fsdp2Backend, mesh: Mesh | None, steps: int) -> list[dict[str, float]]:
-    """Takes steps as a worker does; returns their metrics."""
     reference = ReferenceScores(real=torch.zeros(len(ROWS)), generated=torch.zeros(len(ROWS)))
     objective = Objective(loss="logistic", beta=0.5, sft_weight=0.1)
     given = (one_step(ROWS), table_of(ROWS), shape_on(mesh), objective, reference)
@@ -136,7 +135,7 @@ def _one_of_four(rank: int, directory: Path) -> None:
 
 
 def run_four(directory: Path) -> None:
-    """Leaves metrics, scores, checkpoints and exports of every case in ``directory``."""
+    """Writes metrics, scores, checkpoints and exports of every case to ``directory``."""
     save_models(directory)
     multiprocessing.set_forkserver_preload([__name__])
     context = torch.multiprocessing.start_processes(

@@ -1,4 +1,4 @@
-"""A tiny random model of each family of 2026, with the traits that a scorer can get wrong."""
+"""Tiny random models of many families, with the traits that a scorer can get wrong."""
 
 from dataclasses import dataclass, field
 from typing import Any
@@ -11,7 +11,7 @@ from spin_ray.learner.hf_folder import first_attention
 VOCABULARY = 61
 MAX_LENGTH = 64
 WINDOW = 12
-"""Shorter than the rows, longer than the probe's short ones."""
+"""Window shorter than the rows, longer than the probe's short rows."""
 
 _SIZES: dict[str, Any] = {
     "vocab_size": VOCABULARY, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2,
@@ -39,19 +39,15 @@ LONGROPE = {"rope_parameters": _LONGROPE, "original_max_position_embeddings": 10
 
 @dataclass(frozen=True)
 class ModelKind:
-    """A family, and how its responses are scored."""
-
     model_type: str
     settings: dict[str, Any] = field(default_factory=dict)
-    """Settings of the config beside the sizes."""
     trait: str = ""
-    """Trait that a scorer can get wrong."""
     layout: str = "packed"
     truth: str = "eager"
-    """Attention of transformers that scores are compared with."""
+    """transformers' attention that scores are compared with."""
 
     def make(self, **more: Any) -> Any:
-        """Returns the model, each parameter random; log-probabilities depend strongly on every token."""
+        """Returns the model, random in each parameter; log-probabilities depend strongly on every token."""
         torch.manual_seed(0)
         config = AutoConfig.for_model(self.model_type, **(_SIZES | self.settings | more))
         model = AutoModelForCausalLM.from_config(

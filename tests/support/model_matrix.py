@@ -1,4 +1,4 @@
-"""What spin_ray makes of a model family, beside transformers alone: scores, one step, export."""
+"""Compares spin_ray with transformers alone on a model family: scores, one step, export."""
 
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,31 +20,30 @@ from tests.support.model_kinds import MAX_LENGTH, ModelKind
 
 ROWS: list[Row] = random_rows(3, trees=3, longest=20)
 BETA = 0.1
-"""Random models have margins of many nats: a larger beta would leave gradients of nearly 0."""
+"""Margins of random models are many nats: a larger beta would leave gradients of nearly 0."""
 DTYPES = {"F32": "float32", "BF16": "bfloat16"}
 
 
 @dataclass(frozen=True, kw_only=True)
 class Outcome:
-    """Largest differences from transformers' eager attention, one response at a time, in fp32."""
+    """Largest differences from transformers' own attention, one response at a time, in fp32."""
 
     layout: str
     logps: float
-    """In nats a response."""
+    """Nats a response."""
     gradients: float
     """Relative to the largest gradient of the same tensor."""
     loss: float
     plain_loss: float
     moved: float
-    """Largest change of a weight in one step."""
     export: float
-    """Difference of transformers' log-probabilities from ours after the step, in nats a response."""
+    """Difference between transformers' log-probabilities of the export and ours, nats a response."""
     same_names: bool
-    """True: the export has the tensors of the start folder, in its own dtype."""
+    """True: the export has the tensors and dtypes of the start folder."""
 
 
 def examine(kind: ModelKind, folder: Path) -> Outcome:
-    """Trains one step in a process group that is there; ``folder`` gets the model and its export."""
+    """Trains one step; needs a process group. ``folder`` gets the model and its export."""
     start, target = folder / "start", folder / "export"
     kind.make().save_pretrained(start)
     plain = AutoModelForCausalLM.from_pretrained(start, dtype=torch.float32, attn_implementation=kind.truth).eval()
@@ -86,7 +85,6 @@ def _backend(folder: Path) -> Fsdp2Backend:
 
 
 def _scores(backend: Fsdp2Backend) -> Tensor:
-    """Returns log p of every row's two responses, [rows, 2]."""
     scores = torch.zeros(len(ROWS), 2)
     for batch in batches_of(ROWS, pack_length=MAX_LENGTH):
         scores[batch.pair_row] = torch.stack([*pair_logps(backend.score(batch), batch)], dim=1)
@@ -99,7 +97,7 @@ def _alone(model: Any) -> Tensor:
 
 
 def _loss(logps: Tensor) -> Tensor:
-    """SPIN's loss, equation 4.7 with a reference of 0, by torch alone."""
+    """Returns SPIN's loss, equation 4.7 with a reference of 0."""
     return -logsigmoid(BETA * (logps[:, 0] - logps[:, 1])).mean()
 
 
@@ -114,7 +112,6 @@ def _whole(tensor: Any) -> Any:
 
 
 def _tensors(folder: Path) -> dict[str, str]:
-    """Returns names and dtypes of a folder's tensors."""
     found = {}
     for file in folder.glob("*.safetensors"):
         with safe_open(file, "pt") as stored:

@@ -1,4 +1,4 @@
-"""Recipes, models and rows that the tests of planning share."""
+"""Recipes, models and rows for tests of planning."""
 
 from dataclasses import replace
 
@@ -23,7 +23,6 @@ RMSPROP, ADAMW = OptimizerConfig(), OptimizerConfig(name="adamw")
 
 
 def tiny_config(**train: object) -> SpinConfig:
-    """Packs of 3 tokens."""
     return config_of(
         model={"path": "m", "max_length": 2},
         generation={"sampling": {"max_tokens": 1}},

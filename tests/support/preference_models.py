@@ -12,7 +12,7 @@ from spin_ray.inputs.embedded import resolve
 
 
 def save_reward_model(folder: Path, seed: int = 0) -> Path:
-    """Saves a Llama with one output and the chat template of the tiny model."""
+    """Saves a Llama with one output, and the tiny model's chat template."""
     tokenizer = AutoTokenizer.from_pretrained(resolve("embedded:tiny-llama"))
     torch.manual_seed(seed)
     config = LlamaConfig(
@@ -25,7 +25,7 @@ def save_reward_model(folder: Path, seed: int = 0) -> Path:
 
 
 def save_pairrm(folder: Path, seed: int = 0) -> Path:
-    """Saves a model with weights and config.json named as in llm-blender/PairRM-hf, and three tasks."""
+    """Saves a model with three tasks, its weights and config.json named as in llm-blender/PairRM-hf."""
     tokenizer = AutoTokenizer.from_pretrained(resolve("embedded:tiny-llama"))
     tokenizer.add_tokens(["<|source|>", "<|candidate1|>", "<|candidate2|>"])
     tokenizer.pad_token = "<|endoftext|>"

@@ -1,4 +1,4 @@
-"""The program as a user starts it, and the smallest recipe for it."""
+"""The spin-ray command, and its smallest recipe."""
 
 import os
 import subprocess
@@ -39,7 +39,7 @@ def write_recipe(folder: Path, recipe: dict[str, Any]) -> Path:
 
 
 def environment() -> dict[str, str]:
-    """Returns a user's environment: Ray decides on its own about authentication and addresses."""
+    """Returns a user's environment, without Ray's variables."""
     return {name: value for name, value in os.environ.items() if not name.startswith("RAY_")}
 
 

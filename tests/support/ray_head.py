@@ -1,4 +1,4 @@
-"""A head node as `ray start` makes it, with dashboard, metrics and a token."""
+"""A head node of `ray start`, with dashboard, metrics and a token."""
 
 import shutil
 import socket
@@ -22,7 +22,6 @@ class Head:
     folder: Path
     """Ray's sessions with their logs."""
     variables: dict[str, str]
-    """Environment of whoever talks to it."""
     dashboard_port: int
     metrics_port: int
     authorization: dict[str, str] = field(default_factory=lambda: {"Authorization": f"Bearer {TOKEN}"})
@@ -34,9 +33,9 @@ class Head:
 
 @contextmanager
 def ray_head(environment: dict[str, str], cpus: int) -> Iterator[Head]:
-    """Yields a head whose dashboard listens, and kills it: told to stop, its processes would take half a minute.
+    """Yields a head whose dashboard listens, then kills it: a stop takes half a minute.
 
-    Sockets have short paths only, hence a folder of its own.
+    The folder's path is short, as sockets are in it.
     """
     folder = Path(tempfile.mkdtemp(prefix="head-"))
     (folder / "token").write_text(TOKEN)

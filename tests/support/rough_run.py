@@ -1,4 +1,4 @@
-"""A run on a small cluster whose processes are killed, one after another, at moments that a seed decides."""
+"""A run on a small cluster whose processes are killed at random moments."""
 
 import hashlib
 import random
@@ -30,10 +30,7 @@ LIMIT_S = 600.0
 
 
 def recipe() -> dict[str, Any]:
-    """Returns a repeatable recipe (fp32) that is slow enough to be hit.
-
-    Two engines play 6 shards, one row at a time; two workers take 96 steps, with a checkpoint after every fourth.
-    """
+    """Returns a repeatable recipe (fp32) that is slow enough for kills: two engines, two workers, ``STEPS``."""
     content = micro_recipe()
     content["generation"] |= {"replicas": REPLICAS, "resources": {"cpus": 1}, "sampling": {"max_tokens": 60}}
     content["generation"]["engine"] |= {"max_num_seqs": 1, "extra": {"distributed_executor_backend": "mp"}}
@@ -46,16 +43,15 @@ class Kill:
     kind: str
     phase: str
     after: int
-    """Shards or steps that were there by then."""
+    """Shards or steps that were done by then."""
     same_command: bool = False
-    """True if the driver ended and was started again; else the run went on without help."""
+    """True: the driver ended and was started again; False: the run went on without help."""
     shards: int = 0
     steps: int = 0
-    """Lost and done again, as events.jsonl tells."""
+    """Shards and steps that were lost and repeated, by events.jsonl."""
 
 
 def plan(kinds: Sequence[str], chance: random.Random) -> list[Kill]:
-    """Returns the kills with their moments, in order."""
     phases = [PHASE.get(kind) or chance.choice((PLAYING, TRAINING)) for kind in kinds]
     kills = []
     for phase, last in ((PLAYING, SHARDS // 2), (TRAINING, STEPS // 2)):
@@ -67,8 +63,6 @@ def plan(kinds: Sequence[str], chance: random.Random) -> list[Kill]:
 
 
 class RoughRun:
-    """One run, however many drivers and clusters it takes."""
-
     def __init__(self, recipe_file: Path, out: Path, chance: random.Random) -> None:
         self._recipe, self._out, self._chance = recipe_file, out, chance
         self._driver: subprocess.Popen[bytes] | None = None
@@ -77,7 +71,7 @@ class RoughRun:
         self._victims: list[psutil.Process] = []
 
     def to_the_end(self, kills: list[Kill]) -> None:
-        """Kills what the plan says, and starts the driver again, by the same command, when it ended with an error."""
+        """Kills as planned; starts the driver again, by the same command, when it ended with an error."""
         with self._log.open("wb"), self._cluster:
             try:
                 self._start()
@@ -91,7 +85,6 @@ class RoughRun:
                 self._end_driver()
 
     def _tell(self, kill: Kill) -> None:
-        """Notes what ``kill`` has cost, when what came after it is done."""
         lost = lost_work(RunDir(Storage(self._out)).events())
         kill.shards, kill.steps = lost["shards"] - self._told["shards"], lost["steps"] - self._told["steps"]
         self._told = lost
@@ -151,7 +144,6 @@ class RoughRun:
 
 
 def committed(out: Path) -> dict[str, str]:
-    """Returns digests of all files that a manifest lists."""
     found = {}
     for manifest in out.rglob(MANIFEST):
         if ".attempts" not in manifest.parts:
@@ -162,14 +154,14 @@ def committed(out: Path) -> dict[str, str]:
 
 
 def run_calmly(folder: Path) -> dict[str, str]:
-    """Returns what is committed when nothing is killed, on a Ray of its own: no cluster has to start for it."""
+    """Returns what is committed when nothing is killed, on a Ray of its own."""
     finished = spin_ray("run", write_recipe(folder, recipe()), "--out", folder / "run", "--cluster.local_cpus=2")
     assert finished.returncode == 0, finished.stdout + finished.stderr
     return committed(folder / "run")
 
 
 def run_roughly(folder: Path, calm: dict[str, str], kinds: Sequence[str], chance: random.Random) -> list[Kill]:
-    """Does one run with some kills; it must end as if nothing was."""
+    """Does one run with some kills; it must commit the same as an undisturbed one."""
     kills, out = plan(kinds, chance), folder / "run"
     RoughRun(write_recipe(folder, recipe()), out, chance).to_the_end(kills)
     assert committed(out) == calm, "rows and weights are bitwise those of the undisturbed run"
@@ -182,7 +174,7 @@ def run_roughly(folder: Path, calm: dict[str, str], kinds: Sequence[str], chance
 
 
 def run_for(seconds: float, folder: Path, calm: dict[str, str], chance: random.Random) -> list[Kill]:
-    """Does one rough run after another, three kills each, all kinds in turn."""
+    """Does rough runs of three kills each, with all kinds in turn."""
     deadline, kinds, kills = time.monotonic() + seconds, [], []
     while time.monotonic() < deadline:
         if len(kinds) < 3:

@@ -63,14 +63,13 @@ class Served:
         raise AssertionError(f"{name} was not {iterate} within {START_S} s")
 
     def family(self) -> list[psutil.Process]:
-        """Returns the processes of the server, Ray, and every replica and engine."""
         root = psutil.Process(self.process.pid)
         return [root, *root.children(recursive=True)]
 
     def replicas(self, name: str, least: int = 1) -> list[psutil.Process]:
-        """Returns processes of Ray Serve's replicas whose application or deployment has ``name`` in its name.
+        """Waits for ``least`` processes of Ray Serve's replicas with ``name`` in their application or deployment.
 
-        While a replica answers, its title is that of the call: waits until ``least`` have theirs.
+        A replica that answers has another title meanwhile.
         """
         deadline = time.monotonic() + 30
         while len(found := self._titled("ServeReplica", name)) < least:
@@ -79,7 +78,6 @@ class Served:
         return found
 
     def engines(self) -> list[psutil.Process]:
-        """Returns vLLM's engine processes."""
         return self._titled("EngineCore")
 
     def _titled(self, *parts: str) -> list[psutil.Process]:
@@ -94,7 +92,7 @@ class Served:
         return found
 
     def memory(self) -> int:
-        """Returns the bytes that all its processes hold; shared ones are counted once."""
+        """Returns the bytes that all processes hold; shared ones are counted once."""
         total = 0
         for process in self.family():
             try:
@@ -105,7 +103,6 @@ class Served:
 
     @contextmanager
     def connection(self, receive_buffer: int | None = None) -> Iterator[socket.socket]:
-        """Opens a socket, for what no HTTP client would do."""
         host, port = self.url.removeprefix("http://").split(":")
         with socket.socket() as raw:
             if receive_buffer:

@@ -1,4 +1,4 @@
-"""Every section and setting of a recipe, for tests of all of them."""
+"""Every section and setting of a recipe."""
 
 from spin_ray.config import recipe, sections
 from spin_ray.config.recipe import SpinConfig
@@ -16,7 +16,6 @@ SECTIONS = sorted(
 
 
 def leaves(section: type[Section] = SpinConfig, prefix: str = "") -> list[str]:
-    """Returns the dotted name of every setting."""
     found = []
     for name, field in section.model_fields.items():
         inner = next(

@@ -1,4 +1,4 @@
-"""A cluster of several raylets on this machine, as different machines: caches of their own, and no model folder."""
+"""Raylets on this machine that act as different machines: each has its own cache, and no model folder."""
 
 import ctypes
 import logging
@@ -17,17 +17,16 @@ from ray.data._internal.cluster_autoscaler.default_autoscaling_coordinator impor
 from spin_ray.runtime.connect import keep_to_loopback
 
 WITHOUT_SERVICES = {"include_dashboard": False, "no_monitor": True, "include_log_monitor": False}
-"""Arguments of a head that starts without the processes of Ray that no run needs."""
 
 _NEW_MOUNTS, _PRIVATE, _RECURSIVE = 0x00020000, 1 << 18, 1 << 14
 _libc = ctypes.CDLL(None, use_errno=True)
 
 
 class SmallCluster:
-    """A head without CPUs, where the driver is, and nodes that come and go."""
+    """A head without CPUs, for the driver, and nodes that come and go."""
 
     def __init__(self, folder: Path, hidden: Path) -> None:
-        """``hidden`` is a folder that is on the driver's machine only."""
+        """Starts the head; ``hidden`` is a folder that only the driver's machine has."""
         self._folder, self._hidden = folder, hidden
         self._cluster = Cluster(
             initialize_head=True,
@@ -46,7 +45,7 @@ class SmallCluster:
         return self._cluster.address
 
     def add(self, name: str, pool: str) -> str:
-        """Adds a node of two CPUs, labelled with its pool; one for `any` work has a seat. Returns Ray's id of it."""
+        """Adds a node of two CPUs, labelled with its pool; returns Ray's id of it. A node of pool `any` has a seat."""
 
         def add() -> None:
             _hide(self._hidden)  # from this thread and the processes that it starts
@@ -74,13 +73,13 @@ class SmallCluster:
         return self._folder / f"cache-{name}" / "runs"
 
     def of_train_workers(self) -> list[str]:
-        """Returns the names of the nodes where a train worker is alive, one for each worker."""
+        """Returns the node of each living train worker, by name."""
         alive = [actor for actor in actors().values() if actor["State"] == "ALIVE"]
         ids = [actor["Address"]["NodeID"] for actor in alive if "TrainWorker" in actor["ActorClassName"]]
         return sorted(name for name in self._nodes for found in ids if found == self.id(name))
 
     def tell_trainers(self) -> None:
-        """Makes elastic groups count the nodes as they are now, in place of up to 20 s ago."""
+        """Makes elastic groups count the nodes now; their count can be 20 s old."""
         coordinator = get_or_create_autoscaling_coordinator()
         ray.get(coordinator.get_reserved_resources.remote("nobody", recompute=True), timeout=30)
 
@@ -90,7 +89,7 @@ class SmallCluster:
 
 @contextmanager
 def small_cluster(folder: Path, hidden: Path) -> Iterator[SmallCluster]:
-    """Starts a cluster in the place of whatever Ray this process was connected to, and stops it."""
+    """Starts a cluster in place of this process's Ray, and stops it."""
     ray.shutdown()
     keep_to_loopback(True)  # without it Ray puts the machine's outward address in the place of the loopback one
     cluster = SmallCluster(folder, hidden)
@@ -112,7 +111,6 @@ def may_hide() -> bool:
 
 
 def when(condition: Callable[[], bool], act: Callable[[], None], *, unless: threading.Event) -> threading.Thread:
-    """Starts a thread that does ``act`` as soon as ``condition`` holds."""
 
     def watch() -> None:
         while not unless.wait(0.05):

@@ -1,7 +1,6 @@
-"""A whole run within this process, in a second: the real driver, stages and training loop over a tiny model.
+"""A whole run within this process: the real driver, stages and training loop over a tiny model.
 
-A loop stands in for Ray, and an engine whose tokens follow from the seed for vLLM. All that ever touches the run folder
-is real.
+A loop stands in for Ray, and ``FakeEngine`` for vLLM. Everything that touches the run folder is real.
 """
 
 import copy
@@ -42,7 +41,7 @@ STEPS = 4
 
 
 def make_inputs(folder: Path) -> SpinConfig:
-    """Writes a model of 12 thousand parameters, 12 good rows, a malformed and a repeated one, and 3 held-out rows."""
+    """Writes a tiny model, ``ROWS`` good rows, a malformed and a repeated one, and ``HELDOUT_ROWS``."""
     tokenizer = load_tokenizer(resolve("embedded:tiny-llama"))
     torch.manual_seed(0)
     shape = {"hidden_size": 16, "intermediate_size": 16, "num_attention_heads": 2, "num_key_value_heads": 1}
@@ -108,8 +107,6 @@ _models: dict[bytes, Any] = {}
 
 
 class _Items:
-    """The part of a Ray Dataset that the stages use."""
-
     def __init__(self, items: list[Any], **_: object) -> None:
         self._items: Iterator[Any] = iter(items)
 
@@ -124,7 +121,7 @@ class _Items:
 def _run_worker(
     function: Callable[[Any], Any], job: Any, config: SpinConfig, name: str, where: str, **_: object
 ) -> Any:
-    """Runs one worker; a checkpoint that it reports is kept as by Ray Train, complete or not at all."""
+    """Runs one worker; keeps a reported checkpoint as Ray Train does, complete or not at all."""
     # Of a run on an object store, Ray Train would keep the checkpoints there.
     folder = object_storage.CACHE / where.replace("://", "/") if "://" in where else Path(where)
     kept = folder / name / "checkpoint"
@@ -145,7 +142,6 @@ def _run_worker(
 
 
 def run(config: SpinConfig, out: Path | str, disk: Disk | None = None) -> None:
-    """Does the run, or the rest of it."""
     with pytest.MonkeyPatch.context() as patch:
         if disk is not None:
             patch.setattr(launch, "open_storage", lambda root: Storage(root, disk))
@@ -153,7 +149,7 @@ def run(config: SpinConfig, out: Path | str, disk: Disk | None = None) -> None:
 
 
 def committed(out: Path) -> dict[str, str]:
-    """Returns digests of all files that a manifest lists, and of the manifests themselves."""
+    """Returns digests of all manifests and the files that they list."""
     found = {}
     for manifest in out.rglob(MANIFEST):
         if ".attempts" not in manifest.parts:

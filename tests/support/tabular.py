@@ -10,13 +10,13 @@ K = 6
 
 
 def distribution(seed: int, spread: float = 1.0) -> Tensor:
-    """log p of a random distribution over K outcomes."""
+    """Returns log p of a random distribution over K outcomes."""
     generator = torch.Generator().manual_seed(seed)
     return (spread * torch.randn(K, generator=generator, dtype=torch.float64)).log_softmax(0)
 
 
 def minimise(function: Callable[[Tensor], Tensor], start: Tensor) -> Tensor:
-    """log p at the minimum. The logistic objective is convex in the logits, as margins are linear in them."""
+    """Returns log p at the minimum. The logistic objective is convex in the logits, as margins are linear in them."""
     logits = start.clone().requires_grad_()
     lbfgs = torch.optim.LBFGS(
         [logits], max_iter=2000, tolerance_grad=1e-12, tolerance_change=1e-16, line_search_fn="strong_wolfe"
@@ -44,5 +44,5 @@ def jsd(p: Tensor, q: Tensor) -> float:
 
 
 def size(log_ratio: Tensor) -> float:
-    """Of a log-ratio up to its additive constant, which normalisation fixes."""
+    """Returns the norm of a log-ratio up to its additive constant, which normalisation fixes."""
     return (log_ratio - log_ratio.mean()).norm().item()

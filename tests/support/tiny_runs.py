@@ -1,4 +1,4 @@
-"""Run folders with a few tiny iterates, without training any."""
+"""Run folders with a few tiny iterates that were never trained."""
 
 import shutil
 from pathlib import Path
@@ -34,7 +34,6 @@ def tiny_config(train: dict[str, Any] | None = None, **serving: Any) -> SpinConf
 
 
 def make_run(folder: Path, iterates: int, **serving: Any) -> RunDir:
-    """Makes a run that has published ``iterates`` iterates after ``sft``."""
     config = tiny_config(**serving)
     start = check_recipe(config)
     run = RunDir(Storage(folder))
@@ -47,7 +46,7 @@ def make_run(folder: Path, iterates: int, **serving: Any) -> RunDir:
 
 
 def make_adapter_run(folder: Path, iterates: int) -> RunDir:
-    """Makes a run of adapters of rank 4, whose noise changes every answer."""
+    """Makes a run of rank-4 adapters that change every answer."""
     peft = pytest.importorskip("peft", reason="the extra `lora` is not installed")
     run = make_run(folder, 0, train={"global_batch_pairs": 8, "lora": {"rank": 4, "alpha": 8, "merge": False}})
     for iterate in range(1, iterates + 1):
@@ -67,9 +66,9 @@ def make_adapter_run(folder: Path, iterates: int) -> RunDir:
 
 
 def add_iterate(run: RunDir, iterate: int, loads: bool = True) -> None:
-    """Commits θ_iterate: the start model with other weights, so that it has answers and a digest of its own.
+    """Commits θ_iterate: the start model plus noise, with its own answers and digest.
 
-    One that does not load lacks a row of a weight; it is committed like any other, with the digests of its files.
+    With ``loads=False`` a weight lacks a row; it is committed like any other.
     """
     attempt = run.storage.new_attempt_folder()
     shutil.copytree(run.description()["start_model"], attempt, dirs_exist_ok=True)

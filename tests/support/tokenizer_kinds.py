@@ -1,4 +1,4 @@
-"""Small tokenizers of every kind that models come with, trained here, and templates that end prompts in every way."""
+"""Small tokenizers of every kind, trained here, and templates that end prompts in every way."""
 
 import json
 from functools import cache
@@ -62,14 +62,13 @@ def _trained(kind: str) -> Tokenizer:
 
 
 def _without_added(tokenizer: Tokenizer, names: list[str]) -> Tokenizer:
-    """Leaves the byte pieces in the vocabulary, as sentencepiece models have them, but not as added tokens."""
+    """Removes byte pieces from the added tokens but not from the vocabulary, as in sentencepiece models."""
     spec = json.loads(tokenizer.to_str())
     spec["added_tokens"] = [token for token in spec["added_tokens"] if token["content"] not in names]
     return Tokenizer.from_str(json.dumps(spec))
 
 
 def tokenizer_of_kind(kind: str, template: str) -> Any:
-    """Returns a fresh transformers tokenizer with ``template``."""
     tokenizer = PreTrainedTokenizerFast(
         tokenizer_object=Tokenizer.from_str(_trained(kind).to_str()),
         bos_token="<s>", eos_token="</s>", unk_token="<unk>", additional_special_tokens=["<|im_start|>", "<|im_end|>"],

@@ -1,8 +1,7 @@
-"""Loads an iterate in vLLM and audits its log-probs against the trainer's; test_smollm2_run runs it as a module.
+"""Audits vLLM's log-probabilities of iteration 1's opponent; test_smollm2_run runs it as a module.
 
-The opponent of iteration 1 is iter_000/model: vLLM's sum of log-probs of each response must agree with reference/
-within 0.05 nats per token on average and 0.15 at worst, as the trainer may have computed in bf16. vLLM computes in
-fp32, which every processor does quickly. A generation_config.json in the model folder must not change what is sampled.
+A response's sum must agree with the trainer's in reference/ within 0.05 nats per token on average and 0.15 at worst, as
+the trainer may have computed in bf16. A generation_config.json must not change samples.
 """
 
 import json

@@ -2,11 +2,8 @@
 
     python benchmarks/experiments/quality/analyse.py [--setting word_problems]
 
-Writes benchmarks/results/quality.json, quality.md and quality.svg; of another setting, quality_SETTING.*. An arm's
-iterate is compared with the continued SFT that had at least as many training tokens (or computed tokens, or wall
-time): never with less compute than its own. Arms, rates and iterates are chosen on dev rows; what is reported of them
-is measured on test rows. Intervals are 95 % by paired bootstrap over test rows, and over seeds where an arm has
-several.
+An iterate is compared with the first iterate of continued SFT that cost at least as much. Arms, rates and iterates are
+chosen on dev rows and reported on test rows.
 """
 
 import argparse
@@ -28,7 +25,7 @@ Iterate = dict[str, Any]
 
 
 def load(folder: Path) -> dict[str, dict[int, Run]]:
-    """Runs by arm and seed, arms in the order in which they are run."""
+    """Returns runs by arm and seed; arms are in the order of ``ARMS``."""
     runs: dict[str, dict[int, Run]] = defaultdict(dict)
     for file in sorted(folder.glob("*.json")):
         run = json.loads(file.read_text())
@@ -38,13 +35,12 @@ def load(folder: Path) -> dict[str, dict[int, Run]]:
 
 
 def per_row(iterate: Iterate, measure: str, split: str = "test") -> np.ndarray:
-    """One value a row: ``greedy`` 0 or 1, ``sampled`` the mean of four."""
+    """Returns a value for each row: 0 or 1 for ``greedy``, the mean of four samples for ``sampled``."""
     values = np.asarray(iterate[split][measure], dtype=float)
     return values if values.ndim == 1 else values.mean(axis=1)
 
 
 def summary(iterate: Iterate, split: str) -> dict[str, Any]:
-    """Numbers of one iterate; None where it was not measured (θ_0 has no opponent, other epochs only log p(y))."""
     measured, evaluation = iterate[split], iterate["evaluation"]
     answered = "greedy" in measured
     return {
@@ -62,12 +58,12 @@ def summary(iterate: Iterate, split: str) -> dict[str, Any]:
 
 
 def matched(sft: Run, iterate: Iterate, budget: str) -> Iterate | None:
-    """The first iterate of continued SFT that had at least the budget of ``iterate``; None if none had."""
+    """Returns the first iterate of continued SFT that had at least the budget of ``iterate``; None if none had."""
     return next((each for each in sft["iterates"] if each[budget] >= iterate[budget]), None)
 
 
 def difference(arm: dict[int, Run], sft: dict[int, Run], number: int, measure: str, budget: str) -> np.ndarray | None:
-    """Per seed and test row, arm minus continued SFT at equal compute, [seeds, rows]; None if no seed has both."""
+    """Returns arm minus continued SFT at equal compute on test rows, [seeds, rows]; None if no seed has both."""
     rows = []
     for seed in sorted(arm.keys() & sft.keys()):
         iterate = numbered(arm[seed], number)
@@ -78,15 +74,15 @@ def difference(arm: dict[int, Run], sft: dict[int, Run], number: int, measure: s
 
 
 def between(arm: dict[int, Run], later: int, earlier: int, measure: str) -> dict[str, float] | None:
-    """One iterate of an arm minus another of it, on test rows."""
     pairs = [(numbered(run, later), numbered(run, earlier)) for run in arm.values()]
     rows = [per_row(one, measure) - per_row(other, measure) for one, other in pairs if one and other]
     return bootstrap(np.stack(rows)) if rows else None
 
 
 def best_on_dev(runs: dict[str, dict[int, Run]], arms: list[str]) -> tuple[str, int] | None:
-    """The arm of ``arms`` and its iterate with the highest sampled accuracy on dev rows, mean of the seeds that all of
-    them have: one lucky seed must not beat the mean of three. The first of equals.
+    """Returns the arm and iterate with the highest sampled accuracy on dev rows; the first of equals.
+
+    The mean is over the seeds that all arms have, so that one lucky seed does not beat a mean of three.
     """
     common = set.intersection(*(set(runs[arm]) for arm in arms)) if arms else set()
     found: dict[tuple[str, int], list[float]] = defaultdict(list)
@@ -98,7 +94,6 @@ def best_on_dev(runs: dict[str, dict[int, Run]], arms: list[str]) -> tuple[str, 
 
 
 def analyse(folder: Path, setting: str) -> dict[str, Any]:
-    """Everything that quality.json holds."""
     runs = load(folder / setting)
     sft_arms = [arm for arm in runs if arm.startswith(SFT)]
     spin_arms = [arm for arm, of_seeds in runs.items() if any(run["is_spin"] for run in of_seeds.values())]
@@ -139,12 +134,10 @@ def analyse(folder: Path, setting: str) -> dict[str, Any]:
 
 
 def _start(warm_up: Run) -> dict[str, Any]:
-    """Which epoch of the warm-up θ_0 is."""
     return {"warm_up_iterate": plateau(warm_up), "complete": warm_up["complete"]}
 
 
 def _by_temperature(runs: dict[str, dict[int, Run]]) -> list[dict[str, Any]]:
-    """Sampled accuracy on test rows by temperature of the samples, for the iterates that were sampled at several."""
     rows = []
     measured = (
         (run, iterate) for of_seeds in runs.values() for run in of_seeds.values() for iterate in run["iterates"]
@@ -167,7 +160,6 @@ def _missing(chosen: tuple[str, int] | None, chosen_sft: tuple[str, int] | None)
 
 
 def _missing_arms(runs: dict[str, dict[int, Run]], setting: Setting) -> list[str]:
-    """Arms and seeds that do not have all their iterates."""
     return [
         f"{arm.name}, seed {seed}"
         for arm in arms_of(setting)
@@ -177,12 +169,10 @@ def _missing_arms(runs: dict[str, dict[int, Run]], setting: Setting) -> list[str
 
 
 def _numbers(of_seeds: dict[int, Run], split: str) -> list[int]:
-    """Iterates that were measured on the split."""
     return sorted({each["iterate"] for run in of_seeds.values() for each in run["iterates"] if split in each})
 
 
 def _table_row(arm: str, number: int, of_seeds: dict[int, Run], split: str) -> dict[str, Any]:
-    """Means over the seeds that have the iterate."""
     there = {seed: iterate for seed, run in of_seeds.items() if (iterate := numbered(run, number))}
     summaries = [summary(iterate, split) for iterate in there.values()]
     mean = {
@@ -197,7 +187,6 @@ def _interval_of(values: np.ndarray | None) -> dict[str, float] | None:
 
 
 def write_replies(results: Path, out: Path) -> None:
-    """Writes page, JSON and plot of the experiment on replies."""
     found = analyse_replies.analyse(results, REPLIES)
     out.mkdir(parents=True, exist_ok=True)
     page = out / f"{file_stem(REPLIES)}.md"

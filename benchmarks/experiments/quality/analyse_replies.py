@@ -1,9 +1,7 @@
-"""What the experiment on replies has found so far: chosen on dev conversations, reported on test conversations.
+"""How well do discriminators tell replies from people's (0.5: not at all)?
 
-Compared is the accuracy with which discriminators tell replies from people's, the mean of both (0.5: not at all). An
-arm plays at the iterate and temperature that are best on dev rows. Continued SFT plays at its best temperature, at its
-first iterate with at least as many training tokens. Intervals are 95 % by paired bootstrap over
-test conversations, and over seeds where there are several.
+Iterate and temperature are chosen on dev conversations and reported on test conversations. Continued SFT has its own
+best temperature, at its first iterate with at least as many training tokens.
 """
 
 import json
@@ -20,17 +18,20 @@ MEASURE = "accuracy of discriminators"
 TARGET = -0.02
 Runs = dict[str, dict[int, Run]]
 Choice = tuple[int, str]
-"""Iterate and temperature."""
 
 
 def told(iterate: dict[str, Any], split: str, temperature: str) -> np.ndarray:
-    """Fraction told right of each conversation, mean of the discriminators that there are."""
+    """Returns for each conversation the fraction told right, a mean of the discriminators that there are."""
     found = iterate[split]["at"][temperature]["told"]
     return np.mean([found[name] for name in DISCRIMINATORS if found.get(name)], axis=0)
 
 
 def choices(runs: dict[int, Run], least_tokens: dict[int, float] | None = None) -> list[Choice]:
-    """Iterates and temperatures that all seeds have; with ``least_tokens`` by seed, the first iterate with as many."""
+    """Returns iterates and temperatures that all seeds have.
+
+    Args:
+        least_tokens: by seed; only the first iterate with as many training tokens is a choice.
+    """
     found: list[set[Choice]] = []
     for seed, run in runs.items():
         measured = [each for each in run["iterates"] if "test" in each]
@@ -41,7 +42,7 @@ def choices(runs: dict[int, Run], least_tokens: dict[int, float] | None = None) 
 
 
 def on(runs: dict[int, Run], choice: Choice, split: str) -> np.ndarray:
-    """Fractions told right, [seeds, conversations]."""
+    """Returns fractions told right, [seeds, conversations]."""
     number, temperature = choice
     return np.stack([told(numbered(run, number) or {}, split, temperature) for run in runs.values()])
 
@@ -51,7 +52,7 @@ def best(runs: dict[int, Run], among: list[Choice]) -> Choice | None:
 
 
 def against_sft(arm: dict[int, Run], sft: dict[int, Run]) -> dict[str, Any] | None:
-    """The arm at its best minus continued SFT at its best, with the same seeds; None while either is missing."""
+    """Returns the arm's best minus continued SFT's best, with the same seeds; None while either is missing."""
     seeds = sorted(arm.keys() & sft.keys())
     mine, theirs = ({seed: runs[seed] for seed in seeds} for runs in (arm, sft))
     chosen = best(mine, choices(mine))
@@ -94,7 +95,7 @@ def load(folder: Path) -> Runs:
 
 
 def analyse(results: Path, setting: str) -> dict[str, Any]:
-    """Everything that quality_replies.json holds; of the first pass while the whole setting has no run."""
+    """Returns the content of quality_replies.json, from the first pass while the whole setting has no run."""
     shown = setting
     if not load(results / setting) and setting in FIRST_PASS_OF:
         shown = FIRST_PASS_OF[setting]

@@ -1,16 +1,12 @@
-"""What is compared: recipes that differ in nothing but the arm, on one of three settings.
+"""Arms and settings of the quality experiment. A setting has model, data and sizes; an arm changes its recipe.
 
-A setting says model, data and sizes; an arm lays some values over the setting's recipe. The arm ``warm_up`` makes θ_0
-once, an epoch an iterate, until held-out people's responses get no likelier (``plateau``). All arms start there,
-whatever their seed (an order of the rows and a stream of samples), but self-reinforcement and those ``after_sft``.
+The arm ``warm_up`` makes θ_0: SFT until held-out human responses get no likelier (``plateau``). All arms start at θ_0
+except self-reinforcement and those with ``after_sft``; a seed is an order of rows and a stream of samples.
 
-Why these arms. With fresh y′ of θ_t itself, E[∇ log p(y′)] = 0: the first step of SPIN is a step of SFT with noise, and
-what is different about SPIN comes later in an iteration, when y′ is stale. So first many short iterations, with an
-anchor of about the size of SPIN's own pull on y. An opponent that samples at temperature T > 1 from its likeliest
-tokens (a named departure) is different at first order: the fixed point of
-log p_{t+1} = log p_t + (log p_data − log p_opponent)/β is p ∝ p_data^T, people's distribution made sharper, which is
-what accuracy at temperature 1 asks for. Ten steps are too few to get there: hence the long iterations, which are held
-on y by a heavier anchor. Sharpness alone can be had by a lower temperature, so that is measured, too.
+With fresh y′ of θ_t itself, E[∇ log p(y′)] = 0: the first step of SPIN is a noisy step of SFT. SPIN differs later in an
+iteration, when y′ is stale. A flat opponent, which samples at temperature T > 1 from its likeliest tokens, differs at
+once: the fixed point of log p_{t+1} = log p_t + (log p_data − log p_opponent)/β is p ∝ p_data^T. It takes more than ten
+steps: hence long iterations, with a heavier weight on log p(y).
 """
 
 import copy
@@ -24,44 +20,38 @@ SFT = "continued_sft"
 """More SFT from θ_0; names of its variants start with it."""
 SELF_REINFORCEMENT = "self_reinforcement"
 BUDGETS = {"train_tokens": "training tokens", "compute": "computed tokens", "seconds": "wall time"}
-"""What an iterate has cost since θ_0, by which arms are compared: names in its JSON, and in words."""
+"""Costs since θ_0 by which arms are compared: names in an iterate's JSON, and in words."""
 Recipe = dict[str, Any]
 Run = dict[str, Any]
-"""The JSON of one arm and seed."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Setting:
-    """Where the experiment runs."""
-
     name: str
     train: str
     test: str
     """File names below the data folder, or ``embedded:`` names."""
     recipe: Recipe
     warm_up_rates: tuple[float, ...]
-    """Peak learning rate of each epoch of the warm-up, which falls to 0 in each."""
+    """Peak learning rate of each epoch of the warm-up; it falls to 0 in each."""
     dev_rows: int = 300
-    """Last rows of train, on which everything is chosen: they are never trained on."""
+    """Last rows of train, for all choices; never trained on."""
     train_rows: int | None = None
-    """None: all the others."""
+    """None: all others."""
     test_rows: int | None = None
     """First rows of test that are measured; None: all."""
     seed_rows: int = 500
-    """Labelled rows that self-reinforcement may see."""
     question_rows: int = 480
-    """Rows of which it may see the question: the base model answers each four times, and at length."""
+    """Rows whose question self-reinforcement sees: the base model answers each four times."""
     extractor: str = "equals"
     most_iterations: int | None = None
-    """Cuts every arm short."""
     arms: tuple[str, ...] | None = None
-    """Those that run here; None: all."""
+    """Arms that run here; None: all."""
     most_seeds: int | None = None
-    """Cuts an arm's ``seeds``."""
     cooler: tuple[float, ...] = (0.67, 0.5)
-    """Temperatures at which ``COOLER_ITERATES`` are sampled, too: log-probabilities times 1.5 and 2."""
+    """Further temperatures at which ``COOLER_ITERATES`` are sampled."""
     temperatures: tuple[float, ...] = ()
-    """Temperatures at which replies are sampled and compared with people's. Empty: answers are graded."""
+    """Temperatures of replies that are compared with people's. Empty: answers are graded."""
     own_arms: tuple["Arm", ...] = ()
     """Arms of this setting alone. Empty: ``ARMS``."""
 
@@ -70,17 +60,14 @@ class Setting:
 class Arm:
     name: str
     why: str
-    """What it is to tell; shown in the report."""
     changes: Recipe = field(default_factory=dict)
-    """Laid over the setting's recipe, section by section."""
     from_base: bool = False
-    """Starts from the model before the warm-up, with a warm-up of its own."""
+    """True: starts from the model before the warm-up, with its own warm-up."""
     after_sft: int | None = None
-    """Starts from this iterate of continued SFT with the same seed, whose cost counts as the arm's. None: from θ_0."""
+    """Iterate of continued SFT (same seed) from which the arm starts, and whose cost it bears. None: θ_0."""
     is_spin: bool = False
-    """One of those of which the best on the dev rows is compared with continued SFT."""
+    """True: the best of these arms on dev rows is compared with continued SFT."""
     seeds: int = 1
-    """How many of the seeds run it."""
 
 
 def more_sft(name: str, rate: float, why: str, iterations: int = 8, seeds: int = 1) -> Arm:
@@ -103,8 +90,10 @@ def spin(
     samples: int = 2,
     **objective: Any,
 ) -> Arm:
-    """Iterations with fresh y′, short ones (10 steps for 240 prompts) by default; ``flat`` is the temperature of an
-    opponent that draws from its 8 likeliest tokens.
+    """Returns an arm of SPIN with fresh y′, by default in short iterations (10 steps for 240 prompts).
+
+    Args:
+        flat: temperature of an opponent that draws from its 8 likeliest tokens.
     """
     changes: Recipe = {
         "objective": {"beta": 1.0, "window": 1, "sft_weight": 3.0, "keep_identical": True} | objective,
@@ -129,7 +118,7 @@ def long_spin(
     prompts: int = 1700,
     after_sft: int | None = None,
 ) -> Arm:
-    """36 steps an iteration, on nearly all prompts with one y′ each, on which log-ratios go on to twice their error."""
+    """Returns an arm with 36 steps an iteration, on nearly all prompts with one y′ each, and β = ½."""
     arm = spin(
         name, why, rate=3e-5, flat=flat, seeds=seeds, iterations=iterations, prompts=prompts, samples=1, beta=0.5,
         sft_weight=anchor,
@@ -180,11 +169,9 @@ ARMS = [
         },
     ),
 ]  # fmt: skip
-"""In the order in which they are run: each result already says something when the next is missing."""
+"""Arms in the order in which they run: each result says something without the next."""
 COOLER_ITERATES = {WARM_UP: None, SFT: 4, "spin_flat_1.5_long_anchor_5": 1}
-"""What is sampled at a setting's ``cooler`` temperatures, of seed 0; None: θ_0. On word problems the other two had the
-same tokens.
-"""
+"""Iterates of seed 0 that are also sampled at a setting's ``cooler`` temperatures; None: θ_0."""
 
 CPU: Recipe = {
     # An arm that destroys the model is a finding: it is measured, not stopped.
@@ -244,7 +231,6 @@ SETTINGS = {
 
 
 def arms_of(setting: Setting) -> list[Arm]:
-    """The arms of a setting in the order in which they are run, with its number of seeds."""
     return [
         replace(arm, seeds=min(arm.seeds, setting.most_seeds or arm.seeds))
         for arm in setting.own_arms or ARMS
@@ -253,18 +239,16 @@ def arms_of(setting: Setting) -> list[Arm]:
 
 
 def iterations_of(setting: Setting, arm: Arm) -> int:
-    """Number of the last iterate of an arm."""
     wanted = len(setting.warm_up_rates) if arm.name == WARM_UP else arm.changes["iterations"]
     return min(wanted, setting.most_iterations or wanted)
 
 
 def is_finished(setting: Setting, arm: Arm, run: Run | None) -> bool:
-    """Whether a run has all iterates of its arm; it has not if the arm has become longer since."""
     return run is not None and run["complete"] and run["recipe"]["iterations"] >= iterations_of(setting, arm)
 
 
 def recipe_of(setting: Setting, arm: Arm, data: dict[str, str], start: str | None, seed: int) -> Recipe:
-    """The recipe of a run.
+    """Returns the recipe of a run.
 
     Args:
         data: files by role: ``train``, ``dev``, and for self-reinforcement ``seed`` and ``questions``.
@@ -292,9 +276,9 @@ def recipe_of(setting: Setting, arm: Arm, data: dict[str, str], start: str | Non
 
 
 def plateau(warm_up: Run) -> int:
-    """The iterate after which people's responses to the dev rows get no likelier: θ_0.
+    """Returns the iterate after which human responses to dev rows get no likelier: θ_0.
 
-    Example: log p(y) of −20, −18, −19 for θ_1 to θ_3 of the warm-up gives 2.
+    Example: log p(y) of −20, −18, −19 for θ_1 to θ_3 gives 2.
     """
     iterates = warm_up["iterates"]
     best = iterates[0]
@@ -306,7 +290,7 @@ def plateau(warm_up: Run) -> int:
 
 
 def numbered(run: Run, number: int | None) -> dict[str, Any] | None:
-    """The measures of an iterate; None if it has not been made."""
+    """Returns the measures of an iterate; None if it was not made."""
     return next((each for each in run["iterates"] if each["iterate"] == number), None)
 
 
@@ -318,7 +302,7 @@ def _laid_over(base: Recipe, changes: Recipe) -> Recipe:
 
 
 def split_files(setting: Setting, train: Path, test: Path, folder: Path) -> dict[str, str]:
-    """Files by role. No arm trains on the last rows of train (``dev``); nothing is chosen on ``test``."""
+    """Writes files by role. No arm trains on ``dev``, the last rows of train; nothing is chosen on ``test``."""
     rows, measured = train.read_text().splitlines(), test.read_text().splitlines()[: setting.test_rows]
     rows, dev = rows[: -setting.dev_rows], rows[-setting.dev_rows :]
     chosen_by = {json.loads(row).get("conversation") for row in dev} - {None}

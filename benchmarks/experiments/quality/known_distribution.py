@@ -1,15 +1,10 @@
-"""SPIN against the truth: a small model, data from a known distribution, exact divergences after every iteration.
+"""SPIN on a known distribution: exact divergences after every iteration.
 
     python benchmarks/experiments/quality/known_distribution.py [--seeds 0 1 2] [--iterations 6]
 
-Sequences of 4 symbols out of 6 come from a random Markov chain, so p_data is known for each of the 1,296. A small
-Llama is fine-tuned on 2,000 of them until held-out sequences get no likelier (θ_0); then continued SFT and SPIN go
-on from there with the same rows, steps and optimizer. KL(p_data‖p_θ) and JSD are sums over all sequences: nothing
-here is an estimate.
-
-Beside each stands theory's prediction for an iteration that is solved exactly, p_{t+1} ∝ p_t (p_data/p_t)^{1/β}
-(Theorem 5.4). Measured iterations are stopped early, see a sample of p_data only, and have a model between them
-and the tables.
+A random Markov chain gives p_data of the 1,296 sequences of 4 symbols out of 6, so KL(p_data‖p_θ) and JSD are sums, not
+estimates. A small Llama is fine-tuned until held-out sequences get no likelier (θ_0); continued SFT and SPIN start
+there. They are compared with iterations that are solved exactly, p_{t+1} ∝ p_t (p_data/p_t)^{1/β} (Theorem 5.4).
 """
 
 import argparse
@@ -37,8 +32,6 @@ RESULTS = Path(__file__).resolve().parents[2] / "results" / "known_distribution.
 
 @dataclass(frozen=True)
 class Arm:
-    """How an iteration over all rows is trained."""
-
     name: str
     loss: str | None
     """None: continued SFT."""
@@ -57,7 +50,6 @@ ARMS = [
 
 
 def markov_chain(seed: int) -> Tensor:
-    """log p_data of every outcome."""
     generator = torch.Generator().manual_seed(seed)
     first = (1.5 * torch.randn(SYMBOLS, generator=generator)).log_softmax(-1)
     following = (1.5 * torch.randn(SYMBOLS, SYMBOLS, generator=generator)).log_softmax(-1)
@@ -75,7 +67,7 @@ def small_llama(seed: int) -> LlamaForCausalLM:
 
 
 def logps(model: LlamaForCausalLM, rows: Tensor) -> Tensor:
-    """log p of sequences [rows, 4]; the start symbol is never drawn."""
+    """Returns log p of sequences [rows, 4]; the start symbol is never drawn."""
     inputs = torch.cat([torch.full((len(rows), 1), START), rows[:, :-1]], dim=1)
     logits = model(input_ids=inputs).logits[..., :SYMBOLS].log_softmax(-1)
     return logits.gather(-1, rows[..., None]).squeeze(-1).sum(-1)
@@ -83,7 +75,7 @@ def logps(model: LlamaForCausalLM, rows: Tensor) -> Tensor:
 
 @torch.no_grad()
 def table(model: LlamaForCausalLM) -> Tensor:
-    """log p of every outcome; in fp32 they add up to 1 within 1e-6 only."""
+    """Returns log p of every outcome, normalised, as fp32 sums to 1 within 1e-6 only."""
     return logps(model, OUTCOMES).double().log_softmax(0)
 
 
@@ -106,7 +98,7 @@ def epoch(
     generator: torch.Generator,
     loss: Callable[[Tensor], Tensor],
 ) -> None:
-    """One pass over the rows; ``loss`` gets row numbers and returns a mean."""
+    """Trains one pass over the rows; ``loss`` gets row numbers and returns a mean."""
     for chosen in torch.randperm(ROWS, generator=generator).split(BATCH):
         optimizer.zero_grad()
         loss(chosen).backward()
@@ -115,7 +107,7 @@ def epoch(
 
 
 def warm_up(real: Tensor, heldout: Tensor, seed: int) -> LlamaForCausalLM:
-    """θ_0: SFT until three epochs in a row do not make held-out rows likelier; the best epoch's weights."""
+    """Returns θ_0: SFT until held-out rows get no likelier for three epochs, with the best epoch's weights."""
     model, generator = small_llama(seed), torch.Generator().manual_seed(seed)
     optimizer = torch.optim.AdamW(model.parameters(), 3e-3, weight_decay=0.0)
     best, state, since = -math.inf, model.state_dict(), 0
@@ -132,7 +124,7 @@ def warm_up(real: Tensor, heldout: Tensor, seed: int) -> LlamaForCausalLM:
 
 
 def iterate(model: LlamaForCausalLM, arm: Arm, real: Tensor, generator: torch.Generator) -> None:
-    """One iteration: a fresh y′ for every row from the model as it is, then one epoch with a fresh optimizer."""
+    """Trains one iteration: a fresh y′ for every row, then one epoch with a fresh optimizer."""
     opponent = table(model)
     generated = draw(opponent, ROWS, generator)
     with torch.no_grad():
@@ -153,7 +145,7 @@ def iterate(model: LlamaForCausalLM, arm: Arm, real: Tensor, generator: torch.Ge
 
 
 def run(seed: int, iterations: int) -> dict[str, Any]:
-    """KL and JSD of every arm's iterates, θ_0 first, and of theory's."""
+    """Returns KL and JSD of every arm's iterates from θ_0 on, and KL of exact iterations."""
     data = markov_chain(seed)
     generator = torch.Generator().manual_seed(seed + 1000)
     real, heldout = draw(data, ROWS, generator), draw(data, HELDOUT_ROWS, generator)

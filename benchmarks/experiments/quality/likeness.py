@@ -1,4 +1,4 @@
-"""How close a sample of replies is to people's replies to the same messages: the measures fixed before the first run.
+"""Measures of how close replies are to people's replies to the same messages, fixed before the first run.
 
 (a) accuracy of two independent discriminators, cross-fitted by conversation (0.5: cannot be told apart)
 (b) MAUVE-like area on sentence embeddings (1: the same distribution)
@@ -24,7 +24,7 @@ BLEU_ORDER = 4
 
 
 def likeness(people: Sequence[str], texts: Sequence[str], conversations: Sequence[Hashable]) -> dict[str, Any]:
-    """Measures (a), (b) and self-BLEU; ``told`` has the fraction told right for each conversation, in their order."""
+    """Returns (a), (b) and self-BLEU; ``told`` has the fraction told right for each conversation, in their order."""
     told: dict[str, Any] = {
         "ngrams": _rounded(correct_by_group(ngram_features(people), ngram_features(texts), conversations))
     }
@@ -37,7 +37,7 @@ def likeness(people: Sequence[str], texts: Sequence[str], conversations: Sequenc
 
 
 def tokens(real: list[list[int]], generated: list[list[int]], stop: int) -> dict[str, float]:
-    """Measures (c) of token ids, beside people's own."""
+    """Returns (c) of token ids, beside people's own."""
     lengths = [[len(ids) for ids in side] for side in (real, generated)]
     return {
         "generated_length": float(np.mean(lengths[1])),
@@ -51,7 +51,7 @@ def tokens(real: list[list[int]], generated: list[list[int]], stop: int) -> dict
 
 
 def _scaled(vectors: np.ndarray) -> np.ndarray:
-    """Makes a coordinate's size about 1: the penalty of the linear head is one for both discriminators."""
+    """Makes a coordinate's size about 1, as both discriminators share the penalty of the linear head."""
     return vectors * np.sqrt(vectors.shape[1])
 
 
@@ -60,9 +60,9 @@ def _rounded(values: np.ndarray | None) -> list[float] | None:
 
 
 def mauve(real: np.ndarray, generated: np.ndarray, seed: int = 0) -> float:
-    """Area under the divergence frontier (Pillutla et al. 2021, arXiv 2102.01454) of two samples of vectors.
+    """Returns the area under the divergence frontier of two samples (Pillutla et al. 2021, arXiv 2102.01454).
 
-    Both are quantised together, to a cluster for ten vectors of one sample, and counted with half a vector more each.
+    Both are quantised together, with a cluster for ten vectors of one sample; each count gets half a vector more.
     """
     clusters = max(2, len(real) // 10)
     _, of = kmeans2(np.concatenate([real, generated]).astype(np.float64), clusters, minit="++", seed=seed, iter=20)
@@ -81,9 +81,9 @@ def mauve(real: np.ndarray, generated: np.ndarray, seed: int = 0) -> float:
 
 
 def self_bleu(texts: Sequence[str]) -> float:
-    """Mean precision of each text's words, up to four in a row, with all other texts as references; 1: all the same.
+    """Returns the mean precision of each text's 1- to 4-grams with all other texts as references; 1: all the same.
 
-    A text shorter than that counts with the lengths that it has; texts of fewer than two are left out.
+    A shorter text counts with the sizes that it has; texts of fewer than two words are left out.
     """
     words = [text.lower().split() for text in texts]
     scores: list[list[float]] = [[] for _ in words]
@@ -102,7 +102,6 @@ def self_bleu(texts: Sequence[str]) -> float:
 
 
 def _others(two_best: list[int], own: int) -> int:
-    """Most occurrences in another text: the second best if the best is this text's own."""
     if two_best[0] != own:
         return two_best[0]
     return two_best[1] if len(two_best) > 1 else 0

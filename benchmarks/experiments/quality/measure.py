@@ -1,11 +1,9 @@
-"""One iterate, measured on files of rows: greedy and sampled answers, log p(y), lengths, distinct n-grams.
+"""Measures an iterate on files of rows: greedy and sampled answers, log p(y), lengths, distinct n-grams.
 
     python benchmarks/experiments/quality/measure.py --model FOLDER --rows dev=FILE test=FILE --out FILE.json
 
-Plain transformers in fp32, apart from the run's own engine and trainer. A prompt is computed once for its greedy
-answer, its samples and people's response together; that is a third of the work of asking an engine for each.
-Per-row results are kept: intervals are paired by row. Samples of all models use the same uniform numbers (row, sample,
-token), so that a difference between two models is theirs and not chance's.
+Uses plain transformers in fp32, not the run's engine and trainer. Samples of all models use the same uniform numbers
+(row, sample, token), so that differences come from the models.
 """
 
 import argparse
@@ -30,9 +28,9 @@ from spin_ray.runtime import cpu
 SAMPLES = 4
 SEED = 20240102
 BATCH = 48
-"""Prompts computed together; each has ``1 + SAMPLES`` answers."""
+"""Prompts computed together."""
 LIKELY = 64
-"""Tokens looked at before all of them are sorted: nearly always enough."""
+"""Tokens that are looked at before all are sorted; nearly always enough."""
 
 
 def measure(
@@ -44,10 +42,10 @@ def measure(
     longest: int,
     temperature: float = 1.0,
 ) -> dict[str, Any]:
-    """Measures of rows with ``messages`` and ``answer``; lists have one value a row, in their order.
+    """Returns measures of rows with ``messages`` and ``answer``; lists have a value for each row.
 
     Args:
-        longest: tokens of an answer; 0 for log p(y) alone, which is a fifth of the work.
+        longest: tokens of an answer; 0: log p(y) alone, a fifth of the work.
         temperature: of the samples.
     """
     data = DataConfig(train="", system="")
@@ -98,8 +96,11 @@ def answer_batch(
     temperature: float | Tensor = 1.0,
     greedy: bool = True,
 ) -> tuple[list[list[list[int]]], list[float]]:
-    """For each row the greedy answer, if wanted, and a sample for each row of ``uniform`` [rows, samples, longest];
-    log p(y). ``temperature`` may be one for each answer of a row.
+    """Returns each row's answers (the greedy one, then one for each sample of ``uniform``), and log p(y).
+
+    Args:
+        uniform: [rows, samples, longest].
+        temperature: one number, or one for each answer of a row.
     """
     count, samples, longest = uniform.shape
     each = samples + greedy
@@ -146,7 +147,7 @@ def answer_batch(
 def _real_logps(
     model: Any, rows: list[Rendered], first: Tensor, mask: Tensor, lengths: Tensor, cache: DynamicCache, stop: int
 ) -> list[float]:
-    """log p(y|x) of people's responses, in nats; leaves them in ``cache``."""
+    """Returns log p(y|x) of human responses, in nats; leaves the responses in ``cache``."""
     longest = max(len(row.real_ids) for row in rows)
     real = torch.tensor([row.real_ids + [stop] * (longest - len(row.real_ids)) for row in rows])
     inside = torch.tensor([[1] * len(row.real_ids) + [0] * (longest - len(row.real_ids)) for row in rows])
@@ -159,7 +160,7 @@ def _real_logps(
 
 
 def draw(logits: Tensor, uniform: Tensor) -> Tensor:
-    """The token at quantile ``uniform`` of each row of logits, likeliest first; a negative one takes the likeliest."""
+    """Returns the token at quantile ``uniform`` of each row of logits, likeliest first; negative: the likeliest."""
     probabilities = logits.softmax(-1)
     likely, tokens = probabilities.topk(min(LIKELY, logits.shape[-1]), dim=-1)
     place = (likely.cumsum(-1) <= uniform[:, None]).sum(-1)
@@ -175,8 +176,9 @@ def draw(logits: Tensor, uniform: Tensor) -> Tensor:
 def attend_in_groups(
     module: torch.nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None, **settings: Any
 ) -> tuple[Tensor, None]:
-    """SDPA in which the query heads of a key head are its queries, where each row has one token, as in decoding:
-    transformers' own copies keys and values once for each of them, a third of all the time here.
+    """Attends with SDPA; when decoding, a key head's query heads are its queries.
+
+    transformers' own function copies keys and values for each query head.
     """
     rows, heads, tokens, width = query.shape
     if tokens > 1 or attention_mask is None:

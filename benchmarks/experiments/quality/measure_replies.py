@@ -1,8 +1,8 @@
-"""One iterate on files of conversations: replies at several temperatures, how near they are to people's, log p(y).
+"""Measures an iterate on conversations: replies at several temperatures, their likeness to people's, log p(y).
 
     python benchmarks/experiments/quality/measure_replies.py --model FOLDER --rows test=FILE --out FILE.json
 
-As in measure.py, samples of all models use the same uniform numbers (row, token).
+Samples of all models use the same uniform numbers (row, token).
 """
 
 import argparse
@@ -21,7 +21,6 @@ from spin_ray.inputs.rendering import ChatRenderer, Rendered, load_tokenizer
 from spin_ray.runtime import cpu
 
 EXAMPLES = 5
-"""First rows whose replies are kept to be read."""
 
 
 def measure(
@@ -32,7 +31,7 @@ def measure(
     longest: int,
     temperatures: list[float],
 ) -> dict[str, Any]:
-    """Measures of rows with ``messages`` and ``conversation``; ``at`` has those of each temperature."""
+    """Returns measures of rows with ``messages`` and ``conversation``; ``at`` has those of each temperature."""
     data = DataConfig(train="", system="")
     rendered = renderer.render_all([conversations_of(row, data)[0] for row in rows])
     usable = [each for each in rendered if isinstance(each, Rendered)]
@@ -60,7 +59,7 @@ def measure(
 def replies(
     model: Any, rows: list[Rendered], longest: int, stop: int, temperatures: list[float]
 ) -> tuple[list[list[list[int]]], list[float]]:
-    """A sample for each temperature and row, and log p(y). Temperatures share prompt, y and uniform numbers."""
+    """Returns a sample for each temperature and row, and log p(y). Temperatures share uniform numbers."""
     uniform = torch.rand(len(rows), 1, longest, generator=torch.Generator("cpu").manual_seed(SEED), device="cpu")
     uniform = uniform.expand(-1, len(temperatures), -1)
     answers: list[list[list[int]]] = [[[] for _ in rows] for _ in temperatures]

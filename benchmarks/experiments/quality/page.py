@@ -1,4 +1,4 @@
-"""The page of the quality experiment: tables and plot of what analyse.py found."""
+"""Page of the quality experiment: tables and plot."""
 
 import json
 from pathlib import Path
@@ -21,16 +21,14 @@ MOVED = {
     "generated_drift": ("Δ log p(y′)", 2),
     "loss_on_own": ("loss on its own samples", 2),
 }
-"""What an iteration moved, by the run's own evaluation on at most 100 of the dev rows."""
+"""Changes in an iteration, from the run's own evaluation on at most 100 dev rows."""
 
 
 def file_stem(setting: str) -> str:
-    """Name of a setting's page, without its ending."""
     return "quality" if setting == MAIN_SETTING else f"quality_{setting}"
 
 
 def markdown(found: dict[str, Any]) -> str:
-    """A setting's page."""
     setting = found["setting"]
     which = "" if setting == MAIN_SETTING else f" --setting {setting}"
     chosen, compared, greedy = found["chosen_on_dev_rows"], found["spin_minus_sft"], found["spin_minus_sft_greedy"]
@@ -94,7 +92,6 @@ def _measures(row: dict[str, Any], measures: dict[str, tuple[str, int]] = MEASUR
 
 
 def _temperatures(rows: list[dict[str, Any]]) -> list[str]:
-    """A section on what being sharper gives; empty without."""
     if not rows:
         return []
     temperatures = sorted({name for row in rows for name in row["sampled_at"]}, key=float, reverse=True)
@@ -109,7 +106,6 @@ def _temperatures(rows: list[dict[str, Any]]) -> list[str]:
 
 
 def known_distribution(file: Path) -> str:
-    """The section of quality.md about exact divergences, from what known_distribution.py wrote; empty without."""
     if not file.exists():
         return ""
     content = json.loads(file.read_text())
@@ -134,7 +130,7 @@ def known_distribution(file: Path) -> str:
 
 
 def plot(found: dict[str, Any], file: Path) -> None:
-    """Sampled and greedy accuracy on test rows over training tokens since θ_0, a line an arm, all from θ_0."""
+    """Draws sampled and greedy accuracy on test rows over training tokens, a line for each arm."""
     width, height, margin = 460, 260, 46
     rows = [row for row in found["arms"] if row["arm"] != WARM_UP]
     start = found["theta_0"] and found["theta_0"]["warm_up_iterate"]

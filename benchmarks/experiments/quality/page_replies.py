@@ -1,4 +1,4 @@
-"""The page of the experiment on replies: what analyse_replies.py found, in tables and a plot."""
+"""Page of the experiment on replies: tables and plot."""
 
 from typing import Any
 
@@ -67,7 +67,6 @@ def markdown(found: dict[str, Any]) -> str:
 
 
 def _rows(found: dict[str, Any]) -> list[str]:
-    """The table of everything measured on test rows; empty without."""
     if not found["rows"]:
         return []
     one = found["rows"][0]
@@ -86,7 +85,7 @@ def _rows(found: dict[str, Any]) -> list[str]:
 
 
 def plot(found: dict[str, Any]) -> str:
-    """Mean accuracy of the discriminators over temperature, a line for each arm's last iterate and seed; as SVG."""
+    """Returns an SVG: mean accuracy of the discriminators over temperature, a line for each last iterate."""
     width, height, margin = 640, 300, 46
     last: dict[tuple[str, int], int] = {}
     for row in found["rows"]:

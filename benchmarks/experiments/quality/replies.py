@@ -1,9 +1,6 @@
-"""The third setting: small talk between people, where there is no right answer and SPIN's theory promises a gain.
+"""Setting and arms of the experiment on replies: small talk between people, without right answers.
 
-The measures were fixed before the first run (likeness.py). An arm is sampled at each of ``TEMPERATURES``: a cooler
-sample is the cheapest competitor. Iterate and temperature are chosen on dev conversations by the mean accuracy of the
-discriminators, lower is better; what is reported is measured on test conversations. Continued SFT is compared at
-equal training tokens, and at its own best temperature.
+An arm is sampled at each of ``TEMPERATURES``, as a lower temperature is the cheapest competitor.
 """
 
 import copy
@@ -63,11 +60,9 @@ ARMS = (
         is_spin=True, seeds=3,
     ),
 )  # fmt: skip
-"""In the order in which they are run."""
 
 
 def _settings() -> dict[str, Setting]:
-    """The whole setting, and a first pass that two slow cores finish in hours."""
     recipe = copy.deepcopy(CPU)
     recipe["model"] = {"path": "embedded:smollm2-135m-instruct", "max_length": 192}
     recipe["data"] = {"system": ""}
@@ -78,7 +73,7 @@ def _settings() -> dict[str, Setting]:
         warm_up_rates=(1e-4, 1e-4, 5e-5, 5e-5, 2e-5), dev_rows=600, own_arms=ARMS, extractor="none", cooler=(),
         temperatures=TEMPERATURES,
     )  # fmt: skip
-    first = replace(
+    first = replace(  # two slow cores finish it in hours
         whole, name="replies_first_pass", train_rows=960, dev_rows=240, most_iterations=4, warm_up_rates=(1e-4, 5e-5),
     )  # fmt: skip
     return {setting.name: setting for setting in (whole, first)}

@@ -1,14 +1,13 @@
-"""Does SPIN make a model better than the same compute spent on more SFT? The runs of the experiment; hours of CPU.
+"""Does SPIN make a model better than the same compute spent on more SFT? Runs the experiment: hours of CPU.
 
-    python benchmarks/experiments/quality/run.py --data data               # all arms, in the order of arms.py
-    python benchmarks/experiments/quality/analyse.py                       # tables, plots and intervals so far
-    python benchmarks/experiments/quality/run.py --setting gsm8k           # the second setting, smaller
-    python benchmarks/experiments/quality/run.py --setting replies         # the third: small talk; no right answers
+    python benchmarks/experiments/quality/run.py --data data               # all arms
+    python benchmarks/experiments/quality/analyse.py                       # tables so far
+    python benchmarks/experiments/quality/run.py --setting gsm8k           # smaller
+    python benchmarks/experiments/quality/run.py --setting replies         # small talk
     python benchmarks/experiments/quality/run.py --setting smoke           # do the parts work together? minutes
 
-One JSON for each arm and seed in benchmarks/results/quality/SETTING, written anew after every iterate. A finished one
-is skipped; an arm that was interrupted goes on from its run folder. Each iterate is measured on dev rows (of train,
-never trained on), where everything is chosen, and on test rows.
+Each arm and seed has a JSON in benchmarks/results/quality/SETTING, written after every iterate. A finished arm is
+skipped; an interrupted one continues from its run folder.
 """
 
 import argparse
@@ -56,7 +55,7 @@ RESULTS = ROOT / "benchmarks" / "results" / "quality"
 
 
 class NotYet(Exception):
-    """What an arm starts from is not there."""
+    """Error: the iterate that an arm starts from is not there."""
 
 
 WHERE_TO_GET = (
@@ -67,8 +66,6 @@ WHERE_TO_GET = (
 
 
 class Experiment:
-    """One setting: where its runs and results are."""
-
     def __init__(self, setting: Setting, data: Path, runs: Path, results: Path, device: str = "cpu") -> None:
         self.setting, self.runs, self.results = setting, runs / setting.name, results / setting.name
         self.device = device
@@ -83,7 +80,7 @@ class Experiment:
         return self.results / f"{arm.name}.seed-{seed}.json"
 
     def finish(self, arm: Arm, seed: int, furthest: int | None = None) -> None:
-        """Trains and measures what is missing of an arm, iterate by iterate; its JSON always says what there is.
+        """Trains and measures an arm's missing iterates; writes its JSON after each.
 
         Args:
             furthest: stop at this iterate, although the arm has more.
@@ -111,7 +108,6 @@ class Experiment:
                 return
 
     def train(self, arm: Arm, seed: int, recipe: Recipe, iterations: int) -> None:
-        """Runs the recipe up to an iterate; what is done is not done again."""
         folder = self.folder(arm, seed)
         folder.parent.mkdir(parents=True, exist_ok=True)
         rates = recipe["train"]["learning_rate"]
@@ -123,7 +119,7 @@ class Experiment:
         _call("-m", "spin_ray", "run", str(recipe_file), "--out", str(folder))
 
     def earlier(self, arm: Arm, seed: int) -> tuple[Arm, int, dict[str, Any]]:
-        """Arm, seed and measures of the iterate that ``arm`` starts from: θ_0, or one of continued SFT.
+        """Returns arm, seed and measures of the iterate that ``arm`` starts from: θ_0, or one of continued SFT.
 
         Raises:
             NotYet: it has not been made.
@@ -144,7 +140,7 @@ class Experiment:
         return source, of_seed, found
 
     def start_model(self, arm: Arm, seed: int) -> str | None:
-        """Folder of the model that an arm starts from, made again if only its measures are there; None: the base."""
+        """Returns the folder of the model that an arm starts from, made again if missing; None: the base model."""
         if arm.from_base:
             return None
         source, of_seed, iterate = self.earlier(arm, seed)
@@ -152,7 +148,6 @@ class Experiment:
         return str(_model(self.run_with(source, of_seed, number), number))
 
     def run_with(self, arm: Arm, seed: int, number: int) -> RunDir:
-        """The run of an arm, with the model of an iterate in it."""
         run = RunDir(Storage(self.folder(arm, seed)))
         if not run.model(number).is_committed:
             recipe = recipe_of(self.setting, arm, self.files, self.start_model(arm, seed), seed)
@@ -160,16 +155,13 @@ class Experiment:
         return run
 
     def spent_before(self, arm: Arm, seed: int) -> dict[str, float]:
-        """What the continued SFT that an arm starts from has cost since θ_0."""
         if not arm.after_sft:
             return {}
         _, _, iterate = self.earlier(arm, seed)
         return {budget: iterate[budget] for budget in BUDGETS}
 
     def measure_cooler(self) -> None:
-        """Adds what no arm waits for: the answers of θ_0 (so far), and those of ``COOLER_ITERATES`` at the
-        setting's cooler temperatures, which are what making a model sharper without training gives.
-        """
+        """Adds answers of θ_0, and of ``COOLER_ITERATES`` at cooler temperatures, which no arm waits for."""
         for arm in [arm for arm in ARMS if arm.name in COOLER_ITERATES]:
             result = self.result(arm, 0)
             if not result.exists():
@@ -192,7 +184,6 @@ class Experiment:
                 _write(result, content)
 
     def measure_start(self, arm: Arm) -> None:
-        """Adds what the warm-up does not wait for: the replies of θ_0."""
         result = self.result(arm, 0)
         content = json.loads(result.read_text())
         iterate = numbered(content, plateau(content))
@@ -207,10 +198,10 @@ class Experiment:
         return self.runs / f"seed-{seed}" / arm.name
 
     def iterate(self, run: RunDir, number: int, recipe: Recipe, only_logp: bool = False) -> dict[str, Any]:
-        """Measures, costs since θ_0, and the run's own evaluation of one iterate.
+        """Returns measures, costs since θ_0, and the run's own evaluation of an iterate.
 
         Args:
-            only_logp: measure no more than log p(y) of the dev rows.
+            only_logp: measure log p(y) of dev rows alone.
         """
         measures = self._measure(run, number, recipe, "dev", only_logp)
         if not only_logp:
@@ -227,7 +218,7 @@ class Experiment:
     def _measure(
         self, run: RunDir, number: int, recipe: Recipe, split: str, only_logp: bool, temperature: float = 1.0
     ) -> dict[str, Any]:
-        """What measure.py says of the rows of a split; in a process of its own, and once."""
+        """Returns measure.py's result for a split; computed once, in its own process."""
         target = run.storage.path(
             f"{iterate_name(number)}/{'logp' if only_logp else 'measured'}_{_key(split, temperature)}.json"
         )
@@ -251,7 +242,6 @@ class Experiment:
         return json.loads(target.read_text())
 
     def _content(self, arm: Arm, seed: int, recipe: Recipe, iterates: list[dict[str, Any]]) -> Run:
-        """The JSON without its mark of completeness. Paths are those of the files' roles: they name no machine."""
         text = json.dumps(recipe)
         for role, path in self.files.items():
             text = text.replace(path, f"{role}.jsonl")
@@ -264,7 +254,7 @@ class Experiment:
 
 
 def _on_gpu(recipe: Recipe) -> Recipe:
-    """The recipe on one card, which generation and training take in turn."""
+    """Returns the recipe for one card, which generation and training take in turn."""
     one = {"cpus": 1, "gpus": 1}
     generation, train = recipe["generation"], recipe["train"]
     engine = {name: value for name, value in generation["engine"].items() if name != "cpu_kv_cache_gib"}
@@ -285,8 +275,10 @@ def _model(run: RunDir, number: int) -> Path:
 
 
 def _cost(run: RunDir, number: int, logs: list[list[dict[str, Any]]]) -> dict[str, float]:
-    """Since θ_0: ``train_tokens`` that went forward and backward; ``compute`` in the same unit with generation and
-    reference scores, whose tokens go forward only and count a third; ``seconds`` of wall time.
+    """Returns costs since θ_0.
+
+    ``train_tokens`` go forward and backward. ``compute`` adds a third of the tokens of generation and reference scores,
+    which go forward only. ``seconds`` is wall time.
     """
     train_tokens = sum(line["tokens"] for log in logs for line in log)
     forward = 0.0
@@ -308,9 +300,9 @@ def _cost(run: RunDir, number: int, logs: list[list[dict[str, Any]]]) -> dict[st
 
 
 def _seconds(run: RunDir, number: int) -> float:
-    """Wall time that making θ_number from θ_0 took: generation, pairs, scores and training, not the evaluations.
+    """Returns wall time from θ_0 to θ_number without evaluations.
 
-    Held-out and training prompts are answered by one stage; a half of it counts, more than the held-out rows' share.
+    One stage answers held-out and training prompts; half of it counts, more than the held-out rows' share.
     """
     total = 0.0
     for event in run.events():
@@ -329,7 +321,6 @@ def _rounded(line: dict[str, Any]) -> dict[str, Any]:
 
 
 def _write(path: Path, content: Run) -> None:
-    """In one piece or not at all; a row's values on one line."""
     path.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.NamedTemporaryFile("w", dir=path.parent, delete=False) as file:
         file.write(json.dumps(content, separators=(",", ":")) + "\n")
