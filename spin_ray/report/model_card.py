@@ -12,6 +12,7 @@ import yaml
 
 from spin_ray.config.recipe import SpinConfig
 from spin_ray.config.sections import name_of, sources_of
+from spin_ray.report.conditions import in_words
 from spin_ray.report.measures import CONFIDENCE, MEASURES
 from spin_ray.report.methods import how_made, tags_of
 from spin_ray.report.redaction import hide, hide_in_text
@@ -52,6 +53,8 @@ def model_card(run: RunDir, iterate: int) -> str:
     ours = [(measure.key, measure.title, value) for measure, value in results]
     groups = [_result(heldout, "held-out-rows", ours)] if ours else []
     for task, found in benchmarks.items():
+        if found.get("limit"):
+            continue  # a trial
         quoted = [(metric, metric, it["value"]) for metric, it in found["metrics"].items()]
         groups.append(_result(task, "lm-eval", quoted))
     if groups:
@@ -85,7 +88,7 @@ def _benchmark_rows(benchmarks: dict[str, Any]) -> Iterator[str]:
         for metric, it in found["metrics"].items():
             error = f" ± {CONFIDENCE * it['standard_error']:.4f}" if it["standard_error"] else ""
             shots = "" if found["shots"] is None else found["shots"]
-            yield f"| {task} | {shots} | {metric} | {it['value']:.4f}{error} |"
+            yield f"| {in_words(task, found)} | {shots} | {metric} | {it['value']:.4f}{error} |"
 
 
 def _on_the_hub(config: SpinConfig, start_model: str) -> str | None:

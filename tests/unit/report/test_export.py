@@ -122,7 +122,8 @@ def test_benchmarks_and_a_data_set_of_the_hub_are_in_the_card(run):
     with_config(run, data={"train": files})
     metrics = {"acc_norm": {"value": 0.3125, "standard_error": 0.01}}
     evaluation = json.loads(run.storage.read(run.eval_path(2)))
-    evaluation["benchmarks"] = {"arc_challenge": {"metrics": metrics, "shots": 25, "task_version": 1.0}}
+    arc = {"metrics": metrics, "shots": 25, "task_version": 1.0}
+    evaluation["benchmarks"] = {"arc_challenge": arc, "gsm8k": arc | {"backend": "vllm", "limit": 100}}
     run.storage.replace(run.eval_path(2), json.dumps(evaluation).encode())
     text = model_card(run, 2)
     metadata = yaml.safe_load(text.split("---")[1])
@@ -131,6 +132,8 @@ def test_benchmarks_and_a_data_set_of_the_hub_are_in_the_card(run):
         {"type": "acc_norm", "name": "acc_norm", "value": 0.3125}
     ]
     assert "| arc_challenge | 25 | acc_norm | 0.3125 ± 0.0196 |" in text
+    assert "| gsm8k, vllm, first 100 rows | 25 |" in text
+    assert len(metadata["model-index"][0]["results"]) == 2, "a trial is no result for the hub"
 
 
 def test_the_card_beside_the_weights_is_no_part_of_the_model(run):
