@@ -5,6 +5,7 @@ TRL switches its ``padding_free`` off for DPO.
 """
 
 import json
+import math
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -137,9 +138,9 @@ def _trainer(context: Context, way: Way, rows: list[dict[str, Any]], clock: _Clo
 
 
 def _micro_batch(way: Way, rows: list[dict[str, Any]]) -> int:
-    """Returns the pairs of a forward pass, fewer where kept activations would not fit."""
+    """Returns the pairs of a forward pass, a divisor of all pairs; fewer where kept activations would not fit."""
     longest = max(len(row["prompt_ids"]) + max(len(row["real_ids"]), len(row["generated_ids"])) for row in rows)
-    micro = min(MICRO_BATCH, len(rows))
+    micro = math.gcd(MICRO_BATCH, len(rows))
     while not way.checkpointing and micro > 1 and 2 * micro * longest > KEPT_TOKENS:
         micro //= 2
     return micro
