@@ -32,3 +32,29 @@ def test_a_batch_that_trl_would_cut_is_refused(monkeypatch, capsys):
     with pytest.raises(SystemExit):
         training_against_trl.main()
     assert "--batch 12: TRL takes 8 pairs at a time; give a multiple of that" in capsys.readouterr().err
+
+
+def test_what_rows_cost_needs_two_sizes_and_takes_no_more(monkeypatch, capsys, tmp_path):
+    """3 more seconds for 1000 more rows in one stage, 1 in each of the others; no real stage runs."""
+    import harness
+    import size
+
+    monkeypatch.setattr(sys, "argv", ["size.py", "--rows", "1000", "1000"])
+    with pytest.raises(SystemExit):
+        size.main()
+    assert "--rows: give two sizes or more" in capsys.readouterr().err
+    program = tmp_path / "size.py"
+    program.write_text(
+        "import json, sys; rows = int(sys.argv[2]) / 1000;"
+        'print(json.dumps({"rows": rows * 1000, "prompts": rows * 3, "generation": rows, "pairs": rows,'
+        ' "driver_mib": 5.0}))'
+    )
+    monkeypatch.setattr(size, "__file__", str(program))
+    monkeypatch.setattr(size, "tokenizer_rows_per_s", lambda: 1000.0)
+    monkeypatch.setattr(harness, "RESULTS", tmp_path)
+    monkeypatch.setattr(sys, "argv", ["size.py", "--rows", "2000", "1000"])
+    size.main()
+    rows = {row["id"]: row["value"] for row in json.loads((tmp_path / "bench.json").read_text())["rows"]}
+    assert rows["8 prompts, rows/s more rows cost"] == 333
+    assert rows["8 pairs, rows/s more rows cost"] == 1000
+    assert "8 all three, cost of a row, times that at smaller sizes" not in rows
