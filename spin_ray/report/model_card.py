@@ -3,6 +3,7 @@
 The card has no digest, because evaluations after the commit rewrite it.
 """
 
+import math
 import re
 from collections.abc import Iterator
 from pathlib import Path
@@ -57,7 +58,7 @@ def model_card(run: RunDir, iterate: int) -> str:
             continue  # a trial
         quoted = [(metric, metric, it["value"]) for metric, it in found["metrics"].items()]
         groups.append(_result(task, "lm-eval", quoted))
-    if groups:
+    if groups := [group for group in groups if group["metrics"]]:
         metadata["model-index"] = [{"name": f"{run.storage.name}/{name}", "results": groups}]
     lines = ["---", yaml.safe_dump(metadata, sort_keys=False, allow_unicode=True).strip(), "---", ""]
     lines += [f"# {run.storage.name}, {name}", ""]
@@ -77,7 +78,11 @@ def _result(dataset: str, kind: str, metrics: list[tuple[str, str, float]]) -> d
     return {
         "task": {"type": "text-generation"},
         "dataset": {"name": dataset, "type": kind},
-        "metrics": [{"type": key, "name": title, "value": round(value, 6)} for key, title, value in metrics],
+        "metrics": [
+            {"type": key, "name": title, "value": round(value, 6)}
+            for key, title, value in metrics
+            if math.isfinite(value)  # YAML's .nan is no number for the hub
+        ],
     }
 
 

@@ -2,6 +2,7 @@
 
 import base64
 import json
+import math
 import os
 import shutil
 import subprocess
@@ -90,6 +91,7 @@ def test_the_card_names_base_data_and_results_in_the_hubs_form(run):
 @pytest.mark.parametrize("algorithm", [*ALGORITHMS, "my_pkg.mine:Mirrored"])
 def test_the_card_says_which_algorithm_made_the_model(run, algorithm):
     """Only SPIN is called SPIN, and θ_0 came from the warm-up alone."""
+    assert METHODS.keys() == ALGORITHMS.keys()
     with_config(run, algorithm=algorithm, sft={"epochs": 2})
     text = model_card(run, 2)
     made_by = METHODS[algorithm].name if algorithm in METHODS else f"the algorithm `{algorithm}`"
@@ -124,6 +126,7 @@ def test_benchmarks_and_a_data_set_of_the_hub_are_in_the_card(run):
     evaluation = json.loads(run.storage.read(run.eval_path(2)))
     arc = {"metrics": metrics, "shots": 25, "task_version": 1.0}
     evaluation["benchmarks"] = {"arc_challenge": arc, "gsm8k": arc | {"backend": "vllm", "limit": 100}}
+    evaluation["benchmarks"]["empty"] = arc | {"metrics": {"acc": {"value": math.nan, "standard_error": None}}}
     run.storage.replace(run.eval_path(2), json.dumps(evaluation).encode())
     text = model_card(run, 2)
     metadata = yaml.safe_load(text.split("---")[1])
@@ -133,7 +136,7 @@ def test_benchmarks_and_a_data_set_of_the_hub_are_in_the_card(run):
     ]
     assert "| arc_challenge | 25 | acc_norm | 0.3125 ± 0.0196 |" in text
     assert "| gsm8k, vllm, first 100 rows | 25 |" in text
-    assert len(metadata["model-index"][0]["results"]) == 2, "a trial is no result for the hub"
+    assert len(metadata["model-index"][0]["results"]) == 2, "neither a trial nor NaN is a result for the hub"
 
 
 def test_the_card_beside_the_weights_is_no_part_of_the_model(run):
