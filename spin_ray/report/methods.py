@@ -44,7 +44,7 @@ METHODS: dict[str, Method] = {
     ),
     "tspin": Method(
         "T-SPIN (arXiv 2601.08198)",
-        "learns to prefer the human responses to its own, and its own to those of the first iterate",
+        "learns to prefer the human responses to its own and, after the first one, its own to those of iteration 0",
         ("t-spin", "self-play"),
     ),
     "sdft": Method(
