@@ -88,7 +88,7 @@ bench: $(READY) $(DATA) ## The quicker benchmarks (not TRL); DATA=FILE.jsonl tak
 	$(BIN)/python benchmarks/tables.py results
 
 GPU_PYTHON ?= python3
-gpu-bench: ## Everything that a GPU must prove, in under 8 minutes on one card; GPU_PYTHON has torch with CUDA
+gpu-bench: ## Everything that a GPU must prove, in about 8 minutes on one card; GPU_PYTHON has torch with CUDA
 	$(GPU_PYTHON) benchmarks/gpu.py
 
 $(RUN)/bench/chitchat.jsonl: $(READY)

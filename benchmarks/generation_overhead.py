@@ -1,8 +1,9 @@
-"""How much of the bare engine's speed does the generation stage keep?
+"""How much of the engine's own speed does the generation stage keep?
 
     python benchmarks/generation_overhead.py [--rows 1000] [--max-tokens 32] [--pairs 5]
 
-The stage's actor code and ``VllmEngine.generate`` alone use the same warm engine, in turns.
+The stage's actor code and ``VllmEngine.generate`` alone use the same warm engine, in turns. What ``VllmEngine`` adds to
+vLLM's ``LLM.generate`` is in both.
 """
 
 import argparse
@@ -57,30 +58,30 @@ def main() -> None:
         ratios = []
         for number in range(-1, options.pairs):  # the first pair warms up
             target = run.artefact(f"bench_{number}/generations")
-            bare_s, stage_s, tokens = compare(run.prompts, target, config, engine)
+            alone_s, stage_s, tokens = compare(run.prompts, target, config, engine)
             if number >= 0:
-                ratios.append(bare_s / stage_s)
-                print(json.dumps({"bare_s": round(bare_s, 2), "stage_s": round(stage_s, 2), "tokens": tokens}))
+                ratios.append(alone_s / stage_s)
+                print(json.dumps({"alone_s": round(alone_s, 2), "stage_s": round(stage_s, 2), "tokens": tokens}))
     note = f"{options.rows} prompts, {options.max_tokens} tokens each at most"
-    record([at_least("5 generation stage, share of bare LLM.generate", ratios, 0.95, note)])
+    record([at_least("5 generation stage, share of VllmEngine.generate alone", ratios, 0.95, note)])
 
 
 def compare(source: Artefact, target: Artefact, config: SpinConfig, engine: VllmEngine) -> tuple[float, float, int]:
-    """Returns seconds of the bare engine, seconds of the stage, and the number of tokens."""
+    """Returns seconds of the engine alone, seconds of the stage, and the number of tokens."""
     shards = cut_into_shards(generation.Job(source, target, "sft", "-"), config)
     rows = [row for table in source.tables() for row in table.to_pylist()]
     seeds = [generation.row_seed(config.seed, "sft", row["prompt_id"], 0) for row in rows]
     started = time.perf_counter()
-    bare = engine.generate([row["prompt_ids"] for row in rows], config.generation.sampling, seeds)
-    bare_s = time.perf_counter() - started
+    alone = engine.generate([row["prompt_ids"] for row in rows], config.generation.sampling, seeds)
+    alone_s = time.perf_counter() - started
     started = time.perf_counter()
     tables = [generation.answer(shard, config, engine) for shard in shards]
     for shard, table in zip(shards, tables, strict=True):
         target.write_part(shard.name, table)
     stage_s = time.perf_counter() - started
     answers = [ids for table in tables for ids in table["token_ids"].to_pylist()]
-    assert answers == [completion.token_ids for completion in bare], "both sides must do the same work"
-    return bare_s, stage_s, sum(map(len, answers))
+    assert answers == [completion.token_ids for completion in alone], "both sides must do the same work"
+    return alone_s, stage_s, sum(map(len, answers))
 
 
 if __name__ == "__main__":

@@ -1,7 +1,7 @@
-"""Does it run on a GPU, is it right there, and how fast is it? Takes eight minutes at most on a card of 80 GB.
+"""Does it run on a GPU, is it right there, and how fast is it? Eight steps, with eight minutes in all for 80 GB cards.
 
     python benchmarks/gpu.py                       # every step of gpu_steps/, in order
-    python benchmarks/gpu.py --only step           # one step again; its rows replace the earlier ones
+    python benchmarks/gpu.py --only step           # one step again; its rows replace this card's earlier ones
     python benchmarks/gpu.py --tiny --out FOLDER   # a rehearsal on a CPU with toy sizes; measures nothing
 
 Each measure is written to results/gpu.json and results/gpu.md at once. A row says why a step did not run or was cut.
@@ -42,14 +42,17 @@ def main() -> None:
         context = Context(tiny=options.tiny, work=Path(folder))
         results = Results(options.out, facts() | ({"commit": options.commit} if options.commit else {}))
         (results.folder / LOG).unlink(missing_ok=True)
-        (context.work / "results").write_text(str(options.out.resolve()))
+        here = {"file": str(options.out.resolve() / "gpu.json"), "facts": results.facts}
+        (context.work / "results.json").write_text(json.dumps(here))
         left = 0.0
         for step in options.only or BUDGET_S:
             deadline = time.monotonic() + left + options.budget_factor * BUDGET_S[step]
             run_step(step, context, results, deadline - time.monotonic())
             left = max(0.0, deadline - time.monotonic())
-    missed = [row["id"] for row in results.rows if row["met"] is False]
-    print(f"{options.out / 'gpu.json'}: {len(results.rows)} rows; targets missed: {', '.join(missed) or 'none'}")
+    rows = results.of_this_card
+    missed = [row["id"] for row in rows if row["met"] is False]
+    file, card = options.out / "gpu.json", results.facts["card"]
+    print(f"{file}: {len(rows)} rows of {card}; targets missed: {', '.join(missed) or 'none'}")
 
 
 def parse() -> argparse.Namespace:

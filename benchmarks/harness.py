@@ -76,7 +76,7 @@ def record(rows: Sequence[Row]) -> None:
 def pairs_of(data: Path, count: int) -> list[dict[str, list[int]]]:
     """Returns the first ``count`` rows as token ids. y′ is the next row's response: only lengths matter for speed."""
     renderer = ChatRenderer(load_tokenizer(resolve(MODEL)))
-    lines = data.read_text().splitlines()[:count]
+    lines = json_lines(data)[:count]
     settings = DataConfig(train=str(data), system="")
     conversations = [found for line in lines for found in conversations_of(json.loads(line), settings)]
     rows = [row for row in renderer.render_all(conversations) if isinstance(row, Rendered)]
@@ -86,6 +86,11 @@ def pairs_of(data: Path, count: int) -> list[dict[str, list[int]]]:
         {"prompt_ids": row.prompt_ids, "real_ids": row.real_ids, "generated_ids": other.real_ids}
         for row, other in zip(rows, following, strict=True)
     ]
+
+
+def json_lines(file: Path) -> list[str]:
+    """Returns the lines of a JSONL file; ``str.splitlines`` also splits at U+2028 and U+0085 within a text."""
+    return [line for line in file.read_text(encoding="utf-8").split("\n") if line.strip()]
 
 
 def table_of(rows: Sequence[dict[str, list[int]]]) -> pa.Table:

@@ -108,15 +108,18 @@ def main() -> None:
     if options.one:
         measure(options.one)
         return
+    sizes_asked = sorted(set(options.rows))
+    if len(sizes_asked) < 2:
+        parser.error("--rows: give two sizes or more; rates are those of the rows that the last size adds")
     alone = [tokenizer_rows_per_s() for _ in range(3)]
     lines = []
-    for size in sorted(options.rows):
+    for size in sizes_asked:
         done = subprocess.run(
             [sys.executable, __file__, "--one", str(size)], check=True, stdout=subprocess.PIPE, text=True
         )
         lines.append(json.loads(done.stdout.splitlines()[-1]))
         print(json.dumps({name: round(value, 1) for name, value in lines[-1].items()}), flush=True)
-    first, *_, before, last = lines
+    first, before, last = lines[0], *lines[-2:]
     more, sizes = last["rows"] - before["rows"], f"{before['rows']} to {last['rows']} rows"
     stages = ("prompts", "generation", "pairs")
     seconds = {name: last[name] - before[name] for name in stages}

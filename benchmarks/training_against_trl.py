@@ -28,6 +28,8 @@ from spin_ray.inputs.embedded import resolve
 from spin_ray.runtime.cpu import keep_freed_memory
 
 LEARNING_RATE = 1e-6
+MICRO_BATCH = 8
+"""Pairs of TRL's forward pass."""
 
 
 def main() -> None:
@@ -35,6 +37,8 @@ def main() -> None:
     parser.add_argument("--target", type=float, default=5.0)
     parser.add_argument("--peers", type=Path, default=HERE.parent / ".peers/bin/python", help="a Python that has trl")
     options = parser.parse_args()
+    if options.batch % MICRO_BATCH:
+        parser.error(f"--batch {options.batch}: TRL takes {MICRO_BATCH} pairs at a time; give a multiple of that")
     prepare()
     rows = pairs_of(options.data, options.batch * (options.pairs + 1))
     name = options.data.name.partition(".")[0]
@@ -45,7 +49,7 @@ def main() -> None:
         theirs = [
             str(options.peers), str(HERE / "sides/trl_dpo.py"), "--model", resolve(MODEL), "--output", f"{folder}/trl",
             "--pairs", str(pairs), "--batch", str(options.batch), "--learning-rate", str(LEARNING_RATE),
-            "--precision", options.precision,
+            "--precision", options.precision, "--micro-batch", str(MICRO_BATCH),
         ]  # fmt: skip
         with Side("spin_ray", ours, keep_freed_memory()) as us, Side("trl", theirs) as them:
             check_references(us.ready()["reference"], them.ready()["reference"], options.precision)

@@ -29,7 +29,10 @@ class Measure:
 
 @dataclass
 class Results:
-    """The file of rows, written after every change: a run that is cut short keeps its rows."""
+    """The file of rows, one for each step, id and card.
+
+    It is written after every change: a run that is cut short keeps its rows.
+    """
 
     folder: Path
     facts: dict[str, Any] = field(default_factory=dict)
@@ -40,18 +43,30 @@ class Results:
         self._file = self.folder / "gpu.json"
         self.rows: list[dict[str, Any]] = json.loads(self._file.read_text())["rows"] if self._file.exists() else []
 
+    @property
+    def of_this_card(self) -> list[dict[str, Any]]:
+        return [row for row in self.rows if row.get("card") == self.facts.get("card")]
+
     def forget(self, step: str, items: Iterable[str]) -> None:
-        gone = {(step, item) for item in items}
-        self.rows = [row for row in self.rows if (row["step"], row["item"]) not in gone]
+        """Drops the rows of this card's items."""
+        gone = {(step, item, self.facts.get("card")) for item in items}
+        self.rows = [row for row in self.rows if (row["step"], row["item"], row.get("card")) not in gone]
 
     def add(self, step: str, item: str, measure: Measure) -> None:
         row = {"step": step, "item": item} | asdict(measure) | {"met": measure.met}
         row |= {"measured": date.today().isoformat()} | self.facts
-        self.rows = [*(kept for kept in self.rows if (kept["step"], kept["id"]) != (step, measure.id)), row]
+        key = (step, measure.id, row.get("card"))
+        self.rows = [*(kept for kept in self.rows if (kept["step"], kept["id"], kept.get("card")) != key), row]
         written = self._file.with_suffix(".new")
         written.write_text(json.dumps({"rows": self.rows}, indent=1) + "\n")
         written.replace(self._file)  # whole at any time: a step may read it
         (self.folder / "gpu.md").write_text(page(self.rows))
+
+
+def values_of(file: Path, step: str, facts: dict[str, Any]) -> dict[str, float | None]:
+    """Returns the values of a step by id, of rows with the card, versions and commit of ``facts`` alone."""
+    rows = json.loads(file.read_text())["rows"]
+    return {row["id"]: row["value"] for row in rows if row["step"] == step and facts.items() <= row.items()}
 
 
 def line(step: str, measure: Measure) -> str:

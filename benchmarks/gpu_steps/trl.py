@@ -5,6 +5,7 @@ TRL switches its ``padding_free`` off for DPO.
 """
 
 import json
+import math
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -18,7 +19,7 @@ from torch import Tensor
 
 from gpu_steps.child import Context, Item
 from gpu_steps.clock import peak_gb, synchronise
-from gpu_steps.rows import Measure
+from gpu_steps.rows import Measure, values_of
 from gpu_steps.sizes import CHAT, LONG, model_folder, pairs_of, sizes_of
 
 MODEL = "1.5B"
@@ -59,12 +60,13 @@ def side(way: Way, lengths: str, context: Context) -> Iterator[Measure]:
 
 def _beside_ours(context: Context, way: Way, lengths: str, speed: float, memory: float) -> Iterator[Measure]:
     """Yields ratios to the rows of step 5. TRL's defaults score the reference in the step, so our scoring is added."""
-    folder = Path((context.work / "results").read_text())
-    rows = {row["id"]: row["value"] for row in json.loads((folder / "gpu.json").read_text())["rows"]}
+    here = json.loads((context.work / "results.json").read_text())
+    rows = values_of(Path(here["file"]), "step", here["facts"])
     ours = f"{MODEL}, {lengths}, best"
     training, scoring = rows.get(f"{ours}: training"), rows.get(f"{ours}: scoring")
     if not training or not scoring:
-        yield Measure(id=f"speed beside {way.name}, {lengths}", value=None, unit="", note="step 5 gave no speed")
+        why = "step 5 gave no speed with this card, commit and versions; add --only step"
+        yield Measure(id=f"speed beside {way.name}, {lengths}", value=None, unit="", note=why)
         return
     mine = training if way.best else 1 / (1 / training + 1 / scoring)
     targets = {(BEST, CHAT): ">= 1.5", (BEST, LONG): ">= 1.8", (DEFAULTS, CHAT): ">= 2.2", (DEFAULTS, LONG): ">= 2.2"}
@@ -137,9 +139,9 @@ def _trainer(context: Context, way: Way, rows: list[dict[str, Any]], clock: _Clo
 
 
 def _micro_batch(way: Way, rows: list[dict[str, Any]]) -> int:
-    """Returns the pairs of a forward pass, fewer where kept activations would not fit."""
+    """Returns the pairs of a forward pass, a divisor of all pairs; fewer where kept activations would not fit."""
     longest = max(len(row["prompt_ids"]) + max(len(row["real_ids"]), len(row["generated_ids"])) for row in rows)
-    micro = min(MICRO_BATCH, len(rows))
+    micro = math.gcd(MICRO_BATCH, len(rows))
     while not way.checkpointing and micro > 1 and 2 * micro * longest > KEPT_TOKENS:
         micro //= 2
     return micro

@@ -60,6 +60,8 @@ def main() -> None:
     parser.add_argument("--output", required=True)
     parser.add_argument("--reply", type=int, required=True)
     options = parser.parse_args()
+    if options.batch % options.micro_batch:
+        parser.error(f"--batch {options.batch}: is no multiple of --micro-batch {options.micro_batch}")
     torch.set_num_threads(options.threads)
     with open(options.pairs) as file:
         rows = json.load(file)

@@ -17,6 +17,7 @@ from rich.table import Table
 from spin_ray.config.recipe import SpinConfig
 from spin_ray.config.sections import ResourcesConfig
 from spin_ray.errors import ConfigError, StageError, UserError, first_line, last_line
+from spin_ray.report.conditions import differing, shared_conditions
 from spin_ray.report.endpoint import Unanswered, unreachable
 from spin_ray.report.harness import Backend, Benchmark, Request, measure
 from spin_ray.report.history import find_iterate, model_path
@@ -41,6 +42,7 @@ PRESETS: dict[str, tuple[Benchmark, ...]] = {
         Benchmark("leaderboard_gpqa"), Benchmark("leaderboard_musr"), Benchmark("leaderboard_mmlu_pro"),
     ),
 }  # fmt: skip
+MEANS = {f"mean of {name}": preset for name, preset in PRESETS.items()}
 
 
 def parse_benchmarks(words: Sequence[str]) -> tuple[Benchmark, ...]:
@@ -100,7 +102,7 @@ def _measure(run_dir: RunDir, iterate: int, request: Request, config: SpinConfig
 
 def _keep(run_dir: RunDir, iterate: int, found: dict[str, Any]) -> dict[str, Any]:
     evaluation = run_dir.evaluation(iterate) or {"iterate": iterate_name(iterate)}
-    results = evaluation.get("benchmarks", {}) | found
+    results = {task: result for task, result in evaluation.get("benchmarks", {}).items() if task not in MEANS} | found
     results |= averages(results)
     content = json.dumps(evaluation | {"benchmarks": results}, indent=1)
     run_dir.storage.replace(run_dir.eval_path(iterate), content.encode())
@@ -127,16 +129,34 @@ def run_all(
 
 
 def averages(results: dict[str, Any]) -> dict[str, Any]:
-    """Returns the mean of each complete preset. Its error takes the tasks as independent."""
+    """Returns the mean of each preset whose tasks all ran under the same conditions.
+
+    Its error takes the tasks as independent.
+    """
     found = {}
-    for preset, benchmarks in PRESETS.items():
-        quoted = [metric for benchmark in benchmarks if (metric := _quoted(benchmark, results))]
-        if len(quoted) == len(benchmarks):
+    for name, quoted, tasks in _complete(results):
+        if not differing(tasks):
             mean = sum(value for value, _ in quoted) / len(quoted)
             error = math.hypot(*(error for _, error in quoted)) / len(quoted)
             metrics = {"mean": {"value": mean, "standard_error": error}}
-            found[f"mean of {preset}"] = {"metrics": metrics, "shots": None, "rows": None, "task_version": None}
+            found[name] = {"metrics": metrics, "shots": None, "rows": None, "task_version": None}
+            found[name] |= shared_conditions(tasks[0])
     return found
+
+
+def without_mean(results: dict[str, Any]) -> Iterator[str]:
+    """Yields why a complete preset has no mean."""
+    for name, _, tasks in _complete(results):
+        if names := differing(tasks):
+            yield f"{name}: left out, because its tasks ran with different values of {', '.join(names)}"
+
+
+def _complete(results: dict[str, Any]) -> Iterator[tuple[str, list[tuple[float, float]], list[dict[str, Any]]]]:
+    """Yields (name of the mean, values with errors, results) of each preset that ran as it says."""
+    for name, preset in MEANS.items():
+        quoted = [metric for benchmark in preset if (metric := _quoted(benchmark, results))]
+        if len(quoted) == len(preset):
+            yield name, quoted, [results[benchmark.task] for benchmark in preset]
 
 
 def _quoted(benchmark: Benchmark, results: dict[str, Any]) -> tuple[float, float] | None:
@@ -242,6 +262,8 @@ def print_results(iterate: str, results: dict[str, Any], console: Console) -> No
             counts = ("–" if count is None else str(count) for count in (result["shots"], result["rows"]))
             table.add_row(task, metric, *shown, *counts)
     console.print(table)
+    for reason in without_mean(results):
+        console.print(reason)
 
 
 def task_folder(path: str | None) -> str | None:

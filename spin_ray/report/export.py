@@ -72,14 +72,15 @@ def _upload(run: RunDir, iterate: int, folder: Path, repository: str) -> str:
     api = HfApi()
     try:
         api.create_repo(repository, private=True, exist_ok=True)
+        # The card first: the hub refuses a card that it cannot read, and the weights take hours.
+        card = _card(run, iterate, folder).encode()
+        api.upload_file(path_or_fileobj=card, path_in_repo=CARD, repo_id=repository)
         api.upload_folder(
             repo_id=repository,
             folder_path=folder,
             ignore_patterns=[MANIFEST, CARD],
             commit_message=f"{run.storage.name}, {iterate_name(iterate)}",
         )
-        card = _card(run, iterate, folder).encode()
-        api.upload_file(path_or_fileobj=card, path_in_repo=CARD, repo_id=repository)
     except Exception as error:  # the client raises its own, its HTTP library's and the system's errors
         raise ConfigError(f"{HUB}{repository}: cannot be written ({hide_in_text(first_line(error))})") from error
     return f"{HUB}{repository}"

@@ -3,20 +3,26 @@
 The card has no digest, because evaluations after the commit rewrite it.
 """
 
+import math
+import re
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import yaml
 
 from spin_ray.config.recipe import SpinConfig
 from spin_ray.config.sections import name_of, sources_of
+from spin_ray.report.conditions import in_words
 from spin_ray.report.measures import CONFIDENCE, MEASURES
+from spin_ray.report.methods import how_made, tags_of
 from spin_ray.report.redaction import hide, hide_in_text
 from spin_ray.run_dir.artefact import CARD
 from spin_ray.run_dir.names import iterate_name
 from spin_ray.run_dir.run_dir import RunDir
 
-HUB_DATA = "hf://datasets/"
+HUB_DATA = re.compile(r"hf://datasets/([\w.-]+/[\w.-]+)")
+"""The start of a URI of hub data; its group is ``OWNER/NAME`` without the revision."""
 
 
 def write_card(run: RunDir, iterate: int) -> None:
@@ -34,26 +40,29 @@ def model_card(run: RunDir, iterate: int) -> str:
     evaluation = run.evaluation(iterate) or {}
     results = [(measure, value) for measure in MEASURES if (value := measure.of(evaluation)) is not None]
     benchmarks = evaluation.get("benchmarks", {})
-    base, data = hide_in_text(config.model.path), hide_in_text(name_of(config.data.train))
     metadata: dict[str, Any] = {
-        "base_model": base,
         "library_name": "transformers",
         "pipeline_tag": "text-generation",
-        "tags": ["spin", "self-play", "spin_ray"],
+        "tags": tags_of(config, iterate),
     }
-    if hub := [source.path for source in sources_of(config.data.train) if source.path.startswith(HUB_DATA)]:
-        metadata["datasets"] = ["/".join(path.removeprefix(HUB_DATA).split("/")[:2]) for path in hub]
+    if base := _on_the_hub(config, description.get("start_model", "")):
+        metadata["base_model"] = base
+    learned = (*sources_of(config.data.train), *sources_of(config.data.questions))
+    if hub := [found[1] for source in learned if (found := HUB_DATA.match(source.path))]:
+        metadata["datasets"] = [*dict.fromkeys(hub)]
     heldout = hide_in_text(name_of(config.data.heldout))
     ours = [(measure.key, measure.title, value) for measure, value in results]
-    groups = [_result(heldout, "held-out rows", ours)] if ours else []
+    groups = [_result(heldout, "held-out-rows", ours)] if ours else []
     for task, found in benchmarks.items():
+        if found.get("limit"):
+            continue  # a trial
         quoted = [(metric, metric, it["value"]) for metric, it in found["metrics"].items()]
         groups.append(_result(task, "lm-eval", quoted))
-    if groups:
+    if groups := [group for group in groups if group["metrics"]]:
         metadata["model-index"] = [{"name": f"{run.storage.name}/{name}", "results": groups}]
     lines = ["---", yaml.safe_dump(metadata, sort_keys=False, allow_unicode=True).strip(), "---", ""]
     lines += [f"# {run.storage.name}, {name}", ""]
-    lines += [_how(config, iterate, base, data), ""]
+    lines += [hide_in_text(how_made(config, iterate)), ""]
     lines += ["## Evaluation", "", _results(evaluation, results), ""]
     if benchmarks:
         lines += ["## Benchmarks (lm-eval)", "", *_benchmark_rows(benchmarks), ""]
@@ -69,7 +78,11 @@ def _result(dataset: str, kind: str, metrics: list[tuple[str, str, float]]) -> d
     return {
         "task": {"type": "text-generation"},
         "dataset": {"name": dataset, "type": kind},
-        "metrics": [{"type": key, "name": title, "value": round(value, 6)} for key, title, value in metrics],
+        "metrics": [
+            {"type": key, "name": title, "value": round(value, 6)}
+            for key, title, value in metrics
+            if math.isfinite(value)  # YAML's .nan is no number for the hub
+        ],
     }
 
 
@@ -80,18 +93,24 @@ def _benchmark_rows(benchmarks: dict[str, Any]) -> Iterator[str]:
         for metric, it in found["metrics"].items():
             error = f" ± {CONFIDENCE * it['standard_error']:.4f}" if it["standard_error"] else ""
             shots = "" if found["shots"] is None else found["shots"]
-            yield f"| {task} | {shots} | {metric} | {it['value']:.4f}{error} |"
+            yield f"| {in_words(task, found)} | {shots} | {metric} | {it['value']:.4f}{error} |"
 
 
-def _how(config: SpinConfig, iterate: int, base: str, data: str) -> str:
-    warm_up = f"{config.sft.epochs} epoch(s) of supervised fine-tuning" if config.sft else ""
-    spin = f"{iterate} iteration(s) of SPIN (self-play fine-tuning, arXiv 2401.01335)" if iterate else ""
-    steps = " and ".join(step for step in (warm_up, spin) if step)
-    return (
-        f"Made from `{base}` by {steps} on `{data}` with spin_ray: the model learns to tell human responses from "
-        "those of the iterate before it. It has been aligned with these data only: it copies their errors, and it has "
-        "not been tested for safety."
-    )
+def _on_the_hub(config: SpinConfig, start_model: str) -> str | None:
+    """Returns ``OWNER/NAME`` of the start model, None for a local folder, which the hub refuses as ``base_model``.
+
+    Relative folders may look like names of the hub.
+    """
+    from huggingface_hub.errors import HFValidationError
+    from huggingface_hub.utils import validate_repo_id
+
+    path, name = Path(config.model.path), config.model.path.partition("@")[0]
+    is_local = path.exists() or Path(start_model).parts[-2:] == path.parts
+    try:
+        validate_repo_id(name)
+    except HFValidationError:
+        return None
+    return name if name.count("/") == 1 and not is_local else None
 
 
 def _results(evaluation: dict[str, Any], results: list[Any]) -> str:

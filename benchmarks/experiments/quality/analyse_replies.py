@@ -5,11 +5,12 @@ best temperature, at its first iterate with at least as many training tokens.
 """
 
 import json
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-from arms import SFT, WARM_UP, Run, arms_of, is_finished, numbered, plateau
+from arms import SFT, WARM_UP, Run, arms_of, is_finished, iterations_of, numbered, plateau
 from intervals import bootstrap
 from likeness import DISCRIMINATORS
 from replies import FIRST_PASS_OF, SETTINGS
@@ -20,10 +21,20 @@ Runs = dict[str, dict[int, Run]]
 Choice = tuple[int, str]
 
 
-def told(iterate: dict[str, Any], split: str, temperature: str) -> np.ndarray:
-    """Returns for each conversation the fraction told right, a mean of the discriminators that there are."""
+def shared(runs: Iterable[Run]) -> tuple[str, ...]:
+    """Returns the discriminators that every measured iterate has, at each temperature."""
+    found = [
+        at["told"]
+        for run in runs for each in run["iterates"] if "test" in each
+        for split in ("dev", "test") for at in each[split]["at"].values()
+    ]  # fmt: skip
+    return tuple(name for name in DISCRIMINATORS if all(each.get(name) for each in found))
+
+
+def told(iterate: dict[str, Any], split: str, temperature: str, by: Sequence[str]) -> np.ndarray:
+    """Returns for each conversation the fraction told right, a mean of the discriminators ``by``."""
     found = iterate[split]["at"][temperature]["told"]
-    return np.mean([found[name] for name in DISCRIMINATORS if found.get(name)], axis=0)
+    return np.mean([found[name] for name in by], axis=0)
 
 
 def choices(runs: dict[int, Run], least_tokens: dict[int, float] | None = None) -> list[Choice]:
@@ -41,32 +52,36 @@ def choices(runs: dict[int, Run], least_tokens: dict[int, float] | None = None) 
     return sorted(set.intersection(*found)) if found else []
 
 
-def on(runs: dict[int, Run], choice: Choice, split: str) -> np.ndarray:
+def on(runs: dict[int, Run], choice: Choice, split: str, by: Sequence[str]) -> np.ndarray:
     """Returns fractions told right, [seeds, conversations]."""
     number, temperature = choice
-    return np.stack([told(numbered(run, number) or {}, split, temperature) for run in runs.values()])
+    return np.stack([told(numbered(run, number) or {}, split, temperature, by) for run in runs.values()])
 
 
-def best(runs: dict[int, Run], among: list[Choice]) -> Choice | None:
-    return min(among, key=lambda choice: float(on(runs, choice, "dev").mean()), default=None)
+def best(runs: dict[int, Run], among: list[Choice], by: Sequence[str]) -> Choice | None:
+    return min(among, key=lambda choice: float(on(runs, choice, "dev", by).mean()), default=None)
 
 
-def against_sft(arm: dict[int, Run], sft: dict[int, Run]) -> dict[str, Any] | None:
-    """Returns the arm's best minus continued SFT's best, with the same seeds; None while either is missing."""
+def against_sft(arm: dict[int, Run], sft: dict[int, Run], by: Sequence[str]) -> dict[str, Any] | None:
+    """Returns the arm's best minus continued SFT's best, with the same seeds; None while either is missing.
+
+    Args:
+        by: discriminators, the same for all arms that are compared.
+    """
     seeds = sorted(arm.keys() & sft.keys())
     mine, theirs = ({seed: runs[seed] for seed in seeds} for runs in (arm, sft))
-    chosen = best(mine, choices(mine))
+    chosen = best(mine, choices(mine), by) if by else None
     if chosen is None:
         return None
     spent = {seed: (numbered(run, chosen[0]) or {})["train_tokens"] for seed, run in mine.items()}
-    other = best(theirs, choices(theirs, spent))
+    other = best(theirs, choices(theirs, spent), by)
     if other is None:
         return None
-    values = on(mine, chosen, "test") - on(theirs, other, "test")
+    values = on(mine, chosen, "test", by) - on(theirs, other, "test", by)
     return {
         **bootstrap(values), "seeds": seeds, "iterate": chosen[0], "temperature": chosen[1],
         "sft_iterate": other[0], "sft_temperature": other[1],
-        "on_dev": float(on(mine, chosen, "dev").mean()),
+        "on_dev": float(on(mine, chosen, "dev", by).mean()),
     }  # fmt: skip
 
 
@@ -101,9 +116,9 @@ def analyse(results: Path, setting: str) -> dict[str, Any]:
         shown = FIRST_PASS_OF[setting]
     runs, size = load(results / shown), SETTINGS[shown]
     arms = [arm for arm in arms_of(size) if arm.name in runs]
-    compared = {}
+    compared, by = {}, shared(run for of in runs.values() for run in of.values())
     for arm in arms:
-        if arm.is_spin and (found := against_sft(runs[arm.name], runs.get(SFT, {}))):
+        if arm.is_spin and (found := against_sft(runs[arm.name], runs.get(SFT, {}), by)):
             compared[arm.name] = found
     enough = {name: found for name, found in compared.items() if len(found["seeds"]) >= 3}
     chosen = min(enough or compared, key=lambda name: compared[name]["on_dev"], default=None)
@@ -113,6 +128,7 @@ def analyse(results: Path, setting: str) -> dict[str, Any]:
         best_minus_sft = {"measure": f"{MEASURE}, lower is closer to people", "arm": chosen, **compared[chosen]}
     return {
         "setting": setting, "pass": shown, "best_minus_sft": best_minus_sft, "against_sft": compared,
+        "discriminators": list(by),
         "target_met": bool(best_minus_sft and best_minus_sft["value"] <= TARGET and best_minus_sft["high"] < 0),
         "theta_0": {"warm_up_iterate": plateau(warm_up), "complete": warm_up["complete"]} if warm_up else None,
         "warm_up_logp": [
@@ -134,4 +150,6 @@ def analyse(results: Path, setting: str) -> dict[str, Any]:
             if not is_finished(size, arm, runs.get(arm.name, {}).get(seed))
         ],
         "whole_setting_still_to_run": shown != setting, "train_rows": size.train_rows,
+        "most_seeds": max(arm.seeds for arm in arms_of(size)),
+        "most_iterates": max(iterations_of(size, arm) for arm in arms_of(size)),
     }  # fmt: skip

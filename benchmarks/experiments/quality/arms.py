@@ -301,9 +301,14 @@ def _laid_over(base: Recipe, changes: Recipe) -> Recipe:
     return merged
 
 
+def json_lines(file: Path) -> list[str]:
+    """Returns the lines of a JSONL file; ``str.splitlines`` also splits at U+2028 and U+0085 within a text."""
+    return [line for line in file.read_text(encoding="utf-8").split("\n") if line.strip()]
+
+
 def split_files(setting: Setting, train: Path, test: Path, folder: Path) -> dict[str, str]:
     """Writes files by role. No arm trains on ``dev``, the last rows of train; nothing is chosen on ``test``."""
-    rows, measured = train.read_text().splitlines(), test.read_text().splitlines()[: setting.test_rows]
+    rows, measured = json_lines(train), json_lines(test)[: setting.test_rows]
     rows, dev = rows[: -setting.dev_rows], rows[-setting.dev_rows :]
     chosen_by = {json.loads(row).get("conversation") for row in dev} - {None}
     rows = [row for row in rows if json.loads(row).get("conversation") not in chosen_by][: setting.train_rows]

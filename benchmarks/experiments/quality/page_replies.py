@@ -26,7 +26,8 @@ def markdown(found: dict[str, Any]) -> str:
     ]  # fmt: skip
     if found["whole_setting_still_to_run"]:
         lines += [
-            f"**A first pass:** {found['train_rows']} rows to train on, one seed, at most two iterates an arm",
+            f"**A first pass:** {found['train_rows']} rows to train on, at most {found['most_seeds']} seed(s) and "
+            f"{found['most_iterates']} iterates an arm",
             "(`--setting replies_first_pass`). The whole setting has all rows and three seeds, and has not been run.",
             "",
         ]
@@ -35,6 +36,7 @@ def markdown(found: dict[str, Any]) -> str:
     else:
         lines += [
             f"**Best arm minus SFT, accuracy of discriminators (lower is closer to people): {interval(best)}**",
+            *(f"(by {name} alone: some runs lack the other discriminator)" for name in _lone(found)),
             f"({best['arm']}, θ_{best['iterate']} at temperature {best['temperature']}, against",
             f"θ_{best['sft_iterate']} of continued SFT at {best['sft_temperature']}; {len(best['seeds'])} seed(s)).",
             f"The target, −0.02 with an interval below 0, is {'met' if found['target_met'] else 'not met'}.", "",
@@ -93,7 +95,7 @@ def plot(found: dict[str, Any]) -> str:
         last[key] = max(last.get(key, 0), row["iterate"])
     lines = {
         key: sorted(
-            (float(row["temperature"]), _mean(row)) for row in found["rows"]
+            (float(row["temperature"]), _mean(row, found["discriminators"])) for row in found["rows"]
             if (row["arm"], row["seed"], row["iterate"]) == (*key, number)
         )
         for key, number in last.items()
@@ -121,6 +123,10 @@ def plot(found: dict[str, Any]) -> str:
     return "\n".join([*parts, "</svg>", ""])
 
 
-def _mean(row: dict[str, Any]) -> float:
-    known = [row[name] for name in ("ngrams", "embeddings") if row[name] is not None]
-    return sum(known) / len(known)
+def _mean(row: dict[str, Any], by: list[str]) -> float:
+    return sum(row[name] for name in by) / len(by)
+
+
+def _lone(found: dict[str, Any]) -> list[str]:
+    """Returns the discriminator that stands alone, if one does."""
+    return found["discriminators"] if len(found["discriminators"]) == 1 else []

@@ -135,7 +135,8 @@ class Experiment:
         found = numbered(content, number)
         if found is None:
             raise NotYet(
-                f"{result}: does not have the iterate that {arm.name} starts from; run the arm {source.name} first"
+                f"{result}: does not have the iterate that {arm.name} starts from; run the arm {source.name} first, "
+                f"with --seeds {of_seed}"
             )
         return source, of_seed, found
 
@@ -338,6 +339,18 @@ def _call(*arguments: str) -> None:
     subprocess.run([sys.executable, *arguments], check=True, cwd=ROOT, env=environment)
 
 
+def with_seeds(seeds: list[int], arms: list[Arm]) -> list[tuple[int, Arm]]:
+    """Returns what is to run, in its order. An arm has the seeds from 0 to below its number of seeds.
+
+    Raises:
+        SystemExit: no arm has any of the seeds.
+    """
+    found = [(seed, arm) for seed in seeds for arm in arms if seed < arm.seeds]
+    if not found:
+        sys.exit(f"--seeds {' '.join(map(str, seeds))}: no arm has them; the most is {max(a.seeds for a in arms) - 1}")
+    return found
+
+
 _NAMES = list(dict.fromkeys(arm.name for arm in (*ARMS, *ARMS_OF_REPLIES)))
 
 
@@ -357,18 +370,16 @@ def main() -> None:
     by_name = {arm.name: arm for arm in arms_of(setting)}
     if unknown := set(options.arms or ()) - by_name.keys():
         sys.exit(f"--arms: {', '.join(sorted(unknown))}: not of the setting {setting.name}")
+    asked = [by_name[name] for name in options.arms] if options.arms else arms_of(setting)
     failed: list[str] = []
-    for place, seed in enumerate(options.seeds):
-        for arm in [by_name[name] for name in options.arms] if options.arms else arms_of(setting):
-            if place >= arm.seeds:
-                continue
-            # One that fails is named at the end: the others are worth their hours all the same.
-            try:
-                experiment.finish(arm, seed, options.furthest)
-                if arm.name == WARM_UP and setting.temperatures:
-                    experiment.measure_start(arm)
-            except (subprocess.CalledProcessError, NotYet) as error:
-                failed.append(f"{arm.name}, seed {seed} ({error})")
+    for seed, arm in with_seeds(options.seeds, asked):
+        # One that fails is named at the end: the others are worth their hours all the same.
+        try:
+            experiment.finish(arm, seed, options.furthest)
+            if arm.name == WARM_UP and setting.temperatures:
+                experiment.measure_start(arm)
+        except (subprocess.CalledProcessError, NotYet) as error:
+            failed.append(f"{arm.name}, seed {seed} ({error})")
     if not setting.temperatures:
         experiment.measure_cooler()
     if failed:

@@ -8,6 +8,7 @@ from typing import Any
 
 import jinja2
 
+from spin_ray.report.conditions import in_words
 from spin_ray.report.first_loss import first_loss, spelt
 from spin_ray.report.measures import BY_KEY, CONFIDENCE, MEASURES, Measure
 from spin_ray.report.page.charts import Bar, Series, gantt, line_chart
@@ -106,16 +107,11 @@ def _table(views: Sequence[RunView]) -> list[tuple[Measure, list[tuple[str, str]
 
 
 def _benchmarks(views: Sequence[RunView]) -> list[tuple[str, str, list[tuple[str, str]]]]:
-    columns = [view.benchmarks.get(iterate, {}) for view in views for iterate in view.iterates]
-    rows = {
-        (task, metric): _benchmark_title(task, result)
-        for column in columns
-        for task, result in column.items()
-        for metric in result["metrics"]
-    }
+    """Returns the rows of the table; results of other conditions stand in another row."""
+    columns = [_by_title(view.benchmarks.get(iterate, {})) for view in views for iterate in view.iterates]
     found = []
-    for (task, metric), title in rows.items():
-        values = [column.get(task, {}).get("metrics", {}).get(metric, {}) for column in columns]
+    for title, metric in dict.fromkeys(row for column in columns for row in column):
+        values = [column.get((title, metric), {}) for column in columns]
         cells = [
             (_number(it.get("value"), 4), _number(CONFIDENCE * error, 4) if (error := it.get("standard_error")) else "")
             for it in values
@@ -124,9 +120,17 @@ def _benchmarks(views: Sequence[RunView]) -> list[tuple[str, str, list[tuple[str
     return found
 
 
+def _by_title(results: dict[str, Any]) -> dict[tuple[str, str], dict[str, Any]]:
+    return {
+        (_benchmark_title(task, result), metric): found
+        for task, result in results.items()
+        for metric, found in result["metrics"].items()
+    }
+
+
 def _benchmark_title(task: str, result: dict[str, Any]) -> str:
     words = [(result["shots"], "{} examples"), (result["task_version"], "version {}")]
-    return ", ".join([task, *(form.format(value) for value, form in words if value is not None)])
+    return ", ".join([in_words(task, result), *(form.format(value) for value, form in words if value is not None)])
 
 
 def _eval_charts(views: Sequence[RunView], names: Sequence[str]) -> Iterator[Chart]:

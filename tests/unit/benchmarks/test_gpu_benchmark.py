@@ -98,6 +98,33 @@ def test_a_step_that_breaks_leaves_a_reason_and_the_next_item_runs(benchmark, tm
     assert json.loads((tmp_path / "out" / "gpu.json").read_text())["rows"] == results.rows
 
 
+def test_a_second_card_keeps_the_rows_of_the_first_and_is_not_compared_with_them(benchmark, tmp_path):
+    from gpu_steps.child import Context
+    from gpu_steps.rows import Measure, Results
+    from gpu_steps.trl import BEST, CHAT, MODEL, _beside_ours
+
+    ours = {"training": 30.0, "scoring": 90.0, "peak memory": 20.0}
+    first, second, later = ({"card": card, "commit": commit, "versions": {}} for card, commit in ("ax", "bx", "ay"))
+    results = Results(tmp_path, first)
+    for name, value in ours.items():
+        results.add("step", "best", Measure(id=f"{MODEL}, {CHAT}, best: {name}", value=value, unit=""))
+
+    def beside(facts: dict) -> list:
+        (tmp_path / "results.json").write_text(json.dumps({"file": str(tmp_path / "gpu.json"), "facts": facts}))
+        return list(_beside_ours(Context(tiny=True, work=tmp_path), BEST, CHAT, 10.0, 40.0))
+
+    assert [row.value for row in beside(first)] == [3.0, 0.5]
+    for other in (second, later):
+        [row] = beside(other)
+        assert row.value is None and "gave no speed with this card, commit and versions" in row.note
+    results = Results(tmp_path, second)
+    results.forget("step", ["best"])
+    results.add("step", "best", Measure(id=f"{MODEL}, {CHAT}, best: training", value=60.0, unit=""))
+    assert [row["value"] for row in results.rows] == [30.0, 90.0, 20.0, 60.0]
+    assert [row["value"] for row in results.of_this_card] == [60.0]
+    assert beside(first)[0].value == 3.0
+
+
 def test_without_a_card_it_is_one_line(benchmark, capsys, monkeypatch):
     monkeypatch.setattr(sys, "argv", ["gpu.py"])
     with pytest.raises(SystemExit) as stopped:

@@ -10,7 +10,7 @@ import pytest
 import torch
 from arms import ARMS, SETTINGS, SFT, WARM_UP, arms_of, is_finished, plateau, recipe_of, split_files
 from measure import answer_batch, draw
-from run import Experiment, NotYet
+from run import Experiment, NotYet, with_seeds
 from transformers import AutoModelForCausalLM
 
 from spin_ray.config.recipe import SpinConfig, flatten
@@ -63,17 +63,27 @@ def test_an_arm_that_became_longer_is_not_finished():
 def test_dev_rows_are_neither_trained_on_nor_of_the_test_file(tmp_path):
     train, test = tmp_path / "a.jsonl", tmp_path / "b.jsonl"
     train.write_text("".join(json.dumps({"row": i}) + "\n" for i in range(1000)))
-    test.write_text('{"row": "test"}\n')
+    test.write_text('{"row": "te\u2028st\u0085"}\n', encoding="utf-8")  # JSON allows these ends of lines within a text
 
     def rows(file: str) -> list[object]:
         return [json.loads(line)["row"] for line in Path(file).read_text().splitlines()]
 
     files = split_files(SETTINGS["word_problems"], train, test, tmp_path / "data")
     assert (rows(files["train"]), rows(files["dev"])) == (list(range(700)), list(range(700, 1000)))
-    assert rows(files["test"]) == ["test"]
+    assert rows(files["test"]) == ["te\u2028st\u0085"]
     assert rows(files["seed"]) + rows(files["questions"]) == rows(files["train"])  # of 700, 500 and the other 200
     few = split_files(replace(SETTINGS["word_problems"], question_rows=50), train, test, tmp_path / "data")
     assert rows(few["questions"]) == list(range(500, 550))
+
+
+def test_a_seed_is_run_by_the_arms_that_have_it_wherever_it_stands():
+    arms = [arm for arm in ARMS if arm.name in (WARM_UP, SFT, "spin")]
+    several = [arm.name for arm in arms if arm.seeds > 1]
+    assert WARM_UP not in several
+    assert [(seed, arm.name) for seed, arm in with_seeds([1], arms)] == [(1, name) for name in several]
+    assert {arm.name for seed, arm in with_seeds([2, 0], arms) if seed == 0} == {arm.name for arm in arms}
+    with pytest.raises(SystemExit, match="--seeds 7: no arm has them; the most is 2"):
+        with_seeds([7], arms)
 
 
 @pytest.mark.parametrize(

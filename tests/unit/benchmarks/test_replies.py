@@ -1,5 +1,6 @@
 """The experiment on replies: its rows and arms, its measures by hand, and what is compared with what."""
 
+import copy
 import json
 from pathlib import Path
 from typing import get_args
@@ -8,9 +9,9 @@ import numpy as np
 import page_replies
 import pytest
 import torch
-from analyse_replies import against_sft, analyse
+from analyse_replies import against_sft, analyse, shared
 from arms import SFT, WARM_UP, recipe_of
-from likeness import mauve, self_bleu, tokens
+from likeness import DISCRIMINATORS, mauve, self_bleu, tokens
 from measure_replies import replies
 from replies import ARMS, SETTINGS
 from run import Experiment
@@ -106,13 +107,30 @@ SPIN_RUN = run_of("spin", iterate(1, 150, {"0.7": 0.6, "1": 0.7}, {"0.7": 0.65, 
 
 def test_an_arm_is_compared_at_equal_tokens_and_chosen_on_dev_rows_alone():
     """On test rows temperature 1 is better for both, and so are SFT's other iterates."""
-    found = against_sft({0: SPIN_RUN}, {0: SFT_RUN})
+    found = against_sft({0: SPIN_RUN}, {0: SFT_RUN}, DISCRIMINATORS)
     assert (found["iterate"], found["temperature"]) == (1, "0.7")
     assert (found["sft_iterate"], found["sft_temperature"]) == (2, "0.7")
     assert found["value"] == pytest.approx(0.65 - 0.7)
     assert (found["low"], found["high"]) == pytest.approx((-0.05, -0.05))
-    assert against_sft({1: SPIN_RUN}, {0: SFT_RUN}) is None
-    assert against_sft({0: run_of("spin", iterate(1, 400, {"1": 0.5}, {"1": 0.5}))}, {0: SFT_RUN}) is None
+    assert against_sft({1: SPIN_RUN}, {0: SFT_RUN}, DISCRIMINATORS) is None
+    late = run_of("spin", iterate(1, 400, {"1": 0.5}, {"1": 0.5}))
+    assert against_sft({0: late}, {0: SFT_RUN}, DISCRIMINATORS) is None
+
+
+def test_all_runs_are_compared_by_the_discriminators_that_all_of_them_have(tmp_path):
+    """SFT has n-grams alone, as where no embeddings are installed: SPIN's embeddings, told at 1, do not count."""
+    folder = tmp_path / "replies_first_pass"
+    folder.mkdir()
+    spin, sft = copy.deepcopy(SPIN_RUN), copy.deepcopy(SFT_RUN)
+    for run, embeddings in ((spin, [1.0] * 10), (sft, None)):
+        for at in (at for each in run["iterates"] for split in ("dev", "test") for at in each[split]["at"].values()):
+            at["told"]["embeddings"] = embeddings
+        (folder / f"{run['arm']}.seed-0.json").write_text(json.dumps(run))
+    assert shared([spin]) == DISCRIMINATORS and shared([spin, sft]) == ("ngrams",)
+    found = analyse(tmp_path, "replies")
+    assert found["best_minus_sft"]["value"] == pytest.approx(0.65 - 0.7)
+    assert "(by ngrams alone" in page_replies.markdown(found)
+    assert page_replies.plot(found).count("<polyline") == 2
 
 
 def test_the_page_says_what_is_there_and_what_is_not(tmp_path):
@@ -128,6 +146,7 @@ def test_the_page_says_what_is_there_and_what_is_not(tmp_path):
     assert {"measure", "value", "low", "high", "arm", "seeds"} <= best.keys()
     assert (best["arm"], best["seeds"]) == ("spin", [0])
     page = page_replies.markdown(found)
-    assert "**A first pass:**" in page and "Still to run: spin_anchored, seed 0" in page
+    assert "**A first pass:**" in page and "at most 3 seed(s) and 4 iterates an arm" in page
+    assert "Still to run: continued_sft, seed 1; continued_sft, seed 2; spin_anchored, seed 0" in page
     assert "-0.050 (-0.050 to -0.050)" in page
     assert page_replies.plot(found).count("<polyline") == 3

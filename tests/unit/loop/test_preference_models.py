@@ -1,5 +1,6 @@
 """Preference models: their probabilities against the same computed by hand from the models' own outputs."""
 
+import copy
 from datetime import datetime
 from types import SimpleNamespace
 from typing import Any, cast
@@ -11,7 +12,7 @@ from transformers import AutoModelForSequenceClassification, AutoTokenizer, Debe
 from spin_ray.config.sections import ScorerConfig
 from spin_ray.errors import ModelError
 from spin_ray.loop.algorithms.sppo import preference_models, preferences
-from spin_ray.loop.algorithms.sppo.preference_models import load_scorer
+from spin_ray.loop.algorithms.sppo.preference_models import RewardScorer, load_scorer
 from tests.support.preference_models import save_pairrm, save_reward_model
 
 torch.set_num_threads(1)
@@ -58,6 +59,23 @@ def test_a_reward_models_template_reads_the_recipes_variables_and_the_runs_date(
     scorer = load_scorer(ScorerConfig(path=str(reward), kind="reward"), reward, torch.device("cpu"), variables)
     scorer._tokenizer.chat_template = "{{ strftime_now('%d %b %Y') }}{% if think %}?{% endif %}"
     assert scorer._tokenizer.decode(scorer._encode(PROMPT, "4")["input_ids"]) == "26 Jul 2024"
+
+
+@pytest.mark.parametrize("on_cpu", [True, False])
+@torch.no_grad()
+def test_rewards_of_a_bf16_model_are_not_rounded_to_bf16(reward, tmp_path, on_cpu):
+    """The truth is transformers' fp64; elsewhere than on a CPU only the layers before the last compute in bf16."""
+    model: Any = AutoModelForSequenceClassification.from_pretrained(reward, dtype=torch.bfloat16)
+    model.score.weight.mul_(64)  # rewards of tens, where bf16 has steps of 0.125
+    model.save_pretrained(tmp_path)
+    tokenizer, body = AutoTokenizer.from_pretrained(reward), copy.deepcopy(model.model)
+    scorer: Any = RewardScorer(tmp_path, tokenizer, 64, {}, on_cpu=on_cpu)
+    row, model = scorer._encode(PROMPT, "4"), model.double()
+    ids = torch.tensor([row["input_ids"]])
+    state = (model.model if on_cpu else body)(input_ids=ids).last_hidden_state[0, -1].double()
+    truth, found = (state @ model.score.weight[0]).item(), scorer._rewards([row]).item()
+    assert abs(truth - torch.tensor(truth).bfloat16().item()) > 0.01, "rounding would not show"
+    assert found == pytest.approx(truth, abs=1e-3)
 
 
 @torch.no_grad()

@@ -1,9 +1,11 @@
 """Which tasks lm-eval is asked to run, how, and what is kept. On real models: tests/ray and tests/serving."""
 
+import io
 import math
 from datetime import datetime
 
 import pytest
+from rich.console import Console
 
 from spin_ray.errors import ConfigError, StageError, UserError
 from spin_ray.report import benchmarks
@@ -40,6 +42,34 @@ def test_the_mean_of_the_papers_preset_is_there_once_all_six_are():
     assert averages(results | {"gsm8k": results["gsm8k"] | {"shots": 8}}) == {}
     assert averages(results | {"gsm8k": results["gsm8k"] | {"limit": 10}}) == {}
     assert averages({"gsm8k": results["gsm8k"]}) == {}
+
+
+@pytest.mark.parametrize(
+    ("others", "why"),
+    [
+        ({"chat": True}, "its tasks ran with different values of chat"),
+        ({"dtype": "bfloat16", "max_length": 2048}, "different values of dtype, max_length"),
+        ({"backend": "http://127.0.0.1:8000/v1"}, "different values of backend"),
+        ({"limit": 10}, None),
+    ],
+)
+def test_a_later_result_of_other_conditions_takes_the_mean_away(tmp_path, monkeypatch, others, why):
+    run, alike = made_up_run(tmp_path / "run"), {"backend": "hf", "dtype": "float32", "max_length": None, "chat": False}
+    results = {
+        it.task: alike | {"metrics": {it.metric: {"value": 0.5, "standard_error": 0.01}}, "shots": it.shots,
+                          "rows": 9, "limit": None, "task_version": 1}
+        for it in PRESETS["paper"]
+    }  # fmt: skip
+    request = request_for(run.config(), 1, "/m", benchmarks=())
+    monkeypatch.setattr(benchmarks, "_measure_on_ray", lambda *_: iter([results]))
+    mean = benchmarks.run(run, run.config(), 1, request)["mean of paper"]
+    assert mean.items() >= alike.items() and mean["metrics"]["mean"]["value"] == 0.5
+    monkeypatch.setattr(benchmarks, "_measure_on_ray", lambda *_: iter([{"gsm8k": results["gsm8k"] | others}]))
+    found = benchmarks.run(run, run.config(), 1, request)
+    assert "mean of paper" not in found and run.evaluation(1)["benchmarks"] == found
+    console = Console(file=io.StringIO(), width=200)
+    benchmarks.print_results("iter_000", found, console)
+    assert ((why or "left out") in console.file.getvalue()) == bool(why)
 
 
 @pytest.mark.parametrize(("chat", "kind"), [(False, "local-completions"), (True, "local-chat-completions")])

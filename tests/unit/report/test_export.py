@@ -2,6 +2,7 @@
 
 import base64
 import json
+import math
 import os
 import shutil
 import subprocess
@@ -16,7 +17,9 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from spin_ray.errors import ConfigError, RunDirError
 from spin_ray.inputs.model_folder import folder_entries, open_model
+from spin_ray.loop.algorithms.table import ALGORITHMS
 from spin_ray.report.export import export
+from spin_ray.report.methods import METHODS
 from spin_ray.report.model_card import model_card, write_card
 from spin_ray.run_dir.artefact import Manifest
 from spin_ray.run_dir.storage import MANIFEST, folder_digest
@@ -26,11 +29,21 @@ from tests.support.made_up_run import TINY, made_up_run
 @pytest.fixture
 def run(tmp_path):
     """Two iterations; iter_001 has a model."""
-    run = made_up_run(tmp_path / "run", generation={"engine": {"extra": {"proxy_password": "SECRETSECRET"}}})
+    secret = {"engine": {"extra": {"proxy_password": "SECRETSECRET"}}}
+    run = made_up_run(tmp_path / "run", model={"path": "someone/base@v1"}, generation=secret)
     folder = run.storage.path(run.model(2).path)
     shutil.copytree(TINY, folder)
     (folder / MANIFEST).write_bytes(Manifest.of(folder_entries(folder), {}, {}).to_bytes())
     return run
+
+
+def with_config(run, **sections):
+    """Changes settings in run.json."""
+    description = run.description()
+    for name, value in sections.items():
+        given = description["config"][name]
+        description["config"][name] = given | value if isinstance(given, dict) else value
+    run.storage.replace("run.json", json.dumps(description).encode())
 
 
 @pytest.mark.parametrize("iterate", ["1", "iter_001", "iter-1", "latest"])
@@ -67,12 +80,35 @@ def test_the_card_says_how_vllm_reads_the_folder_as_transformers_does(run, tmp_p
 def test_the_card_names_base_data_and_results_in_the_hubs_form(run):
     text = model_card(run, 2)
     metadata = yaml.safe_load(text.split("---")[1])
-    assert metadata["base_model"] == "m"
+    assert metadata["base_model"] == "someone/base"
     metrics = {it["type"]: it["value"] for it in metadata["model-index"][0]["results"][0]["metrics"]}
     assert metrics["answer_accuracy"] == 0.45
     assert "by 2 iteration(s) of SPIN" in text
     assert "| answer accuracy | 0.450 ± 0.039 |" in text
     assert "SECRET" not in text
+
+
+@pytest.mark.parametrize("algorithm", [*ALGORITHMS, "my_pkg.mine:Mirrored"])
+def test_the_card_says_which_algorithm_made_the_model(run, algorithm):
+    """Only SPIN is called SPIN, and θ_0 came from the warm-up alone."""
+    assert METHODS.keys() == ALGORITHMS.keys()
+    with_config(run, algorithm=algorithm, sft={"epochs": 2})
+    text = model_card(run, 2)
+    made_by = METHODS[algorithm].name if algorithm in METHODS else f"the algorithm `{algorithm}`"
+    assert f"by 2 epoch(s) of supervised fine-tuning and 2 iteration(s) of {made_by} on `d.jsonl`" in text
+    assert ("to tell the human responses" in text) == (algorithm == "spin")
+    assert ("spin" in yaml.safe_load(text.split("---")[1])["tags"]) == (algorithm == "spin")
+    assert "by 2 epoch(s) of supervised fine-tuning on `d.jsonl` with spin_ray. Nothing else" in model_card(run, 0)
+
+
+@pytest.mark.parametrize("path", ["/models/sft", "./base", "someone/local", "embedded:tiny-llama", "~/models/sft"])
+def test_a_folder_is_no_base_model_of_the_hub(run, path, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    Path("someone/local").mkdir(parents=True)
+    with_config(run, model={"path": path})
+    text = model_card(run, 2)
+    assert "base_model" not in yaml.safe_load(text.split("---")[1])
+    assert f"Made from `{path}`" in text
 
 
 def test_the_hubs_own_reader_understands_the_card(run):
@@ -84,12 +120,13 @@ def test_the_hubs_own_reader_understands_the_card(run):
 
 def test_benchmarks_and_a_data_set_of_the_hub_are_in_the_card(run):
     """lm-eval's numbers as they are in eval.json; ± is 1.96 · 0.01."""
-    description = run.description()
-    description["config"]["data"]["train"] = "hf://datasets/someone/chat/train.parquet"
-    run.storage.replace("run.json", json.dumps(description).encode())
+    files = [{"path": f"hf://datasets/someone/chat@v1/{name}.parquet"} for name in "ab"]
+    with_config(run, data={"train": files})
     metrics = {"acc_norm": {"value": 0.3125, "standard_error": 0.01}}
     evaluation = json.loads(run.storage.read(run.eval_path(2)))
-    evaluation["benchmarks"] = {"arc_challenge": {"metrics": metrics, "shots": 25, "task_version": 1.0}}
+    arc = {"metrics": metrics, "shots": 25, "task_version": 1.0}
+    evaluation["benchmarks"] = {"arc_challenge": arc, "gsm8k": arc | {"backend": "vllm", "limit": 100}}
+    evaluation["benchmarks"]["empty"] = arc | {"metrics": {"acc": {"value": math.nan, "standard_error": None}}}
     run.storage.replace(run.eval_path(2), json.dumps(evaluation).encode())
     text = model_card(run, 2)
     metadata = yaml.safe_load(text.split("---")[1])
@@ -98,6 +135,8 @@ def test_benchmarks_and_a_data_set_of_the_hub_are_in_the_card(run):
         {"type": "acc_norm", "name": "acc_norm", "value": 0.3125}
     ]
     assert "| arc_challenge | 25 | acc_norm | 0.3125 ± 0.0196 |" in text
+    assert "| gsm8k, vllm, first 100 rows | 25 |" in text
+    assert len(metadata["model-index"][0]["results"]) == 2, "neither a trial nor NaN is a result for the hub"
 
 
 def test_the_card_beside_the_weights_is_no_part_of_the_model(run):
@@ -143,6 +182,7 @@ class Hub(BaseHTTPRequestHandler):
 
     created: dict = {}  # noqa: RUF012
     files: dict = {}  # noqa: RUF012
+    cards: list = []  # noqa: RUF012
 
     def do_POST(self):
         body = self.rfile.read(int(self.headers["Content-Length"]))
@@ -159,6 +199,8 @@ class Hub(BaseHTTPRequestHandler):
                     self.files[line["value"]["path"]] = base64.b64decode(line["value"]["content"])
             self.answer({"success": True, "commitOid": "0" * 40, "commitUrl": f"http://{self.headers['Host']}/me/mine"})
         else:
+            assert self.path == "/api/validate-yaml"
+            self.cards.append(json.loads(body)["content"])
             self.answer({"errors": [], "warnings": []})
 
     def do_GET(self):
@@ -193,5 +235,6 @@ def test_an_export_to_a_hub_makes_a_private_repository_with_model_and_card(run):
     assert done.stdout.strip() == "hub:me/mine"
     assert {"name": "mine", "organization": "me", "visibility": "private"}.items() <= Hub.created.items()
     folder = run.storage.path(run.model(2).path)
-    assert Hub.files.pop("README.md").decode() == model_card(run, 2)
+    assert next(iter(Hub.files)) == "README.md", "a card that the hub refuses must not cost an upload of weights"
+    assert Hub.files.pop("README.md").decode() == model_card(run, 2) == Hub.cards[0]
     assert Hub.files == {name: (folder / name).read_bytes() for name in run.model(2).manifest().files}

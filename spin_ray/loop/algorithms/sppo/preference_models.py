@@ -37,7 +37,7 @@ def load_scorer(
     try:
         tokenizer = open_tokenizer(folder)
         scorer = (
-            RewardScorer(folder, tokenizer, config.max_length, variables or {})
+            RewardScorer(folder, tokenizer, config.max_length, variables or {}, on_cpu=device.type == "cpu")
             if config.kind == "reward"
             else PairRmScorer(folder, tokenizer, config.max_length)
         )
@@ -47,15 +47,23 @@ def load_scorer(
 
 
 class RewardScorer:
-    """Reward model, a classifier with one output r(x, y): P(y beats y′) = σ(r − r′)."""
+    """Reward model, a classifier with one output r(x, y): P(y beats y′) = σ(r − r′).
 
-    def __init__(self, folder: Path, tokenizer: Any, max_length: int, variables: Mapping[str, Any]) -> None:
+    It computes in fp32 on a CPU; elsewhere in its stored dtype, with the last layer in fp32.
+    """
+
+    def __init__(
+        self, folder: Path, tokenizer: Any, max_length: int, variables: Mapping[str, Any], *, on_cpu: bool
+    ) -> None:
         from transformers import AutoModelForSequenceClassification
 
         self._tokenizer, self._max_length, self._variables = tokenizer, max_length, variables
-        self._model: Any = AutoModelForSequenceClassification.from_pretrained(folder, use_safetensors=True).eval()
+        self._model: Any = AutoModelForSequenceClassification.from_pretrained(
+            folder, use_safetensors=True, dtype=torch.float32 if on_cpu else "auto"
+        ).eval()
         if self._model.config.num_labels != 1:
             raise ValueError(f"it has {self._model.config.num_labels} outputs, a reward model has one")
+        _compute_head_in_fp32(self._model)
         self._text_config = self._model.config.get_text_config()
         self._pad_id: int | None = self._text_config.pad_token_id
 
@@ -93,6 +101,13 @@ class RewardScorer:
             for name, values in inputs.items()
         }
         return self._model(**padded).logits[:, 0].float()
+
+
+def _compute_head_in_fp32(model: nn.Module) -> None:
+    """Makes the last layer with one output compute in fp32: bf16 has steps of 0.125 at a reward of 25."""
+    heads = [layer for layer in model.modules() if type(layer) is nn.Linear and layer.out_features == 1]
+    for head in heads[-1:]:
+        head.float().register_forward_pre_hook(lambda _, states: (states[0].float(),))
 
 
 class MarkedRow(NamedTuple):
