@@ -51,7 +51,7 @@ def endpoint(run_folder: str, config: SpinConfig, keeper: Any, *, proxied: bool 
     return app
 
 
-def application(run_folder: str, config: SpinConfig) -> serve.Application:
+def application(run_folder: str, config: SpinConfig, driver: str | None = None) -> serve.Application:
     serving = config.serving
     ingress: Any = serve.deployment(
         Ingress,
@@ -62,15 +62,17 @@ def application(run_folder: str, config: SpinConfig) -> serve.Application:
         ray_actor_options={"num_cpus": 0},
         logging_config={"enable_access_log": False},  # ``Observe`` writes a better one
     )
-    return ingress.bind(run_folder, config, keeper(run_folder, config))
+    return ingress.bind(run_folder, config, keeper(run_folder, config, driver=driver))
 
 
-def keeper(run_folder: str, config: SpinConfig, engines: str = ENGINE_PREFIX) -> serve.Application:
-    """Builds the keeper alone."""
+def keeper(
+    run_folder: str, config: SpinConfig, engines: str = ENGINE_PREFIX, driver: str | None = None
+) -> serve.Application:
+    """Builds the keeper alone; ``driver`` is the Ray job whose process stops the server."""
     deployment: Any = serve.deployment(
         Keeper, name="keeper", num_replicas=1, max_ongoing_requests=100, ray_actor_options={"num_cpus": 0}
     )
-    return deployment.bind(run_folder, config, engines)
+    return deployment.bind(run_folder, config, engines, driver)
 
 
 def build(args: dict[str, Any]) -> serve.Application:

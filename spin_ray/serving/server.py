@@ -19,6 +19,7 @@ from spin_ray.serving.access import LOOPBACK, guard_ray_token, read_keys
 from spin_ray.serving.app import APP, STOP_MARGIN_S, application, keeper, votes_url
 from spin_ray.serving.arena.votes import VoteStore
 from spin_ray.serving.front import Front, listen
+from spin_ray.serving.incumbent import check_vacant
 from spin_ray.serving.iterates import check_models, wanted
 from spin_ray.serving.keeper import ENGINE_PREFIX
 from spin_ray.serving.progress import Progress
@@ -74,7 +75,7 @@ def start(run: RunDir, config: SpinConfig) -> Front | None:
     Returns None if Ray Serve's proxies are the endpoint: on a cluster, or with several ingress replicas.
 
     Raises:
-        UserError: no cluster answers, or it could not serve safely.
+        UserError: no cluster answers, it serves already, or it could not serve safely.
         StageError: Ray Serve's proxy did not start.
     """
     serving, folder = config.serving, str(run.storage.root)
@@ -90,6 +91,7 @@ def start(run: RunDir, config: SpinConfig) -> Front | None:
     if serving.port == 0:
         raise ConfigError("serving.port: 0 is for one ingress on this machine; give Ray Serve's proxies a port")
     connect_for(run, config)
+    check_vacant(folder)
     if serve.status().proxies and not serving.keys:
         raise ConfigError("Ray Serve runs on this cluster already, at an address of its own; set serving.keys first")
     try:
@@ -102,7 +104,7 @@ def start(run: RunDir, config: SpinConfig) -> Front | None:
         raise StageError(
             f"Ray Serve's proxy did not start ({first_line(error)}); is the machine overloaded?"
         ) from error
-    serve.run(application(folder, config), name=APP, route_prefix="/")
+    serve.run(application(folder, config, ray.get_runtime_context().get_job_id()), name=APP, route_prefix="/")
     return None
 
 
