@@ -88,11 +88,24 @@ def build(args: dict[str, Any]) -> serve.Application:
     }
     run = open_run(args["run"])
     config = override(run.config(), settings)
+    check_devices(config)
     if not config.serving.keys:
         raise ConfigError("serving.keys: is needed here, as a cluster's proxies listen beyond their machine")
     if not config.serving.votes and "://" in str(run.storage.root):
         raise ConfigError("serving.votes: is needed here, as a store holds no database and a pod keeps no file")
     return application(str(run.storage.root), config)
+
+
+def check_devices(config: SpinConfig) -> None:
+    """Raises ConfigError unless an engine's GPUs are as many as its parts, or it is whole and shares one."""
+    section = "serving.engine" if config.serving.engine else "generation.engine"
+    engine, gpus = config.serving.engine or config.generation.engine, config.serving.resources.gpus
+    if gpus != engine.devices and (gpus > 1 or engine.devices > 1):
+        raise ConfigError(
+            f"serving.resources.gpus: {gpus:g}, but {section} has tensor_parallel_size {engine.tensor_parallel_size} × "
+            f"pipeline_parallel_size {engine.pipeline_parallel_size}; set it to {engine.devices}, or give "
+            "serving.engine other sizes"
+        )
 
 
 def votes_url(run_folder: str, config: SpinConfig) -> str | URL:
