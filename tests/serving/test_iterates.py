@@ -228,6 +228,13 @@ def test_rows_to_compare_are_asked_without_their_last_answer_each_with_its_seed(
     assert [row.seed for row in rows] == [5, 6]
 
 
+def test_a_row_to_compare_may_hold_every_mark_that_ends_a_line_elsewhere(tmp_path: Path) -> None:
+    texts, file = ["one\u2028two\u2029three\x85four", "five\x0b\x0c\x1c"], tmp_path / "rows.jsonl"
+    file.write_text("\r\n".join(json.dumps({"prompt": text}, ensure_ascii=False) for text in texts), newline="")
+    rows = read_rows(file, {"models": ["sft", "latest"], "seed": 0})
+    assert [row.messages[0].text for row in rows] == texts
+
+
 @pytest.mark.parametrize("line", ["{", "[]", '{"messages": []}', '{"prompt": 3}', '{"other": 1}'])
 def test_a_row_that_cannot_be_compared_is_an_error_that_says_which(line: str, tmp_path: Path) -> None:
     file = tmp_path / "rows.jsonl"
