@@ -8,13 +8,16 @@ from contextlib import closing
 from pathlib import Path
 
 import pytest
+from obstore.store import MemoryStore
 
 from spin_ray.config.sections import DataConfig
 from spin_ray.errors import UserError
 from spin_ray.inputs.conversations import conversations_of, read_row
 from spin_ray.inputs.sources import read_slice, split
+from spin_ray.run_dir.object_storage import ObjectStorage
 from spin_ray.run_dir.run_dir import RunDir
 from spin_ray.run_dir.storage import Storage
+from spin_ray.serving.app import votes_url
 from spin_ray.serving.arena.battles import BATTLE_TTL_S, Answer, Battle, Question, Tally
 from spin_ray.serving.arena.votes import VoteStore
 from spin_ray.serving.errors import Refusal
@@ -228,13 +231,40 @@ def test_the_command_writes_a_runs_votes_in_the_form_of_another_trainer(call, tm
     run.begin(config_of(), {"inputs": {}, "start_model": "m"})
     to = ("--what", "votes", "--form", "sharegpt", "--to", tmp_path / "votes.jsonl")
     code, _, error = call("export", run.storage.root, *to)
+    file = run.storage.path("votes.sqlite")
     assert (code, error) == (
-        2, f"error: {run.storage.path('votes.sqlite')}: there are no votes; spin-ray serve collects them at /\n"
-    )  # fmt: skip
-    store = VoteStore(f"sqlite:///{run.storage.path('votes.sqlite')}")
+        2,
+        f"error: {file}: there are no votes; spin-ray serve collects them at /, on its own machine or in the database "
+        "of its --serving.votes; give that option here, too\n",
+    )
+    assert not file.exists()
+    store = VoteStore(f"sqlite:///{file}")
     store.vote(answered(store).id, "a")
     store.close()
     code, _, error = call("export", run.storage.root, *to)
-    assert (code, error) == (0, "1 rows written\n")
+    assert (code, error) == (0, f"votes of sqlite:///{file}\n1 rows written\n")
     [row] = map(json.loads, (tmp_path / "votes.jsonl").read_text().splitlines())
     assert row["chosen"] == {"from": "gpt", "value": "sft says"}
+
+
+def test_votes_of_a_run_in_a_store_are_read_where_its_server_keeps_them(call, tmp_path, monkeypatch):
+    """In this machine's cache, or in the database that the server was given on its command line."""
+    monkeypatch.setenv("SPIN_RAY_CACHE", str(tmp_path))
+    monkeypatch.setattr(ObjectStorage, "_store", MemoryStore())
+    run = RunDir(ObjectStorage("s3://bucket/run"))
+    run.begin(config_of(), {"inputs": {}, "start_model": "m"})
+    given = f"sqlite:///{tmp_path}/given.sqlite"
+    for url, verdict in ((votes_url("s3://bucket/run", config_of()), "a"), (given, "b")):
+        store = VoteStore(url)
+        store.vote(answered(store).id, verdict)
+        store.close()
+    says = []
+    for number, options in enumerate(((), ("--serving.votes", given))):
+        file = tmp_path / f"{number}.jsonl"
+        code, _, error = call("export", "s3://bucket/run", "--what", "votes", "--to", file, *options)
+        assert code == 0, error
+        [row] = map(json.loads, file.read_text().splitlines())
+        says.append(row["chosen"][-1]["content"])
+    assert says == ["sft says", "iter-0 says"]
+    code, _, error = call("export", "s3://bucket/run", "--to", tmp_path / "model", "--serving.votes", given)
+    assert (code, error) == (2, "error: --serving.votes: is for --what votes, not model\n")

@@ -66,13 +66,20 @@ class VoteStore:
     """A database of comparisons and votes; only processes of *one machine* may share SQLite.
 
     Raises:
-        UserError: the URL names no usable database.
+        UserError: the URL names no usable database, or no file although it is not ``new``.
     """
 
-    def __init__(self, url: str | URL, clock: Callable[[], float] = time.time) -> None:
+    def __init__(self, url: str | URL, clock: Callable[[], float] = time.time, *, new: bool = True) -> None:
         self._clock = clock
         try:
             self._engine = create_engine(url, pool_pre_ping=True)
+            self.where = self._engine.url.render_as_string(hide_password=True)
+            file = self._engine.url.database or ""
+            if not new and self._engine.dialect.name == "sqlite" and not os.path.isfile(file):
+                raise UserError(
+                    f"{file}: there are no votes; spin-ray serve collects them at /, on its own machine or in the "
+                    "database of its --serving.votes; give that option here, too"
+                )
             if self._engine.dialect.name == "sqlite":
                 _make_private(self._engine.url.database)
                 event.listen(self._engine, "connect", _make_durable)
@@ -86,8 +93,7 @@ class VoteStore:
                 f"votes: not a database URL that works here ({error}); e.g. sqlite:////data/votes.sqlite"
             ) from error
         except SQLAlchemyError as error:
-            where = self._engine.url.render_as_string(hide_password=True)
-            raise UserError(f"votes: {where} cannot be used: {_reason(error)}") from error
+            raise UserError(f"votes: {self.where} cannot be used: {_reason(error)}") from error
 
     def close(self) -> None:
         self._engine.dispose()
