@@ -1,6 +1,7 @@
 """Comparisons and votes in a database: once each, of what the server saw, and there after a crash."""
 
 import json
+import re
 import sqlite3
 import threading
 from concurrent.futures import ThreadPoolExecutor
@@ -9,6 +10,8 @@ from pathlib import Path
 
 import pytest
 from obstore.store import MemoryStore
+from sqlalchemy import make_url
+from sqlalchemy.schema import CreateTable
 
 from spin_ray.config.sections import DataConfig
 from spin_ray.errors import UserError
@@ -19,7 +22,7 @@ from spin_ray.run_dir.run_dir import RunDir
 from spin_ray.run_dir.storage import Storage
 from spin_ray.serving.app import votes_url
 from spin_ray.serving.arena.battles import BATTLE_TTL_S, Answer, Battle, Question, Tally
-from spin_ray.serving.arena.votes import VoteStore
+from spin_ray.serving.arena.votes import VoteStore, _battles, _by_time, _by_vote, _creation
 from spin_ray.serving.errors import Refusal
 from tests.support.fakes import config_of
 
@@ -192,6 +195,17 @@ def test_text_that_no_database_column_takes_survives(votes):
     votes.vote(battle.id, "a")
     (pair,) = votes.export()
     assert [message["content"] for message in pair["chosen"]] == ["\udfff\0", "\ud800 and \0"]
+
+
+@pytest.mark.parametrize("name", ["mysql+pymysql", "mariadb+pymysql", "postgresql+psycopg", "sqlite"])
+def test_every_kind_of_database_keeps_microseconds_and_understands_its_tables(name):
+    """Compiled, not run: MySQL's ``FLOAT`` rounds times to 128 s, and its ``CREATE INDEX`` has no ``IF NOT EXISTS``."""
+    dialect = make_url(f"{name}://").get_dialect()()
+    table = str(CreateTable(_battles).compile(dialect=dialect))
+    assert re.findall(r"(?:created|voted) (DOUBLE|FLOAT)", table) == ["DOUBLE", "DOUBLE"]
+    for index in (_by_time, _by_vote):
+        told = str(_creation(index, dialect).compile(dialect=dialect))
+        assert ("IF NOT EXISTS" in told) == (not name.startswith("mysql"))
 
 
 def test_two_stores_share_a_file(votes, tmp_path, clock):
