@@ -49,7 +49,7 @@ def objection(run_folder: str, table: dict[str, Any], jobs: list[dict[str, Any]]
             "`serve shutdown`"
         )
     if driver is None:
-        return f"the cluster serves {run} already, deployed by a RayService or `serve deploy`; change `run` there"
+        return f"the cluster serves {run} already, deployed by a RayService or `serve deploy`; change its `args` there"
     alive = next((job for job in jobs if job["JobID"] == driver and not job["IsDead"]), None)
     if alive:
         process = f"process {alive['DriverPid']} on {alive['DriverIPAddress']}"

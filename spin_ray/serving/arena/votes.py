@@ -76,12 +76,13 @@ class VoteStore:
             self._engine = create_engine(url, pool_pre_ping=True)
             self.where = self._engine.url.render_as_string(hide_password=True)
             file = self._engine.url.database or ""
-            if not new and self._engine.dialect.name == "sqlite" and not os.path.isfile(file):
+            is_sqlite = self._engine.dialect.name == "sqlite"
+            if is_sqlite and not new and not file.startswith("file:") and not os.path.isfile(file):
                 raise UserError(
                     f"{file}: there are no votes; spin-ray serve collects them at /, on its own machine or in the "
                     "database of its --serving.votes; give that option here, too"
                 )
-            if self._engine.dialect.name == "sqlite":
+            if is_sqlite:
                 _make_private(self._engine.url.database)
                 event.listen(self._engine, "connect", _make_durable)
             with self._engine.begin() as connection:
