@@ -180,12 +180,15 @@ def report(run_folders: tuple[str, ...], out: str | None) -> None:
     help="The model, the pairs that it was trained on, or the arena's votes.",
 )  # fmt: skip
 @click.option("--form", type=click.Choice(["trl", "sharegpt"]), default="trl", show_default=True, help="Form of rows.")
-def export_(run_folder: str, iterate: str, target: str, what: str, form: Any) -> None:
+@click.option("--serving.votes", "votes", default=None, help="Database of the votes, as the server was given it.")
+def export_(run_folder: str, iterate: str, target: str, what: str, form: Any, votes: str | None) -> None:
     """Copy an iterate with a model card to a folder or a Hugging Face hub, or write preference rows to a file."""
     from spin_ray.report.export import export
     from spin_ray.run_dir.run_dir import open_run
 
     run = open_run(run_folder)
+    if votes and what != "votes":
+        raise UserError(f"--serving.votes: is for --what votes, not {what}")
     if what == "model":
         click.echo(export(run, iterate, target))
         return
@@ -195,9 +198,12 @@ def export_(run_folder: str, iterate: str, target: str, what: str, form: Any) ->
     if what == "pairs":
         found = rows.pairs_of(run, iterate, counts)
     else:
-        from spin_ray.serving.arena.exported import exported_votes  # slow: vLLM
+        from spin_ray.serving.arena.exported import open_votes  # slow: vLLM
 
-        found = rows.preferred_of_votes(exported_votes(run))
+        store = open_votes(run, votes)
+        click.get_current_context().call_on_close(store.close)
+        click.echo(f"votes of {store.where}", err=True)
+        found = rows.preferred_of_votes(store.export())
     click.echo(rows.write_rows(found, form, target, counts))
     click.echo(rows.said(counts), err=True)
 

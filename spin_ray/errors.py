@@ -64,7 +64,7 @@ def _last_line(error: BaseException) -> str:
     text = str(error)
     if "UserCodeException" in text:
         text = text.partition("The above exception was the direct cause")[0]
-    lines = [line for line in text.splitlines() if line.strip() and not line.startswith("Refer to the doc")]
+    lines = [line for line in text.split("\n") if line.strip() and not line.startswith("Refer to the doc")]
     return lines[-1] if lines else type(error).__name__
 
 

@@ -63,10 +63,9 @@ def read_json_lines(storage: Storage, name: str) -> list[dict[str, Any]]:
     except FileNotFoundError:
         return []
     lines = []
-    for line in text.splitlines(keepends=True):
+    for line in text.split("\n")[:-1]:
         with suppress(ValueError):
-            if line.endswith("\n"):
-                lines.append(json.loads(line))
+            lines.append(json.loads(line))
     return lines
 
 

@@ -31,7 +31,7 @@ def read_keys(file: str | Path) -> list[Key]:
         ConfigError: the file cannot be read, is open to others, or has a wrong line or no key.
     """
     try:
-        lines = Path(file).read_text(encoding="utf-8").splitlines()
+        lines = Path(file).read_text(encoding="utf-8").split("\n")
         mode = Path(file).stat().st_mode & 0o777
     except (OSError, UnicodeDecodeError) as error:
         raise ConfigError(f"serving.keys {file}: cannot be read ({error})") from error

@@ -51,7 +51,7 @@ def endpoint(run_folder: str, config: SpinConfig, keeper: Any, *, proxied: bool 
     return app
 
 
-def application(run_folder: str, config: SpinConfig) -> serve.Application:
+def application(run_folder: str, config: SpinConfig, driver: str | None = None) -> serve.Application:
     serving = config.serving
     ingress: Any = serve.deployment(
         Ingress,
@@ -62,15 +62,17 @@ def application(run_folder: str, config: SpinConfig) -> serve.Application:
         ray_actor_options={"num_cpus": 0},
         logging_config={"enable_access_log": False},  # ``Observe`` writes a better one
     )
-    return ingress.bind(run_folder, config, keeper(run_folder, config))
+    return ingress.bind(run_folder, config, keeper(run_folder, config, driver=driver))
 
 
-def keeper(run_folder: str, config: SpinConfig, engines: str = ENGINE_PREFIX) -> serve.Application:
-    """Builds the keeper alone."""
+def keeper(
+    run_folder: str, config: SpinConfig, engines: str = ENGINE_PREFIX, driver: str | None = None
+) -> serve.Application:
+    """Builds the keeper alone; ``driver`` is the Ray job whose process stops the server."""
     deployment: Any = serve.deployment(
         Keeper, name="keeper", num_replicas=1, max_ongoing_requests=100, ray_actor_options={"num_cpus": 0}
     )
-    return deployment.bind(run_folder, config, engines)
+    return deployment.bind(run_folder, config, engines, driver)
 
 
 def build(args: dict[str, Any]) -> serve.Application:
@@ -86,11 +88,24 @@ def build(args: dict[str, Any]) -> serve.Application:
     }
     run = open_run(args["run"])
     config = override(run.config(), settings)
+    check_devices(config)
     if not config.serving.keys:
         raise ConfigError("serving.keys: is needed here, as a cluster's proxies listen beyond their machine")
     if not config.serving.votes and "://" in str(run.storage.root):
         raise ConfigError("serving.votes: is needed here, as a store holds no database and a pod keeps no file")
     return application(str(run.storage.root), config)
+
+
+def check_devices(config: SpinConfig) -> None:
+    """Raises ConfigError unless ``serving.resources.gpus`` is the engine's, or at most 1 for an engine of one part."""
+    section = "serving.engine" if config.serving.engine else "generation.engine"
+    engine, gpus = config.serving.engine or config.generation.engine, config.serving.resources.gpus
+    if gpus != engine.devices and (gpus > 1 or engine.devices > 1):
+        raise ConfigError(
+            f"serving.resources.gpus: {gpus:g}, but {section} has tensor_parallel_size {engine.tensor_parallel_size} × "
+            f"pipeline_parallel_size {engine.pipeline_parallel_size}; set it to {engine.devices}, or give "
+            "serving.engine other sizes"
+        )
 
 
 def votes_url(run_folder: str, config: SpinConfig) -> str | URL:

@@ -244,6 +244,7 @@ def build_engine(iterate: Iterate, config: SpinConfig, run_folder: str = "") -> 
             "max_model_len": config.model.max_length,
             "dtype": engine.dtype,
             "tensor_parallel_size": engine.tensor_parallel_size,
+            "pipeline_parallel_size": engine.pipeline_parallel_size,
             "max_num_seqs": engine.max_num_seqs,
             "gpu_memory_utilization": engine.gpu_memory_utilization,
             "enforce_eager": engine.enforce_eager,
@@ -257,7 +258,7 @@ def build_engine(iterate: Iterate, config: SpinConfig, run_folder: str = "") -> 
             **engine.extra,
             **corrected,
         },
-        placement_group_config={"bundle_per_worker": _per_worker(serving, engine.tensor_parallel_size)},
+        placement_group_config={"bundle_per_worker": _per_worker(serving, engine.devices)},
         callback_config={"callback_class": LocalFolder},
         experimental_configs={
             "stream_batching_interval_ms": 0
@@ -322,10 +323,12 @@ def _deployment(serving: ServingConfig) -> dict[str, Any]:
                 "target_ongoing_requests": serving.target_ongoing_requests,
             }
         }
+    labels = [serving.resources.labels] if serving.resources.labels else None  # Ray Serve repeats it for every bundle
     return scale | {
         "max_ongoing_requests": 10 * serving.max_concurrent,  # the ingress refuses first
         "graceful_shutdown_timeout_s": serving.request_timeout_s,
         "health_check_period_s": 1,
         "max_constructor_retry_count": 1,
         "ray_actor_options": {"num_cpus": 0},
+        "placement_group_bundle_label_selector": labels,
     }

@@ -44,17 +44,20 @@ class EngineFailed(RuntimeError):
 class Keeper:
     """The one actor that starts and retires a server's engines. Every ingress follows its table.
 
-    ``{"keeper": "0c9f…", "version": 3, "newest": "iter-1",
+    ``{"keeper": "0c9f…", "run": "/shared/runs/my", "driver": "04000000", "version": 3, "newest": "iter-1",
     "engines": {"iter-1": {"app": "engine.iter-1.5f0c…", "digest": "5f0c…"}},
     "problems": {"iter-2": "…/model.safetensors: differs from its digest"}, "down": [],
     "starting": {"iter-3": "placed, loads"}, "running": ["engine.iter-1.5f0c…"], "settled": False}``
 
+    ``driver`` is the Ray job that started the server (None: a RayService).
     ``running`` includes engines of an earlier keeper (None: not seen yet). ``settled``: nothing starts any more.
     """
 
-    async def __init__(self, run_folder: str, config: SpinConfig, engines: str = ENGINE_PREFIX) -> None:
+    async def __init__(
+        self, run_folder: str, config: SpinConfig, engines: str = ENGINE_PREFIX, driver: str | None = None
+    ) -> None:
         self._run, self._config, self._prefix = open_run(run_folder), config, engines
-        self._run_folder = run_folder
+        self._run_folder, self._driver = run_folder, driver
         self._id, self._version = uuid.uuid4().hex, 0
         self._newest: str | None = None
         self._engines: dict[str, dict[str, str]] = {}
@@ -85,6 +88,8 @@ class Keeper:
                 await asyncio.wait_for(self._changed.wait_for(lambda: self._version != known), wait_s)
         return {
             "keeper": self._id,
+            "run": self._run_folder,
+            "driver": self._driver,
             "version": self._version,
             "newest": self._newest,
             "engines": dict(self._engines),

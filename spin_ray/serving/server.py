@@ -15,10 +15,12 @@ from spin_ray.errors import ConfigError, ResourceError, StageError, first_line
 from spin_ray.run_dir.run_dir import RunDir
 from spin_ray.runtime.connect import connect, take_signal
 from spin_ray.runtime.gpu import check_serving_build
+from spin_ray.runtime.placement import is_selected, missing
 from spin_ray.serving.access import LOOPBACK, guard_ray_token, read_keys
-from spin_ray.serving.app import APP, STOP_MARGIN_S, application, keeper, votes_url
+from spin_ray.serving.app import APP, STOP_MARGIN_S, application, check_devices, keeper, votes_url
 from spin_ray.serving.arena.votes import VoteStore
 from spin_ray.serving.front import Front, listen
+from spin_ray.serving.incumbent import check_vacant
 from spin_ray.serving.iterates import check_models, wanted
 from spin_ray.serving.keeper import ENGINE_PREFIX
 from spin_ray.serving.progress import Progress
@@ -51,11 +53,12 @@ def check_settings(run: RunDir, config: SpinConfig) -> None:
 
     Raises:
         UserError: an unknown model name, unusable keys or votes, a reachable port without keys, GPUs but a vLLM for
-            CPUs, or RAY_AUTH_MODE without tokens.
+            CPUs, another number of GPUs than an engine's parts, or RAY_AUTH_MODE without tokens.
     """
     serving = config.serving
     check_models(run, serving.models)
     check_serving_build(config)
+    check_devices(config)
     if serving.keys:
         read_keys(serving.keys)
     VoteStore(votes_url(str(run.storage.root), config)).close()
@@ -74,7 +77,7 @@ def start(run: RunDir, config: SpinConfig) -> Front | None:
     Returns None if Ray Serve's proxies are the endpoint: on a cluster, or with several ingress replicas.
 
     Raises:
-        UserError: no cluster answers, or it could not serve safely.
+        UserError: no cluster answers, it serves already, or it could not serve safely.
         StageError: Ray Serve's proxy did not start.
     """
     serving, folder = config.serving, str(run.storage.root)
@@ -90,6 +93,7 @@ def start(run: RunDir, config: SpinConfig) -> Front | None:
     if serving.port == 0:
         raise ConfigError("serving.port: 0 is for one ingress on this machine; give Ray Serve's proxies a port")
     connect_for(run, config)
+    check_vacant(folder)
     if serve.status().proxies and not serving.keys:
         raise ConfigError("Ray Serve runs on this cluster already, at an address of its own; set serving.keys first")
     try:
@@ -102,7 +106,7 @@ def start(run: RunDir, config: SpinConfig) -> Front | None:
         raise StageError(
             f"Ray Serve's proxy did not start ({first_line(error)}); is the machine overloaded?"
         ) from error
-    serve.run(application(folder, config), name=APP, route_prefix="/")
+    serve.run(application(folder, config, ray.get_runtime_context().get_job_id()), name=APP, route_prefix="/")
     return None
 
 
@@ -116,9 +120,18 @@ def connect_for(run: RunDir, config: SpinConfig) -> None:
     os.environ.setdefault("RAY_SERVE_PROXY_READY_CHECK_TIMEOUT_S", "50")
     guard_ray_token(embedded=not (config.cluster.address or os.environ.get("RAY_ADDRESS")))
     connect(with_room(config, 1 if config.commits_adapters else len(wanted(run, config.serving.models)[0])))
-    needed = config.serving.resources.bundle
-    if not any(all(node["Resources"].get(name, 0) >= n for name, n in needed.items()) for node in ray.nodes()):
-        raise ResourceError(f"serving.resources: no node of the cluster has {needed}; lower it or add nodes")
+    check_room(config)
+
+
+def check_room(config: SpinConfig) -> None:
+    """Raises ResourceError if the nodes could not hold an engine, each pipeline stage on one node."""
+    resources, engine = config.serving.resources, config.serving.engine or config.generation.engine
+    nodes = [node for node in ray.nodes() if node["Alive"] and is_selected(node.get("Labels") or {}, resources.labels)]
+    stages = engine.pipeline_parallel_size
+    stage = {name: amount / stages for name, amount in resources.bundle.items()}
+    if lack := missing([stage] * stages, [node["Resources"] for node in nodes]):
+        on = f" on nodes labelled {resources.labels}" if resources.labels else ""
+        raise ResourceError(f"serving.resources: {lack}{on}; lower it or add nodes")
 
 
 def with_room(config: SpinConfig, engines: int) -> SpinConfig:

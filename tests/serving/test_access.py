@@ -12,7 +12,7 @@ def test_a_made_key_opens_and_its_line_does_not_hold_it(tmp_path: Path) -> None:
     alice, hers = new_key("alice", per_minute=3)
     _, his = new_key("bob")
     file = tmp_path / "keys"
-    file.write_text(f"# who\n\n{hers}\n{his}\n")
+    file.write_text(f"# who\u2028else\n\n{hers}\n{his}\n")
     file.chmod(0o644)
     with pytest.raises(ConfigError, match="others on this machine can read or change it"):
         read_keys(file)

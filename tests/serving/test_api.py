@@ -249,6 +249,7 @@ def test_comparison_pairs_seeds_scores_answers_and_takes_the_margin() -> None:
         result = (await server.post(COMPARE, body)).json()
         first, second = server.engines.asked[:2]
         assert first["seed"] == second["seed"] == result["seed"] and first["temperature"] == 0.5
+        assert result["seed"] < 2**53, "JavaScript would round it, and a client could not send it back"
         assert [answer["logps"] for answer in result["answers"]] == [
             {"sft": -2.0, "iter-0": -4.0}, {"sft": -4.0, "iter-0": -2.0},
         ]  # fmt: skip

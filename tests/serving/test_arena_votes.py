@@ -1,6 +1,7 @@
 """Comparisons and votes in a database: once each, of what the server saw, and there after a crash."""
 
 import json
+import re
 import sqlite3
 import threading
 from concurrent.futures import ThreadPoolExecutor
@@ -8,15 +9,20 @@ from contextlib import closing
 from pathlib import Path
 
 import pytest
+from obstore.store import MemoryStore
+from sqlalchemy import make_url
+from sqlalchemy.schema import CreateTable
 
 from spin_ray.config.sections import DataConfig
 from spin_ray.errors import UserError
 from spin_ray.inputs.conversations import conversations_of, read_row
 from spin_ray.inputs.sources import read_slice, split
+from spin_ray.run_dir.object_storage import ObjectStorage
 from spin_ray.run_dir.run_dir import RunDir
 from spin_ray.run_dir.storage import Storage
+from spin_ray.serving.app import votes_url
 from spin_ray.serving.arena.battles import BATTLE_TTL_S, Answer, Battle, Question, Tally
-from spin_ray.serving.arena.votes import VoteStore
+from spin_ray.serving.arena.votes import VoteStore, _battles, _by_time, _by_vote, _creation
 from spin_ray.serving.errors import Refusal
 from tests.support.fakes import config_of
 
@@ -191,6 +197,17 @@ def test_text_that_no_database_column_takes_survives(votes):
     assert [message["content"] for message in pair["chosen"]] == ["\udfff\0", "\ud800 and \0"]
 
 
+@pytest.mark.parametrize("name", ["mysql+pymysql", "mariadb+pymysql", "postgresql+psycopg", "sqlite"])
+def test_every_kind_of_database_keeps_microseconds_and_understands_its_tables(name):
+    """Compiled, not run: MySQL's ``FLOAT`` rounds times to 128 s, and its ``CREATE INDEX`` has no ``IF NOT EXISTS``."""
+    dialect = make_url(f"{name}://").get_dialect()()
+    table = str(CreateTable(_battles).compile(dialect=dialect))
+    assert re.findall(r"(?:created|voted) (DOUBLE|FLOAT)", table) == ["DOUBLE", "DOUBLE"]
+    for index in (_by_time, _by_vote):
+        told = str(_creation(index, dialect).compile(dialect=dialect))
+        assert ("IF NOT EXISTS" in told) == (not name.startswith("mysql"))
+
+
 def test_two_stores_share_a_file(votes, tmp_path, clock):
     other = VoteStore(f"sqlite:///{tmp_path}/votes.sqlite", clock)
     battle = answered(votes)
@@ -228,13 +245,40 @@ def test_the_command_writes_a_runs_votes_in_the_form_of_another_trainer(call, tm
     run.begin(config_of(), {"inputs": {}, "start_model": "m"})
     to = ("--what", "votes", "--form", "sharegpt", "--to", tmp_path / "votes.jsonl")
     code, _, error = call("export", run.storage.root, *to)
+    file = run.storage.path("votes.sqlite")
     assert (code, error) == (
-        2, f"error: {run.storage.path('votes.sqlite')}: there are no votes; spin-ray serve collects them at /\n"
-    )  # fmt: skip
-    store = VoteStore(f"sqlite:///{run.storage.path('votes.sqlite')}")
+        2,
+        f"error: {file}: there are no votes; spin-ray serve collects them at /, on its own machine or in the database "
+        "of its --serving.votes; give that option here, too\n",
+    )
+    assert not file.exists()
+    store = VoteStore(f"sqlite:///{file}")
     store.vote(answered(store).id, "a")
     store.close()
     code, _, error = call("export", run.storage.root, *to)
-    assert (code, error) == (0, "1 rows written\n")
+    assert (code, error) == (0, f"votes of sqlite:///{file}\n1 rows written\n")
     [row] = map(json.loads, (tmp_path / "votes.jsonl").read_text().splitlines())
     assert row["chosen"] == {"from": "gpt", "value": "sft says"}
+
+
+def test_votes_of_a_run_in_a_store_are_read_where_its_server_keeps_them(call, tmp_path, monkeypatch):
+    """In this machine's cache, or in the database that the server was given on its command line."""
+    monkeypatch.setenv("SPIN_RAY_CACHE", str(tmp_path))
+    monkeypatch.setattr(ObjectStorage, "_store", MemoryStore())
+    run = RunDir(ObjectStorage("s3://bucket/run"))
+    run.begin(config_of(), {"inputs": {}, "start_model": "m"})
+    given = f"sqlite:///{tmp_path}/given.sqlite"
+    for url, verdict in ((votes_url("s3://bucket/run", config_of()), "a"), (given, "b")):
+        store = VoteStore(url)
+        store.vote(answered(store).id, verdict)
+        store.close()
+    says = []
+    for number, options in enumerate(((), ("--serving.votes", given))):
+        file = tmp_path / f"{number}.jsonl"
+        code, _, error = call("export", "s3://bucket/run", "--what", "votes", "--to", file, *options)
+        assert code == 0, error
+        [row] = map(json.loads, file.read_text().splitlines())
+        says.append(row["chosen"][-1]["content"])
+    assert says == ["sft says", "iter-0 says"]
+    code, _, error = call("export", "s3://bucket/run", "--to", tmp_path / "model", "--serving.votes", given)
+    assert (code, error) == (2, "error: --serving.votes: is for --what votes, not model\n")

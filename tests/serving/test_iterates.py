@@ -14,16 +14,17 @@ import ray
 from vllm.lora.utils import is_in_target_modules
 
 from spin_ray.config.load import override
-from spin_ray.errors import ConfigError, DataError, RunDirError
+from spin_ray.errors import ConfigError, DataError, ResourceError, RunDirError
 from spin_ray.run_dir.artefact import folder_entries
 from spin_ray.run_dir.run_dir import RunDir
 from spin_ray.run_dir.storage import folder_digest
-from spin_ray.serving.app import build
+from spin_ray.serving.app import build, check_devices
 from spin_ray.serving.batch import compare_rows, read_rows
 from spin_ray.serving.iterate_engine import _for_adapters, build_engine
 from spin_ray.serving.iterates import open_iterate, wanted
-from spin_ray.serving.server import check_settings, start, with_room
+from spin_ray.serving.server import check_room, check_settings, start, with_room
 from tests.support.fake_engines import FakeEngines
+from tests.support.fakes import config_of
 from tests.support.paths import ROOT
 from tests.support.tiny_runs import add_iterate, make_run, tiny_config
 
@@ -98,6 +99,42 @@ def test_what_cannot_serve_is_refused_before_anything_starts(
         check_settings(run, override(run.config(), settings))
 
 
+def test_an_engine_has_a_gpu_for_each_of_its_parts() -> None:
+    sizes, gpus = {"tensor_parallel_size": 8, "pipeline_parallel_size": 2}, {"resources": {"gpus": 16}}
+
+    def check(serving: dict[str, Any]) -> None:
+        check_devices(config_of(generation={"engine": sizes, **gpus}, serving=serving))
+
+    for serving, message in (
+        ({}, r"gpus: 0, but generation\.engine has tensor_parallel_size 8 × pipeline_parallel_size 2; set it to 16"),
+        ({"engine": sizes, "resources": {"gpus": 8}}, r"gpus: 8, but serving\.engine .*; set it to 16"),
+        ({"engine": {}, "resources": {"gpus": 1.5}}, "set it to 1"),
+    ):
+        with pytest.raises(ConfigError, match=message):
+            check(serving)
+    for serving in (gpus, {"engine": {}}, {"engine": {}, "resources": {"gpus": 0.5}}):
+        check(serving)
+
+
+def test_an_engine_needs_nodes_with_room_for_each_stage_and_with_its_label(
+    run: RunDir, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Two nodes of two GPUs hold two stages of two, but no engine of one stage of four."""
+    node = {"Alive": True, "Resources": {"CPU": 8.0, "GPU": 2.0}}
+    monkeypatch.setattr(ray, "nodes", lambda: [node | {"Labels": {"pool": pool}} for pool in ("a", "b")])
+
+    def check(sizes: str, labels: dict[str, str]) -> None:
+        resources = json.dumps({"cpus": 4, "gpus": 4, "labels": labels})
+        check_room(override(run.config(), {"serving.engine": sizes, "serving.resources": resources}))
+
+    two_stages = "{tensor_parallel_size: 2, pipeline_parallel_size: 2}"
+    check(two_stages, {"pool": "in(a,b)"})
+    with pytest.raises(ResourceError, match="no node has 4 GPU, the most is 2; lower it"):
+        check("{tensor_parallel_size: 4}", {})
+    with pytest.raises(ResourceError, match=r"there is room for 1, .* is missing on nodes labelled {'pool': 'a'}"):
+        check(two_stages, {"pool": "a"})
+
+
 @pytest.mark.slow
 def test_the_jobs_script_is_the_command(run: RunDir) -> None:
     script = [sys.executable, "jobs/serve.py", str(run.storage.root), "--models", "sft,gpt-4"]
@@ -133,7 +170,8 @@ def test_a_service_on_a_cluster_needs_keys(run: RunDir) -> None:
         build({"run": str(run.storage.root), "serving.models": ["sft"]})
 
 
-def test_replicas_and_autoscaling_of_an_engine_are_the_configs(run: RunDir, request: pytest.FixtureRequest) -> None:
+def test_replicas_place_and_parts_of_an_engine_are_the_configs(run: RunDir, request: pytest.FixtureRequest) -> None:
+    """The engine of two stages of two GPUs each gets a bundle for each GPU, on nodes with the label."""
     if not ray.is_initialized():  # ray.serve.llm asks it
         ray.init(address="local", num_cpus=1, include_dashboard=False)
         request.addfinalizer(ray.shutdown)
@@ -147,6 +185,11 @@ def test_replicas_and_autoscaling_of_an_engine_are_the_configs(run: RunDir, requ
     scaling = options(max_replicas="4", target_ongoing_requests="5")._deployment_config.autoscaling_config
     assert (scaling.min_replicas, scaling.max_replicas, scaling.target_ongoing_requests) == (1, 4, 5)
     assert sum(bundle["CPU"] for bundle in fixed._replica_config.placement_group_bundles) == 3
+    assert fixed._replica_config.placement_group_bundle_label_selector is None
+    sizes, labels = "{tensor_parallel_size: 2, pipeline_parallel_size: 2}", {"pool": "in(a,b)"}
+    large = options(engine=sizes, resources=json.dumps({"cpus": 2, "gpus": 4, "labels": labels}))
+    assert large._replica_config.placement_group_bundles == [{"CPU": 0.5, "GPU": 1.0}] * 4
+    assert large._replica_config.placement_group_bundle_label_selector == [labels] * 4
 
 
 @pytest.mark.parametrize(
@@ -183,6 +226,13 @@ def test_rows_to_compare_are_asked_without_their_last_answer_each_with_its_seed(
     rows = list(read_rows(file, {"models": ["sft", "latest"], "seed": 5}))
     assert [[message.text for message in row.messages] for row in rows] == [["q"], ["p"]]
     assert [row.seed for row in rows] == [5, 6]
+
+
+def test_a_row_to_compare_may_hold_every_mark_that_ends_a_line_elsewhere(tmp_path: Path) -> None:
+    texts, file = ["one\u2028two\u2029three\x85four", "five\x0b\x0c\x1c"], tmp_path / "rows.jsonl"
+    file.write_text("\r\n".join(json.dumps({"prompt": text}, ensure_ascii=False) for text in texts), newline="")
+    rows = read_rows(file, {"models": ["sft", "latest"], "seed": 0})
+    assert [row.messages[0].text for row in rows] == texts
 
 
 @pytest.mark.parametrize("line", ["{", "[]", '{"messages": []}', '{"prompt": 3}', '{"other": 1}'])

@@ -14,7 +14,8 @@ from sqlalchemy import (
     URL,
     Column,
     Connection,
-    Float,
+    Dialect,
+    Double,
     Index,
     Integer,
     MetaData,
@@ -46,7 +47,7 @@ _battles = Table(
     "battles",
     MetaData(),
     Column("id", String(24), primary_key=True),
-    Column("created", Float, nullable=False),
+    Column("created", Double, nullable=False),  # Float is single precision on MySQL and MariaDB
     Column("seed", Integer, nullable=False),
     Column("model_a", String(64), nullable=False),
     Column("model_b", String(64), nullable=False),
@@ -56,7 +57,7 @@ _battles = Table(
     Column("digest_a", String(128)),
     Column("digest_b", String(128)),
     Column("verdict", String(8)),
-    Column("voted", Float),
+    Column("voted", Double),
 )
 _by_time = Index("battles_by_time", _battles.c.created)
 _by_vote = Index("battles_by_vote", _battles.c.voted, _battles.c.id)
@@ -66,28 +67,37 @@ class VoteStore:
     """A database of comparisons and votes; only processes of *one machine* may share SQLite.
 
     Raises:
-        UserError: the URL names no usable database.
+        UserError: the URL names no usable database, or no file although it is not ``new``.
     """
 
-    def __init__(self, url: str | URL, clock: Callable[[], float] = time.time) -> None:
+    def __init__(self, url: str | URL, clock: Callable[[], float] = time.time, *, new: bool = True) -> None:
         self._clock = clock
         try:
             self._engine = create_engine(url, pool_pre_ping=True)
-            if self._engine.dialect.name == "sqlite":
+            self.where = self._engine.url.render_as_string(hide_password=True)
+            file = self._engine.url.database or ""
+            is_sqlite = self._engine.dialect.name == "sqlite"
+            if is_sqlite and not new and not file.startswith("file:") and not os.path.isfile(file):
+                raise UserError(
+                    f"{file}: there are no votes; spin-ray serve collects them at /, on its own machine or in the "
+                    "database of its --serving.votes; give that option here, too"
+                )
+            if is_sqlite:
                 _make_private(self._engine.url.database)
                 event.listen(self._engine, "connect", _make_durable)
             with self._engine.begin() as connection:
                 connection.execute(CreateTable(_battles, if_not_exists=True))
                 _add_requests(connection)
+                known = {index["name"] for index in inspect(connection).get_indexes(_battles.name)}
                 for index in (_by_time, _by_vote):
-                    connection.execute(CreateIndex(index, if_not_exists=True))
+                    if index.name not in known:
+                        connection.execute(_creation(index, connection.dialect))
         except (ArgumentError, NoSuchModuleError, ImportError) as error:
             raise UserError(
                 f"votes: not a database URL that works here ({error}); e.g. sqlite:////data/votes.sqlite"
             ) from error
         except SQLAlchemyError as error:
-            where = self._engine.url.render_as_string(hide_password=True)
-            raise UserError(f"votes: {where} cannot be used: {_reason(error)}") from error
+            raise UserError(f"votes: {self.where} cannot be used: {_reason(error)}") from error
 
     def close(self) -> None:
         self._engine.dispose()
@@ -205,6 +215,11 @@ def _pair(row: Row) -> dict[str, Any]:
 def _add_requests(connection: Connection) -> None:
     if "request" not in {column["name"] for column in inspect(connection).get_columns(_battles.name)}:
         connection.execute(DDL("ALTER TABLE battles ADD COLUMN request JSON"))
+
+
+def _creation(index: Index, dialect: Dialect) -> CreateIndex:
+    """Returns a statement that lets another process come first, except on MySQL, which has none."""
+    return CreateIndex(index, if_not_exists=dialect.name != "mysql")
 
 
 def _make_private(file: str | None) -> None:

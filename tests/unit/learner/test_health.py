@@ -96,9 +96,11 @@ def test_a_loss_without_a_margin_is_still_held_to_its_largest_loss():
 
 
 def test_what_a_user_can_mend_comes_out_of_another_process_as_itself_and_whole():
-    text = "ray::_Map.run()\n  File a.py\nspin_ray.errors.ModelError: scorer.path m: is no reward model " + "x" * 500
+    text = (
+        "ray::_Map.run()\n  File a.py\nspin_ray.errors.ModelError: scorer.path m: is no reward model\u2028" + "x" * 500
+    )
     found = user_error_in(RuntimeError(text))
-    assert type(found) is ModelError and str(found).endswith("x" * 500)
+    assert type(found) is ModelError and str(found).endswith("is no reward model\u2028" + "x" * 500)
     assert type(user_error_in(RuntimeError("spin_ray.errors.OtherRunError: r: holds another run"))) is UserError
     assert user_error_in(RuntimeError("spin_ray.errors.StageError: it failed")) is None
     assert user_error_in(RuntimeError("ValueError: 1")) is None

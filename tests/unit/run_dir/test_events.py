@@ -4,7 +4,7 @@ import json
 
 import pytest
 
-from spin_ray.run_dir.events import counted_in, spans, stage_seconds
+from spin_ray.run_dir.events import counted_in, read_json_lines, spans, stage_seconds
 from spin_ray.run_dir.run_dir import RunDir
 from spin_ray.run_dir.storage import Storage
 
@@ -40,6 +40,12 @@ def test_an_event_of_an_older_version_gets_its_folder_and_kind_when_it_is_read(r
     run.storage.append("events.jsonl", json.dumps({"time": 1.0, "event": "start", "stage": stage}) + "\n")
     [event] = run.events()
     assert (event["stage"], event["folder"], event["kind"]) == (stage, folder, kind)
+
+
+def test_a_line_of_a_log_ends_at_a_line_feed_alone(run):
+    """The last line is not complete: its writer died."""
+    run.storage.append("log.jsonl", '{"said": "one\u2028line\x85"}\r\n{"said": "two"}\n{"said": "th')
+    assert read_json_lines(run.storage, "log.jsonl") == [{"said": "one\u2028line\x85"}, {"said": "two"}]
 
 
 def test_a_log_that_an_older_version_began_is_one_story(run):
