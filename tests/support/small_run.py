@@ -126,7 +126,7 @@ def _run_worker(
     folder = object_storage.CACHE / where.replace("://", "/") if "://" in where else Path(where)
     kept = folder / name / "checkpoint"
 
-    def report(metrics: object, checkpoint: ray.train.Checkpoint) -> None:
+    def report(metrics: object, checkpoint: ray.train.Checkpoint, **_: object) -> None:
         attempt = folder / name / "attempt"
         shutil.rmtree(attempt, ignore_errors=True)
         shutil.copytree(checkpoint.path, attempt)
