@@ -698,7 +698,8 @@ class ClusterConfig(Section):
     local_cpus: Count | None = None
     """Logical CPUs of a new Ray. Not set: all."""
     wait_for_nodes_s: NonNegative = 0
-    """Longest wait, in seconds, for an autoscaling cluster to grow."""
+    """Longest wait, in seconds, for an autoscaling cluster to grow. The nodes of all stages are asked for. They stay up
+    until the run ends, when the request is withdrawn."""
 
 
 class Settings(Section):
