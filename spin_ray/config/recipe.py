@@ -9,8 +9,9 @@ from collections.abc import Iterator
 from math import ceil
 from typing import Any, Self, TypeVar, get_args
 
-from pydantic import model_validator
+from pydantic import ValidationInfo, model_validator
 
+from spin_ray.config.limits import limit_problems
 from spin_ray.config.sections import (
     IDENTITY,
     LATER,
@@ -31,11 +32,16 @@ class SpinConfig(Settings):
     """The recipe of one run, checked for impossible combinations."""
 
     @model_validator(mode="after")
-    def _combinations_are_possible(self) -> Self:
-        problems = list(_impossible(self))
+    def _combinations_are_possible(self, info: ValidationInfo) -> Self:
+        """Overlooks a problem if the context of the validation, a function, says so."""
+        problems = [problem for problem in self.problems() if not (info.context and info.context(problem))]
         if problems:
             raise ValueError("\n".join(problems))
         return self
+
+    def problems(self) -> list[str]:
+        """Returns the combinations and values that no run can have."""
+        return list(_impossible(self))
 
     def take_precision_of(self, other: SpinConfig) -> Self:
         """Returns a copy in which ``other``'s precision replaces ``auto``."""
@@ -155,6 +161,7 @@ def _impossible(config: SpinConfig) -> Iterator[str]:
     yield from _address_problems(config)
     yield from _adapter_problems(config)
     yield from _optimizer_problems(config)
+    yield from limit_problems(config)
     if config.evaluation.answer_extractor != "none" and config.data.heldout is None:
         yield "evaluation.answer_extractor: needs data.heldout"
     if config.evaluation.grade != "number":

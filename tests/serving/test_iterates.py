@@ -11,8 +11,11 @@ from typing import Any
 
 import pytest
 import ray
+from vllm import SamplingParams
+from vllm.exceptions import VLLMValidationError
 from vllm.lora.utils import is_in_target_modules
 
+from spin_ray.config.limits import TEMPERATURES
 from spin_ray.config.load import override
 from spin_ray.errors import ConfigError, DataError, RunDirError
 from spin_ray.run_dir.artefact import folder_entries
@@ -147,6 +150,13 @@ def test_replicas_and_autoscaling_of_an_engine_are_the_configs(run: RunDir, requ
     scaling = options(max_replicas="4", target_ongoing_requests="5")._deployment_config.autoscaling_config
     assert (scaling.min_replicas, scaling.max_replicas, scaling.target_ongoing_requests) == (1, 4, 5)
     assert sum(bundle["CPU"] for bundle in fixed._replica_config.placement_group_bundles) == 3
+
+
+def test_temperatures_are_refused_where_vllm_refuses_or_changes_them():
+    least, most = TEMPERATURES
+    assert [SamplingParams(temperature=value).temperature for value in (least / 2, least, most)] == [least, least, most]
+    with pytest.raises(VLLMValidationError, match="temperature"):
+        SamplingParams(temperature=most + 0.01)
 
 
 @pytest.mark.parametrize(
