@@ -143,7 +143,9 @@ class IterationSettings(Section):
     schedule_epochs: int | None = None
 
 
-_CREDENTIALS = re.compile(r"://[^/]*:[^/]*@|[?&][^=]*(secret|token|password|access_key)[^=]*=", re.IGNORECASE)
+_CREDENTIALS = re.compile(r"://[^/]*:[^/]*@|[?&][^=]*(secret|token|passw|access_key)[^=]*=", re.IGNORECASE)
+_DATABASE_PASSWORD = re.compile(r"://[^/:@]*:[^@]*@")
+"""A password of SQLAlchemy's, which may have slashes."""
 _VARIABLE = re.compile(r"(^|/)\$(\{\w+\}|[A-Za-z_]\w*)(/|$)")
 
 
@@ -315,6 +317,8 @@ LARGEST_RANK = 512
 def _address_problems(config: SpinConfig) -> Iterator[str]:
     for name, uri in [
         ("model.path", config.model.path),
+        ("model.base", config.model.base),
+        ("scorer.path", config.scorer.path if config.scorer else None),
         *(("data.train", source.path) for source in sources_of(config.data.train)),
         *(("data.heldout", source.path) for source in sources_of(config.data.heldout)),
         *(("data.questions", source.path) for source in sources_of(config.data.questions)),
@@ -323,8 +327,20 @@ def _address_problems(config: SpinConfig) -> Iterator[str]:
             yield f"{name}: holds credentials, which would be written to run.json; give them by environment variables"
         elif uri and _VARIABLE.search(uri):
             yield f"{name}: {uri}: recipes read no variables; write the path, or give --{name}=… on the command line"
-    if "hf_token" in config.generation.engine.extra:
-        yield "generation.engine.extra.hf_token: would be written to run.json; give it by $HF_TOKEN"
+    mlflow = config.tracking.mlflow.uri if config.tracking.mlflow else None
+    for name, url, variables in [
+        ("serving.votes", config.serving.votes, "PGPASSWORD, or MySQL's ?read_default_file=…"),
+        (
+            "tracking.mlflow.uri",
+            mlflow,
+            "MLFLOW_TRACKING_USERNAME and MLFLOW_TRACKING_PASSWORD; a database: PGPASSWORD",
+        ),
+    ]:
+        if url and (_CREDENTIALS.search(url) or _DATABASE_PASSWORD.search(url)):
+            yield f"{name}: holds a password, which run.json would show; give it by the environment ({variables})"
+    for place, engine in (("generation", config.generation.engine), ("serving", config.serving.engine)):
+        if engine and "hf_token" in engine.extra:
+            yield f"{place}.engine.extra.hf_token: would be written to run.json; give it by $HF_TOKEN"
 
 
 def flatten(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:

@@ -255,11 +255,17 @@ def test_values_at_the_limits_of_vllm_and_of_a_card_are_taken(sections):
     parse(**sections)
 
 
+def test_addresses_without_a_password_are_taken():
+    votes = "postgresql+psycopg://me@host:5432/votes?sslmode=require"
+    parse(serving={"votes": votes}, tracking={"mlflow": {"uri": "https://me@host:8443/mlflow"}})
+    parse(serving={"votes": "sqlite:////data/votes.sqlite"}, tracking={"mlflow": {"uri": "databricks://profile"}})
+
+
 def test_settings_that_a_run_has_already_may_be_wrong_and_others_may_not():
     """An older version allowed them; ``serve`` changes other settings."""
-    shared = {"replicas": 2, "resources": {"gpus": 0.5}}
-    old = parse_config(MINIMAL | {"generation": shared}, source="run.json", overlooks=lambda _: True)
-    assert override(old, {"serving.port": "1"}).serving.port == 1
+    sections = {"generation": {"replicas": 2, "resources": {"gpus": 0.5}}, "serving": {"votes": "mysql://me:pw@h/v"}}
+    old = parse_config(MINIMAL | sections, source="run.json", overlooks=lambda _: True)
+    assert override(old, {"serving.port": "1"}).serving.votes == "mysql://me:pw@h/v"
     with pytest.raises(ConfigError, match=r"^the settings given: generation.sampling.temperature: 3: vLLM refuses"):
         override(old, {"generation.sampling.temperature": "3"})
 
