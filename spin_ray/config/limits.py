@@ -67,12 +67,13 @@ def _memory_problems(config: Settings) -> Iterator[str]:
 
 
 def _side_by_side(config: Settings, place: str) -> int:
-    """Returns the number of engines; ``latest`` has two while it moves."""
+    """Returns the number of engines; ``latest`` has two while it moves, and all adapters have one."""
+    serving, lora = config.serving, config.train.lora
     if place == "generation":
         return config.generation.replicas
-    serving = config.serving
     moves = bool({"latest", "all"} & set(serving.models))
-    return (len(serving.models) + moves) * max(serving.replicas, serving.max_replicas)
+    iterates = 1 if lora and not lora.merge else len(serving.models) + moves
+    return iterates * max(serving.replicas, serving.max_replicas)
 
 
 def _batch_problems(config: Settings) -> Iterator[str]:

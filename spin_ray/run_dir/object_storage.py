@@ -106,14 +106,14 @@ class ObjectStorage(Storage):
         Raises:
             StageError: others were faster for ``DEADLINE_S``.
         """
-        deadline, put = time.monotonic() + DEADLINE_S, None
+        deadline, sent = time.monotonic() + DEADLINE_S, None
         while time.monotonic() < deadline:
             old, version = self._insist(name, lambda: self._read_with_version(name)) or (b"", "create")
-            if put is not None and old.startswith(put):  # the reply to the last put was lost
+            if sent is not None and old.startswith(sent):  # it arrived, and its reply was lost
                 return
-            put = old + text.encode()
+            sent = old + text.encode()
             with suppress(AlreadyExistsError, PreconditionError):
-                self._insist(name, partial(self._put_held, name, put, version))
+                self._insist(name, partial(self._put_held, name, sent, version))
                 return
             time.sleep(random.uniform(0, 0.1))
         raise StageError(f"{self.where(name)}: other processes change it all the time; end them and run again")

@@ -70,7 +70,7 @@ def check_fits(config: SpinConfig, ask: Callable[[Request], None] = lambda _: No
     deadline = time.monotonic() + config.cluster.wait_for_nodes_s
     sections = {"generation": config.generation, "train": config.train, "scorer": config.scorer}
     wanted = {stage: section.resources.labels for stage, section in sections.items() if section}
-    stages, counts_cpus = demands(config), False
+    stages, exact = demands(config), False
     while lacks := {
         stage: lack for stage, bundles in stages.items() if (lack := missing(bundles, _node_resources(wanted[stage])))
     }:
@@ -80,31 +80,34 @@ def check_fits(config: SpinConfig, ask: Callable[[Request], None] = lambda _: No
                 f"cluster has: {'; '.join(shown(node) for node in _node_resources()) or 'no nodes'}; "
                 f"{'; '.join(f'{stage}: {lack}' for stage, lack in lacks.items())}; lower the request or add nodes"
             )
-        request = request_for(stages, wanted, counts_cpus=counts_cpus)
-        if not counts_cpus and _is_there(request):
-            counts_cpus = True
-            request = request_for(stages, wanted, counts_cpus=True)
+        request = request_for(stages, wanted, exact=exact)
+        if not exact and _is_there(request):
+            exact = True
+            request = request_for(stages, wanted, exact=True)
         ask(request)
         time.sleep(2)
 
 
-def request_for(stages: Mapping[str, Bundles], wanted: Mapping[str, dict[str, str]], *, counts_cpus: bool) -> Request:
+def request_for(stages: Mapping[str, Bundles], wanted: Mapping[str, dict[str, str]], *, exact: bool) -> Request:
     """Returns the request in which every stage has room, one at a time.
 
     Args:
         wanted: labels of each stage's nodes.
-        counts_cpus: False takes for granted that a node with GPUs has the CPUs of every stage, so that no GPU is asked
-            for twice.
+        exact: False takes for granted that a node with GPUs has the CPUs of every stage, and enough of the custom
+            resources that it has, so that no GPU is asked for twice.
     """
 
     def size(stage: str) -> tuple[bool, float, float]:
+        is_special = bool(wanted[stage]) or any(bundle.keys() - {"CPU", "GPU"} for bundle in stages[stage])
         gpus, total = max((bundle.get("GPU", 0), sum(bundle.values())) for bundle in stages[stage])
-        return bool(wanted[stage]), gpus, total
+        return is_special, gpus, total
 
     request: Request = []
     for stage in sorted(stages, key=size, reverse=True):
         rooms = [
-            bundle if counts_cpus or "GPU" not in bundle else bundle | {"CPU": math.inf}
+            dict.fromkeys({"CPU", *bundle}, math.inf) | {"GPU": bundle["GPU"]}
+            if "GPU" in bundle and not exact
+            else bundle
             for bundle, labels in request
             if wanted[stage] in ({}, labels)
         ]

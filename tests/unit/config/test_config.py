@@ -247,6 +247,7 @@ def test_engines_may_share_a_gpu():
         {"generation": {"replicas": 2, "resources": {"gpus": 0.5}, "engine": {"gpu_memory_utilization": 0.49}}},
         {"generation": {"replicas": 2, "resources": {"gpus": 0.6}}},  # a card has room for one
         {"serving": {"models": ["iter-0"], "resources": {"gpus": 0.5}}},
+        {"serving": {"resources": {"gpus": 0.5}}, "train": {"lora": {"merge": False}}},  # one engine for all adapters
         {"generation": {"sampling": {"temperature": 0}}, "evaluation": {"examples_temperature": 0.01}},
         {"generation": {"resources": {"gpus": 1}, "engine": {"max_num_seqs": 4096}}},
     ],

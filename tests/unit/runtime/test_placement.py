@@ -151,6 +151,11 @@ H100 = {"ray.io/accelerator-type": "H100"}
         # Engines of one GPU each: training comes first, as its bundles are larger.
         ({"generation": [{"CPU": 1, "GPU": 1}] * 4, "train": [{"CPU": 8, "GPU": 1}] * 2}, {},
          [({"CPU": 8, "GPU": 1}, {})] * 2 + [({"CPU": 1, "GPU": 1}, {})] * 2),
+        # A node has 1 of its mark, and an engine's bundle 0.001 for all workers that use its GPUs.
+        ({"generation": [{"GPU": 8, "H100": 0.001}], "train": [{"CPU": 4, "GPU": 1, "H100": 0.001}] * 8}, {},
+         [({"GPU": 8, "H100": 0.001}, {})]),
+        ({"generation": [{"GPU": 8, "H100": 0.001}], "train": [{"GPU": 1, "A100": 0.001}]}, {},
+         [({"GPU": 8, "H100": 0.001}, {}), ({"GPU": 1, "A100": 0.001}, {})]),
         ({"generation": [{"CPU": 2}], "train": [{"CPU": 1}] * 3}, {}, [({"CPU": 2}, {}), ({"CPU": 1}, {})]),
         # Nodes of any kind do for training; a stage that wants H100 gets no other's.
         ({"generation": [{"GPU": 1}], "train": [{"GPU": 1}] * 2}, {"generation": H100},
@@ -161,7 +166,7 @@ H100 = {"ray.io/accelerator-type": "H100"}
 )  # fmt: skip
 def test_every_stage_is_asked_for_and_no_gpu_twice(stages, wanted, request_):
     labels = {stage: wanted.get(stage, {}) for stage in stages}
-    assert placement.request_for(stages, labels, counts_cpus=False) == request_
+    assert placement.request_for(stages, labels, exact=False) == request_
 
 
 def test_cpus_are_asked_for_once_the_gpus_are_there_without_them(cluster, monkeypatch):
