@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from difflib import get_close_matches
 from functools import cache
 from pathlib import Path
@@ -52,21 +52,27 @@ def override(config: SpinConfig, overrides: dict[str, str]) -> SpinConfig:
     """Returns ``config`` with overrides ``{"section.field": "YAML value"}``.
 
     Raises:
-        ConfigError: values are wrong.
+        ConfigError: values are wrong. Problems of ``config`` itself, which an older version allowed, are overlooked.
     """
     content = config.model_dump(mode="json")
     for key, text in overrides.items():
         _set(content, key, text)
-    return parse_config(content, source="the settings given")
+    return parse_config(content, source="the settings given", overlooks=config.problems().__contains__)
 
 
-def parse_config(content: dict[str, Any], source: str) -> SpinConfig:
-    """Checks ``content``; raises ConfigError, which names ``source`` and lists every problem."""
+def parse_config(content: dict[str, Any], source: str, overlooks: Callable[[str], bool] | None = None) -> SpinConfig:
+    """Checks ``content``; raises ConfigError, which names ``source`` and lists every problem.
+
+    Args:
+        overlooks: tells if an impossible combination is no error.
+    """
     try:
-        return SpinConfig.model_validate(content)
+        return SpinConfig.model_validate(content, context=overlooks)
     except ValidationError as error:
         problems = [line for detail in error.errors() for line in _explain(detail)]
-        problems += _impossible_besides(content, error.errors())
+        problems += [
+            line for line in _impossible_besides(content, error.errors()) if not (overlooks and overlooks(line))
+        ]
         raise ConfigError(f"{source}: " + "; ".join(problems)) from error
 
 

@@ -9,8 +9,9 @@ from collections.abc import Iterator
 from math import ceil
 from typing import Any, Self, TypeVar, get_args
 
-from pydantic import model_validator
+from pydantic import ValidationInfo, model_validator
 
+from spin_ray.config.limits import limit_problems
 from spin_ray.config.sections import (
     IDENTITY,
     LATER,
@@ -31,11 +32,16 @@ class SpinConfig(Settings):
     """The recipe of one run, checked for impossible combinations."""
 
     @model_validator(mode="after")
-    def _combinations_are_possible(self) -> Self:
-        problems = list(_impossible(self))
+    def _combinations_are_possible(self, info: ValidationInfo) -> Self:
+        """Overlooks a problem if the context of the validation, a function, says so."""
+        problems = [problem for problem in self.problems() if not (info.context and info.context(problem))]
         if problems:
             raise ValueError("\n".join(problems))
         return self
+
+    def problems(self) -> list[str]:
+        """Returns the combinations and values that no run can have."""
+        return list(_impossible(self))
 
     def take_precision_of(self, other: SpinConfig) -> Self:
         """Returns a copy in which ``other``'s precision replaces ``auto``."""
@@ -137,7 +143,9 @@ class IterationSettings(Section):
     schedule_epochs: int | None = None
 
 
-_CREDENTIALS = re.compile(r"://[^/]*:[^/]*@|[?&][^=]*(secret|token|password|access_key)[^=]*=", re.IGNORECASE)
+_CREDENTIALS = re.compile(r"://[^/]*:[^/]*@|[?&][^=]*(secret|token|passw|access_key)[^=]*=", re.IGNORECASE)
+_DATABASE_PASSWORD = re.compile(r"://[^/:@]*:[^@]*@")
+"""A password of SQLAlchemy's, which may have slashes."""
 _VARIABLE = re.compile(r"(^|/)\$(\{\w+\}|[A-Za-z_]\w*)(/|$)")
 
 
@@ -155,6 +163,7 @@ def _impossible(config: SpinConfig) -> Iterator[str]:
     yield from _address_problems(config)
     yield from _adapter_problems(config)
     yield from _optimizer_problems(config)
+    yield from limit_problems(config)
     if config.evaluation.answer_extractor != "none" and config.data.heldout is None:
         yield "evaluation.answer_extractor: needs data.heldout"
     if config.evaluation.grade != "number":
@@ -308,6 +317,8 @@ LARGEST_RANK = 512
 def _address_problems(config: SpinConfig) -> Iterator[str]:
     for name, uri in [
         ("model.path", config.model.path),
+        ("model.base", config.model.base),
+        ("scorer.path", config.scorer.path if config.scorer else None),
         *(("data.train", source.path) for source in sources_of(config.data.train)),
         *(("data.heldout", source.path) for source in sources_of(config.data.heldout)),
         *(("data.questions", source.path) for source in sources_of(config.data.questions)),
@@ -316,8 +327,20 @@ def _address_problems(config: SpinConfig) -> Iterator[str]:
             yield f"{name}: holds credentials, which would be written to run.json; give them by environment variables"
         elif uri and _VARIABLE.search(uri):
             yield f"{name}: {uri}: recipes read no variables; write the path, or give --{name}=… on the command line"
-    if "hf_token" in config.generation.engine.extra:
-        yield "generation.engine.extra.hf_token: would be written to run.json; give it by $HF_TOKEN"
+    mlflow = config.tracking.mlflow.uri if config.tracking.mlflow else None
+    for name, url, variables in [
+        ("serving.votes", config.serving.votes, "PGPASSWORD, or MySQL's ?read_default_file=…"),
+        (
+            "tracking.mlflow.uri",
+            mlflow,
+            "MLFLOW_TRACKING_USERNAME and MLFLOW_TRACKING_PASSWORD; a database: PGPASSWORD",
+        ),
+    ]:
+        if url and (_CREDENTIALS.search(url) or _DATABASE_PASSWORD.search(url)):
+            yield f"{name}: holds a password, which run.json would show; give it by the environment ({variables})"
+    for place, engine in (("generation", config.generation.engine), ("serving", config.serving.engine)):
+        if engine and "hf_token" in engine.extra:
+            yield f"{place}.engine.extra.hf_token: would be written to run.json; give it by $HF_TOKEN"
 
 
 def flatten(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:

@@ -200,7 +200,8 @@ class SamplingConfig(Section):
     """The distribution that responses are drawn from. The defaults sample from p_θt itself, as SPIN needs."""
 
     temperature: NonNegative = 1.0
-    """Temperature: 1 samples from the model, 0 takes the likeliest token. Any but 1 departs from the method."""
+    """Temperature: 1 samples from the model, 0 takes the likeliest token; else 0.01 to 2. Any but 1 departs from the
+    method."""
     top_p: Annotated[float, Field(gt=0, le=1)] = 1.0
     """Total probability of the likeliest tokens. Less likely tokens are never sampled. 1: no limit."""
     top_k: CountOrZero = 0
@@ -225,7 +226,8 @@ class EngineConfig(Section):
     """Responses that are decoded together. More use the hardware better and need more memory. Not set: 512 on GPUs,
     256 on CPUs. A run keeps its number."""
     gpu_memory_utilization: MayChange[Annotated[float, Field(gt=0, le=1)]] = 0.9
-    """Fraction of the GPU's memory for weights and key-value cache."""
+    """Fraction of the GPU's memory for weights and key-value cache. Engines that share a GPU need less each, e.g. 0.45
+    for two."""
     cpu_kv_cache_gib: MayChange[Count] = 2
     """Size of the key-value cache on CPU, in GiB."""
     enforce_eager: bool = False
@@ -351,7 +353,7 @@ class OptimizerConfig(Section):
     weight_decay: NonNegative = 0.0
     """Weight decay of the optimizer. Paper: 0."""
     betas: MayChange[tuple[Fraction, Fraction] | None] = None
-    """AdamW's decay rates of the two moments. Not set: the optimizer's own, 0.9 and 0.999."""
+    """AdamW's decay rates of the two moments, below 1. Not set: the optimizer's own, 0.9 and 0.999."""
     eps: MayChange[Positive | None] = None
     """Number that is added to the denominator. Not set: the optimizer's own, 1e-8 (``muon``: 1e-7)."""
     schedule: Literal["linear", "cosine", "constant"] = "linear"
@@ -617,8 +619,8 @@ class ServingConfig(Section):
     log_prompts: bool = False
     """Writing of messages and prompts, which may be private, to the access log."""
     votes: str | None = None
-    """Database URL (SQLAlchemy's) of the arena's votes. Not set: ``RUN/votes.sqlite``, which works only for ingress
-    replicas on one machine."""
+    """Database URL (SQLAlchemy's) of the arena's votes, without its password (docs/arena.md). Not set:
+    ``RUN/votes.sqlite``, which works only for ingress replicas on one machine."""
 
 
 class ProbeConfig(Section):
@@ -654,7 +656,8 @@ class MlflowConfig(Section):
     """Logging to MLflow. Needs the package mlflow or mlflow-skinny (extra ``mlflow``)."""
 
     uri: str | None = None
-    """Tracking server or folder. Not set: ``mlruns`` in the run folder, without a server."""
+    """Tracking server or folder. Not set: ``mlruns`` in the run folder, without a server. MLflow reads a password from
+    MLFLOW_TRACKING_USERNAME and MLFLOW_TRACKING_PASSWORD."""
     experiment: str = "spin_ray"
     """Name of the MLflow experiment; each run folder is one run in it."""
 
@@ -698,7 +701,8 @@ class ClusterConfig(Section):
     local_cpus: Count | None = None
     """Logical CPUs of a new Ray. Not set: all."""
     wait_for_nodes_s: NonNegative = 0
-    """Longest wait, in seconds, for an autoscaling cluster to grow."""
+    """Longest wait, in seconds, for an autoscaling cluster to grow. The nodes of all stages are asked for. They stay up
+    until the run ends, when the request is withdrawn."""
 
 
 class Settings(Section):

@@ -40,7 +40,7 @@ from spin_ray.run_dir.run_dir import RunDir
 from spin_ray.runtime.connect import connect
 from spin_ray.runtime.engine import EngineSpec, GenerationEngine, StartEngine
 from spin_ray.runtime.model_sharing import share
-from spin_ray.runtime.placement import check_fits
+from spin_ray.runtime.placement import room_for
 
 logger = logging.getLogger(__name__)
 
@@ -73,10 +73,10 @@ def look(run: RunDir, config: SpinConfig, start: Start, start_engine: StartEngin
 @contextmanager
 def _working(run: RunDir, config: SpinConfig) -> Iterator[None]:
     connect(config)
-    check_fits(config)
-    check_on_workers(graders_of(config))
-    with RunProgress(run, config):
-        yield
+    with room_for(config):
+        check_on_workers(graders_of(config))
+        with RunProgress(run, config):
+            yield
 
 
 def _player(run: RunDir, start: Start, start_engine: StartEngine) -> probe.Play:

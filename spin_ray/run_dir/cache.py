@@ -36,7 +36,9 @@ def folder_with(root: Path, files: Mapping[str, Digest], fetch: Callable[[str, P
     if target.is_dir():
         return target
     with filling(target) as attempt:
-        for name, expected in files.items() if attempt else ():
+        if attempt is None:
+            return target
+        for name, expected in files.items():
             (attempt / name).parent.mkdir(parents=True, exist_ok=True)
             fetch(name, attempt / name)
             if file_digest(attempt / name) != expected:

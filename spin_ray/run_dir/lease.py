@@ -36,7 +36,6 @@ class Lease:
         self._storage = storage
         self._timeout_s = timeout_s
         self._token = uuid.uuid4().hex
-        self._written: bytes | None = None
         self._released = threading.Event()
         self._renewer = threading.Thread(target=self._renew_until_released, name="lease", daemon=True)
 
@@ -64,7 +63,8 @@ class Lease:
         _held.discard(self._token)
         self._released.set()
         self._renewer.join(timeout=10)
-        self._storage.swap(LEASE, self._written, None)
+        while (ours := self._read_own()) and not self._storage.swap(LEASE, ours, None):
+            pass
 
     @property
     def storage(self) -> Storage:
@@ -87,18 +87,25 @@ class Lease:
             "started": _process_started(os.getpid()),
             "renewed": time.time(),
         }
-        lease = json.dumps(content).encode()
-        if not self._storage.swap(LEASE, found, lease):
-            return False
-        self._written = lease
-        return True
+        return self._storage.swap(LEASE, found, json.dumps(content).encode())
+
+    def _read_own(self) -> bytes | None:
+        """Returns the lease; None if another driver has it, or nobody.
+
+        The file tells, because a write that failed may have been done (an fsync, a lost reply).
+        """
+        found = self._storage.find(LEASE)
+        holder = holder_in(found, f"{self._storage.root}/{LEASE}")
+        return found if holder and holder["token"] == self._token else None
 
     def _renew_until_released(self) -> None:
         while not self._released.wait(self._timeout_s / 4):
             try:
-                if not self._write_over(self._written):
-                    return  # another driver has the lease; this one's next change fails
-            except (StageError, RunDirError) as error:  # e.g. a file server that is briefly unreachable
+                ours = self._read_own()
+                if ours is None:
+                    return  # this driver's next change fails
+                self._write_over(ours)
+            except (StageError, RunDirError, OSError) as error:  # e.g. a file server that is briefly unreachable
                 logger.warning("%s: the lease could not be renewed: %s", self._storage.root, error)
 
 

@@ -1,6 +1,6 @@
 """A run on an object store (``s3://``, ``gs://``), which has no renames and no locks.
 
-A commit is one conditional put. Logs and LATEST are plain puts after a check of the lease.
+Commits and lines of logs are conditional puts. LATEST is a plain put after a check of the lease.
 """
 
 import hashlib
@@ -13,7 +13,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from datetime import timedelta
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -29,7 +29,6 @@ from obstore.store import ObjectStore, from_url
 
 from spin_ray.errors import ConfigError, StageError
 from spin_ray.run_dir.cache import cache_root, folder_with, new_attempt
-from spin_ray.run_dir.fence import LEASE, check_token
 from spin_ray.run_dir.storage import MANIFEST, Digest, Storage
 
 CACHE = cache_root() / "runs"
@@ -99,16 +98,25 @@ class ObjectStorage(Storage):
         self._insist(name, put)
 
     def replace(self, name: str, data: bytes) -> None:
-        def put() -> None:
-            with self._held():
-                obstore.put(self._store, name, data)
-
-        self._insist(name, put)
+        self._insist(name, partial(self._put_held, name, data, "overwrite"))
 
     def append(self, name: str, text: str) -> None:
-        """Puts the whole log again, as it is small; loses lines if two processes append at once."""
-        old = self.read(name) if self.exists(name) else b""
-        self.replace(name, old + text.encode())
+        """Puts the whole log again, as it is small, if it is still what was read.
+
+        Raises:
+            StageError: others were faster for ``DEADLINE_S``.
+        """
+        deadline, sent = time.monotonic() + DEADLINE_S, None
+        while time.monotonic() < deadline:
+            old, version = self._insist(name, lambda: self._read_with_version(name)) or (b"", "create")
+            if sent is not None and old.startswith(sent):  # it arrived, and its reply was lost
+                return
+            sent = old + text.encode()
+            with suppress(AlreadyExistsError, PreconditionError):
+                self._insist(name, partial(self._put_held, name, sent, version))
+                return
+            time.sleep(random.uniform(0, 0.1))
+        raise StageError(f"{self.where(name)}: other processes change it all the time; end them and run again")
 
     def new_attempt_folder(self) -> Path:
         return new_attempt(CACHE)
@@ -170,6 +178,10 @@ class ObjectStorage(Storage):
             return self.read(name) == new
         return True
 
+    def _put_held(self, name: str, data: bytes, mode: Any) -> None:
+        with self._held():
+            obstore.put(self._store, name, data, mode=mode)
+
     def _read_with_version(self, name: str) -> tuple[bytes, dict[str, str]] | None:
         """Returns bytes and version; a conditional put compares the tag (S3) or generation (GCS)."""
         try:
@@ -198,8 +210,7 @@ class ObjectStorage(Storage):
     @contextmanager
     def _held(self) -> Iterator[None]:
         """Checks the lease; a change already sent during a takeover can still arrive."""
-        if self._token is not None:
-            check_token(self._token, self.find(LEASE), self._uri)
+        self._check_lease()
         yield
 
     def _insist(self, name: str, call: Callable[[], T]) -> T:

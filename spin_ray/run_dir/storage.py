@@ -157,9 +157,13 @@ class Storage:
             self._disk.sync(target.parent)
 
     def append(self, name: str, text: str) -> None:
-        """Appends to a log, after ending a line that a crash cut short."""
+        """Appends to a log, after ending a line that a crash cut short.
+
+        Others wait, because two clients of NFS that append at once write to the same place.
+        """
         target = self.path(name)
-        with self._changing(target), self._held():
+        with self._changing(target), locked(self._folder, alone=True):
+            self._check_lease()
             self._disk.make_folder(target.parent)
             self._disk.append(target, (b"" if _ends_with_newline(target) else b"\n") + text.encode())
 
@@ -201,8 +205,12 @@ class Storage:
             yield
             return
         with locked(self._folder, alone=False):
-            check_token(self._token, self.find(LEASE), str(self.root))
+            self._check_lease()
             yield
+
+    def _check_lease(self) -> None:
+        if self._token is not None:
+            check_token(self._token, self.find(LEASE), str(self.root))
 
     @contextmanager
     def _changing(self, target: Path) -> Iterator[None]:

@@ -1,15 +1,22 @@
-"""Checks that the cluster has room for every stage."""
+"""Checks that the cluster has room for every stage, and asks an autoscaler for it."""
 
+import logging
+import math
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 
 import ray
 
 from spin_ray.config.recipe import SpinConfig
 from spin_ray.errors import ResourceError
 
+logger = logging.getLogger(__name__)
+
 Bundles = list[dict[str, float]]
 """Requests of actors or workers, e.g. ``[{"CPU": 2, "GPU": 1}] * 4``."""
+Request = list[tuple[dict[str, float], dict[str, str]]]
+"""Bundles for the autoscaler, each with the labels of its node. Ray holds one request, for the whole cluster."""
 
 
 def demands(config: SpinConfig) -> dict[str, Bundles]:
@@ -33,28 +40,86 @@ def engine_bundles(config: SpinConfig) -> Bundles:
     return [resources.bundle | group, *[group] * (engine.pipeline_parallel_size - 1)]
 
 
-def check_fits(config: SpinConfig) -> None:
-    """Checks every stage against the nodes; waits ``cluster.wait_for_nodes_s`` for more.
+@contextmanager
+def room_for(config: SpinConfig) -> Iterator[None]:
+    """Waits for room as ``check_fits``; the nodes that were asked for stay until the end, and are given back then."""
+    asked = False
+
+    def ask(request: Request) -> None:
+        nonlocal asked
+        asked = True
+        _ask_autoscaler(request)
+
+    try:
+        check_fits(config, ask)
+        yield
+    finally:
+        if asked:
+            try:
+                _ask_autoscaler([])
+            except Exception as error:  # Ray raises many types; the run's own error counts
+                logger.warning("the request for nodes could not be withdrawn, which may keep them up: %s", error)
+
+
+def check_fits(config: SpinConfig, ask: Callable[[Request], None] = lambda _: None) -> None:
+    """Checks every stage against the nodes; for ``cluster.wait_for_nodes_s`` calls ``ask`` for more and waits.
 
     Raises:
         ResourceError: a stage could never be placed.
     """
     deadline = time.monotonic() + config.cluster.wait_for_nodes_s
-    labels = {"generation": config.generation, "train": config.train, "scorer": config.scorer}
-    wanted = {stage: section.resources.labels for stage, section in labels.items() if section}
+    sections = {"generation": config.generation, "train": config.train, "scorer": config.scorer}
+    wanted = {stage: section.resources.labels for stage, section in sections.items() if section}
+    stages, exact = demands(config), False
     while lacks := {
-        stage: lack
-        for stage, bundles in demands(config).items()
-        if (lack := missing(bundles, _node_resources(wanted[stage])))
+        stage: lack for stage, bundles in stages.items() if (lack := missing(bundles, _node_resources(wanted[stage])))
     }:
         if time.monotonic() >= deadline:
             raise ResourceError(
-                f"{' and '.join(_asked(stage, demands(config)[stage], wanted[stage]) for stage in lacks)}, but the "
+                f"{' and '.join(_asked(stage, stages[stage], wanted[stage]) for stage in lacks)}, but the "
                 f"cluster has: {'; '.join(shown(node) for node in _node_resources()) or 'no nodes'}; "
                 f"{'; '.join(f'{stage}: {lack}' for stage, lack in lacks.items())}; lower the request or add nodes"
             )
-        _ask_autoscaler(config)
+        request = request_for(stages, wanted, exact=exact)
+        if not exact and _is_there(request):
+            exact = True
+            request = request_for(stages, wanted, exact=True)
+        ask(request)
         time.sleep(2)
+
+
+def request_for(stages: Mapping[str, Bundles], wanted: Mapping[str, dict[str, str]], *, exact: bool) -> Request:
+    """Returns the request in which every stage has room, one at a time.
+
+    Args:
+        wanted: labels of each stage's nodes.
+        exact: False takes for granted that a node with GPUs has the CPUs of every stage, and enough of the custom
+            resources that it has, so that no GPU is asked for twice.
+    """
+
+    def size(stage: str) -> tuple[bool, float, float]:
+        is_special = bool(wanted[stage]) or any(bundle.keys() - {"CPU", "GPU"} for bundle in stages[stage])
+        gpus, total = max((bundle.get("GPU", 0), sum(bundle.values())) for bundle in stages[stage])
+        return is_special, gpus, total
+
+    request: Request = []
+    for stage in sorted(stages, key=size, reverse=True):
+        rooms = [
+            dict.fromkeys({"CPU", *bundle}, math.inf) | {"GPU": bundle["GPU"]}
+            if "GPU" in bundle and not exact
+            else bundle
+            for bundle, labels in request
+            if wanted[stage] in ({}, labels)
+        ]
+        request += [(bundle, wanted[stage]) for bundle in _unplaced(stages[stage], rooms)]
+    return request
+
+
+def _is_there(request: Request) -> bool:
+    return all(
+        placeable([bundle for bundle, its in request if its == labels], _node_resources(labels))
+        for labels in {str(labels): labels for _, labels in request}.values()
+    )
 
 
 def _asked(stage: str, bundles: Bundles, labels: Mapping[str, str]) -> str:
@@ -135,8 +200,9 @@ def _node_resources(labels: Mapping[str, str] | None = None) -> list[dict[str, f
     return [node["Resources"] for node in nodes if is_selected(node.get("Labels") or {}, labels or {})]
 
 
-def _ask_autoscaler(config: SpinConfig) -> None:
+def _ask_autoscaler(request: Request) -> None:
+    """Asks for nodes until the next call, in place of what was asked before; an empty request withdraws it."""
     from ray.autoscaler.sdk import request_resources
 
-    largest = max(demands(config).values(), key=lambda bundles: sum(sum(bundle.values()) for bundle in bundles))
-    request_resources(bundles=largest)
+    selectors = [labels for _, labels in request]
+    request_resources(bundles=[bundle for bundle, _ in request], bundle_label_selectors=selectors or None)

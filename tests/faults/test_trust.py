@@ -91,6 +91,10 @@ def test_the_canary_sings_when_its_file_is_opened(tmp_path: Path) -> None:
         {"data": {"train": "s3://bucket/rows.jsonl?region=x&secret_key=hunter2"}},
         {"model": {"path": "https://me:hunter2@hub/model"}},
         {"generation": {"engine": {"extra": {"hf_token": "hunter2"}}}},
+        {"serving": {"engine": {"extra": {"hf_token": "hunter2"}}}},
+        {"serving": {"votes": "postgresql+psycopg://me:hun/hunter2@host/votes"}},
+        {"serving": {"votes": "mysql://host/votes?user=me&passwd=hunter2"}},
+        {"tracking": {"mlflow": {"uri": "https://me:hunter2@host"}}},
     ],
 )
 def test_a_secret_in_a_recipe_is_refused_and_written_nowhere(

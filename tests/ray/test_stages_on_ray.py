@@ -13,6 +13,8 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import ray.cloudpickle
+import ray.experimental.internal_kv
+from ray.autoscaler._private.constants import AUTOSCALER_RESOURCE_REQUEST_CHANNEL
 
 from spin_ray.config.recipe import SpinConfig
 from spin_ray.errors import ConfigError, DataError, ResourceError, StageError
@@ -23,7 +25,7 @@ from spin_ray.report.grading import check_on_workers
 from spin_ray.run_dir.run_dir import RunDir
 from spin_ray.run_dir.storage import Storage
 from spin_ray.runtime.engine import EngineSpec, StartEngine
-from spin_ray.runtime.placement import check_fits
+from spin_ray.runtime.placement import check_fits, room_for
 from tests.support.fakes import FakeEngine, seed_engine
 
 ray.cloudpickle.register_pickle_by_value(sys.modules[__name__])  # actors cannot import a test module
@@ -177,3 +179,19 @@ def test_a_stage_that_cannot_be_placed_is_refused_at_once() -> None:
     with pytest.raises(ResourceError, match=r"train asks for 3 × 1 CPU .*but the cluster has: 2 CPU"):
         check_fits(config)
     assert time.monotonic() - started < 5
+
+
+def test_a_request_for_nodes_reaches_rays_autoscaler_and_is_withdrawn(monkeypatch: pytest.MonkeyPatch) -> None:
+    def request() -> bytes | None:
+        return ray.experimental.internal_kv._internal_kv_get(AUTOSCALER_RESOURCE_REQUEST_CHANNEL)
+
+    during: list[bytes | None] = []
+    monkeypatch.setattr(time, "sleep", lambda _: during.append(request()))
+    workers = {"workers": 3, "resources": {"labels": {"pool": "a"}}}
+    with (
+        pytest.raises(ResourceError, match="train asks for 3 × 1 CPU"),
+        room_for(make_config(train=workers, cluster={"wait_for_nodes_s": 0.2})),
+    ):
+        pass
+    assert json.loads(during[0] or b"") == [{"CPU": 1.0}] * 3, "in whose room the engine plays"
+    assert json.loads(request() or b"") == []

@@ -11,8 +11,11 @@ from typing import Any
 
 import pytest
 import ray
+from vllm import SamplingParams
+from vllm.exceptions import VLLMValidationError
 from vllm.lora.utils import is_in_target_modules
 
+from spin_ray.config.limits import TEMPERATURES
 from spin_ray.config.load import override
 from spin_ray.errors import ConfigError, DataError, ResourceError, RunDirError
 from spin_ray.run_dir.artefact import folder_entries
@@ -190,6 +193,13 @@ def test_replicas_place_and_parts_of_an_engine_are_the_configs(run: RunDir, requ
     large = options(engine=sizes, resources=json.dumps({"cpus": 2, "gpus": 4, "labels": labels}))
     assert large._replica_config.placement_group_bundles == [{"CPU": 0.5, "GPU": 1.0}] * 4
     assert large._replica_config.placement_group_bundle_label_selector == [labels] * 4
+
+
+def test_temperatures_are_refused_where_vllm_refuses_or_changes_them():
+    least, most = TEMPERATURES
+    assert [SamplingParams(temperature=value).temperature for value in (least / 2, least, most)] == [least, least, most]
+    with pytest.raises(VLLMValidationError, match="temperature"):
+        SamplingParams(temperature=most + 0.01)
 
 
 @pytest.mark.parametrize(

@@ -19,6 +19,7 @@ from spin_ray.run_dir import lease as lease_module
 from spin_ray.run_dir.fence import LEASE, locked
 from spin_ray.run_dir.lease import Lease
 from spin_ray.run_dir.storage import Storage
+from tests.support.faulty_disk import FaultyDisk
 
 
 @pytest.fixture
@@ -255,22 +256,41 @@ def test_a_damaged_lease_is_named(storage):
         Lease(storage, timeout_s=60).__enter__()
 
 
-def test_a_renewal_that_fails_once_is_made_up_for(storage, monkeypatch, caplog):
-    replace, failed = Storage.replace, []
+@pytest.mark.parametrize(
+    ("step", "error"),
+    [("replace", StageError("lease.json: could not be written (Input/output error)")), ("find", OSError(116, "Stale"))],
+)
+def test_a_renewal_that_fails_once_is_made_up_for(storage, monkeypatch, caplog, step, error):
+    done, failed = getattr(Storage, step), []
 
     def fail_once(*arguments):
-        if not failed:
+        if not failed and threading.current_thread().name == "lease":
             failed.append(True)
-            raise StageError("run/lease.json: could not be written (Input/output error)")
-        replace(*arguments)
+            raise error
+        return done(*arguments)
 
     with Lease(storage, timeout_s=0.1) as lease:
         first = holder_of(storage)["renewed"]
-        monkeypatch.setattr(Storage, "replace", fail_once)
-        wait_for(lambda: holder_of(storage)["renewed"] > first)
-        assert failed
+        monkeypatch.setattr(Storage, step, fail_once)
+        wait_for(lambda: failed and holder_of(storage)["renewed"] > first)
         lease.storage.replace("LATEST", b"sft")
     assert "could not be renewed" in caplog.text
+
+
+@pytest.mark.parametrize("renewals_follow", [True, False])
+def test_a_renewal_that_was_written_and_then_failed_loses_no_lease(tmp_path, renewals_follow):
+    """The rename is done, and then the file server says EIO."""
+    with Lease(Storage(tmp_path / "calm", calm := FaultyDisk()), timeout_s=60):
+        rename = len(calm.points) + 2
+    disk = FaultyDisk(at=rename, fault="EIO after the effect")
+    storage = Storage(tmp_path / "run", disk)
+    with Lease(storage, timeout_s=0.1):
+        wait_for(lambda: len(disk.points) > rename)
+        assert disk.points[rename] == f"replace {storage.path(LEASE)}"
+        written = holder_of(storage)["renewed"]
+        if renewals_follow:
+            wait_for(lambda: holder_of(storage)["renewed"] > written)
+    assert not storage.exists(LEASE)
 
 
 def test_of_drivers_that_start_together_one_gets_the_lease(storage):

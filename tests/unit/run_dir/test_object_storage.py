@@ -1,9 +1,12 @@
 """A store that cannot be used is told at once; one that has answered before is waited for."""
 
 from collections.abc import Callable
+from typing import Any
 
+import obstore
 import pytest
 from obstore.exceptions import BaseError, GenericError, PermissionDeniedError
+from obstore.store import MemoryStore
 
 from spin_ray.errors import ConfigError, StageError
 from spin_ray.run_dir import object_storage
@@ -42,3 +45,42 @@ def test_a_scheme_of_no_store_is_refused_at_once() -> None:
     with pytest.raises(ConfigError, match="ftp:// is no store that can hold a run"):
         open_storage("ftp://host/run")
     assert isinstance(open_storage("gs://bucket/run"), ObjectStorage)
+
+
+def opened_on(store: MemoryStore) -> ObjectStorage:
+    storage = ObjectStorage("s3://bucket/run")
+    storage.__dict__["_store"] = store  # in the place of the one that _store opens
+    return storage
+
+
+def test_a_line_that_another_process_appends_meanwhile_stays(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As ``judge`` beside the driver. The other's line arrives between this append's read and its put."""
+    storage, get, others = opened_on(MemoryStore()), obstore.get, iter(["of the driver\n"])
+    storage.append("events.jsonl", "old\n")
+
+    def overtaken(store: Any, name: str) -> Any:
+        found = get(store, name)
+        for line in others:
+            opened_on(store).append(name, line)
+        return found
+
+    monkeypatch.setattr(obstore, "get", overtaken)
+    storage.append("events.jsonl", "of the judge\n")
+    assert storage.read("events.jsonl") == b"old\nof the driver\nof the judge\n"
+
+
+def test_a_line_whose_reply_was_lost_is_there_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The other process appends before the put is tried again."""
+    storage, put, others = opened_on(MemoryStore()), obstore.put, iter(["another's\n"])
+
+    def lose_reply(store: Any, name: str, data: bytes, **mode: Any) -> None:
+        put(store, name, data, **mode)
+        for line in others:
+            storage.append(name, line)
+            raise GenericError("connection reset")
+
+    monkeypatch.setattr(object_storage, "DEADLINE_S", 60)
+    monkeypatch.setattr(obstore, "put", lose_reply)
+    storage.append("events.jsonl", "mine\n")
+    storage.append("events.jsonl", "mine too\n")
+    assert storage.read("events.jsonl") == b"mine\nanother's\nmine too\n"

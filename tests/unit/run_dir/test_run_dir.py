@@ -347,3 +347,13 @@ def test_a_run_of_an_older_version_gets_a_date_when_it_goes_on(run):
     run.storage.replace("run.json", json.dumps(old).encode())
     run.begin(CONFIG, FACTS)
     assert run.description()["date"] == run.date().isoformat()
+
+
+def test_a_run_whose_recipe_an_older_version_allowed_goes_on_once_the_recipe_is_mended(run):
+    run.begin(CONFIG, FACTS)
+    stored = run.description()
+    stored["config"]["train"]["optimizer"]["betas"] = [0.9, 1.0]
+    run.storage.replace("run.json", json.dumps(stored).encode())
+    assert run.config().train.optimizer.betas == (0.9, 1.0)
+    run.begin(CONFIG, FACTS)
+    assert run.config() == CONFIG

@@ -2,6 +2,9 @@
 
 import os
 import threading
+import time
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 
 import pyarrow as pa
 import pytest
@@ -11,6 +14,7 @@ from hypothesis import strategies as st
 from spin_ray.errors import ConfigError, StageError
 from spin_ray.run_dir.storage import (
     ATTEMPTS,
+    Disk,
     Storage,
     bytes_digest,
     file_digest,
@@ -140,6 +144,23 @@ def test_a_line_that_a_crash_cut_short_does_not_spoil_the_next_one(storage):
     storage.append("log", "tw")
     storage.append("log", "three\n")
     assert storage.read("log") == b"one\ntw\nthree\n"
+
+
+def test_no_line_is_lost_where_two_machines_append_on_a_file_server(tmp_path):
+    """A client of NFS looks for the end of a file, and then writes there."""
+
+    class Nfs(Disk):
+        def append(self, path: Path, data: bytes) -> None:
+            end = path.stat().st_size if path.exists() else 0
+            time.sleep(0.05)
+            with path.open("r+b" if end else "wb") as file:
+                file.seek(end)
+                file.write(data)
+
+    with ThreadPoolExecutor(2) as pool:
+        for line in ("of the driver\n", "of the judge\n"):
+            pool.submit(Storage(tmp_path, Nfs()).append, "events.jsonl", line)
+    assert sorted((tmp_path / "events.jsonl").read_text().splitlines()) == ["of the driver", "of the judge"]
 
 
 def test_digest_is_that_of_the_bytes(storage):

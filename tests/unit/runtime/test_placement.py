@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 
 from spin_ray.errors import ResourceError
 from spin_ray.runtime import placement
-from spin_ray.runtime.placement import check_fits, demands
+from spin_ray.runtime.placement import check_fits, demands, room_for
 from tests.support.fakes import config_of
 
 
@@ -114,9 +114,73 @@ def test_stages_follow_one_another_and_may_use_the_same_cpus(cluster):
 def test_a_growing_cluster_is_waited_for_and_asked_to_grow(cluster, monkeypatch):
     monkeypatch.setattr(time, "sleep", lambda _: cluster["nodes"].append({"CPU": 2.0}))
     config = config_of(train={"workers": 6}, cluster={"wait_for_nodes_s": 60})
-    check_fits(config)
-    assert len(cluster["nodes"]) == 3
-    assert cluster["asked"] == [config, config]
+    with room_for(config):
+        assert len(cluster["nodes"]) == 3
+        assert cluster["asked"] == [[({"CPU": 1}, {})] * 6] * 2
+    assert cluster["asked"][2:] == [[]], "withdrawn, as Ray would keep the nodes up for ever"
+
+
+@pytest.mark.parametrize("wait_s", [0, 60])
+def test_a_run_that_asked_for_no_node_withdraws_nobody_elses_request(cluster, wait_s):
+    with room_for(config_of(cluster={"wait_for_nodes_s": wait_s})):
+        pass
+    assert cluster["asked"] == []
+
+
+def test_a_request_is_withdrawn_when_the_wait_or_the_run_fails(cluster, monkeypatch):
+    config = config_of(train={"workers": 3}, cluster={"wait_for_nodes_s": 0.05})
+    with pytest.raises(ResourceError, match="train asks for 3"), room_for(config):
+        pass
+    assert cluster["asked"][-1] == []
+    cluster["asked"].clear()
+    monkeypatch.setattr(time, "sleep", lambda _: cluster["nodes"].append({"CPU": 2.0}))
+    with pytest.raises(ZeroDivisionError), room_for(config):
+        raise ZeroDivisionError
+    assert cluster["asked"] == [[({"CPU": 1}, {})] * 3, []]
+
+
+H100 = {"ray.io/accelerator-type": "H100"}
+
+
+@pytest.mark.parametrize(
+    ("stages", "wanted", "request_"),
+    [
+        # One node of 8 for the engine; 8 of the 16 workers use it afterwards.
+        ({"generation": [{"CPU": 1, "GPU": 8}], "train": [{"CPU": 4, "GPU": 1}] * 16}, {},
+         [({"CPU": 1, "GPU": 8}, {})] + [({"CPU": 4, "GPU": 1}, {})] * 8),
+        # Engines of one GPU each: training comes first, as its bundles are larger.
+        ({"generation": [{"CPU": 1, "GPU": 1}] * 4, "train": [{"CPU": 8, "GPU": 1}] * 2}, {},
+         [({"CPU": 8, "GPU": 1}, {})] * 2 + [({"CPU": 1, "GPU": 1}, {})] * 2),
+        # A node has 1 of its mark, and an engine's bundle 0.001 for all workers that use its GPUs.
+        ({"generation": [{"GPU": 8, "H100": 0.001}], "train": [{"CPU": 4, "GPU": 1, "H100": 0.001}] * 8}, {},
+         [({"GPU": 8, "H100": 0.001}, {})]),
+        ({"generation": [{"GPU": 8, "H100": 0.001}], "train": [{"GPU": 1, "A100": 0.001}]}, {},
+         [({"GPU": 8, "H100": 0.001}, {}), ({"GPU": 1, "A100": 0.001}, {})]),
+        ({"generation": [{"CPU": 2}], "train": [{"CPU": 1}] * 3}, {}, [({"CPU": 2}, {}), ({"CPU": 1}, {})]),
+        # Nodes of any kind do for training; a stage that wants H100 gets no other's.
+        ({"generation": [{"GPU": 1}], "train": [{"GPU": 1}] * 2}, {"generation": H100},
+         [({"GPU": 1}, H100), ({"GPU": 1}, {})]),
+        ({"generation": [{"GPU": 1}], "train": [{"GPU": 1}]}, {"generation": H100, "train": {"pool": "b"}},
+         [({"GPU": 1}, H100), ({"GPU": 1}, {"pool": "b"})]),
+    ],
+)  # fmt: skip
+def test_every_stage_is_asked_for_and_no_gpu_twice(stages, wanted, request_):
+    labels = {stage: wanted.get(stage, {}) for stage in stages}
+    assert placement.request_for(stages, labels, exact=False) == request_
+
+
+def test_cpus_are_asked_for_once_the_gpus_are_there_without_them(cluster, monkeypatch):
+    """A node of 8 GPUs and 16 CPUs came for the engine: 4 of the 8 workers find CPUs there."""
+    gpus = {"CPU": 16.0, "GPU": 8.0}
+    monkeypatch.setattr(time, "sleep", lambda _: cluster["nodes"].append(gpus))
+    config = config_of(
+        generation={"resources": {"gpus": 8}, "engine": {"tensor_parallel_size": 8}},
+        train={"workers": 8, "resources": {"cpus": 4, "gpus": 1}},
+        cluster={"wait_for_nodes_s": 60},
+    )
+    engine, worker = ({"CPU": 1, "GPU": 8}, {}), ({"CPU": 4, "GPU": 1}, {})
+    with room_for(config):
+        assert cluster["asked"] == [[engine], [engine, *[worker] * 8]]
 
 
 @pytest.mark.parametrize(
