@@ -20,12 +20,10 @@ from spin_ray.inputs.findings import Finding, find_in_rows, find_in_template
 from spin_ray.inputs.forms import find_form, mapped, refuse_unknown_columns
 from spin_ray.inputs.graders import refuse_no_pattern
 from spin_ray.inputs.hub import unlisted, unpinned
-from spin_ray.inputs.merged_start import without_adapter
+from spin_ray.inputs.merged_start import find_model
 from spin_ray.inputs.model_folder import (
     ModelFolder,
-    check_folder,
     find_folder,
-    find_model,
     open_model,
     refuse_unsafe,
     refuse_untrainable,
@@ -99,8 +97,7 @@ def find_inputs(config: SpinConfig) -> Inputs:
         [file for source in sources_of(each) for file in find_files(source.path)]
         for each in (train, heldout, questions)
     )
-    named = find_folder(resolve(config.model.path), revision=config.model.revision)
-    path = check_folder(without_adapter(named, config.model), config.model)
+    path = find_model(config.model)
     refuse_untrainable(path)
     refuse_unsafe(path, trust_remote_code=config.model.trust_remote_code)
     refuse_damaged(path)
@@ -293,9 +290,7 @@ def _other_ids(renderer: ChatRenderer, conversation: Conversation, tools: Tools,
 def _open_scorer(config: SpinConfig) -> ModelFolder | None:
     if config.scorer is None or config.scorer.kind == "grade":
         return None
-    # max_length 1 fits any model: unlike the policy, a preference model truncates long inputs.
-    where = config.model.model_copy(update={"path": resolve(config.scorer.path), "max_length": 1})
-    return open_model(find_model(where), "scorer")
+    return open_model(find_folder(resolve(config.scorer.path), "scorer.path"), "scorer")
 
 
 def _refuse_unusable_models(config: SpinConfig, inputs: Inputs) -> None:
