@@ -237,7 +237,7 @@ def _too_few(config: SpinConfig, train: Train) -> str | None:
 
 
 def _rows(file: str, data: DataConfig) -> Iterator[SourceRow]:
-    return (row for piece in split([file]) for row in read_slice(piece, data.columns.values()))
+    return (row for piece in split([file]) for row in read_slice(piece, data.columns))
 
 
 def check_template_tokens(tokenizer: Any, renderer: ChatRenderer, vocabulary: int | None) -> None:

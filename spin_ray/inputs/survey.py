@@ -128,7 +128,7 @@ def _rows(
         if quota is not None and taken[piece.uri] >= quota:
             found.whole = False
             continue
-        for row in read_slice(piece, data.columns.values()):
+        for row in read_slice(piece, data.columns):
             if quota is not None and taken[piece.uri] >= quota:
                 found.whole = False
                 break

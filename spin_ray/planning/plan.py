@@ -116,9 +116,7 @@ def _usable_rows(source: str, task: "PromptTask") -> tuple[int, list[dict[str, A
     from spin_ray.inputs.sources import find_files, read_slice, split
 
     files = find_files(source)
-    rows = list(
-        islice((row for piece in split(files) for row in read_slice(piece, task.data.columns.values())), SAMPLE_ROWS)
-    )
+    rows = list(islice((row for piece in split(files) for row in read_slice(piece, task.data.columns)), SAMPLE_ROWS))
     usable = [row for found in rows_of(rows, task) if isinstance(found, list) for row in found]
     if not usable:
         raise DataError(f"{source}: none of the first {len(rows)} rows can be used; spin-ray doctor says why")

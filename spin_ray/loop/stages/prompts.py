@@ -226,7 +226,7 @@ class _RenderSlice:
         name = item["name"]
         good, bad = [_SLICE_SCHEMA.empty_table()], [QUARANTINE_SCHEMA.empty_table()]
         ids = bytearray()
-        reader = read_slice(Slice(item["uri"], item["start"], item["stop"]), self._task.data.columns.values())
+        reader = read_slice(Slice(item["uri"], item["start"], item["stop"]), self._task.data.columns)
         while sources := list(islice(reader, ROWS_AT_A_TIME)):
             rows: list[Row] = []
             unusable: list[Row] = []
