@@ -93,7 +93,7 @@ def _sample(config: SpinConfig, given: Given) -> Work:
     from spin_ray.inputs.mixture import shares_of
     from spin_ray.inputs.prompt_rows import PromptTask
 
-    task = PromptTask.of(config, str(model))
+    task = PromptTask.of(config, str(model), trained=True)
     sources = sources_of(config.data.train)
     samples = [_usable_rows(resolve(source.path), task) for source in sources]
     shares = shares_of(sources, [counted for counted, _ in samples])

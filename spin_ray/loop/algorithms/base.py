@@ -9,8 +9,9 @@ import numpy as np
 import pyarrow as pa
 
 from spin_ray.config.recipe import SpinConfig, digest
-from spin_ray.config.sections import ObjectiveConfig
+from spin_ray.config.sections import ObjectiveConfig, Train, name_of
 from spin_ray.inputs.check import Start
+from spin_ray.inputs.graders import refuse_no_answer
 from spin_ray.inputs.model_folder import ModelFolder
 from spin_ray.learner.step import Objective
 from spin_ray.loop.stages.generation.shards import Job, prompt_slice
@@ -60,6 +61,9 @@ class Algorithm(ABC):
         if given.reference_alpha != default.reference_alpha:
             yield f"objective.reference_alpha: {learns}"
 
+    def check_rows(self, run: RunDir, config: SpinConfig) -> None:  # noqa: B027
+        """Raises DataError if the committed prompts or questions lack what the algorithm needs of them."""
+
     def plays(self, run: RunDir) -> Artefact | None:
         """Returns the prompts that θ_t answers, if any."""
         return None
@@ -71,6 +75,12 @@ class Algorithm(ABC):
     @abstractmethod
     def objective(self, config: SpinConfig, iteration: int) -> Objective:
         """Returns the objective for training on the pairs."""
+
+
+def refuse_no_answers(prompts: Artefact, train: Train, grade: str, setting: str) -> None:
+    """Raises DataError if no row of ``prompts``, made from ``train``, has an answer to grade by."""
+    answers = (answer for table in prompts.tables() for answer in table["answer_text"].to_pylist())
+    refuse_no_answer(name_of(train), answers, grade, setting)
 
 
 def margin_objective(config: SpinConfig, iteration: int) -> Objective:

@@ -12,7 +12,7 @@ from spin_ray.config.sections import SelfFilterConfig
 from spin_ray.inputs.answers import extract_number
 from spin_ray.inputs.rendering import load_tokenizer
 from spin_ray.learner.step import Objective
-from spin_ray.loop.algorithms.base import Algorithm, Turn, margin_objective
+from spin_ray.loop.algorithms.base import Algorithm, Turn, margin_objective, refuse_no_answers
 from spin_ray.loop.stages import pairs
 from spin_ray.loop.stages.generation.shards import Job
 from spin_ray.report.grading import answers_of, grade_all
@@ -36,6 +36,10 @@ class SelfReinforcement(Algorithm):
         chosen = config.self_filter
         if chosen and chosen.grade and "min_agreement" in chosen.model_fields_set:
             yield "self_filter.min_agreement: self_filter.grade chooses in its place; leave it out"
+
+    def check_rows(self, run: RunDir, config: SpinConfig) -> None:
+        if config.data.questions and config.self_filter and config.self_filter.grade:
+            refuse_no_answers(run.questions, config.data.questions, config.self_filter.grade, "self_filter.grade")
 
     def plays(self, run: RunDir) -> Artefact:
         return run.questions

@@ -1,6 +1,8 @@
 """How each algorithm makes the rows of an iteration, and which objective they feed; without Ray, engine or training."""
 
 import json
+import shutil
+from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -184,6 +186,20 @@ def test_sppo_may_grade_its_samples_by_the_answers_of_their_rows(run):
     (wins,) = rows_of(run.wins(0))
     assert (wins["real_win"], wins["generated_win"]) == pytest.approx((5 / 6, 1 / 3))
     assert run.pairs(0).manifest().counts["dropped_identical"] == 2
+
+
+def test_rows_without_an_answer_to_grade_by_are_told_before_anything_is_generated(run):
+    """q0 and q2 have answers, which are no letters."""
+    write_questions(run, 3)
+    shutil.copytree(run.questions.local_folder(), run.storage.root / run.prompts.path)
+    for grade, told in (("multiple_choice", pytest.raises(DataError, match="no row has an answer")), ("exact", None)):
+        by_grade = {"kind": "grade", "path": grade}
+        for config in (
+            config_for("sppo", scorer=by_grade),
+            config_for("self_reinforcement", data={"train": "d", "questions": "q"}, self_filter={"grade": grade}),
+        ):
+            with told or nullcontext():
+                ALGORITHMS[config.algorithm].check_rows(run, config)
 
 
 # Self-reinforcement
