@@ -289,8 +289,12 @@ def tokens(text: str) -> list[int]:
     return [*TOKENIZER.encode(text, add_special_tokens=False), END_OF_TURN]
 
 
-def evolve(run: RunDir, monkeypatch: Any, revisions: list[list[int]]) -> list[dict[str, Any]]:
-    """θ_0 answers the questions "q 0", "q 1", … with "six"; the reviser writes ``revisions``."""
+def evolve(run: RunDir, monkeypatch: Any, revisions: list[list[int]], cut: int = 0) -> list[dict[str, Any]]:
+    """θ_0 answers the questions "q 0", "q 1", … with "six"; the reviser writes ``revisions``.
+
+    Args:
+        cut: number of further questions, whose answers are cut.
+    """
     config = config_for(
         "seft", reviser={}, data={"train": "d", "questions": "q"}, model={"path": "m", "max_length": 512},
         generation={"sampling": {"max_tokens": 16}},
@@ -299,8 +303,9 @@ def evolve(run: RunDir, monkeypatch: Any, revisions: list[list[int]]) -> list[di
     labelled = json.dumps([{"role": "user", "content": "2 + 4?"}, {"role": "assistant", "content": "it is 6"}])
     row = {"prompt_id": "p", "prompt_ids": [1], "real_ids": tokens("it is 6"), "messages": labelled}
     write_rows(run.prompts, PROMPT_SCHEMA, [row], part_rows=1)
-    write_questions(run, len(revisions))
-    write_answers(run.generations(0), [(f"q{i}", 0, tokens("six")) for i in range(len(revisions))], 9)
+    write_questions(run, len(revisions) + cut)
+    said = [tokens("six")] * len(revisions) + [tokens("six")[:-1]] * cut
+    write_answers(run.generations(0), [(f"q{i}", 0, ids) for i, ids in enumerate(said)], 9)
 
     def play(model: ModelFolder, jobs: list[Job]) -> None:
         (job,) = jobs
@@ -343,6 +348,13 @@ def test_seft_learns_kept_answers_and_revisions_and_counts_what_has_no_label(run
     assert rows[1]["real_ids"][-1] == END_OF_TURN
     counts = run.pairs(0).manifest().counts
     assert (counts["dropped_no_label"], counts["dropped_revision_cut"]) == (1, 1)
+
+
+def test_too_few_revisions_are_told_with_every_reason(run, monkeypatch):
+    revisions = [tokens("six"), tokens("seven"), tokens("[major]\nsix")[:-1]]
+    said = "0 pairs are left after dropping 3 answer_cut, 2 no_label, 1 revision_cut, fewer than"
+    with pytest.raises(DataError, match=said):
+        evolve(run, monkeypatch, revisions, cut=3)
 
 
 def test_an_answer_that_was_cut_is_not_revised(run, monkeypatch):

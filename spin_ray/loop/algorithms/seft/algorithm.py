@@ -40,7 +40,8 @@ class Seft(Algorithm):
         longest, dropped = config.model.max_length, Counter[str]()
         rows = revision.revised_rows(renderer, tokenizer, asked, revisions, iteration, longest, dropped)
         inputs = {artefact.path: artefact.manifest().digest for artefact in (asked, revisions)}
-        fresh = pairs.Fresh(rows, inputs, {"max_length": longest}, paired=False, dropped=dropped)
+        settings = {"max_length": longest}
+        fresh = pairs.Fresh(rows, inputs, settings, paired=False, dropped=dropped, dropped_before=asked)
         pairs.make(run, config, iteration, fresh)
 
     def objective(self, config: SpinConfig, iteration: int) -> Objective:
