@@ -79,7 +79,7 @@ def _tools_in(row: dict[str, Any]) -> list[Any] | None:
     return tools
 
 
-_TO_MINUS = str.maketrans(dict.fromkeys(MINUS, "-"))
+_TO_MINUS = str.maketrans(MINUS, "-" * len(MINUS))
 _NUMBER = re.compile(r"\s*[-+]?\d{1,3}(,\d{3})+(\.\d*)?\s*")
 
 

@@ -7,6 +7,7 @@ from typing import ClassVar
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 
 from spin_ray.config.recipe import SpinConfig, digest
 from spin_ray.config.sections import ObjectiveConfig, Train, name_of
@@ -81,6 +82,16 @@ def refuse_no_answers(prompts: Artefact, train: Train, grade: str, setting: str)
     """Raises DataError if no row of ``prompts``, made from ``train``, has an answer to grade by."""
     answers = (answer for table in prompts.tables() for answer in table["answer_text"].to_pylist())
     refuse_no_answer(name_of(train), answers, grade, setting)
+
+
+def answered_once(prompts: Artefact, target: Artefact, model: ModelFolder) -> Job:
+    """Returns a job of one response per prompt; of as many as an older version began with, which sampled more."""
+    samples = 1
+    if target.is_committed:
+        samples = target.manifest().settings.get("samples_per_prompt", 1)
+    elif begun := next((found for name in target.part_names() if (found := target.open_sealed(name))), None):
+        samples = 1 + pc.max(begun[0]["sample"]).as_py()
+    return Job(prompts, target, model.name, model.digest, samples=samples)
 
 
 def margin_objective(config: SpinConfig, iteration: int) -> Objective:

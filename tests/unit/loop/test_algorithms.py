@@ -19,7 +19,7 @@ from spin_ray.inputs.embedded import resolve
 from spin_ray.inputs.model_folder import ModelFolder
 from spin_ray.inputs.rendering import ChatRenderer, load_tokenizer
 from spin_ray.learner.step import Objective
-from spin_ray.loop.algorithms.base import Turn
+from spin_ray.loop.algorithms.base import Turn, answered_once
 from spin_ray.loop.algorithms.seft import algorithm as seft
 from spin_ray.loop.algorithms.seft import revision
 from spin_ray.loop.algorithms.self_reinforcement import commonest
@@ -27,11 +27,11 @@ from spin_ray.loop.algorithms.sppo import algorithm as sppo
 from spin_ray.loop.algorithms.sppo.preferences import PREFERENCE_SCHEMA, win_table
 from spin_ray.loop.algorithms.table import ALGORITHMS, check_algorithm
 from spin_ray.loop.stages.generation.shards import Job
-from spin_ray.run_dir.artefact import Artefact
+from spin_ray.run_dir.artefact import Artefact, seal
 from spin_ray.run_dir.run_dir import RunDir
-from spin_ray.run_dir.schemas import PROMPT_SCHEMA
+from spin_ray.run_dir.schemas import GENERATION_SCHEMA, PROMPT_SCHEMA
 from spin_ray.run_dir.storage import Storage
-from tests.support.fakes import END_OF_TURN, config_of, write_answers, write_prompts, write_rows
+from tests.support.fakes import END_OF_TURN, config_of, generation_rows, write_answers, write_prompts, write_rows
 
 THETA = ModelFolder(Path("m"), "digest of θ_t", "iter_000", 0)
 
@@ -236,7 +236,7 @@ def reinforce(
 
     def play(model: ModelFolder, jobs: list[Job]) -> None:
         (job,) = jobs
-        assert (model, job.opponent) == (base, "start")
+        assert (model, job.opponent, job.samples) == (base, "start", 1)
         write_answers(job.target, [(f"q{i}", sample, [3 + sample, 2]) for i in range(3) for sample in range(3)], 3)
 
     opponent = replace(THETA, path=Path(resolve("embedded:tiny-llama")))
@@ -259,6 +259,17 @@ def test_self_reinforcement_may_learn_from_the_sample_with_the_best_grade(run):
     with pytest.raises(ConfigError, match=r"self_filter.min_agreement: self_filter.grade chooses in its place"):
         check_algorithm(config_for("self_reinforcement", sft={}, data={"train": "d", "questions": "q"},
                                    self_filter={"grade": "exact", "min_agreement": 0.5}))  # fmt: skip
+
+
+@pytest.mark.parametrize("committed", [False, True])
+def test_answers_that_an_older_version_sampled_more_often_are_kept(run, committed):
+    target = run.artefact("start/answers")
+    rows = [row | {"sample": sample} for row in generation_rows([("q0", 0, [3, 2])]) for sample in range(3)]
+    entry = target.write_part("part-00000.parquet", seal(pa.Table.from_pylist(rows, GENERATION_SCHEMA), "inputs"))
+    if committed:
+        target.commit({"part-00000.parquet": entry}, {}, {"samples_per_prompt": 3})
+    assert answered_once(run.questions, target, THETA).samples == 3
+    assert answered_once(run.questions, run.artefact("other"), THETA).samples == 1
 
 
 def test_without_a_filter_every_question_is_learnt_from(run):
@@ -313,7 +324,7 @@ def evolve(run: RunDir, monkeypatch: Any, revisions: list[list[int]], cut: int =
             assert model == start
             write_answers(job.target, [("p", 0, tokens("it is 7"))], 1)
         else:
-            assert (job.target.path, model.name) == ("iter_000/revisions", "reviser")
+            assert (job.target.path, model.name, job.samples) == ("iter_000/revisions", "reviser", 1)
             write_answers(job.target, [(f"q{i}/0", 0, ids) for i, ids in enumerate(revisions)], 9)
 
     def fine_tune(run_dir: RunDir, config: SpinConfig, how: Any, model: Any, rows: Artefact, target: Artefact) -> None:
