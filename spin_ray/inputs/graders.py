@@ -155,8 +155,8 @@ def find_grader(grade: str, setting: str = "evaluation.grade") -> Grader:
 
 def refuse_no_answer(source: str, answers: Iterable[str | None], grade: str, setting: str) -> None:
     """Raises DataError if there is no answer in ``answers`` by which the grader can grade."""
-    judge = GRADERS.get(grade) if grade != "regex" else None  # a user's function and regex take any answer
-    if not any(answer is not None and (judge is None or judge("", answer) is not None) for answer in answers):
+    grader = GRADERS.get(grade) if grade != "regex" else None  # a user's function and regex take any answer
+    if not any(answer is not None and (grader is None or grader("", answer) is not None) for answer in answers):
         raise DataError(
             f"{source}: no row has an answer that {setting} {grade} can grade by; add a column answer, or name the "
             "column that holds it: data.columns: {answer: NAME}"

@@ -55,7 +55,8 @@ def check_surveys(config: SpinConfig, inputs: Inputs, surveys: Sequence[Survey])
     trained, questions = surveys[: len(sources)], surveys[len(sources) + held_out :]
     for setting, rows in (("scorer.path", trained), ("self_filter.grade", questions)):
         if grade := graders_of(config).get(setting):
-            name = ", ".join(found.source for found in rows)
+            sample = "" if all(found.whole for found in rows) else " (a sample; --all reads every row)"
+            name = ", ".join(found.source for found in rows) + sample
             refuse_no_answer(name, [answer for found in rows for answer in found.answers], grade, setting)
     if isinstance(inputs.train, str) or not all(found.whole for found in trained):
         return

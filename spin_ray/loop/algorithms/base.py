@@ -80,7 +80,8 @@ class Algorithm(ABC):
 
 def refuse_no_answers(prompts: Artefact, train: Train, grade: str, setting: str) -> None:
     """Raises DataError if no row of ``prompts``, made from ``train``, has an answer to grade by."""
-    answers = (answer for table in prompts.tables() for answer in table["answer_text"].to_pylist())
+    tables = (table for table in prompts.tables() if "answer_text" in table.column_names)
+    answers = (answer for table in tables for answer in table["answer_text"].to_pylist())
     refuse_no_answer(name_of(train), answers, grade, setting)
 
 
