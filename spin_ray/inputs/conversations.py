@@ -11,7 +11,7 @@ from spin_ray.inputs.answers import MINUS
 from spin_ray.inputs.forms import FORMS, Form, form_of, is_wanted, mapped, no_form
 from spin_ray.inputs.messages import Conversation, Message, Unlearnt, Unusable, decoded, refuse_surrogates
 
-__all__ = ["Conversation", "Message", "Unusable", "answer_of", "question_of", "read_row"]
+__all__ = ["Conversation", "Message", "Unusable", "answer_of", "conversations_of", "question_of", "read_row"]
 
 
 class Found(NamedTuple):
@@ -47,6 +47,11 @@ def read_row(content: dict[str, Any] | None, data: DataConfig) -> Found:
         if rejected[:-1] != real[-1][:-1]:
             raise Unusable("malformed", "chosen and rejected do not answer the same prompt")
     return Found(real, rejected, _tools_in(row), row, form)
+
+
+def conversations_of(content: dict[str, Any] | None, data: DataConfig) -> list[Conversation]:
+    """Returns the conversations that end with a response; raises Unusable if there are none."""
+    return read_row(content, data).ending_with_real
 
 
 def question_of(content: dict[str, Any] | None, data: DataConfig) -> Found:

@@ -4,7 +4,6 @@ import copy
 import csv
 import json
 from dataclasses import replace
-from typing import Any
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -15,7 +14,7 @@ from hypothesis import strategies as st
 from spin_ray.config.sections import DataConfig, FormName
 from spin_ray.errors import DataError
 from spin_ray.inputs import prompt_rows
-from spin_ray.inputs.conversations import Conversation, Unusable, question_of, read_row
+from spin_ray.inputs.conversations import Unusable, conversations_of, question_of, read_row
 from spin_ray.inputs.forms import BY_NAME, FORMS, find_form, form_of, ignored_in
 from spin_ray.inputs.messages import parse_messages
 from spin_ray.inputs.rendering import ChatRenderer
@@ -23,10 +22,6 @@ from spin_ray.inputs.sources import SourceRow, read_slice, split
 from tests.unit.inputs.test_prompt_rows import TOKENIZER, chat, rows_of, task_of
 
 DATA = DataConfig(train="d")
-
-
-def conversations_of(content: dict[str, Any] | None, data: DataConfig) -> list[Conversation]:
-    return read_row(content, data).ending_with_real
 
 
 def written(asked, said, worse, system):

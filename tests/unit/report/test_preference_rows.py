@@ -10,7 +10,7 @@ import pytest
 
 from spin_ray.config.sections import DataConfig
 from spin_ray.errors import ConfigError, RunDirError
-from spin_ray.inputs.conversations import read_row
+from spin_ray.inputs.conversations import conversations_of, read_row
 from spin_ray.inputs.forms import form_of
 from spin_ray.inputs.model_folder import folder_entries
 from spin_ray.inputs.rendering import ChatRenderer
@@ -61,7 +61,7 @@ def test_exported_pairs_are_read_back_with_the_ids_that_were_trained_on(run, tmp
     renderer = ChatRenderer(TOKENIZER)
     for row in rows:
         assert form_of(row, DATA).name == named
-        better, worse = renderer.render_all([*read_row(row, DATA).ending_with_real, read_row(row, DATA).rejected])
+        better, worse = renderer.render_all([*conversations_of(row, DATA), read_row(row, DATA).rejected])
         assert (better.prompt_ids, better.real_ids) == (pair["prompt_ids"], pair["real_ids"])
         assert worse.real_ids == pair["generated_ids"] == [*cut["generated_ids"], better.real_ids[-1]]
     assert counts == {"written": 2, "other ids": 1, "responses": 4}  # the cut response has got an end
