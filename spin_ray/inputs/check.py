@@ -6,26 +6,26 @@ from dataclasses import dataclass
 from datetime import datetime
 from importlib.metadata import PackageNotFoundError, version
 from itertools import chain, islice
+from math import ceil
 from typing import Any, NamedTuple
 
 from spin_ray.config.recipe import SpinConfig
-from spin_ray.config.sections import DataConfig, Train, name_of, sources_of
+from spin_ray.config.sections import DataConfig, Source, Train, name_of, sources_of
 from spin_ray.errors import ConfigError, DataError, ModelError
 from spin_ray.inputs.architecture import refuse_architecture, refuse_unapplied
 from spin_ray.inputs.chat_template import Tools
-from spin_ray.inputs.conversations import Conversation, Unusable, conversations_of, read_row
+from spin_ray.inputs.conversations import Conversation, Unusable, question_of, read_row
 from spin_ray.inputs.embedded import resolve
 from spin_ray.inputs.ends import other_ends
 from spin_ray.inputs.findings import Finding, find_in_rows, find_in_template
 from spin_ray.inputs.forms import find_form, mapped, refuse_unknown_columns
 from spin_ray.inputs.graders import refuse_no_pattern
 from spin_ray.inputs.hub import unlisted, unpinned
-from spin_ray.inputs.merged_start import without_adapter
+from spin_ray.inputs.merged_start import find_model
+from spin_ray.inputs.mixture import shares_of
 from spin_ray.inputs.model_folder import (
     ModelFolder,
-    check_folder,
     find_folder,
-    find_model,
     open_model,
     refuse_unsafe,
     refuse_untrainable,
@@ -99,8 +99,7 @@ def find_inputs(config: SpinConfig) -> Inputs:
         [file for source in sources_of(each) for file in find_files(source.path)]
         for each in (train, heldout, questions)
     )
-    named = find_folder(resolve(config.model.path), revision=config.model.revision)
-    path = check_folder(without_adapter(named, config.model), config.model)
+    path = find_model(config.model)
     refuse_untrainable(path)
     refuse_unsafe(path, trust_remote_code=config.model.trust_remote_code)
     refuse_damaged(path)
@@ -179,7 +178,7 @@ def _find_all(
         found += find_in_rows(renderer, [(each.messages, each.tools) for each in first], source)
         if inputs.scorer is not None and any(each.tools for each in first):
             found.append(Finding(f"{source}: the preference model reads rows without their tools", "warning"))
-    if few := _too_few(config, inputs.train):
+    if few := _too_few(config, inputs):
         found.append(Finding(few, "error"))
     return found
 
@@ -209,38 +208,52 @@ def _first_conversations(heads: Sequence[list[SourceRow]], data: DataConfig) -> 
     return found
 
 
-def _too_few(config: SpinConfig, train: Train) -> str | None:
+def _too_few(config: SpinConfig, inputs: Inputs) -> str | None:
     """Returns an error message if an iteration has fewer pairs than one optimizer step."""
-    needed = config.train.global_batch_pairs
-    each = config.generation.samples_per_prompt
-    if config.algorithm not in ("spin", "dpo", "sppo"):
+    needed, each = config.train.global_batch_pairs, _pairs_of_a_row(config)
+    if each is None:
         return None
-    limits = [limit for limit in (config.data.max_rows, config.data.prompts_per_iteration) if limit is not None]
-    rows = 0
-    each_source = (
-        islice(chain.from_iterable(_rows(file, config.data) for file in find_files(source.path)), source.rows)
-        for source in sources_of(train)
+    questions = inputs.questions if config.algorithm in ("self_reinforcement", "seft") else None
+    rows = questions or inputs.train
+    sources = sources_of(rows)
+    counts = [_count(source, config, ceil(needed / each), labelled=questions is None) for source in sources]
+    if not all(counts):  # a source without a usable row: the quarantine error says why
+        return None
+    drawn = sum(shares_of(sources, [max(it.rows or 1, count) for it, count in zip(sources, counts, strict=True)]))
+    limits = (drawn, config.data.max_rows, config.data.prompts_per_iteration)
+    pairs = min(limit for limit in limits if limit is not None) * each
+    if pairs >= needed:
+        return None
+    weighted = " by their weights" if any(source.weight for source in sources) else ""
+    return (
+        f"{name_of(rows)}: an iteration has at most {pairs} pairs{weighted}, fewer than train.global_batch_pairs "
+        f"{needed}; add rows or lower train.global_batch_pairs to {pairs} or less"
     )
-    for row in islice(chain.from_iterable(each_source), _COUNTED_ROWS):
+
+
+def _pairs_of_a_row(config: SpinConfig) -> int | None:
+    """Returns the most pairs that a prompt gives; None for an algorithm from outside."""
+    if config.algorithm in ("dpo", "sppo", "continued_sft", "self_reinforcement"):
+        return 1
+    return config.generation.samples_per_prompt if config.algorithm in ("spin", "tspin", "sdft", "seft") else None
+
+
+def _count(source: Source, config: SpinConfig, enough: int, *, labelled: bool) -> int:
+    """Counts usable rows. Counts ``enough`` or more for a source that is not read to its end."""
+    count = 0
+    for read, row in enumerate(chain.from_iterable(_rows(file, config.data) for file in find_files(source.path))):
+        if count >= enough or read >= _COUNTED_ROWS:
+            return max(count, enough)
         try:
-            rows += len(conversations_of(row.content, config.data))
+            found = (read_row if labelled else question_of)(row.content, config.data)
         except Unusable:
             continue
-        if rows * each >= needed:
-            break
-    else:
-        limits.append(rows)
-    pairs = min(limits, default=needed) * each
-    if pairs >= needed or not pairs:  # no usable row at all: the quarantine error says why
-        return None
-    return (
-        f"{name_of(train)}: an iteration has at most {pairs} pairs, fewer than train.global_batch_pairs {needed}; add "
-        f"rows or lower train.global_batch_pairs to {pairs} or less"
-    )
+        count += bool(found.rejected) if config.algorithm == "dpo" else len(found.ending_with_real)
+    return count
 
 
 def _rows(file: str, data: DataConfig) -> Iterator[SourceRow]:
-    return (row for piece in split([file]) for row in read_slice(piece, data.columns.values()))
+    return (row for piece in split([file]) for row in read_slice(piece, data.columns))
 
 
 def check_template_tokens(tokenizer: Any, renderer: ChatRenderer, vocabulary: int | None) -> None:
@@ -293,9 +306,7 @@ def _other_ids(renderer: ChatRenderer, conversation: Conversation, tools: Tools,
 def _open_scorer(config: SpinConfig) -> ModelFolder | None:
     if config.scorer is None or config.scorer.kind == "grade":
         return None
-    # max_length 1 fits any model: unlike the policy, a preference model truncates long inputs.
-    where = config.model.model_copy(update={"path": resolve(config.scorer.path), "max_length": 1})
-    return open_model(find_model(where), "scorer")
+    return open_model(find_folder(resolve(config.scorer.path), "scorer.path"), "scorer")
 
 
 def _refuse_unusable_models(config: SpinConfig, inputs: Inputs) -> None:

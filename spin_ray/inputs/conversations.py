@@ -7,6 +7,7 @@ from types import MappingProxyType
 from typing import Any, NamedTuple
 
 from spin_ray.config.sections import DataConfig
+from spin_ray.inputs.answers import MINUS
 from spin_ray.inputs.forms import FORMS, Form, form_of, is_wanted, mapped, no_form
 from spin_ray.inputs.messages import Conversation, Message, Unlearnt, Unusable, decoded, refuse_surrogates
 
@@ -83,6 +84,7 @@ def _tools_in(row: dict[str, Any]) -> list[Any] | None:
     return tools
 
 
+_TO_MINUS = str.maketrans(MINUS, "-" * len(MINUS))
 _NUMBER = re.compile(r"\s*[-+]?\d{1,3}(,\d{3})+(\.\d*)?\s*")
 
 
@@ -91,7 +93,7 @@ def answer_of(value: Any) -> float | None:
     if value is None or isinstance(value, bool):
         return None
     if isinstance(value, str):
-        value = value.rpartition("####")[2]
+        value = value.rpartition("####")[2].translate(_TO_MINUS)
         value = value.replace(",", "") if _NUMBER.fullmatch(value) else value
     try:
         number = float(value)

@@ -17,9 +17,20 @@ from spin_ray.learner.import_path import import_object
 Grader = Callable[[str, str], float | None]
 """Function from a response and its row's answer to a grade from 0 to 1; None if the answer cannot be graded."""
 
-_SAID = re.compile(r"(?i:answer\s*(?:is|:)?)[\s:*]*\(?([A-Z]\b(?!')|[a-z](?=\W*$))", re.MULTILINE)
-_BOXED = re.compile(r"\\boxed\{\s*(?:\\text\{)?\(?([A-Z])\)?")
-_ALONE = re.compile(r"^[\s*(]*([A-Z])(?:[\s*]*$|[).:])", re.MULTILINE)
+_TEX = r"\\(?:(?:boxed|fbox|text[a-z]*|math[a-z]*)\{)?"
+_BEFORE = rf"""(?:[\s:*_$(\["'`]|{_TEX}){{0,200}}"""
+"""Blanks, and the marks of Markdown and TeX before a letter. Without a limit, degenerate responses take minutes."""
+_BEFORE_IN_LINE = _BEFORE.replace(r"\s", r" \t")
+_OPTION = r"""(?:(?i:(?:the\s)?(?:correct\s)?(?:option|choice|letter)\b)[\s:*_$(\["'`\\]{0,8})?"""
+_LETTER = r"[A-Z](?![^\W_])"
+_NO_PRONOUN = r"(?!'\w|\s(?:think|believe|guess|suppose|would|am)\b)"
+_ASIDE = r"(?:\s?,[^,.;:\n]{1,40},|\s?\([^()\n]{1,40}\)|\s(?:choice|option|letter|here|to\s[a-z0-9 ]{1,40}?))?"
+"""Words between ``answer`` and ``is``, as in: the answer, I think, is B."""
+_ANSWER = rf"answer(?:{_ASIDE}\s{{0,4}}(?:(?<=\s)(?:is|would\sbe|must\sbe)|:))?"
+_CORRECT = r"\b(?:correct|right|best)\s(?:option|choice)\sis"
+_SAID = re.compile(rf"(?i:{_ANSWER}|{_CORRECT}){_BEFORE}{_OPTION}({_LETTER}{_NO_PRONOUN}|[a-z](?=\W*$))", re.MULTILINE)
+_BOXED = re.compile(rf"\\boxed\{{{_BEFORE}{_OPTION}({_LETTER})")
+_ALONE = re.compile(rf"""^{_BEFORE_IN_LINE}{_OPTION}({_LETTER})(?:[ \t*_$)\]}}"'`.\\]*$|[).:])""", re.MULTILINE)
 _FENCED = re.compile(r"```(?:json)?\s*\n(.*?)```", re.DOTALL)
 
 
@@ -140,6 +151,16 @@ def find_grader(grade: str, setting: str = "evaluation.grade") -> Grader:
     if not callable(found):
         raise ConfigError(f"{setting}: {grade} is no function of a response and an answer")
     return found
+
+
+def refuse_no_answer(source: str, answers: Iterable[str | None], grade: str, setting: str) -> None:
+    """Raises DataError if there is no answer in ``answers`` by which the grader can grade."""
+    grader = GRADERS.get(grade) if grade != "regex" else None  # a user's function and regex take any answer
+    if not any(answer is not None and (grader is None or grader("", answer) is not None) for answer in answers):
+        raise DataError(
+            f"{source}: no row has an answer that {setting} {grade} can grade by; add a column answer, or name the "
+            "column that holds it: data.columns: {answer: NAME}"
+        )
 
 
 def graded(grade: str, response: str, answer: str, row: str, setting: str = "evaluation.grade") -> float | None:

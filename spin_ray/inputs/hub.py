@@ -21,6 +21,7 @@ _NAMED = re.compile(
     rf"({_KIND})?(?!{_KIND})([\w.-]+/[\w.-]+)(?:@(refs/(?:convert|pr)/[^/]+|[^/]+))?(?:/(.*))?", re.DOTALL
 )
 _FETCHED = ["*.safetensors", "*.json", "*.jinja", "tokenizer.model", "*.txt", "*.tiktoken"]
+_CODE = ["*.py"]
 _LEFT = ["consolidated*", "original/*", "*/*.safetensors"]
 """Files that no library opens: Mistral's and Meta's layouts, and weights of checkpoints."""
 
@@ -46,14 +47,15 @@ def _repository(path: str) -> _Repository:
     return _Repository(_KINDS[(kind or "models/")[:-1]], name, revision, inside or "")
 
 
-def fetch_model(name: str, setting: str) -> Path:
+def fetch_model(name: str, setting: str, *, with_code: bool = False) -> Path:
     """Returns the cached folder of ``OWNER/NAME`` or ``OWNER/NAME@REVISION``; raises ModelError without one."""
     from huggingface_hub import snapshot_download
 
     owner_and_name, _, revision = name.partition("@")
+    wanted = [*_FETCHED, *(_CODE if with_code else [])]
     try:
         return Path(
-            snapshot_download(owner_and_name, revision=revision or None, allow_patterns=_FETCHED, ignore_patterns=_LEFT)
+            snapshot_download(owner_and_name, revision=revision or None, allow_patterns=wanted, ignore_patterns=_LEFT)
         )
     except Exception as error:  # the client raises its own, its HTTP library's and the system's errors
         reason = _why(error, _Repository("model", owner_and_name, revision or None, ""))

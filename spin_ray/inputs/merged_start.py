@@ -7,11 +7,23 @@ from spin_ray.config.recipe import digest
 from spin_ray.config.sections import ModelConfig
 from spin_ray.errors import ModelError
 from spin_ray.inputs.embedded import resolve
-from spin_ray.inputs.model_folder import find_folder, is_adapter, read_adapter, refuse_unsafe
+from spin_ray.inputs.model_folder import check_folder, find_folder, is_adapter, read_adapter, refuse_unsafe
 from spin_ray.run_dir.artefact import folder_entries
 from spin_ray.run_dir.cache import cache_root, filling
 
 WEIGHTS = "adapter_model.safetensors"
+
+
+def find_model(config: ModelConfig) -> Path:
+    """Returns the folder of ``model.path``, fetched if on the hub and merged if an adapter.
+
+    Raises:
+        ModelError: there is no such model, or its adapter cannot be merged.
+        ConfigError: the model has fewer positions than ``model.max_length``.
+    """
+    trusts = config.trust_remote_code
+    named = find_folder(resolve(config.path), revision=config.revision, trust_remote_code=trusts)
+    return check_folder(without_adapter(named, config), config)
 
 
 def without_adapter(folder: Path, config: ModelConfig) -> Path:
@@ -47,10 +59,13 @@ def _check(folder: Path) -> None:
 
 
 def _base_of(folder: Path, config: ModelConfig) -> Path:
-    name = config.base or read_adapter(folder).get("base_model_name_or_path")
+    """Returns the folder of ``model.base``, or of the model and revision that the adapter names, as PEFT loads it."""
+    named = read_adapter(folder)
+    name = config.base or named.get("base_model_name_or_path")
+    revision = None if config.base else named.get("revision")
     if not name:
         raise ModelError(f"{folder}: is an adapter that names no model; set model.base")
-    base = find_folder(resolve(name), "model.base")
+    base = find_folder(resolve(name), "model.base", revision, trust_remote_code=config.trust_remote_code)
     refuse_unsafe(base, trust_remote_code=config.trust_remote_code)
     return base
 

@@ -142,28 +142,31 @@ def open_artefact(artefact: Artefact, name: str, initial: ModelFolder) -> ModelF
     return ModelFolder(folder, digest, name, initial.pad_id, source=artefact, base=base)
 
 
-def find_model(config: ModelConfig) -> Path:
-    """Returns the folder of ``model.path``, fetched if on the hub.
+def find_folder(
+    path: str, setting: str = "model.path", revision: str | None = None, *, trust_remote_code: bool = False
+) -> Path:
+    """Returns a local folder, fetched if ``path`` is on the hub; raises ModelError if there is none.
 
-    Raises:
-        ModelError: there is no such model.
-        ConfigError: the model has fewer positions than ``model.max_length``.
+    Args:
+        revision: branch, tag or commit on the hub, in place of that of ``path``.
+        trust_remote_code: True fetches the model's code, too.
     """
-    return check_folder(find_folder(config.path, revision=config.revision), config)
-
-
-def find_folder(path: str, setting: str = "model.path", revision: str | None = None) -> Path:
-    """Returns a local folder, fetched if ``path`` is on the hub; raises ModelError if there is none."""
     folder = Path(path).expanduser().absolute()  # Ray workers run in other folders
     if folder.exists():
         return folder
     if path.count("/") != 1 or path.startswith((".", "/", "~")):
         raise ModelError(f"{setting} {path}: no such folder")
-    return fetch_model(f"{path}@{revision}" if revision else path, setting)
+    name = f"{path.partition('@')[0]}@{revision}" if revision else path
+    return fetch_model(name, setting, with_code=trust_remote_code)
 
 
 def check_folder(folder: Path, config: ModelConfig) -> Path:
-    """Returns ``folder`` if its model is long enough; raises like ``find_model``."""
+    """Returns ``folder`` if its model is long enough.
+
+    Raises:
+        ModelError: the folder holds no model.
+        ConfigError: the model has fewer positions than ``model.max_length``.
+    """
     refuse_no_model(folder)
     limit = positions_of(read_config(folder))
     if limit is not None and config.max_length > limit:

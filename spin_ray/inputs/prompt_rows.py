@@ -53,10 +53,20 @@ class PromptTask:
     """The run's date, for templates."""
     takes_tools: bool = True
     """False if rows with tools are refused."""
+    needs_rejected: bool = False
+    """True if rows without a rejected response are refused."""
 
     @classmethod
-    def of(cls, config: SpinConfig, tokenizer: str, *, labelled: bool = True, date: datetime | None = None) -> Self:
-        """Returns the task of a recipe."""
+    def of(
+        cls,
+        config: SpinConfig,
+        tokenizer: str,
+        *,
+        labelled: bool = True,
+        trained: bool = False,
+        date: datetime | None = None,
+    ) -> Self:
+        """Returns the task of a recipe; ``trained`` for rows of ``data.train``."""
         return cls(
             tokenizer=tokenizer,
             chat_template=config.model.chat_template,
@@ -67,6 +77,7 @@ class PromptTask:
             chat_template_kwargs=config.model.chat_template_kwargs,
             date=date,
             takes_tools=config.algorithm not in ("seft", "sdft"),
+            needs_rejected=trained and config.algorithm == "dpo",
         )
 
     @cached_property
@@ -104,10 +115,11 @@ def rows_of(sources: Sequence[SourceRow], task: PromptTask, note: Note | None = 
             continue
         results = list(islice(rendered, len(each.all)))
         rejected = results.pop() if each.rejected else None
+        of_each = [*[None] * (len(results) - 1), rejected]  # it answers the last prompt alone
         try:
             rows = [
-                _row(each, conversation, result, rejected, task)
-                for conversation, result in zip(each.ending_with_real, results, strict=True)
+                _row(each, conversation, result, worse, task)
+                for conversation, result, worse in zip(each.ending_with_real, results, of_each, strict=True)
             ]
         except Unusable as unusable:  # one unusable turn refuses the whole row
             yield unusable
@@ -125,9 +137,15 @@ def _found_in(source: SourceRow, task: PromptTask) -> Found | Unusable:
         if found.tools and not task.takes_tools:
             raise Unusable("tools", "seft and sdft write prompts again, which would have no tools")
         _refuse_media(source, found)
-        return found
+        return _of_pair(found) if task.needs_rejected else found
     except Unusable as unusable:
         return unusable
+
+
+def _of_pair(found: Found) -> Found:
+    if found.rejected is None:
+        raise Unusable("no_rejected", "has no rejected response, which algorithm dpo needs beside chosen")
+    return found._replace(ending_with_real=found.ending_with_real[-1:])
 
 
 def _refuse_media(source: SourceRow, found: Found) -> None:

@@ -3,7 +3,7 @@
 import hashlib
 import json
 import re
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator, Mapping
 
 import pyarrow as pa
 import pyarrow.fs
@@ -181,6 +181,6 @@ def _size(uri: str) -> int:
     return filesystem.get_file_info(path).size
 
 
-def read_slice(piece: Slice, columns: Iterable[str] = ()) -> Iterator[SourceRow]:
-    """Yields the rows of a slice; of tables, only the columns of forms, and ``columns``."""
-    return read_text(piece) if kind_of(piece.uri) in TEXTS else read_table(piece, columns)
+def read_slice(piece: Slice, columns: Mapping[str, str] | None = None) -> Iterator[SourceRow]:
+    """Yields the rows of a slice; of tables, only the columns of forms, and those of ``data.columns``."""
+    return read_text(piece) if kind_of(piece.uri) in TEXTS else read_table(piece, columns or {})

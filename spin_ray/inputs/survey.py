@@ -18,6 +18,7 @@ SAMPLE_ROWS = 2000
 """Most rows read without ``--all``."""
 UNLIMITED = sys.maxsize
 _ROWS_AT_A_TIME = 256
+_ANSWERS = 64
 
 
 @dataclass(frozen=True, slots=True)
@@ -49,6 +50,8 @@ class Survey:
     responses: list[int] = field(default_factory=list)
     """Tokens of the human response, for the same rows."""
     ids: set[str] = field(default_factory=set)
+    answers: list[str] = field(default_factory=list)
+    """Answers of the first usable rows that have one."""
     leaked: int = 0
     """Usable rows that are also held out."""
     example: Row | None = None
@@ -128,7 +131,7 @@ def _rows(
         if quota is not None and taken[piece.uri] >= quota:
             found.whole = False
             continue
-        for row in read_slice(piece, data.columns.values()):
+        for row in read_slice(piece, data.columns):
             if quota is not None and taken[piece.uri] >= quota:
                 found.whole = False
                 break
@@ -165,6 +168,8 @@ def _count(
         _refuse(found, source, "duplicate", "the same prompt and response as an earlier row")
         return
     found.usable += 1
+    if (answer := new[0]["answer_text"]) is not None and len(found.answers) < _ANSWERS:
+        found.answers.append(answer)
     found.example = found.example or new[0]
 
 

@@ -1,7 +1,7 @@
 """Rows of columnar files: Parquet, and Arrow as ``datasets`` saves it."""
 
 import json
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any
 
 import pyarrow as pa
@@ -16,6 +16,7 @@ from spin_ray.inputs.forms import COLUMNS, MEDIA, OTHER_NAMES
 _ALL = 2**31
 _ROWS, _ROWS_OF_MEDIA = 2**16, 128
 """Parquet rows read at a time; fewer where texts may hold images."""
+_Change = Callable[[Any], Any]
 _DAMAGED = (pa.ArrowException, OSError, UnicodeDecodeError)
 _STRANGE = (KeyError, ValueError, OverflowError)
 """Errors of pyarrow for values that Python cannot hold, e.g. the year 200000."""
@@ -40,8 +41,8 @@ def split_table(uri: str, width: int) -> list[Slice]:
     return [*slices, Slice(uri, start, number + 1)] if number + 1 > start else slices
 
 
-def read_table(piece: Slice, columns: Iterable[str] = ()) -> Iterator[SourceRow]:
-    """Yields rows in which a null is a missing key; reads only ``columns`` and those of forms.
+def read_table(piece: Slice, columns: Mapping[str, str]) -> Iterator[SourceRow]:
+    """Yields rows in which a null is a missing key; reads only the file's names in ``columns`` and those of forms.
 
     Raises:
         DataError: the file is damaged.
@@ -49,12 +50,12 @@ def read_table(piece: Slice, columns: Iterable[str] = ()) -> Iterator[SourceRow]
     if kind_of(piece.uri) == ".parquet":
         file = _parquet(piece.uri)
         names = file.schema_arrow.names
-        wanted = _wanted(names, columns, piece.uri)
+        wanted = _wanted(names, columns.values(), piece.uri)
         first = sum(file.metadata.row_group(group).num_rows for group in range(piece.start))
         groups = list(range(piece.start, piece.stop))
         leaves = _media_leaves(file.schema, {*names} - {*wanted})
         batches = file.iter_batches(_ROWS_OF_MEDIA if leaves else _ROWS, groups, [*wanted, *leaves])
-        yield from _rows(piece.uri, batches, names, wanted, first)
+        yield from _rows(piece.uri, batches, names, wanted, first, columns)
         return
     first = 0
     for number, batch in enumerate(_batches(piece.uri)):
@@ -62,9 +63,9 @@ def read_table(piece: Slice, columns: Iterable[str] = ()) -> Iterator[SourceRow]
             return
         if number >= piece.start:
             names = batch.schema.names
-            wanted = _wanted(names, columns, piece.uri)
+            wanted = _wanted(names, columns.values(), piece.uri)
             media = [name for name in names if name in MEDIA and name not in wanted]
-            yield from _rows(piece.uri, iter([batch.select([*wanted, *media])]), names, wanted, first)
+            yield from _rows(piece.uri, iter([batch.select([*wanted, *media])]), names, wanted, first, columns)
         first += batch.num_rows
 
 
@@ -103,7 +104,12 @@ def _filled(column: pa.Array) -> list[bool]:
 
 
 def _rows(
-    uri: str, batches: Iterator[pa.RecordBatch], names: list[str], wanted: list[str], first: int
+    uri: str,
+    batches: Iterator[pa.RecordBatch],
+    names: list[str],
+    wanted: list[str],
+    first: int,
+    columns: Mapping[str, str],
 ) -> Iterator[SourceRow]:
     unread = tuple(name for name in names if name not in wanted)
     while True:
@@ -117,23 +123,55 @@ def _rows(
             raise DataError(f"{uri}: is damaged near row {first} ({first_line(error)})") from error
         except _STRANGE as error:
             raise DataError(f"{uri}: holds what cannot be read near row {first} ({first_line(error)})") from error
-        # Arrow gives all dicts of a column the same keys; a template would write the nulls.
-        nested = {field.name for field in batch.schema if field.name == "tools" or "tool_calls" in str(field.type)}
+        without_nulls = _without_nulls_in(batch.schema, columns)
         for offset, row in enumerate(rows):
             # pandas writes NaN, which differs from itself, for a missing number
             content = {name: value for name, value in row.items() if value is not None and value == value}
-            for name in nested & content.keys():
-                content[name] = _without_nulls(content[name])
+            for name in without_nulls.keys() & content.keys():
+                content[name] = without_nulls[name](content[name])
             raw = json.dumps(content, default=str).encode()
             left = tuple(name for name in unread if name not in media or media[name][offset]) if media else unread
             yield SourceRow(f"{uri}: row {first + offset}", content, raw, left)
         first += len(rows)
 
 
-def _without_nulls(value: Any) -> Any:
-    if isinstance(value, dict):
-        return {key: _without_nulls(each) for key, each in value.items() if each is not None}
-    return [_without_nulls(each) for each in value] if isinstance(value, list) else value
+def _without_nulls_in(schema: pa.Schema, columns: Mapping[str, str]) -> dict[str, _Change]:
+    """Returns, by column, the function that removes the nulls by which Arrow gives all structs the same keys.
+
+    A template would write these nulls within tools, and within calls of any spelling. Answers keep their nulls,
+    which graders compare. Messages of texts alone are left as they are, to save time.
+    """
+    answer = columns.get("answer", "answer")
+    return {
+        field.name: change
+        for field in schema
+        if field.name != answer and not _holds_texts_alone(field.type) and (change := _without_nulls(field.type))
+    }
+
+
+def _holds_texts_alone(kind: pa.DataType) -> bool:
+    while not pa.types.is_struct(kind) and kind.num_fields:
+        kind = kind.field(0).type
+    fields = {field.name: field.type for field in kind} if pa.types.is_struct(kind) else {}
+    return bool(fields.keys() & {"role", "from"}) and not any(_without_nulls(each) for each in fields.values())
+
+
+def _without_nulls(kind: pa.DataType) -> _Change | None:
+    """Returns None for a type without structs. Nulls in lists and maps are the writer's own, and stay."""
+    if pa.types.is_struct(kind):
+        changes = {field.name: _without_nulls(field.type) or _same for field in kind}
+        return lambda value: {key: changes[key](each) for key, each in value.items() if each is not None}
+    inner = kind.item_type if pa.types.is_map(kind) else getattr(kind, "value_type", None)
+    change = _without_nulls(inner) if inner is not None else None
+    if change is None:
+        return None
+    if pa.types.is_map(kind):
+        return lambda value: {key: each if each is None else change(each) for key, each in value.items()}
+    return lambda value: [each if each is None else change(each) for each in value]
+
+
+def _same(value: Any) -> Any:
+    return value
 
 
 def _parquet(uri: str) -> pq.ParquetFile:

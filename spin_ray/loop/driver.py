@@ -88,6 +88,7 @@ def _player(run: RunDir, start: Start, start_engine: StartEngine) -> probe.Play:
 
 def _prepare(run: RunDir, config: SpinConfig, start: Start) -> ModelFolder:
     _prepare_prompts(run, config, start)
+    find_algorithm(config.algorithm).check_rows(run, config)
     if not config.sft:
         return start.model
     training.run_sft(run, config, start.model)

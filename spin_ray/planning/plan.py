@@ -93,7 +93,7 @@ def _sample(config: SpinConfig, given: Given) -> Work:
     from spin_ray.inputs.mixture import shares_of
     from spin_ray.inputs.prompt_rows import PromptTask
 
-    task = PromptTask.of(config, str(model))
+    task = PromptTask.of(config, str(model), trained=True)
     sources = sources_of(config.data.train)
     samples = [_usable_rows(resolve(source.path), task) for source in sources]
     shares = shares_of(sources, [counted for counted, _ in samples])
@@ -116,9 +116,7 @@ def _usable_rows(source: str, task: "PromptTask") -> tuple[int, list[dict[str, A
     from spin_ray.inputs.sources import find_files, read_slice, split
 
     files = find_files(source)
-    rows = list(
-        islice((row for piece in split(files) for row in read_slice(piece, task.data.columns.values())), SAMPLE_ROWS)
-    )
+    rows = list(islice((row for piece in split(files) for row in read_slice(piece, task.data.columns)), SAMPLE_ROWS))
     usable = [row for found in rows_of(rows, task) if isinstance(found, list) for row in found]
     if not usable:
         raise DataError(f"{source}: none of the first {len(rows)} rows can be used; spin-ray doctor says why")

@@ -12,6 +12,7 @@ from spin_ray.config.recipe import SpinConfig
 from spin_ray.config.sections import Train, sources_of
 from spin_ray.inputs.check import Inputs
 from spin_ray.inputs.findings import Finding, TemplateFacts
+from spin_ray.inputs.graders import graders_of, refuse_no_answer
 from spin_ray.inputs.mixture import shares_of
 from spin_ray.inputs.prompt_rows import PromptTask
 from spin_ray.inputs.survey import UNLIMITED, Survey, survey
@@ -36,7 +37,8 @@ def look_at_data(config: SpinConfig, inputs: Inputs, *, every_row: bool) -> list
         paths = [source.path for source in sources_of(given)]
         return [survey(path, each, config.model.max_length, every_row=every_row) for path in paths]
 
-    trained, heldout = look(inputs.train, task), look(inputs.heldout, task)
+    of_train = replace(PromptTask.of(config, str(inputs.model.path), trained=True), max_length=UNLIMITED)
+    trained, heldout = look(inputs.train, of_train), look(inputs.heldout, task)
     if not config.data.keep_leaks:
         held_out = {row for each in heldout for row in each.ids}
         for each in trained:
@@ -45,12 +47,17 @@ def look_at_data(config: SpinConfig, inputs: Inputs, *, every_row: bool) -> list
 
 
 def check_surveys(config: SpinConfig, inputs: Inputs, surveys: Sequence[Survey]) -> None:
-    """Raises DataError for rows that a run would refuse, or for a source with too few usable rows."""
+    """Raises DataError for rows that a run would refuse, or if there are too few usable rows or no answers."""
     sources, held_out = sources_of(inputs.train), len(sources_of(inputs.heldout))
     for number, found in enumerate(surveys):
         of_heldout = 0 <= number - len(sources) < held_out
         found.check(config.data, config.evaluation.max_rows if of_heldout else config.data.max_rows)
-    trained = surveys[: len(sources)]
+    trained, questions = surveys[: len(sources)], surveys[len(sources) + held_out :]
+    for setting, rows in (("scorer.path", trained), ("self_filter.grade", questions)):
+        if grade := graders_of(config).get(setting):
+            sample = "" if all(found.whole for found in rows) else " (a sample; --all reads every row)"
+            name = ", ".join(found.source for found in rows) + sample
+            refuse_no_answer(name, [answer for found in rows for answer in found.answers], grade, setting)
     if isinstance(inputs.train, str) or not all(found.whole for found in trained):
         return
     taken: set[str] = set()

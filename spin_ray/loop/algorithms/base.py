@@ -7,10 +7,12 @@ from typing import ClassVar
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 
 from spin_ray.config.recipe import SpinConfig, digest
-from spin_ray.config.sections import ObjectiveConfig
+from spin_ray.config.sections import ObjectiveConfig, Train, name_of
 from spin_ray.inputs.check import Start
+from spin_ray.inputs.graders import refuse_no_answer
 from spin_ray.inputs.model_folder import ModelFolder
 from spin_ray.learner.step import Objective
 from spin_ray.loop.stages.generation.shards import Job, prompt_slice
@@ -60,6 +62,9 @@ class Algorithm(ABC):
         if given.reference_alpha != default.reference_alpha:
             yield f"objective.reference_alpha: {learns}"
 
+    def check_rows(self, run: RunDir, config: SpinConfig) -> None:  # noqa: B027
+        """Raises DataError if the committed prompts or questions lack what the algorithm needs of them."""
+
     def plays(self, run: RunDir) -> Artefact | None:
         """Returns the prompts that θ_t answers, if any."""
         return None
@@ -71,6 +76,23 @@ class Algorithm(ABC):
     @abstractmethod
     def objective(self, config: SpinConfig, iteration: int) -> Objective:
         """Returns the objective for training on the pairs."""
+
+
+def refuse_no_answers(prompts: Artefact, train: Train, grade: str, setting: str) -> None:
+    """Raises DataError if no row of ``prompts``, made from ``train``, has an answer to grade by."""
+    tables = (table for table in prompts.tables() if "answer_text" in table.column_names)
+    answers = (answer for table in tables for answer in table["answer_text"].to_pylist())
+    refuse_no_answer(name_of(train), answers, grade, setting)
+
+
+def answered_once(prompts: Artefact, target: Artefact, model: ModelFolder) -> Job:
+    """Returns a job of one response per prompt; of as many as an older version began with, which sampled more."""
+    samples = 1
+    if target.is_committed:
+        samples = target.manifest().settings.get("samples_per_prompt", 1)
+    elif begun := next((found for name in target.part_names() if (found := target.open_sealed(name))), None):
+        samples = 1 + pc.max(begun[0]["sample"]).as_py()
+    return Job(prompts, target, model.name, model.digest, samples=samples)
 
 
 def margin_objective(config: SpinConfig, iteration: int) -> Objective:

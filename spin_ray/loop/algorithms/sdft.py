@@ -43,7 +43,9 @@ class Sdft(Algorithm):
         _make_teacher_rows(turn, demonstrated)
         sources = {"prompts": run.prompts, "generations": run.generations(iteration), "teacher_rows": demonstrated}
         inputs = {name: artefact.manifest().digest for name, artefact in sources.items()}
-        pairs.make(run, turn.config, iteration, pairs.Fresh(_own_rows(turn, demonstrated), inputs, {}, paired=False))
+        own = _own_rows(turn, demonstrated)
+        fresh = pairs.Fresh(own, inputs, {}, paired=False, dropped_before=demonstrated)
+        pairs.make(run, turn.config, iteration, fresh)
 
     def objective(self, config: SpinConfig, iteration: int) -> Objective:
         return Objective(loss=None, top_k=_settings(config).top_k)

@@ -12,9 +12,8 @@ from spin_ray.config.sections import SelfFilterConfig
 from spin_ray.inputs.answers import extract_number
 from spin_ray.inputs.rendering import load_tokenizer
 from spin_ray.learner.step import Objective
-from spin_ray.loop.algorithms.base import Algorithm, Turn, margin_objective
+from spin_ray.loop.algorithms.base import Algorithm, Turn, answered_once, margin_objective, refuse_no_answers
 from spin_ray.loop.stages import pairs
-from spin_ray.loop.stages.generation.shards import Job
 from spin_ray.report.grading import answers_of, grade_all
 from spin_ray.run_dir.artefact import Artefact
 from spin_ray.run_dir.run_dir import RunDir
@@ -37,13 +36,17 @@ class SelfReinforcement(Algorithm):
         if chosen and chosen.grade and "min_agreement" in chosen.model_fields_set:
             yield "self_filter.min_agreement: self_filter.grade chooses in its place; leave it out"
 
+    def check_rows(self, run: RunDir, config: SpinConfig) -> None:
+        if config.data.questions and config.self_filter and config.self_filter.grade:
+            refuse_no_answers(run.questions, config.data.questions, config.self_filter.grade, "self_filter.grade")
+
     def plays(self, run: RunDir) -> Artefact:
         return run.questions
 
     def make_pairs(self, turn: Turn) -> None:
         run, config, start = turn.run, turn.config, turn.start.model
         base_answers = run.artefact("start/answers")
-        turn.play(start, [Job(run.questions, base_answers, start.name, start.digest)])
+        turn.play(start, [answered_once(run.questions, base_answers, start)])
         generations = run.generations(turn.iteration)
         inputs = {name.path: name.manifest().digest for name in (run.questions, generations, base_answers)}
         chosen = config.self_filter

@@ -1,7 +1,7 @@
 """Pairs of x, y and y′, from this iteration and from earlier ones in the window."""
 
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -49,6 +49,8 @@ class Fresh:
     keep_identical: bool = False
     dropped: Counter[str] = field(default_factory=Counter)
     """Number of rows left out, by reason; complete after ``tables`` is read."""
+    dropped_before: Artefact | None = None
+    """Artefact that the rows come from and whose manifest counts those left out before."""
 
 
 def make(
@@ -71,13 +73,24 @@ def make(
         counted |= counts
         if counts["rows"] < config.train.global_batch_pairs:
             raise DataError(
-                f"{run_dir.storage.where(target.path)}: {counts['rows']} pairs are left after dropping "
-                f"{counts['dropped_identical']} with y = y′, fewer than train.global_batch_pairs "
-                f"{config.train.global_batch_pairs}: nothing is left to learn from this opponent; "
-                "stop here, add prompts, or lower the batch"
+                f"{run_dir.storage.where(target.path)}: {counts['rows']} pairs are left"
+                f"{_after_dropping(fresh, counts)}, fewer than train.global_batch_pairs "
+                f"{config.train.global_batch_pairs}; stop here, add prompts, or lower the batch"
             )
         counted_as = {name: float(count) for name, count in counts.items()}
         target.commit(entries, fresh.inputs, fresh.settings, counts=counted_as)
+
+
+def _after_dropping(fresh: Fresh, counts: Mapping[str, int]) -> str:
+    """Returns e.g. `` after dropping 9 with y = y′, 2 too_long``, the commonest reason first."""
+    before = fresh.dropped_before.manifest().counts if fresh.dropped_before else {}
+    found = Counter({name: int(count) for name, count in before.items()}) + Counter(counts)
+    reasons = [(name, count) for name, count in found.most_common() if name.startswith("dropped_")]
+    said = [f"{count} {_REASONS.get(name, name.removeprefix('dropped_'))}" for name, count in reasons]
+    return f" after dropping {', '.join(said)}" if said else ""
+
+
+_REASONS = {"dropped_identical": "with y = y′"}
 
 
 def build(

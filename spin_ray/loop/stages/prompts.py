@@ -77,7 +77,8 @@ def run(
     source, sources = name_of(train), sources_of(train)
     files_of = [find_files(each.path) for each in sources]
     files = [file for each in files_of for file in each]
-    task = PromptTask.of(config, tokenizer, labelled=labelled, date=run_dir.date()).prepared()
+    trained = artefact.path == run_dir.prompts.path
+    task = PromptTask.of(config, tokenizer, labelled=labelled, trained=trained, date=run_dir.date()).prepared()
     inputs = {"data": files_digest(files), "chat_template": template_digest(task.renderer)}
     settings: dict[str, Any] = {
         "max_length": config.model.max_length,
@@ -226,7 +227,7 @@ class _RenderSlice:
         name = item["name"]
         good, bad = [_SLICE_SCHEMA.empty_table()], [QUARANTINE_SCHEMA.empty_table()]
         ids = bytearray()
-        reader = read_slice(Slice(item["uri"], item["start"], item["stop"]), self._task.data.columns.values())
+        reader = read_slice(Slice(item["uri"], item["start"], item["stop"]), self._task.data.columns)
         while sources := list(islice(reader, ROWS_AT_A_TIME)):
             rows: list[Row] = []
             unusable: list[Row] = []

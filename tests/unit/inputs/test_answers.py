@@ -21,6 +21,18 @@ from spin_ray.inputs.answers import extract_number, is_correct
         ("x = 5 = y", 5.0),
         ("x = y", None),
         ("the answer is 16", None),
+        ("so x = 6, y = −5", -5.0),  # U+2212
+        ("x = 6, y = – 5", -5.0),
+        ("x = 6 =\n- 7 apples", 6.0),  # an item of a list
+        ("= 3–5", 3.0),
+        ("= **4**", 4.0),
+        (r"= -\$1,200", -1200.0),
+        (r"= $\boxed{-4}$", -4.0),
+        (r"= 1{,}234\,\text{m}", 1234.0),
+        ("= 1\u202f234\u202f567 12", 1234567.0),
+        ("y = 2, x = (3)", 2.0),
+        ("y = 2, x = {3, 4}", 2.0),
+        (r"y = 2, x = \sqrt{3}", 2.0),
         ("= ", None),
         ("=", None),
         ("", None),
@@ -42,6 +54,7 @@ def test_equals_takes_the_number_after_the_last_equals_sign_that_has_one(text, n
         ("### 7", None),
         ("2 * 8 = 16", None),
         ("#### none", None),
+        ("#### **−4**", -4.0),
     ],
 )
 def test_hashes_takes_the_number_after_the_last_four_hashes_that_have_one(text, number):
@@ -73,7 +86,9 @@ def test_any_number_is_found_whatever_stands_before_it(number, before):
     assert extract_number(f"{before}#### {number:,}", "hashes") == number
 
 
-@pytest.mark.parametrize("text", ["=" + " " * 20_000, "= $" * 5000, "=1," * 5000 + "x", "#" * 20_000])
+@pytest.mark.parametrize(
+    "text", ["=" + " " * 20_000, "= $" * 5000, "=1," * 5000 + "x", "=" + r"\text{" * 5000, "=\\" * 9000, "#" * 20_000]
+)
 def test_a_degenerate_response_takes_no_time(text):
     """Two blanks-or-nothing in a row made it quadratic: 7 s of processor for 20,000 blanks."""
     before = time.process_time()

@@ -240,7 +240,16 @@ def test_fewer_rows_than_a_batch_are_told_at_the_start(tmp_path):
     with pytest.raises(DataError, match=r"at most 3 pairs, fewer than train\.global_batch_pairs 4; .* to 3 or less"):
         check_recipe(config_for(**recipe, train={"global_batch_pairs": 4}))
     check_recipe(config_for(**recipe, train={"global_batch_pairs": 3}))
-    check_recipe(config_for(**recipe, train={"global_batch_pairs": 6}, generation={"samples_per_prompt": 2}))
+    twice = {"train": {"global_batch_pairs": 6}, "generation": {"samples_per_prompt": 2}}
+    check_recipe(config_for(**recipe, **twice))
+    with pytest.raises(DataError, match="at most 3 pairs, fewer than"):
+        check_recipe(
+            SpinConfig.model_validate(config_for(**recipe, **twice).model_dump() | {"algorithm": "continued_sft"})
+        )
+    asked = config_for(**recipe, **twice).model_dump() | {"algorithm": "self_reinforcement"}
+    asked["data"] |= {"train": "embedded:arithmetic-train", "questions": str(path)}
+    with pytest.raises(DataError, match=r"d\.jsonl: an iteration has at most 3 pairs, fewer than"):
+        check_recipe(SpinConfig.model_validate(asked))
 
 
 def test_a_quantised_model_is_refused_before_anything_is_generated(tmp_path):

@@ -25,6 +25,15 @@ def half_right(response: str, answer: str) -> float | None:
         ("multiple_choice", "Answer: c", "(C)", 1), ("multiple_choice", "C) because A is wrong", "C", 1),
         ("multiple_choice", r"So \boxed{D}", "D", 1), ("multiple_choice", "A dog runs", "A", 0),
         ("multiple_choice", "B", "Paris", None), ("multiple_choice", "The answer is a hard one\nB", "B", 1),
+        ("multiple_choice", "The answer is option B", "B", 1), ("multiple_choice", "the answer is $B$", "B", 1),
+        ("multiple_choice", "The answer, I think, is B.", "B", 1), ("multiple_choice", "My answer: option (b)", "B", 1),
+        ("multiple_choice", "the answer I think is B", "I", 0), ("multiple_choice", r"the answer is \(B\)", "B", 1),
+        ("multiple_choice", "The answer is not B", "B", 0), ("multiple_choice", "The answer is Because", "B", 0),
+        ("multiple_choice", r"The answer is A? No, the answer is $\boxed{\textbf{B}}$", "B", 1),
+        ("multiple_choice", r"The answer is A? No, the answer is $\boxed{B}$", "A", 0),
+        ("multiple_choice", r"\boxed{Dog}", "D", 0), ("multiple_choice", "**B**", "B", 1),
+        ("multiple_choice", "Option B is wrong", "B", 0), ("multiple_choice", "The correct option is B", "B", 1),
+        ("number", "so x = 6, y = −5", "-5", 1), ("number", "so x = 6, y = −5", "6", 0), ("number", "= 5", "−5", 0),
         ("json", 'Here:\n```json\n{"b": 1, "a": [true]}\n```', '{"a": [true], "b": 1}', 1),
         ("number", "2 = 3, so #### 4", "4", 1), ("number", "It is = 1,234", "1234", 1), ("number", "4", "4", 0),
         ("number", "= 4", "four", None),
@@ -50,6 +59,17 @@ def test_a_response_that_would_be_searched_for_hours_is_wrong(monkeypatch):
     monkeypatch.setattr(graders, "REGEX_S", 0.05)
     assert graded("regex", "a" * 40 + "b", "(a+)+$", "r1") == 0
     assert graded("regex", "aa", "(a+)+$", "r1") == 1
+
+
+@pytest.mark.parametrize(
+    "text", ["answer ", "answer is \n", "( ", r"\boxed{", "\n( ", "answer, ", r"answer \text{", "a:"]
+)
+def test_a_degenerate_choice_takes_no_time(text):
+    """Two ways to read one mark took time that doubled with each mark."""
+    before = time.process_time()
+    graded("multiple_choice", text * 4000, "B", "r1")
+    graded("multiple_choice", "answer" + text[-1] * 20_000, "B", "r1")
+    assert time.process_time() - before < 1
 
 
 def test_the_limit_is_cpu_time_and_leaves_other_timers_alone():

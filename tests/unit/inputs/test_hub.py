@@ -10,9 +10,10 @@ from huggingface_hub import HfFileSystem, constants
 from spin_ray.config.recipe import SpinConfig
 from spin_ray.config.sections import ModelConfig
 from spin_ray.errors import DataError, ModelError, UserError
-from spin_ray.inputs.check import check_recipe
+from spin_ray.inputs.check import _open_scorer, check_recipe
 from spin_ray.inputs.hub import unlisted, unpinned
-from spin_ray.inputs.model_folder import find_folder, find_model
+from spin_ray.inputs.merged_start import _base_of, find_model
+from spin_ray.inputs.model_folder import find_folder
 from spin_ray.inputs.sources import files_digest, find_files, read_slice, split
 from tests.support.hub import Hub, hub_here
 
@@ -57,6 +58,32 @@ def test_a_model_is_fetched_once_without_what_nothing_opens_and_found_offline(hu
     asked = len(hub.asked)
     assert find_folder("o/tiny") == folder and find_folder(f"o/tiny@{old}").name == old
     assert len(hub.asked) == asked
+
+
+def test_a_revision_is_of_the_model_that_it_is_said_of(hub, tmp_path):
+    """The policy's is not the scorer's. PEFT loads an adapter's base at the revision that the adapter names."""
+    old, new = hub.add("models/o/tiny", MODEL), hub.add("models/o/tiny", MODEL | {"config.json": b"{ }"})
+    of_scorer = hub.add("models/o/scorer", MODEL)
+    recipe = {
+        "model": {"path": f"o/tiny@{new}", "revision": old}, "data": {"train": "a.jsonl"}, "algorithm": "sppo",
+        "scorer": {"path": "o/scorer"},
+    }  # fmt: skip
+    config = SpinConfig.model_validate(recipe)
+    assert find_model(config.model).name == old
+    assert (found := _open_scorer(config)) and found.path.name == of_scorer
+    with pytest.raises(ModelError, match=r"scorer\.path o/scorer@v9: .*o/scorer has no revision v9"):
+        _open_scorer(SpinConfig.model_validate(recipe | {"scorer": {"path": "o/scorer@v9"}}))
+    adapter = tmp_path / "adapter"
+    adapter.mkdir()
+    (adapter / "adapter_config.json").write_text(json.dumps({"base_model_name_or_path": "o/tiny", "revision": old}))
+    assert _base_of(adapter, config.model).name == old
+    assert _base_of(adapter, ModelConfig(path=str(adapter), base="o/tiny")).name == new
+
+
+def test_code_is_fetched_only_if_trusted(hub):
+    hub.add("models/o/coded", MODEL | {"modeling_own.py": b"x = 1"})
+    assert not (find_model(ModelConfig(path="o/coded")) / "modeling_own.py").exists()
+    assert (find_model(ModelConfig(path="o/coded", trust_remote_code=True)) / "modeling_own.py").exists()
 
 
 @pytest.mark.parametrize("inside", ["data/train-0.jsonl", "data/*.jsonl", "data", "*/train*"])

@@ -91,6 +91,10 @@ def test_every_source_is_checked_before_anything_runs(tmp_path):
     two = [{"path": str(tmp_path / "a.jsonl")}, {"path": str(tmp_path / "b.jsonl")}]
     with pytest.raises(DataError, match=r"a\.jsonl, .*b\.jsonl: an iteration has at most 2 pairs"):
         check_recipe(config_for(data={"train": two}, train={"global_batch_pairs": 4}))
+    weighted = [each | {"weight": 1} for each in (sources[0], two[1])]
+    with pytest.raises(DataError, match="an iteration has at most 2 pairs by their weights, fewer than"):
+        check_recipe(config_for(data={"train": weighted}, train={"global_batch_pairs": 4}))
+    check_recipe(config_for(data={"train": weighted}, train={"global_batch_pairs": 2}))
 
 
 def test_held_out_rows_may_come_from_several_sources_too(tmp_path):

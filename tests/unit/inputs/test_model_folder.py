@@ -13,12 +13,13 @@ from safetensors.torch import save_file
 
 from spin_ray.config.sections import ModelConfig
 from spin_ray.errors import ConfigError, ModelError, RunDirError
+from spin_ray.inputs.merged_start import find_model
 from spin_ray.inputs.model_folder import (
-    find_model,
     folder_entries,
     open_initial,
     open_model,
     read_config,
+    refuse_no_model,
     refuse_untrainable,
     unopened_files,
 )
@@ -267,7 +268,7 @@ def test_an_adapter_is_told_from_a_model(folder):
     (folder / "adapter_config.json").write_text('{"base_model_name_or_path": "org/base"}')
     (folder / "config.json").unlink()
     with pytest.raises(ModelError, match="is an adapter of org/base, not a model; merge it"):
-        find_model(ModelConfig(path=str(folder)))
+        refuse_no_model(folder)
 
 
 @pytest.mark.parametrize(

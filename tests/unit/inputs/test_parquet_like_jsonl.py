@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 
 from spin_ray.inputs import prompt_rows
 from spin_ray.inputs.conversations import Unusable
+from spin_ray.inputs.graders import answer_text
 from spin_ray.inputs.sources import Slice, read_slice, split
 from tests.unit.inputs.test_prompt_rows import chat, task_of, text_of
 
@@ -158,3 +159,49 @@ def test_a_column_of_bytes_is_not_read_and_counts_as_filled(tmp_path):
     table = {"prompt": ["<image>?", "q"], "response": ["a", "b"], "image": [b"\x89PNG", None]}
     pq.write_table(pa.table(table), tmp_path / "a.parquet")
     assert [row.unread for row in read_slice(Slice(str(tmp_path / "a.parquet"), 0, 1))] == [("image",)] * 2
+
+
+CALLS = [
+    {"name": "weather", "arguments": {"city": "Rome"}},
+    {"name": "date", "arguments": {"day": 1, "zones": [{"a": 1}, None]}},
+]
+SPELT = {
+    "function_call": [
+        {"messages": [*chat("q"), {"role": "assistant", "content": "", "function_call": call}, *chat("a")]}
+        for call in CALLS
+    ],
+    "tool_calls": [
+        {"messages": [*chat("q"), {"role": "assistant", "content": "", "tool_calls": [{"function": call}]}, *chat("a")]}
+        for call in CALLS
+    ],
+    "messages in lists": [
+        {"messages": {"role": ["user", "assistant"], "content": ["q", ""], "function_call": [None, call]}}
+        for call in CALLS
+    ],
+    "tools": [{"messages": chat("q", "a"), "tools": [call]} for call in CALLS],
+    "tools by another name": [{"messages": chat("q", "a"), "offered": [call]} for call in CALLS],
+    "an answer": [{"messages": chat("q", "a"), "answer": {"city": "Rome", "day": None}}],
+    "an answer by another name": [{"messages": chat("q", "a"), "value": {"city": "Rome", "day": None}}],
+}
+COLUMNS = {"tools by another name": {"tools": "offered"}, "an answer by another name": {"answer": "value"}}
+
+
+@pytest.mark.parametrize("kind", [".parquet", ".arrow"])
+@pytest.mark.parametrize("spelling", SPELT)
+def test_the_nulls_of_arrow_are_in_no_call_and_those_of_an_answer_stay(tmp_path, spelling, kind):
+    """Rows weather(city) and date(day) have one struct type, and so a null for the other's argument."""
+    rows, columns = SPELT[spelling], COLUMNS.get(spelling, {})
+    table = pa.Table.from_pylist(rows)
+    if kind == ".parquet":
+        pq.write_table(table, tmp_path / "a.parquet")
+    else:
+        with pa.ipc.new_stream(tmp_path / "a.arrow", table.schema) as stream:
+            stream.write_table(table)
+    task = task_of(columns=columns)
+
+    def read(path: Path) -> list[Any]:
+        pieces = split([str(path)])
+        found = [prompt_rows._found_in(row, task) for each in pieces for row in read_slice(each, columns)]
+        return [(each.all, each.tools, answer_text(each.row.get("answer"))) for each in found]
+
+    assert read(tmp_path / f"a{kind}") == read(write_jsonl(tmp_path / "a.jsonl", rows))

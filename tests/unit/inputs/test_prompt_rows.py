@@ -53,6 +53,18 @@ def test_prompt_and_response_of_a_row_have_their_tokens_and_its_messages():
     assert row["answer"] == 7.0
 
 
+def test_rejected_answers_the_last_prompt_alone():
+    """The first turn of both conversations is the same, so it has no worse response."""
+    pair = {"chosen": chat("a", "b", "c", "d"), "rejected": chat("a", "b", "c", "x")}
+    first, last = rows_of(pair, task_of(turns="all"))
+    assert (first["rejected_ids"], text_of(last["rejected_ids"])) == (None, "x<|im_end|>")
+    task = replace(task_of(turns="all"), needs_rejected=True)
+    task.__dict__["renderer"] = RENDERER
+    assert rows_of(pair, task) == [last]
+    with pytest.raises(Unusable, match="no_rejected"):
+        rows_of({"chosen": chat("a", "b")}, task)
+
+
 def test_prompt_and_response_columns_are_the_same_row_as_their_messages():
     assert rows_of({"prompt": "hi", "response": "hello"}) == rows_of({"messages": chat("hi", "hello")})
     assert rows_of({"messages": None, "prompt": "hi", "response": "hello"}) == rows_of(

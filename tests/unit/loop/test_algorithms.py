@@ -1,6 +1,8 @@
 """How each algorithm makes the rows of an iteration, and which objective they feed; without Ray, engine or training."""
 
 import json
+import shutil
+from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -17,7 +19,7 @@ from spin_ray.inputs.embedded import resolve
 from spin_ray.inputs.model_folder import ModelFolder
 from spin_ray.inputs.rendering import ChatRenderer, load_tokenizer
 from spin_ray.learner.step import Objective
-from spin_ray.loop.algorithms.base import Turn
+from spin_ray.loop.algorithms.base import Turn, answered_once
 from spin_ray.loop.algorithms.seft import algorithm as seft
 from spin_ray.loop.algorithms.seft import revision
 from spin_ray.loop.algorithms.self_reinforcement import commonest
@@ -25,11 +27,11 @@ from spin_ray.loop.algorithms.sppo import algorithm as sppo
 from spin_ray.loop.algorithms.sppo.preferences import PREFERENCE_SCHEMA, win_table
 from spin_ray.loop.algorithms.table import ALGORITHMS, check_algorithm
 from spin_ray.loop.stages.generation.shards import Job
-from spin_ray.run_dir.artefact import Artefact
+from spin_ray.run_dir.artefact import Artefact, seal
 from spin_ray.run_dir.run_dir import RunDir
-from spin_ray.run_dir.schemas import PROMPT_SCHEMA
+from spin_ray.run_dir.schemas import GENERATION_SCHEMA, PROMPT_SCHEMA
 from spin_ray.run_dir.storage import Storage
-from tests.support.fakes import END_OF_TURN, config_of, write_answers, write_prompts, write_rows
+from tests.support.fakes import END_OF_TURN, config_of, generation_rows, write_answers, write_prompts, write_rows
 
 THETA = ModelFolder(Path("m"), "digest of θ_t", "iter_000", 0)
 
@@ -186,6 +188,20 @@ def test_sppo_may_grade_its_samples_by_the_answers_of_their_rows(run):
     assert run.pairs(0).manifest().counts["dropped_identical"] == 2
 
 
+def test_rows_without_an_answer_to_grade_by_are_told_before_anything_is_generated(run):
+    """q0 and q2 have answers, which are no letters."""
+    write_questions(run, 3)
+    shutil.copytree(run.questions.local_folder(), run.storage.root / run.prompts.path)
+    for grade, told in (("multiple_choice", pytest.raises(DataError, match="no row has an answer")), ("exact", None)):
+        by_grade = {"kind": "grade", "path": grade}
+        for config in (
+            config_for("sppo", scorer=by_grade),
+            config_for("self_reinforcement", data={"train": "d", "questions": "q"}, self_filter={"grade": grade}),
+        ):
+            with told or nullcontext():
+                ALGORITHMS[config.algorithm].check_rows(run, config)
+
+
 # Self-reinforcement
 
 
@@ -220,7 +236,7 @@ def reinforce(
 
     def play(model: ModelFolder, jobs: list[Job]) -> None:
         (job,) = jobs
-        assert (model, job.opponent) == (base, "start")
+        assert (model, job.opponent, job.samples) == (base, "start", 1)
         write_answers(job.target, [(f"q{i}", sample, [3 + sample, 2]) for i in range(3) for sample in range(3)], 3)
 
     opponent = replace(THETA, path=Path(resolve("embedded:tiny-llama")))
@@ -243,6 +259,17 @@ def test_self_reinforcement_may_learn_from_the_sample_with_the_best_grade(run):
     with pytest.raises(ConfigError, match=r"self_filter.min_agreement: self_filter.grade chooses in its place"):
         check_algorithm(config_for("self_reinforcement", sft={}, data={"train": "d", "questions": "q"},
                                    self_filter={"grade": "exact", "min_agreement": 0.5}))  # fmt: skip
+
+
+@pytest.mark.parametrize("committed", [False, True])
+def test_answers_that_an_older_version_sampled_more_often_are_kept(run, committed):
+    target = run.artefact("start/answers")
+    rows = [row | {"sample": sample} for row in generation_rows([("q0", 0, [3, 2])]) for sample in range(3)]
+    entry = target.write_part("part-00000.parquet", seal(pa.Table.from_pylist(rows, GENERATION_SCHEMA), "inputs"))
+    if committed:
+        target.commit({"part-00000.parquet": entry}, {}, {"samples_per_prompt": 3})
+    assert answered_once(run.questions, target, THETA).samples == 3
+    assert answered_once(run.questions, run.artefact("other"), THETA).samples == 1
 
 
 def test_without_a_filter_every_question_is_learnt_from(run):
@@ -273,8 +300,12 @@ def tokens(text: str) -> list[int]:
     return [*TOKENIZER.encode(text, add_special_tokens=False), END_OF_TURN]
 
 
-def evolve(run: RunDir, monkeypatch: Any, revisions: list[list[int]]) -> list[dict[str, Any]]:
-    """θ_0 answers the questions "q 0", "q 1", … with "six"; the reviser writes ``revisions``."""
+def evolve(run: RunDir, monkeypatch: Any, revisions: list[list[int]], cut: int = 0) -> list[dict[str, Any]]:
+    """θ_0 answers the questions "q 0", "q 1", … with "six"; the reviser writes ``revisions``.
+
+    Args:
+        cut: number of further questions, whose answers are cut.
+    """
     config = config_for(
         "seft", reviser={}, data={"train": "d", "questions": "q"}, model={"path": "m", "max_length": 512},
         generation={"sampling": {"max_tokens": 16}},
@@ -283,8 +314,9 @@ def evolve(run: RunDir, monkeypatch: Any, revisions: list[list[int]]) -> list[di
     labelled = json.dumps([{"role": "user", "content": "2 + 4?"}, {"role": "assistant", "content": "it is 6"}])
     row = {"prompt_id": "p", "prompt_ids": [1], "real_ids": tokens("it is 6"), "messages": labelled}
     write_rows(run.prompts, PROMPT_SCHEMA, [row], part_rows=1)
-    write_questions(run, len(revisions))
-    write_answers(run.generations(0), [(f"q{i}", 0, tokens("six")) for i in range(len(revisions))], 9)
+    write_questions(run, len(revisions) + cut)
+    said = [tokens("six")] * len(revisions) + [tokens("six")[:-1]] * cut
+    write_answers(run.generations(0), [(f"q{i}", 0, ids) for i, ids in enumerate(said)], 9)
 
     def play(model: ModelFolder, jobs: list[Job]) -> None:
         (job,) = jobs
@@ -292,7 +324,7 @@ def evolve(run: RunDir, monkeypatch: Any, revisions: list[list[int]]) -> list[di
             assert model == start
             write_answers(job.target, [("p", 0, tokens("it is 7"))], 1)
         else:
-            assert (job.target.path, model.name) == ("iter_000/revisions", "reviser")
+            assert (job.target.path, model.name, job.samples) == ("iter_000/revisions", "reviser", 1)
             write_answers(job.target, [(f"q{i}/0", 0, ids) for i, ids in enumerate(revisions)], 9)
 
     def fine_tune(run_dir: RunDir, config: SpinConfig, how: Any, model: Any, rows: Artefact, target: Artefact) -> None:
@@ -327,6 +359,13 @@ def test_seft_learns_kept_answers_and_revisions_and_counts_what_has_no_label(run
     assert rows[1]["real_ids"][-1] == END_OF_TURN
     counts = run.pairs(0).manifest().counts
     assert (counts["dropped_no_label"], counts["dropped_revision_cut"]) == (1, 1)
+
+
+def test_too_few_revisions_are_told_with_every_reason(run, monkeypatch):
+    revisions = [tokens("six"), tokens("seven"), tokens("[major]\nsix")[:-1]]
+    said = "0 pairs are left after dropping 3 answer_cut, 2 no_label, 1 revision_cut, fewer than"
+    with pytest.raises(DataError, match=said):
+        evolve(run, monkeypatch, revisions, cut=3)
 
 
 def test_an_answer_that_was_cut_is_not_revised(run, monkeypatch):

@@ -14,7 +14,9 @@ from torch.nn import functional
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from spin_ray.config.recipe import SpinConfig
+from spin_ray.errors import DataError
 from spin_ray.learner.backends.base import learning_rate_at
+from spin_ray.loop import driver
 from spin_ray.loop.algorithms.sdft import demonstrated
 from spin_ray.loop.algorithms.table import check_algorithm
 from spin_ray.run_dir.artefact import Artefact
@@ -186,3 +188,21 @@ def test_spin_is_trained_on_the_pairs_that_its_authors_released(
     evaluation = run.evaluation(1)
     assert evaluation is not None and evaluation["beta"] == 1.0
     assert 0 < evaluation["against_opponent"]["objective"] != evaluation["against_opponent"]["loss"]
+
+
+@pytest.mark.parametrize(
+    ("changes", "said"),
+    [
+        ({"algorithm": "dpo"}, "no_rejected: has no rejected response"),
+        ({"algorithm": "sppo", "scorer": {"kind": "grade", "path": "multiple_choice"},
+          "generation": {"samples_per_prompt": 2}}, "no row has an answer that scorer.path multiple_choice can grade"),
+    ],
+)  # fmt: skip
+def test_rows_that_lack_what_the_algorithm_needs_end_the_run_before_anything_is_generated(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, changes: dict[str, Any], said: str
+) -> None:
+    monkeypatch.setattr(driver, "check_on_workers", lambda _: None)
+    with pytest.raises(DataError, match=said):
+        run_with(tmp_path, monkeypatch, changes)
+    run = RunDir(Storage(tmp_path / "run"))
+    assert not run.model(0).is_committed and not run.generations(0).is_committed

@@ -110,6 +110,28 @@ def test_doctor_refuses_what_a_run_would_refuse_after_reading_every_row(tmp_path
         doctor.check_surveys(config, inputs, surveys)
 
 
+def test_doctor_refuses_rows_that_lack_what_the_algorithm_needs(tmp_path):
+    path, heldout = tmp_path / "train.jsonl", tmp_path / "heldout.jsonl"
+    path.write_text(row(0) + "\n" + json.dumps(json.loads(row(1)) | {"answer": "yes"}) + "\n")
+    heldout.write_text(row(2))
+    inputs = SimpleNamespace(
+        model=SimpleNamespace(path=TINY), train=str(path), heldout=str(heldout), questions=str(heldout)
+    )
+    of_grades = {"algorithm": "self_reinforcement", "sft": {}, "generation": {"samples_per_prompt": 2}}
+    for sections, said in (
+        ({"algorithm": "dpo"}, r"2 of 2 rows cannot be used \(2 no_rejected\); first: .*train\.jsonl:1: no_rejected"),
+        ({"algorithm": "sppo", "scorer": {"kind": "grade", "path": "multiple_choice"}},
+         r"train\.jsonl: no row has an answer that scorer\.path multiple_choice can grade by"),
+        (of_grades | {"self_filter": {"grade": "exact"}}, r"heldout\.jsonl: no row .* that self_filter\.grade"),
+    ):  # fmt: skip
+        config = config_of(model={"path": TINY}, data={"train": str(path), "heldout": str(heldout)}, **sections)
+        surveys = doctor.look_at_data(config, inputs, every_row=False)
+        with pytest.raises(DataError, match=said):
+            doctor.check_surveys(config, inputs, surveys)
+    config = config_of(data={"train": str(path)}, algorithm="sppo", scorer={"kind": "grade", "path": "exact"})
+    doctor.check_surveys(config, inputs, surveys)
+
+
 @pytest.mark.parametrize(("limit", "fits"), [(None, True), (19, True), (18, False)])
 def test_doctor_counts_bad_rows_beside_those_that_a_run_takes(tmp_path, limit, fits):
     """One bad row of 41 is few, one of 19 is more than one in twenty."""

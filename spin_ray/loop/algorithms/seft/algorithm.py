@@ -7,7 +7,7 @@ from spin_ray.config.recipe import SpinConfig
 from spin_ray.inputs.model_folder import ModelFolder
 from spin_ray.inputs.rendering import ChatRenderer, open_renderer
 from spin_ray.learner.step import Objective
-from spin_ray.loop.algorithms.base import Algorithm, Turn
+from spin_ray.loop.algorithms.base import Algorithm, Turn, answered_once
 from spin_ray.loop.algorithms.seft import revision
 from spin_ray.loop.stages import pairs
 from spin_ray.loop.stages.generation.shards import Job
@@ -36,11 +36,12 @@ class Seft(Algorithm):
         asked = run.artefact(f"{iteration_name(iteration)}/revision_prompts")
         revisions = run.artefact(f"{iteration_name(iteration)}/revisions")
         revision.revision_prompts(run, config, renderer, tokenizer, prompts, answers, asked)
-        turn.play(reviser, [Job(asked, revisions, reviser.name, reviser.digest)])
+        turn.play(reviser, [answered_once(asked, revisions, reviser)])
         longest, dropped = config.model.max_length, Counter[str]()
         rows = revision.revised_rows(renderer, tokenizer, asked, revisions, iteration, longest, dropped)
         inputs = {artefact.path: artefact.manifest().digest for artefact in (asked, revisions)}
-        fresh = pairs.Fresh(rows, inputs, {"max_length": longest}, paired=False, dropped=dropped)
+        settings = {"max_length": longest}
+        fresh = pairs.Fresh(rows, inputs, settings, paired=False, dropped=dropped, dropped_before=asked)
         pairs.make(run, config, iteration, fresh)
 
     def objective(self, config: SpinConfig, iteration: int) -> Objective:
