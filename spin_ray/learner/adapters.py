@@ -99,8 +99,14 @@ def stored_name(name: str) -> str:
     return name.replace(_BASE, ".")
 
 
-def merge_adapters(weights: Iterable[tuple[str, Tensor]], config: LoraConfig) -> Iterator[tuple[str, Tensor]]:
-    """Yields a plain model's weights: W + (alpha/rank)·B A in fp32."""
+def merge_adapters(
+    weights: Iterable[tuple[str, Tensor]], config: LoraConfig, model: Any
+) -> Iterator[tuple[str, Tensor]]:
+    """Yields a plain model's weights: W + (alpha/rank)·B A in fp32.
+
+    Args:
+        model: the adapted model. Its ``Conv1D`` layers (GPT-2) store Wᵀ.
+    """
     waiting: dict[str, dict[str, Tensor]] = {}
     for name, weight in weights:
         part = next((part for part in (_BASE, _DOWN, _UP) if f"{part}weight" in name), None)
@@ -112,5 +118,7 @@ def merge_adapters(weights: Iterable[tuple[str, Tensor]], config: LoraConfig) ->
         found[part] = weight.float()
         if len(found) == 3:
             del waiting[layer]
-            yield f"{layer}.weight", found[_BASE] + (found[_UP] @ found[_DOWN]) * (config.alpha / config.rank)
+            change = (found[_UP] @ found[_DOWN]) * (config.alpha / config.rank)
+            is_transposed = isinstance(model.get_submodule(layer).get_base_layer(), Conv1D)
+            yield f"{layer}.weight", found[_BASE] + (change.T if is_transposed else change)
     assert not waiting, f"adapters without a layer: {sorted(waiting)}"

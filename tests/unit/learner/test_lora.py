@@ -121,6 +121,23 @@ def test_an_exported_iterate_is_a_plain_model_that_scores_as_the_adapted_one(mak
             torch.testing.assert_close(backend.score(batch), loaded(batch), rtol=1e-5, atol=1e-4)
 
 
+def test_layers_that_store_their_weights_transposed_are_merged_as_peft_merges_them(tmp_path: Path) -> None:
+    """GPT-2's Conv1D, square and not: the export is PEFT's merge of the adapter that the same training commits."""
+    start = save_model(tmp_path / "start", KINDS["GPT-2"].make())
+    for name in ("whole", "adapter"):
+        backend = backend_of(start, LoraConfig(rank=4, alpha=6, merge=name == "whole"))
+        train(backend, ROWS, 1)
+        backend.export_hf(tmp_path / name)
+    base = AutoModelForCausalLM.from_pretrained(start)
+    plain = {name: weight.clone() for name, weight in base.named_parameters()}
+    merged = dict(peft.PeftModel.from_pretrained(base, tmp_path / "adapter").merge_and_unload().named_parameters())
+    exported = dict(AutoModelForCausalLM.from_pretrained(tmp_path / "whole").named_parameters())
+    assert exported.keys() == merged.keys() == plain.keys()
+    for name, weight in merged.items():
+        torch.testing.assert_close(exported[name], weight, rtol=1e-5, atol=1e-6)
+        assert torch.equal(weight, plain[name]) != name.endswith(("c_attn.weight", "c_proj.weight", "c_fc.weight"))
+
+
 def test_a_checkpoint_holds_the_adapters_only_and_resumes_bit_for_bit(make: MakeBackend, tmp_path: Path) -> None:
     backend = make()
     train(backend, ROWS, 2)
