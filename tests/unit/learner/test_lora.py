@@ -12,6 +12,7 @@ from transformers import AutoModelForCausalLM
 
 from spin_ray.config.sections import LoraConfig, OptimizerConfig
 from spin_ray.errors import ModelError
+from spin_ray.learner.adapters import refuse_unadaptable
 from spin_ray.learner.backends.base import BackendSettings
 from spin_ray.learner.backends.fsdp2 import Fsdp2Backend
 from spin_ray.learner.backends.modules import decoder_layers
@@ -231,6 +232,32 @@ def test_one_rank_computes_with_a_copy_of_one_frozen_layer_at_a_time(make: MakeB
 def test_a_name_that_no_layer_has_is_an_error(make: MakeBackend) -> None:
     with pytest.raises(ModelError, match=r"train\.lora\.target_modules: .*qkv"):
         make(LoraConfig(target_modules=("qkv",)))
+
+
+@pytest.mark.parametrize(
+    ("targets", "has"),
+    [
+        (("q_proj", "v_porj"), "layer v_porj; it has v_proj, "),
+        (("self_attn.q_proj", "mlp.up_prj"), r"layer mlp\.up_prj; it has mlp\.up_proj"),
+        (("q_proj", "query"), "layer query; it has down_proj, gate_proj, k_proj, lm_head, o_proj, q_proj, up_proj, v_"),
+    ],
+)
+def test_one_name_among_several_that_no_layer_has_is_an_error(make: MakeBackend, targets: Any, has: str) -> None:
+    """PEFT adapts the others and says nothing."""
+    with pytest.raises(ModelError, match=r"train\.lora\.target_modules: the model has no linear " + has):
+        make(LoraConfig(target_modules=targets))
+
+
+def test_names_are_checked_before_a_run(model_dir: Path, tmp_path: Path) -> None:
+    wrong, head = LoraConfig(target_modules=("q_proj", "v_porj")), LoraConfig(target_modules=("q_proj", "lm_head"))
+    untied = save_model(tmp_path, tiny_llama(tied=False))
+    for own_code in (False, True):
+        refuse_unadaptable(untied, head, trust_remote_code=own_code)
+        with pytest.raises(ModelError, match="no linear layer v_porj; it has v_proj"):
+            refuse_unadaptable(untied, wrong, trust_remote_code=own_code)
+    refuse_unadaptable(model_dir, head.model_copy(update={"merge": False}), trust_remote_code=False)
+    with pytest.raises(ModelError, match="lm_head shares its weight with the embedding"):
+        refuse_unadaptable(model_dir, head, trust_remote_code=False)
 
 
 def test_frozen_weights_are_held_once_in_bf16(make: MakeBackend) -> None:
