@@ -6,6 +6,19 @@ from typing import Any, Self
 
 from spin_ray.errors import ModelError
 
+_ATTENTION = ("q_proj", "k_proj", "v_proj", "o_proj")
+LLAMA_LAYERS = (*_ATTENTION, "gate_proj", "up_proj", "down_proj")
+_LAYERS = {
+    "phi3": ("qkv_proj", "o_proj", "gate_up_proj", "down_proj"),
+    **dict.fromkeys(("glm", "glm4"), (*_ATTENTION, "gate_up_proj", "down_proj")),
+    **dict.fromkeys(("gpt_neox", "persimmon"), ("query_key_value", "dense", "dense_h_to_4h", "dense_4h_to_h")),
+    **dict.fromkeys(("nemotron", "arcee", "apertus", "jais2"), (*_ATTENTION, "up_proj", "down_proj")),
+    "nanochat": (*_ATTENTION, "fc1", "fc2"),
+    "phi": ("q_proj", "k_proj", "v_proj", "dense", "fc1", "fc2"),
+    "starcoder2": (*_ATTENTION, "c_fc", "c_proj"),
+}  # fmt: skip
+"""Linear layers of a decoder layer, by ``model_type``, where they are not named as Llama's."""
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ModelShape:
@@ -27,6 +40,8 @@ class ModelShape:
     """Experts per token."""
     shared: int = 0
     """Width of the shared expert."""
+    linear: tuple[str, ...] = LLAMA_LAYERS
+    """Names of a layer's linear layers."""
 
     @classmethod
     def from_config(cls, config: Mapping[str, Any], source: str) -> Self:
@@ -53,6 +68,7 @@ class ModelShape:
             experts=experts,
             active=_active_experts(config, source) if experts else 0,
             shared=config.get("shared_expert_intermediate_size") or 0,
+            linear=_LAYERS.get(config.get("model_type", ""), LLAMA_LAYERS),
         )  # fmt: skip
 
     @property
