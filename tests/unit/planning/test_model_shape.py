@@ -129,5 +129,5 @@ def test_layers_whose_widths_are_not_known_are_named():
     refuse_unknown_layers(LoraConfig(target_modules=("qkv_proj", "c_attn")), MISTRAL_7B)
     with pytest.raises(ConfigError, match=r"the widths of 1\.q_proj, Wx, v_porj; the layers .* are q_proj, "):
         refuse_unknown_layers(LoraConfig(target_modules=("q_proj", "v_porj", "attn.Wx", "1.q_proj")), MISTRAL_7B)
-    with pytest.raises(ConfigError, match="the widths of up_proj; .* are q_proj, k_proj, v_proj, o_proj$"):
+    with pytest.raises(ConfigError, match=r"the widths of up_proj; .* are q_proj, k_proj, v_proj, o_proj$"):
         refuse_unknown_layers(LoraConfig(target_modules=("up_proj",)), replace(MISTRAL_7B, experts=8, active=2))
