@@ -50,7 +50,8 @@ class ModelShape:
         Raises:
             ModelError: a size is missing, or the formulas do not describe the layers.
         """
-        config = config.get("text_config", config)
+        tied = _is_tied(config)
+        config = config.get("text_config") or config
         names = ("num_hidden_layers", "hidden_size", "intermediate_size", "num_attention_heads", "vocab_size")
         if missing := [name for name in names if not isinstance(config.get(name), int)]:
             raise ModelError(f"{source}: has no {', '.join(missing)}; plan knows only decoders like Llama")
@@ -64,7 +65,7 @@ class ModelShape:
             intermediate=(config.get("moe_intermediate_size") if experts else None) or intermediate,
             kv_heads=config.get("num_key_value_heads") or heads,
             head_dim=config.get("head_dim") or hidden // heads,
-            tied=bool(config.get("tie_word_embeddings", False)),
+            tied=tied,
             experts=experts,
             active=_active_experts(config, source) if experts else 0,
             shared=config.get("shared_expert_intermediate_size") or 0,
@@ -137,6 +138,29 @@ _UNKNOWN = {
     "first_k_dense_replace": "layers of two kinds", "mlp_only_layers": "layers of two kinds",
 }  # fmt: skip
 """Settings of config.json that the formulas do not describe."""
+
+
+_TIED = {
+    "bert", "bert-generation", "big_bird", "biogpt", "camembert", "cohere", "cohere2", "cohere2_moe",
+    "cohere_compass_text", "data2vec-text", "electra", "ernie", "ernie4_5", "ernie4_5_moe", "gemma", "gemma2", "gemma3",
+    "gemma3_text", "gemma4", "gemma4_text", "gemma4_unified", "gemma4_unified_text", "got_ocr2", "granite_swa",
+    "jetmoe", "lfm2", "lfm2_moe", "megatron-bert", "modernbert-decoder", "recurrent_gemma", "roberta",
+    "roberta-prelayernorm", "roc_bert", "roformer", "smollm3", "starcoder2", "vaultgemma", "xlm-roberta",
+    "xlm-roberta-xl", "xmod", "zamba", "zamba2",
+}  # fmt: skip
+"""Each ``model_type`` whose config in transformers 5.19 ties the embeddings unless config.json says otherwise."""
+_TEXT_ALONE = ("llama4", "qwen3_5", "qwen3_5_moe")
+"""Families whose language model is made from the ``text_config`` alone."""
+
+
+def _is_tied(config: Mapping[str, Any]) -> bool:
+    """Reads the setting or transformers' default; a whole model's own counts before its ``text_config``'s."""
+    text = config.get("text_config") or config
+    for scope in (text,) if config.get("model_type") in _TEXT_ALONE else (config, text):
+        tied = scope.get("tie_word_embeddings")
+        if tied is not None or scope.get("model_type") in _TIED:
+            return tied is not False
+    return False
 
 
 def _active_experts(config: Mapping[str, Any], source: str) -> int:

@@ -1,10 +1,13 @@
 """Parameters of a decoder: by hand on a tiny one, and those of published models."""
 
+import json
+from contextlib import suppress
 from dataclasses import replace
 from typing import Any
 
 import pytest
-from transformers import AutoConfig
+from transformers import CONFIG_MAPPING, AutoConfig
+from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
 from spin_ray.config.sections import LoraConfig
 from spin_ray.errors import ConfigError, ModelError
@@ -122,6 +125,32 @@ def test_adapters_have_the_parameters_that_peft_gives_them(kind, sizes, names):
         add_adapters(model, lora, seed=0)
         trained = sum(it.numel() for it in model.parameters() if it.requires_grad)
         assert 3 * adapted_widths(lora, shape) * shape.layers == trained
+
+
+def test_embeddings_are_tied_where_the_config_does_not_say_as_in_transformers():
+    """Gemma's configs, for one, leave it out, and the default of its class is true."""
+    compared = set()
+    for kind in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.keys() - {"musicgen", "musicgen_melody", "mllama"}:  # no defaults
+        config = CONFIG_MAPPING[kind]()
+        written = {name: value for name, value in config.to_dict().items() if name != "tie_word_embeddings"}
+        with suppress(ModelError):
+            compared.add((kind, ModelShape.from_config(written, kind).tied, config.tie_word_embeddings))
+    assert not [kind for kind, found, expected in compared if found != expected]
+    assert {("gemma2", True, True), ("llama", False, False)} < compared
+
+
+@pytest.mark.parametrize("kind", ["gemma3", "llama4"])
+def test_a_whole_model_and_its_text_config_are_tied_as_in_transformers(kind, tmp_path):
+    """Gemma 3 is tied by the whole's setting, Llama 4 by the text's."""
+    sizes = _SIZES | {"head_dim": 8, "num_local_experts": 2, "num_experts_per_tok": 1, "intermediate_size_mlp": 48}
+    for whole, text in [(None, None), (False, None), (True, None), (None, True), (False, True)]:
+        said: dict[str, Any] = {"model_type": kind, "text_config": {**sizes}}
+        for scope, tied in ((said, whole), (said["text_config"], text)):
+            scope |= {} if tied is None else {"tie_word_embeddings": tied}
+        (tmp_path / "config.json").write_text(json.dumps(said))
+        model = without_weights(AutoConfig.from_pretrained(tmp_path))
+        tied = model.get_output_embeddings().weight is model.get_input_embeddings().weight
+        assert ModelShape.from_config(said, kind).tied == tied, (whole, text)
 
 
 def test_layers_whose_widths_are_not_known_are_named():
