@@ -9,13 +9,16 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from spin_ray.config.sections import OptimizerConfig
+from spin_ray.config.sections import HealthConfig, OptimizerConfig
+from spin_ray.errors import HealthError
 from spin_ray.learner import distillation
 from spin_ray.learner.backends.base import BackendSettings
 from spin_ray.learner.backends.fsdp2 import Fsdp2Backend
 from spin_ray.learner.distillation import ReadDivergence, ReadTop, TopTokens, divergence
 from spin_ray.learner.head import LogitTransform
+from spin_ray.learner.health import HealthMonitor
 from spin_ray.learner.packing import build_pack
+from spin_ray.learner.step import Objective, PackShape, train_step
 from spin_ray.learner.teacher import Teacher, teacher_columns
 from spin_ray.run_dir.schemas import TEACHER_SCHEMA
 from tests.support.learner_cases import VOCAB, Row, one_rank, one_step, save_model, table_of, tiny_llama
@@ -133,3 +136,10 @@ def test_what_is_stored_of_a_teacher_is_transformers_own_distribution_and_is_fou
     with pytest.raises(ValueError, match="2 rows for 3 pairs"):
         Teacher.of(backwards[1:], {name: row for row, name in enumerate(names)})
     assert stored["top_ids"].combine_chunks().flatten().to_numpy().max() < VOCAB
+    metrics = train_step(
+        backend, one_step(ROWS), table_of(ROWS), PackShape(pack_length=48, global_batch_pairs=3, pad_id=0),
+        Objective(loss=None, top_k=5), None, Teacher.of(backwards, {name: row for row, name in enumerate(names)}),
+    )  # fmt: skip
+    assert abs(metrics["loss"]) < 1e-5
+    with pytest.raises(HealthError, match=r"the loss is 3 .*max_loss 2: .*; lower train\.learning_rate \(or raise the"):
+        HealthMonitor(HealthConfig(steps=1, max_loss=2.0)).check(0, metrics | {"loss": 3.0})
