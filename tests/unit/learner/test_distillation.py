@@ -61,6 +61,38 @@ def test_with_k_tokens_it_is_the_kl_of_k_tokens_and_one_for_all_others(k: int) -
     assert divergence(teacher, top).abs().max() < 1e-12
 
 
+@pytest.mark.parametrize("k", [4, 11])
+def test_tokens_that_the_policy_cannot_choose_add_nothing(k: int) -> None:
+    """Logits of -inf: of one of the teacher's tokens; of all others; of one that is impossible for both.
+
+    kl_div counts 0 log 0 as 0. The gradient is that without those tokens.
+    """
+    policy, teacher = logits_of(0), logits_of(1)
+    teacher[2, 0] = policy[2, 0] = -torch.inf
+    top = top_of(teacher, k)
+    policy[0, top.ids[0, 1]] = -torch.inf
+    policy[1, teacher[1].argsort(descending=True)[4:]] = -torch.inf
+    policy.requires_grad_()
+    found = divergence(policy, top)
+    chosen = policy.softmax(-1).gather(-1, top.ids)
+    coarse, against = chosen, top.logps
+    if k < 11:
+        coarse = torch.cat([chosen, (1 - chosen.sum(-1, keepdim=True)).clamp(min=0)], dim=-1)
+        against = torch.cat([top.logps, top.rest[:, None]], dim=-1)
+    torch.testing.assert_close(found, functional.kl_div(against, coarse, reduction="none").nansum(-1))
+    (gradient,) = torch.autograd.grad(found.sum(), policy)
+    for row in range(5):
+        possible = policy[row].isfinite().nonzero()[:, 0]
+        inside = {token: place for place, token in enumerate(possible.tolist())}
+        kept = [place for place, token in enumerate(top.ids[row].tolist()) if token in inside]
+        ids = torch.tensor([[inside[token] for token in top.ids[row, kept].tolist()]])
+        fewer = policy[row : row + 1, possible].detach().requires_grad_()
+        rest = TopTokens(ids, top.logps[row : row + 1, kept], top.rest[row : row + 1])
+        (expected,) = torch.autograd.grad(divergence(fewer, rest).sum(), fewer)
+        torch.testing.assert_close(gradient[row, possible], expected[0])
+        assert not gradient[row, policy[row].isneginf()].any()
+
+
 @pytest.mark.parametrize("transform", [LogitTransform(), LogitTransform(scale=3.0, softcap=2.0)])
 @pytest.mark.parametrize("k", [3, 11])
 def test_gradient_is_the_numerical_one(monkeypatch: pytest.MonkeyPatch, transform: LogitTransform, k: int) -> None:
