@@ -22,7 +22,7 @@ _LAYERS = {
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ModelShape:
-    """A decoder with grouped-query attention and gated feed-forward networks, dense or mixtures of experts."""
+    """A decoder with grouped-query attention and feed-forward networks, dense or mixtures of experts."""
 
     layers: int
     hidden: int
@@ -79,7 +79,9 @@ class ModelShape:
 
     @property
     def layer_matmuls(self) -> int:
-        """Weights of a layer's products: 2hq + 2h·kv + 3h·i. Each expert has 3h·i, and h in the router."""
+        """Weights of a layer's products: 2hq + 2h·kv + 3h·i (2h·i without a gate). Each expert has 3h·i, and h in the
+        router.
+        """
         return self._matmuls(self.experts)
 
     @property
@@ -88,8 +90,13 @@ class ModelShape:
         return self._matmuls(self.active)
 
     def _matmuls(self, experts: int) -> int:
-        widths = 2 * self.q + 2 * self.kv_heads * self.head_dim + 3 * self.shared
-        return self.hidden * (widths + self.experts + 3 * self.intermediate * (experts if self.experts else 1))
+        widths = 2 * self.q + 2 * self.kv_heads * self.head_dim + self.inner * self.shared
+        return self.hidden * (widths + self.experts + self.inner * self.intermediate * (experts if self.experts else 1))
+
+    @property
+    def inner(self) -> int:
+        """Matrices of a feed-forward network: 3 with a gate, else 2."""
+        return 3 if {"gate_proj", "gate_up_proj"} & set(self.linear) else 2
 
     def split(self, tensor: int) -> Self:
         """Returns one rank's shape in a tensor group, with whole embeddings, head and norms."""
@@ -126,7 +133,7 @@ class ModelShape:
         if not self.experts:
             return self.parameters
         idle = (1 - self.active / self.experts) ** tokens
-        return self.parameters - self.layers * idle * 3 * self.hidden * self.intermediate * self.experts
+        return self.parameters - self.layers * idle * self.inner * self.hidden * self.intermediate * self.experts
 
     def kv_bytes(self, dtype_bytes: int) -> int:
         """Returns the bytes of one token's keys and values."""
