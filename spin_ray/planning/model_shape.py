@@ -90,11 +90,13 @@ class ModelShape:
         return self._matmuls(self.active)
 
     def _matmuls(self, experts: int) -> int:
-        widths = 2 * self.q + 2 * self.kv_heads * self.head_dim + self.inner * self.shared
-        return self.hidden * (widths + self.experts + self.inner * self.intermediate * (experts if self.experts else 1))
+        widths = 2 * self.q + 2 * self.kv_heads * self.head_dim + self.matrices * self.shared
+        return self.hidden * (
+            widths + self.experts + self.matrices * self.intermediate * (experts if self.experts else 1)
+        )
 
     @property
-    def inner(self) -> int:
+    def matrices(self) -> int:
         """Matrices of a feed-forward network: 3 with a gate, else 2."""
         return 3 if {"gate_proj", "gate_up_proj"} & set(self.linear) else 2
 
@@ -133,7 +135,7 @@ class ModelShape:
         if not self.experts:
             return self.parameters
         idle = (1 - self.active / self.experts) ** tokens
-        return self.parameters - self.layers * idle * self.inner * self.hidden * self.intermediate * self.experts
+        return self.parameters - self.layers * idle * self.matrices * self.hidden * self.intermediate * self.experts
 
     def kv_bytes(self, dtype_bytes: int) -> int:
         """Returns the bytes of one token's keys and values."""
