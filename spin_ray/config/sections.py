@@ -534,7 +534,7 @@ class HealthConfig(Section):
     steps: Count = 5
     """Number of last steps over whose mean loss, margin and log p(y) are checked."""
     max_loss: Positive | None = None
-    """Highest loss. The logistic loss starts at ln 2. Off by default: a collapse may lower the loss."""
+    """Highest loss, except of SFT. The logistic loss starts at ln 2. Off by default: a collapse may lower the loss."""
     max_margin: Positive | None = 30.0
     """Largest absolute margin. Healthy iterations end with a few nats times beta."""
     max_real_logp_drop: Positive | None = 0.5

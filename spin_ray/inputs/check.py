@@ -311,10 +311,13 @@ def _open_scorer(config: SpinConfig) -> ModelFolder | None:
 
 def _refuse_unusable_models(config: SpinConfig, inputs: Inputs) -> None:
     """Raises ModelError for faults that would otherwise show after hours of sampling."""
-    from spin_ray.learner.miniature import refuse_unscorable  # slow: torch
+    from spin_ray.learner.adapters import refuse_unadaptable  # slow: torch
+    from spin_ray.learner.miniature import refuse_unscorable
 
     if not config.model.trust_remote_code:
         refuse_unscorable(inputs.model.path, config.model.attention, config.model.max_length)
+    if config.train.lora is not None:
+        refuse_unadaptable(inputs.model.path, config.train.lora, trust_remote_code=config.model.trust_remote_code)
     if config.scorer is not None and config.scorer.kind != "grade" and inputs.scorer is not None:
         refuse_no_scorer(inputs.scorer.path, config.scorer.kind)
 

@@ -63,14 +63,21 @@ class ReadDivergence:
 
 
 def divergence(logits: Float[Tensor, "rows vocab"], teacher: TopTokens) -> Float[Tensor, "rows"]:
-    """Returns Σ p log(p/q) over the teacher q's k tokens and the rest as one outcome."""
+    """Returns Σ p log(p/q) over the teacher q's k tokens and the rest as one outcome; terms with p = 0 are 0."""
     total = logits.logsumexp(dim=-1)
     top = logits.gather(-1, teacher.ids) - total[:, None]
-    found = (top.exp() * (top - teacher.logps)).sum(dim=-1)
+    found = _terms(top, teacher.logps).sum(dim=-1)
     if teacher.ids.shape[1] < logits.shape[1]:
-        rest = logits.scatter(-1, teacher.ids, -torch.inf).logsumexp(dim=-1) - total
-        found = found + rest.exp() * (rest - teacher.rest)
+        # Not -inf: without a possible token among the others, the gradient would be nan.
+        rest = logits.scatter(-1, teacher.ids, torch.finfo(logits.dtype).min / 2).logsumexp(dim=-1) - total
+        found = found + _terms(rest, teacher.rest)
     return found
+
+
+def _terms(policy: Tensor, teacher: Tensor) -> Tensor:
+    impossible = policy.exp() == 0
+    policy, teacher = policy.masked_fill(impossible, 0), teacher.masked_fill(impossible, 0)
+    return policy.exp() * (policy - teacher)
 
 
 def _of_chunk(

@@ -17,12 +17,13 @@ class HealthMonitor:
         self._recent: deque[dict[str, Any]] = deque(maxlen=limits.steps)
 
     def check(self, step: int, metrics: dict[str, Any]) -> None:
-        """Checks the last steps' means, except in SFT and SDFT; losses without a margin have no ``max_margin``.
+        """Checks the last steps' means, except in SFT; each limit where its measure exists (SDFT: the loss alone).
 
         Raises:
             HealthError: a limit is passed.
         """
-        if not {"margin", "generated_logp"} & metrics.keys():
+        compares = bool({"margin", "generated_logp"} & metrics.keys())
+        if "real_logp" in metrics and not compares:
             return
         self._recent.append(metrics)
         if len(self._recent) < self._limits.steps:
@@ -38,11 +39,11 @@ class HealthMonitor:
             ("max_real_logp_drop", self._drop(), self._limits.max_real_logp_drop, "the share by which log p(y) fell"),
         ]:
             if limit is not None and value > limit:
+                cure = "lower train.learning_rate" + (" or raise objective.beta" if compares else "")
                 raise HealthError(
                     f"stopped after step {step}: {meaning} is {value:.3g} over the last {self._limits.steps} steps, "
-                    f"more than health.{name} {limit:g}: the model is running away from the data; lower "
-                    "train.learning_rate or raise objective.beta (or raise the limit: training then goes on from "
-                    "the last checkpoint)"
+                    f"more than health.{name} {limit:g}: the model is running away from the data; {cure} (or raise the "
+                    "limit: training then goes on from the last checkpoint)"
                 )
 
     def _mean(self, name: str) -> float:

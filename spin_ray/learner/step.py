@@ -261,7 +261,8 @@ def _history(
     """Returns the loss of (y′, y_0), T-SPIN's second term (arXiv 2601.08198, equation 7)."""
     assert batch.initial_segment is not None
     values = logps / segment_lengths(batch) if objective.length_normalised else logps
-    return loss(PairValues(values[batch.generated_segment], values[batch.initial_segment]), None, None, objective.beta)
+    generated = pair_logps(values, batch).generated
+    return loss(PairValues(generated, values[batch.initial_segment]), None, None, objective.beta)
 
 
 def _distilled(

@@ -6,10 +6,23 @@ from typing import Any, Self
 
 from spin_ray.errors import ModelError
 
+_ATTENTION = ("q_proj", "k_proj", "v_proj", "o_proj")
+LLAMA_LAYERS = (*_ATTENTION, "gate_proj", "up_proj", "down_proj")
+_LAYERS = {
+    "phi3": ("qkv_proj", "o_proj", "gate_up_proj", "down_proj"),
+    **dict.fromkeys(("glm", "glm4"), (*_ATTENTION, "gate_up_proj", "down_proj")),
+    **dict.fromkeys(("gpt_neox", "persimmon"), ("query_key_value", "dense", "dense_h_to_4h", "dense_4h_to_h")),
+    **dict.fromkeys(("nemotron", "arcee", "apertus", "jais2"), (*_ATTENTION, "up_proj", "down_proj")),
+    "nanochat": (*_ATTENTION, "fc1", "fc2"),
+    "phi": ("q_proj", "k_proj", "v_proj", "dense", "fc1", "fc2"),
+    "starcoder2": (*_ATTENTION, "c_fc", "c_proj"),
+}  # fmt: skip
+"""Linear layers of a decoder layer, by ``model_type``, where they are not named as Llama's."""
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ModelShape:
-    """A decoder with grouped-query attention and gated feed-forward networks, dense or mixtures of experts."""
+    """A decoder with grouped-query attention and feed-forward networks, dense or mixtures of experts."""
 
     layers: int
     hidden: int
@@ -27,6 +40,8 @@ class ModelShape:
     """Experts per token."""
     shared: int = 0
     """Width of the shared expert."""
+    linear: tuple[str, ...] = LLAMA_LAYERS
+    """Names of a layer's linear layers."""
 
     @classmethod
     def from_config(cls, config: Mapping[str, Any], source: str) -> Self:
@@ -35,7 +50,8 @@ class ModelShape:
         Raises:
             ModelError: a size is missing, or the formulas do not describe the layers.
         """
-        config = config.get("text_config", config)
+        tied = _is_tied(config)
+        config = config.get("text_config") or config
         names = ("num_hidden_layers", "hidden_size", "intermediate_size", "num_attention_heads", "vocab_size")
         if missing := [name for name in names if not isinstance(config.get(name), int)]:
             raise ModelError(f"{source}: has no {', '.join(missing)}; plan knows only decoders like Llama")
@@ -49,10 +65,11 @@ class ModelShape:
             intermediate=(config.get("moe_intermediate_size") if experts else None) or intermediate,
             kv_heads=config.get("num_key_value_heads") or heads,
             head_dim=config.get("head_dim") or hidden // heads,
-            tied=bool(config.get("tie_word_embeddings", False)),
+            tied=tied,
             experts=experts,
             active=_active_experts(config, source) if experts else 0,
             shared=config.get("shared_expert_intermediate_size") or 0,
+            linear=_LAYERS.get(config.get("model_type", ""), LLAMA_LAYERS),
         )  # fmt: skip
 
     @property
@@ -62,7 +79,9 @@ class ModelShape:
 
     @property
     def layer_matmuls(self) -> int:
-        """Weights of a layer's products: 2hq + 2h·kv + 3h·i. Each expert has 3h·i, and h in the router."""
+        """Weights of a layer's products: 2hq + 2h·kv + 3h·i (2h·i without a gate). Each expert has 3h·i, and h in the
+        router.
+        """
         return self._matmuls(self.experts)
 
     @property
@@ -71,8 +90,15 @@ class ModelShape:
         return self._matmuls(self.active)
 
     def _matmuls(self, experts: int) -> int:
-        widths = 2 * self.q + 2 * self.kv_heads * self.head_dim + 3 * self.shared
-        return self.hidden * (widths + self.experts + 3 * self.intermediate * (experts if self.experts else 1))
+        widths = 2 * self.q + 2 * self.kv_heads * self.head_dim + self.matrices * self.shared
+        return self.hidden * (
+            widths + self.experts + self.matrices * self.intermediate * (experts if self.experts else 1)
+        )
+
+    @property
+    def matrices(self) -> int:
+        """Matrices of a feed-forward network: 3 with a gate, else 2."""
+        return 3 if {"gate_proj", "gate_up_proj"} & set(self.linear) else 2
 
     def split(self, tensor: int) -> Self:
         """Returns one rank's shape in a tensor group, with whole embeddings, head and norms."""
@@ -109,7 +135,7 @@ class ModelShape:
         if not self.experts:
             return self.parameters
         idle = (1 - self.active / self.experts) ** tokens
-        return self.parameters - self.layers * idle * 3 * self.hidden * self.intermediate * self.experts
+        return self.parameters - self.layers * idle * self.matrices * self.hidden * self.intermediate * self.experts
 
     def kv_bytes(self, dtype_bytes: int) -> int:
         """Returns the bytes of one token's keys and values."""
@@ -121,6 +147,29 @@ _UNKNOWN = {
     "first_k_dense_replace": "layers of two kinds", "mlp_only_layers": "layers of two kinds",
 }  # fmt: skip
 """Settings of config.json that the formulas do not describe."""
+
+
+_TIED = {
+    "bert", "bert-generation", "big_bird", "biogpt", "camembert", "cohere", "cohere2", "cohere2_moe",
+    "cohere_compass_text", "data2vec-text", "electra", "ernie", "ernie4_5", "ernie4_5_moe", "gemma", "gemma2", "gemma3",
+    "gemma3_text", "gemma4", "gemma4_text", "gemma4_unified", "gemma4_unified_text", "got_ocr2", "granite_swa",
+    "jetmoe", "lfm2", "lfm2_moe", "megatron-bert", "modernbert-decoder", "recurrent_gemma", "roberta",
+    "roberta-prelayernorm", "roc_bert", "roformer", "smollm3", "starcoder2", "vaultgemma", "xlm-roberta",
+    "xlm-roberta-xl", "xmod", "zamba", "zamba2",
+}  # fmt: skip
+"""Each ``model_type`` whose config in transformers 5.19 ties the embeddings unless config.json says otherwise."""
+_TEXT_ALONE = ("llama4", "qwen3_5", "qwen3_5_moe")
+"""Families whose language model is made from the ``text_config`` alone."""
+
+
+def _is_tied(config: Mapping[str, Any]) -> bool:
+    """Reads the setting or transformers' default; a whole model's own counts before its ``text_config``'s."""
+    text = config.get("text_config") or config
+    for scope in (text,) if config.get("model_type") in _TEXT_ALONE else (config, text):
+        tied = scope.get("tie_word_embeddings")
+        if tied is not None or scope.get("model_type") in _TIED:
+            return tied is not False
+    return False
 
 
 def _active_experts(config: Mapping[str, Any], source: str) -> int:

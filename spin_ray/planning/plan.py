@@ -22,6 +22,7 @@ from spin_ray.planning.remedies import remedies
 from spin_ray.planning.run_cost import Phase, mesh_of, plan_run
 from spin_ray.planning.scaling import Scaling, scaling_of
 from spin_ray.planning.tables import memory_table, network_note, notes, purposes, scaling_table, time_table
+from spin_ray.planning.weights import refuse_unknown_layers
 from spin_ray.planning.work import Work
 from spin_ray.run_dir.events import exact_duration
 from spin_ray.runtime.precision import with_precision
@@ -252,6 +253,8 @@ def predict(config: SpinConfig, cluster: Cluster, given: Given) -> Plan:
     devices_of(config, cluster)  # refuses before anything is read
     config = with_precision(config)
     shape = read_shape(config)
+    if config.train.lora:
+        refuse_unknown_layers(config.train.lora, shape)
     work = read_work(config, given)
     settled = config.settle_sizes(rows=work.rows)
     phases = check_memory(settled, shape, cluster, work)

@@ -41,7 +41,7 @@ class Scaling:
 
     with_own_batch: tuple[Size, ...]
     with_enough: tuple[Size, ...]
-    """Times with the smallest batch that is near the shortest time on all nodes."""
+    """Times with the smallest batch that is near the shortest time on all nodes; on few nodes it may not fit."""
 
     @property
     def advised(self) -> Size:
@@ -98,8 +98,9 @@ def scaling_of(config: SpinConfig, shape: ModelShape, cluster: Cluster, work: Wo
         return tuple(size for size in found if size)
 
     own = config.train.global_batch_pairs
-    rows = [size for size in (sizes(own * factor) for factor in BATCHES if own * factor <= max(own, work.rows)) if size]
-    if not rows or rows[0][-1].nodes < cluster.nodes:
+    tried = [sizes(own * factor) for factor in BATCHES if own * factor <= max(own, work.rows)]
+    rows = [row for row in tried if row and row[-1].nodes == cluster.nodes]
+    if not rows or rows[0] is not tried[0]:
         return None
     shortest = min(row[-1].hours for row in rows)
     enough = next(row for row in rows if row[-1].hours <= NEAR * shortest)

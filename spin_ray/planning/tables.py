@@ -50,15 +50,15 @@ def memory_table(phases: list[Phase]) -> Table:
 
 
 def scaling_table(scaling: Scaling) -> Table:
-    """Returns hours by nodes, for the recipe's batch and for one that keeps all nodes busy."""
+    """Returns hours by nodes, for the recipe's batch and for one that keeps all nodes busy (–: does not fit)."""
     table = Table(title="Hours on all GPUs of so many nodes, by pairs of a step")
     batches = [scaling.with_own_batch[0].batch, *([] if scaling.scales else [scaling.batch])]
     for name in ("nodes", "mesh", *(f"{batch} pairs" for batch in batches)):
         table.add_column(name, justify="left" if name == "mesh" else "right")
-    enough = {size.nodes: size for size in scaling.with_enough}
+    enough = {size.nodes: f"{size.hours:.2f}" for size in scaling.with_enough}
     for size in scaling.with_own_batch:
-        shown = [size] if scaling.scales else [size, enough[size.nodes]]
-        table.add_row(str(size.nodes), size.mesh, *(f"{each.hours:.2f}" for each in shown))
+        more = [] if scaling.scales else [enough.get(size.nodes, "–")]
+        table.add_row(str(size.nodes), size.mesh, f"{size.hours:.2f}", *more)
     return table
 
 

@@ -107,6 +107,8 @@ def _sums(config: SpinConfig, shape: ModelShape, ranks: Ranks, packs: float) -> 
     """Yields the sums of fp32 gradients over the shard, then over replicas. The root's comes last."""
     weights, mesh = weights_of(config, shape), ranks.mesh
     whole = 4 * weights.trained
+    if not whole:  # adapters of unknown layers
+        return
     waited = weights.root.trained / weights.trained or 1 / weights.layers
     calls = weights.layers + bool(weights.root.trained)
     times = packs if config.train.reduces_every_pack else 1.0

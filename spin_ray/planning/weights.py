@@ -4,6 +4,7 @@ from dataclasses import dataclass
 
 from spin_ray.config.recipe import SpinConfig
 from spin_ray.config.sections import LoraConfig
+from spin_ray.errors import ConfigError
 from spin_ray.planning.model_shape import ModelShape
 
 BASE_BYTES = {"bf16": 0.0, "int8": 1.0 + 2 / 4096, "nf4": 0.5 + 1 / 64 + 4 / 64 / 256}
@@ -81,15 +82,51 @@ def _with_adapters(lora: LoraConfig, shape: ModelShape, size: int) -> Unit:
 
 
 def adapted_widths(lora: LoraConfig, shape: ModelShape) -> int:
-    """Returns the inputs and outputs of a layer's adapted matrices. PEFT adapts no fused experts."""
-    kv, feed_forward = shape.kv_heads * shape.head_dim, 0 if shape.experts else shape.intermediate
-    widths = {
+    """Returns the inputs and outputs of a layer's adapted matrices, 0 for those of unknown names."""
+    widths = _widths(shape)
+    return sum(widths.get(name, 0) for name in _adapted(lora, shape))
+
+
+def refuse_unknown_layers(lora: LoraConfig, shape: ModelShape) -> None:
+    """Raises ConfigError for adapted layers whose widths are not known."""
+    widths = _widths(shape)
+    if unknown := sorted(name for name in _adapted(lora, shape) if not widths.get(name)):
+        raise ConfigError(
+            f"train.lora.target_modules: plan does not know the widths of {', '.join(unknown)}; the layers of "
+            f"such a model are {', '.join(name for name in shape.linear if widths[name])}"
+        )
+
+
+def _adapted(lora: LoraConfig, shape: ModelShape) -> set[str]:
+    if not isinstance(lora.target_modules, str):
+        return {_of_every_layer(name) for name in lora.target_modules}
+    widths = _widths(shape)
+    return {name for name in (*shape.linear, "shared_expert_gate") if widths[name]}
+
+
+def _of_every_layer(target: str) -> str:
+    """Returns the last part of a name, or the whole name if it numbers a layer."""
+    *parts, last = target.split(".")
+    return target if any(part.isdigit() for part in parts) else last
+
+
+def _widths(shape: ModelShape) -> dict[str, int]:
+    """Returns inputs and outputs of linear layers by their names in many families. PEFT adapts no fused experts."""
+    kv, inner = shape.kv_heads * shape.head_dim, shape.shared if shape.experts else shape.intermediate
+    return {
         "q_proj": shape.hidden + shape.q, "k_proj": shape.hidden + kv, "v_proj": shape.hidden + kv,
-        "o_proj": shape.q + shape.hidden,
-        **dict.fromkeys(("gate_proj", "up_proj", "down_proj"), shape.hidden + feed_forward if feed_forward else 0),
+        **dict.fromkeys(("qkv_proj", "query_key_value", "c_attn", "W_pack", "wqkv"), shape.hidden + shape.q + 2 * kv),
+        **dict.fromkeys(("o_proj", "out_proj", "dense", "wo"), shape.q + shape.hidden),
+        "gate_up_proj": shape.hidden + 2 * inner if inner else 0,
+        **dict.fromkeys(_FEED_FORWARD, shape.hidden + inner if inner else 0),
+        "shared_expert_gate": shape.hidden + 1 if shape.shared else 0,
     }  # fmt: skip
-    names = widths if lora.target_modules == "all-linear" else lora.target_modules
-    return sum(widths.get(name, 0) for name in names)
+
+
+_FEED_FORWARD = (
+    "gate_proj", "up_proj", "down_proj", "fc1", "fc2", "c_fc", "c_proj", "dense_h_to_4h", "dense_4h_to_h", "w1", "w2",
+    "w3",
+)  # fmt: skip
 
 
 def dtype_bytes(config: SpinConfig) -> int:

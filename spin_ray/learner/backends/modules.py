@@ -139,7 +139,7 @@ def export(
     dtype = torch.bfloat16 if settings.precision == "bf16" else torch.float32
     names = {stored_name(name) for name, _ in tensors if not is_adapter(name)}
     if lora is not None and not adapter_alone:
-        whole = merge_adapters(whole, lora)  # before anything is rounded
+        whole = merge_adapters(whole, lora, model)  # before anything is rounded
     weights = ((name, weight.to("cpu", dtype if weight.is_floating_point() else None)) for name, weight in whole)
     if lora is not None and adapter_alone:
         named = ((file_name(name), weight) for name, weight in weights)

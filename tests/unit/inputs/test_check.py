@@ -51,6 +51,11 @@ def test_a_recipe_that_can_run_is_resolved():
     }  # fmt: skip
 
 
+def test_names_of_layers_that_the_model_lacks_are_refused_at_the_start():
+    with pytest.raises(ModelError, match=r"train\.lora\.target_modules: .* no linear layer v_porj; it has v_proj"):
+        check_recipe(config_for(train={"lora": {"target_modules": ["q_proj", "v_porj"]}}))
+
+
 @pytest.mark.parametrize(
     ("rows", "message"),
     [

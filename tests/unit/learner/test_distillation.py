@@ -9,13 +9,16 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from spin_ray.config.sections import OptimizerConfig
+from spin_ray.config.sections import HealthConfig, OptimizerConfig
+from spin_ray.errors import HealthError
 from spin_ray.learner import distillation
 from spin_ray.learner.backends.base import BackendSettings
 from spin_ray.learner.backends.fsdp2 import Fsdp2Backend
 from spin_ray.learner.distillation import ReadDivergence, ReadTop, TopTokens, divergence
 from spin_ray.learner.head import LogitTransform
+from spin_ray.learner.health import HealthMonitor
 from spin_ray.learner.packing import build_pack
+from spin_ray.learner.step import Objective, PackShape, train_step
 from spin_ray.learner.teacher import Teacher, teacher_columns
 from spin_ray.run_dir.schemas import TEACHER_SCHEMA
 from tests.support.learner_cases import VOCAB, Row, one_rank, one_step, save_model, table_of, tiny_llama
@@ -56,6 +59,38 @@ def test_with_k_tokens_it_is_the_kl_of_k_tokens_and_one_for_all_others(k: int) -
     torch.testing.assert_close(found, expected)
     assert (found <= divergence(policy, top_of(teacher, 11)) + 1e-12).all()
     assert divergence(teacher, top).abs().max() < 1e-12
+
+
+@pytest.mark.parametrize("k", [4, 11])
+def test_tokens_that_the_policy_cannot_choose_add_nothing(k: int) -> None:
+    """Logits of -inf: of one of the teacher's tokens; of all others; of one that is impossible for both.
+
+    kl_div counts 0 log 0 as 0. The gradient is that without those tokens.
+    """
+    policy, teacher = logits_of(0), logits_of(1)
+    teacher[2, 0] = policy[2, 0] = -torch.inf
+    top = top_of(teacher, k)
+    policy[0, top.ids[0, 1]] = -torch.inf
+    policy[1, teacher[1].argsort(descending=True)[4:]] = -torch.inf
+    policy.requires_grad_()
+    found = divergence(policy, top)
+    chosen = policy.softmax(-1).gather(-1, top.ids)
+    coarse, against = chosen, top.logps
+    if k < 11:
+        coarse = torch.cat([chosen, (1 - chosen.sum(-1, keepdim=True)).clamp(min=0)], dim=-1)
+        against = torch.cat([top.logps, top.rest[:, None]], dim=-1)
+    torch.testing.assert_close(found, functional.kl_div(against, coarse, reduction="none").nansum(-1))
+    (gradient,) = torch.autograd.grad(found.sum(), policy)
+    for row in range(5):
+        possible = policy[row].isfinite().nonzero()[:, 0]
+        inside = {token: place for place, token in enumerate(possible.tolist())}
+        kept = [place for place, token in enumerate(top.ids[row].tolist()) if token in inside]
+        ids = torch.tensor([[inside[token] for token in top.ids[row, kept].tolist()]])
+        fewer = policy[row : row + 1, possible].detach().requires_grad_()
+        rest = TopTokens(ids, top.logps[row : row + 1, kept], top.rest[row : row + 1])
+        (expected,) = torch.autograd.grad(divergence(fewer, rest).sum(), fewer)
+        torch.testing.assert_close(gradient[row, possible], expected[0])
+        assert not gradient[row, policy[row].isneginf()].any()
 
 
 @pytest.mark.parametrize("transform", [LogitTransform(), LogitTransform(scale=3.0, softcap=2.0)])
@@ -133,3 +168,10 @@ def test_what_is_stored_of_a_teacher_is_transformers_own_distribution_and_is_fou
     with pytest.raises(ValueError, match="2 rows for 3 pairs"):
         Teacher.of(backwards[1:], {name: row for row, name in enumerate(names)})
     assert stored["top_ids"].combine_chunks().flatten().to_numpy().max() < VOCAB
+    metrics = train_step(
+        backend, one_step(ROWS), table_of(ROWS), PackShape(pack_length=48, global_batch_pairs=3, pad_id=0),
+        Objective(loss=None, top_k=5), None, Teacher.of(backwards, {name: row for row, name in enumerate(names)}),
+    )  # fmt: skip
+    assert abs(metrics["loss"]) < 1e-5
+    with pytest.raises(HealthError, match=r"the loss is 3 .*max_loss 2: .*; lower train\.learning_rate \(or raise the"):
+        HealthMonitor(HealthConfig(steps=1, max_loss=2.0)).check(0, metrics | {"loss": 3.0})

@@ -12,6 +12,7 @@ from transformers import AutoModelForCausalLM
 
 from spin_ray.config.sections import LoraConfig, OptimizerConfig
 from spin_ray.errors import ModelError
+from spin_ray.learner.adapters import refuse_unadaptable
 from spin_ray.learner.backends.base import BackendSettings
 from spin_ray.learner.backends.fsdp2 import Fsdp2Backend
 from spin_ray.learner.backends.modules import decoder_layers
@@ -121,6 +122,23 @@ def test_an_exported_iterate_is_a_plain_model_that_scores_as_the_adapted_one(mak
             torch.testing.assert_close(backend.score(batch), loaded(batch), rtol=1e-5, atol=1e-4)
 
 
+def test_layers_that_store_their_weights_transposed_are_merged_as_peft_merges_them(tmp_path: Path) -> None:
+    """GPT-2's Conv1D, square and not: the export is PEFT's merge of the adapter that the same training commits."""
+    start = save_model(tmp_path / "start", KINDS["GPT-2"].make())
+    for name in ("whole", "adapter"):
+        backend = backend_of(start, LoraConfig(rank=4, alpha=6, merge=name == "whole"))
+        train(backend, ROWS, 1)
+        backend.export_hf(tmp_path / name)
+    base = AutoModelForCausalLM.from_pretrained(start)
+    plain = {name: weight.clone() for name, weight in base.named_parameters()}
+    merged = dict(peft.PeftModel.from_pretrained(base, tmp_path / "adapter").merge_and_unload().named_parameters())
+    exported = dict(AutoModelForCausalLM.from_pretrained(tmp_path / "whole").named_parameters())
+    assert exported.keys() == merged.keys() == plain.keys()
+    for name, weight in merged.items():
+        torch.testing.assert_close(exported[name], weight, rtol=1e-5, atol=1e-6)
+        assert torch.equal(weight, plain[name]) != name.endswith(("c_attn.weight", "c_proj.weight", "c_fc.weight"))
+
+
 def test_a_checkpoint_holds_the_adapters_only_and_resumes_bit_for_bit(make: MakeBackend, tmp_path: Path) -> None:
     backend = make()
     train(backend, ROWS, 2)
@@ -214,6 +232,32 @@ def test_one_rank_computes_with_a_copy_of_one_frozen_layer_at_a_time(make: MakeB
 def test_a_name_that_no_layer_has_is_an_error(make: MakeBackend) -> None:
     with pytest.raises(ModelError, match=r"train\.lora\.target_modules: .*qkv"):
         make(LoraConfig(target_modules=("qkv",)))
+
+
+@pytest.mark.parametrize(
+    ("targets", "has"),
+    [
+        (("q_proj", "v_porj"), "layer v_porj; it has v_proj, "),
+        (("self_attn.q_proj", "mlp.up_prj"), r"layer mlp\.up_prj; it has mlp\.up_proj"),
+        (("q_proj", "query"), "layer query; it has down_proj, gate_proj, k_proj, lm_head, o_proj, q_proj, up_proj, v_"),
+    ],
+)
+def test_one_name_among_several_that_no_layer_has_is_an_error(make: MakeBackend, targets: Any, has: str) -> None:
+    """PEFT adapts the others and says nothing."""
+    with pytest.raises(ModelError, match=r"train\.lora\.target_modules: the model has no linear " + has):
+        make(LoraConfig(target_modules=targets))
+
+
+def test_names_are_checked_before_a_run(model_dir: Path, tmp_path: Path) -> None:
+    wrong, head = LoraConfig(target_modules=("q_proj", "v_porj")), LoraConfig(target_modules=("q_proj", "lm_head"))
+    untied = save_model(tmp_path, tiny_llama(tied=False))
+    for own_code in (False, True):
+        refuse_unadaptable(untied, head, trust_remote_code=own_code)
+        with pytest.raises(ModelError, match="no linear layer v_porj; it has v_proj"):
+            refuse_unadaptable(untied, wrong, trust_remote_code=own_code)
+    refuse_unadaptable(model_dir, head.model_copy(update={"merge": False}), trust_remote_code=False)
+    with pytest.raises(ModelError, match="lm_head shares its weight with the embedding"):
+        refuse_unadaptable(model_dir, head, trust_remote_code=False)
 
 
 def test_frozen_weights_are_held_once_in_bf16(make: MakeBackend) -> None:

@@ -4,6 +4,7 @@ import math
 from types import SimpleNamespace
 from typing import Any
 
+import pyarrow as pa
 import pytest
 import torch
 from torch import Tensor
@@ -12,7 +13,8 @@ from spin_ray.learner.backends.base import StepStats
 from spin_ray.learner.losses import LOSSES, geometric_reference, segment_lengths, square_loss
 from spin_ray.learner.metrics import step_metrics
 from spin_ray.learner.packing import build_pack, plan_epoch
-from spin_ray.learner.step import Objective, PackShape, ReferenceScores, _pack_loss, feed
+from spin_ray.learner.step import Objective, PackShape, ReferenceScores, _history, _pack_loss, feed
+from spin_ray.run_dir.schemas import TOKEN_IDS
 from tests.support.learner_cases import Row, lengths_of, table_of
 
 torch.set_num_threads(1)
@@ -149,3 +151,22 @@ def test_what_is_logged_of_a_step(loss: str | None) -> None:
     if refers:  # margins (−0.2 − 0.2), (−0.2 + 0.1), (−0.3 + 0.1); drift −0.2, −0.2, −0.3
         assert (logged["margin"], logged["accuracy"]) == (pytest.approx(-0.7 / 3), 0.0)
         assert logged["real_logp_drift"] == pytest.approx(-0.7 / 3)
+
+
+@pytest.mark.parametrize("length_normalised", [False, True])
+def test_t_spins_history_compares_the_opponents_response_with_the_first_models(length_normalised: bool) -> None:
+    """Equation 7 of arXiv 2601.08198 for one row: y of 2 tokens, y′ of 3, y_0 of 1; a row without y′ has no loss."""
+    objective = Objective(loss="reference_free", beta=0.8, history_weight=0.3, length_normalised=length_normalised)
+    logps, lengths = double(-1.3, -2.1, -0.4), (2, 3, 1) if length_normalised else (1, 1, 1)
+    real, generated, initial = (value / length for value, length in zip(logps.tolist(), lengths, strict=True))
+    expected = math.log1p(math.exp(-0.8 * (real - generated))) + 0.3 * math.log1p(
+        math.exp(-0.8 * (generated - initial))
+    )
+    for row, found in (([5, 6], [7, 2], [8, 3, 2]), expected), (([5, 6], [7, 2], []), math.nan):
+        table = table_of([row]).append_column("initial_ids", pa.array([[9]], TOKEN_IDS))
+        batch = build_pack(((0,),), table, pack_length=16, pad_id=0)
+        (step,) = plan_epoch(lengths_of([row]), pack_length=16, global_batch_pairs=1, seed=0, epoch=0)
+        backend: Any = SimpleNamespace(logps=lambda batch: logps[: batch.num_segments])
+        share, _ = _pack_loss(backend, batch, step, objective, None)
+        assert share.item() == pytest.approx(found, nan_ok=True)
+        assert _history(objective, objective.resolve(), backend.logps(batch), batch).isnan() == math.isnan(found)

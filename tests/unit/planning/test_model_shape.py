@@ -1,11 +1,20 @@
 """Parameters of a decoder: by hand on a tiny one, and those of published models."""
 
+import json
+from contextlib import suppress
 from dataclasses import replace
+from typing import Any
 
 import pytest
+from transformers import CONFIG_MAPPING, AutoConfig
+from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
-from spin_ray.errors import ModelError
+from spin_ray.config.sections import LoraConfig
+from spin_ray.errors import ConfigError, ModelError
+from spin_ray.learner.adapters import add_adapters
+from spin_ray.learner.loading import without_weights
 from spin_ray.planning.model_shape import KNOWN_SHAPES, MISTRAL_7B, ModelShape
+from spin_ray.planning.weights import adapted_widths, refuse_unknown_layers
 from tests.support.planning_cases import TINY, ZEPHYR
 
 
@@ -79,3 +88,77 @@ def test_a_token_of_a_mixture_is_multiplied_with_the_active_experts_alone(config
     assert shape.layers * shape.active_matmuls + shape.root == pytest.approx(active, rel=0.01)
     assert shape.read(1) == pytest.approx(active, rel=0.01), "one token reads what it is multiplied with"
     assert shape.read(1000) == pytest.approx(parameters, rel=1e-3), "many tokens read every expert"
+
+
+_SIZES: dict[str, Any] = {
+    "vocab_size": 61, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4,
+    "num_key_value_heads": 2, "max_position_embeddings": 128, "pad_token_id": 0, "eos_token_id": 2,
+}  # fmt: skip
+_MIXTURE: dict[str, Any] = {
+    "num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 16, "shared_expert_intermediate_size": 24,
+}  # fmt: skip
+_MHA = {"num_key_value_heads": 4}
+
+
+@pytest.mark.parametrize(
+    ("kind", "sizes", "names"),
+    [
+        ("mistral", {}, ("self_attn.q_proj", "down_proj")),
+        ("phi3", {}, ("qkv_proj", "gate_up_proj")),
+        ("glm4", {}, ("gate_up_proj", "down_proj", "v_proj")),
+        ("gpt_neox", _MHA, ("query_key_value", "dense")),
+        ("starcoder2", {}, ("c_fc", "c_proj", "o_proj")),
+        ("phi", {}, ("dense", "fc2")),
+        ("nanochat", {}, ("fc1", "k_proj")),
+        ("nemotron", {}, ("up_proj", "v_proj")),
+        ("qwen2_moe", _MIXTURE, ("shared_expert.up_proj", "shared_expert_gate", "k_proj")),
+    ],
+)
+def test_model_and_adapters_have_the_parameters_of_transformers_and_peft(kind, sizes, names):
+    """Counted on the model of the same config.json, without memory for its weights."""
+    pytest.importorskip("peft", reason="the extra `lora` is not installed")
+    config = AutoConfig.for_model(kind, **(_SIZES | sizes))
+    shape = ModelShape.from_config(config.to_dict(), "m/config.json")
+    for targets in ("all-linear", names):
+        lora, model = LoraConfig(rank=3, target_modules=targets), without_weights(config)
+        refuse_unknown_layers(lora, shape)
+        add_adapters(model, lora, seed=0)
+        trained = sum(it.numel() for it in model.parameters() if it.requires_grad)
+        assert 3 * adapted_widths(lora, shape) * shape.layers == trained
+        # Biases and some norms are not counted; on so narrow a model they are a few in a hundred.
+        assert shape.parameters == pytest.approx(sum(it.numel() for it in model.parameters()) - trained, rel=0.05)
+
+
+def test_embeddings_are_tied_where_the_config_does_not_say_as_in_transformers():
+    """Gemma's configs, for one, leave it out, and the default of its class is true."""
+    compared = set()
+    for kind in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.keys() - {"musicgen", "musicgen_melody", "mllama"}:  # no defaults
+        config = CONFIG_MAPPING[kind]()
+        written = {name: value for name, value in config.to_dict().items() if name != "tie_word_embeddings"}
+        with suppress(ModelError):
+            compared.add((kind, ModelShape.from_config(written, kind).tied, config.tie_word_embeddings))
+    assert not [kind for kind, found, expected in compared if found != expected]
+    assert {("gemma2", True, True), ("llama", False, False)} < compared
+
+
+@pytest.mark.parametrize("kind", ["gemma3", "llama4"])
+def test_a_whole_model_and_its_text_config_are_tied_as_in_transformers(kind, tmp_path):
+    """Gemma 3 is tied by the whole's setting, Llama 4 by the text's."""
+    sizes = _SIZES | {"head_dim": 8, "num_local_experts": 2, "num_experts_per_tok": 1, "intermediate_size_mlp": 48}
+    for whole, text in [(None, None), (False, None), (True, None), (None, True), (False, True)]:
+        said: dict[str, Any] = {"model_type": kind, "text_config": {**sizes}}
+        for scope, tied in ((said, whole), (said["text_config"], text)):
+            scope |= {} if tied is None else {"tie_word_embeddings": tied}
+        (tmp_path / "config.json").write_text(json.dumps(said))
+        model = without_weights(AutoConfig.from_pretrained(tmp_path))
+        tied = model.get_output_embeddings().weight is model.get_input_embeddings().weight
+        assert ModelShape.from_config(said, kind).tied == tied, (whole, text)
+
+
+def test_layers_whose_widths_are_not_known_are_named():
+    """Of a mixture, PEFT adapts no fused experts."""
+    refuse_unknown_layers(LoraConfig(target_modules=("qkv_proj", "c_attn")), MISTRAL_7B)
+    with pytest.raises(ConfigError, match=r"the widths of 1\.q_proj, Wx, v_porj; the layers .* are q_proj, "):
+        refuse_unknown_layers(LoraConfig(target_modules=("q_proj", "v_porj", "attn.Wx", "1.q_proj")), MISTRAL_7B)
+    with pytest.raises(ConfigError, match=r"the widths of up_proj; .* are q_proj, k_proj, v_proj, o_proj$"):
+        refuse_unknown_layers(LoraConfig(target_modules=("up_proj",)), replace(MISTRAL_7B, experts=8, active=2))

@@ -92,6 +92,12 @@ def test_7b_with_adapters_fits_a_card_of_24_gb(call, base, weights):
     assert sum(training["memory"].values()) < 0.9 * 24e9
 
 
+def test_layers_to_adapt_have_the_names_of_many_families(call):
+    lora = "--train.lora={{merge: false, target_modules: [{}]}}"
+    assert call("--gpu", "RTX4090", *ONE_CARD, lora.format("qkv_proj, gate_up_proj"))[0] == 0
+    assert "does not know the widths of Wx; " in refused(call("--gpu", "RTX4090", lora.format("q_proj, Wx")))
+
+
 def test_7b_without_adapters_does_not_fit_a_card_of_24_gb(call):
     assert "does not fit on RTX-4090: needs" in refused(call("--gpu", "RTX4090", *ONE_CARD))
 

@@ -2,12 +2,15 @@
 
 import json
 from dataclasses import replace
+from io import StringIO
 
 import pytest
+from rich.console import Console
 
 from spin_ray.planning.cluster import Cluster
 from spin_ray.planning.model_shape import MISTRAL_7B, ModelShape
 from spin_ray.planning.scaling import scaling_of
+from spin_ray.planning.tables import scaling_table
 from tests.support.paths import RECIPES
 from tests.support.planning_cases import PAPER_WORK, ZEPHYR, changed
 
@@ -38,6 +41,18 @@ def test_two_nodes_with_the_batch_that_is_named_take_0_6_of_one_and_with_the_pap
     two = scaling_of(CONFIG, MISTRAL_7B, Cluster(nodes=2, gpu="H100"), PAPER_WORK)
     one = two.with_own_batch[0].hours
     assert two.with_enough[-1].hours <= 0.6 * one and two.with_own_batch[-1].hours <= one
+
+
+def test_a_batch_that_one_node_cannot_hold_has_no_hours_there():
+    """Several packs of a rank without a sum after each need whole gradients, 29 GB of a card's 24."""
+    config = changed(CONFIG, reduce_every_pack=False, global_batch_pairs=8)
+    found = scaling_of(config, MISTRAL_7B, Cluster(nodes=2, gpu="RTX-4090"), PAPER_WORK)
+    assert [size.nodes for size in found.with_own_batch] == [1, 2]
+    assert [size.nodes for size in found.with_enough] == [2] and not found.scales
+    console = Console(width=200, file=StringIO())
+    console.print(scaling_table(found))
+    one, two = [line.split("│") for line in console.file.getvalue().splitlines() if "shard" in line]
+    assert one[4].strip() == "–" and float(two[4]) == pytest.approx(found.with_enough[0].hours, abs=0.01)
 
 
 def test_70b_takes_at_most_30_hours_on_four_nodes_and_no_longer_on_eight():

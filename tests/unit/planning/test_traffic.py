@@ -56,6 +56,7 @@ def test_adapters_leave_the_gradients_of_the_base_at_home():
     found = sent(Mesh(shard=2), lora={"rank": 2})
     assert found["gradients"] == 4 * adapters / 2
     assert found["weights"] == 2 * (2 * (1184 + adapters) + 168) / 2
+    assert "gradients" not in sent(Mesh(shard=2), lora={"target_modules": ["Wx"]}), "of unknown width"
 
 
 def test_groups_lie_on_neighbouring_ranks():
