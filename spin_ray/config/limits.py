@@ -59,7 +59,7 @@ def _memory_problems(config: Settings) -> Iterator[str]:
     """Each engine waits for its share of a card, of which driver and processes hold some besides."""
     for place, resources, setting, engine in _engines(config):
         gpus, asked = resources.gpus, engine.gpu_memory_utilization
-        together = min(_side_by_side(config, place), int(1 / gpus + 1e-6)) if 0 < gpus < 1 else 1
+        together = int(min(_side_by_side(config, place), 1 / gpus + 1e-6)) if 0 < gpus < 1 else 1
         if gpus and together * asked >= 1:
             said = f"{together} engines of {place}.resources.gpus {gpus:g} share a card; " if together > 1 else ""
             cure = f"lower it to {0.9 / together:.2g}" + (" or ask for a GPU each" if said else "")

@@ -215,7 +215,8 @@ def _list_problems(config: SpinConfig) -> Iterator[str]:
 
 def _objective_problems(config: SpinConfig) -> Iterator[str]:
     objective, train = config.objective, config.train
-    every = range(config.iterations)
+    lists = any(isinstance(value, tuple) for value in (objective.beta, train.epochs, train.schedule_epochs))
+    every = range(config.iterations if lists else 1)  # one value is that of all iterations
     if objective.loss == "space" and any(_pick(objective.beta, iteration) != 1 for iteration in every):
         yield "objective.beta: the loss space takes log-ratios as they are; give 1"
     for epochs, planned in ((_pick(train.epochs, it), _pick(train.schedule_epochs, it)) for it in every):
