@@ -111,11 +111,11 @@ def test_an_engine_has_a_gpu_for_each_of_its_parts() -> None:
     for serving, message in (
         ({}, r"gpus: 0, but generation\.engine has tensor_parallel_size 8 × pipeline_parallel_size 2; set it to 16"),
         ({"engine": sizes, "resources": {"gpus": 8}}, r"gpus: 8, but serving\.engine .*; set it to 16"),
-        ({"engine": {}, "resources": {"gpus": 1.5}}, "set it to 1"),
+        ({"engine": {}, "resources": {"gpus": 2}}, "set it to 1"),
     ):
         with pytest.raises(ConfigError, match=message):
             check(serving)
-    for serving in (gpus, {"engine": {}}, {"engine": {}, "resources": {"gpus": 0.5}}):
+    for serving in (gpus, {"engine": {}}, {"engine": {"gpu_memory_utilization": 0.4}, "resources": {"gpus": 0.5}}):
         check(serving)
 
 
