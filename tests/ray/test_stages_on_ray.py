@@ -8,6 +8,7 @@ from collections.abc import Callable
 from functools import cache
 from pathlib import Path
 from types import ModuleType
+from typing import Any
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -24,6 +25,7 @@ from spin_ray.loop.stages.generation import stage as generation
 from spin_ray.report.grading import check_on_workers
 from spin_ray.run_dir.run_dir import RunDir
 from spin_ray.run_dir.storage import Storage
+from spin_ray.runtime import placement
 from spin_ray.runtime.engine import EngineSpec, StartEngine
 from spin_ray.runtime.placement import check_fits, room_for
 from tests.support.fakes import FakeEngine, seed_engine
@@ -182,16 +184,19 @@ def test_a_stage_that_cannot_be_placed_is_refused_at_once() -> None:
 
 
 def test_a_request_for_nodes_reaches_rays_autoscaler_and_is_withdrawn(monkeypatch: pytest.MonkeyPatch) -> None:
-    def request() -> bytes | None:
-        return ray.experimental.internal_kv._internal_kv_get(AUTOSCALER_RESOURCE_REQUEST_CHANNEL)
+    asked: list[Any] = []
 
-    during: list[bytes | None] = []
-    monkeypatch.setattr(time, "sleep", lambda _: during.append(request()))
+    def ask(request: placement.Request) -> None:
+        send(request)
+        asked.append(json.loads(ray.experimental.internal_kv._internal_kv_get(AUTOSCALER_RESOURCE_REQUEST_CHANNEL)))
+
+    send = placement._ask_autoscaler
+    monkeypatch.setattr(placement, "_ask_autoscaler", ask)
     workers = {"workers": 3, "resources": {"labels": {"pool": "a"}}}
     with (
         pytest.raises(ResourceError, match="train asks for 3 × 1 CPU"),
         room_for(make_config(train=workers, cluster={"wait_for_nodes_s": 0.2})),
     ):
         pass
-    assert json.loads(during[0] or b"") == [{"CPU": 1.0}] * 3, "in whose room the engine plays"
-    assert json.loads(request() or b"") == []
+    assert asked[0] == [{"CPU": 1.0}] * 3, "in whose room the engine plays"
+    assert asked[-1] == []
