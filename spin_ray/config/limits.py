@@ -109,5 +109,5 @@ def _engines(config: Settings) -> Iterator[tuple[str, ResourcesConfig, str, Engi
     """Yields stage, resources, place of the engine's settings, and these settings."""
     generation, serving = config.generation, config.serving
     yield "generation", generation.resources, "generation.engine", generation.engine
-    own = serving.engine
-    yield "serving", serving.resources, "serving.engine" if own else "generation.engine", own or generation.engine
+    place = "serving.engine" if serving.engine else "generation.engine"
+    yield "serving", serving.resources, place, config.serving_engine

@@ -750,3 +750,8 @@ class Settings(Section):
     """Lease and kept files of the run folder."""
     cluster: MayChange[ClusterConfig] = ClusterConfig()
     """Ray cluster."""
+
+    @property
+    def serving_engine(self) -> EngineConfig:
+        """Settings of the endpoint's engines: their own, or those of generation."""
+        return self.serving.engine or self.generation.engine

@@ -9,10 +9,8 @@ from spin_ray.config.recipe import SpinConfig
 from spin_ray.errors import ResourceError
 from spin_ray.learner.weights import tensor_shapes
 from spin_ray.planning.hardware import GB
-from spin_ray.planning.learner_cost import MOMENTS
-
-NUMBER = {"bf16": 2, "fp32": 4}
-"""Bytes of a weight in an iterate's folder."""
+from spin_ray.planning.learner_cost import moments_of
+from spin_ray.planning.weights import dtype_bytes
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -48,10 +46,10 @@ def disk_use(config: SpinConfig, parameters: float, *, done: int = 0) -> DiskUse
     """
     train, left = config.train, max(0, config.iterations - done)
     # FSDP2 keeps fp32 weights and moments; DeepSpeed the computed weights, too.
-    numbers = 4 * (1 + MOMENTS.get(train.optimizer.name, max(MOMENTS.values())))
-    numbers += NUMBER[train.precision] if train.backend == "deepspeed" else 0
+    numbers = 4 * (1 + moments_of(train.optimizer))
+    numbers += dtype_bytes(config) if train.backend == "deepspeed" else 0
     return DiskUse(
-        iterate=NUMBER[train.precision] * parameters,
+        iterate=dtype_bytes(config) * parameters,
         iterates=0 if config.commits_adapters else left,
         checkpoint=0 if train.lora else numbers * parameters,
         checkpoints=left + 1 if config.storage.keep_checkpoints else 2,

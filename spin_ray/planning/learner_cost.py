@@ -100,13 +100,18 @@ def _learner_cost(
     )
 
 
+def moments_of(optimizer: OptimizerConfig) -> float:
+    """Returns the fp32 numbers that the optimizer keeps per parameter; the most for one from outside."""
+    return MOMENTS.get(optimizer.name, max(MOMENTS.values()))
+
+
 def _host_step_s(config: SpinConfig, shape: ModelShape, ranks: Ranks, optimizer: OptimizerConfig) -> float:
     """Returns the seconds of an offloaded optimizer, which reads weights, gradients and moments and writes all but
     gradients.
     """
     if not (config.train.offload and config.train.resources.gpus):
         return 0.0
-    numbers = 3 + 2 * MOMENTS.get(optimizer.name, max(MOMENTS.values()))
+    numbers = 3 + 2 * moments_of(optimizer)
     moved = 4 * numbers * weights_of(config, shape).trained / ranks.mesh.shard
     return moved / (CPU.bandwidth * config.train.resources.threads * BANDWIDTH_EFFICIENCY)
 
@@ -183,7 +188,7 @@ def learner_memory(
     weights = weights_of(config, shape, trains=optimizer is not None)
     on_host = config.train.offload and config.train.resources.gpus
     trained = 0.0 if on_host else weights.trained / mesh.shard
-    moments = MOMENTS.get(optimizer.name, max(MOMENTS.values())) if optimizer else 0
+    moments = moments_of(optimizer) if optimizer else 0
     frozen = weights.whole + (0.0 if on_host else weights.frozen / mesh.shard)
     memory = {"weights": 4 * trained + frozen, "optimizer": 4 * moments * trained}
     if backward:

@@ -5,6 +5,7 @@ import shutil
 import tempfile
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager, suppress
+from functools import cache
 from pathlib import Path
 
 from spin_ray.errors import RunDirError, StageError
@@ -13,7 +14,7 @@ from spin_ray.run_dir.storage import Digest, file_digest, folder_digest
 
 FILL_TIMEOUT_S = 7200.0
 _own = ExitStack()
-"""Locks of this process's attempts, which the kernel drops with the process."""
+"""Locks on this process's folders, which the kernel drops with the process."""
 
 
 def cache_root() -> Path:
@@ -69,15 +70,21 @@ def filling(target: Path) -> Iterator[Path | None]:
 
 
 def new_attempt(root: Path) -> Path:
-    """Makes a folder to fill, and removes those of processes that have ended."""
+    """Makes a folder to fill, within this process's own."""
+    return Path(tempfile.mkdtemp(dir=_own_folder(root)))
+
+
+@cache
+def _own_folder(root: Path) -> Path:
+    """Makes the folder of this process's attempts, and removes those of processes that have ended."""
     with locked(root, "attempts"):
         for lock in root.glob("attempt-*.lock"):
             with suppress(TimeoutError), file_lock(lock, alone=True, timeout_s=0):
                 shutil.rmtree(lock.with_suffix(""), ignore_errors=True)
                 lock.unlink()
-        attempt = Path(tempfile.mkdtemp(prefix="attempt-", dir=root))
-        _own.enter_context(file_lock(attempt.with_suffix(".lock"), alone=True, timeout_s=0))
-    return attempt
+        folder = Path(tempfile.mkdtemp(prefix="attempt-", dir=root))
+        _own.enter_context(file_lock(folder.with_suffix(".lock"), alone=True, timeout_s=0))
+    return folder
 
 
 @contextmanager

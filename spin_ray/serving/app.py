@@ -99,7 +99,7 @@ def build(args: dict[str, Any]) -> serve.Application:
 def check_devices(config: SpinConfig) -> None:
     """Raises ConfigError unless ``serving.resources.gpus`` is the engine's, or at most 1 for an engine of one part."""
     section = "serving.engine" if config.serving.engine else "generation.engine"
-    engine, gpus = config.serving.engine or config.generation.engine, config.serving.resources.gpus
+    engine, gpus = config.serving_engine, config.serving.resources.gpus
     if gpus != engine.devices and (gpus > 1 or engine.devices > 1):
         raise ConfigError(
             f"serving.resources.gpus: {gpus:g}, but {section} has tensor_parallel_size {engine.tensor_parallel_size} × "

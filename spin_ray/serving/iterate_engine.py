@@ -235,7 +235,7 @@ async def _pieces(stream: Any) -> AsyncGenerator[Item, None]:
 def build_engine(iterate: Iterate, config: SpinConfig, run_folder: str = "") -> serve.Application:
     """Builds an application without a route, for one iterate or for all adapters of ``run_folder`` on it."""
     serving = config.serving
-    engine = config.resolve_dtype(serving.engine or config.generation.engine)
+    engine = config.resolve_dtype(config.serving_engine)
     trusts, on_cpu = config.model.trust_remote_code, not serving.resources.gpus
     corrected = corrections(iterate.folder, engine.extra, on_cpu=on_cpu, trust_remote_code=trusts)
     llm_config = LLMConfig(

@@ -125,7 +125,7 @@ def connect_for(run: RunDir, config: SpinConfig) -> None:
 
 def check_room(config: SpinConfig) -> None:
     """Raises ResourceError if the nodes could not hold an engine, each pipeline stage on one node."""
-    resources, engine = config.serving.resources, config.serving.engine or config.generation.engine
+    resources, engine = config.serving.resources, config.serving_engine
     nodes = [node for node in ray.nodes() if node["Alive"] and is_selected(node.get("Labels") or {}, resources.labels)]
     stages = engine.pipeline_parallel_size
     stage = {name: amount / stages for name, amount in resources.bundle.items()}
