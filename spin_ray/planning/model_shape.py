@@ -50,14 +50,17 @@ class ModelShape:
         Raises:
             ModelError: a size is missing, or the formulas do not describe the layers.
         """
-        tied = _is_tied(config)
-        config = config.get("text_config") or config
+        kind = config.get("model_type")
+        if kind in _OTHER_FAMILIES or "text_config" in config:
+            raise ModelError(f"{source}: is of the family {kind}, whose weights and cost plan does not know")
+        if other := sorted(set(config.get("layer_types") or ()) - _ATTENTION_LAYERS):
+            raise ModelError(f"{source}: has layers of the kind {', '.join(other)}, whose cost plan does not know")
         names = ("num_hidden_layers", "hidden_size", "intermediate_size", "num_attention_heads", "vocab_size")
         if missing := [name for name in names if not isinstance(config.get(name), int)]:
             raise ModelError(f"{source}: has no {', '.join(missing)}; plan knows only decoders like Llama")
-        for name, kind in _UNKNOWN.items():
+        for name, trait in _UNKNOWN.items():
             if config.get(name):
-                raise ModelError(f"{source}: has {kind} ({name}), whose cost plan does not know")
+                raise ModelError(f"{source}: has {trait} ({name}), whose cost plan does not know")
         layers, hidden, intermediate, heads, vocab = (config[name] for name in names)
         experts = config.get("num_local_experts") or config.get("num_experts") or 0
         return cls(
@@ -65,11 +68,11 @@ class ModelShape:
             intermediate=(config.get("moe_intermediate_size") if experts else None) or intermediate,
             kv_heads=config.get("num_key_value_heads") or heads,
             head_dim=config.get("head_dim") or hidden // heads,
-            tied=tied,
+            tied=kind in _TIED if (tied := config.get("tie_word_embeddings")) is None else tied,
             experts=experts,
             active=_active_experts(config, source) if experts else 0,
             shared=config.get("shared_expert_intermediate_size") or 0,
-            linear=_LAYERS.get(config.get("model_type", ""), LLAMA_LAYERS),
+            linear=_LAYERS.get(kind or "", LLAMA_LAYERS),
         )  # fmt: skip
 
     @property
@@ -148,28 +151,24 @@ _UNKNOWN = {
 }  # fmt: skip
 """Settings of config.json that the formulas do not describe."""
 
-
-_TIED = {
-    "bert", "bert-generation", "big_bird", "biogpt", "camembert", "cohere", "cohere2", "cohere2_moe",
-    "cohere_compass_text", "data2vec-text", "electra", "ernie", "ernie4_5", "ernie4_5_moe", "gemma", "gemma2", "gemma3",
-    "gemma3_text", "gemma4", "gemma4_text", "gemma4_unified", "gemma4_unified_text", "got_ocr2", "granite_swa",
-    "jetmoe", "lfm2", "lfm2_moe", "megatron-bert", "modernbert-decoder", "recurrent_gemma", "roberta",
-    "roberta-prelayernorm", "roc_bert", "roformer", "smollm3", "starcoder2", "vaultgemma", "xlm-roberta",
-    "xlm-roberta-xl", "xmod", "zamba", "zamba2",
+_ATTENTION_LAYERS = {"full_attention", "sliding_attention", "chunked_attention"}
+"""Kinds in ``layer_types`` that have the weights of attention."""
+_OTHER_FAMILIES = {
+    "afmoe", "aria_text", "bamba", "bert", "bert-generation", "big_bird", "biogpt", "camembert", "data2vec-text",
+    "doge", "electra", "ernie", "ernie4_5_moe", "falcon_h1", "gemma4_text", "gemma4_unified_text", "git",
+    "granitemoehybrid", "hrm_text", "hy_v3", "jamba", "jetmoe", "laguna", "lfm2", "lfm2_moe", "llama4_text",
+    "megatron-bert", "minimax", "minimax_m3_vl_text", "olmo_hybrid", "phi4_multimodal", "qwen3_5_text",
+    "qwen3_next", "recurrent_gemma", "rembert", "roberta", "roberta-prelayernorm", "roc_bert", "roformer",
+    "xlm-roberta", "xlm-roberta-xl", "xmod", "zamba", "zamba2",
 }  # fmt: skip
-"""Each ``model_type`` whose config in transformers 5.19 ties the embeddings unless config.json says otherwise."""
-_TEXT_ALONE = ("llama4", "qwen3_5", "qwen3_5_moe")
-"""Families whose language model is made from the ``text_config`` alone."""
+"""Each ``model_type`` of transformers 5.19 whose weights the formulas miss by more than 0.5 %.
 
-
-def _is_tied(config: Mapping[str, Any]) -> bool:
-    """Reads the setting or transformers' default; a whole model's own counts before its ``text_config``'s."""
-    text = config.get("text_config") or config
-    for scope in (text,) if config.get("model_type") in _TEXT_ALONE else (config, text):
-        tied = scope.get("tie_word_embeddings")
-        if tied is not None or scope.get("model_type") in _TIED:
-            return tied is not False
-    return False
+Most have layers of several kinds or state spaces."""
+_TIED = {
+    "cohere", "cohere2", "cohere2_moe", "cohere_compass_text", "ernie4_5", "gemma", "gemma2", "gemma3_text",
+    "granite_swa", "modernbert-decoder", "smollm3", "starcoder2", "vaultgemma",
+}  # fmt: skip
+"""Each other ``model_type`` whose config in transformers 5.19 ties the embeddings unless config.json says otherwise."""
 
 
 def _active_experts(config: Mapping[str, Any], source: str) -> int:
