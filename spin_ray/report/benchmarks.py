@@ -101,11 +101,18 @@ def _measure(run_dir: RunDir, iterate: int, request: Request, config: SpinConfig
 
 
 def _keep(run_dir: RunDir, iterate: int, found: dict[str, Any]) -> dict[str, Any]:
-    evaluation = run_dir.evaluation(iterate) or {"iterate": iterate_name(iterate)}
-    results = {task: result for task, result in evaluation.get("benchmarks", {}).items() if task not in MEANS} | found
-    results |= averages(results)
-    content = json.dumps(evaluation | {"benchmarks": results}, indent=1)
-    run_dir.storage.replace(run_dir.eval_path(iterate), content.encode())
+    """Adds results to eval.json, beside those that other processes add meanwhile; returns all."""
+    results: dict[str, Any] = {}
+
+    def added(content: bytes | None) -> bytes:
+        nonlocal results
+        evaluation = json.loads(content) if content else {"iterate": iterate_name(iterate)}
+        before = evaluation.get("benchmarks", {}).items()
+        results = {task: result for task, result in before if task not in MEANS} | found
+        results |= averages(results)
+        return json.dumps(evaluation | {"benchmarks": results}, indent=1).encode()
+
+    run_dir.storage.update(run_dir.eval_path(iterate), added)
     write_card(run_dir, iterate)
     return results
 

@@ -21,7 +21,7 @@ from spin_ray.errors import ConfigError, StageError
 from spin_ray.report.endpoint import Unanswered, ask, unreachable
 from spin_ray.report.examples import Example, read_examples
 from spin_ray.report.redaction import hide_in_text
-from spin_ray.run_dir.events import read_json_lines
+from spin_ray.run_dir.events import parse_json_lines
 from spin_ray.run_dir.run_dir import RunDir
 from spin_ray.run_dir.storage import Storage
 
@@ -98,8 +98,8 @@ class Kept:
 
     def __init__(self, storage: Storage, path: str) -> None:
         self._storage, self._path = storage, path
-        judgements = [Judgement(**line) for line in read_json_lines(storage, path)]
-        self._by_key = {_key(it.judge, it, it.question): it for it in judgements}
+        self._by_key: dict[tuple[str, ...], Judgement] = {}
+        self._read(storage.find(path))
 
     def find(self, judge: str, question: Question) -> Judgement | None:
         return self._by_key.get(_key(judge, question, question.digest))
@@ -108,8 +108,17 @@ class Kept:
         self._by_key[_key(judgement.judge, judgement, judgement.question)] = judgement
 
     def save(self) -> None:
-        lines = "".join(json.dumps(asdict(judgement)) + "\n" for judgement in self._by_key.values())
-        self._storage.replace(self._path, lines.encode())
+        """Writes all, and takes in what another process has written meanwhile."""
+        self._storage.update(self._path, self._with)
+
+    def _with(self, content: bytes | None) -> bytes:
+        self._read(content)
+        return "".join(json.dumps(asdict(judgement)) + "\n" for judgement in self._by_key.values()).encode()
+
+    def _read(self, content: bytes | None) -> None:
+        for line in parse_json_lines(content or b""):
+            found = Judgement(**line)
+            self._by_key.setdefault(_key(found.judge, found, found.question), found)
 
 
 def _key(judge: str, pair: Judgement | Question, digest: str) -> tuple[str, ...]:

@@ -58,12 +58,12 @@ def counted_in(event: Event) -> dict[str, Any]:
 
 def read_json_lines(storage: Storage, name: str) -> list[dict[str, Any]]:
     """Returns the complete lines of a log."""
-    try:
-        text = storage.read(name).decode()
-    except FileNotFoundError:
-        return []
+    return parse_json_lines(storage.find(name) or b"")
+
+
+def parse_json_lines(content: bytes) -> list[dict[str, Any]]:
     lines = []
-    for line in text.split("\n")[:-1]:
+    for line in content.decode().split("\n")[:-1]:
         with suppress(ValueError):
             lines.append(json.loads(line))
     return lines

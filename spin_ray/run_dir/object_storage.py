@@ -29,7 +29,7 @@ from obstore.store import ObjectStore, from_url
 
 from spin_ray.errors import ConfigError, StageError
 from spin_ray.run_dir.cache import cache_root, folder_with, new_attempt
-from spin_ray.run_dir.storage import MANIFEST, Digest, Storage
+from spin_ray.run_dir.storage import BUSY, MANIFEST, UPDATE_TIMEOUT_S, Digest, Storage
 
 CACHE = cache_root() / "runs"
 logger = logging.getLogger(__name__)
@@ -104,19 +104,18 @@ class ObjectStorage(Storage):
         """Puts the whole log again, as it is small, if it is still what was read.
 
         Raises:
-            StageError: others were faster for ``DEADLINE_S``.
+            StageError: others were faster for ``UPDATE_TIMEOUT_S``.
         """
-        deadline, sent = time.monotonic() + DEADLINE_S, None
+        deadline, sent = time.monotonic() + UPDATE_TIMEOUT_S, None
         while time.monotonic() < deadline:
-            old, version = self._insist(name, lambda: self._read_with_version(name)) or (b"", "create")
-            if sent is not None and old.startswith(sent):  # it arrived, and its reply was lost
+            old, version = self._read_with_version(name)
+            if sent is not None and old is not None and old.startswith(sent):  # it arrived, and its reply was lost
                 return
-            sent = old + text.encode()
-            with suppress(AlreadyExistsError, PreconditionError):
-                self._insist(name, partial(self._put_held, name, sent, version))
+            sent = (old or b"") + text.encode()
+            if self._put_over(name, version, sent):
                 return
             time.sleep(random.uniform(0, 0.1))
-        raise StageError(f"{self.where(name)}: other processes change it all the time; end them and run again")
+        raise StageError(f"{self.where(name)}: {BUSY}")
 
     def new_attempt_folder(self) -> Path:
         return new_attempt(CACHE)
@@ -163,33 +162,40 @@ class ObjectStorage(Storage):
         return folder_with(CACHE, files, lambda file, to: self._download(f"{name}/{file}", to), self.where(name))
 
     def swap(self, name: str, old: bytes | None, new: bytes | None) -> bool:
-        found = self._insist(name, lambda: self._read_with_version(name))
-        if (found[0] if found else None) != old:
+        found, version = self._read_with_version(name)
+        if found != old:
             return False
         if new is None:
             self.delete(name)
             return True
+        return self._put_over(name, version, new) or self.find(name) == new
+
+    def _put_over(self, name: str, version: Any, data: bytes) -> bool:
+        """Replaces a version of ``name``; False if it is another by now, or if a lost reply was this put's."""
         try:
-            mode: Any = found[1] if found else "create"
-            self._insist(name, lambda: obstore.put(self._store, name, new, mode=mode))
+            self._insist(name, partial(self._put_held, name, data, version))
         except FileNotFoundError as error:
             raise ConfigError(f"{self._uri}: the store has no such bucket; make it, or choose another --out") from error
         except (AlreadyExistsError, PreconditionError):
-            return self.read(name) == new
+            return False
         return True
 
     def _put_held(self, name: str, data: bytes, mode: Any) -> None:
         with self._held():
             obstore.put(self._store, name, data, mode=mode)
 
-    def _read_with_version(self, name: str) -> tuple[bytes, dict[str, str]] | None:
-        """Returns bytes and version; a conditional put compares the tag (S3) or generation (GCS)."""
-        try:
+    def _read_with_version(self, name: str) -> tuple[bytes | None, Any]:
+        """Returns bytes, and the mode of a put that replaces this version: its tag (S3) or generation (GCS)."""
+
+        def read() -> tuple[bytes, dict[str, str]]:
             found = obstore.get(self._store, name)
+            version = {"e_tag": found.meta["e_tag"], "version": found.meta["version"]}
+            return bytes(found.bytes()), {key: value for key, value in version.items() if value is not None}
+
+        try:
+            return self._insist(name, read)
         except FileNotFoundError:
-            return None
-        version = {"e_tag": found.meta["e_tag"], "version": found.meta["version"]}
-        return bytes(found.bytes()), {key: value for key, value in version.items() if value is not None}
+            return None, "create"
 
     def _download(self, name: str, target: Path) -> None:
         def download() -> None:

@@ -6,9 +6,11 @@ place.
 
 import hashlib
 import os
+import random
 import shutil
+import time
 import uuid
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import NamedTuple, Protocol
@@ -23,6 +25,8 @@ MANIFEST = "_MANIFEST.json"
 """File whose existence commits an artefact."""
 ATTEMPTS = ".attempts"
 """Folder of unfinished files, deleted when a run starts."""
+UPDATE_TIMEOUT_S = 180.0
+BUSY = f"other processes changed it all the time for {UPDATE_TIMEOUT_S:.0f} s; end them and run again"
 
 
 class Digest(NamedTuple):
@@ -120,13 +124,27 @@ class Storage:
     def swap(self, name: str, old: bytes | None, new: bytes | None) -> bool:
         """Replaces ``name`` by ``new`` if it holds ``old``; None stands for no file."""
         with locked(self._folder, alone=True):
+            self._check_lease()
             if self.find(name) != old:
                 return False
+            unfenced = Storage(self._folder, self._disk)  # as the lock is held already
             if new is None:
-                self.delete(name)
+                unfenced.delete(name)
             else:
-                self.replace(name, new)
+                unfenced.replace(name, new)
             return True
+
+    def update(self, name: str, change: Callable[[bytes | None], bytes]) -> None:
+        """Replaces ``name`` by ``change`` of what it holds, made again while other processes are faster.
+
+        Raises:
+            StageError: they were for ``UPDATE_TIMEOUT_S``.
+        """
+        deadline = time.monotonic() + UPDATE_TIMEOUT_S
+        while not self.swap(name, found := self.find(name), change(found)):
+            if time.monotonic() > deadline:
+                raise StageError(f"{self.where(name)}: {BUSY}")
+            time.sleep(random.uniform(0, 0.1))
 
     def exists(self, name: str) -> bool:
         return self.path(name).exists()

@@ -10,6 +10,7 @@ import logging
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -74,7 +75,6 @@ def run(
     done = run_dir.evaluation(iterate) or {}
     if done.get("made_from") == made_from:
         return done
-    benchmarks = {key: done[key] for key in done if key == "benchmarks"}  # lm-eval may have written them before
     with run_dir.stage(f"{model.name}/evaluation") as counted:
         every = read_answers(run_dir.heldout, samples, config.evaluation.samples)
         first = pc.equal(every[1]["sample"], 0)
@@ -93,12 +93,18 @@ def run(
             margins["standard_errors"] |= result["standard_errors"]
             result |= {"opponent": previous.name} | margins
         counted |= {"rows": heldout.num_rows}
-        run_dir.storage.replace(path, json.dumps(result | benchmarks, indent=1).encode())
+        run_dir.storage.update(path, partial(_with_benchmarks, result))
     start = run_dir.evaluation(0) if iterate else None
     for text in warnings(result, start):
         logger.warning("%s: %s", model.name, text)
         run_dir.event("warning", model.name, text=text)
     return result
+
+
+def _with_benchmarks(result: dict[str, Any], content: bytes | None) -> bytes:
+    """Keeps the ``benchmarks`` of eval.json: lm-eval may write them before, and meanwhile."""
+    before = json.loads(content) if content else {}
+    return json.dumps(result | {key: before[key] for key in before if key == "benchmarks"}, indent=1).encode()
 
 
 def _row_losses(config: SpinConfig, objective: Objective | None) -> Callable[[Any], np.ndarray] | None:

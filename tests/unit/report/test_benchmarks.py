@@ -125,6 +125,19 @@ def test_results_are_kept_though_another_task_fails(tmp_path, monkeypatch):
     assert run.evaluation(0)["benchmarks"]["one"] == result
 
 
+def test_results_of_two_commands_at_once_are_both_kept(tmp_path, monkeypatch):
+    run, averages, others = made_up_run(tmp_path / "run"), benchmarks.averages, iter(["two"])
+
+    def overtaken(results):
+        for task in others:
+            benchmarks._keep(run, 0, {task: {"metrics": {}}})
+        return averages(results)
+
+    monkeypatch.setattr(benchmarks, "averages", overtaken)
+    assert benchmarks._keep(run, 0, {"one": {"metrics": {}}}).keys() == {"one", "two"}
+    assert run.evaluation(0)["benchmarks"].keys() == {"one", "two"}
+
+
 def test_failed_parts_are_told_together_after_the_others():
     """What the user must mend decides the kind of error."""
     request = request_for(config_of(), 0, "/m", benchmarks=parse_benchmarks(["one", "two", "three"]))

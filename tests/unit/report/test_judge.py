@@ -11,6 +11,8 @@ import pytest
 from spin_ray.errors import ConfigError, StageError
 from spin_ray.report import judge
 from spin_ray.report.judge import Judge, Judgement, summarise
+from spin_ray.run_dir.events import read_json_lines
+from spin_ray.run_dir.storage import Storage
 from tests.support.made_up_run import made_up_run
 
 
@@ -127,6 +129,15 @@ def test_every_pair_is_judged_in_both_orders_and_nothing_said_is_lost(tmp_path, 
     raw = [json.loads(line) for line in run.storage.read("judgements/iter_001-sft.jsonl").decode().splitlines()]
     assert sorted(line["verdict"] for line in raw) == ["first"] * 3 + ["second"] * 3
     assert all("It could be [[C]]" in line["text"] for line in raw)
+
+
+def test_judgements_of_two_commands_at_once_are_all_kept(tmp_path):
+    storage = Storage(tmp_path)
+    one, other = (judge.Kept(storage, "judgements.jsonl") for _ in range(2))
+    for kept, prompt in ((one, "p1"), (other, "p2")):
+        kept.add(Judgement(prompt, "sft", "iter-1", "tie", "[[C]]"))
+        kept.save()
+    assert {line["prompt_id"] for line in read_json_lines(storage, "judgements.jsonl")} == {"p1", "p2"}
 
 
 def test_a_busy_judge_is_asked_again(tmp_path, endpoint):

@@ -69,6 +69,18 @@ def test_a_line_that_another_process_appends_meanwhile_stays(monkeypatch: pytest
     assert storage.read("events.jsonl") == b"old\nof the driver\nof the judge\n"
 
 
+def test_an_update_is_made_again_of_what_another_process_put_meanwhile() -> None:
+    storage, others = opened_on(MemoryStore()), iter([b"theirs "])
+
+    def with_mine(content: bytes | None) -> bytes:
+        for other in others:
+            storage.replace("eval.json", other)
+        return (content or b"") + b"mine"
+
+    storage.update("eval.json", with_mine)
+    assert storage.read("eval.json") == b"theirs mine"
+
+
 def test_a_line_whose_reply_was_lost_is_there_once(monkeypatch: pytest.MonkeyPatch) -> None:
     """The other process appends before the put is tried again."""
     storage, put, others = opened_on(MemoryStore()), obstore.put, iter(["another's\n"])

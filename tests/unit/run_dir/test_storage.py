@@ -11,7 +11,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from spin_ray.errors import ConfigError, StageError
+from spin_ray.errors import ConfigError, RunDirError, StageError
+from spin_ray.run_dir import storage as module
+from spin_ray.run_dir.fence import LEASE
 from spin_ray.run_dir.storage import (
     ATTEMPTS,
     Disk,
@@ -60,6 +62,36 @@ def test_of_many_writers_at_once_exactly_one_creates(storage):
         thread.join()
     assert len(won) == 1
     assert storage.read("file") == str(won[0]).encode() * 1000
+
+
+def test_no_update_of_many_at_once_is_lost(storage):
+    def count(_: int) -> None:
+        storage.update("count", lambda content: str(int(content or b"0") + 1).encode())
+
+    with ThreadPoolExecutor(8) as pool:
+        list(pool.map(count, range(40)))
+    assert storage.read("count") == b"40"
+
+
+def test_a_driver_updates_while_it_has_the_lease_and_not_after(storage):
+    """It does not wait for its own lock."""
+    storage.replace(LEASE, b'{"token": "mine", "pid": 1, "host": "here"}')
+    storage.fenced("mine").update("eval.json", lambda _: b"new")
+    assert storage.read("eval.json") == b"new"
+    with pytest.raises(RunDirError, match="the lease was taken over by process 1 on here"):
+        storage.fenced("of another").update("eval.json", lambda _: b"late")
+    assert storage.read("eval.json") == b"new"
+
+
+def test_an_update_that_others_overtake_for_ever_says_so(storage, monkeypatch):
+    monkeypatch.setattr(module, "UPDATE_TIMEOUT_S", 0.0)
+
+    def overtaken(_: bytes | None) -> bytes:
+        storage.replace("count", os.urandom(8))
+        return b"mine"
+
+    with pytest.raises(StageError, match=r"count: other processes changed it all the time for 180 s; end them"):
+        storage.update("count", overtaken)
 
 
 def test_replace_leaves_the_old_bytes_until_the_new_ones_are_whole(storage, monkeypatch):
