@@ -30,6 +30,7 @@ from spin_ray.inputs.model_folder import (
     refuse_unsafe,
     refuse_untrainable,
 )
+from spin_ray.inputs.needs import most_pairs, needs_of
 from spin_ray.inputs.rendering import ChatRenderer, Rendered, RenderError, open_renderer
 from spin_ray.inputs.scorers import refuse_no_scorer
 from spin_ray.inputs.sources import SourceRow, files_digest, find_files, read_slice, split
@@ -210,10 +211,10 @@ def _first_conversations(heads: Sequence[list[SourceRow]], data: DataConfig) -> 
 
 def _too_few(config: SpinConfig, inputs: Inputs) -> str | None:
     """Returns an error message if an iteration has fewer pairs than one optimizer step."""
-    needed, each = config.train.global_batch_pairs, _pairs_of_a_row(config)
+    needed, each, needs = config.train.global_batch_pairs, most_pairs(config), needs_of(config)
     if each is None:
         return None
-    questions = inputs.questions if config.algorithm in ("self_reinforcement", "seft") else None
+    questions = inputs.questions if needs.plays_questions else None
     rows = questions or inputs.train
     sources = sources_of(rows)
     counts = [_count(source, config, ceil(needed / each), labelled=questions is None) for source in sources]
@@ -231,13 +232,6 @@ def _too_few(config: SpinConfig, inputs: Inputs) -> str | None:
     )
 
 
-def _pairs_of_a_row(config: SpinConfig) -> int | None:
-    """Returns the most pairs that a prompt gives; None for an algorithm from outside."""
-    if config.algorithm in ("dpo", "sppo", "continued_sft", "self_reinforcement"):
-        return 1
-    return config.generation.samples_per_prompt if config.algorithm in ("spin", "tspin", "sdft", "seft") else None
-
-
 def _count(source: Source, config: SpinConfig, enough: int, *, labelled: bool) -> int:
     """Counts usable rows. Counts ``enough`` or more for a source that is not read to its end."""
     count = 0
@@ -248,7 +242,7 @@ def _count(source: Source, config: SpinConfig, enough: int, *, labelled: bool) -
             found = (read_row if labelled else question_of)(row.content, config.data)
         except Unusable:
             continue
-        count += bool(found.rejected) if config.algorithm == "dpo" else len(found.ending_with_real)
+        count += bool(found.rejected) if needs_of(config).rejected else len(found.ending_with_real)
     return count
 
 

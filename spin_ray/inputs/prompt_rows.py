@@ -25,6 +25,7 @@ from spin_ray.inputs.conversations import (
 from spin_ray.inputs.forms import MEDIA, ignored_in
 from spin_ray.inputs.graders import answer_text
 from spin_ray.inputs.messages import refuse_surrogates
+from spin_ray.inputs.needs import needs_of
 from spin_ray.inputs.rendering import ChatRenderer, Rendered, RenderError, load_tokenizer
 from spin_ray.inputs.sources import SourceRow
 from spin_ray.inputs.vocabulary import vocabulary_of, without_embedding
@@ -67,6 +68,7 @@ class PromptTask:
         date: datetime | None = None,
     ) -> Self:
         """Returns the task of a recipe; ``trained`` for rows of ``data.train``."""
+        needs = needs_of(config)
         return cls(
             tokenizer=tokenizer,
             chat_template=config.model.chat_template,
@@ -76,8 +78,8 @@ class PromptTask:
             labelled=labelled,
             chat_template_kwargs=config.model.chat_template_kwargs,
             date=date,
-            takes_tools=config.algorithm not in ("seft", "sdft"),
-            needs_rejected=trained and config.algorithm == "dpo",
+            takes_tools=needs.takes_tools,
+            needs_rejected=trained and needs.rejected,
         )
 
     @cached_property
