@@ -76,8 +76,8 @@ def _settings() -> dict[str, Setting]:
         temperatures=TEMPERATURES,
     )  # fmt: skip
     first = replace(
-        whole, name="replies_first_pass", train_rows=960, dev_rows=240, most_iterations=4,
-        warm_up_rates=(1e-4, 1e-4, 5e-5, 5e-5),
+        whole, name="replies_first_pass", train_rows=960, dev_rows=160, test_rows=320, most_iterations=4,
+        warm_up_rates=(1e-4, 5e-5),
     )  # fmt: skip
     return {setting.name: setting for setting in (whole, first)}
 
