@@ -3,7 +3,6 @@
 Results go to ``benchmarks`` in ``eval.json``. A later result of a task replaces the earlier one.
 """
 
-import json
 import math
 import tempfile
 from collections.abc import Iterable, Iterator, Sequence
@@ -104,15 +103,15 @@ def _keep(run_dir: RunDir, iterate: int, found: dict[str, Any]) -> dict[str, Any
     """Adds results to eval.json, beside those that other processes add meanwhile; returns all."""
     results: dict[str, Any] = {}
 
-    def added(content: bytes | None) -> bytes:
+    def added(evaluation: dict[str, Any] | None) -> dict[str, Any]:
         nonlocal results
-        evaluation = json.loads(content) if content else {"iterate": iterate_name(iterate)}
+        evaluation = evaluation or {"iterate": iterate_name(iterate)}
         before = evaluation.get("benchmarks", {}).items()
         results = {task: result for task, result in before if task not in MEANS} | found
         results |= averages(results)
-        return json.dumps(evaluation | {"benchmarks": results}, indent=1).encode()
+        return evaluation | {"benchmarks": results}
 
-    run_dir.storage.update(run_dir.eval_path(iterate), added)
+    run_dir.update_evaluation(iterate, added)
     write_card(run_dir, iterate)
     return results
 

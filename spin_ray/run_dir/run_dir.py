@@ -9,6 +9,7 @@ RUN/LATEST                       name of the newest published iterate
 
 import json
 import logging
+from collections.abc import Callable
 from contextlib import AbstractContextManager
 from datetime import datetime
 from typing import Any
@@ -112,11 +113,15 @@ class RunDir:
 
     def evaluation(self, iterate: int) -> dict[str, Any] | None:
         """Returns θ_iterate's ``eval.json``; None if it is missing or damaged."""
-        try:
-            found = json.loads(self.storage.read(self.eval_path(iterate)))
-        except (FileNotFoundError, ValueError):
-            return None
-        return found if isinstance(found, dict) else None
+        return _evaluation_in(self.storage.find(self.eval_path(iterate)))
+
+    def update_evaluation(self, iterate: int, change: Callable[[dict[str, Any] | None], dict[str, Any]]) -> None:
+        """Replaces ``eval.json`` by ``change`` of it; ``Storage.update`` may make the change again."""
+
+        def changed(content: bytes | None) -> bytes:
+            return json.dumps(change(_evaluation_in(content)), indent=1).encode()
+
+        self.storage.update(self.eval_path(iterate), changed)
 
     def begin(self, config: SpinConfig, facts: dict[str, Any]) -> None:
         """Writes run.json, or checks that the folder holds this run.
@@ -206,3 +211,11 @@ class RunDir:
             return name
         logger.warning("%s/LATEST: is damaged (holds %r); run the command again to mend it", self.storage.root, name)
         return None
+
+
+def _evaluation_in(content: bytes | None) -> dict[str, Any] | None:
+    try:
+        found = json.loads(content or b"")
+    except ValueError:
+        return None
+    return found if isinstance(found, dict) else None

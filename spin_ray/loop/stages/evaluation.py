@@ -5,12 +5,10 @@ Two margins of θ_t against θ_{t-1}:
     against_self       y′ ~ θ_t, to see whether θ_t tells its own samples from human responses.
 """
 
-import json
 import logging
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, replace
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -69,7 +67,6 @@ def run(
         initial: θ_0.
         objective: the one that trained θ_iterate.
     """
-    path = run_dir.eval_path(iterate)
     samples = run_dir.heldout_samples(iterate)
     made_from = {"samples": samples.manifest().digest, "model": model.digest}
     done = run_dir.evaluation(iterate) or {}
@@ -93,18 +90,15 @@ def run(
             margins["standard_errors"] |= result["standard_errors"]
             result |= {"opponent": previous.name} | margins
         counted |= {"rows": heldout.num_rows}
-        run_dir.storage.update(path, partial(_with_benchmarks, result))
+        # lm-eval may have written its results before, and may write them now.
+        run_dir.update_evaluation(
+            iterate, lambda before: result | {key: it for key, it in (before or {}).items() if key == "benchmarks"}
+        )
     start = run_dir.evaluation(0) if iterate else None
     for text in warnings(result, start):
         logger.warning("%s: %s", model.name, text)
         run_dir.event("warning", model.name, text=text)
     return result
-
-
-def _with_benchmarks(result: dict[str, Any], content: bytes | None) -> bytes:
-    """Keeps the ``benchmarks`` of eval.json: lm-eval may write them before, and meanwhile."""
-    before = json.loads(content) if content else {}
-    return json.dumps(result | {key: before[key] for key in before if key == "benchmarks"}, indent=1).encode()
 
 
 def _row_losses(config: SpinConfig, objective: Objective | None) -> Callable[[Any], np.ndarray] | None:
