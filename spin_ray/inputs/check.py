@@ -300,7 +300,8 @@ def _other_ids(renderer: ChatRenderer, conversation: Conversation, tools: Tools,
 def _open_scorer(config: SpinConfig) -> ModelFolder | None:
     if config.scorer is None or config.scorer.kind == "grade":
         return None
-    return open_model(find_folder(resolve(config.scorer.path), "scorer.path"), "scorer")
+    folder = find_folder(resolve(config.scorer.path), "scorer.path")
+    return open_model(folder, "scorer", cure_of_code="take a preference model of transformers' own, as none runs code")
 
 
 def _refuse_unusable_models(config: SpinConfig, inputs: Inputs) -> None:

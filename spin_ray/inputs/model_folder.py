@@ -56,10 +56,15 @@ class ModelFolder:
         return (self.base.here(), self.here()) if self.base else (self.here(), None)
 
 
-def open_model(path: str | Path, name: str, *, trust_remote_code: bool = False) -> ModelFolder:
-    """Checks and digests a model folder before any library opens it; raises like ``refuse_unsafe``."""
+TRUST = "set model.trust_remote_code if you trust the source"
+
+
+def open_model(
+    path: str | Path, name: str, *, trust_remote_code: bool = False, cure_of_code: str = TRUST
+) -> ModelFolder:
+    """Checks and digests a model folder before any library opens it; arguments and errors of ``refuse_unsafe``."""
     folder = Path(path)
-    unopened = refuse_unsafe(folder, trust_remote_code=trust_remote_code)
+    unopened = refuse_unsafe(folder, trust_remote_code=trust_remote_code, cure_of_code=cure_of_code)
     config = read_config(folder)
     pad = config.get("pad_token_id")
     entries = folder_entries(folder, set(unopened))
@@ -72,8 +77,11 @@ def open_model(path: str | Path, name: str, *, trust_remote_code: bool = False) 
     )
 
 
-def refuse_unsafe(folder: Path, *, trust_remote_code: bool = False) -> list[Path]:
+def refuse_unsafe(folder: Path, *, trust_remote_code: bool = False, cure_of_code: str = TRUST) -> list[Path]:
     """Checks a model folder without reading weights; returns the files that no library opens.
+
+    Args:
+        cure_of_code: what the error tells to do about pickled weights or code.
 
     Raises:
         ModelError: the folder holds no model, or pickled weights or code.
@@ -83,7 +91,7 @@ def refuse_unsafe(folder: Path, *, trust_remote_code: bool = False) -> list[Path
     refuse_no_model(folder)
     unopened = [] if trust_remote_code else unopened_files(folder)
     if not trust_remote_code:
-        _refuse_untrusted(folder, unopened)
+        _refuse_untrusted(folder, unopened, cure_of_code)
     _check_weights(folder)
     return unopened
 
@@ -305,18 +313,15 @@ def _read_json(path: Path) -> dict[str, Any]:
     return content
 
 
-def _refuse_untrusted(folder: Path, unopened: list[Path]) -> None:
+def _refuse_untrusted(folder: Path, unopened: list[Path], cure: str) -> None:
     for path in sorted({*folder.rglob("*")} - {*unopened}):
         if path.suffix.lower() in _CODE_OR_PICKLE:
             raise ModelError(
-                f"{path}: pickled weights and code can run anything when loaded; keep only safetensors, or set "
-                "model.trust_remote_code if you trust the source"
+                f"{path}: pickled weights and code can run anything when loaded; keep only safetensors, or {cure}"
             )
     for path in sorted(folder.glob("*config.json")):
         if _has_key(_read_json(path), "auto_map"):
-            raise ModelError(
-                f"{path}: auto_map asks for the model's own code; set model.trust_remote_code if you trust it"
-            )
+            raise ModelError(f"{path}: auto_map asks for the model's own code; {cure}")
 
 
 def _has_key(tree: Any, key: str) -> bool:

@@ -84,10 +84,15 @@ def test_the_model_that_the_warm_up_starts_from_is_not_yet_the_sft_model():
     assert check_recipe(config_for(sft={})).model.name == "start"
 
 
-def test_a_judge_that_is_not_there_is_told_before_hours_of_sampling(tmp_path):
+def test_a_judge_that_cannot_be_used_is_told_before_hours_of_sampling(tmp_path):
+    """model.trust_remote_code is of the policy alone."""
     recipe = config_for(generation={"samples_per_prompt": 2}).model_dump()
     config = SpinConfig.model_validate(recipe | {"algorithm": "sppo", "scorer": {"path": str(tmp_path / "judge")}})
     with pytest.raises(ModelError, match="judge: no such folder"):
+        check_recipe(config)
+    shutil.copytree(TINY, tmp_path / "judge")
+    (tmp_path / "judge/modeling.py").touch()
+    with pytest.raises(ModelError, match=r"modeling\.py: .* or take a preference model of transformers' own"):
         check_recipe(config)
 
 
