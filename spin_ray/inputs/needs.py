@@ -8,7 +8,7 @@ from spin_ray.config.recipe import SpinConfig
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class RowNeeds:
-    """The defaults hold for an algorithm from outside."""
+    """What an algorithm needs; nothing of this is known of one from outside."""
 
     rejected: bool = False
     """True if each row of ``data.train`` must have a ``rejected`` response."""

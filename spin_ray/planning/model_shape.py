@@ -51,7 +51,7 @@ class ModelShape:
             ModelError: a size is missing, or the formulas do not describe the layers.
         """
         kind = config.get("model_type")
-        if kind in _OTHER_FAMILIES or "text_config" in config:
+        if kind in _OTHER_FAMILIES or config.get("text_config"):
             raise ModelError(f"{source}: is of the family {kind}, whose weights and cost plan does not know")
         if other := sorted(set(config.get("layer_types") or ()) - _ATTENTION_LAYERS):
             raise ModelError(f"{source}: has layers of the kind {', '.join(other)}, whose cost plan does not know")

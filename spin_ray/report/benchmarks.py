@@ -101,17 +101,14 @@ def _measure(run_dir: RunDir, iterate: int, request: Request, config: SpinConfig
 
 def _keep(run_dir: RunDir, iterate: int, found: dict[str, Any]) -> dict[str, Any]:
     """Adds results to eval.json, beside those that other processes add meanwhile; returns all."""
-    results: dict[str, Any] = {}
 
     def added(evaluation: dict[str, Any] | None) -> dict[str, Any]:
-        nonlocal results
         evaluation = evaluation or {"iterate": iterate_name(iterate)}
         before = evaluation.get("benchmarks", {}).items()
         results = {task: result for task, result in before if task not in MEANS} | found
-        results |= averages(results)
-        return evaluation | {"benchmarks": results}
+        return evaluation | {"benchmarks": results | averages(results)}
 
-    run_dir.update_evaluation(iterate, added)
+    results = run_dir.update_evaluation(iterate, added)["benchmarks"]
     write_card(run_dir, iterate)
     return results
 

@@ -115,13 +115,15 @@ class RunDir:
         """Returns θ_iterate's ``eval.json``; None if it is missing or damaged."""
         return _evaluation_in(self.storage.find(self.eval_path(iterate)))
 
-    def update_evaluation(self, iterate: int, change: Callable[[dict[str, Any] | None], dict[str, Any]]) -> None:
-        """Replaces ``eval.json`` by ``change`` of it; ``Storage.update`` may make the change again."""
+    def update_evaluation(
+        self, iterate: int, change: Callable[[dict[str, Any] | None], dict[str, Any]]
+    ) -> dict[str, Any]:
+        """Replaces ``eval.json`` by ``change`` of it, which may be called again; returns the new one."""
 
         def changed(content: bytes | None) -> bytes:
             return json.dumps(change(_evaluation_in(content)), indent=1).encode()
 
-        self.storage.update(self.eval_path(iterate), changed)
+        return json.loads(self.storage.update(self.eval_path(iterate), changed))
 
     def begin(self, config: SpinConfig, facts: dict[str, Any]) -> None:
         """Writes run.json, or checks that the folder holds this run.

@@ -134,17 +134,18 @@ class Storage:
                 unfenced.replace(name, new)
             return True
 
-    def update(self, name: str, change: Callable[[bytes | None], bytes]) -> None:
+    def update(self, name: str, change: Callable[[bytes | None], bytes]) -> bytes:
         """Replaces ``name`` by ``change`` of what it holds, made again while other processes are faster.
 
         Raises:
             StageError: they were for ``UPDATE_TIMEOUT_S``.
         """
         deadline = time.monotonic() + UPDATE_TIMEOUT_S
-        while not self.swap(name, found := self.find(name), change(found)):
+        while not self.swap(name, old := self.find(name), new := change(old)):
             if time.monotonic() > deadline:
                 raise StageError(f"{self.where(name)}: {BUSY}")
             time.sleep(random.uniform(0, 0.1))
+        return new
 
     def exists(self, name: str) -> bool:
         return self.path(name).exists()
