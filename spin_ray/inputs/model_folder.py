@@ -56,11 +56,11 @@ class ModelFolder:
         return (self.base.here(), self.here()) if self.base else (self.here(), None)
 
 
-TRUST = "set model.trust_remote_code if you trust the source"
+_TRUST = "set model.trust_remote_code if you trust the source"
 
 
 def open_model(
-    path: str | Path, name: str, *, trust_remote_code: bool = False, cure_of_code: str = TRUST
+    path: str | Path, name: str, *, trust_remote_code: bool = False, cure_of_code: str = _TRUST
 ) -> ModelFolder:
     """Checks and digests a model folder before any library opens it; arguments and errors of ``refuse_unsafe``."""
     folder = Path(path)
@@ -77,7 +77,7 @@ def open_model(
     )
 
 
-def refuse_unsafe(folder: Path, *, trust_remote_code: bool = False, cure_of_code: str = TRUST) -> list[Path]:
+def refuse_unsafe(folder: Path, *, trust_remote_code: bool = False, cure_of_code: str = _TRUST) -> list[Path]:
     """Checks a model folder without reading weights; returns the files that no library opens.
 
     Args:
@@ -313,15 +313,16 @@ def _read_json(path: Path) -> dict[str, Any]:
     return content
 
 
-def _refuse_untrusted(folder: Path, unopened: list[Path], cure: str) -> None:
+def _refuse_untrusted(folder: Path, unopened: list[Path], cure_of_code: str) -> None:
     for path in sorted({*folder.rglob("*")} - {*unopened}):
         if path.suffix.lower() in _CODE_OR_PICKLE:
             raise ModelError(
-                f"{path}: pickled weights and code can run anything when loaded; keep only safetensors, or {cure}"
+                f"{path}: pickled weights and code can run anything when loaded; keep only safetensors, or "
+                f"{cure_of_code}"
             )
     for path in sorted(folder.glob("*config.json")):
         if _has_key(_read_json(path), "auto_map"):
-            raise ModelError(f"{path}: auto_map asks for the model's own code; {cure}")
+            raise ModelError(f"{path}: auto_map asks for the model's own code; {cure_of_code}")
 
 
 def _has_key(tree: Any, key: str) -> bool:

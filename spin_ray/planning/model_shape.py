@@ -53,6 +53,8 @@ class ModelShape:
         kind = config.get("model_type")
         if kind in _OTHER_FAMILIES or config.get("text_config"):
             raise ModelError(f"{source}: is of the family {kind}, whose weights and cost plan does not know")
+        if len(sorts := set(config.get("mlp_layer_types") or ())) > 1:
+            raise ModelError(f"{source}: has {' and '.join(sorted(sorts))} layers, whose cost plan does not know")
         if other := sorted(set(config.get("layer_types") or ()) - _ATTENTION_LAYERS):
             raise ModelError(f"{source}: has layers of the kind {', '.join(other)}, whose cost plan does not know")
         names = ("num_hidden_layers", "hidden_size", "intermediate_size", "num_attention_heads", "vocab_size")
@@ -148,6 +150,7 @@ class ModelShape:
 _UNKNOWN = {
     "kv_lora_rank": "latent attention", "n_routed_experts": "grouped experts", "moe_layer_freq": "layers of two kinds",
     "first_k_dense_replace": "layers of two kinds", "mlp_only_layers": "layers of two kinds",
+    "shared_intermediate_size": "other shared experts", "num_shared_experts": "other shared experts",
 }  # fmt: skip
 """Settings of config.json that the formulas do not describe."""
 

@@ -108,7 +108,7 @@ class Kept:
         self._by_key[_key(judgement.judge, judgement, judgement.question)] = judgement
 
     def save(self) -> None:
-        """Writes all, and takes in what another process has written meanwhile."""
+        """Writes all, and takes in what another process wrote before: its verdict on a question stands."""
         self._storage.update(self._path, self._with)
 
     def _with(self, content: bytes | None) -> bytes:
@@ -118,7 +118,7 @@ class Kept:
     def _read(self, content: bytes | None) -> None:
         for line in parse_json_lines(content or b""):
             found = Judgement(**line)
-            self._by_key.setdefault(_key(found.judge, found, found.question), found)
+            self.add(found)
 
 
 def _key(judge: str, pair: Judgement | Question, digest: str) -> tuple[str, ...]:

@@ -28,11 +28,8 @@ HUB_DATA = re.compile(r"hf://datasets/([\w.-]+/[\w.-]+)")
 def write_card(run: RunDir, iterate: int) -> None:
     """Writes the card beside θ_iterate, if the run made that model."""
     model = run.model(iterate)
-    if not model.is_committed:
-        return
-    path, card = f"{model.path}/{CARD}", model_card(run, iterate).encode()
-    if not run.storage.exists(path) or run.storage.read(path) != card:
-        run.storage.replace(path, card)
+    if model.is_committed:
+        run.storage.update(f"{model.path}/{CARD}", lambda _: model_card(run, iterate).encode())
 
 
 def model_card(run: RunDir, iterate: int) -> str:

@@ -29,7 +29,7 @@ from obstore.store import ObjectStore, from_url
 
 from spin_ray.errors import ConfigError, StageError
 from spin_ray.run_dir.cache import cache_root, folder_with, new_attempt
-from spin_ray.run_dir.storage import BUSY, MANIFEST, UPDATE_TIMEOUT_S, Digest, Storage
+from spin_ray.run_dir.storage import MANIFEST, UPDATE_TIMEOUT_S, Digest, Storage
 
 CACHE = cache_root() / "runs"
 logger = logging.getLogger(__name__)
@@ -115,7 +115,7 @@ class ObjectStorage(Storage):
             if self._put_over(name, version, sent):
                 return
             time.sleep(random.uniform(0, 0.1))
-        raise StageError(f"{self.where(name)}: {BUSY}")
+        raise self._busy(name)
 
     def new_attempt_folder(self) -> Path:
         return new_attempt(CACHE)
@@ -171,7 +171,7 @@ class ObjectStorage(Storage):
         return self._put_over(name, version, new) or self.find(name) == new
 
     def _put_over(self, name: str, version: Any, data: bytes) -> bool:
-        """Replaces a version of ``name``; False if it is another by now, or if a lost reply was this put's."""
+        """Replaces a version of ``name``; False if it is another by now: also by this put, if its reply was lost."""
         try:
             self._insist(name, partial(self._put_held, name, data, version))
         except FileNotFoundError as error:

@@ -26,7 +26,6 @@ MANIFEST = "_MANIFEST.json"
 ATTEMPTS = ".attempts"
 """Folder of unfinished files, deleted when a run starts."""
 UPDATE_TIMEOUT_S = 180.0
-BUSY = f"other processes changed it all the time for {UPDATE_TIMEOUT_S:.0f} s; end them and run again"
 
 
 class Digest(NamedTuple):
@@ -141,11 +140,17 @@ class Storage:
             StageError: they were for ``UPDATE_TIMEOUT_S``.
         """
         deadline = time.monotonic() + UPDATE_TIMEOUT_S
-        while not self.swap(name, old := self.find(name), new := change(old)):
+        while (new := change(old := self.find(name))) != old and not self.swap(name, old, new):
             if time.monotonic() > deadline:
-                raise StageError(f"{self.where(name)}: {BUSY}")
+                raise self._busy(name)
             time.sleep(random.uniform(0, 0.1))
         return new
+
+    def _busy(self, name: str) -> StageError:
+        return StageError(
+            f"{self.where(name)}: other processes changed it all the time for {UPDATE_TIMEOUT_S:.0f} s; end them and "
+            "run again"
+        )
 
     def exists(self, name: str) -> bool:
         return self.path(name).exists()

@@ -17,11 +17,14 @@ PROMPTS, BATCH, RATE = 640, 16, 1e-5
 10 steps at 2e-6 moved the margin by 0.04 ± 0.03 nats."""
 
 
-def _spin(name: str, why: str, *, algorithm: str = "spin", samples: int = 1, **objective: Any) -> Arm:
+def _spin(
+    name: str, why: str, *, algorithm: str = "spin", samples: int = 1, iterations: int = 2, **objective: Any
+) -> Arm:
+    rows = "prompts_per_iteration" if algorithm == "spin" else "max_rows"  # T-SPIN plays the same prompts again
     changes: Recipe = {
-        "algorithm": algorithm, "iterations": 2,
+        "algorithm": algorithm, "iterations": iterations,
         "objective": {"beta": 1.0, "window": 1, "sft_weight": 0.3, "keep_identical": True} | objective,
-        "data": {"prompts_per_iteration": PROMPTS},
+        "data": {rows: PROMPTS},
         "generation": {"samples_per_prompt": samples},
         "train": {"learning_rate": RATE, "global_batch_pairs": BATCH * samples},
     }  # fmt: skip
@@ -52,7 +55,7 @@ ARMS = (
     _spin("space", "SPACE: absolute rewards", loss="space", sft_weight=0.0),
     _spin("spin_4_samples", "four y′ for each y", samples=4),
     _spin("alpha_spin", "α-SPIN: geometric reference", reference_alpha=0.9),
-    _spin("fictitious_play", "every iterate so far is an opponent", window="all"),
+    _spin("fictitious_play", "every iterate so far is an opponent", window="all", iterations=3),
     _spin("tspin", "T-SPIN: y′ of θ_t against that of θ_0, no reference", algorithm="tspin", sft_weight=0.0),
     replace(
         _sft(

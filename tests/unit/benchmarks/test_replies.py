@@ -21,6 +21,7 @@ from spin_ray.config.recipe import SpinConfig
 from spin_ray.config.sections import AlgorithmName, LossName
 from spin_ray.inputs.embedded import resolve
 from spin_ray.inputs.rendering import Rendered
+from spin_ray.loop.algorithms.table import check_settings
 from tests.unit.benchmarks.test_quality_analysis import DATA
 
 
@@ -31,6 +32,7 @@ def test_every_arm_is_a_recipe(arm):
     if recipe["algorithm"] not in get_args(AlgorithmName) or loss not in get_args(LossName):
         pytest.skip(f"this version has no {arm.name}")
     config = SpinConfig.model_validate(recipe)
+    check_settings(config)
     assert (config.data.heldout is None) == (config.algorithm == SFT)
 
 
@@ -146,7 +148,7 @@ def test_the_page_says_what_is_there_and_what_is_not(tmp_path):
     assert {"measure", "value", "low", "high", "arm", "seeds"} <= best.keys()
     assert (best["arm"], best["seeds"]) == ("spin", [0])
     page = page_replies.markdown(found)
-    assert "**A first pass:**" in page and "at most 1 seed(s) and 2 iterates an arm" in page
+    assert "**A first pass:**" in page and "at most 3 seed(s) and 4 iterates an arm" in page
     assert "Still to run: spin_anchored, seed 0" in page
     assert "-0.050 (-0.050 to -0.050)" in page
     assert page_replies.plot(found).count("<polyline") == 3

@@ -170,6 +170,19 @@ def test_the_start_model_has_no_opponent_and_is_judged_by_its_texts(run):
     assert run.storage.exists("sft/eval.json")
 
 
+def test_results_that_lm_eval_writes_meanwhile_stay(run, monkeypatch):
+    write_answers(run.heldout_samples(0), [("p000", 0, [10, 2]), ("p001", 0, [9])], 2)
+    measures = evaluation.text_measures
+
+    def beside(*tables):
+        run.update_evaluation(0, lambda _: {"benchmarks": {"arc": 0.5}})
+        return measures(*tables)
+
+    monkeypatch.setattr(evaluation, "text_measures", beside)
+    evaluate_start(run)
+    assert run.evaluation(0)["benchmarks"] == {"arc": 0.5} and run.evaluation(0)["rows"] == 2
+
+
 def test_an_evaluation_is_redone_only_for_other_samples_or_another_model(run):
     write_answers(run.heldout_samples(0), [("p000", 0, [10, 2])], 1)
     first = evaluate_start(run)

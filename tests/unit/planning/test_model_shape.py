@@ -132,6 +132,21 @@ def test_model_and_adapters_have_the_parameters_of_transformers_and_peft(kind, s
         assert shape.parameters == pytest.approx(sum(it.numel() for it in model.parameters()) - trained, rel=0.05)
 
 
+@pytest.mark.parametrize(
+    ("kind", "trait", "message"),
+    [
+        ("granitemoeshared", {"shared_intermediate_size": 64}, "shared_intermediate_size"),
+        ("cohere2_moe", {"num_shared_experts": 1}, "num_shared_experts"),
+        ("cohere2_moe", {"first_k_dense_replace": 1}, "dense and sparse layers"),
+    ],
+)
+def test_what_a_familys_default_lacks_is_refused_where_a_config_has_it(kind, trait, message):
+    sizes = _SIZES | {"num_local_experts": 4, "num_experts": 4, "num_experts_per_tok": 2}
+    ModelShape.from_config(AutoConfig.for_model(kind, **sizes).to_dict(), "m")
+    with pytest.raises(ModelError, match=message):
+        ModelShape.from_config(AutoConfig.for_model(kind, **sizes, **trait).to_dict(), "m")
+
+
 @pytest.mark.slow
 def test_each_family_of_transformers_has_the_counted_weights_or_is_refused():
     """Counted on a model of the family's default config, without memory for its weights."""
@@ -152,7 +167,7 @@ def test_each_family_of_transformers_has_the_counted_weights_or_is_refused():
     ("kind", "message"),
     [
         ("lfm2", "the family lfm2"), ("falcon_h1", "the family falcon_h1"), ("qwen3_next", "the family qwen3_next"),
-        ("gemma3", "the family gemma3"), ("kimi_linear", "layers of the kind linear_attention"),
+        ("gemma3", "the family gemma3"), ("qwen3_5_moe_text", "layers of the kind linear_attention"),
     ],
 )  # fmt: skip
 def test_a_family_whose_weights_the_formulas_miss_is_refused(kind, message):

@@ -266,6 +266,7 @@ def test_an_evaluation_that_is_damaged_counts_as_none(run, damaged):
     assert run.evaluation(0) == {"iterate": "sft"}
     run.storage.replace(run.eval_path(0), damaged)
     assert run.evaluation(0) is None
+    assert run.update_evaluation(0, lambda before: {"was": before}) == {"was": None} == run.evaluation(0)
 
 
 # LATEST and the log
