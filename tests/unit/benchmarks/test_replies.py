@@ -149,6 +149,6 @@ def test_the_page_says_what_is_there_and_what_is_not(tmp_path):
     assert (best["arm"], best["seeds"]) == ("spin", [0])
     page = page_replies.markdown(found)
     assert "**A first pass:**" in page and "at most 3 seed(s) and 4 iterates an arm" in page
-    assert "Still to run: spin_anchored, seed 0" in page
+    assert "Still to run: continued_sft, seed 1; " in page and "; spin_anchored, seed 0; " in page
     assert "-0.050 (-0.050 to -0.050)" in page
     assert page_replies.plot(found).count("<polyline") == 3
