@@ -1,4 +1,4 @@
-"""What an algorithm needs of the rows of its data."""
+"""Needs of the algorithms: what the rows of their data must have."""
 
 from dataclasses import dataclass
 from typing import Literal
@@ -8,7 +8,7 @@ from spin_ray.config.recipe import SpinConfig
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class RowNeeds:
-    """What an algorithm needs; nothing of this is known of one from outside."""
+    """Needs of one algorithm. The defaults are for one from outside, of which nothing is known."""
 
     rejected: bool = False
     """True if each row of ``data.train`` must have a ``rejected`` response."""

@@ -117,8 +117,7 @@ class Kept:
 
     def _read(self, content: bytes | None) -> None:
         for line in parse_json_lines(content or b""):
-            found = Judgement(**line)
-            self.add(found)
+            self.add(Judgement(**line))
 
 
 def _key(judge: str, pair: Judgement | Question, digest: str) -> tuple[str, ...]:
