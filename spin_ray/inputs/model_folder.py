@@ -11,7 +11,7 @@ from typing import Any, Protocol
 from spin_ray.config.sections import ModelConfig
 from spin_ray.errors import ConfigError, ModelError, RunDirError
 from spin_ray.inputs.hub import fetch_model
-from spin_ray.learner.weights import find_packed, tensor_shapes, weight_files
+from spin_ray.learner.weights import find_packed, missing_shards, tensor_shapes, weight_files
 from spin_ray.run_dir.artefact import Artefact, folder_entries
 from spin_ray.run_dir.names import iterate_name
 from spin_ray.run_dir.run_dir import RunDir
@@ -286,8 +286,7 @@ def _check_weights(folder: Path) -> None:
     places = _read_json(index).get("weight_map") if index.is_file() else None
     if index.is_file() and not isinstance(places, dict):
         raise ModelError(f"{index}: has no weight_map; copy it again")
-    missing = [name for name in sorted(set((places or {}).values())) if not (folder / name).is_file()]
-    if missing and not (folder / "model.safetensors").is_file():
+    if missing := missing_shards(folder):
         raise ModelError(f"{folder}: lacks {missing[0]}, which {index.name} names; copy all shards")
     if not weight_files(folder):
         own = " but those of Mistral's own layout" if list(folder.glob("consolidated*.safetensors")) else ""

@@ -1,6 +1,7 @@
 """Names, shapes and formats of a model folder's weights, by its safetensors headers."""
 
 import json
+import math
 import re
 from collections.abc import Iterator
 from pathlib import Path
@@ -27,11 +28,24 @@ def weight_files(folder: Path) -> list[Path]:
     """Returns the files that transformers loads; without ``model.safetensors`` and index, all safetensors."""
     if (whole := folder / "model.safetensors").is_file():
         return [whole]
+    if (shards := _shards(folder)) is not None:
+        return [path for path in shards if path.is_file()]
+    return sorted(path for path in folder.glob("*.safetensors") if not OTHER_LAYOUT.fullmatch(path.name))
+
+
+def missing_shards(folder: Path) -> list[str]:
+    """Returns the names of files that the index names and the folder lacks."""
+    if (folder / "model.safetensors").is_file():
+        return []
+    return [path.name for path in _shards(folder) or () if not path.is_file()]
+
+
+def _shards(folder: Path) -> list[Path] | None:
     try:
         places = json.loads((folder / "model.safetensors.index.json").read_text(encoding="utf-8"))["weight_map"]
-        return [folder / name for name in sorted({*places.values()}) if (folder / name).is_file()]
+        return [folder / name for name in sorted({*places.values()})]
     except (OSError, ValueError, TypeError, KeyError, AttributeError):
-        return sorted(path for path in folder.glob("*.safetensors") if not OTHER_LAYOUT.fullmatch(path.name))
+        return None
 
 
 def tensor_shapes(folder: Path) -> dict[str, tuple[int, ...]]:
@@ -51,6 +65,15 @@ def find_packed(folder: Path) -> str | None:
         if name.endswith((".weight", "_blocks")) and entry.get("dtype") in _PACKED and len(entry.get("shape", [])) > 1:
             return f"{name} is {entry['dtype']}"
     return None
+
+
+def count_matrices(folder: Path) -> int | None:
+    """Returns the number of weights in matrices and stacks of matrices, or None.
+
+    None: there are none, or quantised ones, or a shard is missing.
+    """
+    sizes = [math.prod(shape) for shape in tensor_shapes(folder).values() if len(shape) in (2, 3)]
+    return None if missing_shards(folder) or find_packed(folder) else sum(sizes) or None
 
 
 def refuse_damaged(folder: Path) -> None:

@@ -78,7 +78,7 @@ def mesh_of(config: SpinConfig, folder: Path, node_of_rank: tuple[int, ...], roo
         return Choice(mesh=Mesh(), reason="there is one worker")
     described = read_config(folder)
     try:
-        shape = ModelShape.from_config(described, str(folder))
+        shape = ModelShape.from_folder(folder)
     except ModelError:
         shape = None
     return choose_mesh(config, shape, placing, partial(why_not_split, described))
@@ -216,7 +216,7 @@ def check_mesh(config: SpinConfig, folder: Path, room: float | None) -> None:
     if room is None or not config.train.resources.gpus:
         return
     try:
-        shape = ModelShape.from_config(described, str(folder))
+        shape = ModelShape.from_folder(folder)
     except ModelError:
         return
     if reason := too_long(config, shape, room, partial(why_not_split, described)):

@@ -2,9 +2,15 @@
 
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any, Self
 
 from spin_ray.errors import ModelError
+from spin_ray.inputs.model_folder import read_config
+from spin_ray.learner.weights import count_matrices
+
+_TOLERANCE = 0.02
+"""Share of a folder's matrices that the formulas may miss, e.g. biases of experts, which are stacked."""
 
 _ATTENTION = ("q_proj", "k_proj", "v_proj", "o_proj")
 LLAMA_LAYERS = (*_ATTENTION, "gate_proj", "up_proj", "down_proj")
@@ -50,9 +56,36 @@ class ModelShape:
         Raises:
             ModelError: a size is missing, or the formulas do not describe the layers.
         """
-        kind = config.get("model_type")
-        if kind in _OTHER_FAMILIES or config.get("text_config"):
+        if (kind := config.get("model_type")) not in _FAMILIES:
             raise ModelError(f"{source}: is of the family {kind}, whose weights and cost plan does not know")
+        return cls._from_sizes(config, source)
+
+    @classmethod
+    def from_folder(cls, folder: Path) -> Self:
+        """Reads a model folder's config.json, and compares the formulas with the weights, if it has some.
+
+        With weights, the family may be one that transformers does not have.
+
+        Raises:
+            ModelError: a size is missing, or the formulas do not describe the layers.
+        """
+        config, source = read_config(folder), str(folder / "config.json")
+        found = None if config.get("quantization_config") else count_matrices(folder)
+        if found is None:
+            return cls.from_config(config, source)
+        shape = cls._from_sizes(config, source)
+        layers, embedding = shape.layers * shape.layer_matmuls, shape.vocab * shape.hidden
+        counted = layers + embedding * (1 if shape.tied else 2)
+        stored = {counted, layers + 2 * embedding}  # some tied models store their head as well
+        if all(abs(count / found - 1) > _TOLERANCE for count in stored):
+            raise ModelError(
+                f"{folder}: has {found:,} weights in matrices, where a decoder like Llama with its config.json has "
+                f"{counted:,}; plan does not know the weights and cost of the family {config.get('model_type')}"
+            )
+        return shape
+
+    @classmethod
+    def _from_sizes(cls, config: Mapping[str, Any], source: str) -> Self:
         if len(sorts := set(config.get("mlp_layer_types") or ())) > 1:
             raise ModelError(f"{source}: has {' and '.join(sorted(sorts))} layers, whose cost plan does not know")
         if other := sorted(set(config.get("layer_types") or ()) - _ATTENTION_LAYERS):
@@ -70,11 +103,11 @@ class ModelShape:
             intermediate=(config.get("moe_intermediate_size") if experts else None) or intermediate,
             kv_heads=config.get("num_key_value_heads") or heads,
             head_dim=config.get("head_dim") or hidden // heads,
-            tied=kind in _TIED if (tied := config.get("tie_word_embeddings")) is None else tied,
+            tied=config.get("model_type") in _TIED if (tied := config.get("tie_word_embeddings")) is None else tied,
             experts=experts,
             active=_active_experts(config, source) if experts else 0,
             shared=config.get("shared_expert_intermediate_size") or 0,
-            linear=_LAYERS.get(kind or "", LLAMA_LAYERS),
+            linear=_LAYERS.get(config.get("model_type", ""), LLAMA_LAYERS),
         )  # fmt: skip
 
     @property
@@ -156,22 +189,20 @@ _UNKNOWN = {
 
 _ATTENTION_LAYERS = {"full_attention", "sliding_attention", "chunked_attention"}
 """Kinds in ``layer_types`` that have the weights of attention."""
-_OTHER_FAMILIES = {
-    "afmoe", "aria_text", "bamba", "bert", "bert-generation", "big_bird", "biogpt", "camembert", "data2vec-text",
-    "doge", "electra", "ernie", "ernie4_5_moe", "falcon_h1", "gemma4_text", "gemma4_unified_text", "git",
-    "granitemoehybrid", "hrm_text", "hy_v3", "jamba", "jetmoe", "laguna", "lfm2", "lfm2_moe", "llama4_text",
-    "megatron-bert", "minimax", "minimax_m3_vl_text", "olmo_hybrid", "phi4_multimodal", "qwen3_5_text",
-    "qwen3_next", "recurrent_gemma", "rembert", "roberta", "roberta-prelayernorm", "roc_bert", "roformer",
-    "xlm-roberta", "xlm-roberta-xl", "xmod", "zamba", "zamba2",
+_FAMILIES = {
+    "apertus", "arcee", "bitnet", "cohere", "cohere2", "cohere2_moe", "cwm", "diffllama", "ernie4_5", "exaone4",
+    "flex_olmo", "gemma", "gemma2", "gemma3_text", "glm", "glm4", "gpt_neox", "gpt_oss", "granite", "granite_swa",
+    "granitemoe", "granitemoe_swa", "granitemoeshared", "helium", "hunyuan_v1_dense", "hyperclovax", "jais2", "llama",
+    "mellum", "minimax_m2", "ministral", "ministral3", "mistral", "mixtral", "modernbert-decoder", "nanochat",
+    "nemotron", "olmo", "olmo2", "olmo3", "olmoe", "persimmon", "phi", "phi3", "phimoe", "qwen2", "qwen2_moe", "qwen3",
+    "qwen3_moe", "seed_oss", "smollm3", "stablelm", "starcoder2", "vaultgemma",
 }  # fmt: skip
-"""Each ``model_type`` of transformers 5.19 whose weights the formulas miss by more than 0.5 %.
-
-Most have layers of several kinds or state spaces."""
+"""Each ``model_type`` of transformers 5.19 whose weights are those of the formulas within 0.5 %."""
 _TIED = {
-    "cohere", "cohere2", "cohere2_moe", "cohere_compass_text", "ernie4_5", "gemma", "gemma2", "gemma3_text",
+    "cohere", "cohere2", "cohere2_moe", "ernie4_5", "gemma", "gemma2", "gemma3_text",
     "granite_swa", "modernbert-decoder", "smollm3", "starcoder2", "vaultgemma",
 }  # fmt: skip
-"""Each other ``model_type`` whose config in transformers 5.19 ties the embeddings unless config.json says otherwise."""
+"""Those of them whose config in transformers 5.19 ties the embeddings unless config.json says otherwise."""
 
 
 def _active_experts(config: Mapping[str, Any], source: str) -> int:

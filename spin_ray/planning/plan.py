@@ -12,7 +12,6 @@ from spin_ray.config.recipe import SpinConfig
 from spin_ray.config.sections import name_of, sources_of
 from spin_ray.errors import ConfigError, DataError, ModelError, ResourceError
 from spin_ray.inputs.embedded import resolve
-from spin_ray.inputs.model_folder import read_config
 from spin_ray.planning.cluster import Cluster, Devices, devices_of
 from spin_ray.planning.hardware import GB
 from spin_ray.planning.mesh import Choice, too_long
@@ -60,7 +59,7 @@ def read_shape(config: SpinConfig) -> ModelShape:
             f"model.path {path}: there is no such folder, and plan asks no hub; put the model's config.json into a "
             f"folder and give --model.path=FOLDER (known by name: {', '.join(KNOWN_SHAPES)})"
         )
-    return ModelShape.from_config(read_config(folder), str(folder / "config.json"))
+    return ModelShape.from_folder(folder)
 
 
 def read_work(config: SpinConfig, given: Given) -> Work:

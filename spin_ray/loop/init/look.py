@@ -126,7 +126,7 @@ def look(settings: Settings) -> Look:
     model = read_config(folder)
     found = replace(_with_data(config, folder), positions=positions_of(model))
     try:
-        return replace(found, shape=ModelShape.from_config(model, str(folder / "config.json")))
+        return replace(found, shape=ModelShape.from_folder(folder))
     except ModelError as error:
         return replace(found, notes=(*found.notes, f"memory is not known: {error}"))
 

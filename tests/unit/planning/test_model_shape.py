@@ -1,11 +1,15 @@
 """Parameters of a decoder: by hand on a tiny one, and those of published models."""
 
+import json
 from contextlib import suppress
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import pytest
-from transformers import CONFIG_MAPPING, AutoConfig
+import torch
+from safetensors.torch import load_file, save_file
+from transformers import CONFIG_MAPPING, AutoConfig, AutoModelForCausalLM
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
 from spin_ray.config.sections import LoraConfig
@@ -47,14 +51,15 @@ def test_parameters_are_those_that_published_models_have(shape, parameters):
         ({"num_local_experts": 8}, "mixture of experts without num_experts_per_tok"),
         ({"n_routed_experts": 8}, "grouped experts"),
         ({"kv_lora_rank": 8}, "latent attention"),
+        ({"model_type": "internlm2"}, "of the family internlm2"),
+        ({"layer_types": ["full_attention", "mamba"]}, "layers of the kind mamba"),
     ],
 )
 def test_a_model_that_the_formulas_do_not_describe_is_refused(config, message):
-    whole = dict.fromkeys(
-        ("num_hidden_layers", "hidden_size", "intermediate_size", "num_attention_heads", "vocab_size"), 8
-    )
+    names = ("num_hidden_layers", "hidden_size", "intermediate_size", "num_attention_heads", "vocab_size")
+    sizes = {} if "hidden_size" in config else dict.fromkeys(names, 8)
     with pytest.raises(ModelError, match=message):
-        ModelShape.from_config(config if "hidden_size" in config else whole | config, "m/config.json")
+        ModelShape.from_config({"model_type": "llama"} | sizes | config, "m/config.json")
 
 
 def test_the_zephyr_recipe_is_a_known_shape():
@@ -68,6 +73,7 @@ def test_the_zephyr_recipe_is_a_known_shape():
             {
                 "num_hidden_layers": 32, "hidden_size": 4096, "intermediate_size": 14336, "num_attention_heads": 32,
                 "num_key_value_heads": 8, "vocab_size": 32000, "num_local_experts": 8, "num_experts_per_tok": 2,
+                "model_type": "mixtral",
             },
             46_702_792_704, 12.9e9,
         ),
@@ -75,7 +81,7 @@ def test_the_zephyr_recipe_is_a_known_shape():
             {
                 "num_hidden_layers": 48, "hidden_size": 2048, "intermediate_size": 6144, "num_attention_heads": 32,
                 "num_key_value_heads": 4, "head_dim": 128, "vocab_size": 151936, "num_experts": 128,
-                "num_experts_per_tok": 8, "moe_intermediate_size": 768,
+                "num_experts_per_tok": 8, "moe_intermediate_size": 768, "model_type": "qwen3_moe",
             },
             30_532_110_336, 3.35e9,
         ),
@@ -163,11 +169,81 @@ def test_each_family_of_transformers_has_the_counted_weights_or_is_refused():
     )
 
 
+def _saved(folder: Path, kind: str, **settings: Any) -> Path:
+    AutoModelForCausalLM.from_config(AutoConfig.for_model(kind, **(_SIZES | settings))).save_pretrained(folder)
+    return folder
+
+
+def _renamed(folder: Path, **changes: Any) -> Path:
+    path = folder / "config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"model_type": "house_llm"} | changes))
+    return folder
+
+
+@pytest.mark.parametrize(
+    ("kind", "settings"),
+    [
+        ("llama", {}), ("qwen2", {"tie_word_embeddings": True}), ("qwen2_moe", _MIXTURE), ("mixtral", {}),
+        ("gpt_oss", {"num_local_experts": 4}), ("gpt_neox", _MHA), ("phi", {}), ("nemotron", {}),
+    ],
+)  # fmt: skip
+def test_a_folder_has_the_counted_weights(tmp_path, kind, settings):
+    assert ModelShape.from_folder(_saved(tmp_path, kind, **settings)).hidden == 32
+
+
+@pytest.mark.parametrize("kind", ["llama", "qwen2", "mixtral"])
+def test_a_folder_with_weights_may_be_of_any_family_that_has_the_counted_ones(tmp_path, kind):
+    shape = ModelShape.from_folder(_saved(tmp_path, kind))
+    assert ModelShape.from_folder(_renamed(tmp_path)) == shape
+
+
+@pytest.mark.parametrize(
+    ("kind", "changes"),
+    [
+        ("llama", {"intermediate_size": 64}),
+        ("llama", {"num_hidden_layers": 3}),
+        ("llama", {"vocab_size": 122}),
+        ("nemotron", {}),  # no gate
+    ],
+)
+def test_a_folder_whose_weights_are_not_the_counted_ones_is_refused(tmp_path, kind, changes):
+    _renamed(_saved(tmp_path, kind), **changes)
+    with pytest.raises(ModelError, match=r"has [\d,]+ weights in matrices, .* the family house_llm"):
+        ModelShape.from_folder(tmp_path)
+
+
+def test_a_tied_head_that_is_stored_as_well_is_no_other_family(tmp_path):
+    folder = _saved(tmp_path, "llama", tie_word_embeddings=False)
+    assert not ModelShape.from_folder(folder).tied
+    assert ModelShape.from_folder(_renamed(folder, tie_word_embeddings=True)).tied
+
+
+def test_a_folder_that_lacks_a_shard_is_described_by_its_config(tmp_path):
+    AutoModelForCausalLM.from_config(AutoConfig.for_model("llama", **_SIZES)).save_pretrained(
+        tmp_path, max_shard_size="20KB"
+    )
+    whole = ModelShape.from_folder(tmp_path)
+    sorted(tmp_path.glob("*.safetensors"))[0].unlink()
+    assert ModelShape.from_folder(tmp_path) == whole
+
+
+def test_without_weights_or_with_quantised_ones_the_family_must_be_known(tmp_path):
+    _renamed(_saved(tmp_path, "llama"))
+    values = load_file(tmp_path / "model.safetensors")
+    save_file({name: value.to(torch.float8_e4m3fn) for name, value in values.items()}, tmp_path / "model.safetensors")
+    with pytest.raises(ModelError, match="of the family house_llm"):
+        ModelShape.from_folder(tmp_path)
+    (tmp_path / "model.safetensors").unlink()
+    with pytest.raises(ModelError, match="of the family house_llm"):
+        ModelShape.from_folder(tmp_path)
+    assert ModelShape.from_folder(_renamed(tmp_path, model_type="llama")).layers == 2
+
+
 @pytest.mark.parametrize(
     ("kind", "message"),
     [
         ("lfm2", "the family lfm2"), ("falcon_h1", "the family falcon_h1"), ("qwen3_next", "the family qwen3_next"),
-        ("gemma3", "the family gemma3"), ("qwen3_5_moe_text", "layers of the kind linear_attention"),
+        ("gemma3", "the family gemma3"), ("qwen3_5_moe_text", "the family qwen3_5_moe_text"),
     ],
 )  # fmt: skip
 def test_a_family_whose_weights_the_formulas_miss_is_refused(kind, message):

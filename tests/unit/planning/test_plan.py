@@ -1,6 +1,7 @@
 """Inputs of a plan, and the command: its tables, its refusals, and its advice taken word for word."""
 
 import json
+from typing import Any
 
 import pytest
 
@@ -165,7 +166,8 @@ def test_what_cannot_fit_is_refused_with_settings_under_which_the_stage_fits(cal
 
 def test_a_model_that_no_setting_makes_fit_is_refused_without_advice(call, tmp_path):
     """A layer of 2^17 · (4 + 3·4) · 2^17 weights: no sharding over 16 times as many GPUs holds two."""
-    sizes = {"num_hidden_layers": 80, "hidden_size": 2**17, "intermediate_size": 2**19, "num_attention_heads": 1024}
+    sizes: dict[str, Any] = {"model_type": "llama", "num_hidden_layers": 80, "hidden_size": 2**17}
+    sizes |= {"intermediate_size": 2**19, "num_attention_heads": 1024}
     (tmp_path / "config.json").write_text(str(sizes | {"vocab_size": 32000}).replace("'", '"'))
     line = refused(call("--gpu", "L4", f"--model.path={tmp_path}", "--rows", "100"))
     assert line.endswith("no setting tried makes it fit")

@@ -9,7 +9,6 @@ import torch.distributed as dist
 from spin_ray.config.recipe import SpinConfig
 from spin_ray.config.sections import Mesh, OptimizerConfig
 from spin_ray.errors import ModelError
-from spin_ray.inputs.model_folder import read_config
 from spin_ray.planning.hardware import GB
 from spin_ray.planning.learner_cost import settle_checkpointing
 from spin_ray.planning.mesh import split_shape
@@ -43,7 +42,7 @@ def decide(
     """
     here = config.model_copy(update={"train": config.train.model_copy(update={"workers": workers})})
     try:
-        shape = split_shape(ModelShape.from_config(read_config(model), str(model)), tensor)
+        shape = split_shape(ModelShape.from_folder(model), tensor)
     except ModelError as error:
         logger.warning("train.gradient_checkpointing: on, as its cost without is not known (%s)", error)
         return True
