@@ -18,6 +18,7 @@ from spin_ray.config.sections import (
     MAY_CHANGE,
     BackendName,
     EngineConfig,
+    EvaluationConfig,
     GenerationConfig,
     Mesh,
     Section,
@@ -77,15 +78,6 @@ class SpinConfig(Settings):
         if engine.dtype != "auto":
             return engine
         return engine.model_copy(update={"dtype": "bfloat16" if self.train.precision == "bf16" else "float32"})
-
-    @property
-    def heldout_samples(self) -> int:
-        """Number of responses generated to each held-out row.
-
-        If ``evaluation.samples`` is 1, it is ``generation.samples_per_prompt``, as in older versions.
-        """
-        samples = self.evaluation.samples
-        return samples if samples > 1 else self.generation.samples_per_prompt
 
     @property
     def commits_adapters(self) -> bool:
@@ -160,16 +152,18 @@ def _impossible(config: SpinConfig) -> Iterator[str]:
     yield from _length_problems(config)
     yield from _resource_problems(config)
     yield from _mesh_problems(config)
+    yield from _deepspeed_problems(config)
     yield from _address_problems(config)
     yield from _adapter_problems(config)
     yield from _optimizer_problems(config)
     yield from limit_problems(config)
-    if config.evaluation.answer_extractor != "none" and config.data.heldout is None:
+    votes = config.algorithm == "self_reinforcement"  # reads the numbers in answers to questions
+    if config.evaluation.answer_extractor != "none" and config.data.heldout is None and not votes:
         yield "evaluation.answer_extractor: needs data.heldout"
     if config.evaluation.grade != "number":
         if config.data.heldout is None:
             yield "evaluation.grade: needs data.heldout"
-        if config.evaluation.answer_extractor != "none" and config.algorithm != "self_reinforcement":
+        if config.evaluation.answer_extractor != "none" and not votes:
             yield "evaluation.answer_extractor: reads numbers, which evaluation.grade does not grade; leave it out"
     for limit, name, sources in (
         ("data.max_rows", "train", config.data.train), ("data.max_rows", "questions", config.data.questions),
@@ -178,8 +172,7 @@ def _impossible(config: SpinConfig) -> Iterator[str]:
         given = config.evaluation.max_rows if name == "heldout" else config.data.max_rows
         if given is not None and isinstance(sources, tuple):
             yield f"{limit}: with several sources give data.{name} rows of their own, or weights"
-    if config.evaluation.samples > 1 and config.data.heldout is None:
-        yield "evaluation.samples: needs data.heldout"
+    yield from _heldout_problems(config)
     if config.stop_when is not None and config.data.heldout is None:
         yield "stop_when: patience and min_fall need data.heldout"
     for place, engine, own in (
@@ -189,6 +182,16 @@ def _impossible(config: SpinConfig) -> Iterator[str]:
         for key in sorted(own & engine.extra.keys() if engine else ()):
             cure = "use the field of its own" if key in EngineConfig.model_fields else "leave it out"
             yield f"{place}.engine.extra.{key}: is set by spin_ray; {cure}"
+
+
+def _heldout_problems(config: SpinConfig) -> Iterator[str]:
+    evaluation, default = config.evaluation, EvaluationConfig()
+    if config.data.heldout is None:
+        for name in ("samples", "max_rows", "examples"):
+            if getattr(evaluation, name) != getattr(default, name):
+                yield f"evaluation.{name}: needs data.heldout"
+    elif evaluation.samples > 1 and evaluation.grade == "number" and evaluation.answer_extractor == "none":
+        yield "evaluation.samples: all but the first are for grading; give answer_extractor or grade, or leave it out"
 
 
 _OWN_ARGUMENTS = {
@@ -249,6 +252,8 @@ def _resource_problems(config: SpinConfig) -> Iterator[str]:
     if not gpus and engine.devices > 1:
         name, _, size = sizes.partition(" ")
         yield f"generation.engine.{name}: {size} needs generation.resources.gpus: {engine.devices}"
+    if 1 < config.serving.max_replicas < config.serving.replicas:
+        yield f"serving.max_replicas: {config.serving.max_replicas} is fewer than serving.replicas"
     if config.train.resources.gpus not in (0, 1):
         yield f"train.resources.gpus: {config.train.resources.gpus:g}; a train worker drives exactly one GPU, or none"
     for field, most, least in [
@@ -278,6 +283,15 @@ def _mesh_problems(config: SpinConfig) -> Iterator[str]:
         yield "train.mesh.tensor: layers with adapters (train.lora) cannot be split; use shard in its place"
     if train.mesh.tensor > 1 and train.compile is True:
         yield "train.compile: layers that are split (train.mesh.tensor) cannot be compiled; leave it out"
+
+
+def _deepspeed_problems(config: SpinConfig) -> Iterator[str]:
+    if config.train.backend != "deepspeed":
+        return
+    if config.train.compile is True:
+        yield "train.compile: is for train.backend: fsdp2; leave it out"
+    if config.train.reduce_every_pack is False:
+        yield "train.reduce_every_pack: DeepSpeed sums gradients after each pack; leave it out"
 
 
 def _optimizer_problems(config: SpinConfig) -> Iterator[str]:

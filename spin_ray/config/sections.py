@@ -329,6 +329,14 @@ class ScorerConfig(Section):
     resources: Identity[ResourcesConfig] = ResourcesConfig()
     """Resources of one preference model."""
 
+    @model_validator(mode="after")
+    def _grader_is_no_model(self) -> ScorerConfig:
+        fields = type(self).model_fields
+        for name in ("max_length", "replicas", "resources") if self.kind == "grade" else ():
+            if getattr(self, name) != fields[name].default:
+                raise ValueError(f"scorer.{name}: is for a preference model, and a grader is none; leave it out")
+        return self
+
 
 class SelfFilterConfig(Section):
     """Self-reinforcement's choice among the model's own answers to unlabelled questions."""
@@ -466,7 +474,8 @@ class TrainConfig(Section):
     the backward pass. But no worker holds whole gradients, which take 4 bytes per parameter. ``auto`` is on for GPUs
     and off for CPUs."""
     offload: MayChange[bool] = False
-    """Storage of weights, gradients and optimizer state in CPU memory. Slower; for models that do not fit otherwise."""
+    """Storage of weights, gradients and optimizer state in CPU memory. Slower; for models that do not fit otherwise. A
+    quantised base (``lora.base``) stays on the GPU, and so do the weights with DeepSpeed and ``shard_grad_op``."""
     checkpoint_every_steps: MayChange[Count] = 200
     """Optimizer steps between checkpoints: the most that a killed worker can lose."""
     max_failures: MayChange[CountOrZero] = 3
@@ -539,7 +548,7 @@ class HealthConfig(Section):
     """Largest absolute margin. Healthy iterations end with a few nats times beta."""
     max_real_logp_drop: Positive | None = 0.5
     """Largest fall of log p(y) within an iteration, as a fraction of its absolute value: at 0.5, -100 nats may become
-    -150."""
+    -150. Not checked without a reference (T-SPIN), as only that says what log p(y) was."""
     max_length_change: Annotated[float, Field(gt=1)] | None = 4.0
     """Largest factor by which the mean length of y′ may grow or shrink against θ_0's."""
     max_engine_difference: Positive | None = 0.1

@@ -131,7 +131,11 @@ GRADERS: dict[str, Grader] = {
 
 def graders_of(config: SpinConfig) -> dict[str, str]:
     """Returns the recipe's graders by setting."""
-    named = {"evaluation.grade": config.evaluation.grade if config.evaluation.grade != "number" else None}
+    named: dict[str, str | None] = {}
+    if config.evaluation.grade != "number":
+        named["evaluation.grade"] = config.evaluation.grade
+    elif config.evaluation.answer_extractor != "none" and config.data.questions is None:  # else it is for those
+        named["evaluation.answer_extractor"] = "number"
     if config.self_filter is not None:
         named["self_filter.grade"] = config.self_filter.grade
     if config.scorer is not None and config.scorer.kind == "grade":

@@ -12,9 +12,11 @@ from spin_ray.errors import HealthError
 class HealthMonitor:
     """A monitor of means over the last steps, equal on all ranks."""
 
-    def __init__(self, limits: HealthConfig) -> None:
+    def __init__(self, limits: HealthConfig, steps: int) -> None:
+        """Takes the number of steps of the whole training, which may be fewer than ``limits.steps``."""
         self._limits = limits
-        self._recent: deque[dict[str, Any]] = deque(maxlen=limits.steps)
+        self._over = min(limits.steps, steps)
+        self._recent: deque[dict[str, Any]] = deque(maxlen=self._over)
 
     def check(self, step: int, metrics: dict[str, Any]) -> None:
         """Checks the last steps' means, except in SFT; each limit where its measure exists (SDFT: the loss alone).
@@ -26,7 +28,7 @@ class HealthMonitor:
         if "real_logp" in metrics and not compares:
             return
         self._recent.append(metrics)
-        if len(self._recent) < self._limits.steps:
+        if len(self._recent) < self._over:
             return
         for name, value, limit, meaning in [
             ("max_loss", self._mean("loss"), self._limits.max_loss, "the loss"),
@@ -41,7 +43,7 @@ class HealthMonitor:
             if limit is not None and value > limit:
                 cure = "lower train.learning_rate" + (" or raise objective.beta" if compares else "")
                 raise HealthError(
-                    f"stopped after step {step}: {meaning} is {value:.3g} over the last {self._limits.steps} steps, "
+                    f"stopped after step {step}: {meaning} is {value:.3g} over the last {self._over} steps, "
                     f"more than health.{name} {limit:g}: the model is running away from the data; {cure} (or raise the "
                     "limit: training then goes on from the last checkpoint)"
                 )

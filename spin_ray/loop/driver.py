@@ -22,7 +22,7 @@ from spin_ray.inputs.check import Start
 from spin_ray.inputs.graders import graders_of
 from spin_ray.inputs.model_folder import ModelFolder, open_artefact
 from spin_ray.loop import probe
-from spin_ray.loop.algorithms.base import Algorithm, Turn
+from spin_ray.loop.algorithms.base import Algorithm, Turn, refuse_no_answers, samples_of
 from spin_ray.loop.algorithms.table import find_algorithm
 from spin_ray.loop.stages import evaluation, prompts
 from spin_ray.loop.stages.generation import stage as generation
@@ -89,10 +89,18 @@ def _player(run: RunDir, start: Start, start_engine: StartEngine) -> probe.Play:
 def _prepare(run: RunDir, config: SpinConfig, start: Start) -> ModelFolder:
     _prepare_prompts(run, config, start)
     find_algorithm(config.algorithm).check_rows(run, config)
+    _check_answers(run, config)
     if not config.sft:
         return start.model
     training.run_sft(run, config, start.model)
     return open_artefact(run.model(0), iterate_name(0), start.model)
+
+
+def _check_answers(run: RunDir, config: SpinConfig) -> None:
+    """Raises DataError if held-out responses are to be graded and no row has an answer."""
+    for setting, grade in graders_of(config).items():
+        if config.data.heldout is not None and setting.startswith("evaluation."):
+            refuse_no_answers(run.heldout, config.data.heldout, grade, setting)
 
 
 def _spin(run: RunDir, config: SpinConfig, start: Start, initial: ModelFolder, play: Play) -> None:
@@ -153,7 +161,8 @@ def _jobs(turn: Turn, algorithm: Algorithm) -> list[Job]:
     run, opponent = turn.run, turn.opponent
     jobs = []
     if run.heldout.is_committed:
-        target, samples = run.heldout_samples(turn.iteration), turn.config.heldout_samples
+        target = run.heldout_samples(turn.iteration)
+        samples = samples_of(target, turn.config.evaluation.samples)
         jobs.append(Job(run.heldout, target, opponent.name, opponent.digest, samples=samples))
     jobs += _examples(turn)
     played = algorithm.plays(run) if turn.iteration < turn.config.iterations else None

@@ -13,7 +13,7 @@ import numpy as np
 import pyarrow as pa
 
 from spin_ray.config.recipe import SpinConfig, digest
-from spin_ray.config.sections import HealthConfig, ObjectiveConfig, ProbeConfig
+from spin_ray.config.sections import ObjectiveConfig, ProbeConfig
 from spin_ray.inputs.model_folder import ModelFolder, open_artefact
 from spin_ray.inputs.rendering import load_tokenizer
 from spin_ray.learner.step import Objective
@@ -96,7 +96,7 @@ def run(run_dir: RunDir, config: SpinConfig, initial: ModelFolder, play: Play) -
 def _recipe(config: SpinConfig, settings: ProbeConfig) -> SpinConfig:
     """Returns the recipe of the trainings: small batches, the logistic loss alone.
 
-    Health limits are off, because a probe that overshoots is a finding.
+    Limits of training are off, because a probe that overshoots is a finding.
     """
     first = config.at(0)
     train = {
@@ -105,7 +105,7 @@ def _recipe(config: SpinConfig, settings: ProbeConfig) -> SpinConfig:
         "learning_rate": settings.learning_rate or first.learning_rate,
         "global_batch_pairs": min(settings.global_batch_pairs, config.train.global_batch_pairs),
     }
-    health = HealthConfig(max_margin=None, max_real_logp_drop=None, max_length_change=None)
+    off = dict.fromkeys(("max_loss", "max_margin", "max_real_logp_drop", "max_length_change"))
     return config.model_copy(
         update={
             "train": config.train.model_copy(update=train),
@@ -113,7 +113,7 @@ def _recipe(config: SpinConfig, settings: ProbeConfig) -> SpinConfig:
                 beta=first.beta, window=1, length_normalised=config.objective.length_normalised
             ),
             "generation": config.generation.model_copy(update={"samples_per_prompt": 1}),
-            "health": health,
+            "health": config.health.model_copy(update=off),
         }
     )
 
@@ -189,7 +189,8 @@ def _from_training(probe: _Probe, settings: ProbeConfig) -> Evidence:
     scores = _scores(probe, [*trained.values(), probe.initial])
     beta, errors = probe.config.at(0).beta, {}
     if SPIN in trained:
-        frame = row_margins(scores, SPIN, probe.initial.name, beta)
+        per_token = probe.config.objective.length_normalised
+        frame = row_margins(scores, SPIN, probe.initial.name, beta, per_token=per_token)
         evidence |= margin_evidence(frame["margin"].to_numpy(), frame["real"].to_numpy())
         errors |= evidence["standard_errors"]
     if SFT in trained:

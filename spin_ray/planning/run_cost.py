@@ -69,7 +69,7 @@ def iteration_costs(
     ranks = ranks_of(config, shape, devices)
     trained = iteration < config.iterations
     played = played_rows(config, work) if trained else 0
-    heldout = ceil(work.heldout_rows * config.heldout_samples / config.generation.samples_per_prompt)
+    heldout = ceil(work.heldout_rows * config.evaluation.samples / config.generation.samples_per_prompt)
     jobs = tuple(count for count in (heldout, played) if count)
     stages = []
     if jobs:

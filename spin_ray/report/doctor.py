@@ -53,8 +53,9 @@ def check_surveys(config: SpinConfig, inputs: Inputs, surveys: Sequence[Survey])
         of_heldout = 0 <= number - len(sources) < held_out
         found.check(config.data, config.evaluation.max_rows if of_heldout else config.data.max_rows)
     trained, questions = surveys[: len(sources)], surveys[len(sources) + held_out :]
-    for setting, rows in (("scorer.path", trained), ("self_filter.grade", questions)):
-        if grade := graders_of(config).get(setting):
+    of_stages = {"scorer": trained, "self_filter": questions, "evaluation": surveys[len(sources) :][:held_out]}
+    for setting, grade in graders_of(config).items():
+        if rows := of_stages[setting.partition(".")[0]]:
             sample = "" if all(found.whole for found in rows) else " (a sample; --all reads every row)"
             name = ", ".join(found.source for found in rows) + sample
             refuse_no_answer(name, [answer for found in rows for answer in found.answers], grade, setting)

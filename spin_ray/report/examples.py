@@ -91,10 +91,10 @@ def _own_margins(run: RunDir, config: SpinConfig, name: str) -> dict[str, float]
     evaluation = run.evaluation(iterate_number(name))
     if name == "sft" or not scores.is_committed or evaluation is None:
         return {}
-    frame = row_margins(pa.concat_tables(list(scores.tables())), name, evaluation["opponent"], evaluation["beta"])[
-        "margin"
-    ]
-    return {prompt_of(str(key)): float(margin) for key, margin in frame.items() if is_sample_of(str(key), SELF)}
+    table, per_token = pa.concat_tables(list(scores.tables())), evaluation.get("length_normalised", False)
+    rows = row_margins(table, name, evaluation["opponent"], evaluation["beta"], per_token=per_token)
+    margins = rows["margin"].items()
+    return {prompt_of(str(key)): float(margin) for key, margin in margins if is_sample_of(str(key), SELF)}
 
 
 def _pick_rows(prompt_ids: list[str], margins: list[dict[str, float]], limit: int) -> list[int]:

@@ -121,7 +121,7 @@ def _expected(config: SpinConfig, attempts: Sequence[Span], done: set[tuple[int,
     for turn in range(config.iterations + 1):
         is_last = turn == config.iterations
         if heldout or not is_last:
-            yield Expected(turn, "sampling", config.heldout_samples * heldout + (0 if is_last else played))
+            yield Expected(turn, "sampling", config.evaluation.samples * heldout + (0 if is_last else played))
         if heldout:
             # Samples of θ_t and its opponent under both models, and samples of θ_t under θ_0. Turn 0 scores nothing.
             yield Expected(turn, "evaluation" if turn else "first_evaluation", 4 if turn == 1 else 5)

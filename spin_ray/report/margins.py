@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 
 from spin_ray.report.measures import standard_error
 from spin_ray.run_dir.names import SELF, is_sample_of
@@ -23,10 +24,14 @@ LARGEST_SHARE = 0.1
 """Fraction of a pair's tokens in margin_concentration."""
 
 
-def row_margins(scores: pa.Table, model: str, opponent: str, beta: float) -> Any:
+def row_margins(scores: pa.Table, model: str, opponent: str, beta: float, *, per_token: bool = False) -> Any:
     """Returns a frame by pair_id. ``real`` and ``generated`` are log p minus the opponent's, in nats.
 
     ``real_logp`` and ``generated_logp`` are the model's own.
+
+    Args:
+        per_token: True divides each difference by the tokens of its response, for the margin alone, as
+            ``objective.length_normalised`` does.
     """
     columns = ["pair_id", "model", "real_logp", "generated_logp"]
     logps = ["real_logp", "generated_logp"]
@@ -36,8 +41,17 @@ def row_margins(scores: pa.Table, model: str, opponent: str, beta: float) -> Any
     result = drift["real"].to_frame("real")
     result["generated"] = drift["generated"]
     result[logps] = np.stack([frame[name][model] for name in logps], axis=1)
-    result["margin"] = beta * (result["real"] - result["generated"])
+    lengths = _lengths(scores, model, result.index) if per_token else {"real": 1, "generated": 1}
+    result["margin"] = beta * (result["real"] / lengths["real"] - result["generated"] / lengths["generated"])
     return result
+
+
+def _lengths(scores: pa.Table, model: str, pair_ids: Any) -> Any:
+    """Returns a frame by pair_id with the number of tokens of both responses."""
+    own = scores.filter(pc.equal(scores["model"], model))
+    counts = {name: pc.list_value_length(own[f"{name}_token_logps"]) for name in ("real", "generated")}
+    frame = pa.table({"pair_id": own["pair_id"]} | counts).to_pandas().set_index("pair_id")
+    return frame.loc[pair_ids].clip(lower=1)  # of an empty response the difference is 0
 
 
 def margin_measures(
@@ -47,16 +61,21 @@ def margin_measures(
     initial: str,
     beta: float,
     objective: Callable[[Any], np.ndarray] | None = None,
+    *,
+    per_token: bool = False,
 ) -> dict[str, Any]:
     """Returns the measures of ``eval.json`` from margins and drifts.
 
     Args:
         initial: θ_0's name.
         objective: gives the trained loss for each row of a ``row_margins`` frame.
+        per_token: as in ``row_margins``.
     """
-    frame = row_margins(scores, model, opponent, beta)
+    frame = row_margins(scores, model, opponent, beta, per_token=per_token)
     concentrations = margin_concentrations(scores, model, opponent)
     measures: dict[str, Any] = {"beta": beta, "real_logp_drift": float(frame["real"].mean())}
+    if per_token:
+        measures["length_normalised"] = True
     errors: dict[str, float] = {}
     for whose in ("opponent", "self"):
         rows = frame[[is_sample_of(key, whose) for key in frame.index]]

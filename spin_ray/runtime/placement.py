@@ -26,7 +26,7 @@ def demands(config: SpinConfig) -> dict[str, Bundles]:
         "generation": engine_bundles(config) * (generation.min_replicas or generation.replicas),
         "train": [train.resources.bundle] * (train.min_workers or train.workers),
     }
-    if config.scorer:
+    if config.scorer and config.scorer.kind != "grade":
         stages["scorer"] = [config.scorer.resources.bundle] * config.scorer.replicas
     return stages
 

@@ -225,6 +225,8 @@ def test_an_embedded_ray_has_room_for_the_engine_that_replaces_another(run: RunD
     config = override(run.config(), {"serving.resources.cpus": "2"})
     cpus = with_room(config, engines=2).cluster.local_cpus
     assert cpus and cpus >= 7
+    cpus = with_room(override(config, {"serving.replicas": "3"}), engines=2).cluster.local_cpus
+    assert cpus and cpus >= 2 * 3 * 2 + 2 + 1
     fixed = override(config, {"cluster.local_cpus": "3"})
     assert with_room(fixed, engines=2).cluster.local_cpus == 3
 

@@ -64,6 +64,7 @@ class BackendSettings:
             # DeepSpeed trains uncompiled, and compiled scores of the same weights round otherwise.
             compile=False if config.train.backend == "deepspeed" else config.train.compile,
             deterministic=config.train.deterministic,
+            offload=config.train.offload,
         )
 
 

@@ -3,6 +3,7 @@
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from itertools import chain
 from typing import ClassVar
 
 import numpy as np
@@ -10,7 +11,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from spin_ray.config.recipe import SpinConfig, digest
-from spin_ray.config.sections import ObjectiveConfig, Train, name_of
+from spin_ray.config.sections import Train, name_of
 from spin_ray.inputs.check import Start
 from spin_ray.inputs.graders import refuse_no_answer
 from spin_ray.inputs.model_folder import ModelFolder
@@ -41,6 +42,11 @@ class Turn:
         return prompt_slice(prompts.manifest().rows, wanted, self.iteration, self.config.seed)
 
 
+MARGIN_FIELDS = ("loss", "beta", "length_normalised", "sft_weight", "positive_weight", "mu", "keep_identical")
+"""Fields of ``objective`` that ``margin_objective``, the pairs' stage and the evaluation read."""
+SPIN_FIELDS = (*MARGIN_FIELDS, "window", "reference_alpha")
+
+
 class Algorithm(ABC):
     """Base class of the algorithms. All state is in the run folder."""
 
@@ -50,17 +56,14 @@ class Algorithm(ABC):
     """Sections and fields that the recipe may give."""
     makes_wins: ClassVar[bool] = False
     """True if ``make_pairs`` commits win probabilities (``iter_NNN/wins``)."""
-    own_loss: ClassVar[bool] = False
-    """True if the loss is fixed. The recipe must then leave ``objective.loss`` out."""
+    objective_fields: ClassVar[tuple[str, ...]] = MARGIN_FIELDS
+    """Fields of ``objective`` that the recipe may give. The evaluation of any algorithm reads ``beta``."""
+    backend_methods: ClassVar[tuple[str, ...]] = ()
+    """Methods of a backend that other algorithms do without."""
 
     def problems(self, config: SpinConfig) -> Iterator[str]:
         """Yields a sentence for each unusable setting."""
-        default, given = ObjectiveConfig(), config.objective
-        learns = f"is for algorithm spin; {config.algorithm} learns from the responses of its iteration; leave it out"
-        if given.window not in (1, default.window):
-            yield f"objective.window: {learns}"
-        if given.reference_alpha != default.reference_alpha:
-            yield f"objective.reference_alpha: {learns}"
+        yield from ()
 
     def check_rows(self, run: RunDir, config: SpinConfig) -> None:  # noqa: B027
         """Raises DataError if the committed prompts or questions lack what the algorithm needs of them."""
@@ -79,20 +82,27 @@ class Algorithm(ABC):
 
 
 def refuse_no_answers(prompts: Artefact, train: Train, grade: str, setting: str) -> None:
-    """Raises DataError if no row of ``prompts``, made from ``train``, has an answer to grade by."""
-    tables = (table for table in prompts.tables() if "answer_text" in table.column_names)
-    answers = (answer for table in tables for answer in table["answer_text"].to_pylist())
-    refuse_no_answer(name_of(train), answers, grade, setting)
+    """Raises DataError if no row of ``prompts``, made from ``train``, has an answer to grade by.
+
+    A run of an older version may have no column of answers; then nothing is checked.
+    """
+    columns = [table["answer_text"].to_pylist() for table in prompts.tables() if "answer_text" in table.column_names]
+    if columns:
+        refuse_no_answer(name_of(train), chain.from_iterable(columns), grade, setting)
 
 
 def answered_once(prompts: Artefact, target: Artefact, model: ModelFolder) -> Job:
-    """Returns a job of one response per prompt; of as many as an older version began with, which sampled more."""
-    samples = 1
+    """Returns a job of one response per prompt."""
+    return Job(prompts, target, model.name, model.digest, samples=samples_of(target, 1))
+
+
+def samples_of(target: Artefact, wanted: int) -> int:
+    """Returns the number of responses per prompt: ``wanted``, or as many as an older version began with."""
     if target.is_committed:
-        samples = target.manifest().settings.get("samples_per_prompt", 1)
-    elif begun := next((found for name in target.part_names() if (found := target.open_sealed(name))), None):
-        samples = 1 + pc.max(begun[0]["sample"]).as_py()
-    return Job(prompts, target, model.name, model.digest, samples=samples)
+        return target.manifest().settings.get("samples_per_prompt", wanted)
+    if begun := next((found for name in target.part_names() if (found := target.open_sealed(name))), None):
+        return 1 + pc.max(begun[0]["sample"]).as_py()
+    return wanted
 
 
 def margin_objective(config: SpinConfig, iteration: int) -> Objective:

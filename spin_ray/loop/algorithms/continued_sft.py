@@ -2,12 +2,14 @@
 
 from spin_ray.config.recipe import SpinConfig
 from spin_ray.learner.step import Objective
-from spin_ray.loop.algorithms.base import Algorithm, PlayedPrompts, Turn, pair_table
+from spin_ray.loop.algorithms.base import SPIN_FIELDS, Algorithm, PlayedPrompts, Turn, pair_table
 from spin_ray.loop.stages import pairs
 
 
 class ContinuedSft(Algorithm):
-    """SFT on the prompts that SPIN would play."""
+    """SFT on the prompts that SPIN would play. A SPIN recipe may keep its ``objective``, and is its own baseline."""
+
+    objective_fields = SPIN_FIELDS
 
     def make_pairs(self, turn: Turn) -> None:
         played = PlayedPrompts(turn)

@@ -16,6 +16,14 @@ from spin_ray.loop.stages import pairs
 class Dpo(Algorithm):
     """DPO of ``chosen`` against ``rejected``, with θ_t as reference."""
 
+    def problems(self, config: SpinConfig) -> Iterator[str]:
+        longest = 2 * config.model.max_length - 1  # a prompt of one token, and two responses
+        if config.train.pack_length < longest:
+            yield (
+                f"train.pack_length: {config.train.pack_length} may not hold a prompt with both responses of its row; "
+                f"raise it to {longest} (2 × model.max_length - 1) or lower model.max_length"
+            )
+
     def make_pairs(self, turn: Turn) -> None:
         """Commits the pairs.
 

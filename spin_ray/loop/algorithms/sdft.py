@@ -26,12 +26,8 @@ class Sdft(Algorithm):
     """KL(policy ‖ teacher) at each token of y′ ~ θ_t. The teacher is θ_t with the human response in its prompt."""
 
     reads = ("sdft",)
-    own_loss = True
-
-    def problems(self, config: SpinConfig) -> Iterator[str]:
-        yield from super().problems(config)
-        if config.objective.sft_weight:
-            yield "objective.sft_weight: sdft learns from its own responses alone; leave it out"
+    objective_fields = ("beta",)
+    backend_methods = ("read",)
 
     def plays(self, run: RunDir) -> Artefact:
         return run.prompts

@@ -31,10 +31,13 @@ class SelfReinforcement(Algorithm):
     reads = ("self_filter",)
 
     def problems(self, config: SpinConfig) -> Iterator[str]:
-        yield from super().problems(config)
-        chosen = config.self_filter
+        chosen, default = config.self_filter, SelfFilterConfig()
         if chosen and chosen.grade and "min_agreement" in chosen.model_fields_set:
             yield "self_filter.min_agreement: self_filter.grade chooses in its place; leave it out"
+        elif chosen and chosen.min_agreement != default.min_agreement and config.generation.samples_per_prompt == 1:
+            yield "self_filter.min_agreement: one sample agrees with itself; raise generation.samples_per_prompt"
+        if chosen and not chosen.grade and chosen.min_grade != default.min_grade:
+            yield "self_filter.min_grade: needs self_filter.grade"
 
     def check_rows(self, run: RunDir, config: SpinConfig) -> None:
         if config.data.questions and config.self_filter and config.self_filter.grade:

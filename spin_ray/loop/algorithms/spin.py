@@ -1,10 +1,8 @@
 """SPIN (Chen et al. 2024, arXiv 2401.01335), α-SPIN and fictitious play."""
 
-from collections.abc import Iterator
-
 from spin_ray.config.recipe import SpinConfig
 from spin_ray.learner.step import Objective
-from spin_ray.loop.algorithms.base import Algorithm, Turn, margin_objective
+from spin_ray.loop.algorithms.base import SPIN_FIELDS, Algorithm, Turn, margin_objective
 from spin_ray.loop.stages import base_scores, pairs
 from spin_ray.run_dir.artefact import Artefact
 from spin_ray.run_dir.run_dir import RunDir
@@ -16,8 +14,7 @@ class Spin(Algorithm):
     ``objective.window: all`` is fictitious play; ``objective.reference_alpha`` below 1 is α-SPIN.
     """
 
-    def problems(self, config: SpinConfig) -> Iterator[str]:
-        yield from ()  # SPIN has both window and reference_alpha
+    objective_fields = SPIN_FIELDS
 
     def plays(self, run: RunDir) -> Artefact:
         return run.prompts

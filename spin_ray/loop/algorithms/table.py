@@ -71,12 +71,15 @@ def check_packages(config: SpinConfig) -> None:
 
 def check_settings(config: SpinConfig) -> None:
     """Raises ConfigError as ``check_algorithm`` does, without looking at installed packages."""
-    problems = list(_problems(config, find_algorithm(config.algorithm)))
+    algorithm = find_algorithm(config.algorithm)
+    problems = list(_problems(config, algorithm))
     if problems:
         raise ConfigError("; ".join(problems))
     backend = find_backend(config.train.backend, config.train.mesh if isinstance(config.train.mesh, Mesh) else None)
-    if config.algorithm == "sdft" and not hasattr(backend, "read"):
-        raise ConfigError(f"train.backend: {config.train.backend} has no method read, which algorithm sdft needs")
+    for method in algorithm.backend_methods:
+        if not hasattr(backend, method):
+            needed = f"has no method {method}, which algorithm {config.algorithm} needs"
+            raise ConfigError(f"train.backend: {config.train.backend} {needed}")
     for setting, grade in graders_of(config).items():
         find_grader(grade, setting)
     for section in (config.train, config.sft, config.reviser):
@@ -97,28 +100,43 @@ def _problems(config: SpinConfig, algorithm: Algorithm) -> Iterator[str]:
     for optional, names in readers.items():
         if _is_given(config, optional) and optional not in algorithm.needs + algorithm.reads:
             yield f"{optional}: is for algorithm {' and '.join(names)}, not for {name}; leave it out"
-    loss = resolve_loss(config.objective.loss)
-    if loss.needs_wins and not algorithm.makes_wins:
-        yield f"objective.loss: {config.objective.loss} needs win probabilities, which algorithm {name} does not make"
-    if not loss.needs_reference and config.objective.reference_alpha < 1:
-        yield f"objective.reference_alpha: the loss {config.objective.loss} has no reference; leave it out"
-    yield from _loss_problems(config, algorithm, loss)
+    yield from _unread_fields(config, algorithm)
+    if "loss" in algorithm.objective_fields:
+        yield from _loss_problems(config.objective, resolve_loss(config.objective.loss), algorithm, name)
     yield from algorithm.problems(config)
 
 
-def _loss_problems(config: SpinConfig, algorithm: Algorithm, loss: Loss) -> Iterator[str]:
+def _unread_fields(config: SpinConfig, algorithm: Algorithm) -> Iterator[str]:
     given, default, name = config.objective, ObjectiveConfig(), config.algorithm
-    if given.history_weight != default.history_weight and name in ALGORITHMS and name != "tspin":
-        yield f"objective.history_weight: is for algorithm tspin, not for {name}; leave it out"
-    if algorithm.own_loss:
-        for field in ("loss", "mu", "positive_weight"):
-            if getattr(given, field) != getattr(default, field):
-                yield f"objective.{field}: {name} has a loss of its own; leave it out"
-        return
-    if given.mu != default.mu and not isinstance(loss, SpaceLoss):
+    for field in ObjectiveConfig.model_fields:
+        value = getattr(given, field)
+        if field in algorithm.objective_fields or value == getattr(default, field):
+            continue
+        if (field, value) == ("window", 1):
+            continue  # what every algorithm but SPIN does
+        readers = " and ".join(reader for reader, its in ALGORITHMS.items() if field in its.objective_fields)
+        cure = "leave it out" if name in ALGORITHMS else f"leave it out, or name it in objective_fields of {name}"
+        yield f"objective.{field}: is for algorithm {readers}, not for {name}; {cure}"
+
+
+def _loss_problems(given: ObjectiveConfig, loss: Loss, algorithm: Algorithm, name: str) -> Iterator[str]:
+    if loss.needs_wins and not algorithm.makes_wins:
+        yield f"objective.loss: {given.loss} needs win probabilities, which algorithm {name} does not make"
+    if given.mu != ObjectiveConfig().mu and not isinstance(loss, SpaceLoss):
         yield f"objective.mu: is for the loss space, not for {given.loss}; leave it out"
     if given.positive_weight and not isinstance(loss, MarginLoss):
         yield f"objective.positive_weight: the loss {given.loss} is no function of the margin; leave it out"
+    if given.reference_alpha < 1 and not loss.needs_reference:
+        yield f"objective.reference_alpha: the loss {given.loss} has no reference; leave it out"
+    elif given.reference_alpha < 1 and (given.positive_weight or isinstance(loss, SpaceLoss)):
+        other = "objective.positive_weight" if given.positive_weight else "the loss space"
+        yield (
+            f"objective.reference_alpha: {other} takes the log-ratio of y alone, in which the normaliser of the "
+            "geometric reference does not cancel; leave one out"
+        )
+    for field in ("sft_weight", "length_normalised") if loss.per == "token" else ():
+        if getattr(given, field):
+            yield f"objective.{field}: the loss {given.loss} is one of tokens; leave it out"
 
 
 def _is_given(config: SpinConfig, name: str) -> bool:

@@ -21,10 +21,9 @@ class Tspin(Algorithm):
     Iteration 0 has the first term alone, as in the paper, because y_0 is y′.
     """
 
-    own_loss = True
+    objective_fields = ("beta", "length_normalised", "sft_weight", "keep_identical", "history_weight")
 
     def problems(self, config: SpinConfig) -> Iterator[str]:
-        yield from super().problems(config)
         if config.data.prompts_per_iteration is not None:
             yield "data.prompts_per_iteration: tspin needs θ_0's response to each prompt; leave it out"
         sizes = config.model.max_length + 2 * config.generation.sampling.max_tokens

@@ -86,7 +86,8 @@ def run(
             scores, work = _score(run_dir, config, samples_of, (model, previous, initial))
             counted |= work
             names, beta = (model.name, previous.name, initial.name), config.at(iterate - 1).beta
-            margins = margin_measures(scores, *names, beta, _row_losses(config, objective))
+            per_token, losses = config.objective.length_normalised, _row_losses(config, objective)
+            margins = margin_measures(scores, *names, beta, losses, per_token=per_token)
             margins["standard_errors"] |= result["standard_errors"]
             result |= {"opponent": previous.name} | margins
         counted |= {"rows": heldout.num_rows}

@@ -29,11 +29,8 @@ def run(run_dir: RunDir, config: SpinConfig, iteration: int) -> None:
     if earlier:
         inputs["earlier_pairs"] = earlier.manifest().digest
     settings: dict[str, Any] = {"window": config.objective.window, "part_rows": config.generation.shard_rows}
-    keep = config.objective.keep_identical
-    if keep:
-        settings["keep_identical"] = True
     played = joined(run_dir.prompts, generations, iteration)
-    make(run_dir, config, iteration, Fresh(played, inputs, settings, keep_identical=keep), earlier, oldest)
+    make(run_dir, config, iteration, Fresh(played, inputs, settings), earlier, oldest)
 
 
 @dataclass(frozen=True)
@@ -46,7 +43,6 @@ class Fresh:
     settings: dict[str, Any]
     paired: bool = True
     """False for SFT rows, which have no y′."""
-    keep_identical: bool = False
     dropped: Counter[str] = field(default_factory=Counter)
     """Number of rows left out, by reason; complete after ``tables`` is read."""
     dropped_before: Artefact | None = None
@@ -62,14 +58,17 @@ def make(
         DataError: fewer rows are left than one step has.
         HealthError: the mean response length changed too much.
     """
-    target = run_dir.pairs(iteration)
-    if target.already_made(fresh.inputs, fresh.settings):
+    target, settings = run_dir.pairs(iteration), fresh.settings
+    keep_identical = fresh.paired and config.objective.keep_identical
+    if keep_identical:
+        settings = settings | {"keep_identical": True}
+    if target.already_made(fresh.inputs, settings):
         return
     with run_dir.stage(target.path) as counted:
         played = run_dir.generations(iteration)
         if played.is_committed:
             _check_lengths(played, run_dir.generations(0), config.health.max_length_change)
-        entries, counts = build(fresh, earlier, target, oldest)
+        entries, counts = build(fresh, earlier, target, oldest, keep_identical)
         counted |= counts
         if counts["rows"] < config.train.global_batch_pairs:
             raise DataError(
@@ -78,7 +77,7 @@ def make(
                 f"{config.train.global_batch_pairs}; stop here, add prompts, or lower the batch"
             )
         counted_as = {name: float(count) for name, count in counts.items()}
-        target.commit(entries, fresh.inputs, fresh.settings, counts=counted_as)
+        target.commit(entries, fresh.inputs, settings, counts=counted_as)
 
 
 def _after_dropping(fresh: Fresh, counts: Mapping[str, int]) -> str:
@@ -94,7 +93,7 @@ _REASONS = {"dropped_identical": "with y = y′"}
 
 
 def build(
-    fresh: Fresh, earlier: Artefact | None, target: Artefact, oldest: int
+    fresh: Fresh, earlier: Artefact | None, target: Artefact, oldest: int, keep_identical: bool = False
 ) -> tuple[dict[str, FileEntry], dict[str, int]]:
     """Writes the parts and returns entries and counts. One part of each input is in memory."""
     counts: Counter[str] = Counter({"dropped_identical": 0, "dropped_empty": 0, "from_earlier": 0, "rows": 0})
@@ -112,7 +111,7 @@ def build(
             write(table)
             continue
         kept = [
-            _verdict(real, generated, fresh.keep_identical)
+            _verdict(real, generated, keep_identical)
             for real, generated in zip(table["real_ids"], table["generated_ids"], strict=True)
         ]
         counts.update(verdict for verdict in kept if verdict)

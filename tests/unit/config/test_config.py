@@ -181,10 +181,34 @@ def test_long_values_are_cut_in_the_error():
         ({"train": {"resources": {"gpus": 2}}}, "train.resources.gpus: 2; a train worker drives exactly one GPU"),
         ({"train": {"resources": {"gpus": 0.5}}}, "train.resources.gpus: 0.5; a train worker drives exactly one GPU"),
         ({"evaluation": {"answer_extractor": "equals"}}, "evaluation.answer_extractor: needs data.heldout"),
+        ({"evaluation": {"samples": 2}}, "evaluation.samples: needs data.heldout"),
+        ({"evaluation": {"max_rows": 2}}, "evaluation.max_rows: needs data.heldout"),
+        ({"evaluation": {"examples": 2}}, "evaluation.examples: needs data.heldout"),
+        (
+            {"data": {"train": "d", "heldout": "h"}, "evaluation": {"samples": 2}},
+            "evaluation.samples: all but the first are for grading",
+        ),
+        ({"train": {"backend": "deepspeed", "compile": True}}, "train.compile: is for train.backend: fsdp2"),
+        (
+            {"train": {"backend": "deepspeed", "reduce_every_pack": False}},
+            "train.reduce_every_pack: DeepSpeed sums gradients after each pack",
+        ),
+        ({"serving": {"replicas": 4, "max_replicas": 2}}, "serving.max_replicas: 2 is fewer than serving.replicas"),
+        *(
+            ({"scorer": {"kind": "grade", "path": "exact", name: value}}, f"scorer.{name}: is for a preference model")
+            for name, value in (("max_length", 9), ("replicas", 2), ("resources", {"cpus": 4}))
+        ),
     ],
 )
 def test_combinations_that_no_run_can_satisfy_are_refused(sections, problem):
     assert problem in problems(**sections)
+
+
+def test_self_reinforcement_may_read_numbers_without_held_out_rows():
+    parse(
+        algorithm="self_reinforcement", sft={}, data={"train": "d", "questions": "q"},
+        evaluation={"answer_extractor": "hashes"},
+    )  # fmt: skip
 
 
 @pytest.mark.parametrize("window", [0, "some", 1.5, None])

@@ -162,8 +162,8 @@ def test_identity_ignores_where_and_how_fast_it_runs_and_what_may_grow(sections)
         ({"data": {"train": "other.jsonl"}}, {"data.train"}),
         ({"data": {"train": "d.jsonl", "form": "alpaca"}}, {"data.form"}),
         (
-            {"data": {"train": "d.jsonl", "heldout": "h"}, "evaluation": {"samples": 4}},
-            {"data.heldout", "evaluation.samples"},
+            {"data": {"train": "d.jsonl", "heldout": "h"}, "evaluation": {"samples": 4, "grade": "exact"}},
+            {"data.heldout", "evaluation.samples", "evaluation.grade"},
         ),
         ({"data": {"train": "d.jsonl", "columns": {"prompt": "q"}}}, {"data.columns.prompt"}),
         ({"generation": {"sampling": {"top_p": 0.9}}}, {"generation.sampling.top_p"}),

@@ -174,4 +174,4 @@ def test_what_is_stored_of_a_teacher_is_transformers_own_distribution_and_is_fou
     )  # fmt: skip
     assert abs(metrics["loss"]) < 1e-5
     with pytest.raises(HealthError, match=r"the loss is 3 .*max_loss 2: .*; lower train\.learning_rate \(or raise the"):
-        HealthMonitor(HealthConfig(steps=1, max_loss=2.0)).check(0, metrics | {"loss": 3.0})
+        HealthMonitor(HealthConfig(steps=1, max_loss=2.0), 9).check(0, metrics | {"loss": 3.0})

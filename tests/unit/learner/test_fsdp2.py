@@ -24,6 +24,7 @@ from spin_ray.learner.backends.fsdp2 import Fsdp2Backend
 from spin_ray.learner.decoder import decoder_layers
 from spin_ray.learner.losses import margins, pair_logps, response_logps, sft_loss, spin_loss
 from spin_ray.learner.scoring import ResponseScorer
+from tests.support.fakes import config_of
 from tests.support.learner_cases import batches_of, logp_alone, one_rank, one_step, random_rows, save_model, tiny_llama
 
 torch.set_num_threads(1)
@@ -176,6 +177,15 @@ def test_a_scorer_in_bf16_gives_the_bits_of_training_with_half_the_memory(make: 
     assert {shard.dtype for shard in only_scores._shards.values()} == {torch.bfloat16}
     assert {shard.dtype for shard in trains._shards.values()} == {torch.float32}
     assert_same_bits(scores(only_scores), scores(trains))
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_a_scorer_that_keeps_its_weights_on_the_host_gives_the_same_bits(make: MakeBackend, precision: str) -> None:
+    recipe = config_of(train={"precision": precision, "offload": True})
+    settings = BackendSettings.for_scoring(recipe)
+    assert settings.offload and settings.optimizer is None, "what a card cannot hold for training, it cannot for this"
+    scorer = make(precision=precision, optimizer=None, offload=True)
+    assert_same_bits(scores(scorer), scores(make(precision=precision, optimizer=None)))
 
 
 @pytest.mark.parametrize("optimizer", [None, "adamw"])

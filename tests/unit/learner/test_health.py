@@ -15,7 +15,7 @@ HEALTHY = {"loss": 0.5, "margin": 1.0, "real_logp": -100.0, "real_logp_drift": 0
 
 
 def monitor(**limits: object) -> HealthMonitor:
-    return HealthMonitor(HealthConfig.model_validate({"steps": 3} | limits))
+    return HealthMonitor(HealthConfig.model_validate({"steps": 3} | limits), 9)
 
 
 def test_one_bad_step_does_not_stop_a_run_and_a_lasting_one_does():
@@ -27,6 +27,13 @@ def test_one_bad_step_does_not_stop_a_run_and_a_lasting_one_does():
     watched.check(6, HEALTHY | {"margin": 60})
     with pytest.raises(HealthError, match=r"after step 7: the margin is 53.3 over the last 3 steps, .*max_margin 30"):
         watched.check(7, HEALTHY | {"margin": 80})
+
+
+def test_an_iteration_with_fewer_steps_than_the_mean_takes_is_judged_by_all_of_them():
+    watched = HealthMonitor(HealthConfig(steps=5, max_margin=5), 2)
+    watched.check(0, HEALTHY | {"margin": 9})
+    with pytest.raises(HealthError, match="the margin is 8 over the last 2 steps"):
+        watched.check(1, HEALTHY | {"margin": 7})
 
 
 def test_a_margin_that_runs_away_downwards_counts_too():
@@ -89,7 +96,7 @@ def test_the_line_of_an_error_that_is_passed_on_is_what_happened_not_a_page_of_a
 
 
 def test_a_loss_without_a_margin_is_still_held_to_its_largest_loss():
-    monitor = HealthMonitor(HealthConfig(steps=1, max_loss=2.0))
+    monitor = HealthMonitor(HealthConfig(steps=1, max_loss=2.0), 9)
     monitor.check(0, {"loss": 1.0, "generated_logp": -3.0, "real_logp": -2.0})
     with pytest.raises(HealthError, match="the loss is 3 "):
         monitor.check(1, {"loss": 3.0, "generated_logp": -3.0, "real_logp": -2.0})

@@ -112,6 +112,12 @@ def test_dpo_sets_chosen_against_rejected_without_an_engine(run):
     assert run.pairs(0).manifest().counts["dropped_identical"] == 1
 
 
+def test_equal_responses_stay_for_every_algorithm_whose_recipe_says_so(run):
+    write_preferences(run, [[8, 2], [7, 2]])
+    rows = make_pairs(run, config_for("dpo", objective={"keep_identical": True}))
+    assert [(row["real_ids"], row["generated_ids"]) for row in rows] == [([7, 2], [8, 2]), ([7, 2], [7, 2])]
+
+
 def test_dpo_refuses_rows_without_a_rejected_response(run):
     write_preferences(run, [[8, 2], None])
     with pytest.raises(DataError, match="1 rows have no rejected response"):

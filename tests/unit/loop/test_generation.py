@@ -55,9 +55,6 @@ def test_held_out_rows_get_samples_of_their_own_whose_first_is_the_only_one_of_a
     several = play(replace(job_of(run), target=run.heldout_samples(0), samples=3), config_for(), FakeEngine())
     assert [row for row in several if row["sample"] == 0] == alone
     assert len(several) == 30
-    assert (config_of().heldout_samples, config_for(samples=4).heldout_samples) == (1, 4)
-    sampled = {"data": {"train": "d", "heldout": "h"}, "evaluation": {"samples": 3}}
-    assert config_for(samples=4, **sampled).heldout_samples == 3
 
 
 def test_answers_to_read_have_a_distribution_of_their_own(run):

@@ -15,6 +15,34 @@ from tests.support.paths import RECIPES
 MINIMAL: dict[str, Any] = {"model": {"path": "m"}, "data": {"train": "d"}}
 
 
+REINFORCED: dict[str, Any] = {"algorithm": "self_reinforcement", "sft": {}, "data": {"train": "d", "questions": "q"}}
+
+
+class OfTokens:
+    """A Loss of the tokens of y."""
+
+    needs_reference = False
+    needs_wins = False
+    per = "token"
+
+    def __call__(self, policy, reference, wins, beta):
+        raise NotImplementedError
+
+    def margin(self, policy, reference, beta):
+        return None
+
+
+of_tokens = OfTokens()
+
+
+class Outside(Algorithm):
+    def make_pairs(self, turn):
+        raise NotImplementedError
+
+    def objective(self, config, iteration):
+        raise NotImplementedError
+
+
 def parse(**sections: Any) -> SpinConfig:
     return SpinConfig.model_validate(MINIMAL | sections)
 
@@ -41,13 +69,16 @@ def problems(**sections: Any) -> str:
         ({"algorithm": "dpo", "objective": {"window": "all"}}, "objective.window: is for algorithm spin"),
         ({"algorithm": "dpo", "objective": {"reference_alpha": 0.5}}, "objective.reference_alpha: is for algorithm"),
         ({"sdft": {}}, "sdft: is for algorithm sdft, not for spin"),
-        ({"algorithm": "sdft", "objective": {"loss": "hinge"}}, "objective.loss: sdft has a loss of its own"),
-        ({"algorithm": "sdft", "objective": {"sft_weight": 1}}, "objective.sft_weight: sdft learns from its own"),
+        (
+            {"algorithm": "sdft", "objective": {"loss": "hinge"}},
+            "objective.loss: is for algorithm spin and continued_sft and dpo and",
+        ),
+        ({"algorithm": "sdft", "objective": {"sft_weight": 1}}, "objective.sft_weight: is for algorithm spin"),
         (
             {"algorithm": "sdft", "train": {"backend": "builtins:dict"}},
             "train.backend: builtins:dict has no method read",
         ),
-        ({"algorithm": "tspin", "objective": {"positive_weight": 1}}, "objective.positive_weight: tspin has a loss"),
+        ({"algorithm": "tspin", "objective": {"positive_weight": 1}}, "objective.positive_weight: is for algorithm"),
         (
             {"algorithm": "tspin", "data": {"train": "d", "prompts_per_iteration": 3}},
             "data.prompts_per_iteration: tspin needs θ_0's response to each prompt",
@@ -58,6 +89,33 @@ def problems(**sections: Any) -> str:
         ),
         ({"objective": {"history_weight": 1}}, "objective.history_weight: is for algorithm tspin, not for spin"),
         ({"objective": {"mu": 2}}, "objective.mu: is for the loss space, not for logistic"),
+        ({"algorithm": "continued_sft", "objective": {"mu": 2}}, "objective.mu: is for the loss space"),
+        ({"algorithm": "continued_sft", "objective": {"history_weight": 1}}, "objective.history_weight: is for algori"),
+        (
+            {"objective": {"loss": "space", "reference_alpha": 0.5}},
+            "objective.reference_alpha: the loss space takes the log-ratio of y alone",
+        ),
+        (
+            {"objective": {"positive_weight": 50, "reference_alpha": 0.5}},
+            "objective.reference_alpha: objective.positive_weight takes the log-ratio of y alone",
+        ),
+        (
+            {"objective": {"loss": f"{__name__}:of_tokens", "sft_weight": 0.1}},
+            "objective.sft_weight: the loss tests.unit.loop.test_table:of_tokens is one of tokens",
+        ),
+        (
+            {"algorithm": f"{__name__}:Outside", "objective": {"window": "all"}},
+            "or name it in objective_fields of tests.unit.loop.test_table:Outside",
+        ),
+        (
+            {"algorithm": "dpo", "model": {"path": "m", "max_length": 2048}, "train": {"pack_length": 4094}},
+            "train.pack_length: 4094 may not hold a prompt with both responses of its row; raise it to 4095",
+        ),
+        (
+            {**REINFORCED, "self_filter": {"min_grade": 0.9}},
+            "self_filter.min_grade: needs self_filter.grade",
+        ),
+        ({**REINFORCED, "self_filter": {"min_agreement": 0.9}}, "self_filter.min_agreement: one sample agrees with it"),
         (
             {"objective": {"loss": "space", "positive_weight": 1}},
             "objective.positive_weight: the loss space is no func",
@@ -68,11 +126,36 @@ def test_settings_that_an_algorithm_lacks_or_does_not_read_are_refused(sections,
     assert problem in problems(**sections)
 
 
-def test_sppo_has_a_loss_of_its_own():
-    found = problems(
-        algorithm="sppo", scorer={"path": "m"}, generation={"samples_per_prompt": 5}, objective={"loss": "hinge"}
-    )
-    assert found == "objective.loss: sppo has a loss of its own; leave it out"
+SPPO: dict[str, Any] = {"algorithm": "sppo", "scorer": {"path": "m"}, "generation": {"samples_per_prompt": 5}}
+
+
+@pytest.mark.parametrize(
+    ("field", "value", "readers"),
+    [
+        ("loss", "hinge", "spin and continued_sft and dpo and self_reinforcement"),
+        ("sft_weight", 0.1, "spin and continued_sft and dpo and self_reinforcement and tspin"),
+        ("length_normalised", True, "spin and continued_sft and dpo and self_reinforcement and tspin"),
+        ("keep_identical", True, "spin and continued_sft and dpo and self_reinforcement and tspin"),
+        ("window", 2**10, "spin and continued_sft"),
+    ],
+)
+def test_what_sppo_would_not_read_of_the_objective_is_refused(field, value, readers):
+    found = problems(**SPPO, objective={field: value})
+    assert found == f"objective.{field}: is for algorithm {readers}, not for sppo; leave it out"
+
+
+def test_a_window_of_one_is_what_sppo_does():
+    check_algorithm(parse(**SPPO, objective={"window": 1, "beta": 0.001}))
+
+
+@pytest.mark.parametrize("algorithm", ["sdft", "seft", "tspin", "dpo"])
+def test_every_evaluation_reads_beta(algorithm):
+    reviser = {"reviser": {}} if algorithm == "seft" else {}
+    check_algorithm(parse(algorithm=algorithm, objective={"beta": 0.7}, **reviser))
+
+
+def test_any_spin_recipe_is_its_own_baseline():
+    check_algorithm(parse(algorithm="continued_sft", objective={"window": "all", "reference_alpha": 0.5, "beta": 1}))
 
 
 def test_a_mesh_is_for_backends_that_build_it():

@@ -25,7 +25,7 @@ from spin_ray.run_dir.run_dir import RunDir
 from spin_ray.run_dir.storage import Storage
 from tests.support import small_run
 from tests.support.learner_cases import logp_alone, one_rank
-from tests.support.small_run import ROWS, committed
+from tests.support.small_run import HELDOUT_ROWS, ROWS, committed
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -78,6 +78,7 @@ def test_sdft_learns_from_its_own_answers_what_it_would_say_with_the_human_one_i
     learnt = {row["pair_id"]: row for row in rows_of(run.pairs(0))}
     shown = {row["pair_id"]: row for row in rows_of(run.teacher_rows(0))}
     assert len(learnt) == 2 * ROWS and learnt.keys() == teacher.keys() == shown.keys()
+    assert run.heldout_samples(0).manifest().rows == HELDOUT_ROWS, "one each, as evaluation.samples says"
     total, tokens = 0.0, 0
     for pair_id, row in learnt.items():
         asked, answered = prompts[pair_id.partition("/")[0]]
@@ -171,7 +172,8 @@ def test_spin_is_trained_on_the_pairs_that_its_authors_released(
     pq.write_table(pa.Table.from_pylist([released(number, f"it is {number}") for number in range(ROWS)]), path)
     run, _ = run_with(
         tmp_path, monkeypatch,
-        {"algorithm": "dpo", "data": {"train": str(path)}, "objective": {"loss": "space"}},
+        {"algorithm": "dpo", "data": {"train": str(path)}, "objective": {"loss": "space"},
+         "health": {"max_margin": 99}},
     )  # fmt: skip
     _, tokenizer = model_of(tmp_path)
     rows = rows_of(run.pairs(0))
@@ -196,6 +198,7 @@ def test_spin_is_trained_on_the_pairs_that_its_authors_released(
         ({"algorithm": "dpo"}, "no_rejected: has no rejected response"),
         ({"algorithm": "sppo", "scorer": {"kind": "grade", "path": "multiple_choice"},
           "generation": {"samples_per_prompt": 2}}, "no row has an answer that scorer.path multiple_choice can grade"),
+        ({"evaluation": {"grade": "multiple_choice"}}, "has an answer that evaluation.grade multiple_choice can"),
     ],
 )  # fmt: skip
 def test_rows_that_lack_what_the_algorithm_needs_end_the_run_before_anything_is_generated(

@@ -123,6 +123,8 @@ def test_doctor_refuses_rows_that_lack_what_the_algorithm_needs(tmp_path):
         ({"algorithm": "sppo", "scorer": {"kind": "grade", "path": "multiple_choice"}},
          r"train\.jsonl: no row has an answer that scorer\.path multiple_choice can grade by"),
         (of_grades | {"self_filter": {"grade": "exact"}}, r"heldout\.jsonl: no row .* that self_filter\.grade"),
+        ({"evaluation": {"grade": "exact"}}, r"heldout\.jsonl: no row .* that evaluation\.grade exact can"),
+        ({"evaluation": {"answer_extractor": "equals"}}, r"heldout\.jsonl: no .* that evaluation\.answer_extractor"),
     ):  # fmt: skip
         config = config_of(model={"path": TINY}, data={"train": str(path), "heldout": str(heldout)}, **sections)
         surveys = doctor.look_at_data(config, inputs, every_row=False)

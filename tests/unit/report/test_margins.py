@@ -52,6 +52,27 @@ def test_margins_by_hand():
     }  # fmt: skip
 
 
+def test_margins_per_token_are_those_of_the_length_normalised_objective():
+    """β = 10; y gained 2 nats in 4 tokens and y′ lost 3 in 1: 10 (2/4 + 3/1) = 35. The empty y′ of b counts 0."""
+    rows = [
+        ("a", "sft", [-2.0] * 4, [-1.0]), ("a", "iter_000", [-1.5] * 4, [-4.0]),
+        ("b", "iter_000", [-1.0] * 2, []), ("b", "sft", [-2.0] * 2, []),
+    ]  # fmt: skip
+    scores = pa.Table.from_pylist(
+        [
+            {"pair_id": f"{prompt}/{whose}", "model": model, "real_logp": sum(real), "generated_logp": sum(generated),
+             "real_token_logps": real, "generated_token_logps": generated}
+            for whose in ("self", "opponent") for prompt, model, real, generated in rows
+        ],
+        SCORE_SCHEMA,
+    )  # fmt: skip
+    found = margin_measures(scores, "iter_000", "sft", "sft", beta=10.0, per_token=True)
+    assert found["against_opponent"]["margin"] == pytest.approx((35 + 10) / 2)
+    assert found["real_logp_drift"] == pytest.approx(2.0), "drifts stay sums"
+    assert found["length_normalised"] is True
+    assert "length_normalised" not in margin_measures(scores, "iter_000", "sft", "sft", beta=10.0)
+
+
 def test_a_model_equal_to_its_opponent_has_loss_ln_2_and_is_no_distance_away():
     scores = scores_of(
         [(f"a/{whose}", name, -3.5, -7.25) for whose in ("self", "opponent") for name in ("sft", "iter_000")]

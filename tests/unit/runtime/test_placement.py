@@ -88,6 +88,10 @@ def test_what_is_missing_is_named(bundles, nodes, lack):
 def test_a_judge_is_asked_for_too():
     config = config_of(algorithm="sppo", scorer={"path": "judge", "replicas": 2}, generation={"samples_per_prompt": 2})
     assert demands(config)["scorer"] == [{"CPU": 1}] * 2
+    config = config_of(
+        algorithm="sppo", scorer={"kind": "grade", "path": "exact"}, generation={"samples_per_prompt": 2}
+    )
+    assert "scorer" not in demands(config), "a grader is no actor"
 
 
 def test_a_stage_that_could_never_be_placed_is_an_error_with_request_remedy_and_cluster(cluster):

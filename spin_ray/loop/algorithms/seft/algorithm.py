@@ -23,6 +23,7 @@ class Seft(Algorithm):
 
     needs = ("reviser",)
     reads = ("data.questions",)
+    objective_fields = ("beta",)
 
     def plays(self, run: RunDir) -> Artefact:
         return run.questions if run.questions.is_committed else run.prompts

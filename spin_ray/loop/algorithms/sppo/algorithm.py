@@ -25,10 +25,9 @@ class Sppo(Algorithm):
 
     needs = ("scorer",)
     makes_wins = True
-    own_loss = True
+    objective_fields = ("beta",)
 
     def problems(self, config: SpinConfig) -> Iterator[str]:
-        yield from super().problems(config)
         if config.generation.samples_per_prompt < 2:
             yield "generation.samples_per_prompt: sppo compares samples of a prompt; give 2 or more (paper: 5)"
 

@@ -134,7 +134,6 @@ def _backend_settings(config: SpinConfig, optimizer: OptimizerConfig, learning_r
         gradient_checkpointing=config.train.gradient_checkpointing is True,
         sharding=config.train.sharding,
         reduce_every_pack=config.train.reduces_every_pack,
-        offload=config.train.offload,
         optimizer=optimizer,
         learning_rate=learning_rate,
     )

@@ -54,7 +54,7 @@ def work(job: TrainJob) -> dict[str, Any]:
     teacher = load_teacher(job, backend, table["pair_id"], own)
     work_s = time.monotonic() - started
     first = checkpoint.restore(job, backend)
-    log, health = TrainLog(job, first), HealthMonitor(job.health)
+    log, health = TrainLog(job, first), HealthMonitor(job.health, len(steps))
     tokens = 0.0
     for number in range(first, len(steps)):
         started = time.monotonic()

@@ -1,0 +1,16 @@
+"""The recipe of the probe's trainings."""
+
+from spin_ray.loop.probe import _recipe
+from tests.support.fakes import config_of
+
+
+def test_only_the_limits_of_training_are_off() -> None:
+    health = {"max_engine_difference": None, "max_loss": 2.0, "max_margin": 5.0, "max_length_change": 2.0}
+    config = config_of(probe={}, health=health)
+    assert config.probe is not None
+    found = _recipe(config, config.probe).health
+    assert found.max_engine_difference is None
+    assert (found.max_loss, found.max_margin, found.max_real_logp_drop, found.max_length_change) == (None,) * 4
+    strict = config_of(probe={}, health={"max_engine_difference": 0.01})
+    assert strict.probe is not None
+    assert _recipe(strict, strict.probe).health.max_engine_difference == 0.01
