@@ -13,15 +13,12 @@ from schemathesis.specs.openapi.checks import response_schema_conformance, statu
 
 from spin_ray.serving.api import make_app
 from tests.support.fake_engines import FakeEngines, empty_votes
-from tests.support.served import Served
+from tests.support.served import ANSWER_S, Served
 from tests.support.tiny_runs import tiny_config
 
 pytestmark = [pytest.mark.e2e, pytest.mark.slow]
 
 CHAT = "/v1/chat/completions"
-ANSWER_S = 120
-"""Seconds that an answer may take. Eight choices of a whole context are slow on two busy cores without bf16."""
-
 HELLO: dict[str, Any] = {"model": "sft", "messages": [{"role": "user", "content": "What is 2 + 3?"}]}
 
 

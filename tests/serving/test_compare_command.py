@@ -10,7 +10,7 @@ import httpx
 import pytest
 
 from tests.support.paths import ROOT
-from tests.support.served import Served
+from tests.support.served import ANSWER_S, Served
 
 pytestmark = [pytest.mark.e2e, pytest.mark.slow]
 
@@ -43,8 +43,10 @@ def test_a_file_is_compared_as_a_server_compares_it(served: Served, tmp_path: Pa
         assert margin["value"] == pytest.approx(beta * (own - other))
         body = {"models": ["sft", "latest"], "max_tokens": 6, "temperature": 0, "seed": seed, "logprobs": True}
         asked = body | {"messages": line["messages"]}
-        served_line = httpx.post(f"{served.url}/v1/compare", json=asked, timeout=60).raise_for_status().json()
+        served_line = httpx.post(f"{served.url}/v1/compare", json=asked, timeout=ANSWER_S).raise_for_status().json()
         assert [answer["content"] for answer in served_line["answers"]] == [answer["content"] for answer in (q, p)]
         given = [{key: answer[key] for key in ("content", "finish_reason")} for answer in (q, p)]
-        scored = httpx.post(f"{served.url}/v1/compare", json=asked | {"answers": given}, timeout=60).raise_for_status()
+        scored = httpx.post(
+            f"{served.url}/v1/compare", json=asked | {"answers": given}, timeout=ANSWER_S
+        ).raise_for_status()
         assert len(scored.json()["engine_margins"]) == 1

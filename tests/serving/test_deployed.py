@@ -19,6 +19,7 @@ from spin_ray.run_dir.run_dir import RunDir
 from spin_ray.serving.access import new_key
 from tests.support.paths import ROOT
 from tests.support.ray_head import Head, free_port, ray_head
+from tests.support.served import ANSWER_S, START_S
 from tests.support.tiny_runs import make_run
 
 pytestmark = [pytest.mark.e2e, pytest.mark.slow]
@@ -35,7 +36,7 @@ class Deployed:
     key: str
 
     def client(self) -> openai.OpenAI:
-        return openai.OpenAI(base_url=f"{self.url}/v1", api_key=self.key, max_retries=0, timeout=60)
+        return openai.OpenAI(base_url=f"{self.url}/v1", api_key=self.key, max_retries=0, timeout=ANSWER_S)
 
 
 @pytest.fixture(scope="module")
@@ -60,7 +61,7 @@ def deployed(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Deployed]:
         done = subprocess.run(deploy, env=head.variables, capture_output=True, text=True, timeout=120, check=False)
         assert done.returncode == 0, done.stdout + done.stderr
         url = f"http://127.0.0.1:{config['http_options']['port']}"
-        until(lambda: httpx.get(f"{url}/readyz").status_code == 200, 240)
+        until(lambda: httpx.get(f"{url}/readyz").status_code == 200, START_S)
         yield Deployed(head, run, url, key)
 
 

@@ -8,7 +8,7 @@ from typing import Any
 import httpx
 import pytest
 
-from tests.support.served import Served
+from tests.support.served import ANSWER_S, Served
 
 pytestmark = [pytest.mark.e2e, pytest.mark.slow]
 
@@ -56,7 +56,7 @@ def test_no_request_ends_an_engine_and_every_answer_is_json(served: Served) -> N
     assert len(before) == 2
     dice, statuses = random.Random(22), set()
     end = time.monotonic() + FUZZ_S
-    with httpx.Client(timeout=60) as client:
+    with httpx.Client(timeout=ANSWER_S) as client:
         while time.monotonic() < end:
             body = request(dice)
             content = json.dumps(body).encode()

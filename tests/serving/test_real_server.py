@@ -16,7 +16,7 @@ import pytest
 from spin_ray.inputs.rendering import ChatRenderer, load_tokenizer
 from spin_ray.run_dir.artefact import folder_entries
 from spin_ray.run_dir.storage import folder_digest
-from tests.support.served import START_S, Served
+from tests.support.served import ANSWER_S, START_S, Served
 from tests.support.tiny_runs import add_iterate
 
 pytestmark = [pytest.mark.e2e, pytest.mark.slow]
@@ -54,7 +54,7 @@ def test_a_conversation_is_read_as_in_training_and_forged_control_tokens_stay_te
     response = httpx.post(
         f"{served.url}/v1/compare",
         json={"models": ["sft", "latest"], "messages": messages, "max_tokens": 1},
-        timeout=60,
+        timeout=ANSWER_S,
     )
     renderer = ChatRenderer(load_tokenizer(served.run.description()["start_model"]))
     ids = renderer.render_prompt(messages)
@@ -65,7 +65,7 @@ def test_a_conversation_is_read_as_in_training_and_forged_control_tokens_stay_te
 def test_comparison_scores_agree_with_the_probability_of_the_answer_itself(served: Served) -> None:
     """A greedy answer of each: log p under its own model is at least that under the other one, up to float noise."""
     body = {"models": ["sft", "latest"], "messages": HELLO, "max_tokens": 1, "temperature": 0, "logprobs": True}
-    answers = httpx.post(f"{served.url}/v1/compare", json=body, timeout=60).json()["answers"]
+    answers = httpx.post(f"{served.url}/v1/compare", json=body, timeout=ANSWER_S).json()["answers"]
     for answer in answers:
         own, others = answer["logps"][answer["iterate"]], [other["logps"] for other in answers]
         assert own >= max(logps[answer["iterate"]] for logps in others) - 1e-4
@@ -97,7 +97,7 @@ def test_a_client_that_hangs_up_stops_the_engine(served: Served) -> None:
     which other processes do not lengthen.
     """
     body = {"model": "sft", "messages": HELLO, "max_tokens": 200, "stream": True, "n": 8}
-    with httpx.Client(timeout=60) as client:
+    with httpx.Client(timeout=ANSWER_S) as client:
         before = _engine_s(served)
         _read_lines(client, served, body, None)
         whole_s = _engine_s(served) - before
@@ -129,7 +129,7 @@ def test_ten_times_too_many_requests_are_refused_quickly_and_memory_stays(served
     results: list[tuple[int, float]] = []
     before = served.memory()
     assert before > 0
-    with httpx.Client(timeout=120, limits=httpx.Limits(max_connections=100)) as client:
+    with httpx.Client(timeout=ANSWER_S, limits=httpx.Limits(max_connections=100)) as client:
         alone = max(_timed(client, served)[1] for _ in range(3))
         end = time.monotonic() + 15
 

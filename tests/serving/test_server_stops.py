@@ -8,7 +8,7 @@ import httpx
 import psutil
 import pytest
 
-from tests.support.served import Served
+from tests.support.served import ANSWER_S, Served
 
 pytestmark = [pytest.mark.e2e, pytest.mark.slow]
 
@@ -20,7 +20,9 @@ def test_a_server_that_is_told_to_stop_ends_its_streams_first(served: Served) ->
     begun = threading.Event()
 
     def read() -> None:
-        with httpx.stream("POST", f"{served.url}/v1/chat/completions", json=body | {"n": 4}, timeout=60) as response:
+        with httpx.stream(
+            "POST", f"{served.url}/v1/chat/completions", json=body | {"n": 4}, timeout=ANSWER_S
+        ) as response:
             for line in response.iter_lines():
                 lines.append(line)
                 begun.set()

@@ -16,6 +16,8 @@ from spin_ray.run_dir.run_dir import RunDir
 from tests.support.program import ROOT, environment
 
 START_S = 420
+ANSWER_S = 300
+"""Longest waits, in seconds, for an engine and for an answer. Two busy cores without bf16 take minutes."""
 
 
 @contextmanager
@@ -43,7 +45,7 @@ class Served:
     process: "subprocess.Popen[bytes]"
 
     def client(self) -> openai.OpenAI:
-        return openai.OpenAI(base_url=f"{self.url}/v1", api_key="none", max_retries=0, timeout=120)
+        return openai.OpenAI(base_url=f"{self.url}/v1", api_key="none", max_retries=0, timeout=ANSWER_S)
 
     def card(self, name: str) -> dict[str, str]:
         return httpx.get(f"{self.url}/v1/models/{name}", timeout=30).raise_for_status().json()
