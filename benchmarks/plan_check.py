@@ -25,7 +25,6 @@ from typing import Any
 
 from spin_ray.config.recipe import SpinConfig
 from spin_ray.config.sections import ResourcesConfig
-from spin_ray.inputs.model_folder import read_config
 from spin_ray.planning.hardware import CPU
 from spin_ray.planning.learner_cost import learner_memory, pack_flops
 from spin_ray.planning.model_shape import ModelShape
@@ -98,7 +97,7 @@ def measure(case: Case, options: argparse.Namespace) -> dict[str, Any]:
     config = case.config(options)
     with tempfile.TemporaryDirectory() as folder:
         model = model_folder(case.model, Path(folder) / "model")
-        shape = ModelShape.from_config(read_config(model), str(model))
+        shape = ModelShape.from_folder(model)
         importlib.import_module("spin_ray.learner.backends.fsdp2")  # torch itself is not the model's memory
         before = peak_bytes()
         seconds, targets = time_packs(model, config, options, Path(folder), backward=case.kind != "scoring")

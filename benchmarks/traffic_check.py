@@ -37,7 +37,6 @@ sys.path.append(str(Path(__file__).parents[1]))
 from benchmarks.plan_check import RANDOM_SIZES
 from spin_ray.config.recipe import SpinConfig
 from spin_ray.config.sections import Mesh
-from spin_ray.inputs.model_folder import read_config
 from spin_ray.learner.backends.base import BackendSettings
 from spin_ray.learner.backends.fsdp2 import Fsdp2Backend
 from spin_ray.learner.packing import build_pack
@@ -136,7 +135,7 @@ def _bytes(tensor: torch.Tensor) -> int:
 
 
 def predicted(case: Case, model: Path, *, backward: bool = True) -> dict[str, float]:
-    shape = ModelShape.from_config(read_config(model), str(model))
+    shape = ModelShape.from_folder(model)
     config = case.config(str(model))
     found: Counter[str] = Counter()
     for it in step_collectives(
@@ -148,7 +147,7 @@ def predicted(case: Case, model: Path, *, backward: bool = True) -> dict[str, fl
 
 def predicted_seconds(case: Case, model: Path) -> float:
     """Returns the plan's seconds of a step, with one core a rank, or a share if this machine has fewer cores."""
-    shape = ModelShape.from_config(read_config(model), str(model))
+    shape = ModelShape.from_folder(model)
     config, split = case.config(str(model)), shape.split(case.mesh.tensor)
     ranks = Ranks(mesh=case.mesh, per_node=case.ranks)
     each = min(1.0, (os.cpu_count() or 1) / case.ranks)

@@ -68,7 +68,7 @@ def shape_of(context: Context, model: str) -> dict[str, Any]:
 
 
 def model_shape(context: Context, model: str) -> ModelShape:
-    return ModelShape.from_config(shape_of(context, model), model)
+    return ModelShape.from_config({"model_type": "llama"} | shape_of(context, model), model)
 
 
 def sheet_rate(context: Context) -> float | None:
