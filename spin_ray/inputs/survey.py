@@ -65,25 +65,21 @@ class Survey:
         """Refused rows by reason, e.g. ``3 malformed, 1 too_long``."""
         return ", ".join(f"{count} {reason}" for reason, count in self.refused.most_common())
 
-    def check(self, data: DataConfig, max_rows: int | None = None) -> None:
-        """Raises DataError if a run of ``max_rows`` usable rows would refuse the data."""
+    def check(self, data: DataConfig) -> None:
+        """Raises DataError if a run would refuse the data."""
         for forms in self.first_of_form.values():
             refuse_two_forms(forms)
         if self.whole and self.ids and self.leaked == len(self.ids):
             raise DataError(f"{self.source}: all rows are held out, too")
-        bad = self.refused.total()
-        damaged = bad - self.refused["duplicate"]  # a run counts only duplicates of the rows that it takes
-        taken = self.read if max_rows is None else min(self.read, max_rows + damaged)
-        share = data.max_quarantine_fraction
-        if self.usable and bad <= share * self.read and damaged <= share * taken:
+        bad, share = self.refused.total(), data.max_quarantine_fraction
+        if self.usable and bad <= share * self.read:
             return
         if not bad:
             raise DataError(f"{self.source}: holds no rows")
         reason = self.refused.most_common(1)[0][0]
         first = self.first[reason]
         of = "" if self.whole else " that were read (--all reads every row)"
-        beside = "" if bad > share * self.read else f" beside the {max_rows} that a run takes (max_rows)"
-        limit = f"{beside}, more than data.max_quarantine_fraction {share:g}" if self.usable else ""
+        limit = f", more than data.max_quarantine_fraction {share:g}" if self.usable else ""
         raise DataError(
             f"{self.source}: {bad} of {self.read} rows{of} cannot be used ({self.counts}){limit}; "
             f"first: {first.origin}: {reason}: {first.detail}"

@@ -49,9 +49,8 @@ def look_at_data(config: SpinConfig, inputs: Inputs, *, every_row: bool) -> list
 def check_surveys(config: SpinConfig, inputs: Inputs, surveys: Sequence[Survey]) -> None:
     """Raises DataError for rows that a run would refuse, or if there are too few usable rows or no answers."""
     sources, held_out = sources_of(inputs.train), len(sources_of(inputs.heldout))
-    for number, found in enumerate(surveys):
-        of_heldout = 0 <= number - len(sources) < held_out
-        found.check(config.data, config.evaluation.max_rows if of_heldout else config.data.max_rows)
+    for found in surveys:
+        found.check(config.data)
     trained, questions = surveys[: len(sources)], surveys[len(sources) + held_out :]
     of_stages = {"scorer": trained, "self_filter": questions, "evaluation": surveys[len(sources) :][:held_out]}
     for setting, grade in graders_of(config).items():

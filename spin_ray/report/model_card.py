@@ -113,8 +113,11 @@ def _on_the_hub(config: SpinConfig, start_model: str) -> str | None:
 def _results(evaluation: dict[str, Any], results: list[Any]) -> str:
     if not results:
         return "The model has not been evaluated."
+    rows, graded = evaluation["rows"], evaluation.get("answers_graded")
+    samples = evaluation.get("samples_graded", graded)
+    answers = "" if samples in (None, rows) else f" (answers: {samples} samples of {graded} rows are graded)"
     lines = [
-        f"{evaluation['rows']} held-out rows, one fresh sample each; ± is a 95 % interval of the mean.",
+        f"{rows} held-out rows, one fresh sample each{answers}; ± is a 95 % interval of the mean.",
         "",
         "| measure | value | meaning |",
         "|---|---|---|",

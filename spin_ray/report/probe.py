@@ -1,6 +1,6 @@
 """The verdict of a probe: is anything left to learn from θ_0's responses, and by which objective?
 
-All numbers are of rows that the two short trainings did not see.
+Samples are of all rows, before any training. Margins and log p are of rows that the two short trainings did not see.
 """
 
 import json
@@ -225,7 +225,9 @@ def asked_of(settings: ProbeConfig) -> dict[str, Any]:
 
 def print_probe(found: dict[str, Any], console: Console) -> None:
     evidence = found["evidence"]
-    table = Table("", "value", "±", title="Held-out rows, samples of θ_0 and two short trainings")
+    table = Table(
+        "", "value", "±", title="Samples of θ_0; two short trainings, measured on other rows"
+    )
     for key, title in _SHOWN.items():
         if (value := evidence.get(key)) is not None:
             error = evidence["standard_errors"].get(key)

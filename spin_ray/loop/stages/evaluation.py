@@ -91,15 +91,19 @@ def run(
             margins["standard_errors"] |= result["standard_errors"]
             result |= {"opponent": previous.name} | margins
         counted |= {"rows": heldout.num_rows}
-        # lm-eval may have written its results before, and may write them now.
-        run_dir.update_evaluation(
-            iterate, lambda before: result | {key: it for key, it in (before or {}).items() if key == "benchmarks"}
-        )
+        run_dir.update_evaluation(iterate, lambda before: result | _benchmarks_of(model, before or {}))
     start = run_dir.evaluation(0) if iterate else None
     for text in warnings(result, start):
         logger.warning("%s: %s", model.name, text)
         run_dir.event("warning", model.name, text=text)
     return result
+
+
+def _benchmarks_of(model: ModelFolder, before: dict[str, Any]) -> dict[str, Any]:
+    """Returns lm-eval's results, which may have come before, unless they are of a model that was trained anew since."""
+    if before.get("made_from", {}).get("model", model.digest) != model.digest:
+        return {}
+    return {key: it for key, it in before.items() if key == "benchmarks"}
 
 
 def _row_losses(config: SpinConfig, objective: Objective | None) -> Callable[[Any], np.ndarray] | None:

@@ -14,6 +14,7 @@ from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from functools import lru_cache
 from itertools import islice
+from math import ceil
 from typing import Any
 
 import numpy as np
@@ -110,7 +111,7 @@ def run(
             counted["sources"] = _draw(firsts, train, counts, config.seed, setting)
         entries, quarantined = _finish(run_dir.storage, slices, artefact, firsts, settings["part_rows"])
         counted |= {"rows": sum(entry.rows or 0 for entry in entries.values()), "quarantined": quarantined.total()}
-        _check_quarantine(run_dir, config, artefact, source, counted["rows"], quarantined)
+        _check_quarantine(run_dir, config, artefact, source, slices, quarantined)
         artefact.commit(entries, inputs, settings, counts=dict(quarantined))
         run_dir.storage.delete(folder)
 
@@ -194,14 +195,17 @@ class _Slice:
     """Place and text of the first good row, by form."""
     ignored: Counter[str] = field(default_factory=Counter)
     """Number of good rows with an unread column, by column."""
+    read: int = 0
+    """Number of rows in the slice, unusable ones included. With ``data.turns: all`` a good one makes several ids."""
 
 
 def _rendered(answer: dict[str, Any]) -> _Slice:
     if answer["error"]:
         raise DataError(answer["error"])
-    forms, ignored = json.loads(answer["read"])
+    forms, ignored, rows = json.loads(answer["read"])
     ids = np.frombuffer(answer["ids"], dtype=np.uint64)
-    return _Slice(answer["name"], ids, {form: (where, row) for form, (where, row) in forms.items()}, Counter(ignored))
+    first = {form: (where, row) for form, (where, row) in forms.items()}
+    return _Slice(answer["name"], ids, first, Counter(ignored), rows)
 
 
 class _RenderSlice:
@@ -219,7 +223,7 @@ class _RenderSlice:
         try:
             with _busy_with_rows():
                 ids = self._render(item, read)
-            return answer | {"ids": ids, "read": json.dumps([read.forms, read.ignored])}
+            return answer | {"ids": ids, "read": json.dumps([read.forms, read.ignored, read.rows])}
         except UserError as error:
             return answer | {"error": str(error)}
 
@@ -229,6 +233,7 @@ class _RenderSlice:
         ids = bytearray()
         reader = read_slice(Slice(item["uri"], item["start"], item["stop"]), self._task.data.columns)
         while sources := list(islice(reader, ROWS_AT_A_TIME)):
+            read.rows += len(sources)
             rows: list[Row] = []
             unusable: list[Row] = []
             for source, found in zip(sources, rows_of(sources, self._task, read.note), strict=True):
@@ -256,6 +261,7 @@ class _Read:
     def __init__(self) -> None:
         self.forms: dict[str, tuple[str, str]] = {}
         self.ignored: Counter[str] = Counter()
+        self.rows = 0
 
     def note(self, source: SourceRow, found: Found, unread: list[str]) -> None:
         if found.form is None:  # a question
@@ -349,14 +355,19 @@ def _quarantine_row(stage: str, origin: str, reason: str, detail: str, raw: byte
 
 
 def _check_quarantine(
-    run_dir: RunDir, config: SpinConfig, artefact: Artefact, source: str, good: int, reasons: Counter[str]
+    run_dir: RunDir, config: SpinConfig, artefact: Artefact, source: str, slices: list[_Slice], reasons: Counter[str]
 ) -> None:
+    """Compares unusable rows with all rows of the files, whatever ``max_rows`` or a source's share takes of them."""
     if leaks := reasons[LEAK]:
         logger.warning("%s: %d rows are held out, too, and are not trained on (data.keep_leaks)", source, leaks)
-    bad = reasons.total() - leaks
-    if good and bad <= config.data.max_quarantine_fraction * (good + bad):
+    read, made = sum(each.read for each in slices), sum(len(each.ids) for each in slices)
+    refused = reasons.total() - leaks - reasons["duplicate"]
+    rows_of_each = made / max(read - refused, 1)
+    every = read - int(leaks / rows_of_each) if leaks else read
+    bad = refused + ceil(reasons["duplicate"] / rows_of_each) if reasons["duplicate"] else refused
+    if made > leaks and bad <= config.data.max_quarantine_fraction * every:
         if bad:
-            logger.warning("%s: %d of %d rows in quarantine (%s)", source, bad, good + bad, _counts(reasons))
+            logger.warning("%s: %d of %d rows in quarantine (%s)", source, bad, every, _counts(reasons))
         return
     where = f"quarantine/{artefact.path}.parquet"
     if not bad:
@@ -364,7 +375,7 @@ def _check_quarantine(
     rows = table_from_bytes(run_dir.storage.read(where)).to_pylist()
     first = next(row for row in rows if row["reason"] != LEAK)
     raise DataError(
-        f"{source}: {bad} of {good + bad} rows cannot be used ({_counts(reasons - Counter({LEAK: leaks}))}), "
+        f"{source}: {bad} of {every} rows cannot be used ({_counts(reasons - Counter({LEAK: leaks}))}), "
         f"more than data.max_quarantine_fraction {config.data.max_quarantine_fraction:g}; "
         f"first: {first['origin']}: {first['reason']}: {first['detail']}; "
         f"all are in {run_dir.storage.where(where)}"

@@ -183,6 +183,13 @@ def test_results_that_lm_eval_writes_meanwhile_stay(run, monkeypatch):
     assert run.evaluation(0)["benchmarks"] == {"arc": 0.5} and run.evaluation(0)["rows"] == 2
 
 
+def test_results_of_a_model_that_was_trained_anew_are_dropped(run):
+    write_answers(run.heldout_samples(0), [("p000", 0, [10, 2]), ("p001", 0, [9])], 2)
+    run.update_evaluation(0, lambda _: {"made_from": {"model": "another"}, "benchmarks": {"arc": 0.5}})
+    assert "benchmarks" not in evaluate_start(run)
+    assert "benchmarks" not in run.evaluation(0)
+
+
 def test_an_evaluation_is_redone_only_for_other_samples_or_another_model(run):
     write_answers(run.heldout_samples(0), [("p000", 0, [10, 2])], 1)
     first = evaluate_start(run)

@@ -160,7 +160,7 @@ def test_parts_of_an_attempt_that_was_never_committed_are_replaced(tmp_path):
 
 def check(made: Made, fraction: float) -> None:
     config = config_of(data={"train": "d.jsonl", "max_quarantine_fraction": fraction})
-    prompts._check_quarantine(made.run, config, made.run.prompts, "d.jsonl", len(made.rows), made.reasons)
+    prompts._check_quarantine(made.run, config, made.run.prompts, "d.jsonl", made.slices, made.reasons)
 
 
 def test_too_many_bad_rows_are_an_error_that_says_which_and_why(tmp_path):
@@ -181,6 +181,27 @@ def test_as_many_bad_rows_as_allowed_are_counted_in_the_log(tmp_path, caplog):
     made = Made(tmp_path, [*({"prompt": f"q{i}", "response": "r"} for i in range(6)), "{", "{", "{", "{"])
     check(made, 0.4)
     assert "4 of 10 rows in quarantine (4 malformed)" in caplog.text
+
+
+def test_rows_that_are_not_taken_count_as_rows_that_were_read(tmp_path, caplog):
+    """One of 20 is bad, and two are taken."""
+    made = Made(tmp_path, [*({"prompt": f"q{i}", "response": "r"} for i in range(19)), "{"], max_rows=2)
+    check(made, 0.05)
+    assert "1 of 20 rows in quarantine (1 malformed)" in caplog.text
+
+
+def test_conversations_are_counted_as_conversations_and_not_by_their_turns(tmp_path):
+    """Of five, one is malformed; each of the others makes three rows, of which one is the same in all: 3 of 12 rows
+    repeat, which is one conversation's worth.
+    """
+    turns = [
+        {"messages": [*chat("hi", "hello"), *chat(f"q{i}", "r"), *chat(f"p{i}", "r")]} for i in range(4)
+    ]  # fmt: skip
+    made = Made(tmp_path, [*turns, "{"], turns="all")
+    assert made.reasons == {"malformed": 1, "duplicate": 3} and len(made.rows) == 9
+    with pytest.raises(DataError, match=r"2 of 5 rows cannot be used \(3 duplicate, 1 malformed\)"):
+        check(made, 0.39)
+    check(made, 0.4)
 
 
 def test_no_usable_row_is_an_error_whatever_is_allowed(tmp_path):

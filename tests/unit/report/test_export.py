@@ -88,6 +88,18 @@ def test_the_card_names_base_data_and_results_in_the_hubs_form(run):
     assert "SECRET" not in text
 
 
+def test_the_card_says_how_many_rows_and_samples_are_graded(run):
+    evaluation = json.loads(run.storage.read(run.eval_path(2)))
+    rows = evaluation["rows"]
+    for graded, said in (
+        ({"answers_graded": rows}, ""),
+        ({"answers_graded": 2}, " (answers: 2 samples of 2 rows are graded)"),
+        ({"answers_graded": 2, "samples_graded": 8}, " (answers: 8 samples of 2 rows are graded)"),
+    ):
+        run.storage.replace(run.eval_path(2), json.dumps(evaluation | graded).encode())
+        assert f"{rows} held-out rows, one fresh sample each{said}; ±" in model_card(run, 2)
+
+
 @pytest.mark.parametrize("algorithm", [*ALGORITHMS, "my_pkg.mine:Mirrored"])
 def test_the_card_says_which_algorithm_made_the_model(run, algorithm):
     """Only SPIN is called SPIN, and θ_0 came from the warm-up alone."""
