@@ -18,7 +18,6 @@ from spin_ray.config.sections import (
     MAY_CHANGE,
     BackendName,
     EngineConfig,
-    EvaluationConfig,
     GenerationConfig,
     Mesh,
     Section,
@@ -172,7 +171,11 @@ def _impossible(config: SpinConfig) -> Iterator[str]:
         given = config.evaluation.max_rows if name == "heldout" else config.data.max_rows
         if given is not None and isinstance(sources, tuple):
             yield f"{limit}: with several sources give data.{name} rows of their own, or weights"
-    yield from _heldout_problems(config)
+    if config.evaluation.samples > 1:
+        if config.data.heldout is None:
+            yield "evaluation.samples: needs data.heldout"
+        elif config.evaluation.grade == "number" and config.evaluation.answer_extractor == "none":
+            yield "evaluation.samples: only grading reads more than one; give answer_extractor or grade"
     if config.stop_when is not None and config.data.heldout is None:
         yield "stop_when: patience and min_fall need data.heldout"
     for place, engine, own in (
@@ -182,16 +185,6 @@ def _impossible(config: SpinConfig) -> Iterator[str]:
         for key in sorted(own & engine.extra.keys() if engine else ()):
             cure = "use the field of its own" if key in EngineConfig.model_fields else "leave it out"
             yield f"{place}.engine.extra.{key}: is set by spin_ray; {cure}"
-
-
-def _heldout_problems(config: SpinConfig) -> Iterator[str]:
-    evaluation, default = config.evaluation, EvaluationConfig()
-    if config.data.heldout is None:
-        for name in ("samples", "max_rows", "examples"):
-            if getattr(evaluation, name) != getattr(default, name):
-                yield f"evaluation.{name}: needs data.heldout"
-    elif evaluation.samples > 1 and evaluation.grade == "number" and evaluation.answer_extractor == "none":
-        yield "evaluation.samples: all but the first are for grading; give answer_extractor or grade, or leave it out"
 
 
 _OWN_ARGUMENTS = {

@@ -225,9 +225,7 @@ def asked_of(settings: ProbeConfig) -> dict[str, Any]:
 
 def print_probe(found: dict[str, Any], console: Console) -> None:
     evidence = found["evidence"]
-    table = Table(
-        "", "value", "±", title="Samples of θ_0; two short trainings, measured on other rows"
-    )
+    table = Table("", "value", "±", title="Samples of θ_0; two short trainings, measured on other rows")
     for key, title in _SHOWN.items():
         if (value := evidence.get(key)) is not None:
             error = evidence["standard_errors"].get(key)

@@ -182,11 +182,9 @@ def test_long_values_are_cut_in_the_error():
         ({"train": {"resources": {"gpus": 0.5}}}, "train.resources.gpus: 0.5; a train worker drives exactly one GPU"),
         ({"evaluation": {"answer_extractor": "equals"}}, "evaluation.answer_extractor: needs data.heldout"),
         ({"evaluation": {"samples": 2}}, "evaluation.samples: needs data.heldout"),
-        ({"evaluation": {"max_rows": 2}}, "evaluation.max_rows: needs data.heldout"),
-        ({"evaluation": {"examples": 2}}, "evaluation.examples: needs data.heldout"),
         (
             {"data": {"train": "d", "heldout": "h"}, "evaluation": {"samples": 2}},
-            "evaluation.samples: all but the first are for grading",
+            "evaluation.samples: only grading reads more than one",
         ),
         ({"train": {"backend": "deepspeed", "compile": True}}, "train.compile: is for train.backend: fsdp2"),
         (
