@@ -38,7 +38,8 @@ class StageProgress:
 
     def __init__(self, stage: str, total: int, unit: str, done: int = 0) -> None:
         self.stage, self.total, self.unit, self.done = stage, total, unit, done
-        self._done_before, self._tokens, self._started = done, 0, time.monotonic()
+        self._done_before, self._tokens, self._started = done, 0.0, time.monotonic()
+        self._measured_s: float | None = None
 
     def __enter__(self) -> Self:
         StageProgress.current = self
@@ -53,9 +54,13 @@ class StageProgress:
         self.done += done
         self._tokens += tokens
 
+    def restate(self, done: int, before: int, tokens: float, seconds: float) -> None:
+        """Sets all counts. Work after the first ``before`` units took ``seconds``, whenever it is seen."""
+        self.done, self._done_before, self._tokens, self._measured_s = done, before, tokens, seconds
+
     @property
     def _seconds(self) -> float:
-        return max(time.monotonic() - self._started, 1e-3)
+        return max(time.monotonic() - self._started if self._measured_s is None else self._measured_s, 1e-3)
 
     @property
     def seconds_left(self) -> float | None:
