@@ -18,6 +18,7 @@ from spin_ray.loop.stages.training import worker
 from spin_ray.loop.stages.training.job import TrainJob
 from spin_ray.loop.stages.training.log import TrainLog, Watcher
 from spin_ray.report.progress import StageProgress
+from spin_ray.run_dir import events
 from spin_ray.run_dir.events import read_json_lines
 from spin_ray.run_dir.run_dir import RunDir
 from spin_ray.run_dir.schemas import PAIR_SCHEMA, REFERENCE_SCHEMA
@@ -25,6 +26,7 @@ from spin_ray.run_dir.storage import Storage
 from tests.support.fakes import config_of, write_prompts, write_rows
 
 torch.set_num_threads(1)
+real_train = training._train
 PAIRS = [
     {
         "pair_id": f"p{i}/000/0",
@@ -297,3 +299,23 @@ def test_steps_that_are_done_again_count_once(run, watch):
     assert watch()[0].startswith("4/64 steps")
     log_steps(run, range(4, 5), seconds=60)
     assert watch() == ("5/64 steps, 0.01 steps/s, 5 tokens/s", pytest.approx(59 * 92))
+
+
+def test_a_training_counts_the_kept_steps_of_all_its_worker_groups(run, jobs, monkeypatch):
+    """Steps 0 and 1 are an earlier driver's. The first workers die after step 5, the next go on from 4 with 10 s."""
+    log_steps(run, range(3))
+    train(run, config_of(), 0)
+    clock = [0.0]
+    monkeypatch.setattr(events.time, "monotonic", lambda: clock[0])
+
+    def work_twice(*_: Any, **__: Any) -> dict[str, float]:
+        log_steps(run, range(2, 6), seconds=101, kept=2)
+        log_steps(run, range(4, 8), seconds=102, kept=4)
+        clock[0] = 1000.0
+        return {"work_s": 10.0}
+
+    monkeypatch.setattr(training, "run_workers", work_twice)
+    real_train(run, config_of(), jobs[-1])
+    commit = run.events()[-1]
+    assert (commit["steps"], commit["tokens"], commit["tokens_per_s"]) == (6, 3000, 3.0)
+    assert commit["useful"] == pytest.approx((10 + 2 * 101 + 4 * 102) / 1000)

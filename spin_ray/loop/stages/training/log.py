@@ -9,7 +9,6 @@ import torch.distributed as dist
 from spin_ray.loop.stages.training.job import TrainJob
 from spin_ray.report.progress import StageProgress
 from spin_ray.report.tracking import set_gauges, step_values
-from spin_ray.run_dir.events import read_json_lines
 from spin_ray.run_dir.run_dir import RunDir
 
 
@@ -20,7 +19,7 @@ class TrainLog:
         self._job = job
         self._active = dist.get_rank() == 0
         if self._active:
-            logged = read_json_lines(job.storage, job.log_path)
+            logged = job.logged()
             kept = [line for line in logged if line["step"] < first]
             if len(kept) < len(logged):
                 lost = {"steps": len(logged) - len(kept), "resumed_at": first, "why": "a worker or the driver died"}
@@ -37,7 +36,7 @@ class Watcher:
 
     def __init__(self, job: TrainJob) -> None:
         self._job = job
-        self._lines = self._read()
+        self._lines = job.logged()
         self._before = len(self._lines)
         self._progress: StageProgress | None = None
         self._stop = threading.Event()
@@ -50,9 +49,6 @@ class Watcher:
         self._stop.set()
         self._thread.join(timeout=10)
 
-    def _read(self) -> list[dict[str, Any]]:
-        return read_json_lines(self._job.storage, self._job.log_path)
-
     def _watch(self) -> None:
         stopped = False
         while not stopped:
@@ -63,7 +59,7 @@ class Watcher:
 
     def _look(self) -> None:
         """Shows the log as it is now. It shrinks when workers go on from a checkpoint."""
-        seen, self._lines = self._lines, self._read()
+        seen, self._lines = self._lines, self._job.logged()
         lines = self._lines
         self._before = min(self._before, len(lines))
         if self._progress is None and lines:
