@@ -6,7 +6,7 @@ import sys
 import threading
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from typing import Any, Self
 
 from rich.console import Console, Group, RenderableType
@@ -16,9 +16,9 @@ from rich.table import Table
 from rich.text import Text
 
 from spin_ray.config.recipe import SpinConfig
-from spin_ray.errors import first_line
+from spin_ray.errors import RunDirError, StageError, first_line
 from spin_ray.report.forecast import PREPARATION, Forecast, forecast
-from spin_ray.run_dir.events import Span, duration, spans
+from spin_ray.run_dir.events import Span, close_lost_attempt, duration, spans
 from spin_ray.run_dir.names import iterate_name, iteration_name
 from spin_ray.run_dir.run_dir import RunDir
 
@@ -89,6 +89,8 @@ class RunProgress:
         self._stop = threading.Event()
 
     def __enter__(self) -> Self:
+        with suppress(StageError, RunDirError):  # what cannot be reported never fails the run
+            close_lost_attempt(self._run.storage, read_progress(self._run).get("time", 0.0))
         self._thread = threading.Thread(target=self._watch, name="run-progress", daemon=True)
         self._thread.start()
         return self
@@ -163,7 +165,8 @@ class RunProgress:
             is_running = span.outcome == "running"
             mark = {"commit": "[green]✓[/]", "running": "[cyan]▶[/]"}.get(span.outcome, "[red]✗[/]")
             seconds = time.time() - span.start if is_running else span.seconds
-            cells: list[RenderableType] = [mark, f"{span.folder} {span.stage}", duration(seconds)]
+            length = duration(seconds) if is_running or span.is_end_known else "?"
+            cells: list[RenderableType] = [mark, f"{span.folder} {span.stage}", length]
             stage = StageProgress.current
             if is_running and stage:
                 left = f", {duration(stage.seconds_left)} left" if stage.seconds_left else ""
@@ -192,6 +195,14 @@ class RunProgress:
             if 0 <= self._forecast.turn < self._config.iterations:
                 yield f"iteration {self._forecast.iteration}"
             yield f"run {self._forecast.run}"
+
+
+def read_progress(run: RunDir) -> dict[str, Any]:
+    """Returns the newest state that a driver wrote; empty without one."""
+    try:
+        return json.loads(run.storage.read(PROGRESS))
+    except (FileNotFoundError, ValueError):
+        return {}
 
 
 @contextmanager
