@@ -97,11 +97,15 @@ def _sum(guesses: list[float | None]) -> Left:
 def _rates(
     plan: Sequence[Expected], attempts: Sequence[Span], done: set[tuple[int, str]]
 ) -> Iterator[tuple[str, float]]:
-    """Yields seconds per unit of work by kind, the newest turn last."""
+    """Yields seconds per unit of work by kind, the newest turn last.
+
+    A stage with an attempt of unknown length has none: its other attempts did a part of the work.
+    """
     for it in sorted(plan, key=lambda it: it.turn):
         if (it.turn, it.kind) in done:
             mine = [span for span in attempts if _place(span) == (it.turn, it.kind)]
-            yield it.kind, sum(span.seconds for span in mine) / max(it.work, 1e-9)
+            if all(span.is_end_known for span in mine):
+                yield it.kind, sum(span.seconds for span in mine) / max(it.work, 1e-9)
 
 
 def _expected(config: SpinConfig, attempts: Sequence[Span], done: set[tuple[int, str]]) -> Iterator[Expected]:

@@ -6,7 +6,7 @@ import sys
 import threading
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from typing import Any, Self
 
 from rich.console import Console, Group, RenderableType
@@ -16,9 +16,9 @@ from rich.table import Table
 from rich.text import Text
 
 from spin_ray.config.recipe import SpinConfig
-from spin_ray.errors import first_line
+from spin_ray.errors import RunDirError, StageError, first_line
 from spin_ray.report.forecast import PREPARATION, Forecast, forecast
-from spin_ray.run_dir.events import Span, duration, spans
+from spin_ray.run_dir.events import Span, close_lost_attempt, duration, spans
 from spin_ray.run_dir.names import iterate_name, iteration_name
 from spin_ray.run_dir.run_dir import RunDir
 
@@ -38,7 +38,8 @@ class StageProgress:
 
     def __init__(self, stage: str, total: int, unit: str, done: int = 0) -> None:
         self.stage, self.total, self.unit, self.done = stage, total, unit, done
-        self._done_before, self._tokens, self._started = done, 0, time.monotonic()
+        self._done_before, self._tokens, self._started = done, 0.0, time.monotonic()
+        self._measured_s: float | None = None
 
     def __enter__(self) -> Self:
         StageProgress.current = self
@@ -53,9 +54,13 @@ class StageProgress:
         self.done += done
         self._tokens += tokens
 
+    def restate(self, done: int, before: int, tokens: float, seconds: float) -> None:
+        """Sets all counts. Work after the first ``before`` units took ``seconds``, whenever it is seen."""
+        self.done, self._done_before, self._tokens, self._measured_s = done, before, tokens, seconds
+
     @property
     def _seconds(self) -> float:
-        return max(time.monotonic() - self._started, 1e-3)
+        return max(time.monotonic() - self._started if self._measured_s is None else self._measured_s, 1e-3)
 
     @property
     def seconds_left(self) -> float | None:
@@ -84,6 +89,8 @@ class RunProgress:
         self._stop = threading.Event()
 
     def __enter__(self) -> Self:
+        with suppress(StageError, RunDirError):  # what cannot be reported never fails the run
+            close_lost_attempt(self._run.storage, read_progress(self._run).get("time", 0.0))
         self._thread = threading.Thread(target=self._watch, name="run-progress", daemon=True)
         self._thread.start()
         return self
@@ -158,7 +165,8 @@ class RunProgress:
             is_running = span.outcome == "running"
             mark = {"commit": "[green]✓[/]", "running": "[cyan]▶[/]"}.get(span.outcome, "[red]✗[/]")
             seconds = time.time() - span.start if is_running else span.seconds
-            cells: list[RenderableType] = [mark, f"{span.folder} {span.stage}", duration(seconds)]
+            length = duration(seconds) if is_running or span.is_end_known else "?"
+            cells: list[RenderableType] = [mark, f"{span.folder} {span.stage}", length]
             stage = StageProgress.current
             if is_running and stage:
                 left = f", {duration(stage.seconds_left)} left" if stage.seconds_left else ""
@@ -187,6 +195,14 @@ class RunProgress:
             if 0 <= self._forecast.turn < self._config.iterations:
                 yield f"iteration {self._forecast.iteration}"
             yield f"run {self._forecast.run}"
+
+
+def read_progress(run: RunDir) -> dict[str, Any]:
+    """Returns the newest state that a driver wrote; empty without one."""
+    try:
+        return json.loads(run.storage.read(PROGRESS))
+    except (FileNotFoundError, ValueError):
+        return {}
 
 
 @contextmanager

@@ -14,7 +14,7 @@ from spin_ray.errors import OtherRunError
 from spin_ray.report.examples import read_examples
 from spin_ray.report.history import read_evaluations
 from spin_ray.report.measures import MEASURES, Evaluation
-from spin_ray.report.progress import PROGRESS
+from spin_ray.report.progress import read_progress
 from spin_ray.report.signs import warnings
 from spin_ray.run_dir.events import Event, counted_in, duration, lost_work, read_json_lines, spans, stage_seconds
 from spin_ray.run_dir.names import iterate_number
@@ -73,7 +73,7 @@ def status_as_json(run: RunDir) -> dict[str, Any]:
         "seconds": stage_seconds(events),
         "lost": lost_work(events),
         "running": is_running(run),
-        "progress": _progress(run),
+        "progress": read_progress(run),
         "last_event": events[-1] if events else None,
     }
 
@@ -134,19 +134,12 @@ def _print_running(run: RunDir, events: list[Event], console: Console) -> None:
     log = read_json_lines(run.storage, f"{last.folder}/train_log.jsonl") if last.stage == "training" else []
     if log:
         console.print(_training(last.folder, log))
-    state = _progress(run)
+    state = read_progress(run)
     if state.get("time", 0) >= last.start:
         line = f"Running: {state['line']} (written {duration(time.time() - state['time'])} ago)"
     else:
         line = f"Running: {last.folder} {last.stage} for {duration(time.time() - last.start)}"
     console.print(line, markup=False)
-
-
-def _progress(run: RunDir) -> dict[str, Any]:
-    try:
-        return json.loads(run.storage.read(PROGRESS))
-    except (FileNotFoundError, ValueError):
-        return {}
 
 
 def _training(folder: str, log: list[dict[str, Any]]) -> Table:

@@ -153,9 +153,9 @@ def metric_name(name: str) -> str:
 
 
 def step_values(line: Mapping[str, Any]) -> dict[str, float]:
-    """Returns a train_log.jsonl line's numbers by name."""
+    """Returns a train_log.jsonl line's numbers by name; ``progress/step`` counts from 1."""
     named = {f"train/{key}": float(value) for key, value in line.items() if key not in NOT_LOGGED}
-    return named | {"progress/step": float(line["step"]), "progress/steps": float(line["of"])}
+    return named | {"progress/step": float(line["step"] + 1), "progress/steps": float(line["of"])}
 
 
 def set_gauges(run: str, values: Mapping[str, float]) -> None:

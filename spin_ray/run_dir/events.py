@@ -116,17 +116,22 @@ class Span:
     start: float
     """Unix time in seconds."""
     end: float
+    """Unix time; the last sign of life if ``is_end_known`` is false."""
     outcome: str
     """``commit``, ``failure``, ``lost`` (its driver died) or ``running``."""
     counted: dict[str, Any]
+    is_end_known: bool = True
 
     @property
     def seconds(self) -> float:
         return self.end - self.start
 
 
-def spans(events: Iterable[Event]) -> list[Span]:
-    """Returns every attempt. An attempt of the driver was lost if the driver starts another stage before its end."""
+def spans(events: Iterable[Event], seen: float = 0.0) -> list[Span]:
+    """Returns every attempt. An attempt of the driver was lost if the driver starts another stage before its end.
+
+    ``seen`` is a time at which the driver was seen alive.
+    """
     found: list[Span] = []
     open_stages: dict[tuple[str, str], float] = {}
     latest = 0.0
@@ -136,14 +141,30 @@ def spans(events: Iterable[Event]) -> list[Span]:
             if place[1] not in BESIDE:  # the driver runs one stage at a time, so an open one was lost
                 for lost in [it for it in open_stages if it[1] not in BESIDE]:
                     started = open_stages.pop(lost)
-                    found.append(Span(*lost, started, max(latest, started), "lost", {}))
+                    found.append(Span(*lost, started, max(latest, started), "lost", {}, False))
             open_stages[place] = event["time"]
         elif kind in ("commit", "failure"):
             open_stages.pop(place, None)
             found.append(Span(*place, event["time"] - event["seconds"], event["time"], kind, counted_in(event)))
+        elif kind == "lost" and "seconds" in event and place in open_stages:
+            started = open_stages.pop(place)
+            found.append(Span(*place, started, started + event["seconds"], "lost", {}))
         latest = event["time"]
-    found += [Span(*place, started, latest, "running", {}) for place, started in open_stages.items()]
+    for place, started in open_stages.items():
+        end = latest if place[1] in BESIDE else max(latest, seen)
+        found.append(Span(*place, started, end, "running", {}, False))
     return found
+
+
+def close_lost_attempt(storage: Storage, seen: float) -> None:
+    """Logs the open attempt of a dead driver as lost. ``seen`` is the time at which that driver was last seen alive."""
+    events = [event for event in read_events(storage) if event["kind"] not in BESIDE]
+    if not any(span.outcome == "running" for span in spans(events)):
+        return
+    start = [event for event in events if event["event"] == "start"][-1]
+    if seen > start["time"]:
+        seconds = round(seen - start["time"], 3)
+        write_event(storage, "lost", start["stage"], seconds=seconds, why="the driver died")
 
 
 def _shown(kind: str) -> str:
@@ -176,6 +197,6 @@ def lost_work(events: list[Event]) -> dict[str, int]:
 def stage_seconds(events: list[Event]) -> dict[str, dict[str, float]]:
     seconds: dict[str, dict[str, float]] = defaultdict(lambda: defaultdict(float))
     for event in map(with_fields, events):
-        if event["event"] in ("commit", "failure"):
+        if event["event"] in ("commit", "failure", "lost") and "seconds" in event:
             seconds[event["folder"]][_shown(event["kind"])] += event["seconds"]
     return {folder: dict(stages) for folder, stages in seconds.items()}

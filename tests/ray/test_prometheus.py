@@ -39,5 +39,5 @@ def test_prometheus_has_the_newest_of_what_the_trackers_have(tmp_path: Path) -> 
     while not expected.keys() <= (found := scrape("scraped")).keys() and time.monotonic() < deadline:
         time.sleep(1)
     assert {name: found.get(name) for name in expected} == expected
-    assert (found["spin_ray_progress_step"], found["spin_ray_progress_steps"]) == (4, 5)
+    assert (found["spin_ray_progress_step"], found["spin_ray_progress_steps"]) == (5, 5)
     assert found["spin_ray_eval_iterate"] == 2

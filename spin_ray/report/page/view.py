@@ -12,6 +12,7 @@ from spin_ray.errors import UserError
 from spin_ray.report.examples import Example, read_examples
 from spin_ray.report.history import read_benchmarks, read_evaluations, read_train_logs
 from spin_ray.report.measures import BY_KEY, CONFIDENCE, Evaluation
+from spin_ray.report.progress import read_progress
 from spin_ray.report.redaction import hide, hide_in_text
 from spin_ray.report.signs import warnings
 from spin_ray.run_dir.events import Span, spans
@@ -140,7 +141,7 @@ def read_view(run: RunDir, only_prompts: list[str] | None = None) -> RunView:
         evaluations=evaluations,
         train_logs=read_train_logs(run, config),
         benchmarks=read_benchmarks(run, config),
-        spans=spans(events),
+        spans=spans(events, read_progress(run).get("time", 0.0)),
         examples=examples,
         no_examples=no_examples,
         quarantine=_quarantine(run),

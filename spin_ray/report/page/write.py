@@ -214,7 +214,10 @@ def _span_title(span: Span) -> str:
     if "useful" in span.counted:
         counted.append(f"{span.counted['useful']:.0%} useful work")
     outcome = {"failure": "failed", "lost": "lost when its driver died", "running": "still running"}.get(span.outcome)
-    words = [f"{span.folder} {span.stage}: {exact_duration(span.seconds)}", *counted, *([outcome] if outcome else [])]
+    length = exact_duration(span.seconds)
+    if not span.is_end_known:
+        length = f"at least {length}" if span.seconds else "of unknown length"
+    words = [f"{span.folder} {span.stage}: {length}", *counted, *([outcome] if outcome else [])]
     return ", ".join(words)
 
 

@@ -1,5 +1,6 @@
 """Training below Ray and torch.distributed: what identifies the work, rows and reference scores in their places."""
 
+import json
 from typing import Any
 
 import pyarrow as pa
@@ -15,7 +16,9 @@ from spin_ray.loop.algorithms.base import margin_objective
 from spin_ray.loop.stages.training import stage as training
 from spin_ray.loop.stages.training import worker
 from spin_ray.loop.stages.training.job import TrainJob
-from spin_ray.loop.stages.training.log import TrainLog
+from spin_ray.loop.stages.training.log import TrainLog, Watcher
+from spin_ray.report.progress import StageProgress
+from spin_ray.run_dir import events
 from spin_ray.run_dir.events import read_json_lines
 from spin_ray.run_dir.run_dir import RunDir
 from spin_ray.run_dir.schemas import PAIR_SCHEMA, REFERENCE_SCHEMA
@@ -23,6 +26,7 @@ from spin_ray.run_dir.storage import Storage
 from tests.support.fakes import config_of, write_prompts, write_rows
 
 torch.set_num_threads(1)
+real_train = training._train
 PAIRS = [
     {
         "pair_id": f"p{i}/000/0",
@@ -237,3 +241,81 @@ def test_only_rank_0_writes_the_log(run, jobs, monkeypatch):
     monkeypatch.setattr(worker.dist, "get_rank", lambda: 1)
     log_of(run, jobs, first=0).write({"step": 0})
     assert not run.storage.exists("iter_000/train_log.jsonl")
+
+
+# The progress of the log
+
+
+def log_steps(run: RunDir, steps: range, seconds: float = 100.0, kept: int | None = None) -> None:
+    """Logs steps of 500 tokens each. With ``kept``, the log is first cut to so many."""
+    path = "iter_000/train_log.jsonl"
+    if kept is not None:
+        lines = read_json_lines(run.storage, path)[:kept]
+        run.storage.replace(path, "".join(json.dumps(line) + "\n" for line in lines).encode())
+    for step in steps:
+        line = {"step": step, "loss": 1.0, "tokens": 500.0, "seconds": seconds, "of": 64}
+        run.storage.append(path, json.dumps(line) + "\n")
+
+
+@pytest.fixture
+def watch(run, jobs, monkeypatch):
+    """Begins to watch the log as it is at the first call; returns the shown words and the seconds left."""
+    monkeypatch.setattr(StageProgress, "current", None)
+    watchers: list[Watcher] = []
+
+    def look() -> tuple[str, float | None]:
+        if not watchers:
+            train(run, config_of(), 0)
+            watchers.append(Watcher(jobs[-1]))
+        watchers[0]._look()
+        shown = StageProgress.current
+        return (shown.rates(), shown.seconds_left) if shown else ("", None)
+
+    return look
+
+
+def test_rates_of_training_are_those_of_the_logged_seconds(run, watch):
+    """The steps are all seen at once; they took 100 s each, with 500 tokens."""
+    assert watch() == ("", None)
+    log_steps(run, range(6))
+    assert watch() == ("6/64 steps, 0.01 steps/s, 5 tokens/s", 5800)
+
+
+def test_steps_of_an_earlier_driver_are_done_but_no_part_of_the_rate(run, watch):
+    """It logged ten steps of 100 s; the last checkpoint has eight. Two more take 50 s each."""
+    log_steps(run, range(10))
+    assert watch() == ("10/64 steps, 0.00 steps/s, 0 tokens/s", None)
+    log_steps(run, range(0), kept=8)
+    assert watch() == ("8/64 steps, 0.00 steps/s, 0 tokens/s", None)
+    log_steps(run, range(8, 10), seconds=50)
+    assert watch() == ("10/64 steps, 0.02 steps/s, 10 tokens/s", 2700)
+
+
+def test_steps_that_are_done_again_count_once(run, watch):
+    """A worker died after six steps of 100 s; its checkpoint has four, and the fifth takes 60 s."""
+    watch()
+    log_steps(run, range(6))
+    log_steps(run, range(0), kept=4)
+    assert watch()[0].startswith("4/64 steps")
+    log_steps(run, range(4, 5), seconds=60)
+    assert watch() == ("5/64 steps, 0.01 steps/s, 5 tokens/s", pytest.approx(59 * 92))
+
+
+def test_a_training_counts_the_kept_steps_of_all_its_worker_groups(run, jobs, monkeypatch):
+    """Steps 0 and 1 are an earlier driver's. The first workers die after step 5, the next go on from 4 with 10 s."""
+    log_steps(run, range(3))
+    train(run, config_of(), 0)
+    clock = [0.0]
+    monkeypatch.setattr(events.time, "monotonic", lambda: clock[0])
+
+    def work_twice(*_: Any, **__: Any) -> dict[str, float]:
+        log_steps(run, range(2, 6), seconds=101, kept=2)
+        log_steps(run, range(4, 8), seconds=102, kept=4)
+        clock[0] = 1000.0
+        return {"work_s": 10.0}
+
+    monkeypatch.setattr(training, "run_workers", work_twice)
+    real_train(run, config_of(), jobs[-1])
+    commit = run.events()[-1]
+    assert (commit["steps"], commit["tokens"], commit["tokens_per_s"]) == (6, 3000, 3.0)
+    assert commit["useful"] == pytest.approx((10 + 2 * 101 + 4 * 102) / 1000)

@@ -87,6 +87,24 @@ def test_attempts_that_failed_count_as_time_that_the_stage_takes():
     assert found.iteration.seconds == pytest.approx(60 + 2 + 280)
 
 
+@pytest.mark.parametrize(
+    ("told", "expected", "is_all"),
+    [([], 62, False), ([{"time": 7400.0, "event": "lost", "seconds": 7200.0}], 62 + 2 * (7200 + 720), True)],
+)
+def test_work_of_a_killed_driver_is_part_of_the_price_or_there_is_no_price(told, expected, is_all):
+    """It trained for 7,200 s, and the next one ended the training in 720. Turn 1 has twice the pairs."""
+    stages = events_of(*PREPARED, *FIRST_TURN[:3])
+    training = {"stage": "iter_000/training"}
+    resumed = [
+        {"time": 112.0, "event": "start"}, *told, {"time": 7400.0, "event": "start"},
+        {"time": 8120.0, "event": "commit", "seconds": 720.0},
+    ]  # fmt: skip
+    events = [*stages, *(training | line for line in resumed)]
+    config = CONFIG.model_copy(update={"data": CONFIG.data.model_copy(update={"heldout": None})})
+    found = forecast(config, events, 8120.0, None)
+    assert (found.turn, found.iteration.seconds, found.iteration.is_all) == (1, pytest.approx(expected), is_all)
+
+
 def test_a_benchmark_beside_the_run_is_no_stage_of_it():
     start = {"time": 300.0, "event": "start", "stage": "sft/benchmarks"}
     events = events_of(*PREPARED, *FIRST_TURN)

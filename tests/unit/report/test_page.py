@@ -164,8 +164,24 @@ def test_an_attempt_whose_driver_died_is_lost_and_a_last_one_may_still_run():
         {"time": 60.0, "event": "failure", "stage": "iter_000/training", "seconds": 10.0},
         {"time": 70.0, "event": "start", "stage": "iter_000/training"},
     ]
-    found = [(span.outcome, span.start, span.end) for span in spans(events)]
-    assert found == [("lost", 0.0, 0.0), ("failure", 50.0, 60.0), ("running", 70.0, 70.0)]
+    found = [(span.outcome, span.start, span.end, span.is_end_known) for span in spans(events, seen=85.0)]
+    assert found == [("lost", 0.0, 0.0, False), ("failure", 50.0, 60.0, True), ("running", 70.0, 85.0, False)]
+
+
+def test_the_length_of_an_attempt_is_said_as_far_as_it_is_known(tmp_path):
+    """Of the first lost attempt nothing is known. The second lasted 700 s. The third was last seen after 90 s."""
+    run = made_up_run(tmp_path / "run", iterations=3, done=2)
+    start = run.events()[-1]["time"] + 10
+    for line in (
+        {"time": start, "event": "start"}, {"time": start + 1000, "event": "start"},
+        {"time": start + 2000, "event": "lost", "seconds": 700.0}, {"time": start + 2000, "event": "start"},
+    ):  # fmt: skip
+        run.storage.append("events.jsonl", json.dumps({"stage": "iter_002/training"} | line) + "\n")
+    run.storage.replace("progress.json", json.dumps({"time": start + 2090, "line": ""}).encode())
+    page = write_report([run], tmp_path / "page.html").read_text()
+    lost = "lost when its driver died"
+    for words in (f"of unknown length, {lost}", f"11 min 40 s, {lost}", "at least 1 min 30 s, still running"):
+        assert f"iter_002 training: {words}" in page
 
 
 # Charts

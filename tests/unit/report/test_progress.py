@@ -99,6 +99,19 @@ def test_a_log_gets_a_plain_line_a_minute_and_status_a_file(run, stage, caplog, 
     assert f"Running: {state['line']} (written 0 s ago)" in out.getvalue()
 
 
+@pytest.mark.parametrize(("seen", "lost"), [(7200.0, [7200.0]), (-5.0, []), (None, [])])
+def test_the_next_driver_logs_how_long_a_killed_one_was_seen_alive(run, seen, lost):
+    """A report older than the stage says nothing of it."""
+    if seen is not None:
+        state = {"time": run.events()[-1]["time"] + seen, "line": ""}
+        run.storage.replace(PROGRESS, json.dumps(state).encode())
+    for _ in range(2):
+        with RunProgress(run, run.config(), Console(file=io.StringIO())):
+            pass
+    told = [(event["stage"], event["seconds"]) for event in run.events() if event["event"] == "lost"]
+    assert told == [("iter_002/training", pytest.approx(seconds)) for seconds in lost]
+
+
 def test_a_folder_that_cannot_be_written_does_not_stop_the_run(run, caplog, monkeypatch):
     def fail() -> None:
         raise OSError("gone")

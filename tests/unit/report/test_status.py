@@ -116,6 +116,7 @@ def test_seconds_are_summed_over_attempts_and_sorted_by_folder(run):
     """Sampling for held-out and training prompts is one stage with two names."""
     for event, stage, seconds in [
         ("failure", "iter_000/training", 10.0),
+        ("lost", "iter_000/training", 5.0),
         ("commit", "iter_000/training", 20.5),
         ("commit", "prompts", 1.0),
         ("commit", "sft/heldout_samples + iter_000/generations", 7.0),
@@ -123,7 +124,7 @@ def test_seconds_are_summed_over_attempts_and_sorted_by_folder(run):
     ]:
         run.event(event, stage, seconds=seconds)
     assert stage_seconds(run.events()) == {
-        "iter_000": {"training": 30.5},
+        "iter_000": {"training": 35.5},
         "run": {"prompts": 1.0},
         "sft": {"sampling": 7.0},
     }

@@ -8,7 +8,7 @@ import pytest
 
 from spin_ray.config.sections import TrackingConfig
 from spin_ray.report import tracking
-from spin_ray.report.tracking import points, track
+from spin_ray.report.tracking import points, step_values, track
 from tests.support.made_up_run import made_up_run
 
 
@@ -29,6 +29,11 @@ def test_training_counts_its_steps_through_all_iterations_and_evaluations_count_
     assert found["eval/against_opponent.loss", 2] == pytest.approx(0.5)
     assert found["eval/answer_accuracy", 2] == pytest.approx(0.45)
     assert ("train/loss", 4) not in found
+
+
+def test_the_last_step_is_as_many_as_there_are():
+    values = step_values({"step": 63, "of": 64, "loss": 0.5})
+    assert values == {"train/loss": 0.5, "progress/step": 64.0, "progress/steps": 64.0}
 
 
 def test_tensorboard_reads_back_what_was_written(run):

@@ -9,7 +9,6 @@ import torch.distributed as dist
 from spin_ray.loop.stages.training.job import TrainJob
 from spin_ray.report.progress import StageProgress
 from spin_ray.report.tracking import set_gauges, step_values
-from spin_ray.run_dir.events import read_json_lines
 from spin_ray.run_dir.run_dir import RunDir
 
 
@@ -20,7 +19,7 @@ class TrainLog:
         self._job = job
         self._active = dist.get_rank() == 0
         if self._active:
-            logged = read_json_lines(job.storage, job.log_path)
+            logged = job.logged()
             kept = [line for line in logged if line["step"] < first]
             if len(kept) < len(logged):
                 lost = {"steps": len(logged) - len(kept), "resumed_at": first, "why": "a worker or the driver died"}
@@ -37,6 +36,9 @@ class Watcher:
 
     def __init__(self, job: TrainJob) -> None:
         self._job = job
+        self._lines = job.logged()
+        self._before = len(self._lines)
+        self._progress: StageProgress | None = None
         self._stop = threading.Event()
         self._thread = threading.Thread(target=self._watch, name="train-progress", daemon=True)
 
@@ -48,19 +50,23 @@ class Watcher:
         self._thread.join(timeout=10)
 
     def _watch(self) -> None:
-        seen = len(read_json_lines(self._job.storage, self._job.log_path))
-        progress: StageProgress | None = None
         stopped = False
         while not stopped:
             stopped = self._stop.wait(1.0)
-            lines = read_json_lines(self._job.storage, self._job.log_path)
-            if progress is None and lines:
-                progress = StageProgress(f"{self._job.name}/training", lines[-1]["of"], "steps", done=seen).__enter__()
-            if progress is not None:
-                for line in lines[seen:]:
-                    progress.advance(1, line["tokens"])
-                if lines[seen:]:
-                    set_gauges(self._job.storage.name, step_values(lines[-1]))
-                seen = max(seen, len(lines))
-        if progress is not None:
-            progress.__exit__(None, None, None)
+            self._look()
+        if self._progress is not None:
+            self._progress.__exit__(None, None, None)
+
+    def _look(self) -> None:
+        """Shows the log as it is now. It shrinks when workers go on from a checkpoint."""
+        seen, self._lines = self._lines, self._job.logged()
+        lines = self._lines
+        self._before = min(self._before, len(lines))
+        if self._progress is None and lines:
+            self._progress = StageProgress(f"{self._job.name}/training", lines[-1]["of"], "steps").__enter__()
+        if self._progress is not None:
+            own = lines[self._before :]
+            tokens, seconds = (sum(line[key] for line in own) for key in ("tokens", "seconds"))
+            self._progress.restate(len(lines), self._before, tokens, seconds)
+        if lines and lines != seen:
+            set_gauges(self._job.storage.name, step_values(lines[-1]))

@@ -1,7 +1,9 @@
 """Training of θ_{t+1} from θ_t, and supervised fine-tuning."""
 
 from dataclasses import replace
+from itertools import takewhile
 from pathlib import Path
+from typing import Any
 
 from spin_ray.config.recipe import SpinConfig, digest
 from spin_ray.config.sections import OptimizerConfig, SftConfig
@@ -142,7 +144,7 @@ def _backend_settings(config: SpinConfig, optimizer: OptimizerConfig, learning_r
 def _train(run_dir: RunDir, config: SpinConfig, job: TrainJob) -> None:
     if job.target.already_made(job.inputs(), job.settings()):
         return
-    checkpoints = f"{job.name}/checkpoints"
+    checkpoints, earlier = f"{job.name}/checkpoints", job.logged()
     with run_dir.stage(f"{job.name}/training") as counted:
         with Watcher(job):
             counted |= run_workers(
@@ -153,6 +155,14 @@ def _train(run_dir: RunDir, config: SpinConfig, job: TrainJob) -> None:
                 run_dir.storage.where(checkpoints),
                 progress=lambda: run_dir.storage.find(job.log_path),
             )
+        own = _added(earlier, job.logged())
+        counted |= {"steps": len(own), "tokens": sum(line["tokens"] for line in own)}
+        counted |= {"work_s": counted["work_s"] + sum(line["seconds"] for line in own)}
         counted |= {"rows": job.rows.manifest().rows}
         if not config.storage.keep_checkpoints:
             run_dir.storage.delete(checkpoints)
+
+
+def _added(earlier: list[dict[str, Any]], now: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Returns the lines of a log after those that it had before."""
+    return now[sum(1 for _ in takewhile(lambda pair: pair[0] == pair[1], zip(earlier, now, strict=False))) :]

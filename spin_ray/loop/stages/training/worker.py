@@ -37,7 +37,7 @@ _TOKENS = ("prompt_ids", "real_ids", "generated_ids", "initial_ids")
 
 
 def work(job: TrainJob) -> dict[str, Any]:
-    """Does this rank's part of the job; returns counts of this attempt."""
+    """Does this rank's part of the job. Returns what train_log.jsonl lacks; ``work_s`` is without the steps."""
     job, choice = _on_a_mesh(job)
     rank, ranks = job.shape.place()
     planned = plan(
@@ -55,19 +55,16 @@ def work(job: TrainJob) -> dict[str, Any]:
     work_s = time.monotonic() - started
     first = checkpoint.restore(job, backend)
     log, health = TrainLog(job, first), HealthMonitor(job.health, len(steps))
-    tokens = 0.0
     for number in range(first, len(steps)):
         started = time.monotonic()
         metrics = train_step(backend, steps[number], table, job.shape, job.objective, reference, teacher)
-        seconds = time.monotonic() - started
-        log.write({"step": number, **metrics, "seconds": round(seconds, 3), "of": len(steps)})
+        log.write({"step": number, **metrics, "seconds": round(time.monotonic() - started, 3), "of": len(steps)})
         health.check(number, metrics)
-        work_s, tokens = work_s + seconds, tokens + metrics["tokens"]
         if (number + 1) % job.checkpoint_every_steps == 0 and number + 1 < len(steps):
             checkpoint.save(job, backend, number + 1)
     _export(job, backend)
-    counts = {"steps": len(steps) - first, "tokens": tokens, "work_s": work_s} | audited
-    return counts | ({"mesh": f"{choice.mesh}: {choice.reason}"} if choice.mesh.ranks > 1 else {})
+    mesh = {"mesh": f"{choice.mesh}: {choice.reason}"} if choice.mesh.ranks > 1 else {}
+    return {"work_s": work_s} | audited | mesh
 
 
 def _on_a_mesh(job: TrainJob) -> tuple[TrainJob, Choice]:
