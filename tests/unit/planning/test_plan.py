@@ -61,7 +61,7 @@ def refused(found: tuple[int, str, str]) -> str:
 def test_the_plan_of_the_papers_recipe_has_every_stage_and_the_published_times(call):
     code, out, error = call("--gpu", "A100-80G")
     assert (code, error) == (0, "")
-    for text in ("generation", "scoring", "training", "iter_001 to iter_003", "Total: ", "4.32", "Why: ", "14.5 GB"):
+    for text in ("generation", "scoring", "training", "iter_002 to iter_003", "Total: ", "4.32", "Why: ", "14.5 GB"):
         assert text in out
 
 
