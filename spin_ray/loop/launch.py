@@ -106,10 +106,11 @@ def _check_room(run: RunDir, config: SpinConfig, model: Path) -> None:
     """Warns if the disk of the run may become full; a store has room.
 
     Raises:
-        ResourceError: not even the next iterate fits.
+        ResourceError: not even the next model fits.
     """
     if isinstance(run.storage.root, Path):
-        use = disk_use(config, parameters_of(model), done=iterate_number(run.latest() or "sft"))
+        tuned = [name for name in ("sft", "reviser") if run.artefact(f"{name}/model").is_committed]
+        use = disk_use(config, parameters_of(model), done=iterate_number(run.latest() or "sft"), tuned=tuned)
         if warning := check_room(use, run.storage.root):
             logger.warning("%s", warning)
 

@@ -1,11 +1,14 @@
-"""Room that a run needs for its iterates and checkpoints."""
+"""Room that a run needs for its models and checkpoints."""
 
 import math
 import shutil
+from collections import Counter
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 from spin_ray.config.recipe import SpinConfig
+from spin_ray.config.sections import OptimizerConfig
 from spin_ray.errors import ResourceError
 from spin_ray.learner.weights import tensor_shapes
 from spin_ray.planning.hardware import GB
@@ -17,43 +20,70 @@ from spin_ray.planning.weights import dtype_bytes
 class DiskUse:
     """Bytes in the run folder; logs, answers and adapters are left out."""
 
-    iterate: float
-    iterates: int
-    """Iterates that are still to be made and have weights of their own."""
-    checkpoint: float
-    """A checkpoint of all workers together; 0 with adapters."""
-    checkpoints: int
-    """Checkpoints that are there at once."""
+    model: float
+    """All weights of an iterate or of the reviser."""
+    models: int
+    """Whole models that are still to be made."""
+    checkpoints: Mapping[float, int]
+    """Checkpoints that are there at once, by the bytes of all workers together; none of adapters."""
 
     @property
     def most(self) -> float:
-        return self.iterates * self.iterate + self.checkpoints * self.checkpoint
+        return self.models * self.model + _total(self.checkpoints)
 
     def __str__(self) -> str:
-        parts = [f"{self.iterates} × {self.iterate / GB:.1f} GB of iterates"] if self.iterates else []
-        if self.checkpoint:
-            parts.append(f"{self.checkpoints} × {self.checkpoint / GB:.1f} GB of checkpoints while training")
+        parts = [f"{self.models} × {self.model / GB:.1f} GB of whole models"] if self.models else []
+        parts += [
+            f"{count} × {size / GB:.1f} GB of checkpoints while training" for size, count in self.checkpoints.items()
+        ]
         return " and ".join(parts) or "adapters alone"
 
 
-def disk_use(config: SpinConfig, parameters: float, *, done: int = 0) -> DiskUse:
+def disk_use(config: SpinConfig, parameters: float, *, done: int = 0, tuned: Collection[str] = ()) -> DiskUse:
     """Returns what the run writes from now on.
+
+    The warm-up and the reviser write all weights, with adapters, too.
+
+    Args:
+        done: iterates that have been trained.
+        tuned: sections, ``sft`` or ``reviser``, whose model has been made.
+    """
+    train, left = config.train, max(0, config.iterations - done)
+    sections = {"sft": config.sft, "reviser": config.reviser}
+    tunings = [how for name, how in sections.items() if how and name not in tuned]
+    trainings = [(_checkpoint(config, how.optimizer, parameters), 1) for how in tunings]
+    if left and not train.lora:
+        trainings.append((_checkpoint(config, train.optimizer, parameters), left))
+    return DiskUse(
+        model=dtype_bytes(config) * parameters,
+        models=len(tunings) + (0 if config.commits_adapters else left),
+        checkpoints=_at_once(trainings, kept=config.storage.keep_checkpoints),
+    )
+
+
+def _checkpoint(config: SpinConfig, optimizer: OptimizerConfig, parameters: float) -> float:
+    # FSDP2 keeps fp32 weights and moments; DeepSpeed the computed weights, too.
+    numbers = 4 * (1 + moments_of(optimizer))
+    return (numbers + (dtype_bytes(config) if config.train.backend == "deepspeed" else 0)) * parameters
+
+
+def _at_once(trainings: Sequence[tuple[float, int]], *, kept: bool) -> Counter[float]:
+    """Returns the checkpoints of the fullest moment.
 
     The checkpoint of a step is whole before the last one is deleted, so that there are two for a moment.
 
     Args:
-        done: iterates that have been made.
+        trainings: size of a checkpoint, and number of trainings with such, in turn.
     """
-    train, left = config.train, max(0, config.iterations - done)
-    # FSDP2 keeps fp32 weights and moments; DeepSpeed the computed weights, too.
-    numbers = 4 * (1 + moments_of(train.optimizer))
-    numbers += dtype_bytes(config) if train.backend == "deepspeed" else 0
-    return DiskUse(
-        iterate=dtype_bytes(config) * parameters,
-        iterates=0 if config.commits_adapters else left,
-        checkpoint=0 if train.lora else numbers * parameters,
-        checkpoints=left + 1 if config.storage.keep_checkpoints else 2,
-    )
+    moments, before = [], Counter[float]()
+    for size, count in trainings:
+        moments.append(before + Counter({size: count + 1 if kept else 2}))
+        before += Counter({size: count if kept else 0})
+    return max(moments, key=_total, default=Counter())
+
+
+def _total(checkpoints: Mapping[float, int]) -> float:
+    return sum(size * count for size, count in checkpoints.items())
 
 
 def parameters_of(folder: Path) -> int:
@@ -65,14 +95,14 @@ def check_room(use: DiskUse, out: Path) -> str | None:
     """Returns a warning if the disk of ``out`` may become full.
 
     Raises:
-        ResourceError: not even the next iterate fits.
+        ResourceError: not even the next model fits.
     """
     free = free_bytes(out)
     if free is None or free >= use.most:
         return None
     told = f"{out}: {free / GB:.1f} GB are free there"
-    if use.iterates and free < use.iterate:
-        raise ResourceError(f"{told}, and an iterate takes {use.iterate / GB:.1f} GB; free some, or give another --out")
+    if use.models and free < use.model:
+        raise ResourceError(f"{told}, and a model takes {use.model / GB:.1f} GB; free some, or give another --out")
     return f"{told}, and the run may need {use.most / GB:.1f} GB ({use})"
 
 

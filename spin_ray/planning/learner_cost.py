@@ -35,11 +35,29 @@ def scoring_cost(
 
 
 def evaluation_cost(
-    config: SpinConfig, shape: ModelShape, device: Hardware, work: Work, ranks: Ranks | None = None
+    config: SpinConfig, shape: ModelShape, device: Hardware, work: Work, iterate: int, ranks: Ranks | None = None
 ) -> StageCost:
-    packs = heldout_packs(config, work, ranks.mesh.data_ranks if ranks else None)
+    """Returns the cost of scoring samples of θ_iterate and its opponent under both, and the former under θ_0.
+
+    θ_0 is the opponent of θ_1 itself.
+    """
+    readers = ranks.mesh.data_ranks if ranks else None
     whole = config.model_copy(update={"train": config.train.model_copy(update={"lora": None})})  # iterates are merged
-    cost = _learner_cost("evaluation", whole, shape, device, packs, ranks, passes=2, optimizer=None)
+
+    def scored(samples: int, passes: int) -> StageCost:
+        packs = heldout_packs(config, work, samples, readers)
+        return _learner_cost("evaluation", whole, shape, device, packs, ranks, passes=passes, optimizer=None)
+
+    cost = scored(samples=2, passes=2)
+    if iterate > 1:
+        start = scored(samples=1, passes=1)
+        cost = replace(
+            cost,
+            tokens=cost.tokens + start.tokens,
+            flops=cost.flops + start.flops,
+            seconds=cost.seconds + start.seconds,
+            sent={kind: sent + start.sent.get(kind, 0.0) for kind, sent in cost.sent.items()},
+        )
     return _with_start(cost)
 
 

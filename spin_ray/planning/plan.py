@@ -1,6 +1,7 @@
 """``spin-ray plan``: predicts time and memory, and refuses what does not fit."""
 
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import asdict, dataclass, replace
 from itertools import islice
 from pathlib import Path
@@ -9,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 from rich.console import Console
 
 from spin_ray.config.recipe import SpinConfig
-from spin_ray.config.sections import name_of, sources_of
+from spin_ray.config.sections import DataConfig, name_of, sources_of
 from spin_ray.errors import ConfigError, DataError, ModelError, ResourceError
 from spin_ray.inputs.embedded import resolve
 from spin_ray.planning.cluster import Cluster, Devices, devices_of
@@ -28,6 +29,7 @@ from spin_ray.runtime.precision import with_precision
 
 if TYPE_CHECKING:
     from spin_ray.inputs.prompt_rows import PromptTask
+    from spin_ray.inputs.sources import SourceRow
 
 SAMPLE_ROWS = 256
 
@@ -113,14 +115,33 @@ def _sample(config: SpinConfig, given: Given) -> Work:
 
 def _usable_rows(source: str, task: "PromptTask") -> tuple[int, list[dict[str, Any]]]:
     from spin_ray.inputs.prompt_rows import rows_of
-    from spin_ray.inputs.sources import find_files, read_slice, split
 
-    files = find_files(source)
-    rows = list(islice((row for piece in split(files) for row in read_slice(piece, task.data.columns)), SAMPLE_ROWS))
+    rows, count = _first_rows(source, task.data)
     usable = [row for found in rows_of(rows, task) if isinstance(found, list) for row in found]
     if not usable:
         raise DataError(f"{source}: none of the first {len(rows)} rows can be used; spin-ray doctor says why")
-    return round(count_rows(files) * len(usable) / len(rows)), usable
+    return round(count * len(usable) / len(rows)), usable
+
+
+def _conversations(source: str, data: DataConfig) -> int:
+    """Counts a source's conversations by ``data.turns``. Nothing is tokenised, so that too long ones count."""
+    from spin_ray.inputs.conversations import Unusable, conversations_of
+
+    rows, count = _first_rows(source, data)
+    found = 0
+    for row in rows:
+        with suppress(Unusable):
+            found += len(conversations_of(row.content, data))
+    return round(count * found / max(1, len(rows)))
+
+
+def _first_rows(source: str, data: DataConfig) -> tuple[list["SourceRow"], int]:
+    """Returns the first rows and the number of all."""
+    from spin_ray.inputs.sources import find_files, read_slice, split
+
+    files = find_files(source)
+    rows = (row for piece in split(files) for row in read_slice(piece, data.columns))
+    return list(islice(rows, SAMPLE_ROWS)), count_rows(files)
 
 
 def _heldout_rows(config: SpinConfig) -> int:
@@ -132,9 +153,9 @@ def _heldout_rows(config: SpinConfig) -> int:
     if any("://" in path for path in paths):
         return limit or sum(source.rows or 0 for source in sources)
     from spin_ray.inputs.mixture import shares_of
-    from spin_ray.inputs.sources import find_files
 
-    counted = sum(shares_of(sources, [count_rows(find_files(path)) for path in paths], "data.heldout"))
+    counts = [_conversations(path, config.data) for path in paths]
+    counted = sum(shares_of(sources, counts, "data.heldout"))
     return min(limit or counted, counted)
 
 

@@ -75,7 +75,7 @@ def iteration_costs(
     if jobs:
         stages.append(generation_cost(config, shape, devices.generation, work, jobs))
     if work.heldout_rows and iteration:
-        stages.append(evaluation_cost(config, shape, devices.train, work, ranks))
+        stages.append(evaluation_cost(config, shape, devices.train, work, iteration, ranks))
     if trained:
         packs, epochs = pair_packs(config, work, iteration, ranks.mesh.data_ranks), config.at(iteration).epochs
         stages.append(scoring_cost(config, shape, devices.train, packs, ranks))

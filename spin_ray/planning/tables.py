@@ -87,7 +87,7 @@ def notes(config: SpinConfig, shape: ModelShape, cluster: Cluster, work: Work) -
             f"{4 * shape.parameters / GB:.1f} GB, so {loading / GB:.0f} GB per node."
         )
     use = disk_use(config, shape.parameters)
-    yield f"Host memory: the first train worker gathers the model to write it, {use.iterate / GB:.1f} GB."
+    yield f"Host memory: the first train worker gathers the model to write it, {use.model / GB:.1f} GB."
     yield f"Disk of the run: {use}."
     if config.train.lora and config.train.lora.base != "bf16":
         yield f"train.lora.base: {config.train.lora.base}: the hours shown do not count the time of dequantising."

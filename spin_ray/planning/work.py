@@ -121,9 +121,9 @@ def sft_packs(config: SpinConfig, work: Work, readers: int | None = None) -> Pac
     )  # fmt: skip
 
 
-def heldout_packs(config: SpinConfig, work: Work, readers: int | None = None) -> Packs:
-    """Returns an evaluation's packs: y and samples of two iterates, in one step."""
-    responses = work.real + 2 * work.generated
+def heldout_packs(config: SpinConfig, work: Work, samples: int, readers: int | None = None) -> Packs:
+    """Returns an evaluation's packs: y and the samples of so many iterates, in one step."""
+    responses = work.real + samples * work.generated
     return packs_of(
         work.heldout_rows, work.prompt + responses, responses,
         steps=1, pack_length=config.train.pack_length, workers=readers or config.train.workers,

@@ -12,6 +12,7 @@ from spin_ray.planning.learner_cost import (
     CHUNK_TARGETS,
     MOMENTS,
     WORKERS_START_S,
+    evaluation_cost,
     learner_memory,
     pack_flops,
     settle_checkpointing,
@@ -68,6 +69,16 @@ def test_traffic_of_a_step_by_hand():
     assert step_traffic(once, TINY, 2, backward=True) == whole / 2 * (2 + 4)
     assert step_traffic(full, TINY, 2, backward=False) == layers / 2 * 2 * 2
     assert step_traffic(tiny_config(), TINY, 2, backward=True) == 0
+
+
+def test_the_evaluation_of_the_second_iterate_is_scored_by_three_models():
+    """Rows of 130 + 256 + 2 · 256 tokens twice; from the second iterate on θ_0 scores 130 + 256 + 256 more."""
+    first, second, third = (evaluation_cost(ZEPHYR, MISTRAL_7B, A100, PAPER_WORK, iterate) for iterate in (1, 2, 3))
+    assert (first.tokens, second.tokens) == (500 * 2 * 898, 500 * (2 * 898 + 642))
+    share = (second.tokens - first.tokens) / first.tokens
+    assert second.flops / first.flops == pytest.approx(1 + share, rel=0.03)
+    assert second.seconds - WORKERS_START_S > 1.2 * (first.seconds - WORKERS_START_S)
+    assert (third, second.memory) == (second, first.memory)
 
 
 # Memory, by hand

@@ -61,7 +61,7 @@ def refused(found: tuple[int, str, str]) -> str:
 def test_the_plan_of_the_papers_recipe_has_every_stage_and_the_published_times(call):
     code, out, error = call("--gpu", "A100-80G")
     assert (code, error) == (0, "")
-    for text in ("generation", "scoring", "training", "iter_001 to iter_003", "Total: ", "4.32", "Why: ", "14.5 GB"):
+    for text in ("generation", "scoring", "training", "iter_002 to iter_003", "Total: ", "4.32", "Why: ", "14.5 GB"):
         assert text in out
 
 
@@ -214,3 +214,15 @@ def test_the_plan_as_json_has_the_seconds_and_bytes_of_the_tables(call):
     stages = {stage["name"]: stage for phase in found["phases"] for stage in phase["stages"]}
     assert {"generation", "scoring", "training"} <= stages.keys()
     assert all(sum(stage["memory"].values()) <= stage["room"] for stage in stages.values())
+
+
+def test_held_out_rows_are_those_that_a_run_makes_of_conversations(tmp_path):
+    """Ten conversations of four turns are forty rows; a row without a response is none."""
+    turns = [{"role": role, "content": f"{turn}"} for turn in range(4) for role in ("user", "assistant")]
+    rows = [*({"messages": [{"role": "user", "content": f"{n}"}, *turns[1:]]} for n in range(10)), {"prompt": "q"}]
+    (tmp_path / "rows.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    given = Given(rows=100, prompt_tokens=10, response_tokens=10)
+    for choice, count in (("all", 40), ("last", 10)):
+        data = {"train": "d", "heldout": str(tmp_path / "rows.jsonl"), "turns": choice}
+        assert read_work(config_of(data=data), given).heldout_rows == count
+    assert read_work(config_of(data=data, evaluation={"max_rows": 3}), given).heldout_rows == 3
