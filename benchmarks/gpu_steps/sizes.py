@@ -11,7 +11,9 @@ import torch
 
 from gpu_steps.child import Context
 from spin_ray.planning.hardware import DEVICE_NAMES, GPUS
+from spin_ray.planning.learner_cost import needed_flops
 from spin_ray.planning.model_shape import ModelShape
+from spin_ray.planning.work import visible_pairs
 from spin_ray.run_dir.schemas import PAIR_SCHEMA
 
 SPREAD = 0.45
@@ -98,15 +100,15 @@ def table_of(rows: list[dict[str, Any]]) -> pa.Table:
     return pa.table([names, names, [0] * len(rows), *columns], schema=PAIR_SCHEMA)
 
 
-def needed_flops(shape: ModelShape, rows: list[dict[str, Any]], *, backward: bool) -> float:
-    """Returns the FLOPs that trees of ``rows`` need, without padding and pairs of tokens that do not see each other."""
-    tokens = targets = seen = 0.0
+def needed_of(shape: ModelShape, rows: list[dict[str, Any]], *, backward: bool) -> float:
+    """Returns the FLOPs that trees of ``rows`` need, counted as the plan counts them."""
+    tokens = targets = visible = 0.0
     for row in rows:
         prompt, real, generated = (len(row[name]) for name in ("prompt_ids", "real_ids", "generated_ids"))
         tokens += prompt + real + generated
         targets += real + generated
-        seen += prompt**2 / 2 + sum(prompt * response + response**2 / 2 for response in (real, generated))
-    return (3 if backward else 1) * (shape.trunk_flops(tokens, seen) + shape.head_flops(targets))
+        visible += visible_pairs(prompt, (real, generated))
+    return needed_flops(shape, tokens, targets, visible, backward=backward)
 
 
 def model_folder(context: Context, model: str) -> Path:

@@ -16,7 +16,7 @@ from gpu_steps.sizes import (
     device_of,
     model_folder,
     model_shape,
-    needed_flops,
+    needed_of,
     pairs_of,
     sheet_rate,
     sizes_of,
@@ -51,7 +51,7 @@ def _shares(
     context: Context, name: str, stage: str, rows: list, spent: float, rate: float, *, is_best: bool
 ) -> Iterator[Measure]:
     """Yields MFU: FLOPs that the model needs over FLOPs that the card could have done in that time."""
-    needed = needed_flops(model_shape(context, MODEL), rows, backward=stage == "training") / spent
+    needed = needed_of(model_shape(context, MODEL), rows, backward=stage == "training") / spent
     target = ">= 0.5" if is_best else ""
     yield Measure(id=f"{name}: {stage}, MFU of measured products", value=needed / rate, unit="", target=target)
     if sheet := sheet_rate(context):

@@ -95,9 +95,11 @@ def _learner_cost(
     backward: bool = False,
 ) -> StageCost:
     ranks = ranks or flat(config.train.workers)
-    device = at_measured_rate(device, "training" if backward else "scoring", shape.parameters, config.train.precision)
+    stage = "training" if backward else "scoring"
+    measured = at_measured_rate(device, stage, shape.parameters, config.train.precision)
+    count, device = (_needed_by_pack, measured) if measured else (_computed_by_pack, device)
     mine = shape.split(ranks.mesh.tensor)
-    each, forward = (pack_flops(config, mine, packs.length, packs.targets, backward=both) for both in (backward, False))
+    each, forward = (count(config, mine, packs, backward=both) for both in (backward, False))
 
     def computing(flops: float) -> float:
         return device.seconds(packs.per_rank * packs.slowest * flops, config.train.precision)
@@ -105,7 +107,7 @@ def _learner_cost(
     collectives = step_collectives(config, shape, ranks, packs.per_rank, packs.length, backward=backward)
     step = step_time(collectives, device, {"forward": computing(forward), "backward": computing(each - forward)})
     host = _host_step_s(config, mine, ranks, optimizer) if backward and optimizer else 0.0
-    useful = pack_flops(config, shape, packs.length, packs.targets, backward=backward)
+    useful = count(config, shape, packs, backward=backward)
     return StageCost(
         name=name,
         tokens=passes * packs.tokens,
@@ -148,6 +150,31 @@ def pack_flops(config: SpinConfig, shape: ModelShape, length: float, targets: fl
         return trunk + head
     passes = 2 if config.train.lora else 3
     return (passes + (config.train.gradient_checkpointing is True)) * trunk + (passes + 1) * head
+
+
+def _computed_by_pack(config: SpinConfig, shape: ModelShape, packs: Packs, *, backward: bool) -> float:
+    return pack_flops(config, shape, packs.length, packs.targets, backward=backward)
+
+
+def _needed_by_pack(config: SpinConfig, shape: ModelShape, packs: Packs, *, backward: bool) -> float:
+    """Returns the FLOPs to which a measured rate applies, and those of checkpointing, which the benchmark does not."""
+    tokens = packs.tokens / (packs.steps * packs.per_step)
+    frozen = config.train.lora is not None
+    needed = needed_flops(shape, tokens, packs.targets, packs.visible, backward=backward, frozen=frozen)
+    again = backward and config.train.gradient_checkpointing is True
+    return needed + (shape.trunk_flops(tokens, packs.visible) if again else 0.0)
+
+
+def needed_flops(
+    shape: ModelShape, tokens: float, targets: float, visible: float, *, backward: bool, frozen: bool = False
+) -> float:
+    """Returns the FLOPs that trees need, without padding, unseen pairs of tokens and what is computed again.
+
+    ``benchmarks/gpu_steps`` divides them by the measured time. Backward costs 2 forward passes, or 1 if the weights are
+    frozen.
+    """
+    passes = (2 if frozen else 3) if backward else 1
+    return passes * (shape.trunk_flops(tokens, visible) + shape.head_flops(targets))
 
 
 def step_traffic(

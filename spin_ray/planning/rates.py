@@ -24,7 +24,7 @@ class MeasuredRate:
     """``training`` or ``scoring``, in bf16."""
     parameters: float
     mfu: float
-    """FLOP/s that the model needs, over the data sheet's dense bf16 rate."""
+    """FLOP/s that the model needs (``learner_cost.needed_flops``), over the data sheet's dense bf16 rate."""
     measured: str
     commit: str
 
@@ -52,7 +52,7 @@ def rate_of(
     return nearest if nearest and distance(nearest) <= log(SIMILAR_SIZE) else None
 
 
-def at_measured_rate(device: Hardware, stage: str, parameters: float, precision: str) -> Hardware:
-    """Returns the device with its measured rate, if there is one."""
+def at_measured_rate(device: Hardware, stage: str, parameters: float, precision: str) -> Hardware | None:
+    """Returns the device with its measured rate, if there is one. It applies to ``learner_cost.needed_flops``."""
     rate = rate_of(device.name, stage, parameters) if precision == "bf16" else None
-    return replace(device, efficiency=rate.mfu) if rate else device
+    return replace(device, efficiency=rate.mfu) if rate else None

@@ -1,5 +1,6 @@
 """The rows of a run, and the optimizer steps and packs that they fill."""
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 from math import ceil
 from statistics import NormalDist
@@ -43,14 +44,23 @@ class Packs:
     """Packs of a rank in a step three standard deviations longer than the mean."""
     tokens: float
     """Tokens of the epoch, without padding."""
+    visible: float = 0.0
+    """Mean pairs of tokens of a pack that see each other."""
     slowest: float = 1.0
     """Longest pack of a step over the mean. All ranks wait for it."""
 
 
 def packs_of(
-    trees: float, tree_tokens: float, targets: float, *, steps: float, pack_length: int, workers: int
+    trees: float,
+    tree_tokens: float,
+    targets: float,
+    *,
+    steps: float,
+    pack_length: int,
+    workers: int,
+    visible: float = 0.0,
 ) -> Packs:
-    """Returns the packs of ``trees`` trees; ``tree_tokens`` and ``targets`` are means.
+    """Returns the packs of ``trees`` trees; ``tree_tokens``, ``targets`` and ``visible`` are means.
 
     A tree, a prompt with its responses, is never cut. So a step has at most as many packs as trees, and ranks without a
     pack wait.
@@ -78,8 +88,14 @@ def packs_of(
         targets=per_step * targets / mean,
         per_rank_at_most=packs(3) // workers,
         tokens=trees * tree_tokens,
+        visible=per_step * visible / mean,
         slowest=max(1.0, longest_tree / length) if workers > 1 else 1.0,
     )
+
+
+def visible_pairs(prompt: float, responses: Iterable[float]) -> float:
+    """Returns the pairs of tokens of a tree that see each other."""
+    return prompt**2 / 2 + sum(prompt * response + response**2 / 2 for response in responses)
 
 
 def _expected_largest(count: float) -> float:
@@ -109,6 +125,7 @@ def pair_packs(config: SpinConfig, work: Work, iteration: int, readers: int | No
         steps=trees * branches / config.train.global_batch_pairs,
         pack_length=config.train.pack_length,
         workers=readers or config.train.workers,
+        visible=visible_pairs(work.prompt, [work.real, *branches * [work.generated]]),
     )
 
 
@@ -118,6 +135,7 @@ def sft_packs(config: SpinConfig, work: Work, readers: int | None = None) -> Pac
     return packs_of(
         work.rows, work.prompt + work.real, work.real,
         steps=work.rows / batch, pack_length=config.train.pack_length, workers=readers or config.train.workers,
+        visible=visible_pairs(work.prompt, [work.real]),
     )  # fmt: skip
 
 
@@ -127,4 +145,5 @@ def heldout_packs(config: SpinConfig, work: Work, samples: int, readers: int | N
     return packs_of(
         work.heldout_rows, work.prompt + responses, responses,
         steps=1, pack_length=config.train.pack_length, workers=readers or config.train.workers,
+        visible=visible_pairs(work.prompt, [work.real, *samples * [work.generated]]),
     )  # fmt: skip

@@ -1,14 +1,16 @@
 """Rates that a card has shown, in place of the assumption."""
 
+from dataclasses import asdict, replace
+
 import pytest
 
 from spin_ray.planning import rates
 from spin_ray.planning.hardware import COMPUTE_EFFICIENCY, DEVICE_NAMES, GPUS
-from spin_ray.planning.learner_cost import scoring_cost, training_cost
+from spin_ray.planning.learner_cost import WORKERS_START_S, scoring_cost, training_cost
 from spin_ray.planning.model_shape import MISTRAL_7B
 from spin_ray.planning.rates import MeasuredRate, rate_of
 from spin_ray.planning.work import pair_packs
-from tests.support.paths import RECIPES
+from tests.support.paths import RECIPES, ROOT
 from tests.support.planning_cases import A100, PAPER_WORK, RMSPROP, ZEPHYR, changed, devices
 
 MEASURED = MeasuredRate(
@@ -19,6 +21,27 @@ MEASURED = MeasuredRate(
 @pytest.fixture
 def one_measurement(monkeypatch):
     monkeypatch.setattr(rates, "known_rates", lambda: (MEASURED,))
+
+
+@pytest.mark.parametrize(("stage", "backward"), [("training", True), ("scoring", False)])
+def test_a_plan_of_the_measured_case_takes_the_measured_time(stage, backward, monkeypatch):
+    """64 pairs of 130 + 256 + 256 tokens in one step, 20 % of the card's rate by the benchmark's count."""
+    monkeypatch.syspath_prepend(str(ROOT / "benchmarks"))
+    from gpu_steps.sizes import needed_of
+
+    measured = MeasuredRate(**asdict(MEASURED) | {"stage": stage, "mfu": 0.2})
+    monkeypatch.setattr(rates, "known_rates", lambda: (measured,))
+    row = {"prompt_ids": [0] * 130, "real_ids": [0] * 256, "generated_ids": [0] * 256}
+    spent = needed_of(MISTRAL_7B, 64 * [row], backward=backward) / (0.2 * A100.bf16)
+    alone = changed(ZEPHYR, workers=1, gradient_checkpointing=False)
+    packs = pair_packs(alone, replace(PAPER_WORK, rows=64), 0)
+    device = devices(A100).train
+    predicted = (
+        training_cost(alone, MISTRAL_7B, device, packs, 1, RMSPROP).seconds - WORKERS_START_S
+        if backward
+        else scoring_cost(alone, MISTRAL_7B, device, packs).seconds
+    )
+    assert predicted == pytest.approx(spent, rel=0.02)
 
 
 def test_the_stage_that_was_measured_takes_its_rate_and_no_other_does(one_measurement):
