@@ -73,7 +73,7 @@ def _side_by_side(config: Settings, place: str) -> int:
         return config.generation.replicas
     moves = bool({"latest", "all"} & set(serving.models))
     iterates = 1 if lora and not lora.merge else len(serving.models) + moves
-    return iterates * max(serving.replicas, serving.max_replicas)
+    return iterates * serving.most_engines
 
 
 def _batch_problems(config: Settings) -> Iterator[str]:

@@ -631,6 +631,11 @@ class ServingConfig(Section):
     """Database URL (SQLAlchemy's) of the arena's votes, without its password (docs/arena.md). Not set:
     ``RUN/votes.sqlite``, which works only for ingress replicas on one machine."""
 
+    @property
+    def most_engines(self) -> int:
+        """Most engines of one iterate."""
+        return max(self.replicas, self.max_replicas)
+
 
 class ProbeConfig(Section):
     """The measurement, before iteration 0, of what is left to learn from θ_0 (docs/probe.md)."""

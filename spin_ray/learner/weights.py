@@ -72,8 +72,9 @@ def count_matrices(folder: Path) -> int | None:
 
     None: there are none, or quantised ones, or a shard is missing.
     """
-    sizes = [math.prod(shape) for shape in tensor_shapes(folder).values() if len(shape) in (2, 3)]
-    return None if missing_shards(folder) or find_packed(folder) else sum(sizes) or None
+    if missing_shards(folder) or find_packed(folder):
+        return None
+    return sum(math.prod(shape) for shape in tensor_shapes(folder).values() if len(shape) in (2, 3)) or None
 
 
 def refuse_damaged(folder: Path) -> None:

@@ -138,7 +138,6 @@ def with_room(config: SpinConfig, engines: int) -> SpinConfig:
     """Sets the CPUs of an embedded Ray, for all engines and one successor."""
     if config.cluster.local_cpus:
         return config
-    each = max(config.serving.replicas, config.serving.max_replicas)
-    needed = int((engines * each + 1) * config.serving.resources.cpus + 1)
+    needed = int((engines * config.serving.most_engines + 1) * config.serving.resources.cpus + 1)
     cpus = max(os.cpu_count() or 1, needed)
     return config.model_copy(update={"cluster": config.cluster.model_copy(update={"local_cpus": cpus})})
