@@ -23,8 +23,8 @@ from spin_ray.loop.stages.generation.shards import Job, prompt_slice
 from spin_ray.loop.stages.training import stage as training
 from spin_ray.report.discriminator import ngram_features, two_sample
 from spin_ray.report.margins import row_margins
-from spin_ray.report.measures import standard_error
 from spin_ray.report.probe import PROBE, Evidence, asked_of, decide, margin_evidence, read_probe
+from spin_ray.report.uncertainty import conversation_groups, standard_errors
 from spin_ray.run_dir.artefact import Artefact
 from spin_ray.run_dir.names import OPPONENT, part_name
 from spin_ray.run_dir.run_dir import RunDir
@@ -166,8 +166,9 @@ def _from_texts(probe: _Probe) -> Evidence:
         for column in (rows["real_ids"], answers["token_ids"])
     ]
     real, generated = (ngram_features(each) for each in texts)
-    found = two_sample(real, generated, rows["prompt_id"].to_pylist())
-    measures = evaluation.text_measures(rows, answers)
+    groups = conversation_groups(rows)
+    found = two_sample(real, generated, [groups[prompt_id] for prompt_id in rows["prompt_id"].to_pylist()])
+    measures = evaluation.text_measures(rows, answers, evaluation.row_measures(rows, answers), groups)
     return measures | {"rows": rows.num_rows, "ngrams": found.as_json() if found else None}
 
 
@@ -188,14 +189,16 @@ def _from_training(probe: _Probe, settings: ProbeConfig) -> Evidence:
         return evidence | {"standard_errors": {}}
     scores = _scores(probe, [*trained.values(), probe.initial])
     beta, errors = probe.config.at(0).beta, {}
+    groups = conversation_groups(pa.concat_tables(list(probe.spin.heldout.tables())))
     if SPIN in trained:
         per_token = probe.config.objective.length_normalised
         frame = row_margins(scores, SPIN, probe.initial.name, beta, per_token=per_token)
-        evidence |= margin_evidence(frame["margin"].to_numpy(), frame["real"].to_numpy())
+        evidence |= margin_evidence(frame["margin"], frame["real"], groups)
         errors |= evidence["standard_errors"]
     if SFT in trained:
-        gain = row_margins(scores, SFT, probe.initial.name, beta)["real"].to_numpy()
-        evidence["sft_gain"], errors["sft_gain"] = float(gain.mean()), standard_error(gain)
+        gain = row_margins(scores, SFT, probe.initial.name, beta)["real"]
+        evidence["sft_gain"] = float(gain.mean())
+        errors |= standard_errors({"sft_gain": gain}, groups)
     return evidence | {"standard_errors": errors}
 
 

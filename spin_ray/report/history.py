@@ -4,17 +4,29 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import pyarrow as pa
+
 from spin_ray.config.recipe import SpinConfig
 from spin_ray.errors import RunDirError
 from spin_ray.report.measures import Evaluation, stop_evidence
 from spin_ray.run_dir.events import read_json_lines
 from spin_ray.run_dir.names import iterate_name, read_iterate
 from spin_ray.run_dir.run_dir import RunDir
+from spin_ray.run_dir.storage import table_from_bytes
 
 
 def read_evaluations(run: RunDir, config: SpinConfig) -> list[Evaluation]:
     """Returns all evaluations, θ_0's first."""
     return [found for _, found in _eval_files(run, config) if "real_length" in found]
+
+
+def read_rows(run: RunDir, iterate: int) -> pa.Table | None:
+    """Returns θ_iterate's measures by held-out row, in ROW_SCHEMA; None if they are missing or damaged."""
+    content = run.storage.find(run.heldout_rows_path(iterate))
+    try:
+        return table_from_bytes(content) if content else None
+    except (pa.ArrowException, OSError):
+        return None
 
 
 def read_benchmarks(run: RunDir, config: SpinConfig) -> dict[str, dict[str, Any]]:

@@ -6,7 +6,6 @@ Each pair is judged in both orders, because judges favour a place.
 import hashlib
 import json
 import logging
-import math
 import re
 import threading
 import time
@@ -16,11 +15,14 @@ from concurrent.futures import ThreadPoolExecutor, as_completed
 from dataclasses import asdict, dataclass
 from typing import Any, Literal
 
+import numpy as np
+
 from spin_ray.config.recipe import SpinConfig
 from spin_ray.errors import ConfigError, StageError
 from spin_ray.report.endpoint import Unanswered, ask, unreachable
 from spin_ray.report.examples import Example, read_examples
 from spin_ray.report.redaction import hide_in_text
+from spin_ray.report.uncertainty import SHARE, standard_error
 from spin_ray.run_dir.events import parse_json_lines
 from spin_ray.run_dir.run_dir import RunDir
 from spin_ray.run_dir.storage import Storage
@@ -208,9 +210,7 @@ def summarise(judgements: Sequence[Judgement], one: str, other: str) -> dict[str
         counts["wins" if total > 0 else "losses" if total < 0 else "ties"] += 1
         scores.append(1.0 if total > 0 else 0.0 if total < 0 else 0.5)
     rate = sum(scores) / len(scores) if scores else None
-    error = None
-    if len(scores) > 1 and rate is not None:
-        error = math.sqrt(sum((score - rate) ** 2 for score in scores) / (len(scores) - 1) / len(scores))
+    error = standard_error(np.asarray(scores), added=SHARE)
     placed = places["first"] + places["second"]
     return {
         "one": one, "other": other, **counts, "win_rate": rate, "standard_error": error,

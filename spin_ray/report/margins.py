@@ -4,15 +4,16 @@ A pair_id is PROMPT/self for the iterate's y′, PROMPT/opponent for its opponen
 """
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import numpy as np
+import pandas as pd
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from spin_ray.report.measures import standard_error
-from spin_ray.run_dir.names import SELF, is_sample_of
+from spin_ray.report.uncertainty import standard_errors
+from spin_ray.run_dir.names import OPPONENT, SELF, is_sample_of
 
 SCORE_SCHEMA = pa.schema(
     [pa.field("pair_id", pa.string()), pa.field("model", pa.string())]
@@ -63,6 +64,7 @@ def margin_measures(
     objective: Callable[[Any], np.ndarray] | None = None,
     *,
     per_token: bool = False,
+    groups: Mapping[str, int] | None = None,
 ) -> dict[str, Any]:
     """Returns the measures of ``eval.json`` from margins and drifts.
 
@@ -70,36 +72,38 @@ def margin_measures(
         initial: θ_0's name.
         objective: gives the trained loss for each row of a ``row_margins`` frame.
         per_token: as in ``row_margins``.
+        groups: result of ``conversation_groups``. None: rows are independent.
     """
     frame = row_margins(scores, model, opponent, beta, per_token=per_token)
-    concentrations = margin_concentrations(scores, model, opponent)
-    measures: dict[str, Any] = {"beta": beta, "real_logp_drift": float(frame["real"].mean())}
-    if per_token:
-        measures["length_normalised"] = True
-    errors: dict[str, float] = {}
-    for whose in ("opponent", "self"):
-        rows = frame[[is_sample_of(key, whose) for key in frame.index]]
-        margin = rows["margin"].to_numpy()
-        by_row = {
-            "loss": np.logaddexp(0.0, -margin),
-            "margin": margin,
-            "accuracy": (margin > 0).astype(np.float64),
-            "generated_logp_drift": rows["generated"].to_numpy(),
+    concentrations = pd.Series(margin_concentrations(scores, model, opponent), dtype=np.float64)
+    by_row = {"real_logp_drift": _rows_of(OPPONENT, frame["real"])}  # y is the same in the rows of both
+    for whose in (OPPONENT, SELF):
+        rows, shares = _rows_of(whose, frame), _rows_of(whose, concentrations)
+        own = {
+            "loss": np.logaddexp(0.0, -rows["margin"]),
+            "margin": rows["margin"],
+            "accuracy": rows["margin"] > 0,
+            "generated_logp_drift": rows["generated"],
         }
-        if objective is not None and whose == "opponent":
-            by_row["objective"] = objective(rows)
-        shares = [share for pair_id, share in concentrations.items() if is_sample_of(pair_id, whose)]
-        if shares:
-            by_row["margin_concentration"] = np.asarray(shares)
-        measures[f"against_{whose}"] = {key: float(values.mean()) for key, values in by_row.items()}
-        errors |= {f"against_{whose}.{key}": standard_error(values) for key, values in by_row.items()}
-        errors["real_logp_drift"] = standard_error(rows["real"].to_numpy())  # both loops have the same rows of y
+        if objective is not None and whose == OPPONENT:
+            own["objective"] = pd.Series(objective(rows), rows.index)
+        if len(shares):
+            own["margin_concentration"] = shares
+        by_row |= {f"against_{whose}.{key}": values for key, values in own.items()}
+    by_row["kl_to_base"] = _rows_of(SELF, row_margins(scores, model, initial, beta)["generated"])
+    measures: dict[str, Any] = {"beta": beta} | ({"length_normalised": True} if per_token else {})
+    for key, values in by_row.items():
+        section, _, name = key.rpartition(".")
+        (measures.setdefault(section, {}) if section else measures)[name] = float(values.mean())
+    errors = standard_errors(by_row, groups)
     measures["jsd_lower_bound"] = (math.log(2) - measures["against_opponent"]["loss"]) / 2
-    errors["jsd_lower_bound"] = errors["against_opponent.loss"] / 2
-    moved = row_margins(scores, model, initial, beta)["generated"]
-    moved = moved[[is_sample_of(key, SELF) for key in moved.index]].to_numpy()
-    measures["kl_to_base"], errors["kl_to_base"] = float(moved.mean()), standard_error(moved)
+    if "against_opponent.loss" in errors:
+        errors["jsd_lower_bound"] = errors["against_opponent.loss"] / 2
     return measures | {"standard_errors": errors}
+
+
+def _rows_of(whose: str, rows: Any) -> Any:
+    return rows[[is_sample_of(key, whose) for key in rows.index]]
 
 
 def margin_concentrations(scores: pa.Table, model: str, opponent: str) -> dict[str, float]:

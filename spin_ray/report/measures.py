@@ -4,17 +4,13 @@ The key ``against_opponent.loss`` is ``loss`` in the section ``against_opponent`
 ``standard_errors`` uses whole keys.
 """
 
-import math
 from dataclasses import dataclass
 from typing import Any
 
-import numpy as np
+from spin_ray.report.uncertainty import CONFIDENCE
 
 Evaluation = dict[str, Any]
 """Content of ``eval.json``."""
-
-CONFIDENCE = 1.96
-"""Standard errors on each side of a 95 % interval."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -157,11 +153,6 @@ def distinct_ngrams(responses: list[list[int]], n: int) -> float:
     """Returns different n-grams over all (arXiv 1510.03055): abab -> 2/3 for n = 2."""
     grams = [tuple(ids[i : i + n]) for ids in responses for i in range(len(ids) - n + 1)]
     return len(set(grams)) / len(grams) if grams else 0.0
-
-
-def standard_error(values: np.ndarray) -> float:
-    """Returns the mean's standard error; 0 for one value."""
-    return float(np.std(values, ddof=1) / math.sqrt(len(values))) if len(values) > 1 else 0.0
 
 
 def stop_evidence(evaluations: list[Evaluation], patience: int, min_fall: float) -> dict[str, Any] | None:

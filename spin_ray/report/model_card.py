@@ -14,9 +14,10 @@ import yaml
 from spin_ray.config.recipe import SpinConfig
 from spin_ray.config.sections import name_of, sources_of
 from spin_ray.report.conditions import in_words
-from spin_ray.report.measures import CONFIDENCE, MEASURES
+from spin_ray.report.measures import MEASURES
 from spin_ray.report.methods import how_made, tags_of
 from spin_ray.report.redaction import hide, hide_in_text
+from spin_ray.report.uncertainty import CONFIDENCE
 from spin_ray.run_dir.artefact import CARD
 from spin_ray.run_dir.names import iterate_name
 from spin_ray.run_dir.run_dir import RunDir

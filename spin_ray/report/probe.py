@@ -5,17 +5,19 @@ Samples are of all rows, before any training. Margins and log p are of rows that
 
 import json
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
+import pandas as pd
 from rich.console import Console
 from rich.table import Table
 
 from spin_ray.config.recipe import SpinConfig
 from spin_ray.config.sections import ProbeConfig
-from spin_ray.report.measures import BY_KEY, CONFIDENCE, standard_error
+from spin_ray.report.measures import BY_KEY
+from spin_ray.report.uncertainty import CONFIDENCE, standard_errors
 from spin_ray.run_dir.run_dir import RunDir
 
 PROBE = "probe.json"
@@ -24,17 +26,24 @@ Evidence = dict[str, Any]
 """Numbers by key. ``standard_errors`` are of the means; ``ngrams`` has its own interval."""
 
 
-def margin_evidence(margins: np.ndarray, real_drift: np.ndarray) -> Evidence:
-    """Returns the evidence of a short SPIN iteration, from held-out margins and changes of log p(y)."""
+def margin_evidence(margins: pd.Series, real_drift: pd.Series, groups: Mapping[str, int] | None = None) -> Evidence:
+    """Returns the evidence of a short SPIN iteration, from held-out margins and changes of log p(y).
+
+    Args:
+        margins: by pair_id, as in ``row_margins``.
+        groups: result of ``conversation_groups``. None: rows are independent.
+    """
     by_row = {
-        "loss": calibrated_losses(margins),
+        "loss": pd.Series(calibrated_losses(margins.to_numpy()), margins.index),
         "margin": margins,
-        "accuracy": (margins > 0).astype(np.float64),
+        "accuracy": margins > 0,
         "real_logp_drift": real_drift,
     }
     found: Evidence = {name: float(values.mean()) for name, values in by_row.items()}
-    errors = {name: standard_error(values) for name, values in by_row.items()}
-    found["jsd_lower_bound"], errors["jsd_lower_bound"] = (math.log(2) - found["loss"]) / 2, errors["loss"] / 2
+    errors = standard_errors(by_row, groups)
+    found["jsd_lower_bound"] = (math.log(2) - found["loss"]) / 2
+    if "loss" in errors:
+        errors["jsd_lower_bound"] = errors["loss"] / 2
     return found | {"standard_errors": errors}
 
 
@@ -64,9 +73,9 @@ def _best_scale(margins: np.ndarray) -> float:
 
 
 def _over_chance(evidence: Evidence, key: str, sign: int = 1) -> float:
-    """Returns a mean over half its 95 % interval. Above 1 the interval excludes 0."""
-    value, error = evidence.get(key), evidence["standard_errors"].get(key, 0.0)
-    if value is None or value * sign <= 0:
+    """Returns a mean over half its 95 % interval. Above 1 the interval excludes 0. One row alone gives 0."""
+    value, error = evidence.get(key), evidence["standard_errors"].get(key)
+    if value is None or error is None or value * sign <= 0:
         return 0.0
     return sign * value / (CONFIDENCE * error) if error else math.inf
 
@@ -173,8 +182,9 @@ RULES = (
 def _bound(it: Evidence) -> str:
     if it["jsd_lower_bound"] is None:
         return "too few pairs to train on"
-    half = CONFIDENCE * it["standard_errors"]["jsd_lower_bound"]
-    return f"JSD at least {it['jsd_lower_bound']:.3f} ± {half:.3f} nats"
+    error = it["standard_errors"].get("jsd_lower_bound")
+    half = "unknown" if error is None else f"{CONFIDENCE * error:.3f}"
+    return f"JSD at least {it['jsd_lower_bound']:.3f} ± {half} nats"
 
 
 def _seen(it: Evidence) -> str:

@@ -4,7 +4,8 @@ import math
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from spin_ray.report.measures import BY_KEY, CONFIDENCE, Evaluation
+from spin_ray.report.measures import BY_KEY, Evaluation
+from spin_ray.report.uncertainty import Change
 
 
 @dataclass(frozen=True, slots=True)
@@ -20,17 +21,12 @@ class Compared:
     def before(self, key: str) -> float | None:
         return BY_KEY[key].of(self.start) if self.start else None
 
-    def noise(self, key: str) -> float:
-        """Returns half the 95 % interval of the change; 0 without standard errors."""
-        errors = [it.get("standard_errors", {}).get(key, 0.0) for it in (self.evaluation, self.start or {})]
-        return CONFIDENCE * math.hypot(*errors)
-
-    def change(self, key: str) -> float | None:
+    def change(self, key: str) -> Change | None:
         """Returns the change since θ_0; None within chance."""
-        now, before = self.now(key), self.before(key)
-        if now is None or before is None or abs(now - before) <= self.noise(key):
+        if self.now(key) is None or self.before(key) is None:
             return None
-        return now - before
+        found = Change.of(key, self.start or {}, self.evaluation)
+        return None if abs(found.value) <= (found.half or 0.0) else found
 
 
 @dataclass(frozen=True, slots=True)
@@ -64,6 +60,11 @@ def _below_zero(it: Compared) -> float | None:
     return -value / half if half else math.inf
 
 
+def _more_cut(it: Compared) -> float | None:
+    change = it.change("truncation_rate")
+    return change.value if change else None
+
+
 def _away_from_y(it: Compared) -> float | None:
     real, now, before = it.now("real_length"), it.now("generated_length"), it.before("generated_length")
     if not real or not now or not before or it.change("generated_length") is None:
@@ -87,8 +88,8 @@ def _by_length_alone(it: Compared) -> float | None:
 
 
 def _fewer_right(it: Compared) -> float | None:
-    change, noise = it.change("answer_accuracy"), it.noise("answer_accuracy")
-    return None if change is None or noise == 0 else -change / noise
+    change = it.change("answer_accuracy")
+    return -change.value / change.half if change and change.half else None
 
 
 RULES = (
@@ -121,7 +122,7 @@ RULES = (
         lambda it: f"{it.now('identical_share'):.0%} of y′ equal y: little is left to learn, and more SPIN does harm.",
     ),
     Rule(
-        "cut", "rise of truncation_rate since θ_0, if beyond chance", 0.05, lambda it: it.change("truncation_rate"),
+        "cut", "rise of truncation_rate since θ_0, if beyond chance", 0.05, _more_cut,
         lambda it: f"{it.now('truncation_rate'):.0%} of y′ are cut at max_tokens ({it.before('truncation_rate'):.0%} "
         "at θ_0): turns no longer end.",
     ),

@@ -108,6 +108,10 @@ class RunDir:
         """Returns answers of θ_iterate at ``evaluation.examples_temperature``, for people to read."""
         return self.artefact(f"{iterate_name(iterate)}/examples")
 
+    def heldout_rows_path(self, iterate: int) -> str:
+        """Returns the path of θ_iterate's measures by held-out row, in ROW_SCHEMA."""
+        return f"{iterate_name(iterate)}/heldout_rows.parquet"
+
     def eval_path(self, iterate: int) -> str:
         return f"{iterate_name(iterate)}/eval.json"
 

@@ -1,5 +1,6 @@
 """Fakes for vLLM and for earlier stages."""
 
+import json
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -69,10 +70,16 @@ def write_rows(artefact: Artefact, schema: pa.Schema, rows: list[dict[str, Any]]
     artefact.commit(entries, {}, {})
 
 
+def exchange(number: int) -> str:
+    """Returns one question and its answer, as in PROMPT_SCHEMA."""
+    roles = (("user", "question"), ("assistant", "answer"))
+    return json.dumps([{"role": role, "content": f"{word} {number}"} for role, word in roles])
+
+
 def write_prompts(artefact: Artefact, count: int, part_rows: int) -> None:
     """Commits prompts p000, p001, …; prompt i has the tokens [1, i] and the human response [10 + i, 2]."""
     rows = [
-        {"prompt_id": f"p{i:03d}", "prompt_ids": [1, i], "real_ids": [10 + i, END_OF_TURN], "messages": "[]"}
+        {"prompt_id": f"p{i:03d}", "prompt_ids": [1, i], "real_ids": [10 + i, END_OF_TURN], "messages": exchange(i)}
         for i in range(count)
     ]
     write_rows(artefact, PROMPT_SCHEMA, rows, part_rows)

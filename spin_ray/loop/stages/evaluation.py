@@ -7,12 +7,13 @@ Two margins of θ_t against θ_{t-1}:
 
 import logging
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pandas as pd
 import pyarrow as pa
 import pyarrow.compute as pc
 import torch
@@ -28,13 +29,23 @@ from spin_ray.learner.losses import LOSSES, PairValues, pair_logps, response_log
 from spin_ray.learner.step import Objective, PackShape, feed, pair_lengths, plan
 from spin_ray.planning.mesh import mesh_of
 from spin_ray.report.grading import grade_all
+from spin_ray.report.history import read_rows
 from spin_ray.report.margins import SCORE_SCHEMA, margin_measures
-from spin_ray.report.measures import distinct_ngrams, duplicate_share, standard_error
+from spin_ray.report.measures import distinct_ngrams, duplicate_share
 from spin_ray.report.signs import warnings
+from spin_ray.report.uncertainty import (
+    ROW_SCHEMA,
+    SHARE,
+    changes_by_row,
+    conversation_groups,
+    standard_error,
+    standard_errors,
+)
 from spin_ray.run_dir.artefact import Artefact
-from spin_ray.run_dir.names import heldout_pair_id, part_name
+from spin_ray.run_dir.names import heldout_pair_id, iterate_name, part_name
 from spin_ray.run_dir.run_dir import RunDir
 from spin_ray.run_dir.schemas import PAIR_SCHEMA
+from spin_ray.run_dir.storage import table_to_bytes
 from spin_ray.runtime.workers import device, nodes_and_room, run_workers
 
 logger = logging.getLogger(__name__)
@@ -59,7 +70,7 @@ def run(
     initial: ModelFolder,
     objective: Objective | None = None,
 ) -> dict[str, Any]:
-    """Writes and returns ``eval.json``.
+    """Writes and returns ``eval.json``, and writes ``heldout_rows.parquet``.
 
     Args:
         model: θ_iterate.
@@ -77,17 +88,20 @@ def run(
         first = pc.equal(every[1]["sample"], 0)
         heldout, answers = (table.filter(first) for table in every)
         result: dict[str, Any] = {"iterate": model.name, "made_from": made_from, "rows": heldout.num_rows}
-        texts = text_measures(heldout, answers)
-        accuracy = _accuracy(*every, config, model.whole.path)
+        groups = conversation_groups(heldout)
+        by_row = row_measures(heldout, answers)
+        texts = text_measures(heldout, answers, by_row, groups)
+        grades = _grades(*every, config, model.whole.path)
+        accuracy = _accuracy(grades, groups)
         texts["standard_errors"] |= accuracy.pop("standard_errors", {})
-        result |= texts | accuracy
+        result |= texts | accuracy | _changes(run_dir, iterate, _row_table(by_row, grades, groups))
         if previous is not None:
             samples_of = {"self": samples, "opponent": run_dir.heldout_samples(iterate - 1)}
             scores, work = _score(run_dir, config, samples_of, (model, previous, initial))
             counted |= work
             names, beta = (model.name, previous.name, initial.name), config.at(iterate - 1).beta
             per_token, losses = config.objective.length_normalised, _row_losses(config, objective)
-            margins = margin_measures(scores, *names, beta, losses, per_token=per_token)
+            margins = margin_measures(scores, *names, beta, losses, per_token=per_token, groups=groups)
             margins["standard_errors"] |= result["standard_errors"]
             result |= {"opponent": previous.name} | margins
         counted |= {"rows": heldout.num_rows}
@@ -137,34 +151,44 @@ def read_answers(heldout: Artefact, samples: Artefact, most: int = 1) -> tuple[p
     return rows.take(pc.index_in(answers["prompt_id"], value_set=rows["prompt_id"])), answers
 
 
-def text_measures(heldout: pa.Table, answers: pa.Table) -> dict[str, Any]:
-    """Returns measures of length, truncation and repetition, of ``answers`` in the order of ``heldout``."""
+def row_measures(heldout: pa.Table, answers: pa.Table) -> pd.DataFrame:
+    """Returns lengths, truncation and equality by prompt_id, of ``answers`` in the order of ``heldout``."""
     real, generated = heldout["real_ids"].to_pylist(), answers["token_ids"].to_pylist()
-    real_lengths, generated_lengths = [len(ids) for ids in real], [len(ids) for ids in generated]
-    by_row: dict[str, list[Any]] = {
-        "real_length": real_lengths,
-        "generated_length": generated_lengths,
+    measures = {
+        "real_length": [len(ids) for ids in real],
+        "generated_length": [len(ids) for ids in generated],
         "truncation_rate": [reason == "length" for reason in answers["finish_reason"].to_pylist()],
         "identical_share": [left == right for left, right in zip(real, generated, strict=True)],
     }
+    return pd.DataFrame(measures, heldout["prompt_id"].to_pylist())
+
+
+def text_measures(
+    heldout: pa.Table, answers: pa.Table, by_row: pd.DataFrame, groups: Mapping[str, int]
+) -> dict[str, Any]:
+    """Returns measures of length, truncation and repetition.
+
+    Args:
+        by_row: result of ``row_measures``.
+        groups: result of ``conversation_groups``.
+    """
+    real, generated = heldout["real_ids"].to_pylist(), answers["token_ids"].to_pylist()
     measures: dict[str, Any] = {
-        "length_auc": length_auc(real_lengths, generated_lengths),
+        "length_auc": length_auc(by_row["real_length"].tolist(), by_row["generated_length"].tolist()),
         "duplicate_share": duplicate_share(generated),
         "real_duplicate_share": duplicate_share(real),
         "distinct_2": distinct_ngrams(generated, 2),
         "real_distinct_2": distinct_ngrams(real, 2),
     }
-    measures |= {key: float(np.mean(values)) for key, values in by_row.items()}
-    errors = {key: standard_error(np.asarray(values, dtype=np.float64)) for key, values in by_row.items()}
-    return measures | {"standard_errors": errors}
+    measures |= {str(key): float(values) for key, values in by_row.mean().items()}
+    return measures | {"standard_errors": standard_errors({str(key): values for key, values in by_row.items()}, groups)}
 
 
-def _accuracy(heldout: pa.Table, answers: pa.Table, config: SpinConfig, model: Path) -> dict[str, Any]:
+def _accuracy(grades: dict[str, list[float]], groups: Mapping[str, int]) -> dict[str, Any]:
     """Returns pass@1, or an empty dict if no answer can be graded.
 
     Samples of a row are not independent, so the standard error is that of the rows' means.
     """
-    grades = _grades(heldout, answers["token_ids"].to_pylist(), config, model)
     if not grades:
         return {}
     by_row = np.asarray([np.mean(of_row) for of_row in grades.values()])
@@ -172,16 +196,34 @@ def _accuracy(heldout: pa.Table, answers: pa.Table, config: SpinConfig, model: P
     found: dict[str, Any] = {"answer_accuracy": float(by_row.mean()), "answers_graded": len(grades)}
     if counted > len(grades):
         found["samples_graded"] = counted
-    return found | {"standard_errors": {"answer_accuracy": standard_error(by_row)}}
+    error = standard_error(by_row, [groups[prompt_id] for prompt_id in grades], SHARE)
+    return found | ({} if error is None else {"standard_errors": {"answer_accuracy": error}})
 
 
-def _grades(heldout: pa.Table, generated: list[list[int]], config: SpinConfig, model: Path) -> dict[str, list[float]]:
+def _row_table(by_row: pd.DataFrame, grades: dict[str, list[float]], groups: Mapping[str, int]) -> pa.Table:
+    rows = [
+        {"prompt_id": prompt_id, "conversation": groups[prompt_id]}
+        | {"answer_accuracy": float(np.mean(grades[prompt_id])) if prompt_id in grades else None}
+        | {name: float(values[name]) for name in ("truncation_rate", "generated_length")}
+        for prompt_id, values in zip(by_row.index, by_row.to_dict("records"), strict=True)
+    ]
+    return pa.Table.from_pylist(rows, ROW_SCHEMA)
+
+
+def _changes(run_dir: RunDir, iterate: int, rows: pa.Table) -> dict[str, Any]:
+    """Stores the iterate's rows, and returns its changes since θ_0 where that was evaluated."""
+    run_dir.storage.replace(run_dir.heldout_rows_path(iterate), table_to_bytes(rows))
+    before = read_rows(run_dir, 0) if iterate else None
+    return {} if before is None else {"changes": {"since": iterate_name(0)} | changes_by_row(before, rows)}
+
+
+def _grades(heldout: pa.Table, answers: pa.Table, config: SpinConfig, model: Path) -> dict[str, list[float]]:
     extractor, grade = config.evaluation.answer_extractor, config.evaluation.grade
     column = "answer" if grade == "number" else "answer_text"
     if (grade == "number" and extractor == "none") or column not in heldout.column_names:
         return {}
     tokenizer = load_tokenizer(str(model), trust_remote_code=config.model.trust_remote_code)
-    texts = tokenizer.batch_decode(generated, skip_special_tokens=True)
+    texts = tokenizer.batch_decode(answers["token_ids"].to_pylist(), skip_special_tokens=True)
     rows = [
         row
         for row in zip(texts, heldout[column].to_pylist(), heldout["prompt_id"].to_pylist(), strict=True)
@@ -198,7 +240,7 @@ def _grades(heldout: pa.Table, generated: list[list[int]], config: SpinConfig, m
     return grades
 
 
-def length_auc(real: list[int], generated: list[int]) -> float:
+def length_auc(real: Sequence[int], generated: Sequence[int]) -> float:
     """Returns the chance that a human response is longer than a generated one; ties count half."""
     from scipy.stats import mannwhitneyu  # slow import, which scoring workers do not need
 

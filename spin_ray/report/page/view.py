@@ -5,18 +5,20 @@ from dataclasses import dataclass
 from datetime import UTC, datetime
 from typing import Any
 
+import pyarrow as pa
 import yaml
 
 from spin_ray.config.recipe import SpinConfig, flatten
 from spin_ray.errors import UserError
 from spin_ray.report.examples import Example, read_examples
-from spin_ray.report.history import read_benchmarks, read_evaluations, read_train_logs
-from spin_ray.report.measures import BY_KEY, CONFIDENCE, Evaluation
+from spin_ray.report.history import read_benchmarks, read_evaluations, read_rows, read_train_logs
+from spin_ray.report.measures import BY_KEY, Evaluation
 from spin_ray.report.progress import read_progress
 from spin_ray.report.redaction import hide, hide_in_text
 from spin_ray.report.signs import warnings
+from spin_ray.report.uncertainty import Change, changes_by_row
 from spin_ray.run_dir.events import Span, spans
-from spin_ray.run_dir.names import iterate_name
+from spin_ray.run_dir.names import iterate_name, iterate_number
 from spin_ray.run_dir.run_dir import RunDir
 from spin_ray.run_dir.storage import table_from_bytes
 
@@ -45,6 +47,8 @@ class RunView:
     config: SpinConfig
     description: dict[str, Any]
     evaluations: list[Evaluation]
+    rows: pa.Table | None
+    """The newest evaluation's measures by held-out row; None if it has none."""
     train_logs: dict[str, list[dict[str, Any]]]
     benchmarks: dict[str, dict[str, Any]]
     spans: list[Span]
@@ -139,6 +143,7 @@ def read_view(run: RunDir, only_prompts: list[str] | None = None) -> RunView:
         config=config,
         description=hide(run.description()),
         evaluations=evaluations,
+        rows=read_rows(run, iterate_number(evaluations[-1]["iterate"])) if evaluations else None,
         train_logs=read_train_logs(run, config),
         benchmarks=read_benchmarks(run, config),
         spans=spans(events, read_progress(run).get("time", 0.0)),
@@ -195,13 +200,10 @@ def _worth(evaluations: list[Evaluation]) -> str:
     name, accuracy = last["iterate"], BY_KEY["answer_accuracy"]
     now, before = accuracy.of(last), accuracy.of(first)
     if now is not None and before is not None and first is not last:
-        errors = [it.get("standard_errors", {}).get("answer_accuracy", 0.0) for it in (first, last)]
-        noise = CONFIDENCE * (errors[0] ** 2 + errors[1] ** 2) ** 0.5
-        change = now - before
-        judged = "more than chance" if abs(change) > noise > 0 else "no more than chance may give"
+        changed = _judged(Change.of("answer_accuracy", first, last), ".1%")
         return (
             f"{name} answers {now:.1%} of {last['answers_graded']} held-out questions right, {first['iterate']} "
-            f"{before:.1%}: a change of {change:+.1%} (± {noise:.1%}), {judged}."
+            f"{before:.1%}: a change of {changed}."
         )
     loss = BY_KEY["against_opponent.loss"]
     if (value := loss.of(last)) is None:
@@ -238,26 +240,32 @@ def compare(first: RunView, other: RunView, first_name: str, other_name: str) ->
     if first.description["inputs"].get("heldout") != other.description["inputs"].get("heldout"):
         return f"{first_name} and {other_name} have different held-out rows, so their numbers cannot be compared."
     one, two = first.evaluations[-1], other.evaluations[-1]
+    by_row = changes_by_row(first.rows, other.rows) if first.rows and other.rows else None
     for key in ("answer_accuracy", "generated_length"):
         measure = BY_KEY[key]
         found = [measure.of(one), measure.of(two)]
         if found[0] is None or found[1] is None:
             continue
-        errors = [it.get("standard_errors", {}).get(key, 0.0) for it in (one, two)]
-        change, noise = found[1] - found[0], CONFIDENCE * (errors[0] ** 2 + errors[1] ** 2) ** 0.5
-        judged = "more than chance" if abs(change) > noise > 0 else "no more than chance may give"
+        change = Change.of(key, one, two, by_row)
         names = f"{two['iterate']} of {other_name} against {one['iterate']} of {first_name}"
         if key == "answer_accuracy":
             return (
-                f"{names}: {found[1]:.1%} of the held-out questions right against {found[0]:.1%}, {change:+.1%} "
-                f"(± {noise:.1%}), {judged}; another seed may differ by more."
+                f"{names}: {found[1]:.1%} of the held-out questions right against {found[0]:.1%}, "
+                f"{_judged(change, '.1%')}; another seed may differ by more."
             )
         return (
             f"{names}: responses of {found[1]:.1f} tokens against {found[0]:.1f} (human: {one['real_length']:.1f}), "
-            f"{change:+.1f} (± {noise:.1f}), {judged}; each run's losses and margins are against its own opponents, so "
+            f"{_judged(change, '.1f')}; each run's losses and margins are against its own opponents, so "
             "compare only examples, lengths and benchmarks."
         )
     return f"{first_name} and {other_name} have no measure in common."
+
+
+def _judged(change: Change, digits: str) -> str:
+    half = "unknown" if change.half is None else format(change.half, digits)
+    beyond = change.half is not None and abs(change.value) > change.half
+    judged = "more than chance" if beyond else "no more than chance may give"
+    return f"{change.value:+{digits}} (± {half}), {judged}"
 
 
 def _utc(seconds: float) -> str:

@@ -13,10 +13,12 @@ from spin_ray.inputs.model_folder import ModelFolder
 from spin_ray.inputs.rendering import load_tokenizer
 from spin_ray.loop.stages import evaluation
 from spin_ray.loop.stages.evaluation import length_auc
+from spin_ray.report.history import read_rows
+from spin_ray.report.uncertainty import conversation_groups
 from spin_ray.run_dir.run_dir import RunDir
 from spin_ray.run_dir.schemas import GENERATION_SCHEMA, PROMPT_SCHEMA
 from spin_ray.run_dir.storage import Storage
-from tests.support.fakes import config_of, generation_rows, write_answers, write_prompts
+from tests.support.fakes import config_of, exchange, generation_rows, write_answers, write_prompts
 
 TINY = Path(resolve("embedded:tiny-llama"))
 MODEL, OPPONENT = ModelFolder(TINY, "d1", "iter_000", 0), ModelFolder(TINY, "d0", "sft", 0)
@@ -66,7 +68,7 @@ def text_measures(
                 "prompt_id": f"p{i:03d}",
                 "prompt_ids": [1],
                 "real_ids": ids,
-                "messages": "[]",
+                "messages": exchange(i),
                 "answer": (answer or [None] * 9)[i],
             }
             for i, ids in enumerate(real)
@@ -75,7 +77,9 @@ def text_measures(
     )
     config = config_of(data={"train": "d", "heldout": "h"}, evaluation={"answer_extractor": extractor})
     generated = pa.Table.from_pylist(generation_rows(answers), GENERATION_SCHEMA)
-    return evaluation.text_measures(heldout, generated) | evaluation._accuracy(heldout, generated, config, TINY)
+    groups, by_row = conversation_groups(heldout), evaluation.row_measures(heldout, generated)
+    texts = evaluation.text_measures(heldout, generated, by_row, groups)
+    return texts | evaluation._accuracy(evaluation._grades(heldout, generated, config, TINY), groups)
 
 
 def test_lengths_truncation_and_identity_are_shares_of_the_rows():
@@ -91,7 +95,8 @@ def test_lengths_truncation_and_identity_are_shares_of_the_rows():
         "duplicate_share": 0.0, "real_duplicate_share": 0.0,
         "distinct_2": 3 / 4, "real_distinct_2": 1.0,  # 52, 88, 88, 82; 52, 56, 62, 72
     }  # fmt: skip
-    assert errors["truncation_rate"] == pytest.approx(1 / 3)  # 0, 0, 1: variance 1/3 over three rows
+    assert errors["truncation_rate"] == pytest.approx((12 / 7 / 6 / 7) ** 0.5)  # 0, 0, 1 and two of each more
+    assert errors["real_length"] == pytest.approx(1 / 3)  # 2, 3, 2: variance 1/3 over three rows
     assert errors.keys() == {"real_length", "generated_length", "truncation_rate", "identical_share"}
 
 
@@ -111,12 +116,13 @@ def test_a_grader_of_texts_reads_the_answers_own_words():
     ids = [[*tokenizer.encode(text, add_special_tokens=False), 2] for text in ("yes", "no")]
     config = config_of(data={"train": "d", "heldout": "h"}, evaluation={"grade": "exact"})
     heldout = pa.table({"prompt_id": ["p0", "p1"], "answer_text": ["yes", "yes"]})
-    assert evaluation._grades(heldout, ids, config, TINY) == {"p0": [1.0], "p1": [0.0]}
-    assert evaluation._grades(heldout.drop_columns("answer_text"), ids, config, TINY) == {}
+    answers = pa.table({"token_ids": ids})
+    assert evaluation._grades(heldout, answers, config, TINY) == {"p0": [1.0], "p1": [0.0]}
+    assert evaluation._grades(heldout.drop_columns("answer_text"), answers, config, TINY) == {}
 
 
 def test_pass_at_1_is_the_mean_over_all_samples_with_an_interval_over_rows(run):
-    """Rows with 2, 1 and 0 right of 2 samples: 1, ½, 0 have the mean ½ and the error ½ / √3, not that of six draws."""
+    """Rows with 2, 1 and 0 right of 2 samples: 1, ½, 0, with 0, 0, 1, 1 the error √1.75 / 7, not that of six draws."""
     tokenizer = load_tokenizer(str(TINY))
     yes, no = ([*tokenizer.encode(text, add_special_tokens=False), 2] for text in ("yes", "no"))
     said = {"p000": (yes, yes, no), "p001": (no, yes, no), "p002": (no, no, yes)}
@@ -125,9 +131,10 @@ def test_pass_at_1_is_the_mean_over_all_samples_with_an_interval_over_rows(run):
     config = config_of(data={"train": "d", "heldout": "h"}, evaluation={"grade": "exact", "samples": 2})
     heldout, samples = evaluation.read_answers(run.heldout, run.heldout_samples(0), config.evaluation.samples)
     heldout = heldout.drop_columns("answer_text").append_column("answer_text", pa.array(["yes"] * heldout.num_rows))
-    assert evaluation._accuracy(heldout, samples, config, TINY) == {
+    grades = evaluation._grades(heldout, samples, config, TINY)
+    assert evaluation._accuracy(grades, conversation_groups(heldout)) == {
         "answer_accuracy": 0.5, "answers_graded": 3, "samples_graded": 6,
-        "standard_errors": {"answer_accuracy": pytest.approx(0.5 / 3**0.5)},
+        "standard_errors": {"answer_accuracy": pytest.approx(1.75**0.5 / 7)},
     }  # fmt: skip
 
 
@@ -156,6 +163,25 @@ def test_pairs_to_score_are_named_by_row_and_by_whose_sample_it_is(run):
 
 
 # The file
+
+
+def test_changes_since_the_start_model_are_told_row_by_row(run):
+    """Lengths 2, 1 and then 4, 3: both grew by 2, however different the rows are. One of two was cut, then both."""
+    write_answers(run.heldout_samples(0), [("p000", 0, [7, 2]), ("p001", 0, [9])], 2)
+    evaluate_start(run)
+    write_answers(run.heldout_samples(1), [("p000", 0, [7, 7, 7, 7]), ("p001", 0, [9, 9, 9])], 2)
+    config = config_of(data={"train": "d", "heldout": "h"})
+    found = evaluation.run(run, config, 1, MODEL, None, OPPONENT)["changes"]
+    assert found.pop("since") == "sft"
+    assert found == {
+        "generated_length": {"value": 2.0, "standard_error": 0.0},
+        # 1, 0 and the added −1, 1: mean ¼, squares 2.75
+        "truncation_rate": {"value": 0.5, "standard_error": pytest.approx((4 / 3 * 2.75) ** 0.5 / 4)},
+    }
+    rows = read_rows(run, 1).to_pylist()
+    assert rows[0] == {
+        "prompt_id": "p000", "conversation": 0, "answer_accuracy": None, "truncation_rate": 1.0, "generated_length": 4.0
+    }  # fmt: skip
 
 
 def evaluate_start(run: RunDir) -> dict[str, Any]:

@@ -44,12 +44,12 @@ def test_only_a_verdict_that_the_other_order_does_not_contradict_counts(verdicts
 
 
 def test_the_win_rate_counts_ties_half():
-    """Win, win, loss, tie: (1 + 1 + 0 + ½) / 4; variance 0.6875 / 3 over four prompts."""
+    """Win, win, loss, tie: (1 + 1 + 0 + ½) / 4. With 0, 0, 1, 1 the squares around 9/16 are 1.71875, of eight."""
     found = summarise(
         judgements(("first", "second"), ("first", "second"), ("second", "first"), ("tie", "tie")), "one", "other"
     )
     assert found["win_rate"] == 0.625
-    assert found["standard_error"] == pytest.approx((0.6875 / 3 / 4) ** 0.5)
+    assert found["standard_error"] == pytest.approx((8 / 7 * 1.71875) ** 0.5 / 8)
 
 
 def test_position_bias_and_agreement_are_kept():

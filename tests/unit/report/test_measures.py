@@ -2,7 +2,6 @@
 
 import math
 
-import numpy as np
 import pytest
 
 from spin_ray.report.measures import (
@@ -10,7 +9,6 @@ from spin_ray.report.measures import (
     MEASURES,
     distinct_ngrams,
     duplicate_share,
-    standard_error,
     stop_evidence,
 )
 from spin_ray.report.signs import RULES, Compared, warnings
@@ -33,11 +31,6 @@ def test_distinct_counts_different_pairs_within_responses_only():
     """[1 2 1 2]: 12, 21, 12; [2 1]: 21. Two of four; the border between responses is no pair."""
     assert distinct_ngrams([[1, 2, 1, 2], [2, 1]], 2) == 0.5
     assert distinct_ngrams([[1], []], 2) == 0.0
-
-
-def test_the_standard_error_is_that_of_the_mean():
-    """0, 0, 1, 1: variance 1/3 with three degrees of freedom, over four rows."""
-    assert standard_error(np.array([0.0, 0.0, 1.0, 1.0])) == pytest.approx(math.sqrt(1 / 3 / 4))
 
 
 def test_an_interval_is_wide_as_its_standard_error_and_missing_without_one():

@@ -3,6 +3,7 @@
 import math
 
 import numpy as np
+import pandas as pd
 import pytest
 
 from spin_ray.report.probe import (
@@ -89,7 +90,7 @@ def test_the_bound_does_not_depend_on_the_size_of_margins(size):
 
 def test_margins_without_sign_or_size_give_ln_2():
     noise = np.random.default_rng(0).normal(size=400)
-    found = margin_evidence(noise, np.zeros(400))
+    found = margin_evidence(pd.Series(noise), pd.Series(np.zeros(400)))
     assert found["loss"] == pytest.approx(math.log(2), abs=0.01)
     assert abs(found["jsd_lower_bound"]) < 1.96 * found["standard_errors"]["jsd_lower_bound"] + 0.005
     assert (calibrated_losses(np.zeros(4)) == math.log(2)).all()

@@ -1,0 +1,131 @@
+"""Standard errors of means over held-out rows, and of changes of such means.
+
+Rows of one conversation depend on each other, and two models that answer the same rows are compared row by row.
+"""
+
+import json
+import math
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Self
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+
+from spin_ray.run_dir.names import prompt_of
+
+CONFIDENCE = 1.96
+"""Standard errors on each side of a 95 % interval."""
+SHARE = (0.0, 0.0, 1.0, 1.0)
+"""Rows added for the error of a share: 0 of n is not certainly 0 (Agresti and Coull 1998, "plus four")."""
+CHANGE_OF_SHARE = (-1.0, 1.0)
+"""Differences added for the error of a change of a share (Bonett and Price 2012)."""
+
+
+def conversation_groups(rows: pa.Table) -> dict[str, int]:
+    """Returns the number of each prompt_id's conversation.
+
+    Turns of one conversation share a number, and so do responses to one prompt.
+
+    Args:
+        rows: PROMPT_SCHEMA rows. The messages of a later turn begin with those of an earlier one.
+    """
+    conversations = [json.loads(each) for each in rows["messages"].to_pylist()]
+    known = {_key(messages) for messages in conversations}
+    numbers: dict[str, int] = {}
+    groups = {}
+    for prompt_id, messages in zip(rows["prompt_id"].to_pylist(), conversations, strict=True):
+        starts = (messages[:end] for end in range(1, len(messages)))
+        first = next((start for start in starts if _key(start) in known), messages)
+        groups[prompt_id] = numbers.setdefault(_key(first[:-1]), len(numbers))
+    return groups
+
+
+def _key(messages: list[Any]) -> str:
+    return json.dumps(messages)
+
+
+def standard_error(
+    values: np.ndarray, groups: Sequence[int] | None = None, added: Collection[float] = ()
+) -> float | None:
+    """Returns the mean's standard error; None for one group alone.
+
+    Args:
+        values: float [rows].
+        groups: number of each row's conversation; its rows count as one draw (cluster-robust error of Liang and Zeger
+            1986). None: rows are independent.
+        added: further independent rows, ``SHARE`` or ``CHANGE_OF_SHARE``.
+    """
+    numbers = np.arange(len(values)) if groups is None else np.unique(groups, return_inverse=True)[1]
+    if len(numbers) == 0 or numbers.max() == 0:
+        return None
+    every = np.concatenate([values.astype(np.float64), np.asarray(list(added))])
+    own = np.concatenate([numbers, numbers.max() + 1 + np.arange(len(added))])
+    sums = np.bincount(own, every - every.mean())
+    return float(math.sqrt(len(sums) / (len(sums) - 1) * np.square(sums).sum()) / len(every))
+
+
+def standard_errors(by_row: Mapping[str, Any], groups: Mapping[str, int] | None = None) -> dict[str, float]:
+    """Returns the errors of the means of several measures, where they can be told.
+
+    Args:
+        by_row: series [rows] by the measure's key, indexed by prompt_id or pair_id. Booleans are shares.
+        groups: result of ``conversation_groups``. None: rows are independent.
+    """
+    found = {}
+    for key, values in by_row.items():
+        numbers = None if groups is None else [groups[prompt_of(row)] for row in values.index]
+        error = standard_error(np.asarray(values), numbers, SHARE if values.dtype == bool else ())
+        if error is not None:
+            found[key] = error
+    return found
+
+
+@dataclass(frozen=True, slots=True)
+class Change:
+    """A change of a measure from one evaluation to another."""
+
+    value: float
+    half: float | None
+    """Half its 95 % interval; None if unknown."""
+
+    @classmethod
+    def of(cls, key: str, before: dict[str, Any], now: dict[str, Any], paired: dict[str, Any] | None = None) -> Self:
+        """Compares two evaluations that have the measure ``key`` at their top.
+
+        Args:
+            paired: result of ``changes_by_row``. None: what ``now`` stored, else both as if of different rows.
+        """
+        value = now[key] - before[key]
+        stored = now.get("changes", {})
+        found = paired if paired is not None else stored if stored.get("since") == before.get("iterate") else {}
+        if key in found:
+            error = found[key]["standard_error"]
+            return cls(value, None if error is None else CONFIDENCE * error)
+        errors = [it.get("standard_errors", {}).get(key) for it in (before, now)]
+        return cls(value, None if None in errors else CONFIDENCE * math.hypot(*errors))
+
+
+PAIRED = {"answer_accuracy": CHANGE_OF_SHARE, "truncation_rate": CHANGE_OF_SHARE, "generated_length": ()}
+"""Measures by row whose changes are compared, and what is added for their errors."""
+ROW_SCHEMA = pa.schema(
+    [pa.field("prompt_id", pa.string()), pa.field("conversation", pa.int32())]
+    + [pa.field(name, pa.float64()) for name in PAIRED]
+)
+"""An iterate's measures of each held-out row; null if a row's answer cannot be graded."""
+
+
+def changes_by_row(before: pa.Table, now: pa.Table) -> dict[str, Any]:
+    """Returns mean differences of ROW_SCHEMA rows with the same prompt_id, and their standard errors."""
+    now = now.filter(pc.is_in(now["prompt_id"], value_set=before["prompt_id"]))
+    before = before.take(pc.index_in(now["prompt_id"], value_set=before["prompt_id"]))
+    groups = now["conversation"].to_numpy()
+    found = {}
+    for name, added in PAIRED.items():
+        differences = pc.subtract(now[name], before[name]).to_numpy()  # nulls become NaN
+        there = ~np.isnan(differences)
+        if there.any():
+            error = standard_error(differences[there], groups[there], added)
+            found[name] = {"value": float(differences[there].mean()), "standard_error": error}
+    return found
