@@ -54,9 +54,7 @@ def test_the_error_of_a_share_is_near_that_of_wilsons_interval_also_for_none_and
     """Wilson's interval is not symmetric around the share; its width is compared."""
     found = standard_error(np.arange(100) < right, added=SHARE)
     interval = stats.binomtest(right, 100).proportion_ci(method="wilson")
-    assert 2 * CONFIDENCE * found == pytest.approx(
-        interval.high - interval.low, rel=0.45 if right in (0, 100) else 0.12
-    )
+    assert 2 * CONFIDENCE * found == pytest.approx(interval.high - interval.low, rel=within)
 
 
 # Conversations
