@@ -17,6 +17,7 @@ from spin_ray.config.sections import ObjectiveConfig, ProbeConfig
 from spin_ray.inputs.model_folder import ModelFolder, open_artefact
 from spin_ray.inputs.rendering import load_tokenizer
 from spin_ray.learner.step import Objective
+from spin_ray.loop import scoring
 from spin_ray.loop.algorithms.base import margin_objective, pair_table
 from spin_ray.loop.stages import evaluation, pairs
 from spin_ray.loop.stages.generation.shards import Job, prompt_slice
@@ -24,6 +25,7 @@ from spin_ray.loop.stages.training import stage as training
 from spin_ray.report.discriminator import ngram_features, two_sample
 from spin_ray.report.margins import row_margins
 from spin_ray.report.probe import PROBE, Evidence, asked_of, decide, margin_evidence, read_probe
+from spin_ray.report.responses import row_measures, text_measures
 from spin_ray.report.uncertainty import conversation_groups, standard_errors
 from spin_ray.run_dir.artefact import Artefact
 from spin_ray.run_dir.names import OPPONENT, part_name
@@ -168,7 +170,7 @@ def _from_texts(probe: _Probe) -> Evidence:
     real, generated = (ngram_features(each) for each in texts)
     groups = conversation_groups(rows)
     found = two_sample(real, generated, [groups[prompt_id] for prompt_id in rows["prompt_id"].to_pylist()])
-    measures = evaluation.text_measures(rows, answers, evaluation.row_measures(rows, answers), groups)
+    measures = text_measures(rows, answers, row_measures(rows, answers), groups)
     return measures | {"rows": rows.num_rows, "ngrams": found.as_json() if found else None}
 
 
@@ -218,4 +220,4 @@ def _scores(probe: _Probe, models: list[ModelFolder]) -> pa.Table:
     inputs = {f"model_{number}": model.digest for number, model in enumerate(models)}
     inputs["samples"] = probe.heldout_answers.manifest().digest
     tables = tuple((model, rows) for model in models)
-    return evaluation.score(probe.spin, probe.config, probe.spin.artefact("heldout_scores"), tables, inputs)[0]
+    return scoring.score(probe.spin, probe.config, probe.spin.artefact("heldout_scores"), tables, inputs)[0]

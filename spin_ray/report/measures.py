@@ -144,17 +144,6 @@ MEASURES = (
 BY_KEY = {measure.key: measure for measure in MEASURES}
 
 
-def duplicate_share(responses: list[list[int]]) -> float:
-    """Returns the share of responses that repeat an earlier one: a, b, a, a -> 1/2."""
-    return 1 - len({tuple(ids) for ids in responses}) / max(len(responses), 1)
-
-
-def distinct_ngrams(responses: list[list[int]], n: int) -> float:
-    """Returns different n-grams over all (arXiv 1510.03055): abab -> 2/3 for n = 2."""
-    grams = [tuple(ids[i : i + n]) for ids in responses for i in range(len(ids) - n + 1)]
-    return len(set(grams)) / len(grams) if grams else 0.0
-
-
 def stop_evidence(evaluations: list[Evaluation], patience: int, min_fall: float) -> dict[str, Any] | None:
     """Returns the reason to stop after the last of ``evaluations`` (of θ_0, θ_1, …); None: go on.
 

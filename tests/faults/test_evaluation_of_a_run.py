@@ -46,5 +46,22 @@ def test_the_kl_to_the_base_is_measured_for_every_iterate_on_its_own_samples(
     assert not math.isclose(evaluation["kl_to_base"], evaluation["against_self"]["generated_logp_drift"], abs_tol=1e-4)
 
 
+def test_the_geometric_reference_reads_log_p_of_the_start_model(tmp_path: Path, config: SpinConfig) -> None:
+    """Every response of iteration 1, of which those of iteration 0 are read from its reference."""
+    run = RunDir(Storage(tmp_path / "run"))
+    objective = config.objective.model_copy(update={"reference_alpha": 0.5})
+    small_run.run(config.model_copy(update={"iterations": 2, "objective": objective}), tmp_path / "run")
+    base = load(config.model.path)
+    scores = {row["pair_id"]: row for table in run.base_scores(1).tables() for row in table.to_pylist()}
+    pairs = [row for table in run.pairs(1).tables() for row in table.to_pylist()]
+    assert scores.keys() == {row["pair_id"] for row in pairs}
+    assert 0 < run.base_scores(1).manifest().counts["responses_scored"] < 2 * len(pairs)
+    for row in pairs:
+        for name in ("real", "generated"):
+            alone = float(logp_alone(base, row["prompt_ids"], row[f"{name}_ids"]))
+            assert scores[row["pair_id"]][f"{name}_logp"] == pytest.approx(alone, abs=1e-4)
+    assert not list((tmp_path / "run").rglob("base_scores-*"))
+
+
 def load(folder: str) -> Any:
     return AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()

@@ -27,8 +27,7 @@ from spin_ray.inputs.embedded import resolve
 from spin_ray.inputs.rendering import load_tokenizer
 from spin_ray.learner.backends import fsdp2
 from spin_ray.learner.hf_folder import load_model
-from spin_ray.loop import driver, launch
-from spin_ray.loop.stages import evaluation
+from spin_ray.loop import driver, launch, scoring
 from spin_ray.loop.stages.generation import stage as generation
 from spin_ray.loop.stages.training import stage as training
 from spin_ray.loop.stages.training import worker
@@ -88,9 +87,9 @@ def in_this_process(monkeypatch: pytest.MonkeyPatch) -> None:
     for module in (rendering, prompt_rows):
         monkeypatch.setattr(module, "load_tokenizer", _tokenizer)
     monkeypatch.setattr(fsdp2, "load_model", _model)
-    for module in (training, evaluation):
+    for module in (training, scoring):
         monkeypatch.setattr(module, "run_workers", _run_worker)
-    for module in (worker, evaluation):
+    for module in (worker, scoring):
         monkeypatch.setattr(module, "device", lambda: torch.device("cpu"))
 
 

@@ -16,7 +16,7 @@ from scipy.cluster.vq import kmeans2
 from scipy.stats import wasserstein_distance
 
 from spin_ray.report.discriminator import correct_by_group, ngram_features
-from spin_ray.report.measures import distinct_ngrams
+from spin_ray.report.responses import distinct_ngrams
 
 DISCRIMINATORS = ("ngrams", "embeddings")
 MAUVE_SCALE = 5.0

@@ -22,7 +22,7 @@ from spin_ray.config.sections import DataConfig
 from spin_ray.inputs.answers import is_correct
 from spin_ray.inputs.conversations import conversations_of
 from spin_ray.inputs.rendering import ChatRenderer, Rendered, load_tokenizer
-from spin_ray.report.measures import distinct_ngrams
+from spin_ray.report.responses import distinct_ngrams
 from spin_ray.runtime import cpu
 
 SAMPLES = 4

@@ -6,9 +6,7 @@ Two margins of θ_t against θ_{t-1}:
 """
 
 import logging
-import time
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -17,21 +15,18 @@ import pandas as pd
 import pyarrow as pa
 import pyarrow.compute as pc
 import torch
-import torch.distributed as dist
 
 from spin_ray.config.recipe import SpinConfig
 from spin_ray.inputs.answers import is_correct
 from spin_ray.inputs.model_folder import ModelFolder
 from spin_ray.inputs.rendering import load_tokenizer
-from spin_ray.learner.backends.base import BackendSettings
-from spin_ray.learner.backends.fsdp2 import Fsdp2Backend
-from spin_ray.learner.losses import LOSSES, PairValues, pair_logps, response_logps
-from spin_ray.learner.step import Objective, PackShape, feed, pair_lengths, plan
-from spin_ray.planning.mesh import mesh_of
+from spin_ray.learner.losses import LOSSES, PairValues
+from spin_ray.learner.step import Objective
+from spin_ray.loop import scoring
 from spin_ray.report.grading import grade_all
 from spin_ray.report.history import read_rows
-from spin_ray.report.margins import SCORE_SCHEMA, margin_measures
-from spin_ray.report.measures import distinct_ngrams, duplicate_share
+from spin_ray.report.margins import margin_measures
+from spin_ray.report.responses import row_measures, text_measures
 from spin_ray.report.signs import warnings
 from spin_ray.report.uncertainty import (
     ROW_SCHEMA,
@@ -39,26 +34,14 @@ from spin_ray.report.uncertainty import (
     changes_by_row,
     conversation_groups,
     standard_error,
-    standard_errors,
 )
 from spin_ray.run_dir.artefact import Artefact
-from spin_ray.run_dir.names import heldout_pair_id, iterate_name, part_name
+from spin_ray.run_dir.names import heldout_pair_id, iterate_name
 from spin_ray.run_dir.run_dir import RunDir
 from spin_ray.run_dir.schemas import PAIR_SCHEMA
 from spin_ray.run_dir.storage import table_to_bytes
-from spin_ray.runtime.workers import device, nodes_and_room, run_workers
 
 logger = logging.getLogger(__name__)
-
-
-@dataclass(frozen=True, kw_only=True)
-class ScoreJob:
-    recipe: SpinConfig
-    tables: tuple[tuple[ModelFolder, pa.Table], ...]
-    """Models with their PAIR_SCHEMA rows. ``pair_id`` ends with ``/self`` or ``/opponent``."""
-    shape: PackShape
-    backend: BackendSettings
-    target: Artefact
 
 
 def run(
@@ -151,39 +134,6 @@ def read_answers(heldout: Artefact, samples: Artefact, most: int = 1) -> tuple[p
     return rows.take(pc.index_in(answers["prompt_id"], value_set=rows["prompt_id"])), answers
 
 
-def row_measures(heldout: pa.Table, answers: pa.Table) -> pd.DataFrame:
-    """Returns lengths, truncation and equality by prompt_id, of ``answers`` in the order of ``heldout``."""
-    real, generated = heldout["real_ids"].to_pylist(), answers["token_ids"].to_pylist()
-    measures = {
-        "real_length": [len(ids) for ids in real],
-        "generated_length": [len(ids) for ids in generated],
-        "truncation_rate": [reason == "length" for reason in answers["finish_reason"].to_pylist()],
-        "identical_share": [left == right for left, right in zip(real, generated, strict=True)],
-    }
-    return pd.DataFrame(measures, heldout["prompt_id"].to_pylist())
-
-
-def text_measures(
-    heldout: pa.Table, answers: pa.Table, by_row: pd.DataFrame, groups: Mapping[str, int]
-) -> dict[str, Any]:
-    """Returns measures of length, truncation and repetition.
-
-    Args:
-        by_row: result of ``row_measures``.
-        groups: result of ``conversation_groups``.
-    """
-    real, generated = heldout["real_ids"].to_pylist(), answers["token_ids"].to_pylist()
-    measures: dict[str, Any] = {
-        "length_auc": length_auc(by_row["real_length"].tolist(), by_row["generated_length"].tolist()),
-        "duplicate_share": duplicate_share(generated),
-        "real_duplicate_share": duplicate_share(real),
-        "distinct_2": distinct_ngrams(generated, 2),
-        "real_distinct_2": distinct_ngrams(real, 2),
-    }
-    measures |= {str(key): float(values) for key, values in by_row.mean().items()}
-    return measures | {"standard_errors": standard_errors({str(key): values for key, values in by_row.items()}, groups)}
-
-
 def _accuracy(grades: dict[str, list[float]], groups: Mapping[str, int]) -> dict[str, Any]:
     """Returns pass@1, or an empty dict if no answer can be graded.
 
@@ -240,13 +190,6 @@ def _grades(heldout: pa.Table, answers: pa.Table, config: SpinConfig, model: Pat
     return grades
 
 
-def length_auc(real: Sequence[int], generated: Sequence[int]) -> float:
-    """Returns the chance that a human response is longer than a generated one; ties count half."""
-    from scipy.stats import mannwhitneyu  # slow import, which scoring workers do not need
-
-    return float(mannwhitneyu(real, generated).statistic / (len(real) * len(generated)))
-
-
 def _score(
     run_dir: RunDir,
     config: SpinConfig,
@@ -260,43 +203,7 @@ def _score(
     inputs = {f"samples_of_{whose}": samples.manifest().digest for whose, samples in samples_of.items()}
     inputs |= {"model": model.digest, "opponent": previous.digest, "base": initial.digest}
     target = run_dir.artefact(f"{model.name}/heldout_scores")
-    return score(run_dir, config, target, ((model, both), (previous, both), *of_initial), inputs)
-
-
-def score(
-    run_dir: RunDir,
-    config: SpinConfig,
-    target: Artefact,
-    tables: tuple[tuple[ModelFolder, pa.Table], ...],
-    inputs: dict[str, str],
-) -> tuple[pa.Table, dict[str, float]]:
-    """Scores each table of PAIR_SCHEMA rows under its model, and commits ``target``.
-
-    Returns SCORE_SCHEMA rows, and counts of the work done by this call.
-    """
-    settings = {
-        "precision": config.train.precision,
-        "pack_length": config.train.pack_length,
-        "workers": config.train.workers,
-    }
-    work: dict[str, float] = {}
-    if not target.already_made(inputs, settings):
-        model, rows = tables[0]
-        job = ScoreJob(
-            recipe=config,
-            tables=tables,
-            shape=PackShape(
-                pack_length=config.train.pack_length, global_batch_pairs=rows.num_rows, pad_id=model.pad_id
-            ),
-            backend=BackendSettings.for_scoring(config),
-            target=target,
-        )
-        folder = f"{target.path.rpartition('/')[0]}/scoring"
-        work = run_workers(_worker, job, config, f"evaluation-{model.digest[:16]}", run_dir.storage.where(folder))
-        run_dir.storage.delete(folder)
-        names = [part_name(rank) for rank in range(int(work.pop("ranks")))]
-        target.commit({name: target.part_entry(name) for name in names}, inputs, settings)
-    return pa.concat_tables(list(target.tables())), work
+    return scoring.score(run_dir, config, target, ((model, both), (previous, both), *of_initial), inputs)
 
 
 def pair_rows(heldout: pa.Table, answers: pa.Table, whose: str) -> pa.Table:
@@ -304,42 +211,3 @@ def pair_rows(heldout: pa.Table, answers: pa.Table, whose: str) -> pa.Table:
     pair_ids = pa.array([heldout_pair_id(prompt_id, whose) for prompt_id in heldout["prompt_id"].to_pylist()])
     columns = [pair_ids, heldout["prompt_id"], pa.array([0] * len(pair_ids), pa.int32())]
     return pa.table([*columns, heldout["prompt_ids"], heldout["real_ids"], answers["token_ids"]], schema=PAIR_SCHEMA)
-
-
-def _worker(job: ScoreJob) -> dict[str, float]:
-    tables = []
-    tokens, work_s = 0, 0.0
-    mesh = mesh_of(job.recipe, job.tables[0][0].parts_here()[0], *nodes_and_room()).mesh
-    settings, shape = replace(job.backend, mesh=mesh), replace(job.shape, tensor=mesh.tensor)
-    for model, rows in job.tables:
-        folder, adapter = model.parts_here()
-        backend = Fsdp2Backend(folder, replace(settings, adapter=adapter), device())
-        started = time.monotonic()
-        tables.append(_score_rows(backend, rows, shape, model.name))
-        work_s += time.monotonic() - started
-        tokens += sum(pc.sum(pc.list_value_length(rows[f"{name}_ids"])).as_py() for name in ("real", "generated"))
-        backend.close()
-    rank, ranks = shape.place()
-    if shape.writes():
-        job.target.replace_part(part_name(rank), pa.concat_tables(tables))
-    dist.barrier()
-    return {"tokens": tokens, "work_s": work_s, "ranks": ranks}
-
-
-def _score_rows(backend: Fsdp2Backend, table: pa.Table, shape: PackShape, model: str) -> pa.Table:
-    rows: list[int] = []
-    columns: dict[str, list[Any]] = {name: [] for name in SCORE_SCHEMA.names[2:]}
-    rank, ranks = shape.place()
-    steps = plan(pair_lengths([table]), shape, epochs=1, seed=0, ranks=ranks)[0]
-    packs = [pack for step in steps for pack in step.for_rank(rank, ranks)]
-    for _, batch in feed(packs, table, shape, backend.device):
-        logps = backend.score_tokens(batch)
-        real, generated = pair_logps(response_logps(logps, batch.segment, batch.num_segments), batch)
-        rows += batch.pair_row.tolist()
-        columns["real_logp"] += real.tolist()
-        columns["generated_logp"] += generated.tolist()
-        of_tokens, segment = logps.cpu(), batch.segment.cpu()  # one copy for all responses
-        for name, segments in (("real", batch.real_segment), ("generated", batch.generated_segment)):
-            columns[f"{name}_token_logps"] += [of_tokens[segment == number].tolist() for number in segments.tolist()]
-    pair_ids = table["pair_id"].take(pa.array(rows, pa.int64()))
-    return pa.table([pair_ids, [model] * len(rows), *columns.values()], schema=SCORE_SCHEMA)

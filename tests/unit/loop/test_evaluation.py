@@ -12,8 +12,8 @@ from spin_ray.inputs.embedded import resolve
 from spin_ray.inputs.model_folder import ModelFolder
 from spin_ray.inputs.rendering import load_tokenizer
 from spin_ray.loop.stages import evaluation
-from spin_ray.loop.stages.evaluation import length_auc
 from spin_ray.report.history import read_rows
+from spin_ray.report.responses import length_auc, row_measures
 from spin_ray.report.uncertainty import conversation_groups
 from spin_ray.run_dir.run_dir import RunDir
 from spin_ray.run_dir.schemas import GENERATION_SCHEMA, PROMPT_SCHEMA
@@ -77,7 +77,7 @@ def text_measures(
     )
     config = config_of(data={"train": "d", "heldout": "h"}, evaluation={"answer_extractor": extractor})
     generated = pa.Table.from_pylist(generation_rows(answers), GENERATION_SCHEMA)
-    groups, by_row = conversation_groups(heldout), evaluation.row_measures(heldout, generated)
+    groups, by_row = conversation_groups(heldout), row_measures(heldout, generated)
     texts = evaluation.text_measures(heldout, generated, by_row, groups)
     return texts | evaluation._accuracy(evaluation._grades(heldout, generated, config, TINY), groups)
 

@@ -7,10 +7,9 @@ import pytest
 from spin_ray.report.measures import (
     BY_KEY,
     MEASURES,
-    distinct_ngrams,
-    duplicate_share,
     stop_evidence,
 )
+from spin_ray.report.responses import distinct_ngrams, duplicate_share
 from spin_ray.report.signs import RULES, Compared, warnings
 
 HEALTHY = {

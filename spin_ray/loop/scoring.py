@@ -1,0 +1,107 @@
+"""Log-probabilities of responses under one model after another, by the train workers."""
+
+import time
+from dataclasses import dataclass, replace
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.compute as pc
+import torch.distributed as dist
+
+from spin_ray.config.recipe import SpinConfig
+from spin_ray.inputs.model_folder import ModelFolder
+from spin_ray.learner.backends.base import BackendSettings
+from spin_ray.learner.backends.fsdp2 import Fsdp2Backend
+from spin_ray.learner.losses import pair_logps, response_logps
+from spin_ray.learner.step import PackShape, feed, pair_lengths, plan
+from spin_ray.planning.mesh import mesh_of
+from spin_ray.report.margins import SCORE_SCHEMA
+from spin_ray.run_dir.artefact import Artefact
+from spin_ray.run_dir.names import part_name
+from spin_ray.run_dir.run_dir import RunDir
+from spin_ray.runtime.workers import device, nodes_and_room, run_workers
+
+
+@dataclass(frozen=True, kw_only=True)
+class ScoreJob:
+    recipe: SpinConfig
+    tables: tuple[tuple[ModelFolder, pa.Table], ...]
+    """Models with their PAIR_SCHEMA rows. ``pair_id`` ends with ``/self`` or ``/opponent``."""
+    shape: PackShape
+    backend: BackendSettings
+    target: Artefact
+
+
+def score(
+    run_dir: RunDir,
+    config: SpinConfig,
+    target: Artefact,
+    tables: tuple[tuple[ModelFolder, pa.Table], ...],
+    inputs: dict[str, str],
+) -> tuple[pa.Table, dict[str, float]]:
+    """Scores each table of PAIR_SCHEMA rows under its model, and commits ``target``.
+
+    Returns SCORE_SCHEMA rows, and counts of the work done by this call.
+    """
+    settings = {
+        "precision": config.train.precision,
+        "pack_length": config.train.pack_length,
+        "workers": config.train.workers,
+    }
+    work: dict[str, float] = {}
+    if not target.already_made(inputs, settings):
+        model, rows = tables[0]
+        job = ScoreJob(
+            recipe=config,
+            tables=tables,
+            shape=PackShape(
+                pack_length=config.train.pack_length, global_batch_pairs=rows.num_rows, pad_id=model.pad_id
+            ),
+            backend=BackendSettings.for_scoring(config),
+            target=target,
+        )
+        folder = f"{target.path.rpartition('/')[0]}/scoring"
+        work = run_workers(_worker, job, config, f"evaluation-{model.digest[:16]}", run_dir.storage.where(folder))
+        run_dir.storage.delete(folder)
+        names = [part_name(rank) for rank in range(int(work.pop("ranks")))]
+        target.commit({name: target.part_entry(name) for name in names}, inputs, settings)
+    return pa.concat_tables(list(target.tables())), work
+
+
+def _worker(job: ScoreJob) -> dict[str, float]:
+    tables = []
+    tokens, work_s = 0, 0.0
+    mesh = mesh_of(job.recipe, job.tables[0][0].parts_here()[0], *nodes_and_room()).mesh
+    settings, shape = replace(job.backend, mesh=mesh), replace(job.shape, tensor=mesh.tensor)
+    for model, rows in job.tables:
+        folder, adapter = model.parts_here()
+        backend = Fsdp2Backend(folder, replace(settings, adapter=adapter), device())
+        started = time.monotonic()
+        tables.append(_score_rows(backend, rows, shape, model.name))
+        work_s += time.monotonic() - started
+        tokens += sum(pc.sum(pc.list_value_length(rows[f"{name}_ids"])).as_py() for name in ("real", "generated"))
+        backend.close()
+    rank, ranks = shape.place()
+    if shape.writes():
+        job.target.replace_part(part_name(rank), pa.concat_tables(tables))
+    dist.barrier()
+    return {"tokens": tokens, "work_s": work_s, "ranks": ranks}
+
+
+def _score_rows(backend: Fsdp2Backend, table: pa.Table, shape: PackShape, model: str) -> pa.Table:
+    rows: list[int] = []
+    columns: dict[str, list[Any]] = {name: [] for name in SCORE_SCHEMA.names[2:]}
+    rank, ranks = shape.place()
+    steps = plan(pair_lengths([table]), shape, epochs=1, seed=0, ranks=ranks)[0]
+    packs = [pack for step in steps for pack in step.for_rank(rank, ranks)]
+    for _, batch in feed(packs, table, shape, backend.device):
+        logps = backend.score_tokens(batch)
+        real, generated = pair_logps(response_logps(logps, batch.segment, batch.num_segments), batch)
+        rows += batch.pair_row.tolist()
+        columns["real_logp"] += real.tolist()
+        columns["generated_logp"] += generated.tolist()
+        of_tokens, segment = logps.cpu(), batch.segment.cpu()  # one copy for all responses
+        for name, segments in (("real", batch.real_segment), ("generated", batch.generated_segment)):
+            columns[f"{name}_token_logps"] += [of_tokens[segment == number].tolist() for number in segments.tolist()]
+    pair_ids = table["pair_id"].take(pa.array(rows, pa.int64()))
+    return pa.table([pair_ids, [model] * len(rows), *columns.values()], schema=SCORE_SCHEMA)
