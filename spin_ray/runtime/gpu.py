@@ -8,14 +8,21 @@ from spin_ray.config.recipe import SpinConfig
 from spin_ray.errors import ConfigError, ResourceError
 
 _ALLOCATOR = ("PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF")
+_COMPILERS = "TORCHINDUCTOR_COMPILE_THREADS"
 
 
-def environment(*, deterministic: bool = False) -> dict[str, str]:
-    """Returns the environment of a process that trains on a GPU; the user's allocator settings stay.
+def environment(threads: int, *, deterministic: bool = False) -> dict[str, str]:
+    """Returns the environment of a process that trains on a GPU; the user's own settings stay.
 
-    Packs of many lengths fragment segments of fixed size, so segments are expandable.
+    Packs of many lengths fragment segments of fixed size, so segments are expandable. Inductor would start up to 32
+    processes that compile, in each worker of a node.
+
+    Args:
+        threads: CPUs of the worker.
     """
     values = {} if any(name in os.environ for name in _ALLOCATOR) else {_ALLOCATOR[0]: "expandable_segments:True"}
+    if _COMPILERS not in os.environ:
+        values[_COMPILERS] = str(max(4, threads))
     return values | ({"TORCHINDUCTOR_DETERMINISTIC": "1"} if deterministic else {})
 
 

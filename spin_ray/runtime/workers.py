@@ -111,7 +111,7 @@ def _make_trainer(
             ),
             checkpoint_config=ray.train.CheckpointConfig(num_to_keep=1),
             worker_runtime_env={
-                "env_vars": gpu.environment(deterministic=train.deterministic)
+                "env_vars": gpu.environment(resources.threads, deterministic=train.deterministic)
                 if resources.gpus
                 else cpu.keep_freed_memory()
             },

@@ -15,7 +15,14 @@ from spin_ray.config.sections import OptimizerConfig
 from spin_ray.errors import ModelError
 from spin_ray.learner.adapters import add_adapters
 from spin_ray.learner.backends.base import BackendSettings, StepStats, set_learning_rate
-from spin_ray.learner.backends.modules import export, make_deterministic, persistent, recompute_activations, trainable
+from spin_ray.learner.backends.modules import (
+    export,
+    make_deterministic,
+    persistent,
+    recompute_activations,
+    store_in_bf16,
+    trainable,
+)
 from spin_ray.learner.batch import PackedBatch
 from spin_ray.learner.hf_folder import load_model
 from spin_ray.learner.layout import choose_layout
@@ -58,11 +65,15 @@ class DeepSpeedBackend:
         scorer = choice.scorer(self._model, _Scorer)
         # DeepSpeed casts buffers with the weights, but rotary frequencies in bf16 would give wrong positions.
         buffers = {name: buffer.clone() for name, buffer in self._model.named_buffers()}
+        config = _engine_config(settings, settings.optimizer)
+        optimizer = make_optimizer(trainable(self._model), settings.optimizer, settings.learning_rate)
+        if settings.sharding == "full":
+            # One weight after another: DeepSpeed's own start would first put the whole model on every card.
+            if settings.precision == "bf16":
+                store_in_bf16(scorer.parameters())
+            deepspeed.zero.Init(module=scorer, config_dict_or_path=config, dtype=precision)
         self._engine, self._optimizer, *_ = deepspeed.initialize(
-            model=scorer,
-            optimizer=make_optimizer(trainable(self._model), settings.optimizer, settings.learning_rate),
-            config=_engine_config(settings, settings.optimizer),
-            dist_init_required=False,
+            model=scorer, optimizer=optimizer, config=config, dist_init_required=False
         )
         for name, buffer in buffers.items():
             owner, _, leaf = name.rpartition(".")

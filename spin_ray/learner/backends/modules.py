@@ -98,13 +98,14 @@ def make_deterministic() -> None:
     """Makes torch use deterministic kernels; call it before the first matrix product on a GPU."""
     os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
     torch.use_deterministic_algorithms(True)
+    torch.utils.deterministic.fill_uninitialized_memory = False  # slow, and nothing reads such memory
     # Else inductor would order sums by its own timings, in each process anew. The setting is thread-local; autograd's
     # thread reads TORCHINDUCTOR_DETERMINISTIC, with which train workers are started.
     torch._inductor.config.deterministic = True
 
 
 def store_in_bf16(parameters: Iterable[nn.Parameter]) -> None:
-    """Stores frozen weights in bf16, which changes no bit of a bf16 computation."""
+    """Stores weights in bf16."""
     for parameter in parameters:
         if not parameter.is_floating_point():  # quantised already
             continue

@@ -13,6 +13,7 @@ import pytest
 import torch
 import torch.distributed as dist
 import torch.multiprocessing
+from torch import nn
 from transformers import AutoModelForCausalLM
 
 from spin_ray.config.sections import LoraConfig, OptimizerConfig
@@ -77,10 +78,12 @@ def one_of_two_ranks(rank: int, directory: Path) -> None:
     os.environ["LOCAL_RANK"] = str(rank)  # Ray Train sets it too
     torch.set_num_threads(1)
     dist.init_process_group("gloo", store=dist.FileStore(str(directory / "store"), 2), rank=rank, world_size=2)
+    whole_moves = moves_of_whole_models()
     for case in CASES:
         for kind in ("fsdp2", "deepspeed"):
+            whole_moves.clear()
             backend = backend_of(directory, kind, case)
-            found: dict[str, Any] = {"history": train(backend, ROWS, 3)}
+            found: dict[str, Any] = {"moved": list(whole_moves), "history": train(backend, ROWS, 3)}
             backend.export_hf(directory / f"{case} {kind}")
             if case in (CASES[0], CASES[2]):
                 found["distilled"] = distilled(backend_of(directory, kind, case))
@@ -91,6 +94,20 @@ def one_of_two_ranks(rank: int, directory: Path) -> None:
             (directory / f"{case} {kind} {rank}.json").write_text(json.dumps(found))
     (directory / f"failure-{rank}.json").write_text(json.dumps(failures(directory)))
     dist.destroy_process_group()
+
+
+def moves_of_whole_models() -> list[str]:
+    """Returns a list that gets the name of every module that DeepSpeed moves to a device with its weights whole."""
+    found, move = [], nn.Module.to
+
+    def seen(module: nn.Module, *arguments: Any, **settings: Any) -> nn.Module:
+        caller = sys._getframe(1).f_globals["__name__"]
+        if caller.startswith("deepspeed.") and not all(hasattr(each, "ds_id") for each in module.parameters()):
+            found.append(type(module).__name__)
+        return move(module, *arguments, **settings)
+
+    nn.Module.to = seen  # type: ignore[method-assign]
+    return found
 
 
 def distilled(backend: TrainBackend) -> list[list[float]]:
@@ -182,6 +199,12 @@ def directory(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def result(directory: Path, name: str) -> dict[str, Any]:
     return json.loads((directory / f"{name}.json").read_text())
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_with_zero_3_no_card_holds_the_whole_model_at_the_start(directory: Path, case: str) -> None:
+    """ZeRO-2 keeps whole weights on every card."""
+    assert result(directory, f"{case} deepspeed 0")["moved"] == ([] if case.startswith("full") else ["_Scorer"])
 
 
 @pytest.mark.parametrize("case", CASES)

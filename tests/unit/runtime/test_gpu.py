@@ -10,12 +10,20 @@ from spin_ray.runtime.engine import check_platform
 
 
 def test_memory_segments_grow_unless_the_user_chose_an_allocator(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("TORCHINDUCTOR_COMPILE_THREADS", "7")
     for name in ("PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF"):
         monkeypatch.delenv(name, raising=False)
-    assert gpu.environment() == {"PYTORCH_ALLOC_CONF": "expandable_segments:True"}
+    assert gpu.environment(8) == {"PYTORCH_ALLOC_CONF": "expandable_segments:True"}
     monkeypatch.setenv("PYTORCH_CUDA_ALLOC_CONF", "max_split_size_mb:64")
-    assert gpu.environment() == {}
-    assert gpu.environment(deterministic=True) == {"TORCHINDUCTOR_DETERMINISTIC": "1"}
+    assert gpu.environment(8) == {}
+    assert gpu.environment(8, deterministic=True) == {"TORCHINDUCTOR_DETERMINISTIC": "1"}
+
+
+@pytest.mark.parametrize(("cpus", "processes"), [(1, "4"), (12, "12")])
+def test_workers_of_a_node_do_not_each_start_a_compiler_for_every_core(monkeypatch, cpus, processes):
+    """A user's own number stays: the test above."""
+    monkeypatch.delenv("TORCHINDUCTOR_COMPILE_THREADS", raising=False)
+    assert gpu.environment(cpus)["TORCHINDUCTOR_COMPILE_THREADS"] == processes
 
 
 def test_bf16_on_a_card_without_it_is_one_line_with_the_cure(monkeypatch: pytest.MonkeyPatch) -> None:
