@@ -98,7 +98,8 @@ def make_deterministic() -> None:
     """Makes torch use deterministic kernels; call it before the first matrix product on a GPU."""
     os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
     torch.use_deterministic_algorithms(True)
-    torch.utils.deterministic.fill_uninitialized_memory = False  # slow, and nothing reads such memory
+    # Slow, and nothing reads such memory.
+    torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]
     # Else inductor would order sums by its own timings, in each process anew. The setting is thread-local; autograd's
     # thread reads TORCHINDUCTOR_DETERMINISTIC, with which train workers are started.
     torch._inductor.config.deterministic = True
