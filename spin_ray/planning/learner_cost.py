@@ -70,7 +70,8 @@ def training_cost(
     optimizer: OptimizerConfig,
     ranks: Ranks | None = None,
 ) -> StageCost:
-    config = settle_checkpointing(config, shape, device.memory, optimizer, ranks)
+    ranks = ranks or flat(config.train.workers)
+    config = settle_checkpointing(config, shape, device.memory, optimizer, ranks.mesh)
     cost = _learner_cost(
         "training", config, shape, device, packs, ranks, passes=epochs, optimizer=optimizer, backward=True
     )
@@ -114,7 +115,7 @@ def _learner_cost(
         flops=passes * packs.steps * packs.per_step * useful,
         seconds=passes * packs.steps * (step.seconds + host),
         bound="optimizer on CPUs" if host > step.seconds else step.bound,
-        memory=learner_memory(config, shape, packs, optimizer=optimizer, backward=backward, ranks=ranks),
+        memory=learner_memory(config, shape, packs, optimizer=optimizer, backward=backward, mesh=ranks.mesh),
         room=device.memory,
         sent={kind: passes * packs.steps * sent for kind, sent in step.sent.items()},
     )
@@ -189,7 +190,7 @@ def step_traffic(
 
 
 def settle_checkpointing(
-    config: SpinConfig, shape: ModelShape, room: float, optimizer: OptimizerConfig, ranks: Ranks | None = None
+    config: SpinConfig, shape: ModelShape, room: float, optimizer: OptimizerConfig, mesh: Mesh
 ) -> SpinConfig:
     """Decides ``gradient_checkpointing: auto`` for devices of ``room`` bytes.
 
@@ -198,16 +199,17 @@ def settle_checkpointing(
     if config.train.gradient_checkpointing != "auto":
         return config
     plain = _with_checkpointing(config, on=False)
-    needed = _full_bytes(plain, shape, optimizer, ranks)
+    needed = sum(full_memory(plain, shape, optimizer, mesh).values())
     return _with_checkpointing(config, on=bool(config.train.resources.gpus) and needed > FILLED * room)
 
 
-def _full_bytes(config: SpinConfig, shape: ModelShape, optimizer: OptimizerConfig, ranks: Ranks | None) -> float:
+def full_memory(config: SpinConfig, shape: ModelShape, optimizer: OptimizerConfig, mesh: Mesh) -> dict[str, float]:
+    """Returns the bytes by purpose of a rank that trains full packs."""
     length = config.train.pack_length
     full = Packs(
         steps=1, per_step=2, per_rank=2, length=length, targets=length, per_rank_at_most=2, tokens=2 * length
     )  # fmt: skip
-    return sum(learner_memory(config, shape, full, optimizer=optimizer, backward=True, ranks=ranks).values())
+    return learner_memory(config, shape, full, optimizer=optimizer, backward=True, mesh=mesh)
 
 
 def _with_checkpointing(config: SpinConfig, *, on: bool) -> SpinConfig:
@@ -221,14 +223,18 @@ def learner_memory(
     *,
     optimizer: OptimizerConfig | None,
     backward: bool,
-    ranks: Ranks | None = None,
+    mesh: Mesh | None = None,
 ) -> dict[str, float]:
     """Returns the bytes of one rank by purpose.
 
     States are fp32 and sharded: weight, gradient and moments of each trained parameter. A rank with several packs a
     step also keeps whole gradients, unless it reduces them with every pack.
+
+    Args:
+        shape: the whole model's, also with a tensor group.
+        mesh: default: one copy over all workers.
     """
-    mesh = (ranks or flat(config.train.workers)).mesh
+    mesh = mesh or Mesh(shard=config.train.workers)
     shape = shape.split(mesh.tensor)
     weights = weights_of(config, shape, trains=optimizer is not None)
     on_host = config.train.offload and config.train.resources.gpus

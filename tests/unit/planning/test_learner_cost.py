@@ -5,6 +5,7 @@ from dataclasses import replace
 import pytest
 import torch
 
+from spin_ray.config.sections import Mesh
 from spin_ray.learner import head
 from spin_ray.learner.optimizers import make_optimizer
 from spin_ray.planning.hardware import GB
@@ -163,12 +164,13 @@ def test_checkpointing_costs_time_and_saves_memory():
 def test_activations_that_fit_are_not_computed_again():
     """zephyr_7b: 28 GiB of activations at 4096 tokens, about 46 GB in all, on cards of 80 and 40 GB."""
     assert ZEPHYR.train.gradient_checkpointing == "auto"
+    eight = Mesh(shard=8)
     for room, on in ((80 * GB, False), (40 * GB, True)):
-        assert settle_checkpointing(ZEPHYR, MISTRAL_7B, room, RMSPROP).train.gradient_checkpointing is on
+        assert settle_checkpointing(ZEPHYR, MISTRAL_7B, room, RMSPROP, eight).train.gradient_checkpointing is on
     given = changed(ZEPHYR, gradient_checkpointing=True)
-    assert settle_checkpointing(given, MISTRAL_7B, 80 * GB, RMSPROP) is given
+    assert settle_checkpointing(given, MISTRAL_7B, 80 * GB, RMSPROP, eight) is given
     on_cpu = tiny_config()
-    assert settle_checkpointing(on_cpu, TINY, 1.0, RMSPROP).train.gradient_checkpointing is False
+    assert settle_checkpointing(on_cpu, TINY, 1.0, RMSPROP, Mesh()).train.gradient_checkpointing is False
 
 
 def test_an_epoch_more_costs_its_steps_and_no_second_start_of_the_workers():

@@ -17,18 +17,13 @@ from spin_ray.planning.mesh import (
     choose_mesh,
     memory_of,
     mesh_of,
-    split_shape,
     too_long,
 )
 from spin_ray.planning.model_shape import MISTRAL_7B, ModelShape
 from tests.support.fakes import config_of
-from tests.support.planning_cases import ZEPHYR, changed
+from tests.support.planning_cases import MISTRAL, ZEPHYR, changed
 
 LLAMA_70B = ModelShape(layers=80, hidden=8192, intermediate=28672, heads=64, kv_heads=8, head_dim=128, vocab=128256)
-MISTRAL = {
-    "model_type": "mistral", "vocab_size": 32000, "hidden_size": 4096, "intermediate_size": 14336,
-    "num_hidden_layers": 32, "num_attention_heads": 32, "num_key_value_heads": 8,
-}  # fmt: skip
 
 
 def choice(nodes: int, shape: ModelShape | None = MISTRAL_7B, each: int = 8, room: float = 80, **train) -> Choice:
@@ -77,7 +72,7 @@ def test_layers_are_split_only_where_pairs_or_memory_are_short():
     long = choice(1, room=31.5, pack_length=30_000)
     assert long.mesh.tensor > 1 and "so 2 workers split each layer" in long.reason
     split = replace(MISTRAL_7B, heads=16, kv_heads=4, intermediate=7168)
-    assert split_shape(MISTRAL_7B, 2) == split and split.layer_matmuls == MISTRAL_7B.layer_matmuls / 2
+    assert MISTRAL_7B.split(2) == split and split.layer_matmuls == MISTRAL_7B.layer_matmuls / 2
     packs = changed(ZEPHYR, workers=8, pack_length=30_000)
     whole, halved = (memory_of(packs, MISTRAL_7B, mesh, 31.5 * GB) for mesh in (Mesh(shard=8), Mesh(shard=4, tensor=2)))
     assert halved <= 31.5 * GB < whole
