@@ -15,7 +15,7 @@ from spin_ray.report.examples import read_examples
 from spin_ray.report.history import read_evaluations
 from spin_ray.report.measures import MEASURES, Evaluation
 from spin_ray.report.progress import read_progress
-from spin_ray.report.signs import warnings
+from spin_ray.report.signs import all_warnings
 from spin_ray.run_dir.events import Event, counted_in, duration, lost_work, read_json_lines, spans, stage_seconds
 from spin_ray.run_dir.names import iterate_number
 from spin_ray.run_dir.run_dir import RunDir, open_run
@@ -65,11 +65,7 @@ def status_as_json(run: RunDir) -> dict[str, Any]:
         "latest": run.latest(),
         "iterations": config.iterations,
         "evaluations": evaluations,
-        "warnings": [
-            {"iterate": evaluation["iterate"], "text": text}
-            for evaluation in evaluations
-            for text in warnings(evaluation, evaluations[0] if evaluation is not evaluations[0] else None)
-        ],
+        "warnings": [{"iterate": iterate, "text": text} for iterate, text in all_warnings(evaluations)],
         "seconds": stage_seconds(events),
         "lost": lost_work(events),
         "running": is_running(run),
@@ -83,10 +79,9 @@ def print_status(run: RunDir, console: Console) -> None:
     events = run.events()
     evaluations = read_evaluations(run, config)
     console.print(_measures(evaluations))
-    for evaluation in evaluations:
-        for text in warnings(evaluation, evaluations[0] if evaluation is not evaluations[0] else None):
-            console.print(f"[yellow]Warning[/] {evaluation['iterate']}:", end=" ")
-            console.print(text, markup=False)
+    for iterate, text in all_warnings(evaluations):
+        console.print(f"[yellow]Warning[/] {iterate}:", end=" ")
+        console.print(text, markup=False)
     console.print(_seconds(stage_seconds(events)))
     if any((lost := lost_work(events)).values()):
         console.print(f"Lost in failures and done again: at most {lost['shards']} shards, {lost['steps']} steps")
