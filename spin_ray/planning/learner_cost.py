@@ -4,6 +4,7 @@ from dataclasses import replace
 
 from spin_ray.config.recipe import SpinConfig
 from spin_ray.config.sections import Mesh, OptimizerConfig
+from spin_ray.learner.sizes import MOMENTS, ROWS_PER_CHUNK
 from spin_ray.planning.groups import Ranks, flat
 from spin_ray.planning.hardware import BANDWIDTH_EFFICIENCY, CPU, Hardware
 from spin_ray.planning.model_shape import ModelShape
@@ -15,13 +16,11 @@ from spin_ray.planning.work import Packs, Work, heldout_packs
 
 WORKERS_START_S = 20.0
 """Seconds to start train workers, seen on two CPU cores."""
-CHUNK_TARGETS = {"cpu": 256, "cuda": 4096}
-"""Copy of ``learner.head.ROWS_PER_CHUNK``, whose import would load torch."""
 FILLED = 0.75
 """Share of a device that training may fill without checkpointing. Packs were measured to take up to 1.3 times the
 prediction (``benchmarks/plan_check.py``)."""
-MOMENTS = {"rmsprop": 1.0, "adamw": 2.0, "adamw_8bit": 0.5, "muon": 1.0}
-"""Fp32 numbers that an optimizer keeps per parameter. An 8-bit number counts a quarter."""
+MOMENTS_OF_8_BIT = 2 / 4
+"""Fp32 numbers per parameter that AdamW's two moments take in 8 bits."""
 
 
 # Stages
@@ -123,7 +122,9 @@ def _learner_cost(
 
 def moments_of(optimizer: OptimizerConfig) -> float:
     """Returns the fp32 numbers that the optimizer keeps per parameter; the most for one from outside."""
-    return MOMENTS.get(optimizer.name, max(MOMENTS.values()))
+    if optimizer.name == "adamw_8bit":
+        return MOMENTS_OF_8_BIT
+    return len(MOMENTS.get(optimizer.name, max(MOMENTS.values(), key=len)))
 
 
 def _host_step_s(config: SpinConfig, shape: ModelShape, ranks: Ranks, optimizer: OptimizerConfig) -> float:
@@ -286,6 +287,6 @@ def _activation_bytes(config: SpinConfig, shape: ModelShape, packs: Packs, *, ba
         kept = float(shape.layers * layer)
     on_gpu = bool(config.train.resources.gpus)
     mask = 0 if on_gpu else length**2 * (b + 1)  # the additive mask, and the booleans that make it
-    rows = min(CHUNK_TARGETS["cuda"], length) if on_gpu else CHUNK_TARGETS["cpu"]
+    rows = min(ROWS_PER_CHUNK["cuda"], length) if on_gpu else ROWS_PER_CHUNK["cpu"]
     logits = rows * shape.vocab * (3 * 4 if backward else 4)  # fp32; backward also holds the gradient and the softmax
     return kept + packs.targets * shape.hidden * b + mask + logits

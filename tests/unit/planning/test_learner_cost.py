@@ -6,15 +6,13 @@ import pytest
 import torch
 
 from spin_ray.config.sections import Mesh
-from spin_ray.learner import head
 from spin_ray.learner.optimizers import make_optimizer
 from spin_ray.planning.hardware import GB
 from spin_ray.planning.learner_cost import (
-    CHUNK_TARGETS,
-    MOMENTS,
     WORKERS_START_S,
     evaluation_cost,
     learner_memory,
+    moments_of,
     pack_flops,
     settle_checkpointing,
     step_traffic,
@@ -135,10 +133,6 @@ def test_shard_grad_op_holds_a_whole_copy_of_the_weights():
     assert once - full == 2 * 30 * MISTRAL_7B.layer, "two of 32 layers are there anyway"
 
 
-def test_chunk_of_logits_is_the_learners():
-    assert CHUNK_TARGETS == head.ROWS_PER_CHUNK
-
-
 @pytest.mark.parametrize("settings", [RMSPROP, ADAMW])
 def test_numbers_per_parameter_are_those_that_the_learners_optimizer_keeps(settings):
     weight = torch.nn.Parameter(torch.zeros(3))
@@ -146,7 +140,7 @@ def test_numbers_per_parameter_are_those_that_the_learners_optimizer_keeps(setti
     optimizer = make_optimizer([weight], settings, 1e-3)
     optimizer.step()
     kept = [value for value in optimizer.state[weight].values() if value.shape == weight.shape]
-    assert len(kept) == MOMENTS[settings.name]
+    assert len(kept) == moments_of(settings)
     assert {value.dtype for value in kept} == {torch.float32}
 
 
