@@ -79,6 +79,11 @@ class SpinConfig(Settings):
         return engine.model_copy(update={"dtype": "bfloat16" if self.train.precision == "bf16" else "float32"})
 
     @property
+    def longest_tree(self) -> int:
+        """Tokens of the longest prompt with both responses."""
+        return self.model.max_length + self.generation.sampling.max_tokens
+
+    @property
     def commits_adapters(self) -> bool:
         """True if an iteration commits only its adapter."""
         return self.train.lora is not None and not self.train.lora.merge
@@ -227,11 +232,10 @@ def _length_problems(config: SpinConfig) -> Iterator[str]:
             f"generation.sampling.max_tokens: {config.generation.sampling.max_tokens} leaves no room for a prompt "
             f"within model.max_length {config.model.max_length}; lower it or raise max_length"
         )
-    longest_tree = config.model.max_length + config.generation.sampling.max_tokens
-    if config.train.pack_length < longest_tree:
+    if config.train.pack_length < config.longest_tree:
         yield (
             f"train.pack_length: {config.train.pack_length} cannot hold a prompt with both responses; raise it to "
-            f"{longest_tree} (model.max_length + generation.sampling.max_tokens) or lower those"
+            f"{config.longest_tree} (model.max_length + generation.sampling.max_tokens) or lower those"
         )
 
 

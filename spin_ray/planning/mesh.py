@@ -207,7 +207,7 @@ def check_mesh(config: SpinConfig, folder: Path, room: float | None) -> None:
 def too_long(config: SpinConfig, shape: ModelShape, room: float, why_not: WhyNotSplit | None = None) -> str | None:
     """Returns an error text if the longest pair alone overfills a GPU on every mesh; else None."""
     answer = config.generation.sampling.max_tokens
-    longest = config.model.max_length + answer
+    longest = config.longest_tree
     why_not = why_not or partial(_undivided, shape)
     sizes = [size for size in TENSOR_SIZES if config.train.lora is None and not why_not(size)]
     mesh = Mesh(shard=2, tensor=max([1, *sizes]))

@@ -112,7 +112,7 @@ def pair_packs(config: SpinConfig, work: Work, iteration: int, readers: int | No
     Args:
         readers: groups of ranks that read their own packs. Default: every worker.
     """
-    window = iteration + 1 - max(config.objective.oldest_iteration(iteration), 0)
+    window = config.objective.opponents(iteration)
     played = played_rows(config, work)
     repeats, groups = (window, 1) if played == work.rows else (1, window)
     branches = config.generation.samples_per_prompt * repeats

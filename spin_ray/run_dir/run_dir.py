@@ -188,6 +188,10 @@ class RunDir:
         stored = self.description().get("date") if self.storage.exists("run.json") else None
         return datetime.fromisoformat(stored) if stored else datetime.now().replace(microsecond=0)
 
+    def template_variables(self, config: SpinConfig) -> dict[str, Any]:
+        """Returns what a chat template reads beside the messages."""
+        return {**config.model.chat_template_kwargs, "strftime_now": self.date().strftime}
+
     def stage(self, name: str) -> AbstractContextManager[dict[str, Any]]:
         return stage(self.storage, name)
 
