@@ -7,7 +7,7 @@ import json
 import re
 from collections.abc import Iterator
 from math import ceil
-from typing import Any, Self, TypeVar, get_args
+from typing import Any, Literal, Self, TypeVar, get_args
 
 from pydantic import ValidationInfo, model_validator
 
@@ -43,18 +43,15 @@ class SpinConfig(Settings):
         """Returns the combinations and values that no run can have."""
         return list(_impossible(self))
 
-    def take_precision_of(self, other: SpinConfig) -> Self:
-        """Returns a copy in which ``other``'s precision replaces ``auto``."""
-        if self.train.precision != "auto":
-            return self
-        return self.model_copy(update={"train": self.train.model_copy(update={"precision": other.train.precision})})
+    def with_train(self, **changes: Any) -> Self:
+        """Returns a copy with other settings of ``train``, unchecked."""
+        return self.model_copy(update={"train": self.train.model_copy(update=changes)})
 
-    def take_checkpointing_of(self, begun: SpinConfig) -> Self:
-        """Returns a copy in which the run's ``gradient_checkpointing`` replaces ``auto``."""
-        if self.train.gradient_checkpointing != "auto":
+    def settle_auto(self, name: Literal["precision", "gradient_checkpointing"], other: SpinConfig) -> Self:
+        """Returns a copy in which ``other``'s value replaces ``auto`` in a setting of ``train``."""
+        if getattr(self.train, name) != "auto":
             return self
-        value = begun.train.gradient_checkpointing
-        return self.model_copy(update={"train": self.train.model_copy(update={"gradient_checkpointing": value})})
+        return self.with_train(**{name: getattr(other.train, name)})
 
     def settle_sizes(self, begun: SpinConfig | None = None, rows: int | None = None) -> Self:
         """Returns a copy with ``max_num_seqs`` and ``shard_rows`` where the recipe leaves them open.

@@ -108,9 +108,8 @@ def _recipe(config: SpinConfig, settings: ProbeConfig) -> SpinConfig:
         "global_batch_pairs": min(settings.global_batch_pairs, config.train.global_batch_pairs),
     }
     off = dict.fromkeys(("max_loss", "max_margin", "max_real_logp_drop", "max_length_change"))
-    return config.model_copy(
+    return config.with_train(**train).model_copy(
         update={
-            "train": config.train.model_copy(update=train),
             "objective": ObjectiveConfig(
                 beta=first.beta, window=1, length_normalised=config.objective.length_normalised
             ),

@@ -41,7 +41,7 @@ def evaluation_cost(
     θ_0 is the opponent of θ_1 itself.
     """
     readers = ranks.mesh.data_ranks if ranks else None
-    whole = config.model_copy(update={"train": config.train.model_copy(update={"lora": None})})  # iterates are merged
+    whole = config.with_train(lora=None)  # iterates are merged
 
     def scored(samples: int, passes: int) -> StageCost:
         packs = heldout_packs(config, work, samples, readers)
@@ -199,9 +199,9 @@ def settle_checkpointing(
     """
     if config.train.gradient_checkpointing != "auto":
         return config
-    plain = _with_checkpointing(config, on=False)
-    needed = sum(full_memory(plain, shape, optimizer, mesh).values())
-    return _with_checkpointing(config, on=bool(config.train.resources.gpus) and needed > FILLED * room)
+    needed = sum(full_memory(config.with_train(gradient_checkpointing=False), shape, optimizer, mesh).values())
+    on = bool(config.train.resources.gpus) and needed > FILLED * room
+    return config.with_train(gradient_checkpointing=on)
 
 
 def full_memory(config: SpinConfig, shape: ModelShape, optimizer: OptimizerConfig, mesh: Mesh) -> dict[str, float]:
@@ -211,10 +211,6 @@ def full_memory(config: SpinConfig, shape: ModelShape, optimizer: OptimizerConfi
         steps=1, per_step=2, per_rank=2, length=length, targets=length, per_rank_at_most=2, tokens=2 * length
     )  # fmt: skip
     return learner_memory(config, shape, full, optimizer=optimizer, backward=True, mesh=mesh)
-
-
-def _with_checkpointing(config: SpinConfig, *, on: bool) -> SpinConfig:
-    return config.model_copy(update={"train": config.train.model_copy(update={"gradient_checkpointing": on})})
 
 
 def learner_memory(

@@ -213,8 +213,7 @@ def too_long(config: SpinConfig, shape: ModelShape, room: float, why_not: WhyNot
     mesh = Mesh(shard=2, tensor=max([1, *sizes]))
 
     def needed(length: int) -> float:
-        changes = {"pack_length": length, "gradient_checkpointing": True, "sharding": "full"}
-        alone = config.model_copy(update={"train": config.train.model_copy(update=changes)})
+        alone = config.with_train(pack_length=length, gradient_checkpointing=True, sharding="full")
         memory = full_memory(alone, shape, config.train.optimizer, mesh)
         return sum(size for purpose, size in memory.items() if purpose not in SHARDED)
 

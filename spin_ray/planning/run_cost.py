@@ -37,7 +37,7 @@ def plan_run(config: SpinConfig, shape: ModelShape, devices: Devices, work: Work
     """Returns the phases of a run."""
     phases: list[Phase] = []
     if config.sft:
-        whole = config.model_copy(update={"train": config.train.model_copy(update={"lora": None})})
+        whole = config.with_train(lora=None)
         ranks = ranks_of(whole, shape, devices)
         packs = sft_packs(config, work, ranks.mesh.data_ranks)
         warm_up = training_cost(whole, shape, devices.train, packs, config.sft.epochs, config.sft.optimizer, ranks)

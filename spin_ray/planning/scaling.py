@@ -110,11 +110,11 @@ def scaling_of(config: SpinConfig, shape: ModelShape, cluster: Cluster, work: Wo
 def on_all_gpus(config: SpinConfig, cluster: Cluster, batch: int) -> SpinConfig:
     """Returns the recipe with a train worker on each GPU and as many engines as fit."""
     gpus, each = cluster.nodes * cluster.gpus_per_node, config.generation.resources.gpus
-    train = config.train.model_copy(update={"workers": gpus, "global_batch_pairs": batch})
     generation = config.generation
     if each:
         generation = generation.model_copy(update={"replicas": int(gpus // each)})
-    return config.model_copy(update={"train": train, "generation": generation})
+    config = config.with_train(workers=gpus, global_batch_pairs=batch)
+    return config.model_copy(update={"generation": generation})
 
 
 def _size(config: SpinConfig, shape: ModelShape, cluster: Cluster, work: Work, batch: int) -> Size | None:

@@ -139,7 +139,7 @@ class RunDir:
             RunDirError: the folder holds other files.
         """
         if self.storage.exists("run.json"):
-            config = config.take_precision_of(self.config())
+            config = config.settle_auto("precision", self.config())
             self._check_identity(config, facts)
         elif foreign := [name for name in self.storage.entries() if not name.startswith((".", "lease.json"))]:
             raise RunDirError(
@@ -151,7 +151,7 @@ class RunDir:
 
     def _check_identity(self, config: SpinConfig, facts: dict[str, Any]) -> None:
         stored = self.description()
-        then = self.config().take_precision_of(config).identity() | stored["inputs"]
+        then = self.config().settle_auto("precision", config).identity() | stored["inputs"]
         now = config.identity() | facts["inputs"]
         each = {key: (then.get(key), now.get(key)) for key in sorted(then.keys() | now.keys())}
         if differing := {key: pair for key, pair in each.items() if pair[0] != pair[1]}:

@@ -39,7 +39,3 @@ def tiny_config(**train: object) -> SpinConfig:
 
 def devices(gpu: Hardware, config: SpinConfig = ZEPHYR) -> Devices:
     return Devices(generation=gpu.share(config.generation.resources), train=gpu.share(config.train.resources))
-
-
-def changed(config: SpinConfig, **train: object) -> SpinConfig:
-    return config.model_copy(update={"train": config.train.model_copy(update=train)})

@@ -121,7 +121,7 @@ def test_a_killed_training_goes_on_at_its_checkpoint_to_the_same_adapter(finishe
         return take_step(*given)
 
     small_run.in_this_process(monkeypatch)
-    longer = config.model_copy(update={"train": config.train.model_copy(update={"checkpoint_every_steps": 1})})
+    longer = config.with_train(checkpoint_every_steps=1)
     monkeypatch.setattr(worker, "train_step", dies_at_the_last)
     with pytest.raises(KeyboardInterrupt):
         small_run.run(longer, tmp_path / "run")

@@ -238,4 +238,4 @@ def test_a_whole_run_with_everything_from_outside(tmp_path: Path, monkeypatch: p
 
 def with_own_training(config: SpinConfig) -> SpinConfig:
     own = {"optimizer": MOMENTUM, "backend": "my_pkg.mine:Counting"}
-    return config.model_copy(update={"train": config.train.model_copy(update=own)})
+    return config.with_train(**own)

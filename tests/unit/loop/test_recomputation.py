@@ -13,7 +13,7 @@ from spin_ray.planning.hardware import GB
 from spin_ray.planning.learner_cost import FILLED, training_cost
 from spin_ray.planning.mesh import memory_of
 from spin_ray.planning.model_shape import MISTRAL_7B
-from tests.support.planning_cases import A100, FULL_PACKS, MISTRAL, RMSPROP, ZEPHYR, changed
+from tests.support.planning_cases import A100, FULL_PACKS, MISTRAL, RMSPROP, ZEPHYR
 
 
 @pytest.mark.parametrize(
@@ -39,7 +39,7 @@ def test_activations_are_computed_again_where_they_might_not_fit(tmp_path, chang
 def test_the_plan_the_choice_of_a_mesh_and_the_workers_count_the_same_bytes(tmp_path, mesh):
     """A shard of one rank needs the fp32 buffers, too: torch's ``foreach_reduce`` allocates them for any group."""
     (tmp_path / "config.json").write_text(json.dumps(MISTRAL))
-    plain = changed(ZEPHYR, workers=8, gradient_checkpointing=False)
+    plain = ZEPHYR.with_train(workers=8, gradient_checkpointing=False)
     device, ranks = replace(A100, memory=1000 * GB), Ranks(mesh=mesh, per_node=8)
     planned = training_cost(plain, MISTRAL_7B, device, FULL_PACKS, 1, RMSPROP, ranks)
     assert planned.needed == memory_of(plain, MISTRAL_7B, mesh, device.memory)

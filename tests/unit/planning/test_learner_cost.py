@@ -30,7 +30,6 @@ from tests.support.planning_cases import (
     TINY,
     TWO_PACKS,
     ZEPHYR,
-    changed,
     tiny_config,
 )
 
@@ -52,7 +51,7 @@ def test_flops_of_a_pack_by_hand():
 def test_a_large_model_costs_about_6_flops_per_parameter_and_token():
     """6N is the usual estimate (arXiv 2001.08361); attention adds some, embeddings are not multiplied."""
     tokens = ZEPHYR.train.pack_length
-    flops = pack_flops(changed(ZEPHYR, gradient_checkpointing=False), MISTRAL_7B, tokens, tokens, backward=True)
+    flops = pack_flops(ZEPHYR.with_train(gradient_checkpointing=False), MISTRAL_7B, tokens, tokens, backward=True)
     assert flops / (6 * MISTRAL_7B.parameters * tokens) == pytest.approx(1.0, abs=0.2)
 
 
@@ -125,7 +124,7 @@ def test_gradients_reduced_with_every_pack_are_never_whole(how):
 
 
 def test_shard_grad_op_holds_a_whole_copy_of_the_weights():
-    config = changed(ZEPHYR, sharding="shard_grad_op")
+    config = ZEPHYR.with_train(sharding="shard_grad_op")
     full, once = (
         learner_memory(c, MISTRAL_7B, TWO_PACKS, optimizer=RMSPROP, backward=True)["gathered weights"]
         for c in (ZEPHYR, config)
@@ -150,7 +149,7 @@ def test_numbers_per_parameter_are_those_that_the_learners_optimizer_keeps(setti
 def test_checkpointing_costs_time_and_saves_memory():
     cheap, dear = (
         training_cost(c, MISTRAL_7B, A100, pair_packs(c, PAPER_WORK, 0), 2, RMSPROP)
-        for c in (changed(ZEPHYR, gradient_checkpointing=on) for on in (True, False))
+        for c in (ZEPHYR.with_train(gradient_checkpointing=on) for on in (True, False))
     )
     assert cheap.seconds > dear.seconds and cheap.needed < dear.needed
 
@@ -161,7 +160,7 @@ def test_activations_that_fit_are_not_computed_again():
     eight = Mesh(shard=8)
     for room, on in ((80 * GB, False), (40 * GB, True)):
         assert settle_checkpointing(ZEPHYR, MISTRAL_7B, room, RMSPROP, eight).train.gradient_checkpointing is on
-    given = changed(ZEPHYR, gradient_checkpointing=True)
+    given = ZEPHYR.with_train(gradient_checkpointing=True)
     assert settle_checkpointing(given, MISTRAL_7B, 80 * GB, RMSPROP, eight) is given
     on_cpu = tiny_config()
     assert settle_checkpointing(on_cpu, TINY, 1.0, RMSPROP, Mesh()).train.gradient_checkpointing is False
@@ -178,7 +177,7 @@ def test_an_epoch_more_costs_its_steps_and_no_second_start_of_the_workers():
 def test_more_workers_need_less_memory_and_time():
     costs = []
     for workers in (8, 16, 32):
-        config = changed(ZEPHYR, workers=workers)
+        config = ZEPHYR.with_train(workers=workers)
         costs.append(training_cost(config, MISTRAL_7B, A100, pair_packs(config, PAPER_WORK, 0), 2, RMSPROP))
     assert [c.needed for c in costs] == sorted((c.needed for c in costs), reverse=True)
     assert costs[0].seconds > costs[1].seconds >= costs[2].seconds
@@ -188,7 +187,7 @@ def test_a_slow_link_makes_gathering_the_bound_and_shard_grad_op_the_cure():
     slow = replace(A100, link=1e9)
     times = {}
     for sharding in ("full", "shard_grad_op"):
-        config = changed(ZEPHYR, sharding=sharding)
+        config = ZEPHYR.with_train(sharding=sharding)
         cost = training_cost(config, MISTRAL_7B, slow, pair_packs(config, PAPER_WORK, 0), 2, RMSPROP)
         assert cost.bound == "gathering weights"
         times[sharding] = cost.seconds
