@@ -5,7 +5,7 @@ from dataclasses import replace
 from math import ceil
 from typing import Any
 
-from spin_ray.config.load import parse_config
+from spin_ray.config.load import parse_config, put
 from spin_ray.config.recipe import SpinConfig
 from spin_ray.errors import UserError
 from spin_ray.planning.cluster import Cluster, devices_of, nodes_of
@@ -86,9 +86,5 @@ def _changes(config: SpinConfig, shape: ModelShape, stage: str) -> Iterator[dict
 def _changed(config: SpinConfig, changes: dict[str, Any]) -> SpinConfig:
     tree = config.model_dump()
     for key, value in changes.items():
-        *sections, field = key.split(".")
-        place = tree
-        for section in sections:
-            place = place[section]
-        place[field] = value
+        put(tree, key, value)
     return parse_config(tree, source="plan")
