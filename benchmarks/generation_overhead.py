@@ -48,7 +48,7 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as folder:
         run = RunDir(Storage(folder))
         connect(config)
-        prompts.run(run, config, run.prompts, start.train, config.model.path, config.data.max_rows)
+        prompts.run(run, config, config.model.path, prompts.RowsOf.training(run, config, start.train))
         engine = VllmEngine(
             EngineSpec(
                 model=Path(config.model.path), max_length=192, stop_token_id=start.end_of_turn_id, threads=2,

@@ -71,7 +71,9 @@ def measure(rows: int) -> None:
         )
         job = generation.Job(run.prompts, run.generations(0), "sft", "-")
         for name, work in {
-            "prompts": lambda: prompts.run(run, config, run.prompts, str(data), config.model.path, None),
+            "prompts": lambda: prompts.run(
+                run, config, config.model.path, prompts.RowsOf.training(run, config, str(data))
+            ),
             "generation": lambda: generation.run(run, config, spec, [job], NullEngine),
             "pairs": lambda: pairs.run(run, config, 0),
         }.items():

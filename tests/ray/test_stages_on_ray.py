@@ -51,7 +51,7 @@ def make_config(**changes: object) -> SpinConfig:
 
 
 def make_prompts(run: RunDir, config: SpinConfig) -> None:
-    prompts.run(run, config, run.prompts, config.data.train, config.model.path, config.data.max_rows)
+    prompts.run(run, config, config.model.path, prompts.RowsOf.training(run, config, config.data.train))
 
 
 def play(run: RunDir, config: SpinConfig, start_engine: StartEngine = seed_engine) -> None:
