@@ -171,13 +171,13 @@ def _jobs(turn: Turn, algorithm: Algorithm) -> list[Job]:
     if run.heldout.is_committed:
         target = run.heldout_samples(turn.iteration)
         samples = samples_of(target, turn.config.evaluation.samples)
-        jobs.append(Job(run.heldout, target, opponent.name, opponent.digest, samples=samples))
+        jobs.append(Job(run.heldout, target, opponent, samples=samples))
     jobs += _examples(turn)
     played = algorithm.plays(run) if turn.iteration < turn.config.iterations else None
     if played:
         target, rows = run.generations(turn.iteration), turn.rows_of(played)
         audit = run.audit_path(turn.iteration)
-        jobs.append(Job(played, target, opponent.name, opponent.digest, rows, audit=audit))
+        jobs.append(Job(played, target, opponent, rows, audit=audit))
     return jobs
 
 
@@ -189,8 +189,7 @@ def _examples(turn: Turn) -> Iterator[Job]:
         yield Job(
             prompts=run.heldout,
             target=run.examples(turn.iteration),
-            opponent=opponent.name,
-            model_digest=opponent.digest,
+            model=opponent,
             rows=rows,
             samples=1,
             sampling=sampling.model_copy(update={"temperature": evaluation.examples_temperature}),

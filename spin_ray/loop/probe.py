@@ -80,10 +80,9 @@ def run(run_dir: RunDir, config: SpinConfig, initial: ModelFolder, play: Play) -
         run_dir.storage.replace(MADE_FROM, made_from.encode())
     probe = _Probe(_ProbeDir(run_dir, FOLDER), _ProbeDir(run_dir, f"{FOLDER}/more_sft"), recipe, initial)
     _take_rows(run_dir, probe.spin, settings, config.seed)
-    who = initial.name, initial.digest
     jobs = [
-        Job(probe.spin.heldout, probe.heldout_answers, *who),
-        Job(probe.spin.prompts, probe.answers, *who, audit=probe.spin.audit_path(0)),
+        Job(probe.spin.heldout, probe.heldout_answers, initial),
+        Job(probe.spin.prompts, probe.answers, initial, audit=probe.spin.audit_path(0)),
     ]
     play(recipe, initial, jobs)
     evidence = _from_texts(probe) | _from_training(probe, settings)

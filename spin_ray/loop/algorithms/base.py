@@ -93,7 +93,7 @@ def refuse_no_answers(prompts: Artefact, train: Train, grade: str, setting: str)
 
 def answered_once(prompts: Artefact, target: Artefact, model: ModelFolder) -> Job:
     """Returns a job of one response per prompt."""
-    return Job(prompts, target, model.name, model.digest, samples=samples_of(target, 1))
+    return Job(prompts, target, model, samples=samples_of(target, 1))
 
 
 def samples_of(target: Artefact, wanted: int) -> int:

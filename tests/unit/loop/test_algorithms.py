@@ -242,7 +242,7 @@ def reinforce(
 
     def play(model: ModelFolder, jobs: list[Job]) -> None:
         (job,) = jobs
-        assert (model, job.opponent, job.samples) == (base, "start", 1)
+        assert (model, job.model, job.samples) == (base, base, 1)
         write_answers(job.target, [(f"q{i}", sample, [3 + sample, 2]) for i in range(3) for sample in range(3)], 3)
 
     opponent = replace(THETA, path=Path(resolve("embedded:tiny-llama")))
@@ -378,9 +378,7 @@ def test_an_answer_that_was_cut_is_not_revised(run, monkeypatch):
     write_answers(run.generations(1), [("q0", 0, [5, 6])], 9)
     write_questions(run, 1)
     target = run.artefact("iter_001/revision_prompts")
-    revision.revision_prompts(
-        run, config_for("seft", reviser={}), RENDERER, TOKENIZER, run.questions, run.generations(1), target
-    )
+    revision.revision_prompts(run, config_for("seft", reviser={}), RENDERER, run.questions, run.generations(1), target)
     assert target.manifest().counts == {"dropped_answer_cut": 1}
 
 

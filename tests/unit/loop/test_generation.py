@@ -4,6 +4,7 @@ import pickle
 import sys
 from collections import Counter
 from dataclasses import replace
+from pathlib import Path
 from typing import Any, cast
 
 import numpy as np
@@ -14,6 +15,7 @@ from hypothesis import strategies as st
 from spin_ray.config.recipe import SpinConfig
 from spin_ray.config.sections import ResourcesConfig
 from spin_ray.errors import RunDirError
+from spin_ray.inputs.model_folder import ModelFolder
 from spin_ray.loop.stages.generation import stage as generation
 from spin_ray.loop.stages.generation.shards import Job, cut_into_shards, find_parts, prompt_slice, row_count
 from spin_ray.loop.stages.generation.stage import row_seed
@@ -29,7 +31,7 @@ def config_for(shard_rows: int = 4, samples: int = 1, **sections: Any) -> SpinCo
 
 
 def job_of(run: RunDir, rows: np.ndarray | None = None, opponent: str = "sft", digest: str = "d0") -> Job:
-    return Job(run.prompts, run.generations(0), opponent, digest, rows)
+    return Job(run.prompts, run.generations(0), ModelFolder(Path("-"), digest, opponent, 0), rows)
 
 
 @pytest.fixture
