@@ -16,7 +16,8 @@ from spin_ray.report.history import read_evaluations
 from spin_ray.report.measures import MEASURES, Evaluation
 from spin_ray.report.progress import read_progress
 from spin_ray.report.signs import all_warnings
-from spin_ray.run_dir.events import Event, counted_in, duration, lost_work, read_json_lines, spans, stage_seconds
+from spin_ray.report.tracking import NOT_LOGGED
+from spin_ray.run_dir.events import Event, counted_in, duration, lost_work, spans, stage_seconds
 from spin_ray.run_dir.names import iterate_number
 from spin_ray.run_dir.run_dir import RunDir, open_run
 
@@ -126,7 +127,7 @@ def _print_running(run: RunDir, events: list[Event], console: Console) -> None:
     last = next(iter(spans(events)[-1:]), None)
     if last is None or last.outcome != "running":
         return
-    log = read_json_lines(run.storage, f"{last.folder}/train_log.jsonl") if last.stage == "training" else []
+    log = run.train_log(last.folder) if last.stage == "training" else []
     if log:
         console.print(_training(last.folder, log))
     state = read_progress(run)
@@ -143,7 +144,7 @@ def _training(folder: str, log: list[dict[str, Any]]) -> Table:
     for name in ("measure", "first", f"mean of {len(recent)}", "newest"):
         table.add_column(name, justify="left" if name == "measure" else "right")
     for key in newest:
-        if key not in ("step", "of"):
+        if key not in NOT_LOGGED:
             mean = sum(line[key] for line in recent) / len(recent)
             table.add_row(key, *[f"{value:,.5g}" for value in (log[0][key], mean, newest[key])])
     seconds = sum(line["seconds"] for line in recent)

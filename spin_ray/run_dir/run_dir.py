@@ -18,8 +18,8 @@ from spin_ray.config.load import parse_config
 from spin_ray.config.recipe import SpinConfig
 from spin_ray.errors import OtherRunError, RunDirError
 from spin_ray.run_dir.artefact import Artefact
-from spin_ray.run_dir.events import Event, read_events, stage, was_cut_off, write_event
-from spin_ray.run_dir.names import is_iterate_name, iterate_name, iterate_number, iteration_name
+from spin_ray.run_dir.events import Event, read_events, read_json_lines, stage, was_cut_off, write_event
+from spin_ray.run_dir.names import is_iterate_name, iterate_name, iterate_number, iteration_name, train_log_path
 from spin_ray.run_dir.object_storage import open_storage
 from spin_ray.run_dir.storage import ATTEMPTS, Storage
 
@@ -107,6 +107,10 @@ class RunDir:
     def examples(self, iterate: int) -> Artefact:
         """Returns answers of θ_iterate at ``evaluation.examples_temperature``, for people to read."""
         return self.artefact(f"{iterate_name(iterate)}/examples")
+
+    def train_log(self, folder: str) -> list[dict[str, Any]]:
+        """Returns the steps of the training whose model is in ``folder``."""
+        return read_json_lines(self.storage, train_log_path(folder))
 
     def heldout_rows_path(self, iterate: int) -> str:
         """Returns the path of θ_iterate's measures by held-out row, in ROW_SCHEMA."""

@@ -17,7 +17,7 @@ from spin_ray.learner.step import Objective
 from spin_ray.loop.algorithms.base import Algorithm, Turn
 from spin_ray.loop.stages import pairs
 from spin_ray.run_dir.artefact import Artefact
-from spin_ray.run_dir.names import part_name
+from spin_ray.run_dir.names import answer_id, part_name, prompt_of, sample_of
 from spin_ray.run_dir.run_dir import RunDir
 from spin_ray.run_dir.schemas import PAIR_SCHEMA
 
@@ -105,7 +105,7 @@ def _prompts_of_teacher(
 
 def _learnt(played: pa.Table) -> pa.Table:
     """Returns rows with y′ as ``real_ids``. Each has its own prompt id, as equal prompt ids share one y in a pack."""
-    ids = [f"{prompt_id}/{pair_id.rpartition('/')[2]}" for prompt_id, pair_id in _ids(played)]
+    ids = [answer_id(prompt_id, sample_of(pair_id)) for prompt_id, pair_id in _ids(played)]
     played = played.set_column(1, PAIR_SCHEMA.field("prompt_id"), pa.array(ids, pa.string()))
     empty = pa.array([[]] * played.num_rows, PAIR_SCHEMA.field("generated_ids").type)
     played = played.set_column(4, PAIR_SCHEMA.field("real_ids"), played["generated_ids"])
@@ -121,7 +121,7 @@ def _behind(prompts: dict[str, list[int] | str], learnt: pa.Table, longest: int,
     for row, (prompt_id, response) in enumerate(
         zip(learnt["prompt_id"].to_pylist(), learnt["real_ids"].to_pylist(), strict=True)
     ):
-        prompt = prompts[prompt_id.rpartition("/")[0]]
+        prompt = prompts[prompt_of(prompt_id)]
         if isinstance(prompt, str):
             dropped[prompt] += 1
         elif not response:

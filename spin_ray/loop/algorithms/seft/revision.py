@@ -12,7 +12,7 @@ from spin_ray.config.recipe import SpinConfig
 from spin_ray.inputs.conversations import Conversation
 from spin_ray.inputs.rendering import ChatRenderer, Rendered, RenderError
 from spin_ray.run_dir.artefact import Artefact
-from spin_ray.run_dir.names import part_name, revision_id
+from spin_ray.run_dir.names import answer_id, part_name, revision_id
 from spin_ray.run_dir.run_dir import RunDir
 from spin_ray.run_dir.schemas import PAIR_SCHEMA, PROMPT_SCHEMA
 
@@ -67,7 +67,7 @@ def training_rows(
             return "template"
         if len(rendered.prompt_ids) + len(rendered.real_ids) > config.model.max_length:
             return "too_long"
-        return _fine_tuning_row(f"{answer['prompt_id']}/{answer['sample']}", 0, rendered)
+        return _fine_tuning_row(answer_id(answer["prompt_id"], answer["sample"]), 0, rendered)
 
     with run_dir.stage(target.path) as counted:
         rows = [row(*found) for found in _answered(run_dir.prompts, answers, renderer)]
@@ -98,7 +98,7 @@ def revision_prompts(
         if len(prompt_ids) + config.generation.sampling.max_tokens > config.model.max_length:
             return "too_long"
         return {
-            "prompt_id": f"{answer['prompt_id']}/{answer['sample']}", "prompt_ids": prompt_ids,
+            "prompt_id": answer_id(answer["prompt_id"], answer["sample"]), "prompt_ids": prompt_ids,
             "real_ids": answer["token_ids"], "messages": prompt["messages"],
         }  # fmt: skip
 
@@ -132,7 +132,7 @@ def revised_rows(
             return "template"
         if len(rendered.prompt_ids) + len(rendered.real_ids) > max_length:
             return "too_long"
-        return _fine_tuning_row(f"{prompt['prompt_id']}/{written['sample']}", iteration, rendered)
+        return _fine_tuning_row(answer_id(prompt["prompt_id"], written["sample"]), iteration, rendered)
 
     kept, reasons = _split(row(*found) for found in _answered(asked, revisions, renderer))
     dropped.update(reasons)
