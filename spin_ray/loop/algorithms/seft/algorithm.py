@@ -11,7 +11,7 @@ from spin_ray.loop.algorithms.seft import revision
 from spin_ray.loop.stages import pairs
 from spin_ray.loop.stages.generation.shards import Job
 from spin_ray.loop.stages.training import stage as training
-from spin_ray.run_dir.artefact import Artefact
+from spin_ray.run_dir.artefact import Artefact, digests
 from spin_ray.run_dir.names import iteration_name
 from spin_ray.run_dir.run_dir import RunDir
 from spin_ray.run_dir.storage import folder_digest
@@ -38,7 +38,7 @@ class Seft(Algorithm):
         turn.play(reviser, [answered_once(asked, revisions, reviser)])
         longest, dropped = config.model.max_length, Counter[str]()
         rows = revision.revised_rows(renderer, asked, revisions, iteration, longest, dropped)
-        inputs = {artefact.path: artefact.manifest().digest for artefact in (asked, revisions)}
+        inputs = digests(asked, revisions)
         settings = {"max_length": longest}
         fresh = pairs.Fresh(rows, inputs, settings, paired=False, dropped=dropped, dropped_before=asked)
         pairs.make(run, config, iteration, fresh)

@@ -11,7 +11,7 @@ import pyarrow as pa
 from spin_ray.config.recipe import SpinConfig
 from spin_ray.inputs.conversations import Conversation
 from spin_ray.inputs.rendering import ChatRenderer, Rendered, RenderError
-from spin_ray.run_dir.artefact import Artefact
+from spin_ray.run_dir.artefact import Artefact, digests
 from spin_ray.run_dir.names import answer_id, part_name, revision_id
 from spin_ray.run_dir.run_dir import RunDir
 from spin_ray.run_dir.schemas import PAIR_SCHEMA, PROMPT_SCHEMA
@@ -51,7 +51,7 @@ def training_rows(
     """Commits the reviser's training rows, made from θ_0's answers."""
     assert config.reviser is not None
     minor_from = config.reviser.minor_from
-    inputs = {artefact.path: artefact.manifest().digest for artefact in (run_dir.prompts, answers)}
+    inputs = digests(run_dir.prompts, answers)
     settings = {"minor_from": minor_from, "max_length": config.model.max_length}
     if target.already_made(inputs, settings):
         return
@@ -83,7 +83,7 @@ def revision_prompts(
     target: Artefact,
 ) -> None:
     """Commits the reviser's prompts, with the answers to revise as ``real_ids``."""
-    inputs = {artefact.path: artefact.manifest().digest for artefact in (prompts, answers)}
+    inputs = digests(prompts, answers)
     settings = {"max_length": config.model.max_length}
     if target.already_made(inputs, settings):
         return
