@@ -179,14 +179,6 @@ def needed_flops(
     return passes * (shape.trunk_flops(tokens, visible) + shape.head_flops(targets))
 
 
-def step_traffic(
-    config: SpinConfig, shape: ModelShape, packs: float, *, backward: bool, ranks: Ranks | None = None
-) -> float:
-    """Returns the bytes that a rank sends in a step, without activations. A rank receives as many."""
-    ranks = ranks or flat(config.train.workers)
-    return sum(it.sent for it in step_collectives(config, shape, ranks, packs, 0.0, backward=backward))
-
-
 # Memory
 
 

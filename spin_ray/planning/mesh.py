@@ -1,12 +1,11 @@
 """The choice of the train workers' mesh."""
 
+from bisect import bisect_left
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 from itertools import groupby
-from math import ceil
 from pathlib import Path
-from typing import Self
 
 from spin_ray.config.recipe import SpinConfig
 from spin_ray.config.sections import Mesh
@@ -30,12 +29,6 @@ class Placing:
     node_of_rank: tuple[int, ...]
     room: float
     """Bytes of the smallest device."""
-
-    @classmethod
-    def even(cls, workers: int, nodes: int, room: float) -> Self:
-        """Fills ``nodes`` nodes one after another."""
-        each = ceil(workers / nodes)
-        return cls(node_of_rank=tuple(rank // each for rank in range(workers)), room=room)
 
     @property
     def workers(self) -> int:
@@ -219,10 +212,7 @@ def too_long(config: SpinConfig, shape: ModelShape, room: float, why_not: WhyNot
 
     if needed(longest) <= room:
         return None
-    fits, fails = 0, longest
-    while fails - fits > 1:
-        middle = (fits + fails) // 2
-        fits, fails = (middle, fails) if needed(middle) <= room else (fits, middle)
+    fits = bisect_left(range(1, longest), True, key=lambda length: needed(length) > room)
     if not fits:  # two layers alone are too large
         return None
     cure = f"model.max_length to {fits - answer} or less"
@@ -230,6 +220,6 @@ def too_long(config: SpinConfig, shape: ModelShape, room: float, why_not: WhyNot
         cure = f"model.max_length and generation.sampling.max_tokens to {fits} or less together"
     return (
         f"model.max_length: one pair of {config.model.max_length} + {answer} tokens takes {needed(longest) / GB:.0f} "
-        f"GB beside the weights on a device of {room / GB:.0f} GB; from {fails} tokens on a context-parallel mesh "
+        f"GB beside the weights on a device of {room / GB:.0f} GB; from {fits + 1} tokens on a context-parallel mesh "
         f"would be needed, which spin_ray does not have; lower {cure}"
     )

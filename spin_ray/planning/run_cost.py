@@ -52,14 +52,14 @@ def plan_run(config: SpinConfig, shape: ModelShape, devices: Devices, work: Work
     return phases
 
 
-def mesh_of(config: SpinConfig, shape: ModelShape, devices: Devices) -> Choice:
+def planned_mesh(config: SpinConfig, shape: ModelShape, devices: Devices) -> Choice:
     """Returns the mesh of the train workers and its reason."""
     nodes = tuple(rank // devices.per_node for rank in range(config.train.workers))
     return choose_mesh(config, shape, Placing(node_of_rank=nodes, room=devices.train.memory))
 
 
 def ranks_of(config: SpinConfig, shape: ModelShape, devices: Devices) -> Ranks:
-    return Ranks(mesh=mesh_of(config, shape, devices).mesh, per_node=devices.per_node)
+    return Ranks(mesh=planned_mesh(config, shape, devices).mesh, per_node=devices.per_node)
 
 
 def iteration_costs(

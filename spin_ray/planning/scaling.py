@@ -9,7 +9,7 @@ from spin_ray.config.sections import Mesh
 from spin_ray.errors import UserError
 from spin_ray.planning.cluster import Cluster, devices_of
 from spin_ray.planning.model_shape import ModelShape
-from spin_ray.planning.run_cost import mesh_of, plan_run
+from spin_ray.planning.run_cost import plan_run, planned_mesh
 from spin_ray.planning.work import Work
 
 BATCHES = tuple(2**power for power in range(7))
@@ -128,5 +128,5 @@ def _size(config: SpinConfig, shape: ModelShape, cluster: Cluster, work: Work, b
         return None
     return Size(
         nodes=cluster.nodes, workers=changed.train.workers, replicas=changed.generation.replicas, batch=batch,
-        mesh=str(mesh_of(changed, shape, devices).mesh), hours=sum(phase.seconds for phase in phases) / 3600,
+        mesh=str(planned_mesh(changed, shape, devices).mesh), hours=sum(phase.seconds for phase in phases) / 3600,
     )  # fmt: skip

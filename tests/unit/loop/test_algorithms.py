@@ -31,7 +31,15 @@ from spin_ray.run_dir.artefact import Artefact, seal
 from spin_ray.run_dir.run_dir import RunDir
 from spin_ray.run_dir.schemas import GENERATION_SCHEMA, PROMPT_SCHEMA
 from spin_ray.run_dir.storage import Storage
-from tests.support.fakes import END_OF_TURN, config_of, generation_rows, write_answers, write_prompts, write_rows
+from tests.support.fakes import (
+    END_OF_TURN,
+    config_of,
+    generation_rows,
+    rows_of,
+    write_answers,
+    write_prompts,
+    write_rows,
+)
 
 THETA = ModelFolder(Path("m"), "digest of θ_t", "iter_000", 0)
 
@@ -53,10 +61,6 @@ def turn_of(run: RunDir, config: SpinConfig, iteration: int = 0, **changes: Any)
         run=run, config=config, start=None, iteration=iteration, opponent=THETA, initial=THETA, play=play,  # type: ignore[arg-type]
     )  # fmt: skip
     return replace(turn, **changes)
-
-
-def rows_of(artefact: Artefact) -> list[dict[str, Any]]:
-    return [row for table in artefact.tables() for row in table.to_pylist()]
 
 
 def make_pairs(run: RunDir, config: SpinConfig, iteration: int = 0, **changes: Any) -> list[dict[str, Any]]:

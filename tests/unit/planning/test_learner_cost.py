@@ -5,8 +5,10 @@ from dataclasses import replace
 import pytest
 import torch
 
+from spin_ray.config.recipe import SpinConfig
 from spin_ray.config.sections import Mesh
 from spin_ray.learner.optimizers import make_optimizer
+from spin_ray.planning.groups import flat
 from spin_ray.planning.hardware import GB
 from spin_ray.planning.learner_cost import (
     WORKERS_START_S,
@@ -15,11 +17,11 @@ from spin_ray.planning.learner_cost import (
     moments_of,
     pack_flops,
     settle_checkpointing,
-    step_traffic,
     training_cost,
 )
 from spin_ray.planning.model_shape import MISTRAL_7B
 from spin_ray.planning.stage_cost import RUNTIME
+from spin_ray.planning.traffic import step_collectives
 from spin_ray.planning.work import pair_packs
 from tests.support.planning_cases import (
     A100,
@@ -63,10 +65,15 @@ def test_traffic_of_a_step_by_hand():
     """
     full, once = tiny_config(workers=2), tiny_config(workers=2, sharding="shard_grad_op")
     layers, whole = 2 * 592, 1352
-    assert step_traffic(full, TINY, 2, backward=True) == (2 * 2 * (2 * layers + 168) + 4 * whole) / 2
-    assert step_traffic(once, TINY, 2, backward=True) == whole / 2 * (2 + 4)
-    assert step_traffic(full, TINY, 2, backward=False) == layers / 2 * 2 * 2
-    assert step_traffic(tiny_config(), TINY, 2, backward=True) == 0
+
+    def sent(config: SpinConfig, *, backward: bool) -> float:
+        ranks = flat(config.train.workers)
+        return sum(it.sent for it in step_collectives(config, TINY, ranks, 2, 0.0, backward=backward))
+
+    assert sent(full, backward=True) == (2 * 2 * (2 * layers + 168) + 4 * whole) / 2
+    assert sent(once, backward=True) == whole / 2 * (2 + 4)
+    assert sent(full, backward=False) == layers / 2 * 2 * 2
+    assert sent(tiny_config(), backward=True) == 0
 
 
 def test_the_evaluation_of_the_second_iterate_is_scored_by_three_models():

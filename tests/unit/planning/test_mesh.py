@@ -3,6 +3,7 @@
 import json
 from dataclasses import replace
 
+import numpy as np
 import pytest
 
 from spin_ray.config.sections import LoraConfig, Mesh
@@ -28,7 +29,7 @@ LLAMA_70B = ModelShape(layers=80, hidden=8192, intermediate=28672, heads=64, kv_
 
 def choice(nodes: int, shape: ModelShape | None = MISTRAL_7B, each: int = 8, room: float = 80, **train) -> Choice:
     config = ZEPHYR.with_train(workers=nodes * each, **train)
-    return choose_mesh(config, shape, Placing.even(nodes * each, nodes, room * GB))
+    return choose_mesh(config, shape, Placing(node_of_rank=tuple(np.repeat(range(nodes), each)), room=room * GB))
 
 
 def test_one_node_shares_one_copy():
@@ -91,7 +92,7 @@ def test_what_is_not_known_or_not_ours_stays_flat():
 def test_the_plan_names_the_mesh_of_its_cluster():
     config = ZEPHYR.with_train(workers=16)
     devices = devices_of(config, Cluster(nodes=2, gpu="H100-80G"))
-    assert run_cost.mesh_of(config, MISTRAL_7B, devices).mesh == Mesh(replicate=2, shard=8)
+    assert run_cost.planned_mesh(config, MISTRAL_7B, devices).mesh == Mesh(replicate=2, shard=8)
 
 
 def test_an_explicit_mesh_is_taken_or_refused_by_name(tmp_path):
