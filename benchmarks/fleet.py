@@ -8,9 +8,10 @@ from typing import Any
 import numpy as np
 
 from spin_ray.config.recipe import SpinConfig
+from spin_ray.planning.disk import checkpoint_bytes
 from spin_ray.planning.generation_cost import ENGINE_START_S
 from spin_ray.planning.hardware import GB
-from spin_ray.planning.learner_cost import MOMENTS, WORKERS_START_S
+from spin_ray.planning.learner_cost import WORKERS_START_S
 from spin_ray.planning.model_shape import ModelShape
 from spin_ray.runtime.workers import ELASTIC_PLACING_S
 
@@ -54,7 +55,6 @@ class Rules:
     def of(cls, config: SpinConfig, shape: ModelShape, nodes: int) -> "Rules":
         train = config.train
         per_node = train.workers / nodes
-        checkpoint = 4 * (1 + MOMENTS[str(train.optimizer.name)]) * shape.parameters
         return cls(
             checkpoint_every_steps=train.checkpoint_every_steps,
             max_failures=train.max_failures,
@@ -62,7 +62,7 @@ class Rules:
             lease_timeout_s=config.storage.lease_timeout_s,
             resize_interval_s=train.resize_interval_s,
             least_nodes=ceil(train.min_workers / per_node) if train.min_workers else nodes,
-            checkpoint_s=checkpoint / nodes / STORAGE,
+            checkpoint_s=checkpoint_bytes(config, train.optimizer, shape.parameters) / nodes / STORAGE,
             engine_start_s=ENGINE_START_S["eager" if config.generation.engine.enforce_eager else "compiled"],
         )
 

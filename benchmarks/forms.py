@@ -84,7 +84,7 @@ def write_rows(path: Path, form: str, rows: int) -> Path:
 def prepare(config: SpinConfig, source: Path, folder: Path) -> float:
     run = RunDir(Storage(folder))
     started = time.perf_counter()
-    prompts.run(run, config, run.prompts, str(source), config.model.path, None)
+    prompts.run(run, config, config.model.path, prompts.RowsOf.training(run, config, str(source)))
     return time.perf_counter() - started
 
 

@@ -17,6 +17,7 @@ from harness import at_least, record
 from spin_ray.config.recipe import SpinConfig
 from spin_ray.inputs.check import check_recipe
 from spin_ray.inputs.embedded import resolve
+from spin_ray.inputs.model_folder import ModelFolder
 from spin_ray.loop.stages import prompts
 from spin_ray.loop.stages.generation import stage as generation
 from spin_ray.loop.stages.generation.shards import cut_into_shards
@@ -48,7 +49,7 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as folder:
         run = RunDir(Storage(folder))
         connect(config)
-        prompts.run(run, config, run.prompts, start.train, config.model.path, config.data.max_rows)
+        prompts.run(run, config, config.model.path, prompts.RowsOf.training(run, config, start.train))
         engine = VllmEngine(
             EngineSpec(
                 model=Path(config.model.path), max_length=192, stop_token_id=start.end_of_turn_id, threads=2,
@@ -68,7 +69,9 @@ def main() -> None:
 
 def compare(source: Artefact, target: Artefact, config: SpinConfig, engine: VllmEngine) -> tuple[float, float, int]:
     """Returns seconds of the engine alone, seconds of the stage, and the number of tokens."""
-    shards = cut_into_shards(generation.Job(source, target, "sft", "-"), config)
+    shards = cut_into_shards(
+        generation.Job(source, target, ModelFolder(Path(config.model.path), "-", "sft", 0)), config
+    )
     rows = [row for table in source.tables() for row in table.to_pylist()]
     seeds = [generation.row_seed(config.seed, "sft", row["prompt_id"], 0) for row in rows]
     started = time.perf_counter()

@@ -107,14 +107,13 @@ def run(setting: Setting, runs: int) -> dict[str, Any]:
             **({"shard_rows": setting.shard_rows} if setting.shard_rows else {}),
         }
     )
-    train = config.train.model_copy(update={"precision": "bf16"})
-    config = config.model_copy(update={"generation": generation, "train": train})
+    config = config.with_train(precision="bf16").model_copy(update={"generation": generation})
     cluster = Cluster(nodes=setting.nodes, gpu="H100")
     work = read_work(config, Given(rows=setting.rows, prompt_tokens=130, response_tokens=256))
     config = on_all_gpus(config, cluster, setting.batch).settle_sizes(rows=work.rows)
     if setting.elastic:
         least = config.train.workers * 3 // 4
-        config = config.model_copy(update={"train": config.train.model_copy(update={"min_workers": least})})
+        config = config.with_train(min_workers=least)
     rules = Rules.of(config, shape, setting.nodes)
     fleet = Fleet(nodes=setting.nodes, mtbf_s=MTBF_OF_NODE_S[setting.mtbf], replaced_s=setting.replaced_s)
     stages = stages_of(config, shape, cluster, work)

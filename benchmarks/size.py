@@ -21,6 +21,7 @@ from harness import at_least, at_most, record
 from spin_ray.config.recipe import SpinConfig
 from spin_ray.config.sections import SamplingConfig
 from spin_ray.inputs.embedded import resolve
+from spin_ray.inputs.model_folder import ModelFolder
 from spin_ray.inputs.rendering import load_tokenizer
 from spin_ray.loop.stages import pairs, prompts
 from spin_ray.loop.stages.generation import stage as generation
@@ -69,9 +70,11 @@ def measure(rows: int) -> None:
         spec = EngineSpec(
             model=Path(config.model.path), max_length=256, stop_token_id=2, threads=1, config=config.generation.engine
         )
-        job = generation.Job(run.prompts, run.generations(0), "sft", "-")
+        job = generation.Job(run.prompts, run.generations(0), ModelFolder(Path(config.model.path), "-", "sft", 0))
         for name, work in {
-            "prompts": lambda: prompts.run(run, config, run.prompts, str(data), config.model.path, None),
+            "prompts": lambda: prompts.run(
+                run, config, config.model.path, prompts.RowsOf.training(run, config, str(data))
+            ),
             "generation": lambda: generation.run(run, config, spec, [job], NullEngine),
             "pairs": lambda: pairs.run(run, config, 0),
         }.items():

@@ -44,7 +44,7 @@ def load_config(recipe: str | Path, overrides: dict[str, str] | None = None) -> 
         found = "nothing" if content is None else type(content).__name__
         raise ConfigError(f"{recipe}: must hold sections (model, data, …), found {found}")
     for key, text in (overrides or {}).items():
-        _set(content, key, text)
+        put(content, key, _parse_yaml(text, source=f"--{key}={text}"))
     return parse_config(content, source=str(recipe))
 
 
@@ -56,7 +56,7 @@ def override(config: SpinConfig, overrides: dict[str, str]) -> SpinConfig:
     """
     content = config.model_dump(mode="json")
     for key, text in overrides.items():
-        _set(content, key, text)
+        put(content, key, _parse_yaml(text, source=f"--{key}={text}"))
     return parse_config(content, source="the settings given", overlooks=config.problems().__contains__)
 
 
@@ -177,7 +177,12 @@ def _drop(tree: Any, path: tuple[Any, ...]) -> None:
         del holder[key]
 
 
-def _set(content: dict[str, Any], key: str, text: str) -> None:
+def put(content: dict[str, Any], key: str, value: Any) -> None:
+    """Sets ``section.field`` in a recipe's content.
+
+    Raises:
+        ConfigError: a section is a value.
+    """
     *sections, field = key.split(".")
     for section in sections:
         child = content.setdefault(section, {})
@@ -186,7 +191,7 @@ def _set(content: dict[str, Any], key: str, text: str) -> None:
         if not isinstance(child, dict):
             raise ConfigError(f"--{key}: {section} is a value, not a section")
         content = child
-    content[field] = _parse_yaml(text, source=f"--{key}={text}")
+    content[field] = value
 
 
 _MERGE = "tag:yaml.org,2002:merge"

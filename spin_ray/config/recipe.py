@@ -7,7 +7,7 @@ import json
 import re
 from collections.abc import Iterator
 from math import ceil
-from typing import Any, Self, TypeVar, get_args
+from typing import Any, Literal, Self, TypeVar, get_args
 
 from pydantic import ValidationInfo, model_validator
 
@@ -43,18 +43,15 @@ class SpinConfig(Settings):
         """Returns the combinations and values that no run can have."""
         return list(_impossible(self))
 
-    def take_precision_of(self, other: SpinConfig) -> Self:
-        """Returns a copy in which ``other``'s precision replaces ``auto``."""
-        if self.train.precision != "auto":
-            return self
-        return self.model_copy(update={"train": self.train.model_copy(update={"precision": other.train.precision})})
+    def with_train(self, **changes: Any) -> Self:
+        """Returns a copy with other settings of ``train``, unchecked."""
+        return self.model_copy(update={"train": self.train.model_copy(update=changes)})
 
-    def take_checkpointing_of(self, begun: SpinConfig) -> Self:
-        """Returns a copy in which the run's ``gradient_checkpointing`` replaces ``auto``."""
-        if self.train.gradient_checkpointing != "auto":
+    def settle_auto(self, name: Literal["precision", "gradient_checkpointing"], other: SpinConfig) -> Self:
+        """Returns a copy in which ``other``'s value replaces ``auto`` in a setting of ``train``."""
+        if getattr(self.train, name) != "auto":
             return self
-        value = begun.train.gradient_checkpointing
-        return self.model_copy(update={"train": self.train.model_copy(update={"gradient_checkpointing": value})})
+        return self.with_train(**{name: getattr(other.train, name)})
 
     def settle_sizes(self, begun: SpinConfig | None = None, rows: int | None = None) -> Self:
         """Returns a copy with ``max_num_seqs`` and ``shard_rows`` where the recipe leaves them open.
@@ -77,6 +74,11 @@ class SpinConfig(Settings):
         if engine.dtype != "auto":
             return engine
         return engine.model_copy(update={"dtype": "bfloat16" if self.train.precision == "bf16" else "float32"})
+
+    @property
+    def longest_tree(self) -> int:
+        """Tokens of the longest prompt with both responses."""
+        return self.model.max_length + self.generation.sampling.max_tokens
 
     @property
     def commits_adapters(self) -> bool:
@@ -227,11 +229,10 @@ def _length_problems(config: SpinConfig) -> Iterator[str]:
             f"generation.sampling.max_tokens: {config.generation.sampling.max_tokens} leaves no room for a prompt "
             f"within model.max_length {config.model.max_length}; lower it or raise max_length"
         )
-    longest_tree = config.model.max_length + config.generation.sampling.max_tokens
-    if config.train.pack_length < longest_tree:
+    if config.train.pack_length < config.longest_tree:
         yield (
             f"train.pack_length: {config.train.pack_length} cannot hold a prompt with both responses; raise it to "
-            f"{longest_tree} (model.max_length + generation.sampling.max_tokens) or lower those"
+            f"{config.longest_tree} (model.max_length + generation.sampling.max_tokens) or lower those"
         )
 
 

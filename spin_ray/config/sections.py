@@ -312,6 +312,10 @@ class ObjectiveConfig(Section):
         """Returns the first iteration in the window of ``iteration``; it may be negative."""
         return 0 if self.window == "all" else iteration - self.window + 1
 
+    def opponents(self, iteration: int) -> int:
+        """Returns the number of iterations whose y′ an iteration trains on."""
+        return iteration + 1 - max(self.oldest_iteration(iteration), 0)
+
 
 class ScorerConfig(Section):
     """The preference model of SPPO, which estimates P(one response beats the other)."""

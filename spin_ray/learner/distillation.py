@@ -9,7 +9,8 @@ from torch import Tensor
 from torch.nn import functional
 from torch.utils.checkpoint import checkpoint
 
-from spin_ray.learner.head import ROWS_PER_CHUNK, TARGETS_MULTIPLE, Head, LogitTransform
+from spin_ray.learner.head import TARGETS_MULTIPLE, Head, LogitTransform
+from spin_ray.learner.sizes import ROWS_PER_CHUNK
 
 COPIES = 4
 """Tensors [rows, vocab] that a chunk holds at once; a chunk has ``ROWS_PER_CHUNK // COPIES`` rows."""

@@ -11,11 +11,11 @@ from torch import Tensor, nn
 from torch.nn import functional
 from torch.utils.checkpoint import checkpoint
 
+from spin_ray.learner.sizes import ROWS_PER_CHUNK
+
 Head = Callable[[Tensor], Tensor]
 
 COMPILER = "inductor"
-ROWS_PER_CHUNK = {"cpu": 256, "cuda": 4096}
-"""Targets per chunk: few enough for a CPU's cache, enough to keep a GPU busy."""
 TARGETS_MULTIPLE = 64
 """Multiple to which targets are padded: oneDNN compiles kernels for each new shape."""
 

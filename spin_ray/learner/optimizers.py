@@ -15,6 +15,7 @@ from spin_ray.config.sections import OptimizerConfig
 from spin_ray.errors import ConfigError
 from spin_ray.learner.import_path import import_object
 from spin_ray.learner.quantised import check_installed
+from spin_ray.learner.sizes import MOMENTS
 
 MakeOptimizer = Callable[..., Optimizer]  # called as make(parameters, lr=…)
 
@@ -65,12 +66,10 @@ def _local(tensor: Tensor) -> Tensor:
 
 
 OPTIMIZERS = {
-    "rmsprop": KnownOptimizer(torch.optim.RMSprop, ("square_avg",)),
-    "adamw": KnownOptimizer(torch.optim.AdamW, ("exp_avg", "exp_avg_sq"), can_fuse=True),
+    "rmsprop": KnownOptimizer(torch.optim.RMSprop, MOMENTS["rmsprop"]),
+    "adamw": KnownOptimizer(torch.optim.AdamW, MOMENTS["adamw"], can_fuse=True),
     # Its steps are as long as AdamW's, so that AdamW's learning rates hold.
-    "muon": KnownOptimizer(
-        partial(torch.optim.Muon, adjust_lr_fn="match_rms_adamw"), ("momentum_buffer",), can_batch=False
-    ),
+    "muon": KnownOptimizer(partial(torch.optim.Muon, adjust_lr_fn="match_rms_adamw"), MOMENTS["muon"], can_batch=False),
 }
 BY_PATH = {"adamw_8bit": "spin_ray.learner.optimizers:AdamW8bit"}
 

@@ -30,10 +30,8 @@ from spin_ray.learner.losses import (
 )
 from spin_ray.learner.metrics import StepSums, step_metrics
 from spin_ray.learner.packing import Pack, PairLengths, Step, build_pack, plan_epoch
+from spin_ray.learner.sizes import LENGTHS_OF_A_PACK
 from spin_ray.learner.teacher import Teacher
-
-LENGTHS_OF_A_PACK = 16
-"""Number of different pack lengths: more need more oneDNN kernels, fewer need more padding."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -1,20 +1,19 @@
 """A check whether transformers' tensor plan and torch's parallel styles can split a model."""
 
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, Literal
 
-STYLES = frozenset(
-    {
-        "colwise",
-        "rowwise",
-        "colwise_rep",
-        "colwise_gather_output",
-        "rowwise_rep",
-        "rowwise_split_input",
-        "replicated_with_grad_allreduce",
-    }
-)
-"""Styles that ``backends.meshes`` hands to torch; mixtures of experts and latent attention need others."""
+Style = Literal["columns", "gathered columns", "rows", "rows of whole inputs", "norm of local heads"]
+STYLES: dict[str, Style] = {
+    "colwise": "columns",
+    "colwise_rep": "gathered columns",
+    "colwise_gather_output": "gathered columns",
+    "rowwise": "rows",
+    "rowwise_rep": "rows of whole inputs",
+    "rowwise_split_input": "rows of whole inputs",
+    "replicated_with_grad_allreduce": "norm of local heads",
+}
+"""Styles by transformers' names; mixtures of experts and latent attention need others."""
 MODULES = frozenset(
     {f"self_attn.{name}" for name in ("q_proj", "k_proj", "v_proj", "qkv_proj", "o_proj", "dense", "q_norm", "k_norm")}
     | {f"mlp.{name}" for name in ("gate_proj", "up_proj", "gate_up_proj", "down_proj", "fc1", "fc2", "c_fc", "c_proj")}
@@ -39,7 +38,7 @@ def why_not_split(config: Mapping[str, Any], tensor: int) -> str | None:
     plan = layer_plan(text)
     if not plan:
         return f"transformers has no tensor plan for a model of type {text.model_type}"
-    if unknown := sorted(set(plan.values()) - STYLES):
+    if unknown := sorted(set(plan.values()) - STYLES.keys()):
         return f"transformers' tensor plan for a model of type {text.model_type} uses {', '.join(unknown)}"
     if unknown := sorted({name.removeprefix("layers.*.") for name in plan} - MODULES):
         return f"transformers' tensor plan for a model of type {text.model_type} splits {', '.join(unknown)}"

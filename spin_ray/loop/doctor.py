@@ -74,7 +74,7 @@ def examine(config: SpinConfig, out: str | None, console: Console, *, every_row:
 def _print_room(
     config: SpinConfig, precision: str, model: Path, out: str | None, console: Console
 ) -> dict[str, float | None]:
-    settled = config.model_copy(update={"train": config.train.model_copy(update={"precision": precision})})
+    settled = config.with_train(precision=precision)
     use = disk_use(settled, parameters_of(model))
     needed = {"needed_gib": round(use.most / GIB, 1)}
     if out and "://" in out:

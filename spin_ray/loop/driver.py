@@ -27,6 +27,7 @@ from spin_ray.loop.algorithms.table import find_algorithm
 from spin_ray.loop.stages import evaluation, prompts
 from spin_ray.loop.stages.generation import stage as generation
 from spin_ray.loop.stages.generation.shards import Job
+from spin_ray.loop.stages.prompts import RowsOf
 from spin_ray.loop.stages.training import stage as training
 from spin_ray.report.grading import check_on_workers
 from spin_ray.report.history import evidence_to_stop
@@ -138,11 +139,18 @@ def _for_every_machine(start: Start) -> Start:
 def _prepare_prompts(run: RunDir, config: SpinConfig, start: Start) -> None:
     tokenizer = str(start.model.path)
     if start.heldout:
-        prompts.run(run, config, run.heldout, start.heldout, tokenizer, config.evaluation.max_rows)
+        heldout = RowsOf(
+            target=run.heldout, given=start.heldout, setting="data.heldout", max_rows=config.evaluation.max_rows
+        )
+        prompts.run(run, config, tokenizer, heldout)
     leaks = run.heldout if start.heldout else None
-    prompts.run(run, config, run.prompts, start.train, tokenizer, config.data.max_rows, without=leaks)
+    prompts.run(run, config, tokenizer, RowsOf.training(run, config, start.train, without=leaks))
     if start.questions:
-        prompts.run(run, config, run.questions, start.questions, tokenizer, config.data.max_rows, labelled=False)
+        questions = RowsOf(
+            target=run.questions, given=start.questions, setting="data.questions", max_rows=config.data.max_rows,
+            labelled=False,
+        )  # fmt: skip
+        prompts.run(run, config, tokenizer, questions)
 
 
 def _should_stop(run: RunDir, config: SpinConfig, evaluations: list[Evaluation]) -> bool:
@@ -163,13 +171,13 @@ def _jobs(turn: Turn, algorithm: Algorithm) -> list[Job]:
     if run.heldout.is_committed:
         target = run.heldout_samples(turn.iteration)
         samples = samples_of(target, turn.config.evaluation.samples)
-        jobs.append(Job(run.heldout, target, opponent.name, opponent.digest, samples=samples))
+        jobs.append(Job(run.heldout, target, opponent, samples=samples))
     jobs += _examples(turn)
     played = algorithm.plays(run) if turn.iteration < turn.config.iterations else None
     if played:
         target, rows = run.generations(turn.iteration), turn.rows_of(played)
         audit = run.audit_path(turn.iteration)
-        jobs.append(Job(played, target, opponent.name, opponent.digest, rows, audit=audit))
+        jobs.append(Job(played, target, opponent, rows, audit=audit))
     return jobs
 
 
@@ -181,8 +189,7 @@ def _examples(turn: Turn) -> Iterator[Job]:
         yield Job(
             prompts=run.heldout,
             target=run.examples(turn.iteration),
-            opponent=opponent.name,
-            model_digest=opponent.digest,
+            model=opponent,
             rows=rows,
             samples=1,
             sampling=sampling.model_copy(update={"temperature": evaluation.examples_temperature}),

@@ -119,7 +119,7 @@ def _settle_sizes(config: SpinConfig, run: RunDir, inputs: Inputs) -> SpinConfig
     """Fills in batch sizes that the recipe leaves open. A continued run keeps its sizes."""
     if run.storage.exists("run.json"):
         begun = run.config()
-        return config.take_checkpointing_of(begun).settle_sizes(begun)
+        return config.settle_auto("gradient_checkpointing", begun).settle_sizes(begun)
     sources = sources_of(inputs.train)
     if not config.generation.resources.gpus or any("://" in source.path for source in sources):
         return config.settle_sizes()

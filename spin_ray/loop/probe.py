@@ -80,10 +80,9 @@ def run(run_dir: RunDir, config: SpinConfig, initial: ModelFolder, play: Play) -
         run_dir.storage.replace(MADE_FROM, made_from.encode())
     probe = _Probe(_ProbeDir(run_dir, FOLDER), _ProbeDir(run_dir, f"{FOLDER}/more_sft"), recipe, initial)
     _take_rows(run_dir, probe.spin, settings, config.seed)
-    who = initial.name, initial.digest
     jobs = [
-        Job(probe.spin.heldout, probe.heldout_answers, *who),
-        Job(probe.spin.prompts, probe.answers, *who, audit=probe.spin.audit_path(0)),
+        Job(probe.spin.heldout, probe.heldout_answers, initial),
+        Job(probe.spin.prompts, probe.answers, initial, audit=probe.spin.audit_path(0)),
     ]
     play(recipe, initial, jobs)
     evidence = _from_texts(probe) | _from_training(probe, settings)
@@ -108,9 +107,8 @@ def _recipe(config: SpinConfig, settings: ProbeConfig) -> SpinConfig:
         "global_batch_pairs": min(settings.global_batch_pairs, config.train.global_batch_pairs),
     }
     off = dict.fromkeys(("max_loss", "max_margin", "max_real_logp_drop", "max_length_change"))
-    return config.model_copy(
+    return config.with_train(**train).model_copy(
         update={
-            "train": config.train.model_copy(update=train),
             "objective": ObjectiveConfig(
                 beta=first.beta, window=1, length_normalised=config.objective.length_normalised
             ),

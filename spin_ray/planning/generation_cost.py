@@ -59,9 +59,14 @@ def generation_cost(
     )
 
 
+def engine_bytes(config: SpinConfig) -> int:
+    """Returns the bytes of a number in the engine."""
+    return 4 if config.resolve_dtype(config.generation.engine).dtype == "float32" else 2
+
+
 def _sums_s(config: SpinConfig, shape: ModelShape, device: Hardware, tokens: float, passes: float) -> float:
     size = config.generation.engine.tensor_parallel_size
-    width = shape.hidden * (4 if config.resolve_dtype(config.generation.engine).dtype == "float32" else 2)
+    width = shape.hidden * engine_bytes(config)
     sums = Collective(
         name="activations", phase="forward", group=Group(size=size, together=size), turns=2,
         sent=2 * shape.layers * 2 * (size - 1) / size * tokens * width,
@@ -87,8 +92,8 @@ def _seats(config: SpinConfig, shape: ModelShape, device: Hardware, work: Work, 
 
     vLLM refuses to start unless one response of ``max_length`` fits the cache.
     """
-    engine, on_gpu = config.resolve_dtype(config.generation.engine), bool(config.generation.resources.gpus)
-    dtype_bytes = 4 if engine.dtype == "float32" else 2
+    engine, on_gpu = config.generation.engine, bool(config.generation.resources.gpus)
+    dtype_bytes = engine_bytes(config)
     weights = dtype_bytes * shape.parameters / engine.devices
     kv = shape.kv_bytes(dtype_bytes) / engine.devices
     room = device.memory * (engine.gpu_memory_utilization if on_gpu else 1)

@@ -4,6 +4,7 @@ from dataclasses import replace
 
 from spin_ray.config.recipe import SpinConfig
 from spin_ray.config.sections import Mesh, OptimizerConfig
+from spin_ray.learner.sizes import MOMENTS, ROWS_PER_CHUNK
 from spin_ray.planning.groups import Ranks, flat
 from spin_ray.planning.hardware import BANDWIDTH_EFFICIENCY, CPU, Hardware
 from spin_ray.planning.model_shape import ModelShape
@@ -15,13 +16,11 @@ from spin_ray.planning.work import Packs, Work, heldout_packs
 
 WORKERS_START_S = 20.0
 """Seconds to start train workers, seen on two CPU cores."""
-CHUNK_TARGETS = {"cpu": 256, "cuda": 4096}
-"""Copy of ``learner.head.ROWS_PER_CHUNK``, whose import would load torch."""
 FILLED = 0.75
 """Share of a device that training may fill without checkpointing. Packs were measured to take up to 1.3 times the
 prediction (``benchmarks/plan_check.py``)."""
-MOMENTS = {"rmsprop": 1.0, "adamw": 2.0, "adamw_8bit": 0.5, "muon": 1.0}
-"""Fp32 numbers that an optimizer keeps per parameter. An 8-bit number counts a quarter."""
+MOMENTS_OF_8_BIT = 2 / 4
+"""Fp32 numbers per parameter that AdamW's two moments take in 8 bits."""
 
 
 # Stages
@@ -42,7 +41,7 @@ def evaluation_cost(
     θ_0 is the opponent of θ_1 itself.
     """
     readers = ranks.mesh.data_ranks if ranks else None
-    whole = config.model_copy(update={"train": config.train.model_copy(update={"lora": None})})  # iterates are merged
+    whole = config.with_train(lora=None)  # iterates are merged
 
     def scored(samples: int, passes: int) -> StageCost:
         packs = heldout_packs(config, work, samples, readers)
@@ -70,7 +69,8 @@ def training_cost(
     optimizer: OptimizerConfig,
     ranks: Ranks | None = None,
 ) -> StageCost:
-    config = settle_checkpointing(config, shape, device.memory, optimizer, ranks)
+    ranks = ranks or flat(config.train.workers)
+    config = settle_checkpointing(config, shape, device.memory, optimizer, ranks.mesh)
     cost = _learner_cost(
         "training", config, shape, device, packs, ranks, passes=epochs, optimizer=optimizer, backward=True
     )
@@ -114,7 +114,7 @@ def _learner_cost(
         flops=passes * packs.steps * packs.per_step * useful,
         seconds=passes * packs.steps * (step.seconds + host),
         bound="optimizer on CPUs" if host > step.seconds else step.bound,
-        memory=learner_memory(config, shape, packs, optimizer=optimizer, backward=backward, ranks=ranks),
+        memory=learner_memory(config, shape, packs, optimizer=optimizer, backward=backward, mesh=ranks.mesh),
         room=device.memory,
         sent={kind: passes * packs.steps * sent for kind, sent in step.sent.items()},
     )
@@ -122,7 +122,9 @@ def _learner_cost(
 
 def moments_of(optimizer: OptimizerConfig) -> float:
     """Returns the fp32 numbers that the optimizer keeps per parameter; the most for one from outside."""
-    return MOMENTS.get(optimizer.name, max(MOMENTS.values()))
+    if optimizer.name == "adamw_8bit":
+        return MOMENTS_OF_8_BIT
+    return len(MOMENTS.get(optimizer.name, max(MOMENTS.values(), key=len)))
 
 
 def _host_step_s(config: SpinConfig, shape: ModelShape, ranks: Ranks, optimizer: OptimizerConfig) -> float:
@@ -177,19 +179,11 @@ def needed_flops(
     return passes * (shape.trunk_flops(tokens, visible) + shape.head_flops(targets))
 
 
-def step_traffic(
-    config: SpinConfig, shape: ModelShape, packs: float, *, backward: bool, ranks: Ranks | None = None
-) -> float:
-    """Returns the bytes that a rank sends in a step, without activations. A rank receives as many."""
-    ranks = ranks or flat(config.train.workers)
-    return sum(it.sent for it in step_collectives(config, shape, ranks, packs, 0.0, backward=backward))
-
-
 # Memory
 
 
 def settle_checkpointing(
-    config: SpinConfig, shape: ModelShape, room: float, optimizer: OptimizerConfig, ranks: Ranks | None = None
+    config: SpinConfig, shape: ModelShape, room: float, optimizer: OptimizerConfig, mesh: Mesh
 ) -> SpinConfig:
     """Decides ``gradient_checkpointing: auto`` for devices of ``room`` bytes.
 
@@ -197,21 +191,18 @@ def settle_checkpointing(
     """
     if config.train.gradient_checkpointing != "auto":
         return config
-    plain = _with_checkpointing(config, on=False)
-    needed = _full_bytes(plain, shape, optimizer, ranks)
-    return _with_checkpointing(config, on=bool(config.train.resources.gpus) and needed > FILLED * room)
+    needed = sum(full_memory(config.with_train(gradient_checkpointing=False), shape, optimizer, mesh).values())
+    on = bool(config.train.resources.gpus) and needed > FILLED * room
+    return config.with_train(gradient_checkpointing=on)
 
 
-def _full_bytes(config: SpinConfig, shape: ModelShape, optimizer: OptimizerConfig, ranks: Ranks | None) -> float:
+def full_memory(config: SpinConfig, shape: ModelShape, optimizer: OptimizerConfig, mesh: Mesh) -> dict[str, float]:
+    """Returns the bytes by purpose of a rank that trains full packs."""
     length = config.train.pack_length
     full = Packs(
         steps=1, per_step=2, per_rank=2, length=length, targets=length, per_rank_at_most=2, tokens=2 * length
     )  # fmt: skip
-    return sum(learner_memory(config, shape, full, optimizer=optimizer, backward=True, ranks=ranks).values())
-
-
-def _with_checkpointing(config: SpinConfig, *, on: bool) -> SpinConfig:
-    return config.model_copy(update={"train": config.train.model_copy(update={"gradient_checkpointing": on})})
+    return learner_memory(config, shape, full, optimizer=optimizer, backward=True, mesh=mesh)
 
 
 def learner_memory(
@@ -221,14 +212,18 @@ def learner_memory(
     *,
     optimizer: OptimizerConfig | None,
     backward: bool,
-    ranks: Ranks | None = None,
+    mesh: Mesh | None = None,
 ) -> dict[str, float]:
     """Returns the bytes of one rank by purpose.
 
     States are fp32 and sharded: weight, gradient and moments of each trained parameter. A rank with several packs a
     step also keeps whole gradients, unless it reduces them with every pack.
+
+    Args:
+        shape: the whole model's, also with a tensor group.
+        mesh: default: one copy over all workers.
     """
-    mesh = (ranks or flat(config.train.workers)).mesh
+    mesh = mesh or Mesh(shard=config.train.workers)
     shape = shape.split(mesh.tensor)
     weights = weights_of(config, shape, trains=optimizer is not None)
     on_host = config.train.offload and config.train.resources.gpus
@@ -280,6 +275,6 @@ def _activation_bytes(config: SpinConfig, shape: ModelShape, packs: Packs, *, ba
         kept = float(shape.layers * layer)
     on_gpu = bool(config.train.resources.gpus)
     mask = 0 if on_gpu else length**2 * (b + 1)  # the additive mask, and the booleans that make it
-    rows = min(CHUNK_TARGETS["cuda"], length) if on_gpu else CHUNK_TARGETS["cpu"]
+    rows = min(ROWS_PER_CHUNK["cuda"], length) if on_gpu else ROWS_PER_CHUNK["cpu"]
     logits = rows * shape.vocab * (3 * 4 if backward else 4)  # fp32; backward also holds the gradient and the softmax
     return kept + packs.targets * shape.hidden * b + mask + logits

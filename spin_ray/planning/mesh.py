@@ -1,22 +1,20 @@
 """The choice of the train workers' mesh."""
 
+from bisect import bisect_left
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 from itertools import groupby
-from math import ceil
 from pathlib import Path
-from typing import Self
 
 from spin_ray.config.recipe import SpinConfig
-from spin_ray.config.sections import Mesh, OptimizerConfig
+from spin_ray.config.sections import Mesh
 from spin_ray.errors import ConfigError, ModelError, ResourceError
 from spin_ray.inputs.model_folder import read_config
 from spin_ray.learner.tensor_plan import why_not_split
 from spin_ray.planning.hardware import CPU, GB
-from spin_ray.planning.learner_cost import FILLED, learner_memory, settle_checkpointing
+from spin_ray.planning.learner_cost import FILLED, full_memory, settle_checkpointing
 from spin_ray.planning.model_shape import ModelShape
-from spin_ray.planning.work import Packs
 
 TENSOR_SIZES = (2, 4, 8)
 """Sizes that ``auto`` tries, each within a node."""
@@ -31,12 +29,6 @@ class Placing:
     node_of_rank: tuple[int, ...]
     room: float
     """Bytes of the smallest device."""
-
-    @classmethod
-    def even(cls, workers: int, nodes: int, room: float) -> Self:
-        """Fills ``nodes`` nodes one after another."""
-        each = ceil(workers / nodes)
-        return cls(node_of_rank=tuple(rank // each for rank in range(workers)), room=room)
 
     @property
     def workers(self) -> int:
@@ -171,29 +163,11 @@ def _undivided(shape: ModelShape, tensor: int) -> str | None:
 # Memory
 
 
-def split_shape(shape: ModelShape, tensor: int) -> ModelShape:
-    """Returns the shape that one rank of a tensor group computes."""
-    return shape.split(tensor)
-
-
-def on_a_copy(config: SpinConfig, mesh: Mesh) -> SpinConfig:
-    """Returns the recipe with only the workers that share one copy of the weights."""
-    return config.model_copy(update={"train": config.train.model_copy(update={"workers": mesh.shard})})
-
-
 def memory_of(config: SpinConfig, shape: ModelShape, mesh: Mesh, room: float) -> float:
     """Returns the bytes of a rank that trains full packs."""
     optimizer = config.train.optimizer
-    one, split = on_a_copy(config, mesh), split_shape(shape, mesh.tensor)
-    return sum(_of_full_packs(settle_checkpointing(one, split, room, optimizer), split, optimizer).values())
-
-
-def _of_full_packs(config: SpinConfig, shape: ModelShape, optimizer: OptimizerConfig) -> dict[str, float]:
-    length = config.train.pack_length
-    packs = Packs(
-        steps=1, per_step=2, per_rank=2, length=length, targets=length, per_rank_at_most=2, tokens=2 * length
-    )  # fmt: skip
-    return learner_memory(config, shape, packs, optimizer=optimizer, backward=True)
+    settled = settle_checkpointing(config, shape, room, optimizer, mesh)
+    return sum(full_memory(settled, shape, optimizer, mesh).values())
 
 
 # Limits of every mesh
@@ -226,23 +200,19 @@ def check_mesh(config: SpinConfig, folder: Path, room: float | None) -> None:
 def too_long(config: SpinConfig, shape: ModelShape, room: float, why_not: WhyNotSplit | None = None) -> str | None:
     """Returns an error text if the longest pair alone overfills a GPU on every mesh; else None."""
     answer = config.generation.sampling.max_tokens
-    longest = config.model.max_length + answer
+    longest = config.longest_tree
     why_not = why_not or partial(_undivided, shape)
     sizes = [size for size in TENSOR_SIZES if config.train.lora is None and not why_not(size)]
-    split = split_shape(shape, max([1, *sizes]))
+    mesh = Mesh(shard=2, tensor=max([1, *sizes]))
 
     def needed(length: int) -> float:
-        changes = {"workers": 2, "pack_length": length, "gradient_checkpointing": True, "sharding": "full"}
-        alone = config.model_copy(update={"train": config.train.model_copy(update=changes)})
-        memory = _of_full_packs(alone, split, config.train.optimizer)
+        alone = config.with_train(pack_length=length, gradient_checkpointing=True, sharding="full")
+        memory = full_memory(alone, shape, config.train.optimizer, mesh)
         return sum(size for purpose, size in memory.items() if purpose not in SHARDED)
 
     if needed(longest) <= room:
         return None
-    fits, fails = 0, longest
-    while fails - fits > 1:
-        middle = (fits + fails) // 2
-        fits, fails = (middle, fails) if needed(middle) <= room else (fits, middle)
+    fits = bisect_left(range(1, longest), True, key=lambda length: needed(length) > room)
     if not fits:  # two layers alone are too large
         return None
     cure = f"model.max_length to {fits - answer} or less"
@@ -250,6 +220,6 @@ def too_long(config: SpinConfig, shape: ModelShape, room: float, why_not: WhyNot
         cure = f"model.max_length and generation.sampling.max_tokens to {fits} or less together"
     return (
         f"model.max_length: one pair of {config.model.max_length} + {answer} tokens takes {needed(longest) / GB:.0f} "
-        f"GB beside the weights on a device of {room / GB:.0f} GB; from {fails} tokens on a context-parallel mesh "
+        f"GB beside the weights on a device of {room / GB:.0f} GB; from {fits + 1} tokens on a context-parallel mesh "
         f"would be needed, which spin_ray does not have; lower {cure}"
     )

@@ -19,7 +19,7 @@ from spin_ray.planning.mesh import Choice, too_long
 from spin_ray.planning.model_shape import KNOWN_SHAPES, ModelShape
 from spin_ray.planning.paper import PAPER_DIFFERENCE, is_the_papers, paper_table
 from spin_ray.planning.remedies import remedies
-from spin_ray.planning.run_cost import Phase, mesh_of, plan_run
+from spin_ray.planning.run_cost import Phase, plan_run, planned_mesh
 from spin_ray.planning.scaling import Scaling, scaling_of
 from spin_ray.planning.tables import memory_table, network_note, notes, purposes, scaling_table, time_table
 from spin_ray.planning.weights import refuse_unknown_layers
@@ -222,7 +222,7 @@ class Plan:
 
     @property
     def mesh(self) -> Choice:
-        return mesh_of(self.config, self.shape, self.devices)
+        return planned_mesh(self.config, self.shape, self.devices)
 
     @property
     def notes(self) -> list[str]:

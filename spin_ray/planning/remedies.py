@@ -5,10 +5,11 @@ from dataclasses import replace
 from math import ceil
 from typing import Any
 
-from spin_ray.config.load import parse_config
+from spin_ray.config.load import parse_config, put
 from spin_ray.config.recipe import SpinConfig
 from spin_ray.errors import UserError
 from spin_ray.planning.cluster import Cluster, devices_of, nodes_of
+from spin_ray.planning.generation_cost import engine_bytes
 from spin_ray.planning.hardware import GIB
 from spin_ray.planning.model_shape import ModelShape
 from spin_ray.planning.run_cost import plan_run
@@ -57,10 +58,10 @@ def _if_it_fits(
 
 def _changes(config: SpinConfig, shape: ModelShape, stage: str) -> Iterator[dict[str, Any]]:
     """Yields changes, the least harmful first. Objective, data and batch stay."""
-    engine, train = config.resolve_dtype(config.generation.engine), config.train
+    train = config.train
     if stage == "generation":
         if not config.generation.resources.gpus:
-            longest = config.model.max_length * shape.kv_bytes(4 if engine.dtype == "float32" else 2)
+            longest = config.model.max_length * shape.kv_bytes(engine_bytes(config))
             yield {"generation.engine.cpu_kv_cache_gib": ceil(longest / GIB)}
             return
         for parallel in (2, 4, 8):
@@ -77,7 +78,7 @@ def _changes(config: SpinConfig, shape: ModelShape, stage: str) -> Iterator[dict
         yield {"train.reduce_every_pack": True}
     for times in (2, 4):  # a rank with a single pack keeps no whole gradients
         yield {"train.pack_length": times * train.pack_length}
-    yield {"train.pack_length": config.model.max_length + config.generation.sampling.max_tokens}
+    yield {"train.pack_length": config.longest_tree}
     for times in (2, 4, 8, 16):
         yield {"train.workers": times * train.workers}
 
@@ -85,9 +86,5 @@ def _changes(config: SpinConfig, shape: ModelShape, stage: str) -> Iterator[dict
 def _changed(config: SpinConfig, changes: dict[str, Any]) -> SpinConfig:
     tree = config.model_dump()
     for key, value in changes.items():
-        *sections, field = key.split(".")
-        place = tree
-        for section in sections:
-            place = place[section]
-        place[field] = value
+        put(tree, key, value)
     return parse_config(tree, source="plan")

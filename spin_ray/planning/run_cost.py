@@ -37,7 +37,7 @@ def plan_run(config: SpinConfig, shape: ModelShape, devices: Devices, work: Work
     """Returns the phases of a run."""
     phases: list[Phase] = []
     if config.sft:
-        whole = config.model_copy(update={"train": config.train.model_copy(update={"lora": None})})
+        whole = config.with_train(lora=None)
         ranks = ranks_of(whole, shape, devices)
         packs = sft_packs(config, work, ranks.mesh.data_ranks)
         warm_up = training_cost(whole, shape, devices.train, packs, config.sft.epochs, config.sft.optimizer, ranks)
@@ -52,14 +52,14 @@ def plan_run(config: SpinConfig, shape: ModelShape, devices: Devices, work: Work
     return phases
 
 
-def mesh_of(config: SpinConfig, shape: ModelShape, devices: Devices) -> Choice:
+def planned_mesh(config: SpinConfig, shape: ModelShape, devices: Devices) -> Choice:
     """Returns the mesh of the train workers and its reason."""
     nodes = tuple(rank // devices.per_node for rank in range(config.train.workers))
     return choose_mesh(config, shape, Placing(node_of_rank=nodes, room=devices.train.memory))
 
 
 def ranks_of(config: SpinConfig, shape: ModelShape, devices: Devices) -> Ranks:
-    return Ranks(mesh=mesh_of(config, shape, devices).mesh, per_node=devices.per_node)
+    return Ranks(mesh=planned_mesh(config, shape, devices).mesh, per_node=devices.per_node)
 
 
 def iteration_costs(

@@ -9,7 +9,7 @@ from spin_ray.config.sections import Mesh
 from spin_ray.errors import UserError
 from spin_ray.planning.cluster import Cluster, devices_of
 from spin_ray.planning.model_shape import ModelShape
-from spin_ray.planning.run_cost import mesh_of, plan_run
+from spin_ray.planning.run_cost import plan_run, planned_mesh
 from spin_ray.planning.work import Work
 
 BATCHES = tuple(2**power for power in range(7))
@@ -110,11 +110,11 @@ def scaling_of(config: SpinConfig, shape: ModelShape, cluster: Cluster, work: Wo
 def on_all_gpus(config: SpinConfig, cluster: Cluster, batch: int) -> SpinConfig:
     """Returns the recipe with a train worker on each GPU and as many engines as fit."""
     gpus, each = cluster.nodes * cluster.gpus_per_node, config.generation.resources.gpus
-    train = config.train.model_copy(update={"workers": gpus, "global_batch_pairs": batch})
     generation = config.generation
     if each:
         generation = generation.model_copy(update={"replicas": int(gpus // each)})
-    return config.model_copy(update={"train": train, "generation": generation})
+    config = config.with_train(workers=gpus, global_batch_pairs=batch)
+    return config.model_copy(update={"generation": generation})
 
 
 def _size(config: SpinConfig, shape: ModelShape, cluster: Cluster, work: Work, batch: int) -> Size | None:
@@ -128,5 +128,5 @@ def _size(config: SpinConfig, shape: ModelShape, cluster: Cluster, work: Work, b
         return None
     return Size(
         nodes=cluster.nodes, workers=changed.train.workers, replicas=changed.generation.replicas, batch=batch,
-        mesh=str(mesh_of(changed, shape, devices).mesh), hours=sum(phase.seconds for phase in phases) / 3600,
+        mesh=str(planned_mesh(changed, shape, devices).mesh), hours=sum(phase.seconds for phase in phases) / 3600,
     )  # fmt: skip

@@ -6,12 +6,11 @@ from math import ceil
 from statistics import NormalDist
 
 from spin_ray.config.recipe import SpinConfig
+from spin_ray.learner.sizes import LENGTHS_OF_A_PACK
 
 PACKING_LOSS, PART_PACK = 0.03, 0.7
 """Tokens that would fill n packs take (1 + PACKING_LOSS)·n + PART_PACK packs. Fitted to
 ``learner.packing.plan_epoch``."""
-LENGTHS_OF_A_PACK = 16
-"""Copy of ``learner.step.LENGTHS_OF_A_PACK``, whose import would load torch."""
 LENGTH_SPREAD = 2 / 3
 """Standard deviation of row lengths over their mean, an assumption."""
 QUINTILES = (-1.28, -0.52, 0.0, 0.52, 1.28)
@@ -113,7 +112,7 @@ def pair_packs(config: SpinConfig, work: Work, iteration: int, readers: int | No
     Args:
         readers: groups of ranks that read their own packs. Default: every worker.
     """
-    window = iteration + 1 - max(config.objective.oldest_iteration(iteration), 0)
+    window = config.objective.opponents(iteration)
     played = played_rows(config, work)
     repeats, groups = (window, 1) if played == work.rows else (1, window)
     branches = config.generation.samples_per_prompt * repeats

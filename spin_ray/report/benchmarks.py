@@ -82,8 +82,7 @@ def run(run_dir: RunDir, config: SpinConfig, iterate: int, request: Request) -> 
         UserError: lm-eval is missing, or does not know a task.
         StageError: the evaluation failed. Earlier results are kept.
     """
-    variables = {**config.model.chat_template_kwargs, "strftime_now": run_dir.date().strftime}
-    request = replace(request, variables=variables)
+    request = replace(request, variables=run_dir.template_variables(config))
     results: dict[str, Any] = {}
     with run_dir.stage(f"{iterate_name(iterate)}/benchmarks") as counted:
         counted["tasks"] = 0

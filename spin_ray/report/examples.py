@@ -55,7 +55,7 @@ def read_examples(
     if not run.heldout.is_committed or not samples:
         return []
     rows = pa.concat_tables(list(run.heldout.tables())).select(["prompt_id", "messages"])
-    margins = {name: found for name in samples if (found := _own_margins(run, config, name))}
+    margins = {name: found for name in samples if (found := _own_margins(run, name))}
     if only is not None:
         rows = rows.take(pc.drop_null(pc.index_in(pa.array(only, pa.string()), value_set=rows["prompt_id"])))
     else:
@@ -86,7 +86,7 @@ def _first_samples(samples: Artefact) -> pa.Table:
     return table.filter(pc.equal(table["sample"], 0))
 
 
-def _own_margins(run: RunDir, config: SpinConfig, name: str) -> dict[str, float]:
+def _own_margins(run: RunDir, name: str) -> dict[str, float]:
     scores = run.artefact(f"{name}/heldout_scores")
     evaluation = run.evaluation(iterate_number(name))
     if name == "sft" or not scores.is_committed or evaluation is None:

@@ -131,9 +131,8 @@ def _expected(config: SpinConfig, attempts: Sequence[Span], done: set[tuple[int,
             yield Expected(turn, "evaluation" if turn else "first_evaluation", 4 if turn == 1 else 5)
         if is_last:
             continue
-        window = turn + 1 if config.objective.window == "all" else min(config.objective.window, turn + 1)
         yield Expected(turn, "pairs", played)
-        yield Expected(turn, "training", played * window * config.at(turn).epochs)
+        yield Expected(turn, "training", played * config.objective.opponents(turn) * config.at(turn).epochs)
         for kind, first in others.items():
             if turn >= first:
                 yield Expected(turn, kind, 1)

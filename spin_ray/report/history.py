@@ -9,7 +9,6 @@ import pyarrow as pa
 from spin_ray.config.recipe import SpinConfig
 from spin_ray.errors import RunDirError
 from spin_ray.report.measures import Evaluation, stop_evidence
-from spin_ray.run_dir.events import read_json_lines
 from spin_ray.run_dir.names import iterate_name, read_iterate
 from spin_ray.run_dir.run_dir import RunDir
 from spin_ray.run_dir.storage import table_from_bytes
@@ -47,7 +46,7 @@ def evidence_to_stop(config: SpinConfig, evaluations: list[Evaluation]) -> dict[
 
 def read_train_logs(run: RunDir, config: SpinConfig) -> dict[str, list[dict[str, Any]]]:
     names = [iterate_name(iterate) for iterate in range(config.iterations + 1)]
-    logs = {name: read_json_lines(run.storage, f"{name}/train_log.jsonl") for name in names}
+    logs = {name: run.train_log(name) for name in names}
     return {name: log for name, log in logs.items() if log}
 
 

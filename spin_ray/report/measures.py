@@ -4,6 +4,7 @@ The key ``against_opponent.loss`` is ``loss`` in the section ``against_opponent`
 ``standard_errors`` uses whole keys.
 """
 
+import math
 from dataclasses import dataclass
 from typing import Any
 
@@ -11,6 +12,8 @@ from spin_ray.report.uncertainty import CONFIDENCE
 
 Evaluation = dict[str, Any]
 """Content of ``eval.json``."""
+GUESSING = math.log(2)
+"""Logistic loss of a policy that guesses: of margins 0."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -4,7 +4,7 @@ import json
 from collections import Counter
 from collections.abc import Iterable, Iterator
 from pathlib import Path
-from typing import Any, Literal, NamedTuple, get_args
+from typing import Any, Literal, NamedTuple
 
 from spin_ray.errors import ConfigError, RunDirError
 from spin_ray.inputs.ends import other_ends
@@ -14,7 +14,6 @@ from spin_ray.report.history import find_iterate, model_path
 from spin_ray.run_dir.run_dir import RunDir
 
 RowForm = Literal["trl", "sharegpt"]
-ROW_FORMS: tuple[RowForm, ...] = get_args(RowForm)
 _AT_A_TIME = 256
 _SPEAKERS = {"user": "human", "assistant": "gpt", "tool": "observation", "system": "system", "developer": "system"}
 

@@ -4,7 +4,7 @@ import math
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from spin_ray.report.measures import BY_KEY, Evaluation
+from spin_ray.report.measures import BY_KEY, GUESSING, Evaluation
 from spin_ray.report.uncertainty import Change
 
 
@@ -99,12 +99,12 @@ RULES = (
         "θ_0), more of a fall than chance gives: the model gets worse at the task.",
     ),
     Rule(
-        "held-out loss", "against_opponent.loss", math.log(2), lambda it: it.now("against_opponent.loss"),
+        "held-out loss", "against_opponent.loss", GUESSING, lambda it: it.now("against_opponent.loss"),
         lambda it: f"held-out loss {it.now('against_opponent.loss'):.3f} is not below ln 2: what was learned does not "
         "carry over to new rows.",
     ),
     Rule(
-        "overshoot", "against_self.loss", math.log(2) + 0.05, lambda it: it.now("against_self.loss"),
+        "overshoot", "against_self.loss", GUESSING + 0.05, lambda it: it.now("against_self.loss"),
         lambda it: f"loss on own samples {it.now('against_self.loss'):.3f} is above ln 2: the iterate overshot, its "
         "samples gained more than y did.",
     ),
@@ -158,6 +158,15 @@ def _kl_sentence(it: Compared) -> str:
         "engine's dtype may round small updates away (generation.engine.dtype), or generation.sampling changes the "
         "distribution."
     )
+
+
+def all_warnings(evaluations: list[Evaluation]) -> list[tuple[str, str]]:
+    """Returns each iterate's name with a warning. θ_0's evaluation comes first."""
+    return [
+        (evaluation["iterate"], text)
+        for number, evaluation in enumerate(evaluations)
+        for text in warnings(evaluation, evaluations[0] if number else None)
+    ]
 
 
 def warnings(evaluation: Evaluation, start: Evaluation | None = None) -> list[str]:

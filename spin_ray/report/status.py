@@ -15,8 +15,9 @@ from spin_ray.report.examples import read_examples
 from spin_ray.report.history import read_evaluations
 from spin_ray.report.measures import MEASURES, Evaluation
 from spin_ray.report.progress import read_progress
-from spin_ray.report.signs import warnings
-from spin_ray.run_dir.events import Event, counted_in, duration, lost_work, read_json_lines, spans, stage_seconds
+from spin_ray.report.signs import all_warnings
+from spin_ray.report.tracking import NOT_LOGGED
+from spin_ray.run_dir.events import Event, counted_in, duration, lost_work, spans, stage_seconds
 from spin_ray.run_dir.names import iterate_number
 from spin_ray.run_dir.run_dir import RunDir, open_run
 
@@ -65,11 +66,7 @@ def status_as_json(run: RunDir) -> dict[str, Any]:
         "latest": run.latest(),
         "iterations": config.iterations,
         "evaluations": evaluations,
-        "warnings": [
-            {"iterate": evaluation["iterate"], "text": text}
-            for evaluation in evaluations
-            for text in warnings(evaluation, evaluations[0] if evaluation is not evaluations[0] else None)
-        ],
+        "warnings": [{"iterate": iterate, "text": text} for iterate, text in all_warnings(evaluations)],
         "seconds": stage_seconds(events),
         "lost": lost_work(events),
         "running": is_running(run),
@@ -83,10 +80,9 @@ def print_status(run: RunDir, console: Console) -> None:
     events = run.events()
     evaluations = read_evaluations(run, config)
     console.print(_measures(evaluations))
-    for evaluation in evaluations:
-        for text in warnings(evaluation, evaluations[0] if evaluation is not evaluations[0] else None):
-            console.print(f"[yellow]Warning[/] {evaluation['iterate']}:", end=" ")
-            console.print(text, markup=False)
+    for iterate, text in all_warnings(evaluations):
+        console.print(f"[yellow]Warning[/] {iterate}:", end=" ")
+        console.print(text, markup=False)
     console.print(_seconds(stage_seconds(events)))
     if any((lost := lost_work(events)).values()):
         console.print(f"Lost in failures and done again: at most {lost['shards']} shards, {lost['steps']} steps")
@@ -131,7 +127,7 @@ def _print_running(run: RunDir, events: list[Event], console: Console) -> None:
     last = next(iter(spans(events)[-1:]), None)
     if last is None or last.outcome != "running":
         return
-    log = read_json_lines(run.storage, f"{last.folder}/train_log.jsonl") if last.stage == "training" else []
+    log = run.train_log(last.folder) if last.stage == "training" else []
     if log:
         console.print(_training(last.folder, log))
     state = read_progress(run)
@@ -148,7 +144,7 @@ def _training(folder: str, log: list[dict[str, Any]]) -> Table:
     for name in ("measure", "first", f"mean of {len(recent)}", "newest"):
         table.add_column(name, justify="left" if name == "measure" else "right")
     for key in newest:
-        if key not in ("step", "of"):
+        if key not in NOT_LOGGED:
             mean = sum(line[key] for line in recent) / len(recent)
             table.add_row(key, *[f"{value:,.5g}" for value in (log[0][key], mean, newest[key])])
     seconds = sum(line["seconds"] for line in recent)

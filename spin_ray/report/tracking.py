@@ -21,7 +21,6 @@ from spin_ray.config.recipe import SpinConfig, flatten
 from spin_ray.errors import first_line
 from spin_ray.report.measures import MEASURES
 from spin_ray.report.redaction import hide
-from spin_ray.run_dir.events import read_json_lines
 from spin_ray.run_dir.names import iterate_name
 from spin_ray.run_dir.run_dir import RunDir
 
@@ -59,7 +58,7 @@ def track(run: RunDir, config: SpinConfig, iterate: int) -> None:
 
 def points(run: RunDir, iterate: int) -> Iterator[Point]:
     """Yields every number of θ_iterate, training first."""
-    logs = [read_json_lines(run.storage, f"{iterate_name(number)}/train_log.jsonl") for number in range(iterate + 1)]
+    logs = [run.train_log(iterate_name(number)) for number in range(iterate + 1)]
     before = sum(len(log) for log in logs[:-1])
     for line in logs[-1]:
         for key, value in line.items():

@@ -295,6 +295,11 @@ def _check(storage: Storage, folder: str, manifest: Manifest) -> None:
             )
 
 
+def digests(*artefacts: Artefact) -> dict[str, str]:
+    """Returns the digests of committed artefacts by path, as ``inputs`` of what is made from them."""
+    return {artefact.path: artefact.manifest().digest for artefact in artefacts}
+
+
 def seal(table: pa.Table, fingerprint: str) -> pa.Table:
     """Adds FINGERPRINT and CHECKSUM for ``Artefact.find_parts``."""
     mark = fingerprint.encode()

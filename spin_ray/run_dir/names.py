@@ -18,14 +18,19 @@ def iteration_name(iteration: int) -> str:
     return f"iter_{iteration:03d}"
 
 
+def train_log_path(folder: str) -> str:
+    """Returns the path of the log of the training whose model is in ``folder``."""
+    return f"{folder}/train_log.jsonl"
+
+
 def iterate_name(iterate: int) -> str:
     """Names an iterate's folder: ``0 -> sft``, ``1 -> iter_000``."""
     return "sft" if iterate == 0 else iteration_name(iterate - 1)
 
 
 def iterate_number(name: str) -> int:
-    """Inverts ``iterate_name``."""
-    return 0 if name == "sft" else int(name.removeprefix("iter_")) + 1
+    """Inverts ``iterate_name`` and ``api_name``."""
+    return 0 if name == "sft" else int(name[len("iter_") :]) + 1
 
 
 def is_iterate_name(name: str) -> bool:
@@ -39,11 +44,6 @@ def read_iterate(word: str) -> int | None:
     if match is None:
         return 0 if word == "sft" else None
     return int(match[1]) + 1
-
-
-def age(name: str) -> int:
-    """Inverts ``api_name``: ``iter-0 -> 1``."""
-    return 0 if name == "sft" else int(name.removeprefix("iter-")) + 1
 
 
 def api_name(iterate: int) -> str:
@@ -60,12 +60,21 @@ def pair_id(prompt_id: str, iteration: int, sample: int) -> str:
     return f"{prompt_id}/{iteration:03d}/{sample}"
 
 
+def answer_id(prompt_id: str, sample: int | str) -> str:
+    return f"{prompt_id}/{sample}"
+
+
 def revision_id(answer_id: str, iteration: int) -> str:
     return f"{answer_id}/{iteration:03d}"
 
 
 def prompt_of(pair_id: str) -> str:
+    """Returns the prompt's id from that of a pair or an answer."""
     return pair_id.partition("/")[0]
+
+
+def sample_of(pair_id: str) -> str:
+    return pair_id.rpartition("/")[2]
 
 
 SELF, OPPONENT = "self", "opponent"

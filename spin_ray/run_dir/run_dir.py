@@ -18,8 +18,8 @@ from spin_ray.config.load import parse_config
 from spin_ray.config.recipe import SpinConfig
 from spin_ray.errors import OtherRunError, RunDirError
 from spin_ray.run_dir.artefact import Artefact
-from spin_ray.run_dir.events import Event, read_events, stage, was_cut_off, write_event
-from spin_ray.run_dir.names import is_iterate_name, iterate_name, iterate_number, iteration_name
+from spin_ray.run_dir.events import Event, read_events, read_json_lines, stage, was_cut_off, write_event
+from spin_ray.run_dir.names import is_iterate_name, iterate_name, iterate_number, iteration_name, train_log_path
 from spin_ray.run_dir.object_storage import open_storage
 from spin_ray.run_dir.storage import ATTEMPTS, Storage
 
@@ -108,6 +108,10 @@ class RunDir:
         """Returns answers of θ_iterate at ``evaluation.examples_temperature``, for people to read."""
         return self.artefact(f"{iterate_name(iterate)}/examples")
 
+    def train_log(self, folder: str) -> list[dict[str, Any]]:
+        """Returns the steps of the training whose model is in ``folder``."""
+        return read_json_lines(self.storage, train_log_path(folder))
+
     def heldout_rows_path(self, iterate: int) -> str:
         """Returns the path of θ_iterate's measures by held-out row, in ROW_SCHEMA."""
         return f"{iterate_name(iterate)}/heldout_rows.parquet"
@@ -139,7 +143,7 @@ class RunDir:
             RunDirError: the folder holds other files.
         """
         if self.storage.exists("run.json"):
-            config = config.take_precision_of(self.config())
+            config = config.settle_auto("precision", self.config())
             self._check_identity(config, facts)
         elif foreign := [name for name in self.storage.entries() if not name.startswith((".", "lease.json"))]:
             raise RunDirError(
@@ -151,7 +155,7 @@ class RunDir:
 
     def _check_identity(self, config: SpinConfig, facts: dict[str, Any]) -> None:
         stored = self.description()
-        then = self.config().take_precision_of(config).identity() | stored["inputs"]
+        then = self.config().settle_auto("precision", config).identity() | stored["inputs"]
         now = config.identity() | facts["inputs"]
         each = {key: (then.get(key), now.get(key)) for key in sorted(then.keys() | now.keys())}
         if differing := {key: pair for key, pair in each.items() if pair[0] != pair[1]}:
@@ -187,6 +191,10 @@ class RunDir:
         """
         stored = self.description().get("date") if self.storage.exists("run.json") else None
         return datetime.fromisoformat(stored) if stored else datetime.now().replace(microsecond=0)
+
+    def template_variables(self, config: SpinConfig) -> dict[str, Any]:
+        """Returns what a chat template reads beside the messages."""
+        return {**config.model.chat_template_kwargs, "strftime_now": self.date().strftime}
 
     def stage(self, name: str) -> AbstractContextManager[dict[str, Any]]:
         return stage(self.storage, name)

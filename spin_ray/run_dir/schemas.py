@@ -1,7 +1,10 @@
 """Arrow schemas of the rows on disk."""
 
+from collections.abc import Sequence
+
 import pyarrow as pa
 
+Column = pa.Array | pa.ChunkedArray
 TOKEN_IDS = pa.list_(pa.int32())
 
 PROMPT_SCHEMA = pa.schema(
@@ -91,3 +94,18 @@ WIN_SCHEMA = pa.schema(
     ]
 )
 """SPPO's estimated probability that each response beats one of the opponent."""
+
+
+def pairs_of(
+    pair_ids: Sequence[str],
+    iteration: int,
+    prompt_id: Column | Sequence[str],
+    prompt_ids: Column,
+    real_ids: Column,
+    generated_ids: Column | None = None,
+) -> pa.Table:
+    """Returns PAIR_SCHEMA rows; without ``generated_ids`` those of SFT."""
+    count = len(pair_ids)
+    generated = pa.array([[]] * count, TOKEN_IDS) if generated_ids is None else generated_ids
+    iterations = pa.array([iteration] * count, pa.int32())
+    return pa.table([pair_ids, prompt_id, iterations, prompt_ids, real_ids, generated], schema=PAIR_SCHEMA)

@@ -51,11 +51,11 @@ def with_precision(config: SpinConfig, run: RunDir | None = None) -> SpinConfig:
         RunDirError: run.json is damaged.
     """
     if run and run.storage.exists("run.json"):
-        config = config.take_precision_of(run.config())
+        config = config.settle_auto("precision", run.config())
     if config.train.precision != "auto":
         return config
     precision = faster_precision(config.train.resources)
-    return config.model_copy(update={"train": config.train.model_copy(update={"precision": precision})})
+    return config.with_train(precision=precision)
 
 
 def faster_precision(resources: ResourcesConfig) -> Precision:

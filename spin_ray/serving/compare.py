@@ -5,7 +5,7 @@ import secrets
 from typing import Any
 
 from spin_ray.config.recipe import SpinConfig
-from spin_ray.run_dir.names import age
+from spin_ray.run_dir.names import iterate_number
 from spin_ray.serving.bodies import ChatBody, CompareBody, GivenAnswer, plain
 from spin_ray.serving.engines import CHAT, COMPLETION, TOKENS, Engines, whole
 from spin_ray.serving.errors import Refusal
@@ -53,10 +53,10 @@ def margins(iterates: list[str], answers: list[dict[str, Any]], config: SpinConf
     A margin is beta · [log p(y)/q(y) − log p(y′)/q(y′)]: y is the answer of p (not a human response), y′ that of q.
     beta is that of the iteration that made p.
     """
-    policy = max(range(len(iterates)), key=lambda index: age(iterates[index]))
+    policy = max(range(len(iterates)), key=lambda index: iterate_number(iterates[index]))
     if iterates[policy] == "sft":
         return []
-    beta = config.at(age(iterates[policy]) - 1).beta
+    beta = config.at(iterate_number(iterates[policy]) - 1).beta
     p, y = iterates[policy], answers[policy]["logps"]
     return [
         {

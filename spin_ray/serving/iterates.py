@@ -8,7 +8,7 @@ from typing import Self
 from spin_ray.errors import ConfigError
 from spin_ray.inputs.model_folder import open_initial, open_model
 from spin_ray.run_dir.artefact import Artefact, folder_entries
-from spin_ray.run_dir.names import LATEST, age, api_name, iterate_number, read_iterate
+from spin_ray.run_dir.names import LATEST, api_name, iterate_number, read_iterate
 from spin_ray.run_dir.run_dir import RunDir
 from spin_ray.run_dir.storage import folder_digest
 
@@ -52,7 +52,7 @@ def wanted(run: RunDir, models: tuple[str, ...]) -> tuple[list[str], str | None]
     if ALL in models:
         names |= {api_name(number) for number in range(newest + 1)}
     latest = api_name(newest) if LATEST in models or ALL in models else None
-    return sorted(names | ({latest} if latest else set()), key=age), latest
+    return sorted(names | ({latest} if latest else set()), key=iterate_number), latest
 
 
 def check_models(run: RunDir, models: tuple[str, ...]) -> None:
@@ -71,7 +71,7 @@ def open_iterate(run: RunDir, name: str) -> Iterate:
         RunDirError: a file is missing or has changed.
         ModelError: the folder must not be loaded.
     """
-    number = age(name)
+    number = iterate_number(name)
     if number == 0:
         model = open_initial(run)
         return Iterate(name, model.path, model.digest, run.date(), run.model(0) if model.source else None)

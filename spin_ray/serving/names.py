@@ -2,7 +2,7 @@
 
 from collections.abc import Iterable
 
-from spin_ray.run_dir.names import LATEST, age, api_spelling
+from spin_ray.run_dir.names import LATEST, api_spelling, iterate_number
 
 
 class UnknownModel(LookupError):
@@ -20,7 +20,7 @@ class Names:
         return self._iterates
 
     def serve_now(self, iterates: Iterable[str], newest: str | None) -> None:
-        self._iterates = tuple(sorted(iterates, key=age))
+        self._iterates = tuple(sorted(iterates, key=iterate_number))
         self._newest = newest
 
     def newest(self) -> str:

@@ -56,7 +56,8 @@ def accounted_for(config: SpinConfig, source: Path, folder: Path) -> tuple[int, 
     data = config.data.model_copy(update={"max_quarantine_fraction": 1.0})
     run = RunDir(Storage(folder))
     try:
-        prompts.run(run, config.model_copy(update={"data": data}), run.prompts, str(source), config.model.path, None)
+        config = config.model_copy(update={"data": data})
+        prompts.run(run, config, config.model.path, prompts.RowsOf.training(run, config, str(source)))
     except DataError as error:
         return str(error)
     quarantined = table_from_bytes(run.storage.read("quarantine/prompts.parquet"))

@@ -52,7 +52,7 @@ def test_other_settings_probe_again(config, tmp_path):
 def test_few_rows_are_probed_without_a_training_and_the_runs_schedule_is_not_the_probes(config, tmp_path):
     found = probed(with_probe(config, global_batch_pairs=8, prompts=8), tmp_path / "few")
     assert found["evidence"]["loss"] is None and found["evidence"]["sft_gain"] is None and found["sentences"]
-    longer = config.model_copy(update={"train": config.train.model_copy(update={"schedule_epochs": 9})})
+    longer = config.with_train(schedule_epochs=9)
     assert (
         probed(with_probe(longer), tmp_path / "longer")["evidence"]
         == probed(with_probe(config), tmp_path / "run")["evidence"]

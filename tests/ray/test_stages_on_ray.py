@@ -20,6 +20,7 @@ from ray.autoscaler._private.constants import AUTOSCALER_RESOURCE_REQUEST_CHANNE
 from spin_ray.config.recipe import SpinConfig
 from spin_ray.errors import ConfigError, DataError, ResourceError, StageError
 from spin_ray.inputs.embedded import resolve
+from spin_ray.inputs.model_folder import ModelFolder
 from spin_ray.loop.stages import pairs, prompts
 from spin_ray.loop.stages.generation import stage as generation
 from spin_ray.report.grading import check_on_workers
@@ -51,14 +52,16 @@ def make_config(**changes: object) -> SpinConfig:
 
 
 def make_prompts(run: RunDir, config: SpinConfig) -> None:
-    prompts.run(run, config, run.prompts, config.data.train, config.model.path, config.data.max_rows)
+    prompts.run(run, config, config.model.path, prompts.RowsOf.training(run, config, config.data.train))
 
 
 def play(run: RunDir, config: SpinConfig, start_engine: StartEngine = seed_engine) -> None:
     spec = EngineSpec(
         model=Path(config.model.path), max_length=128, stop_token_id=2, threads=1, config=config.generation.engine
     )
-    job = generation.Job(run.prompts, run.generations(0), "sft", "digest of the opponent")
+    job = generation.Job(
+        run.prompts, run.generations(0), ModelFolder(Path(config.model.path), "digest of the opponent", "sft", 0)
+    )
     generation.run(run, config, spec, [job], start_engine)
 
 

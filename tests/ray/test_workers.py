@@ -50,7 +50,7 @@ def _runs_away(folder: Path) -> None:
 
 
 def test_a_run_that_runs_away_is_not_tried_again(tmp_path: Path) -> None:
-    config = CONFIG.model_copy(update={"train": CONFIG.train.model_copy(update={"max_failures": 2})})
+    config = CONFIG.with_train(max_failures=2)
     with pytest.raises(HealthError, match="the margin is 99"):
         run_workers(_runs_away, tmp_path, config, "away", tmp_path / "checkpoints")
     assert [(tmp_path / f"calls-{rank}").read_text() for rank in (0, 1)] == ["called\n", "called\n"]

@@ -2,7 +2,7 @@
 
 import pytest
 
-from spin_ray.run_dir.names import age, api_name, read_iterate
+from spin_ray.run_dir.names import api_name, iterate_number, read_iterate
 from spin_ray.serving.names import Names, UnknownModel
 
 
@@ -35,7 +35,7 @@ def test_before_anything_serves_every_name_is_unknown() -> None:
 
 
 def test_numbers_and_names_are_inverse() -> None:
-    assert [age(api_name(number)) for number in range(13)] == list(range(13))
+    assert [iterate_number(api_name(number)) for number in range(13)] == list(range(13))
 
 
 @pytest.mark.parametrize(

@@ -76,6 +76,10 @@ def exchange(number: int) -> str:
     return json.dumps([{"role": role, "content": f"{word} {number}"} for role, word in roles])
 
 
+def rows_of(artefact: Artefact) -> list[dict[str, Any]]:
+    return [row for table in artefact.tables() for row in table.to_pylist()]
+
+
 def write_prompts(artefact: Artefact, count: int, part_rows: int) -> None:
     """Commits prompts p000, p001, …; prompt i has the tokens [1, i] and the human response [10 + i, 2]."""
     rows = [

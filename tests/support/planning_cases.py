@@ -19,6 +19,13 @@ TINY = ModelShape(layers=2, hidden=8, intermediate=16, heads=2, kv_heads=1, head
 """A layer multiplies 8·(2·8 + 2·4 + 3·16) = 576 weights and has 16 more in norms; 10·8·2 + 8 = 168 are outside."""
 ONE_PACK = Packs(steps=1, per_step=2, per_rank=1, length=3, targets=2, per_rank_at_most=1, tokens=6)
 TWO_PACKS = replace(ONE_PACK, per_rank=2, per_rank_at_most=2)
+FULL_PACKS = replace(TWO_PACKS, length=4096, targets=4096, tokens=8192)
+"""Packs of ``ZEPHYR.train.pack_length`` response tokens."""
+MISTRAL = {
+    "model_type": "mistral", "vocab_size": 32000, "hidden_size": 4096, "intermediate_size": 14336,
+    "num_hidden_layers": 32, "num_attention_heads": 32, "num_key_value_heads": 8,
+}  # fmt: skip
+"""The config.json of Mistral-7B."""
 RMSPROP, ADAMW = OptimizerConfig(), OptimizerConfig(name="adamw")
 
 
@@ -32,7 +39,3 @@ def tiny_config(**train: object) -> SpinConfig:
 
 def devices(gpu: Hardware, config: SpinConfig = ZEPHYR) -> Devices:
     return Devices(generation=gpu.share(config.generation.resources), train=gpu.share(config.train.resources))
-
-
-def changed(config: SpinConfig, **train: object) -> SpinConfig:
-    return config.model_copy(update={"train": config.train.model_copy(update=train)})

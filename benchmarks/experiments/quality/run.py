@@ -45,7 +45,6 @@ from replies import SETTINGS
 
 from spin_ray.inputs.check import versions
 from spin_ray.inputs.embedded import resolve
-from spin_ray.run_dir.events import read_json_lines
 from spin_ray.run_dir.names import iterate_name
 from spin_ray.run_dir.run_dir import RunDir
 from spin_ray.run_dir.storage import Storage
@@ -207,7 +206,7 @@ class Experiment:
         measures = self._measure(run, number, recipe, "dev", only_logp)
         if not only_logp:
             measures |= self._measure(run, number, recipe, "test", only_logp)
-        logs = [read_json_lines(run.storage, f"{iterate_name(i)}/train_log.jsonl") for i in range(1, number + 1)]
+        logs = [run.train_log(iterate_name(i)) for i in range(1, number + 1)]
         evaluation = run.evaluation(number) or {}
         return {
             "iterate": number, "steps": sum(map(len, logs)), **_cost(run, number, logs),

@@ -51,6 +51,11 @@ class BackendSettings:
     total_steps: int = 0
     """Optimizer steps of the schedule."""
 
+    @property
+    def dtype(self) -> torch.dtype:
+        """Number format of ``precision``."""
+        return torch.bfloat16 if self.precision == "bf16" else torch.float32
+
     @classmethod
     def for_scoring(cls, config: SpinConfig) -> Self:
         """Returns the settings that scoring and training share."""

@@ -53,9 +53,8 @@ class DeepSpeedBackend:
         self._model_dir = model_dir
         self._settings = settings
         self._model = load_model(model_dir, trust_remote_code=settings.trust_remote_code)
-        precision = torch.bfloat16 if settings.precision == "bf16" else torch.float32
         choice = choose_layout(
-            self._model, settings.attention, max_length=settings.max_length, device=device, dtype=precision
+            self._model, settings.attention, max_length=settings.max_length, device=device, dtype=settings.dtype
         )
         self.layout = choice.layout
         if settings.lora is not None:
@@ -71,7 +70,7 @@ class DeepSpeedBackend:
             # One weight after another: DeepSpeed's own start would first put the whole model on every card.
             if settings.precision == "bf16":
                 store_in_bf16(scorer.parameters())
-            deepspeed.zero.Init(module=scorer, config_dict_or_path=config, dtype=precision)
+            deepspeed.zero.Init(module=scorer, config_dict_or_path=config, dtype=settings.dtype)
         self._engine, self._optimizer, *_ = deepspeed.initialize(
             model=scorer, optimizer=optimizer, config=config, dist_init_required=False
         )

@@ -59,17 +59,20 @@ class Fsdp2Backend:
         self._model_dir = model_dir
         self._settings = settings
         source = Path(model_dir)
-        precision = torch.bfloat16 if settings.precision == "bf16" else torch.float32
         lora = settings.lora or (read_lora(settings.adapter) if settings.adapter else None)
         # One rank holds all weights anyway, but frozen ones only in bf16. A model's own code may need a whole model.
-        spares = dist.get_world_size() > 1 or (lora is not None and precision == torch.bfloat16)
+        spares = dist.get_world_size() > 1 or (lora is not None and settings.precision == "bf16")
         in_shares = spares and source.is_dir() and not settings.trust_remote_code and settings.base == "bf16"
         empty = empty_model(source) if in_shares else None
         if settings.base != "bf16":
             probe, self._model = (
                 load_first_layers(source),
                 load_quantised(
-                    source, settings.base, dtype=precision, device=device, trust_remote_code=settings.trust_remote_code
+                    source,
+                    settings.base,
+                    dtype=settings.dtype,
+                    device=device,
+                    trust_remote_code=settings.trust_remote_code,
                 ),
             )
         elif empty is not None:
@@ -77,7 +80,7 @@ class Fsdp2Backend:
         else:
             probe = self._model = load_model(model_dir, trust_remote_code=settings.trust_remote_code)
         choice = choose_layout(
-            probe, settings.attention, max_length=settings.max_length, device=device, dtype=precision
+            probe, settings.attention, max_length=settings.max_length, device=device, dtype=settings.dtype
         )
         mesh = make_mesh(settings.mesh, device)
         check_split(probe, mesh, device)

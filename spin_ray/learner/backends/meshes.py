@@ -27,7 +27,7 @@ from torch.optim import Optimizer
 from spin_ray.config.sections import Mesh
 from spin_ray.errors import ConfigError, ModelError
 from spin_ray.learner.loading import first_layers
-from spin_ray.learner.tensor_plan import layer_plan, why_not_split
+from spin_ray.learner.tensor_plan import STYLES, Style, layer_plan, why_not_split
 
 
 def _norm_of_local_heads() -> ParallelStyle:
@@ -36,14 +36,12 @@ def _norm_of_local_heads() -> ParallelStyle:
     return SequenceParallel(sequence_dim=2, use_local_output=True)
 
 
-STYLES: dict[str, Callable[[], ParallelStyle]] = {
-    "colwise": ColwiseParallel,
-    "rowwise": RowwiseParallel,
-    "colwise_rep": lambda: ColwiseParallel(output_layouts=Replicate()),
-    "colwise_gather_output": lambda: ColwiseParallel(output_layouts=Replicate()),
-    "rowwise_rep": lambda: RowwiseParallel(input_layouts=Replicate()),
-    "rowwise_split_input": lambda: RowwiseParallel(input_layouts=Replicate()),
-    "replicated_with_grad_allreduce": _norm_of_local_heads,
+_PARALLEL: dict[Style, Callable[[], ParallelStyle]] = {
+    "columns": ColwiseParallel,
+    "gathered columns": lambda: ColwiseParallel(output_layouts=Replicate()),
+    "rows": RowwiseParallel,
+    "rows of whole inputs": lambda: RowwiseParallel(input_layouts=Replicate()),
+    "norm of local heads": _norm_of_local_heads,
 }
 
 
@@ -83,7 +81,7 @@ def split_layers(model: Any, mesh: DeviceMesh) -> None:
             f"train.mesh.tensor: transformers' tensor plan for a model of type {text.model_type} leaves out "
             f"{', '.join(partial)}, whose gradients would be those of one rank's heads; {_whole_layers()}"
         )
-    styles = {name: STYLES[style]() for name, style in layer_plan(text).items()}
+    styles = {name: _PARALLEL[STYLES[style]]() for name, style in layer_plan(text).items()}
     parallelize_module(model.get_decoder(), group, styles, src_data_rank=None)
 
 

@@ -138,13 +138,16 @@ def export(
         for _ in whole:
             pass
         return
-    dtype = torch.bfloat16 if settings.precision == "bf16" else torch.float32
     names = {stored_name(name) for name, _ in tensors if not is_adapter(name)}
     if lora is not None and not adapter_alone:
         whole = merge_adapters(whole, lora, model)  # before anything is rounded
-    weights = ((name, weight.to("cpu", dtype if weight.is_floating_point() else None)) for name, weight in whole)
+    weights = (
+        (name, weight.to("cpu", settings.dtype if weight.is_floating_point() else None)) for name, weight in whole
+    )
     if lora is not None and adapter_alone:
         named = ((file_name(name), weight) for name, weight in weights)
         write_adapter(directory, named, lora, base=settings.base_name or str(source), source=source)
         return
-    write_model(directory, model, names, weights, dtype=dtype, source=source, with_code=settings.trust_remote_code)
+    write_model(
+        directory, model, names, weights, dtype=settings.dtype, source=source, with_code=settings.trust_remote_code
+    )

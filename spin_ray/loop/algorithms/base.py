@@ -20,7 +20,7 @@ from spin_ray.loop.stages.generation.shards import Job, prompt_slice
 from spin_ray.run_dir.artefact import Artefact
 from spin_ray.run_dir.names import pair_id
 from spin_ray.run_dir.run_dir import RunDir
-from spin_ray.run_dir.schemas import PAIR_SCHEMA, TOKEN_IDS
+from spin_ray.run_dir.schemas import pairs_of
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -76,9 +76,9 @@ class Algorithm(ABC):
     def make_pairs(self, turn: Turn) -> None:
         """Commits ``iter_NNN/pairs`` and the algorithm's other artefacts."""
 
-    @abstractmethod
     def objective(self, config: SpinConfig, iteration: int) -> Objective:
-        """Returns the objective for training on the pairs."""
+        """Returns the objective for training on the pairs: the recipe's loss of a margin, if not overridden."""
+        return margin_objective(config, iteration)
 
 
 def refuse_no_answers(prompts: Artefact, train: Train, grade: str, setting: str) -> None:
@@ -93,7 +93,7 @@ def refuse_no_answers(prompts: Artefact, train: Train, grade: str, setting: str)
 
 def answered_once(prompts: Artefact, target: Artefact, model: ModelFolder) -> Job:
     """Returns a job of one response per prompt."""
-    return Job(prompts, target, model.name, model.digest, samples=samples_of(target, 1))
+    return Job(prompts, target, model, samples=samples_of(target, 1))
 
 
 def samples_of(target: Artefact, wanted: int) -> int:
@@ -145,12 +145,5 @@ class PlayedPrompts:
 
 def pair_table(prompts: pa.Table, iteration: int, generated: pa.ChunkedArray | None) -> pa.Table:
     """Returns PAIR_SCHEMA rows with ``generated`` as y′; None makes SFT rows, without y′."""
-    ids = prompts["prompt_id"].to_pylist()
-    return pa.table(
-        [
-            [pair_id(prompt_id, iteration, 0) for prompt_id in ids], prompts["prompt_id"],
-            pa.array([iteration] * len(ids), pa.int32()), prompts["prompt_ids"], prompts["real_ids"],
-            pa.array([[]] * len(ids), TOKEN_IDS) if generated is None else generated,
-        ],
-        schema=PAIR_SCHEMA,
-    )  # fmt: skip
+    ids = [pair_id(prompt_id, iteration, 0) for prompt_id in prompts["prompt_id"].to_pylist()]
+    return pairs_of(ids, iteration, prompts["prompt_id"], prompts["prompt_ids"], prompts["real_ids"], generated)

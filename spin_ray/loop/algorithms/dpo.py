@@ -8,8 +8,7 @@ import pyarrow.compute as pc
 from spin_ray.config.recipe import SpinConfig
 from spin_ray.config.sections import name_of
 from spin_ray.errors import DataError
-from spin_ray.learner.step import Objective
-from spin_ray.loop.algorithms.base import Algorithm, PlayedPrompts, Turn, margin_objective, pair_table
+from spin_ray.loop.algorithms.base import Algorithm, PlayedPrompts, Turn, pair_table
 from spin_ray.loop.stages import pairs
 
 
@@ -43,6 +42,3 @@ class Dpo(Algorithm):
                 yield pair_table(table, turn.iteration, table["rejected_ids"])
 
         pairs.make(turn.run, turn.config, turn.iteration, pairs.Fresh(tables(), played.inputs, played.settings))
-
-    def objective(self, config: SpinConfig, iteration: int) -> Objective:
-        return margin_objective(config, iteration)

@@ -16,10 +16,10 @@ from spin_ray.inputs.rendering import ChatRenderer, RenderError, open_renderer
 from spin_ray.learner.step import Objective
 from spin_ray.loop.algorithms.base import Algorithm, Turn
 from spin_ray.loop.stages import pairs
-from spin_ray.run_dir.artefact import Artefact
-from spin_ray.run_dir.names import part_name
+from spin_ray.run_dir.artefact import Artefact, digests
+from spin_ray.run_dir.names import answer_id, part_name, prompt_of, sample_of
 from spin_ray.run_dir.run_dir import RunDir
-from spin_ray.run_dir.schemas import PAIR_SCHEMA
+from spin_ray.run_dir.schemas import PAIR_SCHEMA, pairs_of
 
 
 class Sdft(Algorithm):
@@ -65,7 +65,7 @@ def _settings(config: SpinConfig) -> SdftConfig:
 def _make_teacher_rows(turn: Turn, target: Artefact) -> None:
     run, config, iteration = turn.run, turn.config, turn.iteration
     generations, template = run.generations(iteration), _settings(config).demonstration
-    inputs = {artefact.path: artefact.manifest().digest for artefact in (run.prompts, generations)}
+    inputs = digests(run.prompts, generations)
     settings: dict[str, Any] = {"demonstration": template, "max_length": config.model.max_length}
     if target.already_made(inputs, settings):
         return
@@ -76,7 +76,7 @@ def _make_teacher_rows(turn: Turn, target: Artefact) -> None:
         dropped, entries = Counter[str](), {}
         target.discard_parts()
         for table in pairs.joined(run.prompts, generations, iteration):
-            rows = _behind(prompts, _learnt(table), config.model.max_length, dropped)
+            rows = _behind(prompts, _learnt(table, iteration), config.model.max_length, dropped)
             name = part_name(len(entries))
             entries[name] = target.write_part(name, rows)
         counts = {f"dropped_{reason}": float(count) for reason, count in dropped.items()}
@@ -103,17 +103,14 @@ def _prompts_of_teacher(
     return found
 
 
-def _learnt(played: pa.Table) -> pa.Table:
+def _learnt(played: pa.Table, iteration: int) -> pa.Table:
     """Returns rows with y′ as ``real_ids``. Each has its own prompt id, as equal prompt ids share one y in a pack."""
-    ids = [f"{prompt_id}/{pair_id.rpartition('/')[2]}" for prompt_id, pair_id in _ids(played)]
-    played = played.set_column(1, PAIR_SCHEMA.field("prompt_id"), pa.array(ids, pa.string()))
-    empty = pa.array([[]] * played.num_rows, PAIR_SCHEMA.field("generated_ids").type)
-    played = played.set_column(4, PAIR_SCHEMA.field("real_ids"), played["generated_ids"])
-    return played.set_column(5, PAIR_SCHEMA.field("generated_ids"), empty)
-
-
-def _ids(table: pa.Table) -> Iterator[tuple[str, str]]:
-    return zip(table["prompt_id"].to_pylist(), table["pair_id"].to_pylist(), strict=True)
+    pair_ids = played["pair_id"].to_pylist()
+    ids = [
+        answer_id(prompt_id, sample_of(pair_id))
+        for prompt_id, pair_id in zip(played["prompt_id"].to_pylist(), pair_ids, strict=True)
+    ]
+    return pairs_of(pair_ids, iteration, ids, played["prompt_ids"], played["generated_ids"])
 
 
 def _behind(prompts: dict[str, list[int] | str], learnt: pa.Table, longest: int, dropped: Counter[str]) -> pa.Table:
@@ -121,7 +118,7 @@ def _behind(prompts: dict[str, list[int] | str], learnt: pa.Table, longest: int,
     for row, (prompt_id, response) in enumerate(
         zip(learnt["prompt_id"].to_pylist(), learnt["real_ids"].to_pylist(), strict=True)
     ):
-        prompt = prompts[prompt_id.rpartition("/")[0]]
+        prompt = prompts[prompt_of(prompt_id)]
         if isinstance(prompt, str):
             dropped[prompt] += 1
         elif not response:
@@ -138,4 +135,5 @@ def _behind(prompts: dict[str, list[int] | str], learnt: pa.Table, longest: int,
 def _own_rows(turn: Turn, demonstrated: Artefact) -> Iterator[pa.Table]:
     played = pairs.joined(turn.run.prompts, turn.run.generations(turn.iteration), turn.iteration)
     for table, shown in zip(played, demonstrated.tables(), strict=True):
-        yield _learnt(table.filter(pc.is_in(table["pair_id"], value_set=shown["pair_id"].combine_chunks())))
+        rows = table.filter(pc.is_in(table["pair_id"], value_set=shown["pair_id"].combine_chunks()))
+        yield _learnt(rows, turn.iteration)

@@ -11,11 +11,10 @@ from spin_ray.config.recipe import SpinConfig
 from spin_ray.config.sections import SelfFilterConfig
 from spin_ray.inputs.answers import extract_number
 from spin_ray.inputs.rendering import load_tokenizer
-from spin_ray.learner.step import Objective
-from spin_ray.loop.algorithms.base import Algorithm, Turn, answered_once, margin_objective, refuse_no_answers
+from spin_ray.loop.algorithms.base import Algorithm, Turn, answered_once, refuse_no_answers
 from spin_ray.loop.stages import pairs
 from spin_ray.report.grading import answers_of, grade_all
-from spin_ray.run_dir.artefact import Artefact
+from spin_ray.run_dir.artefact import Artefact, digests
 from spin_ray.run_dir.run_dir import RunDir
 from spin_ray.run_dir.schemas import PAIR_SCHEMA
 
@@ -51,7 +50,7 @@ class SelfReinforcement(Algorithm):
         base_answers = run.artefact("start/answers")
         turn.play(start, [answered_once(run.questions, base_answers, start)])
         generations = run.generations(turn.iteration)
-        inputs = {name.path: name.manifest().digest for name in (run.questions, generations, base_answers)}
+        inputs = digests(run.questions, generations, base_answers)
         chosen = config.self_filter
         settings: dict[str, Any] = {
             "min_agreement": chosen.min_agreement if chosen else 0,
@@ -62,9 +61,6 @@ class SelfReinforcement(Algorithm):
         dropped = Counter[str]()
         tables = _tables(turn, base_answers, dropped)
         pairs.make(run, config, turn.iteration, pairs.Fresh(tables, inputs, settings, dropped=dropped))
-
-    def objective(self, config: SpinConfig, iteration: int) -> Objective:
-        return margin_objective(config, iteration)
 
 
 def _tables(turn: Turn, base_answers: Artefact, dropped: Counter[str]) -> Iterator[pa.Table]:

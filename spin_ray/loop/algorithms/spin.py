@@ -1,8 +1,6 @@
 """SPIN (Chen et al. 2024, arXiv 2401.01335), α-SPIN and fictitious play."""
 
-from spin_ray.config.recipe import SpinConfig
-from spin_ray.learner.step import Objective
-from spin_ray.loop.algorithms.base import SPIN_FIELDS, Algorithm, Turn, margin_objective
+from spin_ray.loop.algorithms.base import SPIN_FIELDS, Algorithm, Turn
 from spin_ray.loop.stages import base_scores, pairs
 from spin_ray.run_dir.artefact import Artefact
 from spin_ray.run_dir.run_dir import RunDir
@@ -23,6 +21,3 @@ class Spin(Algorithm):
         pairs.run(turn.run, turn.config, turn.iteration)
         if turn.config.objective.reference_alpha < 1 and turn.iteration > 0:
             base_scores.run(turn.run, turn.config, turn.iteration, turn.initial)
-
-    def objective(self, config: SpinConfig, iteration: int) -> Objective:
-        return margin_objective(config, iteration)

@@ -11,6 +11,7 @@ from spin_ray.learner.step import Objective
 from spin_ray.loop.algorithms.base import Algorithm, Turn
 from spin_ray.loop.stages import pairs
 from spin_ray.run_dir.artefact import Artefact
+from spin_ray.run_dir.names import sample_of
 from spin_ray.run_dir.run_dir import RunDir
 from spin_ray.run_dir.schemas import TRIPLET_SCHEMA
 
@@ -63,7 +64,7 @@ class Tspin(Algorithm):
 
 def _with_initial(played: Iterator[pa.Table], initial: Artefact) -> Iterator[pa.Table]:
     for table, answers in zip(played, initial.tables(), strict=True):
-        samples = [pair_id.rpartition("/")[2] for pair_id in table["pair_id"].to_pylist()]
+        samples = [sample_of(pair_id) for pair_id in table["pair_id"].to_pylist()]
         if table["prompt_id"] != answers["prompt_id"] or samples != [str(it) for it in answers["sample"].to_pylist()]:
             raise RunDirError(f"{initial.path}: has not the prompts of {table['pair_id'][0]}; choose another --out")
         joined = table.append_column(TRIPLET_SCHEMA.field("initial_ids"), answers["token_ids"])

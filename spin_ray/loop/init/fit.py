@@ -101,7 +101,7 @@ def _rounded(length: int, step: int) -> int:
 
 def _machines(lengths: Settings, machines: Machines) -> Settings:
     tree = SpinConfig.model_validate(tree_of(lengths | _NO_CHECK))
-    least = tree.model.max_length + tree.generation.sampling.max_tokens
+    least = tree.longest_tree
     if not machines.gpus:
         return {
             "generation.resources.cpus": Setting(machines.cpus, "every core of this machine"),
@@ -143,8 +143,7 @@ def _batch(given: Settings, seen: Look) -> Settings:
 def _ladder(base: Settings, machines: Machines) -> Iterator[Settings]:
     """Yields changes of settings, the least harmful first."""
     config = parse_config(tree_of(base), source="the settings given")
-    least = config.model.max_length + config.generation.sampling.max_tokens
-    small = {"train.pack_length": Setting(least, "the least that holds a prompt with both responses")}
+    small = {"train.pack_length": Setting(config.longest_tree, "the least that holds a prompt with both responses")}
     if not machines.gpus:
         for cache, packs in product((2, 4, 8, 16), ({}, small)):
             yield packs | ({"generation.engine.cpu_kv_cache_gib": Setting(cache)} if cache > 2 else {})

@@ -3,6 +3,8 @@
 from collections.abc import Mapping
 from typing import Any, NamedTuple
 
+from spin_ray.config.load import put
+
 
 class Setting(NamedTuple):
     value: Any
@@ -23,9 +25,5 @@ def nested(flat: Mapping[str, Any]) -> dict[str, Any]:
     """Returns ``{"a": {"b": 1}}`` for ``{"a.b": 1}``."""
     tree: dict[str, Any] = {}
     for place, value in flat.items():
-        *sections, field = place.split(".")
-        branch = tree
-        for section in sections:
-            branch = branch.setdefault(section, {})
-        branch[field] = value
+        put(tree, place, value)
     return tree

@@ -8,6 +8,7 @@ import pyarrow as pa
 from spin_ray.config.recipe import SpinConfig, digest
 from spin_ray.inputs.model_folder import ModelFolder
 from spin_ray.loop import scoring
+from spin_ray.run_dir.artefact import digests
 from spin_ray.run_dir.names import part_name, prompt_of
 from spin_ray.run_dir.run_dir import RunDir
 from spin_ray.run_dir.schemas import PAIR_SCHEMA, REFERENCE_SCHEMA
@@ -26,7 +27,7 @@ def run(run_dir: RunDir, config: SpinConfig, iteration: int, base: ModelFolder) 
     pairs, target = run_dir.pairs(iteration), run_dir.base_scores(iteration)
     earlier = [run_dir.reference(0), *(run_dir.base_scores(number) for number in range(1, iteration))]
     inputs = {"pairs": pairs.manifest().digest, "base_model": base.digest}
-    inputs |= {artefact.path: artefact.manifest().digest for artefact in earlier}
+    inputs |= digests(*earlier)
     settings = {"precision": config.train.precision, "pack_length": config.train.pack_length}
     if target.already_made(inputs, settings):
         return

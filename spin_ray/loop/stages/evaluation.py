@@ -38,7 +38,7 @@ from spin_ray.report.uncertainty import (
 from spin_ray.run_dir.artefact import Artefact
 from spin_ray.run_dir.names import heldout_pair_id, iterate_name
 from spin_ray.run_dir.run_dir import RunDir
-from spin_ray.run_dir.schemas import PAIR_SCHEMA
+from spin_ray.run_dir.schemas import pairs_of
 from spin_ray.run_dir.storage import table_to_bytes
 
 logger = logging.getLogger(__name__)
@@ -208,6 +208,5 @@ def _score(
 
 def pair_rows(heldout: pa.Table, answers: pa.Table, whose: str) -> pa.Table:
     """Returns held-out rows and their answers as PAIR_SCHEMA rows."""
-    pair_ids = pa.array([heldout_pair_id(prompt_id, whose) for prompt_id in heldout["prompt_id"].to_pylist()])
-    columns = [pair_ids, heldout["prompt_id"], pa.array([0] * len(pair_ids), pa.int32())]
-    return pa.table([*columns, heldout["prompt_ids"], heldout["real_ids"], answers["token_ids"]], schema=PAIR_SCHEMA)
+    ids = [heldout_pair_id(prompt_id, whose) for prompt_id in heldout["prompt_id"].to_pylist()]
+    return pairs_of(ids, 0, heldout["prompt_id"], heldout["prompt_ids"], heldout["real_ids"], answers["token_ids"])

@@ -13,7 +13,7 @@ from spin_ray.errors import DataError, HealthError
 from spin_ray.run_dir.artefact import Artefact, FileEntry
 from spin_ray.run_dir.names import pair_id, part_name
 from spin_ray.run_dir.run_dir import RunDir
-from spin_ray.run_dir.schemas import PAIR_SCHEMA
+from spin_ray.run_dir.schemas import PAIR_SCHEMA, pairs_of
 
 
 def run(run_dir: RunDir, config: SpinConfig, iteration: int) -> None:
@@ -174,14 +174,8 @@ def joined(prompts: Artefact, generations: Artefact, iteration: int) -> Iterator
         rows = pa.concat_tables(found)
         rows = rows.take(pc.index_in(answers["prompt_id"], value_set=rows["prompt_id"]))
         samples = answers["sample"].to_pylist()
-        pair_ids = [
+        ids = [
             pair_id(prompt, iteration, sample)
             for prompt, sample in zip(answers["prompt_id"].to_pylist(), samples, strict=True)
         ]
-        yield pa.table(
-            [
-                pair_ids, answers["prompt_id"], pa.array([iteration] * len(pair_ids), pa.int32()),
-                rows["prompt_ids"], rows["real_ids"], answers["token_ids"],
-            ],
-            schema=PAIR_SCHEMA,
-        )  # fmt: skip
+        yield pairs_of(ids, iteration, answers["prompt_id"], rows["prompt_ids"], rows["real_ids"], answers["token_ids"])

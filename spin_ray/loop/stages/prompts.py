@@ -15,7 +15,7 @@ from dataclasses import asdict, dataclass, field
 from functools import lru_cache
 from itertools import islice
 from math import ceil
-from typing import Any
+from typing import Any, Self
 
 import numpy as np
 import pyarrow as pa
@@ -47,45 +47,57 @@ QUARANTINE_SCHEMA = pa.schema(
 )
 _SLICE_SCHEMA = PROMPT_SCHEMA.append(pa.field("origin", pa.string())).append(pa.field("raw", pa.binary()))
 """Rows of a slice, with ``origin`` and ``raw`` for the quarantine."""
-_SETTINGS = {"prompts": "data.train", "heldout": "data.heldout", "questions": "data.questions"}
 LEAK = "leak"
 """Reason of a training row that is also held out. Such rows do not count as unusable."""
 ROWS_AT_A_TIME = 1024
 """Rows held as Python objects by a task."""
 
 
-def run(
-    run_dir: RunDir,
-    config: SpinConfig,
-    artefact: Artefact,
-    train: Train,
-    tokenizer: str,
-    max_rows: int | None,
-    *,
-    labelled: bool = True,
-    without: Artefact | None = None,
-) -> None:
-    """Commits the rows of ``train`` as ``artefact``.
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RowsOf:
+    """Rows that a run reads."""
 
-    Args:
-        labelled: False for questions.
-        without: held-out rows. They are left out, or only counted with ``data.keep_leaks``.
+    target: Artefact
+    given: Train
+    setting: str
+    """Name of the setting in the recipe that gives them."""
+    max_rows: int | None
+    labelled: bool = True
+    """False for questions."""
+    trained: bool = False
+    """True for rows that are trained on."""
+    without: Artefact | None = None
+    """Held-out rows. They are left out, or only counted with ``data.keep_leaks``."""
+
+    @classmethod
+    def training(cls, run_dir: RunDir, config: SpinConfig, given: Train, without: Artefact | None = None) -> Self:
+        """Returns the rows to train on."""
+        return cls(
+            target=run_dir.prompts, given=given, setting="data.train", max_rows=config.data.max_rows, trained=True,
+            without=without,
+        )  # fmt: skip
+
+
+def run(run_dir: RunDir, config: SpinConfig, tokenizer: str, rows: RowsOf) -> None:
+    """Commits the rows as ``rows.target``.
 
     Raises:
         DataError: the data is missing or damaged, a file has two forms, or too many rows are unusable.
         StageError: rendering failed.
     """
+    artefact, train = rows.target, rows.given
     source, sources = name_of(train), sources_of(train)
     files_of = [find_files(each.path) for each in sources]
     files = [file for each in files_of for file in each]
-    trained = artefact.path == run_dir.prompts.path
-    task = PromptTask.of(config, tokenizer, labelled=labelled, trained=trained, date=run_dir.date()).prepared()
+    task = PromptTask.of(
+        config, tokenizer, labelled=rows.labelled, trained=rows.trained, date=run_dir.date()
+    ).prepared()
     inputs = {"data": files_digest(files), "chat_template": template_digest(task.renderer)}
     settings: dict[str, Any] = {
         "max_length": config.model.max_length,
         "turns": config.data.turns,
         "system": config.data.system,
-        "max_rows": max_rows,
+        "max_rows": rows.max_rows,
         "part_rows": config.generation.shard_rows,
     }
     if not isinstance(train, str):
@@ -101,14 +113,14 @@ def run(
         _refuse_mixed_files(slices, [piece.uri for piece in pieces])
         if ignored := sum((each.ignored for each in slices), Counter[str]()):
             logger.warning("%s: not read: %s", source, ", ".join(f"{n} in {k} rows" for n, k in ignored.most_common()))
-        leaked = _ids_of(without)
+        leaked = _ids_of(rows.without)
         if config.data.keep_leaks and leaked is not None:
             counted["leaks_kept"] = _count_kept_leaks(slices, leaked, source)
             leaked = None
-        firsts = _first_of_each([each.ids for each in slices], max_rows, leaked)
+        firsts = _first_of_each([each.ids for each in slices], rows.max_rows, leaked)
         if not isinstance(train, str):
-            counts, setting = [len(each) for each in pieces_of], _SETTINGS.get(artefact.path, artefact.path)
-            counted["sources"] = _draw(firsts, train, counts, config.seed, setting)
+            counts = [len(each) for each in pieces_of]
+            counted["sources"] = _draw(firsts, train, counts, config.seed, rows.setting)
         entries, quarantined = _finish(run_dir.storage, slices, artefact, firsts, settings["part_rows"])
         counted |= {"rows": sum(entry.rows or 0 for entry in entries.values()), "quarantined": quarantined.total()}
         _check_quarantine(run_dir, config, artefact, source, slices, quarantined)

@@ -12,10 +12,10 @@ from spin_ray.config.recipe import SpinConfig, flatten
 from spin_ray.errors import UserError
 from spin_ray.report.examples import Example, read_examples
 from spin_ray.report.history import read_benchmarks, read_evaluations, read_rows, read_train_logs
-from spin_ray.report.measures import BY_KEY, Evaluation
+from spin_ray.report.measures import BY_KEY, GUESSING, Evaluation
 from spin_ray.report.progress import read_progress
 from spin_ray.report.redaction import hide, hide_in_text
-from spin_ray.report.signs import warnings
+from spin_ray.report.signs import all_warnings
 from spin_ray.report.uncertainty import Change, changes_by_row
 from spin_ray.run_dir.events import Span, spans
 from spin_ray.run_dir.names import iterate_name, iterate_number
@@ -133,11 +133,6 @@ def read_view(run: RunDir, only_prompts: list[str] | None = None) -> RunView:
     evaluations = read_evaluations(run, config)
     examples, no_examples = _examples(run, config, only_prompts)
     state, failure = _state(run, config, events)
-    found = [
-        (evaluation["iterate"], text)
-        for evaluation in evaluations
-        for text in warnings(evaluation, evaluations[0] if evaluation is not evaluations[0] else None)
-    ]
     return RunView(
         name=run.storage.name,
         config=config,
@@ -153,7 +148,7 @@ def read_view(run: RunDir, only_prompts: list[str] | None = None) -> RunView:
         pairs=_pairs(run, config),
         state=state,
         failure=failure,
-        warnings=found,
+        warnings=all_warnings(evaluations),
     )
 
 
@@ -210,14 +205,14 @@ def _worth(evaluations: list[Evaluation]) -> str:
         return f"{name} has been sampled; no later iterate has been compared with it yet."
     interval = loss.interval(last)
     shown = f"{value:.3f}" + (f" ± {(interval[1] - interval[0]) / 2:.3f}" if interval else "")
-    if (interval[1] if interval else value) < 0.693:
+    if (interval[1] if interval else value) < GUESSING:
         return (
             f"{name} tells held-out human responses from those of {last['opponent']} (loss {shown}; guessing gives "
-            f"0.693), so what it learned carries over to new prompts; different is not yet better."
+            f"{GUESSING:.3f}), so what it learned carries over to new prompts; different is not yet better."
         )
     return (
         f"{name} cannot be shown to tell held-out human responses from those of {last['opponent']} "
-        f"(loss {shown}; guessing gives 0.693)."
+        f"(loss {shown}; guessing gives {GUESSING:.3f})."
     )
 
 

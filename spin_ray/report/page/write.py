@@ -10,7 +10,7 @@ import jinja2
 
 from spin_ray.report.conditions import in_words
 from spin_ray.report.first_loss import first_loss, spelt
-from spin_ray.report.measures import BY_KEY, MEASURES, Measure
+from spin_ray.report.measures import BY_KEY, GUESSING, MEASURES, Measure
 from spin_ray.report.page.charts import Bar, Series, gantt, line_chart
 from spin_ray.report.page.view import RunView, compare, read_view
 from spin_ray.report.uncertainty import CONFIDENCE
@@ -147,7 +147,7 @@ def _eval_charts(views: Sequence[RunView], names: Sequence[str]) -> Iterator[Cha
         ]
         lines = [line for line in lines if line.points]
         if len({x for line in lines for x, _ in line.points}) > 1:
-            level = (math.log(2), "ln 2") if title.startswith("Loss") else (0.0, "") if "Drift" in title else None
+            level = (GUESSING, "ln 2") if title.startswith("Loss") else (0.0, "") if "Drift" in title else None
             svg = line_chart(title, lines, x_label="iterate", x_names=longest, baseline=level)
             note = f"{BY_KEY[keys[0]].title}: {BY_KEY[keys[0]].meaning}. {BY_KEY[keys[0]].bad}"
             yield {"title": title, "svg": svg, "legend": lines if len(lines) > 1 else [], "note": note}

@@ -344,8 +344,8 @@ def test_the_precision_is_left_to_the_machine_unless_it_is_named():
 def test_a_recipe_that_names_no_precision_takes_the_one_a_run_began_with():
     named = {name: parse(train={"precision": name}) for name in ("auto", "bf16", "fp32")}
     for name, other in named.items():
-        assert named["auto"].take_precision_of(other) == other
-        assert named["fp32"].take_precision_of(other) == named["fp32"], name
+        assert named["auto"].settle_auto("precision", other) == other
+        assert named["fp32"].settle_auto("precision", other) == named["fp32"], name
 
 
 @pytest.mark.parametrize(
@@ -392,9 +392,9 @@ def test_a_run_keeps_the_checkpointing_of_activations_that_it_began_with():
     """Recipes of older versions said true or false, which belongs to a run's identity."""
     for value in (True, False, "auto"):
         begun = config_of(train={"gradient_checkpointing": value})
-        assert config_of().take_checkpointing_of(begun).identity() == begun.identity()
+        assert config_of().settle_auto("gradient_checkpointing", begun).identity() == begun.identity()
         other = config_of(train={"gradient_checkpointing": True})
-        assert other.take_checkpointing_of(begun) is other
+        assert other.settle_auto("gradient_checkpointing", begun) is other
 
 
 def test_a_run_keeps_the_sizes_that_it_began_with():

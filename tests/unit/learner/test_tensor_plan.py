@@ -6,11 +6,7 @@ from transformers import ApertusConfig, AutoModelForCausalLM, LlamaConfig
 
 from spin_ray.learner.backends.meshes import parameters_beside_the_plan
 from spin_ray.learner.tensor_plan import why_not_split
-
-MISTRAL = {
-    "model_type": "mistral", "vocab_size": 32000, "hidden_size": 4096, "intermediate_size": 14336,
-    "num_hidden_layers": 32, "num_attention_heads": 32, "num_key_value_heads": 8,
-}  # fmt: skip
+from tests.support.planning_cases import MISTRAL
 
 
 @pytest.mark.parametrize(

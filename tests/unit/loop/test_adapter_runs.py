@@ -18,6 +18,7 @@ from spin_ray.run_dir.events import read_json_lines
 from spin_ray.run_dir.run_dir import RunDir
 from spin_ray.run_dir.storage import Storage
 from tests.support import small_run
+from tests.support.fakes import rows_of
 from tests.support.learner_cases import one_rank
 
 peft = pytest.importorskip("peft", reason="the extra `lora` is not installed")
@@ -69,7 +70,7 @@ def test_the_reference_is_the_last_adapter_on_the_frozen_model(finished) -> None
     for iteration in (0, 1):
         assert read_json_lines(run.storage, f"iter_00{iteration}/train_log.jsonl")[0]["margin"] == 0.0
     pairs = {row["pair_id"]: row for table in run.pairs(1).tables() for row in table.to_pylist()}
-    scores = [row for table in run.reference(1).tables() for row in table.to_pylist()]
+    scores = rows_of(run.reference(1))
     model = adapted(run, config, 0)
     assert len(scores) == len(pairs) > 0
     for score in scores[:4]:
@@ -121,7 +122,7 @@ def test_a_killed_training_goes_on_at_its_checkpoint_to_the_same_adapter(finishe
         return take_step(*given)
 
     small_run.in_this_process(monkeypatch)
-    longer = config.model_copy(update={"train": config.train.model_copy(update={"checkpoint_every_steps": 1})})
+    longer = config.with_train(checkpoint_every_steps=1)
     monkeypatch.setattr(worker, "train_step", dies_at_the_last)
     with pytest.raises(KeyboardInterrupt):
         small_run.run(longer, tmp_path / "run")

@@ -31,7 +31,15 @@ from spin_ray.run_dir.artefact import Artefact, seal
 from spin_ray.run_dir.run_dir import RunDir
 from spin_ray.run_dir.schemas import GENERATION_SCHEMA, PROMPT_SCHEMA
 from spin_ray.run_dir.storage import Storage
-from tests.support.fakes import END_OF_TURN, config_of, generation_rows, write_answers, write_prompts, write_rows
+from tests.support.fakes import (
+    END_OF_TURN,
+    config_of,
+    generation_rows,
+    rows_of,
+    write_answers,
+    write_prompts,
+    write_rows,
+)
 
 THETA = ModelFolder(Path("m"), "digest of θ_t", "iter_000", 0)
 
@@ -53,10 +61,6 @@ def turn_of(run: RunDir, config: SpinConfig, iteration: int = 0, **changes: Any)
         run=run, config=config, start=None, iteration=iteration, opponent=THETA, initial=THETA, play=play,  # type: ignore[arg-type]
     )  # fmt: skip
     return replace(turn, **changes)
-
-
-def rows_of(artefact: Artefact) -> list[dict[str, Any]]:
-    return [row for table in artefact.tables() for row in table.to_pylist()]
 
 
 def make_pairs(run: RunDir, config: SpinConfig, iteration: int = 0, **changes: Any) -> list[dict[str, Any]]:
@@ -242,7 +246,7 @@ def reinforce(
 
     def play(model: ModelFolder, jobs: list[Job]) -> None:
         (job,) = jobs
-        assert (model, job.opponent, job.samples) == (base, "start", 1)
+        assert (model, job.model, job.samples) == (base, base, 1)
         write_answers(job.target, [(f"q{i}", sample, [3 + sample, 2]) for i in range(3) for sample in range(3)], 3)
 
     opponent = replace(THETA, path=Path(resolve("embedded:tiny-llama")))
@@ -378,9 +382,7 @@ def test_an_answer_that_was_cut_is_not_revised(run, monkeypatch):
     write_answers(run.generations(1), [("q0", 0, [5, 6])], 9)
     write_questions(run, 1)
     target = run.artefact("iter_001/revision_prompts")
-    revision.revision_prompts(
-        run, config_for("seft", reviser={}), RENDERER, TOKENIZER, run.questions, run.generations(1), target
-    )
+    revision.revision_prompts(run, config_for("seft", reviser={}), RENDERER, run.questions, run.generations(1), target)
     assert target.manifest().counts == {"dropped_answer_cut": 1}
 
 

@@ -9,7 +9,7 @@ from spin_ray.loop.stages import base_scores, pairs
 from spin_ray.run_dir.run_dir import RunDir
 from spin_ray.run_dir.schemas import REFERENCE_SCHEMA
 from spin_ray.run_dir.storage import Storage
-from tests.support.fakes import config_of, write_answers, write_prompts, write_rows
+from tests.support.fakes import config_of, rows_of, write_answers, write_prompts, write_rows
 
 CONFIG = config_of(objective={"reference_alpha": 0.5, "window": "all"}, train={"global_batch_pairs": 1})
 BASE = ModelFolder(None, "digest of θ_0", "sft", 0)  # type: ignore[arg-type]
@@ -43,7 +43,7 @@ def scored(monkeypatch):
 
 
 def scores_of(run: RunDir, iteration: int) -> dict[str, tuple[float, float]]:
-    rows = [row for table in run.base_scores(iteration).tables() for row in table.to_pylist()]
+    rows = rows_of(run.base_scores(iteration))
     return {row["pair_id"]: (row["real_logp"], row["generated_logp"]) for row in rows}
 
 

@@ -24,7 +24,7 @@ from spin_ray.run_dir.run_dir import RunDir
 from spin_ray.run_dir.schemas import PAIR_SCHEMA
 from spin_ray.run_dir.storage import Storage
 from tests.support import small_run
-from tests.support.fakes import write_rows
+from tests.support.fakes import rows_of, write_rows
 from tests.support.learner_cases import one_rank, random_rows, save_model, tiny_llama, train
 
 MODULE = '''
@@ -229,7 +229,7 @@ def test_a_whole_run_with_everything_from_outside(tmp_path: Path, monkeypatch: p
     small_run.run(config, tmp_path / "run")
     run = RunDir(Storage(tmp_path / "run"))
     assert run.latest() == "iter_000"
-    (row, *_) = [row for table in run.pairs(0).tables() for row in table.to_pylist()]
+    (row, *_) = rows_of(run.pairs(0))
     assert row["generated_ids"] == row["real_ids"][::-1]
     assert not run.generations(0).is_committed
     assert mine().Counting.steps == small_run.STEPS
@@ -238,4 +238,4 @@ def test_a_whole_run_with_everything_from_outside(tmp_path: Path, monkeypatch: p
 
 def with_own_training(config: SpinConfig) -> SpinConfig:
     own = {"optimizer": MOMENTUM, "backend": "my_pkg.mine:Counting"}
-    return config.model_copy(update={"train": config.train.model_copy(update=own)})
+    return config.with_train(**own)

@@ -4,6 +4,7 @@ import pickle
 import sys
 from collections import Counter
 from dataclasses import replace
+from pathlib import Path
 from typing import Any, cast
 
 import numpy as np
@@ -14,13 +15,14 @@ from hypothesis import strategies as st
 from spin_ray.config.recipe import SpinConfig
 from spin_ray.config.sections import ResourcesConfig
 from spin_ray.errors import RunDirError
+from spin_ray.inputs.model_folder import ModelFolder
 from spin_ray.loop.stages.generation import stage as generation
 from spin_ray.loop.stages.generation.shards import Job, cut_into_shards, find_parts, prompt_slice, row_count
 from spin_ray.loop.stages.generation.stage import row_seed
 from spin_ray.run_dir.run_dir import RunDir
 from spin_ray.run_dir.storage import Storage, table_from_bytes, table_to_bytes
 from spin_ray.runtime.engine import Completion
-from tests.support.fakes import END_OF_TURN, FakeEngine, config_of, write_prompts
+from tests.support.fakes import END_OF_TURN, FakeEngine, config_of, rows_of, write_prompts
 
 
 def config_for(shard_rows: int = 4, samples: int = 1, **sections: Any) -> SpinConfig:
@@ -29,7 +31,7 @@ def config_for(shard_rows: int = 4, samples: int = 1, **sections: Any) -> SpinCo
 
 
 def job_of(run: RunDir, rows: np.ndarray | None = None, opponent: str = "sft", digest: str = "d0") -> Job:
-    return Job(run.prompts, run.generations(0), opponent, digest, rows)
+    return Job(run.prompts, run.generations(0), ModelFolder(Path("-"), digest, opponent, 0), rows)
 
 
 @pytest.fixture
@@ -47,7 +49,7 @@ def play(job: Job, config: SpinConfig, engine: FakeEngine) -> list[dict[str, Any
         if shard.name not in found:
             found[shard.name] = job.target.write_part(shard.name, generation.answer(shard, config, engine))
     job.target.commit(found, job.inputs(), job.settings(config))
-    return [row for table in job.target.tables() for row in table.to_pylist()]
+    return rows_of(job.target)
 
 
 def test_held_out_rows_get_samples_of_their_own_whose_first_is_the_only_one_of_a_run_without(run):

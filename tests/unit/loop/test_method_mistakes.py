@@ -72,7 +72,7 @@ def play(run: RunDir, samples: int = 1) -> FakeEngine:
     """Generations and pairs of iteration 0, as stages 2 and 3 make them."""
     played = {"shard_rows": 2 * samples, "samples_per_prompt": samples, "sampling": {"max_tokens": 5}}
     config = config_of(generation=played, train={"global_batch_pairs": 1})
-    job = generation.Job(run.prompts, run.generations(0), "sft", "digest")
+    job = generation.Job(run.prompts, run.generations(0), ModelFolder(Path(TINY), "digest", "sft", 0))
     engine, entries = FakeEngine(), {}
     for shard in cut_into_shards(job, config):
         entries[shard.name] = job.target.write_part(shard.name, generation.answer(shard, config, engine))

@@ -9,10 +9,9 @@ from hypothesis import strategies as st
 from spin_ray.config.recipe import SpinConfig
 from spin_ray.errors import DataError, RunDirError
 from spin_ray.loop.stages import pairs
-from spin_ray.run_dir.artefact import Artefact
 from spin_ray.run_dir.run_dir import RunDir
 from spin_ray.run_dir.storage import Storage
-from tests.support.fakes import config_of, write_answers, write_prompts
+from tests.support.fakes import config_of, rows_of, write_answers, write_prompts
 
 Answers = list[tuple[str, int, list[int]]]
 
@@ -40,10 +39,6 @@ def build(run: RunDir, answers: Answers, shard_rows: int = 2) -> tuple[list[dict
     entries, counts = pairs.build(fresh, None, run.pairs(0), oldest=-1)
     run.pairs(0).commit(entries, {}, {})
     return rows_of(run.pairs(0)), counts
-
-
-def rows_of(artefact: Artefact) -> list[dict[str, Any]]:
-    return [row for table in artefact.tables() for row in table.to_pylist()]
 
 
 # The join

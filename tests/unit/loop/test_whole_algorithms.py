@@ -19,11 +19,11 @@ from spin_ray.learner.backends.base import learning_rate_at
 from spin_ray.loop import driver
 from spin_ray.loop.algorithms.sdft import demonstrated
 from spin_ray.loop.algorithms.table import check_algorithm
-from spin_ray.run_dir.artefact import Artefact
 from spin_ray.run_dir.events import read_json_lines
 from spin_ray.run_dir.run_dir import RunDir
 from spin_ray.run_dir.storage import Storage
 from tests.support import small_run
+from tests.support.fakes import rows_of
 from tests.support.learner_cases import logp_alone, one_rank
 from tests.support.small_run import HELDOUT_ROWS, ROWS, committed
 
@@ -45,10 +45,6 @@ def run_with(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, changes: dict[str,
     check_algorithm(config)
     small_run.run(config, tmp_path / "run")
     return RunDir(Storage(tmp_path / "run")), config
-
-
-def rows_of(artefact: Artefact) -> list[dict[str, Any]]:
-    return [row for table in artefact.tables() for row in table.to_pylist()]
 
 
 def model_of(tmp_path: Path) -> tuple[Any, Any]:

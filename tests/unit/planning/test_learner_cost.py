@@ -5,22 +5,23 @@ from dataclasses import replace
 import pytest
 import torch
 
-from spin_ray.learner import head
+from spin_ray.config.recipe import SpinConfig
+from spin_ray.config.sections import Mesh
 from spin_ray.learner.optimizers import make_optimizer
+from spin_ray.planning.groups import flat
 from spin_ray.planning.hardware import GB
 from spin_ray.planning.learner_cost import (
-    CHUNK_TARGETS,
-    MOMENTS,
     WORKERS_START_S,
     evaluation_cost,
     learner_memory,
+    moments_of,
     pack_flops,
     settle_checkpointing,
-    step_traffic,
     training_cost,
 )
 from spin_ray.planning.model_shape import MISTRAL_7B
 from spin_ray.planning.stage_cost import RUNTIME
+from spin_ray.planning.traffic import step_collectives
 from spin_ray.planning.work import pair_packs
 from tests.support.planning_cases import (
     A100,
@@ -31,7 +32,6 @@ from tests.support.planning_cases import (
     TINY,
     TWO_PACKS,
     ZEPHYR,
-    changed,
     tiny_config,
 )
 
@@ -53,7 +53,7 @@ def test_flops_of_a_pack_by_hand():
 def test_a_large_model_costs_about_6_flops_per_parameter_and_token():
     """6N is the usual estimate (arXiv 2001.08361); attention adds some, embeddings are not multiplied."""
     tokens = ZEPHYR.train.pack_length
-    flops = pack_flops(changed(ZEPHYR, gradient_checkpointing=False), MISTRAL_7B, tokens, tokens, backward=True)
+    flops = pack_flops(ZEPHYR.with_train(gradient_checkpointing=False), MISTRAL_7B, tokens, tokens, backward=True)
     assert flops / (6 * MISTRAL_7B.parameters * tokens) == pytest.approx(1.0, abs=0.2)
 
 
@@ -65,10 +65,15 @@ def test_traffic_of_a_step_by_hand():
     """
     full, once = tiny_config(workers=2), tiny_config(workers=2, sharding="shard_grad_op")
     layers, whole = 2 * 592, 1352
-    assert step_traffic(full, TINY, 2, backward=True) == (2 * 2 * (2 * layers + 168) + 4 * whole) / 2
-    assert step_traffic(once, TINY, 2, backward=True) == whole / 2 * (2 + 4)
-    assert step_traffic(full, TINY, 2, backward=False) == layers / 2 * 2 * 2
-    assert step_traffic(tiny_config(), TINY, 2, backward=True) == 0
+
+    def sent(config: SpinConfig, *, backward: bool) -> float:
+        ranks = flat(config.train.workers)
+        return sum(it.sent for it in step_collectives(config, TINY, ranks, 2, 0.0, backward=backward))
+
+    assert sent(full, backward=True) == (2 * 2 * (2 * layers + 168) + 4 * whole) / 2
+    assert sent(once, backward=True) == whole / 2 * (2 + 4)
+    assert sent(full, backward=False) == layers / 2 * 2 * 2
+    assert sent(tiny_config(), backward=True) == 0
 
 
 def test_the_evaluation_of_the_second_iterate_is_scored_by_three_models():
@@ -126,16 +131,12 @@ def test_gradients_reduced_with_every_pack_are_never_whole(how):
 
 
 def test_shard_grad_op_holds_a_whole_copy_of_the_weights():
-    config = changed(ZEPHYR, sharding="shard_grad_op")
+    config = ZEPHYR.with_train(sharding="shard_grad_op")
     full, once = (
         learner_memory(c, MISTRAL_7B, TWO_PACKS, optimizer=RMSPROP, backward=True)["gathered weights"]
         for c in (ZEPHYR, config)
     )
     assert once - full == 2 * 30 * MISTRAL_7B.layer, "two of 32 layers are there anyway"
-
-
-def test_chunk_of_logits_is_the_learners():
-    assert CHUNK_TARGETS == head.ROWS_PER_CHUNK
 
 
 @pytest.mark.parametrize("settings", [RMSPROP, ADAMW])
@@ -145,7 +146,7 @@ def test_numbers_per_parameter_are_those_that_the_learners_optimizer_keeps(setti
     optimizer = make_optimizer([weight], settings, 1e-3)
     optimizer.step()
     kept = [value for value in optimizer.state[weight].values() if value.shape == weight.shape]
-    assert len(kept) == MOMENTS[settings.name]
+    assert len(kept) == moments_of(settings)
     assert {value.dtype for value in kept} == {torch.float32}
 
 
@@ -155,7 +156,7 @@ def test_numbers_per_parameter_are_those_that_the_learners_optimizer_keeps(setti
 def test_checkpointing_costs_time_and_saves_memory():
     cheap, dear = (
         training_cost(c, MISTRAL_7B, A100, pair_packs(c, PAPER_WORK, 0), 2, RMSPROP)
-        for c in (changed(ZEPHYR, gradient_checkpointing=on) for on in (True, False))
+        for c in (ZEPHYR.with_train(gradient_checkpointing=on) for on in (True, False))
     )
     assert cheap.seconds > dear.seconds and cheap.needed < dear.needed
 
@@ -163,12 +164,13 @@ def test_checkpointing_costs_time_and_saves_memory():
 def test_activations_that_fit_are_not_computed_again():
     """zephyr_7b: 28 GiB of activations at 4096 tokens, about 46 GB in all, on cards of 80 and 40 GB."""
     assert ZEPHYR.train.gradient_checkpointing == "auto"
+    eight = Mesh(shard=8)
     for room, on in ((80 * GB, False), (40 * GB, True)):
-        assert settle_checkpointing(ZEPHYR, MISTRAL_7B, room, RMSPROP).train.gradient_checkpointing is on
-    given = changed(ZEPHYR, gradient_checkpointing=True)
-    assert settle_checkpointing(given, MISTRAL_7B, 80 * GB, RMSPROP) is given
+        assert settle_checkpointing(ZEPHYR, MISTRAL_7B, room, RMSPROP, eight).train.gradient_checkpointing is on
+    given = ZEPHYR.with_train(gradient_checkpointing=True)
+    assert settle_checkpointing(given, MISTRAL_7B, 80 * GB, RMSPROP, eight) is given
     on_cpu = tiny_config()
-    assert settle_checkpointing(on_cpu, TINY, 1.0, RMSPROP).train.gradient_checkpointing is False
+    assert settle_checkpointing(on_cpu, TINY, 1.0, RMSPROP, Mesh()).train.gradient_checkpointing is False
 
 
 def test_an_epoch_more_costs_its_steps_and_no_second_start_of_the_workers():
@@ -182,7 +184,7 @@ def test_an_epoch_more_costs_its_steps_and_no_second_start_of_the_workers():
 def test_more_workers_need_less_memory_and_time():
     costs = []
     for workers in (8, 16, 32):
-        config = changed(ZEPHYR, workers=workers)
+        config = ZEPHYR.with_train(workers=workers)
         costs.append(training_cost(config, MISTRAL_7B, A100, pair_packs(config, PAPER_WORK, 0), 2, RMSPROP))
     assert [c.needed for c in costs] == sorted((c.needed for c in costs), reverse=True)
     assert costs[0].seconds > costs[1].seconds >= costs[2].seconds
@@ -192,7 +194,7 @@ def test_a_slow_link_makes_gathering_the_bound_and_shard_grad_op_the_cure():
     slow = replace(A100, link=1e9)
     times = {}
     for sharding in ("full", "shard_grad_op"):
-        config = changed(ZEPHYR, sharding=sharding)
+        config = ZEPHYR.with_train(sharding=sharding)
         cost = training_cost(config, MISTRAL_7B, slow, pair_packs(config, PAPER_WORK, 0), 2, RMSPROP)
         assert cost.bound == "gathering weights"
         times[sharding] = cost.seconds

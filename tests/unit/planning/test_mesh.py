@@ -3,6 +3,7 @@
 import json
 from dataclasses import replace
 
+import numpy as np
 import pytest
 
 from spin_ray.config.sections import LoraConfig, Mesh
@@ -17,23 +18,18 @@ from spin_ray.planning.mesh import (
     choose_mesh,
     memory_of,
     mesh_of,
-    split_shape,
     too_long,
 )
 from spin_ray.planning.model_shape import MISTRAL_7B, ModelShape
 from tests.support.fakes import config_of
-from tests.support.planning_cases import ZEPHYR, changed
+from tests.support.planning_cases import MISTRAL, ZEPHYR
 
 LLAMA_70B = ModelShape(layers=80, hidden=8192, intermediate=28672, heads=64, kv_heads=8, head_dim=128, vocab=128256)
-MISTRAL = {
-    "model_type": "mistral", "vocab_size": 32000, "hidden_size": 4096, "intermediate_size": 14336,
-    "num_hidden_layers": 32, "num_attention_heads": 32, "num_key_value_heads": 8,
-}  # fmt: skip
 
 
 def choice(nodes: int, shape: ModelShape | None = MISTRAL_7B, each: int = 8, room: float = 80, **train) -> Choice:
-    config = changed(ZEPHYR, workers=nodes * each, **train)
-    return choose_mesh(config, shape, Placing.even(nodes * each, nodes, room * GB))
+    config = ZEPHYR.with_train(workers=nodes * each, **train)
+    return choose_mesh(config, shape, Placing(node_of_rank=tuple(np.repeat(range(nodes), each)), room=room * GB))
 
 
 def test_one_node_shares_one_copy():
@@ -63,7 +59,7 @@ def test_several_nodes_hold_a_copy_each_where_it_fits():
 )
 def test_uneven_or_scattered_workers_share_one_copy(nodes, reason):
     placing = Placing(node_of_rank=nodes, room=80 * GB)
-    found = choose_mesh(changed(ZEPHYR, workers=len(nodes)), MISTRAL_7B, placing)
+    found = choose_mesh(ZEPHYR.with_train(workers=len(nodes)), MISTRAL_7B, placing)
     assert found.mesh == Mesh(shard=len(nodes)) and reason in found.reason
 
 
@@ -77,8 +73,8 @@ def test_layers_are_split_only_where_pairs_or_memory_are_short():
     long = choice(1, room=31.5, pack_length=30_000)
     assert long.mesh.tensor > 1 and "so 2 workers split each layer" in long.reason
     split = replace(MISTRAL_7B, heads=16, kv_heads=4, intermediate=7168)
-    assert split_shape(MISTRAL_7B, 2) == split and split.layer_matmuls == MISTRAL_7B.layer_matmuls / 2
-    packs = changed(ZEPHYR, workers=8, pack_length=30_000)
+    assert MISTRAL_7B.split(2) == split and split.layer_matmuls == MISTRAL_7B.layer_matmuls / 2
+    packs = ZEPHYR.with_train(workers=8, pack_length=30_000)
     whole, halved = (memory_of(packs, MISTRAL_7B, mesh, 31.5 * GB) for mesh in (Mesh(shard=8), Mesh(shard=4, tensor=2)))
     assert halved <= 31.5 * GB < whole
     assert choice(1, replace(MISTRAL_7B, kv_heads=1), global_batch_pairs=2).mesh.tensor == 1
@@ -94,22 +90,22 @@ def test_what_is_not_known_or_not_ours_stays_flat():
 
 
 def test_the_plan_names_the_mesh_of_its_cluster():
-    config = changed(ZEPHYR, workers=16)
+    config = ZEPHYR.with_train(workers=16)
     devices = devices_of(config, Cluster(nodes=2, gpu="H100-80G"))
-    assert run_cost.mesh_of(config, MISTRAL_7B, devices).mesh == Mesh(replicate=2, shard=8)
+    assert run_cost.planned_mesh(config, MISTRAL_7B, devices).mesh == Mesh(replicate=2, shard=8)
 
 
 def test_an_explicit_mesh_is_taken_or_refused_by_name(tmp_path):
     (tmp_path / "config.json").write_text(json.dumps(MISTRAL))
     two, four = (0, 0), (0, 0, 1, 1)
-    given = changed(ZEPHYR, mesh=Mesh(replicate=2, tensor=2))
+    given = ZEPHYR.with_train(mesh=Mesh(replicate=2, tensor=2))
     assert mesh_of(given, tmp_path, four, 80 * GB).mesh == Mesh(replicate=2, tensor=2)
     with pytest.raises(ConfigError, match=r"tensor: 2} is for 4 workers and there are 2; change its sizes or use"):
         mesh_of(given, tmp_path, two, 80 * GB)
     with pytest.raises(ResourceError, match=r"neighbours, but the ranks are on nodes \[0, 1, 0, 1\]"):
         mesh_of(given, tmp_path, (0, 1, 0, 1), 80 * GB)
     with pytest.raises(ModelError, match="16 does not divide the model's 8 key and value heads; give another size"):
-        check_mesh(changed(ZEPHYR, mesh=Mesh(tensor=16)), tmp_path, None)
+        check_mesh(ZEPHYR.with_train(mesh=Mesh(tensor=16)), tmp_path, None)
     check_mesh(given, tmp_path, 80 * GB)
 
 

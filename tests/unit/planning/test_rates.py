@@ -11,7 +11,7 @@ from spin_ray.planning.model_shape import MISTRAL_7B
 from spin_ray.planning.rates import MeasuredRate, rate_of
 from spin_ray.planning.work import pair_packs
 from tests.support.paths import RECIPES, ROOT
-from tests.support.planning_cases import A100, PAPER_WORK, RMSPROP, ZEPHYR, changed, devices
+from tests.support.planning_cases import A100, PAPER_WORK, RMSPROP, ZEPHYR, devices
 
 MEASURED = MeasuredRate(
     card="A100-80G", stage="training", parameters=7e9, mfu=0.5, measured="2026-01-02", commit="abc1234"
@@ -33,7 +33,7 @@ def test_a_plan_of_the_measured_case_takes_the_measured_time(stage, backward, mo
     monkeypatch.setattr(rates, "known_rates", lambda: (measured,))
     row = {"prompt_ids": [0] * 130, "real_ids": [0] * 256, "generated_ids": [0] * 256}
     spent = needed_of(MISTRAL_7B, 64 * [row], backward=backward) / (0.2 * A100.bf16)
-    alone = changed(ZEPHYR, workers=1, gradient_checkpointing=False)
+    alone = ZEPHYR.with_train(workers=1, gradient_checkpointing=False)
     packs = pair_packs(alone, replace(PAPER_WORK, rows=64), 0)
     device = devices(A100).train
     predicted = (
@@ -46,7 +46,7 @@ def test_a_plan_of_the_measured_case_takes_the_measured_time(stage, backward, mo
 
 def test_the_stage_that_was_measured_takes_its_rate_and_no_other_does(one_measurement):
     """0.5 of the peak in place of 0.4 makes the steps, but not the start of the workers, 0.8 of the time."""
-    alone = changed(ZEPHYR, workers=1)  # nothing is sent
+    alone = ZEPHYR.with_train(workers=1)  # nothing is sent
     packs = pair_packs(alone, PAPER_WORK, 0)
     device = devices(A100).train
     training = training_cost(alone, MISTRAL_7B, device, packs, 1, RMSPROP)

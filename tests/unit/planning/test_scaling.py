@@ -12,9 +12,9 @@ from spin_ray.planning.model_shape import MISTRAL_7B, ModelShape
 from spin_ray.planning.scaling import scaling_of
 from spin_ray.planning.tables import scaling_table
 from tests.support.paths import RECIPES
-from tests.support.planning_cases import PAPER_WORK, ZEPHYR, changed
+from tests.support.planning_cases import PAPER_WORK, ZEPHYR
 
-CONFIG = changed(ZEPHYR, precision="bf16")
+CONFIG = ZEPHYR.with_train(precision="bf16")
 
 
 @pytest.fixture(scope="module")
@@ -45,7 +45,7 @@ def test_two_nodes_with_the_batch_that_is_named_take_0_6_of_one_and_with_the_pap
 
 def test_a_batch_that_one_node_cannot_hold_has_no_hours_there():
     """Several packs of a rank without a sum after each need whole gradients, 29 GB of a card's 24."""
-    config = changed(CONFIG, reduce_every_pack=False, global_batch_pairs=8)
+    config = CONFIG.with_train(reduce_every_pack=False, global_batch_pairs=8)
     found = scaling_of(config, MISTRAL_7B, Cluster(nodes=2, gpu="RTX-4090"), PAPER_WORK)
     assert [size.nodes for size in found.with_own_batch] == [1, 2]
     assert [size.nodes for size in found.with_enough] == [2] and not found.scales

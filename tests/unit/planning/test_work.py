@@ -5,7 +5,6 @@ from math import ceil, log
 import numpy as np
 import pytest
 
-from spin_ray.learner import step
 from spin_ray.learner.packing import PairLengths, plan_epoch
 from spin_ray.planning.work import LENGTHS_OF_A_PACK, packs_of, pair_packs
 from tests.support.planning_cases import PAPER_WORK, ZEPHYR
@@ -55,7 +54,3 @@ def test_two_opponents_of_one_prompt_share_its_tree():
 def test_slices_of_the_prompts_share_no_trees():
     config = ZEPHYR.model_copy(update={"data": ZEPHYR.data.model_copy(update={"prompts_per_iteration": 10_000})})
     assert [pair_packs(config, PAPER_WORK, iteration).tokens for iteration in (0, 1)] == [642e4, 2 * 642e4]
-
-
-def test_tokens_by_which_packs_grow_are_the_learners():
-    assert LENGTHS_OF_A_PACK == step.LENGTHS_OF_A_PACK

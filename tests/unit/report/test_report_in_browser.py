@@ -4,7 +4,6 @@
 """
 
 import os
-import shutil
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -13,26 +12,19 @@ import pytest
 from spin_ray.report.page import write_report
 from spin_ray.run_dir.run_dir import RunDir
 from spin_ray.run_dir.storage import Storage
+from tests.support.chromium import headless, needs_chromium
 from tests.support.made_up_run import made_up_run
 from tests.support.paths import DOCS
 
 DEMO = DOCS / "demo-report.html"
-CHROMIUM = shutil.which("chromium") or shutil.which("google-chrome")
-FLAGS = [
-    "--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run", "--disable-background-networking",
-    "--disable-component-update", "--disable-sync",
-]  # fmt: skip
 
-pytestmark = [pytest.mark.slow, pytest.mark.skipif(CHROMIUM is None, reason="needs chromium")]
+pytestmark = [pytest.mark.slow, needs_chromium]
 
 
 @pytest.fixture(scope="module")
 def browser():
-    playwright = pytest.importorskip("playwright.sync_api")
-    with playwright.sync_playwright() as driver:
-        browser = driver.chromium.launch(executable_path=CHROMIUM, args=FLAGS)
+    with headless() as browser:
         yield browser
-        browser.close()
 
 
 @pytest.fixture(scope="module")

@@ -1,7 +1,6 @@
 """SEFT (Chen et al. 2024, arXiv 2406.10813)."""
 
 from collections import Counter
-from typing import Any
 
 from spin_ray.config.recipe import SpinConfig
 from spin_ray.inputs.model_folder import ModelFolder
@@ -12,7 +11,7 @@ from spin_ray.loop.algorithms.seft import revision
 from spin_ray.loop.stages import pairs
 from spin_ray.loop.stages.generation.shards import Job
 from spin_ray.loop.stages.training import stage as training
-from spin_ray.run_dir.artefact import Artefact
+from spin_ray.run_dir.artefact import Artefact, digests
 from spin_ray.run_dir.names import iteration_name
 from spin_ray.run_dir.run_dir import RunDir
 from spin_ray.run_dir.storage import folder_digest
@@ -31,16 +30,15 @@ class Seft(Algorithm):
     def make_pairs(self, turn: Turn) -> None:
         run, config, iteration = turn.run, turn.config, turn.iteration
         renderer = open_renderer(str(turn.start.model.path), config.model, run.date())
-        tokenizer = renderer.tokenizer
-        reviser = _reviser(turn, renderer, tokenizer)
+        reviser = _reviser(turn, renderer)
         prompts, answers = self.plays(run), run.generations(iteration)
         asked = run.artefact(f"{iteration_name(iteration)}/revision_prompts")
         revisions = run.artefact(f"{iteration_name(iteration)}/revisions")
-        revision.revision_prompts(run, config, renderer, tokenizer, prompts, answers, asked)
+        revision.revision_prompts(run, config, renderer, prompts, answers, asked)
         turn.play(reviser, [answered_once(asked, revisions, reviser)])
         longest, dropped = config.model.max_length, Counter[str]()
-        rows = revision.revised_rows(renderer, tokenizer, asked, revisions, iteration, longest, dropped)
-        inputs = {artefact.path: artefact.manifest().digest for artefact in (asked, revisions)}
+        rows = revision.revised_rows(renderer, asked, revisions, iteration, longest, dropped)
+        inputs = digests(asked, revisions)
         settings = {"max_length": longest}
         fresh = pairs.Fresh(rows, inputs, settings, paired=False, dropped=dropped, dropped_before=asked)
         pairs.make(run, config, iteration, fresh)
@@ -49,14 +47,14 @@ class Seft(Algorithm):
         return Objective(loss=None)
 
 
-def _reviser(turn: Turn, renderer: ChatRenderer, tokenizer: Any) -> ModelFolder:
+def _reviser(turn: Turn, renderer: ChatRenderer) -> ModelFolder:
     run, config, initial = turn.run, turn.config, turn.initial
     assert config.reviser is not None
     target = run.artefact("reviser/model")
     if turn.iteration == 0:
         answers, rows = run.artefact("reviser/answers"), run.artefact("reviser/rows")
-        turn.play(initial, [Job(run.prompts, answers, initial.name, initial.digest)])
-        revision.training_rows(run, config, renderer, tokenizer, answers, rows)
+        turn.play(initial, [Job(run.prompts, answers, initial)])
+        revision.training_rows(run, config, renderer, answers, rows)
         training.fine_tune(run, config, config.reviser, initial, rows, target)
     files = target.verify().files
     return ModelFolder(target.local_folder(), folder_digest(files), "reviser", initial.pad_id, source=target)

@@ -3,7 +3,7 @@
 import difflib
 import json
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 import pyarrow as pa
@@ -11,8 +11,8 @@ import pyarrow as pa
 from spin_ray.config.recipe import SpinConfig
 from spin_ray.inputs.conversations import Conversation
 from spin_ray.inputs.rendering import ChatRenderer, Rendered, RenderError
-from spin_ray.run_dir.artefact import Artefact
-from spin_ray.run_dir.names import part_name, revision_id
+from spin_ray.run_dir.artefact import Artefact, digests
+from spin_ray.run_dir.names import answer_id, part_name, revision_id
 from spin_ray.run_dir.run_dir import RunDir
 from spin_ray.run_dir.schemas import PAIR_SCHEMA, PROMPT_SCHEMA
 
@@ -46,12 +46,12 @@ def parse(text: str) -> tuple[str, str] | None:
 
 
 def training_rows(
-    run_dir: RunDir, config: SpinConfig, renderer: ChatRenderer, tokenizer: Any, answers: Artefact, target: Artefact
+    run_dir: RunDir, config: SpinConfig, renderer: ChatRenderer, answers: Artefact, target: Artefact
 ) -> None:
     """Commits the reviser's training rows, made from θ_0's answers."""
     assert config.reviser is not None
     minor_from = config.reviser.minor_from
-    inputs = {artefact.path: artefact.manifest().digest for artefact in (run_dir.prompts, answers)}
+    inputs = digests(run_dir.prompts, answers)
     settings = {"minor_from": minor_from, "max_length": config.model.max_length}
     if target.already_made(inputs, settings):
         return
@@ -67,10 +67,10 @@ def training_rows(
             return "template"
         if len(rendered.prompt_ids) + len(rendered.real_ids) > config.model.max_length:
             return "too_long"
-        return _fine_tuning_row(f"{answer['prompt_id']}/{answer['sample']}", 0, rendered)
+        return _fine_tuning_row(answer_id(answer["prompt_id"], answer["sample"]), 0, rendered)
 
     with run_dir.stage(target.path) as counted:
-        rows = [row(*found) for found in _answered(run_dir.prompts, answers, tokenizer)]
+        rows = [row(*found) for found in _answered(run_dir.prompts, answers, renderer)]
         counted |= _commit(target, rows, PAIR_SCHEMA, inputs, settings)
 
 
@@ -78,13 +78,12 @@ def revision_prompts(
     run_dir: RunDir,
     config: SpinConfig,
     renderer: ChatRenderer,
-    tokenizer: Any,
     prompts: Artefact,
     answers: Artefact,
     target: Artefact,
 ) -> None:
     """Commits the reviser's prompts, with the answers to revise as ``real_ids``."""
-    inputs = {artefact.path: artefact.manifest().digest for artefact in (prompts, answers)}
+    inputs = digests(prompts, answers)
     settings = {"max_length": config.model.max_length}
     if target.already_made(inputs, settings):
         return
@@ -99,18 +98,17 @@ def revision_prompts(
         if len(prompt_ids) + config.generation.sampling.max_tokens > config.model.max_length:
             return "too_long"
         return {
-            "prompt_id": f"{answer['prompt_id']}/{answer['sample']}", "prompt_ids": prompt_ids,
+            "prompt_id": answer_id(answer["prompt_id"], answer["sample"]), "prompt_ids": prompt_ids,
             "real_ids": answer["token_ids"], "messages": prompt["messages"],
         }  # fmt: skip
 
     with run_dir.stage(target.path) as counted:
-        rows = [row(*found) for found in _answered(prompts, answers, tokenizer)]
+        rows = [row(*found) for found in _answered(prompts, answers, renderer)]
         counted |= _commit(target, rows, PROMPT_SCHEMA, inputs, settings)
 
 
 def revised_rows(
     renderer: ChatRenderer,
-    tokenizer: Any,
     asked: Artefact,
     revisions: Artefact,
     iteration: int,
@@ -134,11 +132,11 @@ def revised_rows(
             return "template"
         if len(rendered.prompt_ids) + len(rendered.real_ids) > max_length:
             return "too_long"
-        return _fine_tuning_row(f"{prompt['prompt_id']}/{written['sample']}", iteration, rendered)
+        return _fine_tuning_row(answer_id(prompt["prompt_id"], written["sample"]), iteration, rendered)
 
-    rows = [row(*found) for found in _answered(asked, revisions, tokenizer)]
-    dropped.update(row for row in rows if isinstance(row, str))
-    yield pa.Table.from_pylist([row for row in rows if not isinstance(row, str)], PAIR_SCHEMA)
+    kept, reasons = _split(row(*found) for found in _answered(asked, revisions, renderer))
+    dropped.update(reasons)
+    yield pa.Table.from_pylist(kept, PAIR_SCHEMA)
 
 
 def _fine_tuning_row(prompt_id: str, iteration: int, rendered: Rendered) -> Row:
@@ -148,19 +146,29 @@ def _fine_tuning_row(prompt_id: str, iteration: int, rendered: Rendered) -> Row:
     }  # fmt: skip
 
 
-def _answered(prompts: Artefact, answers: Artefact, tokenizer: Any) -> Iterator[tuple[Row, Row, str]]:
+def _answered(prompts: Artefact, answers: Artefact, renderer: ChatRenderer) -> Iterator[tuple[Row, Row, str]]:
     of = {row["prompt_id"]: row for table in prompts.tables() for row in table.to_pylist()}
     for table in answers.tables():
-        texts = tokenizer.batch_decode(table["token_ids"].to_pylist(), skip_special_tokens=True)
+        texts = renderer.tokenizer.batch_decode(table["token_ids"].to_pylist(), skip_special_tokens=True)
         for answer, text in zip(table.to_pylist(), texts, strict=True):
             yield of[answer["prompt_id"]], answer, text
+
+
+def _split(rows: Iterable[Row | str]) -> tuple[list[Row], Counter[str]]:
+    """Returns the rows, and the number of those that are reasons in place of rows."""
+    kept, dropped = list[Row](), Counter[str]()
+    for row in rows:
+        if isinstance(row, str):
+            dropped[row] += 1
+        else:
+            kept.append(row)
+    return kept, dropped
 
 
 def _commit(
     target: Artefact, rows: list[Row | str], schema: pa.Schema, inputs: dict[str, str], settings: dict[str, Any]
 ) -> dict[str, int]:
-    kept = [row for row in rows if not isinstance(row, str)]
-    dropped = Counter(row for row in rows if isinstance(row, str))
+    kept, dropped = _split(rows)
     counts = {f"dropped_{reason}": count for reason, count in dropped.items()}
     entry = target.replace_part(part_name(0), pa.Table.from_pylist(kept, schema))
     target.commit({part_name(0): entry}, inputs, settings, counts=dict(counts))

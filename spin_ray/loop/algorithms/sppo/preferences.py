@@ -68,7 +68,7 @@ def run(
         trust_remote_code=config.model.trust_remote_code,
         scorer=config.scorer,
         preference_model=preference_model,
-        variables={**config.model.chat_template_kwargs, "strftime_now": run_dir.date().strftime},
+        variables=run_dir.template_variables(config),
         fingerprint=digest([inputs, settings]),
     )
     with run_dir.stage(target.path) as counted:

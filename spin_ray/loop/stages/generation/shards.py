@@ -8,6 +8,7 @@ import pyarrow as pa
 
 from spin_ray.config.recipe import SpinConfig, digest
 from spin_ray.config.sections import SamplingConfig
+from spin_ray.inputs.model_folder import ModelFolder
 from spin_ray.run_dir.artefact import Artefact, FileEntry, FoundParts
 from spin_ray.run_dir.names import part_name
 
@@ -16,9 +17,8 @@ from spin_ray.run_dir.names import part_name
 class Job:
     prompts: Artefact
     target: Artefact
-    opponent: str
-    """Name of the model that answers, e.g. ``iter_000``."""
-    model_digest: str
+    model: ModelFolder
+    """The model that answers."""
     rows: np.ndarray | None = None
     """Row numbers in ``prompts``, ascending; None: all."""
     samples: int | None = None
@@ -29,7 +29,7 @@ class Job:
     """File for the engine's log p of some responses."""
 
     def inputs(self) -> dict[str, str]:
-        return {"prompts": self.prompts.manifest().digest, "opponent": self.model_digest}
+        return {"prompts": self.prompts.manifest().digest, "opponent": self.model.digest}
 
     def samples_each(self, config: SpinConfig) -> int:
         return self.samples or config.generation.samples_per_prompt
@@ -40,7 +40,7 @@ class Job:
     def settings(self, config: SpinConfig) -> dict[str, Any]:
         return {
             "seed": config.seed,
-            "opponent": self.opponent,
+            "opponent": self.model.name,
             "samples_per_prompt": self.samples_each(config),
             "shard_rows": config.generation.shard_rows,
             "max_length": config.model.max_length,
@@ -59,6 +59,7 @@ class Shard:
     prompts: Artefact
     target: Artefact
     opponent: str
+    """Name of the model that answers, e.g. ``iter_000``."""
     fingerprint: str
     name: str
     samples: int
@@ -102,7 +103,7 @@ def cut_into_shards(job: Job, config: SpinConfig) -> list[Shard]:
             Shard(
                 prompts=job.prompts,
                 target=job.target,
-                opponent=job.opponent,
+                opponent=job.model.name,
                 fingerprint=fingerprint,
                 name=part_name(number),
                 samples=samples,

@@ -16,7 +16,7 @@ from spin_ray.errors import HealthError, RunDirError
 from spin_ray.learner.backends.base import TrainBackend
 from spin_ray.learner.step import pair_lengths, plan, score_rows
 from spin_ray.loop.stages.training.job import TrainJob
-from spin_ray.run_dir.schemas import AUDIT_SCHEMA, PAIR_SCHEMA, TOKEN_IDS
+from spin_ray.run_dir.schemas import AUDIT_SCHEMA, pairs_of
 from spin_ray.run_dir.storage import table_from_bytes
 
 logger = logging.getLogger(__name__)
@@ -82,6 +82,4 @@ def _read(job: TrainJob) -> pa.Table | None:
 
 def _as_pairs(audited: pa.Table) -> pa.Table:
     names = [str(number) for number in range(audited.num_rows)]
-    empty = pa.array([[]] * audited.num_rows, TOKEN_IDS)
-    columns = [names, names, pa.array([0] * audited.num_rows, pa.int32()), audited["prompt_ids"], audited["token_ids"]]
-    return pa.table([*columns, empty], schema=PAIR_SCHEMA)
+    return pairs_of(names, 0, names, audited["prompt_ids"], audited["token_ids"])

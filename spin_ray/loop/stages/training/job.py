@@ -10,6 +10,7 @@ from spin_ray.learner.backends.base import BackendSettings
 from spin_ray.learner.step import Objective, PackShape
 from spin_ray.run_dir.artefact import Artefact
 from spin_ray.run_dir.events import read_json_lines
+from spin_ray.run_dir.names import train_log_path
 from spin_ray.run_dir.storage import Storage
 
 
@@ -73,7 +74,7 @@ class TrainJob:
 
     @property
     def log_path(self) -> str:
-        return f"{self.name}/train_log.jsonl"
+        return train_log_path(self.name)
 
     def logged(self) -> list[dict[str, Any]]:
         return read_json_lines(self.storage, self.log_path)

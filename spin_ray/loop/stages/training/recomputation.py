@@ -11,7 +11,6 @@ from spin_ray.config.sections import Mesh, OptimizerConfig
 from spin_ray.errors import ModelError
 from spin_ray.planning.hardware import GB
 from spin_ray.planning.learner_cost import settle_checkpointing
-from spin_ray.planning.mesh import split_shape
 from spin_ray.planning.model_shape import ModelShape
 
 logger = logging.getLogger(__name__)
@@ -29,24 +28,17 @@ def recomputes(
     memory = torch.tensor(torch.cuda.get_device_properties(device).total_memory, device=device)
     dist.all_reduce(memory, dist.ReduceOp.MIN)
     mesh = mesh or Mesh(shard=dist.get_world_size())
-    return decide(config, optimizer, model, memory.item(), mesh.shard, mesh.tensor)
+    return decide(config, optimizer, model, memory.item(), mesh)
 
 
-def decide(
-    config: SpinConfig, optimizer: OptimizerConfig, model: Path, room: float, workers: int, tensor: int = 1
-) -> bool:
-    """Returns the choice for GPUs of ``room`` bytes, True for an unknown model.
-
-    Args:
-        workers: GPUs, or tensor groups, that share one copy of the weights.
-    """
-    here = config.model_copy(update={"train": config.train.model_copy(update={"workers": workers})})
+def decide(config: SpinConfig, optimizer: OptimizerConfig, model: Path, room: float, mesh: Mesh) -> bool:
+    """Returns the choice for GPUs of ``room`` bytes, True for an unknown model."""
     try:
-        shape = split_shape(ModelShape.from_folder(model), tensor)
+        shape = ModelShape.from_folder(model)
     except ModelError as error:
         logger.warning("train.gradient_checkpointing: on, as its cost without is not known (%s)", error)
         return True
-    chosen = settle_checkpointing(here, shape, room, optimizer).train.gradient_checkpointing is True
+    chosen = settle_checkpointing(config, shape, room, optimizer, mesh).train.gradient_checkpointing is True
     how = "are computed again, as they would not fit" if chosen else "fit"
     logger.info("train.gradient_checkpointing: activations %s (cards of %.0f GB)", how, room / GB)
     return chosen
