@@ -142,9 +142,11 @@ def _backend_settings(config: SpinConfig, optimizer: OptimizerConfig, learning_r
 
 
 def _train(run_dir: RunDir, config: SpinConfig, job: TrainJob) -> None:
+    checkpoints = f"{job.name}/checkpoints"
     if job.target.already_made(job.inputs(), job.settings()):
+        _let_go(run_dir, config, checkpoints)  # a driver that was killed may have left them
         return
-    checkpoints, earlier = f"{job.name}/checkpoints", job.logged()
+    earlier = job.logged()
     with run_dir.stage(f"{job.name}/training") as counted:
         with Watcher(job):
             counted |= run_workers(
@@ -159,8 +161,12 @@ def _train(run_dir: RunDir, config: SpinConfig, job: TrainJob) -> None:
         counted |= {"steps": len(own), "tokens": sum(line["tokens"] for line in own)}
         counted |= {"work_s": counted["work_s"] + sum(line["seconds"] for line in own)}
         counted |= {"rows": job.rows.manifest().rows}
-        if not config.storage.keep_checkpoints:
-            run_dir.storage.delete(checkpoints)
+        _let_go(run_dir, config, checkpoints)
+
+
+def _let_go(run_dir: RunDir, config: SpinConfig, checkpoints: str) -> None:
+    if not config.storage.keep_checkpoints and run_dir.storage.entries(checkpoints):
+        run_dir.storage.delete(checkpoints)
 
 
 def _added(earlier: list[dict[str, Any]], now: list[dict[str, Any]]) -> list[dict[str, Any]]:
