@@ -5,6 +5,7 @@ The digests are checked before loading, because torch's reader unpickles the fil
 
 import json
 import shutil
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -62,11 +63,69 @@ def restore(job: TrainJob, backend: TrainBackend) -> int:
         step = check(
             Path(folder),
             job.identity(),
-            f"or remove {job.name}/checkpoints to train from the start",
+            _else_do(job),
             any_workers=job.elastic,
         )
         backend.load(Path(folder))
     return step
+
+
+def refuse_other_settings(job: TrainJob, name: str) -> None:
+    """Refuses to begin anew beside a checkpoint of the same inputs and other settings.
+
+    Other inputs are no reason: pairs or a start model that were made again belong to another training.
+
+    Args:
+        name: the folder of this job's own checkpoints in ``job.checkpoints``.
+
+    Raises:
+        RunDirError: names the settings that differ.
+    """
+    folders = {each: _sealed(job, each) for each in job.storage.entries(job.checkpoints)}
+    if folders.get(name):
+        return
+    inputs, now = job.inputs(), _as_json(job.identity())
+    for path, then in (sealed for found in folders.values() for sealed in found.items()):
+        same_inputs = all(then.get(key) == value for key, value in inputs.items())
+        if same_inputs and (changes := _changes(then, now | {WORKERS: then.get(WORKERS)})):
+            raise RunDirError(
+                f"{job.storage.where(path)}: a training that began with other values of {changes} is not finished; "
+                f"restore them, {_else_do(job)}"
+            )
+
+
+def _sealed(job: TrainJob, name: str) -> dict[str, dict[str, Any]]:
+    """Returns the checkpoints under ``name`` that have a readable seal of rank 0, with their identity."""
+    found = {}
+    for each in job.storage.entries(f"{job.checkpoints}/{name}"):
+        path = f"{job.checkpoints}/{name}/{each}"
+        with suppress(ValueError, KeyError, TypeError):
+            found[path] = json.loads(job.storage.find(f"{path}/{_seal_name(0)}") or b"")["identity"]
+    return found
+
+
+def _changes(then: dict[str, Any], now: dict[str, Any]) -> str:
+    then, now = _flat(then), _flat(now)
+    differing = sorted(key for key in then.keys() | now.keys() if then.get(key) != now.get(key))
+    return ", ".join(f"{key} (was {then.get(key)!r}, now {now.get(key)!r})" for key in differing)
+
+
+def _flat(values: dict[str, Any]) -> dict[str, Any]:
+    """Returns ``{"optimizer.eps": 1e-8}`` for ``{"optimizer": {"eps": 1e-8}}``."""
+    groups = (value if isinstance(value, dict) else {"": value} for value in values.values())
+    return {
+        f"{key}.{inner}".rstrip("."): value
+        for key, group in zip(values, groups, strict=True)
+        for inner, value in group.items()
+    }
+
+
+def _as_json(values: dict[str, Any]) -> dict[str, Any]:
+    return json.loads(json.dumps(values))
+
+
+def _else_do(job: TrainJob) -> str:
+    return f"or remove {job.checkpoints} to train from the start"
 
 
 def seal(folder: Path, step: int, identity: dict[str, Any]) -> None:
@@ -83,12 +142,11 @@ def check(folder: Path, identity: dict[str, Any], else_do: str, *, any_workers: 
         RunDirError: a file is damaged, or of other work; the message ends with ``else_do``.
     """
     seals = [_read(_seal_of(folder, 0), else_do)]
-    then, now = seals[0]["identity"], {WORKERS: dist.get_world_size(), **json.loads(json.dumps(identity))}
+    then, now = seals[0]["identity"], {WORKERS: dist.get_world_size(), **_as_json(identity)}
     writers = then[WORKERS]
     if any_workers:
         now[WORKERS] = writers
-    if differing := sorted(key for key in then.keys() | now.keys() if then.get(key) != now.get(key)):
-        changes = ", ".join(f"{key} (was {then.get(key)!r}, now {now.get(key)!r})" for key in differing)
+    if changes := _changes(then, now):
         raise RunDirError(f"{folder}: was written with other values of {changes}; restore them, {else_do}")
     seals += [_read(_seal_of(folder, rank), else_do) for rank in range(1, writers)]
     found = {name: entry.model_dump() for name, entry in folder_entries(folder).items()}
@@ -99,7 +157,11 @@ def check(folder: Path, identity: dict[str, Any], else_do: str, *, any_workers: 
 
 
 def _seal_of(folder: Path, rank: int) -> Path:
-    return folder / f"spin_ray-{rank}.json"
+    return folder / _seal_name(rank)
+
+
+def _seal_name(rank: int) -> str:
+    return f"spin_ray-{rank}.json"
 
 
 def _read(path: Path, else_do: str) -> dict[str, Any]:

@@ -72,6 +72,11 @@ class TrainJob:
         return {**self.inputs(), **self.settings()}
 
     @property
+    def checkpoints(self) -> str:
+        """Folder of the checkpoints; those of each ``identity`` have a folder of their own in it."""
+        return f"{self.name}/checkpoints"
+
+    @property
     def log_path(self) -> str:
         return f"{self.name}/train_log.jsonl"
 
