@@ -41,6 +41,7 @@ def run_workers(
     config: SpinConfig,
     name: str,
     folder: str | Path,
+    prepare: Callable[[], None] = lambda: None,
     progress: Callable[[], Any] = lambda: None,
 ) -> Any:
     """Calls ``function(job)`` on every train worker and returns rank 0's result.
@@ -50,6 +51,7 @@ def run_workers(
 
     Args:
         name: unique to this piece of work.
+        prepare: called before each controller starts.
         progress: returns a value that changes as the work proceeds.
 
     Raises:
@@ -64,7 +66,7 @@ def run_workers(
     trainer = _make_trainer(function, job, config, name, folder)
     try:
         result = while_it_moves(
-            lambda: _fit(trainer, train.max_failures),
+            lambda: _fit(trainer, prepare, train.max_failures),
             progress,
             train.stall_timeout_s,
             f"the train workers for {folder} to finish a step",
@@ -133,10 +135,11 @@ def _cluster_now() -> str:
         return ""
 
 
-def _fit(trainer: ray.train.torch.TorchTrainer, max_failures: int) -> Any:
+def _fit(trainer: ray.train.torch.TorchTrainer, prepare: Callable[[], None], max_failures: int) -> Any:
     """Restarts a dead controller, as Ray restarts only workers."""
     failures = 0
     while True:
+        prepare()
         try:
             return trainer.fit().return_value
         except ray.exceptions.RayActorError as error:

@@ -14,6 +14,7 @@ from spin_ray.loop.stages.training import worker
 from spin_ray.run_dir.events import read_json_lines
 from spin_ray.run_dir.run_dir import RunDir
 from spin_ray.run_dir.storage import Storage
+from spin_ray.runtime.snapshot import SNAPSHOT
 from tests.support import small_run
 from tests.support.small_run import committed
 
@@ -80,6 +81,23 @@ def test_before_its_first_checkpoint_an_iteration_begins_with_any_settings(
     seal.write_text(json.dumps(content))
     small_run.run(config, out)
     assert (out / "iter_000/model").exists()
+
+
+def test_a_run_whose_snapshot_ray_had_cut_goes_on_from_its_checkpoint(
+    tmp_path: Path,
+    config: SpinConfig,
+    calm: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    """``tests/unit/loop/test_checkpoint.py`` shows that Ray reads what is made in its place."""
+    out = tmp_path / "run"
+    cut_down_in_step(monkeypatch, config, out, 3)
+    (folder,) = (out / "iter_000/checkpoints").iterdir()
+    (folder / SNAPSHOT).touch()
+    small_run.run(config, out)
+    assert f"{folder / SNAPSHOT}: is damaged; made again from checkpoint, step 2" in caplog.text
+    assert committed(out) == committed(calm)
 
 
 @pytest.mark.parametrize("keeps", [False, True])

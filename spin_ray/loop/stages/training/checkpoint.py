@@ -4,6 +4,7 @@ The digests are checked before loading, because torch's reader unpickles the fil
 """
 
 import json
+import logging
 import shutil
 from contextlib import suppress
 from pathlib import Path
@@ -17,6 +18,10 @@ from spin_ray.errors import RunDirError
 from spin_ray.learner.backends.base import TrainBackend
 from spin_ray.loop.stages.training.job import TrainJob
 from spin_ray.run_dir.artefact import FileEntry, folder_entries
+from spin_ray.run_dir.storage import Storage, fsync
+from spin_ray.runtime.snapshot import SNAPSHOT, is_readable, snapshot_of
+
+logger = logging.getLogger(__name__)
 
 WORKERS = "train.workers"
 
@@ -46,7 +51,10 @@ def _into_place(checkpoint: ray.train.Checkpoint, name: str) -> ray.train.Checkp
     for file in [path for path in source.rglob("*") if path.is_file()]:
         place = target / file.relative_to(source)
         place.parent.mkdir(parents=True, exist_ok=True)
+        fsync(file)  # torch syncs FSDP2's files itself, and nobody DeepSpeed's and the seals
         file.rename(place)
+    for folder in [*(path for path in target.rglob("*") if path.is_dir()), target, target.parent]:
+        fsync(folder)
     return ray.train.Checkpoint(str(target), storage.storage_filesystem)
 
 
@@ -126,6 +134,38 @@ def _as_json(values: dict[str, Any]) -> dict[str, Any]:
 
 def _else_do(job: TrainJob) -> str:
     return f"or remove {job.checkpoints} to train from the start"
+
+
+def mend_snapshot(storage: Storage, folder: str) -> None:
+    """Makes Ray Train's snapshot in ``folder`` anew if a crash or a full disk cut it.
+
+    Ray writes it over in place, and no controller begins with a cut one. The newest whole checkpoint counts. Without
+    any, the snapshot goes and training starts from its beginning.
+    """
+    path, names = f"{folder}/{SNAPSHOT}", storage.entries(folder)
+    content = storage.find(path)
+    if content is None or is_readable(content, names):
+        return
+    steps = {name: step for name in names if (step := _step_if_whole(storage, f"{folder}/{name}")) is not None}
+    if not steps:
+        logger.warning("%s: is damaged, and no whole checkpoint is there; training starts anew", storage.where(path))
+        storage.delete(path)
+        return
+    newest = max(steps, key=lambda name: (steps[name], name))
+    logger.warning("%s: is damaged; made again from %s, step %d", storage.where(path), newest, steps[newest])
+    storage.replace(path, snapshot_of(newest, {"step": steps[newest]}))
+
+
+def _step_if_whole(storage: Storage, path: str) -> int | None:
+    """Returns the step of a checkpoint that has the seals of all ranks and all that they list, else None."""
+    with suppress(OSError, ValueError, KeyError, TypeError):
+        seals = [json.loads(storage.read(f"{path}/{_seal_name(0)}"))]
+        others = range(1, seals[0]["identity"][WORKERS])
+        seals += [json.loads(storage.read(f"{path}/{_seal_name(rank)}")) for rank in others]
+        files = {name: FileEntry(**entry) for seal in seals for name, entry in seal["files"].items()}
+        if all(storage.digest(f"{path}/{name}") == (entry.sha256, entry.bytes) for name, entry in files.items()):
+            return seals[0]["step"]
+    return None
 
 
 def seal(folder: Path, step: int, identity: dict[str, Any]) -> None:

@@ -156,6 +156,7 @@ def _train(run_dir: RunDir, config: SpinConfig, job: TrainJob) -> None:
                 config,
                 name,
                 run_dir.storage.where(job.checkpoints),
+                prepare=lambda: checkpoint.mend_snapshot(run_dir.storage, f"{job.checkpoints}/{name}"),
                 progress=lambda: run_dir.storage.find(job.log_path),
             )
         own = _added(earlier, job.logged())
