@@ -51,9 +51,9 @@ def disk_use(config: SpinConfig, parameters: float, *, done: int = 0, tuned: Col
     train, left = config.train, max(0, config.iterations - done)
     sections = {"sft": config.sft, "reviser": config.reviser}
     tunings = [how for name, how in sections.items() if how and name not in tuned]
-    trainings = [(_checkpoint(config, how.optimizer, parameters), 1) for how in tunings]
+    trainings = [(checkpoint_bytes(config, how.optimizer, parameters), 1) for how in tunings]
     if left and not train.lora:
-        trainings.append((_checkpoint(config, train.optimizer, parameters), left))
+        trainings.append((checkpoint_bytes(config, train.optimizer, parameters), left))
     return DiskUse(
         model=dtype_bytes(config) * parameters,
         models=len(tunings) + (0 if config.commits_adapters else left),
@@ -61,7 +61,8 @@ def disk_use(config: SpinConfig, parameters: float, *, done: int = 0, tuned: Col
     )
 
 
-def _checkpoint(config: SpinConfig, optimizer: OptimizerConfig, parameters: float) -> float:
+def checkpoint_bytes(config: SpinConfig, optimizer: OptimizerConfig, parameters: float) -> float:
+    """Returns the bytes of a checkpoint of all weights, of all workers together."""
     # FSDP2 keeps fp32 weights and moments; DeepSpeed the computed weights, too.
     numbers = 4 * (1 + moments_of(optimizer))
     return (numbers + (dtype_bytes(config) if config.train.backend == "deepspeed" else 0)) * parameters
