@@ -213,9 +213,8 @@ def _export(job: TrainJob, backend: TrainBackend) -> None:
             ) from error
         finally:
             shutil.rmtree(attempt, ignore_errors=True)
-    else:
+    else:  # without waiting for rank 0, whose hashes and upload may take longer than a collective may
         backend.export_hf(Path())
-    dist.barrier()
 
 
 def _commit(job: TrainJob, attempt: Path) -> None:
