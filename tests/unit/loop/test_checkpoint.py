@@ -9,12 +9,16 @@ from typing import Any
 
 import pytest
 import ray.train
+import torch
+import torch.distributed as dist
+import torch.multiprocessing
 from pyarrow.fs import LocalFileSystem, SubTreeFileSystem
 from ray.train.v2._internal.exceptions import CheckpointManagerInitializationError
 from ray.train.v2._internal.execution.checkpoint.checkpoint_manager import CheckpointManager
 from ray.train.v2._internal.execution.storage import StorageContext
 from ray.train.v2._internal.execution.training_report import _TrainingReport
 
+from spin_ray.errors import RunDirError
 from spin_ray.loop.stages.training import checkpoint
 from spin_ray.run_dir.storage import Storage
 from tests.support.learner_cases import one_rank
@@ -136,3 +140,96 @@ def test_a_cut_snapshot_without_a_whole_checkpoint_goes(tmp_path: Path, process_
     kept.snapshot.write_bytes(b"")
     checkpoint.mend_snapshot(Storage(tmp_path), "work")
     assert kept.latest() is None
+
+
+WRITERS = 4
+
+
+@pytest.fixture
+def of_four(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A checkpoint of four ranks: a file of each, and an index by rank 0."""
+    folder = tmp_path / "checkpoint"
+    folder.mkdir()
+    monkeypatch.setattr(checkpoint.dist, "get_world_size", lambda: WRITERS)
+    for rank in range(WRITERS):
+        own = tmp_path / f"of-{rank}"
+        own.mkdir()
+        (own / f"__{rank}_0.distcp").write_text(f"shard of rank {rank}")
+        if rank == 0:
+            (own / ".metadata").write_text("which tensor is where")
+        monkeypatch.setattr(checkpoint.dist, "get_rank", lambda rank=rank: rank)
+        checkpoint.seal(own, 7, {})
+        for file in own.iterdir():
+            file.rename(folder / file.name)
+    return folder
+
+
+@pytest.fixture
+def hashed(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    names, digest = [], checkpoint.file_digest
+    monkeypatch.setattr(checkpoint, "file_digest", lambda path: names.append(path.name) or digest(path))
+    return names
+
+
+def test_each_rank_checks_what_it_reads(of_four: Path, hashed: list[str]) -> None:
+    for rank in range(WRITERS):
+        hashed.clear()
+        assert checkpoint.check(of_four, {}, "", share=(rank, WRITERS)) == 7
+        assert sorted(hashed) == [".metadata", f"__{rank}_0.distcp"]
+
+
+@pytest.mark.parametrize("readers", [1, 2, 3, 5])
+def test_another_number_of_ranks_checks_every_file_once(of_four: Path, hashed: list[str], readers: int) -> None:
+    for reader in range(readers):
+        checkpoint.check(of_four, {}, "", any_workers=True, share=(reader, readers))
+    assert [name for name in hashed if name != ".metadata"].count("__2_0.distcp") == 1
+    assert {*hashed} == {".metadata", *(f"__{rank}_0.distcp" for rank in range(WRITERS))}
+    assert len(hashed) == WRITERS + readers
+
+
+@pytest.mark.parametrize("filesystem", [LocalFileSystem(), SubTreeFileSystem("/tmp", LocalFileSystem())])
+def test_ranks_share_the_check_of_the_files_that_they_all_see(monkeypatch: pytest.MonkeyPatch, filesystem: Any) -> None:
+    """Four ranks on two nodes: a store's files are on each node anew, for two."""
+    context = SimpleNamespace(get_local_rank=lambda: 1, get_local_world_size=lambda: 2)
+    monkeypatch.setattr(ray.train, "get_context", lambda: context)
+    monkeypatch.setattr(checkpoint.dist, "get_rank", lambda: 3)
+    monkeypatch.setattr(checkpoint.dist, "get_world_size", lambda: WRITERS)
+    made = ray.train.Checkpoint("/tmp", filesystem)
+    assert checkpoint._share_of_rank(made) == ((3, 4) if isinstance(filesystem, LocalFileSystem) else (1, 2))
+
+
+def _restore(rank: int, folder: Path) -> None:
+    """Restores as one of two processes, of which only rank 1 checks the damaged file."""
+    dist.init_process_group("gloo", store=dist.FileStore(str(folder / "store"), 2), rank=rank, world_size=2)
+    saved = folder / "saved"
+    own = folder / f"of-{rank}"
+    own.mkdir()
+    (own / f"__{rank}_0.distcp").write_text(f"shard of rank {rank}")
+    checkpoint.seal(own, 7, {})
+    saved.mkdir(exist_ok=True)
+    for file in own.iterdir():
+        file.rename(saved / file.name)
+    dist.barrier()
+    job: Any = SimpleNamespace(identity=dict, checkpoints="iter_000/checkpoints", elastic=False)
+    loaded: list[Path] = []
+    backend: Any = SimpleNamespace(load=loaded.append)
+    ray.train.get_checkpoint = lambda: ray.train.Checkpoint.from_directory(saved)
+    assert checkpoint.restore(job, backend) == 7
+    assert loaded == [saved]
+    dist.barrier()
+    (saved / "__1_0.distcp").write_text("another shard")
+    dist.barrier()
+    try:
+        checkpoint.restore(job, backend)
+    except RunDirError as error:
+        (folder / f"said-{rank}").write_text(str(error))
+    assert loaded == [saved], "no rank unpickles what another has found damaged"
+    dist.destroy_process_group()
+
+
+@pytest.mark.slow
+def test_no_rank_loads_a_checkpoint_of_which_another_has_found_a_damaged_file(tmp_path: Path) -> None:
+    torch.multiprocessing.spawn(_restore, (tmp_path,), nprocs=2)
+    for rank in range(2):
+        said = (tmp_path / f"said-{rank}").read_text()
+        assert said.startswith(f"{tmp_path}/saved/__1_0.distcp: is missing or differs from its digest")

@@ -6,6 +6,7 @@ The digests are checked before loading, because torch's reader unpickles the fil
 import json
 import logging
 import shutil
+from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -18,12 +19,14 @@ from spin_ray.errors import RunDirError
 from spin_ray.learner.backends.base import TrainBackend
 from spin_ray.loop.stages.training.job import TrainJob
 from spin_ray.run_dir.artefact import FileEntry, folder_entries
-from spin_ray.run_dir.storage import Storage, fsync
+from spin_ray.run_dir.storage import Storage, file_digest, fsync
 from spin_ray.runtime.snapshot import SNAPSHOT, is_readable, snapshot_of
 
 logger = logging.getLogger(__name__)
 
 WORKERS = "train.workers"
+_INDEX = ".metadata"
+"""File in which torch lists what the other files hold; every rank reads it."""
 
 
 def save(job: TrainJob, backend: TrainBackend, step: int) -> None:
@@ -68,13 +71,37 @@ def restore(job: TrainJob, backend: TrainBackend) -> int:
     if newest is None:
         return 0
     with newest.as_directory() as folder:
-        step = check(
-            Path(folder),
-            job.identity(),
-            _else_do(job),
-            any_workers=job.elastic,
+        step = _agreed(
+            lambda: check(
+                Path(folder), job.identity(), _else_do(job), any_workers=job.elastic, share=_share_of_rank(newest)
+            )
         )
         backend.load(Path(folder))
+    return step
+
+
+def _share_of_rank(checkpoint: ray.train.Checkpoint) -> tuple[int, int]:
+    """Returns this rank's number among those that read the same files, and how many they are.
+
+    A store's files are downloaded once for each node.
+    """
+    if isinstance(checkpoint.filesystem, LocalFileSystem):
+        return dist.get_rank(), dist.get_world_size()
+    context = ray.train.get_context()
+    return context.get_local_rank(), context.get_local_world_size()
+
+
+def _agreed(check_own: Callable[[], int]) -> int:
+    """Returns what ``check_own`` does, or raises the first rank's RunDirError on every rank; a collective."""
+    step, mine = 0, None
+    try:
+        step = check_own()
+    except RunDirError as error:
+        mine = str(error)
+    told: list[str | None] = [None] * dist.get_world_size()
+    dist.all_gather_object(told, mine)
+    if first := next(filter(None, told), None):
+        raise RunDirError(first)
     return step
 
 
@@ -175,8 +202,21 @@ def seal(folder: Path, step: int, identity: dict[str, Any]) -> None:
     _seal_of(folder, dist.get_rank()).write_text(json.dumps(content))
 
 
-def check(folder: Path, identity: dict[str, Any], else_do: str, *, any_workers: bool = False) -> int:
+def check(
+    folder: Path,
+    identity: dict[str, Any],
+    else_do: str,
+    *,
+    any_workers: bool = False,
+    share: tuple[int, int] = (0, 1),
+) -> int:
     """Checks a checkpoint and returns its step; ``any_workers`` accepts another number of workers.
+
+    Of n readers each checks the files of every n-th writer, and the index. As many readers as writers thus check
+    their own files, which they read next anyway.
+
+    Args:
+        share: number of this reader, and how many there are.
 
     Raises:
         RunDirError: a file is damaged, or of other work; the message ends with ``else_do``.
@@ -189,11 +229,18 @@ def check(folder: Path, identity: dict[str, Any], else_do: str, *, any_workers: 
     if changes := _changes(then, now):
         raise RunDirError(f"{folder}: was written with other values of {changes}; restore them, {else_do}")
     seals += [_read(_seal_of(folder, rank), else_do) for rank in range(1, writers)]
-    found = {name: entry.model_dump() for name, entry in folder_entries(folder).items()}
-    for name, entry in (item for seal in seals for item in seal["files"].items()):
-        if found.get(name) != FileEntry(**entry).model_dump():
+    files = {name: entry for seal in seals[share[0] :: share[1]] for name, entry in seal["files"].items()}
+    for name, entry in (files | {_INDEX: seals[0]["files"].get(_INDEX)}).items():
+        if entry is not None and not _is_whole(folder / name, FileEntry(**entry)):
             raise RunDirError(f"{folder / name}: is missing or differs from its digest; restore it, {else_do}")
     return seals[0]["step"]
+
+
+def _is_whole(path: Path, entry: FileEntry) -> bool:
+    try:
+        return file_digest(path) == (entry.sha256, entry.bytes)
+    except FileNotFoundError:
+        return False
 
 
 def _seal_of(folder: Path, rank: int) -> Path:
