@@ -2,10 +2,11 @@
 
 import asyncio
 import os
+import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, cast
 
 import pytest
 import ray.train
@@ -20,6 +21,8 @@ from ray.train.v2._internal.execution.training_report import _TrainingReport
 
 from spin_ray.errors import RunDirError
 from spin_ray.loop.stages.training import checkpoint
+from spin_ray.run_dir import object_storage
+from spin_ray.run_dir.object_storage import ObjectStorage
 from spin_ray.run_dir.storage import Storage
 from tests.support.learner_cases import one_rank
 
@@ -142,6 +145,34 @@ def test_a_cut_snapshot_without_a_whole_checkpoint_goes(tmp_path: Path, process_
     assert kept.latest() is None
 
 
+def test_a_checkpoint_on_a_store_is_read_from_this_machines_cache(
+    tmp_path: Path, process_group: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Python's temporary folder is often a small disk, or memory."""
+    context = SimpleNamespace(get_local_rank=lambda: 0, get_local_world_size=lambda: 1, get_node_rank=lambda: 0)
+    (tmp_path / "saved").mkdir()
+    (tmp_path / "saved/__0_0.distcp").write_text("weights")
+    checkpoint.seal(tmp_path / "saved", 7, {})
+    newest = ray.train.Checkpoint("saved", SubTreeFileSystem(str(tmp_path), LocalFileSystem()))
+    monkeypatch.setattr(ray.train, "get_context", lambda: context)
+    monkeypatch.setattr(ray.train, "get_checkpoint", lambda: newest)
+    monkeypatch.setattr(object_storage, "CACHE", tmp_path / "cache")
+    job: Any = SimpleNamespace(
+        identity=dict, checkpoints="iter_000/checkpoints", elastic=False, storage=ObjectStorage("s3://bucket/run")
+    )
+    loaded: list[Path] = []
+
+    def load(folder: Path) -> None:
+        assert (folder / "__0_0.distcp").read_text() == "weights"
+        loaded.append(folder)
+
+    elsewhere = tempfile.gettempdir()
+    assert checkpoint.restore(job, cast(Any, SimpleNamespace(load=load))) == 7
+    assert loaded[0].is_relative_to(tmp_path / "cache")
+    assert not loaded[0].exists()
+    assert tempfile.gettempdir() == elsewhere
+
+
 WRITERS = 4
 
 
@@ -210,7 +241,9 @@ def _restore(rank: int, folder: Path) -> None:
     for file in own.iterdir():
         file.rename(saved / file.name)
     dist.barrier()
-    job: Any = SimpleNamespace(identity=dict, checkpoints="iter_000/checkpoints", elastic=False)
+    job: Any = SimpleNamespace(
+        identity=dict, checkpoints="iter_000/checkpoints", elastic=False, storage=Storage(folder)
+    )
     loaded: list[Path] = []
     backend: Any = SimpleNamespace(load=loaded.append)
     ray.train.get_checkpoint = lambda: ray.train.Checkpoint.from_directory(saved)

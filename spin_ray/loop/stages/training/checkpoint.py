@@ -6,8 +6,9 @@ The digests are checked before loading, because torch's reader unpickles the fil
 import json
 import logging
 import shutil
-from collections.abc import Callable
-from contextlib import suppress
+import tempfile
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -70,7 +71,7 @@ def restore(job: TrainJob, backend: TrainBackend) -> int:
     newest = ray.train.get_checkpoint()
     if newest is None:
         return 0
-    with newest.as_directory() as folder:
+    with _readable(newest, job.storage) as folder:
         step = _agreed(
             lambda: check(
                 Path(folder), job.identity(), _else_do(job), any_workers=job.elastic, share=_share_of_rank(newest)
@@ -78,6 +79,28 @@ def restore(job: TrainJob, backend: TrainBackend) -> int:
         )
         backend.load(Path(folder))
     return step
+
+
+@contextmanager
+def _readable(checkpoint: ray.train.Checkpoint, storage: Storage) -> Iterator[str]:
+    """Yields a folder with the files of all ranks, on a store a copy for each node; then a collective.
+
+    Ray downloads into Python's temporary folder. The cache takes its place, on a disk that has room for such files. The
+    folder there belongs to one process of the node, after whose death the next one removes it.
+    """
+    if isinstance(checkpoint.filesystem, LocalFileSystem):
+        yield checkpoint.path
+        return
+    context = ray.train.get_context()
+    node, told = context.get_node_rank(), [("", 0)] * dist.get_world_size()
+    mine = str(storage.new_attempt_folder()) if context.get_local_rank() == 0 else ""
+    dist.all_gather_object(told, (mine, node))
+    before, tempfile.tempdir = tempfile.tempdir, next(path for path, on in told if path and on == node)
+    try:
+        with checkpoint.as_directory() as folder:
+            yield folder
+    finally:
+        tempfile.tempdir = before
 
 
 def _share_of_rank(checkpoint: ray.train.Checkpoint) -> tuple[int, int]:
