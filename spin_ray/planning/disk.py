@@ -62,7 +62,7 @@ def disk_use(config: SpinConfig, parameters: float, *, done: int = 0, tuned: Col
 
 
 def checkpoint_bytes(config: SpinConfig, optimizer: OptimizerConfig, parameters: float) -> float:
-    """Returns the bytes of a checkpoint of all workers together.
+    """Returns the bytes of a checkpoint of all weights, of all workers together.
 
     FSDP2 keeps fp32 weights and moments; DeepSpeed the computed weights, too.
     """

@@ -67,9 +67,10 @@ class ObjectStorage(Storage):
     def where(self, name: str) -> str:
         return f"{self._uri}/{name}"
 
-    def entries(self) -> list[str]:
-        listed = self._insist("", lambda: obstore.list_with_delimiter(self._store))
-        return [*(str(prefix) for prefix in listed["common_prefixes"]), *(one["path"] for one in listed["objects"])]
+    def entries(self, folder: str = "") -> list[str]:
+        listed = self._insist(folder, lambda: obstore.list_with_delimiter(self._store, folder or None))
+        paths = [*map(str, listed["common_prefixes"]), *(one["path"] for one in listed["objects"])]
+        return sorted(path.rpartition("/")[2] for path in paths)
 
     def exists(self, name: str) -> bool:
         try:

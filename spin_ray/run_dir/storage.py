@@ -111,8 +111,9 @@ class Storage:
         """Returns a local folder with ``files``."""
         return self.path(name)
 
-    def entries(self) -> list[str]:
-        return sorted(entry.name for entry in self._folder.glob("*"))
+    def entries(self, folder: str = "") -> list[str]:
+        """Returns the names of files and folders in ``folder``; none if it does not exist."""
+        return sorted(entry.name for entry in self.path(folder).glob("*"))
 
     def find(self, name: str) -> bytes | None:
         try:

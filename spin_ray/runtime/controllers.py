@@ -19,7 +19,11 @@ from ray.experimental.internal_kv import _internal_kv_del, _internal_kv_get, _in
 from ray.train.v2._internal.constants import get_env_vars_to_propagate
 from ray.train.v2._internal.execution.callback import WorkerGroupCallback
 from ray.train.v2._internal.execution.controller import TrainController
+from ray.train.v2._internal.execution.failure_handling.default import DefaultFailurePolicy
+from ray.train.v2._internal.execution.failure_handling.failure_policy import FailureDecision
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
+
+from spin_ray.errors import StageError, UserError
 
 _UNUSED = ("DatasetsCallback", "PlacementGroupCleanerCallback")
 _idle: dict[tuple[str, str], Any] = {}
@@ -38,7 +42,8 @@ class Trainer(ray.train.torch.TorchTrainer):
         here = ray.get_runtime_context().get_node_id(), ray.get_runtime_context().get_job_id()
         actor = _take(*here)
         try:
-            result = ray.get(actor.run.remote(get_env_vars_to_propagate(), arguments))
+            policy = _SaidOnce(self.run_config.failure_config)
+            result = ray.get(actor.run.remote(get_env_vars_to_propagate(), arguments | {"failure_policy": policy}))
         except BaseException:
             with suppress(Exception):  # Ray itself may be gone
                 ray.kill(actor)
@@ -47,6 +52,24 @@ class Trainer(ray.train.torch.TorchTrainer):
         _internal_kv_del(_key(actor._actor_id.hex()))
         _idle[here] = actor
         return result
+
+
+def said_by(error: BaseException) -> UserError | StageError | None:
+    """Returns the error that a worker wrote for the reader, if any did."""
+    for failure in getattr(error, "worker_failures", {}).values():
+        raised = getattr(failure, "_base_exc", failure)  # Ray wraps it to keep the traceback
+        if isinstance(raised, UserError | StageError):
+            return raised
+    return None
+
+
+class _SaidOnce(DefaultFailurePolicy):
+    """A policy that starts no other workers after an error with a cure: the same would happen after the same work."""
+
+    def make_decision(self, training_failed_error: ray.train.TrainingFailedError) -> FailureDecision:
+        if said_by(training_failed_error):
+            return FailureDecision.RAISE
+        return super().make_decision(training_failed_error)
 
 
 class TrainControllers:

@@ -14,9 +14,9 @@ import ray.train
 import ray.train.torch
 
 from spin_ray.config.recipe import SpinConfig
-from spin_ray.errors import HealthError, StageError, UserError, last_line, memory_advice
+from spin_ray.errors import HealthError, StageError, last_line, memory_advice
 from spin_ray.runtime import cpu, gpu
-from spin_ray.runtime.controllers import Trainer
+from spin_ray.runtime.controllers import Trainer, said_by
 from spin_ray.runtime.garbage import collect_as_usual, skip_imports
 from spin_ray.runtime.placement import demands, in_the_cluster
 from spin_ray.runtime.waiting import wait_until_free, while_it_moves
@@ -41,20 +41,22 @@ def run_workers(
     config: SpinConfig,
     name: str,
     folder: str | Path,
+    prepare: Callable[[], None] = lambda: None,
     progress: Callable[[], Any] = lambda: None,
 ) -> Any:
     """Calls ``function(job)`` on every train worker and returns rank 0's result.
 
     A dead worker group or controller restarts, up to ``train.max_failures`` times. It may continue from the last
-    checkpoint under ``folder/name``.
+    checkpoint under ``folder/name``. A UserError or StageError of a worker ends the group for good.
 
     Args:
         name: unique to this piece of work.
+        prepare: called before each controller starts.
         progress: returns a value that changes as the work proceeds.
 
     Raises:
-        UserError: a worker raised it. HealthError is not retried.
-        StageError: the workers were not placed in time, failed too often or stood still.
+        UserError: a worker raised it.
+        StageError: a worker raised it, or the workers were not placed in time, failed too often or stood still.
     """
     train = config.train
     wait_until_free(demands(config)["train"], train.start_timeout_s, f"the train workers for {folder}")
@@ -64,16 +66,14 @@ def run_workers(
     trainer = _make_trainer(function, job, config, name, folder)
     try:
         result = while_it_moves(
-            lambda: _fit(trainer, train.max_failures),
+            lambda: _fit(trainer, prepare, train.max_failures),
             progress,
             train.stall_timeout_s,
             f"the train workers for {folder} to finish a step",
         )
     except (ray.train.TrainingFailedError, ray.exceptions.RayError) as error:
-        for failure in getattr(error, "worker_failures", {}).values():
-            raised = getattr(failure, "_base_exc", failure)  # Ray wraps it to keep the traceback
-            if isinstance(raised, UserError):
-                raise raised from error
+        if said := said_by(error):
+            raise said from error
         raise StageError(
             f"the train workers for {folder} failed: {last_line(error)}{memory_advice(error, _USE_LESS)}; "
             f"{_cluster_now()}run the command again to go on"
@@ -133,10 +133,11 @@ def _cluster_now() -> str:
         return ""
 
 
-def _fit(trainer: ray.train.torch.TorchTrainer, max_failures: int) -> Any:
+def _fit(trainer: ray.train.torch.TorchTrainer, prepare: Callable[[], None], max_failures: int) -> Any:
     """Restarts a dead controller, as Ray restarts only workers."""
     failures = 0
     while True:
+        prepare()
         try:
             return trainer.fit().return_value
         except ray.exceptions.RayActorError as error:

@@ -139,7 +139,9 @@ def test_train_workers_and_their_controller_that_are_killed_go_on_from_the_last_
             "train": {"workers": 2, "max_failures": 1, "resources": {"cpus": 1}},
         }
     )
-    run_workers(_counts_to_four, tmp_path, config, "count", tmp_path / "checkpoints")
+    starts: list[int] = []
+    run_workers(_counts_to_four, tmp_path, config, "count", tmp_path / "checkpoints", prepare=lambda: starts.append(1))
+    assert len(starts) == 2, "before each controller: the first may have been killed while it wrote its snapshot"
     assert (tmp_path / "killed").exists() and (tmp_path / "controller_killed").exists()
     for rank in (0, 1):
         assert (tmp_path / f"steps-{rank}").read_text().split() == ["0", "1", "2", "3"]

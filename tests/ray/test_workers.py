@@ -11,7 +11,7 @@ import torch
 import torch.distributed as dist
 
 from spin_ray.config.recipe import SpinConfig
-from spin_ray.errors import HealthError, RunDirError
+from spin_ray.errors import HealthError, RunDirError, StageError
 from spin_ray.runtime.garbage import _AS_USUAL
 from spin_ray.runtime.workers import run_workers
 from tests.support.killable_cluster import KillableCluster
@@ -55,6 +55,21 @@ def test_a_run_that_runs_away_is_not_tried_again(tmp_path: Path) -> None:
         run_workers(_runs_away, tmp_path, config, "away", tmp_path / "checkpoints")
     assert [(tmp_path / f"calls-{rank}").read_text() for rank in (0, 1)] == ["called\n", "called\n"]
     assert len(KillableCluster.processes("controller")) == 1, "the process of controllers is kept"
+
+
+def _finds_a_full_disk(folder: Path) -> None:
+    with (folder / f"calls-{dist.get_rank()}").open("a") as file:
+        file.write("called\n")
+    if dist.get_rank() == 0:
+        raise StageError("iter_000/model: could not be written (No space left on device)")
+    dist.barrier()
+
+
+def test_an_error_with_a_cure_is_said_at_once_though_others_wait(tmp_path: Path) -> None:
+    config = CONFIG.model_copy(update={"train": CONFIG.train.model_copy(update={"max_failures": 2})})
+    with pytest.raises(StageError, match=r"^iter_000/model: could not be written \(No space left on device\)$"):
+        run_workers(_finds_a_full_disk, tmp_path, config, "full", tmp_path / "checkpoints")
+    assert [(tmp_path / f"calls-{rank}").read_text() for rank in (0, 1)] == ["called\n", "called\n"]
 
 
 @ray.remote(num_cpus=0)

@@ -120,9 +120,16 @@ class _Items:
 
 
 def _run_worker(
-    function: Callable[[Any], Any], job: Any, config: SpinConfig, name: str, where: str, **_: object
+    function: Callable[[Any], Any],
+    job: Any,
+    config: SpinConfig,
+    name: str,
+    where: str,
+    prepare: Callable[[], None] = lambda: None,
+    **_: object,
 ) -> Any:
     """Runs one worker; keeps a reported checkpoint as Ray Train does, complete or not at all."""
+    prepare()
     # Of a run on an object store, Ray Train would keep the checkpoints there.
     folder = object_storage.CACHE / where.replace("://", "/") if "://" in where else Path(where)
     kept = folder / name / "checkpoint"

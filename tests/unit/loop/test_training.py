@@ -1,6 +1,7 @@
 """Training below Ray and torch.distributed: what identifies the work, rows and reference scores in their places."""
 
 import json
+from types import SimpleNamespace
 from typing import Any
 
 import pyarrow as pa
@@ -235,6 +236,15 @@ def test_a_line_that_a_crash_cut_short_is_cut_off(run, jobs, monkeypatch):
     run.storage.append("iter_000/train_log.jsonl", '{"step": 0}\n{"st')
     log_of(run, jobs, first=1).write({"step": 1})
     assert run.storage.read("iter_000/train_log.jsonl") == b'{"step": 0}\n{"step": 1}\n'
+
+
+def test_other_ranks_do_not_wait_while_rank_0_hashes_and_uploads_the_model(run, jobs, monkeypatch):
+    """No process group is there: each collective would fail. One of them ended an upload of half an hour."""
+    train(run, config_of(), 0)
+    monkeypatch.setattr(worker.dist, "get_rank", lambda: 1)
+    gathered = []
+    worker._export(jobs[-1], SimpleNamespace(export_hf=gathered.append))
+    assert len(gathered) == 1
 
 
 def test_only_rank_0_writes_the_log(run, jobs, monkeypatch):

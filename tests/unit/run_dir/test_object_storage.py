@@ -1,6 +1,7 @@
 """A store that cannot be used is told at once; one that has answered before is waited for."""
 
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import obstore
@@ -11,6 +12,7 @@ from obstore.store import MemoryStore
 from spin_ray.errors import ConfigError, StageError
 from spin_ray.run_dir import object_storage
 from spin_ray.run_dir.object_storage import ObjectStorage, open_storage
+from spin_ray.run_dir.storage import Storage
 
 NO_ROLE = GenericError("Error performing PUT http://169.254.169.254/latest/api/token: 403 Forbidden")
 
@@ -51,6 +53,17 @@ def opened_on(store: MemoryStore) -> ObjectStorage:
     storage = ObjectStorage("s3://bucket/run")
     storage.__dict__["_store"] = store  # in the place of the one that _store opens
     return storage
+
+
+def test_the_entries_of_a_folder_are_named_as_on_a_file_system(tmp_path: Path) -> None:
+    store, storage = opened_on(MemoryStore()), Storage(tmp_path)
+    for name in ("run.json", "iter_000/checkpoints/abc/checkpoint_1/spin_ray-0.json", "iter_000/train_log.jsonl"):
+        for each in (store, storage):
+            each.create(name, b"{}")
+    for folder in ("iter_000", "iter_000/checkpoints/abc", "iter_001"):
+        assert store.entries(folder) == storage.entries(folder)
+    assert store.entries() == ["iter_000", "run.json"]
+    assert store.entries("iter_000") == ["checkpoints", "train_log.jsonl"]
 
 
 def test_a_line_that_another_process_appends_meanwhile_stays(monkeypatch: pytest.MonkeyPatch) -> None:

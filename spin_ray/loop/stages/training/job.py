@@ -73,6 +73,11 @@ class TrainJob:
         return {**self.inputs(), **self.settings()}
 
     @property
+    def checkpoints(self) -> str:
+        """Folder of the checkpoints; those of each ``identity`` have a folder of their own in it."""
+        return f"{self.name}/checkpoints"
+
+    @property
     def log_path(self) -> str:
         return train_log_path(self.name)
 

@@ -10,6 +10,7 @@ from spin_ray.config.sections import OptimizerConfig, SftConfig
 from spin_ray.inputs.model_folder import ModelFolder
 from spin_ray.learner.backends.base import BackendSettings
 from spin_ray.learner.step import Objective, PackShape
+from spin_ray.loop.stages.training import checkpoint
 from spin_ray.loop.stages.training.job import TrainJob
 from spin_ray.loop.stages.training.log import Watcher
 from spin_ray.loop.stages.training.worker import work
@@ -143,24 +144,31 @@ def _backend_settings(config: SpinConfig, optimizer: OptimizerConfig, learning_r
 
 def _train(run_dir: RunDir, config: SpinConfig, job: TrainJob) -> None:
     if job.target.already_made(job.inputs(), job.settings()):
+        _let_go(run_dir, config, job)  # a driver that was killed may have left them
         return
-    checkpoints, earlier = f"{job.name}/checkpoints", job.logged()
+    name, earlier = digest([job.inputs(), job.settings()])[:16], job.logged()
+    checkpoint.refuse_other_settings(job, name)
     with run_dir.stage(f"{job.name}/training") as counted:
         with Watcher(job):
             counted |= run_workers(
                 work,
                 job,
                 config,
-                digest([job.inputs(), job.settings()])[:16],
-                run_dir.storage.where(checkpoints),
+                name,
+                run_dir.storage.where(job.checkpoints),
+                prepare=lambda: checkpoint.mend_snapshot(run_dir.storage, f"{job.checkpoints}/{name}"),
                 progress=lambda: run_dir.storage.find(job.log_path),
             )
         own = _added(earlier, job.logged())
         counted |= {"steps": len(own), "tokens": sum(line["tokens"] for line in own)}
         counted |= {"work_s": counted["work_s"] + sum(line["seconds"] for line in own)}
         counted |= {"rows": job.rows.manifest().rows}
-        if not config.storage.keep_checkpoints:
-            run_dir.storage.delete(checkpoints)
+        _let_go(run_dir, config, job)
+
+
+def _let_go(run_dir: RunDir, config: SpinConfig, job: TrainJob) -> None:
+    if not config.storage.keep_checkpoints and run_dir.storage.entries(job.checkpoints):
+        run_dir.storage.delete(job.checkpoints)
 
 
 def _added(earlier: list[dict[str, Any]], now: list[dict[str, Any]]) -> list[dict[str, Any]]:

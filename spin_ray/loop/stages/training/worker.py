@@ -1,8 +1,9 @@
 """The work of each train worker, from loading θ_t to exporting θ_{t+1} as a Hugging Face folder."""
 
 import logging
+import shutil
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -11,8 +12,9 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import torch
 import torch.distributed as dist
+from safetensors import SafetensorError
 
-from spin_ray.errors import RunDirError
+from spin_ray.errors import RunDirError, StageError, last_line
 from spin_ray.learner.backends import make_backend
 from spin_ray.learner.backends.base import TrainBackend
 from spin_ray.learner.health import HealthMonitor
@@ -24,7 +26,9 @@ from spin_ray.loop.stages.training.job import TrainJob
 from spin_ray.loop.stages.training.log import TrainLog
 from spin_ray.loop.stages.training.recomputation import recomputes
 from spin_ray.loop.stages.training.teacher import load_teacher
+from spin_ray.planning.disk import checkpoint_bytes, free_bytes, parameters_of
 from spin_ray.planning.mesh import Choice, mesh_of
+from spin_ray.planning.weights import dtype_bytes
 from spin_ray.run_dir.artefact import Artefact, Manifest, folder_entries
 from spin_ray.run_dir.names import part_name
 from spin_ray.run_dir.schemas import PAIR_SCHEMA, REFERENCE_SCHEMA
@@ -33,11 +37,18 @@ from spin_ray.runtime.workers import device, nodes_and_room
 
 logger = logging.getLogger(__name__)
 
+UNSAVED_S = 600.0
+"""Longest time of steps, in seconds, that an export which fails may cost. More is saved before the export.
+
+A checkpoint is four times as large as an exported model, and 29 s of a 7B on one node (docs/scale.md).
+"""
 _TOKENS = ("prompt_ids", "real_ids", "generated_ids", "initial_ids")
 
 
 def work(job: TrainJob) -> dict[str, Any]:
     """Does this rank's part of the job. Returns what train_log.jsonl lacks; ``work_s`` is without the steps."""
+    if _on_all_ranks(lambda: dist.get_rank() != 0 or _is_made(job)):  # by workers that died after their commit
+        return {"work_s": 0.0}
     job, choice = _on_a_mesh(job)
     rank, ranks = job.shape.place()
     planned = plan(
@@ -55,6 +66,7 @@ def work(job: TrainJob) -> dict[str, Any]:
     work_s = time.monotonic() - started
     first = checkpoint.restore(job, backend)
     log, health = TrainLog(job, first), HealthMonitor(job.health, len(steps))
+    saved = time.monotonic()
     for number in range(first, len(steps)):
         started = time.monotonic()
         metrics = train_step(backend, steps[number], table, job.shape, job.objective, reference, teacher)
@@ -62,6 +74,9 @@ def work(job: TrainJob) -> dict[str, Any]:
         health.check(number, metrics)
         if (number + 1) % job.checkpoint_every_steps == 0 and number + 1 < len(steps):
             checkpoint.save(job, backend, number + 1)
+            saved = time.monotonic()
+    if _on_all_ranks(lambda: time.monotonic() - saved > UNSAVED_S and _has_room(job)):
+        checkpoint.save(job, backend, len(steps))
     _export(job, backend)
     mesh = {"mesh": f"{choice.mesh}: {choice.reason}"} if choice.mesh.ranks > 1 else {}
     return {"work_s": work_s} | audited | mesh
@@ -159,14 +174,56 @@ def _load_by_pair(artefact: Artefact, table: pa.Table, columns: tuple[str, ...])
     return [torch.tensor(ordered[name].to_numpy()).to(device()) for name in columns]
 
 
+def _on_all_ranks(condition: Callable[[], bool]) -> bool:
+    holds = torch.tensor(int(condition()), device=device())
+    dist.all_reduce(holds, dist.ReduceOp.MIN)
+    return bool(holds)
+
+
+def _is_made(job: TrainJob) -> bool:
+    return job.target.already_made(job.inputs(), job.settings())
+
+
+def _has_room(job: TrainJob) -> bool:
+    """Tells whether a checkpoint and the model fit on the disk, so that one does not keep the other from its room."""
+    attempt, optimizer = job.storage.new_attempt_folder(), job.backend.optimizer
+    free = free_bytes(attempt)
+    attempt.rmdir()
+    if free is None or optimizer is None or job.backend.lora is not None:
+        return True
+    parameters = parameters_of(job.start.parts_here()[0])
+    return free > checkpoint_bytes(job.recipe, optimizer, parameters) + dtype_bytes(job.recipe) * parameters
+
+
 def _export(job: TrainJob, backend: TrainBackend) -> None:
-    """Exports θ_{t+1}. Its folder appears at once, with the manifest."""
-    attempt = job.storage.new_attempt_folder() if dist.get_rank() == 0 else Path()
-    backend.export_hf(attempt)
+    """Exports θ_{t+1}. Its folder appears at once, with the manifest.
+
+    Raises:
+        StageError: the folder could not be written.
+    """
     if dist.get_rank() == 0:
-        if job.chat_template is not None:
-            (attempt / "chat_template.jinja").write_text(job.chat_template, encoding="utf-8")
-        manifest = Manifest.of(folder_entries(attempt), job.inputs(), job.settings())
-        (attempt / MANIFEST).write_bytes(manifest.to_bytes())
+        attempt = job.storage.new_attempt_folder()
+        try:
+            backend.export_hf(attempt)
+            _commit(job, attempt)
+        except (OSError, SafetensorError) as error:
+            raise StageError(
+                f"{job.storage.where(job.target.path)}: could not be written ({last_line(error)}); see to that and run "
+                "the command again, everything committed is kept"
+            ) from error
+        finally:
+            shutil.rmtree(attempt, ignore_errors=True)
+    else:  # without waiting for rank 0, whose hashes and upload may take longer than a collective may
+        backend.export_hf(Path())
+
+
+def _commit(job: TrainJob, attempt: Path) -> None:
+    if job.chat_template is not None:
+        (attempt / "chat_template.jinja").write_text(job.chat_template, encoding="utf-8")
+    manifest = Manifest.of(folder_entries(attempt), job.inputs(), job.settings())
+    (attempt / MANIFEST).write_bytes(manifest.to_bytes())
+    try:
         job.storage.create_folder(job.target.path, attempt)
-    dist.barrier()
+    except FileExistsError:
+        if not _is_made(job):
+            raise
