@@ -28,6 +28,7 @@ from spin_ray.run_dir.storage import Storage
 from spin_ray.runtime import placement
 from spin_ray.runtime.engine import EngineSpec, StartEngine
 from spin_ray.runtime.placement import check_fits, room_for
+from spin_ray.runtime.waiting import wait_until_free
 from tests.support.fakes import FakeEngine, seed_engine
 
 ray.cloudpickle.register_pickle_by_value(sys.modules[__name__])  # actors cannot import a test module
@@ -183,7 +184,9 @@ def test_a_stage_that_cannot_be_placed_is_refused_at_once() -> None:
     assert time.monotonic() - started < 5
 
 
-def test_a_request_for_nodes_reaches_rays_autoscaler_and_is_withdrawn(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.fixture
+def asked(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
+    """The requests that reached Ray's autoscaler."""
     asked: list[Any] = []
 
     def ask(request: placement.Request) -> None:
@@ -192,6 +195,10 @@ def test_a_request_for_nodes_reaches_rays_autoscaler_and_is_withdrawn(monkeypatc
 
     send = placement._ask_autoscaler
     monkeypatch.setattr(placement, "_ask_autoscaler", ask)
+    return asked
+
+
+def test_a_request_for_nodes_reaches_rays_autoscaler_and_is_withdrawn(asked: list[Any]) -> None:
     workers = {"workers": 3, "resources": {"labels": {"pool": "a"}}}
     with (
         pytest.raises(ResourceError, match="train asks for 3 × 1 CPU"),
@@ -200,3 +207,10 @@ def test_a_request_for_nodes_reaches_rays_autoscaler_and_is_withdrawn(monkeypatc
         pass
     assert asked[0] == [{"CPU": 1.0}] * 3, "in whose room the engine plays"
     assert asked[-1] == []
+
+
+def test_so_does_the_request_of_a_stage_whose_nodes_have_gone(asked: list[Any]) -> None:
+    train = {"workers": 3, "global_batch_pairs": 4, "pack_length": 256, "start_timeout_s": 0.1}
+    with pytest.raises(StageError, match="there is room for 2, 1 CPU is missing"):
+        wait_until_free(make_config(train=train, cluster={"wait_for_nodes_s": 0.2}), "train", "the train workers")
+    assert asked[0] == [{"CPU": 1.0}] * 3 and asked[-1] == []
