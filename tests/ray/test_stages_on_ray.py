@@ -4,7 +4,7 @@ import json
 import shutil
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from functools import cache
 from pathlib import Path
 from types import ModuleType
@@ -22,6 +22,7 @@ from spin_ray.errors import ConfigError, DataError, ResourceError, StageError
 from spin_ray.inputs.embedded import resolve
 from spin_ray.loop.stages import pairs, prompts
 from spin_ray.loop.stages.generation import stage as generation
+from spin_ray.report import grading
 from spin_ray.report.grading import check_on_workers
 from spin_ray.run_dir.run_dir import RunDir
 from spin_ray.run_dir.storage import Storage
@@ -171,9 +172,58 @@ def test_a_grader_that_workers_cannot_import_is_said_at_the_start(monkeypatch: p
     here = ModuleType("only_on_the_driver")
     here.grade = float  # type: ignore[attr-defined]
     monkeypatch.setitem(sys.modules, here.__name__, here)
-    check_on_workers({"evaluation.grade": "exact", "scorer.path": "statistics:mean"})
+    check_on_workers({"evaluation.grade": "exact", "scorer.path": "statistics:mean"}, 60)
     with pytest.raises(ConfigError, match=r"on the workers, self_filter\.grade: only_on_the_driver:grade cannot"):
-        check_on_workers({"self_filter.grade": "only_on_the_driver:grade"})
+        check_on_workers({"self_filter.grade": "only_on_the_driver:grade"}, 60)
+
+
+def hang_on_the_first(grade: str, response: str, answer: str, *_: str) -> float:
+    if answer == "0":
+        time.sleep(600)
+    return 0.5
+
+
+@pytest.fixture
+def own_grader(monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
+    """A grader of the user's, which hangs on the answer 0 and when it is imported."""
+    monkeypatch.setattr(grading, "graded", hang_on_the_first)
+    monkeypatch.setattr(grading, "find_grader", lambda grade, setting: time.sleep(600))
+    ray.cloudpickle.register_pickle_by_value(grading)  # workers get it as it is here
+    yield "mine:grade"
+    ray.cloudpickle.unregister_pickle_by_value(grading)
+
+
+def test_a_grader_that_hangs_is_an_error_that_names_setting_grader_and_rows_and_gives_its_cpu_back(
+    own_grader: str,
+) -> None:
+    """Of 600 rows in three tasks the first hangs; the other two end."""
+    rows = [("response", str(number), f"row-{number}") for number in range(600)]
+    config = make_config(generation={"shard_timeout_s": 15})
+    assert grading.grade_all(own_grader, rows[1:], config) == [0.5] * 599
+    waited = (
+        r"^evaluation\.grade mine:grade: waited 15 s \(generation\.shard_timeout_s\) for the grades of 256 rows, "
+        r"row-0 to row-255; the cluster has 2 CPU .*run the command again$"
+    )
+    with pytest.raises(StageError, match=waited):
+        grading.grade_all(own_grader, rows, config)
+    both = make_config(train={"workers": 2, "global_batch_pairs": 4, "pack_length": 256})
+    wait_until_free(both, "train", "both CPUs")
+
+
+def test_a_grader_that_finds_no_cpu_is_an_error_too(own_grader: str) -> None:
+    taken = [ray.remote(lambda: time.sleep(600)).options(num_cpus=1).remote() for _ in range(2)]
+    config = make_config(generation={"shard_timeout_s": 2})
+    try:
+        with pytest.raises(StageError, match=r"waited 2 s .* of 1 rows, row-1 to row-1; .* half a CPU was never free"):
+            grading.grade_all(own_grader, [("response", "1", "row-1")], config)
+    finally:
+        for task in taken:
+            ray.cancel(task, force=True)
+
+
+def test_a_grader_whose_import_hangs_is_said_at_the_start(own_grader: str) -> None:
+    with pytest.raises(StageError, match=r"self_filter\.grade mine:grade: waited 1 s for a worker to import it"):
+        check_on_workers({"self_filter.grade": own_grader}, 1)
 
 
 def test_a_stage_that_cannot_be_placed_is_refused_at_once() -> None:
