@@ -69,7 +69,9 @@ def _last_line(error: BaseException) -> str:
 
 
 def user_error_in(error: BaseException) -> UserError | None:
-    """Returns the UserError of another process, of which Ray Data passes on only the text."""
+    """Returns the UserError of another process: the cause of Ray's error, or read from its text, all of Ray Data's."""
+    if isinstance(cause := getattr(error, "cause", None), UserError):
+        return cause
     named = re.fullmatch(rf"{__name__}\.(\w+): (.*)", _last_line(error))
     kind = globals().get(named[1]) if named else None
     if named is None or not isinstance(kind, type) or not issubclass(kind, UserError):

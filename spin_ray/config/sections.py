@@ -262,9 +262,11 @@ class GenerationConfig(Section):
     engine: EngineConfig = EngineConfig()
     """Arguments of each engine."""
     start_timeout_s: MayChange[Positive] = 900
-    """Longest wait for an engine to be ready, in seconds. Large models take minutes."""
+    """Longest wait for an engine to be ready, in seconds. Large models take minutes. Also the longest for a worker to
+    import a grader of your own."""
     shard_timeout_s: MayChange[Positive] = 7200
-    """Longest time without a finished shard, in seconds, before the stage fails."""
+    """Longest time without a finished shard, in seconds, before the stage fails. Also the longest without a finished
+    part of SPPO's preferences, or without 256 more rows from a grader of your own."""
     max_failures: MayChange[CountOrZero] = 3
     """Restarts of a dead engine, and repeated attempts at one shard, before the stage fails."""
 

@@ -75,7 +75,7 @@ def look(run: RunDir, config: SpinConfig, start: Start, start_engine: StartEngin
 def _working(run: RunDir, config: SpinConfig) -> Iterator[None]:
     connect(config)
     with room_for(config):
-        check_on_workers(graders_of(config))
+        check_on_workers(graders_of(config), config.generation.start_timeout_s)
         with RunProgress(run, config):
             yield
 

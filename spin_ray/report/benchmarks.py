@@ -15,7 +15,7 @@ from rich.table import Table
 
 from spin_ray.config.recipe import SpinConfig
 from spin_ray.config.sections import ResourcesConfig
-from spin_ray.errors import ConfigError, StageError, UserError, first_line, last_line
+from spin_ray.errors import ConfigError, StageError, UserError, first_line, last_line, user_error_in
 from spin_ray.report.conditions import differing, shared_conditions
 from spin_ray.report.endpoint import Unanswered, unreachable
 from spin_ray.report.harness import Backend, Benchmark, Request, measure
@@ -204,8 +204,7 @@ def _measure_on_ray(run_dir: RunDir, iterate: int, request: Request, config: Spi
             try:
                 yield part, ray.get(first)
             except ray.exceptions.RayError as error:
-                cause = getattr(error, "cause", None)
-                yield part, cause if isinstance(cause, UserError) else error
+                yield part, user_error_in(error) or error
 
     yield from results_of(ended())
 

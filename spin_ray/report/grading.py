@@ -1,37 +1,66 @@
 """Grades of many responses, by a user's function on the workers."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import Any
 
 import ray
 import ray.exceptions
 
-from spin_ray.errors import ConfigError, StageError, UserError, last_line
+from spin_ray.config.recipe import SpinConfig
+from spin_ray.errors import ConfigError, StageError, last_line, user_error_in
 from spin_ray.inputs.graders import find_grader, graded
 from spin_ray.run_dir.artefact import Artefact
+from spin_ray.runtime.placement import in_the_cluster
 
 ROWS_A_TASK = 256
 Graded = tuple[str, str, str]
 """Response, answer and row id."""
 
 
-def grade_all(grade: str, rows: Sequence[Graded], setting: str = "evaluation.grade") -> list[float | None]:
+def grade_all(
+    grade: str, rows: Sequence[Graded], config: SpinConfig, setting: str = "evaluation.grade"
+) -> list[float | None]:
     """Returns the grades in the order of ``rows``. An imported function runs in Ray tasks.
 
     Raises:
         DataError: the grader fails on a row, or gives no number from 0 to 1.
-        StageError: a task died.
+        StageError: a task died, or none ended for ``generation.shard_timeout_s``.
     """
     pieces = [rows[start : start + ROWS_A_TASK] for start in range(0, len(rows), ROWS_A_TASK)]
     if ":" not in grade or not ray.is_initialized():
         return [each for piece in pieces for each in _grade(grade, piece, setting)]
-    task = ray.remote(_grade).options(num_cpus=0.5)
+    task, found, limit_s = ray.remote(_grade).options(num_cpus=0.5), {}, config.generation.shard_timeout_s
+    running = {task.remote(grade, piece, setting): number for number, piece in enumerate(pieces)}
     try:
-        return [each for found in ray.get([task.remote(grade, piece, setting) for piece in pieces]) for each in found]
-    except ray.exceptions.RayTaskError as error:
-        if isinstance(error.cause, UserError):
-            raise error.cause from error
-        raise StageError(f"{setting} {grade}: {last_line(error)}") from error
+        while running:
+            if (ended := _first_ended(running, limit_s)) is None:
+                left = [row for number in running.values() for _, _, row in pieces[number]]
+                raise StageError(
+                    f"{setting} {grade}: waited {limit_s:.0f} s (generation.shard_timeout_s) for the grades of "
+                    f"{len(left)} rows, {left[0]} to {left[-1]}; {in_the_cluster()}; the grader hangs on one of them, "
+                    "or half a CPU was never free; mend that and run the command again"
+                )
+            with _raised_there(setting, grade):
+                found[running.pop(ended)] = ray.get(ended, timeout=limit_s)
+    finally:
+        for task in running:
+            ray.cancel(task, force=True)  # a grader that hangs would keep its CPU
+    return [each for number in range(len(pieces)) for each in found[number]]
+
+
+def _first_ended(running: Iterable[Any], limit_s: float) -> Any | None:
+    ended, _ = ray.wait(list(running), timeout=limit_s)
+    return ended[0] if ended else None
+
+
+@contextmanager
+def _raised_there(setting: str, grade: str) -> Iterator[None]:
+    try:
+        yield
     except ray.exceptions.RayError as error:
+        if there := user_error_in(error):
+            raise there from error
         raise StageError(f"{setting} {grade}: {last_line(error)}; run the command again") from error
 
 
@@ -47,23 +76,31 @@ def answers_of(prompts: Artefact) -> dict[str, str]:
     return {row["prompt_id"]: row["answer_text"] for row in rows if row["answer_text"] is not None}
 
 
-def check_on_workers(graders: Mapping[str, str]) -> None:
+def check_on_workers(graders: Mapping[str, str], limit_s: float) -> None:
     """Imports each setting's grader on a worker.
+
+    Args:
+        limit_s: ``generation.start_timeout_s``.
 
     Raises:
         ConfigError: a worker cannot import one.
-        StageError: a task died.
+        StageError: a task died, or an import took longer than ``limit_s``.
     """
     task = ray.remote(_import_grader).options(num_cpus=0)
     for setting, grade in graders.items():
+        importing = task.remote(grade, setting)
+        if _first_ended([importing], limit_s) is None:
+            ray.cancel(importing, force=True)
+            raise StageError(
+                f"{setting} {grade}: waited {limit_s:.0f} s for a worker to import it (generation.start_timeout_s); "
+                f"{in_the_cluster()}; see what its module does when it is imported, then run the command again"
+            )
         try:
-            ray.get(task.remote(grade, setting))
-        except ray.exceptions.RayError as error:
-            cause = getattr(error, "cause", None)
-            if isinstance(cause, ConfigError):
-                cure = "or give it to the job by --working-dir and --runtime-env-json (docs/data.md)"
-                raise ConfigError(f"on the workers, {cause}, {cure}") from error
-            raise StageError(f"{setting} {grade}: {last_line(error)}; run the command again") from error
+            with _raised_there(setting, grade):
+                ray.get(importing, timeout=limit_s)
+        except ConfigError as error:
+            cure = "or give it to the job by --working-dir and --runtime-env-json (docs/data.md)"
+            raise ConfigError(f"on the workers, {error}, {cure}") from error
 
 
 def _import_grader(grade: str, setting: str) -> None:

@@ -1,5 +1,11 @@
-"""Models cached on each machine, in folders named by their digest."""
+"""Models cached on each machine, in folders named by their digest.
 
+CACHE/<digest of files>/                        a model, filled under another name and synced before it gets this one
+CACHE/<digest of files>.<path and boot>.whole   sizes and times of the files when they were as their digests
+"""
+
+import json
+import logging
 import os
 import shutil
 import tempfile
@@ -7,10 +13,14 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager, suppress
 from functools import cache
 from pathlib import Path
+from typing import Any
 
 from spin_ray.errors import RunDirError, StageError
+from spin_ray.run_dir.boot import boot_id
 from spin_ray.run_dir.lock import file_lock
-from spin_ray.run_dir.storage import Digest, file_digest, folder_digest
+from spin_ray.run_dir.storage import Digest, bytes_digest, file_digest, folder_digest, fsync
+
+logger = logging.getLogger(__name__)
 
 FILL_TIMEOUT_S = 7200.0
 _own = ExitStack()
@@ -27,16 +37,16 @@ def without_weights(files: Mapping[str, Digest]) -> dict[str, Digest]:
 
 
 def folder_with(root: Path, files: Mapping[str, Digest], fetch: Callable[[str, Path], None], where: str) -> Path:
-    """Returns the folder with ``files``; if missing, calls ``fetch(name, target)`` for each file.
+    """Returns the folder with ``files``; if missing or damaged, calls ``fetch(name, target)`` for each file.
 
     Raises:
         RunDirError: a fetched file differs from its digest.
         StageError: another process took longer than ``FILL_TIMEOUT_S``.
     """
     target = root / folder_digest(files)
-    if target.is_dir():
+    if is_whole(target, files, root):
         return target
-    with filling(target) as attempt:
+    with filling(target, lambda: is_whole(target, files, root)) as attempt:
         if attempt is None:
             return target
         for name, expected in files.items():
@@ -44,26 +54,76 @@ def folder_with(root: Path, files: Mapping[str, Digest], fetch: Callable[[str, P
             fetch(name, attempt / name)
             if file_digest(attempt / name) != expected:
                 raise RunDirError(f"{where}/{name}: differs from its digest; restore it or remove {where}")
+        _note(root, target, files).write_text(json.dumps(_looks(attempt, files)))
     return target
 
 
+def is_whole(folder: Path, files: Mapping[str, Digest], root: Path) -> bool:
+    """Tells whether ``folder`` has ``files``.
+
+    The files are read once a boot, by one process, and again if a size or time changes. ``root`` keeps a note of it.
+    """
+
+    def is_noted() -> bool:
+        with suppress(OSError, ValueError):
+            return looks is not None and json.loads(note.read_text()) == looks
+        return False
+
+    looks, note = _looks(folder, files), _note(root, folder, files)
+    if looks is None or is_noted():
+        return looks is not None
+    with locked(root, note.name):
+        if not is_noted():
+            if any(file_digest(folder / name) != expected for name, expected in files.items()):
+                return False
+            note.write_text(json.dumps(looks))
+    return True
+
+
+def _note(root: Path, folder: Path, files: Mapping[str, Digest]) -> Path:
+    """Returns a path of this boot, as machines may share ``root``."""
+    place = bytes_digest(f"{folder} {boot_id()}".encode()).sha256[:16]
+    return root / f"{folder_digest(files)}.{place}.whole"
+
+
+def _looks(folder: Path, files: Mapping[str, Digest]) -> list[list[Any]] | None:
+    """Returns name, size and time of each file; None if one is missing or has another size."""
+    try:
+        stats = {name: (folder / name).stat() for name in sorted(files)}
+    except OSError:
+        return None
+    if any(stat.st_size != files[name].bytes for name, stat in stats.items()):
+        return None
+    return [[name, stat.st_size, stat.st_mtime_ns] for name, stat in stats.items()]
+
+
 @contextmanager
-def filling(target: Path) -> Iterator[Path | None]:
-    """Yields a folder that becomes ``target`` if nothing is raised; None where ``target`` is there by now.
+def filling(target: Path, is_filled: Callable[[], bool] | None = None) -> Iterator[Path | None]:
+    """Yields a folder that becomes ``target`` if nothing is raised; None where ``target`` is filled by now.
+
+    Args:
+        is_filled: False for a ``target`` that is damaged and will be replaced. None: one that is there is filled.
 
     Raises:
         StageError: another process took longer than ``FILL_TIMEOUT_S``.
     """
     with locked(target.parent, target.name):
-        if target.is_dir():
+        if is_filled() if is_filled else target.is_dir():
             yield None
             return
         attempt = target.with_name(f"attempt-{target.name}")
         shutil.rmtree(attempt, ignore_errors=True)  # of a process that was killed
+        if target.exists():
+            logger.warning("%s: is damaged (differs from its digest); it is made again", target)
+            target.rename(attempt)
+            shutil.rmtree(attempt)
         attempt.mkdir()
         try:
             yield attempt
+            for path in [*attempt.rglob("*"), attempt]:
+                fsync(path)
             attempt.rename(target)
+            fsync(target.parent)
         except BaseException:
             shutil.rmtree(attempt, ignore_errors=True)
             raise

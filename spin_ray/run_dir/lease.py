@@ -14,6 +14,7 @@ from typing import Any, Self
 import psutil
 
 from spin_ray.errors import RunDirError, StageError
+from spin_ray.run_dir.boot import boot_id
 from spin_ray.run_dir.fence import LEASE, holder_in
 from spin_ray.run_dir.storage import Storage
 
@@ -112,10 +113,7 @@ class Lease:
 def _boot_id() -> str:
     """Identifies this boot and PID namespace; a container shares only its host's boot."""
     namespace = os.readlink("/proc/self/ns/pid") if os.path.exists("/proc/self/ns/pid") else ""
-    try:
-        return Path("/proc/sys/kernel/random/boot_id").read_text().strip() + namespace
-    except OSError:
-        return f"{socket.gethostname()}-{psutil.boot_time():.0f}"
+    return boot_id() + namespace
 
 
 def _process_started(pid: int) -> float | None:

@@ -27,7 +27,7 @@ from obstore.exceptions import (
 )
 from obstore.store import ObjectStore, from_url
 
-from spin_ray.errors import ConfigError, StageError
+from spin_ray.errors import ConfigError, StageError, first_line
 from spin_ray.run_dir.cache import cache_root, folder_with, new_attempt
 from spin_ray.run_dir.storage import MANIFEST, UPDATE_TIMEOUT_S, Digest, Storage
 
@@ -36,8 +36,12 @@ logger = logging.getLogger(__name__)
 T = TypeVar("T")
 
 DEADLINE_S = 180.0
+"""Seconds after a call's first failure in which it is tried again."""
+LEAST_TRIES = 4
+"""Tries of a call that alone takes longer than ``DEADLINE_S``, such as the upload of a large file."""
 FIRST_DEADLINE_S = 5.0
 """Longest search for credentials before the store's first answer."""
+_REQUEST_S = 60.0
 _SCHEMES = ("s3", "s3a", "gs", "az", "azure", "abfs", "abfss")
 _METADATA = ("169.254.169.254", "169.254.170.2", "metadata.google.internal")
 """Servers that give a machine's role its credentials, asked if the environment names none."""
@@ -149,15 +153,11 @@ class ObjectStorage(Storage):
 
     def digest(self, name: str) -> Digest:
         """Reads the object in pieces, because weights may exceed memory."""
-
-        def read() -> Digest:
-            found, size = hashlib.sha256(), 0
-            for chunk in obstore.get(self._store, name).stream(min_chunk_size=2**23):
-                found.update(chunk)
-                size += len(chunk)
-            return Digest(found.hexdigest(), size)
-
-        return self._insist(name, read)
+        found, size = hashlib.sha256(), 0
+        for chunk in self._chunks(name):
+            found.update(chunk)
+            size += len(chunk)
+        return Digest(found.hexdigest(), size)
 
     def local_folder(self, name: str, files: Mapping[str, Digest]) -> Path:
         return folder_with(CACHE, files, lambda file, to: self._download(f"{name}/{file}", to), self.where(name))
@@ -199,18 +199,40 @@ class ObjectStorage(Storage):
             return None, "create"
 
     def _download(self, name: str, target: Path) -> None:
-        def download() -> None:
-            with target.open("wb") as file:
-                for chunk in obstore.get(self._store, name).stream(min_chunk_size=2**23):
-                    file.write(chunk)
+        with target.open("wb") as file:
+            for chunk in self._chunks(name):
+                file.write(chunk)
 
-        self._insist(name, download)
+    def _chunks(self, name: str) -> Iterator[bytes]:
+        """Yields the object in pieces; after a failure it goes on behind the last piece.
+
+        A request ends after ``_REQUEST_S``, its body included: over a slow link a large object takes several.
+        """
+        stream: Iterator[bytes] | None = None
+        done, size = 0, None
+
+        def next_chunk() -> bytes:
+            nonlocal stream, size
+            if done == size:
+                return b""
+            if stream is None:
+                found = obstore.get(self._store, name, options={"range": {"offset": done}} if done else None)
+                stream, size = iter(found.stream(min_chunk_size=2**23)), found.meta["size"]
+            try:
+                return bytes(next(stream, b""))
+            except BaseError:
+                stream = None
+                raise
+
+        while chunk := self._insist(name, next_chunk):
+            done += len(chunk)
+            yield chunk
 
     @cached_property
     def _store(self) -> ObjectStore:
         return from_url(
             self._uri,
-            client_options={"allow_http": _endpoint().startswith("http://"), "timeout": timedelta(seconds=60)},
+            client_options={"allow_http": _endpoint().startswith("http://"), "timeout": timedelta(seconds=_REQUEST_S)},
             retry_config={"max_retries": 0, "retry_timeout": timedelta(seconds=DEADLINE_S)},
         )
 
@@ -224,11 +246,12 @@ class ObjectStorage(Storage):
         """Repeats ``call`` while the store fails, with growing pauses and jitter.
 
         Raises:
-            StageError: still failing after ``DEADLINE_S``.
+            StageError: still failing ``DEADLINE_S`` after the first failure, and after ``LEAST_TRIES``.
             ConfigError: the store never answered, and credentials are missing or refused.
         """
-        deadline, pause_s = time.monotonic() + DEADLINE_S, 0.1
+        begun, failed_at, tries, pause_s = time.monotonic(), None, 0, 0.1
         while True:
+            tries += 1
             try:
                 found = call()
                 self._has_answered = True
@@ -237,13 +260,14 @@ class ObjectStorage(Storage):
                 self._has_answered = True
                 raise
             except BaseError as error:
+                now = time.monotonic()
                 if not self._has_answered:
-                    self._refuse_without_access(error, DEADLINE_S - (deadline - time.monotonic()))
-                if time.monotonic() + pause_s > deadline:
-                    first = str(error).splitlines()[0]
+                    self._refuse_without_access(error, now - begun)
+                failed_at = now if failed_at is None else failed_at
+                if now + pause_s > failed_at + DEADLINE_S and tries >= LEAST_TRIES:
                     raise StageError(
-                        f"{self.where(name)}: the store failed for {DEADLINE_S:.0f} s ({first}); "
-                        "run the command again, everything committed is kept"
+                        f"{self.where(name)}: the store failed for {now - failed_at:.0f} s, {tries} times "
+                        f"({first_line(error)}); run the command again, everything committed is kept"
                     ) from error
                 logger.info("%s: tried again in %.1f s (%s)", self.where(name), pause_s, type(error).__name__)
                 time.sleep(pause_s * random.uniform(0.5, 1.5))

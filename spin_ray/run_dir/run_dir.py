@@ -209,11 +209,17 @@ class RunDir:
         return read_events(self.storage)
 
     def publish(self, iterate: int) -> None:
-        """Moves LATEST forward to θ_iterate, never back."""
+        """Moves LATEST forward to θ_iterate. It moves back only from a model that was removed to be made again."""
         latest = self.latest()
-        if latest is None or iterate > iterate_number(latest):
-            self.storage.replace("LATEST", f"{iterate_name(iterate)}\n".encode())
-            self.event("publish", iterate_name(iterate))
+        newest = iterate if latest is None else max(iterate, iterate_number(latest))
+        while newest > iterate and not self.model(newest).is_committed:
+            newest -= 1
+        name = iterate_name(newest)
+        if name != latest:
+            if latest is not None and newest < iterate_number(latest):
+                logger.warning("LATEST: %s is not there any more; moved back to %s", latest, name)
+            self.storage.replace("LATEST", f"{name}\n".encode())
+            self.event("publish", name)
 
     def latest(self) -> str | None:
         """Returns the newest published iterate; None if LATEST is missing or damaged."""

@@ -3,7 +3,6 @@
 driver's machine: _Giver ──parts of a file, as Ray objects──> each other machine, once ──> its cache, by digest
 """
 
-import json
 import math
 from collections import Counter, OrderedDict
 from collections.abc import Mapping
@@ -19,7 +18,7 @@ from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 from spin_ray.errors import StageError, last_line
 from spin_ray.run_dir import cache
 from spin_ray.run_dir.object_storage import CACHE
-from spin_ray.run_dir.storage import Digest, file_digest, folder_digest
+from spin_ray.run_dir.storage import Digest, folder_digest
 
 PART_BYTES = 2**24
 KEPT_PARTS = 4
@@ -54,23 +53,8 @@ class SharedFolder:
         return cache.folder_with(CACHE, files, lambda name, to: self._fetch(giver, name, to), str(self.folder))
 
     def _is_in_place(self, files: Mapping[str, Digest]) -> bool:
-        """Tells whether the same path has the files; reads them again only if a size or time changed."""
-        try:
-            stats = {name: (self.folder / name).stat() for name in sorted(files)}
-        except OSError:
-            return False
-        if any(stat.st_size != files[name].bytes for name, stat in stats.items()):
-            return False
-        seen = json.dumps([str(self.folder), *([name, stat.st_size, stat.st_mtime_ns] for name, stat in stats.items())])
-        name = f"{folder_digest(files)}.in-place"
-        with cache.locked(CACHE, name):
-            note = CACHE / name
-            if note.exists() and note.read_text() == seen:
-                return True
-            if any(file_digest(self.folder / file) != expected for file, expected in files.items()):
-                return False
-            note.write_text(seen)
-        return True
+        """Tells whether the same path has the files."""
+        return cache.is_whole(self.folder, files, CACHE)
 
     def _fetch(self, giver: Any, name: str, target: Path) -> None:
         here = ray.get_runtime_context().get_node_id()

@@ -5,6 +5,7 @@ import math
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import dataclass
 
 import ray
 
@@ -17,6 +18,18 @@ Bundles = list[dict[str, float]]
 """Requests of actors or workers, e.g. ``[{"CPU": 2, "GPU": 1}] * 4``."""
 Request = list[tuple[dict[str, float], dict[str, str]]]
 """Bundles for the autoscaler, each with the labels of its node. Ray holds one request, for the whole cluster."""
+Ask = Callable[[Request], None]
+
+
+@dataclass
+class _Asking:
+    """This driver's request to the autoscaler."""
+
+    made: bool = False
+    users: int = 0
+
+
+_asking = _Asking()
 
 
 def demands(config: SpinConfig) -> dict[str, Bundles]:
@@ -43,34 +56,40 @@ def engine_bundles(config: SpinConfig) -> Bundles:
 @contextmanager
 def room_for(config: SpinConfig) -> Iterator[None]:
     """Waits for room as ``check_fits``; the nodes that were asked for stay until the end, and are given back then."""
-    asked = False
-
-    def ask(request: Request) -> None:
-        nonlocal asked
-        asked = True
-        _ask_autoscaler(request)
-
-    try:
+    with asking() as ask:
         check_fits(config, ask)
         yield
+
+
+@contextmanager
+def asking() -> Iterator[Ask]:
+    """Yields the call that asks the autoscaler for nodes. The request is withdrawn when the outermost use ends."""
+
+    def ask(request: Request) -> None:
+        _asking.made = True
+        _ask_autoscaler(request)
+
+    _asking.users += 1
+    try:
+        yield ask
     finally:
-        if asked:
+        _asking.users -= 1
+        if _asking.made and not _asking.users:
+            _asking.made = False
             try:
                 _ask_autoscaler([])
             except Exception as error:  # Ray raises many types; the run's own error counts
                 logger.warning("the request for nodes could not be withdrawn, which may keep them up: %s", error)
 
 
-def check_fits(config: SpinConfig, ask: Callable[[Request], None] = lambda _: None) -> None:
+def check_fits(config: SpinConfig, ask: Ask = lambda _: None) -> None:
     """Checks every stage against the nodes; for ``cluster.wait_for_nodes_s`` calls ``ask`` for more and waits.
 
     Raises:
         ResourceError: a stage could never be placed.
     """
     deadline = time.monotonic() + config.cluster.wait_for_nodes_s
-    sections = {"generation": config.generation, "train": config.train, "scorer": config.scorer}
-    wanted = {stage: section.resources.labels for stage, section in sections.items() if section}
-    stages, exact = demands(config), False
+    stages, wanted = demands(config), _labels(config)
     while lacks := {
         stage: lack for stage, bundles in stages.items() if (lack := missing(bundles, _node_resources(wanted[stage])))
     }:
@@ -80,12 +99,25 @@ def check_fits(config: SpinConfig, ask: Callable[[Request], None] = lambda _: No
                 f"cluster has: {'; '.join(shown(node) for node in _node_resources()) or 'no nodes'}; "
                 f"{'; '.join(f'{stage}: {lack}' for stage, lack in lacks.items())}; lower the request or add nodes"
             )
-        request = request_for(stages, wanted, exact=exact)
-        if not exact and _is_there(request):
-            exact = True
-            request = request_for(stages, wanted, exact=True)
-        ask(request)
+        ask(request_now(config))
         time.sleep(2)
+
+
+def lack_of(config: SpinConfig, stage: str) -> str | None:
+    """Returns what the living nodes lack to place ``stage``, were they free; None if nothing."""
+    return missing(demands(config)[stage], _node_resources(_labels(config)[stage]))
+
+
+def request_now(config: SpinConfig) -> Request:
+    """Returns the request with room for every stage, exact once the nodes of the coarse one are there."""
+    stages, wanted = demands(config), _labels(config)
+    request = request_for(stages, wanted, exact=False)
+    return request_for(stages, wanted, exact=True) if _is_there(request) else request
+
+
+def _labels(config: SpinConfig) -> dict[str, dict[str, str]]:
+    sections = {"generation": config.generation, "train": config.train, "scorer": config.scorer}
+    return {stage: section.resources.labels for stage, section in sections.items() if section}
 
 
 def request_for(stages: Mapping[str, Bundles], wanted: Mapping[str, dict[str, str]], *, exact: bool) -> Request:

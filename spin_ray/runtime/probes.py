@@ -7,6 +7,8 @@ import tempfile
 from collections.abc import Callable, Mapping
 from pathlib import Path
 
+from spin_ray.run_dir.boot import boot_id
+
 
 def in_own_process(program: str, environment: Mapping[str, str]) -> subprocess.CompletedProcess[str]:
     """Runs a Python program that may die, and that must keep no memory or GPU."""
@@ -17,8 +19,7 @@ def in_own_process(program: str, environment: Mapping[str, str]) -> subprocess.C
 
 def once_per_boot(name: str, find: Callable[[], str]) -> str:
     """Returns the first result of ``find`` since boot."""
-    boot = Path("/proc/sys/kernel/random/boot_id").read_text().strip()
-    memo = Path(tempfile.gettempdir()) / f"spin-ray-{os.getuid()}-{name}-{boot}"
+    memo = Path(tempfile.gettempdir()) / f"spin-ray-{os.getuid()}-{name}-{boot_id()}"
     try:
         return memo.read_text()
     except FileNotFoundError:

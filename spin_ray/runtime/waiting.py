@@ -9,29 +9,46 @@ from typing import Any, TypeVar
 
 import ray
 
+from spin_ray.config.recipe import SpinConfig
 from spin_ray.errors import StageError
-from spin_ray.runtime.placement import Bundles, covers, in_the_cluster, shown
+from spin_ray.runtime.placement import asking, covers, demands, in_the_cluster, lack_of, request_now, shown
 
 Row = TypeVar("Row")
 
 
-def wait_until_free(bundles: Bundles, timeout_s: float, stage: str) -> None:
-    """Waits until the resources that ``stage`` needs are free.
+def wait_until_free(config: SpinConfig, stage: str, what: str) -> None:
+    """Waits until the resources that ``stage`` needs are there and free.
+
+    Nodes that were lost, or given back while they were idle, are asked for again and waited for as at the start of a
+    run. No placement group is there yet whose demand an autoscaler could see.
 
     Raises:
-        StageError: still taken after ``timeout_s`` seconds.
+        StageError: not free after the section's ``start_timeout_s``, where nodes are missing after
+            ``cluster.wait_for_nodes_s`` if that is longer.
     """
-    deadline = time.monotonic() + timeout_s
+    limit_s = (config.train if stage == "train" else config.generation).start_timeout_s
+    grows_s, begun = config.cluster.wait_for_nodes_s, time.monotonic()
     needed: dict[str, float] = {}
-    for bundle in bundles:
+    for bundle in demands(config)[stage]:
         for name, amount in bundle.items():
             needed[name] = needed.get(name, 0) + amount
     if not covers(ray.available_resources(), needed):
         gc.collect()  # a failed data set's error keeps its actors in a reference cycle
-    while not covers(ray.available_resources(), needed):
-        if time.monotonic() > deadline:
-            raise StageError(f"{stage}: waited {timeout_s:.0f} s for {shown(needed)} to be free; {in_the_cluster()}")
-        time.sleep(0.1)
+    with asking() as ask:
+        while (lack := lack_of(config, stage)) or not covers(ray.available_resources(), needed):
+            if lack and grows_s:
+                limit_s = max(limit_s, grows_s)
+                ask(request_now(config))
+            if time.monotonic() > begun + limit_s:
+                raise StageError(_still_waiting(what, limit_s, needed, lack, asked=grows_s > 0))
+            time.sleep(2 if lack else 0.1)
+
+
+def _still_waiting(what: str, waited_s: float, needed: dict[str, float], lack: str | None, *, asked: bool) -> str:
+    said = f"{what}: waited {waited_s:.0f} s for {shown(needed)} to be free; {in_the_cluster()}"
+    if not lack:
+        return said
+    return f"{said}; {lack}{'' if asked else ' (an autoscaler is asked only with cluster.wait_for_nodes_s)'}"
 
 
 def with_deadline(rows: Iterable[Row], first_s: float, next_s: float, what: str) -> Iterator[Row]:

@@ -18,7 +18,7 @@ from spin_ray.errors import HealthError, StageError, last_line, memory_advice
 from spin_ray.runtime import cpu, gpu
 from spin_ray.runtime.controllers import Trainer, said_by
 from spin_ray.runtime.garbage import collect_as_usual, skip_imports
-from spin_ray.runtime.placement import demands, in_the_cluster
+from spin_ray.runtime.placement import in_the_cluster
 from spin_ray.runtime.waiting import wait_until_free, while_it_moves
 
 logger = logging.getLogger(__name__)
@@ -59,7 +59,7 @@ def run_workers(
         StageError: a worker raised it, or the workers were not placed in time, failed too often or stood still.
     """
     train = config.train
-    wait_until_free(demands(config)["train"], train.start_timeout_s, f"the train workers for {folder}")
+    wait_until_free(config, "train", f"the train workers for {folder}")
     placing_s = min(train.start_timeout_s, ELASTIC_PLACING_S) if train.min_workers else train.start_timeout_s
     os.environ["RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S"] = str(placing_s)
     os.environ.setdefault("RAY_TRAIN_HEALTH_CHECK_INTERVAL_S", "0.5")  # how soon Ray sees that workers are done

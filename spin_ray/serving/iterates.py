@@ -1,11 +1,12 @@
 """The iterates of a run that may serve."""
 
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from datetime import datetime
 from pathlib import Path
 from typing import Self
 
-from spin_ray.errors import ConfigError
+from spin_ray.errors import ConfigError, RunDirError
 from spin_ray.inputs.model_folder import open_initial, open_model
 from spin_ray.run_dir.artefact import Artefact, folder_entries
 from spin_ray.run_dir.names import LATEST, api_name, iterate_number, read_iterate
@@ -62,6 +63,13 @@ def check_models(run: RunDir, models: tuple[str, ...]) -> None:
             raise ConfigError(f"serving.models: {name!r} is none of sft, iter-0, iter-1, …, {LATEST}, {ALL}")
     if not wanted(run, models)[0]:
         raise ConfigError(f"serving.models: {run.storage.root} has published none of {', '.join(models)} yet")
+
+
+def mark_of(run: RunDir, name: str) -> str | None:
+    """Returns a digest that tells whether an iterate was made again; None if the run has no manifest of it now."""
+    with suppress(RunDirError):
+        return run.model(age(name)).manifest().digest
+    return None
 
 
 def open_iterate(run: RunDir, name: str) -> Iterate:

@@ -3,7 +3,8 @@
     LATEST moves ─> check digests ─> start beside the old engine ─> probe ─> change the table ─> every ingress reads it
                                                                                   └─> drain and delete the old engine
 
-The old engine stays if any step fails. Application names hold digests, so a restarted keeper finds its engines.
+The old engine stays if any step fails. That of an iterate that was made again is replaced in the same way.
+Application names hold digests, so a restarted keeper finds its engines.
 """
 
 import asyncio
@@ -26,7 +27,7 @@ from spin_ray.errors import first_line
 from spin_ray.run_dir.run_dir import open_run
 from spin_ray.runtime.garbage import collect_as_usual
 from spin_ray.serving.engines import CHAT, COMPLETION
-from spin_ray.serving.iterates import Iterate, open_iterate, wanted
+from spin_ray.serving.iterates import Iterate, mark_of, open_iterate, wanted
 from spin_ray.serving.stopping import REPLICA
 
 logger = logging.getLogger("ray.serve")
@@ -34,6 +35,8 @@ logger = logging.getLogger("ray.serve")
 ENGINE_PREFIX = "engine."
 """Prefix of the names of engine applications."""
 _LOOK_S = 0.5
+_COMPARE_S = 30.0
+"""Seconds between two looks at the manifests of what serves, which cost a store's requests."""
 _ENDED = (ApplicationStatus.DEPLOY_FAILED, ApplicationStatus.NOT_STARTED)
 
 
@@ -61,6 +64,8 @@ class Keeper:
         self._id, self._version = uuid.uuid4().hex, 0
         self._newest: str | None = None
         self._engines: dict[str, dict[str, str]] = {}
+        self._marks: dict[str, str | None] = {}
+        self._compare_at = -math.inf
         self._problems: dict[str, str] = {}
         self._changed = asyncio.Condition()
         self._retry_at: dict[str, float] = {}
@@ -154,9 +159,10 @@ class Keeper:
     async def _once(self) -> None:
         names, latest = await asyncio.to_thread(wanted, self._run, self._config.serving.models)
         self._latest = latest
+        remade = await self._made_again(names)
         for name in names:
             waits = time.monotonic() < self._retry_at.get(name, 0)
-            if name not in self._engines and name not in self._starting and not waits:
+            if (name not in self._engines or name in remade) and name not in self._starting and not waits:
                 self._steps[name] = "its files are checked"
                 self._starting[name] = asyncio.get_running_loop().create_task(self._try_start(name))
                 self._starting[name].add_done_callback(lambda _, name=name: self._starting.pop(name))
@@ -173,9 +179,23 @@ class Keeper:
             await self._retire([name for name in self._engines if name not in names])
             await self._remove_strays()
 
+    async def _made_again(self, names: list[str]) -> set[str]:
+        """Returns those of ``names`` whose engine holds other weights than the run has by now."""
+        if time.monotonic() < self._compare_at:
+            return set()
+        self._compare_at = time.monotonic() + _COMPARE_S
+        served = self._engines.keys() & set(names)
+        marks = await asyncio.to_thread(lambda: {name: mark_of(self._run, name) for name in served})
+        return {name for name, mark in marks.items() if mark not in (None, self._marks[name])}
+
     async def _try_start(self, name: str) -> None:
+        old = self._engines.get(name)
         try:
+            mark = await asyncio.to_thread(mark_of, self._run, name)
             iterate = await asyncio.to_thread(open_iterate, self._run, name)
+            if old and iterate.base and iterate.digest != old["digest"]:
+                # vLLM would take the earlier adapter's cached prefixes for those of another one under its name.
+                raise EngineFailed("it was made again; start the server again, whose engine holds the earlier adapter")
             app = f"{self._prefix}{iterate.engine.name}.{iterate.engine.digest[:16]}"
             await self._start(app, iterate)
         except Exception as error:  # must not stop those that serve
@@ -184,10 +204,12 @@ class Keeper:
             logger.error("%s does not serve: %s", name, self._problems[name])
         else:
             self._problems.pop(name, None)
-            self._engines[name] = {"app": app, "digest": iterate.digest}
+            self._engines[name], self._marks[name] = {"app": app, "digest": iterate.digest}, mark
             logger.info("%s serves (%s)", name, iterate.digest)
         self._steps.pop(name, None)
         await self._announce()
+        if old:
+            self._end_unused({old["app"]})
 
     async def _tell(self, name: str, step: str) -> None:
         if self._steps.get(name) != step:
@@ -241,9 +263,12 @@ class Keeper:
     async def _retire(self, names: list[str]) -> None:
         if not names:
             return
-        gone = {self._engines.pop(name)["app"] for name in names} - self._used()
+        apps = {self._engines.pop(name)["app"] for name in names}
         await self._announce()
-        task = asyncio.get_running_loop().create_task(self._drain(sorted(gone)))
+        self._end_unused(apps)
+
+    def _end_unused(self, apps: set[str]) -> None:
+        task = asyncio.get_running_loop().create_task(self._drain(sorted(apps - self._used())))
         self._draining.add(task)
         task.add_done_callback(self._draining.discard)
 

@@ -238,8 +238,6 @@ def test_elastic_training_goes_on_with_fewer_and_ends_with_the_same_weights_to_r
             obstore.copy(store, one["path"], f"elastic/{name}")
     if len(nodes.names()) < 3:
         nodes.add("e", "any")
-    # The last run's workers may still hold theirs; an elastic group would begin with what is free.
-    wait_until_free([{"CPU": 1, "seat": 1}] * 2, 60, "training")
     nodes.tell_trainers()
     before: list[str] = []
 
@@ -248,6 +246,8 @@ def test_elastic_training_goes_on_with_fewer_and_ends_with_the_same_weights_to_r
         nodes.kill(before[-1])
 
     resources = {"cpus": 1, "custom": {"seat": 1}, "labels": {"pool": "any"}}
+    # The last run's workers may still hold theirs; an elastic group would begin with what is free.
+    wait_until_free(config_of(nodes, model, resources=resources), "train", "training")
     config = config_of(nodes, model, min_workers=1, resources=resources)
     run = play(config, uri, tmp_path / "notes", 3, lambda done: when(lambda: reached(uri, 3), kill, unless=done))
     assert len(set(before)) == 2, "two workers before, and then there is one seat"

@@ -4,7 +4,7 @@ import json
 import shutil
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from functools import cache
 from pathlib import Path
 from types import ModuleType
@@ -23,12 +23,14 @@ from spin_ray.inputs.embedded import resolve
 from spin_ray.inputs.model_folder import ModelFolder
 from spin_ray.loop.stages import pairs, prompts
 from spin_ray.loop.stages.generation import stage as generation
+from spin_ray.report import grading
 from spin_ray.report.grading import check_on_workers
 from spin_ray.run_dir.run_dir import RunDir
 from spin_ray.run_dir.storage import Storage
 from spin_ray.runtime import placement
 from spin_ray.runtime.engine import EngineSpec, StartEngine
 from spin_ray.runtime.placement import check_fits, room_for
+from spin_ray.runtime.waiting import wait_until_free
 from tests.support.fakes import FakeEngine, seed_engine
 
 ray.cloudpickle.register_pickle_by_value(sys.modules[__name__])  # actors cannot import a test module
@@ -173,9 +175,58 @@ def test_a_grader_that_workers_cannot_import_is_said_at_the_start(monkeypatch: p
     here = ModuleType("only_on_the_driver")
     here.grade = float  # type: ignore[attr-defined]
     monkeypatch.setitem(sys.modules, here.__name__, here)
-    check_on_workers({"evaluation.grade": "exact", "scorer.path": "statistics:mean"})
+    check_on_workers({"evaluation.grade": "exact", "scorer.path": "statistics:mean"}, 60)
     with pytest.raises(ConfigError, match=r"on the workers, self_filter\.grade: only_on_the_driver:grade cannot"):
-        check_on_workers({"self_filter.grade": "only_on_the_driver:grade"})
+        check_on_workers({"self_filter.grade": "only_on_the_driver:grade"}, 60)
+
+
+def hang_on_the_first(grade: str, response: str, answer: str, *_: str) -> float:
+    if answer == "0":
+        time.sleep(600)
+    return 0.5
+
+
+@pytest.fixture
+def own_grader(monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
+    """A grader of the user's, which hangs on the answer 0 and when it is imported."""
+    monkeypatch.setattr(grading, "graded", hang_on_the_first)
+    monkeypatch.setattr(grading, "find_grader", lambda grade, setting: time.sleep(600))
+    ray.cloudpickle.register_pickle_by_value(grading)  # workers get it as it is here
+    yield "mine:grade"
+    ray.cloudpickle.unregister_pickle_by_value(grading)
+
+
+def test_a_grader_that_hangs_is_an_error_that_names_setting_grader_and_rows_and_gives_its_cpu_back(
+    own_grader: str,
+) -> None:
+    """Of 600 rows in three tasks the first hangs; the other two end."""
+    rows = [("response", str(number), f"row-{number}") for number in range(600)]
+    config = make_config(generation={"shard_timeout_s": 15})
+    assert grading.grade_all(own_grader, rows[1:], config) == [0.5] * 599
+    waited = (
+        r"^evaluation\.grade mine:grade: waited 15 s \(generation\.shard_timeout_s\) for the grades of 256 rows, "
+        r"row-0 to row-255; the cluster has 2 CPU .*run the command again$"
+    )
+    with pytest.raises(StageError, match=waited):
+        grading.grade_all(own_grader, rows, config)
+    both = make_config(train={"workers": 2, "global_batch_pairs": 4, "pack_length": 256})
+    wait_until_free(both, "train", "both CPUs")
+
+
+def test_a_grader_that_finds_no_cpu_is_an_error_too(own_grader: str) -> None:
+    taken = [ray.remote(lambda: time.sleep(600)).options(num_cpus=1).remote() for _ in range(2)]
+    config = make_config(generation={"shard_timeout_s": 2})
+    try:
+        with pytest.raises(StageError, match=r"waited 2 s .* of 1 rows, row-1 to row-1; .* half a CPU was never free"):
+            grading.grade_all(own_grader, [("response", "1", "row-1")], config)
+    finally:
+        for task in taken:
+            ray.cancel(task, force=True)
+
+
+def test_a_grader_whose_import_hangs_is_said_at_the_start(own_grader: str) -> None:
+    with pytest.raises(StageError, match=r"self_filter\.grade mine:grade: waited 1 s for a worker to import it"):
+        check_on_workers({"self_filter.grade": own_grader}, 1)
 
 
 def test_a_stage_that_cannot_be_placed_is_refused_at_once() -> None:
@@ -186,7 +237,9 @@ def test_a_stage_that_cannot_be_placed_is_refused_at_once() -> None:
     assert time.monotonic() - started < 5
 
 
-def test_a_request_for_nodes_reaches_rays_autoscaler_and_is_withdrawn(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.fixture
+def asked(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
+    """The requests that reached Ray's autoscaler."""
     asked: list[Any] = []
 
     def ask(request: placement.Request) -> None:
@@ -195,6 +248,10 @@ def test_a_request_for_nodes_reaches_rays_autoscaler_and_is_withdrawn(monkeypatc
 
     send = placement._ask_autoscaler
     monkeypatch.setattr(placement, "_ask_autoscaler", ask)
+    return asked
+
+
+def test_a_request_for_nodes_reaches_rays_autoscaler_and_is_withdrawn(asked: list[Any]) -> None:
     workers = {"workers": 3, "resources": {"labels": {"pool": "a"}}}
     with (
         pytest.raises(ResourceError, match="train asks for 3 × 1 CPU"),
@@ -203,3 +260,10 @@ def test_a_request_for_nodes_reaches_rays_autoscaler_and_is_withdrawn(monkeypatc
         pass
     assert asked[0] == [{"CPU": 1.0}] * 3, "in whose room the engine plays"
     assert asked[-1] == []
+
+
+def test_so_does_the_request_of_a_stage_whose_nodes_have_gone(asked: list[Any]) -> None:
+    train = {"workers": 3, "global_batch_pairs": 4, "pack_length": 256, "start_timeout_s": 0.1}
+    with pytest.raises(StageError, match="there is room for 2, 1 CPU is missing"):
+        wait_until_free(make_config(train=train, cluster={"wait_for_nodes_s": 0.2}), "train", "the train workers")
+    assert asked[0] == [{"CPU": 1.0}] * 3 and asked[-1] == []

@@ -15,9 +15,10 @@ import ray
 from ray.serve.schema import ReplicaState
 
 from spin_ray.run_dir.run_dir import RunDir
-from spin_ray.serving.iterates import Iterate
+from spin_ray.serving import keeper as keeper_module
+from spin_ray.serving.iterates import Iterate, open_iterate
 from spin_ray.serving.keeper import EngineFailed, Keeper
-from tests.support.tiny_runs import add_iterate, make_run
+from tests.support.tiny_runs import add_adapter, add_iterate, make_adapter_run, make_run
 
 
 class SlowKeeper(Keeper):
@@ -131,6 +132,72 @@ def test_an_engine_that_fails_leaves_the_old_one_says_why_and_is_tried_again(run
         keeper.broken = set()
         table = await keeper.until(lambda table: table["newest"] == "iter-1")
         assert not table["problems"]
+
+    follow(run, check)
+
+
+def test_an_iterate_that_was_made_again_replaces_its_engine_once_the_new_one_serves(
+    run: RunDir, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(keeper_module, "_COMPARE_S", 0)
+
+    async def check(keeper: SlowKeeper) -> None:
+        for name in ("sft", "iter-0"):
+            keeper.let(name)
+        engines = (await keeper.until(lambda table: table["settled"]))["engines"]
+        keeper.gates["iter-0"].clear()
+        run.storage.delete("iter_000/model")
+        await asyncio.sleep(1)
+        assert (await keeper.table(-1, 1))["settled"], "it is not there, and its engine goes on"
+        add_iterate(run, 1, seed=7)
+        await keeper.until(lambda table: "iter-0" in table["starting"])
+        await asyncio.sleep(0.5)
+        assert (await keeper.table(-1, 1))["engines"] == engines and not keeper.drained
+        keeper.let("iter-0")
+        table = await keeper.until(lambda table: table["settled"])
+        assert table["engines"]["sft"] == engines["sft"]
+        assert table["engines"]["iter-0"]["digest"] == open_iterate(run, "iter-0").digest != engines["iter-0"]["digest"]
+        assert table["engines"]["iter-0"]["app"] != engines["iter-0"]["app"]
+        await asyncio.sleep(0.1)
+        assert keeper.drained == ["iter-0"]
+
+    follow(run, check)
+
+
+def test_one_that_was_made_again_and_does_not_start_leaves_the_old_engine_and_says_why(
+    run: RunDir, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(keeper_module, "_COMPARE_S", 0)
+
+    async def check(keeper: SlowKeeper) -> None:
+        for name in ("sft", "iter-0"):
+            keeper.let(name)
+        engines = (await keeper.until(lambda table: table["settled"]))["engines"]
+        keeper.broken = {"iter-0"}
+        run.storage.delete("iter_000/model")
+        add_iterate(run, 1, seed=7)
+        table = await keeper.until(lambda table: bool(table["problems"]))
+        assert table["problems"] == {"iter-0": "it does not load"}
+        assert table["engines"] == engines and not keeper.drained
+
+    follow(run, check)
+
+
+def test_an_adapter_that_was_made_again_needs_the_server_to_start_again_and_is_said(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(keeper_module, "_COMPARE_S", 0)
+    run = make_adapter_run(tmp_path / "run", iterates=1)
+
+    async def check(keeper: SlowKeeper) -> None:
+        for name in ("sft", "iter-0"):
+            keeper.let(name)
+        engines = (await keeper.until(lambda table: table["settled"]))["engines"]
+        run.storage.delete("iter_000/adapter")
+        add_adapter(run, 1, seed=7)
+        table = await keeper.until(lambda table: bool(table["problems"]))
+        assert table["problems"]["iter-0"].startswith("it was made again; start the server again")
+        assert table["engines"] == engines and not keeper.drained
 
     follow(run, check)
 

@@ -47,25 +47,29 @@ def make_run(folder: Path, iterates: int, **serving: Any) -> RunDir:
 
 def make_adapter_run(folder: Path, iterates: int) -> RunDir:
     """Makes a run of rank-4 adapters that change every answer."""
-    peft = pytest.importorskip("peft", reason="the extra `lora` is not installed")
     run = make_run(folder, 0, train={"global_batch_pairs": 8, "lora": {"rank": 4, "alpha": 8, "merge": False}})
     for iterate in range(1, iterates + 1):
-        start = AutoModelForCausalLM.from_pretrained(run.description()["start_model"])
-        lora = peft.LoraConfig(r=4, lora_alpha=8, target_modules="all-linear", task_type="CAUSAL_LM")
-        model, noise = peft.get_peft_model(start, lora), torch.Generator().manual_seed(iterate)
-        for name, weight in model.named_parameters():
-            if ".lora_" in name:
-                torch.nn.init.normal_(weight, std=0.2, generator=noise)
-        attempt = run.storage.new_attempt_folder()
-        model.save_pretrained(attempt)
-        (attempt / "README.md").unlink()
-        (attempt / MANIFEST).write_bytes(Manifest.of(folder_entries(attempt), {}, {}).to_bytes())
-        run.storage.create_folder(run.adapter(iterate).path, attempt)
+        add_adapter(run, iterate, seed=iterate)
         run.publish(iterate)
     return run
 
 
-def add_iterate(run: RunDir, iterate: int, loads: bool = True) -> None:
+def add_adapter(run: RunDir, iterate: int, seed: int) -> None:
+    peft = pytest.importorskip("peft", reason="the extra `lora` is not installed")
+    start = AutoModelForCausalLM.from_pretrained(run.description()["start_model"])
+    lora = peft.LoraConfig(r=4, lora_alpha=8, target_modules="all-linear", task_type="CAUSAL_LM")
+    model, noise = peft.get_peft_model(start, lora), torch.Generator().manual_seed(seed)
+    for name, weight in model.named_parameters():
+        if ".lora_" in name:
+            torch.nn.init.normal_(weight, std=0.2, generator=noise)
+    attempt = run.storage.new_attempt_folder()
+    model.save_pretrained(attempt)
+    (attempt / "README.md").unlink()
+    (attempt / MANIFEST).write_bytes(Manifest.of(folder_entries(attempt), {}, {}).to_bytes())
+    run.storage.create_folder(run.adapter(iterate).path, attempt)
+
+
+def add_iterate(run: RunDir, iterate: int, loads: bool = True, seed: int | None = None) -> None:
     """Commits θ_iterate: the start model plus noise, with its own answers and digest.
 
     With ``loads=False`` a weight lacks a row; it is committed like any other.
@@ -73,7 +77,7 @@ def add_iterate(run: RunDir, iterate: int, loads: bool = True) -> None:
     attempt = run.storage.new_attempt_folder()
     shutil.copytree(run.description()["start_model"], attempt, dirs_exist_ok=True)
     weights = load_file(attempt / "model.safetensors")
-    noise = torch.Generator().manual_seed(iterate)
+    noise = torch.Generator().manual_seed(iterate if seed is None else seed)
     moved = {
         name: weight + 0.02 * torch.randn(weight.shape, generator=noise).to(weight.dtype)
         for name, weight in weights.items()

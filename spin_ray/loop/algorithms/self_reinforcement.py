@@ -112,13 +112,14 @@ def _by_grade(turn: Turn, chosen: SelfFilterConfig) -> Choose:
             (decode(row["generated_ids"], skip_special_tokens=True), answers[row["prompt_id"]], row["prompt_id"])
             for _, _, row in asked
         ]
+        found = grade_all(grade, rows, turn.config, "self_filter.grade")
         best: dict[int, tuple[float, int]] = {}
-        for (number, place, _), each in zip(asked, grade_all(grade, rows, "self_filter.grade"), strict=True):
+        for (number, place, _), each in zip(asked, found, strict=True):
             if each is not None:
                 best[number] = max(best.get(number, (each, -place)), (each, -place))
         for number in range(len(groups)):
-            found = best.get(number)
-            yield "no_answer" if found is None else -found[1] if found[0] >= chosen.min_grade else "below_grade"
+            top = best.get(number)
+            yield "no_answer" if top is None else -top[1] if top[0] >= chosen.min_grade else "below_grade"
 
     return choose
 

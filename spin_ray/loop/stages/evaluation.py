@@ -182,7 +182,7 @@ def _grades(heldout: pa.Table, answers: pa.Table, config: SpinConfig, model: Pat
     if grade == "number":
         found = [float(is_correct(text, answer, extractor)) for text, answer, _ in rows]
     else:
-        found = grade_all(grade, rows)
+        found = grade_all(grade, rows, config)
     grades: dict[str, list[float]] = {}
     for (_, _, prompt_id), each in zip(rows, found, strict=True):
         if each is not None:

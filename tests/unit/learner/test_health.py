@@ -108,6 +108,9 @@ def test_what_a_user_can_mend_comes_out_of_another_process_as_itself_and_whole()
     )
     found = user_error_in(RuntimeError(text))
     assert type(found) is ModelError and str(found).endswith("is no reward model\u2028" + "x" * 500)
+    of_a_task = RuntimeError("a traceback of many lines")
+    of_a_task.cause = found  # type: ignore[attr-defined]  # as Ray's RayTaskError has it
+    assert user_error_in(of_a_task) is found
     assert type(user_error_in(RuntimeError("spin_ray.errors.OtherRunError: r: holds another run"))) is UserError
     assert user_error_in(RuntimeError("spin_ray.errors.StageError: it failed")) is None
     assert user_error_in(RuntimeError("ValueError: 1")) is None

@@ -200,7 +200,7 @@ def test_spin_is_trained_on_the_pairs_that_its_authors_released(
 def test_rows_that_lack_what_the_algorithm_needs_end_the_run_before_anything_is_generated(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, changes: dict[str, Any], said: str
 ) -> None:
-    monkeypatch.setattr(driver, "check_on_workers", lambda _: None)
+    monkeypatch.setattr(driver, "check_on_workers", lambda *_: None)
     with pytest.raises(DataError, match=said):
         run_with(tmp_path, monkeypatch, changes)
     run = RunDir(Storage(tmp_path / "run"))

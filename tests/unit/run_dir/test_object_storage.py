@@ -1,5 +1,6 @@
 """A store that cannot be used is told at once; one that has answered before is waited for."""
 
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -39,8 +40,27 @@ def test_a_store_without_access_is_a_mistake_until_it_has_answered(error: BaseEr
     with pytest.raises(ConfigError, match=f"s3://bucket/run: {said}; give AWS_ACCESS_KEY_ID"):
         storage._insist("lease.json", fail(error))
     storage._insist("lease.json", lambda: None)
-    with pytest.raises(StageError, match="the store failed for 0 s"):
+    with pytest.raises(StageError, match=r"the store failed for \d s, \d times"):
         storage._insist("lease.json", fail(error))
+
+
+def test_a_call_that_took_longer_than_the_deadline_is_tried_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As the upload of a large file over a slow link: each try takes longer than the store is waited for."""
+    monkeypatch.setattr(object_storage, "DEADLINE_S", 0.05)
+    storage, tries = ObjectStorage("s3://bucket/run"), list[int]()
+
+    def upload() -> str:
+        time.sleep(0.1)
+        tries.append(len(tries))
+        if len(tries) < 4:
+            raise GenericError("503 Slow Down")
+        return "arrived"
+
+    assert storage._insist("model", upload) == "arrived"
+    tries.clear()
+    with pytest.raises(StageError, match=r"run/model: the store failed for [1-9] s, 4 times \(503 Slow Down\)"):
+        storage._insist("model", lambda: (time.sleep(0.3), tries.append(0), fail(GenericError("503 Slow Down"))()))
+    assert len(tries) == 4
 
 
 def test_a_scheme_of_no_store_is_refused_at_once() -> None:

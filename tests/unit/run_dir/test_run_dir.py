@@ -284,9 +284,29 @@ def test_latest_moves_to_the_published_iterate(run):
 def test_latest_never_moves_back(run):
     """A driver that resumes passes sft, iter_000, … again; whoever follows LATEST must not see it."""
     for iterate in (0, 1, 2, 0, 1):
+        if iterate and not run.model(iterate).is_committed:
+            run.model(iterate).commit({}, {}, {})
         run.publish(iterate)
     assert run.latest() == "iter_001"
     assert [event["stage"] for event in run.events()] == ["sft", "iter_000", "iter_001"]
+
+
+def test_latest_moves_back_from_models_that_were_removed_to_the_newest_that_is_there(run, caplog):
+    """The user removed θ_2 and θ_3, as an error said, and runs again; whoever follows LATEST is not sent on to θ_0."""
+    for iterate in (1, 2, 3):
+        run.model(iterate).commit({}, {}, {})
+        run.publish(iterate)
+    run.storage.delete("iter_001")
+    run.storage.delete("iter_002")
+    assert run.latest() == "iter_002"
+    run.publish(0)
+    assert run.latest() == "iter_000"
+    assert caplog.messages == ["LATEST: iter_002 is not there any more; moved back to iter_000"]
+    run.publish(1)
+    run.model(2).commit({}, {}, {})
+    run.publish(2)
+    assert run.latest() == "iter_001"
+    assert [event["stage"] for event in run.events()] == ["iter_000", "iter_001", "iter_002", "iter_000", "iter_001"]
 
 
 def test_publishing_again_says_nothing_new(run):

@@ -17,7 +17,6 @@ from spin_ray.loop.algorithms.sppo import preferences
 from spin_ray.loop.stages.generation import stage as generation
 from spin_ray.report import benchmarks
 from spin_ray.runtime import workers
-from spin_ray.runtime.placement import demands
 from tests.support.fakes import config_of
 
 ASKED = {"cpus": 2, "gpus": 1, "custom": {"rack": 0.5}, "labels": {"pool": "a"}}
@@ -100,15 +99,15 @@ def test_a_process_that_dies_while_it_loads_is_tried_as_often(asked, ask):
 def test_a_stage_waits_for_its_own_resources_before_it_asks_for_processes(asked, monkeypatch, module, stage, ask):
     waited: list[Any] = []
 
-    def taken(bundles: Any, timeout_s: float, stage: str) -> None:
-        waited.append(bundles)
+    def taken(config: SpinConfig, stage: str, what: str) -> None:
+        waited.append((config, stage))
         raise StageError("taken")
 
     monkeypatch.setattr(module, "wait_until_free", taken)
     config = sppo_of(train={"workers": 3})
     with pytest.raises(StageError, match="taken"):
         ask(config)
-    assert waited == [demands(config)[stage]]
+    assert waited == [(config, stage)]
     assert asked == {}
 
 

@@ -7,20 +7,68 @@ from collections.abc import Iterator
 import pytest
 
 from spin_ray.errors import StageError
+from spin_ray.runtime.placement import room_for
 from spin_ray.runtime.waiting import wait_until_free, while_it_moves, with_deadline
+from tests.support.fakes import config_of
 
 
 def test_waiting_ends_when_the_last_stage_let_go(cluster, monkeypatch):
-    cluster["free"] = {"CPU": 0.5}
+    cluster["free"], cluster["nodes"] = {"CPU": 0.5}, [{"CPU": 7.0}]
     monkeypatch.setattr(time, "sleep", lambda _: cluster["free"].update(CPU=7.0))
-    wait_until_free([{"CPU": 0.7}] * 10, timeout_s=60, stage="train")  # 0.7 · 10 is 7 but for rounding
+    config = config_of(train={"workers": 10, "resources": {"cpus": 0.7}})  # 0.7 · 10 is 7 but for rounding
+    wait_until_free(config, "train", "the train workers")
     assert cluster["free"] == {"CPU": 7.0}
 
 
 def test_what_is_never_let_go_is_an_error_that_says_what_was_waited_for(cluster):
     cluster["free"] = {"CPU": 1.0, "object_store_memory": 5.0}
-    with pytest.raises(StageError, match=r"train: waited 0 s for 1 CPU, 1 GPU to be free; .* 1 CPU of them free"):
-        wait_until_free([{"CPU": 1, "GPU": 1}], timeout_s=0, stage="train")
+    config = config_of(train={"workers": 2, "start_timeout_s": 0.01}, cluster={"wait_for_nodes_s": 60})
+    with pytest.raises(StageError, match=r"the workers: waited 0 s for 2 CPU to be free; .* 1 CPU of them free$"):
+        wait_until_free(config, "train", "the workers")
+    assert cluster["asked"] == [], "there is room for it once the others have let go"
+
+
+WORKER = {"CPU": 8.0, "GPU": 1.0}
+ON_GPUS = {
+    "generation": {"replicas": 2, "resources": {"gpus": 1}},
+    "train": {"workers": 2, "start_timeout_s": 10, "resources": {"gpus": 1}},
+}
+
+
+def test_a_node_that_was_lost_between_two_stages_is_asked_for_and_waited_for_as_at_the_start(cluster, monkeypatch):
+    """The new node comes after 100 s, ten times what workers may take to start."""
+    clock = [0.0]
+
+    def sleep(seconds: float) -> None:
+        clock[0] += seconds
+        if clock[0] > 100:
+            cluster.update(nodes=[WORKER] * 2, free={"CPU": 16.0, "GPU": 2.0})
+
+    monkeypatch.setattr(time, "monotonic", lambda: clock[0])
+    monkeypatch.setattr(time, "sleep", sleep)
+    cluster.update(nodes=[WORKER] * 2)
+    with room_for(config := config_of(**ON_GPUS, cluster={"wait_for_nodes_s": 3600})):
+        cluster.update(nodes=[WORKER], free=WORKER)
+        wait_until_free(config, "train", "the train workers")
+        assert len(cluster["nodes"]) == 2
+        assert cluster["asked"][-1] == [({"CPU": 1, "GPU": 1}, {})] * 2, "and kept until the run ends"
+    assert cluster["asked"][-1] == []
+
+
+def test_nodes_that_do_not_come_back_are_an_error_that_says_what_is_missing(cluster, monkeypatch):
+    naps = time.sleep
+    monkeypatch.setattr(time, "sleep", lambda _: naps(0.05))
+    cluster.update(nodes=[WORKER], free=WORKER)
+    train = ON_GPUS["train"] | {"start_timeout_s": 0.01}
+    lack = r"there is room for 1, 1 CPU, 1 GPU is missing"
+    with pytest.raises(StageError, match=rf"waited 0 s for 2 CPU, 2 GPU .*; {lack}$"):
+        wait_until_free(config_of(train=train, cluster={"wait_for_nodes_s": 0.02}), "train", "the train workers")
+    assert cluster["asked"][0] == [({"CPU": 1, "GPU": 1}, {})] * 2
+    assert cluster["asked"][-1] == [], "withdrawn, as no run is around it"
+    cluster["asked"].clear()
+    with pytest.raises(StageError, match=rf"{lack} \(an autoscaler is asked only with cluster\.wait_for_nodes_s\)"):
+        wait_until_free(config_of(train=train), "train", "the train workers")
+    assert cluster["asked"] == []
 
 
 def test_rows_pass_through_in_order(cluster):

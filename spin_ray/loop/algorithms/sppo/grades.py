@@ -32,12 +32,12 @@ def run(run_dir: RunDir, config: SpinConfig, iteration: int, policy: ModelFolder
         for name, entry in sorted(generations.manifest().files.items()):
             played = generations.read_part(name, entry)
             texts = tokenizer.batch_decode(played["token_ids"].to_pylist(), skip_special_tokens=True)
-            entries[name] = target.write_part(name, win_table(played, texts, answers, config.scorer.path))
+            entries[name] = target.write_part(name, win_table(played, texts, answers, config.scorer.path, config))
         counted |= {"rows": sum(entry.rows or 0 for entry in entries.values())}
         target.commit(entries, inputs, settings)
 
 
-def win_table(played: pa.Table, texts: list[str], answers: dict[str, str], grade: str) -> pa.Table:
+def win_table(played: pa.Table, texts: list[str], answers: dict[str, str], grade: str, config: SpinConfig) -> pa.Table:
     """Returns PREFERENCE_SCHEMA rows in the order of ``played``.
 
     A sample of grade r wins with the mean of (1 + r − r′) / 2 over its prompt's samples. If the prompt has no
@@ -45,7 +45,8 @@ def win_table(played: pa.Table, texts: list[str], answers: dict[str, str], grade
     """
     prompt_ids = played["prompt_id"].to_pylist()
     rows = [row for row, prompt_id in enumerate(prompt_ids) if prompt_id in answers]
-    found = grade_all(grade, [(texts[row], answers[prompt_ids[row]], prompt_ids[row]) for row in rows], "scorer.path")
+    asked = [(texts[row], answers[prompt_ids[row]], prompt_ids[row]) for row in rows]
+    found = grade_all(grade, asked, config, "scorer.path")
     groups: dict[str, list[tuple[int, float | None]]] = defaultdict(list)
     for row, each in zip(rows, found, strict=True):
         groups[prompt_ids[row]].append((row, each))

@@ -21,7 +21,6 @@ from spin_ray.run_dir.artefact import Artefact, FileEntry, seal
 from spin_ray.run_dir.run_dir import RunDir
 from spin_ray.runtime import cpu
 from spin_ray.runtime.actors import map_by_actors
-from spin_ray.runtime.placement import demands
 from spin_ray.runtime.waiting import wait_until_free, with_deadline
 
 PREFERENCE_SCHEMA = pa.schema(
@@ -89,7 +88,7 @@ def _compare(job: PreferenceJob, parts: list[str], config: SpinConfig) -> Any:
     if not parts:
         return
     limits = config.generation
-    wait_until_free(demands(config)["scorer"], limits.start_timeout_s, "the preference models")
+    wait_until_free(config, "scorer", "the preference models")
     compared = map_by_actors(
         [{"name": name} for name in parts],
         _Comparing,

@@ -35,7 +35,6 @@ from spin_ray.runtime.actors import map_by_actors
 from spin_ray.runtime.engine import Completion, EngineSpec, GenerationEngine, StartEngine, VllmEngine
 from spin_ray.runtime.engine_groups import EngineGroups
 from spin_ray.runtime.garbage import collect_as_usual
-from spin_ray.runtime.placement import demands
 from spin_ray.runtime.waiting import wait_until_free, with_deadline
 
 logger = logging.getLogger(__name__)
@@ -104,7 +103,7 @@ def _play(
 ) -> Iterator[dict[str, Any]]:
     if not shards:
         return
-    wait_until_free(demands(config)["generation"], config.generation.start_timeout_s, "generation")
+    wait_until_free(config, "generation", "generation")
     resources, engine = config.generation.resources, config.generation.engine
     with EngineGroups(resources, engine.devices) as groups:
         spread = engine.pipeline_parallel_size > 1
