@@ -68,7 +68,7 @@ def check_models(run: RunDir, models: tuple[str, ...]) -> None:
 def mark_of(run: RunDir, name: str) -> str | None:
     """Returns a digest that tells whether an iterate was made again; None if the run has no manifest of it now."""
     with suppress(RunDirError):
-        return run.model(age(name)).manifest().digest
+        return run.model(iterate_number(name)).manifest().digest
     return None
 
 
