@@ -14,7 +14,7 @@ from spin_ray.errors import ModelError
 from spin_ray.inputs.conversations import Conversation
 from spin_ray.inputs.guard import any_of
 from spin_ray.inputs.templates import Skeletons
-from spin_ray.inputs.thoughts import SWITCHES, Opening, ends_a_thought, opening_of
+from spin_ray.inputs.thoughts import MARKS_OF_THOUGHTS, SWITCHES, Opening, ends_a_thought, opening_of, parts_around
 
 Tools = list[dict[str, Any]] | None
 """JSON schemas of the functions that a conversation may call."""
@@ -76,10 +76,11 @@ class ChatTemplate:
         """A short prompt, and texts that may follow it."""
         tail = self.responses[0].rpartition(_PROBE)[2]
         self.end_of_turn_id, self.end_of_turn, self.writes_end_of_turn = self._find_end_of_turn(tail)
-        # Data may use the other added tokens as words: those neither special nor written by the template, e.g. <think>.
+        # Data may use the other added tokens as words: those neither special nor written by the template. Thoughts in
+        # texts are meant as such, wherever the template writes their marks itself: it must see them, to place them.
         control = {str(token) for _, token in added if token.special and str(token)} | {self.end_of_turn}
         own = {name for name in self.added_ids if name in self.prompt}
-        self.control_tokens = control | (own - {self.opening.mark} if self.opening else own)
+        self.control_tokens = control | (own - MARKS_OF_THOUGHTS)
         """Names of tokens that a message must not produce."""
         other = self.ask([{"role": "user", "content": "x 1."}], True) or ""
         self.constant = commonprefix([self.prompt[::-1], other[::-1]])[::-1]
@@ -263,6 +264,8 @@ class ChatTemplate:
                 f"its chat template takes the thought that ends with {end_of_thought} out of the response; set "
                 "model.chat_template to a file that keeps it"
             )
+        if end_of_thought and not all(part in rest for part in parts_around(end_of_thought, said["content"])):
+            return RenderError(f"its chat template leaves out part of the response, around {end_of_thought}")
         if len(said) > 2 and (lost := _lost(said, rest)):
             return RenderError(f"its chat template leaves {lost} out of the response")
         if not self.writes_end_of_turn:
