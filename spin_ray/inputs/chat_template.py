@@ -13,11 +13,9 @@ from jinja2 import TemplateError
 from spin_ray.errors import ModelError
 from spin_ray.inputs.conversations import Conversation
 from spin_ray.inputs.guard import any_of
+from spin_ray.inputs.losses import Losses, Tools
 from spin_ray.inputs.templates import Skeletons
 from spin_ray.inputs.thoughts import MARKS_OF_THOUGHTS, SWITCHES, Opening, ends_a_thought, opening_of, parts_around
-
-Tools = list[dict[str, Any]] | None
-"""JSON schemas of the functions that a conversation may call."""
 
 _PROBE = "spin-ray-probe"
 _CALL = {"name": "f", "arguments": {"x": "y"}}
@@ -65,7 +63,6 @@ class ChatTemplate:
                 "chat template are text; take it out"
             )
         self._refuse_unread_kwargs()
-        self._written_roles = {"user": True, "assistant": True}
         self._written_keys: dict[tuple[str, str], bool] = {}
         self._takes_parsed_arguments: bool | None = None
         added = tokenizer.added_tokens_decoder.items()
@@ -86,11 +83,12 @@ class ChatTemplate:
         self.constant = commonprefix([self.prompt[::-1], other[::-1]])[::-1]
         """Text with which most prompts end."""
         self._skeletons = Skeletons.of(self.source, self.ask)
+        self._losses = Losses(self.ask)
 
     def write_prompts(self, conversations: Sequence[Conversation], tools: Sequence[Tools]) -> list[str | RenderError]:
         """Writes conversations up to where the assistant speaks."""
         written = self._apply(list(conversations), True, tools)
-        lacks = map(self._find_unwritten, conversations, tools)
+        lacks = [self._find_unwritten(*each, True) for each in zip(conversations, tools, strict=True)]
         return [lack or text for lack, text in zip(lacks, written, strict=True)]
 
     def write_all(
@@ -101,7 +99,7 @@ class ChatTemplate:
         if self.opening:
             return self._write_opened(self.opening, given)
         known = [
-            self._find_unwritten(messages, offered) or (None if offered else self._skeletons.write(messages))
+            self._find_unwritten(messages, offered, False) or (None if offered else self._skeletons.write(messages))
             for messages, offered in given
         ]
         unknown = [messages for messages, found in zip(conversations, known, strict=True) if not found]
@@ -128,7 +126,7 @@ class ChatTemplate:
         offers = [offered for _, offered in given]
         prompts = self._apply([messages[:-1] for messages in marked], True, offers)
         wholes = self._apply(marked, False, offers)
-        lacks = map(self._find_unwritten, marked, offers)
+        lacks = [self._find_unwritten(*each, False) for each in zip(marked, offers, strict=True)]
         return [
             lack or self._go_on(opening, prompt, whole, messages[-1])
             for lack, prompt, whole, (messages, _) in zip(lacks, prompts, wholes, given, strict=True)
@@ -203,7 +201,7 @@ class ChatTemplate:
         asked = [{"role": "user", "content": "?"}, {"role": "assistant", "content": "", "tool_calls": [call]}]
         return self.ask(asked, False) is not None
 
-    def _find_unwritten(self, messages: Conversation, tools: Tools) -> RenderError | None:
+    def _find_unwritten(self, messages: Conversation, tools: Tools, add_generation_prompt: bool) -> RenderError | None:
         """Returns an error for content that the template would drop."""
         if tools and not self.names("tools"):
             return RenderError("it has tools, which its chat template does not write")
@@ -211,9 +209,8 @@ class ChatTemplate:
             for key in message if len(message) > 2 else ():
                 if key in ("tool_calls", "reasoning_content") and not self.names(key):
                     return RenderError(f"a message has {key}, which its chat template does not write")
-            if not self._writes_role(message["role"]):
-                return RenderError(f"its chat template leaves out messages of role {message['role']}")
-        return None
+        lost = self._losses.find(messages, tools, add_generation_prompt)
+        return RenderError(lost) if lost else None
 
     def leaves_out(self, messages: Conversation) -> list[str]:
         """Returns which of ``name`` and ``tool_call_id`` the template does not write."""
@@ -240,15 +237,6 @@ class ChatTemplate:
         sources = templates.values() if isinstance(templates, dict) else [self.source]
         return any(re.search(rf"\b{re.escape(word)}\b", source) for source in sources)
 
-    def _writes_role(self, role: str) -> bool:
-        if role not in self._written_roles:
-            said = {"role": role, "content": _PROBE}
-            user = {"role": "user", "content": "?"}
-            before, after = ([user, {"role": "assistant", "content": "!"}], []) if role == "tool" else ([], [user])
-            text = self.ask([*before, said, *after], True)
-            self._written_roles[role] = text is None or _PROBE in text  # a refusal is reported when the row is written
-        return self._written_roles[role]
-
     def _refuse_unread_kwargs(self) -> None:
         for name in self.kwargs:
             if not self.names(name):
@@ -266,8 +254,9 @@ class ChatTemplate:
             )
         if end_of_thought and not all(part in rest for part in parts_around(end_of_thought, said["content"])):
             return RenderError(f"its chat template leaves out part of the response, around {end_of_thought}")
-        if len(said) > 2 and (lost := _lost(said, rest)):
-            return RenderError(f"its chat template leaves {lost} out of the response")
+        thought = said.get("reasoning_content")
+        if isinstance(thought, str) and thought.strip() not in rest:
+            return RenderError("its chat template leaves reasoning_content out of the response")
         if not self.writes_end_of_turn:
             return prompt, rest
         response, end, _ = rest.partition(self.end_of_turn)
@@ -275,9 +264,9 @@ class ChatTemplate:
             return RenderError(f"its chat template does not end the response with {self.end_of_turn}")
         return prompt, response + end
 
-    def ask(self, messages: Conversation, add_generation_prompt: bool) -> str | None:
+    def ask(self, messages: Conversation, add_generation_prompt: bool, tools: Tools = None) -> str | None:
         """Returns the rendered text; None if the template refuses."""
-        (text,) = self._apply([messages], add_generation_prompt)
+        (text,) = self._apply([messages], add_generation_prompt, [tools])
         return None if isinstance(text, RenderError) else text
 
     def marks_between_turns(self) -> set[str]:
@@ -361,16 +350,6 @@ class ChatTemplate:
         if self._tokenizer.eos_token_id is None:
             raise ModelError(f"{self._name}: neither its chat template nor its tokenizer marks the end of a turn")
         return self._tokenizer.eos_token_id, self._tokenizer.eos_token, False
-
-
-def _lost(said: Mapping[str, Any], response: str) -> str | None:
-    thought = said.get("reasoning_content")
-    if isinstance(thought, str) and thought.strip() not in response:
-        return "reasoning_content"
-    for call in said.get("tool_calls", ()):
-        if call.get("function", call)["name"] not in response:
-            return "tool_calls"
-    return None
 
 
 def _split(prompt: str | RenderError, whole: str | RenderError) -> tuple[str, str] | RenderError:
