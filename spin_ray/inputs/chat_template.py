@@ -69,6 +69,8 @@ class ChatTemplate:
         self.added_ids = {str(token): token_id for token_id, token in added if str(token).strip()}
         self.opening: Opening | None = None
         """Thought that the prompt opens but a whole conversation lacks, as in DeepSeek R1's template."""
+        self._needed_thought: Opening | None = None
+        """Thought that the prompt opens, and an answer without one ends otherwise, as in Nemotron 3's template."""
         self.prompt, self.responses = self._probe()
         """A short prompt, and texts that may follow it."""
         tail = self.responses[0].rpartition(_PROBE)[2]
@@ -106,12 +108,19 @@ class ChatTemplate:
         offers = [offered for offered, found in zip(tools, known, strict=True) if not found]
         prompts = self._apply([messages[:-1] for messages in unknown], True, offers)
         wholes = self._apply(unknown, False, offers)
-        asked = (_split(*texts) for texts in zip(prompts, wholes, strict=True))
+        asked = (self._part(*texts) for texts in zip(prompts, wholes, strict=True))
         written = [found or next(asked) for found in known]
         return [
             texts if isinstance(texts, RenderError) else self._end_turn(*texts, messages[-1])
             for texts, messages in zip(written, conversations, strict=True)
         ]
+
+    def _part(self, prompt: str | RenderError, whole: str | RenderError) -> tuple[str, str] | RenderError:
+        texts, opening = _split(prompt, whole), self._needed_thought
+        if opening and isinstance(texts, RenderError) and isinstance(prompt, str) and isinstance(whole, str):
+            ended = whole.removeprefix(prompt.removesuffix(opening.text) + opening.mark).lstrip()
+            return _without_thought(opening) if ended.startswith(opening.end) else texts
+        return texts
 
     def _write_opened(
         self, opening: Opening, given: list[tuple[Conversation, Tools]]
@@ -137,11 +146,7 @@ class ChatTemplate:
     ) -> tuple[str, str] | RenderError:
         rest = opening.rest_of(said)
         if rest is None:
-            return RenderError(
-                f"its prompt opens a thought by {opening.text!r}, and the response has none that ends with "
-                f"{opening.end}; add the thoughts to the data, or set model.chat_template to a file without "
-                f"{opening.mark}"
-            )
+            return _without_thought(opening)
         if isinstance(prompt, str) and isinstance(whole, str):
             before, _, tail = whole.rpartition(_PROBE)
             if before + opening.text == prompt:
@@ -312,6 +317,8 @@ class ChatTemplate:
         if opening and texts[0].startswith(prompt.removesuffix(opening.text) + _PROBE):
             self.opening, before = opening, prompt.removesuffix(opening.text)
             return prompt, [text.removeprefix(before) for text in texts if text.startswith(before)]
+        if not texts[0].startswith(prompt) and opening:
+            texts = self._probe_thoughts(user, opening, prompt) or texts
         if not texts[0].startswith(prompt):
             shared = len(commonprefix([prompt, texts[0]]))
             raise ModelError(
@@ -320,6 +327,17 @@ class ChatTemplate:
                 f"speak from there. {self._cure()}"
             )
         return prompt, [text.removeprefix(prompt) for text in texts if text.startswith(prompt)]
+
+    def _probe_thoughts(self, user: dict[str, Any], opening: Opening, prompt: str) -> list[str]:
+        """Returns whole exchanges with a thought; nothing if they do not begin with the prompt either."""
+        thinking = [
+            [user, {"role": "assistant", "content": _PROBE, "reasoning_content": text}] for text in (_PROBE, *_OPENINGS)
+        ]
+        texts = [whole for whole in self._apply(thinking, add_generation_prompt=False) if isinstance(whole, str)]
+        if not texts or not texts[0].startswith(prompt) or texts[0].count(_PROBE) != 2:
+            return []
+        self._needed_thought = opening
+        return texts
 
     def _cure(self) -> str:
         user = {"role": "user", "content": "?"}
@@ -350,6 +368,13 @@ class ChatTemplate:
         if self._tokenizer.eos_token_id is None:
             raise ModelError(f"{self._name}: neither its chat template nor its tokenizer marks the end of a turn")
         return self._tokenizer.eos_token_id, self._tokenizer.eos_token, False
+
+
+def _without_thought(opening: Opening) -> RenderError:
+    return RenderError(
+        f"its prompt opens a thought by {opening.text!r}, and the response has none that ends with {opening.end}; add "
+        f"the thoughts to the data, or set model.chat_template to a file without {opening.mark}"
+    )
 
 
 def _split(prompt: str | RenderError, whole: str | RenderError) -> tuple[str, str] | RenderError:

@@ -5,6 +5,7 @@ from typing import Any
 import pytest
 
 from spin_ray.inputs.check import FirstConversation, check_token_ids
+from spin_ray.inputs.findings import find_in_rows
 from spin_ray.inputs.rendering import ChatRenderer, RenderError
 from tests.support.tokenizer_kinds import tokenizer_of_kind
 
@@ -77,3 +78,36 @@ def test_a_text_of_which_the_template_would_drop_a_part_is_refused(text):
     said: dict[str, Any] = {"role": "assistant", "content": text}
     with pytest.raises(RenderError, match="leaves out part of the response, around </think>"):
         renderer_of(WRITTEN["Qwen 3"]).render([ASKED, said])
+
+
+NEMOTRON = turns(
+    "{% set thought = m.reasoning_content or thought %}"
+    "{% if thought %}{{ '<think>\n' + thought + '\n</think>\n' + said }}"
+    "{% else %}<think></think>{{ said }}{% endif %}",
+    "{{ '<think>' + ('\n' if enable_thinking | default(true) else '</think>') }}",
+)
+
+
+@pytest.mark.parametrize("said", [
+    THOUGHT, {"role": "assistant", "content": "Paris.", "reasoning_content": "first"},
+], ids=["marks", "a key"])  # fmt: skip
+def test_a_prompt_that_opens_a_thought_takes_answers_with_one(said):
+    """Nemotron 3: an answer without a thought goes on otherwise than its prompt."""
+    renderer = renderer_of(NEMOTRON)
+    rendered = renderer.render([ASKED, said])
+    whole = renderer.tokenizer.apply_chat_template([ASKED, said], return_dict=True)["input_ids"]
+    ours = rendered.prompt_ids + rendered.real_ids
+    assert ours == whole[: len(ours)] and renderer.end_of_turn == E
+    assert renderer.tokenizer.decode(rendered.prompt_ids).rstrip("\n").endswith("assistant\n<think>")
+    assert renderer.tokenizer.decode(rendered.real_ids).lstrip("\n") == f"first\n</think>\nParis.{E}"
+    assert rendered.prompt_ids == renderer.render_prompt([ASKED])
+
+
+def test_an_answer_without_the_thought_that_its_prompt_opens_is_refused():
+    renderer, plain = renderer_of(NEMOTRON), [ASKED, {"role": "assistant", "content": "Paris."}]
+    with pytest.raises(RenderError, match=r"opens a thought by '<think>\\n', and the response has none"):
+        renderer.render(plain)
+    assert renderer.render([ASKED, THOUGHT, *plain[:1], THOUGHT])
+    (finding,) = find_in_rows(renderer, [(plain, None)], "d.jsonl")
+    assert finding.severity == "error"
+    assert finding.sentence.endswith("; set model.chat_template_kwargs: {enable_thinking: false}")
