@@ -1,7 +1,7 @@
-"""Parts of messages that a chat template leaves out, such as the text beside a tool call or a second system message.
+"""Parts of a conversation that a chat template leaves out, such as the text beside a tool call, or tools.
 
 What is left out depends on the roles and keys of all messages, hardly ever on their texts. So each sequence of these is
-rendered once, with words that stand nowhere else in place of texts, names and arguments.
+rendered once, with words that stand nowhere else in place of texts, names of tools and arguments.
 """
 
 import json
@@ -33,12 +33,13 @@ class Losses:
         roles = [
             (message["role"], not message["content"]) if len(message) == 2 else _form(message) for message in messages
         ]
-        sequence = (bool(tools), add_generation_prompt, *roles)
+        sequence = (len(tools or ()), add_generation_prompt, *roles)
         if sequence not in self._known:
             if len(self._known) >= _MOST:
                 self._known.clear()
             words = _Words()
-            text = self._ask([words.instead_of(message) for message in messages], add_generation_prompt, tools)
+            named = [words.instead_of_name(tool) for tool in tools] if tools else None
+            text = self._ask([words.instead_of(message) for message in messages], add_generation_prompt, named)
             self._known[sequence] = None if text is None else words.first_missing(text)
         return self._known[sequence]
 
@@ -67,6 +68,13 @@ class _Words:
                 self._call(call, f"call {number} of tool_calls", where) for number, call in enumerate(calls, 1)
             ]
         return words
+
+    def instead_of_name(self, tool: Any) -> Any:
+        function = tool.get("function", tool) if isinstance(tool, dict) else None
+        if not isinstance(function, dict) or not isinstance(function.get("name"), str):
+            return tool
+        named = function | {"name": self._word_for("it has tools, which its chat template does not write")}
+        return tool | {"function": named} if "function" in tool else named
 
     def _call(self, call: dict[str, Any], what: str, where: str) -> dict[str, Any]:
         function = call.get("function", call)

@@ -95,6 +95,26 @@ def test_a_prompt_of_which_a_part_would_be_lost_is_refused(name):
     assert renderer_of(WRITES_ALL).render_prompt(messages[:-1])
 
 
+READS_TOOLS = (  # Command A: words of its own for conversations with tools, but not the tools
+    "{% if tools %}Use tools.{% endif %}" + WRITES_ALL.removeprefix("{% if tools %}{{ tools | tojson }}{% endif %}")
+)
+FIRST_TOOL = WRITES_ALL.replace("{{ tools | tojson }}", "{{ tools[0] | tojson }}")
+OTHER: Any = {"name": "other", "parameters": {}}
+
+
+@pytest.mark.parametrize(
+    ("template", "tools"),
+    [(READS_TOOLS, [TOOL]), (READS_TOOLS, [OTHER]), (FIRST_TOOL, [TOOL, TOOL]), (FIRST_TOOL, [TOOL, OTHER])],
+)
+def test_tools_that_a_template_asks_for_but_does_not_write_refuse_the_row(template, tools):
+    renderer = renderer_of(template)
+    assert template is READS_TOOLS or isinstance(renderer.render([ASKED, SAID], tools[:1]), Rendered)
+    for written in (renderer.render_all([[ASKED, SAID]], [tools]), renderer.render_prompts([[ASKED]], [tools])):
+        assert "it has tools, which its chat template does not write" in str(written[0])
+    assert renderer.render([ASKED, SAID])
+    assert isinstance(renderer_of(WRITES_ALL).render([ASKED, SAID], tools), Rendered)
+
+
 KEPT = {
     "no text beside a call": (CALL_OR_TEXT, [ASKED, calling("", {"at": "x"}), SEEN, SAID]),
     "one call": (FIRST_CALL, [ASKED, calling("", {"at": "x"}), SEEN, SAID]),
