@@ -13,11 +13,9 @@ from jinja2 import TemplateError
 from spin_ray.errors import ModelError
 from spin_ray.inputs.conversations import Conversation
 from spin_ray.inputs.guard import any_of
+from spin_ray.inputs.losses import Losses, Tools
 from spin_ray.inputs.templates import Skeletons
-from spin_ray.inputs.thoughts import SWITCHES, Opening, ends_a_thought, opening_of
-
-Tools = list[dict[str, Any]] | None
-"""JSON schemas of the functions that a conversation may call."""
+from spin_ray.inputs.thoughts import MARKS_OF_THOUGHTS, SWITCHES, Opening, ends_a_thought, opening_of, parts_around
 
 _PROBE = "spin-ray-probe"
 _CALL = {"name": "f", "arguments": {"x": "y"}}
@@ -65,31 +63,34 @@ class ChatTemplate:
                 "chat template are text; take it out"
             )
         self._refuse_unread_kwargs()
-        self._written_roles = {"user": True, "assistant": True}
         self._written_keys: dict[tuple[str, str], bool] = {}
         self._takes_parsed_arguments: bool | None = None
         added = tokenizer.added_tokens_decoder.items()
         self.added_ids = {str(token): token_id for token_id, token in added if str(token).strip()}
         self.opening: Opening | None = None
         """Thought that the prompt opens but a whole conversation lacks, as in DeepSeek R1's template."""
+        self._needed_thought: Opening | None = None
+        """Thought that the prompt opens, and an answer without one ends otherwise, as in Nemotron 3's template."""
         self.prompt, self.responses = self._probe()
         """A short prompt, and texts that may follow it."""
         tail = self.responses[0].rpartition(_PROBE)[2]
         self.end_of_turn_id, self.end_of_turn, self.writes_end_of_turn = self._find_end_of_turn(tail)
-        # Data may use the other added tokens as words: those neither special nor written by the template, e.g. <think>.
+        # Data may use the other added tokens as words: those neither special nor written by the template. Thoughts in
+        # texts are meant as such, wherever the template writes their marks itself: it must see them, to place them.
         control = {str(token) for _, token in added if token.special and str(token)} | {self.end_of_turn}
         own = {name for name in self.added_ids if name in self.prompt}
-        self.control_tokens = control | (own - {self.opening.mark} if self.opening else own)
+        self.control_tokens = control | (own - MARKS_OF_THOUGHTS)
         """Names of tokens that a message must not produce."""
         other = self.ask([{"role": "user", "content": "x 1."}], True) or ""
         self.constant = commonprefix([self.prompt[::-1], other[::-1]])[::-1]
         """Text with which most prompts end."""
         self._skeletons = Skeletons.of(self.source, self.ask)
+        self._losses = Losses(self.ask)
 
     def write_prompts(self, conversations: Sequence[Conversation], tools: Sequence[Tools]) -> list[str | RenderError]:
         """Writes conversations up to where the assistant speaks."""
         written = self._apply(list(conversations), True, tools)
-        lacks = map(self._find_unwritten, conversations, tools)
+        lacks = [self._find_unwritten(*each, True) for each in zip(conversations, tools, strict=True)]
         return [lack or text for lack, text in zip(lacks, written, strict=True)]
 
     def write_all(
@@ -100,19 +101,26 @@ class ChatTemplate:
         if self.opening:
             return self._write_opened(self.opening, given)
         known = [
-            self._find_unwritten(messages, offered) or (None if offered else self._skeletons.write(messages))
+            self._find_unwritten(messages, offered, False) or (None if offered else self._skeletons.write(messages))
             for messages, offered in given
         ]
         unknown = [messages for messages, found in zip(conversations, known, strict=True) if not found]
         offers = [offered for offered, found in zip(tools, known, strict=True) if not found]
         prompts = self._apply([messages[:-1] for messages in unknown], True, offers)
         wholes = self._apply(unknown, False, offers)
-        asked = (_split(*texts) for texts in zip(prompts, wholes, strict=True))
+        asked = (self._part(*texts) for texts in zip(prompts, wholes, strict=True))
         written = [found or next(asked) for found in known]
         return [
             texts if isinstance(texts, RenderError) else self._end_turn(*texts, messages[-1])
             for texts, messages in zip(written, conversations, strict=True)
         ]
+
+    def _part(self, prompt: str | RenderError, whole: str | RenderError) -> tuple[str, str] | RenderError:
+        texts, opening = _split(prompt, whole), self._needed_thought
+        if opening and isinstance(texts, RenderError) and isinstance(prompt, str) and isinstance(whole, str):
+            ended = whole.removeprefix(prompt.removesuffix(opening.text) + opening.mark).lstrip()
+            return _without_thought(opening) if ended.startswith(opening.end) else texts
+        return texts
 
     def _write_opened(
         self, opening: Opening, given: list[tuple[Conversation, Tools]]
@@ -127,7 +135,7 @@ class ChatTemplate:
         offers = [offered for _, offered in given]
         prompts = self._apply([messages[:-1] for messages in marked], True, offers)
         wholes = self._apply(marked, False, offers)
-        lacks = map(self._find_unwritten, marked, offers)
+        lacks = [self._find_unwritten(*each, False) for each in zip(marked, offers, strict=True)]
         return [
             lack or self._go_on(opening, prompt, whole, messages[-1])
             for lack, prompt, whole, (messages, _) in zip(lacks, prompts, wholes, given, strict=True)
@@ -138,11 +146,7 @@ class ChatTemplate:
     ) -> tuple[str, str] | RenderError:
         rest = opening.rest_of(said)
         if rest is None:
-            return RenderError(
-                f"its prompt opens a thought by {opening.text!r}, and the response has none that ends with "
-                f"{opening.end}; add the thoughts to the data, or set model.chat_template to a file without "
-                f"{opening.mark}"
-            )
+            return _without_thought(opening)
         if isinstance(prompt, str) and isinstance(whole, str):
             before, _, tail = whole.rpartition(_PROBE)
             if before + opening.text == prompt:
@@ -202,7 +206,7 @@ class ChatTemplate:
         asked = [{"role": "user", "content": "?"}, {"role": "assistant", "content": "", "tool_calls": [call]}]
         return self.ask(asked, False) is not None
 
-    def _find_unwritten(self, messages: Conversation, tools: Tools) -> RenderError | None:
+    def _find_unwritten(self, messages: Conversation, tools: Tools, add_generation_prompt: bool) -> RenderError | None:
         """Returns an error for content that the template would drop."""
         if tools and not self.names("tools"):
             return RenderError("it has tools, which its chat template does not write")
@@ -210,9 +214,8 @@ class ChatTemplate:
             for key in message if len(message) > 2 else ():
                 if key in ("tool_calls", "reasoning_content") and not self.names(key):
                     return RenderError(f"a message has {key}, which its chat template does not write")
-            if not self._writes_role(message["role"]):
-                return RenderError(f"its chat template leaves out messages of role {message['role']}")
-        return None
+        lost = self._losses.find(messages, tools, add_generation_prompt)
+        return RenderError(lost) if lost else None
 
     def leaves_out(self, messages: Conversation) -> list[str]:
         """Returns which of ``name`` and ``tool_call_id`` the template does not write."""
@@ -239,15 +242,6 @@ class ChatTemplate:
         sources = templates.values() if isinstance(templates, dict) else [self.source]
         return any(re.search(rf"\b{re.escape(word)}\b", source) for source in sources)
 
-    def _writes_role(self, role: str) -> bool:
-        if role not in self._written_roles:
-            said = {"role": role, "content": _PROBE}
-            user = {"role": "user", "content": "?"}
-            before, after = ([user, {"role": "assistant", "content": "!"}], []) if role == "tool" else ([], [user])
-            text = self.ask([*before, said, *after], True)
-            self._written_roles[role] = text is None or _PROBE in text  # a refusal is reported when the row is written
-        return self._written_roles[role]
-
     def _refuse_unread_kwargs(self) -> None:
         for name in self.kwargs:
             if not self.names(name):
@@ -263,8 +257,11 @@ class ChatTemplate:
                 f"its chat template takes the thought that ends with {end_of_thought} out of the response; set "
                 "model.chat_template to a file that keeps it"
             )
-        if len(said) > 2 and (lost := _lost(said, rest)):
-            return RenderError(f"its chat template leaves {lost} out of the response")
+        if end_of_thought and not all(part in rest for part in parts_around(end_of_thought, said["content"])):
+            return RenderError(f"its chat template leaves out part of the response, around {end_of_thought}")
+        thought = said.get("reasoning_content")
+        if isinstance(thought, str) and thought.strip() not in rest:
+            return RenderError("its chat template leaves reasoning_content out of the response")
         if not self.writes_end_of_turn:
             return prompt, rest
         response, end, _ = rest.partition(self.end_of_turn)
@@ -272,9 +269,9 @@ class ChatTemplate:
             return RenderError(f"its chat template does not end the response with {self.end_of_turn}")
         return prompt, response + end
 
-    def ask(self, messages: Conversation, add_generation_prompt: bool) -> str | None:
+    def ask(self, messages: Conversation, add_generation_prompt: bool, tools: Tools = None) -> str | None:
         """Returns the rendered text; None if the template refuses."""
-        (text,) = self._apply([messages], add_generation_prompt)
+        (text,) = self._apply([messages], add_generation_prompt, [tools])
         return None if isinstance(text, RenderError) else text
 
     def marks_between_turns(self) -> set[str]:
@@ -320,6 +317,8 @@ class ChatTemplate:
         if opening and texts[0].startswith(prompt.removesuffix(opening.text) + _PROBE):
             self.opening, before = opening, prompt.removesuffix(opening.text)
             return prompt, [text.removeprefix(before) for text in texts if text.startswith(before)]
+        if not texts[0].startswith(prompt) and opening:
+            texts = self._probe_thoughts(user, opening, prompt) or texts
         if not texts[0].startswith(prompt):
             shared = len(commonprefix([prompt, texts[0]]))
             raise ModelError(
@@ -328,6 +327,17 @@ class ChatTemplate:
                 f"speak from there. {self._cure()}"
             )
         return prompt, [text.removeprefix(prompt) for text in texts if text.startswith(prompt)]
+
+    def _probe_thoughts(self, user: dict[str, Any], opening: Opening, prompt: str) -> list[str]:
+        """Returns whole exchanges with a thought; nothing if they do not begin with the prompt either."""
+        thinking = [
+            [user, {"role": "assistant", "content": _PROBE, "reasoning_content": text}] for text in (_PROBE, *_OPENINGS)
+        ]
+        texts = [whole for whole in self._apply(thinking, add_generation_prompt=False) if isinstance(whole, str)]
+        if not texts or not texts[0].startswith(prompt) or texts[0].count(_PROBE) != 2:
+            return []
+        self._needed_thought = opening
+        return texts
 
     def _cure(self) -> str:
         user = {"role": "user", "content": "?"}
@@ -360,14 +370,11 @@ class ChatTemplate:
         return self._tokenizer.eos_token_id, self._tokenizer.eos_token, False
 
 
-def _lost(said: Mapping[str, Any], response: str) -> str | None:
-    thought = said.get("reasoning_content")
-    if isinstance(thought, str) and thought.strip() not in response:
-        return "reasoning_content"
-    for call in said.get("tool_calls", ()):
-        if call.get("function", call)["name"] not in response:
-            return "tool_calls"
-    return None
+def _without_thought(opening: Opening) -> RenderError:
+    return RenderError(
+        f"its prompt opens a thought by {opening.text!r}, and the response has none that ends with {opening.end}; add "
+        f"the thoughts to the data, or set model.chat_template to a file without {opening.mark}"
+    )
 
 
 def _split(prompt: str | RenderError, whole: str | RenderError) -> tuple[str, str] | RenderError:

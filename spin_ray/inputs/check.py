@@ -145,10 +145,9 @@ def check_recipe(config: SpinConfig, inputs: Inputs | None = None, date: datetim
     renderer = open_renderer(str(inputs.model.path), config.model, date)
     vocabulary = vocabulary_of(inputs.model.path)
     check_template_tokens(renderer.tokenizer, renderer, vocabulary)
-    for first in rows.values():
-        check_token_ids(renderer, first, vocabulary)
+    compared = {source: check_token_ids(renderer, first, vocabulary) for source, first in rows.items()}
     ends = other_ends(inputs.model.path, renderer)
-    findings = _find_all(config, inputs, renderer, rows, ends)
+    findings = [*_find_all(config, inputs, renderer, rows, ends), *_find_uncompared(renderer, rows, compared)]
     for finding in findings:
         if finding.severity == "error":
             raise DataError(finding.sentence)
@@ -182,6 +181,20 @@ def _find_all(
     if few := _too_few(config, inputs):
         found.append(Finding(few, "error"))
     return found
+
+
+def _find_uncompared(
+    renderer: ChatRenderer, rows: Mapping[str, Sequence[FirstConversation]], compared: Mapping[str, int]
+) -> list[Finding]:
+    return [
+        Finding(
+            f"{source}: each of the first {len(first)} rows spells control tokens or cannot be written, so that no "
+            "token ids were compared with transformers'",
+            "warning",
+        )
+        for source, first in rows.items()
+        if not compared[source] and any(renderer.names_control_tokens(each.messages, each.tools) for each in first)
+    ]
 
 
 def _first_rows(source: str, data: DataConfig) -> list[list[SourceRow]]:

@@ -11,6 +11,8 @@ _MARKS = (
     ("<seed:think>", "</seed:think>"),
     ("[THINK]", "[/THINK]"),
 )
+MARKS_OF_THOUGHTS = frozenset(mark for marks in _MARKS for mark in marks)
+"""Marks that texts may have, too."""
 
 
 class Opening(NamedTuple):
@@ -63,3 +65,9 @@ def thought_of(prompt: str, response: str) -> str | None:
 def ends_a_thought(text: str) -> str | None:
     """Returns the mark that ends a thought in ``text``."""
     return next((end for _, end in _MARKS if end in text), None)
+
+
+def parts_around(end: str, text: str) -> list[str]:
+    """Returns the stripped texts before, within and behind the thoughts of ``text`` that ``end`` ends."""
+    mark = next(mark for mark, other in _MARKS if other == end)
+    return [part.strip() for closed in text.split(end) for part in closed.split(mark)]

@@ -180,6 +180,15 @@ def test_token_ids_of_a_runs_own_rows_are_compared_with_transformers(kind, tmp_p
             check_token_ids(renderer, first)
 
 
+def test_a_file_whose_rows_cannot_be_compared_with_transformers_is_told(tmp_path):
+    path = tmp_path / "rows.jsonl"
+    path.write_text('{"prompt": "What is <|im_end|>?", "response": "A mark."}\n' * 2)
+    found = check_recipe(config_for(data={"train": str(path)})).findings
+    assert [each.severity for each in found if "no token ids were compared with transformers'" in each.sentence] == [
+        "warning"
+    ]
+
+
 # Tokens that the model has no embedding for
 
 

@@ -81,7 +81,7 @@ FIELD = {
         "{% if (m.role == 'user') != (loop.index0 % 2 == 0) %}{{ raise_exception('must alternate') }}{% endif %}"
         "{% if m.role == 'user' %}{{ '[INST] ' + m.content + '[/INST]' }}{% else %}{{ ' ' + m.content + eos_token }}"
         "{% endif %}{% endfor %}", "</s>",
-        {"system": "leaves out messages of role system", "two questions": "alternate", "tools": "it has tools"},
+        {"system": "message 0 (system): its chat", "two questions": "alternate", "tools": "it has tools"},
         "leaves system messages out",
     ),
     "thoughts of earlier turns cut, a switch (Qwen 3)": Field(
