@@ -73,11 +73,14 @@ def _listed(filesystem: pyarrow.fs.FileSystem, path: str, source: str) -> list[p
 
 
 def _refuse_several_splits(files: list[str], folder: str, source: str) -> None:
-    splits = {_SPLITS[found[-1]] for file in files if (found := _SPLIT.findall(_below(file, folder).lower()))}
+    splits: dict[str, str] = {}
+    for file in files:
+        if found := [*_SPLIT.finditer(_below(file, folder))]:
+            splits.setdefault(str(found[-1].lastgroup), found[-1][0])  # the word closest to the file's end
     if len(splits) > 1:
         raise DataError(
             f"{source}: holds files of several splits ({', '.join(sorted(splits))}); name one by its folder, or by a "
-            f"glob such as {source.rstrip('/')}/**/*{min(splits & {'train'} or splits)}*"
+            f"glob such as {source.rstrip('/')}/**/*{splits[min({'train'} & splits.keys() or splits)]}*"
         )
 
 
@@ -143,9 +146,16 @@ def _matches(path: str, glob: str) -> bool:
 _HUB_NAME = re.compile(r"[\w-]+/[\w.-]+(@[\w./-]+)?")
 _WILD = re.compile(r"\*\*/|\*|\?|\[[^/\]]+\]")
 _MEANING = {"**/": r"(?:(?!\.)[^/]+/)*", "*": r"(?:(?<!/)|(?!\.))[^/]*", "?": r"(?:(?<!/)|(?!\.))[^/]"}
-_SPLITS = {"train": "train", "training": "train", "test": "test", "validation": "validation", "valid": "validation",
-           "val": "validation", "dev": "validation", "eval": "test", "heldout": "test", "holdout": "test"}  # fmt: skip
-_SPLIT = re.compile(rf"(?<=[/_.=-])({'|'.join(_SPLITS)})(?=[/_.-])")
+_SPLITS = {
+    "train": "train(ing|set|data)?",
+    "test": "test(ing|set|data)?|eval(uation|set|data)?|(held|hold)[-_ ]?out",
+    "validation": "validation|valid(set)?|val(set|data)?|dev(set|data)?",
+}
+_SPLIT = re.compile(
+    rf"(?<![^\W\d_])(?:{'|'.join(f'(?P<{name}>{words})' for name, words in _SPLITS.items())})(?![^\W\d_])",
+    re.IGNORECASE,
+)
+"""A split's word that no letter touches: digits, signs and blanks part words, as they do for ``datasets``."""
 _BESIDE = re.compile(r"/[._]")
 """Beginning of hidden names and of programs' own names."""
 

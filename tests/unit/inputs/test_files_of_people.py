@@ -251,6 +251,51 @@ def test_splits_of_partitions_and_of_our_own_names_are_told(tmp_path, names):
         find_files(str(tmp_path))
 
 
+SPLITS = [
+    ("train1", "test1"), ("train 1", "test 1"), ("train2024", "val2024"),
+    ("training", "testing"), ("train", "evaluation"), ("sft_train_10k", "sft_test1k"), ("train/0", "test/0"),
+    ("my-train-v2", "my-eval-v2"), ("a.train", "a.dev"), ("Train/0", "Dev 2/0"),
+]  # fmt: skip
+"""Two files that ``datasets`` takes for two splits."""
+
+
+def written(folder: Path, names: tuple[str, ...]) -> Path:
+    for name in names:
+        (folder / f"{name}.jsonl").parent.mkdir(exist_ok=True)
+        (folder / f"{name}.jsonl").write_text(ROW)
+    return folder
+
+
+@pytest.mark.parametrize("names", [*SPLITS, ("train(1)", "test(1)"), ("train@1", "test@1"), ("train[1]", "dev[1]"),
+    ("train", "held-out"), ("trainset", "testset"), ("traindata", "testdata")])  # fmt: skip
+def test_files_of_two_splits_are_not_joined(tmp_path, names):
+    with pytest.raises(UserError, match="several splits") as caught:
+        find_files(str(written(tmp_path, names)))
+    glob = str(caught.value).rpartition(" ")[2]
+    assert "/" in names[0] or [Path(file).stem for file in find_files(glob)] == [names[0]]
+
+
+@pytest.mark.parametrize("names", [("train", "latest"), ("train", "contest"), ("train", "device"), ("a", "protest_1"),
+                                   ("train", "restraining"), ("train", "medieval"), ("train", "interval"),
+                                   ("training_1", "train_2"), ("train", "evaluations_of_staff")])  # fmt: skip
+def test_a_word_within_another_is_no_split(tmp_path, names):
+    assert len(find_files(str(written(tmp_path, names)))) == 2
+
+
+@pytest.mark.parametrize("names", [*SPLITS, ("train", "latest"), ("train", "contest"), ("training_1", "train_2")])
+def test_splits_are_those_of_datasets(tmp_path, names, monkeypatch):
+    """``load_dataset(FOLDER)`` finds them by the same words and the same bounds; letters may be small ones alone."""
+    data_files = pytest.importorskip("datasets.data_files")
+    names = tuple(name.lower() for name in names)
+    theirs = data_files.get_data_patterns(str(written(tmp_path, names)))
+    if len(theirs) > 1:
+        with pytest.raises(UserError, match="several splits"):
+            find_files(str(tmp_path))
+    else:
+        assert len(find_files(str(tmp_path))) == 2
+    assert (len(theirs) > 1) == (names in [tuple(name.lower() for name in pair) for pair in SPLITS])
+
+
 # Rows
 
 ROWS = {
