@@ -27,7 +27,7 @@ class Exchange(NamedTuple):
 
 
 def _exchange(prompt: Any, response: Any, worse: Any = None, system: Any = None) -> Exchange:
-    before = _spoken(prompt, "prompt", "user", 0)
+    before = _spoken(unpacked(prompt), "prompt", "user", 0)
     after = _spoken(response, "response", "assistant", len(before))
     rejected = None if worse is None else _spoken(worse, "response", "assistant", len(before))
     if before or system is None:  # both conversations share the messages before the response
@@ -38,8 +38,18 @@ def _exchange(prompt: Any, response: Any, worse: Any = None, system: Any = None)
     )
 
 
+def unpacked_responses(prompt: Any, response: Any, worse: Any) -> tuple[Any, Any]:
+    """Parses responses that are messages stored as JSON text; returns others unchanged.
+
+    JSON text is what a model may be asked to write, so one response alone is parsed only if its prompt is messages,
+    too, and two only if both are messages.
+    """
+    found = unpacked(response), unpacked(worse)
+    asked = unpacked(prompt) if worse is None else found[1]
+    return (response, worse) if isinstance(asked, str) or isinstance(found[0], str) else found
+
+
 def _spoken(value: Any, column: str, role: str, start: int) -> list[Message]:
-    value = unpacked(value)
     if isinstance(value, str):
         return [spoken(role, value, start)]
     if is_message(value):
@@ -71,11 +81,12 @@ def read_sharegpt(row: Columns) -> Exchange:
 
 def read_alpaca(row: Columns) -> Exchange:
     """Joins instruction and input by an empty line; ``history`` holds earlier turns."""
-    return _exchange(_instructed(row), row["output"], None, row.get("system"))
+    return _exchange(_instructed(row), row["output"], None, row.get("system"))  # the output is text, as the prompt is
 
 
 def read_alpaca_preferred(row: Columns) -> Exchange:
-    return _exchange(_instructed(row), row["chosen"], row.get("rejected"), row.get("system"))
+    responses = unpacked_responses(row["instruction"], row["chosen"], row.get("rejected"))
+    return _exchange(_instructed(row), *responses, row.get("system"))
 
 
 def _instructed(row: Columns) -> list[Message]:
@@ -94,11 +105,15 @@ def _instructed(row: Columns) -> list[Message]:
 
 
 def answered(asks: str, response: str) -> Callable[[Columns], Exchange]:
-    return lambda row: _exchange(row[asks], row[response], None, row.get("system"))
+    return lambda row: _exchange(row[asks], *unpacked_responses(row[asks], row[response], None), row.get("system"))
 
 
 def preferred(asks: str) -> Callable[[Columns], Exchange]:
-    return lambda row: _exchange(row[asks], row["chosen"], row.get("rejected"), row.get("system"))
+    def read(row: Columns) -> Exchange:
+        responses = unpacked_responses(row[asks], row["chosen"], row.get("rejected"))
+        return _exchange(row[asks], *responses, row.get("system"))
+
+    return read
 
 
 def read_sharegpt_preferred(row: Columns) -> Exchange:

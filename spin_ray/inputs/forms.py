@@ -25,6 +25,7 @@ from spin_ray.inputs.exchanges import (
     read_messages,
     read_sharegpt,
     read_sharegpt_preferred,
+    unpacked_responses,
 )  # fmt: skip
 from spin_ray.inputs.messages import decoded, is_message, unpacked, unread_keys
 
@@ -133,6 +134,7 @@ FORMS: tuple[Form, ...] = (
 )  # fmt: skip
 """All forms; the first that matches a row wins."""
 
+_ASKS = tuple(dict.fromkeys(form.asks for form in FORMS if form.asks is not None))
 BY_NAME = {form.name: form for form in FORMS}
 BESIDE = ("answer", "tools", "label")
 """Columns that every form may have: answer for grading, tools, KTO's label."""
@@ -168,8 +170,14 @@ def mapped(content: Columns, data: DataConfig) -> Columns:
     for other, name in OTHER_NAMES.items():
         if other in content and content.get(name) is None:
             content = {(name if key == other else key): value for key, value in content.items() if key != name}
-    chosen = unpacked(content.get("chosen"))
-    return content if chosen is content.get("chosen") else content | {"chosen": chosen}
+    if not isinstance(content.get("chosen"), str):
+        return content
+    prompt = next((content[name] for name in _ASKS if content.get(name) is not None), None)
+    said = unpacked(content["chosen"])
+    if isinstance(said, list) and said[0].get("content") == prompt:
+        prompt = None  # chosen is the whole conversation, as in UltraFeedback
+    chosen, _ = unpacked_responses(prompt, content["chosen"], content.get("rejected"))
+    return content | {"chosen": chosen}
 
 
 _NUMBERS = {"0": False, "0.0": False, "1": True, "1.0": True}
@@ -325,10 +333,13 @@ def ignored_in(row: Mapping[str, Any], form: Form) -> list[str]:
     names = list(_unread(form.name, tuple(row)))
     if row.get("label") is not None and is_wanted(row["label"]) is None:
         names.append("label")
+    if form.asks is not None:
+        responses = unpacked_responses(row.get(form.asks), row.get(form.response), row.get("rejected"))
+        row = {**row, form.asks: unpacked(row.get(form.asks)), form.response: responses[0], "rejected": responses[1]}
     for column in (*form.needs, *form.may):
         value = row.get(column)
-        if isinstance(value, str):
-            value = decoded(value) if form.asks is None and column != "system" else unpacked(value)
+        if isinstance(value, str) and form.asks is None and column != "system":
+            value = decoded(value)
         if isinstance(value, list | dict):
             names += [f"{column}.{key}" for key in sorted(unread_keys(value))]
     return names

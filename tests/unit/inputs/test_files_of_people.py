@@ -298,12 +298,28 @@ def test_splits_are_those_of_datasets(tmp_path, names, monkeypatch):
 
 # Rows
 
+CHAT = json.dumps(chat("q", "a"))
+SPOKEN = json.dumps(chat("q", "a")[1:])
 ROWS = {
     "LMSYS": ({"conversation": chat("q", "a"), "conversation_id": "x"}, "a"),
     "OpenOrca, mapped": ({"system_prompt": "s", "prompt": "q", "response": "a"}, "a"),
     "LLaMA-Factory": ({"instruction": "", "input": "q", "chosen": "a", "rejected": "b"}, "a"),
     "one message chosen": ({"prompt": "q", "chosen": {"role": "assistant", "content": "a"}}, "a"),
     "JSON text of messages": ({"prompt": json.dumps(chat("q")), "completion": "a"}, "a"),
+    "JSON text of messages, both": ({"prompt": json.dumps(chat("q")), "completion": SPOKEN}, "a"),
+    "JSON text that answers messages": ({"prompt": chat("q"), "completion": SPOKEN}, "a"),
+    "a chat that was asked for": ({"prompt": "write a chat", "response": CHAT}, CHAT),
+    "a message that was asked for": ({"prompt": "write a chat", "completion": SPOKEN}, SPOKEN),
+    "a chat in Alpaca's columns": ({"instruction": "write a chat", "output": CHAT}, CHAT),
+    "a chat that answers a question": ({"question": "write a chat?", "answer": CHAT}, CHAT),
+    "a chat chosen over a text": ({"prompt": "write a chat", "chosen": CHAT, "rejected": "no"}, CHAT),
+    "a text chosen over a chat": ({"prompt": "write no chat", "chosen": "ok", "rejected": CHAT}, "ok"),
+    "a chat chosen, none rejected": ({"prompt": "write a chat", "chosen": CHAT, "rejected": None}, CHAT),
+    "a chat chosen in Alpaca's columns": ({"instruction": "write", "chosen": CHAT, "rejected": "no"}, CHAT),
+    "two messages as JSON text": ({"prompt": "q", "chosen": SPOKEN, "rejected": json.dumps(chat("q", "b")[1:])}, "a"),
+    "two conversations as JSON text": ({"prompt": "q", "chosen": CHAT, "rejected": json.dumps(chat("q", "b"))}, "a"),
+    "UltraFeedback as JSON text": ({"prompt": "q", "chosen": CHAT, "rejected": None}, "a"),
+    "a conversation as JSON text": ({"chosen": CHAT}, "a"),
     "a history as JSON text": ({"instruction": "q", "output": "a", "history": '[["x", "y"]]'}, "a"),
     "text that looks like JSON": ({"prompt": '[{"role": "admin"}]', "response": '["a"]'}, '["a"]'),
     "one role by two names": ({"messages": [chat("q")[0] | {"from": "human"}, *chat("q", "a")[1:]]}, "a"),
