@@ -4,6 +4,7 @@ import gzip
 import io
 import json
 import tarfile
+from datetime import date
 from pathlib import Path
 from urllib.parse import quote
 
@@ -133,11 +134,22 @@ def test_a_file_is_read_or_refused_with_the_cure(tmp_path, name):
 
 
 TURNS = [("role", "user"), ("content", "q")], [("role", "assistant"), ("content", "a")]
+DAYS = pa.array([[(date(2020, 1, 1), "x")]], pa.map_(pa.date32(), pa.string()))
+STRUCTS = pa.array([[({"x": 1}, "x")]], pa.map_(pa.struct([("x", pa.int32())]), pa.string()))
+CURE = (
+    "malformed: needs messages, or prompt and response, or the columns of another form (docs/data.md); try "
+    'data.columns: {prompt: "Prompt", response: "Response"}'
+)
 COLUMNS = {
     "messages of maps": ({"messages": pa.array([list(TURNS)], pa.list_(pa.map_(pa.string(), pa.string())))}, ["a"]),
     "NaN beside texts": ({"instruction": ["q"], "output": ["a"], "answer": [float("nan")]}, ["a"]),
     "a struct that is null": ({"conversations": [[{"from": "human", "value": "q"}, None]]},
                               [f"malformed: message 1: needs a role of {messages._ROLES}, found NoneType"]),
+    "maps by day": ({"prompt": ["q"], "response": ["a"], "answer": DAYS}, ["a"]),
+    "maps by day, unread": ({"Prompt": ["q"], "Response": ["a"], "meta": DAYS}, [CURE]),
+    "maps by bytes, unread": ({"Prompt": ["q"], "Response": ["a"], "meta": pa.array([[(b"k", "x")]], pa.map_(
+        pa.binary(), pa.string()))}, [CURE]),
+    "maps by struct, unread": ({"Prompt": ["q"], "Response": ["a"], "meta": STRUCTS}, [CURE]),
     "bytes": ({"prompt": [b"q"], "response": [b"a"]}, ["malformed: message 0: content must be text, found bytes"]),
 }  # fmt: skip
 
@@ -147,6 +159,7 @@ SAID = [{"role": "user", "content": "q", "created": 2**60}, {"role": "assistant"
 STRANGE = {
     "a time past any": pa.table({"messages": pa.array([SAID], pa.list_(pa.struct(MESSAGE)))}),
     "a day before any": pa.table({"ask": ["q"], "day": pa.array([-(10**7)], pa.date32())}),
+    "a map by struct": pa.table({"prompt": ["q"], "response": ["a"], "answer": STRUCTS}),
     "a map with a key twice": pa.table(
         {"messages": pa.array([[[("role", "user"), ("role", "x")]]], pa.list_(pa.map_(pa.string(), pa.string())))}
     ),
