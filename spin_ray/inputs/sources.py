@@ -4,6 +4,7 @@ import hashlib
 import json
 import re
 from collections.abc import Iterator, Mapping
+from urllib.parse import unquote
 
 import pyarrow as pa
 import pyarrow.fs
@@ -11,6 +12,7 @@ import pyarrow.fs
 from spin_ray.errors import DataError
 from spin_ray.inputs.files import SUFFIXES, TEXTS, Slice, SourceRow, kind_of
 from spin_ray.inputs.files import filesystem as _filesystem
+from spin_ray.inputs.forms import COLUMNS, OTHER_NAMES
 from spin_ray.inputs.tables import read_table, split_table
 from spin_ray.inputs.texts import read_text, split_text
 
@@ -60,7 +62,9 @@ def _listed(filesystem: pyarrow.fs.FileSystem, path: str, source: str) -> list[p
         base = path[: path[: wild.start()].rfind("/") + 1]
         below = "/" in path[len(base) :]
         infos = filesystem.get_file_info(pyarrow.fs.FileSelector(base, recursive=below, allow_not_found=True))
-        return [info for info in infos if _matches(info.path, path)]
+        matching = [info for info in infos if _matches(info.path, path)]
+        _refuse_columns_of_folders([info.path for info in matching], base, source)
+        return matching
     info = filesystem.get_file_info(path)
     if info.type != pyarrow.fs.FileType.Directory:
         return [info]
@@ -69,7 +73,20 @@ def _listed(filesystem: pyarrow.fs.FileSystem, path: str, source: str) -> list[p
         return saved
     found = [info for info in infos if info.type == pyarrow.fs.FileType.File and _is_data(info.path, path)]
     _refuse_several_splits([info.path for info in found], path, source)
+    _refuse_columns_of_folders([info.path for info in found], path, source)
     return found
+
+
+def _refuse_columns_of_folders(files: list[str], folder: str, source: str) -> None:
+    """Refuses Hive's partitions by a column of the forms: the files themselves lack it."""
+    for file in files:
+        for part in _below(file, folder).split("/")[:-1]:
+            name, equals, _ = part.partition("=")
+            if equals and unquote(name) in (*COLUMNS, *OTHER_NAMES):
+                raise DataError(
+                    f"{source}: the folder {part} holds the column {name} in its name, which is not read; write it "
+                    "into the files, or name folders whose rows are all to be learnt one by one"
+                )
 
 
 def _refuse_several_splits(files: list[str], folder: str, source: str) -> None:

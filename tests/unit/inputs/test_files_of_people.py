@@ -309,6 +309,25 @@ def test_splits_are_those_of_datasets(tmp_path, names, monkeypatch):
     assert (len(theirs) > 1) == (names in [tuple(name.lower() for name in pair) for pair in SPLITS])
 
 
+@pytest.mark.parametrize(
+    ("name", "values"), [("label", [True, False]), ("system", ["s", "t"]), ("system_prompt", ["s", "t"])]
+)
+def test_a_column_in_the_names_of_folders_is_refused(tmp_path, name, values):
+    """Hive's layout; a folder that the source itself names is the user's choice."""
+    table = pa.table({"prompt": ["q", "r"], "completion": ["a", "b"], name: values})
+    pq.write_to_dataset(table, tmp_path / "data", partition_cols=[name])
+    for source in (tmp_path / "data", tmp_path / "data/*/*.parquet", tmp_path / "data/**/*.parquet"):
+        with pytest.raises(UserError, match=f"{name}=.* holds the column {name} in its name, which is not read; write"):
+            find_files(str(source))
+    named = str(values[0]).lower() if isinstance(values[0], bool) else str(values[0])
+    assert read(tmp_path / "data" / f"{name}={named}") == ["a"]
+
+
+def test_a_column_that_no_form_reads_may_be_in_the_names_of_folders(tmp_path):
+    pq.write_to_dataset(pa.table({"prompt": ["q"], "completion": ["a"], "lang": ["en"]}), tmp_path, ["lang"])
+    assert read(tmp_path) == ["a"]
+
+
 # Rows
 
 CHAT = json.dumps(chat("q", "a"))
