@@ -139,7 +139,7 @@ def _parse(index: int, value: Any) -> Message:
     if thought:
         message["reasoning_content"] = thought
     if given == CALL or value.get(CALL):
-        message["tool_calls"] = [_call(index, content if given == CALL else value[CALL])]
+        message["tool_calls"] = _calls(index, content if given == CALL else value[CALL])
         content = "" if given == CALL else content
     if "tool_calls" in message:
         message["tool_calls"] = decoded(message["tool_calls"])
@@ -209,11 +209,16 @@ def _either(index: int, value: dict[str, Any], *names: str) -> Any:
     return first
 
 
-def _call(index: int, value: Any) -> dict[str, Any]:
-    function = decoded(value)
-    if not isinstance(function, dict) or not isinstance(function.get("name"), str):
-        raise Unusable("malformed", f"message {index}: {CALL} must be JSON with name and arguments")
-    return {"type": "function", "function": function}
+def _calls(index: int, value: Any) -> list[dict[str, Any]]:
+    """Returns the calls of a message: one, or a list of those made at once."""
+    found = decoded(value)
+    functions = found if isinstance(found, list) and found else [found]
+    for function in functions:
+        if not isinstance(function, dict) or not isinstance(function.get("name"), str):
+            raise Unusable(
+                "malformed", f"message {index}: {CALL} must be JSON with name and arguments, or a list of it"
+            )
+    return [{"type": "function", "function": function} for function in functions]
 
 
 def _text(index: int, content: Any) -> str:

@@ -339,9 +339,20 @@ def test_tool_calls_thoughts_and_tools_are_kept_under_one_name():
         assert read_row({"messages": chat("a", "b"), "tools": tools}, DATA).tools == expected
 
 
+@pytest.mark.parametrize("written", [json.dumps, list])
+def test_calls_made_at_once_are_one_message(written):
+    """LLaMA-Factory writes parallel calls as a list in one function_call."""
+    calls = [{"name": "f", "arguments": {"x": 1}}, {"name": "g", "arguments": {}}]
+    said = {"role": "assistant", "content": "", "tool_calls": [{"type": "function", "function": it} for it in calls]}
+    assert parse_messages([{"from": "function_call", "value": written(calls)}]) == [said]
+    assert parse_messages([{"role": "assistant", "content": "", "function_call": written(calls)}]) == [said]
+
+
 @pytest.mark.parametrize(
     ("row", "detail"),
     [
+        ({"conversations": [{"from": "function_call", "value": "[]"}]}, "must be JSON with name and arguments"),
+        ({"conversations": [{"from": "function_call", "value": '[{"name": "f"}, 1]'}]}, "or a list of it"),
         ({"messages": [{"role": "user", "content": [{"type": "image_url"}]}]}, "a part 'image_url'"),
         ({"conversations": [{"from": "function_call", "value": "f(1)"}]}, "must be JSON with name and arguments"),
         ({"messages": chat("a", "b"), "tools": 7}, "tools: expected a list, found int"),
