@@ -138,7 +138,7 @@ _ASKS = tuple(dict.fromkeys(form.asks for form in FORMS if form.asks is not None
 BY_NAME = {form.name: form for form in FORMS}
 BESIDE = ("answer", "tools", "label")
 """Columns that every form may have: answer for grading, tools, KTO's label."""
-OTHER_NAMES = {"system_prompt": "system", "conversation": "conversations"}
+OTHER_NAMES = {"system_prompt": "system", "conversation": "conversations", "kto_tag": "label"}
 """Other names of columns, read where a row has no value under the usual name."""
 _HINTS = {
     "prompt": ("query", "question", "problem", "instruction", "input", "inputs", "user", "request"),
@@ -165,11 +165,12 @@ def mapped(content: Columns, data: DataConfig) -> Columns:
         taken = set(data.columns.values())
         rest = {name: value for name, value in content.items() if name not in taken}
         content = rest | {ours: content[theirs] for ours, theirs in data.columns.items() if theirs in content}
-    if "label" in data.columns and (said := str(content.get("label")).strip()) in _NUMBERS:
-        content = content | {"label": _NUMBERS[said]}
+    tagged = "label" in data.columns or ("kto_tag" in content and content.get("label") is None)
     for other, name in OTHER_NAMES.items():
         if other in content and content.get(name) is None:
             content = {(name if key == other else key): value for key, value in content.items() if key != name}
+    if tagged and (said := str(content.get("label")).strip()) in _NUMBERS:
+        content = content | {"label": _NUMBERS[said]}
     if not isinstance(content.get("chosen"), str):
         return content
     prompt = next((content[name] for name in _ASKS if content.get(name) is not None), None)
@@ -181,7 +182,7 @@ def mapped(content: Columns, data: DataConfig) -> Columns:
 
 
 _NUMBERS = {"0": False, "0.0": False, "1": True, "1.0": True}
-"""KTO's labels as numbers, read only if ``data.columns`` maps ``label``: elsewhere numbers name classes."""
+"""KTO's labels as numbers, read only of ``kto_tag`` and if ``data.columns`` maps ``label``: others name classes."""
 
 
 def is_wanted(label: Any) -> bool | None:

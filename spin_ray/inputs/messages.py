@@ -22,7 +22,7 @@ CALL = "function_call"
 _ROLES = ", ".join(_NAMES)
 REASONING = ("reasoning_content", "reasoning", "thinking", "thought")
 """Keys of a thought; chat templates use the first."""
-_LEARNT = ("weight", "train", "loss", "trainable")
+_LEARNT = ("weight", "train", "training", "loss", "trainable")
 """Keys whose value false (``weight``: also 0) excludes a message from learning."""
 KEPT = ("tool_calls", "tool_call_id", "name", "reasoning_content")
 """Keys that a template may write besides role and content."""
