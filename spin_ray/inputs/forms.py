@@ -19,7 +19,6 @@ from spin_ray.inputs.exchanges import (
     answered,
     both,
     is_conversation,
-    preferred,
     read_alpaca,
     read_alpaca_preferred,
     read_messages,
@@ -76,7 +75,7 @@ FORMS: tuple[Form, ...] = (
     ),
     Form(
         name="prompt_chosen_rejected", needs=("prompt", "chosen"), may=("rejected", "system"),
-        read=preferred("prompt"), asks="prompt", response="chosen",
+        read=answered("prompt", "chosen"), asks="prompt", response="chosen",
         known_from="TRL with explicit prompts (texts or messages), most preference data",
         example={"prompt": "2 + 2?", "chosen": "4", "rejected": "5"},
     ),
@@ -120,7 +119,7 @@ FORMS: tuple[Form, ...] = (
         example={"instruction": "Add.", "input": "2, 2", "chosen": "4", "rejected": "5"},
     ),
     Form(
-        name="orca", needs=("question", "chosen"), may=("rejected", "system"), read=preferred("question"),
+        name="orca", needs=("question", "chosen"), may=("rejected", "system"), read=answered("question", "chosen"),
         asks="question", response="chosen",
         known_from="Orca DPO pairs",
         example={"system": "Be brief.", "question": "2 + 2?", "chosen": "4", "rejected": "5"},

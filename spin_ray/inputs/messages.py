@@ -106,8 +106,10 @@ def parse_messages(values: list[Any], start: int = 0) -> list[Message]:
     return [_parse(index, value) for index, value in enumerate(values, start)]
 
 
-def spoken(role: str, text: Any, index: int) -> Message:
-    """Returns a message; raises Unusable if ``text`` is neither text nor text parts."""
+def spoken(role: str, text: Any, index: int, column: str) -> Message:
+    """Returns the message that a column holds; raises Unusable if ``text`` is neither text nor text parts."""
+    if not isinstance(text, str | list):
+        raise Unusable("malformed", f"{column}: must be text, found {type(text).__name__}")
     text = _text(index, text)
     _check_unicode(index, text)
     return {"role": role, "content": text}

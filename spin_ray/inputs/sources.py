@@ -10,7 +10,7 @@ import pyarrow as pa
 import pyarrow.fs
 
 from spin_ray.errors import DataError
-from spin_ray.inputs.files import SUFFIXES, TEXTS, Slice, SourceRow, kind_of
+from spin_ray.inputs.files import SUFFIXES, TEXTS, Slice, SourceRow, cure_of_name, kind_of
 from spin_ray.inputs.files import filesystem as _filesystem
 from spin_ray.inputs.forms import COLUMNS, OTHER_NAMES
 from spin_ray.inputs.tables import read_table, split_table
@@ -37,12 +37,13 @@ def find_files(source: str) -> list[str]:
     if not infos:
         shown, hint = " ".join(source.split()), _hint(source)
         raise DataError(f"{shown}: no such data (a .jsonl or .parquet file, a folder of them, a glob or a URI){hint}")
+    prefix = source[: source.index("://") + 3] if "://" in source else ""
     for info in infos:
         if not info.path.lower().endswith(SUFFIXES):
-            raise DataError(f"{info.path}: unknown kind of data file; expected one of {', '.join(SUFFIXES)}")
+            unknown = f"unknown kind of data file; expected one of {', '.join(SUFFIXES)}"
+            raise DataError(f"{info.path}: {cure_of_name(prefix + info.path) or unknown}")
         if info.size == 0:
             raise DataError(f"{info.path}: is empty")
-    prefix = source[: source.index("://") + 3] if "://" in source else ""
     return sorted(prefix + info.path for info in infos)
 
 

@@ -1,8 +1,10 @@
 """Files as people have them: read right, refused in one line with the cure, or in quarantine with the reason."""
 
+import bz2
 import gzip
 import io
 import json
+import lzma
 import tarfile
 from datetime import date
 from pathlib import Path
@@ -105,6 +107,20 @@ FILES = {
                                   ["a", "malformed: is the header again", "b"]),
     "JSON lines called .csv": ("a.csv", f"{ROW}\n", "is JSON; its name must end with .jsonl"),
     "an array called .csv": ("a.csv", f"[{ROW}]", "is JSON; its name must end with .json"),
+    "xz": ("a.jsonl.xz", lzma.compress(ROW.encode()), "is xz; unpack it"),
+    "bzip2": ("a.jsonl.bz2", bz2.compress(ROW.encode()), "is bzip2; unpack it"),
+    "gzip under its own name": ("a.jsonl.gzip", gzip.compress(ROW.encode()), "is gzip; its name must end with .gz"),
+    "zstd under its own name": ("a.jsonl.zstd", pa.compress(ROW.encode(), "zstd", asbytes=True), "must end with .zst"),
+    "compressed Parquet": ("a.parquet.gz", gzip.compress(b"PAR1"), "is compressed; unpack it"),
+    "Parquet of another name": ("a.pq", b"PAR1\0\0", "is Parquet; its name must end with .parquet"),
+    "Feather": ("a.feather", b"ARROW1\0\0", "is Arrow; its name must end with .arrow"),
+    "JSON lines of another name": ("a.jsonlines", f"\ufeff{ROW}\n", "is JSON; its name must end with .jsonl"),
+    "JSON lines as plain text": ("a.txt", ROW, "is JSON; its name must end with .jsonl"),
+    "an array as plain text": ("a.txt", f"[{ROW}]", "is JSON; its name must end with .json"),
+    "a spreadsheet": ("a.xlsx", b"PK\x03\x04", "is a table of a spreadsheet; save it as CSV"),
+    "plain text": ("a.txt", "hello", "unknown kind of data file; expected one of .jsonl"),
+    "nothing, of no kind": ("a.txt", "", "unknown kind of data file; expected one of .jsonl"),
+    "CSV of Excel": ("a.csv", "\ufeffsep=,\r\nprompt,response\r\nq,a\r\n", "tail -n +2 FILE > NEW.csv"),
     "a tar archive": ("a.jsonl", tar(f"{ROW}\n"), "is a tar archive; unpack it"),
     "a tar archive, compressed": ("a.jsonl.gz", gzip.compress(tar(f"{ROW}\n")), "is a tar archive; unpack it"),
     "a web page in small letters": ("a.jsonl", "<!doctype html>\n<html>", "is a web page; download the file itself"),
@@ -150,7 +166,7 @@ COLUMNS = {
     "maps by bytes, unread": ({"Prompt": ["q"], "Response": ["a"], "meta": pa.array([[(b"k", "x")]], pa.map_(
         pa.binary(), pa.string()))}, [CURE]),
     "maps by struct, unread": ({"Prompt": ["q"], "Response": ["a"], "meta": STRUCTS}, [CURE]),
-    "bytes": ({"prompt": [b"q"], "response": [b"a"]}, ["malformed: message 0: content must be text, found bytes"]),
+    "bytes": ({"prompt": [b"q"], "response": [b"a"]}, ["malformed: prompt: must be text, found bytes"]),
 }  # fmt: skip
 
 
@@ -355,7 +371,12 @@ ROWS = {
     "a history as JSON text": ({"instruction": "q", "output": "a", "history": '[["x", "y"]]'}, "a"),
     "text that looks like JSON": ({"prompt": '[{"role": "admin"}]', "response": '["a"]'}, '["a"]'),
     "one role by two names": ({"messages": [chat("q")[0] | {"from": "human"}, *chat("q", "a")[1:]]}, "a"),
-    "two answers": ({"instruction": "q", "output": ["a", "b"]}, "found a list of 2 texts"),
+    "two answers": ({"instruction": "q", "output": ["a", "b"]}, "output: expected a text or messages, found a list"),
+    "a number for a response": ({"prompt": "2 + 2", "response": 4}, "malformed: response: must be text, found int"),
+    "a number for an output": ({"instruction": "2 + 2", "output": 4}, "malformed: output: must be text, found int"),
+    "a number for an answer": ({"question": "2 + 2", "answer": 4}, "malformed: answer: must be text, found int"),
+    "a list for a system": ({"messages": chat("q", "a"), "system": {"a": 1}}, "system: must be text, found dict"),
+    "numbers in a history": ({"instruction": "q", "output": "a", "history": [["x", 4]]}, "pairs of texts, instruction"),
     "an unwanted response": ({"prompt": "q", "completion": "a", "label": False}, "rejected: label is false"),
     "a label of something else": ({"prompt": "q", "completion": "a", "label": 0}, "a"),
     "an unknown role": ({"messages": [{"role": "claude", "content": "x"}]}, "assistant, tool, found 'claude'"),
